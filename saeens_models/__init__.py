@@ -1,0 +1,23 @@
+"""Sparse autoencoders, their ensembles, training and metrics, in plain PyTorch."""
+
+from saeens_models import metrics
+from saeens_models.architectures import SAE, SAEConfig, build_sae, load_sae, save_sae, validate_settings
+from saeens_models.ensembles import Bagging, Boosting, Ensemble, load_ensemble, save_ensemble
+from saeens_models.training import TrainingConfig, train
+
+__all__ = [
+    "SAE",
+    "Bagging",
+    "Boosting",
+    "Ensemble",
+    "SAEConfig",
+    "TrainingConfig",
+    "build_sae",
+    "load_ensemble",
+    "load_sae",
+    "metrics",
+    "save_ensemble",
+    "save_sae",
+    "train",
+    "validate_settings",
+]

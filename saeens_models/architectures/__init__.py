@@ -1,0 +1,25 @@
+"""SAE architectures, one file each. A file that is put here and registers its class is all that a new architecture takes."""
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+from saeens_models.architectures.base import SAE, Objective, SAEConfig
+from saeens_models.architectures.registry import architectures, build_sae, register, sae_class, validate_l0_multiple, validate_settings
+from saeens_models.architectures.saelens_format import load_sae, save_sae
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")
+
+__all__ = [
+    "SAE",
+    "Objective",
+    "SAEConfig",
+    "architectures",
+    "build_sae",
+    "load_sae",
+    "register",
+    "sae_class",
+    "save_sae",
+    "validate_l0_multiple",
+    "validate_settings",
+]

@@ -1,0 +1,95 @@
+"""The JumpReLU SAE: a learnt threshold per feature, trained through a straight-through estimator (arXiv 2407.14435)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from pydantic import NonNegativeFloat, PositiveFloat
+from torch import Tensor, nn
+
+from saeens_models.architectures.base import SAE, Objective, SAEConfig, count_firings
+from saeens_models.architectures.registry import register
+
+
+class JumpReLUConfig(SAEConfig, frozen=True):
+    """Configuration of a JumpReLU SAE."""
+
+    architecture: Literal["jumprelu"] = "jumprelu"
+    l0_coefficient: NonNegativeFloat = 1.0
+    """Weight of the sparsity term."""
+    init_threshold: NonNegativeFloat = 0.01
+    """Initial threshold of every feature, in the unit of the activations that it is trained on."""
+    bandwidth: PositiveFloat = 0.05
+    """Width of the rectangle kernel: a threshold learns from pre-activations within half of it."""
+
+
+@register(JumpReLUConfig)
+class JumpReLUSAE(SAE):
+    """``z = pre * (pre > threshold)``, with ``threshold`` `[d_sae]`, direct in float32 and kept at or above 0.
+
+    Loss, mean over tokens: ``||x_hat - x||^2 + l0_coefficient * sum_i step(pre_i - threshold_i)``.
+    """
+
+    config: JumpReLUConfig
+    input_unit_weights = ("b_enc", "b_dec", "threshold")
+
+    def __init__(self, config: JumpReLUConfig) -> None:
+        super().__init__(config)
+        self.threshold = nn.Parameter(torch.zeros(config.d_sae))
+
+    @torch.no_grad()
+    def initialise(self, b_dec: Tensor | None = None) -> None:
+        super().initialise(b_dec)
+        self.threshold.fill_(self.config.init_threshold)
+
+    def activate(self, pre: Tensor) -> Tensor:
+        return pre * (pre > self.threshold)
+
+    def objective(self, x: Tensor, dead_mask: Tensor | None = None, sparsity_scale: float = 1.0) -> Objective:
+        pre = self.pre_activations(x)
+        z, active = _JumpReLU.apply(pre, self.threshold, self.config.bandwidth)
+        x_hat = self.decode(z)
+        mse = (x_hat - x).square().sum(dim=-1).mean()
+        l0 = self.config.l0_coefficient * sparsity_scale * active.sum(dim=-1).mean()
+        return Objective(
+            loss=mse + l0,
+            terms={"mse": mse.detach(), "l0": l0.detach()},
+            x_hat=x_hat.detach(),
+            fire_counts=count_firings(z.detach()),
+        )
+
+    @torch.no_grad()
+    def apply_constraints(self) -> None:
+        self.threshold.clamp_(min=0)
+
+    @classmethod
+    def from_saelens(cls, cfg: Mapping[str, Any], weights: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        if (weights["threshold"] < 0).any():
+            raise ValueError("threshold has negative entries; JumpReLU SAEs here keep it at or above 0")
+        return super().from_saelens(cfg, weights)
+
+
+class _JumpReLU(torch.autograd.Function):
+    """Code and activity `[n, d_sae]` of pre-activations `[n, d_sae]` under thresholds `[d_sae]`.
+
+    Both jump at the threshold. Their derivative there is estimated with a rectangle kernel ``K(u) = [|u| < 1/2]``, as if
+    ``d z / d threshold = -threshold/bandwidth * K((pre - threshold)/bandwidth)`` and
+    ``d active / d threshold = -1/bandwidth * K((pre - threshold)/bandwidth)``; ``active`` gives no gradient to ``pre``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: float) -> tuple[Tensor, Tensor]:
+        active = (pre > threshold).to(pre.dtype)
+        ctx.save_for_backward(pre, threshold, active)
+        ctx.bandwidth = bandwidth
+        return pre * active, active
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
+        grad_z, grad_active = grad_outputs
+        pre, threshold, active = ctx.saved_tensors
+        near = ((pre - threshold) / ctx.bandwidth).abs() < 0.5
+        grad_jump = (grad_z * threshold + grad_active) / -ctx.bandwidth
+        return grad_z * active, torch.where(near, grad_jump, 0).sum(dim=0), None

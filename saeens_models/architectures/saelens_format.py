@@ -1,0 +1,130 @@
+"""One SAE in a folder, in the format of SAELens 6: ``cfg.json`` and ``sae_weights.safetensors``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from saeens_models.architectures.base import SAE
+from saeens_models.architectures.registry import sae_class
+
+CONFIG_FILE = "cfg.json"
+WEIGHTS_FILE = "sae_weights.safetensors"
+SAELENS_VERSION = "6.54.12"
+"""The version whose format this is. SAELens reads a file that names no version as one from before ``metadata``, and drops that."""
+_OWN_CONFIG = "saeens_config"
+_UNSUPPORTED = {"normalize_activations": "none", "reshape_activations": "none"}
+
+
+def save_sae(sae: SAE, path: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
+    """Write ``sae`` into the folder ``path``, which is made if need be; ``sae_lens.SAE.load_from_disk`` reads it as it is.
+
+    ``metadata`` (JSON values: model_name, hook_name, ...) and the full configuration go under ``metadata``. Files that are there
+    already are overwritten, in place. Raises ``ValueError`` for weights that are not finite.
+    """
+    weights = {name: weight.detach().cpu().contiguous() for name, weight in sae.state_dict().items()}
+    _check_finite(weights, f"the {sae.config.architecture} SAE to save")
+    cfg = {
+        "architecture": sae.config.architecture,
+        "d_in": sae.config.d_in,
+        "d_sae": sae.config.d_sae,
+        "dtype": str(weights["W_dec"].dtype).removeprefix("torch."),
+        "device": "cpu",
+        "apply_b_dec_to_input": sae.config.apply_b_dec_to_input,
+        **_UNSUPPORTED,
+        **sae.saelens_fields(),
+        "metadata": {
+            **(metadata or {}),
+            "sae_lens_version": SAELENS_VERSION,
+            "sae_lens_training_version": None,
+            _OWN_CONFIG: sae.config.model_dump(mode="json"),
+        },
+    }
+    text = json.dumps(cfg, indent=2, sort_keys=True) + "\n"
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / WEIGHTS_FILE)
+    (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+
+
+def load_sae(path: str | Path) -> SAE:
+    """The SAE in the folder ``path``, on the CPU in float32. Folders that SAELens wrote load as well as our own.
+
+    Raises ``FileNotFoundError`` if the folder or one of its files is missing, and ``ValueError`` for a file that cannot be read, an unknown
+    architecture, a variant that is not supported, missing, superfluous or misshapen weights, and weights that are not finite.
+    """
+    folder = Path(path)
+    cfg = _read_cfg(folder / CONFIG_FILE)
+    weights = _read_weights(folder / WEIGHTS_FILE)
+    try:
+        cls = sae_class(cfg["architecture"])
+        _check_shapes(weights, cls, cfg)
+        _check_finite(weights, str(folder / WEIGHTS_FILE))
+        own_fields, weights = cls.from_saelens(cfg, weights)
+        written_by_us = (cfg.get("metadata") or {}).get(_OWN_CONFIG, {})
+        shared = {name: cfg[name] for name in ("architecture", "d_in", "d_sae", "apply_b_dec_to_input") if name in cfg}
+        sae = cls(cls.config_class(**{**written_by_us, **own_fields, **shared}))
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'configuration'}: {e['msg']}" for e in error.errors())
+        raise ValueError(f"{folder / CONFIG_FILE}: {problems}") from error
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    sae.load_state_dict(weights)
+    return sae
+
+
+def _read_cfg(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing: an SAE is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
+    try:
+        cfg = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(cfg, dict):
+        raise ValueError(f"{file}: expected an object, found {type(cfg).__name__}")
+    cfg = {"architecture": "standard", **cfg}  # SAELens' own default
+    for name in ("d_in", "d_sae"):
+        if not isinstance(cfg.get(name), int) or cfg[name] < 1:
+            raise ValueError(f"{file}: {name} must be a positive integer, found {cfg.get(name)!r}")
+    for name, supported in _UNSUPPORTED.items():
+        if cfg.get(name, supported) not in (supported, None):
+            raise ValueError(f"{file}: {name} is {cfg[name]!r}; only {supported!r} is supported: fold it into the weights first")
+    return cfg
+
+
+def _read_weights(file: Path) -> dict[str, Tensor]:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing: an SAE is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
+    try:
+        weights = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a whole safetensors file: {error}") from error
+    return {name: weight.float() for name, weight in weights.items()}
+
+
+def _check_shapes(weights: Mapping[str, Tensor], cls: type[SAE], cfg: Mapping[str, Any]) -> None:
+    with torch.device("meta"):
+        sizes = {"d_in": cfg["d_in"], "d_sae": cfg["d_sae"]}
+        expected = {name: list(weight.shape) for name, weight in cls(cls.config_class.model_construct(**sizes)).state_dict().items()}
+    found = {name: list(weight.shape) for name, weight in weights.items()}
+    if found != expected:
+        wrong = [
+            f"{name} {found.get(name, 'missing')} (expected {expected.get(name, 'none')})"
+            for name in sorted(found.keys() | expected.keys())
+            if found.get(name) != expected.get(name)
+        ]
+        raise ValueError(f"weights do not fit {CONFIG_FILE}: {', '.join(wrong)}")
+
+
+def _check_finite(weights: Mapping[str, Tensor], where: str) -> None:
+    for name, weight in weights.items():
+        if not torch.isfinite(weight).all():
+            raise ValueError(f"{where}: {name} holds values that are not finite")

@@ -1,0 +1,46 @@
+"""The standard SAE: ReLU, and an L1 penalty weighted by the decoder norms."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import NonNegativeFloat
+from torch import Tensor
+
+from saeens_models.architectures.base import SAE, Objective, SAEConfig, count_firings
+from saeens_models.architectures.registry import register
+
+
+class StandardConfig(SAEConfig, frozen=True):
+    """Configuration of a standard SAE."""
+
+    architecture: Literal["standard"] = "standard"
+    l1_coefficient: NonNegativeFloat = 1.0
+    """Weight of the sparsity term."""
+
+
+@register(StandardConfig)
+class StandardSAE(SAE):
+    """``z = relu(pre)``.
+
+    Loss, mean over tokens: ``||x_hat - x||^2 + l1_coefficient * sum_i z_i * ||W_dec_i||``. With unit decoder rows the second
+    term is the L1 norm of the code; without, it cannot be lowered by moving norm from the code into the decoder (SAELens 6).
+    """
+
+    config: StandardConfig
+
+    def activate(self, pre: Tensor) -> Tensor:
+        return torch.relu(pre)
+
+    def objective(self, x: Tensor, dead_mask: Tensor | None = None, sparsity_scale: float = 1.0) -> Objective:
+        z = self.encode(x)
+        x_hat = self.decode(z)
+        mse = (x_hat - x).square().sum(dim=-1).mean()
+        l1 = self.config.l1_coefficient * sparsity_scale * (z @ self.W_dec.norm(dim=1)).mean()
+        return Objective(
+            loss=mse + l1,
+            terms={"mse": mse.detach(), "l1": l1.detach()},
+            x_hat=x_hat.detach(),
+            fire_counts=count_firings(z.detach()),
+        )

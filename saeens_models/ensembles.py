@@ -1,0 +1,269 @@
+"""Ensembles of SAEs, which are SAEs themselves: bagging (the mean of the members) and boosting (each fits what the ones before leave).
+
+An ensemble reconstructs ``sum_j alpha_j * g_j``. That equals one SAE whose dictionary is the members' dictionaries stacked and whose
+code is their codes concatenated, each scaled by its alpha (Gadgil, Lin & Lee, Ensembling Sparse Autoencoders, arXiv 2505.16077).
+Members may differ in architecture and in number of features, not in ``d_in``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from itertools import accumulate
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal, NamedTuple, Self, overload
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor, nn
+
+from saeens_models.architectures import SAE, load_sae, save_sae
+
+ENSEMBLE_FILE = "ensemble.json"
+
+
+class FeatureOrigin(NamedTuple):
+    """Where a feature of an ensemble comes from: it is feature ``index`` of ``ensemble[member]``. Both count from 0."""
+
+    member: int
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride]
+
+
+class PrefixReconstruction(NamedTuple):
+    """What the first ``n_members`` members of an ensemble make of an input."""
+
+    n_members: int
+    """1 to the size of the ensemble"""
+    x_hat: Tensor
+    """`[..., d_in]`: reconstruction of the ensemble of these members"""
+    z: Tensor
+    """`[..., d_sae]`: unscaled code of the last of these members"""
+    given: Tensor
+    """`[..., d_in]`: what that member was given, x itself or the residual of the rounds before it"""
+    given_hat: Tensor
+    """`[..., d_in]`: that member's own reconstruction of ``given``"""
+
+
+class Ensemble(nn.Module, ABC):
+    """SAEs that act as one. A sequence: ``ensemble[0]`` is an SAE, ``ensemble[:3]`` the ensemble of the first three, sharing weights.
+
+    Raises ``ValueError`` without members or if their ``d_in`` differ, ``TypeError`` for a member that is not an SAE.
+    """
+
+    kind: ClassVar[Literal["bagging", "boosting"]]
+    """Name in saved files."""
+    sequential: ClassVar[bool]
+    """Whether a member depends on those before it, so that only the first n members make an ensemble."""
+
+    def __init__(self, members: Iterable[SAE]) -> None:
+        super().__init__()
+        saes = list(members)
+        if not saes:
+            raise ValueError("an ensemble needs at least one member")
+        for position, sae in enumerate(saes):
+            if not isinstance(sae, SAE):
+                raise TypeError(f"members must be SAEs; member {position} is {type(sae).__name__}")
+        widths = [sae.config.d_in for sae in saes]
+        if len(set(widths)) > 1:
+            raise ValueError(f"members must share one d_in; got {widths}")
+        self.members = nn.ModuleList(saes)
+
+    @property
+    @abstractmethod
+    def member_weight(self) -> float:
+        """alpha, the factor of every member in the sum."""
+
+    @abstractmethod
+    def prefix_reconstructions(self, x: Tensor) -> Iterator[PrefixReconstruction]:
+        """For n = 1 .. J, what the ensemble of the first n members makes of x `[..., d_in]`: every size in one pass over the members.
+
+        Memory: one code and a few tensors of the size of x at a time.
+        """
+
+    @abstractmethod
+    def member_codes(self, x: Tensor) -> Iterator[Tensor]:
+        """The members' own codes of x `[..., d_in]`, unscaled, in member order: `[..., d_sae]` each."""
+
+    def encode(self, x: Tensor, scaled: bool = True) -> Tensor:
+        """The concatenated code of x: `[..., d_in]` to `[..., n_features]`.
+
+        Codes are multiplied by ``member_weight``, so that ``decode`` gives the ensemble's reconstruction; ``scaled=False`` leaves
+        them as the members give them, for probes, which a factor would regularise differently.
+        """
+        weight = self.member_weight if scaled else 1.0
+        return torch.cat([z if weight == 1.0 else z * weight for z in self.member_codes(x)], dim=-1)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """``z @ W_dec + b_dec``: a scaled code `[..., n_features]` to `[..., d_in]`. Raises ``ValueError`` for another width."""
+        if z.ndim == 0 or z.shape[-1] != self.n_features:
+            raise ValueError(
+                f"z has shape {list(z.shape)}, its last dimension must be the {self.n_features} features of the {len(self)} members"
+            )
+        codes = z.split([sae.config.d_sae for sae in self], dim=-1)
+        return sum((code @ sae.W_dec for code, sae in zip(codes, self, strict=True)), start=self.b_dec)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The ensemble's reconstruction of x, both `[..., d_in]`: ``decode(encode(x))`` without the concatenated code."""
+        *_, last = self.prefix_reconstructions(x)
+        return last.x_hat
+
+    @property
+    def d_in(self) -> int:
+        """Size of the activations."""
+        return self[0].config.d_in
+
+    @property
+    def n_features(self) -> int:
+        """Number of features of all members together."""
+        return self.offsets[-1]
+
+    @property
+    def offsets(self) -> list[int]:
+        """J + 1 numbers: member j has the features ``offsets[j]`` to ``offsets[j + 1] - 1``, the first n members ``offsets[n]``."""
+        return list(accumulate((sae.config.d_sae for sae in self), initial=0))
+
+    @property
+    def W_dec(self) -> Tensor:
+        """The members' dictionaries stacked, `[n_features, d_in]`: a copy. Rows keep the members' norms."""
+        return torch.cat([sae.W_dec for sae in self])
+
+    @property
+    def b_dec(self) -> Tensor:
+        """``sum_j alpha_j * b_dec_j``, `[d_in]`."""
+        return torch.stack([sae.b_dec for sae in self]).sum(0) * self.member_weight
+
+    def feature(self, i: int) -> FeatureOrigin:
+        """The member that feature ``i`` (0 to ``n_features - 1``) is from, and its index there. Raises ``IndexError`` out of range."""
+        if not 0 <= i < self.n_features:
+            raise IndexError(f"feature {i} does not exist: the ensemble has features 0 to {self.n_features - 1}")
+        offsets = self.offsets
+        member = max(j for j in range(len(self)) if offsets[j] <= i)
+        return FeatureOrigin(member, i - offsets[member])
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def __iter__(self) -> Iterator[SAE]:
+        return iter(self.members)  # pyright: ignore[reportReturnType]  # checked to be SAEs when they came in
+
+    @overload
+    def __getitem__(self, index: int) -> SAE: ...
+    @overload
+    def __getitem__(self, index: slice) -> Self: ...
+    def __getitem__(self, index: int | slice) -> SAE | Self:
+        saes = list(self)
+        if not isinstance(index, slice):
+            if not -len(saes) <= index < len(saes):
+                raise IndexError(f"member {index} does not exist: the ensemble has members 0 to {len(saes) - 1}")
+            return saes[index]
+        positions = range(len(saes))[index]
+        if self.sequential and positions != range(len(positions)):
+            raise ValueError(
+                f"[{index.start}:{index.stop}:{index.step}] leaves out earlier rounds, whose residual the later ones were trained on: "
+                f"only the first n rounds make a {self.kind} ensemble, as in ensemble[:n]"
+            )
+        return type(self)(saes[index])
+
+
+class Bagging(Ensemble):
+    """The mean of its members: ``x_hat = 1/J * sum_j g_j(x)``, so alpha = 1/J and ``b_dec`` is the mean of the members'."""
+
+    kind = "bagging"
+    sequential = False
+
+    @property
+    def member_weight(self) -> float:
+        return 1.0 / len(self)
+
+    def member_codes(self, x: Tensor) -> Iterator[Tensor]:
+        return (sae.encode(x) for sae in self)
+
+    def prefix_reconstructions(self, x: Tensor) -> Iterator[PrefixReconstruction]:
+        total = torch.zeros_like(x)
+        for n, sae in enumerate(self, start=1):
+            z = sae.encode(x)
+            of_member = sae.decode(z)
+            total = total + of_member
+            yield PrefixReconstruction(n, total / n, z, given=x, given_hat=of_member)
+
+
+class Boosting(Ensemble):
+    """Rounds applied in turn: ``r_1 = x``, ``r_{j+1} = r_j - g_j(r_j)``, ``x_hat = sum_j g_j(r_j)``; alpha = 1.
+
+    The code of round j is its code of ``r_j``, so encoding is sequential as training was.
+    """
+
+    kind = "boosting"
+    sequential = True
+
+    @property
+    def member_weight(self) -> float:
+        return 1.0
+
+    def member_codes(self, x: Tensor) -> Iterator[Tensor]:
+        return (prefix.z for prefix in self.prefix_reconstructions(x))
+
+    def prefix_reconstructions(self, x: Tensor) -> Iterator[PrefixReconstruction]:
+        residual, x_hat = x, torch.zeros_like(x)
+        for n, sae in enumerate(self, start=1):
+            z = sae.encode(residual)
+            of_residual = sae.decode(z)
+            x_hat = x_hat + of_residual
+            yield PrefixReconstruction(n, x_hat, z, given=residual, given_hat=of_residual)
+            residual = residual - of_residual
+
+    def residual(self, x: Tensor) -> Tensor:
+        """What all rounds leave of x, both `[..., d_in]`: ``r_{J+1}``, subtracted round by round as in training."""
+        for sae in self:
+            x = x - sae(x)
+        return x
+
+
+class _Manifest(BaseModel):
+    """What ``ensemble.json`` holds."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format_version: Literal[1]
+    kind: Literal["bagging", "boosting"]
+    members: Annotated[list[Annotated[str, Field(pattern=r"^(\.\./)?[a-z0-9_]+$")]], Field(min_length=1)]
+    """Folders inside this one, or beside it: an ensemble may refer to SAEs that are kept once."""
+
+
+def save_ensemble(ensemble: Ensemble, path: str | Path) -> None:
+    """Write an ensemble into the folder ``path``, complete in itself, made if need be.
+
+    ``ensemble.json`` names the kind and the members in order; each member is a folder in SAELens format, ``member_1`` .. ``member_J``,
+    with its weights as safetensors. Files that are there already are overwritten.
+    """
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest = folder / ENSEMBLE_FILE
+    # Without its manifest the folder is not an ensemble: an interrupted save cannot be taken for a whole one.
+    manifest.unlink(missing_ok=True)
+    names = [f"member_{j}" for j in range(1, len(ensemble) + 1)]
+    for name, sae in zip(names, ensemble, strict=True):
+        save_sae(sae, folder / name)
+    manifest.write_text(_Manifest(format_version=1, kind=ensemble.kind, members=names).model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def load_ensemble(path: str | Path) -> Bagging | Boosting:
+    """The ensemble in the folder ``path``, on the CPU: as ``save_ensemble`` wrote it, or with members kept beside it (``../NAME``).
+
+    Raises ``FileNotFoundError`` if the folder or a member is missing, ``ValueError`` for a manifest that cannot be understood or members
+    that do not fit together or cannot be read.
+    """
+    folder = Path(path)
+    file = folder / ENSEMBLE_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing: an ensemble is a folder with {ENSEMBLE_FILE} and one folder per member")
+    try:
+        manifest = _Manifest.model_validate_json(file.read_text(encoding="utf-8"))
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())
+        raise ValueError(f"{file}: {problems}") from error
+    saes = [load_sae(folder / name) for name in manifest.members]
+    try:
+        return Bagging(saes) if manifest.kind == "bagging" else Boosting(saes)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error

@@ -1,0 +1,217 @@
+"""TopK in plain torch: exact selection, and a training step whose cost after the encoder grows with k instead of d_sae.
+
+With k of d_sae features active, the products with the code (decoding, and the gradients of both weight matrices) are sums over
+few rows. ``embedding_bag`` computes such sums: over the features of a token when decoding, and, once the active entries are sorted
+by feature, over the tokens of a feature for the gradients. Nothing is accumulated in an order that threads decide, so the same
+input gives the same bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+SPARSE_BELOW = {"cpu": 0.15}
+"""Below which k / d_sae a sparse code is the faster one, by device; devices that are not listed take the dense one. Measured."""
+_GROUP_SIZE = 8
+_GROUPED_FROM = 4096
+_ENCODER_BYTES = 16 << 20
+
+
+class TopK(NamedTuple):
+    """The k largest entries of each row, in no particular order."""
+
+    values: Tensor
+    """`[..., k]`"""
+    indices: Tensor
+    """`[..., k]`, int64."""
+
+
+class TopKReconstruction(NamedTuple):
+    """A batch encoded and decoded by a TopK SAE."""
+
+    x_hat: Tensor
+    """Reconstruction `[n, d_in]`."""
+    error_hat: Tensor | None
+    """What the dead features decode to, without b_dec `[n, d_in]`; None if there are none."""
+    n_dead: int
+    """Number of dead features."""
+    fire_counts: Tensor
+    """In how many tokens each feature is active, `[d_sae]`."""
+
+
+def select_topk(pre: Tensor, k: int) -> TopK:
+    """The k largest entries along the last dimension of ``pre`` `[..., d_sae]`, exactly; among equal entries any may be taken.
+
+    Long rows go through the maxima of groups of entries: the k largest entries lie within the k groups with the largest maxima,
+    as every entry of another group is at most as large as those k maxima. That leaves ``8 k`` entries to choose from.
+    """
+    d_sae = pre.shape[-1]
+    n_groups = d_sae // _GROUP_SIZE
+    if d_sae < _GROUPED_FROM or d_sae % _GROUP_SIZE or 2 * k > n_groups or not pre.is_cpu:
+        return TopK(*pre.topk(k, dim=-1, sorted=False))
+    grouped = pre.unflatten(-1, (_GROUP_SIZE, n_groups))
+    groups = grouped.amax(dim=-2).topk(k, dim=-1, sorted=False).indices
+    candidates = grouped.gather(-1, groups.unsqueeze(-2).expand(*groups.shape[:-1], _GROUP_SIZE, k)).flatten(-2)
+    values, chosen = candidates.topk(k, dim=-1, sorted=False)
+    return TopK(values, (chosen // k) * n_groups + groups.gather(-1, chosen % k))
+
+
+def topk_reconstruction(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    *,
+    k: int,
+    apply_b_dec_to_input: bool = True,
+    dead_mask: Tensor | None = None,
+    k_aux: int = 1,
+) -> TopKReconstruction:
+    """Encode and decode ``x`` `[n, d_in]` for training: ``x_hat = relu(topk(pre)) @ W_dec + b_dec``.
+
+    Where ``dead_mask`` `[d_sae]` marks features, ``error_hat = topk_aux(pre) @ W_dec`` over the ``k_aux`` largest pre-activations
+    among those, without ReLU and b_dec. Differentiable in the four weights; ``x`` is taken as constant.
+    Weights have the shapes of :class:`~saeens_models.architectures.SAE`.
+    """
+    dead = None if dead_mask is None else dead_mask.nonzero().squeeze(-1)
+    if dead is not None and len(dead) == 0:
+        dead = None
+    x_hat, error_hat, fire_counts = _TopKReconstruction.apply(x, W_enc.t(), b_enc, W_dec, b_dec, k, apply_b_dec_to_input, dead, k_aux)
+    return TopKReconstruction(x_hat, error_hat, 0 if dead is None else len(dead), fire_counts)
+
+
+class _TopKReconstruction(torch.autograd.Function):
+    """Forward and hand-written backward of :func:`topk_reconstruction`; the encoder comes feature by feature, `[d_sae, d_in]`."""
+
+    @staticmethod
+    def forward(  # noqa: PLR0917 - autograd functions take positional arguments
+        ctx: Any,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        W_dec: Tensor,
+        b_dec: Tensor,
+        k: int,
+        apply_b_dec_to_input: bool,
+        dead: Tensor | None,
+        k_aux: int,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        if apply_b_dec_to_input:
+            x = x - b_dec
+        # In blocks of rows: the pre-activations stay in cache, and memory is handed from block to block instead of being mapped anew.
+        block = max(_ENCODER_BYTES // (W_enc.shape[0] * x.element_size()), 64)
+        selected, of_dead = [], []
+        for rows in x.split(block):
+            pre = torch.mm(rows, W_enc.t()).add_(b_enc)  # addmm would first copy b_enc into every row
+            selected.append(select_topk(pre, k))
+            if dead is not None:
+                of_dead.append(pre.index_select(1, dead))
+        code = _code(TopK(*map(torch.cat, zip(*selected, strict=True))), W_enc.shape[0], relu=True)
+        x_hat = code.decode(W_dec) + b_dec
+        error_hat = None
+        if dead is not None:
+            dead_code = _code(select_topk(torch.cat(of_dead), min(k_aux, len(dead))), len(dead), relu=False)
+            dead_W_dec = W_dec.index_select(0, dead)
+            error_hat = dead_code.decode(dead_W_dec)
+            ctx.dead = (dead, dead_code, dead_W_dec)
+        ctx.save_for_backward(x, W_enc, W_dec)
+        ctx.code = code
+        ctx.apply_b_dec_to_input = apply_b_dec_to_input
+        fire_counts = code.fire_counts()
+        ctx.mark_non_differentiable(fire_counts)
+        return x_hat, error_hat, fire_counts
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_x_hat, grad_error_hat, _ = grad_outputs
+        x, W_enc, W_dec = ctx.saved_tensors
+        assert grad_x_hat is not None
+        grads = ctx.code.gradients(grad_x_hat, x, W_dec)
+        if grad_error_hat is not None:
+            dead, dead_code, dead_W_dec = ctx.dead
+            for whole, part in zip(grads, dead_code.gradients(grad_error_hat, x, dead_W_dec), strict=True):
+                whole.index_add_(0, dead, part)
+        grad_b_dec = grad_x_hat.sum(dim=0)
+        if ctx.apply_b_dec_to_input:
+            grad_b_dec = grad_b_dec - grads.b_enc @ W_enc
+        return None, grads.W_enc, grads.b_enc, grads.W_dec, grad_b_dec, None, None, None, None
+
+
+class _Gradients(NamedTuple):
+    W_enc: Tensor  # [d_sae, d_in]
+    b_enc: Tensor  # [d_sae]
+    W_dec: Tensor  # [d_sae, d_in]
+
+
+def _code(top: TopK, n_features: int, relu: bool) -> _SparseCode | _DenseCode:
+    values = top.values.relu() if relu else top.values
+    density = top.indices.shape[-1] / n_features
+    if density < SPARSE_BELOW.get(values.device.type, 0.0):
+        return _SparseCode(values, top.indices, n_features, values > 0 if relu else None)
+    z = values.new_zeros(len(values), n_features).scatter_(1, top.indices, values)
+    if relu:
+        return _DenseCode(z, z > 0)
+    return _DenseCode(z, None if density == 1 else torch.zeros_like(z, dtype=torch.bool).scatter_(1, top.indices, True))
+
+
+class _SparseCode(NamedTuple):
+    values: Tensor  # [n, k]
+    indices: Tensor  # [n, k]
+    n_features: int
+    gate: Tensor | None  # [n, k]: where the gradient passes; None is everywhere
+
+    def decode(self, W_dec: Tensor) -> Tensor:
+        return F.embedding_bag(self.indices, W_dec, mode="sum", per_sample_weights=self.values)
+
+    def fire_counts(self) -> Tensor:
+        inactive = self.n_features  # a bin of its own
+        return torch.bincount(torch.where(self.values > 0, self.indices, inactive).flatten(), minlength=inactive + 1)[:inactive]
+
+    def gradients(self, grad_decoded: Tensor, x: Tensor, W_dec: Tensor) -> _Gradients:
+        k = self.indices.shape[1]
+        features = self.indices.flatten()
+        grad_values = _rowwise_dot(grad_decoded, W_dec, features, k)
+        if self.gate is not None:
+            grad_values *= self.gate.flatten()
+        by_feature = features.int().argsort(stable=True)
+        tokens = by_feature // k
+        counts = torch.bincount(features, minlength=self.n_features)
+        offsets = counts.cumsum(0) - counts
+
+        def sum_over_tokens(rows: Tensor, weights: Tensor) -> Tensor:
+            return F.embedding_bag(tokens, rows, offsets, mode="sum", per_sample_weights=weights[by_feature])
+
+        return _Gradients(
+            W_enc=sum_over_tokens(x, grad_values),
+            b_enc=torch.bincount(features, grad_values, self.n_features),
+            W_dec=sum_over_tokens(grad_decoded, self.values.flatten()),
+        )
+
+
+class _DenseCode(NamedTuple):
+    z: Tensor  # [n, d_sae]
+    gate: Tensor | None  # [n, d_sae]: where the gradient passes; None is everywhere
+
+    def decode(self, W_dec: Tensor) -> Tensor:
+        return self.z @ W_dec
+
+    def fire_counts(self) -> Tensor:
+        return (self.z > 0).sum(dim=0)
+
+    def gradients(self, grad_decoded: Tensor, x: Tensor, W_dec: Tensor) -> _Gradients:
+        grad_pre = grad_decoded @ W_dec.t()
+        if self.gate is not None:
+            grad_pre *= self.gate
+        return _Gradients(W_enc=grad_pre.t() @ x, b_enc=grad_pre.sum(dim=0), W_dec=self.z.t() @ grad_decoded)
+
+
+def _rowwise_dot(rows: Tensor, W_dec: Tensor, features: Tensor, k: int) -> Tensor:
+    """``rows[i // k] . W_dec[features[i]]`` for each i of ``features`` `[n * k]`: the gradient of embedding_bag's weights."""
+    starts = torch.arange(0, len(features), k, device=features.device)
+    tokens = torch.arange(len(rows), device=features.device).repeat_interleave(k)
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(rows, W_dec, features, starts, tokens, 0)

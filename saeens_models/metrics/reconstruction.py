@@ -1,0 +1,112 @@
+"""How much of its input a reconstruction explains."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+_ROWS_PER_STEP = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class Reconstruction(Mapping[str, float]):
+    """Reconstruction quality over a set of tokens; reads as attributes and as a mapping (``dict(result)``)."""
+
+    mse: float
+    """mean over tokens of ``sum_d (x_hat - x)_d^2``, in squared units of the activations"""
+    explained_variance: float
+    """mean over the dimensions that vary of ``1 - sum_n (x_hat - x)_d^2 / sum_n (x - mean_n x)_d^2``; nan if none varies"""
+    fvu: float
+    """fraction of variance unexplained: total squared error / total variance, all dimensions pooled; nan if none varies"""
+    constant_dimensions: int
+    """dimensions without variance, left out of ``explained_variance``"""
+    tokens: int
+    """rows that were seen"""
+
+    def __getitem__(self, key: str) -> float:
+        if key not in self.__dataclass_fields__:
+            raise KeyError(key)
+        return getattr(self, key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.__dataclass_fields__)
+
+    def __len__(self) -> int:
+        return len(self.__dataclass_fields__)
+
+
+class ReconstructionMetric:
+    """``reconstruction`` over a stream of batches: ``update(x, x_hat)`` for each, then ``compute()``.
+
+    Keeps three float64 vectors of length d_in, whatever the number of tokens. Batches are merged by the pairwise update of
+    Chan, Golub & LeVeque (1979) on activations shifted by the first token, so that a mean far larger than the standard
+    deviation costs no digits and a dimension that never changes has a variance of exactly zero.
+    """
+
+    def __init__(self) -> None:
+        self._tokens = 0
+        self._shift = torch.empty(0)
+        self._mean = torch.empty(0)
+        self._squared_deviation = torch.empty(0)
+        self._squared_error = torch.empty(0)
+
+    @torch.no_grad()
+    def update(self, x: Tensor, x_hat: Tensor) -> None:
+        """Add a batch: activations x and their reconstruction x_hat, both `[n, d_in]` on one device, of any floating dtype.
+
+        Raises ValueError where the shapes differ between the two or from earlier batches, or where a value is not finite.
+        """
+        if x.ndim != 2 or x.shape != x_hat.shape:
+            raise ValueError(f"x and x_hat must both be [n, d_in]; got {list(x.shape)} and {list(x_hat.shape)}")
+        if len(x) == 0:
+            return
+        if self._tokens == 0:
+            self._shift = x[0].double()
+            self._mean, self._squared_deviation, self._squared_error = torch.zeros(3, x.shape[1], dtype=torch.float64, device=x.device)
+        if x.shape[1] != len(self._shift):
+            raise ValueError(f"this batch has d_in = {x.shape[1]}, earlier batches had {len(self._shift)}")
+        for x_rows, x_hat_rows in zip(x.split(_ROWS_PER_STEP), x_hat.split(_ROWS_PER_STEP), strict=True):
+            self._merge(x_rows.double(), x_hat_rows.double())
+
+    def _merge(self, x: Tensor, x_hat: Tensor) -> None:
+        squared_error = (x_hat - x).square().sum(0)
+        shifted = x - self._shift
+        mean = shifted.mean(0)
+        squared_deviation = (shifted - mean).square().sum(0)
+        if not torch.isfinite(squared_error + squared_deviation).all():
+            raise ValueError(f"x or x_hat holds values that are not finite among tokens {self._tokens} to {self._tokens + len(x) - 1}")
+        tokens = self._tokens + len(x)
+        difference = mean - self._mean
+        self._mean += difference * (len(x) / tokens)
+        self._squared_deviation += squared_deviation + difference.square() * (self._tokens * len(x) / tokens)
+        self._squared_error += squared_error
+        self._tokens = tokens
+
+    def compute(self) -> Reconstruction:
+        """The metrics over all batches so far. Raises ValueError before the first token."""
+        if self._tokens == 0:
+            raise ValueError("no tokens were seen: reconstruction metrics need at least one")
+        varies = self._squared_deviation > 0
+        unexplained = self._squared_error[varies] / self._squared_deviation[varies]
+        total_error, total_deviation = self._squared_error.sum(), self._squared_deviation.sum()
+        return Reconstruction(
+            mse=total_error.item() / self._tokens,
+            explained_variance=1.0 - unexplained.mean().item(),
+            fvu=(total_error / total_deviation).item() if varies.any() else float("nan"),
+            constant_dimensions=int((~varies).sum()),
+            tokens=self._tokens,
+        )
+
+
+def reconstruction(x: Tensor, x_hat: Tensor) -> Reconstruction:
+    """Mean squared error, explained variance and FVU of x_hat `[n, d_in]`` as a reconstruction of x ``[n, d_in]`.
+
+    ``Reconstruction`` has the definitions. Sums are float64. Raises ValueError for shapes that differ, no tokens, or values that
+    are not finite.
+    """
+    metric = ReconstructionMetric()
+    metric.update(x, x_hat)
+    return metric.compute()

@@ -1,0 +1,1 @@
+"""The builders: what artefacts there are, what they are made from, and how."""

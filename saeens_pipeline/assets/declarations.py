@@ -1,0 +1,120 @@
+"""What exists: artefacts, declared with what they are made from, and ops that make them.
+
+Everything else follows from these declarations: recipes and so cache hits, `saeens status`, Dagster's assets and lineage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from saeens_pipeline.storage.names import Address, Partition
+from saeens_pipeline.storage.recipes import Recipe, Store, digest
+
+if TYPE_CHECKING:
+    from saeens_pipeline.resources import ComputeResource
+
+Dimensions = Literal["none", "layer", "layer_and_seed"]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """An artefact as others refer to it: its address, and whether it has one version per layer, or per layer and seed."""
+
+    address: Address
+    dimensions: Dimensions
+
+    def narrow(self, partition: Partition) -> Partition:
+        """The part of a partition that this artefact knows: activations know no seed."""
+        match self.dimensions:
+            case "none":
+                return Partition()
+            case "layer":
+                return Partition(layer=partition.layer)
+            case _:
+                return partition
+
+
+@dataclass(frozen=True)
+class Input:
+    """One artefact that another is made from. `decides=False`: it only has to be made first, and is not part of the recipe."""
+
+    name: str
+    artefact: Reference
+    decides: bool = True
+
+
+@dataclass(frozen=True)
+class Declaration(Reference):
+    """One artefact: what decides its content, and what a reader of the asset graph should know of it.
+
+    `settings` are equal for all partitions and decide Dagster's code version; `partition_settings` adds what depends on the
+    partition (seeds). The first line of `description` leads with what differs from its neighbours.
+    """
+
+    builder: str
+    version: int
+    settings: Mapping[str, Any]
+    inputs: tuple[Input, ...]
+    description: str
+    source: str
+    seeds: tuple[int, ...] = ()
+    partition_settings: Callable[[Partition], Mapping[str, Any]] = field(default=lambda partition: {})
+    kinds: frozenset[str] = frozenset()
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def code_version(self) -> str:
+        return digest([self.builder, self.version, dict(self.settings)])
+
+    def input_partitions(self, partition: Partition) -> Iterator[tuple[str, Reference, Partition]]:
+        """What the recipe's inputs are called and where they lie. Where all seeds are compared, each is an input."""
+        for each in self.inputs:
+            if not each.decides:
+                continue
+            if self.dimensions == "layer" and each.artefact.dimensions == "layer_and_seed":
+                for seed in self.seeds:
+                    yield f"{each.name}, seed {seed}", each.artefact, Partition(partition.layer, seed)
+            else:
+                yield each.name, each.artefact, each.artefact.narrow(partition)
+
+    def recipe(self, store: Store, partition: Partition) -> Recipe:
+        """The recipe that this artefact should have now. Raises MissingInputError where something is needed first."""
+        inputs = {name: store.require(artefact.address, where).data_version for name, artefact, where in self.input_partitions(partition)}
+        return Recipe(self.builder, self.version, {**self.settings, **self.partition_settings(partition)}, inputs)
+
+
+class Workplace(NamedTuple):
+    """What an op works with: where artefacts lie, on what device, and which run asked for it."""
+
+    store: Store
+    compute: ComputeResource
+    run_id: str
+    requested_layers: tuple[int, ...]  # of the whole run: an op may make what later steps of it will ask for
+
+    def provenance(self) -> dict[str, Any]:
+        """What is known of every artefact of this run."""
+        return {"run_id": self.run_id, **self.compute.describe()}
+
+
+class Task(NamedTuple):
+    """One artefact that has to be made, with the recipe that it is made by."""
+
+    declaration: Declaration
+    partition: Partition
+    recipe: Recipe
+
+    @property
+    def where(self) -> tuple[Address, Partition]:
+        return self.declaration.address, self.partition
+
+
+@dataclass(frozen=True)
+class Op:
+    """What makes one or several artefacts together. `make` writes every task's artefact; it is given misses only."""
+
+    name: str
+    outputs: tuple[Declaration, ...]
+    make: Callable[[Workplace, Sequence[Task]], None]
+    on_device: bool = False

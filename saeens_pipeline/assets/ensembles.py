@@ -1,0 +1,43 @@
+"""Ensembles as artefacts: which SAEs they are, by reference. The data version of each is in the recipe."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Literal
+
+from saeens_pipeline.assets.declarations import Declaration, Input, Op, Task, Workplace
+from saeens_pipeline.components.ensemble_experiment import ExperimentSettings
+from saeens_pipeline.storage.names import Address
+
+ENSEMBLE_VERSION = 1
+
+
+def ensemble_op(experiment: ExperimentSettings, kind: Literal["bagging", "boosting"], members: Sequence[Declaration]) -> Op:
+    """Declare the ensemble of all members. `sm.load_ensemble` opens its folder; the members stay where they are."""
+    meaning = "Mean of the members" if kind == "bagging" else "Sum of the rounds, each on what the ones before leave"
+    ensemble = Declaration(
+        address=Address(experiment.name, kind, f"{kind}_ensemble"),
+        dimensions="layer_and_seed",
+        builder="ensemble",
+        version=ENSEMBLE_VERSION,
+        settings={"kind": kind},
+        inputs=tuple(Input(member.address.name, member) for member in members),
+        source=experiment.source,
+        seeds=tuple(experiment.ensemble.seeds),
+        kinds=frozenset({"pytorch"}),
+        tags={"experiment": experiment.name, "source": experiment.source, "method": kind, "architecture": experiment.sae["architecture"]},
+        description=f"{meaning}, as one dictionary\n\nHolds references to its SAEs: `sm.load_ensemble(path)` follows them.",
+    )
+
+    def make(workplace: Workplace, tasks: Sequence[Task]) -> None:
+        (task,) = tasks
+        contents = {
+            "format_version": 1,
+            "kind": kind,
+            "members": [f"../{member.address.name}" for member in members],
+        }
+        with workplace.store.write_folder(*task.where, task.recipe, workplace.provenance()) as folder:
+            (folder / "ensemble.json").write_text(json.dumps(contents, indent=2) + "\n")
+
+    return Op(ensemble.address.op_name, (ensemble,), make)

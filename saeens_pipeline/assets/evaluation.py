@@ -1,0 +1,258 @@
+"""The evaluation tables of an experiment: one pass over the test activations fills those that need one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from saeens_pipeline import progress
+from saeens_pipeline.assets.declarations import Declaration, Input, Op, Reference, Task, Workplace
+from saeens_pipeline.assets.residuals import open_reader
+from saeens_pipeline.assets.saes import CURVE_FILE
+from saeens_pipeline.components.ensemble_experiment import ExperimentSettings
+from saeens_pipeline.storage.names import Address, Partition
+from saeens_pipeline.storage.recipes import Artefact, Store
+from saeens_pipeline.storage.tables import TABLES, frame
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from saeens_models import Bagging, Boosting
+    from saeens_models.evaluation import EnsembleEvaluation
+
+TABLE_VERSION = 1
+MAX_MATCHED_FEATURES = 2048  # the one-to-one matching takes time that grows with the cube
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: the two ensembles and the baselines (method, width in members, SAE) of an experiment."""
+
+    experiment: ExperimentSettings
+    activations: Reference
+    bagging: Declaration
+    boosting: Declaration
+    baselines: Sequence[tuple[str, int, Declaration]]
+
+    @property
+    def dictionaries(self) -> list[Declaration]:
+        return [self.bagging, self.boosting, *(declaration for _, _, declaration in self.baselines)]
+
+    def declare(self, table: str, inputs: Sequence[Reference], dimensions: Any = "layer_and_seed") -> Declaration:
+        experiment = self.experiment
+        return Declaration(
+            address=Address(experiment.name, "eval", table),
+            dimensions=dimensions,
+            builder=f"table {table}",
+            version=TABLE_VERSION,
+            settings={"members": experiment.ensemble.members} | ({"seeds": experiment.ensemble.seeds} if dimensions == "layer" else {}),
+            inputs=tuple(Input(each.address.name, each) for each in inputs),
+            source=experiment.source,
+            seeds=tuple(experiment.ensemble.seeds),
+            kinds=frozenset({"parquet", "polars"}),
+            tags={"experiment": experiment.name, "source": experiment.source, "table": table},
+            description=f"{TABLES[table].question}\n\n`saeens table {experiment.name} {table}` prints it.",
+        )
+
+    def row(self, store: Store, partition: Partition, method: str, n_members: int, saes: Sequence[str]) -> Row:
+        """The columns that all tables begin with; `saes` are data versions."""
+        activations = store.require(self.activations.address, self.activations.narrow(partition))
+        return {
+            "experiment": self.experiment.name,
+            "layer": partition.layer,
+            "seed": partition.seed,
+            "language_model": activations.recipe["settings"]["weights"],
+            "method": method,
+            "n_members": n_members,
+            "sae_data_versions": ",".join(saes),
+        }
+
+    def members(self, store: Store, ensemble: Declaration, partition: Partition) -> list[Artefact]:
+        """The SAEs of an ensemble, in member order."""
+        return [store.require(artefact.address, where) for _, artefact, where in ensemble.input_partitions(partition)]
+
+    def methods(self, store: Store, partition: Partition) -> Iterator[tuple[str, int, list[Artefact]]]:
+        """Every method and size that is measured: its name, n_members, and its SAEs."""
+        bagging, boosting = self.members(store, self.bagging, partition), self.members(store, self.boosting, partition)
+        yield "single", 1, bagging[:1]
+        for n in range(1, len(bagging) + 1):
+            yield "bagging", n, bagging[:n]
+        for n in range(1, len(boosting) + 1):
+            yield "boosting", n, boosting[:n]
+        for method, n, declaration in self.baselines:
+            yield method, n, [store.require(declaration.address, partition)]
+
+
+def evaluation_op(subject: Subject) -> Op:
+    """Declare the tables of one layer and seed. Those that need the test activations share one pass over them."""
+    experiment, dictionaries = subject.experiment, subject.dictionaries
+    measured = [subject.declare(table, [subject.activations, *dictionaries]) for table in _MEASURED if table in experiment.evaluations]
+    recorded = [subject.declare(table, dictionaries) for table in _RECORDED if table in experiment.evaluations]
+
+    def make(workplace: Workplace, tasks: Sequence[Task]) -> None:
+        store, partition = workplace.store, tasks[0].partition
+        wanted = {task.declaration.address.name for task in tasks}
+        with workplace.compute.measure() as measurement:
+            evaluations = _evaluate(workplace, subject, partition) if wanted & _MEASURED.keys() else {}
+        for task in tasks:
+            table = task.declaration.address.name
+            rows = (
+                _MEASURED[table](subject, store, partition, evaluations)
+                if table in _MEASURED
+                else _RECORDED[table](subject, store, partition)
+            )
+            store.write_table(*task.where, task.recipe, workplace.provenance() | vars(measurement), frame(table, rows))
+
+    return Op(f"{experiment.name}__eval__tables", (*measured, *recorded), make, on_device=True)
+
+
+def stability_op(subject: Subject) -> Op:
+    """Declare the table that compares all seeds of a layer."""
+    experiment = subject.experiment
+    stability = subject.declare("stability", subject.dictionaries, dimensions="layer")
+
+    def make(workplace: Workplace, tasks: Sequence[Task]) -> None:
+        (task,) = tasks
+        with workplace.compute.measure() as measurement:
+            rows = list(_stability_rows(subject, workplace.store, task.partition))
+        workplace.store.write_table(*task.where, task.recipe, workplace.provenance() | vars(measurement), frame("stability", rows))
+
+    return Op(f"{experiment.name}__eval__stability", (stability,), make, on_device=True)
+
+
+def _evaluate(workplace: Workplace, subject: Subject, partition: Partition) -> dict[str, EnsembleEvaluation]:
+    """Evaluations by ensemble name and by baseline name."""
+    import saeens_models as sm
+    from saeens_models.evaluation import evaluate_ensembles
+
+    store, device = workplace.store, workplace.compute.resolve()
+    ensembles: dict[str, Bagging | Boosting] = {
+        each.address.name: sm.load_ensemble(store.require(each.address, partition).path) for each in (subject.bagging, subject.boosting)
+    }
+    for _, _, baseline in subject.baselines:
+        ensembles[baseline.address.name] = sm.Bagging([sm.load_sae(store.require(baseline.address, partition).path)])
+    reader = open_reader(store, subject.activations, partition)
+    with progress.task(f"{subject.experiment.name}/eval, {partition}", reader.n_rows("test")) as advance:
+
+        def chunks() -> Iterator[Tensor]:
+            for chunk in reader.chunks("test"):
+                yield chunk.to(device)
+                advance(len(chunk))
+
+        return evaluate_ensembles({name: ensemble.to(device) for name, ensemble in ensembles.items()}, chunks())
+
+
+def _sizes(
+    subject: Subject, store: Store, partition: Partition, evaluations: Mapping[str, EnsembleEvaluation]
+) -> Iterator[tuple[Row, Any]]:
+    """Each method and size with its evaluation."""
+    baselines = {(method, n): declaration.address.name for method, n, declaration in subject.baselines}
+    for method, n, saes in subject.methods(store, partition):
+        row = subject.row(store, partition, method, n, [sae.data_version for sae in saes])
+        if (method, n) in baselines:
+            yield row, evaluations[baselines[method, n]].sizes[0]
+        else:
+            ensemble = subject.boosting if method == "boosting" else subject.bagging
+            yield row, evaluations[ensemble.address.name].sizes[n - 1]
+
+
+def _reconstruction_rows(
+    subject: Subject, store: Store, partition: Partition, evaluations: Mapping[str, EnsembleEvaluation]
+) -> Iterator[Row]:
+    for row, size in _sizes(subject, store, partition, evaluations):
+        sparsity = {name: getattr(size.sparsity, name) for name in ("l0", "relative_sparsity", "dead_features")}
+        yield row | {"n_features": size.n_features} | dict(size.reconstruction) | sparsity
+
+
+def _coactivation_rows(
+    subject: Subject, store: Store, partition: Partition, evaluations: Mapping[str, EnsembleEvaluation]
+) -> Iterator[Row]:
+    for row, size in _sizes(subject, store, partition, evaluations):
+        yield row | {"connectivity": size.connectivity, "diversity": size.diversity, "tokens": size.reconstruction.tokens}
+
+
+def _member_rows(subject: Subject, store: Store, partition: Partition, evaluations: Mapping[str, EnsembleEvaluation]) -> Iterator[Row]:
+    for method, ensemble in (("bagging", subject.bagging), ("boosting", subject.boosting)):
+        members = evaluations[ensemble.address.name].members
+        for number, (artefact, member) in enumerate(zip(subject.members(store, ensemble, partition), members, strict=True), start=1):
+            yield subject.row(store, partition, method, len(members), [artefact.data_version]) | {
+                "member": number,
+                "mse": member.reconstruction.mse,
+                "explained_variance": member.reconstruction.explained_variance,
+                "l0": member.sparsity.l0,
+                "dead_features": member.sparsity.dead_features,
+                "mean_max_cosine_to_other_members": member.mean_max_cosine_to_other_members,
+                "median_density": member.sparsity.density.median().item(),
+            }
+
+
+def _cost_rows(subject: Subject, store: Store, partition: Partition) -> Iterator[Row]:
+    residuals = [
+        store.require(Address(subject.experiment.name, "boosting", f"residual_{j}"), partition).provenance
+        for j in range(1, subject.experiment.ensemble.members)
+    ]
+    for method, n, saes in subject.methods(store, partition):
+        each = [sae.provenance for sae in saes]
+        passes = residuals[: n - 1] if method == "boosting" else []
+        peaks = [made["peak_memory_bytes"] for made in (*each, *passes) if made["peak_memory_bytes"] is not None]
+        yield subject.row(store, partition, method, n, [sae.data_version for sae in saes]) | {
+            "train_tokens": sum(sae["train_tokens"] for sae in each),
+            "train_flops": float(sum(sae["train_flops"] for sae in each)),
+            "train_seconds": sum(sae["train_seconds"] for sae in each),
+            "residual_flops": float(sum(made["flops"] for made in passes)),
+            "residual_seconds": sum((made["seconds"] for made in passes), 0.0),
+            "peak_memory_bytes": max(peaks, default=None),
+            "inference_flops_per_token": float(sum(sae["inference_flops_per_token"] for sae in each)),
+            "device": each[0]["device"],
+            "dtype": each[0]["dtype"],
+            "boosting_mode": "sequential" if method == "boosting" else None,
+        }
+
+
+def _curve_rows(subject: Subject, store: Store, partition: Partition) -> Iterator[Row]:
+    import polars as pl
+
+    size = subject.experiment.ensemble.members
+    trained = [("bagging", size, j, sae) for j, sae in enumerate(subject.members(store, subject.bagging, partition), start=1)]
+    trained += [("boosting", size, j, sae) for j, sae in enumerate(subject.members(store, subject.boosting, partition), start=1)]
+    trained += [(method, n, 1, store.require(declaration.address, partition)) for method, n, declaration in subject.baselines]
+    for method, n, member, sae in trained:
+        row = subject.row(store, partition, method, n, [sae.data_version]) | {"member": member}
+        yield from (row | point for point in pl.read_parquet(sae.path / CURVE_FILE).iter_rows(named=True))
+
+
+def _stability_rows(subject: Subject, store: Store, partition: Partition) -> Iterator[Row]:
+    import torch
+
+    import saeens_models as sm
+
+    seeds = [Partition(partition.layer, seed) for seed in subject.experiment.ensemble.seeds]
+    loaded: dict[str, Tensor] = {}
+
+    def dictionary(saes: Sequence[Artefact]) -> Tensor:
+        for sae in saes:
+            if sae.data_version not in loaded:
+                loaded[sae.data_version] = sm.load_sae(sae.path).W_dec.detach()
+        return torch.cat([loaded[sae.data_version] for sae in saes])
+
+    for of_seeds in zip(*(subject.methods(store, where) for where in seeds), strict=True):
+        dictionaries = [dictionary(saes) for _, _, saes in of_seeds]
+        several = len(seeds) > 1
+        nothing: list[float | None] = [None] * len(seeds)
+        values = {
+            "stability": sm.metrics.stability(dictionaries) if several else nothing,
+            "stability_pairwise": sm.metrics.stability_pairwise(dictionaries) if several else nothing,
+            "stability_matched": sm.metrics.stability_matched(dictionaries)
+            if several and len(dictionaries[0]) <= MAX_MATCHED_FEATURES
+            else nothing,
+        }
+        for i, (where, (method, n, saes)) in enumerate(zip(seeds, of_seeds, strict=True)):
+            row = subject.row(store, where, method, n, [sae.data_version for sae in saes])
+            yield row | {"n_runs": len(seeds)} | {name: value[i] for name, value in values.items()}
+
+
+_MEASURED = {"reconstruction": _reconstruction_rows, "members": _member_rows, "coactivation": _coactivation_rows}
+_RECORDED = {"cost": _cost_rows, "training_curves": _curve_rows}

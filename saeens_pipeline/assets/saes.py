@@ -1,0 +1,183 @@
+"""The one builder of SAEs: members, boosting rounds and baselines differ in what they are given, not in how they are made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from saeens_pipeline import progress
+from saeens_pipeline.assets.declarations import Declaration, Input, Op, Reference, Task, Workplace
+from saeens_pipeline.assets.residuals import open_reader
+from saeens_pipeline.components.ensemble_experiment import MAX_MEMBERS, ExperimentSettings
+from saeens_pipeline.errors import ConfigurationError
+from saeens_pipeline.storage.activations import ActivationStatistics
+from saeens_pipeline.storage.names import Address, Kind
+
+if TYPE_CHECKING:
+    from saeens_models import SAE, SAEConfig
+    from saeens_models.training import CurvePoint
+
+SAE_VERSION = 1
+CURVE_FILE = "training_curve.parquet"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One SAE to train. `width` and `l0` multiply the experiment's d_sae and k; `init_index` tells initial weights apart."""
+
+    kind: Kind
+    name: str
+    description: str
+    init_index: int
+    width: int = 1
+    l0: int = 1
+
+
+def init_seed(ensemble_seed: int, index: int) -> int:
+    """Seed of the initial weights of SAE `index` of an ensemble: different for every seed and index."""
+    return ensemble_seed * (MAX_MEMBERS + 1) + index
+
+
+def sae_op(
+    name: str,
+    experiment: ExperimentSettings,
+    targets: Sequence[Target],
+    given: Reference,
+    *,
+    after: tuple[Input, ...] = (),
+    twin: Reference | None = None,
+) -> Op:
+    """Declare SAEs that are trained together on one stream of `given` (activations or a residual).
+
+    `twin`: an SAE that may have the same recipe. Where it has, its files are linked instead of training them again.
+    """
+    outputs = tuple(
+        Declaration(
+            address=Address(experiment.name, target.kind, target.name),
+            dimensions="layer_and_seed",
+            builder="sae",
+            version=SAE_VERSION,
+            settings={"sae": experiment.sae, "training": experiment.training, "width": target.width, "l0": target.l0},
+            partition_settings=lambda partition, index=target.init_index: {
+                "init_seed": init_seed(partition.seed, index),
+                "data_seed": partition.seed,
+            },
+            inputs=(Input("activations", given), *after),
+            source=experiment.source,
+            seeds=tuple(experiment.ensemble.seeds),
+            kinds=frozenset({"pytorch"}),
+            tags=_tags(experiment, target),
+            description=target.description,
+        )
+        for target in targets
+    )
+
+    def make(workplace: Workplace, tasks: Sequence[Task]) -> None:
+        to_train = [task for task in tasks if not _adopt(workplace, task, twin)]
+        if to_train:
+            _train(workplace, to_train, given)
+
+    return Op(name, outputs, make, on_device=True)
+
+
+def validate_targets(experiment: ExperimentSettings, d_in: int) -> None:
+    """Raise ConfigurationError if the experiment's SAE cannot be built on activations of this width."""
+    _config(experiment.sae, d_in, width=1, l0=1, seed=0, name=experiment.name)
+
+
+def _tags(experiment: ExperimentSettings, target: Target) -> dict[str, str]:
+    method = target.kind if target.kind != "baseline" else target.name
+    return {"experiment": experiment.name, "source": experiment.source, "method": method, "architecture": experiment.sae["architecture"]}
+
+
+def _adopt(workplace: Workplace, task: Task, twin: Reference | None) -> bool:
+    other = workplace.store.hit(twin.address, task.partition, task.recipe) if twin else None
+    if twin and other:
+        workplace.store.adopt(
+            task.declaration.address, task.partition, task.recipe, other, other.provenance | {"same_as": str(twin.address)}
+        )
+    return other is not None
+
+
+def _train(workplace: Workplace, tasks: Sequence[Task], given: Reference) -> None:
+    import saeens_models as sm
+
+    store, partition = workplace.store, tasks[0].partition
+    artefact = store.require(given.address, given.narrow(partition))
+    statistics = ActivationStatistics.from_json(artefact.provenance["statistics"]["train"])
+    reader = open_reader(store, given, partition)
+    configs = [_task_config(task, reader.d_in) for task in tasks]
+    fields = tasks[0].recipe.settings
+    normalised = fields["training"].get("normalize_activations", "none") != "none"
+    training = sm.TrainingConfig(
+        **fields["training"],
+        total_tokens=statistics.rows,
+        input_mean=tuple(statistics.mean.tolist()),
+        input_scale=reader.d_in**0.5 / statistics.mean_norm if normalised else None,
+    )
+    device = workplace.compute.resolve()
+    curves: list[list[CurvePoint]] = [[] for _ in tasks]
+    first, last = tasks[0].declaration.address, tasks[-1].declaration.address.name
+    label = f"{first}, {partition}" if len(tasks) == 1 else f"{first} to {last}, {partition}"
+
+    with workplace.compute.measure() as measured, progress.task(label, statistics.rows) as advance:
+
+        def batches():
+            for batch in reader.batches("train", training.batch_tokens, seed=fields["data_seed"]):
+                yield batch.to(device)
+                advance(len(batch))
+
+        def observe(points: Sequence[CurvePoint]) -> None:
+            for curve, point in zip(curves, points, strict=True):
+                curve.append(point)
+
+        saes = sm.train(configs, batches(), training, observe)
+
+    flops = [config.train_flops_per_token * statistics.rows for config in configs]
+    for task, sae, curve, own_flops in zip(tasks, saes, curves, flops, strict=True):
+        share = own_flops / sum(flops)
+        provenance = workplace.provenance() | {
+            "train_tokens": statistics.rows,
+            "train_flops": own_flops,
+            "train_seconds": measured.seconds * share,
+            "peak_memory_bytes": measured.peak_memory_bytes,
+            "trained_together": len(tasks),
+            "inference_flops_per_token": sae.config.inference_flops_per_token,
+            "dtype": "float32",
+            "last_step": curve[-1]._asdict(),
+        }
+        _write(workplace, task, sae, curve, provenance)
+
+
+def _write(workplace: Workplace, task: Task, sae: SAE, curve: Sequence[CurvePoint], provenance: dict[str, Any]) -> None:
+    import polars as pl
+
+    import saeens_models as sm
+
+    with workplace.store.write_folder(task.declaration.address, task.partition, task.recipe, provenance) as folder:
+        sm.save_sae(sae.cpu(), folder)
+        pl.DataFrame([point._asdict() for point in curve]).write_parquet(folder / CURVE_FILE)
+
+
+def _task_config(task: Task, d_in: int) -> SAEConfig:
+    fields = task.recipe.settings
+    return _config(
+        fields["sae"], d_in, width=fields["width"], l0=fields["l0"], seed=fields["init_seed"], name=str(task.declaration.address)
+    )
+
+
+def _config(sae: dict[str, Any], d_in: int, *, width: int, l0: int, seed: int, name: str) -> SAEConfig:
+    """The experiment's SAE made whole: its width now that d_in is known, times what the target asks for."""
+    from pydantic import ValidationError
+
+    import saeens_models as sm
+
+    own = {field: value for field, value in sae.items() if field not in ("expansion", "d_sae")}
+    d_sae = sae.get("d_sae") or sae["expansion"] * d_in
+    try:
+        config = sm.SAEConfig(**own, d_in=d_in, d_sae=d_sae * width, init_seed=seed)
+        return config.with_l0_multiplied(l0) if l0 > 1 else config
+    except ValidationError as error:
+        reasons = "; ".join(each["msg"].removeprefix("Value error, ") for each in error.errors())
+        raise ConfigurationError(f"{name}: attributes.sae cannot be built for activations of width {d_in}: {reasons}") from None

@@ -1,0 +1,130 @@
+"""Tokens and activations of a source."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from saeens_pipeline import progress
+from saeens_pipeline.assets.declarations import Declaration, Input, Op, Reference, Task, Workplace
+from saeens_pipeline.components.activation_source import SourceSettings
+from saeens_pipeline.language_models.corpora import open_corpus
+from saeens_pipeline.language_models.models import LanguageModelDescription, describe_language_model, validate_hook
+from saeens_pipeline.storage.names import Address, Partition
+
+TOKENS_VERSION = 1
+ACTIVATIONS_VERSION = 1
+BATCH_WINDOWS = 32
+
+_TOKEN_FIELDS = ("context_length", "packing", "drop", "train_tokens", "test_tokens")
+
+
+def activations_of(source: str) -> Reference:
+    """The activations of a source, as experiments refer to them."""
+    return Reference(Address(source, "source", "activations"), "layer")
+
+
+def source_ops(settings: SourceSettings) -> list[Op]:
+    """The two ops of a source. The language model's and the corpus' identities are looked up when a recipe is asked for."""
+    tags = {"source": settings.name}
+    tokens = Declaration(
+        address=Address(settings.name, "source", "tokens"),
+        dimensions="none",
+        builder="tokens",
+        version=TOKENS_VERSION,
+        settings=settings.model_dump(include={"corpus", "language_model", "revision", *_TOKEN_FIELDS}),
+        partition_settings=lambda partition: {
+            "corpus": open_corpus(settings.corpus).identity,
+            "tokenizer": _language_model(settings).identity,
+        },
+        inputs=(),
+        source=settings.name,
+        kinds=frozenset({"zarr"}),
+        tags=tags,
+        description=f"Token ids of {settings.corpus} in windows of {settings.context_length}\n\nHeld-out documents give the test split.",
+    )
+    activations = Declaration(
+        **vars(activations_of(settings.name)),
+        builder="activations",
+        version=ACTIVATIONS_VERSION,
+        settings=settings.model_dump(include={"language_model", "revision", "hook", "weights", "dtype"}),
+        partition_settings=lambda partition: {"layer": partition.layer, "language_model": _language_model(settings).identity},
+        inputs=(Input("tokens", tokens),),
+        source=settings.name,
+        kinds=frozenset({"zarr", "pytorch"}),
+        tags=tags,
+        description=f"{settings.hook} of {settings.language_model} by layer, {settings.weights} weights\n\n"
+        f"One row per kept token, in {settings.dtype}; one forward pass serves all layers of a run.",
+    )
+
+    def make_tokens(workplace: Workplace, tasks: Sequence[Task]) -> None:
+        from saeens_pipeline.language_models.tokens import write_tokens
+
+        (task,) = tasks
+        provenance = workplace.provenance()
+        total = settings.train_tokens + settings.test_tokens
+        with (
+            workplace.store.write_folder(*task.where, task.recipe, provenance) as folder,
+            progress.task(str(tokens.address), total) as advance,
+        ):
+            statistics = write_tokens(
+                folder,
+                open_corpus(settings.corpus),
+                _language_model(settings),
+                **settings.model_dump(include=set(_TOKEN_FIELDS)),
+                report=progress.differences(advance),
+            )
+            provenance["statistics"] = asdict(statistics)
+
+    def make_activations(workplace: Workplace, tasks: Sequence[Task]) -> None:
+        from saeens_pipeline.language_models.caching import cache_activations
+        from saeens_pipeline.language_models.models import load_language_model
+        from saeens_pipeline.language_models.tokens import open_tokens
+
+        store, tasks = workplace.store, [*tasks, *_other_requested_layers(workplace, tasks[0])]
+        model = load_language_model(_language_model(settings), settings.weights, workplace.compute.resolve())
+        token_store = open_tokens(store.require(tokens.address, Partition()).path)
+        layers = {task.partition.layer: (task, workplace.provenance()) for task in tasks}
+        label = f"{activations.address}, layer {', '.join(map(str, layers))}"
+        with contextlib.ExitStack() as stack:
+            folders = {
+                layer: stack.enter_context(store.write_folder(*task.where, task.recipe, provenance))
+                for layer, (task, provenance) in layers.items()
+            }
+            total = settings.train_tokens + settings.test_tokens
+            with workplace.compute.measure() as measured, progress.task(label, total) as advance:
+                statistics = cache_activations(
+                    model,
+                    token_store,
+                    settings.hook,
+                    folders,
+                    settings.dtype,
+                    batch_windows=BATCH_WINDOWS,
+                    report=progress.differences(advance),
+                )
+            for layer, (_, provenance) in layers.items():
+                provenance.update(vars(measured), layers_in_one_pass=len(layers))
+                provenance["statistics"] = {split: each.to_json() for split, each in statistics[layer].items()}
+
+    def _other_requested_layers(workplace: Workplace, first: Task) -> list[Task]:
+        """Layers that the same run will ask for and that are not there yet: one forward pass serves them all."""
+        others = [Partition(layer) for layer in workplace.requested_layers if layer != first.partition.layer]
+        tasks = [Task(activations, partition, activations.recipe(workplace.store, partition)) for partition in others]
+        return [task for task in tasks if not workplace.store.hit(*task.where, task.recipe)]
+
+    return [
+        Op(tokens.address.op_name, (tokens,), make_tokens),
+        Op(activations.address.op_name, (activations,), make_activations, on_device=True),
+    ]
+
+
+def validate_source(settings: SourceSettings, layers: Sequence[int]) -> LanguageModelDescription:
+    """Find out before anything is spent whether the language model is there and has these layers and this hook."""
+    description = _language_model(settings)
+    validate_hook(description, settings.hook, layers)
+    return description
+
+
+def _language_model(settings: SourceSettings) -> LanguageModelDescription:
+    return describe_language_model(settings.language_model, settings.revision)

@@ -1,0 +1,211 @@
+"""The `saeens` command. Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 130 interrupted."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from saeens_pipeline.errors import SaeensError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Sparse-autoencoder ensembles as a Dagster asset pipeline.",
+)
+reference_model = typer.Typer(no_args_is_help=True, help="The embedded language model.")
+app.add_typer(reference_model, name="reference-model")
+
+out, err = Console(), Console(stderr=True)
+
+Experiment = Annotated[str, typer.Argument(help="Name of an experiment; `saeens experiments` lists them.")]
+
+
+class TableFormat(StrEnum):
+    table = "table"
+    csv = "csv"
+    json = "json"
+
+
+@app.callback()
+def _options(debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False) -> None:
+    """--debug is read in `main`, since it decides how errors of any command are shown."""
+
+
+@app.command()
+def run(
+    experiment: Experiment,
+    layer: Annotated[list[int] | None, typer.Option(help="Only this layer; may be given several times.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Only this ensemble seed; may be given several times.")] = None,
+    select: Annotated[list[str] | None, typer.Option(help="Only this asset, such as bagging/member_1, and what it needs.")] = None,
+) -> None:
+    """Materialise what is missing or stale, and print a summary."""
+    from saeens_pipeline.runs import run_experiment
+
+    run_experiment(experiment, layers=layer or [], seeds=seed or [], select=select or [], console=out)
+
+
+@app.command()
+def experiments() -> None:
+    """List the experiments, with their source, SAEs and partitions."""
+    from rich.table import Table
+
+    from saeens_pipeline.catalogue import load_catalogue
+
+    catalogue = load_catalogue()
+    table = Table("experiment", "source", "language model", "layers", "SAE", "members", "seeds", box=None, pad_edge=False)
+    for name, settings in sorted(catalogue.experiments.items()):
+        source = catalogue.sources[settings.source]
+        sae = ", ".join(str(value) if key == "architecture" else f"{key} {value}" for key, value in settings.sae.items())
+        layers, seeds = (", ".join(map(str, values)) for values in (source.layers, settings.ensemble.seeds))
+        table.add_row(name, settings.source, source.language_model, layers, sae, str(settings.ensemble.members), seeds)
+    out.print(table)
+    for message in catalogue.broken.values():
+        err.print(f"[red]left out:[/] {message}", highlight=False)
+    if catalogue.broken:
+        raise typer.Exit(2)
+
+
+@app.command()
+def status(experiment: Experiment) -> None:
+    """Print for each artefact whether it is fresh, stale (and why) or missing."""
+    from rich.table import Table
+
+    from saeens_pipeline.runs import experiment_status
+
+    table = Table("asset", "layer", "seed", "state", "why", box=None, pad_edge=False)
+    colours = {"fresh": "green", "stale": "yellow", "missing": "red"}
+    for each in experiment_status(experiment):
+        layer, seed = ("" if value is None else str(value) for value in each.partition)
+        table.add_row(str(each.declaration.address), layer, seed, f"[{colours[each.state]}]{each.state}[/]", each.reason)
+    out.print(table)
+
+
+@app.command()
+def table(
+    experiment: Experiment,
+    name: Annotated[
+        str, typer.Argument(metavar="TABLE", help="reconstruction, members, coactivation, stability, cost or training_curves.")
+    ],
+    format: Annotated[TableFormat, typer.Option(help="csv and json print the table and nothing else.")] = TableFormat.table,
+) -> None:
+    """Print an evaluation table, all layers and seeds."""
+    from saeens_pipeline.resources import data_root
+    from saeens_pipeline.storage.tables import read_table
+
+    frame = read_table(data_root(), experiment, name)
+    match format:
+        case TableFormat.csv:
+            sys.stdout.write(frame.write_csv())
+        case TableFormat.json:
+            sys.stdout.write(frame.write_json() + "\n")
+        case TableFormat.table:
+            from saeens_pipeline.summary import rich_table
+
+            out.print(rich_table(frame.drop("experiment", "sae_data_versions")))
+
+
+@app.command()
+def ui(
+    port: Annotated[int, typer.Option(help="Port on the loopback interface.")] = 3000,
+) -> None:
+    """Open the Dagster UI on this machine, with the runs that were made from here."""
+    import subprocess
+
+    from dagster import DagsterInstance
+
+    from saeens_pipeline.catalogue import load_catalogue
+    from saeens_pipeline.instance import prepare_home, register_layers
+
+    prepare_home()
+    with DagsterInstance.get() as instance:
+        for source in load_catalogue().sources.values():
+            register_layers(instance, source.name, source.layers)
+    out.print(f"The UI answers in about ten seconds at [link]http://127.0.0.1:{port}[/link]; Ctrl-C ends it.")
+    command = [
+        sys.executable,
+        "-m",
+        "dagster",
+        "dev",
+        "--module-name",
+        "saeens_pipeline.definitions",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
+    raise typer.Exit(subprocess.run(command, check=False).returncode)
+
+
+@app.command()
+def doctor(
+    verify: Annotated[bool, typer.Option("--verify", help="Read every artefact and compare its hashes.")] = False,
+) -> None:
+    """Say what this installation is, and whether anything is wrong with it."""
+    from saeens_pipeline.diagnosis import diagnose
+
+    findings = list(diagnose(verify=verify))
+    for finding in findings:
+        mark = "[green]ok[/]  " if finding.ok else "[red]bad[/] "
+        out.print(f"{mark} {finding.subject:<22} {finding.detail}", highlight=False, soft_wrap=True)
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(1)
+
+
+@reference_model.command("train")
+def train_reference_model(
+    output: Annotated[Path, typer.Option(help="Folder to write; the shipped model is not touched unless it is named.")] = Path(
+        "reference_model"
+    ),
+    tokens: Annotated[int | None, typer.Option(min=2048, help="Training tokens; by default those of the shipped model.")] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="A third faster; needs a C++ compiler.")] = False,
+) -> None:
+    """Train the embedded language model again from the installed packages: about an hour and a half on two cores."""
+    from dataclasses import replace
+
+    from saeens_pipeline.language_models import reference_model as reference
+    from saeens_pipeline.runs import reporter_for
+
+    recipe = reference.ReferenceModelRecipe()
+    recipe = replace(recipe, train_tokens=tokens) if tokens else recipe
+    with reporter_for(out).task("reference model", recipe.train_tokens, "tokens") as advance:
+        done = 0
+
+        def report(training: reference.TrainingStatus) -> None:
+            nonlocal done
+            advance(training.tokens - done)
+            done = training.tokens
+            if training.bits_per_byte:
+                out.print(
+                    f"step {training.step}: loss {training.loss:.3f} nats per token, held out {training.bits_per_byte:.3f} bits per byte"
+                )
+
+        reference.train_reference_model(output, recipe, compile_model=compile, report=report)
+    out.print(f"written to {output.absolute()}")
+
+
+def main() -> None:
+    """The entry point: known errors become one message, others a traceback with --debug."""
+    debug = "--debug" in sys.argv
+    try:
+        app()
+    except SaeensError as error:
+        if debug:
+            raise
+        err.print(f"[red]error:[/] {error}", highlight=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        err.print("stopped: what was finished is kept, and the next run goes on from there")
+        sys.exit(130)
+    except Exception as error:
+        if debug:
+            raise
+        err.print(
+            f"[red]error:[/] {type(error).__name__}: {error}\n`saeens --debug ...` shows the traceback", highlight=False, soft_wrap=True
+        )
+        sys.exit(1)

@@ -1,0 +1,1 @@
+"""One folder per experiment, each with a `defs.yaml`."""

@@ -1,0 +1,68 @@
+"""The Dagster instance: where runs and events are kept."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from saeens_pipeline.errors import SaeensError
+from saeens_pipeline.resources import data_root
+
+if TYPE_CHECKING:
+    from dagster import DagsterInstance
+
+_SETTINGS = """\
+# Where Dagster keeps runs and events, one op at a time on the GPU, and no telemetry.
+# `saeens` writes this file into DAGSTER_HOME; the one beside workspace.yaml serves a plain `dagster dev -w workspace.yaml`.
+storage:
+  sqlite:
+    base_dir: {home}/storage
+compute_logs:
+  module: dagster._core.storage.local_compute_log_manager
+  class: LocalComputeLogManager
+  config:
+    base_dir: {home}/compute_logs
+concurrency:
+  pools:
+    default_limit: 1
+    granularity: op
+run_monitoring:
+  enabled: true
+  free_slots_after_run_end_seconds: 60
+telemetry:
+  enabled: false
+"""
+
+
+def instance_settings(home: str) -> str:
+    """The content of `dagster.yaml` for an instance that lies in `home`."""
+    return _SETTINGS.format(home=home)
+
+
+def prepare_home() -> Path:
+    """DAGSTER_HOME, or `dagster` below the data root where it is not set: made and set up where it is not there yet.
+
+    The environment variable is set for this process and its children. A `dagster.yaml` that is there is left as it is.
+    """
+    home = Path(os.environ.get("DAGSTER_HOME") or data_root() / "dagster").absolute()
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        if not (home / "dagster.yaml").exists():
+            (home / "dagster.yaml").write_text(instance_settings(home.as_posix()))
+    except OSError as error:
+        raise SaeensError(
+            f"{home} cannot be written ({error.strerror}): set DAGSTER_HOME or SAEENS_DATA to a folder that can be"
+        ) from error
+    os.environ["DAGSTER_HOME"] = str(home)
+    return home
+
+
+def register_layers(instance: DagsterInstance, source: str, layers: Sequence[int]) -> None:
+    """Make Dagster know the layers of a source, in numeric order."""
+    name = f"{source}_layers"
+    known = set(instance.get_dynamic_partitions(name))
+    new = [str(layer) for layer in sorted(layers) if str(layer) not in known]
+    if new:
+        instance.add_dynamic_partitions(name, new)

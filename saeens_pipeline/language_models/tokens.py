@@ -1,0 +1,311 @@
+"""Token windows of a corpus on disk: what a language model is given, and which of its positions become activation rows.
+
+`tokens.zarr` is a Zarr v3 group. For each split, `train` and `test`, and all of shape `[n_windows, context_length]`:
+
+* `tokens`: token ids; after the end of a short window, padding.
+* `kept`: whether the position becomes an activation row. Row r of an activation store is the r-th kept position,
+  window by window, which leads from any row back to its window.
+* `document`: the document that the token is from, as a row of `documents.parquet`; -1 is padding.
+* `position`: the token's place within that document, counted from 0.
+
+`documents.parquet`, in the group's folder, has a row for every document that was used: split, document, name, language.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
+
+import numpy as np
+
+from saeens_pipeline.errors import ConfigurationError, SaeensError
+from saeens_pipeline.language_models.corpora import Corpus, Document, Split
+
+if TYPE_CHECKING:
+    import polars as pl
+    import torch
+    import zarr
+    from tokenizers import Tokenizer
+
+    from saeens_pipeline.language_models.models import LanguageModelDescription
+
+Packing = Literal["document", "concatenate"]
+Drop = Literal["special", "padding", "first"]
+
+SPLITS: tuple[Split, ...] = get_args(Split)
+MIN_WINDOW = 2  # tokens: a shorter rest of a document says nothing about a context
+_CHUNK_TOKENS = 2**18
+_BATCH_DOCUMENTS, _BATCH_CHARACTERS = 500, 1_000_000  # tokenised at once, whichever is reached first
+_PADDING = -1  # in `document`
+
+
+@dataclass(frozen=True)
+class SplitTokens:
+    """What one split holds. `rows` are the kept positions, `tokens` all positions that are not padding."""
+
+    rows: int
+    tokens: int
+    windows: int
+    documents: int
+
+
+@dataclass(frozen=True)
+class TokenStatistics:
+    """What `tokens.zarr` holds, by split."""
+
+    train: SplitTokens
+    test: SplitTokens
+
+
+class TokenBatch(NamedTuple):
+    """Some windows, all `[n_windows, context_length]`; see the module for what each is."""
+
+    tokens: torch.Tensor  # int64
+    kept: torch.Tensor  # bool
+    document: torch.Tensor  # int32
+    position: torch.Tensor  # int32
+
+
+def write_tokens(
+    path: Path,
+    corpus: Corpus,
+    description: LanguageModelDescription,
+    *,
+    context_length: int,
+    packing: Packing,
+    drop: Collection[Drop],
+    train_tokens: int,
+    test_tokens: int,
+    report: Callable[[int, int], None] = lambda rows, total_rows: None,
+) -> TokenStatistics:
+    """Tokenise as many documents as give exactly `train_tokens` and `test_tokens` kept positions, and write them to `path`.
+
+    packing: `document` cuts each document into windows of its own, with padding after a short last one (left out where it
+    is shorter than 2 tokens); `concatenate` cuts one stream of all documents, each preceded by the end-of-text token.
+    drop: positions that do not become activation rows: `special` tokens, `first` (position 0 of every window, which models
+    use as an attention sink), `padding` (never a row; may be said). Documents are encoded as the model's tokenizer encodes
+    a text, with the special tokens that it adds.
+
+    Memory is bounded by about a million characters of documents and one chunk of windows, plus the documents' names.
+    Raises ConfigurationError for settings that cannot be, SaeensError where the corpus has fewer rows than asked.
+    """
+    import polars as pl
+    import zarr
+
+    _validate(description, context_length, packing, drop, {"train": train_tokens, "test": test_tokens})
+    tokenizer = _load_tokenizer(description)
+    separator = _separator(description) if packing == "concatenate" else None
+    never_kept = _special_ids(tokenizer, description) if "special" in drop else np.empty(0, np.int64)
+    group = zarr.open_group(path, mode="w", zarr_format=3)
+    statistics: dict[Split, SplitTokens] = {}
+    documents: list[tuple[str, int, str, str]] = []
+    wanted: dict[Split, int] = {"train": train_tokens, "test": test_tokens}
+    for split in SPLITS:
+        used: list[Document] = []
+        encoded = _encode(tokenizer, corpus.documents(split), description, separator, used)
+        writer = _SplitWriter(group.create_group(split), context_length, description.vocab_size, padding=separator or 0)
+        for window in _windows(encoded, context_length, packing):
+            kept = ~np.isin(window.tokens, never_kept)
+            if "first" in drop:
+                kept[0] = False
+            missing = wanted[split] - writer.rows
+            end = int(np.flatnonzero(kept)[missing - 1]) + 1 if kept.sum() >= missing else len(kept)
+            writer.append(_Window(*(values[:end] for values in window)), kept[:end])
+            report(sum(s.rows for s in statistics.values()) + writer.rows, sum(wanted.values()))
+            if writer.rows == wanted[split]:
+                break
+        if writer.rows < wanted[split]:
+            raise SaeensError(
+                f"the corpus' {split} split has {writer.rows:,} activation rows with packing: {packing} and drop: [{', '.join(drop)}], "
+                f"but {wanted[split]:,} were asked for: lower `{split}_tokens` to at most {writer.rows:,}"
+            )
+        statistics[split] = writer.finish()
+        documents += [(split, i, d.name, d.language) for i, d in enumerate(used[: statistics[split].documents])]
+    schema = {"split": pl.String, "document": pl.Int32, "name": pl.String, "language": pl.String}
+    pl.DataFrame(documents, schema=schema, orient="row").write_parquet(path / "documents.parquet")
+    result = TokenStatistics(**statistics)
+    group.attrs.update({"context_length": context_length, "packing": packing, "drop": sorted(drop), "statistics": asdict(result)})
+    return result
+
+
+def open_tokens(path: Path) -> TokenStore:
+    """Open what `write_tokens` wrote. Raises SaeensError where there is nothing, or only a part."""
+    import zarr
+
+    try:
+        group = zarr.open_group(path, mode="r")
+        return TokenStore(path, group)
+    except (FileNotFoundError, KeyError) as error:
+        raise SaeensError(f"{path} holds no tokens, or only a part of them ({error}): make them again") from None
+
+
+class TokenStore:
+    """Token windows that are read in storage order."""
+
+    def __init__(self, path: Path, group: zarr.Group) -> None:
+        attributes = cast("dict[str, Any]", group.attrs.asdict())
+        self.path = path
+        self.context_length: int = attributes["context_length"]
+        self.statistics = TokenStatistics(**{split: SplitTokens(**attributes["statistics"][split]) for split in SPLITS})
+        self._group = group
+
+    def n_rows(self, split: Split) -> int:
+        """How many activation rows the split gives."""
+        return getattr(self.statistics, split).rows
+
+    def batches(self, split: Split, batch_windows: int) -> Iterator[TokenBatch]:
+        """All windows in order, at most `batch_windows` at a time. Memory: one chunk of each array, about 5 MB."""
+        import torch
+
+        arrays: list[Any] = [self._group[f"{split}/{name}"] for name in ("tokens", "kept", "document", "position")]
+        n_windows, chunk_windows = arrays[0].shape[0], arrays[0].chunks[0]
+        for start in range(0, n_windows, chunk_windows):
+            tokens, *others = (torch.from_numpy(array[start : start + chunk_windows]) for array in arrays)
+            tokens = tokens.long()
+            for first in range(0, len(tokens), batch_windows):
+                yield TokenBatch(*(values[first : first + batch_windows] for values in (tokens, *others)))
+
+    def documents(self, split: Split) -> pl.DataFrame:
+        """The documents of the split: document (as in the `document` array), name, language."""
+        import polars as pl
+
+        return pl.scan_parquet(self.path / "documents.parquet").filter(pl.col("split") == split).drop("split").collect()
+
+
+class _Window(NamedTuple):
+    tokens: np.ndarray  # [at most context_length], as all three
+    document: np.ndarray
+    position: np.ndarray
+
+
+class _SplitWriter:
+    """Collects windows to whole chunks and appends them to the arrays of one split."""
+
+    def __init__(self, group: zarr.Group, context_length: int, vocab_size: int, padding: int) -> None:
+        self.rows = self._tokens = self._windows = self._documents = self._filled = 0
+        chunk_windows = max(1, _CHUNK_TOKENS // context_length)
+        token_type = np.uint16 if vocab_size <= 2**16 else np.uint32
+        fills = {"tokens": (token_type, padding), "kept": (np.bool_, False), "document": (np.int32, _PADDING), "position": (np.int32, 0)}
+        self._padding = {name: fill for name, (_, fill) in fills.items()}
+        self._buffers = {name: np.full((chunk_windows, context_length), fill, dtype) for name, (dtype, fill) in fills.items()}
+        self._arrays = {
+            name: group.create_array(name, shape=(0, context_length), chunks=buffer.shape, dtype=buffer.dtype)
+            for name, buffer in self._buffers.items()
+        }
+
+    def append(self, window: _Window, kept: np.ndarray) -> None:
+        for name, values in zip(self._buffers, (window.tokens, kept, window.document, window.position), strict=True):
+            self._buffers[name][self._filled] = self._padding[name]
+            self._buffers[name][self._filled, : len(values)] = values
+        self._filled += 1
+        self.rows += int(kept.sum())
+        self._tokens += len(kept)
+        self._documents = int(window.document[-1]) + 1
+        if self._filled == len(self._buffers["tokens"]):
+            self._flush()
+
+    def finish(self) -> SplitTokens:
+        self._flush()
+        return SplitTokens(self.rows, self._tokens, self._windows, self._documents)
+
+    def _flush(self) -> None:
+        start, self._windows = self._windows, self._windows + self._filled
+        for name, array in self._arrays.items():
+            array.resize((self._windows, array.shape[1]))
+            array[start:] = self._buffers[name][: self._filled]
+        self._filled = 0
+
+
+def _windows(encoded: Iterator[np.ndarray], context_length: int, packing: Packing) -> Iterator[_Window]:
+    """Cut documents into windows; all are of `context_length` tokens but the last of a document, or of the stream."""
+    rest = _Window(*(np.empty(0, np.int64) for _ in _Window._fields))
+    for index, ids in enumerate(encoded):
+        document = _Window(ids, np.full(len(ids), index), np.arange(len(ids)))
+        stream = _Window(*(np.concatenate(pair) for pair in zip(rest, document, strict=True)))
+        whole = len(stream.tokens) // context_length * context_length
+        for start in range(0, whole, context_length):
+            yield _Window(*(values[start : start + context_length] for values in stream))
+        rest = _Window(*(values[whole:] for values in stream))
+        if packing == "document":
+            if len(rest.tokens) >= MIN_WINDOW:
+                yield rest
+            rest = _Window(*(values[:0] for values in rest))
+    if len(rest.tokens) >= MIN_WINDOW:
+        yield rest
+
+
+def _encode(
+    tokenizer: Tokenizer, documents: Iterator[Document], description: LanguageModelDescription, separator: int | None, used: list[Document]
+) -> Iterator[np.ndarray]:
+    """Token ids of each document, after the separator if there is one; `used` is given the documents, without their text."""
+    for batch in _batched(documents):
+        for document, encoding in zip(batch, tokenizer.encode_batch_fast([d.text for d in batch]), strict=True):
+            ids = np.asarray(encoding.ids, np.int64)
+            if separator is not None and (len(ids) == 0 or ids[0] != separator):
+                ids = np.concatenate([[separator], ids])
+            if ids.max(initial=0) >= description.vocab_size:
+                raise ConfigurationError(
+                    f"{description.name}: its tokenizer gives token {ids.max()}, but the model knows {description.vocab_size} tokens: "
+                    "tokenizer.json and config.json are not of one model"
+                )
+            used.append(Document(document.name, "", document.language))
+            yield ids
+
+
+def _batched(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
+        if len(batch) == _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _load_tokenizer(description: LanguageModelDescription) -> Tokenizer:
+    from tokenizers import Tokenizer
+
+    file = description.path / "tokenizer.json"
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the only class that tokenizers raises
+        raise ConfigurationError(f"{file} is not a tokenizer that this version of tokenizers can read: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _separator(description: LanguageModelDescription) -> int:
+    if description.end_of_text is None:
+        raise ConfigurationError(
+            f"packing: concatenate needs an end-of-text token, and {description.path / 'config.json'} names none (eos_token_id): "
+            "add it there, or use packing: document"
+        )
+    return description.end_of_text
+
+
+def _special_ids(tokenizer: Tokenizer, description: LanguageModelDescription) -> np.ndarray:
+    special = {token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    return np.array(sorted(special | ({description.end_of_text} if description.end_of_text is not None else set())), np.int64)
+
+
+def _validate(
+    description: LanguageModelDescription, context_length: int, packing: str, drop: Collection[str], wanted: Mapping[Split, int]
+) -> None:
+    if packing not in get_args(Packing):
+        raise ConfigurationError(f"packing: {packing!r} is not known; allowed: {', '.join(get_args(Packing))}")
+    unknown = sorted(set(drop) - set(get_args(Drop)))
+    if unknown:
+        raise ConfigurationError(f"drop: {', '.join(map(repr, unknown))} is not known; allowed: {', '.join(get_args(Drop))}")
+    if not MIN_WINDOW <= context_length <= description.context_length:
+        raise ConfigurationError(
+            f"context_length: {context_length} is not possible: {description.name} takes {MIN_WINDOW} to {description.context_length}"
+        )
+    for split, tokens in wanted.items():
+        if tokens < 1:
+            raise ConfigurationError(f"{split}_tokens: {tokens} is not possible: at least 1")

@@ -1,0 +1,179 @@
+"""Materialise an experiment from the command line: plan, check, and run stage by stage through Dagster."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from saeens_pipeline import progress
+from saeens_pipeline.errors import ConfigurationError, SaeensError
+from saeens_pipeline.plan import Stage, Status, plan
+from saeens_pipeline.resources import StoreResource
+from saeens_pipeline.storage.recipes import Store
+
+if TYPE_CHECKING:
+    from dagster import DagsterInstance
+    from rich.console import Console
+
+    from saeens_pipeline.assets.declarations import Declaration
+    from saeens_pipeline.catalogue import Catalogue
+    from saeens_pipeline.components import ExperimentSettings
+
+
+def reporter_for(console: Console) -> progress.Reporter:
+    """Bars in a terminal, plain lines elsewhere."""
+    return progress.BarReporter() if console.is_terminal else progress.LineReporter(lambda line: console.print(line, highlight=False))
+
+
+def experiment_status(name: str) -> list[Status]:
+    """The state of every artefact of an experiment, in the order in which they are made."""
+    from saeens_pipeline.catalogue import load_catalogue
+
+    catalogue = load_catalogue()
+    experiment = catalogue.experiment(name)
+    stages = plan(StoreResource().store, catalogue.ops(experiment), catalogue.sources[experiment.source].layers, experiment.ensemble.seeds)
+    return [status for stage in stages for status in stage.statuses]
+
+
+def run_experiment(name: str, *, layers: Sequence[int], seeds: Sequence[int], select: Sequence[str], console: Console) -> None:
+    """Make what is missing or stale, show progress, and print the summary table."""
+    from saeens_pipeline.catalogue import load_catalogue
+    from saeens_pipeline.summary import print_summary
+
+    began = time.monotonic()
+    catalogue = load_catalogue()
+    experiment = catalogue.experiment(name)
+    source = catalogue.sources[experiment.source]
+    layers = sorted(set(layers)) or source.layers
+    _check(catalogue, experiment, layers, seeds)
+    store = StoreResource().store
+    _check_writable(store)
+
+    stages = plan(store, catalogue.ops(experiment), layers, experiment.ensemble.seeds)
+    chosen = _restricted(stages, seeds, select, console)
+    n_wanted = sum(len(stage) for _, stage in chosen)
+    n_planned = sum(len(stage.statuses) for stage in stages)
+    if not n_wanted:
+        console.print(f"{name}: nothing to do, {n_planned} artefacts are fresh (cache hits); no training", highlight=False)
+    else:
+        console.print(f"{name}: {n_wanted} artefacts to make, {n_planned - n_wanted} fresh (cache hits) or not asked for", highlight=False)
+        with _quiet(), progress.report_to(reporter_for(console)):
+            _execute(experiment, layers, [(stage, wanted) for stage, wanted in chosen if wanted])
+    print_summary(store.root, experiment, layers, console)
+    console.print(
+        f"\nTook {time.monotonic() - began:.0f} s. Everything lies below {store.root}; `saeens ui` opens the Dagster UI.",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _check(catalogue: Catalogue, experiment: ExperimentSettings, layers: Sequence[int], seeds: Sequence[int]) -> None:
+    """Find out what cannot work before anything is spent."""
+    from saeens_pipeline.assets.saes import validate_targets
+    from saeens_pipeline.assets.sources import validate_source
+
+    unknown = sorted(set(seeds) - set(experiment.ensemble.seeds))
+    if unknown:
+        raise ConfigurationError(
+            f"{experiment.name} has no seed {', '.join(map(str, unknown))}; it has {', '.join(map(str, experiment.ensemble.seeds))}"
+        )
+    description = validate_source(catalogue.sources[experiment.source], layers)
+    validate_targets(experiment, description.d_model)
+
+
+def _check_writable(store: Store) -> None:
+    try:
+        store.root.mkdir(parents=True, exist_ok=True)
+        probe = store.root / f".writable.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise SaeensError(
+            f"{store.root} cannot be written ({error.strerror}): choose another root with SAEENS_DATA, or mend its permissions"
+        ) from error
+
+
+def _restricted(
+    stages: Sequence[Stage], seeds: Sequence[int], select: Sequence[str], console: Console
+) -> list[tuple[Stage, list[Declaration]]]:
+    """What each stage has to make, given the seeds and assets that were asked for."""
+    allowed = _selected(stages, select) if select else None
+    chosen: list[tuple[Stage, list[Declaration]]] = []
+    left_out = False
+    for stage in stages:
+        wanted = [d for d in stage.to_make if allowed is None or d in allowed]
+        if seeds and stage.partition.seed is not None and stage.partition.seed not in seeds:
+            left_out = left_out or bool(wanted)
+            wanted = []
+        if left_out and stage.partition.seed is None and any(d.seeds for d in wanted):
+            console.print("what compares all seeds is left out: not all seeds were asked for", highlight=False)
+            wanted = []
+        chosen.append((stage, wanted))
+    return chosen
+
+
+def _selected(stages: Sequence[Stage], select: Sequence[str]) -> list[Declaration]:
+    """The artefacts whose keys end in what was asked for, and everything that they need."""
+    declarations = {status.declaration.address: status.declaration for stage in stages for status in stage.statuses}
+    pending = []
+    for wanted in select:
+        matching = [d for d in declarations.values() if f"/{d.address}".endswith(f"/{wanted.strip('/')}")]
+        if not matching:
+            raise ConfigurationError(f"--select {wanted}: no such asset; there are: {', '.join(map(str, declarations))}")
+        pending += matching
+    found = []
+    while pending:
+        declaration = pending.pop()
+        if declaration not in found:
+            found.append(declaration)
+            pending += [declarations[each.artefact.address] for each in declaration.inputs]
+    return found
+
+
+def _execute(experiment: ExperimentSettings, layers: Sequence[int], chosen: Sequence[tuple[Stage, list[Declaration]]]) -> None:
+    from dagster import DagsterInstance
+
+    from saeens_pipeline.instance import prepare_home, register_layers
+
+    prepare_home()
+    with DagsterInstance.get() as instance:
+        register_layers(instance, experiment.source, layers)
+        for stage, declarations in chosen:
+            _execute_stage(instance, stage, declarations, layers)
+
+
+def _execute_stage(instance: DagsterInstance, stage: Stage, declarations: Sequence[Declaration], layers: Sequence[int]) -> None:
+    """One Dagster run in this process, seen in the UI afterwards. Raises what made it fail."""
+    from dagster import AssetKey
+
+    from saeens_pipeline.assets.dagster_assets import LAYERS_TAG, partition_key
+    from saeens_pipeline.definitions import defs
+
+    job = defs.resolve_implicit_global_asset_job_def()
+    job.execute_in_process(
+        instance=instance,
+        partition_key=partition_key(declarations[0], stage.partition),
+        asset_selection=[AssetKey(declaration.address.key) for declaration in declarations],
+        tags={"user": "saeens run", LAYERS_TAG: ",".join(map(str, layers))},
+        run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Dagster's own warnings and log lines stay in its event log."""
+    import warnings
+
+    logger = logging.getLogger("dagster")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

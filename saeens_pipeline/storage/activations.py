@@ -1,0 +1,350 @@
+"""The activation store: rows of activations, or of residuals, on disk, written once and read many times.
+
+A store is a Zarr v3 group. For each split there is a group of that name with
+
+* `activations` `[n, d_in]`: uncompressed (real activations hardly compress), in shards of 16 chunks of 1 to 2 MiB. The
+  attribute `dtype` of the store says what the numbers are; bfloat16, which Zarr does not know, is stored as its bits in uint16.
+* `document`, `position` `[n]` int32: which token a row is from, as in `tokens.zarr`. A residual has neither: its rows are
+  those of the activations that it is left of.
+* the attribute `statistics`, of the rows as stored: rows, mean, variance, mean_norm.
+
+Whatever reads a store reads whole chunks, and whatever is computed from it for storage is computed chunk by chunk, so
+that the same rows always meet in the same matrix product and give the same bits.
+"""
+
+from __future__ import annotations
+
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import numpy as np
+
+from saeens_pipeline.errors import SaeensError
+
+if TYPE_CHECKING:
+    import torch
+    import zarr
+
+StoredDtype = Literal["float16", "bfloat16", "float32"]
+
+_BYTES: Mapping[StoredDtype, int] = {"float16": 2, "bfloat16": 2, "float32": 4}
+_MAX_CHUNK_BYTES = 2**21
+_CHUNKS_PER_SHARD = 16
+
+
+@dataclass(frozen=True)
+class ActivationStatistics:
+    """Moments of n rows x: `mean` and (population) `variance` per dimension, `[d_in]` float64, and `mean_norm` = mean of ||x||_2."""
+
+    rows: int
+    mean: np.ndarray
+    variance: np.ndarray
+    mean_norm: float
+
+    def to_json(self) -> dict[str, Any]:
+        """For JSON files and Zarr attributes; `from_json` gives back the same bits."""
+        return {"rows": self.rows, "mean": self.mean.tolist(), "variance": self.variance.tolist(), "mean_norm": self.mean_norm}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> ActivationStatistics:
+        """What `to_json` has written."""
+        return cls(values["rows"], np.array(values["mean"]), np.array(values["variance"]), values["mean_norm"])
+
+
+class StreamingStatistics:
+    """Accumulates ActivationStatistics over chunks of rows, in float64 (Chan, Golub and LeVeque 1979)."""
+
+    def __init__(self, d_in: int) -> None:
+        self._rows, self._norms = 0, 0.0
+        self._mean, self._squares = np.zeros(d_in), np.zeros(d_in)  # squares of deviations from the mean
+
+    def update(self, chunk: torch.Tensor) -> None:
+        """Add rows `[n, d_in]`."""
+        if not len(chunk):
+            return
+        x = chunk.double().numpy()
+        mean, rows = x.mean(axis=0), self._rows + len(x)
+        step = mean - self._mean
+        self._squares += ((x - mean) ** 2).sum(axis=0) + step**2 * (self._rows * len(x) / rows)
+        self._mean = self._mean + step * (len(x) / rows)
+        self._norms += float(np.sqrt((x**2).sum(axis=1)).sum())
+        self._rows = rows
+
+    def compute(self) -> ActivationStatistics:
+        """Of all rows so far."""
+        rows = max(1, self._rows)
+        return ActivationStatistics(self._rows, self._mean, self._squares / rows, self._norms / rows)
+
+
+class ActivationReader(ABC):
+    """What training and evaluation read from: an ActivationStore, or a residual that is computed while it is read."""
+
+    d_in: int
+    dtype: StoredDtype  # of the numbers on disk; reading gives float32
+    chunk_rows: int
+
+    @abstractmethod
+    def n_rows(self, split: str) -> int:
+        """Raises SaeensError for a split that is not there, as all that follow do."""
+
+    @abstractmethod
+    def statistics(self, split: str) -> ActivationStatistics:
+        """Of the rows that reading the split gives."""
+
+    @abstractmethod
+    def read_chunk(self, split: str, index: int) -> torch.Tensor:
+        """Rows `[index * chunk_rows, (index + 1) * chunk_rows)` in the stored dtype; the last chunk may be shorter."""
+
+    def n_chunks(self, split: str) -> int:
+        """How many chunks the split has, the last one included that may be shorter."""
+        return -(-self.n_rows(split) // self.chunk_rows)
+
+    def chunks(self, split: str) -> Iterator[torch.Tensor]:
+        """All rows in storage order, as float32 `[<= chunk_rows, d_in]`. Holds one chunk at a time."""
+        for index in range(self.n_chunks(split)):
+            yield self.read_chunk(split, index).float()
+
+    def batches(self, split: str, batch_tokens: int, *, seed: int, epochs: int = 1, mixing_chunks: int = 64) -> Iterator[torch.Tensor]:
+        """Shuffled rows, as float32 `[batch_tokens, d_in]`; the very last batch may be shorter.
+
+        Each epoch takes the chunks in another random order, `mixing_chunks` at a time, and shuffles the rows of those together:
+        every row comes exactly once per epoch. The order of rows depends on seed, chunks and mixing_chunks, not on batch_tokens,
+        and a batch may hold the end of one epoch and the beginning of the next. Holds `mixing_chunks` chunks (up to 2 MiB each).
+        """
+        import torch
+
+        batch, filled = torch.empty(batch_tokens, self.d_in), 0
+        for epoch in range(epochs):
+            for rows, order in self._shuffled(split, np.random.default_rng([seed, epoch]), mixing_chunks):
+                start = 0
+                while start < len(order):
+                    taken = order[start : start + batch_tokens - filled]
+                    batch[filled : filled + len(taken)] = rows[taken]
+                    start, filled = start + len(taken), filled + len(taken)
+                    if filled == batch_tokens:
+                        yield batch
+                        batch, filled = torch.empty(batch_tokens, self.d_in), 0
+        if filled:
+            yield batch[:filled]
+
+    def _shuffled(self, split: str, generator: np.random.Generator, mixing_chunks: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The rows of several chunks, and the order in which to take them."""
+        import torch
+
+        chunk_order = generator.permutation(self.n_chunks(split))
+        for start in range(0, len(chunk_order), mixing_chunks):
+            rows = torch.cat([self.read_chunk(split, int(index)) for index in chunk_order[start : start + mixing_chunks]])
+            yield rows, torch.from_numpy(generator.permutation(len(rows)))
+
+
+class ActivationStore(ActivationReader):
+    """A store on disk, open for reading. Raises SaeensError where there is none, or only a part."""
+
+    def __init__(self, path: Path) -> None:
+        import zarr
+
+        self.path = path
+        try:
+            group = zarr.open_group(path, mode="r")
+            self.dtype = cast("StoredDtype", group.attrs["dtype"])
+            self._arrays: dict[str, dict[str, Any]] = {}
+            self._statistics: dict[str, ActivationStatistics] = {}
+            for split, members in group.groups():
+                self._arrays[split] = dict(members.arrays())
+                self._statistics[split] = ActivationStatistics.from_json(cast("dict[str, Any]", members.attrs["statistics"]))
+            activations = next(iter(self._arrays.values()))["activations"]
+        except (FileNotFoundError, KeyError, StopIteration) as error:
+            raise SaeensError(f"{path} holds no activations, or only a part of them ({error}): make them again") from None
+        self.d_in, self.chunk_rows = activations.shape[1], activations.chunks[0]
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return tuple(sorted(self._arrays, reverse=True))
+
+    def n_rows(self, split: str) -> int:
+        return self._array(split, "activations").shape[0]
+
+    def statistics(self, split: str) -> ActivationStatistics:
+        self._array(split, "activations")
+        return self._statistics[split]
+
+    def document(self, split: str) -> np.ndarray:
+        """`[n]` int32: the document that each row is from."""
+        return self._array(split, "document")[:]
+
+    def position(self, split: str) -> np.ndarray:
+        """`[n]` int32: each row's place in its document, in tokens."""
+        return self._array(split, "position")[:]
+
+    def read_chunk(self, split: str, index: int) -> torch.Tensor:
+        import torch
+
+        start = index * self.chunk_rows
+        values = torch.from_numpy(self._array(split, "activations")[start : start + self.chunk_rows])
+        return values.view(torch.bfloat16) if self.dtype == "bfloat16" else values
+
+    def _array(self, split: str, name: str) -> Any:
+        try:
+            return self._arrays[split][name]
+        except KeyError:
+            held = ", ".join(f"{s}/{n}" for s, arrays in self._arrays.items() for n in arrays)
+            raise SaeensError(f"{self.path} has no {split}/{name}; it has {held}") from None
+
+
+class ActivationWriter:
+    """Writes a store, batch by batch; use as a context manager, then read `statistics`.
+
+    `rows` says how many rows each split will have; it is an error if more or fewer come. `name` says what is written, for
+    messages. `with_origin`: whether document and position of every row are stored too. Free disk is compared with what will be
+    written before anything is. Memory: one shard of each split (up to 32 MiB), whatever the number of rows.
+    The store is whole, and can be opened, once the writer is closed.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        d_in: int,
+        dtype: StoredDtype,
+        rows: Mapping[str, int],
+        *,
+        name: str,
+        with_origin: bool = True,
+        chunk_rows: int | None = None,
+    ) -> None:
+        import zarr
+
+        require_free_disk(path, stored_bytes(d_in, dtype, rows, with_origin), name)
+        self.name = name
+        self.dtype: StoredDtype = dtype
+        group = zarr.open_group(path, mode="w", zarr_format=3, attributes={"dtype": dtype})
+        chunk_rows = chunk_rows or default_chunk_rows(d_in, dtype)
+        self._splits = {
+            split: _SplitWriter(group.create_group(split), n, d_in, dtype, chunk_rows=chunk_rows, with_origin=with_origin)
+            for split, n in rows.items()
+        }
+        self.statistics: dict[str, ActivationStatistics] = {}
+
+    def __enter__(self) -> ActivationWriter:
+        return self
+
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        if error_type is None:
+            self.close()
+
+    def append(self, split: str, rows: torch.Tensor, document: torch.Tensor | None = None, position: torch.Tensor | None = None) -> None:
+        """Add rows `[n, d_in]` of any float dtype and device, with `document` and `position` `[n]` where these are stored.
+
+        Raises SaeensError for values that are not finite, or too large for the stored dtype.
+        """
+        columns = {"activations": to_stored_dtype(rows, self.dtype, self.name).cpu()}
+        if document is not None and position is not None:
+            columns |= {"document": document.cpu(), "position": position.cpu()}
+        self._splits[split].append(columns)
+
+    def close(self) -> None:
+        """Write what is buffered, and the statistics. Raises SaeensError if a split has not got all its rows."""
+        self.statistics = {split: writer.finish(f"{self.name}, {split} split") for split, writer in self._splits.items()}
+
+
+class _SplitWriter:
+    """Buffers the rows of one split to whole shards, so that none is written twice."""
+
+    def __init__(self, group: zarr.Group, n_rows: int, d_in: int, dtype: StoredDtype, *, chunk_rows: int, with_origin: bool) -> None:
+        import torch
+
+        self._group, self._n_rows, self._chunk_rows = group, n_rows, chunk_rows
+        self._shard_rows = chunk_rows * min(_CHUNKS_PER_SHARD, max(1, -(-n_rows // chunk_rows)))
+        self._arrays: dict[str, Any] = {
+            "activations": group.create_array(
+                "activations",
+                shape=(n_rows, d_in),
+                chunks=(chunk_rows, d_in),
+                shards=(self._shard_rows, d_in),
+                dtype="uint16" if dtype == "bfloat16" else dtype,
+                compressors=None,
+                filters=None,
+            )
+        }
+        self._buffers = {"activations": torch.empty(self._shard_rows, d_in, dtype=getattr(torch, dtype))}
+        for name in ("document", "position") if with_origin else ():
+            self._arrays[name] = group.create_array(name, shape=(n_rows,), chunks=(self._shard_rows,), dtype="int32")
+            self._buffers[name] = torch.empty(self._shard_rows, dtype=torch.int32)
+        self._written = self._filled = 0
+        self._statistics = StreamingStatistics(d_in)
+
+    def append(self, columns: Mapping[str, torch.Tensor]) -> None:
+        if columns.keys() != self._buffers.keys():
+            raise ValueError(f"got {', '.join(columns)}; this store is made of {', '.join(self._buffers)}")
+        n_rows, start = len(columns["activations"]), 0
+        while start < n_rows:
+            taken = min(n_rows - start, self._shard_rows - self._filled)
+            for name, values in columns.items():
+                self._buffers[name][self._filled : self._filled + taken] = values[start : start + taken]
+            start, self._filled = start + taken, self._filled + taken
+            if self._filled == self._shard_rows:
+                self._flush()
+
+    def finish(self, name: str) -> ActivationStatistics:
+        self._flush()
+        if self._written != self._n_rows:
+            raise SaeensError(f"{name}: {self._written:,} rows came, {self._n_rows:,} were announced")
+        statistics = self._statistics.compute()
+        self._group.attrs["statistics"] = statistics.to_json()
+        return statistics
+
+    def _flush(self) -> None:
+        """Statistics are taken chunk by chunk, so that they do not depend on how rows were appended."""
+        rows = self._buffers["activations"][: self._filled]
+        for chunk in rows.split(self._chunk_rows) if len(rows) else ():
+            self._statistics.update(chunk)
+        end = self._written + self._filled
+        if end <= self._n_rows:  # `finish` reports too many
+            for name, buffer in self._buffers.items():
+                self._arrays[name][self._written : end] = _as_numpy(buffer[: self._filled])
+        self._written, self._filled = end, 0
+
+
+def to_stored_dtype(rows: torch.Tensor, dtype: StoredDtype, name: str) -> torch.Tensor:
+    """Round rows to the dtype of a store. Raises SaeensError for NaN and infinity, and for what the dtype cannot hold."""
+    import torch
+
+    stored = rows.to(getattr(torch, dtype))
+    if bool(torch.isfinite(stored).all()):
+        return stored
+    if not bool(torch.isfinite(rows).all()):
+        raise SaeensError(f"{name} has values that are NaN or infinite: what computes them has overflowed or is broken")
+    largest, limit = float(rows.abs().max()), torch.finfo(getattr(torch, dtype)).max
+    raise SaeensError(f"{name} has values up to {largest:,.0f}, and {dtype} ends at {limit:,.0f}: set dtype: bfloat16, or float32")
+
+
+def default_chunk_rows(d_in: int, dtype: StoredDtype) -> int:
+    """The largest power of two of rows that makes a chunk of at most 2 MiB."""
+    return 1 << max(0, (_MAX_CHUNK_BYTES // (d_in * _BYTES[dtype])).bit_length() - 1)
+
+
+def stored_bytes(d_in: int, dtype: StoredDtype, rows: Mapping[str, int], with_origin: bool = True) -> int:
+    """What a store takes on disk, at most (but for a few kB): document and position are compressed, mostly to little."""
+    return sum(rows.values()) * (d_in * _BYTES[dtype] + (8 if with_origin else 0))
+
+
+def require_free_disk(path: Path, n_bytes: int, name: str) -> None:
+    """Raise SaeensError unless the disk on which `path` lies, or will lie, has `n_bytes` free."""
+    folder = path.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < n_bytes:
+        raise SaeensError(
+            f"{name} needs {n_bytes:,} bytes in {path}, where {free:,} bytes are free: "
+            "make room, ask for fewer tokens or layers, or set SAEENS_DATA to a larger disk"
+        )
+
+
+def _as_numpy(values: torch.Tensor) -> np.ndarray:
+    import torch
+
+    return values.view(torch.uint16).numpy() if values.dtype == torch.bfloat16 else values.numpy()

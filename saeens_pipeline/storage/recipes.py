@@ -1,0 +1,319 @@
+"""The one mechanism behind caching: an artefact on disk carries the recipe it was made by.
+
+A recipe says everything that decides an artefact's content: the builder and its version, the settings, and the data
+versions of what it was made from. An artefact whose stored recipe has the same hash as the recipe asked for is a *hit*
+and is not made again, whoever asks. What is merely good to know (run, seconds, device, versions) is its provenance.
+
+A folder keeps this in `recipe.json`; a Parquet table in its footer. An artefact appears under its final name only when it
+is whole: it is written beside it, flushed to disk, and renamed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from saeens_pipeline.errors import SaeensError
+from saeens_pipeline.storage.names import Address, Partition
+
+if TYPE_CHECKING:
+    import polars as pl
+
+RECIPE_FILE = "recipe.json"
+FOOTER_KEY = "saeens"
+
+
+def digest(value: object) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of a value's canonical JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What decides an artefact. `inputs` maps the name of each input to its data version."""
+
+    builder: str
+    version: int
+    settings: Mapping[str, Any]
+    inputs: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"builder": self.builder, "version": self.version, "settings": dict(self.settings), "inputs": dict(self.inputs)}
+
+    @property
+    def hash(self) -> str:
+        return digest(self.to_json())
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """An artefact that is on disk, as its recipe describes it. `files` maps relative names to (bytes, SHA-256)."""
+
+    path: Path
+    recipe: dict[str, Any]
+    provenance: dict[str, Any]
+    files: dict[str, tuple[int, str]]
+    data_version: str
+
+    @property
+    def recipe_hash(self) -> str:
+        return digest(self.recipe)
+
+    def differences(self, wanted: Recipe) -> list[str]:
+        """Which parts of the recipe asked for differ from the one that made this, in words."""
+        other = wanted.to_json()
+        found = [f"the code of {other['builder']} changed"] if self.recipe["version"] != other["version"] else []
+        for part, label in (("settings", "setting"), ("inputs", "input")):
+            before, after = _flat(self.recipe[part]), _flat(other[part])
+            found += [
+                f"{label} {name}: {before.get(name)} -> {after.get(name)}"
+                for name in sorted({*before, *after})
+                if before.get(name) != after.get(name)
+            ]
+        return found
+
+    def verify(self) -> list[str]:
+        """Every way in which the bytes on disk differ from what was written; empty when all hashes agree."""
+        if self.path.suffix == ".parquet":
+            return (
+                []
+                if _table_digest(_read_table(self.path)) == self.files["table"][1]
+                else [f"{self.path}: the rows are not those that were written"]
+            )
+        wrong = []
+        for name, (_, sha256) in self.files.items():
+            file = self.path / name
+            if not file.is_file():
+                wrong.append(f"{file}: missing")
+            elif _sha256(file) != sha256:
+                wrong.append(f"{file}: the bytes are not those that were written")
+        return wrong
+
+
+class MissingInputError(SaeensError):
+    """An artefact that is needed first is not there."""
+
+
+@dataclass(frozen=True)
+class Store:
+    """All artefacts below one root folder."""
+
+    root: Path
+
+    def path(self, address: Address, partition: Partition) -> Path:
+        return self.root / address.path(partition)
+
+    def find(self, address: Address, partition: Partition) -> Artefact | None:
+        """The artefact at that address, or None. Costs milliseconds: names and sizes are compared, not contents.
+
+        Raises SaeensError where files are missing or have another size than the recipe says.
+        """
+        path = self.path(address, partition)
+        artefact = read_artefact(path) if _record_file(path).exists() else None
+        if artefact and path.suffix != ".parquet":
+            for name, (size, _) in artefact.files.items():
+                _check_size(path / name, size, address)
+        return artefact
+
+    def hit(self, address: Address, partition: Partition, recipe: Recipe) -> Artefact | None:
+        """The artefact at that address, if it was made by this very recipe."""
+        artefact = self.find(address, partition)
+        return artefact if artefact and artefact.recipe_hash == recipe.hash else None
+
+    def require(self, address: Address, partition: Partition) -> Artefact:
+        """The artefact at that address. Raises MissingInputError, which says what makes it."""
+        artefact = self.find(address, partition)
+        if artefact is None:
+            where = f" ({partition})" if str(partition) else ""
+            raise MissingInputError(
+                f"{address}{where} is needed first and is not there: materialise it, or let `saeens run` make all that is missing"
+            )
+        return artefact
+
+    @contextlib.contextmanager
+    def write_folder(
+        self, address: Address, partition: Partition, recipe: Recipe, provenance: dict[str, Any], *, versioned_content: bool = True
+    ) -> Iterator[Path]:
+        """Give an empty folder to write into; on leaving, it becomes the artefact, replacing what was there before.
+
+        `provenance` is read on leaving, so that it can be filled meanwhile. After an exception nothing has changed.
+        `versioned_content=False`: the data version follows from the recipe alone, as for residuals, whose bytes may be dropped.
+        """
+        final = self.path(address, partition)
+        with _staging(final) as staging:
+            staging.mkdir()
+            yield staging
+            files = {name: (file.stat().st_size, _sha256(file)) for name, file in _files_below(staging)}
+            version = digest([recipe.to_json(), {name: sha256 for name, (_, sha256) in files.items()} if versioned_content else None])
+            _write_record(staging / RECIPE_FILE, recipe, provenance, files, version)
+            for _, file in _files_below(staging):
+                _fsync(file)
+            _replace_folder(staging, final)
+
+    def write_table(
+        self, address: Address, partition: Partition, recipe: Recipe, provenance: Mapping[str, Any], table: pl.DataFrame
+    ) -> None:
+        """Write a Parquet table whose footer holds its recipe."""
+        final = self.path(address, partition)
+        content = _table_digest(table)
+        record = _record(recipe, provenance, {"table": (table.estimated_size(), content)}, digest([recipe.to_json(), content]))
+        with _staging(final) as staging:
+            table.write_parquet(staging, metadata={FOOTER_KEY: json.dumps(record)})
+            _fsync(staging)
+            staging.replace(final)
+            _fsync(final.parent)
+
+    def adopt(self, address: Address, partition: Partition, recipe: Recipe, other: Artefact, provenance: dict[str, Any]) -> None:
+        """Make an artefact out of another one with an equal recipe: its files are linked, not copied."""
+        with self.write_folder(address, partition, recipe, provenance) as folder:
+            for name in other.files:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    os.link(other.path / name, folder / name)
+                except OSError:  # a file system without hard links
+                    shutil.copyfile(other.path / name, folder / name)
+
+    def drop_bytes(self, artefact: Artefact) -> None:
+        """Keep an artefact's recipe and remove its files: for residuals, which can be computed again on the fly."""
+        record = _read_record(artefact.path)
+        beside = artefact.path / f".{RECIPE_FILE}"
+        beside.write_text(json.dumps(record | {"files": {}}, indent=1))
+        beside.replace(artefact.path / RECIPE_FILE)
+        for entry in artefact.path.iterdir():
+            if entry.name != RECIPE_FILE:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, item in value.items():
+        flat |= _flat(item, f"{prefix}{name}.") if isinstance(item, Mapping) else {f"{prefix}{name}": item}
+    return flat
+
+
+def _record(recipe: Recipe, provenance: Mapping[str, Any], files: Mapping[str, tuple[int, str]], data_version: str) -> dict[str, Any]:
+    return {"recipe": recipe.to_json(), "data_version": data_version, "provenance": dict(provenance), "files": dict(files)}
+
+
+def _write_record(
+    path: Path, recipe: Recipe, provenance: Mapping[str, Any], files: Mapping[str, tuple[int, str]], data_version: str
+) -> None:
+    path.write_text(json.dumps(_record(recipe, provenance, files, data_version), indent=1) + "\n")
+
+
+def read_artefact(path: Path) -> Artefact:
+    """The artefact at a path, as its recipe describes it. Raises SaeensError for a recipe that cannot be read."""
+    try:
+        record = _read_record(path)
+        files = {name: (size, sha256) for name, (size, sha256) in record["files"].items()}
+        return Artefact(path, record["recipe"], record["provenance"], files, record["data_version"])
+    except Exception as error:
+        raise SaeensError(f"{_record_file(path)} cannot be read ({error}): remove {path} and run again to make it anew") from error
+
+
+def _record_file(path: Path) -> Path:
+    return path if path.suffix == ".parquet" else path / RECIPE_FILE
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    if path.suffix != ".parquet":
+        return json.loads(_record_file(path).read_text())
+    import pyarrow.parquet as pq
+
+    return json.loads(pq.read_metadata(path).metadata[FOOTER_KEY.encode()])
+
+
+def _check_size(file: Path, size: int, address: Address) -> None:
+    found = file.stat().st_size if file.is_file() else None
+    if found != size:
+        state = "is missing" if found is None else f"has {found} bytes"
+        raise SaeensError(
+            f"{address} is damaged: {file} {state}, its recipe says {size} bytes. Restore it, or remove its folder and run again"
+        )
+
+
+def _files_below(folder: Path) -> list[tuple[str, Path]]:
+    return sorted((file.relative_to(folder).as_posix(), file) for file in folder.rglob("*") if file.is_file())
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _read_table(path: Path) -> pl.DataFrame:
+    import polars as pl
+
+    return pl.read_parquet(path, hive_partitioning=False)
+
+
+def _table_digest(table: pl.DataFrame) -> str:
+    return hashlib.sha256(table.write_ndjson().encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _staging(final: Path) -> Iterator[Path]:
+    """A free name beside `final`, removed if the work fails; what killed processes left behind is removed first."""
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in final.parent.glob(f".{final.name}.*.partial"):
+            if not _is_alive(int(leftover.name.split(".")[-2])):
+                _remove(leftover)
+        if _retired(final).exists():  # a process was killed between the two renames of `_replace_folder`
+            _remove(_retired(final)) if final.exists() else _retired(final).rename(final)
+    except OSError as error:
+        raise SaeensError(
+            f"{final.parent} cannot be written ({error.strerror}): choose another root with SAEENS_DATA, or mend its permissions"
+        ) from error
+    staging = final.parent / f".{final.name}.{os.getpid()}.partial"
+    try:
+        yield staging
+    finally:
+        _remove(staging)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return pid != os.getpid()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _replace_folder(staging: Path, final: Path) -> None:
+    if final.exists():
+        retired = _retired(final)
+        final.rename(retired)
+        staging.rename(final)
+        shutil.rmtree(retired)
+    else:
+        staging.rename(final)
+    _fsync(final.parent)
+
+
+def _retired(final: Path) -> Path:
+    return final.parent / f".{final.name}.retired"
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,79 @@
+"""Residuals: what rounds of boosting leave, r_{j+1} = r_j - g_j(r_j), stored or computed while they are read.
+
+Both give the same bits: every round is applied to one storage chunk at a time, and its result rounded to the stored dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from saeens_pipeline.storage.activations import (
+    ActivationReader,
+    ActivationStatistics,
+    ActivationWriter,
+    StreamingStatistics,
+    to_stored_dtype,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+Round = Callable[["torch.Tensor"], "torch.Tensor"]
+"""What a round makes of its input: r `[n, d_in]` float32 to r - g(r) of the same shape."""
+
+
+class ResidualView(ActivationReader):
+    """What `rounds`, applied one after another, leave of the rows of another reader; computed anew on every reading."""
+
+    def __init__(self, origin: ActivationReader, rounds: Sequence[Round], *, name: str = "residual") -> None:
+        self.origin, self.rounds, self.name = origin, tuple(rounds), name
+        self.d_in, self.dtype, self.chunk_rows = origin.d_in, origin.dtype, origin.chunk_rows
+        self._statistics: dict[str, ActivationStatistics] = {}
+
+    def n_rows(self, split: str) -> int:
+        return self.origin.n_rows(split)
+
+    def read_chunk(self, split: str, index: int) -> torch.Tensor:
+        import torch
+
+        rows = self.origin.read_chunk(split, index)
+        with torch.no_grad():
+            for number, apply_round in enumerate(self.rounds, start=1):
+                name = f"{self.name}, round {number} of {len(self.rounds)} on the fly,"
+                rows = to_stored_dtype(apply_round(rows.float()), self.dtype, name)
+        return rows
+
+    def statistics(self, split: str) -> ActivationStatistics:
+        """Takes a pass over all rows the first time."""
+        if split not in self._statistics:
+            statistics = StreamingStatistics(self.d_in)
+            for index in range(self.n_chunks(split)):
+                statistics.update(self.read_chunk(split, index))
+            self._statistics[split] = statistics.compute()
+        return self._statistics[split]
+
+
+def write_residual(
+    path: Path,
+    reader: ActivationReader,
+    split: str = "train",
+    *,
+    name: str,
+    report: Callable[[int, int], None] = lambda rows, total_rows: None,
+) -> ActivationStatistics:
+    """Store what `reader`, a ResidualView, gives for one split; reading the store gives the bits of reading the view.
+
+    Memory: one shard and one chunk. Raises SaeensError for too little free disk and for values the dtype cannot hold.
+    """
+    n_rows, done = reader.n_rows(split), 0
+    with ActivationWriter(
+        path, reader.d_in, reader.dtype, {split: n_rows}, name=name, with_origin=False, chunk_rows=reader.chunk_rows
+    ) as writer:
+        for index in range(reader.n_chunks(split)):
+            rows = reader.read_chunk(split, index)
+            writer.append(split, rows)
+            done += len(rows)
+            report(done, n_rows)
+    return writer.statistics[split]

@@ -1,0 +1,169 @@
+"""The evaluation tables: which columns each has, in what unit, and where their rows lie.
+
+Long form, one row per measurement. All tables begin with the columns that say what was measured; what does not apply is null.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from saeens_pipeline.errors import SaeensError
+
+if TYPE_CHECKING:
+    import polars as pl
+
+ColumnType = Literal["str", "int", "float"]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: what it is called, what it holds, and what it means, with its unit."""
+
+    name: str
+    type: ColumnType
+    description: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table: its first line says what question it answers."""
+
+    name: str
+    question: str
+    columns: tuple[Column, ...]
+
+
+SUBJECT = (
+    Column("experiment", "str", "experiment"),
+    Column("layer", "int", "layer of the language model, from 0"),
+    Column("seed", "int", "ensemble seed"),
+    Column("language_model", "str", "trained, or random: the untrained control"),
+    Column("method", "str", "single, bagging, boosting, expanded, expanded_l0_matched"),
+    Column("n_members", "int", "SAEs in the ensemble (the first n); for expanded SAEs the n whose width they match"),
+    Column("sae_data_versions", "str", "data versions of the SAEs measured, in member order"),
+)
+
+TABLES = {
+    table.name: table
+    for table in (
+        Table(
+            "reconstruction",
+            "How well each dictionary rebuilds held-out activations",
+            (
+                Column("n_features", "int", "features of the whole dictionary"),
+                Column("mse", "float", "mean over tokens of the squared error summed over d_in, in the activations' own scale"),
+                Column("explained_variance", "float", "mean over dimensions of 1 - squared error / variance"),
+                Column("fvu", "float", "total squared error / total variance"),
+                Column("l0", "float", "features that fire per token"),
+                Column("relative_sparsity", "float", "l0 / n_features"),
+                Column("dead_features", "float", "share of features that never fire on the test tokens"),
+                Column("constant_dimensions", "int", "dimensions without variance, left out of explained_variance"),
+                Column("description_length_bits", "float", "bits per token that send the code"),
+                Column("ce_loss_recovered", "float", "share of the ablation's next-token loss that the reconstruction recovers"),
+                Column("tokens", "int", "test tokens"),
+            ),
+        ),
+        Table(
+            "members",
+            "What each member or round does on its own input",
+            (
+                Column("member", "int", "member or round, from 1"),
+                Column("mse", "float", "of what the member was given: squared error summed over d_in, mean over tokens"),
+                Column("explained_variance", "float", "of what the member was given"),
+                Column("l0", "float", "features that fire per token"),
+                Column("dead_features", "float", "share of features that never fire on the test tokens"),
+                Column(
+                    "mean_max_cosine_to_other_members", "float", "mean over features of the largest cosine to a feature of another member"
+                ),
+                Column("median_density", "float", "median over features of the share of tokens on which they fire"),
+            ),
+        ),
+        Table(
+            "coactivation",
+            "Which features fire together, and how many differ",
+            (
+                Column("connectivity", "float", "share of feature pairs that never fire together"),
+                Column("diversity", "int", "features whose largest cosine to any other is below 0.7"),
+                Column("tokens", "int", "test tokens"),
+            ),
+        ),
+        Table(
+            "stability",
+            "Do the same features come back under another seed?",
+            (
+                Column("n_runs", "int", "seeds compared; stability grows with it"),
+                Column("stability", "float", "mean over features of the largest cosine to any feature of any other seed"),
+                Column("stability_pairwise", "float", "the same with each other seed alone, averaged"),
+                Column("stability_matched", "float", "mean cosine of the one-to-one matching; null above 2048 features"),
+            ),
+        ),
+        Table(
+            "cost",
+            "What each method cost to train and costs to run",
+            (
+                Column("train_tokens", "int", "tokens seen in training, summed over members"),
+                Column("train_flops", "float", "dense-equivalent floating-point operations of training"),
+                Column("train_seconds", "float", "seconds of training; those of a joint op divided by FLOPs among its SAEs"),
+                Column("residual_flops", "float", "boosting's passes that apply rounds to make residuals, not in train_flops"),
+                Column("residual_seconds", "float", "seconds of those passes, not in train_seconds"),
+                Column("peak_memory_bytes", "int", "largest memory of any training op of the method"),
+                Column("inference_flops_per_token", "float", "dense-equivalent operations to encode and decode one token"),
+                Column("device", "str", "where it was trained"),
+                Column("dtype", "str", "of the weights"),
+                Column("boosting_mode", "str", "sequential; null for other methods"),
+            ),
+        ),
+        Table(
+            "training_curves",
+            "How training went",
+            (
+                Column("member", "int", "member or round, from 1"),
+                Column("step", "int", "optimiser step"),
+                Column("tokens", "int", "tokens seen"),
+                Column("loss", "float", "training objective, mean over the batch"),
+                Column("explained_variance", "float", "on the training batch"),
+                Column("l0", "float", "features that fire per token of the batch"),
+                Column("dead_features", "float", "share of features silent for more than dead_after_tokens"),
+                Column("learning_rate", "float", "of this step"),
+            ),
+        ),
+    )
+}
+
+
+def columns_of(table: str) -> tuple[Column, ...]:
+    """All columns of a table, those that say what was measured first."""
+    return SUBJECT + TABLES[table].columns
+
+
+def frame(table: str, rows: Iterable[Mapping[str, Any]]) -> pl.DataFrame:
+    """Rows as a data frame with exactly the table's columns. Raises ValueError for a column that the table does not have."""
+    import polars as pl
+
+    types = {"str": pl.String, "int": pl.Int64, "float": pl.Float64}
+    columns = columns_of(table)
+    rows = list(rows)
+    unknown = {name for row in rows for name in row} - {column.name for column in columns}
+    if unknown:
+        raise ValueError(f"table {table} has no column {', '.join(sorted(unknown))}")
+    return pl.DataFrame(
+        [{column.name: row.get(column.name) for column in columns} for row in rows],
+        schema={column.name: types[column.type] for column in columns},
+        orient="row",
+    )
+
+
+def read_table(root: Path, experiment: str, table: str) -> pl.DataFrame:
+    """All partitions of one table of one experiment. Raises SaeensError where there are none."""
+    import polars as pl
+
+    folder = root / "tables" / experiment / table
+    parts = sorted(folder.glob("**/part.parquet"))
+    if not parts:
+        raise SaeensError(f"{experiment} has no table {table} below {root} yet: `saeens run {experiment}` makes it")
+    return pl.concat([pl.read_parquet(part, hive_partitioning=False) for part in parts]).sort(
+        "layer", "seed", "method", "n_members", maintain_order=True
+    )

@@ -1,0 +1,388 @@
+"""Standard, TopK and JumpReLU SAEs against SAELens' values, and what holds for every architecture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import BaseModel, ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import saeens_models as sm
+from saeens_models.architectures import architectures, validate_l0_multiple
+from saeens_models.architectures.jumprelu import JumpReLUConfig
+from saeens_models.architectures.standard import StandardConfig
+from saeens_models.architectures.topk import TopKConfig, TopKSAE
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+D_IN, D_SAE, K = 16, 48, 6
+OWN_FIELDS = {"standard": {"l1_coefficient": 0.75}, "topk": {"k": K}, "jumprelu": {"l0_coefficient": 0.75, "bandwidth": 0.05}}
+ARCHITECTURES = sorted(OWN_FIELDS)
+TERMS = {"mse_loss": "mse", "l1_loss": "l1", "l0_loss": "l0", "auxiliary_reconstruction_loss": "auxiliary"}
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, Tensor]:
+    return load_file(GOLDEN / "tensors.safetensors")
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict:
+    return json.loads((GOLDEN / "expected.json").read_text())
+
+
+def config(architecture: str, **fields) -> sm.SAEConfig:
+    return sm.SAEConfig(**{"architecture": architecture, "d_in": D_IN, "d_sae": D_SAE, **OWN_FIELDS[architecture], **fields})
+
+
+def random_sae(architecture: str, **fields) -> sm.SAE:
+    sae = sm.build_sae(config(architecture, **fields))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, weight in sae.named_parameters():
+            weight.copy_(torch.rand(weight.shape, generator=generator) * 0.3 if name == "threshold" else weight_noise(weight, generator))
+    return sae
+
+
+def weight_noise(weight: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(weight.shape, generator=generator) * 0.3
+
+
+# SAELens' own values
+
+
+@pytest.mark.parametrize("member", range(4))
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_saelens_folder_gives_the_codes_and_reconstructions_of_saelens(golden, architecture, member):
+    sae = sm.load_sae(GOLDEN / "sae_lens" / architecture / f"member_{member}")
+    z = sae.encode(golden["activations"])
+    torch.testing.assert_close(z, golden[f"{architecture}.member.{member}.codes"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(sae.decode(z), golden[f"{architecture}.member.{member}.reconstruction"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["standard", "topk", "topk_aux", "jumprelu"])
+def test_objective_and_gradients_equal_those_of_saelens(golden, expected, name):
+    sae = sm.build_sae(config(name.removesuffix("_aux")))
+    sae.load_state_dict({key.rsplit(".", 1)[1]: value for key, value in golden.items() if key.startswith(f"training.{name}.param.")})
+    dead_mask = golden["training.topk_aux.dead_mask"].bool() if name == "topk_aux" else None
+    objective = sae.objective(golden["training.batch"], dead_mask)
+    objective.loss.backward()
+
+    assert objective.loss.item() == pytest.approx(expected["training"][name]["loss"], rel=1e-5)
+    for key, value in expected["training"][name]["losses"].items():
+        assert objective.terms[TERMS[key]].item() == pytest.approx(value, rel=1e-5)
+    for weight_name, weight in sae.named_parameters():
+        torch.testing.assert_close(weight.grad, golden[f"training.{name}.grad.{weight_name}"], rtol=1e-4, atol=1e-6)
+
+
+# Objectives
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_objective_counts_what_encode_gives(golden, architecture):
+    sae = random_sae(architecture)
+    x = golden["training.batch"]
+    objective = sae.objective(x)
+    z = sae.encode(x)
+    assert torch.equal(objective.fire_counts, (z > 0).sum(0))
+    assert objective.l0.item() == pytest.approx((z > 0).sum(1).double().mean().item())
+    torch.testing.assert_close(objective.x_hat, sae(x).detach())
+    assert objective.loss.item() == pytest.approx(sum(term.item() for term in objective.terms.values()))
+
+
+@pytest.mark.parametrize(("architecture", "term"), [("standard", "l1"), ("jumprelu", "l0")])
+def test_sparsity_scale_multiplies_the_sparsity_term_only(golden, architecture, term):
+    sae = random_sae(architecture)
+    whole, half = (sae.objective(golden["training.batch"], sparsity_scale=scale) for scale in (1.0, 0.5))
+    assert half.terms[term].item() == pytest.approx(whole.terms[term].item() / 2)
+    assert half.terms["mse"] == whole.terms["mse"]
+
+
+def test_jumprelu_threshold_gradient_is_the_rectangle_kernel_estimate(golden):
+    sae = random_sae("jumprelu", bandwidth=0.2)
+    x = golden["training.batch"]
+    sae.objective(x).loss.backward()
+    with torch.no_grad():
+        pre = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
+        theta = sae.get_parameter("threshold")
+        grad_z = 2 * (sae(x) - x) / len(x) @ sae.W_dec.t()
+        kernel = (((pre - theta) / 0.2).abs() < 0.5).float() / 0.2
+        by_hand = -(kernel * (theta * grad_z + 0.75 / len(x))).sum(0)
+    assert by_hand.abs().max() > 0
+    torch.testing.assert_close(sae.get_parameter("threshold").grad, by_hand, rtol=1e-4, atol=1e-6)
+
+
+def test_jumprelu_threshold_is_kept_at_or_above_zero():
+    sae = random_sae("jumprelu")
+    threshold = sae.get_parameter("threshold")
+    with torch.no_grad():
+        threshold[:3] = -1.0
+    untouched = threshold[3:].clone()
+    sae.apply_constraints()
+    assert (threshold[:3] == 0).all()
+    assert torch.equal(threshold[3:], untouched)
+
+
+def test_topk_keeps_at_most_k_features_and_no_negative_ones(golden):
+    sae = random_sae("topk")
+    with torch.no_grad():
+        sae.b_enc.sub_(1.5)  # so that some of the k largest are negative
+    z = sae.encode(golden["activations"])
+    pre = sae.pre_activations(golden["activations"])
+    active = (z > 0).sum(1)
+    assert active.max() <= K and active.min() < K
+    assert torch.equal(active, (pre > 0).sum(1).clamp(max=K))
+
+
+def test_topk_auxiliary_loss_scales_with_the_number_of_dead_features(golden):
+    sae = random_sae("topk")
+    dead_mask = torch.zeros(D_SAE, dtype=torch.bool)
+    dead_mask[[3, 17]] = True
+    x = golden["training.batch"]
+    auxiliary = sae.objective(x, dead_mask).terms["auxiliary"]
+    pre = sae.pre_activations(x)
+    error = x - sae(x)
+    by_hand = (pre[:, [3, 17]] @ sae.W_dec[[3, 17]] - error).square().sum(1).mean() * 2 / (D_IN // 2)
+    torch.testing.assert_close(auxiliary, by_hand.detach())
+    assert random_sae("topk", aux_loss_coefficient=0).objective(x, dead_mask).terms["auxiliary"] == 0
+
+
+# What every architecture does
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("apply_b_dec_to_input", [True, False])
+def test_b_dec_is_subtracted_from_the_input_if_configured(golden, architecture, apply_b_dec_to_input):
+    sae = random_sae(architecture, apply_b_dec_to_input=apply_b_dec_to_input)
+    x = golden["activations"][:8]
+    offset = sae.b_dec if apply_b_dec_to_input else 0
+    torch.testing.assert_close(sae.pre_activations(x), (x - offset) @ sae.W_enc + sae.b_enc)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_leading_dimensions_are_kept(golden, architecture):
+    sae = random_sae(architecture)
+    x = golden["activations"]
+    z = sae.encode(x.view(6, 100, D_IN))
+    assert z.shape == (6, 100, D_SAE)
+    torch.testing.assert_close(z.view(600, D_SAE), sae.encode(x))
+    assert sae.decode(z).shape == (6, 100, D_IN)
+    assert sae(x[0]).shape == (D_IN,)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_wrong_shapes_and_dtypes_are_refused(architecture):
+    sae = random_sae(architecture)
+    with pytest.raises(ValueError, match=r"x has shape \[4, 17\].*d_in = 16"):
+        sae.encode(torch.zeros(4, 17))
+    with pytest.raises(ValueError, match=r"z has shape \[4, 16\].*d_sae = 48"):
+        sae.decode(torch.zeros(4, 16))
+    with pytest.raises(ValueError, match=r"int64.*floating"):
+        sae.encode(torch.zeros(4, 16, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("scale", [0.25, 0.37])
+def test_folding_the_input_scale_is_the_sae_of_the_scaled_input(golden, architecture, scale):
+    sae, folded = random_sae(architecture), random_sae(architecture)
+    folded.fold_input_scale(scale)
+    x = golden["activations"]
+    rtol, atol = (0.0, 0.0) if scale == 0.25 else (1e-4, 1e-5)  # a power of two changes no rounding
+    torch.testing.assert_close(folded.encode(x) * scale, sae.encode(x * scale), rtol=rtol, atol=atol)
+    torch.testing.assert_close(folded(x) * scale, sae(x * scale), rtol=rtol, atol=atol)
+    assert torch.equal(folded.W_dec, sae.W_dec) and torch.equal(folded.W_enc, sae.W_enc)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_initial_weights_follow_the_init_seed_and_nothing_else(architecture):
+    global_state = torch.get_rng_state()
+    sae, again, other = (sm.build_sae(config(architecture, init_seed=seed, decoder_init_norm=0.3)) for seed in (5, 5, 6))
+    assert torch.equal(torch.get_rng_state(), global_state)
+    assert torch.equal(sae.W_dec, again.W_dec)
+    assert not torch.isclose(sae.W_dec, other.W_dec).all(dim=1).any()
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.full((D_SAE,), 0.3))
+    assert torch.equal(sae.W_enc, sae.W_dec.t())
+    assert (sae.b_enc == 0).all() and (sae.b_dec == 0).all()
+
+
+def test_given_b_dec_replaces_zero():
+    b_dec = torch.arange(D_IN).float()
+    assert torch.equal(sm.build_sae(config("topk"), b_dec=b_dec).b_dec, b_dec)
+    with pytest.raises(ValueError, match=r"b_dec has shape \[3\]"):
+        sm.build_sae(config("topk"), b_dec=torch.zeros(3))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_flops_are_two_and_five_matrix_products(architecture):
+    product = 2 * D_IN * D_SAE
+    assert config(architecture).inference_flops_per_token == 2 * product
+    assert config(architecture).train_flops_per_token == 5 * product
+
+
+# Configurations
+
+
+def test_architecture_chooses_the_configuration_class():
+    classes = {"standard": StandardConfig, "topk": TopKConfig, "jumprelu": JumpReLUConfig}
+    assert architectures() == tuple(sorted(classes))
+    for architecture, config_class in classes.items():
+        made = config(architecture)
+        assert type(made) is config_class
+        assert type(sm.SAEConfig.model_validate(made.model_dump())) is config_class
+        assert sm.SAEConfig.model_validate_json(made.model_dump_json()) == made
+
+
+def test_configuration_can_be_a_field_of_another_model():
+    class Experiment(BaseModel):
+        sae: sm.SAEConfig
+
+    assert Experiment.model_validate({"sae": config("topk").model_dump()}).sae == config("topk")
+
+
+@pytest.mark.parametrize(
+    ("settings", "field", "message"),
+    [
+        ({"architecture": "topk", "k": 0}, "k", "greater than 0"),
+        ({"architecture": "topk"}, "k", "required"),
+        ({"architecture": "topk", "k": 4, "l1_coefficient": 1.0}, "l1_coefficient", "not permitted"),
+        ({"architecture": "jumprelu", "bandwidth": -1}, "bandwidth", "greater than 0"),
+        ({"architecture": "standard", "l1_coefficient": float("nan")}, "l1_coefficient", "finite"),
+        ({"architecture": "top_k", "k": 4}, "architecture", "jumprelu, standard, topk"),
+        ({"k": 4}, "architecture", "missing"),
+    ],
+)
+def test_wrong_settings_name_the_field_and_what_is_allowed(settings, field, message):
+    for validate in (sm.validate_settings, lambda settings: sm.SAEConfig(**settings, d_in=16, d_sae=48)):
+        with pytest.raises(ValidationError) as caught:
+            validate(settings)
+        (error,) = caught.value.errors()
+        assert error["loc"] == (field,)
+        assert message in error["msg"]
+
+
+def test_settings_are_a_configuration_without_sizes_and_seed():
+    settings = sm.validate_settings({"architecture": "topk", "k": 4})
+    assert not {"d_in", "d_sae", "init_seed"} & settings.keys()
+    assert sm.SAEConfig(**settings, d_in=16, d_sae=48, init_seed=2) == sm.SAEConfig(
+        architecture="topk", k=4, d_in=16, d_sae=48, init_seed=2
+    )
+    with pytest.raises(ValidationError, match="d_sae"):
+        sm.validate_settings({"architecture": "topk", "k": 4, "d_sae": 48})
+
+
+def test_k_larger_than_d_sae_is_refused():
+    with pytest.raises(ValidationError, match="k = 49 is larger than d_sae = 48"):
+        config("topk", k=49)
+
+
+def test_l0_multiplies_only_where_it_is_set_directly():
+    multiplied = config("topk", d_sae=4 * D_SAE, init_seed=9).with_l0_multiplied(4)
+    assert multiplied == config("topk", d_sae=4 * D_SAE, init_seed=9, k=4 * K)
+    validate_l0_multiple("topk")
+    for architecture in ("standard", "jumprelu"):
+        with pytest.raises(ValueError, match=f"{architecture}.*possible with: topk"):
+            config(architecture).with_l0_multiplied(4)
+        with pytest.raises(ValueError, match=architecture):
+            validate_l0_multiple(architecture)
+
+
+# Folders
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_saved_sae_comes_back_with_its_configuration_and_bits(tmp_path, architecture):
+    sae = random_sae(architecture, init_seed=11, apply_b_dec_to_input=False)
+    sm.save_sae(sae, tmp_path / "new" / "folder", metadata={"model_name": "m", "hook_name": "blocks.0.hook_resid_post"})
+    loaded = sm.load_sae(tmp_path / "new" / "folder")
+    assert loaded.config == sae.config
+    for name, weight in sae.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight)
+    assert loaded.W_enc.t().is_contiguous()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_saved_folder_has_the_files_keys_and_shapes_of_saelens(tmp_path, architecture):
+    sm.save_sae(random_sae(architecture), tmp_path, metadata={"model_name": "m"})
+    saelens = GOLDEN / "sae_lens" / architecture / "member_0"
+    ours, theirs = (json.loads((folder / "cfg.json").read_text()) for folder in (tmp_path, saelens))
+    assert ours.keys() == theirs.keys()
+    assert {name: ours[name] for name in ours.keys() - {"metadata"}} == {name: theirs[name] for name in theirs.keys() - {"metadata"}}
+    assert ours["metadata"]["model_name"] == "m"
+    assert int(ours["metadata"]["sae_lens_version"].split(".")[0]) >= 6  # older or none: SAELens drops the metadata
+    ours, theirs = (load_file(folder / "sae_weights.safetensors") for folder in (tmp_path, saelens))
+    assert {name: weight.shape for name, weight in ours.items()} == {name: weight.shape for name, weight in theirs.items()}
+
+
+def test_topk_rescaling_by_decoder_norm_is_folded_into_the_weights(tmp_path, golden):
+    sae = random_sae("topk")
+    sm.save_sae(sae, tmp_path)
+    edit_cfg(tmp_path, rescale_acts_by_decoder_norm=True)
+    x = golden["activations"]
+    norms = sae.W_dec.norm(dim=1)
+    rescaled = ((x - sae.b_dec) @ sae.W_enc + sae.b_enc) * norms
+    top = rescaled.topk(K)
+    z = torch.zeros_like(rescaled).scatter(1, top.indices, top.values.relu())
+    loaded = sm.load_sae(tmp_path)
+    torch.testing.assert_close(loaded.encode(x), z, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(loaded(x), (z / norms) @ sae.W_dec + sae.b_dec, rtol=1e-4, atol=1e-5)
+
+
+def edit_cfg(folder: Path, **fields) -> None:
+    file = folder / "cfg.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def edit_weights(folder: Path, **weights: Tensor | None) -> None:
+    file = folder / "sae_weights.safetensors"
+    changed = load_file(file) | weights
+    save_file({name: weight for name, weight in changed.items() if weight is not None}, file)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: edit_cfg(folder, architecture="gated"), "architecture: 'gated' is unknown; one of: jumprelu, standard, topk"),
+        (lambda folder: edit_cfg(folder, d_sae=47), r"W_dec \[48, 16\] \(expected \[47, 16\]\)"),
+        (lambda folder: edit_cfg(folder, d_in="wide"), "d_in must be a positive integer, found 'wide'"),
+        (lambda folder: edit_cfg(folder, k=49), "k = 49 is larger than d_sae = 48"),
+        (lambda folder: edit_cfg(folder, normalize_activations="layer_norm"), "normalize_activations is 'layer_norm'"),
+        (lambda folder: (folder / "cfg.json").write_text("{"), "not JSON"),
+        (lambda folder: edit_weights(folder, b_enc=None), r"b_enc missing \(expected \[48\]\)"),
+        (lambda folder: edit_weights(folder, scale=torch.ones(2)), r"scale \[2\] \(expected none\)"),
+        (lambda folder: edit_weights(folder, b_dec=torch.full((16,), torch.nan)), "b_dec holds values that are not finite"),
+        (lambda folder: (folder / "sae_weights.safetensors").write_bytes(b"\x10"), "not a whole safetensors file"),
+    ],
+)
+def test_damaged_folder_is_refused_with_what_is_wrong(tmp_path, damage, message):
+    sm.save_sae(random_sae("topk"), tmp_path)
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=message) as caught:
+        sm.load_sae(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["cfg.json", "sae_weights.safetensors"])
+def test_missing_file_is_named(tmp_path, name):
+    sm.save_sae(random_sae("topk"), tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(FileNotFoundError, match=name):
+        sm.load_sae(tmp_path)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    sae = random_sae("standard")
+    with torch.no_grad():
+        sae.W_dec[0, 0] = torch.inf
+    with pytest.raises(ValueError, match="W_dec"):
+        sm.save_sae(sae, tmp_path / "sae")
+    assert not (tmp_path / "sae").exists()
+
+
+def test_an_architecture_is_registered_once():
+    from saeens_models.architectures import register
+
+    with pytest.raises(ValueError, match="'topk' is registered twice"):
+        register(TopKConfig)(TopKSAE)

@@ -1,0 +1,121 @@
+"""Connectivity against golden values, scipy.sparse and the dense product."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from scipy import sparse
+
+from saeens_models.metrics import ConnectivityMetric, coactivation, connectivity
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+EXPECTED = json.loads((GOLDEN / "expected.json").read_text())["metrics"]
+TENSORS = load_file(GOLDEN / "tensors.safetensors")
+
+
+def random_codes(n: int, m: int, l0: int, seed: int = 0) -> torch.Tensor:
+    """Codes with l0 active features per token, some features far more frequent than others."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(n, m, generator=generator) * torch.rand(m, generator=generator)
+    return torch.zeros(n, m).scatter_(1, scores.topk(l0).indices, torch.rand(n, l0, generator=generator) + 0.1)
+
+
+def dense_connectivity(z: torch.Tensor) -> float:
+    fires = (z != 0).double()
+    return 1 - torch.count_nonzero(fires.T @ fires).item() / z.shape[1] ** 2
+
+
+@pytest.mark.parametrize("architecture", ["standard", "topk", "jumprelu"])
+@pytest.mark.parametrize("method", ["member.0", "bagging", "boosting"])
+def test_connectivity_meets_the_golden_values(architecture: str, method: str) -> None:
+    expected = EXPECTED[f"{architecture}.{method}"]["connectivity"]
+    assert connectivity(TENSORS[f"{architecture}.{method}.codes"]) == pytest.approx(expected, rel=1e-5, abs=1e-12)
+
+
+@pytest.mark.parametrize(("n", "m", "l0"), [(400, 1000, 5), (3000, 1024, 17), (50, 130, 1), (1, 64, 3), (7, 1, 1)])
+def test_connectivity_equals_scipy_sparse(n: int, m: int, l0: int) -> None:
+    z = random_codes(n, m, l0)
+    codes = sparse.csr_array((z != 0).numpy().astype("int64"))
+    assert connectivity(z) == 1 - (codes.T @ codes).nnz / m**2
+
+
+@given(cuts=st.lists(st.integers(0, 600), max_size=10))
+@settings(max_examples=25, deadline=None)
+def test_streaming_any_batching_equals_the_whole(cuts: list[int]) -> None:
+    z = TENSORS["jumprelu.boosting.codes"]
+    assert connectivity(iter(z.tensor_split(sorted(cuts)))) == dense_connectivity(z)
+
+
+def test_only_whether_an_entry_is_zero_matters() -> None:
+    assert connectivity(torch.tensor([[1e-30, 0.0, 5.0], [0.0, 0.0, 1.0]])) == 1 - 4 / 9
+
+
+def test_silent_features_count_as_never_firing_together() -> None:
+    assert connectivity(torch.zeros(3, 4)) == 1.0
+
+
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens are worked off a few hundred at a time, as with data far larger than a block."""
+    monkeypatch.setattr(coactivation, "_BLOCK_BYTES", 50_000)
+
+
+def batches(z: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
+    yield from z.split(size)
+
+
+def test_many_blocks_give_the_value_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    z = random_codes(4000, 700, 9)
+    small_blocks(monkeypatch)
+    assert connectivity(batches(z, 100)) == dense_connectivity(z)
+
+
+def test_below_the_size_of_the_bit_matrix_codes_are_held_and_strips_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+    z = random_codes(2000, 2048, 6)
+    small_blocks(monkeypatch)
+    budget = 200_000  # the bits take 270 kB
+    metric = ConnectivityMetric(2048, memory_budget=budget)
+    for batch in batches(z, 100):
+        metric.update(batch)
+    assert metric.compute() == dense_connectivity(z)
+    assert len(metric._strips) > 1
+    assert metric.compute() == dense_connectivity(z)
+    metric.update(torch.ones(1, 2048))
+    assert metric.compute() == 0.0
+
+
+def test_codes_beyond_the_budget_say_which_budget_would_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_blocks(monkeypatch)
+    with pytest.raises(MemoryError, match="with 540672 bytes any number of tokens can be streamed") as error:
+        connectivity(batches(random_codes(4000, 2048, 8), 100), memory_budget=200_000)
+    assert "200000" in str(error.value)
+    z = random_codes(4000, 2048, 8)
+    assert connectivity(batches(z, 100), memory_budget=540_672) == dense_connectivity(z)
+
+
+@pytest.mark.parametrize("memory_budget", [200_000, 2**30])
+def test_prefixes_are_the_connectivity_of_the_first_columns(monkeypatch: pytest.MonkeyPatch, memory_budget: int) -> None:
+    small_blocks(monkeypatch)
+    z = random_codes(900, 2048, 12)
+    metric = ConnectivityMetric(2048, memory_budget)
+    metric.update(z[:300])
+    metric.update(z[300:])
+    sizes = [1, 63, 64, 65, 1000, 2048]
+    assert metric.compute_prefixes(sizes) == [dense_connectivity(z[:, :size]) for size in sizes]
+
+
+def test_bad_input_is_refused() -> None:
+    with pytest.raises(ValueError, match="no batches"):
+        connectivity([])
+    with pytest.raises(ValueError, match="no tokens"):
+        connectivity(torch.zeros(0, 4))
+    with pytest.raises(ValueError, match=r"must be \[n, 4\]; got \[2, 3\]"):
+        connectivity([torch.zeros(2, 4), torch.zeros(2, 3)])
+    with pytest.raises(ValueError, match="memory_budget must be at least 65536"):
+        ConnectivityMetric(2048, memory_budget=1000)

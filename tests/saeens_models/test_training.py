@@ -1,0 +1,338 @@
+"""Training: the steps against plain autograd and Adam, schedules, constraints, and independence of SAEs that share a stream."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+from torch.nn import functional as F
+
+import saeens_models as sm
+from saeens_models.training import CurvePoint, NonFiniteLossError, SAETrainer
+
+D_IN, D_SAE = 12, 40
+CONFIGS = {
+    "standard": {"l1_coefficient": 0.05},
+    "topk": {"k": 3, "decoder_init_norm": 0.5},
+    "jumprelu": {"l0_coefficient": 0.01, "init_threshold": 0.05, "bandwidth": 0.2},
+}
+ARCHITECTURES = sorted(CONFIGS)
+
+
+def config(architecture: str, init_seed: int = 0, **fields) -> sm.SAEConfig:
+    fields = {"d_in": D_IN, "d_sae": D_SAE, **CONFIGS[architecture], **fields}
+    return sm.SAEConfig(architecture=architecture, init_seed=init_seed, **fields)
+
+
+def stream(n: int = 1024, seed: int = 0) -> Tensor:
+    """Sparse sums of twice as many directions as dimensions, off-centre."""
+    generator = torch.Generator().manual_seed(seed)
+    directions = F.normalize(torch.randn(2 * D_IN, D_IN, generator=generator), dim=1)
+    strengths = torch.rand(n, 2 * D_IN, generator=generator) * (torch.rand(n, 2 * D_IN, generator=generator) < 0.1)
+    return 3 * strengths @ directions + 0.5
+
+
+def quick(**fields) -> sm.TrainingConfig:
+    return sm.TrainingConfig(**{"learning_rate": 1e-2, "dead_after_tokens": 300, **fields})
+
+
+def same_bits(a: sm.SAE, b: sm.SAE) -> bool:
+    return all(torch.equal(weight, b.state_dict()[name]) for name, weight in a.state_dict().items())
+
+
+# Steps
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("unit_norm_decoder", [True, False])
+def test_steps_equal_adam_on_the_objective(architecture, unit_norm_decoder):
+    training = quick(
+        unit_norm_decoder=unit_norm_decoder,
+        adam_betas=(0.5, 0.99),
+        gradient_clip_norm=0.7,
+        total_tokens=320,
+        learning_rate_warmup_fraction=0.5,
+        sparsity_warmup_fraction=0.4,
+    )
+    batches = stream(320).split(32)
+    (trained,) = sm.train([config(architecture)], batches, training)
+
+    sae = sm.build_sae(config(architecture)).double()
+    weights = list(sae.parameters())
+    if unit_norm_decoder:
+        sae.W_dec.data = F.normalize(sae.W_dec.data, dim=1)
+    first, second = [torch.zeros_like(w) for w in weights], [torch.zeros_like(w) for w in weights]
+    for t, x in enumerate(batches, start=1):
+        loss = sae.objective(x.double(), None, min(t / 4, 1.0)).loss
+        grads = list(torch.autograd.grad(loss, weights))
+        if unit_norm_decoder:
+            i = next(i for i, weight in enumerate(weights) if weight is sae.W_dec)
+            grads[i] = grads[i] - (grads[i] * sae.W_dec.detach()).sum(1, keepdim=True) * sae.W_dec.detach()
+        norm = math.sqrt(sum(float(grad.square().sum()) for grad in grads))
+        for weight, grad, m, v in zip(weights, grads, first, second, strict=True):
+            clipped = grad * min(1.0, 0.7 / (norm + 1e-6))
+            m.mul_(0.5).add_(clipped, alpha=0.5)
+            v.mul_(0.99).addcmul_(clipped, clipped, value=0.01)
+            step_size = 1e-2 * min(t / 5, 1.0) / (1 - 0.5**t)
+            weight.data -= step_size * m / ((v / (1 - 0.99**t)).sqrt() + 1e-8)
+        if unit_norm_decoder:
+            sae.W_dec.data = F.normalize(sae.W_dec.data, dim=1)
+        if architecture == "jumprelu":
+            sae.get_parameter("threshold").data.clamp_(min=0)
+    for name, weight in sae.named_parameters():
+        torch.testing.assert_close(trained.get_parameter(name).double(), weight, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_training_explains_variance(architecture):
+    x = stream(8192)
+    (sae,) = sm.train([config(architecture)], x.split(128), quick(input_mean=x.mean(0)))
+    held_out = stream(8192)[4096:]
+    untrained = sm.build_sae(config(architecture), b_dec=x.mean(0))
+    with torch.no_grad():
+        unexplained = [
+            float((m(held_out) - held_out).square().sum() / (held_out - held_out.mean(0)).square().sum()) for m in (sae, untrained)
+        ]
+    assert unexplained[0] < 0.4 < unexplained[1]
+
+
+def test_unit_norm_decoder_keeps_rows_at_one():
+    (sae,) = sm.train([config("topk")], stream().split(128), quick())
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(D_SAE))
+    (free,) = sm.train([config("topk")], stream().split(128), quick(unit_norm_decoder=False))
+    assert (free.W_dec.norm(dim=1) - 1).abs().max() > 0.05
+
+
+def test_jumprelu_thresholds_learn_and_stay_at_or_above_zero():
+    (sae,) = sm.train([config("jumprelu", init_threshold=0.01)], stream().split(64), quick())
+    threshold = sae.get_parameter("threshold")
+    assert (threshold >= 0).all()
+    assert (threshold - 0.01).abs().max() > 0.01
+
+
+# Many SAEs on one stream
+
+
+def test_an_sae_is_the_same_alone_and_beside_others():
+    configs = [config("topk", seed) for seed in range(3)] + [config("standard"), config("jumprelu", d_sae=24)]
+    together = sm.train(configs, stream().split(64), quick())
+    for own_config, sae in zip(configs, together, strict=True):
+        (alone,) = sm.train([own_config], stream().split(64), quick())
+        assert sae.config == own_config
+        assert same_bits(alone, sae)
+    assert not same_bits(together[0], together[1])
+
+
+def test_the_same_run_twice_gives_the_same_bits():
+    training = quick(normalize_activations="expected_average_only_in", input_scale=1.7)
+    first, second = (sm.train([config(a) for a in ARCHITECTURES], stream().split(64), training) for _ in range(2))
+    assert all(same_bits(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_batches_are_read_once_and_not_written_to():
+    x = stream(512)
+    kept = x.clone()
+    sm.train(
+        [config("topk"), config("topk", 1)], iter(x.split(64)), quick(normalize_activations="expected_average_only_in", input_scale=2.0)
+    )
+    assert torch.equal(x, kept)
+
+
+def test_half_precision_batches_train_as_their_float32_values():
+    x = stream(512).half()
+    (from_half,) = sm.train([config("topk")], x.split(64), quick())
+    (from_float,) = sm.train([config("topk")], x.float().split(64), quick())
+    assert same_bits(from_half, from_float)
+
+
+# The input's scale and mean
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_training_on_the_scaled_input_is_folded_back(architecture):
+    x, scale = stream(), 4.0  # a power of two: every rounding is the same
+    normalised = quick(normalize_activations="expected_average_only_in", input_scale=scale, input_mean=x.mean(0))
+    (folded,) = sm.train([config(architecture)], x.split(64), normalised)
+    (of_scaled,) = sm.train([config(architecture)], (x * scale).split(64), quick(input_mean=x.mean(0) * scale))
+    assert torch.equal(folded.W_dec, of_scaled.W_dec) and torch.equal(folded.W_enc, of_scaled.W_enc)
+    assert torch.equal(folded(x) * scale, of_scaled(x * scale))
+
+
+def test_b_dec_starts_at_the_mean_of_the_input():
+    x = stream()
+    trainer = SAETrainer(config("topk"), quick(normalize_activations="expected_average_only_in", input_scale=0.3, input_mean=x.mean(0)))
+    torch.testing.assert_close(trainer.sae.b_dec.detach(), x.mean(0) * 0.3)
+    torch.testing.assert_close(trainer.finish().b_dec.detach(), x.mean(0))
+
+
+# Dead features
+
+
+def test_dead_features_are_counted_in_tokens():
+    trainer = SAETrainer(config("topk", k=1, aux_loss_coefficient=0.0), quick(dead_after_tokens=100, learning_rate=1e-9))
+    x = stream(1)  # one row: the same feature fires every time
+    (fires,) = trainer.sae.encode(x)[0].nonzero().flatten().tolist()
+    for n in (60, 40):
+        trainer.step(x.expand(n, -1))
+    assert not trainer.dead_mask.any()  # exactly dead_after_tokens is not more
+    trainer.step(x)
+    dead = trainer.dead_mask
+    assert not dead[fires] and dead.sum() == D_SAE - 1
+    assert trainer.curve_point().dead_features == pytest.approx((D_SAE - 1) / D_SAE)
+
+
+@pytest.mark.parametrize("aux_loss_coefficient", [0.0, 1.0])
+def test_only_the_auxiliary_loss_moves_dead_features(aux_loss_coefficient):
+    trainer = SAETrainer(config("topk", aux_loss_coefficient=aux_loss_coefficient), quick(dead_after_tokens=100, unit_norm_decoder=False))
+    with torch.no_grad():
+        trainer.sae.b_enc[:5] = -20.0
+    before = trainer.sae.W_dec[:5].clone()
+    batches = stream(400).split(50)
+    for x in batches[:3]:
+        trainer.step(x)
+    assert torch.equal(trainer.sae.W_dec[:5], before)  # silent for 100 tokens is not yet dead
+    for x in batches[3:]:
+        trainer.step(x)
+    assert trainer.dead_mask[:5].all()
+    moved = (trainer.sae.W_dec[:5] != before).any(dim=1)
+    assert moved.all() if aux_loss_coefficient > 0 else not moved.any()
+
+
+# Schedules
+
+
+def test_learning_rate_warms_up_and_decays_to_its_floor():
+    training = sm.TrainingConfig(
+        learning_rate=2.0,
+        total_tokens=1000,
+        learning_rate_warmup_fraction=0.1,
+        learning_rate_decay_fraction=0.2,
+        learning_rate_floor=0.25,
+    )
+    rates = [training.learning_rate_at(start, start + 10) for start in range(0, 1000, 10)]
+    assert rates[0] == pytest.approx(0.2) and rates[4] == pytest.approx(1.0)
+    assert rates[9:81] == [pytest.approx(2.0)] * 72
+    assert rates[90] == pytest.approx(1.0)
+    assert rates[-1] == rates[-3] == 0.5
+    assert rates[:10] == sorted(rates[:10]) and rates[80:] == sorted(rates[80:], reverse=True)
+
+
+def test_without_schedules_the_rates_are_constant():
+    assert sm.TrainingConfig(learning_rate=0.5).learning_rate_at(10**9, 10**9 + 1) == 0.5
+    assert sm.TrainingConfig().sparsity_scale_at(1) == 1.0
+
+
+# What is observed
+
+
+def test_observations_come_about_two_hundred_times_and_after_the_last_step():
+    seen: list[list[CurvePoint]] = []
+    x = stream(1000)
+    sm.train([config("topk"), config("standard")], x.split(4), quick(total_tokens=1000), lambda points: seen.append(list(points)))
+    assert len(seen) == 200
+    assert {len(points) for points in seen} == {2}
+    assert seen[-1][0].tokens == 1000 and seen[-1][0].step == 250
+    assert [points[0].tokens for points in seen] == sorted({points[0].tokens for points in seen})
+
+
+def test_curve_points_describe_the_last_batch():
+    trainer = SAETrainer(config("topk"), quick())
+    x = stream(256)
+    z, x_hat = trainer.sae.encode(x).detach(), trainer.sae(x).detach()  # the objective is that of the weights before the step
+    trainer.step(x)
+    point = trainer.curve_point()
+    variance = (x - x.mean(0)).square().sum(0)
+    assert point.step == 1 and point.tokens == 256 and point.learning_rate == 1e-2 and point.dead_features == 0
+    assert point.loss == pytest.approx(float((x - x_hat).square().sum(1).mean()), rel=1e-5)
+    assert point.explained_variance == pytest.approx(float((1 - (x - x_hat).square().sum(0) / variance).mean()), abs=1e-5)
+    assert point.l0 == pytest.approx(float((z > 0).sum(1).float().mean()))
+
+
+# Ends, good and bad
+
+
+def test_training_stops_at_total_tokens():
+    def endless():
+        while True:
+            yield stream(64)
+
+    points: list[CurvePoint] = []
+    sm.train([config("topk")], endless(), quick(total_tokens=200), points.extend)
+    assert points[-1].tokens == 256
+
+
+def test_a_stream_shorter_than_total_tokens_is_warned_about():
+    with pytest.warns(UserWarning, match="after 128 of total_tokens = 512"):
+        sm.train([config("topk")], stream(128).split(64), quick(total_tokens=512))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_loss_that_is_not_finite_stops_and_says_where(architecture):
+    x = stream(256)
+    x[130, 3] = torch.nan
+    with pytest.raises(NonFiniteLossError, match=rf"SAE 0 \({architecture}, init_seed 7\): loss nan at step 3, after 192 tokens"):
+        sm.train([config(architecture, init_seed=7), config("topk")], x.split(64), quick())
+
+
+def test_losses_that_are_checked_late_still_name_their_step(monkeypatch):
+    monkeypatch.setattr("saeens_models.training.trainer._LOSSES_PER_CHECK", {"cpu": 100})
+    x = stream(256)
+    x[70] = torch.inf
+    with pytest.raises(FloatingPointError, match="at step 2, after 128 tokens"):
+        sm.train([config("standard")], x.split(64), quick())
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([torch.zeros(4, D_IN + 1)], r"batch 1 has shape \[4, 13\], expected \[n, 12\]"),
+        ([torch.zeros(2, 4, D_IN)], r"batch 1 has shape \[2, 4, 12\]"),
+        ([torch.ones(4, D_IN), torch.zeros(0, D_IN)], r"batch 2 has shape \[0, 12\]"),
+        ([torch.zeros(4, D_IN, dtype=torch.int32)], "int32"),
+        ([], "batches is empty"),
+    ],
+)
+def test_batches_that_cannot_be_trained_on_are_refused(batches, message):
+    with pytest.raises(ValueError, match=message):
+        sm.train([config("topk")], batches, quick())
+
+
+@pytest.mark.parametrize(
+    ("configs", "training", "message"),
+    [
+        ([], {}, "configs is empty"),
+        ([config("topk"), config("topk", d_in=13)], {}, r"one d_in; found \[12, 13\]"),
+        ([config("topk")], {"learning_rate_decay_fraction": 0.2}, "learning_rate_decay_fraction need total_tokens"),
+        ([config("topk")], {"normalize_activations": "expected_average_only_in"}, "needs input_scale"),
+        ([config("topk")], {"input_mean": [0.0] * 3}, "input_mean has 3 entries, the SAEs have d_in = 12"),
+    ],
+)
+def test_what_is_missing_for_training_is_named(configs, training, message):
+    with pytest.raises(ValueError, match=message):
+        sm.train(configs, [stream(64)], quick(**training))
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"learning_rate": 0}, "learning_rate"),
+        ({"adam_betas": [0.9, 1.0]}, "adam_betas"),
+        ({"batch_tokens": 0}, "batch_tokens"),
+        ({"l1": 3}, "l1"),
+        ({"normalize_activations": "layer_norm"}, "normalize_activations"),
+    ],
+)
+def test_wrong_training_settings_name_the_field(fields, field):
+    with pytest.raises(ValidationError) as caught:
+        sm.TrainingConfig(**fields)
+    assert caught.value.errors()[0]["loc"][0] == field
+
+
+def test_contradictory_training_settings_are_refused():
+    with pytest.raises(ValidationError, match="overlap"):
+        sm.TrainingConfig(learning_rate_warmup_fraction=0.6, learning_rate_decay_fraction=0.6)
+    with pytest.raises(ValidationError, match="not used with normalize_activations = none"):
+        sm.TrainingConfig(input_scale=2.0)

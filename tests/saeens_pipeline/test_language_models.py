@@ -1,0 +1,234 @@
+"""Describing and loading language models, and reading their activations at a hook."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import CONTEXT_LENGTH, D_MODEL, END_OF_TEXT, N_LAYERS, VOCAB_SIZE, edit_config, write_tiny_model
+
+from saeens_pipeline.errors import ConfigurationError, SaeensError
+from saeens_pipeline.language_models import models
+from saeens_pipeline.language_models.models import LanguageModel, describe_language_model, load_language_model, validate_hook
+
+LAYERS = list(range(N_LAYERS))
+
+
+@pytest.fixture(scope="module")
+def gpt_neox(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "gpt_neox")
+
+
+@pytest.fixture(scope="module", params=["gpt_neox", "llama"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
+    return load_language_model(describe_language_model(str(write_tiny_model(tmp_path_factory.mktemp("models") / "model", request.param))))
+
+
+@pytest.fixture(scope="module")
+def tokens() -> torch.Tensor:
+    return torch.randint(VOCAB_SIZE, (3, CONTEXT_LENGTH), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def copied(gpt_neox: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(gpt_neox, tmp_path / "model"))
+
+
+@pytest.mark.parametrize("architecture", ["gpt_neox", "llama"])
+def test_description_holds_what_the_configuration_says(architecture, tmp_path):
+    path = write_tiny_model(tmp_path / "model", architecture)
+    found = describe_language_model(str(path))
+    assert (found.d_model, found.n_layers, found.context_length, found.vocab_size) == (D_MODEL, N_LAYERS, CONTEXT_LENGTH, VOCAB_SIZE)
+    assert (found.model_type, found.end_of_text, found.parallel_residual) == (architecture, END_OF_TEXT, architecture == "gpt_neox")
+
+
+def test_describing_a_model_imports_neither_torch_nor_transformers(gpt_neox):
+    program = (
+        "import sys; from saeens_pipeline.language_models import caching, models, tokens; from saeens_pipeline.storage import residuals; "
+        "models.describe_language_model(sys.argv[1]); "
+        "sys.exit(str({'torch', 'transformers', 'zarr'} & set(sys.modules)) if {'torch', 'transformers', 'zarr'} & set(sys.modules) else 0)"
+    )
+    subprocess.run([sys.executable, "-c", program, str(gpt_neox)], check=True, cwd=Path(__file__).parents[2])
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_identity_changes_with_the_bytes_of_every_file_that_matters(copied, file):
+    before = describe_language_model(str(copied)).identity
+    (copied / "README.md").write_text("a model card changes nothing")
+    assert describe_language_model(str(copied)).identity == before
+    content = (copied / file).read_bytes()
+    (copied / file).write_bytes(content + b" " if file.endswith("json") else content[:-1] + bytes([content[-1] ^ 1]))
+    assert describe_language_model(str(copied)).identity != before
+
+
+def test_identity_of_large_weights_is_sampled_and_changes_with_their_values(copied, monkeypatch):
+    monkeypatch.setattr(models, "_WHOLLY_HASHED_BYTES", 1024)
+    monkeypatch.setattr(models, "_SAMPLE_BYTES", 64)
+    before = describe_language_model(str(copied)).identity["sha256"]
+    assert isinstance(before, dict) and before["model.safetensors"].startswith("sampled-")
+    weights = load_file(copied / "model.safetensors")
+    save_file({name: value * 1.001 for name, value in weights.items()}, copied / "model.safetensors", metadata={"format": "pt"})
+    after = describe_language_model(str(copied)).identity["sha256"]
+    assert after != before
+
+
+def _remove(*names: str) -> Callable[[Path], None]:
+    def remove(path: Path) -> None:
+        for name in names:
+            (path / name).unlink()
+
+    return remove
+
+
+def _pickled(path: Path) -> None:
+    (path / "model.safetensors").rename(path / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (_remove("config.json"), "has no config.json"),
+        (lambda path: (path / "config.json").write_text("{"), "not valid JSON"),
+        (lambda path: edit_config(path, hidden_size=None), "gives none of hidden_size"),
+        (_remove("tokenizer.json"), "no tokenizer.json"),
+        (_remove("model.safetensors"), "lacks its weights, model.safetensors"),
+        (_pickled, "pickle.*convert it to safetensors"),
+        (shutil.rmtree, "no such folder.*builtin/reference"),
+    ],
+)
+def test_incomplete_folders_are_refused_and_say_what_is_missing(copied, break_it, message):
+    break_it(copied)
+    with pytest.raises(ConfigurationError, match=message):
+        describe_language_model(str(copied))
+
+
+def test_names_on_a_hub_are_refused():
+    with pytest.raises(ConfigurationError, match="supports builtin/reference and local folders"):
+        describe_language_model("EleutherAI/pythia-160m")
+
+
+def test_revisions_of_local_models_are_refused(gpt_neox):
+    with pytest.raises(ConfigurationError, match="revision 'v2'"):
+        describe_language_model(str(gpt_neox), revision="v2")
+
+
+def test_reference_model_is_found_whatever_the_data_root_is(copied, monkeypatch, tmp_path):
+    monkeypatch.setenv("SAEENS_DATA", str(tmp_path / "elsewhere"))
+    monkeypatch.setattr(models, "_PACKAGED_REFERENCE_MODEL", tmp_path / "not_a_wheel")
+    monkeypatch.setattr(models, "_CHECKED_OUT_REFERENCE_MODEL", copied)
+    assert describe_language_model("builtin/reference").path == copied
+    shutil.rmtree(copied)
+    with pytest.raises(SaeensError, match="saeens reference-model train"):
+        describe_language_model("builtin/reference")
+
+
+def test_layers_that_the_model_lacks_are_refused_with_the_allowed_range(gpt_neox):
+    description = describe_language_model(str(gpt_neox))
+    validate_hook(description, "resid_post", [0, 2])
+    for layer in (-1, 3):
+        with pytest.raises(ConfigurationError, match=rf"has no layer {layer}: it has layers 0 to 2"):
+            validate_hook(description, "resid_post", [0, layer])
+
+
+@pytest.mark.parametrize(("hook", "message"), [("resid_mid", "parallel.*available: resid_pre"), ("residpost", "'residpost' is not known")])
+def test_hooks_that_the_model_lacks_are_refused_with_those_it_has(gpt_neox, hook, message):
+    with pytest.raises(ConfigurationError, match=message):
+        validate_hook(describe_language_model(str(gpt_neox)), hook, [0])
+
+
+def test_resid_post_and_resid_pre_equal_the_hidden_states_of_transformers(model, tokens):
+    with torch.no_grad():
+        expected = model.model(tokens, output_hidden_states=True).hidden_states
+    post, pre = model.activations(tokens, "resid_post", LAYERS), model.activations(tokens, "resid_pre", LAYERS)
+    for layer in LAYERS[:-1]:
+        assert torch.equal(post[layer], expected[layer + 1])
+    for layer in LAYERS:
+        assert torch.equal(pre[layer], expected[layer])
+    final_norm = model.model.get_submodule("gpt_neox.final_layer_norm" if model.description.model_type == "gpt_neox" else "model.norm")
+    with torch.no_grad():
+        assert torch.equal(final_norm(post[LAYERS[-1]]), expected[-1])
+
+
+def test_a_block_adds_the_outputs_of_attention_and_mlp_to_its_input(model, tokens):
+    parts = [model.activations(tokens, hook, [1])[1] for hook in ("resid_pre", "attn_out", "mlp_out")]
+    torch.testing.assert_close(sum(parts), model.activations(tokens, "resid_post", [1])[1])
+
+
+def test_layers_asked_for_one_by_one_equal_those_of_one_pass(model, tokens):
+    together = model.activations(tokens, "resid_post", LAYERS)
+    for layer in LAYERS:
+        assert torch.equal(model.activations(tokens, "resid_post", [layer])[layer], together[layer])
+
+
+def test_forward_pass_stops_after_the_deepest_layer_asked_for(model, tokens):
+    ran: list[int] = []
+    handles = [block.register_forward_hook(lambda *_, layer=layer: ran.append(layer)) for layer, block in enumerate(model._blocks)]
+    model.activations(tokens, "resid_post", [1, 0])
+    for handle in handles:
+        handle.remove()
+    assert ran == [0, 1]
+
+
+def test_the_model_is_whole_again_after_its_activations_were_read(model, tokens):
+    with torch.no_grad():
+        before = model.model(tokens).logits
+        model.activations(tokens, "mlp_out", [0])
+        assert torch.equal(model.model(tokens).logits, before)
+
+
+def test_a_module_path_reads_that_module(tmp_path, tokens):
+    model = load_language_model(describe_language_model(str(write_tiny_model(tmp_path / "model", "llama"))))
+    layer_input = model.activations(tokens, "model.layers.{layer}.input_layernorm", [1])[1]
+    norm = model.model.get_submodule("model.layers.1.input_layernorm")
+    with torch.no_grad():
+        assert torch.equal(layer_input, norm(model.activations(tokens, "resid_pre", [1])[1]))
+    assert model.widths("model.layers.{layer}.mlp.up_proj", [0, 2]) == {0: 32, 2: 32}
+    with pytest.raises(ConfigurationError, match=r"no module 'model.layers.1.mlp.up'; it has .*model.layers.1.mlp"):
+        model.activations(tokens, "model.layers.{layer}.mlp.up", [1])
+
+
+def test_padding_at_the_end_changes_nothing_before_it(model, tokens):
+    padded = tokens.clone()
+    padded[:, 10:] = END_OF_TEXT
+    expected = model.activations(tokens, "resid_post", [2])[2][:, :10]
+    torch.testing.assert_close(model.activations(padded, "resid_post", [2])[2][:, :10], expected)
+
+
+def test_random_weights_are_untrained_seeded_and_leave_the_global_generator_alone(gpt_neox, tokens):
+    description = describe_language_model(str(gpt_neox))
+    state = torch.random.get_rng_state()
+    first, again, other = (
+        load_language_model(description, "random", seed=seed).activations(tokens, "resid_post", [1])[1] for seed in (1, 1, 2)
+    )
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, other)
+    assert not torch.allclose(first, load_language_model(description).activations(tokens, "resid_post", [1])[1])
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda path: edit_config(path, model_type="no_such_model"), "no_such_model"),
+        (lambda path: (path / "model.safetensors").write_bytes(b"\x08" + bytes(7) + b"not json"), "cannot load"),
+        (lambda path: edit_config(path, intermediate_size=48), "cannot load"),
+    ],
+)
+def test_what_transformers_cannot_load_is_said_in_one_message(copied, break_it, message):
+    break_it(copied)
+    with pytest.raises(ConfigurationError, match=message):
+        load_language_model(describe_language_model(str(copied)))
+
+
+def test_weights_that_lack_a_tensor_are_refused(copied):
+    weights = load_file(copied / "model.safetensors")
+    del weights["gpt_neox.layers.1.mlp.dense_h_to_4h.weight"]
+    save_file(weights, copied / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SaeensError, match=r"lack 1 tensors.*layers.1.mlp.dense_h_to_4h"):
+        load_language_model(describe_language_model(str(copied)))
