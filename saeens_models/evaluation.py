@@ -80,7 +80,11 @@ class _Evaluator:
         n_features = self.ensemble.offsets[1:]
         dictionary = self.ensemble.W_dec
         measured = zip(
-            n_features, self.of_sizes, self.sparsity.compute_prefixes(n_features), self.connectivity.compute_prefixes(n_features), strict=True
+            n_features,
+            self.of_sizes,
+            self.sparsity.compute_prefixes(n_features),
+            self.connectivity.compute_prefixes(n_features),
+            strict=True,
         )
         sizes = [
             SizeEvaluation(n, width, reconstruction.compute(), sparsity, connectivity, diversity(dictionary[:width]))

@@ -13,11 +13,13 @@ import dagster as dg
 from pydantic import ValidationError
 
 from saeens_pipeline import defs
+from saeens_pipeline.assets.dagster_assets import build_assets
 from saeens_pipeline.assets.declarations import Op
 from saeens_pipeline.assets.experiments import experiment_ops
 from saeens_pipeline.assets.sources import source_ops
 from saeens_pipeline.components import ActivationSource, EnsembleExperiment, ExperimentSettings, SourceSettings
 from saeens_pipeline.errors import ConfigurationError
+from saeens_pipeline.resources import ComputeResource, StoreResource
 
 
 @dataclass
@@ -42,8 +44,15 @@ class Catalogue:
         """The ops of an experiment and of its source, in the order in which things are made."""
         return [*source_ops(self.sources[experiment.source]), *experiment_ops(experiment)]
 
-    def all_ops(self) -> list[Op]:
-        """The ops of all sources and experiments."""
+    def definitions(self) -> dg.Definitions:
+        """Everything for Dagster. Steps run in one process: each of their own would spend seconds on importing torch."""
+        return dg.Definitions(
+            assets=build_assets(self._all_ops()),
+            resources={"store": StoreResource(), "compute": ComputeResource()},
+            executor=dg.in_process_executor,
+        )
+
+    def _all_ops(self) -> list[Op]:
         return [op for source in self.sources.values() for op in source_ops(source)] + [
             op for e in self.experiments.values() for op in experiment_ops(e)
         ]

@@ -16,7 +16,6 @@ from saeens_pipeline.resources import StoreResource
 from saeens_pipeline.storage.recipes import Store
 
 if TYPE_CHECKING:
-    from dagster import DagsterInstance
     from rich.console import Console
 
     from saeens_pipeline.assets.declarations import Declaration
@@ -26,7 +25,11 @@ if TYPE_CHECKING:
 
 def reporter_for(console: Console) -> progress.Reporter:
     """Bars in a terminal, plain lines elsewhere."""
-    return progress.BarReporter() if console.is_terminal else progress.LineReporter(lambda line: console.print(line, highlight=False))
+    return (
+        progress.BarReporter()
+        if console.is_terminal
+        else progress.LineReporter(lambda line: console.print(line, highlight=False, soft_wrap=True))
+    )
 
 
 def experiment_status(name: str) -> list[Status]:
@@ -62,7 +65,7 @@ def run_experiment(name: str, *, layers: Sequence[int], seeds: Sequence[int], se
     else:
         console.print(f"{name}: {n_wanted} artefacts to make, {n_planned - n_wanted} fresh (cache hits) or not asked for", highlight=False)
         with _quiet(), progress.report_to(reporter_for(console)):
-            _execute(experiment, layers, [(stage, wanted) for stage, wanted in chosen if wanted])
+            _execute(catalogue, experiment, layers, [(stage, wanted) for stage, wanted in chosen if wanted])
     print_summary(store.root, experiment, layers, console)
     console.print(
         f"\nTook {time.monotonic() - began:.0f} s. Everything lies below {store.root}; `saeens ui` opens the Dagster UI.",
@@ -134,33 +137,27 @@ def _selected(stages: Sequence[Stage], select: Sequence[str]) -> list[Declaratio
     return found
 
 
-def _execute(experiment: ExperimentSettings, layers: Sequence[int], chosen: Sequence[tuple[Stage, list[Declaration]]]) -> None:
-    from dagster import DagsterInstance
+def _execute(
+    catalogue: Catalogue, experiment: ExperimentSettings, layers: Sequence[int], chosen: Sequence[tuple[Stage, list[Declaration]]]
+) -> None:
+    """One Dagster run in this process for each stage, seen in the UI afterwards. Raises what made one fail."""
+    from dagster import AssetKey, DagsterInstance
 
+    from saeens_pipeline.assets.dagster_assets import LAYERS_TAG, partition_key
     from saeens_pipeline.instance import prepare_home, register_layers
 
     prepare_home()
+    job = catalogue.definitions().resolve_implicit_global_asset_job_def()
     with DagsterInstance.get() as instance:
         register_layers(instance, experiment.source, layers)
         for stage, declarations in chosen:
-            _execute_stage(instance, stage, declarations, layers)
-
-
-def _execute_stage(instance: DagsterInstance, stage: Stage, declarations: Sequence[Declaration], layers: Sequence[int]) -> None:
-    """One Dagster run in this process, seen in the UI afterwards. Raises what made it fail."""
-    from dagster import AssetKey
-
-    from saeens_pipeline.assets.dagster_assets import LAYERS_TAG, partition_key
-    from saeens_pipeline.definitions import defs
-
-    job = defs.resolve_implicit_global_asset_job_def()
-    job.execute_in_process(
-        instance=instance,
-        partition_key=partition_key(declarations[0], stage.partition),
-        asset_selection=[AssetKey(declaration.address.key) for declaration in declarations],
-        tags={"user": "saeens run", LAYERS_TAG: ",".join(map(str, layers))},
-        run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
-    )
+            job.execute_in_process(
+                instance=instance,
+                partition_key=partition_key(declarations[0], stage.partition),
+                asset_selection=[AssetKey(declaration.address.key) for declaration in declarations],
+                tags={"user": "saeens run", LAYERS_TAG: ",".join(map(str, layers))},
+                run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
+            )
 
 
 @contextlib.contextmanager

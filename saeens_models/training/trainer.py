@@ -92,8 +92,9 @@ class SAETrainer:
         self.steps += 1
         self.tokens = end
         self.last_fired.masked_fill_(objective.fire_counts > 0, end)
-        self._last = (x, objective)
-        self._unchecked_losses.append((self.steps, end, objective.loss.detach()))
+        loss = objective.loss.detach()
+        self._last = (x, objective._replace(loss=loss))  # detached, so that the step's graph is freed
+        self._unchecked_losses.append((self.steps, end, loss))
         if len(self._unchecked_losses) >= _LOSSES_PER_CHECK.get(x.device.type, _LOSSES_PER_CHECK_ELSEWHERE):
             self.check_losses()
 
@@ -118,7 +119,7 @@ class SAETrainer:
         return CurvePoint(
             step=self.steps,
             tokens=self.tokens,
-            loss=float(objective.loss.detach()),
+            loss=float(objective.loss),
             explained_variance=_explained_variance(x, objective.x_hat),
             l0=float(objective.l0),
             dead_features=float(self.dead_mask.float().mean()),

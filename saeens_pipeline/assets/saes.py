@@ -125,8 +125,8 @@ def _train(workplace: Workplace, tasks: Sequence[Task], given: Reference) -> Non
 
         def batches():
             for batch in reader.batches("train", training.batch_tokens, seed=fields["data_seed"]):
-                yield batch.to(device)
                 advance(len(batch))
+                yield batch.to(device)
 
         def observe(points: Sequence[CurvePoint]) -> None:
             for curve, point in zip(curves, points, strict=True):

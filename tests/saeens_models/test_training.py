@@ -22,6 +22,15 @@ CONFIGS = {
 ARCHITECTURES = sorted(CONFIGS)
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads only wait for each other in steps this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def config(architecture: str, init_seed: int = 0, **fields) -> sm.SAEConfig:
     fields = {"d_in": D_IN, "d_sae": D_SAE, **CONFIGS[architecture], **fields}
     return sm.SAEConfig(architecture=architecture, init_seed=init_seed, **fields)
