@@ -21,7 +21,9 @@ app = typer.Typer(
 reference_model = typer.Typer(no_args_is_help=True, help="The embedded language model.")
 app.add_typer(reference_model, name="reference-model")
 
-out, err = Console(), Console(stderr=True)
+_PIPE_WIDTH = 160  # columns where the output is no terminal: tables are not squeezed into a file
+out = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+err = Console(stderr=True, width=None if sys.stderr.isatty() else _PIPE_WIDTH)
 
 Experiment = Annotated[str, typer.Argument(help="Name of an experiment; `saeens experiments` lists them.")]
 

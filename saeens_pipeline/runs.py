@@ -25,11 +25,9 @@ if TYPE_CHECKING:
 
 def reporter_for(console: Console) -> progress.Reporter:
     """Bars in a terminal, plain lines elsewhere."""
-    return (
-        progress.BarReporter()
-        if console.is_terminal
-        else progress.LineReporter(lambda line: console.print(line, highlight=False, soft_wrap=True))
-    )
+    if console.is_terminal:
+        return progress.BarReporter()
+    return progress.LineReporter(lambda line: console.print(line, highlight=False, soft_wrap=True))
 
 
 def experiment_status(name: str) -> list[Status]:

@@ -158,10 +158,14 @@ class SAE(nn.Module, ABC):
 
     def pre_activations(self, x: Tensor) -> Tensor:
         """``(x - b_dec) @ W_enc + b_enc``: `[..., d_in]` to `[..., d_sae]`; without the subtraction if the configuration says so."""
-        _check_last_dimension(x, self.config.d_in, "x", "d_in")
+        self.check_input(x)
         if self.config.apply_b_dec_to_input:
             x = x - self.b_dec
         return F.linear(x, self.W_enc.t(), self.b_enc)
+
+    def check_input(self, x: Tensor) -> None:
+        """Raise ``ValueError`` unless ``x`` is `[..., d_in]` and floating point."""
+        _check_last_dimension(x, self.config.d_in, "x", "d_in")
 
     def encode(self, x: Tensor) -> Tensor:
         """The code of ``x``: `[..., d_in]` to `[..., d_sae]`. Raises ``ValueError`` if the last dimension is not ``d_in``."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
+import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
@@ -49,6 +50,16 @@ class TopKSAE(SAE):
     def activate(self, pre: Tensor) -> Tensor:
         top = select_topk(pre, self.config.k)
         return pre.new_zeros(pre.shape).scatter(-1, top.indices, top.values.relu())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``decode(encode(x))``. Without gradients it never makes the dense code, which costs less (and rounds differently)."""
+        if torch.is_grad_enabled():
+            return super().forward(x)
+        self.check_input(x)
+        rows = x.reshape(-1, self.config.d_in)
+        weights = (self.W_enc, self.b_enc, self.W_dec, self.b_dec)
+        top = topk_reconstruction(rows, *weights, k=self.config.k, apply_b_dec_to_input=self.config.apply_b_dec_to_input)
+        return top.x_hat.view_as(x)
 
     def objective(self, x: Tensor, dead_mask: Tensor | None = None, sparsity_scale: float = 1.0) -> Objective:
         config = self.config

@@ -153,7 +153,10 @@ class ActivationStore(ActivationReader):
             self.dtype = cast("StoredDtype", group.attrs["dtype"])
             self._arrays: dict[str, dict[str, Any]] = {}
             self._statistics: dict[str, ActivationStatistics] = {}
-            for split, members in group.groups():
+            for split in ("train", "test"):
+                if split not in group:  # residuals have no test split
+                    continue
+                members = cast("zarr.Group", group[split])
                 self._arrays[split] = dict(members.arrays())
                 self._statistics[split] = ActivationStatistics.from_json(cast("dict[str, Any]", members.attrs["statistics"]))
             activations = next(iter(self._arrays.values()))["activations"]
