@@ -1,43 +1,53 @@
+# Needs Python 3.11 to 3.13, git and make. `make PYTHON=python3.12 ...` chooses the interpreter.
 PYTHON ?= python3
 VENV := .venv
-BIN := $(VENV)/bin
-SETTINGS := pyproject.toml constraints.txt
+VENV_INTEROP := .venv-interop
+PIP_INSTALL := python -m pip install --quiet --quiet --disable-pip-version-check
 
-.PHONY: quickstart ui test check test-interop clean
+.PHONY: help quickstart ui test check test-interop clean
+
+help:  ## what there is to make
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' Makefile
 
 quickstart: $(VENV)/.installed  ## train, ensemble and evaluate SAEs on the embedded language model
-	$(BIN)/saeens run quickstart
+	$(VENV)/bin/saeens run quickstart
 
-ui: $(VENV)/.installed  ## the Dagster UI, on loopback
-	$(BIN)/saeens ui
+ui: $(VENV)/.installed  ## the Dagster UI, on this machine only
+	$(VENV)/bin/saeens ui
 
-test: $(VENV)/.installed-dev  ## the whole test suite
-	$(BIN)/python -m pytest
+test: $(VENV)/.installed-dev  ## the test suite
+	$(VENV)/bin/python -m pytest
 
-check: $(VENV)/.installed-dev  ## lint and types
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+check: $(VENV)/.installed-dev  ## style and types
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
-test-interop: .venv-interop/.installed  ## SAE folders open in SAELens, with the same codes
-	.venv-interop/bin/python -m pytest -m interop tests/interop
+test-interop: $(VENV_INTEROP)/.installed  ## does SAELens read our files as we do, and we its?
+	$(VENV_INTEROP)/bin/python -m pytest tests/interop
 
 clean:  ## remove the virtual environments; what runs made stays in data/
-	rm -rf $(VENV) .venv-interop
+	rm -rf $(VENV) $(VENV_INTEROP)
 
-$(BIN)/python:
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"Python 3.11 to 3.13 is needed, {v[0]}.{v[1]} was found: make PYTHON=/path/to/python3.12 ...")'
-	$(PYTHON) -m venv $(VENV)
-
-$(VENV)/.installed: $(SETTINGS) | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "torch==2.13.0" --editable .
-	touch $@
+# A stamp file says what an environment holds; a changed version or dependency installs again. The install is editable: a changed
+# experiment file takes effect at once.
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/.created
+	@echo "installing into $(VENV); the first time this takes minutes, most of them for PyTorch"
+	@$(VENV)/bin/$(PIP_INSTALL) --constraint constraints.txt --upgrade pip
+	@$(VENV)/bin/$(PIP_INSTALL) --constraint constraints.txt --build-constraint constraints.txt --editable .
+	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt hypothesis pyright pytest ruff scikit-learn scipy
-	touch $@
+	@$(VENV)/bin/$(PIP_INSTALL) --constraint constraints.txt --group dev
+	@touch $@
 
-.venv-interop/.installed: pyproject.toml constraints-interop.txt
-	$(PYTHON) -m venv .venv-interop
-	.venv-interop/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-interop.txt "torch==2.13.0" sae-lens pytest
-	touch $@
+$(VENV_INTEROP)/.installed: pyproject.toml constraints-interop.txt | $(VENV_INTEROP)/.created
+	@echo "installing SAELens into $(VENV_INTEROP)"
+	@$(VENV_INTEROP)/bin/$(PIP_INSTALL) --constraint constraints-interop.txt --upgrade pip
+	@$(VENV_INTEROP)/bin/$(PIP_INSTALL) --constraint constraints-interop.txt --group interop
+	@touch $@
+
+%/.created:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit("Python 3.11, 3.12 or 3.13 is needed, and %s is %d.%d: make PYTHON=/path/to/python3.12 ..." % ((sys.executable,) + v))'
+	@$(PYTHON) -m venv --clear $*
+	@touch $@

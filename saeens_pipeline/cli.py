@@ -117,31 +117,24 @@ def ui(
     port: Annotated[int, typer.Option(help="Port on the loopback interface.")] = 3000,
 ) -> None:
     """Open the Dagster UI on this machine, with the runs that were made from here."""
-    import subprocess
+    import os
 
     from dagster import DagsterInstance
 
     from saeens_pipeline.catalogue import load_catalogue
     from saeens_pipeline.instance import prepare_home, register_layers
+    from saeens_pipeline.resources import data_root
 
-    prepare_home()
+    home = prepare_home()
     with DagsterInstance.get() as instance:
         for source in load_catalogue().sources.values():
             register_layers(instance, source.name, source.layers)
     out.print(f"The UI answers in about ten seconds at [link]http://127.0.0.1:{port}[/link]; Ctrl-C ends it.")
-    command = [
-        sys.executable,
-        "-m",
-        "dagster",
-        "dev",
-        "--module-name",
-        "saeens_pipeline.definitions",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-    ]
-    raise typer.Exit(subprocess.run(command, check=False).returncode)
+    # In DAGSTER_HOME: `dagster dev` would warn of a dagster.yaml in the current folder that is not the one it uses.
+    os.environ["SAEENS_DATA"] = str(data_root())
+    os.chdir(home)
+    arguments = ["dev", "--workspace", "workspace.yaml", "--host", "127.0.0.1", "--port", str(port)]
+    os.execv(sys.executable, [sys.executable, "-m", "dagster", *arguments])
 
 
 @app.command()

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.resources import data_root
+from saeens_pipeline.storage.recipes import is_alive
 
 if TYPE_CHECKING:
     from dagster import DagsterInstance
+
+PROCESS_TAG = "saeens/process"
 
 _SETTINGS = """\
 # Where Dagster keeps runs and events, one op at a time on the GPU, and no telemetry.
@@ -33,6 +37,14 @@ run_monitoring:
   free_slots_after_run_end_seconds: 60
 telemetry:
   enabled: false
+nux:
+  enabled: false
+"""
+WORKSPACE = """\
+load_from:
+  - python_module:
+      module_name: saeens_pipeline.definitions
+      location_name: saeens
 """
 
 
@@ -44,19 +56,36 @@ def instance_settings(home: str) -> str:
 def prepare_home() -> Path:
     """DAGSTER_HOME, or `dagster` below the data root where it is not set: made and set up where it is not there yet.
 
-    The environment variable is set for this process and its children. A `dagster.yaml` that is there is left as it is.
+    The environment variable is set for this process and its children. Files that are there are left as they are.
     """
     home = Path(os.environ.get("DAGSTER_HOME") or data_root() / "dagster").absolute()
     try:
         home.mkdir(parents=True, exist_ok=True)
-        if not (home / "dagster.yaml").exists():
-            (home / "dagster.yaml").write_text(instance_settings(home.as_posix()))
+        for name, content in (("dagster.yaml", instance_settings(home.as_posix())), ("workspace.yaml", WORKSPACE)):
+            if not (home / name).exists():
+                (home / name).write_text(content)
     except OSError as error:
         raise SaeensError(
             f"{home} cannot be written ({error.strerror}): set DAGSTER_HOME or SAEENS_DATA to a folder that can be"
         ) from error
     os.environ["DAGSTER_HOME"] = str(home)
     return home
+
+
+def process_tag() -> dict[str, str]:
+    """The tag of a run that this process executes itself: who to ask whether it still lives."""
+    return {PROCESS_TAG: f"{socket.gethostname()}:{os.getpid()}"}
+
+
+def end_dead_runs(instance: DagsterInstance) -> None:
+    """Report runs as failed whose process on this machine was killed, and free the GPU slot that they would hold for ever."""
+    from dagster import DagsterRunStatus, RunsFilter
+
+    for run in instance.get_runs(RunsFilter(statuses=[DagsterRunStatus.STARTED])):
+        host, _, pid = run.tags.get(PROCESS_TAG, "").rpartition(":")
+        if host == socket.gethostname() and not is_alive(int(pid)):
+            instance.report_run_failed(run, "The process that executed this run was killed.")
+            instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
 
 
 def register_layers(instance: DagsterInstance, source: str, layers: Sequence[int]) -> None:

@@ -142,18 +142,19 @@ def _execute(
     from dagster import AssetKey, DagsterInstance
 
     from saeens_pipeline.assets.dagster_assets import LAYERS_TAG, partition_key
-    from saeens_pipeline.instance import prepare_home, register_layers
+    from saeens_pipeline.instance import end_dead_runs, prepare_home, process_tag, register_layers
 
     prepare_home()
     job = catalogue.definitions().resolve_implicit_global_asset_job_def()
     with DagsterInstance.get() as instance:
+        end_dead_runs(instance)
         register_layers(instance, experiment.source, layers)
         for stage, declarations in chosen:
             job.execute_in_process(
                 instance=instance,
                 partition_key=partition_key(declarations[0], stage.partition),
                 asset_selection=[AssetKey(declaration.address.key) for declaration in declarations],
-                tags={"user": "saeens run", LAYERS_TAG: ",".join(map(str, layers))},
+                tags={"user": "saeens run", LAYERS_TAG: ",".join(map(str, layers)), **process_tag()},
                 run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
             )
 

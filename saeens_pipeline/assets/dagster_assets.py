@@ -136,6 +136,6 @@ def _materialise(op: Op, selected: Sequence[Declaration], partition: Partition, 
         artefact = hits.get(i) or store.require(*task.where)
         yield dg.MaterializeResult(
             asset_key=dg.AssetKey(task.declaration.address.key),
-            metadata={"cache_hit": i in hits, **describe_artefact(task.declaration, artefact)},
+            metadata=describe_artefact(task.declaration, artefact, cache_hit=i in hits),
             data_version=dg.DataVersion(artefact.data_version),
         )

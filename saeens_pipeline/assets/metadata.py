@@ -25,7 +25,7 @@ def static_metadata(declaration: Declaration) -> dict[str, Any]:
     return {"dagster/column_schema": dg.TableSchema(columns=columns)}
 
 
-def describe_artefact(declaration: Declaration, artefact: Artefact) -> dict[str, Any]:
+def describe_artefact(declaration: Declaration, artefact: Artefact, cache_hit: bool) -> dict[str, Any]:
     """Metadata of one materialisation, in the order in which the UI shows it."""
     made = artefact.provenance
     summary: dict[str, Any] = {}
@@ -35,13 +35,15 @@ def describe_artefact(declaration: Declaration, artefact: Artefact) -> dict[str,
         summary = _table_summary(declaration, artefact)
     elif "statistics" in made:
         summary = _statistics_summary(made["statistics"])
+    seconds = made.get("train_seconds", made.get("seconds"))
     size = sum(n_bytes for n_bytes, _ in artefact.files.values())
     general = {
-        "seconds": round(made.get("train_seconds", made.get("seconds", 0.0)), 2),
-        "peak memory [MB]": round((made.get("peak_memory_bytes") or 0) / 1e6),
+        "seconds": None if seconds is None else round(seconds, 2),
+        "peak memory [MB]": round(made["peak_memory_bytes"] / 1e6) if made.get("peak_memory_bytes") else None,
         "device": made["device"],
         "size [MB]": round(size / 1e6, 2) if declaration.address.kind != "eval" else None,
         "same as": made.get("same_as"),
+        "cache_hit": cache_hit,
         "path": dg.MetadataValue.path(str(artefact.path)),
         "recipe": dg.MetadataValue.json(artefact.recipe),
         "versions": dg.MetadataValue.json(made["versions"]),
@@ -57,13 +59,14 @@ def _sae_summary(artefact: Artefact) -> dict[str, Any]:
     curve = pl.read_parquet(artefact.path / CURVE_FILE)
     seconds = made["train_seconds"]
     return {
-        "explained variance (last training batch)": round(last["explained_variance"], 4),
-        "L0": round(last["l0"], 2),
-        "dead features [share]": round(last["dead_features"], 4),
-        "training tokens": made["train_tokens"],
-        "tokens per second": round(made["train_tokens"] / seconds) if seconds else None,
-        "training FLOPs": float(made["train_flops"]),
-        "explained variance while training": picture({"": curve["explained_variance"].to_list()}, "tokens"),
+        "explained variance": round(last["explained_variance"], 4),
+        "l0": round(last["l0"], 2),
+        "dead features": f"{last['dead_features']:.1%}",
+        "measured on": "the last training batch; held-out figures are in eval/members",
+        "curve": picture({"": curve["explained_variance"].to_list()}, "explained variance by training tokens"),
+        "train tokens": made["train_tokens"],
+        "tokens/s": round(made["train_tokens"] / seconds) if seconds else None,
+        "train FLOPs": f"{made['train_flops']:.3g}",
     }
 
 

@@ -264,7 +264,8 @@ def _staging(final: Path) -> Iterator[Path]:
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         for leftover in final.parent.glob(f".{final.name}.*.partial"):
-            if not _is_alive(int(leftover.name.split(".")[-2])):
+            pid = int(leftover.name.split(".")[-2])
+            if pid == os.getpid() or not is_alive(pid):
                 _remove(leftover)
         if _retired(final).exists():  # a process was killed between the two renames of `_replace_folder`
             _remove(_retired(final)) if final.exists() else _retired(final).rename(final)
@@ -279,14 +280,15 @@ def _staging(final: Path) -> Iterator[Path]:
         _remove(staging)
 
 
-def _is_alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Whether there is a process with this number on this machine."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         return True
-    return pid != os.getpid()
+    return True
 
 
 def _remove(path: Path) -> None:

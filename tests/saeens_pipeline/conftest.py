@@ -1,0 +1,43 @@
+"""Laboratories for tests: an empty one, and copies of one in which the tiny experiment has been run."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from tiny_experiment import Laboratory
+from tiny_models import write_tiny_model
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "model")
+
+
+@pytest.fixture(scope="session")
+def finished_laboratory(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Laboratory:
+    """The tiny experiment, run once, with Dagster's events on disk; for reading only."""
+    home = tmp_path_factory.mktemp("finished")
+    laboratory = Laboratory(tiny_model, home / "defs", home / "data")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        laboratory.activate(monkeypatch, keep_events=True)
+        laboratory.declare()
+        laboratory.run()
+    return laboratory
+
+
+@pytest.fixture
+def empty(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Laboratory:
+    """The tiny experiment declared, nothing made yet."""
+    laboratory = Laboratory(tiny_model, tmp_path / "defs", tmp_path / "data")
+    laboratory.activate(monkeypatch)
+    laboratory.declare()
+    return laboratory
+
+
+@pytest.fixture
+def finished(finished_laboratory: Laboratory, empty: Laboratory) -> Laboratory:
+    """A copy of the finished laboratory, to change at will."""
+    shutil.copytree(finished_laboratory.root, empty.root, ignore=shutil.ignore_patterns("dagster"))
+    return empty

@@ -1,0 +1,221 @@
+"""Experiment files: what is wrong with one is said with its path, line, field and what is allowed, and takes no other down."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+from tiny_experiment import EXPERIMENT, NAME, Laboratory, experiment_file, experiment_settings, source_settings
+
+from saeens_pipeline.errors import ConfigurationError
+
+SAE, TRAINING = EXPERIMENT["sae"], EXPERIMENT["training"]
+
+
+def _text(source: dict[str, Any] | None = None, /, **experiment: Any) -> str:
+    return experiment_file(
+        ("ActivationSource", source_settings("some/model", **(source or {}))), ("EnsembleExperiment", experiment_settings(**experiment))
+    )
+
+
+@pytest.fixture
+def laboratory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Laboratory:
+    """One sound folder, called `sound`."""
+    laboratory = Laboratory(tmp_path / "model", tmp_path / "defs", tmp_path / "data")
+    laboratory.activate(monkeypatch)
+    laboratory.write(_text({"name": "sound"}, name="sound", source="sound"), "sound")
+    return laboratory
+
+
+def _message(laboratory: Laboratory, text: str) -> tuple[Path, str]:
+    """What is said of a file beside a sound one, which stays loaded."""
+    file = laboratory.write(text)
+    catalogue = laboratory.catalogue
+    assert "sound" in catalogue.sources
+    assert "sound" in catalogue.experiments
+    dg.Definitions.validate_loadable(catalogue.definitions())
+    (message,) = catalogue.broken.values()
+    return file, message
+
+
+def _line(text: str, start: str) -> int:
+    """The line that begins with this, indented or not, counted from 1: the last of several."""
+    return max(number for number, line in enumerate(text.splitlines(), start=1) if line.strip().startswith(start))
+
+
+def test_sound_files_are_loaded(laboratory: Laboratory):
+    laboratory.write(_text())
+    catalogue = laboratory.catalogue
+    assert sorted(catalogue.sources) == sorted(catalogue.experiments) == ["sound", NAME]
+    assert catalogue.broken == {}
+    assert catalogue.experiment(NAME).sae == SAE
+    assert catalogue.sources[NAME].train_tokens == 600
+
+
+def test_folders_without_an_experiment_file_are_passed_over(laboratory: Laboratory):
+    (laboratory.folder / "notes").mkdir()
+    (laboratory.folder / "README.md").write_text("not a folder")
+    assert sorted(laboratory.catalogue.experiments) == ["sound"]
+
+
+WRONG_VALUES = {
+    "dtype": (_text({"dtype": "float8"}), "dtype:", "attributes.dtype", "'float8'", ["float16", "bfloat16", "float32"]),
+    "packing": (_text({"packing": "tight"}), "packing:", "attributes.packing", "'tight'", ["concatenate", "document"]),
+    "weights": (_text({"weights": "some"}), "weights:", "attributes.weights", "'some'", ["trained", "random"]),
+    "drop": (_text({"drop": ["last"]}), "- last", "attributes.drop.0", "'last'", ["special", "padding", "first"]),
+    "corpus": (_text({"corpus": "wikipedia"}), "corpus:", "attributes.corpus", "'wikipedia'", ["builtin/installed_packages"]),
+    "tokens in words": (_text({"train_tokens": "many"}), "train_tokens:", "attributes.train_tokens", "'many'", ["integer"]),
+    "zero tokens": (_text({"test_tokens": 0}), "test_tokens:", "attributes.test_tokens", "0", ["greater than 0"]),
+    "a negative layer": (_text({"layers": [-1]}), "- -1", "attributes.layers.0", "-1", ["greater than or equal to 0"]),
+    "a layer twice": (_text({"layers": [1, 1]}), "layers:", "attributes.layers", "[1, 1]", ["twice"]),
+    "name": (_text(name="Tiny-1"), "name: Tiny", "attributes.name", "'Tiny-1'", ["lower-case letters, digits and _"]),
+    "architecture": (
+        _text(sae={"architecture": "gated", "expansion": 2}), "architecture:", "attributes.sae.architecture", "'gated'",
+        ["jumprelu", "standard", "topk"],
+    ),
+    "no architecture": (_text(sae={"expansion": 2}), "sae:", "attributes.sae.architecture", "missing", ["jumprelu", "standard", "topk"]),
+    "k": (_text(sae=SAE | {"k": "many"}), "k:", "attributes.sae.k", "'many'", ["integer"]),
+    "no k": (_text(sae={"architecture": "topk", "expansion": 2}), "sae:", "attributes.sae.k", "", ["required"]),
+    "two widths": (_text(sae=SAE | {"d_sae": 8}), "sae:", "attributes.sae", "", ["expansion", "d_sae"]),
+    "learning rate": (_text(training={"learning_rate": -1}), "learning_rate:", "attributes.training.learning_rate", "-1", ["greater than 0"]),
+    "what follows": (_text(training={"total_tokens": 5}), "training:", "attributes.training", "total_tokens", ["cannot be set"]),
+    "seeds": (_text(ensemble={"members": 2, "seeds": [3, 3]}), "seeds:", "attributes.ensemble.seeds", "[3, 3]", ["twice"]),
+    "no members": (_text(ensemble={"members": 0, "seeds": [3]}), "members:", "attributes.ensemble.members", "0", ["greater than or equal to 1"]),
+    "baseline": (
+        _text(baselines=["expanded", "wide"]), "- wide", "attributes.baselines.1", "'wide'", ["expanded", "expanded_l0_matched"]
+    ),
+    "a baseline twice": (_text(baselines=["expanded", "expanded"]), "baselines:", "attributes.baselines", "expanded", ["twice"]),
+    "table": (_text(evaluations=["speed"]), "- speed", "attributes.evaluations.0", "'speed'", ["reconstruction", "stability", "cost"]),
+    "residuals": (_text(keep_residuals="some"), "keep_residuals:", "attributes.keep_residuals", "'some'", ["last", "all", "none"]),
+    "automation": (
+        _text(automation="X").replace("automation: X", "automation: on"), "automation:", "attributes.automation", "", ["off"]
+    ),
+    "expanded sizes": (_text(expanded_sizes=[9]), "type:|expanded_sizes:", "expanded_sizes", "9", ["3 members"]),
+    "no expanded sizes": (_text(expanded_sizes=[]), "expanded_sizes:", "attributes.expanded_sizes", "[]", []),
+    "L0 that cannot be matched": (_text(sae={"architecture": "standard", "expansion": 2}), "type:|baselines:", "attributes", "'standard'", ["topk"]),
+    "no name": (_text(name=None), "attributes:", "attributes.name", "", ["required"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG_VALUES)
+def test_a_wrong_value_is_said_with_path_line_field_and_what_is_allowed(laboratory: Laboratory, case: str):
+    text, at, field, found, allowed = WRONG_VALUES[case]
+    file, message = _message(laboratory, text)
+    lines = {_line(text, start) + below for start in at.split("|") for below in (0, 1)}  # a missing field's parent has no value of its own
+    assert any(f"{file}:{line}: " in message for line in lines), message
+    assert f"{field}: " in message
+    assert found in message
+    for each in allowed:
+        assert each in message.replace("Field required", "required")
+
+
+UNKNOWN_KEYS = {
+    "of a source": (_text({"colour": "red"}), "colour:", "attributes.colour", "'red'", "context_length"),
+    "of an experiment": (_text(members=3), "members: 3", "attributes.members", "3", "ensemble"),
+    "of an SAE": (_text(sae=SAE | {"topk": 7}), "topk:", "attributes.sae.topk", "7", "k_aux"),
+    "of the training": (_text(training=TRAINING | {"lr": 0.5}), "lr:", "attributes.training.lr", "0.5", "learning_rate"),
+    "of the ensemble": (_text(ensemble=EXPERIMENT["ensemble"] | {"size": 5}), "size:", "attributes.ensemble.size", "5", "members"),
+}
+
+
+@pytest.mark.parametrize("where", UNKNOWN_KEYS)
+def test_an_unknown_key_is_said_with_path_line_and_field(laboratory: Laboratory, where: str):
+    text, at, field, found, _ = UNKNOWN_KEYS[where]
+    file, message = _message(laboratory, text)
+    assert f"{file}:{_line(text, at)}: {field}: " in message
+    assert f"found: {found}" in message
+
+
+@pytest.mark.parametrize("where", UNKNOWN_KEYS)
+def test_an_unknown_key_is_said_with_those_that_there_are(laboratory: Laboratory, where: str):
+    text, _, _, _, allowed = UNKNOWN_KEYS[where]
+    assert allowed in _message(laboratory, text)[1]
+
+
+def test_all_wrong_fields_of_a_document_are_said_at_once(laboratory: Laboratory):
+    text = _text({"dtype": "float8", "layers": []})
+    file, message = _message(laboratory, text)
+    assert {line.split(": ")[0] for line in message.splitlines()} == {f"{file}:{_line(text, 'dtype:')}", f"{file}:{_line(text, 'layers:')}"}
+
+
+def test_an_unknown_source_is_said_with_path_line_and_those_that_there_are(laboratory: Laboratory):
+    text = _text(source="elsewhere")
+    file, message = _message(laboratory, text)
+    assert f"{file}:{_line(text, 'source:')}: attributes.source: " in message
+    assert "'elsewhere'" in message
+    assert f"sound, {NAME}" in message
+
+
+@pytest.mark.parametrize("what", ["source", "experiment"])
+def test_a_name_that_is_taken_is_said_with_path_and_line_and_the_first_stays(laboratory: Laboratory, what: str):
+    text = _text({"name": "sound"}) if what == "source" else _text(name="sound", source="sound")
+    file, message = _message(laboratory, text)
+    line = next(number for number, line in enumerate(text.splitlines(), start=1) if line.strip() == "name: sound")
+    assert f"{what} called 'sound'" in message
+    assert f"{file}:{line}: attributes.name: " in message
+    assert laboratory.catalogue.sources["sound"].language_model == "some/model"
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (_text().replace("hook: resid_post", "hook: [resid_post"), _line(_text(), "hook:") + 1),
+        (_text().replace("  hook: resid_post", "\thook: resid_post"), _line(_text(), "hook:")),
+        (_text().replace("hook: resid_post", "hook: 'resid_post"), _line(_text(), "hook:")),
+    ],
+    ids=["an open bracket", "a tab", "an open quote"],
+)
+def test_invalid_yaml_is_said_with_path_and_line(laboratory: Laboratory, text: str, line: int):
+    file, message = _message(laboratory, text)
+    assert str(file) in message
+    assert f":{line}" in message or f"line {line}" in message
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "- a list\n",
+        "type: saeens_pipeline.components.ActivationSource\n",
+        _text().replace("ActivationSource", "Source"),
+        _text().replace("saeens_pipeline", "another_package"),
+    ],
+    ids=["nothing", "a list", "no attributes", "an unknown type", "an unknown package"],
+)
+def test_what_is_no_experiment_file_is_said_with_its_path(laboratory: Laboratory, text: str):
+    file, message = _message(laboratory, text)
+    assert message.startswith(str(file))
+    assert len(message) > len(f"{file}: ") + 10
+
+
+@pytest.mark.parametrize("text", [_text().replace("ActivationSource", "Source"), _text().replace("saeens_pipeline", "another_package")])
+def test_an_unknown_type_is_said_with_those_that_there_are(laboratory: Laboratory, text: str):
+    _, message = _message(laboratory, text)
+    assert "saeens_pipeline.components.ActivationSource" in message
+    assert "saeens_pipeline.components.EnsembleExperiment" in message
+
+
+def test_a_broken_experiment_that_is_asked_for_says_what_is_broken(laboratory: Laboratory):
+    laboratory.write(_text(sae=SAE | {"k": -1}))
+    with pytest.raises(ConfigurationError) as error:
+        laboratory.catalogue.experiment(NAME)
+    assert f"there is no experiment '{NAME}'; there are: sound" in str(error.value)
+    assert "attributes.sae.k: " in str(error.value)
+
+
+def test_a_mended_file_is_read_anew(laboratory: Laboratory):
+    laboratory.write(_text(sae=SAE | {"k": -1}))
+    assert NAME not in laboratory.catalogue.experiments
+    laboratory.write(_text())
+    assert laboratory.catalogue.experiment(NAME).sae == SAE
+
+
+def test_the_shipped_experiments_are_sound():
+    from saeens_pipeline.catalogue import load_catalogue
+
+    catalogue = load_catalogue()
+    assert catalogue.broken == {}
+    assert "quickstart" in catalogue.experiments
+    assert catalogue.experiment("quickstart").source == "quickstart"

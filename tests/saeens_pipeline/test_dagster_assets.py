@@ -1,0 +1,209 @@
+"""What Dagster is told of an experiment: ops, keys, groups, lineage, partitions, and code versions that follow the settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import dagster as dg
+import pytest
+from tiny_experiment import EXPERIMENT, LAYER, NAME, SEEDS, Laboratory, experiment_file, experiment_settings, source_settings
+
+from saeens_pipeline.assets import saes
+from saeens_pipeline.instance import register_layers
+from saeens_pipeline.storage.names import Partition
+from saeens_pipeline.storage.recipes import SaeensError
+
+ENSEMBLES = ["bagging/bagging_ensemble", "boosting/boosting_ensemble"]
+BASELINES = ["baseline/expanded", "baseline/expanded_l0_matched"]
+# key -> keys that it is made from, all below the experiment's name
+LINEAGE = {
+    "tokens": [],
+    "activations": ["tokens"],
+    "bagging/member_1": ["activations"],
+    "bagging/member_2": ["activations"],
+    "bagging/member_3": ["activations"],
+    "boosting/round_1": ["activations", "bagging/member_1"],
+    "boosting/residual_1": ["activations", "boosting/round_1"],
+    "boosting/round_2": ["boosting/residual_1"],
+    "boosting/residual_2": ["boosting/residual_1", "boosting/round_2"],
+    "boosting/round_3": ["boosting/residual_2"],
+    "baseline/expanded": ["activations"],
+    "baseline/expanded_l0_matched": ["activations"],
+    "bagging/bagging_ensemble": ["bagging/member_1", "bagging/member_2", "bagging/member_3"],
+    "boosting/boosting_ensemble": ["boosting/round_1", "boosting/round_2", "boosting/round_3"],
+    "eval/reconstruction": ["activations", *ENSEMBLES, *BASELINES],
+    "eval/members": ["activations", *ENSEMBLES, *BASELINES],
+    "eval/coactivation": ["activations", *ENSEMBLES, *BASELINES],
+    "eval/cost": [*ENSEMBLES, *BASELINES],
+    "eval/training_curves": [*ENSEMBLES, *BASELINES],
+    "eval/stability": [*ENSEMBLES, *BASELINES],
+}
+
+
+def _specs(laboratory: Laboratory) -> dict[str, dg.AssetSpec]:
+    specs = laboratory.catalogue.definitions().resolve_all_asset_specs()
+    return {spec.key.to_user_string().removeprefix(f"{NAME}/"): spec for spec in specs}
+
+
+def _code_versions(laboratory: Laboratory) -> dict[str, str | None]:
+    return {key: spec.code_version for key, spec in _specs(laboratory).items()}
+
+
+def test_definitions_can_be_loaded(empty: Laboratory):
+    dg.Definitions.validate_loadable(empty.catalogue.definitions())
+
+
+def test_one_op_for_the_members_one_for_the_tables_and_one_for_everything_else(empty: Laboratory):
+    assets = [asset for asset in empty.catalogue.definitions().assets or () if isinstance(asset, dg.AssetsDefinition)]
+    outputs = {asset.op.name: sorted(key.to_user_string().removeprefix(f"{NAME}/") for key in asset.keys) for asset in assets}
+    shared = {
+        f"{NAME}__bagging__members": [f"bagging/member_{j}" for j in (1, 2, 3)],
+        f"{NAME}__eval__tables": [f"eval/{table}" for table in ("coactivation", "cost", "members", "reconstruction", "training_curves")],
+    }
+    alone = LINEAGE.keys() - {key for keys in shared.values() for key in keys}
+    assert outputs == shared | {f"{NAME}__{key.replace('/', '__')}": [key] for key in alone}
+    assert {asset.op.name for asset in assets if asset.can_subset} == shared.keys()
+    off_device = {"tokens", *ENSEMBLES}
+    assert {op for op, keys in outputs.items() if not off_device.intersection(keys)} == {a.op.name for a in assets if a.op.pool == "gpu"}
+
+
+def test_lineage_is_what_things_are_made_from(empty: Laboratory):
+    found = {key: sorted(d.asset_key.to_user_string().removeprefix(f"{NAME}/") for d in spec.deps) for key, spec in _specs(empty).items()}
+    assert found == {key: sorted(upstream) for key, upstream in LINEAGE.items()}
+
+
+def test_partitions_and_how_they_map(empty: Laboratory):
+    for key, spec in _specs(empty).items():
+        partitions = spec.partitions_def
+        match key:
+            case "tokens":
+                assert partitions is None
+            case "activations" | "eval/stability":
+                assert isinstance(partitions, dg.DynamicPartitionsDefinition)
+                assert partitions.name == f"{NAME}_layers"
+            case _:
+                assert isinstance(partitions, dg.MultiPartitionsDefinition)
+                dimensions = {each.name: each.partitions_def for each in partitions.partitions_defs}
+                assert isinstance(dimensions["layer"], dg.DynamicPartitionsDefinition)
+                assert dimensions["layer"].name == f"{NAME}_layers"
+                assert dimensions["seed"].get_partition_keys() == [str(seed) for seed in SEEDS]
+        for dependency in spec.deps:
+            upstream = dependency.asset_key.to_user_string().removeprefix(f"{NAME}/")
+            across_seeds = key == "eval/stability" or (upstream == "activations" and key != "activations")
+            assert isinstance(dependency.partition_mapping, dg.MultiToSingleDimensionPartitionMapping) == across_seeds
+
+
+def test_groups_kinds_tags_and_owners_tell_assets_apart(empty: Laboratory):
+    groups = {key: spec.group_name for key, spec in _specs(empty).items()}
+    saes = {key for key in LINEAGE if key.split("/")[-1].startswith(("member_", "round_", "residual_"))}
+    assert {key for key, group in groups.items() if group == "sources"} == {"tokens", "activations"}
+    assert {key for key, group in groups.items() if group == f"{NAME}_saes"} == saes
+    assert {key for key, group in groups.items() if group == NAME} == LINEAGE.keys() - saes - {"tokens", "activations"}
+    kinds = {"tokens": {"zarr"}, "activations": {"zarr", "pytorch"}, "residual": {"zarr"}, "eval": {"parquet", "polars"}}
+    for key, spec in _specs(empty).items():
+        kind = "residual" if "residual" in key else "eval" if "eval" in key else key
+        assert spec.kinds == kinds.get(kind, {"pytorch"})
+        assert spec.tags["source"] == NAME
+        assert spec.owners
+        first_line = (spec.description or "").split("\n")[0]
+        assert 0 < len(first_line) <= 70, first_line
+        if kind == "eval":
+            assert spec.tags["table"] == key.removeprefix("eval/")
+        elif "/" in key:
+            assert spec.tags["method"] == (key.removeprefix("baseline/") if key.startswith("baseline/") else key.split("/")[0])
+            assert spec.tags["experiment"] == NAME
+
+
+def test_tables_show_their_columns_before_they_are_made(empty: Laboratory):
+    schema = _specs(empty)["eval/stability"].metadata["dagster/column_schema"]
+    assert [column.name for column in schema.columns][-4:] == ["n_runs", "stability", "stability_pairwise", "stability_matched"]
+
+
+SAES = {key for key in LINEAGE if "member_" in key or "round_" in key} | set(BASELINES)
+TABLES = {key for key in LINEAGE if key.startswith("eval/")}
+
+
+@pytest.mark.parametrize(
+    ("source", "experiment", "changed"),
+    [
+        ({}, {"sae": EXPERIMENT["sae"] | {"k": 5}}, SAES),
+        ({}, {"training": EXPERIMENT["training"] | {"learning_rate": 0.5}}, SAES),
+        ({}, {"training": EXPERIMENT["training"] | {"gradient_clip_norm": None}}, SAES),
+        ({}, {"ensemble": {"members": 3, "seeds": [1, 2, 3]}}, {"eval/stability"}),
+        ({}, {"keep_residuals": "all"}, set()),
+        ({}, {"automation": False}, set()),
+        ({"dtype": "float32"}, {}, {"activations"}),
+        ({"train_tokens": 500}, {}, {"tokens"}),
+        ({"layers": [0, 1]}, {}, set()),
+    ],
+    ids=["k", "learning rate", "clipping", "seeds", "kept residuals", "automation", "dtype", "tokens", "layers"],
+)
+def test_code_versions_change_with_the_settings_that_decide(empty: Laboratory, source: dict, experiment: dict, changed: set[str]):
+    before = _code_versions(empty)
+    empty.declare(source=source, **experiment)
+    after = _code_versions(empty)
+    assert {key for key in before if before[key] != after[key]} == changed
+
+
+def test_code_versions_change_with_the_builders_version(empty: Laboratory, monkeypatch: pytest.MonkeyPatch):
+    before = _code_versions(empty)
+    monkeypatch.setattr(saes, "SAE_VERSION", saes.SAE_VERSION + 1)
+    after = _code_versions(empty)
+    assert {key for key in before if before[key] != after[key]} == SAES
+
+
+def test_code_versions_do_not_change_with_a_comment_or_with_another_experiment(empty: Laboratory):
+    before = _code_versions(empty)
+    file = empty.declare()
+    file.write_text("# a comment\n" + file.read_text())
+    other: Mapping[str, Any] = experiment_settings(name="another", ensemble={"members": 2, "seeds": [7, 8, 9]})
+    empty.write(experiment_file(("EnsembleExperiment", other)), "another")
+    after = _code_versions(empty)
+    assert {key: after[key] for key in before} == before
+    assert any(key.startswith("another/") for key in after)
+
+
+def test_sources_and_experiments_of_several_files_stand_side_by_side(empty: Laboratory):
+    empty.write(
+        experiment_file(
+            ("ActivationSource", source_settings(empty.model, name="control", weights="random")),
+            ("EnsembleExperiment", experiment_settings(name="control", source="control")),
+        ),
+        "control",
+    )
+    definitions = empty.catalogue.definitions()
+    dg.Definitions.validate_loadable(definitions)
+    assert len(definitions.resolve_all_asset_specs()) == 2 * len(LINEAGE)
+
+
+def test_a_layer_that_is_no_number_is_refused_by_name(empty: Laboratory):
+    job = empty.catalogue.definitions().resolve_implicit_global_asset_job_def()
+    with dg.DagsterInstance.ephemeral() as instance:
+        instance.add_dynamic_partitions(f"{NAME}_layers", ["last"])
+        with pytest.raises(dg.Failure, match="the layer 'last' is not a whole number"):
+            job.execute_in_process(instance=instance, partition_key="last", asset_selection=[dg.AssetKey([NAME, "activations"])])
+
+
+def test_a_layer_that_the_model_lacks_is_refused_with_those_that_there_are(empty: Laboratory):
+    empty.materialise([f"{NAME}/tokens"], Partition())
+    job = empty.catalogue.definitions().resolve_implicit_global_asset_job_def()
+    with dg.DagsterInstance.ephemeral() as instance:
+        register_layers(instance, NAME, [LAYER, 99])
+        with pytest.raises(SaeensError, match="has no layer 99: it has layers 0 to 2"):
+            job.execute_in_process(instance=instance, partition_key="99", asset_selection=[dg.AssetKey([NAME, "activations"])])
+
+
+def test_materialisations_show_a_summary_and_where_things_lie(finished: Laboratory):
+    where = Partition(LAYER, SEEDS[0])
+    keys = [f"{NAME}/{key}" for key in ("bagging/member_2", "boosting/residual_2", "boosting/boosting_ensemble", "eval/reconstruction")]
+    events = finished.materialise(keys, where)
+    for key, event in events.items():
+        artefact = finished.artefact(key.removeprefix(f"{NAME}/"), SEEDS[0])
+        assert event.metadata["path"].value == str(artefact.path)
+        assert event.metadata["recipe"].value == artefact.recipe
+        assert event.metadata["device"].value == artefact.provenance["device"]
+    assert events[keys[0]].metadata["train tokens"].value == 600
+    assert events[keys[1]].metadata["train rows"].value == 600
+    assert events[keys[3]].metadata["dagster/row_count"].value == 9
+    assert "| boosting | 3 |" in str(events[keys[3]].metadata["summary"].value)

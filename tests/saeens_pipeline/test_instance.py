@@ -1,0 +1,108 @@
+"""The Dagster instance: where it lies, how it is set up, and that runs of the command line are seen in it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import dagster as dg
+import pytest
+import yaml
+from tiny_experiment import LAYER, MEMBERS, NAME, SEEDS, Laboratory
+
+import saeens_pipeline
+from saeens_pipeline.errors import SaeensError
+from saeens_pipeline.instance import PROCESS_TAG, end_dead_runs, instance_settings, prepare_home, process_tag, register_layers
+
+CHECKOUT = Path(saeens_pipeline.__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SAEENS_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("DAGSTER_HOME", "")
+
+
+def test_a_plain_dagster_dev_is_set_up_like_saeens_does():
+    assert (CHECKOUT / "dagster.yaml").read_text() == instance_settings("data/dagster")
+
+
+def test_home_lies_below_the_data_root_where_it_is_not_set(tmp_path: Path):
+    home = prepare_home()
+    assert home == tmp_path / "data" / "dagster"
+    assert os.environ["DAGSTER_HOME"] == str(home)
+    settings = yaml.safe_load((home / "dagster.yaml").read_text())
+    assert settings["storage"]["sqlite"]["base_dir"] == f"{home}/storage"
+    assert settings["telemetry"] == {"enabled": False}
+    assert settings["concurrency"]["pools"] == {"default_limit": 1, "granularity": "op"}
+
+
+def test_a_home_that_is_set_is_used_and_its_settings_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "dagster.yaml").write_text("telemetry: {enabled: true}\n")
+    assert prepare_home() == tmp_path / "home"
+    assert (tmp_path / "home" / "dagster.yaml").read_text() == "telemetry: {enabled: true}\n"
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_home_that_cannot_be_written_is_said_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "file" / "home"))
+    with pytest.raises(SaeensError, match=r"home cannot be written .*DAGSTER_HOME or SAEENS_DATA"):
+        prepare_home()
+
+
+def test_layers_are_registered_once_and_in_numeric_order():
+    with dg.DagsterInstance.ephemeral() as instance:
+        register_layers(instance, "quickstart", [10, 2])
+        register_layers(instance, "quickstart", [2, 8, 10])
+        assert instance.get_dynamic_partitions("quickstart_layers") == ["2", "10", "8"]
+        register_layers(instance, "other", [1])
+        assert instance.get_dynamic_partitions("other_layers") == ["1"]
+
+
+def test_runs_whose_process_was_killed_are_ended_and_others_are_not():
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    host = process_tag()[PROCESS_TAG].rpartition(":")[0]
+    owners = {"gone": f"{host}:{gone.pid}", "here": process_tag()[PROCESS_TAG], "elsewhere": f"not-{host}:{gone.pid}"}
+
+    @dg.op
+    def nothing() -> None: ...
+
+    @dg.job
+    def job() -> None:
+        nothing()
+
+    with dg.DagsterInstance.ephemeral() as instance:
+        runs = {
+            name: instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTED, tags={PROCESS_TAG: owner}) for name, owner in owners.items()
+        }
+        runs["of the UI"] = instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTED)
+        end_dead_runs(instance)
+        states = {name: (instance.get_run_by_id(run.run_id) or run).status for name, run in runs.items()}
+    started = dict.fromkeys(("here", "elsewhere", "of the UI"), dg.DagsterRunStatus.STARTED)
+    assert states == {"gone": dg.DagsterRunStatus.FAILURE} | started
+
+
+def test_runs_of_the_command_line_are_seen_by_dagster(finished_laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DAGSTER_HOME", str(finished_laboratory.root / "dagster"))
+    with dg.DagsterInstance.get() as instance:
+        runs = instance.get_runs()
+        assert len(runs) == 3 + len(SEEDS)  # tokens, activations, each seed, what compares them
+        assert {run.status for run in runs} == {dg.DagsterRunStatus.SUCCESS}
+        assert {run.tags["user"] for run in runs} == {"saeens run"}
+        assert instance.get_dynamic_partitions(f"{NAME}_layers") == [str(LAYER)]
+        key = dg.AssetKey([NAME, "boosting", f"round_{MEMBERS}"])
+        records = instance.fetch_materializations(key, limit=10).records
+        seen = {record.partition_key: record.asset_materialization for record in records}
+    assert seen.keys() == {dg.MultiPartitionKey({"layer": str(LAYER), "seed": str(seed)}) for seed in SEEDS}
+    for seed in SEEDS:
+        materialisation = seen[dg.MultiPartitionKey({"layer": str(LAYER), "seed": str(seed)})]
+        assert materialisation is not None
+        assert materialisation.tags is not None
+        assert materialisation.tags["dagster/data_version"] == finished_laboratory.artefact(f"boosting/round_{MEMBERS}", seed).data_version
+        assert materialisation.metadata["cache_hit"].value is False

@@ -1,0 +1,162 @@
+"""What is fresh, stale and missing, and in what order things are made."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+from tiny_experiment import EXPERIMENT, LAYER, MEMBERS, NAME, SEEDS, Laboratory
+
+from saeens_pipeline.assets import saes
+from saeens_pipeline.errors import SaeensError
+from saeens_pipeline.plan import Status, plan
+from saeens_pipeline.runs import experiment_status
+from saeens_pipeline.storage.names import Address, Partition
+
+N_PER_SEED = 2 * MEMBERS + (MEMBERS - 1) + 2 + 2 + 5  # members and rounds, residuals, baselines, ensembles, tables
+N_ALL = 2 + len(SEEDS) * N_PER_SEED + 1  # tokens and activations; stability
+TRAINING = EXPERIMENT["training"]
+
+
+def _states(statuses: list[Status]) -> Counter[str]:
+    return Counter(status.state for status in statuses)
+
+
+def _reasons(state: str) -> dict[tuple[str, int | None], str]:
+    statuses = [status for status in experiment_status(NAME) if status.state == state]
+    return {(str(status.declaration.address).removeprefix(f"{NAME}/"), status.partition.seed): status.reason for status in statuses}
+
+
+def test_everything_is_missing_then_fresh(empty: Laboratory, finished_laboratory: Laboratory):
+    assert _states(experiment_status(NAME)) == {"missing": N_ALL}
+    shutil.copytree(finished_laboratory.root, empty.root)
+    assert _states(experiment_status(NAME)) == {"fresh": N_ALL}
+
+
+def test_looking_writes_nothing(empty: Laboratory):
+    experiment_status(NAME)
+    assert not empty.root.exists()
+
+
+def test_whatever_something_is_made_from_comes_before_it(empty: Laboratory):
+    catalogue = empty.catalogue
+    stages = plan(empty.store, catalogue.ops(catalogue.experiment(NAME)), [0, 2], SEEDS)
+    made: set[tuple[Address, Partition]] = set()
+    for stage in stages:
+        for status in stage.statuses:
+            assert status.partition == stage.partition
+            for upstream in status.declaration.inputs:
+                where = upstream.artefact.narrow(status.partition)
+                wanted = [where] if where.seed or upstream.artefact.dimensions != "layer_and_seed" else [Partition(where.layer, s) for s in SEEDS]
+                assert {(upstream.artefact.address, each) for each in wanted} <= made
+            made.add((status.declaration.address, status.partition))
+    assert len(made) == 1 + 2 * (N_ALL - 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"sae": EXPERIMENT["sae"] | {"k": 5}}, "setting sae.k: 4 -> 5"),
+        ({"training": TRAINING | {"learning_rate": 0.02}}, "setting training.learning_rate: 0.01 -> 0.02"),
+        ({"training": TRAINING | {"gradient_clip_norm": None}}, "setting training.gradient_clip_norm"),
+        ({"training": TRAINING | {"learning_rate_decay_fraction": 0.5}}, "setting training.learning_rate_decay_fraction"),
+    ],
+    ids=["k", "learning rate", "gradient clipping switched off", "decay"],
+)
+def test_a_changed_sae_or_training_makes_all_but_tokens_and_activations_stale(finished: Laboratory, changes: dict, reason: str):
+    finished.declare(**changes)
+    stale = _reasons("stale")
+    assert _reasons("fresh").keys() == {("tokens", None), ("activations", None)}
+    assert len(stale) == N_ALL - 2
+    assert reason in stale["bagging/member_1", SEEDS[0]]
+    assert "will be made again" in stale["boosting/residual_1", SEEDS[0]]
+    assert "will be made again" in stale["eval/stability", None]
+
+
+def _comment(laboratory: Laboratory) -> None:
+    file = laboratory.folder / NAME / "defs.yaml"
+    file.write_text("# a comment\n" + file.read_text().replace("k: 4", "k:   4 # another"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _comment,
+        lambda laboratory: laboratory.declare(keep_residuals="all"),
+        lambda laboratory: laboratory.declare(keep_residuals="none"),
+        lambda laboratory: laboratory.declare(automation=False),
+        lambda laboratory: laboratory.declare(evaluations=None),
+        lambda laboratory: laboratory.declare(expanded_sizes=[MEMBERS]),
+        lambda laboratory: laboratory.declare(training=dict(reversed(TRAINING.items()))),
+    ],
+    ids=["comment", "keep all residuals", "keep none", "automation", "all evaluations", "the default said", "order of keys"],
+)
+def test_what_decides_nothing_changes_nothing(finished: Laboratory, change: Callable[[Laboratory], None]):
+    change(finished)
+    assert _states(experiment_status(NAME)) == {"fresh": N_ALL}
+
+
+@pytest.mark.parametrize("change", [{"train_tokens": 599}, {"context_length": 8}, {"drop": None}, {"packing": "concatenate"}])
+def test_changed_tokens_make_everything_stale(finished: Laboratory, change: dict):
+    finished.declare(source=change)
+    assert _states(experiment_status(NAME)) == {"stale": N_ALL}
+
+
+@pytest.mark.parametrize("change", [{"hook": "mlp_out"}, {"dtype": "float32"}, {"weights": "random"}])
+def test_changed_activations_leave_tokens_fresh(finished: Laboratory, change: dict):
+    finished.declare(source=change)
+    assert _reasons("fresh").keys() == {("tokens", None)}
+    assert next(iter(change)) in _reasons("stale")["activations", None]
+
+
+def test_a_changed_language_model_makes_everything_stale(finished: Laboratory):
+    copy = finished.root.parent / "model"
+    shutil.copytree(finished.model, copy)
+    (copy / "tokenizer.json").write_text((copy / "tokenizer.json").read_text() + "\n")
+    finished.declare(source={"language_model": str(copy)})
+    assert _states(experiment_status(NAME)) == {"stale": N_ALL}
+
+
+def test_one_more_layer_leaves_the_first_fresh(finished: Laboratory):
+    finished.declare(source={"layers": [LAYER, 2]})
+    statuses = experiment_status(NAME)
+    assert {status.state for status in statuses if status.partition.layer in (None, LAYER)} == {"fresh"}
+    assert _states(statuses) == {"fresh": N_ALL, "missing": N_ALL - 1}
+
+
+def test_one_more_member_leaves_the_others_fresh(finished: Laboratory):
+    finished.declare(ensemble={"members": MEMBERS + 1, "seeds": list(SEEDS)})
+    fresh = {name for name, _ in _reasons("fresh")}
+    assert {f"bagging/member_{j}" for j in range(1, MEMBERS + 1)} | {f"boosting/round_{j}" for j in range(1, MEMBERS + 1)} <= fresh
+    assert {name for name, _ in _reasons("missing")} == {"bagging/member_4", "boosting/residual_3", "boosting/round_4"}
+    stale = {name for name, _ in _reasons("stale")}
+    assert {"bagging/bagging_ensemble", "baseline/expanded", "eval/reconstruction", "eval/stability"} <= stale
+
+
+def test_one_more_seed_leaves_the_others_fresh_and_makes_what_compares_seeds_stale(finished: Laboratory):
+    finished.declare(ensemble={"members": MEMBERS, "seeds": [*SEEDS, 3]})
+    assert _states(experiment_status(NAME)) == {"fresh": N_ALL - 1, "missing": N_PER_SEED, "stale": 1}
+    assert _reasons("stale").keys() == {("eval/stability", None)}
+
+
+def test_an_artefact_that_was_removed_is_missing_and_what_follows_is_stale(finished: Laboratory):
+    shutil.rmtree(finished.artefact("boosting/round_2", seed=1).path)
+    assert _reasons("missing").keys() == {("boosting/round_2", 1)}
+    tables = {f"eval/{table}" for table in ("reconstruction", "members", "coactivation", "cost", "training_curves")}
+    after = {"boosting/residual_2", "boosting/round_3", "boosting/boosting_ensemble"} | tables
+    assert _reasons("stale").keys() == {(name, 1) for name in after} | {("eval/stability", None)}
+
+
+def test_a_changed_builder_makes_what_it_builds_stale(finished: Laboratory, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(saes, "SAE_VERSION", saes.SAE_VERSION + 1)
+    assert _reasons("stale")["bagging/member_1", 1] == "the code of sae changed"
+    assert _reasons("fresh").keys() == {("tokens", None), ("activations", None)}
+
+
+def test_a_damaged_artefact_is_named(finished: Laboratory):
+    file = finished.artefact("bagging/member_2", seed=2).path / "sae_weights.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(SaeensError, match=f"tiny/bagging/member_2 is damaged: {file}"):
+        experiment_status(NAME)

@@ -1,0 +1,401 @@
+"""Recipes and the store: what is a hit, what survives a failure, and what damage is found."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pyarrow.parquet as pq
+import pytest
+
+from saeens_pipeline.errors import SaeensError
+from saeens_pipeline.storage import recipes
+from saeens_pipeline.storage.names import Address, Partition
+from saeens_pipeline.storage.recipes import RECIPE_FILE, Artefact, MissingInputError, Recipe, Store, digest
+
+MEMBER = Address("quickstart", "bagging", "member_1")
+ROUND = Address("quickstart", "boosting", "round_1")
+TABLE = Address("quickstart", "eval", "cost")
+WHERE = Partition(layer=1, seed=42)
+RECIPE = Recipe("sae", 1, {"sae": {"architecture": "topk", "k": 4}, "training": {"learning_rate": 0.01}, "width": 1}, {"activations": "a1"})
+FILES = {"cfg.json": b'{"k": 4}', "nested/deeper/weights.bin": bytes(range(256)) * 40}
+ROWS = pl.DataFrame({"method": ["single", "bagging"] * 50, "mse": [0.125 * i for i in range(100)], "tokens": list(range(100))})
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "data")
+
+
+def _write(store: Store, address: Address = MEMBER, recipe: Recipe = RECIPE, files: Mapping[str, bytes] = FILES, **options: Any) -> Artefact:
+    with store.write_folder(address, WHERE, recipe, options.pop("provenance", {"run_id": "r"}), **options) as folder:
+        for name, content in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+    return store.require(address, WHERE)
+
+
+def _write_table(store: Store, recipe: Recipe = RECIPE, rows: pl.DataFrame = ROWS, **provenance: Any) -> Artefact:
+    store.write_table(TABLE, WHERE, recipe, provenance, rows)
+    return store.require(TABLE, WHERE)
+
+
+def _everything(root: Path) -> dict[str, bytes]:
+    return {file.relative_to(root).as_posix(): file.read_bytes() for file in root.rglob("*") if file.is_file()}
+
+
+# what is a hit
+
+
+def test_digest_is_of_canonical_json():
+    expected = hashlib.sha256('{"a":[1,2.5,null],"b":"é"}'.encode()).hexdigest()[:16]
+    assert digest({"b": "é", "a": [1, 2.5, None]}) == expected
+
+
+def test_what_was_made_by_the_same_recipe_is_a_hit(store: Store):
+    assert store.hit(MEMBER, WHERE, RECIPE) is None
+    _write(store)
+    reordered = Recipe("sae", 1, dict(reversed(RECIPE.settings.items())), dict(RECIPE.inputs))
+    for recipe in (RECIPE, reordered):
+        found = store.hit(MEMBER, WHERE, recipe)
+        assert found
+        assert found.recipe == RECIPE.to_json()
+    assert store.hit(MEMBER, Partition(1, 43), RECIPE) is None
+    assert store.hit(ROUND, WHERE, RECIPE) is None
+
+
+CHANGES = {
+    "a setting": (replace(RECIPE, settings={**RECIPE.settings, "sae": {"architecture": "topk", "k": 8}}), "setting sae.k: 4 -> 8"),
+    "a new setting": (replace(RECIPE, settings={**RECIPE.settings, "l0": 2}), "setting l0: None -> 2"),
+    "a setting less": (replace(RECIPE, settings={"sae": RECIPE.settings["sae"], "width": 1}), "setting training.learning_rate: 0.01 -> None"),
+    "the builder's version": (replace(RECIPE, version=2), "the code of sae changed"),
+    "an input": (replace(RECIPE, inputs={"activations": "a2"}), "input activations: a1 -> a2"),
+    "a new input": (replace(RECIPE, inputs={"activations": "a1", "tokens": "t"}), "input tokens: None -> t"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_misses_and_is_named(store: Store, change: str):
+    recipe, expected = CHANGES[change]
+    artefact = _write(store)
+    assert artefact.differences(RECIPE) == []
+    assert store.hit(MEMBER, WHERE, recipe) is None
+    assert artefact.differences(recipe) == [expected]
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        replace(RECIPE, builder="table cost"),
+        replace(RECIPE, settings={**RECIPE.settings, "width": 1.0}),
+        replace(RECIPE, settings={**RECIPE.settings, "width": True}),
+        replace(RECIPE, settings={**RECIPE.settings, "training": {"learning_rate": 0.01, "gradient_clip_norm": None}}),
+        replace(RECIPE, settings={**RECIPE.settings, "extra": {}}),
+    ],
+    ids=["another builder", "1.0 for 1", "true for 1", "an explicit null", "an empty mapping"],
+)
+def test_whatever_is_no_hit_has_a_difference_to_name(store: Store, recipe: Recipe):
+    artefact = _write(store)
+    assert store.hit(MEMBER, WHERE, recipe) is None
+    assert artefact.differences(recipe)
+
+
+def test_tables_are_hits_and_misses_like_folders(store: Store):
+    _write_table(store)
+    assert store.hit(TABLE, WHERE, RECIPE)
+    assert store.hit(TABLE, WHERE, replace(RECIPE, version=2)) is None
+    assert pl.read_parquet(store.path(TABLE, WHERE), hive_partitioning=False).equals(ROWS)
+
+
+def test_what_is_needed_and_missing_is_named_with_its_partition(store: Store):
+    with pytest.raises(MissingInputError, match=r"quickstart/bagging/member_1 \(layer 1, seed 42\) is needed first.*saeens run"):
+        store.require(MEMBER, WHERE)
+
+
+# data versions
+
+
+def test_data_version_depends_on_recipe_and_content_and_not_on_provenance(store: Store):
+    version = _write(store).data_version
+    assert _write(store, provenance={"run_id": "another", "seconds": 12.5}).data_version == version
+    assert _write(store, address=ROUND).data_version == version
+    assert _write(store, files=FILES | {"cfg.json": b'{"k": 5}'}).data_version != version
+    assert _write(store, files={"renamed.json": FILES["cfg.json"]}).data_version != version
+    assert _write(store, recipe=replace(RECIPE, version=2)).data_version != version
+
+
+def test_data_version_of_a_table_depends_on_recipe_and_rows_and_not_on_provenance(store: Store):
+    version = _write_table(store).data_version
+    assert _write_table(store, run_id="another").data_version == version
+    assert _write_table(store, rows=ROWS.with_columns(mse=pl.col("mse") + 1e-15)).data_version != version
+    assert _write_table(store, rows=ROWS.reverse()).data_version != version
+    assert _write_table(store, recipe=replace(RECIPE, version=2)).data_version != version
+
+
+def test_data_version_can_follow_from_the_recipe_alone(store: Store):
+    version = _write(store, versioned_content=False).data_version
+    assert _write(store, files={}, versioned_content=False).data_version == version
+    assert _write(store, recipe=replace(RECIPE, inputs={"activations": "a2"}), versioned_content=False).data_version != version
+
+
+def test_provenance_may_be_filled_while_the_artefact_is_written(store: Store):
+    provenance: dict[str, Any] = {"run_id": "r"}
+    with store.write_folder(MEMBER, WHERE, RECIPE, provenance):
+        provenance["seconds"] = 3.5
+    assert store.require(MEMBER, WHERE).provenance == {"run_id": "r", "seconds": 3.5}
+
+
+def test_recipe_file_has_what_decides_and_what_is_good_to_know_apart(store: Store):
+    record = json.loads((_write(store).path / RECIPE_FILE).read_text())
+    assert record["recipe"] == {"builder": "sae", "version": 1, "settings": RECIPE.settings, "inputs": {"activations": "a1"}}
+    assert record["provenance"] == {"run_id": "r"}
+    assert record["files"] == {name: [len(content), hashlib.sha256(content).hexdigest()] for name, content in FILES.items()}
+
+
+# failures
+
+
+@pytest.mark.parametrize("error", [ValueError("broken"), KeyboardInterrupt()], ids=["exception", "interrupt"])
+def test_an_exception_leaves_what_was_there_byte_for_byte_and_no_litter(store: Store, error: BaseException):
+    def fail():
+        with store.write_folder(MEMBER, WHERE, replace(RECIPE, version=2), {}) as folder:
+            (folder / "cfg.json").write_text("half of it")
+            raise error
+
+    with pytest.raises(type(error)):
+        fail()
+    assert _everything(store.root) == {}
+    _write(store)
+    before = _everything(store.root)
+    with pytest.raises(type(error)):
+        fail()
+    assert _everything(store.root) == before
+
+
+def test_a_table_that_cannot_be_written_leaves_what_was_there(store: Store, monkeypatch: pytest.MonkeyPatch):
+    _write_table(store)
+    before = _everything(store.root)
+
+    def write_half(self: pl.DataFrame, file: Path, **_: Any) -> None:
+        file.write_bytes(b"PAR1 half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pl.DataFrame, "write_parquet", write_half)
+    with pytest.raises(OSError, match="No space left"):
+        _write_table(store, rows=ROWS.reverse())
+    assert _everything(store.root) == before
+
+
+DEATHS = {
+    "while files are written": "",
+    "before the recipe is written": "recipes._write_record = die",
+    "before the final name": "recipes._replace_folder = die",
+    "between the two renames": "\n".join(
+        [
+            "rename = Path.rename",
+            "def once(self, target):",
+            "    if self.name.endswith('.partial'): die()",
+            "    return rename(self, target)",
+            "Path.rename = once",
+        ]
+    ),
+}
+SCRIPT = """
+import os, signal, sys
+from pathlib import Path
+from saeens_pipeline.storage import recipes
+from saeens_pipeline.storage.names import Address, Partition
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+{death}
+store = recipes.Store(Path(sys.argv[1]))
+with store.write_folder(Address("quickstart", "bagging", "member_1"), Partition(1, 42), recipes.Recipe("sae", 2, {{}}), {{}}) as folder:
+    (folder / "cfg.json").write_text("new")
+    {dies_inside}
+"""
+
+
+@pytest.mark.parametrize("before", ["nothing there", "replacing"])
+@pytest.mark.parametrize("death", DEATHS)
+def test_a_killed_process_leaves_only_whole_artefacts_and_the_next_write_cleans_up(store: Store, death: str, before: str):
+    if before == "replacing":
+        _write(store)
+    script = SCRIPT.format(death=DEATHS[death], dies_inside="" if DEATHS[death] else "die()")
+    killed = subprocess.run([sys.executable, "-c", script, str(store.root)], check=False, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    found = store.find(MEMBER, WHERE)
+    if before == "nothing there" or death == "between the two renames":
+        assert found is None
+    else:
+        assert found
+        assert found.verify() == []
+        assert {name: (found.path / name).read_bytes() for name in FILES} == FILES
+    written = _write(store, files={"cfg.json": b"newer"})
+    assert written.verify() == []
+    assert [path.name for path in written.path.parent.iterdir()] == ["member_1"]
+    assert sorted(path.name for path in written.path.iterdir()) == ["cfg.json", RECIPE_FILE]
+
+
+def test_a_failed_write_after_a_kill_between_the_renames_brings_the_old_artefact_back(store: Store):
+    artefact = _write(store)
+    artefact.path.rename(artefact.path.parent / ".member_1.retired")
+    with pytest.raises(ValueError, match="broken"), store.write_folder(MEMBER, WHERE, RECIPE, {}):
+        raise ValueError("broken")
+    assert store.require(MEMBER, WHERE).verify() == []
+
+
+def test_what_another_living_process_is_writing_is_left_alone(store: Store):
+    others = _write(store).path.parent / f".member_1.{os.getppid()}.partial"
+    others.mkdir()
+    _write(store)
+    assert others.is_dir()
+
+
+def test_a_root_that_cannot_be_written_is_named_with_what_to_do(tmp_path: Path):
+    (tmp_path / "file").write_text("not a folder")
+    store = Store(tmp_path / "file" / "data")
+    for write in (_write, _write_table):
+        with pytest.raises(SaeensError, match=r"cannot be written.*SAEENS_DATA"):
+            write(store)
+
+
+# damage
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_truncated_file_is_an_error_with_both_sizes(store: Store, name: str):
+    file = _write(store).path / name
+    size = len(FILES[name])
+    file.write_bytes(FILES[name][:-3])
+    for look in (store.find, store.require):
+        with pytest.raises(SaeensError) as error:
+            look(MEMBER, WHERE)
+        assert str(file) in str(error.value)
+        assert f"has {size - 3} bytes" in str(error.value)
+        assert f"says {size} bytes" in str(error.value)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file_is_an_error_with_its_name_and_size(store: Store, name: str):
+    file = _write(store).path / name
+    file.unlink()
+    with pytest.raises(SaeensError, match=f"{file} is missing.*{len(FILES[name])} bytes"):
+        store.hit(MEMBER, WHERE, RECIPE)
+
+
+@pytest.mark.parametrize("content", ["", '{"recipe": {', "[]", '{"recipe": {}}'])
+def test_a_recipe_that_cannot_be_read_is_named_with_what_to_do(store: Store, content: str):
+    file = _write(store).path / RECIPE_FILE
+    file.write_text(content)
+    with pytest.raises(SaeensError, match=f"{file} cannot be read.*remove .*and run again"):
+        store.find(MEMBER, WHERE)
+
+
+@pytest.mark.parametrize("n_bytes", [0, 100, -1])
+def test_a_truncated_table_is_named_with_what_to_do(store: Store, n_bytes: int):
+    path = _write_table(store).path
+    path.write_bytes(path.read_bytes()[:n_bytes])
+    with pytest.raises(SaeensError, match=f"{path} cannot be read.*remove .*and run again"):
+        store.find(TABLE, WHERE)
+
+
+def test_a_table_without_recipe_is_named_with_what_to_do(store: Store):
+    path = _write_table(store).path
+    ROWS.write_parquet(path)
+    with pytest.raises(SaeensError, match=f"{path} cannot be read.*remove"):
+        store.find(TABLE, WHERE)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_verify_finds_a_flipped_byte_that_keeps_the_size(store: Store, name: str):
+    artefact = _write(store)
+    assert artefact.verify() == []
+    content = bytearray(FILES[name])
+    content[len(content) // 2] ^= 1
+    (artefact.path / name).write_bytes(content)
+    found = store.require(MEMBER, WHERE)
+    (message,) = found.verify()
+    assert str(found.path / name) in message
+
+
+def _value_bytes(path: Path) -> list[int]:
+    """Positions in a Parquet file that hold values: the last bytes of every column."""
+    columns = [pq.read_metadata(path).row_group(0).column(i) for i in range(ROWS.width)]
+    starts = [column.dictionary_page_offset if column.has_dictionary_page else column.data_page_offset for column in columns]
+    ends = [start + column.total_compressed_size for start, column in zip(starts, columns, strict=True)]
+    return [position for end in ends for position in range(end - 8, end)]
+
+
+def test_verify_finds_a_flipped_byte_in_the_values_of_a_table(store: Store):
+    artefact = _write_table(store)
+    assert artefact.verify() == []
+    whole = artefact.path.read_bytes()
+    for position in _value_bytes(artefact.path):
+        content = bytearray(whole)
+        content[position] ^= 1
+        artefact.path.write_bytes(content)
+        (message,) = store.require(TABLE, WHERE).verify()
+        assert str(artefact.path) in message, position
+
+
+def test_verify_finds_rows_that_were_written_by_someone_else(store: Store):
+    artefact = _write_table(store)
+    footer = pq.read_metadata(artefact.path).metadata[recipes.FOOTER_KEY.encode()].decode()
+    ROWS.with_columns(tokens=pl.col("tokens") + 1).write_parquet(artefact.path, metadata={recipes.FOOTER_KEY: footer})
+    assert store.require(TABLE, WHERE).verify()
+
+
+# sharing and dropping bytes
+
+
+def test_adopting_links_the_files_of_an_equal_artefact(store: Store):
+    member = _write(store)
+    store.adopt(ROUND, WHERE, RECIPE, member, {"same_as": str(MEMBER)})
+    adopted = store.require(ROUND, WHERE)
+    assert all((adopted.path / name).samefile(member.path / name) for name in FILES)
+    assert adopted.data_version == member.data_version
+    assert adopted.files == member.files
+    assert adopted.provenance == {"same_as": "quickstart/bagging/member_1"}
+    assert adopted.verify() == []
+
+
+def test_adopting_copies_where_files_cannot_be_linked(store: Store, monkeypatch: pytest.MonkeyPatch):
+    def no_links(*_: object) -> None:
+        raise OSError("no hard links here")
+
+    member = _write(store)
+    monkeypatch.setattr(os, "link", no_links)
+    store.adopt(ROUND, WHERE, RECIPE, member, {})
+    adopted = store.require(ROUND, WHERE)
+    assert {name: (adopted.path / name).read_bytes() for name in FILES} == FILES
+    assert adopted.data_version == member.data_version
+
+
+def test_replacing_an_artefact_does_not_touch_one_that_shares_its_files(store: Store):
+    member = _write(store)
+    store.adopt(ROUND, WHERE, RECIPE, member, {})
+    _write(store, recipe=replace(RECIPE, version=2), files={"cfg.json": b"{}"})
+    assert store.require(ROUND, WHERE).verify() == []
+
+
+def test_dropping_bytes_keeps_recipe_provenance_and_data_version(store: Store):
+    before = _write(store, versioned_content=False)
+    store.drop_bytes(before)
+    after = store.hit(MEMBER, WHERE, RECIPE)
+    assert after
+    assert (after.data_version, after.recipe, after.provenance) == (before.data_version, before.recipe, before.provenance)
+    assert after.files == {}
+    assert [path.name for path in after.path.iterdir()] == [RECIPE_FILE]
+    store.drop_bytes(after)
+    assert store.hit(MEMBER, WHERE, RECIPE) == after

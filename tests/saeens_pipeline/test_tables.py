@@ -1,0 +1,106 @@
+"""The table contract: which columns, in what types, and how partitions are read together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from saeens_pipeline.errors import SaeensError
+from saeens_pipeline.storage.names import Address, Partition
+from saeens_pipeline.storage.recipes import Recipe, Store
+from saeens_pipeline.storage.tables import TABLES, columns_of, frame, read_table
+
+SUBJECT = ["experiment", "layer", "seed", "language_model", "method", "n_members", "sae_data_versions"]
+CONTRACT = {
+    "reconstruction": "n_features mse explained_variance fvu l0 relative_sparsity dead_features constant_dimensions "
+    "description_length_bits ce_loss_recovered tokens",
+    "members": "member mse explained_variance l0 dead_features mean_max_cosine_to_other_members median_density",
+    "coactivation": "connectivity diversity tokens",
+    "stability": "n_runs stability stability_pairwise stability_matched",
+    "cost": "train_tokens train_flops train_seconds residual_flops residual_seconds peak_memory_bytes inference_flops_per_token "
+    "device dtype boosting_mode",
+    "training_curves": "member step tokens loss explained_variance l0 dead_features learning_rate",
+}
+ROW = {
+    "experiment": "e",
+    "layer": 1,
+    "seed": 42,
+    "language_model": "trained",
+    "method": "bagging",
+    "n_members": 2,
+    "sae_data_versions": "a,b",
+    "connectivity": 0.5,
+    "diversity": 7,
+    "tokens": 100,
+}
+
+
+@pytest.mark.parametrize("table", CONTRACT)
+def test_columns_are_those_of_the_contract(table: str):
+    columns = columns_of(table)
+    assert [column.name for column in columns] == SUBJECT + CONTRACT[table].split()
+    assert all(column.description for column in columns)
+    assert TABLES[table].question
+
+
+def test_there_are_no_other_tables():
+    assert TABLES.keys() == CONTRACT.keys()
+
+
+def test_a_frame_has_every_column_in_order_and_type_whatever_the_rows_hold():
+    shuffled = dict(reversed(ROW.items())) | {"diversity": None}
+    for rows in ([], [ROW], [shuffled, ROW]):
+        table = frame("coactivation", rows)
+        assert table.columns == SUBJECT + CONTRACT["coactivation"].split()
+        assert table.schema["connectivity"] == pl.Float64
+        assert table.schema["diversity"] == pl.Int64
+        assert table.schema["method"] == pl.String
+    assert table.row(1, named=True) == ROW
+    assert table["diversity"].to_list() == [None, 7]
+
+
+def test_what_does_not_apply_is_null():
+    (row,) = frame("reconstruction", [{"method": "single"}]).iter_rows(named=True)
+    assert {name for name, value in row.items() if value is not None} == {"method"}
+
+
+def test_a_column_that_the_table_does_not_have_is_refused():
+    with pytest.raises(ValueError, match="table coactivation has no column purity"):
+        frame("coactivation", [ROW | {"purity": 1.0}])
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Tables of three partitions, written in another order than they are read."""
+    for layer, seed in ((10, 1), (2, 2), (2, 1)):
+        rows = [ROW | {"layer": layer, "seed": seed, "method": method, "n_members": n} for method, n in (("single", 1), ("bagging", 1))]
+        address = Address("e", "eval", "coactivation")
+        Store(tmp_path).write_table(address, Partition(layer, seed), Recipe("table coactivation", 1, {}), {}, frame("coactivation", rows))
+    return tmp_path
+
+
+def test_all_partitions_are_read_in_numeric_order(root: Path):
+    table = read_table(root, "e", "coactivation")
+    subjects = [(layer, seed, method) for layer, seed in ((2, 1), (2, 2), (10, 1)) for method in ("bagging", "single")]
+    assert list(table.select("layer", "seed", "method").iter_rows()) == subjects
+    assert table.columns == SUBJECT + CONTRACT["coactivation"].split()
+
+
+def test_one_scan_of_the_folder_reads_a_whole_table(root: Path):
+    scanned = pl.scan_parquet(root / "tables" / "e" / "coactivation").filter(pl.col("layer") == 2).collect()
+    assert sorted(scanned.select("layer", "seed").unique().iter_rows()) == [(2, 1), (2, 2)]
+    assert scanned.columns == SUBJECT + CONTRACT["coactivation"].split()
+
+
+def test_a_table_that_is_not_there_is_named_with_what_makes_it(root: Path):
+    with pytest.raises(SaeensError, match="e has no table cost below .* yet: `saeens run e` makes it"):
+        read_table(root, "e", "cost")
+
+
+@pytest.mark.parametrize(("experiment", "table"), [("..", "coactivation"), ("e", "../e/coactivation"), ("e", "/etc")])
+def test_names_cannot_lead_out_of_the_tables(root: Path, experiment: str, table: str):
+    (root / "coactivation").symlink_to(root / "tables" / "e" / "coactivation")
+    with pytest.raises((SaeensError, ValueError)):
+        read_table(root, experiment, table)

@@ -1,0 +1,155 @@
+"""A tiny source and experiment, and all that it takes to run them: files, a corpus, a data root, Dagster."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+import yaml
+from rich.console import Console
+from tiny_models import CONTEXT_LENGTH, ListedCorpus
+
+from saeens_pipeline import defs
+from saeens_pipeline.assets import sources
+from saeens_pipeline.assets.declarations import Declaration
+from saeens_pipeline.assets.dagster_assets import partition_key
+from saeens_pipeline.catalogue import Catalogue, load_catalogue
+from saeens_pipeline.instance import register_layers
+from saeens_pipeline.runs import run_experiment
+from saeens_pipeline.storage.names import Address, Partition
+from saeens_pipeline.storage.recipes import Artefact, Store
+
+SEEDS = (1, 2)
+MEMBERS = 3
+LAYER = 1
+NAME = "tiny"
+CORPUS = ListedCorpus(
+    train=[f"def step_{i}(x_{i * 7}, w):\n    return act(w @ x_{i * 7} + {i * 13 % 11})  # {'abcdefgh'[i % 8] * (i % 5)}" for i in range(20)],
+    test=[f"Members {i} and {i + 3} see the same tokens, {i * i} of them; seed {i * 17 % 7} differs." for i in range(12)],
+)
+
+
+SOURCE: dict[str, Any] = {
+    "name": NAME,
+    "corpus": "builtin/installed_packages",
+    "hook": "resid_post",
+    "layers": [LAYER],
+    "context_length": CONTEXT_LENGTH,
+    "packing": "document",
+    "drop": ["first"],
+    "train_tokens": 600,
+    "test_tokens": 200,
+    "dtype": "float16",
+}
+EXPERIMENT: dict[str, Any] = {
+    "name": NAME,
+    "source": NAME,
+    "sae": {"architecture": "topk", "expansion": 2, "k": 4},
+    "training": {"learning_rate": 0.01, "batch_tokens": 64, "normalize_activations": "expected_average_only_in"},
+    "ensemble": {"members": MEMBERS, "seeds": list(SEEDS)},
+    "baselines": ["expanded", "expanded_l0_matched"],
+    "keep_residuals": "last",
+}
+
+
+def source_settings(model: Path | str, **changes: Any) -> dict[str, Any]:
+    """An ActivationSource of few rows, with what is to be different; None takes a field away."""
+    return _without_none({"language_model": str(model)} | SOURCE | changes)
+
+
+def experiment_settings(**changes: Any) -> dict[str, Any]:
+    """An EnsembleExperiment of three members and two seeds, with what is to be different; None takes a field away."""
+    return _without_none(EXPERIMENT | changes)
+
+
+def experiment_file(*documents: tuple[str, Mapping[str, Any]]) -> str:
+    """The text of a `defs.yaml`: pairs of component and attributes."""
+    return "---\n".join(
+        yaml.safe_dump({"type": f"saeens_pipeline.components.{component}", "attributes": dict(attributes)}, sort_keys=False)
+        for component, attributes in documents
+    )
+
+
+@dataclass(frozen=True)
+class Laboratory:
+    """Experiment files in `folder`, artefacts below `root`, a language model in `model`."""
+
+    model: Path
+    folder: Path
+    root: Path
+
+    def activate(self, monkeypatch: pytest.MonkeyPatch, *, keep_events: bool = False) -> None:
+        """Make the package see this laboratory's files, root and corpus, and nothing else.
+
+        Without `keep_events` Dagster's events stay in memory: writing them takes most of a tiny run.
+        """
+        monkeypatch.setenv("SAEENS_DATA", str(self.root))
+        monkeypatch.setenv("DAGSTER_HOME", "")
+        monkeypatch.setattr(defs, "__path__", [str(self.folder)])
+        monkeypatch.setattr(sources, "open_corpus", lambda name: CORPUS)
+        if not keep_events:
+            monkeypatch.setattr(dg.DagsterInstance, "get", dg.DagsterInstance.ephemeral)
+        for module in [name for name in sys.modules if name.startswith(f"{defs.__name__}.")]:
+            monkeypatch.delitem(sys.modules, module)  # or a folder of the same name elsewhere would be taken for it
+
+    def write(self, text: str, name: str = NAME) -> Path:
+        """Write `folder/NAME/defs.yaml`."""
+        file = self.folder / name / "defs.yaml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+        return file
+
+    def declare(self, source: Mapping[str, Any] | None = None, **experiment: Any) -> Path:
+        """Write the tiny source and experiment, with what is to be different."""
+        settings = source_settings(self.model, **(source or {}))
+        return self.write(experiment_file(("ActivationSource", settings), ("EnsembleExperiment", experiment_settings(**experiment))))
+
+    @property
+    def store(self) -> Store:
+        return Store(self.root)
+
+    @property
+    def catalogue(self) -> Catalogue:
+        return load_catalogue()
+
+    def declarations(self) -> dict[str, Declaration]:
+        """By asset key, parts joined by `/`."""
+        catalogue = self.catalogue
+        return {str(d.address): d for op in catalogue.ops(catalogue.experiment(NAME)) for d in op.outputs}
+
+    def artefact(self, key: str, seed: int | None = None, layer: int | None = LAYER) -> Artefact:
+        """What lies at `bagging/member_1`, or for a source at `activations`."""
+        kind, _, name = key.rpartition("/")
+        address = Address(NAME, kind or "source", name)  # pyright: ignore[reportArgumentType]
+        return self.store.require(address, Partition(layer, seed))
+
+    def run(self, layers: Sequence[int] = (), seeds: Sequence[int] = (), select: Sequence[str] = ()) -> str:
+        """`saeens run tiny`; gives what it prints."""
+        printed = io.StringIO()
+        run_experiment(NAME, layers=layers, seeds=seeds, select=select, console=Console(file=printed, width=200))
+        return printed.getvalue()
+
+    def materialise(self, keys: Sequence[str], partition: Partition) -> dict[str, dg.AssetMaterialization]:
+        """Make assets as the UI does, whatever is there already; gives the events by asset key."""
+        catalogue, declarations = self.catalogue, self.declarations()
+        job = catalogue.definitions().resolve_implicit_global_asset_job_def()
+        with dg.DagsterInstance.ephemeral() as instance:
+            register_layers(instance, NAME, catalogue.sources[NAME].layers)
+            result = job.execute_in_process(
+                instance=instance,
+                partition_key=partition_key(declarations[keys[0]], partition),
+                asset_selection=[dg.AssetKey(key.split("/")) for key in keys],
+                run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
+            )
+        made = [event.step_materialization_data.materialization for event in result.get_asset_materialization_events()]
+        return {each.asset_key.to_user_string(): each for each in made}
+
+
+def _without_none(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if value is not None}
