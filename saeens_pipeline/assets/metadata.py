@@ -14,6 +14,7 @@ from saeens_pipeline.storage.recipes import Artefact
 from saeens_pipeline.storage.tables import columns_of
 
 _DAGSTER_TYPES = {"str": "string", "int": "int", "float": "float"}
+_SHOWN = {"reconstruction": "explained_variance", "coactivation": "connectivity", "stability": "stability", "cost": "train_seconds"}
 _INLINE_CHARACTERS = 1000  # longer Markdown hides behind a link in the UI
 
 
@@ -76,15 +77,15 @@ def _table_summary(declaration: Declaration, artefact: Artefact) -> dict[str, An
     table = pl.read_parquet(artefact.path, hive_partitioning=False)
     name = declaration.address.name
     summary: dict[str, Any] = {"dagster/row_count": len(table)}
-    shown = {"reconstruction": "explained_variance", "coactivation": "connectivity", "stability": "stability", "cost": "train_seconds"}.get(
-        name
-    )
+    shown = _SHOWN.get(name)
     if shown and table[shown].null_count() < len(table):
         by_method = table.group_by("method", "n_members", maintain_order=True).agg(pl.col(shown).mean())
         largest = by_method.group_by("method", maintain_order=True).agg(pl.all().sort_by("n_members").last())
         rows = "\n".join(f"| {row['method']} | {row['n_members']} | {row[shown]:.4g} |" for row in largest.iter_rows(named=True))
         summary["summary"] = dg.MetadataValue.md(f"| method | members | {shown.replace('_', ' ')} |\n|---|---|---|\n{rows}")
-        curves = {m: by_method.filter(pl.col("method") == m).sort("n_members")[shown].to_list() for m in ("bagging", "boosting")}
+        curves: dict[str, Sequence[float]] = {
+            m: by_method.filter(pl.col("method") == m).sort("n_members")[shown].to_list() for m in ("bagging", "boosting")
+        }
         if all(len(values) > 1 for values in curves.values()):
             summary[f"{shown.replace('_', ' ')} by number of members"] = picture(curves, "members")
     return summary

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from saeens_pipeline import progress
@@ -12,7 +13,7 @@ from saeens_pipeline.assets.residuals import open_reader
 from saeens_pipeline.components.ensemble_experiment import MAX_MEMBERS, ExperimentSettings
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.storage.activations import ActivationStatistics
-from saeens_pipeline.storage.names import Address, Kind
+from saeens_pipeline.storage.names import Address, Kind, Partition
 
 if TYPE_CHECKING:
     from saeens_models import SAE, SAEConfig
@@ -59,10 +60,7 @@ def sae_op(
             builder="sae",
             version=SAE_VERSION,
             settings={"sae": experiment.sae, "training": experiment.training, "width": target.width, "l0": target.l0},
-            partition_settings=lambda partition, index=target.init_index: {
-                "init_seed": init_seed(partition.seed, index),
-                "data_seed": partition.seed,
-            },
+            partition_settings=partial(_seeds, target.init_index),
             inputs=(Input("activations", given), *after),
             source=experiment.source,
             seeds=tuple(experiment.ensemble.seeds),
@@ -79,6 +77,12 @@ def sae_op(
             _train(workplace, to_train, given)
 
     return Op(name, outputs, make, on_device=True)
+
+
+def _seeds(init_index: int, partition: Partition) -> dict[str, int]:
+    """The SAEs of one ensemble see the same data in the same order and differ in their initial weights; ensembles differ in both."""
+    assert partition.seed is not None, "SAEs are partitioned by layer and seed"
+    return {"init_seed": init_seed(partition.seed, init_index), "data_seed": partition.seed}
 
 
 def validate_targets(experiment: ExperimentSettings, d_in: int) -> None:

@@ -85,7 +85,7 @@ def source_ops(settings: SourceSettings) -> list[Op]:
         store, tasks = workplace.store, [*tasks, *_other_requested_layers(workplace, tasks[0])]
         model = load_language_model(_language_model(settings), settings.weights, workplace.compute.resolve())
         token_store = open_tokens(store.require(tokens.address, Partition()).path)
-        layers = {task.partition.layer: (task, workplace.provenance()) for task in tasks}
+        layers = {layer: (task, workplace.provenance()) for task in tasks if (layer := task.partition.layer) is not None}
         label = f"{activations.address}, layer {', '.join(map(str, layers))}"
         with contextlib.ExitStack() as stack:
             folders = {

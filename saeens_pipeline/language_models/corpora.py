@@ -68,7 +68,11 @@ class InstalledPackages:
 
     @property
     def identity(self) -> dict[str, object]:
-        return {"corpus": "builtin/installed_packages", "reader": READER_VERSION, "packages": {p: metadata.version(p) for p in PACKAGES}}
+        return {
+            "corpus": "builtin/installed_packages",
+            "reader": READER_VERSION,
+            "packages": {p: metadata.version(p).split("+")[0] for p in PACKAGES},
+        }
 
     def documents(self, split: Split) -> Iterator[Document]:
         return iter(self._splits[split])

@@ -54,7 +54,10 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Artefact:
-    """An artefact that is on disk, as its recipe describes it. `files` maps relative names to (bytes, SHA-256)."""
+    """An artefact that is on disk, as its recipe describes it.
+
+    `files` maps relative names to (bytes, SHA-256); of a table it holds (rows, SHA-256 of the rows).
+    """
 
     path: Path
     recipe: dict[str, Any]
@@ -163,7 +166,7 @@ class Store:
         """Write a Parquet table whose footer holds its recipe."""
         final = self.path(address, partition)
         content = _table_digest(table)
-        record = _record(recipe, provenance, {"table": (table.estimated_size(), content)}, digest([recipe.to_json(), content]))
+        record = _record(recipe, provenance, {"table": (len(table), content)}, digest([recipe.to_json(), content]))
         with _staging(final) as staging:
             table.write_parquet(staging, metadata={FOOTER_KEY: json.dumps(record)})
             _fsync(staging)

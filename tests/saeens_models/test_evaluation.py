@@ -45,7 +45,9 @@ def evaluations(ensembles: dict[str, Ensemble], x: Tensor) -> dict[str, Ensemble
     return evaluate_ensembles(ensembles, [x])
 
 
-@pytest.mark.parametrize(("name", "n"), [("bagging", 1), ("bagging", 2), ("bagging", 3), ("boosting", 1), ("boosting", 2), ("boosting", 3), ("one", 1)])
+@pytest.mark.parametrize(
+    ("name", "n"), [("bagging", 1), ("bagging", 2), ("bagging", 3), ("boosting", 1), ("boosting", 2), ("boosting", 3), ("one", 1)]
+)
 def test_every_size_is_what_that_ensemble_gives_alone(ensembles, evaluations, x: Tensor, name: str, n: int):
     ensemble, size = ensembles[name][:n], evaluations[name].sizes[n - 1]
     with torch.no_grad():

@@ -60,43 +60,42 @@ def test_folders_without_an_experiment_file_are_passed_over(laboratory: Laborato
     assert sorted(laboratory.catalogue.experiments) == ["sound"]
 
 
-WRONG_VALUES = {
-    "dtype": (_text({"dtype": "float8"}), "dtype:", "attributes.dtype", "'float8'", ["float16", "bfloat16", "float32"]),
-    "packing": (_text({"packing": "tight"}), "packing:", "attributes.packing", "'tight'", ["concatenate", "document"]),
-    "weights": (_text({"weights": "some"}), "weights:", "attributes.weights", "'some'", ["trained", "random"]),
-    "drop": (_text({"drop": ["last"]}), "- last", "attributes.drop.0", "'last'", ["special", "padding", "first"]),
-    "corpus": (_text({"corpus": "wikipedia"}), "corpus:", "attributes.corpus", "'wikipedia'", ["builtin/installed_packages"]),
-    "tokens in words": (_text({"train_tokens": "many"}), "train_tokens:", "attributes.train_tokens", "'many'", ["integer"]),
-    "zero tokens": (_text({"test_tokens": 0}), "test_tokens:", "attributes.test_tokens", "0", ["greater than 0"]),
-    "a negative layer": (_text({"layers": [-1]}), "- -1", "attributes.layers.0", "-1", ["greater than or equal to 0"]),
-    "a layer twice": (_text({"layers": [1, 1]}), "layers:", "attributes.layers", "[1, 1]", ["twice"]),
-    "name": (_text(name="Tiny-1"), "name: Tiny", "attributes.name", "'Tiny-1'", ["lower-case letters, digits and _"]),
+WRONG_VALUES = {  # text, where it is wrong, field, what was found, what is allowed
+    "dtype": (_text({"dtype": "float8"}), "dtype:", "dtype", "'float8'", ["float16", "bfloat16", "float32"]),
+    "packing": (_text({"packing": "tight"}), "packing:", "packing", "'tight'", ["concatenate", "document"]),
+    "weights": (_text({"weights": "some"}), "weights:", "weights", "'some'", ["trained", "random"]),
+    "drop": (_text({"drop": ["last"]}), "- last", "drop.0", "'last'", ["special", "padding", "first"]),
+    "corpus": (_text({"corpus": "wikipedia"}), "corpus:", "corpus", "'wikipedia'", ["builtin/installed_packages"]),
+    "tokens in words": (_text({"train_tokens": "many"}), "train_tokens:", "train_tokens", "'many'", ["integer"]),
+    "zero tokens": (_text({"test_tokens": 0}), "test_tokens:", "test_tokens", "0", ["greater than 0"]),
+    "a negative layer": (_text({"layers": [-1]}), "- -1", "layers.0", "-1", ["greater than or equal to 0"]),
+    "a layer twice": (_text({"layers": [1, 1]}), "layers:", "layers", "[1, 1]", ["twice"]),
+    "name": (_text(name="Tiny-1"), "name: Tiny", "name", "'Tiny-1'", ["lower-case letters, digits and _"]),
     "architecture": (
-        _text(sae={"architecture": "gated", "expansion": 2}), "architecture:", "attributes.sae.architecture", "'gated'",
+        _text(sae={"architecture": "gated", "expansion": 2}),
+        "architecture:",
+        "sae.architecture",
+        "'gated'",
         ["jumprelu", "standard", "topk"],
     ),
-    "no architecture": (_text(sae={"expansion": 2}), "sae:", "attributes.sae.architecture", "missing", ["jumprelu", "standard", "topk"]),
-    "k": (_text(sae=SAE | {"k": "many"}), "k:", "attributes.sae.k", "'many'", ["integer"]),
-    "no k": (_text(sae={"architecture": "topk", "expansion": 2}), "sae:", "attributes.sae.k", "", ["required"]),
-    "two widths": (_text(sae=SAE | {"d_sae": 8}), "sae:", "attributes.sae", "", ["expansion", "d_sae"]),
-    "learning rate": (_text(training={"learning_rate": -1}), "learning_rate:", "attributes.training.learning_rate", "-1", ["greater than 0"]),
-    "what follows": (_text(training={"total_tokens": 5}), "training:", "attributes.training", "total_tokens", ["cannot be set"]),
-    "seeds": (_text(ensemble={"members": 2, "seeds": [3, 3]}), "seeds:", "attributes.ensemble.seeds", "[3, 3]", ["twice"]),
-    "no members": (_text(ensemble={"members": 0, "seeds": [3]}), "members:", "attributes.ensemble.members", "0", ["greater than or equal to 1"]),
-    "baseline": (
-        _text(baselines=["expanded", "wide"]), "- wide", "attributes.baselines.1", "'wide'", ["expanded", "expanded_l0_matched"]
-    ),
-    "a baseline twice": (_text(baselines=["expanded", "expanded"]), "baselines:", "attributes.baselines", "expanded", ["twice"]),
-    "table": (_text(evaluations=["speed"]), "- speed", "attributes.evaluations.0", "'speed'", ["reconstruction", "stability", "cost"]),
-    "residuals": (_text(keep_residuals="some"), "keep_residuals:", "attributes.keep_residuals", "'some'", ["last", "all", "none"]),
-    "automation": (
-        _text(automation="X").replace("automation: X", "automation: on"), "automation:", "attributes.automation", "", ["off"]
-    ),
-    "expanded sizes": (_text(expanded_sizes=[9]), "type:|expanded_sizes:", "expanded_sizes", "9", ["3 members"]),
-    "no expanded sizes": (_text(expanded_sizes=[]), "expanded_sizes:", "attributes.expanded_sizes", "[]", []),
-    "L0 that cannot be matched": (_text(sae={"architecture": "standard", "expansion": 2}), "type:|baselines:", "attributes", "'standard'", ["topk"]),
-    "no name": (_text(name=None), "attributes:", "attributes.name", "", ["required"]),
-}  # fmt: skip
+    "no architecture": (_text(sae={"expansion": 2}), "sae:", "sae.architecture", "missing", ["jumprelu", "standard", "topk"]),
+    "k": (_text(sae=SAE | {"k": "many"}), "k:", "sae.k", "'many'", ["integer"]),
+    "no k": (_text(sae={"architecture": "topk", "expansion": 2}), "sae:", "sae.k", "", ["required"]),
+    "two widths": (_text(sae=SAE | {"d_sae": 8}), "sae:", "sae", "", ["expansion", "d_sae"]),
+    "learning rate": (_text(training={"learning_rate": -1}), "learning_rate:", "training.learning_rate", "-1", ["greater than 0"]),
+    "what follows": (_text(training={"total_tokens": 5}), "training:", "training", "total_tokens", ["cannot be set"]),
+    "seeds": (_text(ensemble={"members": 2, "seeds": [3, 3]}), "seeds:", "ensemble.seeds", "[3, 3]", ["twice"]),
+    "no members": (_text(ensemble={"members": 0, "seeds": [3]}), "members:", "ensemble.members", "0", ["greater than or equal to 1"]),
+    "baseline": (_text(baselines=["expanded", "wide"]), "- wide", "baselines.1", "'wide'", ["expanded", "expanded_l0_matched"]),
+    "a baseline twice": (_text(baselines=["expanded", "expanded"]), "baselines:", "baselines", "expanded", ["twice"]),
+    "table": (_text(evaluations=["speed"]), "- speed", "evaluations.0", "'speed'", ["reconstruction", "stability", "cost"]),
+    "residuals": (_text(keep_residuals="some"), "keep_residuals:", "keep_residuals", "'some'", ["last", "all", "none"]),
+    "automation": (_text(automation="X").replace("automation: X", "automation: on"), "automation:", "automation", "", ["off"]),
+    "expanded sizes": (_text(expanded_sizes=[9]), "type:|expanded_sizes:", "", "expanded_sizes: 9", ["3 members"]),
+    "no expanded sizes": (_text(expanded_sizes=[]), "expanded_sizes:", "expanded_sizes", "[]", []),
+    "L0 that cannot be matched": (_text(sae={"architecture": "standard", "expansion": 2}), "type:|baselines:", "", "'standard'", ["topk"]),
+    "no name": (_text(name=None), "attributes:", "name", "", ["required"]),
+}
 
 
 @pytest.mark.parametrize("case", WRONG_VALUES)
@@ -105,7 +104,7 @@ def test_a_wrong_value_is_said_with_path_line_field_and_what_is_allowed(laborato
     file, message = _message(laboratory, text)
     lines = {_line(text, start) + below for start in at.split("|") for below in (0, 1)}  # a missing field's parent has no value of its own
     assert any(f"{file}:{line}: " in message for line in lines), message
-    assert f"{field}: " in message
+    assert ": " + f"attributes.{field}".rstrip(".") + ": " in message
     assert found in message
     for each in allowed:
         assert each in message.replace("Field required", "required")

@@ -30,7 +30,12 @@ from saeens_pipeline.storage.tables import read_table
 
 K, D_SAE, TRAIN, TEST = 4, 2 * D_MODEL, 600, 200
 HERE = Partition(LAYER, SEEDS[0])
-METHODS = {("single", 1), *((method, n) for method in ("bagging", "boosting") for n in (1, 2, 3)), ("expanded", 3), ("expanded_l0_matched", 3)}
+METHODS = {
+    ("single", 1),
+    *((method, n) for method in ("bagging", "boosting") for n in (1, 2, 3)),
+    ("expanded", 3),
+    ("expanded_l0_matched", 3),
+}
 SAE_KEYS = [f"{kind}_{j}" for kind in ("bagging/member", "boosting/round") for j in range(1, MEMBERS + 1)]
 SAE_KEYS += ["baseline/expanded", "baseline/expanded_l0_matched"]
 
@@ -66,7 +71,7 @@ def _plain_saes(laboratory: Laboratory, prefix: str, seed: int, n: int) -> list[
 def _bagging(saes: list[PlainTopK], x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Reconstruction and concatenated code."""
     codes = [sae.encode(x) for sae in saes]
-    return sum(sae.decode(z) for sae, z in zip(saes, codes, strict=True)) / len(saes), np.concatenate(codes, axis=1)
+    return np.mean([sae.decode(z) for sae, z in zip(saes, codes, strict=True)], axis=0), np.concatenate(codes, axis=1)
 
 
 def _boosting(saes: list[PlainTopK], x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -119,7 +124,9 @@ def test_every_table_has_the_columns_of_the_contract(finished_laboratory: Labora
 @pytest.mark.parametrize("table", ["reconstruction", "coactivation", "stability", "cost"])
 def test_every_method_and_size_of_every_seed_has_a_row(finished_laboratory: Laboratory, table: str):
     frame = _table(finished_laboratory, table)
-    assert sorted(frame.select("seed", "method", "n_members").iter_rows()) == sorted((seed, *method) for seed in SEEDS for method in METHODS)
+    assert sorted(frame.select("seed", "method", "n_members").iter_rows()) == sorted(
+        (seed, *method) for seed in SEEDS for method in METHODS
+    )
     assert set(frame.select("experiment", "layer", "language_model").iter_rows()) == {(NAME, LAYER, "trained")}
 
 
@@ -180,9 +187,9 @@ def test_stability_agrees_with_scikit_learn(finished_laboratory: Laboratory, met
 def test_members_are_measured_on_what_they_were_given(finished_laboratory: Laboratory):
     x = _activations(finished_laboratory, "test")
     members, rounds = (_plain_saes(finished_laboratory, prefix, 1, MEMBERS) for prefix in ("bagging/member", "boosting/round"))
-    for method, saes in (("bagging", members), ("boosting", rounds)):
+    for method, of_method in (("bagging", members), ("boosting", rounds)):
         given = x
-        for number, sae in enumerate(saes, start=1):
+        for number, sae in enumerate(of_method, start=1):
             row = _row(finished_laboratory, "members", method=method, member=number, seed=1)
             z = sae.encode(given)
             assert row["n_members"] == MEMBERS
@@ -190,8 +197,10 @@ def test_members_are_measured_on_what_they_were_given(finished_laboratory: Labor
             assert row["explained_variance"] == pytest.approx(_explained_variance(given, sae.decode(z)), abs=1e-4)
             assert row["l0"] == pytest.approx(np.count_nonzero(z) / TEST)
             assert row["median_density"] == pytest.approx(_lower_median((z != 0).mean(axis=0)))
-            others = np.concatenate([other.W_dec for other in saes if other is not sae])
-            assert row["mean_max_cosine_to_other_members"] == pytest.approx(cosine_similarity(sae.W_dec, others).max(axis=1).mean(), abs=1e-5)
+            others = np.concatenate([other.W_dec for other in of_method if other is not sae])
+            assert row["mean_max_cosine_to_other_members"] == pytest.approx(
+                cosine_similarity(sae.W_dec, others).max(axis=1).mean(), abs=1e-5
+            )
             given = given - sae.decode(z) if method == "boosting" else given
 
 
@@ -288,7 +297,9 @@ def _weights(laboratory: Laboratory, key: str, seed: int) -> bytes:
 def test_the_same_run_elsewhere_gives_the_same_bits(finished_laboratory: Laboratory, empty: Laboratory):
     empty.run()
     for status in experiment_status(NAME):
-        here, there = (laboratory.store.require(status.declaration.address, status.partition) for laboratory in (empty, finished_laboratory))
+        here, there = (
+            laboratory.store.require(status.declaration.address, status.partition) for laboratory in (empty, finished_laboratory)
+        )
         if status.declaration.address.name == "cost":  # holds seconds
             continue
         assert here.data_version == there.data_version, status.declaration.address
@@ -442,9 +453,16 @@ def test_k_larger_than_d_sae_is_said_before_anything_is_made(empty: Laboratory):
     assert not (empty.root / "sources").exists()
 
 
+def test_k_is_compared_with_the_width_at_the_hook(empty: Laboratory):
+    wide = "gpt_neox.layers.{layer}.mlp.dense_h_to_4h"  # twice d_model
+    empty.declare(source={"hook": wide}, sae={"architecture": "topk", "expansion": 2, "k": D_SAE + 1}, baselines=[])
+    empty.run(select=["bagging/member_1"], seeds=[1])
+    assert PlainTopK(empty.artefact("bagging/member_1", 1).path).W_dec.shape == (2 * D_SAE, 2 * D_MODEL)
+
+
 def test_too_short_a_corpus_is_said_with_what_to_do_and_leaves_nothing(empty: Laboratory):
     empty.declare(source={"train_tokens": 10**6})
-    with pytest.raises(SaeensError, match="train split has .* but 1,000,000 were asked for: lower `train_tokens` to at most"):
+    with pytest.raises(SaeensError, match=r"train split has .* but 1,000,000 were asked for: lower `train_tokens` to at most"):
         empty.run()
     assert not list((empty.root / "sources" / NAME).iterdir())
 

@@ -79,7 +79,8 @@ def test_runs_whose_process_was_killed_are_ended_and_others_are_not():
 
     with dg.DagsterInstance.ephemeral() as instance:
         runs = {
-            name: instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTED, tags={PROCESS_TAG: owner}) for name, owner in owners.items()
+            name: instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTED, tags={PROCESS_TAG: owner})
+            for name, owner in owners.items()
         }
         runs["of the UI"] = instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTED)
         end_dead_runs(instance)

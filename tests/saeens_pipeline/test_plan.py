@@ -49,7 +49,11 @@ def test_whatever_something_is_made_from_comes_before_it(empty: Laboratory):
             assert status.partition == stage.partition
             for upstream in status.declaration.inputs:
                 where = upstream.artefact.narrow(status.partition)
-                wanted = [where] if where.seed or upstream.artefact.dimensions != "layer_and_seed" else [Partition(where.layer, s) for s in SEEDS]
+                wanted = (
+                    [where]
+                    if where.seed or upstream.artefact.dimensions != "layer_and_seed"
+                    else [Partition(where.layer, s) for s in SEEDS]
+                )
                 assert {(upstream.artefact.address, each) for each in wanted} <= made
             made.add((status.declaration.address, status.partition))
     assert len(made) == 1 + 2 * (N_ALL - 1)

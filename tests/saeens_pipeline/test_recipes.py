@@ -36,7 +36,9 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "data")
 
 
-def _write(store: Store, address: Address = MEMBER, recipe: Recipe = RECIPE, files: Mapping[str, bytes] = FILES, **options: Any) -> Artefact:
+def _write(
+    store: Store, address: Address = MEMBER, recipe: Recipe = RECIPE, files: Mapping[str, bytes] = FILES, **options: Any
+) -> Artefact:
     with store.write_folder(address, WHERE, recipe, options.pop("provenance", {"run_id": "r"}), **options) as folder:
         for name, content in files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -64,7 +66,7 @@ def test_digest_is_of_canonical_json():
 def test_what_was_made_by_the_same_recipe_is_a_hit(store: Store):
     assert store.hit(MEMBER, WHERE, RECIPE) is None
     _write(store)
-    reordered = Recipe("sae", 1, dict(reversed(RECIPE.settings.items())), dict(RECIPE.inputs))
+    reordered = Recipe("sae", 1, dict(reversed([*RECIPE.settings.items()])), dict(RECIPE.inputs))
     for recipe in (RECIPE, reordered):
         found = store.hit(MEMBER, WHERE, recipe)
         assert found
@@ -76,7 +78,10 @@ def test_what_was_made_by_the_same_recipe_is_a_hit(store: Store):
 CHANGES = {
     "a setting": (replace(RECIPE, settings={**RECIPE.settings, "sae": {"architecture": "topk", "k": 8}}), "setting sae.k: 4 -> 8"),
     "a new setting": (replace(RECIPE, settings={**RECIPE.settings, "l0": 2}), "setting l0: None -> 2"),
-    "a setting less": (replace(RECIPE, settings={"sae": RECIPE.settings["sae"], "width": 1}), "setting training.learning_rate: 0.01 -> None"),
+    "a setting less": (
+        replace(RECIPE, settings={"sae": RECIPE.settings["sae"], "width": 1}),
+        "setting training.learning_rate: 0.01 -> None",
+    ),
     "the builder's version": (replace(RECIPE, version=2), "the code of sae changed"),
     "an input": (replace(RECIPE, inputs={"activations": "a2"}), "input activations: a1 -> a2"),
     "a new input": (replace(RECIPE, inputs={"activations": "a1", "tokens": "t"}), "input tokens: None -> t"),

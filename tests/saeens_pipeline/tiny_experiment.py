@@ -17,8 +17,8 @@ from tiny_models import CONTEXT_LENGTH, ListedCorpus
 
 from saeens_pipeline import defs
 from saeens_pipeline.assets import sources
-from saeens_pipeline.assets.declarations import Declaration
 from saeens_pipeline.assets.dagster_assets import partition_key
+from saeens_pipeline.assets.declarations import Declaration
 from saeens_pipeline.catalogue import Catalogue, load_catalogue
 from saeens_pipeline.instance import register_layers
 from saeens_pipeline.runs import run_experiment
@@ -30,7 +30,9 @@ MEMBERS = 3
 LAYER = 1
 NAME = "tiny"
 CORPUS = ListedCorpus(
-    train=[f"def step_{i}(x_{i * 7}, w):\n    return act(w @ x_{i * 7} + {i * 13 % 11})  # {'abcdefgh'[i % 8] * (i % 5)}" for i in range(20)],
+    train=[
+        f"def step_{i}(x_{i * 7}, w):\n    return act(w @ x_{i * 7} + {i * 13 % 11})  # {'abcdefgh'[i % 8] * (i % 5)}" for i in range(20)
+    ],
     test=[f"Members {i} and {i + 3} see the same tokens, {i * i} of them; seed {i * 17 % 7} differs." for i in range(12)],
 )
 

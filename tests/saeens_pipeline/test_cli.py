@@ -1,0 +1,349 @@
+"""The `saeens` command as a user meets it: what it prints where, its exit codes, and its messages."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import polars as pl
+import pytest
+from tiny_experiment import EXPERIMENT, LAYER, NAME, SEEDS, Laboratory
+
+from saeens_pipeline import cli, runs
+from saeens_pipeline.assets import saes
+from saeens_pipeline.errors import ConfigurationError
+from saeens_pipeline.storage.tables import TABLES, read_table
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def message(self) -> str:
+        """What went to standard error, without line breaks."""
+        return " ".join(self.err.split())
+
+
+Saeens = Callable[..., Outcome]
+
+
+@pytest.fixture
+def saeens(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Saeens:
+    """Runs the command in this process."""
+
+    def call(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["saeens", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        code = ended.value.code
+        assert code is None or isinstance(code, int)
+        printed = capsys.readouterr()
+        return Outcome(code or 0, printed.out, printed.err)
+
+    return call
+
+
+def _assert_one_message(outcome: Outcome, code: int, *parts: str) -> None:
+    assert outcome.code == code, outcome
+    assert outcome.err.startswith("error: "), outcome
+    assert "Traceback" not in outcome.out + outcome.err
+    assert not outcome.out
+    for part in parts:
+        assert part in outcome.message
+
+
+# what works
+
+
+def test_help_imports_neither_torch_nor_dagster_nor_transformers():
+    heavy = ("torch", "dagster", "transformers", "polars", "zarr")
+    script = f"""
+import sys
+sys.argv = ["saeens", *sys.argv[1:]]
+from saeens_pipeline.cli import main
+try:
+    main()
+except SystemExit as ended:
+    assert not ended.code
+print([name for name in {heavy} if name in sys.modules], file=sys.stderr)
+"""
+    for arguments in (["--help"], ["run", "--help"], ["table", "--help"]):
+        done = subprocess.run([sys.executable, "-c", script, *arguments], check=True, capture_output=True, text=True)
+        assert "Usage" in done.stdout
+        assert done.stderr.strip() == "[]"
+
+
+def test_help_names_every_command(saeens: Saeens):
+    outcome = saeens("--help")
+    assert outcome.code == 0
+    for command in ("run", "experiments", "status", "table", "ui", "doctor", "reference-model"):
+        assert command in outcome.out
+
+
+def test_experiments_are_listed(empty: Laboratory, saeens: Saeens):
+    outcome = saeens("experiments")
+    assert (outcome.code, outcome.err) == (0, "")
+    (line,) = [line for line in outcome.out.splitlines() if line.startswith(NAME)]
+    assert "topk" in line
+
+
+def test_run_makes_what_is_selected_in_plain_lines(empty: Laboratory, saeens: Saeens):
+    outcome = saeens("run", NAME, "--select", "bagging/member_1", "--seed", SEEDS[1])
+    assert (outcome.code, outcome.err) == (0, "")
+    assert f"{NAME}: 3 artefacts to make" in outcome.out
+    assert f"{NAME}/tokens: 800 tokens in" in outcome.out
+    assert f"{NAME}/bagging/member_1, layer {LAYER}, seed {SEEDS[1]}: 600 tokens in" in outcome.out
+    assert "\x1b" not in outcome.out
+    assert empty.artefact("bagging/member_1", SEEDS[1])
+
+
+def test_a_second_run_says_that_nothing_is_trained_and_ends_with_the_table(finished: Laboratory, saeens: Saeens):
+    outcome = saeens("run", NAME)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "nothing to do" in outcome.out
+    assert "no training" in outcome.out
+    reconstruction = read_table(finished.root, NAME, "reconstruction")
+    mean = reconstruction.filter(method="boosting", n_members=3)["explained_variance"].mean()
+    (line,) = [line for line in outcome.out.splitlines() if line.startswith("boosting")]
+    assert f"{mean:.4f}" in line
+    assert str(finished.root) in outcome.out
+    assert "saeens ui" in outcome.out
+
+
+def test_the_summary_is_of_the_seeds_that_the_experiment_has_now(finished: Laboratory, saeens: Saeens):
+    finished.declare(ensemble=EXPERIMENT["ensemble"] | {"seeds": [SEEDS[0]]})
+    outcome = saeens("run", NAME)
+    assert outcome.code == 0
+    (value,) = read_table(finished.root, NAME, "reconstruction").filter(method="boosting", n_members=3, seed=SEEDS[0])["explained_variance"]
+    (line,) = [line for line in outcome.out.splitlines() if line.startswith("boosting")]
+    assert f"{value:.4f}" in line
+
+
+def test_status_tells_fresh_stale_and_missing(finished: Laboratory, saeens: Saeens):
+    shutil.rmtree(finished.artefact("baseline/expanded", 2).path)
+    finished.declare(training=EXPERIMENT["training"] | {"learning_rate": 0.5})
+    outcome = saeens("status", NAME)
+    assert (outcome.code, outcome.err) == (0, "")
+    rows = {tuple(line.split()[:3]): line.split()[3:] for line in outcome.out.splitlines() if "seed" not in line}
+    assert f"{NAME}/tokens fresh" in " ".join(outcome.out.split())
+    assert rows[f"{NAME}/baseline/expanded", str(LAYER), "2"][0] == "missing"
+    assert rows[f"{NAME}/bagging/member_1", str(LAYER), "1"][0] == "stale"
+    assert "training.learning_rate: 0.01" in outcome.out
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_in_csv_and_json_are_printed_alone_and_read_back(finished: Laboratory, saeens: Saeens, name: str):
+    expected = read_table(finished.root, NAME, name)
+    csv, in_json = (saeens("table", NAME, name, "--format", form) for form in ("csv", "json"))
+    assert (csv.code, csv.err, in_json.code, in_json.err) == (0, "", 0, "")
+    assert pl.read_csv(io.StringIO(csv.out), schema=expected.schema).equals(expected)
+    assert pl.DataFrame(json.loads(in_json.out), schema=expected.schema).equals(expected)
+
+
+def test_tables_are_printed_for_people(finished: Laboratory, saeens: Saeens, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    outcome = saeens("table", NAME, "stability")
+    assert (outcome.code, outcome.err) == (0, "")
+    header, *rows = outcome.out.splitlines()
+    assert {"layer", "seed", "method", "stability"} <= set(header.split())
+    assert len(rows) == 18
+
+
+def test_doctor_finds_nothing_wrong(finished: Laboratory, saeens: Saeens):
+    outcome = saeens("doctor", "--verify")
+    assert (outcome.code, outcome.err) == (0, ""), outcome
+    assert all(line.startswith("ok ") for line in outcome.out.splitlines())
+    assert "37 read, 0 differences" in outcome.out
+    assert "torch" in outcome.out
+
+
+# what cannot be
+
+
+@pytest.mark.parametrize("arguments", [["run"], ["run", NAME, "--layer", "one"], ["sing"], ["table", NAME, "cost", "--format", "xml"]])
+def test_wrong_usage_ends_with_2(empty: Laboratory, saeens: Saeens, arguments: list[str]):
+    outcome = saeens(*arguments)
+    assert outcome.code == 2
+    assert "Usage" in outcome.err
+    assert not outcome.out
+
+
+@pytest.mark.parametrize("command", [["run", "nope"], ["status", "nope"], ["table", "nope", "cost"], ["table", "..", "cost"]])
+def test_an_unknown_experiment_ends_with_2_and_lists_those_that_exist(empty: Laboratory, saeens: Saeens, command: list[str]):
+    _assert_one_message(saeens(*command), 2, command[1], f"there are: {NAME}")
+
+
+@pytest.mark.parametrize("table", ["speed", "../reconstruction"])
+def test_an_unknown_table_ends_with_2_and_lists_those_that_exist(finished: Laboratory, saeens: Saeens, table: str):
+    _assert_one_message(saeens("table", NAME, table), 2, table, *TABLES)
+
+
+def test_a_table_that_is_not_made_yet_ends_with_1_and_says_what_makes_it(empty: Laboratory, saeens: Saeens):
+    _assert_one_message(saeens("table", NAME, "cost"), 1, "cost", f"saeens run {NAME}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--layer", "7"], ["no layer 7", "layers 0 to 2"]),
+        (["--layer", "1", "--layer", "-1"], ["no layer -1", "layers 0 to 2"]),
+        (["--seed", "9"], ["no seed 9", "it has 1, 2"]),
+        (["--select", "bagging/member_4"], ["bagging/member_4", f"{NAME}/bagging/member_3", f"{NAME}/eval/stability"]),
+        (["--select", ""], ["--select"]),
+    ],
+    ids=["layer", "negative layer", "seed", "asset", "no asset"],
+)
+def test_what_does_not_exist_ends_with_2_and_lists_what_does(empty: Laboratory, saeens: Saeens, arguments: list[str], parts: list[str]):
+    _assert_one_message(saeens("run", NAME, *arguments), 2, *parts)
+    assert not (empty.root / "sources").exists()
+
+
+def test_k_larger_than_d_sae_ends_with_2(empty: Laboratory, saeens: Saeens):
+    empty.declare(sae=EXPERIMENT["sae"] | {"k": 33})
+    _assert_one_message(saeens("run", NAME), 2, "k = 33 is larger than d_sae = 32")
+    assert not (empty.root / "sources").exists()
+
+
+def test_a_missing_local_model_is_named(empty: Laboratory, saeens: Saeens):
+    empty.declare(source={"language_model": "/no/such/model"})
+    _assert_one_message(saeens("run", NAME), 2, "/no/such/model")
+    assert not (empty.root / "sources").exists()
+
+
+def test_a_broken_experiment_file_ends_with_2_and_leaves_the_others(empty: Laboratory, saeens: Saeens):
+    sound = (empty.folder / NAME / "defs.yaml").read_text()
+    file = empty.write(
+        sound.replace("k: 4", "k: lots").replace("name: tiny", "name: broken").replace("source: tiny", "source: broken"), "broken"
+    )
+    line = sound.splitlines().index("    k: 4") + 1
+    where = f"{file}:{line}: attributes.sae.k: "
+    _assert_one_message(saeens("run", "broken"), 2, where, "'lots'", f"there are: {NAME}")
+    listing = saeens("experiments")
+    assert listing.code == 2
+    assert NAME in listing.out
+    assert where in listing.message
+    assert saeens("status", NAME).code == 0
+    doctor = saeens("doctor")
+    assert doctor.code == 1
+    assert where in " ".join(doctor.out.split())
+
+
+def test_too_short_a_corpus_ends_with_1_and_the_message_is_whole(empty: Laboratory, saeens: Saeens):
+    empty.declare(source={"train_tokens": 10**6})
+    outcome = saeens("run", NAME)
+    assert outcome.code == 1
+    assert "Traceback" not in outcome.err
+    assert "with packing: document and drop: [first], but 1,000,000 were asked for: lower `train_tokens` to at most" in outcome.message
+
+
+@pytest.fixture
+def unwritable(empty: Laboratory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A data root below a regular file: the superuser, too, cannot write there."""
+    (tmp_path / "file").write_text("")
+    root = tmp_path / "file" / "data"
+    monkeypatch.setenv("SAEENS_DATA", str(root))
+    return root
+
+
+def test_a_root_that_cannot_be_written_ends_with_1(unwritable: Path, saeens: Saeens):
+    _assert_one_message(saeens("run", NAME), 1, f"{unwritable} cannot be written", "SAEENS_DATA")
+
+
+def test_doctor_finds_a_root_that_cannot_be_written(unwritable: Path, saeens: Saeens):
+    outcome = saeens("doctor")
+    assert outcome.code == 1
+    assert f"{unwritable} cannot be written" in outcome.out
+
+
+def test_brackets_in_a_path_are_printed_as_they_are(empty: Laboratory, tmp_path: Path, saeens: Saeens, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "[red]").write_text("")
+    (tmp_path / "a[").mkdir()
+    (tmp_path / "a[" / "b]").write_text("")
+    for root in (tmp_path / "[red]" / "data", tmp_path / "a[" / "b]" / "data"):
+        monkeypatch.setenv("SAEENS_DATA", str(root))
+        _assert_one_message(saeens("run", NAME), 1, f"{root} cannot be written")
+
+
+# damage
+
+
+def _flip_a_byte(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-20] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [_flip_a_byte, Path.unlink, lambda file: file.write_bytes(file.read_bytes()[:-1])])
+def test_doctor_verify_finds_a_damaged_artefact(finished: Laboratory, saeens: Saeens, damage: Callable[[Path], None]):
+    file = finished.artefact("bagging/member_3", 1).path / "sae_weights.safetensors"
+    damage(file)
+    outcome = saeens("doctor", "--verify")
+    assert (outcome.code, outcome.err) == (1, "")
+    assert str(file) in outcome.out
+    assert "1 differences" in outcome.out
+    assert saeens("doctor").code == 0
+
+
+def test_doctor_verify_finds_a_damaged_table_and_goes_on(finished: Laboratory, saeens: Saeens):
+    tables = [finished.artefact(f"eval/{name}", 1).path for name in ("cost", "members")]
+    tables[0].write_bytes(tables[0].read_bytes()[:-100])
+    content = tables[1].read_bytes()
+    tables[1].write_bytes(content[:4] + bytes(60) + content[64:])
+    outcome = saeens("doctor", "--verify")
+    assert (outcome.code, outcome.err) == (1, "")
+    assert all(str(table) in outcome.out for table in tables)
+
+
+@pytest.mark.parametrize("command", ["run", "status"])
+def test_a_truncated_artefact_ends_with_1_and_its_sizes(finished: Laboratory, saeens: Saeens, command: str):
+    file = finished.artefact("bagging/member_3", 1).path / "sae_weights.safetensors"
+    size = file.stat().st_size
+    file.write_bytes(file.read_bytes()[:-1])
+    _assert_one_message(saeens(command, NAME), 1, str(file), f"{size - 1} bytes", f"{size} bytes")
+
+
+# tracebacks
+
+
+def test_debug_shows_where_an_error_is_from(empty: Laboratory, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "argv", ["saeens", "--debug", "run", "nope"])
+    with pytest.raises(ConfigurationError):
+        cli.main()
+
+
+def test_what_nobody_foresaw_is_one_message_too(empty: Laboratory, saeens: Saeens, monkeypatch: pytest.MonkeyPatch):
+    def fail(name: str) -> None:
+        raise ZeroDivisionError("[a] broken thing")
+
+    monkeypatch.setattr(runs, "experiment_status", fail)
+    _assert_one_message(saeens("status", NAME), 1, "ZeroDivisionError: [a] broken thing", "saeens --debug")
+    monkeypatch.setattr(sys, "argv", ["saeens", "--debug", "status", NAME])
+    with pytest.raises(ZeroDivisionError):
+        cli.main()
+
+
+def test_an_interrupt_while_training_ends_with_130_and_keeps_what_was_finished(
+    empty: Laboratory, saeens: Saeens, monkeypatch: pytest.MonkeyPatch
+):
+    def interrupt(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+
+    monkeypatch.setattr(saes, "_train", interrupt)
+    outcome = saeens("run", NAME, "--select", "bagging/member_1", "--seed", SEEDS[0])
+    assert outcome.code == 130
+    assert "Traceback" not in outcome.err
+    assert "what was finished is kept" in outcome.message
+    assert empty.artefact("activations")
