@@ -111,7 +111,7 @@ def picture(curves: dict[str, Sequence[float]], x_label: str, width: int = 260, 
             drawn += f"<polyline points='{points}' fill='none' stroke='{colour}'/>"
             drawn += f"<text x='{width - 56}' y='{ys[-1] + 4:.0f}'>{curve[-1]:.3g} {name[:5]}</text>"
         drawn += f"<text x='4' y='{height - 3}'>{x_label}</text>"
-        svg = f"<svg xmlns='http://www.w3.org/2000/svg' width='{width}' height='{height}' font-size='10'>{drawn}</svg>"
+        svg = f"<svg xmlns='http://www.w3.org/2000/svg' width='{width}' height='{height}' font-size='10' fill='gray'>{drawn}</svg>"
         markdown = f"![curve](data:image/svg+xml,{quote(svg, safe='/:=,%-.')})".replace("%2523", "%23")
         if len(markdown) < _INLINE_CHARACTERS:
             break

@@ -107,7 +107,7 @@ def test_groups_kinds_tags_and_owners_tell_assets_apart(empty: Laboratory):
         assert spec.tags["source"] == NAME
         assert spec.owners
         first_line = (spec.description or "").split("\n")[0]
-        assert 0 < len(first_line.replace(str(empty.model), "builtin/reference")) <= 70, first_line
+        assert 0 < len(first_line.replace(str(empty.model), "builtin/reference")) <= 80, first_line
         if kind == "eval":
             assert spec.tags["table"] == key.removeprefix("eval/")
         elif "/" in key:
