@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 
 import dagster as dg
-from pydantic import ValidationError
 
 from saeens_pipeline import defs
 from saeens_pipeline.assets.dagster_assets import build_assets
 from saeens_pipeline.assets.declarations import Op
 from saeens_pipeline.assets.experiments import experiment_ops
 from saeens_pipeline.assets.sources import source_ops
-from saeens_pipeline.components import ActivationSource, EnsembleExperiment, ExperimentSettings, SourceSettings
+from saeens_pipeline.components import ExperimentSettings, SourceSettings
 from saeens_pipeline.errors import ConfigurationError
+from saeens_pipeline.experiment_files import ExperimentFile, Settings
 from saeens_pipeline.resources import ComputeResource, StoreResource
 
 
@@ -61,58 +57,30 @@ class Catalogue:
 def load_catalogue() -> Catalogue:
     """Read every folder below `saeens_pipeline/defs`, each on its own: a broken file does not take others down."""
     catalogue = Catalogue()
-    for folder in sorted(path for root in defs.__path__ for path in Path(root).iterdir() if (path / "defs.yaml").is_file()):
+    files: dict[str, ExperimentFile] = {}
+    for path in sorted(file for root in defs.__path__ for file in Path(root).glob("*/defs.yaml")):
         try:
-            for component in _components(importlib.import_module(f"{defs.__name__}.{folder.name}"), folder):
-                _add(catalogue, component, folder / "defs.yaml")
+            file = ExperimentFile(path)
+            for settings in file.settings():
+                _add(catalogue, file, settings)
+                files[settings.name] = file
         except ConfigurationError as error:
-            catalogue.broken[folder / "defs.yaml"] = str(error)
+            catalogue.broken[path] = str(error)
     for name, experiment in list(catalogue.experiments.items()):
         if experiment.source not in catalogue.sources:
             del catalogue.experiments[name]
             known = ", ".join(sorted(catalogue.sources)) or "none"
-            catalogue.broken[Path(name)] = (
-                f"experiment {name}: attributes.source: there is no source {experiment.source!r}; there are: {known}"
-            )
+            message = f"there is no source {experiment.source!r}; there are: {known}"
+            catalogue.broken[files[name].path] = files[name].complaint(experiment, "source", message)
     return catalogue
 
 
-def _components(module: ModuleType, folder: Path) -> Iterator[dg.Component]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", dg.BetaWarning)
-            tree = dg.ComponentTree.from_module(module, folder)
-            yield from tree.get_all_components(of_type=ActivationSource)
-            yield from tree.get_all_components(of_type=EnsembleExperiment)
-    except Exception as error:
-        raise ConfigurationError(_explain(error, folder / "defs.yaml")) from error
-
-
-def _add(catalogue: Catalogue, component: dg.Component, file: Path) -> None:
-    if isinstance(component, ActivationSource):
-        kind, known, settings = "source", catalogue.sources, component.settings
-    elif isinstance(component, EnsembleExperiment):
-        kind, known, settings = "experiment", catalogue.experiments, component.settings
+def _add(catalogue: Catalogue, file: ExperimentFile, settings: Settings) -> None:
+    is_source = isinstance(settings, SourceSettings)
+    if settings.name in (catalogue.sources if is_source else catalogue.experiments):
+        kind = "a source" if is_source else "an experiment"
+        raise ConfigurationError(file.complaint(settings, "name", f"there already is {kind} called {settings.name!r}"))
+    if is_source:
+        catalogue.sources[settings.name] = settings
     else:
-        return
-    if settings.name in known:
-        raise ConfigurationError(f"{file}: attributes.name: there already is a {kind} called {settings.name!r}")
-    known[settings.name] = settings  # pyright: ignore[reportArgumentType]
-
-
-def _explain(error: BaseException, file: Path) -> str:
-    """What is wrong with a file: a line for every field, or the innermost message."""
-    while True:
-        if isinstance(error, ValidationError):
-            return "\n".join(_explain_field(dict(each), file) for each in error.errors())
-        cause = error.__cause__ or error.__context__
-        if cause is None:
-            return f"{file}: {error}"
-        error = cause
-
-
-def _explain_field(error: dict, file: Path) -> str:
-    names = ".".join(str(part) for part in error["loc"])
-    field_name, _, position = names.partition(" at ")
-    found = "" if error["type"] == "missing" else f" (found: {error['input']!r})"
-    return f"{position or file}: {field_name}: {error['msg'].removeprefix('Value error, ')}{found}"
+        catalogue.experiments[settings.name] = settings

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from saeens_pipeline.errors import SaeensError
 
@@ -34,6 +35,11 @@ class TableFormat(StrEnum):
     json = "json"
 
 
+def complain(label: str, message: str) -> None:
+    """One message on standard error; what it quotes is shown as it is."""
+    err.print(Text.assemble((f"{label}: ", "red"), message), soft_wrap=True)
+
+
 @app.callback()
 def _options(debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False) -> None:
     """--debug is read in `main`, since it decides how errors of any command are shown."""
@@ -49,7 +55,11 @@ def run(
     """Materialise what is missing or stale, and print a summary."""
     from saeens_pipeline.runs import run_experiment
 
-    run_experiment(experiment, layers=layer or [], seeds=seed or [], select=select or [], console=out)
+    try:
+        run_experiment(experiment, layers=layer or [], seeds=seed or [], select=select or [], console=out)
+    except KeyboardInterrupt:
+        err.print("stopped: what was finished is kept, and the next run goes on from there")
+        raise typer.Exit(130) from None
 
 
 @app.command()
@@ -68,7 +78,7 @@ def experiments() -> None:
         table.add_row(name, settings.source, source.language_model, layers, sae, str(settings.ensemble.members), seeds)
     out.print(table)
     for message in catalogue.broken.values():
-        err.print(f"[red]left out:[/] {message}", highlight=False)
+        complain("left out", message)
     if catalogue.broken:
         raise typer.Exit(2)
 
@@ -84,7 +94,7 @@ def status(experiment: Experiment) -> None:
     colours = {"fresh": "green", "stale": "yellow", "missing": "red"}
     for each in experiment_status(experiment):
         layer, seed = ("" if value is None else str(value) for value in each.partition)
-        table.add_row(str(each.declaration.address), layer, seed, f"[{colours[each.state]}]{each.state}[/]", each.reason)
+        table.add_row(str(each.declaration.address), layer, seed, Text(each.state, colours[each.state]), Text(each.reason))
     out.print(table)
 
 
@@ -96,11 +106,15 @@ def table(
     ],
     format: Annotated[TableFormat, typer.Option(help="csv and json print the table and nothing else.")] = TableFormat.table,
 ) -> None:
-    """Print an evaluation table, all layers and seeds."""
+    """Print an evaluation table: all layers that there are, and the experiment's seeds."""
+    import polars as pl
+
+    from saeens_pipeline.catalogue import load_catalogue
     from saeens_pipeline.resources import data_root
     from saeens_pipeline.storage.tables import read_table
 
-    frame = read_table(data_root(), experiment, name)
+    settings = load_catalogue().experiment(experiment)
+    frame = read_table(data_root(), experiment, name).filter(pl.col("seed").is_in(settings.ensemble.seeds))
     match format:
         case TableFormat.csv:
             sys.stdout.write(frame.write_csv())
@@ -146,8 +160,8 @@ def doctor(
 
     findings = list(diagnose(verify=verify))
     for finding in findings:
-        mark = "[green]ok[/]  " if finding.ok else "[red]bad[/] "
-        out.print(f"{mark} {finding.subject:<22} {finding.detail}", highlight=False, soft_wrap=True)
+        mark = ("ok   ", "green") if finding.ok else ("bad  ", "red")
+        out.print(Text.assemble(mark, f"{finding.subject:<22} {finding.detail}"), soft_wrap=True)
     if not all(finding.ok for finding in findings):
         raise typer.Exit(1)
 
@@ -192,15 +206,10 @@ def main() -> None:
     except SaeensError as error:
         if debug:
             raise
-        err.print(f"[red]error:[/] {error}", highlight=False, soft_wrap=True)
+        complain("error", str(error))
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        err.print("stopped: what was finished is kept, and the next run goes on from there")
-        sys.exit(130)
     except Exception as error:
         if debug:
             raise
-        err.print(
-            f"[red]error:[/] {type(error).__name__}: {error}\n`saeens --debug ...` shows the traceback", highlight=False, soft_wrap=True
-        )
+        complain("error", f"{type(error).__name__}: {error}\n`saeens --debug ...` shows the traceback")
         sys.exit(1)

@@ -53,7 +53,7 @@ def _devices() -> Iterator[Finding]:
 
 def _root(root: Path) -> Iterator[Finding]:
     existing = next(folder for folder in (root, *root.parents) if folder.exists())
-    writable = os.access(existing, os.W_OK)
+    writable = existing.is_dir() and os.access(existing, os.W_OK)
     yield Finding("data root", f"{root}" if writable else f"{root} cannot be written: set SAEENS_DATA to a folder that can be", ok=writable)
     free = shutil.disk_usage(existing).free
     yield Finding("free disk", f"{free / 2**30:.1f} GiB", ok=free > LOW_DISK_BYTES)

@@ -71,8 +71,8 @@ def _describe(
         return "missing", ""
     for name in _not_fresh(declaration, partition, states):
         return "stale", f"{name} will be made again"
-    changes = artefact.differences(declaration.recipe(store, partition))
-    return ("stale", "; ".join(changes)) if changes else ("fresh", "")
+    recipe = declaration.recipe(store, partition)
+    return ("fresh", "") if artefact.recipe_hash == recipe.hash else ("stale", "; ".join(artefact.differences(recipe)))
 
 
 def _not_fresh(declaration: Declaration, partition: Partition, states: dict[tuple[Address, Partition], State]) -> Iterator[str]:

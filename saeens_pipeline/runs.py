@@ -54,7 +54,8 @@ def run_experiment(name: str, *, layers: Sequence[int], seeds: Sequence[int], se
     store = StoreResource().store
     _check_writable(store)
 
-    stages = plan(store, catalogue.ops(experiment), layers, experiment.ensemble.seeds)
+    ops = catalogue.ops(experiment)
+    stages = plan(store, ops, layers, experiment.ensemble.seeds)
     chosen = _restricted(stages, seeds, select, console)
     n_wanted = sum(len(stage) for _, stage in chosen)
     n_planned = sum(len(stage.statuses) for stage in stages)
@@ -64,7 +65,9 @@ def run_experiment(name: str, *, layers: Sequence[int], seeds: Sequence[int], se
         console.print(f"{name}: {n_wanted} artefacts to make, {n_planned - n_wanted} fresh (cache hits) or not asked for", highlight=False)
         with _quiet(), progress.report_to(reporter_for(console)):
             _execute(catalogue, experiment, layers, [(stage, wanted) for stage, wanted in chosen if wanted])
-    print_summary(store.root, experiment, layers, console)
+    after = plan(store, ops, layers, experiment.ensemble.seeds)
+    asked = [s for stage in after for s in stage.statuses if not seeds or s.partition.seed is None or s.partition.seed in seeds]
+    print_summary(store, experiment, asked, console)
     console.print(
         f"\nTook {time.monotonic() - began:.0f} s. Everything lies below {store.root}; `saeens ui` opens the Dagster UI.",
         highlight=False,
@@ -76,14 +79,17 @@ def _check(catalogue: Catalogue, experiment: ExperimentSettings, layers: Sequenc
     """Find out what cannot work before anything is spent."""
     from saeens_pipeline.assets.saes import validate_targets
     from saeens_pipeline.assets.sources import validate_source
+    from saeens_pipeline.language_models.models import HOOKS
 
     unknown = sorted(set(seeds) - set(experiment.ensemble.seeds))
     if unknown:
         raise ConfigurationError(
             f"{experiment.name} has no seed {', '.join(map(str, unknown))}; it has {', '.join(map(str, experiment.ensemble.seeds))}"
         )
-    description = validate_source(catalogue.sources[experiment.source], layers)
-    validate_targets(experiment, description.d_model)
+    source = catalogue.sources[experiment.source]
+    description = validate_source(source, layers)
+    if source.hook in HOOKS:  # of other modules the width is known when the model runs
+        validate_targets(experiment, description.d_model)
 
 
 def _check_writable(store: Store) -> None:
@@ -139,7 +145,7 @@ def _execute(
     catalogue: Catalogue, experiment: ExperimentSettings, layers: Sequence[int], chosen: Sequence[tuple[Stage, list[Declaration]]]
 ) -> None:
     """One Dagster run in this process for each stage, seen in the UI afterwards. Raises what made one fail."""
-    from dagster import AssetKey, DagsterInstance
+    from dagster import AssetKey, DagsterExecutionInterruptedError, DagsterInstance
 
     from saeens_pipeline.assets.dagster_assets import LAYERS_TAG, partition_key
     from saeens_pipeline.instance import end_dead_runs, prepare_home, process_tag, register_layers
@@ -150,13 +156,16 @@ def _execute(
         end_dead_runs(instance)
         register_layers(instance, experiment.source, layers)
         for stage, declarations in chosen:
-            job.execute_in_process(
-                instance=instance,
-                partition_key=partition_key(declarations[0], stage.partition),
-                asset_selection=[AssetKey(declaration.address.key) for declaration in declarations],
-                tags={"user": "saeens run", LAYERS_TAG: ",".join(map(str, layers)), **process_tag()},
-                run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
-            )
+            try:
+                job.execute_in_process(
+                    instance=instance,
+                    partition_key=partition_key(declarations[0], stage.partition),
+                    asset_selection=[AssetKey(declaration.address.key) for declaration in declarations],
+                    tags={"user": "saeens run", LAYERS_TAG: ",".join(map(str, layers)), **process_tag()},
+                    run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
+                )
+            except DagsterExecutionInterruptedError:
+                raise KeyboardInterrupt from None
 
 
 @contextlib.contextmanager

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
-
-from saeens_pipeline.errors import SaeensError
-from saeens_pipeline.storage.tables import read_table
 
 if TYPE_CHECKING:
     import polars as pl
@@ -15,6 +11,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from saeens_pipeline.components import ExperimentSettings
+    from saeens_pipeline.plan import Status
+    from saeens_pipeline.storage.recipes import Store
 
 METHODS = ("single", "bagging", "boosting", "expanded", "expanded_l0_matched")
 # column of the summary: its table, its column there, its format
@@ -29,32 +27,26 @@ COLUMNS = {
 }
 
 
-def print_summary(root: Path, experiment: ExperimentSettings, layers: Sequence[int], console: Console) -> None:
-    """For each layer: method by metric at the full ensemble size, mean over seeds."""
+def print_summary(store: Store, experiment: ExperimentSettings, statuses: Sequence[Status], console: Console) -> None:
+    """For each layer: method by metric at the full ensemble size, mean over seeds. Tables that are not fresh are left out."""
     from rich.table import Table
 
-    values = {title: _by_method(root, experiment.name, table, column) for title, (table, column, _) in COLUMNS.items()}
-    seeds = ", ".join(map(str, experiment.ensemble.seeds))
-    for layer in layers:
-        shown = [(method, n) for method in METHODS for n in _sizes(experiment, method)]
-        if not any((layer, method, n) in values["EV"] for method, n in shown):
-            continue
-        table = Table(
-            "method",
-            "n",
-            title=f"{experiment.name}, layer {layer}: mean over seeds {seeds}",
-            title_justify="left",
-            box=None,
-            pad_edge=False,
-        )
-        for title in COLUMNS:
-            table.add_column(title, justify="right")
-        for method, n in shown:
-            if (layer, method, n) in values["EV"]:
-                cells = (_cell(values[title].get((layer, method, n)), form) for title, (_, _, form) in COLUMNS.items())
-                table.add_row(method, str(n), *cells)
-        console.print()
-        console.print(table)
+    fresh = [s for s in statuses if s.state == "fresh" and s.declaration.address.kind == "eval"]
+    for layer in sorted({s.partition.layer for s in fresh if s.partition.layer is not None}):
+        of_layer = [s for s in fresh if s.partition.layer == layer]
+        values = {title: _by_method(store, of_layer, table, column) for title, (table, column, _) in COLUMNS.items()}
+        seeds = ", ".join(sorted({str(s.partition.seed) for s in of_layer if s.partition.seed is not None}, key=int))
+        title = f"{experiment.name}, layer {layer}: mean over seeds {seeds}"
+        table = Table("method", "n", title=title, title_justify="left", box=None, pad_edge=False)
+        for name in COLUMNS:
+            table.add_column(name, justify="right")
+        for method in METHODS:
+            for n in _sizes(experiment, method):
+                if (method, n) in values["EV"]:
+                    table.add_row(method, str(n), *(_cell(values[name].get((method, n)), form) for name, (_, _, form) in COLUMNS.items()))
+        if table.rows:
+            console.print()
+            console.print(table)
 
 
 def rich_table(frame: pl.DataFrame) -> Table:
@@ -75,15 +67,15 @@ def _sizes(experiment: ExperimentSettings, method: str) -> list[int]:
     return experiment.expanded_widths if method.startswith("expanded") else [experiment.ensemble.members]
 
 
-def _by_method(root: Path, experiment: str, table: str, column: str) -> dict[tuple[int, str, int], float | None]:
+def _by_method(store: Store, statuses: Sequence[Status], table: str, column: str) -> dict[tuple[str, int], float | None]:
     import polars as pl
 
-    try:
-        frame = read_table(root, experiment, table)
-    except SaeensError:  # this table was not asked for
+    parts = [store.path(s.declaration.address, s.partition) for s in statuses if s.declaration.address.name == table]
+    if not parts:
         return {}
-    means = frame.group_by("layer", "method", "n_members").agg(pl.col(column).mean())
-    return {(row["layer"], row["method"], row["n_members"]): row[column] for row in means.iter_rows(named=True)}
+    rows = pl.concat([pl.read_parquet(part, hive_partitioning=False) for part in parts])
+    means = rows.group_by("method", "n_members").agg(pl.col(column).mean())
+    return {(row["method"], row["n_members"]): row[column] for row in means.iter_rows(named=True)}
 
 
 def _cell(value: float | None, form: str) -> str:

@@ -68,7 +68,7 @@ def _build_asset(op: Op) -> dg.AssetsDefinition:
         selected = [by_key[key] for key in sorted(context.selected_asset_keys, key=list(by_key).index)]
         with progress.report_to(progress.LineReporter(context.log.info)):
             yield from _materialise(
-                op, selected, _partition(context), Workplace(store.store, compute, context.run_id, _requested_layers(context))
+                op, selected, _partition(context), Workplace(store.store, compute, context.run.run_id, _requested_layers(context))
             )
 
     return make

@@ -110,7 +110,8 @@ def _train(workplace: Workplace, tasks: Sequence[Task], given: Reference) -> Non
     store, partition = workplace.store, tasks[0].partition
     artefact = store.require(given.address, given.narrow(partition))
     statistics = ActivationStatistics.from_json(artefact.provenance["statistics"]["train"])
-    reader = open_reader(store, given, partition)
+    device = workplace.compute.resolve()
+    reader = open_reader(store, given, partition, device)
     configs = [_task_config(task, reader.d_in) for task in tasks]
     fields = tasks[0].recipe.settings
     normalised = fields["training"].get("normalize_activations", "none") != "none"
@@ -120,7 +121,6 @@ def _train(workplace: Workplace, tasks: Sequence[Task], given: Reference) -> Non
         input_mean=tuple(statistics.mean.tolist()),
         input_scale=reader.d_in**0.5 / statistics.mean_norm if normalised else None,
     )
-    device = workplace.compute.resolve()
     curves: list[list[CurvePoint]] = [[] for _ in tasks]
     first, last = tasks[0].declaration.address, tasks[-1].declaration.address.name
     label = f"{first}, {partition}" if len(tasks) == 1 else f"{first} to {last}, {partition}"

@@ -53,13 +53,12 @@ class ActivationSource(dg.Component):
         self.settings = settings
 
     @classmethod
-    def get_model_cls(cls) -> type[BaseModel]:
+    def get_model_cls(cls) -> type[SourceSettings]:
         return SourceSettings
 
     @classmethod
     def load(cls, attributes: BaseModel | None, context: dg.ComponentLoadContext) -> ActivationSource:
-        assert isinstance(attributes, SourceSettings)
-        return cls(attributes)
+        return cls(SourceSettings.model_validate(attributes))
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
         from saeens_pipeline.assets.dagster_assets import build_assets

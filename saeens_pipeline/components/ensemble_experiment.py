@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import dagster as dg
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
 from saeens_pipeline.components.activation_source import Name
 from saeens_pipeline.storage.names import RESERVED_GROUPS
 
 MAX_MEMBERS = 999  # ensemble seeds are a thousand initialisation seeds apart
+
+_FOLLOWS_FROM_ACTIVATIONS = ("total_tokens", "input_scale", "input_mean")
 
 Baseline = Literal["expanded", "expanded_l0_matched"]
 Evaluation = Literal["reconstruction", "members", "coactivation", "stability", "cost", "training_curves"]
@@ -36,6 +38,43 @@ def _validate_sae(settings: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
+def allowed_sae_keys(sae: dict[str, Any]) -> list[str]:
+    """The keys that `sae` may have, which depend on its architecture."""
+    from saeens_models.architectures import sae_class
+
+    fields = sae_class(sae["architecture"]).config_class.model_fields
+    return ["expansion", *(name for name in fields if name not in ("d_in", "init_seed"))]
+
+
+def allowed_training_keys() -> list[str]:
+    """The keys that `training` may have."""
+    from saeens_models import TrainingConfig
+
+    return [name for name in TrainingConfig.model_fields if name not in _FOLLOWS_FROM_ACTIVATIONS]
+
+
+def _validate_training(settings: dict[str, Any]) -> dict[str, Any]:
+    from saeens_models import TrainingConfig
+
+    for name in _FOLLOWS_FROM_ACTIVATIONS:
+        if name in settings:
+            raise ValueError(f"{name} follows from the activations and cannot be set")
+    TrainingConfig(**settings, total_tokens=1)
+    return settings
+
+
+def _only_off(value: object) -> object:
+    if value not in (False, "off"):  # YAML reads off as false
+        raise ValueError("only `off` is there in this version")
+    return "off"
+
+
+def _no_repetition(values: list) -> list:
+    if len(set(values)) < len(values):
+        raise ValueError(f"{values} names something twice")
+    return values
+
+
 class EnsembleSettings(BaseModel):
     """`ensemble`: how many SAEs, and how often all is repeated with another seed."""
 
@@ -44,12 +83,7 @@ class EnsembleSettings(BaseModel):
     members: int = Field(ge=1, le=MAX_MEMBERS, description="SAEs per ensemble, J")
     seeds: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field(min_length=1, description="ensemble seeds; stability compares them")
 
-    @field_validator("seeds")
-    @classmethod
-    def _no_repetition(cls, seeds: list[int]) -> list[int]:
-        if len(set(seeds)) < len(seeds):
-            raise ValueError(f"{seeds} names a seed twice")
-        return seeds
+    _seeds_differ = field_validator("seeds")(_no_repetition)
 
 
 class ExperimentSettings(BaseModel):
@@ -62,38 +96,37 @@ class ExperimentSettings(BaseModel):
     sae: Annotated[dict[str, Any], AfterValidator(_validate_sae)] = Field(
         description="architecture, expansion or d_sae, and the architecture's own fields"
     )
-    training: dict[str, Any] = Field({}, description="fields of saeens_models.TrainingConfig")
+    training: Annotated[dict[str, Any], AfterValidator(_validate_training)] = Field(
+        {}, description="fields of saeens_models.TrainingConfig"
+    )
     ensemble: EnsembleSettings
     baselines: list[Baseline] = Field(["expanded", "expanded_l0_matched"], description="single SAEs to compare with")
     expanded_sizes: list[PositiveInt] | Literal["all"] | None = Field(
         None, description="expanded SAEs as wide as n members; by default as wide as all"
     )
     keep_residuals: Literal["last", "all", "none"] = Field("last", description="which residuals' bytes stay on disk")
-    automation: Literal["off", False] = Field("off", description="off: materialised only when asked for")
+    automation: Annotated[Literal["off"], BeforeValidator(_only_off)] = Field("off", description="off: materialised only when asked for")
     evaluations: list[Evaluation] = Field(
         ["reconstruction", "members", "coactivation", "stability", "cost", "training_curves"], description="tables to fill"
     )
 
-    @field_validator("training")
-    @classmethod
-    def _training_is_valid(cls, settings: dict[str, Any]) -> dict[str, Any]:
-        from saeens_models import TrainingConfig
+    _no_repetition = field_validator("baselines", "evaluations")(_no_repetition)
 
-        for decided_here in ("total_tokens", "input_scale", "input_mean"):
-            if decided_here in settings:
-                raise ValueError(f"{decided_here} follows from the activations and cannot be set")
-        TrainingConfig(**settings, total_tokens=1)
-        return settings
+    @field_validator("expanded_sizes")
+    @classmethod
+    def _some_size(cls, sizes: list[int] | str | None) -> list[int] | str | None:
+        if sizes == []:
+            raise ValueError("name a size, or write all, or leave it out")
+        return sizes
 
     @model_validator(mode="after")
     def _consistent(self) -> ExperimentSettings:
         if isinstance(self.expanded_sizes, list) and max(self.expanded_sizes) > self.ensemble.members:
             raise ValueError(f"expanded_sizes: {max(self.expanded_sizes)} is more than the ensemble's {self.ensemble.members} members")
         if "expanded_l0_matched" in self.baselines:
-            from saeens_models import SAEConfig
+            from saeens_models.architectures import validate_l0_multiple
 
-            own = {name: value for name, value in self.sae.items() if name not in ("expansion", "d_sae")}
-            SAEConfig(**own, d_in=1, d_sae=2**31).with_l0_multiplied(1)
+            validate_l0_multiple(self.sae["architecture"])
         return self
 
     @property
@@ -111,13 +144,12 @@ class EnsembleExperiment(dg.Component):
         self.settings = settings
 
     @classmethod
-    def get_model_cls(cls) -> type[BaseModel]:
+    def get_model_cls(cls) -> type[ExperimentSettings]:
         return ExperimentSettings
 
     @classmethod
     def load(cls, attributes: BaseModel | None, context: dg.ComponentLoadContext) -> EnsembleExperiment:
-        assert isinstance(attributes, ExperimentSettings)
-        return cls(attributes)
+        return cls(ExperimentSettings.model_validate(attributes))
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
         from saeens_pipeline.assets.dagster_assets import build_assets

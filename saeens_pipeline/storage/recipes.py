@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -56,7 +57,7 @@ class Recipe:
 class Artefact:
     """An artefact that is on disk, as its recipe describes it.
 
-    `files` maps relative names to (bytes, SHA-256); of a table it holds (rows, SHA-256 of the rows).
+    `files` maps relative names to (bytes, SHA-256); of a table, `rows` to those of all but the footer.
     """
 
     path: Path
@@ -72,24 +73,21 @@ class Artefact:
     def differences(self, wanted: Recipe) -> list[str]:
         """Which parts of the recipe asked for differ from the one that made this, in words."""
         other = wanted.to_json()
-        found = [f"the code of {other['builder']} changed"] if self.recipe["version"] != other["version"] else []
+        found = [f"builder: {self.recipe['builder']} -> {other['builder']}"] if self.recipe["builder"] != other["builder"] else []
+        found += [f"the code of {other['builder']} changed"] if self.recipe["version"] != other["version"] else []
         for part, label in (("settings", "setting"), ("inputs", "input")):
             before, after = _flat(self.recipe[part]), _flat(other[part])
-            found += [
-                f"{label} {name}: {before.get(name)} -> {after.get(name)}"
-                for name in sorted({*before, *after})
-                if before.get(name) != after.get(name)
-            ]
+            for name in sorted({*before, *after}):
+                was, is_now = (_shown(side[name]) if name in side else "not given" for side in (before, after))
+                found += [f"{label} {name}: {was} -> {is_now}"] if was != is_now else []
         return found
 
     def verify(self) -> list[str]:
         """Every way in which the bytes on disk differ from what was written; empty when all hashes agree."""
         if self.path.suffix == ".parquet":
-            return (
-                []
-                if _table_digest(_read_table(self.path)) == self.files["table"][1]
-                else [f"{self.path}: the rows are not those that were written"]
-            )
+            size, sha256 = self.files["rows"]
+            same = hashlib.sha256(self.path.read_bytes()[:size]).hexdigest() == sha256
+            return [] if same else [f"{self.path}: the rows are not those that were written"]
         wrong = []
         for name, (_, sha256) in self.files.items():
             file = self.path / name
@@ -164,11 +162,18 @@ class Store:
         self, address: Address, partition: Partition, recipe: Recipe, provenance: Mapping[str, Any], table: pl.DataFrame
     ) -> None:
         """Write a Parquet table whose footer holds its recipe."""
-        final = self.path(address, partition)
-        content = _table_digest(table)
-        record = _record(recipe, provenance, {"table": (len(table), content)}, digest([recipe.to_json(), content]))
+        import pyarrow.parquet as pq
+
+        final, rows = self.path(address, partition), table.to_arrow()
         with _staging(final) as staging:
-            table.write_parquet(staging, metadata={FOOTER_KEY: json.dumps(record)})
+            contents = io.BytesIO()
+            with pq.ParquetWriter(contents, rows.schema) as writer:
+                writer.write_table(rows)
+                content = hashlib.sha256(contents.getvalue()).hexdigest()  # all but the footer, which holds this
+                files = {"rows": (contents.tell(), content)}
+                record = _record(recipe, provenance, files, digest([recipe.to_json(), content]))
+                writer.add_key_value_metadata({FOOTER_KEY: json.dumps(record)})
+            staging.write_bytes(contents.getvalue())
             _fsync(staging)
             staging.replace(final)
             _fsync(final.parent)
@@ -194,10 +199,14 @@ class Store:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
+def _shown(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, item in value.items():
-        flat |= _flat(item, f"{prefix}{name}.") if isinstance(item, Mapping) else {f"{prefix}{name}": item}
+        flat |= _flat(item, f"{prefix}{name}.") if isinstance(item, Mapping) and item else {f"{prefix}{name}": item}
     return flat
 
 
@@ -249,16 +258,6 @@ def _files_below(folder: Path) -> list[tuple[str, Path]]:
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _read_table(path: Path) -> pl.DataFrame:
-    import polars as pl
-
-    return pl.read_parquet(path, hive_partitioning=False)
-
-
-def _table_digest(table: pl.DataFrame) -> str:
-    return hashlib.sha256(table.write_ndjson().encode()).hexdigest()
 
 
 @contextlib.contextmanager

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from saeens_pipeline.errors import SaeensError
+from saeens_pipeline.errors import ConfigurationError, SaeensError
+from saeens_pipeline.storage.names import validate_name
 
 if TYPE_CHECKING:
     import polars as pl
@@ -157,10 +158,12 @@ def frame(table: str, rows: Iterable[Mapping[str, Any]]) -> pl.DataFrame:
 
 
 def read_table(root: Path, experiment: str, table: str) -> pl.DataFrame:
-    """All partitions of one table of one experiment. Raises SaeensError where there are none."""
+    """All partitions of one table of one experiment. Raises SaeensError where there are none, ConfigurationError for an unknown table."""
     import polars as pl
 
-    folder = root / "tables" / experiment / table
+    if table not in TABLES:
+        raise ConfigurationError(f"there is no table {table!r}; there are: {', '.join(TABLES)}")
+    folder = root / "tables" / validate_name(experiment) / table
     parts = sorted(folder.glob("**/part.parquet"))
     if not parts:
         raise SaeensError(f"{experiment} has no table {table} below {root} yet: `saeens run {experiment}` makes it")

@@ -77,14 +77,14 @@ def test_what_was_made_by_the_same_recipe_is_a_hit(store: Store):
 
 CHANGES = {
     "a setting": (replace(RECIPE, settings={**RECIPE.settings, "sae": {"architecture": "topk", "k": 8}}), "setting sae.k: 4 -> 8"),
-    "a new setting": (replace(RECIPE, settings={**RECIPE.settings, "l0": 2}), "setting l0: None -> 2"),
+    "a new setting": (replace(RECIPE, settings={**RECIPE.settings, "l0": 2}), "setting l0: not given -> 2"),
     "a setting less": (
         replace(RECIPE, settings={"sae": RECIPE.settings["sae"], "width": 1}),
-        "setting training.learning_rate: 0.01 -> None",
+        "setting training.learning_rate: 0.01 -> not given",
     ),
     "the builder's version": (replace(RECIPE, version=2), "the code of sae changed"),
     "an input": (replace(RECIPE, inputs={"activations": "a2"}), "input activations: a1 -> a2"),
-    "a new input": (replace(RECIPE, inputs={"activations": "a1", "tokens": "t"}), "input tokens: None -> t"),
+    "a new input": (replace(RECIPE, inputs={"activations": "a1", "tokens": "t"}), "input tokens: not given -> t"),
 }
 
 
@@ -189,11 +189,12 @@ def test_a_table_that_cannot_be_written_leaves_what_was_there(store: Store, monk
     _write_table(store)
     before = _everything(store.root)
 
-    def write_half(self: pl.DataFrame, file: Path, **_: Any) -> None:
-        file.write_bytes(b"PAR1 half")
+    def write_half(self: Path, contents: bytes) -> None:
+        with self.open("wb") as file:
+            file.write(contents[: len(contents) // 2])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pl.DataFrame, "write_parquet", write_half)
+    monkeypatch.setattr(Path, "write_bytes", write_half)
     with pytest.raises(OSError, match="No space left"):
         _write_table(store, rows=ROWS.reverse())
     assert _everything(store.root) == before

@@ -1,0 +1,134 @@
+"""Reading experiment files: strictly, and with the path, line and field of everything that is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from saeens_pipeline.components import ActivationSource, EnsembleExperiment, ExperimentSettings, SourceSettings
+from saeens_pipeline.components.ensemble_experiment import allowed_sae_keys, allowed_training_keys
+from saeens_pipeline.errors import ConfigurationError
+
+TYPES = {f"saeens_pipeline.components.{component.__name__}": component for component in (ActivationSource, EnsembleExperiment)}
+
+Settings = SourceSettings | ExperimentSettings
+Location = Sequence[int | str]
+
+
+class ExperimentFile:
+    """One `defs.yaml`: documents with a type and attributes. Raises ConfigurationError for what cannot be read at all."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._documents = [node for node in yaml.compose_all(path.read_text(encoding="utf-8"), yaml.SafeLoader) if node is not None]
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            began = f", {error.context}, line {error.context_mark.line + 1}" if error.context and error.context_mark else ""
+            raise ConfigurationError(f"{path}:{mark.line + 1 if mark else 1}: {error.problem}{began}") from None
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigurationError(f"{path}: {error}") from None
+        if not self._documents:
+            raise ConfigurationError(f"{path}: the file is empty; it needs type: and attributes:")
+
+    def settings(self) -> list[Settings]:
+        """What the documents declare. Raises ConfigurationError with a line for every wrong field of every document."""
+        read: list[Settings] = []
+        wrong: list[str] = []
+        for document in self._documents:
+            try:
+                read.append(self._settings(document))
+            except ConfigurationError as error:
+                wrong.append(str(error))
+        if wrong:
+            raise ConfigurationError("\n".join(wrong))
+        return read
+
+    def complaint(self, settings: Settings, field: str, message: str) -> str:
+        """A message about one field of settings that were read from this file."""
+        for document in self._documents:
+            attributes = _construct(document)["attributes"]
+            if attributes.get("name") == settings.name and TYPES[_construct(document)["type"]].get_model_cls() is type(settings):
+                return self._message(document, ("attributes", field), message)
+        raise KeyError(settings.name)
+
+    def _settings(self, document: yaml.Node) -> Settings:
+        for node, key in _repeated_keys(document):
+            raise ConfigurationError(f"{self.path}:{node.start_mark.line + 1}: {key} is said twice")
+        content = _construct(document)
+        if not isinstance(content, dict) or not isinstance(content.get("attributes"), dict):
+            raise ConfigurationError(self._message(document, (), "a document needs type: and attributes: with fields below it"))
+        component = TYPES.get(str(content.get("type")))
+        if component is None:
+            found = f"{content['type']!r} is unknown" if "type" in content else "missing"
+            raise ConfigurationError(self._message(document, ("type",), f"{found}; one of: {', '.join(TYPES)}"))
+        for key in content.keys() - {"type", "attributes"}:
+            raise ConfigurationError(self._message(document, (key,), "unknown key; one of: type, attributes"))
+        try:
+            return component.get_model_cls().model_validate(content["attributes"])
+        except ValidationError as error:
+            lines = [self._explain(document, component.get_model_cls(), content["attributes"], dict(each)) for each in error.errors()]
+            raise ConfigurationError("\n".join(lines)) from None
+
+    def _explain(self, document: yaml.Node, model: type[BaseModel], attributes: dict[str, Any], error: dict[str, Any]) -> str:
+        message = error["msg"].removeprefix("Value error, ")
+        if error["type"] == "extra_forbidden":
+            message = f"unknown key; one of: {', '.join(_allowed_keys(model, attributes, error['loc'][:-1]))}"
+        if error["type"] != "missing" and not isinstance(error["input"], dict):
+            message += f" (found: {error['input']!r})"
+        return self._message(document, ("attributes", *error["loc"]), message)
+
+    def _message(self, document: yaml.Node, location: Location, message: str) -> str:
+        field = f" {'.'.join(map(str, location))}:" if location else ""
+        return f"{self.path}:{_line(document, location)}:{field} {message}"
+
+
+def _construct(node: yaml.Node) -> Any:
+    return yaml.SafeLoader("").construct_document(node)
+
+
+def _line(node: yaml.Node, location: Location) -> int:
+    """The line of a field, or of the innermost part of its path that is there, counted from 1."""
+    line = node.start_mark.line
+    for part in location:
+        if isinstance(node, yaml.MappingNode):
+            found = next(((key, value) for key, value in node.value if key.value == part), None)
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            found = (node.value[part], node.value[part])
+        else:
+            found = None
+        if found is None:
+            break
+        line, node = found[0].start_mark.line, found[1]
+    return line + 1
+
+
+def _repeated_keys(node: yaml.Node) -> Iterator[tuple[yaml.Node, str]]:
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            if key.value in seen:
+                yield key, key.value
+            seen.add(key.value)
+            yield from _repeated_keys(value)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            yield from _repeated_keys(value)
+
+
+def _allowed_keys(model: type[BaseModel], attributes: dict[str, Any], location: Location) -> list[str]:
+    """The keys that there are at a place of the attributes."""
+    match list(location):
+        case ["sae"]:
+            return allowed_sae_keys(attributes["sae"])
+        case ["training"]:
+            return allowed_training_keys()
+    for part in location:
+        annotation = model.model_fields[str(part)].annotation
+        assert isinstance(annotation, type)
+        model = annotation
+    return list(model.model_fields)
