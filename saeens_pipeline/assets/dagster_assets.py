@@ -10,7 +10,7 @@ import dagster as dg
 from saeens_pipeline import progress
 from saeens_pipeline.assets.declarations import Declaration, Input, Op, Task, Workplace
 from saeens_pipeline.assets.metadata import describe_artefact, static_metadata
-from saeens_pipeline.errors import SaeensError
+from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.resources import ComputeResource, StoreResource
 from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.recipes import Artefact
@@ -102,14 +102,12 @@ def _partition(context: dg.AssetExecutionContext) -> Partition:
     if not context.has_partition_key:
         return Partition()
     key = context.partition_key
-    if isinstance(key, dg.MultiPartitionKey):
-        dimensions = key.keys_by_dimension
-        return Partition(int(dimensions["layer"]), int(dimensions["seed"]))
+    dimensions = key.keys_by_dimension if isinstance(key, dg.MultiPartitionKey) else {"layer": key}
     try:
-        return Partition(int(key))
+        return Partition(**{name: int(value) for name, value in dimensions.items()})
     except ValueError:
-        raise dg.Failure(
-            f"the layer {key!r} is not a whole number: delete this partition and add the layer as a number, counting from 0"
+        raise ConfigurationError(
+            f"the layer {dimensions['layer']!r} is not a number: delete this partition and add one such as 4"
         ) from None
 
 

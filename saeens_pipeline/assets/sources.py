@@ -83,7 +83,8 @@ def source_ops(settings: SourceSettings) -> list[Op]:
         from saeens_pipeline.language_models.tokens import open_tokens
 
         store, tasks = workplace.store, [*tasks, *_other_requested_layers(workplace, tasks[0])]
-        model = load_language_model(_language_model(settings), settings.weights, workplace.compute.resolve())
+        description = validate_source(settings, [task.partition.layer for task in tasks if task.partition.layer is not None])
+        model = load_language_model(description, settings.weights, workplace.compute.resolve())
         token_store = open_tokens(store.require(tokens.address, Partition()).path)
         layers = {layer: (task, workplace.provenance()) for task in tasks if (layer := task.partition.layer) is not None}
         label = f"{activations.address}, layer {', '.join(map(str, layers))}"

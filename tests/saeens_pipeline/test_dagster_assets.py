@@ -181,7 +181,7 @@ def test_a_layer_that_is_no_number_is_refused_by_name(empty: Laboratory):
     job = empty.catalogue.definitions().resolve_implicit_global_asset_job_def()
     with dg.DagsterInstance.ephemeral() as instance:
         instance.add_dynamic_partitions(f"{NAME}_layers", ["last"])
-        with pytest.raises(dg.Failure, match="the layer 'last' is not a whole number"):
+        with pytest.raises(ConfigurationError, match="the layer 'last' is not a number"):
             job.execute_in_process(instance=instance, partition_key="last", asset_selection=[dg.AssetKey([NAME, "activations"])])
 
 
