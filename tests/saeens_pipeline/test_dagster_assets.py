@@ -10,6 +10,7 @@ import pytest
 from tiny_experiment import EXPERIMENT, LAYER, NAME, SEEDS, Laboratory, experiment_file, experiment_settings, source_settings
 
 from saeens_pipeline.assets import saes
+from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.instance import register_layers
 from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.recipes import SaeensError
