@@ -57,13 +57,14 @@ class Catalogue:
 def load_catalogue() -> Catalogue:
     """Read every folder below `saeens_pipeline/defs`, each on its own: a broken file does not take others down."""
     catalogue = Catalogue()
-    files: dict[str, ExperimentFile] = {}
+    files: dict[str, ExperimentFile] = {}  # of experiments
     for path in sorted(file for root in defs.__path__ for file in Path(root).glob("*/defs.yaml")):
         try:
             file = ExperimentFile(path)
             for settings in file.settings():
                 _add(catalogue, file, settings)
-                files[settings.name] = file
+                if isinstance(settings, ExperimentSettings):
+                    files[settings.name] = file
         except ConfigurationError as error:
             catalogue.broken[path] = str(error)
     for name, experiment in list(catalogue.experiments.items()):

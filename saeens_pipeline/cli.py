@@ -111,10 +111,13 @@ def table(
 
     from saeens_pipeline.catalogue import load_catalogue
     from saeens_pipeline.resources import data_root
+    from saeens_pipeline.runs import experiment_status
     from saeens_pipeline.storage.tables import read_table
 
     settings = load_catalogue().experiment(experiment)
     frame = read_table(data_root(), experiment, name).filter(pl.col("seed").is_in(settings.ensemble.seeds))
+    if any(s.state != "fresh" for s in experiment_status(experiment) if s.declaration.address.key == [experiment, "eval", name]):
+        complain("note", f"parts of this table are missing or stale: `saeens status {experiment}` says why")
     match format:
         case TableFormat.csv:
             sys.stdout.write(frame.write_csv())

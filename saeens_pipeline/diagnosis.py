@@ -73,9 +73,12 @@ def _verify(root: Path) -> Iterator[Finding]:
     checked, wrong = 0, []
     for artefact in _artefacts(root):
         checked += 1
-        wrong += [str(artefact)] if isinstance(artefact, SaeensError) else artefact.verify()
+        if isinstance(artefact, SaeensError):
+            wrong.append(str(artefact))
+        else:
+            wrong += [f"{difference}: remove {artefact.path} and run again to make it anew" for difference in artefact.verify()]
     for message in wrong:
-        yield Finding("artefact", f"{message}: remove the artefact and run again to make it anew", ok=False)
+        yield Finding("artefact", message, ok=False)
     yield Finding("artefacts", f"{checked} read, {len(wrong)} differences from what was written", ok=not wrong)
 
 

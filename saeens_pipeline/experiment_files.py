@@ -26,12 +26,15 @@ class ExperimentFile:
         self.path = path
         try:
             self._documents = [node for node in yaml.compose_all(path.read_text(encoding="utf-8"), yaml.SafeLoader) if node is not None]
+            self._contents = [_construct(node) for node in self._documents]
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             began = f", {error.context}, line {error.context_mark.line + 1}" if error.context and error.context_mark else ""
             raise ConfigurationError(f"{path}:{mark.line + 1 if mark else 1}: {error.problem}{began}") from None
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ConfigurationError(f"{path}: {error}") from None
+        except RecursionError:
+            raise ConfigurationError(f"{path}: something contains itself: write it out instead of using & and *") from None
         if not self._documents:
             raise ConfigurationError(f"{path}: the file is empty; it needs type: and attributes:")
 
@@ -39,9 +42,9 @@ class ExperimentFile:
         """What the documents declare. Raises ConfigurationError with a line for every wrong field of every document."""
         read: list[Settings] = []
         wrong: list[str] = []
-        for document in self._documents:
+        for document, content in zip(self._documents, self._contents, strict=True):
             try:
-                read.append(self._settings(document))
+                read.append(self._settings(document, content))
             except ConfigurationError as error:
                 wrong.append(str(error))
         if wrong:
@@ -50,16 +53,14 @@ class ExperimentFile:
 
     def complaint(self, settings: Settings, field: str, message: str) -> str:
         """A message about one field of settings that were read from this file."""
-        for document in self._documents:
-            attributes = _construct(document)["attributes"]
-            if attributes.get("name") == settings.name and TYPES[_construct(document)["type"]].get_model_cls() is type(settings):
+        for document, content in zip(self._documents, self._contents, strict=True):
+            if content["attributes"].get("name") == settings.name and TYPES[content["type"]].get_model_cls() is type(settings):
                 return self._message(document, ("attributes", field), message)
         raise KeyError(settings.name)
 
-    def _settings(self, document: yaml.Node) -> Settings:
+    def _settings(self, document: yaml.Node, content: Any) -> Settings:
         for node, key in _repeated_keys(document):
             raise ConfigurationError(f"{self.path}:{node.start_mark.line + 1}: {key} is said twice")
-        content = _construct(document)
         if not isinstance(content, dict) or not isinstance(content.get("attributes"), dict):
             raise ConfigurationError(self._message(document, (), "a document needs type: and attributes: with fields below it"))
         component = TYPES.get(str(content.get("type")))
@@ -88,7 +89,20 @@ class ExperimentFile:
 
 
 def _construct(node: yaml.Node) -> Any:
+    """What a document says. Raises yaml.YAMLError for tags and keys that plain YAML does not have, RecursionError for loops."""
+    _check_plain(node)
     return yaml.SafeLoader("").construct_document(node)
+
+
+def _check_plain(node: yaml.Node) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            if key.tag != "tag:yaml.org,2002:str":
+                raise yaml.MarkedYAMLError(problem="a key has to be a plain word", problem_mark=key.start_mark)
+            _check_plain(value)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _check_plain(value)
 
 
 def _line(node: yaml.Node, location: Location) -> int:

@@ -50,7 +50,7 @@ class Measurement:
 
 
 class ComputeResource(dg.ConfigurableResource):
-    """The device that trains and evaluates: `auto` is the first CUDA device, Apple's GPU, or the CPU."""
+    """The device that trains and evaluates: `auto` (CUDA where there is a GPU, else the CPU), `cpu`, `cuda` or `cuda:N`."""
 
     device: str = "auto"
 
@@ -59,38 +59,38 @@ class ComputeResource(dg.ConfigurableResource):
         import torch
 
         if self.device == "auto":
-            return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        kind = self.device.split(":")[0]
-        there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-        if not there.get(kind):
-            raise ConfigurationError(
-                f"device {self.device!r} is not available; available: auto, {', '.join(k for k, has in there.items() if has)}"
-            )
+            return "cuda" if torch.cuda.is_available() else "cpu"
+        available = ["cpu", *(["cuda"] if torch.cuda.is_available() else []), *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        if self.device not in available:
+            raise ConfigurationError(f"device {self.device!r} is not available; available: auto, {', '.join(available)}")
         return self.device
 
     @contextlib.contextmanager
     def measure(self) -> Iterator[Measurement]:
-        """Time and peak memory of the work inside: of the device where it is a GPU, else of this process (Linux) or unknown."""
+        """Time and peak memory of the work inside: of the device where it is a GPU, else of this whole process (Linux) or unknown."""
         import torch
 
-        on_gpu = self.resolve().startswith("cuda")
+        device = self.resolve()
+        on_gpu = device.startswith("cuda")
         if on_gpu:
-            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.reset_peak_memory_stats(device)
         else:
             _reset_peak_memory()
         measurement, began = Measurement(), time.perf_counter()
         yield measurement
         if on_gpu:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         measurement.seconds = time.perf_counter() - began
-        measurement.peak_memory_bytes = torch.cuda.max_memory_allocated() if on_gpu else _peak_memory()
+        measurement.peak_memory_bytes = torch.cuda.max_memory_allocated(device) if on_gpu else _peak_memory()
 
     def describe(self) -> dict[str, Any]:
         """Device and versions, for provenance."""
         import torch
 
         device = self.resolve()
-        name = torch.cuda.get_device_name() if device.startswith("cuda") else f"{platform.machine()}, {torch.get_num_threads()} threads"
+        name = (
+            torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{platform.machine()}, {torch.get_num_threads()} threads"
+        )
         return {"device": f"{device} ({name})", "versions": dict(_versions()), "date": datetime.now(UTC).isoformat(timespec="seconds")}
 
 

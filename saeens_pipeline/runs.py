@@ -58,11 +58,13 @@ def run_experiment(name: str, *, layers: Sequence[int], seeds: Sequence[int], se
     stages = plan(store, ops, layers, experiment.ensemble.seeds)
     chosen = _restricted(stages, seeds, select, console)
     n_wanted = sum(len(stage) for _, stage in chosen)
-    n_planned = sum(len(stage.statuses) for stage in stages)
+    n_fresh = sum(status.state == "fresh" for stage in stages for status in stage.statuses)
+    n_others = sum(len(stage.statuses) for stage in stages) - n_fresh - n_wanted
+    others = f", {n_others} were not asked for" if n_others else ""
     if not n_wanted:
-        console.print(f"{name}: nothing to do, {n_planned} artefacts are fresh (cache hits); no training", highlight=False)
+        console.print(f"{name}: nothing to do: {n_fresh} artefacts are fresh (cache hits){others}; no training", highlight=False)
     else:
-        console.print(f"{name}: {n_wanted} artefacts to make, {n_planned - n_wanted} fresh (cache hits) or not asked for", highlight=False)
+        console.print(f"{name}: {n_wanted} artefacts to make, {n_fresh} are fresh (cache hits){others}", highlight=False)
         with _quiet(), progress.report_to(reporter_for(console)):
             _execute(catalogue, experiment, layers, [(stage, wanted) for stage, wanted in chosen if wanted])
     after = plan(store, ops, layers, experiment.ensemble.seeds)

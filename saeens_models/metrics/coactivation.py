@@ -180,7 +180,7 @@ def _runs(labels: np.ndarray) -> list[range]:
 def connectivity(z: Tensor | Iterable[Tensor], memory_budget: int = DEFAULT_MEMORY_BUDGET) -> float:
     """Share of the feature pairs that never fire together: ``1 - nnz(C^T C) / m^2``, diagonal included.
 
-    z is the code matrix C `[n, m]``, or a one-pass iterable of batches of it. Exact; ``ConnectivityMetric` says what
+    z is the code matrix C `[n, m]``, or a one-pass iterable of batches of it. Exact; ``ConnectivityMetric`` says what
     ``memory_budget`` (bytes) bounds. A pair of features fires together if both are non-zero on at least one token; a feature that
     fires at all forms a pair with itself.
 

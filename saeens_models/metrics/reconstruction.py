@@ -102,7 +102,7 @@ class ReconstructionMetric:
 
 
 def reconstruction(x: Tensor, x_hat: Tensor) -> Reconstruction:
-    """Mean squared error, explained variance and FVU of x_hat `[n, d_in]`` as a reconstruction of x ``[n, d_in]`.
+    """Mean squared error, explained variance and FVU of x_hat `[n, d_in]` as a reconstruction of x `[n, d_in]`.
 
     ``Reconstruction`` has the definitions. Sums are float64. Raises ValueError for shapes that differ, no tokens, or values that
     are not finite.

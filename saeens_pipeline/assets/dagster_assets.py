@@ -124,11 +124,10 @@ def _materialise(op: Op, selected: Sequence[Declaration], partition: Partition, 
     if misses:
         try:
             op.make(workplace, misses)
-        except OSError as error:
-            if error.errno == errno.ENOSPC:
-                raise SaeensError(
-                    f"the disk below {store.root} is full: free some space and run again; what was finished before is kept"
-                ) from error
+        except Exception as error:
+            if _is_full_disk(error):
+                message = f"the disk below {store.root} is full: free some space and run again; what was finished before is kept"
+                raise SaeensError(message) from error
             raise
     for i, task in enumerate(tasks):
         artefact = hits.get(i) or store.require(*task.where)
@@ -137,3 +136,12 @@ def _materialise(op: Op, selected: Sequence[Declaration], partition: Partition, 
             metadata=describe_artefact(task.declaration, artefact, cache_hit=i in hits),
             data_version=dg.DataVersion(artefact.data_version),
         )
+
+
+def _is_full_disk(error: BaseException | None) -> bool:
+    """Whether an error or what caused it is ENOSPC; safetensors and polars raise it under names of their own."""
+    while error is not None:
+        if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "os error 28" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

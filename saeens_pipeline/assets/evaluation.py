@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from saeens_models.evaluation import EnsembleEvaluation
 
 TABLE_VERSION = 1
-MAX_MATCHED_FEATURES = 2048  # the one-to-one matching takes time that grows with the cube
+MATCHED_UP_TO = 2048  # the one-to-one matching takes time that grows with the cube
 
 Row = dict[str, Any]
 
@@ -204,7 +204,7 @@ def _cost_rows(subject: Subject, store: Store, partition: Partition) -> Iterator
             "train_seconds": sum(sae["train_seconds"] for sae in each),
             "residual_flops": float(sum(made["flops"] for made in passes)),
             "residual_seconds": sum((made["seconds"] for made in passes), 0.0),
-            "peak_memory_bytes": max(peaks, default=None),
+            "peak_memory_bytes": (sum(peaks) if method == "bagging" else max(peaks)) if peaks else None,
             "inference_flops_per_token": float(sum(sae["inference_flops_per_token"] for sae in each)),
             "device": each[0]["device"],
             "dtype": each[0]["dtype"],
@@ -246,7 +246,7 @@ def _stability_rows(subject: Subject, store: Store, partition: Partition) -> Ite
             "stability": sm.metrics.stability(dictionaries) if several else nothing,
             "stability_pairwise": sm.metrics.stability_pairwise(dictionaries) if several else nothing,
             "stability_matched": sm.metrics.stability_matched(dictionaries)
-            if several and len(dictionaries[0]) <= MAX_MATCHED_FEATURES
+            if several and len(dictionaries[0]) <= MATCHED_UP_TO
             else nothing,
         }
         for i, (where, (method, n, saes)) in enumerate(zip(seeds, of_seeds, strict=True)):

@@ -62,7 +62,7 @@ def residual_op(experiment: ExperimentSettings, number: int, given: Reference, b
         n_rows = view.n_rows("train")
         provenance = workplace.provenance()
         with store.write_folder(residual.address, task.partition, task.recipe, provenance, versioned_content=False) as folder:
-            with workplace.compute.measure() as measured, progress.task(str(residual.address), n_rows) as advance:
+            with workplace.compute.measure() as measured, progress.task(f"{residual.address}, {task.partition}", n_rows) as advance:
                 statistics = _stream(view, folder, experiment.keep_residuals != "none", str(residual.address), advance)
             flops_per_token = store.require(boosting_round.address, task.partition).provenance["inference_flops_per_token"]
             provenance |= {

@@ -14,6 +14,7 @@ from saeens_pipeline.components.ensemble_experiment import MAX_MEMBERS, Experime
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.storage.activations import ActivationStatistics
 from saeens_pipeline.storage.names import Address, Kind, Partition
+from saeens_pipeline.storage.recipes import Store
 
 if TYPE_CHECKING:
     from saeens_models import SAE, SAEConfig
@@ -59,7 +60,7 @@ def sae_op(
             dimensions="layer_and_seed",
             builder="sae",
             version=SAE_VERSION,
-            settings={"sae": experiment.sae, "training": experiment.training, "width": target.width, "l0": target.l0},
+            settings={"sae": experiment.complete_sae, "training": experiment.complete_training, "width": target.width, "l0": target.l0},
             partition_settings=partial(_seeds, target.init_index),
             inputs=(Input("activations", given), *after),
             source=experiment.source,
@@ -114,7 +115,7 @@ def _train(workplace: Workplace, tasks: Sequence[Task], given: Reference) -> Non
     reader = open_reader(store, given, partition, device)
     configs = [_task_config(task, reader.d_in) for task in tasks]
     fields = tasks[0].recipe.settings
-    normalised = fields["training"].get("normalize_activations", "none") != "none"
+    normalised = fields["training"]["normalize_activations"] != "none"
     training = sm.TrainingConfig(
         **fields["training"],
         total_tokens=statistics.rows,
@@ -138,6 +139,7 @@ def _train(workplace: Workplace, tasks: Sequence[Task], given: Reference) -> Non
 
         saes = sm.train(configs, batches(), training, observe)
 
+    metadata = _saelens_metadata(store, tasks[0].declaration.source, partition) | {"trained_on": given.address.name}
     flops = [config.train_flops_per_token * statistics.rows for config in configs]
     for task, sae, curve, own_flops in zip(tasks, saes, curves, flops, strict=True):
         share = own_flops / sum(flops)
@@ -145,23 +147,40 @@ def _train(workplace: Workplace, tasks: Sequence[Task], given: Reference) -> Non
             "train_tokens": statistics.rows,
             "train_flops": own_flops,
             "train_seconds": measured.seconds * share,
-            "peak_memory_bytes": measured.peak_memory_bytes,
+            "peak_memory_bytes": measured.peak_memory_bytes and round(measured.peak_memory_bytes * share),
             "trained_together": len(tasks),
             "inference_flops_per_token": sae.config.inference_flops_per_token,
             "dtype": "float32",
             "last_step": curve[-1]._asdict(),
         }
-        _write(workplace, task, sae, curve, provenance)
+        _write(workplace, task, sae.cpu(), curve=curve, provenance=provenance, metadata=metadata)
 
 
-def _write(workplace: Workplace, task: Task, sae: SAE, curve: Sequence[CurvePoint], provenance: dict[str, Any]) -> None:
+def _write(
+    workplace: Workplace, task: Task, sae: SAE, *, curve: Sequence[CurvePoint], provenance: dict[str, Any], metadata: dict[str, Any]
+) -> None:
     import polars as pl
 
     import saeens_models as sm
 
-    with workplace.store.write_folder(task.declaration.address, task.partition, task.recipe, provenance) as folder:
-        sm.save_sae(sae.cpu(), folder)
+    with workplace.store.write_folder(*task.where, task.recipe, provenance) as folder:
+        sm.save_sae(sae, folder, metadata)
         pl.DataFrame([point._asdict() for point in curve]).write_parquet(folder / CURVE_FILE)
+
+
+def _saelens_metadata(store: Store, source: str, partition: Partition) -> dict[str, Any]:
+    """What SAELens and SAEBench look for: which activations of which model the SAE is an SAE of."""
+    activations = store.require(Address(source, "source", "activations"), Partition(partition.layer)).recipe["settings"]
+    tokens = store.require(Address(source, "source", "tokens"), Partition()).recipe["settings"]
+    hook, layer = activations["hook"], partition.layer
+    return {
+        "model_name": activations["language_model"],
+        "hook_name": hook.format(layer=layer) if "{layer}" in hook else f"blocks.{layer}.hook_{hook}",
+        "hook_layer": layer,
+        "context_size": tokens["context_length"],
+        "dataset_path": tokens["corpus"],
+        "weights": activations["weights"],
+    }
 
 
 def _task_config(task: Task, d_in: int) -> SAEConfig:

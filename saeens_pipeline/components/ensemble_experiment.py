@@ -130,6 +130,21 @@ class ExperimentSettings(BaseModel):
         return self
 
     @property
+    def complete_sae(self) -> dict[str, Any]:
+        """`sae` with every default written out, as recipes hold it: a default that changes in the code makes SAEs stale."""
+        from saeens_models.architectures import validate_settings
+
+        width = {name: self.sae[name] for name in ("expansion", "d_sae") if name in self.sae}
+        return validate_settings({name: value for name, value in self.sae.items() if name not in width}) | width
+
+    @property
+    def complete_training(self) -> dict[str, Any]:
+        """`training` with every default written out, as recipes hold it."""
+        from saeens_models import TrainingConfig
+
+        return TrainingConfig(**self.training).model_dump(mode="json", exclude=set(_FOLLOWS_FROM_ACTIVATIONS))
+
+    @property
     def expanded_widths(self) -> list[int]:
         """How many members' widths each expanded SAE has."""
         if self.expanded_sizes is None:

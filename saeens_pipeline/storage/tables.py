@@ -110,7 +110,11 @@ TABLES = {
                 Column("train_seconds", "float", "seconds of training; those of a joint op divided by FLOPs among its SAEs"),
                 Column("residual_flops", "float", "boosting's passes that apply rounds to make residuals, not in train_flops"),
                 Column("residual_seconds", "float", "seconds of those passes, not in train_seconds"),
-                Column("peak_memory_bytes", "int", "largest memory of any training op of the method"),
+                Column(
+                    "peak_memory_bytes",
+                    "int",
+                    "of the device, or of the whole process on a CPU; a joint op's is divided by FLOPs among its SAEs",
+                ),
                 Column("inference_flops_per_token", "float", "dense-equivalent operations to encode and decode one token"),
                 Column("device", "str", "where it was trained"),
                 Column("dtype", "str", "of the weights"),
@@ -167,6 +171,13 @@ def read_table(root: Path, experiment: str, table: str) -> pl.DataFrame:
     parts = sorted(folder.glob("**/part.parquet"))
     if not parts:
         raise SaeensError(f"{experiment} has no table {table} below {root} yet: `saeens run {experiment}` makes it")
-    return pl.concat([pl.read_parquet(part, hive_partitioning=False) for part in parts]).sort(
-        "layer", "seed", "method", "n_members", maintain_order=True
-    )
+    return pl.concat([_read_part(part) for part in parts]).sort("layer", "seed", "method", "n_members", maintain_order=True)
+
+
+def _read_part(part: Path) -> pl.DataFrame:
+    import polars as pl
+
+    try:
+        return pl.read_parquet(part, hive_partitioning=False)
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise SaeensError(f"{part} cannot be read ({error}): remove it and run again to make it anew") from error

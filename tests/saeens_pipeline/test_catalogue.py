@@ -196,6 +196,39 @@ def test_an_unknown_type_is_said_with_those_that_there_are(laboratory: Laborator
     assert "saeens_pipeline.components.EnsembleExperiment" in message
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        _text().replace("name: tiny", "name: !unknown tiny"),
+        _text().replace("name: tiny", "[a]: 1"),
+        "type: saeens_pipeline.components.ActivationSource\nattributes: &a {source: *a}\n",
+        _text() + "\n  training: !!python/object/apply:os.getcwd []\n",
+    ],
+    ids=["a tag", "a list as key", "a loop", "an object"],
+)
+def test_odd_yaml_is_refused_and_takes_no_other_file_down(laboratory: Laboratory, text: str):
+    file, message = _message(laboratory, text)
+    assert message.startswith(str(file))
+
+
+def test_an_unknown_source_beside_a_source_with_the_experiments_name_is_said(laboratory: Laboratory):
+    laboratory.write(experiment_file(("EnsembleExperiment", experiment_settings(name="sound_too", source="elsewhere"))), "first")
+    laboratory.write(experiment_file(("ActivationSource", source_settings("some/model", name="sound_too"))), "second")
+    (message,) = laboratory.catalogue.broken.values()
+    assert "there is no source 'elsewhere'" in message
+
+
+@pytest.mark.filterwarnings("ignore")  # what is beta or deprecated inside Dagster
+def test_dagsters_own_component_loader_makes_the_same_assets(laboratory: Laboratory):
+    import importlib
+
+    from saeens_pipeline import defs
+
+    tree = dg.ComponentTree.from_module(importlib.import_module(f"{defs.__name__}.sound"), laboratory.folder)
+    made = {key for assets in tree.build_defs().assets or [] if isinstance(assets, dg.AssetsDefinition) for key in assets.keys}
+    assert made == set(laboratory.catalogue.definitions().resolve_all_asset_keys())
+
+
 def test_a_broken_experiment_that_is_asked_for_says_what_is_broken(laboratory: Laboratory):
     laboratory.write(_text(sae=SAE | {"k": -1}))
     with pytest.raises(ConfigurationError) as error:
