@@ -15,6 +15,7 @@ from saeens_pipeline.storage.recipes import is_alive
 if TYPE_CHECKING:
     from dagster import DagsterInstance
 
+_COMMAND_LINE_FILE = "command_line.yaml"
 PROCESS_TAG = "saeens/process"
 
 _SETTINGS = """\
@@ -70,6 +71,21 @@ def prepare_home() -> Path:
         ) from error
     os.environ["DAGSTER_HOME"] = str(home)
     return home
+
+
+def command_line_instance() -> DagsterInstance:
+    """The instance for runs in this process: that of DAGSTER_HOME, without Dagster's capture of what steps print.
+
+    The capture runs helper processes that stand between a terminal and its progress bars, and answer Ctrl-C with tracebacks.
+    """
+    import yaml
+    from dagster import DagsterInstance
+
+    home = prepare_home()
+    settings = yaml.safe_load((home / "dagster.yaml").read_text()) or {}
+    settings["compute_logs"] = {"module": "dagster._core.storage.noop_compute_log_manager", "class": "NoOpComputeLogManager"}
+    (home / _COMMAND_LINE_FILE).write_text("# Made anew from dagster.yaml by every `saeens run`.\n" + yaml.safe_dump(settings))
+    return DagsterInstance.from_config(str(home), _COMMAND_LINE_FILE)
 
 
 def process_tag() -> dict[str, str]:

@@ -147,14 +147,13 @@ def _execute(
     catalogue: Catalogue, experiment: ExperimentSettings, layers: Sequence[int], chosen: Sequence[tuple[Stage, list[Declaration]]]
 ) -> None:
     """One Dagster run in this process for each stage, seen in the UI afterwards. Raises what made one fail."""
-    from dagster import AssetKey, DagsterExecutionInterruptedError, DagsterInstance
+    from dagster import AssetKey, DagsterExecutionInterruptedError
 
     from saeens_pipeline.assets.dagster_assets import LAYERS_TAG, partition_key
-    from saeens_pipeline.instance import end_dead_runs, prepare_home, process_tag, register_layers
+    from saeens_pipeline.instance import command_line_instance, end_dead_runs, process_tag, register_layers
 
-    prepare_home()
     job = catalogue.definitions().resolve_implicit_global_asset_job_def()
-    with DagsterInstance.get() as instance:
+    with command_line_instance() as instance:
         end_dead_runs(instance)
         register_layers(instance, experiment.source, layers)
         for stage, declarations in chosen:

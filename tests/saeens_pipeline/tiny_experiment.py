@@ -96,7 +96,7 @@ class Laboratory:
         monkeypatch.setattr(defs, "__path__", [str(self.folder)])
         monkeypatch.setattr(sources, "open_corpus", lambda name: CORPUS)
         if not keep_events:
-            monkeypatch.setattr(dg.DagsterInstance, "get", dg.DagsterInstance.ephemeral)
+            monkeypatch.setattr(dg.DagsterInstance, "from_config", lambda *_: dg.DagsterInstance.ephemeral())
         for module in [name for name in sys.modules if name.startswith(f"{defs.__name__}.")]:
             monkeypatch.delitem(sys.modules, module)  # or a folder of the same name elsewhere would be taken for it
 
