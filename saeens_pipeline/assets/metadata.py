@@ -98,7 +98,7 @@ def _statistics_summary(statistics: dict[str, Any]) -> dict[str, Any]:
     return rows | documents | norms
 
 
-def picture(curves: dict[str, Sequence[float]], x_label: str, width: int = 260, height: int = 90) -> dg.MarkdownMetadataValue:
+def picture(curves: dict[str, Sequence[float]], x_label: str, width: int = 300, height: int = 90) -> dg.MarkdownMetadataValue:
     """Line plot as an SVG small enough for the UI to show in place; long curves are thinned."""
     low, high = min(min(c) for c in curves.values()), max(max(c) for c in curves.values())
     for n_points in (40, 24, 16, 10):
@@ -106,10 +106,10 @@ def picture(curves: dict[str, Sequence[float]], x_label: str, width: int = 260, 
         for (name, curve), colour in zip(curves.items(), ("%230072b2", "%23d55e00"), strict=False):
             chosen = [round(i * (len(curve) - 1) / (n_points - 1)) for i in range(n_points)] if len(curve) > n_points else range(len(curve))
             ys = [height - 16 - (curve[i] - low) / (high - low or 1) * (height - 28) for i in chosen]
-            xs = [4 + i * (width - 64) / max(1, len(curve) - 1) for i in chosen]
+            xs = [4 + i * (width - 94) / max(1, len(curve) - 1) for i in chosen]
             points = " ".join(f"{x:.0f},{y:.0f}" for x, y in zip(xs, ys, strict=True))
             drawn += f"<polyline points='{points}' fill='none' stroke='{colour}'/>"
-            drawn += f"<text x='{width - 56}' y='{ys[-1] + 4:.0f}'>{curve[-1]:.3g} {name[:5]}</text>"
+            drawn += f"<text x='{width - 86}' y='{ys[-1] + 4:.0f}'>{curve[-1]:.3g} {name}</text>"
         drawn += f"<text x='4' y='{height - 3}'>{x_label}</text>"
         svg = f"<svg xmlns='http://www.w3.org/2000/svg' width='{width}' height='{height}' font-size='10' fill='gray'>{drawn}</svg>"
         markdown = f"![curve](data:image/svg+xml,{quote(svg, safe='/:=,%-.')})".replace("%2523", "%23")
