@@ -2,9 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 VENV_INTEROP := .venv-interop
+VENV_BENCH := .venv-bench
+BENCH ?= --output benchmarks
 PIP_INSTALL := python -m pip install --quiet --quiet --disable-pip-version-check
 
-.PHONY: help quickstart ui test check test-interop clean
+.PHONY: help quickstart ui test check test-interop bench clean
 
 help:  ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' Makefile
@@ -26,8 +28,11 @@ check: $(VENV)/.installed-dev  ## style and types
 test-interop: $(VENV_INTEROP)/.installed  ## does SAELens read our files as we do, and we its?
 	$(VENV_INTEROP)/bin/python -m pytest tests/interop
 
+bench: $(VENV_BENCH)/.installed  ## speed and memory beside the peers; hours. BENCH="training --quick" for a part
+	$(VENV_BENCH)/bin/python -m benchmarks $(BENCH)
+
 clean:  ## remove the virtual environments; what runs made stays in data/
-	rm -rf $(VENV) $(VENV_INTEROP)
+	rm -rf $(VENV) $(VENV_INTEROP) $(VENV_BENCH)
 
 # A stamp file says what an environment holds; a changed version or dependency installs again. The install is editable: a changed
 # experiment file takes effect at once.
@@ -45,6 +50,15 @@ $(VENV_INTEROP)/.installed: pyproject.toml constraints-interop.txt | $(VENV_INTE
 	@echo "installing SAELens into $(VENV_INTEROP)"
 	@$(VENV_INTEROP)/bin/$(PIP_INSTALL) --constraint constraints-interop.txt --upgrade pip
 	@$(VENV_INTEROP)/bin/$(PIP_INSTALL) --constraint constraints-interop.txt --group interop
+	@touch $@
+
+# dictionary-learning comes without its dependencies: by way of nnsight it asks for torchvision, whose build has to be of the same kind
+# (CPU or CUDA) as torch's, or transformers cannot be imported any more. The group `bench` has what it does import.
+$(VENV_BENCH)/.installed: pyproject.toml constraints-bench.txt | $(VENV_BENCH)/.created
+	@echo "installing the peers into $(VENV_BENCH)"
+	@$(VENV_BENCH)/bin/$(PIP_INSTALL) --constraint constraints-bench.txt --upgrade pip
+	@$(VENV_BENCH)/bin/$(PIP_INSTALL) --constraint constraints-bench.txt --build-constraint constraints-bench.txt --editable . --group bench
+	@$(VENV_BENCH)/bin/$(PIP_INSTALL) --constraint constraints-bench.txt --no-deps dictionary-learning nnsight
 	@touch $@
 
 %/.created:

@@ -3,7 +3,7 @@
 from saeens_models import metrics
 from saeens_models.architectures import SAE, SAEConfig, build_sae, load_sae, save_sae, validate_settings
 from saeens_models.ensembles import Bagging, Boosting, Ensemble, load_ensemble, save_ensemble
-from saeens_models.training import TrainingConfig, train
+from saeens_models.training import TrainingConfig, train, train_boosting_concurrently
 
 __all__ = [
     "SAE",
@@ -19,5 +19,6 @@ __all__ = [
     "save_ensemble",
     "save_sae",
     "train",
+    "train_boosting_concurrently",
     "validate_settings",
 ]

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from saeens_models.architectures import SAE, load_sae, save_sae
+from saeens_models.sparse_code import SparseCode
 
 ENSEMBLE_FILE = "ensemble.json"
 
@@ -35,13 +36,13 @@ class PrefixReconstruction(NamedTuple):
     n_members: int
     """1 to the size of the ensemble"""
     x_hat: Tensor
-    """`[..., d_in]`: reconstruction of the ensemble of these members"""
-    z: Tensor
-    """`[..., d_sae]`: unscaled code of the last of these members"""
+    """`[n, d_in]`: reconstruction of the ensemble of these members"""
+    code: SparseCode
+    """unscaled code `[n, d_sae]` of the last of these members"""
     given: Tensor
-    """`[..., d_in]`: what that member was given, x itself or the residual of the rounds before it"""
+    """`[n, d_in]`: what that member was given, x itself or the residual of the rounds before it"""
     given_hat: Tensor
-    """`[..., d_in]`: that member's own reconstruction of ``given``"""
+    """`[n, d_in]`: that member's own reconstruction of ``given``"""
 
 
 class Ensemble(nn.Module, ABC):
@@ -75,9 +76,9 @@ class Ensemble(nn.Module, ABC):
 
     @abstractmethod
     def prefix_reconstructions(self, x: Tensor) -> Iterator[PrefixReconstruction]:
-        """For n = 1 .. J, what the ensemble of the first n members makes of x `[..., d_in]`: every size in one pass over the members.
+        """For n = 1 .. J, what the ensemble of the first n members makes of rows x `[n, d_in]`: every size in one pass over the members.
 
-        Memory: one code and a few tensors of the size of x at a time.
+        Memory: what one member takes to encode x (its pre-activations `[n, d_sae]`), and a few tensors of the size of x.
         """
 
     @abstractmethod
@@ -102,10 +103,9 @@ class Ensemble(nn.Module, ABC):
         codes = z.split([sae.config.d_sae for sae in self], dim=-1)
         return sum((code @ sae.W_dec for code, sae in zip(codes, self, strict=True)), start=self.b_dec)
 
+    @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
         """The ensemble's reconstruction of x, both `[..., d_in]`: ``decode(encode(x))`` without the concatenated code."""
-        *_, last = self.prefix_reconstructions(x)
-        return last.x_hat
 
     @property
     def d_in(self) -> int:
@@ -181,10 +181,12 @@ class Bagging(Ensemble):
     def prefix_reconstructions(self, x: Tensor) -> Iterator[PrefixReconstruction]:
         total = torch.zeros_like(x)
         for n, sae in enumerate(self, start=1):
-            z = sae.encode(x)
-            of_member = sae.decode(z)
+            code, of_member = sae.reconstruct(x)
             total = total + of_member
-            yield PrefixReconstruction(n, total / n, z, given=x, given_hat=of_member)
+            yield PrefixReconstruction(n, total / n, code, given=x, given_hat=of_member)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum((sae(x) for sae in self), start=torch.zeros_like(x)) / len(self)
 
 
 class Boosting(Ensemble):
@@ -201,16 +203,21 @@ class Boosting(Ensemble):
         return 1.0
 
     def member_codes(self, x: Tensor) -> Iterator[Tensor]:
-        return (prefix.z for prefix in self.prefix_reconstructions(x))
+        for sae in self:
+            z = sae.encode(x)
+            yield z
+            x = x - sae.decode(z)
 
     def prefix_reconstructions(self, x: Tensor) -> Iterator[PrefixReconstruction]:
         residual, x_hat = x, torch.zeros_like(x)
         for n, sae in enumerate(self, start=1):
-            z = sae.encode(residual)
-            of_residual = sae.decode(z)
+            code, of_residual = sae.reconstruct(residual)
             x_hat = x_hat + of_residual
-            yield PrefixReconstruction(n, x_hat, z, given=residual, given_hat=of_residual)
+            yield PrefixReconstruction(n, x_hat, code, given=residual, given_hat=of_residual)
             residual = residual - of_residual
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - self.residual(x)
 
     def residual(self, x: Tensor) -> Tensor:
         """What all rounds leave of x, both `[..., d_in]`: ``r_{J+1}``, subtracted round by round as in training."""

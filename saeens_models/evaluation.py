@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from saeens_models.ensembles import Ensemble
+from saeens_models.metrics import coactivation
 from saeens_models.metrics.coactivation import ConnectivityMetric
-from saeens_models.metrics.dictionaries import diversity, mean_max_cosine
-from saeens_models.metrics.reconstruction import Reconstruction, ReconstructionMetric
+from saeens_models.metrics.dictionaries import compare_members
+from saeens_models.metrics.reconstruction import Moments, Reconstruction, ReconstructionMetric
 from saeens_models.metrics.sparsity import Sparsity, SparsityMetric
+from saeens_models.sparse_code import SparseCode
+
+_ENCODER_BYTES = {"cpu": 2**24}
+"""Of pre-activations at a time, by device: on a CPU they stay in its cache."""
+_ENCODER_BYTES_ELSEWHERE = 2**28
 
 
 class SizeEvaluation(NamedTuple):
@@ -41,62 +48,70 @@ class EnsembleEvaluation(NamedTuple):
     members: list[MemberEvaluation]
 
 
+def streaming_memory(ensembles: Iterable[Ensemble]) -> int:
+    """The least ``memory_budget``, in bytes, with which ``evaluate_ensembles`` takes these ensembles and any number of tokens."""
+    return sum(coactivation.streaming_memory(ensemble.n_features) for ensemble in ensembles)
+
+
 @torch.no_grad()
-def evaluate_ensembles(ensembles: Mapping[str, Ensemble], chunks: Iterable[Tensor]) -> dict[str, EnsembleEvaluation]:
+def evaluate_ensembles(
+    ensembles: Mapping[str, Ensemble], chunks: Iterable[Tensor], memory_budget: int = coactivation.DEFAULT_MEMORY_BUDGET
+) -> dict[str, EnsembleEvaluation]:
     """Evaluate every size 1 .. J of each ensemble in one pass over ``chunks``, an iterable of activations `[n, d_in]`.
 
-    Memory: the codes of one chunk, `[n, n_features]`, and what the metrics keep (see ``ConnectivityMetric``).
+    Memory: up to ``memory_budget`` bytes for connectivity, by far the most, which the ensembles share by what they need
+    (``ConnectivityMetric`` says what it does with less than ``streaming_memory``); 16 MiB of pre-activations on a CPU, 256 MiB on a
+    GPU, or those of 64 tokens where that is more; and a chunk with its reconstructions. No dense code is made of a TopK SAE's.
+    The budget does not change the results.
+
+    Raises ValueError without tokens and for values that are not finite, MemoryBudgetError for a budget that is too small.
     """
-    evaluators = {name: _Evaluator(ensemble) for name, ensemble in ensembles.items()}
+    moments = Moments()
+    needed = streaming_memory(ensembles.values())
+    evaluators = {
+        name: _Evaluator(ensemble, moments, memory_budget * streaming_memory([ensemble]) // needed) for name, ensemble in ensembles.items()
+    }
     for x in chunks:
+        moments.update(x)
         for evaluator in evaluators.values():
             evaluator.update(x)
     return {name: evaluator.compute() for name, evaluator in evaluators.items()}
 
 
 class _Evaluator:
-    def __init__(self, ensemble: Ensemble) -> None:
+    def __init__(self, ensemble: Ensemble, moments: Moments, memory_budget: int) -> None:
         self.ensemble = ensemble
-        self.of_sizes = [ReconstructionMetric() for _ in ensemble]
-        self.of_members = [ReconstructionMetric() for _ in ensemble]
+        self.of_sizes = [ReconstructionMetric(moments) for _ in ensemble]
+        # a member of a bagging ensemble is given x, as is the first round of boosting; later rounds are given residuals
+        self.of_members = [ReconstructionMetric(None if ensemble.sequential and j else moments) for j in range(len(ensemble))]
         self.sparsity = SparsityMetric(ensemble.n_features)
-        self.connectivity = ConnectivityMetric(ensemble.n_features)
-        self.member_sparsity = [SparsityMetric(sae.config.d_sae) for sae in ensemble]
+        self.connectivity = ConnectivityMetric(ensemble.n_features, memory_budget)
 
     def update(self, x: Tensor) -> None:
-        codes: list[Tensor] = []
-        for prefix, of_size, of_member, sparsity in zip(
-            self.ensemble.prefix_reconstructions(x), self.of_sizes, self.of_members, self.member_sparsity, strict=True
-        ):
-            of_size.update(x, prefix.x_hat)
-            of_member.update(prefix.given, prefix.given_hat)
-            sparsity.update(prefix.z)
-            codes.append(prefix.z)
-        z = torch.cat(codes, dim=-1)
-        self.sparsity.update(z)
-        self.connectivity.update(z)
+        encoder_bytes = _ENCODER_BYTES.get(x.device.type, _ENCODER_BYTES_ELSEWHERE)
+        widest = max(sae.config.d_sae for sae in self.ensemble)
+        for rows in x.split(max(64, encoder_bytes // (widest * x.element_size()))):
+            codes: list[SparseCode] = []
+            prefixes = self.ensemble.prefix_reconstructions(rows)
+            for prefix, of_size, of_member in zip(prefixes, self.of_sizes, self.of_members, strict=True):
+                of_size.update(rows, prefix.x_hat)
+                of_member.update(prefix.given, prefix.given_hat)
+                codes.append(prefix.code)
+            code = SparseCode.concatenate(codes)
+            self.sparsity.update(code)
+            self.connectivity.update(code)
 
     def compute(self) -> EnsembleEvaluation:
-        n_features = self.ensemble.offsets[1:]
-        dictionary = self.ensemble.W_dec
-        measured = zip(
-            n_features,
-            self.of_sizes,
-            self.sparsity.compute_prefixes(n_features),
-            self.connectivity.compute_prefixes(n_features),
-            strict=True,
-        )
+        offsets = self.ensemble.offsets
+        compared = compare_members([sae.W_dec for sae in self.ensemble])
+        measured = zip(offsets[1:], self.of_sizes, self.connectivity.compute_prefixes(offsets[1:]), compared.diversity, strict=True)
         sizes = [
-            SizeEvaluation(n, width, reconstruction.compute(), sparsity, connectivity, diversity(dictionary[:width]))
-            for n, (width, reconstruction, sparsity, connectivity) in enumerate(measured, start=1)
+            SizeEvaluation(n, width, reconstruction.compute(), self.sparsity.compute(range(width)), connectivity, diversity)
+            for n, (width, reconstruction, connectivity, diversity) in enumerate(measured, start=1)
         ]
-        dictionaries = [sae.W_dec for sae in self.ensemble]
+        cosines = compared.mean_max_cosine or [None]
         members = [
-            MemberEvaluation(
-                self.of_members[j].compute(),
-                self.member_sparsity[j].compute(),
-                mean_max_cosine(dictionaries[j], dictionaries[:j] + dictionaries[j + 1 :]) if len(dictionaries) > 1 else None,
-            )
-            for j in range(len(dictionaries))
+            MemberEvaluation(reconstruction.compute(), self.sparsity.compute(range(*features)), cosine)
+            for reconstruction, features, cosine in zip(self.of_members, pairwise(offsets), cosines, strict=True)
         ]
         return EnsembleEvaluation(sizes, members)

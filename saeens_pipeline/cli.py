@@ -85,13 +85,13 @@ def experiments() -> None:
 
 @app.command()
 def status(experiment: Experiment) -> None:
-    """Print for each artefact whether it is fresh, stale (and why) or missing."""
+    """Print for each artefact whether it is fresh, stale or damaged (and why), or missing."""
     from rich.table import Table
 
     from saeens_pipeline.runs import experiment_status
 
     table = Table("asset", "layer", "seed", "state", "why", box=None, pad_edge=False)
-    colours = {"fresh": "green", "stale": "yellow", "missing": "red"}
+    colours = {"fresh": "green", "stale": "yellow", "damaged": "red", "missing": "red"}
     for each in experiment_status(experiment):
         layer, seed = ("" if value is None else str(value) for value in each.partition)
         table.add_row(str(each.declaration.address), layer, seed, Text(each.state, colours[each.state]), Text(each.reason))
@@ -117,7 +117,7 @@ def table(
     settings = load_catalogue().experiment(experiment)
     frame = read_table(data_root(), experiment, name).filter(pl.col("seed").is_in(settings.ensemble.seeds))
     if any(s.state != "fresh" for s in experiment_status(experiment) if s.declaration.address.key == [experiment, "eval", name]):
-        complain("note", f"parts of this table are missing or stale: `saeens status {experiment}` says why")
+        complain("note", f"parts of this table are missing, stale or damaged: `saeens status {experiment}` says why")
     match format:
         case TableFormat.csv:
             sys.stdout.write(frame.write_csv())

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.resources import ComputeResource, data_root
-from saeens_pipeline.storage.recipes import Artefact, read_artefact
+from saeens_pipeline.storage.recipes import Artefact, Store, read_artefact
 
 PACKAGES = ("saeens", "torch", "transformers", "tokenizers", "dagster", "zarr", "polars", "pyarrow", "safetensors", "pydantic")
 LOW_DISK_BYTES = 2 * 2**30
@@ -52,11 +52,15 @@ def _devices() -> Iterator[Finding]:
 
 
 def _root(root: Path) -> Iterator[Finding]:
-    existing = next(folder for folder in (root, *root.parents) if folder.exists())
-    writable = existing.is_dir() and os.access(existing, os.W_OK)
-    yield Finding("data root", f"{root}" if writable else f"{root} cannot be written: set SAEENS_DATA to a folder that can be", ok=writable)
-    free = shutil.disk_usage(existing).free
-    yield Finding("free disk", f"{free / 2**30:.1f} GiB", ok=free > LOW_DISK_BYTES)
+    store = Store(root)
+    try:
+        store.require_writable()
+    except SaeensError as error:
+        yield Finding("data root", str(error), ok=False)
+    else:
+        free = shutil.disk_usage(store.nearest_folder).free
+        yield Finding("data root", str(root))
+        yield Finding("free disk", f"{free / 2**30:.1f} GiB", ok=free > LOW_DISK_BYTES)
     yield Finding("DAGSTER_HOME", os.environ.get("DAGSTER_HOME") or f"{root / 'dagster'} (default)")
 
 

@@ -8,14 +8,14 @@ from typing import Literal
 
 from saeens_pipeline.assets.declarations import Declaration, Op
 from saeens_pipeline.storage.names import Address, Partition
-from saeens_pipeline.storage.recipes import Store
+from saeens_pipeline.storage.recipes import DamagedArtefactError, Store
 
-State = Literal["fresh", "stale", "missing"]
+State = Literal["fresh", "stale", "damaged", "missing"]
 
 
 @dataclass(frozen=True)
 class Status:
-    """One artefact of one partition: fresh, stale (and why), or missing."""
+    """One artefact of one partition: fresh, stale or damaged (and why), or missing."""
 
     declaration: Declaration
     partition: Partition
@@ -39,7 +39,7 @@ def plan(store: Store, ops: Sequence[Op], layers: Sequence[int], seeds: Sequence
     """The stages that bring an experiment up to date: tokens, then per layer activations, per seed all SAEs and tables, stability.
 
     An artefact is stale when its recipe is not the one that it should have now, or when something that it is made from is
-    not fresh.
+    not fresh; it is damaged when its files are not those that its recipe lists.
     """
     outputs = [output for op in ops for output in op.outputs]
     states: dict[tuple[Address, Partition], State] = {}
@@ -66,7 +66,10 @@ def _status(store: Store, declaration: Declaration, partition: Partition, states
 def _describe(
     store: Store, declaration: Declaration, partition: Partition, states: dict[tuple[Address, Partition], State]
 ) -> tuple[State, str]:
-    artefact = store.find(declaration.address, partition)
+    try:
+        artefact = store.find(declaration.address, partition)
+    except DamagedArtefactError as error:
+        return "damaged", str(error)
     if artefact is None:
         return "missing", ""
     for name in _not_fresh(declaration, partition, states):

@@ -23,6 +23,23 @@ class Reporter(Protocol):
     def task(self, label: str, total: int, unit: str) -> contextlib.AbstractContextManager[Advance]: ...
 
 
+class _Pace:
+    """How fast work goes on: from its second report on, since what comes before the first is preparation, such as compiling."""
+
+    def __init__(self) -> None:
+        self.done = 0
+        self._first: tuple[float, int] | None = None
+
+    def advance(self, n: int) -> float | None:
+        """Units a second, where that is known."""
+        self.done += n
+        now = time.monotonic()
+        if self._first is None:
+            self._first = now, self.done
+        began, before = self._first
+        return (self.done - before) / (now - began) if self.done > before and now > began else None
+
+
 class LineReporter:
     """Plain lines: one at the end of each piece of work, and one now and then meanwhile."""
 
@@ -32,20 +49,19 @@ class LineReporter:
     @contextlib.contextmanager
     def task(self, label: str, total: int, unit: str) -> Iterator[Advance]:
         began = said = time.monotonic()
-        done = 0
+        pace = _Pace()
 
         def advance(n: int) -> None:
-            nonlocal done, said
-            done += n
-            now = time.monotonic()
-            if now - said >= LINE_INTERVAL_SECONDS and done:
-                said = now
-                left = (now - began) / done * (total - done)
-                self._write(f"{label}: {done:,} of {total:,} {unit}, {done / (now - began):,.0f}/s, {left:.0f} s left")
+            nonlocal said
+            rate = pace.advance(n)
+            if rate and time.monotonic() - said >= LINE_INTERVAL_SECONDS:
+                said = time.monotonic()
+                left = (total - pace.done) / rate
+                self._write(f"{label}: {pace.done:,} of {total:,} {unit}, {rate:,.0f}/s, {left:.0f} s left")
 
         yield advance
         seconds = time.monotonic() - began
-        self._write(f"{label}: {done:,} {unit} in {seconds:.1f} s ({done / max(seconds, 1e-9):,.0f}/s)")
+        self._write(f"{label}: {pace.done:,} {unit} in {seconds:.1f} s ({pace.done / max(seconds, 1e-9):,.0f}/s)")
 
 
 class BarReporter:
@@ -55,16 +71,16 @@ class BarReporter:
     def task(self, label: str, total: int, unit: str) -> Iterator[Advance]:
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-        rate = TextColumn("{task.fields[rate]}", style="dim")
-        began = time.monotonic()
+        shown = TextColumn("{task.fields[rate]}", style="dim")
+        pace = _Pace()
         with Progress(
-            TextColumn("{task.description:<44}"), BarColumn(24), TaskProgressColumn(), rate, TimeElapsedColumn(), TimeRemainingColumn()
+            TextColumn("{task.description:<44}"), BarColumn(24), TaskProgressColumn(), shown, TimeElapsedColumn(), TimeRemainingColumn()
         ) as progress:
             bar = progress.add_task(label, total=total, rate="")
 
             def advance(n: int) -> None:
-                done = progress.tasks[bar].completed + n
-                progress.update(bar, advance=n, rate=f"{done / max(time.monotonic() - began, 1e-9):,.0f} {unit}/s")
+                rate = pace.advance(n)
+                progress.update(bar, advance=n, rate=f"{rate:,.0f} {unit}/s" if rate else "")
 
             yield advance
 

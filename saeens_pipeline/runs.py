@@ -5,15 +5,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from saeens_pipeline import progress
-from saeens_pipeline.errors import ConfigurationError, SaeensError
+from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.plan import Stage, Status, plan
 from saeens_pipeline.resources import StoreResource
-from saeens_pipeline.storage.recipes import Store
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from saeens_pipeline.assets.declarations import Declaration
     from saeens_pipeline.catalogue import Catalogue
     from saeens_pipeline.components import ExperimentSettings
+    from saeens_pipeline.language_models.models import LanguageModelDescription
 
 
 def reporter_for(console: Console) -> progress.Reporter:
@@ -43,6 +44,7 @@ def experiment_status(name: str) -> list[Status]:
 def run_experiment(name: str, *, layers: Sequence[int], seeds: Sequence[int], select: Sequence[str], console: Console) -> None:
     """Make what is missing or stale, show progress, and print the summary table."""
     from saeens_pipeline.catalogue import load_catalogue
+    from saeens_pipeline.language_models.models import validate_modules
     from saeens_pipeline.summary import print_summary
 
     began = time.monotonic()
@@ -50,9 +52,9 @@ def run_experiment(name: str, *, layers: Sequence[int], seeds: Sequence[int], se
     experiment = catalogue.experiment(name)
     source = catalogue.sources[experiment.source]
     layers = sorted(set(layers)) or source.layers
-    _check(catalogue, experiment, layers, seeds)
+    description = _check(catalogue, experiment, layers, seeds)
     store = StoreResource().store
-    _check_writable(store)
+    store.require_writable()
 
     ops = catalogue.ops(experiment)
     stages = plan(store, ops, layers, experiment.ensemble.seeds)
@@ -64,7 +66,12 @@ def run_experiment(name: str, *, layers: Sequence[int], seeds: Sequence[int], se
     if not n_wanted:
         console.print(f"{name}: nothing to do: {n_fresh} artefacts are fresh (cache hits){others}; no training", highlight=False)
     else:
+        if any(declaration.builder == "activations" for _, wanted in chosen for declaration in wanted):
+            validate_modules(description, source.hook, layers)
         console.print(f"{name}: {n_wanted} artefacts to make, {n_fresh} are fresh (cache hits){others}", highlight=False)
+        damaged = [s for stage, wanted in chosen for s in stage.statuses if s.state == "damaged" and s.declaration in wanted]
+        for status in damaged:
+            console.print(status.reason, highlight=False, markup=False, soft_wrap=True)
         with _quiet(), progress.report_to(reporter_for(console)):
             _execute(catalogue, experiment, layers, [(stage, wanted) for stage, wanted in chosen if wanted])
     after = plan(store, ops, layers, experiment.ensemble.seeds)
@@ -77,8 +84,8 @@ def run_experiment(name: str, *, layers: Sequence[int], seeds: Sequence[int], se
     )
 
 
-def _check(catalogue: Catalogue, experiment: ExperimentSettings, layers: Sequence[int], seeds: Sequence[int]) -> None:
-    """Find out what cannot work before anything is spent."""
+def _check(catalogue: Catalogue, experiment: ExperimentSettings, layers: Sequence[int], seeds: Sequence[int]) -> LanguageModelDescription:
+    """Find out what cannot work before anything is spent. Returns the language model that there is."""
     from saeens_pipeline.assets.saes import validate_targets
     from saeens_pipeline.assets.sources import validate_source
     from saeens_pipeline.language_models.models import HOOKS
@@ -92,18 +99,7 @@ def _check(catalogue: Catalogue, experiment: ExperimentSettings, layers: Sequenc
     description = validate_source(source, layers)
     if source.hook in HOOKS:  # of other modules the width is known when the model runs
         validate_targets(experiment, description.d_model)
-
-
-def _check_writable(store: Store) -> None:
-    try:
-        store.root.mkdir(parents=True, exist_ok=True)
-        probe = store.root / f".writable.{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise SaeensError(
-            f"{store.root} cannot be written ({error.strerror}): choose another root with SAEENS_DATA, or mend its permissions"
-        ) from error
+    return description
 
 
 def _restricted(
@@ -153,10 +149,11 @@ def _execute(
     from saeens_pipeline.instance import command_line_instance, end_dead_runs, process_tag, register_layers
 
     job = catalogue.definitions().resolve_implicit_global_asset_job_def()
-    with command_line_instance() as instance:
+    with command_line_instance() as instance, _interrupts() as raise_interrupt:
         end_dead_runs(instance)
         register_layers(instance, experiment.source, layers)
         for stage, declarations in chosen:
+            raise_interrupt()
             try:
                 job.execute_in_process(
                     instance=instance,
@@ -167,6 +164,32 @@ def _execute(
                 )
             except DagsterExecutionInterruptedError:
                 raise KeyboardInterrupt from None
+        raise_interrupt()
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[Callable[[], None]]:
+    """Give a function that raises KeyboardInterrupt if Ctrl-C was pressed inside this context and had no effect.
+
+    Dagster forgets one that comes as a run ends, and Python one that comes while a weak reference's callback runs. The
+    interpreter writes every signal to the wakeup descriptor, whatever its handler makes of it.
+    """
+    receiver, sender = os.pipe()
+    for end in (receiver, sender):
+        os.set_blocking(end, False)
+    before = signal.set_wakeup_fd(sender)
+
+    def raise_interrupt() -> None:
+        with contextlib.suppress(BlockingIOError):  # nothing came
+            if signal.SIGINT in os.read(receiver, 4096):
+                raise KeyboardInterrupt
+
+    try:
+        yield raise_interrupt
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(receiver)
+        os.close(sender)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from saeens_models.architectures.registry import sae_class, validate_l0_multiple
+from saeens_models.kernels import Team
+from saeens_models.kernels.cpu import Weights
+from saeens_models.sparse_code import SparseCode
 
 
 class SAEConfig(BaseModel, frozen=True):
@@ -103,6 +107,14 @@ class Objective(NamedTuple):
         return self.fire_counts.sum() / self.x_hat.shape[0]
 
 
+class SparseReconstruction(NamedTuple):
+    """What an SAE makes of some tokens, its code without the zeros."""
+
+    code: SparseCode
+    x_hat: Tensor
+    """Reconstruction `[n, d_in]`."""
+
+
 class SAE(nn.Module, ABC):
     """A sparse autoencoder. Weights are zero until :func:`build_sae` draws or :func:`load_sae` reads them.
 
@@ -156,6 +168,27 @@ class SAE(nn.Module, ABC):
         sparsity coefficient, for warm-up.
         """
 
+    def backpropagate(self, x: Tensor, dead_mask: Tensor | None = None, sparsity_scale: float = 1.0, team: Team | None = None) -> Objective:
+        """``objective``, detached, and its gradients, which become the parameters' ``grad``.
+
+        With a ``team`` of CPU threads an architecture may compute both in compiled loops; gradients then hold until the team's next.
+        """
+        with nullcontext() if team is None else team.resting():
+            objective = self.objective(x, dead_mask, sparsity_scale)
+            self.zero_grad()
+            objective.loss.backward()
+        return objective._replace(loss=objective.loss.detach())
+
+    @property
+    def stored_weights(self) -> Weights:
+        """The four weights as they lie in memory, without gradients."""
+        return Weights(self.W_enc.detach().t(), self.b_enc.detach(), self.W_dec.detach(), self.b_dec.detach())
+
+    def set_gradients(self, gradients: Weights) -> None:
+        """Make these the parameters' ``grad``."""
+        self.W_enc.grad = gradients.W_enc.t()
+        self.b_enc.grad, self.W_dec.grad, self.b_dec.grad = gradients.b_enc, gradients.W_dec, gradients.b_dec
+
     def pre_activations(self, x: Tensor) -> Tensor:
         """``(x - b_dec) @ W_enc + b_enc``: `[..., d_in]` to `[..., d_sae]`; without the subtraction if the configuration says so."""
         self.check_input(x)
@@ -179,6 +212,11 @@ class SAE(nn.Module, ABC):
     def forward(self, x: Tensor) -> Tensor:
         """``decode(encode(x))``."""
         return self.decode(self.encode(x))
+
+    def reconstruct(self, x: Tensor) -> SparseReconstruction:
+        """``encode`` and ``decode`` of rows ``x`` `[n, d_in]` in one: where the architecture can, without ever making a dense code."""
+        z = self.encode(x)
+        return SparseReconstruction(SparseCode.from_dense(z), self.decode(z))
 
     @torch.no_grad()
     def apply_constraints(self) -> None:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from saeens_models.architectures.base import SAE, Objective, SAEConfig, count_firings
 from saeens_models.architectures.registry import register
+from saeens_models.kernels import Team
+from saeens_models.kernels.cpu_gated import gated_gradients
 
 
 class JumpReLUConfig(SAEConfig, frozen=True):
@@ -59,6 +61,22 @@ class JumpReLUSAE(SAE):
             x_hat=x_hat.detach(),
             fire_counts=count_firings(z.detach()),
         )
+
+    def backpropagate(self, x: Tensor, dead_mask: Tensor | None = None, sparsity_scale: float = 1.0, team: Team | None = None) -> Objective:
+        if team is None:
+            return super().backpropagate(x, dead_mask, sparsity_scale)
+        found = gated_gradients(
+            team,
+            x,
+            self.stored_weights,
+            self.threshold.detach(),
+            apply_b_dec_to_input=self.config.apply_b_dec_to_input,
+            l0_coefficient=self.config.l0_coefficient * sparsity_scale,
+            bandwidth=self.config.bandwidth,
+        )
+        self.set_gradients(found.gradients)
+        self.threshold.grad = found.threshold_gradient
+        return Objective(found.mse + found.sparsity, {"mse": found.mse, "l0": found.sparsity}, found.x_hat, found.fire_counts)
 
     @torch.no_grad()
     def apply_constraints(self) -> None:

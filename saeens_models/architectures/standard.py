@@ -10,6 +10,8 @@ from torch import Tensor
 
 from saeens_models.architectures.base import SAE, Objective, SAEConfig, count_firings
 from saeens_models.architectures.registry import register
+from saeens_models.kernels import Team
+from saeens_models.kernels.cpu_gated import gated_gradients
 
 
 class StandardConfig(SAEConfig, frozen=True):
@@ -44,3 +46,17 @@ class StandardSAE(SAE):
             x_hat=x_hat.detach(),
             fire_counts=count_firings(z.detach()),
         )
+
+    def backpropagate(self, x: Tensor, dead_mask: Tensor | None = None, sparsity_scale: float = 1.0, team: Team | None = None) -> Objective:
+        if team is None:
+            return super().backpropagate(x, dead_mask, sparsity_scale)
+        found = gated_gradients(
+            team,
+            x,
+            self.stored_weights,
+            torch.zeros_like(self.b_enc),
+            apply_b_dec_to_input=self.config.apply_b_dec_to_input,
+            l1_coefficient=self.config.l1_coefficient * sparsity_scale,
+        )
+        self.set_gradients(found.gradients)
+        return Objective(found.mse + found.sparsity, {"mse": found.mse, "l1": found.sparsity}, found.x_hat, found.fire_counts)

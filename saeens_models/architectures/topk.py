@@ -9,9 +9,12 @@ import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
-from saeens_models.architectures.base import SAE, Objective, SAEConfig
+from saeens_models.architectures.base import SAE, Objective, SAEConfig, SparseReconstruction
 from saeens_models.architectures.registry import register
-from saeens_models.kernels import select_topk, topk_reconstruction
+from saeens_models.kernels import Team, cpu_team, select_topk, topk_reconstruction
+from saeens_models.kernels.cpu import topk_gradients, topk_reconstruct
+from saeens_models.kernels.reference import SPARSE_BELOW
+from saeens_models.sparse_code import SparseCode
 
 
 class TopKConfig(SAEConfig, frozen=True):
@@ -56,14 +59,24 @@ class TopKSAE(SAE):
         if torch.is_grad_enabled():
             return super().forward(x)
         self.check_input(x)
-        rows = x.reshape(-1, self.config.d_in)
-        weights = (self.W_enc, self.b_enc, self.W_dec, self.b_dec)
-        top = topk_reconstruction(rows, *weights, k=self.config.k, apply_b_dec_to_input=self.config.apply_b_dec_to_input)
-        return top.x_hat.view_as(x)
+        return self.reconstruct(x.reshape(-1, self.config.d_in)).x_hat.view_as(x)
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor) -> SparseReconstruction:
+        config = self.config
+        with cpu_team(x.device) as team:
+            if team is None or x.dtype != torch.float32:
+                top = select_topk(self.pre_activations(x), config.k)
+                code = SparseCode.from_topk(top.values, top.indices, config.d_sae)
+                return SparseReconstruction(code, code.decode(self.W_dec) + self.b_dec)
+            self.check_input(x)
+            values, indices, x_hat = topk_reconstruct(
+                team, x.contiguous(), self.stored_weights, k=config.k, apply_b_dec_to_input=config.apply_b_dec_to_input
+            )
+        return SparseReconstruction(SparseCode.from_topk(values, indices.long(), config.d_sae), x_hat)
 
     def objective(self, x: Tensor, dead_mask: Tensor | None = None, sparsity_scale: float = 1.0) -> Objective:
         config = self.config
-        k_aux = config.k_aux or max(config.d_in // 2, 1)
         top = topk_reconstruction(
             x,
             self.W_enc,
@@ -73,15 +86,14 @@ class TopKSAE(SAE):
             k=config.k,
             apply_b_dec_to_input=config.apply_b_dec_to_input,
             dead_mask=dead_mask if config.aux_loss_coefficient > 0 else None,
-            k_aux=k_aux,
+            k_aux=self.k_aux,
         )
         error = x - top.x_hat
         mse = error.square().sum(dim=-1).mean()
         loss = mse
         auxiliary = mse.new_zeros(())
         if top.error_hat is not None:
-            coefficient = config.aux_loss_coefficient * min(top.n_dead / k_aux, 1.0)
-            auxiliary = coefficient * (top.error_hat - error.detach()).square().sum(dim=-1).mean()
+            auxiliary = self._aux_coefficient(top.n_dead) * (top.error_hat - error.detach()).square().sum(dim=-1).mean()
             loss = mse + auxiliary
         return Objective(
             loss=loss,
@@ -89,6 +101,39 @@ class TopKSAE(SAE):
             x_hat=top.x_hat.detach(),
             fire_counts=top.fire_counts,
         )
+
+    def backpropagate(self, x: Tensor, dead_mask: Tensor | None = None, sparsity_scale: float = 1.0, team: Team | None = None) -> Objective:
+        config = self.config
+        if team is None or config.k > SPARSE_BELOW["cpu"] * config.d_sae:
+            return super().backpropagate(x, dead_mask, sparsity_scale, team)
+        dead = None if dead_mask is None or config.aux_loss_coefficient == 0 else dead_mask.nonzero().squeeze(-1)
+        if dead is not None and len(dead) == 0:
+            dead = None
+        result = topk_gradients(
+            team,
+            x,
+            self.stored_weights,
+            k=config.k,
+            apply_b_dec_to_input=config.apply_b_dec_to_input,
+            dead=dead,
+            k_aux=self.k_aux,
+            aux_coefficient=0.0 if dead is None else self._aux_coefficient(len(dead)),
+        )
+        self.set_gradients(result.gradients)
+        return Objective(
+            loss=result.mse + result.auxiliary,
+            terms={"mse": result.mse, "auxiliary": result.auxiliary},
+            x_hat=result.x_hat,
+            fire_counts=result.fire_counts,
+        )
+
+    @property
+    def k_aux(self) -> int:
+        """Number of dead features that the auxiliary loss decodes from, if there are so many."""
+        return self.config.k_aux or max(self.config.d_in // 2, 1)
+
+    def _aux_coefficient(self, n_dead: int) -> float:
+        return self.config.aux_loss_coefficient * min(n_dead / self.k_aux, 1.0)
 
     def saelens_fields(self) -> dict[str, Any]:
         return {"k": self.config.k, "rescale_acts_by_decoder_norm": False}

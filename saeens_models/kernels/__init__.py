@@ -1,5 +1,11 @@
-"""TopK training kernels: selection, sparse decoding and its gradients, behind two functions."""
+"""TopK training kernels: selection, sparse decoding and its gradients.
 
-from saeens_models.kernels.reference import TopKReconstruction, select_topk, topk_reconstruction
+`reference` is plain torch, for any device; `cpu` computes the same with compiled loops on a `Team` of threads, `cuda` with Triton.
+`topk_reconstruction` is `cuda`'s, which takes the reference wherever its own kernels are not for.
+"""
 
-__all__ = ["TopKReconstruction", "select_topk", "topk_reconstruction"]
+from saeens_models.kernels.cuda import topk_reconstruction
+from saeens_models.kernels.reference import TopKReconstruction, select_topk
+from saeens_models.kernels.team import Team, cpu_team
+
+__all__ = ["Team", "TopKReconstruction", "cpu_team", "select_topk", "topk_reconstruction"]

@@ -6,26 +6,35 @@ accumulate in float64 or in integers and hold no activations beyond a batch.
 
 from __future__ import annotations
 
-from saeens_models.metrics.coactivation import ConnectivityMetric, connectivity
+from saeens_models.metrics.coactivation import ConnectivityMetric, MemoryBudgetError, connectivity, streaming_memory
 from saeens_models.metrics.dictionaries import (
     MAX_MATCHED_FEATURES,
+    MemberComparison,
+    Stability,
+    compare_members,
     diversity,
     max_cosine,
     mean_max_cosine,
     stability,
     stability_matched,
+    stability_of_prefixes,
     stability_pairwise,
 )
-from saeens_models.metrics.reconstruction import Reconstruction, ReconstructionMetric, reconstruction
+from saeens_models.metrics.reconstruction import Moments, Reconstruction, ReconstructionMetric, reconstruction
 from saeens_models.metrics.sparsity import Sparsity, SparsityMetric, sparsity
 
 __all__ = [
     "MAX_MATCHED_FEATURES",
     "ConnectivityMetric",
+    "MemberComparison",
+    "MemoryBudgetError",
+    "Moments",
     "Reconstruction",
     "ReconstructionMetric",
     "Sparsity",
     "SparsityMetric",
+    "Stability",
+    "compare_members",
     "connectivity",
     "diversity",
     "max_cosine",
@@ -34,5 +43,7 @@ __all__ = [
     "sparsity",
     "stability",
     "stability_matched",
+    "stability_of_prefixes",
     "stability_pairwise",
+    "streaming_memory",
 ]

@@ -9,23 +9,40 @@ row has many masks to OR, then has a short row.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from itertools import pairwise
+from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from saeens_models.metrics.sparsity import Firing, check_prefix_sizes, firing
+from saeens_models.metrics.sparsity import check_code
+from saeens_models.sparse_code import SparseCode, sparse_codes
 
 if TYPE_CHECKING:
-    from scipy.sparse import csr_array
+    from scipy.sparse import csc_array
 
 _WORD = 64
 """Bits per word, and features per group: the rows of one group start at the same word, that of its own diagonal."""
-_BLOCK_BYTES = 2**28
+_TILE_WORDS = 32
+_TILE_BYTES = 2**20
+"""Tokens are worked off in blocks, and their masks in tiles of some words that a core's own cache holds. Measured."""
 _BYTES_PER_NONZERO = 24
 DEFAULT_MEMORY_BUDGET = 4 * 2**30
-"""Bytes; holds the co-occurrence bits of up to 180 000 features."""
+"""Bytes; holds the co-occurrence bits of up to 220 000 features."""
+
+
+class MemoryBudgetError(MemoryError):
+    """A memory budget is too small for what is asked."""
+
+
+def streaming_memory(n_features: int) -> int:
+    """The least ``memory_budget``, in bytes, with which connectivity takes any number of tokens: about ``m^2 / 12``."""
+    groups = -(-n_features // _WORD)
+    return -(-4 * (_WORD * 8) * (groups * (groups + 1) // 2) // 3)
 
 
 class _Codes(NamedTuple):
@@ -46,10 +63,12 @@ class ConnectivityMetric:
 
     Memory stays below ``memory_budget`` bytes, beside the batches themselves and some tens of megabytes to work in:
 
-    * The co-occurrence bits take ``m^2 / 16`` bytes (1.1 GB at m = 131072). If that is at most half of the budget, any number of
-      tokens can be streamed.
+    * The co-occurrence bits take ``m^2 / 16`` bytes (1.1 GB at m = 131072). If that is at most three quarters of the budget
+      (``streaming_memory``), any number of tokens can be streamed; the rest is for a block of tokens, 64 MiB at m = 131072.
     * Otherwise the codes are held, 4 bytes per non-zero entry and 8 per token, in at most half of the budget, and ``compute``
-      passes over them once for each strip of the matrix that fits in a quarter of it. Codes that do not fit raise MemoryError.
+      passes over them once for each strip of the matrix that fits in a quarter of it. Codes that do not fit raise MemoryBudgetError.
+
+    Uses as many threads as torch does, and numba's machine code where numba can be imported; the result is the same.
     """
 
     def __init__(self, n_features: int, memory_budget: int = DEFAULT_MEMORY_BUDGET) -> None:
@@ -58,31 +77,34 @@ class ConnectivityMetric:
         self.n_features = n_features
         self.memory_budget = memory_budget
         self._words = -(-n_features // _WORD)
-        self._block_bytes = min(memory_budget // 4, _BLOCK_BYTES)
+        self._tiles = max(4, self._words // _TILE_WORDS)
+        self._block_bytes = min(memory_budget // 4, self._tiles * _TILE_BYTES)
         group_bytes = _WORD * 8 * np.arange(self._words, 0, -1)
-        if memory_budget // 4 < group_bytes[0]:
-            raise ValueError(f"memory_budget must be at least {4 * group_bytes[0]} bytes for {n_features} features; got {memory_budget}")
-        self._streams = bool(group_bytes.sum() <= memory_budget // 2)
+        self._streams = memory_budget >= streaming_memory(n_features)
+        if not self._streams and memory_budget < 4 * group_bytes[0]:
+            least = min(4 * int(group_bytes[0]), streaming_memory(n_features))
+            raise MemoryBudgetError(f"memory_budget must be at least {least} bytes for {n_features} features; got {memory_budget}")
         strip_of_group = np.cumsum(group_bytes) // max(1, memory_budget // 4 - group_bytes[0])
         self._strips = [range(self._words)] if self._streams else _runs(strip_of_group)
-        self._rows = self._empty_rows(self._strips[0]) if self._streams else {}
+        self._bits = self._no_bits(self._strips[0]) if self._streams else None
         self._order = np.empty(0, dtype=np.int64)
-        self._pending: list[Firing] = []
+        self._pending: list[_Codes] = []
         self._pending_bytes = 0
         self._held: list[_Codes] = []
         self._tokens = 0
 
-    def update(self, z: Tensor) -> None:
-        """Add a batch of codes z `[n, n_features]`; only whether an entry is zero matters."""
-        if z.ndim != 2 or z.shape[1] != self.n_features:
-            raise ValueError(f"feature activations must be [n, {self.n_features}]; got {list(z.shape)}")
-        for part in firing(z):
-            size = part.n_tokens * self._words * 8 + len(part.feature) * _BYTES_PER_NONZERO
+    def update(self, z: Tensor | SparseCode) -> None:
+        """Add a batch of codes z `[n, n_features]`, dense or sparse; only whether an entry is zero matters."""
+        check_code(z, self.n_features)
+        mask_bytes = self._words * 8
+        parts = (part for code in sparse_codes(z) for part in code.split(max(1, self._block_bytes // mask_bytes)))
+        for code in parts:
+            size = code.n_tokens * mask_bytes + len(code.feature) * _BYTES_PER_NONZERO
             if self._pending and self._pending_bytes + size > self._block_bytes:
                 self._flush()
-            self._pending.append(part._replace(token=part.token.astype(np.int32), feature=part.feature.astype(np.int32)))
+            self._pending.append(_Codes(code.feature.int().cpu().numpy(), code.start.cpu().numpy()))
             self._pending_bytes += size
-            self._tokens += part.n_tokens
+            self._tokens += code.n_tokens
 
     def compute(self) -> float:
         """Connectivity over all batches so far. Raises ValueError before the first token."""
@@ -92,48 +114,51 @@ class ConnectivityMetric:
         """Connectivity of the code made of the first ``size`` features, for each size: the first members of an ensemble."""
         if self._tokens == 0:
             raise ValueError("no tokens were seen: connectivity needs at least one")
-        check_prefix_sizes(sizes, self.n_features)
+        if not all(1 <= size <= self.n_features for size in sizes):
+            raise ValueError(f"a prefix must have between 1 and {self.n_features} features; got {list(sizes)}")
         self._flush()
+        included = [self._order < size for size in sizes]
         n_pairs = [0] * len(sizes)
         for strip in self._strips:
-            rows = self._rows if self._streams else self._rows_of_held_codes(strip)
-            for i, size in enumerate(sizes):
-                n_pairs[i] += sum(_n_cooccurring(rows[group], self._order < size, group) for group in strip)
+            bits = self._bits_of_held_codes(strip) if self._bits is None else self._bits
+            for group, rows in zip(strip, _rows_of_groups(bits, strip, self._words), strict=True):
+                for i, prefix in enumerate(included):
+                    n_pairs[i] += _n_cooccurring(rows, prefix, group)
         return [1.0 - pairs / size**2 for pairs, size in zip(n_pairs, sizes, strict=True)]
 
     def _flush(self) -> None:
         if not self._pending:
             return
-        tokens_per_part = [np.bincount(part.token, minlength=part.n_tokens) for part in self._pending]
+        ends = np.cumsum([0, *(len(codes.feature) for codes in self._pending)])
         codes = _Codes(
-            feature=np.concatenate([part.feature for part in self._pending]),
-            start=np.concatenate([[0], np.cumsum(np.concatenate(tokens_per_part))]),
+            feature=np.concatenate([codes.feature for codes in self._pending]),
+            start=np.concatenate([[0], *(codes.start[1:] + end for codes, end in zip(self._pending, ends[:-1], strict=True))]),
         )
         self._pending, self._pending_bytes = [], 0
         if not len(self._order):
             self._order = np.argsort(np.bincount(codes.feature, minlength=self._words * _WORD), kind="stable")
-        if self._streams:
-            self._or_into(self._rows, codes)
+        if self._bits is not None:
+            self._or_into(self._bits, self._strips[0], codes)
             return
         self._held.append(codes)
         held_bytes = sum(codes.nbytes for codes in self._held)
         if held_bytes > self.memory_budget // 2:
-            raise MemoryError(
+            raise MemoryBudgetError(
                 f"the codes of {self._tokens} tokens take {held_bytes} bytes, more than half of memory_budget = {self.memory_budget}; "
-                f"with {2 * 256 * self._words * (self._words + 1)} bytes any number of tokens can be streamed, otherwise give fewer tokens"
+                f"with {streaming_memory(self.n_features)} bytes any number of tokens can be streamed, otherwise give fewer tokens"
             )
 
-    def _rows_of_held_codes(self, strip: range) -> dict[int, np.ndarray]:
-        rows = self._empty_rows(strip)
+    def _bits_of_held_codes(self, strip: range) -> np.ndarray:
+        bits = self._no_bits(strip)
         for codes in self._held:
-            self._or_into(rows, codes)
-        return rows
+            self._or_into(bits, strip, codes)
+        return bits
 
-    def _empty_rows(self, strip: range) -> dict[int, np.ndarray]:
-        """uint64 [64, words - group] for each group of 64 features: their co-occurrence bits from their own group onwards."""
-        return {group: np.zeros((_WORD, self._words - group), dtype=np.uint64) for group in strip}
+    def _no_bits(self, strip: range) -> np.ndarray:
+        """uint64: for each group of 64 features, 64 rows of co-occurrence bits from their own group onwards, row after row."""
+        return np.zeros(sum(_WORD * (self._words - group) for group in strip), dtype=np.uint64)
 
-    def _or_into(self, rows: dict[int, np.ndarray], codes: _Codes) -> None:
+    def _or_into(self, bits: np.ndarray, strip: range, codes: _Codes) -> None:
         from scipy import sparse
 
         rank = np.empty(len(self._order), dtype=np.int32)
@@ -142,23 +167,64 @@ class ConnectivityMetric:
             (np.ones(len(codes.feature), dtype=np.bool_), rank[codes.feature], codes.start), shape=(len(codes.start) - 1, len(rank))
         )
         by_feature = by_token.tocsc()
-        masks = _bit_masks(by_token)
-        for group, group_rows in rows.items():
-            masks_from_group = masks[:, group:]
-            starts = by_feature.indptr[group * _WORD : (group + 1) * _WORD + 1]
-            for row, (first, last) in enumerate(pairwise(starts)):
-                if first < last:
-                    group_rows[row] |= np.bitwise_or.reduce(masks_from_group[by_feature.indices[first:last]], axis=0)
+        masks = _token_masks(by_token.indices, by_token.indptr, len(rank))
+        if _compiled() is None:
+            _or_masks(bits, masks, by_feature, strip)
+        else:
+            _or_masks_compiled(bits, masks, by_feature, strip, self._tiles)
 
 
-def _bit_masks(by_token: csr_array) -> np.ndarray:
-    """uint64 [n_tokens, n_features / 64]: the features of each token (row) of a code matrix, as bits."""
-    n_tokens, n_features = by_token.shape  # pyright: ignore[reportGeneralTypeIssues]  # scipy ships no types
-    masks = np.empty((n_tokens, n_features // 8), dtype=np.uint8)
+@cache
+def _compiled() -> ModuleType | None:
+    try:
+        from saeens_models.metrics import coactivation_compiled
+    except ImportError:  # no numba, or not for this Python or numpy
+        return None
+    return coactivation_compiled
+
+
+def _token_masks(feature: np.ndarray, start: np.ndarray, n_features: int) -> np.ndarray:
+    """uint64 [n_tokens, n_features / 64]: the features of each token as bits."""
+    masks = np.zeros((len(start) - 1, n_features // 8), dtype=np.uint8)
+    compiled = _compiled()
+    if compiled is not None:
+        compiled.set_bits(masks, feature, start)
+        return masks.view(np.uint64)
     step = max(1, 2**24 // n_features)
-    for first in range(0, n_tokens, step):
-        masks[first : first + step] = np.packbits(by_token[first : first + step].toarray(), axis=1)
+    for first in range(0, len(masks), step):
+        starts = start[first : first + step + 1]
+        dense = np.zeros((len(starts) - 1, n_features), dtype=np.bool_)
+        dense[np.repeat(np.arange(len(dense)), np.diff(starts)), feature[starts[0] : starts[-1]]] = True
+        masks[first : first + step] = np.packbits(dense, axis=1)
     return masks.view(np.uint64)
+
+
+def _or_masks(bits: np.ndarray, masks: np.ndarray, by_feature: csc_array, strip: range) -> None:
+    for group, rows in zip(strip, _rows_of_groups(bits, strip, masks.shape[1]), strict=True):
+        masks_from_group = masks[:, group:]
+        starts = by_feature.indptr[group * _WORD : (group + 1) * _WORD + 1]
+        for i, (first, last) in enumerate(pairwise(starts)):
+            if first < last:
+                rows[i] |= np.bitwise_or.reduce(masks_from_group[by_feature.indices[first:last]], axis=0)
+
+
+def _or_masks_compiled(bits: np.ndarray, masks: np.ndarray, by_feature: csc_array, strip: range, n_tiles: int) -> None:
+    compiled = _compiled()
+    assert compiled is not None
+    edges = np.linspace(strip.start, masks.shape[1], n_tiles + 1).astype(np.int64).tolist()
+
+    def work(tile: tuple[int, int]) -> None:
+        compiled.or_masks(bits, masks, by_feature.indices, by_feature.indptr, strip.start, strip.stop, *tile)
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for _ in pool.map(work, reversed(list(pairwise(edges)))):  # the last columns have the most rows
+            pass
+
+
+def _rows_of_groups(bits: np.ndarray, strip: range, n_words: int) -> list[np.ndarray]:
+    """The rows of each group of the strip, `[64, n_words - group]`, as views."""
+    ends = np.cumsum([_WORD * (n_words - group) for group in strip])
+    return [rows.reshape(_WORD, -1) for rows in np.split(bits, ends[:-1])]
 
 
 def _n_cooccurring(rows: np.ndarray, included: np.ndarray, group: int) -> int:
@@ -177,17 +243,17 @@ def _runs(labels: np.ndarray) -> list[range]:
     return [range(first, last) for first, last in pairwise(edges)]
 
 
-def connectivity(z: Tensor | Iterable[Tensor], memory_budget: int = DEFAULT_MEMORY_BUDGET) -> float:
+def connectivity(z: Tensor | SparseCode | Iterable[Tensor | SparseCode], memory_budget: int = DEFAULT_MEMORY_BUDGET) -> float:
     """Share of the feature pairs that never fire together: ``1 - nnz(C^T C) / m^2``, diagonal included.
 
-    z is the code matrix C `[n, m]``, or a one-pass iterable of batches of it. Exact; ``ConnectivityMetric`` says what
+    z is the code matrix C `[n, m]`, dense or sparse, or a one-pass iterable of batches of it. Exact; ``ConnectivityMetric`` says what
     ``memory_budget`` (bytes) bounds. A pair of features fires together if both are non-zero on at least one token; a feature that
     fires at all forms a pair with itself.
 
-    Raises ValueError for no tokens or batches of different widths, MemoryError if the codes exceed the budget.
+    Raises ValueError for no tokens or batches of different widths, MemoryBudgetError where the budget is too small.
     """
     metric: ConnectivityMetric | None = None
-    for batch in [z] if isinstance(z, Tensor) else z:
+    for batch in [z] if isinstance(z, Tensor | SparseCode) else z:
         metric = metric or ConnectivityMetric(batch.shape[-1], memory_budget)
         metric.update(batch)
     if metric is None:

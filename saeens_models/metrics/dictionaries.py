@@ -8,12 +8,14 @@ out in blocks and never held whole, except by ``stability_matched``.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import combinations
+from itertools import combinations, islice
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-_COSINES_PER_BLOCK = 2**24
+_BLOCK_ROWS = 1024
+"""Rows and columns of a block of cosines: 4 MiB, so that their largest are found while they are in a cache."""
 
 MAX_MATCHED_FEATURES = 8192
 """Largest dictionary that ``stability_matched`` takes: time grows with the cube of the size, memory (float64) with its square."""
@@ -41,13 +43,20 @@ def max_cosine(W_dec: Tensor, others: Sequence[Tensor]) -> Tensor:
     """For each row of W_dec `[n_features, d_in]`, its largest cosine similarity to any row of any of the others: float32 [n_features]."""
     if not others:
         raise ValueError("there is no other dictionary to compare with: max_cosine needs at least one")
-    units = _unit_dictionaries([W_dec, *others])
-    return torch.stack([_best_matches(units[0], other)[0] for other in units[1:]]).amax(0)
+    unit, *units = _unit_dictionaries([W_dec, *others])
+    return torch.stack([_best_matches(unit, other)[0] for other in units]).amax(0)
 
 
 def mean_max_cosine(W_dec: Tensor, others: Sequence[Tensor]) -> float:
     """Mean over the rows of W_dec of ``max_cosine`` (MMCS of Sharkey et al. 2022, against several dictionaries at once)."""
     return max_cosine(W_dec, others).double().mean().item()
+
+
+class Stability(NamedTuple):
+    """How far the features of each of several runs are found in the others: a number per run, in their order."""
+
+    stability: list[float]
+    pairwise: list[float]
 
 
 def stability(W_decs: Sequence[Tensor]) -> list[float]:
@@ -56,14 +65,39 @@ def stability(W_decs: Sequence[Tensor]) -> list[float]:
     W_decs: one dictionary `[n_features, d_in]` per run, at least two; sizes may differ. It grows with the number of runs, so
     report that number beside it. Source: Gadgil, Lin & Lee, Ensembling Sparse Autoencoders (arXiv 2505.16077).
     """
-    best = _best_matches_of_runs(W_decs)
-    return [torch.stack(list(of_run.values())).amax(0).clamp(min=0).double().mean().item() for of_run in best]
+    return stability_of_prefixes([[W_dec] for W_dec in W_decs])[0].stability
 
 
 def stability_pairwise(W_decs: Sequence[Tensor]) -> list[float]:
     """As ``stability``, with each other run taken alone and the results averaged: does not grow with the number of runs."""
-    best = _best_matches_of_runs(W_decs)
-    return [torch.stack(list(of_run.values())).clamp(min=0).double().mean().item() for of_run in best]
+    return stability_of_prefixes([[W_dec] for W_dec in W_decs])[0].pairwise
+
+
+def stability_of_prefixes(runs: Sequence[Sequence[Tensor]]) -> list[Stability]:
+    """``stability`` and ``stability_pairwise`` of the ensembles of the first n members, for n = 1 .. J.
+
+    runs: at least two, each the dictionaries of its J members in order. Two members are compared once, whatever the number of sizes.
+    Memory: J float32 numbers per feature and other run, beside a block of cosines.
+    """
+    if len(runs) < 2:
+        raise ValueError(f"stability compares runs and needs at least 2 dictionaries; got {len(runs)}")
+    sizes = [len(run) for run in runs]
+    if len(set(sizes)) > 1 or 0 in sizes:
+        raise ValueError(f"runs must have equally many members, at least one; got {sizes}")
+    units = iter(_unit_dictionaries([W_dec for run in runs for W_dec in run]))
+    members = [list(islice(units, size)) for size in sizes]
+    best: list[list[_MemberMatches]] = [[] for _ in runs]  # by run, one for each other run
+    for a, b in combinations(range(len(runs)), 2):
+        of_a, of_b = _best_matches_of_members(members[a], members[b])
+        best[a].append(of_a)
+        best[b].append(of_b)
+    return [
+        Stability(
+            stability=[_mean_cosine(_prefix_matches(of_run, n).amax(0)) for of_run in best],
+            pairwise=[_mean_cosine(_prefix_matches(of_run, n)) for of_run in best],
+        )
+        for n in range(1, sizes[0] + 1)
+    ]
 
 
 def stability_matched(W_decs: Sequence[Tensor]) -> list[float]:
@@ -81,7 +115,9 @@ def stability_matched(W_decs: Sequence[Tensor]) -> list[float]:
         raise ValueError(
             f"one-to-one matching takes up to {MAX_MATCHED_FEATURES} features; got {sizes[0]}: use stability or stability_pairwise instead"
         )
-    units = _unit_dictionaries(W_decs, at_least=2)
+    if len(W_decs) < 2:
+        raise ValueError(f"stability compares runs and needs at least 2 dictionaries; got {len(W_decs)}")
+    units = _unit_dictionaries(W_decs)
     totals = [0.0] * len(units)
     for a, b in combinations(range(len(units)), 2):
         cosine = _mean_matched_cosine(units[a], units[b])
@@ -95,17 +131,38 @@ def diversity(W_dec: Tensor, threshold: float = 0.7) -> int:
 
     W_dec: `[n_features, d_in]`; only the feature itself is left out of the comparison. A lone feature is diverse.
     """
-    unit = unit_rows(W_dec)
-    count = 0
-    for rows, cosines in _cosine_blocks(unit, unit):
-        cosines.diagonal(offset=rows.start).fill_(-torch.inf)
-        count += int((cosines.amax(1) < threshold).sum())
-    return count
+    return compare_members([W_dec], threshold).diversity[0]
 
 
-def _unit_dictionaries(W_decs: Sequence[Tensor], at_least: int = 1) -> list[Tensor]:
-    if len(W_decs) < at_least:
-        raise ValueError(f"stability compares runs and needs at least {at_least} dictionaries; got {len(W_decs)}")
+class MemberComparison(NamedTuple):
+    """How alike the features of an ensemble's members are."""
+
+    diversity: list[int]
+    """``diversity`` of the first n members' dictionaries stacked, for n = 1 .. J"""
+    mean_max_cosine: list[float] | None
+    """``mean_max_cosine`` of each member to all others; None for an ensemble of one"""
+
+
+def compare_members(W_decs: Sequence[Tensor], threshold: float = 0.7) -> MemberComparison:
+    """Compare each two members of an ensemble once, for ``diversity`` at every size and ``mean_max_cosine`` of every member.
+
+    W_decs: the members' dictionaries `[d_sae, d_in]` in order. Memory: J float32 numbers per feature, beside a block of cosines.
+    """
+    units = _unit_dictionaries(W_decs)
+    size = len(units)
+    best = [unit.new_empty(size, len(unit)) for unit in units]  # by member: the largest cosines to each member
+    for j, unit in enumerate(units):
+        best[j][j] = _best_matches_within(unit)
+    for i, j in combinations(range(size), 2):
+        best[i][j], best[j][i] = _best_matches(units[i], units[j])
+    diverse = [int((_prefix_matches([best], n) < threshold).sum()) for n in range(1, size + 1)]
+    if size == 1:
+        return MemberComparison(diverse, None)
+    to_others = [torch.cat([of_member[:j], of_member[j + 1 :]]).amax(0) for j, of_member in enumerate(best)]
+    return MemberComparison(diverse, [cosines.double().mean().item() for cosines in to_others])
+
+
+def _unit_dictionaries(W_decs: Sequence[Tensor]) -> list[Tensor]:
     units = [unit_rows(W_dec) for W_dec in W_decs]
     widths = [unit.shape[1] for unit in units]
     if len(set(widths)) > 1:
@@ -113,31 +170,54 @@ def _unit_dictionaries(W_decs: Sequence[Tensor], at_least: int = 1) -> list[Tens
     return units
 
 
-def _best_matches_of_runs(W_decs: Sequence[Tensor]) -> list[dict[int, Tensor]]:
-    """For each run, by other run: the largest cosine of each feature of the first to any feature of the second."""
-    units = _unit_dictionaries(W_decs, at_least=2)
-    best: list[dict[int, Tensor]] = [{} for _ in units]
-    for a, b in combinations(range(len(units)), 2):
-        best[a][b], best[b][a] = _best_matches(units[a], units[b])
-    return best
+_MemberMatches = list[Tensor]
+"""Of the members of an ensemble, float32 `[J, d_sae]` each: the largest cosine of each feature to those of each member of an ensemble."""
+
+
+def _best_matches_of_members(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[_MemberMatches, _MemberMatches]:
+    pairs = [[_best_matches(one, other) for other in b] for one in a]
+    of_a = [torch.stack([of_one for of_one, _ in row]) for row in pairs]
+    of_b = [torch.stack([of_other for _, of_other in column]) for column in zip(*pairs, strict=True)]
+    return of_a, of_b
+
+
+def _prefix_matches(best: Sequence[_MemberMatches], n: int) -> Tensor:
+    """Largest cosines of the features of the first n members to those of the first n members of each ensemble compared with."""
+    return torch.stack([torch.cat([of_member[:n].amax(0) for of_member in of_ensemble[:n]]) for of_ensemble in best])
+
+
+def _mean_cosine(cosines: Tensor) -> float:
+    return cosines.clamp(min=0).double().mean().item()
 
 
 def _best_matches(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Largest cosine of each row of a to any row of b, and of each row of b to any row of a."""
-    of_a = a.new_empty(len(a))
-    of_b = b.new_full((len(b),), -torch.inf)
-    for rows, cosines in _cosine_blocks(a, b):
-        of_a[rows] = cosines.amax(1)
-        of_b = torch.maximum(of_b, cosines.amax(0))
+    of_a, of_b = a.new_full((len(a),), -torch.inf), b.new_full((len(b),), -torch.inf)
+    for rows, columns, cosines in _cosine_blocks(a, b):
+        of_a[rows] = torch.maximum(of_a[rows], cosines.amax(1))
+        of_b[columns] = torch.maximum(of_b[columns], cosines.amax(0))
     return of_a, of_b
 
 
-def _cosine_blocks(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """The similarity matrix ``a @ b.T``, some rows of a at a time."""
-    step = max(1, _COSINES_PER_BLOCK // len(b))
-    for first in range(0, len(a), step):
-        rows = slice(first, min(first + step, len(a)))
-        yield rows, a[rows] @ b.T
+def _best_matches_within(a: Tensor) -> Tensor:
+    """Largest cosine of each row of a to any other of its rows; -inf for a lone row."""
+    best = a.new_full((len(a),), -torch.inf)
+    for rows, columns, cosines in _cosine_blocks(a, a, upper_triangle=True):
+        if rows == columns:
+            cosines.fill_diagonal_(-torch.inf)
+        best[rows] = torch.maximum(best[rows], cosines.amax(1))
+        best[columns] = torch.maximum(best[columns], cosines.amax(0))
+    return best
+
+
+def _cosine_blocks(a: Tensor, b: Tensor, upper_triangle: bool = False) -> Iterator[tuple[slice, slice, Tensor]]:
+    """The similarity matrix ``a @ b.T`` in square blocks, with their rows and columns. A block is overwritten by the next."""
+    buffer = a.new_empty(min(_BLOCK_ROWS, len(a)), min(_BLOCK_ROWS, len(b)))
+    for i in range(0, len(a), _BLOCK_ROWS):
+        for j in range(i if upper_triangle else 0, len(b), _BLOCK_ROWS):
+            rows, columns = slice(i, min(i + _BLOCK_ROWS, len(a))), slice(j, min(j + _BLOCK_ROWS, len(b)))
+            block = buffer[: rows.stop - i, : columns.stop - j]
+            yield rows, columns, torch.mm(a[rows], b[columns].T, out=block)
 
 
 def _mean_matched_cosine(a: Tensor, b: Tensor) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-_ROWS_PER_STEP = 8192
+_ELEMENTS_PER_STEP = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Reconstruction(Mapping[str, float]):
         return len(self.__dataclass_fields__)
 
 
-class ReconstructionMetric:
-    """``reconstruction`` over a stream of batches: ``update(x, x_hat)`` for each, then ``compute()``.
+class Moments:
+    """Mean and variation of activations x over a stream of batches: what the errors of reconstructions are compared with.
 
     Keeps three float64 vectors of length d_in, whatever the number of tokens. Batches are merged by the pairwise update of
     Chan, Golub & LeVeque (1979) on activations shifted by the first token, so that a mean far larger than the standard
@@ -47,10 +47,52 @@ class ReconstructionMetric:
     """
 
     def __init__(self) -> None:
-        self._tokens = 0
+        self.tokens = 0
+        """rows that were seen"""
+        self.squared_deviation = torch.empty(0)
+        """float64 [d_in]: ``sum_n (x - mean_n x)_d^2``"""
         self._shift = torch.empty(0)
         self._mean = torch.empty(0)
-        self._squared_deviation = torch.empty(0)
+
+    @torch.no_grad()
+    def update(self, x: Tensor) -> None:
+        """Add a batch of activations x `[n, d_in]` of any floating dtype.
+
+        Raises ValueError for another shape or d_in than before, or where a value is not finite.
+        """
+        if x.ndim != 2:
+            raise ValueError(f"x must be [n, d_in]; got {list(x.shape)}")
+        if len(x) == 0:
+            return
+        if self.tokens == 0:
+            self._shift = x[0].double()
+            self._mean, self.squared_deviation = torch.zeros(2, x.shape[1], dtype=torch.float64, device=x.device)
+        if x.shape[1] != len(self._shift):
+            raise ValueError(f"this batch has d_in = {x.shape[1]}, earlier batches had {len(self._shift)}")
+        for rows in x.split(_rows_per_step(x)):
+            shifted = rows.double() - self._shift
+            mean = shifted.mean(0)
+            squared_deviation = shifted.sub_(mean).square_().sum(0)
+            _require_finite("x", squared_deviation, self.tokens, len(rows))
+            tokens = self.tokens + len(rows)
+            difference = mean - self._mean
+            self._mean += difference * (len(rows) / tokens)
+            self.squared_deviation += squared_deviation + difference.square() * (self.tokens * len(rows) / tokens)
+            self.tokens = tokens
+
+
+class ReconstructionMetric:
+    """``reconstruction`` over a stream of batches: ``update(x, x_hat)`` for each, then ``compute()``.
+
+    Keeps one float64 vector of length d_in beside the ``Moments`` of x, whatever the number of tokens. Where several
+    reconstructions of the same x are measured, they can share ``moments``: the caller then updates these with each batch of x,
+    once and before the metrics.
+    """
+
+    def __init__(self, moments: Moments | None = None) -> None:
+        self._moments = moments or Moments()
+        self._owns_moments = moments is None
+        self._tokens = 0
         self._squared_error = torch.empty(0)
 
     @torch.no_grad()
@@ -63,35 +105,29 @@ class ReconstructionMetric:
             raise ValueError(f"x and x_hat must both be [n, d_in]; got {list(x.shape)} and {list(x_hat.shape)}")
         if len(x) == 0:
             return
-        if self._tokens == 0:
-            self._shift = x[0].double()
-            self._mean, self._squared_deviation, self._squared_error = torch.zeros(3, x.shape[1], dtype=torch.float64, device=x.device)
-        if x.shape[1] != len(self._shift):
-            raise ValueError(f"this batch has d_in = {x.shape[1]}, earlier batches had {len(self._shift)}")
-        for x_rows, x_hat_rows in zip(x.split(_ROWS_PER_STEP), x_hat.split(_ROWS_PER_STEP), strict=True):
-            self._merge(x_rows.double(), x_hat_rows.double())
-
-    def _merge(self, x: Tensor, x_hat: Tensor) -> None:
-        squared_error = (x_hat - x).square().sum(0)
-        shifted = x - self._shift
-        mean = shifted.mean(0)
-        squared_deviation = (shifted - mean).square().sum(0)
-        if not torch.isfinite(squared_error + squared_deviation).all():
-            raise ValueError(f"x or x_hat holds values that are not finite among tokens {self._tokens} to {self._tokens + len(x) - 1}")
-        tokens = self._tokens + len(x)
-        difference = mean - self._mean
-        self._mean += difference * (len(x) / tokens)
-        self._squared_deviation += squared_deviation + difference.square() * (self._tokens * len(x) / tokens)
-        self._squared_error += squared_error
-        self._tokens = tokens
+        exact = torch.promote_types(torch.promote_types(x.dtype, x_hat.dtype), torch.float32)
+        squared_error = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
+        step = _rows_per_step(x)
+        for x_rows, x_hat_rows in zip(x.split(step), x_hat.split(step), strict=True):
+            # a difference of two float32 numbers is right to float32 precision; its square can overflow and a sum loses digits
+            error = (x_hat_rows.to(exact) - x_rows.to(exact)).double()
+            squared_error += error.square_().sum(0)
+        _require_finite("x or x_hat", squared_error, self._tokens, len(x))
+        if self._owns_moments:
+            self._moments.update(x)
+        self._squared_error = self._squared_error + squared_error if self._tokens else squared_error
+        self._tokens += len(x)
 
     def compute(self) -> Reconstruction:
         """The metrics over all batches so far. Raises ValueError before the first token."""
         if self._tokens == 0:
             raise ValueError("no tokens were seen: reconstruction metrics need at least one")
-        varies = self._squared_deviation > 0
-        unexplained = self._squared_error[varies] / self._squared_deviation[varies]
-        total_error, total_deviation = self._squared_error.sum(), self._squared_deviation.sum()
+        if self._tokens != self._moments.tokens:
+            raise ValueError(f"{self._tokens} tokens were reconstructed, their shared moments are of {self._moments.tokens}")
+        squared_deviation = self._moments.squared_deviation
+        varies = squared_deviation > 0
+        unexplained = self._squared_error[varies] / squared_deviation[varies]
+        total_error, total_deviation = self._squared_error.sum(), squared_deviation.sum()
         return Reconstruction(
             mse=total_error.item() / self._tokens,
             explained_variance=1.0 - unexplained.mean().item(),
@@ -110,3 +146,12 @@ def reconstruction(x: Tensor, x_hat: Tensor) -> Reconstruction:
     metric = ReconstructionMetric()
     metric.update(x, x_hat)
     return metric.compute()
+
+
+def _rows_per_step(x: Tensor) -> int:
+    return max(1, _ELEMENTS_PER_STEP // x.shape[1])
+
+
+def _require_finite(name: str, sums: Tensor, first: int, n: int) -> None:
+    if not torch.isfinite(sums).all():
+        raise ValueError(f"{name} holds values that are not finite among tokens {first} to {first + n - 1}")

@@ -1,7 +1,7 @@
 """Training of SAEs on a stream of activations."""
 
 from saeens_models.training.config import TrainingConfig
-from saeens_models.training.loop import train
+from saeens_models.training.loop import train, train_boosting_concurrently
 from saeens_models.training.trainer import CurvePoint, NonFiniteLossError, SAETrainer
 
-__all__ = ["CurvePoint", "NonFiniteLossError", "SAETrainer", "TrainingConfig", "train"]
+__all__ = ["CurvePoint", "NonFiniteLossError", "SAETrainer", "TrainingConfig", "train", "train_boosting_concurrently"]

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
 
 from saeens_models.architectures import SAE, SAEConfig
+from saeens_models.kernels import cpu_team
 from saeens_models.training.config import TrainingConfig
 from saeens_models.training.trainer import CurvePoint, SAETrainer
 
 _OBSERVATIONS = 200
 _STEPS_PER_OBSERVATION_OF_UNKNOWN_LENGTH = 100
+_KEPT_OF_MEAN_NORM = 0.9
+
+Step = Callable[[Sequence[SAETrainer], Tensor], None]
+"""One step of all trainers on a batch `[n, d_in]`, scaled by the training's ``input_scale``."""
 
 
 def train(
@@ -34,37 +40,106 @@ def train(
     Raises ``ValueError`` for no configuration, different d_in, settings that need what is not known of the stream, a batch of
     another shape, or an empty stream; :class:`NonFiniteLossError` if a loss stops being finite.
     """
+    return _train(configs, [training] * len(configs), batches, observe, _step_side_by_side)
+
+
+def train_boosting_concurrently(
+    configs: Sequence[SAEConfig],
+    batches: Iterable[Tensor],
+    training: TrainingConfig,
+    observe: Callable[[Sequence[CurvePoint]], None] | None = None,
+) -> list[SAE]:
+    """Train the rounds of boosting, one per configuration, in one pass over ``batches``, and return them in round order.
+
+    On every batch ``x`` round 1 takes a step on ``r_1 = x``, round 2 on ``r_2 = r_1 - sae_1(r_1)``, and so on. ``sae_j(r_j)`` is the
+    reconstruction that the step of round j made anyway, with the weights before it, and no gradient passes through it. Boosting
+    proper calls :func:`train` on what finished rounds leave: here later rounds start on residuals that still change, which costs a
+    little explained variance and saves storing or recomputing the residuals.
+
+    ``training.input_scale`` and ``input_mean`` describe the batches, and so what round 1 is given. Those of the residuals are not
+    known beforehand: in later rounds b_dec starts at 0, and if the training normalises, the input is scaled by ``sqrt(d_in)`` over
+    a running mean of the residual's norm, which keeps 0.9 of itself at each batch. The last scale is folded into the SAE.
+
+    A round depends on those before it and on none after it, and the first has the bits of the SAE that :func:`train` returns.
+    Everything else, errors included, is as there.
+    """
+    later = training.model_copy(update={"input_mean": None})
+    return _train(configs, [training, *[later] * (len(configs) - 1)], batches, observe, _ConcurrentRounds(training))
+
+
+def _train(
+    configs: Sequence[SAEConfig],
+    trainings: Sequence[TrainingConfig],
+    batches: Iterable[Tensor],
+    observe: Callable[[Sequence[CurvePoint]], None] | None,
+    step: Step,
+) -> list[SAE]:
+    """One SAE per configuration, from one pass over the batches. Trainings differ in nothing but ``input_mean``."""
     if not configs:
         raise ValueError("nothing to train: configs is empty")
     d_in = configs[0].d_in
     if any(config.d_in != d_in for config in configs):
         raise ValueError(f"SAEs on one stream have one d_in; found {sorted({config.d_in for config in configs})}")
+    training = trainings[0]
     training.check_input_is_known(d_in)
     trainers: list[SAETrainer] = []
     observed = n_steps = n_tokens = largest_batch = 0
-    for n_steps, batch in enumerate(batches, start=1):
-        x = _scaled_input(batch, d_in, training.input_scale or 1.0, n_steps)
-        if not trainers:
-            trainers = [SAETrainer(config, training, x.device, index) for index, config in enumerate(configs)]
-        for trainer in trainers:
-            trainer.step(x)
-        n_tokens += len(x)
-        largest_batch = max(largest_batch, len(x))
-        finished = training.total_tokens is not None and n_tokens >= training.total_tokens
-        if observe is not None and not finished and _observations_due(n_steps, n_tokens, training.total_tokens) > observed:
-            observed = _observations_due(n_steps, n_tokens, training.total_tokens)
-            observe([trainer.curve_point() for trainer in trainers])
-        if finished:
-            break
+    with ExitStack() as stack:
+        for n_steps, batch in enumerate(batches, start=1):
+            x = _scaled_input(batch, d_in, training.input_scale or 1.0, n_steps)
+            if not trainers:
+                team = stack.enter_context(cpu_team(x.device))
+                trainers = [
+                    SAETrainer(config, own, x.device, index, team)
+                    for index, (config, own) in enumerate(zip(configs, trainings, strict=True))
+                ]
+            step(trainers, x)
+            n_tokens += len(x)
+            largest_batch = max(largest_batch, len(x))
+            finished = training.total_tokens is not None and n_tokens >= training.total_tokens
+            if observe is not None and not finished and _observations_due(n_steps, n_tokens, training.total_tokens) > observed:
+                observed = _observations_due(n_steps, n_tokens, training.total_tokens)
+                observe([trainer.curve_point() for trainer in trainers])
+            if finished:
+                break
     if not trainers:
         raise ValueError("nothing to train on: batches is empty")
     if training.total_tokens is not None and n_tokens + largest_batch <= training.total_tokens:
         warnings.warn(
-            f"the stream ended after {n_tokens} of total_tokens = {training.total_tokens}: schedules did not finish", stacklevel=2
+            f"the stream ended after {n_tokens} of total_tokens = {training.total_tokens}: schedules did not finish", stacklevel=3
         )
     if observe is not None:
         observe([trainer.curve_point() for trainer in trainers])
     return [trainer.finish() for trainer in trainers]
+
+
+def _step_side_by_side(trainers: Sequence[SAETrainer], x: Tensor) -> None:
+    for trainer in trainers:
+        trainer.step(x)
+
+
+class _ConcurrentRounds:
+    """Steps of boosting rounds, each on what the one before leaves of the batch; keeps what the norms of the residuals are."""
+
+    def __init__(self, training: TrainingConfig) -> None:
+        self._normalises = training.normalize_activations != "none"
+        self._mean_norms: dict[int, Tensor] = {}  # of the residuals, unscaled, by trainer
+
+    def __call__(self, trainers: Sequence[SAETrainer], x: Tensor) -> None:
+        scale: float | Tensor = trainers[0].input_scale
+        for number, trainer in enumerate(trainers):
+            if number > 0 and self._normalises:
+                before, scale = scale, self._scale(number, x, scale)
+                x = x * (scale / before)
+                trainer.input_scale = scale
+            x = x - trainer.step(x).x_hat
+
+    def _scale(self, number: int, x: Tensor, scale: float | Tensor) -> Tensor:
+        """What brings the residual of this round to mean norm sqrt(d_in), given the batch's in another scale. Stays on the device."""
+        mean_norm = x.norm(dim=1).mean() / scale
+        kept = self._mean_norms.get(number, mean_norm)
+        self._mean_norms[number] = mean_norm.lerp(kept, _KEPT_OF_MEAN_NORM)
+        return x.shape[1] ** 0.5 / self._mean_norms[number]
 
 
 def _observations_due(n_steps: int, n_tokens: int, total_tokens: int | None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from saeens_pipeline.assets.declarations import Declaration, Input, Op, Referenc
 from saeens_pipeline.assets.residuals import open_reader
 from saeens_pipeline.assets.saes import CURVE_FILE
 from saeens_pipeline.components.ensemble_experiment import ExperimentSettings
+from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.storage.names import Address, Partition
 from saeens_pipeline.storage.recipes import Artefact, Store
 from saeens_pipeline.storage.tables import TABLES, frame
@@ -43,12 +45,17 @@ class Subject:
 
     def declare(self, table: str, inputs: Sequence[Reference], dimensions: Any = "layer_and_seed") -> Declaration:
         experiment = self.experiment
+        settings: dict[str, Any] = {"members": experiment.ensemble.members}
+        if dimensions == "layer":
+            settings["seeds"] = experiment.ensemble.seeds
+        if table == "cost":
+            settings["boosting"] = experiment.ensemble.boosting
         return Declaration(
             address=Address(experiment.name, "eval", table),
             dimensions=dimensions,
             builder=f"table {table}",
             version=TABLE_VERSION,
-            settings={"members": experiment.ensemble.members} | ({"seeds": experiment.ensemble.seeds} if dimensions == "layer" else {}),
+            settings=settings,
             inputs=tuple(Input(each.address.name, each) for each in inputs),
             source=experiment.source,
             seeds=tuple(experiment.ensemble.seeds),
@@ -117,7 +124,7 @@ def stability_op(subject: Subject) -> Op:
     def make(workplace: Workplace, tasks: Sequence[Task]) -> None:
         (task,) = tasks
         with workplace.compute.measure() as measurement:
-            rows = list(_stability_rows(subject, workplace.store, task.partition))
+            rows = list(_stability_rows(subject, workplace, task.partition))
         workplace.store.write_table(*task.where, task.recipe, workplace.provenance() | vars(measurement), frame("stability", rows))
 
     return Op(f"{experiment.name}__eval__stability", (stability,), make, on_device=True)
@@ -126,23 +133,31 @@ def stability_op(subject: Subject) -> Op:
 def _evaluate(workplace: Workplace, subject: Subject, partition: Partition) -> dict[str, EnsembleEvaluation]:
     """Evaluations by ensemble name and by baseline name."""
     import saeens_models as sm
-    from saeens_models.evaluation import evaluate_ensembles
+    from saeens_models.evaluation import evaluate_ensembles, streaming_memory
+    from saeens_models.metrics import MemoryBudgetError
 
-    store, device = workplace.store, workplace.compute.resolve()
+    experiment, store, device = subject.experiment, workplace.store, workplace.compute.resolve()
     ensembles: dict[str, Bagging | Boosting] = {
         each.address.name: sm.load_ensemble(store.require(each.address, partition).path) for each in (subject.bagging, subject.boosting)
     }
     for _, _, baseline in subject.baselines:
         ensembles[baseline.address.name] = sm.Bagging([sm.load_sae(store.require(baseline.address, partition).path)])
     reader = open_reader(store, subject.activations, partition)
-    with progress.task(f"{subject.experiment.name}/eval, {partition}", reader.n_rows("test")) as advance:
+    with progress.task(f"{experiment.name}/eval, {partition}", reader.n_rows("test")) as advance:
 
         def chunks() -> Iterator[Tensor]:
             for chunk in reader.chunks("test"):
                 yield chunk.to(device)
                 advance(len(chunk))
 
-        return evaluate_ensembles({name: ensemble.to(device) for name, ensemble in ensembles.items()}, chunks())
+        on_device = {name: ensemble.to(device) for name, ensemble in ensembles.items()}
+        try:
+            return evaluate_ensembles(on_device, chunks(), int(experiment.evaluation_memory_gb * 1e9))
+        except MemoryBudgetError as error:
+            raise SaeensError(
+                f"evaluation_memory_gb: {experiment.evaluation_memory_gb:g} is too little to evaluate {experiment.name}, {partition}; "
+                f"{math.ceil(streaming_memory(ensembles.values()) / 1e7) / 100:g} is enough for any number of test tokens"
+            ) from error
 
 
 def _sizes(
@@ -190,9 +205,11 @@ def _member_rows(subject: Subject, store: Store, partition: Partition, evaluatio
 
 
 def _cost_rows(subject: Subject, store: Store, partition: Partition) -> Iterator[Row]:
+    mode = subject.experiment.ensemble.boosting
+    n_residuals = 0 if mode == "concurrent" else subject.experiment.ensemble.members - 1
     residuals = [
         store.require(Address(subject.experiment.name, "boosting", f"residual_{j}"), partition).provenance
-        for j in range(1, subject.experiment.ensemble.members)
+        for j in range(1, n_residuals + 1)
     ]
     for method, n, saes in subject.methods(store, partition):
         each = [sae.provenance for sae in saes]
@@ -204,11 +221,11 @@ def _cost_rows(subject: Subject, store: Store, partition: Partition) -> Iterator
             "train_seconds": sum(sae["train_seconds"] for sae in each),
             "residual_flops": float(sum(made["flops"] for made in passes)),
             "residual_seconds": sum((made["seconds"] for made in passes), 0.0),
-            "peak_memory_bytes": (sum(peaks) if method == "bagging" else max(peaks)) if peaks else None,
+            "peak_memory_bytes": (sum(peaks) if method == "bagging" or mode == "concurrent" else max(peaks)) if peaks else None,
             "inference_flops_per_token": float(sum(sae["inference_flops_per_token"] for sae in each)),
             "device": each[0]["device"],
             "dtype": each[0]["dtype"],
-            "boosting_mode": "sequential" if method == "boosting" else None,
+            "boosting_mode": mode if method == "boosting" else None,
         }
 
 
@@ -224,34 +241,41 @@ def _curve_rows(subject: Subject, store: Store, partition: Partition) -> Iterato
         yield from (row | point for point in pl.read_parquet(sae.path / CURVE_FILE).iter_rows(named=True))
 
 
-def _stability_rows(subject: Subject, store: Store, partition: Partition) -> Iterator[Row]:
+def _stability_rows(subject: Subject, workplace: Workplace, partition: Partition) -> Iterator[Row]:
+    store, device = workplace.store, workplace.compute.resolve()
+    seeds = [Partition(partition.layer, seed) for seed in subject.experiment.ensemble.seeds]
+    bagging, boosting = (
+        _stability_of_sizes([subject.members(store, ensemble, where) for where in seeds], device)
+        for ensemble in (subject.bagging, subject.boosting)
+    )
+    for of_seeds in zip(*(subject.methods(store, where) for where in seeds), strict=True):
+        method, n, _ = of_seeds[0]
+        sizes = {"single": bagging, "bagging": bagging, "boosting": boosting}.get(method)
+        (values,) = sizes[n - 1 : n] if sizes else _stability_of_sizes([saes for _, _, saes in of_seeds], device)
+        for i, (where, (_, _, saes)) in enumerate(zip(seeds, of_seeds, strict=True)):
+            row = subject.row(store, where, method, n, [sae.data_version for sae in saes])
+            yield row | {"n_runs": len(seeds)} | {name: value[i] for name, value in values.items()}
+
+
+def _stability_of_sizes(runs: Sequence[Sequence[Artefact]], device: str) -> list[dict[str, Sequence[float | None]]]:
+    """For n = 1 .. J, how stable the first n SAEs of each run are: by column, a number for each run."""
     import torch
 
     import saeens_models as sm
 
-    seeds = [Partition(partition.layer, seed) for seed in subject.experiment.ensemble.seeds]
-    loaded: dict[str, Tensor] = {}
+    nothing: list[float | None] = [None] * len(runs)
+    if len(runs) == 1:
+        return [dict.fromkeys(("stability", "stability_pairwise", "stability_matched"), nothing)] * len(runs[0])
+    dictionaries = [[sm.load_sae(sae.path).W_dec.detach().to(device) for sae in saes] for saes in runs]
 
-    def dictionary(saes: Sequence[Artefact]) -> Tensor:
-        for sae in saes:
-            if sae.data_version not in loaded:
-                loaded[sae.data_version] = sm.load_sae(sae.path).W_dec.detach()
-        return torch.cat([loaded[sae.data_version] for sae in saes])
+    def matched(n: int) -> Sequence[float | None]:
+        of_runs = [torch.cat(members[:n]) for members in dictionaries]
+        return sm.metrics.stability_matched(of_runs) if len(of_runs[0]) <= MATCHED_UP_TO else nothing
 
-    for of_seeds in zip(*(subject.methods(store, where) for where in seeds), strict=True):
-        dictionaries = [dictionary(saes) for _, _, saes in of_seeds]
-        several = len(seeds) > 1
-        nothing: list[float | None] = [None] * len(seeds)
-        values = {
-            "stability": sm.metrics.stability(dictionaries) if several else nothing,
-            "stability_pairwise": sm.metrics.stability_pairwise(dictionaries) if several else nothing,
-            "stability_matched": sm.metrics.stability_matched(dictionaries)
-            if several and len(dictionaries[0]) <= MATCHED_UP_TO
-            else nothing,
-        }
-        for i, (where, (method, n, saes)) in enumerate(zip(seeds, of_seeds, strict=True)):
-            row = subject.row(store, where, method, n, [sae.data_version for sae in saes])
-            yield row | {"n_runs": len(seeds)} | {name: value[i] for name, value in values.items()}
+    return [
+        {"stability": size.stability, "stability_pairwise": size.pairwise, "stability_matched": matched(n)}
+        for n, size in enumerate(sm.metrics.stability_of_prefixes(dictionaries), start=1)
+    ]
 
 
 _MEASURED = {"reconstruction": _reconstruction_rows, "members": _member_rows, "coactivation": _coactivation_rows}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from saeens_pipeline import progress
 from saeens_pipeline.assets.declarations import Declaration, Input, Op, Reference, Task, Workplace
@@ -47,30 +47,14 @@ def sae_op(
     targets: Sequence[Target],
     given: Reference,
     *,
-    after: tuple[Input, ...] = (),
     twin: Reference | None = None,
 ) -> Op:
     """Declare SAEs that are trained together on one stream of `given` (activations or a residual).
 
-    `twin`: an SAE that may have the same recipe. Where it has, its files are linked instead of training them again.
+    `twin`: an SAE made before these that may have the same recipe. Where it has, its files are linked instead of training
+    them again.
     """
-    outputs = tuple(
-        Declaration(
-            address=Address(experiment.name, target.kind, target.name),
-            dimensions="layer_and_seed",
-            builder="sae",
-            version=SAE_VERSION,
-            settings={"sae": experiment.complete_sae, "training": experiment.complete_training, "width": target.width, "l0": target.l0},
-            partition_settings=partial(_seeds, target.init_index),
-            inputs=(Input("activations", given), *after),
-            source=experiment.source,
-            seeds=tuple(experiment.ensemble.seeds),
-            kinds=frozenset({"pytorch"}),
-            tags=_tags(experiment, target),
-            description=target.description,
-        )
-        for target in targets
-    )
+    outputs = tuple(_declare(experiment, target, given, partial(_seeds, target.init_index), after=twin) for target in targets)
 
     def make(workplace: Workplace, tasks: Sequence[Task]) -> None:
         to_train = [task for task in tasks if not _adopt(workplace, task, twin)]
@@ -80,10 +64,61 @@ def sae_op(
     return Op(name, outputs, make, on_device=True)
 
 
+def concurrent_rounds_op(name: str, experiment: ExperimentSettings, rounds: Sequence[Target], given: Reference, *, twin: Reference) -> Op:
+    """Declare boosting rounds that are trained in one pass over `given`, each on what those before it leave.
+
+    What decides a round is `given`, the settings and the initial weights of the rounds before it: round 1 is decided as its
+    `twin` is, and linked where that is there. No round depends on those after it, and so what is missing is made by training
+    all rounds up to the last that is missing.
+    """
+    outputs: list[Declaration] = []
+    for number, target in enumerate(rounds):
+        seeds = partial(_seeds_of_round, tuple(each.init_index for each in rounds[: number + 1]))
+        outputs.append(_declare(experiment, target, given, seeds, after=outputs[-1] if outputs else twin))
+
+    def make(workplace: Workplace, tasks: Sequence[Task]) -> None:
+        to_train = [task for task in tasks if not _adopt(workplace, task, twin)]
+        if to_train:
+            _train_rounds(workplace, to_train, given, outputs)
+
+    return Op(name, tuple(outputs), make, on_device=True)
+
+
+def _declare(
+    experiment: ExperimentSettings,
+    target: Target,
+    given: Reference,
+    seeds: Callable[[Partition], Mapping[str, Any]],
+    after: Reference | None,
+) -> Declaration:
+    return Declaration(
+        address=Address(experiment.name, target.kind, target.name),
+        dimensions="layer_and_seed",
+        builder="sae",
+        version=SAE_VERSION,
+        settings={"sae": experiment.complete_sae, "training": experiment.complete_training, "width": target.width, "l0": target.l0},
+        partition_settings=seeds,
+        inputs=(Input("activations", given), *([Input(after.address.name, after, decides=False)] if after else [])),
+        source=experiment.source,
+        seeds=tuple(experiment.ensemble.seeds),
+        kinds=frozenset({"pytorch"}),
+        tags=_tags(experiment, target),
+        description=target.description,
+    )
+
+
 def _seeds(init_index: int, partition: Partition) -> dict[str, int]:
     """The SAEs of one ensemble see the same data in the same order and differ in their initial weights; ensembles differ in both."""
     assert partition.seed is not None, "SAEs are partitioned by layer and seed"
     return {"init_seed": init_seed(partition.seed, init_index), "data_seed": partition.seed}
+
+
+def _seeds_of_round(init_indices: Sequence[int], partition: Partition) -> dict[str, Any]:
+    """Those of the last of some concurrent rounds: the initial weights of the others decide what it was given."""
+    assert partition.seed is not None, "SAEs are partitioned by layer and seed"
+    *before, own = init_indices
+    others = {"concurrent_with_init_seeds": [init_seed(partition.seed, index) for index in before]} if before else {}
+    return _seeds(own, partition) | others
 
 
 def validate_targets(experiment: ExperimentSettings, d_in: int) -> None:
@@ -105,7 +140,38 @@ def _adopt(workplace: Workplace, task: Task, twin: Reference | None) -> bool:
     return other is not None
 
 
+class _Trained(NamedTuple):
+    """An SAE, how its training went, and what that took."""
+
+    sae: SAE
+    curve: list[CurvePoint]
+    provenance: dict[str, Any]
+
+
 def _train(workplace: Workplace, tasks: Sequence[Task], given: Reference) -> None:
+    import saeens_models as sm
+
+    for task, trained in zip(tasks, _fit(workplace, tasks, given, sm.train), strict=True):
+        _write(workplace, task, trained, given.address.name)
+
+
+def _train_rounds(workplace: Workplace, tasks: Sequence[Task], given: Reference, rounds: Sequence[Declaration]) -> None:
+    """Write the rounds that are asked for. Those before them are trained again where they are there: not their last weights alone
+    decide what is left, but those of every step."""
+    import saeens_models as sm
+
+    partition = tasks[0].partition
+    asked = {task.declaration.address for task in tasks}
+    last = max(number for number, each in enumerate(rounds) if each.address in asked)
+    trained_tasks = [Task(each, partition, each.recipe(workplace.store, partition)) for each in rounds[: last + 1]]
+    fitted = _fit(workplace, trained_tasks, given, sm.train_boosting_concurrently)
+    for number, (task, trained) in enumerate(zip(trained_tasks, fitted, strict=True)):
+        if task.declaration.address in asked:
+            _write(workplace, task, trained, f"residual_{number}" if number else given.address.name)
+
+
+def _fit(workplace: Workplace, tasks: Sequence[Task], given: Reference, train: Callable[..., list[SAE]]) -> list[_Trained]:
+    """Train the SAEs of some tasks on one stream of `given` with `sm.train`, or what is called as it is."""
     import saeens_models as sm
 
     store, partition = workplace.store, tasks[0].partition
@@ -137,11 +203,11 @@ def _train(workplace: Workplace, tasks: Sequence[Task], given: Reference) -> Non
             for curve, point in zip(curves, points, strict=True):
                 curve.append(point)
 
-        saes = sm.train(configs, batches(), training, observe)
+        saes = train(configs, batches(), training, observe)
 
-    metadata = _saelens_metadata(store, tasks[0].declaration.source, partition) | {"trained_on": given.address.name}
     flops = [config.train_flops_per_token * statistics.rows for config in configs]
-    for task, sae, curve, own_flops in zip(tasks, saes, curves, flops, strict=True):
+    fitted: list[_Trained] = []
+    for sae, curve, own_flops in zip(saes, curves, flops, strict=True):
         share = own_flops / sum(flops)
         provenance = workplace.provenance() | {
             "train_tokens": statistics.rows,
@@ -153,19 +219,19 @@ def _train(workplace: Workplace, tasks: Sequence[Task], given: Reference) -> Non
             "dtype": "float32",
             "last_step": curve[-1]._asdict(),
         }
-        _write(workplace, task, sae.cpu(), curve=curve, provenance=provenance, metadata=metadata)
+        fitted.append(_Trained(sae.cpu(), curve, provenance))
+    return fitted
 
 
-def _write(
-    workplace: Workplace, task: Task, sae: SAE, *, curve: Sequence[CurvePoint], provenance: dict[str, Any], metadata: dict[str, Any]
-) -> None:
+def _write(workplace: Workplace, task: Task, trained: _Trained, trained_on: str) -> None:
     import polars as pl
 
     import saeens_models as sm
 
-    with workplace.store.write_folder(*task.where, task.recipe, provenance) as folder:
-        sm.save_sae(sae, folder, metadata)
-        pl.DataFrame([point._asdict() for point in curve]).write_parquet(folder / CURVE_FILE)
+    metadata = _saelens_metadata(workplace.store, task.declaration.source, task.partition) | {"trained_on": trained_on}
+    with workplace.store.write_folder(*task.where, task.recipe, trained.provenance) as folder:
+        sm.save_sae(trained.sae, folder, metadata)
+        pl.DataFrame([point._asdict() for point in trained.curve]).write_parquet(folder / CURVE_FILE)
 
 
 def _saelens_metadata(store: Store, source: str, partition: Partition) -> dict[str, Any]:

@@ -17,7 +17,7 @@ TOKENS_VERSION = 1
 ACTIVATIONS_VERSION = 1
 BATCH_WINDOWS = 32
 
-_TOKEN_FIELDS = ("context_length", "packing", "drop", "train_tokens", "test_tokens")
+_TOKEN_FIELDS = ("context_length", "packing", "windows_per_document", "drop", "train_tokens", "test_tokens")
 
 
 def activations_of(source: str) -> Reference:
@@ -121,9 +121,12 @@ def source_ops(settings: SourceSettings) -> list[Op]:
 
 
 def validate_source(settings: SourceSettings, layers: Sequence[int]) -> LanguageModelDescription:
-    """Find out before anything is spent whether the language model is there and has these layers and this hook."""
+    """Find out before anything is spent whether the language model is there, has these layers and this hook, and takes such tokens."""
+    from saeens_pipeline.language_models.tokens import validate_token_settings
+
     description = _language_model(settings)
     validate_hook(description, settings.hook, layers)
+    validate_token_settings(description, **settings.model_dump(include=set(_TOKEN_FIELDS)))
     return description
 
 

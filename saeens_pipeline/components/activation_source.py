@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 import dagster as dg
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationInfo, field_validator
 
 from saeens_pipeline.language_models.corpora import open_corpus
 from saeens_pipeline.storage.names import validate_name
@@ -27,6 +27,7 @@ class SourceSettings(BaseModel):
     layers: list[Annotated[int, Field(ge=0)]] = Field(min_length=1, description="layers of the language model, from 0")
     context_length: PositiveInt = Field(description="tokens of a window")
     packing: Literal["concatenate", "document"] = Field("concatenate", description="document: windows inside one document")
+    windows_per_document: PositiveInt | None = Field(None, description="at most so many, evenly spread (packing: document); none: all")
     drop: list[Literal["special", "padding", "first"]] = Field([], description="positions that give no activation row; first is position 0")
     train_tokens: PositiveInt = Field(description="activation rows for training")
     test_tokens: PositiveInt = Field(description="activation rows for evaluation")
@@ -37,6 +38,13 @@ class SourceSettings(BaseModel):
     def _corpus_exists(cls, corpus: str) -> str:
         open_corpus(corpus)
         return corpus
+
+    @field_validator("windows_per_document")
+    @classmethod
+    def _inside_documents(cls, windows: int | None, info: ValidationInfo) -> int | None:
+        if windows is not None and info.data.get("packing", "document") != "document":
+            raise ValueError("a limit per document needs packing: document")
+        return windows
 
     @field_validator("layers", "drop")
     @classmethod

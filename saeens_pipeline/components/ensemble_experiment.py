@@ -82,6 +82,9 @@ class EnsembleSettings(BaseModel):
 
     members: int = Field(ge=1, le=MAX_MEMBERS, description="SAEs per ensemble, J")
     seeds: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field(min_length=1, description="ensemble seeds; stability compares them")
+    boosting: Literal["sequential", "concurrent"] = Field(
+        "sequential", description="rounds one after another, or all in one pass over the activations"
+    )
 
     _seeds_differ = field_validator("seeds")(_no_repetition)
 
@@ -109,6 +112,9 @@ class ExperimentSettings(BaseModel):
     evaluations: list[Evaluation] = Field(
         ["reconstruction", "members", "coactivation", "stability", "cost", "training_curves"], description="tables to fill"
     )
+    evaluation_memory_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        8.0, description="most memory that connectivity may take, in GB of 10^9 bytes; decides no result"
+    )
 
     _no_repetition = field_validator("baselines", "evaluations")(_no_repetition)
 
@@ -123,6 +129,8 @@ class ExperimentSettings(BaseModel):
     def _consistent(self) -> ExperimentSettings:
         if isinstance(self.expanded_sizes, list) and max(self.expanded_sizes) > self.ensemble.members:
             raise ValueError(f"expanded_sizes: {max(self.expanded_sizes)} is more than the ensemble's {self.ensemble.members} members")
+        if self.keep_residuals == "all" and self.ensemble.boosting == "concurrent":
+            raise ValueError("keep_residuals: all, but ensemble.boosting: concurrent makes no residuals; write none, or leave it out")
         if "expanded_l0_matched" in self.baselines:
             from saeens_models.architectures import validate_l0_multiple
 

@@ -83,7 +83,7 @@ def describe_language_model(name: str, revision: str = "main") -> LanguageModelD
 def validate_hook(description: LanguageModelDescription, hook: str, layers: Collection[int]) -> None:
     """Raise ConfigurationError for a layer or a named hook that the model does not have, without loading its weights.
 
-    Whether a module path exists is known only when the model is loaded: `LanguageModel.activations` checks it.
+    Whether the hook's modules are there is seen in the model's structure: `validate_modules` builds that.
     """
     if not layers:
         raise ConfigurationError(f"no layers given: {description.name} has layers 0 to {description.n_layers - 1}")
@@ -101,6 +101,19 @@ def validate_hook(description: LanguageModelDescription, hook: str, layers: Coll
     raise ConfigurationError(
         f"hook {hook!r} is not known; available: {available}, or a module path with {{layer}}, such as 'model.layers.{{layer}}.mlp'"
     )
+
+
+def validate_modules(description: LanguageModelDescription, hook: str, layers: Collection[int]) -> None:
+    """Raise ConfigurationError where a layer lacks the module of a hook, or where transformers does not know the architecture.
+
+    Builds the model's structure without weights or memory for them; takes the seconds that transformers needs to be imported.
+    """
+    import torch
+
+    with torch.device("meta"):
+        model = load_language_model(description, "random", device="meta")
+    for layer in layers:
+        model.module(hook, layer)
 
 
 def load_language_model(
@@ -206,7 +219,7 @@ class LanguageModel:
 
     @contextmanager
     def _register(self, hook: str, layer: int, capture: Callable[[int, Any], None]) -> Iterator[None]:
-        module = self._module(hook, layer)
+        module = self.module(hook, layer)
         if hook == "resid_pre":
             handle = module.register_forward_pre_hook(
                 lambda _, args, kwargs: capture(layer, args[0] if args else kwargs["hidden_states"]), with_kwargs=True
@@ -218,7 +231,8 @@ class LanguageModel:
         finally:
             handle.remove()
 
-    def _module(self, hook: str, layer: int) -> torch.nn.Module:
+    def module(self, hook: str, layer: int) -> torch.nn.Module:
+        """The module whose input or output `hook` is. Raises ConfigurationError for one that does not exist."""
         if hook in ("resid_pre", "resid_post"):
             return self._blocks[layer]
         if hook in ("attn_out", "mlp_out"):

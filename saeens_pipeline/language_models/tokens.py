@@ -13,7 +13,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
@@ -22,6 +22,7 @@ import numpy as np
 
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models.corpora import Corpus, Document, Split
+from saeens_pipeline.storage.activations import require_free_disk
 
 if TYPE_CHECKING:
     import polars as pl
@@ -78,6 +79,7 @@ def write_tokens(
     drop: Collection[Drop],
     train_tokens: int,
     test_tokens: int,
+    windows_per_document: int | None = None,
     report: Callable[[int, int], None] = lambda rows, total_rows: None,
 ) -> TokenStatistics:
     """Tokenise as many documents as give exactly `train_tokens` and `test_tokens` kept positions, and write them to `path`.
@@ -87,14 +89,26 @@ def write_tokens(
     drop: positions that do not become activation rows: `special` tokens, `first` (position 0 of every window, which models
     use as an attention sink), `padding` (never a row; may be said). Documents are encoded as the model's tokenizer encodes
     a text, with the special tokens that it adds.
+    windows_per_document: with packing `document`, at most so many windows of each document, spread evenly over it, so that the
+    same number of rows comes from more documents; None takes all.
 
     Memory is bounded by about a million characters of documents and one chunk of windows, plus the documents' names.
-    Raises ConfigurationError for settings that cannot be, SaeensError where the corpus has fewer rows than asked.
+    Raises ConfigurationError as `validate_token_settings` does, SaeensError where the disk is too small (before anything is
+    written) and where the corpus has fewer rows than asked.
     """
     import polars as pl
     import zarr
 
-    _validate(description, context_length, packing, drop, {"train": train_tokens, "test": test_tokens})
+    validate_token_settings(
+        description,
+        context_length=context_length,
+        packing=packing,
+        windows_per_document=windows_per_document,
+        drop=drop,
+        train_tokens=train_tokens,
+        test_tokens=test_tokens,
+    )
+    require_free_disk(path, (train_tokens + test_tokens) * _position_bytes(description.vocab_size), "writing tokens")
     tokenizer = _load_tokenizer(description)
     separator = _separator(description) if packing == "concatenate" else None
     never_kept = _special_ids(tokenizer, description) if "special" in drop else np.empty(0, np.int64)
@@ -106,7 +120,11 @@ def write_tokens(
         used: list[Document] = []
         encoded = _encode(tokenizer, corpus.documents(split), description, separator, used)
         writer = _SplitWriter(group.create_group(split), context_length, description.vocab_size, padding=separator or 0)
-        for window in _windows(encoded, context_length, packing):
+        if packing == "document":
+            windows = _document_windows(encoded, context_length, windows_per_document)
+        else:
+            windows = _stream_windows(encoded, context_length)
+        for window in windows:
             kept = ~np.isin(window.tokens, never_kept)
             if "first" in drop:
                 kept[0] = False
@@ -117,9 +135,13 @@ def write_tokens(
             if writer.rows == wanted[split]:
                 break
         if writer.rows < wanted[split]:
+            limit, way_out = "", ""
+            if windows_per_document is not None:
+                limit, way_out = f", windows_per_document: {windows_per_document}", ", or raise `windows_per_document`"
             raise SaeensError(
-                f"the corpus' {split} split has {writer.rows:,} activation rows with packing: {packing} and drop: [{', '.join(drop)}], "
-                f"but {wanted[split]:,} were asked for: lower `{split}_tokens` to at most {writer.rows:,}"
+                f"the corpus' {split} split has {writer.rows:,} activation rows with packing: {packing}{limit} and "
+                f"drop: [{', '.join(drop)}], but {wanted[split]:,} were asked for: "
+                f"lower `{split}_tokens` to at most {writer.rows:,}{way_out}"
             )
         statistics[split] = writer.finish()
         documents += [(split, i, d.name, d.language) for i, d in enumerate(used[: statistics[split].documents])]
@@ -128,6 +150,35 @@ def write_tokens(
     result = TokenStatistics(**statistics)
     group.attrs.update({"context_length": context_length, "packing": packing, "drop": sorted(drop), "statistics": asdict(result)})
     return result
+
+
+def validate_token_settings(
+    description: LanguageModelDescription,
+    *,
+    context_length: int,
+    packing: str,
+    windows_per_document: int | None,
+    drop: Collection[str],
+    train_tokens: int,
+    test_tokens: int,
+) -> None:
+    """Raise ConfigurationError for settings of `write_tokens` that cannot be, of themselves or with this language model."""
+    if packing not in get_args(Packing):
+        raise ConfigurationError(f"packing: {packing!r} is not known; allowed: {', '.join(get_args(Packing))}")
+    if packing == "concatenate":
+        _separator(description)
+    unknown = sorted(set(drop) - set(get_args(Drop)))
+    if unknown:
+        raise ConfigurationError(f"drop: {', '.join(map(repr, unknown))} is not known; allowed: {', '.join(get_args(Drop))}")
+    if not MIN_WINDOW <= context_length <= description.context_length:
+        raise ConfigurationError(
+            f"context_length: {context_length} is not possible: {description.name} takes {MIN_WINDOW} to {description.context_length}"
+        )
+    if windows_per_document is not None and packing != "document":
+        raise ConfigurationError(f"windows_per_document: {windows_per_document} is for packing: document, and packing is {packing}")
+    for name, value in (("windows_per_document", windows_per_document), ("train_tokens", train_tokens), ("test_tokens", test_tokens)):
+        if value is not None and value < 1:
+            raise ConfigurationError(f"{name}: {value} is not possible: at least 1")
 
 
 def open_tokens(path: Path) -> TokenStore:
@@ -180,16 +231,30 @@ class _Window(NamedTuple):
     position: np.ndarray
 
 
+def _dtypes(vocab_size: int) -> dict[str, np.dtype[Any]]:
+    return {
+        "tokens": np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32),
+        "kept": np.dtype(np.bool_),
+        "document": np.dtype(np.int32),
+        "position": np.dtype(np.int32),
+    }
+
+
+def _position_bytes(vocab_size: int) -> int:
+    """What one position takes before compression, which more than makes up for padding and positions that are dropped."""
+    return sum(dtype.itemsize for dtype in _dtypes(vocab_size).values())
+
+
 class _SplitWriter:
     """Collects windows to whole chunks and appends them to the arrays of one split."""
 
     def __init__(self, group: zarr.Group, context_length: int, vocab_size: int, padding: int) -> None:
         self.rows = self._tokens = self._windows = self._documents = self._filled = 0
         chunk_windows = max(1, _CHUNK_TOKENS // context_length)
-        token_type = np.uint16 if vocab_size <= 2**16 else np.uint32
-        fills = {"tokens": (token_type, padding), "kept": (np.bool_, False), "document": (np.int32, _PADDING), "position": (np.int32, 0)}
-        self._padding = {name: fill for name, (_, fill) in fills.items()}
-        self._buffers = {name: np.full((chunk_windows, context_length), fill, dtype) for name, (dtype, fill) in fills.items()}
+        self._padding = {"tokens": padding, "kept": False, "document": _PADDING, "position": 0}
+        self._buffers = {
+            name: np.full((chunk_windows, context_length), self._padding[name], dtype) for name, dtype in _dtypes(vocab_size).items()
+        }
         self._arrays = {
             name: group.create_array(name, shape=(0, context_length), chunks=buffer.shape, dtype=buffer.dtype)
             for name, buffer in self._buffers.items()
@@ -218,8 +283,19 @@ class _SplitWriter:
         self._filled = 0
 
 
-def _windows(encoded: Iterator[np.ndarray], context_length: int, packing: Packing) -> Iterator[_Window]:
-    """Cut documents into windows; all are of `context_length` tokens but the last of a document, or of the stream."""
+def _document_windows(encoded: Iterator[np.ndarray], context_length: int, limit: int | None) -> Iterator[_Window]:
+    """Cut each document by itself into windows of `context_length` tokens and a shorter last one; `limit` of them, evenly spread."""
+    for index, ids in enumerate(encoded):
+        starts = np.arange(0, len(ids) - MIN_WINDOW + 1, context_length)
+        if limit is not None and len(starts) > limit:
+            starts = starts[np.linspace(0, len(starts) - 1, limit).round().astype(int)]
+        for start in starts:
+            tokens = ids[start : start + context_length]
+            yield _Window(tokens, np.full(len(tokens), index), start + np.arange(len(tokens)))
+
+
+def _stream_windows(encoded: Iterator[np.ndarray], context_length: int) -> Iterator[_Window]:
+    """Cut all documents as one stream; all windows are of `context_length` tokens but the last."""
     rest = _Window(*(np.empty(0, np.int64) for _ in _Window._fields))
     for index, ids in enumerate(encoded):
         document = _Window(ids, np.full(len(ids), index), np.arange(len(ids)))
@@ -228,10 +304,6 @@ def _windows(encoded: Iterator[np.ndarray], context_length: int, packing: Packin
         for start in range(0, whole, context_length):
             yield _Window(*(values[start : start + context_length] for values in stream))
         rest = _Window(*(values[whole:] for values in stream))
-        if packing == "document":
-            if len(rest.tokens) >= MIN_WINDOW:
-                yield rest
-            rest = _Window(*(values[:0] for values in rest))
     if len(rest.tokens) >= MIN_WINDOW:
         yield rest
 
@@ -292,20 +364,3 @@ def _separator(description: LanguageModelDescription) -> int:
 def _special_ids(tokenizer: Tokenizer, description: LanguageModelDescription) -> np.ndarray:
     special = {token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     return np.array(sorted(special | ({description.end_of_text} if description.end_of_text is not None else set())), np.int64)
-
-
-def _validate(
-    description: LanguageModelDescription, context_length: int, packing: str, drop: Collection[str], wanted: Mapping[Split, int]
-) -> None:
-    if packing not in get_args(Packing):
-        raise ConfigurationError(f"packing: {packing!r} is not known; allowed: {', '.join(get_args(Packing))}")
-    unknown = sorted(set(drop) - set(get_args(Drop)))
-    if unknown:
-        raise ConfigurationError(f"drop: {', '.join(map(repr, unknown))} is not known; allowed: {', '.join(get_args(Drop))}")
-    if not MIN_WINDOW <= context_length <= description.context_length:
-        raise ConfigurationError(
-            f"context_length: {context_length} is not possible: {description.name} takes {MIN_WINDOW} to {description.context_length}"
-        )
-    for split, tokens in wanted.items():
-        if tokens < 1:
-            raise ConfigurationError(f"{split}_tokens: {tokens} is not possible: at least 1")

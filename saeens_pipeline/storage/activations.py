@@ -8,6 +8,8 @@ A store is a Zarr v3 group. For each split there is a group of that name with
   those of the activations that it is left of.
 * the attribute `statistics`, of the rows as stored: rows, mean, variance, mean_norm.
 
+A local store of this layout is read memory-mapped, any other layout through Zarr.
+
 Whatever reads a store reads whole chunks, and whatever is computed from it for storage is computed chunk by chunk, so
 that the same rows always meet in the same matrix product and give the same bits.
 """
@@ -16,7 +18,8 @@ from __future__ import annotations
 
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -24,6 +27,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import numpy as np
 
 from saeens_pipeline.errors import SaeensError
+from saeens_pipeline.storage.mixing import mix_chunks
+from saeens_pipeline.storage.shards import map_shards
 
 if TYPE_CHECKING:
     import torch
@@ -96,8 +101,20 @@ class ActivationReader(ABC):
         """Of the rows that reading the split gives."""
 
     @abstractmethod
+    def stored_chunk(self, split: str, index: int) -> torch.Tensor:
+        """The rows on disk that chunk `index` is made of, in the stored dtype.
+
+        Computes nothing, since `batches` calls it on a thread beside training. May lie in a mapped file and keep that open: writing
+        to it changes the tensor, not the file.
+        """
+
+    def derive(self, rows: torch.Tensor) -> torch.Tensor:
+        """What this reader makes of a stored chunk, in the stored dtype: for a store, the chunk itself."""
+        return rows
+
     def read_chunk(self, split: str, index: int) -> torch.Tensor:
         """Rows `[index * chunk_rows, (index + 1) * chunk_rows)` in the stored dtype; the last chunk may be shorter."""
+        return self.derive(self.stored_chunk(split, index))
 
     def n_chunks(self, split: str) -> int:
         """How many chunks the split has, the last one included that may be shorter."""
@@ -105,40 +122,39 @@ class ActivationReader(ABC):
 
     def chunks(self, split: str) -> Iterator[torch.Tensor]:
         """All rows in storage order, as float32 `[<= chunk_rows, d_in]`. Holds one chunk at a time."""
-        for index in range(self.n_chunks(split)):
-            yield self.read_chunk(split, index).float()
+        import torch
 
-    def batches(self, split: str, batch_tokens: int, *, seed: int, epochs: int = 1, mixing_chunks: int = 64) -> Iterator[torch.Tensor]:
+        for index in range(self.n_chunks(split)):
+            yield self.read_chunk(split, index).to(torch.float32, copy=True)  # a copy, so that no file stays open
+
+    def batches(self, split: str, batch_tokens: int, *, seed: int, epochs: int = 1, mixing_chunks: int = 64) -> Generator[torch.Tensor]:
         """Shuffled rows, as float32 `[batch_tokens, d_in]`; the very last batch may be shorter.
 
         Each epoch takes the chunks in another random order, `mixing_chunks` at a time, and shuffles the rows of those together:
         every row comes exactly once per epoch. The order of rows depends on seed, chunks and mixing_chunks, not on batch_tokens,
-        and a batch may hold the end of one epoch and the beginning of the next. Holds `mixing_chunks` chunks (up to 2 MiB each).
+        and a batch may hold the end of one epoch and the beginning of the next.
+        A thread reads the next chunks meanwhile; it ends with this iterator, also with one that is closed early.
+
+        Memory: two mixing buffers, each of `mixing_chunks` chunks (of up to 2 MiB: 256 MiB in all by default) or of the split,
+        whichever is smaller; 8 bytes for each of their rows; one batch in the stored dtype, and the one that is given.
         """
         import torch
 
-        batch, filled = torch.empty(batch_tokens, self.d_in), 0
-        for epoch in range(epochs):
-            for rows, order in self._shuffled(split, np.random.default_rng([seed, epoch]), mixing_chunks):
+        if min(batch_tokens, mixing_chunks) < 1:
+            raise ValueError(f"batch_tokens = {batch_tokens}, mixing_chunks = {mixing_chunks}: both are at least 1")
+        batch, filled = torch.empty(batch_tokens, self.d_in, dtype=getattr(torch, self.dtype)), 0
+        with closing(mix_chunks(self, split, seed=seed, epochs=epochs, mixing_chunks=mixing_chunks)) as mixed:
+            for rows, order in mixed:
                 start = 0
                 while start < len(order):
                     taken = order[start : start + batch_tokens - filled]
-                    batch[filled : filled + len(taken)] = rows[taken]
+                    torch.index_select(rows, 0, taken, out=batch[filled : filled + len(taken)])
                     start, filled = start + len(taken), filled + len(taken)
                     if filled == batch_tokens:
-                        yield batch
-                        batch, filled = torch.empty(batch_tokens, self.d_in), 0
+                        yield batch.to(torch.float32, copy=True)
+                        filled = 0
         if filled:
-            yield batch[:filled]
-
-    def _shuffled(self, split: str, generator: np.random.Generator, mixing_chunks: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The rows of several chunks, and the order in which to take them."""
-        import torch
-
-        chunk_order = generator.permutation(self.n_chunks(split))
-        for start in range(0, len(chunk_order), mixing_chunks):
-            rows = torch.cat([self.read_chunk(split, int(index)) for index in chunk_order[start : start + mixing_chunks]])
-            yield rows, torch.from_numpy(generator.permutation(len(rows)))
+            yield batch[:filled].to(torch.float32, copy=True)
 
 
 class ActivationStore(ActivationReader):
@@ -159,10 +175,11 @@ class ActivationStore(ActivationReader):
                 members = cast("zarr.Group", group[split])
                 self._arrays[split] = dict(members.arrays())
                 self._statistics[split] = ActivationStatistics.from_json(cast("dict[str, Any]", members.attrs["statistics"]))
-            activations = next(iter(self._arrays.values()))["activations"]
+            activations = {split: arrays["activations"] for split, arrays in self._arrays.items()}
+            self.d_in, self.chunk_rows = next((array.shape[1], array.chunks[0]) for array in activations.values())
         except (FileNotFoundError, KeyError, StopIteration) as error:
             raise SaeensError(f"{path} holds no activations, or only a part of them ({error}): make them again") from None
-        self.d_in, self.chunk_rows = activations.shape[1], activations.chunks[0]
+        self._shards = {split: map_shards(array) for split, array in activations.items() if array.chunks[0] == self.chunk_rows}
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -183,11 +200,12 @@ class ActivationStore(ActivationReader):
         """`[n]` int32: each row's place in its document, in tokens."""
         return self._array(split, "position")[:]
 
-    def read_chunk(self, split: str, index: int) -> torch.Tensor:
+    def stored_chunk(self, split: str, index: int) -> torch.Tensor:
         import torch
 
-        start = index * self.chunk_rows
-        values = torch.from_numpy(self._array(split, "activations")[start : start + self.chunk_rows])
+        array, start = self._array(split, "activations"), index * self.chunk_rows
+        shards = self._shards.get(split)
+        values = torch.from_numpy(shards.chunk(index) if shards else array[start : start + self.chunk_rows])
         return values.view(torch.bfloat16) if self.dtype == "bfloat16" else values
 
     def _array(self, split: str, name: str) -> Any:

@@ -16,6 +16,7 @@ import io
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 RECIPE_FILE = "recipe.json"
 FOOTER_KEY = "saeens"
+_MENDING = "It has to be restored, or made again, as `saeens run` does"
 
 
 def digest(value: object) -> str:
@@ -102,6 +104,10 @@ class MissingInputError(SaeensError):
     """An artefact that is needed first is not there."""
 
 
+class DamagedArtefactError(SaeensError):
+    """The files of an artefact are not those that its recipe lists, or the recipe cannot be read. It can only be made again."""
+
+
 @dataclass(frozen=True)
 class Store:
     """All artefacts below one root folder."""
@@ -111,10 +117,23 @@ class Store:
     def path(self, address: Address, partition: Partition) -> Path:
         return self.root / address.path(partition)
 
+    @property
+    def nearest_folder(self) -> Path:
+        """The root, or where it is not there yet, the nearest folder above it that is."""
+        return next(folder for folder in (self.root, *self.root.parents) if folder.exists())
+
+    def require_writable(self) -> None:
+        """Raise SaeensError unless files can be made in `nearest_folder`. Leaves nothing behind."""
+        try:
+            with tempfile.TemporaryFile(dir=self.nearest_folder):
+                pass
+        except OSError as error:
+            raise _unwritable(self.root, error) from error
+
     def find(self, address: Address, partition: Partition) -> Artefact | None:
         """The artefact at that address, or None. Costs milliseconds: names and sizes are compared, not contents.
 
-        Raises SaeensError where files are missing or have another size than the recipe says.
+        Raises DamagedArtefactError where files are missing or have another size than the recipe says.
         """
         path = self.path(address, partition)
         artefact = read_artefact(path) if _record_file(path).exists() else None
@@ -124,8 +143,11 @@ class Store:
         return artefact
 
     def hit(self, address: Address, partition: Partition, recipe: Recipe) -> Artefact | None:
-        """The artefact at that address, if it was made by this very recipe."""
-        artefact = self.find(address, partition)
+        """The artefact at that address, if it was made by this very recipe and is not damaged."""
+        try:
+            artefact = self.find(address, partition)
+        except DamagedArtefactError:
+            return None
         return artefact if artefact and artefact.recipe_hash == recipe.hash else None
 
     def require(self, address: Address, partition: Partition) -> Artefact:
@@ -221,13 +243,13 @@ def _write_record(
 
 
 def read_artefact(path: Path) -> Artefact:
-    """The artefact at a path, as its recipe describes it. Raises SaeensError for a recipe that cannot be read."""
+    """The artefact at a path, as its recipe describes it. Raises DamagedArtefactError for a recipe that cannot be read."""
     try:
         record = _read_record(path)
         files = {name: (size, sha256) for name, (size, sha256) in record["files"].items()}
-        return Artefact(path, record["recipe"], record["provenance"], files, record["data_version"])
+        return Artefact(path, Recipe(**record["recipe"]).to_json(), record["provenance"], files, record["data_version"])
     except Exception as error:
-        raise SaeensError(f"{_record_file(path)} cannot be read ({error}): remove {path} and run again to make it anew") from error
+        raise DamagedArtefactError(f"{_record_file(path)} cannot be read ({error}). {_MENDING}") from error
 
 
 def _record_file(path: Path) -> Path:
@@ -246,9 +268,7 @@ def _check_size(file: Path, size: int, address: Address) -> None:
     found = file.stat().st_size if file.is_file() else None
     if found != size:
         state = "is missing" if found is None else f"has {found} bytes"
-        raise SaeensError(
-            f"{address} is damaged: {file} {state}, its recipe says {size} bytes. Restore it, or remove its folder and run again"
-        )
+        raise DamagedArtefactError(f"{address} is damaged: {file} {state}, its recipe says {size} bytes. {_MENDING}")
 
 
 def _files_below(folder: Path) -> list[tuple[str, Path]]:
@@ -272,14 +292,16 @@ def _staging(final: Path) -> Iterator[Path]:
         if _retired(final).exists():  # a process was killed between the two renames of `_replace_folder`
             _remove(_retired(final)) if final.exists() else _retired(final).rename(final)
     except OSError as error:
-        raise SaeensError(
-            f"{final.parent} cannot be written ({error.strerror}): choose another root with SAEENS_DATA, or mend its permissions"
-        ) from error
+        raise _unwritable(final.parent, error) from error
     staging = final.parent / f".{final.name}.{os.getpid()}.partial"
     try:
         yield staging
     finally:
         _remove(staging)
+
+
+def _unwritable(folder: Path, error: OSError) -> SaeensError:
+    return SaeensError(f"{folder} cannot be written ({error.strerror}): choose another root with SAEENS_DATA, or mend its permissions")
 
 
 def is_alive(pid: int) -> bool:

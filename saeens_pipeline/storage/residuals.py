@@ -35,10 +35,13 @@ class ResidualView(ActivationReader):
     def n_rows(self, split: str) -> int:
         return self.origin.n_rows(split)
 
-    def read_chunk(self, split: str, index: int) -> torch.Tensor:
+    def stored_chunk(self, split: str, index: int) -> torch.Tensor:
+        return self.origin.stored_chunk(split, index)
+
+    def derive(self, rows: torch.Tensor) -> torch.Tensor:
         import torch
 
-        rows = self.origin.read_chunk(split, index)
+        rows = self.origin.derive(rows)
         with torch.no_grad():
             for number, apply_round in enumerate(self.rounds, start=1):
                 name = f"{self.name}, round {number} of {len(self.rounds)} on the fly,"

@@ -118,7 +118,7 @@ TABLES = {
                 Column("inference_flops_per_token", "float", "dense-equivalent operations to encode and decode one token"),
                 Column("device", "str", "where it was trained"),
                 Column("dtype", "str", "of the weights"),
-                Column("boosting_mode", "str", "sequential; null for other methods"),
+                Column("boosting_mode", "str", "sequential or concurrent; null for other methods"),
             ),
         ),
         Table(

@@ -8,8 +8,10 @@ from sklearn.metrics.pairwise import cosine_similarity
 from torch import Tensor
 
 import saeens_models as sm
+from saeens_models import evaluation
 from saeens_models.ensembles import Ensemble
-from saeens_models.evaluation import EnsembleEvaluation, evaluate_ensembles
+from saeens_models.evaluation import EnsembleEvaluation, evaluate_ensembles, streaming_memory
+from saeens_models.metrics import MemoryBudgetError
 
 D_IN, ROWS = 6, 150
 
@@ -120,3 +122,36 @@ def test_chunks_are_read_once(ensembles, x: Tensor):
     chunks = iter(x.split(50))
     evaluate_ensembles(ensembles, chunks)
     assert next(chunks, None) is None
+
+
+def test_the_memory_budget_changes_no_result(ensembles, evaluations, x: Tensor):
+    found = evaluate_ensembles(ensembles, [x], memory_budget=streaming_memory(ensembles.values()))
+    for name, expected in evaluations.items():
+        assert [size[:3] for size in found[name].sizes] == [size[:3] for size in expected.sizes]
+        assert [size.connectivity for size in found[name].sizes] == [size.connectivity for size in expected.sizes]
+
+
+def test_a_memory_budget_that_is_too_small_is_refused_at_once(ensembles):
+    with pytest.raises(MemoryBudgetError, match="memory_budget must be at least"):
+        evaluate_ensembles(ensembles, [], memory_budget=100)
+
+
+def test_no_dense_code_is_made_of_a_topk_sae(x: Tensor, monkeypatch: pytest.MonkeyPatch):
+    saes = _saes()[:2]
+    for sae in saes:
+        monkeypatch.setattr(sae, "encode", None)
+        monkeypatch.setattr(sae, "decode", None)
+    assert len(evaluate_ensembles({"boosting": sm.Boosting(saes)}, [x])["boosting"].sizes) == 2
+
+
+def test_rows_are_encoded_some_at_a_time(ensembles, evaluations, x: Tensor, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(evaluation, "_ENCODER_BYTES", {"cpu": 1})
+    given: list[int] = []
+    for sae in ensembles["bagging"]:
+        reconstruct = sae.reconstruct
+        monkeypatch.setattr(sae, "reconstruct", lambda rows, reconstruct=reconstruct: given.append(len(rows)) or reconstruct(rows))
+    found = evaluate_ensembles(ensembles, [x])
+    assert given == [64] * 6 + [ROWS - 128] * 3
+    for name, expected in evaluations.items():
+        for size, whole in zip(found[name].sizes, expected.sizes, strict=True):
+            assert dict(size.reconstruction) == pytest.approx(dict(whole.reconstruction), rel=1e-5)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,11 +15,32 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from scipy import sparse
 
-from saeens_models.metrics import ConnectivityMetric, coactivation, connectivity
+from saeens_models import metrics
+from saeens_models.metrics import ConnectivityMetric, MemoryBudgetError, coactivation, connectivity, streaming_memory
+from saeens_models.sparse_code import SparseCode
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())["metrics"]
 TENSORS = load_file(GOLDEN / "tensors.safetensors")
+COMPILED = coactivation._compiled
+
+
+@pytest.fixture(params=["numba", "numpy"], autouse=True)
+def _implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test with the machine code, and with what takes its place where numba cannot be imported."""
+    if request.param == "numpy":
+        monkeypatch.setattr(coactivation, "_compiled", lambda: None)
+    else:
+        assert coactivation._compiled() is not None
+
+
+def test_numba_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(metrics, "coactivation_compiled", raising=False)
+    monkeypatch.setitem(sys.modules, "saeens_models.metrics.coactivation_compiled", None)  # importing it raises ImportError
+    monkeypatch.setattr(coactivation, "_compiled", cache(COMPILED.__wrapped__))
+    assert coactivation._compiled() is None
+    z = random_codes(100, 130, 4)
+    assert connectivity(z) == dense_connectivity(z)
 
 
 def random_codes(n: int, m: int, l0: int, seed: int = 0) -> torch.Tensor:
@@ -63,7 +86,7 @@ def test_silent_features_count_as_never_firing_together() -> None:
 
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens are worked off a few hundred at a time, as with data far larger than a block."""
-    monkeypatch.setattr(coactivation, "_BLOCK_BYTES", 50_000)
+    monkeypatch.setattr(coactivation, "_TILE_BYTES", 12_500)
 
 
 def batches(z: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
@@ -79,7 +102,8 @@ def test_many_blocks_give_the_value_of_one(monkeypatch: pytest.MonkeyPatch) -> N
 def test_below_the_size_of_the_bit_matrix_codes_are_held_and_strips_passed(monkeypatch: pytest.MonkeyPatch) -> None:
     z = random_codes(2000, 2048, 6)
     small_blocks(monkeypatch)
-    budget = 200_000  # the bits take 270 kB
+    budget = 200_000
+    assert budget < streaming_memory(2048)
     metric = ConnectivityMetric(2048, memory_budget=budget)
     for batch in batches(z, 100):
         metric.update(batch)
@@ -92,11 +116,28 @@ def test_below_the_size_of_the_bit_matrix_codes_are_held_and_strips_passed(monke
 
 def test_codes_beyond_the_budget_say_which_budget_would_do(monkeypatch: pytest.MonkeyPatch) -> None:
     small_blocks(monkeypatch)
-    with pytest.raises(MemoryError, match="with 540672 bytes any number of tokens can be streamed") as error:
+    with pytest.raises(MemoryBudgetError, match="with 360448 bytes any number of tokens can be streamed") as error:
         connectivity(batches(random_codes(4000, 2048, 8), 100), memory_budget=200_000)
     assert "200000" in str(error.value)
     z = random_codes(4000, 2048, 8)
-    assert connectivity(batches(z, 100), memory_budget=540_672) == dense_connectivity(z)
+    assert connectivity(batches(z, 100), memory_budget=360_448) == dense_connectivity(z)
+
+
+def test_sparse_codes_give_the_value_of_dense_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    z = random_codes(900, 2048, 12)
+    small_blocks(monkeypatch)
+    assert connectivity(SparseCode.from_dense(z)) == dense_connectivity(z)
+    assert connectivity(SparseCode.from_dense(part) for part in z.split(123)) == dense_connectivity(z)
+
+
+@pytest.mark.parametrize("threads", [1, 5])
+def test_the_number_of_threads_does_not_matter(threads: int) -> None:
+    z, before = random_codes(500, 1500, 20), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert connectivity(z) == dense_connectivity(z)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("memory_budget", [200_000, 2**30])
@@ -117,5 +158,5 @@ def test_bad_input_is_refused() -> None:
         connectivity(torch.zeros(0, 4))
     with pytest.raises(ValueError, match=r"must be \[n, 4\]; got \[2, 3\]"):
         connectivity([torch.zeros(2, 4), torch.zeros(2, 3)])
-    with pytest.raises(ValueError, match="memory_budget must be at least 65536"):
+    with pytest.raises(MemoryBudgetError, match="memory_budget must be at least 65536"):
         ConnectivityMetric(2048, memory_budget=1000)

@@ -14,12 +14,14 @@ from sklearn.metrics.pairwise import cosine_similarity
 
 from saeens_models.metrics import (
     MAX_MATCHED_FEATURES,
+    compare_members,
     dictionaries,
     diversity,
     max_cosine,
     mean_max_cosine,
     stability,
     stability_matched,
+    stability_of_prefixes,
     stability_pairwise,
 )
 
@@ -59,10 +61,10 @@ def test_diversity_threshold_is_the_papers_by_default() -> None:
     assert diversity(torch.cat(DICTIONARIES)) == EXPECTED["diversity_count_at_0.7"]
 
 
-@pytest.fixture(params=[None, 50], ids=["one block", "many blocks"])
+@pytest.fixture(params=[None, 6], ids=["one block", "many blocks"])
 def _blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param is not None:
-        monkeypatch.setattr(dictionaries, "_COSINES_PER_BLOCK", request.param)
+        monkeypatch.setattr(dictionaries, "_BLOCK_ROWS", request.param)
 
 
 @pytest.mark.usefixtures("_blocks")
@@ -85,6 +87,36 @@ def test_diversity_equals_scikit_learn() -> None:
     expected = int((cosines.max(axis=1) < 0.8).sum())
     assert 0 < expected < 40
     assert diversity(W_dec, threshold=0.8) == expected
+
+
+@pytest.mark.usefixtures("_blocks")
+def test_every_size_is_compared_as_that_ensemble_alone() -> None:
+    runs = [random_dictionaries(11, 5, 9), random_dictionaries(7, 12, 8), random_dictionaries(4, 6, 13)]
+    members = [[run[j] for run in runs] for j in range(3)]  # three runs of three members of different sizes
+    found = stability_of_prefixes(members)
+    assert len(found) == 3
+    for n, size in enumerate(found, start=1):
+        stacked = [torch.cat(run[:n]) for run in members]
+        best = {(a, b): cosine_similarity(stacked[a], stacked[b]).max(axis=1) for a in range(3) for b in range(3) if a != b}
+        others = {0: (1, 2), 1: (0, 2), 2: (0, 1)}
+        to_any = [np.maximum(best[a, b], best[a, c]).clip(0).mean() for a, (b, c) in others.items()]
+        to_each = [(best[a, b].clip(0).mean() + best[a, c].clip(0).mean()) / 2 for a, (b, c) in others.items()]
+        assert size.stability == pytest.approx(to_any, rel=1e-5)
+        assert size.pairwise == pytest.approx(to_each, rel=1e-5)
+
+
+@pytest.mark.usefixtures("_blocks")
+def test_members_are_compared_as_their_stacked_dictionaries() -> None:
+    members = random_dictionaries(11, 17, 5, d_in=4)
+    compared = compare_members(members, threshold=0.8)
+    for n, found in enumerate(compared.diversity, start=1):
+        cosines = cosine_similarity(torch.cat(members[:n]))
+        np.fill_diagonal(cosines, -1)
+        assert found == int((cosines.max(axis=1) < 0.8).sum())
+    assert len(set(compared.diversity)) > 1
+    expected = [cosine_similarity(members[j], torch.cat(members[:j] + members[j + 1 :])).max(axis=1).mean() for j in range(3)]
+    assert compared.mean_max_cosine == pytest.approx(expected, rel=1e-5)
+    assert compare_members(members[:1]).mean_max_cosine is None
 
 
 def test_opposite_features_are_floored_at_zero_by_stability_only() -> None:
@@ -135,6 +167,8 @@ def test_bad_input_is_refused() -> None:
         stability_matched([run, run[:4]])
     with pytest.raises(ValueError, match=f"takes up to {MAX_MATCHED_FEATURES} features"):
         stability_matched([torch.ones(MAX_MATCHED_FEATURES + 1, 1)] * 2)
+    with pytest.raises(ValueError, match=r"equally many members, at least one; got \[1, 2\]"):
+        stability_of_prefixes([[run], [run, run]])
     with pytest.raises(ValueError, match="at least one"):
         max_cosine(run, [])
     with pytest.raises(ValueError, match=r"must be \[n_features, d_in\]"):

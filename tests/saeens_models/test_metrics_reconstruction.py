@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from saeens_models.metrics import Reconstruction, ReconstructionMetric, reconstruction
+from saeens_models.metrics import Moments, Reconstruction, ReconstructionMetric, reconstruction
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())["metrics"]
@@ -109,6 +109,31 @@ def test_result_reads_as_a_mapping() -> None:
     assert result["mse"] == result.mse == 1.0
     with pytest.raises(KeyError):
         result["keys"]
+
+
+def test_reconstructions_of_the_same_activations_share_their_moments() -> None:
+    x = torch.randn(90, 5, generator=torch.Generator().manual_seed(0)) + 3
+    moments = Moments()
+    metrics = [ReconstructionMetric(moments), ReconstructionMetric(moments)]
+    for part in x.split(40):
+        moments.update(part)
+        metrics[0].update(part, part * 0.9)
+        metrics[1].update(part, part + 0.5)
+    for metric, x_hat in zip(metrics, (x * 0.9, x + 0.5), strict=True):
+        assert dict(metric.compute()) == pytest.approx(dict(reconstruction(x, x_hat)), rel=1e-6)
+    metrics[0].update(x, x)
+    with pytest.raises(ValueError, match="180 tokens were reconstructed, their shared moments are of 90"):
+        metrics[0].compute()
+
+
+def test_a_refused_batch_leaves_no_trace() -> None:
+    x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+    metric = ReconstructionMetric()
+    metric.update(x, x + 1)
+    before = metric.compute()
+    with pytest.raises(ValueError, match="not finite among tokens 20 to 39"):
+        metric.update(x, x / 0)
+    assert metric.compute() == before
 
 
 def test_bad_input_is_refused() -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from saeens_models.metrics import SparsityMetric, sparsity
+from saeens_models.sparse_code import SparseCode
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())["metrics"]
@@ -45,15 +46,23 @@ def test_streaming_any_batching_equals_the_whole(cuts: list[int]) -> None:
     assert result.tokens == 600
 
 
-def test_prefixes_are_the_sparsity_of_the_first_columns() -> None:
+@pytest.mark.parametrize("features", [range(1), range(48), range(48, 96), range(192)])
+def test_some_features_are_the_sparsity_of_those_columns(features: range) -> None:
     z = TENSORS["jumprelu.boosting.codes"]
     metric = SparsityMetric(192)
     metric.update(z)
-    for size, prefix in zip([1, 48, 192], metric.compute_prefixes([1, 48, 192]), strict=True):
-        dense = z[:, :size] != 0
-        assert prefix.l0 == pytest.approx(dense.sum(1).double().mean().item(), rel=1e-12)
-        assert prefix.dead_features == pytest.approx(1 - dense.any(0).double().mean().item(), rel=1e-12)
-        assert len(prefix.density) == size
+    result = metric.compute(features)
+    fires = z[:, features.start : features.stop] != 0
+    assert result.l0 == pytest.approx(fires.sum(1).double().mean().item(), rel=1e-12)
+    assert result.dead_features == pytest.approx(1 - fires.any(0).double().mean().item(), rel=1e-12)
+    torch.testing.assert_close(result.density, fires.double().mean(0))
+
+
+def test_a_sparse_code_counts_as_the_dense_one() -> None:
+    z = TENSORS["topk.boosting.codes"]
+    result, expected = sparsity([SparseCode.from_dense(z)]), sparsity(z)
+    assert result[:3] == expected[:3]
+    assert torch.equal(result.density, expected.density)
 
 
 def test_bad_input_is_refused() -> None:
@@ -63,7 +72,8 @@ def test_bad_input_is_refused() -> None:
         sparsity(torch.zeros(0, 4))
     with pytest.raises(ValueError, match=r"must be \[n, 4\]; got \[2, 3\]"):
         sparsity([torch.zeros(2, 4), torch.zeros(2, 3)])
-    with pytest.raises(ValueError, match="between 1 and 4 features; got 5"):
-        metric = SparsityMetric(4)
-        metric.update(torch.ones(1, 4))
-        metric.compute_prefixes([5])
+    metric = SparsityMetric(4)
+    metric.update(torch.ones(1, 4))
+    for features in (range(5), range(2, 2), range(-1, 3)):
+        with pytest.raises(ValueError, match="there are features 0 to 3; got range"):
+            metric.compute(features)

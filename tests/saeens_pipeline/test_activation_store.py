@@ -13,6 +13,7 @@ import torch
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from zarr.codecs import ZstdCodec
 
 from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.storage.activations import (
@@ -142,6 +143,37 @@ def test_rows_of_distant_chunks_are_mixed(tmp_path):
     rows = torch.arange(400).float()[:, None].expand(-1, D_IN)
     first_batch = next(_write(tmp_path / "a.zarr", rows).batches("train", 40, seed=0, mixing_chunks=50))
     assert len({int(row) // 4 for row in first_batch[:, 0]}) > 20  # of the 50 chunks of 4 rows that are mixed; 10 if they were not
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_store_of_another_layout_gives_the_same_rows_and_batches(tmp_path, dtype):
+    plain, other = (_write(tmp_path / name, _rows(150), dtype) for name in ("plain.zarr", "other.zarr"))
+    train = zarr.open_group(other.path / "train", mode="a")
+    bits = np.asarray(zarr.open_array(other.path / "train" / "activations", mode="r")[:])
+    train.create_array("activations", data=bits, chunks=(4, D_IN), shards=(64, D_IN), compressors=ZstdCodec(), overwrite=True)
+    other = ActivationStore(other.path)
+    assert torch.equal(torch.cat(list(other.chunks("train"))), torch.cat(list(plain.chunks("train"))))
+    for one, another in zip(plain.batches("train", 11, seed=5), other.batches("train", 11, seed=5), strict=True):
+        assert torch.equal(one, another)
+
+
+def test_splits_may_be_chunked_differently(tmp_path):
+    rows = _rows(150)
+    store = _write(tmp_path / "a.zarr", rows)
+    other = zarr.open_group(store.path / "test", mode="a")
+    other.create_array("activations", data=rows.numpy(), chunks=(6, D_IN), shards=(12, D_IN), compressors=None, overwrite=True)
+    store = ActivationStore(store.path)
+    assert torch.equal(torch.cat(list(store.chunks("test"))), rows)
+    assert torch.equal(torch.cat(list(store.chunks("train"))), rows)
+
+
+def test_a_truncated_shard_stops_the_batches_with_an_error_that_names_it(tmp_path):
+    store = _write(tmp_path / "a.zarr", _rows(150))
+    shard = store.path / "train" / "activations" / "c" / "1" / "0"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(SaeensError, match="truncated or damaged") as error:
+        list(store.batches("train", 10, seed=0))
+    assert str(shard) in str(error.value)
 
 
 def test_float16_overflow_names_what_the_largest_value_and_the_way_out(tmp_path):

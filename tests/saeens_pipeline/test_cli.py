@@ -10,16 +10,19 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import dagster as dg
 import polars as pl
 import pytest
+from dagster._utils.interrupts import capture_interrupts
 from tiny_experiment import EXPERIMENT, LAYER, NAME, SEEDS, Laboratory
 
 from saeens_pipeline import cli, runs
-from saeens_pipeline.assets import saes
+from saeens_pipeline.assets import dagster_assets, saes
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.storage.tables import TABLES, read_table
 
@@ -216,6 +219,18 @@ def test_k_larger_than_d_sae_ends_with_2(empty: Laboratory, saeens: Saeens):
     assert not (empty.root / "sources").exists()
 
 
+def test_a_module_that_the_model_lacks_ends_with_2(empty: Laboratory, saeens: Saeens):
+    empty.declare(source={"hook": "gpt_neox.layers.{layer}.router"})
+    _assert_one_message(saeens("run", NAME), 2, "gpt_neox.layers.1.router", "it has", "gpt_neox.layers.1.mlp")
+    assert not empty.root.exists()
+
+
+def test_a_context_that_the_model_does_not_take_ends_with_2(empty: Laboratory, saeens: Saeens):
+    empty.declare(source={"context_length": 17})
+    _assert_one_message(saeens("run", NAME), 2, "context_length: 17", "takes 2 to 16")
+    assert not empty.root.exists()
+
+
 def test_a_missing_local_model_is_named(empty: Laboratory, saeens: Saeens):
     empty.declare(source={"language_model": "/no/such/model"})
     _assert_one_message(saeens("run", NAME), 2, "/no/such/model")
@@ -306,12 +321,19 @@ def test_doctor_verify_finds_a_damaged_table_and_goes_on(finished: Laboratory, s
     assert all(str(table) in outcome.out for table in tables)
 
 
-@pytest.mark.parametrize("command", ["run", "status"])
-def test_a_truncated_artefact_ends_with_1_and_its_sizes(finished: Laboratory, saeens: Saeens, command: str):
+def test_status_shows_a_truncated_artefact_with_its_sizes_and_goes_on(
+    finished: Laboratory, saeens: Saeens, monkeypatch: pytest.MonkeyPatch
+):
     file = finished.artefact("bagging/member_3", 1).path / "sae_weights.safetensors"
     size = file.stat().st_size
     file.write_bytes(file.read_bytes()[:-1])
-    _assert_one_message(saeens(command, NAME), 1, str(file), f"{size - 1} bytes", f"{size} bytes")
+    monkeypatch.setattr(cli.out, "width", 1000)
+    outcome = saeens("status", NAME)
+    assert (outcome.code, outcome.err) == (0, "")
+    (line,) = [line for line in outcome.out.splitlines() if "damaged" in line]
+    assert line.split()[:4] == [f"{NAME}/bagging/member_3", str(LAYER), "1", "damaged"]
+    assert f"{file} has {size - 1} bytes, its recipe says {size} bytes" in line
+    assert f"{NAME}/eval/stability" in outcome.out
 
 
 # tracebacks
@@ -347,3 +369,47 @@ def test_an_interrupt_while_training_ends_with_130_and_keeps_what_was_finished(
     assert "Traceback" not in outcome.err
     assert "what was finished is kept" in outcome.message
     assert empty.artefact("activations")
+
+
+class _Referent:
+    """Something that a weak reference can be taken to."""
+
+
+def test_an_interrupt_that_python_swallows_between_stages_ends_the_run_all_the_same(
+    empty: Laboratory, saeens: Saeens, monkeypatch: pytest.MonkeyPatch
+):
+    swallowed: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: swallowed.append(unraisable.exc_type))
+    partition_key = dagster_assets.partition_key
+
+    def interrupt_in_a_callback(*arguments: Any) -> str | None:
+        referent = _Referent()
+        reference = weakref.ref(referent, lambda _: signal.raise_signal(signal.SIGINT))
+        del referent
+        assert reference() is None
+        return partition_key(*arguments)
+
+    monkeypatch.setattr(dagster_assets, "partition_key", interrupt_in_a_callback)
+    outcome = saeens("run", NAME, "--select", "activations")
+    assert swallowed == [KeyboardInterrupt]
+    assert outcome.code == 130
+    assert "what was finished is kept" in outcome.message
+    assert empty.artefact("tokens", layer=None)
+    assert not (empty.root / "sources" / NAME / f"layer={LAYER}").exists()
+
+
+def test_an_interrupt_that_dagster_forgets_at_the_end_of_a_stage_ends_the_run_all_the_same(
+    empty: Laboratory, saeens: Saeens, monkeypatch: pytest.MonkeyPatch
+):
+    execute = dg.JobDefinition.execute_in_process
+
+    def interrupt_at_the_end(*arguments: Any, **options: Any) -> dg.ExecuteInProcessResult:
+        with capture_interrupts():
+            result = execute(*arguments, **options)
+            signal.raise_signal(signal.SIGINT)
+        return result
+
+    monkeypatch.setattr(dg.JobDefinition, "execute_in_process", interrupt_at_the_end)
+    outcome = saeens("run", NAME, "--select", "tokens")
+    assert outcome.code == 130
+    assert empty.artefact("tokens", layer=None)

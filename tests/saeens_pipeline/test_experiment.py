@@ -339,6 +339,46 @@ def test_what_was_removed_is_made_again_with_the_same_bits_and_nothing_else_is(f
     assert _weights(finished, "boosting/round_2", 1) == _weights(finished_laboratory, "boosting/round_2", 1)
 
 
+def test_what_was_damaged_is_made_again_with_the_same_bits_and_nothing_else_is(finished: Laboratory, finished_laboratory: Laboratory):
+    weights = finished.artefact("bagging/member_2", 1).path / "sae_weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    (finished.artefact("boosting/boosting_ensemble", 2).path / "recipe.json").write_text("{")
+    table = finished.artefact("eval/members", 2).path
+    table.write_bytes(table.read_bytes()[:50])
+    before = _stamps(finished.root)
+    printed = finished.run()
+    for damaged in (weights, finished.root / "experiments", table):
+        assert str(damaged) in printed
+    after = _stamps(finished.root)
+    changed = {file for file in after if file not in before or before[file] != after[file]}
+    folders = {file.parent.name for file in changed if file.name != "part.parquet"}
+    assert folders == {"member_2", "boosting_ensemble"}
+    assert [file for file in changed if file.name == "part.parquet"] == [table]
+    assert _weights(finished, "bagging/member_2", 1) == _weights(finished_laboratory, "bagging/member_2", 1)
+    assert finished.artefact("eval/members", 2).data_version == finished_laboratory.artefact("eval/members", 2).data_version
+    assert {status.state for status in experiment_status(NAME)} == {"fresh"}
+
+
+@pytest.mark.parametrize("methods", [("expanded", "expanded_l0_matched"), ("expanded_l0_matched", "expanded")])
+def test_baselines_of_one_members_width_are_equal_and_trained_once(
+    empty: Laboratory, monkeypatch: pytest.MonkeyPatch, methods: tuple[str, str]
+):
+    train, trained = saes._train, []
+
+    def counted(workplace: Any, tasks: Any, given: Any) -> None:
+        trained.extend(task.declaration.address.name for task in tasks)
+        train(workplace, tasks, given)
+
+    monkeypatch.setattr(saes, "_train", counted)
+    empty.declare(baselines=list(methods), expanded_sizes="all")
+    empty.run(seeds=[1], select=[f"baseline/{method}_{n}" for method in methods for n in (1, 2)])
+    assert sorted(trained) == sorted([f"{methods[0]}_1", f"{methods[0]}_2", f"{methods[1]}_2"])
+    first, second = (empty.artefact(f"baseline/{method}_1", 1) for method in methods)
+    assert second.data_version == first.data_version
+    assert second.provenance["same_as"] == f"{NAME}/baseline/{methods[0]}_1"
+    assert (second.path / "sae_weights.safetensors").samefile(first.path / "sae_weights.safetensors")
+
+
 def test_one_member_alone_has_the_bits_of_one_trained_with_the_others(empty: Laboratory, finished_laboratory: Laboratory):
     empty.run(select=["bagging/member_2"], seeds=[2])
     made = sorted(path.parent.relative_to(empty.root).as_posix() for path in empty.root.rglob("recipe.json"))
@@ -465,6 +505,16 @@ def test_too_short_a_corpus_is_said_with_what_to_do_and_leaves_nothing(empty: La
     with pytest.raises(SaeensError, match=r"train split has .* but 1,000,000 were asked for: lower `train_tokens` to at most"):
         empty.run()
     assert not list((empty.root / "sources" / NAME).iterdir())
+
+
+def test_too_little_memory_for_evaluation_says_how_much_is_enough(finished: Laboratory):
+    finished.declare(evaluation_memory_gb=1e-6)
+    shutil.rmtree(finished.root / "tables")
+    with pytest.raises(SaeensError, match=r"evaluation_memory_gb: 1e-06 is too little to evaluate tiny, .*; 0\.01 is enough"):
+        finished.run()
+    finished.declare(evaluation_memory_gb=0.01)
+    finished.run()
+    assert (finished.root / "tables" / NAME / "coactivation").is_dir()
 
 
 def test_a_full_disk_is_said_and_leaves_what_was_there(finished: Laboratory, monkeypatch: pytest.MonkeyPatch):

@@ -15,7 +15,14 @@ from tiny_models import CONTEXT_LENGTH, D_MODEL, END_OF_TEXT, N_LAYERS, VOCAB_SI
 
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models import models
-from saeens_pipeline.language_models.models import LanguageModel, describe_language_model, load_language_model, validate_hook
+from saeens_pipeline.language_models.models import (
+    HOOKS,
+    LanguageModel,
+    describe_language_model,
+    load_language_model,
+    validate_hook,
+    validate_modules,
+)
 
 LAYERS = list(range(N_LAYERS))
 
@@ -140,6 +147,19 @@ def test_layers_that_the_model_lacks_are_refused_with_the_allowed_range(gpt_neox
 def test_hooks_that_the_model_lacks_are_refused_with_those_it_has(gpt_neox, hook, message):
     with pytest.raises(ConfigurationError, match=message):
         validate_hook(describe_language_model(str(gpt_neox)), hook, [0])
+
+
+@pytest.mark.parametrize("architecture", ["gpt_neox", "llama"])
+def test_modules_are_checked_without_reading_weights(tmp_path, architecture):
+    path = write_tiny_model(tmp_path / "model", architecture)
+    description = describe_language_model(str(path))
+    (path / "model.safetensors").unlink()
+    for hook in HOOKS:
+        validate_modules(description, hook, LAYERS)
+    block = "gpt_neox.layers" if architecture == "gpt_neox" else "model.layers"
+    validate_modules(description, block + ".{layer}.mlp", LAYERS)
+    with pytest.raises(ConfigurationError, match=rf"has no module '{block}\.2\.router'; it has .*{block}\.2\.mlp"):
+        validate_modules(description, block + ".{layer}.router", [2])
 
 
 def test_resid_post_and_resid_pre_equal_the_hidden_states_of_transformers(model, tokens):

@@ -10,10 +10,10 @@ import pytest
 from tiny_experiment import EXPERIMENT, LAYER, MEMBERS, NAME, SEEDS, Laboratory
 
 from saeens_pipeline.assets import saes
-from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.plan import Status, plan
 from saeens_pipeline.runs import experiment_status
 from saeens_pipeline.storage.names import Address, Partition
+from saeens_pipeline.storage.tables import TABLES
 
 N_PER_SEED = 2 * MEMBERS + (MEMBERS - 1) + 2 + 2 + 5  # members and rounds, residuals, baselines, ensembles, tables
 N_ALL = 2 + len(SEEDS) * N_PER_SEED + 1  # tokens and activations; stability
@@ -92,17 +92,30 @@ def _comment(laboratory: Laboratory) -> None:
         lambda laboratory: laboratory.declare(keep_residuals="none"),
         lambda laboratory: laboratory.declare(automation=False),
         lambda laboratory: laboratory.declare(evaluations=None),
+        lambda laboratory: laboratory.declare(evaluation_memory_gb=0.5),
         lambda laboratory: laboratory.declare(expanded_sizes=[MEMBERS]),
         lambda laboratory: laboratory.declare(training=dict(reversed(TRAINING.items()))),
     ],
-    ids=["comment", "keep all residuals", "keep none", "automation", "all evaluations", "the default said", "order of keys"],
+    ids=[
+        "comment",
+        "keep all residuals",
+        "keep none",
+        "automation",
+        "all evaluations",
+        "memory for evaluation",
+        "the default said",
+        "order of keys",
+    ],
 )
 def test_what_decides_nothing_changes_nothing(finished: Laboratory, change: Callable[[Laboratory], None]):
     change(finished)
     assert _states(experiment_status(NAME)) == {"fresh": N_ALL}
 
 
-@pytest.mark.parametrize("change", [{"train_tokens": 599}, {"context_length": 8}, {"drop": None}, {"packing": "concatenate"}])
+CHANGED_TOKENS = [{"train_tokens": 599}, {"context_length": 8}, {"drop": None}, {"packing": "concatenate"}, {"windows_per_document": 9}]
+
+
+@pytest.mark.parametrize("change", CHANGED_TOKENS)
 def test_changed_tokens_make_everything_stale(finished: Laboratory, change: dict):
     finished.declare(source=change)
     assert _states(experiment_status(NAME)) == {"stale": N_ALL}
@@ -148,7 +161,7 @@ def test_one_more_seed_leaves_the_others_fresh_and_makes_what_compares_seeds_sta
 def test_an_artefact_that_was_removed_is_missing_and_what_follows_is_stale(finished: Laboratory):
     shutil.rmtree(finished.artefact("boosting/round_2", seed=1).path)
     assert _reasons("missing").keys() == {("boosting/round_2", 1)}
-    tables = {f"eval/{table}" for table in ("reconstruction", "members", "coactivation", "cost", "training_curves")}
+    tables = {f"eval/{table}" for table in TABLES if table != "stability"}
     after = {"boosting/residual_2", "boosting/round_3", "boosting/boosting_ensemble"} | tables
     assert _reasons("stale").keys() == {(name, 1) for name in after} | {("eval/stability", None)}
 
@@ -159,8 +172,15 @@ def test_a_changed_builder_makes_what_it_builds_stale(finished: Laboratory, monk
     assert _reasons("fresh").keys() == {("tokens", None), ("activations", None)}
 
 
-def test_a_damaged_artefact_is_named(finished: Laboratory):
-    file = finished.artefact("bagging/member_2", seed=2).path / "sae_weights.safetensors"
+def test_a_damaged_artefact_is_named_and_what_follows_is_stale(finished: Laboratory):
+    file = finished.artefact("boosting/round_3", seed=2).path / "sae_weights.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(SaeensError, match=f"tiny/bagging/member_2 is damaged: {file}"):
-        experiment_status(NAME)
+    table = finished.artefact("eval/cost", seed=1).path
+    table.write_bytes(b"")
+    damaged = _reasons("damaged")
+    assert damaged.keys() == {("boosting/round_3", 2), ("eval/cost", 1)}
+    assert f"tiny/boosting/round_3 is damaged: {file} has" in damaged["boosting/round_3", 2]
+    assert f"{table} cannot be read" in damaged["eval/cost", 1]
+    after = {"boosting/boosting_ensemble"} | {f"eval/{table}" for table in TABLES if table != "stability"}
+    assert _reasons("stale").keys() == {(name, 2) for name in after} | {("eval/stability", None)}
+    assert not _reasons("missing")

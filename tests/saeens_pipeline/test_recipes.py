@@ -20,7 +20,7 @@ import pytest
 from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.storage import recipes
 from saeens_pipeline.storage.names import Address, Partition
-from saeens_pipeline.storage.recipes import RECIPE_FILE, Artefact, MissingInputError, Recipe, Store, digest
+from saeens_pipeline.storage.recipes import RECIPE_FILE, Artefact, DamagedArtefactError, MissingInputError, Recipe, Store, digest
 
 MEMBER = Address("quickstart", "bagging", "member_1")
 ROUND = Address("quickstart", "boosting", "round_1")
@@ -273,6 +273,16 @@ def test_a_root_that_cannot_be_written_is_named_with_what_to_do(tmp_path: Path):
     for write in (_write, _write_table):
         with pytest.raises(SaeensError, match=r"cannot be written.*SAEENS_DATA"):
             write(store)
+    with pytest.raises(SaeensError, match=r"file/data cannot be written.*SAEENS_DATA"):
+        store.require_writable()
+
+
+def test_asking_whether_a_root_can_be_written_leaves_nothing(store: Store):
+    store.require_writable()
+    assert not store.root.exists()
+    store.root.mkdir()
+    store.require_writable()
+    assert not list(store.root.iterdir())
 
 
 # damage
@@ -284,7 +294,7 @@ def test_a_truncated_file_is_an_error_with_both_sizes(store: Store, name: str):
     size = len(FILES[name])
     file.write_bytes(FILES[name][:-3])
     for look in (store.find, store.require):
-        with pytest.raises(SaeensError) as error:
+        with pytest.raises(DamagedArtefactError) as error:
             look(MEMBER, WHERE)
         assert str(file) in str(error.value)
         assert f"has {size - 3} bytes" in str(error.value)
@@ -295,30 +305,50 @@ def test_a_truncated_file_is_an_error_with_both_sizes(store: Store, name: str):
 def test_a_missing_file_is_an_error_with_its_name_and_size(store: Store, name: str):
     file = _write(store).path / name
     file.unlink()
-    with pytest.raises(SaeensError, match=f"{file} is missing.*{len(FILES[name])} bytes"):
-        store.hit(MEMBER, WHERE, RECIPE)
+    with pytest.raises(DamagedArtefactError, match=f"{file} is missing.*{len(FILES[name])} bytes"):
+        store.find(MEMBER, WHERE)
 
 
-@pytest.mark.parametrize("content", ["", '{"recipe": {', "[]", '{"recipe": {}}'])
+PARTS: dict[str, Any] = {"provenance": {}, "files": {}, "data_version": "v"}  # of a record, beside the recipe
+
+
+@pytest.mark.parametrize("content", ["", '{"recipe": {', "[]", '{"recipe": {}}', json.dumps({"recipe": {"builder": "sae"}} | PARTS)])
 def test_a_recipe_that_cannot_be_read_is_named_with_what_to_do(store: Store, content: str):
     file = _write(store).path / RECIPE_FILE
     file.write_text(content)
-    with pytest.raises(SaeensError, match=f"{file} cannot be read.*remove .*and run again"):
+    with pytest.raises(DamagedArtefactError, match=f"{file} cannot be read.*made again, as `saeens run` does"):
         store.find(MEMBER, WHERE)
+
+
+@pytest.mark.parametrize("damaged", [*FILES, RECIPE_FILE])
+def test_what_is_damaged_is_no_hit_and_can_be_made_again(store: Store, damaged: str):
+    file = _write(store).path / damaged
+    file.write_bytes(file.read_bytes()[:-3])
+    assert store.hit(MEMBER, WHERE, RECIPE) is None
+    assert _write(store).verify() == []
+    assert store.hit(MEMBER, WHERE, RECIPE)
+
+
+def test_a_damaged_table_is_no_hit_and_can_be_made_again(store: Store):
+    path = _write_table(store).path
+    path.write_bytes(path.read_bytes()[:-3])
+    assert store.hit(TABLE, WHERE, RECIPE) is None
+    assert _write_table(store).verify() == []
+    assert store.hit(TABLE, WHERE, RECIPE)
 
 
 @pytest.mark.parametrize("n_bytes", [0, 100, -1])
 def test_a_truncated_table_is_named_with_what_to_do(store: Store, n_bytes: int):
     path = _write_table(store).path
     path.write_bytes(path.read_bytes()[:n_bytes])
-    with pytest.raises(SaeensError, match=f"{path} cannot be read.*remove .*and run again"):
+    with pytest.raises(DamagedArtefactError, match=f"{path} cannot be read.*made again, as `saeens run` does"):
         store.find(TABLE, WHERE)
 
 
 def test_a_table_without_recipe_is_named_with_what_to_do(store: Store):
     path = _write_table(store).path
     ROWS.write_parquet(path)
-    with pytest.raises(SaeensError, match=f"{path} cannot be read.*remove"):
+    with pytest.raises(DamagedArtefactError, match=f"{path} cannot be read"):
         store.find(TABLE, WHERE)
 
 

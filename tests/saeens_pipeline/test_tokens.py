@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+from collections import namedtuple
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +44,19 @@ def _encode(description, text: str) -> list[int]:
     return Tokenizer.from_file(str(description.path / "tokenizer.json")).encode(text).ids
 
 
-def _count_rows(documents: list[list[int]], packing: str, drop: set[str], context_length: int) -> int:
+def _count_rows(documents: list[list[int]], packing: str, drop: set[str], context_length: int, limit: int | None) -> int:
     texts = documents if packing == "document" else [[token for document in documents for token in document]]
-    windows = [text[start : start + context_length] for text in texts for start in range(0, len(text), context_length)]
-    kept = [token for window in windows if len(window) > 1 for token in window["first" in drop :]]
+    kept: list[int] = []
+    for text in texts:
+        windows = [text[start : start + context_length] for start in range(0, len(text) - 1, context_length)]
+        kept += [token for window in _spread(windows, limit) for token in window["first" in drop :]]
     return sum(token != END_OF_TEXT for token in kept) if "special" in drop else len(kept)
+
+
+def _spread(windows: list[list[int]], limit: int | None) -> list[list[int]]:
+    if limit is None or len(windows) <= limit:
+        return windows
+    return windows[:1] if limit == 1 else [windows[round(Fraction(i * (len(windows) - 1), limit - 1))] for i in range(limit)]
 
 
 def test_document_packing_cuts_each_document_into_windows_of_its_own(description, tmp_path):
@@ -80,6 +91,41 @@ def test_rests_shorter_than_two_tokens_are_left_out(description, tmp_path):
     assert (statistics.train.windows, statistics.train.tokens, statistics.train.documents) == (2, 6, 2)
 
 
+@pytest.mark.parametrize(
+    ("limit", "starts"),
+    [
+        (None, [0, 4, 8, 12, 16]),
+        (1, [0]),
+        (2, [0, 16]),
+        (3, [0, 8, 16]),
+        (4, [0, 4, 12, 16]),
+        (5, [0, 4, 8, 12, 16]),
+        (6, [0, 4, 8, 12, 16]),
+    ],
+)
+def test_windows_per_document_are_spread_evenly_over_each_document(description, tmp_path, limit, starts):
+    texts = ["abcdefghijklmnopqr", "stu", "vw" * 9]  # five windows, the last of two tokens; one; five
+    rows = 2 * sum(min(4, 18 - start) for start in starts) + 3
+    write_tokens(tmp_path / "t", ListedCorpus(texts, ["xyz"]), description, **_settings(train_tokens=rows, windows_per_document=limit))
+    read = _read(open_tokens(tmp_path / "t"))
+    assert read.kept.sum() == rows
+    for document, expected in ((0, starts), (1, [0]), (2, starts)):
+        windows = read.document[:, 0] == document
+        assert read.position[windows, 0].tolist() == expected
+        text = texts[document]
+        shown = "".join(text[start : start + 4] for start in expected)
+        assert read.tokens[windows][read.kept[windows]].tolist() == _encode(description, shown)
+
+
+def test_fewer_windows_per_document_make_the_same_rows_come_from_more_documents(description, tmp_path):
+    corpus = ListedCorpus(train=["abcdefghijklmnop"] * 10, test=["xyz"])
+    used = {
+        limit: write_tokens(tmp_path / f"{limit}", corpus, description, **_settings(train_tokens=32, windows_per_document=limit)).train
+        for limit in (None, 2, 1)
+    }
+    assert {limit: (each.rows, each.documents) for limit, each in used.items()} == {None: (32, 2), 2: (32, 4), 1: (32, 8)}
+
+
 @pytest.mark.parametrize(("drop", "kept"), [(["first"], "bcdfhi"), (["padding"], "abcdefghi"), (["special", "first"], "bcdfhi")])
 def test_dropped_positions_become_no_rows(description, tmp_path, drop, kept):
     write_tokens(tmp_path / "t", CORPUS, description, **_settings(drop=drop, train_tokens=len(kept)))
@@ -101,6 +147,7 @@ def test_special_tokens_are_dropped_wherever_they_stand(description, tmp_path):
     asked=st.fixed_dictionaries(
         {
             "packing": st.sampled_from(["document", "concatenate"]),
+            "windows_per_document": st.none() | st.integers(1, 4),
             "drop": st.sets(st.sampled_from(["special", "padding", "first"])),
             "context_length": st.integers(2, CONTEXT_LENGTH),
             "train_tokens": st.integers(1, 60),
@@ -111,10 +158,12 @@ def test_special_tokens_are_dropped_wherever_they_stand(description, tmp_path):
 def test_exactly_the_rows_asked_for_are_kept_and_each_leads_back_to_its_text(description, texts, asked):
     corpus = ListedCorpus(train=texts, test=["test text"])
     packing, drop, context_length, wanted = (asked[key] for key in ("packing", "drop", "context_length", "train_tokens"))
+    if packing == "concatenate":
+        asked["windows_per_document"] = None
     separator = [END_OF_TEXT] if packing == "concatenate" else []
     documents = [separator + _encode(description, text) for text in texts]
     with tempfile.TemporaryDirectory() as folder:
-        available = _count_rows(documents, packing, drop, context_length)
+        available = _count_rows(documents, packing, drop, context_length, asked["windows_per_document"])
         if available < wanted:
             with pytest.raises(SaeensError, match=f"train split has {available} activation rows"):
                 write_tokens(Path(folder) / "t", corpus, description, **asked)
@@ -177,6 +226,24 @@ def test_a_corpus_too_short_names_split_rows_and_field(description, tmp_path, sp
     assert error.value.exit_code == 1
 
 
+def test_a_corpus_too_short_names_the_limit_per_document_where_there_is_one(description, tmp_path):
+    with pytest.raises(
+        SaeensError, match=r"has 11 .* packing: document, windows_per_document: 1 and .* at most 11, or raise `windows_per_document`"
+    ):
+        write_tokens(tmp_path / "t", CORPUS, description, **_settings(train_tokens=1000, windows_per_document=1))
+
+
+def test_free_disk_is_compared_with_what_will_be_written_before_anything_is(description, tmp_path, monkeypatch):
+    needed = (5 + 2) * (2 + 1 + 4 + 4)  # rows; token, kept, document and position of each
+    free = needed - 1
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("Usage", "total used free")(10**6, 0, free))
+    with pytest.raises(SaeensError, match=f"writing tokens needs {needed} bytes in .*, where {free} bytes are free"):
+        write_tokens(tmp_path / "t", CORPUS, description, **_settings())
+    assert not (tmp_path / "t").exists()
+    free = needed
+    assert write_tokens(tmp_path / "t", CORPUS, description, **_settings()).train.rows == 5
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -186,6 +253,8 @@ def test_a_corpus_too_short_names_split_rows_and_field(description, tmp_path, sp
         ({"context_length": 1}, "context_length: 1 "),
         ({"packing": "dense"}, "packing: 'dense' .*document, concatenate"),
         ({"drop": ["last"]}, "drop: 'last' .*special, padding, first"),
+        ({"windows_per_document": 0}, "windows_per_document: 0 .*at least 1"),
+        ({"windows_per_document": 2, "packing": "concatenate"}, "windows_per_document: 2 is for packing: document"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_before_anything_is_written(description, tmp_path, changed, message):

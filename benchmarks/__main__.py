@@ -1,0 +1,59 @@
+"""``python -m benchmarks [NAME ...] [--quick] [--output DIR]``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import warnings
+from importlib import import_module
+from pathlib import Path
+
+from benchmarks.environment import available_cores, describe, set_allocator, set_threads
+
+BENCHMARKS = ("training", "boosting", "reading", "evaluation", "caching", "quickstart", "growth")
+_QUIET = {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+
+
+def main() -> None:
+    """Run the benchmarks that are named, or all."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description="Speed and memory beside the peers, in turns, in one process."
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"which of {', '.join(BENCHMARKS)}; all if none is given")
+    parser.add_argument("--quick", action="store_true", help="one round on the small shapes: to see whether everything runs")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="write results.json and RESULTS.md there, beside results of earlier runs"
+    )
+    parser.add_argument("--threads", type=int, default=available_cores(), help="for every library of either side (default: all cores)")
+    parser.add_argument(
+        "--allocator",
+        choices=("retain", "system"),
+        default="retain",
+        help="retain (default): freed memory stays with the process, which speeds up either side, peers most; system: malloc as it is",
+    )
+    arguments = parser.parse_args()
+    unknown = [name for name in arguments.names if name not in BENCHMARKS]
+    if unknown:
+        parser.error(f"there is no benchmark {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}")
+    set_threads(arguments.threads)
+    set_allocator(arguments.allocator)
+    os.environ |= _QUIET
+    warnings.filterwarnings("ignore")  # of the peers, and their dependencies
+
+    from benchmarks.options import Options
+    from benchmarks.report import Report
+
+    report = Report(arguments.output)
+    for name in arguments.names or BENCHMARKS:
+        print(f"{name} ...", file=sys.stderr)
+        environment = describe(arguments.allocator)
+        with tempfile.TemporaryDirectory(prefix="saeens_bench_") as scratch:
+            section = import_module(f"benchmarks.{name}").run(Options(arguments.quick, Path(scratch)))
+        report.add(name, section, environment, arguments.quick)
+    print(report.markdown())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""What a result depends on beside the code: machine, threads, allocator, library versions."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+Allocator = Literal["retain", "system"]
+
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS", "POLARS_MAX_THREADS")
+_PACKAGES = (
+    "torch", "numpy", "numba", "scipy", "zarr", "transformers", "datasets",
+    "sae-lens", "transformer-lens", "dictionary-learning", "eai-sparsify",
+)  # fmt: skip
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+_NEVER_TRIM = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Printed and stored beside every result."""
+
+    date: str
+    processor: str
+    system: str
+    python: str
+    threads: dict[str, int]
+    """By library that has a thread pool of its own."""
+    allocator: str
+    load_average: float | None
+    """Processes that wanted to run in the minute before; more than the threads in use means noisy timings."""
+    versions: dict[str, str]
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def set_threads(count: int) -> None:
+    """Give every library the same number of threads. Has to come before torch, numpy and numba are imported."""
+    for variable in _THREAD_VARIABLES:
+        os.environ[variable] = str(count)
+
+
+def set_allocator(allocator: Allocator) -> None:
+    """``retain``: freed memory stays with the process, so that no side pays for mapping it anew in every step; glibc only.
+
+    Both sides of a comparison run in one process, hence under the same setting.
+    """
+    libc = ctypes.CDLL(None)
+    if allocator == "retain" and hasattr(libc, "mallopt"):
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, _NEVER_TRIM)
+
+
+def describe(allocator: Allocator) -> Environment:
+    """The environment as it is now."""
+    import torch
+
+    threads = {"torch": torch.get_num_threads()}
+    try:
+        import numba
+
+        threads["numba"] = numba.get_num_threads()
+    except ImportError:
+        pass
+    load_average: Callable[[], tuple[float, float, float]] | None = getattr(os, "getloadavg", None)
+    return Environment(
+        date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        processor=f"{_processor()}, {available_cores()} cores",
+        system=platform.platform(),
+        python=platform.python_version(),
+        threads=threads,
+        allocator=f"{allocator} ({platform.libc_ver()[0] or 'unknown libc'})",
+        load_average=round(load_average()[0], 2) if load_average else None,
+        versions={name: version for name in _PACKAGES if (version := _version(name)) is not None},
+    )
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

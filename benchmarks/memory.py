@@ -1,0 +1,54 @@
+"""Peak memory of a piece of work in this process, from the kernel's own high-water mark."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Generic, NamedTuple, TypeVar
+
+Result = TypeVar("Result")
+
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+_RESET_HIGH_WATER_MARK = "5"
+
+
+class MemoryUse(NamedTuple, Generic[Result]):
+    """What some work returned, and what it took."""
+
+    result: Result
+    peak_bytes: int | None
+    """Largest resident memory while it ran, beyond what was resident before; None where the kernel cannot say (not Linux)."""
+
+
+def measure_peak(work: Callable[[], Result]) -> MemoryUse[Result]:
+    """Run ``work``. Before, what earlier work has freed is handed back to the system, or it would be taken for free."""
+    gc.collect()
+    _return_freed_memory()
+    before = _resident("VmRSS") if _reset_high_water_mark() else None
+    result = work()
+    peak = None if before is None else max(_resident("VmHWM") - before, 0)
+    return MemoryUse(result, peak)
+
+
+def _reset_high_water_mark() -> bool:
+    try:
+        _CLEAR_REFS.write_text(_RESET_HIGH_WATER_MARK)
+    except OSError:
+        return False
+    return _STATUS.is_file()
+
+
+def _resident(field: str) -> int:
+    for line in _STATUS.read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"{_STATUS} has no {field}")
+
+
+def _return_freed_memory() -> None:
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)

@@ -1,0 +1,84 @@
+"""The peers' own trainers, stepped as each one's own training loop steps them. None of them has to be installed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+import saeens_models as sm
+
+_MODULES = {"SAELens": "saelens", "dictionary_learning": "dictionarylearning", "sparsify": "eleuther_sparsify"}
+
+
+class Workload(NamedTuple):
+    """What is trained."""
+
+    architecture: str
+    d_in: int
+    d_sae: int
+    k: int
+    batch_tokens: int = 4096
+    learning_rate: float = 3e-4
+    dead_after_steps: int | None = None
+    """Steps without firing after which a feature is dead; None is each side's default, which no benchmark runs long enough to reach."""
+
+    def __str__(self) -> str:
+        k = f", k {self.k}" if self.architecture == "topk" else ""
+        dead = f", auxiliary loss active (dead after {self.dead_after_steps} steps)" if self.dead_after_steps else ""
+        return f"{self.architecture}, d_in {self.d_in}, d_sae {self.d_sae}{k}{dead}"
+
+
+class PeerTrainer(Protocol):
+    """One SAE of a peer in training."""
+
+    def step(self, x: Tensor) -> None:
+        """One step of the peer's own training loop on a batch `[n, d_in]`."""
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """The SAE's reconstruction, both `[n, d_in]`."""
+        ...
+
+
+@dataclass(frozen=True)
+class PeerSetting:
+    """One way of running a peer, and the settings of this project that compute the same."""
+
+    peer: str
+    name: str
+    settings: str
+    """In full, for the tables."""
+    build: Callable[[sm.SAE, Workload], PeerTrainer]
+    """A trainer that starts from the weights of the given SAE of this project."""
+    sae: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of our SAEConfig beside architecture, sizes and seed."""
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of our TrainingConfig beside the learning rate."""
+    difference: str | None = None
+    """What the peer computes otherwise than this project does with these fields; None if nothing."""
+
+    @property
+    def label(self) -> str:
+        return f"{self.peer}, {self.name}"
+
+
+class Peers(NamedTuple):
+    """The settings that can be run here, and which peers cannot, and why."""
+
+    settings: list[PeerSetting]
+    left_out: list[str]
+
+
+def training_peers(workload: Workload) -> Peers:
+    """Every setting of every installed peer that has the workload's architecture."""
+    settings: list[PeerSetting] = []
+    left_out: list[str] = []
+    for peer, module in _MODULES.items():
+        try:
+            settings += import_module(f"{__name__}.{module}").settings(workload)
+        except ImportError as error:
+            left_out.append(f"{peer}, which cannot be imported: {error}")
+    return Peers(settings, left_out)

@@ -1,0 +1,93 @@
+"""SAELens: its ``SAETrainer``, stepped as ``SAETrainer.fit`` does (and ``MultiSAETrainer.fit``, for several on one stream)."""
+
+# pyright: reportMissingImports=false
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from sae_lens.config import SAETrainerConfig
+from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
+from sae_lens.saes.standard_sae import StandardTrainingSAE, StandardTrainingSAEConfig
+from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens.training.sae_trainer import SAETrainer
+from torch import Tensor
+
+import saeens_models as sm
+from benchmarks.peers import PeerSetting, Workload
+
+_MANY_STEPS = 10**6  # of a run whose learning rate is constant: the number itself decides nothing
+_CLASSES = {
+    "topk": (TopKTrainingSAE, TopKTrainingSAEConfig),
+    "standard": (StandardTrainingSAE, StandardTrainingSAEConfig),
+    "jumprelu": (JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig),
+}
+_COMMON = "Adam (0.9, 0.999), constant learning rate, gradients clipped at norm 1, decoder free, rows from norm 0.1, float32"
+
+
+def settings(workload: Workload) -> list[PeerSetting]:
+    """The defaults, and the faster ones among the documented options that hold on a CPU."""
+    ours = {"sae": {"decoder_init_norm": 0.1}, "training": {"unit_norm_decoder": False, **_dead_after(workload)}}
+    if workload.architecture != "topk":
+        return [
+            _setting("defaults", _COMMON, {}, **ours),
+            _setting("autocast", f"{_COMMON}; autocast=True (bfloat16)", {}, autocast=True, **ours),
+        ]
+    unscaled = {"rescale_acts_by_decoder_norm": False}
+    return [
+        _setting(
+            "defaults",
+            f"{_COMMON}; rescale_acts_by_decoder_norm=True",
+            {},
+            sae=ours["sae"],
+            training={**ours["training"], "unit_norm_decoder": True},
+            difference="codes are scaled by the decoder norms, which are learnt; compared with decoder rows kept at norm 1",
+        ),
+        _setting("without rescaling", f"{_COMMON}; rescale_acts_by_decoder_norm=False", unscaled, **ours),
+        _setting(
+            "sparse",
+            f"{_COMMON}; rescale_acts_by_decoder_norm=False, use_sparse_activations=True",
+            {**unscaled, "use_sparse_activations": True},
+            **ours,
+        ),
+        _setting("autocast", f"{_COMMON}; rescale_acts_by_decoder_norm=False, autocast=True (bfloat16)", unscaled, autocast=True, **ours),
+    ]
+
+
+def _setting(name: str, text: str, fields: dict[str, Any], *, autocast: bool = False, **ours: Any) -> PeerSetting:
+    return PeerSetting("SAELens", name, text, partial(_Trainer, fields, autocast), **ours)
+
+
+def _dead_after(workload: Workload) -> dict[str, int]:
+    return {"dead_after_tokens": (workload.dead_after_steps or SAETrainerConfig.dead_feature_window) * workload.batch_tokens}
+
+
+class _Trainer:
+    def __init__(self, fields: dict[str, Any], autocast: bool, initial: sm.SAE, workload: Workload) -> None:
+        sae_class, config_class = _CLASSES[workload.architecture]
+        own = {"k": workload.k} if workload.architecture == "topk" else {}
+        self._sae = sae_class(config_class(d_in=workload.d_in, d_sae=workload.d_sae, device="cpu", **own, **fields))
+        with torch.no_grad():
+            for name, weight in initial.named_parameters():
+                self._sae.get_parameter(name).copy_(weight)
+        dead = {"dead_feature_window": workload.dead_after_steps} if workload.dead_after_steps else {}
+        config = SAETrainerConfig(
+            total_training_samples=_MANY_STEPS * workload.batch_tokens,
+            train_batch_size_samples=workload.batch_tokens,
+            lr_end=workload.learning_rate / 10,  # of schedules that decay; the default one is constant
+            lr=workload.learning_rate,
+            device="cpu",
+            autocast=autocast,
+            **dead,
+        )
+        self._trainer = SAETrainer(cfg=config, sae=self._sae, data_provider=iter(()))
+
+    def step(self, x: Tensor) -> None:
+        self._trainer.maybe_reset_sparsity()
+        self._trainer.step(x)
+        self._trainer.n_training_steps += 1
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        return self._sae.eval()(x)

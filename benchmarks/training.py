@@ -1,0 +1,167 @@
+"""Training one SAE, and eight on one stream, against each peer at its defaults and its best."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import cycle, islice
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import saeens_models as sm
+from benchmarks.options import Options
+from benchmarks.peers import PeerSetting, PeerTrainer, Workload, training_peers
+from benchmarks.report import Section
+from benchmarks.runner import Agreement, Contender, Effort, Row, Stopwatch, compare, timed_after
+from benchmarks.synthetic import SyntheticActivations
+
+TITLE = "Training"
+_POOL_BATCHES = 4
+_WARM_UP_STEPS = 1
+_HELD_OUT, _HELD_OUT_TOKENS = 10**6, 8192
+_MEMBERS = 8
+_AGREEMENT_LEARNING_RATE = 3e-3
+"""For comparing explained variances: within few steps something has to be learnt that could differ."""
+
+
+class _Case(NamedTuple):
+    workload: Workload
+    steps: int
+    """That are timed, for one SAE."""
+    agreement_steps: int
+    """After which the explained variances are compared."""
+    several_against: frozenset[str] | None = None
+    """Settings against which several SAEs are trained, too; None is all. On a large shape that takes minutes for each."""
+
+
+_MAIN_SETTINGS = frozenset({"SAELens, defaults", "SAELens, sparse", "dictionary_learning, defaults", "sparsify, adam"})
+_CASES = [
+    _Case(Workload("topk", 384, 4096, 32), steps=4, agreement_steps=100),
+    _Case(Workload("topk", 384, 4096, 32, dead_after_steps=2), steps=4, agreement_steps=100),
+    _Case(Workload("topk", 768, 16128, 64), steps=1, agreement_steps=10, several_against=_MAIN_SETTINGS),
+    _Case(Workload("topk", 768, 16128, 128), steps=1, agreement_steps=10, several_against=_MAIN_SETTINGS),
+    _Case(Workload("standard", 384, 4096, 32), steps=4, agreement_steps=100),
+    _Case(Workload("standard", 768, 16128, 64), steps=1, agreement_steps=10, several_against=_MAIN_SETTINGS),
+    _Case(Workload("jumprelu", 384, 4096, 32), steps=4, agreement_steps=100),
+    _Case(Workload("jumprelu", 768, 16128, 64), steps=1, agreement_steps=10, several_against=_MAIN_SETTINGS),
+]
+_QUICK_CASES = [
+    _Case(Workload("topk", 192, 2048, 16, batch_tokens=1024), steps=1, agreement_steps=20),
+    _Case(Workload("topk", 192, 2048, 16, batch_tokens=1024, dead_after_steps=2), steps=1, agreement_steps=20),
+    _Case(Workload("standard", 192, 2048, 16, batch_tokens=1024), steps=1, agreement_steps=20),
+    _Case(Workload("jumprelu", 192, 2048, 16, batch_tokens=1024), steps=1, agreement_steps=20),
+]
+
+
+def run(options: Options) -> Section:
+    """Measure every case against every setting of every peer."""
+    rows: list[Row] = []
+    left_out: dict[str, None] = {}
+    cases = _QUICK_CASES if options.quick else _CASES
+    for case in cases:
+        peers = training_peers(case.workload)
+        left_out |= dict.fromkeys(peers.left_out)
+        source = SyntheticActivations(case.workload.d_in)
+        for setting in peers.settings:
+            agreement = check_agreement(case.workload, setting, source, case.agreement_steps)
+            for n_saes, steps in ((1, case.steps), (_MEMBERS, 1)):
+                if n_saes > 1 and case.several_against is not None and setting.label not in case.several_against:
+                    continue
+                rows.append(
+                    compare_steps(case.workload, setting, source, n_saes=n_saes, steps=steps, effort=options.effort, agreement=agreement)
+                )
+    sizes = {(w.d_in, w.d_sae): 3 * 4 * (2 * w.d_in * w.d_sae + w.d_sae + w.d_in) / 1e9 for w, *_ in cases}
+    notes = [
+        "A step is forward pass, loss, backward pass, gradient clipping, optimiser and the count of dead features, as each library's own "
+        "training loop does it; the step before the timed ones does not count. With several SAEs it is one step of each.",
+        f"Weights and Adam's moments alone take {', '.join(f'{size:.2f} GB at {d} x {f}' for (d, f), size in sizes.items())}, per SAE.",
+        f"EV is after {cases[0].agreement_steps} steps ({cases[-1].agreement_steps} on the largest shape) at a constant learning rate of "
+        f"{_AGREEMENT_LEARNING_RATE} on either side; times are at {cases[0].workload.learning_rate}, which they do not depend on.",
+        "Dead features: SAELens counts steps (1000 by default) and this project tokens, set to the same. dictionary_learning (10 million "
+        "tokens) and sparsify (auxiliary loss off) never see one here; the case with an active auxiliary loss is against SAELens alone.",
+    ]
+    about = f"One SAE, and {_MEMBERS} on the same batches of {cases[0].workload.batch_tokens}, on {SyntheticActivations.description}."
+    return Section(TITLE, about, rows, list(left_out), notes)
+
+
+def compare_steps(
+    workload: Workload,
+    setting: PeerSetting,
+    source: SyntheticActivations,
+    *,
+    n_saes: int,
+    steps: int,
+    effort: Effort,
+    agreement: Agreement | None = None,
+    per_step: bool = True,
+) -> Row:
+    """Time ``steps`` steps of ``n_saes`` SAEs on both sides, each after a warm-up, from the same initial weights.
+
+    Gives the time of one step, or with ``per_step=False`` of all.
+    """
+    unit = steps if per_step else 1
+    pool = [source.batch(index, workload.batch_tokens) for index in range(_POOL_BATCHES)]
+
+    def batches(stopwatch: Stopwatch) -> Iterator[Tensor]:
+        return timed_after(_WARM_UP_STEPS, islice(cycle(pool), _WARM_UP_STEPS + steps), stopwatch)
+
+    def ours() -> float:
+        stopwatch = Stopwatch()
+        sm.train(our_configs(workload, setting, n_saes), batches(stopwatch), our_training(workload, setting))
+        return stopwatch.seconds / unit
+
+    def theirs() -> float:
+        stopwatch = Stopwatch()
+        trainers = [setting.build(sm.build_sae(config), workload) for config in our_configs(workload, setting, n_saes)]
+        _step_all(trainers, batches(stopwatch))
+        return stopwatch.seconds / unit
+
+    ours_side = Contender("saeens", "sm.train", ours)
+    ours()  # compiles what is compiled
+    case = f"{workload}, {n_saes} SAE{'s' if n_saes > 1 else ''}" + ("" if per_step else f", {steps} steps")
+    tokens = workload.batch_tokens * steps // unit
+    return compare(case, ours_side, Contender(setting.label, setting.settings, theirs), effort, tokens=tokens, agreement=agreement)
+
+
+def check_agreement(workload: Workload, setting: PeerSetting, source: SyntheticActivations, steps: int) -> Agreement:
+    """Train both sides from the same weights on the same batches, and compare their explained variance on held-out rows."""
+
+    def batches() -> Iterator[Tensor]:
+        return (source.batch(index, workload.batch_tokens) for index in range(steps))
+
+    workload = workload._replace(learning_rate=_AGREEMENT_LEARNING_RATE)
+    (config,) = our_configs(workload, setting, 1)
+    (sae,) = sm.train([config], batches(), our_training(workload, setting))
+    trainer = setting.build(sm.build_sae(config), workload)
+    _step_all([trainer], batches())
+    held_out = source.batch(_HELD_OUT, _HELD_OUT_TOKENS)
+    return Agreement(
+        ours=explained_variance(sae, held_out),
+        theirs=explained_variance(trainer.reconstruct, held_out),
+        difference_in_mathematics=setting.difference,
+    )
+
+
+@torch.no_grad()
+def explained_variance(reconstruct: Callable[[Tensor], Tensor], x: Tensor) -> float:
+    """Of rows ``x`` `[n, d_in]`, by the same formula for every side."""
+    return sm.metrics.reconstruction(x, reconstruct(x).float()).explained_variance
+
+
+def our_configs(workload: Workload, setting: PeerSetting, n_saes: int) -> list[sm.SAEConfig]:
+    """Configurations of this project that differ in their initial weights."""
+    own = {"k": workload.k} if workload.architecture == "topk" else {}
+    sizes = {"architecture": workload.architecture, "d_in": workload.d_in, "d_sae": workload.d_sae}
+    return [sm.SAEConfig(**sizes, **own, **setting.sae, init_seed=seed) for seed in range(n_saes)]
+
+
+def our_training(workload: Workload, setting: PeerSetting) -> sm.TrainingConfig:
+    """The training settings of this project that compute what the peer's do."""
+    return sm.TrainingConfig(learning_rate=workload.learning_rate, batch_tokens=workload.batch_tokens, **setting.training)
+
+
+def _step_all(trainers: Sequence[PeerTrainer], batches: Iterator[Tensor]) -> None:
+    for x in batches:
+        for trainer in trainers:
+            trainer.step(x)

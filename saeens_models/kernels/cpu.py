@@ -1,0 +1,312 @@
+"""The TopK training step on the CPU: compiled loops over blocks of tokens and ranges of features, each on one thread of a team.
+
+A block of tokens is encoded, its features are selected and decoded while its pre-activations are in the cache; those of a whole batch
+never exist. The gradients of a feature's weights are summed by one thread over the tokens that it is active on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saeens_models.kernels.team import Team
+
+_BLOCK_TOKENS = 64, 256
+"""Fewest and most tokens of a block: a product of fewer rows is slow, and the pre-activations of more leave the cache."""
+_RANGE_PRODUCTS, _MOST_RANGES = 2**19, 64
+"""Multiplications that a range of features should be worth, for a thread to be sent there; and into how many ranges at most."""
+
+
+_RANGE_FEATURES = 512
+_ROUGH_ROUNDING = 2**-9
+"""Relative error of a number in bfloat16; a product has those of both factors, and its sum is rounded once more."""
+_ROUGH_TOKENS = 256
+"""From how many tokens on it is worth to make a bfloat16 copy of the encoder."""
+
+
+class Weights(NamedTuple):
+    """The weights of an SAE, or their gradients, as they lie in memory."""
+
+    W_enc: Tensor
+    """`[d_sae, d_in]`: feature by feature."""
+    b_enc: Tensor
+    """`[d_sae]`"""
+    W_dec: Tensor
+    """`[d_sae, d_in]`"""
+    b_dec: Tensor
+    """`[d_in]`"""
+
+
+class TopKLoss(NamedTuple):
+    """What a batch costs, and what was found on the way."""
+
+    mse: Tensor
+    """Scalar: squared error summed over d_in, mean over tokens."""
+    auxiliary: Tensor
+    """Scalar: the auxiliary loss of the dead features, with its coefficient."""
+    x_hat: Tensor
+    """Reconstruction `[n, d_in]`."""
+    fire_counts: Tensor
+    """In how many tokens each feature is active, `[d_sae]`."""
+    gradients: Weights
+
+
+class TopKCode(NamedTuple):
+    """What some tokens are encoded to, and decoded again."""
+
+    values: Tensor
+    """The entries of the code `[n, k]`; those that are not active are 0."""
+    indices: Tensor
+    """Their features, int32 `[n, k]`; -1 where not active."""
+    x_hat: Tensor
+    """Reconstruction `[n, d_in]`."""
+
+
+class _Entries(NamedTuple):
+    """The entries of a sparse code `[n, k]`, and what the loss says of them."""
+
+    indices: np.ndarray  # int32
+    values: np.ndarray
+    gradients: np.ndarray
+    error: np.ndarray  # [n, d_in]: the gradient of what the code decodes to, but for scale
+    counts: np.ndarray  # int32 [n_blocks, d_sae]: active tokens
+    scale: np.float32
+
+
+class _Revived(NamedTuple):
+    """The dead features that the auxiliary loss may revive."""
+
+    entries: _Entries
+    features: np.ndarray  # int32 [n_dead]
+    W_enc: Tensor  # [n_dead, d_in]
+    b_enc: Tensor  # [n_dead]
+
+
+def topk_gradients(
+    team: Team,
+    x: Tensor,
+    weights: Weights,
+    *,
+    k: int,
+    apply_b_dec_to_input: bool,
+    dead: Tensor | None = None,
+    k_aux: int = 1,
+    aux_coefficient: float = 0.0,
+) -> TopKLoss:
+    """The loss of a TopK SAE on ``x`` `[n, d_in]` (float32, contiguous) and its gradients.
+
+    The loss is ``mean ||x_hat - x||^2 + aux_coefficient * mean ||e_hat - (x - x_hat)||^2``, where ``e_hat`` is decoded from the
+    ``k_aux`` largest pre-activations among the features ``dead`` (indices, at least one, or None), as in
+    :class:`~saeens_models.architectures.topk.TopKSAE`. Memory beside the result: a block of pre-activations per thread, and four
+    tensors of the size of ``x`` or of the code.
+    """
+    from saeens_models.kernels import compiled
+
+    n, d_in = x.shape
+    blocks = blocks_of_tokens(n, team.n_threads)
+    centred = team.scratch("centred", n, d_in) if apply_b_dec_to_input else x
+    main = _entries(team, "main", x, k=k, d_sae=len(weights.b_enc), n_blocks=len(blocks), scale=2 / n)
+    revived = None
+    if dead is not None:
+        k_aux, scale = min(k_aux, len(dead)), 2 / n * aux_coefficient
+        entries = _entries(team, "revived", x, k=k_aux, d_sae=len(weights.b_enc), n_blocks=len(blocks), scale=scale)
+        revived = _Revived(entries, dead.to(torch.int32).numpy(), weights.W_enc[dead], weights.b_enc[dead])
+    W_dec = weights.W_dec.numpy()
+    x_hat = torch.empty_like(x)
+    encoder = _Encoder(team, weights, rough=_bfloat16_pays() and n >= _ROUGH_TOKENS)
+
+    def forward(i: int) -> tuple[float, float]:
+        rows = blocks[i]
+        indices, values, error = main.indices[rows], main.values[rows], main.error[rows]
+        if apply_b_dec_to_input:
+            torch.sub(x[rows], weights.b_dec, out=centred[rows])
+        encoder.encode(centred[rows], indices, values)
+        compiled.count(indices, main.counts[i])
+        torch.sub(weights.b_dec, x[rows], out=torch.from_numpy(error))
+        squares = compiled.decode(error, indices, values, W_dec, error)
+        torch.add(torch.from_numpy(error), x[rows], out=x_hat[rows])
+        compiled.code_gradients(error, indices, W_dec, main.scale, main.gradients[rows])
+        if revived is None:
+            return squares, 0.0
+        indices, values, error_of_dead = revived.entries.indices[rows], revived.entries.values[rows], revived.entries.error[rows]
+        pre = torch.mm(centred[rows], revived.W_enc.t()).numpy()
+        compiled.select_topk(pre, revived.b_enc.numpy(), indices.shape[1], indices, values)
+        indices[:] = revived.features[indices]
+        compiled.count(indices, revived.entries.counts[i])
+        squares_of_dead = compiled.decode(error, indices, values, W_dec, error_of_dead)
+        compiled.code_gradients(error_of_dead, indices, W_dec, revived.entries.scale, revived.entries.gradients[rows])
+        return squares, squares_of_dead
+
+    mse, auxiliary = np.array(team.run(forward, len(blocks))).sum(axis=0) / n
+    gradients = _gradients(team, [main] if revived is None else [main, revived.entries], blocks, centred.numpy(), weights)
+    decoder_bias_gradient(gradients, weights, torch.from_numpy(main.error), float(main.scale), apply_b_dec_to_input)
+    return TopKLoss(
+        mse=torch.tensor(mse, dtype=torch.float32),
+        auxiliary=torch.tensor(aux_coefficient * auxiliary, dtype=torch.float32),
+        x_hat=x_hat,
+        fire_counts=torch.from_numpy(main.counts.sum(axis=0)),
+        gradients=gradients,
+    )
+
+
+def topk_reconstruct(team: Team, x: Tensor, weights: Weights, *, k: int, apply_b_dec_to_input: bool) -> TopKCode:
+    """Encode and decode ``x`` `[n, d_in]` (float32, contiguous) with a TopK SAE. Memory: a block of pre-activations per thread."""
+    from saeens_models.kernels import compiled
+
+    blocks = blocks_of_tokens(len(x), team.n_threads)
+    indices, values, x_hat = np.empty((len(x), k), np.int32), np.empty((len(x), k), np.float32), torch.empty_like(x)
+    W_dec = weights.W_dec.numpy()
+    encoder = _Encoder(team, weights, rough=_bfloat16_pays() and len(x) >= _ROUGH_TOKENS)
+
+    def forward(i: int) -> None:
+        rows = blocks[i]
+        given = torch.sub(x[rows], weights.b_dec) if apply_b_dec_to_input else x[rows]
+        encoder.encode(given, indices[rows], values[rows])
+        x_hat[rows] = weights.b_dec
+        compiled.decode(x_hat[rows].numpy(), indices[rows], values[rows], W_dec, x_hat[rows].numpy())
+
+    team.run(forward, len(blocks))
+    return TopKCode(torch.from_numpy(values), torch.from_numpy(indices), x_hat)
+
+
+class _Encoder:
+    """Encodes blocks of tokens. `rough`: pre-activations in bfloat16, after which the largest are found out exactly in float32."""
+
+    def __init__(self, team: Team, weights: Weights, rough: bool) -> None:
+        self._team, self._weights = team, weights
+        self._W_rough: Tensor | None = None
+        if rough:
+            W_enc = weights.W_enc
+            W_rough = self._W_rough = team.scratch("rough W_enc", *W_enc.shape, dtype=torch.bfloat16)
+
+            def prepare(i: int) -> float:
+                features = slice(i * _RANGE_FEATURES, (i + 1) * _RANGE_FEATURES)
+                W_rough[features] = W_enc[features]
+                return float(W_enc[features].square().sum(dim=1).max())
+
+            largest_norm = max(team.run(prepare, -(-len(W_enc) // _RANGE_FEATURES))) ** 0.5
+            self._error_per_norm = largest_norm * (3 * _ROUGH_ROUNDING + W_enc.shape[1] * torch.finfo(torch.float32).eps)
+
+    def encode(self, x: Tensor, indices: np.ndarray, values: np.ndarray) -> None:
+        """Write the code of a block of tokens, `[n, k]`."""
+        from saeens_models.kernels import compiled
+
+        (W_enc, b_enc, *_), k = self._weights, indices.shape[1]
+        pre = self._team.scratch("pre-activations", len(x), len(b_enc))
+        if self._W_rough is None:
+            torch.mm(x, W_enc.t(), out=pre)
+            compiled.select_topk(pre.numpy(), b_enc.numpy(), k, indices, values)
+        else:
+            rough = self._team.scratch("rough pre-activations", *pre.shape, dtype=torch.bfloat16)
+            pre.copy_(torch.mm(x.bfloat16(), self._W_rough.t(), out=rough))
+            error = (x.norm(dim=1) * self._error_per_norm).numpy()
+            compiled.select_topk_exactly(pre.numpy(), b_enc.numpy(), error, x.numpy(), W_enc.numpy(), k, indices, values)
+        compiled.relu(values, indices)
+
+
+@cache
+def _bfloat16_pays() -> bool:
+    """Whether this processor multiplies bfloat16 faster than float32: a matter of the machine, so that a result is one too."""
+    features = torch.cpu.get_capabilities()
+    return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+
+
+def gradients_of(team: Team, weights: Weights) -> Weights:
+    """Memory for the gradients of all weights: of the team, so that those of the next SAE take their place. Undefined content."""
+    return Weights(*(team.scratch(f"gradient of {name}", *weight.shape) for name, weight in weights._asdict().items()))
+
+
+def decoder_bias_gradient(gradients: Weights, weights: Weights, error: Tensor, scale: float, apply_b_dec_to_input: bool) -> None:
+    """Write the gradient of b_dec, which x_hat is moved by, and the input that is encoded, where b_dec is subtracted from it."""
+    torch.sum(error, dim=0, out=gradients.b_dec).mul_(scale)
+    if apply_b_dec_to_input:
+        gradients.b_dec.addmv_(weights.W_enc.t(), gradients.b_enc, alpha=-1)
+
+
+def blocks_of_tokens(n_tokens: int, n_threads: int) -> list[slice]:
+    """A batch in blocks, one of which a thread works on at a time; not fewer than there are threads if that is worth it."""
+    fewest, most = _BLOCK_TOKENS
+    size = min(max(-(-n_tokens // n_threads), fewest), most)
+    return [slice(start, min(start + size, n_tokens)) for start in range(0, n_tokens, size)]
+
+
+def _entries(team: Team, name: str, x: Tensor, *, k: int, d_sae: int, n_blocks: int, scale: float) -> _Entries:
+    def scratch(part: str, *shape: int, dtype: torch.dtype = torch.float32) -> np.ndarray:
+        return team.scratch(f"{name} {part}", *shape, dtype=dtype).numpy()
+
+    n = len(x)
+    return _Entries(
+        indices=scratch("indices", n, k, dtype=torch.int32),
+        values=scratch("values", n, k),
+        gradients=scratch("gradients", n, k),
+        error=scratch("error", *x.shape),
+        counts=scratch("counts", n_blocks, d_sae, dtype=torch.int32),
+        scale=np.float32(scale),
+    )
+
+
+def _gradients(team: Team, codes: Sequence[_Entries], blocks: Sequence[slice], x: np.ndarray, weights: Weights) -> Weights:
+    """The gradients of the weights, but for b_dec's: of each feature, the sum over its entries in all codes."""
+    from saeens_models.kernels import compiled
+
+    gradients = gradients_of(team, weights)
+    W_enc, b_enc, W_dec, _ = (gradient.numpy() for gradient in gradients)
+    by_feature = [_sort_by_feature(team, i, code, blocks) for i, code in enumerate(codes)]
+    ranges = _ranges(np.sum([each.starts for each in by_feature], axis=0), x.shape[1])
+
+    def backward(i: int) -> None:
+        first, last = ranges[i]
+        for gradient in (W_enc, b_enc, W_dec):
+            gradient[first:last] = 0
+        for each, code in zip(by_feature, codes, strict=True):
+            compiled.weight_gradients(
+                each.starts, each.tokens, each.values, each.gradients, x, code.error, code.scale, first, last, W_enc, b_enc, W_dec
+            )
+
+    team.run(backward, len(ranges))
+    return gradients
+
+
+class _ByFeature(NamedTuple):
+    """The entries of a code, those of each feature together and in the order of the tokens."""
+
+    starts: np.ndarray  # int64 [d_sae + 1]
+    tokens: np.ndarray  # int32 [nnz]
+    values: np.ndarray
+    gradients: np.ndarray
+
+
+def _sort_by_feature(team: Team, number: int, code: _Entries, blocks: Sequence[slice]) -> _ByFeature:
+    """A counting sort: each block knows from the counts of the blocks before it where its entries go."""
+    from saeens_models.kernels import compiled
+
+    starts = np.zeros(code.counts.shape[1] + 1, np.int64)
+    np.cumsum(code.counts.sum(axis=0), out=starts[1:])
+    ends = starts[:-1] + np.cumsum(code.counts, axis=0) - code.counts
+    tokens, values, gradients = (
+        team.scratch(f"{part} of code {number}, by feature", int(starts[-1]), dtype=dtype).numpy()
+        for part, dtype in (("tokens", torch.int32), ("values", torch.float32), ("gradients", torch.float32))
+    )
+
+    def sort(i: int) -> None:
+        rows = blocks[i]
+        compiled.sort_by_feature(
+            code.indices[rows], code.values[rows], code.gradients[rows], rows.start, ends[i], tokens, values, gradients
+        )
+
+    team.run(sort, len(blocks))
+    return _ByFeature(starts, tokens, values, gradients)
+
+
+def _ranges(starts: np.ndarray, d_in: int) -> list[tuple[int, int]]:
+    """Ranges of features with about the same work each: their entries, and their own rows."""
+    work = starts + np.arange(len(starts))
+    n_ranges = min(max(int(work[-1]) * d_in // _RANGE_PRODUCTS, 1), _MOST_RANGES)
+    edges = np.searchsorted(work, np.linspace(0, work[-1], n_ranges + 1))
+    return [(int(first), int(last)) for first, last in pairwise(edges) if first < last]

@@ -1,0 +1,86 @@
+"""The threads that compiled kernels run on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib.util import find_spec
+from itertools import count
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class Team:
+    """As many threads as torch uses, for work that releases the interpreter lock; a context manager.
+
+    Inside, torch itself runs on one thread in each of them: products of blocks, one block to a thread, take turns with compiled
+    loops over the same block while it is in the cache. Torch's own threads would spin between its operations and hold the cores.
+    """
+
+    def __init__(self) -> None:
+        self.n_threads = torch.get_num_threads()
+        self._memory = threading.local()
+
+    def __enter__(self) -> Team:
+        torch.set_num_threads(1)
+        self._executor = ThreadPoolExecutor(max(1, self.n_threads - 1), "saeens-team", initializer=torch.set_num_threads, initargs=(1,))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._executor.shutdown()
+        torch.set_num_threads(self.n_threads)
+
+    def run(self, task: Callable[[int], T], n_tasks: int) -> list[T]:
+        """``[task(0), ..., task(n_tasks - 1)]``; a thread takes the next one when it is done with its last."""
+        results: dict[int, T] = {}
+        numbers = count()  # hands each number out once: taking one is a single operation of the interpreter
+        failed = threading.Event()
+
+        def work() -> None:
+            try:
+                while (number := next(numbers)) < n_tasks and not failed.is_set():
+                    results[number] = task(number)
+            except BaseException:
+                failed.set()
+                raise
+
+        others = [self._executor.submit(work) for _ in range(min(self.n_threads, n_tasks) - 1)]
+        try:
+            work()
+        finally:
+            wait(others)
+        for other in others:
+            other.result()
+        return [results[number] for number in range(n_tasks)]
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """Give torch its threads back for a while."""
+        torch.set_num_threads(self.n_threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(1)
+
+    def scratch(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Memory to work in, of the calling thread: the next call with this name may give the same. Its content is undefined."""
+        n = 1
+        for size in shape:
+            n *= size
+        held = self._memory.__dict__.get(name)
+        if held is None or held.dtype != dtype or held.numel() < n:
+            held = torch.empty(n, dtype=dtype)
+            setattr(self._memory, name, held)
+        return held[:n].view(shape)
+
+
+def cpu_team(device: torch.device | str) -> AbstractContextManager[Team | None]:
+    """A team for work on this device; None where compiled kernels do not help: on accelerators, and without numba."""
+    on_cpu = torch.device(device).type == "cpu"
+    return Team() if on_cpu and find_spec("numba") is not None else nullcontext()

@@ -1,0 +1,137 @@
+"""The three Triton kernels of a TopK training step, each behind a function of torch tensors: select, sum rows, multiply rows.
+
+Everything after the encoder is a choice of rows and a sum: decoding sums the decoder rows of a token's features, the gradient of a
+feature's weights sums the rows of its tokens, the gradient of a code's entry is a product of two rows. No kernel uses atomics, and
+every sum has one order, so the same input gives the same bits. Sums are in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton  # pyright: ignore[reportMissingImports] - not on every platform
+import triton.language as tl  # pyright: ignore[reportMissingImports]
+from torch import Tensor
+
+from saeens_models.kernels.reference import TopK
+
+MOST_CANDIDATES = 16384
+"""A row of so many is held in the registers of one program, 16 to a thread; longer ones are cut into parts."""
+_TILE_ROWS, _TILE_COLUMNS = 16, 128
+_WARP_ENTRIES = 512
+
+
+@triton.jit
+def _order_preserving(bits):
+    """Bits of a float32 to an int32 of the same order, and back: it is its own inverse."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit(do_not_specialize=["k"])
+def _select_topk(pre, bias, columns, values, places, row_stride, n_candidates, k, width, BLOCK: tl.constexpr):
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    offsets = tl.arange(0, BLOCK)
+    place = part * width + offsets
+    inside = (offsets < width) & (place < n_candidates)
+    column = place if columns is None else tl.load(columns + place, mask=inside, other=0)
+    value = tl.load(pre + row * row_stride + column, mask=inside, other=-float("inf")).to(tl.float32)
+    if bias is not None:
+        value += tl.load(bias + column, mask=inside, other=0.0)
+    key = _order_preserving(value.to(tl.int32, bitcast=True))
+    key = tl.where(value == value, key, 0x7FFFFFFF)  # what is not a number is selected: the loss has to show it
+
+    # The largest key that at least k reach, bit by bit from the sign; any that exactly k reach will do.
+    kth = tl.full([], -0x80000000, tl.int32)
+    bit = tl.full([], -0x80000000, tl.int32)
+    n_reaching = tl.full([], 0, tl.int32)
+    while (bit != 0) & (n_reaching != k):
+        raised = kth ^ bit
+        n_reaching = tl.sum((key >= raised).to(tl.int32))
+        kth = tl.where(n_reaching >= k, raised, kth)
+        bit = (bit >> 1) & 0x7FFFFFFF
+
+    # Larger keys are selected, and of equal ones the first. Both are counted from the left in one scan, 16 bits each.
+    larger, equal = key > kth, key == kth
+    n_equal = k - tl.sum(larger.to(tl.int32))
+    counts = tl.cumsum(larger.to(tl.int32) + (equal.to(tl.int32) << 16))
+    selected = larger | (equal & ((counts >> 16) <= n_equal))
+    first = (row * tl.num_programs(1) + part) * k
+    to = (counts & 0xFFFF) + tl.minimum(counts >> 16, n_equal) - 1
+    tl.store(values + first + to, _order_preserving(key).to(tl.float32, bitcast=True), mask=selected)
+    tl.store(places + first + to, tl.where(inside, place, 0).to(tl.int64), mask=selected)
+
+
+@triton.jit
+def _sum_rows(sums, totals, rows, which, weights, starts, d, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    segment = tl.program_id(0).to(tl.int64)
+    first, last = tl.load(starts + segment), tl.load(starts + segment + 1)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    products = tl.zeros([ROWS, COLUMNS], tl.float32)
+    weight_sums = tl.zeros([ROWS], tl.float32)
+    for start in range(first, last, ROWS):
+        entry = start + tl.arange(0, ROWS)
+        inside = entry < last
+        row = tl.load(which + entry, mask=inside, other=0)
+        weight = tl.load(weights + entry, mask=inside, other=0.0)
+        tile = tl.load(rows + row[:, None] * d + column[None, :], mask=inside[:, None] & (column < d)[None, :], other=0.0)
+        products += weight[:, None] * tile
+        weight_sums += weight
+    to = sums + segment * d + column
+    tl.store(to, tl.load(to, mask=column < d) + tl.sum(products, axis=0), mask=column < d)
+    if totals is not None:
+        if tl.program_id(1) == 0:
+            tl.store(totals + segment, tl.sum(weight_sums))
+
+
+@triton.jit(do_not_specialize=["k"])
+def _multiply_rows(products, left, right, which, k, d, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    entry = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    inside = entry < k
+    row = tl.load(which + token * k + entry, mask=inside, other=0)
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, d, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        tile = tl.load(right + row[:, None] * d + column[None, :], mask=inside[:, None] & (column < d)[None, :], other=0.0)
+        total += tile * tl.load(left + token * d + column, mask=column < d, other=0.0)[None, :]
+    tl.store(products + token * k + entry, tl.sum(total, axis=1), mask=inside)
+
+
+def select_topk(pre: Tensor, k: int, bias: Tensor | None = None, columns: Tensor | None = None) -> TopK:
+    """The k largest of each row of ``pre + bias``, exactly, in the order of their places; of equal ones the first (-0.0 is below 0.0).
+
+    ``pre`` is `[n, m]`, float32 or bfloat16, ``bias`` `[m]` float32. With ``columns`` `[c]` only those of the m are candidates,
+    and the indices are places in ``columns``. ``2 k`` may not exceed ``MOST_CANDIDATES``.
+    """
+    n, n_candidates = len(pre), pre.shape[1] if columns is None else len(columns)
+    n_parts = triton.cdiv(n_candidates, MOST_CANDIDATES)
+    width = triton.cdiv(n_candidates, n_parts)
+    values = torch.empty(n, n_parts * k, dtype=torch.float32, device=pre.device)
+    places = torch.empty(n, n_parts * k, dtype=torch.int64, device=pre.device)
+    block = triton.next_power_of_2(max(width, k))
+    n_warps = min(max(block // _WARP_ENTRIES, 4), 32)
+    _select_topk[n, n_parts](pre, bias, columns, values, places, pre.stride(0), n_candidates, k, width, BLOCK=block, num_warps=n_warps)
+    if n_parts == 1:
+        return TopK(values, places)
+    chosen = select_topk(values, k)
+    return TopK(chosen.values, places.gather(1, chosen.indices))
+
+
+def sum_rows(sums: Tensor, rows: Tensor, which: Tensor, weights: Tensor, starts: Tensor, totals: Tensor | None = None) -> Tensor:
+    """``sums[s] += sum(weights[e] * rows[which[e]])`` over the entries e of a segment s, from ``starts[s]`` up to ``starts[s + 1]``.
+
+    ``sums`` is `[s, d]`, changed and returned; ``rows`` `[m, d]`; ``which`` (int64) and ``weights`` one per entry; ``starts``
+    `[s + 1]` int64. The sums of the weights themselves go to ``totals`` `[s]`. All contiguous.
+    """
+    d = rows.shape[1]
+    grid = (len(sums), triton.cdiv(d, _TILE_COLUMNS))
+    _sum_rows[grid](sums, totals, rows, which, weights, starts, d, ROWS=_TILE_ROWS, COLUMNS=_TILE_COLUMNS)
+    return sums
+
+
+def multiply_rows(left: Tensor, right: Tensor, which: Tensor) -> Tensor:
+    """``left[n] . right[which[n, i]]`` for each entry of ``which`` `[n, k]` (int64); ``left`` `[n, d]`, ``right`` `[m, d]`, contiguous."""
+    n, k = which.shape
+    products = torch.empty(n, k, dtype=torch.float32, device=left.device)
+    grid = (n, triton.cdiv(k, _TILE_ROWS))
+    _multiply_rows[grid](products, left, right, which, k, left.shape[1], ROWS=_TILE_ROWS, COLUMNS=_TILE_COLUMNS)
+    return products

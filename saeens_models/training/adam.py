@@ -1,0 +1,135 @@
+"""The optimiser step: Adam, with what SAEs need before and after it."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim.adam import adam
+
+from saeens_models.architectures import SAE
+from saeens_models.kernels import Team
+from saeens_models.training.config import TrainingConfig
+
+EPSILON = 1e-8
+_TASK_ENTRIES = 2**16
+_MOST_TASKS = 64
+
+
+class Adam:
+    """Adam (Kingma & Ba 2015) for the weights of one SAE, with gradient clipping and unit-norm decoder rows if the training asks.
+
+    Of decoder rows that are kept at norm 1, the gradient's part along the row is removed first: the scaling after the step would
+    undo it, and Adam would remember it. Compiled on a team of CPU threads, else with torch; both round differently.
+    """
+
+    def __init__(self, sae: SAE, training: TrainingConfig) -> None:
+        self._sae = sae
+        self._training = training
+        self._weights = {name: _as_in_memory(parameter.detach()) for name, parameter in sae.named_parameters()}
+        self.means = {name: torch.zeros_like(weight) for name, weight in self._weights.items()}
+        """Running mean of each weight's gradients, as the weight lies in memory."""
+        self.squares = {name: torch.zeros_like(weight) for name, weight in self._weights.items()}
+        """Running mean of their squares."""
+        self.steps = 0
+        if training.unit_norm_decoder:
+            _normalise_rows(sae.W_dec)
+
+    def step(self, learning_rate: float, team: Team | None = None) -> None:
+        """Move the weights along their gradients, the parameters' ``grad``."""
+        gradients: dict[str, Tensor] = {}
+        for name, parameter in self._sae.named_parameters():
+            if parameter.grad is None:
+                raise ValueError(f"{name} has no gradient: the objective does not depend on it")
+            gradients[name] = _as_in_memory(parameter.grad)
+        self.steps += 1
+        if team is None:
+            self._step(learning_rate, gradients)
+        else:
+            self._compiled_step(learning_rate, gradients, team)
+
+    @torch.no_grad()
+    def _step(self, learning_rate: float, gradients: dict[str, Tensor]) -> None:
+        W_dec, training = self._weights["W_dec"], self._training
+        if training.unit_norm_decoder:
+            along = torch.linalg.vecdot(gradients["W_dec"], W_dec, dim=1)
+            gradients["W_dec"].addcmul_(W_dec, along[:, None], value=-1)
+        if training.gradient_clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self._sae.parameters(), training.gradient_clip_norm)
+        beta1, beta2 = training.adam_betas
+        adam(
+            list(self._weights.values()),
+            list(gradients.values()),
+            list(self.means.values()),
+            list(self.squares.values()),
+            [],
+            [torch.tensor(self.steps - 1.0, device=W_dec.device) for _ in gradients],  # counted up by the call
+            fused=True,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=learning_rate,
+            weight_decay=0.0,
+            eps=EPSILON,
+            maximize=False,
+        )
+        if training.unit_norm_decoder:
+            _normalise_rows(W_dec)
+
+    def _compiled_step(self, learning_rate: float, gradients: dict[str, Tensor], team: Team) -> None:
+        from saeens_models.kernels import compiled
+
+        training, t = self._training, self.steps
+        beta1, beta2 = training.adam_betas
+        tasks = [(name, rows) for name, weight in self._weights.items() for rows in _row_ranges(weight)]
+        arrays = {
+            name: [_as_rows(tensor).numpy() for tensor in (weight, gradients[name], self.means[name], self.squares[name])]
+            for name, weight in self._weights.items()
+        }
+
+        def prepare(i: int) -> float:
+            name, rows = tasks[i]
+            weight, gradient, *_ = arrays[name]
+            if training.unit_norm_decoder and name == "W_dec":
+                compiled.remove_parallel(gradient[rows], weight[rows])
+            return compiled.squares(gradient[rows])
+
+        norm = sum(team.run(prepare, len(tasks))) ** 0.5
+        clip = training.gradient_clip_norm
+        factors = np.array(
+            [
+                1.0 if clip is None else min(1.0, clip / (norm + 1e-6)),
+                learning_rate / (1 - beta1**t),
+                beta1,
+                beta2,
+                (1 - beta2**t) ** -0.5,
+                EPSILON,
+            ],
+            np.float32,
+        )
+
+        def move(i: int) -> None:
+            name, rows = tasks[i]
+            compiled.adam(*(array[rows] for array in arrays[name]), *factors, training.unit_norm_decoder and name == "W_dec")
+
+        team.run(move, len(tasks))
+
+
+def _as_in_memory(weight: Tensor) -> Tensor:
+    """A view of a weight in the order of its memory, in which optimisers are fast: W_enc is stored transposed."""
+    return weight.t() if weight.ndim == 2 and weight.t().is_contiguous() else weight
+
+
+def _as_rows(weight: Tensor) -> Tensor:
+    return weight if weight.ndim == 2 else weight.view(1, -1)
+
+
+def _row_ranges(weight: Tensor) -> list[slice]:
+    n_rows = len(_as_rows(weight))
+    size = -(-n_rows // min(max(weight.numel() // _TASK_ENTRIES, 1), _MOST_TASKS))
+    return [slice(first, min(first + size, n_rows)) for first in range(0, n_rows, size)]
+
+
+@torch.no_grad()
+def _normalise_rows(W_dec: Tensor) -> None:
+    W_dec.div_(W_dec.norm(dim=1, keepdim=True).clamp_min_(torch.finfo(W_dec.dtype).tiny))

@@ -1,0 +1,151 @@
+"""Chunks of rows out of uncompressed Zarr v3 shards, memory-mapped through the shards' own index.
+
+A shard is a file of chunks, with an index of `[n_chunks, 2]` little-endian uint64, offset and length of every chunk in bytes, at
+its end or at its start; both are 2**64 - 1 for a chunk that was never written and has the array's fill value, as has a shard
+without a file. With the `crc32c` codec the checksum of the index follows it.
+Source: the sharding codec of Zarr v3, https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed/
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+
+from saeens_pipeline.errors import SaeensError
+
+if TYPE_CHECKING:
+    import zarr
+
+_MISSING = 2**64 - 1
+_ENTRY_BYTES = 16
+_CHECKSUM_BYTES = 4
+_MAPPED_SHARDS = 16
+
+
+class MappedShards:
+    """The chunks of an array `[n_rows, d_in]` that `map_shards` has found to be of a layout that can be mapped.
+
+    The shards last used, up to 16, stay open and mapped. What is read of them counts as this process's memory in most displays
+    (512 MiB of shards of 32), but is the page cache's, which the kernel takes back when it needs to.
+    """
+
+    def __init__(self, array: zarr.Array, folder: Path, layout: _ShardLayout) -> None:
+        (self._n_rows, self._d_in), self._dtype, self._fill_value = array.shape, array.dtype, array.fill_value
+        self._chunk_rows, self._chunks_per_shard = array.chunks[0], layout.n_chunks
+        self._folder, self._chunk_key = folder, array.metadata.encode_chunk_key
+        self._shard = lru_cache(_MAPPED_SHARDS)(layout.map)
+
+    def chunk(self, index: int) -> np.ndarray:
+        """Rows `[index * chunk_rows, (index + 1) * chunk_rows)`, `[<= chunk_rows, d_in]`; the last chunk may be shorter.
+
+        The array lies in a private mapping of its shard: pages come from the disk when they are touched, and writing to it never
+        reaches the file. Raises SaeensError for a shard that is truncated or whose index does not fit it.
+        """
+        n_chunks = -(-self._n_rows // self._chunk_rows)
+        if not 0 <= index < n_chunks:
+            raise IndexError(f"{self._folder} has {n_chunks} chunks: there is no chunk {index}")
+        rows = min(self._chunk_rows, self._n_rows - index * self._chunk_rows)
+        shard_index, chunk_index = divmod(index, self._chunks_per_shard)
+        file = self._folder / self._chunk_key((shard_index, 0))
+        shard = self._shard(file)
+        offset = shard.offsets[chunk_index] if shard else _MISSING
+        if shard is None or offset == _MISSING:
+            return np.full((rows, self._d_in), self._fill_value, self._dtype)
+        if shard.mapping.size() < len(shard.mapping):  # beyond the end of the file, touching a mapping kills the process
+            raise _damaged(file, f"it has been cut to {shard.mapping.size():,} bytes while it was read")
+        values = np.frombuffer(shard.mapping, self._dtype, rows * self._d_in, offset).reshape(rows, self._d_in)
+        return np.require(values, requirements="A")  # torch wants aligned numbers, and an offset may be any
+
+
+class _Shard(NamedTuple):
+    mapping: mmap.mmap
+    offsets: list[int]  # of the chunks, _MISSING for those that are not there
+
+
+@dataclass(frozen=True)
+class _ShardLayout:
+    n_chunks: int
+    chunk_bytes: int
+    index_at: Literal["start", "end"]
+    has_checksum: bool
+
+    @property
+    def index_bytes(self) -> int:
+        return self.n_chunks * _ENTRY_BYTES + (_CHECKSUM_BYTES if self.has_checksum else 0)
+
+    def map(self, file: Path) -> _Shard | None:
+        """None where there is no such file. Raises SaeensError, before anything is mapped beyond the file's end."""
+        try:
+            opened = file.open("rb")
+        except FileNotFoundError:
+            return None
+        with opened:
+            size = os.fstat(opened.fileno()).st_size
+            if size < self.index_bytes:
+                raise _damaged(file, f"it has {size:,} bytes, its index alone takes {self.index_bytes:,}")
+            mapping = mmap.mmap(opened.fileno(), size, access=mmap.ACCESS_COPY)
+        return _Shard(mapping, self._offsets(file, mapping))
+
+    def _offsets(self, file: Path, mapping: mmap.mmap) -> list[int]:
+        """All entries are checked, whichever is wanted: in a shard that was cut, a single one may still look right."""
+        size = len(mapping)
+        start = 0 if self.index_at == "start" else size - self.index_bytes
+        if self.has_checksum:
+            _verify_checksum(file, mapping[start : start + self.index_bytes])
+        entries = np.frombuffer(mapping, "<u8", 2 * self.n_chunks, start).reshape(-1, 2).tolist()
+        first, end = (self.index_bytes, size) if self.index_at == "start" else (0, start)
+        for offset, length in entries:
+            is_missing = offset == length == _MISSING
+            if not is_missing and (length != self.chunk_bytes or not first <= offset <= end - length):
+                whole = self.index_bytes + self.n_chunks * self.chunk_bytes
+                raise _damaged(file, f"its index does not fit its {size:,} bytes ({whole:,} if it has all its chunks)")
+        return [offset for offset, _ in entries]
+
+
+def map_shards(array: zarr.Array) -> MappedShards | None:
+    """The chunks of `array` without decoding, or None for an array that has to be read through Zarr.
+
+    What can be mapped: numbers in two dimensions, in Zarr v3, in a folder of this machine, in shards of chunks of whole rows, with
+    no codec but little-endian `bytes`, and `crc32c` for the index.
+    """
+    from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
+    from zarr.storage import LocalStore
+
+    def is_plain(codec: object) -> bool:
+        return isinstance(codec, BytesCodec) and codec.endian is not None and codec.endian.value == "little"
+
+    store, metadata = array.store, array.metadata
+    if not isinstance(store, LocalStore) or metadata.zarr_format != 3 or metadata.storage_transformers:
+        return None
+    if array.ndim != 2 or array.chunks[1] != array.shape[1] or array.shards is None or array.dtype.kind not in "iuf":
+        return None
+    match metadata.codecs:
+        case (ShardingCodec(codecs=(values,), index_codecs=(index, *checksum)) as sharding,) if is_plain(values) and is_plain(index):
+            if checksum and checksum != [Crc32cCodec()]:
+                return None
+            layout = _ShardLayout(
+                n_chunks=array.shards[0] // array.chunks[0],
+                chunk_bytes=array.chunks[0] * array.chunks[1] * array.dtype.itemsize,
+                index_at=sharding.index_location.value,
+                has_checksum=bool(checksum),
+            )
+            return MappedShards(array, store.root / array.path, layout)
+        case _:
+            return None
+
+
+def _verify_checksum(file: Path, index: bytes) -> None:
+    import google_crc32c
+
+    if google_crc32c.value(index[:-_CHECKSUM_BYTES]) != int.from_bytes(index[-_CHECKSUM_BYTES:], "little"):
+        raise _damaged(file, "the checksum of its index is wrong")
+
+
+def _damaged(file: Path, what: str) -> SaeensError:
+    return SaeensError(f"{file} is truncated or damaged: {what}. `saeens run` makes it again, unless you restore it")

@@ -1,0 +1,233 @@
+"""The compiled CPU step against the same loss, written densely in float64 and differentiated by autograd."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import saeens_models as sm
+from saeens_models.architectures import build_sae
+from saeens_models.kernels import Team, compiled, cpu_team
+from saeens_models.kernels.cpu import Weights, topk_gradients, topk_reconstruct
+from saeens_models.training.adam import Adam
+
+finite = st.floats(-100, 100, width=32)
+
+
+@st.composite
+def rows_and_k(draw) -> tuple[np.ndarray, int]:
+    """Rows with many equal entries, short and long ones."""
+    m = draw(st.integers(1, 200))
+    values = draw(st.lists(st.sampled_from([0.0, -0.0, 1.0, 2.0, -3.0, 1e30, -1e-30]) | finite, min_size=2 * m, max_size=2 * m))
+    return np.array(values, np.float32).reshape(2, m), draw(st.integers(1, m))
+
+
+def _select(pre: np.ndarray, k: int, bias: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    indices, values = np.empty((len(pre), k), np.int32), np.empty((len(pre), k), np.float32)
+    compiled.select_topk(pre, np.zeros(pre.shape[1], np.float32) if bias is None else bias, k, indices, values)
+    return indices, values
+
+
+@given(rows_and_k())
+@settings(deadline=None, max_examples=200)
+def test_the_k_largest_entries_are_selected_each_once(case):
+    pre, k = case
+    indices, values = _select(pre.copy(), k)
+    assert np.array_equal(np.sort(values)[:, ::-1], np.sort(pre)[:, ::-1][:, :k])
+    assert np.array_equal(np.take_along_axis(pre, indices, 1), values)
+    assert all(len(set(row)) == k for row in indices.tolist())
+
+
+def test_the_bias_is_added_before_selecting():
+    pre, bias = np.zeros((1, 100), np.float32), np.arange(100, dtype=np.float32)
+    indices, values = _select(pre, 3, bias)
+    assert sorted(indices[0]) == [97, 98, 99]
+    assert sorted(values[0]) == [97, 98, 99]
+
+
+@pytest.mark.parametrize("m", [10, 1000])
+def test_a_row_that_is_not_a_number_gives_no_number(m):
+    _, values = _select(np.full((1, m), np.nan, np.float32), 3)
+    assert np.isnan(values).all()
+
+
+@given(
+    n=st.integers(1, 40),
+    d_in=st.integers(1, 12),
+    d_sae=st.integers(2, 70),
+    k=st.integers(1, 6),
+    dead=st.integers(0, 20),
+    k_aux=st.integers(1, 9),
+    centred=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+@settings(deadline=None, max_examples=60)
+def test_loss_and_gradients_equal_dense_autograd_in_float64(*, n, d_in, d_sae, k, dead, k_aux, centred, seed):
+    k = min(k, d_sae)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, d_in, generator=generator)
+    weights = Weights(*(torch.randn(shape, generator=generator) for shape in ((d_sae, d_in), (d_sae,), (d_sae, d_in), (d_in,))))
+    dead_features = torch.randperm(d_sae, generator=generator)[:dead].sort().values if dead else None
+    with Team() as team:
+        found = topk_gradients(
+            team,
+            x,
+            weights,
+            k=k,
+            apply_b_dec_to_input=centred,
+            dead=dead_features,
+            k_aux=k_aux,
+            aux_coefficient=0.0 if dead_features is None else 0.7,
+        )
+        gradients = Weights(*(gradient.clone() for gradient in found.gradients))
+    expected = _dense(
+        x.double(), Weights(*(w.double() for w in weights)), k=k, centred=centred, dead=dead_features, k_aux=k_aux, coefficient=0.7
+    )
+    torch.testing.assert_close(found.mse.double(), expected[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.auxiliary.double(), expected[1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.x_hat.double(), expected[2], rtol=1e-5, atol=1e-5)
+    assert torch.equal(found.fire_counts.long(), expected[3])
+    for name, gradient, true in zip(Weights._fields, gradients, expected[4], strict=True):
+        torch.testing.assert_close(
+            gradient.double(), true, rtol=1e-5, atol=1e-5 * float(1 + true.abs().max()), msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def _dense(x: Tensor, given: Weights, *, k: int, centred: bool, dead: Tensor | None, k_aux: int, coefficient: float):
+    weights = Weights(*(w.clone().requires_grad_() for w in given))
+    pre = (x - weights.b_dec if centred else x) @ weights.W_enc.t() + weights.b_enc
+    top = pre.topk(k)
+    z = torch.zeros_like(pre).scatter(1, top.indices, top.values.relu())
+    x_hat = z @ weights.W_dec + weights.b_dec
+    mse, auxiliary = (x_hat - x).square().sum(1).mean(), torch.zeros((), dtype=x.dtype)
+    if dead is not None:
+        of_dead = pre[:, dead].topk(min(k_aux, len(dead)))
+        e_hat = torch.zeros(len(x), len(dead), dtype=x.dtype).scatter(1, of_dead.indices, of_dead.values) @ weights.W_dec[dead]
+        auxiliary = coefficient * (e_hat - (x - x_hat).detach()).square().sum(1).mean()
+    gradients = Weights(*torch.autograd.grad(mse + auxiliary, weights))
+    return mse.detach(), auxiliary.detach(), x_hat.detach(), (z > 0).sum(0), gradients
+
+
+@pytest.mark.parametrize("shape", [(300, 64, 3), (512, 37, 9), (2000, 24, 60)])
+def test_a_rough_encoder_finds_the_features_that_float32_finds(monkeypatch, shape):
+    d_sae, d_in, k = shape
+    generator = torch.Generator().manual_seed(d_sae)
+    weights = Weights(*(torch.randn(shape, generator=generator) for shape in ((d_sae, d_in), (d_sae,), (d_sae, d_in), (d_in,))))
+    weights.W_enc[7] *= 10  # its bound on the error holds for all
+    x = torch.randn(600, d_in, generator=generator) * torch.logspace(-3, 3, 600)[:, None]
+    codes = []
+    for rough in (True, False):
+        monkeypatch.setattr("saeens_models.kernels.cpu._bfloat16_pays", lambda rough=rough: rough)
+        with Team() as team:
+            codes.append(topk_reconstruct(team, x, weights, k=k, apply_b_dec_to_input=True))
+    for tokens in zip(*(code.indices.tolist() for code in codes), strict=True):
+        assert set(tokens[0]) == set(tokens[1])
+    ours, theirs = (code.x_hat for code in codes)
+    assert ((ours - theirs).norm(dim=1) < 1e-5 * theirs.norm(dim=1)).all()
+
+
+def test_encoding_and_decoding_equals_the_dense_code():
+    generator = torch.Generator().manual_seed(0)
+    weights = Weights(*(torch.randn(shape, generator=generator) for shape in ((300, 16), (300,), (300, 16), (16,))))
+    x = torch.randn(700, 16, generator=generator)
+    with Team() as team:
+        values, indices, x_hat = topk_reconstruct(team, x, weights, k=7, apply_b_dec_to_input=True)
+    top = ((x - weights.b_dec) @ weights.W_enc.t() + weights.b_enc).topk(7)
+    z = torch.zeros(700, 300).scatter(1, top.indices, top.values.relu())
+    torch.testing.assert_close(x_hat, z @ weights.W_dec + weights.b_dec, rtol=1e-5, atol=1e-4)
+    found = torch.zeros(700, 301).scatter_add(1, torch.where(indices < 0, 300, indices).long(), values)[:, :300]
+    torch.testing.assert_close(found, z, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{"apply_b_dec_to_input": True}, {"apply_b_dec_to_input": False}])
+@pytest.mark.parametrize(
+    "architecture",
+    [{"architecture": "standard", "l1_coefficient": 0.3}, {"architecture": "jumprelu", "bandwidth": 0.4, "init_threshold": 0.3}],
+    ids=lambda architecture: architecture["architecture"],
+)
+def test_compiled_gradients_of_gated_saes_equal_autograd(architecture, settings):
+    sae = build_sae(sm.SAEConfig(**architecture, **settings, d_in=16, d_sae=600, init_seed=4))
+    generator = torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.add_(0.1 * torch.rand(parameter.shape, generator=generator))
+    x = torch.randn(700, 16, generator=generator)
+    expected = sae.backpropagate(x, sparsity_scale=0.5)
+    true = {name: parameter.grad.clone() for name, parameter in sae.named_parameters() if parameter.grad is not None}
+    with Team() as team:
+        found = sae.backpropagate(x, sparsity_scale=0.5, team=team)
+        for name, parameter in sae.named_parameters():
+            torch.testing.assert_close(parameter.grad, true[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    for field in ("loss", "x_hat", "fire_counts"):
+        torch.testing.assert_close(getattr(found, field), getattr(expected, field), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.terms, expected.terms, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+@pytest.mark.parametrize("unit_norm", [False, True])
+def test_the_compiled_optimiser_moves_the_weights_as_torch_does(unit_norm, clip):
+    config = sm.SAEConfig(architecture="jumprelu", d_in=24, d_sae=90, init_seed=3)
+    training = sm.TrainingConfig(learning_rate=1e-2, unit_norm_decoder=unit_norm, gradient_clip_norm=clip)
+    ours, torchs = build_sae(config), build_sae(config)
+    optimiser, reference = Adam(ours, training), Adam(torchs, training)
+    generator = torch.Generator().manual_seed(5)
+    with Team() as team:
+        for _ in range(5):
+            for parameter, other in zip(ours.parameters(), torchs.parameters(), strict=True):
+                gradient = torch.randn(parameter.shape, generator=generator)
+                parameter.grad, other.grad = (torch.empty_like(parameter).copy_(gradient) for _ in range(2))
+            optimiser.step(1e-2, team)
+            reference.step(1e-2)
+    for (name, parameter), other in zip(ours.named_parameters(), torchs.parameters(), strict=True):
+        torch.testing.assert_close(parameter, other, msg=lambda m, n=name: f"{n}: {m}")
+    if unit_norm:
+        torch.testing.assert_close(ours.W_dec.norm(dim=1), torch.ones(90))
+
+
+def test_training_without_numba_gives_the_same_sae_but_for_rounding(monkeypatch):
+    x = torch.randn(20, 64, 12, generator=torch.Generator().manual_seed(1)).cumsum(-1)
+    config = sm.SAEConfig(architecture="topk", d_in=12, d_sae=60, k=3)
+    training = sm.TrainingConfig(learning_rate=3e-3, dead_after_tokens=200, unit_norm_decoder=True)
+    (ours,) = sm.train([config], x, training)
+    monkeypatch.setattr("saeens_models.kernels.team.find_spec", lambda name: None)
+    (torchs,) = sm.train([config], x, training)
+    for name, weight in ours.state_dict().items():
+        torch.testing.assert_close(weight, torchs.state_dict()[name], rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_team_has_torchs_threads_and_gives_them_back():
+    threads = torch.get_num_threads()
+    with Team() as team:
+        assert team.n_threads == threads
+        assert torch.get_num_threads() == 1
+        assert team.run(lambda i: (i, torch.get_num_threads()), 20) == [(i, 1) for i in range(20)]
+        with team.resting():
+            assert torch.get_num_threads() == threads
+    assert torch.get_num_threads() == threads
+
+
+def test_an_error_in_a_task_ends_the_run_of_all():
+    started: list[int] = []
+
+    def task(i: int) -> None:
+        started.append(i)
+        if i == 3:
+            raise ArithmeticError("task 3")
+
+    with Team() as team, pytest.raises(ArithmeticError, match="task 3"):
+        team.run(task, 100_000)
+    assert len(started) < 100_000
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("saeens-team")]
+
+
+def test_only_the_cpu_has_a_team():
+    with cpu_team("meta") as team:
+        assert team is None
+    with cpu_team("cpu") as team:
+        assert isinstance(team, Team)
