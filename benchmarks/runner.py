@@ -139,12 +139,6 @@ def compare(
     return row
 
 
-def measure_alone(case: str, ours: Contender, effort: Effort, *, tokens: int | None = None) -> Row:
-    """Where there is no peer."""
-    sides = [_run(ours) for _ in range(effort.rounds)]
-    return Row(case, "", ours.settings, _median(sides), None, None, None, len(sides), tokens)
-
-
 def _run(contender: Contender) -> Side:
     used = measure_peak(contender.run)
     return Side(used.result, used.peak_bytes)

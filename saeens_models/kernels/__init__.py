@@ -1,7 +1,7 @@
 """TopK training kernels: selection, sparse decoding and its gradients.
 
 `reference` is plain torch, for any device; `cpu` computes the same with compiled loops on a `Team` of threads, `cuda` with Triton.
-`topk_reconstruction` is `cuda`'s, which takes the reference wherever its own kernels are not for.
+`topk_reconstruction` takes `cuda`'s kernels where they are faster and can be trusted, else the reference.
 """
 
 from saeens_models.kernels.cuda import topk_reconstruction

@@ -21,8 +21,8 @@ from saeens_models.kernels.reference import TopK, TopKReconstruction
 SPARSE_BELOW = 0.01
 """Below which k / d_sae the sparse step is the faster one. Estimated for an H200 from bytes and multiplications, not measured."""
 _BLOCK_BYTES = 32 << 20
-"""Pre-activations of a block: half the L2 cache of an H200, and a product of two tiles for each multiprocessor. Not measured."""
-_MOST_SELECTED = 8192
+"""Of pre-activations in a block: about half the L2 cache of an H200, and two tiles of a product per multiprocessor. Not measured."""
+_MOST_SELECTED = 8192  # half of triton_topk.MOST_CANDIDATES, which is not imported: Triton may be missing
 _TOLERANCE = 5e-3  # of the largest entry: products in TF32, where torch is told to use it, are not more exact
 
 
@@ -103,7 +103,7 @@ class _SparseTopKReconstruction(torch.autograd.Function):
         n, d_sae = len(x), len(W_enc)
         x = x - b_dec if apply_b_dec_to_input else x.contiguous()
         W_enc, W_dec = W_enc.contiguous(), W_dec.contiguous()
-        code, dead_code = _encode(x, W_enc, b_enc, k, dead, k_aux, encoder_dtype)
+        code, dead_code = _encode(x, W_enc, b_enc, k=k, dead=dead, k_aux=k_aux, dtype=encoder_dtype)
         values = code.values.relu()
         first_entries = torch.arange(0, n * k + 1, k, device=x.device)
         x_hat = sum_rows(b_dec.repeat(n, 1), W_dec, code.indices, values, first_entries)
@@ -150,7 +150,7 @@ class _SparseTopKReconstruction(torch.autograd.Function):
 
 
 def _encode(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, dead: Tensor | None, k_aux: int, dtype: torch.dtype
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, *, k: int, dead: Tensor | None, k_aux: int, dtype: torch.dtype
 ) -> tuple[TopK, TopK | None]:
     """The k largest pre-activations of each token, and the k_aux largest of the dead features, by their places in ``dead``."""
     from saeens_models.kernels.triton_topk import multiply_rows, select_topk

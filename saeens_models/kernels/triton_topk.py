@@ -5,11 +5,14 @@ feature's weights sums the rows of its tokens, the gradient of a code's entry is
 every sum has one order, so the same input gives the same bits. Sums are in float32.
 """
 
+# Triton is not there for every platform, and what its decorator makes of a function is not what type checkers see.
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
+
 from __future__ import annotations
 
 import torch
-import triton  # pyright: ignore[reportMissingImports] - not on every platform
-import triton.language as tl  # pyright: ignore[reportMissingImports]
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from saeens_models.kernels.reference import TopK
@@ -37,7 +40,7 @@ def _select_topk(pre, bias, columns, values, places, row_stride, n_candidates, k
     if bias is not None:
         value += tl.load(bias + column, mask=inside, other=0.0)
     key = _order_preserving(value.to(tl.int32, bitcast=True))
-    key = tl.where(value == value, key, 0x7FFFFFFF)  # what is not a number is selected: the loss has to show it
+    key = tl.where(value == value, key, 0x7FFFFFFF)  # noqa: PLR0124 - NaN is selected: the loss has to show it
 
     # The largest key that at least k reach, bit by bit from the sign; any that exactly k reach will do.
     kth = tl.full([], -0x80000000, tl.int32)
@@ -57,7 +60,7 @@ def _select_topk(pre, bias, columns, values, places, row_stride, n_candidates, k
     first = (row * tl.num_programs(1) + part) * k
     to = (counts & 0xFFFF) + tl.minimum(counts >> 16, n_equal) - 1
     tl.store(values + first + to, _order_preserving(key).to(tl.float32, bitcast=True), mask=selected)
-    tl.store(places + first + to, tl.where(inside, place, 0).to(tl.int64), mask=selected)
+    tl.store(places + first + to, place.to(tl.int64), mask=selected)
 
 
 @triton.jit
@@ -77,7 +80,7 @@ def _sum_rows(sums, totals, rows, which, weights, starts, d, ROWS: tl.constexpr,
         weight_sums += weight
     to = sums + segment * d + column
     tl.store(to, tl.load(to, mask=column < d) + tl.sum(products, axis=0), mask=column < d)
-    if totals is not None:
+    if totals is not None:  # noqa: SIM102 - decided when compiling
         if tl.program_id(1) == 0:
             tl.store(totals + segment, tl.sum(weight_sums))
 
@@ -116,7 +119,7 @@ def select_topk(pre: Tensor, k: int, bias: Tensor | None = None, columns: Tensor
     return TopK(chosen.values, places.gather(1, chosen.indices))
 
 
-def sum_rows(sums: Tensor, rows: Tensor, which: Tensor, weights: Tensor, starts: Tensor, totals: Tensor | None = None) -> Tensor:
+def sum_rows(sums: Tensor, rows: Tensor, which: Tensor, weights: Tensor, starts: Tensor, *, totals: Tensor | None = None) -> Tensor:
     """``sums[s] += sum(weights[e] * rows[which[e]])`` over the entries e of a segment s, from ``starts[s]`` up to ``starts[s + 1]``.
 
     ``sums`` is `[s, d]`, changed and returned; ``rows`` `[m, d]`; ``which`` (int64) and ``weights`` one per entry; ``starts``
