@@ -67,31 +67,35 @@ def _reaching(values, threshold, places):
 
 
 @_compile
-def _candidates(row, k, margin, maxima, places):
-    """Where the k largest entries of a row may be, and all that lie less than a margin below them: a view of places.
+def _candidates(row, k, margin, scores, places):
+    """Where the entries are that may be among the k largest, and all that are less than a margin below them; `scores` are these entries.
 
     The k largest lie in the groups whose maxima reach what k of the maxima reach: few are left to choose from.
     """
     n_groups = len(row) // _PARTS
-    if n_groups <= 2 * k:
-        return places[: _reaching(row, np.float32(-np.inf), places)]
-    grouped = _PARTS * n_groups
-    maxima = maxima[:n_groups]
-    maxima[:] = row[:n_groups]
-    for start in range(n_groups, grouped, n_groups):
-        _maximum(maxima, row[start : start + n_groups])
-    threshold, _ = _bounds(maxima, k, max(k // 4, _PARTS))
-    threshold -= margin
-    n_reaching = _reaching(maxima, threshold, places)
-    candidates = places[n_reaching:]
     n = 0
-    for i in range(n_reaching):
-        for place in range(places[i], grouped, n_groups):
+    if n_groups <= 2 * k:
+        candidates = places
+        n = _reaching(row, np.float32(-np.inf), candidates)
+    else:
+        grouped = _PARTS * n_groups
+        maxima = scores[:n_groups]
+        maxima[:] = row[:n_groups]
+        for start in range(n_groups, grouped, n_groups):
+            _maximum(maxima, row[start : start + n_groups])
+        threshold, _ = _bounds(maxima, k, max(k // 4, _PARTS))
+        threshold -= margin
+        n_reaching = _reaching(maxima, threshold, places)
+        candidates = places[n_reaching:]
+        for i in range(n_reaching):
+            for place in range(places[i], grouped, n_groups):
+                candidates[n] = place
+                n += np.int64(row[place] >= threshold)
+        for place in range(grouped, len(row)):
             candidates[n] = place
             n += np.int64(row[place] >= threshold)
-    for place in range(grouped, len(row)):
-        candidates[n] = place
-        n += np.int64(row[place] >= threshold)
+    for i in range(n):
+        scores[i] = row[candidates[i]]
     return candidates[:n]
 
 
@@ -112,50 +116,62 @@ def _select(candidates, scores, k, indices, values):
                 indices[n_selected] = candidates[i]
                 values[n_selected] = scores[i]
                 n_selected += 1
-    for i in range(n_selected, k):  # what is not a number is never larger: the loss has to show it
+    for i in range(n_selected, k):  # what is not a number reaches nothing: the loss has to show it
         indices[i] = i
         values[i] = np.nan
 
 
 @_compile
-def _add(row, bias):
+def _add(row, other):
     for i in range(len(row)):
-        row[i] += bias[i]
+        row[i] += other[i]
+
+
+@_compile
+def _largest_magnitude(row):
+    """Of floats without their sign bits, whose bits as integers have the same order: a maximum that is found in vectors."""
+    bits = row.view(np.int32)
+    largest = np.zeros(1, np.int32)
+    for i in range(len(bits)):
+        largest[0] = max(largest[0], bits[i] & np.int32(0x7FFFFFFF))
+    return largest.view(np.float32)[0]
 
 
 @_compile
 def select_topk(pre, bias, k, indices, values):
     """Add the bias `[m]` to each row of pre `[n, m]`, in place, and select its k largest entries: indices, values `[n, k]`."""
     n, m = pre.shape
-    scores = np.empty(m, np.float32)
-    places = np.empty(2 * m + 1, np.int32)
+    scores, places = np.empty(m, np.float32), np.empty(2 * m + 1, np.int32)
     for b in range(n):
-        row = pre[b]
-        _add(row, bias)
-        candidates = _candidates(row, k, np.float32(0), scores, places)
-        for i in range(len(candidates)):
-            scores[i] = row[candidates[i]]
+        _add(pre[b], bias)
+        candidates = _candidates(pre[b], k, np.float32(0), scores, places)
         _select(candidates, scores, k, indices[b], values[b])
 
 
 @_compile
-def select_topk_exactly(pre, bias, error, x, W_enc, k, indices, values):
-    """As `select_topk` for pre that is computed roughly, each entry off by at most the `error` `[n]` of its row.
+def select_topk_exactly(pre, bias, error, rounding, x, W_enc, k, indices, values):
+    """As `select_topk` for pre that is computed roughly.
 
-    The k largest entries are then among those that are at most twice the error below the k-th largest rough one. These are computed
-    again in float32, `x . W_enc[index]` for x `[n, d]` and W_enc `[m, d]`, and the k largest of them are selected.
+    Each entry is off by at most the `error` `[n]` of its row, and the share `rounding` of itself. The k largest are then among those
+    that are at most twice that below the k-th largest rough one. These are computed again in float32, `x . W_enc[index]` for
+    x `[n, d]` and W_enc `[m, d]`, and the k largest of them are selected.
     """
     n, m = pre.shape
-    scores = np.empty(m, np.float32)
-    places = np.empty(2 * m + 1, np.int32)
+    scores, places = np.empty(m, np.float32), np.empty(2 * m + 1, np.int32)
     for b in range(n):
-        row = pre[b]
-        _add(row, bias)
-        candidates = _candidates(row, k, np.float32(2) * error[b], scores, places)
-        for i in range(len(candidates)):
-            feature = candidates[i]
-            scores[i] = _dot(x[b], W_enc[feature]) + bias[feature]
-        _select(candidates, scores, k, indices[b], values[b])
+        margin = np.float32(2) * (error[b] + rounding * _largest_magnitude(pre[b]))
+        _add(pre[b], bias)
+        candidates = _candidates(pre[b], k, margin, scores, places)
+        n_left = 0
+        if len(candidates) >= k:
+            least = _bounds(scores[: len(candidates)], k, 0)[0] - margin
+            for i in range(len(candidates)):
+                if scores[i] >= least:
+                    feature = candidates[i]
+                    candidates[n_left] = feature
+                    scores[n_left] = _dot(x[b], W_enc[feature]) + bias[feature]
+                    n_left += 1
+        _select(candidates[:n_left], scores, k, indices[b], values[b])
 
 
 @_compile
@@ -193,28 +209,31 @@ def count(indices, counts):
 
 
 @_compile
-def decode(start, indices, values, W_dec, decoded):
-    """`decoded = start + z W_dec`, all `[n, d]`, for the code z that is given by its entries. Returns the sum of all squares."""
-    n, k = values.shape
-    squares = 0.0
-    for b in range(n):
-        row = decoded[b]
-        row[:] = start[b]
-        for i in range(k):
-            if indices[b, i] >= 0:
-                _add_scaled(row, W_dec[indices[b, i]], values[b, i])
-        squares += _dot(row, row)
-    return squares
+def _decode_row(row, indices, values, W_dec):
+    for i in range(len(indices)):
+        if indices[i] >= 0:
+            _add_scaled(row, W_dec[indices[i]], values[i])
 
 
 @_compile
-def code_gradients(gradient, indices, W_dec, scale, value_gradients):
-    """Gradients of the entries of a code, `scale * gradient . W_dec[index]`, `[n, k]`."""
-    n, k = indices.shape
-    for b in range(n):
-        for i in range(k):
+def decode(indices, values, W_dec, decoded):
+    """Add `z W_dec` to decoded `[n, d]`, for the code z that is given by its entries `[n, k]`."""
+    for b in range(len(decoded)):
+        _decode_row(decoded[b], indices[b], values[b], W_dec)
+
+
+@_compile
+def decode_error(indices, values, W_dec, error, scale, value_gradients):
+    """Add `z W_dec` to error `[n, d]`. Returns the sum of its squares; the gradients of z are `scale * error . W_dec[index]`."""
+    squares = 0.0
+    for b in range(len(error)):
+        row = error[b]
+        _decode_row(row, indices[b], values[b], W_dec)
+        squares += _dot(row, row)
+        for i in range(indices.shape[1]):
             if indices[b, i] >= 0:
-                value_gradients[b, i] = scale * _dot(gradient[b], W_dec[indices[b, i]])
+                value_gradients[b, i] = scale * _dot(row, W_dec[indices[b, i]])
+    return squares
 
 
 @_compile

@@ -55,7 +55,7 @@ def gated_gradients(
 
     n, d_in = x.shape
     d_sae = len(threshold)
-    blocks = blocks_of_tokens(n, team.n_threads)
+    blocks = blocks_of_tokens(n)
     z, of_pre = team.scratch("z", n, d_sae), team.scratch("gradient of pre", n, d_sae)
     centred = team.scratch("centred", n, d_in) if apply_b_dec_to_input else x
     error, x_hat = team.scratch("error", n, d_in), torch.empty_like(x)
@@ -81,7 +81,7 @@ def gated_gradients(
     gradients = gradients_of(team, weights)
     of_norms = torch.from_numpy(sums.sum(axis=0)) * (l1_coefficient / n) / norms.clamp_min(torch.finfo(norms.dtype).tiny)
     fewest, most = _RANGE_FEATURES
-    size = min(max(-(-d_sae // team.n_threads), fewest), most)
+    size = min(max(-(-d_sae // 8), fewest), most)
 
     def backward(i: int) -> None:
         features = slice(i * size, min((i + 1) * size, d_sae))

@@ -25,7 +25,7 @@ class Team:
 
     def __init__(self) -> None:
         self.n_threads = torch.get_num_threads()
-        self._memory = threading.local()
+        self._memory = threading.local()  # scratch memory by name, and whether the thread is in a task
 
     def __enter__(self) -> Team:
         torch.set_num_threads(1)
@@ -37,18 +37,26 @@ class Team:
         torch.set_num_threads(self.n_threads)
 
     def run(self, task: Callable[[int], T], n_tasks: int) -> list[T]:
-        """``[task(0), ..., task(n_tasks - 1)]``; a thread takes the next one when it is done with its last."""
+        """``[task(0), ..., task(n_tasks - 1)]``; a thread takes the next one when it is done with its last.
+
+        Within a task, a run of its own stays on that task's thread.
+        """
+        if getattr(self._memory, "in_task", False):
+            return [task(number) for number in range(n_tasks)]
         results: dict[int, T] = {}
         numbers = count()  # hands each number out once: taking one is a single operation of the interpreter
         failed = threading.Event()
 
         def work() -> None:
+            self._memory.in_task = True
             try:
                 while (number := next(numbers)) < n_tasks and not failed.is_set():
                     results[number] = task(number)
             except BaseException:
                 failed.set()
                 raise
+            finally:
+                self._memory.in_task = False
 
         others = [self._executor.submit(work) for _ in range(min(self.n_threads, n_tasks) - 1)]
         try:
@@ -61,7 +69,10 @@ class Team:
 
     @contextmanager
     def resting(self) -> Iterator[None]:
-        """Give torch its threads back for a while."""
+        """Give torch its threads back for a while; within a task it keeps to one."""
+        if getattr(self._memory, "in_task", False):
+            yield
+            return
         torch.set_num_threads(self.n_threads)
         try:
             yield

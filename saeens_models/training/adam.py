@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import isfinite, nan
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -96,9 +98,10 @@ class Adam:
 
         norm = sum(team.run(prepare, len(tasks))) ** 0.5
         clip = training.gradient_clip_norm
+        scale = 1.0 if clip is None else min(1.0, clip / (norm + 1e-6))
         factors = np.array(
             [
-                1.0 if clip is None else min(1.0, clip / (norm + 1e-6)),
+                scale if isfinite(norm) else nan,  # one gradient that is not a number spoils all weights: the next loss shows it
                 learning_rate / (1 - beta1**t),
                 beta1,
                 beta2,

@@ -17,6 +17,8 @@ from saeens_models.training.trainer import CurvePoint, SAETrainer
 _OBSERVATIONS = 200
 _STEPS_PER_OBSERVATION_OF_UNKNOWN_LENGTH = 100
 _KEPT_OF_MEAN_NORM = 0.9
+_ENTRIES_FOR_ONE_THREAD = 2**20
+"""Entries of W_enc up to which it is faster to give each thread a whole SAE than to have all work on one."""
 
 Step = Callable[[Sequence[SAETrainer], Tensor], None]
 """One step of all trainers on a batch `[n, d_in]`, scaled by the training's ``input_scale``."""
@@ -114,6 +116,11 @@ def _train(
 
 
 def _step_side_by_side(trainers: Sequence[SAETrainer], x: Tensor) -> None:
+    team = trainers[0].team
+    largest = max(trainer.sae.W_enc.numel() for trainer in trainers)
+    if team is not None and len(trainers) >= team.n_threads and largest <= _ENTRIES_FOR_ONE_THREAD:
+        team.run(lambda index: trainers[index].step(x), len(trainers))
+        return
     for trainer in trainers:
         trainer.step(x)
 

@@ -57,13 +57,13 @@ class SAETrainer:
         self.training = training
         self.index = index
         self.input_scale: float | Tensor = training.input_scale or 1.0
-        """What the input of the last step was multiplied by; a scalar tensor where it follows a stream on an accelerator."""
+        """What the input of the last step was multiplied by; a scalar tensor where it follows the stream."""
         b_dec = None if training.input_mean is None else torch.tensor(training.input_mean) * self.input_scale
         self.sae = build_sae(config, b_dec).to(device)
         self.optimiser = Adam(self.sae, training)
         self.learning_rate = training.learning_rate
         """The learning rate of the last step."""
-        self._team = team
+        self.team = team
         self.last_fired = torch.zeros(config.d_sae, dtype=torch.int64, device=device)
         self.steps = 0
         self.tokens = 0
@@ -81,9 +81,9 @@ class SAETrainer:
         Raises :class:`NonFiniteLossError`; on an accelerator some steps later, so that no step waits for the loss of the one before.
         """
         end = self.tokens + len(x)
-        objective = self.sae.backpropagate(x, self.dead_mask, self.training.sparsity_scale_at(end), self._team)
+        objective = self.sae.backpropagate(x, self.dead_mask, self.training.sparsity_scale_at(end), self.team)
         self.learning_rate = self.training.learning_rate_at(self.tokens, end)
-        self.optimiser.step(self.learning_rate, self._team)
+        self.optimiser.step(self.learning_rate, self.team)
         self.sae.apply_constraints()
         self.steps += 1
         self.tokens = end

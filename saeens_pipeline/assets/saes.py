@@ -71,10 +71,11 @@ def concurrent_rounds_op(name: str, experiment: ExperimentSettings, rounds: Sequ
     `twin` is, and linked where that is there. No round depends on those after it, and so what is missing is made by training
     all rounds up to the last that is missing.
     """
-    outputs: list[Declaration] = []
-    for number, target in enumerate(rounds):
-        seeds = partial(_seeds_of_round, tuple(each.init_index for each in rounds[: number + 1]))
-        outputs.append(_declare(experiment, target, given, seeds, after=outputs[-1] if outputs else twin))
+    first, *later = rounds
+    outputs = [_declare(experiment, first, given, partial(_seeds, first.init_index), after=twin)]
+    for number, target in enumerate(later, start=1):
+        seeds = partial(_seeds_after, tuple(each.init_index for each in rounds[:number]), target.init_index)
+        outputs.append(_declare(experiment, target, given, seeds, after=outputs[-1], settings={"boosting": "concurrent"}))
 
     def make(workplace: Workplace, tasks: Sequence[Task]) -> None:
         to_train = [task for task in tasks if not _adopt(workplace, task, twin)]
@@ -89,14 +90,17 @@ def _declare(
     target: Target,
     given: Reference,
     seeds: Callable[[Partition], Mapping[str, Any]],
+    *,
     after: Reference | None,
+    settings: Mapping[str, Any] | None = None,
 ) -> Declaration:
+    every_sae = {"sae": experiment.complete_sae, "training": experiment.complete_training, "width": target.width, "l0": target.l0}
     return Declaration(
         address=Address(experiment.name, target.kind, target.name),
         dimensions="layer_and_seed",
         builder="sae",
         version=SAE_VERSION,
-        settings={"sae": experiment.complete_sae, "training": experiment.complete_training, "width": target.width, "l0": target.l0},
+        settings={**every_sae, **(settings or {})},
         partition_settings=seeds,
         inputs=(Input("activations", given), *([Input(after.address.name, after, decides=False)] if after else [])),
         source=experiment.source,
@@ -113,12 +117,10 @@ def _seeds(init_index: int, partition: Partition) -> dict[str, int]:
     return {"init_seed": init_seed(partition.seed, init_index), "data_seed": partition.seed}
 
 
-def _seeds_of_round(init_indices: Sequence[int], partition: Partition) -> dict[str, Any]:
-    """Those of the last of some concurrent rounds: the initial weights of the others decide what it was given."""
+def _seeds_after(init_indices_before: Sequence[int], init_index: int, partition: Partition) -> dict[str, Any]:
+    """Those of a round that is trained concurrently: the initial weights of the rounds before it decide what it is given."""
     assert partition.seed is not None, "SAEs are partitioned by layer and seed"
-    *before, own = init_indices
-    others = {"concurrent_with_init_seeds": [init_seed(partition.seed, index) for index in before]} if before else {}
-    return _seeds(own, partition) | others
+    return _seeds(init_index, partition) | {"init_seeds_before": [init_seed(partition.seed, index) for index in init_indices_before]}
 
 
 def validate_targets(experiment: ExperimentSettings, d_in: int) -> None:
@@ -156,8 +158,7 @@ def _train(workplace: Workplace, tasks: Sequence[Task], given: Reference) -> Non
 
 
 def _train_rounds(workplace: Workplace, tasks: Sequence[Task], given: Reference, rounds: Sequence[Declaration]) -> None:
-    """Write the rounds that are asked for. Those before them are trained again where they are there: not their last weights alone
-    decide what is left, but those of every step."""
+    """Write the rounds that are asked for. Those before them are trained once more: what they leave at every step is not on disk."""
     import saeens_models as sm
 
     partition = tasks[0].partition

@@ -123,7 +123,7 @@ def test_a_rough_encoder_finds_the_features_that_float32_finds(monkeypatch, shap
     x = torch.randn(600, d_in, generator=generator) * torch.logspace(-3, 3, 600)[:, None]
     codes = []
     for rough in (True, False):
-        monkeypatch.setattr("saeens_models.kernels.cpu._bfloat16_pays", lambda rough=rough: rough)
+        monkeypatch.setattr("saeens_models.kernels.cpu._bfloat16_pays", lambda *_, rough=rough: rough)
         with Team() as team:
             codes.append(topk_reconstruct(team, x, weights, k=k, apply_b_dec_to_input=True))
     for tokens in zip(*(code.indices.tolist() for code in codes), strict=True):
@@ -199,6 +199,24 @@ def test_training_without_numba_gives_the_same_sae_but_for_rounding(monkeypatch)
     (torchs,) = sm.train([config], x, training)
     for name, weight in ours.state_dict().items():
         torch.testing.assert_close(weight, torchs.state_dict()[name], rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("architecture", [{"architecture": "topk", "k": 4}, {"architecture": "standard"}, {"architecture": "jumprelu"}])
+def test_weights_have_the_same_bits_for_any_number_of_threads(architecture):
+    x = torch.randn(6, 300, 16, generator=torch.Generator().manual_seed(2))
+    configs = [sm.SAEConfig(**architecture, d_in=16, d_sae=1100, init_seed=seed) for seed in range(3)]
+    before = torch.get_num_threads()
+    trained = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            trained.append(sm.train(configs, x, sm.TrainingConfig(learning_rate=1e-3, dead_after_tokens=500)))
+    finally:
+        torch.set_num_threads(before)
+    for other in trained[1:]:
+        for sae, of_one_thread in zip(other, trained[0], strict=True):
+            for name, weight in sae.state_dict().items():
+                assert torch.equal(weight, of_one_thread.state_dict()[name]), name
 
 
 def test_a_team_has_torchs_threads_and_gives_them_back():

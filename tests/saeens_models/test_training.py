@@ -157,6 +157,119 @@ def test_half_precision_batches_train_as_their_float32_values():
     assert same_bits(from_half, from_float)
 
 
+# Concurrent boosting
+
+
+def test_concurrent_rounds_equal_adam_on_what_the_rounds_before_leave():
+    training = quick(unit_norm_decoder=False, gradient_clip_norm=None)
+    batches = stream(320).split(32)
+    configs = [config("topk"), config("standard"), config("topk", 1)]
+    trained = sm.train_boosting_concurrently(configs, batches, training)
+
+    saes = [sm.build_sae(each).double() for each in configs]
+    optimisers = [torch.optim.Adam(sae.parameters(), lr=1e-2) for sae in saes]
+    for x in batches:
+        residual = x.double()
+        for sae, optimiser in zip(saes, optimisers, strict=True):
+            left = residual - sae(residual).detach()  # by the weights before the step
+            optimiser.zero_grad()
+            sae.objective(residual).loss.backward()
+            optimiser.step()
+            residual = left
+    for sae, plain in zip(trained, saes, strict=True):
+        for name, weight in plain.named_parameters():
+            torch.testing.assert_close(sae.get_parameter(name).double(), weight, rtol=1e-3, atol=1e-4)
+
+
+NORMALISED = {"normalize_activations": "expected_average_only_in", "input_scale": 0.7}
+
+
+@pytest.mark.parametrize("fields", [{}, NORMALISED], ids=["not normalised", "normalised"])
+def test_concurrent_rounds_depend_on_none_after_them_and_the_first_is_trained_as_any_sae(fields):
+    x = stream()
+    configs, training = [config("topk", seed) for seed in range(3)], quick(input_mean=x.mean(0), **fields)
+    rounds = sm.train_boosting_concurrently(configs, x.split(64), training)
+    first_two = sm.train_boosting_concurrently(configs[:2], x.split(64), training)
+    (alone,) = sm.train(configs[:1], x.split(64), training)
+    assert same_bits(rounds[0], alone)
+    assert all(same_bits(a, b) for a, b in zip(rounds, first_two, strict=False))
+    assert not same_bits(rounds[1], sm.train(configs, x.split(64), training)[1])
+
+
+def test_concurrent_rounds_see_residuals_at_the_norm_of_the_input(monkeypatch):
+    norms: dict[int, list[float]] = {0: [], 1: [], 2: []}
+    step = SAETrainer.step
+
+    def recorded(trainer: SAETrainer, x: Tensor):
+        norms[trainer.index].append(float(x.norm(dim=1).mean()))
+        return step(trainer, x)
+
+    monkeypatch.setattr(SAETrainer, "step", recorded)
+    x = stream(4096)
+    scale = D_IN**0.5 / float(x.norm(dim=1).mean())
+    training = quick(input_mean=x.mean(0), **NORMALISED | {"input_scale": scale})
+    rounds = sm.train_boosting_concurrently([config("topk", seed) for seed in range(3)], x.split(128), training)
+    for of_round in norms.values():
+        assert sum(of_round[10:]) / 22 == pytest.approx(D_IN**0.5, rel=0.15)  # residuals still shrink
+    with torch.no_grad():
+        left = x - rounds[0](x)
+    assert left.norm(dim=1).mean() < 0.7 * x.norm(dim=1).mean()  # which unscaled the second round would see
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_concurrent_rounds_are_the_same_in_any_unit_of_the_activations(architecture):
+    x = stream()
+    configs = [config(architecture, seed) for seed in range(3)]
+    in_units = [
+        sm.train_boosting_concurrently(
+            configs, (x * unit).split(64), quick(input_mean=x.mean(0) * unit, **NORMALISED | {"input_scale": 0.5 / unit})
+        )
+        for unit in (1.0, 4.0)  # a power of two: every rounding is the same
+    ]
+    residual = x
+    for sae, of_four in zip(*in_units, strict=True):
+        assert torch.equal(sae.W_enc, of_four.W_enc) and torch.equal(sae.W_dec, of_four.W_dec)
+        assert torch.equal(4 * sae(residual), of_four(4 * residual))
+        residual = residual - sae(residual)
+
+
+def test_concurrent_rounds_together_explain_nearly_what_rounds_one_after_another_do():
+    x = stream(8192)
+    configs = [config("topk", seed) for seed in range(3)]
+    concurrent = sm.Boosting(sm.train_boosting_concurrently(configs, x.split(128), quick(input_mean=x.mean(0))))
+    saes: list[sm.SAE] = []
+    residual = x
+    for each in configs:
+        saes += sm.train([each], residual.split(128), quick(input_mean=residual.mean(0)))
+        with torch.no_grad():
+            residual = residual - saes[-1](residual)
+    with torch.no_grad():
+        first, sequential, together = (
+            sm.metrics.reconstruction(x, x_hat).explained_variance for x_hat in (concurrent[:1](x), sm.Boosting(saes)(x), concurrent(x))
+        )
+    assert 1 - together < 0.2 * (1 - first)
+    assert together == pytest.approx(sequential, abs=0.02)
+
+
+def test_concurrent_rounds_are_observed_side_by_side():
+    seen: list[list[CurvePoint]] = []
+    x = stream(512)
+    sm.train_boosting_concurrently(
+        [config("topk"), config("topk", 1)], x.split(64), quick(total_tokens=512), lambda p: seen.append(list(p))
+    )
+    assert [len(points) for points in seen] == [2] * 8
+    assert [points[1].tokens for points in seen] == list(range(64, 513, 64))
+
+
+def test_concurrent_rounds_refuse_what_training_refuses():
+    with pytest.raises(ValueError, match="configs is empty"):
+        sm.train_boosting_concurrently([], [stream(64)], quick())
+    x = stream(256)
+    x[130, 3] = torch.nan
+    with pytest.raises(NonFiniteLossError, match=r"SAE 0 \(topk, init_seed 7\): loss nan at step 3"):
+        sm.train_boosting_concurrently([config("topk", 7), config("topk")], x.split(64), quick())
+
+
 # The input's scale and mean
 
 
