@@ -314,7 +314,7 @@ def _sort_by_feature(team: Team, number: int, code: _Entries, blocks: Sequence[s
             code.indices[rows], code.values[rows], code.gradients[rows], rows.start, ends[i], tokens, values, gradients
         )
 
-    team.run(sort, len(blocks))
+    team.run(sort, len(blocks), work=4 * len(tokens))
     return _ByFeature(starts, tokens, values, gradients)
 
 

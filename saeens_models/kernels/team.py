@@ -15,6 +15,9 @@ from torch import Tensor
 
 T = TypeVar("T")
 
+WORTH_SHARING = 2**22
+"""Operations on numbers that take about as long as it takes to wake another thread and wait for it."""
+
 
 class Team:
     """As many threads as torch uses, for work that releases the interpreter lock; a context manager.
@@ -36,18 +39,18 @@ class Team:
         self._executor.shutdown()
         torch.set_num_threads(self.n_threads)
 
-    def run(self, task: Callable[[int], T], n_tasks: int) -> list[T]:
+    def run(self, task: Callable[[int], T], n_tasks: int, work: int = WORTH_SHARING) -> list[T]:
         """``[task(0), ..., task(n_tasks - 1)]``; a thread takes the next one when it is done with its last.
 
-        Within a task, a run of its own stays on that task's thread.
+        All stay on this thread within a task of another run, and where the ``work``, operations on numbers, is less than waking others.
         """
-        if getattr(self._memory, "in_task", False):
+        if work < WORTH_SHARING or getattr(self._memory, "in_task", False):
             return [task(number) for number in range(n_tasks)]
         results: dict[int, T] = {}
         numbers = count()  # hands each number out once: taking one is a single operation of the interpreter
         failed = threading.Event()
 
-        def work() -> None:
+        def take() -> None:
             self._memory.in_task = True
             try:
                 while (number := next(numbers)) < n_tasks and not failed.is_set():
@@ -58,9 +61,9 @@ class Team:
             finally:
                 self._memory.in_task = False
 
-        others = [self._executor.submit(work) for _ in range(min(self.n_threads, n_tasks) - 1)]
+        others = [self._executor.submit(take) for _ in range(min(self.n_threads, n_tasks) - 1)]
         try:
-            work()
+            take()
         finally:
             wait(others)
         for other in others:

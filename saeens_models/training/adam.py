@@ -16,6 +16,7 @@ from saeens_models.training.config import TrainingConfig
 EPSILON = 1e-8
 _TASK_ENTRIES = 2**16
 _MOST_TASKS = 64
+_OPERATIONS = 10  # per entry, about
 
 
 class Adam:
@@ -84,6 +85,7 @@ class Adam:
         training, t = self._training, self.steps
         beta1, beta2 = training.adam_betas
         tasks = [(name, rows) for name, weight in self._weights.items() for rows in _row_ranges(weight)]
+        work = _OPERATIONS * sum(weight.numel() for weight in self._weights.values())
         arrays = {
             name: [_as_rows(tensor).numpy() for tensor in (weight, gradients[name], self.means[name], self.squares[name])]
             for name, weight in self._weights.items()
@@ -96,7 +98,7 @@ class Adam:
                 compiled.remove_parallel(gradient[rows], weight[rows])
             return compiled.squares(gradient[rows])
 
-        norm = sum(team.run(prepare, len(tasks))) ** 0.5
+        norm = sum(team.run(prepare, len(tasks), work)) ** 0.5
         clip = training.gradient_clip_norm
         scale = 1.0 if clip is None else min(1.0, clip / (norm + 1e-6))
         factors = np.array(
@@ -115,7 +117,7 @@ class Adam:
             name, rows = tasks[i]
             compiled.adam(*(array[rows] for array in arrays[name]), *factors, training.unit_norm_decoder and name == "W_dec")
 
-        team.run(move, len(tasks))
+        team.run(move, len(tasks), work)
 
 
 def _as_in_memory(weight: Tensor) -> Tensor:
