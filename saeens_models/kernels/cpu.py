@@ -21,9 +21,8 @@ _BLOCK_TOKENS = 64, 256
 """Fewest and most tokens of a block: a product of fewer rows is slow, and the pre-activations of more leave the cache."""
 _RANGE_PRODUCTS, _MOST_RANGES = 2**19, 64
 """Multiplications that a range of features should be worth, for a thread to be sent there; and into how many ranges at most."""
-
-
-_RANGE_FEATURES = 512
+_ROUNDED_FEATURES = 512
+"""How many features' weights are rounded to bfloat16 at a time."""
 _ROUGH_ROUNDING = np.float32(2**-8)
 """Relative error of a sum that is rounded to bfloat16, with room for what is compared with it."""
 _ROUGH_PRODUCTS = 2**29
@@ -190,12 +189,12 @@ class _Encoder:
             W_rough = self._W_rough = team.scratch("rough W_enc", *W_enc.shape, dtype=torch.bfloat16)
 
             def prepare(i: int) -> tuple[float, float]:
-                features = slice(i * _RANGE_FEATURES, (i + 1) * _RANGE_FEATURES)
+                features = slice(i * _ROUNDED_FEATURES, (i + 1) * _ROUNDED_FEATURES)
                 W_rough[features] = W_enc[features]
                 norms = W_enc[features].norm(dim=1), (W_enc[features] - W_rough[features]).norm(dim=1)
                 return float(norms[0].max()), float(norms[1].max())
 
-            self._largest_norms = np.array(team.run(prepare, -(-len(W_enc) // _RANGE_FEATURES))).max(axis=0)
+            self._largest_norms = np.array(team.run(prepare, -(-len(W_enc) // _ROUNDED_FEATURES))).max(axis=0)
 
     def encode(self, x: Tensor, indices: np.ndarray, values: np.ndarray) -> None:
         """Write the code of a block of tokens, `[n, k]`."""

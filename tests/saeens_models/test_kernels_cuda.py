@@ -19,8 +19,6 @@ from saeens_models.kernels import cuda, reference, topk_reconstruction
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
-if not ON_GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 triton_topk = pytest.importorskip("saeens_models.kernels.triton_topk", reason="Triton is not installed: no CUDA kernels to test")
 
 pytestmark = pytest.mark.cuda
