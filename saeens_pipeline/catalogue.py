@@ -30,11 +30,11 @@ class Catalogue:
         """The experiment of that name. Raises ConfigurationError, which lists those that exist and what is broken."""
         if name in self.experiments:
             return self.experiments[name]
-        raise ConfigurationError(
-            "\n".join(
-                [f"there is no experiment {name!r}; there are: {', '.join(sorted(self.experiments)) or 'none'}", *self.broken.values()]
-            )
-        )
+        own = [message for path, message in self.broken.items() if path.parent.name == name]
+        others = f"there are: {', '.join(sorted(self.experiments)) or 'none'}"
+        if own:
+            raise ConfigurationError("\n".join([*own, f"experiment {name!r} is left out for this; {others}"]))
+        raise ConfigurationError("\n".join([f"there is no experiment {name!r}; {others}", *self.broken.values()]))
 
     def ops(self, experiment: ExperimentSettings) -> list[Op]:
         """The ops of an experiment and of its source, in the order in which things are made."""

@@ -131,17 +131,25 @@ def table(
 
 @app.command()
 def ui(
-    port: Annotated[int, typer.Option(help="Port on the loopback interface.")] = 3000,
+    port: Annotated[int, typer.Option(help="Port on the loopback interface.", min=1, max=65535)] = 3000,
 ) -> None:
     """Open the Dagster UI on this machine, with the runs that were made from here."""
     import os
+    import socket
 
     from dagster import DagsterInstance
 
     from saeens_pipeline.catalogue import load_catalogue
+    from saeens_pipeline.errors import SaeensError
     from saeens_pipeline.instance import prepare_home, register_layers
     from saeens_pipeline.resources import data_root
 
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise SaeensError(f"port {port} on 127.0.0.1 cannot be used ({error.strerror}): choose another with --port") from error
     home = prepare_home()
     with DagsterInstance.get() as instance:
         for source in load_catalogue().sources.values():

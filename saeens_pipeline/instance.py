@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,12 +25,12 @@ _SETTINGS = """\
 # `saeens` writes this file into DAGSTER_HOME; the one beside workspace.yaml serves a plain `dagster dev -w workspace.yaml`.
 storage:
   sqlite:
-    base_dir: {home}/storage
+    base_dir: {storage}
 compute_logs:
   module: dagster._core.storage.local_compute_log_manager
   class: LocalComputeLogManager
   config:
-    base_dir: {home}/compute_logs
+    base_dir: {compute_logs}
 concurrency:
   pools:
     default_limit: 1
@@ -51,26 +53,34 @@ load_from:
 
 def instance_settings(home: str) -> str:
     """The content of `dagster.yaml` for an instance that lies in `home`."""
-    return _SETTINGS.format(home=home)
+    return _SETTINGS.format(storage=json.dumps(f"{home}/storage"), compute_logs=json.dumps(f"{home}/compute_logs"))
 
 
 def prepare_home() -> Path:
     """DAGSTER_HOME, or `dagster` below the data root where it is not set: made and set up where it is not there yet.
 
-    The environment variable is set for this process and its children. Files that are there are left as they are.
+    The environment variable is set for this process and its children. Files that are there are left as they are, unless the folder was
+    copied or moved: settings of ours that name another one are made anew.
     """
     home = Path(os.environ.get("DAGSTER_HOME") or data_root() / "dagster").absolute()
     try:
         home.mkdir(parents=True, exist_ok=True)
         for name, content in (("dagster.yaml", instance_settings(home.as_posix())), ("workspace.yaml", WORKSPACE)):
-            if not (home / name).exists():
-                (home / name).write_text(content)
+            file = home / name
+            if not file.exists() or (name == "dagster.yaml" and _is_ours(file.read_text())):
+                file.write_text(content)
     except OSError as error:
         raise SaeensError(
             f"{home} cannot be written ({error.strerror}): set DAGSTER_HOME or SAEENS_DATA to a folder that can be"
         ) from error
     os.environ["DAGSTER_HOME"] = str(home)
     return home
+
+
+def _is_ours(settings: str) -> bool:
+    """Whether a `dagster.yaml` is as it was written, for whichever folder."""
+    named = re.search(r"^    base_dir: \"?(.*)/storage\"?$", settings, re.MULTILINE)
+    return named is not None and settings.replace('"', "") == instance_settings(named[1]).replace('"', "")
 
 
 def command_line_instance() -> DagsterInstance:

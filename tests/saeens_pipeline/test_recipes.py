@@ -329,6 +329,25 @@ def test_what_is_damaged_is_no_hit_and_can_be_made_again(store: Store, damaged: 
     assert store.hit(MEMBER, WHERE, RECIPE)
 
 
+def test_bytes_that_were_changed_by_hand_are_no_hit(store: Store):
+    file = _write(store).path / min(FILES)
+    contents = bytearray(file.read_bytes())
+    contents[0] ^= 1
+    file.write_bytes(contents)
+    os.utime(file, ns=(2**62, 2**62))
+    assert store.hit(MEMBER, WHERE, RECIPE) is None
+    with pytest.raises(DamagedArtefactError, match="was changed after it was made"):
+        store.require(MEMBER, WHERE)
+
+
+def test_a_copied_artefact_is_a_hit_and_its_bytes_are_read_once(store: Store, monkeypatch: pytest.MonkeyPatch):
+    file = _write(store).path / min(FILES)
+    os.utime(file, ns=(2**62, 2**62))
+    assert store.hit(MEMBER, WHERE, RECIPE)
+    monkeypatch.setattr("saeens_pipeline.storage.recipes._sha256", lambda file: pytest.fail(f"{file} is read again"))
+    assert store.hit(MEMBER, WHERE, RECIPE)
+
+
 def test_a_damaged_table_is_no_hit_and_can_be_made_again(store: Store):
     path = _write_table(store).path
     path.write_bytes(path.read_bytes()[:-3])
@@ -358,7 +377,9 @@ def test_verify_finds_a_flipped_byte_that_keeps_the_size(store: Store, name: str
     assert artefact.verify() == []
     content = bytearray(FILES[name])
     content[len(content) // 2] ^= 1
+    before = (artefact.path / name).stat()
     (artefact.path / name).write_bytes(content)
+    os.utime(artefact.path / name, ns=(before.st_atime_ns, before.st_mtime_ns))  # as a failing disk does it
     found = store.require(MEMBER, WHERE)
     (message,) = found.verify()
     assert str(found.path / name) in message
