@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from typing import Protocol
 
 LINE_INTERVAL_SECONDS = 15.0  # between two lines about the same work
+PACE_SECONDS = 1.0  # from when on a rate says something
 
 
 class Advance(Protocol):
@@ -37,7 +38,7 @@ class _Pace:
         if self._first is None:
             self._first = now, self.done
         began, before = self._first
-        return (self.done - before) / (now - began) if self.done > before and now > began else None
+        return (self.done - before) / (now - began) if now - began >= PACE_SECONDS else None
 
 
 class LineReporter:
