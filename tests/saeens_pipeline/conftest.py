@@ -6,8 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from tiny_experiment import Laboratory
 from tiny_models import write_tiny_model
+
+settings.load_profile("ci")  # the same examples in every run, and no complaint about a slow machine
 
 
 @pytest.fixture(scope="session")
