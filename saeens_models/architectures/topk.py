@@ -13,7 +13,7 @@ from saeens_models.architectures.base import SAE, Objective, SAEConfig, SparseRe
 from saeens_models.architectures.registry import register
 from saeens_models.kernels import Team, cpu_team, select_topk, topk_reconstruction
 from saeens_models.kernels.cpu import topk_gradients, topk_reconstruct
-from saeens_models.kernels.reference import SPARSE_BELOW
+from saeens_models.kernels.reference import SPARSE_BELOW, marked_features
 from saeens_models.sparse_code import SparseCode
 
 
@@ -106,9 +106,7 @@ class TopKSAE(SAE):
         config = self.config
         if team is None or config.k > SPARSE_BELOW["cpu"] * config.d_sae:
             return super().backpropagate(x, dead_mask, sparsity_scale, team)
-        dead = None if dead_mask is None or config.aux_loss_coefficient == 0 else dead_mask.nonzero().squeeze(-1)
-        if dead is not None and len(dead) == 0:
-            dead = None
+        dead = marked_features(dead_mask if config.aux_loss_coefficient > 0 else None)
         result = topk_gradients(
             team,
             x,

@@ -72,9 +72,7 @@ def sparse_topk_reconstruction(
     With another ``encoder_dtype`` than float32 the encoder product is made in it and decides which features are selected; their
     values are computed again in float32, and so is all the rest. Auxiliary codes are as a rule not sparse, and are taken as dense.
     """
-    dead = None if dead_mask is None else dead_mask.nonzero().squeeze(-1)
-    if dead is not None and len(dead) == 0:
-        dead = None
+    dead = reference.marked_features(dead_mask)
     x_hat, error_hat, fire_counts = _SparseTopKReconstruction.apply(
         x, W_enc.t(), b_enc, W_dec, b_dec, k, apply_b_dec_to_input, dead, k_aux, encoder_dtype
     )
@@ -116,7 +114,7 @@ class _SparseTopKReconstruction(torch.autograd.Function):
         error_hat = None
         if dead is not None and dead_code is not None:
             dead_W_dec = W_dec.index_select(0, dead)
-            code_of_dead = reference._code(dead_code, len(dead), relu=False)
+            code_of_dead = reference.code_of(dead_code, len(dead), relu=False)
             error_hat = code_of_dead.decode(dead_W_dec)
             ctx.dead = (dead, code_of_dead, dead_W_dec)
         ctx.save_for_backward(x, W_enc, W_dec, code.indices, values, by_feature, starts)

@@ -78,11 +78,15 @@ def topk_reconstruction(
     among those, without ReLU and b_dec. Differentiable in the four weights; ``x`` is taken as constant.
     Weights have the shapes of :class:`~saeens_models.architectures.SAE`.
     """
-    dead = None if dead_mask is None else dead_mask.nonzero().squeeze(-1)
-    if dead is not None and len(dead) == 0:
-        dead = None
+    dead = marked_features(dead_mask)
     x_hat, error_hat, fire_counts = _TopKReconstruction.apply(x, W_enc.t(), b_enc, W_dec, b_dec, k, apply_b_dec_to_input, dead, k_aux)
     return TopKReconstruction(x_hat, error_hat, 0 if dead is None else len(dead), fire_counts)
+
+
+def marked_features(mask: Tensor | None) -> Tensor | None:
+    """The features that a mask `[d_sae]` marks, by index; None if there are none."""
+    features = None if mask is None else mask.nonzero().squeeze(-1)
+    return None if features is None or len(features) == 0 else features
 
 
 class _TopKReconstruction(torch.autograd.Function):
@@ -111,11 +115,11 @@ class _TopKReconstruction(torch.autograd.Function):
             selected.append(select_topk(pre, k))
             if dead is not None:
                 of_dead.append(pre.index_select(1, dead))
-        code = _code(TopK(*map(torch.cat, zip(*selected, strict=True))), W_enc.shape[0], relu=True)
+        code = code_of(TopK(*map(torch.cat, zip(*selected, strict=True))), W_enc.shape[0], relu=True)
         x_hat = code.decode(W_dec) + b_dec
         error_hat = None
         if dead is not None:
-            dead_code = _code(select_topk(torch.cat(of_dead), min(k_aux, len(dead))), len(dead), relu=False)
+            dead_code = code_of(select_topk(torch.cat(of_dead), min(k_aux, len(dead))), len(dead), relu=False)
             dead_W_dec = W_dec.index_select(0, dead)
             error_hat = dead_code.decode(dead_W_dec)
             ctx.dead = (dead, dead_code, dead_W_dec)
@@ -148,7 +152,7 @@ class _Gradients(NamedTuple):
     W_dec: Tensor  # [d_sae, d_in]
 
 
-def _code(top: TopK, n_features: int, relu: bool) -> _SparseCode | _DenseCode:
+def code_of(top: TopK, n_features: int, relu: bool) -> _SparseCode | _DenseCode:
     values = top.values.relu() if relu else top.values
     density = top.indices.shape[-1] / n_features
     if density < SPARSE_BELOW.get(values.device.type, 0.0):

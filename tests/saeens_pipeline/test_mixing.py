@@ -31,7 +31,7 @@ class _Rows(ActivationReader):
         return len(self._rows)
 
     def statistics(self, split: str) -> ActivationStatistics:
-        raise NotImplementedError
+        pytest.fail("mixing asks for no statistics")
 
     def stored_chunk(self, split: str, index: int) -> torch.Tensor:
         self._before(index)
