@@ -13,8 +13,24 @@ import numpy as np
 
 _compile: Any = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz", "arcp"})
 
+_ROUNDING = np.float32(2**-8)
+"""Relative error of a number that is rounded to bfloat16."""
 _PARTS = 8
 """A row is cut into so many parts for its selection, and a group takes one entry of each."""
+_STRIDE = 64
+"""Numbers that a vectorised loop takes at a time; what is left over it takes one by one."""
+
+
+@_compile
+def _fill(values, number):
+    for i in range(len(values)):
+        values[i] = number
+
+
+@_compile
+def _copy(to, values):
+    for i in range(len(to)):
+        to[i] = values[i]
 
 
 @_compile
@@ -26,13 +42,18 @@ def _count(values, threshold):
 
 
 @_compile
-def _bounds(values, k, slack):
-    """By bisection a value that at least k entries reach, and a larger one that fewer than k reach.
+def _bounds(memory, n, k, slack):
+    """Of the first n numbers in memory a value that at least k reach, and a larger one that fewer than k reach, by bisection.
 
-    Ends when at most k + slack reach the lower one, or when nothing lies between the two: the entries between are equal.
+    Ends when at most k + slack reach the lower one, or when nothing lies between the two: the entries between are equal. Less than
+    `_STRIDE` numbers behind them are overwritten.
     """
+    end = (n + _STRIDE - 1) // _STRIDE * _STRIDE
+    for i in range(n, end):
+        memory[i] = -np.inf
+    values = memory[:end]
     low, high = values[0], values[0]
-    for i in range(len(values)):
+    for i in range(n):
         low = values[i] if values[i] < low else low
         high = values[i] if values[i] > high else high
     if _count(values, high) >= k:
@@ -67,36 +88,48 @@ def _reaching(values, threshold, places):
 
 
 @_compile
-def _candidates(row, k, margin, scores, places):
-    """Where the entries are that may be among the k largest, and all that are less than a margin below them; `scores` are these entries.
+def _slack(threshold, error, rounding):
+    """How far below a threshold an entry may seem that reaches it; and how far below it may be what seems to reach it.
 
-    The k largest lie in the groups whose maxima reach what k of the maxima reach: few are left to choose from.
+    Each entry is off by at most `error` and the share `rounding` of itself; the last digits are for the shares of the shares.
+    """
+    return np.float32(1.02) * (error + rounding * abs(threshold))
+
+
+@_compile
+def _candidates(row, k, error, rounding, scores, places):
+    """Where the entries are that may be among the k largest if they are off as `_slack` says, and what at least k entries reach.
+
+    The k largest lie in the groups whose maxima reach what k of the maxima reach: few are left to choose from. The entries themselves
+    are written into `scores`.
     """
     n_groups = len(row) // _PARTS
     n = 0
     if n_groups <= 2 * k:
+        _copy(scores[: len(row)], row)
+        threshold, _ = _bounds(scores, len(row), k, k // 4)
         candidates = places
-        n = _reaching(row, np.float32(-np.inf), candidates)
+        n = _reaching(row, threshold - np.float32(2) * _slack(threshold, error, rounding), candidates)
     else:
         grouped = _PARTS * n_groups
         maxima = scores[:n_groups]
-        maxima[:] = row[:n_groups]
+        _copy(maxima, row)
         for start in range(n_groups, grouped, n_groups):
             _maximum(maxima, row[start : start + n_groups])
-        threshold, _ = _bounds(maxima, k, max(k // 4, _PARTS))
-        threshold -= margin
-        n_reaching = _reaching(maxima, threshold, places)
+        threshold, _ = _bounds(scores, n_groups, k, max(k // 4, _PARTS))
+        least = threshold - np.float32(2) * _slack(threshold, error, rounding)
+        n_reaching = _reaching(maxima, least, places)
         candidates = places[n_reaching:]
         for i in range(n_reaching):
             for place in range(places[i], grouped, n_groups):
                 candidates[n] = place
-                n += np.int64(row[place] >= threshold)
+                n += np.int64(row[place] >= least)
         for place in range(grouped, len(row)):
             candidates[n] = place
-            n += np.int64(row[place] >= threshold)
+            n += np.int64(row[place] >= least)
     for i in range(n):
         scores[i] = row[candidates[i]]
-    return candidates[:n]
+    return candidates[:n], threshold
 
 
 @_compile
@@ -104,8 +137,7 @@ def _select(candidates, scores, k, indices, values):
     """The k candidates with the largest scores; of equal ones the first."""
     n, n_selected = len(candidates), 0
     if n >= k:
-        scores = scores[:n]
-        low, high = _bounds(scores, k, 0)
+        low, high = _bounds(scores, n, k, 0)
         for i in range(n):
             if scores[i] >= high:
                 indices[n_selected] = candidates[i]
@@ -128,6 +160,38 @@ def _add(row, other):
 
 
 @_compile
+def _add_scaled(total, row, factor):
+    for i in range(len(total)):
+        total[i] += factor * row[i]
+
+
+@_compile
+def _add_four_scaled(total, a, b, c, d, of_a, of_b, of_c, of_d):
+    """Four rows at once: the sum passes the registers once, and rows from far memory are waited for together."""
+    for i in range(len(total)):
+        total[i] += of_a * a[i] + of_b * b[i] + of_c * c[i] + of_d * d[i]
+
+
+@_compile
+def _dot(a, b):
+    total = np.float32(0)
+    for i in range(len(a)):
+        total += a[i] * b[i]
+    return total
+
+
+@_compile
+def _four_dots(x, a, b, c, d):
+    by_a, by_b, by_c, by_d = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+    for i in range(len(x)):
+        by_a += x[i] * a[i]
+        by_b += x[i] * b[i]
+        by_c += x[i] * c[i]
+        by_d += x[i] * d[i]
+    return by_a, by_b, by_c, by_d
+
+
+@_compile
 def _largest_magnitude(row):
     """Of floats without their sign bits, whose bits as integers have the same order: a maximum that is found in vectors."""
     bits = row.view(np.int32)
@@ -141,51 +205,97 @@ def _largest_magnitude(row):
 def select_topk(pre, bias, k, indices, values):
     """Add the bias `[m]` to each row of pre `[n, m]`, in place, and select its k largest entries: indices, values `[n, k]`."""
     n, m = pre.shape
-    scores, places = np.empty(m, np.float32), np.empty(2 * m + 1, np.int32)
+    scores, places = np.empty(m + _STRIDE, np.float32), np.empty(2 * m + 1, np.int32)
     for b in range(n):
         _add(pre[b], bias)
-        candidates = _candidates(pre[b], k, np.float32(0), scores, places)
+        candidates, _ = _candidates(pre[b], k, np.float32(0), np.float32(0), scores, places)
         _select(candidates, scores, k, indices[b], values[b])
 
 
 @_compile
-def select_topk_exactly(pre, bias, error, rounding, x, W_enc, k, indices, values):
-    """As `select_topk` for pre that is computed roughly.
-
-    Each entry is off by at most the `error` `[n]` of its row, and the share `rounding` of itself. The k largest are then among those
-    that are at most twice that below the k-th largest rough one. These are computed again in float32, `x . W_enc[index]` for
-    x `[n, d]` and W_enc `[m, d]`, and the k largest of them are selected.
-    """
-    n, m = pre.shape
-    scores, places = np.empty(m, np.float32), np.empty(2 * m + 1, np.int32)
-    for b in range(n):
-        margin = np.float32(2) * (error[b] + rounding * _largest_magnitude(pre[b]))
-        _add(pre[b], bias)
-        candidates = _candidates(pre[b], k, margin, scores, places)
-        n_left = 0
-        if len(candidates) >= k:
-            least = _bounds(scores[: len(candidates)], k, 0)[0] - margin
-            for i in range(len(candidates)):
-                if scores[i] >= least:
-                    feature = candidates[i]
-                    candidates[n_left] = feature
-                    scores[n_left] = _dot(x[b], W_enc[feature]) + bias[feature]
-                    n_left += 1
-        _select(candidates[:n_left], scores, k, indices[b], values[b])
+def _widen(rough, bits):
+    """From bfloat16, given as uint16, to float32, given as uint32, of which it is the upper half."""
+    for i in range(len(rough)):
+        bits[i] = np.uint32(rough[i]) << np.uint32(16)
 
 
 @_compile
-def _add_scaled(total, row, factor):
-    for i in range(len(total)):
-        total[i] += factor * row[i]
-
-
-@_compile
-def _dot(a, b):
+def _distance(a, b):
     total = np.float32(0)
     for i in range(len(a)):
-        total += a[i] * b[i]
-    return total
+        total += (a[i] - b[i]) * (a[i] - b[i])
+    return np.sqrt(total)
+
+
+@_compile
+def _to_the_front(candidates, scores, n, threshold):
+    """Bring the candidates that reach a threshold to the front, behind the first n; how many are there then."""
+    for i in range(n, len(candidates)):
+        if scores[i] >= threshold:
+            candidates[i], candidates[n] = candidates[n], candidates[i]
+            scores[i], scores[n] = scores[n], scores[i]
+            n += 1
+    return n
+
+
+@_compile
+def _compute(features, scores, x, W_enc, bias):
+    """The pre-activations of some features, ``x . W_enc[feature] + bias[feature]``, into scores."""
+    n = len(features)
+    grouped = n - n % 4
+    for i in range(0, grouped, 4):
+        p, q, r, s = features[i], features[i + 1], features[i + 2], features[i + 3]
+        scores[i], scores[i + 1], scores[i + 2], scores[i + 3] = _four_dots(x, W_enc[p], W_enc[q], W_enc[r], W_enc[s])
+    for i in range(grouped, n):
+        scores[i] = _dot(x, W_enc[features[i]])
+    for i in range(n):
+        scores[i] += bias[features[i]]
+
+
+@_compile
+def largest_norms(W, W_rough):
+    """Over the rows of W `[m, d]` the largest norm, and the largest distance from what W_rough, bfloat16 as uint16, has there."""
+    bits = np.empty(W.shape[1], np.uint32)
+    rough = bits.view(np.float32)
+    largest_norm = largest_distance = np.float32(0)
+    for i in range(len(W)):
+        _widen(W_rough[i], bits)
+        norm, distance = np.sqrt(_dot(W[i], W[i])), _distance(W[i], rough)
+        largest_distance = distance if distance > largest_distance else largest_distance
+        if norm > largest_norm or np.isnan(norm):  # nothing is larger than what is not a number
+            largest_norm = norm
+    return largest_norm, largest_distance
+
+
+@_compile
+def select_topk_exactly(rough, bias, x, x_rough, W_enc, norm, rounding, summation, k, indices, values):
+    """As `select_topk` for products `[n, m]` of x `[n, d]` and W_enc `[m, d]` in bfloat16, which is given as uint16.
+
+    With x' and w' for the rounded factors, ``|x.w - x'.w'| <= |x - x'| |w| + |x'| (|w - w'| + summation |w|)``; `norm` and `rounding`
+    are the largest ``|w|`` and ``|w - w'|``. At least k of the largest rough ones are computed again in float32, and then all others that
+    may be larger than the k-th of these.
+    """
+    m, d = len(bias), x.shape[1]
+    scores, places = np.empty(m + _STRIDE, np.float32), np.empty(2 * m + 1, np.int32)
+    exact = np.empty(m + _STRIDE, np.float32)
+    row_bits, x_bits = np.empty(m, np.uint32), np.empty(d, np.uint32)
+    row, x_row = row_bits.view(np.float32), x_bits.view(np.float32)
+    largest_bias = _largest_magnitude(bias)
+    for b in range(len(x)):
+        _widen(x_rough[b], x_bits)
+        error = _distance(x[b], x_row) * norm + np.sqrt(_dot(x_row, x_row)) * (rounding + summation * norm) + _ROUNDING * largest_bias
+        _widen(rough[b], row_bits)
+        _add(row, bias)
+        candidates, least = _candidates(row, k, error, _ROUNDING, scores, places)
+        n_sure = _to_the_front(candidates, scores, 0, least)
+        n = 0
+        if n_sure >= k:
+            _compute(candidates[:n_sure], scores, x[b], W_enc, bias)
+            _copy(exact[:n_sure], scores)
+            least, _ = _bounds(exact, n_sure, k, k // 8)
+            n = _to_the_front(candidates, scores, n_sure, least - _slack(least, error, _ROUNDING))
+            _compute(candidates[n_sure:n], scores[n_sure:], x[b], W_enc, bias)
+        _select(candidates[:n], scores, k, indices[b], values[b])
 
 
 @_compile
@@ -200,19 +310,17 @@ def relu(values, indices):
 
 
 @_compile
-def count(indices, counts):
-    """How many tokens each feature is active on, into counts `[m]`."""
-    counts[:] = 0
-    for feature in indices.flat:
-        if feature >= 0:
-            counts[feature] += 1
-
-
-@_compile
 def _decode_row(row, indices, values, W_dec):
-    for i in range(len(indices)):
-        if indices[i] >= 0:
-            _add_scaled(row, W_dec[indices[i]], values[i])
+    i, n = 0, len(indices)
+    while i < n:
+        if i + 4 <= n and min(indices[i], indices[i + 1], indices[i + 2], indices[i + 3]) >= 0:
+            p, q, r, s = indices[i], indices[i + 1], indices[i + 2], indices[i + 3]
+            _add_four_scaled(row, W_dec[p], W_dec[q], W_dec[r], W_dec[s], values[i], values[i + 1], values[i + 2], values[i + 3])
+            i += 4
+        else:
+            if indices[i] >= 0:
+                _add_scaled(row, W_dec[indices[i]], values[i])
+            i += 1
 
 
 @_compile
@@ -223,17 +331,60 @@ def decode(indices, values, W_dec, decoded):
 
 
 @_compile
-def decode_error(indices, values, W_dec, error, scale, value_gradients):
-    """Add `z W_dec` to error `[n, d]`. Returns the sum of its squares; the gradients of z are `scale * error . W_dec[index]`."""
+def _gradients_of_row(error, indices, W_dec, scale, gradients, counts):
+    """The gradients of a token's code, and its features counted."""
+    for i in range(len(indices)):
+        if indices[i] >= 0:
+            gradients[i] = scale * _dot(error, W_dec[indices[i]])
+            counts[indices[i]] += 1
+
+
+@_compile
+def reconstruct(indices, values, W_dec, b_dec, x, scale, x_hat, error, gradients, counts):
+    """Decode the code z that is given by its entries `[n, k]`: x_hat and error ``x_hat - x`` `[n, d]`, the gradients
+    ``scale * error . W_dec[index]`` of z, and on how many tokens each feature is active, counts `[m]`. Returns the sum of the
+    error's squares.
+    """
     squares = 0.0
-    for b in range(len(error)):
+    _fill(counts, 0)
+    for b in range(len(x)):
+        decoded, row = x_hat[b], error[b]
+        _copy(decoded, b_dec)
+        _decode_row(decoded, indices[b], values[b], W_dec)
+        for i in range(len(row)):
+            row[i] = decoded[i] - x[b, i]
+        squares += _dot(row, row)
+        _gradients_of_row(row, indices[b], W_dec, scale, gradients[b], counts)
+    return squares
+
+
+@_compile
+def reconstruct_error(indices, values, W_dec, given, scale, error, gradients, counts):
+    """As `reconstruct` for a code that is to decode to what is missing: the error is ``given + z W_dec``."""
+    squares = 0.0
+    _fill(counts, 0)
+    for b in range(len(given)):
         row = error[b]
+        _copy(row, given[b])
         _decode_row(row, indices[b], values[b], W_dec)
         squares += _dot(row, row)
-        for i in range(indices.shape[1]):
-            if indices[b, i] >= 0:
-                value_gradients[b, i] = scale * _dot(row, W_dec[indices[b, i]])
+        _gradients_of_row(row, indices[b], W_dec, scale, gradients[b], counts)
     return squares
+
+
+@_compile
+def first_places(counts, starts, ends):
+    """Where the entries of each feature begin, starts `[m + 1]`, if those of a feature lie together; and those of a block of tokens
+    among them, ends `[n_blocks, m]`, given in how many tokens of each block it is active, counts `[n_blocks, m]`.
+    """
+    n_blocks, m = counts.shape
+    place = 0
+    for feature in range(m):
+        starts[feature] = place
+        for block in range(n_blocks):
+            ends[block, feature] = place
+            place += counts[block, feature]
+    starts[m] = place
 
 
 @_compile
@@ -252,15 +403,33 @@ def sort_by_feature(indices, values, value_gradients, first_token, ends, tokens,
 
 
 @_compile
-def weight_gradients(starts, tokens, values, value_gradients, x, gradient, scale, first, last, W_enc, b_enc, W_dec):
-    """Add to the gradients of features first to last what their entries say: `value_gradient * x` and `scale * value * gradient`."""
+def weight_gradients(starts, tokens, values, value_gradients, x, gradient, scale, first, last, add, W_enc, b_enc, W_dec):
+    """The gradients of features first to last, from their entries: sums of `value_gradient * x` and `scale * value * gradient`.
+
+    `add`: to what is there already.
+    """
     for feature in range(first, last):
         encoder, decoder = W_enc[feature], W_dec[feature]
-        for place in range(starts[feature], starts[feature + 1]):
+        if not add:
+            _fill(encoder, 0)
+            _fill(decoder, 0)
+            b_enc[feature] = 0
+        place, end = starts[feature], starts[feature + 1]
+        while place + 4 <= end:
+            p, q, r, s = tokens[place], tokens[place + 1], tokens[place + 2], tokens[place + 3]
+            g, v = value_gradients[place : place + 4], values[place : place + 4]
+            b_enc[feature] += g[0] + g[1] + g[2] + g[3]
+            _add_four_scaled(encoder, x[p], x[q], x[r], x[s], g[0], g[1], g[2], g[3])
+            _add_four_scaled(
+                decoder, gradient[p], gradient[q], gradient[r], gradient[s], scale * v[0], scale * v[1], scale * v[2], scale * v[3]
+            )
+            place += 4
+        while place < end:
             token = tokens[place]
             b_enc[feature] += value_gradients[place]
             _add_scaled(encoder, x[token], value_gradients[place])
             _add_scaled(decoder, gradient[token], scale * values[place])
+            place += 1
 
 
 @_compile
@@ -306,8 +475,8 @@ def gate(pre, bias, threshold, z, sums, fires):
     sums, fires `[m]`: of each feature the sum of z, and on how many tokens it is active.
     """
     n, m = pre.shape
-    sums[:] = 0
-    fires[:] = 0
+    _fill(sums, 0)
+    _fill(fires, 0)
     for b in range(n):
         given, row = pre[b], z[b]
         for i in range(m):
@@ -325,7 +494,7 @@ def gate_gradients(pre, threshold, gradients, scale, of_code, half_bandwidth, of
     `of_code` `[m]` is what a sparsity term adds to the gradient of z; `of_activity` is its gradient to whether a feature is active.
     """
     n, m = pre.shape
-    threshold_gradients[:] = 0
+    _fill(threshold_gradients, 0)
     for b in range(n):
         given, row = pre[b], gradients[b]
         for i in range(m):

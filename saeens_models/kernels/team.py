@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
 from itertools import count
+from math import prod
 from typing import TypeVar
 
 import torch
@@ -96,14 +97,15 @@ class Team:
 
     def scratch(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Memory to work in, of the calling thread: the next call with this name may give the same. Its content is undefined."""
-        n = 1
-        for size in shape:
-            n *= size
-        held = self._memory.__dict__.get(name)
-        if held is None or held.dtype != dtype or held.numel() < n:
-            held = torch.empty(n, dtype=dtype)
-            setattr(self._memory, name, held)
-        return held[:n].view(shape)
+        kept: dict[str, Tensor] = self._memory.__dict__
+        view = kept.get(name)
+        if view is None or view.dtype != dtype or view.shape != shape:
+            n = prod(shape)
+            held = kept.get(f"all of {name}")
+            if held is None or held.dtype != dtype or held.numel() < n:
+                held = kept[f"all of {name}"] = torch.empty(n, dtype=dtype)
+            view = kept[name] = held[:n].view(shape)
+        return view
 
 
 def cpu_team(device: torch.device | str) -> AbstractContextManager[Team | None]:

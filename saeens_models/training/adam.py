@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from math import isfinite, nan
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,12 +13,23 @@ from torch.optim.adam import adam
 
 from saeens_models.architectures import SAE
 from saeens_models.kernels import Team
+from saeens_models.kernels.team import WORTH_SHARING
 from saeens_models.training.config import TrainingConfig
 
 EPSILON = 1e-8
 _TASK_ENTRIES = 2**16
 _MOST_TASKS = 64
 _OPERATIONS = 10  # per entry, about
+
+
+class _Rows(NamedTuple):
+    """A weight, or a part of it that one thread works on, with its moments, as arrays `[n, d]`."""
+
+    name: str
+    rows: slice
+    weight: np.ndarray
+    mean: np.ndarray
+    square: np.ndarray
 
 
 class Adam:
@@ -27,9 +40,9 @@ class Adam:
     """
 
     def __init__(self, sae: SAE, training: TrainingConfig) -> None:
-        self._sae = sae
         self._training = training
-        self._weights = {name: _as_in_memory(parameter.detach()) for name, parameter in sae.named_parameters()}
+        self._parameters = dict(sae.named_parameters())
+        self._weights = {name: _as_in_memory(parameter.detach()) for name, parameter in self._parameters.items()}
         self.means = {name: torch.zeros_like(weight) for name, weight in self._weights.items()}
         """Running mean of each weight's gradients, as the weight lies in memory."""
         self.squares = {name: torch.zeros_like(weight) for name, weight in self._weights.items()}
@@ -41,7 +54,7 @@ class Adam:
     def step(self, learning_rate: float, team: Team | None = None) -> None:
         """Move the weights along their gradients, the parameters' ``grad``."""
         gradients: dict[str, Tensor] = {}
-        for name, parameter in self._sae.named_parameters():
+        for name, parameter in self._parameters.items():
             if parameter.grad is None:
                 raise ValueError(f"{name} has no gradient: the objective does not depend on it")
             gradients[name] = _as_in_memory(parameter.grad)
@@ -58,7 +71,7 @@ class Adam:
             along = torch.linalg.vecdot(gradients["W_dec"], W_dec, dim=1)
             gradients["W_dec"].addcmul_(W_dec, along[:, None], value=-1)
         if training.gradient_clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self._sae.parameters(), training.gradient_clip_norm)
+            torch.nn.utils.clip_grad_norm_(self._parameters.values(), training.gradient_clip_norm)
         beta1, beta2 = training.adam_betas
         adam(
             list(self._weights.values()),
@@ -82,23 +95,19 @@ class Adam:
     def _compiled_step(self, learning_rate: float, gradients: dict[str, Tensor], team: Team) -> None:
         from saeens_models.kernels import compiled
 
-        training, t = self._training, self.steps
+        training, t, tasks = self._training, self.steps, self._tasks
         beta1, beta2 = training.adam_betas
-        tasks = [(name, rows) for name, weight in self._weights.items() for rows in _row_ranges(weight)]
-        work = _OPERATIONS * sum(weight.numel() for weight in self._weights.values())
-        arrays = {
-            name: [_as_rows(tensor).numpy() for tensor in (weight, gradients[name], self.means[name], self.squares[name])]
-            for name, weight in self._weights.items()
-        }
+        arrays = {name: _as_rows(gradient).numpy() for name, gradient in gradients.items()}
+        unit_norm = {name: training.unit_norm_decoder and name == "W_dec" for name in arrays}
 
         def prepare(i: int) -> float:
-            name, rows = tasks[i]
-            weight, gradient, *_ = arrays[name]
-            if training.unit_norm_decoder and name == "W_dec":
-                compiled.remove_parallel(gradient[rows], weight[rows])
-            return compiled.squares(gradient[rows])
+            name, rows, weight, *_ = tasks[i]
+            gradient = arrays[name][rows]
+            if unit_norm[name]:
+                compiled.remove_parallel(gradient, weight)
+            return compiled.squares(gradient)
 
-        norm = sum(team.run(prepare, len(tasks), work)) ** 0.5
+        norm = sum(team.run(prepare, len(tasks), self._work)) ** 0.5
         clip = training.gradient_clip_norm
         scale = 1.0 if clip is None else min(1.0, clip / (norm + 1e-6))
         factors = np.array(
@@ -114,10 +123,25 @@ class Adam:
         )
 
         def move(i: int) -> None:
-            name, rows = tasks[i]
-            compiled.adam(*(array[rows] for array in arrays[name]), *factors, training.unit_norm_decoder and name == "W_dec")
+            name, rows, weight, mean, square = tasks[i]
+            compiled.adam(weight, arrays[name][rows], mean, square, *factors, unit_norm[name])
 
-        team.run(move, len(tasks), work)
+        team.run(move, len(tasks), self._work)
+
+    @property
+    def _work(self) -> int:
+        return _OPERATIONS * sum(weight.numel() for weight in self._weights.values())
+
+    @cached_property
+    def _tasks(self) -> list[_Rows]:
+        """The weights, cut where it is worth to have several threads work on them."""
+        shared = self._work >= WORTH_SHARING
+        tasks: list[_Rows] = []
+        for name, weight in self._weights.items():
+            arrays = [_as_rows(tensor).numpy() for tensor in (weight, self.means[name], self.squares[name])]
+            ranges = _row_ranges(weight) if shared else [slice(None)]
+            tasks += [_Rows(name, rows, *(array[rows] for array in arrays)) for rows in ranges]
+        return tasks
 
 
 def _as_in_memory(weight: Tensor) -> Tensor:

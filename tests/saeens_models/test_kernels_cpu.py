@@ -121,6 +121,7 @@ def test_a_rough_encoder_finds_the_features_that_float32_finds(monkeypatch, shap
     generator = torch.Generator().manual_seed(d_sae)
     weights = Weights(*(torch.randn(shape, generator=generator) for shape in ((d_sae, d_in), (d_sae,), (d_sae, d_in), (d_in,))))
     weights.W_enc[7] *= 10  # its bound on the error holds for all
+    weights.b_enc[11] = 50  # so does this one's: products are rounded before the bias is added
     x = torch.randn(600, d_in, generator=generator) * torch.logspace(-3, 3, 600)[:, None]
     codes = []
     for rough in (True, False):
