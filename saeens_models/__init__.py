@@ -3,12 +3,13 @@
 from saeens_models import metrics
 from saeens_models.architectures import SAE, SAEConfig, build_sae, load_sae, save_sae, validate_settings
 from saeens_models.ensembles import Bagging, Boosting, Ensemble, load_ensemble, save_ensemble
-from saeens_models.training import TrainingConfig, train, train_boosting_concurrently
+from saeens_models.training import Checkpoints, TrainingConfig, train, train_boosting_concurrently
 
 __all__ = [
     "SAE",
     "Bagging",
     "Boosting",
+    "Checkpoints",
     "Ensemble",
     "SAEConfig",
     "TrainingConfig",

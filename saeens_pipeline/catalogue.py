@@ -7,14 +7,18 @@ from pathlib import Path
 
 import dagster as dg
 
-from saeens_pipeline import defs
+from saeens_pipeline.assets.broken_files import broken_assets
+from saeens_pipeline.assets.byte_checks import build_byte_checks
 from saeens_pipeline.assets.dagster_assets import build_assets
 from saeens_pipeline.assets.declarations import Op
 from saeens_pipeline.assets.experiments import experiment_ops
+from saeens_pipeline.assets.leaderboard import leaderboard_op
 from saeens_pipeline.assets.sources import source_ops
+from saeens_pipeline.automation import automate
 from saeens_pipeline.components import ExperimentSettings, SourceSettings
 from saeens_pipeline.errors import ConfigurationError
-from saeens_pipeline.experiment_files import ExperimentFile, Settings
+from saeens_pipeline.executors import executor_from_environment
+from saeens_pipeline.experiment_files import ExperimentFile, Settings, called, find_files
 from saeens_pipeline.resources import ComputeResource, StoreResource
 
 
@@ -30,7 +34,7 @@ class Catalogue:
         """The experiment of that name. Raises ConfigurationError, which lists those that exist and what is broken."""
         if name in self.experiments:
             return self.experiments[name]
-        own = [message for path, message in self.broken.items() if path.parent.name == name]
+        own = [message for path, message in self.broken.items() if called(path) == name]
         others = f"there are: {', '.join(sorted(self.experiments)) or 'none'}"
         if own:
             raise ConfigurationError("\n".join([*own, f"experiment {name!r} is left out for this; {others}"]))
@@ -40,25 +44,39 @@ class Catalogue:
         """The ops of an experiment and of its source, in the order in which things are made."""
         return [*source_ops(self.sources[experiment.source]), *experiment_ops(experiment)]
 
-    def definitions(self) -> dg.Definitions:
-        """Everything for Dagster. Steps run in one process: each of their own would spend seconds on importing torch."""
-        return dg.Definitions(
-            assets=build_assets(self._all_ops()),
-            resources={"store": StoreResource(), "compute": ComputeResource()},
-            executor=dg.in_process_executor,
-        )
+    def definitions(self, *, byte_checks: bool = True) -> dg.Definitions:
+        """Everything for Dagster: assets, what makes them without asking, and what they are given.
 
-    def _all_ops(self) -> list[Op]:
-        return [op for source in self.sources.values() for op in source_ops(source)] + [
-            op for e in self.experiments.values() for op in experiment_ops(e)
-        ]
+        `byte_checks=False`: without the checks that run on request, which Dagster would run beside every making.
+        """
+        ops = self.all_ops()
+        given = dg.Definitions(
+            assets=broken_assets(self.broken),
+            asset_checks=build_byte_checks(ops) if byte_checks else [],
+            resources={"store": StoreResource(), "compute": ComputeResource.from_environment()},
+            executor=executor_from_environment(),
+        )
+        return dg.Definitions.merge(automate(build_assets(ops, {name: e.checks for name, e in self.experiments.items()}), self), given)
+
+    def leaderboard(self) -> Op:
+        """The op of the leaderboard over all experiments."""
+        return leaderboard_op([output for e in self.experiments.values() for op in experiment_ops(e) for output in op.outputs])
+
+    def all_ops(self) -> list[Op]:
+        """The ops of all sources and experiments, and the leaderboard where there are experiments."""
+        of_sources = [op for source in self.sources.values() for op in source_ops(source)]
+        of_experiments = [op for e in self.experiments.values() for op in experiment_ops(e)]
+        return [*of_sources, *of_experiments, *([self.leaderboard()] if of_experiments else [])]
 
 
 def load_catalogue() -> Catalogue:
-    """Read every folder below `saeens_pipeline/defs`, each on its own: a broken file does not take others down."""
+    """Read every experiment file, each on its own: a broken one does not take others down.
+
+    Raises ConfigurationError where SAEENS_EXPERIMENTS names a folder that is not there.
+    """
     catalogue = Catalogue()
     files: dict[str, ExperimentFile] = {}  # of experiments
-    for path in sorted(file for root in defs.__path__ for file in Path(root).glob("*/defs.yaml")):
+    for path in find_files():
         try:
             file = ExperimentFile(path)
             for settings in file.settings():

@@ -21,6 +21,8 @@ app = typer.Typer(
 )
 reference_model = typer.Typer(no_args_is_help=True, help="The embedded language model.")
 app.add_typer(reference_model, name="reference-model")
+layers = typer.Typer(no_args_is_help=True, help="The layers of a source.")
+app.add_typer(layers, name="layers")
 
 _PIPE_WIDTH = 160  # columns where the output is no terminal: tables are not squeezed into a file
 out = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
@@ -84,18 +86,75 @@ def experiments() -> None:
 
 
 @app.command()
-def status(experiment: Experiment) -> None:
-    """Print for each artefact whether it is fresh, stale or damaged (and why), or missing."""
-    from rich.table import Table
+def new(
+    name: Annotated[str, typer.Argument(help="What the source and the experiment will be called.")],
+    model: Annotated[str, typer.Option(help="builtin/reference, a folder in transformers' format, or a model's name on the hub.")],
+    layers: Annotated[list[str], typer.Option(help="Layers of the model, from 0, such as 2,4,6; may be given several times.")],
+    output: Annotated[
+        Path | None, typer.Option(help="File to write; by default where experiments are read from. Nothing is overwritten.")
+    ] = None,
+) -> None:
+    """Write an experiment file for a language model, with every field explained."""
+    from saeens_pipeline.new_experiment import new_experiment, parse_layers
 
+    written = new_experiment(name, model, parse_layers(layers), output)
+    out.print(f"written to {written.path}", highlight=False, soft_wrap=True)
+    if written.is_read:
+        out.print(f"change in it what you like; then `saeens run {name}`, or reload the code location in the UI", highlight=False)
+    else:
+        complain("note", f"no experiments are read from there: set SAEENS_EXPERIMENTS={written.path.parent}")
+
+
+@app.command()
+def status(
+    experiment: Experiment,
+    format: Annotated[TableFormat, typer.Option(help="csv and json print the table and nothing else.")] = TableFormat.table,
+) -> None:
+    """Print for each artefact whether it is fresh, stale (and why), damaged, missing, running or failed."""
+    from collections import Counter
+
+    from saeens_pipeline.catalogue import load_catalogue
+    from saeens_pipeline.run_states import with_run_states
     from saeens_pipeline.runs import experiment_status
+    from saeens_pipeline.summary import status_frame, status_table
 
-    table = Table("asset", "layer", "seed", "state", "why", box=None, pad_edge=False)
-    colours = {"fresh": "green", "stale": "yellow", "damaged": "red", "missing": "red"}
-    for each in experiment_status(experiment):
-        layer, seed = ("" if value is None else str(value) for value in each.partition)
-        table.add_row(str(each.declaration.address), layer, seed, Text(each.state, colours[each.state]), Text(each.reason))
-    out.print(table)
+    statuses = experiment_status(experiment)
+    catalogue = load_catalogue()
+    statuses = with_run_states(statuses, catalogue.ops(catalogue.experiment(experiment)))
+    match format:
+        case TableFormat.csv:
+            sys.stdout.write(status_frame(statuses).write_csv())
+        case TableFormat.json:
+            sys.stdout.write(status_frame(statuses).write_json() + "\n")
+        case TableFormat.table:
+            out.print(status_table(statuses))
+            counts = Counter(each.state for each in statuses)
+            out.print(f"\n{len(statuses)} artefacts: {', '.join(f'{n} {state}' for state, n in counts.items())}", highlight=False)
+
+
+@app.command()
+def lineage(
+    subject: Annotated[
+        str,
+        typer.Argument(
+            metavar="TABLE:COLUMN=VALUE,...|ASSET:layer=L,seed=S|DATA_VERSION",
+            help="A row, such as reconstruction:layer=1,seed=42,method=bagging,n_members=3; an asset, such as "
+            "quickstart/bagging/member_1:layer=1,seed=42; or a data version, or how it begins.",
+        ),
+    ],
+) -> None:
+    """Print what a number or an artefact was made from, down to corpus and language model, and by which runs."""
+    from saeens_pipeline.catalogue import load_catalogue
+    from saeens_pipeline.lineage import lineage as trace
+    from saeens_pipeline.resources import StoreResource
+    from saeens_pipeline.summary import lineage_tree
+
+    declarations = [output for op in load_catalogue().all_ops() for output in op.outputs]
+    found = trace(StoreResource().store, declarations, subject)
+    out.print(lineage_tree(found), soft_wrap=not out.is_terminal)
+    problems = list(found.problems())
+    if problems:
+        complain("note", "not all of it is on disk any more as it was used:\n" + "\n".join(problems))
 
 
 @app.command()
@@ -130,6 +189,39 @@ def table(
 
 
 @app.command()
+def leaderboard(
+    sort: Annotated[str, typer.Option(help="Column to rank by, within each source and layer.")] = "explained_variance",
+    format: Annotated[TableFormat, typer.Option(help="csv and json print the table and nothing else.")] = TableFormat.table,
+) -> None:
+    """Rank every method of every experiment and layer by what was evaluated so far."""
+    from saeens_pipeline.assets.leaderboard import for_reading, standings
+    from saeens_pipeline.catalogue import load_catalogue
+    from saeens_pipeline.resources import StoreResource
+    from saeens_pipeline.runs import experiment_status
+
+    catalogue = load_catalogue()
+    (declaration,) = catalogue.leaderboard().outputs
+    table = standings(StoreResource().store, declaration, sort)
+    if table.is_empty():
+        complain("note", "nothing was evaluated yet: `saeens run EXPERIMENT` does, `saeens experiments` lists them")
+    for name in table["experiment"].unique(maintain_order=True):
+        if any(each.declaration.address.kind == "eval" and each.state in ("stale", "damaged") for each in experiment_status(name)):
+            complain("note", f"figures of {name} are outdated: `saeens status {name}` says why")
+    match format:
+        case TableFormat.csv:
+            sys.stdout.write(table.write_csv())
+        case TableFormat.json:
+            sys.stdout.write(table.write_json() + "\n")
+        case TableFormat.table:
+            from saeens_pipeline.summary import rich_table
+
+            for (source, layer), ranked in table.partition_by("source", "layer", as_dict=True, maintain_order=True).items():
+                shown = rich_table(for_reading(ranked))
+                shown.title, shown.title_justify = Text(f"{source}, layer {layer}"), "left"
+                out.print(shown, "")
+
+
+@app.command()
 def ui(
     port: Annotated[int, typer.Option(help="Port on the loopback interface.", min=1, max=65535)] = 3000,
 ) -> None:
@@ -141,7 +233,8 @@ def ui(
 
     from saeens_pipeline.catalogue import load_catalogue
     from saeens_pipeline.errors import SaeensError
-    from saeens_pipeline.instance import prepare_home, register_layers
+    from saeens_pipeline.experiment_files import FOLDERS_VARIABLE, own_folders
+    from saeens_pipeline.instance import declare_layers, end_dead_runs, prepare_home
     from saeens_pipeline.resources import data_root
 
     with socket.socket() as probe:
@@ -152,14 +245,18 @@ def ui(
             raise SaeensError(f"port {port} on 127.0.0.1 cannot be used ({error.strerror}): choose another with --port") from error
     home = prepare_home()
     with DagsterInstance.get() as instance:
+        end_dead_runs(instance)
         for source in load_catalogue().sources.values():
-            register_layers(instance, source.name, source.layers)
+            declare_layers(instance, source.name, source.layers)
     out.print(f"The UI answers in about ten seconds at [link]http://127.0.0.1:{port}[/link]; Ctrl-C ends it.")
     # In DAGSTER_HOME: `dagster dev` would warn of a dagster.yaml in the current folder that is not the one it uses.
     os.environ["SAEENS_DATA"] = str(data_root())
+    if folders := own_folders():
+        os.environ[FOLDERS_VARIABLE] = os.pathsep.join(map(str, folders))
     os.chdir(home)
     arguments = ["dev", "--workspace", "workspace.yaml", "--host", "127.0.0.1", "--port", str(port)]
-    os.execv(sys.executable, [sys.executable, "-m", "dagster", *arguments])
+    quiet = ["-W", "ignore:Function `dev_command` is superseded"]  # by a tool that an installed package cannot count on
+    os.execv(sys.executable, [sys.executable, *quiet, "-m", "dagster", *arguments])
 
 
 @app.command()
@@ -175,6 +272,65 @@ def doctor(
         out.print(Text.assemble(mark, f"{finding.subject:<22} {finding.detail}"), soft_wrap=True)
     if not all(finding.ok for finding in findings):
         raise typer.Exit(1)
+
+
+@app.command()
+def gc(
+    delete: Annotated[bool, typer.Option("--delete", help="Remove what is listed; without it nothing is touched.")] = False,
+) -> None:
+    """List what lies below the data root and belongs to no experiment or source any more."""
+    from rich.filesize import decimal
+    from rich.table import Table
+
+    from saeens_pipeline.catalogue import load_catalogue
+    from saeens_pipeline.garbage import by_folder, declared, find_garbage, remove_garbage
+    from saeens_pipeline.resources import data_root
+
+    catalogue, root = load_catalogue(), data_root().resolve()
+    inventory = find_garbage(root, declared(catalogue))
+    garbage, freed = by_folder(inventory.garbage, root), decimal(inventory.freed_bytes)
+    if delete:
+        remove_garbage(catalogue, inventory, root)
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for findings, mark in ((garbage, "removed" if delete else "unused"), (inventory.unknown, "unknown, kept")):
+        for path, n_bytes, reason in findings:
+            table.add_row(mark, Text(decimal(n_bytes), justify="right"), Text(str(path.relative_to(root)), overflow="fold"), Text(reason))
+    if table.rows:
+        out.print(table)
+    if not garbage:
+        out.print(f"nothing below {root} is unused", highlight=False, soft_wrap=True)
+    elif delete:
+        out.print(f"{freed} freed", highlight=False)
+    else:
+        out.print(f"{freed} would be freed by `saeens gc --delete`; nothing was touched", highlight=False)
+    for message in catalogue.broken.values():
+        complain("note", f"{message}\nwhat belongs to this file is listed as if nothing referred to it")
+
+
+@layers.callback()
+def _layers() -> None:
+    """A group, also with one command."""
+
+
+@layers.command("add")
+def add_layers(
+    source: Annotated[str, typer.Argument(help="Name of a source, as its experiment file gives it.")],
+    layer: Annotated[list[int], typer.Argument(min=0, metavar="L...", help="Layers of the language model, from 0.")],
+) -> None:
+    """Add layers to a source while it runs: all its experiments get them."""
+    from saeens_pipeline.catalogue import load_catalogue
+    from saeens_pipeline.layers import add_layers
+
+    added = add_layers(load_catalogue(), source, layer)
+    for done, which in (("added", added.new), ("there before:", added.known)):
+        if which:
+            out.print(f"{source}: {done} {'layers' if len(which) > 1 else 'layer'} {', '.join(map(str, which))}", highlight=False)
+    for name in added.automated:
+        out.print(f"{name}: makes what is missing by itself while `saeens ui` is running", highlight=False)
+    for name in added.on_request:
+        out.print(f"{name}: `saeens run {name}` makes what is missing", highlight=False)
+    if not added.automated and not added.on_request:
+        out.print(f"no experiment uses {source} yet", highlight=False)
 
 
 @reference_model.command("train")

@@ -48,7 +48,12 @@ def _devices() -> Iterator[Finding]:
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         yield Finding(f"cuda:{index}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB")
-    yield Finding("device: auto", ComputeResource().resolve())
+    try:
+        compute = ComputeResource.from_environment()
+        limits = [f"{compute.memory_gb:g} GB"] * bool(compute.memory_gb) + [f"{compute.threads} threads"] * bool(compute.threads)
+        yield Finding(f"device: {compute.device}", ", ".join([compute.resolve(), compute.precision, *limits]))
+    except SaeensError as error:
+        yield Finding("device", str(error), ok=False)
 
 
 def _root(root: Path) -> Iterator[Finding]:
@@ -66,11 +71,12 @@ def _root(root: Path) -> Iterator[Finding]:
 
 def _experiments() -> Iterator[Finding]:
     from saeens_pipeline.catalogue import load_catalogue
+    from saeens_pipeline.experiment_files import called
 
     catalogue = load_catalogue()
     yield Finding("experiments", ", ".join(sorted(catalogue.experiments)) or "none")
     for file, message in catalogue.broken.items():
-        yield Finding(file.parent.name or str(file), message, ok=False)
+        yield Finding(called(file), message, ok=False)
 
 
 def _verify(root: Path) -> Iterator[Finding]:

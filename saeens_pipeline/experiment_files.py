@@ -1,22 +1,46 @@
-"""Reading experiment files: strictly, and with the path, line and field of everything that is wrong."""
+"""Finding and reading experiment files: strictly, and with the path, line and field of everything that is wrong."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from saeens_pipeline import defs
 from saeens_pipeline.components import ActivationSource, EnsembleExperiment, ExperimentSettings, SourceSettings
 from saeens_pipeline.components.ensemble_experiment import allowed_sae_keys, allowed_training_keys
 from saeens_pipeline.errors import ConfigurationError
 
+FOLDERS_VARIABLE = "SAEENS_EXPERIMENTS"
 TYPES = {f"saeens_pipeline.components.{component.__name__}": component for component in (ActivationSource, EnsembleExperiment)}
 
 Settings = SourceSettings | ExperimentSettings
 Location = Sequence[int | str]
+
+
+def own_folders() -> list[Path]:
+    """The folders that SAEENS_EXPERIMENTS names, separated as in PATH. Raises ConfigurationError for one that is not there."""
+    folders = [Path(each).expanduser().absolute() for each in os.environ.get(FOLDERS_VARIABLE, "").split(os.pathsep) if each.strip()]
+    for folder in folders:
+        if not folder.is_dir():
+            raise ConfigurationError(f"{FOLDERS_VARIABLE}: there is no folder {folder}: make it, or set {FOLDERS_VARIABLE} to one that is")
+    return folders
+
+
+def find_files() -> list[Path]:
+    """Every experiment file: the shipped `*/defs.yaml`, then of each own folder its `*.yaml` and its `*/defs.yaml`."""
+    files = [file for root in defs.__path__ for file in sorted(Path(root).glob("*/defs.yaml"))]
+    files += [file for folder in own_folders() for file in sorted([*folder.glob("*.yaml"), *folder.glob("*/defs.yaml")])]
+    return list({file.resolve(): file for file in reversed(files)}.values())[::-1]  # a folder may be named twice
+
+
+def called(path: Path) -> str:
+    """What an experiment file is called: `defs.yaml` by its folder, another by its own name."""
+    return path.parent.name if path.name == "defs.yaml" else path.stem
 
 
 class ExperimentFile:
@@ -143,6 +167,5 @@ def _allowed_keys(model: type[BaseModel], attributes: dict[str, Any], location: 
             return allowed_training_keys()
     for part in location:
         annotation = model.model_fields[str(part)].annotation
-        assert isinstance(annotation, type)
-        model = annotation
+        model = next(each for each in (annotation, *get_args(annotation)) if isinstance(each, type) and issubclass(each, BaseModel))
     return list(model.model_fields)

@@ -1,14 +1,15 @@
-"""The Dagster instance: where runs and events are kept."""
+"""The Dagster instance: where runs and events are kept, and which layers of a source it knows."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.resources import data_root
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 _COMMAND_LINE_FILE = "command_line.yaml"
 PROCESS_TAG = "saeens/process"
+_SERVER_TAG = ".dagster/grpc_info"  # by Dagster, on a run that it launched: where its code server listens
 
 _SETTINGS = """\
 # Where Dagster keeps runs and events, one op at a time on the GPU, and no telemetry.
@@ -56,13 +58,18 @@ def instance_settings(home: str) -> str:
     return _SETTINGS.format(storage=json.dumps(f"{home}/storage"), compute_logs=json.dumps(f"{home}/compute_logs"))
 
 
+def home_folder() -> Path:
+    """DAGSTER_HOME, or `dagster` below the data root where it is not set."""
+    return Path(os.environ.get("DAGSTER_HOME") or data_root() / "dagster").absolute()
+
+
 def prepare_home() -> Path:
     """DAGSTER_HOME, or `dagster` below the data root where it is not set: made and set up where it is not there yet.
 
     The environment variable is set for this process and its children. Files that are there are left as they are, unless the folder was
     copied or moved: settings of ours that name another one are made anew.
     """
-    home = Path(os.environ.get("DAGSTER_HOME") or data_root() / "dagster").absolute()
+    home = home_folder()
     try:
         home.mkdir(parents=True, exist_ok=True)
         for name, content in (("dagster.yaml", instance_settings(home.as_posix())), ("workspace.yaml", WORKSPACE)):
@@ -98,26 +105,98 @@ def command_line_instance() -> DagsterInstance:
     return DagsterInstance.from_config(str(home), _COMMAND_LINE_FILE)
 
 
+@contextlib.contextmanager
+def recorded_instance() -> Iterator[DagsterInstance | None]:
+    """The instance of DAGSTER_HOME for a command that only looks; None where there is none yet, and none is made."""
+    if (home_folder() / "dagster.yaml").exists():
+        with command_line_instance() as instance:
+            yield instance
+    else:
+        yield None
+
+
 def process_tag() -> dict[str, str]:
     """The tag of a run that this process executes itself: who to ask whether it still lives."""
     return {PROCESS_TAG: f"{socket.gethostname()}:{os.getpid()}"}
 
 
 def end_dead_runs(instance: DagsterInstance) -> None:
-    """Report runs as failed whose process on this machine was killed, and free the GPU slot that they would hold for ever."""
+    """End runs whose process on this machine was killed, and free the GPU slot that they would hold for ever.
+
+    A run of the command line has failed. One of the UI or the automation, whose code server is gone, is cancelled: it was the machine
+    that ended it, and the automation asks for it again.
+    """
     from dagster import DagsterRunStatus, RunsFilter
 
     for run in instance.get_runs(RunsFilter(statuses=[DagsterRunStatus.STARTED])):
         host, _, pid = run.tags.get(PROCESS_TAG, "").rpartition(":")
         if host == socket.gethostname() and not is_alive(int(pid)):
             instance.report_run_failed(run, "The process that executed this run was killed.")
-            instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
+        elif _SERVER_TAG in run.tags and not _answers(json.loads(run.tags[_SERVER_TAG])):
+            instance.report_run_canceled(run, "The code server that executed this run is gone.")
+        else:
+            continue
+        instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
 
 
-def register_layers(instance: DagsterInstance, source: str, layers: Sequence[int]) -> None:
-    """Make Dagster know the layers of a source, in numeric order."""
-    name = f"{source}_layers"
-    known = set(instance.get_dynamic_partitions(name))
-    new = [str(layer) for layer in sorted(layers) if str(layer) not in known]
+def _answers(server: dict[str, Any]) -> bool:
+    """Whether a code server listens where a run's tag says. One on another machine is left alone."""
+    if "socket" not in server:
+        return True
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(server["socket"]) == 0
+
+
+class LayerChanges(NamedTuple):
+    """What the partitions of a source lack to be in step with the layers of its experiment file."""
+
+    new: list[str]  # not known yet, in numeric order
+    newly_declared: list[str]  # known or not, not seen in the file before
+    gone: list[str]  # that were in the file before
+
+
+def layers_name(source: str) -> str:
+    """The dynamic partitions that hold the layers of a source."""
+    return f"{source}_layers"
+
+
+def declared_layers_name(source: str) -> str:
+    """The dynamic partitions that hold which of the layers came from the experiment file: they go when they leave it."""
+    return f"{source}/declared_layers"  # no source can be called so
+
+
+def layer_changes(instance: DagsterInstance, source: str, declared: Sequence[int]) -> LayerChanges:
+    """Compare the layers of an experiment file with the partitions. Those that were added by hand stay."""
+    known = instance.get_dynamic_partitions(layers_name(source))
+    before = instance.get_dynamic_partitions(declared_layers_name(source))
+    now = [str(layer) for layer in sorted(declared)]
+    return LayerChanges(
+        new=[layer for layer in now if layer not in known],
+        newly_declared=[layer for layer in now if layer not in before],
+        gone=[layer for layer in before if layer not in now],
+    )
+
+
+def declare_layers(instance: DagsterInstance, source: str, declared: Sequence[int]) -> None:
+    """Make the partitions of a source follow the layers of its experiment file."""
+    changes = layer_changes(instance, source, declared)
+    for name, added in ((layers_name(source), changes.new), (declared_layers_name(source), changes.newly_declared)):
+        if added:
+            instance.add_dynamic_partitions(name, added)
+        for layer in changes.gone:
+            instance.delete_dynamic_partition(name, layer)
+
+
+def register_layers(instance: DagsterInstance, source: str, layers: Sequence[int]) -> list[int]:
+    """Add layers to a source, in numeric order. Gives those that were not there yet."""
+    known = instance.get_dynamic_partitions(layers_name(source))
+    new = [layer for layer in sorted(set(layers)) if str(layer) not in known]
     if new:
-        instance.add_dynamic_partitions(name, new)
+        instance.add_dynamic_partitions(layers_name(source), [str(layer) for layer in new])
+    return new
+
+
+def added_layers(instance: DagsterInstance, source: str) -> list[str]:
+    """The layers of a source that were added while it runs, and not by its experiment file; in the UI anything can be added."""
+    declared = set(instance.get_dynamic_partitions(declared_layers_name(source)))
+    return [layer for layer in instance.get_dynamic_partitions(layers_name(source)) if layer not in declared]

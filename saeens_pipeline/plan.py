@@ -7,20 +7,29 @@ from dataclasses import dataclass
 from typing import Literal
 
 from saeens_pipeline.assets.declarations import Declaration, Op
-from saeens_pipeline.storage.names import Address, Partition
+from saeens_pipeline.storage.names import Address, Partition, place
 from saeens_pipeline.storage.recipes import DamagedArtefactError, Store
 
-State = Literal["fresh", "stale", "damaged", "missing"]
+State = Literal["fresh", "stale", "damaged", "missing", "running", "failed"]
+"""Recipes know the first four. That a run works on what is not fresh, or failed to make it, is Dagster's to say (`run_states`)."""
 
 
 @dataclass(frozen=True)
 class Status:
-    """One artefact of one partition: fresh, stale or damaged (and why), or missing."""
+    """One artefact of one partition: its state, and why.
+
+    `causes`: the artefacts that are not fresh themselves and that this one is stale for, directly or by way of others.
+    """
 
     declaration: Declaration
     partition: Partition
     state: State
     reason: str
+    causes: tuple[Status, ...] = ()
+
+    @property
+    def where(self) -> tuple[Address, Partition]:
+        return self.declaration.address, self.partition
 
 
 @dataclass(frozen=True)
@@ -42,10 +51,15 @@ def plan(store: Store, ops: Sequence[Op], layers: Sequence[int], seeds: Sequence
     not fresh; it is damaged when its files are not those that its recipe lists.
     """
     outputs = [output for op in ops for output in op.outputs]
-    states: dict[tuple[Address, Partition], State] = {}
+    known: dict[tuple[Address, Partition], Status] = {}
 
     def stage(partition: Partition, declarations: list[Declaration]) -> Stage:
-        return Stage(partition, tuple(_status(store, declaration, partition, states) for declaration in declarations))
+        statuses = []
+        for declaration in declarations:
+            status = _status(store, declaration, partition, known)
+            known[status.where] = status
+            statuses.append(status)
+        return Stage(partition, tuple(statuses))
 
     activations = [d for d in outputs if d.dimensions == "layer" and d.address.kind == "source"]
     per_seed = [d for d in outputs if d.dimensions == "layer_and_seed"]
@@ -57,28 +71,33 @@ def plan(store: Store, ops: Sequence[Op], layers: Sequence[int], seeds: Sequence
     return [each for each in stages if each.statuses]
 
 
-def _status(store: Store, declaration: Declaration, partition: Partition, states: dict[tuple[Address, Partition], State]) -> Status:
-    state, reason = _describe(store, declaration, partition, states)
-    states[declaration.address, partition] = state
-    return Status(declaration, partition, state, reason)
-
-
-def _describe(
-    store: Store, declaration: Declaration, partition: Partition, states: dict[tuple[Address, Partition], State]
-) -> tuple[State, str]:
+def _status(store: Store, declaration: Declaration, partition: Partition, known: dict[tuple[Address, Partition], Status]) -> Status:
     try:
         artefact = store.find(declaration.address, partition)
     except DamagedArtefactError as error:
-        return "damaged", str(error)
+        return Status(declaration, partition, "damaged", str(error))
     if artefact is None:
-        return "missing", ""
-    for name in _not_fresh(declaration, partition, states):
-        return "stale", f"{name} will be made again"
+        return Status(declaration, partition, "missing", "")
+    causes = tuple({cause.where: cause for cause in _causes(declaration, partition, known)}.values())
+    if causes:
+        return Status(declaration, partition, "stale", _following(causes), causes)
     recipe = declaration.recipe(store, partition)
-    return ("fresh", "") if artefact.recipe_hash == recipe.hash else ("stale", "; ".join(artefact.differences(recipe)))
+    if artefact.recipe_hash == recipe.hash:
+        return Status(declaration, partition, "fresh", "")
+    names = {name: place(each.address, where) for name, each, where in declaration.input_partitions(partition)}
+    return Status(declaration, partition, "stale", "; ".join(artefact.differences(recipe, names)))
 
 
-def _not_fresh(declaration: Declaration, partition: Partition, states: dict[tuple[Address, Partition], State]) -> Iterator[str]:
-    for name, artefact, where in declaration.input_partitions(partition):
-        if states.get((artefact.address, where), "fresh") != "fresh":
-            yield name
+def _causes(declaration: Declaration, partition: Partition, known: dict[tuple[Address, Partition], Status]) -> Iterator[Status]:
+    for _, artefact, where in declaration.input_partitions(partition):
+        upstream = known.get((artefact.address, where))
+        if upstream and upstream.state != "fresh":
+            yield from upstream.causes or [upstream]
+
+
+def _following(causes: Sequence[Status]) -> str:
+    """Where a chain of what is not fresh begins: the first artefact in words, others as a number."""
+    first = causes[0]
+    why = f": {first.reason}" if first.state == "stale" else ""
+    others = f"; {len(causes) - 1} more that it follows from {'is' if len(causes) == 2 else 'are'} not fresh" if len(causes) > 1 else ""
+    return f"follows from {place(*first.where)}, which is {first.state}{why}{others}"

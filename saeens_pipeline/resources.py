@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import platform
 import sys
@@ -43,31 +44,69 @@ class StoreResource(dg.ConfigurableResource):
 
 @dataclass
 class Measurement:
-    """What a piece of work took; filled in when it is over."""
+    """What a piece of work took; filled in when it is over. What the machine does not tell is None."""
 
     seconds: float = 0.0
     peak_memory_bytes: int | None = None
+    energy_joules: float | None = None
 
 
 class ComputeResource(dg.ConfigurableResource):
-    """The device that trains and evaluates: `auto` (CUDA where there is a GPU, else the CPU), `cpu`, `cuda` or `cuda:N`."""
+    """The device that trains and evaluates, and what of it may be used. Nothing here is part of a recipe.
+
+    `device`: `auto` (CUDA where there is a GPU, else the CPU), `cpu`, `cuda`, `cuda:N` or `mps`. `precision`: how PyTorch multiplies
+    float32 matrices: `float32`, `tf32` or `bfloat16`; sums and weights stay in float32. `memory_gb`: what SAEs that are trained
+    together may take; `threads`: of the CPU. 0 is no limit, and PyTorch's choice.
+    """
 
     device: str = "auto"
+    precision: str = "float32"
+    memory_gb: float = 0.0
+    threads: int = 0
 
-    def resolve(self) -> str:
-        """The device's name in PyTorch. Raises ConfigurationError for one that this machine does not have."""
+    @classmethod
+    def from_environment(cls) -> ComputeResource:
+        """As SAEENS_DEVICE, SAEENS_PRECISION, SAEENS_MEMORY_GB and SAEENS_THREADS say. Raises ConfigurationError if one cannot be."""
+        return cls(
+            device=os.environ.get("SAEENS_DEVICE") or "auto",
+            precision=_choice("SAEENS_PRECISION", tuple(_PRECISIONS)),
+            memory_gb=_number("SAEENS_MEMORY_GB", float),
+            threads=_number("SAEENS_THREADS", int),
+        )
+
+    def resolve(self, *, float64: bool = False) -> str:
+        """The device's name in PyTorch; the CPU for work in `float64` where the device has none.
+
+        Raises ConfigurationError for a device that this machine does not have.
+        """
         import torch
 
         if self.device == "auto":
             return "cuda" if torch.cuda.is_available() else "cpu"
         available = ["cpu", *(["cuda"] if torch.cuda.is_available() else []), *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        if torch.backends.mps.is_available():
+            available.append("mps")
         if self.device not in available:
             raise ConfigurationError(f"device {self.device!r} is not available; available: auto, {', '.join(available)}")
-        return self.device
+        return "cpu" if float64 and self.device == "mps" else self.device
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Work inside with the threads and the precision of this resource."""
+        import torch
+
+        threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+        torch.set_num_threads(self.threads or threads)
+        torch.set_float32_matmul_precision(_PRECISIONS[self.precision])
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+            torch.set_float32_matmul_precision(precision)
 
     @contextlib.contextmanager
     def measure(self) -> Iterator[Measurement]:
-        """Time and peak memory of the work inside: of the device where it is a GPU, else of this whole process (Linux) or unknown."""
+        """Time, peak memory and energy of the work inside: of the device where it is a GPU, else of this whole process (Linux)."""
         import torch
 
         device = self.resolve()
@@ -76,22 +115,68 @@ class ComputeResource(dg.ConfigurableResource):
             torch.cuda.reset_peak_memory_stats(device)
         else:
             _reset_peak_memory()
-        measurement, began = Measurement(), time.perf_counter()
+        measurement, began, energy = Measurement(), time.perf_counter(), _energy_joules(device)
         yield measurement
         if on_gpu:
             torch.cuda.synchronize(device)
         measurement.seconds = time.perf_counter() - began
         measurement.peak_memory_bytes = torch.cuda.max_memory_allocated(device) if on_gpu else _peak_memory()
+        after = _energy_joules(device)
+        measurement.energy_joules = None if energy is None or after is None else after - energy
 
     def describe(self) -> dict[str, Any]:
-        """Device and versions, for provenance."""
+        """Device, precision and versions, for provenance."""
         import torch
 
         device = self.resolve()
         name = (
-            torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{platform.machine()}, {torch.get_num_threads()} threads"
+            torch.cuda.get_device_name(device)
+            if device.startswith("cuda")
+            else f"{platform.machine()}, {self.threads or torch.get_num_threads()} threads"
         )
-        return {"device": f"{device} ({name})", "versions": dict(_versions()), "date": datetime.now(UTC).isoformat(timespec="seconds")}
+        return {
+            "device": f"{device} ({name})",
+            "precision": self.precision,
+            "versions": dict(_versions()),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+
+
+_PRECISIONS = {"float32": "highest", "tf32": "high", "bfloat16": "medium"}  # PyTorch's names for how float32 matrices are multiplied
+
+
+def _choice(name: str, allowed: tuple[str, ...]) -> str:
+    value = os.environ.get(name) or allowed[0]
+    if value not in allowed:
+        raise ConfigurationError(f"{name} is {value!r}; it can be {', '.join(allowed)}")
+    return value
+
+
+def _number(name: str, kind: type[int] | type[float]) -> Any:
+    value = os.environ.get(name) or "0"
+    try:
+        number = kind(value)
+    except ValueError:
+        number = -1
+    if not 0 <= number < math.inf:
+        raise ConfigurationError(f"{name} is {value!r}; it has to be a number, 0 or larger")
+    return number
+
+
+def _energy_joules(device: str) -> float | None:
+    """What an NVIDIA GPU has used since its driver was loaded; None where NVML or its Python binding is not there."""
+    if not device.startswith("cuda"):
+        return None
+    import torch
+
+    try:
+        import pynvml  # pyright: ignore[reportMissingImports]
+
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
+    except Exception:  # every failure of the driver's is a class of its own, and none of them matters to the work that is measured
+        return None
 
 
 @cache

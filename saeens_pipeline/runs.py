@@ -7,15 +7,17 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from saeens_pipeline import progress
 from saeens_pipeline.errors import ConfigurationError
+from saeens_pipeline.layers import layers_of_source, recorded_layers
 from saeens_pipeline.plan import Stage, Status, plan
 from saeens_pipeline.resources import StoreResource
 
 if TYPE_CHECKING:
+    from dagster import DagsterInstance
     from rich.console import Console
 
     from saeens_pipeline.assets.declarations import Declaration
@@ -37,7 +39,8 @@ def experiment_status(name: str) -> list[Status]:
 
     catalogue = load_catalogue()
     experiment = catalogue.experiment(name)
-    stages = plan(StoreResource().store, catalogue.ops(experiment), catalogue.sources[experiment.source].layers, experiment.ensemble.seeds)
+    layers = recorded_layers(catalogue.sources[experiment.source]).layers
+    stages = plan(StoreResource().store, catalogue.ops(experiment), layers, experiment.ensemble.seeds)
     return [status for stage in stages for status in stage.statuses]
 
 
@@ -51,7 +54,12 @@ def run_experiment(name: str, *, layers: Sequence[int], seeds: Sequence[int], se
     catalogue = load_catalogue()
     experiment = catalogue.experiment(name)
     source = catalogue.sources[experiment.source]
-    layers = sorted(set(layers)) or source.layers
+    if layers:
+        layers = sorted(set(layers))
+    else:
+        layers, impossible = recorded_layers(source)
+        if impossible:
+            console.print(f"left out, since the language model lacks them: layers {', '.join(impossible)}; remove them in the UI")
     description = _check(catalogue, experiment, layers, seeds)
     store = StoreResource().store
     store.require_writable()
@@ -139,32 +147,62 @@ def _selected(stages: Sequence[Stage], select: Sequence[str]) -> list[Declaratio
     return found
 
 
+def stages_to_retrain(
+    catalogue: Catalogue, experiment: ExperimentSettings, instance: DagsterInstance
+) -> list[tuple[Stage, list[Declaration]]]:
+    """What is not fresh, of all layers. Where `freshness` watches the tables, those that are fresh come along: a hit confirms them."""
+    layers = layers_of_source(catalogue.sources[experiment.source], instance).layers
+    stages = plan(StoreResource().store, catalogue.ops(experiment), layers, experiment.ensemble.seeds)
+    watched = "eval" if experiment.freshness else None
+    wanted = [
+        (stage, [s.declaration for s in stage.statuses if s.state != "fresh" or s.declaration.address.kind == watched]) for stage in stages
+    ]
+    return [(stage, declarations) for stage, declarations in wanted if declarations]
+
+
 def _execute(
     catalogue: Catalogue, experiment: ExperimentSettings, layers: Sequence[int], chosen: Sequence[tuple[Stage, list[Declaration]]]
+) -> None:
+    """Make what was chosen, with the instance of the command line."""
+    from saeens_pipeline.instance import command_line_instance, declare_layers, end_dead_runs, register_layers
+
+    with command_line_instance() as instance, _interrupts() as raise_interrupt:
+        end_dead_runs(instance)
+        declare_layers(instance, experiment.source, catalogue.sources[experiment.source].layers)
+        register_layers(instance, experiment.source, layers)
+        make_stages(catalogue, instance, chosen, tags={"user": "saeens run"}, before_each=raise_interrupt)
+        raise_interrupt()
+
+
+def make_stages(
+    catalogue: Catalogue,
+    instance: DagsterInstance,
+    chosen: Sequence[tuple[Stage, list[Declaration]]],
+    *,
+    tags: Mapping[str, str],
+    before_each: Callable[[], None] = lambda: None,
 ) -> None:
     """One Dagster run in this process for each stage, seen in the UI afterwards. Raises what made one fail."""
     from dagster import AssetKey, DagsterExecutionInterruptedError
 
-    from saeens_pipeline.assets.dagster_assets import LAYERS_TAG, partition_key
-    from saeens_pipeline.instance import command_line_instance, end_dead_runs, process_tag, register_layers
+    from saeens_pipeline.assets.dagster_assets import partition_key
+    from saeens_pipeline.assets.requested_layers import LAYERS_TAG
+    from saeens_pipeline.instance import process_tag
 
-    job = catalogue.definitions().resolve_implicit_global_asset_job_def()
-    with command_line_instance() as instance, _interrupts() as raise_interrupt:
-        end_dead_runs(instance)
-        register_layers(instance, experiment.source, layers)
-        for stage, declarations in chosen:
-            raise_interrupt()
-            try:
-                job.execute_in_process(
-                    instance=instance,
-                    partition_key=partition_key(declarations[0], stage.partition),
-                    asset_selection=[AssetKey(declaration.address.key) for declaration in declarations],
-                    tags={"user": "saeens run", LAYERS_TAG: ",".join(map(str, layers)), **process_tag()},
-                    run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
-                )
-            except DagsterExecutionInterruptedError:
-                raise KeyboardInterrupt from None
-        raise_interrupt()
+    job = catalogue.definitions(byte_checks=False).resolve_implicit_global_asset_job_def()
+    layers = sorted({stage.partition.layer for stage, _ in chosen if stage.partition.layer is not None})
+    for stage, declarations in chosen:
+        before_each()
+        try:
+            job.execute_in_process(
+                instance=instance,
+                partition_key=partition_key(declarations[0], stage.partition),
+                asset_selection=[AssetKey(declaration.address.key) for declaration in declarations],
+                tags={**tags, LAYERS_TAG: ",".join(map(str, layers)), **process_tag()},
+                run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
+            )
+        except DagsterExecutionInterruptedError:
+            raise KeyboardInterrupt from None
 
 
 @contextlib.contextmanager

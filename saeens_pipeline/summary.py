@@ -1,4 +1,4 @@
-"""The table at the end of a run, and tables in the terminal."""
+"""What the command line prints: the table at the end of a run, with warnings; tables; states; lineage as a tree."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ if TYPE_CHECKING:
     import polars as pl
     from rich.console import Console
     from rich.table import Table
+    from rich.tree import Tree
 
     from saeens_pipeline.components import ExperimentSettings
+    from saeens_pipeline.lineage import Ancestor
     from saeens_pipeline.plan import Status
     from saeens_pipeline.storage.recipes import Store
 
+SHOWN_WARNINGS = 5
+STATE_COLOURS = {"fresh": "green", "stale": "yellow", "damaged": "red", "missing": "red", "running": "blue", "failed": "red"}
 METHODS = ("single", "bagging", "boosting", "expanded", "expanded_l0_matched")
 # column of the summary: its table, its column there, its format
 COLUMNS = {
@@ -47,6 +51,62 @@ def print_summary(store: Store, experiment: ExperimentSettings, statuses: Sequen
         if table.rows:
             console.print()
             console.print(table)
+    print_warnings(store, experiment, statuses, console)
+
+
+def print_warnings(store: Store, experiment: ExperimentSettings, statuses: Sequence[Status], console: Console) -> None:
+    """What the checks found in fresh artefacts: the first few in words, the others as a number."""
+    from saeens_pipeline.checks import warnings_of
+
+    warnings: list[str] = []
+    for status in statuses:
+        if status.state == "fresh":
+            warnings += warnings_of(status.declaration, status.partition, store.require(*status.where), experiment.checks)
+    for warning in warnings[:SHOWN_WARNINGS]:
+        console.print(f"\nwarning: {warning}", highlight=False, markup=False, soft_wrap=True)
+    if len(warnings) > SHOWN_WARNINGS:
+        n_more = len(warnings) - SHOWN_WARNINGS
+        console.print(f"\nand {n_more} more warnings: the checks of each asset, in the UI, show them", highlight=False)
+
+
+def status_frame(statuses: Sequence[Status]) -> pl.DataFrame:
+    """Asset, layer, seed, state and why, one row for each artefact."""
+    import polars as pl
+
+    rows = [(str(s.declaration.address), *s.partition, s.state, s.reason) for s in statuses]
+    schema = {"asset": pl.String, "layer": pl.Int64, "seed": pl.Int64, "state": pl.String, "why": pl.String}
+    return pl.DataFrame(rows, schema=schema, orient="row")
+
+
+def status_table(statuses: Sequence[Status]) -> Table:
+    """The same for the terminal."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("asset", "layer", "seed", "state", "why", box=None, pad_edge=False)
+    for status in statuses:
+        layer, seed = ("" if value is None else str(value) for value in status.partition)
+        table.add_row(str(status.declaration.address), layer, seed, Text(status.state, STATE_COLOURS[status.state]), Text(status.reason))
+    return table
+
+
+def lineage_tree(ancestor: Ancestor) -> Tree:
+    """A lineage for the terminal, from what was asked for down to where it comes from."""
+    from rich.text import Text
+    from rich.tree import Tree
+
+    label = Text.assemble(
+        (f"{ancestor.role}: " if ancestor.role else "", "dim"),
+        (ancestor.title, "bold"),
+        (f"  {ancestor.data_version}", "cyan"),
+        (" (see above)" if ancestor.shown_before else "", "dim"),
+        *((f"\n{fact}", "dim") for fact in ancestor.facts),
+        *(((f"\n{ancestor.problem}", "red"),) if ancestor.problem else ()),
+    )
+    tree = Tree(label)
+    for parent in ancestor.parents:
+        tree.children.append(lineage_tree(parent))
+    return tree
 
 
 def rich_table(frame: pl.DataFrame) -> Table:

@@ -20,12 +20,14 @@ from saeens_models.metrics.dictionaries import (
     stability_of_prefixes,
     stability_pairwise,
 )
+from saeens_models.metrics.intervals import MeanInterval, mean_interval
 from saeens_models.metrics.reconstruction import Moments, Reconstruction, ReconstructionMetric, reconstruction
 from saeens_models.metrics.sparsity import Sparsity, SparsityMetric, sparsity
 
 __all__ = [
     "MAX_MATCHED_FEATURES",
     "ConnectivityMetric",
+    "MeanInterval",
     "MemberComparison",
     "MemoryBudgetError",
     "Moments",
@@ -38,6 +40,7 @@ __all__ = [
     "connectivity",
     "diversity",
     "max_cosine",
+    "mean_interval",
     "mean_max_cosine",
     "reconstruction",
     "sparsity",

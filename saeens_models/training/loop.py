@@ -11,6 +11,7 @@ from torch import Tensor
 
 from saeens_models.architectures import SAE, SAEConfig
 from saeens_models.kernels import cpu_team
+from saeens_models.training.checkpoints import Checkpoints, TrainingState, batches_from, writing
 from saeens_models.training.config import TrainingConfig
 from saeens_models.training.trainer import CurvePoint, SAETrainer, load_kernels
 
@@ -29,6 +30,9 @@ def train(
     batches: Iterable[Tensor],
     training: TrainingConfig,
     observe: Callable[[Sequence[CurvePoint]], None] | None = None,
+    *,
+    checkpoints: Checkpoints | None = None,
+    micro_batch_tokens: int | None = None,
 ) -> list[SAE]:
     """Train one SAE per configuration, all on the same batches, and return them in that order.
 
@@ -36,13 +40,32 @@ def train(
     ``training.total_tokens``; a stream that ends more than a batch before that gives a warning. ``observe`` is called about 200
     times (every 100 steps where ``total_tokens`` is not given) and after the last step, with one :class:`CurvePoint` per SAE.
 
+    With ``checkpoints`` the state of the training is written now and then, and taken up where it is there: ``batches`` has to be the
+    same stream, from its beginning; what was taken from it is skipped (see :class:`SeekableBatches`), ``observe`` is first given what
+    it was given before, and the result has the bits of a training that was not interrupted. Ctrl-C and SIGTERM wait for the end of the
+    step, and for a last checkpoint.
+
+    ``micro_batch_tokens``: a step takes so many tokens of a batch at a time, which needs less memory and gives the same gradients but
+    for rounding; a checkpoint may be taken up with another number.
+
     No SAE depends on which others are trained beside it, and on the CPU the same call gives the same bits. The returned SAEs take
     unscaled activations.
 
     Raises ``ValueError`` for no configuration, different d_in, settings that need what is not known of the stream, a batch of
-    another shape, or an empty stream; :class:`NonFiniteLossError` if a loss stops being finite.
+    another shape, or an empty stream; :class:`NonFiniteLossError` if a loss stops being finite; :class:`CheckpointError` if a
+    checkpoint cannot be written.
     """
-    return _train(configs, [training] * len(configs), batches, observe, _step_side_by_side)
+    decisive = [[config] for config in configs]
+    trainings = [training] * len(configs)
+    return _train(
+        decisive,
+        trainings,
+        batches,
+        observe=observe,
+        checkpoints=checkpoints,
+        micro_batch_tokens=micro_batch_tokens,
+        step=_step_side_by_side,
+    )
 
 
 def train_boosting_concurrently(
@@ -50,6 +73,9 @@ def train_boosting_concurrently(
     batches: Iterable[Tensor],
     training: TrainingConfig,
     observe: Callable[[Sequence[CurvePoint]], None] | None = None,
+    *,
+    checkpoints: Checkpoints | None = None,
+    micro_batch_tokens: int | None = None,
 ) -> list[SAE]:
     """Train the rounds of boosting, one per configuration, in one pass over ``batches``, and return them in round order.
 
@@ -66,55 +92,93 @@ def train_boosting_concurrently(
     Everything else, errors included, is as there.
     """
     later = training.model_copy(update={"input_mean": None})
-    return _train(configs, [training, *[later] * (len(configs) - 1)], batches, observe, _ConcurrentRounds(training))
+    decisive = [configs[:number] for number in range(1, len(configs) + 1)]
+    trainings = [training, *[later] * (len(configs) - 1)]
+    return _train(
+        decisive,
+        trainings,
+        batches,
+        observe=observe,
+        checkpoints=checkpoints,
+        micro_batch_tokens=micro_batch_tokens,
+        step=_step_concurrent_rounds,
+    )
 
 
 def _train(
-    configs: Sequence[SAEConfig],
+    decisive: Sequence[Sequence[SAEConfig]],
     trainings: Sequence[TrainingConfig],
     batches: Iterable[Tensor],
+    *,
     observe: Callable[[Sequence[CurvePoint]], None] | None,
+    checkpoints: Checkpoints | None,
+    micro_batch_tokens: int | None,
     step: Step,
 ) -> list[SAE]:
-    """One SAE per configuration, from one pass over the batches. Trainings differ in nothing but ``input_mean``."""
+    """One SAE for each of ``decisive``, the configurations that decide it, its own the last. Only the trainings' ``input_mean`` differs."""
+    configs = [each[-1] for each in decisive]
+    training = _validated(configs, trainings)
+    state = checkpoints.load(decisive, trainings) if checkpoints is not None else None
+    n_steps, n_tokens, largest_batch, points = state.position if state is not None else (0, 0, 0, [])
+    if observe is not None:
+        for observation in points:
+            observe(observation)
+    observed = _observations_due(n_steps, n_tokens, training.total_tokens)
+    finished = training.total_tokens is not None and n_tokens >= training.total_tokens
+    trainers: list[SAETrainer] = []
+    with writing(checkpoints) as write_if_due:
+        with ExitStack() as stack:
+            for batch in () if finished else batches_from(batches, n_steps):
+                n_steps += 1
+                x = _scaled_input(batch, configs[0].d_in, training.input_scale or 1.0, n_steps)
+                if not trainers:
+                    if x.is_cpu:
+                        load_kernels()
+                    team = stack.enter_context(cpu_team(x.device))
+                    trainers = [
+                        SAETrainer(*each, x.device, index, team, micro_batch_tokens=micro_batch_tokens)
+                        for index, each in enumerate(zip(configs, trainings, strict=True))
+                    ]
+                    _restore(trainers, state)
+                step(trainers, x)
+                n_tokens += len(x)
+                largest_batch = max(largest_batch, len(x))
+                finished = training.total_tokens is not None and n_tokens >= training.total_tokens
+                if observe is not None and not finished and _observations_due(n_steps, n_tokens, training.total_tokens) > observed:
+                    observed = _observations_due(n_steps, n_tokens, training.total_tokens)
+                    points.append([trainer.curve_point() for trainer in trainers])
+                    observe(points[-1])
+                write_if_due(trainers, largest_batch, points)
+                if finished:
+                    break
+        if not trainers and state is not None:  # the checkpoint was written after the last batch
+            trainers = [SAETrainer(*each, index=index) for index, each in enumerate(zip(configs, trainings, strict=True))]
+            _restore(trainers, state)
+        if not trainers:
+            raise ValueError("nothing to train on: batches is empty")
+        if training.total_tokens is not None and n_tokens + largest_batch <= training.total_tokens:
+            warnings.warn(
+                f"the stream ended after {n_tokens} of total_tokens = {training.total_tokens}: schedules did not finish", stacklevel=3
+            )
+        if observe is not None:
+            observe([trainer.curve_point() for trainer in trainers])
+        return [trainer.finish() for trainer in trainers]
+
+
+def _validated(configs: Sequence[SAEConfig], trainings: Sequence[TrainingConfig]) -> TrainingConfig:
+    """The training of the first. Raises ``ValueError`` for SAEs that cannot be trained together, or on what is known of the stream."""
     if not configs:
         raise ValueError("nothing to train: configs is empty")
-    d_in = configs[0].d_in
-    if any(config.d_in != d_in for config in configs):
+    if any(config.d_in != configs[0].d_in for config in configs):
         raise ValueError(f"SAEs on one stream have one d_in; found {sorted({config.d_in for config in configs})}")
-    training = trainings[0]
-    training.check_input_is_known(d_in)
-    trainers: list[SAETrainer] = []
-    observed = n_steps = n_tokens = largest_batch = 0
-    with ExitStack() as stack:
-        for n_steps, batch in enumerate(batches, start=1):
-            x = _scaled_input(batch, d_in, training.input_scale or 1.0, n_steps)
-            if not trainers:
-                if x.is_cpu:
-                    load_kernels()
-                team = stack.enter_context(cpu_team(x.device))
-                trainers = [
-                    SAETrainer(config, own, x.device, index, team)
-                    for index, (config, own) in enumerate(zip(configs, trainings, strict=True))
-                ]
-            step(trainers, x)
-            n_tokens += len(x)
-            largest_batch = max(largest_batch, len(x))
-            finished = training.total_tokens is not None and n_tokens >= training.total_tokens
-            if observe is not None and not finished and _observations_due(n_steps, n_tokens, training.total_tokens) > observed:
-                observed = _observations_due(n_steps, n_tokens, training.total_tokens)
-                observe([trainer.curve_point() for trainer in trainers])
-            if finished:
-                break
-    if not trainers:
-        raise ValueError("nothing to train on: batches is empty")
-    if training.total_tokens is not None and n_tokens + largest_batch <= training.total_tokens:
-        warnings.warn(
-            f"the stream ended after {n_tokens} of total_tokens = {training.total_tokens}: schedules did not finish", stacklevel=3
-        )
-    if observe is not None:
-        observe([trainer.curve_point() for trainer in trainers])
-    return [trainer.finish() for trainer in trainers]
+    trainings[0].check_input_is_known(configs[0].d_in)
+    return trainings[0]
+
+
+def _restore(trainers: Sequence[SAETrainer], state: TrainingState | None) -> None:
+    if state is not None:
+        for trainer, tensors, last in zip(trainers, state.tensors, state.last, strict=True):
+            trainer.restore(tensors, last)
 
 
 def _step_side_by_side(trainers: Sequence[SAETrainer], x: Tensor) -> None:
@@ -127,28 +191,23 @@ def _step_side_by_side(trainers: Sequence[SAETrainer], x: Tensor) -> None:
         trainer.step(x)
 
 
-class _ConcurrentRounds:
-    """Steps of boosting rounds, each on what the one before leaves of the batch; keeps what the norms of the residuals are."""
+def _step_concurrent_rounds(trainers: Sequence[SAETrainer], x: Tensor) -> None:
+    """Steps of boosting rounds, each on what the one before leaves of the batch."""
+    normalises = trainers[0].training.normalize_activations != "none"
+    scale: float | Tensor = trainers[0].input_scale
+    for number, trainer in enumerate(trainers):
+        if number > 0 and normalises:
+            before, scale = scale, _follow_norm(trainer, x, scale)
+            x = x * (scale / before)
+        x = x - trainer.step(x).x_hat
 
-    def __init__(self, training: TrainingConfig) -> None:
-        self._normalises = training.normalize_activations != "none"
-        self._mean_norms: dict[int, Tensor] = {}  # of the residuals, unscaled, by trainer
 
-    def __call__(self, trainers: Sequence[SAETrainer], x: Tensor) -> None:
-        scale: float | Tensor = trainers[0].input_scale
-        for number, trainer in enumerate(trainers):
-            if number > 0 and self._normalises:
-                before, scale = scale, self._scale(number, x, scale)
-                x = x * (scale / before)
-                trainer.input_scale = scale
-            x = x - trainer.step(x).x_hat
-
-    def _scale(self, number: int, x: Tensor, scale: float | Tensor) -> Tensor:
-        """What brings the residual of this round to mean norm sqrt(d_in), given the batch's in another scale. Stays on the device."""
-        mean_norm = x.norm(dim=1).mean() / scale
-        kept = self._mean_norms.get(number, mean_norm)
-        self._mean_norms[number] = mean_norm.lerp(kept, _KEPT_OF_MEAN_NORM)
-        return x.shape[1] ** 0.5 / self._mean_norms[number]
+def _follow_norm(trainer: SAETrainer, x: Tensor, scale: float | Tensor) -> Tensor:
+    """What brings the residual of this round to mean norm sqrt(d_in), given the batch's in another scale. Stays on the device."""
+    mean_norm = x.norm(dim=1).mean() / scale
+    trainer.mean_norm = mean_norm.lerp(mean_norm if trainer.mean_norm is None else trainer.mean_norm, _KEPT_OF_MEAN_NORM)
+    trainer.input_scale = followed = x.shape[1] ** 0.5 / trainer.mean_norm
+    return followed
 
 
 def _observations_due(n_steps: int, n_tokens: int, total_tokens: int | None) -> int:

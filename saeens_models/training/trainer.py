@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache, partial
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from saeens_models.kernels import Team, cpu_team
 from saeens_models.kernels.cpu import Encoder, topk_reconstruct
 from saeens_models.training.adam import Adam
 from saeens_models.training.config import TrainingConfig
+from saeens_models.training.micro_batches import backpropagate
 
 _LOSSES_PER_CHECK = {"cpu": 1}  # elsewhere each look at a loss would wait for the device
 _LOSSES_PER_CHECK_ELSEWHERE = 64
@@ -69,7 +71,7 @@ class SAETrainer:
     """The state of one SAE in training: weights, optimiser, position in the stream, and when each feature last fired.
 
     ``index`` names the SAE in errors. It sees the scaled input, and nothing else of the stream. With a ``team`` of CPU threads the
-    step is compiled, without it is torch's.
+    step is compiled, without it is torch's. A batch is taken ``micro_batch_tokens`` at a time, or at once.
     """
 
     def __init__(
@@ -79,11 +81,16 @@ class SAETrainer:
         device: torch.device | str = "cpu",
         index: int = 0,
         team: Team | None = None,
+        *,
+        micro_batch_tokens: int | None = None,
     ) -> None:
         self.training = training
         self.index = index
+        self._micro_batch_tokens = micro_batch_tokens
         self.input_scale: float | Tensor = training.input_scale or 1.0
         """What the input of the last step was multiplied by; a scalar tensor where it follows the stream."""
+        self.mean_norm: Tensor | None = None
+        """Where the scale follows the stream: the running mean, unscaled, of the norm that it brings to sqrt(d_in); a scalar."""
         b_dec = None if training.input_mean is None else torch.tensor(training.input_mean) * self.input_scale
         self.sae = build_sae(config, b_dec).to(device)
         self.optimiser = Adam(self.sae, training)
@@ -94,6 +101,7 @@ class SAETrainer:
         self.steps = 0
         self.tokens = 0
         self._last: tuple[Tensor, Objective] | None = None
+        self._restored: CurvePoint | None = None
         self._unchecked_losses: list[tuple[int, int, Tensor]] = []
 
     @property
@@ -107,7 +115,8 @@ class SAETrainer:
         Raises :class:`NonFiniteLossError`; on an accelerator some steps later, so that no step waits for the loss of the one before.
         """
         end = self.tokens + len(x)
-        objective = self.sae.backpropagate(x, self.dead_mask, self.training.sparsity_scale_at(end), self.team)
+        scale, tokens = self.training.sparsity_scale_at(end), self._micro_batch_tokens
+        objective = backpropagate(self.sae, x, self.dead_mask, scale, self.team, micro_batch_tokens=tokens)
         self.learning_rate = self.training.learning_rate_at(self.tokens, end)
         self.optimiser.step(self.learning_rate, self.team)
         self.sae.apply_constraints()
@@ -119,6 +128,31 @@ class SAETrainer:
         if len(self._unchecked_losses) >= _LOSSES_PER_CHECK.get(x.device.type, _LOSSES_PER_CHECK_ELSEWHERE):
             self.check_losses()
         return objective
+
+    def state(self) -> dict[str, Tensor]:
+        """All that a step changes, by name, but for what :meth:`curve_point` says. Not copied: the next step changes it."""
+        adam = self.optimiser
+        groups = {"weight": dict(self.sae.named_parameters()), "mean": adam.means, "square": adam.squares}
+        state = {f"{group}.{name}": tensor.detach() for group, tensors in groups.items() for name, tensor in tensors.items()}
+        state["last_fired"] = self.last_fired
+        if self.mean_norm is not None:
+            state |= {"mean_norm": self.mean_norm, "input_scale": torch.as_tensor(self.input_scale)}
+        return state
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Tensor], last: CurvePoint) -> None:
+        """Go on from ``state``, and from what ``curve_point`` said when it was taken. Raises ``ValueError`` if it is not of this SAE."""
+        own = self.state()
+        if self.mean_norm is None and "mean_norm" in state:
+            self.mean_norm, self.input_scale = (state[name].to(self.last_fired.device) for name in ("mean_norm", "input_scale"))
+            own |= {"mean_norm": self.mean_norm, "input_scale": self.input_scale}
+        shapes, expected = ({name: tensor.shape for name, tensor in tensors.items()} for tensors in (state, own))
+        if shapes != expected:
+            raise ValueError(f"the state of another SAE than {self.index}: it has {shapes}, expected {expected}")
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+        self.steps = self.optimiser.steps = last.step
+        self.tokens, self.learning_rate, self._restored = last.tokens, last.learning_rate, last
 
     def check_losses(self) -> None:
         """Raise :class:`NonFiniteLossError` if a loss since the last check is not finite."""
@@ -135,7 +169,9 @@ class SAETrainer:
     def curve_point(self) -> CurvePoint:
         """Where the training stands after at least one step."""
         if self._last is None:
-            raise ValueError("no step has been taken")
+            if self._restored is None:
+                raise ValueError("no step has been taken")
+            return self._restored
         self.check_losses()
         x, objective = self._last
         return CurvePoint(

@@ -5,17 +5,19 @@ Everything else follows from these declarations: recipes and so cache hits, `sae
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from saeens_pipeline.storage.names import Address, Partition
-from saeens_pipeline.storage.recipes import Recipe, Store, digest
+from saeens_pipeline.storage.recipes import Artefact, DamagedArtefactError, Recipe, Store, digest
 
 if TYPE_CHECKING:
     from saeens_pipeline.resources import ComputeResource
 
 Dimensions = Literal["none", "layer", "layer_and_seed"]
+DIMENSION_NAMES: dict[Dimensions, tuple[str, ...]] = {"none": (), "layer": ("layer",), "layer_and_seed": ("layer", "seed")}
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,16 @@ class Reference:
 
 @dataclass(frozen=True)
 class Input:
-    """One artefact that another is made from. `decides=False`: it only has to be made first, and is not part of the recipe."""
+    """One artefact that another is made from.
+
+    `decides=False`: it only has to be made first, and is not part of the recipe. `optional=True`: every partition of it that is on
+    disk is part of the recipe, and none has to be: what waits for it would wait for ever for what nobody asks for.
+    """
 
     name: str
     artefact: Reference
     decides: bool = True
+    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,7 @@ class Declaration(Reference):
     def input_partitions(self, partition: Partition) -> Iterator[tuple[str, Reference, Partition]]:
         """What the recipe's inputs are called and where they lie. Where all seeds are compared, each is an input."""
         for each in self.inputs:
-            if not each.decides:
+            if each.optional or not each.decides:
                 continue
             if self.dimensions == "layer" and each.artefact.dimensions == "layer_and_seed":
                 for seed in self.seeds:
@@ -79,19 +86,34 @@ class Declaration(Reference):
             else:
                 yield each.name, each.artefact, each.artefact.narrow(partition)
 
+    def optional_inputs(self, store: Store) -> Iterator[tuple[Input, Partition, Artefact]]:
+        """Of the inputs that are optional, every partition that is whole on disk, of the seeds that are still declared."""
+        for each in self.inputs:
+            if not each.optional:
+                continue
+            for where in store.partitions(each.artefact.address, *DIMENSION_NAMES[each.artefact.dimensions]):
+                if where.seed is not None and isinstance(each.artefact, Declaration) and where.seed not in each.artefact.seeds:
+                    continue
+                with contextlib.suppress(DamagedArtefactError):
+                    artefact = store.find(each.artefact.address, where)
+                    if artefact:
+                        yield each, where, artefact
+
     def recipe(self, store: Store, partition: Partition) -> Recipe:
         """The recipe that this artefact should have now. Raises MissingInputError where something is needed first."""
         inputs = {name: store.require(artefact.address, where).data_version for name, artefact, where in self.input_partitions(partition)}
+        inputs |= {f"{each.name}, {where}": artefact.data_version for each, where, artefact in self.optional_inputs(store)}
         return Recipe(self.builder, self.version, {**self.settings, **self.partition_settings(partition)}, inputs)
 
 
 class Workplace(NamedTuple):
-    """What an op works with: where artefacts lie, on what device, and which run asked for it."""
+    """What an op works with: where artefacts lie, on what device, which run asked for it, and whom to tell how it goes."""
 
     store: Store
     compute: ComputeResource
     run_id: str
-    requested_layers: tuple[int, ...]  # of the whole run: an op may make what later steps of it will ask for
+    requested_layers: Callable[[], Collection[int]]  # an op may make what others, now waiting, are going to ask it for
+    observe: Callable[[Declaration, Partition, Mapping[str, Any]], None]  # shown in the UI while the op goes on
 
     def provenance(self) -> dict[str, Any]:
         """What is known of every artefact of this run."""

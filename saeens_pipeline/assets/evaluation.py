@@ -136,7 +136,7 @@ def _evaluate(workplace: Workplace, subject: Subject, partition: Partition) -> d
     from saeens_models.evaluation import evaluate_ensembles, streaming_memory
     from saeens_models.metrics import MemoryBudgetError
 
-    experiment, store, device = subject.experiment, workplace.store, workplace.compute.resolve()
+    experiment, store, device = subject.experiment, workplace.store, workplace.compute.resolve(float64=True)
     ensembles: dict[str, Bagging | Boosting] = {
         each.address.name: sm.load_ensemble(store.require(each.address, partition).path) for each in (subject.bagging, subject.boosting)
     }
@@ -242,7 +242,7 @@ def _curve_rows(subject: Subject, store: Store, partition: Partition) -> Iterato
 
 
 def _stability_rows(subject: Subject, workplace: Workplace, partition: Partition) -> Iterator[Row]:
-    store, device = workplace.store, workplace.compute.resolve()
+    store, device = workplace.store, workplace.compute.resolve(float64=True)
     seeds = [Partition(partition.layer, seed) for seed in subject.experiment.ensemble.seeds]
     bagging, boosting = (
         _stability_of_sizes([subject.members(store, ensemble, where) for where in seeds], device)

@@ -2,49 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import json
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import dagster as dg
 
-from saeens_pipeline.assets.declarations import Declaration
+from saeens_pipeline.assets.declarations import Declaration, Reference
 from saeens_pipeline.assets.saes import CURVE_FILE
-from saeens_pipeline.storage.recipes import Artefact
-from saeens_pipeline.storage.tables import columns_of
+from saeens_pipeline.storage.names import Partition
+from saeens_pipeline.storage.recipes import Artefact, read_artefact
+from saeens_pipeline.storage.tables import LEADERBOARD, SUBJECT, columns_of
+
+if TYPE_CHECKING:
+    import polars as pl
 
 _DAGSTER_TYPES = {"str": "string", "int": "int", "float": "float"}
 _SHOWN = {"reconstruction": "explained_variance", "coactivation": "connectivity", "stability": "stability", "cost": "train_seconds"}
+_MEASURED_BY_RECORD = {"cost": "provenance", "training_curves": "training_curve"}  # tables that look at no weights, and at what instead
 _INLINE_CHARACTERS = 1000  # longer Markdown hides behind a link in the UI
 
 
 def static_metadata(declaration: Declaration) -> dict[str, Any]:
     """What is known before anything is made: a table's columns."""
-    if declaration.address.kind != "eval":
+    if not declaration.address.is_table:
         return {}
     columns = [dg.TableColumn(c.name, _DAGSTER_TYPES[c.type], description=c.description) for c in columns_of(declaration.address.name)]
     return {"dagster/column_schema": dg.TableSchema(columns=columns)}
 
 
-def describe_artefact(declaration: Declaration, artefact: Artefact, cache_hit: bool) -> dict[str, Any]:
+def describe_artefact(declaration: Declaration, partition: Partition, artefact: Artefact, *, is_hit: bool) -> dict[str, Any]:
     """Metadata of one materialisation, in the order in which the UI shows it."""
     made = artefact.provenance
     summary: dict[str, Any] = {}
     if declaration.builder == "sae":
         summary = _sae_summary(artefact)
-    elif declaration.address.kind == "eval":
-        summary = _table_summary(declaration, artefact)
+    elif declaration.address.is_table:
+        summary = _table_summary(declaration, artefact) | _links(declaration, partition)
+        summary["dagster/column_lineage"] = column_lineage(declaration)
+    elif declaration.builder == "ensemble":
+        summary = _ensemble_summary(declaration, artefact) | _links(declaration, partition)
     elif "statistics" in made:
         summary = _statistics_summary(made["statistics"])
     seconds = made.get("train_seconds", made.get("seconds"))
     size = sum(n_bytes for n_bytes, _ in artefact.files.values())
     general = {
-        "seconds": None if seconds is None else round(seconds, 2),
+        "duration [s]": None if seconds is None else round(seconds, 2),
         "peak memory [MB]": round(made["peak_memory_bytes"] / 1e6) if made.get("peak_memory_bytes") else None,
         "device": made["device"],
-        "size [MB]": round(size / 1e6, 2) if declaration.address.kind != "eval" else None,
+        "size [MB]": round(size / 1e6, 2) if not declaration.address.is_table else None,
         "same as": made.get("same_as"),
-        "cache_hit": cache_hit,
+        "cache_hit": is_hit,
         "path": dg.MetadataValue.path(str(artefact.path)),
         "recipe": dg.MetadataValue.json(artefact.recipe),
         "versions": dg.MetadataValue.json(made["versions"]),
@@ -61,14 +70,87 @@ def _sae_summary(artefact: Artefact) -> dict[str, Any]:
     seconds = made["train_seconds"]
     return {
         "explained variance": round(last["explained_variance"], 4),
-        "l0": round(last["l0"], 2),
+        "L0 [features per token]": round(last["l0"], 2),
         "dead features": f"{last['dead_features']:.1%}",
         "measured on": "the last training batch; held-out figures are in eval/members",
         "curve": picture({"": curve["explained_variance"].to_list()}, "explained variance by training tokens"),
         "train tokens": made["train_tokens"],
+        "went on from a checkpoint at [tokens]": ", ".join(f"{tokens:,}" for tokens in made.get("resumed_at_tokens", ())) or None,
         "tokens/s": round(made["train_tokens"] / seconds) if seconds else None,
         "train FLOPs": f"{made['train_flops']:.3g}",
+        "energy [J]": round(made["energy_joules"], 1) if made.get("energy_joules") else None,
+        "out of memory with": "; ".join(made.get("out_of_memory_with", ())) or None,
+        "micro-batch [tokens]": made.get("micro_batch_tokens"),
     }
+
+
+def _ensemble_summary(declaration: Declaration, artefact: Artefact) -> dict[str, Any]:
+    """An ensemble's SAEs lie beside it: features and L0 of the whole dictionary are the sums of theirs."""
+    saes = [read_artefact(artefact.path / path) for path in json.loads((artefact.path / "ensemble.json").read_text())["members"]]
+    widths = [json.loads((sae.path / "cfg.json").read_text())["d_sae"] for sae in saes]
+    return {
+        "SAEs (J)": len(saes),
+        "features": sum(widths),
+        "L0 [features per token]": round(sum(sae.provenance["last_step"]["l0"] for sae in saes), 2),
+        "measured on": f"the last training batches; held-out figures are in {declaration.address.owner}/eval/reconstruction",
+    }
+
+
+def _links(declaration: Declaration, partition: Partition) -> dict[str, Any]:
+    """Links to the SAEs that a table or an ensemble is about, under the name of what they belong to."""
+    links: dict[str, Any] = {}
+    for label, saes in _saes_below(declaration):
+        of_each = [f"[{each.address.name}]({_page(each, each.narrow(partition))})" for each in saes]
+        links[label] = dg.MetadataValue.md(" ".join(of_each))
+    return links
+
+
+def _saes_below(declaration: Declaration) -> Iterator[tuple[str, list[Declaration]]]:
+    """Label and SAEs: an ensemble's own, or those of every ensemble below a table, and then its single SAEs."""
+    below = [each.artefact for each in declaration.inputs if isinstance(each.artefact, Declaration)]
+    single = [each for each in below if each.builder == "sae"]
+    if single:
+        yield ("its SAEs" if declaration.builder == "ensemble" else "baselines"), single
+    for each in below:
+        if each.builder == "ensemble":
+            yield f"SAEs of {each.address.name}", [sae for _, saes in _saes_below(each) for sae in saes]
+
+
+def _page(asset: Reference, partition: Partition) -> str:
+    """The asset's page in the UI, at a partition where one is known whole."""
+    chosen = [str(value) for value in partition if value is not None]
+    whole = len(chosen) == {"none": 0, "layer": 1, "layer_and_seed": 2}[asset.dimensions]
+    query = f"?view=partitions&partition={quote('|'.join(chosen))}" if chosen and whole else ""
+    return f"/assets/{'/'.join(asset.address.key)}{query}"
+
+
+def column_lineage(declaration: Declaration) -> dg.TableColumnLineage:
+    """Which upstream assets each column of a table is computed from, and from what of theirs.
+
+    Of an SAE that is its `weights`, `data_version`, or what its training recorded; of activations their test split; of a table
+    its column of that name.
+    """
+    table, upstream = declaration.address.name, [each.artefact for each in declaration.inputs]
+    described = {column.name for column in SUBJECT} if table != LEADERBOARD.name else set()
+    deps: dict[str, list[dg.TableColumnDep]] = {}
+    for column in (column.name for column in columns_of(table)):
+        for each in upstream:
+            part = _part_read(each, table, column, is_description=column in described)
+            if part:
+                deps.setdefault(column, []).append(dg.TableColumnDep(dg.AssetKey(each.address.key), part))
+    return dg.TableColumnLineage(deps)
+
+
+def _part_read(upstream: Reference, table: str, column: str, *, is_description: bool) -> str | None:
+    """What of an upstream asset a column is computed from; None for one that has no share in it."""
+    address = upstream.address
+    if address.is_table:
+        return next((c.name for c in columns_of(address.name) if column in (c.name, f"{c.name}_low", f"{c.name}_high")), None)
+    if address.kind == "source":
+        return "language_model" if column == "language_model" else None if is_description else "test/activations"
+    if is_description:
+        return "data_version" if column == "sae_data_versions" else None
+    return _MEASURED_BY_RECORD.get(table, "weights")
 
 
 def _table_summary(declaration: Declaration, artefact: Artefact) -> dict[str, Any]:
@@ -77,6 +159,8 @@ def _table_summary(declaration: Declaration, artefact: Artefact) -> dict[str, An
     table = pl.read_parquet(artefact.path, hive_partitioning=False)
     name = declaration.address.name
     summary: dict[str, Any] = {"dagster/row_count": len(table)}
+    if name == LEADERBOARD.name:
+        return summary | {"best": _best(table)}
     shown = _SHOWN.get(name)
     if shown and table[shown].null_count() < len(table):
         by_method = table.group_by("method", "n_members", maintain_order=True).agg(pl.col(shown).mean())
@@ -89,6 +173,16 @@ def _table_summary(declaration: Declaration, artefact: Artefact) -> dict[str, An
         if all(len(values) > 1 for values in curves.values()):
             summary[f"{shown.replace('_', ' ')} by number of members"] = picture(curves, "members")
     return summary
+
+
+def _best(leaderboard: pl.DataFrame) -> dg.MarkdownMetadataValue:
+    """The first of every source and layer."""
+    first = leaderboard.filter(rank=1).unique(["source", "layer"], keep="first", maintain_order=True)
+    rows = [
+        f"| {row['source']} | {row['layer']} | {row['experiment']} | {row['method']} | {row['explained_variance']:.4f} |"
+        for row in first.iter_rows(named=True)
+    ]
+    return dg.MetadataValue.md("\n".join(["| source | layer | experiment | method | EV |", "|---|---|---|---|---|", *rows]))
 
 
 def _statistics_summary(statistics: dict[str, Any]) -> dict[str, Any]:

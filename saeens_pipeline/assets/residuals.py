@@ -61,7 +61,15 @@ def residual_op(experiment: ExperimentSettings, number: int, given: Reference, b
         view = _view(store, given, boosting_round, task.partition, device)
         n_rows = view.n_rows("train")
         provenance = workplace.provenance()
-        with store.write_folder(residual.address, task.partition, task.recipe, provenance, versioned_content=False) as folder:
+        writing = store.write_folder(
+            residual.address,
+            task.partition,
+            task.recipe,
+            provenance,
+            versioned_content=False,
+            resumable=experiment.keep_residuals != "none",
+        )
+        with writing as folder:
             with workplace.compute.measure() as measured, progress.task(f"{residual.address}, {task.partition}", n_rows) as advance:
                 statistics = _stream(view, folder, experiment.keep_residuals != "none", str(residual.address), advance)
             flops_per_token = store.require(boosting_round.address, task.partition).provenance["inference_flops_per_token"]

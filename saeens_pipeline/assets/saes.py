@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from saeens_pipeline import progress
 from saeens_pipeline.assets.declarations import Declaration, Input, Op, Reference, Task, Workplace
+from saeens_pipeline.assets.live_curves import LiveCurves
+from saeens_pipeline.assets.memory import MemoryPlan, Portion, portion_within, train_in_portions
 from saeens_pipeline.assets.residuals import open_reader
 from saeens_pipeline.components.ensemble_experiment import MAX_MEMBERS, ExperimentSettings
-from saeens_pipeline.errors import ConfigurationError
-from saeens_pipeline.storage.activations import ActivationStatistics
+from saeens_pipeline.errors import ConfigurationError, SaeensError
+from saeens_pipeline.storage.activations import ActivationReader, ActivationStatistics, require_free_disk
+from saeens_pipeline.storage.checkpoints import checkpoint_file, checkpoint_seconds
+from saeens_pipeline.storage.disk import is_full_disk
 from saeens_pipeline.storage.names import Address, Kind, Partition
 from saeens_pipeline.storage.recipes import Store
 
 if TYPE_CHECKING:
+    import torch
+
     from saeens_models import SAE, SAEConfig
-    from saeens_models.training import CurvePoint
+    from saeens_models.training import Checkpoints, CurvePoint
 
 SAE_VERSION = 1
 CURVE_FILE = "training_curve.parquet"
@@ -59,7 +66,7 @@ def sae_op(
     def make(workplace: Workplace, tasks: Sequence[Task]) -> None:
         to_train = [task for task in tasks if not _adopt(workplace, task, twin)]
         if to_train:
-            _train(workplace, to_train, given)
+            _train(workplace, to_train, given, name)
 
     return Op(name, outputs, make, on_device=True)
 
@@ -80,7 +87,7 @@ def concurrent_rounds_op(name: str, experiment: ExperimentSettings, rounds: Sequ
     def make(workplace: Workplace, tasks: Sequence[Task]) -> None:
         to_train = [task for task in tasks if not _adopt(workplace, task, twin)]
         if to_train:
-            _train_rounds(workplace, to_train, given, outputs)
+            _train_rounds(workplace, to_train, given, outputs, name)
 
     return Op(name, tuple(outputs), make, on_device=True)
 
@@ -150,14 +157,22 @@ class _Trained(NamedTuple):
     provenance: dict[str, Any]
 
 
-def _train(workplace: Workplace, tasks: Sequence[Task], given: Reference) -> None:
+def _train(workplace: Workplace, tasks: Sequence[Task], given: Reference, op_name: str) -> None:
     import saeens_models as sm
 
-    for task, trained in zip(tasks, _fit(workplace, tasks, given, sm.train), strict=True):
-        _write(workplace, task, trained, given.address.name)
+    training = _Training(workplace, tasks, given)
+
+    def train(group: Sequence[Task], plan: MemoryPlan) -> None:
+        with _checkpoints(workplace, group, op_name) as checkpoints:
+            fitted = training.fit(group, sm.train, checkpoints, plan)
+            _require_room(workplace, group, fitted)
+            for task, trained in zip(group, fitted, strict=True):
+                _write(workplace, task, trained, given.address.name)
+
+    train_in_portions(tasks, training.config.batch_tokens, training.first_portion(), train)
 
 
-def _train_rounds(workplace: Workplace, tasks: Sequence[Task], given: Reference, rounds: Sequence[Declaration]) -> None:
+def _train_rounds(workplace: Workplace, tasks: Sequence[Task], given: Reference, rounds: Sequence[Declaration], op_name: str) -> None:
     """Write the rounds that are asked for. Those before them are trained once more: what they leave at every step is not on disk."""
     import saeens_models as sm
 
@@ -165,66 +180,149 @@ def _train_rounds(workplace: Workplace, tasks: Sequence[Task], given: Reference,
     asked = {task.declaration.address for task in tasks}
     last = max(number for number, each in enumerate(rounds) if each.address in asked)
     trained_tasks = [Task(each, partition, each.recipe(workplace.store, partition)) for each in rounds[: last + 1]]
-    fitted = _fit(workplace, trained_tasks, given, sm.train_boosting_concurrently)
-    for number, (task, trained) in enumerate(zip(trained_tasks, fitted, strict=True)):
-        if task.declaration.address in asked:
-            _write(workplace, task, trained, f"residual_{number}" if number else given.address.name)
+    training = _Training(workplace, trained_tasks, given)
+
+    def train(_: Sequence[None], plan: MemoryPlan) -> None:
+        with _checkpoints(workplace, trained_tasks, op_name) as checkpoints:
+            fitted = training.fit(trained_tasks, sm.train_boosting_concurrently, checkpoints, plan)
+            _require_room(workplace, trained_tasks, fitted)
+            for number, (task, trained) in enumerate(zip(trained_tasks, fitted, strict=True)):
+                if task.declaration.address in asked:
+                    _write(workplace, task, trained, f"residual_{number}" if number else given.address.name)
+
+    # Rounds need each other at every step: the one thing that can be made smaller is the micro-batch.
+    train_in_portions([None], training.config.batch_tokens, training.first_portion()._replace(n_saes=1), train)
 
 
-def _fit(workplace: Workplace, tasks: Sequence[Task], given: Reference, train: Callable[..., list[SAE]]) -> list[_Trained]:
-    """Train the SAEs of some tasks on one stream of `given` with `sm.train`, or what is called as it is."""
-    import saeens_models as sm
-    from saeens_models.training import load_kernels
+@contextlib.contextmanager
+def _checkpoints(workplace: Workplace, tasks: Sequence[Task], op_name: str) -> Iterator[Checkpoints | None]:
+    """The checkpoints of these SAEs, which are removed once all of them are written; None where there are to be none."""
+    from saeens_models.training import Checkpoints
 
-    store, partition = workplace.store, tasks[0].partition
-    artefact = store.require(given.address, given.narrow(partition))
-    statistics = ActivationStatistics.from_json(artefact.provenance["statistics"]["train"])
-    device = workplace.compute.resolve()
-    reader = open_reader(store, given, partition, device)
-    configs = [_task_config(task, reader.d_in) for task in tasks]
-    fields = tasks[0].recipe.settings
-    normalised = fields["training"]["normalize_activations"] != "none"
-    training = sm.TrainingConfig(
-        **fields["training"],
-        total_tokens=statistics.rows,
-        input_mean=tuple(statistics.mean.tolist()),
-        input_scale=reader.d_in**0.5 / statistics.mean_norm if normalised else None,
-    )
-    curves: list[list[CurvePoint]] = [[] for _ in tasks]
-    first, last = tasks[0].declaration.address, tasks[-1].declaration.address.name
-    label = f"{first}, {partition}" if len(tasks) == 1 else f"{first} to {last}, {partition}"
+    seconds = checkpoint_seconds()
+    if seconds is None:
+        yield None
+        return
+    file = checkpoint_file(workplace.store.root, op_name, tasks[0].partition)
+    checkpoints = Checkpoints(file, interval_seconds=seconds, recipes=[task.recipe.hash for task in tasks])
+    try:
+        yield checkpoints
+    except Exception as error:
+        if is_full_disk(error):
+            kept = (
+                ""
+                if checkpoints.tokens is None
+                else f"; {file}, after {checkpoints.tokens:,} tokens, is kept, and training goes on from it"
+            )
+            raise SaeensError(f"the disk below {workplace.store.root} is full ({error}){kept}: free some space and run again") from error
+        raise
+    checkpoints.remove()
 
-    if device == "cpu":
-        load_kernels()  # not counted as training
-    with workplace.compute.measure() as measured, progress.task(label, statistics.rows) as advance:
 
-        def batches():
-            for batch in reader.batches("train", training.batch_tokens, seed=fields["data_seed"]):
-                advance(len(batch))
-                yield batch.to(device)
+class _Stream:
+    """The shuffled training rows of a reader, batch by batch, on the device; says how far training has come."""
+
+    def __init__(self, reader: ActivationReader, batch_tokens: int, seed: int, device: str, advance: progress.Advance) -> None:
+        self._reader, self._batch_tokens, self._seed = reader, batch_tokens, seed
+        self._device, self._advance = device, advance
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return self.starting_at(0)
+
+    def starting_at(self, step: int) -> Iterator[torch.Tensor]:
+        if step:
+            self._advance(step * self._batch_tokens)
+        for batch in self._reader.batches("train", self._batch_tokens, seed=self._seed, skipped_batches=step):
+            self._advance(len(batch))
+            yield batch.to(self._device)
+
+
+class _Training:
+    """SAEs of some tasks on one stream of `given`: what they are, and the settings that they share."""
+
+    def __init__(self, workplace: Workplace, tasks: Sequence[Task], given: Reference) -> None:
+        import saeens_models as sm
+
+        store, partition = workplace.store, tasks[0].partition
+        self._workplace, self._tasks = workplace, tasks
+        artefact = store.require(given.address, given.narrow(partition))
+        statistics = ActivationStatistics.from_json(artefact.provenance["statistics"]["train"])
+        self._device = workplace.compute.resolve()
+        self._reader = reader = open_reader(store, given, partition, self._device)
+        self._n_tokens = statistics.rows
+        fields = tasks[0].recipe.settings
+        self._data_seed = fields["data_seed"]
+        normalised = fields["training"]["normalize_activations"] != "none"
+        self.config = sm.TrainingConfig(
+            **fields["training"],
+            total_tokens=statistics.rows,
+            input_mean=tuple(statistics.mean.tolist()),
+            input_scale=reader.d_in**0.5 / statistics.mean_norm if normalised else None,
+        )
+
+    def first_portion(self) -> Portion:
+        """What the memory budget of the device lets be tried."""
+        configs = [_task_config(task, self._reader.d_in) for task in self._tasks]
+        memory_gb, name = self._workplace.compute.memory_gb, str(self._tasks[0].declaration.address)
+        return portion_within(memory_gb, configs, self.config.batch_tokens, name)
+
+    def fit(
+        self, tasks: Sequence[Task], train: Callable[..., list[SAE]], checkpoints: Checkpoints | None, plan: MemoryPlan
+    ) -> list[_Trained]:
+        """Train the SAEs of some of the tasks with `sm.train`, or what is called as it is."""
+        from saeens_models.training import checkpoint_bytes, load_kernels
+
+        workplace, n_tokens = self._workplace, self._n_tokens
+        configs = [_task_config(task, self._reader.d_in) for task in tasks]
+        curves: list[list[CurvePoint]] = [[] for _ in tasks]
+        live = LiveCurves(workplace, tasks, n_tokens)
+        first, last = tasks[0].declaration.address, tasks[-1].declaration.address.name
+        label = f"{first}, {tasks[0].partition}" if len(tasks) == 1 else f"{first} to {last}, {tasks[0].partition}"
+        needed = sum(4 * (2 * config.d_in + 2) * config.d_sae for config in configs)
+        if checkpoints is not None:  # a new one is written beside the one before
+            needed = 2 * checkpoint_bytes(configs) - (checkpoints.file.stat().st_size if checkpoints.file.exists() else 0)
+        require_free_disk(workplace.store.root, needed, f"training {label}")
 
         def observe(points: Sequence[CurvePoint]) -> None:
             for curve, point in zip(curves, points, strict=True):
                 curve.append(point)
+            live.tell(points)
 
-        saes = train(configs, batches(), training, observe)
+        if self._device == "cpu":
+            load_kernels()  # not counted as training
+        with workplace.compute.measure() as measured, progress.task(label, n_tokens) as advance:
+            stream = _Stream(self._reader, self.config.batch_tokens, self._data_seed, self._device, advance)
+            micro_batch_tokens = plan.portion.micro_batch_tokens
+            saes = train(configs, stream, self.config, observe, checkpoints=checkpoints, micro_batch_tokens=micro_batch_tokens)
 
-    flops = [config.train_flops_per_token * statistics.rows for config in configs]
-    fitted: list[_Trained] = []
-    for sae, curve, own_flops in zip(saes, curves, flops, strict=True):
-        share = own_flops / sum(flops)
-        provenance = workplace.provenance() | {
-            "train_tokens": statistics.rows,
-            "train_flops": own_flops,
-            "train_seconds": measured.seconds * share,
-            "peak_memory_bytes": measured.peak_memory_bytes and round(measured.peak_memory_bytes * share),
-            "trained_together": len(tasks),
-            "inference_flops_per_token": sae.config.inference_flops_per_token,
-            "dtype": "float32",
-            "last_step": curve[-1]._asdict(),
-        }
-        fitted.append(_Trained(sae.cpu(), curve, provenance))
-    return fitted
+        flops = [config.train_flops_per_token * n_tokens for config in configs]
+        seconds = measured.seconds + (checkpoints.seconds_before if checkpoints else 0)
+        of_all = workplace.provenance() | {"train_tokens": n_tokens, "trained_together": len(tasks), "dtype": "float32"}
+        if plan.portion.micro_batch_tokens:
+            of_all["micro_batch_tokens"] = plan.portion.micro_batch_tokens
+        if plan.too_much:
+            of_all["out_of_memory_with"] = [str(portion) for portion in plan.too_much]
+        if checkpoints and checkpoints.resumed_at_tokens:
+            of_all["resumed_at_tokens"] = checkpoints.resumed_at_tokens
+        fitted: list[_Trained] = []
+        for sae, curve, own_flops in zip(saes, curves, flops, strict=True):
+            share = own_flops / sum(flops)
+            own = {
+                "train_flops": own_flops,
+                "train_seconds": seconds * share,
+                "peak_memory_bytes": measured.peak_memory_bytes and round(measured.peak_memory_bytes * share),
+                "energy_joules": measured.energy_joules and measured.energy_joules * share,
+                "inference_flops_per_token": sae.config.inference_flops_per_token,
+                "last_step": curve[-1]._asdict(),
+            }
+            fitted.append(_Trained(sae.cpu(), curve, of_all | own))
+        return fitted
+
+
+def _require_room(workplace: Workplace, tasks: Sequence[Task], fitted: Sequence[_Trained]) -> None:
+    """Raise SaeensError, with what is needed, before the first SAE is written rather than after a part of them."""
+    needed = sum(weight.nbytes for trained in fitted for weight in trained.sae.state_dict().values())
+    require_free_disk(workplace.store.root, needed, f"writing {len(fitted)} SAEs of {tasks[0].declaration.address.owner}")
 
 
 def _write(workplace: Workplace, task: Task, trained: _Trained, trained_on: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 
 from saeens_pipeline import progress
@@ -11,6 +11,7 @@ from saeens_pipeline.assets.declarations import Declaration, Input, Op, Referenc
 from saeens_pipeline.components.activation_source import SourceSettings
 from saeens_pipeline.language_models.corpora import open_corpus
 from saeens_pipeline.language_models.models import LanguageModelDescription, describe_language_model, validate_hook
+from saeens_pipeline.storage.locks import writing_if_free
 from saeens_pipeline.storage.names import Address, Partition
 
 TOKENS_VERSION = 1
@@ -55,7 +56,7 @@ def source_ops(settings: SourceSettings) -> list[Op]:
         kinds=frozenset({"zarr", "pytorch"}),
         tags=tags,
         description=f"{settings.hook} of {settings.language_model} by layer, {settings.weights} weights\n\n"
-        f"One row per kept token, in {settings.dtype}; one forward pass serves all layers of a run.",
+        f"One row per kept token, in {settings.dtype}; one forward pass serves all layers that are asked for together.",
     )
 
     def make_tokens(workplace: Workplace, tasks: Sequence[Task]) -> None:
@@ -82,15 +83,16 @@ def source_ops(settings: SourceSettings) -> list[Op]:
         from saeens_pipeline.language_models.models import load_language_model
         from saeens_pipeline.language_models.tokens import open_tokens
 
-        store, tasks = workplace.store, [*tasks, *_other_requested_layers(workplace, tasks[0])]
+        store = workplace.store
         description = validate_source(settings, [task.partition.layer for task in tasks if task.partition.layer is not None])
         model = load_language_model(description, settings.weights, workplace.compute.resolve())
         token_store = open_tokens(store.require(tokens.address, Partition()).path)
-        layers = {layer: (task, workplace.provenance()) for task in tasks if (layer := task.partition.layer) is not None}
-        label = f"{activations.address}, layer {', '.join(map(str, layers))}"
         with contextlib.ExitStack() as stack:
+            tasks = [*tasks, *_other_requested_layers(workplace, tasks[0], range(description.n_layers), stack)]
+            layers = {layer: (task, workplace.provenance()) for task in tasks if (layer := task.partition.layer) is not None}
+            label = f"{activations.address}, layer {', '.join(map(str, layers))}"
             folders = {
-                layer: stack.enter_context(store.write_folder(*task.where, task.recipe, provenance))
+                layer: stack.enter_context(store.write_folder(*task.where, task.recipe, provenance, resumable=True))
                 for layer, (task, provenance) in layers.items()
             }
             total = settings.train_tokens + settings.test_tokens
@@ -108,11 +110,14 @@ def source_ops(settings: SourceSettings) -> list[Op]:
                 provenance.update(vars(measured), layers_in_one_pass=len(layers))
                 provenance["statistics"] = {split: each.to_json() for split, each in statistics[layer].items()}
 
-    def _other_requested_layers(workplace: Workplace, first: Task) -> list[Task]:
-        """Layers that the same run will ask for and that are not there yet: one forward pass serves them all."""
-        others = [Partition(layer) for layer in workplace.requested_layers if layer != first.partition.layer]
-        tasks = [Task(activations, partition, activations.recipe(workplace.store, partition)) for partition in others]
-        return [task for task in tasks if not workplace.store.hit(*task.where, task.recipe)]
+    def _other_requested_layers(workplace: Workplace, first: Task, there_are: Collection[int], stack: contextlib.ExitStack) -> list[Task]:
+        """Layers that are asked for as well, that are not on disk yet, and that nobody else is making: one forward pass serves them all."""
+        store = workplace.store
+        others = [Partition(layer) for layer in workplace.requested_layers() if layer != first.partition.layer and layer in there_are]
+        tasks = [Task(activations, partition, activations.recipe(store, partition)) for partition in others]
+        missing = [task for task in tasks if not store.hit(*task.where, task.recipe)]
+        free = [task for task in missing if stack.enter_context(writing_if_free(store.root, *task.where))]
+        return [task for task in free if not store.hit(*task.where, task.recipe)]  # others may have made them meanwhile
 
     return [
         Op(tokens.address.op_name, (tokens,), make_tokens),

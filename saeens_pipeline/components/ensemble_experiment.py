@@ -11,6 +11,7 @@ from saeens_pipeline.components.activation_source import Name
 from saeens_pipeline.storage.names import RESERVED_GROUPS
 
 MAX_MEMBERS = 999  # ensemble seeds are a thousand initialisation seeds apart
+MIN_FRESHNESS_DAYS = 1 / (24 * 60)  # Dagster looks no closer than a minute
 
 _FOLLOWS_FROM_ACTIVATIONS = ("total_tokens", "input_scale", "input_mean")
 
@@ -63,10 +64,16 @@ def _validate_training(settings: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _only_off(value: object) -> object:
-    if value not in (False, "off"):  # YAML reads off as false
-        raise ValueError("only `off` is there in this version")
-    return "off"
+def _on_or_off(value: object) -> object:
+    return ("on" if value else "off") if isinstance(value, bool) else value  # YAML reads on as true
+
+
+def _validate_cron(cron: str) -> str:
+    try:
+        dg.ScheduleDefinition(name="probe", cron_schedule=cron, job_name="probe")
+    except dg.DagsterInvalidDefinitionError:
+        raise ValueError("not a cron expression: give minute, hour, day of month, month and day of week, such as '0 3 * * 0'") from None
+    return cron
 
 
 def _no_repetition(values: list) -> list:
@@ -89,6 +96,36 @@ class EnsembleSettings(BaseModel):
     _seeds_differ = field_validator("seeds")(_no_repetition)
 
 
+class FreshnessSettings(BaseModel):
+    """`freshness`: how long ago the tables may have been made or confirmed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    fail_days: float = Field(ge=MIN_FRESHNESS_DAYS, allow_inf_nan=False, description="older tables are shown as overdue")
+    warn_days: float | None = Field(None, ge=MIN_FRESHNESS_DAYS, allow_inf_nan=False, description="from when on to warn; before fail_days")
+
+    @model_validator(mode="after")
+    def _warned_before(self) -> FreshnessSettings:
+        if self.warn_days is not None and self.warn_days >= self.fail_days:
+            raise ValueError(f"warn_days: {self.warn_days:g} has to be less than fail_days: {self.fail_days:g}")
+        return self
+
+
+class CheckSettings(BaseModel):
+    """`checks`: from where on a result is warned of. Nothing here decides a result, or stops a run."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    min_explained_variance: float | None = Field(
+        default=None, le=1, allow_inf_nan=False, description="of every method on held-out tokens, and of SAEs on their last training batch"
+    )
+    max_dead_features: float = Field(default=0.2, ge=0, le=1, description="share of an SAE's features")
+    target_l0: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False, description="features per token, where the SAE has no k that says it"
+    )
+    l0_tolerance: float = Field(default=0.1, ge=0, allow_inf_nan=False, description="relative distance from the target L0")
+
+
 class ExperimentSettings(BaseModel):
     """The fields of an EnsembleExperiment."""
 
@@ -108,10 +145,17 @@ class ExperimentSettings(BaseModel):
         None, description="expanded SAEs as wide as n members; by default as wide as all"
     )
     keep_residuals: Literal["last", "all", "none"] = Field("last", description="which residuals' bytes stay on disk")
-    automation: Annotated[Literal["off"], BeforeValidator(_only_off)] = Field("off", description="off: materialised only when asked for")
+    automation: Annotated[Literal["on", "off"], BeforeValidator(_on_or_off)] = Field(
+        "off", description="on: what is missing, or follows from changed settings or inputs, is made without asking"
+    )
+    schedule: Annotated[str, AfterValidator(_validate_cron)] = Field(
+        "0 3 * * 0", description="cron, in UTC, of the retraining schedule, which runs once it is switched on in the UI"
+    )
+    freshness: FreshnessSettings | None = Field(None, description="after how many days tables are shown as overdue")
     evaluations: list[Evaluation] = Field(
         ["reconstruction", "members", "coactivation", "stability", "cost", "training_curves"], description="tables to fill"
     )
+    checks: CheckSettings = Field(CheckSettings(), description="from where on to warn: explained variance, dead features, L0")
     evaluation_memory_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
         8.0, description="most memory that connectivity may take, in GB of 10^9 bytes; decides no result"
     )
@@ -178,4 +222,4 @@ class EnsembleExperiment(dg.Component):
         from saeens_pipeline.assets.dagster_assets import build_assets
         from saeens_pipeline.assets.experiments import experiment_ops
 
-        return dg.Definitions(assets=build_assets(experiment_ops(self.settings)))
+        return dg.Definitions(assets=build_assets(experiment_ops(self.settings), {self.settings.name: self.settings.checks}))

@@ -28,26 +28,36 @@ def cache_activations(
     """Write the activations of every kept position at `hook` of each layer to `outputs[layer]`; returns statistics by layer and split.
 
     Rows have the order of `tokens`. Both splits go through the model once, whatever the number of layers. `report` is given the
-    rows done and to be done, per layer. Memory, whatever the token count: one batch of `batch_windows` windows in the model and,
-    for each layer, two shards (up to 32 MiB each).
+    rows done and to be done, per layer. Where an earlier call with the same arguments was killed, its whole shards are taken up: the model
+    goes on with the batch of windows in which the first that is missing begins. Memory, whatever the token count: one batch of
+    `batch_windows` windows in the model and, for each layer, two shards (up to 32 MiB each).
     Raises SaeensError where the disk is too small for all layers together (before anything is written) and for values that are
     not finite or too large for `dtype`, with the layer and the largest value; ConfigurationError for a hook or layer the model lacks.
     """
     rows = {split: tokens.n_rows(split) for split in SPLITS}
     widths = model.widths(hook, list(outputs))
-    needed = sum(stored_bytes(width, dtype, rows) for width in widths.values())
+    needed = sum(stored_bytes(width, dtype, rows) for width in widths.values()) - sum(map(_bytes_below, outputs.values()))
     require_free_disk(next(iter(outputs.values())), needed, f"caching {hook} of layers {', '.join(map(str, outputs))}")
     done = 0
     with ExitStack() as stack:
         writers = {
-            layer: stack.enter_context(ActivationWriter(path, widths[layer], dtype, rows, name=f"{hook} of layer {layer}"))
+            layer: stack.enter_context(ActivationWriter(path, widths[layer], dtype, rows, name=f"{hook} of layer {layer}", resume=True))
             for layer, path in outputs.items()
         }
         for split in SPLITS:
+            first = 0  # row of the split that the batch begins with
             for batch in tokens.batches(split, batch_windows):
                 document, position = batch.document[batch.kept], batch.position[batch.kept]
-                for layer, activations in model.activations(batch.tokens, hook, list(outputs)).items():
-                    writers[layer].append(split, activations[batch.kept.to(activations.device)], document, position)
-                done += len(document)
+                there = {layer: max(writer.resumed_rows[split] - first, 0) for layer, writer in writers.items()}
+                wanted = [layer for layer, n_there in there.items() if n_there < len(document)]
+                activations = model.activations(batch.tokens, hook, wanted) if wanted else {}
+                for layer, of_layer in activations.items():
+                    new = slice(there[layer], None)
+                    writers[layer].append(split, of_layer[batch.kept.to(of_layer.device)][new], document[new], position[new])
+                first, done = first + len(document), done + len(document)
                 report(done, sum(rows.values()))
     return {layer: writer.statistics for layer, writer in writers.items()}
+
+
+def _bytes_below(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

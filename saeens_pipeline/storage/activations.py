@@ -29,6 +29,7 @@ import numpy as np
 from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.storage.mixing import mix_chunks
 from saeens_pipeline.storage.shards import map_shards
+from saeens_pipeline.storage.writing_progress import WritingProgress, remove_chunks_from
 
 if TYPE_CHECKING:
     import torch
@@ -79,6 +80,20 @@ class StreamingStatistics:
         self._norms += float(np.sqrt((x**2).sum(axis=1)).sum())
         self._rows = rows
 
+    @property
+    def rows(self) -> int:
+        """How many there are so far."""
+        return self._rows
+
+    def state(self) -> dict[str, Any]:
+        """JSON values to go on from."""
+        return {"rows": self._rows, "norms": self._norms, "mean": self._mean.tolist(), "squares": self._squares.tolist()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave, with the same bits."""
+        self._rows, self._norms = state["rows"], state["norms"]
+        self._mean, self._squares = np.array(state["mean"]), np.array(state["squares"])
+
     def compute(self) -> ActivationStatistics:
         """Of all rows so far."""
         rows = max(1, self._rows)
@@ -127,12 +142,15 @@ class ActivationReader(ABC):
         for index in range(self.n_chunks(split)):
             yield self.read_chunk(split, index).to(torch.float32, copy=True)  # a copy, so that no file stays open
 
-    def batches(self, split: str, batch_tokens: int, *, seed: int, epochs: int = 1, mixing_chunks: int = 64) -> Generator[torch.Tensor]:
+    def batches(
+        self, split: str, batch_tokens: int, *, seed: int, epochs: int = 1, mixing_chunks: int = 64, skipped_batches: int = 0
+    ) -> Generator[torch.Tensor]:
         """Shuffled rows, as float32 `[batch_tokens, d_in]`; the very last batch may be shorter.
 
         Each epoch takes the chunks in another random order, `mixing_chunks` at a time, and shuffles the rows of those together:
         every row comes exactly once per epoch. The order of rows depends on seed, chunks and mixing_chunks, not on batch_tokens,
-        and a batch may hold the end of one epoch and the beginning of the next.
+        and a batch may hold the end of one epoch and the beginning of the next. Without the first `skipped_batches` the others are the
+        same, and what only those need is not read.
         A thread reads the next chunks meanwhile; it ends with this iterator, also with one that is closed early.
 
         Memory: two mixing buffers, each of `mixing_chunks` chunks (of up to 2 MiB: 256 MiB in all by default) or of the split,
@@ -143,7 +161,9 @@ class ActivationReader(ABC):
         if min(batch_tokens, mixing_chunks) < 1:
             raise ValueError(f"batch_tokens = {batch_tokens}, mixing_chunks = {mixing_chunks}: both are at least 1")
         batch, filled = torch.empty(batch_tokens, self.d_in, dtype=getattr(torch, self.dtype)), 0
-        with closing(mix_chunks(self, split, seed=seed, epochs=epochs, mixing_chunks=mixing_chunks)) as mixed:
+        skipped_rows = skipped_batches * batch_tokens
+        stream = mix_chunks(self, split, seed=seed, epochs=epochs, mixing_chunks=mixing_chunks, skipped_rows=skipped_rows)
+        with closing(stream) as mixed:
             for rows, order in mixed:
                 start = 0
                 while start < len(order):
@@ -223,6 +243,8 @@ class ActivationWriter:
     messages. `with_origin`: whether document and position of every row are stored too. Free disk is compared with what will be
     written before anything is. Memory: one shard of each split (up to 32 MiB), whatever the number of rows.
     The store is whole, and can be opened, once the writer is closed.
+    `resume`: while rows are written, a record of the whole shards on the disk is kept in `path`; where there is one, of rows of the same
+    kind, writing goes on after them: `resumed_rows` says how many rows of each split are there, and those that follow are to be appended.
     """
 
     def __init__(
@@ -235,16 +257,23 @@ class ActivationWriter:
         name: str,
         with_origin: bool = True,
         chunk_rows: int | None = None,
+        resume: bool = False,
     ) -> None:
         import zarr
 
-        require_free_disk(path, stored_bytes(d_in, dtype, rows, with_origin), name)
         self.name = name
         self.dtype: StoredDtype = dtype
-        group = zarr.open_group(path, mode="w", zarr_format=3, attributes={"dtype": dtype})
         chunk_rows = chunk_rows or default_chunk_rows(d_in, dtype)
+        kind = {"d_in": d_in, "dtype": dtype, "rows": dict(rows), "with_origin": with_origin, "chunk_rows": chunk_rows}
+        self._progress = WritingProgress(path, kind) if resume else None
+        done = self._progress.read() if self._progress else {}
+        self.resumed_rows = {split: done[split]["rows"] if split in done else 0 for split in rows}
+        left = {split: n - self.resumed_rows[split] for split, n in rows.items()}
+        require_free_disk(path, stored_bytes(d_in, dtype, left, with_origin), name)
+        if not done:
+            zarr.open_group(path, mode="w", zarr_format=3, attributes={"dtype": dtype})
         self._splits = {
-            split: _SplitWriter(group.create_group(split), n, d_in, dtype, chunk_rows=chunk_rows, with_origin=with_origin)
+            split: _SplitWriter(path / split, n, d_in, dtype, chunk_rows=chunk_rows, with_origin=with_origin, progress=self._progress)
             for split, n in rows.items()
         }
         self.statistics: dict[str, ActivationStatistics] = {}
@@ -255,6 +284,8 @@ class ActivationWriter:
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
         if error_type is None:
             self.close()
+        elif self._progress:
+            self._progress.stop()
 
     def append(self, split: str, rows: torch.Tensor, document: torch.Tensor | None = None, position: torch.Tensor | None = None) -> None:
         """Add rows `[n, d_in]` of any float dtype and device, with `document` and `position` `[n]` where these are stored.
@@ -269,18 +300,33 @@ class ActivationWriter:
     def close(self) -> None:
         """Write what is buffered, and the statistics. Raises SaeensError if a split has not got all its rows."""
         self.statistics = {split: writer.finish(f"{self.name}, {split} split") for split, writer in self._splits.items()}
+        if self._progress:
+            self._progress.remove()
 
 
 class _SplitWriter:
     """Buffers the rows of one split to whole shards, so that none is written twice."""
 
-    def __init__(self, group: zarr.Group, n_rows: int, d_in: int, dtype: StoredDtype, *, chunk_rows: int, with_origin: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        n_rows: int,
+        d_in: int,
+        dtype: StoredDtype,
+        *,
+        chunk_rows: int,
+        with_origin: bool,
+        progress: WritingProgress | None,
+    ) -> None:
         import torch
+        import zarr
 
-        self._group, self._n_rows, self._chunk_rows = group, n_rows, chunk_rows
+        self._folder, self._n_rows, self._chunk_rows, self._progress = folder, n_rows, chunk_rows, progress
+        self._group = group = zarr.open_group(folder, mode="a", zarr_format=3)
         self._shard_rows = chunk_rows * min(_CHUNKS_PER_SHARD, max(1, -(-n_rows // chunk_rows)))
         self._arrays: dict[str, Any] = {
-            "activations": group.create_array(
+            "activations": _require_array(
+                group,
                 "activations",
                 shape=(n_rows, d_in),
                 chunks=(chunk_rows, d_in),
@@ -292,10 +338,15 @@ class _SplitWriter:
         }
         self._buffers = {"activations": torch.empty(self._shard_rows, d_in, dtype=getattr(torch, dtype))}
         for name in ("document", "position") if with_origin else ():
-            self._arrays[name] = group.create_array(name, shape=(n_rows,), chunks=(self._shard_rows,), dtype="int32")
+            self._arrays[name] = _require_array(group, name, shape=(n_rows,), chunks=(self._shard_rows,), dtype="int32")
             self._buffers[name] = torch.empty(self._shard_rows, dtype=torch.int32)
-        self._written = self._filled = 0
         self._statistics = StreamingStatistics(d_in)
+        done = progress.read().get(folder.name) if progress else None
+        if done is not None:
+            self._statistics.restore(done)
+        self._written, self._filled = self._statistics.rows, 0
+        for name in self._arrays if progress else ():
+            remove_chunks_from(folder / name, self._written // self._shard_rows)
 
     def append(self, columns: Mapping[str, torch.Tensor]) -> None:
         if columns.keys() != self._buffers.keys():
@@ -308,6 +359,10 @@ class _SplitWriter:
             start, self._filled = start + taken, self._filled + taken
             if self._filled == self._shard_rows:
                 self._flush()
+                if self._progress:
+                    last = self._written // self._shard_rows - 1
+                    shards = [self._folder / name / "c" / f"{last}{'/0' if name == 'activations' else ''}" for name in self._arrays]
+                    self._progress.record(self._folder.name, self._statistics.state(), shards)
 
     def finish(self, name: str) -> ActivationStatistics:
         self._flush()
@@ -327,6 +382,10 @@ class _SplitWriter:
             for name, buffer in self._buffers.items():
                 self._arrays[name][self._written : end] = _as_numpy(buffer[: self._filled])
         self._written, self._filled = end, 0
+
+
+def _require_array(group: zarr.Group, name: str, **how: Any) -> Any:
+    return group[name] if name in group else group.create_array(name, **how)
 
 
 def to_stored_dtype(rows: torch.Tensor, dtype: StoredDtype, name: str) -> torch.Tensor:

@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 class MixedRows(NamedTuple):
-    """Rows `[n, d_in]` of several chunks, in the stored dtype, and the `order` `[n]` in which to take them."""
+    """Rows `[n, d_in]` of several chunks, in the stored dtype, and the `order` `[<= n]` in which to take them."""
 
     rows: torch.Tensor
     order: torch.Tensor
 
 
 class _Step(NamedTuple):
-    """Chunks that are mixed together: which, how many rows each has, and the order of the rows of all."""
+    """Chunks that are mixed together: which, how many rows each has, and the order of the rows of all, or the end of that order."""
 
     indices: list[int]
     lengths: list[int]
@@ -39,8 +39,12 @@ class _Reading(NamedTuple):
     reads: Sequence[Future[None]]  # one per chunk
 
 
-def mix_chunks(reader: ActivationReader, split: str, *, seed: int, epochs: int, mixing_chunks: int) -> Generator[MixedRows]:
+def mix_chunks(
+    reader: ActivationReader, split: str, *, seed: int, epochs: int, mixing_chunks: int, skipped_rows: int = 0
+) -> Generator[MixedRows]:
     """The rows of `mixing_chunks` chunks at a time, every chunk once per epoch, in an order that depends on the arguments alone.
+
+    The first `skipped_rows` of that order are left out; chunks that are not needed without them are not read.
 
     Two buffers take turns: what is given is valid until the next is asked for, and meanwhile a thread fills the other with stored
     bytes. What a residual makes of them is computed here and not there, since training has the cores. The thread ends with this
@@ -61,7 +65,7 @@ def mix_chunks(reader: ActivationReader, split: str, *, seed: int, epochs: int, 
         np.copyto(chunk.view(torch.uint8).numpy(), reader.stored_chunk(split, index).view(torch.uint8).numpy())
 
     def start(buffer: torch.Tensor, step: _Step) -> _Reading:
-        rows = buffer[: len(step.order)]
+        rows = buffer[: sum(step.lengths)]
         chunks = rows.split(step.lengths)
         reads = [thread.submit(fill, chunk, index) for chunk, index in zip(chunks, step.indices, strict=True)]
         return _Reading(MixedRows(rows, step.order), chunks, reads)
@@ -72,7 +76,8 @@ def mix_chunks(reader: ActivationReader, split: str, *, seed: int, epochs: int, 
             chunk.copy_(reader.derive(chunk))  # of itself, where nothing is derived: does nothing
         return reading.mixed
 
-    steps = _steps(reader.n_rows(split), reader.chunk_rows, seed=seed, epochs=epochs, mixing_chunks=mixing_chunks)
+    all_steps = _steps(reader.n_rows(split), reader.chunk_rows, seed=seed, epochs=epochs, mixing_chunks=mixing_chunks)
+    steps = _without_first_rows(all_steps, skipped_rows)
     started: deque[_Reading] = deque()
     try:
         for buffer, step in zip(cycle(buffers), steps, strict=False):
@@ -95,3 +100,11 @@ def _steps(n_rows: int, chunk_rows: int, *, seed: int, epochs: int, mixing_chunk
             indices = chunk_order[first : first + mixing_chunks].tolist()
             lengths = [min(chunk_rows, n_rows - index * chunk_rows) for index in indices]
             yield _Step(indices, lengths, torch.from_numpy(generator.permutation(sum(lengths))))
+
+
+def _without_first_rows(steps: Iterator[_Step], n_rows: int) -> Iterator[_Step]:
+    for step in steps:
+        skipped = min(n_rows, len(step.order))
+        n_rows -= skipped
+        if skipped < len(step.order):
+            yield step._replace(order=step.order[skipped:])

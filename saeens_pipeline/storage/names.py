@@ -8,15 +8,31 @@ Address("quickstart", "bagging", "member_1").key                 ["quickstart", 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast, get_args
 
-Kind = Literal["source", "bagging", "boosting", "baseline", "eval", "report"]
+Kind = Literal["source", "bagging", "boosting", "baseline", "eval", "report", "leaderboard"]
 
 SOURCES_GROUP = "sources"
-RESERVED_GROUPS = (SOURCES_GROUP, "leaderboard")
+LEADERBOARD = "leaderboard"
+BROKEN_GROUP = "broken_experiments"  # what could not be read has nodes of its own in the asset graph
+RESERVED_GROUPS = (SOURCES_GROUP, LEADERBOARD, BROKEN_GROUP)
 _NAME = re.compile(r"[a-z0-9_]+")
+_FOLDER_ABOVE_ARTEFACTS = re.compile(
+    "|".join(
+        (
+            "sources(/NAME(/layer=N)?)?",
+            "experiments(/NAME(/layer=N(/seed=N(/(bagging|boosting|baseline))?)?)?)?",
+            "tables(/NAME(/NAME(/layer=N(/seed=N)?)?)?)?",
+            "reports(/NAME)?",
+            "checkpoints(/NAME(/layer=N)?)?",
+        )
+    )
+    .replace("NAME", _NAME.pattern)
+    .replace("=N", r"=\d+")
+)
 
 
 class Partition(NamedTuple):
@@ -50,8 +66,14 @@ class Address:
 
     @property
     def key(self) -> list[str]:
-        """Asset key: SOURCE/NAME, EXPERIMENT/report, otherwise EXPERIMENT/KIND/NAME."""
-        return [self.owner, self.name] if self.kind in ("source", "report") else [self.owner, self.kind, self.name]
+        """Asset key: SOURCE/NAME, EXPERIMENT/report, leaderboard, otherwise EXPERIMENT/KIND/NAME."""
+        match self.kind:
+            case "source" | "report":
+                return [self.owner, self.name]
+            case "leaderboard":
+                return [self.name]
+            case _:
+                return [self.owner, self.kind, self.name]
 
     @property
     def op_name(self) -> str:
@@ -64,9 +86,20 @@ class Address:
             return SOURCES_GROUP
         return f"{self.owner}_saes" if self.name.startswith(("member_", "round_", "residual_")) else self.owner
 
+    @property
+    def is_table(self) -> bool:
+        """Whether the artefact is one Parquet file."""
+        return self.kind in ("eval", "leaderboard")
+
     def path(self, partition: Partition) -> PurePosixPath:
         """Relative to the data root: a folder, or a file for tables."""
-        dimensions = [f"{name}={value}" for name, value in partition._asdict().items() if value is not None]
+        return self._path([f"{name}={value}" for name, value in partition._asdict().items() if value is not None])
+
+    def glob(self, *dimensions: str) -> str:
+        """The pattern of this artefact's paths in all partitions, given the names of what it is partitioned by."""
+        return str(self._path([f"{name}=*" for name in dimensions]))
+
+    def _path(self, dimensions: Sequence[str]) -> PurePosixPath:
         match self.kind:
             case "source":
                 return PurePosixPath("sources", self.owner, *dimensions, f"{self.name}.zarr")
@@ -74,9 +107,48 @@ class Address:
                 return PurePosixPath("tables", self.owner, self.name, *dimensions, "part.parquet")
             case "report":
                 return PurePosixPath("reports", self.owner, *dimensions)
+            case "leaderboard":
+                return PurePosixPath("tables", self.name, "part.parquet")
             case _:
                 folder = f"{self.name}.zarr" if self.name.startswith("residual_") else self.name
                 return PurePosixPath("experiments", self.owner, *dimensions, self.kind, folder)
 
     def __str__(self) -> str:
         return "/".join(self.key)
+
+
+LEADERBOARD_ADDRESS = Address(LEADERBOARD, "leaderboard", LEADERBOARD)
+
+
+def place(address: Address, partition: Partition) -> str:
+    """An artefact in words, such as `quickstart/bagging/member_1, layer 1, seed 42`."""
+    return ", ".join(filter(None, (str(address), str(partition))))
+
+
+def locate(path: PurePosixPath) -> tuple[Address, Partition] | None:
+    """The artefact that a path relative to the data root belongs to, or None: the inverse of `Address.path`."""
+    numbers = {name: int(value) for name, value in re.findall(r"(?:^|/)(layer|seed)=(\d+)(?=/|$)", str(path))}
+    partition = Partition(**numbers)
+    match [part for part in path.parts if "=" not in part]:
+        case ["sources", owner, name]:
+            candidate = owner, "source", name.removesuffix(".zarr")
+        case ["experiments", owner, kind, name]:
+            candidate = owner, kind, name.removesuffix(".zarr")
+        case ["tables", "leaderboard", "part.parquet"]:
+            candidate = LEADERBOARD, "leaderboard", LEADERBOARD
+        case ["tables", owner, name, "part.parquet"]:
+            candidate = owner, "eval", name
+        case ["reports", owner] if partition.layer is not None:
+            candidate = owner, "report", "report"
+        case _:
+            return None
+    owner, kind, name = candidate
+    if kind not in get_args(Kind) or not (_NAME.fullmatch(owner) and _NAME.fullmatch(name)):
+        return None
+    address = Address(owner, cast("Kind", kind), name)
+    return (address, partition) if address.path(partition) == path else None
+
+
+def is_above_artefacts(path: PurePosixPath) -> bool:
+    """Whether a folder, relative to the data root, is one of those that artefacts are sorted into."""
+    return _FOLDER_ABOVE_ARTEFACTS.fullmatch(str(path)) is not None

@@ -15,21 +15,26 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from saeens_pipeline.errors import SaeensError
-from saeens_pipeline.storage.names import Address, Partition
+from saeens_pipeline.storage.names import Address, Partition, locate
 
 if TYPE_CHECKING:
     import polars as pl
 
 RECIPE_FILE = "recipe.json"
 FOOTER_KEY = "saeens"
+_PARTIAL = re.compile(r"\.(.+?)(?:\.([0-9a-f]{16}))?\.(\d+)\.partial")  # final name, recipe hash of what goes on, process
+_REPLACED = re.compile(r"\.(.+)\.retired")
+_REPLACING_SECONDS = 3600
 _MENDING = "It has to be restored, or made again, as `saeens run` does"
 
 
@@ -72,8 +77,8 @@ class Artefact:
     def recipe_hash(self) -> str:
         return digest(self.recipe)
 
-    def differences(self, wanted: Recipe) -> list[str]:
-        """Which parts of the recipe asked for differ from the one that made this, in words."""
+    def differences(self, wanted: Recipe, names: Mapping[str, str] | None = None) -> list[str]:
+        """Which parts of the recipe asked for differ from the one that made this, in words; `names` says what inputs are called."""
         other = wanted.to_json()
         found = [f"builder: {self.recipe['builder']} -> {other['builder']}"] if self.recipe["builder"] != other["builder"] else []
         found += [f"the code of {other['builder']} changed"] if self.recipe["version"] != other["version"] else []
@@ -81,7 +86,7 @@ class Artefact:
             before, after = _flat(self.recipe[part]), _flat(other[part])
             for name in sorted({*before, *after}):
                 was, is_now = (_shown(side[name]) if name in side else "not given" for side in (before, after))
-                found += [f"{label} {name}: {was} -> {is_now}"] if was != is_now else []
+                found += [f"{label} {(names or {}).get(name, name)}: {was} -> {is_now}"] if was != is_now else []
         return found
 
     def verify(self) -> list[str]:
@@ -98,6 +103,13 @@ class Artefact:
             elif _sha256(file) != sha256:
                 wrong.append(f"{file}: the bytes are not those that were written")
         return wrong
+
+    def distrust(self) -> None:
+        """Make `Store.find` compare the bytes of every file with the recipe the next time, as if all were written after it."""
+        if self.path.suffix != ".parquet":  # a table's are compared every time
+            for name in self.files:
+                with contextlib.suppress(OSError):
+                    os.utime(self.path / name)
 
 
 class MissingInputError(SaeensError):
@@ -131,17 +143,25 @@ class Store:
             raise _unwritable(self.root, error) from error
 
     def find(self, address: Address, partition: Partition) -> Artefact | None:
-        """The artefact at that address, or None. Costs milliseconds: sizes are compared, and the bytes of files that were written later.
+        """The artefact at that address, or None. Costs milliseconds: sizes are compared, and bytes of tables and of what was written later.
 
         Raises DamagedArtefactError where files are missing or are not those that the recipe lists.
         """
         path = self.path(address, partition)
         artefact = read_artefact(path) if _record_file(path).exists() else None
-        if artefact and path.suffix != ".parquet":
+        if artefact and path.suffix == ".parquet":
+            for difference in artefact.verify():
+                raise DamagedArtefactError(f"{address} is damaged: {difference}. {_MENDING}")
+        elif artefact:
             recorded_ns = _record_file(path).stat().st_mtime_ns
             for name, (size, sha256) in artefact.files.items():
                 _check_file(path / name, size, sha256, recorded_ns, address)
         return artefact
+
+    def partitions(self, address: Address, *dimensions: str) -> list[Partition]:
+        """For which layers and seeds there is something at that address, in numeric order; `dimensions` names what it is partitioned by."""
+        paths = [PurePosixPath(path.relative_to(self.root).as_posix()) for path in self.root.glob(address.glob(*dimensions))]
+        return sorted(found[1] for path in paths if (found := locate(path)))
 
     def hit(self, address: Address, partition: Partition, recipe: Recipe) -> Artefact | None:
         """The artefact at that address, if it was made by this very recipe and is not damaged."""
@@ -163,16 +183,25 @@ class Store:
 
     @contextlib.contextmanager
     def write_folder(
-        self, address: Address, partition: Partition, recipe: Recipe, provenance: dict[str, Any], *, versioned_content: bool = True
+        self,
+        address: Address,
+        partition: Partition,
+        recipe: Recipe,
+        provenance: dict[str, Any],
+        *,
+        versioned_content: bool = True,
+        resumable: bool = False,
     ) -> Iterator[Path]:
         """Give an empty folder to write into; on leaving, it becomes the artefact, replacing what was there before.
 
         `provenance` is read on leaving, so that it can be filled meanwhile. After an exception nothing has changed.
         `versioned_content=False`: the data version follows from the recipe alone, as for residuals, whose bytes may be dropped.
+        `resumable`: what an interrupted or killed write of the same recipe left is kept, and the folder is given as it was left; only
+        a SaeensError, which would come again, clears it away.
         """
         final = self.path(address, partition)
-        with _staging(final) as staging:
-            staging.mkdir()
+        with _staging(final, kept_for=recipe.hash if resumable else None) as staging:
+            staging.mkdir(exist_ok=resumable)
             yield staging
             files = {name: (file.stat().st_size, _sha256(file)) for name, file in _files_below(staging)}
             version = digest([recipe.to_json(), {name: sha256 for name, (_, sha256) in files.items()} if versioned_content else None])
@@ -248,9 +277,19 @@ def read_artefact(path: Path) -> Artefact:
     try:
         record = _read_record(path)
         files = {name: (size, sha256) for name, (size, sha256) in record["files"].items()}
-        return Artefact(path, Recipe(**record["recipe"]).to_json(), record["provenance"], files, record["data_version"])
+        recipe = Recipe(**record["recipe"]).to_json()
+        if record["data_version"] not in _possible_versions(path, recipe, files):
+            raise ValueError("its data version does not follow from what it says: it was changed after it was made")
+        return Artefact(path, recipe, record["provenance"], files, record["data_version"])
     except Exception as error:
         raise DamagedArtefactError(f"{_record_file(path)} cannot be read ({error}). {_MENDING}") from error
+
+
+def _possible_versions(path: Path, recipe: Mapping[str, Any], files: Mapping[str, tuple[int, str]]) -> tuple[str, ...]:
+    """The data version of a table, or of a folder with and without its content."""
+    if path.suffix == ".parquet":
+        return (digest([recipe, files["rows"][1]]),)
+    return digest([recipe, {name: sha256 for name, (_, sha256) in files.items()}]), digest([recipe, None])
 
 
 def _record_file(path: Path) -> Path:
@@ -288,27 +327,83 @@ def _sha256(file: Path) -> str:
 
 
 @contextlib.contextmanager
-def _staging(final: Path) -> Iterator[Path]:
-    """A free name beside `final`, removed if the work fails; what killed processes left behind is removed first."""
+def _staging(final: Path, kept_for: str | None = None) -> Iterator[Path]:
+    """A name beside `final`; what killed processes left behind is removed first, and what this leaves if the work fails.
+
+    With `kept_for`, a recipe's hash, the name is free or that of what was left for this hash.
+    """
+    staging = final.parent / f".{'.'.join(filter(None, (final.name, kept_for, str(os.getpid()), 'partial')))}"
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         for leftover in final.parent.glob(f".{final.name}.*.partial"):
-            pid = int(leftover.name.split(".")[-2])
-            if pid == os.getpid() or not is_alive(pid):
+            *_, left_for, pid, _suffix = leftover.name.split(".")
+            if int(pid) != os.getpid() and is_alive(int(pid)):
+                continue
+            if left_for == kept_for and not staging.exists():
+                leftover.rename(staging)
+            elif left_for != kept_for or leftover != staging:
                 _remove(leftover)
         if _retired(final).exists():  # a process was killed between the two renames of `_replace_folder`
             _remove(_retired(final)) if final.exists() else _retired(final).rename(final)
     except OSError as error:
         raise _unwritable(final.parent, error) from error
-    staging = final.parent / f".{final.name}.{os.getpid()}.partial"
     try:
         yield staging
-    finally:
+    except SaeensError:
         _remove(staging)
+        raise
+    except BaseException:
+        if kept_for is None:
+            _remove(staging)
+        raise
 
 
 def _unwritable(folder: Path, error: OSError) -> SaeensError:
     return SaeensError(f"{folder} cannot be written ({error.strerror}): choose another root with SAEENS_DATA, or mend its permissions")
+
+
+class Temporary(NamedTuple):
+    """What is on its way to an artefact's name, or was replaced at that name."""
+
+    final: Path
+    recipe_hash: str | None  # of a write that goes on where it was interrupted
+    in_use: bool  # its process lives, or it was replaced within the hour
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether the next write of the artefact takes it up: as what was written so far, or as the only copy."""
+        if self.recipe_hash is None:
+            return not self.final.exists()
+        with contextlib.suppress(DamagedArtefactError):
+            return not _record_file(self.final).exists() or read_artefact(self.final).recipe_hash != self.recipe_hash
+        return True
+
+
+def read_temporary(path: Path) -> Temporary | None:
+    """What a temporary file or folder is; None for what has another name than writers give."""
+    if partial := _PARTIAL.fullmatch(path.name):
+        final, recipe_hash, pid = partial.groups()
+        return Temporary(path.with_name(final), recipe_hash, is_alive(int(pid)))
+    if replaced := _REPLACED.fullmatch(path.name):
+        return Temporary(path.with_name(replaced[1]), None, time.time() - path.lstat().st_ctime < _REPLACING_SECONDS)
+    return None
+
+
+def foreign_files(artefact: Artefact) -> list[str]:
+    """Files in an artefact's folder that its recipe does not list."""
+    if artefact.path.suffix == ".parquet":
+        return []
+    own = {*artefact.files, RECIPE_FILE, f".{RECIPE_FILE}"}
+    return [name for name, _ in _files_below(artefact.path) if name not in own]
+
+
+def remove_whole(path: Path) -> None:
+    """Remove an artefact, or something temporary. It disappears at once: what an interruption leaves of it is temporary, too."""
+    try:
+        beside = path if read_temporary(path) else path.rename(path.with_name(f".{path.name}.{os.getpid()}.partial"))
+        shutil.rmtree(beside) if beside.is_dir() else beside.unlink()
+    except OSError as error:
+        raise SaeensError(f"{path} cannot be removed ({error.strerror}): mend its permissions") from error
 
 
 def is_alive(pid: int) -> bool:

@@ -68,13 +68,15 @@ def write_residual(
 ) -> ActivationStatistics:
     """Store what `reader`, a ResidualView, gives for one split; reading the store gives the bits of reading the view.
 
-    Memory: one shard and one chunk. Raises SaeensError for too little free disk and for values the dtype cannot hold.
+    What a call that was killed has written in whole shards is taken up. Memory: one shard and one chunk.
+    Raises SaeensError for too little free disk and for values the dtype cannot hold.
     """
-    n_rows, done = reader.n_rows(split), 0
+    n_rows = reader.n_rows(split)
     with ActivationWriter(
-        path, reader.d_in, reader.dtype, {split: n_rows}, name=name, with_origin=False, chunk_rows=reader.chunk_rows
+        path, reader.d_in, reader.dtype, {split: n_rows}, name=name, with_origin=False, chunk_rows=reader.chunk_rows, resume=True
     ) as writer:
-        for index in range(reader.n_chunks(split)):
+        done = writer.resumed_rows[split]
+        for index in range(done // reader.chunk_rows, reader.n_chunks(split)):  # shards are whole chunks
             rows = reader.read_chunk(split, index)
             writer.append(split, rows)
             done += len(rows)

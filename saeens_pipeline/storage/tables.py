@@ -138,10 +138,38 @@ TABLES = {
     )
 }
 
+LEADERBOARD = Table(
+    "leaderboard",
+    "Which method is best, over all experiments",
+    (
+        Column("rank", "int", "place among the rows of one source and layer"),
+        Column("experiment", "str", "experiment"),
+        Column("source", "str", "where its activations come from"),
+        Column("language_model", "str", "trained, or random: the untrained control"),
+        Column("layer", "int", "layer of the language model, from 0"),
+        Column("method", "str", "single, bagging, boosting, expanded, expanded_l0_matched"),
+        Column("n_members", "int", "SAEs in the whole ensemble; for expanded SAEs the n whose width they match"),
+        Column("n_seeds", "int", "ensemble seeds that the means are over"),
+        Column("seeds", "str", "which, comma-separated"),
+        Column("n_features", "int", "features of the whole dictionary"),
+        Column("l0", "float", "features that fire per token, mean over seeds"),
+        Column("explained_variance", "float", "on held-out tokens, mean over seeds"),
+        Column("explained_variance_low", "float", "lower end of its 95 % interval (Student's t over seeds); null with one seed"),
+        Column("explained_variance_high", "float", "upper end of the same"),
+        Column("explained_variance_by_seed", "str", "the points, comma-separated, in the order of seeds"),
+        Column("stability", "float", "mean over seeds; null with one seed"),
+        Column("connectivity", "float", "mean over seeds"),
+        Column("train_tokens", "int", "tokens seen in training, summed over members, mean over seeds"),
+        Column("train_flops", "float", "dense-equivalent operations of training, mean over seeds"),
+        Column("train_seconds", "float", "seconds of training, mean over seeds"),
+        Column("sae_data_versions", "str", "data versions of the SAEs in member order, comma-separated; seeds are separated by ;"),
+    ),
+)
+
 
 def columns_of(table: str) -> tuple[Column, ...]:
     """All columns of a table, those that say what was measured first."""
-    return SUBJECT + TABLES[table].columns
+    return LEADERBOARD.columns if table == LEADERBOARD.name else SUBJECT + TABLES[table].columns
 
 
 def frame(table: str, rows: Iterable[Mapping[str, Any]]) -> pl.DataFrame:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ WRONG_VALUES = {  # text, where it is wrong, field, what was found, what is allo
     "a baseline twice": (_text(baselines=["expanded", "expanded"]), "baselines:", "baselines", "expanded", ["twice"]),
     "table": (_text(evaluations=["speed"]), "- speed", "evaluations.0", "'speed'", ["reconstruction", "stability", "cost"]),
     "residuals": (_text(keep_residuals="some"), "keep_residuals:", "keep_residuals", "'some'", ["last", "all", "none"]),
-    "automation": (_text(automation="X").replace("automation: X", "automation: on"), "automation:", "automation", "", ["off"]),
+    "automation": (_text(automation="sometimes"), "automation:", "automation", "'sometimes'", ["on", "off"]),
     "expanded sizes": (_text(expanded_sizes=[9]), "type:|expanded_sizes:", "", "expanded_sizes: 9", ["3 members"]),
     "no expanded sizes": (_text(expanded_sizes=[]), "expanded_sizes:", "expanded_sizes", "[]", []),
     "L0 that cannot be matched": (_text(sae={"architecture": "standard", "expansion": 2}), "type:|baselines:", "", "'standard'", ["topk"]),
@@ -127,6 +128,7 @@ def test_a_wrong_value_is_said_with_path_line_field_and_what_is_allowed(laborato
 
 UNKNOWN_KEYS = {
     "of a source": (_text({"colour": "red"}), "colour:", "attributes.colour", "'red'", "context_length"),
+    "of freshness": (_text(freshness={"fail_days": 7, "days": 3}), "days: 3", "attributes.freshness.days", "3", "warn_days"),
     "of an experiment": (_text(members=3), "members: 3", "attributes.members", "3", "ensemble"),
     "of an SAE": (_text(sae=SAE | {"topk": 7}), "topk:", "attributes.sae.topk", "7", "k_aux"),
     "of the training": (_text(training=TRAINING | {"lr": 0.5}), "lr:", "attributes.training.lr", "0.5", "learning_rate"),
@@ -241,7 +243,7 @@ def test_dagsters_own_component_loader_makes_the_same_assets(laboratory: Laborat
 
     tree = dg.ComponentTree.from_module(importlib.import_module(f"{defs.__name__}.sound"), laboratory.folder)
     made = {key for assets in tree.build_defs().assets or [] if isinstance(assets, dg.AssetsDefinition) for key in assets.keys}
-    assert made == set(laboratory.catalogue.definitions().resolve_all_asset_keys())
+    assert made == set(laboratory.catalogue.definitions().resolve_all_asset_keys()) - {dg.AssetKey("leaderboard")}
 
 
 def test_a_broken_experiment_that_is_asked_for_says_what_is_broken(laboratory: Laboratory):
@@ -266,3 +268,102 @@ def test_the_shipped_experiments_are_sound():
     assert catalogue.broken == {}
     assert "quickstart" in catalogue.experiments
     assert catalogue.experiment("quickstart").source == "quickstart"
+
+
+# folders of one's own
+
+
+@pytest.fixture
+def own(laboratory: Laboratory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that SAEENS_EXPERIMENTS names."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    monkeypatch.setenv("SAEENS_EXPERIMENTS", str(folder))
+    return folder
+
+
+def test_files_of_an_own_folder_are_read_beside_those_that_are_shipped(laboratory: Laboratory, own: Path):
+    (own / "mine.yaml").write_text(_text())
+    (own / "folder").mkdir()
+    (own / "folder" / "defs.yaml").write_text(_text({"name": "other"}, name="other", source="other"))
+    (own / "folder" / "notes.yaml").write_text("no experiment")
+    (own / "README.md").write_text("no experiment")
+    catalogue = laboratory.catalogue
+    assert catalogue.broken == {}
+    assert sorted(catalogue.sources) == sorted(catalogue.experiments) == ["other", "sound", NAME]
+
+
+def test_several_own_folders_are_read_and_one_that_is_named_twice_is_read_once(
+    laboratory: Laboratory, own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    more = tmp_path / "more"
+    more.mkdir()
+    monkeypatch.setenv("SAEENS_EXPERIMENTS", os.pathsep.join([str(own), str(more), f"{own}/"]))
+    (own / "mine.yaml").write_text(_text())
+    (more / "theirs.yaml").write_text(_text({"name": "other"}, name="other", source="other"))
+    catalogue = laboratory.catalogue
+    assert catalogue.broken == {}
+    assert sorted(catalogue.experiments) == ["other", "sound", NAME]
+
+
+def test_an_experiment_may_lie_elsewhere_than_its_source(laboratory: Laboratory, own: Path):
+    (own / "mine.yaml").write_text(experiment_file(("EnsembleExperiment", experiment_settings(name="mine", source="sound"))))
+    assert laboratory.catalogue.experiment("mine").source == "sound"
+
+
+def test_an_own_folder_that_is_not_there_is_said_with_its_path(laboratory: Laboratory, own: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SAEENS_EXPERIMENTS", f"{own}{os.pathsep}{own}/nowhere")
+    with pytest.raises(ConfigurationError, match=f"SAEENS_EXPERIMENTS: there is no folder {own}/nowhere"):
+        laboratory.catalogue  # noqa: B018
+
+
+def test_an_empty_variable_names_no_folder(laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SAEENS_EXPERIMENTS", "")
+    assert sorted(laboratory.catalogue.experiments) == ["sound"]
+
+
+def test_a_name_that_a_shipped_file_has_is_refused_in_an_own_one_with_path_and_line(laboratory: Laboratory, own: Path):
+    text = _text({"name": "sound"})
+    (own / "mine.yaml").write_text(text)
+    (message,) = laboratory.catalogue.broken.values()
+    assert f"{own / 'mine.yaml'}:{_line(text, 'name: sound')}: attributes.name: there already is a source called 'sound'" in message
+    assert laboratory.catalogue.experiment("sound")
+
+
+def test_a_broken_own_file_is_named_by_its_experiment(laboratory: Laboratory, own: Path):
+    (own / "mine.yaml").write_text(_text(sae=SAE | {"k": -1}))
+    with pytest.raises(ConfigurationError, match="experiment 'mine' is left out for this; there are: sound"):
+        laboratory.catalogue.experiment("mine")
+
+
+# what Dagster shows of broken files
+
+
+def test_a_broken_file_is_an_asset_that_says_what_is_wrong_and_fails_with_it(laboratory: Laboratory):
+    text = _text(sae=SAE | {"k": "many"})
+    file = laboratory.write(text)
+    definitions = laboratory.catalogue.definitions()
+    key = dg.AssetKey(["broken_experiments", NAME])
+    (spec,) = [spec for spec in definitions.resolve_all_asset_specs() if spec.key == key]
+    problem = f"{file}:{_line(text, 'k:')}: attributes.sae.k: "
+    assert spec.group_name == "broken_experiments"
+    assert problem in (spec.description or "")
+    job = definitions.resolve_implicit_global_asset_job_def()
+    with dg.DagsterInstance.ephemeral() as instance, pytest.raises(ConfigurationError) as error:
+        job.execute_in_process(instance=instance, asset_selection=[key])
+    assert problem in str(error.value)
+
+
+def test_broken_files_of_any_name_have_an_asset_each(laboratory: Laboratory, own: Path):
+    laboratory.write("", "mine")
+    for name in ("mine.yaml", "My-own file.yaml"):
+        (own / name).write_text("")
+    definitions = laboratory.catalogue.definitions()
+    dg.Definitions.validate_loadable(definitions)
+    broken = {spec.key.to_user_string() for spec in definitions.resolve_all_asset_specs() if spec.group_name == "broken_experiments"}
+    assert broken == {f"broken_experiments/{name}" for name in ("mine", "mine__2", "my_own_file")}
+
+
+def test_no_experiment_takes_the_name_of_the_group_of_broken_files(laboratory: Laboratory):
+    _, message = _message(laboratory, _text(name="broken_experiments"))
+    assert "'broken_experiments' would collide with a group of the asset graph" in message

@@ -91,7 +91,7 @@ print([name for name in {heavy} if name in sys.modules], file=sys.stderr)
 def test_help_names_every_command(saeens: Saeens):
     outcome = saeens("--help")
     assert outcome.code == 0
-    for command in ("run", "experiments", "status", "table", "ui", "doctor", "reference-model"):
+    for command in ("run", "experiments", "status", "table", "leaderboard", "new", "gc", "ui", "doctor", "reference-model"):
         assert command in outcome.out
 
 
@@ -330,7 +330,7 @@ def test_status_shows_a_truncated_artefact_with_its_sizes_and_goes_on(
     monkeypatch.setattr(cli.out, "width", 1000)
     outcome = saeens("status", NAME)
     assert (outcome.code, outcome.err) == (0, "")
-    (line,) = [line for line in outcome.out.splitlines() if "damaged" in line]
+    (line,) = [line for line in outcome.out.splitlines() if line.split()[3:4] == ["damaged"]]
     assert line.split()[:4] == [f"{NAME}/bagging/member_3", str(LAYER), "1", "damaged"]
     assert f"{file} has {size - 1} bytes, its recipe says {size} bytes" in line
     assert f"{NAME}/eval/stability" in outcome.out

@@ -44,7 +44,7 @@ LINEAGE = {
 
 def _specs(laboratory: Laboratory) -> dict[str, dg.AssetSpec]:
     specs = laboratory.catalogue.definitions().resolve_all_asset_specs()
-    return {spec.key.to_user_string().removeprefix(f"{NAME}/"): spec for spec in specs}
+    return {spec.key.to_user_string().removeprefix(f"{NAME}/"): spec for spec in specs if spec.key.path != ["leaderboard"]}
 
 
 def _code_versions(laboratory: Laboratory) -> dict[str, str | None]:
@@ -57,6 +57,7 @@ def test_definitions_can_be_loaded(empty: Laboratory):
 
 def test_one_op_for_the_members_one_for_the_tables_and_one_for_everything_else(empty: Laboratory):
     assets = [asset for asset in empty.catalogue.definitions().assets or () if isinstance(asset, dg.AssetsDefinition)]
+    assets = [asset for asset in assets if asset.op.name != "leaderboard"]
     outputs = {asset.op.name: sorted(key.to_user_string().removeprefix(f"{NAME}/") for key in asset.keys) for asset in assets}
     shared = {
         f"{NAME}__bagging__members": [f"bagging/member_{j}" for j in (1, 2, 3)],
@@ -175,7 +176,7 @@ def test_sources_and_experiments_of_several_files_stand_side_by_side(empty: Labo
     )
     definitions = empty.catalogue.definitions()
     dg.Definitions.validate_loadable(definitions)
-    assert len(definitions.resolve_all_asset_specs()) == 2 * len(LINEAGE)
+    assert len(definitions.resolve_all_asset_specs()) == 2 * len(LINEAGE) + 1  # and one leaderboard
 
 
 def test_a_layer_that_is_no_number_is_refused_by_name(empty: Laboratory):
@@ -193,6 +194,71 @@ def test_a_layer_that_the_model_lacks_is_refused_with_those_that_there_are(empty
         register_layers(instance, NAME, [LAYER, 99])
         with pytest.raises(SaeensError, match="has no layer 99: it has layers 0 to 2"):
             job.execute_in_process(instance=instance, partition_key="99", asset_selection=[dg.AssetKey([NAME, "activations"])])
+
+
+def test_health_is_checked_of_all_that_holds_numbers_and_bytes_of_everything(empty: Laboratory):
+    specs = list(empty.catalogue.definitions().resolve_asset_graph().asset_check_keys)
+    checks: dict[str, set[str]] = {}
+    for key in specs:
+        checks.setdefault(key.asset_key.to_user_string().removeprefix(f"{NAME}/"), set()).add(key.name)
+    unchecked = {key for key in LINEAGE if "residual" in key} | set(ENSEMBLES)
+    assert {key for key, names in checks.items() if names == {"bytes"}} == unchecked
+    assert {key for key, names in checks.items() if names == {"bytes", "health"}} == LINEAGE.keys() - unchecked | {"leaderboard"}
+
+
+def test_the_command_line_runs_without_the_checks_that_read_everything(empty: Laboratory):
+    graph = empty.catalogue.definitions(byte_checks=False).resolve_asset_graph()
+    assert {key.name for key in graph.asset_check_keys} == {"health"}
+
+
+@pytest.mark.parametrize(
+    "tags", [{}, {"dagster/backfill": "abcdefgh"}, {"dagster/auto_materialize": "true"}], ids=["ui", "backfill", "automation"]
+)
+def test_what_others_than_the_command_line_made_is_a_hit_for_it(empty: Laboratory, monkeypatch: pytest.MonkeyPatch, tags: dict[str, str]):
+    empty.run(select=["activations"])
+    where = Partition(LAYER, SEEDS[0])
+    members = [f"{NAME}/bagging/member_{j}" for j in (1, 2, 3)]
+    made = empty.materialise(members, where, tags)
+    assert all(event.metadata["cache_hit"].value is False for event in made.values())
+    monkeypatch.setattr(saes, "_train", lambda *_: pytest.fail("trained again"))
+    assert "nothing to do" in empty.run(seeds=[SEEDS[0]], select=["member_1", "member_2", "member_3"])
+    again = empty.materialise([*members, f"{NAME}/boosting/round_1"], where, tags)
+    assert all(again[key].metadata["cache_hit"].value is True for key in members)
+    assert again[f"{NAME}/boosting/round_1"].metadata["same as"].value == members[0]
+
+
+def test_tables_and_ensembles_link_to_their_saes_at_their_partition(finished: Laboratory):
+    where = Partition(LAYER, SEEDS[0])
+    keys = [f"{NAME}/eval/cost", f"{NAME}/bagging/bagging_ensemble"]
+    events = finished.materialise(keys, where)
+    page = f"/assets/{NAME}/bagging/member_2?view=partitions&partition={LAYER}%7C{SEEDS[0]}"
+    assert f"[member_2]({page})" in str(events[keys[0]].metadata["SAEs of bagging_ensemble"].value)
+    assert f"[member_2]({page})" in str(events[keys[1]].metadata["its SAEs"].value)
+    assert "[expanded](" in str(events[keys[0]].metadata["baselines"].value)
+    assert events[keys[1]].metadata["SAEs (J)"].value == 3
+    assert events[keys[1]].metadata["features"].value == 3 * 32
+    assert events[keys[1]].metadata["L0 [features per token]"].value == pytest.approx(12, abs=0.5)
+
+
+def _column_lineage(event: dg.AssetMaterialization) -> dict[str, set[tuple[str, str]]]:
+    """By column the assets, without their owner, and columns that it is computed from."""
+    lineage = event.metadata["dagster/column_lineage"].value
+    assert isinstance(lineage, dg.TableColumnLineage)
+    return {
+        column: {("/".join(dep.asset_key.path[1:]), dep.column_name) for dep in deps} for column, deps in lineage.deps_by_column.items()
+    }
+
+
+def test_column_lineage_leads_to_what_is_measured(finished: Laboratory):
+    where = Partition(LAYER, SEEDS[0])
+    events = finished.materialise([f"{NAME}/eval/{table}" for table in ("reconstruction", "cost")], where)
+    reconstruction, cost = (_column_lineage(event) for event in events.values())
+    saes = {*ENSEMBLES, *BASELINES}
+    assert reconstruction["explained_variance"] == {("activations", "test/activations")} | {(key, "weights") for key in saes}
+    assert reconstruction["sae_data_versions"] == {(key, "data_version") for key in saes}
+    assert reconstruction["language_model"] == {("activations", "language_model")}
+    assert "method" not in reconstruction
+    assert cost["train_seconds"] == {(key, "provenance") for key in saes}
 
 
 def test_materialisations_show_a_summary_and_where_things_lie(finished: Laboratory):

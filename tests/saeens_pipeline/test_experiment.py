@@ -365,9 +365,9 @@ def test_baselines_of_one_members_width_are_equal_and_trained_once(
 ):
     train, trained = saes._train, []
 
-    def counted(workplace: Any, tasks: Any, given: Any) -> None:
+    def counted(workplace: Any, tasks: Any, *others: Any) -> None:
         trained.extend(task.declaration.address.name for task in tasks)
-        train(workplace, tasks, given)
+        train(workplace, tasks, *others)
 
     monkeypatch.setattr(saes, "_train", counted)
     empty.declare(baselines=list(methods), expanded_sizes="all")
@@ -533,11 +533,11 @@ def test_a_run_that_failed_goes_on_where_it_stopped(empty: Laboratory, monkeypat
     empty.declare(ensemble={"members": 2, "seeds": [1]}, baselines=["expanded"])
     train, trained = saes._train, []
 
-    def fail_at_round_2(workplace: Any, tasks: Any, given: Any) -> None:
+    def fail_at_round_2(workplace: Any, tasks: Any, *others: Any) -> None:
         trained.extend(task.declaration.address.name for task in tasks)
         if trained.count("round_2") == 1 and tasks[0].declaration.address.name == "round_2":
             raise RuntimeError("the power went")
-        train(workplace, tasks, given)
+        train(workplace, tasks, *others)
 
     monkeypatch.setattr(saes, "_train", fail_at_round_2)
     with pytest.raises(RuntimeError, match="the power went"):

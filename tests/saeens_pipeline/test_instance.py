@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import dagster as dg
@@ -97,6 +100,28 @@ def test_runs_whose_process_was_killed_are_ended_and_others_are_not():
         states = {name: (instance.get_run_by_id(run.run_id) or run).status for name, run in runs.items()}
     started = dict.fromkeys(("here", "elsewhere", "of the UI"), dg.DagsterRunStatus.STARTED)
     assert states == {"gone": dg.DagsterRunStatus.FAILURE} | started
+
+
+def test_runs_whose_code_server_is_gone_are_cancelled_and_others_are_not():
+    @dg.op
+    def nothing() -> None: ...
+
+    @dg.job
+    def job() -> None:
+        nothing()
+
+    with dg.DagsterInstance.ephemeral() as instance, tempfile.TemporaryDirectory() as short, socket.socket(socket.AF_UNIX) as server:
+        server.bind(f"{short}/there")
+        server.listen()
+        places = {"there": {"socket": f"{short}/there"}, "gone": {"socket": f"{short}/gone"}, "elsewhere": {"port": 4000}}
+        runs = {
+            name: instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTED, tags={".dagster/grpc_info": json.dumps(place)})
+            for name, place in places.items()
+        }
+        end_dead_runs(instance)
+        states = {name: (instance.get_run_by_id(run.run_id) or run).status for name, run in runs.items()}
+    started = dict.fromkeys(("there", "elsewhere"), dg.DagsterRunStatus.STARTED)
+    assert states == {"gone": dg.DagsterRunStatus.CANCELED} | started
 
 
 def test_runs_of_the_command_line_are_seen_by_dagster(finished_laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 from pydantic import ValidationError
 from tiny_experiment import experiment_settings
 
 from saeens_pipeline.components import ExperimentSettings, SourceSettings
-from saeens_pipeline.storage.names import Address, Partition, validate_name
+from saeens_pipeline.storage.names import LEADERBOARD_ADDRESS, Address, Partition, is_above_artefacts, locate, validate_name
 from saeens_pipeline.storage.recipes import Store
 
 E = "pythia_160m_topk"
@@ -28,6 +28,7 @@ LAYER = Partition(layer=8)
         (Address(E, "baseline", "expanded"), f"{E}/baseline/expanded"),
         (Address(E, "eval", "stability"), f"{E}/eval/stability"),
         (Address(E, "report", "report"), f"{E}/report"),
+        (LEADERBOARD_ADDRESS, "leaderboard"),
     ],
 )
 def test_asset_keys(address: Address, key: str):
@@ -48,6 +49,7 @@ def test_asset_keys(address: Address, key: str):
         (Address(E, "baseline", "expanded_l0_matched"), E),
         (Address(E, "eval", "reconstruction"), E),
         (Address(E, "report", "report"), E),
+        (LEADERBOARD_ADDRESS, "leaderboard"),
     ],
 )
 def test_groups_hold_sources_then_saes_then_what_is_made_from_them(address: Address, group: str):
@@ -66,11 +68,38 @@ def test_groups_hold_sources_then_saes_then_what_is_made_from_them(address: Addr
         (Address(E, "baseline", "expanded"), BOTH, f"experiments/{E}/layer=8/seed=42/baseline/expanded"),
         (Address(E, "eval", "cost"), BOTH, f"tables/{E}/cost/layer=8/seed=42/part.parquet"),
         (Address(E, "eval", "stability"), LAYER, f"tables/{E}/stability/layer=8/part.parquet"),
+        (Address(E, "report", "report"), LAYER, f"reports/{E}/layer=8"),
+        (LEADERBOARD_ADDRESS, Partition(), "tables/leaderboard/part.parquet"),
     ],
 )
 def test_paths(address: Address, partition: Partition, path: str, tmp_path: Path):
     assert address.path(partition).as_posix() == path
     assert Store(tmp_path).path(address, partition) == tmp_path / path
+    assert locate(PurePosixPath(path)) == (address, partition)
+    assert all(is_above_artefacts(folder) for folder in PurePosixPath(path).parents[:-1])
+    assert not is_above_artefacts(PurePosixPath(path))
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "sources",
+        "sources/pythia_160m/tokens",
+        "sources/Pythia/tokens.zarr",
+        f"experiments/{E}/layer=8/seed=42/bagging",
+        f"experiments/{E}/layer=08/seed=42/bagging/member_1",
+        f"experiments/{E}/seed=42/layer=8/bagging/member_1",
+        f"experiments/{E}/layer=8/seed=42/stacking/member_1",
+        f"experiments/{E}/layer=8/seed=42/boosting/residual_1",
+        f"experiments/{E}/layer=8/seed=42/bagging/member_1/cfg.json",
+        f"tables/{E}/part.parquet",
+        f"tables/{E}/cost/layer=8/part.csv",
+        f"reports/{E}",
+        f"tables/../{E}/cost/layer=8/part.parquet",
+    ],
+)
+def test_no_other_path_is_an_artefacts(path: str):
+    assert locate(PurePosixPath(path)) is None
 
 
 def test_layer_and_seed_zero_are_partitions_like_others():

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 from tiny_experiment import EXPERIMENT, LAYER, MEMBERS, NAME, SEEDS, Laboratory
 
-from saeens_pipeline.assets import saes
+from saeens_pipeline.assets import evaluation, residuals, saes
 from saeens_pipeline.plan import Status, plan
 from saeens_pipeline.runs import experiment_status
 from saeens_pipeline.storage.names import Address, Partition
@@ -75,8 +77,12 @@ def test_a_changed_sae_or_training_makes_all_but_tokens_and_activations_stale(fi
     assert _reasons("fresh").keys() == {("tokens", None), ("activations", None)}
     assert len(stale) == N_ALL - 2
     assert reason in stale["bagging/member_1", SEEDS[0]]
-    assert "will be made again" in stale["boosting/residual_1", SEEDS[0]]
-    assert "will be made again" in stale["eval/stability", None]
+    first_cause = f"{NAME}/boosting/round_1, layer {LAYER}, seed {SEEDS[0]}, which is stale: "
+    assert stale["boosting/residual_1", SEEDS[0]].startswith(f"follows from {first_cause}")
+    assert reason in stale["boosting/residual_1", SEEDS[0]]
+    assert reason in stale["eval/stability", None]
+    n_roots = (MEMBERS + 1 + 2) * len(SEEDS)  # members, round 1 and baselines; later rounds follow from the first
+    assert f"; {n_roots - 1} more that it follows from are not fresh" in stale["eval/stability", None]
 
 
 def _comment(laboratory: Laboratory) -> None:
@@ -93,6 +99,7 @@ def _comment(laboratory: Laboratory) -> None:
         lambda laboratory: laboratory.declare(automation=False),
         lambda laboratory: laboratory.declare(evaluations=None),
         lambda laboratory: laboratory.declare(evaluation_memory_gb=0.5),
+        lambda laboratory: laboratory.declare(checks={"min_explained_variance": 0.9, "target_l0": 3}),
         lambda laboratory: laboratory.declare(expanded_sizes=[MEMBERS]),
         lambda laboratory: laboratory.declare(training=dict(reversed(TRAINING.items()))),
     ],
@@ -103,6 +110,7 @@ def _comment(laboratory: Laboratory) -> None:
         "automation",
         "all evaluations",
         "memory for evaluation",
+        "thresholds of checks",
         "the default said",
         "order of keys",
     ],
@@ -136,6 +144,18 @@ def test_a_changed_language_model_makes_everything_stale(finished: Laboratory):
     assert _states(experiment_status(NAME)) == {"stale": N_ALL}
 
 
+@pytest.mark.parametrize("module", [saes, evaluation, residuals], ids=["SAEs", "tables", "residuals"])
+def test_code_that_changes_without_its_version_makes_nothing_stale_and_trains_nothing(
+    finished: Laboratory, monkeypatch: pytest.MonkeyPatch, module: ModuleType
+):
+    """Functions of the builders are replaced, as by editing them; what they would make is not asked for."""
+    for name, function in vars(module).copy().items():
+        if inspect.isfunction(function) and function.__module__ == module.__name__ and name.startswith(("_train", "_write", "_evaluate")):
+            monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("made again"))
+    assert _states(experiment_status(NAME)) == {"fresh": N_ALL}
+    assert "no training" in finished.run()
+
+
 def test_one_more_layer_leaves_the_first_fresh(finished: Laboratory):
     finished.declare(source={"layers": [LAYER, 2]})
     statuses = experiment_status(NAME)
@@ -164,6 +184,34 @@ def test_an_artefact_that_was_removed_is_missing_and_what_follows_is_stale(finis
     tables = {f"eval/{table}" for table in TABLES if table != "stability"}
     after = {"boosting/residual_2", "boosting/round_3", "boosting/boosting_ensemble"} | tables
     assert _reasons("stale").keys() == {(name, 1) for name in after} | {("eval/stability", None)}
+
+
+def test_a_stale_chain_shows_its_root_by_address_and_partition(finished: Laboratory):
+    shutil.rmtree(finished.artefact("boosting/round_2", seed=1).path)
+    statuses = {(str(s.declaration.address), s.partition): s for s in experiment_status(NAME)}
+    root = statuses[f"{NAME}/boosting/round_2", Partition(LAYER, 1)]
+    for key, partition in (
+        ("boosting/round_3", Partition(LAYER, 1)),
+        ("eval/cost", Partition(LAYER, 1)),
+        ("eval/stability", Partition(LAYER)),
+    ):
+        status = statuses[f"{NAME}/{key}", partition]
+        assert status.causes == (root,), key
+        assert status.reason == f"follows from {NAME}/boosting/round_2, layer {LAYER}, seed 1, which is missing", key
+
+
+def test_an_input_that_was_made_again_is_named_by_address_and_versions(finished: Laboratory):
+    """As after another process has made the activations again: everything that was made from them is stale, they are not."""
+    finished.declare(source={"dtype": "float32"})
+    before = finished.artefact("activations").data_version
+    finished.run(select=["activations"])
+    after = finished.artefact("activations").data_version
+    stale = _reasons("stale")
+    assert stale["bagging/member_1", 1] == f"input {NAME}/activations, layer {LAYER}: {before} -> {after}"
+    assert stale["boosting/round_1", 2] == stale["bagging/member_1", 1]
+    assert stale["eval/cost", 1].startswith(
+        f"follows from {NAME}/bagging/member_1, layer {LAYER}, seed 1, which is stale: input {NAME}/act"
+    )
 
 
 def test_a_changed_builder_makes_what_it_builds_stale(finished: Laboratory, monkeypatch: pytest.MonkeyPatch):

@@ -340,6 +340,38 @@ def test_bytes_that_were_changed_by_hand_are_no_hit(store: Store):
         store.require(MEMBER, WHERE)
 
 
+def test_bytes_that_were_changed_without_a_trace_are_no_hit_once_the_artefact_is_distrusted(store: Store):
+    artefact = _write(store)
+    file = artefact.path / min(FILES)
+    times = file.stat()
+    file.write_bytes(bytes(len(FILES[min(FILES)])))
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert store.hit(MEMBER, WHERE, RECIPE)
+    artefact.distrust()
+    assert store.hit(MEMBER, WHERE, RECIPE) is None
+
+
+def test_a_whole_artefact_that_was_distrusted_is_a_hit(store: Store):
+    _write(store).distrust()
+    assert store.hit(MEMBER, WHERE, RECIPE)
+
+
+@pytest.mark.parametrize("part", ["data_version", "recipe", "files"])
+def test_a_record_that_was_changed_by_hand_is_damaged(store: Store, part: str):
+    file = _write(store).path / RECIPE_FILE
+    record = json.loads(file.read_text())
+    match part:
+        case "data_version":
+            record[part] = "0" * 16
+        case "recipe":
+            record[part]["settings"]["k"] = 99
+        case _:
+            record[part] |= {min(FILES): [len(FILES[min(FILES)]), "0" * 64]}
+    file.write_text(json.dumps(record))
+    with pytest.raises(DamagedArtefactError, match="its data version does not follow"):
+        store.find(MEMBER, WHERE)
+
+
 def test_a_copied_artefact_is_a_hit_and_its_bytes_are_read_once(store: Store, monkeypatch: pytest.MonkeyPatch):
     file = _write(store).path / min(FILES)
     os.utime(file, ns=(2**62, 2**62))
@@ -393,7 +425,7 @@ def _value_bytes(path: Path) -> list[int]:
     return [position for end in ends for position in range(end - 8, end)]
 
 
-def test_verify_finds_a_flipped_byte_in_the_values_of_a_table(store: Store):
+def test_a_flipped_byte_in_the_values_of_a_table_is_found(store: Store):
     artefact = _write_table(store)
     assert artefact.verify() == []
     whole = artefact.path.read_bytes()
@@ -401,15 +433,18 @@ def test_verify_finds_a_flipped_byte_in_the_values_of_a_table(store: Store):
         content = bytearray(whole)
         content[position] ^= 1
         artefact.path.write_bytes(content)
-        (message,) = store.require(TABLE, WHERE).verify()
+        (message,) = recipes.read_artefact(artefact.path).verify()
         assert str(artefact.path) in message, position
+        assert store.hit(TABLE, WHERE, RECIPE) is None, position
 
 
-def test_verify_finds_rows_that_were_written_by_someone_else(store: Store):
+def test_rows_that_were_written_by_someone_else_are_found(store: Store):
     artefact = _write_table(store)
     footer = pq.read_metadata(artefact.path).metadata[recipes.FOOTER_KEY.encode()].decode()
     ROWS.with_columns(tokens=pl.col("tokens") + 1).write_parquet(artefact.path, metadata={recipes.FOOTER_KEY: footer})
-    assert store.require(TABLE, WHERE).verify()
+    assert recipes.read_artefact(artefact.path).verify()
+    with pytest.raises(DamagedArtefactError, match="the rows are not those that were written"):
+        store.find(TABLE, WHERE)
 
 
 # sharing and dropping bytes

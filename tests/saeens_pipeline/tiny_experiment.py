@@ -93,6 +93,7 @@ class Laboratory:
         """
         monkeypatch.setenv("SAEENS_DATA", str(self.root))
         monkeypatch.setenv("DAGSTER_HOME", "")
+        monkeypatch.delenv("SAEENS_EXPERIMENTS", raising=False)
         monkeypatch.setattr(defs, "__path__", [str(self.folder)])
         monkeypatch.setattr(sources, "open_corpus", lambda name: CORPUS)
         if not keep_events:
@@ -137,7 +138,9 @@ class Laboratory:
         run_experiment(NAME, layers=layers, seeds=seeds, select=select, console=Console(file=printed, width=200))
         return printed.getvalue()
 
-    def materialise(self, keys: Sequence[str], partition: Partition) -> dict[str, dg.AssetMaterialization]:
+    def materialise(
+        self, keys: Sequence[str], partition: Partition, tags: Mapping[str, str] | None = None
+    ) -> dict[str, dg.AssetMaterialization]:
         """Make assets as the UI does, whatever is there already; gives the events by asset key."""
         catalogue, declarations = self.catalogue, self.declarations()
         job = catalogue.definitions().resolve_implicit_global_asset_job_def()
@@ -147,6 +150,7 @@ class Laboratory:
                 instance=instance,
                 partition_key=partition_key(declarations[keys[0]], partition),
                 asset_selection=[dg.AssetKey(key.split("/")) for key in keys],
+                tags=tags,
                 run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
             )
         made = [event.step_materialization_data.materialization for event in result.get_asset_materialization_events()]

@@ -1,0 +1,38 @@
+"""A step in parts, where a batch at once does not fit into the device's memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from saeens_models.architectures import SAE, Objective
+from saeens_models.kernels import Team
+
+
+def backpropagate(
+    sae: SAE, x: Tensor, dead_mask: Tensor, sparsity_scale: float, team: Team | None, *, micro_batch_tokens: int | None
+) -> Objective:
+    """``sae.backpropagate`` on a batch `[n, d_in]`, at most ``micro_batch_tokens`` at a time: the same objective, but for rounding.
+
+    Losses are means over tokens, and no token's depends on another: those of the parts count by their tokens, and so do the gradients.
+    Beside a part's own memory it takes one more tensor of the size of each weight. None takes the batch at once.
+    """
+    if micro_batch_tokens is None or len(x) <= micro_batch_tokens:
+        return sae.backpropagate(x, dead_mask, sparsity_scale, team)
+    gradients = {name: torch.zeros_like(parameter) for name, parameter in sae.named_parameters()}
+    parts = x.split(micro_batch_tokens)
+    objectives: list[Objective] = []
+    for part in parts:
+        objectives.append(sae.backpropagate(part, dead_mask, sparsity_scale, team))
+        for name, parameter in sae.named_parameters():
+            if parameter.grad is not None:
+                gradients[name].add_(parameter.grad, alpha=len(part) / len(x))
+    for name, parameter in sae.named_parameters():
+        parameter.grad = gradients[name]
+    shares = torch.tensor([len(part) / len(x) for part in parts], device=x.device)
+    return Objective(
+        loss=torch.stack([each.loss for each in objectives]) @ shares,
+        terms={name: torch.stack([each.terms[name] for each in objectives]) @ shares for name in objectives[0].terms},
+        x_hat=torch.cat([each.x_hat for each in objectives]),
+        fire_counts=torch.stack([each.fire_counts for each in objectives]).sum(dim=0),
+    )

@@ -1,0 +1,123 @@
+"""How many SAEs are trained together, and on how much of a batch at once, so that they fit into the memory there is."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+from saeens_pipeline.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from saeens_models import SAEConfig
+
+Item = TypeVar("Item")
+logger = logging.getLogger(__name__)
+
+FEWEST_TOKENS = 64
+"""A micro-batch of fewer is not tried: what does not fit then are the weights."""
+
+
+class Portion(NamedTuple):
+    """How much is done at a time."""
+
+    n_saes: int
+    micro_batch_tokens: int | None
+    """None: whole batches."""
+
+    def half(self, batch_tokens: int) -> Portion | None:
+        """Half of the SAEs; of one, half of the tokens; None where that is as little as it gets."""
+        if self.n_saes > 1:
+            return self._replace(n_saes=(self.n_saes + 1) // 2)
+        tokens = (self.micro_batch_tokens or batch_tokens) // 2
+        return self._replace(micro_batch_tokens=tokens) if tokens >= FEWEST_TOKENS else None
+
+    def __str__(self) -> str:
+        tokens = "whole batches" if self.micro_batch_tokens is None else f"micro-batches of {self.micro_batch_tokens} tokens"
+        return f"{self.n_saes} SAE{'s' if self.n_saes > 1 else ''} at once, {tokens}"
+
+
+class MemoryPlan(NamedTuple):
+    """What SAEs are trained with, and what was tried before and did not fit."""
+
+    portion: Portion
+    too_much: tuple[Portion, ...] = ()
+
+
+def train_in_portions(saes: Sequence[Item], batch_tokens: int, first: Portion, train: Callable[[Sequence[Item], MemoryPlan], None]) -> None:
+    """Call `train` with as many of the SAEs at a time as `first` says, until all are trained.
+
+    Where memory runs out the portion is halved, and what was being trained begins anew: SAEs do not depend on those beside them, and
+    a batch in parts has the same gradients but for rounding. Raises what ran out of memory where less cannot be tried.
+    """
+    plan, done = MemoryPlan(first), 0
+    while done < len(saes):
+        group = saes[done : done + plan.portion.n_saes]
+        tried = plan.portion._replace(n_saes=len(group))
+        with _smaller_if_out_of_memory(tried, batch_tokens) as smaller:
+            train(group, plan)
+        if smaller:
+            _free_memory()
+            logger.warning("out of memory with %s: going on with %s", tried, smaller[0])
+            plan = MemoryPlan(smaller[0], (*plan.too_much, tried))
+        else:
+            done += len(group)
+
+
+def portion_within(memory_gb: float, configs: Sequence[SAEConfig], batch_tokens: int, name: str) -> Portion:
+    """As many of the SAEs, and as much of a batch, as should fit into `memory_gb`; 0 is no limit.
+
+    In float32 a weight takes four numbers (itself, its gradient, two moments), and a token one for each feature and eight for each
+    dimension: what the plain step needs, compiled ones need less. Raises ConfigurationError where not even one SAE fits.
+    """
+    everything = Portion(len(configs), None)
+    if not memory_gb:
+        return everything
+    budget = memory_gb * 1e9
+    largest = max(configs, key=lambda config: config.d_sae)
+    weights = 16 * (2 * largest.d_in * largest.d_sae + 2 * largest.d_sae + largest.d_in)
+    token = 4 * (largest.d_sae + 8 * largest.d_in)
+    fitting = int(budget // (weights + batch_tokens * token))
+    if fitting:
+        return everything._replace(n_saes=min(fitting, len(configs)))
+    tokens = int((budget - weights) // token)
+    if tokens < min(FEWEST_TOKENS, batch_tokens):
+        least = (weights + FEWEST_TOKENS * token) / 1e9
+        raise ConfigurationError(
+            f"SAEENS_MEMORY_GB={memory_gb:g}: one SAE of {name} (d_in {largest.d_in}, d_sae {largest.d_sae}) takes at least {least:.2g} GB"
+        )
+    return Portion(1, tokens)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, of the device or of the machine."""
+    torch = sys.modules.get("torch")
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+@contextlib.contextmanager
+def _smaller_if_out_of_memory(tried: Portion, batch_tokens: int) -> Iterator[list[Portion]]:
+    """Give a list that holds the next portion to try once the memory ran out inside; other errors go their way.
+
+    The error, whose traceback holds on to the tensors, ends here.
+    """
+    smaller: list[Portion] = []
+    try:
+        yield smaller
+    except Exception as error:
+        half = tried.half(batch_tokens) if is_out_of_memory(error) else None
+        if half is None:
+            raise
+        smaller.append(half)
+
+
+def _free_memory() -> None:
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()

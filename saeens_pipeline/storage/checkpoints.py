@@ -1,0 +1,51 @@
+"""Where trainings keep their state while they run, and how often they write it. Neither decides what comes of them.
+
+checkpoints/OP/layer=8/seed=42.safetensors
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from pathlib import Path, PurePosixPath
+
+from saeens_pipeline.errors import ConfigurationError
+from saeens_pipeline.storage.names import Partition
+
+FOLDER = "checkpoints"
+SECONDS_VARIABLE = "SAEENS_CHECKPOINT_SECONDS"
+_DEFAULT_SECONDS = 300.0
+_FILE = re.compile(rf"{FOLDER}/(?P<op>\w+)/(?:layer=(?P<layer>\d+)/)?\.?seed=(?P<seed>\d+)\.safetensors(?:\.partial)?")
+
+
+def checkpoint_file(root: Path, op_name: str, partition: Partition) -> Path:
+    """The checkpoint of the SAEs that one op trains together; `root` is the store's."""
+    *folders, name = [f"{name}={value}" for name, value in partition._asdict().items() if value is not None]
+    return root.joinpath(FOLDER, op_name, *folders, f"{name}.safetensors")
+
+
+def locate_checkpoint(path: PurePosixPath) -> tuple[str, Partition] | None:
+    """The op and the partition that a path relative to the data root is the checkpoint of, written or half written; or None."""
+    found = _FILE.fullmatch(str(path))
+    if found is None:
+        return None
+    layer, seed = (int(number) if number else None for number in found.group("layer", "seed"))
+    return found["op"], Partition(layer, seed)
+
+
+def checkpoint_seconds() -> float | None:
+    """Seconds between two checkpoints: SAEENS_CHECKPOINT_SECONDS, 300 where it is not set; None, for no checkpoints, where it is `off`.
+
+    Raises ConfigurationError for anything else than a number of at least 0.
+    """
+    chosen = os.environ.get(SECONDS_VARIABLE, "").strip()
+    if chosen == "off":
+        return None
+    try:
+        seconds = float(chosen) if chosen else _DEFAULT_SECONDS
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise ConfigurationError(f"{SECONDS_VARIABLE}={chosen}: expected a number of seconds, 0 or more, or off")
+    return seconds

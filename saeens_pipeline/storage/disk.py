@@ -1,0 +1,14 @@
+"""A disk that is full."""
+
+from __future__ import annotations
+
+import errno
+
+
+def is_full_disk(error: BaseException | None) -> bool:
+    """Whether an error or what caused it is ENOSPC; safetensors and polars raise it under names of their own."""
+    while error is not None:
+        if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "os error 28" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

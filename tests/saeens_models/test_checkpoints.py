@@ -1,0 +1,356 @@
+"""Checkpoints: a training that is interrupted, however, goes on where it was and ends with the bits of one that was not."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+import saeens_models as sm
+from saeens_models.training import CheckpointError, CurvePoint, NonFiniteLossError, checkpoints
+
+D_IN, N_BATCHES, BATCH_TOKENS = 12, 24, 48
+CONFIGS = [
+    sm.SAEConfig(architecture="topk", d_in=D_IN, d_sae=40, k=3, init_seed=1),
+    sm.SAEConfig(architecture="jumprelu", d_in=D_IN, d_sae=32, init_seed=2),
+    sm.SAEConfig(architecture="standard", d_in=D_IN, d_sae=32, init_seed=3),
+]
+TRAINING = sm.TrainingConfig(
+    learning_rate=0.01,
+    total_tokens=N_BATCHES * BATCH_TOKENS,
+    learning_rate_warmup_fraction=0.2,
+    learning_rate_decay_fraction=0.4,
+    sparsity_warmup_fraction=0.5,
+    dead_after_tokens=3 * BATCH_TOKENS,
+    normalize_activations="expected_average_only_in",
+    input_scale=0.5,
+    input_mean=(0.1,) * D_IN,
+)
+TRAIN = {"side by side": sm.train, "concurrent rounds": sm.train_boosting_concurrently}
+either = pytest.mark.parametrize("train", TRAIN.values(), ids=TRAIN)
+
+
+class PowerCutError(Exception):
+    """What stands for the end of a process where the test itself has to live on."""
+
+
+def _batches(n_batches: int = N_BATCHES) -> Iterator[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.randn(30, D_IN, generator=generator)
+    for number in range(n_batches):
+        codes = torch.rand(BATCH_TOKENS, 30, generator=generator) * (torch.rand(BATCH_TOKENS, 30, generator=generator) < 0.1)
+        yield codes @ basis * (1 + number % 3)
+
+
+def _cut_after(n_batches: int) -> Iterator[Tensor]:
+    yield from _batches(n_batches)
+    raise PowerCutError
+
+
+def _weights(saes: list[sm.SAE]) -> list[dict[str, Tensor]]:
+    return [{name: weight.clone() for name, weight in sae.state_dict().items()} for sae in saes]
+
+
+@cache
+def _undisturbed(train: Callable) -> list[dict[str, Tensor]]:
+    return _weights(train(CONFIGS, _batches(), TRAINING))
+
+
+def _same_bits(one: list[dict[str, Tensor]], other: list[dict[str, Tensor]]) -> bool:
+    bits = [[{name: weight.contiguous().numpy().tobytes() for name, weight in each.items()} for each in side] for side in (one, other)]
+    return bits[0] == bits[1]
+
+
+def _interrupted(file: Path, train: Callable = sm.train, configs: list = CONFIGS, after: int = 10, **options) -> None:
+    with pytest.raises(PowerCutError):
+        train(configs, _cut_after(after), TRAINING, checkpoints=sm.Checkpoints(file, interval_seconds=0, **options))
+
+
+@either
+@pytest.mark.parametrize("after", [1, 10, N_BATCHES - 1])
+def test_an_interrupted_training_ends_with_the_bits_of_one_that_was_not(train: Callable, after: int, tmp_path: Path):
+    curve: list[Sequence[CurvePoint]] = []
+    before: list[Sequence[CurvePoint]] = []
+    resumed: list[Sequence[CurvePoint]] = []
+    train(CONFIGS, _batches(), TRAINING, curve.append)
+    file = tmp_path / "folder" / "state.safetensors"
+    with pytest.raises(PowerCutError):
+        train(CONFIGS, _cut_after(after), TRAINING, before.append, checkpoints=sm.Checkpoints(file, interval_seconds=0))
+    going_on = sm.Checkpoints(file, interval_seconds=0)
+    saes = train(CONFIGS, _batches(), TRAINING, resumed.append, checkpoints=going_on)
+    assert going_on.resumed_at_tokens == [after * BATCH_TOKENS]
+    assert going_on.seconds_before > 0
+    assert _same_bits(_weights(saes), _undisturbed(train))
+    assert resumed == curve
+    assert resumed[: len(before)] == before
+
+
+@either
+def test_checkpoints_change_no_bit_of_an_undisturbed_training(train: Callable, tmp_path: Path):
+    with_checkpoints = train(CONFIGS, _batches(), TRAINING, checkpoints=sm.Checkpoints(tmp_path / "s", interval_seconds=0))
+    assert _same_bits(_weights(with_checkpoints), _undisturbed(train))
+
+
+def test_what_was_consumed_of_a_stream_that_can_seek_is_not_made_again(tmp_path: Path):
+    class Seekable:
+        def __iter__(self) -> Iterator[Tensor]:
+            raise AssertionError("the stream is read from its beginning")
+
+        def starting_at(self, step: int) -> Iterator[Tensor]:
+            started.append(step)
+            return iter([*_batches()][step:])
+
+    started: list[int] = []
+    _interrupted(tmp_path / "state")
+    saes = sm.train(CONFIGS, Seekable(), TRAINING, checkpoints=sm.Checkpoints(tmp_path / "state"))
+    assert started == [10]
+    assert _same_bits(_weights(saes), _undisturbed(sm.train))
+
+
+def test_a_stream_of_unknown_length_that_was_cut_after_its_last_batch_is_finished(tmp_path: Path):
+    training = sm.TrainingConfig(learning_rate=0.01)
+    with pytest.raises(PowerCutError):
+        sm.train(CONFIGS, _cut_after(5), training, checkpoints=sm.Checkpoints(tmp_path / "state", interval_seconds=0))
+    curve: list[Sequence[CurvePoint]] = []
+    saes = sm.train(CONFIGS, _batches(5), training, curve.append, checkpoints=sm.Checkpoints(tmp_path / "state"))
+    assert _same_bits(_weights(saes), _weights(sm.train(CONFIGS, _batches(5), training)))
+    assert [point.step for point in curve[-1]] == [5, 5, 5]
+
+
+def test_some_of_the_saes_can_go_on_without_the_others(tmp_path: Path):
+    _interrupted(tmp_path / "state")
+    going_on = sm.Checkpoints(tmp_path / "state")
+    saes = sm.train([CONFIGS[2], CONFIGS[0]], _batches(), TRAINING, checkpoints=going_on)
+    undisturbed = _undisturbed(sm.train)
+    assert going_on.resumed_at_tokens == [10 * BATCH_TOKENS]
+    assert _same_bits(_weights(saes), [undisturbed[2], undisturbed[0]])
+
+
+OTHERS = {
+    "another configuration": ([*CONFIGS[:2], CONFIGS[2].model_copy(update={"init_seed": 9})], TRAINING, ["a", "b", "c"]),
+    "another training": (CONFIGS, TRAINING.model_copy(update={"learning_rate": 0.02}), ["a", "b", "c"]),
+    "another recipe": (CONFIGS, TRAINING, ["a", "b", "d"]),
+    "one more SAE": ([*CONFIGS, CONFIGS[0].model_copy(update={"init_seed": 9})], TRAINING, ["a", "b", "c", "d"]),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_checkpoint_of_something_else_is_said_removed_and_not_used(other: str, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    configs, training, recipes = OTHERS[other]
+    file = tmp_path / "state"
+    _interrupted(file, recipes=["a", "b", "c"])
+    fresh = sm.Checkpoints(file, recipes=recipes)
+    saes = sm.train(configs, _batches(), training, checkpoints=fresh)
+    assert "is a checkpoint of other SAEs" in caplog.text
+    assert not file.exists()
+    assert fresh.resumed_at_tokens == []
+    assert _same_bits(_weights(saes), _weights(sm.train(configs, _batches(), training)))
+
+
+def test_rounds_are_not_taken_for_saes_that_were_trained_side_by_side(tmp_path: Path):
+    _interrupted(tmp_path / "state")
+    fresh = sm.Checkpoints(tmp_path / "state")
+    saes = sm.train_boosting_concurrently(CONFIGS, _batches(), TRAINING, checkpoints=fresh)
+    assert fresh.resumed_at_tokens == []
+    assert _same_bits(_weights(saes), _undisturbed(sm.train_boosting_concurrently))
+
+
+def _cut_short(contents: bytes) -> bytes:
+    return contents[: len(contents) * 2 // 3]
+
+
+def _flip_a_weight(contents: bytes) -> bytes:
+    return contents[:-5] + bytes([contents[-5] ^ 1]) + contents[-4:]
+
+
+def _move_the_position(contents: bytes) -> bytes:
+    return contents.replace(b'\\"steps\\": 10', b'\\"steps\\": 11')
+
+
+@pytest.mark.parametrize("damage", [_cut_short, _flip_a_weight, _move_the_position, lambda _: b"", lambda _: b"{}" * 500])
+def test_a_damaged_checkpoint_is_said_removed_and_not_used(damage: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    file = tmp_path / "state"
+    _interrupted(file)
+    whole = file.read_bytes()
+    file.write_bytes(damage(whole))
+    assert file.read_bytes() != whole
+    saes = sm.train(CONFIGS, _batches(), TRAINING, checkpoints=sm.Checkpoints(file))
+    assert f"{file} is damaged" in caplog.text
+    assert not file.exists()
+    assert _same_bits(_weights(saes), _undisturbed(sm.train))
+
+
+def test_a_checkpoint_is_plain_safetensors_and_json(tmp_path: Path):
+    _interrupted(tmp_path / "state")
+    with safe_open(tmp_path / "state", "pt") as opened:
+        record = json.loads(opened.metadata()["training"])
+        weights = {name for name in opened.keys() if name.startswith("1.weight.")}  # noqa: SIM118 (not a mapping)
+    assert (record["steps"], record["tokens"]) == (10, 10 * BATCH_TOKENS)
+    assert weights == {f"1.weight.{name}" for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")}
+
+
+def test_a_full_disk_says_what_is_needed_and_keeps_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = tmp_path / "state"
+    _interrupted(file)
+    before = file.read_bytes()
+
+    def half(tensors: object, path: Path, metadata: object) -> None:
+        path.write_bytes(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "save_file", half)
+        with pytest.raises(
+            CheckpointError, match=r"a checkpoint of [\d,]+ bytes cannot be written.*No space left.*the one before, is kept"
+        ):
+            sm.train(CONFIGS, _batches(), TRAINING, checkpoints=sm.Checkpoints(file, interval_seconds=0))
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]
+    assert file.read_bytes() == before
+    saes = sm.train(CONFIGS, _batches(), TRAINING, checkpoints=sm.Checkpoints(file))
+    assert _same_bits(_weights(saes), _undisturbed(sm.train))
+
+
+def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(tmp_path: Path):
+    batches = [*_batches()]
+    batches[7] = batches[7] * float("nan")
+    with pytest.raises(NonFiniteLossError, match=rf"at step 8.*last good checkpoint is .*state, after {7 * BATCH_TOKENS} tokens"):
+        sm.train(CONFIGS, batches, TRAINING, checkpoints=sm.Checkpoints(tmp_path / "state", interval_seconds=0))
+
+
+def test_weights_that_are_not_finite_are_not_kept(tmp_path: Path):
+    """A gradient may overflow in a step whose loss is finite: the next loss shows it."""
+    batches = [*_batches()]
+    batches[7] = batches[7] * 1e18
+    with pytest.raises(NonFiniteLossError, match=rf"at step [89].*last good checkpoint is .*state, after {7 * BATCH_TOKENS} tokens"):
+        sm.train(CONFIGS[2:], batches, TRAINING, checkpoints=sm.Checkpoints(tmp_path / "state", interval_seconds=0))
+
+
+def test_a_slow_disk_is_written_to_less_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    now = 0.0
+    monkeypatch.setattr(checkpoints.time, "monotonic", lambda: now)
+    kept = sm.Checkpoints(tmp_path / "state", interval_seconds=60)
+    written: list[float] = []
+
+    def slow(*_: object) -> None:
+        nonlocal now
+        written.append(now)
+        now += 10
+
+    monkeypatch.setattr(checkpoints, "_write", slow)
+
+    def batches() -> Iterator[Tensor]:
+        nonlocal now
+        for batch in _batches():
+            now += 50
+            yield batch
+
+    sm.train(CONFIGS[:1], batches(), TRAINING, checkpoints=kept)
+    assert written == [100, 610, 1120]  # 60 seconds after the beginning, then 50 times the 10 that writing takes
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_training_after_the_step_and_with_a_checkpoint(signum: signal.Signals, tmp_path: Path):
+    class TerminatedError(BaseException):
+        pass
+
+    def end(*_: object) -> None:
+        raise TerminatedError
+
+    def batches() -> Iterator[Tensor]:
+        for number, batch in enumerate(_batches()):
+            if number == 6:
+                signal.raise_signal(signum)
+            yield batch
+
+    before = signal.signal(signum, end)
+    try:
+        with pytest.raises(TerminatedError):
+            sm.train(CONFIGS, batches(), TRAINING, checkpoints=sm.Checkpoints(tmp_path / "state"))
+        assert signal.getsignal(signum) is end
+    finally:
+        signal.signal(signum, before)
+    going_on = sm.Checkpoints(tmp_path / "state")
+    saes = sm.train(CONFIGS, _batches(), TRAINING, checkpoints=going_on)
+    assert going_on.resumed_at_tokens == [7 * BATCH_TOKENS]
+    assert _same_bits(_weights(saes), _undisturbed(sm.train))
+
+
+def test_a_second_signal_does_not_wait():
+    def batches() -> Iterator[Tensor]:
+        for batch in _batches():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            yield batch
+
+    with pytest.raises(KeyboardInterrupt):
+        sm.train(CONFIGS, batches(), TRAINING, checkpoints=sm.Checkpoints("never written"))
+
+
+def test_another_number_of_recipes_is_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match="2 recipes for 3 SAEs"):
+        sm.train(CONFIGS, _batches(), TRAINING, checkpoints=sm.Checkpoints(tmp_path / "state", recipes=["a", "b"]))
+
+
+KILLS = 12  # for each way to train
+SERVER = """
+import random, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)  # no thread is running when children are forked
+sys.path.insert(0, sys.argv[1])
+import saeens_models as sm
+import test_checkpoints as t
+from killed_process import count_calls, run_and_kill
+from saeens_models.training import load_kernels
+load_kernels()
+folder, chosen = Path(sys.argv[2]), random.Random(7)
+
+for name, train in t.TRAIN.items():
+    file, result = folder / "state", folder / "result.pt"
+    def work():
+        kept = sm.Checkpoints(file, interval_seconds=0)
+        saes = train(t.CONFIGS, t._batches(), t.TRAINING, checkpoints=kept)
+        torch.save([t._weights(saes), kept.resumed_at_tokens], result)
+        kept.remove()
+    n_calls = count_calls(work)
+    expected, _ = torch.load(result)
+    kills, finished, resumed, died = 0, 0, 0, None
+    while kills < t.KILLS or died != 0:
+        died = run_and_kill(work, chosen.randrange(n_calls * 2 // 3))
+        assert died in (0, -9), died
+        kills += died == -9
+        if died == 0:
+            weights, resumptions = torch.load(result)
+            assert t._same_bits(weights, expected), (name, resumptions)
+            finished, resumed = finished + 1, max(resumed, len(resumptions))
+            assert [path.name for path in folder.iterdir()] == ["result.pt"]
+    print(name, kills, finished, resumed)
+"""
+
+
+def test_a_training_that_is_killed_at_random_points_ends_with_the_bits_of_one_that_is_not(tmp_path: Path):
+    """SIGKILL at 24 seeded points: inside steps, while a checkpoint is written, before and after its rename."""
+    command = [sys.executable, "-c", SERVER, str(Path(__file__).parent), str(tmp_path)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""})
+    assert done.returncode == 0, done.stderr
+    counts = [list(map(int, line.split()[-3:])) for line in done.stdout.splitlines()]
+    assert sum(kills for kills, _, _ in counts) >= 20
+    assert all(finished >= 1 and resumed >= 1 for _, finished, resumed in counts), done.stdout
+
+
+def test_what_is_logged_is_logged_by_the_package(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO, "saeens_models")
+    _interrupted(tmp_path / "state")
+    sm.train(CONFIGS, _batches(), TRAINING, checkpoints=sm.Checkpoints(tmp_path / "state"))
+    assert f"training goes on from {tmp_path / 'state'}, after step 10 and {10 * BATCH_TOKENS} tokens" in caplog.text

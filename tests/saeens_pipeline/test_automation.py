@@ -1,0 +1,270 @@
+"""What is made without anybody asking: each thing once, in order, when what it needs is there, and only where automation is on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+from tiny_experiment import EXPERIMENT, LAYER, NAME, SEEDS, Laboratory, experiment_file, experiment_settings, source_settings
+
+from saeens_pipeline.automation import layers_sensor
+from saeens_pipeline.instance import declare_layers, layers_name, register_layers
+from saeens_pipeline.storage.recipes import digest
+
+TOKENS, ACTIVATIONS, STABILITY = (f"{NAME}/{key}" for key in ("tokens", "activations", "eval/stability"))
+SAES = {f"{NAME}/bagging/member_{j}" for j in (1, 2, 3)} | {f"{NAME}/boosting/round_{j}" for j in (1, 2, 3)}
+BASELINES = {f"{NAME}/baseline/expanded"}
+ENSEMBLES = {f"{NAME}/bagging/bagging_ensemble", f"{NAME}/boosting/boosting_ensemble"}
+RESIDUALS = {f"{NAME}/boosting/residual_{j}" for j in (1, 2)}
+TABLES = {f"{NAME}/eval/{table}" for table in ("reconstruction", "cost")}
+AUTOMATED: dict[str, Any] = {"automation": True, "baselines": ["expanded"], "evaluations": ["reconstruction", "cost", "stability"]}
+PER_SEED = SAES | BASELINES | ENSEMBLES | RESIDUALS | TABLES
+
+SCHEDULE = f"{NAME}_retraining_schedule"
+Requests = dict[str | None, set[str]]  # asset keys by partition
+
+
+@dataclass
+class Daemon:
+    """What Dagster's daemon does: evaluates the conditions, and makes what they ask for in one run for each partition."""
+
+    laboratory: Laboratory
+    instance: dg.DagsterInstance
+    cursor: Any = None
+    failed: list[str | None] = field(default_factory=list)
+
+    def tick(self) -> Requests:
+        """What is asked for now. The leaderboard is left out."""
+        definitions = self.laboratory.catalogue.definitions()
+        result = dg.evaluate_automation_conditions(definitions, self.instance, cursor=self.cursor)
+        self.cursor = result.cursor
+        requested: Requests = {}
+        for spec in definitions.resolve_all_asset_specs():
+            for partition in result.get_requested_partitions(spec.key):
+                requested.setdefault(partition, set()).add(spec.key.to_user_string())
+        return {partition: rest for partition, keys in requested.items() if (rest := keys - {"leaderboard"})}
+
+    def next(self) -> Requests:
+        """What the next tick asks for, or the one after: what is new, or was in progress a moment ago, waits for one."""
+        return self.tick() or self.tick()
+
+    def make(self, requested: Requests) -> None:
+        """Make what was asked for; remember the partitions where that failed."""
+        job = self.laboratory.catalogue.definitions().resolve_implicit_global_asset_job_def()
+        for partition, keys in requested.items():
+            run = job.execute_in_process(
+                instance=self.instance,
+                partition_key=partition,
+                asset_selection=[dg.AssetKey(key.split("/")) for key in keys],
+                run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
+                raise_on_error=False,
+            )
+            if not run.success:
+                self.failed.append(partition)
+
+    def pretend(self, requested: Requests) -> None:
+        """Record what was asked for as made, with a data version that follows from code versions as a recipe's does."""
+        specs = {spec.key.to_user_string(): spec for spec in self.laboratory.catalogue.definitions().resolve_all_asset_specs()}
+
+        def version(key: str) -> str:
+            return digest([specs[key].code_version, [version(dep.asset_key.to_user_string()) for dep in specs[key].deps]])
+
+        for partition, keys in requested.items():
+            for key in sorted(keys):
+                event = dg.AssetMaterialization(specs[key].key, partition=partition, tags={"dagster/data_version": version(key)})
+                self.instance.report_runless_asset_event(event)
+
+    def work(self, *, really: bool = False) -> list[Requests]:
+        """Make, or pretend to make, what is asked for, until that is nothing."""
+        history: list[Requests] = []
+        while requested := self.next():
+            history.append(requested)
+            (self.make if really else self.pretend)(requested)
+            assert len(history) < 10, f"never comes to rest: {history}"
+        return history
+
+
+@pytest.fixture
+def daemon(empty: Laboratory) -> Iterator[Daemon]:
+    empty.declare(**AUTOMATED)
+    with dg.DagsterInstance.ephemeral() as instance:
+        register_layers(instance, NAME, [LAYER])
+        yield Daemon(empty, instance)
+
+
+def _per_seed(keys: set[str], layer: int = LAYER) -> Requests:
+    return {f"{layer}|{seed}": keys for seed in SEEDS}
+
+
+CHAIN = [{None: {TOKENS}}, {str(LAYER): {ACTIVATIONS}}, _per_seed(PER_SEED), {str(LAYER): {STABILITY}}]
+
+
+def test_all_is_asked_for_once_in_order_and_then_nothing(daemon: Daemon):
+    assert daemon.work(really=True) == CHAIN
+    assert not daemon.failed
+
+
+def test_a_new_layer_is_made_and_nothing_else_again(daemon: Daemon):
+    daemon.work()
+    register_layers(daemon.instance, NAME, [0])
+    assert daemon.work() == [{"0": {ACTIVATIONS}}, _per_seed(PER_SEED, layer=0), {"0": {STABILITY}}]
+
+
+def test_a_changed_setting_makes_what_follows_from_it(daemon: Daemon):
+    daemon.work()
+    daemon.laboratory.declare(**AUTOMATED, sae=EXPERIMENT["sae"] | {"k": 5})
+    assert daemon.work() == CHAIN[2:]
+    daemon.laboratory.declare(**AUTOMATED, sae=EXPERIMENT["sae"] | {"k": 5}, keep_residuals="all")
+    assert daemon.work() == []
+
+
+def test_nothing_is_trained_on_what_is_about_to_change(daemon: Daemon):
+    daemon.work()
+    daemon.laboratory.declare(source={"train_tokens": 500}, **AUTOMATED, sae=EXPERIMENT["sae"] | {"k": 5})
+    assert daemon.work() == CHAIN
+
+
+@pytest.mark.parametrize(("key", "partition"), [("tokens", None), ("activations", str(LAYER))])
+def test_nothing_is_asked_for_while_what_it_needs_is_being_made(daemon: Daemon, key: str, partition: str | None):
+    daemon.work()
+    job = daemon.laboratory.catalogue.definitions().resolve_implicit_global_asset_job_def()
+    run = daemon.instance.create_run_for_job(
+        job,
+        status=dg.DagsterRunStatus.STARTED,
+        asset_selection=frozenset({dg.AssetKey([NAME, key])}),
+        tags={"dagster/partition": partition} if partition else {},
+    )
+    daemon.laboratory.declare(**AUTOMATED, sae=EXPERIMENT["sae"] | {"k": 5})
+    assert daemon.work() == []
+    daemon.instance.report_run_canceled(run)
+    assert daemon.work() == CHAIN[2:]
+
+
+def test_a_layer_that_cannot_be_fails_once_and_holds_up_no_other(daemon: Daemon):
+    daemon.instance.add_dynamic_partitions(layers_name(NAME), ["99", "last"])
+    daemon.make(daemon.next())
+    requested = daemon.next()
+    assert requested == {layer: {ACTIVATIONS} for layer in (str(LAYER), "99", "last")}
+    daemon.make(requested)
+    assert sorted(map(str, daemon.failed)) == ["99", "last"]
+    assert daemon.work() == CHAIN[2:]
+
+
+def test_what_failed_is_asked_for_again_when_its_settings_change(daemon: Daemon):
+    daemon.pretend(daemon.next())
+    daemon.make(daemon.next())  # fails: there are no tokens in truth
+    assert daemon.failed == [str(LAYER)]
+    assert daemon.work() == []
+    daemon.laboratory.declare(source={"dtype": "float32"}, **AUTOMATED)
+    assert daemon.work() == CHAIN[1:]
+
+
+def test_without_automation_nothing_is_asked_for(empty: Laboratory):
+    with dg.DagsterInstance.ephemeral() as instance:
+        register_layers(instance, NAME, [LAYER])
+        assert Daemon(empty, instance).work() == []
+
+
+def test_only_experiments_with_automation_and_their_sources_take_part(empty: Laboratory):
+    sources = [("ActivationSource", source_settings(empty.model, name=name)) for name in ("used", "unused")]
+    experiments = [
+        ("EnsembleExperiment", experiment_settings(name=name, source=source, automation=automation))
+        for name, source, automation in (("eager", "used", "on"), ("patient", "used", "off"), ("idle", "unused", False))
+    ]
+    empty.write(experiment_file(*sources, *experiments), "several")
+    specs = empty.catalogue.definitions().resolve_all_asset_specs()
+    automated = {spec.key.path[0] for spec in specs if spec.automation_condition}
+    assert automated - {"leaderboard"} == {"eager", "used"}
+
+
+def test_the_automation_is_on_from_the_start_and_the_retraining_off(empty: Laboratory):
+    definitions = empty.catalogue.definitions()
+    for name in ("automation", "layers"):
+        assert definitions.resolve_sensor_def(name).default_status == dg.DefaultSensorStatus.RUNNING
+    schedule = definitions.resolve_schedule_def(SCHEDULE)
+    assert schedule.default_status == dg.DefaultScheduleStatus.STOPPED
+    assert schedule.cron_schedule == "0 3 * * 0"
+    empty.declare(schedule="30 6 1 * *")
+    assert empty.catalogue.definitions().resolve_schedule_def(SCHEDULE).cron_schedule == "30 6 1 * *"
+
+
+def _layers_tick(laboratory: Laboratory, instance: dg.DagsterInstance) -> list[str]:
+    """Evaluate the sensor and do what it asks for, as the daemon does. Gives the partitions."""
+    catalogue = laboratory.catalogue
+    with dg.build_sensor_context(instance=instance, definitions=catalogue.definitions()) as context:
+        result = layers_sensor(catalogue.sources)(context)
+    if isinstance(result, dg.SensorResult):
+        for request in result.dynamic_partitions_requests or ():
+            if isinstance(request, dg.AddDynamicPartitionsRequest):
+                instance.add_dynamic_partitions(request.partitions_def_name, request.partition_keys)
+            else:
+                for key in request.partition_keys:
+                    instance.delete_dynamic_partition(request.partitions_def_name, key)
+    else:
+        assert isinstance(result, dg.SkipReason)
+    return list(instance.get_dynamic_partitions(layers_name(NAME)))
+
+
+def test_partitions_follow_the_layers_of_the_file_and_keep_those_that_were_added(empty: Laboratory):
+    with dg.DagsterInstance.ephemeral() as instance:
+        empty.declare(source={"layers": [2, 0]})
+        assert _layers_tick(empty, instance) == ["0", "2"]
+        instance.add_dynamic_partitions(layers_name(NAME), ["1"])
+        assert _layers_tick(empty, instance) == ["0", "2", "1"]
+        empty.declare(source={"layers": [2]})
+        assert _layers_tick(empty, instance) == ["2", "1"]
+        declare_layers(instance, NAME, [0, 2])  # as a command does
+        assert _layers_tick(empty, instance) == ["2", "1"]
+
+
+def _retraining(laboratory: Laboratory, instance: dg.DagsterInstance) -> dg.RunRequest | dg.SkipReason:
+    schedule = laboratory.catalogue.definitions().resolve_schedule_def(SCHEDULE)
+    with dg.build_schedule_context(instance=instance) as context:
+        result = schedule(context)
+    assert isinstance(result, dg.RunRequest | dg.SkipReason)
+    return result
+
+
+def _retrain(laboratory: Laboratory, instance: dg.DagsterInstance) -> set[str]:
+    """Run the schedule's job; gives the asset keys of its runs."""
+    laboratory.catalogue.definitions().resolve_job_def(f"{NAME}_retraining").execute_in_process(instance=instance)
+    selections = [run.asset_selection for run in instance.get_runs() if run.asset_selection]
+    return {key.to_user_string() for selection in selections for key in selection}
+
+
+def test_the_schedule_skips_what_is_fresh_and_retrains_what_changed(finished: Laboratory, tmp_path: Path):
+    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+        result = _retraining(finished, instance)
+        assert isinstance(result, dg.SkipReason)
+        assert "fresh" in str(result.skip_message)
+        finished.declare(baselines=["expanded"])  # tables and what compares them are stale
+        assert isinstance(_retraining(finished, instance), dg.RunRequest)
+        tables = {f"{NAME}/eval/{name}" for name in ("reconstruction", "members", "coactivation", "cost", "training_curves", "stability")}
+        assert _retrain(finished, instance) == tables
+        assert isinstance(_retraining(finished, instance), dg.SkipReason)
+
+
+def test_the_schedule_makes_layers_that_were_added(finished: Laboratory, tmp_path: Path):
+    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+        instance.add_dynamic_partitions(layers_name(NAME), ["0"])
+        _retrain(finished, instance)
+        assert isinstance(_retraining(finished, instance), dg.SkipReason)
+    assert finished.artefact("eval/stability", layer=0).files
+
+
+def test_freshness_watches_the_tables_and_the_schedule_confirms_them(finished: Laboratory, tmp_path: Path):
+    finished.declare(freshness={"warn_days": 7, "fail_days": 10.5})
+    specs = {spec.key.to_user_string(): spec.freshness_policy for spec in finished.catalogue.definitions().resolve_all_asset_specs()}
+    policy = dg.FreshnessPolicy.time_window(fail_window=timedelta(days=10.5), warn_window=timedelta(days=7))
+    watched = {key for key in specs if key.startswith(f"{NAME}/eval/")}
+    assert {key: each for key, each in specs.items() if each} == dict.fromkeys(watched, policy)
+    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+        assert isinstance(_retraining(finished, instance), dg.RunRequest)
+        before = finished.artefact("eval/cost", SEEDS[0])
+        assert _retrain(finished, instance) == watched
+        assert finished.artefact("eval/cost", SEEDS[0]) == before

@@ -1,0 +1,286 @@
+"""What the checks find, what they stop, and that whoever runs something is told."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import polars as pl
+import pytest
+import torch
+import zarr
+from safetensors.torch import load_file, save_file
+from tiny_experiment import LAYER, MEMBERS, NAME, SEEDS, Laboratory
+
+from saeens_pipeline.assets import dagster_assets, saes
+from saeens_pipeline.assets.byte_checks import BYTES
+from saeens_pipeline.assets.dagster_assets import HEALTH, partition_key
+from saeens_pipeline.checks import Health, UnsoundArtefactError, examine
+from saeens_pipeline.components.ensemble_experiment import CheckSettings
+from saeens_pipeline.errors import ConfigurationError
+from saeens_pipeline.instance import register_layers
+from saeens_pipeline.language_models.models import LanguageModel
+from saeens_pipeline.runs import experiment_status
+from saeens_pipeline.storage.names import Partition
+from saeens_pipeline.storage.recipes import Artefact, read_artefact
+
+HERE = Partition(LAYER, SEEDS[0])
+QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
+
+
+def _examine(
+    laboratory: Laboratory, key: str, changed: Callable[[Artefact], Artefact] = lambda artefact: artefact, **settings: Any
+) -> Health:
+    """The health of an artefact of the first seed, read without a look at its bytes."""
+    declaration = laboratory.declarations()[f"{NAME}/{key}"]
+    where = declaration.narrow(HERE)
+    artefact = read_artefact(laboratory.store.path(declaration.address, where))
+    return examine(declaration, where, changed(artefact), CheckSettings(**settings))
+
+
+def _last_step(**values: float) -> Callable[[Artefact], Artefact]:
+    """An SAE whose training ended otherwise."""
+    return lambda artefact: replace(artefact, provenance=artefact.provenance | {"last_step": artefact.provenance["last_step"] | values})
+
+
+def _states() -> dict[str, str]:
+    return {str(each.declaration.address): each.state for each in experiment_status(NAME) if each.partition.seed in (None, SEEDS[0])}
+
+
+def _evaluations(
+    laboratory: Laboratory, keys: list[str], checks: Mapping[str, str] | None = None, partition: Partition | None = HERE
+) -> dict[tuple[str, str], dg.AssetCheckEvaluation]:
+    """Run assets, or only checks of them (asset to check), as the UI does. By asset, without the owner, and check."""
+    catalogue, declarations = laboratory.catalogue, laboratory.declarations()
+    job = catalogue.definitions().resolve_implicit_global_asset_job_def()
+    if checks:
+        wanted = {dg.AssetCheckKey(dg.AssetKey([NAME, *key.split("/")]), check) for key, check in checks.items()}
+        job = job.get_subset(asset_check_selection=wanted)
+    example = declarations[f"{NAME}/{next(iter(checks or keys))}"]
+    with dg.DagsterInstance.ephemeral() as instance:
+        register_layers(instance, NAME, [LAYER])
+        result = job.execute_in_process(
+            instance=instance,
+            partition_key=partition_key(example, example.narrow(partition)) if partition else None,
+            asset_selection=[dg.AssetKey([NAME, *key.split("/")]) for key in keys],
+            run_config=QUIET,
+            raise_on_error=False,
+        )
+    return {("/".join(each.asset_key.path[1:]), each.check_name): each for each in result.get_asset_check_evaluations()}
+
+
+def _break_model(monkeypatch: pytest.MonkeyPatch, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    activations = LanguageModel.activations
+
+    def changed(self: LanguageModel, *arguments: Any) -> dict[int, torch.Tensor]:
+        return {layer: change(x) for layer, x in activations(self, *arguments).items()}
+
+    monkeypatch.setattr(LanguageModel, "activations", changed)
+
+
+def _constant(x: torch.Tensor) -> torch.Tensor:
+    return torch.full_like(x, 0.5)
+
+
+def _clamped(x: torch.Tensor) -> torch.Tensor:
+    return (x * 1e5).clamp(-65504, 65504)
+
+
+# errors
+
+
+def test_everything_of_a_finished_experiment_is_sound(finished: Laboratory):
+    for key, declaration in finished.declarations().items():
+        if declaration.builder in ("tokens", "activations", "sae") or declaration.address.is_table:
+            health = _examine(finished, key.removeprefix(f"{NAME}/"))
+            assert health.errors == [], key
+            assert health.measured, key
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [(_constant, "all 16 dimensions are the same in every row"), (_clamped, "at the limit of float16")]
+)
+def test_constant_and_clamped_activations_stop_this_run_and_the_next_and_are_kept(
+    empty: Laboratory, monkeypatch: pytest.MonkeyPatch, change: Callable[[torch.Tensor], torch.Tensor], message: str
+):
+    with monkeypatch.context() as patched:
+        _break_model(patched, change)
+        with pytest.raises(UnsoundArtefactError, match=rf"{NAME}/activations, layer {LAYER}, train split.*{message}"):
+            empty.run()
+    assert empty.artefact("activations")
+    monkeypatch.setattr(saes, "_train", lambda *_: pytest.fail("trained on unsound activations"))
+    with pytest.raises(UnsoundArtefactError, match=message):
+        empty.run()
+    assert {key for key, state in _states().items() if state == "fresh"} == {f"{NAME}/tokens", f"{NAME}/activations"}
+
+
+@pytest.mark.parametrize("row", [0, 599])
+def test_activations_that_are_not_finite_are_found(finished: Laboratory, row: int):
+    group: Any = zarr.open_group(finished.artefact("activations").path, mode="r+")
+    group["train/activations"][row, 3] = float("nan")
+    (message,) = _examine(finished, "activations").errors
+    assert "train split, has 1 of 9,600 sampled values that are not finite" in message
+
+
+@pytest.mark.parametrize(("key", "shape"), [("activations", "[600, 16] and was written as [599, 16]"), ("tokens", "599 train rows")])
+def test_fewer_rows_than_there_have_to_be_are_an_error(finished: Laboratory, key: str, shape: str):
+    def shortened(artefact: Artefact) -> Artefact:
+        statistics = artefact.provenance["statistics"]
+        return replace(artefact, provenance={"statistics": statistics | {"train": statistics["train"] | {"rows": 599}}})
+
+    (message,) = _examine(finished, key, shortened).errors
+    assert shape in message
+
+
+@pytest.mark.parametrize("change", [lambda w: w.fill_(float("nan")), lambda w: w[:, :-1].contiguous()], ids=["not finite", "misshapen"])
+def test_weights_that_are_not_finite_or_misshapen_are_an_error(finished: Laboratory, change: Callable[[torch.Tensor], torch.Tensor]):
+    file = finished.artefact("bagging/member_2", SEEDS[0]).path / "sae_weights.safetensors"
+    weights = load_file(file)
+    save_file(weights | {"W_enc": change(weights["W_enc"])}, file)
+    (message,) = _examine(finished, "bagging/member_2").errors
+    assert message.startswith(f"{NAME}/bagging/member_2, layer {LAYER}, seed {SEEDS[0]} cannot be read")
+    assert "W_enc" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rows: rows.with_columns(mse=pl.lit(float("nan"))), "mse is nan in 9 of 9 rows, first of method single, n_members 1"),
+        (lambda rows: rows.with_columns(fvu=pl.when(pl.col("n_members") == 3).then(float("inf"))), "fvu is inf in 4 of 9 rows"),
+        (lambda rows: rows.drop("l0"), "has the columns"),
+        (lambda rows: rows.head(0), "is empty"),
+    ],
+    ids=["nan", "inf", "columns", "rows"],
+)
+def test_tables_with_numbers_that_are_not_finite_or_of_the_wrong_shape_are_an_error(
+    finished: Laboratory, tmp_path: Path, change: Callable[[pl.DataFrame], pl.DataFrame], message: str
+):
+    path = tmp_path / "part.parquet"
+    change(pl.read_parquet(finished.artefact("eval/reconstruction", SEEDS[0]).path, hive_partitioning=False)).write_parquet(path)
+    (error,) = _examine(finished, "eval/reconstruction", lambda artefact: replace(artefact, path=path)).errors
+    assert message in error
+
+
+# warnings
+
+
+@pytest.mark.parametrize(
+    ("key", "last_step", "message"),
+    [
+        ("bagging/member_1", {"dead_features": 0.21}, "21% of its features are dead, more than 20%"),
+        ("bagging/member_1", {"l0": 3.5}, "3.5 features fire per token, and the target is 4"),
+        ("baseline/expanded_l0_matched", {"l0": 4.0}, "the target is 12"),
+        ("boosting/round_2", {"explained_variance": 0.009}, "it no longer reduces the residual"),
+    ],
+)
+def test_poor_saes_are_warned_of_and_stop_nothing(finished: Laboratory, key: str, last_step: dict[str, float], message: str):
+    usual = {"dead_features": 0.0, "explained_variance": 0.5, "l0": 12.0 if "matched" in key else 4.0}
+    health = _examine(finished, key, _last_step(**usual))
+    assert (health.errors, health.warnings) == ([], [])
+    health = _examine(finished, key, _last_step(**usual | last_step))
+    assert health.errors == []
+    (warning,) = health.warnings
+    assert f"{NAME}/{key}, layer {LAYER}, seed {SEEDS[0]}" in warning
+    assert message in warning
+
+
+def test_a_first_round_that_explains_little_is_not_told_to_have_nothing_left(finished: Laboratory):
+    for key in ("boosting/round_1", "bagging/member_2"):
+        assert _examine(finished, key, _last_step(explained_variance=0.001, dead_features=0.0)).warnings == []
+
+
+def test_explained_variance_below_the_threshold_is_warned_of_by_method(finished: Laboratory):
+    table = pl.read_parquet(finished.artefact("eval/reconstruction", SEEDS[0]).path, hive_partitioning=False)
+    full = table.filter((pl.col("n_members") == MEMBERS) | (pl.col("method") == "single"))
+    threshold = full["explained_variance"].median()
+    assert isinstance(threshold, float)
+    below = set(full.filter(pl.col("explained_variance") < threshold)["method"])
+    warnings = _examine(finished, "eval/reconstruction", min_explained_variance=threshold).warnings
+    assert below
+    assert {next(method for method in full["method"] if f"of {method} with" in warning) for warning in warnings} == below
+    assert _examine(finished, "eval/reconstruction").warnings == []
+
+
+def test_thresholds_are_those_of_the_experiment_file_and_make_nothing_stale(finished: Laboratory):
+    finished.declare(checks={"min_explained_variance": 1.0, "max_dead_features": 1.0})
+    assert set(_states().values()) == {"fresh"}
+    found = _evaluations(finished, ["bagging/member_1", "bagging/bagging_ensemble"])
+    assert found.keys() == {("bagging/member_1", HEALTH), ("bagging/member_1", BYTES), ("bagging/bagging_ensemble", BYTES)}
+    health = found["bagging/member_1", HEALTH]
+    assert (health.passed, health.severity) == (False, dg.AssetCheckSeverity.WARN)
+    assert "is below 1" in (health.description or "")
+
+
+@pytest.mark.parametrize("checks", [{"max_dead_features": 2}, {"min_explained_variance": "much"}, {"speed": 1}])
+def test_a_threshold_that_cannot_be_is_refused_with_its_field(empty: Laboratory, checks: dict):
+    empty.declare(checks=checks)
+    with pytest.raises(ConfigurationError, match=f"attributes.checks.{next(iter(checks))}"):
+        empty.catalogue.experiment(NAME)
+
+
+def test_a_run_ends_with_its_warnings_first_some_in_words_and_then_their_number(finished: Laboratory):
+    finished.declare(checks={"max_dead_features": 1.0})
+    assert "warning" not in finished.run()
+    finished.declare(checks={"min_explained_variance": 1.0, "max_dead_features": 1.0})
+    printed = finished.run()
+    assert f"warning: {NAME}/bagging/member_1, layer {LAYER}, seed {SEEDS[0]}: explained variance" in printed
+    assert printed.count("warning: ") == 5
+    assert "more warnings" in printed
+
+
+# in Dagster
+
+
+def test_a_failed_check_stops_what_follows_in_the_same_run_and_the_artefact_is_kept(empty: Laboratory, monkeypatch: pytest.MonkeyPatch):
+    empty.run(select=["activations"])
+
+    def unsound(declaration: Any, *arguments: Any) -> Health:
+        return Health(errors=["it is bad"]) if declaration.address.name == "member_2" else Health()
+
+    monkeypatch.setattr(dagster_assets, "examine", unsound)
+    found = _evaluations(empty, [f"bagging/member_{j}" for j in range(1, MEMBERS + 1)] + ["bagging/bagging_ensemble"])
+    assert {asset for (asset, check), each in found.items() if check == HEALTH and each.passed} == {"bagging/member_1", "bagging/member_3"}
+    failed = found["bagging/member_2", HEALTH]
+    assert (failed.passed, failed.severity, failed.description) == (False, dg.AssetCheckSeverity.ERROR, "it is bad")
+    states = _states()
+    assert states[f"{NAME}/bagging/member_2"] == "fresh"
+    assert states[f"{NAME}/bagging/bagging_ensemble"] == "missing"
+
+
+def test_health_of_all_partitions_can_be_looked_at_without_making_anything(finished: Laboratory):
+    finished.declare(checks={"min_explained_variance": 1.0, "max_dead_features": 1.0})
+    found = _evaluations(finished, [], {"bagging/member_2": HEALTH, "eval/cost": HEALTH}, partition=None)
+    assert {asset: each.passed for (asset, _), each in found.items()} == {"bagging/member_2": False, "eval/cost": True}
+    description = found["bagging/member_2", HEALTH].description or ""
+    assert all(f"seed {seed}: explained variance" in description for seed in SEEDS)
+
+
+def test_a_byte_changed_without_a_trace_is_found_by_the_check_and_made_again(finished: Laboratory):
+    file = finished.artefact("bagging/member_3", SEEDS[0]).path / "sae_weights.safetensors"
+    whole, times = file.read_bytes(), file.stat()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert _states()[f"{NAME}/bagging/member_3"] == "fresh"
+    every_seed = {"bagging/member_3": BYTES, "bagging/member_1": BYTES, "eval/cost": BYTES}
+    found = _evaluations(finished, [], every_seed, partition=None)
+    assert {asset for (asset, _), each in found.items() if not each.passed} == {"bagging/member_3"}
+    assert found["bagging/member_1", BYTES].metadata["partitions read"].value == len(SEEDS)
+    failed = found["bagging/member_3", BYTES]
+    assert failed.severity == dg.AssetCheckSeverity.ERROR
+    assert str(file) in (failed.description or "")
+    assert _states()[f"{NAME}/bagging/member_3"] == "damaged"
+    finished.run()
+    assert file.read_bytes() == whole
+    assert set(_states().values()) == {"fresh"}
+
+
+def test_what_a_run_has_just_written_is_not_read_again_by_it(finished: Laboratory):
+    shutil.rmtree(finished.artefact("bagging/member_1", SEEDS[0]).path)
+    found = _evaluations(finished, ["bagging/member_1", "bagging/member_2"])
+    read = {asset: each.metadata["partitions read"].value for (asset, check), each in found.items() if check == BYTES}
+    assert read == {"bagging/member_1": 0, "bagging/member_2": 1}

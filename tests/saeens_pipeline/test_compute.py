@@ -1,0 +1,94 @@
+"""The device and what of it may be used: chosen by the environment, the same for every run, put back afterwards."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from saeens_pipeline.errors import ConfigurationError
+from saeens_pipeline.resources import ComputeResource
+
+
+@pytest.fixture(autouse=True)
+def _no_choice(monkeypatch):
+    for name in ("SAEENS_DEVICE", "SAEENS_PRECISION", "SAEENS_MEMORY_GB", "SAEENS_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_without_a_choice_the_device_is_found_and_nothing_is_limited():
+    compute = ComputeResource.from_environment()
+    assert (compute.device, compute.precision, compute.memory_gb, compute.threads) == ("auto", "float32", 0, 0)
+    assert compute.resolve() == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_the_environment_chooses(monkeypatch):
+    for name, value in {"DEVICE": "cpu", "PRECISION": "bfloat16", "MEMORY_GB": "1.5", "THREADS": "1"}.items():
+        monkeypatch.setenv(f"SAEENS_{name}", value)
+    compute = ComputeResource.from_environment()
+    assert (compute.device, compute.precision, compute.memory_gb, compute.threads) == ("cpu", "bfloat16", 1.5, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("SAEENS_PRECISION", "float16", "float32, tf32, bfloat16"),
+        ("SAEENS_THREADS", "two", "SAEENS_THREADS is 'two'"),
+        ("SAEENS_THREADS", "-1", "0 or larger"),
+        ("SAEENS_MEMORY_GB", "nan", "0 or larger"),
+    ],
+)
+def test_a_choice_that_cannot_be_is_refused_by_name(monkeypatch, name, value, message):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigurationError, match=message):
+        ComputeResource.from_environment()
+
+
+def test_a_device_that_is_not_there_is_refused_with_those_that_are():
+    with pytest.raises(ConfigurationError, match=r"'cuda:99' is not available; available: auto, cpu"):
+        ComputeResource(device="cuda:99").resolve()
+
+
+def test_work_in_float64_leaves_a_device_that_has_none(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert ComputeResource(device="mps").resolve() == "mps"
+    assert ComputeResource(device="mps").resolve(float64=True) == "cpu"
+    assert ComputeResource(device="cpu").resolve(float64=True) == "cpu"
+
+
+def test_threads_and_precision_hold_inside_and_are_put_back():
+    before = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    with pytest.raises(ArithmeticError), ComputeResource(device="cpu", threads=1, precision="bfloat16").in_use():
+        assert (torch.get_num_threads(), torch.get_float32_matmul_precision()) == (1, "medium")
+        raise ArithmeticError
+    assert (torch.get_num_threads(), torch.get_float32_matmul_precision()) == before
+    with ComputeResource(device="cpu").in_use():
+        assert (torch.get_num_threads(), torch.get_float32_matmul_precision()) == (before[0], "highest")
+
+
+def test_energy_is_the_difference_that_the_device_reports(monkeypatch):
+    readings = iter([5_000_000, 5_012_500])  # millijoules
+    binding = SimpleNamespace(
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
+        nvmlDeviceGetTotalEnergyConsumption=lambda handle: next(readings) if handle == "GPU-abc" else None,
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", binding)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="abc"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7)
+    monkeypatch.setattr(ComputeResource, "resolve", lambda self: "cuda")
+    with ComputeResource().measure() as measured:
+        pass
+    assert measured.energy_joules == 12.5
+    assert measured.peak_memory_bytes == 7
+
+
+def test_a_device_that_reports_no_energy_gives_none():
+    with ComputeResource(device="cpu").measure() as measured:
+        pass
+    assert measured.energy_joules is None
+    assert measured.seconds > 0

@@ -1,0 +1,392 @@
+"""`saeens gc`: what nothing refers to any more is listed, and removed when asked; all else stays, whatever it is called."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import dagster as dg
+import pytest
+from tiny_experiment import EXPERIMENT, LAYER, NAME, Laboratory, experiment_file, source_settings
+
+from saeens_pipeline import cli, garbage
+from saeens_pipeline.errors import ConfigurationError
+from saeens_pipeline.garbage import Inventory, by_folder, declared, find_garbage, remove_garbage
+from saeens_pipeline.instance import register_layers
+from saeens_pipeline.storage import recipes
+from saeens_pipeline.storage.checkpoints import checkpoint_file
+from saeens_pipeline.storage.names import Partition
+
+SEED_1 = f"experiments/{NAME}/layer={LAYER}/seed=1"
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
+    """Layers that were added while it runs, by source; to be filled."""
+    layers: dict[str, list[int]] = {}
+
+    @contextlib.contextmanager
+    def instance() -> Iterator[dg.DagsterInstance]:
+        with dg.DagsterInstance.ephemeral() as instance:
+            for source, added in layers.items():
+                register_layers(instance, source, added)
+            yield instance
+
+    monkeypatch.setattr(garbage, "recorded_instance", instance)
+    return layers
+
+
+@pytest.fixture(scope="module")
+def dead_pid() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def _look(laboratory: Laboratory) -> Inventory:
+    return find_garbage(laboratory.root, declared(laboratory.catalogue))
+
+
+def _listed(laboratory: Laboratory) -> dict[str, str]:
+    """Why each path is unused."""
+    return {path.relative_to(laboratory.root).as_posix(): reason for path, _, reason in _look(laboratory).garbage}
+
+
+def _unknown(laboratory: Laboratory) -> dict[str, str]:
+    return {path.relative_to(laboratory.root).as_posix(): reason for path, _, reason in _look(laboratory).unknown}
+
+
+def _files(root: Path) -> set[str]:
+    return {path.relative_to(root).as_posix() for path in root.rglob("*") if not path.is_dir()}
+
+
+def _declare_only_source(laboratory: Laboratory) -> None:
+    laboratory.write(experiment_file(("ActivationSource", source_settings(laboratory.model))))
+
+
+# what is unused
+
+
+def test_of_what_is_declared_nothing_is_unused(finished: Laboratory):
+    (finished.root / "dagster" / "storage").mkdir(parents=True)
+    (finished.root / "dagster" / "storage" / "runs.db").write_text("events")
+    inventory = _look(finished)
+    assert inventory == Inventory()
+    assert inventory.freed_bytes == 0
+
+
+def test_of_an_experiment_that_is_gone_everything_is_unused_and_its_source_is_not(finished: Laboratory):
+    _declare_only_source(finished)
+    listed = _listed(finished)
+    artefacts = {path.parent for path in (finished.root / "experiments").rglob("recipe.json")}
+    artefacts |= set((finished.root / "tables").rglob("part.parquet"))
+    assert listed.keys() == {path.relative_to(finished.root).as_posix() for path in artefacts}
+    assert set(listed.values()) == {f"there is no experiment {NAME} any more"}
+
+
+def test_of_a_source_that_is_gone_tokens_and_activations_are_unused(finished: Laboratory):
+    finished.write(experiment_file(("ActivationSource", source_settings(finished.model, name="another"))))
+    listed = _listed(finished)
+    for artefact in (f"sources/{NAME}/tokens.zarr", f"sources/{NAME}/layer={LAYER}/activations.zarr"):
+        assert listed[artefact] == f"there is no source {NAME} any more"
+
+
+CHANGES: Mapping[str, tuple[dict, Sequence[str], str]] = {  # of the experiment, what is unused for each seed, why
+    "fewer members": (
+        {"ensemble": EXPERIMENT["ensemble"] | {"members": 2}},
+        ["bagging/member_3", "boosting/round_3", "boosting/residual_2.zarr"],
+        "is not declared any more",
+    ),
+    "another boosting": (
+        {"ensemble": EXPERIMENT["ensemble"] | {"boosting": "concurrent"}},
+        ["boosting/residual_1.zarr", "boosting/residual_2.zarr"],
+        "is not declared any more",
+    ),
+    "no baselines": ({"baselines": []}, ["baseline/expanded", "baseline/expanded_l0_matched"], "is not declared any more"),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_what_is_not_declared_any_more_is_unused(finished: Laboratory, case: str):
+    experiment, unused, why = CHANGES[case]
+    finished.declare(**experiment)
+    listed = _listed(finished)
+    assert listed.keys() == {f"experiments/{NAME}/layer={LAYER}/seed={seed}/{name}" for seed in (1, 2) for name in unused}
+    assert all(why in reason for reason in listed.values())
+
+
+def test_a_table_that_is_not_filled_any_more_is_unused(finished: Laboratory):
+    finished.declare(evaluations=["reconstruction", "members", "coactivation", "stability", "cost"])
+    assert _listed(finished).keys() == {f"tables/{NAME}/training_curves/layer={LAYER}/seed={seed}/part.parquet" for seed in (1, 2)}
+
+
+def test_a_seed_that_is_not_declared_any_more_is_unused_in_saes_and_tables(finished: Laboratory):
+    finished.declare(ensemble=EXPERIMENT["ensemble"] | {"seeds": [1]})
+    listed = _listed(finished)
+    assert listed
+    assert all("/seed=2/" in path for path in listed)
+    assert {path.split("/")[0] for path in listed} == {"experiments", "tables"}
+    assert set(listed.values()) == {"seed 2 is not declared any more"}
+
+
+def test_a_layer_is_unused_when_it_is_neither_in_the_file_nor_registered(finished: Laboratory, registered: dict[str, list[int]]):
+    assert _listed(finished) == {}
+    finished.declare(source={"layers": [0]})
+    listed = _listed(finished)
+    assert all(f"/layer={LAYER}/" in path for path in listed)
+    assert {path.split("/")[0] for path in listed} == {"sources", "experiments", "tables"}
+    assert set(listed.values()) == {f"layer {LAYER} is neither in the file of source {NAME} nor registered"}
+    registered[NAME] = [LAYER]
+    assert _listed(finished) == {}
+
+
+def test_the_leaderboard_is_kept_as_long_as_there_are_experiments(finished: Laboratory):
+    path = finished.root / "tables" / "leaderboard" / "part.parquet"
+    path.parent.mkdir()
+    shutil.copy(finished.root / "tables" / NAME / "cost" / f"layer={LAYER}" / "seed=1" / "part.parquet", path)
+    assert _listed(finished) == {}
+    _declare_only_source(finished)
+    assert "tables/leaderboard/part.parquet" in _listed(finished)
+
+
+# what killed processes left
+
+
+def test_what_a_killed_process_left_is_unused_and_what_a_living_one_writes_is_not(finished: Laboratory, dead_pid: int):
+    names = {pid: finished.root / SEED_1 / "bagging" / f".member_1.{pid}.partial" for pid in (dead_pid, os.getpid())}
+    for folder in names.values():
+        folder.mkdir()
+    table = finished.root / "tables" / NAME / "cost" / f"layer={LAYER}" / "seed=1" / f".part.parquet.{dead_pid}.partial"
+    table.write_text("half")
+    left = [names[dead_pid], table]
+    assert set(_listed(finished)) == {path.relative_to(finished.root).as_posix() for path in left}
+    assert set(_listed(finished).values()) == {"left behind by a process that was killed"}
+
+
+def test_what_an_interrupted_write_goes_on_from_is_kept_until_the_artefact_is_there_or_not_declared(
+    finished: Laboratory, dead_pid: int, registered: dict[str, list[int]]
+):
+    artefact = finished.artefact("activations")
+    left = artefact.path.parent / f".activations.zarr.{'0123456789abcdef'}.{dead_pid}.partial"
+    left.mkdir()
+    relative = left.relative_to(finished.root).as_posix()
+    assert _listed(finished) == {}
+    left.rename(left.with_name(f".activations.zarr.{artefact.recipe_hash}.{dead_pid}.partial"))
+    assert list(_listed(finished)) == [relative.replace("0123456789abcdef", artefact.recipe_hash)]
+    left.with_name(f".activations.zarr.{artefact.recipe_hash}.{dead_pid}.partial").rename(left)
+    finished.declare(source={"layers": [0]})
+    assert relative in _listed(finished)
+
+
+def test_a_replaced_artefact_is_unused_after_an_hour_unless_it_is_the_only_copy(finished: Laboratory, monkeypatch: pytest.MonkeyPatch):
+    folder = finished.root / SEED_1 / "bagging"
+    shutil.copytree(folder / "member_1", folder / ".member_1.retired")
+    assert _listed(finished) == {}
+    in_two_hours = time.time() + 7200
+    monkeypatch.setattr(recipes.time, "time", lambda: in_two_hours)
+    assert list(_listed(finished)) == [f"{SEED_1}/bagging/.member_1.retired"]
+    shutil.rmtree(folder / "member_1")
+    assert _listed(finished) == {}
+
+
+def test_checkpoints_are_kept_while_something_is_trained_under_their_name(finished: Laboratory, registered: dict[str, list[int]]):
+    op = f"{NAME}__bagging__members"
+    files = {
+        name: checkpoint_file(finished.root, op_name, Partition(layer, seed))
+        for name, op_name, layer, seed in (
+            ("needed", op, LAYER, 1),
+            ("of no op", "gone__bagging__members", LAYER, 1),
+            ("of no seed", op, LAYER, 9),
+            ("of no layer", op, 2, 1),
+        )
+    }
+    for file in files.values():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"state")
+    aside = files["of no op"].with_name(f".{files['of no op'].name}.partial")
+    aside.write_bytes(b"half")
+    unused = [file for name, file in files.items() if name != "needed"] + [aside]
+    assert set(_listed(finished)) == {file.relative_to(finished.root).as_posix() for file in unused}
+    assert _unknown(finished) == {}
+
+
+# what is not known
+
+
+def test_what_saeens_did_not_make_is_listed_as_unknown_and_kept(finished: Laboratory):
+    _declare_only_source(finished)
+    strangers = [
+        "notes.txt",
+        "sources/README.md",
+        f"experiments/{NAME}/plots/loss.png",
+        f"experiments/{NAME}/layer=one/seed=1/file",
+        f"{SEED_1}/bagging/my_sae/weights.safetensors",  # where an artefact would lie, but without a recipe
+        f"tables/{NAME}/cost/layer={LAYER}/seed=1/copy.parquet",
+        f"tables/{NAME}/mine/layer={LAYER}/part.parquet",
+    ]
+    for name in strangers:
+        file = finished.root / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("mine")
+    unknown = _unknown(finished)
+    assert all(any(name == path or name.startswith(f"{path}/") for path in unknown) for name in strangers)
+    assert len(unknown) == len(strangers)
+    remove_garbage(finished.catalogue, _look(finished), finished.root)
+    assert all((finished.root / name).exists() for name in strangers)
+    assert not (finished.root / SEED_1 / "bagging" / "member_1").exists()
+
+
+def test_an_artefact_that_holds_a_file_of_somebody_else_is_kept(finished: Laboratory):
+    _declare_only_source(finished)
+    (finished.root / SEED_1 / "bagging" / "member_1" / "notes.txt").write_text("the best one")
+    assert "it holds notes.txt, which saeens did not write" in _unknown(finished)[f"{SEED_1}/bagging/member_1"]
+    remove_garbage(finished.catalogue, _look(finished), finished.root)
+    assert (finished.root / SEED_1 / "bagging" / "member_1" / "notes.txt").exists()
+
+
+def test_an_artefact_whose_recipe_cannot_be_read_is_kept(finished: Laboratory):
+    _declare_only_source(finished)
+    (finished.root / SEED_1 / "bagging" / "member_1" / "recipe.json").write_text("{")
+    assert "no recipe that can be read" in _unknown(finished)[f"{SEED_1}/bagging/member_1"]
+
+
+def test_links_are_not_followed_and_what_they_point_to_stays(finished: Laboratory, tmp_path: Path):
+    outside = tmp_path / "outside"
+    shutil.copytree(finished.root / SEED_1, outside / "seed=7")
+    _declare_only_source(finished)
+    links = {f"experiments/{NAME}/layer={LAYER}/seed=7": outside / "seed=7", "experiments/linked": outside}
+    for name, target in links.items():
+        (finished.root / name).symlink_to(target)
+    before = _files(outside)
+    assert _unknown(finished) == dict.fromkeys(links, "a link: it is not followed")
+    remove_garbage(finished.catalogue, _look(finished), finished.root)
+    assert _files(outside) == before
+    assert all((finished.root / name).is_symlink() for name in links)
+
+
+def test_a_root_that_is_not_there_holds_nothing(empty: Laboratory):
+    assert _look(empty) == Inventory()
+    assert not empty.root.exists()
+
+
+# removing
+
+
+def test_what_is_listed_is_shown_by_the_folders_that_it_fills(finished: Laboratory):
+    def shown() -> dict[str, int]:
+        findings = by_folder(_look(finished).garbage, finished.root)
+        return {finding.path.relative_to(finished.root).as_posix(): finding.n_bytes for finding in findings}
+
+    assert shown() == {}
+    finished.declare(ensemble=EXPERIMENT["ensemble"] | {"seeds": [1]})
+    tables = ("coactivation", "cost", "members", "reconstruction", "training_curves")
+    assert list(shown()) == [
+        f"experiments/{NAME}/layer={LAYER}/seed=2",
+        *(f"tables/{NAME}/{table}/layer={LAYER}/seed=2" for table in tables),
+    ]
+    _declare_only_source(finished)
+    assert list(shown()) == [f"experiments/{NAME}", f"tables/{NAME}"]
+    assert sum(shown().values()) == sum(finding.n_bytes for finding in _look(finished).garbage)
+    (finished.root / "tables" / NAME / "notes.txt").write_text("mine")
+    assert f"tables/{NAME}" not in shown()
+    assert f"tables/{NAME}/cost" in shown()
+
+
+def test_removing_takes_what_is_listed_and_nothing_else_and_leaves_no_empty_folders(finished: Laboratory):
+    finished.declare(ensemble=EXPERIMENT["ensemble"] | {"seeds": [1]})
+    before = _files(finished.root)
+    listed = _listed(finished)
+    remove_garbage(finished.catalogue, _look(finished), finished.root)
+    expected = {file for file in before if not any(file == path or file.startswith(f"{path}/") for path in listed)}
+    assert _files(finished.root) == expected
+    assert not (finished.root / "experiments" / NAME / f"layer={LAYER}" / "seed=2").exists()
+    assert _look(finished) == Inventory()
+    assert "nothing to do" not in finished.run()  # stability compared both seeds
+
+
+def test_what_is_freed_counts_shared_files_once_and_only_if_all_their_names_go(finished: Laboratory):
+    member, round_1 = (finished.root / SEED_1 / name for name in ("bagging/member_1", "boosting/round_1"))
+    weights = [folder / "sae_weights.safetensors" for folder in (member, round_1)]
+    n_bytes = weights[0].stat().st_size
+    weights[1].unlink()
+    weights[1].hardlink_to(weights[0])  # as a run links them
+    _declare_only_source(finished)
+    both = _look(finished)
+    alone = Inventory([finding for finding in both.garbage if finding.path == round_1])
+    assert both.freed_bytes == sum(finding.n_bytes for finding in both.garbage) - n_bytes
+    assert alone.freed_bytes == alone.garbage[0].n_bytes - n_bytes
+
+
+def test_with_a_broken_file_nothing_is_removed(finished: Laboratory):
+    file = finished.declare(keep_residuals="some")
+    before = _files(finished.root)
+    inventory = _look(finished)
+    assert inventory.garbage
+    with pytest.raises(ConfigurationError, match=f"{file}:.*keep_residuals.*\nnothing is removed"):
+        remove_garbage(finished.catalogue, inventory, finished.root)
+    assert _files(finished.root) == before
+
+
+def test_an_artefact_disappears_at_once_and_what_an_interruption_leaves_is_unused(
+    finished: Laboratory, monkeypatch: pytest.MonkeyPatch, dead_pid: int
+):
+    def interrupted(path: Path) -> None:
+        (path / "recipe.json").unlink()
+        raise KeyboardInterrupt
+
+    _declare_only_source(finished)
+    inventory = _look(finished)
+    inventory.garbage = [finding for finding in inventory.garbage if finding.path.name == "member_1"][:1]
+    monkeypatch.setattr(recipes.shutil, "rmtree", interrupted)
+    monkeypatch.setattr(recipes.os, "getpid", lambda: dead_pid)
+    with pytest.raises(KeyboardInterrupt):
+        remove_garbage(finished.catalogue, inventory, finished.root)
+    assert not inventory.garbage[0].path.exists()
+    left = inventory.garbage[0].path.with_name(f".member_1.{dead_pid}.partial")
+    assert _listed(finished)[left.relative_to(finished.root).as_posix()] == "left behind by a process that was killed"
+
+
+# the command
+
+
+def _saeens(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["saeens", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return int(ended.value.code or 0)
+
+
+def test_the_command_lists_with_sizes_and_removes_only_when_asked(
+    finished: Laboratory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    finished.declare(baselines=[])
+    before = _files(finished.root)
+    assert _saeens(monkeypatch, "gc") == 0
+    printed = capsys.readouterr().out
+    assert _files(finished.root) == before
+    assert f"{SEED_1}/baseline/expanded " in printed
+    assert "kB" in printed
+    assert "would be freed by `saeens gc --delete`; nothing was touched" in printed
+    assert _saeens(monkeypatch, "gc", "--delete") == 0
+    assert "kB freed" in capsys.readouterr().out
+    assert not (finished.root / SEED_1 / "baseline").exists()
+    assert _saeens(monkeypatch, "gc") == 0
+    assert "is unused" in capsys.readouterr().out
+
+
+def test_the_command_refuses_to_remove_when_a_file_is_broken(
+    finished: Laboratory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    file = finished.declare(keep_residuals="some")
+    before = _files(finished.root)
+    assert _saeens(monkeypatch, "gc", "--delete") == 2
+    assert str(file) in capsys.readouterr().err.replace("\n", "")
+    assert _saeens(monkeypatch, "gc") == 0
+    assert str(file) in capsys.readouterr().err.replace("\n", "")
+    assert _files(finished.root) == before

@@ -1,0 +1,261 @@
+"""The leaderboard: what is there, side by side, with means and intervals that scipy gives, made again when a table changes."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import polars as pl
+import pytest
+import scipy.stats
+from tiny_experiment import EXPERIMENT, LAYER, MEMBERS, NAME, SEEDS, Laboratory, experiment_file, experiment_settings
+
+from saeens_pipeline import cli
+from saeens_pipeline.assets.declarations import Declaration
+from saeens_pipeline.assets.leaderboard import standings
+from saeens_pipeline.errors import ConfigurationError
+from saeens_pipeline.storage.names import Address, Partition
+from saeens_pipeline.storage.recipes import Recipe, read_artefact
+from saeens_pipeline.storage.tables import LEADERBOARD, frame
+
+METHODS = ["boosting", "expanded_l0_matched", "bagging", "expanded", "single"]
+OTHER = "other"
+
+
+def _declaration(laboratory: Laboratory) -> Declaration:
+    (declaration,) = laboratory.catalogue.leaderboard().outputs
+    return declaration
+
+
+def _standings(laboratory: Laboratory, **options: Any) -> pl.DataFrame:
+    return standings(laboratory.store, _declaration(laboratory), **options)
+
+
+def _declare_other(laboratory: Laboratory, seeds: Sequence[int] = (1, 2, 3)) -> None:
+    """A second experiment on the same source."""
+    settings = experiment_settings(name=OTHER, ensemble={"members": 2, "seeds": list(seeds)})
+    laboratory.write(experiment_file(("EnsembleExperiment", settings)), OTHER)
+
+
+def _write(laboratory: Laboratory, table: str, where: tuple[int, int], rows: Sequence[dict[str, Any]]) -> None:
+    """A table of a single SAE of the other experiment, for a layer and seed, as evaluation would have written it."""
+    layer, seed = where
+    subject = {"experiment": OTHER, "layer": layer, "seed": seed, "language_model": "trained", "method": "single", "n_members": 1}
+    contents = frame(table, [subject | {"sae_data_versions": f"sae-{seed}"} | row for row in rows])
+    recipe = Recipe("test", 1, {"rows": contents.to_dicts()})
+    laboratory.store.write_table(Address(OTHER, "eval", table), Partition(layer, seed), recipe, {}, contents)
+
+
+def _row(table: pl.DataFrame, **wanted: Any) -> dict[str, Any]:
+    return table.row(by_predicate=pl.all_horizontal(pl.col(name) == value for name, value in wanted.items()), named=True)
+
+
+def _parts(laboratory: Laboratory, table: str) -> pl.DataFrame:
+    parts = sorted((laboratory.root / "tables" / NAME / table).rglob("part.parquet"))
+    return pl.concat([pl.read_parquet(part, hive_partitioning=False) for part in parts])
+
+
+def test_every_method_has_a_row_at_its_full_size_with_the_columns_that_are_described(finished: Laboratory):
+    table = _standings(finished)
+    assert table.columns == [column.name for column in LEADERBOARD.columns]
+    assert {(row["method"], row["n_members"]) for row in table.iter_rows(named=True)} == {
+        ("single", 1),
+        *((method, MEMBERS) for method in METHODS if method != "single"),
+    }
+    assert set(table["experiment"]) == set(table["source"]) == {NAME}
+    assert set(table["language_model"]) == {"trained"}
+    assert set(table["seeds"]) == {",".join(map(str, SEEDS))}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_means_points_and_intervals_are_those_of_the_tables(finished: Laboratory, method: str):
+    row = _row(_standings(finished), method=method)
+    n = row["n_members"]
+    measured = {
+        name: _parts(finished, name).filter(method=method, n_members=n).sort("seed")
+        for name in ("reconstruction", "coactivation", "stability", "cost")
+    }
+    points = measured["reconstruction"]["explained_variance"].to_numpy()
+    low, high = scipy.stats.t.interval(0.95, len(points) - 1, loc=points.mean(), scale=scipy.stats.sem(points))
+    assert row["n_seeds"] == len(points) == 2
+    assert row["explained_variance"] == pytest.approx(points.mean(), rel=1e-12)
+    assert (row["explained_variance_low"], row["explained_variance_high"]) == pytest.approx((low, high), rel=1e-9)
+    assert [float(point) for point in row["explained_variance_by_seed"].split(",")] == points.tolist()
+    for name, table in (("l0", "reconstruction"), ("connectivity", "coactivation"), ("stability", "stability"), ("train_seconds", "cost")):
+        assert row[name] == pytest.approx(measured[table][name].to_numpy().mean(), rel=1e-12), name
+    assert row["train_tokens"] == measured["cost"]["train_tokens"].to_numpy().mean()
+    assert row["n_features"] == measured["reconstruction"]["n_features"][0]
+    assert row["sae_data_versions"].split(";") == measured["reconstruction"]["sae_data_versions"].to_list()
+
+
+def test_rows_are_ranked_within_source_and_layer(finished: Laboratory):
+    _declare_other(finished)
+    for seed, value in ((1, 2.0), (2, 2.5), (3, 3.0)):  # better than anything
+        _write(finished, "reconstruction", (LAYER, seed), [{"explained_variance": value, "l0": 1.0, "n_features": 4}])
+        _write(finished, "reconstruction", (2, seed), [{"explained_variance": value, "l0": 1.0, "n_features": 4}])
+    table = _standings(finished)
+    assert table["layer"].to_list() == [LAYER] * 6 + [2]
+    assert table["rank"].to_list() == [1, 2, 3, 4, 5, 6, 1]
+    assert table["experiment"].to_list() == [OTHER] + [NAME] * 5 + [OTHER]
+    values = table.filter(layer=LAYER)["explained_variance"].to_list()
+    assert values == sorted(values, reverse=True)
+    first = table.row(0, named=True)
+    low, high = scipy.stats.t.interval(0.95, 2, loc=2.5, scale=0.5 / 3**0.5)
+    assert (first["explained_variance_low"], first["explained_variance_high"]) == pytest.approx((low, high), rel=1e-9)
+    assert [first[name] for name in ("stability", "connectivity", "train_tokens", "train_seconds")] == [None] * 4
+
+
+@pytest.mark.parametrize(("column", "descending"), [("stability", True), ("train_flops", False), ("l0", False)])
+def test_another_column_ranks_with_the_better_end_first(finished: Laboratory, column: str, descending: bool):
+    values = _standings(finished, sort=column)[column].to_list()
+    assert values == sorted(values, reverse=descending)
+    assert len(set(values)) > 1
+
+
+def test_a_column_that_is_not_there_is_refused_with_those_that_are(finished: Laboratory):
+    with pytest.raises(ConfigurationError, match=r"--sort colour: .* explained_variance.*train_flops"):
+        _standings(finished, sort="colour")
+
+
+def test_with_one_seed_there_is_no_interval(finished: Laboratory):
+    finished.declare(ensemble=EXPERIMENT["ensemble"] | {"seeds": [SEEDS[0]]})
+    table = _standings(finished)
+    assert set(table["n_seeds"]) == {1}
+    assert table["explained_variance_low"].null_count() == table["explained_variance_high"].null_count() == len(table) == 5
+
+
+def test_values_that_are_no_numbers_are_left_out(finished: Laboratory):
+    _declare_other(finished)
+    for seed, value in ((1, float("nan")), (2, None), (3, 0.5)):
+        _write(finished, "reconstruction", (LAYER, seed), [{"explained_variance": value}])
+    assert _row(_standings(finished), experiment=OTHER)["explained_variance_by_seed"] == "0.5"
+
+
+def test_experiments_that_are_gone_and_damaged_tables_are_left_out(finished: Laboratory):
+    _declare_other(finished)
+    for seed in (1, 2):
+        _write(finished, "reconstruction", (LAYER, seed), [{"explained_variance": 0.5}])
+    part = finished.store.path(Address(OTHER, "eval", "reconstruction"), Partition(LAYER, 1))
+    part.write_bytes(part.read_bytes()[:100])
+    assert _row(_standings(finished), experiment=OTHER)["seeds"] == "2"
+    shutil.rmtree(finished.folder / OTHER)
+    assert set(_standings(finished)["experiment"]) == {NAME}
+
+
+# as an asset
+
+
+def _materialise(laboratory: Laboratory) -> dg.AssetMaterialization:
+    with dg.DagsterInstance.ephemeral() as instance:
+        result = (
+            laboratory.catalogue.definitions()
+            .resolve_implicit_global_asset_job_def()
+            .execute_in_process(
+                instance=instance,
+                asset_selection=[dg.AssetKey("leaderboard")],
+                run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
+            )
+        )
+    (event,) = result.get_asset_materialization_events()
+    return event.step_materialization_data.materialization
+
+
+def test_the_asset_is_one_node_that_depends_on_the_tables_of_all_experiments(empty: Laboratory):
+    _declare_other(empty)
+    (spec,) = [s for s in empty.catalogue.definitions().resolve_all_asset_specs() if s.key == dg.AssetKey("leaderboard")]
+    assert (spec.group_name, spec.partitions_def) == ("leaderboard", None)
+    tables = ("reconstruction", "coactivation", "stability", "cost")
+    assert {d.asset_key.to_user_string() for d in spec.deps} == {f"{e}/eval/{t}" for e in (NAME, OTHER) for t in tables}
+    assert [column.name for column in spec.metadata["dagster/column_schema"].columns] == [column.name for column in LEADERBOARD.columns]
+
+
+def test_it_waits_for_no_experiment(empty: Laboratory):
+    event = _materialise(empty)
+    assert event.metadata["dagster/row_count"].value == 0
+    assert pl.read_parquet(empty.root / "tables" / "leaderboard" / "part.parquet").is_empty()
+
+
+def test_it_holds_the_standings_and_is_a_hit_until_a_table_changes(finished: Laboratory):
+    part = finished.root / "tables" / "leaderboard" / "part.parquet"
+
+    def materialise() -> tuple[dg.AssetMaterialization, str]:
+        """The event, and which run made the table."""
+        event = _materialise(finished)
+        return event, read_artefact(part).provenance["run_id"]
+
+    _declare_other(finished)
+    event, first_run = materialise()
+    assert pl.read_parquet(part).equals(_standings(finished))
+    assert "boosting" in str(event.metadata["best"].value)
+    assert materialise()[1] == first_run
+    _write(finished, "reconstruction", (LAYER, 1), [{"explained_variance": 0.5}])
+    event, second_run = materialise()
+    assert second_run != first_run
+    assert event.metadata["dagster/row_count"].value == 6
+    table = finished.store.require(Address(OTHER, "eval", "reconstruction"), Partition(LAYER, 1))
+    assert read_artefact(part).recipe["inputs"][f"{OTHER}/eval/reconstruction, layer {LAYER}, seed 1"] == table.data_version
+    _write(finished, "reconstruction", (LAYER, 9), [{"explained_variance": 0.5}])  # a seed that the experiment does not have
+    assert materialise()[1] == second_run
+
+
+# as a command
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def leaderboard(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["saeens", "leaderboard", *arguments])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        printed = capsys.readouterr()
+        return int(ended.value.code or 0), printed.out, printed.err
+
+    return call
+
+
+def test_the_command_prints_csv_and_json_alone(finished: Laboratory, leaderboard: Command):
+    expected = _standings(finished)
+    code, out, err = leaderboard("--format", "csv")
+    assert (code, err) == (0, "")
+    assert pl.read_csv(io.StringIO(out), schema=expected.schema).equals(expected)
+    code, out, err = leaderboard("--format", "json", "--sort", "stability")
+    assert (code, err) == (0, "")
+    assert [row["method"] for row in json.loads(out)] == _standings(finished, sort="stability")["method"].to_list()
+
+
+def test_the_command_shows_the_points_of_two_seeds_and_leaves_no_file(finished: Laboratory, leaderboard: Command):
+    code, out, err = leaderboard()
+    assert (code, err) == (0, "")
+    assert f"{NAME}, layer {LAYER}" in out
+    row = _row(_standings(finished), method="boosting")
+    (line,) = [line for line in out.splitlines() if " boosting " in line]
+    points = ", ".join(f"{float(point):.4f}" for point in row["explained_variance_by_seed"].split(","))
+    assert f"({points})" in line
+    assert f"±{row['explained_variance_high'] - row['explained_variance']:.2g}" in line
+    assert not (finished.root / "tables" / "leaderboard").exists()
+
+
+def test_the_command_says_which_figures_are_outdated(finished: Laboratory, leaderboard: Command):
+    finished.declare(training=EXPERIMENT["training"] | {"learning_rate": 0.5})
+    code, out, err = leaderboard("--format", "csv")
+    assert code == 0
+    assert len(out.splitlines()) == 6
+    assert f"figures of {NAME} are outdated: `saeens status {NAME}` says why" in " ".join(err.split())
+
+
+def test_the_command_says_that_nothing_was_evaluated_and_refuses_unknown_columns(empty: Laboratory, leaderboard: Command, tmp_path: Path):
+    code, _, err = leaderboard()
+    assert code == 0
+    assert "nothing was evaluated yet" in err
+    code, out, err = leaderboard("--sort", "colour")
+    assert (code, out) == (2, "")
+    assert "colour" in err

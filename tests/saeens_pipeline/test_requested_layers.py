@@ -1,0 +1,131 @@
+"""Layers that are asked for together, by whomever: the language model runs once for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import dagster as dg
+import pytest
+import torch
+from tiny_experiment import LAYER, NAME, Laboratory
+
+from saeens_pipeline.assets.requested_layers import LAYERS_TAG
+from saeens_pipeline.instance import register_layers
+from saeens_pipeline.language_models.models import LanguageModel
+from saeens_pipeline.storage.names import Partition
+
+KEY = dg.AssetKey([NAME, "activations"])
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The layers that each forward pass over tokens of the corpus reads."""
+    seen: list[list[int]] = []
+    activations = LanguageModel.activations
+
+    def counted(self: LanguageModel, tokens: torch.Tensor, hook: str, layers: Collection[int]) -> dict[int, torch.Tensor]:
+        if tokens.any():  # not the zeros that tell the width
+            seen.append(sorted(layers))
+        return activations(self, tokens, hook, layers)
+
+    monkeypatch.setattr(LanguageModel, "activations", counted)
+    return seen
+
+
+@pytest.fixture
+def instance(empty: Laboratory):
+    empty.materialise([f"{NAME}/tokens"], Partition())
+    with dg.DagsterInstance.ephemeral() as instance:
+        register_layers(instance, NAME, [0, LAYER, 2, 99])
+        yield instance
+
+
+def _ask(
+    instance: dg.DagsterInstance, layer: int, status: dg.DagsterRunStatus = dg.DagsterRunStatus.NOT_STARTED, key: dg.AssetKey = KEY
+) -> None:
+    """A run that a backfill or an automation tick has made."""
+    instance.add_run(dg.DagsterRun("__ASSET_JOB", tags={"dagster/partition": str(layer)}, asset_selection=frozenset([key]), status=status))
+
+
+def _materialise(
+    laboratory: Laboratory, instance: dg.DagsterInstance, layer: int, tags: dict[str, str] | None = None
+) -> dg.AssetMaterialization:
+    result = (
+        laboratory.catalogue.definitions()
+        .resolve_implicit_global_asset_job_def()
+        .execute_in_process(
+            instance=instance,
+            partition_key=str(layer),
+            asset_selection=[KEY],
+            tags=tags,
+            run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
+        )
+    )
+    (event,) = result.get_asset_materialization_events()
+    return event.step_materialization_data.materialization
+
+
+def _made(laboratory: Laboratory) -> list[int | None]:
+    declaration = laboratory.declarations()[f"{NAME}/activations"]
+    return [where.layer for where in laboratory.store.partitions(declaration.address, "layer")]
+
+
+@pytest.mark.parametrize("status", [dg.DagsterRunStatus.NOT_STARTED, dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED])
+def test_layers_that_other_runs_wait_for_are_read_in_the_same_forward_pass(
+    empty: Laboratory, instance: dg.DagsterInstance, passes: list[list[int]], status: dg.DagsterRunStatus
+):
+    for layer in (0, 2):
+        _ask(instance, layer, status)
+    _materialise(empty, instance, LAYER)
+    assert _made(empty) == [0, LAYER, 2]
+    assert passes
+    assert all(layers == [0, LAYER, 2] for layers in passes)
+
+
+def test_each_layer_has_its_own_materialisation_and_those_after_the_first_hit(
+    empty: Laboratory, instance: dg.DagsterInstance, passes: list[list[int]]
+):
+    _ask(instance, 2)
+    events = {LAYER: _materialise(empty, instance, LAYER)}
+    n_passes = len(passes)
+    events[2] = _materialise(empty, instance, 2)
+    assert len(passes) == n_passes
+    for layer, event in events.items():
+        artefact = empty.artefact("activations", layer=layer)
+        assert event.partition == str(layer)
+        assert event.metadata["path"].value == str(artefact.path)
+        assert event.metadata["cache_hit"].value is (layer == 2)
+        norm = artefact.provenance["statistics"]["train"]["mean_norm"]
+        assert event.metadata["mean norm (train)"].value == pytest.approx(norm, abs=1e-4)
+    assert events[LAYER].metadata["mean norm (train)"] != events[2].metadata["mean norm (train)"]
+
+
+def test_a_layer_that_is_merely_registered_is_not_made(empty: Laboratory, instance: dg.DagsterInstance, passes: list[list[int]]):
+    _materialise(empty, instance, LAYER)
+    assert _made(empty) == [LAYER]
+
+
+@pytest.mark.parametrize("status", [dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.CANCELED, dg.DagsterRunStatus.FAILURE])
+def test_a_layer_whose_run_is_over_is_not_made(empty: Laboratory, instance: dg.DagsterInstance, status: dg.DagsterRunStatus):
+    _ask(instance, 2, status)
+    _materialise(empty, instance, LAYER)
+    assert _made(empty) == [LAYER]
+
+
+def test_a_layer_that_the_model_lacks_and_that_another_run_asks_for_is_left_to_that_run(empty: Laboratory, instance: dg.DagsterInstance):
+    _ask(instance, 99)
+    _materialise(empty, instance, LAYER)
+    assert _made(empty) == [LAYER]
+
+
+def test_runs_of_other_assets_ask_for_no_layer_of_this_source(empty: Laboratory, instance: dg.DagsterInstance):
+    _ask(instance, 2, key=dg.AssetKey([NAME, "eval", "stability"]))
+    _materialise(empty, instance, LAYER)
+    assert _made(empty) == [LAYER]
+
+
+def test_a_command_asks_for_its_own_layers_alone(empty: Laboratory, instance: dg.DagsterInstance):
+    _ask(instance, 2)
+    layers: Sequence[int] = (0, LAYER)
+    _materialise(empty, instance, LAYER, {LAYERS_TAG: ",".join(map(str, layers))})
+    assert _made(empty) == [0, LAYER]

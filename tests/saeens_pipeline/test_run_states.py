@@ -1,0 +1,138 @@
+"""What `saeens status` says of runs: at work, failed and why, and nothing that recipes know better."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import dagster as dg
+import pytest
+from tiny_experiment import LAYER, NAME, SEEDS, Laboratory
+from typer.testing import CliRunner
+
+from saeens_pipeline import cli
+from saeens_pipeline.assets import saes
+from saeens_pipeline.errors import SaeensError
+from saeens_pipeline.instance import PROCESS_TAG, command_line_instance
+from saeens_pipeline.plan import Status
+from saeens_pipeline.run_states import with_run_states
+from saeens_pipeline.runs import experiment_status
+
+SEED = SEEDS[0]
+
+
+@pytest.fixture
+def laboratory(empty: Laboratory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Laboratory]:
+    """The tiny experiment with tokens and activations, and Dagster's events on disk."""
+    monkeypatch.undo()
+    empty.activate(monkeypatch, keep_events=True)
+    empty.run(select=["activations"])
+    yield empty
+
+
+def _statuses(laboratory: Laboratory) -> dict[str, Status]:
+    """By asset, without its owner: those of the first seed, or of none."""
+    catalogue = laboratory.catalogue
+    statuses = with_run_states(experiment_status(NAME), catalogue.ops(catalogue.experiment(NAME)))
+    return {str(s.declaration.address).removeprefix(f"{NAME}/"): s for s in statuses if s.partition.seed in (None, SEED)}
+
+
+def _fail_to_train(laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(saes, "_train", fail)
+        with pytest.raises(type(error)):
+            laboratory.run(seeds=[SEED], select=["boosting/round_1"])
+
+
+def _last_run() -> dg.DagsterRun:
+    with command_line_instance() as instance:
+        return instance.get_runs(limit=1)[0]
+
+
+def test_a_failure_is_shown_with_its_run_and_the_first_line_of_its_error(laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch):
+    _fail_to_train(laboratory, monkeypatch, SaeensError("the moon is full\nand more"))
+    statuses = _statuses(laboratory)
+    assert statuses["bagging/member_1"].state == "failed"
+    assert statuses["bagging/member_1"].reason == f"run {_last_run().run_id[:8]}: SaeensError: the moon is full"
+    assert statuses["boosting/round_1"].state == "missing"  # the run did not come to it
+    assert statuses["tokens"].state == statuses["activations"].state == "fresh"
+
+
+def test_a_failure_that_was_followed_by_a_success_is_none(laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch):
+    _fail_to_train(laboratory, monkeypatch, SaeensError("once"))
+    laboratory.run(seeds=[SEED], select=["bagging/member_1"])
+    assert _statuses(laboratory)["bagging/member_1"].state == "fresh"
+    laboratory.declare(sae={"architecture": "topk", "expansion": 2, "k": 5})
+    assert _statuses(laboratory)["bagging/member_1"].state == "stale"
+    shutil.rmtree(laboratory.artefact("bagging/member_1", SEED).path)
+    assert _statuses(laboratory)["bagging/member_1"].state == "missing"
+
+
+def _unfinished_run(laboratory: Laboratory, process: str, seed: int = SEED) -> dg.DagsterRun:
+    """A run that started on round 1, and that no process has ended."""
+    job = laboratory.catalogue.definitions().resolve_implicit_global_asset_job_def()
+    keys = [dg.AssetKey([NAME, "boosting", name]) for name in ("round_1", "residual_1")]
+    with command_line_instance() as instance:
+        run = instance.create_run_for_job(
+            job.get_subset(asset_selection=set(keys)),
+            tags={"dagster/partition": f"{LAYER}|{seed}", PROCESS_TAG: process},
+            asset_selection=frozenset(keys),
+            status=dg.DagsterRunStatus.STARTED,
+        )
+        event = dg.DagsterEvent(dg.DagsterEventType.STEP_START.value, run.job_name, step_key=f"{NAME}__boosting__round_1")
+        instance.report_dagster_event(event, run.run_id)
+        return run
+
+
+def test_what_a_run_is_at_work_on_is_running(laboratory: Laboratory):
+    run = _unfinished_run(laboratory, f"{socket.gethostname()}:1")
+    statuses = _statuses(laboratory)
+    assert (statuses["boosting/round_1"].state, statuses["boosting/round_1"].reason) == ("running", f"run {run.run_id[:8]}")
+    assert statuses["boosting/residual_1"].state == "running"
+    assert "has not come to it yet" in statuses["boosting/residual_1"].reason
+    assert statuses["boosting/round_2"].state == "missing"
+
+
+def test_a_run_of_another_seed_says_nothing(laboratory: Laboratory):
+    _unfinished_run(laboratory, f"{socket.gethostname()}:1", seed=SEEDS[1])
+    assert _statuses(laboratory)["boosting/round_1"].state == "missing"
+
+
+def test_a_run_whose_process_is_dead_has_failed_at_what_it_was_at(laboratory: Laboratory):
+    run = _unfinished_run(laboratory, f"{socket.gethostname()}:{2**22 + 1}")  # above the largest process number
+    statuses = _statuses(laboratory)
+    assert statuses["boosting/round_1"].state == "failed"
+    assert statuses["boosting/round_1"].reason == f"run {run.run_id[:8]}: its process was killed"
+    assert statuses["boosting/residual_1"].state == "missing"
+
+
+def test_a_run_that_was_reported_dead_has_failed_at_what_it_was_at(laboratory: Laboratory):
+    run = _unfinished_run(laboratory, "elsewhere:1")
+    with command_line_instance() as instance:
+        instance.report_run_failed(run, "The process that executed this run was killed.")
+    statuses = _statuses(laboratory)
+    assert statuses["boosting/round_1"].state == "failed"
+    assert "was killed" in statuses["boosting/round_1"].reason
+    assert statuses["boosting/residual_1"].state == "missing"
+
+
+def test_the_command_counts_states_and_prints_json_alone(laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch):
+    _fail_to_train(laboratory, monkeypatch, SaeensError("the moon is full"))
+    printed = CliRunner().invoke(cli.app, ["status", NAME])
+    assert printed.exit_code == 0
+    assert printed.stdout.splitlines()[-1] == "37 artefacts: 2 fresh, 1 failed, 34 missing"
+    rows = json.loads(CliRunner().invoke(cli.app, ["status", NAME, "--format", "json"]).stdout)
+    (failed,) = [row for row in rows if row["state"] == "failed"]
+    assert (failed["asset"], failed["layer"], failed["seed"]) == (f"{NAME}/bagging/member_1", LAYER, SEED)
+    assert "the moon is full" in failed["why"]
+
+
+def test_looking_makes_no_instance(empty: Laboratory):
+    assert _statuses(empty)["tokens"].state == "missing"
+    assert not empty.root.exists()

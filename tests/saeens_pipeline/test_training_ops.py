@@ -1,0 +1,105 @@
+"""What ops that train SAEs tell while they work, and what they do when the memory is not enough."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from typing import Any
+
+import dagster as dg
+import pytest
+import torch
+from tiny_experiment import LAYER, NAME, SEEDS, Laboratory
+
+import saeens_models as sm
+from saeens_pipeline.assets import live_curves, memory
+from saeens_pipeline.storage.names import Partition
+
+SEED = SEEDS[0]
+MEMBERS = [f"{NAME}/bagging/member_{j}" for j in (1, 2, 3)]
+
+
+@pytest.fixture
+def untrained(finished: Laboratory) -> Laboratory:
+    """Activations are there and no SAE is."""
+    shutil.rmtree(finished.root / "experiments")
+    return finished
+
+
+def _weights(laboratory: Laboratory) -> list[dict[str, torch.Tensor]]:
+    return [sm.load_sae(laboratory.artefact(f"bagging/member_{j}", SEED).path).state_dict() for j in (1, 2, 3)]
+
+
+def test_members_that_do_not_fit_together_are_trained_in_smaller_groups(
+    untrained: Laboratory, finished_laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch
+):
+    train, together = sm.train, []
+
+    def on_a_small_device(configs: Any, *arguments: Any, **options: Any) -> Any:
+        together.append(len(configs))
+        if len(configs) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return train(configs, *arguments, **options)
+
+    monkeypatch.setattr(sm, "train", on_a_small_device)
+    events = untrained.materialise(MEMBERS, Partition(LAYER, SEED))
+    assert together == [3, 2, 1]
+    for ours, theirs in zip(_weights(untrained), _weights(finished_laboratory), strict=True):
+        assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
+    assert events[MEMBERS[0]].metadata["out of memory with"].value == "3 SAEs at once, whole batches"
+    assert untrained.artefact("bagging/member_3", SEED).provenance["trained_together"] == 1
+
+
+def test_one_sae_that_does_not_fit_is_trained_in_micro_batches_and_says_so(
+    untrained: Laboratory, finished_laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(memory, "FEWEST_TOKENS", 8)
+    train = sm.train
+
+    def on_a_small_device(configs: Any, *arguments: Any, micro_batch_tokens: int | None, **options: Any) -> Any:
+        if len(configs) > 1 or micro_batch_tokens is None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return train(configs, *arguments, micro_batch_tokens=micro_batch_tokens, **options)
+
+    monkeypatch.setattr(sm, "train", on_a_small_device)
+    events = untrained.materialise(MEMBERS[:1], Partition(LAYER, SEED))
+    batch_tokens = untrained.catalogue.experiments[NAME].training["batch_tokens"]
+    assert events[MEMBERS[0]].metadata["micro-batch [tokens]"].value == batch_tokens // 2
+    ours, theirs = (laboratory.artefact("bagging/member_1", SEED).path for laboratory in (untrained, finished_laboratory))
+    for name, weight in sm.load_sae(ours).state_dict().items():
+        torch.testing.assert_close(weight, sm.load_sae(theirs).state_dict()[name], rtol=1e-2, atol=1e-3)
+
+
+def test_the_memory_budget_of_the_environment_decides_how_many_are_tried_first(
+    untrained: Laboratory, finished_laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch
+):
+    config = sm.load_sae(finished_laboratory.artefact("bagging/member_1", SEED).path).config
+    batch_tokens = untrained.catalogue.experiments[NAME].training["batch_tokens"]
+    of_one = 16 * (2 * config.d_in * config.d_sae + 2 * config.d_sae + config.d_in) + 4 * batch_tokens * (config.d_sae + 8 * config.d_in)
+    train, together = sm.train, []
+    monkeypatch.setattr(sm, "train", lambda configs, *a, **o: (together.append(len(configs)), train(configs, *a, **o))[1])
+    monkeypatch.setenv("SAEENS_MEMORY_GB", str(1.5 * of_one / 1e9))
+    untrained.materialise(MEMBERS, Partition(LAYER, SEED))
+    assert together == [1, 1, 1]
+
+
+def test_a_long_training_is_observed_a_few_times(untrained: Laboratory, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(live_curves, "INTERVAL_SECONDS", 0)
+    observed: list[dg.AssetObservation] = []
+    log_event = dg.AssetExecutionContext.log_event
+    monkeypatch.setattr(dg.AssetExecutionContext, "log_event", lambda self, event: (observed.append(event), log_event(self, event)))
+    untrained.materialise(MEMBERS[:2], Partition(LAYER, SEED))
+    per_sae = Counter(each.asset_key.to_user_string() for each in observed)
+    assert set(per_sae) == set(MEMBERS[:2])
+    assert all(2 <= n <= live_curves.MOST_OBSERVATIONS for n in per_sae.values())
+    first, last = observed[0], observed[-1]
+    assert first.partition == dg.MultiPartitionKey({"layer": str(LAYER), "seed": str(SEED)})
+    assert set(first.metadata) == {"tokens", "loss", "explained variance", "L0 [features per token]", "dead features", "learning rate"}
+    assert first.metadata["tokens"].value < last.metadata["tokens"].value
+
+
+def test_a_short_training_is_not_observed(untrained: Laboratory, monkeypatch: pytest.MonkeyPatch):
+    observed: list[Any] = []
+    monkeypatch.setattr(dg.AssetExecutionContext, "log_event", lambda self, event: observed.append(event))
+    untrained.materialise(MEMBERS[:1], Partition(LAYER, SEED))
+    assert observed == []
