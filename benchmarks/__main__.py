@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.environment import available_cores, describe, set_allocator, set_threads
 
-BENCHMARKS = ("training", "boosting", "reading", "evaluation", "caching", "quickstart", "growth")
+BENCHMARKS = ("training", "training_large", "boosting", "reading", "evaluation", "caching", "quickstart", "growth")
 _QUIET = {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 

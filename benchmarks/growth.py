@@ -17,7 +17,7 @@ _WORKLOAD, _QUICK_WORKLOAD = Workload("topk", 384, 4096, 32), Workload("topk", 1
 _N_SAES, _QUICK_N_SAES = (1, 2, 4, 8, 16), (1, 2, 4)
 _D_SAE, _QUICK_D_SAE = (2048, 4096, 8192, 16384, 32768, 65536), (1024, 2048, 4096)
 _STEPS, _QUICK_STEPS = (4, 8, 16, 32), (1, 2, 4)
-_BUDGET = Effort(rounds=3, budget_seconds=60)
+_BUDGET = Effort(rounds=3, budget_seconds=15)
 
 
 def run(options: Options) -> Section:

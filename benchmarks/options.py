@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks.runner import Effort
 
-_FULL = Effort(rounds=7, budget_seconds=60, settle_seconds=10)
+_FULL = Effort(rounds=5, budget_seconds=20, settle_seconds=6)
 _QUICK = Effort(rounds=1, budget_seconds=0)
 
 
