@@ -19,6 +19,7 @@ from typing import Any
 import dagster as dg
 
 from saeens_pipeline.errors import ConfigurationError
+from saeens_pipeline.storage.locks import holding_one_of
 from saeens_pipeline.storage.recipes import Store
 
 _PROJECT_ROOT = Path(__file__).parents[1]
@@ -54,8 +55,8 @@ class Measurement:
 class ComputeResource(dg.ConfigurableResource):
     """The device that trains and evaluates, and what of it may be used. Nothing here is part of a recipe.
 
-    `device`: `auto` (CUDA where there is a GPU, else the CPU), `cpu`, `cuda`, `cuda:N` or `mps`. `precision`: how PyTorch multiplies
-    float32 matrices: `float32`, `tf32` or `bfloat16`; sums and weights stay in float32. `memory_gb`: what SAEs that are trained
+    `device`: `auto` (CUDA where there is a GPU, else the CPU), `cpu`, `cuda`, `cuda:N` or `mps`. `precision`: how float32 matrices are
+    multiplied in training: `float32`, `tf32` or `bfloat16`; sums and weights stay in float32. `memory_gb`: what SAEs that are trained
     together may take; `threads`: of the CPU. 0 is no limit, and PyTorch's choice.
     """
 
@@ -91,18 +92,35 @@ class ComputeResource(dg.ConfigurableResource):
         return "cpu" if float64 and self.device == "mps" else self.device
 
     @contextlib.contextmanager
-    def in_use(self) -> Iterator[None]:
-        """Work inside with the threads and the precision of this resource."""
+    def in_use(self, root: Path) -> Iterator[None]:
+        """Work inside with the threads of this resource, and on a GPU that no other process below `root` works on."""
         import torch
 
-        threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+        threads = torch.get_num_threads()
         torch.set_num_threads(self.threads or threads)
-        torch.set_float32_matmul_precision(_PRECISIONS[self.precision])
         try:
-            yield
+            if self.resolve() == "cuda" and torch.cuda.device_count() > 1:
+                with holding_one_of(root, [f"cuda_{index}" for index in range(torch.cuda.device_count())]) as name:
+                    torch.cuda.set_device(int(name.removeprefix("cuda_")))  # which "cuda" stands for from here on
+                    yield
+            else:
+                yield
         finally:
             torch.set_num_threads(threads)
-            torch.set_float32_matmul_precision(precision)
+
+    @contextlib.contextmanager
+    def training_precision(self) -> Iterator[None]:
+        """Multiply float32 matrices inside in the precision of this resource. For training alone: residuals and figures are exact."""
+        import torch
+
+        before, device = torch.get_float32_matmul_precision(), self.resolve()
+        in_bfloat16 = self.precision == "bfloat16" and device.startswith("cuda")  # where torch's own setting stops at TF32
+        torch.set_float32_matmul_precision(_PRECISIONS[self.precision])
+        try:
+            with torch.autocast("cuda", torch.bfloat16) if in_bfloat16 else contextlib.nullcontext():
+                yield
+        finally:
+            torch.set_float32_matmul_precision(before)
 
     @contextlib.contextmanager
     def measure(self) -> Iterator[Measurement]:

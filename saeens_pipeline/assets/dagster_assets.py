@@ -172,7 +172,7 @@ def _materialise(op: Op, selected: Sequence[Declaration], partition: Partition, 
             require_sound_activations(store, inputs.values())
             try:
                 if misses:
-                    with workplace.compute.in_use():
+                    with workplace.compute.in_use(store.root):
                         op.make(workplace, misses)
             except Exception as error:
                 if is_full_disk(error) and not isinstance(error, SaeensError):

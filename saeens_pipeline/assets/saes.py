@@ -290,7 +290,8 @@ class _Training:
 
         if self._device == "cpu":
             load_kernels()  # not counted as training
-        with workplace.compute.measure() as measured, progress.task(label, n_tokens) as advance:
+        compute = workplace.compute
+        with compute.measure() as measured, compute.training_precision(), progress.task(label, n_tokens) as advance:
             stream = _Stream(self._reader, self.config.batch_tokens, self._data_seed, self._device, advance)
             micro_batch_tokens = plan.portion.micro_batch_tokens
             saes = train(configs, stream, self.config, observe, checkpoints=checkpoints, micro_batch_tokens=micro_batch_tokens)

@@ -1,4 +1,4 @@
-"""One writer at a time for each artefact, among all processes that work below one root.
+"""One writer at a time for each artefact, and one process for each GPU, among all that work below one root.
 
 A lock is a file that a process holds with `flock`: the system lets go of it when the process ends, however that ends.
 """
@@ -10,7 +10,7 @@ import errno
 import logging
 import os
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from saeens_pipeline.storage.names import Address, Partition, place
@@ -49,6 +49,20 @@ def writing_if_free(root: Path, address: Address, partition: Partition) -> Itera
     finally:
         if lock is not None:
             _give_back(file, lock)
+
+
+@contextlib.contextmanager
+def holding_one_of(root: Path, names: Sequence[str]) -> Iterator[str]:
+    """Hold the first of some things that no other process holds; where all are held, wait for the first. Gives its name."""
+    files = {name: root / FOLDER / f"{name}.lock" for name in names}
+    name, lock = next(((name, lock) for name, file in files.items() if (lock := _take(file, wait=False)) is not None), (names[0], None))
+    if lock is None:
+        lock = _take(files[name], wait=True)
+    try:
+        yield name
+    finally:
+        if lock is not None:
+            _give_back(files[name], lock)
 
 
 def _file(root: Path, address: Address, partition: Partition) -> Path:

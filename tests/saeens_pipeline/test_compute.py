@@ -58,14 +58,30 @@ def test_work_in_float64_leaves_a_device_that_has_none(monkeypatch):
     assert ComputeResource(device="cpu").resolve(float64=True) == "cpu"
 
 
-def test_threads_and_precision_hold_inside_and_are_put_back():
+def test_threads_and_precision_hold_inside_and_are_put_back(tmp_path):
     before = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    with pytest.raises(ArithmeticError), ComputeResource(device="cpu", threads=1, precision="bfloat16").in_use():
+    compute = ComputeResource(device="cpu", threads=1, precision="bfloat16")
+    with pytest.raises(ArithmeticError), compute.in_use(tmp_path), compute.training_precision():
         assert (torch.get_num_threads(), torch.get_float32_matmul_precision()) == (1, "medium")
         raise ArithmeticError
     assert (torch.get_num_threads(), torch.get_float32_matmul_precision()) == before
-    with ComputeResource(device="cpu").in_use():
+    with compute.in_use(tmp_path):
+        assert torch.get_float32_matmul_precision() == before[1]  # of evaluation nobody asked for less
+    with ComputeResource(device="cpu").in_use(tmp_path), ComputeResource(device="cpu").training_precision():
         assert (torch.get_num_threads(), torch.get_float32_matmul_precision()) == (before[0], "highest")
+
+
+def test_of_several_gpus_each_process_takes_one_that_is_free(monkeypatch, tmp_path):
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    with ComputeResource().in_use(tmp_path), ComputeResource().in_use(tmp_path), ComputeResource(device="cpu").in_use(tmp_path):
+        assert chosen == [0, 1]
+    with ComputeResource(device="cuda:2").in_use(tmp_path):
+        assert chosen == [0, 1]  # what names its GPU gets that one
+    with ComputeResource().in_use(tmp_path):
+        assert chosen == [0, 1, 0]
 
 
 def test_energy_is_the_difference_that_the_device_reports(monkeypatch):
