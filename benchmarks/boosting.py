@@ -25,7 +25,7 @@ from saeens_pipeline.storage.residuals import ResidualView, write_residual
 TITLE = "Boosting"
 _ROUNDS = 8
 _HELD_OUT, _HELD_OUT_TOKENS = 10**6, 8192
-_WORKLOAD, _STEPS = Workload("topk", 384, 4096, 32), 16
+_WORKLOAD, _STEPS = Workload("topk", 384, 4096, 32), 8
 _QUICK_WORKLOAD, _QUICK_STEPS = Workload("topk", 192, 2048, 16, batch_tokens=1024), 4
 
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -178,6 +178,17 @@ class SAE(nn.Module, ABC):
             self.zero_grad()
             objective.loss.backward()
         return objective._replace(loss=objective.loss.detach())
+
+    @classmethod
+    def backpropagate_together(
+        cls, saes: Sequence[SAE], x: Tensor, dead_masks: Sequence[Tensor], sparsity_scale: float = 1.0
+    ) -> list[Objective] | None:
+        """:meth:`backpropagate` of several SAEs, the first one of this class, in fewer launches; None, and nothing done, where it cannot.
+
+        Rounding apart, the objective and the gradients of each are those that it has alone.
+        """
+        del saes, x, dead_masks, sparsity_scale
+        return None
 
     @property
     def stored_weights(self) -> Weights:

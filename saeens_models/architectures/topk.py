@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from saeens_models.architectures.base import SAE, Objective, SAEConfig, SparseReconstruction
 from saeens_models.architectures.registry import register
-from saeens_models.kernels import Team, cpu_team, select_topk, topk_reconstruction
+from saeens_models.kernels import Team, TopKReconstruction, cpu_team, select_topk, topk_reconstruction
 from saeens_models.kernels.cpu import topk_gradients, topk_reconstruct
+from saeens_models.kernels.cuda import topk_reconstructions
 from saeens_models.kernels.reference import SPARSE_BELOW, marked_features
 from saeens_models.sparse_code import SparseCode
 
@@ -88,6 +89,9 @@ class TopKSAE(SAE):
             dead_mask=dead_mask if config.aux_loss_coefficient > 0 else None,
             k_aux=self.k_aux,
         )
+        return self._objective(x, top)
+
+    def _objective(self, x: Tensor, top: TopKReconstruction) -> Objective:
         error = x - top.x_hat
         mse = error.square().sum(dim=-1).mean()
         loss = mse
@@ -125,6 +129,30 @@ class TopKSAE(SAE):
             fire_counts=result.fire_counts,
         )
 
+    @classmethod
+    def backpropagate_together(
+        cls, saes: Sequence[SAE], x: Tensor, dead_masks: Sequence[Tensor], sparsity_scale: float = 1.0
+    ) -> list[Objective] | None:
+        alike = [sae for sae in saes if isinstance(sae, cls) and _shape(sae.config) == _shape(saes[0].config)]
+        if len(alike) < len(saes):
+            return None
+        first = alike[0]
+        tops = topk_reconstructions(
+            x,
+            [(sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec) for sae in alike],
+            k=first.config.k,
+            apply_b_dec_to_input=first.config.apply_b_dec_to_input,
+            dead_masks=dead_masks if first.config.aux_loss_coefficient > 0 else [None] * len(saes),
+            k_aux=first.k_aux,
+        )
+        if tops is None:
+            return None
+        objectives = [sae._objective(x, top) for sae, top in zip(alike, tops, strict=True)]
+        for sae in alike:
+            sae.zero_grad()
+        torch.autograd.backward([objective.loss for objective in objectives])
+        return [objective._replace(loss=objective.loss.detach()) for objective in objectives]
+
     @property
     def k_aux(self) -> int:
         """Number of dead features that the auxiliary loss decodes from, if there are so many."""
@@ -152,3 +180,8 @@ class TopKSAE(SAE):
                 "W_dec": weights["W_dec"] / norms[:, None],
             }
         return {"k": cfg["k"]}, weights
+
+
+def _shape(config: SAEConfig) -> SAEConfig:
+    """What SAEs that are computed in one have in common: all but how their weights are drawn."""
+    return config.model_copy(update={"init_seed": 0})

@@ -29,16 +29,17 @@ def _order_preserving(bits):
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
-@triton.jit(do_not_specialize=["k"])
-def _select_topk(pre, bias, columns, values, places, row_stride, n_candidates, k, width, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["k", "n_rows"])
+def _select_topk(pre, bias, columns, values, places, row_stride, n_rows, n_columns, n_candidates, k, width, BLOCK: tl.constexpr):
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    first_column = row // n_rows * n_columns
     offsets = tl.arange(0, BLOCK)
     place = part * width + offsets
     inside = (offsets < width) & (place < n_candidates)
     column = place if columns is None else tl.load(columns + place, mask=inside, other=0)
     value = tl.load(pre + row * row_stride + column, mask=inside, other=-float("inf")).to(tl.float32)
     if bias is not None:
-        value += tl.load(bias + column, mask=inside, other=0.0)
+        value += tl.load(bias + first_column + column, mask=inside, other=0.0)
     key = _order_preserving(value.to(tl.int32, bitcast=True))
     key = tl.where(value == value, key, 0x7FFFFFFF)  # noqa: PLR0124 - NaN is selected: the loss has to show it
 
@@ -60,7 +61,7 @@ def _select_topk(pre, bias, columns, values, places, row_stride, n_candidates, k
     first = (row * tl.num_programs(1) + part) * k
     to = (counts & 0xFFFF) + tl.minimum(counts >> 16, n_equal) - 1
     tl.store(values + first + to, _order_preserving(key).to(tl.float32, bitcast=True), mask=selected)
-    tl.store(places + first + to, place.to(tl.int64), mask=selected)
+    tl.store(places + first + to, first_column + place, mask=selected)
 
 
 @triton.jit
@@ -104,37 +105,45 @@ def select_topk(pre: Tensor, k: int, bias: Tensor | None = None, columns: Tensor
 
     ``pre`` is `[n, m]`, float32 or bfloat16, ``bias`` `[m]` float32. With ``columns`` `[c]` only those of the m are candidates,
     and the indices are places in ``columns``. ``2 k`` may not exceed ``MOST_CANDIDATES``.
+
+    ``pre`` may also be J matrices, `[J, n, m]`, contiguous, each with a ``bias`` of its own `[J, m]` and without ``columns``. What is
+    selected is `[J, n, k]`, and indices are counted through the columns of all: column i of matrix j is ``j m + i``.
     """
-    n, n_candidates = len(pre), pre.shape[1] if columns is None else len(columns)
+    *matrices, n_rows, n_columns = pre.shape
+    n, n_candidates = pre.numel() // n_columns, n_columns if columns is None else len(columns)
     n_parts = triton.cdiv(n_candidates, MOST_CANDIDATES)
     width = triton.cdiv(n_candidates, n_parts)
-    values = torch.empty(n, n_parts * k, dtype=torch.float32, device=pre.device)
-    places = torch.empty(n, n_parts * k, dtype=torch.int64, device=pre.device)
+    values = torch.empty(*matrices, n_rows, n_parts * k, dtype=torch.float32, device=pre.device)
+    places = torch.empty(*matrices, n_rows, n_parts * k, dtype=torch.int64, device=pre.device)
     block = triton.next_power_of_2(max(width, k))
     n_warps = min(max(block // _WARP_ENTRIES, 4), 32)
-    _select_topk[n, n_parts](pre, bias, columns, values, places, pre.stride(0), n_candidates, k, width, BLOCK=block, num_warps=n_warps)
+    sizes = pre.stride(-2), n_rows, n_columns, n_candidates, k, width
+    _select_topk[n, n_parts](pre, bias, columns, values, places, *sizes, BLOCK=block, num_warps=n_warps)
     if n_parts == 1:
         return TopK(values, places)
-    chosen = select_topk(values, k)
-    return TopK(chosen.values, places.gather(1, chosen.indices))
+    chosen = select_topk(values.view(n, -1), k)
+    return TopK(chosen.values.view(*matrices, n_rows, k), places.view(n, -1).gather(1, chosen.indices).view(*matrices, n_rows, k))
 
 
 def sum_rows(sums: Tensor, rows: Tensor, which: Tensor, weights: Tensor, starts: Tensor, *, totals: Tensor | None = None) -> Tensor:
     """``sums[s] += sum(weights[e] * rows[which[e]])`` over the entries e of a segment s, from ``starts[s]`` up to ``starts[s + 1]``.
 
     ``sums`` is `[s, d]`, changed and returned; ``rows`` `[m, d]`; ``which`` (int64) and ``weights`` one per entry; ``starts``
-    `[s + 1]` int64. The sums of the weights themselves go to ``totals`` `[s]`. All contiguous.
+    `[s + 1]` int64. The sums of the weights themselves go to ``totals`` `[s]`. All contiguous; s and m may each be several dimensions.
     """
-    d = rows.shape[1]
-    grid = (len(sums), triton.cdiv(d, _TILE_COLUMNS))
+    d = rows.shape[-1]
+    grid = (len(starts) - 1, triton.cdiv(d, _TILE_COLUMNS))
     _sum_rows[grid](sums, totals, rows, which, weights, starts, d, ROWS=_TILE_ROWS, COLUMNS=_TILE_COLUMNS)
     return sums
 
 
 def multiply_rows(left: Tensor, right: Tensor, which: Tensor) -> Tensor:
-    """``left[n] . right[which[n, i]]`` for each entry of ``which`` `[n, k]` (int64); ``left`` `[n, d]`, ``right`` `[m, d]`, contiguous."""
-    n, k = which.shape
-    products = torch.empty(n, k, dtype=torch.float32, device=left.device)
-    grid = (n, triton.cdiv(k, _TILE_ROWS))
-    _multiply_rows[grid](products, left, right, which, k, left.shape[1], ROWS=_TILE_ROWS, COLUMNS=_TILE_COLUMNS)
+    """``left[n] . right[which[n, i]]`` for each entry of ``which`` `[n, k]` (int64); ``left`` is `[n, d]`, ``right`` `[m, d]`.
+
+    All contiguous; n and m may each be several dimensions.
+    """
+    k, d = which.shape[-1], left.shape[-1]
+    products = torch.empty(which.shape, dtype=torch.float32, device=left.device)
+    grid = (which.numel() // k, triton.cdiv(k, _TILE_ROWS))
+    _multiply_rows[grid](products, left, right, which, k, d, ROWS=_TILE_ROWS, COLUMNS=_TILE_COLUMNS)
     return products

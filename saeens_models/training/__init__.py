@@ -3,6 +3,7 @@
 from saeens_models.training.checkpoints import CheckpointError, Checkpoints, SeekableBatches, checkpoint_bytes
 from saeens_models.training.config import TrainingConfig
 from saeens_models.training.loop import train, train_boosting_concurrently
+from saeens_models.training.prefetch import on_device
 from saeens_models.training.trainer import CurvePoint, NonFiniteLossError, SAETrainer, load_kernels
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "TrainingConfig",
     "checkpoint_bytes",
     "load_kernels",
+    "on_device",
     "train",
     "train_boosting_concurrently",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from typing import NamedTuple
 
@@ -114,9 +114,31 @@ class SAETrainer:
 
         Raises :class:`NonFiniteLossError`; on an accelerator some steps later, so that no step waits for the loss of the one before.
         """
-        end = self.tokens + len(x)
-        scale, tokens = self.training.sparsity_scale_at(end), self._micro_batch_tokens
+        scale, tokens = self.training.sparsity_scale_at(self.tokens + len(x)), self._micro_batch_tokens
         objective = backpropagate(self.sae, x, self.dead_mask, scale, self.team, micro_batch_tokens=tokens)
+        self._move(x, objective)
+        return objective
+
+    @staticmethod
+    def step_together(trainers: Sequence[SAETrainer], x: Tensor) -> bool:
+        """:meth:`step` of all, which share a training, with their objectives computed in one; False, and nothing done, if they cannot be.
+
+        Each has the objective that it has alone but for rounding; all else is its own.
+        """
+        first = trainers[0]
+        if first._micro_batch_tokens is not None and first._micro_batch_tokens < len(x):
+            return False
+        saes, dead_masks = [trainer.sae for trainer in trainers], [trainer.dead_mask for trainer in trainers]
+        objectives = first.sae.backpropagate_together(saes, x, dead_masks, first.training.sparsity_scale_at(first.tokens + len(x)))
+        if objectives is None:
+            return False
+        for trainer, objective in zip(trainers, objectives, strict=True):
+            trainer._move(x, objective)
+        return True
+
+    def _move(self, x: Tensor, objective: Objective) -> None:
+        """Move the weights along the gradients that were left by ``objective`` on ``x``, and take note of both."""
+        end = self.tokens + len(x)
         self.learning_rate = self.training.learning_rate_at(self.tokens, end)
         self.optimiser.step(self.learning_rate, self.team)
         self.sae.apply_constraints()
@@ -127,7 +149,6 @@ class SAETrainer:
         self._unchecked_losses.append((self.steps, end, objective.loss))
         if len(self._unchecked_losses) >= _LOSSES_PER_CHECK.get(x.device.type, _LOSSES_PER_CHECK_ELSEWHERE):
             self.check_losses()
-        return objective
 
     def state(self) -> dict[str, Tensor]:
         """All that a step changes, by name, but for what :meth:`curve_point` says. Not copied: the next step changes it."""

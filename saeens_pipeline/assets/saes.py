@@ -230,11 +230,14 @@ class _Stream:
         return self.starting_at(0)
 
     def starting_at(self, step: int) -> Iterator[torch.Tensor]:
+        from saeens_models.training import on_device
+
         if step:
             self._advance(step * self._batch_tokens)
-        for batch in self._reader.batches("train", self._batch_tokens, seed=self._seed, skipped_batches=step):
+        batches = self._reader.batches("train", self._batch_tokens, seed=self._seed, skipped_batches=step)
+        for batch in on_device(batches, self._device):  # which may read one more: progress is that of the training
             self._advance(len(batch))
-            yield batch.to(self._device)
+            yield batch
 
 
 class _Training:
