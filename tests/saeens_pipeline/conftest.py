@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import settings
 from tiny_experiment import Laboratory
 from tiny_models import write_tiny_model
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
 settings.load_profile("ci")  # the same examples in every run, and no complaint about a slow machine
 
 
