@@ -229,7 +229,9 @@ def _facts(artefact: Artefact) -> tuple[str, ...]:
     made, recipe = artefact.provenance, artefact.recipe
     seconds = made.get("train_seconds", made.get("seconds"))
     by = [f"run {made.get('run_id', 'unknown')[:8]}", made.get("date"), made.get("device"), f"{seconds:.1f} s" if seconds else None]
-    code = f"code: {recipe['builder']} version {recipe['version']}, saeens {made.get('versions', {}).get('saeens', 'unknown')}"
+    versions = made.get("versions", {})
+    commit = f", commit {versions['commit']}" if "commit" in versions else ""
+    code = f"code: {recipe['builder']} version {recipe['version']}, saeens {versions.get('saeens', 'unknown')}{commit}"
     same_as = f"linked: the same as {made['same_as']}" if made.get("same_as") else None
     return tuple(filter(None, (", ".join(filter(None, by)), code, same_as)))
 

@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import platform
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -200,7 +201,24 @@ def _energy_joules(device: str) -> float | None:
 @cache
 def _versions() -> dict[str, str]:
     packages = ("saeens", "torch", "transformers", "zarr", "dagster")
-    return {"python": platform.python_version()} | {package: version(package) for package in packages}
+    versions = {"python": platform.python_version()} | {package: version(package) for package in packages}
+    commit = _commit()
+    return versions | ({"commit": commit} if commit else {})
+
+
+def _commit() -> str | None:
+    """The git commit of the checkout that runs, with `+` if its files were changed since; None where there is no checkout, or no git."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(_PROJECT_ROOT), *arguments], check=True, capture_output=True, text=True, timeout=10).stdout
+
+    if not (_PROJECT_ROOT / ".git").exists():
+        return None
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short=12", "HEAD").strip() + ("+" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def _reset_peak_memory() -> None:

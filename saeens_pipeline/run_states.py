@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 RECENT_RUNS = 300  # an older failure is not worth its reading
 _PARTITION_TAG = "dagster/partition"
+_INTERRUPTED = "DagsterExecutionInterruptedError"  # what Dagster makes of Ctrl-C and SIGTERM, without a word
 
 
 def with_run_states(statuses: Sequence[Status], ops: Iterable[Op]) -> list[Status]:
@@ -78,7 +79,7 @@ class _Run:
         name = f"run {self._run.run_id[:8]}"
         failure = next(self._of_type(Type.STEP_FAILURE, step), None)
         if failure:
-            return _Outcome("failed", f"{name}: {_first_line(failure)}")
+            return _Outcome("failed", f"{name}: {_first_line(failure)}".replace(_INTERRUPTED, "it was interrupted"))
         if self._run.status == DagsterRunStatus.SUCCESS or any(self._of_type(Type.STEP_SUCCESS, step)):
             return _Outcome("")
         began = any(self._of_type(Type.STEP_START, step))
@@ -86,6 +87,8 @@ class _Run:
             if self._process_is_dead():
                 return _Outcome("failed", f"{name}: its process was killed") if began else _Outcome("")
             return _Outcome("running", name if began else f"{name}, which has not come to it yet")
+        if self._run.status == DagsterRunStatus.CANCELED:
+            return _Outcome("failed", f"{name}: its process was killed, or it was cancelled") if began else _Outcome("")
         ended = next(self._of_type(Type.RUN_FAILURE), None)
         at_work = began or not any(self._of_type(Type.STEP_START))  # or it failed before any step
         return _Outcome("failed", f"{name}: {_first_line(ended)}") if ended and at_work else _Outcome("")

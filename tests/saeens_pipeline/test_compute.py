@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from saeens_pipeline import resources
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.resources import ComputeResource
 
@@ -108,3 +110,20 @@ def test_a_device_that_reports_no_energy_gives_none():
         pass
     assert measured.energy_joules is None
     assert measured.seconds > 0
+
+
+def test_provenance_names_the_commit_of_the_checkout_and_whether_its_files_were_changed(monkeypatch, tmp_path):
+    def git(*arguments: str) -> str:
+        who = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
+        return subprocess.run(["git", "-C", str(tmp_path), *who, *arguments], check=True, capture_output=True, text=True).stdout.strip()
+
+    monkeypatch.setattr(resources, "_PROJECT_ROOT", tmp_path)
+    assert resources._commit() is None
+    git("init", "--quiet")
+    (tmp_path / "code.py").write_text("1")
+    git("add", "code.py")
+    git("commit", "--quiet", "--message", "one")
+    commit = git("rev-parse", "HEAD")[:12]
+    assert resources._commit() == commit
+    (tmp_path / "code.py").write_text("2")
+    assert resources._commit() == f"{commit}+"
