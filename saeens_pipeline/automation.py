@@ -14,7 +14,7 @@ from dagster import AutomationCondition as Condition
 from saeens_pipeline.assets.dagster_assets import layers_of
 from saeens_pipeline.components import ExperimentSettings, SourceSettings
 from saeens_pipeline.components.ensemble_experiment import FreshnessSettings
-from saeens_pipeline.instance import declare_layers, declared_layers_name, layer_changes
+from saeens_pipeline.instance import declare_layers, declared_layers_name, end_dead_runs, layer_changes
 from saeens_pipeline.storage.names import SOURCES_GROUP
 
 if TYPE_CHECKING:
@@ -59,10 +59,14 @@ def automation_condition() -> Condition:
 
 
 def leaderboard_condition() -> Condition:
-    """Ask for the leaderboard when something that it shows was made; it does not wait for experiments that nobody ran."""
-    handled = Condition.newly_updated() | Condition.newly_requested()
+    """Ask for the leaderboard when something that it shows was made; it does not wait for experiments that nobody ran.
+
+    What is made after it was asked for may not be in it, even if that is there before the leaderboard is or before the next look: then
+    it is asked for again. To wait for what is asked for at the same time is not possible: Dagster tells it of equal partitions only.
+    """
+    updated = Condition.any_deps_match(Condition.newly_updated())
     settled = ~Condition.any_deps_in_progress() & ~Condition.in_progress()
-    return (Condition.any_deps_updated().since(handled) & settled).with_label("a table that it shows was made")
+    return (updated.since(Condition.newly_requested() & ~updated) & settled).with_label("a table that it shows was made")
 
 
 def freshness_policy(freshness: FreshnessSettings) -> dg.FreshnessPolicy:
@@ -103,7 +107,10 @@ def automation_sensor() -> dg.AutomationConditionSensorDefinition:
 
 
 def layers_sensor(sources: Mapping[str, SourceSettings]) -> dg.SensorDefinition:
-    """The sensor that keeps the partitions of every source in step with the layers of its experiment file."""
+    """The sensor that keeps the partitions of every source in step with the layers of its experiment file.
+
+    It also ends runs whose process was killed: they would hold the GPU pool, and the automation would wait for them for ever.
+    """
 
     @dg.sensor(
         name="layers",
@@ -112,6 +119,7 @@ def layers_sensor(sources: Mapping[str, SourceSettings]) -> dg.SensorDefinition:
         minimum_interval_seconds=TICK_SECONDS,
     )
     def layers(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
+        end_dead_runs(context.instance)
         requests = []
         for source in sources.values():
             changes = layer_changes(context.instance, source.name, source.layers)

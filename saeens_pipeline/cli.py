@@ -277,6 +277,10 @@ def doctor(
 @app.command()
 def gc(
     delete: Annotated[bool, typer.Option("--delete", help="Remove what is listed; without it nothing is touched.")] = False,
+    forget_folder: Annotated[
+        list[Path] | None,
+        typer.Option(help="A folder of SAEENS_EXPERIMENTS that is given up; until it is named here, what belongs to it is not removed."),
+    ] = None,
 ) -> None:
     """List what lies below the data root and belongs to no experiment or source any more."""
     from rich.filesize import decimal
@@ -284,9 +288,13 @@ def gc(
 
     from saeens_pipeline.catalogue import load_catalogue
     from saeens_pipeline.garbage import by_folder, declared, find_garbage, remove_garbage
+    from saeens_pipeline.remembered_folders import explain_unread, forget_folders, remember_own_folders, unread_folders
     from saeens_pipeline.resources import data_root
 
     catalogue, root = load_catalogue(), data_root().resolve()
+    if delete and root.exists():
+        remember_own_folders(root)
+    forget_folders(root, forget_folder or [])
     inventory = find_garbage(root, declared(catalogue))
     garbage, freed = by_folder(inventory.garbage, root), decimal(inventory.freed_bytes)
     if delete:
@@ -305,6 +313,8 @@ def gc(
         out.print(f"{freed} would be freed by `saeens gc --delete`; nothing was touched", highlight=False)
     for message in catalogue.broken.values():
         complain("note", f"{message}\nwhat belongs to this file is listed as if nothing referred to it")
+    if unread := unread_folders(root):
+        complain("note", f"{explain_unread(unread)}\nwhat belongs to their files is listed as if nothing referred to it")
 
 
 @layers.callback()

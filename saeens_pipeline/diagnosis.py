@@ -27,7 +27,10 @@ class Finding(NamedTuple):
 
 
 def diagnose(verify: bool = False) -> Iterator[Finding]:
-    """Versions, devices, root, disk, experiment files; with `verify`, the hashes of every artefact."""
+    """Versions, devices, root, disk, experiment files; with `verify`, the hashes of every artefact.
+
+    An artefact that differs is no hit from then on, and made again by the next run.
+    """
     yield Finding("python", f"{platform.python_version()} on {platform.platform()}")
     for package in PACKAGES:
         try:
@@ -86,7 +89,10 @@ def _verify(root: Path) -> Iterator[Finding]:
         if isinstance(artefact, SaeensError):
             wrong.append(str(artefact))
         else:
-            wrong += [f"{difference}: remove {artefact.path} and run again to make it anew" for difference in artefact.verify()]
+            differences = artefact.verify()
+            if differences:
+                artefact.distrust()
+            wrong += [f"{difference}. The next `saeens run` makes it again" for difference in differences]
     for message in wrong:
         yield Finding("artefact", message, ok=False)
     yield Finding("artefacts", f"{checked} read, {len(wrong)} differences from what was written", ok=not wrong)

@@ -7,6 +7,7 @@ known is listed and never removed; so is what holds files besides those that its
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,8 +16,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from saeens_pipeline.assets.declarations import Declaration
 from saeens_pipeline.errors import ConfigurationError
-from saeens_pipeline.instance import home_folder, layers_name, recorded_instance
+from saeens_pipeline.instance import forget_partitions, home_folder, layers_name, recorded_instance
 from saeens_pipeline.language_models.models import REFERENCE_MODEL, describe_language_model
+from saeens_pipeline.remembered_folders import FILE as FOLDERS_FILE
+from saeens_pipeline.remembered_folders import explain_unread, unread_folders
 from saeens_pipeline.storage import locks
 from saeens_pipeline.storage.checkpoints import locate_checkpoint
 from saeens_pipeline.storage.names import Address, Partition, is_above_artefacts, locate
@@ -24,6 +27,8 @@ from saeens_pipeline.storage.recipes import DamagedArtefactError, foreign_files,
 
 if TYPE_CHECKING:
     from saeens_pipeline.catalogue import Catalogue
+
+logger = logging.getLogger(__name__)
 
 
 class Finding(NamedTuple):
@@ -102,7 +107,8 @@ def declared(catalogue: Catalogue) -> Declared:
 def find_garbage(root: Path, references: Declared) -> Inventory:
     """Look through the data root. Changes nothing."""
     inventory, root = Inventory(), root.resolve()
-    others = (root / "dagster", root / locks.FOLDER, home_folder().resolve(), describe_language_model(REFERENCE_MODEL).path.resolve())
+    own = (root / "dagster", root / locks.FOLDER, root / FOLDERS_FILE)
+    others = (*own, home_folder().resolve(), describe_language_model(REFERENCE_MODEL).path.resolve())
     for path in _entries(root):
         if path not in others and path.resolve() not in others:
             _look_at(path, root, references, inventory)
@@ -127,16 +133,38 @@ def by_folder(findings: Sequence[Finding], root: Path) -> list[Finding]:
 def remove_garbage(catalogue: Catalogue, inventory: Inventory, root: Path) -> None:
     """Remove the garbage, and the folders that are empty then.
 
-    Raises ConfigurationError, and removes nothing, if an experiment file is broken: what belongs to it looks like garbage.
+    Raises ConfigurationError, and removes nothing, if an experiment file is broken or a folder of experiment files that was read before
+    is not read now: what belongs to them looks like garbage.
     """
     if catalogue.broken:
         broken = "\n".join(catalogue.broken.values())
         raise ConfigurationError(f"{broken}\nnothing is removed: what belongs to a file that cannot be read looks unused; mend it first")
+    if unread := unread_folders(root):
+        raise ConfigurationError(f"{explain_unread(unread)}\nnothing is removed: what belongs to files that are not read looks unused")
+    _forget(inventory.garbage, root.resolve())  # first: once removed, nothing would tell what an interruption left to forget
     for finding in inventory.garbage:
         remove_whole(finding.path)
         with contextlib.suppress(OSError):  # until a folder holds something else
             for folder in finding.path.relative_to(root.resolve()).parents[:-1]:
                 (root / folder).rmdir()
+
+
+def _forget(findings: Sequence[Finding], root: Path) -> None:
+    """Let Dagster count the artefacts among these as not made, or the automation would not make them if they were declared again."""
+    partitions: dict[Address, list[str]] = {}
+    for finding in findings:
+        if found := locate(PurePosixPath(finding.path.relative_to(root).as_posix())):
+            address, partition = found
+            keys = partitions.setdefault(address, [])
+            if partition != Partition():
+                keys.append("|".join(str(value) for value in partition if value is not None))  # as Dagster writes it
+    try:
+        with recorded_instance() as instance:
+            if instance:
+                for address, keys in partitions.items():
+                    forget_partitions(instance, address.key, keys)
+    except Exception as error:  # whatever a storage raises, it is not about the files
+        logger.warning("Dagster goes on showing what is removed as made: %s", error)
 
 
 def _look_at(path: Path, root: Path, references: Declared, inventory: Inventory) -> None:

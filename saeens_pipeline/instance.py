@@ -23,7 +23,7 @@ PROCESS_TAG = "saeens/process"
 _SERVER_TAG = ".dagster/grpc_info"  # by Dagster, on a run that it launched: where its code server listens
 
 _SETTINGS = """\
-# Where Dagster keeps runs and events, one op at a time on the GPU, and no telemetry.
+# Where Dagster keeps runs and events, one op at a time on the GPU, runs tried again whose process was killed, and no telemetry.
 # `saeens` writes this file into DAGSTER_HOME; the one beside workspace.yaml serves a plain `dagster dev -w workspace.yaml`.
 storage:
   sqlite:
@@ -40,6 +40,10 @@ concurrency:
 run_monitoring:
   enabled: true
   free_slots_after_run_end_seconds: 60
+run_retries:
+  enabled: true
+  max_retries: 2
+  retry_on_asset_or_op_failure: false
 telemetry:
   enabled: false
 nux:
@@ -121,22 +125,45 @@ def process_tag() -> dict[str, str]:
 
 
 def end_dead_runs(instance: DagsterInstance) -> None:
-    """End runs whose process on this machine was killed, and free the GPU slot that they would hold for ever.
+    """Cancel runs whose process on this machine was killed, and free the GPU slot that they would hold for ever.
 
-    A run of the command line has failed. One of the UI or the automation, whose code server is gone, is cancelled: it was the machine
-    that ended it, and the automation asks for it again.
+    They did not fail: the machine or its user ended them, and the automation asks for what they were to make again. A run of the
+    command line is dead when its process is, one of the UI or the automation when its code server is gone.
     """
     from dagster import DagsterRunStatus, RunsFilter
 
     for run in instance.get_runs(RunsFilter(statuses=[DagsterRunStatus.STARTED])):
         host, _, pid = run.tags.get(PROCESS_TAG, "").rpartition(":")
         if host == socket.gethostname() and not is_alive(int(pid)):
-            instance.report_run_failed(run, "The process that executed this run was killed.")
+            instance.report_run_canceled(run, "The process that executed this run was killed.")
         elif _SERVER_TAG in run.tags and not _answers(json.loads(run.tags[_SERVER_TAG])):
             instance.report_run_canceled(run, "The code server that executed this run is gone.")
         else:
             continue
         instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
+
+
+def forget_partitions(instance: DagsterInstance, key: Sequence[str], partitions: Sequence[str]) -> None:
+    """Let Dagster count these partitions of an asset as never made and never tried; all of the asset where they are none.
+
+    Its SQLite storage lacks `wipe_asset_partitions`: in its index of asset events, theirs become those of no asset. They are not
+    deleted: SQLite would give their numbers to new events, which then look old to the automation.
+    """
+    from dagster import AssetKey
+    from dagster._core.storage.event_log.schema import SqlEventLogStorageTable as Events
+    from dagster._core.storage.event_log.sql_event_log import SqlEventLogStorage
+
+    asset, storage = AssetKey(list(key)), instance.event_log_storage
+    if not partitions:
+        instance.wipe_assets([asset])
+        return
+    if not isinstance(storage, SqlEventLogStorage):
+        instance.wipe_asset_partitions(asset, partitions)
+        return
+    with storage.index_connection() as connection:
+        theirs = (Events.c.asset_key == asset.to_string(), Events.c.partition.in_(partitions))
+        connection.execute(Events.update().where(*theirs).values(asset_key=None))
+    storage.wipe_asset_cached_status(asset)
 
 
 def _answers(server: dict[str, Any]) -> bool:

@@ -1,27 +1,36 @@
-"""What the packages log, in the event log of the run that made them do it."""
+"""What the packages log, in the event log of the run that made them do it and on the console of who waits for it."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 _LOGGERS = ("saeens_models", "saeens_pipeline")
 
 
 class _Forward(logging.Handler):
-    def __init__(self, log: logging.Logger) -> None:
+    def __init__(self, say: Callable[[int, str], None]) -> None:
         super().__init__(logging.INFO)
-        self._log = log
+        self._say = say
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._log.log(record.levelno, record.getMessage())
+        self._say(record.levelno, record.getMessage())
+
+
+def forwarded_to(log: logging.Logger) -> contextlib.AbstractContextManager[None]:
+    """Within this context, log lines from INFO on go to `log` as well."""
+    return _forwarded(log.log)
+
+
+def written_with(write: Callable[[str], None]) -> contextlib.AbstractContextManager[None]:
+    """Within this context, `write` is given what is logged from INFO on, each message as one line without its traceback."""
+    return _forwarded(lambda _level, message: write(" ".join(message.splitlines())))
 
 
 @contextlib.contextmanager
-def forwarded_to(log: logging.Logger) -> Iterator[None]:
-    """Within this context, log lines from INFO on go to `log` as well."""
-    handler = _Forward(log)
+def _forwarded(say: Callable[[int, str], None]) -> Iterator[None]:
+    handler = _Forward(say)
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

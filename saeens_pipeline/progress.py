@@ -6,16 +6,19 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 LINE_INTERVAL_SECONDS = 15.0  # between two lines about the same work
 PACE_SECONDS = 1.0  # from when on a rate says something
 
 
 class Advance(Protocol):
-    """Say that `n` more units are done."""
+    """Say that `n` more units are done, or that they were done `before` this work began: those count for no rate."""
 
-    def __call__(self, n: int) -> None: ...
+    def __call__(self, n: int, *, before: bool = False) -> None: ...
 
 
 class Reporter(Protocol):
@@ -29,16 +32,20 @@ class _Pace:
 
     def __init__(self) -> None:
         self.done = 0
+        self.done_before = 0
         self._first: tuple[float, int] | None = None
 
-    def advance(self, n: int) -> float | None:
+    def advance(self, n: int, *, before: bool) -> float | None:
         """Units a second, where that is known."""
         self.done += n
+        if before:
+            self.done_before += n
+            return None
         now = time.monotonic()
         if self._first is None:
             self._first = now, self.done
-        began, before = self._first
-        return (self.done - before) / (now - began) if now - began >= PACE_SECONDS else None
+        began, at_first = self._first
+        return (self.done - at_first) / (now - began) if now - began >= PACE_SECONDS else None
 
 
 class LineReporter:
@@ -52,9 +59,9 @@ class LineReporter:
         began = said = time.monotonic()
         pace = _Pace()
 
-        def advance(n: int) -> None:
+        def advance(n: int, *, before: bool = False) -> None:
             nonlocal said
-            rate = pace.advance(n)
+            rate = pace.advance(n, before=before)
             if rate and time.monotonic() - said >= LINE_INTERVAL_SECONDS:
                 said = time.monotonic()
                 left = (total - pace.done) / rate
@@ -62,11 +69,16 @@ class LineReporter:
 
         yield advance
         seconds = time.monotonic() - began
-        self._write(f"{label}: {pace.done:,} {unit} in {seconds:.1f} s ({pace.done / max(seconds, 1e-9):,.0f}/s)")
+        done_now = pace.done - pace.done_before
+        others = f"; {pace.done_before:,} were done before" if pace.done_before else ""
+        self._write(f"{label}: {done_now:,} {unit} in {seconds:.1f} s ({done_now / max(seconds, 1e-9):,.0f}/s){others}")
 
 
 class BarReporter:
-    """Progress bars with rate and time left, for a terminal."""
+    """Progress bars with rate and time left, for a terminal. What is printed to the same console meanwhile appears above them."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
 
     @contextlib.contextmanager
     def task(self, label: str, total: int, unit: str) -> Iterator[Advance]:
@@ -74,13 +86,13 @@ class BarReporter:
 
         shown = TextColumn("{task.fields[rate]}", style="dim")
         pace = _Pace()
-        with Progress(
-            TextColumn("{task.description:<44}"), BarColumn(24), TaskProgressColumn(), shown, TimeElapsedColumn(), TimeRemainingColumn()
-        ) as progress:
+        label_column = TextColumn("{task.description:<44}")
+        columns = (label_column, BarColumn(24), TaskProgressColumn(), shown, TimeElapsedColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self._console) as progress:
             bar = progress.add_task(label, total=total, rate="")
 
-            def advance(n: int) -> None:
-                rate = pace.advance(n)
+            def advance(n: int, *, before: bool = False) -> None:
+                rate = pace.advance(n, before=before)
                 progress.update(bar, advance=n, rate=f"{rate:,.0f} {unit}/s" if rate else "")
 
             yield advance
@@ -105,7 +117,7 @@ def task(label: str, total: int, unit: str = "tokens") -> Iterator[Advance]:
     """Work that is shown by whoever asked for it, or by nobody."""
     reporter = _reporter.get()
     if reporter is None:
-        yield lambda n: None
+        yield lambda n, before=False: None
     else:
         with reporter.task(label, total, unit) as advance:
             yield advance

@@ -8,10 +8,12 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
-from saeens_pipeline import progress
+from saeens_pipeline import log_lines, progress
 from saeens_pipeline.errors import ConfigurationError
+from saeens_pipeline.instance import end_dead_runs, recorded_instance
 from saeens_pipeline.layers import layers_of_source, recorded_layers
 from saeens_pipeline.plan import Stage, Status, plan
 from saeens_pipeline.resources import StoreResource
@@ -29,8 +31,12 @@ if TYPE_CHECKING:
 def reporter_for(console: Console) -> progress.Reporter:
     """Bars in a terminal, plain lines elsewhere."""
     if console.is_terminal:
-        return progress.BarReporter()
-    return progress.LineReporter(lambda line: console.print(line, highlight=False, soft_wrap=True))
+        return progress.BarReporter(console)
+    return progress.LineReporter(partial(_print_line, console))
+
+
+def _print_line(console: Console, line: str) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def experiment_status(name: str) -> list[Status]:
@@ -51,6 +57,9 @@ def run_experiment(name: str, *, layers: Sequence[int], seeds: Sequence[int], se
     from saeens_pipeline.summary import print_summary
 
     began = time.monotonic()
+    with recorded_instance() as instance:
+        if instance:
+            end_dead_runs(instance)
     catalogue = load_catalogue()
     experiment = catalogue.experiment(name)
     source = catalogue.sources[experiment.source]
@@ -80,7 +89,7 @@ def run_experiment(name: str, *, layers: Sequence[int], seeds: Sequence[int], se
         damaged = [s for stage, wanted in chosen for s in stage.statuses if s.state == "damaged" and s.declaration in wanted]
         for status in damaged:
             console.print(status.reason, highlight=False, markup=False, soft_wrap=True)
-        with _quiet(), progress.report_to(reporter_for(console)):
+        with _quiet(), log_lines.written_with(partial(_print_line, console)), progress.report_to(reporter_for(console)):
             _execute(catalogue, experiment, layers, [(stage, wanted) for stage, wanted in chosen if wanted])
     after = plan(store, ops, layers, experiment.ensemble.seeds)
     asked = [s for stage in after for s in stage.statuses if not seeds or s.partition.seed is None or s.partition.seed in seeds]
@@ -164,10 +173,9 @@ def _execute(
     catalogue: Catalogue, experiment: ExperimentSettings, layers: Sequence[int], chosen: Sequence[tuple[Stage, list[Declaration]]]
 ) -> None:
     """Make what was chosen, with the instance of the command line."""
-    from saeens_pipeline.instance import command_line_instance, declare_layers, end_dead_runs, register_layers
+    from saeens_pipeline.instance import command_line_instance, declare_layers, register_layers
 
     with command_line_instance() as instance, _interrupts() as raise_interrupt:
-        end_dead_runs(instance)
         declare_layers(instance, experiment.source, catalogue.sources[experiment.source].layers)
         register_layers(instance, experiment.source, layers)
         make_stages(catalogue, instance, chosen, tags={"user": "saeens run"}, before_each=raise_interrupt)

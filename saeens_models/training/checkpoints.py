@@ -14,7 +14,7 @@ import logging
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -94,12 +94,23 @@ class Checkpoints:
     decides them beside these, above all the stream, which the file knows nothing of. SAEs do not depend on those that are trained beside
     them, so a part of those in the file can go on; if one is asked for that is not there, all start anew. A file that does not serve,
     or is damaged, is said in the log and removed.
+
+    ``others``: recipes of SAEs that are not trained now and may go on later. As long as the file holds one of them it is neither
+    written nor removed, and this training keeps no state.
     """
 
-    def __init__(self, file: str | Path, *, interval_seconds: float = CHECKPOINT_SECONDS, recipes: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        file: str | Path,
+        *,
+        interval_seconds: float = CHECKPOINT_SECONDS,
+        recipes: Sequence[str] | None = None,
+        others: Collection[str] = (),
+    ) -> None:
         self.file = Path(file)
         self.interval_seconds = interval_seconds
         self.recipes = recipes
+        self.others = others
         self.resumed_at_tokens: list[int] = []
         """After how many tokens the training went on from a checkpoint, each time that it did."""
         self.seconds_before = 0.0
@@ -107,6 +118,7 @@ class Checkpoints:
         self.tokens: int | None = None
         """Tokens of what is in the file; None where there is none."""
         self._keys: list[str] = []
+        self._is_of_others = False
         self._began = self._written = time.monotonic()
         self._seconds_of_writing = 0.0
 
@@ -121,6 +133,7 @@ class Checkpoints:
             raise ValueError(f"there are {len(recipes)} recipes for {len(configs)} SAEs")
         self._keys = [_key(*decisive) for decisive in zip(configs, trainings, recipes, strict=True)]
         _aside(self.file).unlink(missing_ok=True)
+        self._is_of_others = False
         self._began = self._written = time.monotonic()
         if not self.file.exists():
             return None
@@ -128,6 +141,11 @@ class Checkpoints:
             record, tensors = _read(self.file)
             numbers = [record["keys"].index(key) if key in record["keys"] else None for key in self._keys]
             chosen = [number for number in numbers if number is not None]
+            self._is_of_others = not set(self.others).isdisjoint(record.get("recipes", ()))
+            if self._is_of_others:
+                logger.info("%s is kept for other SAEs that go on from it later; until then no other checkpoint is written", self.file)
+            if len(chosen) < len(numbers) and self._is_of_others:
+                return None
             if len(chosen) < len(numbers):
                 logger.warning("%s is a checkpoint of other SAEs: it is removed, and training starts anew", self.file)
                 self.remove()
@@ -142,6 +160,7 @@ class Checkpoints:
             self.resumed_at_tokens, self.seconds_before = [*record["resumed_at_tokens"], position.tokens], record["seconds"]
         except Exception as error:  # whatever is wrong with a file that nobody but this module writes: it does not serve
             logger.warning("%s is damaged: it is removed, and training starts anew (%s)", self.file, error)
+            self._is_of_others = False
             self.remove()
             return None
         self.tokens = position.tokens
@@ -159,8 +178,10 @@ class Checkpoints:
         """Write where the trainers stand; what was written before is replaced when this is whole, and on the disk.
 
         Where a weight is not finite nothing is written: the next step will say it, and what was written before is the last that is good.
-        Raises :class:`CheckpointError` with what is needed.
+        Nor is anything where the file is kept for others. Raises :class:`CheckpointError` with what is needed.
         """
+        if self._is_of_others:
+            return
         began = time.monotonic()
         last = [trainer.curve_point() for trainer in trainers]
         tensors = {f"{number}.{name}": tensor for number, trainer in enumerate(trainers) for name, tensor in trainer.state().items()}
@@ -169,6 +190,7 @@ class Checkpoints:
             record = {
                 "format": _FORMAT,
                 "keys": self._keys,
+                "recipes": list(self.recipes or ()),
                 "steps": last[0].step,
                 "tokens": last[0].tokens,
                 "largest_batch": largest_batch,
@@ -183,7 +205,9 @@ class Checkpoints:
         self._seconds_of_writing = self._written - began
 
     def remove(self) -> None:
-        """Remove the file, if it is there."""
+        """Remove the file, if it is there and not kept for others."""
+        if self._is_of_others:
+            return
         for file in (self.file, _aside(self.file)):
             file.unlink(missing_ok=True)
         self.tokens = None

@@ -1,7 +1,9 @@
-"""The asset check `bytes`: reads an artefact whole and compares it with its recipe. It runs on request, and is no part of making it."""
+"""The asset check `bytes`: reads an artefact whole and compares it with its recipe.
+
+Executed on its own it reads every partition. Dagster also executes it beside a materialisation, where it reads that partition.
+"""
 
 # Without `from __future__ import annotations`: Dagster reads the annotations of ops at run time.
-import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 
 import dagster as dg
@@ -34,30 +36,39 @@ def _build_check(name: str, declarations: Sequence[Declaration]) -> dg.AssetChec
         chosen = {key.asset_key for key in context.selected_asset_check_keys}
         partition = partition_of(context) if context.has_partition_key else None
         for declaration in (by_key[key] for key in by_key if key in chosen):
-            yield _compare(store.store, declaration, partition, context.run.run_id)
+            yield _compare(store.store, declaration, partition)
 
     return compare
 
 
-def _compare(store: Store, declaration: Declaration, partition: Partition | None, run_id: str) -> dg.AssetCheckResult:
-    """One partition or, in a run that has none, all that are on disk. What this very run has written is not read again."""
-    if partition is None:
-        partitions = store.partitions(declaration.address, *DIMENSION_NAMES[declaration.dimensions])
-    else:
-        partitions = [declaration.narrow(partition)]
-    to_read = [each for each in partitions if not _is_made_by(store, declaration, each, run_id)]
+def _compare(store: Store, declaration: Declaration, partition: Partition | None) -> dg.AssetCheckResult:
+    """One partition or, in a run that has none, all that are on disk.
+
+    The result stands for the whole asset, so that damage which was found in another partition is told again until it is made anew.
+    """
+    on_disk = store.partitions(declaration.address, *DIMENSION_NAMES[declaration.dimensions])
+    to_read = on_disk if partition is None else [each for each in on_disk if each == declaration.narrow(partition)]
     differences = [difference for each in to_read for difference in compare_bytes(store, declaration, each)]
+    differences += [damage for each in on_disk if each not in to_read for damage in _known_damage(store, declaration, each)]
+    description = list(differences)
+    if not to_read:
+        description.append("There is nothing to read: materialise the asset first.")
+    elif len(to_read) < len(on_disk):
+        description.append(f"Read {len(to_read)} of {len(on_disk)} partitions: execute this check on its own to read all.")
     return dg.AssetCheckResult(
         asset_key=dg.AssetKey(declaration.address.key),
         check_name=BYTES,
-        passed=not differences,
-        description="\n".join(differences) or None,
-        metadata={"partitions read": len(to_read), "partitions just written by this run": len(partitions) - len(to_read)},
+        passed=bool(to_read) and not differences,
+        severity=dg.AssetCheckSeverity.ERROR if differences else dg.AssetCheckSeverity.WARN,
+        description="\n".join(description) or None,
+        metadata={"partitions read": len(to_read), "partitions on disk": len(on_disk)},
     )
 
 
-def _is_made_by(store: Store, declaration: Declaration, partition: Partition, run_id: str) -> bool:
-    with contextlib.suppress(DamagedArtefactError):  # `compare_bytes` reports it
-        artefact = store.find(declaration.address, partition)
-        return artefact is not None and artefact.provenance.get("run_id") == run_id
-    return False
+def _known_damage(store: Store, declaration: Declaration, partition: Partition) -> list[str]:
+    """What is seen without reading everything: also what an earlier comparison has found."""
+    try:
+        store.find(declaration.address, partition)
+    except DamagedArtefactError as error:
+        return [str(error)]
+    return []

@@ -17,6 +17,7 @@ from saeens_pipeline.checks import Health, UnsoundArtefactError, examine, is_che
 from saeens_pipeline.components.ensemble_experiment import CheckSettings
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.instance import layers_name
+from saeens_pipeline.remembered_folders import remember_own_folders
 from saeens_pipeline.resources import ComputeResource, StoreResource
 from saeens_pipeline.storage.disk import is_full_disk
 from saeens_pipeline.storage.locks import writing_alone
@@ -162,6 +163,7 @@ class _Made(NamedTuple):
 
 def _materialise(op: Op, selected: Sequence[Declaration], partition: Partition, workplace: Workplace) -> list[_Made]:
     store = workplace.store
+    remember_own_folders(store.root)
     tasks = [Task(declaration, partition, declaration.recipe(store, partition)) for declaration in selected]
     hits = _hits(store, tasks)
     if len(hits) < len(tasks):
@@ -185,10 +187,13 @@ def _materialise(op: Op, selected: Sequence[Declaration], partition: Partition, 
 def _report(
     made: Sequence[_Made], checked: Collection[Declaration], thresholds: CheckSettings, partition: Partition, store: Store
 ) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
-    """Tell Dagster what was made and how healthy it is. Raises UnsoundArtefactError, after all is told, for what must not be used."""
+    """Tell Dagster what was made and how healthy it is. Raises UnsoundArtefactError, after all is told, for what must not be used.
+
+    What was made is examined even where its check is not in `checked`: the automation selects no checks of ops that can be subset.
+    """
     errors: list[str] = []
     for declaration, artefact, is_hit in made:
-        health = examine(declaration, partition, artefact, thresholds) if declaration in checked else None
+        health = examine(declaration, partition, artefact, thresholds) if is_checked(declaration) else None
         errors += health.errors if health else []
         yield dg.MaterializeResult(
             asset_key=dg.AssetKey(declaration.address.key),

@@ -66,7 +66,7 @@ def sae_op(
     def make(workplace: Workplace, tasks: Sequence[Task]) -> None:
         to_train = [task for task in tasks if not _adopt(workplace, task, twin)]
         if to_train:
-            _train(workplace, to_train, given, name)
+            _train(workplace, to_train, given, outputs, name)
 
     return Op(name, outputs, make, on_device=True)
 
@@ -157,13 +157,13 @@ class _Trained(NamedTuple):
     provenance: dict[str, Any]
 
 
-def _train(workplace: Workplace, tasks: Sequence[Task], given: Reference, op_name: str) -> None:
+def _train(workplace: Workplace, tasks: Sequence[Task], given: Reference, outputs: Sequence[Declaration], op_name: str) -> None:
     import saeens_models as sm
 
     training = _Training(workplace, tasks, given)
 
     def train(group: Sequence[Task], plan: MemoryPlan) -> None:
-        with _checkpoints(workplace, group, op_name) as checkpoints:
+        with _checkpoints(workplace, group, outputs, op_name) as checkpoints:
             fitted = training.fit(group, sm.train, checkpoints, plan)
             _require_room(workplace, group, fitted)
             for task, trained in zip(group, fitted, strict=True):
@@ -183,7 +183,7 @@ def _train_rounds(workplace: Workplace, tasks: Sequence[Task], given: Reference,
     training = _Training(workplace, trained_tasks, given)
 
     def train(_: Sequence[None], plan: MemoryPlan) -> None:
-        with _checkpoints(workplace, trained_tasks, op_name) as checkpoints:
+        with _checkpoints(workplace, trained_tasks, rounds, op_name) as checkpoints:
             fitted = training.fit(trained_tasks, sm.train_boosting_concurrently, checkpoints, plan)
             _require_room(workplace, trained_tasks, fitted)
             for number, (task, trained) in enumerate(zip(trained_tasks, fitted, strict=True)):
@@ -195,8 +195,8 @@ def _train_rounds(workplace: Workplace, tasks: Sequence[Task], given: Reference,
 
 
 @contextlib.contextmanager
-def _checkpoints(workplace: Workplace, tasks: Sequence[Task], op_name: str) -> Iterator[Checkpoints | None]:
-    """The checkpoints of these SAEs, which are removed once all of them are written; None where there are to be none."""
+def _checkpoints(workplace: Workplace, tasks: Sequence[Task], outputs: Sequence[Declaration], op_name: str) -> Iterator[Checkpoints | None]:
+    """The checkpoints of these SAEs, which are removed once nothing of the op needs them any more; None where there are to be none."""
     from saeens_models.training import Checkpoints
 
     seconds = checkpoint_seconds()
@@ -204,7 +204,8 @@ def _checkpoints(workplace: Workplace, tasks: Sequence[Task], op_name: str) -> I
         yield None
         return
     file = checkpoint_file(workplace.store.root, op_name, tasks[0].partition)
-    checkpoints = Checkpoints(file, interval_seconds=seconds, recipes=[task.recipe.hash for task in tasks])
+    recipes, others = [task.recipe.hash for task in tasks], _missing_beside(workplace.store, tasks, outputs)
+    checkpoints = Checkpoints(file, interval_seconds=seconds, recipes=recipes, others=others)
     try:
         yield checkpoints
     except Exception as error:
@@ -217,6 +218,13 @@ def _checkpoints(workplace: Workplace, tasks: Sequence[Task], op_name: str) -> I
             raise SaeensError(f"the disk below {workplace.store.root} is full ({error}){kept}: free some space and run again") from error
         raise
     checkpoints.remove()
+
+
+def _missing_beside(store: Store, tasks: Sequence[Task], outputs: Sequence[Declaration]) -> list[str]:
+    """Recipes of what the op makes besides these tasks and has not made yet: they may go on from the same checkpoint."""
+    partition, of_tasks = tasks[0].partition, {task.declaration.address for task in tasks}
+    recipes = {each.address: each.recipe(store, partition) for each in outputs if each.address not in of_tasks}
+    return [recipe.hash for address, recipe in recipes.items() if store.hit(address, partition, recipe) is None]
 
 
 class _Stream:
@@ -233,7 +241,7 @@ class _Stream:
         from saeens_models.training import on_device
 
         if step:
-            self._advance(step * self._batch_tokens)
+            self._advance(min(step * self._batch_tokens, self._reader.n_rows("train")), before=True)
         batches = self._reader.batches("train", self._batch_tokens, seed=self._seed, skipped_batches=step)
         for batch in on_device(batches, self._device):  # which may read one more: progress is that of the training
             self._advance(len(batch))

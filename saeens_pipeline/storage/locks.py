@@ -57,6 +57,7 @@ def holding_one_of(root: Path, names: Sequence[str]) -> Iterator[str]:
     files = {name: root / FOLDER / f"{name}.lock" for name in names}
     name, lock = next(((name, lock) for name, file in files.items() if (lock := _take(file, wait=False)) is not None), (names[0], None))
     if lock is None:
+        logger.warning("%s: all in use by other processes; waiting for %s, held by %s", ", ".join(names), name, _holder(files[name]))
         lock = _take(files[name], wait=True)
     try:
         yield name

@@ -35,7 +35,7 @@ FOOTER_KEY = "saeens"
 _PARTIAL = re.compile(r"\.(.+?)(?:\.([0-9a-f]{16}))?\.(\d+)\.partial")  # final name, recipe hash of what goes on, process
 _REPLACED = re.compile(r"\.(.+)\.retired")
 _REPLACING_SECONDS = 3600
-_MENDING = "It has to be restored, or made again, as `saeens run` does"
+_MENDING = "The next `saeens run` makes it again"
 
 
 def digest(value: object) -> str:

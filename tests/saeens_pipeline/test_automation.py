@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -13,7 +16,7 @@ import pytest
 from tiny_experiment import EXPERIMENT, LAYER, NAME, SEEDS, Laboratory, experiment_file, experiment_settings, source_settings
 
 from saeens_pipeline.automation import layers_sensor
-from saeens_pipeline.instance import declare_layers, layers_name, register_layers
+from saeens_pipeline.instance import PROCESS_TAG, declare_layers, forget_partitions, layers_name, process_tag, register_layers
 from saeens_pipeline.storage.recipes import digest
 
 TOKENS, ACTIVATIONS, STABILITY = (f"{NAME}/{key}" for key in ("tokens", "activations", "eval/stability"))
@@ -37,6 +40,7 @@ class Daemon:
     instance: dg.DagsterInstance
     cursor: Any = None
     failed: list[str | None] = field(default_factory=list)
+    asks_for_leaderboard: bool = False  # in the last tick
 
     def tick(self) -> Requests:
         """What is asked for now. The leaderboard is left out."""
@@ -47,6 +51,7 @@ class Daemon:
         for spec in definitions.resolve_all_asset_specs():
             for partition in result.get_requested_partitions(spec.key):
                 requested.setdefault(partition, set()).add(spec.key.to_user_string())
+        self.asks_for_leaderboard = "leaderboard" in requested.get(None, set())
         return {partition: rest for partition, keys in requested.items() if (rest := keys - {"leaderboard"})}
 
     def next(self) -> Requests:
@@ -162,6 +167,56 @@ def test_what_failed_is_asked_for_again_when_its_settings_change(daemon: Daemon)
     assert daemon.work() == []
     daemon.laboratory.declare(source={"dtype": "float32"}, **AUTOMATED)
     assert daemon.work() == CHAIN[1:]
+
+
+def test_a_run_that_was_killed_is_taken_up(daemon: Daemon):
+    daemon.pretend(daemon.next())
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    run = daemon.instance.create_run_for_job(
+        daemon.laboratory.catalogue.definitions().resolve_implicit_global_asset_job_def(),
+        status=dg.DagsterRunStatus.STARTED,
+        asset_selection=frozenset({dg.AssetKey([NAME, "activations"])}),
+        tags={"dagster/partition": str(LAYER), PROCESS_TAG: process_tag()[PROCESS_TAG].replace(f":{os.getpid()}", f":{gone.pid}")},
+    )
+    assert daemon.work() == []
+    _layers_tick(daemon.laboratory, daemon.instance)
+    ended = daemon.instance.get_run_by_id(run.run_id)
+    assert ended is not None
+    assert ended.status == dg.DagsterRunStatus.CANCELED
+    assert daemon.work() == CHAIN[1:]
+
+
+def test_a_layer_that_was_forgotten_is_made_when_it_comes_back(daemon: Daemon):
+    register_layers(daemon.instance, NAME, [0])
+    daemon.work()
+    daemon.instance.delete_dynamic_partition(layers_name(NAME), "0")
+    daemon.tick()
+    register_layers(daemon.instance, NAME, [0])
+    assert daemon.work() == []
+    for spec in daemon.laboratory.catalogue.definitions().resolve_all_asset_specs():
+        if spec.partitions_def:
+            forget_partitions(daemon.instance, spec.key.path, ["0", *(f"0|{seed}" for seed in SEEDS)])
+    assert daemon.work() == [{"0": {ACTIVATIONS}}, _per_seed(PER_SEED, layer=0), {"0": {STABILITY}}]
+
+
+@pytest.mark.parametrize("ticks", [0, 1])  # between the leaderboard's request and the table's update
+def test_the_leaderboard_misses_no_table_that_is_made_while_it_is_made(daemon: Daemon, ticks: int):
+    for requested in CHAIN[:3]:
+        assert daemon.next() == requested
+        daemon.pretend(requested)
+    while not daemon.asks_for_leaderboard:
+        daemon.tick()
+    for _ in range(ticks):
+        daemon.tick()
+        assert not daemon.asks_for_leaderboard
+    daemon.pretend(CHAIN[3])
+    daemon.pretend({None: {"leaderboard"}})
+    asked = []
+    for _ in range(4):
+        assert daemon.tick() == {}
+        asked.append(daemon.asks_for_leaderboard)
+    assert sum(asked) == 1
 
 
 def test_without_automation_nothing_is_asked_for(empty: Laboratory):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from saeens_pipeline.assets.byte_checks import BYTES
 from saeens_pipeline.assets.dagster_assets import HEALTH, partition_key
 from saeens_pipeline.checks import Health, UnsoundArtefactError, examine
 from saeens_pipeline.components.ensemble_experiment import CheckSettings
+from saeens_pipeline.diagnosis import diagnose
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.instance import register_layers
 from saeens_pipeline.language_models.models import LanguageModel
@@ -55,19 +55,18 @@ def _states() -> dict[str, str]:
 def _evaluations(
     laboratory: Laboratory, keys: list[str], checks: Mapping[str, str] | None = None, partition: Partition | None = HERE
 ) -> dict[tuple[str, str], dg.AssetCheckEvaluation]:
-    """Run assets, or only checks of them (asset to check), as the UI does. By asset, without the owner, and check."""
+    """Run assets with all their checks as the UI does, or only some checks (asset to check). By asset, without the owner, and check."""
     catalogue, declarations = laboratory.catalogue, laboratory.declarations()
+    assets = {dg.AssetKey([NAME, *key.split("/")]) for key in keys}
+    wanted = {dg.AssetCheckKey(dg.AssetKey([NAME, *key.split("/")]), check) for key, check in (checks or {}).items()}
     job = catalogue.definitions().resolve_implicit_global_asset_job_def()
-    if checks:
-        wanted = {dg.AssetCheckKey(dg.AssetKey([NAME, *key.split("/")]), check) for key, check in checks.items()}
-        job = job.get_subset(asset_check_selection=wanted)
+    job = job.get_subset(asset_selection=assets, asset_check_selection=None if checks is None else wanted)
     example = declarations[f"{NAME}/{next(iter(checks or keys))}"]
     with dg.DagsterInstance.ephemeral() as instance:
         register_layers(instance, NAME, [LAYER])
         result = job.execute_in_process(
             instance=instance,
             partition_key=partition_key(example, example.narrow(partition)) if partition else None,
-            asset_selection=[dg.AssetKey([NAME, *key.split("/")]) for key in keys],
             run_config=QUIET,
             raise_on_error=False,
         )
@@ -252,6 +251,21 @@ def test_a_failed_check_stops_what_follows_in_the_same_run_and_the_artefact_is_k
     assert states[f"{NAME}/bagging/bagging_ensemble"] == "missing"
 
 
+def test_a_run_that_selects_no_checks_examines_what_it_makes_and_stops(empty: Laboratory, monkeypatch: pytest.MonkeyPatch):
+    empty.run(select=["activations"])
+    verdicts = {"member_1": Health(warnings=["it is poor"]), "member_2": Health(errors=["it is bad"])}
+    monkeypatch.setattr(dagster_assets, "examine", lambda declaration, *_: verdicts.get(declaration.address.name, Health()))
+    members = [f"bagging/member_{j}" for j in range(1, MEMBERS + 1)]
+    found = _evaluations(empty, [*members, "bagging/bagging_ensemble"], {})
+    assert {asset: (each.passed, each.severity.value, each.description) for (asset, _), each in found.items()} == {
+        "bagging/member_1": (False, "WARN", "it is poor"),
+        "bagging/member_2": (False, "ERROR", "it is bad"),
+        "bagging/member_3": (True, "WARN", None),
+    }
+    assert {each.partition for each in found.values()} == {f"{LAYER}|{SEEDS[0]}"}
+    assert _states()[f"{NAME}/bagging/bagging_ensemble"] == "missing"
+
+
 def test_health_of_all_partitions_can_be_looked_at_without_making_anything(finished: Laboratory):
     finished.declare(checks={"min_explained_variance": 1.0, "max_dead_features": 1.0})
     found = _evaluations(finished, [], {"bagging/member_2": HEALTH, "eval/cost": HEALTH}, partition=None)
@@ -260,11 +274,16 @@ def test_health_of_all_partitions_can_be_looked_at_without_making_anything(finis
     assert all(f"seed {seed}: explained variance" in description for seed in SEEDS)
 
 
-def test_a_byte_changed_without_a_trace_is_found_by_the_check_and_made_again(finished: Laboratory):
-    file = finished.artefact("bagging/member_3", SEEDS[0]).path / "sae_weights.safetensors"
+def _flip_last_bit_without_a_trace(file: Path) -> None:
     whole, times = file.read_bytes(), file.stat()
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def test_a_byte_changed_without_a_trace_is_found_by_the_check_and_made_again(finished: Laboratory):
+    file = finished.artefact("bagging/member_3", SEEDS[0]).path / "sae_weights.safetensors"
+    whole = file.read_bytes()
+    _flip_last_bit_without_a_trace(file)
     assert _states()[f"{NAME}/bagging/member_3"] == "fresh"
     every_seed = {"bagging/member_3": BYTES, "bagging/member_1": BYTES, "eval/cost": BYTES}
     found = _evaluations(finished, [], every_seed, partition=None)
@@ -279,8 +298,31 @@ def test_a_byte_changed_without_a_trace_is_found_by_the_check_and_made_again(fin
     assert set(_states().values()) == {"fresh"}
 
 
-def test_what_a_run_has_just_written_is_not_read_again_by_it(finished: Laboratory):
-    shutil.rmtree(finished.artefact("bagging/member_1", SEEDS[0]).path)
-    found = _evaluations(finished, ["bagging/member_1", "bagging/member_2"])
-    read = {asset: each.metadata["partitions read"].value for (asset, check), each in found.items() if check == BYTES}
-    assert read == {"bagging/member_1": 0, "bagging/member_2": 1}
+def test_doctor_finds_a_byte_changed_without_a_trace_and_it_is_made_again(finished: Laboratory):
+    file = finished.artefact("bagging/member_3", SEEDS[0]).path / "sae_weights.safetensors"
+    whole = file.read_bytes()
+    _flip_last_bit_without_a_trace(file)
+    (finding,) = [each for each in diagnose(verify=True) if each.subject == "artefact"]
+    assert not finding.ok
+    assert finding.detail == f"{file}: the bytes are not those that were written. The next `saeens run` makes it again"
+    assert _states()[f"{NAME}/bagging/member_3"] == "damaged"
+    finished.run()
+    assert file.read_bytes() == whole
+
+
+def test_beside_a_materialisation_the_check_reads_that_partition_and_tells_damage_of_others_again(finished: Laboratory):
+    here = _evaluations(finished, ["bagging/member_3"])["bagging/member_3", BYTES]
+    assert here.passed
+    assert {name: value.value for name, value in here.metadata.items()} == {"partitions read": 1, "partitions on disk": len(SEEDS)}
+    assert (here.description or "").startswith("Read 1 of 2 partitions")
+    elsewhere = finished.artefact("bagging/member_3", SEEDS[1]).path / "sae_weights.safetensors"
+    _flip_last_bit_without_a_trace(elsewhere)
+    assert not _evaluations(finished, [], {"bagging/member_3": BYTES}, partition=None)["bagging/member_3", BYTES].passed
+    here = _evaluations(finished, ["bagging/member_3"])["bagging/member_3", BYTES]
+    assert (here.passed, here.severity) == (False, dg.AssetCheckSeverity.ERROR)
+    assert str(elsewhere) in (here.description or "")
+
+
+def test_the_check_of_bytes_does_not_pass_where_there_are_none(empty: Laboratory):
+    found = _evaluations(empty, [], {"tokens": BYTES}, partition=None)["tokens", BYTES]
+    assert (found.passed, found.severity) == (False, dg.AssetCheckSeverity.WARN)

@@ -17,6 +17,7 @@ from tiny_experiment import EXPERIMENT, LAYER, NAME, Laboratory, experiment_file
 
 from saeens_pipeline import cli, garbage
 from saeens_pipeline.errors import ConfigurationError
+from saeens_pipeline.experiment_files import FOLDERS_VARIABLE
 from saeens_pipeline.garbage import Inventory, by_folder, declared, find_garbage, remove_garbage
 from saeens_pipeline.instance import register_layers
 from saeens_pipeline.storage import recipes
@@ -310,6 +311,35 @@ def test_removing_takes_what_is_listed_and_nothing_else_and_leaves_no_empty_fold
     assert "nothing to do" not in finished.run()  # stability compared both seeds
 
 
+def test_dagster_forgets_what_is_removed_and_nothing_else(finished: Laboratory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    keys = {"members": [NAME, "bagging", "member_1"], "tokens": [NAME, "tokens"]}
+    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+        monkeypatch.setattr(garbage, "recorded_instance", lambda: contextlib.nullcontext(instance))
+        register_layers(instance, NAME, [LAYER])
+        for seed in (1, 2):
+            instance.report_runless_asset_event(dg.AssetMaterialization(keys["members"], partition=f"{LAYER}|{seed}"))
+        instance.report_runless_asset_event(dg.AssetMaterialization(keys["tokens"]))
+        finished.declare(ensemble=EXPERIMENT["ensemble"] | {"seeds": [1]})
+        remove_garbage(finished.catalogue, _look(finished), finished.root)
+        assert instance.get_materialized_partitions(dg.AssetKey(keys["members"])) == {f"{LAYER}|1"}
+        assert instance.get_latest_materialization_event(dg.AssetKey(keys["tokens"]))
+        finished.write(experiment_file(("ActivationSource", source_settings(finished.model, name="another"))))
+        remove_garbage(finished.catalogue, _look(finished), finished.root)
+        assert not instance.get_latest_materialization_event(dg.AssetKey(keys["tokens"]))
+
+
+def test_files_are_removed_although_dagster_does_not_forget(finished: Laboratory, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: object) -> None:
+        raise OSError("database is locked")
+
+    _declare_only_source(finished)
+    inventory = _look(finished)
+    monkeypatch.setattr(garbage, "recorded_instance", lambda: contextlib.nullcontext(dg.DagsterInstance.ephemeral()))
+    monkeypatch.setattr(garbage, "forget_partitions", fail)
+    remove_garbage(finished.catalogue, inventory, finished.root)
+    assert not any(finding.path.exists() for finding in inventory.garbage)
+
+
 def test_what_is_freed_counts_shared_files_once_and_only_if_all_their_names_go(finished: Laboratory):
     member, round_1 = (finished.root / SEED_1 / name for name in ("bagging/member_1", "boosting/round_1"))
     weights = [folder / "sae_weights.safetensors" for folder in (member, round_1)]
@@ -329,6 +359,35 @@ def test_with_a_broken_file_nothing_is_removed(finished: Laboratory):
     inventory = _look(finished)
     assert inventory.garbage
     with pytest.raises(ConfigurationError, match=f"{file}:.*keep_residuals.*\nnothing is removed"):
+        remove_garbage(finished.catalogue, inventory, finished.root)
+    assert _files(finished.root) == before
+
+
+@pytest.fixture
+def own_folder(finished: Laboratory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The experiment's file lies in a folder of SAEENS_EXPERIMENTS, and something was made with it."""
+    folder = tmp_path / "own"
+    (finished.folder / NAME).rename(folder)
+    monkeypatch.setenv(FOLDERS_VARIABLE, str(folder))
+    shutil.rmtree(finished.root / SEED_1 / "baseline" / "expanded")
+    finished.run(seeds=[1], select=["baseline/expanded"])
+    return folder
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_while_a_folder_that_was_read_before_is_not_read_nothing_is_removed(
+    finished: Laboratory, own_folder: Path, is_there: bool, monkeypatch: pytest.MonkeyPatch
+):
+    assert _look(finished) == Inventory()
+    remove_garbage(finished.catalogue, _look(finished), finished.root)
+    monkeypatch.delenv(FOLDERS_VARIABLE)
+    if not is_there:
+        shutil.rmtree(own_folder)
+    before = _files(finished.root)
+    inventory = _look(finished)
+    assert inventory.garbage
+    assert inventory.unknown == []
+    with pytest.raises(ConfigurationError, match=f"{own_folder}: .* set {FOLDERS_VARIABLE}={own_folder}, or .*\nnothing is removed"):
         remove_garbage(finished.catalogue, inventory, finished.root)
     assert _files(finished.root) == before
 
@@ -390,3 +449,27 @@ def test_the_command_refuses_to_remove_when_a_file_is_broken(
     assert _saeens(monkeypatch, "gc") == 0
     assert str(file) in capsys.readouterr().err.replace("\n", "")
     assert _files(finished.root) == before
+
+
+def test_the_command_removes_what_belongs_to_a_folder_only_once_it_is_forgotten(
+    finished: Laboratory, own_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv(FOLDERS_VARIABLE, "")
+    before = _files(finished.root)
+    assert _saeens(monkeypatch, "gc") == 0
+    assert f"{own_folder}: its experiment files were read before" in capsys.readouterr().err
+    assert _saeens(monkeypatch, "gc", "--delete") == 2
+    assert f"saeens gc --forget-folder {own_folder}" in capsys.readouterr().err
+    assert _saeens(monkeypatch, "gc", "--forget-folder", str(own_folder.parent)) == 2
+    assert f"there are: {own_folder}" in capsys.readouterr().err
+    assert _files(finished.root) == before
+    assert _saeens(monkeypatch, "gc", "--delete", "--forget-folder", str(own_folder)) == 0
+    assert "experiment_folders" not in capsys.readouterr().out
+    assert not (finished.root / "experiments").exists()
+
+
+def test_a_folder_that_is_read_is_not_forgotten(
+    finished: Laboratory, own_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    assert _saeens(monkeypatch, "gc", "--forget-folder", str(own_folder)) == 2
+    assert "there are: none" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ import yaml
 from tiny_experiment import LAYER, MEMBERS, NAME, SEEDS, Laboratory
 
 import saeens_pipeline
+from saeens_pipeline import runs as runs_module
 from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.instance import PROCESS_TAG, end_dead_runs, instance_settings, prepare_home, process_tag, register_layers
 
@@ -40,6 +42,7 @@ def test_home_lies_below_the_data_root_where_it_is_not_set(tmp_path: Path):
     settings = yaml.safe_load((home / "dagster.yaml").read_text())
     assert settings["storage"]["sqlite"]["base_dir"] == f"{home}/storage"
     assert settings["telemetry"] == {"enabled": False}
+    assert settings["run_retries"] == {"enabled": True, "max_retries": 2, "retry_on_asset_or_op_failure": False}
     assert settings["concurrency"]["pools"] == {"default_limit": 1, "granularity": "op"}
 
 
@@ -77,7 +80,7 @@ def test_layers_are_registered_once_and_in_numeric_order():
         assert instance.get_dynamic_partitions("other_layers") == ["1"]
 
 
-def test_runs_whose_process_was_killed_are_ended_and_others_are_not():
+def test_runs_whose_process_was_killed_are_cancelled_and_others_are_not():
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     host = process_tag()[PROCESS_TAG].rpartition(":")[0]
@@ -99,7 +102,7 @@ def test_runs_whose_process_was_killed_are_ended_and_others_are_not():
         end_dead_runs(instance)
         states = {name: (instance.get_run_by_id(run.run_id) or run).status for name, run in runs.items()}
     started = dict.fromkeys(("here", "elsewhere", "of the UI"), dg.DagsterRunStatus.STARTED)
-    assert states == {"gone": dg.DagsterRunStatus.FAILURE} | started
+    assert states == {"gone": dg.DagsterRunStatus.CANCELED} | started
 
 
 def test_runs_whose_code_server_is_gone_are_cancelled_and_others_are_not():
@@ -122,6 +125,20 @@ def test_runs_whose_code_server_is_gone_are_cancelled_and_others_are_not():
         states = {name: (instance.get_run_by_id(run.run_id) or run).status for name, run in runs.items()}
     started = dict.fromkeys(("there", "elsewhere"), dg.DagsterRunStatus.STARTED)
     assert states == {"gone": dg.DagsterRunStatus.CANCELED} | started
+
+
+def test_a_run_with_nothing_to_do_ends_those_that_were_killed(finished: Laboratory, monkeypatch: pytest.MonkeyPatch):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    owner = process_tag()[PROCESS_TAG].replace(f":{os.getpid()}", f":{gone.pid}")
+    with dg.DagsterInstance.ephemeral() as instance:
+        job = finished.catalogue.definitions().resolve_implicit_global_asset_job_def()
+        run = instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTED, tags={PROCESS_TAG: owner})
+        monkeypatch.setattr(runs_module, "recorded_instance", lambda: contextlib.nullcontext(instance))
+        assert "nothing to do" in finished.run()
+        ended = instance.get_run_by_id(run.run_id)
+    assert ended is not None
+    assert ended.status == dg.DagsterRunStatus.CANCELED
 
 
 def test_runs_of_the_command_line_are_seen_by_dagster(finished_laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch):

@@ -316,7 +316,7 @@ PARTS: dict[str, Any] = {"provenance": {}, "files": {}, "data_version": "v"}  # 
 def test_a_recipe_that_cannot_be_read_is_named_with_what_to_do(store: Store, content: str):
     file = _write(store).path / RECIPE_FILE
     file.write_text(content)
-    with pytest.raises(DamagedArtefactError, match=f"{file} cannot be read.*made again, as `saeens run` does"):
+    with pytest.raises(DamagedArtefactError, match=f"{file} cannot be read.*The next `saeens run` makes it again"):
         store.find(MEMBER, WHERE)
 
 
@@ -392,7 +392,7 @@ def test_a_damaged_table_is_no_hit_and_can_be_made_again(store: Store):
 def test_a_truncated_table_is_named_with_what_to_do(store: Store, n_bytes: int):
     path = _write_table(store).path
     path.write_bytes(path.read_bytes()[:n_bytes])
-    with pytest.raises(DamagedArtefactError, match=f"{path} cannot be read.*made again, as `saeens run` does"):
+    with pytest.raises(DamagedArtefactError, match=f"{path} cannot be read.*The next `saeens run` makes it again"):
         store.find(TABLE, WHERE)
 
 

@@ -161,6 +161,63 @@ def test_changed_settings_do_not_go_on_from_a_checkpoint_of_others(untrained: La
     assert _checkpoints(untrained) == []
 
 
+@pytest.mark.parametrize("first", [["bagging/member_2"], ["bagging/member_3", "bagging/member_1"]])
+def test_a_part_that_goes_on_leaves_the_checkpoint_for_the_others(
+    untrained: Laboratory, finished_laboratory: Laboratory, first: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    with monkeypatch.context() as patch:
+        _interrupt_at_batch(patch, 6, _power_cut)
+        with pytest.raises(PowerCutError):
+            untrained.run(seeds=[SEED], select=MEMBERS)
+    (file,) = _checkpoints(untrained)
+    before = file.read_bytes()
+    untrained.run(seeds=[SEED], select=first)
+    assert file.read_bytes() == before
+    untrained.run(seeds=[SEED], select=MEMBERS)
+    assert _checkpoints(untrained) == []
+    for key in MEMBERS:
+        assert untrained.artefact(key, SEED).provenance["resumed_at_tokens"] == [6 * BATCH_TOKENS]
+        assert _weights(untrained, key) == _weights(finished_laboratory, key)
+
+
+def test_an_sae_that_is_not_in_it_leaves_the_checkpoint_for_the_others(untrained: Laboratory, monkeypatch: pytest.MonkeyPatch):
+    with monkeypatch.context() as patch:
+        _interrupt_at_batch(patch, 6, _power_cut)
+        with pytest.raises(PowerCutError):
+            untrained.run(seeds=[SEED], select=MEMBERS[:2])
+    untrained.run(seeds=[SEED], select=MEMBERS[2:])
+    assert len(_checkpoints(untrained)) == 1
+    untrained.run(seeds=[SEED], select=MEMBERS)
+    resumed = [untrained.artefact(key, SEED).provenance.get("resumed_at_tokens") for key in MEMBERS]
+    assert resumed == [[6 * BATCH_TOKENS], [6 * BATCH_TOKENS], None]
+    assert _checkpoints(untrained) == []
+
+
+def test_a_run_says_from_where_it_goes_on_and_counts_only_its_own_tokens(untrained: Laboratory, monkeypatch: pytest.MonkeyPatch):
+    with monkeypatch.context() as patch:
+        _interrupt_at_batch(patch, 6, _power_cut)
+        with pytest.raises(PowerCutError):
+            untrained.run(seeds=[SEED], select=["baseline/expanded"])
+    (file,) = _checkpoints(untrained)
+    printed = untrained.run(seeds=[SEED], select=["baseline/expanded"])
+    assert f"training goes on from {file}, after step 6 and 384 tokens\n" in printed
+    assert f"{NAME}/baseline/expanded, layer {LAYER}, seed {SEED}: {TRAIN_ROWS - 384} tokens in" in printed
+    assert "; 384 were done before\n" in printed
+
+
+def test_a_run_says_that_a_checkpoint_is_damaged_in_one_line(untrained: Laboratory, monkeypatch: pytest.MonkeyPatch):
+    with monkeypatch.context() as patch:
+        _interrupt_at_batch(patch, 6, _power_cut)
+        with pytest.raises(PowerCutError):
+            untrained.run(seeds=[SEED], select=["baseline/expanded"])
+    (file,) = _checkpoints(untrained)
+    file.write_bytes(file.read_bytes()[:-9])
+    printed = untrained.run(seeds=[SEED], select=["baseline/expanded"])
+    (line,) = [line for line in printed.splitlines() if "damaged" in line]
+    assert line.startswith(f"{file} is damaged: it is removed, and training starts anew (")
+    assert "Traceback" not in printed
+
+
 def test_a_disk_that_fills_while_saes_are_written_costs_no_training(
     untrained: Laboratory, finished_laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch
 ):
