@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.resources import data_root
+from saeens_pipeline.storage.locks import holding_one_of
 from saeens_pipeline.storage.recipes import is_alive
 
 if TYPE_CHECKING:
     from dagster import DagsterInstance
 
 _COMMAND_LINE_FILE = "command_line.yaml"
+_DATABASE_MARK = ".database_is_set_up"
 PROCESS_TAG = "saeens/process"
 _SERVER_TAG = ".dagster/grpc_info"  # by Dagster, on a run that it launched: where its code server listens
 
@@ -85,7 +87,18 @@ def prepare_home() -> Path:
             f"{home} cannot be written ({error.strerror}): set DAGSTER_HOME or SAEENS_DATA to a folder that can be"
         ) from error
     os.environ["DAGSTER_HOME"] = str(home)
+    _set_up_database(home)
     return home
+
+
+def _set_up_database(home: Path) -> None:
+    """Once for each home, by one process: two that do it at the same time leave a database that none can open."""
+    from dagster import DagsterInstance
+
+    done = home / _DATABASE_MARK
+    if not done.exists():
+        with holding_one_of(home, ["database"]), DagsterInstance.from_config(str(home)):
+            done.touch()
 
 
 def _is_ours(settings: str) -> bool:

@@ -159,3 +159,13 @@ def test_runs_of_the_command_line_are_seen_by_dagster(finished_laboratory: Labor
         assert materialisation.tags is not None
         assert materialisation.tags["dagster/data_version"] == finished_laboratory.artefact(f"boosting/round_{MEMBERS}", seed).data_version
         assert materialisation.metadata["cache_hit"].value is False
+
+
+def test_processes_that_come_at_once_set_up_one_database_that_all_can_open(tmp_path: Path):
+    script = "from saeens_pipeline.instance import command_line_instance\nwith command_line_instance() as i: print(len(i.get_runs()))"
+    environment = {name: value for name, value in os.environ.items() if name != "DAGSTER_HOME"} | {"SAEENS_DATA": str(tmp_path)}
+    at_once = [
+        subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        for _ in range(3)
+    ]
+    assert [process.communicate()[0].strip() for process in at_once] == ["0"] * 3
