@@ -25,6 +25,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from saeens_pipeline.errors import SaeensError
+from saeens_pipeline.storage.disk import flush
 from saeens_pipeline.storage.names import Address, Partition, locate
 
 if TYPE_CHECKING:
@@ -207,7 +208,7 @@ class Store:
             version = digest([recipe.to_json(), {name: sha256 for name, (_, sha256) in files.items()} if versioned_content else None])
             _write_record(staging / RECIPE_FILE, recipe, provenance, files, version)
             for _, file in _files_below(staging):
-                _fsync(file)
+                flush(file)
             _replace_folder(staging, final)
 
     def write_table(
@@ -226,9 +227,9 @@ class Store:
                 record = _record(recipe, provenance, files, digest([recipe.to_json(), content]))
                 writer.add_key_value_metadata({FOOTER_KEY: json.dumps(record)})
             staging.write_bytes(contents.getvalue())
-            _fsync(staging)
+            flush(staging)
             staging.replace(final)
-            _fsync(final.parent)
+            flush(final.parent)
 
     def adopt(self, address: Address, partition: Partition, recipe: Recipe, other: Artefact, provenance: dict[str, Any]) -> None:
         """Make an artefact out of another one with an equal recipe: its files are linked, not copied."""
@@ -432,16 +433,8 @@ def _replace_folder(staging: Path, final: Path) -> None:
         shutil.rmtree(retired)
     else:
         staging.rename(final)
-    _fsync(final.parent)
+    flush(final.parent)
 
 
 def _retired(final: Path) -> Path:
     return final.parent / f".{final.name}.retired"
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

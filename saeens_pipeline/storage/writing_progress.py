@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from saeens_pipeline.storage.disk import flush
 
 _FILE = ".progress.json"
 
@@ -57,10 +58,10 @@ class WritingProgress:
     def _write(self, text: str, files: Iterable[Path]) -> None:
         for file in files:
             with contextlib.suppress(FileNotFoundError):  # Zarr stores no chunk that has the fill value everywhere
-                _flush(file)
+                flush(file)
         aside = self._file.with_name(f"{_FILE}.partial")
         aside.write_text(text)
-        _flush(aside)
+        flush(aside)
         aside.replace(self._file)
 
 
@@ -69,11 +70,3 @@ def remove_chunks_from(array: Path, number: int) -> None:
     for entry in (array / "c").iterdir() if (array / "c").is_dir() else ():
         if not (entry.name.isdigit() and int(entry.name) < number):
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
