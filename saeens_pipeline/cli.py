@@ -75,7 +75,8 @@ def experiments() -> None:
     table = Table("experiment", "source", "language model", "layers", "SAE", "members", "seeds", box=None, pad_edge=False)
     for name, settings in sorted(catalogue.experiments.items()):
         source = catalogue.sources[settings.source]
-        sae = ", ".join(str(value) if key == "architecture" else f"{key} {value}" for key, value in settings.sae.items())
+        saes = [", ".join(str(value) if key == "architecture" else f"{key} {value}" for key, value in sae.items()) for sae in settings.saes]
+        sae = "; ".join(dict.fromkeys(saes))
         layers, seeds = (", ".join(map(str, values)) for values in (source.layers, settings.ensemble.seeds))
         table.add_row(name, settings.source, source.language_model, layers, sae, str(settings.ensemble.members), seeds)
     out.print(table)
@@ -161,7 +162,8 @@ def lineage(
 def table(
     experiment: Experiment,
     name: Annotated[
-        str, typer.Argument(metavar="TABLE", help="reconstruction, members, coactivation, stability, cost or training_curves.")
+        str,
+        typer.Argument(metavar="TABLE", help="reconstruction, members, coactivation, stability, marginal_gain, cost or training_curves."),
     ],
     format: Annotated[TableFormat, typer.Option(help="csv and json print the table and nothing else.")] = TableFormat.table,
 ) -> None:

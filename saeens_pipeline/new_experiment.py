@@ -58,7 +58,7 @@ attributes:
   sae:
     architecture: topk # or standard, jumprelu
     expansion: {expansion} # features per dimension: d_sae = {expansion} * {d_model} = {d_sae:_}; or give d_sae itself
-    k: {k} # features that fire per token
+    k: {k} # features that fire per token; or give a list of such configurations, one per member
   training:
     learning_rate: 1.0e-3 # more for short trainings: the quickstart takes 7e-3 for 400 steps
     learning_rate_warmup_fraction: 0.05
@@ -71,13 +71,14 @@ attributes:
     members: 8 # SAEs of an ensemble
     seeds: [42, 43] # all is repeated for each; stability compares them
     boosting: sequential # concurrent: all rounds in one pass, in half the time, a little worse
+    # specialised: [{{member: 2, documents: {{language: [python]}}, start_from: 1}}] # a member on a part of the corpus
   baselines: [expanded, expanded_l0_matched] # one SAE as wide as an ensemble: with a member's L0, with the ensemble's
   # expanded_sizes: [2, 8] # as wide as so many members; left out: as wide as all
   keep_residuals: last # which residuals' bytes stay on disk: last, all, none; missing ones are computed when needed
   automation: off # on: what is missing or follows from changes is made without asking, while `saeens ui` runs
   schedule: 0 3 * * 0 # cron, in UTC, of the retraining schedule, which runs once it is switched on in the UI
   # freshness: {{fail_days: 14, warn_days: 8}} # when tables are shown as overdue
-  evaluations: [reconstruction, members, coactivation, stability, cost, training_curves] # tables to fill
+  evaluations: [reconstruction, members, coactivation, stability, marginal_gain, cost, training_curves] # tables to fill
   checks: {{max_dead_features: 0.2}} # from where on to warn; also min_explained_variance, target_l0, l0_tolerance
   evaluation_memory_gb: 8 # what evaluation may take; decides no result
 """

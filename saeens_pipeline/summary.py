@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -51,7 +51,18 @@ def print_summary(store: Store, experiment: ExperimentSettings, statuses: Sequen
         if table.rows:
             console.print()
             console.print(table)
+        _print_suggested(_by_method(store, of_layer, "marginal_gain", "suggested"), experiment.ensemble.members, console)
     print_warnings(store, experiment, statuses, console)
+
+
+def _print_suggested(suggested: Mapping[tuple[str, int], float | None], members: int, console: Console) -> None:
+    """By method and size, how many members are enough."""
+    of_all = {method: size for (method, n), size in suggested.items() if n == members and size is not None}
+    if of_all:
+        sizes = [
+            f"{method} {of_all[method]:.0f}{' or more' if of_all[method] == members else ''}" for method in METHODS if method in of_all
+        ]
+        console.print(f"suggested ensemble size: {', '.join(sizes)} (eval/marginal_gain says what each member adds)", highlight=False)
 
 
 def print_warnings(store: Store, experiment: ExperimentSettings, statuses: Sequence[Status], console: Console) -> None:

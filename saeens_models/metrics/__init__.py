@@ -15,17 +15,20 @@ from saeens_models.metrics.dictionaries import (
     diversity,
     max_cosine,
     mean_max_cosine,
+    new_features,
     stability,
     stability_matched,
     stability_of_prefixes,
     stability_pairwise,
 )
 from saeens_models.metrics.intervals import MeanInterval, mean_interval
+from saeens_models.metrics.marginal_gain import WORTHWHILE_SHARE, gains, suggested_size
 from saeens_models.metrics.reconstruction import Moments, Reconstruction, ReconstructionMetric, reconstruction
 from saeens_models.metrics.sparsity import Sparsity, SparsityMetric, sparsity
 
 __all__ = [
     "MAX_MATCHED_FEATURES",
+    "WORTHWHILE_SHARE",
     "ConnectivityMetric",
     "MeanInterval",
     "MemberComparison",
@@ -39,9 +42,11 @@ __all__ = [
     "compare_members",
     "connectivity",
     "diversity",
+    "gains",
     "max_cosine",
     "mean_interval",
     "mean_max_cosine",
+    "new_features",
     "reconstruction",
     "sparsity",
     "stability",
@@ -49,4 +54,5 @@ __all__ = [
     "stability_of_prefixes",
     "stability_pairwise",
     "streaming_memory",
+    "suggested_size",
 ]

@@ -134,6 +134,19 @@ def diversity(W_dec: Tensor, threshold: float = 0.7) -> int:
     return compare_members([W_dec], threshold).diversity[0]
 
 
+def new_features(W_decs: Sequence[Tensor], threshold: float = 0.7) -> list[int]:
+    """Of each member of an ensemble, in order, the features whose largest cosine to all features of the members before it is below
+    the threshold: how many it brings that were not there. All of the first member's are new.
+
+    W_decs: the members' dictionaries `[d_sae, d_in]`; sizes may differ. Features that are alike within one member count each.
+    """
+    units = _unit_dictionaries(W_decs)
+    best = [unit.new_full((len(unit),), -torch.inf) for unit in units]
+    for i, j in combinations(range(len(units)), 2):
+        best[j] = torch.maximum(best[j], _best_matches(units[j], units[i])[0])
+    return [int((of_member < threshold).sum()) for of_member in best]
+
+
 class MemberComparison(NamedTuple):
     """How alike the features of an ensemble's members are."""
 

@@ -18,6 +18,7 @@ from saeens_models.training.trainer import CurvePoint, SAETrainer, load_kernels
 _OBSERVATIONS = 200
 _STEPS_PER_OBSERVATION_OF_UNKNOWN_LENGTH = 100
 _KEPT_OF_MEAN_NORM = 0.9
+_UNIT_NORM_TOLERANCE = 1e-3
 _ENTRIES_FOR_ONE_THREAD = 2**20
 """Entries of W_enc up to which it is faster to give each thread a whole SAE than to have all work on one."""
 _ENTRIES_FOR_ONE_LAUNCH = {"cuda": 2**22}
@@ -35,6 +36,7 @@ def train(
     training: TrainingConfig,
     observe: Callable[[Sequence[CurvePoint]], None] | None = None,
     *,
+    initial: Sequence[SAE | None] | None = None,
     checkpoints: Checkpoints | None = None,
     micro_batch_tokens: int | None = None,
 ) -> list[SAE]:
@@ -43,6 +45,10 @@ def train(
     ``batches`` is read once: tensors `[n, d_in]` of any floating dtype, each one step, on the device to train on. Reading stops at
     ``training.total_tokens``; a stream that ends more than a batch before that gives a warning. ``observe`` is called about 200
     times (every 100 steps where ``total_tokens`` is not given) and after the last step, with one :class:`CurvePoint` per SAE.
+
+    ``initial``: for each configuration an SAE to start from, or None for weights that are drawn. Such an SAE takes unscaled activations, as
+    trained ones do, is of the same architecture and size, and stays as it is; its ``b_dec`` comes before ``training.input_mean``. A
+    checkpoint does not tell one start from another: give :class:`Checkpoints` recipes that do.
 
     With ``checkpoints`` the state of the training is written now and then, and taken up where it is there: ``batches`` has to be the
     same stream, from its beginning; what was taken from it is skipped (see :class:`SeekableBatches`), ``observe`` is first given what
@@ -56,15 +62,17 @@ def train(
     are computed in one, but for rounding. On the CPU the same call gives the same bits. The returned SAEs take unscaled activations.
 
     Raises ``ValueError`` for no configuration, different d_in, settings that need what is not known of the stream, a batch of
-    another shape, or an empty stream; :class:`NonFiniteLossError` if a loss stops being finite; :class:`CheckpointError` if a
-    checkpoint cannot be written.
+    another shape, an empty stream, or an initial SAE that does not fit; :class:`NonFiniteLossError` if a loss stops being finite;
+    :class:`CheckpointError` if a checkpoint cannot be written.
     """
     decisive = [[config] for config in configs]
     trainings = [training] * len(configs)
+    _check_initial(configs, initial, training)
     return _train(
         decisive,
         trainings,
         batches,
+        initial=initial,
         observe=observe,
         checkpoints=checkpoints,
         micro_batch_tokens=micro_batch_tokens,
@@ -114,6 +122,7 @@ def _train(
     trainings: Sequence[TrainingConfig],
     batches: Iterable[Tensor],
     *,
+    initial: Sequence[SAE | None] | None = None,
     observe: Callable[[Sequence[CurvePoint]], None] | None,
     checkpoints: Checkpoints | None,
     micro_batch_tokens: int | None,
@@ -139,9 +148,10 @@ def _train(
                     if x.is_cpu:
                         load_kernels()
                     team = stack.enter_context(cpu_team(x.device))
+                    starts = initial or [None] * len(configs)
                     trainers = [
-                        SAETrainer(*each, x.device, index, team, micro_batch_tokens=micro_batch_tokens)
-                        for index, each in enumerate(zip(configs, trainings, strict=True))
+                        SAETrainer(config, own, x.device, index, team, initial=start, micro_batch_tokens=micro_batch_tokens)
+                        for index, (config, own, start) in enumerate(zip(configs, trainings, starts, strict=True))
                     ]
                     _restore(trainers, state)
                 step(trainers, x)
@@ -177,6 +187,23 @@ def _validated(configs: Sequence[SAEConfig], trainings: Sequence[TrainingConfig]
         raise ValueError(f"SAEs on one stream have one d_in; found {sorted({config.d_in for config in configs})}")
     trainings[0].check_input_is_known(configs[0].d_in)
     return trainings[0]
+
+
+def _check_initial(configs: Sequence[SAEConfig], initial: Sequence[SAE | None] | None, training: TrainingConfig) -> None:
+    """Raise ``ValueError`` unless every SAE can be trained from the weights that it is to start from."""
+    if initial is None:
+        return
+    if len(initial) != len(configs):
+        raise ValueError(f"there are {len(initial)} initial SAEs for {len(configs)} configurations: one each, or None")
+    for number, (config, sae) in enumerate(zip(configs, initial, strict=True)):
+        if sae is None:
+            continue
+        wanted, found = ((c.architecture, c.d_in, c.d_sae) for c in (config, sae.config))
+        if wanted != found:
+            shapes = [f"{architecture} with d_in {d_in} and d_sae {d_sae}" for architecture, d_in, d_sae in (found, wanted)]
+            raise ValueError(f"SAE {number} cannot start from {shapes[0]}: it is {shapes[1]}")
+        if training.unit_norm_decoder and not bool(((sae.W_dec.norm(dim=1) - 1).abs() < _UNIT_NORM_TOLERANCE).all()):
+            raise ValueError(f"SAE {number} cannot start from decoder rows of other norms than 1: train with unit_norm_decoder = False")
 
 
 def _restore(trainers: Sequence[SAETrainer], state: TrainingState | None) -> None:

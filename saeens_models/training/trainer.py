@@ -71,7 +71,8 @@ class SAETrainer:
     """The state of one SAE in training: weights, optimiser, position in the stream, and when each feature last fired.
 
     ``index`` names the SAE in errors. It sees the scaled input, and nothing else of the stream. With a ``team`` of CPU threads the
-    step is compiled, without it is torch's. A batch is taken ``micro_batch_tokens`` at a time, or at once.
+    step is compiled, without it is torch's. A batch is taken ``micro_batch_tokens`` at a time, or at once. ``initial``, an SAE of
+    unscaled activations, gives the weights to start from.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class SAETrainer:
         index: int = 0,
         team: Team | None = None,
         *,
+        initial: SAE | None = None,
         micro_batch_tokens: int | None = None,
     ) -> None:
         self.training = training
@@ -93,6 +95,9 @@ class SAETrainer:
         """Where the scale follows the stream: the running mean, unscaled, of the norm that it brings to sqrt(d_in); a scalar."""
         b_dec = None if training.input_mean is None else torch.tensor(training.input_mean) * self.input_scale
         self.sae = build_sae(config, b_dec).to(device)
+        if initial is not None:
+            self.sae.load_state_dict(initial.state_dict())
+            self.sae.fold_input_scale(1 / float(self.input_scale))  # what `finish` undoes
         self.optimiser = Adam(self.sae, training)
         self.learning_rate = training.learning_rate
         """The learning rate of the last step."""

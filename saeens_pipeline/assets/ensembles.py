@@ -16,6 +16,8 @@ ENSEMBLE_VERSION = 1
 def ensemble_op(experiment: ExperimentSettings, kind: Literal["bagging", "boosting"], members: Sequence[Declaration]) -> Op:
     """Declare the ensemble of all members. `sm.load_ensemble` opens its folder; the members stay where they are."""
     meaning = "Mean of the members" if kind == "bagging" else "Sum of the rounds, each on what the ones before leave"
+    architectures = {sae["architecture"] for sae in experiment.saes}
+    architecture = architectures.pop() if len(architectures) == 1 else "mixed"
     ensemble = Declaration(
         address=Address(experiment.name, kind, f"{kind}_ensemble"),
         dimensions="layer_and_seed",
@@ -26,7 +28,7 @@ def ensemble_op(experiment: ExperimentSettings, kind: Literal["bagging", "boosti
         source=experiment.source,
         seeds=tuple(experiment.ensemble.seeds),
         kinds=frozenset({"pytorch"}),
-        tags={"experiment": experiment.name, "source": experiment.source, "method": kind, "architecture": experiment.sae["architecture"]},
+        tags={"experiment": experiment.name, "source": experiment.source, "method": kind, "architecture": architecture},
         description=f"{meaning}, as one dictionary\n\nHolds references to its SAEs: `sm.load_ensemble(path)` follows them.",
     )
 

@@ -214,19 +214,32 @@ def _cost_rows(subject: Subject, store: Store, partition: Partition) -> Iterator
     for method, n, saes in subject.methods(store, partition):
         each = [sae.provenance for sae in saes]
         passes = residuals[: n - 1] if method == "boosting" else []
-        peaks = [made["peak_memory_bytes"] for made in (*each, *passes) if made["peak_memory_bytes"] is not None]
+        beside = [_is_trained_beside_others(subject.experiment, method, j) for j in range(1, len(each) + 1)]
+        joint, alone = ([made for made, is_joint in zip(each, beside, strict=True) if is_joint == wanted] for wanted in (True, False))
         yield subject.row(store, partition, method, n, [sae.data_version for sae in saes]) | {
             "train_tokens": sum(sae["train_tokens"] for sae in each),
             "train_flops": float(sum(sae["train_flops"] for sae in each)),
             "train_seconds": sum(sae["train_seconds"] for sae in each),
             "residual_flops": float(sum(made["flops"] for made in passes)),
             "residual_seconds": sum((made["seconds"] for made in passes), 0.0),
-            "peak_memory_bytes": (sum(peaks) if method == "bagging" or mode == "concurrent" else max(peaks)) if peaks else None,
+            "peak_memory_bytes": _peak_memory(joint, [*alone, *passes]),
             "inference_flops_per_token": float(sum(sae["inference_flops_per_token"] for sae in each)),
             "device": each[0]["device"],
             "dtype": each[0]["dtype"],
             "boosting_mode": mode if method == "boosting" else None,
         }
+
+
+def _is_trained_beside_others(experiment: ExperimentSettings, method: str, number: int) -> bool:
+    if method == "bagging":
+        return experiment.ensemble.specialisation(number) is None
+    return method == "boosting" and experiment.ensemble.boosting == "concurrent"
+
+
+def _peak_memory(joint: Sequence[Mapping[str, Any]], alone: Sequence[Mapping[str, Any]]) -> int | None:
+    """The most at any time: what was trained side by side has each a part of one peak, all else followed one another."""
+    of_joint, of_others = ([made["peak_memory_bytes"] or 0 for made in group] for group in (joint, alone))
+    return max([sum(of_joint), *of_others]) or None
 
 
 def _curve_rows(subject: Subject, store: Store, partition: Partition) -> Iterator[Row]:

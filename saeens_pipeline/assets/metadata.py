@@ -19,7 +19,18 @@ if TYPE_CHECKING:
     import polars as pl
 
 _DAGSTER_TYPES = {"str": "string", "int": "int", "float": "float"}
-_SHOWN = {"reconstruction": "explained_variance", "coactivation": "connectivity", "stability": "stability", "cost": "train_seconds"}
+_SHOWN = {
+    "reconstruction": "explained_variance",
+    "coactivation": "connectivity",
+    "stability": "stability",
+    "marginal_gain": "new_features",
+    "cost": "train_seconds",
+}
+_FROM_COLUMNS = {  # of other tables, that have other names
+    "explained_variance_gain": ("explained_variance",),
+    "stability_gain": ("stability",),
+    "suggested": ("explained_variance", "stability"),
+}
 _MEASURED_BY_RECORD = {"cost": "provenance", "training_curves": "training_curve"}  # tables that look at no weights, and at what instead
 _INLINE_CHARACTERS = 1000  # longer Markdown hides behind a link in the UI
 
@@ -145,7 +156,10 @@ def _part_read(upstream: Reference, table: str, column: str, *, is_description: 
     """What of an upstream asset a column is computed from; None for one that has no share in it."""
     address = upstream.address
     if address.is_table:
-        return next((c.name for c in columns_of(address.name) if column in (c.name, f"{c.name}_low", f"{c.name}_high")), None)
+        names = _FROM_COLUMNS.get(column, (column, column.removesuffix("_low"), column.removesuffix("_high")))
+        return next((c.name for c in columns_of(address.name) if c.name in names), None)
+    if column in _FROM_COLUMNS:
+        return None
     if address.kind == "source":
         return "language_model" if column == "language_model" else None if is_description else "test/activations"
     if is_description:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,6 +13,7 @@ from saeens_pipeline.assets.declarations import Declaration, Input, Op, Referenc
 from saeens_pipeline.assets.live_curves import LiveCurves
 from saeens_pipeline.assets.memory import MemoryPlan, Portion, portion_within, train_in_portions
 from saeens_pipeline.assets.residuals import open_reader
+from saeens_pipeline.assets.specialised import open_documents, require_labels, tokens_of
 from saeens_pipeline.components.ensemble_experiment import MAX_MEMBERS, ExperimentSettings
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.storage.activations import ActivationReader, ActivationStatistics, require_free_disk
@@ -29,11 +30,12 @@ if TYPE_CHECKING:
 
 SAE_VERSION = 1
 CURVE_FILE = "training_curve.parquet"
+_START = "initial weights"
 
 
 @dataclass(frozen=True)
 class Target:
-    """One SAE to train. `width` and `l0` multiply the experiment's d_sae and k; `init_index` tells initial weights apart."""
+    """One SAE to train. `width` and `l0` multiply the d_sae and k of `sae`; `init_index` tells initial weights apart."""
 
     kind: Kind
     name: str
@@ -41,6 +43,9 @@ class Target:
     init_index: int
     width: int = 1
     l0: int = 1
+    sae: Mapping[str, Any] | None = None  # with every default written out; None: that of member 1
+    documents: Mapping[str, Sequence[str]] = field(default_factory=dict)  # labels of those that it is trained on; none: all
+    start_from: Reference | None = None  # the SAE whose weights it starts from
 
 
 def init_seed(ensemble_seed: int, index: int) -> int:
@@ -59,11 +64,12 @@ def sae_op(
     """Declare SAEs that are trained together on one stream of `given` (activations or a residual).
 
     `twin`: an SAE made before these that may have the same recipe. Where it has, its files are linked instead of training
-    them again.
+    them again. Where several are trained together none has `documents` of its own.
     """
     outputs = tuple(_declare(experiment, target, given, partial(_seeds, target.init_index), after=twin) for target in targets)
 
     def make(workplace: Workplace, tasks: Sequence[Task]) -> None:
+        require_labels(workplace.store, experiment)
         to_train = [task for task in tasks if not _adopt(workplace, task, twin)]
         if to_train:
             _train(workplace, to_train, given, outputs, name)
@@ -82,9 +88,13 @@ def concurrent_rounds_op(name: str, experiment: ExperimentSettings, rounds: Sequ
     outputs = [_declare(experiment, first, given, partial(_seeds, first.init_index), after=twin)]
     for number, target in enumerate(later, start=1):
         seeds = partial(_seeds_after, tuple(each.init_index for each in rounds[:number]), target.init_index)
-        outputs.append(_declare(experiment, target, given, seeds, after=outputs[-1], settings={"boosting": "concurrent"}))
+        settings: dict[str, Any] = {"boosting": "concurrent"}
+        if isinstance(experiment.sae, list):
+            settings["saes_before"] = [each.sae for each in rounds[:number]]
+        outputs.append(_declare(experiment, target, given, seeds, after=outputs[-1], settings=settings))
 
     def make(workplace: Workplace, tasks: Sequence[Task]) -> None:
+        require_labels(workplace.store, experiment)
         to_train = [task for task in tasks if not _adopt(workplace, task, twin)]
         if to_train:
             _train_rounds(workplace, to_train, given, outputs, name)
@@ -101,19 +111,25 @@ def _declare(
     after: Reference | None,
     settings: Mapping[str, Any] | None = None,
 ) -> Declaration:
-    every_sae = {"sae": experiment.complete_sae, "training": experiment.complete_training, "width": target.width, "l0": target.l0}
+    sae = target.sae or experiment.complete_saes[0]
+    every_sae = {"sae": sae, "training": experiment.complete_training, "width": target.width, "l0": target.l0}
+    own = {"documents": target.documents} if target.documents else {}
+    inputs = [Input("activations", given)]
+    inputs += [Input("tokens", tokens_of(experiment.source))] if target.documents else []
+    inputs += [Input(_START, target.start_from)] if target.start_from else []
+    inputs += [Input(after.address.name, after, decides=False)] if after else []
     return Declaration(
         address=Address(experiment.name, target.kind, target.name),
         dimensions="layer_and_seed",
         builder="sae",
         version=SAE_VERSION,
-        settings={**every_sae, **(settings or {})},
+        settings={**every_sae, **own, **(settings or {})},
         partition_settings=seeds,
-        inputs=(Input("activations", given), *([Input(after.address.name, after, decides=False)] if after else [])),
+        inputs=tuple(inputs),
         source=experiment.source,
         seeds=tuple(experiment.ensemble.seeds),
         kinds=frozenset({"pytorch"}),
-        tags=_tags(experiment, target),
+        tags=_tags(experiment, target) | {"architecture": sae["architecture"]},
         description=target.description,
     )
 
@@ -131,13 +147,14 @@ def _seeds_after(init_indices_before: Sequence[int], init_index: int, partition:
 
 
 def validate_targets(experiment: ExperimentSettings, d_in: int) -> None:
-    """Raise ConfigurationError if the experiment's SAE cannot be built on activations of this width."""
-    _config(experiment.sae, d_in, width=1, l0=1, seed=0, name=experiment.name)
+    """Raise ConfigurationError if one of the experiment's SAEs cannot be built on activations of this width."""
+    for sae in experiment.saes:
+        _config(sae, d_in, width=1, l0=1, seed=0, name=experiment.name)
 
 
 def _tags(experiment: ExperimentSettings, target: Target) -> dict[str, str]:
     method = target.kind if target.kind != "baseline" else target.name
-    return {"experiment": experiment.name, "source": experiment.source, "method": method, "architecture": experiment.sae["architecture"]}
+    return {"experiment": experiment.name, "source": experiment.source, "method": method}
 
 
 def _adopt(workplace: Workplace, task: Task, twin: Reference | None) -> bool:
@@ -164,12 +181,21 @@ def _train(workplace: Workplace, tasks: Sequence[Task], given: Reference, output
 
     def train(group: Sequence[Task], plan: MemoryPlan) -> None:
         with _checkpoints(workplace, group, outputs, op_name) as checkpoints:
-            fitted = training.fit(group, sm.train, checkpoints, plan)
+            initial = [_initial(workplace.store, task) for task in group]
+            fitted = training.fit(group, partial(sm.train, initial=initial), checkpoints, plan)
             _require_room(workplace, group, fitted)
             for task, trained in zip(group, fitted, strict=True):
                 _write(workplace, task, trained, given.address.name)
 
     train_in_portions(tasks, training.config.batch_tokens, training.first_portion(), train)
+
+
+def _initial(store: Store, task: Task) -> SAE | None:
+    """The SAE that a task's starts from, if there is one."""
+    import saeens_models as sm
+
+    start = next((each.artefact for each in task.declaration.inputs if each.name == _START), None)
+    return sm.load_sae(store.require(start.address, task.partition).path) if start else None
 
 
 def _train_rounds(workplace: Workplace, tasks: Sequence[Task], given: Reference, rounds: Sequence[Declaration], op_name: str) -> None:
@@ -257,11 +283,16 @@ class _Training:
         store, partition = workplace.store, tasks[0].partition
         self._workplace, self._tasks = workplace, tasks
         artefact = store.require(given.address, given.narrow(partition))
-        statistics = ActivationStatistics.from_json(artefact.provenance["statistics"]["train"])
         self._device = workplace.compute.resolve()
-        self._reader = reader = open_reader(store, given, partition, self._device)
-        self._n_tokens = statistics.rows
         fields = tasks[0].recipe.settings
+        if "documents" in fields:
+            reader = open_documents(store, artefact, tasks[0].declaration.source, fields["documents"])
+            statistics = reader.statistics("train")
+        else:
+            reader = open_reader(store, given, partition, self._device)
+            statistics = ActivationStatistics.from_json(artefact.provenance["statistics"]["train"])
+        self._reader: ActivationReader = reader
+        self._n_tokens = statistics.rows
         self._data_seed = fields["data_seed"]
         normalised = fields["training"]["normalize_activations"] != "none"
         self.config = sm.TrainingConfig(
@@ -343,6 +374,8 @@ def _write(workplace: Workplace, task: Task, trained: _Trained, trained_on: str)
     import saeens_models as sm
 
     metadata = _saelens_metadata(workplace.store, task.declaration.source, task.partition) | {"trained_on": trained_on}
+    if "documents" in task.recipe.settings:
+        metadata["documents"] = task.recipe.settings["documents"]
     with workplace.store.write_folder(*task.where, task.recipe, trained.provenance) as folder:
         sm.save_sae(trained.sae, folder, metadata)
         pl.DataFrame([point._asdict() for point in trained.curve]).write_parquet(folder / CURVE_FILE)

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 import dagster as dg
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from saeens_pipeline.components.activation_source import Name
 from saeens_pipeline.storage.names import RESERVED_GROUPS
@@ -16,7 +30,9 @@ MIN_FRESHNESS_DAYS = 1 / (24 * 60)  # Dagster looks no closer than a minute
 _FOLLOWS_FROM_ACTIVATIONS = ("total_tokens", "input_scale", "input_mean")
 
 Baseline = Literal["expanded", "expanded_l0_matched"]
-Evaluation = Literal["reconstruction", "members", "coactivation", "stability", "cost", "training_curves"]
+Evaluation = Literal["reconstruction", "members", "coactivation", "stability", "marginal_gain", "cost", "training_curves"]
+
+_BASELINES_OF_LISTS = ("expanded", "expanded_l0_matched")  # those that are defined where members differ
 
 
 def _outside_groups(name: str) -> str:
@@ -37,6 +53,37 @@ def _validate_sae(settings: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"{'expansion' if 'expansion' in settings else 'd_sae'} is a positive whole number, not {width!r}")
     validate_settings({name: value for name, value in settings.items() if name not in ("expansion", "d_sae")})
     return settings
+
+
+_ONE_SAE: TypeAdapter[dict[str, Any]] = TypeAdapter(Annotated[dict[str, Any], AfterValidator(_validate_sae)])
+_SAE_OF_EACH: TypeAdapter[list[dict[str, Any]]] = TypeAdapter(list[Annotated[dict[str, Any], AfterValidator(_validate_sae)]])
+
+
+def _validate_saes(settings: object) -> object:
+    """One configuration, or a list of one per member; each error says in which entry."""
+    if not isinstance(settings, list):
+        return _ONE_SAE.validate_python(settings)
+    saes = _SAE_OF_EACH.validate_python(settings)
+    if len({_width_field(sae) for sae in saes}) > 1:
+        raise ValueError("give expansion in every entry, or d_sae in every entry: widths of members are added up and compared")
+    return saes
+
+
+def _complete_sae(settings: Mapping[str, Any]) -> dict[str, Any]:
+    from saeens_models.architectures import validate_settings
+
+    width = _width_field(settings)
+    return validate_settings({name: value for name, value in settings.items() if name != width}) | {width: settings[width]}
+
+
+def _width_field(sae: Mapping[str, Any]) -> Literal["expansion", "d_sae"]:
+    return "expansion" if "expansion" in sae else "d_sae"
+
+
+def _wrong(field: Sequence[int | str], message: str) -> ValidationError:
+    """An error of one field that is found by looking at several."""
+    error = PydanticCustomError("inconsistent", "{message}", {"message": message})
+    return ValidationError.from_exception_data("ExperimentSettings", [InitErrorDetails(type=error, loc=tuple(field), input={})])
 
 
 def allowed_sae_keys(sae: dict[str, Any]) -> list[str]:
@@ -82,6 +129,28 @@ def _no_repetition(values: list) -> list:
     return values
 
 
+class SpecialisedMember(BaseModel):
+    """An entry of `ensemble.specialised`: a bagging member that sees a part of the corpus, or goes on from another member's weights."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    member: PositiveInt = Field(description="which member, from 1")
+    documents: dict[str, Annotated[list[str], Field(min_length=1)]] = Field(
+        {}, description="labels of the documents whose rows it is trained on, such as {language: [python, cython]}; left out: all rows"
+    )
+    start_from: PositiveInt | None = Field(
+        None, description="the earlier member whose weights it starts from; left out: weights of its own"
+    )
+
+    @model_validator(mode="after")
+    def _differs(self) -> SpecialisedMember:
+        if not self.documents and self.start_from is None:
+            raise ValueError("give documents, start_from, or both: otherwise it is a member like the others")
+        if self.start_from is not None and self.start_from >= self.member:
+            raise _wrong(["start_from"], f"member {self.member} can start from a member before it, not from {self.start_from}")
+        return self
+
+
 class EnsembleSettings(BaseModel):
     """`ensemble`: how many SAEs, and how often all is repeated with another seed."""
 
@@ -92,8 +161,23 @@ class EnsembleSettings(BaseModel):
     boosting: Literal["sequential", "concurrent"] = Field(
         "sequential", description="rounds one after another, or all in one pass over the activations"
     )
+    specialised: list[SpecialisedMember] = Field([], description="members of the bag with documents or starting weights of their own")
 
     _seeds_differ = field_validator("seeds")(_no_repetition)
+
+    @model_validator(mode="after")
+    def _members_exist(self) -> EnsembleSettings:
+        named = [each.member for each in self.specialised]
+        for i, member in enumerate(named):
+            if member > self.members:
+                raise _wrong(["specialised", i, "member"], f"there is no member {member}: the ensemble has {self.members}")
+            if member in named[:i]:
+                raise _wrong(["specialised", i, "member"], f"member {member} is named twice")
+        return self
+
+    def specialisation(self, member: int) -> SpecialisedMember | None:
+        """What is special about a member, from 1."""
+        return next((each for each in self.specialised if each.member == member), None)
 
 
 class FreshnessSettings(BaseModel):
@@ -133,8 +217,8 @@ class ExperimentSettings(BaseModel):
 
     name: Annotated[Name, AfterValidator(_outside_groups)] = Field(description="lower-case letters, digits and _")
     source: Name = Field(description="the name of an ActivationSource")
-    sae: Annotated[dict[str, Any], AfterValidator(_validate_sae)] = Field(
-        description="architecture, expansion or d_sae, and the architecture's own fields"
+    sae: Annotated[dict[str, Any] | list[dict[str, Any]], BeforeValidator(_validate_saes)] = Field(
+        description="architecture, expansion or d_sae, and the architecture's own fields; or a list of these, one per member"
     )
     training: Annotated[dict[str, Any], AfterValidator(_validate_training)] = Field(
         {}, description="fields of saeens_models.TrainingConfig"
@@ -153,7 +237,8 @@ class ExperimentSettings(BaseModel):
     )
     freshness: FreshnessSettings | None = Field(None, description="after how many days tables are shown as overdue")
     evaluations: list[Evaluation] = Field(
-        ["reconstruction", "members", "coactivation", "stability", "cost", "training_curves"], description="tables to fill"
+        ["reconstruction", "members", "coactivation", "stability", "marginal_gain", "cost", "training_curves"],
+        description="tables to fill",
     )
     checks: CheckSettings = Field(CheckSettings(), description="from where on to warn: explained variance, dead features, L0")
     evaluation_memory_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
@@ -175,19 +260,73 @@ class ExperimentSettings(BaseModel):
             raise ValueError(f"expanded_sizes: {max(self.expanded_sizes)} is more than the ensemble's {self.ensemble.members} members")
         if self.keep_residuals == "all" and self.ensemble.boosting == "concurrent":
             raise ValueError("keep_residuals: all, but ensemble.boosting: concurrent makes no residuals; write none, or leave it out")
+        if "marginal_gain" in self.evaluations and "reconstruction" not in self.evaluations:
+            raise _wrong(["evaluations"], "marginal_gain is computed from the table reconstruction: add it, or leave marginal_gain out")
+        if isinstance(self.sae, list):
+            self._check_list(self.sae)
+        self._check_specialised()
         if "expanded_l0_matched" in self.baselines:
             from saeens_models.architectures import validate_l0_multiple
 
-            validate_l0_multiple(self.sae["architecture"])
+            validate_l0_multiple(self.saes[0]["architecture"])
         return self
 
-    @property
-    def complete_sae(self) -> dict[str, Any]:
-        """`sae` with every default written out, as recipes hold it: a default that changes in the code makes SAEs stale."""
-        from saeens_models.architectures import validate_settings
+    def _check_specialised(self) -> None:
+        """What has to hold between members that differ."""
+        for i, each in enumerate(self.ensemble.specialised):
+            if each.start_from is not None:
+                own, start = (
+                    f"{sae['architecture']}, {_width_field(sae)} {sae[_width_field(sae)]}"
+                    for sae in (self.saes[number - 1] for number in (each.member, each.start_from))
+                )
+                if own != start:
+                    message = (
+                        f"member {each.member} ({own}) cannot start from member {each.start_from} ({start}): they have to be alike in these"
+                    )
+                    raise _wrong(["ensemble", "specialised", i, "start_from"], message)
 
-        width = {name: self.sae[name] for name in ("expansion", "d_sae") if name in self.sae}
-        return validate_settings({name: value for name, value in self.sae.items() if name not in width}) | width
+    def _check_list(self, saes: Sequence[Mapping[str, Any]]) -> None:
+        """What has to hold where `sae` is a list."""
+        from saeens_models.architectures import validate_l0_multiple
+
+        if len(saes) != self.ensemble.members:
+            raise _wrong(["sae"], f"a list has one entry per member: {len(saes)} given, and ensemble.members is {self.ensemble.members}")
+        for i, baseline in enumerate(self.baselines):
+            if baseline not in _BASELINES_OF_LISTS:
+                able = ", ".join(_BASELINES_OF_LISTS)
+                message = f"{baseline} is not defined where sae is a list, one per member: leave it out ({able} are), or give one sae"
+                raise _wrong(["baselines", i], message)
+            for number, sae in enumerate(saes, start=1):
+                try:
+                    if baseline == "expanded_l0_matched":
+                        validate_l0_multiple(sae["architecture"])
+                except ValueError as error:
+                    message = f"{baseline} has the L0 of all members added up; of member {number}, {error}: leave it out"
+                    raise _wrong(["baselines", i], message) from None
+
+    @property
+    def saes(self) -> list[dict[str, Any]]:
+        """`sae` of each member, in order."""
+        return self.sae if isinstance(self.sae, list) else [self.sae] * self.ensemble.members
+
+    @cached_property
+    def complete_saes(self) -> list[dict[str, Any]]:
+        """`sae` of each member with every default written out, as recipes hold it: a default that changes in the code makes SAEs stale."""
+        if isinstance(self.sae, list):
+            return [_complete_sae(sae) for sae in self.sae]
+        return [_complete_sae(self.sae)] * self.ensemble.members
+
+    def joined_sae(self, n: int, *, l0_matched: bool) -> dict[str, Any]:
+        """Where `sae` is a list: member 1's, as wide as the first n members together, and with their L0 added up if asked."""
+        from saeens_models.architectures import sae_class
+
+        saes = self.complete_saes[:n]
+        first = saes[0]
+        joined = first | {_width_field(first): sum(sae[_width_field(sae)] for sae in saes)}
+        if l0_matched:
+            fields = [str(sae_class(sae["architecture"]).config_class.l0_field) for sae in saes]
+            joined[fields[0]] = sum(sae[field] for sae, field in zip(saes, fields, strict=True))
+        return joined
 
     @property
     def complete_training(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
@@ -40,6 +40,7 @@ MIN_WINDOW = 2  # tokens: a shorter rest of a document says nothing about a cont
 _CHUNK_TOKENS = 2**18
 _BATCH_DOCUMENTS, _BATCH_CHARACTERS = 500, 1_000_000  # tokenised at once, whichever is reached first
 _PADDING = -1  # in `document`
+_SHOWN_LABELS = 20
 
 
 @dataclass(frozen=True)
@@ -223,6 +224,33 @@ class TokenStore:
         import polars as pl
 
         return pl.scan_parquet(self.path / "documents.parquet").filter(pl.col("split") == split).drop("split").collect()
+
+    def documents_with(self, split: Split, labels: Mapping[str, Sequence[str]]) -> np.ndarray:
+        """`[n]` int32: the documents of the split that have, in every field of `labels`, one of the values given for it.
+
+        Raises ConfigurationError for a field or a value that no document has, with those that there are, and where no document has
+        all of them.
+        """
+        import polars as pl
+
+        documents = self.documents(split)
+        fields = [name for name in documents.columns if name not in ("document", "name")]
+        chosen = documents
+        for field, values in labels.items():
+            if field not in fields:
+                raise ConfigurationError(f"documents have no label {field!r}; they have: {', '.join(fields) or 'none'}")
+            label = pl.col(field).cast(pl.String)
+            there = documents.group_by(label).len().drop_nulls().sort(["len", field], descending=[True, False])
+            unknown = [value for value in values if value not in there[field]]
+            if unknown:
+                most = [f"{value} ({n:,})" for value, n in there.head(_SHOWN_LABELS).iter_rows()]
+                more = f", and {len(there) - len(most):,} more" if len(there) > len(most) else ""
+                asked = " or ".join(map(repr, unknown))
+                raise ConfigurationError(f"no {split} document has {field} {asked}; documents by {field}: {', '.join(most)}{more}")
+            chosen = chosen.filter(label.is_in(values))
+        if chosen.is_empty():
+            raise ConfigurationError(f"no {split} document has all of {', '.join(f'{f}: {list(v)}' for f, v in labels.items())} together")
+        return chosen["document"].to_numpy()
 
 
 class _Window(NamedTuple):

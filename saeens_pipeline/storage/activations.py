@@ -216,6 +216,12 @@ class ActivationStore(ActivationReader):
         """`[n]` int32: the document that each row is from."""
         return self._array(split, "document")[:]
 
+    def document_blocks(self, split: str) -> Iterator[np.ndarray]:
+        """The same in parts, as they are stored: of 16 chunks' rows each."""
+        array = self._array(split, "document")
+        for start in range(0, array.shape[0], array.chunks[0]):
+            yield array[start : start + array.chunks[0]]
+
     def position(self, split: str) -> np.ndarray:
         """`[n]` int32: each row's place in its document, in tokens."""
         return self._array(split, "position")[:]

@@ -18,6 +18,7 @@ from tiny_experiment import EXPERIMENT, LAYER, NAME, SEEDS, Laboratory, experime
 from saeens_pipeline.automation import layers_sensor
 from saeens_pipeline.instance import PROCESS_TAG, declare_layers, forget_partitions, layers_name, process_tag, register_layers
 from saeens_pipeline.storage.recipes import digest
+from saeens_pipeline.storage.tables import TABLES as ALL_TABLES
 
 TOKENS, ACTIVATIONS, STABILITY = (f"{NAME}/{key}" for key in ("tokens", "activations", "eval/stability"))
 SAES = {f"{NAME}/bagging/member_{j}" for j in (1, 2, 3)} | {f"{NAME}/boosting/round_{j}" for j in (1, 2, 3)}
@@ -299,7 +300,7 @@ def test_the_schedule_skips_what_is_fresh_and_retrains_what_changed(finished: La
         assert "fresh" in str(result.skip_message)
         finished.declare(baselines=["expanded"])  # tables and what compares them are stale
         assert isinstance(_retraining(finished, instance), dg.RunRequest)
-        tables = {f"{NAME}/eval/{name}" for name in ("reconstruction", "members", "coactivation", "cost", "training_curves", "stability")}
+        tables = {f"{NAME}/eval/{name}" for name in ALL_TABLES}
         assert _retrain(finished, instance) == tables
         assert isinstance(_retraining(finished, instance), dg.SkipReason)
 

@@ -39,6 +39,7 @@ LINEAGE = {
     "eval/cost": [*ENSEMBLES, *BASELINES],
     "eval/training_curves": [*ENSEMBLES, *BASELINES],
     "eval/stability": [*ENSEMBLES, *BASELINES],
+    "eval/marginal_gain": ["eval/reconstruction", "eval/stability", *ENSEMBLES],
 }
 
 
@@ -81,7 +82,7 @@ def test_partitions_and_how_they_map(empty: Laboratory):
         match key:
             case "tokens":
                 assert partitions is None
-            case "activations" | "eval/stability":
+            case "activations" | "eval/stability" | "eval/marginal_gain":
                 assert isinstance(partitions, dg.DynamicPartitionsDefinition)
                 assert partitions.name == f"{NAME}_layers"
             case _:
@@ -92,7 +93,8 @@ def test_partitions_and_how_they_map(empty: Laboratory):
                 assert dimensions["seed"].get_partition_keys() == [str(seed) for seed in SEEDS]
         for dependency in spec.deps:
             upstream = dependency.asset_key.to_user_string().removeprefix(f"{NAME}/")
-            across_seeds = key == "eval/stability" or (upstream == "activations" and key != "activations")
+            compares_seeds = key in ("eval/stability", "eval/marginal_gain") and upstream != "eval/stability"
+            across_seeds = compares_seeds or (upstream == "activations" and key != "activations")
             assert isinstance(dependency.partition_mapping, dg.MultiToSingleDimensionPartitionMapping) == across_seeds
 
 
@@ -132,7 +134,7 @@ TABLES = {key for key in LINEAGE if key.startswith("eval/")}
         ({}, {"sae": EXPERIMENT["sae"] | {"k": 5}}, SAES),
         ({}, {"training": EXPERIMENT["training"] | {"learning_rate": 0.5}}, SAES),
         ({}, {"training": EXPERIMENT["training"] | {"gradient_clip_norm": None}}, SAES),
-        ({}, {"ensemble": {"members": 3, "seeds": [1, 2, 3]}}, {"eval/stability"}),
+        ({}, {"ensemble": {"members": 3, "seeds": [1, 2, 3]}}, {"eval/stability", "eval/marginal_gain"}),
         ({}, {"keep_residuals": "all"}, set()),
         ({}, {"automation": False}, set()),
         ({"dtype": "float32"}, {}, {"activations"}),

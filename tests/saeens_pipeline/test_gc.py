@@ -123,7 +123,7 @@ def test_what_is_not_declared_any_more_is_unused(finished: Laboratory, case: str
 
 
 def test_a_table_that_is_not_filled_any_more_is_unused(finished: Laboratory):
-    finished.declare(evaluations=["reconstruction", "members", "coactivation", "stability", "cost"])
+    finished.declare(evaluations=["reconstruction", "members", "coactivation", "stability", "marginal_gain", "cost"])
     assert _listed(finished).keys() == {f"tables/{NAME}/training_curves/layer={LAYER}/seed={seed}/part.parquet" for seed in (1, 2)}
 
 

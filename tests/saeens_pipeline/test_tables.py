@@ -19,6 +19,7 @@ CONTRACT = {
     "members": "member mse explained_variance l0 dead_features mean_max_cosine_to_other_members median_density",
     "coactivation": "connectivity diversity tokens",
     "stability": "n_runs stability stability_pairwise stability_matched",
+    "marginal_gain": "explained_variance_gain stability_gain new_features suggested",
     "cost": "train_tokens train_flops train_seconds residual_flops residual_seconds peak_memory_bytes inference_flops_per_token "
     "device dtype boosting_mode",
     "training_curves": "member step tokens loss explained_variance l0 dead_features learning_rate",
