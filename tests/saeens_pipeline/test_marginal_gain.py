@@ -1,0 +1,134 @@
+"""`eval/marginal_gain`: what each further member or round adds, from the tables and the dictionaries on disk."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+from safetensors.numpy import load_file
+from sklearn.metrics.pairwise import cosine_similarity
+from tiny_experiment import EXPERIMENT, LAYER, MEMBERS, NAME, SEEDS, Laboratory
+
+from saeens_pipeline.assets.metadata import column_lineage
+from saeens_pipeline.lineage import lineage
+from saeens_pipeline.runs import experiment_status
+from saeens_pipeline.storage.tables import read_table
+
+METHODS = {"bagging": "bagging/member", "boosting": "boosting/round"}
+
+
+def _values(laboratory: Laboratory, table: str, column: str, method: str) -> np.ndarray:
+    """`[seeds, members]`, of the ensembles of 1 .. J members."""
+    rows = read_table(laboratory.root, NAME, table).filter(method=method).sort("seed", "n_members")
+    return rows[column].to_numpy().reshape(-1, MEMBERS)
+
+
+def _enough(measures: list[np.ndarray]) -> int:
+    """The rule once more: the last member that takes 5 % off what is left to 1 of the mean over seeds of any measure."""
+    left = [1 - values.mean(axis=0) for values in measures]
+    return max([1, *(n + 1 for each in left for n in range(1, MEMBERS) if each[n] <= 0.95 * each[n - 1])])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gains_are_differences_between_sizes(finished_laboratory: Laboratory, method: str):
+    variance = _values(finished_laboratory, "reconstruction", "explained_variance", method)
+    stability = _values(finished_laboratory, "stability", "stability", method)
+    gain = _values(finished_laboratory, "marginal_gain", "explained_variance_gain", method)
+    np.testing.assert_allclose(gain, np.diff(variance, axis=1, prepend=0), atol=1e-12)
+    np.testing.assert_allclose(gain.sum(axis=1), variance[:, -1])
+    gain = _values(finished_laboratory, "marginal_gain", "stability_gain", method)
+    np.testing.assert_allclose(gain[:, 1:].astype(float), np.diff(stability, axis=1), atol=1e-12)
+    assert np.isnan(gain[:, 0].astype(float)).all()
+    suggested = _values(finished_laboratory, "marginal_gain", "suggested", method)
+    assert set(suggested.flat) == {_enough([variance, stability])}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_new_features_are_unlike_all_of_the_members_before(finished_laboratory: Laboratory, method: str):
+    found = _values(finished_laboratory, "marginal_gain", "new_features", method)
+    for row, seed in zip(found, SEEDS, strict=True):
+        paths = [finished_laboratory.artefact(f"{METHODS[method]}_{j}", seed).path for j in range(1, MEMBERS + 1)]
+        W_decs = [load_file(path / "sae_weights.safetensors")["W_dec"] for path in paths]
+        assert row[0] == len(W_decs[0])
+        for j in (1, 2):
+            assert row[j] == (cosine_similarity(W_decs[j], np.concatenate(W_decs[:j])).max(axis=1) < 0.7).sum()
+
+
+def test_rows_are_those_of_both_ensembles_and_lead_back_to_their_saes(finished_laboratory: Laboratory):
+    table = read_table(finished_laboratory.root, NAME, "marginal_gain")
+    assert sorted(table.select("seed", "method", "n_members").iter_rows()) == sorted(
+        (seed, method, n) for seed in SEEDS for method in METHODS for n in range(1, MEMBERS + 1)
+    )
+    reconstruction = read_table(finished_laboratory.root, NAME, "reconstruction")
+    same = table.join(reconstruction, on=["experiment", "layer", "seed", "method", "n_members", "language_model", "sae_data_versions"])
+    assert len(same) == len(table)
+
+
+def test_a_run_ends_with_the_suggested_sizes_in_one_line(finished: Laboratory):
+    table = read_table(finished.root, NAME, "marginal_gain").group_by("method").agg(pl.col("suggested").first())
+    sizes = dict(table.iter_rows())
+    (line,) = [line for line in finished.run().splitlines() if line.startswith("suggested ensemble size")]
+    for method, size in sizes.items():
+        assert re.search(rf"{method} {size}{' or more' if size == MEMBERS else r'[, ]'}", line), (line, sizes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"ensemble": EXPERIMENT["ensemble"] | {"seeds": [1]}}, {"evaluations": ["reconstruction", "marginal_gain"]}],
+    ids=["one seed", "no table stability"],
+)
+def test_without_stability_explained_variance_decides_alone(empty: Laboratory, changes: dict[str, Any]):
+    empty.declare(baselines=[], **changes)
+    empty.run()
+    for method in METHODS:
+        variance = _values(empty, "reconstruction", "explained_variance", method)
+        assert set(_values(empty, "marginal_gain", "suggested", method).flat) == {_enough([variance])}
+    assert read_table(empty.root, NAME, "marginal_gain")["stability_gain"].null_count() == len(
+        read_table(empty.root, NAME, "marginal_gain")
+    )
+
+
+def test_an_ensemble_of_one_has_its_own_gain_only(empty: Laboratory):
+    empty.declare(baselines=[], ensemble={"members": 1, "seeds": list(SEEDS)})
+    printed = empty.run()
+    table = read_table(empty.root, NAME, "marginal_gain")
+    assert table.select("n_members", "suggested").unique().rows() == [(1, 1)]
+    assert (
+        table["explained_variance_gain"].to_list()
+        == read_table(empty.root, NAME, "reconstruction")
+        .filter(pl.col("method").is_in(METHODS))
+        .sort("layer", "seed", "method")["explained_variance"]
+        .to_list()
+    )
+    assert "suggested ensemble size: bagging 1 or more, boosting 1 or more" in printed
+
+
+def test_it_needs_the_table_of_reconstruction(empty: Laboratory):
+    empty.declare(evaluations=["stability", "marginal_gain"])
+    assert "attributes.evaluations: marginal_gain is computed from the table reconstruction" in "".join(empty.catalogue.broken.values())
+
+
+def test_without_it_nothing_else_changes(finished: Laboratory):
+    finished.declare(evaluations=["reconstruction", "members", "coactivation", "stability", "cost", "training_curves"])
+    assert {s.state for s in experiment_status(NAME)} == {"fresh"}
+    assert "suggested" not in finished.run()
+
+
+def test_columns_lead_back_to_the_columns_that_they_are_computed_from(empty: Laboratory):
+    lineage_of = column_lineage(empty.declarations()[f"{NAME}/eval/marginal_gain"])
+    deps = {column: {(dep.asset_key.path[-1], dep.column_name) for dep in each} for column, each in lineage_of.deps_by_column.items()}
+    assert deps["explained_variance_gain"] == {("reconstruction", "explained_variance")}
+    assert deps["stability_gain"] == {("stability", "stability")}
+    assert deps["suggested"] == {("reconstruction", "explained_variance"), ("stability", "stability")}
+    assert deps["new_features"] == {("bagging_ensemble", "weights"), ("boosting_ensemble", "weights")}
+
+
+def test_lineage_of_a_row_shows_its_saes(finished: Laboratory):
+    found = lineage(finished.store, finished.declarations().values(), f"marginal_gain:layer={LAYER},seed=2,method=boosting,n_members=2")
+    assert [parent.title for parent in found.parents if parent.role.startswith("SAE")] == [
+        f"{NAME}/boosting/round_{j}, layer {LAYER}, seed 2" for j in (1, 2)
+    ]
+    assert not list(found.problems())
