@@ -5,14 +5,17 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import dagster as dg
 import numpy as np
 import polars as pl
 import pytest
 from safetensors.numpy import load_file
 from sklearn.metrics.pairwise import cosine_similarity
+from test_automation import AUTOMATED, CHAIN, Daemon
 from tiny_experiment import EXPERIMENT, LAYER, MEMBERS, NAME, SEEDS, Laboratory
 
 from saeens_pipeline.assets.metadata import column_lineage
+from saeens_pipeline.instance import register_layers
 from saeens_pipeline.lineage import lineage
 from saeens_pipeline.runs import experiment_status
 from saeens_pipeline.storage.tables import read_table
@@ -132,3 +135,15 @@ def test_lineage_of_a_row_shows_its_saes(finished: Laboratory):
         f"{NAME}/boosting/round_{j}, layer {LAYER}, seed 2" for j in (1, 2)
     ]
     assert not list(found.problems())
+
+
+def test_the_automation_asks_for_it_once_beside_stability(empty: Laboratory):
+    automated: dict[str, Any] = AUTOMATED | {"evaluations": [*AUTOMATED["evaluations"], "marginal_gain"]}
+    empty.declare(**automated)
+    with dg.DagsterInstance.ephemeral() as instance:
+        register_layers(instance, NAME, [LAYER])
+        daemon = Daemon(empty, instance)
+        across_seeds = {str(LAYER): {f"{NAME}/eval/stability", f"{NAME}/eval/marginal_gain"}}
+        assert daemon.work() == [*CHAIN[:3], across_seeds]
+        empty.declare(**automated, sae=EXPERIMENT["sae"] | {"k": 5})
+        assert daemon.work() == [CHAIN[2], across_seeds]

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import dagster as dg
 import numpy as np
 import polars as pl
 import pytest
@@ -16,12 +17,14 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from test_automation import AUTOMATED, CHAIN, Daemon
 from tiny_experiment import EXPERIMENT, LAYER, MEMBERS, NAME, SEEDS, Laboratory
 from tiny_models import D_MODEL
 
 import saeens_models as sm
 from saeens_pipeline.assets.saes import init_seed
 from saeens_pipeline.errors import ConfigurationError, SaeensError
+from saeens_pipeline.instance import register_layers
 from saeens_pipeline.lineage import lineage
 from saeens_pipeline.runs import experiment_status
 from saeens_pipeline.storage.activations import ActivationStore, ActivationWriter, StoredDtype
@@ -59,7 +62,7 @@ def test_the_rows_of_some_documents_are_those_in_storage_order(tmp_path_factory,
     chosen = data.draw(st.sets(st.integers(0, len(lengths) - 1), min_size=1))
     store = _store(tmp_path_factory.mktemp("rows") / "a.zarr", documents, data.draw(st.sampled_from(["float32", "bfloat16"])))
     selected = SelectedDocuments(store, "train", np.array(sorted(chosen), np.int32))
-    expected = _all_rows(store)[np.isin(documents, list(chosen))]
+    expected = _all_rows(store)[torch.from_numpy(np.isin(documents, list(chosen)))]
     assert selected.n_rows("train") == len(expected)
     chunks = [selected.stored_chunk("train", index) for index in range(selected.n_chunks("train"))]
     assert {len(chunk) for chunk in chunks[:-1]} <= {4}
@@ -76,7 +79,7 @@ def test_shuffled_batches_hold_every_row_of_the_documents_once(tmp_path: Path):
     store = _store(tmp_path / "a.zarr", documents)
     selected = SelectedDocuments(store, "train", np.arange(0, 30, 2))
     batches = torch.cat(list(selected.batches("train", 8, seed=3, mixing_chunks=5)))
-    expected = _all_rows(store)[documents % 2 == 0]
+    expected = _all_rows(store)[torch.from_numpy(documents % 2 == 0)]
     assert sorted(batches.tolist()) == sorted(expected.tolist())
     assert not torch.equal(batches, expected)
 
@@ -236,6 +239,17 @@ def test_the_first_member_may_be_specialised_and_round_1_is_then_trained_apart(f
     assert f"{NAME}/bagging/member_1" in printed
     assert f"{NAME}/boosting/round_1," not in printed  # its recipe is what it was
     assert finished.artefact("boosting/round_1", 1).data_version == before != finished.artefact("bagging/member_1", 1).data_version
+
+
+def test_the_automation_makes_specialised_members_with_the_others_and_after_new_tokens(empty: Laboratory):
+    automated: dict[str, Any] = AUTOMATED | {"ensemble": _ensemble(*SPECIALISED)}
+    empty.declare(**automated)
+    with dg.DagsterInstance.ephemeral() as instance:
+        register_layers(instance, NAME, [LAYER])
+        daemon = Daemon(empty, instance)
+        assert daemon.work() == CHAIN
+        empty.declare(source={"train_tokens": 500}, **automated)
+        assert daemon.work() == CHAIN
 
 
 # Bad input
