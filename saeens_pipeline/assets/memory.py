@@ -71,7 +71,8 @@ def portion_within(memory_gb: float, configs: Sequence[SAEConfig], batch_tokens:
     """As many of the SAEs, and as much of a batch, as should fit into `memory_gb`; 0 is no limit.
 
     In float32 a weight takes four numbers (itself, its gradient, two moments), and a token one for each feature and eight for each
-    dimension: what the plain step needs, compiled ones need less. Raises ConfigurationError where not even one SAE fits.
+    dimension: what the plain step needs, compiled ones need less. Each SAE counts as the widest does.
+    Raises ConfigurationError where not even one SAE fits.
     """
     everything = Portion(len(configs), None)
     if not memory_gb:
