@@ -76,13 +76,13 @@ def _member_ops(experiment: ExperimentSettings, activations: Reference) -> list[
     made = {output.address.name: output for op in ops for output in op.outputs}
     for special in sorted(experiment.ensemble.specialised, key=lambda each: each.member):
         j, name = special.member, f"member_{special.member}"
-        labels = ", ".join(f"{field} {' or '.join(values)}" for field, values in special.documents.items())
-        what = f"documents with {labels}" if labels else "same data"
+        what = "some documents" if special.documents else "same data"
         what += f", from the weights of member {special.start_from}" if special.start_from else ", own initial weights"
+        labels = "".join(f" Documents with {field} {' or '.join(values)}." for field, values in special.documents.items())
         target = Target(
             "bagging",
             name,
-            f"Member {j} of {size}: {what}\n\n{_shape(experiment.saes[j - 1])}. Trained by itself.",
+            f"Member {j} of {size}: {what}\n\n{_shape(experiment.saes[j - 1])}. Trained by itself.{labels}",
             init_index=j,
             sae=experiment.complete_saes[j - 1],
             documents=special.documents,

@@ -135,7 +135,7 @@ class SpecialisedMember(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     member: PositiveInt = Field(description="which member, from 1")
-    documents: dict[str, Annotated[list[str], Field(min_length=1)]] = Field(
+    documents: dict[str, Annotated[list[str], Field(min_length=1), AfterValidator(sorted)]] = Field(
         {}, description="labels of the documents whose rows it is trained on, such as {language: [python, cython]}; left out: all rows"
     )
     start_from: PositiveInt | None = Field(

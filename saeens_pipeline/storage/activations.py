@@ -177,6 +177,14 @@ class ActivationReader(ABC):
             yield batch[:filled].to(torch.float32, copy=True)
 
 
+def compute_statistics(reader: ActivationReader, split: str) -> ActivationStatistics:
+    """Those of a split whose statistics are not recorded, in a pass over its rows."""
+    statistics = StreamingStatistics(reader.d_in)
+    for index in range(reader.n_chunks(split)):
+        statistics.update(reader.read_chunk(split, index))
+    return statistics.compute()
+
+
 class ActivationStore(ActivationReader):
     """A store on disk, open for reading. Raises SaeensError where there is none, or only a part."""
 

@@ -13,7 +13,7 @@ from saeens_pipeline.storage.activations import (
     ActivationReader,
     ActivationStatistics,
     ActivationWriter,
-    StreamingStatistics,
+    compute_statistics,
     to_stored_dtype,
 )
 
@@ -51,10 +51,7 @@ class ResidualView(ActivationReader):
     def statistics(self, split: str) -> ActivationStatistics:
         """Takes a pass over all rows the first time."""
         if split not in self._statistics:
-            statistics = StreamingStatistics(self.d_in)
-            for index in range(self.n_chunks(split)):
-                statistics.update(self.read_chunk(split, index))
-            self._statistics[split] = statistics.compute()
+            self._statistics[split] = compute_statistics(self, split)
         return self._statistics[split]
 
 

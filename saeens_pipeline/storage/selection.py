@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from saeens_pipeline.errors import SaeensError
-from saeens_pipeline.storage.activations import ActivationReader, ActivationStatistics, ActivationStore, StreamingStatistics
+from saeens_pipeline.storage.activations import ActivationReader, ActivationStatistics, ActivationStore, compute_statistics
 
 if TYPE_CHECKING:
     import torch
@@ -44,10 +44,7 @@ class SelectedDocuments(ActivationReader):
         """Takes a pass over the rows the first time."""
         self._require(split)
         if self._statistics is None:
-            statistics = StreamingStatistics(self.d_in)
-            for index in range(self.n_chunks(split)):
-                statistics.update(self.read_chunk(split, index))
-            self._statistics = statistics.compute()
+            self._statistics = compute_statistics(self, split)
         return self._statistics
 
     def _pieces(self, first: int, end: int) -> Iterator[torch.Tensor]:
