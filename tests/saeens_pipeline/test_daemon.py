@@ -115,8 +115,8 @@ def test_a_layer_that_is_added_in_the_ui_is_trained_and_evaluated(server: Server
         server.pause()
     assert answer["addDynamicPartition"]["__typename"] == "AddDynamicPartitionSuccess"
 
-    stability = Address(NAME, "eval", "stability")
-    while empty.store.find(stability, Partition(NEW_LAYER)) is None:
+    last = Address(NAME, "eval", "marginal_gain")
+    while empty.store.find(last, Partition(NEW_LAYER)) is None:
         server.pause()
     rows = [empty.store.find(Address(NAME, "eval", "reconstruction"), Partition(NEW_LAYER, seed)) for seed in SEEDS]
     assert all(rows)
