@@ -7,6 +7,7 @@ accumulate in float64 or in integers and hold no activations beyond a batch.
 from __future__ import annotations
 
 from saeens_models.metrics.coactivation import ConnectivityMetric, MemoryBudgetError, connectivity, streaming_memory
+from saeens_models.metrics.description_length import DescriptionLengthMetric, description_length
 from saeens_models.metrics.dictionaries import (
     MAX_MATCHED_FEATURES,
     MemberComparison,
@@ -21,27 +22,34 @@ from saeens_models.metrics.dictionaries import (
     stability_pairwise,
 )
 from saeens_models.metrics.intervals import MeanInterval, mean_interval
+from saeens_models.metrics.language_model_loss import LossBatch, NextTokenLoss, ce_loss_recovered, next_token_loss
 from saeens_models.metrics.reconstruction import Moments, Reconstruction, ReconstructionMetric, reconstruction
 from saeens_models.metrics.sparsity import Sparsity, SparsityMetric, sparsity
 
 __all__ = [
     "MAX_MATCHED_FEATURES",
     "ConnectivityMetric",
+    "DescriptionLengthMetric",
+    "LossBatch",
     "MeanInterval",
     "MemberComparison",
     "MemoryBudgetError",
     "Moments",
+    "NextTokenLoss",
     "Reconstruction",
     "ReconstructionMetric",
     "Sparsity",
     "SparsityMetric",
     "Stability",
+    "ce_loss_recovered",
     "compare_members",
     "connectivity",
+    "description_length",
     "diversity",
     "max_cosine",
     "mean_interval",
     "mean_max_cosine",
+    "next_token_loss",
     "reconstruction",
     "sparsity",
     "stability",

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _DAGSTER_TYPES = {"str": "string", "int": "int", "float": "float"}
 _SHOWN = {"reconstruction": "explained_variance", "coactivation": "connectivity", "stability": "stability", "cost": "train_seconds"}
 _MEASURED_BY_RECORD = {"cost": "provenance", "training_curves": "training_curve"}  # tables that look at no weights, and at what instead
+_OF_TOKENS = ("ce_loss_recovered", "top_tokens")  # columns that look at the text, too
 _INLINE_CHARACTERS = 1000  # longer Markdown hides behind a link in the UI
 
 
@@ -146,6 +147,8 @@ def _part_read(upstream: Reference, table: str, column: str, *, is_description: 
     address = upstream.address
     if address.is_table:
         return next((c.name for c in columns_of(address.name) if column in (c.name, f"{c.name}_low", f"{c.name}_high")), None)
+    if address.kind == "source" and address.name == "tokens":
+        return "test/tokens" if column in _OF_TOKENS else None
     if address.kind == "source":
         return "language_model" if column == "language_model" else None if is_description else "test/activations"
     if is_description:
@@ -161,6 +164,13 @@ def _table_summary(declaration: Declaration, artefact: Artefact) -> dict[str, An
     summary: dict[str, Any] = {"dagster/row_count": len(table)}
     if name == LEADERBOARD.name:
         return summary | {"best": _best(table)}
+    loss = artefact.provenance.get("next_token_loss")
+    if loss:
+        summary |= {
+            "next-token loss [nats]": round(loss["clean"], 4),
+            "with zeros at the hook [nats]": round(loss["ablated"], 4),
+            "measured on [tokens replaced]": loss["tokens"],
+        }
     shown = _SHOWN.get(name)
     if shown and table[shown].null_count() < len(table):
         by_method = table.group_by("method", "n_members", maintain_order=True).agg(pl.col(shown).mean())

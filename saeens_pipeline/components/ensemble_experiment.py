@@ -5,7 +5,16 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import dagster as dg
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from saeens_pipeline.components.activation_source import Name
 from saeens_pipeline.storage.names import RESERVED_GROUPS
@@ -154,6 +163,9 @@ class ExperimentSettings(BaseModel):
     freshness: FreshnessSettings | None = Field(None, description="after how many days tables are shown as overdue")
     evaluations: list[Evaluation] = Field(
         ["reconstruction", "members", "coactivation", "stability", "cost", "training_curves"], description="tables to fill"
+    )
+    ce_loss_tokens: int = Field(
+        4096, ge=0, description="test tokens on which ce_loss_recovered is measured, evenly spread; 0 leaves it empty"
     )
     checks: CheckSettings = Field(CheckSettings(), description="from where on to warn: explained variance, dead features, L0")
     evaluation_memory_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(

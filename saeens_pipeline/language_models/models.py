@@ -51,6 +51,7 @@ class LanguageModelDescription:
     end_of_text: int | None  # token id that separates documents
     parallel_residual: bool  # attention and MLP of a block both read the block's input
     identity: dict[str, object] = field(hash=False)
+    has_head: bool = True  # a language-modelling head, which gives next-token predictions
 
 
 def describe_language_model(name: str, revision: str = "main") -> LanguageModelDescription:
@@ -64,6 +65,8 @@ def describe_language_model(name: str, revision: str = "main") -> LanguageModelD
     text = config.get("text_config", config)  # of a multimodal model, the language part
     end_of_text = text.get("eos_token_id", config.get("eos_token_id"))
     model_type = str(text.get("model_type", config.get("model_type", "unknown")))
+    classes = [str(each) for each in config.get("architectures") or []]
+    headless = bool(classes) and all(each.endswith("Model") and not each.endswith("LMHeadModel") for each in classes)
     parallel = text.get("use_parallel_residual", text.get("parallel_attn", model_type in _PARALLEL_RESIDUAL_TYPES))
     return LanguageModelDescription(
         name=name,
@@ -77,6 +80,7 @@ def describe_language_model(name: str, revision: str = "main") -> LanguageModelD
         end_of_text=next(iter(end_of_text), None) if isinstance(end_of_text, list) else end_of_text,
         parallel_residual=bool(parallel),
         identity={"name": name, "revision": revision, "sha256": {file.name: _fingerprint(file) for file in _identifying_files(name, path)}},
+        has_head=not headless,
     )
 
 
@@ -154,7 +158,10 @@ def _trained(description: LanguageModelDescription, dtype: torch.dtype) -> PreTr
         output_loading_info=True,
     )
     model, report = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
-    missing = sorted(report["missing_keys"])
+    head = model.get_output_embeddings()
+    unused = set() if description.has_head or head is None else {id(weights) for weights in head.parameters()}
+    unused_names = {name for name, weights in model.named_parameters() if id(weights) in unused}
+    missing = sorted(set(report["missing_keys"]) - unused_names)
     if missing:  # transformers would fill them with random numbers
         raise SaeensError(f"the weights in {description.path} lack {len(missing)} tensors that config.json asks for: {missing[0]}, ...")
     return model
@@ -234,9 +241,9 @@ class LanguageModel:
     def module(self, hook: str, layer: int) -> torch.nn.Module:
         """The module whose input or output `hook` is. Raises ConfigurationError for one that does not exist."""
         if hook in ("resid_pre", "resid_post"):
-            return self._blocks[layer]
+            return self.blocks[layer]
         if hook in ("attn_out", "mlp_out"):
-            return _child(self._blocks[layer], _ATTENTION_NAMES if hook == "attn_out" else _MLP_NAMES, hook)
+            return _child(self.blocks[layer], _ATTENTION_NAMES if hook == "attn_out" else _MLP_NAMES, hook)
         path = hook.replace("{layer}", str(layer))
         try:
             return self.model.get_submodule(path)
@@ -247,8 +254,11 @@ class LanguageModel:
             raise ConfigurationError(f"{self.description.name} has no module {path!r}; it has {', '.join(similar[:8])}, ...") from None
 
     @property
-    def _blocks(self) -> torch.nn.ModuleList:
-        """The list of transformer blocks: the one outermost module list that is as long as the model has layers."""
+    def blocks(self) -> torch.nn.ModuleList:
+        """The list of transformer blocks: the one outermost module list that is as long as the model has layers.
+
+        Raises ConfigurationError where there is none, or several.
+        """
         import torch
 
         lists = {

@@ -68,6 +68,11 @@ class TokenBatch(NamedTuple):
     document: torch.Tensor  # int32
     position: torch.Tensor  # int32
 
+    @property
+    def is_text(self) -> torch.Tensor:
+        """bool: what is not padding."""
+        return self.document != _PADDING
+
 
 def write_tokens(
     path: Path,
@@ -217,6 +222,28 @@ class TokenStore:
             tokens = tokens.long()
             for first in range(0, len(tokens), batch_windows):
                 yield TokenBatch(*(values[first : first + batch_windows] for values in (tokens, *others)))
+
+    def sample(self, split: Split, n_rows: int, batch_windows: int) -> Iterator[TokenBatch]:
+        """Windows spread evenly over the split, so many that they give about `n_rows` activation rows, or all; in batches as `batches`."""
+        import torch
+
+        statistics: SplitTokens = getattr(self.statistics, split)
+        n_windows = min(statistics.windows, -(-n_rows * statistics.windows // statistics.rows))
+        chosen = np.linspace(0, statistics.windows - 1, n_windows).round().astype(int)
+        arrays: list[Any] = [self._group[f"{split}/{name}"] for name in ("tokens", "kept", "document", "position")]
+        for first in range(0, n_windows, batch_windows):
+            tokens, *others = (torch.from_numpy(array.oindex[chosen[first : first + batch_windows]]) for array in arrays)
+            yield TokenBatch(tokens.long(), *others)
+
+    def token_ids(self, split: Split, rows: np.ndarray) -> np.ndarray:
+        """The token that each of these activation rows is from; `rows` `[n]` in ascending order. Memory: as `batches`."""
+        found, first = [np.empty(0, np.int64)], 0
+        for batch in self.batches(split, _CHUNK_TOKENS // self.context_length + 1):
+            ids = batch.tokens[batch.kept].numpy()
+            begin, end = np.searchsorted(rows, (first, first + len(ids)))
+            found.append(ids[rows[begin:end] - first])
+            first += len(ids)
+        return np.concatenate(found)
 
     def documents(self, split: Split) -> pl.DataFrame:
         """The documents of the split: document (as in the `document` array), name, language."""
