@@ -14,6 +14,7 @@ from saeens_models.metrics import coactivation
 from saeens_models.metrics.coactivation import ConnectivityMetric
 from saeens_models.metrics.description_length import DescriptionLengthMetric
 from saeens_models.metrics.dictionaries import compare_members
+from saeens_models.metrics.features import FeatureActivity, FeatureActivityMetric
 from saeens_models.metrics.language_model_loss import LossBatch, NextTokenLoss, ce_loss_recovered
 from saeens_models.metrics.reconstruction import Moments, Reconstruction, ReconstructionMetric
 from saeens_models.metrics.sparsity import Sparsity, SparsityMetric
@@ -132,6 +133,27 @@ def evaluate_losses(ensembles: Mapping[str, Ensemble], batches: Iterable[LossBat
     return LossEvaluation(clean.mean, ablated.mean, recovered, tokens)
 
 
+@torch.no_grad()
+def feature_activity(ensemble: Ensemble, chunks: Iterable[Tensor], n_top: int) -> list[FeatureActivity]:
+    """Of each member what its features do, and on which ``n_top`` tokens most, in one pass over ``chunks`` `[n, d_in]`.
+
+    Memory: what ``FeatureActivityMetric`` keeps, and what ``evaluate_ensembles`` takes beside connectivity.
+    """
+    metrics = [FeatureActivityMetric(sae.config.d_sae, n_top, sae.W_dec.device) for sae in ensemble]
+    for x in chunks:
+        for rows in _split_to_encode(ensemble, x):
+            for metric, prefix in zip(metrics, ensemble.prefix_reconstructions(rows), strict=True):
+                metric.update(prefix.code)
+    return [metric.compute() for metric in metrics]
+
+
+def _split_to_encode(ensemble: Ensemble, x: Tensor) -> tuple[Tensor, ...]:
+    """Rows x `[n, d_in]` in parts whose pre-activations take bounded memory."""
+    encoder_bytes = _ENCODER_BYTES.get(x.device.type, _ENCODER_BYTES_ELSEWHERE)
+    widest = max(sae.config.d_sae for sae in ensemble)
+    return x.split(max(64, encoder_bytes // (widest * x.element_size())))
+
+
 class _Evaluator:
     def __init__(self, ensemble: Ensemble, moments: Moments, memory_budget: int, magnitude_step: float | None) -> None:
         self.ensemble = ensemble
@@ -144,9 +166,7 @@ class _Evaluator:
         self.description_length = None if magnitude_step is None else DescriptionLengthMetric(norms, magnitude_step)
 
     def update(self, x: Tensor) -> None:
-        encoder_bytes = _ENCODER_BYTES.get(x.device.type, _ENCODER_BYTES_ELSEWHERE)
-        widest = max(sae.config.d_sae for sae in self.ensemble)
-        for rows in x.split(max(64, encoder_bytes // (widest * x.element_size()))):
+        for rows in _split_to_encode(self.ensemble, x):
             codes: list[SparseCode] = []
             prefixes = self.ensemble.prefix_reconstructions(rows)
             for prefix, of_size, of_member in zip(prefixes, self.of_sizes, self.of_members, strict=True):

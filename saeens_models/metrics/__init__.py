@@ -11,16 +11,20 @@ from saeens_models.metrics.description_length import DescriptionLengthMetric, de
 from saeens_models.metrics.dictionaries import (
     MAX_MATCHED_FEATURES,
     MemberComparison,
+    NearestFeatures,
     Stability,
     compare_members,
     diversity,
     max_cosine,
+    max_cosine_to_other_runs,
     mean_max_cosine,
+    nearest_in_other_members,
     stability,
     stability_matched,
     stability_of_prefixes,
     stability_pairwise,
 )
+from saeens_models.metrics.features import FeatureActivity, FeatureActivityMetric
 from saeens_models.metrics.intervals import MeanInterval, mean_interval
 from saeens_models.metrics.language_model_loss import LossBatch, NextTokenLoss, ce_loss_recovered, next_token_loss
 from saeens_models.metrics.reconstruction import Moments, Reconstruction, ReconstructionMetric, reconstruction
@@ -30,11 +34,14 @@ __all__ = [
     "MAX_MATCHED_FEATURES",
     "ConnectivityMetric",
     "DescriptionLengthMetric",
+    "FeatureActivity",
+    "FeatureActivityMetric",
     "LossBatch",
     "MeanInterval",
     "MemberComparison",
     "MemoryBudgetError",
     "Moments",
+    "NearestFeatures",
     "NextTokenLoss",
     "Reconstruction",
     "ReconstructionMetric",
@@ -47,8 +54,10 @@ __all__ = [
     "description_length",
     "diversity",
     "max_cosine",
+    "max_cosine_to_other_runs",
     "mean_interval",
     "mean_max_cosine",
+    "nearest_in_other_members",
     "next_token_loss",
     "reconstruction",
     "sparsity",

@@ -122,7 +122,7 @@ def evaluation_op(subject: Subject) -> Op:
         losses: LossEvaluation | None = None
         with workplace.compute.measure() as measurement:
             if wanted & _MEASURED.keys():
-                ensembles = load_ensembles(workplace, subject, partition)
+                ensembles = {each.address.name: load_dictionary(workplace, each, partition) for each in dictionaries}
                 evaluations = _evaluate(workplace, subject, partition, ensembles)
                 if model:
                     losses = _evaluate_losses(workplace, subject, partition, ensembles, model)
@@ -165,17 +165,13 @@ def validate_ce_loss(experiment: ExperimentSettings, model: LanguageModelDescrip
         )
 
 
-def load_ensembles(workplace: Workplace, subject: Subject, partition: Partition) -> dict[str, Ensemble]:
-    """The two ensembles and the baselines, these as ensembles of one, by name."""
+def load_dictionary(workplace: Workplace, declaration: Declaration, partition: Partition) -> Ensemble:
+    """An ensemble, or a baseline as an ensemble of one, on the device."""
     import saeens_models as sm
 
-    store, device = workplace.store, workplace.compute.resolve(float64=True)
-    ensembles: dict[str, Ensemble] = {
-        each.address.name: sm.load_ensemble(store.require(each.address, partition).path) for each in (subject.bagging, subject.boosting)
-    }
-    for _, _, baseline in subject.baselines:
-        ensembles[baseline.address.name] = sm.Bagging([sm.load_sae(store.require(baseline.address, partition).path)])
-    return {name: ensemble.to(device) for name, ensemble in ensembles.items()}
+    path = workplace.store.require(declaration.address, partition).path
+    ensemble = sm.load_ensemble(path) if declaration.builder == "ensemble" else sm.Bagging([sm.load_sae(path)])
+    return ensemble.to(workplace.compute.resolve(float64=True))
 
 
 def _evaluate(

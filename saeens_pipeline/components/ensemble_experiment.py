@@ -25,7 +25,7 @@ MIN_FRESHNESS_DAYS = 1 / (24 * 60)  # Dagster looks no closer than a minute
 _FOLLOWS_FROM_ACTIVATIONS = ("total_tokens", "input_scale", "input_mean")
 
 Baseline = Literal["expanded", "expanded_l0_matched"]
-Evaluation = Literal["reconstruction", "members", "coactivation", "stability", "cost", "training_curves"]
+Evaluation = Literal["reconstruction", "members", "coactivation", "stability", "cost", "training_curves", "features"]
 
 
 def _outside_groups(name: str) -> str:

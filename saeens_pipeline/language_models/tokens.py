@@ -114,7 +114,7 @@ def write_tokens(
         test_tokens=test_tokens,
     )
     require_free_disk(path, (train_tokens + test_tokens) * _position_bytes(description.vocab_size), "writing tokens")
-    tokenizer = _load_tokenizer(description)
+    tokenizer = load_tokenizer(description)
     separator = _separator(description) if packing == "concatenate" else None
     never_kept = _special_ids(tokenizer, description) if "special" in drop else np.empty(0, np.int64)
     group = zarr.open_group(path, mode="w", zarr_format=3)
@@ -366,7 +366,8 @@ def _batched(documents: Iterator[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _load_tokenizer(description: LanguageModelDescription) -> Tokenizer:
+def load_tokenizer(description: LanguageModelDescription) -> Tokenizer:
+    """The language model's tokenizer. Raises ConfigurationError for one that cannot be read."""
     from tokenizers import Tokenizer
 
     file = description.path / "tokenizer.json"

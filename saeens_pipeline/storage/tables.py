@@ -122,6 +122,20 @@ TABLES = {
             ),
         ),
         Table(
+            "features",
+            "What each feature does, and where it comes back",
+            (
+                Column("member", "int", "member or round, from 1"),
+                Column("index", "int", "row of that member's W_dec, from 0"),
+                Column("density", "float", "share of the test tokens on which it fires"),
+                Column("mean_activation", "float", "mean over the tokens on which it fires; null if it never does"),
+                Column("nearest_member", "int", "which other member has the feature of the largest cosine; null for single SAEs"),
+                Column("nearest_cosine", "float", "that cosine"),
+                Column("nearest_other_seed_cosine", "float", "largest cosine to any feature under any other seed; null with one seed"),
+                Column("top_tokens", "str", "JSON list: the ten test tokens on which it is most active, the most active first"),
+            ),
+        ),
+        Table(
             "training_curves",
             "How training went",
             (

@@ -21,6 +21,7 @@ CONTRACT = {
     "stability": "n_runs stability stability_pairwise stability_matched",
     "cost": "train_tokens train_flops train_seconds residual_flops residual_seconds peak_memory_bytes inference_flops_per_token "
     "device dtype boosting_mode",
+    "features": "member index density mean_activation nearest_member nearest_cosine nearest_other_seed_cosine top_tokens",
     "training_curves": "member step tokens loss explained_variance l0 dead_features learning_rate",
 }
 ROW = {
