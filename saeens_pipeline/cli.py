@@ -37,6 +37,11 @@ class TableFormat(StrEnum):
     json = "json"
 
 
+class Sizes(StrEnum):
+    full = "full"
+    all = "all"
+
+
 def complain(label: str, message: str) -> None:
     """One message on standard error; what it quotes is shown as it is."""
     err.print(Text.assemble((f"{label}: ", "red"), message), soft_wrap=True)
@@ -161,7 +166,7 @@ def lineage(
 def table(
     experiment: Experiment,
     name: Annotated[
-        str, typer.Argument(metavar="TABLE", help="reconstruction, members, coactivation, stability, cost or training_curves.")
+        str, typer.Argument(metavar="TABLE", help="reconstruction, members, coactivation, stability, cost, features or training_curves.")
     ],
     format: Annotated[TableFormat, typer.Option(help="csv and json print the table and nothing else.")] = TableFormat.table,
 ) -> None:
@@ -191,6 +196,7 @@ def table(
 @app.command()
 def leaderboard(
     sort: Annotated[str, typer.Option(help="Column to rank by, within each source and layer.")] = "explained_variance",
+    n: Annotated[Sizes, typer.Option(help="Ensembles with all their members, or with the first n for all n.")] = Sizes.full,
     format: Annotated[TableFormat, typer.Option(help="csv and json print the table and nothing else.")] = TableFormat.table,
 ) -> None:
     """Rank every method of every experiment and layer by what was evaluated so far."""
@@ -201,7 +207,7 @@ def leaderboard(
 
     catalogue = load_catalogue()
     (declaration,) = catalogue.leaderboard().outputs
-    table = standings(StoreResource().store, declaration, sort)
+    table = standings(StoreResource().store, declaration, sort, n.value)
     if table.is_empty():
         complain("note", "nothing was evaluated yet: `saeens run EXPERIMENT` does, `saeens experiments` lists them")
     for name in table["experiment"].unique(maintain_order=True):
@@ -216,7 +222,7 @@ def leaderboard(
             from saeens_pipeline.summary import rich_table
 
             for (source, layer), ranked in table.partition_by("source", "layer", as_dict=True, maintain_order=True).items():
-                shown = rich_table(for_reading(ranked))
+                shown = rich_table(for_reading(ranked, sort))
                 shown.title, shown.title_justify = Text(f"{source}, layer {layer}"), "left"
                 out.print(shown, "")
 

@@ -146,7 +146,8 @@ def _part_read(upstream: Reference, table: str, column: str, *, is_description: 
     """What of an upstream asset a column is computed from; None for one that has no share in it."""
     address = upstream.address
     if address.is_table:
-        return next((c.name for c in columns_of(address.name) if column in (c.name, f"{c.name}_low", f"{c.name}_high")), None)
+        endings = ("", "_low", "_high", "_by_seed")  # of what the leaderboard makes of a column
+        return next((c.name for c in columns_of(address.name) if column in [f"{c.name}{ending}" for ending in endings]), None)
     if address.kind == "source" and address.name == "tokens":
         return "test/tokens" if column in _OF_TOKENS else None
     if address.kind == "source":
