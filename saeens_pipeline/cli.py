@@ -25,6 +25,7 @@ layers = typer.Typer(no_args_is_help=True, help="The layers of a source.")
 app.add_typer(layers, name="layers")
 
 _PIPE_WIDTH = 160  # columns where the output is no terminal: tables are not squeezed into a file
+_SHOWN_ROWS = 1000  # of a table in the terminal
 out = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
 err = Console(stderr=True, width=None if sys.stderr.isatty() else _PIPE_WIDTH)
 
@@ -190,7 +191,9 @@ def table(
         case TableFormat.table:
             from saeens_pipeline.summary import rich_table
 
-            out.print(rich_table(frame.drop("experiment", "sae_data_versions")))
+            out.print(rich_table(frame.drop("experiment", "sae_data_versions").head(_SHOWN_ROWS)))
+            if len(frame) > _SHOWN_ROWS:
+                complain("note", f"these are the first {_SHOWN_ROWS:,} of {len(frame):,} rows: --format csv or json prints all")
 
 
 @app.command()
