@@ -29,12 +29,13 @@ TOP_TOKENS = 10  # of each feature
 def features_op(subject: Subject) -> Op:
     """Declare the table of all features of a layer: all seeds, since it says whether a feature comes back under another.
 
+    It is made from SAEs alone, as `stability` is. The text and the activations that it reads are behind these, and change their data
+    versions; as inputs, with the partitions of the activations, it would be made again in their run, before the SAEs are.
     Memory, whatever the number of test tokens: one method's dictionaries of all seeds, twice; 136 bytes for each feature of one of them;
     and the rows, of about 300 bytes per feature and seed.
     """
     experiment = subject.experiment
-    inputs = [subject.tokens, subject.activations, *subject.dictionaries]
-    features = subject.declare("features", inputs, dimensions="layer")
+    features = subject.declare("features", subject.dictionaries, dimensions="layer")
 
     def make(workplace: Workplace, tasks: Sequence[Task]) -> None:
         import polars as pl

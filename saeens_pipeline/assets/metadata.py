@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 _DAGSTER_TYPES = {"str": "string", "int": "int", "float": "float"}
 _SHOWN = {"reconstruction": "explained_variance", "coactivation": "connectivity", "stability": "stability", "cost": "train_seconds"}
 _MEASURED_BY_RECORD = {"cost": "provenance", "training_curves": "training_curve"}  # tables that look at no weights, and at what instead
-_OF_TOKENS = ("ce_loss_recovered", "top_tokens")  # columns that look at the text, too
 _INLINE_CHARACTERS = 1000  # longer Markdown hides behind a link in the UI
 
 
@@ -149,7 +148,7 @@ def _part_read(upstream: Reference, table: str, column: str, *, is_description: 
         endings = ("", "_low", "_high", "_by_seed")  # of what the leaderboard makes of a column
         return next((c.name for c in columns_of(address.name) if column in [f"{c.name}{ending}" for ending in endings]), None)
     if address.kind == "source" and address.name == "tokens":
-        return "test/tokens" if column in _OF_TOKENS else None
+        return "test/tokens" if column == "ce_loss_recovered" else None
     if address.kind == "source":
         return "language_model" if column == "language_model" else None if is_description else "test/activations"
     if is_description:

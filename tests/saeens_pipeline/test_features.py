@@ -102,10 +102,10 @@ def test_nearest_features_are_those_of_scikit_learn(laboratory: Laboratory, meth
         assert of_member["nearest_member"].to_list() == (cosines.argmax(axis=0) + 1).tolist()
 
 
-def test_it_follows_from_the_saes_of_all_seeds_and_from_the_text(laboratory: Laboratory):
+def test_it_follows_from_the_saes_of_all_seeds(laboratory: Laboratory):
     inputs = laboratory.artefact("eval/features").recipe["inputs"]
     saes = ["bagging_ensemble", "boosting_ensemble", "expanded", "expanded_l0_matched"]
-    assert set(inputs) == {"tokens", "activations", *(f"{name}, seed {seed}" for name in saes for seed in SEEDS)}
+    assert set(inputs) == {f"{name}, seed {seed}" for name in saes for seed in SEEDS}
 
 
 def test_it_is_declared_by_layer_and_not_made_unless_asked_for(empty: Laboratory):
@@ -114,8 +114,18 @@ def test_it_is_declared_by_layer_and_not_made_unless_asked_for(empty: Laboratory
     (spec,) = [s for s in empty.catalogue.definitions().resolve_all_asset_specs() if s.key == dg.AssetKey([NAME, "eval", "features"])]
     assert spec.partitions_def is not None
     assert not isinstance(spec.partitions_def, dg.MultiPartitionsDefinition)
-    upstream = {dep.asset_key.path[-1] for dep in spec.deps}
-    assert upstream == {"tokens", "activations", "bagging_ensemble", "boosting_ensemble", "expanded", "expanded_l0_matched"}
+    assert {dep.asset_key.path[-1] for dep in spec.deps} == {"bagging_ensemble", "boosting_ensemble", "expanded", "expanded_l0_matched"}
+
+
+def test_other_test_tokens_make_it_anew(empty: Laboratory):
+    empty.declare(evaluations=["features"], ensemble={"members": 1, "seeds": [1]}, baselines=[])
+    empty.run()
+    before = empty.artefact("eval/features").data_version
+    empty.declare({"test_tokens": 150}, evaluations=["features"], ensemble={"members": 1, "seeds": [1]}, baselines=[])
+    (stale,) = [status for status in experiment_status(NAME) if status.declaration.address.name == "features"]
+    assert stale.state == "stale"
+    empty.run()
+    assert empty.artefact("eval/features").data_version != before
 
 
 def test_with_one_seed_and_one_member_there_is_nothing_to_compare_with(empty: Laboratory):
