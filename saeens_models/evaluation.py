@@ -116,7 +116,8 @@ def evaluate_ensembles(
 def evaluate_losses(ensembles: Mapping[str, Ensemble], batches: Iterable[LossBatch]) -> LossEvaluation:
     """What every size 1 .. J of each ensemble recovers of the language model's loss, in one pass over windows of text.
 
-    A batch's activations are encoded once, for all sizes. Raises ValueError where nothing was predicted.
+    A batch's activations are encoded once, for all sizes. Memory: what ``evaluate_ensembles`` takes beside connectivity, and the J
+    reconstructions of a batch. Raises ValueError where nothing was predicted.
     """
     nothing, tokens = NextTokenLoss(0.0, 0), 0
     clean = ablated = nothing
@@ -124,8 +125,9 @@ def evaluate_losses(ensembles: Mapping[str, Ensemble], batches: Iterable[LossBat
     for x, loss in batches:
         clean, ablated, tokens = clean.plus(loss(x)), ablated.plus(loss(torch.zeros_like(x))), tokens + len(x)
         for name, ensemble in ensembles.items():
-            prefixes = ensemble.prefix_reconstructions(x)
-            of_sizes[name] = [before.plus(loss(prefix.x_hat)) for before, prefix in zip(of_sizes[name], prefixes, strict=True)]
+            parts = [[each.x_hat for each in ensemble.prefix_reconstructions(rows)] for rows in _split_to_encode(ensemble, x)]
+            x_hats = [torch.cat(of_size) for of_size in zip(*parts, strict=True)]
+            of_sizes[name] = [before.plus(loss(x_hat)) for before, x_hat in zip(of_sizes[name], x_hats, strict=True)]
     recovered = {
         name: [ce_loss_recovered(clean.mean, ablated.mean, reconstructed.mean) for reconstructed in losses]
         for name, losses in of_sizes.items()

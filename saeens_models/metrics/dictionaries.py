@@ -207,7 +207,7 @@ def _best_matches_of_members(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[
 
 
 def _matches_between_members(units: Sequence[Tensor]) -> _MemberMatches:
-    """Of each two of some dictionaries, compared once. Of one and itself: -inf, which no feature is as far away as."""
+    """Of each two of some dictionaries, compared once; -inf where a dictionary would be compared with itself."""
     best = [unit.new_full((len(units), len(unit)), -torch.inf) for unit in units]
     for i, j in combinations(range(len(units)), 2):
         best[i][j], best[j][i] = _best_matches(units[i], units[j])

@@ -8,6 +8,9 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.nn import functional as F
 
+_ELEMENTS_PER_STEP = 2**24
+"""Logits that are copied at a time."""
+
 MIN_ABLATION_EFFECT = 0.05
 """Nats: where ablation changes the loss by less, what is recovered of it is noise."""
 
@@ -46,9 +49,13 @@ def next_token_loss(logits: Tensor, tokens: Tensor, is_text: Tensor) -> NextToke
     Only text is predicted: ``is_text`` `[b, L]` is false for padding. The mean equals what transformers' models return for labels
     that are the tokens, and -100 for padding.
     """
-    predicted = is_text[:, 1:]
-    losses = F.cross_entropy(logits[:, :-1][predicted].float(), tokens[:, 1:][predicted], reduction="none")
-    return NextTokenLoss(losses.double().sum().item(), len(losses))
+    window, position = is_text[:, 1:].nonzero(as_tuple=True)
+    step = max(1, _ELEMENTS_PER_STEP // logits.shape[-1])
+    total = 0.0
+    for at in zip(window.split(step), position.split(step), strict=True):
+        losses = F.cross_entropy(logits[at].float(), tokens[:, 1:][at], reduction="none")
+        total += losses.double().sum().item()
+    return NextTokenLoss(total, len(window))
 
 
 def ce_loss_recovered(clean: float, ablated: float, reconstructed: float) -> float | None:

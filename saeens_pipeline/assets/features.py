@@ -121,13 +121,13 @@ class _Features:
         """Of every member, in one pass over the test activations."""
         from saeens_models.evaluation import feature_activity
 
-        reader = open_reader(self.workplace.store, self.subject.activations, partition)
+        reader, device = open_reader(self.workplace.store, self.subject.activations, partition), ensemble[0].W_dec.device
         label = f"{self.subject.experiment.name}/eval/features of {method.name}, {partition}"
         with progress.task(label, reader.n_rows("test")) as advance:
 
             def chunks() -> Iterator[Tensor]:
                 for chunk in reader.chunks("test"):
-                    yield chunk.to(ensemble.b_dec.device)
+                    yield chunk.to(device)
                     advance(len(chunk))
 
             return feature_activity(ensemble, chunks(), TOP_TOKENS)

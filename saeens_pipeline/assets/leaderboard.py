@@ -136,14 +136,14 @@ def _rows(measured: pl.DataFrame) -> Iterator[dict[str, Any]]:
             **of_seeds.select("experiment", "source", "layer", "language_model", "method", "n_members", "n_features").row(0, named=True),
             "n_seeds": len(of_seeds),
             "seeds": ",".join(map(str, of_seeds["seed"])),
-            **{column: value for name in SEED_METRICS for column, value in _over_seeds(name, of_seeds[name].to_list())},
+            **{column: value for name in SEED_METRICS for column, value in _statistics(name, of_seeds[name].to_list())},
             **cost,
             "train_tokens": None if cost["train_tokens"] is None else round(cost["train_tokens"]),
             "sae_data_versions": ";".join(of_seeds["sae_data_versions"]),
         }
 
 
-def _over_seeds(name: str, points: Sequence[float | None]) -> Iterator[tuple[str, float | str | None]]:
+def _statistics(name: str, points: Sequence[float | None]) -> Iterator[tuple[str, float | str | None]]:
     """The columns of a metric. A seed that has no value has an empty point; mean and interval are of the others."""
     from saeens_models.metrics import mean_interval
 

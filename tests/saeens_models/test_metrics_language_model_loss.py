@@ -8,14 +8,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import saeens_models as sm
+from saeens_models import evaluation
 from saeens_models.evaluation import evaluate_ensembles, evaluate_losses
-from saeens_models.metrics import LossBatch, NextTokenLoss, ce_loss_recovered, next_token_loss
+from saeens_models.metrics import LossBatch, NextTokenLoss, ce_loss_recovered, language_model_loss, next_token_loss
 
 D_IN, VOCABULARY = 6, 11
 UNEMBEDDING = torch.randn(D_IN, VOCABULARY, generator=torch.Generator().manual_seed(0))
 
 
-def test_the_loss_is_the_cross_entropy_of_what_comes_next_and_padding_is_not_predicted() -> None:
+@pytest.mark.parametrize("elements", [1, 3 * VOCABULARY, 2**24])
+def test_the_loss_is_the_cross_entropy_of_what_comes_next_and_padding_is_not_predicted(monkeypatch, elements: int) -> None:
+    monkeypatch.setattr(language_model_loss, "_ELEMENTS_PER_STEP", elements)
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(2, 5, VOCABULARY, generator=generator)
     tokens = torch.randint(VOCABULARY, (2, 5), generator=generator)
@@ -57,17 +60,19 @@ def _saes() -> list[sm.SAE]:
     return [sm.build_sae(sm.SAEConfig(architecture="topk", d_in=D_IN, d_sae=16, k=3, init_seed=seed)) for seed in (1, 2, 3)]
 
 
-def test_every_size_recovers_what_that_ensemble_recovers_alone() -> None:
-    batches = [_batch(1), _batch(2, n=25)]
+@pytest.mark.parametrize("encoder_bytes", [1, 2**24])
+def test_every_size_recovers_what_that_ensemble_recovers_alone(monkeypatch, encoder_bytes: int) -> None:
+    monkeypatch.setattr(evaluation, "_ENCODER_BYTES", {"cpu": encoder_bytes})
+    batches = [_batch(1, n=100), _batch(2, n=25)]
     ensembles = {"bagging": sm.Bagging(_saes()), "boosting": sm.Boosting(_saes())}
     found = evaluate_losses(ensembles, iter(batches))
 
     def mean_loss(replace) -> float:
         with torch.no_grad():
-            return sum(loss(replace(x)).total for x, loss in batches) / 65
+            return sum(loss(replace(x)).total for x, loss in batches) / 125
 
     clean, ablated = mean_loss(lambda x: x), mean_loss(torch.zeros_like)
-    assert (found.clean, found.ablated, found.tokens) == pytest.approx((clean, ablated, 65))
+    assert (found.clean, found.ablated, found.tokens) == pytest.approx((clean, ablated, 125))
     assert ablated == pytest.approx(torch.log(torch.tensor(VOCABULARY)).item(), rel=1e-6)  # zeros predict all tokens alike
     for name, ensemble in ensembles.items():
         expected = [(ablated - mean_loss(ensemble[:n])) / (ablated - clean) for n in (1, 2, 3)]

@@ -287,6 +287,17 @@ def test_training_curves_end_with_all_tokens(finished_laboratory: Laboratory):
     assert curves["loss"].is_finite().all()
 
 
+def test_the_control_is_measured_through_the_untrained_model(empty: Laboratory):
+    empty.declare({"weights": "random"})
+    empty.run(seeds=[1], select=["eval/reconstruction"])
+    model = load_language_model(describe_language_model(str(empty.model)), "random").model
+    windows = next(open_tokens(empty.artefact("tokens", layer=None).path).batches("test", 1000))
+    with torch.no_grad():
+        expected = model(input_ids=windows.tokens, labels=windows.tokens.masked_fill(windows.document < 0, -100)).loss.item()
+    recorded = empty.artefact("eval/reconstruction", 1).provenance["next_token_loss"]
+    assert recorded["clean"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_without_tokens_for_it_there_is_no_ce_loss_and_the_text_is_not_looked_at(finished: Laboratory):
     finished.declare(ce_loss_tokens=0)
     before = {seed: finished.artefact("eval/members", seed).data_version for seed in SEEDS}
