@@ -241,9 +241,9 @@ class LanguageModel:
     def module(self, hook: str, layer: int) -> torch.nn.Module:
         """The module whose input or output `hook` is. Raises ConfigurationError for one that does not exist."""
         if hook in ("resid_pre", "resid_post"):
-            return self.blocks[layer]
+            return self._blocks[layer]
         if hook in ("attn_out", "mlp_out"):
-            return _child(self.blocks[layer], _ATTENTION_NAMES if hook == "attn_out" else _MLP_NAMES, hook)
+            return _child(self._blocks[layer], _ATTENTION_NAMES if hook == "attn_out" else _MLP_NAMES, hook)
         path = hook.replace("{layer}", str(layer))
         try:
             return self.model.get_submodule(path)
@@ -253,12 +253,25 @@ class LanguageModel:
             similar = [name for name in modules if name.endswith(last_part)] or [name for name in modules if f".{layer}." in name]
             raise ConfigurationError(f"{self.description.name} has no module {path!r}; it has {', '.join(similar[:8])}, ...") from None
 
-    @property
-    def blocks(self) -> torch.nn.ModuleList:
-        """The list of transformer blocks: the one outermost module list that is as long as the model has layers.
+    def block(self, layer: int) -> torch.nn.Module:
+        """The transformer block of a layer. Raises ConfigurationError where the model's blocks cannot be told from its structure."""
+        return self._blocks[layer]
 
-        Raises ConfigurationError where there is none, or several.
-        """
+    def blocks_before(self, hook: str, layer: int) -> list[torch.nn.Module]:
+        """The blocks whose outputs do not depend on what is put at a hook; none where the model's blocks cannot be told."""
+        try:
+            blocks = list(self._blocks)
+        except ConfigurationError:
+            return []
+        if "{layer}" not in hook:
+            return blocks[: layer + 1] if hook == "resid_post" else blocks[:layer]
+        module = self.module(hook, layer)
+        holding = [i for i, block in enumerate(blocks) if any(module is each for each in block.modules())]
+        return blocks[: holding[0]] if holding else []
+
+    @property
+    def _blocks(self) -> torch.nn.ModuleList:
+        """The list of transformer blocks: the one outermost module list that is as long as the model has layers."""
         import torch
 
         lists = {

@@ -6,9 +6,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from saeens_pipeline.errors import ConfigurationError
-from saeens_pipeline.language_models.models import HOOKS
-
 if TYPE_CHECKING:
     import torch
     from torch import nn
@@ -26,7 +23,10 @@ def patched(model: LanguageModel, hook: str, layer: int, replace: Callable[[torc
 
     Raises ConfigurationError for a module that does not exist.
     """
-    module = model.module(hook, layer)
+    if hook == "resid_mid":
+        with _patched_between(model, layer, replace):
+            yield
+        return
 
     def at_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if args:
@@ -36,12 +36,32 @@ def patched(model: LanguageModel, hook: str, layer: int, replace: Callable[[torc
     def at_output(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         return (replace(output[0]), *output[1:]) if isinstance(output, tuple) else replace(output)
 
+    module = model.module(hook, layer)
     if hook == "resid_pre":
         handle = module.register_forward_pre_hook(at_input, with_kwargs=True)
     else:
         handle = module.register_forward_hook(at_output)
     try:
         yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _patched_between(model: LanguageModel, layer: int, replace: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """As `patched`, for the stream between attention and MLP, which no module returns: what attention adds to it is replaced."""
+    block_input: list[torch.Tensor] = []
+
+    def remember(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        block_input[:] = [args[0] if args else kwargs["hidden_states"]]
+
+    def added(attention: torch.Tensor) -> torch.Tensor:
+        return replace(block_input[0] + attention) - block_input[0]
+
+    handle = model.block(layer).register_forward_pre_hook(remember, with_kwargs=True)
+    try:
+        with patched(model, "attn_out", layer, added):
+            yield
     finally:
         handle.remove()
 
@@ -59,7 +79,7 @@ class PatchedWindows:
         self._is_text = windows.is_text.to(device)
         self._outputs: dict[nn.Module, Any] = {}
         with ExitStack() as hooks:
-            for block in _blocks_before(model, hook, layer):
+            for block in model.blocks_before(hook, layer):
                 handle = block.register_forward_hook(lambda block, _, output: self._outputs.update({block: output}))
                 hooks.callback(handle.remove)
             self.activations = model.activations(self._tokens, hook, [layer])[layer]
@@ -96,19 +116,6 @@ def loss_batches(model: LanguageModel, tokens: TokenStore, hook: str, layer: int
     for batch in tokens.sample("test", n_rows, batch_windows=max(1, _LOGIT_BYTES // window_bytes)):
         windows = PatchedWindows(model, batch, hook, layer)
         yield LossBatch(windows.rows, windows.loss)
-
-
-def _blocks_before(model: LanguageModel, hook: str, layer: int) -> list[nn.Module]:
-    """The blocks whose outputs do not depend on what is put at the hook; none where the model's blocks cannot be told."""
-    try:
-        blocks = list(model.blocks)
-    except ConfigurationError:
-        return []
-    if hook in HOOKS:
-        return blocks[: layer + 1] if hook == "resid_post" else blocks[:layer]
-    module = model.module(hook, layer)
-    holding = [i for i, block in enumerate(blocks) if any(module is each for each in block.modules())]
-    return blocks[: holding[0]] if holding else []
 
 
 @contextmanager

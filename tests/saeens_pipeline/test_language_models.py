@@ -188,7 +188,7 @@ def test_layers_asked_for_one_by_one_equal_those_of_one_pass(model, tokens):
 
 def test_forward_pass_stops_after_the_deepest_layer_asked_for(model, tokens):
     ran: list[int] = []
-    handles = [block.register_forward_hook(lambda *_, layer=layer: ran.append(layer)) for layer, block in enumerate(model.blocks)]
+    handles = [block.register_forward_hook(lambda *_, layer=layer: ran.append(layer)) for layer, block in enumerate(model._blocks)]
     model.activations(tokens, "resid_post", [1, 0])
     for handle in handles:
         handle.remove()

@@ -8,7 +8,7 @@ from typing import cast
 
 import pytest
 import torch
-from tiny_models import CONTEXT_LENGTH, VOCAB_SIZE, ListedCorpus, edit_config, write_tiny_model
+from tiny_models import CONTEXT_LENGTH, D_MODEL, VOCAB_SIZE, ListedCorpus, edit_config, write_tiny_model
 from transformers import PreTrainedModel
 
 from saeens_pipeline.errors import ConfigurationError
@@ -72,6 +72,21 @@ def test_what_follows_the_hook_goes_on_as_in_a_whole_run_with_the_replacement(mo
             expected = _own_loss(model, windows)
         assert found.loss(rows).mean == pytest.approx(expected, rel=1e-6)
         assert abs(expected - _own_loss(model, windows)) > 1e-4
+
+
+def test_between_attention_and_mlp_the_stream_itself_is_replaced(tmp_path: Path, windows):
+    """Both what the MLP reads and what it is added to."""
+    model = load_language_model(describe_language_model(str(write_tiny_model(tmp_path / "model", "llama"))))
+    stream = torch.randn(*windows.tokens.shape, D_MODEL, generator=torch.Generator().manual_seed(2))
+    given: list[torch.Tensor] = []
+    with patched(model, "resid_mid", 1, lambda activations: given.append(activations) or stream):
+        found = model.activations(windows.tokens, "resid_post", [1])[1]
+    block = model.block(1)
+    with torch.no_grad():
+        expected = stream + block.get_submodule("mlp")(block.get_submodule("post_attention_layernorm")(stream))
+    torch.testing.assert_close(found, expected)
+    before, added = (model.activations(windows.tokens, hook, [1])[1] for hook in ("resid_pre", "attn_out"))
+    torch.testing.assert_close(given[0], before + added)
 
 
 def test_only_kept_positions_are_replaced(model, windows):
