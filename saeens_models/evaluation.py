@@ -12,7 +12,10 @@ from torch import Tensor
 from saeens_models.ensembles import Ensemble
 from saeens_models.metrics import coactivation
 from saeens_models.metrics.coactivation import ConnectivityMetric
+from saeens_models.metrics.description_length import DescriptionLengthMetric
 from saeens_models.metrics.dictionaries import compare_members
+from saeens_models.metrics.features import FeatureActivity, FeatureActivityMetric
+from saeens_models.metrics.language_model_loss import LossBatch, NextTokenLoss, ce_loss_recovered
 from saeens_models.metrics.reconstruction import Moments, Reconstruction, ReconstructionMetric
 from saeens_models.metrics.sparsity import Sparsity, SparsityMetric
 from saeens_models.sparse_code import SparseCode
@@ -31,6 +34,10 @@ class SizeEvaluation(NamedTuple):
     sparsity: Sparsity
     connectivity: float
     diversity: int
+    description_length: float | None = None
+    """bits per token; None where no step was given"""
+    ce_loss_recovered: float | None = None
+    """None unless ``LossEvaluation.fill_into`` filled it in, and where it is not defined"""
 
 
 class MemberEvaluation(NamedTuple):
@@ -48,6 +55,27 @@ class EnsembleEvaluation(NamedTuple):
     members: list[MemberEvaluation]
 
 
+class LossEvaluation(NamedTuple):
+    """What reconstructions cost the language model, in nats per predicted token."""
+
+    clean: float
+    """with the activations as they are"""
+    ablated: float
+    """with zeros in their place"""
+    recovered: dict[str, list[float | None]]
+    """``ce_loss_recovered`` of each ensemble's first n members, for n = 1 .. J"""
+    tokens: int
+    """activations that were replaced"""
+
+    def fill_into(self, evaluations: Mapping[str, EnsembleEvaluation]) -> dict[str, EnsembleEvaluation]:
+        """The evaluations of the same ensembles, with ``ce_loss_recovered``."""
+        filled = {
+            name: [size._replace(ce_loss_recovered=value) for size, value in zip(evaluation.sizes, self.recovered[name], strict=True)]
+            for name, evaluation in evaluations.items()
+        }
+        return {name: evaluation._replace(sizes=filled[name]) for name, evaluation in evaluations.items()}
+
+
 def streaming_memory(ensembles: Iterable[Ensemble]) -> int:
     """The least ``memory_budget``, in bytes, with which ``evaluate_ensembles`` takes these ensembles and any number of tokens."""
     return sum(coactivation.streaming_memory(ensemble.n_features) for ensemble in ensembles)
@@ -55,9 +83,14 @@ def streaming_memory(ensembles: Iterable[Ensemble]) -> int:
 
 @torch.no_grad()
 def evaluate_ensembles(
-    ensembles: Mapping[str, Ensemble], chunks: Iterable[Tensor], memory_budget: int = coactivation.DEFAULT_MEMORY_BUDGET
+    ensembles: Mapping[str, Ensemble],
+    chunks: Iterable[Tensor],
+    memory_budget: int = coactivation.DEFAULT_MEMORY_BUDGET,
+    magnitude_step: float | None = None,
 ) -> dict[str, EnsembleEvaluation]:
     """Evaluate every size 1 .. J of each ensemble in one pass over ``chunks``, an iterable of activations `[n, d_in]`.
+
+    ``magnitude_step``, in the activations' unit, is the precision of description lengths; without one these are left out.
 
     Memory: up to ``memory_budget`` bytes for connectivity, by far the most, which the ensembles share by what they need
     (``ConnectivityMetric`` says what it does with less than ``streaming_memory``); 16 MiB of pre-activations on a CPU, 256 MiB on a
@@ -69,7 +102,8 @@ def evaluate_ensembles(
     moments = Moments()
     needed = streaming_memory(ensembles.values())
     evaluators = {
-        name: _Evaluator(ensemble, moments, memory_budget * streaming_memory([ensemble]) // needed) for name, ensemble in ensembles.items()
+        name: _Evaluator(ensemble, moments, memory_budget * streaming_memory([ensemble]) // needed, magnitude_step)
+        for name, ensemble in ensembles.items()
     }
     for x in chunks:
         moments.update(x)
@@ -78,19 +112,63 @@ def evaluate_ensembles(
     return {name: evaluator.compute() for name, evaluator in evaluators.items()}
 
 
+@torch.no_grad()
+def evaluate_losses(ensembles: Mapping[str, Ensemble], batches: Iterable[LossBatch]) -> LossEvaluation:
+    """What every size 1 .. J of each ensemble recovers of the language model's loss, in one pass over windows of text.
+
+    A batch's activations are encoded once, for all sizes. Memory: what ``evaluate_ensembles`` takes beside connectivity, and the J
+    reconstructions of a batch. Raises ValueError where nothing was predicted.
+    """
+    nothing, tokens = NextTokenLoss(0.0, 0), 0
+    clean = ablated = nothing
+    of_sizes = {name: [nothing] * len(ensemble) for name, ensemble in ensembles.items()}
+    for x, loss in batches:
+        clean, ablated, tokens = clean.plus(loss(x)), ablated.plus(loss(torch.zeros_like(x))), tokens + len(x)
+        for name, ensemble in ensembles.items():
+            parts = [[each.x_hat for each in ensemble.prefix_reconstructions(rows)] for rows in _split_to_encode(ensemble, x)]
+            x_hats = [torch.cat(of_size) for of_size in zip(*parts, strict=True)]
+            of_sizes[name] = [before.plus(loss(x_hat)) for before, x_hat in zip(of_sizes[name], x_hats, strict=True)]
+    recovered = {
+        name: [ce_loss_recovered(clean.mean, ablated.mean, reconstructed.mean) for reconstructed in losses]
+        for name, losses in of_sizes.items()
+    }
+    return LossEvaluation(clean.mean, ablated.mean, recovered, tokens)
+
+
+@torch.no_grad()
+def feature_activity(ensemble: Ensemble, chunks: Iterable[Tensor], n_top: int) -> list[FeatureActivity]:
+    """Of each member what its features do, and on which ``n_top`` tokens most, in one pass over ``chunks`` `[n, d_in]`.
+
+    Memory: what ``FeatureActivityMetric`` keeps, and what ``evaluate_ensembles`` takes beside connectivity.
+    """
+    metrics = [FeatureActivityMetric(sae.config.d_sae, n_top, sae.W_dec.device) for sae in ensemble]
+    for x in chunks:
+        for rows in _split_to_encode(ensemble, x):
+            for metric, prefix in zip(metrics, ensemble.prefix_reconstructions(rows), strict=True):
+                metric.update(prefix.code)
+    return [metric.compute() for metric in metrics]
+
+
+def _split_to_encode(ensemble: Ensemble, x: Tensor) -> tuple[Tensor, ...]:
+    """Rows x `[n, d_in]` in parts whose pre-activations take bounded memory."""
+    encoder_bytes = _ENCODER_BYTES.get(x.device.type, _ENCODER_BYTES_ELSEWHERE)
+    widest = max(sae.config.d_sae for sae in ensemble)
+    return x.split(max(64, encoder_bytes // (widest * x.element_size())))
+
+
 class _Evaluator:
-    def __init__(self, ensemble: Ensemble, moments: Moments, memory_budget: int) -> None:
+    def __init__(self, ensemble: Ensemble, moments: Moments, memory_budget: int, magnitude_step: float | None) -> None:
         self.ensemble = ensemble
         self.of_sizes = [ReconstructionMetric(moments) for _ in ensemble]
         # a member of a bagging ensemble is given x, as is the first round of boosting; later rounds are given residuals
         self.of_members = [ReconstructionMetric(None if ensemble.sequential and j else moments) for j in range(len(ensemble))]
         self.sparsity = SparsityMetric(ensemble.n_features)
         self.connectivity = ConnectivityMetric(ensemble.n_features, memory_budget)
+        norms = [torch.linalg.vector_norm(sae.W_dec, dim=1) for sae in ensemble]
+        self.description_length = None if magnitude_step is None else DescriptionLengthMetric(norms, magnitude_step)
 
     def update(self, x: Tensor) -> None:
-        encoder_bytes = _ENCODER_BYTES.get(x.device.type, _ENCODER_BYTES_ELSEWHERE)
-        widest = max(sae.config.d_sae for sae in self.ensemble)
-        for rows in x.split(max(64, encoder_bytes // (widest * x.element_size()))):
+        for rows in _split_to_encode(self.ensemble, x):
             codes: list[SparseCode] = []
             prefixes = self.ensemble.prefix_reconstructions(rows)
             for prefix, of_size, of_member in zip(prefixes, self.of_sizes, self.of_members, strict=True):
@@ -100,14 +178,17 @@ class _Evaluator:
             code = SparseCode.concatenate(codes)
             self.sparsity.update(code)
             self.connectivity.update(code)
+            if self.description_length:
+                self.description_length.update(code)
 
     def compute(self) -> EnsembleEvaluation:
         offsets = self.ensemble.offsets
         compared = compare_members([sae.W_dec for sae in self.ensemble])
-        measured = zip(offsets[1:], self.of_sizes, self.connectivity.compute_prefixes(offsets[1:]), compared.diversity, strict=True)
+        bits = self.description_length.compute_prefixes() if self.description_length else [None] * len(self.ensemble)
+        measured = zip(offsets[1:], self.of_sizes, self.connectivity.compute_prefixes(offsets[1:]), compared.diversity, bits, strict=True)
         sizes = [
-            SizeEvaluation(n, width, reconstruction.compute(), self.sparsity.compute(range(width)), connectivity, diversity)
-            for n, (width, reconstruction, connectivity, diversity) in enumerate(measured, start=1)
+            SizeEvaluation(n, width, reconstruction.compute(), self.sparsity.compute(range(width)), connectivity, diversity, length)
+            for n, (width, reconstruction, connectivity, diversity, length) in enumerate(measured, start=1)
         ]
         cosines = compared.mean_max_cosine or [None]
         members = [

@@ -25,6 +25,7 @@ layers = typer.Typer(no_args_is_help=True, help="The layers of a source.")
 app.add_typer(layers, name="layers")
 
 _PIPE_WIDTH = 160  # columns where the output is no terminal: tables are not squeezed into a file
+_SHOWN_ROWS = 1000  # of a table in the terminal
 out = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
 err = Console(stderr=True, width=None if sys.stderr.isatty() else _PIPE_WIDTH)
 
@@ -35,6 +36,11 @@ class TableFormat(StrEnum):
     table = "table"
     csv = "csv"
     json = "json"
+
+
+class Sizes(StrEnum):
+    full = "full"
+    all = "all"
 
 
 def complain(label: str, message: str) -> None:
@@ -163,7 +169,9 @@ def table(
     experiment: Experiment,
     name: Annotated[
         str,
-        typer.Argument(metavar="TABLE", help="reconstruction, members, coactivation, stability, marginal_gain, cost or training_curves."),
+        typer.Argument(
+            metavar="TABLE", help="reconstruction, members, coactivation, stability, marginal_gain, cost, features or training_curves."
+        ),
     ],
     format: Annotated[TableFormat, typer.Option(help="csv and json print the table and nothing else.")] = TableFormat.table,
 ) -> None:
@@ -187,12 +195,15 @@ def table(
         case TableFormat.table:
             from saeens_pipeline.summary import rich_table
 
-            out.print(rich_table(frame.drop("experiment", "sae_data_versions")))
+            out.print(rich_table(frame.drop("experiment", "sae_data_versions").head(_SHOWN_ROWS)))
+            if len(frame) > _SHOWN_ROWS:
+                complain("note", f"these are the first {_SHOWN_ROWS:,} of {len(frame):,} rows: --format csv or json prints all")
 
 
 @app.command()
 def leaderboard(
     sort: Annotated[str, typer.Option(help="Column to rank by, within each source and layer.")] = "explained_variance",
+    n: Annotated[Sizes, typer.Option(help="Ensembles with all their members, or with the first n for all n.")] = Sizes.full,
     format: Annotated[TableFormat, typer.Option(help="csv and json print the table and nothing else.")] = TableFormat.table,
 ) -> None:
     """Rank every method of every experiment and layer by what was evaluated so far."""
@@ -203,7 +214,7 @@ def leaderboard(
 
     catalogue = load_catalogue()
     (declaration,) = catalogue.leaderboard().outputs
-    table = standings(StoreResource().store, declaration, sort)
+    table = standings(StoreResource().store, declaration, sort, n.value)
     if table.is_empty():
         complain("note", "nothing was evaluated yet: `saeens run EXPERIMENT` does, `saeens experiments` lists them")
     for name in table["experiment"].unique(maintain_order=True):
@@ -218,7 +229,7 @@ def leaderboard(
             from saeens_pipeline.summary import rich_table
 
             for (source, layer), ranked in table.partition_by("source", "layer", as_dict=True, maintain_order=True).items():
-                shown = rich_table(for_reading(ranked))
+                shown = rich_table(for_reading(ranked, sort))
                 shown.title, shown.title_justify = Text(f"{source}, layer {layer}"), "left"
                 out.print(shown, "")
 

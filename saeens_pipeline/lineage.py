@@ -178,7 +178,11 @@ def _trace_row(genealogy: _Genealogy, tables: Sequence[Stored], filters: Mapping
         genealogy.trace_version(version, _expected_sae(row, number), f"SAE {number}")
         for number, version in enumerate(re.split("[,;]", row["sae_data_versions"]), start=1)
     ]
-    sources = [(version, where) for version, where, _ in genealogy.inputs(table) if where and where[0].kind == "source"]
+    sources = [  # the tokens are behind the activations
+        (version, where)
+        for version, where, _ in genealogy.inputs(table)
+        if where and where[0].kind == "source" and where[0].name == "activations"
+    ]
     shown = [f"{name} {row[name]}" for name in _ROW_NAMES if name != "experiment" and row.get(name) is not None]
     return Ancestor(
         ", ".join([str(table.address), *shown]),

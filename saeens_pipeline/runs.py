@@ -103,6 +103,7 @@ def run_experiment(name: str, *, layers: Sequence[int], seeds: Sequence[int], se
 
 def _check(catalogue: Catalogue, experiment: ExperimentSettings, layers: Sequence[int], seeds: Sequence[int]) -> LanguageModelDescription:
     """Find out what cannot work before anything is spent. Returns the language model that there is."""
+    from saeens_pipeline.assets.evaluation import validate_ce_loss
     from saeens_pipeline.assets.saes import validate_targets
     from saeens_pipeline.assets.sources import validate_source
     from saeens_pipeline.language_models.models import HOOKS
@@ -114,6 +115,7 @@ def _check(catalogue: Catalogue, experiment: ExperimentSettings, layers: Sequenc
         )
     source = catalogue.sources[experiment.source]
     description = validate_source(source, layers)
+    validate_ce_loss(experiment, description)
     if source.hook in HOOKS:  # of other modules the width is known when the model runs
         validate_targets(experiment, description.d_model)
     return description

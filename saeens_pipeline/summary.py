@@ -23,6 +23,8 @@ METHODS = ("single", "bagging", "boosting", "expanded", "expanded_l0_matched")
 COLUMNS = {
     "EV": ("reconstruction", "explained_variance", ".4f"),
     "MSE": ("reconstruction", "mse", ".4g"),
+    "CE rec.": ("reconstruction", "ce_loss_recovered", ".4f"),
+    "bits": ("reconstruction", "description_length_bits", ".0f"),
     "L0": ("reconstruction", "l0", ".1f"),
     "features": ("reconstruction", "n_features", ".0f"),
     "connectivity": ("coactivation", "connectivity", ".4f"),

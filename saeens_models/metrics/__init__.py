@@ -7,21 +7,27 @@ accumulate in float64 or in integers and hold no activations beyond a batch.
 from __future__ import annotations
 
 from saeens_models.metrics.coactivation import ConnectivityMetric, MemoryBudgetError, connectivity, streaming_memory
+from saeens_models.metrics.description_length import DescriptionLengthMetric, description_length
 from saeens_models.metrics.dictionaries import (
     MAX_MATCHED_FEATURES,
     MemberComparison,
+    NearestFeatures,
     Stability,
     compare_members,
     diversity,
     max_cosine,
+    max_cosine_to_other_runs,
     mean_max_cosine,
+    nearest_in_other_members,
     new_features,
     stability,
     stability_matched,
     stability_of_prefixes,
     stability_pairwise,
 )
+from saeens_models.metrics.features import FeatureActivity, FeatureActivityMetric
 from saeens_models.metrics.intervals import MeanInterval, mean_interval
+from saeens_models.metrics.language_model_loss import LossBatch, NextTokenLoss, ce_loss_recovered, next_token_loss
 from saeens_models.metrics.marginal_gain import WORTHWHILE_SHARE, gains, suggested_size
 from saeens_models.metrics.reconstruction import Moments, Reconstruction, ReconstructionMetric, reconstruction
 from saeens_models.metrics.sparsity import Sparsity, SparsityMetric, sparsity
@@ -30,23 +36,34 @@ __all__ = [
     "MAX_MATCHED_FEATURES",
     "WORTHWHILE_SHARE",
     "ConnectivityMetric",
+    "DescriptionLengthMetric",
+    "FeatureActivity",
+    "FeatureActivityMetric",
+    "LossBatch",
     "MeanInterval",
     "MemberComparison",
     "MemoryBudgetError",
     "Moments",
+    "NearestFeatures",
+    "NextTokenLoss",
     "Reconstruction",
     "ReconstructionMetric",
     "Sparsity",
     "SparsityMetric",
     "Stability",
+    "ce_loss_recovered",
     "compare_members",
     "connectivity",
+    "description_length",
     "diversity",
     "gains",
     "max_cosine",
+    "max_cosine_to_other_runs",
     "mean_interval",
     "mean_max_cosine",
+    "nearest_in_other_members",
     "new_features",
+    "next_token_loss",
     "reconstruction",
     "sparsity",
     "stability",

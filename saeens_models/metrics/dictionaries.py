@@ -147,6 +147,36 @@ def new_features(W_decs: Sequence[Tensor], threshold: float = 0.7) -> list[int]:
     return [int((of_member < threshold).sum()) for of_member in best]
 
 
+class NearestFeatures(NamedTuple):
+    """Of each feature of one member, the nearest of all features of the other members."""
+
+    member: Tensor
+    """int64 [d_sae]: which member has it, from 0"""
+    cosine: Tensor
+    """float32 [d_sae]"""
+
+
+def nearest_in_other_members(W_decs: Sequence[Tensor]) -> list[NearestFeatures]:
+    """For each of at least two members, where in the others its features come back.
+
+    W_decs: the members' dictionaries `[d_sae, d_in]` in order. Memory: as ``compare_members``.
+    """
+    if len(W_decs) < 2:
+        raise ValueError(f"there is no other member to compare with: got {len(W_decs)} dictionaries")
+    nearest = [of_member.max(0) for of_member in _matches_between_members(_unit_dictionaries(W_decs))]
+    return [NearestFeatures(found.indices, found.values) for found in nearest]
+
+
+def max_cosine_to_other_runs(W_decs: Sequence[Tensor]) -> list[Tensor]:
+    """For each of at least two runs, the largest cosine of each feature to any feature of any other run: float32 [n_features].
+
+    W_decs: one dictionary `[n_features, d_in]` per run. ``stability`` is its mean, floored at 0. Two runs are compared once.
+    """
+    if len(W_decs) < 2:
+        raise ValueError(f"there is no other run to compare with: got {len(W_decs)} dictionaries")
+    return [of_run.amax(0) for of_run in _matches_between_members(_unit_dictionaries(W_decs))]
+
+
 class MemberComparison(NamedTuple):
     """How alike the features of an ensemble's members are."""
 
@@ -162,17 +192,12 @@ def compare_members(W_decs: Sequence[Tensor], threshold: float = 0.7) -> MemberC
     W_decs: the members' dictionaries `[d_sae, d_in]` in order. Memory: J float32 numbers per feature, beside a block of cosines.
     """
     units = _unit_dictionaries(W_decs)
-    size = len(units)
-    best = [unit.new_empty(size, len(unit)) for unit in units]  # by member: the largest cosines to each member
+    best = _matches_between_members(units)
+    cosines = [of_member.amax(0).double().mean().item() for of_member in best] if len(units) > 1 else None
     for j, unit in enumerate(units):
         best[j][j] = _best_matches_within(unit)
-    for i, j in combinations(range(size), 2):
-        best[i][j], best[j][i] = _best_matches(units[i], units[j])
-    diverse = [int((_prefix_matches([best], n) < threshold).sum()) for n in range(1, size + 1)]
-    if size == 1:
-        return MemberComparison(diverse, None)
-    to_others = [torch.cat([of_member[:j], of_member[j + 1 :]]).amax(0) for j, of_member in enumerate(best)]
-    return MemberComparison(diverse, [cosines.double().mean().item() for cosines in to_others])
+    diverse = [int((_prefix_matches([best], n) < threshold).sum()) for n in range(1, len(units) + 1)]
+    return MemberComparison(diverse, cosines)
 
 
 def _unit_dictionaries(W_decs: Sequence[Tensor]) -> list[Tensor]:
@@ -192,6 +217,14 @@ def _best_matches_of_members(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[
     of_a = [torch.stack([of_one for of_one, _ in row]) for row in pairs]
     of_b = [torch.stack([of_other for _, of_other in column]) for column in zip(*pairs, strict=True)]
     return of_a, of_b
+
+
+def _matches_between_members(units: Sequence[Tensor]) -> _MemberMatches:
+    """Of each two of some dictionaries, compared once; -inf where a dictionary would be compared with itself."""
+    best = [unit.new_full((len(units), len(unit)), -torch.inf) for unit in units]
+    for i, j in combinations(range(len(units)), 2):
+        best[i][j], best[j][i] = _best_matches(units[i], units[j])
+    return best
 
 
 def _prefix_matches(best: Sequence[_MemberMatches], n: int) -> Tensor:

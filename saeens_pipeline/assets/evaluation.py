@@ -11,8 +11,9 @@ from saeens_pipeline import progress
 from saeens_pipeline.assets.declarations import Declaration, Input, Op, Reference, Task, Workplace
 from saeens_pipeline.assets.residuals import open_reader
 from saeens_pipeline.assets.saes import CURVE_FILE
+from saeens_pipeline.assets.sources import language_model_of, tokens_of
 from saeens_pipeline.components.ensemble_experiment import ExperimentSettings
-from saeens_pipeline.errors import SaeensError
+from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.storage.names import Address, Partition
 from saeens_pipeline.storage.recipes import Artefact, Store
 from saeens_pipeline.storage.tables import TABLES, frame
@@ -20,10 +21,13 @@ from saeens_pipeline.storage.tables import TABLES, frame
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from saeens_models import Bagging, Boosting
-    from saeens_models.evaluation import EnsembleEvaluation
+    from saeens_models.ensembles import Ensemble
+    from saeens_models.evaluation import EnsembleEvaluation, LossEvaluation
+    from saeens_models.metrics import LossBatch
+    from saeens_pipeline.language_models.models import LanguageModelDescription
 
 TABLE_VERSION = 1
+_LATER_VERSIONS = {"reconstruction": 2}  # by table
 MATCHED_UP_TO = 2048  # the one-to-one matching takes time that grows with the cube
 
 Row = dict[str, Any]
@@ -40,6 +44,10 @@ class Subject:
     baselines: Sequence[tuple[str, int, Declaration]]
 
     @property
+    def tokens(self) -> Reference:
+        return tokens_of(self.experiment.source)
+
+    @property
     def dictionaries(self) -> list[Declaration]:
         return [self.bagging, self.boosting, *(declaration for _, _, declaration in self.baselines)]
 
@@ -48,13 +56,15 @@ class Subject:
         settings: dict[str, Any] = {"members": experiment.ensemble.members}
         if dimensions == "layer":
             settings["seeds"] = experiment.ensemble.seeds
+        if table == "reconstruction":
+            settings["ce_loss_tokens"] = experiment.ce_loss_tokens
         if table == "cost":
             settings["boosting"] = experiment.ensemble.boosting
         return Declaration(
             address=Address(experiment.name, "eval", table),
             dimensions=dimensions,
             builder=f"table {table}",
-            version=TABLE_VERSION,
+            version=_LATER_VERSIONS.get(table, TABLE_VERSION),
             settings=settings,
             inputs=tuple(Input(each.address.name, each) for each in inputs),
             source=experiment.source,
@@ -96,14 +106,27 @@ class Subject:
 def evaluation_op(subject: Subject) -> Op:
     """Declare the tables of one layer and seed. Those that need the test activations share one pass over them."""
     experiment, dictionaries = subject.experiment, subject.dictionaries
-    measured = [subject.declare(table, [subject.activations, *dictionaries]) for table in _MEASURED if table in experiment.evaluations]
+    read = {"reconstruction": [subject.tokens, subject.activations]} if experiment.ce_loss_tokens else {}
+    measured = [
+        subject.declare(table, [*read.get(table, [subject.activations]), *dictionaries])
+        for table in _MEASURED
+        if table in experiment.evaluations
+    ]
     recorded = [subject.declare(table, dictionaries) for table in _RECORDED if table in experiment.evaluations]
 
     def make(workplace: Workplace, tasks: Sequence[Task]) -> None:
         store, partition = workplace.store, tasks[0].partition
         wanted = {task.declaration.address.name for task in tasks}
+        model = _replaced_in(subject, store, partition) if "reconstruction" in wanted else None
+        evaluations: dict[str, EnsembleEvaluation] = {}
+        losses: LossEvaluation | None = None
         with workplace.compute.measure() as measurement:
-            evaluations = _evaluate(workplace, subject, partition) if wanted & _MEASURED.keys() else {}
+            if wanted & _MEASURED.keys():
+                ensembles = {each.address.name: load_dictionary(workplace, each, partition) for each in dictionaries}
+                evaluations = _evaluate(workplace, subject, partition, ensembles)
+                if model:
+                    losses = _evaluate_losses(workplace, subject, partition, ensembles, model)
+                    evaluations = losses.fill_into(evaluations)
         for task in tasks:
             table = task.declaration.address.name
             rows = (
@@ -111,7 +134,10 @@ def evaluation_op(subject: Subject) -> Op:
                 if table in _MEASURED
                 else _RECORDED[table](subject, store, partition)
             )
-            store.write_table(*task.where, task.recipe, workplace.provenance() | vars(measurement), frame(table, rows))
+            provenance = workplace.provenance() | vars(measurement)
+            if table == "reconstruction" and losses:
+                provenance["next_token_loss"] = {"clean": losses.clean, "ablated": losses.ablated, "tokens": losses.tokens}
+            store.write_table(*task.where, task.recipe, provenance, frame(table, rows))
 
     return Op(f"{experiment.name}__eval__tables", (*measured, *recorded), make, on_device=True)
 
@@ -130,19 +156,35 @@ def stability_op(subject: Subject) -> Op:
     return Op(f"{experiment.name}__eval__stability", (stability,), make, on_device=True)
 
 
-def _evaluate(workplace: Workplace, subject: Subject, partition: Partition) -> dict[str, EnsembleEvaluation]:
-    """Evaluations by ensemble name and by baseline name."""
+def validate_ce_loss(experiment: ExperimentSettings, model: LanguageModelDescription) -> None:
+    """Raise ConfigurationError where an experiment asks for a loss that its language model does not have."""
+    if experiment.ce_loss_tokens and "ce_loss_tokens" in experiment.model_fields_set and not model.has_head:
+        raise ConfigurationError(
+            f"ce_loss_tokens: {experiment.ce_loss_tokens}, but {model.name} has no language-modelling head, which predicts tokens: "
+            "set it to 0, or take the model's files with a head, those of a class that ends in ForCausalLM"
+        )
+
+
+def load_dictionary(workplace: Workplace, declaration: Declaration, partition: Partition) -> Ensemble:
+    """An ensemble, or a baseline as an ensemble of one, on the device."""
     import saeens_models as sm
+
+    path = workplace.store.require(declaration.address, partition).path
+    ensemble = sm.load_ensemble(path) if declaration.builder == "ensemble" else sm.Bagging([sm.load_sae(path)])
+    return ensemble.to(workplace.compute.resolve(float64=True))
+
+
+def _evaluate(
+    workplace: Workplace, subject: Subject, partition: Partition, ensembles: Mapping[str, Ensemble]
+) -> dict[str, EnsembleEvaluation]:
+    """Evaluations by ensemble name and by baseline name."""
     from saeens_models.evaluation import evaluate_ensembles, streaming_memory
     from saeens_models.metrics import MemoryBudgetError
+    from saeens_models.metrics.description_length import DEFAULT_PRECISION
 
-    experiment, store, device = subject.experiment, workplace.store, workplace.compute.resolve(float64=True)
-    ensembles: dict[str, Bagging | Boosting] = {
-        each.address.name: sm.load_ensemble(store.require(each.address, partition).path) for each in (subject.bagging, subject.boosting)
-    }
-    for _, _, baseline in subject.baselines:
-        ensembles[baseline.address.name] = sm.Bagging([sm.load_sae(store.require(baseline.address, partition).path)])
-    reader = open_reader(store, subject.activations, partition)
+    experiment, device = subject.experiment, workplace.compute.resolve(float64=True)
+    reader = open_reader(workplace.store, subject.activations, partition)
+    step = DEFAULT_PRECISION * reader.statistics("test").mean_norm
     with progress.task(f"{experiment.name}/eval, {partition}", reader.n_rows("test")) as advance:
 
         def chunks() -> Iterator[Tensor]:
@@ -150,14 +192,46 @@ def _evaluate(workplace: Workplace, subject: Subject, partition: Partition) -> d
                 yield chunk.to(device)
                 advance(len(chunk))
 
-        on_device = {name: ensemble.to(device) for name, ensemble in ensembles.items()}
         try:
-            return evaluate_ensembles(on_device, chunks(), int(experiment.evaluation_memory_gb * 1e9))
+            return evaluate_ensembles(ensembles, chunks(), int(experiment.evaluation_memory_gb * 1e9), step)
         except MemoryBudgetError as error:
             raise SaeensError(
                 f"evaluation_memory_gb: {experiment.evaluation_memory_gb:g} is too little to evaluate {experiment.name}, {partition}; "
                 f"{math.ceil(streaming_memory(ensembles.values()) / 1e7) / 100:g} is enough for any number of test tokens"
             ) from error
+
+
+def _replaced_in(subject: Subject, store: Store, partition: Partition) -> LanguageModelDescription | None:
+    """The language model whose loss is to be measured, if there is one. Raises what `validate_ce_loss` and `language_model_of` do."""
+    if not subject.experiment.ce_loss_tokens:
+        return None
+    model = language_model_of(store.require(subject.activations.address, subject.activations.narrow(partition)))
+    validate_ce_loss(subject.experiment, model)
+    return model if model.has_head else None
+
+
+def _evaluate_losses(
+    workplace: Workplace, subject: Subject, partition: Partition, ensembles: Mapping[str, Ensemble], model: LanguageModelDescription
+) -> LossEvaluation:
+    """What the ensembles and baselines recover of the language model's loss, on `ce_loss_tokens` of the test tokens."""
+    from saeens_models.evaluation import evaluate_losses
+    from saeens_pipeline.language_models.models import load_language_model
+    from saeens_pipeline.language_models.patching import loss_batches
+    from saeens_pipeline.language_models.tokens import open_tokens
+
+    experiment, store = subject.experiment, workplace.store
+    activations = store.require(subject.activations.address, subject.activations.narrow(partition)).recipe["settings"]
+    tokens = open_tokens(store.require(subject.tokens.address, Partition()).path)
+    loaded = load_language_model(model, activations["weights"], workplace.compute.resolve(float64=True))
+    n_rows = min(experiment.ce_loss_tokens, tokens.n_rows("test"))
+    with progress.task(f"{experiment.name}/eval, next-token loss, {partition}", n_rows) as advance:
+
+        def batches() -> Iterator[LossBatch]:
+            for batch in loss_batches(loaded, tokens, activations["hook"], activations["layer"], n_rows):
+                yield batch
+                advance(len(batch.x))
+
+        return evaluate_losses(ensembles, batches())
 
 
 def _sizes(
@@ -179,7 +253,8 @@ def _reconstruction_rows(
 ) -> Iterator[Row]:
     for row, size in _sizes(subject, store, partition, evaluations):
         sparsity = {name: getattr(size.sparsity, name) for name in ("l0", "relative_sparsity", "dead_features")}
-        yield row | {"n_features": size.n_features} | dict(size.reconstruction) | sparsity
+        others = {"description_length_bits": size.description_length, "ce_loss_recovered": size.ce_loss_recovered}
+        yield row | {"n_features": size.n_features} | dict(size.reconstruction) | sparsity | others
 
 
 def _coactivation_rows(

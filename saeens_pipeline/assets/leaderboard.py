@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from saeens_pipeline.assets.declarations import Declaration, Input, Op, Task, Workplace
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.storage.names import LEADERBOARD_ADDRESS
 from saeens_pipeline.storage.recipes import Store
-from saeens_pipeline.storage.tables import LEADERBOARD, frame
+from saeens_pipeline.storage.tables import LEADERBOARD, SEED_METRICS, frame
 
 if TYPE_CHECKING:
     import polars as pl
 
-LEADERBOARD_VERSION = 1
-_FROM = {  # which columns of which table
-    "reconstruction": ("language_model", "sae_data_versions", "n_features", "l0", "explained_variance"),
-    "coactivation": ("connectivity",),
-    "stability": ("stability",),
+Sizes = Literal["full", "all"]
+
+LEADERBOARD_VERSION = 2
+_PLAIN = {  # by table: columns that vary little over seeds, or not at all
+    "reconstruction": ("language_model", "sae_data_versions", "n_features"),
     "cost": ("train_tokens", "train_flops", "train_seconds"),
+}
+_FROM = {  # which columns of which table
+    table: (*_PLAIN.get(table, ()), *(name for name, (its_table, _) in SEED_METRICS.items() if its_table == table))
+    for table in ("reconstruction", "coactivation", "stability", "cost")
 }
 _MEASURED = ("experiment", "source", "layer", "seed", "method", "n_members")
 _RANKED_TOGETHER = ["source", "layer"]
-_LESS_IS_BETTER = ("n_features", "n_members", "l0", "train_tokens", "train_flops", "train_seconds")
+_LESS_IS_BETTER = (
+    *("n_features", "n_members", "l0", "relative_sparsity", "train_tokens", "train_flops", "train_seconds"),
+    *("mse", "fvu", "description_length_bits", "dead_features"),
+)
+_SHOWN = {
+    "explained_variance": "EV", "ce_loss_recovered": "CE rec.", "description_length_bits": "bits", "l0": "L0", "n_features": "features",
+    "stability": "stability", "connectivity": "connectivity", "train_flops": "FLOPs", "train_seconds": "seconds", "n_seeds": "seeds",
+}  # fmt: skip
 
 
 def leaderboard_op(tables: Iterable[Declaration]) -> Op:
@@ -51,42 +62,54 @@ def leaderboard_op(tables: Iterable[Declaration]) -> Op:
     return Op(leaderboard.address.op_name, (leaderboard,), make)
 
 
-def standings(store: Store, leaderboard: Declaration, sort: str = "explained_variance") -> pl.DataFrame:
+def standings(store: Store, leaderboard: Declaration, sort: str = "explained_variance", sizes: Sizes = "full") -> pl.DataFrame:
     """The rows of the leaderboard from the tables on disk, in the order of source, layer and rank by `sort`.
 
-    Bagging and boosting count with all their members, expanded SAEs with each of their widths. Raises ConfigurationError for a
-    column to sort by that is none of numbers.
+    Bagging and boosting count with all their members or, with `sizes="all"`, with the first n for every n; expanded SAEs with each of
+    their widths. Raises ConfigurationError for a column to sort by that is none of numbers.
     """
     import polars as pl
 
-    sortable = [column.name for column in LEADERBOARD.columns if column.type != "str" and column.name not in ("rank", "layer")]
+    sortable = ["n_members", "n_seeds", "n_features", *SEED_METRICS, *_PLAIN["cost"]]
     if sort not in sortable:
         raise ConfigurationError(f"--sort {sort}: the leaderboard is sorted by one of {', '.join(sortable)}")
-    table = frame(LEADERBOARD.name, _rows(_measurements(store, leaderboard)))
+    table = frame(LEADERBOARD.name, _rows(_measurements(store, leaderboard, sizes)))
     rank = pl.col(sort).rank("min", descending=sort not in _LESS_IS_BETTER).over(_RANKED_TOGETHER)
-    return table.with_columns(rank=rank.cast(pl.Int64)).sort([*_RANKED_TOGETHER, "rank", "experiment", "method"], nulls_last=True)
+    order = [*_RANKED_TOGETHER, "rank", "experiment", "method", "n_members"]
+    return table.with_columns(rank=rank.cast(pl.Int64)).sort(order, nulls_last=True)
 
 
-def for_reading(table: pl.DataFrame) -> pl.DataFrame:
-    """Rows of one source and layer for the terminal: the interval in one column, with two seeds their points beside it."""
+def for_reading(table: pl.DataFrame, sort: str = "explained_variance") -> pl.DataFrame:
+    """Rows of one source and layer for the terminal: what they are sorted by has its interval beside it, with two seeds the points."""
     import polars as pl
 
-    half_width = (pl.col("explained_variance_high") - pl.col("explained_variance")).map_elements("±{:.2g}".format, pl.String)
-    points = pl.col("explained_variance_by_seed").map_elements(_rounded, pl.String)
-    interval = pl.when(pl.col("n_seeds") == 2).then(pl.concat_str(half_width, pl.lit(" ("), points, pl.lit(")"))).otherwise(half_width)
-    renamed = {
-        "n_members": "n", "explained_variance": "EV", "interval": "95 % interval", "l0": "L0", "n_features": "features",
-        "stability": "stability", "connectivity": "connectivity", "train_tokens": "tokens", "train_flops": "FLOPs",
-        "train_seconds": "seconds", "n_seeds": "seeds",
-    }  # fmt: skip
-    return table.with_columns(interval=interval).select("rank", "experiment", "method", *renamed).rename(renamed)
+    named = _SHOWN
+    if sort in SEED_METRICS and sort not in _SHOWN:  # in the place of two others, for which there is no room
+        named = {sort: sort.replace("_", " ")} | {
+            name: title for name, title in _SHOWN.items() if name not in ("stability", "connectivity")
+        }
+    columns = [pl.col("rank"), pl.col("experiment"), pl.col("method"), pl.col("n_members").alias("n")]
+    for name, title in named.items():
+        columns.append(pl.col(name).alias(title))
+        if name == (sort if sort in SEED_METRICS else "explained_variance"):
+            columns.append(_interval(name).alias("95 % interval"))
+    return table.select(columns)
+
+
+def _interval(name: str) -> pl.Expr:
+    import polars as pl
+
+    half_width = (pl.col(f"{name}_high") - pl.col(name)).map_elements("±{:.2g}".format, pl.String)
+    points = pl.col(f"{name}_by_seed").map_elements(_rounded, pl.String)
+    return pl.when(pl.col("n_seeds") == 2).then(pl.concat_str(half_width, pl.lit(" ("), points, pl.lit(")"))).otherwise(half_width)
 
 
 def _rounded(points: str) -> str:
-    return ", ".join(f"{float(point):.4f}" for point in points.split(","))
+    values = [float(point) for point in points.split(",") if point]
+    return ", ".join(f"{value:.4f}" if 0.1 <= abs(value) < 10 else f"{value:.4g}" for value in values)
 
 
-def _measurements(store: Store, leaderboard: Declaration) -> pl.DataFrame:
+def _measurements(store: Store, leaderboard: Declaration, sizes: Sizes) -> pl.DataFrame:
     """One row for each experiment, layer, seed, method and size; null where a table is not there."""
     import polars as pl
 
@@ -99,27 +122,32 @@ def _measurements(store: Store, leaderboard: Declaration) -> pl.DataFrame:
     measured = tables.pop("reconstruction")
     for table in tables.values():
         measured = measured.join(table, on=_MEASURED, how="left")
-    of_all_members = pl.col("n_members") == pl.col("n_members").max().over("experiment", "layer", "method")
     measured = measured.filter(pl.col("explained_variance").is_not_nan())  # nor null: of activations without variance
+    if sizes == "all":
+        return measured
+    of_all_members = pl.col("n_members") == pl.col("n_members").max().over("experiment", "layer", "method")
     return measured.filter(of_all_members | ~pl.col("method").is_in(["bagging", "boosting"]))
 
 
 def _rows(measured: pl.DataFrame) -> Iterator[dict[str, Any]]:
-    from saeens_models.metrics import mean_interval
-
-    numbers = {column.name: column.type for column in LEADERBOARD.columns if column.type != "str" and column.name in measured.columns}
     for of_seeds in measured.sort("seed").partition_by("experiment", "source", "layer", "method", "n_members", maintain_order=True):
-        means = of_seeds.select(*numbers).mean().row(0, named=True)
-        points = of_seeds["explained_variance"].to_list()
-        mean, low, high = mean_interval(points)
+        cost = of_seeds.select(*_PLAIN["cost"]).mean().row(0, named=True)
         yield {
-            **of_seeds.select("experiment", "source", "language_model", "method").row(0, named=True),
-            **{name: round(mean) if numbers[name] == "int" and mean is not None else mean for name, mean in means.items()},
+            **of_seeds.select("experiment", "source", "layer", "language_model", "method", "n_members", "n_features").row(0, named=True),
             "n_seeds": len(of_seeds),
             "seeds": ",".join(map(str, of_seeds["seed"])),
-            "explained_variance": mean,
-            "explained_variance_low": low,
-            "explained_variance_high": high,
-            "explained_variance_by_seed": ",".join(map(str, points)),
+            **{column: value for name in SEED_METRICS for column, value in _statistics(name, of_seeds[name].to_list())},
+            **cost,
+            "train_tokens": None if cost["train_tokens"] is None else round(cost["train_tokens"]),
             "sae_data_versions": ";".join(of_seeds["sae_data_versions"]),
         }
+
+
+def _statistics(name: str, points: Sequence[float | None]) -> Iterator[tuple[str, float | str | None]]:
+    """The columns of a metric. A seed that has no value has an empty point; mean and interval are of the others."""
+    from saeens_models.metrics import mean_interval
+
+    there = [point for point in points if point is not None]
+    mean, low, high = mean_interval(there) if there else (None, None, None)
+    yield from ((name, mean), (f"{name}_low", low), (f"{name}_high", high))
+    yield f"{name}_by_seed", ",".join("" if point is None else str(point) for point in points) if there else None

@@ -156,10 +156,13 @@ def _part_read(upstream: Reference, table: str, column: str, *, is_description: 
     """What of an upstream asset a column is computed from; None for one that has no share in it."""
     address = upstream.address
     if address.is_table:
-        names = _FROM_COLUMNS.get(column, (column, column.removesuffix("_low"), column.removesuffix("_high")))
+        endings = ("", "_low", "_high", "_by_seed")  # of what the leaderboard makes of a column
+        names = _FROM_COLUMNS.get(column, tuple(column.removesuffix(ending) for ending in endings))
         return next((c.name for c in columns_of(address.name) if c.name in names), None)
     if column in _FROM_COLUMNS:
         return None
+    if address.kind == "source" and address.name == "tokens":
+        return "test/tokens" if column == "ce_loss_recovered" else None
     if address.kind == "source":
         return "language_model" if column == "language_model" else None if is_description else "test/activations"
     if is_description:
@@ -175,6 +178,13 @@ def _table_summary(declaration: Declaration, artefact: Artefact) -> dict[str, An
     summary: dict[str, Any] = {"dagster/row_count": len(table)}
     if name == LEADERBOARD.name:
         return summary | {"best": _best(table)}
+    loss = artefact.provenance.get("next_token_loss")
+    if loss:
+        summary |= {
+            "next-token loss [nats]": round(loss["clean"], 4),
+            "with zeros at the hook [nats]": round(loss["ablated"], 4),
+            "measured on [tokens replaced]": loss["tokens"],
+        }
     shown = _SHOWN.get(name)
     if shown and table[shown].null_count() < len(table):
         by_method = table.group_by("method", "n_members", maintain_order=True).agg(pl.col(shown).mean())

@@ -30,7 +30,7 @@ MIN_FRESHNESS_DAYS = 1 / (24 * 60)  # Dagster looks no closer than a minute
 _FOLLOWS_FROM_ACTIVATIONS = ("total_tokens", "input_scale", "input_mean")
 
 Baseline = Literal["expanded", "expanded_l0_matched"]
-Evaluation = Literal["reconstruction", "members", "coactivation", "stability", "marginal_gain", "cost", "training_curves"]
+Evaluation = Literal["reconstruction", "members", "coactivation", "stability", "marginal_gain", "cost", "training_curves", "features"]
 
 _BASELINES_OF_LISTS = ("expanded", "expanded_l0_matched")  # those that are defined where members differ
 
@@ -239,6 +239,9 @@ class ExperimentSettings(BaseModel):
     evaluations: list[Evaluation] = Field(
         ["reconstruction", "members", "coactivation", "stability", "marginal_gain", "cost", "training_curves"],
         description="tables to fill",
+    )
+    ce_loss_tokens: int = Field(
+        4096, ge=0, description="test tokens on which ce_loss_recovered is measured, evenly spread; 0 leaves it empty"
     )
     checks: CheckSettings = Field(CheckSettings(), description="from where on to warn: explained variance, dead features, L0")
     evaluation_memory_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(

@@ -51,6 +51,7 @@ class LanguageModelDescription:
     end_of_text: int | None  # token id that separates documents
     parallel_residual: bool  # attention and MLP of a block both read the block's input
     identity: dict[str, object] = field(hash=False)
+    has_head: bool = True  # a language-modelling head, which gives next-token predictions
 
 
 def describe_language_model(name: str, revision: str = "main") -> LanguageModelDescription:
@@ -64,6 +65,8 @@ def describe_language_model(name: str, revision: str = "main") -> LanguageModelD
     text = config.get("text_config", config)  # of a multimodal model, the language part
     end_of_text = text.get("eos_token_id", config.get("eos_token_id"))
     model_type = str(text.get("model_type", config.get("model_type", "unknown")))
+    classes = [str(each) for each in config.get("architectures") or []]
+    headless = bool(classes) and all(each.endswith("Model") and not each.endswith("LMHeadModel") for each in classes)
     parallel = text.get("use_parallel_residual", text.get("parallel_attn", model_type in _PARALLEL_RESIDUAL_TYPES))
     return LanguageModelDescription(
         name=name,
@@ -77,6 +80,7 @@ def describe_language_model(name: str, revision: str = "main") -> LanguageModelD
         end_of_text=next(iter(end_of_text), None) if isinstance(end_of_text, list) else end_of_text,
         parallel_residual=bool(parallel),
         identity={"name": name, "revision": revision, "sha256": {file.name: _fingerprint(file) for file in _identifying_files(name, path)}},
+        has_head=not headless,
     )
 
 
@@ -154,7 +158,10 @@ def _trained(description: LanguageModelDescription, dtype: torch.dtype) -> PreTr
         output_loading_info=True,
     )
     model, report = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
-    missing = sorted(report["missing_keys"])
+    head = model.get_output_embeddings()
+    unused = set() if description.has_head or head is None else {id(weights) for weights in head.parameters()}
+    unused_names = {name for name, weights in model.named_parameters() if id(weights) in unused}
+    missing = sorted(set(report["missing_keys"]) - unused_names)
     if missing:  # transformers would fill them with random numbers
         raise SaeensError(f"the weights in {description.path} lack {len(missing)} tensors that config.json asks for: {missing[0]}, ...")
     return model
@@ -245,6 +252,22 @@ class LanguageModel:
             modules = [name for name, _ in self.model.named_modules() if name]
             similar = [name for name in modules if name.endswith(last_part)] or [name for name in modules if f".{layer}." in name]
             raise ConfigurationError(f"{self.description.name} has no module {path!r}; it has {', '.join(similar[:8])}, ...") from None
+
+    def block(self, layer: int) -> torch.nn.Module:
+        """The transformer block of a layer. Raises ConfigurationError where the model's blocks cannot be told from its structure."""
+        return self._blocks[layer]
+
+    def blocks_before(self, hook: str, layer: int) -> list[torch.nn.Module]:
+        """The blocks whose outputs do not depend on what is put at a hook; none where the model's blocks cannot be told."""
+        try:
+            blocks = list(self._blocks)
+        except ConfigurationError:
+            return []
+        if "{layer}" not in hook:
+            return blocks[: layer + 1] if hook == "resid_post" else blocks[:layer]
+        module = self.module(hook, layer)
+        holding = [i for i, block in enumerate(blocks) if any(module is each for each in block.modules())]
+        return blocks[: holding[0]] if holding else []
 
     @property
     def _blocks(self) -> torch.nn.ModuleList:

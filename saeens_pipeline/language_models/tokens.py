@@ -69,6 +69,11 @@ class TokenBatch(NamedTuple):
     document: torch.Tensor  # int32
     position: torch.Tensor  # int32
 
+    @property
+    def is_text(self) -> torch.Tensor:
+        """bool: what is not padding."""
+        return self.document != _PADDING
+
 
 def write_tokens(
     path: Path,
@@ -110,7 +115,7 @@ def write_tokens(
         test_tokens=test_tokens,
     )
     require_free_disk(path, (train_tokens + test_tokens) * _position_bytes(description.vocab_size), "writing tokens")
-    tokenizer = _load_tokenizer(description)
+    tokenizer = load_tokenizer(description)
     separator = _separator(description) if packing == "concatenate" else None
     never_kept = _special_ids(tokenizer, description) if "special" in drop else np.empty(0, np.int64)
     group = zarr.open_group(path, mode="w", zarr_format=3)
@@ -218,6 +223,28 @@ class TokenStore:
             tokens = tokens.long()
             for first in range(0, len(tokens), batch_windows):
                 yield TokenBatch(*(values[first : first + batch_windows] for values in (tokens, *others)))
+
+    def sample(self, split: Split, n_rows: int, batch_windows: int) -> Iterator[TokenBatch]:
+        """Windows spread evenly over the split, so many that they give about `n_rows` activation rows, or all; in batches as `batches`."""
+        import torch
+
+        statistics: SplitTokens = getattr(self.statistics, split)
+        n_windows = min(statistics.windows, -(-n_rows * statistics.windows // statistics.rows))
+        chosen = np.linspace(0, statistics.windows - 1, n_windows).round().astype(int)
+        arrays: list[Any] = [self._group[f"{split}/{name}"] for name in ("tokens", "kept", "document", "position")]
+        for first in range(0, n_windows, batch_windows):
+            tokens, *others = (torch.from_numpy(array.oindex[chosen[first : first + batch_windows]]) for array in arrays)
+            yield TokenBatch(tokens.long(), *others)
+
+    def token_ids(self, split: Split, rows: np.ndarray) -> np.ndarray:
+        """The token that each of these activation rows is from; `rows` `[n]` in ascending order. Memory: as `batches`."""
+        found, first = [np.empty(0, np.int64)], 0
+        for batch in self.batches(split, _CHUNK_TOKENS // self.context_length + 1):
+            ids = batch.tokens[batch.kept].numpy()
+            begin, end = np.searchsorted(rows, (first, first + len(ids)))
+            found.append(ids[rows[begin:end] - first])
+            first += len(ids)
+        return np.concatenate(found)
 
     def documents(self, split: Split) -> pl.DataFrame:
         """The documents of the split: document (as in the `document` array), name, language."""
@@ -367,7 +394,8 @@ def _batched(documents: Iterator[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _load_tokenizer(description: LanguageModelDescription) -> Tokenizer:
+def load_tokenizer(description: LanguageModelDescription) -> Tokenizer:
+    """The language model's tokenizer. Raises ConfigurationError for one that cannot be read."""
     from tokenizers import Tokenizer
 
     file = description.path / "tokenizer.json"

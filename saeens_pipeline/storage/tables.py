@@ -62,8 +62,8 @@ TABLES = {
                 Column("relative_sparsity", "float", "l0 / n_features"),
                 Column("dead_features", "float", "share of features that never fire on the test tokens"),
                 Column("constant_dimensions", "int", "dimensions without variance, left out of explained_variance"),
-                Column("description_length_bits", "float", "bits per token that send the code"),
-                Column("ce_loss_recovered", "float", "share of the ablation's next-token loss that the reconstruction recovers"),
+                Column("description_length_bits", "float", "bits per token that send the code, magnitudes to 1/256 of the mean norm"),
+                Column("ce_loss_recovered", "float", "share that it recovers of the next-token loss that zeros cost"),
                 Column("tokens", "int", "test tokens"),
             ),
         ),
@@ -139,6 +139,20 @@ TABLES = {
             ),
         ),
         Table(
+            "features",
+            "What each feature does, and where it comes back",
+            (
+                Column("member", "int", "member or round, from 1"),
+                Column("index", "int", "row of that member's W_dec, from 0"),
+                Column("density", "float", "share of the test tokens on which it fires"),
+                Column("mean_activation", "float", "mean over the tokens on which it fires; null if it never does"),
+                Column("nearest_member", "int", "which other member has the feature of the largest cosine; null for single SAEs"),
+                Column("nearest_cosine", "float", "that cosine"),
+                Column("nearest_other_seed_cosine", "float", "largest cosine to any feature under any other seed; null with one seed"),
+                Column("top_tokens", "str", "JSON list: the ten test tokens on which it is most active, the most active first"),
+            ),
+        ),
+        Table(
             "training_curves",
             "How training went",
             (
@@ -155,6 +169,32 @@ TABLES = {
     )
 }
 
+SEED_METRICS = {  # what the leaderboard gives means, intervals and points of: the table that each is from, and what it is
+    "explained_variance": ("reconstruction", "on held-out tokens"),
+    "mse": ("reconstruction", "squared error summed over d_in"),
+    "fvu": ("reconstruction", "total squared error / total variance"),
+    "ce_loss_recovered": ("reconstruction", "share recovered of the next-token loss that zeros cost"),
+    "description_length_bits": ("reconstruction", "bits per token that send the code"),
+    "l0": ("reconstruction", "features that fire per token"),
+    "relative_sparsity": ("reconstruction", "l0 / n_features"),
+    "dead_features": ("reconstruction", "share of features that never fire on the test tokens"),
+    "connectivity": ("coactivation", "share of feature pairs that never fire together"),
+    "diversity": ("coactivation", "features whose largest cosine to any other is below 0.7"),
+    "stability": ("stability", "mean over features of the largest cosine to any feature of any other seed"),
+    "stability_pairwise": ("stability", "the same with each other seed alone, averaged"),
+    "stability_matched": ("stability", "mean cosine of the one-to-one matching"),
+}
+
+
+def _over_seeds(name: str, description: str) -> tuple[Column, ...]:
+    return (
+        Column(name, "float", f"{description}, mean over seeds"),
+        Column(f"{name}_low", "float", "lower end of its 95 % interval (Student's t over seeds); null with one seed"),
+        Column(f"{name}_high", "float", "upper end of the same"),
+        Column(f"{name}_by_seed", "str", "the points, comma-separated, in the order of seeds"),
+    )
+
+
 LEADERBOARD = Table(
     "leaderboard",
     "Which method is best, over all experiments",
@@ -165,17 +205,11 @@ LEADERBOARD = Table(
         Column("language_model", "str", "trained, or random: the untrained control"),
         Column("layer", "int", "layer of the language model, from 0"),
         Column("method", "str", "single, bagging, boosting, expanded, expanded_l0_matched"),
-        Column("n_members", "int", "SAEs in the whole ensemble; for expanded SAEs the n whose width they match"),
+        Column("n_members", "int", "SAEs in the ensemble; for expanded SAEs the n whose width they match"),
         Column("n_seeds", "int", "ensemble seeds that the means are over"),
         Column("seeds", "str", "which, comma-separated"),
         Column("n_features", "int", "features of the whole dictionary"),
-        Column("l0", "float", "features that fire per token, mean over seeds"),
-        Column("explained_variance", "float", "on held-out tokens, mean over seeds"),
-        Column("explained_variance_low", "float", "lower end of its 95 % interval (Student's t over seeds); null with one seed"),
-        Column("explained_variance_high", "float", "upper end of the same"),
-        Column("explained_variance_by_seed", "str", "the points, comma-separated, in the order of seeds"),
-        Column("stability", "float", "mean over seeds; null with one seed"),
-        Column("connectivity", "float", "mean over seeds"),
+        *(column for name, (_, description) in SEED_METRICS.items() for column in _over_seeds(name, description)),
         Column("train_tokens", "int", "tokens seen in training, summed over members, mean over seeds"),
         Column("train_flops", "float", "dense-equivalent operations of training, mean over seeds"),
         Column("train_seconds", "float", "seconds of training, mean over seeds"),

@@ -135,6 +135,18 @@ def test_nothing_is_trained_on_what_is_about_to_change(daemon: Daemon):
     assert daemon.work() == CHAIN
 
 
+def test_the_table_of_features_waits_for_all_seeds(daemon: Daemon):
+    """It reads activations and has their partitions, but it is not made in their run."""
+    asked: dict[str, Any] = AUTOMATED | {"evaluations": [*AUTOMATED["evaluations"], "features"]}
+    chain = [*CHAIN[:-1], {str(LAYER): {STABILITY, f"{NAME}/eval/features"}}]
+    daemon.laboratory.declare(**asked)
+    assert daemon.work() == chain
+    daemon.laboratory.declare(source={"hook": "resid_pre"}, **asked)
+    assert daemon.work() == chain[1:]
+    daemon.laboratory.declare(source={"hook": "resid_pre", "train_tokens": 500}, **asked)
+    assert daemon.work() == chain
+
+
 @pytest.mark.parametrize(("key", "partition"), [("tokens", None), ("activations", str(LAYER))])
 def test_nothing_is_asked_for_while_what_it_needs_is_being_made(daemon: Daemon, key: str, partition: str | None):
     daemon.work()

@@ -19,6 +19,7 @@ import dagster as dg
 import polars as pl
 import pytest
 from dagster._utils.interrupts import capture_interrupts
+from rich.console import Console
 from tiny_experiment import EXPERIMENT, LAYER, NAME, SEEDS, Laboratory
 
 from saeens_pipeline import cli, runs
@@ -146,7 +147,7 @@ def test_status_tells_fresh_stale_and_missing(finished: Laboratory, saeens: Saee
     assert "training.learning_rate: 0.01" in outcome.out
 
 
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("name", sorted(TABLES.keys() - {"features"}))
 def test_tables_in_csv_and_json_are_printed_alone_and_read_back(finished: Laboratory, saeens: Saeens, name: str):
     expected = read_table(finished.root, NAME, name)
     csv, in_json = (saeens("table", NAME, name, "--format", form) for form in ("csv", "json"))
@@ -162,6 +163,28 @@ def test_tables_are_printed_for_people(finished: Laboratory, saeens: Saeens, mon
     header, *rows = outcome.out.splitlines()
     assert {"layer", "seed", "method", "stability"} <= set(header.split())
     assert len(rows) == 18
+
+
+def test_of_a_long_table_people_see_the_beginning(finished: Laboratory, saeens: Saeens, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cli, "_SHOWN_ROWS", 5)
+    outcome = saeens("table", NAME, "stability")
+    assert outcome.code == 0
+    assert len(outcome.out.splitlines()) == 6
+    assert "these are the first 5 of 18 rows: --format csv or json prints all" in outcome.err
+    assert len(saeens("table", NAME, "stability", "--format", "csv").out.splitlines()) == 19
+
+
+def test_the_summary_fits_into_120_columns(finished: Laboratory):
+    printed = io.StringIO()
+    runs.run_experiment(NAME, layers=[], seeds=[], select=[], console=Console(file=printed, width=120))
+    lines = printed.getvalue().splitlines()
+    header = next(line for line in lines if line.startswith("method"))
+    assert header.split()[:8] == ["method", "n", "EV", "MSE", "CE", "rec.", "bits", "L0"]
+    assert sum(line.startswith("expanded_l0_matched ") for line in lines) == 1
+    reconstruction = read_table(finished.root, NAME, "reconstruction").filter(method="boosting", n_members=3)
+    (line,) = [line for line in lines if line.startswith("boosting")]
+    assert f"{reconstruction['ce_loss_recovered'].mean():.4f}" in line
+    assert f"{reconstruction['description_length_bits'].mean():.0f}" in line.split()
 
 
 def test_doctor_finds_nothing_wrong(finished: Laboratory, saeens: Saeens):

@@ -33,7 +33,7 @@ LINEAGE = {
     "baseline/expanded_l0_matched": ["activations"],
     "bagging/bagging_ensemble": ["bagging/member_1", "bagging/member_2", "bagging/member_3"],
     "boosting/boosting_ensemble": ["boosting/round_1", "boosting/round_2", "boosting/round_3"],
-    "eval/reconstruction": ["activations", *ENSEMBLES, *BASELINES],
+    "eval/reconstruction": ["tokens", "activations", *ENSEMBLES, *BASELINES],
     "eval/members": ["activations", *ENSEMBLES, *BASELINES],
     "eval/coactivation": ["activations", *ENSEMBLES, *BASELINES],
     "eval/cost": [*ENSEMBLES, *BASELINES],
@@ -259,6 +259,7 @@ def test_column_lineage_leads_to_what_is_measured(finished: Laboratory):
     assert reconstruction["explained_variance"] == {("activations", "test/activations")} | {(key, "weights") for key in saes}
     assert reconstruction["sae_data_versions"] == {(key, "data_version") for key in saes}
     assert reconstruction["language_model"] == {("activations", "language_model")}
+    assert reconstruction["ce_loss_recovered"] == reconstruction["explained_variance"] | {("tokens", "test/tokens")}
     assert "method" not in reconstruction
     assert cost["train_seconds"] == {(key, "provenance") for key in saes}
 

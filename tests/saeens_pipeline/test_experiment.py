@@ -6,7 +6,7 @@ import errno
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import polars as pl
@@ -14,15 +14,19 @@ import pytest
 import torch
 import zarr
 from safetensors.numpy import load_file
+from scipy.stats import entropy
 from sklearn.metrics.pairwise import cosine_similarity
 from test_tables import CONTRACT, SUBJECT
 from tiny_experiment import EXPERIMENT, LAYER, MEMBERS, NAME, SEEDS, Laboratory
-from tiny_models import D_MODEL
+from tiny_models import D_MODEL, write_tiny_model
+from transformers import PreTrainedModel
 
 import saeens_models as sm
 from saeens_pipeline.assets import saes
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models import caching
+from saeens_pipeline.language_models.models import describe_language_model, load_language_model
+from saeens_pipeline.language_models.tokens import open_tokens
 from saeens_pipeline.runs import experiment_status
 from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.recipes import MissingInputError
@@ -101,6 +105,14 @@ def _diversity(W_dec: np.ndarray) -> int:
     return int((cosines.max(axis=1) < 0.7).sum())
 
 
+def _description_length(z: np.ndarray, saes: list[PlainTopK], step: float) -> float:
+    fires = z != 0
+    magnitudes = (z * np.linalg.norm(np.concatenate([sae.W_dec for sae in saes]), axis=1))[fires]
+    _, counts = np.unique(np.round(magnitudes / step), return_counts=True)
+    p = fires.mean(axis=0)
+    return float(entropy(np.stack([p, 1 - p]), base=2).sum() + fires.sum() / len(z) * entropy(counts, base=2))
+
+
 def _table(laboratory: Laboratory, table: str) -> pl.DataFrame:
     return read_table(laboratory.root, NAME, table)
 
@@ -113,7 +125,10 @@ def _row(laboratory: Laboratory, table: str, **wanted: Any) -> dict[str, Any]:
 # the tables
 
 
-@pytest.mark.parametrize("table", CONTRACT)
+TABLES = CONTRACT.keys() - {"features"}  # which has tests of its own
+
+
+@pytest.mark.parametrize("table", sorted(TABLES))
 def test_every_table_has_the_columns_of_the_contract(finished_laboratory: Laboratory, table: str):
     files = sorted((finished_laboratory.root / "tables" / NAME / table).rglob("*.parquet"))
     assert len(files) == (1 if table in ("stability", "marginal_gain") else len(SEEDS))
@@ -131,7 +146,7 @@ def test_every_method_and_size_of_every_seed_has_a_row(finished_laboratory: Labo
 
 
 def test_numbers_lead_back_to_the_saes_that_they_are_of(finished_laboratory: Laboratory):
-    for table in CONTRACT:
+    for table in TABLES:
         for row in _table(finished_laboratory, table).iter_rows(named=True):
             prefix = {"single": "bagging/member", "bagging": "bagging/member", "boosting": "boosting/round"}.get(row["method"])
             keys = [f"{prefix}_{j}" for j in range(1, row["n_members"] + 1)] if prefix else [f"baseline/{row['method']}"]
@@ -160,11 +175,42 @@ def test_reconstruction_and_coactivation_agree_with_a_dense_computation(finished
     assert row["relative_sparsity"] == pytest.approx(np.count_nonzero(z) / TEST / z.shape[1])
     assert row["dead_features"] == pytest.approx((np.count_nonzero(z, axis=0) == 0).mean())
     assert row["constant_dimensions"] == 0
-    assert row["ce_loss_recovered"] is None
+    assert row["description_length_bits"] == pytest.approx(_description_length(z, saes, np.linalg.norm(x, axis=1).mean() / 256), rel=1e-3)
     row = _row(finished_laboratory, "coactivation", method=method, n_members=n, seed=seed)
     assert row["connectivity"] == pytest.approx(_connectivity(z))
     assert row["diversity"] == _diversity(np.concatenate([sae.W_dec for sae in saes]))
     assert row["tokens"] == TEST
+
+
+@pytest.mark.parametrize(("method", "n"), sorted(METHODS))
+def test_ce_loss_recovered_is_that_of_the_models_own_loss(finished_laboratory: Laboratory, method: str, n: int):
+    model = load_language_model(describe_language_model(str(finished_laboratory.model)))
+    tokens = open_tokens(finished_laboratory.artefact("tokens", layer=None).path)
+    windows = next(tokens.batches("test", 1000))
+    x = model.activations(windows.tokens, "resid_post", [LAYER])[LAYER][windows.kept].double().numpy()
+    if method.startswith("expanded"):
+        saes = [PlainTopK(finished_laboratory.artefact(f"baseline/{method}", 1).path, k=K * MEMBERS if "l0" in method else K)]
+    else:
+        saes = _plain_saes(finished_laboratory, "boosting/round" if method == "boosting" else "bagging/member", 1, n)
+    x_hat, _ = _boosting(saes, x) if method == "boosting" else _bagging(saes, x)
+
+    def loss(rows: np.ndarray) -> float:
+        """The model's own, with rows in the place of the activations of kept positions."""
+
+        def replace(_module: Any, _args: Any, output: torch.Tensor) -> torch.Tensor:
+            return output.masked_scatter(windows.kept[..., None], torch.from_numpy(rows).float())
+
+        handle = model.module("resid_post", LAYER).register_forward_hook(replace)
+        with torch.no_grad():
+            found = model.model(input_ids=windows.tokens, labels=windows.tokens.masked_fill(windows.document < 0, -100)).loss.item()
+        handle.remove()
+        return found
+
+    clean, ablated = loss(x), loss(np.zeros_like(x))
+    row = _row(finished_laboratory, "reconstruction", method=method, n_members=n, seed=1)
+    assert row["ce_loss_recovered"] == pytest.approx((ablated - loss(x_hat)) / (ablated - clean), abs=1e-4)
+    recorded = finished_laboratory.artefact("eval/reconstruction", 1).provenance["next_token_loss"]
+    assert recorded == pytest.approx({"clean": clean, "ablated": ablated, "tokens": TEST}, rel=1e-5)
 
 
 @pytest.mark.parametrize(("method", "n"), sorted(METHODS))
@@ -239,6 +285,58 @@ def test_training_curves_end_with_all_tokens(finished_laboratory: Laboratory):
     steps = -(-TRAIN // EXPERIMENT["training"]["batch_tokens"])
     assert set(last.select("step", "tokens", "learning_rate").iter_rows()) == {(steps, TRAIN, 0.01)}
     assert curves["loss"].is_finite().all()
+
+
+def test_the_control_is_measured_through_the_untrained_model(empty: Laboratory):
+    empty.declare({"weights": "random"})
+    empty.run(seeds=[1], select=["eval/reconstruction"])
+    model = load_language_model(describe_language_model(str(empty.model)), "random").model
+    windows = next(open_tokens(empty.artefact("tokens", layer=None).path).batches("test", 1000))
+    with torch.no_grad():
+        expected = model(input_ids=windows.tokens, labels=windows.tokens.masked_fill(windows.document < 0, -100)).loss.item()
+    recorded = empty.artefact("eval/reconstruction", 1).provenance["next_token_loss"]
+    assert recorded["clean"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_without_tokens_for_it_there_is_no_ce_loss_and_the_text_is_not_looked_at(finished: Laboratory):
+    finished.declare(ce_loss_tokens=0)
+    before = {seed: finished.artefact("eval/members", seed).data_version for seed in SEEDS}
+    finished.run()
+    assert _table(finished, "reconstruction")["ce_loss_recovered"].null_count() == len(SEEDS) * len(METHODS)
+    assert "tokens" not in finished.artefact("eval/reconstruction", 1).recipe["inputs"]
+    assert before == {seed: finished.artefact("eval/members", seed).data_version for seed in SEEDS}
+
+
+def _take_the_head_away(model: Path, folder: Path) -> Path:
+    loaded = load_language_model(describe_language_model(str(model))).model
+    cast("PreTrainedModel", loaded.base_model).save_pretrained(folder)
+    shutil.copy(model / "tokenizer.json", folder)
+    return folder
+
+
+def test_without_a_language_modelling_head_ce_loss_is_null_and_asking_for_it_is_refused_at_once(empty: Laboratory, tmp_path: Path):
+    headless = {"language_model": str(_take_the_head_away(empty.model, tmp_path / "headless"))}
+    empty.declare(headless, ce_loss_tokens=100)
+    with pytest.raises(ConfigurationError, match=r"ce_loss_tokens: 100, but .*headless has no language-modelling head.*set it to 0"):
+        empty.run()
+    assert not (empty.root / "sources").exists()
+    empty.declare(headless)
+    empty.run(seeds=[1], select=["eval/reconstruction"])
+    table = pl.read_parquet(empty.artefact("eval/reconstruction", 1).path, hive_partitioning=False)
+    assert table["ce_loss_recovered"].null_count() == len(table) == len(METHODS)
+    assert table["description_length_bits"].min() > 0  # pyright: ignore[reportOptionalOperand, reportOperatorIssue]
+
+
+def test_a_language_model_that_changed_since_is_not_measured_with(finished: Laboratory, tmp_path: Path):
+    model = Path(shutil.copytree(finished.model, tmp_path / "model"))
+    finished.declare({"language_model": str(model)})
+    finished.run()
+    write_tiny_model(model, seed=1)
+    finished.artefact("eval/reconstruction", 1).path.unlink()
+    with pytest.raises(SaeensError, match=r"have changed since .*activations\.zarr was made from it"):
+        finished.materialise([f"{NAME}/eval/reconstruction"], HERE)
+    finished.run()
+    assert {status.state for status in experiment_status(NAME)} == {"fresh"}
 
 
 # SAEs and ensembles

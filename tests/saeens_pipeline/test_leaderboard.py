@@ -22,7 +22,7 @@ from saeens_pipeline.assets.leaderboard import standings
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.storage.names import Address, Partition
 from saeens_pipeline.storage.recipes import Recipe, read_artefact
-from saeens_pipeline.storage.tables import LEADERBOARD, frame
+from saeens_pipeline.storage.tables import LEADERBOARD, SEED_METRICS, TABLES, frame
 
 METHODS = ["boosting", "expanded_l0_matched", "bagging", "expanded", "single"]
 OTHER = "other"
@@ -76,22 +76,57 @@ def test_every_method_has_a_row_at_its_full_size_with_the_columns_that_are_descr
 @pytest.mark.parametrize("method", METHODS)
 def test_means_points_and_intervals_are_those_of_the_tables(finished: Laboratory, method: str):
     row = _row(_standings(finished), method=method)
-    n = row["n_members"]
-    measured = {
-        name: _parts(finished, name).filter(method=method, n_members=n).sort("seed")
-        for name in ("reconstruction", "coactivation", "stability", "cost")
-    }
-    points = measured["reconstruction"]["explained_variance"].to_numpy()
-    low, high = scipy.stats.t.interval(0.95, len(points) - 1, loc=points.mean(), scale=scipy.stats.sem(points))
-    assert row["n_seeds"] == len(points) == 2
-    assert row["explained_variance"] == pytest.approx(points.mean(), rel=1e-12)
-    assert (row["explained_variance_low"], row["explained_variance_high"]) == pytest.approx((low, high), rel=1e-9)
-    assert [float(point) for point in row["explained_variance_by_seed"].split(",")] == points.tolist()
-    for name, table in (("l0", "reconstruction"), ("connectivity", "coactivation"), ("stability", "stability"), ("train_seconds", "cost")):
-        assert row[name] == pytest.approx(measured[table][name].to_numpy().mean(), rel=1e-12), name
+    measured = _measured(finished, method, row["n_members"])
+    for name, (table, _) in SEED_METRICS.items():
+        points = measured[table][name].to_numpy()
+        low, high = scipy.stats.t.interval(0.95, len(points) - 1, loc=points.mean(), scale=scipy.stats.sem(points) or 1e-300)
+        assert row[name] == pytest.approx(points.mean(), rel=1e-12), name
+        assert (row[f"{name}_low"], row[f"{name}_high"]) == pytest.approx((low, high), rel=1e-9, abs=1e-12), name
+        assert [float(point) for point in row[f"{name}_by_seed"].split(",")] == points.tolist(), name
+    assert row["n_seeds"] == 2
+    assert row["train_seconds"] == pytest.approx(measured["cost"]["train_seconds"].to_numpy().mean(), rel=1e-12)
     assert row["train_tokens"] == measured["cost"]["train_tokens"].to_numpy().mean()
     assert row["n_features"] == measured["reconstruction"]["n_features"][0]
     assert row["sae_data_versions"].split(";") == measured["reconstruction"]["sae_data_versions"].to_list()
+
+
+def _measured(laboratory: Laboratory, method: str, n: int) -> dict[str, pl.DataFrame]:
+    tables = ("reconstruction", "coactivation", "stability", "cost")
+    return {name: _parts(laboratory, name).filter(method=method, n_members=n).sort("seed") for name in tables}
+
+
+def test_every_metric_of_every_table_takes_part():
+    """But for what is counted, and for what two others say."""
+    for table in ("reconstruction", "coactivation", "stability"):
+        numbers = {column.name for column in TABLES[table].columns if column.type == "float" or column.name == "diversity"}
+        assert numbers == {name for name, (its_table, _) in SEED_METRICS.items() if its_table == table}
+
+
+def test_ensembles_of_every_size_have_a_row_where_all_are_asked_for(finished: Laboratory):
+    table = _standings(finished, sizes="all")
+    sizes = {(row["method"], row["n_members"]) for row in table.iter_rows(named=True)}
+    assert sizes == {
+        ("single", 1),
+        *((method, n) for method in ("bagging", "boosting") for n in range(1, MEMBERS + 1)),
+        ("expanded", MEMBERS),
+        ("expanded_l0_matched", MEMBERS),
+    }
+    row, measured = _row(table, method="boosting", n_members=2), _measured(finished, "boosting", 2)
+    assert row["ce_loss_recovered"] == pytest.approx(measured["reconstruction"]["ce_loss_recovered"].mean())
+    assert row["stability"] == pytest.approx(measured["stability"]["stability"].mean())
+    assert row["rank"] == (table["explained_variance"] > row["explained_variance"]).sum() + 1
+
+
+def test_seeds_without_a_value_have_an_empty_point(finished: Laboratory):
+    _declare_other(finished)
+    for seed, value in ((1, None), (2, 0.25), (3, 0.75)):
+        _write(finished, "reconstruction", (LAYER, seed), [{"explained_variance": 0.5, "ce_loss_recovered": value}])
+    row = _row(_standings(finished), experiment=OTHER)
+    low, high = scipy.stats.t.interval(0.95, 1, loc=0.5, scale=0.25)
+    assert (row["ce_loss_recovered"], row["ce_loss_recovered_by_seed"]) == (0.5, ",0.25,0.75")
+    assert (row["ce_loss_recovered_low"], row["ce_loss_recovered_high"]) == pytest.approx((low, high))
+    assert row["description_length_bits"] is None
+    assert row["description_length_bits_by_seed"] is None
 
 
 def test_rows_are_ranked_within_source_and_layer(finished: Laboratory):
@@ -111,7 +146,9 @@ def test_rows_are_ranked_within_source_and_layer(finished: Laboratory):
     assert [first[name] for name in ("stability", "connectivity", "train_tokens", "train_seconds")] == [None] * 4
 
 
-@pytest.mark.parametrize(("column", "descending"), [("stability", True), ("train_flops", False), ("l0", False)])
+@pytest.mark.parametrize(
+    ("column", "descending"), [("stability", True), ("ce_loss_recovered", True), ("train_flops", False), ("l0", False), ("mse", False)]
+)
 def test_another_column_ranks_with_the_better_end_first(finished: Laboratory, column: str, descending: bool):
     values = _standings(finished, sort=column)[column].to_list()
     assert values == sorted(values, reverse=descending)
@@ -242,6 +279,16 @@ def test_the_command_shows_the_points_of_two_seeds_and_leaves_no_file(finished: 
     assert f"({points})" in line
     assert f"±{row['explained_variance_high'] - row['explained_variance']:.2g}" in line
     assert not (finished.root / "tables" / "leaderboard").exists()
+
+
+@pytest.mark.parametrize("metric", ["mse", "stability"])
+def test_the_command_shows_the_interval_of_what_it_sorts_by(finished: Laboratory, leaderboard: Command, metric: str):
+    code, out, _ = leaderboard("--sort", metric, "--n", "all")
+    assert code == 0
+    lines = [line for line in out.splitlines() if " boosting " in line]
+    assert len(lines) == MEMBERS
+    row = _row(_standings(finished), method="boosting")
+    assert any(f"±{row[f'{metric}_high'] - row[metric]:.2g}" in line for line in lines)
 
 
 def test_the_command_says_which_figures_are_outdated(finished: Laboratory, leaderboard: Command):

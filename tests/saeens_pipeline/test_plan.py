@@ -15,9 +15,9 @@ from saeens_pipeline.assets import evaluation, residuals, saes
 from saeens_pipeline.plan import Status, plan
 from saeens_pipeline.runs import experiment_status
 from saeens_pipeline.storage.names import Address, Partition
-from saeens_pipeline.storage.tables import TABLES
 
 N_PER_SEED = 2 * MEMBERS + (MEMBERS - 1) + 2 + 2 + 5  # members and rounds, residuals, baselines, ensembles, tables
+PER_SEED = ("reconstruction", "members", "coactivation", "cost", "training_curves")  # tables
 ACROSS_SEEDS = ("stability", "marginal_gain")
 N_ALL = 2 + len(SEEDS) * N_PER_SEED + len(ACROSS_SEEDS)  # two: tokens and activations
 TRAINING = EXPERIMENT["training"]
@@ -182,7 +182,7 @@ def test_one_more_seed_leaves_the_others_fresh_and_makes_what_compares_seeds_sta
 def test_an_artefact_that_was_removed_is_missing_and_what_follows_is_stale(finished: Laboratory):
     shutil.rmtree(finished.artefact("boosting/round_2", seed=1).path)
     assert _reasons("missing").keys() == {("boosting/round_2", 1)}
-    tables = {f"eval/{table}" for table in TABLES if table not in ACROSS_SEEDS}
+    tables = {f"eval/{table}" for table in PER_SEED}
     after = {"boosting/residual_2", "boosting/round_3", "boosting/boosting_ensemble"} | tables
     assert _reasons("stale").keys() == {(name, 1) for name in after} | {(f"eval/{table}", None) for table in ACROSS_SEEDS}
 
@@ -230,6 +230,6 @@ def test_a_damaged_artefact_is_named_and_what_follows_is_stale(finished: Laborat
     assert damaged.keys() == {("boosting/round_3", 2), ("eval/cost", 1)}
     assert f"tiny/boosting/round_3 is damaged: {file} has" in damaged["boosting/round_3", 2]
     assert f"{table} cannot be read" in damaged["eval/cost", 1]
-    after = {"boosting/boosting_ensemble"} | {f"eval/{table}" for table in TABLES if table not in ACROSS_SEEDS}
+    after = {"boosting/boosting_ensemble"} | {f"eval/{table}" for table in PER_SEED}
     assert _reasons("stale").keys() == {(name, 2) for name in after} | {(f"eval/{table}", None) for table in ACROSS_SEEDS}
     assert not _reasons("missing")

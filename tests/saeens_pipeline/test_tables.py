@@ -22,6 +22,7 @@ CONTRACT = {
     "marginal_gain": "explained_variance_gain stability_gain new_features suggested",
     "cost": "train_tokens train_flops train_seconds residual_flops residual_seconds peak_memory_bytes inference_flops_per_token "
     "device dtype boosting_mode",
+    "features": "member index density mean_activation nearest_member nearest_cosine nearest_other_seed_cosine top_tokens",
     "training_curves": "member step tokens loss explained_variance l0 dead_features learning_rate",
 }
 ROW = {

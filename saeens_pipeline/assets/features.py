@@ -1,0 +1,157 @@
+"""The table of single features: how often each fires, where it comes back, and on which tokens it is most active."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from saeens_pipeline import progress
+from saeens_pipeline.assets.declarations import Declaration, Op, Task, Workplace
+from saeens_pipeline.assets.evaluation import Subject, load_dictionary
+from saeens_pipeline.assets.residuals import open_reader
+from saeens_pipeline.assets.sources import language_model_of
+from saeens_pipeline.storage.names import Partition
+from saeens_pipeline.storage.recipes import Store
+from saeens_pipeline.storage.tables import frame
+
+if TYPE_CHECKING:
+    import polars as pl
+    from torch import Tensor
+
+    from saeens_models.ensembles import Ensemble
+    from saeens_models.metrics import FeatureActivity
+
+TOP_TOKENS = 10  # of each feature
+
+
+def features_op(subject: Subject) -> Op:
+    """Declare the table of all features of a layer: all seeds, since it says whether a feature comes back under another.
+
+    It is made from SAEs alone, as `stability` is. The text and the activations that it reads are behind these, and change their data
+    versions; as inputs, with the partitions of the activations, it would be made again in their run, before the SAEs are.
+    Memory, whatever the number of test tokens: one method's dictionaries of all seeds, twice; 136 bytes for each feature of one of them;
+    and the rows, of about 300 bytes per feature and seed.
+    """
+    experiment = subject.experiment
+    features = subject.declare("features", subject.dictionaries, dimensions="layer")
+
+    def make(workplace: Workplace, tasks: Sequence[Task]) -> None:
+        import polars as pl
+
+        (task,) = tasks
+        with workplace.compute.measure() as measurement:
+            features_of = _Features(workplace, subject, _TokenStrings(workplace.store, subject))
+            table = pl.concat([features_of.rows(task.partition, method) for method in _methods(subject)])
+        workplace.store.write_table(*task.where, task.recipe, workplace.provenance() | vars(measurement), table)
+
+    return Op(f"{experiment.name}__eval__features", (features,), make, on_device=True)
+
+
+class _Method(NamedTuple):
+    """What features belong to: its name and size in the table, and its dictionary."""
+
+    name: str
+    n_members: int
+    dictionary: Declaration
+
+
+def _methods(subject: Subject) -> list[_Method]:
+    ensembles = [_Method(name, subject.experiment.ensemble.members, getattr(subject, name)) for name in ("bagging", "boosting")]
+    return ensembles + [_Method(*baseline) for baseline in subject.baselines]
+
+
+@dataclass(frozen=True)
+class _Features:
+    """Makes rows of the table."""
+
+    workplace: Workplace
+    subject: Subject
+    tokens: _TokenStrings
+
+    def rows(self, partition: Partition, method: _Method) -> pl.DataFrame:
+        """The features of one method under all seeds."""
+        import polars as pl
+        import torch
+
+        from saeens_models.metrics import max_cosine_to_other_runs
+
+        parts: list[pl.DataFrame] = []
+        dictionaries: list[Tensor] = []
+        for where in (Partition(partition.layer, seed) for seed in self.subject.experiment.ensemble.seeds):
+            ensemble = load_dictionary(self.workplace, method.dictionary, where)
+            parts += self._rows_of_seed(where, method, ensemble)
+            dictionaries.append(ensemble.W_dec.detach())
+        rows = pl.concat(parts)
+        if len(dictionaries) == 1:
+            return rows
+        cosines = torch.cat(max_cosine_to_other_runs(dictionaries)).double().cpu().numpy()
+        return rows.with_columns(nearest_other_seed_cosine=pl.Series(cosines))
+
+    def _rows_of_seed(self, partition: Partition, method: _Method, ensemble: Ensemble) -> Iterator[pl.DataFrame]:
+        """Member by member, without the comparison with other seeds."""
+        import polars as pl
+
+        from saeens_models.metrics import nearest_in_other_members
+
+        store, dictionary = self.workplace.store, method.dictionary
+        is_ensemble = dictionary.builder == "ensemble"
+        saes = self.subject.members(store, dictionary, partition) if is_ensemble else [store.require(dictionary.address, partition)]
+        nearest = nearest_in_other_members([sae.W_dec for sae in ensemble]) if len(ensemble) > 1 else [None]
+        empty = frame("features", [])
+        for number, (sae, activity, near) in enumerate(
+            zip(saes, self._activity(partition, method, ensemble), nearest, strict=True), start=1
+        ):
+            columns: dict[str, Any] = {
+                "index": range(len(activity.density)),
+                "density": activity.density.cpu().numpy(),
+                "mean_activation": activity.mean_activation.cpu().numpy(),
+                "nearest_member": None if near is None else near.member.cpu().numpy() + 1,
+                "nearest_cosine": None if near is None else near.cosine.cpu().numpy(),
+                "nearest_other_seed_cosine": None,
+                "top_tokens": self.tokens.lists(activity.top_tokens),
+            }
+            same = self.subject.row(store, partition, method.name, method.n_members, [sae.data_version]) | {"member": number}
+            rows = pl.DataFrame(columns).with_columns(pl.lit(value).alias(column) for column, value in same.items())
+            rows = rows.with_columns(pl.col("mean_activation").fill_nan(None))
+            yield rows.select(empty.columns).cast(empty.schema)  # pyright: ignore[reportArgumentType]  # a schema is what cast takes
+
+    def _activity(self, partition: Partition, method: _Method, ensemble: Ensemble) -> list[FeatureActivity]:
+        """Of every member, in one pass over the test activations."""
+        from saeens_models.evaluation import feature_activity
+
+        reader, device = open_reader(self.workplace.store, self.subject.activations, partition), ensemble[0].W_dec.device
+        label = f"{self.subject.experiment.name}/eval/features of {method.name}, {partition}"
+        with progress.task(label, reader.n_rows("test")) as advance:
+
+            def chunks() -> Iterator[Tensor]:
+                for chunk in reader.chunks("test"):
+                    yield chunk.to(device)
+                    advance(len(chunk))
+
+            return feature_activity(ensemble, chunks(), TOP_TOKENS)
+
+
+class _TokenStrings:
+    """The text of test tokens, as the language model's tokenizer decodes each alone."""
+
+    def __init__(self, store: Store, subject: Subject) -> None:
+        from saeens_pipeline.language_models.tokens import load_tokenizer, open_tokens
+
+        tokens = store.require(subject.tokens.address, Partition())
+        self._tokens, self._tokenizer = open_tokens(tokens.path), load_tokenizer(language_model_of(tokens))
+        self._json: dict[int, str] = {}
+
+    def lists(self, rows: Tensor) -> list[str]:
+        """For each feature a JSON list of strings, of activation rows `[n_features, n]`, of which -1 is none."""
+        import numpy as np
+
+        wanted, place = np.unique(rows.cpu().numpy(), return_inverse=True)
+        ids = np.full(len(wanted), -1)
+        ids[wanted >= 0] = self._tokens.token_ids("test", wanted[wanted >= 0])
+        for token in np.unique(ids[ids >= 0]).tolist():
+            if token not in self._json:
+                self._json[token] = json.dumps(self._tokenizer.decode([token], skip_special_tokens=False), ensure_ascii=False)
+        of_features = ids[place.reshape(tuple(rows.shape))].tolist()
+        return [f"[{', '.join(self._json[token] for token in of_feature if token >= 0)}]" for of_feature in of_features]

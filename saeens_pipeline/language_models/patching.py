@@ -1,0 +1,130 @@
+"""A language model with something else in the place of its activations at a hook, and what that does to its next-token loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from saeens_models.metrics import LossBatch, NextTokenLoss
+    from saeens_pipeline.language_models.models import LanguageModel
+    from saeens_pipeline.language_models.tokens import TokenBatch, TokenStore
+
+_LOGIT_BYTES = 2**24  # of a batch of windows: more do not fit into the caches of a CPU
+
+
+@contextmanager
+def patched(model: LanguageModel, hook: str, layer: int, replace: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Inside, every forward pass goes on with `replace(activations)` `[b, L, d]` where `hook` of `layer` gave `activations`.
+
+    Raises ConfigurationError for a module that does not exist.
+    """
+    if hook == "resid_mid":
+        with _patched_between(model, layer, replace):
+            yield
+        return
+
+    def at_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            return (replace(args[0]), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": replace(kwargs["hidden_states"])}
+
+    def at_output(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return (replace(output[0]), *output[1:]) if isinstance(output, tuple) else replace(output)
+
+    module = model.module(hook, layer)
+    if hook == "resid_pre":
+        handle = module.register_forward_pre_hook(at_input, with_kwargs=True)
+    else:
+        handle = module.register_forward_hook(at_output)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _patched_between(model: LanguageModel, layer: int, replace: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """As `patched`, for the stream between attention and MLP, which no module returns: what attention adds to it is replaced."""
+    block_input: list[torch.Tensor] = []
+
+    def remember(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        block_input[:] = [args[0] if args else kwargs["hidden_states"]]
+
+    def added(attention: torch.Tensor) -> torch.Tensor:
+        return replace(block_input[0] + attention) - block_input[0]
+
+    handle = model.block(layer).register_forward_pre_hook(remember, with_kwargs=True)
+    try:
+        with patched(model, "attn_out", layer, added):
+            yield
+    finally:
+        handle.remove()
+
+
+class PatchedWindows:
+    """Windows of text in a language model: what lies before the hook is run once, what follows once for each replacement.
+
+    `activations` `[b, L, d]` are those at `hook` of `layer`. Holds them, and the outputs of the blocks before, `[b, L, d_model]` each.
+    """
+
+    def __init__(self, model: LanguageModel, windows: TokenBatch, hook: str, layer: int) -> None:
+        self._model, self._hook, self._layer = model, hook, layer
+        device = model.model.device
+        self._tokens, self._kept = windows.tokens.to(device), windows.kept.to(device)
+        self._is_text = windows.is_text.to(device)
+        self._outputs: dict[nn.Module, Any] = {}
+        with ExitStack() as hooks:
+            for block in model.blocks_before(hook, layer):
+                handle = block.register_forward_hook(lambda block, _, output: self._outputs.update({block: output}))
+                hooks.callback(handle.remove)
+            self.activations = model.activations(self._tokens, hook, [layer])[layer]
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """Activations of the kept positions, float32 `[n, d]`, in the order of activation rows."""
+        return self.activations[self._kept].float()
+
+    def logits(self, replacement: torch.Tensor) -> torch.Tensor:
+        """`[b, L, vocabulary]` with `replacement` `[b, L, d]` in the place of the activations."""
+        import torch
+
+        with torch.no_grad(), _returning(self._outputs), patched(self._model, self._hook, self._layer, lambda _: replacement):
+            return self._model.model(input_ids=self._tokens, use_cache=False).logits
+
+    def loss(self, rows: torch.Tensor) -> NextTokenLoss:
+        """Next-token loss over all text with `rows` `[n, d]` at the kept positions, and the activations as they are at all others."""
+        from saeens_models.metrics import next_token_loss
+
+        replacement = self.activations.clone()
+        replacement[self._kept] = rows.to(replacement)
+        return next_token_loss(self.logits(replacement), self._tokens, self._is_text)
+
+
+def loss_batches(model: LanguageModel, tokens: TokenStore, hook: str, layer: int, n_rows: int) -> Iterator[LossBatch]:
+    """Windows of the test split, evenly spread over it, that together give about `n_rows` activation rows, or all there are.
+
+    Memory: the logits of a batch of windows, 16 MiB or those of one window, and the copies that the model makes of them.
+    """
+    from saeens_models.metrics import LossBatch
+
+    window_bytes = tokens.context_length * model.description.vocab_size * 4
+    for batch in tokens.sample("test", n_rows, batch_windows=max(1, _LOGIT_BYTES // window_bytes)):
+        windows = PatchedWindows(model, batch, hook, layer)
+        yield LossBatch(windows.rows, windows.loss)
+
+
+@contextmanager
+def _returning(outputs: Mapping[nn.Module, Any]) -> Iterator[None]:
+    """Inside, these modules compute nothing and return what they are given here."""
+    for module, output in outputs.items():
+        module.forward = lambda *_, output=output, **__: output
+    try:
+        yield
+    finally:
+        for module in outputs:
+            del module.forward  # the class' own is seen again

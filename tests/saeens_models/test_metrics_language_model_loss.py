@@ -1,0 +1,90 @@
+"""Next-token loss, and the share of it that reconstructions recover, through a language model of one matrix."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import saeens_models as sm
+from saeens_models import evaluation
+from saeens_models.evaluation import evaluate_ensembles, evaluate_losses
+from saeens_models.metrics import LossBatch, NextTokenLoss, ce_loss_recovered, language_model_loss, next_token_loss
+
+D_IN, VOCABULARY = 6, 11
+UNEMBEDDING = torch.randn(D_IN, VOCABULARY, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("elements", [1, 3 * VOCABULARY, 2**24])
+def test_the_loss_is_the_cross_entropy_of_what_comes_next_and_padding_is_not_predicted(monkeypatch, elements: int) -> None:
+    monkeypatch.setattr(language_model_loss, "_ELEMENTS_PER_STEP", elements)
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(2, 5, VOCABULARY, generator=generator)
+    tokens = torch.randint(VOCABULARY, (2, 5), generator=generator)
+    is_text = torch.tensor([[True] * 5, [True, True, True, False, False]])
+    log_p = logits.double().log_softmax(-1)
+    expected = -sum(log_p[b, i, tokens[b, i + 1]] for b, i in [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1)])
+    found = next_token_loss(logits, tokens, is_text)
+    assert found.predictions == 6
+    assert found.total == pytest.approx(float(expected), rel=1e-5)
+    assert found.plus(NextTokenLoss(1.0, 2)) == (found.total + 1.0, 8)
+
+
+def test_the_share_is_one_for_the_activations_and_zero_for_zeros_and_unknown_where_ablation_does_little() -> None:
+    assert ce_loss_recovered(clean=2.0, ablated=6.0, reconstructed=2.0) == 1
+    assert ce_loss_recovered(clean=2.0, ablated=6.0, reconstructed=6.0) == 0
+    assert ce_loss_recovered(clean=2.0, ablated=6.0, reconstructed=3.0) == 0.75
+    assert ce_loss_recovered(clean=2.0, ablated=2.049, reconstructed=2.01) is None
+    assert ce_loss_recovered(clean=2.0, ablated=1.951, reconstructed=2.01) is None
+    assert ce_loss_recovered(clean=2.0, ablated=2.1, reconstructed=2.2) == pytest.approx(-1)
+
+
+def test_nothing_predicted_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no token was predicted"):
+        evaluate_losses({}, [])
+
+
+def _batch(seed: int, n: int = 40) -> LossBatch:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, D_IN, generator=generator) * 2
+    tokens = (x @ UNEMBEDDING).argmax(1)  # what the model predicts best
+
+    def loss(rows: Tensor) -> NextTokenLoss:
+        return NextTokenLoss(F.cross_entropy(rows @ UNEMBEDDING, tokens, reduction="sum").item(), n)
+
+    return LossBatch(x, loss)
+
+
+def _saes() -> list[sm.SAE]:
+    return [sm.build_sae(sm.SAEConfig(architecture="topk", d_in=D_IN, d_sae=16, k=3, init_seed=seed)) for seed in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("encoder_bytes", [1, 2**24])
+def test_every_size_recovers_what_that_ensemble_recovers_alone(monkeypatch, encoder_bytes: int) -> None:
+    monkeypatch.setattr(evaluation, "_ENCODER_BYTES", {"cpu": encoder_bytes})
+    batches = [_batch(1, n=100), _batch(2, n=25)]
+    ensembles = {"bagging": sm.Bagging(_saes()), "boosting": sm.Boosting(_saes())}
+    found = evaluate_losses(ensembles, iter(batches))
+
+    def mean_loss(replace) -> float:
+        with torch.no_grad():
+            return sum(loss(replace(x)).total for x, loss in batches) / 125
+
+    clean, ablated = mean_loss(lambda x: x), mean_loss(torch.zeros_like)
+    assert (found.clean, found.ablated, found.tokens) == pytest.approx((clean, ablated, 125))
+    assert ablated == pytest.approx(torch.log(torch.tensor(VOCABULARY)).item(), rel=1e-6)  # zeros predict all tokens alike
+    for name, ensemble in ensembles.items():
+        expected = [(ablated - mean_loss(ensemble[:n])) / (ablated - clean) for n in (1, 2, 3)]
+        assert found.recovered[name] == pytest.approx(expected, rel=1e-5)
+    evaluations = found.fill_into(evaluate_ensembles(ensembles, [x for x, _ in batches]))
+    assert [size.ce_loss_recovered for size in evaluations["boosting"].sizes] == found.recovered["boosting"]
+
+
+def test_a_batch_is_encoded_once_for_all_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    saes, given = _saes(), []
+    for sae in saes:
+        reconstruct = sae.reconstruct
+        monkeypatch.setattr(sae, "reconstruct", lambda rows, reconstruct=reconstruct: given.append(len(rows)) or reconstruct(rows))
+    evaluate_losses({"boosting": sm.Boosting(saes)}, [_batch(1)])
+    assert given == [40, 40, 40]
