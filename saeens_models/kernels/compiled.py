@@ -16,7 +16,9 @@ _compile: Any = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath
 _ROUNDING = np.float32(2**-8)
 """Relative error of a number that is rounded to bfloat16."""
 _PARTS = 8
-"""A row is cut into so many parts for its selection, and a group takes one entry of each."""
+"""A row is cut into at least so many parts for its selection, and a group takes one entry of each."""
+_MOST_PARTS, _GROUPS_PER_SELECTED = 32, 16
+"""More parts leave fewer groups to choose from, and more entries in each that is chosen: how many, and how many groups have to remain."""
 _STRIDE = 64
 """Numbers that a vectorised loop takes at a time; what is left over it takes one by one."""
 
@@ -103,7 +105,10 @@ def _candidates(row, k, error, rounding, scores, places):
     The k largest lie in the groups whose maxima reach what k of the maxima reach: few are left to choose from. The entries themselves
     are written into `scores`.
     """
-    n_groups = len(row) // _PARTS
+    parts = _PARTS
+    while parts < _MOST_PARTS and len(row) >= 2 * parts * _GROUPS_PER_SELECTED * k:
+        parts *= 2
+    n_groups = len(row) // parts
     n = 0
     if n_groups <= 2 * k:
         _copy(scores[: len(row)], row)
@@ -111,7 +116,7 @@ def _candidates(row, k, error, rounding, scores, places):
         candidates = places
         n = _reaching(row, threshold - np.float32(2) * _slack(threshold, error, rounding), candidates)
     else:
-        grouped = _PARTS * n_groups
+        grouped = parts * n_groups
         maxima = scores[:n_groups]
         _copy(maxima, row)
         for start in range(n_groups, grouped, n_groups):
@@ -208,6 +213,11 @@ def select_topk(pre, bias, k, indices, values):
     scores, places = np.empty(m + _STRIDE, np.float32), np.empty(2 * m + 1, np.int32)
     for b in range(n):
         _add(pre[b], bias)
+        if k == m:
+            for i in range(m):
+                indices[b, i] = i
+                values[b, i] = pre[b, i]
+            continue
         candidates, _ = _candidates(pre[b], k, np.float32(0), np.float32(0), scores, places)
         _select(candidates, scores, k, indices[b], values[b])
 
@@ -340,31 +350,55 @@ def _gradients_of_row(error, indices, W_dec, scale, gradients, counts):
 
 
 @_compile
-def reconstruct(indices, values, W_dec, b_dec, x, scale, x_hat, error, gradients, counts):
-    """Decode the code z that is given by its entries `[n, k]`: x_hat and error ``x_hat - x`` `[n, d]`, the gradients
-    ``scale * error . W_dec[index]`` of z, and on how many tokens each feature is active, counts `[m]`. Returns the sum of the
-    error's squares.
+def subtract(rows, row, differences):
+    """A row `[d]` from each of some rows `[n, d]`."""
+    for b in range(len(rows)):
+        given, to = rows[b], differences[b]
+        for i in range(len(row)):
+            to[i] = given[i] - row[i]
+
+
+@_compile
+def reconstruct(indices, values, W_dec, b_dec, x, scale, x_hat, error, gradients, counts, error_sum):
+    """Take what is not positive out of the code z that is given by its entries `[n, k]`, and decode it: x_hat and error ``x_hat - x``
+    `[n, d]`, the error's sum over tokens, the gradients ``scale * error . W_dec[index]`` of z, and on how many tokens each feature is
+    active, counts `[m]`. Returns the sum of the error's squares.
     """
     squares = 0.0
+    relu(values, indices)
     _fill(counts, 0)
+    _fill(error_sum, 0)
     for b in range(len(x)):
         decoded, row = x_hat[b], error[b]
         _copy(decoded, b_dec)
         _decode_row(decoded, indices[b], values[b], W_dec)
         for i in range(len(row)):
             row[i] = decoded[i] - x[b, i]
+        _add(error_sum, row)
         squares += _dot(row, row)
         _gradients_of_row(row, indices[b], W_dec, scale, gradients[b], counts)
     return squares
 
 
 @_compile
-def reconstruct_error(indices, values, W_dec, given, scale, error, gradients, counts):
-    """As `reconstruct` for a code that is to decode to what is missing: the error is ``given + z W_dec``."""
+def select_and_reconstruct(pre, bias, W_dec, b_dec, x, scale, indices, values, x_hat, error, gradients, counts, error_sum):
+    """`select_topk`, and then `reconstruct`."""
+    select_topk(pre, bias, indices.shape[1], indices, values)
+    return reconstruct(indices, values, W_dec, b_dec, x, scale, x_hat, error, gradients, counts, error_sum)
+
+
+@_compile
+def select_and_reconstruct_error(pre, bias, features, W_dec, given, scale, indices, values, error, gradients, counts):
+    """As `select_and_reconstruct` for a code of some features, by their numbers, that is to decode to what is missing: the error is
+    ``given + z W_dec``. Entries may be negative.
+    """
+    select_topk(pre, bias, indices.shape[1], indices, values)
     squares = 0.0
     _fill(counts, 0)
     for b in range(len(given)):
         row = error[b]
+        for i in range(indices.shape[1]):
+            indices[b, i] = features[indices[b, i]]
         _copy(row, given[b])
         _decode_row(row, indices[b], values[b], W_dec)
         squares += _dot(row, row)
@@ -403,10 +437,11 @@ def sort_by_feature(indices, values, value_gradients, first_token, ends, tokens,
 
 
 @_compile
-def weight_gradients(starts, tokens, values, value_gradients, x, gradient, scale, first, last, add, W_enc, b_enc, W_dec):
-    """The gradients of features first to last, from their entries: sums of `value_gradient * x` and `scale * value * gradient`.
+def weight_gradients(starts, tokens, values, value_gradients, x, error, scale, first, last, add, W, W_enc, b_enc, W_dec, of_mean):
+    """The gradients of features first to last, from their entries: sums of `value_gradient * x` and `scale * value * error`.
 
-    `add`: to what is there already.
+    `add`: to what is there already. To of_mean `[d]` the gradient is added of what was subtracted from all x before they were encoded
+    by W `[m, d]`, if it is not empty.
     """
     for feature in range(first, last):
         encoder, decoder = W_enc[feature], W_dec[feature]
@@ -415,21 +450,25 @@ def weight_gradients(starts, tokens, values, value_gradients, x, gradient, scale
             _fill(decoder, 0)
             b_enc[feature] = 0
         place, end = starts[feature], starts[feature + 1]
+        if place == end:
+            continue
+        total = np.float32(0)
         while place + 4 <= end:
             p, q, r, s = tokens[place], tokens[place + 1], tokens[place + 2], tokens[place + 3]
             g, v = value_gradients[place : place + 4], values[place : place + 4]
-            b_enc[feature] += g[0] + g[1] + g[2] + g[3]
+            total += g[0] + g[1] + g[2] + g[3]
             _add_four_scaled(encoder, x[p], x[q], x[r], x[s], g[0], g[1], g[2], g[3])
-            _add_four_scaled(
-                decoder, gradient[p], gradient[q], gradient[r], gradient[s], scale * v[0], scale * v[1], scale * v[2], scale * v[3]
-            )
+            _add_four_scaled(decoder, error[p], error[q], error[r], error[s], scale * v[0], scale * v[1], scale * v[2], scale * v[3])
             place += 4
         while place < end:
             token = tokens[place]
-            b_enc[feature] += value_gradients[place]
+            total += value_gradients[place]
             _add_scaled(encoder, x[token], value_gradients[place])
-            _add_scaled(decoder, gradient[token], scale * values[place])
+            _add_scaled(decoder, error[token], scale * values[place])
             place += 1
+        b_enc[feature] += total
+        if len(of_mean) > 0:
+            _add_scaled(of_mean, W[feature], -total)
 
 
 @_compile
@@ -443,9 +482,12 @@ def squares(rows):
 
 @_compile
 def remove_parallel(gradients, directions):
-    """Remove from each gradient its part along a direction of norm 1, both `[n, d]`, in place."""
+    """Remove from each gradient its part along a direction of norm 1, both `[n, d]`, in place. Returns the sum of squares of what is left."""
+    total = 0.0
     for b in range(len(gradients)):
         _add_scaled(gradients[b], directions[b], -_dot(gradients[b], directions[b]))
+        total += _dot(gradients[b], gradients[b])
+    return total
 
 
 @_compile

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saeens_models.kernels.cpu import Weights, blocks_of_tokens, decoder_bias_gradient, gradients_of
+from saeens_models.kernels.cpu import Weights, blocks_of_tokens, gradients_of
 from saeens_models.kernels.team import Team
 
 _RANGE_FEATURES = 256, 2048
@@ -92,7 +92,9 @@ def gated_gradients(
             gradients.W_dec[features].addcmul_(weights.W_dec[features], of_norms[features, None])
 
     team.run(backward, -(-d_sae // size))
-    decoder_bias_gradient(gradients, weights, error, float(scale), apply_b_dec_to_input)
+    torch.sum(error, dim=0, out=gradients.b_dec).mul_(float(scale))
+    if apply_b_dec_to_input:
+        gradients.b_dec.addmv_(weights.W_enc.t(), gradients.b_enc, alpha=-1)
     fire_counts = torch.from_numpy(fires.sum(axis=0))
     sparsity = l1_coefficient / n * float(sums.sum(axis=0) @ norms.numpy()) + l0_coefficient / n * int(fire_counts.sum())
     return GatedLoss(

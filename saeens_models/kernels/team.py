@@ -107,6 +107,14 @@ class Team:
             view = kept[name] = held[:n].view(shape)
         return view
 
+    def kept(self, name: str, make: Callable[..., T], *shape: int) -> T:
+        """``make(self, name, *shape)``: several pieces of :meth:`scratch`. Made again only if the calling thread asks for another shape."""
+        kept: dict[str, tuple[tuple[int, ...], T]] = self._memory.__dict__.setdefault("kept", {})
+        last = kept.get(name)
+        if last is None or last[0] != shape:
+            last = kept[name] = (shape, make(self, name, *shape))
+        return last[1]
+
 
 def cpu_team(device: torch.device | str) -> AbstractContextManager[Team | None]:
     """A team for work on this device; None where compiled kernels do not help: on accelerators, and without numba."""
