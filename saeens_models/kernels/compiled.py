@@ -11,7 +11,10 @@ from typing import Any
 import numba
 import numpy as np
 
-_compile: Any = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz", "arcp"})
+_settings: Any = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"contract", "reassoc", "nsz", "arcp"}}
+_compile_with_memory: Any = numba.njit(**_settings)
+_compile: Any = numba.njit(**_settings, _nrt=False)
+"""Of functions that allocate nothing. No references are counted in them: counting those to rows took as long as computing with them."""
 
 _ROUNDING = np.float32(2**-8)
 """Relative error of a number that is rounded to bfloat16."""
@@ -196,21 +199,25 @@ def _four_dots(x, a, b, c, d):
     return by_a, by_b, by_c, by_d
 
 
-@_compile
-def _largest_magnitude(row):
+@_compile_with_memory
+def _largest_magnitude(bits):
     """Of floats without their sign bits, whose bits as integers have the same order: a maximum that is found in vectors."""
-    bits = row.view(np.int32)
     largest = np.zeros(1, np.int32)
     for i in range(len(bits)):
         largest[0] = max(largest[0], bits[i] & np.int32(0x7FFFFFFF))
     return largest.view(np.float32)[0]
 
 
-@_compile
+@_compile_with_memory
 def select_topk(pre, bias, k, indices, values):
     """Add the bias `[m]` to each row of pre `[n, m]`, in place, and select its k largest entries: indices, values `[n, k]`."""
+    m = len(bias)
+    _select_topk(pre, bias, k, indices, values, np.empty(m + _STRIDE, np.float32), np.empty(2 * m + 1, np.int32))
+
+
+@_compile
+def _select_topk(pre, bias, k, indices, values, scores, places):
     n, m = pre.shape
-    scores, places = np.empty(m + _STRIDE, np.float32), np.empty(2 * m + 1, np.int32)
     for b in range(n):
         _add(pre[b], bias)
         if k == m:
@@ -262,11 +269,15 @@ def _compute(features, scores, x, W_enc, bias):
         scores[i] += bias[features[i]]
 
 
-@_compile
+@_compile_with_memory
 def largest_norms(W, W_rough):
     """Over the rows of W `[m, d]` the largest norm, and the largest distance from what W_rough, bfloat16 as uint16, has there."""
     bits = np.empty(W.shape[1], np.uint32)
-    rough = bits.view(np.float32)
+    return _largest_norms(W, W_rough, bits, bits.view(np.float32))
+
+
+@_compile
+def _largest_norms(W, W_rough, bits, rough):
     largest_norm = largest_distance = np.float32(0)
     for i in range(len(W)):
         _widen(W_rough[i], bits)
@@ -277,7 +288,7 @@ def largest_norms(W, W_rough):
     return largest_norm, largest_distance
 
 
-@_compile
+@_compile_with_memory
 def select_topk_exactly(rough, bias, x, x_rough, W_enc, norm, rounding, summation, k, indices, values):
     """As `select_topk` for products `[n, m]` of x `[n, d]` and W_enc `[m, d]` in bfloat16, which is given as uint16.
 
@@ -286,11 +297,20 @@ def select_topk_exactly(rough, bias, x, x_rough, W_enc, norm, rounding, summatio
     may be larger than the k-th of these.
     """
     m, d = len(bias), x.shape[1]
-    scores, places = np.empty(m + _STRIDE, np.float32), np.empty(2 * m + 1, np.int32)
-    exact = np.empty(m + _STRIDE, np.float32)
+    scores, exact, places = np.empty(m + _STRIDE, np.float32), np.empty(m + _STRIDE, np.float32), np.empty(2 * m + 1, np.int32)
     row_bits, x_bits = np.empty(m, np.uint32), np.empty(d, np.uint32)
-    row, x_row = row_bits.view(np.float32), x_bits.view(np.float32)
-    largest_bias = _largest_magnitude(bias)
+    rows = row_bits, row_bits.view(np.float32), x_bits, x_bits.view(np.float32)
+    largest_bias = _largest_magnitude(bias.view(np.int32))
+    _select_topk_exactly(
+        rough, bias, x, x_rough, W_enc, norm, rounding, summation, k, indices, values, largest_bias, scores, exact, places, *rows
+    )
+
+
+@_compile
+def _select_topk_exactly(
+    rough, bias, x, x_rough, W_enc, norm, rounding, summation, k, indices, values, largest_bias, scores, exact, places,
+    row_bits, row, x_bits, x_row,
+):  # fmt: skip
     for b in range(len(x)):
         _widen(x_rough[b], x_bits)
         error = _distance(x[b], x_row) * norm + np.sqrt(_dot(x_row, x_row)) * (rounding + summation * norm) + _ROUNDING * largest_bias
@@ -380,19 +400,24 @@ def reconstruct(indices, values, W_dec, b_dec, x, scale, x_hat, error, gradients
     return squares
 
 
-@_compile
+@_compile_with_memory
 def select_and_reconstruct(pre, bias, W_dec, b_dec, x, scale, indices, values, x_hat, error, gradients, counts, error_sum):
     """`select_topk`, and then `reconstruct`."""
     select_topk(pre, bias, indices.shape[1], indices, values)
     return reconstruct(indices, values, W_dec, b_dec, x, scale, x_hat, error, gradients, counts, error_sum)
 
 
-@_compile
+@_compile_with_memory
 def select_and_reconstruct_error(pre, bias, features, W_dec, given, scale, indices, values, error, gradients, counts):
     """As `select_and_reconstruct` for a code of some features, by their numbers, that is to decode to what is missing: the error is
     ``given + z W_dec``. Entries may be negative.
     """
     select_topk(pre, bias, indices.shape[1], indices, values)
+    return _reconstruct_error(features, W_dec, given, scale, indices, values, error, gradients, counts)
+
+
+@_compile
+def _reconstruct_error(features, W_dec, given, scale, indices, values, error, gradients, counts):
     squares = 0.0
     _fill(counts, 0)
     for b in range(len(given)):
