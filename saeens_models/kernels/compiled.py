@@ -537,36 +537,50 @@ def adam(weights, gradients, means, squares, gradient_scale, step_size, beta1, b
 
 @_compile
 def gate(pre, bias, threshold, z, sums, fires):
-    """Add the bias to pre `[n, m]`, in place, and let through to z what exceeds the threshold, all but pre `[m]`.
+    """Add the bias to the pre-activations of some tokens, feature by feature, pre `[m, n]`, in place, and let through to z what exceeds
+    the threshold, all but pre and z `[m]`.
 
-    sums, fires `[m]`: of each feature the sum of z, and on how many tokens it is active.
+    sums, fires: of each feature the sum of z, and on how many tokens it is active.
     """
-    n, m = pre.shape
-    _fill(sums, 0)
-    _fill(fires, 0)
-    for b in range(n):
-        given, row = pre[b], z[b]
-        for i in range(m):
-            given[i] += bias[i]
-            active = given[i] > threshold[i]
+    for feature in range(len(pre)):
+        given, row, of_feature, least = pre[feature], z[feature], bias[feature], threshold[feature]
+        total, n_active = np.float32(0), np.int32(0)
+        for i in range(len(row)):
+            given[i] += of_feature
+            active = given[i] > least
             row[i] = given[i] if active else given[i] * np.float32(0)  # what is not a number stays so
-            sums[i] += row[i]
-            fires[i] += np.int32(active)
+            total += row[i]
+            n_active += np.int32(active)
+        sums[feature], fires[feature] = total, n_active
 
 
 @_compile
-def gate_gradients(pre, threshold, gradients, scale, of_code, half_bandwidth, of_activity, threshold_gradients):
-    """Turn `gradients` of z, without their scale, into those of pre, in place; and add up those of the thresholds `[m]`.
+def gate_gradients(pre, threshold, of_z, scale, of_code, half_bandwidth, of_activity, gradients, sums, threshold_gradients):
+    """Turn the gradients of z, `[m, n]` and without their scale, into those of pre; and add up these, and those of the thresholds `[m]`.
 
     `of_code` `[m]` is what a sparsity term adds to the gradient of z; `of_activity` is its gradient to whether a feature is active.
     """
-    n, m = pre.shape
-    _fill(threshold_gradients, 0)
-    for b in range(n):
-        given, row = pre[b], gradients[b]
-        for i in range(m):
-            over = given[i] - threshold[i]
-            of_z = scale * row[i] + of_code[i]
-            if abs(over) < half_bandwidth:
-                threshold_gradients[i] -= (of_z * threshold[i] + of_activity) / (np.float32(2) * half_bandwidth)
-            row[i] = of_z if over > 0 else np.float32(0)
+    for feature in range(len(pre)):
+        given, row, to, least, more = pre[feature], of_z[feature], gradients[feature], threshold[feature], of_code[feature]
+        total, of_threshold = np.float32(0), np.float32(0)
+        for i in range(len(row)):
+            over = given[i] - least
+            gradient = scale * row[i] + more
+            of_threshold += gradient * least + of_activity if abs(over) < half_bandwidth else np.float32(0)
+            to[i] = gradient if over > 0 else np.float32(0)
+            total += to[i]
+        sums[feature] = total
+        threshold_gradients[feature] = -of_threshold / (np.float32(2) * half_bandwidth) if half_bandwidth > 0 else np.float32(0)
+
+
+@_compile
+def compare(decoded, b_dec, x, x_hat, error):
+    """x_hat `[n, d]`, of what was decoded without b_dec, `[d, n]`, and its error ``x_hat - x``. Returns the sum of the error's squares."""
+    total = 0.0
+    for b in range(len(x)):
+        given, to, off = x[b], x_hat[b], error[b]
+        for i in range(len(b_dec)):
+            to[i] = decoded[i, b] + b_dec[i]
+            off[i] = to[i] - given[i]
+        total += _dot(off, off)
+    return total
