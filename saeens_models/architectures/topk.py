@@ -131,7 +131,7 @@ class TopKSAE(SAE):
 
     @classmethod
     def backpropagate_together(
-        cls, saes: Sequence[SAE], x: Tensor, dead_masks: Sequence[Tensor], sparsity_scale: float = 1.0
+        cls, saes: Sequence[SAE], x: Tensor, dead_masks: Sequence[Tensor | None], sparsity_scale: float = 1.0
     ) -> list[Objective] | None:
         alike = [sae for sae in saes if isinstance(sae, cls) and _shape(sae.config) == _shape(saes[0].config)]
         if len(alike) < len(saes):

@@ -13,7 +13,8 @@ import numpy as np
 
 _settings: Any = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"contract", "reassoc", "nsz", "arcp"}}
 _compile_with_memory: Any = numba.njit(**_settings)
-_compile: Any = numba.njit(**_settings, _nrt=False)
+_without_memory: Any = {**_settings, "_nrt": False}
+_compile: Any = numba.njit(**_without_memory)
 """Of functions that allocate nothing. No references are counted in them: counting those to rows took as long as computing with them."""
 
 _ROUNDING = np.float32(2**-8)
@@ -507,7 +508,10 @@ def squares(rows):
 
 @_compile
 def remove_parallel(gradients, directions):
-    """Remove from each gradient its part along a direction of norm 1, both `[n, d]`, in place. Returns the sum of squares of what is left."""
+    """Remove from each gradient its part along a direction of norm 1, both `[n, d]`, in place.
+
+    Returns the sum of the squares of what is left.
+    """
     total = 0.0
     for b in range(len(gradients)):
         _add_scaled(gradients[b], directions[b], -_dot(gradients[b], directions[b]))

@@ -107,8 +107,8 @@ def topk_gradients(
 
     The loss is ``mean ||x_hat - x||^2 + aux_coefficient * mean ||e_hat - (x - x_hat)||^2``, where ``e_hat`` is decoded from the
     ``k_aux`` largest pre-activations among the features ``dead`` (indices, at least one, or None), as in
-    :class:`~saeens_models.architectures.topk.TopKSAE`. Memory beside the result: a block of pre-activations per thread, and what is
-    said at :func:`memory_of_step`.
+    :class:`~saeens_models.architectures.topk.TopKSAE`. Memory beside the result: a block of pre-activations per thread, and
+    tensors of the size of ``x`` and of the code, `[n, k]` and `[n, k_aux]`: three and eight of them, and as many more with dead features.
     """
     from saeens_models.kernels import compiled
 
@@ -151,7 +151,7 @@ def topk_gradients(
     sums = team.run(forward, len(blocks))
     mse, auxiliary = (sum(parts) / n for parts in zip(*sums, strict=True))
     codes = [(main, scale)] if revived is None else [(main, scale), (revived.entries, revived.scale)]
-    gradients = _gradients(team, codes, blocks, centred_rows, weights, apply_b_dec_to_input)
+    gradients = _gradients(team, codes, blocks, centred_rows, weights, apply_b_dec_to_input=apply_b_dec_to_input)
     gradients.b_dec.add_(torch.from_numpy(error_sums.sum(axis=0)), alpha=float(scale))
     return TopKLoss(
         mse=torch.tensor(mse, dtype=torch.float32),
@@ -262,8 +262,8 @@ def gradients_of(team: Team, weights: Weights) -> Weights:
 
 
 def _gradients_memory(team: Team, name: str, d_sae: int, d_in: int) -> Weights:
-    shapes = Weights((d_sae, d_in), (d_sae,), (d_sae, d_in), (d_in,))  # pyright: ignore
-    return Weights(*(team.scratch(f"{name} of {weight}", *shape) for weight, shape in shapes._asdict().items()))
+    shapes = {"W_enc": (d_sae, d_in), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    return Weights(**{weight: team.scratch(f"{name} of {weight}", *shape) for weight, shape in shapes.items()})
 
 
 def blocks_of_tokens(n_tokens: int) -> list[slice]:
@@ -273,22 +273,25 @@ def blocks_of_tokens(n_tokens: int) -> list[slice]:
     return [slice(start, min(start + size, n_tokens)) for start in range(0, n_tokens, size)]
 
 
-def _entries(team: Team, name: str, n: int, d_in: int, k: int, d_sae: int) -> _Entries:
+def _entries(team: Team, name: str, *shape: int) -> _Entries:
+    n, d_in, k, d_sae = shape
+
+    def part(part: str, *shape: int, dtype: torch.dtype = torch.float32) -> np.ndarray:
+        return team.scratch(f"{part} of {name}", *shape, dtype=dtype).numpy()
+
     n_blocks = len(blocks_of_tokens(n))
-    int32, int64 = torch.int32, torch.int64
-    shapes = _Entries(
-        indices=((n, k), int32),
-        values=((n, k), torch.float32),
-        error=((n, d_in), torch.float32),
-        gradients=((n, k), torch.float32),
-        counts=((n_blocks, d_sae), int32),
-        starts=((d_sae + 1,), int64),
-        ends=((n_blocks, d_sae), int64),
-        tokens=((n * k,), int32),
-        by_feature=((n * k,), torch.float32),
-        gradients_by_feature=((n * k,), torch.float32),
+    return _Entries(
+        indices=part("indices", n, k, dtype=torch.int32),
+        values=part("values", n, k),
+        error=part("error", n, d_in),
+        gradients=part("gradients", n, k),
+        counts=part("counts", n_blocks, d_sae, dtype=torch.int32),
+        starts=part("starts", d_sae + 1, dtype=torch.int64),
+        ends=part("ends", n_blocks, d_sae, dtype=torch.int64),
+        tokens=part("tokens", n * k, dtype=torch.int32),
+        by_feature=part("values by feature", n * k),
+        gradients_by_feature=part("gradients by feature", n * k),
     )
-    return _Entries(*(team.scratch(f"{part} of {name}", *shape, dtype=dtype).numpy() for part, (shape, dtype) in shapes._asdict().items()))
 
 
 def _sums(team: Team, name: str, n: int, d_in: int) -> tuple[Tensor, np.ndarray]:
@@ -303,6 +306,7 @@ def _gradients(
     blocks: Sequence[slice],
     x: np.ndarray,
     weights: Weights,
+    *,
     apply_b_dec_to_input: bool,
 ) -> Weights:
     """The gradients of the weights: of each feature, the sum over its entries in all codes. Of b_dec's only the part by the input."""
@@ -313,7 +317,7 @@ def _gradients(
     W = weights.W_enc.numpy()
     for entries, _ in codes:
         _sort_by_feature(team, entries, blocks)
-    ranges = _ranges(sum(entries.starts for entries, _ in codes), x.shape[1])
+    ranges = _ranges(np.sum([entries.starts for entries, _ in codes], axis=0), x.shape[1])
     of_mean = np.zeros((len(ranges), x.shape[1] if apply_b_dec_to_input else 0), np.float32)
 
     def backward(i: int) -> None:

@@ -79,7 +79,7 @@ def gated_gradients(
         pre = linear(weights.W_enc, centred[rows]).numpy()
         compiled.gate(pre, weights.b_enc.numpy(), threshold.numpy(), z[i].numpy(), sums[i], fires[i])
         decoded = linear(directions, z[i].t()).numpy()
-        squares = compiled.compare(decoded, weights.b_dec.numpy(), x[rows].numpy(), x_hat[rows].numpy(), error[rows].numpy())
+        squares: float = compiled.compare(decoded, weights.b_dec.numpy(), x[rows].numpy(), x_hat[rows].numpy(), error[rows].numpy())
         of_z = linear(weights.W_dec, error[rows]).numpy()
         settings = scale, of_code, half_bandwidth, of_activity
         compiled.gate_gradients(pre, threshold.numpy(), of_z, *settings, of_pre[i].numpy(), of_b_enc[i], of_threshold[i])
