@@ -259,3 +259,25 @@ def test_only_the_cpu_has_a_team():
         assert team is None
     with cpu_team("cpu") as team:
         assert isinstance(team, Team)
+
+
+def _largest_step_memory(architecture: str, *, n: int, d_in: int, d_sae: int, k: int, n_threads: int) -> int:
+    """Bytes beyond weights and optimiser: gradients, W_enc in bfloat16, what is kept of tokens, counts, blocks of pre-activations."""
+    gradients = 2 * d_sae * (d_in + 1) + 2 * d_in
+    blocks = n_threads * 3 * 256 * d_sae
+    if architecture == "topk":
+        of_tokens = n * (4 * d_in + 2 * 8 * max(k, d_in // 2))
+        return 4 * (gradients + d_sae * d_in // 2 + of_tokens + 12 * d_sae * (n // 256 + 2) + blocks)
+    return 4 * (gradients + d_sae * d_in + n * (2 * d_sae + 3 * d_in) + 5 * d_sae * (n // 256 + 2) + blocks)
+
+
+@pytest.mark.parametrize("architecture", ["topk", "standard", "jumprelu"])
+def test_the_memory_of_a_step_is_bounded_by_its_sizes(architecture):
+    sizes = {"n": 600, "d_in": 24, "d_sae": 900, "k": 5}
+    own = {"k": sizes["k"]} if architecture == "topk" else {}
+    sae = build_sae(sm.SAEConfig(architecture=architecture, d_in=sizes["d_in"], d_sae=sizes["d_sae"], **own))
+    with Team() as team:
+        sae.backpropagate(torch.randn(sizes["n"], sizes["d_in"]), torch.arange(sizes["d_sae"]) % 2 == 0, team=team)
+        kept = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in vars(team._memory).values() if torch.is_tensor(t)}
+    assert 0 < sum(kept.values()) < _largest_step_memory(architecture, **sizes, n_threads=1)
+    assert _largest_step_memory(architecture, n=4096, d_in=768, d_sae=16128, k=64, n_threads=2) < 1.5e9
