@@ -18,6 +18,8 @@ from torch import Tensor
 from saeens_models.kernels.products import linear
 from saeens_models.kernels.team import Team
 
+SPARSE_BELOW = 0.35
+"""Below which k / d_sae the compiled step is faster than autograd's dense one. Measured, with d_sae 768 and 4096."""
 _BLOCK_TOKENS = 64, 256
 """Fewest and most tokens of a block: a product of fewer rows is slow, and the pre-activations of more leave the cache."""
 _RANGE_PRODUCTS, _MOST_RANGES = 2**19, 64

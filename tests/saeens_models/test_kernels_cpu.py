@@ -13,7 +13,7 @@ from torch import Tensor
 
 import saeens_models as sm
 from saeens_models.architectures import build_sae
-from saeens_models.kernels import Team, compiled, cpu_team
+from saeens_models.kernels import Team, compiled, cpu_team, products
 from saeens_models.kernels.cpu import Weights, topk_gradients, topk_reconstruct
 from saeens_models.training import load_kernels
 from saeens_models.training.adam import Adam
@@ -43,6 +43,35 @@ def test_the_k_largest_entries_are_selected_each_once(case):
     assert np.array_equal(np.sort(values)[:, ::-1], np.sort(pre)[:, ::-1][:, :k])
     assert np.array_equal(np.take_along_axis(pre, indices, 1), values)
     assert all(len(set(row)) == k for row in indices.tolist())
+
+
+@pytest.mark.parametrize(("m", "k"), [(300, 1), (600, 1), (1500, 3), (5003, 9), (5003, 5000), (64, 64)])
+def test_the_k_largest_of_long_rows_are_selected(m, k):
+    pre = np.random.default_rng(m).standard_normal((20, m)).astype(np.float32)
+    pre[10:] = np.round(pre[10:])  # many equal ones
+    indices, values = _select(pre.copy(), k)
+    assert np.array_equal(np.sort(values), np.sort(pre)[:, m - k :])
+    assert np.array_equal(np.take_along_axis(pre, indices, 1), values)
+    assert all(len(set(row)) == k for row in indices.tolist())
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_products_of_either_library_are_products(transposed):
+    x, W = torch.randn(37, 50, generator=torch.Generator().manual_seed(0)), torch.randn(70, 50, generator=torch.Generator().manual_seed(1))
+    factor = W.t().contiguous().t() if transposed else W
+    for product in (products.linear, products._by_mm):
+        torch.testing.assert_close(product(x, factor).double(), x.double() @ W.double().t(), rtol=1e-5, atol=1e-5)
+
+
+def test_where_torch_has_lost_the_product_of_onednn_it_is_mkls(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True, "cpu_name": "AMD EPYC"})
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+
+    def gone(*_):
+        raise AttributeError("_linear_pointwise")
+
+    monkeypatch.setattr(products, "_by_onednn", gone)
+    assert products._linear.__wrapped__() is products._by_mm
 
 
 def test_the_bias_is_added_before_selecting():
