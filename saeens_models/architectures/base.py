@@ -181,7 +181,7 @@ class SAE(nn.Module, ABC):
 
     @classmethod
     def backpropagate_together(
-        cls, saes: Sequence[SAE], x: Tensor, dead_masks: Sequence[Tensor], sparsity_scale: float = 1.0
+        cls, saes: Sequence[SAE], x: Tensor, dead_masks: Sequence[Tensor | None], sparsity_scale: float = 1.0
     ) -> list[Objective] | None:
         """:meth:`backpropagate` of several SAEs, the first one of this class, in fewer launches; None, and nothing done, where it cannot.
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from saeens_models.architectures.base import SAE, Objective, SAEConfig, SparseReconstruction
 from saeens_models.architectures.registry import register
 from saeens_models.kernels import Team, TopKReconstruction, cpu_team, select_topk, topk_reconstruction
-from saeens_models.kernels.cpu import topk_gradients, topk_reconstruct
+from saeens_models.kernels.cpu import SPARSE_BELOW, topk_gradients, topk_reconstruct
 from saeens_models.kernels.cuda import topk_reconstructions
-from saeens_models.kernels.reference import SPARSE_BELOW, marked_features
+from saeens_models.kernels.reference import marked_features
 from saeens_models.sparse_code import SparseCode
 
 
@@ -108,7 +108,7 @@ class TopKSAE(SAE):
 
     def backpropagate(self, x: Tensor, dead_mask: Tensor | None = None, sparsity_scale: float = 1.0, team: Team | None = None) -> Objective:
         config = self.config
-        if team is None or config.k > SPARSE_BELOW["cpu"] * config.d_sae:
+        if team is None or config.k > SPARSE_BELOW * config.d_sae:
             return super().backpropagate(x, dead_mask, sparsity_scale, team)
         dead = marked_features(dead_mask if config.aux_loss_coefficient > 0 else None)
         result = topk_gradients(
@@ -131,7 +131,7 @@ class TopKSAE(SAE):
 
     @classmethod
     def backpropagate_together(
-        cls, saes: Sequence[SAE], x: Tensor, dead_masks: Sequence[Tensor], sparsity_scale: float = 1.0
+        cls, saes: Sequence[SAE], x: Tensor, dead_masks: Sequence[Tensor | None], sparsity_scale: float = 1.0
     ) -> list[Objective] | None:
         alike = [sae for sae in saes if isinstance(sae, cls) and _shape(sae.config) == _shape(saes[0].config)]
         if len(alike) < len(saes):

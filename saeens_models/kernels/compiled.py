@@ -11,12 +11,18 @@ from typing import Any
 import numba
 import numpy as np
 
-_compile: Any = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz", "arcp"})
+_settings: Any = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"contract", "reassoc", "nsz", "arcp"}}
+_compile_with_memory: Any = numba.njit(**_settings)
+_without_memory: Any = {**_settings, "_nrt": False}
+_compile: Any = numba.njit(**_without_memory)
+"""Of functions that allocate nothing. No references are counted in them: counting those to rows took as long as computing with them."""
 
 _ROUNDING = np.float32(2**-8)
 """Relative error of a number that is rounded to bfloat16."""
 _PARTS = 8
-"""A row is cut into so many parts for its selection, and a group takes one entry of each."""
+"""A row is cut into at least so many parts for its selection, and a group takes one entry of each."""
+_MOST_PARTS, _GROUPS_PER_SELECTED = 32, 16
+"""More parts leave fewer groups to choose from, and more entries in each that is chosen: how many, and how many groups have to remain."""
 _STRIDE = 64
 """Numbers that a vectorised loop takes at a time; what is left over it takes one by one."""
 
@@ -103,7 +109,10 @@ def _candidates(row, k, error, rounding, scores, places):
     The k largest lie in the groups whose maxima reach what k of the maxima reach: few are left to choose from. The entries themselves
     are written into `scores`.
     """
-    n_groups = len(row) // _PARTS
+    parts = _PARTS
+    while parts < _MOST_PARTS and len(row) >= 2 * parts * _GROUPS_PER_SELECTED * k:
+        parts *= 2
+    n_groups = len(row) // parts
     n = 0
     if n_groups <= 2 * k:
         _copy(scores[: len(row)], row)
@@ -111,7 +120,7 @@ def _candidates(row, k, error, rounding, scores, places):
         candidates = places
         n = _reaching(row, threshold - np.float32(2) * _slack(threshold, error, rounding), candidates)
     else:
-        grouped = _PARTS * n_groups
+        grouped = parts * n_groups
         maxima = scores[:n_groups]
         _copy(maxima, row)
         for start in range(n_groups, grouped, n_groups):
@@ -191,23 +200,32 @@ def _four_dots(x, a, b, c, d):
     return by_a, by_b, by_c, by_d
 
 
-@_compile
-def _largest_magnitude(row):
+@_compile_with_memory
+def _largest_magnitude(bits):
     """Of floats without their sign bits, whose bits as integers have the same order: a maximum that is found in vectors."""
-    bits = row.view(np.int32)
     largest = np.zeros(1, np.int32)
     for i in range(len(bits)):
         largest[0] = max(largest[0], bits[i] & np.int32(0x7FFFFFFF))
     return largest.view(np.float32)[0]
 
 
-@_compile
+@_compile_with_memory
 def select_topk(pre, bias, k, indices, values):
     """Add the bias `[m]` to each row of pre `[n, m]`, in place, and select its k largest entries: indices, values `[n, k]`."""
+    m = len(bias)
+    _select_topk(pre, bias, k, indices, values, np.empty(m + _STRIDE, np.float32), np.empty(2 * m + 1, np.int32))
+
+
+@_compile
+def _select_topk(pre, bias, k, indices, values, scores, places):
     n, m = pre.shape
-    scores, places = np.empty(m + _STRIDE, np.float32), np.empty(2 * m + 1, np.int32)
     for b in range(n):
         _add(pre[b], bias)
+        if k == m:
+            for i in range(m):
+                indices[b, i] = i
+                values[b, i] = pre[b, i]
+            continue
         candidates, _ = _candidates(pre[b], k, np.float32(0), np.float32(0), scores, places)
         _select(candidates, scores, k, indices[b], values[b])
 
@@ -252,11 +270,15 @@ def _compute(features, scores, x, W_enc, bias):
         scores[i] += bias[features[i]]
 
 
-@_compile
+@_compile_with_memory
 def largest_norms(W, W_rough):
     """Over the rows of W `[m, d]` the largest norm, and the largest distance from what W_rough, bfloat16 as uint16, has there."""
     bits = np.empty(W.shape[1], np.uint32)
-    rough = bits.view(np.float32)
+    return _largest_norms(W, W_rough, bits, bits.view(np.float32))
+
+
+@_compile
+def _largest_norms(W, W_rough, bits, rough):
     largest_norm = largest_distance = np.float32(0)
     for i in range(len(W)):
         _widen(W_rough[i], bits)
@@ -267,7 +289,7 @@ def largest_norms(W, W_rough):
     return largest_norm, largest_distance
 
 
-@_compile
+@_compile_with_memory
 def select_topk_exactly(rough, bias, x, x_rough, W_enc, norm, rounding, summation, k, indices, values):
     """As `select_topk` for products `[n, m]` of x `[n, d]` and W_enc `[m, d]` in bfloat16, which is given as uint16.
 
@@ -276,11 +298,20 @@ def select_topk_exactly(rough, bias, x, x_rough, W_enc, norm, rounding, summatio
     may be larger than the k-th of these.
     """
     m, d = len(bias), x.shape[1]
-    scores, places = np.empty(m + _STRIDE, np.float32), np.empty(2 * m + 1, np.int32)
-    exact = np.empty(m + _STRIDE, np.float32)
+    scores, exact, places = np.empty(m + _STRIDE, np.float32), np.empty(m + _STRIDE, np.float32), np.empty(2 * m + 1, np.int32)
     row_bits, x_bits = np.empty(m, np.uint32), np.empty(d, np.uint32)
-    row, x_row = row_bits.view(np.float32), x_bits.view(np.float32)
-    largest_bias = _largest_magnitude(bias)
+    rows = row_bits, row_bits.view(np.float32), x_bits, x_bits.view(np.float32)
+    largest_bias = _largest_magnitude(bias.view(np.int32))
+    _select_topk_exactly(
+        rough, bias, x, x_rough, W_enc, norm, rounding, summation, k, indices, values, largest_bias, scores, exact, places, *rows
+    )
+
+
+@_compile
+def _select_topk_exactly(
+    rough, bias, x, x_rough, W_enc, norm, rounding, summation, k, indices, values, largest_bias, scores, exact, places,
+    row_bits, row, x_bits, x_row,
+):  # fmt: skip
     for b in range(len(x)):
         _widen(x_rough[b], x_bits)
         error = _distance(x[b], x_row) * norm + np.sqrt(_dot(x_row, x_row)) * (rounding + summation * norm) + _ROUNDING * largest_bias
@@ -340,31 +371,60 @@ def _gradients_of_row(error, indices, W_dec, scale, gradients, counts):
 
 
 @_compile
-def reconstruct(indices, values, W_dec, b_dec, x, scale, x_hat, error, gradients, counts):
-    """Decode the code z that is given by its entries `[n, k]`: x_hat and error ``x_hat - x`` `[n, d]`, the gradients
-    ``scale * error . W_dec[index]`` of z, and on how many tokens each feature is active, counts `[m]`. Returns the sum of the
-    error's squares.
+def subtract(rows, row, differences):
+    """A row `[d]` from each of some rows `[n, d]`."""
+    for b in range(len(rows)):
+        given, to = rows[b], differences[b]
+        for i in range(len(row)):
+            to[i] = given[i] - row[i]
+
+
+@_compile
+def reconstruct(indices, values, W_dec, b_dec, x, scale, x_hat, error, gradients, counts, error_sum):
+    """Take what is not positive out of the code z that is given by its entries `[n, k]`, and decode it: x_hat and error ``x_hat - x``
+    `[n, d]`, the error's sum over tokens, the gradients ``scale * error . W_dec[index]`` of z, and on how many tokens each feature is
+    active, counts `[m]`. Returns the sum of the error's squares.
     """
     squares = 0.0
+    relu(values, indices)
     _fill(counts, 0)
+    _fill(error_sum, 0)
     for b in range(len(x)):
         decoded, row = x_hat[b], error[b]
         _copy(decoded, b_dec)
         _decode_row(decoded, indices[b], values[b], W_dec)
         for i in range(len(row)):
             row[i] = decoded[i] - x[b, i]
+        _add(error_sum, row)
         squares += _dot(row, row)
         _gradients_of_row(row, indices[b], W_dec, scale, gradients[b], counts)
     return squares
 
 
+@_compile_with_memory
+def select_and_reconstruct(pre, bias, W_dec, b_dec, x, scale, indices, values, x_hat, error, gradients, counts, error_sum):
+    """`select_topk`, and then `reconstruct`."""
+    select_topk(pre, bias, indices.shape[1], indices, values)
+    return reconstruct(indices, values, W_dec, b_dec, x, scale, x_hat, error, gradients, counts, error_sum)
+
+
+@_compile_with_memory
+def select_and_reconstruct_error(pre, bias, features, W_dec, given, scale, indices, values, error, gradients, counts):
+    """As `select_and_reconstruct` for a code of some features, by their numbers, that is to decode to what is missing: the error is
+    ``given + z W_dec``. Entries may be negative.
+    """
+    select_topk(pre, bias, indices.shape[1], indices, values)
+    return _reconstruct_error(features, W_dec, given, scale, indices, values, error, gradients, counts)
+
+
 @_compile
-def reconstruct_error(indices, values, W_dec, given, scale, error, gradients, counts):
-    """As `reconstruct` for a code that is to decode to what is missing: the error is ``given + z W_dec``."""
+def _reconstruct_error(features, W_dec, given, scale, indices, values, error, gradients, counts):
     squares = 0.0
     _fill(counts, 0)
     for b in range(len(given)):
         row = error[b]
+        for i in range(indices.shape[1]):
+            indices[b, i] = features[indices[b, i]]
         _copy(row, given[b])
         _decode_row(row, indices[b], values[b], W_dec)
         squares += _dot(row, row)
@@ -403,10 +463,11 @@ def sort_by_feature(indices, values, value_gradients, first_token, ends, tokens,
 
 
 @_compile
-def weight_gradients(starts, tokens, values, value_gradients, x, gradient, scale, first, last, add, W_enc, b_enc, W_dec):
-    """The gradients of features first to last, from their entries: sums of `value_gradient * x` and `scale * value * gradient`.
+def weight_gradients(starts, tokens, values, value_gradients, x, error, scale, first, last, add, W, W_enc, b_enc, W_dec, of_mean):
+    """The gradients of features first to last, from their entries: sums of `value_gradient * x` and `scale * value * error`.
 
-    `add`: to what is there already.
+    `add`: to what is there already. To of_mean `[d]` the gradient is added of what was subtracted from all x before they were encoded
+    by W `[m, d]`, if it is not empty.
     """
     for feature in range(first, last):
         encoder, decoder = W_enc[feature], W_dec[feature]
@@ -415,21 +476,25 @@ def weight_gradients(starts, tokens, values, value_gradients, x, gradient, scale
             _fill(decoder, 0)
             b_enc[feature] = 0
         place, end = starts[feature], starts[feature + 1]
+        if place == end:
+            continue
+        total = np.float32(0)
         while place + 4 <= end:
             p, q, r, s = tokens[place], tokens[place + 1], tokens[place + 2], tokens[place + 3]
             g, v = value_gradients[place : place + 4], values[place : place + 4]
-            b_enc[feature] += g[0] + g[1] + g[2] + g[3]
+            total += g[0] + g[1] + g[2] + g[3]
             _add_four_scaled(encoder, x[p], x[q], x[r], x[s], g[0], g[1], g[2], g[3])
-            _add_four_scaled(
-                decoder, gradient[p], gradient[q], gradient[r], gradient[s], scale * v[0], scale * v[1], scale * v[2], scale * v[3]
-            )
+            _add_four_scaled(decoder, error[p], error[q], error[r], error[s], scale * v[0], scale * v[1], scale * v[2], scale * v[3])
             place += 4
         while place < end:
             token = tokens[place]
-            b_enc[feature] += value_gradients[place]
+            total += value_gradients[place]
             _add_scaled(encoder, x[token], value_gradients[place])
-            _add_scaled(decoder, gradient[token], scale * values[place])
+            _add_scaled(decoder, error[token], scale * values[place])
             place += 1
+        b_enc[feature] += total
+        if len(of_mean) > 0:
+            _add_scaled(of_mean, W[feature], -total)
 
 
 @_compile
@@ -443,9 +508,15 @@ def squares(rows):
 
 @_compile
 def remove_parallel(gradients, directions):
-    """Remove from each gradient its part along a direction of norm 1, both `[n, d]`, in place."""
+    """Remove from each gradient its part along a direction of norm 1, both `[n, d]`, in place.
+
+    Returns the sum of the squares of what is left.
+    """
+    total = 0.0
     for b in range(len(gradients)):
         _add_scaled(gradients[b], directions[b], -_dot(gradients[b], directions[b]))
+        total += _dot(gradients[b], gradients[b])
+    return total
 
 
 @_compile
@@ -470,36 +541,50 @@ def adam(weights, gradients, means, squares, gradient_scale, step_size, beta1, b
 
 @_compile
 def gate(pre, bias, threshold, z, sums, fires):
-    """Add the bias to pre `[n, m]`, in place, and let through to z what exceeds the threshold, all but pre `[m]`.
+    """Add the bias to the pre-activations of some tokens, feature by feature, pre `[m, n]`, in place, and let through to z what exceeds
+    the threshold, all but pre and z `[m]`.
 
-    sums, fires `[m]`: of each feature the sum of z, and on how many tokens it is active.
+    sums, fires: of each feature the sum of z, and on how many tokens it is active.
     """
-    n, m = pre.shape
-    _fill(sums, 0)
-    _fill(fires, 0)
-    for b in range(n):
-        given, row = pre[b], z[b]
-        for i in range(m):
-            given[i] += bias[i]
-            active = given[i] > threshold[i]
+    for feature in range(len(pre)):
+        given, row, of_feature, least = pre[feature], z[feature], bias[feature], threshold[feature]
+        total, n_active = np.float32(0), np.int32(0)
+        for i in range(len(row)):
+            given[i] += of_feature
+            active = given[i] > least
             row[i] = given[i] if active else given[i] * np.float32(0)  # what is not a number stays so
-            sums[i] += row[i]
-            fires[i] += np.int32(active)
+            total += row[i]
+            n_active += np.int32(active)
+        sums[feature], fires[feature] = total, n_active
 
 
 @_compile
-def gate_gradients(pre, threshold, gradients, scale, of_code, half_bandwidth, of_activity, threshold_gradients):
-    """Turn `gradients` of z, without their scale, into those of pre, in place; and add up those of the thresholds `[m]`.
+def gate_gradients(pre, threshold, of_z, scale, of_code, half_bandwidth, of_activity, gradients, sums, threshold_gradients):
+    """Turn the gradients of z, `[m, n]` and without their scale, into those of pre; and add up these, and those of the thresholds `[m]`.
 
     `of_code` `[m]` is what a sparsity term adds to the gradient of z; `of_activity` is its gradient to whether a feature is active.
     """
-    n, m = pre.shape
-    _fill(threshold_gradients, 0)
-    for b in range(n):
-        given, row = pre[b], gradients[b]
-        for i in range(m):
-            over = given[i] - threshold[i]
-            of_z = scale * row[i] + of_code[i]
-            if abs(over) < half_bandwidth:
-                threshold_gradients[i] -= (of_z * threshold[i] + of_activity) / (np.float32(2) * half_bandwidth)
-            row[i] = of_z if over > 0 else np.float32(0)
+    for feature in range(len(pre)):
+        given, row, to, least, more = pre[feature], of_z[feature], gradients[feature], threshold[feature], of_code[feature]
+        total, of_threshold = np.float32(0), np.float32(0)
+        for i in range(len(row)):
+            over = given[i] - least
+            gradient = scale * row[i] + more
+            of_threshold += gradient * least + of_activity if abs(over) < half_bandwidth else np.float32(0)
+            to[i] = gradient if over > 0 else np.float32(0)
+            total += to[i]
+        sums[feature] = total
+        threshold_gradients[feature] = -of_threshold / (np.float32(2) * half_bandwidth) if half_bandwidth > 0 else np.float32(0)
+
+
+@_compile
+def compare(decoded, b_dec, x, x_hat, error):
+    """x_hat `[n, d]`, of what was decoded without b_dec, `[d, n]`, and its error ``x_hat - x``. Returns the sum of the error's squares."""
+    total = 0.0
+    for b in range(len(x)):
+        given, to, off = x[b], x_hat[b], error[b]
+        for i in range(len(b_dec)):
+            to[i] = decoded[i, b] + b_dec[i]
+            off[i] = to[i] - given[i]
+        total += _dot(off, off)
+    return total

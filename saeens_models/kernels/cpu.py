@@ -15,8 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saeens_models.kernels.products import linear
 from saeens_models.kernels.team import Team
 
+SPARSE_BELOW = 0.35
+"""Below which k / d_sae the compiled step is faster than autograd's dense one. Measured, with d_sae 768 and 4096."""
 _BLOCK_TOKENS = 64, 256
 """Fewest and most tokens of a block: a product of fewer rows is slow, and the pre-activations of more leave the cache."""
 _RANGE_PRODUCTS, _MOST_RANGES = 2**19, 64
@@ -24,8 +27,8 @@ _RANGE_PRODUCTS, _MOST_RANGES = 2**19, 64
 _ROUNDED_FEATURES = 512
 """How many features' weights are rounded to bfloat16 at a time."""
 _ROUGH_PRODUCTS = 2**26
-"""From how many multiplications of an encoder on bfloat16 is worth the second look. Measured: the whole step is 1.05 times faster there,
-1.2 to 1.6 times from eight times as many on."""
+"""From how many multiplications of an encoder on bfloat16 is worth the second look. Measured on Zen 5: the whole step is 1.15 times faster
+there."""
 
 
 class Weights(NamedTuple):
@@ -67,23 +70,28 @@ class TopKCode(NamedTuple):
 
 
 class _Entries(NamedTuple):
-    """The entries of a sparse code `[n, k]`, and what the loss says of them."""
+    """Memory for the entries of a sparse code `[n, k]`, and for what the loss says of them."""
 
     indices: np.ndarray  # int32
     values: np.ndarray
-    error: np.ndarray  # [n, d_in]: the gradient of what the code decodes to, but for scale
+    error: np.ndarray  # [n, d_in]: the gradient of what the code decodes to, but for its scale
     gradients: np.ndarray
     counts: np.ndarray  # int32 [n_blocks, d_sae]: active tokens
-    scale: np.float32
+    starts: np.ndarray  # int64 [d_sae + 1]: where the entries of each feature begin, below
+    ends: np.ndarray  # int64 [n_blocks, d_sae]: those of a block of tokens among them
+    tokens: np.ndarray  # int32 [n * k]: the entries feature by feature, in the order of the tokens
+    by_feature: np.ndarray
+    gradients_by_feature: np.ndarray
 
 
 class _Revived(NamedTuple):
     """The dead features that the auxiliary loss may revive."""
 
     entries: _Entries
+    scale: np.float32
     features: np.ndarray  # int32 [n_dead]
     W_enc: Tensor  # [n_dead, d_in]
-    b_enc: Tensor  # [n_dead]
+    b_enc: np.ndarray  # [n_dead]
 
 
 def topk_gradients(
@@ -101,48 +109,52 @@ def topk_gradients(
 
     The loss is ``mean ||x_hat - x||^2 + aux_coefficient * mean ||e_hat - (x - x_hat)||^2``, where ``e_hat`` is decoded from the
     ``k_aux`` largest pre-activations among the features ``dead`` (indices, at least one, or None), as in
-    :class:`~saeens_models.architectures.topk.TopKSAE`. Memory beside the result: a block of pre-activations per thread, and four
-    tensors of the size of ``x`` or of the code.
+    :class:`~saeens_models.architectures.topk.TopKSAE`. Memory beside the result: a block of pre-activations per thread, and
+    tensors of the size of ``x`` and of the code, `[n, k]` and `[n, k_aux]`: three and eight of them, and as many more with dead features.
     """
     from saeens_models.kernels import compiled
 
     n, d_in = x.shape
+    d_sae = len(weights.b_enc)
     blocks = blocks_of_tokens(n)
-    centred = team.scratch("centred", n, d_in) if apply_b_dec_to_input else x
-    main = _entries(team, "main", x, k=k, d_sae=len(weights.b_enc), n_blocks=len(blocks), scale=2 / n)
+    main = team.kept("entries", _entries, n, d_in, k, d_sae)
+    scale = np.float32(2 / n)
+    x_hat = torch.empty_like(x)
+    x_rows, x_hat_rows, W_dec, b_enc, b_dec = (each.numpy() for each in (x, x_hat, weights.W_dec, weights.b_enc, weights.b_dec))
+    centred, error_sums = team.kept("sums", _sums, n, d_in)
+    if not apply_b_dec_to_input:
+        centred = x
+    centred_rows = centred.numpy()
     revived = None
     if dead is not None:
-        k_aux, scale = min(k_aux, len(dead)), 2 / n * aux_coefficient
-        entries = _entries(team, "revived", x, k=k_aux, d_sae=len(weights.b_enc), n_blocks=len(blocks), scale=scale)
-        revived = _Revived(entries, dead.to(torch.int32).numpy(), weights.W_enc[dead], weights.b_enc[dead])
-    W_dec, b_dec = weights.W_dec.numpy(), weights.b_dec.numpy()
-    x_hat = torch.empty_like(x)
-    x_rows, x_hat_rows = x.numpy(), x_hat.numpy()
+        k_aux = min(k_aux, len(dead))
+        entries = team.kept("entries of dead features", _entries, n, d_in, k_aux, d_sae)
+        features = dead.to(torch.int32).numpy()
+        revived = _Revived(entries, np.float32(aux_coefficient * 2 / n), features, weights.W_enc[dead], b_enc[features])
     encoder = Encoder(team, weights, rough=_bfloat16_pays(n, weights))
 
     def forward(i: int) -> tuple[float, float]:
         rows = blocks[i]
-        indices, values, error, gradients = (each[rows] for each in main[:4])
         if apply_b_dec_to_input:
-            torch.sub(x[rows], weights.b_dec, out=centred[rows])
-        encoder.encode(centred[rows], indices, values)
-        squares = compiled.reconstruct(
-            indices, values, W_dec, b_dec, x_rows[rows], main.scale, x_hat_rows[rows], error, gradients, main.counts[i]
-        )
+            compiled.subtract(x_rows[rows], b_dec, centred_rows[rows])
+        indices, values, error, gradients = (each[rows] for each in main[:4])
+        code = indices, values, x_hat_rows[rows], error, gradients, main.counts[i], error_sums[i]
+        squares = encoder.encode_and_reconstruct(centred[rows], W_dec, b_dec, x_rows[rows], scale, *code)
         if revived is None:
             return squares, 0.0
-        indices, values, error_of_dead, gradients = (each[rows] for each in revived.entries[:4])
+        code = (*(each[rows] for each in revived.entries[:4]), revived.entries.counts[i])
+        indices, values, error_of_dead, gradients, counts = code
         pre = torch.mm(centred[rows], revived.W_enc.t()).numpy()
-        compiled.select_topk(pre, revived.b_enc.numpy(), indices.shape[1], indices, values)
-        indices[:] = revived.features[indices]
-        squares_of_dead = compiled.reconstruct_error(
-            indices, values, W_dec, error, revived.entries.scale, error_of_dead, gradients, revived.entries.counts[i]
+        squares_of_dead = compiled.select_and_reconstruct_error(
+            pre, revived.b_enc, revived.features, W_dec, error, revived.scale, indices, values, error_of_dead, gradients, counts
         )
         return squares, squares_of_dead
 
-    mse, auxiliary = np.array(team.run(forward, len(blocks))).sum(axis=0) / n
-    gradients = _gradients(team, [main] if revived is None else [main, revived.entries], blocks, centred.numpy(), weights)
-    decoder_bias_gradient(gradients, weights, torch.from_numpy(main.error), float(main.scale), apply_b_dec_to_input)
+    sums = team.run(forward, len(blocks))
+    mse, auxiliary = (sum(parts) / n for parts in zip(*sums, strict=True))
+    codes = [(main, scale)] if revived is None else [(main, scale), (revived.entries, revived.scale)]
+    gradients = _gradients(team, codes, blocks, centred_rows, weights, apply_b_dec_to_input=apply_b_dec_to_input)
+    gradients.b_dec.add_(torch.from_numpy(error_sums.sum(axis=0)), alpha=float(scale))
     return TopKLoss(
         mse=torch.tensor(mse, dtype=torch.float32),
         auxiliary=torch.tensor(aux_coefficient * auxiliary, dtype=torch.float32),
@@ -177,6 +189,7 @@ class Encoder:
 
     def __init__(self, team: Team, weights: Weights, rough: bool) -> None:
         self._team, self._weights = team, weights
+        self._b_enc = weights.b_enc.numpy()
         self._W_rough: Tensor | None = None
         if rough:
             from saeens_models.kernels import compiled
@@ -197,21 +210,36 @@ class Encoder:
         """Write the code of a block of tokens, `[n, k]`."""
         from saeens_models.kernels import compiled
 
-        (W_enc, b_enc, *_), k = self._weights, indices.shape[1]
-        shape = len(x), len(b_enc)
         if self._W_rough is None:
-            pre = torch.mm(x, W_enc.t(), out=self._team.scratch("pre-activations", *shape))
-            compiled.select_topk(pre.numpy(), b_enc.numpy(), k, indices, values)
+            pre = linear(x, self._weights.W_enc).numpy()
+            compiled.select_topk(pre, self._b_enc, indices.shape[1], indices, values)
         else:
-            x_rough, rough = (
-                self._team.scratch(name, *size, dtype=torch.bfloat16) for name, size in (("rough x", x.shape), ("rough pre", shape))
-            )
-            torch.mm(x_rough.copy_(x), self._W_rough.t(), out=rough)
-            compiled.select_topk_exactly(
-                _bits(rough), b_enc.numpy(), x.numpy(), _bits(x_rough), W_enc.numpy(),
-                self._norm, self._rounding, self._summation, k, indices, values,
-            )  # fmt: skip
+            self._select_exactly(x, self._W_rough, indices, values)
         compiled.relu(values, indices)
+
+    def encode_and_reconstruct(
+        self, x: Tensor, W_dec: np.ndarray, b_dec: np.ndarray, given: np.ndarray, scale: np.float32, *code: np.ndarray
+    ) -> float:
+        """``compiled.reconstruct`` for the code of a block of tokens, which is written on the way; ``x`` is what was ``given``, centred."""
+        from saeens_models.kernels import compiled
+
+        if self._W_rough is None:
+            pre = linear(x, self._weights.W_enc).numpy()
+            return compiled.select_and_reconstruct(pre, self._b_enc, W_dec, b_dec, given, scale, *code)
+        indices, values, *others = code
+        self._select_exactly(x, self._W_rough, indices, values)
+        return compiled.reconstruct(indices, values, W_dec, b_dec, given, scale, *others)
+
+    def _select_exactly(self, x: Tensor, W_rough: Tensor, indices: np.ndarray, values: np.ndarray) -> None:
+        from saeens_models.kernels import compiled
+
+        x_rough = self._team.scratch("rough x", *x.shape, dtype=torch.bfloat16).copy_(x)
+        rough = self._team.scratch("rough pre-activations", len(x), len(W_rough), dtype=torch.bfloat16)
+        torch.mm(x_rough, W_rough.t(), out=rough)
+        compiled.select_topk_exactly(
+            _bits(rough), self._b_enc, x.numpy(), _bits(x_rough), self._weights.W_enc.numpy(),
+            self._norm, self._rounding, self._summation, indices.shape[1], indices, values,
+        )  # fmt: skip
 
 
 def _bits(rough: Tensor) -> np.ndarray:
@@ -232,14 +260,12 @@ def _multiplies_bfloat16() -> bool:
 
 def gradients_of(team: Team, weights: Weights) -> Weights:
     """Memory for the gradients of all weights: of the team, so that those of the next SAE take their place. Undefined content."""
-    return Weights(*(team.scratch(f"gradient of {name}", *weight.shape) for name, weight in weights._asdict().items()))
+    return team.kept("gradients", _gradients_memory, *weights.W_enc.shape)
 
 
-def decoder_bias_gradient(gradients: Weights, weights: Weights, error: Tensor, scale: float, apply_b_dec_to_input: bool) -> None:
-    """Write the gradient of b_dec, which x_hat is moved by, and the input that is encoded, where b_dec is subtracted from it."""
-    torch.sum(error, dim=0, out=gradients.b_dec).mul_(scale)
-    if apply_b_dec_to_input:
-        gradients.b_dec.addmv_(weights.W_enc.t(), gradients.b_enc, alpha=-1)
+def _gradients_memory(team: Team, name: str, d_sae: int, d_in: int) -> Weights:
+    shapes = {"W_enc": (d_sae, d_in), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    return Weights(**{weight: team.scratch(f"{name} of {weight}", *shape) for weight, shape in shapes.items()})
 
 
 def blocks_of_tokens(n_tokens: int) -> list[slice]:
@@ -249,69 +275,77 @@ def blocks_of_tokens(n_tokens: int) -> list[slice]:
     return [slice(start, min(start + size, n_tokens)) for start in range(0, n_tokens, size)]
 
 
-def _entries(team: Team, name: str, x: Tensor, *, k: int, d_sae: int, n_blocks: int, scale: float) -> _Entries:
-    def scratch(part: str, *shape: int, dtype: torch.dtype = torch.float32) -> np.ndarray:
-        return team.scratch(f"{name} {part}", *shape, dtype=dtype).numpy()
+def _entries(team: Team, name: str, *shape: int) -> _Entries:
+    n, d_in, k, d_sae = shape
 
-    n = len(x)
+    def part(part: str, *shape: int, dtype: torch.dtype = torch.float32) -> np.ndarray:
+        return team.scratch(f"{part} of {name}", *shape, dtype=dtype).numpy()
+
+    n_blocks = len(blocks_of_tokens(n))
     return _Entries(
-        indices=scratch("indices", n, k, dtype=torch.int32),
-        values=scratch("values", n, k),
-        error=scratch("error", *x.shape),
-        gradients=scratch("gradients", n, k),
-        counts=scratch("counts", n_blocks, d_sae, dtype=torch.int32),
-        scale=np.float32(scale),
+        indices=part("indices", n, k, dtype=torch.int32),
+        values=part("values", n, k),
+        error=part("error", n, d_in),
+        gradients=part("gradients", n, k),
+        counts=part("counts", n_blocks, d_sae, dtype=torch.int32),
+        starts=part("starts", d_sae + 1, dtype=torch.int64),
+        ends=part("ends", n_blocks, d_sae, dtype=torch.int64),
+        tokens=part("tokens", n * k, dtype=torch.int32),
+        by_feature=part("values by feature", n * k),
+        gradients_by_feature=part("gradients by feature", n * k),
     )
 
 
-def _gradients(team: Team, codes: Sequence[_Entries], blocks: Sequence[slice], x: np.ndarray, weights: Weights) -> Weights:
-    """The gradients of the weights, but for b_dec's: of each feature, the sum over its entries in all codes."""
+def _sums(team: Team, name: str, n: int, d_in: int) -> tuple[Tensor, np.ndarray]:
+    """Memory for the input that is encoded `[n, d_in]`, and for the sums of the errors in each block of tokens."""
+    n_blocks = len(blocks_of_tokens(n))
+    return team.scratch(f"{name}: input", n, d_in), team.scratch(f"{name} of errors", n_blocks, d_in).numpy()
+
+
+def _gradients(
+    team: Team,
+    codes: Sequence[tuple[_Entries, np.float32]],
+    blocks: Sequence[slice],
+    x: np.ndarray,
+    weights: Weights,
+    *,
+    apply_b_dec_to_input: bool,
+) -> Weights:
+    """The gradients of the weights: of each feature, the sum over its entries in all codes. Of b_dec's only the part by the input."""
     from saeens_models.kernels import compiled
 
     gradients = gradients_of(team, weights)
     W_enc, b_enc, W_dec, _ = (gradient.numpy() for gradient in gradients)
-    by_feature = [_sort_by_feature(team, i, code, blocks) for i, code in enumerate(codes)]
-    ranges = _ranges(np.sum([each.starts for each in by_feature], axis=0), x.shape[1])
+    W = weights.W_enc.numpy()
+    for entries, _ in codes:
+        _sort_by_feature(team, entries, blocks)
+    ranges = _ranges(np.sum([entries.starts for entries, _ in codes], axis=0), x.shape[1])
+    of_mean = np.zeros((len(ranges), x.shape[1] if apply_b_dec_to_input else 0), np.float32)
 
     def backward(i: int) -> None:
         first, last = ranges[i]
-        for number, (each, code) in enumerate(zip(by_feature, codes, strict=True)):
+        for number, (each, scale) in enumerate(codes):
             add = number > 0
-            compiled.weight_gradients(*each, x, code.error, code.scale, first, last, add, W_enc, b_enc, W_dec)
+            sorted_entries = each.starts, each.tokens, each.by_feature, each.gradients_by_feature
+            compiled.weight_gradients(*sorted_entries, x, each.error, scale, first, last, add, W, W_enc, b_enc, W_dec, of_mean[i])
 
     team.run(backward, len(ranges))
+    gradients.b_dec.copy_(torch.from_numpy(of_mean.sum(axis=0))) if apply_b_dec_to_input else gradients.b_dec.zero_()
     return gradients
 
 
-class _ByFeature(NamedTuple):
-    """The entries of a code, those of each feature together and in the order of the tokens."""
-
-    starts: np.ndarray  # int64 [d_sae + 1]
-    tokens: np.ndarray  # int32 [nnz]
-    values: np.ndarray
-    gradients: np.ndarray
-
-
-def _sort_by_feature(team: Team, number: int, code: _Entries, blocks: Sequence[slice]) -> _ByFeature:
+def _sort_by_feature(team: Team, code: _Entries, blocks: Sequence[slice]) -> None:
     """A counting sort: each block knows from the counts of the blocks before it where its entries go."""
     from saeens_models.kernels import compiled
 
-    n_blocks, d_sae = code.counts.shape
-    starts, ends = np.empty(d_sae + 1, np.int64), np.empty((n_blocks, d_sae), np.int64)
-    compiled.first_places(code.counts, starts, ends)
-    tokens, values, gradients = (
-        team.scratch(f"{part} of code {number}, by feature", int(starts[-1]), dtype=dtype).numpy()
-        for part, dtype in (("tokens", torch.int32), ("values", torch.float32), ("gradients", torch.float32))
-    )
+    compiled.first_places(code.counts, code.starts, code.ends)
 
     def sort(i: int) -> None:
         rows = blocks[i]
-        compiled.sort_by_feature(
-            code.indices[rows], code.values[rows], code.gradients[rows], rows.start, ends[i], tokens, values, gradients
-        )
+        entries = code.indices[rows], code.values[rows], code.gradients[rows]
+        compiled.sort_by_feature(*entries, rows.start, code.ends[i], code.tokens, code.by_feature, code.gradients_by_feature)
 
-    team.run(sort, len(blocks), work=4 * len(tokens))
-    return _ByFeature(starts, tokens, values, gradients)
+    team.run(sort, len(blocks), work=4 * code.indices.size)
 
 
 def _ranges(starts: np.ndarray, d_in: int) -> list[tuple[int, int]]:

@@ -1,17 +1,21 @@
 """The training step of ReLU and JumpReLU SAEs on the CPU: five dense products, cut into blocks for the threads of a team.
 
 Autograd takes a sixth product, for the gradient of an input that needs none, and a pass over all codes for each operation between.
+Codes and their gradients are held feature by feature, one block of tokens after another: so each is the first factor of the products
+that it is in, and contiguous.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from saeens_models.kernels.cpu import Weights, blocks_of_tokens, decoder_bias_gradient, gradients_of
+from saeens_models.kernels.cpu import Weights, blocks_of_tokens, gradients_of
+from saeens_models.kernels.products import linear
 from saeens_models.kernels.team import Team
 
 _RANGE_FEATURES = 256, 2048
@@ -49,50 +53,60 @@ def gated_gradients(
     The loss is ``mean ||x_hat - x||^2 + l1_coefficient * mean sum_i z_i ||W_dec_i|| + l0_coefficient * mean sum_i [z_i active]``.
     ``threshold`` `[d_sae]` learns from pre-activations within half a ``bandwidth`` of it, as in
     :class:`~saeens_models.architectures.jumprelu.JumpReLUSAE`. Memory beside the result: the codes of the batch and their gradients,
-    ``2 n d_sae``, and a block of pre-activations per thread.
+    ``2 n d_sae``, W_dec once more, and three blocks of pre-activations per thread.
     """
     from saeens_models.kernels import compiled
 
     n, d_in = x.shape
     d_sae = len(threshold)
     blocks = blocks_of_tokens(n)
-    z, of_pre = team.scratch("z", n, d_sae), team.scratch("gradient of pre", n, d_sae)
+    z, of_pre = (_by_block(team.scratch(name, n * d_sae), blocks, d_sae) for name in ("z", "gradient of pre"))
     centred = team.scratch("centred", n, d_in) if apply_b_dec_to_input else x
     error, x_hat = team.scratch("error", n, d_in), torch.empty_like(x)
-    sums, of_threshold = (team.scratch(name, len(blocks), d_sae).numpy() for name in ("sums", "gradient of threshold"))
+    sums, of_b_enc, of_threshold = (
+        team.scratch(name, len(blocks), d_sae).numpy() for name in ("sums", "gradients of b_enc", "gradients of threshold")
+    )
     fires = team.scratch("fires", len(blocks), d_sae, dtype=torch.int32).numpy()
     norms = weights.W_dec.norm(dim=1)
     of_code = (l1_coefficient / n * norms).numpy()
     scale, of_activity, half_bandwidth = np.array([2 / n, l0_coefficient / n, bandwidth / 2], np.float32)
+    directions = team.scratch("W_dec by dimension", d_in, d_sae).copy_(weights.W_dec.t())
 
     def forward(i: int) -> float:
         rows = blocks[i]
         if apply_b_dec_to_input:
             torch.sub(x[rows], weights.b_dec, out=centred[rows])
-        pre = torch.mm(centred[rows], weights.W_enc.t(), out=team.scratch("pre-activations", rows.stop - rows.start, d_sae)).numpy()
-        compiled.gate(pre, weights.b_enc.numpy(), threshold.numpy(), z[rows].numpy(), sums[i], fires[i])
-        torch.sub(weights.b_dec, x[rows], out=error[rows]).addmm_(z[rows], weights.W_dec)
-        torch.add(error[rows], x[rows], out=x_hat[rows])
-        torch.mm(error[rows], weights.W_dec.t(), out=of_pre[rows])
-        compiled.gate_gradients(pre, threshold.numpy(), of_pre[rows].numpy(), scale, of_code, half_bandwidth, of_activity, of_threshold[i])
-        return compiled.squares(error[rows].numpy())
+        pre = linear(weights.W_enc, centred[rows]).numpy()
+        compiled.gate(pre, weights.b_enc.numpy(), threshold.numpy(), z[i].numpy(), sums[i], fires[i])
+        decoded = linear(directions, z[i].t()).numpy()
+        squares: float = compiled.compare(decoded, weights.b_dec.numpy(), x[rows].numpy(), x_hat[rows].numpy(), error[rows].numpy())
+        of_z = linear(weights.W_dec, error[rows]).numpy()
+        settings = scale, of_code, half_bandwidth, of_activity
+        compiled.gate_gradients(pre, threshold.numpy(), of_z, *settings, of_pre[i].numpy(), of_b_enc[i], of_threshold[i])
+        return squares
 
     mse = sum(team.run(forward, len(blocks))) / n
     gradients = gradients_of(team, weights)
     of_norms = torch.from_numpy(sums.sum(axis=0)) * (l1_coefficient / n) / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+    gradients.b_enc.copy_(torch.from_numpy(of_b_enc.sum(axis=0)))
     fewest, most = _RANGE_FEATURES
     size = min(max(-(-d_sae // 8), fewest), most)
 
     def backward(i: int) -> None:
         features = slice(i * size, min((i + 1) * size, d_sae))
-        torch.mm(of_pre[:, features].t(), centred, out=gradients.W_enc[features])
-        torch.sum(of_pre[:, features], dim=0, out=gradients.b_enc[features])
-        torch.mm(z[:, features].t(), error, out=gradients.W_dec[features]).mul_(float(scale))
+        W_enc, W_dec = gradients.W_enc[features], gradients.W_dec[features]
+        for number, rows in enumerate(blocks):
+            for gradient, code, per_token in ((W_enc, of_pre[number], centred[rows]), (W_dec, z[number], error[rows])):
+                product = linear(code[features], per_token.t())
+                gradient.copy_(product) if number == 0 else gradient.add_(product)
+        W_dec.mul_(float(scale))
         if l1_coefficient:
-            gradients.W_dec[features].addcmul_(weights.W_dec[features], of_norms[features, None])
+            W_dec.addcmul_(weights.W_dec[features], of_norms[features, None])
 
     team.run(backward, -(-d_sae // size))
-    decoder_bias_gradient(gradients, weights, error, float(scale), apply_b_dec_to_input)
+    torch.sum(error, dim=0, out=gradients.b_dec).mul_(float(scale))
+    if apply_b_dec_to_input:
+        gradients.b_dec.addmv_(weights.W_enc.t(), gradients.b_enc, alpha=-1)
     fire_counts = torch.from_numpy(fires.sum(axis=0))
     sparsity = l1_coefficient / n * float(sums.sum(axis=0) @ norms.numpy()) + l0_coefficient / n * int(fire_counts.sum())
     return GatedLoss(
@@ -103,3 +117,8 @@ def gated_gradients(
         gradients=gradients,
         threshold_gradient=torch.from_numpy(of_threshold.sum(axis=0)),
     )
+
+
+def _by_block(memory: Tensor, blocks: Sequence[slice], d_sae: int) -> list[Tensor]:
+    """A matrix `[d_sae, tokens]` for each block of tokens."""
+    return [memory[rows.start * d_sae : rows.stop * d_sae].view(d_sae, -1) for rows in blocks]

@@ -45,7 +45,8 @@ class Team:
 
         All stay on this thread within a task of another run, and where the ``work``, operations on numbers, is less than waking others.
         """
-        if work < WORTH_SHARING or getattr(self._memory, "in_task", False):
+        n_threads = min(self.n_threads, n_tasks)
+        if n_threads <= 1 or work < WORTH_SHARING or getattr(self._memory, "in_task", False):
             return [task(number) for number in range(n_tasks)]
         results: dict[int, T] = {}
         numbers = count()  # hands each number out once: taking one is a single operation of the interpreter
@@ -62,7 +63,7 @@ class Team:
             finally:
                 self._memory.in_task = False
 
-        others = [self._executor.submit(take) for _ in range(min(self.n_threads, n_tasks) - 1)]
+        others = [self._executor.submit(take) for _ in range(n_threads - 1)]
         try:
             take()
         finally:
@@ -106,6 +107,14 @@ class Team:
                 held = kept[f"all of {name}"] = torch.empty(n, dtype=dtype)
             view = kept[name] = held[:n].view(shape)
         return view
+
+    def kept(self, name: str, make: Callable[..., T], *shape: int) -> T:
+        """``make(self, name, *shape)``: several pieces of :meth:`scratch`. Made again only if the calling thread asks for another shape."""
+        kept: dict[str, tuple[tuple[int, ...], T]] = self._memory.__dict__.setdefault("kept", {})
+        last = kept.get(name)
+        if last is None or last[0] != shape:
+            last = kept[name] = (shape, make(self, name, *shape))
+        return last[1]
 
 
 def cpu_team(device: torch.device | str) -> AbstractContextManager[Team | None]:

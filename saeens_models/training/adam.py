@@ -48,24 +48,35 @@ class Adam:
         self.squares = {name: torch.zeros_like(weight) for name, weight in self._weights.items()}
         """Running mean of their squares."""
         self.steps = 0
+        self._counts = torch.zeros(len(self._parameters), device=sae.W_dec.device)
         if training.unit_norm_decoder:
             _normalise_rows(sae.W_dec)
 
     def step(self, learning_rate: float, team: Team | None = None) -> None:
         """Move the weights along their gradients, the parameters' ``grad``."""
+        self.steps += 1
+        if team is None:
+            self.set_counts()
+            self.move(learning_rate)
+        else:
+            self._compiled_step(learning_rate, self._gradients(), team)
+
+    def set_counts(self) -> None:
+        """Tell :meth:`move` which step it is to take: the one that :attr:`steps` counted last."""
+        self._counts.fill_(self.steps - 1)
+
+    def _gradients(self) -> dict[str, Tensor]:
         gradients: dict[str, Tensor] = {}
         for name, parameter in self._parameters.items():
             if parameter.grad is None:
                 raise ValueError(f"{name} has no gradient: the objective does not depend on it")
             gradients[name] = _as_in_memory(parameter.grad)
-        self.steps += 1
-        if team is None:
-            self._step(learning_rate, gradients)
-        else:
-            self._compiled_step(learning_rate, gradients, team)
+        return gradients
 
     @torch.no_grad()
-    def _step(self, learning_rate: float, gradients: dict[str, Tensor]) -> None:
+    def move(self, learning_rate: float | Tensor) -> None:
+        """The work of a step with torch. With the learning rate on the device nothing in it depends on the step but what lies there."""
+        gradients = self._gradients()
         W_dec, training = self._weights["W_dec"], self._training
         if training.unit_norm_decoder:
             along = torch.linalg.vecdot(gradients["W_dec"], W_dec, dim=1)
@@ -79,7 +90,7 @@ class Adam:
             list(self.means.values()),
             list(self.squares.values()),
             [],
-            [torch.tensor(self.steps - 1.0, device=W_dec.device) for _ in gradients],  # counted up by the call
+            list(self._counts.unbind()),  # counted up by the call
             fused=True,
             amsgrad=False,
             beta1=beta1,
@@ -103,9 +114,7 @@ class Adam:
         def prepare(i: int) -> float:
             name, rows, weight, *_ = tasks[i]
             gradient = arrays[name][rows]
-            if unit_norm[name]:
-                compiled.remove_parallel(gradient, weight)
-            return compiled.squares(gradient)
+            return compiled.remove_parallel(gradient, weight) if unit_norm[name] else compiled.squares(gradient)
 
         norm = sum(team.run(prepare, len(tasks), self._work)) ** 0.5
         clip = training.gradient_clip_norm

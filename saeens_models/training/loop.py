@@ -13,6 +13,7 @@ from saeens_models.architectures import SAE, SAEConfig
 from saeens_models.kernels import cpu_team
 from saeens_models.training.checkpoints import Checkpoints, TrainingState, batches_from, writing
 from saeens_models.training.config import TrainingConfig
+from saeens_models.training.step_graph import Step, StepGraphs
 from saeens_models.training.trainer import CurvePoint, SAETrainer, load_kernels
 
 _OBSERVATIONS = 200
@@ -25,9 +26,8 @@ _ENTRIES_FOR_ONE_LAUNCH = {"cuda": 2**22}
 """Entries of W_enc up to which SAEs are computed in one, by device. Estimated, not measured: at 4096 tokens to a step, one SAE of this
 size is about as much work for an H200 as launching it is for the processor, a little under a millisecond. Larger ones would gain
 little, for a copy of their weights in every step."""
-
-Step = Callable[[Sequence[SAETrainer], Tensor], None]
-"""One step of all trainers on a batch `[n, d_in]`, scaled by the training's ``input_scale``."""
+_GRAPHS_ON = {"cuda"}
+"""Devices on which steps of SAEs up to that size are launched as a graph."""
 
 
 def train(
@@ -76,7 +76,7 @@ def train(
         observe=observe,
         checkpoints=checkpoints,
         micro_batch_tokens=micro_batch_tokens,
-        step=_step_side_by_side,
+        step=_steps_side_by_side(),
     )
 
 
@@ -212,9 +212,26 @@ def _restore(trainers: Sequence[SAETrainer], state: TrainingState | None) -> Non
             trainer.restore(tensors, last)
 
 
+def _steps_side_by_side() -> Step:
+    graphs = StepGraphs()
+
+    def step(trainers: Sequence[SAETrainer], x: Tensor) -> None:
+        device = x.device.type
+        if device in _GRAPHS_ON and _largest(trainers) <= _ENTRIES_FOR_ONE_LAUNCH[device]:
+            graphs.step(trainers, x, _step_side_by_side)
+        else:
+            _step_side_by_side(trainers, x)
+
+    return step
+
+
+def _largest(trainers: Sequence[SAETrainer]) -> int:
+    return max(trainer.sae.W_enc.numel() for trainer in trainers)
+
+
 def _step_side_by_side(trainers: Sequence[SAETrainer], x: Tensor) -> None:
     team = trainers[0].team
-    largest = max(trainer.sae.W_enc.numel() for trainer in trainers)
+    largest = _largest(trainers)
     if team is not None and len(trainers) >= team.n_threads and largest <= _ENTRIES_FOR_ONE_THREAD:
         team.run(lambda index: trainers[index].step(x), len(trainers))
         return

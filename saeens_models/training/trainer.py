@@ -120,9 +120,8 @@ class SAETrainer:
         Raises :class:`NonFiniteLossError`; on an accelerator some steps later, so that no step waits for the loss of the one before.
         """
         scale, tokens = self.training.sparsity_scale_at(self.tokens + len(x)), self._micro_batch_tokens
-        objective = backpropagate(self.sae, x, self.dead_mask, scale, self.team, micro_batch_tokens=tokens)
-        self._move(x, objective)
-        return objective
+        self._move(x, backpropagate(self.sae, x, self.dead_mask, scale, self.team, micro_batch_tokens=tokens))
+        return self.last_objective
 
     @staticmethod
     def step_together(trainers: Sequence[SAETrainer], x: Tensor) -> bool:
@@ -141,12 +140,40 @@ class SAETrainer:
             trainer._move(x, objective)
         return True
 
+    @staticmethod
+    def backpropagate_without_dead(trainers: Sequence[SAETrainer], x: Tensor) -> list[Objective]:
+        """The objectives and gradients of steps that :meth:`takes_fixed_launches`, if no feature is dead; nothing else is done."""
+        saes = [trainer.sae for trainer in trainers]
+        together = saes[0].backpropagate_together(saes, x, [None] * len(saes)) if len(saes) > 1 else None
+        return together or [sae.backpropagate(x) for sae in saes]
+
+    def takes_fixed_launches(self, x: Tensor) -> bool:
+        """Whether the next step, on ``x``, launches on a device what any other does that has batches of this size and no dead features."""
+        in_parts = self._micro_batch_tokens is not None and self._micro_batch_tokens < len(x)
+        return self.team is None and not in_parts and self.training.sparsity_scale_at(self.tokens + len(x)) == 1
+
+    @property
+    def last_objective(self) -> Objective:
+        """That of the last step."""
+        if self._last is None:
+            raise ValueError("no step has been taken")
+        return self._last[1]
+
     def _move(self, x: Tensor, objective: Objective) -> None:
         """Move the weights along the gradients that were left by ``objective`` on ``x``, and take note of both."""
-        end = self.tokens + len(x)
-        self.learning_rate = self.training.learning_rate_at(self.tokens, end)
+        self.learning_rate = self.training.learning_rate_at(self.tokens, self.tokens + len(x))
         self.optimiser.step(self.learning_rate, self.team)
         self.sae.apply_constraints()
+        self.note(x, objective)
+
+    def count_step(self, x: Tensor) -> None:
+        """Count a step on ``x`` whose work is done elsewhere, and :meth:`note`d after it."""
+        self.learning_rate = self.training.learning_rate_at(self.tokens, self.tokens + len(x))
+        self.optimiser.steps += 1
+
+    def note(self, x: Tensor, objective: Objective) -> None:
+        """Take note of a step that was taken on ``x``."""
+        end = self.tokens + len(x)
         self.steps += 1
         self.tokens = end
         self.last_fired.masked_fill_(objective.fire_counts > 0, end)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import saeens_models as sm
 from saeens_models.architectures import build_sae
-from saeens_models.kernels import Team, compiled, cpu_team
+from saeens_models.kernels import Team, compiled, cpu_team, products
 from saeens_models.kernels.cpu import Weights, topk_gradients, topk_reconstruct
 from saeens_models.training import load_kernels
 from saeens_models.training.adam import Adam
@@ -43,6 +43,35 @@ def test_the_k_largest_entries_are_selected_each_once(case):
     assert np.array_equal(np.sort(values)[:, ::-1], np.sort(pre)[:, ::-1][:, :k])
     assert np.array_equal(np.take_along_axis(pre, indices, 1), values)
     assert all(len(set(row)) == k for row in indices.tolist())
+
+
+@pytest.mark.parametrize(("m", "k"), [(300, 1), (600, 1), (1500, 3), (5003, 9), (5003, 5000), (64, 64)])
+def test_the_k_largest_of_long_rows_are_selected(m, k):
+    pre = np.random.default_rng(m).standard_normal((20, m)).astype(np.float32)
+    pre[10:] = np.round(pre[10:])  # many equal ones
+    indices, values = _select(pre.copy(), k)
+    assert np.array_equal(np.sort(values), np.sort(pre)[:, m - k :])
+    assert np.array_equal(np.take_along_axis(pre, indices, 1), values)
+    assert all(len(set(row)) == k for row in indices.tolist())
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_products_of_either_library_are_products(transposed):
+    x, W = torch.randn(37, 50, generator=torch.Generator().manual_seed(0)), torch.randn(70, 50, generator=torch.Generator().manual_seed(1))
+    factor = W.t().contiguous().t() if transposed else W
+    for product in (products.linear, products._by_mm):
+        torch.testing.assert_close(product(x, factor).double(), x.double() @ W.double().t(), rtol=1e-5, atol=1e-5)
+
+
+def test_where_torch_has_lost_the_product_of_onednn_it_is_mkls(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True, "cpu_name": "AMD EPYC"})
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+
+    def gone(*_):
+        raise AttributeError("_linear_pointwise")
+
+    monkeypatch.setattr(products, "_by_onednn", gone)
+    assert products._linear.__wrapped__() is products._by_mm
 
 
 def test_the_bias_is_added_before_selecting():
@@ -259,3 +288,25 @@ def test_only_the_cpu_has_a_team():
         assert team is None
     with cpu_team("cpu") as team:
         assert isinstance(team, Team)
+
+
+def _largest_step_memory(architecture: str, *, n: int, d_in: int, d_sae: int, k: int, n_threads: int) -> int:
+    """Bytes beyond weights and optimiser: gradients, W_enc in bfloat16, what is kept of tokens, counts, blocks of pre-activations."""
+    gradients = 2 * d_sae * (d_in + 1) + 2 * d_in
+    blocks = n_threads * 3 * 256 * d_sae
+    if architecture == "topk":
+        of_tokens = n * (4 * d_in + 2 * 8 * max(k, d_in // 2))
+        return 4 * (gradients + d_sae * d_in // 2 + of_tokens + 12 * d_sae * (n // 256 + 2) + blocks)
+    return 4 * (gradients + d_sae * d_in + n * (2 * d_sae + 3 * d_in) + 5 * d_sae * (n // 256 + 2) + blocks)
+
+
+@pytest.mark.parametrize("architecture", ["topk", "standard", "jumprelu"])
+def test_the_memory_of_a_step_is_bounded_by_its_sizes(architecture):
+    sizes = {"n": 600, "d_in": 24, "d_sae": 900, "k": 5}
+    own = {"k": sizes["k"]} if architecture == "topk" else {}
+    sae = build_sae(sm.SAEConfig(architecture=architecture, d_in=sizes["d_in"], d_sae=sizes["d_sae"], **own))
+    with Team() as team:
+        sae.backpropagate(torch.randn(sizes["n"], sizes["d_in"]), torch.arange(sizes["d_sae"]) % 2 == 0, team=team)
+        kept = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in vars(team._memory).values() if torch.is_tensor(t)}
+    assert 0 < sum(kept.values()) < _largest_step_memory(architecture, **sizes, n_threads=1)
+    assert _largest_step_memory(architecture, n=4096, d_in=768, d_sae=16128, k=64, n_threads=2) < 1.5e9
