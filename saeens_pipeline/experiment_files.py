@@ -163,7 +163,7 @@ def _allowed_keys(model: type[BaseModel], attributes: dict[str, Any], location: 
     match list(location):
         case ["sae"]:
             return allowed_sae_keys(attributes["sae"])
-        case ["training"]:
+        case ["training"] | ["baseline_training", _]:
             return allowed_training_keys()
     for part in location:
         annotation = model.model_fields[str(part)].annotation

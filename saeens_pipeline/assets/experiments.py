@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from saeens_pipeline.assets.baselines import baselines_of, shape_of
 from saeens_pipeline.assets.declarations import Declaration, Op, Reference
 from saeens_pipeline.assets.ensembles import ensemble_op
 from saeens_pipeline.assets.evaluation import Subject, evaluation_op, stability_op
+from saeens_pipeline.assets.pareto import pareto_op
 from saeens_pipeline.assets.residuals import residual_op
 from saeens_pipeline.assets.saes import Target, concurrent_rounds_op, sae_op
 from saeens_pipeline.assets.sources import activations_of
 from saeens_pipeline.components.ensemble_experiment import ExperimentSettings
 
 
+def declared_ops(settings: ExperimentSettings) -> list[Op]:
+    """All ops of what one document declares: of an experiment or, of a sweep, those of all its experiments, and their comparison."""
+    ops = [op for experiment in settings.experiments for op in experiment_ops(experiment)]
+    return [*ops, pareto_op(settings, [output for op in ops for output in op.outputs])] if settings.sweep else ops
+
+
 def experiment_ops(experiment: ExperimentSettings) -> list[Op]:
     """All ops of an experiment, on the activations of its source."""
     activations = activations_of(experiment.source)
     size = experiment.ensemble.members
-    shape = _shape(experiment)
+    shape = shape_of(experiment.sae)
 
     members = [
         Target(
@@ -35,18 +45,14 @@ def experiment_ops(experiment: ExperimentSettings) -> list[Op]:
     ops += boosting_ops
 
     baselines: list[tuple[str, int, Declaration]] = []
-    alike: dict[tuple[int, int], Declaration] = {}  # the first of each width and L0: of one member's width, two methods agree
-    for method in experiment.baselines:
-        for n in experiment.expanded_widths:
-            name = method if n == size else f"{method}_{n}"
-            matched = method == "expanded_l0_matched"
-            about = f"One SAE as wide as {n} members{', with their L0' if matched else ', same sparsity'}\n\n{shape}."
-            target = Target("baseline", name, about, init_index=0, width=n, l0=n if matched else 1)
-            twin = alike.get((target.width, target.l0))
-            baseline_op = sae_op(f"{experiment.name}__baseline__{name}", experiment, [target], activations, twin=twin)
-            ops.append(baseline_op)
-            baselines.append((method, n, baseline_op.outputs[0]))
-            alike.setdefault((target.width, target.l0), baseline_op.outputs[0])
+    alike: list[tuple[Target, Declaration]] = []  # of one member's width, two methods agree
+    for method, n, target in baselines_of(experiment):
+        unnamed = replace(target, name="", description="")
+        twin = next((made for other, made in alike if other == unnamed), None)
+        baseline_op = sae_op(f"{experiment.name}__baseline__{target.name}", experiment, [target], activations, twin=twin)
+        ops.append(baseline_op)
+        baselines.append((method, n, baseline_op.outputs[0]))
+        alike.append((unnamed, baseline_op.outputs[0]))
 
     bagging = ensemble_op(experiment, "bagging", members_op.outputs)
     boosting = ensemble_op(experiment, "boosting", rounds)
@@ -66,7 +72,7 @@ def _round_target(experiment: ExperimentSettings, j: int) -> Target:
     else:
         together = ", trained beside them" if experiment.ensemble.boosting == "concurrent" else ""
         what = f"Round {j} of {experiment.ensemble.members}: fits what rounds 1 to {j - 1} leave{together}"
-    return Target("boosting", f"round_{j}", f"{what}\n\n{_shape(experiment)}.", init_index=j)
+    return Target("boosting", f"round_{j}", f"{what}\n\n{shape_of(experiment.sae)}.", init_index=j)
 
 
 def _sequential_boosting(experiment: ExperimentSettings, activations: Reference, member_1: Declaration) -> list[Op]:
@@ -88,7 +94,3 @@ def _concurrent_boosting(experiment: ExperimentSettings, activations: Reference,
     """All rounds in one pass over the activations; no residual is stored."""
     rounds = [_round_target(experiment, j) for j in range(1, experiment.ensemble.members + 1)]
     return [concurrent_rounds_op(f"{experiment.name}__boosting__rounds", experiment, rounds, activations, twin=member_1)]
-
-
-def _shape(experiment: ExperimentSettings) -> str:
-    return ", ".join(f"{name} {value}" for name, value in experiment.sae.items())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from saeens_pipeline.assets.declarations import Declaration, Input, Op, Task, Workplace
@@ -14,7 +14,7 @@ from saeens_pipeline.storage.tables import LEADERBOARD, frame
 if TYPE_CHECKING:
     import polars as pl
 
-LEADERBOARD_VERSION = 1
+LEADERBOARD_VERSION = 3
 _FROM = {  # which columns of which table
     "reconstruction": ("language_model", "sae_data_versions", "n_features", "l0", "explained_variance"),
     "coactivation": ("connectivity",),
@@ -26,15 +26,18 @@ _RANKED_TOGETHER = ["source", "layer"]
 _LESS_IS_BETTER = ("n_features", "n_members", "l0", "train_tokens", "train_flops", "train_seconds")
 
 
-def leaderboard_op(tables: Iterable[Declaration]) -> Op:
-    """Declare the leaderboard over some tables. It takes those that are there, and waits for none."""
+def leaderboard_op(tables: Iterable[Declaration], controls: Mapping[str, str]) -> Op:
+    """Declare the leaderboard over some tables. It takes those that are there, and waits for none.
+
+    `controls`: by experiment, the same on the untrained language model, whose figures are shown beside.
+    """
     used = [table for table in tables if table.address.kind == "eval" and table.address.name in _FROM]
     leaderboard = Declaration(
         address=LEADERBOARD_ADDRESS,
         dimensions="none",
         builder="leaderboard",
         version=LEADERBOARD_VERSION,
-        settings={},
+        settings={"controls": dict(controls)},
         inputs=tuple(Input(str(table.address), table, optional=True) for table in used),
         source="",
         kinds=frozenset({"parquet", "polars"}),
@@ -63,8 +66,22 @@ def standings(store: Store, leaderboard: Declaration, sort: str = "explained_var
     if sort not in sortable:
         raise ConfigurationError(f"--sort {sort}: the leaderboard is sorted by one of {', '.join(sortable)}")
     table = frame(LEADERBOARD.name, _rows(_measurements(store, leaderboard)))
+    table = _beside_controls(table, leaderboard.settings["controls"])
     rank = pl.col(sort).rank("min", descending=sort not in _LESS_IS_BETTER).over(_RANKED_TOGETHER)
     return table.with_columns(rank=rank.cast(pl.Int64)).sort([*_RANKED_TOGETHER, "rank", "experiment", "method"], nulls_last=True)
+
+
+def _beside_controls(table: pl.DataFrame, controls: Mapping[str, str]) -> pl.DataFrame:
+    """The table with what the control of each experiment reached, of the same layer, method and size."""
+    import polars as pl
+
+    names = ("explained_variance", "stability")
+    on = ["control", "layer", "method", "n_members"]
+    of_controls = table.select(pl.col("experiment").alias("control"), *on[1:], *(pl.col(name).alias(f"control_{name}") for name in names))
+    named = table.drop(f"control_{name}" for name in names).with_columns(
+        control=pl.col("experiment").replace_strict(controls, default=None, return_dtype=pl.String)
+    )
+    return named.join(of_controls, on=on, how="left").select(table.columns)
 
 
 def for_reading(table: pl.DataFrame) -> pl.DataFrame:
@@ -79,6 +96,8 @@ def for_reading(table: pl.DataFrame) -> pl.DataFrame:
         "stability": "stability", "connectivity": "connectivity", "train_tokens": "tokens", "train_flops": "FLOPs",
         "train_seconds": "seconds", "n_seeds": "seeds",
     }  # fmt: skip
+    if table["control_explained_variance"].count():
+        renamed |= {"control_explained_variance": "EV untrained", "control_stability": "stability untrained"}
     return table.with_columns(interval=interval).select("rank", "experiment", "method", *renamed).rename(renamed)
 
 

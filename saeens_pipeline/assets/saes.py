@@ -33,7 +33,7 @@ CURVE_FILE = "training_curve.parquet"
 
 @dataclass(frozen=True)
 class Target:
-    """One SAE to train. `width` and `l0` multiply the experiment's d_sae and k; `init_index` tells initial weights apart."""
+    """One SAE to train. `width` and `l0` multiply the d_sae and k of `sae`; `init_index` tells initial weights apart."""
 
     kind: Kind
     name: str
@@ -41,6 +41,9 @@ class Target:
     init_index: int
     width: int = 1
     l0: int = 1
+    sae: Mapping[str, Any] | None = None  # with every default written out; None: the experiment's
+    training: Mapping[str, Any] | None = None  # likewise
+    epochs: int = 1  # passes over the stream, each in another order
 
 
 def init_seed(ensemble_seed: int, index: int) -> int:
@@ -58,8 +61,8 @@ def sae_op(
 ) -> Op:
     """Declare SAEs that are trained together on one stream of `given` (activations or a residual).
 
-    `twin`: an SAE made before these that may have the same recipe. Where it has, its files are linked instead of training
-    them again.
+    `twin`: an SAE made before these that may have the same recipe. Where it has, or an SAE of another experiment, its files are
+    linked instead of training them again.
     """
     outputs = tuple(_declare(experiment, target, given, partial(_seeds, target.init_index), after=twin) for target in targets)
 
@@ -101,13 +104,19 @@ def _declare(
     after: Reference | None,
     settings: Mapping[str, Any] | None = None,
 ) -> Declaration:
-    every_sae = {"sae": experiment.complete_sae, "training": experiment.complete_training, "width": target.width, "l0": target.l0}
+    every_sae = {
+        "sae": target.sae or experiment.complete_sae,
+        "training": target.training or experiment.complete_training,
+        "width": target.width,
+        "l0": target.l0,
+    }
+    own = {"epochs": target.epochs} if target.epochs > 1 else {}
     return Declaration(
         address=Address(experiment.name, target.kind, target.name),
         dimensions="layer_and_seed",
         builder="sae",
         version=SAE_VERSION,
-        settings={**every_sae, **(settings or {})},
+        settings={**every_sae, **own, **(settings or {})},
         partition_settings=seeds,
         inputs=(Input("activations", given), *([Input(after.address.name, after, decides=False)] if after else [])),
         source=experiment.source,
@@ -137,15 +146,17 @@ def validate_targets(experiment: ExperimentSettings, d_in: int) -> None:
 
 def _tags(experiment: ExperimentSettings, target: Target) -> dict[str, str]:
     method = target.kind if target.kind != "baseline" else target.name
-    return {"experiment": experiment.name, "source": experiment.source, "method": method, "architecture": experiment.sae["architecture"]}
+    architecture = (target.sae or experiment.sae)["architecture"]
+    return {"experiment": experiment.name, "source": experiment.source, "method": method, "architecture": architecture}
 
 
 def _adopt(workplace: Workplace, task: Task, twin: Reference | None) -> bool:
-    other = workplace.store.hit(twin.address, task.partition, task.recipe) if twin else None
-    if twin and other:
-        workplace.store.adopt(
-            task.declaration.address, task.partition, task.recipe, other, other.provenance | {"same_as": str(twin.address)}
-        )
+    """Link an SAE that was made by this very recipe, if there is one: the twin, or one of any experiment."""
+    store, partition = workplace.store, task.partition
+    other = store.hit(twin.address, partition, task.recipe) if twin else None
+    where, other = (twin.address, other) if twin and other else store.made_alike(*task.where, task.recipe)
+    if other:
+        store.adopt(*task.where, task.recipe, other, other.provenance | {"same_as": str(where)})
     return other is not None
 
 
@@ -230,8 +241,10 @@ def _missing_beside(store: Store, tasks: Sequence[Task], outputs: Sequence[Decla
 class _Stream:
     """The shuffled training rows of a reader, batch by batch, on the device; says how far training has come."""
 
-    def __init__(self, reader: ActivationReader, batch_tokens: int, seed: int, device: str, advance: progress.Advance) -> None:
-        self._reader, self._batch_tokens, self._seed = reader, batch_tokens, seed
+    def __init__(
+        self, reader: ActivationReader, batch_tokens: int, device: str, advance: progress.Advance, *, seed: int, epochs: int
+    ) -> None:
+        self._reader, self._batch_tokens, self._seed, self._epochs = reader, batch_tokens, seed, epochs
         self._device, self._advance = device, advance
 
     def __iter__(self) -> Iterator[torch.Tensor]:
@@ -241,8 +254,8 @@ class _Stream:
         from saeens_models.training import on_device
 
         if step:
-            self._advance(min(step * self._batch_tokens, self._reader.n_rows("train")), before=True)
-        batches = self._reader.batches("train", self._batch_tokens, seed=self._seed, skipped_batches=step)
+            self._advance(min(step * self._batch_tokens, self._epochs * self._reader.n_rows("train")), before=True)
+        batches = self._reader.batches("train", self._batch_tokens, seed=self._seed, epochs=self._epochs, skipped_batches=step)
         for batch in on_device(batches, self._device):  # which may read one more: progress is that of the training
             self._advance(len(batch))
             yield batch
@@ -260,13 +273,13 @@ class _Training:
         statistics = ActivationStatistics.from_json(artefact.provenance["statistics"]["train"])
         self._device = workplace.compute.resolve()
         self._reader = reader = open_reader(store, given, partition, self._device)
-        self._n_tokens = statistics.rows
         fields = tasks[0].recipe.settings
-        self._data_seed = fields["data_seed"]
+        self._data_seed, self._epochs = fields["data_seed"], fields.get("epochs", 1)
+        self._n_tokens = statistics.rows * self._epochs
         normalised = fields["training"]["normalize_activations"] != "none"
         self.config = sm.TrainingConfig(
             **fields["training"],
-            total_tokens=statistics.rows,
+            total_tokens=self._n_tokens,
             input_mean=tuple(statistics.mean.tolist()),
             input_scale=reader.d_in**0.5 / statistics.mean_norm if normalised else None,
         )
@@ -303,7 +316,7 @@ class _Training:
             load_kernels()  # not counted as training
         compute = workplace.compute
         with compute.measure() as measured, compute.training_precision(), progress.task(label, n_tokens) as advance:
-            stream = _Stream(self._reader, self.config.batch_tokens, self._data_seed, self._device, advance)
+            stream = _Stream(self._reader, self.config.batch_tokens, self._device, advance, seed=self._data_seed, epochs=self._epochs)
             micro_batch_tokens = plan.portion.micro_batch_tokens
             saes = train(configs, stream, self.config, observe, checkpoints=checkpoints, micro_batch_tokens=micro_batch_tokens)
 

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import dagster as dg
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from saeens_pipeline.components.activation_source import Name
+from saeens_pipeline.components.sweeps import name_of_value, swept, validate_sweep
 from saeens_pipeline.storage.names import RESERVED_GROUPS
 
 MAX_MEMBERS = 999  # ensemble seeds are a thousand initialisation seeds apart
@@ -15,7 +28,7 @@ MIN_FRESHNESS_DAYS = 1 / (24 * 60)  # Dagster looks no closer than a minute
 
 _FOLLOWS_FROM_ACTIVATIONS = ("total_tokens", "input_scale", "input_mean")
 
-Baseline = Literal["expanded", "expanded_l0_matched"]
+Baseline = Literal["expanded", "expanded_l0_matched", "compute_matched", "matching_pursuit"]
 Evaluation = Literal["reconstruction", "members", "coactivation", "stability", "cost", "training_curves"]
 
 
@@ -37,6 +50,44 @@ def _validate_sae(settings: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"{'expansion' if 'expansion' in settings else 'd_sae'} is a positive whole number, not {width!r}")
     validate_settings({name: value for name, value in settings.items() if name not in ("expansion", "d_sae")})
     return settings
+
+
+def _require_l0_field(architecture: str) -> None:
+    from saeens_models.architectures import architectures, sae_class
+
+    if sae_class(architecture).config_class.l0_field is None:
+        able = ", ".join(name for name in architectures() if sae_class(name).config_class.l0_field is not None)
+        raise ValueError(
+            f"matching_pursuit has at most as many iterations as features fire in the whole ensemble, and architecture {architecture!r} "
+            f"does not say how many fire in a member: leave it out of baselines; possible with: {able}"
+        )
+
+
+def _wrong(field: Sequence[int | str], message: str) -> ValidationError:
+    """An error of one field that is found by looking at several."""
+    error = PydanticCustomError("inconsistent", "{message}", {"message": message})
+    return ValidationError.from_exception_data("ExperimentSettings", [InitErrorDetails(type=error, loc=tuple(field), input={})])
+
+
+def _check_swept(sae: dict[str, Any], sweep: dict[str, list[Any]]) -> None:
+    """Raise what is wrong with a field that is swept, and with each of its values, given the other settings of `sae`."""
+    field, values = swept(sweep)
+    try:
+        allowed = allowed_sae_keys(sae)
+    except (KeyError, ValidationError):  # of the architecture, which `sae` itself complains of
+        return
+    if field not in allowed or field == "architecture":
+        raise _wrong(["sweep", field], f"unknown field of sae; one of: {', '.join(key for key in allowed if key != 'architecture')}")
+    for i, value in enumerate(values):
+        try:
+            _validate_sae(sae | {field: value})
+        except ValidationError as error:
+            for each in error.errors():
+                if each["loc"][:1] == (field,):
+                    raise _wrong(["sweep", field, i], f"{each['msg']} (found: {value!r})") from None
+        except ValueError as error:
+            if field in ("expansion", "d_sae"):
+                raise _wrong(["sweep", field, i], str(error)) from None
 
 
 def allowed_sae_keys(sae: dict[str, Any]) -> list[str]:
@@ -62,6 +113,12 @@ def _validate_training(settings: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{name} follows from the activations and cannot be set")
     TrainingConfig(**settings, total_tokens=1)
     return settings
+
+
+def _complete_training(settings: dict[str, Any]) -> dict[str, Any]:
+    from saeens_models import TrainingConfig
+
+    return TrainingConfig(**settings).model_dump(mode="json", exclude=set(_FOLLOWS_FROM_ACTIVATIONS))
 
 
 def _on_or_off(value: object) -> object:
@@ -136,11 +193,17 @@ class ExperimentSettings(BaseModel):
     sae: Annotated[dict[str, Any], AfterValidator(_validate_sae)] = Field(
         description="architecture, expansion or d_sae, and the architecture's own fields"
     )
+    sweep: Annotated[dict[str, list[int | float]], BeforeValidator(validate_sweep)] | None = Field(
+        None, description="one field of sae with several values: an experiment for each"
+    )
     training: Annotated[dict[str, Any], AfterValidator(_validate_training)] = Field(
         {}, description="fields of saeens_models.TrainingConfig"
     )
     ensemble: EnsembleSettings
     baselines: list[Baseline] = Field(["expanded", "expanded_l0_matched"], description="single SAEs to compare with")
+    baseline_training: dict[Baseline, Annotated[dict[str, Any], AfterValidator(_validate_training)]] = Field(
+        {}, description="by baseline, fields of training that differ for it"
+    )
     expanded_sizes: list[PositiveInt] | Literal["all"] | None = Field(
         None, description="expanded SAEs as wide as n members; by default as wide as all"
     )
@@ -162,6 +225,21 @@ class ExperimentSettings(BaseModel):
 
     _no_repetition = field_validator("baselines", "evaluations")(_no_repetition)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _swept_field(cls, given: Any) -> Any:
+        """What is swept need not be in `sae`, where the first value stands for all."""
+        match given:
+            case {"sae": dict(sae), "sweep": dict(sweep)}:
+                try:
+                    validate_sweep(sweep)
+                except ValueError:  # which the field itself will say
+                    return given
+                _check_swept(sae, sweep)
+                field, values = swept(sweep)
+                return {**given, "sae": {**sae, field: values[0]}}
+        return given
+
     @field_validator("expanded_sizes")
     @classmethod
     def _some_size(cls, sizes: list[int] | str | None) -> list[int] | str | None:
@@ -179,7 +257,26 @@ class ExperimentSettings(BaseModel):
             from saeens_models.architectures import validate_l0_multiple
 
             validate_l0_multiple(self.sae["architecture"])
+        if "matching_pursuit" in self.baselines:
+            _require_l0_field(self.sae["architecture"])
+        for baseline in self.baseline_training:
+            if baseline not in self.baselines:
+                raise _wrong(["baseline_training", baseline], f"{baseline} is not among baselines: add it there, or leave this out")
+            _validate_training({**self.training, **self.baseline_training[baseline]})
         return self
+
+    @property
+    def experiments(self) -> list[ExperimentSettings]:
+        """What the file declares: this experiment or, where it has a sweep, one for each value."""
+        if self.sweep is None:
+            return [self]
+        (field, values), given = swept(self.sweep), self.model_dump(exclude_unset=True, exclude={"sweep"})
+        return [
+            ExperimentSettings.model_validate(
+                {**given, "name": name_of_value(self.name, field, value), "sae": {**given["sae"], field: value}}
+            )
+            for value in values
+        ]
 
     @property
     def complete_sae(self) -> dict[str, Any]:
@@ -192,9 +289,22 @@ class ExperimentSettings(BaseModel):
     @property
     def complete_training(self) -> dict[str, Any]:
         """`training` with every default written out, as recipes hold it."""
-        from saeens_models import TrainingConfig
+        return _complete_training(self.training)
 
-        return TrainingConfig(**self.training).model_dump(mode="json", exclude=set(_FOLLOWS_FROM_ACTIVATIONS))
+    def complete_training_of(self, baseline: Baseline) -> dict[str, Any]:
+        """The same with what `baseline_training` says of one baseline."""
+        return _complete_training({**self.training, **self.baseline_training.get(baseline, {})})
+
+    @property
+    def complete_matching_pursuit(self) -> dict[str, Any]:
+        """A matching pursuit SAE of a member's width, with at most as many iterations as features fire in a member."""
+        from saeens_models.architectures import sae_class, validate_settings
+
+        sae = self.complete_sae
+        l0_field = sae_class(sae["architecture"]).config_class.l0_field
+        assert l0_field is not None, "checked when the settings were read"
+        own = {"architecture": "matching_pursuit", "max_iterations": sae[l0_field], "apply_b_dec_to_input": sae["apply_b_dec_to_input"]}
+        return validate_settings(own) | {name: sae[name] for name in ("expansion", "d_sae") if name in sae}
 
     @property
     def expanded_widths(self) -> list[int]:
@@ -220,6 +330,8 @@ class EnsembleExperiment(dg.Component):
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
         from saeens_pipeline.assets.dagster_assets import build_assets
-        from saeens_pipeline.assets.experiments import experiment_ops
+        from saeens_pipeline.assets.experiments import declared_ops
 
-        return dg.Definitions(assets=build_assets(experiment_ops(self.settings), {self.settings.name: self.settings.checks}))
+        return dg.Definitions(
+            assets=build_assets(declared_ops(self.settings), {each.name: each.checks for each in self.settings.experiments})
+        )
