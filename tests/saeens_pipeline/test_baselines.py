@@ -134,7 +134,7 @@ def _plain_pursuit(x: np.ndarray, weights: dict[str, np.ndarray], iterations: in
             chosen = int(correlations.argmax())
             value, is_repeated = max(correlations[chosen], 0), z[chosen] != 0
             z[chosen] += value
-            residual -= value * W_dec[chosen]
+            residual[:] -= value * W_dec[chosen]
             if is_repeated or value == 0 or np.linalg.norm(residual) < threshold:
                 break
     return x - residuals, code

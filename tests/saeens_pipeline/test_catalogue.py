@@ -235,6 +235,43 @@ def test_an_unknown_source_beside_a_source_with_the_experiments_name_is_said(lab
     assert "there is no source 'elsewhere'" in message
 
 
+@pytest.mark.parametrize(
+    ("changes", "line", "field", "said"),
+    [
+        (
+            {"sae": {"architecture": "standard", "expansion": 2}, "baselines": ["matching_pursuit"]},
+            "attributes:",
+            "",
+            "matching_pursuit has at most as many iterations as features fire in the whole ensemble, and architecture 'standard' does not",
+        ),
+        ({"baselines": ["mp"]}, "- mp", ".baselines.0", "Input should be 'expanded', 'expanded_l0_matched', 'compute_matched'"),
+        (
+            {"baselines": ["expanded"], "baseline_training": {"compute_matched": {}}},
+            "compute_matched:",
+            ".baseline_training.compute_matched",
+            "compute_matched is not among baselines: add it there, or leave this out",
+        ),
+        (
+            {"baselines": ["expanded"], "baseline_training": {"expanded": {"batch": 5}}},
+            "batch:",
+            ".baseline_training.expanded.batch",
+            "unknown key; one of: learning_rate, ",
+        ),
+        (
+            {"training": {"learning_rate_warmup_fraction": 0.6}, "baselines": ["expanded"]}
+            | {"baseline_training": {"expanded": {"learning_rate_decay_fraction": 0.6}}},
+            "attributes:",
+            "",
+            "learning_rate_warmup_fraction and learning_rate_decay_fraction overlap",
+        ),
+    ],
+)
+def test_wrong_baselines_are_said(laboratory: Laboratory, changes: dict[str, Any], line: str, field: str, said: str):
+    text = _text(**changes)
+    file, message = _message(laboratory, text)
+    assert message.startswith(f"{file}:{_line(text, line)}: attributes{field}: {said}")
+
+
 @pytest.mark.filterwarnings("ignore")  # what is beta or deprecated inside Dagster
 def test_dagsters_own_component_loader_makes_the_same_assets(laboratory: Laboratory):
     import importlib
