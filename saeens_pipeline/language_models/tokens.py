@@ -342,7 +342,7 @@ def _batched(documents: Iterator[Document]) -> Iterator[list[Document]]:
 def _load_tokenizer(description: LanguageModelDescription) -> Tokenizer:
     from tokenizers import Tokenizer
 
-    file = description.path / "tokenizer.json"
+    file = description.tokenizer_file
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the only class that tokenizers raises

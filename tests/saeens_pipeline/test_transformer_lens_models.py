@@ -1,0 +1,202 @@
+"""Models in TransformerLens' own format, in an environment that has it: `make test-transformer-lens`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny_experiment import Laboratory
+from tiny_models import CONTEXT_LENGTH, D_MODEL, END_OF_TEXT, N_LAYERS, VOCAB_SIZE, Architecture, edit_config, write_tiny_model, write_tiny_tokenizer
+
+from saeens_pipeline.errors import ConfigurationError, SaeensError
+from saeens_pipeline.language_models.models import (
+    HOOKS,
+    LanguageModelDescription,
+    describe_language_model,
+    load_language_model,
+    validate_hook,
+    validate_modules,
+)
+from saeens_pipeline.language_models.transformer_lens_models import REPOSITORIES
+
+transformer_lens = pytest.importorskip("transformer_lens", reason="the optional extra transformer_lens is not installed")
+pytestmark = [
+    pytest.mark.transformer_lens,
+    pytest.mark.filterwarnings("ignore:HookedTransformer is deprecated:DeprecationWarning"),
+]
+
+LAYERS = list(range(N_LAYERS))
+CONFIG = {  # the keys of GELU-1L's own file
+    "d_model": D_MODEL,
+    "n_layers": N_LAYERS,
+    "n_ctx": CONTEXT_LENGTH,
+    "d_vocab": VOCAB_SIZE,
+    "d_head": 8,
+    "n_heads": 2,
+    "d_mlp": 32,
+    "act_fn": "gelu",
+    "attn_only": False,
+    "normalization": "LN",
+    "shortformer_pos": False,
+    "seed": 98742,
+    "tokenizer_name": "NeelNanda/gpt-neox-tokenizer-digits",
+}
+
+
+def _hooked(attn_only: bool = False) -> transformer_lens.HookedTransformer:
+    """GELU-1L's architecture, tiny and with three blocks, every weight drawn so that blocks differ and biases are not zero."""
+    fields = {key: CONFIG[key] for key in ("d_model", "n_layers", "n_ctx", "d_vocab", "d_head", "n_heads", "d_mlp", "act_fn")}
+    hooked = transformer_lens.HookedTransformer(
+        transformer_lens.HookedTransformerConfig(**fields, normalization_type="LN", attn_only=attn_only, device="cpu")
+    )
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for weights in hooked.parameters():
+            weights.copy_(torch.randn(weights.shape, generator=generator) * 0.3)
+    return hooked.eval()
+
+
+def _write(folder: Path, hooked: transformer_lens.HookedTransformer, *, pickled: bool = False, **changes: object) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG | changes))
+    weights = {name: value for name, value in hooked.state_dict().items() if not name.endswith(("mask", "IGNORE"))}
+    if pickled:
+        torch.save(weights, folder / "model_final.pth")
+    else:
+        save_file({name: value.contiguous() for name, value in weights.items()}, folder / "model.safetensors")
+    write_tiny_tokenizer(folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": {"content": "<|endoftext|>"}}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _write(tmp_path_factory.mktemp("models") / "gelu", _hooked())
+
+
+@pytest.fixture(scope="module")
+def tokens() -> torch.Tensor:
+    return torch.randint(VOCAB_SIZE, (3, CONTEXT_LENGTH), generator=torch.Generator().manual_seed(1))
+
+
+def _described(folder: Path) -> LanguageModelDescription:
+    return describe_language_model(f"transformer_lens:{folder}")
+
+
+def test_description_holds_what_the_configuration_says(folder: Path):
+    found = _described(folder)
+    assert (found.d_model, found.n_layers, found.context_length, found.vocab_size) == (D_MODEL, N_LAYERS, CONTEXT_LENGTH, VOCAB_SIZE)
+    assert (found.end_of_text, found.parallel_residual, found.tokenizer_file) == (END_OF_TEXT, False, folder / "tokenizer.json")
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("pickled", [False, True], ids=["safetensors", "final.pth"])
+def test_hooks_equal_run_with_cache_exactly(tmp_path: Path, tokens: torch.Tensor, hook: str, pickled: bool):
+    hooked = _hooked()
+    _, cache = hooked.run_with_cache(tokens)
+    found = load_language_model(_described(_write(tmp_path / "model", hooked, pickled=pickled))).activations(tokens, hook, LAYERS)
+    for layer in LAYERS:
+        assert torch.equal(found[layer], cache[f"blocks.{layer}.hook_{hook}"])
+
+
+def test_other_hooks_are_module_paths_of_transformer_lens(folder: Path, tokens: torch.Tensor):
+    model = load_language_model(_described(folder))
+    _, cache = _hooked().run_with_cache(tokens)
+    path = "blocks.{layer}.ln1.hook_normalized"
+    assert torch.equal(model.activations(tokens, path, [2])[2], cache["blocks.2.ln1.hook_normalized"])
+    with pytest.raises(ConfigurationError, match="has no module 'blocks.1.mlp.hook_mid'; it has"):
+        model.activations(tokens, "blocks.{layer}.mlp.hook_mid", [1])
+
+
+def test_it_is_called_as_models_of_transformers_are(folder: Path, tokens: torch.Tensor):
+    model = load_language_model(_described(folder)).model
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=tokens, use_cache=False).logits, _hooked()(tokens))
+    assert model.device == torch.device("cpu")
+
+
+def test_without_mlp_there_is_neither_mlp_out_nor_resid_mid(tmp_path: Path, tokens: torch.Tensor):
+    hooked = _hooked(attn_only=True)
+    description = _described(_write(tmp_path / "model", hooked, attn_only=True))
+    for hook in ("mlp_out", "resid_mid"):
+        with pytest.raises(ConfigurationError, match=rf"hook '{hook}' is not available in .*; available: resid_pre, resid_post, attn_out, or"):
+            validate_hook(description, hook, [0])
+    _, cache = hooked.run_with_cache(tokens)
+    assert torch.equal(load_language_model(description).activations(tokens, "resid_post", [1])[1], cache["blocks.1.hook_resid_post"])
+
+
+def test_random_weights_are_untrained_seeded_and_leave_the_global_generator_alone(folder: Path, tokens: torch.Tensor):
+    (state, description) = torch.random.get_rng_state(), _described(folder)
+    first, again, other = (
+        load_language_model(description, "random", seed=seed).activations(tokens, "resid_post", [1])[1] for seed in (1, 1, 2)
+    )
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, other)
+
+
+def test_modules_are_checked_without_reading_weights(tmp_path: Path):
+    folder = _write(tmp_path / "model", _hooked())
+    description = _described(folder)
+    (folder / "model.safetensors").unlink()
+    validate_modules(description, "resid_mid", LAYERS)
+    with pytest.raises(ConfigurationError, match="has no module"):
+        validate_modules(description, "blocks.{layer}.router", [0])
+
+
+def test_weights_that_lack_a_tensor_or_have_another_shape_are_refused(tmp_path: Path):
+    folder = _write(tmp_path / "model", _hooked())
+    weights = _hooked().state_dict()
+    save_file({"embed.W_E": weights["embed.W_E"]}, folder / "model.safetensors")
+    with pytest.raises(SaeensError, match=r"model.safetensors lacks \d+ tensors: blocks.0.attn.W_K"):
+        load_language_model(_described(folder))
+    edit_config(folder, d_vocab=VOCAB_SIZE + 1)
+    save_file({name: value.contiguous() for name, value in weights.items()}, folder / "model.safetensors")
+    with pytest.raises(SaeensError, match="has embed.W_E in another shape"):
+        load_language_model(_described(folder))
+
+
+def test_a_pickle_that_would_run_code_is_not_run(tmp_path: Path):
+    class Runs:
+        def __reduce__(self) -> tuple:
+            return Path.touch, (tmp_path / "ran",)
+
+    folder = _write(tmp_path / "model", _hooked(), pickled=True)
+    torch.save({"embed.W_E": Runs()}, folder / "model_final.pth")
+    with pytest.raises(Exception, match="does not hold weights that can be read"):
+        load_language_model(_described(folder))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_aliases_are_those_of_transformer_lens():
+    from transformer_lens.supported_models import MODEL_ALIASES
+
+    for alias, repository in REPOSITORIES.items():
+        assert alias in MODEL_ALIASES[repository]
+
+
+@pytest.mark.parametrize("architecture", ["gpt_neox", "llama", "gemma2", "gpt2"])
+def test_hooks_mean_what_they_mean_in_transformer_lens(architecture: Architecture, tmp_path: Path, tokens: torch.Tensor):
+    """Of models of transformers, which TransformerLens computes in its own way: equal but for rounding."""
+    path = write_tiny_model(tmp_path / "model", architecture)
+    model = load_language_model(describe_language_model(str(path)))
+    hooked = transformer_lens.HookedTransformer.from_pretrained_no_processing(str(path), hf_model=model.model, device="cpu")
+    _, cache = hooked.run_with_cache(tokens)
+    for hook in HOOKS:
+        if hook == "resid_mid" and architecture == "gpt_neox":
+            continue
+        for layer, activations in model.activations(tokens, hook, LAYERS).items():
+            torch.testing.assert_close(activations, cache[f"blocks.{layer}.hook_{hook}"], rtol=1e-4, atol=1e-5)
+
+
+def test_the_experiment_runs_on_it_end_to_end(folder: Path, empty: Laboratory):
+    empty.declare({"language_model": f"transformer_lens:{folder}", "hook": "resid_mid", "packing": "concatenate"})
+    printed = empty.run()
+    assert "boosting" in printed
+    made = empty.artefact("activations")
+    assert made.provenance["statistics"]["train"]["rows"] == 600
+    metadata = json.loads((empty.artefact("bagging/member_1", 1).path / "cfg.json").read_text())["metadata"]
+    assert metadata["hook_name"] == "blocks.1.hook_resid_mid"
