@@ -358,7 +358,7 @@ def _saelens_metadata(store: Store, source: str, partition: Partition) -> dict[s
         "hook_name": hook.format(layer=layer) if "{layer}" in hook else f"blocks.{layer}.hook_{hook}",
         "hook_layer": layer,
         "context_size": tokens["context_length"],
-        "dataset_path": tokens["corpus"],
+        "dataset_path": tokens["corpus"]["corpus"],
         "weights": activations["weights"],
     }
 

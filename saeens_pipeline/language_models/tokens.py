@@ -8,7 +8,8 @@
 * `document`: the document that the token is from, as a row of `documents.parquet`; -1 is padding.
 * `position`: the token's place within that document, counted from 0.
 
-`documents.parquet`, in the group's folder, has a row for every document that was used: split, document, name, language.
+`documents.parquet`, in the group's folder, has a row for every document that was used: split, document, name,
+and a column for each label that the corpus gives, such as language.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def write_tokens(
     never_kept = _special_ids(tokenizer, description) if "special" in drop else np.empty(0, np.int64)
     group = zarr.open_group(path, mode="w", zarr_format=3)
     statistics: dict[Split, SplitTokens] = {}
-    documents: list[tuple[str, int, str, str]] = []
+    documents: list[pl.DataFrame] = []
     wanted: dict[Split, int] = {"train": train_tokens, "test": test_tokens}
     for split in SPLITS:
         used: list[Document] = []
@@ -139,14 +140,17 @@ def write_tokens(
             if windows_per_document is not None:
                 limit, way_out = f", windows_per_document: {windows_per_document}", ", or raise `windows_per_document`"
             raise SaeensError(
-                f"the corpus' {split} split has {writer.rows:,} activation rows with packing: {packing}{limit} and "
+                f"the corpus' {split} split has {writer.rows:,} activation rows in {len(used):,} documents with packing: {packing}{limit} and "
                 f"drop: [{', '.join(drop)}], but {wanted[split]:,} were asked for: "
                 f"lower `{split}_tokens` to at most {writer.rows:,}{way_out}"
             )
         statistics[split] = writer.finish()
-        documents += [(split, i, d.name, d.language) for i, d in enumerate(used[: statistics[split].documents])]
-    schema = {"split": pl.String, "document": pl.Int32, "name": pl.String, "language": pl.String}
-    pl.DataFrame(documents, schema=schema, orient="row").write_parquet(path / "documents.parquet")
+        of_split = used[: statistics[split].documents]
+        labels = {field: [document.labels[field] for document in of_split] for field in of_split[0].labels}
+        schema = {"split": pl.String, "document": pl.Int32, "name": pl.String} | dict.fromkeys(labels, pl.String)
+        columns = {"split": [split] * len(of_split), "document": range(len(of_split)), "name": [document.name for document in of_split]}
+        documents.append(pl.DataFrame(columns | labels, schema))
+    pl.concat(documents).write_parquet(path / "documents.parquet")
     result = TokenStatistics(**statistics)
     group.attrs.update({"context_length": context_length, "packing": packing, "drop": sorted(drop), "statistics": asdict(result)})
     return result
@@ -219,7 +223,7 @@ class TokenStore:
                 yield TokenBatch(*(values[first : first + batch_windows] for values in (tokens, *others)))
 
     def documents(self, split: Split) -> pl.DataFrame:
-        """The documents of the split: document (as in the `document` array), name, language."""
+        """The documents of the split: document (as in the `document` array), name, and what the corpus labels."""
         import polars as pl
 
         return pl.scan_parquet(self.path / "documents.parquet").filter(pl.col("split") == split).drop("split").collect()
@@ -322,7 +326,7 @@ def _encode(
                     f"{description.name}: its tokenizer gives token {ids.max()}, but the model knows {description.vocab_size} tokens: "
                     "tokenizer.json and config.json are not of one model"
                 )
-            used.append(Document(document.name, "", document.language))
+            used.append(Document(document.name, "", document.labels))
             yield ids
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from pickle import UnpicklingError
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -149,7 +150,7 @@ def _load_weights(description: LanguageModelDescription, hooked: HookedTransform
     file = _weights_file(description.name, description.path)
     try:
         state = load_file(file) if file.name == _SAFETENSORS else torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError, UnpicklingError) as error:
         raise ConfigurationError(f"{file} does not hold weights that can be read: {error}") from error
     own = hooked.state_dict()
     constants = {name for name in own if name.rsplit(".", 1)[-1] in ("mask", "IGNORE")}  # buffers that follow from the sizes

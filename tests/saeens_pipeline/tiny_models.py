@@ -102,7 +102,10 @@ class ListedCorpus:
     def identity(self) -> dict[str, object]:
         return {"corpus": "listed"}
 
+    def validate(self) -> None:
+        """There is nothing to read."""
+
     def documents(self, split: Split) -> Iterator[Document]:
         for index, text in enumerate(getattr(self, split)):
             self.read[split] += 1
-            yield Document(f"{split}-{index}", text, "python" if index % 2 else "prose")
+            yield Document(f"{split}-{index}", text, {"language": "python" if index % 2 else "prose"})
