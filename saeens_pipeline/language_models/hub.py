@@ -66,7 +66,13 @@ def sizes(name: str, commit: str, files: Sequence[str]) -> dict[str, int] | None
 def explained(name: str, revision: str, kind: Kind) -> Iterator[None]:
     """What the hub raises inside becomes one message with its reason and what to do."""
     from huggingface_hub import constants
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError, RevisionResolutionError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+        RevisionResolutionError,
+    )
 
     what = "language model" if kind == "model" else "data set"
     page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{name}"
@@ -82,7 +88,9 @@ def explained(name: str, revision: str, kind: Kind) -> Iterator[None]:
             "log in with `hf auth login`"
         ) from error
     except RevisionNotFoundError as error:
-        raise ConfigurationError(f"{what} {name!r} has no revision {revision!r} on the hub: {page}/tree/main lists those that it has") from error
+        raise ConfigurationError(
+            f"{what} {name!r} has no revision {revision!r} on the hub: {page}/tree/main lists those that it has"
+        ) from error
     except HfHubHTTPError as error:
         if error.response is not None and error.response.status_code in (401, 403):
             raise ConfigurationError(f"{what} {name!r} is refused by the hub: {_reason(error)} Log in with `hf auth login`") from error

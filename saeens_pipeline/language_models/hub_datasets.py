@@ -76,7 +76,9 @@ class HubDataset(RecordCorpus):
         try:
             import datasets  # pyright: ignore[reportMissingImports]
         except ImportError as error:
-            raise ConfigurationError(f"data set {self.name!r}: data sets of the hub need packages that are not there: {_INSTALL}") from error
+            raise ConfigurationError(
+                f"data set {self.name!r}: data sets of the hub need packages that are not there: {_INSTALL}"
+            ) from error
         commit = hub.resolve_commit(self.name, self.revision, "dataset")
         load = partial(datasets.load_dataset, self.name, split=split, revision=commit, streaming=True)
         with hub.explained(self.name, self.revision, "dataset"):

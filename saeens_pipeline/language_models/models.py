@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -129,14 +130,25 @@ def validate_hook(description: LanguageModelDescription, hook: str, layers: Coll
 def validate_modules(description: LanguageModelDescription, hook: str, layers: Collection[int]) -> None:
     """Raise ConfigurationError where a layer lacks the module of a hook, or where transformers does not know the architecture.
 
-    Builds the model's structure without weights or memory for them; takes the seconds that transformers needs to be imported.
+    Takes the seconds that transformers needs to be imported.
     """
+    model = _structure(description)
+    for layer in layers:
+        model.module(hook, layer)
+
+
+def block_parameters(description: LanguageModelDescription, n_blocks: int) -> int:
+    """Parameters of the first blocks, without embeddings. Raises as `validate_modules`."""
+    numbered = ((re.search(r"\.(\d+)\.", name), weights) for name, weights in _structure(description).model.named_parameters())
+    return sum(weights.numel() for found, weights in numbered if found and int(found[1]) < n_blocks)
+
+
+def _structure(description: LanguageModelDescription) -> LanguageModel:
+    """The model without weights, or memory for them."""
     import torch
 
     with torch.device("meta"):
-        model = load_language_model(description, "random", device="meta")
-    for layer in layers:
-        model.module(hook, layer)
+        return load_language_model(description, "random", device="meta")
 
 
 def load_language_model(
@@ -380,7 +392,9 @@ def require_tokenizer(name: str, folder: ModelFolder) -> Path:
     file = folder.path / "tokenizer.json"
     if not file.is_file():
         where = folder.path if folder.commit is None else "a copy of the model in a folder of your own"
-        raise ConfigurationError(f"language model {name!r} has no tokenizer.json: save its fast tokenizer into {where} with save_pretrained()")
+        raise ConfigurationError(
+            f"language model {name!r} has no tokenizer.json: save its fast tokenizer into {where} with save_pretrained()"
+        )
     return file
 
 

@@ -109,7 +109,7 @@ def write_tokens(
         train_tokens=train_tokens,
         test_tokens=test_tokens,
     )
-    require_free_disk(path, (train_tokens + test_tokens) * _position_bytes(description.vocab_size), "writing tokens")
+    require_free_disk(path, (train_tokens + test_tokens) * position_bytes(description.vocab_size), "writing tokens")
     tokenizer = _load_tokenizer(description)
     separator = _separator(description) if packing == "concatenate" else None
     never_kept = _special_ids(tokenizer, description) if "special" in drop else np.empty(0, np.int64)
@@ -244,7 +244,7 @@ def _dtypes(vocab_size: int) -> dict[str, np.dtype[Any]]:
     }
 
 
-def _position_bytes(vocab_size: int) -> int:
+def position_bytes(vocab_size: int) -> int:
     """What one position takes before compression, which more than makes up for padding and positions that are dropped."""
     return sum(dtype.itemsize for dtype in _dtypes(vocab_size).values())
 

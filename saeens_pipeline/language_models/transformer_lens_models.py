@@ -157,7 +157,9 @@ def _load_weights(description: LanguageModelDescription, hooked: HookedTransform
     missing = sorted(own.keys() - state.keys() - constants)
     wrong = sorted(name for name in own.keys() & state.keys() - constants if own[name].shape != state[name].shape)
     if missing or wrong:
-        problem = f"lacks {len(missing)} tensors: {missing[0]}, ..." if missing else f"has {wrong[0]} in another shape than config.json says"
+        problem = (
+            f"lacks {len(missing)} tensors: {missing[0]}, ..." if missing else f"has {wrong[0]} in another shape than config.json says"
+        )
         raise SaeensError(f"{file} {problem}")
     hooked.load_state_dict({name: state[name].to(dtype) for name in own.keys() - constants}, strict=False)
 

@@ -76,7 +76,9 @@ def test_a_model_that_only_has_pickles_is_refused_before_anything_is_spent(hub: 
 
 def test_a_gated_model_gives_the_hubs_reason_and_the_command(hub: FakeHub):
     hub.gated.add(f"models/{NAME}")
-    message = rf"'{NAME}' is gated: .*you are not in the authorized list\. Accept its terms at {hub.url}/{NAME} and log in with `hf auth login`"
+    message = (
+        rf"'{NAME}' is gated: .*you are not in the authorized list\. Accept its terms at {hub.url}/{NAME} and log in with `hf auth login`"
+    )
     with pytest.raises(ConfigurationError, match=message):
         describe_language_model(NAME)
 

@@ -222,9 +222,18 @@ def test_files_that_are_not_there_or_of_another_format_are_refused(tmp_path: Pat
 
 
 FILE_ERRORS: dict[str, tuple[dict[str, Any], str]] = {
-    "unknown key": ({"files": "a", "tekst": "x"}, r"attributes.corpus.tekst: unknown key; one of: text_field, label_fields, test_share, files"),
-    "unknown key of a data set": ({"name": "a/b", "splt": "x"}, r"attributes.corpus.splt: unknown key; .*subset, split, test_split, revision"),
-    "a column's name": ({"files": "a", "label_fields": ["name"]}, r"attributes.corpus.label_fields: 'name' is what another column is called"),
+    "unknown key": (
+        {"files": "a", "tekst": "x"},
+        r"attributes.corpus.tekst: unknown key; one of: text_field, label_fields, test_share, files",
+    ),
+    "unknown key of a data set": (
+        {"name": "a/b", "splt": "x"},
+        r"attributes.corpus.splt: unknown key; .*subset, split, test_split, revision",
+    ),
+    "a column's name": (
+        {"files": "a", "label_fields": ["name"]},
+        r"attributes.corpus.label_fields: 'name' is what another column is called",
+    ),
     "a share": ({"files": "a", "test_share": 1.5}, r"attributes.corpus.test_share: .*less than 1"),
     "no file": ({"files": []}, r"attributes.corpus.files: name a file"),
     "one split": ({"name": "a/b", "test_split": "train"}, r"attributes.corpus: split and test_split are both train"),

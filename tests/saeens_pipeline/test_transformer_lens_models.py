@@ -9,7 +9,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tiny_experiment import Laboratory
-from tiny_models import CONTEXT_LENGTH, D_MODEL, END_OF_TEXT, N_LAYERS, VOCAB_SIZE, Architecture, edit_config, write_tiny_model, write_tiny_tokenizer
+from tiny_models import (
+    CONTEXT_LENGTH,
+    D_MODEL,
+    END_OF_TEXT,
+    N_LAYERS,
+    VOCAB_SIZE,
+    Architecture,
+    edit_config,
+    write_tiny_model,
+    write_tiny_tokenizer,
+)
 
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models.models import (
@@ -143,7 +153,9 @@ def test_without_mlp_there_is_neither_mlp_out_nor_resid_mid(tmp_path: Path, toke
     hooked = _hooked(attn_only=True)
     description = _described(_write(tmp_path / "model", hooked, attn_only=True))
     for hook in ("mlp_out", "resid_mid"):
-        with pytest.raises(ConfigurationError, match=rf"hook '{hook}' is not available in .*; available: resid_pre, resid_post, attn_out, or"):
+        with pytest.raises(
+            ConfigurationError, match=rf"hook '{hook}' is not available in .*; available: resid_pre, resid_post, attn_out, or"
+        ):
             validate_hook(description, hook, [0])
     _, cache = hooked.run_with_cache(tokens)
     assert torch.equal(load_language_model(description).activations(tokens, "resid_post", [1])[1], cache["blocks.1.hook_resid_post"])

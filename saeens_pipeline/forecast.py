@@ -1,0 +1,352 @@
+"""`saeens plan`: what an experiment will take of disk, memory, computation and time, before anything is spent.
+
+Everything follows from the experiment file and the language model's configuration. FLOPs are counted as in the table `cost`, as if codes were
+dense; hours are FLOPs divided by a part of a device's published speed, and leave out what is not matrix products: reading, TopK, waiting.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from saeens_pipeline.assets.declarations import Declaration
+from saeens_pipeline.assets.memory import training_memory
+from saeens_pipeline.assets.saes import config_of
+from saeens_pipeline.components import ExperimentSettings, SourceSettings
+from saeens_pipeline.errors import SaeensError
+from saeens_pipeline.language_models.models import LanguageModelDescription, block_parameters, describe_language_model
+from saeens_pipeline.language_models.tokens import position_bytes
+from saeens_pipeline.resources import ComputeResource
+from saeens_pipeline.storage.activations import stored_bytes
+from saeens_pipeline.storage.names import Partition
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from saeens_models import SAEConfig
+    from saeens_pipeline.assets.declarations import Op
+    from saeens_pipeline.storage.recipes import Store
+
+UTILISATION = 0.4
+"""The part of a published speed that training SAEs is taken to reach: large matrix products reach about 0.7, and there is more to a step."""
+
+_DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_VOCABULARY_NOT_KNOWN = 2**17  # of more than 2**16 tokens, so that ids take four bytes
+
+
+class Device(NamedTuple):
+    """A GPU as its maker describes it: memory in GB, and dense TFLOPS of matrix products, summed in float32."""
+
+    name: str
+    memory_gb: float
+    float32: float
+    tf32: float | None
+    bfloat16: float | None
+
+
+DEVICES = (  # NVIDIA's data sheets; consumer cards from the whitepapers of their architecture
+    Device("NVIDIA H200 SXM", 141, 67, 495, 989),
+    Device("NVIDIA H100 SXM", 80, 67, 495, 989),
+    Device("NVIDIA A100 80 GB", 80, 19.5, 156, 312),
+    Device("NVIDIA L40S", 48, 91.6, 183, 362),
+    Device("NVIDIA L4", 24, 30.3, 60, 121),
+    Device("NVIDIA RTX 4090", 24, 82.6, 82.6, 165),
+    Device("NVIDIA RTX 3090", 24, 35.6, 35.6, 71),
+    Device("NVIDIA T4", 16, 8.1, None, None),
+)
+
+
+class Line(NamedTuple):
+    """One figure of a plan. `amount` is None where it is not known."""
+
+    section: str
+    item: str
+    amount: float | None
+    unit: str
+    note: str = ""
+
+
+def forecast(
+    source: SourceSettings, experiment: ExperimentSettings, ops: Sequence[Op], layers: Sequence[int], store: Store, compute: ComputeResource
+) -> list[Line]:
+    """What the experiment takes on these layers, from nothing. What is on disk already is not taken off.
+
+    Where the language model's configuration cannot be had, says why, and gives what is known without it. Raises ConfigurationError for an
+    SAE that cannot be built on this model.
+    """
+    plan = _Plan(source, experiment, ops, layers, *_describe(source, max(layers)))
+    lines = [*plan.model(), *plan.disk(), *plan.memory(), *plan.computation()]
+    amounts = {(line.section, line.item): line.amount for line in lines}
+    return [*lines, *_hours(amounts, compute), *_fits(amounts, store, compute)]
+
+
+def as_frame(lines: Sequence[Line]) -> pl.DataFrame:
+    """Section, item, amount, unit and note, a row for each figure."""
+    import polars as pl
+
+    schema = {"section": pl.String, "item": pl.String, "amount": pl.Float64, "unit": pl.String, "note": pl.String}
+    return pl.DataFrame(lines, schema, orient="row")
+
+
+def readable(line: Line) -> str:
+    """The amount of a figure, for people."""
+    if line.amount is None:
+        return "not known"
+    match line.unit:
+        case "bytes":
+            return _bytes(line.amount)
+        case "FLOPs":
+            return f"{line.amount:.2g} FLOPs"
+        case "hours":
+            return _duration(line.amount)
+    return f"{line.amount:,.0f} {line.unit}".rstrip()
+
+
+def _duration(hours: float) -> str:
+    for amount, unit in ((hours / 24, "days"), (hours, "h"), (hours * 60, "min")):
+        if amount >= 2:
+            return f"{amount:,.0f} {unit}" if amount >= 10 else f"{amount:.1f} {unit}"
+    return f"{hours * 3600:.2g} s"
+
+
+def _bytes(amount: float) -> str:
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if amount < 1000 or unit == "TB":
+            return f"{amount:,.3g} {unit}" if amount < 1000 else f"{amount:,.0f} {unit}"
+        amount /= 1000
+    raise AssertionError
+
+
+def _describe(source: SourceSettings, deepest: int) -> tuple[LanguageModelDescription | None, int | None, str]:
+    """The language model, the parameters that a pass down to a layer takes, and why something is not known."""
+    try:
+        description = describe_language_model(source.language_model, source.revision)
+    except SaeensError as error:
+        return None, None, str(error)
+    try:
+        return description, block_parameters(description, deepest + 1), ""
+    except SaeensError as error:
+        return description, None, str(error)
+
+
+@dataclass
+class _Plan:
+    source: SourceSettings
+    experiment: ExperimentSettings
+    ops: Sequence[Op]
+    layers: Sequence[int]
+    description: LanguageModelDescription | None
+    parameters: int | None  # of the blocks that the forward pass takes
+    problem: str
+
+    @property
+    def n_partitions(self) -> int:
+        """Layers times seeds: how often SAEs are trained."""
+        return len(self.layers) * len(self.experiment.ensemble.seeds)
+
+    @property
+    def d_in(self) -> int | None:
+        return self.description.d_model if self.description else None
+
+    def trained(self) -> Iterator[tuple[Op, list[Declaration]]]:
+        """Every op that trains SAEs, with those of one layer and seed that are not trained by another, as round 1 is as member 1."""
+        known: set[object] = set()
+        for op in self.ops:
+            new = []
+            for each in op.outputs:
+                if each.builder != "sae":
+                    continue
+                given = tuple(str(needed.artefact.address) for needed in each.inputs if needed.decides)
+                decisive = (each.code_version, str(each.partition_settings(Partition(0, 0))), given)
+                if decisive not in known:
+                    known.add(decisive)
+                    new.append(each)
+            if new:
+                yield op, new
+
+    def configs(self) -> dict[str, list[SAEConfig]]:
+        """The SAEs of one layer and seed, by op."""
+        if self.d_in is None:
+            return {}
+        return {op.name: [config_of(each, self.d_in) for each in new] for op, new in self.trained()}
+
+    def model(self) -> Iterator[Line]:
+        source = self.source
+        if self.description is None:
+            yield Line("model", source.language_model, None, "", f"what depends on it is not known: {self.problem}")
+            return
+        found = self.description
+        sizes = f"{found.model_type}, {found.n_layers} layers, context {found.context_length:,}"
+        note = "" if "{layer}" not in source.hook else "; the hook is taken to give as many dimensions as the stream has"
+        yield Line("model", source.language_model, found.d_model, "dimensions", f"{sizes}, {source.weights} weights{note}")
+
+    def disk(self) -> Iterator[Line]:
+        source, settings = self.source, self.experiment
+        vocabulary = self.description.vocab_size if self.description else _VOCABULARY_NOT_KNOWN
+        rows = {"train": source.train_tokens, "test": source.test_tokens}
+        tokens = sum(rows.values()) * position_bytes(vocabulary)
+        yield Line("disk", "tokens", tokens, "bytes", "before compression")
+        if self.d_in is None:
+            for item in ("activations", "residuals", "SAEs", "checkpoints", "all"):
+                yield Line("disk", item, None, "bytes")
+            return
+        activations = stored_bytes(self.d_in, source.dtype, rows) * len(self.layers)
+        yield Line("disk", "activations", activations, "bytes", f"{len(self.layers)} of {source.dtype}, layer by layer")
+        one = stored_bytes(self.d_in, source.dtype, {"train": source.train_tokens}, with_origin=False)
+        n_residuals = sum(each.builder == "residual" for op in self.ops for each in op.outputs)
+        n_kept = {"all": n_residuals, "last": min(n_residuals, 1), "none": 0}[settings.keep_residuals]
+        besides = one if settings.keep_residuals == "last" and n_residuals > 1 else 0
+        residuals = n_kept * one * self.n_partitions
+        yield Line(
+            "disk",
+            "residuals",
+            residuals,
+            "bytes",
+            f"keep_residuals: {settings.keep_residuals}; while one is written {_bytes(besides)} more",
+        )
+        configs = self.configs()
+        saes = sum(_weights_bytes(config) for each in configs.values() for config in each) * self.n_partitions
+        n_saes = sum(map(len, configs.values())) * self.n_partitions
+        yield Line("disk", "SAEs", saes, "bytes", f"{n_saes} of them")
+        checkpoints = 2 * max(sum(3 * _weights_bytes(config) for config in each) for each in configs.values())
+        yield Line("disk", "checkpoints", checkpoints, "bytes", "at most, while SAEs are trained: one beside the one before")
+        yield Line("disk", "all", tokens + activations + residuals + besides + saes + checkpoints, "bytes", "at most at one time")
+
+    def memory(self) -> Iterator[Line]:
+        batch_tokens = self.experiment.complete_training["batch_tokens"]
+        configs = self.configs()
+        if not configs:
+            yield Line("memory", "training, largest SAE", None, "bytes")
+            yield Line("memory", "training, largest group", None, "bytes")
+            return
+        needs = {
+            name: [training_memory(config).weights + batch_tokens * training_memory(config).token for config in each]
+            for name, each in configs.items()
+        }
+        largest = max(needs, key=lambda name: max(needs[name]))
+        yield Line(
+            "memory", "training, largest SAE", max(needs[largest]), "bytes", f"{largest}; where it does not fit, batches are taken in parts"
+        )
+        together = max(needs, key=lambda name: sum(needs[name]))
+        note = f"{together}: {len(needs[together])} together; where they do not fit, fewer are"
+        yield Line("memory", "training, largest group", sum(needs[together]), "bytes", note)
+        weights = sum(_weights_bytes(config) for each in configs.values() for config in each)
+        budget = self.experiment.evaluation_memory_gb * 1e9
+        yield Line("memory", "evaluation", weights + budget, "bytes", "SAEs of one layer and seed, and evaluation_memory_gb")
+        model = None if self.parameters is None else self.parameters * _DTYPE_BYTES[self.source.language_model_dtype]
+        yield Line("memory", "language model", model, "bytes", "blocks up to the deepest layer; embeddings and activations come on top")
+
+    def computation(self) -> Iterator[Line]:
+        source = self.source
+        rows = source.train_tokens + source.test_tokens
+        forward = None
+        if self.parameters is not None and self.d_in is not None:  # attention: scores and values, over half of the context on average
+            forward = rows * (2 * self.parameters + 2 * source.context_length * self.d_in * (max(self.layers) + 1))
+        yield Line("computation", "language model", forward, "FLOPs", self.problem if self.description else "one pass for all layers")
+        if self.d_in is None:
+            for item in ("training", "residuals", "evaluation", "all"):
+                yield Line("computation", item, None, "FLOPs")
+            return
+        training: dict[str, float] = defaultdict(float)
+        inference = residuals = 0.0
+        n_residuals = sum(each.builder == "residual" for op in self.ops for each in op.outputs)
+        for _, declarations in self.trained():
+            for each in declarations:
+                config = config_of(each, self.d_in)
+                kind = each.address.name if each.address.kind == "baseline" else each.address.kind
+                training[kind] += config.train_flops_per_token * source.train_tokens * self.n_partitions
+                inference += config.inference_flops_per_token
+        rounds = [each for op in self.ops for each in op.outputs if each.builder == "sae" and each.address.kind == "boosting"]
+        for each in rounds[:n_residuals]:
+            residuals += config_of(each, self.d_in).inference_flops_per_token * source.train_tokens * self.n_partitions
+        for kind, flops in training.items():
+            note = "but for round 1, which is member 1" if kind == "boosting" else ""
+            yield Line("computation", f"training, {kind}", flops, "FLOPs", note)
+        yield Line("computation", "residuals", residuals, "FLOPs")
+        evaluation = inference * source.test_tokens * self.n_partitions
+        yield Line("computation", "evaluation", evaluation, "FLOPs", "encoding and decoding; coactivation comes on top")
+        note = "as if codes were dense; TopK's kernels take less" if forward is not None else "without the language model"
+        yield Line("computation", "all", (forward or 0) + sum(training.values()) + residuals + evaluation, "FLOPs", note)
+
+
+def _weights_bytes(config: SAEConfig) -> int:
+    """What a saved SAE takes, but for its configuration and curve."""
+    import torch
+
+    from saeens_models.architectures import sae_class
+
+    with torch.device("meta"):
+        sae = sae_class(config.architecture)(config)
+    return sum(weight.nbytes for weight in sae.state_dict().values())
+
+
+def _hours(amounts: Mapping[tuple[str, str], float | None], compute: ComputeResource) -> Iterator[Line]:
+    flops = amounts["computation", "all"]
+
+    def hours(flops_per_second: float) -> float | None:
+        return None if flops is None else flops / (UTILISATION * flops_per_second) / 3600
+
+    for device in DEVICES:
+        speeds = {"float32": device.float32, "tf32": device.tf32 or device.float32, "bfloat16": device.bfloat16 or device.float32}
+        faster = Line("", "", hours(speeds["bfloat16"] * 1e12), "hours")
+        notes = [f"{device.memory_gb:g} GB: {_at_once(amounts, device.memory_gb * 1e9)}"]
+        if speeds["bfloat16"] > speeds[compute.precision] and faster.amount is not None:
+            notes.append(f"{readable(faster)} with SAEENS_PRECISION=bfloat16")
+        yield Line("time", device.name, hours(speeds[compute.precision] * 1e12), "hours", "; ".join(notes))
+    speed = _measured_speed(compute)
+    note = f"{compute.resolve()}: {speed / 1e12:.2g} TFLOPS measured just now, in {compute.precision}"
+    yield Line("time", "this machine", hours(speed), "hours", note)
+
+
+def _measured_speed(compute: ComputeResource, seconds: float = 0.3) -> float:
+    """FLOP/s of a matrix product on the device, in the precision of training."""
+    import torch
+
+    device = compute.resolve()
+    size = 1024 if device == "cpu" else 8192
+    with compute.training_precision():
+        matrix = torch.ones(size, size, device=device)
+        product = matrix @ matrix  # not counted: kernels are loaded
+        _wait(product)
+        began, n = time.perf_counter(), 0
+        while time.perf_counter() - began < seconds:
+            _wait(matrix @ matrix)
+            n += 1
+        return n * 2 * size**3 / (time.perf_counter() - began)
+
+
+def _wait(product: object) -> None:
+    """Until the device has computed it."""
+    import torch
+
+    assert isinstance(product, torch.Tensor)
+    product[0, 0].item()
+
+
+def _fits(amounts: Mapping[tuple[str, str], float | None], store: Store, compute: ComputeResource) -> Iterator[Line]:
+    import torch
+
+    free, needed = shutil.disk_usage(store.nearest_folder).free, amounts["disk", "all"]
+    if needed is None:
+        verdict = "not known whether that is enough"
+    else:
+        verdict = "enough" if needed <= free else f"{_bytes(needed - free)} too little"
+    yield Line("fits", "free disk", free, "bytes", f"{verdict}, below {store.root}")
+    device = compute.resolve()
+    if device.startswith("cuda"):
+        memory = torch.cuda.get_device_properties(device).total_memory
+        yield Line("fits", torch.cuda.get_device_name(device), memory, "bytes", _at_once(amounts, memory))
+
+
+def _at_once(amounts: Mapping[tuple[str, str], float | None], memory: float) -> str:
+    """How training fits into the memory of a device."""
+    one, together = amounts["memory", "training, largest SAE"], amounts["memory", "training, largest group"]
+    if one is None or together is None:
+        return "not known what fits"
+    if together <= memory:
+        return "every group of SAEs at once"
+    return "SAEs in smaller groups" if one <= memory else "the largest SAE in parts of batches, if its weights fit"
