@@ -102,7 +102,9 @@ def plan(
     settings = catalogue.experiment(experiment)
     source = catalogue.sources[settings.source]
     layers = sorted(set(layer)) if layer else recorded_layers(source).layers
-    lines = forecast(source, settings, catalogue.ops(settings), layers, StoreResource().store, ComputeResource.from_environment())
+    lines = forecast(
+        source, settings, catalogue.ops(settings), layers=layers, store=StoreResource().store, compute=ComputeResource.from_environment()
+    )
     match format:
         case TableFormat.csv:
             sys.stdout.write(as_frame(lines).write_csv())

@@ -14,8 +14,8 @@ from saeens_pipeline import defs
 from saeens_pipeline.components import ActivationSource, EnsembleExperiment, ExperimentSettings, SourceSettings
 from saeens_pipeline.components.activation_source import CORPORA
 from saeens_pipeline.components.ensemble_experiment import allowed_sae_keys, allowed_training_keys
-from saeens_pipeline.language_models.text_files import FOLDER
 from saeens_pipeline.errors import ConfigurationError
+from saeens_pipeline.language_models.text_files import FOLDER
 
 FOLDERS_VARIABLE = "SAEENS_EXPERIMENTS"
 TYPES = {f"saeens_pipeline.components.{component.__name__}": component for component in (ActivationSource, EnsembleExperiment)}

@@ -1,7 +1,7 @@
 """`saeens plan`: what an experiment will take of disk, memory, computation and time, before anything is spent.
 
-Everything follows from the experiment file and the language model's configuration. FLOPs are counted as in the table `cost`, as if codes were
-dense; hours are FLOPs divided by a part of a device's published speed, and leave out what is not matrix products: reading, TopK, waiting.
+Everything follows from the experiment file and the language model's configuration. FLOPs are counted as in the table `cost`, as if codes
+were dense; hours are FLOPs divided by a part of a device's published speed, and leave out what is no matrix product: reading, waiting.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from saeens_pipeline.storage.recipes import Store
 
 UTILISATION = 0.4
-"""The part of a published speed that training SAEs is taken to reach: large matrix products reach about 0.7, and there is more to a step."""
+"""The part of a published speed that training SAEs is taken to reach: an assumption, not a measurement."""
 
 _DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _VOCABULARY_NOT_KNOWN = 2**17  # of more than 2**16 tokens, so that ids take four bytes
@@ -71,7 +71,13 @@ class Line(NamedTuple):
 
 
 def forecast(
-    source: SourceSettings, experiment: ExperimentSettings, ops: Sequence[Op], layers: Sequence[int], store: Store, compute: ComputeResource
+    source: SourceSettings,
+    experiment: ExperimentSettings,
+    ops: Sequence[Op],
+    *,
+    layers: Sequence[int],
+    store: Store,
+    compute: ComputeResource,
 ) -> list[Line]:
     """What the experiment takes on these layers, from nothing. What is on disk already is not taken off.
 

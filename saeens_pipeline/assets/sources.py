@@ -133,7 +133,7 @@ def validate_source(settings: SourceSettings, layers: Sequence[int]) -> Language
     description = _language_model(settings)
     validate_hook(description, settings.hook, layers)
     validate_token_settings(description, **settings.model_dump(include=set(_TOKEN_FIELDS)))
-    open_corpus(settings.corpus).validate()
+    open_corpus(settings.corpus).require_readable()
     return description
 
 

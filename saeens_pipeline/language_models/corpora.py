@@ -57,14 +57,14 @@ class Document:
 class Corpus(Protocol):
     """What a source reads.
 
-    `identity` is for recipes: cheap, and another whenever the documents may have changed. `validate` finds out, before anything is spent,
-    whether they can be read, and raises what `documents` would.
+    `identity` is for recipes: cheap, and another whenever the documents may have changed. `require_readable`
+    finds out, before anything is spent, whether they can be read, and raises what `documents` would.
     """
 
     @property
     def identity(self) -> dict[str, object]: ...
 
-    def validate(self) -> None: ...
+    def require_readable(self) -> None: ...
 
     def documents(self, split: Split) -> Iterator[Document]: ...
 
@@ -84,7 +84,7 @@ class InstalledPackages:
             "packages": {p: metadata.version(p).split("+")[0] for p in PACKAGES},
         }
 
-    def validate(self) -> None:
+    def require_readable(self) -> None:
         """The packages are installed: this one needs them."""
 
     def documents(self, split: Split) -> Iterator[Document]:
@@ -118,14 +118,15 @@ def _package_documents(package: str) -> Iterator[Document]:
     """The documents of one installed package, at most MAX_PACKAGE_BYTES of each language."""
     distribution = metadata.distribution(package)
     files = sorted(distribution.files or [], key=lambda f: rank(f"{package}/{f.as_posix()}"))
-    taken: dict[str, int] = {}
+    taken: dict[str | None, int] = {}
     for file in files:
         name = f"{package}/{file.as_posix()}"
         if _is_platform_dependent(name):
             continue
         for document in _file_documents(name, Path(str(distribution.locate_file(file)))):
-            if taken.get(document.labels["language"], 0) < MAX_PACKAGE_BYTES:
-                taken[document.labels["language"]] = taken.get(document.labels["language"], 0) + len(document.text)
+            language = document.labels["language"]
+            if taken.get(language, 0) < MAX_PACKAGE_BYTES:
+                taken[language] = taken.get(language, 0) + len(document.text)
                 yield document
 
 
@@ -221,7 +222,8 @@ def _summarise(documents: list[Document]) -> dict[str, object]:
     for document in documents:
         encoded = document.text.encode()
         digest.update(document.name.encode() + b"\0" + encoded + b"\0")
-        languages[document.labels["language"]] = languages.get(document.labels["language"], 0) + len(encoded)
+        language = str(document.labels["language"])
+        languages[language] = languages.get(language, 0) + len(encoded)
     return {
         "documents": len(documents),
         "bytes": sum(languages.values()),

@@ -88,17 +88,15 @@ def explained(name: str, revision: str, kind: Kind) -> Iterator[None]:
             "log in with `hf auth login`"
         ) from error
     except RevisionNotFoundError as error:
-        raise ConfigurationError(
-            f"{what} {name!r} has no revision {revision!r} on the hub: {page}/tree/main lists those that it has"
-        ) from error
+        raise ConfigurationError(f"{what} {name!r} has no revision {revision!r} on the hub: {page} lists those that it has") from error
     except HfHubHTTPError as error:
         if error.response is not None and error.response.status_code in (401, 403):
             raise ConfigurationError(f"{what} {name!r} is refused by the hub: {_reason(error)} Log in with `hf auth login`") from error
         raise SaeensError(f"{what} {name!r}: the hub answered with an error: {_reason(error)}") from error
     except (OSError, RevisionResolutionError) as error:
         raise SaeensError(
-            f"{what} {name!r}: there is no such folder here, it is not in the hub's cache ({constants.HF_HUB_CACHE}), and the hub cannot be "
-            f"reached ({_first_cause(error)}). {_way_out(name, kind)}"
+            f"{what} {name!r}: there is no such folder here, it is not in the hub's cache ({constants.HF_HUB_CACHE}), "
+            f"and the hub cannot be reached ({_first_cause(error)}). {_way_out(name, kind)}"
         ) from error
 
 

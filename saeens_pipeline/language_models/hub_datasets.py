@@ -1,7 +1,7 @@
 """`corpus: {name: monology/pile-uncopyrighted, split: train, test_split: test}`: a data set of the Hugging Face hub, read as a stream.
 
-`datasets` reads it (the extra `hub`); no script of the data set is run. Nothing is downloaded beyond what is read, and nothing kept: reading
-ends where enough tokens are there. Documents come in the data set's own order.
+`datasets` reads it (the extra `hub`); no script of the data set is run. Nothing is downloaded beyond what is read, and nothing kept:
+reading ends where enough tokens are there. Documents come in the data set's own order.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class HubDataset(RecordCorpus):
         parts = {"subset": self.subset, "split": self.split, "test_split": self.test_split}
         return self.settings_that_decide | parts | {"corpus": self.name, "reader": READER_VERSION, "revision": commit}
 
-    def validate(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]  # pydantic's, of old, is a class method
+    def require_readable(self) -> None:
         """Read the first document of every split. Raises ConfigurationError for what the hub or the data set does not have."""
         for split in filter(None, (self.split, self.test_split)):
             next(self._documents(split), None)
@@ -76,10 +76,9 @@ class HubDataset(RecordCorpus):
         try:
             import datasets  # pyright: ignore[reportMissingImports]
         except ImportError as error:
-            raise ConfigurationError(
-                f"data set {self.name!r}: data sets of the hub need packages that are not there: {_INSTALL}"
-            ) from error
+            raise ConfigurationError(f"data set {self.name!r}: reading data sets of the hub takes more packages: {_INSTALL}") from error
         commit = hub.resolve_commit(self.name, self.revision, "dataset")
+        hub.download(self.name, commit, ["README.md"], "dataset")  # or the hub's reason why not, which datasets does not pass on
         load = partial(datasets.load_dataset, self.name, split=split, revision=commit, streaming=True)
         with hub.explained(self.name, self.revision, "dataset"):
             try:
@@ -89,13 +88,13 @@ class HubDataset(RecordCorpus):
                 if not files:
                     raise ConfigurationError(f"data set {self.name!r}: {' '.join(str(error).split())}") from error
                 records = load(data_files={split: files})
-            except datasets.exceptions.DatasetsError as error:
+            except (datasets.exceptions.DatasetsError, RuntimeError) as error:  # among others, a data set that is a script
                 raise SaeensError(f"data set {self.name!r} cannot be read by datasets: {error}") from error
         complete = set(self.columns) <= set(records.column_names or [])
         return records.select_columns(self.columns) if complete else records
 
     def _files_called(self, split: str, commit: str) -> list[str]:
-        """Files beside the folders, such as `test.jsonl.zst` of the Pile: where there is a folder `train`, datasets knows no other split."""
+        """Files beside the folders, such as `test.jsonl.zst` of the Pile: beside a folder `train`, datasets knows no other split."""
         from huggingface_hub import HfApi
 
         files = HfApi().list_repo_files(self.name, repo_type="dataset", revision=commit)

@@ -160,9 +160,10 @@ def load_language_model(
 ) -> LanguageModel:
     """Load the model in evaluation mode. No code from the folder is run, and no pickle that could.
 
-    Trained weights of a model of the hub are downloaded where its cache lacks them. `weights="random"` builds the same architecture untrained, initialised from `seed`: the control against which a
-    result on the trained model is read. Raises SaeensError where weights that the architecture needs are not in the files,
-    ConfigurationError where transformers does not know the architecture or cannot read the files.
+    Trained weights of a model of the hub are downloaded where its cache lacks them. `weights="random"` builds the same architecture
+    untrained, initialised from `seed`: the control against which a result on the trained model is read. Raises SaeensError
+    where weights that the architecture needs are not in the files, ConfigurationError where transformers does not know the architecture
+    or cannot read the files.
     """
     import torch
     from safetensors import SafetensorError
@@ -352,8 +353,8 @@ def locate_model(name: str, revision: str, files: Sequence[str]) -> ModelFolder:
         return ModelFolder(path)
     if not hub.NAME.fullmatch(name) or name.startswith("builtin/"):
         raise ConfigurationError(
-            f"language model {name!r}: there is no such folder. It can be {REFERENCE_MODEL}, a folder in transformers' format, the name of a "
-            f"model on the Hugging Face hub, or {TRANSFORMER_LENS}NAME"
+            f"language model {name!r}: there is no such folder. It can be {REFERENCE_MODEL}, a folder in transformers' format, the name of "
+            f"a model on the Hugging Face hub, or {TRANSFORMER_LENS}NAME"
         )
     commit = hub.resolve_commit(name, revision, "model")
     return ModelFolder(hub.download(name, commit, files), commit)
@@ -392,9 +393,7 @@ def require_tokenizer(name: str, folder: ModelFolder) -> Path:
     file = folder.path / "tokenizer.json"
     if not file.is_file():
         where = folder.path if folder.commit is None else "a copy of the model in a folder of your own"
-        raise ConfigurationError(
-            f"language model {name!r} has no tokenizer.json: save its fast tokenizer into {where} with save_pretrained()"
-        )
+        raise ConfigurationError(f"{name!r} has no tokenizer.json: save its fast tokenizer into {where} with save_pretrained()")
     return file
 
 
@@ -413,8 +412,8 @@ def _require_hub_weights(name: str, commit: str, path: Path) -> None:
     there = hub.sizes(name, commit, [*_HUB_WEIGHTS, *_PICKLES])
     if there and not any(file.endswith(".safetensors") for file in there):
         raise ConfigurationError(
-            f"language model {name!r}: the hub has its weights only as {min(there)}, a pickle, which can run code: convert it to safetensors "
-            "and give the folder"
+            f"language model {name!r}: the hub has its weights only as {min(there)}, a pickle, which can run code: convert it to "
+            "safetensors and give the folder"
         )
 
 

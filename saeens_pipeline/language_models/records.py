@@ -29,9 +29,7 @@ class RecordCorpus(BaseModel):
 
     text_field: str = Field("text", min_length=1, description="the text of a record")
     label_fields: Annotated[list[str], AfterValidator(_label_names)] = Field([], description="what is kept of a record, to choose by")
-    test_share: float = Field(
-        0.05, gt=0, lt=1, description="of the documents, held out by a hash of their names where no test split is given"
-    )
+    test_share: float = Field(0.05, gt=0, lt=1, description="of documents, held out by a hash of their names where no test split is given")
 
     @property
     def settings_that_decide(self) -> dict[str, object]:

@@ -65,8 +65,8 @@ class TextFiles(RecordCorpus):
         files = {name: _fingerprint(path, budget, *_state(path)) for name, path in (chosen.train | chosen.test).items()}
         return self.settings_that_decide | {"corpus": "files", "reader": READER_VERSION, "test_files": sorted(chosen.test), "files": files}
 
-    def validate(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]  # pydantic's, of old, is a class method
-        """Raise ConfigurationError where no file is there or one is of an unknown format, SaeensError for a first document that cannot be."""
+    def require_readable(self) -> None:
+        """Raise ConfigurationError for files that are not there or of an unknown format, SaeensError for a wrong first document."""
         chosen = self._chosen()
         for files in filter(None, chosen):
             next(self._documents(files), None)
@@ -103,7 +103,7 @@ class TextFiles(RecordCorpus):
     def _found(self, files: str | list[str]) -> list[Path]:
         found: set[Path] = set()
         for pattern in _patterns(files):
-            paths = glob.glob(str(self._folder / Path(pattern).expanduser()), recursive=True)
+            paths = glob.glob(str(self._folder / Path(pattern).expanduser()), recursive=True)  # noqa: PTH207  # which takes no absolute pattern
             matching = {Path(path).absolute() for path in paths if Path(path).is_file()}
             if not matching:
                 raise ConfigurationError(f"corpus: there is no file {pattern} in {self._folder}")
@@ -167,7 +167,7 @@ def _lines(path: Path) -> Iterator[tuple[int, Any]]:
     number = 0
     try:
         with _open(path) as stream:
-            for number, line in enumerate(stream, start=1):  # noqa: B007  # said when reading fails
+            for number, line in enumerate(stream, start=1):  # said when reading fails
                 if line.strip():
                     yield number, _parsed(line, path, number)
     except OSError as error:

@@ -140,8 +140,8 @@ def write_tokens(
             if windows_per_document is not None:
                 limit, way_out = f", windows_per_document: {windows_per_document}", ", or raise `windows_per_document`"
             raise SaeensError(
-                f"the corpus' {split} split has {writer.rows:,} activation rows in {len(used):,} documents with packing: {packing}{limit} and "
-                f"drop: [{', '.join(drop)}], but {wanted[split]:,} were asked for: "
+                f"the corpus' {split} split has {writer.rows:,} activation rows in {len(used):,} documents with packing: {packing}{limit} "
+                f"and drop: [{', '.join(drop)}], but {wanted[split]:,} were asked for: "
                 f"lower `{split}_tokens` to at most {writer.rows:,}{way_out}"
             )
         statistics[split] = writer.finish()

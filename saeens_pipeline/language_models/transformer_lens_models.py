@@ -8,6 +8,7 @@ file is read by torch's restricted unpickler, which builds tensors and calls not
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from pickle import UnpicklingError
 from types import SimpleNamespace
@@ -107,7 +108,8 @@ def load_transformer_lens_model(
             device=device,
             dtype=dtype,
         )
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # HookedTransformer is what this extra is there for
             torch.manual_seed(seed)
             hooked = HookedTransformer(settings)
     except (TypeError, ValueError, AssertionError) as error:

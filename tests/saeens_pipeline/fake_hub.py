@@ -67,7 +67,7 @@ def serving(hub: FakeHub) -> Iterator[FakeHub]:
             length = int(self.headers.get("Content-Length", 0))
             self._answer(json.loads(self.rfile.read(length) or b"{}"))
 
-        def _answer(self, asked: dict | None = None, *, with_body: bool = True) -> None:
+        def _answer(self, asked: dict | None = None, *, with_body: bool = True) -> None:  # noqa: PLR0911  # a table of routes
             path = unquote(urlsplit(self.path).path)
             hub.requests.append(f"{self.command} {path}")
             api = re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?", path)

@@ -123,7 +123,7 @@ def test_identity_changes_with_the_reader(small: InstalledPackages, monkeypatch:
 
 def test_an_unknown_corpus_is_refused_with_those_that_there_are():
     assert isinstance(open_corpus("builtin/installed_packages"), InstalledPackages)
-    with pytest.raises(ValueError, match="'wikipedia' is not known; it can be builtin/installed_packages, {name: DATASET"):
+    with pytest.raises(ValueError, match=r"'wikipedia' is not known; it can be builtin/installed_packages, \{name: DATASET"):
         open_corpus("wikipedia")
 
 

@@ -56,7 +56,7 @@ def _corpus(**fields: Any) -> HubDataset:
 
 def test_splits_are_those_of_the_data_set_in_its_order_with_their_labels(hub: FakeHub):
     corpus = _corpus(label_fields=["meta.pile_set_name"])
-    corpus.validate()
+    corpus.require_readable()
     for split in SPLITS:
         documents = list(corpus.documents(split))
         assert [document.text for document in documents] == TEXTS[split]
@@ -91,26 +91,26 @@ def test_identity_is_the_commit_and_the_settings_and_known_without_the_hub_after
 
 def test_a_data_set_that_is_not_there_or_gated_or_has_no_such_split_or_field_is_said(hub: FakeHub):
     with pytest.raises(ConfigurationError, match=r"data set 'some-lab/other': .* no such data set on the hub"):
-        _corpus(name="some-lab/other").validate()
+        _corpus(name="some-lab/other").require_readable()
     with pytest.raises(ConfigurationError, match=r"data set 'some-lab/pile': .*validation.*train"):
-        _corpus(split="validation").validate()
+        _corpus(split="validation").require_readable()
     with pytest.raises(SaeensError, match=r"data set some-lab/pile, train, record 1: there is no field 'body'; there are: meta, text"):
-        _corpus(text_field="body").validate()
+        _corpus(text_field="body").require_readable()
     hub.gated.add(f"datasets/{NAME}")
     with pytest.raises(ConfigurationError, match=r"data set 'some-lab/pile' is gated: .*log in with `hf auth login`"):
-        _corpus().validate()
+        _corpus().require_readable()
 
 
 def test_without_the_hub_it_is_said_what_to_do(needs_datasets: None, fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch):
     reach(monkeypatch, UNREACHABLE)
     with pytest.raises(SaeensError, match=r"data set 'some-lab/pile': .*hub cannot be reached.*give them as `corpus: \{files: ...\}`"):
-        _corpus().validate()
+        _corpus().require_readable()
 
 
 def test_without_datasets_the_extra_is_named(fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ConfigurationError, match=r"install them with `pip install .*\[hub\]'`"):
-        _corpus().validate()
+        _corpus().require_readable()
 
 
 def test_an_experiment_runs_on_a_data_set(hub: FakeHub, empty: Laboratory, monkeypatch: pytest.MonkeyPatch):

@@ -126,7 +126,7 @@ def test_a_plan_needs_their_models_configurations_only(catalogue: Catalogue, fak
     experiment, paper = catalogue.experiment(name), PAPER[name.removesuffix("_small")]
     source = catalogue.sources[experiment.source]
     compute = ComputeResource(device="cpu")
-    lines = forecast(source, experiment, catalogue.ops(experiment), source.layers, StoreResource().store, compute)
+    lines = forecast(source, experiment, catalogue.ops(experiment), layers=source.layers, store=StoreResource().store, compute=compute)
     amounts = {(line.section, line.item): line.amount for line in lines}
     d_in, d_sae = paper["d_in"], paper["d_sae"]
     rows = source.train_tokens + source.test_tokens

@@ -56,7 +56,7 @@ def _texts(corpus: TextFiles) -> list[str]:
 def test_every_record_of_every_format_is_a_document_of_one_split(tmp_path: Path, file: str):
     WRITERS[file](tmp_path / file)
     corpus = _corpus(tmp_path, files="*", label_fields=["meta.set", "url"], test_share=0.3)
-    corpus.validate()
+    corpus.require_readable()
     documents = {split: list(corpus.documents(split)) for split in SPLITS}
     by_name = {document.name: document for split in SPLITS for document in documents[split]}
     assert len(by_name) == len(documents["train"]) + len(documents["test"]) == len(RECORDS)
@@ -102,13 +102,13 @@ def test_test_files_are_the_test_split_and_nothing_else_is(tmp_path: Path):
 def test_a_file_in_both_splits_is_refused(tmp_path: Path):
     (tmp_path / "a.jsonl").write_bytes(_lines(RECORDS))
     with pytest.raises(ConfigurationError, match=r"a.jsonl is among files and among test_files"):
-        _corpus(tmp_path, files="*.jsonl", test_files=["a.jsonl"]).validate()
+        _corpus(tmp_path, files="*.jsonl", test_files=["a.jsonl"]).require_readable()
 
 
 @given(st.sets(st.integers(0, 10_000), min_size=1, max_size=30), st.floats(0.01, 0.99))
 def test_what_is_held_out_depends_on_the_name_alone_and_is_never_trained_on(numbers: set[int], share: float):
     documents = [corpora.Document(f"a.jsonl:{number}", "x", {}) for number in numbers]
-    corpus = TextFiles(files="a.jsonl", test_share=share)
+    corpus = TextFiles.model_validate({"files": "a.jsonl", "test_share": share})
     train, test = ({d.name for d in corpus.held_out(iter(documents), split)} for split in SPLITS)
     assert train | test == {d.name for d in documents}
     assert not train & test
@@ -206,33 +206,33 @@ def test_a_file_that_was_cut_off_is_named_by_the_line_where_it_ends(tmp_path: Pa
 def test_a_missing_column_and_a_file_that_is_no_parquet_are_named(tmp_path: Path):
     WRITERS["a.parquet"](tmp_path / "a.parquet")
     with pytest.raises(SaeensError, match=r"a.parquet: there is no column 'body'; there are: text, meta, url"):
-        _corpus(tmp_path, files="a.parquet", text_field="body").validate()
+        _corpus(tmp_path, files="a.parquet", text_field="body").require_readable()
     (tmp_path / "b.parquet").write_bytes(b"nothing")
     with pytest.raises(SaeensError, match=r"b.parquet: cannot be read as a Parquet file"):
-        _corpus(tmp_path, files="b.parquet").validate()
+        _corpus(tmp_path, files="b.parquet").require_readable()
 
 
 def test_files_that_are_not_there_or_of_another_format_are_refused(tmp_path: Path):
     with pytest.raises(ConfigurationError, match=rf"there is no file texts/\*.jsonl in {tmp_path}"):
-        _corpus(tmp_path, files="texts/*.jsonl").validate()
+        _corpus(tmp_path, files="texts/*.jsonl").require_readable()
     for name in ("a.csv", "a.parquet.zst", "a.csv.gz"):
         (tmp_path / name).write_bytes(b"x")
         with pytest.raises(ConfigurationError, match=rf"{name} is of a format that is not read; names end in .jsonl, .parquet, .txt, .md"):
-            _corpus(tmp_path, files=name).validate()
+            _corpus(tmp_path, files=name).require_readable()
 
 
 FILE_ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown key": (
         {"files": "a", "tekst": "x"},
-        r"attributes.corpus.tekst: unknown key; one of: text_field, label_fields, test_share, files",
+        r"corpus.tekst: unknown key; one of: text_field, .*test_share, files",
     ),
     "unknown key of a data set": (
         {"name": "a/b", "splt": "x"},
-        r"attributes.corpus.splt: unknown key; .*subset, split, test_split, revision",
+        r"corpus.splt: unknown key; .*subset, split, test_split",
     ),
     "a column's name": (
         {"files": "a", "label_fields": ["name"]},
-        r"attributes.corpus.label_fields: 'name' is what another column is called",
+        r"corpus.label_fields: 'name' is what another column is called",
     ),
     "a share": ({"files": "a", "test_share": 1.5}, r"attributes.corpus.test_share: .*less than 1"),
     "no file": ({"files": []}, r"attributes.corpus.files: name a file"),

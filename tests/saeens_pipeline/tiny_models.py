@@ -102,7 +102,7 @@ class ListedCorpus:
     def identity(self) -> dict[str, object]:
         return {"corpus": "listed"}
 
-    def validate(self) -> None:
+    def require_readable(self) -> None:
         """There is nothing to read."""
 
     def documents(self, split: Split) -> Iterator[Document]:
