@@ -89,15 +89,18 @@ def test_identity_is_the_commit_and_the_settings_and_known_without_the_hub_after
     assert _corpus().identity == identity
 
 
-def test_a_data_set_that_is_not_there_or_gated_or_has_no_such_split_or_field_is_said(hub: FakeHub):
+def test_a_data_set_that_is_not_there_or_has_no_such_split_or_field_is_said(hub: FakeHub):
     with pytest.raises(ConfigurationError, match=r"data set 'some-lab/other': .* no such data set on the hub"):
         _corpus(name="some-lab/other").require_readable()
     with pytest.raises(ConfigurationError, match=r"data set 'some-lab/pile': .*validation.*train"):
         _corpus(split="validation").require_readable()
     with pytest.raises(SaeensError, match=r"data set some-lab/pile, train, record 1: there is no field 'body'; there are: meta, text"):
         _corpus(text_field="body").require_readable()
+
+
+def test_a_gated_data_set_gives_the_hubs_reason_and_the_command(hub: FakeHub):
     hub.gated.add(f"datasets/{NAME}")
-    with pytest.raises(ConfigurationError, match=r"data set 'some-lab/pile' is gated: .*log in with `hf auth login`"):
+    with pytest.raises(ConfigurationError, match=r"data set 'some-lab/pile' is gated: .*authorized list\. .*log in with `hf auth login`"):
         _corpus().require_readable()
 
 
