@@ -30,7 +30,7 @@ test-interop: $(VENV_INTEROP)/.installed  ## does SAELens read our files as we d
 	$(VENV_INTEROP)/bin/python -m pytest tests/interop
 
 test-transformer-lens: $(VENV_TL)/.installed  ## models in TransformerLens' own format, and what hooks mean there
-	$(VENV_TL)/bin/python -m pytest tests/saeens_pipeline/test_transformer_lens_models.py
+	$(VENV_TL)/bin/python -m pytest tests/saeens_pipeline -m transformer_lens
 
 bench: $(VENV_BENCH)/.installed  ## speed and memory beside the peers; hours. BENCH="training --quick" for a part
 	$(VENV_BENCH)/bin/python -m benchmarks $(BENCH)

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import polars as pl
 import pytest
 from fake_hub import FakeHub
-from tiny_models import write_tiny_tokenizer
+from tiny_experiment import LAYER, NAME, Laboratory
+from tiny_models import CONTEXT_LENGTH, Architecture, write_tiny_model, write_tiny_tokenizer
+from tiny_transformer_lens import tiny_hooked, write_hooked
 
 from saeens_pipeline import cli
 from saeens_pipeline.catalogue import Catalogue, load_catalogue
@@ -146,3 +149,42 @@ def _publish(hub: FakeHub, folder: Path, repository: str, configuration: dict[st
     if not configuration or "model_type" in configuration:
         write_tiny_tokenizer(folder)
     hub.repositories[f"models/{repository}"] = folder
+
+
+FAMILIES: dict[str, Architecture] = {"pythia_160m": "gpt_neox", "gemma_2_2b": "gemma2"}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_same_experiment_runs_on_a_tiny_model_of_the_family(
+    catalogue: Catalogue, empty: Laboratory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+):
+    _run_in_small(catalogue, empty, monkeypatch, name, str(write_tiny_model(tmp_path / "family", FAMILIES[name])))
+
+
+@pytest.mark.transformer_lens
+def test_the_same_experiment_runs_on_a_tiny_model_of_gelu_1ls_architecture(
+    catalogue: Catalogue, empty: Laboratory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    pytest.importorskip("transformer_lens", reason="the optional extra transformer_lens is not installed")
+    model = f"transformer_lens:{write_hooked(tmp_path / 'family', tiny_hooked())}"
+    _run_in_small(catalogue, empty, monkeypatch, "gelu_1l", model)
+
+
+def _run_in_small(catalogue: Catalogue, laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch, name: str, model: str) -> None:
+    """The shipped experiment with another model and other sizes, everything else as it is; its tables have all that it asks for."""
+    shipped = catalogue.experiment(name)
+    source = catalogue.sources[name].model_dump(exclude={"name", "language_model", "corpus"})
+    sizes = {"layers": [LAYER], "context_length": CONTEXT_LENGTH, "train_tokens": 600, "test_tokens": 200}
+    sae = shipped.sae | {"expansion": 2} | ({"k": 4} if "k" in shipped.sae else {})
+    ensemble = {"members": 2, "seeds": [42, 43]}
+    fields = shipped.model_dump(include={"baselines", "keep_residuals", "evaluations", "automation"})
+    laboratory.activate(monkeypatch)
+    laboratory.declare(
+        {"language_model": model} | source | sizes, **fields, sae=sae, ensemble=ensemble, training=shipped.training | {"batch_tokens": 50}
+    )
+    laboratory.run()
+    table = pl.read_parquet(laboratory.root / "tables" / NAME / "reconstruction")
+    assert set(table["method"]) == {"single", "bagging", "boosting", *shipped.baselines}
+    assert set(table["seed"]) == {42, 43}
+    assert table["explained_variance"].is_finite().all()
+    assert "nothing to do" in laboratory.run()

@@ -4,23 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from tiny_experiment import Laboratory
-from tiny_models import (
-    CONTEXT_LENGTH,
-    D_MODEL,
-    END_OF_TEXT,
-    N_LAYERS,
-    VOCAB_SIZE,
-    Architecture,
-    edit_config,
-    write_tiny_model,
-    write_tiny_tokenizer,
-)
+from tiny_models import CONTEXT_LENGTH, D_MODEL, END_OF_TEXT, N_LAYERS, VOCAB_SIZE, Architecture, edit_config, write_tiny_model
+from tiny_transformer_lens import tiny_hooked, write_hooked
 
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models.models import (
@@ -40,23 +30,6 @@ pytestmark = [
 ]
 
 LAYERS = list(range(N_LAYERS))
-CONFIG = {  # the keys of GELU-1L's own file
-    "d_model": D_MODEL,
-    "n_layers": N_LAYERS,
-    "n_ctx": CONTEXT_LENGTH,
-    "d_vocab": VOCAB_SIZE,
-    "d_head": 8,
-    "n_heads": 2,
-    "d_mlp": 32,
-    "act_fn": "gelu",
-    "attn_only": False,
-    "normalization": "LN",
-    "shortformer_pos": False,
-    "seed": 98742,
-    "tokenizer_name": "NeelNanda/gpt-neox-tokenizer-digits",
-}
-
-
 GEMMA_2 = {
     "d_head": 8,
     "n_heads": 2,
@@ -78,35 +51,9 @@ GEMMA_2 = {
 }
 
 
-def _hooked(attn_only: bool = False) -> Any:
-    """GELU-1L's architecture, tiny and with three blocks, every weight drawn so that blocks differ and biases are not zero."""
-    fields = {key: CONFIG[key] for key in ("d_model", "n_layers", "n_ctx", "d_vocab", "d_head", "n_heads", "d_mlp", "act_fn")}
-    hooked = transformer_lens.HookedTransformer(
-        transformer_lens.HookedTransformerConfig(**fields, normalization_type="LN", attn_only=attn_only, device="cpu")
-    )
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for weights in hooked.parameters():
-            weights.copy_(torch.randn(weights.shape, generator=generator) * 0.3)
-    return hooked.eval()
-
-
-def _write(folder: Path, hooked: Any, *, pickled: bool = False, **changes: object) -> Path:
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(CONFIG | changes))
-    weights = {name: value for name, value in hooked.state_dict().items() if not name.endswith(("mask", "IGNORE"))}
-    if pickled:
-        torch.save(weights, folder / "model_final.pth")
-    else:
-        save_file({name: value.contiguous() for name, value in weights.items()}, folder / "model.safetensors")
-    write_tiny_tokenizer(folder)
-    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": {"content": "<|endoftext|>"}}))
-    return folder
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _write(tmp_path_factory.mktemp("models") / "gelu", _hooked())
+    return write_hooked(tmp_path_factory.mktemp("models") / "gelu", tiny_hooked())
 
 
 @pytest.fixture(scope="module")
@@ -127,16 +74,16 @@ def test_description_holds_what_the_configuration_says(folder: Path):
 @pytest.mark.parametrize("hook", HOOKS)
 @pytest.mark.parametrize("pickled", [False, True], ids=["safetensors", "final.pth"])
 def test_hooks_equal_run_with_cache_exactly(tmp_path: Path, tokens: torch.Tensor, hook: str, pickled: bool):
-    hooked = _hooked()
+    hooked = tiny_hooked()
     _, cache = hooked.run_with_cache(tokens)
-    found = load_language_model(_described(_write(tmp_path / "model", hooked, pickled=pickled))).activations(tokens, hook, LAYERS)
+    found = load_language_model(_described(write_hooked(tmp_path / "model", hooked, pickled=pickled))).activations(tokens, hook, LAYERS)
     for layer in LAYERS:
         assert torch.equal(found[layer], cache[f"blocks.{layer}.hook_{hook}"])
 
 
 def test_other_hooks_are_module_paths_of_transformer_lens(folder: Path, tokens: torch.Tensor):
     model = load_language_model(_described(folder))
-    _, cache = _hooked().run_with_cache(tokens)
+    _, cache = tiny_hooked().run_with_cache(tokens)
     path = "blocks.{layer}.ln1.hook_normalized"
     assert torch.equal(model.activations(tokens, path, [2])[2], cache["blocks.2.ln1.hook_normalized"])
     with pytest.raises(ConfigurationError, match=r"has no module 'blocks.1.mlp.hook_mid'; it has"):
@@ -146,13 +93,13 @@ def test_other_hooks_are_module_paths_of_transformer_lens(folder: Path, tokens: 
 def test_it_is_called_as_models_of_transformers_are(folder: Path, tokens: torch.Tensor):
     model = load_language_model(_described(folder)).model
     with torch.no_grad():
-        assert torch.equal(model(input_ids=tokens, use_cache=False).logits, _hooked()(tokens))
+        assert torch.equal(model(input_ids=tokens, use_cache=False).logits, tiny_hooked()(tokens))
     assert model.device == torch.device("cpu")
 
 
 def test_without_mlp_there_is_neither_mlp_out_nor_resid_mid(tmp_path: Path, tokens: torch.Tensor):
-    hooked = _hooked(attn_only=True)
-    description = _described(_write(tmp_path / "model", hooked, attn_only=True))
+    hooked = tiny_hooked(attn_only=True)
+    description = _described(write_hooked(tmp_path / "model", hooked, attn_only=True))
     for hook in ("mlp_out", "resid_mid"):
         with pytest.raises(ConfigurationError, match=rf"hook '{hook}' is not available in .*; available: resid_pre, resid_post, attn_out,"):
             validate_hook(description, hook, [0])
@@ -171,7 +118,7 @@ def test_random_weights_are_untrained_seeded_and_leave_the_global_generator_alon
 
 
 def test_modules_are_checked_without_reading_weights(tmp_path: Path):
-    folder = _write(tmp_path / "model", _hooked())
+    folder = write_hooked(tmp_path / "model", tiny_hooked())
     description = _described(folder)
     (folder / "model.safetensors").unlink()
     validate_modules(description, "resid_mid", LAYERS)
@@ -180,8 +127,8 @@ def test_modules_are_checked_without_reading_weights(tmp_path: Path):
 
 
 def test_weights_that_lack_a_tensor_or_have_another_shape_are_refused(tmp_path: Path):
-    folder = _write(tmp_path / "model", _hooked())
-    weights = _hooked().state_dict()
+    folder = write_hooked(tmp_path / "model", tiny_hooked())
+    weights = tiny_hooked().state_dict()
     save_file({"embed.W_E": weights["embed.W_E"]}, folder / "model.safetensors")
     with pytest.raises(SaeensError, match=r"model.safetensors lacks \d+ tensors: blocks.0.attn.W_K"):
         load_language_model(_described(folder))
@@ -196,7 +143,7 @@ def test_a_pickle_that_would_run_code_is_not_run(tmp_path: Path):
         def __reduce__(self) -> tuple:
             return Path.touch, (tmp_path / "ran",)
 
-    folder = _write(tmp_path / "model", _hooked(), pickled=True)
+    folder = write_hooked(tmp_path / "model", tiny_hooked(), pickled=True)
     torch.save({"embed.W_E": Runs()}, folder / "model_final.pth")
     with pytest.raises(ConfigurationError, match="does not hold weights that can be read"):
         load_language_model(_described(folder))
