@@ -47,6 +47,11 @@ class Device(NamedTuple):
     tf32: float | None
     bfloat16: float | None
 
+    def speed(self, precision: str) -> float:
+        """FLOP/s in a precision; what the device does not have is computed in float32."""
+        speeds = {"float32": self.float32, "tf32": self.tf32, "bfloat16": self.bfloat16, "float16": self.bfloat16}
+        return (speeds[precision] or self.float32) * 1e12
+
 
 DEVICES = (  # NVIDIA's data sheets; consumer cards from the whitepapers of their architecture
     Device("NVIDIA H200 SXM", 141, 67, 495, 989),
@@ -87,7 +92,7 @@ def forecast(
     plan = _Plan(source, experiment, ops, layers, *_describe(source, max(layers)))
     lines = [*plan.model(), *plan.disk(), *plan.memory(), *plan.computation()]
     amounts = {(line.section, line.item): line.amount for line in lines}
-    return [*lines, *_hours(amounts, compute), *_fits(amounts, store, compute)]
+    return [*lines, *_hours(amounts, source, compute), *_fits(amounts, store, compute)]
 
 
 def as_frame(lines: Sequence[Line]) -> pl.DataFrame:
@@ -201,7 +206,9 @@ class _Plan:
                 yield Line("disk", item, None, "bytes")
             return
         activations = stored_bytes(self.d_in, source.dtype, rows) * len(self.layers)
-        yield Line("disk", "activations", activations, "bytes", f"{len(self.layers)} of {source.dtype}, layer by layer")
+        yield Line(
+            "disk", "activations", activations, "bytes", f"{source.dtype}, {len(self.layers)} layer{'s' if len(self.layers) > 1 else ''}"
+        )
         one = stored_bytes(self.d_in, source.dtype, {"train": source.train_tokens}, with_origin=False)
         n_residuals = sum(each.builder == "residual" for op in self.ops for each in op.outputs)
         n_kept = {"all": n_residuals, "last": min(n_residuals, 1), "none": 0}[settings.keep_residuals]
@@ -275,8 +282,9 @@ class _Plan:
         yield Line("computation", "residuals", residuals, "FLOPs")
         evaluation = inference * source.test_tokens * self.n_partitions
         yield Line("computation", "evaluation", evaluation, "FLOPs", "encoding and decoding; coactivation comes on top")
-        note = "as if codes were dense; TopK's kernels take less" if forward is not None else "without the language model"
-        yield Line("computation", "all", (forward or 0) + sum(training.values()) + residuals + evaluation, "FLOPs", note)
+        notes = ["as if codes were dense; its kernels take less"] if self.experiment.sae["architecture"] == "topk" else []
+        notes += ["without the language model"] if forward is None else []
+        yield Line("computation", "all", (forward or 0) + sum(training.values()) + residuals + evaluation, "FLOPs", "; ".join(notes))
 
 
 def _weights_bytes(config: SAEConfig) -> int:
@@ -290,22 +298,28 @@ def _weights_bytes(config: SAEConfig) -> int:
     return sum(weight.nbytes for weight in sae.state_dict().values())
 
 
-def _hours(amounts: Mapping[tuple[str, str], float | None], compute: ComputeResource) -> Iterator[Line]:
-    flops = amounts["computation", "all"]
+def _hours(amounts: Mapping[tuple[str, str], float | None], source: SourceSettings, compute: ComputeResource) -> Iterator[Line]:
+    """Training in the precision of the device's settings, the language model in its dtype, all else in float32."""
+    computation = {item: flops or 0.0 for (section, item), flops in amounts.items() if section == "computation"}
+    training = sum(flops for item, flops in computation.items() if item.startswith("training"))
+    exact = computation["residuals"] + computation["evaluation"]
 
-    def hours(flops_per_second: float) -> float | None:
-        return None if flops is None else flops / (UTILISATION * flops_per_second) / 3600
+    def hours(device: Device, precision: str) -> float | None:
+        if amounts["computation", "all"] is None:
+            return None
+        model = computation["language model"] / device.speed(source.language_model_dtype)
+        return (training / device.speed(precision) + exact / device.speed("float32") + model) / UTILISATION / 3600
 
     for device in DEVICES:
-        speeds = {"float32": device.float32, "tf32": device.tf32 or device.float32, "bfloat16": device.bfloat16 or device.float32}
-        faster = Line("", "", hours(speeds["bfloat16"] * 1e12), "hours")
         notes = [f"{device.memory_gb:g} GB: {_at_once(amounts, device.memory_gb * 1e9)}"]
-        if speeds["bfloat16"] > speeds[compute.precision] and faster.amount is not None:
+        faster = Line("time", device.name, hours(device, "bfloat16"), "hours")
+        if device.speed("bfloat16") > device.speed(compute.precision) and faster.amount is not None:
             notes.append(f"{readable(faster)} with SAEENS_PRECISION=bfloat16")
-        yield Line("time", device.name, hours(speeds[compute.precision] * 1e12), "hours", "; ".join(notes))
-    speed = _measured_speed(compute)
-    note = f"{compute.resolve()}: {speed / 1e12:.2g} TFLOPS measured just now, in {compute.precision}"
-    yield Line("time", "this machine", hours(speed), "hours", note)
+        yield Line("time", device.name, hours(device, compute.precision), "hours", "; ".join(notes))
+    speed = _measured_speed(compute) / 1e12
+    here = Device("this machine", 0, speed, speed, speed)
+    note = f"{compute.resolve()}: {speed:.2g} TFLOPS measured just now, in {compute.precision}"
+    yield Line("time", here.name, hours(here, compute.precision), "hours", note)
 
 
 def _measured_speed(compute: ComputeResource, seconds: float = 0.3) -> float:

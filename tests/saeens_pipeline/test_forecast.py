@@ -118,7 +118,13 @@ def test_hours_are_flops_divided_by_a_part_of_the_published_speed(empty: Laborat
     for device in DEVICES:
         assert amounts["time", device.name] == pytest.approx(flops / (UTILISATION * device.float32 * 1e12 * 3600))
     faster = _amounts(empty, compute=ComputeResource(device="cpu", precision="bfloat16"))
-    assert faster["time", "NVIDIA H100 SXM"] == pytest.approx(flops / (UTILISATION * 989e12 * 3600))
+    training = sum(_known(amount) for (section, item), amount in amounts.items() if section == "computation" and "training" in item)
+    seconds = (training / 989e12 + (flops - training) / 67e12) / UTILISATION  # residuals, evaluation and language model in float32
+    assert faster["time", "NVIDIA H100 SXM"] == pytest.approx(seconds / 3600)
+    empty.declare({"language_model_dtype": "bfloat16"})
+    model = _known(amounts["computation", "language model"])
+    less = _known(amounts["time", "NVIDIA A100 80 GB"]) - _known(_amounts(empty)["time", "NVIDIA A100 80 GB"])
+    assert less == pytest.approx(model * (1 / 19.5e12 - 1 / 312e12) / UTILISATION / 3600)
     assert _known(amounts["time", "this machine"]) > 0
 
 

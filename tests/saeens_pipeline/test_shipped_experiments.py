@@ -179,9 +179,8 @@ def _run_in_small(catalogue: Catalogue, laboratory: Laboratory, monkeypatch: pyt
     ensemble = {"members": 2, "seeds": [42, 43]}
     fields = shipped.model_dump(include={"baselines", "keep_residuals", "evaluations", "automation"})
     laboratory.activate(monkeypatch)
-    laboratory.declare(
-        {"language_model": model} | source | sizes, **fields, sae=sae, ensemble=ensemble, training=shipped.training | {"batch_tokens": 50}
-    )
+    training = shipped.training | {"batch_tokens": 50}
+    laboratory.declare({"language_model": model} | source | sizes, **fields, sae=sae, ensemble=ensemble, training=training)
     laboratory.run()
     table = pl.read_parquet(laboratory.root / "tables" / NAME / "reconstruction")
     assert set(table["method"]) == {"single", "bagging", "boosting", *shipped.baselines}
