@@ -127,14 +127,18 @@ def source_ops(settings: SourceSettings) -> list[Op]:
 
 
 def validate_source(settings: SourceSettings, layers: Sequence[int]) -> LanguageModelDescription:
-    """Find out before anything is spent whether language model and corpus are there, the layers and the hook, and what tokens it takes."""
+    """Find out before anything is spent whether the language model is there, has these layers and this hook, and takes such tokens."""
     from saeens_pipeline.language_models.tokens import validate_token_settings
 
     description = _language_model(settings)
     validate_hook(description, settings.hook, layers)
     validate_token_settings(description, **settings.model_dump(include=set(_TOKEN_FIELDS)))
-    open_corpus(settings.corpus).require_readable()
     return description
+
+
+def validate_corpus(settings: SourceSettings) -> None:
+    """Find out before anything is spent whether the corpus can be read; of a data set of the hub, where it can be reached."""
+    open_corpus(settings.corpus).require_readable()
 
 
 def _settings_of_activations(settings: SourceSettings) -> dict[str, Any]:

@@ -123,4 +123,4 @@ def test_an_experiment_runs_on_a_data_set(hub: FakeHub, empty: Laboratory, monke
     assert open_tokens(empty.artefact("tokens", layer=None).path).documents("train")["name"][0] == f"{NAME}/train:1"
     assert empty.artefact("tokens", layer=None).recipe["settings"]["corpus"]["revision"] == hub.commit(f"datasets/{NAME}")
     reach(monkeypatch, UNREACHABLE)
-    assert "bagging/bagging_ensemble" in {str(d.address).split("/", 1)[-1] for d in empty.declarations().values()}
+    empty.run(layers=[0], select=["bagging_ensemble"])  # the tokens are there: no text is read
