@@ -18,7 +18,7 @@ from saeens_pipeline.assets.memory import training_memory
 from saeens_pipeline.assets.saes import config_of
 from saeens_pipeline.components import ExperimentSettings, SourceSettings
 from saeens_pipeline.errors import SaeensError
-from saeens_pipeline.language_models.models import LanguageModelDescription, block_parameters, describe_language_model
+from saeens_pipeline.language_models.models import LanguageModelDescription, block_parameters, describe_language_model, validate_hook
 from saeens_pipeline.language_models.tokens import position_bytes
 from saeens_pipeline.resources import ComputeResource
 from saeens_pipeline.storage.activations import stored_bytes
@@ -86,10 +86,12 @@ def forecast(
 ) -> list[Line]:
     """What the experiment takes on these layers, from nothing. What is on disk already is not taken off.
 
-    Where the language model's configuration cannot be had, says why, and gives what is known without it. Raises ConfigurationError for an
-    SAE that cannot be built on this model.
+    Where the language model's configuration cannot be had, says why, and gives what is known without it. Raises ConfigurationError for
+    a layer or a hook that the model does not have, and for an SAE that cannot be built on it.
     """
     plan = _Plan(source, experiment, ops, layers, *_describe(source, max(layers)))
+    if plan.description:
+        validate_hook(plan.description, source.hook, layers)
     lines = [*plan.model(), *plan.disk(), *plan.memory(), *plan.computation()]
     amounts = {(line.section, line.item): line.amount for line in lines}
     return [*lines, *_hours(amounts, source, compute), *_fits(amounts, store, compute)]
@@ -259,7 +261,8 @@ class _Plan:
         forward = None
         if self.parameters is not None and self.d_in is not None:  # attention: scores and values, over half of the context on average
             forward = rows * (2 * self.parameters + 2 * source.context_length * self.d_in * (max(self.layers) + 1))
-        yield Line("computation", "language model", forward, "FLOPs", self.problem if self.description else "one pass for all layers")
+        note = "one pass for all layers" if forward is not None else self.problem if self.description else ""
+        yield Line("computation", "language model", forward, "FLOPs", note)
         if self.d_in is None:
             for item in ("training", "residuals", "evaluation", "all"):
                 yield Line("computation", item, None, "FLOPs")

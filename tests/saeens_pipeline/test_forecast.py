@@ -14,6 +14,7 @@ from tiny_experiment import LAYER, MEMBERS, SEEDS, Laboratory
 from tiny_models import CONTEXT_LENGTH, D_MODEL, Architecture, write_tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
+from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.forecast import DEVICES, UTILISATION, Line, forecast, readable
 from saeens_pipeline.language_models.models import block_parameters, describe_language_model, load_language_model
 from saeens_pipeline.resources import ComputeResource
@@ -87,6 +88,14 @@ def test_more_layers_take_more_disk_and_training_and_one_forward_pass(empty: Lab
     for key in (("disk", "activations"), ("disk", "SAEs"), ("computation", "training, bagging"), ("computation", "evaluation")):
         assert two[key] == 2 * _known(one[key])
     assert two["computation", "language model"] == one["computation", "language model"]
+
+
+def test_layers_and_hooks_that_the_model_lacks_are_refused(empty: Laboratory):
+    with pytest.raises(ConfigurationError, match="has no layer 7"):
+        _lines(empty, (1, 7))
+    empty.declare({"hook": "resid_mid"})
+    with pytest.raises(ConfigurationError, match="hook 'resid_mid' is not available"):
+        _lines(empty)
 
 
 def test_concurrent_boosting_makes_no_residuals(empty: Laboratory):
