@@ -166,6 +166,7 @@ def _allowed_keys(model: type[BaseModel], attributes: dict[str, Any], location: 
         case ["training"]:
             return allowed_training_keys()
     for part in location:
-        annotation = model.model_fields[str(part)].annotation
-        model = next(each for each in (annotation, *get_args(annotation)) if isinstance(each, type) and issubclass(each, BaseModel))
+        if isinstance(part, str):  # a number is an entry of the list that the field is
+            annotation = model.model_fields[part].annotation
+            model = next(each for each in (annotation, *get_args(annotation)) if isinstance(each, type) and issubclass(each, BaseModel))
     return list(model.model_fields)

@@ -20,7 +20,7 @@ from saeens_pipeline.storage.tables import TABLES, frame
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from saeens_models import Bagging, Boosting
+    from saeens_models.ensembles import Ensemble
     from saeens_models.evaluation import EnsembleEvaluation
 
 TABLE_VERSION = 1
@@ -130,18 +130,22 @@ def stability_op(subject: Subject) -> Op:
     return Op(f"{experiment.name}__eval__stability", (stability,), make, on_device=True)
 
 
+def load_dictionary(workplace: Workplace, declaration: Declaration, partition: Partition) -> Ensemble:
+    """An ensemble, or a baseline as an ensemble of one, on the device."""
+    import saeens_models as sm
+
+    path = workplace.store.require(declaration.address, partition).path
+    ensemble = sm.load_ensemble(path) if declaration.builder == "ensemble" else sm.Bagging([sm.load_sae(path)])
+    return ensemble.to(workplace.compute.resolve(float64=True))
+
+
 def _evaluate(workplace: Workplace, subject: Subject, partition: Partition) -> dict[str, EnsembleEvaluation]:
     """Evaluations by ensemble name and by baseline name."""
-    import saeens_models as sm
     from saeens_models.evaluation import evaluate_ensembles, streaming_memory
     from saeens_models.metrics import MemoryBudgetError
 
     experiment, store, device = subject.experiment, workplace.store, workplace.compute.resolve(float64=True)
-    ensembles: dict[str, Bagging | Boosting] = {
-        each.address.name: sm.load_ensemble(store.require(each.address, partition).path) for each in (subject.bagging, subject.boosting)
-    }
-    for _, _, baseline in subject.baselines:
-        ensembles[baseline.address.name] = sm.Bagging([sm.load_sae(store.require(baseline.address, partition).path)])
+    ensembles = {each.address.name: load_dictionary(workplace, each, partition) for each in subject.dictionaries}
     reader = open_reader(store, subject.activations, partition)
     with progress.task(f"{experiment.name}/eval, {partition}", reader.n_rows("test")) as advance:
 
@@ -150,9 +154,8 @@ def _evaluate(workplace: Workplace, subject: Subject, partition: Partition) -> d
                 yield chunk.to(device)
                 advance(len(chunk))
 
-        on_device = {name: ensemble.to(device) for name, ensemble in ensembles.items()}
         try:
-            return evaluate_ensembles(on_device, chunks(), int(experiment.evaluation_memory_gb * 1e9))
+            return evaluate_ensembles(ensembles, chunks(), int(experiment.evaluation_memory_gb * 1e9))
         except MemoryBudgetError as error:
             raise SaeensError(
                 f"evaluation_memory_gb: {experiment.evaluation_memory_gb:g} is too little to evaluate {experiment.name}, {partition}; "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from saeens_pipeline.assets.declarations import Declaration, Op, Reference
 from saeens_pipeline.assets.ensembles import ensemble_op
 from saeens_pipeline.assets.evaluation import Subject, evaluation_op, stability_op
+from saeens_pipeline.assets.probing import PROBED, probing_op
 from saeens_pipeline.assets.residuals import residual_op
 from saeens_pipeline.assets.saes import Target, concurrent_rounds_op, sae_op
 from saeens_pipeline.assets.sources import activations_of
@@ -53,10 +54,12 @@ def experiment_ops(experiment: ExperimentSettings) -> list[Op]:
     ops += [bagging, boosting]
 
     subject = Subject(experiment, activations, bagging.outputs[0], boosting.outputs[0], baselines)
-    if set(experiment.evaluations) - {"stability"}:
+    if set(experiment.evaluations) - {"stability", *PROBED}:
         ops.append(evaluation_op(subject))
     if "stability" in experiment.evaluations:
         ops.append(stability_op(subject))
+    if set(experiment.evaluations) & set(PROBED):
+        ops.append(probing_op(subject))
     return ops
 
 

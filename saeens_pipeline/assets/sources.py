@@ -9,10 +9,12 @@ from dataclasses import asdict
 from saeens_pipeline import progress
 from saeens_pipeline.assets.declarations import Declaration, Input, Op, Reference, Task, Workplace
 from saeens_pipeline.components.activation_source import SourceSettings
+from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.language_models.corpora import open_corpus
 from saeens_pipeline.language_models.models import LanguageModelDescription, describe_language_model, validate_hook
 from saeens_pipeline.storage.locks import writing_if_free
 from saeens_pipeline.storage.names import Address, Partition
+from saeens_pipeline.storage.recipes import Artefact
 
 TOKENS_VERSION = 1
 ACTIVATIONS_VERSION = 1
@@ -26,12 +28,29 @@ def activations_of(source: str) -> Reference:
     return Reference(Address(source, "source", "activations"), "layer")
 
 
+def tokens_of(source: str) -> Reference:
+    """The tokens of a source, as experiments refer to them."""
+    return Reference(Address(source, "source", "tokens"), "none")
+
+
+def language_model_of(made: Artefact) -> LanguageModelDescription:
+    """The language model that activations were read from, or tokens were made for.
+
+    Raises ConfigurationError where it is not there any more, SaeensError where its files are others now.
+    """
+    settings = made.recipe["settings"]
+    identity = settings["tokenizer"] if "tokenizer" in settings else settings["language_model"]
+    description = describe_language_model(identity["name"], identity["revision"])
+    if description.identity != identity:
+        raise SaeensError(f"the files of {description.name} have changed since {made.path} was made from it: make that again first")
+    return description
+
+
 def source_ops(settings: SourceSettings) -> list[Op]:
     """The two ops of a source. The language model's and the corpus' identities are looked up when a recipe is asked for."""
     tags = {"source": settings.name}
     tokens = Declaration(
-        address=Address(settings.name, "source", "tokens"),
-        dimensions="none",
+        **vars(tokens_of(settings.name)),
         builder="tokens",
         version=TOKENS_VERSION,
         settings=settings.model_dump(include={"corpus", "language_model", "revision", *_TOKEN_FIELDS}),

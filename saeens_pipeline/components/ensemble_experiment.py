@@ -8,6 +8,7 @@ import dagster as dg
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
 from saeens_pipeline.components.activation_source import Name
+from saeens_pipeline.components.downstream_tasks import ConceptDetectionSettings, SpuriousCorrelationSettings
 from saeens_pipeline.storage.names import RESERVED_GROUPS
 
 MAX_MEMBERS = 999  # ensemble seeds are a thousand initialisation seeds apart
@@ -16,7 +17,9 @@ MIN_FRESHNESS_DAYS = 1 / (24 * 60)  # Dagster looks no closer than a minute
 _FOLLOWS_FROM_ACTIVATIONS = ("total_tokens", "input_scale", "input_mean")
 
 Baseline = Literal["expanded", "expanded_l0_matched"]
-Evaluation = Literal["reconstruction", "members", "coactivation", "stability", "cost", "training_curves"]
+Evaluation = Literal[
+    "reconstruction", "members", "coactivation", "stability", "cost", "training_curves", "concept_detection", "spurious_correlation"
+]
 
 
 def _outside_groups(name: str) -> str:
@@ -155,9 +158,15 @@ class ExperimentSettings(BaseModel):
     evaluations: list[Evaluation] = Field(
         ["reconstruction", "members", "coactivation", "stability", "cost", "training_curves"], description="tables to fill"
     )
+    concept_detection: ConceptDetectionSettings = Field(
+        default=ConceptDetectionSettings(), description="texts of the table concept_detection, if it is one of the evaluations"
+    )
+    spurious_correlation: SpuriousCorrelationSettings = Field(
+        default=SpuriousCorrelationSettings(), description="texts of the table spurious_correlation, if it is one of the evaluations"
+    )
     checks: CheckSettings = Field(CheckSettings(), description="from where on to warn: explained variance, dead features, L0")
     evaluation_memory_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
-        8.0, description="most memory that connectivity may take, in GB of 10^9 bytes; decides no result"
+        8.0, description="most memory that connectivity, or pooled codes, may take, in GB of 10^9 bytes; decides no result"
     )
 
     _no_repetition = field_validator("baselines", "evaluations")(_no_repetition)
