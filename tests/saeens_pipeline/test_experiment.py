@@ -113,7 +113,10 @@ def _row(laboratory: Laboratory, table: str, **wanted: Any) -> dict[str, Any]:
 # the tables
 
 
-@pytest.mark.parametrize("table", CONTRACT)
+TABLES = CONTRACT.keys() - {"concept_detection", "spurious_correlation"}  # which have tests of their own
+
+
+@pytest.mark.parametrize("table", sorted(TABLES))
 def test_every_table_has_the_columns_of_the_contract(finished_laboratory: Laboratory, table: str):
     files = sorted((finished_laboratory.root / "tables" / NAME / table).rglob("*.parquet"))
     assert len(files) == (1 if table == "stability" else len(SEEDS))
@@ -131,7 +134,7 @@ def test_every_method_and_size_of_every_seed_has_a_row(finished_laboratory: Labo
 
 
 def test_numbers_lead_back_to_the_saes_that_they_are_of(finished_laboratory: Laboratory):
-    for table in CONTRACT:
+    for table in TABLES:
         for row in _table(finished_laboratory, table).iter_rows(named=True):
             prefix = {"single": "bagging/member", "bagging": "bagging/member", "boosting": "boosting/round"}.get(row["method"])
             keys = [f"{prefix}_{j}" for j in range(1, row["n_members"] + 1)] if prefix else [f"baseline/{row['method']}"]

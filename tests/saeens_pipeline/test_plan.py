@@ -12,14 +12,15 @@ import pytest
 from tiny_experiment import EXPERIMENT, LAYER, MEMBERS, NAME, SEEDS, Laboratory
 
 from saeens_pipeline.assets import evaluation, residuals, saes
+from saeens_pipeline.components import ExperimentSettings
 from saeens_pipeline.plan import Status, plan
 from saeens_pipeline.runs import experiment_status
 from saeens_pipeline.storage.names import Address, Partition
-from saeens_pipeline.storage.tables import TABLES
 
 N_PER_SEED = 2 * MEMBERS + (MEMBERS - 1) + 2 + 2 + 5  # members and rounds, residuals, baselines, ensembles, tables
 N_ALL = 2 + len(SEEDS) * N_PER_SEED + 1  # tokens and activations; stability
 TRAINING = EXPERIMENT["training"]
+TABLES = ExperimentSettings.model_fields["evaluations"].default
 
 
 def _states(statuses: list[Status]) -> Counter[str]:
