@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 SHOWN_WARNINGS = 5
 STATE_COLOURS = {"fresh": "green", "stale": "yellow", "damaged": "red", "missing": "red", "running": "blue", "failed": "red"}
-METHODS = ("single", "bagging", "boosting", "expanded", "expanded_l0_matched")
+METHODS = ("single", "bagging", "boosting", "expanded", "expanded_l0_matched", "compute_matched", "matching_pursuit")
 # column of the summary: its table, its column there, its format
 COLUMNS = {
     "EV": ("reconstruction", "explained_variance", ".4f"),
@@ -27,6 +27,8 @@ COLUMNS = {
     "features": ("reconstruction", "n_features", ".0f"),
     "connectivity": ("coactivation", "connectivity", ".4f"),
     "stability": ("stability", "stability", ".4f"),
+    "train FLOPs": ("cost", "train_flops", ".3g"),
+    "FLOPs per token": ("cost", "inference_flops_per_token", ".3g"),
     "train seconds": ("cost", "train_seconds", ".1f"),
 }
 
@@ -133,7 +135,7 @@ def rich_table(frame: pl.DataFrame) -> Table:
 
 
 def _sizes(experiment: ExperimentSettings, method: str) -> list[int]:
-    if method == "single":
+    if method in ("single", "compute_matched", "matching_pursuit"):
         return [1]
     return experiment.expanded_widths if method.startswith("expanded") else [experiment.ensemble.members]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from saeens_pipeline.assets.declarations import Declaration, Op, Reference
@@ -12,7 +13,7 @@ from saeens_pipeline.assets.marginal_gain import marginal_gain_op
 from saeens_pipeline.assets.residuals import residual_op
 from saeens_pipeline.assets.saes import Target, concurrent_rounds_op, sae_op
 from saeens_pipeline.assets.sources import activations_of
-from saeens_pipeline.components.ensemble_experiment import ExperimentSettings
+from saeens_pipeline.components.ensemble_experiment import Baseline, ExperimentSettings
 
 
 def experiment_ops(experiment: ExperimentSettings) -> list[Op]:
@@ -31,14 +32,12 @@ def experiment_ops(experiment: ExperimentSettings) -> list[Op]:
     baselines: list[tuple[str, int, Declaration]] = []
     alike: list[tuple[Target, Declaration]] = []
     for method in experiment.baselines:
-        for n in experiment.expanded_widths:
-            name = method if n == size else f"{method}_{n}"
-            target = _expanded_target(experiment, name, n, l0_matched=method == "expanded_l0_matched")
+        for n, target in _baseline_targets(experiment, method):
             # of one member's width, two methods agree
-            twin = next(
-                (made for other, made in alike if (other.sae, other.width, other.l0) == (target.sae, target.width, target.l0)), None
-            )
-            baseline_op = sae_op(f"{experiment.name}__baseline__{name}", experiment, [target], activations, twin=twin)
+            twin = next((made for other, made in alike if _decisive(other) == _decisive(target)), None)
+            if method == "compute_matched" and size == 1:
+                twin = members[0]
+            baseline_op = sae_op(f"{experiment.name}__baseline__{target.name}", experiment, [target], activations, twin=twin)
             ops.append(baseline_op)
             baselines.append((method, n, baseline_op.outputs[0]))
             alike.append((target, baseline_op.outputs[0]))
@@ -103,7 +102,34 @@ def _round_target(experiment: ExperimentSettings, j: int) -> Target:
     return Target("boosting", f"round_{j}", about, init_index=j, sae=experiment.complete_saes[j - 1])
 
 
-def _expanded_target(experiment: ExperimentSettings, name: str, n: int, *, l0_matched: bool) -> Target:
+def _baseline_targets(experiment: ExperimentSettings, method: Baseline) -> list[tuple[int, Target]]:
+    """The SAEs of a baseline, each with the n_members that tables show."""
+    size, training = experiment.ensemble.members, experiment.baseline_training.get(method, {})
+    if method == "compute_matched":
+        about = f"One member, trained as long as {size}: {size} epochs, schedules stretched\n\n{_shape(experiment.saes[0])}."
+        target = Target("baseline", method, about, init_index=1, sae=experiment.complete_saes[0], epochs=size, training=training)
+        return [(1, target)]
+    if method == "matching_pursuit":
+        sae = experiment.pursuit_sae
+        about = f"One matching pursuit SAE with the features of {size} members, and at most their L0\n\n{_shape(sae)}."
+        return [(1, Target("baseline", method, about, init_index=0, sae=sae, training=training))]
+    return [
+        (
+            n,
+            replace(
+                _expanded_target(experiment, method if n == size else f"{method}_{n}", n, method == "expanded_l0_matched"),
+                training=training,
+            ),
+        )
+        for n in experiment.expanded_widths
+    ]
+
+
+def _decisive(target: Target) -> tuple[object, ...]:
+    return target.init_index, target.sae, target.width, target.l0, target.epochs, target.training
+
+
+def _expanded_target(experiment: ExperimentSettings, name: str, n: int, l0_matched: bool) -> Target:
     about = f"One SAE as wide as {n} members{', with their L0' if l0_matched else ', same sparsity'}"
     if isinstance(experiment.sae, list):
         sae = experiment.joined_sae(n, l0_matched=l0_matched)

@@ -29,10 +29,11 @@ MIN_FRESHNESS_DAYS = 1 / (24 * 60)  # Dagster looks no closer than a minute
 
 _FOLLOWS_FROM_ACTIVATIONS = ("total_tokens", "input_scale", "input_mean")
 
-Baseline = Literal["expanded", "expanded_l0_matched"]
+Baseline = Literal["expanded", "expanded_l0_matched", "compute_matched", "matching_pursuit"]
 Evaluation = Literal["reconstruction", "members", "coactivation", "stability", "marginal_gain", "cost", "training_curves"]
 
-_BASELINES_OF_LISTS = ("expanded", "expanded_l0_matched")  # those that are defined where members differ
+_BASELINES_OF_LISTS = ("expanded", "expanded_l0_matched", "matching_pursuit")  # those that are defined where members differ
+_BASELINES_WITH_L0 = ("expanded_l0_matched", "matching_pursuit")  # those that have the L0 of all members
 
 
 def _outside_groups(name: str) -> str:
@@ -225,6 +226,9 @@ class ExperimentSettings(BaseModel):
     )
     ensemble: EnsembleSettings
     baselines: list[Baseline] = Field(["expanded", "expanded_l0_matched"], description="single SAEs to compare with")
+    baseline_training: dict[Baseline, Annotated[dict[str, Any], AfterValidator(_validate_training)]] = Field(
+        {}, description="fields of training that are different for a baseline, such as {matching_pursuit: {batch_tokens: 4096}}"
+    )
     expanded_sizes: list[PositiveInt] | Literal["all"] | None = Field(
         None, description="expanded SAEs as wide as n members; by default as wide as all"
     )
@@ -265,11 +269,30 @@ class ExperimentSettings(BaseModel):
         if isinstance(self.sae, list):
             self._check_list(self.sae)
         self._check_specialised()
-        if "expanded_l0_matched" in self.baselines:
-            from saeens_models.architectures import validate_l0_multiple
-
-            validate_l0_multiple(self.saes[0]["architecture"])
+        self._check_baselines()
         return self
+
+    def _check_baselines(self) -> None:
+        from saeens_models.architectures import validate_l0_multiple
+
+        for i, baseline in enumerate(self.baselines):
+            if baseline in _BASELINES_WITH_L0:
+                try:
+                    validate_l0_multiple(self.saes[0]["architecture"])
+                except ValueError as error:
+                    raise _wrong(["baselines", i], f"{baseline} has the L0 of all members: {error}") from None
+            if baseline == "compute_matched" and any(each.documents for each in self.ensemble.specialised):
+                message = "compute_matched sees every row once per member, and specialised members with documents see fewer: leave it out"
+                raise _wrong(["baselines", i], message)
+        for baseline, own in self.baseline_training.items():
+            if baseline not in self.baselines:
+                raise _wrong(
+                    ["baseline_training", baseline], f"{baseline} is not among the baselines: {', '.join(self.baselines) or 'none'}"
+                )
+            try:
+                _validate_training(self.training | own)
+            except ValidationError as error:
+                raise _wrong(["baseline_training", baseline], f"together with training: {error.errors()[0]['msg']}") from None
 
     def _check_specialised(self) -> None:
         """What has to hold between members that differ."""
@@ -298,7 +321,7 @@ class ExperimentSettings(BaseModel):
                 raise _wrong(["baselines", i], message)
             for number, sae in enumerate(saes, start=1):
                 try:
-                    if baseline == "expanded_l0_matched":
+                    if baseline in _BASELINES_WITH_L0:
                         validate_l0_multiple(sae["architecture"])
                 except ValueError as error:
                     message = f"{baseline} has the L0 of all members added up; of member {number}, {error}: leave it out"
@@ -317,7 +340,7 @@ class ExperimentSettings(BaseModel):
         return [_complete_sae(self.sae)] * self.ensemble.members
 
     def joined_sae(self, n: int, *, l0_matched: bool) -> dict[str, Any]:
-        """Where `sae` is a list: member 1's, as wide as the first n members together, and with their L0 added up if asked."""
+        """Member 1's `sae`, as wide as the first n members together, and with their L0 added up if asked."""
         from saeens_models.architectures import sae_class
 
         saes = self.complete_saes[:n]
@@ -327,6 +350,24 @@ class ExperimentSettings(BaseModel):
             fields = [str(sae_class(sae["architecture"]).config_class.l0_field) for sae in saes]
             joined[fields[0]] = sum(sae[field] for sae, field in zip(saes, fields, strict=True))
         return joined
+
+    @property
+    def pursuit_sae(self) -> dict[str, Any]:
+        """That of the baseline matching_pursuit: as wide as all members together, and with at most as many active features."""
+        from saeens_models.architectures import sae_class
+
+        joined = self.joined_sae(self.ensemble.members, l0_matched=True)
+        if joined["architecture"] == "matching_pursuit":
+            return joined
+        width, l0_field = _width_field(joined), str(sae_class(joined["architecture"]).config_class.l0_field)
+        return _complete_sae(
+            {
+                "architecture": "matching_pursuit",
+                width: joined[width],
+                "max_iterations": joined[l0_field],
+                "apply_b_dec_to_input": joined["apply_b_dec_to_input"],
+            }
+        )
 
     @property
     def complete_training(self) -> dict[str, Any]:

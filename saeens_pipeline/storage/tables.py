@@ -42,7 +42,7 @@ SUBJECT = (
     Column("layer", "int", "layer of the language model, from 0"),
     Column("seed", "int", "ensemble seed"),
     Column("language_model", "str", "trained, or random: the untrained control"),
-    Column("method", "str", "single, bagging, boosting, expanded, expanded_l0_matched"),
+    Column("method", "str", "single, bagging, boosting, expanded, expanded_l0_matched, compute_matched, matching_pursuit"),
     Column("n_members", "int", "SAEs in the ensemble (the first n); for expanded SAEs the n whose width they match"),
     Column("sae_data_versions", "str", "data versions of the SAEs measured, in member order"),
 )
@@ -164,7 +164,7 @@ LEADERBOARD = Table(
         Column("source", "str", "where its activations come from"),
         Column("language_model", "str", "trained, or random: the untrained control"),
         Column("layer", "int", "layer of the language model, from 0"),
-        Column("method", "str", "single, bagging, boosting, expanded, expanded_l0_matched"),
+        Column("method", "str", "single, bagging, boosting, expanded, expanded_l0_matched, compute_matched, matching_pursuit"),
         Column("n_members", "int", "SAEs in the whole ensemble; for expanded SAEs the n whose width they match"),
         Column("n_seeds", "int", "ensemble seeds that the means are over"),
         Column("seeds", "str", "which, comma-separated"),

@@ -109,7 +109,13 @@ WRONG_VALUES = {  # text, where it is wrong, field, what was found, what is allo
     "automation": (_text(automation="sometimes"), "automation:", "automation", "'sometimes'", ["on", "off"]),
     "expanded sizes": (_text(expanded_sizes=[9]), "type:|expanded_sizes:", "", "expanded_sizes: 9", ["3 members"]),
     "no expanded sizes": (_text(expanded_sizes=[]), "expanded_sizes:", "expanded_sizes", "[]", []),
-    "L0 that cannot be matched": (_text(sae={"architecture": "standard", "expansion": 2}), "type:|baselines:", "", "'standard'", ["topk"]),
+    "L0 that cannot be matched": (
+        _text(sae={"architecture": "standard", "expansion": 2}),
+        "- expanded_l0_matched",
+        "baselines.1",
+        "'standard'",
+        ["topk"],
+    ),
     "no name": (_text(name=None), "attributes:", "name", "", ["required"]),
 }
 
