@@ -373,6 +373,33 @@ def reconstruct_error(indices, values, W_dec, given, scale, error, gradients, co
 
 
 @_compile
+def spread(indices, values, rows):
+    """Write values `[n, k]` to their indices in rows `[n, m]`, and 0 elsewhere."""
+    for b in range(len(rows)):
+        _fill(rows[b], 0)
+        for i in range(indices.shape[1]):
+            rows[b, indices[b, i]] = values[b, i]
+
+
+@_compile
+def gather(indices, rows, values):
+    """Read from rows `[n, m]` the values `[n, k]` at the indices."""
+    for b in range(len(rows)):
+        for i in range(indices.shape[1]):
+            values[b, i] = rows[b, indices[b, i]]
+
+
+@_compile
+def add_rows(features, of_W_enc, of_b_enc, of_W_dec, W_enc, b_enc, W_dec):
+    """Add the gradients of some features to those of all."""
+    for i in range(len(features)):
+        feature = features[i]
+        _add(W_enc[feature], of_W_enc[i])
+        b_enc[feature] += of_b_enc[i]
+        _add(W_dec[feature], of_W_dec[i])
+
+
+@_compile
 def first_places(counts, starts, ends):
     """Where the entries of each feature begin, starts `[m + 1]`, if those of a feature lie together; and those of a block of tokens
     among them, ends `[n_blocks, m]`, given in how many tokens of each block it is active, counts `[n_blocks, m]`.

@@ -6,8 +6,8 @@ never exist. The gradients of a feature's weights are summed by one thread over 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saeens_models.kernels.cpu_revival import DenseRevival
+from saeens_models.kernels.reference import SPARSE_BELOW
 from saeens_models.kernels.team import Team
 
 _BLOCK_TOKENS = 64, 256
@@ -101,8 +103,8 @@ def topk_gradients(
 
     The loss is ``mean ||x_hat - x||^2 + aux_coefficient * mean ||e_hat - (x - x_hat)||^2``, where ``e_hat`` is decoded from the
     ``k_aux`` largest pre-activations among the features ``dead`` (indices, at least one, or None), as in
-    :class:`~saeens_models.architectures.topk.TopKSAE`. Memory beside the result: a block of pre-activations per thread, and four
-    tensors of the size of ``x`` or of the code.
+    :class:`~saeens_models.architectures.topk.TopKSAE`. Memory beside the result: a block of pre-activations per thread, four tensors
+    of the size of ``x`` or of the code, and with few dead features, fewer than ``k_aux / 0.15``, what :class:`DenseRevival` says.
     """
     from saeens_models.kernels import compiled
 
@@ -110,14 +112,17 @@ def topk_gradients(
     blocks = blocks_of_tokens(n)
     centred = team.scratch("centred", n, d_in) if apply_b_dec_to_input else x
     main = _entries(team, "main", x, k=k, d_sae=len(weights.b_enc), n_blocks=len(blocks), scale=2 / n)
-    revived = None
-    if dead is not None:
-        k_aux, scale = min(k_aux, len(dead)), 2 / n * aux_coefficient
+    revived, dense = None, None
+    scale, k_aux = 2 / n * aux_coefficient, k_aux if dead is None else min(k_aux, len(dead))
+    if dead is not None and k_aux > SPARSE_BELOW["cpu"] * len(dead):
+        dense = DenseRevival(team, weights, dead, k=k_aux, n_tokens=n, scale=scale)
+    elif dead is not None:
         entries = _entries(team, "revived", x, k=k_aux, d_sae=len(weights.b_enc), n_blocks=len(blocks), scale=scale)
         revived = _Revived(entries, dead.to(torch.int32).numpy(), weights.W_enc[dead], weights.b_enc[dead])
     W_dec, b_dec = weights.W_dec.numpy(), weights.b_dec.numpy()
     x_hat = torch.empty_like(x)
     x_rows, x_hat_rows = x.numpy(), x_hat.numpy()
+    errors = torch.from_numpy(main.error)
     encoder = Encoder(team, weights, rough=_bfloat16_pays(n, weights))
 
     def forward(i: int) -> tuple[float, float]:
@@ -129,6 +134,8 @@ def topk_gradients(
         squares = compiled.reconstruct(
             indices, values, W_dec, b_dec, x_rows[rows], main.scale, x_hat_rows[rows], error, gradients, main.counts[i]
         )
+        if dense is not None:
+            return squares, dense.forward(rows, centred[rows], errors[rows])
         if revived is None:
             return squares, 0.0
         indices, values, error_of_dead, gradients = (each[rows] for each in revived.entries[:4])
@@ -141,8 +148,13 @@ def topk_gradients(
         return squares, squares_of_dead
 
     mse, auxiliary = np.array(team.run(forward, len(blocks))).sum(axis=0) / n
-    gradients = _gradients(team, [main] if revived is None else [main, revived.entries], blocks, centred.numpy(), weights)
-    decoder_bias_gradient(gradients, weights, torch.from_numpy(main.error), float(main.scale), apply_b_dec_to_input)
+    gradients = gradients_of(team, weights)
+    tasks = [] if dense is None else [partial(dense.backward, features, centred) for features in dense.ranges]
+    tasks += _backward(team, [main] if revived is None else [main, revived.entries], blocks, centred.numpy(), gradients)
+    team.run(lambda i: tasks[i](), len(tasks))
+    if dense is not None:
+        dense.add_to(gradients)
+    decoder_bias_gradient(gradients, weights, errors, float(main.scale), apply_b_dec_to_input)
     return TopKLoss(
         mse=torch.tensor(mse, dtype=torch.float32),
         auxiliary=torch.tensor(aux_coefficient * auxiliary, dtype=torch.float32),
@@ -264,23 +276,22 @@ def _entries(team: Team, name: str, x: Tensor, *, k: int, d_sae: int, n_blocks: 
     )
 
 
-def _gradients(team: Team, codes: Sequence[_Entries], blocks: Sequence[slice], x: np.ndarray, weights: Weights) -> Weights:
-    """The gradients of the weights, but for b_dec's: of each feature, the sum over its entries in all codes."""
+def _backward(
+    team: Team, codes: Sequence[_Entries], blocks: Sequence[slice], x: np.ndarray, gradients: Weights
+) -> list[Callable[[], None]]:
+    """Tasks that write the gradients of the weights, but for b_dec's: of each feature, the sum over its entries in all codes."""
     from saeens_models.kernels import compiled
 
-    gradients = gradients_of(team, weights)
     W_enc, b_enc, W_dec, _ = (gradient.numpy() for gradient in gradients)
     by_feature = [_sort_by_feature(team, i, code, blocks) for i, code in enumerate(codes)]
     ranges = _ranges(np.sum([each.starts for each in by_feature], axis=0), x.shape[1])
 
-    def backward(i: int) -> None:
-        first, last = ranges[i]
+    def backward(first: int, last: int) -> None:
         for number, (each, code) in enumerate(zip(by_feature, codes, strict=True)):
             add = number > 0
             compiled.weight_gradients(*each, x, code.error, code.scale, first, last, add, W_enc, b_enc, W_dec)
 
-    team.run(backward, len(ranges))
-    return gradients
+    return [partial(backward, *features) for features in ranges]
 
 
 class _ByFeature(NamedTuple):

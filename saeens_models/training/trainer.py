@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saeens_models.architectures import SAE, Objective, SAEConfig, build_sae
 from saeens_models.kernels import Team, cpu_team
-from saeens_models.kernels.cpu import Encoder, topk_reconstruct
+from saeens_models.kernels.cpu import Encoder, topk_gradients, topk_reconstruct
 from saeens_models.training.adam import Adam
 from saeens_models.training.config import TrainingConfig
 from saeens_models.training.micro_batches import backpropagate
@@ -60,9 +60,10 @@ def _call_kernels(team: Team) -> None:
     training = TrainingConfig(learning_rate=1e-3, dead_after_tokens=1, unit_norm_decoder=True)
     for settings in ({"architecture": "topk", "k": 2}, {"architecture": "jumprelu"}):
         trainer = SAETrainer(SAEConfig(**settings, d_in=8, d_sae=64), training, team=team)
-        for _ in range(2):  # in the second step there are dead features
-            trainer.step(x)
+        trainer.step(x)
     weights, k = trainer.sae.stored_weights, 2
+    for k_aux in (1, 8):  # a sparse and a dense code of the dead features
+        topk_gradients(team, x, weights, k=k, apply_b_dec_to_input=True, dead=torch.arange(16), k_aux=k_aux)
     topk_reconstruct(team, x, weights, k=k, apply_b_dec_to_input=True)
     Encoder(team, weights, rough=True).encode(x, np.empty((len(x), k), np.int32), np.empty((len(x), k), np.float32))
 

@@ -14,7 +14,8 @@ from torch import Tensor
 import saeens_models as sm
 from saeens_models.architectures import build_sae
 from saeens_models.kernels import Team, compiled, cpu_team
-from saeens_models.kernels.cpu import Weights, topk_gradients, topk_reconstruct
+from saeens_models.kernels.cpu import TopKLoss, Weights, topk_gradients, topk_reconstruct
+from saeens_models.kernels.cpu_revival import DenseRevival
 from saeens_models.training import load_kernels
 from saeens_models.training.adam import Adam
 
@@ -98,6 +99,64 @@ def test_loss_and_gradients_equal_dense_autograd_in_float64(*, n, d_in, d_sae, k
         torch.testing.assert_close(
             gradient.double(), true, rtol=1e-5, atol=1e-5 * float(1 + true.abs().max()), msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+def _revival_case(n_dead: int) -> tuple[Tensor, Weights, Tensor]:
+    """Tokens of several blocks, and dead features of several ranges, one of which fires on most tokens."""
+    generator = torch.Generator().manual_seed(n_dead)
+    weights = Weights(*(torch.randn(shape, generator=generator) for shape in ((700, 16), (700,), (700, 16), (16,))))
+    dead = torch.randperm(700, generator=generator)[:n_dead].sort().values
+    weights.b_enc[dead[-1]] = 50
+    return torch.randn(300, 16, generator=generator), weights, dead
+
+
+def _revived(n_dead: int, k_aux: int) -> tuple[TopKLoss, Weights]:
+    x, weights, dead = _revival_case(n_dead)
+    with Team() as team:
+        found = topk_gradients(team, x, weights, k=5, apply_b_dec_to_input=True, dead=dead, k_aux=k_aux, aux_coefficient=0.7)
+        return found, Weights(*(gradient.clone() for gradient in found.gradients))
+
+
+REVIVALS = {"a handful": (3, 8, True), "as many as are taken": (140, 140, True), "dense": (300, 50, True), "sparse": (300, 40, False)}
+"""Dead features, how many of them a token takes, and whether their code is dense."""
+
+
+@pytest.mark.parametrize(("n_dead", "k_aux", "dense"), REVIVALS.values(), ids=REVIVALS)
+def test_dead_features_learn_the_same_from_a_dense_and_a_sparse_code(monkeypatch, n_dead, k_aux, dense):
+    made: list[DenseRevival] = []
+
+    def make(*given, **settings) -> DenseRevival:
+        made.append(DenseRevival(*given, **settings))
+        return made[-1]
+
+    monkeypatch.setattr("saeens_models.kernels.cpu.DenseRevival", make)
+    x, weights, dead = _revival_case(n_dead)
+    found, gradients = _revived(n_dead, k_aux)
+    assert bool(made) == dense
+    expected = _dense(x.double(), Weights(*(w.double() for w in weights)), k=5, centred=True, dead=dead, k_aux=k_aux, coefficient=0.7)
+    assert expected[3][dead[-1]] > len(x) / 2
+    torch.testing.assert_close(found.auxiliary.double(), expected[1], rtol=1e-5, atol=1e-5)
+    assert torch.equal(found.fire_counts.long(), expected[3])
+    for name, gradient, true in zip(Weights._fields, gradients, expected[4], strict=True):
+        torch.testing.assert_close(
+            gradient.double(), true, rtol=1e-5, atol=1e-5 * float(true.abs().max()), msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize(("n_dead", "k_aux", "_"), REVIVALS.values(), ids=REVIVALS)
+def test_gradients_of_dead_features_have_the_same_bits_for_any_number_of_threads(n_dead, k_aux, _):
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(_revived(n_dead, k_aux))
+    finally:
+        torch.set_num_threads(before)
+    for found, gradients in results[1:]:
+        assert torch.equal(found.auxiliary, results[0][0].auxiliary)
+        for name, gradient, of_one_thread in zip(Weights._fields, gradients, results[0][1], strict=True):
+            assert torch.equal(gradient, of_one_thread), name
 
 
 def _dense(x: Tensor, given: Weights, *, k: int, centred: bool, dead: Tensor | None, k_aux: int, coefficient: float):
