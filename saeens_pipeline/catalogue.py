@@ -13,6 +13,7 @@ from saeens_pipeline.assets.dagster_assets import build_assets
 from saeens_pipeline.assets.declarations import Op
 from saeens_pipeline.assets.experiments import experiment_ops
 from saeens_pipeline.assets.leaderboard import leaderboard_op
+from saeens_pipeline.assets.report import leaderboard_page_op
 from saeens_pipeline.assets.sources import source_ops
 from saeens_pipeline.automation import automate
 from saeens_pipeline.components import ExperimentSettings, SourceSettings
@@ -62,11 +63,15 @@ class Catalogue:
         """The op of the leaderboard over all experiments."""
         return leaderboard_op([output for e in self.experiments.values() for op in experiment_ops(e) for output in op.outputs])
 
+    def leaderboard_page(self) -> Op:
+        """The op of the page over all experiments."""
+        return leaderboard_page_op(self.leaderboard().outputs[0])
+
     def all_ops(self) -> list[Op]:
-        """The ops of all sources and experiments, and the leaderboard where there are experiments."""
+        """The ops of all sources and experiments, and the leaderboard and its page where there are experiments."""
         of_sources = [op for source in self.sources.values() for op in source_ops(source)]
         of_experiments = [op for e in self.experiments.values() for op in experiment_ops(e)]
-        return [*of_sources, *of_experiments, *([self.leaderboard()] if of_experiments else [])]
+        return [*of_sources, *of_experiments, *([self.leaderboard(), self.leaderboard_page()] if of_experiments else [])]
 
 
 def load_catalogue() -> Catalogue:

@@ -54,6 +54,7 @@ def run_experiment(name: str, *, layers: Sequence[int], seeds: Sequence[int], se
     """Make what is missing or stale, show progress, and print the summary table."""
     from saeens_pipeline.catalogue import load_catalogue
     from saeens_pipeline.language_models.models import validate_modules
+    from saeens_pipeline.reports import INDEX, write_leaderboard_page
     from saeens_pipeline.summary import print_summary
 
     began = time.monotonic()
@@ -94,6 +95,12 @@ def run_experiment(name: str, *, layers: Sequence[int], seeds: Sequence[int], se
     after = plan(store, ops, layers, experiment.ensemble.seeds)
     asked = [s for stage in after for s in stage.statuses if not seeds or s.partition.seed is None or s.partition.seed in seeds]
     print_summary(store, experiment, asked, console)
+    if any(declaration.address.kind == "report" for _, wanted in chosen for declaration in wanted):
+        write_leaderboard_page(catalogue)
+    reports = [store.path(*s.where) / INDEX for s in asked if s.declaration.address.kind == "report" and s.state == "fresh"]
+    if reports:
+        pages = "\n".join(f"  {page}" for page in reports)
+        console.print(f"\nThe report, to open in a browser:\n{pages}", highlight=False, markup=False, soft_wrap=True)
     console.print(
         f"\nTook {time.monotonic() - began:.0f} s. Everything lies below {store.root}; `saeens ui` opens the Dagster UI.",
         highlight=False,
