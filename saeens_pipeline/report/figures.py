@@ -143,10 +143,13 @@ def marginal_gain(results: Results) -> Iterator[Figure]:
         if values:
             axis = Axis("marginal_gain", column, column.replace("_", " "))
             figure = _by_members(values, axis)
+            most = max(size.n_members for size in values)
+            figure.update_xaxes(range=[1.5, most + 0.5])
             for name, n in suggested.items():
-                _mark(figure, n, method(name))
-            what = ", ".join(f"{method(name).label} {n}" for name, n in suggested.items())
-            yield Figure(column, title, f"{caption}{f' Dotted: members that are enough ({what}).' if what else ''}", figure)
+                if n < most:
+                    figure.add_vline(x=n, line={"color": method(name).colour, "dash": "dot", "width": 1.5})
+            what = ", ".join(f"{method(name).label} {n}{'' if n < most else ' or more'}" for name, n in suggested.items())
+            yield Figure(column, title, f"{caption}{f' Enough (dotted): {what}.' if what else ''}", figure)
 
 
 def downstream(results: Results) -> Iterator[Figure]:
@@ -468,10 +471,6 @@ def _by_count(rows: pl.DataFrame, x: str, y: str) -> go.Figure:
         sizes = sorted(values)
         _add(figure, method(name), [s.n_members for s in sizes], [values[s] for s in sizes], x_title="n", lines=len(sizes) > 1)
     return figure
-
-
-def _mark(figure: go.Figure, n: int, about: Method) -> None:
-    figure.add_vline(x=n, line={"color": about.colour, "dash": "dot", "width": 1.5})
 
 
 def _bars(chosen: Sequence[Spread], colour: str) -> dict[str, Any] | None:

@@ -24,6 +24,7 @@ from saeens_pipeline.storage.tables import TABLES
 if TYPE_CHECKING:
     import polars as pl
     from jinja2 import Environment
+    from markupsafe import Markup
 
     from saeens_pipeline.catalogue import Catalogue
     from saeens_pipeline.components import ExperimentSettings
