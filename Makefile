@@ -3,10 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 VENV_INTEROP := .venv-interop
 VENV_BENCH := .venv-bench
+VENV_BROWSER := .venv-browser
+BROWSER_PAGES := .browser-pages
 BENCH ?= --output benchmarks
 PIP_INSTALL := python -m pip install --quiet --quiet --disable-pip-version-check
 
-.PHONY: help quickstart ui test check test-interop bench clean
+.PHONY: help quickstart ui test check test-interop browser-test bench clean
 
 help:  ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' Makefile
@@ -28,11 +30,16 @@ check: $(VENV)/.installed-dev  ## style and types
 test-interop: $(VENV_INTEROP)/.installed  ## does SAELens read our files as we do, and we its?
 	$(VENV_INTEROP)/bin/python -m pytest tests/interop
 
+browser-test: $(VENV)/.installed-dev $(VENV_BROWSER)/.installed  ## the report's pages in Chromium, which is installed where it is missing (Debian)
+	@command -v $${CHROMIUM:-chromium} > /dev/null || apt-get install --yes chromium
+	$(VENV)/bin/python tests/browser/write_pages.py $(BROWSER_PAGES)
+	SAEENS_TEST_PAGES=$(CURDIR)/$(BROWSER_PAGES) $(VENV_BROWSER)/bin/python -m pytest tests/browser
+
 bench: $(VENV_BENCH)/.installed  ## speed and memory beside the peers; hours. BENCH="training --quick" for a part
 	$(VENV_BENCH)/bin/python -m benchmarks $(BENCH)
 
 clean:  ## remove the virtual environments; what runs made stays in data/
-	rm -rf $(VENV) $(VENV_INTEROP) $(VENV_BENCH)
+	rm -rf $(VENV) $(VENV_INTEROP) $(VENV_BENCH) $(VENV_BROWSER) $(BROWSER_PAGES)
 
 # A stamp file says what an environment holds; a changed version or dependency installs again. The install is editable: a changed
 # experiment file takes effect at once.
@@ -50,6 +57,11 @@ $(VENV_INTEROP)/.installed: pyproject.toml constraints-interop.txt | $(VENV_INTE
 	@echo "installing SAELens into $(VENV_INTEROP)"
 	@$(VENV_INTEROP)/bin/$(PIP_INSTALL) --constraint constraints-interop.txt --upgrade pip
 	@$(VENV_INTEROP)/bin/$(PIP_INSTALL) --constraint constraints-interop.txt --group interop
+	@touch $@
+
+$(VENV_BROWSER)/.installed: pyproject.toml constraints.txt | $(VENV_BROWSER)/.created
+	@$(VENV_BROWSER)/bin/$(PIP_INSTALL) --constraint constraints.txt --upgrade pip
+	@$(VENV_BROWSER)/bin/$(PIP_INSTALL) --constraint constraints.txt --group browser
 	@touch $@
 
 # dictionary-learning comes without its dependencies: by way of nnsight it asks for torchvision, whose build has to be of the same kind

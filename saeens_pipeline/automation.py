@@ -15,13 +15,14 @@ from saeens_pipeline.assets.dagster_assets import layers_of
 from saeens_pipeline.components import ExperimentSettings, SourceSettings
 from saeens_pipeline.components.ensemble_experiment import FreshnessSettings
 from saeens_pipeline.instance import declare_layers, declared_layers_name, end_dead_runs, layer_changes
-from saeens_pipeline.storage.names import LEADERBOARD, SOURCES_GROUP
+from saeens_pipeline.storage.names import SOURCES_GROUP
 
 if TYPE_CHECKING:
     from saeens_pipeline.catalogue import Catalogue
 
 TICK_SECONDS = 15  # between two looks at what is missing, and at the layers
 ARRAY_KIND = "zarr"  # of tokens, activations and residuals
+_LEADERBOARD = dg.AssetKey(["leaderboard"])
 
 
 def automate(assets: Iterable[dg.AssetsDefinition], catalogue: "Catalogue") -> dg.Definitions:
@@ -76,7 +77,7 @@ def freshness_policy(freshness: FreshnessSettings) -> dg.FreshnessPolicy:
 
 def _with_policies(spec: dg.AssetSpec, experiments: Mapping[str, ExperimentSettings]) -> dg.AssetSpec:
     automated = [experiment for experiment in experiments.values() if experiment.automation == "on"]
-    if spec.group_name == LEADERBOARD:
+    if spec.key == _LEADERBOARD:
         return spec.replace_attributes(automation_condition=leaderboard_condition()) if automated else spec
     owner = spec.key.path[0]
     if spec.group_name == SOURCES_GROUP:

@@ -32,12 +32,15 @@ def write_reports(name: str | None, layers: Sequence[int]) -> list[Path]:
     if name:
         (op,) = (op for op in catalogue.ops(catalogue.experiment(name)) if op.outputs[0].address.kind == REPORT)
         written = [_write(op, Partition(layer)) for layer in _layers(catalogue, name, layers)]
-    return [*written, write_leaderboard_page(catalogue)]
+    return [*written, _write(catalogue.leaderboard_page(), Partition())]
 
 
-def write_leaderboard_page(catalogue: Catalogue) -> Path:
-    """Write the page over all experiments; gives the page."""
-    return _write(catalogue.leaderboard_page(), Partition())
+def renew_leaderboard_page(catalogue: Catalogue) -> None:
+    """Write the page over all experiments, if tables have changed since it was written."""
+    op = catalogue.leaderboard_page()
+    (page,), store = op.outputs, StoreResource().store
+    if not store.hit(page.address, Partition(), recipe_of_what_is_there(page, store, Partition())):
+        _write(op, Partition())
 
 
 def _layers(catalogue: Catalogue, name: str, wanted: Sequence[int]) -> list[int]:

@@ -54,7 +54,7 @@ def run_experiment(name: str, *, layers: Sequence[int], seeds: Sequence[int], se
     """Make what is missing or stale, show progress, and print the summary table."""
     from saeens_pipeline.catalogue import load_catalogue
     from saeens_pipeline.language_models.models import validate_modules
-    from saeens_pipeline.reports import INDEX, write_leaderboard_page
+    from saeens_pipeline.reports import INDEX, renew_leaderboard_page
     from saeens_pipeline.summary import print_summary
 
     began = time.monotonic()
@@ -96,7 +96,7 @@ def run_experiment(name: str, *, layers: Sequence[int], seeds: Sequence[int], se
     asked = [s for stage in after for s in stage.statuses if not seeds or s.partition.seed is None or s.partition.seed in seeds]
     print_summary(store, experiment, asked, console)
     if any(declaration.address.kind == "report" for _, wanted in chosen for declaration in wanted):
-        write_leaderboard_page(catalogue)
+        renew_leaderboard_page(catalogue)
     reports = [store.path(*s.where) / INDEX for s in asked if s.declaration.address.kind == "report" and s.state == "fresh"]
     if reports:
         pages = "\n".join(f"  {page}" for page in reports)

@@ -24,7 +24,7 @@ def report_op(experiment: ExperimentSettings, tables: Sequence[Declaration]) -> 
         dimensions="layer",
         builder=REPORT,
         version=REPORT_VERSION,
-        settings={"evaluations": experiment.evaluations},
+        settings={},
         inputs=tuple(Input(each.address.name, each) for each in tables),
         source=experiment.source,
         seeds=tuple(experiment.ensemble.seeds),

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from saeens_pipeline.report.methods import Method, method
-from saeens_pipeline.report.record import Found
+from saeens_pipeline.report.record import Found, Record
 from saeens_pipeline.report.results import Results, Size, Spread
 
 
@@ -82,11 +82,11 @@ def metrics_of(results: Results) -> list[Metric]:
     return [metric for metric in METRICS if results.full(metric.table, metric.column)]
 
 
-def main_table(results: Results, by_version: Mapping[str, Found]) -> list[Row]:
+def main_table(results: Results, record: Record) -> list[Row]:
     """A row for each method."""
     metrics = metrics_of(results)
     return [
-        Row(method(size.method), size.n_members, [_cell(results, metric, size) for metric in metrics], _origins(results, size, by_version))
+        Row(method(size.method), size.n_members, [_cell(results, metric, size) for metric in metrics], _origins(results, size, record))
         for size in results.full_sizes
     ]
 
@@ -117,12 +117,12 @@ def _is_best(results: Results, metric: Metric, spread: Spread) -> bool:
     return spread.mean == (max(means) if metric.better == "more" else min(means))
 
 
-def _origins(results: Results, size: Size, by_version: Mapping[str, Found]) -> dict[int, list[Origin]]:
+def _origins(results: Results, size: Size, record: Record) -> dict[int, list[Origin]]:
     for table in ("reconstruction", "coactivation", "stability", "cost"):
         if table in results.tables:
             rows = results.tables[table].filter(method=size.method, n_members=size.n_members).sort("seed")
             return {
-                row["seed"]: [Origin(version, by_version.get(version)) for version in _versions(row["sae_data_versions"])]
+                row["seed"]: [Origin(version, record.sae(version, size.method)) for version in _versions(row["sae_data_versions"])]
                 for row in rows.iter_rows(named=True)
             }
     return {}

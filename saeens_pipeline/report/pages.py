@@ -67,7 +67,7 @@ def write_report(folder: Path, store: Store, catalogue: Catalogue, experiment: E
         "facts": list(record.facts()),
         "choices": list(choices(results)),
         "metrics": metrics_of(results),
-        "rows": main_table(results, record.by_version),
+        "rows": main_table(results, record),
         "says": list(says(results)),
         "does_not_say": list(does_not_say(results, comparisons, _control_hint(record, experiment, control, layer))),
         "comparisons": comparisons,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 PAPER = "Gadgil, Lin & Lee, Ensembling Sparse Autoencoders, ICML 2026 (arXiv 2505.16077)"
@@ -32,7 +32,7 @@ class Setting:
     train_tokens: int
     rows: tuple[PublishedRow, ...]
 
-    def deviations(self, sae: dict[str, object], members: int, seeds: int, train_tokens: int | None) -> list[str]:
+    def deviations(self, sae: Mapping[str, object], members: int, seeds: int, train_tokens: int | None) -> list[str]:
         """In what an experiment differs from this setting; a difference in numbers may come from these."""
         name, value = self.sparsity
         compared: Sequence[tuple[str, object, object]] = (

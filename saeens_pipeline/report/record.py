@@ -62,10 +62,17 @@ class Record:
         """Of a kind, and of one name where it is given: one for each seed."""
         return [each for each in self.found if each.address.kind == kind and name in ("", each.address.name)]
 
+    def sae(self, version: str, method: str) -> Found | None:
+        """The SAE of a data version. Round 1 and member 1 can have the same: then it is the one that belongs to the method."""
+        found = self._saes_by_version.get(version, [])
+        return next((each for each in found if each.address.kind == method), found[0] if found else None)
+
     @cached_property
-    def by_version(self) -> dict[str, Found]:
-        """Where a data version lies. Round 1 and member 1 can have one: where a file is linked, it is named by what it is linked to."""
-        return {each.version: each for each in sorted(self.found, key=lambda each: "same_as" not in each.artefact.provenance)}
+    def _saes_by_version(self) -> dict[str, list[Found]]:
+        by_version: dict[str, list[Found]] = {}
+        for each in self.saes:
+            by_version.setdefault(each.version, []).append(each)
+        return by_version
 
     @property
     def tokens(self) -> Found | None:

@@ -128,7 +128,7 @@ def test_plotted_means_and_seeds_are_those_of_the_tables(finished: Laboratory):
 
 def test_plots_in_the_page_are_those_that_have_a_place(finished: Laboratory):
     page = _page(finished)
-    places = [attributes["data-figure"] for _, attributes in page.elements if "data-figure" in attributes]
+    places = [str(attributes["data-figure"]) for _, attributes in page.elements if "data-figure" in attributes]
     assert sorted(places) == sorted(page.figures)
     assert {"explained_variance_by_members", "explained_variance_for_l0", "residual_norm", "training_loss", "new_features"} <= set(places)
 
@@ -321,7 +321,7 @@ def test_sizes_that_are_enough_are_marked():
         for n in (1, 2, 3)
     ]
     figure = next(each for each in marginal_gain(_synthetic("marginal_gain", rows)) if each.name == "explained_variance_gain")
-    assert [shape.x0 for shape in figure.figure.layout.shapes] == [2]
+    assert [shape["x0"] for shape in figure.figure.to_dict()["layout"]["shapes"]] == [2]
     assert "bagging 2" in figure.caption
 
 
