@@ -180,7 +180,9 @@ def test_printing_draws_every_plot_in_light_colours(browser: Browser):
     opened = _open(browser, REPORT, 1280, "dark")
     opened.page.evaluate("dispatchEvent(new Event('beforeprint'))")
     assert opened.page.evaluate("document.documentElement.dataset.theme") == "light"
-    assert len(opened.page.query_selector_all(".plot .main-svg")) >= len(opened.page.query_selector_all(".plot"))
+    plots = opened.page.query_selector_all(".plot")
+    widths = [(plot.query_selector(".main-svg") or plot).evaluate("svg => svg.clientWidth") for plot in plots]
+    assert len(plots) >= 15 and set(widths) == {325}
     opened.page.evaluate("dispatchEvent(new Event('afterprint'))")
     assert opened.page.evaluate("document.documentElement.dataset.theme") == "dark"
 

@@ -102,14 +102,19 @@
     });
   }
 
-  // On paper: every plot, in light colours.
+  // On paper: every plot, in light colours, two beside each other.
+  const onPaper = { width: 325, height: 230, autosize: false };
   let before = null;
   addEventListener("beforeprint", () => {
     before = root.dataset.theme;
     setTheme("light");
     plots.forEach(draw);
+    for (const plot of drawn()) Plotly.relayout(plot, onPaper);
   });
-  addEventListener("afterprint", () => setTheme(before));
+  addEventListener("afterprint", () => {
+    setTheme(before);
+    for (const plot of drawn()) Plotly.relayout(plot, { width: null, height: null, autosize: true });
+  });
 
   // Tables that are sorted by pressing a heading.
   const compare = (one, other) => {
