@@ -4,23 +4,37 @@ from __future__ import annotations
 
 import numpy as np
 
-from saeens_models.kernels.compiled import _add_scaled, _compile, _copy, _dot, _fill
+from saeens_models.kernels.compiled import _add_scaled, _compile, _copy, _dot, _fill, _maximum
 
 LANES = 64
-"""A row of correlations is cut into strips of so many; the maxima over the strips are kept, lane by lane."""
+"""Maxima are kept by lane: lane i is of the entries i, i + 64, i + 128, ..."""
+_STRIPS = 8
+"""A row of correlations is cut into so many strips, of which one entry each is taken at a time."""
+WIDTH = LANES * _STRIPS
+"""What the width of a row is a multiple of."""
 STEPS = np.float32(2**15 - 1)
 """Inner products of atoms are kept as int16, in so many steps of the largest."""
 
 
 @_compile
 def _subtract(correlations, gram, factor, maxima):
-    """Subtract `factor * gram` (int16), and keep the maxima of the lanes; both rows are whole strips long."""
-    for first in range(0, len(correlations), LANES):
-        strip, of_gram = correlations[first : first + LANES], gram[first : first + LANES]
-        for i in range(LANES):
-            strip[i] -= factor * np.float32(of_gram[i])
-        for i in range(LANES):
-            maxima[i] = strip[i] if strip[i] > maxima[i] else maxima[i]
+    """Subtract `factor * gram` (int16); into maxima the largest of each place in the strips."""
+    size = len(maxima)
+    for i in range(size):
+        top = -np.float32(np.inf)
+        for strip in range(_STRIPS):
+            place = strip * size + i
+            value = correlations[place] - factor * np.float32(gram[place])
+            correlations[place] = value
+            top = value if value > top else top
+        maxima[i] = top
+
+
+@_compile
+def _fold(maxima):
+    """The maxima of the lanes, into the first of them."""
+    for first in range(LANES, len(maxima), LANES):
+        _maximum(maxima[:LANES], maxima[first : first + LANES])
 
 
 @_compile
@@ -62,22 +76,22 @@ def round_gram(products, scale, gram):
 def pursue(centred, correlations, W_dec, gram, scale, rounding, residual_threshold, stop_on_duplicate, indices, values, residual):
     """Matching pursuit of the rows of centred `[n, d]`: the atoms in the order of their choice, with their values `[n, T]`.
 
-    correlations `[n, m]` are `centred @ W_dec.T`, and are overwritten; m is filled up to whole strips with what is never chosen. Of gram
+    correlations `[n, m]` are `centred @ W_dec.T`, and are overwritten; m is filled up to a multiple of WIDTH with what is never chosen. Of gram
     `[d_sae, m]` an entry times `scale` is off by `rounding` at most. What is not used of `indices` is -1. Into residual `[n, d]` goes what
     is left.
     """
     n, n_iterations = indices.shape
     m = correlations.shape[1]
-    maxima = np.empty(LANES, np.float32)
+    maxima = np.empty(m // _STRIPS, np.float32)
     for b in range(n):
         row, left, atoms, found = correlations[b], residual[b], indices[b], values[b]
         _copy(left, centred[b])
         _fill(atoms, -1)
         _fill(found, 0)
-        _copy(maxima, row[:LANES])
-        for first in range(LANES, m, LANES):
-            for i in range(LANES):
-                maxima[i] = row[first + i] if row[first + i] > maxima[i] else maxima[i]
+        _fill(maxima, -np.inf)
+        for first in range(0, m, len(maxima)):
+            _maximum(maxima, row[first : first + len(maxima)])
+        _fold(maxima)
         # a first product sums up to d terms in another order than _dot: its error grows with the norm
         slack = np.float32(1e-6) * np.sqrt(_dot(left, left))
         for t in range(n_iterations):
@@ -98,8 +112,8 @@ def pursue(centred, correlations, W_dec, gram, scale, rounding, residual_thresho
                 break
             if t + 1 < n_iterations:
                 slack += value * rounding
-                _fill(maxima, -np.inf)
                 _subtract(row, gram[atom], value * scale, maxima)
+                _fold(maxima)
 
 
 @_compile

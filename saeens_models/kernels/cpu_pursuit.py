@@ -27,7 +27,7 @@ class Gram(NamedTuple):
     """The inner products of atoms, rounded."""
 
     products: np.ndarray
-    """int16 `[d_sae, m]`, m the next multiple of the kernel's strips; ``products * scale`` is the inner product."""
+    """int16 `[d_sae, m]`, m the next multiple of the kernel's width; ``products * scale`` is the inner product."""
     scale: np.float32
     rounding: np.float32
     """How far off one may be."""
@@ -63,7 +63,7 @@ def gram(team: Team, W_dec: Tensor) -> Gram:
     d_sae = len(W_dec)
     largest = W_dec.norm(dim=1).max().square().clamp_min(torch.finfo(torch.float32).tiny)
     scale = np.float32(largest) * np.float32(1.0001) / compiled.STEPS
-    products = np.empty((d_sae, _whole_strips(d_sae)), np.int16)
+    products = np.empty((d_sae, _padded(d_sae)), np.int16)
 
     def fill(i: int) -> None:
         rows = slice(i * _GRAM_ROWS, min((i + 1) * _GRAM_ROWS, d_sae))
@@ -97,7 +97,7 @@ def pursue(
 
     def take(i: int) -> None:
         rows = slice(i * _BLOCK_TOKENS, min((i + 1) * _BLOCK_TOKENS, n))
-        correlations = team.scratch("correlations", rows.stop - rows.start, _whole_strips(d_sae))
+        correlations = team.scratch("correlations", rows.stop - rows.start, _padded(d_sae))
         correlations[:, d_sae:] = -torch.inf
         correlations[:, :d_sae] = torch.mm(centred[rows], W_dec.t(), out=team.scratch("products", rows.stop - rows.start, d_sae))
         compiled.pursue(
@@ -166,7 +166,7 @@ def pursuit_gradients(
     return PursuitGradients(mse, found, of_W_dec.sum(dim=0), of_centre.sum(dim=0))
 
 
-def _whole_strips(n: int) -> int:
+def _padded(n: int) -> int:
     from saeens_models.kernels import compiled_pursuit as compiled
 
-    return -(-n // compiled.LANES) * compiled.LANES
+    return -(-n // compiled.WIDTH) * compiled.WIDTH
