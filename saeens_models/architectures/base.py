@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -204,6 +204,11 @@ class SAE(nn.Module, ABC):
         del saes, x, dead_masks, sparsity_scale
         return None
 
+    def batch_in_parts(self, parts: Sequence[Tensor]) -> AbstractContextManager[None]:
+        """Around :meth:`backpropagate` on each of ``parts`` `[n_i, d_in]` of one batch: for what depends on all of its tokens."""
+        del parts
+        return nullcontext()
+
     @property
     def stored_weights(self) -> Weights:
         """The four weights as they lie in memory, without gradients."""
@@ -255,6 +260,10 @@ class SAE(nn.Module, ABC):
         """
         for name in self.input_unit_weights:
             self.get_parameter(name).div_(scale)
+
+    def inference_form(self) -> SAE:
+        """What is saved: this SAE, unless the architecture is one for training only."""
+        return self
 
     def saelens_fields(self) -> dict[str, Any]:
         """What this architecture adds to SAELens' ``cfg.json``."""
