@@ -165,7 +165,7 @@ def _allowed_keys(model: type[BaseModel], attributes: dict[str, Any], location: 
             return allowed_sae_keys(attributes["sae"])
         case ["sae", int(number)]:
             return allowed_sae_keys(attributes["sae"][number])
-        case ["training"]:
+        case ["training"] | ["baseline_training", _]:
             return allowed_training_keys()
     for part in location:
         if isinstance(part, str):  # a number is an entry of the list that the field is

@@ -59,6 +59,7 @@ attributes:
     architecture: topk # or standard, jumprelu
     expansion: {expansion} # features per dimension: d_sae = {expansion} * {d_model} = {d_sae:_}; or give d_sae itself
     k: {k} # features that fire per token; or give a list of such configurations, one per member
+  # sweep: {{k: [16, 32, 64]}} # an experiment for each value of one field of sae; `saeens pareto {name}` compares them
   training:
     learning_rate: 1.0e-3 # more for short trainings: the quickstart takes 7e-3 for 400 steps
     learning_rate_warmup_fraction: 0.05
@@ -73,6 +74,8 @@ attributes:
     boosting: sequential # concurrent: all rounds in one pass, in half the time, a little worse
     # specialised: [{{member: 2, documents: {{language: [python]}}, start_from: 1}}] # a member on a part of the corpus
   baselines: [expanded, expanded_l0_matched] # one SAE as wide as an ensemble: with a member's L0, with the ensemble's
+  # also compute_matched: a member's width, trained as long as all; matching_pursuit: as wide as all, chosen one after another, slow
+  # baseline_training: {{matching_pursuit: {{batch_tokens: 8192}}}} # fields of training that differ for a baseline
   # expanded_sizes: [2, 8] # as wide as so many members; left out: as wide as all
   keep_residuals: last # which residuals' bytes stay on disk: last, all, none; missing ones are computed when needed
   automation: off # on: what is missing or follows from changes is made without asking, while `saeens ui` runs

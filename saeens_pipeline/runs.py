@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from saeens_pipeline.catalogue import Catalogue
     from saeens_pipeline.components import ExperimentSettings
     from saeens_pipeline.language_models.models import LanguageModelDescription
+    from saeens_pipeline.storage.recipes import Store
+    from saeens_pipeline.summary import Beside
 
 
 def reporter_for(console: Console) -> progress.Reporter:
@@ -93,12 +95,24 @@ def run_experiment(name: str, *, layers: Sequence[int], seeds: Sequence[int], se
             _execute(catalogue, experiment, layers, [(stage, wanted) for stage, wanted in chosen if wanted])
     after = plan(store, ops, layers, experiment.ensemble.seeds)
     asked = [s for stage in after for s in stage.statuses if not seeds or s.partition.seed is None or s.partition.seed in seeds]
-    print_summary(store, experiment, asked, console)
+    print_summary(store, experiment, asked, console, _beside(catalogue, store, name, layers))
     console.print(
         f"\nTook {time.monotonic() - began:.0f} s. Everything lies below {store.root}; `saeens ui` opens the Dagster UI.",
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _beside(catalogue: Catalogue, store: Store, name: str, layers: Sequence[int]) -> Beside | None:
+    """What an experiment's figures are shown beside, where its language model is trained here and untrained there, or the other way."""
+    from saeens_pipeline.summary import Beside
+
+    other = catalogue.counterpart(name)
+    if other is None:
+        return None
+    experiment = catalogue.experiments[other]
+    stages = plan(store, catalogue.ops(experiment), layers, experiment.ensemble.seeds)
+    return Beside(other, catalogue.sources[experiment.source].weights, [status for stage in stages for status in stage.statuses])
 
 
 def _check(catalogue: Catalogue, experiment: ExperimentSettings, layers: Sequence[int], seeds: Sequence[int]) -> LanguageModelDescription:

@@ -43,7 +43,7 @@ class BatchTopKConfig(SAEConfig, frozen=True):
 
 @register(BatchTopKConfig)
 class BatchTopKSAE(SAE):
-    """In training ``z = pre`` on the ``k * n`` largest positive pre-activations of a batch of n tokens, 0 elsewhere; equal ones are all kept.
+    """In training ``z = pre`` on the ``k * n`` largest positive pre-activations of a batch of n tokens, else 0; equal ones are all kept.
 
     Loss as for TopK, over this code. A token alone has no batch: trained, it is a JumpReLU SAE, ``z = pre * (pre > threshold)``, and is
     saved as one. The one threshold of all features follows the smallest pre-activation kept,

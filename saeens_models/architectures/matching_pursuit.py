@@ -166,5 +166,3 @@ class MatchingPursuitSAE(SAE):
     def from_saelens(cls, cfg: Mapping[str, Any], weights: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         fields = {name: cfg[name] for name in ("residual_threshold", "stop_on_duplicate_support") if name in cfg}
         return {**fields, "max_iterations": cfg.get("max_iterations") or cfg["d_in"]}, weights
-
-

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from saeens_models.kernels.compiled import _add_scaled, _compile, _copy, _dot, _fill, _maximum
+from saeens_models.kernels.compiled import _add_scaled, _compile, _compile_with_memory, _copy, _dot, _fill, _maximum
 
 LANES = 64
 """Maxima are kept by lane: lane i is of the entries i, i + 64, i + 128, ..."""
@@ -72,13 +72,13 @@ def round_gram(products, scale, gram):
             rounded[i] = 0
 
 
-@_compile
+@_compile_with_memory
 def pursue(centred, correlations, W_dec, gram, scale, rounding, residual_threshold, stop_on_duplicate, indices, values, residual):
     """Matching pursuit of the rows of centred `[n, d]`: the atoms in the order of their choice, with their values `[n, T]`.
 
-    correlations `[n, m]` are `centred @ W_dec.T`, and are overwritten; m is filled up to a multiple of WIDTH with what is never chosen. Of gram
-    `[d_sae, m]` an entry times `scale` is off by `rounding` at most. What is not used of `indices` is -1. Into residual `[n, d]` goes what
-    is left.
+    correlations `[n, m]` are `centred @ W_dec.T`, and are overwritten; m is filled up to a multiple of WIDTH with what is never chosen. Of
+    gram `[d_sae, m]` an entry times `scale` is off by `rounding` at most. What is not used of `indices` is -1. Into residual `[n, d]` goes
+    what is left.
     """
     n, n_iterations = indices.shape
     m = correlations.shape[1]
@@ -116,7 +116,7 @@ def pursue(centred, correlations, W_dec, gram, scale, rounding, residual_thresho
                 _fold(maxima)
 
 
-@_compile
+@_compile_with_memory
 def pursue_back(W_dec, indices, values, residual, factor, of_W_dec, of_b_dec):
     """Add the gradients of `factor / 2 * |residual|^2`, summed over the tokens, with respect to W_dec and to -centred.
 

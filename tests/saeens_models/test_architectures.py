@@ -33,7 +33,7 @@ OWN_FIELDS = {
 }
 ARCHITECTURES = sorted(OWN_FIELDS)
 IN_GOLDEN_FOLDERS = ["jumprelu", "standard", "topk"]
-OF_SAELENS = {"batchtopk": "batch_topk", "topk_aux": "topk"}  # names of golden training steps
+OF_SAELENS: dict[str, str] = {"batchtopk": "batch_topk", "topk_aux": "topk"}  # names of golden training steps
 PURSUITS: dict[str, dict[str, Any]] = {
     "matching_pursuit": {"architecture": "matching_pursuit", "max_iterations": 6, "residual_threshold": 0.5},
     "matching_pursuit_long": {
@@ -88,7 +88,7 @@ def test_saelens_folder_gives_the_codes_and_reconstructions_of_saelens(golden, a
 
 @pytest.mark.parametrize("name", ["standard", "topk", "topk_aux", "jumprelu", "batchtopk", "gated", *PURSUITS])
 def test_objective_and_gradients_equal_those_of_saelens(golden, expected, name):
-    sae = sm.build_sae(config(**PURSUITS[name])) if name in PURSUITS else sm.build_sae(config(OF_SAELENS.get(name, name)))
+    sae = sm.build_sae(config(**PURSUITS.get(name, {"architecture": OF_SAELENS.get(name, name)})))
     weights = {key.rsplit(".", 1)[1]: value for key, value in golden.items() if key.startswith(f"training.{name}.param.")}
     sae.load_state_dict(weights, strict=name != "batchtopk")  # whose threshold is not one of the weights
     dead_mask = golden["training.topk_aux.dead_mask"].bool() if name == "topk_aux" else None
@@ -208,14 +208,14 @@ def test_batch_topk_auxiliary_loss_is_that_of_topk(golden):
 
 def test_batch_topk_threshold_follows_the_smallest_that_batches_keep(golden):
     sae = random_sae("batch_topk", threshold_rate=0.25)
-    threshold = 0.0
-    for x in golden["training.batch"].split(64):
+    threshold, batches = 0.0, golden["training.batch"].split(64)
+    for x in batches:
         sae.backpropagate(x)
         smallest = sae.pre_activations(x).flatten().sort().values[-K * len(x)].item()
         threshold += 0.25 * (smallest - threshold)
     assert sae.get_buffer("threshold").item() == pytest.approx(threshold)
-    pre = sae.pre_activations(x)
-    assert torch.equal(sae.encode(x), pre * (pre > threshold))
+    pre = sae.pre_activations(batches[-1])
+    assert torch.equal(sae.encode(batches[-1]), pre * (pre > threshold))
 
 
 def test_batch_topk_is_saved_as_a_jumprelu_sae_with_its_threshold(tmp_path, golden):
@@ -461,7 +461,10 @@ def edit_weights(folder: Path, **weights: Tensor | None) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: edit_cfg(folder, architecture="p_anneal"), "architecture: 'p_anneal' is unknown; one of: batch_topk, gated, jumprelu"),
+        (
+            lambda folder: edit_cfg(folder, architecture="p_anneal"),
+            "architecture: 'p_anneal' is unknown; one of: batch_topk, gated, jumprelu",
+        ),
         (lambda folder: edit_cfg(folder, d_sae=47), r"W_dec \[48, 16\] \(expected \[47, 16\]\)"),
         (lambda folder: edit_cfg(folder, d_in="wide"), "d_in must be a positive integer, found 'wide'"),
         (lambda folder: edit_cfg(folder, k=49), "k = 49 is larger than d_sae = 48"),
