@@ -38,8 +38,12 @@ _PARALLEL_RESIDUAL_TYPES = ("codegen", "cohere", "gpt_neox", "gptj", "phi")
 _ATTENTION_NAMES = ("attention", "self_attn", "attn", "self_attention")
 _MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
 _MLP_NORM_NAMES = ("ln_2", "post_attention_layernorm", "ffn_norm", "norm_2")
-_ADDS_INSIDE = {"bloom": ("attn_out", "mlp_out"), "mpt": ("mlp_out",)}
-"""Hooks of architectures whose attention or MLP returns the sum with the stream rather than what is added to it."""
+_HOOKS_WITHOUT_MODULE = {
+    **dict.fromkeys(("bloom", "glm4", "granite", "granitemoe"), ("attn_out", "mlp_out")),
+    "mpt": ("mlp_out",),
+    "openai-gpt": ("resid_mid",),
+}
+"""Hooks that are no module's input or output: what returns it adds the stream, or it is normalised or scaled afterwards."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,7 @@ def describe_language_model(name: str, revision: str = "main") -> LanguageModelD
         identity=_identity(name, revision, folder),
         commit=folder.commit,
         tokenizer_file=require_tokenizer(name, folder),
-        without=_ADDS_INSIDE.get(model_type, ()),
+        without=_HOOKS_WITHOUT_MODULE.get(model_type, ()),
         has_head=not headless,
     )
 

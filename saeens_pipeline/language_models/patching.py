@@ -30,7 +30,7 @@ def validate_patch(description: LanguageModelDescription, hook: str) -> None:
 def _not_replaceable(description: LanguageModelDescription) -> ConfigurationError:
     return ConfigurationError(
         f"hook 'resid_mid' of {description.name} ({description.model_type}) can be read, but nothing can be put in its place: "
-        "a block's output is not this stream plus what its MLP returns. Set ce_loss_tokens: 0, or take another hook"
+        "what its MLP returns is not simply added to this stream. Set ce_loss_tokens: 0, or take another hook"
     )
 
 

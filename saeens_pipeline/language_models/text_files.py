@@ -1,9 +1,9 @@
 """`corpus: {files: "texts/*.jsonl.zst"}`: documents of local files, read as a stream.
 
 A line of a `.jsonl` file and a row of a `.parquet` file is a document; so is a whole `.txt` or `.md` file, whose labels are the name of
-its folder. All but Parquet may be
-compressed, with `.gz` or `.zst` at the end of the name. Documents come file by file in the order of their names, as they lie there: where
-they are sorted by kind, shuffle them first. One row group of a Parquet file, or one document of others, is in memory at a time.
+its folder. All but Parquet may be compressed, with `.gz` or `.zst` at the end of the name. Documents come file by file in the order of
+their names, as they lie there: where they are sorted by kind, shuffle them first. One row group of a Parquet file, or one document of
+others, is in memory at a time.
 """
 
 from __future__ import annotations

@@ -160,11 +160,25 @@ def test_members_that_differ_are_counted_as_they_are(empty: Laboratory):
     assert notes["training, bagging"].startswith("at most: members that see a part")
 
 
-def test_a_loss_that_cannot_be_measured_is_refused_where_it_is_asked_for(empty: Laboratory, tmp_path: Path):
-    edit_config(write_tiny_model(tmp_path / "model"), architectures=["GPTNeoXModel"])
-    empty.declare({"language_model": str(tmp_path / "model")}, ce_loss_tokens=100)
-    with pytest.raises(ConfigurationError, match="has no language-modelling head"):
-        _lines(empty)
+@pytest.mark.parametrize(
+    ("config", "hook", "message"),
+    [
+        ({"architectures": ["GPTNeoXModel"]}, "resid_post", "has no language-modelling head"),
+        ({"model_type": "granite", "use_parallel_residual": False}, "resid_mid", "'resid_mid' of .* can be read, but nothing can be put"),
+    ],
+)
+def test_a_loss_that_cannot_be_measured_is_refused_where_it_is_asked_for(
+    empty: Laboratory, tmp_path: Path, config: dict[str, Any], hook: str, message: str
+):
+    edit_config(write_tiny_model(tmp_path / "model"), **config)
+    source = {"language_model": str(tmp_path / "model"), "hook": hook}
+    empty.declare(source, ce_loss_tokens=100)
+    for ask in (lambda: _lines(empty), empty.run):
+        with pytest.raises(ConfigurationError, match=message):
+            ask()
+    assert not list(empty.root.rglob("recipe.json"))
+    empty.declare(source)
+    assert ("computation", "next-token loss") not in _amounts(empty)
 
 
 def test_hours_are_flops_divided_by_a_part_of_the_published_speed(empty: Laboratory):
@@ -205,6 +219,16 @@ def test_of_a_model_that_cannot_be_reached_what_is_known_is_given(empty: Laborat
     for key in (("disk", "activations"), ("disk", "all"), ("computation", "all"), ("time", "NVIDIA H100 SXM")):
         assert amounts[key] is None
     assert readable(lines[2]) == "not known"
+
+
+def test_of_a_gated_model_the_hubs_reason_and_the_command_are_given(fake_hub: FakeHub, empty: Laboratory):
+    fake_hub.repositories["models/some-lab/some-model"] = empty.model
+    fake_hub.gated.add("models/some-lab/some-model")
+    empty.declare({"language_model": "some-lab/some-model"})
+    assert "authorized list. Accept its terms at " in _lines(empty)[0].note
+    assert "log in with `hf auth login`" in _lines(empty)[0].note
+    with pytest.raises(ConfigurationError, match=r"is gated: .*log in with `hf auth login`"):
+        empty.run()
 
 
 def test_nothing_of_a_model_but_its_configuration_is_downloaded(fake_hub: FakeHub, empty: Laboratory):

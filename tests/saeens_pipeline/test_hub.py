@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 from fake_hub import UNREACHABLE, FakeHub, reach
-from tiny_experiment import Laboratory
+from tiny_experiment import SEEDS, Laboratory
 from tiny_models import write_tiny_model
+from torch.nn.functional import cross_entropy
 
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models.models import describe_language_model, load_language_model
+from saeens_pipeline.language_models.tokens import TokenStore, open_tokens
 from saeens_pipeline.new_experiment import new_experiment
 
 NAME = "some-lab/some-model"
@@ -110,12 +113,26 @@ def test_an_experiment_runs_on_a_model_of_the_hub_and_is_fresh_without_one(
     hub: FakeHub, empty: Laboratory, monkeypatch: pytest.MonkeyPatch
 ):
     empty.declare({"language_model": NAME, "language_model_dtype": "bfloat16"})
-    empty.run(select=["bagging_ensemble"])
+    empty.run(select=["bagging_ensemble", "reconstruction"])
     recipe = empty.artefact("activations").recipe["settings"]
     assert recipe["language_model"] == {"name": NAME, "revision": hub.commit(f"models/{NAME}")}
     assert recipe["language_model_dtype"] == "bfloat16"
     reach(monkeypatch, UNREACHABLE)
-    assert "nothing to do" in empty.run(select=["bagging_ensemble"])
+    assert "nothing to do" in empty.run(select=["bagging_ensemble", "reconstruction"])
+    measured = empty.artefact("eval/reconstruction", SEEDS[0]).provenance["next_token_loss"]["clean"]
+    tokens = open_tokens(empty.artefact("tokens", layer=None).path)
+    assert measured == pytest.approx(_loss(tokens, "bfloat16"), rel=1e-6)
+    assert measured != pytest.approx(_loss(tokens, "float32"), rel=1e-6)
+
+
+def _loss(tokens: TokenStore, dtype: Literal["float32", "bfloat16"]) -> float:
+    """The model's own next-token loss over the test split, in the dtype, by PyTorch alone."""
+    model, losses = load_language_model(describe_language_model(NAME), dtype=dtype).model, []
+    for batch in tokens.batches("test", 1000):
+        with torch.no_grad():
+            logits = model(batch.tokens).logits.float()
+        losses.append(cross_entropy(logits[:, :-1].transpose(1, 2), batch.tokens[:, 1:], reduction="none")[batch.is_text[:, 1:]])
+    return torch.cat(losses).double().mean().item()
 
 
 def test_a_new_experiment_names_the_model_and_downloads_no_weights(

@@ -210,10 +210,19 @@ def test_what_gemma_2_adds_to_the_stream_has_been_normalised(tmp_path, tokens):
             assert torch.equal(model.activations(tokens, hook, [1])[1], model.model.get_submodule(f"model.layers.1.{norm}")(before))
 
 
-def test_hooks_that_return_the_sum_with_the_stream_are_refused_by_name(copied):
-    edit_config(copied, model_type="bloom")
-    with pytest.raises(ConfigurationError, match=r"hook 'attn_out' is not available in .* \(bloom\); available: resid_pre, resid_post, or"):
-        validate_hook(describe_language_model(str(copied)), "attn_out", [0])
+@pytest.mark.parametrize(
+    ("architecture", "hook", "others"),
+    [
+        ("bloom", "attn_out", "resid_pre, resid_mid, resid_post"),  # whose modules return the sum with the stream
+        ("mpt", "mlp_out", "resid_pre, resid_mid, resid_post, attn_out"),
+        ("granite", "mlp_out", "resid_pre, resid_mid, resid_post"),  # which scales what it adds
+        ("openai-gpt", "resid_mid", "resid_pre, resid_post, attn_out, mlp_out"),  # whose norms come after sums
+    ],
+)
+def test_hooks_that_no_module_reads_or_returns_are_refused_by_name(copied, architecture, hook, others):
+    edit_config(copied, model_type=architecture, use_parallel_residual=False)
+    with pytest.raises(ConfigurationError, match=rf"hook '{hook}' is not available in .* \({architecture}\); available: {others}, or"):
+        validate_hook(describe_language_model(str(copied)), hook, [0])
 
 
 def test_layers_asked_for_one_by_one_equal_those_of_one_pass(model, tokens):
