@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 VENV_INTEROP := .venv-interop
 VENV_BENCH := .venv-bench
+VENV_TL := .venv-transformer-lens
 BENCH ?= --output benchmarks
 PIP_INSTALL := python -m pip install --quiet --quiet --disable-pip-version-check
 
-.PHONY: help quickstart ui test check test-interop bench clean
+.PHONY: help quickstart ui test check test-interop test-transformer-lens bench clean
 
 help:  ## what there is to make
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-22s %s\n", $$1, $$2 }' Makefile
 
 quickstart: $(VENV)/.installed  ## train, ensemble and evaluate SAEs on the embedded language model
 	$(VENV)/bin/saeens run quickstart
@@ -28,11 +29,14 @@ check: $(VENV)/.installed-dev  ## style and types
 test-interop: $(VENV_INTEROP)/.installed  ## does SAELens read our files as we do, and we its?
 	$(VENV_INTEROP)/bin/python -m pytest tests/interop
 
+test-transformer-lens: $(VENV_TL)/.installed  ## models in TransformerLens' own format, and what hooks mean there
+	$(VENV_TL)/bin/python -m pytest tests/saeens_pipeline -m transformer_lens
+
 bench: $(VENV_BENCH)/.installed  ## speed and memory beside the peers; hours. BENCH="training --quick" for a part
 	$(VENV_BENCH)/bin/python -m benchmarks $(BENCH)
 
 clean:  ## remove the virtual environments; what runs made stays in data/
-	rm -rf $(VENV) $(VENV_INTEROP) $(VENV_BENCH)
+	rm -rf $(VENV) $(VENV_INTEROP) $(VENV_BENCH) $(VENV_TL)
 
 # A stamp file says what an environment holds; a changed version or dependency installs again. The install is editable: a changed
 # experiment file takes effect at once.
@@ -50,6 +54,12 @@ $(VENV_INTEROP)/.installed: pyproject.toml constraints-interop.txt | $(VENV_INTE
 	@echo "installing SAELens into $(VENV_INTEROP)"
 	@$(VENV_INTEROP)/bin/$(PIP_INSTALL) --constraint constraints-interop.txt --upgrade pip
 	@$(VENV_INTEROP)/bin/$(PIP_INSTALL) --constraint constraints-interop.txt --group interop
+	@touch $@
+
+$(VENV_TL)/.installed: pyproject.toml constraints.txt | $(VENV_TL)/.created
+	@echo "installing TransformerLens into $(VENV_TL)"
+	@$(VENV_TL)/bin/$(PIP_INSTALL) --constraint constraints.txt --upgrade pip
+	@$(VENV_TL)/bin/$(PIP_INSTALL) --constraint constraints.txt --build-constraint constraints.txt --editable '.[hub,transformer_lens]' --group dev
 	@touch $@
 
 # dictionary-learning comes without its dependencies: by way of nnsight it asks for torchvision, whose build has to be of the same kind

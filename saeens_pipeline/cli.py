@@ -95,6 +95,35 @@ def experiments() -> None:
 
 
 @app.command()
+def plan(
+    experiment: Experiment,
+    layer: Annotated[list[int] | None, typer.Option(help="Only this layer; may be given several times.")] = None,
+    format: Annotated[TableFormat, typer.Option("--format", help="csv and json print the table and nothing else.")] = TableFormat.table,
+) -> None:
+    """Say what an experiment will take of disk, memory, computation and time, before anything is spent."""
+    from saeens_pipeline.catalogue import load_catalogue
+    from saeens_pipeline.forecast import as_frame, forecast
+    from saeens_pipeline.layers import recorded_layers
+    from saeens_pipeline.resources import ComputeResource, StoreResource
+    from saeens_pipeline.summary import forecast_table
+
+    catalogue = load_catalogue()
+    settings = catalogue.experiment(experiment)
+    source = catalogue.sources[settings.source]
+    layers = sorted(set(layer)) if layer else recorded_layers(source).layers
+    lines = forecast(
+        source, settings, catalogue.ops(settings), layers=layers, store=StoreResource().store, compute=ComputeResource.from_environment()
+    )
+    match format:
+        case TableFormat.csv:
+            sys.stdout.write(as_frame(lines).write_csv())
+        case TableFormat.json:
+            sys.stdout.write(as_frame(lines).write_json() + "\n")
+        case TableFormat.table:
+            out.print(forecast_table(lines))
+
+
+@app.command()
 def new(
     name: Annotated[str, typer.Argument(help="What the source and the experiment will be called.")],
     model: Annotated[str, typer.Option(help="builtin/reference, a folder in transformers' format, or a model's name on the hub.")],

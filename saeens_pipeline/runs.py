@@ -54,6 +54,7 @@ def experiment_status(name: str) -> list[Status]:
 
 def run_experiment(name: str, *, layers: Sequence[int], seeds: Sequence[int], select: Sequence[str], console: Console) -> None:
     """Make what is missing or stale, show progress, and print the summary table."""
+    from saeens_pipeline.assets.sources import validate_corpus
     from saeens_pipeline.catalogue import load_catalogue
     from saeens_pipeline.language_models.models import validate_modules
     from saeens_pipeline.summary import print_summary
@@ -87,6 +88,8 @@ def run_experiment(name: str, *, layers: Sequence[int], seeds: Sequence[int], se
     else:
         if any(declaration.builder == "activations" for _, wanted in chosen for declaration in wanted):
             validate_modules(description, source.hook, layers)
+        if any(declaration.builder == "tokens" for _, wanted in chosen for declaration in wanted):
+            validate_corpus(source)
         console.print(f"{name}: {n_wanted} artefacts to make, {n_fresh} are fresh (cache hits){others}", highlight=False)
         damaged = [s for stage, wanted in chosen for s in stage.statuses if s.state == "damaged" and s.declaration in wanted]
         for status in damaged:
@@ -129,7 +132,7 @@ def _check(catalogue: Catalogue, experiment: ExperimentSettings, layers: Sequenc
         )
     source = catalogue.sources[experiment.source]
     description = validate_source(source, layers)
-    validate_ce_loss(experiment, description)
+    validate_ce_loss(experiment, description, source.hook)
     if source.hook in HOOKS:  # of other modules the width is known when the model runs
         validate_targets(experiment, description.d_model)
     return description

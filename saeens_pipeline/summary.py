@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.tree import Tree
 
     from saeens_pipeline.components import ExperimentSettings
+    from saeens_pipeline.forecast import Line
     from saeens_pipeline.lineage import Ancestor
     from saeens_pipeline.plan import Status
     from saeens_pipeline.storage.recipes import Store
@@ -146,6 +147,21 @@ def lineage_tree(ancestor: Ancestor) -> Tree:
     for parent in ancestor.parents:
         tree.children.append(lineage_tree(parent))
     return tree
+
+
+def forecast_table(lines: Sequence[Line]) -> Table:
+    """A plan for the terminal, section by section."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from saeens_pipeline.forecast import UTILISATION, readable
+
+    title = f"everything from nothing; time at {UTILISATION:.0%} of the published speed"
+    table = Table("", "", "", "", box=None, pad_edge=False, show_header=False, title=title, title_justify="left")
+    for before, line in zip([None, *lines], lines, strict=False):
+        section = "" if before and before.section == line.section else line.section
+        table.add_row(section, Text(line.item), Text(readable(line), justify="right"), Text(line.note))
+    return table
 
 
 def rich_table(frame: pl.DataFrame) -> Table:

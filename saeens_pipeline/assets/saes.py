@@ -159,6 +159,12 @@ def validate_targets(experiment: ExperimentSettings, d_in: int) -> None:
         _config(sae, d_in, width=1, l0=1, seed=0, name=experiment.name)
 
 
+def config_of(declaration: Declaration, d_in: int) -> SAEConfig:
+    """The SAE that a declaration of this module makes of activations of this width, whatever the seed. Raises as `validate_targets`."""
+    fields = declaration.settings
+    return _config(fields["sae"], d_in, width=fields["width"], l0=fields["l0"], seed=0, name=str(declaration.address))
+
+
 def _tags(experiment: ExperimentSettings, target: Target) -> dict[str, str]:
     method = target.kind if target.kind != "baseline" else target.name
     return {"experiment": experiment.name, "source": experiment.source, "method": method}
@@ -401,7 +407,7 @@ def _saelens_metadata(store: Store, source: str, partition: Partition) -> dict[s
         "hook_name": hook.format(layer=layer) if "{layer}" in hook else f"blocks.{layer}.hook_{hook}",
         "hook_layer": layer,
         "context_size": tokens["context_length"],
-        "dataset_path": tokens["corpus"],
+        "dataset_path": tokens["corpus"]["corpus"],
         "weights": activations["weights"],
     }
 
