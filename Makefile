@@ -5,13 +5,14 @@ VENV_INTEROP := .venv-interop
 VENV_BENCH := .venv-bench
 VENV_BROWSER := .venv-browser
 BROWSER_PAGES := .browser-pages
+VENV_TL := .venv-transformer-lens
 BENCH ?= --output benchmarks
 PIP_INSTALL := python -m pip install --quiet --quiet --disable-pip-version-check
 
-.PHONY: help quickstart ui test check test-interop browser-test bench clean
+.PHONY: help quickstart ui test check test-interop test-transformer-lens browser-test bench clean
 
 help:  ## what there is to make
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-22s %s\n", $$1, $$2 }' Makefile
 
 quickstart: $(VENV)/.installed  ## train, ensemble and evaluate SAEs on the embedded language model
 	$(VENV)/bin/saeens run quickstart
@@ -30,6 +31,9 @@ check: $(VENV)/.installed-dev  ## style and types
 test-interop: $(VENV_INTEROP)/.installed  ## does SAELens read our files as we do, and we its?
 	$(VENV_INTEROP)/bin/python -m pytest tests/interop
 
+test-transformer-lens: $(VENV_TL)/.installed  ## models in TransformerLens' own format, and what hooks mean there
+	$(VENV_TL)/bin/python -m pytest tests/saeens_pipeline -m transformer_lens
+
 browser-test: $(VENV)/.installed-dev $(VENV_BROWSER)/.installed  ## the report's pages in Chromium, which is installed where it is missing (Debian)
 	@command -v $${CHROMIUM:-chromium} > /dev/null || apt-get install --yes chromium
 	$(VENV)/bin/python tests/browser/write_pages.py $(BROWSER_PAGES)
@@ -39,7 +43,7 @@ bench: $(VENV_BENCH)/.installed  ## speed and memory beside the peers; hours. BE
 	$(VENV_BENCH)/bin/python -m benchmarks $(BENCH)
 
 clean:  ## remove the virtual environments; what runs made stays in data/
-	rm -rf $(VENV) $(VENV_INTEROP) $(VENV_BENCH) $(VENV_BROWSER) $(BROWSER_PAGES)
+	rm -rf $(VENV) $(VENV_INTEROP) $(VENV_BENCH) $(VENV_TL) $(VENV_BROWSER) $(BROWSER_PAGES)
 
 # A stamp file says what an environment holds; a changed version or dependency installs again. The install is editable: a changed
 # experiment file takes effect at once.
@@ -57,6 +61,12 @@ $(VENV_INTEROP)/.installed: pyproject.toml constraints-interop.txt | $(VENV_INTE
 	@echo "installing SAELens into $(VENV_INTEROP)"
 	@$(VENV_INTEROP)/bin/$(PIP_INSTALL) --constraint constraints-interop.txt --upgrade pip
 	@$(VENV_INTEROP)/bin/$(PIP_INSTALL) --constraint constraints-interop.txt --group interop
+	@touch $@
+
+$(VENV_TL)/.installed: pyproject.toml constraints.txt | $(VENV_TL)/.created
+	@echo "installing TransformerLens into $(VENV_TL)"
+	@$(VENV_TL)/bin/$(PIP_INSTALL) --constraint constraints.txt --upgrade pip
+	@$(VENV_TL)/bin/$(PIP_INSTALL) --constraint constraints.txt --build-constraint constraints.txt --editable '.[hub,transformer_lens]' --group dev
 	@touch $@
 
 $(VENV_BROWSER)/.installed: pyproject.toml constraints.txt | $(VENV_BROWSER)/.created

@@ -56,6 +56,17 @@ class SparseCode(NamedTuple):
         return cls(n_features, _starts(active.sum(1)), indices[active], values[active])
 
     @classmethod
+    def from_choices(cls, values: Tensor, indices: Tensor, n_features: int) -> SparseCode:
+        """The code that sums values `[n, t]` (>= 0) at indices `[n, t]`, where a feature may be twice in a row; 0 is no entry."""
+        n = len(values)
+        active = values > 0
+        places = (indices + torch.arange(n, device=indices.device)[:, None] * n_features)[active]
+        places, entry = places.unique(return_inverse=True)
+        summed = values.new_zeros(len(places)).index_add_(0, entry, values[active])
+        start = torch.searchsorted(places, torch.arange(n + 1, device=places.device) * n_features)
+        return cls(n_features, start, places % n_features, summed)
+
+    @classmethod
     def concatenate(cls, codes: Sequence[SparseCode]) -> SparseCode:
         """The codes of the same tokens side by side, as ``torch.cat`` along the features joins dense ones."""
         counts = torch.stack([code.start.diff() for code in codes])

@@ -16,13 +16,14 @@ from saeens_pipeline.components import ExperimentSettings, SourceSettings
 from saeens_pipeline.components.ensemble_experiment import FreshnessSettings
 from saeens_pipeline.instance import declare_layers, declared_layers_name, end_dead_runs, layer_changes
 from saeens_pipeline.storage.names import SOURCES_GROUP
+from saeens_pipeline.storage.tables import LEADERBOARD, PARETO
 
 if TYPE_CHECKING:
     from saeens_pipeline.catalogue import Catalogue
 
 TICK_SECONDS = 15  # between two looks at what is missing, and at the layers
 ARRAY_KIND = "zarr"  # of tokens, activations and residuals
-_LEADERBOARD = dg.AssetKey(["leaderboard"])
+_OVER_EXPERIMENTS = (LEADERBOARD.name, PARETO.name)  # tables that are made from those that are there
 
 
 def automate(assets: Iterable[dg.AssetsDefinition], catalogue: "Catalogue") -> dg.Definitions:
@@ -77,7 +78,7 @@ def freshness_policy(freshness: FreshnessSettings) -> dg.FreshnessPolicy:
 
 def _with_policies(spec: dg.AssetSpec, experiments: Mapping[str, ExperimentSettings]) -> dg.AssetSpec:
     automated = [experiment for experiment in experiments.values() if experiment.automation == "on"]
-    if spec.key == _LEADERBOARD:
+    if spec.tags.get("table") in _OVER_EXPERIMENTS:
         return spec.replace_attributes(automation_condition=leaderboard_condition()) if automated else spec
     owner = spec.key.path[0]
     if spec.group_name == SOURCES_GROUP:

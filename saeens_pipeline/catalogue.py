@@ -13,10 +13,12 @@ from saeens_pipeline.assets.dagster_assets import build_assets
 from saeens_pipeline.assets.declarations import Op
 from saeens_pipeline.assets.experiments import experiment_ops
 from saeens_pipeline.assets.leaderboard import leaderboard_op
+from saeens_pipeline.assets.pareto import pareto_op
 from saeens_pipeline.assets.report import leaderboard_page_op
 from saeens_pipeline.assets.sources import source_ops
 from saeens_pipeline.automation import automate
 from saeens_pipeline.components import ExperimentSettings, SourceSettings
+from saeens_pipeline.controls import controls_of
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.executors import executor_from_environment
 from saeens_pipeline.experiment_files import ExperimentFile, Settings, called, find_files
@@ -25,21 +27,49 @@ from saeens_pipeline.resources import ComputeResource, StoreResource
 
 @dataclass
 class Catalogue:
-    """Every source and experiment that could be read, and the message of every file that could not."""
+    """Every source and experiment that could be read, and the message of every file that could not.
+
+    A sweep is in `sweeps`, by its name, and its experiments are among the others.
+    """
 
     sources: dict[str, SourceSettings] = field(default_factory=dict)
     experiments: dict[str, ExperimentSettings] = field(default_factory=dict)
+    sweeps: dict[str, ExperimentSettings] = field(default_factory=dict)
     broken: dict[Path, str] = field(default_factory=dict)
 
     def experiment(self, name: str) -> ExperimentSettings:
         """The experiment of that name. Raises ConfigurationError, which lists those that exist and what is broken."""
         if name in self.experiments:
             return self.experiments[name]
+        if name in self.sweeps:
+            names = ", ".join(each.name for each in self.sweeps[name].experiments)
+            raise ConfigurationError(f"{name!r} is a sweep: name one of its experiments, {names}")
         own = [message for path, message in self.broken.items() if called(path) == name]
         others = f"there are: {', '.join(sorted(self.experiments)) or 'none'}"
         if own:
             raise ConfigurationError("\n".join([*own, f"experiment {name!r} is left out for this; {others}"]))
         raise ConfigurationError("\n".join([f"there is no experiment {name!r}; {others}", *self.broken.values()]))
+
+    def named(self, name: str) -> list[ExperimentSettings]:
+        """The experiment of that name or, of a sweep, all of its experiments. Raises what `experiment` does."""
+        return self.sweeps[name].experiments if name in self.sweeps else [self.experiment(name)]
+
+    def sweep(self, name: str) -> ExperimentSettings:
+        """The sweep of that name. Raises ConfigurationError, which lists those that exist."""
+        if name not in self.sweeps:
+            known = f"sweeps are: {', '.join(sorted(self.sweeps))}" if self.sweeps else "no experiment file has a sweep"
+            raise ConfigurationError("\n".join([f"there is no sweep {name!r}; {known}", *self.broken.values()]))
+        return self.sweeps[name]
+
+    @property
+    def controls(self) -> dict[str, str]:
+        """Which experiments are the same on a trained and on an untrained language model: the control of each that has one."""
+        return controls_of(self.experiments.values(), self.sources)
+
+    def counterpart(self, name: str) -> str | None:
+        """The control of an experiment, or what it is the control of; None where there is neither."""
+        controls = self.controls
+        return controls.get(name) or next((trained for trained, control in controls.items() if control == name), None)
 
     def ops(self, experiment: ExperimentSettings) -> list[Op]:
         """The ops of an experiment and of its source, in the order in which things are made."""
@@ -61,17 +91,25 @@ class Catalogue:
 
     def leaderboard(self) -> Op:
         """The op of the leaderboard over all experiments."""
-        return leaderboard_op([output for e in self.experiments.values() for op in experiment_ops(e) for output in op.outputs])
+        return leaderboard_op(
+            [output for e in self.experiments.values() for op in experiment_ops(e) for output in op.outputs], self.controls
+        )
+
+    def pareto(self, name: str) -> Op:
+        """The op that compares the experiments of a sweep. Raises what `sweep` does."""
+        settings = self.sweep(name)
+        return pareto_op(settings, [output for e in settings.experiments for op in experiment_ops(e) for output in op.outputs])
 
     def leaderboard_page(self) -> Op:
         """The op of the page over all experiments."""
         return leaderboard_page_op(self.leaderboard().outputs[0])
 
     def all_ops(self) -> list[Op]:
-        """The ops of all sources and experiments, and the leaderboard and its page where there are experiments."""
+        """The ops of all sources, experiments and sweeps, and the leaderboard and its page where there are experiments."""
         of_sources = [op for source in self.sources.values() for op in source_ops(source)]
         of_experiments = [op for e in self.experiments.values() for op in experiment_ops(e)]
-        return [*of_sources, *of_experiments, *([self.leaderboard(), self.leaderboard_page()] if of_experiments else [])]
+        of_sweeps = [self.pareto(name) for name in self.sweeps]
+        return [*of_sources, *of_experiments, *of_sweeps, *([self.leaderboard(), self.leaderboard_page()] if of_experiments else [])]
 
 
 def load_catalogue() -> Catalogue:
@@ -80,31 +118,38 @@ def load_catalogue() -> Catalogue:
     Raises ConfigurationError where SAEENS_EXPERIMENTS names a folder that is not there.
     """
     catalogue = Catalogue()
-    files: dict[str, ExperimentFile] = {}  # of experiments
+    declared: dict[str, tuple[ExperimentFile, Settings]] = {}  # where each experiment is from
     for path in find_files():
         try:
             file = ExperimentFile(path)
             for settings in file.settings():
-                _add(catalogue, file, settings)
-                if isinstance(settings, ExperimentSettings):
-                    files[settings.name] = file
+                for experiment in _add(catalogue, file, settings):
+                    declared[experiment.name] = file, settings
         except ConfigurationError as error:
             catalogue.broken[path] = str(error)
-    for name, experiment in list(catalogue.experiments.items()):
-        if experiment.source not in catalogue.sources:
+    for name, (file, settings) in declared.items():
+        source = catalogue.experiments[name].source
+        if source not in catalogue.sources:
             del catalogue.experiments[name]
+            catalogue.sweeps.pop(settings.name, None)
             known = ", ".join(sorted(catalogue.sources)) or "none"
-            message = f"there is no source {experiment.source!r}; there are: {known}"
-            catalogue.broken[files[name].path] = files[name].complaint(experiment, "source", message)
+            message = f"there is no source {source!r}; there are: {known}"
+            catalogue.broken[file.path] = file.complaint(settings, "source", message)
     return catalogue
 
 
-def _add(catalogue: Catalogue, file: ExperimentFile, settings: Settings) -> None:
-    is_source = isinstance(settings, SourceSettings)
-    if settings.name in (catalogue.sources if is_source else catalogue.experiments):
-        kind = "a source" if is_source else "an experiment"
-        raise ConfigurationError(file.complaint(settings, "name", f"there already is {kind} called {settings.name!r}"))
-    if is_source:
+def _add(catalogue: Catalogue, file: ExperimentFile, settings: Settings) -> list[ExperimentSettings]:
+    """Put what was read into the catalogue. Gives the experiments among it."""
+    if isinstance(settings, SourceSettings):
+        if settings.name in catalogue.sources:
+            raise ConfigurationError(file.complaint(settings, "name", f"there already is a source called {settings.name!r}"))
         catalogue.sources[settings.name] = settings
-    else:
-        catalogue.experiments[settings.name] = settings
+        return []
+    experiments, taken = settings.experiments, catalogue.experiments.keys() | catalogue.sweeps.keys()
+    for name, field_name in ((settings.name, "name"), *((each.name, "sweep") for each in experiments)):
+        if name in taken:
+            raise ConfigurationError(file.complaint(settings, field_name, f"there already is an experiment called {name!r}"))
+    catalogue.experiments |= {each.name: each for each in experiments}
+    if settings.sweep:
+        catalogue.sweeps[settings.name] = settings
+    return experiments

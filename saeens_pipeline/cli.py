@@ -60,11 +60,13 @@ def run(
     seed: Annotated[list[int] | None, typer.Option(help="Only this ensemble seed; may be given several times.")] = None,
     select: Annotated[list[str] | None, typer.Option(help="Only this asset, such as bagging/member_1, and what it needs.")] = None,
 ) -> None:
-    """Materialise what is missing or stale, and print a summary."""
+    """Materialise what is missing or stale, and print a summary. Of a sweep, all its experiments, one after another."""
+    from saeens_pipeline.catalogue import load_catalogue
     from saeens_pipeline.runs import run_experiment
 
     try:
-        run_experiment(experiment, layers=layer or [], seeds=seed or [], select=select or [], console=out)
+        for each in load_catalogue().named(experiment):
+            run_experiment(each.name, layers=layer or [], seeds=seed or [], select=select or [], console=out)
     except KeyboardInterrupt:
         err.print("stopped: what was finished is kept, and the next run goes on from there")
         raise typer.Exit(130) from None
@@ -90,6 +92,35 @@ def experiments() -> None:
         complain("left out", message)
     if catalogue.broken:
         raise typer.Exit(2)
+
+
+@app.command()
+def plan(
+    experiment: Experiment,
+    layer: Annotated[list[int] | None, typer.Option(help="Only this layer; may be given several times.")] = None,
+    format: Annotated[TableFormat, typer.Option("--format", help="csv and json print the table and nothing else.")] = TableFormat.table,
+) -> None:
+    """Say what an experiment will take of disk, memory, computation and time, before anything is spent."""
+    from saeens_pipeline.catalogue import load_catalogue
+    from saeens_pipeline.forecast import as_frame, forecast
+    from saeens_pipeline.layers import recorded_layers
+    from saeens_pipeline.resources import ComputeResource, StoreResource
+    from saeens_pipeline.summary import forecast_table
+
+    catalogue = load_catalogue()
+    settings = catalogue.experiment(experiment)
+    source = catalogue.sources[settings.source]
+    layers = sorted(set(layer)) if layer else recorded_layers(source).layers
+    lines = forecast(
+        source, settings, catalogue.ops(settings), layers=layers, store=StoreResource().store, compute=ComputeResource.from_environment()
+    )
+    match format:
+        case TableFormat.csv:
+            sys.stdout.write(as_frame(lines).write_csv())
+        case TableFormat.json:
+            sys.stdout.write(as_frame(lines).write_json() + "\n")
+        case TableFormat.table:
+            out.print(forecast_table(lines))
 
 
 @app.command()
@@ -248,6 +279,46 @@ def report(
         raise ConfigurationError("--layer: name the experiment whose report is to be written")
     for page in write_reports(experiment, layer or []):
         out.print(str(page), highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def pareto(
+    sweep: Annotated[str, typer.Argument(help="Name of an experiment with a sweep.")],
+    picture: Annotated[Path | None, typer.Option(help="File to write the plot to, a PNG.")] = None,
+    format: Annotated[TableFormat, typer.Option(help="csv and json print the table and nothing else.")] = TableFormat.table,
+) -> None:
+    """Compare the experiments of a sweep: explained variance against L0 and description length, for each method."""
+    from saeens_pipeline.assets.pareto import Sweep, for_reading, notes, pareto_rows
+    from saeens_pipeline.assets.pareto_picture import draw
+    from saeens_pipeline.catalogue import load_catalogue
+    from saeens_pipeline.resources import StoreResource
+    from saeens_pipeline.runs import experiment_status
+
+    catalogue = load_catalogue()
+    (declaration,) = catalogue.pareto(sweep).outputs
+    about = Sweep.of(catalogue.sweep(sweep))
+    table = pareto_rows(StoreResource().store, declaration, about)
+    for note in notes(table, about):
+        complain("note", note)
+    for name in table["experiment"].unique(maintain_order=True):
+        if any(each.declaration.address.kind == "eval" and each.state in ("stale", "damaged") for each in experiment_status(name)):
+            complain("note", f"figures of {name} are outdated: `saeens status {name}` says why")
+    if picture:
+        picture.write_bytes(draw(table, about))
+    match format:
+        case TableFormat.csv:
+            sys.stdout.write(table.write_csv())
+        case TableFormat.json:
+            sys.stdout.write(table.write_json() + "\n")
+        case TableFormat.table:
+            from saeens_pipeline.summary import rich_table
+
+            for (layer,), of_layer in table.partition_by("layer", as_dict=True, maintain_order=True).items():
+                shown = rich_table(for_reading(of_layer))
+                shown.title, shown.title_justify = Text(f"{sweep}, layer {layer}"), "left"
+                out.print(shown, "")
+            if picture:
+                out.print(f"written to {picture}", highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -99,7 +99,7 @@ def _verify(root: Path) -> Iterator[Finding]:
 
 
 def _artefacts(root: Path) -> Iterator[Artefact | SaeensError]:
-    recipes = [path.parent for folder in ("sources", "experiments") for path in (root / folder).rglob("recipe.json")]
+    recipes = [path.parent for folder in ("sources", "experiments", "reports") for path in (root / folder).rglob("recipe.json")]
     for path in sorted([*recipes, *(root / "tables").rglob("part.parquet")]):
         try:
             yield read_artefact(path)

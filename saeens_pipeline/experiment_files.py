@@ -12,8 +12,10 @@ from pydantic import BaseModel, ValidationError
 
 from saeens_pipeline import defs
 from saeens_pipeline.components import ActivationSource, EnsembleExperiment, ExperimentSettings, SourceSettings
+from saeens_pipeline.components.activation_source import CORPORA
 from saeens_pipeline.components.ensemble_experiment import allowed_sae_keys, allowed_training_keys
 from saeens_pipeline.errors import ConfigurationError
+from saeens_pipeline.language_models.text_files import FOLDER
 
 FOLDERS_VARIABLE = "SAEENS_EXPERIMENTS"
 TYPES = {f"saeens_pipeline.components.{component.__name__}": component for component in (ActivationSource, EnsembleExperiment)}
@@ -94,7 +96,7 @@ class ExperimentFile:
         for key in content.keys() - {"type", "attributes"}:
             raise ConfigurationError(self._message(document, (key,), "unknown key; one of: type, attributes"))
         try:
-            return component.get_model_cls().model_validate(content["attributes"])
+            return component.get_model_cls().model_validate(content["attributes"], context={FOLDER: self.path.absolute().parent})
         except ValidationError as error:
             lines = [self._explain(document, component.get_model_cls(), content["attributes"], dict(each)) for each in error.errors()]
             raise ConfigurationError("\n".join(lines)) from None
@@ -105,7 +107,7 @@ class ExperimentFile:
             message = f"unknown key; one of: {', '.join(_allowed_keys(model, attributes, error['loc'][:-1]))}"
         if error["type"] != "missing" and not isinstance(error["input"], dict):
             message += f" (found: {error['input']!r})"
-        return self._message(document, ("attributes", *error["loc"]), message)
+        return self._message(document, ("attributes", *_without_kind(error["loc"])), message)
 
     def _message(self, document: yaml.Node, location: Location, message: str) -> str:
         field = f" {'.'.join(map(str, location))}:" if location else ""
@@ -158,6 +160,14 @@ def _repeated_keys(node: yaml.Node) -> Iterator[tuple[yaml.Node, str]]:
             yield from _repeated_keys(value)
 
 
+def _without_kind(location: Location) -> Location:
+    """A place in the file: pydantic adds what kind of corpus it is."""
+    match list(location):
+        case ["corpus", "builtin" | "files" | "dataset", *rest]:
+            return ["corpus", *rest]
+    return location
+
+
 def _allowed_keys(model: type[BaseModel], attributes: dict[str, Any], location: Location) -> list[str]:
     """The keys that there are at a place of the attributes."""
     match list(location):
@@ -165,8 +175,10 @@ def _allowed_keys(model: type[BaseModel], attributes: dict[str, Any], location: 
             return allowed_sae_keys(attributes["sae"])
         case ["sae", int(number)]:
             return allowed_sae_keys(attributes["sae"][number])
-        case ["training"]:
+        case ["training"] | ["baseline_training", _]:
             return allowed_training_keys()
+        case ["corpus", kind]:
+            return list(CORPORA[str(kind)].model_fields)
     for part in location:
         if isinstance(part, str):  # a number is an entry of the list that the field is
             annotation = model.model_fields[part].annotation

@@ -86,7 +86,7 @@ def lineage(store: Store, declarations: Iterable[Declaration], argument: str) ->
 
 def artefacts_on_disk(store: Store) -> Iterator[Stored]:
     """All artefacts below the root whose recipes can be read."""
-    recipes = [path.parent for folder in ("sources", "experiments") for path in (store.root / folder).rglob(RECIPE_FILE)]
+    recipes = [path.parent for folder in ("sources", "experiments", "reports") for path in (store.root / folder).rglob(RECIPE_FILE)]
     for path in sorted([*recipes, *(store.root / "tables").rglob("part.parquet")]):
         found = locate(PurePosixPath(path.relative_to(store.root).as_posix()))
         try:

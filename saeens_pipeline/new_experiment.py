@@ -19,7 +19,7 @@ from saeens_pipeline.catalogue import load_catalogue
 from saeens_pipeline.components import ExperimentSettings, SourceSettings
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.experiment_files import FOLDERS_VARIABLE, find_files, own_folders
-from saeens_pipeline.language_models.models import REFERENCE_MODEL, LanguageModelDescription, describe_language_model, validate_hook
+from saeens_pipeline.language_models.models import LanguageModelDescription, describe_language_model, validate_hook
 from saeens_pipeline.storage.names import validate_name
 
 HOOK = "resid_post"
@@ -27,8 +27,6 @@ MAX_CONTEXT_LENGTH = 2048  # longer windows cost memory and say little more of a
 TRAIN_TOKENS, TEST_TOKENS = 1_000_000, 50_000
 EXPANSION = 8
 DIMENSIONS_PER_FEATURE = 24  # of d_in for one of k, as in the quickstart, rounded to a power of two
-_HUB_NAME = re.compile(r"([\w.-]+/)?[\w.-]+")
-_HUB_FILES = ("*.json", "*.safetensors")
 
 _TEMPLATE = """\
 # {name}: ensembles of SAEs on {model}
@@ -37,11 +35,12 @@ _TEMPLATE = """\
 type: saeens_pipeline.components.ActivationSource
 attributes:
   name: {name} # lower-case letters, digits and _
-  language_model: {language_model} # builtin/reference, or the path of a folder in transformers' format
-  revision: main # other than main only for models of a hub
+  language_model: {language_model} # builtin/reference, a folder in transformers' format, a model's name on the hub, transformer_lens:NAME
+  revision: main # of a model of the hub: branch, tag or commit
+  # language_model_dtype: bfloat16 # that the language model computes in; left out: float32
   weights: trained # random: the same architecture, untrained, the control; give it a source of its own
-  corpus: builtin/installed_packages # where text comes from
-  hook: {hook} # resid_pre, resid_post, mlp_out, attn_out, or a module path with {{layer}}
+  corpus: builtin/installed_packages # or {{name: DATASET, split: train}} of the hub, or {{files: "texts/*.jsonl.zst", text_field: text}}
+  hook: {hook} # resid_pre, resid_mid, resid_post, mlp_out, attn_out, or a module path with {{layer}}
   layers: [{layers}] # of 0 to {last_layer}; one forward pass serves all that are missing
   context_length: {context_length} # tokens of a window; the model takes up to {max_context_length}
   packing: {packing} # document: windows inside one document; concatenate: windows across documents
@@ -59,6 +58,7 @@ attributes:
     architecture: topk # or standard, jumprelu
     expansion: {expansion} # features per dimension: d_sae = {expansion} * {d_model} = {d_sae:_}; or give d_sae itself
     k: {k} # features that fire per token; or give a list of such configurations, one per member
+  # sweep: {{k: [16, 32, 64]}} # an experiment for each value of one field of sae; `saeens pareto {name}` compares them
   training:
     learning_rate: 1.0e-3 # more for short trainings: the quickstart takes 7e-3 for 400 steps
     learning_rate_warmup_fraction: 0.05
@@ -73,6 +73,8 @@ attributes:
     boosting: sequential # concurrent: all rounds in one pass, in half the time, a little worse
     # specialised: [{{member: 2, documents: {{language: [python]}}, start_from: 1}}] # a member on a part of the corpus
   baselines: [expanded, expanded_l0_matched] # one SAE as wide as an ensemble: with a member's L0, with the ensemble's
+  # also compute_matched: a member's width, trained as long as all; matching_pursuit: as wide as all, chosen one after another, slow
+  # baseline_training: {{matching_pursuit: {{batch_tokens: 8192}}}} # fields of training that differ for a baseline
   # expanded_sizes: [2, 8] # as wide as so many members; left out: as wide as all
   keep_residuals: last # which residuals' bytes stay on disk: last, all, none; missing ones are computed when needed
   automation: off # on: what is missing or follows from changes is made without asking, while `saeens ui` runs
@@ -93,7 +95,7 @@ class NewExperiment(NamedTuple):
 
 
 def new_experiment(name: str, model: str, layers: Sequence[int], output: Path | None = None) -> NewExperiment:
-    """Write an experiment file for `model`: `builtin/reference`, a folder in transformers' format, or the name of a model on a hub.
+    """Write an experiment file for `model`: what `language_model` may be. Of a model of the hub only the configuration is downloaded.
 
     It goes to `output`, else to NAME.yaml in the first folder of SAEENS_EXPERIMENTS, else to the checkout. Nothing is overwritten.
     Raises ConfigurationError for a name that is taken or not allowed, for layers that the model does not have, and for what is no model.
@@ -102,7 +104,7 @@ def new_experiment(name: str, model: str, layers: Sequence[int], output: Path | 
     path = (output or _default_path(name)).expanduser().absolute()
     if path.exists():
         raise ConfigurationError(f"{path} is there already and is not overwritten: choose another name or --output")
-    description = describe_language_model(model if model == REFERENCE_MODEL else _folder_of(model))
+    description = describe_language_model(str(Path(model).expanduser().absolute()) if Path(model).expanduser().is_dir() else model)
     validate_hook(description, HOOK, layers)
     text = render(name, description, layers)
     _validate(text, description)
@@ -182,32 +184,6 @@ def _default_path(name: str) -> Path:
     if not (checkout.parents[1] / "pyproject.toml").exists():
         raise ConfigurationError(f"this is no checkout: give --output, or set {FOLDERS_VARIABLE} to a folder for experiment files")
     return checkout / name / "defs.yaml"
-
-
-def _folder_of(model: str) -> str:
-    """The absolute path of a model's folder, downloaded first where the name is that of a model on a hub."""
-    folder = Path(model).expanduser()
-    if folder.exists() or not _HUB_NAME.fullmatch(model) or model.startswith((".", "builtin/")):
-        return str(folder.absolute()) if folder.is_dir() else model
-    return str(_download(model))
-
-
-def _download(model: str) -> Path:
-    """The folder of a model of the Hugging Face hub in its own cache: configuration, tokenizer and safetensors weights."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
-    try:
-        return Path(snapshot_download(model, allow_patterns=list(_HUB_FILES), ignore_patterns=["*/*"]))
-    except GatedRepoError as error:
-        raise ConfigurationError(f"language model {model!r} is gated: accept its terms on the hub and `hf auth login`") from error
-    except RepositoryNotFoundError as error:
-        raise ConfigurationError(f"language model {model!r}: there is no such folder here, and no such model on the hub") from error
-    except (OSError, ValueError) as error:
-        raise SaeensError(
-            f"language model {model!r}: there is no such folder here, and the hub cannot be reached ({type(error).__name__}). On a machine "
-            f"that reaches it, `hf download {model} --local-dir FOLDER`, bring FOLDER here, and give --model FOLDER"
-        ) from error
 
 
 def _scalar(text: str) -> str:

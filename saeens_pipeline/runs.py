@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from saeens_pipeline.catalogue import Catalogue
     from saeens_pipeline.components import ExperimentSettings
     from saeens_pipeline.language_models.models import LanguageModelDescription
+    from saeens_pipeline.storage.recipes import Store
+    from saeens_pipeline.summary import Beside
 
 
 def reporter_for(console: Console) -> progress.Reporter:
@@ -52,9 +54,10 @@ def experiment_status(name: str) -> list[Status]:
 
 def run_experiment(name: str, *, layers: Sequence[int], seeds: Sequence[int], select: Sequence[str], console: Console) -> None:
     """Make what is missing or stale, show progress, and print the summary table."""
+    from saeens_pipeline.assets.sources import validate_corpus
     from saeens_pipeline.catalogue import load_catalogue
     from saeens_pipeline.language_models.models import validate_modules
-    from saeens_pipeline.reports import INDEX, renew_leaderboard_page
+    from saeens_pipeline.reports import renew_leaderboard_page
     from saeens_pipeline.summary import print_summary
 
     began = time.monotonic()
@@ -86,6 +89,8 @@ def run_experiment(name: str, *, layers: Sequence[int], seeds: Sequence[int], se
     else:
         if any(declaration.builder == "activations" for _, wanted in chosen for declaration in wanted):
             validate_modules(description, source.hook, layers)
+        if any(declaration.builder == "tokens" for _, wanted in chosen for declaration in wanted):
+            validate_corpus(source)
         console.print(f"{name}: {n_wanted} artefacts to make, {n_fresh} are fresh (cache hits){others}", highlight=False)
         damaged = [s for stage, wanted in chosen for s in stage.statuses if s.state == "damaged" and s.declaration in wanted]
         for status in damaged:
@@ -94,18 +99,36 @@ def run_experiment(name: str, *, layers: Sequence[int], seeds: Sequence[int], se
             _execute(catalogue, experiment, layers, [(stage, wanted) for stage, wanted in chosen if wanted])
     after = plan(store, ops, layers, experiment.ensemble.seeds)
     asked = [s for stage in after for s in stage.statuses if not seeds or s.partition.seed is None or s.partition.seed in seeds]
-    print_summary(store, experiment, asked, console)
+    print_summary(store, experiment, asked, console, _beside(catalogue, store, name, layers))
     if any(declaration.address.kind == "report" for _, wanted in chosen for declaration in wanted):
         renew_leaderboard_page(catalogue)
-    reports = [store.path(*s.where) / INDEX for s in asked if s.declaration.address.kind == "report" and s.state == "fresh"]
-    if reports:
-        pages = "\n".join(f"  {page}" for page in reports)
-        console.print(f"\nThe report, to open in a browser:\n{pages}", highlight=False, markup=False, soft_wrap=True)
+    _show_reports(store, asked, console)
     console.print(
         f"\nTook {time.monotonic() - began:.0f} s. Everything lies below {store.root}; `saeens ui` opens the Dagster UI.",
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _beside(catalogue: Catalogue, store: Store, name: str, layers: Sequence[int]) -> Beside | None:
+    """What an experiment's figures are shown beside, where its language model is trained here and untrained there, or the other way."""
+    from saeens_pipeline.summary import Beside
+
+    other = catalogue.counterpart(name)
+    if other is None:
+        return None
+    experiment = catalogue.experiments[other]
+    stages = plan(store, catalogue.ops(experiment), layers, experiment.ensemble.seeds)
+    return Beside(other, catalogue.sources[experiment.source].weights, [status for stage in stages for status in stage.statuses])
+
+
+def _show_reports(store: Store, statuses: Sequence[Status], console: Console) -> None:
+    from saeens_pipeline.reports import INDEX
+
+    reports = [s for s in statuses if s.declaration.address.kind == "report" and s.state == "fresh"]
+    if reports:
+        pages = "\n".join(f"  {store.path(*report.where) / INDEX}" for report in reports)
+        console.print(f"\nThe report, to open in a browser:\n{pages}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _check(catalogue: Catalogue, experiment: ExperimentSettings, layers: Sequence[int], seeds: Sequence[int]) -> LanguageModelDescription:
@@ -122,7 +145,7 @@ def _check(catalogue: Catalogue, experiment: ExperimentSettings, layers: Sequenc
         )
     source = catalogue.sources[experiment.source]
     description = validate_source(source, layers)
-    validate_ce_loss(experiment, description)
+    validate_ce_loss(experiment, description, source.hook)
     if source.hook in HOOKS:  # of other modules the width is known when the model runs
         validate_targets(experiment, description.d_model)
     return description

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+
+from saeens_pipeline.storage.tables import METHODS
 
 if TYPE_CHECKING:
     import polars as pl
@@ -12,13 +14,13 @@ if TYPE_CHECKING:
     from rich.tree import Tree
 
     from saeens_pipeline.components import ExperimentSettings
+    from saeens_pipeline.forecast import Line
     from saeens_pipeline.lineage import Ancestor
     from saeens_pipeline.plan import Status
     from saeens_pipeline.storage.recipes import Store
 
 SHOWN_WARNINGS = 5
 STATE_COLOURS = {"fresh": "green", "stale": "yellow", "damaged": "red", "missing": "red", "running": "blue", "failed": "red"}
-METHODS = ("single", "bagging", "boosting", "expanded", "expanded_l0_matched")
 # column of the summary: its table, its column there, its format
 COLUMNS = {
     "EV": ("reconstruction", "explained_variance", ".4f"),
@@ -29,27 +31,45 @@ COLUMNS = {
     "features": ("reconstruction", "n_features", ".0f"),
     "connectivity": ("coactivation", "connectivity", ".4f"),
     "stability": ("stability", "stability", ".4f"),
+    "train FLOPs": ("cost", "train_flops", ".2g"),
     "train seconds": ("cost", "train_seconds", ".1f"),
 }
+BESIDE = ("EV", "stability")  # of the same experiment on the untrained, or the trained, language model
 
 
-def print_summary(store: Store, experiment: ExperimentSettings, statuses: Sequence[Status], console: Console) -> None:
+class Beside(NamedTuple):
+    """The same experiment on a language model with other weights: the control, or what is controlled."""
+
+    name: str
+    language_model: str
+    statuses: Sequence[Status]
+
+
+def print_summary(
+    store: Store, experiment: ExperimentSettings, statuses: Sequence[Status], console: Console, beside: Beside | None = None
+) -> None:
     """For each layer: method by metric at the full ensemble size, mean over seeds. Tables that are not fresh are left out."""
     from rich.table import Table
 
-    fresh = [s for s in statuses if s.state == "fresh" and s.declaration.address.kind == "eval"]
-    for layer in sorted({s.partition.layer for s in fresh if s.partition.layer is not None}):
-        of_layer = [s for s in fresh if s.partition.layer == layer]
+    for layer, of_layer in _fresh_tables(statuses).items():
         values = {title: _by_method(store, of_layer, table, column) for title, (table, column, _) in COLUMNS.items()}
+        forms = {title: form for title, (_, _, form) in COLUMNS.items()}
         seeds = ", ".join(sorted({str(s.partition.seed) for s in of_layer if s.partition.seed is not None}, key=int))
         title = f"{experiment.name}, layer {layer}: mean over seeds {seeds}"
+        others = _fresh_tables(beside.statuses).get(layer) if beside else None
+        if beside and others:
+            title += f"; {beside.language_model}: {beside.name}, the same on the language model with {beside.language_model} weights"
+            for name in BESIDE:
+                table, column, form = COLUMNS[name]
+                values[f"{name}, {beside.language_model}"] = _by_method(store, others, table, column)
+                forms[f"{name}, {beside.language_model}"] = form
         table = Table("method", "n", title=title, title_justify="left", box=None, pad_edge=False)
-        for name in COLUMNS:
+        for name in values:
             table.add_column(name, justify="right")
         for method in METHODS:
             for n in _sizes(experiment, method):
                 if (method, n) in values["EV"]:
-                    table.add_row(method, str(n), *(_cell(values[name].get((method, n)), form) for name, (_, _, form) in COLUMNS.items()))
+                    table.add_row(method, str(n), *(_cell(values[name].get((method, n)), form) for name, form in forms.items()))
         if table.rows:
             console.print()
             console.print(table)
@@ -65,6 +85,13 @@ def _print_suggested(suggested: Mapping[tuple[str, int], float | None], members:
             f"{method} {of_all[method]:.0f}{' or more' if of_all[method] == members else ''}" for method in METHODS if method in of_all
         ]
         console.print(f"suggested ensemble size: {', '.join(sizes)} (eval/marginal_gain says what each member adds)", highlight=False)
+
+
+def _fresh_tables(statuses: Sequence[Status]) -> dict[int, list[Status]]:
+    """The tables that are fresh, by layer."""
+    fresh = [s for s in statuses if s.state == "fresh" and s.declaration.address.kind == "eval"]
+    layers = sorted({s.partition.layer for s in fresh if s.partition.layer is not None})
+    return {layer: [s for s in fresh if s.partition.layer == layer] for layer in layers}
 
 
 def print_warnings(store: Store, experiment: ExperimentSettings, statuses: Sequence[Status], console: Console) -> None:
@@ -122,6 +149,21 @@ def lineage_tree(ancestor: Ancestor) -> Tree:
     return tree
 
 
+def forecast_table(lines: Sequence[Line]) -> Table:
+    """A plan for the terminal, section by section."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from saeens_pipeline.forecast import UTILISATION, readable
+
+    title = f"everything from nothing; time at {UTILISATION:.0%} of the published speed"
+    table = Table("", "", "", "", box=None, pad_edge=False, show_header=False, title=title, title_justify="left")
+    for before, line in zip([None, *lines], lines, strict=False):
+        section = "" if before and before.section == line.section else line.section
+        table.add_row(section, Text(line.item), Text(readable(line), justify="right"), Text(line.note))
+    return table
+
+
 def rich_table(frame: pl.DataFrame) -> Table:
     """A data frame for the terminal, numbers to four digits."""
     from rich.table import Table
@@ -135,9 +177,13 @@ def rich_table(frame: pl.DataFrame) -> Table:
 
 
 def _sizes(experiment: ExperimentSettings, method: str) -> list[int]:
-    if method == "single":
-        return [1]
-    return experiment.expanded_widths if method.startswith("expanded") else [experiment.ensemble.members]
+    match method:
+        case "bagging" | "boosting":
+            return [experiment.ensemble.members]
+        case "expanded" | "expanded_l0_matched":
+            return experiment.expanded_widths
+        case _:
+            return [1]
 
 
 def _by_method(store: Store, statuses: Sequence[Status], table: str, column: str) -> dict[tuple[str, int], float | None]:

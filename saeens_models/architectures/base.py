@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -118,6 +118,8 @@ class SparseReconstruction(NamedTuple):
 class SAE(nn.Module, ABC):
     """A sparse autoencoder. Weights are zero until :func:`build_sae` draws or :func:`load_sae` reads them.
 
+    An architecture has those of these that are in ``shared_weights``, and adds its own.
+
     | weight | shape |
     |---|---|
     | W_enc | `[d_in, d_sae]`, stored feature by feature (transposed in memory): a feature's gradient is contiguous |
@@ -130,14 +132,24 @@ class SAE(nn.Module, ABC):
     """Set by :func:`register`."""
     input_unit_weights: ClassVar[tuple[str, ...]] = ("b_enc", "b_dec")
     """Weights in the unit of the activations: they scale with the input, the others do not."""
+    shared_weights: ClassVar[tuple[str, ...]] = ("W_enc", "b_enc", "W_dec", "b_dec")
+    """Which of the table's weights the architecture has: W_dec and b_dec at least."""
+    W_enc: nn.Parameter
+    b_enc: nn.Parameter
+    W_dec: nn.Parameter
+    b_dec: nn.Parameter
 
     def __init__(self, config: SAEConfig) -> None:
         super().__init__()
         self.config = config
-        self.W_enc = nn.Parameter(torch.zeros(config.d_sae, config.d_in).t())
-        self.b_enc = nn.Parameter(torch.zeros(config.d_sae))
-        self.W_dec = nn.Parameter(torch.zeros(config.d_sae, config.d_in))
-        self.b_dec = nn.Parameter(torch.zeros(config.d_in))
+        weights = {
+            "W_enc": torch.zeros(config.d_sae, config.d_in).t(),
+            "b_enc": torch.zeros(config.d_sae),
+            "W_dec": torch.zeros(config.d_sae, config.d_in),
+            "b_dec": torch.zeros(config.d_in),
+        }
+        for name in self.shared_weights:
+            self.register_parameter(name, nn.Parameter(weights[name]))
 
     @torch.no_grad()
     def initialise(self, b_dec: Tensor | None = None) -> None:
@@ -148,17 +160,19 @@ class SAE(nn.Module, ABC):
         generator = torch.Generator().manual_seed(self.config.init_seed)
         rows = torch.randn(self.config.d_sae, self.config.d_in, generator=generator)
         self.W_dec.copy_(F.normalize(rows, dim=1) * self.config.decoder_init_norm)
-        self.W_enc.copy_(self.W_dec.t())
-        self.b_enc.zero_()
+        if "W_enc" in self.shared_weights:
+            self.W_enc.copy_(self.W_dec.t())
+        if "b_enc" in self.shared_weights:
+            self.b_enc.zero_()
         self.b_dec.zero_()
         if b_dec is not None:
             if b_dec.shape != self.b_dec.shape:
                 raise ValueError(f"b_dec has shape {list(b_dec.shape)}, expected [{self.config.d_in}] (d_in)")
             self.b_dec.copy_(b_dec)
 
-    @abstractmethod
     def activate(self, pre: Tensor) -> Tensor:
-        """The activation function: pre-activations to code, both `[..., d_sae]`."""
+        """The activation function: pre-activations to code, both `[..., d_sae]`. An architecture has it, or an ``encode`` of its own."""
+        raise NotImplementedError
 
     @abstractmethod
     def objective(self, x: Tensor, dead_mask: Tensor | None = None, sparsity_scale: float = 1.0) -> Objective:
@@ -189,6 +203,11 @@ class SAE(nn.Module, ABC):
         """
         del saes, x, dead_masks, sparsity_scale
         return None
+
+    def batch_in_parts(self, parts: Sequence[Tensor]) -> AbstractContextManager[None]:
+        """Around :meth:`backpropagate` on each of ``parts`` `[n_i, d_in]` of one batch: for what depends on all of its tokens."""
+        del parts
+        return nullcontext()
 
     @property
     def stored_weights(self) -> Weights:
@@ -241,6 +260,10 @@ class SAE(nn.Module, ABC):
         """
         for name in self.input_unit_weights:
             self.get_parameter(name).div_(scale)
+
+    def inference_form(self) -> SAE:
+        """What is saved: this SAE, unless the architecture is one for training only."""
+        return self
 
     def saelens_fields(self) -> dict[str, Any]:
         """What this architecture adds to SAELens' ``cfg.json``."""

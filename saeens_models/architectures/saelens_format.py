@@ -21,15 +21,18 @@ WEIGHTS_FILE = "sae_weights.safetensors"
 SAELENS_VERSION = "6.54.12"
 """The version whose format this is. SAELens reads a file that names no version as one from before ``metadata``, and drops that."""
 _OWN_CONFIG = "saeens_config"
+_TRAINED_AS = "saeens_trained_as"
 _UNSUPPORTED = {"normalize_activations": "none", "reshape_activations": "none"}
 
 
 def save_sae(sae: SAE, path: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
     """Write ``sae`` into the folder ``path``, which is made if need be; ``sae_lens.SAE.load_from_disk`` reads it as it is.
 
-    ``metadata`` (JSON values: model_name, hook_name, ...) and the full configuration go under ``metadata``. Files that are there
+    What is written is ``sae.inference_form()``, another architecture where SAELens knows none for inference: batch_topk is written as
+    jumprelu. ``metadata`` (JSON values: model_name, hook_name, ...) and the full configuration go under ``metadata``. Files that are there
     already are overwritten, in place. Raises ``ValueError`` for weights that are not finite.
     """
+    trained_as, sae = sae.config, sae.inference_form()
     weights = {name: weight.detach().cpu().contiguous() for name, weight in sae.state_dict().items()}
     _check_finite(weights, f"the {sae.config.architecture} SAE to save")
     cfg = {
@@ -46,6 +49,7 @@ def save_sae(sae: SAE, path: str | Path, metadata: Mapping[str, Any] | None = No
             "sae_lens_version": SAELENS_VERSION,
             "sae_lens_training_version": None,
             _OWN_CONFIG: sae.config.model_dump(mode="json"),
+            **({} if trained_as is sae.config else {_TRAINED_AS: trained_as.model_dump(mode="json")}),
         },
     }
     text = json.dumps(cfg, indent=2, sort_keys=True) + "\n"

@@ -14,7 +14,8 @@ def backpropagate(
 ) -> Objective:
     """``sae.backpropagate`` on a batch `[n, d_in]`, at most ``micro_batch_tokens`` at a time: the same objective, but for rounding.
 
-    Losses are means over tokens, and no token's depends on another: those of the parts count by their tokens, and so do the gradients.
+    Losses are means over tokens: those of the parts count by their tokens, and so do the gradients. Where a token's depends on the rest of
+    the batch, as BatchTopK's selection does, the architecture looks at all parts first (``batch_in_parts``).
     Beside a part's own memory it takes one more tensor of the size of each weight. None takes the batch at once.
     """
     if micro_batch_tokens is None or len(x) <= micro_batch_tokens:
@@ -22,11 +23,12 @@ def backpropagate(
     gradients = {name: torch.zeros_like(parameter) for name, parameter in sae.named_parameters()}
     parts = x.split(micro_batch_tokens)
     objectives: list[Objective] = []
-    for part in parts:
-        objectives.append(sae.backpropagate(part, dead_mask, sparsity_scale, team))
-        for name, parameter in sae.named_parameters():
-            if parameter.grad is not None:
-                gradients[name].add_(parameter.grad, alpha=len(part) / len(x))
+    with sae.batch_in_parts(parts):
+        for part in parts:
+            objectives.append(sae.backpropagate(part, dead_mask, sparsity_scale, team))
+            for name, parameter in sae.named_parameters():
+                if parameter.grad is not None:
+                    gradients[name].add_(parameter.grad, alpha=len(part) / len(x))
     for name, parameter in sae.named_parameters():
         parameter.grad = gradients[name]
     shares = torch.tensor([len(part) / len(x) for part in parts], device=x.device)

@@ -185,7 +185,7 @@ class SAETrainer:
     def state(self) -> dict[str, Tensor]:
         """All that a step changes, by name, but for what :meth:`curve_point` says. Not copied: the next step changes it."""
         adam = self.optimiser
-        groups = {"weight": dict(self.sae.named_parameters()), "mean": adam.means, "square": adam.squares}
+        groups = {"weight": self.sae.state_dict(), "mean": adam.means, "square": adam.squares}
         state = {f"{group}.{name}": tensor.detach() for group, tensors in groups.items() for name, tensor in tensors.items()}
         state["last_fired"] = self.last_fired
         if self.mean_norm is not None:

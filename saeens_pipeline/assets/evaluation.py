@@ -156,13 +156,25 @@ def stability_op(subject: Subject) -> Op:
     return Op(f"{experiment.name}__eval__stability", (stability,), make, on_device=True)
 
 
-def validate_ce_loss(experiment: ExperimentSettings, model: LanguageModelDescription) -> None:
-    """Raise ConfigurationError where an experiment asks for a loss that its language model does not have."""
-    if experiment.ce_loss_tokens and "ce_loss_tokens" in experiment.model_fields_set and not model.has_head:
-        raise ConfigurationError(
-            f"ce_loss_tokens: {experiment.ce_loss_tokens}, but {model.name} has no language-modelling head, which predicts tokens: "
-            "set it to 0, or take the model's files with a head, those of a class that ends in ForCausalLM"
-        )
+def validate_ce_loss(experiment: ExperimentSettings, model: LanguageModelDescription, hook: str) -> bool:
+    """Whether the language model has a next-token loss that can be measured with something else at this hook.
+
+    Raises ConfigurationError where it has not and the experiment asks for it, rather than by default.
+    """
+    from saeens_pipeline.language_models.patching import validate_patch
+
+    try:
+        if not model.has_head:
+            raise ConfigurationError(
+                f"ce_loss_tokens: {experiment.ce_loss_tokens}, but {model.name} has no language-modelling head, which predicts tokens: "
+                "set it to 0, or take the model's files with a head, those of a class that ends in ForCausalLM"
+            )
+        validate_patch(model, hook)
+    except ConfigurationError:
+        if experiment.ce_loss_tokens and "ce_loss_tokens" in experiment.model_fields_set:
+            raise
+        return False
+    return True
 
 
 def load_dictionary(workplace: Workplace, declaration: Declaration, partition: Partition) -> Ensemble:
@@ -205,9 +217,9 @@ def _replaced_in(subject: Subject, store: Store, partition: Partition) -> Langua
     """The language model whose loss is to be measured, if there is one. Raises what `validate_ce_loss` and `language_model_of` do."""
     if not subject.experiment.ce_loss_tokens:
         return None
-    model = language_model_of(store.require(subject.activations.address, subject.activations.narrow(partition)))
-    validate_ce_loss(subject.experiment, model)
-    return model if model.has_head else None
+    activations = store.require(subject.activations.address, subject.activations.narrow(partition))
+    model, hook = language_model_of(activations), activations.recipe["settings"]["hook"]
+    return model if validate_ce_loss(subject.experiment, model, hook) else None
 
 
 def _evaluate_losses(
@@ -222,7 +234,8 @@ def _evaluate_losses(
     experiment, store = subject.experiment, workplace.store
     activations = store.require(subject.activations.address, subject.activations.narrow(partition)).recipe["settings"]
     tokens = open_tokens(store.require(subject.tokens.address, Partition()).path)
-    loaded = load_language_model(model, activations["weights"], workplace.compute.resolve(float64=True))
+    device, dtype = workplace.compute.resolve(float64=True), activations.get("language_model_dtype", "float32")
+    loaded = load_language_model(model, activations["weights"], device, dtype)
     n_rows = min(experiment.ce_loss_tokens, tokens.n_rows("test"))
     with progress.task(f"{experiment.name}/eval, next-token loss, {partition}", n_rows) as advance:
 

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
 
+from saeens_pipeline.assets.baselines import baselines_of, shape_of
 from saeens_pipeline.assets.declarations import Declaration, Op, Reference
 from saeens_pipeline.assets.ensembles import ensemble_op
 from saeens_pipeline.assets.evaluation import Subject, evaluation_op, stability_op
 from saeens_pipeline.assets.features import features_op
 from saeens_pipeline.assets.marginal_gain import marginal_gain_op
+from saeens_pipeline.assets.pareto import pareto_op
 from saeens_pipeline.assets.report import report_op
 from saeens_pipeline.assets.residuals import residual_op
 from saeens_pipeline.assets.saes import Target, concurrent_rounds_op, sae_op
 from saeens_pipeline.assets.sources import activations_of
 from saeens_pipeline.components.ensemble_experiment import ExperimentSettings
+
+
+def declared_ops(settings: ExperimentSettings) -> list[Op]:
+    """All ops of what one document declares: of an experiment or, of a sweep, those of all its experiments, and their comparison."""
+    ops = [op for experiment in settings.experiments for op in experiment_ops(experiment)]
+    return [*ops, pareto_op(settings, [output for op in ops for output in op.outputs])] if settings.sweep else ops
 
 
 def experiment_ops(experiment: ExperimentSettings) -> list[Op]:
@@ -31,19 +38,14 @@ def experiment_ops(experiment: ExperimentSettings) -> list[Op]:
     ops += boosting_ops
 
     baselines: list[tuple[str, int, Declaration]] = []
-    alike: list[tuple[Target, Declaration]] = []
-    for method in experiment.baselines:
-        for n in experiment.expanded_widths:
-            name = method if n == size else f"{method}_{n}"
-            target = _expanded_target(experiment, name, n, l0_matched=method == "expanded_l0_matched")
-            # of one member's width, two methods agree
-            twin = next(
-                (made for other, made in alike if (other.sae, other.width, other.l0) == (target.sae, target.width, target.l0)), None
-            )
-            baseline_op = sae_op(f"{experiment.name}__baseline__{name}", experiment, [target], activations, twin=twin)
-            ops.append(baseline_op)
-            baselines.append((method, n, baseline_op.outputs[0]))
-            alike.append((target, baseline_op.outputs[0]))
+    alike: list[tuple[Target, Declaration]] = []  # of one member's width, two methods agree
+    for method, n, target in baselines_of(experiment):
+        unnamed = replace(target, name="", description="")
+        twin = next((made for other, made in alike if other == unnamed), members[0] if target.init_index == 1 else None)
+        baseline_op = sae_op(f"{experiment.name}__baseline__{target.name}", experiment, [target], activations, twin=twin)
+        ops.append(baseline_op)
+        baselines.append((method, n, baseline_op.outputs[0]))
+        alike.append((unnamed, baseline_op.outputs[0]))
 
     bagging = ensemble_op(experiment, "bagging", members)
     boosting = ensemble_op(experiment, "boosting", rounds)
@@ -70,7 +72,7 @@ def _member_ops(experiment: ExperimentSettings, activations: Reference) -> list[
         Target(
             "bagging",
             f"member_{j}",
-            f"Member {j} of {size}: own initial weights, same data\n\n{_shape(sae)}. Trained on one stream with the others.",
+            f"Member {j} of {size}: own initial weights, same data\n\n{shape_of(sae)}. Trained on one stream with the others.",
             init_index=j,
             sae=experiment.complete_saes[j - 1],
         )
@@ -87,7 +89,7 @@ def _member_ops(experiment: ExperimentSettings, activations: Reference) -> list[
         target = Target(
             "bagging",
             name,
-            f"Member {j} of {size}: {what}\n\n{_shape(experiment.saes[j - 1])}. Trained by itself.{labels}",
+            f"Member {j} of {size}: {what}\n\n{shape_of(experiment.saes[j - 1])}. Trained by itself.{labels}",
             init_index=j,
             sae=experiment.complete_saes[j - 1],
             documents=special.documents,
@@ -104,16 +106,8 @@ def _round_target(experiment: ExperimentSettings, j: int) -> Target:
     else:
         together = ", trained beside them" if experiment.ensemble.boosting == "concurrent" else ""
         what = f"Round {j} of {experiment.ensemble.members}: fits what rounds 1 to {j - 1} leave{together}"
-    about = f"{what}\n\n{_shape(experiment.saes[j - 1])}."
+    about = f"{what}\n\n{shape_of(experiment.saes[j - 1])}."
     return Target("boosting", f"round_{j}", about, init_index=j, sae=experiment.complete_saes[j - 1])
-
-
-def _expanded_target(experiment: ExperimentSettings, name: str, n: int, *, l0_matched: bool) -> Target:
-    about = f"One SAE as wide as {n} members{', with their L0' if l0_matched else ', same sparsity'}"
-    if isinstance(experiment.sae, list):
-        sae = experiment.joined_sae(n, l0_matched=l0_matched)
-        return Target("baseline", name, f"{about}: in all else as member 1\n\n{_shape(sae)}.", init_index=0, sae=sae)
-    return Target("baseline", name, f"{about}\n\n{_shape(experiment.sae)}.", init_index=0, width=n, l0=n if l0_matched else 1)
 
 
 def _sequential_boosting(experiment: ExperimentSettings, activations: Reference, member_1: Declaration) -> list[Op]:
@@ -135,7 +129,3 @@ def _concurrent_boosting(experiment: ExperimentSettings, activations: Reference,
     """All rounds in one pass over the activations; no residual is stored."""
     rounds = [_round_target(experiment, j) for j in range(1, experiment.ensemble.members + 1)]
     return [concurrent_rounds_op(f"{experiment.name}__boosting__rounds", experiment, rounds, activations, twin=member_1)]
-
-
-def _shape(sae: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in sae.items())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from saeens_pipeline.assets.declarations import Declaration, Input, Op, Task, Workplace
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 Sizes = Literal["full", "all"]
 
-LEADERBOARD_VERSION = 2
+LEADERBOARD_VERSION = 3
 _PLAIN = {  # by table: columns that vary little over seeds, or not at all
     "reconstruction": ("language_model", "sae_data_versions", "n_features"),
     "cost": ("train_tokens", "train_flops", "train_seconds"),
@@ -37,15 +37,18 @@ _SHOWN = {
 }  # fmt: skip
 
 
-def leaderboard_op(tables: Iterable[Declaration]) -> Op:
-    """Declare the leaderboard over some tables. It takes those that are there, and waits for none."""
+def leaderboard_op(tables: Iterable[Declaration], controls: Mapping[str, str]) -> Op:
+    """Declare the leaderboard over some tables. It takes those that are there, and waits for none.
+
+    `controls`: by experiment, the same on the untrained language model, whose figures are shown beside.
+    """
     used = [table for table in tables if table.address.kind == "eval" and table.address.name in _FROM]
     leaderboard = Declaration(
         address=LEADERBOARD_ADDRESS,
         dimensions="none",
         builder="leaderboard",
         version=LEADERBOARD_VERSION,
-        settings={},
+        settings={"controls": dict(controls)},
         inputs=tuple(Input(str(table.address), table, optional=True) for table in used),
         source="",
         kinds=frozenset({"parquet", "polars"}),
@@ -74,6 +77,7 @@ def standings(store: Store, leaderboard: Declaration, sort: str = "explained_var
     if sort not in sortable:
         raise ConfigurationError(f"--sort {sort}: the leaderboard is sorted by one of {', '.join(sortable)}")
     table = frame(LEADERBOARD.name, _rows(_measurements(store, leaderboard, sizes)))
+    table = _beside_controls(table, leaderboard.settings["controls"])
     rank = pl.col(sort).rank("min", descending=sort not in _LESS_IS_BETTER).over(_RANKED_TOGETHER)
     order = [*_RANKED_TOGETHER, "rank", "experiment", "method", "n_members"]
     return table.with_columns(rank=rank.cast(pl.Int64)).sort(order, nulls_last=True)
@@ -93,6 +97,8 @@ def for_reading(table: pl.DataFrame, sort: str = "explained_variance") -> pl.Dat
         columns.append(pl.col(name).alias(title))
         if name == (sort if sort in SEED_METRICS else "explained_variance"):
             columns.append(_interval(name).alias("95 % interval"))
+    if table["control_explained_variance"].count():
+        columns += [pl.col("control_explained_variance").alias("EV untrained"), pl.col("control_stability").alias("stability untrained")]
     return table.select(columns)
 
 
@@ -102,6 +108,19 @@ def _interval(name: str) -> pl.Expr:
     half_width = (pl.col(f"{name}_high") - pl.col(name)).map_elements("±{:.2g}".format, pl.String)
     points = pl.col(f"{name}_by_seed").map_elements(_rounded, pl.String)
     return pl.when(pl.col("n_seeds") == 2).then(pl.concat_str(half_width, pl.lit(" ("), points, pl.lit(")"))).otherwise(half_width)
+
+
+def _beside_controls(table: pl.DataFrame, controls: Mapping[str, str]) -> pl.DataFrame:
+    """The table with what the control of each experiment reached, of the same layer, method and size."""
+    import polars as pl
+
+    names = ("explained_variance", "stability")
+    on = ["control", "layer", "method", "n_members"]
+    of_controls = table.select(pl.col("experiment").alias("control"), *on[1:], *(pl.col(name).alias(f"control_{name}") for name in names))
+    named = table.drop(f"control_{name}" for name in names).with_columns(
+        control=pl.col("experiment").replace_strict(controls, default=None, return_dtype=pl.String)
+    )
+    return named.join(of_controls, on=on, how="left").select(table.columns)
 
 
 def _rounded(points: str) -> str:

@@ -67,20 +67,32 @@ def train_in_portions(saes: Sequence[Item], batch_tokens: int, first: Portion, t
             done += len(group)
 
 
+class TrainingMemory(NamedTuple):
+    """What training one SAE takes, in bytes of float32: what the plain step needs, compiled ones need less."""
+
+    weights: int
+    """Each weight takes four numbers: itself, its gradient, two moments."""
+    token: int
+    """Of a batch: a number for each feature, and eight for each dimension."""
+
+
+def training_memory(config: SAEConfig) -> TrainingMemory:
+    """What an SAE of this configuration takes while it is trained."""
+    weights = 16 * (2 * config.d_in * config.d_sae + 2 * config.d_sae + config.d_in)
+    return TrainingMemory(weights, token=4 * (config.d_sae + 8 * config.d_in))
+
+
 def portion_within(memory_gb: float, configs: Sequence[SAEConfig], batch_tokens: int, name: str) -> Portion:
     """As many of the SAEs, and as much of a batch, as should fit into `memory_gb`; 0 is no limit.
 
-    In float32 a weight takes four numbers (itself, its gradient, two moments), and a token one for each feature and eight for each
-    dimension: what the plain step needs, compiled ones need less. Each SAE counts as the widest does.
-    Raises ConfigurationError where not even one SAE fits.
+    Each SAE counts as the widest does. Raises ConfigurationError where not even one SAE fits.
     """
     everything = Portion(len(configs), None)
     if not memory_gb:
         return everything
     budget = memory_gb * 1e9
     largest = max(configs, key=lambda config: config.d_sae)
-    weights = 16 * (2 * largest.d_in * largest.d_sae + 2 * largest.d_sae + largest.d_in)
-    token = 4 * (largest.d_sae + 8 * largest.d_in)
+    weights, token = training_memory(largest)
     fitting = int(budget // (weights + batch_tokens * token))
     if fitting:
         return everything._replace(n_saes=min(fitting, len(configs)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,10 +11,11 @@ from urllib.parse import quote
 import dagster as dg
 
 from saeens_pipeline.assets.declarations import Declaration, Reference
+from saeens_pipeline.assets.pareto import PICTURE_FILE, TABLE_FILE
 from saeens_pipeline.assets.saes import CURVE_FILE
 from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.recipes import Artefact, read_artefact
-from saeens_pipeline.storage.tables import LEADERBOARD, SUBJECT, columns_of
+from saeens_pipeline.storage.tables import LEADERBOARD, PARETO, SUBJECT, columns_of
 
 if TYPE_CHECKING:
     import polars as pl
@@ -37,7 +39,7 @@ _INLINE_CHARACTERS = 1000  # longer Markdown hides behind a link in the UI
 
 def static_metadata(declaration: Declaration) -> dict[str, Any]:
     """What is known before anything is made: a table's columns."""
-    if not declaration.address.is_table:
+    if not declaration.address.is_table and declaration.builder != PARETO.name:
         return {}
     columns = [dg.TableColumn(c.name, _DAGSTER_TYPES[c.type], description=c.description) for c in columns_of(declaration.address.name)]
     return {"dagster/column_schema": dg.TableSchema(columns=columns)}
@@ -54,6 +56,8 @@ def describe_artefact(declaration: Declaration, partition: Partition, artefact: 
         summary["dagster/column_lineage"] = column_lineage(declaration)
     elif declaration.builder == "ensemble":
         summary = _ensemble_summary(declaration, artefact) | _links(declaration, partition)
+    elif declaration.builder == PARETO.name:
+        summary = _pareto_summary(artefact)
     elif declaration.address.kind == "report":
         summary = _report_summary(artefact)
     elif "statistics" in made:
@@ -167,7 +171,7 @@ def column_lineage(declaration: Declaration) -> dg.TableColumnLineage:
 
 def _part_read(upstream: Reference, table: str, column: str, *, is_description: bool) -> str | None:
     """What of an upstream asset a column is computed from; None for one that has no share in it."""
-    address = upstream.address
+    address, column = upstream.address, column.removeprefix("control_")
     if address.is_table:
         endings = ("", "_low", "_high", "_by_seed")  # of what the leaderboard makes of a column
         names = _FROM_COLUMNS.get(column, tuple(column.removesuffix(ending) for ending in endings))
@@ -221,10 +225,25 @@ def _best(leaderboard: pl.DataFrame) -> dg.MarkdownMetadataValue:
     """The first of every source and layer."""
     first = leaderboard.filter(rank=1).unique(["source", "layer"], keep="first", maintain_order=True)
     rows = [
-        f"| {row['source']} | {row['layer']} | {row['experiment']} | {row['method']} | {row['explained_variance']:.4f} |"
+        f"| {row['source']} | {row['layer']} | {row['experiment']} | {row['method']} | {row['explained_variance']:.4f} "
+        f"| {'' if row['control_explained_variance'] is None else format(row['control_explained_variance'], '.4f')} |"
         for row in first.iter_rows(named=True)
     ]
-    return dg.MetadataValue.md("\n".join(["| source | layer | experiment | method | EV |", "|---|---|---|---|---|", *rows]))
+    head = ["| source | layer | experiment | method | EV | EV of the control, untrained |", "|---|---|---|---|---|---|"]
+    return dg.MetadataValue.md("\n".join([*head, *rows]))
+
+
+def _pareto_summary(artefact: Artefact) -> dict[str, Any]:
+    """The picture, whatever its size: the UI shows it on a click."""
+    import polars as pl
+
+    missing = artefact.provenance["not_evaluated"]
+    drawn = base64.b64encode((artefact.path / PICTURE_FILE).read_bytes()).decode()
+    return {
+        "dagster/row_count": len(pl.read_parquet(artefact.path / TABLE_FILE)),
+        "not evaluated yet": ", ".join(missing) or None,
+        "picture": dg.MetadataValue.md(f"![explained variance by L0 and by bits](data:image/png;base64,{drawn})"),
+    }
 
 
 def _statistics_summary(statistics: dict[str, Any]) -> dict[str, Any]:

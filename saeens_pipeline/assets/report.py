@@ -54,7 +54,7 @@ def leaderboard_page_op(leaderboard: Declaration) -> Op:
         dimensions="none",
         builder="leaderboard page",
         version=REPORT_VERSION,
-        settings={},
+        settings=leaderboard.settings,
         inputs=leaderboard.inputs,
         source="",
         kinds=frozenset({"html", "plotly"}),

@@ -23,6 +23,7 @@ _HUB = (
     ("builtins", "ConnectionError"),
     ("builtins", "TimeoutError"),
     ("httpx", "TransportError"),
+    ("httpx2", "TransportError"),
     ("requests", "ConnectionError"),
     ("requests", "Timeout"),
 )

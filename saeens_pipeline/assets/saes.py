@@ -35,7 +35,10 @@ _START = "initial weights"
 
 @dataclass(frozen=True)
 class Target:
-    """One SAE to train. `width` and `l0` multiply the d_sae and k of `sae`; `init_index` tells initial weights apart."""
+    """One SAE to train. `width` and `l0` multiply the d_sae and k of `sae`; `init_index` tells initial weights apart.
+
+    `training` comes before the experiment's, field by field.
+    """
 
     kind: Kind
     name: str
@@ -44,6 +47,8 @@ class Target:
     width: int = 1
     l0: int = 1
     sae: Mapping[str, Any] | None = None  # with every default written out; None: that of member 1
+    training: Mapping[str, Any] = field(default_factory=dict)
+    epochs: int = 1  # passes over what it is given, each in an order of its own; schedules are stretched over all
     documents: Mapping[str, Sequence[str]] = field(default_factory=dict)  # labels of those that it is trained on; none: all
     start_from: Reference | None = None  # the SAE whose weights it starts from
 
@@ -63,8 +68,8 @@ def sae_op(
 ) -> Op:
     """Declare SAEs that are trained together on one stream of `given` (activations or a residual).
 
-    `twin`: an SAE made before these that may have the same recipe. Where it has, its files are linked instead of training
-    them again. Where several are trained together none has `documents` of its own.
+    `twin`: an SAE made before these that may have the same recipe. Where it has, or an SAE of another experiment, its files are
+    linked instead of training them again. Where several are trained together none has `documents`, `epochs` or `training` of its own.
     """
     outputs = tuple(_declare(experiment, target, given, partial(_seeds, target.init_index), after=twin) for target in targets)
 
@@ -112,8 +117,9 @@ def _declare(
     settings: Mapping[str, Any] | None = None,
 ) -> Declaration:
     sae = target.sae or experiment.complete_saes[0]
-    every_sae = {"sae": sae, "training": experiment.complete_training, "width": target.width, "l0": target.l0}
-    own = {"documents": target.documents} if target.documents else {}
+    training = {**experiment.complete_training, **target.training}
+    every_sae = {"sae": sae, "training": training, "width": target.width, "l0": target.l0}
+    own = ({"documents": target.documents} if target.documents else {}) | ({"epochs": target.epochs} if target.epochs > 1 else {})
     inputs = [Input("activations", given)]
     inputs += [Input("tokens", tokens_of(experiment.source))] if target.documents else []
     inputs += [Input(_START, target.start_from)] if target.start_from else []
@@ -148,8 +154,15 @@ def _seeds_after(init_indices_before: Sequence[int], init_index: int, partition:
 
 def validate_targets(experiment: ExperimentSettings, d_in: int) -> None:
     """Raise ConfigurationError if one of the experiment's SAEs cannot be built on activations of this width."""
-    for sae in experiment.saes:
+    pursuit = [experiment.pursuit_sae] if "matching_pursuit" in experiment.baselines else []
+    for sae in [*experiment.saes, *pursuit]:
         _config(sae, d_in, width=1, l0=1, seed=0, name=experiment.name)
+
+
+def config_of(declaration: Declaration, d_in: int) -> SAEConfig:
+    """The SAE that a declaration of this module makes of activations of this width, whatever the seed. Raises as `validate_targets`."""
+    fields = declaration.settings
+    return _config(fields["sae"], d_in, width=fields["width"], l0=fields["l0"], seed=0, name=str(declaration.address))
 
 
 def _tags(experiment: ExperimentSettings, target: Target) -> dict[str, str]:
@@ -158,11 +171,12 @@ def _tags(experiment: ExperimentSettings, target: Target) -> dict[str, str]:
 
 
 def _adopt(workplace: Workplace, task: Task, twin: Reference | None) -> bool:
-    other = workplace.store.hit(twin.address, task.partition, task.recipe) if twin else None
-    if twin and other:
-        workplace.store.adopt(
-            task.declaration.address, task.partition, task.recipe, other, other.provenance | {"same_as": str(twin.address)}
-        )
+    """Link an SAE that was made by this very recipe, if there is one: the twin, or one of any experiment."""
+    store, partition = workplace.store, task.partition
+    other = store.hit(twin.address, partition, task.recipe) if twin else None
+    where, other = (twin.address, other) if twin and other else store.made_alike(*task.where, task.recipe)
+    if other:
+        store.adopt(*task.where, task.recipe, other, other.provenance | {"same_as": str(where)})
     return other is not None
 
 
@@ -256,8 +270,10 @@ def _missing_beside(store: Store, tasks: Sequence[Task], outputs: Sequence[Decla
 class _Stream:
     """The shuffled training rows of a reader, batch by batch, on the device; says how far training has come."""
 
-    def __init__(self, reader: ActivationReader, batch_tokens: int, seed: int, device: str, advance: progress.Advance) -> None:
-        self._reader, self._batch_tokens, self._seed = reader, batch_tokens, seed
+    def __init__(
+        self, reader: ActivationReader, batch_tokens: int, device: str, advance: progress.Advance, *, seed: int, epochs: int
+    ) -> None:
+        self._reader, self._batch_tokens, self._seed, self._epochs = reader, batch_tokens, seed, epochs
         self._device, self._advance = device, advance
 
     def __iter__(self) -> Iterator[torch.Tensor]:
@@ -267,8 +283,8 @@ class _Stream:
         from saeens_models.training import on_device
 
         if step:
-            self._advance(min(step * self._batch_tokens, self._reader.n_rows("train")), before=True)
-        batches = self._reader.batches("train", self._batch_tokens, seed=self._seed, skipped_batches=step)
+            self._advance(min(step * self._batch_tokens, self._epochs * self._reader.n_rows("train")), before=True)
+        batches = self._reader.batches("train", self._batch_tokens, seed=self._seed, epochs=self._epochs, skipped_batches=step)
         for batch in on_device(batches, self._device):  # which may read one more: progress is that of the training
             self._advance(len(batch))
             yield batch
@@ -292,12 +308,12 @@ class _Training:
             reader = open_reader(store, given, partition, self._device)
             statistics = ActivationStatistics.from_json(artefact.provenance["statistics"]["train"])
         self._reader: ActivationReader = reader
-        self._n_tokens = statistics.rows
-        self._data_seed = fields["data_seed"]
+        self._data_seed, self._epochs = fields["data_seed"], fields.get("epochs", 1)
+        self._n_tokens = statistics.rows * self._epochs
         normalised = fields["training"]["normalize_activations"] != "none"
         self.config = sm.TrainingConfig(
             **fields["training"],
-            total_tokens=statistics.rows,
+            total_tokens=self._n_tokens,
             input_mean=tuple(statistics.mean.tolist()),
             input_scale=reader.d_in**0.5 / statistics.mean_norm if normalised else None,
         )
@@ -334,7 +350,7 @@ class _Training:
             load_kernels()  # not counted as training
         compute = workplace.compute
         with compute.measure() as measured, compute.training_precision(), progress.task(label, n_tokens) as advance:
-            stream = _Stream(self._reader, self.config.batch_tokens, self._data_seed, self._device, advance)
+            stream = _Stream(self._reader, self.config.batch_tokens, self._device, advance, seed=self._data_seed, epochs=self._epochs)
             micro_batch_tokens = plan.portion.micro_batch_tokens
             saes = train(configs, stream, self.config, observe, checkpoints=checkpoints, micro_batch_tokens=micro_batch_tokens)
 
@@ -391,7 +407,7 @@ def _saelens_metadata(store: Store, source: str, partition: Partition) -> dict[s
         "hook_name": hook.format(layer=layer) if "{layer}" in hook else f"blocks.{layer}.hook_{hook}",
         "hook_layer": layer,
         "context_size": tokens["context_length"],
-        "dataset_path": tokens["corpus"],
+        "dataset_path": tokens["corpus"]["corpus"],
         "weights": activations["weights"],
     }
 

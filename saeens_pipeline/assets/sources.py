@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Collection, Sequence
 from dataclasses import asdict
+from typing import Any
 
 from saeens_pipeline import progress
 from saeens_pipeline.assets.declarations import Declaration, Input, Op, Reference, Task, Workplace
@@ -18,7 +19,7 @@ from saeens_pipeline.storage.recipes import Artefact
 
 TOKENS_VERSION = 1
 ACTIVATIONS_VERSION = 1
-BATCH_WINDOWS = 32
+BATCH_WINDOWS, BATCH_TOKENS = 32, 2**14  # in the language model at once, whichever is less
 
 _TOKEN_FIELDS = ("context_length", "packing", "windows_per_document", "drop", "train_tokens", "test_tokens")
 
@@ -68,7 +69,7 @@ def source_ops(settings: SourceSettings) -> list[Op]:
         **vars(activations_of(settings.name)),
         builder="activations",
         version=ACTIVATIONS_VERSION,
-        settings=settings.model_dump(include={"language_model", "revision", "hook", "weights", "dtype"}),
+        settings=_settings_of_activations(settings),
         partition_settings=lambda partition: {"layer": partition.layer, "language_model": _language_model(settings).identity},
         inputs=(Input("tokens", tokens),),
         source=settings.name,
@@ -104,7 +105,7 @@ def source_ops(settings: SourceSettings) -> list[Op]:
 
         store = workplace.store
         description = validate_source(settings, [task.partition.layer for task in tasks if task.partition.layer is not None])
-        model = load_language_model(description, settings.weights, workplace.compute.resolve())
+        model = load_language_model(description, settings.weights, workplace.compute.resolve(), settings.language_model_dtype)
         token_store = open_tokens(store.require(tokens.address, Partition()).path)
         with contextlib.ExitStack() as stack:
             tasks = [*tasks, *_other_requested_layers(workplace, tasks[0], range(description.n_layers), stack)]
@@ -122,7 +123,7 @@ def source_ops(settings: SourceSettings) -> list[Op]:
                     settings.hook,
                     folders,
                     settings.dtype,
-                    batch_windows=BATCH_WINDOWS,
+                    batch_windows=max(1, min(BATCH_WINDOWS, BATCH_TOKENS // settings.context_length)),
                     report=progress.differences(advance),
                 )
             for layer, (_, provenance) in layers.items():
@@ -152,6 +153,17 @@ def validate_source(settings: SourceSettings, layers: Sequence[int]) -> Language
     validate_hook(description, settings.hook, layers)
     validate_token_settings(description, **settings.model_dump(include=set(_TOKEN_FIELDS)))
     return description
+
+
+def validate_corpus(settings: SourceSettings) -> None:
+    """Find out before anything is spent whether the corpus can be read; of a data set of the hub, where it can be reached."""
+    open_corpus(settings.corpus).require_readable()
+
+
+def _settings_of_activations(settings: SourceSettings) -> dict[str, Any]:
+    """The dtype that the language model computes in is left out where it is float32, as it was before there was a choice."""
+    dtype = {} if settings.language_model_dtype == "float32" else {"language_model_dtype": settings.language_model_dtype}
+    return settings.model_dump(include={"language_model", "revision", "hook", "weights", "dtype"}) | dtype
 
 
 def _language_model(settings: SourceSettings) -> LanguageModelDescription:

@@ -22,6 +22,7 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from saeens_pipeline.components.activation_source import Name
+from saeens_pipeline.components.sweeps import name_of_value, swept, validate_sweep
 from saeens_pipeline.storage.names import RESERVED_GROUPS
 
 MAX_MEMBERS = 999  # ensemble seeds are a thousand initialisation seeds apart
@@ -29,10 +30,11 @@ MIN_FRESHNESS_DAYS = 1 / (24 * 60)  # Dagster looks no closer than a minute
 
 _FOLLOWS_FROM_ACTIVATIONS = ("total_tokens", "input_scale", "input_mean")
 
-Baseline = Literal["expanded", "expanded_l0_matched"]
+Baseline = Literal["expanded", "expanded_l0_matched", "compute_matched", "matching_pursuit"]
 Evaluation = Literal["reconstruction", "members", "coactivation", "stability", "marginal_gain", "cost", "training_curves", "features"]
 
-_BASELINES_OF_LISTS = ("expanded", "expanded_l0_matched")  # those that are defined where members differ
+_BASELINES_OF_LISTS = ("expanded", "expanded_l0_matched", "matching_pursuit")  # those that are defined where members differ
+_BASELINES_WITH_L0 = ("expanded_l0_matched", "matching_pursuit")  # those that have the L0 of all members
 
 
 def _outside_groups(name: str) -> str:
@@ -86,6 +88,27 @@ def _wrong(field: Sequence[int | str], message: str) -> ValidationError:
     return ValidationError.from_exception_data("ExperimentSettings", [InitErrorDetails(type=error, loc=tuple(field), input={})])
 
 
+def _check_swept(sae: dict[str, Any], sweep: dict[str, list[Any]]) -> None:
+    """Raise what is wrong with a field that is swept, and with each of its values, given the other settings of `sae`."""
+    field, values = swept(sweep)
+    try:
+        allowed = allowed_sae_keys(sae)
+    except (KeyError, ValidationError):  # of the architecture, which `sae` itself complains of
+        return
+    if field not in allowed or field == "architecture":
+        raise _wrong(["sweep", field], f"unknown field of sae; one of: {', '.join(key for key in allowed if key != 'architecture')}")
+    for i, value in enumerate(values):
+        try:
+            _validate_sae(sae | {field: value})
+        except ValidationError as error:
+            for each in error.errors():
+                if each["loc"][:1] == (field,):
+                    raise _wrong(["sweep", field, i], f"{each['msg']} (found: {value!r})") from None
+        except ValueError as error:
+            if field in ("expansion", "d_sae"):
+                raise _wrong(["sweep", field, i], str(error)) from None
+
+
 def allowed_sae_keys(sae: dict[str, Any]) -> list[str]:
     """The keys that `sae` may have, which depend on its architecture."""
     from saeens_models.architectures import sae_class
@@ -109,6 +132,12 @@ def _validate_training(settings: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{name} follows from the activations and cannot be set")
     TrainingConfig(**settings, total_tokens=1)
     return settings
+
+
+def _complete_training(settings: dict[str, Any]) -> dict[str, Any]:
+    from saeens_models import TrainingConfig
+
+    return TrainingConfig(**settings).model_dump(mode="json", exclude=set(_FOLLOWS_FROM_ACTIVATIONS))
 
 
 def _on_or_off(value: object) -> object:
@@ -220,11 +249,17 @@ class ExperimentSettings(BaseModel):
     sae: Annotated[dict[str, Any] | list[dict[str, Any]], BeforeValidator(_validate_saes)] = Field(
         description="architecture, expansion or d_sae, and the architecture's own fields; or a list of these, one per member"
     )
+    sweep: Annotated[dict[str, list[int | float]], BeforeValidator(validate_sweep)] | None = Field(
+        None, description="one field of sae with several values: an experiment for each"
+    )
     training: Annotated[dict[str, Any], AfterValidator(_validate_training)] = Field(
         {}, description="fields of saeens_models.TrainingConfig"
     )
     ensemble: EnsembleSettings
     baselines: list[Baseline] = Field(["expanded", "expanded_l0_matched"], description="single SAEs to compare with")
+    baseline_training: dict[Baseline, Annotated[dict[str, Any], AfterValidator(_validate_training)]] = Field(
+        {}, description="by baseline, fields of training that differ for it"
+    )
     expanded_sizes: list[PositiveInt] | Literal["all"] | None = Field(
         None, description="expanded SAEs as wide as n members; by default as wide as all"
     )
@@ -250,6 +285,25 @@ class ExperimentSettings(BaseModel):
 
     _no_repetition = field_validator("baselines", "evaluations")(_no_repetition)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _swept_field(cls, given: Any) -> Any:
+        """What is swept need not be in `sae`, where the first value stands for all."""
+        match given:
+            case {"sae": list(), "sweep": dict()}:
+                raise _wrong(
+                    ["sweep"], "sae is a list, one per member, and a sweep varies one field of one sae: leave out sweep, or give one sae"
+                )
+            case {"sae": dict(sae), "sweep": dict(sweep)}:
+                try:
+                    validate_sweep(sweep)
+                except ValueError:  # which the field itself will say
+                    return given
+                _check_swept(sae, sweep)
+                field, values = swept(sweep)
+                return {**given, "sae": {**sae, field: values[0]}}
+        return given
+
     @field_validator("expanded_sizes")
     @classmethod
     def _some_size(cls, sizes: list[int] | str | None) -> list[int] | str | None:
@@ -268,11 +322,28 @@ class ExperimentSettings(BaseModel):
         if isinstance(self.sae, list):
             self._check_list(self.sae)
         self._check_specialised()
-        if "expanded_l0_matched" in self.baselines:
-            from saeens_models.architectures import validate_l0_multiple
-
-            validate_l0_multiple(self.saes[0]["architecture"])
+        self._check_baselines()
         return self
+
+    def _check_baselines(self) -> None:
+        from saeens_models.architectures import validate_l0_multiple
+
+        for i, baseline in enumerate(self.baselines):
+            if baseline in _BASELINES_WITH_L0:
+                try:
+                    validate_l0_multiple(self.saes[0]["architecture"])
+                except ValueError as error:
+                    raise _wrong(["baselines", i], f"{baseline} has the L0 of all members: {error}") from None
+            if baseline == "compute_matched" and any(each.documents for each in self.ensemble.specialised):
+                message = "compute_matched sees every row once per member, and specialised members with documents see fewer: leave it out"
+                raise _wrong(["baselines", i], message)
+        for baseline, own in self.baseline_training.items():
+            if baseline not in self.baselines:
+                raise _wrong(["baseline_training", baseline], f"{baseline} is not among baselines: add it there, or leave this out")
+            try:
+                _validate_training({**self.training, **own})
+            except ValidationError as error:
+                raise _wrong(["baseline_training", baseline], f"together with training: {error.errors()[0]['msg']}") from None
 
     def _check_specialised(self) -> None:
         """What has to hold between members that differ."""
@@ -301,11 +372,24 @@ class ExperimentSettings(BaseModel):
                 raise _wrong(["baselines", i], message)
             for number, sae in enumerate(saes, start=1):
                 try:
-                    if baseline == "expanded_l0_matched":
+                    if baseline in _BASELINES_WITH_L0:
                         validate_l0_multiple(sae["architecture"])
                 except ValueError as error:
                     message = f"{baseline} has the L0 of all members added up; of member {number}, {error}: leave it out"
                     raise _wrong(["baselines", i], message) from None
+
+    @property
+    def experiments(self) -> list[ExperimentSettings]:
+        """What the file declares: this experiment or, where it has a sweep, one for each value."""
+        if self.sweep is None:
+            return [self]
+        (field, values), given = swept(self.sweep), self.model_dump(exclude_unset=True, exclude={"sweep"})
+        return [
+            ExperimentSettings.model_validate(
+                {**given, "name": name_of_value(self.name, field, value), "sae": {**given["sae"], field: value}}
+            )
+            for value in values
+        ]
 
     @property
     def saes(self) -> list[dict[str, Any]]:
@@ -320,7 +404,7 @@ class ExperimentSettings(BaseModel):
         return [_complete_sae(self.sae)] * self.ensemble.members
 
     def joined_sae(self, n: int, *, l0_matched: bool) -> dict[str, Any]:
-        """Where `sae` is a list: member 1's, as wide as the first n members together, and with their L0 added up if asked."""
+        """Member 1's `sae`, as wide as the first n members together, and with their L0 added up if asked."""
         from saeens_models.architectures import sae_class
 
         saes = self.complete_saes[:n]
@@ -332,11 +416,27 @@ class ExperimentSettings(BaseModel):
         return joined
 
     @property
+    def pursuit_sae(self) -> dict[str, Any]:
+        """That of the baseline matching_pursuit: as wide as all members together, and with at most as many active features."""
+        from saeens_models.architectures import sae_class
+
+        joined = self.joined_sae(self.ensemble.members, l0_matched=True)
+        if joined["architecture"] == "matching_pursuit":
+            return joined
+        width, l0_field = _width_field(joined), str(sae_class(joined["architecture"]).config_class.l0_field)
+        return _complete_sae(
+            {
+                "architecture": "matching_pursuit",
+                width: joined[width],
+                "max_iterations": round(joined[l0_field]),
+                "apply_b_dec_to_input": joined["apply_b_dec_to_input"],
+            }
+        )
+
+    @property
     def complete_training(self) -> dict[str, Any]:
         """`training` with every default written out, as recipes hold it."""
-        from saeens_models import TrainingConfig
-
-        return TrainingConfig(**self.training).model_dump(mode="json", exclude=set(_FOLLOWS_FROM_ACTIVATIONS))
+        return _complete_training(self.training)
 
     @property
     def expanded_widths(self) -> list[int]:
@@ -362,6 +462,8 @@ class EnsembleExperiment(dg.Component):
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
         from saeens_pipeline.assets.dagster_assets import build_assets
-        from saeens_pipeline.assets.experiments import experiment_ops
+        from saeens_pipeline.assets.experiments import declared_ops
 
-        return dg.Definitions(assets=build_assets(experiment_ops(self.settings), {self.settings.name: self.settings.checks}))
+        return dg.Definitions(
+            assets=build_assets(declared_ops(self.settings), {each.name: each.checks for each in self.settings.experiments})
+        )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
@@ -32,6 +32,7 @@ LANGUAGES = {
     ".ts": "typescript", ".tsx": "typescript", ".js": "javascript", ".mjs": "javascript", ".md": "prose", ".rst": "prose",
 }  # fmt: skip
 
+BUILTIN_CORPUS = "builtin/installed_packages"
 READER_VERSION = 1  # raised whenever the text that a corpus yields would change
 MAX_PACKAGE_BYTES = 8_000_000  # per package and language: no single library may dominate
 MAX_DOCUMENT_CHARACTERS = 24_000
@@ -43,18 +44,27 @@ _DISTINCTIVE_LINE = 24  # characters: shorter lines (`else:`, `return x`) say no
 
 @dataclass(frozen=True)
 class Document:
-    """One text and what is known of it: `language` is a free label for probes."""
+    """One text and what is known of it: `labels` say by field of what kind it is, for probes and for members that are trained on a part.
+
+    Every document of a corpus has the same fields, in the same order; None is a document of which a field is not known.
+    """
 
     name: str
     text: str
-    language: str
+    labels: Mapping[str, str | None]
 
 
 class Corpus(Protocol):
-    """What a source reads. `identity` is cheap, and changes whenever the documents may have changed."""
+    """What a source reads.
+
+    `identity` is for recipes: cheap, and another whenever the documents may have changed. `require_readable`
+    finds out, before anything is spent, whether they can be read, and raises what `documents` would.
+    """
 
     @property
     def identity(self) -> dict[str, object]: ...
+
+    def require_readable(self) -> None: ...
 
     def documents(self, split: Split) -> Iterator[Document]: ...
 
@@ -74,6 +84,9 @@ class InstalledPackages:
             "packages": {p: metadata.version(p).split("+")[0] for p in PACKAGES},
         }
 
+    def require_readable(self) -> None:
+        """The packages are installed: this one needs them."""
+
     def documents(self, split: Split) -> Iterator[Document]:
         return iter(self._splits[split])
 
@@ -84,31 +97,36 @@ class InstalledPackages:
     @cached_property
     def _splits(self) -> dict[Split, list[Document]]:
         documents = list(_without_duplicates(d for package in PACKAGES for d in _package_documents(package)))
-        documents.sort(key=lambda d: _rank(d.name))
-        train = [d for d in documents if _rank(d.name) >= TEST_SHARE]
-        held_out = [d for d in documents if _rank(d.name) < TEST_SHARE]
+        documents.sort(key=lambda d: rank(d.name))
+        train = [d for d in documents if rank(d.name) >= TEST_SHARE]
+        held_out = [d for d in documents if rank(d.name) < TEST_SHARE]
         return {"train": train, "test": _without_near_duplicates(held_out, of=train)}
 
 
-def open_corpus(name: str) -> Corpus:
-    """The corpus of that name. Raises ValueError for a name that does not exist, with those that do."""
-    if name == "builtin/installed_packages":
+def open_corpus(corpus: str | Corpus) -> Corpus:
+    """The corpus that a source names. Raises ValueError for a name that does not exist, with those that do."""
+    if not isinstance(corpus, str):
+        return corpus
+    if corpus == BUILTIN_CORPUS:
         return InstalledPackages()
-    raise ValueError(f"corpus {name!r} is not known; available: builtin/installed_packages")
+    raise ValueError(
+        f"corpus {corpus!r} is not known; it can be {BUILTIN_CORPUS}, {{name: DATASET, split: train}} of the hub, or {{files: PATTERN}}"
+    )
 
 
 def _package_documents(package: str) -> Iterator[Document]:
     """The documents of one installed package, at most MAX_PACKAGE_BYTES of each language."""
     distribution = metadata.distribution(package)
-    files = sorted(distribution.files or [], key=lambda f: _rank(f"{package}/{f.as_posix()}"))
-    taken: dict[str, int] = {}
+    files = sorted(distribution.files or [], key=lambda f: rank(f"{package}/{f.as_posix()}"))
+    taken: dict[str | None, int] = {}
     for file in files:
         name = f"{package}/{file.as_posix()}"
         if _is_platform_dependent(name):
             continue
         for document in _file_documents(name, Path(str(distribution.locate_file(file)))):
-            if taken.get(document.language, 0) < MAX_PACKAGE_BYTES:
-                taken[document.language] = taken.get(document.language, 0) + len(document.text)
+            language = document.labels["language"]
+            if taken.get(language, 0) < MAX_PACKAGE_BYTES:
+                taken[language] = taken.get(language, 0) + len(document.text)
                 yield document
 
 
@@ -141,7 +159,7 @@ def _document(name: str, text: str, language: str) -> Iterator[Document]:
         return
     if len(text) > MAX_DOCUMENT_CHARACTERS:
         text = text[: text.rfind("\n", 0, MAX_DOCUMENT_CHARACTERS) + 1] or text[:MAX_DOCUMENT_CHARACTERS]
-    yield Document(name, text, language)
+    yield Document(name, text, {"language": language})
 
 
 def _is_platform_dependent(name: str) -> bool:
@@ -193,7 +211,7 @@ def _without_near_duplicates(documents: list[Document], of: list[Document]) -> l
     return [d for d in documents if (lines := _distinctive_lines(d.text)) and len(lines & known) <= MAX_SHARED_LINES * len(lines)]
 
 
-def _rank(name: str) -> float:
+def rank(name: str) -> float:
     """A number in [0, 1) that depends on the name alone: the order of documents, and which of them are held out."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64
 
@@ -204,7 +222,8 @@ def _summarise(documents: list[Document]) -> dict[str, object]:
     for document in documents:
         encoded = document.text.encode()
         digest.update(document.name.encode() + b"\0" + encoded + b"\0")
-        languages[document.language] = languages.get(document.language, 0) + len(encoded)
+        language = str(document.labels["language"])
+        languages[language] = languages.get(language, 0) + len(encoded)
     return {
         "documents": len(documents),
         "bytes": sum(languages.values()),

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from saeens_pipeline.errors import ConfigurationError, SaeensError
+from saeens_pipeline.language_models import hub
+from saeens_pipeline.language_models.fingerprints import fingerprint
 
 if TYPE_CHECKING:
     import torch
@@ -20,29 +22,42 @@ if TYPE_CHECKING:
 Weights = Literal["trained", "random"]
 
 REFERENCE_MODEL = "builtin/reference"
-HOOKS = ("resid_pre", "resid_post", "attn_out", "mlp_out")
+TRANSFORMER_LENS = "transformer_lens:"
+HOOKS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+READ_AT_INPUT = ("resid_pre", "resid_mid")
+"""Hooks that are what a module is given; the others are what one returns."""
 
 _PACKAGED_REFERENCE_MODEL = Path(__file__).parent / "reference_model_files"
 _CHECKED_OUT_REFERENCE_MODEL = Path(__file__).parents[2] / "data" / "reference_model"
 _WHOLLY_HASHED_BYTES = 64 * 2**20
-_SAMPLES, _SAMPLE_BYTES = 64, 64 * 2**10
+_SAMPLE_BYTES = 64 * 2**10
+_HUB_FILES = ("config.json", "tokenizer.json")
+_HUB_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
+_PICKLES = ("*.bin", "*.pt", "*.pth")
 _PARALLEL_RESIDUAL_TYPES = ("codegen", "cohere", "gpt_neox", "gptj", "phi")
 _ATTENTION_NAMES = ("attention", "self_attn", "attn", "self_attention")
 _MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
+_MLP_NORM_NAMES = ("ln_2", "post_attention_layernorm", "ffn_norm", "norm_2")
+_HOOKS_WITHOUT_MODULE = {
+    **dict.fromkeys(("bloom", "glm4", "granite", "granitemoe"), ("attn_out", "mlp_out")),
+    "mpt": ("mlp_out",),
+    "openai-gpt": ("resid_mid",),
+}
+"""Hooks that are no module's input or output: what returns it adds the stream, or it is normalised or scaled afterwards."""
 
 
 @dataclass(frozen=True)
 class LanguageModelDescription:
     """What the files of a language model say of it, without loading its weights.
 
-    `identity` is for recipes: it changes whenever activations or tokens may change with the files. Files of up to 64 MiB
-    are hashed whole. Of a larger weight file the size, the safetensors header and 64 samples of 64 KiB spread evenly over
-    it are hashed: every training run changes those, an edit of single values between two samples goes unseen.
+    `identity` is for recipes: it changes whenever activations or tokens may change with the files. Of a model of the hub it holds the
+    commit. Of others, files of up to 64 MiB are hashed whole; of a larger weight file the size, the safetensors header and 64 samples of
+    64 KiB spread evenly over it are hashed: every training run changes those, an edit of single values between two samples goes unseen.
     """
 
     name: str
     revision: str
-    path: Path  # the folder, in transformers' format
+    path: Path  # the folder, in transformers' format; of a model of the hub, without its weights
     model_type: str
     d_model: int
     n_layers: int
@@ -51,35 +66,47 @@ class LanguageModelDescription:
     end_of_text: int | None  # token id that separates documents
     parallel_residual: bool  # attention and MLP of a block both read the block's input
     identity: dict[str, object] = field(hash=False)
-    has_head: bool = True  # a language-modelling head, which gives next-token predictions
+    commit: str | None = None  # of the hub
+    tokenizer_file: Path = field(default=Path(), kw_only=True)
+    without: tuple[str, ...] = field(default=(), kw_only=True)  # hooks that its blocks do not have
+    has_head: bool = field(default=True, kw_only=True)  # a language-modelling head, which gives next-token predictions
 
 
 def describe_language_model(name: str, revision: str = "main") -> LanguageModelDescription:
-    """Describe `builtin/reference` or a local folder in transformers' format. Needs neither torch nor transformers.
+    """Describe `builtin/reference`, a local folder in transformers' format, a model of the hub, or `transformer_lens:NAME`.
 
-    Raises ConfigurationError where there is no such folder, where it lacks config.json, tokenizer.json or safetensors
-    weights, or where the configuration does not say what a language model's has to.
+    Of a model of the hub only its configuration and its tokenizer are downloaded, where the hub's cache lacks them. Needs neither
+    torch nor transformers. Raises ConfigurationError where there is no such folder or model, where it lacks config.json, tokenizer.json
+    or safetensors weights, where the configuration does not say what a language model's has to, and where the hub refuses it;
+    SaeensError where the hub cannot be reached.
     """
-    path = _model_folder(name, revision)
-    config = _read_config(name, path)
+    if name.startswith(TRANSFORMER_LENS):
+        from saeens_pipeline.language_models.transformer_lens_models import describe_transformer_lens_model
+
+        return describe_transformer_lens_model(name, revision)
+    folder = locate_model(name, revision, _HUB_FILES)
+    config = read_config(name, folder.path)
     text = config.get("text_config", config)  # of a multimodal model, the language part
     end_of_text = text.get("eos_token_id", config.get("eos_token_id"))
     model_type = str(text.get("model_type", config.get("model_type", "unknown")))
     classes = [str(each) for each in config.get("architectures") or []]
     headless = bool(classes) and all(each.endswith("Model") and not each.endswith("LMHeadModel") for each in classes)
-    parallel = text.get("use_parallel_residual", text.get("parallel_attn", model_type in _PARALLEL_RESIDUAL_TYPES))
+    parallel = bool(text.get("use_parallel_residual", text.get("parallel_attn", model_type in _PARALLEL_RESIDUAL_TYPES)))
     return LanguageModelDescription(
         name=name,
         revision=revision,
-        path=path,
+        path=folder.path,
         model_type=model_type,
-        d_model=_size(text, path, "hidden_size", "n_embd", "d_model"),
-        n_layers=_size(text, path, "num_hidden_layers", "n_layer", "num_layers", "n_layers"),
-        context_length=_size(text, path, "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length"),
-        vocab_size=_size(text, path, "vocab_size"),
+        d_model=read_size(text, folder.path, "hidden_size", "n_embd", "d_model"),
+        n_layers=read_size(text, folder.path, "num_hidden_layers", "n_layer", "num_layers", "n_layers"),
+        context_length=read_size(text, folder.path, "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length"),
+        vocab_size=read_size(text, folder.path, "vocab_size"),
         end_of_text=next(iter(end_of_text), None) if isinstance(end_of_text, list) else end_of_text,
-        parallel_residual=bool(parallel),
-        identity={"name": name, "revision": revision, "sha256": {file.name: _fingerprint(file) for file in _identifying_files(name, path)}},
+        parallel_residual=parallel,
+        identity=_identity(name, revision, folder),
+        commit=folder.commit,
+        tokenizer_file=require_tokenizer(name, folder),
+        without=_HOOKS_WITHOUT_MODULE.get(model_type, ()),
         has_head=not headless,
     )
 
@@ -95,29 +122,45 @@ def validate_hook(description: LanguageModelDescription, hook: str, layers: Coll
     if outside:
         missing = ", ".join(map(str, outside))
         raise ConfigurationError(f"{description.name} has no layer {missing}: it has layers 0 to {description.n_layers - 1}")
-    if hook in HOOKS or "{layer}" in hook:
+    if "{layer}" in hook:
         return
-    available = ", ".join(HOOKS)
-    if hook == "resid_mid":
-        parallel = f"{description.name} computes attention and MLP in parallel, so that there is nothing between them"
-        why = parallel if description.parallel_residual else "this version does not support it"
-        raise ConfigurationError(f"hook 'resid_mid' is not available: {why}; available: {available}, or a module path with {{layer}}")
-    raise ConfigurationError(
-        f"hook {hook!r} is not known; available: {available}, or a module path with {{layer}}, such as 'model.layers.{{layer}}.mlp'"
-    )
+    lacking = {*description.without, *(["resid_mid"] if description.parallel_residual else [])}
+    others = f"available: {', '.join(each for each in HOOKS if each not in lacking)}, or a module path with {{layer}}"
+    if hook == "resid_mid" and description.parallel_residual:
+        why = f"{description.name} computes attention and MLP in parallel, so that there is nothing between them"
+        raise ConfigurationError(f"hook 'resid_mid' is not available: {why}; {others}")
+    if hook in lacking:
+        raise ConfigurationError(f"hook {hook!r} is not available in {description.name} ({description.model_type}); {others}")
+    if hook not in HOOKS:
+        raise ConfigurationError(f"hook {hook!r} is not known; {others}, such as 'model.layers.{{layer}}.mlp'")
 
 
 def validate_modules(description: LanguageModelDescription, hook: str, layers: Collection[int]) -> None:
     """Raise ConfigurationError where a layer lacks the module of a hook, or where transformers does not know the architecture.
 
-    Builds the model's structure without weights or memory for them; takes the seconds that transformers needs to be imported.
+    Takes the seconds that transformers needs to be imported.
     """
+    model = _structure(description)
+    for layer in layers:
+        model.module(hook, layer)
+
+
+def block_parameters(description: LanguageModelDescription) -> list[int]:
+    """Parameters of each block, without embeddings. Raises as `validate_modules`."""
+    of_blocks = [0] * description.n_layers
+    for name, weights in _structure(description).model.named_parameters():
+        found = re.search(r"\.(\d+)\.", name)
+        if found and int(found[1]) < len(of_blocks):
+            of_blocks[int(found[1])] += weights.numel()
+    return of_blocks
+
+
+def _structure(description: LanguageModelDescription) -> LanguageModel:
+    """The model without weights, or memory for them."""
     import torch
 
     with torch.device("meta"):
-        model = load_language_model(description, "random", device="meta")
-    for layer in layers:
-        model.module(hook, layer)
+        return load_language_model(description, "random", device="meta")
 
 
 def load_language_model(
@@ -127,16 +170,24 @@ def load_language_model(
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
     seed: int = 0,
 ) -> LanguageModel:
-    """Load the model in evaluation mode. No code from the folder is run, no pickle is read, no network is used.
+    """Load the model in evaluation mode. No code from the folder is run, and no pickle that could.
 
-    `weights="random"` builds the same architecture untrained, initialised from `seed`: the control against which a
-    result on the trained model is read. Raises SaeensError where weights that the architecture needs are not in the files,
-    ConfigurationError where transformers does not know the architecture or cannot read the files.
+    Trained weights of a model of the hub are downloaded where its cache lacks them. `weights="random"` builds the same architecture
+    untrained, initialised from `seed`: the control against which a result on the trained model is read. Raises SaeensError
+    where weights that the architecture needs are not in the files, ConfigurationError where transformers does not know the architecture
+    or cannot read the files.
     """
     import torch
     from safetensors import SafetensorError
 
     torch_dtype: torch.dtype = getattr(torch, dtype)
+    if description.name.startswith(TRANSFORMER_LENS):
+        from saeens_pipeline.language_models.transformer_lens_models import load_transformer_lens_model
+
+        return load_transformer_lens_model(description, weights, device, torch_dtype, seed)
+    if weights == "trained" and description.commit:
+        hub.download(description.name, description.commit, [*_HUB_FILES, *_HUB_WEIGHTS])
+        _weight_files(description.name, description.path)
     try:
         with _quiet_transformers():
             model = _trained(description, torch_dtype) if weights == "trained" else _untrained(description, torch_dtype, seed)
@@ -180,10 +231,14 @@ def _untrained(description: LanguageModelDescription, dtype: torch.dtype, seed: 
 class LanguageModel:
     """A causal language model of transformers, and where in it activations are read.
 
-    `resid_pre` and `resid_post` are a block's input and output, `attn_out` and `mlp_out` what its attention and MLP modules
-    return. Any other hook is the path of a module with `{layer}` in it, whose output is read. The last layer's `resid_post`
-    is the block's own output, before the final norm (transformers' `hidden_states` has it after).
+    `resid_pre` and `resid_post` are a block's input and output, `attn_out` and `mlp_out` what its attention and its MLP add to the
+    stream (where a block has norms after them, as Gemma 2 has, behind these), and `resid_mid` is the stream between the two. Any other
+    hook is the path of a module with `{layer}` in it, whose output is read. The last layer's `resid_post` is the block's own output,
+    before the final norm (transformers' `hidden_states` has it after).
     """
+
+    stream_passes_modules = False
+    """Whether the stream between attention and MLP passes through a module of its own."""
 
     def __init__(self, description: LanguageModelDescription, model: PreTrainedModel) -> None:
         self.description = description
@@ -227,7 +282,7 @@ class LanguageModel:
     @contextmanager
     def _register(self, hook: str, layer: int, capture: Callable[[int, Any], None]) -> Iterator[None]:
         module = self.module(hook, layer)
-        if hook == "resid_pre":
+        if hook in READ_AT_INPUT:
             handle = module.register_forward_pre_hook(
                 lambda _, args, kwargs: capture(layer, args[0] if args else kwargs["hidden_states"]), with_kwargs=True
             )
@@ -242,8 +297,8 @@ class LanguageModel:
         """The module whose input or output `hook` is. Raises ConfigurationError for one that does not exist."""
         if hook in ("resid_pre", "resid_post"):
             return self._blocks[layer]
-        if hook in ("attn_out", "mlp_out"):
-            return _child(self._blocks[layer], _ATTENTION_NAMES if hook == "attn_out" else _MLP_NAMES, hook)
+        if hook in HOOKS:
+            return _part(self._blocks[layer], hook)
         path = hook.replace("{layer}", str(layer))
         try:
             return self.model.get_submodule(path)
@@ -252,10 +307,6 @@ class LanguageModel:
             modules = [name for name, _ in self.model.named_modules() if name]
             similar = [name for name in modules if name.endswith(last_part)] or [name for name in modules if f".{layer}." in name]
             raise ConfigurationError(f"{self.description.name} has no module {path!r}; it has {', '.join(similar[:8])}, ...") from None
-
-    def block(self, layer: int) -> torch.nn.Module:
-        """The transformer block of a layer. Raises ConfigurationError where the model's blocks cannot be told from its structure."""
-        return self._blocks[layer]
 
     def blocks_before(self, hook: str, layer: int) -> list[torch.nn.Module]:
         """The blocks whose outputs do not depend on what is put at a hook; none where the model's blocks cannot be told."""
@@ -290,8 +341,17 @@ class _AllCaptured(Exception):
     """Ends a forward pass: everything that was asked for has been read."""
 
 
-def _child(block: torch.nn.Module, names: tuple[str, ...], hook: str) -> torch.nn.Module:
+def _part(block: torch.nn.Module, hook: str) -> torch.nn.Module:
+    """The module of a block whose output is `attn_out` or `mlp_out`, or whose input is `resid_mid`."""
     children = dict(block.named_children())
+    norms_after = "post_feedforward_layernorm" in children  # Gemma 2 and 3, OLMo 2: what is added has been normalised
+    match hook:
+        case "attn_out":
+            names = ("post_attention_layernorm",) if norms_after else _ATTENTION_NAMES
+        case "mlp_out":
+            names = ("post_feedforward_layernorm",) if norms_after else _MLP_NAMES
+        case _:
+            names = ("pre_feedforward_layernorm", *_MLP_NAMES) if norms_after else _MLP_NORM_NAMES
     for name in names:
         if name in children:
             return children[name]
@@ -300,26 +360,43 @@ def _child(block: torch.nn.Module, names: tuple[str, ...], hook: str) -> torch.n
     )
 
 
-def _model_folder(name: str, revision: str) -> Path:
-    if revision != "main":
-        raise ConfigurationError(f"revision {revision!r} of {name}: builtin and local models have no revisions; leave it out")
+class ModelFolder(NamedTuple):
+    """Where a model's files are, and of one of the hub the commit that they are from."""
+
+    path: Path
+    commit: str | None = None
+
+
+def locate_model(name: str, revision: str, files: Sequence[str]) -> ModelFolder:
+    """The folder of a language model: the embedded one, a local one, or one in the hub's cache with `files` in it."""
     if name == REFERENCE_MODEL:
+        _refuse_revision(name, revision)
         for path in (_PACKAGED_REFERENCE_MODEL, _CHECKED_OUT_REFERENCE_MODEL):
             if path.is_dir():
-                return path
+                return ModelFolder(path)
         raise SaeensError(
             f"the embedded model is not in {_CHECKED_OUT_REFERENCE_MODEL}: restore it, or train it with `saeens reference-model train`"
         )
     path = Path(name).expanduser()
-    if not path.is_dir():
+    if path.is_dir():
+        _refuse_revision(name, revision)
+        return ModelFolder(path)
+    if not hub.NAME.fullmatch(name) or name.startswith("builtin/"):
         raise ConfigurationError(
-            f"language model {name!r}: there is no such folder. This version supports {REFERENCE_MODEL} and local folders "
-            "in transformers' format; models on a hub have to be downloaded first"
+            f"language model {name!r}: there is no such folder. It can be {REFERENCE_MODEL}, a folder in transformers' format, the name of "
+            f"a model on the Hugging Face hub, or {TRANSFORMER_LENS}NAME"
         )
-    return path
+    commit = hub.resolve_commit(name, revision, "model")
+    return ModelFolder(hub.download(name, commit, files), commit)
 
 
-def _read_config(name: str, path: Path) -> dict[str, Any]:
+def _refuse_revision(name: str, revision: str) -> None:
+    if revision != "main":
+        raise ConfigurationError(f"revision {revision!r} of {name}: builtin and local models have no revisions; leave it out")
+
+
+def read_config(name: str, path: Path) -> dict[str, Any]:
+    """What config.json says. Raises ConfigurationError where there is none that can be read."""
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -333,19 +410,45 @@ def _read_config(name: str, path: Path) -> dict[str, Any]:
     return config
 
 
-def _size(config: Mapping[str, Any], path: Path, *keys: str) -> int:
+def read_size(config: Mapping[str, Any], path: Path, *keys: str) -> int:
+    """The number that a configuration gives under one of several names. Raises ConfigurationError where it has none of them."""
     for key in keys:
         if isinstance(config.get(key), int):
             return config[key]
     raise ConfigurationError(f"{path / 'config.json'} gives none of {', '.join(keys)}: add the one that the model has")
 
 
-def _identifying_files(name: str, path: Path) -> list[Path]:
-    """The files that decide tokens and activations: configuration, tokenizer, weights."""
-    if not (path / "tokenizer.json").is_file():
+def require_tokenizer(name: str, folder: ModelFolder) -> Path:
+    """The tokenizer's file. Raises ConfigurationError where there is none."""
+    file = folder.path / "tokenizer.json"
+    if not file.is_file():
+        where = folder.path if folder.commit is None else "a copy of the model in a folder of your own"
+        raise ConfigurationError(f"{name!r} has no tokenizer.json: save its fast tokenizer into {where} with save_pretrained()")
+    return file
+
+
+def _identity(name: str, revision: str, folder: ModelFolder) -> dict[str, object]:
+    if folder.commit is not None:
+        _require_hub_weights(name, folder.commit, folder.path)
+        return {"name": name, "revision": folder.commit}
+    files = [folder.path / "config.json", require_tokenizer(name, folder), *_weight_files(name, folder.path)]
+    return {"name": name, "revision": revision, "sha256": {file.name: weights_fingerprint(file) for file in files}}
+
+
+def _require_hub_weights(name: str, commit: str, path: Path) -> None:
+    """Raise ConfigurationError where the hub has the weights in a form that is not read, without downloading them."""
+    if any(path.glob("*.safetensors")):
+        return
+    there = hub.sizes(name, commit, [*_HUB_WEIGHTS, *_PICKLES])
+    if there and not any(file.endswith(".safetensors") for file in there):
         raise ConfigurationError(
-            f"language model {name!r}: {path} has no tokenizer.json; save its fast tokenizer there with save_pretrained()"
+            f"language model {name!r}: the hub has its weights only as {min(there)}, a pickle, which can run code: convert it to "
+            "safetensors and give the folder"
         )
+
+
+def _weight_files(name: str, path: Path) -> list[Path]:
+    """The files that hold the weights. Raises ConfigurationError where one is missing."""
     if (path / "model.safetensors.index.json").is_file():
         index = json.loads((path / "model.safetensors.index.json").read_text(encoding="utf-8"))
         weights = [path / file for file in sorted(set(index["weight_map"].values()))]
@@ -356,21 +459,14 @@ def _identifying_files(name: str, path: Path) -> list[Path]:
         pickled = sorted(file.name for file in path.glob("*.bin"))
         advice = f"it has only {pickled[0]}, a pickle, which can run code: convert it to safetensors" if pickled else "copy them there"
         raise ConfigurationError(f"language model {name!r}: {path} lacks its weights, {', '.join(absent)}; {advice}")
-    return [path / "config.json", path / "tokenizer.json", *weights]
+    return weights
 
 
-def _fingerprint(file: Path) -> str:
-    size = file.stat().st_size
-    digest = hashlib.sha256()
+def weights_fingerprint(file: Path) -> str:
+    """SHA-256 of a model's file; of large weights, of samples."""
     with file.open("rb") as stream:
-        if size <= _WHOLLY_HASHED_BYTES:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-        header_bytes = int.from_bytes(stream.read(8), "little")
-        digest.update(str(size).encode() + stream.read(min(header_bytes, _WHOLLY_HASHED_BYTES)))
-        for sample in range(_SAMPLES):
-            stream.seek((size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
-            digest.update(stream.read(_SAMPLE_BYTES))
-    return f"sampled-{digest.hexdigest()}"
+        header_bytes = min(int.from_bytes(stream.read(8), "little"), _WHOLLY_HASHED_BYTES)
+    return fingerprint(file, whole_bytes=_WHOLLY_HASHED_BYTES, sample_bytes=_SAMPLE_BYTES, head=range(8, 8 + header_bytes))
 
 
 @contextmanager

@@ -6,39 +6,52 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
+from saeens_pipeline.errors import ConfigurationError
+from saeens_pipeline.language_models.models import READ_AT_INPUT
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
     from saeens_models.metrics import LossBatch, NextTokenLoss
-    from saeens_pipeline.language_models.models import LanguageModel
+    from saeens_pipeline.language_models.models import LanguageModel, LanguageModelDescription
     from saeens_pipeline.language_models.tokens import TokenBatch, TokenStore
 
-_LOGIT_BYTES = 2**24  # of a batch of windows: more do not fit into the caches of a CPU
+LOGIT_BYTES = 2**24
+"""Of a batch of windows: more do not fit into the caches of a CPU."""
+
+
+def validate_patch(description: LanguageModelDescription, hook: str) -> None:
+    """Raise ConfigurationError for a hook that can be read in the model, and at which nothing can be put into it."""
+    if hook == "resid_mid" and "mlp_out" in description.without:
+        raise _not_replaceable(description)
+
+
+def _not_replaceable(description: LanguageModelDescription) -> ConfigurationError:
+    return ConfigurationError(
+        f"hook 'resid_mid' of {description.name} ({description.model_type}) can be read, but nothing can be put in its place: "
+        "what its MLP returns is not simply added to this stream. Set ce_loss_tokens: 0, or take another hook"
+    )
 
 
 @contextmanager
 def patched(model: LanguageModel, hook: str, layer: int, replace: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
     """Inside, every forward pass goes on with `replace(activations)` `[b, L, d]` where `hook` of `layer` gave `activations`.
 
-    Raises ConfigurationError for a module that does not exist.
+    Raises ConfigurationError for a module that does not exist, and as `validate_patch`.
     """
-    if hook == "resid_mid":
+    validate_patch(model.description, hook)
+    if hook == "resid_mid" and not model.stream_passes_modules:
         with _patched_between(model, layer, replace):
             yield
         return
-
-    def at_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if args:
-            return (replace(args[0]), *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": replace(kwargs["hidden_states"])}
 
     def at_output(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         return (replace(output[0]), *output[1:]) if isinstance(output, tuple) else replace(output)
 
     module = model.module(hook, layer)
-    if hook == "resid_pre":
-        handle = module.register_forward_pre_hook(at_input, with_kwargs=True)
+    if hook in READ_AT_INPUT:
+        handle = module.register_forward_pre_hook(_replacing_input(replace), with_kwargs=True)
     else:
         handle = module.register_forward_hook(at_output)
     try:
@@ -49,21 +62,47 @@ def patched(model: LanguageModel, hook: str, layer: int, replace: Callable[[torc
 
 @contextmanager
 def _patched_between(model: LanguageModel, layer: int, replace: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """As `patched`, for the stream between attention and MLP, which no module returns: what attention adds to it is replaced."""
-    block_input: list[torch.Tensor] = []
+    """As `patched`, for the stream between attention and MLP, which no module returns: both what the MLP reads and what it is added to."""
+    import torch
 
-    def remember(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        block_input[:] = [args[0] if args else kwargs["hidden_states"]]
+    stream: list[torch.Tensor] = []  # as it is, and what is put in its place
+    added: list[torch.Tensor] = []
 
-    def added(attention: torch.Tensor) -> torch.Tensor:
-        return replace(block_input[0] + attention) - block_input[0]
+    def replace_and_remember(activations: torch.Tensor) -> torch.Tensor:
+        stream[:] = [activations, replace(activations)]
+        return stream[1]
 
-    handle = model.block(layer).register_forward_pre_hook(remember, with_kwargs=True)
+    def remember(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        added[:] = [output[0] if isinstance(output, tuple) else output]
+
+    def add_again(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        value = output[0] if isinstance(output, tuple) else output
+        if not torch.equal(value, stream[0] + added[0]):
+            raise _not_replaceable(model.description)
+        value = stream[1] + added[0]
+        return (value, *output[1:]) if isinstance(output, tuple) else value
+
+    handles = [
+        model.module("resid_mid", layer).register_forward_pre_hook(_replacing_input(replace_and_remember), with_kwargs=True),
+        model.module("mlp_out", layer).register_forward_hook(remember),
+        model.module("resid_post", layer).register_forward_hook(add_again),
+    ]
     try:
-        with patched(model, "attn_out", layer, added):
-            yield
+        yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+
+
+def _replacing_input(replace: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
+    """A hook before a module, whose input becomes what `replace` makes of it."""
+
+    def at_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            return (replace(args[0]), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": replace(kwargs["hidden_states"])}
+
+    return at_input
 
 
 class PatchedWindows:
@@ -113,7 +152,7 @@ def loss_batches(model: LanguageModel, tokens: TokenStore, hook: str, layer: int
     from saeens_models.metrics import LossBatch
 
     window_bytes = tokens.context_length * model.description.vocab_size * 4
-    for batch in tokens.sample("test", n_rows, batch_windows=max(1, _LOGIT_BYTES // window_bytes)):
+    for batch in tokens.sample("test", n_rows, batch_windows=max(1, LOGIT_BYTES // window_bytes)):
         windows = PatchedWindows(model, batch, hook, layer)
         yield LossBatch(windows.rows, windows.loss)
 

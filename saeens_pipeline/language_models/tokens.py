@@ -8,7 +8,8 @@
 * `document`: the document that the token is from, as a row of `documents.parquet`; -1 is padding.
 * `position`: the token's place within that document, counted from 0.
 
-`documents.parquet`, in the group's folder, has a row for every document that was used: split, document, name, language.
+`documents.parquet`, in the group's folder, has a row for every document that was used: split, document, name,
+and a column for each label that the corpus gives, such as language.
 """
 
 from __future__ import annotations
@@ -114,13 +115,13 @@ def write_tokens(
         train_tokens=train_tokens,
         test_tokens=test_tokens,
     )
-    require_free_disk(path, (train_tokens + test_tokens) * _position_bytes(description.vocab_size), "writing tokens")
+    require_free_disk(path, (train_tokens + test_tokens) * position_bytes(description.vocab_size), "writing tokens")
     tokenizer = load_tokenizer(description)
     separator = _separator(description) if packing == "concatenate" else None
     never_kept = _special_ids(tokenizer, description) if "special" in drop else np.empty(0, np.int64)
     group = zarr.open_group(path, mode="w", zarr_format=3)
     statistics: dict[Split, SplitTokens] = {}
-    documents: list[tuple[str, int, str, str]] = []
+    documents: list[pl.DataFrame] = []
     wanted: dict[Split, int] = {"train": train_tokens, "test": test_tokens}
     for split in SPLITS:
         used: list[Document] = []
@@ -145,14 +146,17 @@ def write_tokens(
             if windows_per_document is not None:
                 limit, way_out = f", windows_per_document: {windows_per_document}", ", or raise `windows_per_document`"
             raise SaeensError(
-                f"the corpus' {split} split has {writer.rows:,} activation rows with packing: {packing}{limit} and "
-                f"drop: [{', '.join(drop)}], but {wanted[split]:,} were asked for: "
+                f"the corpus' {split} split has {writer.rows:,} activation rows in {len(used):,} documents with packing: {packing}{limit} "
+                f"and drop: [{', '.join(drop)}], but {wanted[split]:,} were asked for: "
                 f"lower `{split}_tokens` to at most {writer.rows:,}{way_out}"
             )
         statistics[split] = writer.finish()
-        documents += [(split, i, d.name, d.language) for i, d in enumerate(used[: statistics[split].documents])]
-    schema = {"split": pl.String, "document": pl.Int32, "name": pl.String, "language": pl.String}
-    pl.DataFrame(documents, schema=schema, orient="row").write_parquet(path / "documents.parquet")
+        of_split = used[: statistics[split].documents]
+        labels = {field: [document.labels[field] for document in of_split] for field in of_split[0].labels}
+        schema = {"split": pl.String, "document": pl.Int32, "name": pl.String} | dict.fromkeys(labels, pl.String)
+        columns = {"split": [split] * len(of_split), "document": range(len(of_split)), "name": [document.name for document in of_split]}
+        documents.append(pl.DataFrame(columns | labels, schema))
+    pl.concat(documents).write_parquet(path / "documents.parquet")
     result = TokenStatistics(**statistics)
     group.attrs.update({"context_length": context_length, "packing": packing, "drop": sorted(drop), "statistics": asdict(result)})
     return result
@@ -247,7 +251,7 @@ class TokenStore:
         return np.concatenate(found)
 
     def documents(self, split: Split) -> pl.DataFrame:
-        """The documents of the split: document (as in the `document` array), name, language."""
+        """The documents of the split: document (as in the `document` array), name, and what the corpus labels."""
         import polars as pl
 
         return pl.scan_parquet(self.path / "documents.parquet").filter(pl.col("split") == split).drop("split").collect()
@@ -295,7 +299,7 @@ def _dtypes(vocab_size: int) -> dict[str, np.dtype[Any]]:
     }
 
 
-def _position_bytes(vocab_size: int) -> int:
+def position_bytes(vocab_size: int) -> int:
     """What one position takes before compression, which more than makes up for padding and positions that are dropped."""
     return sum(dtype.itemsize for dtype in _dtypes(vocab_size).values())
 
@@ -377,7 +381,7 @@ def _encode(
                     f"{description.name}: its tokenizer gives token {ids.max()}, but the model knows {description.vocab_size} tokens: "
                     "tokenizer.json and config.json are not of one model"
                 )
-            used.append(Document(document.name, "", document.language))
+            used.append(Document(document.name, "", document.labels))
             yield ids
 
 
@@ -398,7 +402,7 @@ def load_tokenizer(description: LanguageModelDescription) -> Tokenizer:
     """The language model's tokenizer. Raises ConfigurationError for one that cannot be read."""
     from tokenizers import Tokenizer
 
-    file = description.path / "tokenizer.json"
+    file = description.tokenizer_file
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the only class that tokenizers raises

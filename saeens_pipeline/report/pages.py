@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saeens_pipeline.report import figures
-from saeens_pipeline.report.control import compare, find_control
+from saeens_pipeline.report.control import compare
 from saeens_pipeline.report.lineage_diagram import diagram
 from saeens_pipeline.report.main_table import METRICS, main_table, metrics_of
 from saeens_pipeline.report.methods import in_order, method
@@ -51,7 +51,7 @@ def write_report(folder: Path, store: Store, catalogue: Catalogue, experiment: E
 
     results = Results.read(store.root, experiment.name, layer, experiment.ensemble.seeds)
     record = Record.read(store, experiment.name, experiment.source, layer)
-    control = find_control(catalogue, experiment)
+    control = catalogue.experiments.get(catalogue.controls.get(experiment.name, ""))
     untrained = Results.read(store.root, control.name, layer, control.ensemble.seeds) if control else None
     comparisons = list(compare(results, untrained)) if untrained else []
     setting = setting_of(record.language_model, str(record.setting("hook")), layer, str(record.setting("weights")))

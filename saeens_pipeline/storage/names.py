@@ -105,8 +105,8 @@ class Address:
                 return PurePosixPath("sources", self.owner, *dimensions, f"{self.name}.zarr")
             case "eval":
                 return PurePosixPath("tables", self.owner, self.name, *dimensions, "part.parquet")
-            case "report":
-                return PurePosixPath("reports", self.owner, *dimensions)
+            case "report":  # that of a layer, or what compares all layers and the experiments of a sweep
+                return PurePosixPath("reports", self.owner, *([] if self.name == "report" else [self.name]), *dimensions)
             case "leaderboard":
                 return PurePosixPath("tables", self.name, "part.parquet")
             case _:
@@ -140,6 +140,8 @@ def locate(path: PurePosixPath) -> tuple[Address, Partition] | None:
             candidate = owner, "eval", name
         case ["reports", owner] if (partition.layer is None) == (owner == LEADERBOARD):
             candidate = owner, "report", "report"
+        case ["reports", owner, name]:
+            candidate = owner, "report", name
         case _:
             return None
     owner, kind, name = candidate

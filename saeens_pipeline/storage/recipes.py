@@ -172,6 +172,18 @@ class Store:
             return None
         return artefact if artefact and artefact.recipe_hash == recipe.hash else None
 
+    def made_alike(self, address: Address, partition: Partition, recipe: Recipe) -> tuple[Address, Artefact] | tuple[None, None]:
+        """What any experiment has in the same partition that was made by this very recipe and is not damaged, and where; or two None."""
+        folders = address.path(partition).parts
+        for file in sorted(self.root.glob("/".join([folders[0], "*", *folders[2:-2], "*", "*", RECIPE_FILE]))):
+            found = locate(PurePosixPath(file.parent.relative_to(self.root).as_posix()))
+            with contextlib.suppress(OSError, ValueError, KeyError):  # what cannot be read serves nobody
+                if found and digest(json.loads(file.read_text())["recipe"]) == recipe.hash:
+                    artefact = self.hit(found[0], partition, recipe)
+                    if artefact:
+                        return found[0], artefact
+        return None, None
+
     def require(self, address: Address, partition: Partition) -> Artefact:
         """The artefact at that address. Raises MissingInputError, which says what makes it."""
         artefact = self.find(address, partition)

@@ -37,13 +37,15 @@ class Table:
     columns: tuple[Column, ...]
 
 
+METHODS = ("single", "bagging", "boosting", "expanded", "expanded_l0_matched", "compute_matched", "matching_pursuit")
+
 SUBJECT = (
     Column("experiment", "str", "experiment"),
     Column("layer", "int", "layer of the language model, from 0"),
     Column("seed", "int", "ensemble seed"),
     Column("language_model", "str", "trained, or random: the untrained control"),
-    Column("method", "str", "single, bagging, boosting, expanded, expanded_l0_matched"),
-    Column("n_members", "int", "SAEs in the ensemble (the first n); for expanded SAEs the n whose width they match"),
+    Column("method", "str", ", ".join(METHODS)),
+    Column("n_members", "int", "SAEs in the ensemble (the first n); for expanded SAEs the n whose width they match; else 1"),
     Column("sae_data_versions", "str", "data versions of the SAEs measured, in member order"),
 )
 
@@ -204,8 +206,8 @@ LEADERBOARD = Table(
         Column("source", "str", "where its activations come from"),
         Column("language_model", "str", "trained, or random: the untrained control"),
         Column("layer", "int", "layer of the language model, from 0"),
-        Column("method", "str", "single, bagging, boosting, expanded, expanded_l0_matched"),
-        Column("n_members", "int", "SAEs in the ensemble; for expanded SAEs the n whose width they match"),
+        Column("method", "str", ", ".join(METHODS)),
+        Column("n_members", "int", "SAEs in the ensemble; for expanded SAEs the n whose width they match; else 1"),
         Column("n_seeds", "int", "ensemble seeds that the means are over"),
         Column("seeds", "str", "which, comma-separated"),
         Column("n_features", "int", "features of the whole dictionary"),
@@ -213,14 +215,46 @@ LEADERBOARD = Table(
         Column("train_tokens", "int", "tokens seen in training, summed over members, mean over seeds"),
         Column("train_flops", "float", "dense-equivalent operations of training, mean over seeds"),
         Column("train_seconds", "float", "seconds of training, mean over seeds"),
+        Column("control", "str", "the same experiment on the untrained language model; null where there is none"),
+        Column("control_explained_variance", "float", "the control's, of the same layer and method; null where it was not run"),
+        Column("control_stability", "float", "the control's, likewise"),
         Column("sae_data_versions", "str", "data versions of the SAEs in member order, comma-separated; seeds are separated by ;"),
     ),
 )
 
+PARETO = Table(
+    "pareto",
+    "What each method gives for its L0 and for its bits, over the values of a sweep",
+    (
+        Column("sweep", "str", "the experiment that has the sweep"),
+        Column("field", "str", "what is varied: a field of sae"),
+        Column("value", "float", "its value"),
+        Column("experiment", "str", "the experiment with that value"),
+        Column("layer", "int", "layer of the language model, from 0"),
+        Column("language_model", "str", "trained, or random: the untrained control"),
+        Column("method", "str", ", ".join(METHODS)),
+        Column("n_members", "int", "SAEs in the whole ensemble; for expanded SAEs the n whose width they match; else 1"),
+        Column("n_features", "int", "features of the whole dictionary"),
+        Column("n_seeds", "int", "ensemble seeds that the means are over"),
+        Column("seeds", "str", "which, comma-separated"),
+        Column("l0", "float", "features that fire per token, mean over seeds"),
+        Column("l0_by_seed", "str", "the points, comma-separated, in the order of seeds"),
+        Column("description_length_bits", "float", "bits per token that send the code, mean over seeds; null where they were not measured"),
+        Column("description_length_bits_by_seed", "str", "the points"),
+        Column("explained_variance", "float", "on held-out tokens, mean over seeds"),
+        Column("explained_variance_by_seed", "str", "the points"),
+        Column("train_flops", "float", "dense-equivalent operations of training, mean over seeds; null without the table cost"),
+        Column("on_l0_front", "int", "1: no other row of the layer has at most its l0 and more explained variance, or less and as much"),
+        Column("on_bits_front", "int", "the same for description_length_bits"),
+        Column("sae_data_versions", "str", "data versions of the SAEs in member order, comma-separated; seeds are separated by ;"),
+    ),
+)
+_OVER_SEEDS = {table.name: table for table in (LEADERBOARD, PARETO)}
+
 
 def columns_of(table: str) -> tuple[Column, ...]:
     """All columns of a table, those that say what was measured first."""
-    return LEADERBOARD.columns if table == LEADERBOARD.name else SUBJECT + TABLES[table].columns
+    return _OVER_SEEDS[table].columns if table in _OVER_SEEDS else SUBJECT + TABLES[table].columns
 
 
 def frame(table: str, rows: Iterable[Mapping[str, Any]]) -> pl.DataFrame:

@@ -1,9 +1,10 @@
-"""Standard, TopK and JumpReLU SAEs against SAELens' values, and what holds for every architecture."""
+"""SAEs of every architecture against SAELens' values, and what holds for each of them."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,14 +14,36 @@ from torch import Tensor
 
 import saeens_models as sm
 from saeens_models.architectures import architectures, validate_l0_multiple
+from saeens_models.architectures.batch_topk import BatchTopKConfig, BatchTopKSAE
+from saeens_models.architectures.gated import GatedConfig
 from saeens_models.architectures.jumprelu import JumpReLUConfig
+from saeens_models.architectures.matching_pursuit import MatchingPursuitConfig
 from saeens_models.architectures.standard import StandardConfig
 from saeens_models.architectures.topk import TopKConfig, TopKSAE
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 D_IN, D_SAE, K = 16, 48, 6
-OWN_FIELDS = {"standard": {"l1_coefficient": 0.75}, "topk": {"k": K}, "jumprelu": {"l0_coefficient": 0.75, "bandwidth": 0.05}}
+OWN_FIELDS = {
+    "batch_topk": {"k": K},
+    "gated": {"l1_coefficient": 0.75},
+    "jumprelu": {"l0_coefficient": 0.75, "bandwidth": 0.05},
+    "matching_pursuit": {"max_iterations": K, "residual_threshold": 0.5},
+    "standard": {"l1_coefficient": 0.75},
+    "topk": {"k": K},
+}
 ARCHITECTURES = sorted(OWN_FIELDS)
+IN_GOLDEN_FOLDERS = ["jumprelu", "standard", "topk"]
+OF_SAELENS: dict[str, str] = {"batchtopk": "batch_topk", "topk_aux": "topk"}  # names of golden training steps
+PURSUITS: dict[str, dict[str, Any]] = {
+    "matching_pursuit": {"architecture": "matching_pursuit", "max_iterations": 6, "residual_threshold": 0.5},
+    "matching_pursuit_long": {
+        "architecture": "matching_pursuit",
+        "max_iterations": 12,
+        "residual_threshold": 0.0,
+        "stop_on_duplicate_support": False,
+    },
+}
+"""Golden training steps of matching pursuit, with their settings."""
 TERMS = {"mse_loss": "mse", "l1_loss": "l1", "l0_loss": "l0", "auxiliary_reconstruction_loss": "auxiliary"}
 
 
@@ -55,7 +78,7 @@ def weight_noise(weight: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @pytest.mark.parametrize("member", range(4))
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", IN_GOLDEN_FOLDERS)
 def test_saelens_folder_gives_the_codes_and_reconstructions_of_saelens(golden, architecture, member):
     sae = sm.load_sae(GOLDEN / "sae_lens" / architecture / f"member_{member}")
     z = sae.encode(golden["activations"])
@@ -63,10 +86,11 @@ def test_saelens_folder_gives_the_codes_and_reconstructions_of_saelens(golden, a
     torch.testing.assert_close(sae.decode(z), golden[f"{architecture}.member.{member}.reconstruction"], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["standard", "topk", "topk_aux", "jumprelu"])
+@pytest.mark.parametrize("name", ["standard", "topk", "topk_aux", "jumprelu", "batchtopk", "gated", *PURSUITS])
 def test_objective_and_gradients_equal_those_of_saelens(golden, expected, name):
-    sae = sm.build_sae(config(name.removesuffix("_aux")))
-    sae.load_state_dict({key.rsplit(".", 1)[1]: value for key, value in golden.items() if key.startswith(f"training.{name}.param.")})
+    sae = sm.build_sae(config(**PURSUITS.get(name, {"architecture": OF_SAELENS.get(name, name)})))
+    weights = {key.rsplit(".", 1)[1]: value for key, value in golden.items() if key.startswith(f"training.{name}.param.")}
+    sae.load_state_dict(weights, strict=name != "batchtopk")  # whose threshold is not one of the weights
     dead_mask = golden["training.topk_aux.dead_mask"].bool() if name == "topk_aux" else None
     objective = sae.objective(golden["training.batch"], dead_mask)
     objective.loss.backward()
@@ -81,7 +105,7 @@ def test_objective_and_gradients_equal_those_of_saelens(golden, expected, name):
 # Objectives
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "batch_topk"])  # which encodes by its threshold
 def test_objective_counts_what_encode_gives(golden, architecture):
     sae = random_sae(architecture)
     x = golden["training.batch"]
@@ -93,7 +117,7 @@ def test_objective_counts_what_encode_gives(golden, architecture):
     assert objective.loss.item() == pytest.approx(sum(term.item() for term in objective.terms.values()))
 
 
-@pytest.mark.parametrize(("architecture", "term"), [("standard", "l1"), ("jumprelu", "l0")])
+@pytest.mark.parametrize(("architecture", "term"), [("standard", "l1"), ("gated", "l1"), ("jumprelu", "l0")])
 def test_sparsity_scale_multiplies_the_sparsity_term_only(golden, architecture, term):
     sae = random_sae(architecture)
     whole, half = (sae.objective(golden["training.batch"], sparsity_scale=scale) for scale in (1.0, 0.5))
@@ -150,10 +174,83 @@ def test_topk_auxiliary_loss_scales_with_the_number_of_dead_features(golden):
     assert random_sae("topk", aux_loss_coefficient=0).objective(x, dead_mask).terms["auxiliary"] == 0
 
 
+def test_batch_topk_keeps_the_largest_of_the_batch_and_decodes_them(golden):
+    sae = random_sae("batch_topk")
+    x = golden["training.batch"]
+    objective = sae.objective(x)
+    pre = sae.pre_activations(x).detach()
+    kept = pre >= pre.flatten().sort().values[-K * len(x)]
+    assert objective.fire_counts.sum() == K * len(x)
+    assert kept.sum(1).max() > K > kept.sum(1).min()  # not k of each token
+    torch.testing.assert_close(objective.x_hat, (pre * kept) @ sae.W_dec.detach() + sae.b_dec.detach())
+
+
+def test_batch_topk_keeps_no_negative_ones(golden):
+    sae = random_sae("batch_topk", k=40)
+    x = golden["training.batch"]
+    assert torch.equal(sae.objective(x).fire_counts, (sae.pre_activations(x) > 0).sum(0))
+    with torch.no_grad():
+        sae.b_enc.fill_(-100.0)
+    sae.backpropagate(x)  # a batch that keeps nothing
+    assert sae.get_buffer("threshold") == 0
+
+
+def test_batch_topk_auxiliary_loss_is_that_of_topk(golden):
+    x, dead_mask = golden["training.batch"], torch.arange(D_SAE) % 4 == 0
+    batch_topk, topk = random_sae("batch_topk"), random_sae("topk")
+    error = (x - batch_topk.objective(x).x_hat, x - topk.objective(x).x_hat)
+    pre = topk.pre_activations(x)[:, dead_mask]
+    top = pre.topk(D_IN // 2)
+    e_hat = torch.zeros_like(pre).scatter(1, top.indices, top.values) @ topk.W_dec[dead_mask]
+    for sae, e in zip((batch_topk, topk), error, strict=True):
+        torch.testing.assert_close(sae.objective(x, dead_mask).terms["auxiliary"], (e_hat - e).square().sum(1).mean().detach())
+
+
+def test_batch_topk_threshold_follows_the_smallest_that_batches_keep(golden):
+    sae = random_sae("batch_topk", threshold_rate=0.25)
+    threshold, batches = 0.0, golden["training.batch"].split(64)
+    for x in batches:
+        sae.backpropagate(x)
+        smallest = sae.pre_activations(x).flatten().sort().values[-K * len(x)].item()
+        threshold += 0.25 * (smallest - threshold)
+    assert sae.get_buffer("threshold").item() == pytest.approx(threshold)
+    pre = sae.pre_activations(batches[-1])
+    assert torch.equal(sae.encode(batches[-1]), pre * (pre > threshold))
+
+
+def test_batch_topk_is_saved_as_a_jumprelu_sae_with_its_threshold(tmp_path, golden):
+    sae = random_sae("batch_topk")
+    assert isinstance(sae, BatchTopKSAE)
+    sae.threshold.fill_(0.4)
+    sm.save_sae(sae, tmp_path)
+    cfg, loaded = json.loads((tmp_path / "cfg.json").read_text()), sm.load_sae(tmp_path)
+    assert cfg["architecture"] == loaded.config.architecture == "jumprelu"
+    assert cfg["metadata"]["saeens_trained_as"] == sae.config.model_dump()
+    assert torch.equal(loaded.get_parameter("threshold"), torch.full((D_SAE,), 0.4))
+    z = loaded.encode(golden["activations"])
+    assert 0 < (z > 0).float().mean() < 1
+    assert torch.equal(z, sae.encode(golden["activations"]))
+
+
+def test_gated_features_are_those_with_open_gates(golden):
+    sae = random_sae("gated")
+    b_gate, b_mag, r_mag = (sae.get_parameter(name) for name in ("b_gate", "b_mag", "r_mag"))
+    x = golden["activations"]
+    pre = (x - sae.b_dec) @ sae.W_enc
+    magnitude = ((x - sae.b_dec) @ (sae.W_enc * r_mag.exp()) + b_mag).clamp(min=0)
+    torch.testing.assert_close(sae.encode(x), torch.where(pre + b_gate > 0, magnitude, 0))
+
+
+def test_folding_the_input_scale_lowers_the_residual_threshold_of_matching_pursuit():
+    sae = random_sae("matching_pursuit")
+    sae.fold_input_scale(4.0)
+    assert sae.config == config("matching_pursuit", residual_threshold=0.125)
+
+
 # What every architecture does
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name not in {"gated", "matching_pursuit"}])
 @pytest.mark.parametrize("apply_b_dec_to_input", [True, False])
 def test_b_dec_is_subtracted_from_the_input_if_configured(golden, architecture, apply_b_dec_to_input):
     sae = random_sae(architecture, apply_b_dec_to_input=apply_b_dec_to_input)
@@ -205,7 +302,8 @@ def test_initial_weights_follow_the_init_seed_and_nothing_else(architecture):
     assert not torch.isclose(sae.W_dec, other.W_dec).all(dim=1).any()
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.full((D_SAE,), 0.3))
     assert torch.equal(sae.W_enc, sae.W_dec.t())
-    assert (sae.b_enc == 0).all() and (sae.b_dec == 0).all()
+    biases = [weight for name, weight in sae.named_parameters() if name not in {"W_enc", "W_dec", "threshold"}]
+    assert all((bias == 0).all() for bias in biases)
 
 
 def test_given_b_dec_replaces_zero():
@@ -215,18 +313,33 @@ def test_given_b_dec_replaces_zero():
         sm.build_sae(config("topk"), b_dec=torch.zeros(3))
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ["batch_topk", "jumprelu", "standard", "topk"])
 def test_flops_are_two_and_five_matrix_products(architecture):
     product = 2 * D_IN * D_SAE
     assert config(architecture).inference_flops_per_token == 2 * product
     assert config(architecture).train_flops_per_token == 5 * product
 
 
+def test_flops_of_gated_and_matching_pursuit_count_what_they_compute():
+    product = 2 * D_IN * D_SAE
+    assert (config("gated").inference_flops_per_token, config("gated").train_flops_per_token) == (2 * product, 8 * product)
+    pursuit = config("matching_pursuit", max_iterations=10)
+    assert pursuit.inference_flops_per_token == 10 * (product + 2 * D_IN)
+    assert pursuit.train_flops_per_token == 10 * (product + 12 * D_IN)
+
+
 # Configurations
 
 
 def test_architecture_chooses_the_configuration_class():
-    classes = {"standard": StandardConfig, "topk": TopKConfig, "jumprelu": JumpReLUConfig}
+    classes = {
+        "batch_topk": BatchTopKConfig,
+        "gated": GatedConfig,
+        "jumprelu": JumpReLUConfig,
+        "matching_pursuit": MatchingPursuitConfig,
+        "standard": StandardConfig,
+        "topk": TopKConfig,
+    }
     assert architectures() == tuple(sorted(classes))
     for architecture, config_class in classes.items():
         made = config(architecture)
@@ -250,7 +363,7 @@ def test_configuration_can_be_a_field_of_another_model():
         ({"architecture": "topk", "k": 4, "l1_coefficient": 1.0}, "l1_coefficient", "not permitted"),
         ({"architecture": "jumprelu", "bandwidth": -1}, "bandwidth", "greater than 0"),
         ({"architecture": "standard", "l1_coefficient": float("nan")}, "l1_coefficient", "finite"),
-        ({"architecture": "top_k", "k": 4}, "architecture", "jumprelu, standard, topk"),
+        ({"architecture": "top_k", "k": 4}, "architecture", "batch_topk, gated, jumprelu, matching_pursuit, standard, topk"),
         ({"k": 4}, "architecture", "missing"),
     ],
 )
@@ -274,16 +387,19 @@ def test_settings_are_a_configuration_without_sizes_and_seed():
 
 
 def test_k_larger_than_d_sae_is_refused():
-    with pytest.raises(ValidationError, match="k = 49 is larger than d_sae = 48"):
-        config("topk", k=49)
+    for architecture in ("topk", "batch_topk"):
+        with pytest.raises(ValidationError, match="k = 49 is larger than d_sae = 48"):
+            config(architecture, k=49)
 
 
 def test_l0_multiplies_only_where_it_is_set_directly():
     multiplied = config("topk", d_sae=4 * D_SAE, init_seed=9).with_l0_multiplied(4)
     assert multiplied == config("topk", d_sae=4 * D_SAE, init_seed=9, k=4 * K)
+    assert config("batch_topk", k=2.5).with_l0_multiplied(4) == config("batch_topk", k=10)
+    assert config("matching_pursuit").with_l0_multiplied(4) == config("matching_pursuit", max_iterations=4 * K)
     validate_l0_multiple("topk")
-    for architecture in ("standard", "jumprelu"):
-        with pytest.raises(ValueError, match=f"{architecture}.*possible with: topk"):
+    for architecture in ("standard", "jumprelu", "gated"):
+        with pytest.raises(ValueError, match=f"{architecture}.*possible with: batch_topk, matching_pursuit, topk"):
             config(architecture).with_l0_multiplied(4)
         with pytest.raises(ValueError, match=architecture):
             validate_l0_multiple(architecture)
@@ -297,13 +413,14 @@ def test_saved_sae_comes_back_with_its_configuration_and_bits(tmp_path, architec
     sae = random_sae(architecture, init_seed=11, apply_b_dec_to_input=False)
     sm.save_sae(sae, tmp_path / "new" / "folder", metadata={"model_name": "m", "hook_name": "blocks.0.hook_resid_post"})
     loaded = sm.load_sae(tmp_path / "new" / "folder")
+    sae = sae.inference_form()
     assert loaded.config == sae.config
     for name, weight in sae.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], weight)
     assert loaded.W_enc.t().is_contiguous()
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", IN_GOLDEN_FOLDERS)
 def test_saved_folder_has_the_files_keys_and_shapes_of_saelens(tmp_path, architecture):
     sm.save_sae(random_sae(architecture), tmp_path, metadata={"model_name": "m"})
     saelens = GOLDEN / "sae_lens" / architecture / "member_0"
@@ -344,7 +461,10 @@ def edit_weights(folder: Path, **weights: Tensor | None) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: edit_cfg(folder, architecture="gated"), "architecture: 'gated' is unknown; one of: jumprelu, standard, topk"),
+        (
+            lambda folder: edit_cfg(folder, architecture="p_anneal"),
+            "architecture: 'p_anneal' is unknown; one of: batch_topk, gated, jumprelu",
+        ),
         (lambda folder: edit_cfg(folder, d_sae=47), r"W_dec \[48, 16\] \(expected \[47, 16\]\)"),
         (lambda folder: edit_cfg(folder, d_in="wide"), "d_in must be a positive integer, found 'wide'"),
         (lambda folder: edit_cfg(folder, k=49), "k = 49 is larger than d_sae = 48"),

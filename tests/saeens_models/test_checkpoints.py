@@ -78,6 +78,19 @@ def _interrupted(file: Path, train: Callable = sm.train, configs: list = CONFIGS
 
 
 @either
+def test_architectures_with_other_weights_and_state_outside_of_them_go_on_with_the_same_bits(train: Callable, tmp_path: Path):
+    configs = [
+        sm.SAEConfig(architecture="batch_topk", d_in=D_IN, d_sae=32, k=2.5, init_seed=4),
+        sm.SAEConfig(architecture="gated", d_in=D_IN, d_sae=32, init_seed=5),
+        sm.SAEConfig(architecture="matching_pursuit", d_in=D_IN, d_sae=32, max_iterations=4, init_seed=6),
+    ]
+    _interrupted(tmp_path / "state", train, configs)
+    saes = train(configs, _batches(), TRAINING, checkpoints=sm.Checkpoints(tmp_path / "state"))
+    assert saes[0].get_buffer("threshold") > 0
+    assert _same_bits(_weights(saes), _weights(train(configs, _batches(), TRAINING)))
+
+
+@either
 @pytest.mark.parametrize("after", [1, 10, N_BATCHES - 1])
 def test_an_interrupted_training_ends_with_the_bits_of_one_that_was_not(train: Callable, after: int, tmp_path: Path):
     curve: list[Sequence[CurvePoint]] = []

@@ -13,6 +13,9 @@ _ARCHITECTURES = [
     {"architecture": "topk", "k": 4},
     {"architecture": "standard", "l1_coefficient": 0.3},
     {"architecture": "jumprelu", "bandwidth": 0.4, "init_threshold": 0.2},
+    {"architecture": "batch_topk", "k": 4, "threshold_rate": 0.2},
+    {"architecture": "gated", "l1_coefficient": 0.3},
+    {"architecture": "matching_pursuit", "max_iterations": 4},
 ]
 
 

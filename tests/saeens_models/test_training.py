@@ -15,6 +15,9 @@ from saeens_models.training import CurvePoint, NonFiniteLossError, SAETrainer
 
 D_IN, D_SAE = 12, 40
 CONFIGS = {
+    "batch_topk": {"k": 3, "threshold_rate": 0.1},
+    "gated": {"l1_coefficient": 0.05},
+    "matching_pursuit": {"max_iterations": 3, "decoder_init_norm": 0.5},
     "standard": {"l1_coefficient": 0.05},
     "topk": {"k": 3, "decoder_init_norm": 0.5},
     "jumprelu": {"l0_coefficient": 0.01, "init_threshold": 0.05, "bandwidth": 0.2},

@@ -4,15 +4,33 @@ from __future__ import annotations
 
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fake_hub import UNREACHABLE, FakeHub, reach, serving
+from huggingface_hub import constants
 from hypothesis import settings
 from tiny_experiment import Laboratory
 from tiny_models import write_tiny_model
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
 settings.load_profile("ci")  # the same examples in every run, and no complaint about a slow machine
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test asks the real hub."""
+    reach(monkeypatch, UNREACHABLE)
+
+
+@pytest.fixture
+def fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """A hub without repositories, and an empty cache."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    with serving(FakeHub()) as fake:
+        reach(monkeypatch, fake.url)
+        yield fake
 
 
 @pytest.fixture(scope="session")

@@ -88,10 +88,10 @@ WRONG_VALUES = {  # text, where it is wrong, field, what was found, what is allo
     "a layer twice": (_text({"layers": [1, 1]}), "layers:", "layers", "[1, 1]", ["twice"]),
     "name": (_text(name="Tiny-1"), "name: Tiny", "name", "'Tiny-1'", ["lower-case letters, digits and _"]),
     "architecture": (
-        _text(sae={"architecture": "gated", "expansion": 2}),
+        _text(sae={"architecture": "p_anneal", "expansion": 2}),
         "architecture:",
         "sae.architecture",
-        "'gated'",
+        "'p_anneal'",
         ["jumprelu", "standard", "topk"],
     ),
     "no architecture": (_text(sae={"expansion": 2}), "sae:", "sae.architecture", "missing", ["jumprelu", "standard", "topk"]),
@@ -109,7 +109,13 @@ WRONG_VALUES = {  # text, where it is wrong, field, what was found, what is allo
     "automation": (_text(automation="sometimes"), "automation:", "automation", "'sometimes'", ["on", "off"]),
     "expanded sizes": (_text(expanded_sizes=[9]), "type:|expanded_sizes:", "", "expanded_sizes: 9", ["3 members"]),
     "no expanded sizes": (_text(expanded_sizes=[]), "expanded_sizes:", "expanded_sizes", "[]", []),
-    "L0 that cannot be matched": (_text(sae={"architecture": "standard", "expansion": 2}), "type:|baselines:", "", "'standard'", ["topk"]),
+    "L0 that cannot be matched": (
+        _text(sae={"architecture": "standard", "expansion": 2}),
+        "- expanded_l0_matched",
+        "baselines.1",
+        "'standard'",
+        ["topk"],
+    ),
     "no name": (_text(name=None), "attributes:", "name", "", ["required"]),
 }
 
@@ -233,6 +239,58 @@ def test_an_unknown_source_beside_a_source_with_the_experiments_name_is_said(lab
     laboratory.write(experiment_file(("ActivationSource", source_settings("some/model", name="sound_too"))), "second")
     (message,) = laboratory.catalogue.broken.values()
     assert "there is no source 'elsewhere'" in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "line", "field", "said"),
+    [
+        (
+            {"sae": {"architecture": "standard", "expansion": 2}, "baselines": ["matching_pursuit"]},
+            "- matching_pursuit",
+            ".baselines.0",
+            "matching_pursuit has the L0 of all members: architecture 'standard' sets its L0 through a sparsity coefficient",
+        ),
+        ({"baselines": ["mp"]}, "- mp", ".baselines.0", "Input should be 'expanded', 'expanded_l0_matched', 'compute_matched'"),
+        (
+            {"baselines": ["expanded"], "baseline_training": {"compute_matched": {}}},
+            "compute_matched:",
+            ".baseline_training.compute_matched",
+            "compute_matched is not among baselines: add it there, or leave this out",
+        ),
+        (
+            {
+                "baselines": ["compute_matched"],
+                "ensemble": {"members": 2, "seeds": [1], "specialised": [{"member": 2, "documents": {"language": ["python"]}}]},
+            },
+            "- compute_matched",
+            ".baselines.0",
+            "compute_matched sees every row once per member, and specialised members with documents see fewer: leave it out",
+        ),
+        (
+            {"sae": [{"architecture": "topk", "expansion": 2, "k": 4}] * 3, "baselines": ["compute_matched"]},
+            "- compute_matched",
+            ".baselines.0",
+            "compute_matched is not defined where sae is a list",
+        ),
+        (
+            {"baselines": ["expanded"], "baseline_training": {"expanded": {"batch": 5}}},
+            "batch:",
+            ".baseline_training.expanded.batch",
+            "unknown key; one of: learning_rate, ",
+        ),
+        (
+            {"training": {"learning_rate_warmup_fraction": 0.6}, "baselines": ["expanded"]}
+            | {"baseline_training": {"expanded": {"learning_rate_decay_fraction": 0.6}}},
+            "expanded:",
+            ".baseline_training.expanded",
+            "together with training: Value error, learning_rate_warmup_fraction and learning_rate_decay_fraction overlap",
+        ),
+    ],
+)
+def test_wrong_baselines_are_said(laboratory: Laboratory, changes: dict[str, Any], line: str, field: str, said: str):
+    text = _text(**changes)
+    file, message = _message(laboratory, text)
+    assert message.startswith(f"{file}:{_line(text, line)}: attributes{field}: {said}")
 
 
 @pytest.mark.filterwarnings("ignore")  # what is beta or deprecated inside Dagster

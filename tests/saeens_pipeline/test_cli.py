@@ -92,7 +92,7 @@ print([name for name in {heavy} if name in sys.modules], file=sys.stderr)
 def test_help_names_every_command(saeens: Saeens):
     outcome = saeens("--help")
     assert outcome.code == 0
-    for command in ("run", "experiments", "status", "table", "leaderboard", "new", "gc", "ui", "doctor", "reference-model"):
+    for command in ("run", "experiments", "status", "table", "leaderboard", "plan", "new", "gc", "ui", "doctor", "reference-model"):
         assert command in outcome.out
 
 

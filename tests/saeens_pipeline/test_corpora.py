@@ -85,7 +85,7 @@ def test_documents_are_bounded_and_hold_text(small: InstalledPackages):
     for split in SPLITS:
         for document in small.documents(split):
             assert 200 <= len(document.text) <= 24_000, document.name
-            assert document.language
+            assert document.labels["language"]
             assert "\r" not in document.text
 
 
@@ -123,7 +123,7 @@ def test_identity_changes_with_the_reader(small: InstalledPackages, monkeypatch:
 
 def test_an_unknown_corpus_is_refused_with_those_that_there_are():
     assert isinstance(open_corpus("builtin/installed_packages"), InstalledPackages)
-    with pytest.raises(ValueError, match="'wikipedia' is not known; available: builtin/installed_packages"):
+    with pytest.raises(ValueError, match=r"'wikipedia' is not known; it can be builtin/installed_packages, \{name: DATASET"):
         open_corpus("wikipedia")
 
 
@@ -171,7 +171,7 @@ def _code(topic: str, lines: int = 12) -> str:
 def test_languages_are_told_by_suffix_and_other_files_left_out(shelf: Shelf):
     files = {f"p/{name}": _code(name.replace(".", "_")) for name in ("a.py", "b.pyi", "c.js", "d.h", "e.md", "f.txt", "g.so", "h.json")}
     shelf.install("p", files, readme=_code("readme"))
-    languages = {name: document.language for name, document in shelf.documents().items()}
+    languages = {name: document.labels["language"] for name, document in shelf.documents().items()}
     assert languages == {
         "p/p/a.py": "python", "p/p/b.pyi": "python", "p/p/c.js": "javascript", "p/p/d.h": "cpp_header", "p/p/e.md": "prose",
         "p/p.dist-info/METADATA": "prose",
@@ -240,14 +240,14 @@ def test_sources_in_source_maps_are_documents(shelf: Shelf):
     sources = {"src/app.tsx": _code("app"), "src/style.css": _code("style"), "src/none.ts": None}
     content = json.dumps({"version": 3, "sources": list(sources), "sourcesContent": list(sources.values())})
     shelf.install("p", {"p/bundle.js.map": content, "p/empty.js.map": '{"version": 3, "sources": ["a.ts"]}'})
-    assert {name: document.language for name, document in shelf.documents().items()} == {"p/src/app.tsx": "typescript"}
+    assert {name: document.labels["language"] for name, document in shelf.documents().items()} == {"p/src/app.tsx": "typescript"}
 
 
 def test_no_package_dominates_a_language(shelf: Shelf, monkeypatch: pytest.MonkeyPatch):
     files = {f"p/f{i}.py": _code(f"f{i}") for i in range(20)} | {"p/readme.md": _code("readme")}
     monkeypatch.setattr(corpora, "MAX_PACKAGE_BYTES", 5 * len(_code("f0")))
     shelf.install("p", files)
-    languages = [document.language for document in shelf.documents().values()]
+    languages = [document.labels["language"] for document in shelf.documents().values()]
     assert 4 <= languages.count("python") <= 6
     assert languages.count("prose") == 1
 

@@ -7,11 +7,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import CONTEXT_LENGTH, D_MODEL, END_OF_TEXT, N_LAYERS, VOCAB_SIZE, edit_config, write_tiny_model
+from tiny_models import CONTEXT_LENGTH, D_MODEL, END_OF_TEXT, N_LAYERS, VOCAB_SIZE, Architecture, edit_config, write_tiny_model
 
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models import models
@@ -32,7 +33,12 @@ def gpt_neox(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("models") / "gpt_neox")
 
 
-@pytest.fixture(scope="module", params=["gpt_neox", "llama"])
+FAMILIES: tuple[Architecture, ...] = get_args(Architecture)
+SEQUENTIAL = [family for family in FAMILIES if family != "gpt_neox"]
+FINAL_NORMS = {"gpt_neox": "gpt_neox.final_layer_norm", "llama": "model.norm", "gemma2": "model.norm", "gpt2": "transformer.ln_f"}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
     return load_language_model(describe_language_model(str(write_tiny_model(tmp_path_factory.mktemp("models") / "model", request.param))))
 
@@ -47,7 +53,7 @@ def copied(gpt_neox: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(gpt_neox, tmp_path / "model"))
 
 
-@pytest.mark.parametrize("architecture", ["gpt_neox", "llama"])
+@pytest.mark.parametrize("architecture", FAMILIES)
 def test_description_holds_what_the_configuration_says(architecture, tmp_path):
     path = write_tiny_model(tmp_path / "model", architecture)
     found = describe_language_model(str(path))
@@ -115,9 +121,10 @@ def test_incomplete_folders_are_refused_and_say_what_is_missing(copied, break_it
         describe_language_model(str(copied))
 
 
-def test_names_on_a_hub_are_refused():
-    with pytest.raises(ConfigurationError, match="supports builtin/reference and local folders"):
-        describe_language_model("EleutherAI/pythia-160m")
+def test_a_name_that_can_be_no_model_is_refused_with_what_can_be():
+    for name in ("builtin/other", "a/b/c", "../up", "some model"):
+        with pytest.raises(ConfigurationError, match=r"no such folder. It can be builtin/reference, .*hub, or transformer_lens:NAME"):
+            describe_language_model(name)
 
 
 def test_revisions_of_local_models_are_refused(gpt_neox):
@@ -149,14 +156,15 @@ def test_hooks_that_the_model_lacks_are_refused_with_those_it_has(gpt_neox, hook
         validate_hook(describe_language_model(str(gpt_neox)), hook, [0])
 
 
-@pytest.mark.parametrize("architecture", ["gpt_neox", "llama"])
+@pytest.mark.parametrize("architecture", FAMILIES)
 def test_modules_are_checked_without_reading_weights(tmp_path, architecture):
     path = write_tiny_model(tmp_path / "model", architecture)
     description = describe_language_model(str(path))
     (path / "model.safetensors").unlink()
     for hook in HOOKS:
-        validate_modules(description, hook, LAYERS)
-    block = "gpt_neox.layers" if architecture == "gpt_neox" else "model.layers"
+        if hook != "resid_mid" or architecture in SEQUENTIAL:
+            validate_modules(description, hook, LAYERS)
+    block = {"gpt_neox": "gpt_neox.layers", "gpt2": "transformer.h"}.get(architecture, "model.layers")
     validate_modules(description, block + ".{layer}.mlp", LAYERS)
     with pytest.raises(ConfigurationError, match=rf"has no module '{block}\.2\.router'; it has .*{block}\.2\.mlp"):
         validate_modules(description, block + ".{layer}.router", [2])
@@ -170,7 +178,7 @@ def test_resid_post_and_resid_pre_equal_the_hidden_states_of_transformers(model,
         assert torch.equal(post[layer], expected[layer + 1])
     for layer in LAYERS:
         assert torch.equal(pre[layer], expected[layer])
-    final_norm = model.model.get_submodule("gpt_neox.final_layer_norm" if model.description.model_type == "gpt_neox" else "model.norm")
+    final_norm = model.model.get_submodule(FINAL_NORMS[model.description.model_type])
     with torch.no_grad():
         assert torch.equal(final_norm(post[LAYERS[-1]]), expected[-1])
 
@@ -178,6 +186,43 @@ def test_resid_post_and_resid_pre_equal_the_hidden_states_of_transformers(model,
 def test_a_block_adds_the_outputs_of_attention_and_mlp_to_its_input(model, tokens):
     parts = [model.activations(tokens, hook, [1])[1] for hook in ("resid_pre", "attn_out", "mlp_out")]
     torch.testing.assert_close(sum(parts), model.activations(tokens, "resid_post", [1])[1])
+
+
+@pytest.mark.parametrize("architecture", SEQUENTIAL)
+def test_the_stream_is_what_attention_and_then_mlp_were_added_to(architecture, tmp_path, tokens):
+    model = load_language_model(describe_language_model(str(write_tiny_model(tmp_path / "model", architecture))))
+    for layer in LAYERS:
+        pre, attention, mid, mlp, post = (
+            model.activations(tokens, hook, [layer])[layer] for hook in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
+        )
+        assert torch.equal(pre + attention, mid)
+        assert torch.equal(mid + mlp, post)
+
+
+def test_what_gemma_2_adds_to_the_stream_has_been_normalised(tmp_path, tokens):
+    model = load_language_model(describe_language_model(str(write_tiny_model(tmp_path / "model", "gemma2"))))
+    for hook, inside, norm in (
+        ("attn_out", "self_attn", "post_attention_layernorm"),
+        ("mlp_out", "mlp", "post_feedforward_layernorm"),
+    ):
+        before = model.activations(tokens, f"model.layers.{{layer}}.{inside}", [1])[1]
+        with torch.no_grad():
+            assert torch.equal(model.activations(tokens, hook, [1])[1], model.model.get_submodule(f"model.layers.1.{norm}")(before))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "hook", "others"),
+    [
+        ("bloom", "attn_out", "resid_pre, resid_mid, resid_post"),  # whose modules return the sum with the stream
+        ("mpt", "mlp_out", "resid_pre, resid_mid, resid_post, attn_out"),
+        ("granite", "mlp_out", "resid_pre, resid_mid, resid_post"),  # which scales what it adds
+        ("openai-gpt", "resid_mid", "resid_pre, resid_post, attn_out, mlp_out"),  # whose norms come after sums
+    ],
+)
+def test_hooks_that_no_module_reads_or_returns_are_refused_by_name(copied, architecture, hook, others):
+    edit_config(copied, model_type=architecture, use_parallel_residual=False)
+    with pytest.raises(ConfigurationError, match=rf"hook '{hook}' is not available in .* \({architecture}\); available: {others}, or"):
+        validate_hook(describe_language_model(str(copied)), hook, [0])
 
 
 def test_layers_asked_for_one_by_one_equal_those_of_one_pass(model, tokens):

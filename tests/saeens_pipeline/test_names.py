@@ -69,6 +69,7 @@ def test_groups_hold_sources_then_saes_then_what_is_made_from_them(address: Addr
         (Address(E, "eval", "cost"), BOTH, f"tables/{E}/cost/layer=8/seed=42/part.parquet"),
         (Address(E, "eval", "stability"), LAYER, f"tables/{E}/stability/layer=8/part.parquet"),
         (Address(E, "report", "report"), LAYER, f"reports/{E}/layer=8"),
+        (Address(E, "report", "pareto"), Partition(), f"reports/{E}/pareto"),
         (LEADERBOARD_ADDRESS, Partition(), "tables/leaderboard/part.parquet"),
     ],
 )

@@ -6,19 +6,16 @@ import shutil
 import sys
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
-import huggingface_hub
 import pytest
 import yaml
-from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from tiny_experiment import NAME, Laboratory
 from tiny_models import CONTEXT_LENGTH, D_MODEL, N_LAYERS, edit_config
 
 from saeens_pipeline import cli
 from saeens_pipeline.components import ExperimentSettings, SourceSettings
 from saeens_pipeline.components.ensemble_experiment import EnsembleSettings
-from saeens_pipeline.errors import ConfigurationError, SaeensError
+from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.new_experiment import new_experiment, parse_layers
 
 
@@ -158,48 +155,6 @@ def test_layers_are_given_with_commas_or_one_by_one():
     for wrong in (["x"], ["1,"], ["-1"], ["1.5"]):
         with pytest.raises(ConfigurationError, match=r"--layers: .* is no layer; give whole numbers from 0, such as 2,4,6"):
             parse_layers(wrong)
-
-
-# models on a hub
-
-
-def test_a_model_of_the_hub_is_downloaded_without_pickles_and_its_folder_written(
-    empty: Laboratory, own: Path, monkeypatch: pytest.MonkeyPatch
-):
-    asked: list[tuple[str, list[str]]] = []
-
-    def snapshot_download(repo_id: str, *, allow_patterns: list[str], **_: object) -> str:
-        asked.append((repo_id, allow_patterns))
-        return str(empty.model)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    new_experiment("mine", "some-lab/some-model", [1])
-    assert asked == [("some-lab/some-model", ["*.json", "*.safetensors"])]
-    assert empty.catalogue.sources["mine"].language_model == str(empty.model)
-
-
-@pytest.mark.parametrize(
-    ("raised", "message"),
-    [
-        (
-            LocalEntryNotFoundError("offline"),
-            r"the hub cannot be reached.*hf download some-lab/some-model --local-dir FOLDER.*--model FOLDER",
-        ),
-        (RepositoryNotFoundError("404", response=Mock()), "no such folder here, and no such model on the hub"),
-        (GatedRepoError("403", response=Mock()), "is gated: accept its terms"),
-    ],
-    ids=["no network", "no such model", "gated"],
-)
-def test_a_hub_that_does_not_give_the_model_is_said_with_what_to_do(
-    empty: Laboratory, own: Path, monkeypatch: pytest.MonkeyPatch, raised: Exception, message: str
-):
-    def snapshot_download(*_: object, **__: object) -> str:
-        raise raised
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    with pytest.raises(SaeensError, match=message):
-        new_experiment("mine", "some-lab/some-model", [1])
-    assert list(own.iterdir()) == []
 
 
 # the command

@@ -13,15 +13,20 @@ from transformers import PreTrainedModel
 
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.language_models.models import LanguageModel, describe_language_model, load_language_model
-from saeens_pipeline.language_models.patching import PatchedWindows, loss_batches, patched
+from saeens_pipeline.language_models.patching import PatchedWindows, loss_batches, patched, validate_patch
 from saeens_pipeline.language_models.tokens import TokenBatch, TokenStore, open_tokens, write_tokens
 
-PATHS = {"gpt_neox": "gpt_neox.layers.{layer}.mlp.dense_h_to_4h", "llama": "model.layers.{layer}.input_layernorm"}
-HOOKS = ["resid_pre", "resid_post", "attn_out", "mlp_out", "module path"]
+PATHS = {
+    "gpt_neox": "gpt_neox.layers.{layer}.mlp.dense_h_to_4h",
+    "llama": "model.layers.{layer}.input_layernorm",
+    "gemma2": "model.layers.{layer}.post_attention_layernorm",
+    "gpt2": "transformer.h.{layer}.ln_2",
+}
+HOOKS = ["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "module path"]
 IGNORED = -100  # as a label: not predicted
 
 
-@pytest.fixture(scope="module", params=["gpt_neox", "llama"])
+@pytest.fixture(scope="module", params=list(PATHS))
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
     return load_language_model(describe_language_model(str(write_tiny_model(tmp_path_factory.mktemp("models") / "model", request.param))))
 
@@ -44,6 +49,8 @@ def _own_loss(model: LanguageModel, windows: TokenBatch) -> float:
 
 
 def _hook(model: LanguageModel, hook: str) -> str:
+    if hook == "resid_mid" and model.description.parallel_residual:
+        pytest.skip("there is nothing between attention and MLP")
     return PATHS[model.description.model_type] if hook == "module path" else hook
 
 
@@ -74,19 +81,45 @@ def test_what_follows_the_hook_goes_on_as_in_a_whole_run_with_the_replacement(mo
         assert abs(expected - _own_loss(model, windows)) > 1e-4
 
 
-def test_between_attention_and_mlp_the_stream_itself_is_replaced(tmp_path: Path, windows):
-    """Both what the MLP reads and what it is added to."""
-    model = load_language_model(describe_language_model(str(write_tiny_model(tmp_path / "model", "llama"))))
-    stream = torch.randn(*windows.tokens.shape, D_MODEL, generator=torch.Generator().manual_seed(2))
+MLPS = {  # what the MLP adds, of what it reads
+    "llama": ["post_attention_layernorm", "mlp"],
+    "gemma2": ["pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm"],
+    "gpt2": ["ln_2", "mlp"],
+}
+
+
+@pytest.mark.parametrize("architecture", MLPS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_between_attention_and_mlp_the_stream_itself_is_replaced(tmp_path: Path, windows, architecture, dtype):
+    """Both what the MLP reads and what it is added to, to the bit."""
+    model = load_language_model(describe_language_model(str(write_tiny_model(tmp_path / "model", architecture))), dtype=dtype)
+    generator = torch.Generator().manual_seed(2)
+    stream = torch.randn(*windows.tokens.shape, D_MODEL, generator=generator).to(getattr(torch, dtype)) * 100
     given: list[torch.Tensor] = []
     with patched(model, "resid_mid", 1, lambda activations: given.append(activations) or stream):
         found = model.activations(windows.tokens, "resid_post", [1])[1]
-    block = model.block(1)
+    added = stream
     with torch.no_grad():
-        expected = stream + block.get_submodule("mlp")(block.get_submodule("post_attention_layernorm")(stream))
-    torch.testing.assert_close(found, expected)
-    before, added = (model.activations(windows.tokens, hook, [1])[1] for hook in ("resid_pre", "attn_out"))
-    torch.testing.assert_close(given[0], before + added)
+        for part in MLPS[architecture]:
+            added = model.module("resid_post", 1).get_submodule(part)(added)
+    assert torch.equal(found, stream + added)
+    assert torch.equal(given[0], model.activations(windows.tokens, "resid_mid", [1])[1])
+    before, attention = (model.activations(windows.tokens, hook, [1])[1] for hook in ("resid_pre", "attn_out"))
+    assert torch.equal(given[0], before + attention)
+
+
+def test_a_stream_to_which_the_mlp_is_not_simply_added_is_refused_by_name(tmp_path: Path, windows):
+    path = write_tiny_model(tmp_path / "model", "llama")
+    model = load_language_model(describe_language_model(str(path)))
+    scaled = model.module("resid_post", 1).register_forward_hook(lambda *given: given[-1] * 0.5)
+    refused = pytest.raises(ConfigurationError, match=r"hook 'resid_mid' of .* can be read, but .*Set ce_loss_tokens: 0")
+    with refused, patched(model, "resid_mid", 1, torch.zeros_like):
+        model.activations(windows.tokens, "resid_post", [1])
+    scaled.remove()
+    edit_config(path, model_type="bloom")  # whose MLP returns the sum
+    with refused:
+        validate_patch(describe_language_model(str(path)), "resid_mid")
+    validate_patch(describe_language_model(str(path)), "resid_post")
 
 
 def test_only_kept_positions_are_replaced(model, windows):

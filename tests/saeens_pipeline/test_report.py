@@ -16,7 +16,7 @@ from tiny_experiment import LAYER, MEMBERS, NAME, SEEDS, Laboratory, experiment_
 
 from saeens_pipeline import cli
 from saeens_pipeline.errors import SaeensError
-from saeens_pipeline.report.control import Comparison, compare, find_control
+from saeens_pipeline.report.control import Comparison, compare
 from saeens_pipeline.report.figures import Figure, by_members, downstream, features, layer_profile, marginal_gain, trade_offs, training
 from saeens_pipeline.report.main_table import METRICS
 from saeens_pipeline.report.methods import in_order, method
@@ -222,10 +222,6 @@ def test_the_control_is_the_same_experiment_on_random_weights(finished: Laborato
     other = experiment_settings(name="another", source="untrained", sae={"architecture": "topk", "expansion": 2, "k": 5})
     documents = (("ActivationSource", source), ("EnsembleExperiment", other), ("EnsembleExperiment", alike))
     finished.write(experiment_file(*documents), "untrained")
-    catalogue = finished.catalogue
-    control = find_control(catalogue, catalogue.experiment(NAME))
-    assert control is not None and control.name == "control"
-    assert find_control(catalogue, control) is None
     write_reports(NAME, [])
     assert "saeens run control makes them" in _page(finished).text
     for table in ("reconstruction", "stability"):

@@ -10,7 +10,17 @@ from typing import Literal
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from saeens_pipeline.language_models.corpora import Document, Split
 
@@ -21,8 +31,20 @@ N_LAYERS = 3
 CONTEXT_LENGTH = 16
 
 
-def write_tiny_model(path: Path, architecture: Literal["gpt_neox", "llama"] = "gpt_neox", seed: int = 0) -> Path:
+Architecture = Literal["gpt_neox", "llama", "gemma2", "gpt2"]
+
+
+def write_tiny_model(path: Path, architecture: Architecture = "gpt_neox", seed: int = 0) -> Path:
     """A random model of 3 blocks with large enough weights that its blocks differ, and a tokenizer of one token per byte."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        tiny_model(architecture).save_pretrained(path)
+    write_tiny_tokenizer(path)
+    return path
+
+
+def tiny_model(architecture: Architecture) -> PreTrainedModel:
+    """The model alone, its weights drawn from the global generator."""
     sizes = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": D_MODEL,
@@ -34,10 +56,25 @@ def write_tiny_model(path: Path, architecture: Literal["gpt_neox", "llama"] = "g
         "bos_token_id": END_OF_TEXT,
         "eos_token_id": END_OF_TEXT,
     }
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = GPTNeoXForCausalLM(GPTNeoXConfig(**sizes)) if architecture == "gpt_neox" else LlamaForCausalLM(LlamaConfig(**sizes))
-    model.save_pretrained(path)
+    match architecture:
+        case "gpt_neox":
+            return GPTNeoXForCausalLM(GPTNeoXConfig(**sizes))
+        case "llama":
+            return LlamaForCausalLM(LlamaConfig(**sizes))
+        case "gpt2":
+            return GPT2LMHeadModel(GPT2Config(**sizes | {"intermediate_size": None, "n_inner": 32}))
+        case "gemma2":  # every other layer sees a window; norms after attention and MLP, with weights that are not all the same
+            model = Gemma2ForCausalLM(
+                Gemma2Config(**sizes, num_key_value_heads=1, head_dim=8, query_pre_attn_scalar=8, sliding_window=CONTEXT_LENGTH // 2)
+            )
+            for name, weights in model.named_parameters():
+                if "layernorm" in name:
+                    torch.nn.init.normal_(weights, std=0.3)
+            return model
+
+
+def write_tiny_tokenizer(path: Path) -> None:
+    """A tokenizer of one token per byte, and one between documents."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -46,7 +83,6 @@ def write_tiny_model(path: Path, architecture: Literal["gpt_neox", "llama"] = "g
     )
     tokenizer.train_from_iterator([], trainer)
     tokenizer.save(str(path / "tokenizer.json"))
-    return path
 
 
 def edit_config(path: Path, **changes: object) -> None:
@@ -66,7 +102,10 @@ class ListedCorpus:
     def identity(self) -> dict[str, object]:
         return {"corpus": "listed"}
 
+    def require_readable(self) -> None:
+        """There is nothing to read."""
+
     def documents(self, split: Split) -> Iterator[Document]:
         for index, text in enumerate(getattr(self, split)):
             self.read[split] += 1
-            yield Document(f"{split}-{index}", text, "python" if index % 2 else "prose")
+            yield Document(f"{split}-{index}", text, {"language": "python" if index % 2 else "prose"})

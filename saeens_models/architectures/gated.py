@@ -1,0 +1,77 @@
+"""The gated SAE: which features are active and how much are decided by two biases of one encoder (arXiv 2404.16014)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import NonNegativeFloat
+from torch import Tensor, nn
+
+from saeens_models.architectures.base import SAE, Objective, SAEConfig, count_firings
+from saeens_models.architectures.registry import register
+
+
+class GatedConfig(SAEConfig, frozen=True):
+    """Configuration of a gated SAE."""
+
+    architecture: Literal["gated"] = "gated"
+    l1_coefficient: NonNegativeFloat = 1.0
+    """Weight of the sparsity term."""
+
+    @property
+    def train_flops_per_token(self) -> int:
+        """Dense-equivalent FLOPs of one training step, per token: ``16 * d_in * d_sae``.
+
+        Eight matrix products: encode, decode, and the gradients of W_enc, and of W_dec and the code through two reconstructions; the
+        second one, from the gates, is decoded too.
+        """
+        return 16 * self.d_in * self.d_sae
+
+
+@register(GatedConfig)
+class GatedSAE(SAE):
+    """``gate = (x - b_dec) @ W_enc + b_gate``, ``z = [gate > 0] * relu((x - b_dec) @ W_enc * exp(r_mag) + b_mag)``.
+
+    Loss, mean over tokens: ``||x_hat - x||^2 + l1_coefficient * sum_i relu(gate_i) * ||W_dec_i|| + ||decode(relu(gate)) - x||^2``, the
+    last one called auxiliary: through it and the sparsity term alone gates learn. As in SAELens 6 its gradient reaches W_dec and
+    b_dec, which the paper holds constant there. ``b_gate``, ``b_mag`` and ``r_mag`` `[d_sae]` stand in for b_enc.
+    """
+
+    config: GatedConfig
+    shared_weights = ("W_enc", "W_dec", "b_dec")
+    input_unit_weights = ("b_gate", "b_mag", "b_dec")
+
+    def __init__(self, config: GatedConfig) -> None:
+        super().__init__(config)
+        self.b_gate = nn.Parameter(torch.zeros(config.d_sae))
+        self.b_mag = nn.Parameter(torch.zeros(config.d_sae))
+        self.r_mag = nn.Parameter(torch.zeros(config.d_sae))
+
+    @torch.no_grad()
+    def initialise(self, b_dec: Tensor | None = None) -> None:
+        super().initialise(b_dec)
+        for weight in (self.b_gate, self.b_mag, self.r_mag):
+            weight.zero_()
+
+    def pre_activations(self, x: Tensor) -> Tensor:
+        """``(x - b_dec) @ W_enc``, without a bias."""
+        self.check_input(x)
+        return (x - self.b_dec if self.config.apply_b_dec_to_input else x) @ self.W_enc
+
+    def activate(self, pre: Tensor) -> Tensor:
+        return (pre + self.b_gate > 0) * torch.relu(pre * self.r_mag.exp() + self.b_mag)
+
+    def objective(self, x: Tensor, dead_mask: Tensor | None = None, sparsity_scale: float = 1.0) -> Objective:
+        pre = self.pre_activations(x)
+        z, gate = self.activate(pre), torch.relu(pre + self.b_gate)
+        x_hat = self.decode(z)
+        mse = (x_hat - x).square().sum(dim=-1).mean()
+        l1 = self.config.l1_coefficient * sparsity_scale * (gate @ self.W_dec.norm(dim=1)).mean()
+        auxiliary = (self.decode(gate) - x).square().sum(dim=-1).mean()
+        return Objective(
+            loss=mse + l1 + auxiliary,
+            terms={"mse": mse.detach(), "l1": l1.detach(), "auxiliary": auxiliary.detach()},
+            x_hat=x_hat.detach(),
+            fire_counts=count_firings(z.detach()),
+        )

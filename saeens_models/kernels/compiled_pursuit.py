@@ -1,0 +1,143 @@
+"""Machine code for matching pursuit on the CPU, in the style of `compiled`: a token's whole pursuit, and the way back through it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from saeens_models.kernels.compiled import _add_scaled, _compile, _compile_with_memory, _copy, _dot, _fill, _maximum
+
+LANES = 64
+"""Maxima are kept by lane: lane i is of the entries i, i + 64, i + 128, ..."""
+_STRIPS = 8
+"""A row of correlations is cut into so many strips, of which one entry each is taken at a time."""
+WIDTH = LANES * _STRIPS
+"""What the width of a row is a multiple of."""
+STEPS = np.float32(2**15 - 1)
+"""Inner products of atoms are kept as int16, in so many steps of the largest."""
+
+
+@_compile
+def _subtract(correlations, gram, factor, maxima):
+    """Subtract `factor * gram` (int16); into maxima the largest of each place in the strips."""
+    size = len(maxima)
+    for i in range(size):
+        top = -np.float32(np.inf)
+        for strip in range(_STRIPS):
+            place = strip * size + i
+            value = correlations[place] - factor * np.float32(gram[place])
+            correlations[place] = value
+            top = value if value > top else top
+        maxima[i] = top
+
+
+@_compile
+def _fold(maxima):
+    """The maxima of the lanes, into the first of them."""
+    for first in range(LANES, len(maxima), LANES):
+        _maximum(maxima[:LANES], maxima[first : first + LANES])
+
+
+@_compile
+def _largest(residual, W_dec, correlations, maxima, slack):
+    """The atom with the largest correlation with the residual, and that one, exactly: of equal ones the first.
+
+    The correlations are rough, each off by less than `slack`: all that may be the largest are computed again.
+    """
+    d_sae = len(W_dec)
+    top = maxima[0]
+    for i in range(1, LANES):
+        top = maxima[i] if maxima[i] > top else top
+    least = top - np.float32(2) * slack
+    best, value = -1, np.float32(0)
+    for lane in range(LANES):
+        if maxima[lane] >= least:
+            for i in range(lane, d_sae, LANES):
+                if correlations[i] >= least:
+                    exact = _dot(residual, W_dec[i])
+                    if best < 0 or exact > value or (exact == value and i < best):
+                        best, value = i, exact
+    return best, value
+
+
+@_compile
+def round_gram(products, scale, gram):
+    """Into `gram` `[n, m']` (int16) the products `[n, m]` in units of `scale`, rounded; what lies behind them is set to 0."""
+    n, m = products.shape
+    inverse = np.float32(1) / scale
+    for b in range(n):
+        row, rounded = products[b], gram[b]
+        for i in range(m):
+            rounded[i] = np.int16(np.rint(row[i] * inverse))
+        for i in range(m, len(rounded)):
+            rounded[i] = 0
+
+
+@_compile_with_memory
+def pursue(centred, correlations, W_dec, gram, scale, rounding, residual_threshold, stop_on_duplicate, indices, values, residual):
+    """Matching pursuit of the rows of centred `[n, d]`: the atoms in the order of their choice, with their values `[n, T]`.
+
+    correlations `[n, m]` are `centred @ W_dec.T`, and are overwritten; m is filled up to a multiple of WIDTH with what is never chosen. Of
+    gram `[d_sae, m]` an entry times `scale` is off by `rounding` at most. What is not used of `indices` is -1. Into residual `[n, d]` goes
+    what is left.
+    """
+    n, n_iterations = indices.shape
+    m = correlations.shape[1]
+    maxima = np.empty(m // _STRIPS, np.float32)
+    for b in range(n):
+        row, left, atoms, found = correlations[b], residual[b], indices[b], values[b]
+        _copy(left, centred[b])
+        _fill(atoms, -1)
+        _fill(found, 0)
+        _fill(maxima, -np.inf)
+        for first in range(0, m, len(maxima)):
+            _maximum(maxima, row[first : first + len(maxima)])
+        _fold(maxima)
+        # a first product sums up to d terms in another order than _dot: its error grows with the norm
+        slack = np.float32(1e-6) * np.sqrt(_dot(left, left))
+        for t in range(n_iterations):
+            atom, value = _largest(left, W_dec, row, maxima, slack)
+            if atom < 0 or np.isnan(value):  # what is not a number reaches nothing: the loss has to show it
+                _fill(left, np.nan)
+                break
+            if value <= 0:
+                break
+            duplicate = False
+            if stop_on_duplicate:
+                for s in range(t):
+                    duplicate = duplicate or atoms[s] == atom
+            atoms[t] = atom
+            found[t] = value
+            _add_scaled(left, W_dec[atom], -value)
+            if duplicate or (residual_threshold > 0 and np.sqrt(_dot(left, left)) < residual_threshold):
+                break
+            if t + 1 < n_iterations:
+                slack += value * rounding
+                _subtract(row, gram[atom], value * scale, maxima)
+                _fold(maxima)
+
+
+@_compile_with_memory
+def pursue_back(W_dec, indices, values, residual, factor, of_W_dec, of_b_dec):
+    """Add the gradients of `factor / 2 * |residual|^2`, summed over the tokens, with respect to W_dec and to -centred.
+
+    The residual before a choice is that after it and what was subtracted, so that going back needs no memory. Overwrites residual.
+    """
+    n, n_iterations = indices.shape
+    gradient = np.empty(W_dec.shape[1], np.float32)
+    for b in range(n):
+        left = residual[b]
+        for i in range(len(gradient)):
+            gradient[i] = factor * left[i]
+        for step in range(n_iterations):
+            t = n_iterations - 1 - step
+            atom = indices[b, t]
+            if atom >= 0:
+                direction, of_direction, value = W_dec[atom], of_W_dec[atom], values[b, t]
+                along = _dot(direction, gradient)
+                # the value is w . r before the choice, and the residual after it r - (w . r) w
+                for i in range(len(left)):
+                    left[i] += value * direction[i]
+                    of_direction[i] -= value * gradient[i] + along * left[i]
+                    gradient[i] -= along * direction[i]
+        for i in range(len(gradient)):
+            of_b_dec[i] -= gradient[i]

@@ -1,0 +1,172 @@
+"""Matching pursuit on the CPU: inner products of all atoms once, then each token by itself, on the threads of a team.
+
+The residual's correlations with the atoms, ``c = W_dec r``, change by ``-value * (W_dec W_dec^T)[atom]`` when an atom is chosen: a row
+instead of a product. The inner products are rounded to int16, half the memory to read; the atoms that rounding leaves in doubt are
+compared in float32, so that the choice is that of the definition.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saeens_models.kernels.team import Team
+
+MOST_ATOMS = 2**14
+"""From more atoms no inner products are made: they would take more than ``2 * MOST_ATOMS ** 2`` bytes, 512 MiB."""
+_BLOCK_TOKENS = 64
+_GRAM_ROWS = 256
+_MOST_SUMS = 4
+"""Into how many sums of gradients the tokens are divided: each is one thread's, and as large as W_dec."""
+
+
+class Gram(NamedTuple):
+    """The inner products of atoms, rounded."""
+
+    products: np.ndarray
+    """int16 `[d_sae, m]`, m the next multiple of the kernel's width; ``products * scale`` is the inner product."""
+    scale: np.float32
+    rounding: np.float32
+    """How far off one may be."""
+
+
+class Pursuit(NamedTuple):
+    """What matching pursuit makes of some tokens."""
+
+    indices: Tensor
+    """int32 `[n, max_iterations]`: the atoms in the order of their choice, perhaps one twice; -1 behind the last."""
+    values: Tensor
+    """`[n, max_iterations]`: their values, 0 behind the last."""
+    residual: Tensor
+    """`[n, d_in]`: what is left."""
+
+
+class PursuitGradients(NamedTuple):
+    """The loss of a batch, its gradients, and what was found on the way."""
+
+    mse: Tensor
+    """Scalar: squared residual summed over d_in, mean over tokens."""
+    pursuit: Pursuit
+    W_dec: Tensor
+    """`[d_sae, d_in]`"""
+    centre: Tensor
+    """`[d_in]`: with respect to what was subtracted from every token."""
+
+
+def gram(team: Team, W_dec: Tensor) -> Gram:
+    """The inner products of the rows of ``W_dec`` `[d_sae, d_in]` (float32). Memory: two bytes each, and a block of rows per thread."""
+    from saeens_models.kernels import compiled_pursuit as compiled
+
+    d_sae = len(W_dec)
+    largest = W_dec.norm(dim=1).max().square().clamp_min(torch.finfo(torch.float32).tiny)
+    scale = np.float32(largest) * np.float32(1.0001) / compiled.STEPS
+    products = np.empty((d_sae, _padded(d_sae)), np.int16)
+
+    def fill(i: int) -> None:
+        rows = slice(i * _GRAM_ROWS, min((i + 1) * _GRAM_ROWS, d_sae))
+        exact = torch.mm(W_dec[rows], W_dec.t(), out=team.scratch("products", rows.stop - rows.start, d_sae))
+        compiled.round_gram(exact.numpy(), scale, products[rows])
+
+    team.run(fill, -(-d_sae // _GRAM_ROWS))
+    return Gram(products, scale, np.float32(0.51) * scale)
+
+
+def pursue(
+    team: Team,
+    centred: Tensor,
+    W_dec: Tensor,
+    inner: Gram,
+    *,
+    max_iterations: int,
+    residual_threshold: float,
+    stop_on_duplicate_support: bool,
+) -> Pursuit:
+    """Matching pursuit of ``centred`` `[n, d_in]` (float32, contiguous), as in
+    :class:`~saeens_models.architectures.matching_pursuit.MatchingPursuitSAE`.
+
+    Memory beside the result: the correlations of 64 tokens per thread.
+    """
+    from saeens_models.kernels import compiled_pursuit as compiled
+
+    n, d_sae = len(centred), len(W_dec)
+    indices, values = torch.empty(n, max_iterations, dtype=torch.int32), torch.empty(n, max_iterations)
+    residual = torch.empty_like(centred)
+
+    def take(i: int) -> None:
+        rows = slice(i * _BLOCK_TOKENS, min((i + 1) * _BLOCK_TOKENS, n))
+        correlations = team.scratch("correlations", rows.stop - rows.start, _padded(d_sae))
+        correlations[:, d_sae:] = -torch.inf
+        correlations[:, :d_sae] = torch.mm(centred[rows], W_dec.t(), out=team.scratch("products", rows.stop - rows.start, d_sae))
+        compiled.pursue(
+            centred[rows].numpy(),
+            correlations.numpy(),
+            W_dec.numpy(),
+            inner.products,
+            inner.scale,
+            inner.rounding,
+            np.float32(residual_threshold),
+            stop_on_duplicate_support,
+            indices[rows].numpy(),
+            values[rows].numpy(),
+            residual[rows].numpy(),
+        )
+
+    team.run(take, -(-n // _BLOCK_TOKENS))
+    return Pursuit(indices, values, residual)
+
+
+def pursuit_gradients(
+    team: Team,
+    centred: Tensor,
+    W_dec: Tensor,
+    *,
+    max_iterations: int,
+    residual_threshold: float,
+    stop_on_duplicate_support: bool,
+) -> PursuitGradients:
+    """The loss ``mean ||residual||^2`` of a batch ``centred`` `[n, d_in]` (float32, contiguous), and its gradients, through all choices.
+
+    Memory beside the result: the inner products (:func:`gram`), and four tensors of the size of ``W_dec``, in which tokens are summed in
+    an order that does not depend on the number of threads.
+    """
+    from saeens_models.kernels import compiled_pursuit as compiled
+
+    n = len(centred)
+    found = pursue(
+        team,
+        centred,
+        W_dec,
+        gram(team, W_dec),
+        max_iterations=max_iterations,
+        residual_threshold=residual_threshold,
+        stop_on_duplicate_support=stop_on_duplicate_support,
+    )
+    mse = found.residual.square().sum(dim=1).mean()
+    n_sums = min(_MOST_SUMS, -(-n // _BLOCK_TOKENS))
+    size = -(-n // n_sums)
+    of_W_dec, of_centre = torch.zeros(n_sums, *W_dec.shape), torch.zeros(n_sums, W_dec.shape[1])
+    left = found.residual.clone()
+
+    def back(i: int) -> None:
+        rows = slice(i * size, min((i + 1) * size, n))
+        compiled.pursue_back(
+            W_dec.numpy(),
+            found.indices[rows].numpy(),
+            found.values[rows].numpy(),
+            left[rows].numpy(),
+            np.float32(2 / n),
+            of_W_dec[i].numpy(),
+            of_centre[i].numpy(),
+        )
+
+    team.run(back, n_sums)
+    return PursuitGradients(mse, found, of_W_dec.sum(dim=0), of_centre.sum(dim=0))
+
+
+def _padded(n: int) -> int:
+    from saeens_models.kernels import compiled_pursuit as compiled
+
+    return -(-n // compiled.WIDTH) * compiled.WIDTH

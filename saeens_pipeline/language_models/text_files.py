@@ -1,0 +1,202 @@
+"""`corpus: {files: "texts/*.jsonl.zst"}`: documents of local files, read as a stream.
+
+A line of a `.jsonl` file and a row of a `.parquet` file is a document; so is a whole `.txt` or `.md` file, whose labels are the name of
+its folder. All but Parquet may be compressed, with `.gz` or `.zst` at the end of the name. Documents come file by file in the order of
+their names, as they lie there: where they are sorted by kind, shuffle them first. One row group of a Parquet file, or one document of
+others, is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import glob
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import Field, PrivateAttr, ValidationInfo, field_validator, model_validator
+
+from saeens_pipeline.errors import ConfigurationError, SaeensError
+from saeens_pipeline.language_models.corpora import Document, Split
+from saeens_pipeline.language_models.fingerprints import fingerprint
+from saeens_pipeline.language_models.records import READER_VERSION, RecordCorpus
+
+FOLDER = "folder"
+"""Key of pydantic's validation context: the folder that relative paths start from."""
+
+_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+_TEXTS = (".txt", ".md")
+_FORMATS = (".jsonl", ".parquet", *_TEXTS)
+_HASHED_BYTES, _LEAST_HASHED_BYTES = 256 * 2**20, 64 * 2**10  # of all files together, and of each
+_BATCH_ROWS = 1000
+
+
+class TextFiles(RecordCorpus):
+    """The fields of a corpus of local files, and its documents. Relative paths start from the experiment file's folder."""
+
+    files: str | list[str] = Field(description="paths, with * and ** for parts of names")
+    test_files: str | list[str] | None = Field(None, description="the test split; none: documents are held out by a hash of their names")
+
+    _folder: Path = PrivateAttr(default_factory=Path.cwd)
+
+    @field_validator("files", "test_files")
+    @classmethod
+    def _some_path(cls, files: str | list[str] | None) -> str | list[str] | None:
+        if files is not None and not (files and all(_patterns(files))):
+            raise ValueError("name a file, or several")
+        return files
+
+    @model_validator(mode="after")
+    def _starts_from(self, info: ValidationInfo) -> TextFiles:
+        if info.context:
+            self._folder = Path(info.context[FOLDER])
+        return self
+
+    def __str__(self) -> str:
+        return ", ".join(_patterns(self.files))
+
+    @property
+    def identity(self) -> dict[str, object]:
+        chosen = self._chosen()
+        budget = max(_HASHED_BYTES // (len(chosen.train) + len(chosen.test)), _LEAST_HASHED_BYTES)
+        files = {name: _fingerprint(path, budget, *_state(path)) for name, path in (chosen.train | chosen.test).items()}
+        return self.settings_that_decide | {"corpus": "files", "reader": READER_VERSION, "test_files": sorted(chosen.test), "files": files}
+
+    def require_readable(self) -> None:
+        """Raise ConfigurationError for files that are not there or of an unknown format, SaeensError for a wrong first document."""
+        chosen = self._chosen()
+        for files in filter(None, chosen):
+            next(self._documents(files), None)
+
+    def documents(self, split: Split) -> Iterator[Document]:
+        chosen = self._chosen()
+        if chosen.test:
+            return self._documents(chosen.test if split == "test" else chosen.train)
+        return self.held_out(self._documents(chosen.train), split)
+
+    def _documents(self, files: Mapping[str, Path]) -> Iterator[Document]:
+        for name, path in files.items():
+            if _format(path) in _TEXTS:
+                text = _read_text(path)
+                record = {self.text_field: text} | dict.fromkeys(self.label_fields, path.parent.name)
+                yield self.document(name, record, str(path))
+                continue
+            records = _rows(path, self.columns) if _format(path) == ".parquet" else _lines(path)
+            for number, record in records:
+                document = self.document(f"{name}:{number}", record, f"{path}:{number}")
+                if document.text:
+                    yield document
+
+    def _chosen(self) -> _Chosen:
+        """The files of each split, by what they are called in documents' names: their paths from the innermost folder that holds all."""
+        train = self._found(self.files)
+        test = self._found(self.test_files) if self.test_files is not None else []
+        both = sorted(set(train) & set(test))
+        if both:
+            raise ConfigurationError(f"corpus: {both[0]} is among files and among test_files: no document may be in both splits")
+        root = Path(os.path.commonpath([path.parent for path in (*train, *test)]))
+        return _Chosen(*({path.relative_to(root).as_posix(): path for path in files} for files in (train, test)))
+
+    def _found(self, files: str | list[str]) -> list[Path]:
+        found: set[Path] = set()
+        for pattern in _patterns(files):
+            paths = glob.glob(str(self._folder / Path(pattern).expanduser()), recursive=True)  # noqa: PTH207  # which takes no absolute pattern
+            matching = {Path(path).absolute() for path in paths if Path(path).is_file()}
+            if not matching:
+                raise ConfigurationError(f"corpus: there is no file {pattern} in {self._folder}")
+            found |= matching
+        for path in sorted(found):
+            if _format(path) not in _FORMATS:
+                allowed = f"{', '.join(_FORMATS)}; all but .parquet also with {' or '.join(_COMPRESSIONS)} behind"
+                raise ConfigurationError(f"corpus: {path} is of a format that is not read; names end in {allowed}")
+        return sorted(found)
+
+
+class _Chosen(NamedTuple):
+    """Files by name; `test` is empty where documents are held out by a hash."""
+
+    train: dict[str, Path]
+    test: dict[str, Path]
+
+
+def _patterns(files: str | list[str]) -> list[str]:
+    return [files] if isinstance(files, str) else files
+
+
+def _format(path: Path) -> str:
+    """`.jsonl` for `a.jsonl.zst`; empty for a Parquet file that is compressed as a whole."""
+    suffixes = path.suffixes
+    if suffixes[-1:] and suffixes[-1] in _COMPRESSIONS:
+        return "" if suffixes[-2:-1] == [".parquet"] else "".join(suffixes[-2:-1])
+    return path.suffix
+
+
+def _state(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+@lru_cache(maxsize=100_000)
+def _fingerprint(path: Path, whole_bytes: int, size: int, changed_at: int) -> str:
+    """Read once per process, as long as size and time stay."""
+    return fingerprint(path, whole_bytes=whole_bytes, sample_bytes=max(whole_bytes // 128, 1024))
+
+
+def _open(path: Path) -> io.BufferedReader:
+    import pyarrow
+
+    compression = _COMPRESSIONS.get(path.suffix)
+    return io.BufferedReader(pyarrow.input_stream(str(path), compression=compression))  # pyright: ignore[reportArgumentType]
+
+
+def _read_text(path: Path) -> str:
+    try:
+        with _open(path) as stream:
+            return stream.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise SaeensError(f"{path}: byte {error.start} is not UTF-8: save the file as UTF-8") from None
+    except OSError as error:
+        raise SaeensError(f"{path}: cannot be read ({error})") from error
+
+
+def _lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """Number, from 1, and content of every line that is not blank."""
+    number = 0
+    try:
+        with _open(path) as stream:
+            for number, line in enumerate(stream, start=1):  # said when reading fails
+                if line.strip():
+                    yield number, _parsed(line, path, number)
+    except OSError as error:
+        raise SaeensError(f"{path}:{number + 1}: cannot be read further ({error}): is the file whole?") from error
+
+
+def _parsed(line: bytes, path: Path, number: int) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else f"not valid JSON: {error}"
+        raise SaeensError(f"{path}:{number}: {reason}") from None
+
+
+def _rows(path: Path, columns: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Number, from 1, and content of every row."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            missing = [column for column in columns if column not in file.schema_arrow.names]
+            if missing:
+                there = ", ".join(file.schema_arrow.names)
+                raise SaeensError(f"{path}: there is no column {missing[0]!r}; there are: {there}")
+            number = 0
+            for batch in file.iter_batches(_BATCH_ROWS, columns=columns):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except (OSError, pyarrow.ArrowException) as error:
+        raise SaeensError(f"{path}: cannot be read as a Parquet file ({error})") from error

@@ -1,0 +1,278 @@
+"""`saeens plan`: figures against what the same experiment then took, and against other counts of the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fake_hub import FakeHub
+from safetensors import safe_open
+from tiny_experiment import LAYER, MEMBERS, SEEDS, Laboratory
+from tiny_models import CONTEXT_LENGTH, D_MODEL, Architecture, edit_config, write_tiny_model
+from torch.utils.flop_counter import FlopCounterMode
+
+from saeens_pipeline.errors import ConfigurationError
+from saeens_pipeline.forecast import DEVICES, UTILISATION, Line, forecast, readable
+from saeens_pipeline.language_models.models import block_parameters, describe_language_model, load_language_model
+from saeens_pipeline.language_models.patching import PatchedWindows
+from saeens_pipeline.language_models.tokens import open_tokens
+from saeens_pipeline.resources import ComputeResource
+from saeens_pipeline.storage.names import Address, Partition
+
+
+def _lines(laboratory: Laboratory, layers: tuple[int, ...] = (LAYER,), compute: ComputeResource | None = None) -> list[Line]:
+    catalogue = laboratory.catalogue
+    experiment = catalogue.experiment("tiny")
+    source, ops = catalogue.sources[experiment.source], catalogue.ops(experiment)
+    return forecast(source, experiment, ops, layers=layers, store=laboratory.store, compute=compute or ComputeResource(device="cpu"))
+
+
+def _amounts(*args: Any, **kwargs: Any) -> dict[tuple[str, str], float | None]:
+    return {(line.section, line.item): line.amount for line in _lines(*args, **kwargs)}
+
+
+def _known(amount: float | None) -> float:
+    assert amount is not None
+    return amount
+
+
+def _saes(laboratory: Laboratory) -> list[dict[str, Any]]:
+    """Provenance of every SAE that was trained, by itself."""
+    found = [
+        laboratory.store.require(declaration.address, Partition(LAYER, seed)).provenance | {"kind": declaration.address.kind}
+        for declaration in laboratory.declarations().values()
+        for seed in SEEDS
+        if declaration.builder == "sae"
+    ]
+    return [each for each in found if "same_as" not in each]
+
+
+def test_computation_is_what_the_run_then_counted(finished: Laboratory):
+    amounts, saes = _amounts(finished), _saes(finished)
+    for kind in ("bagging", "boosting"):
+        assert amounts["computation", f"training, {kind}"] == sum(each["train_flops"] for each in saes if each["kind"] == kind)
+    baselines = sum(each["train_flops"] for each in saes if each["kind"] == "baseline")
+    expected = [_known(amounts["computation", f"training, {name}"]) for name in ("expanded", "expanded_l0_matched")]
+    assert sum(expected) == baselines
+    residuals = [
+        finished.store.require(Address("tiny", "boosting", f"residual_{j}"), Partition(LAYER, seed)).provenance["flops"]
+        for j in range(1, MEMBERS)
+        for seed in SEEDS
+    ]
+    assert amounts["computation", "residuals"] == sum(residuals)
+
+
+def test_disk_is_what_the_run_then_wrote(finished: Laboratory):
+    saes = [file for file in finished.root.rglob("sae_weights.safetensors") if "round_1" not in file.parts]
+    numbers = sum(tensor.nbytes for file in saes for tensor in _tensors(file))
+    assert _amounts(finished)["disk", "SAEs"] == numbers
+
+
+def _tensors(file: Path) -> list[torch.Tensor]:
+    with safe_open(file, "pt") as tensors:
+        return [tensors.get_tensor(name) for name in tensors.keys()]  # noqa: SIM118  # it is no mapping
+
+
+@pytest.mark.parametrize(("keep", "kept", "besides"), [("last", 1, 1), ("all", MEMBERS - 1, 0), ("none", 0, 0)])
+def test_residuals_on_disk_follow_what_is_kept(empty: Laboratory, keep: str, kept: int, besides: int):
+    empty.declare(keep_residuals=keep)
+    amounts, one = _amounts(empty), 600 * D_MODEL * 2
+    assert amounts["disk", "residuals"] == kept * one * len(SEEDS)
+    parts = [_known(amounts["disk", item]) for item in ("tokens", "activations", "residuals", "SAEs", "checkpoints")]
+    assert amounts["disk", "all"] == sum(parts) + besides * one
+
+
+def test_more_layers_take_more_disk_and_training_and_one_forward_pass(empty: Laboratory):
+    one, two = _amounts(empty, (1,)), _amounts(empty, (0, 1))
+    for key in (("disk", "activations"), ("disk", "SAEs"), ("computation", "training, bagging"), ("computation", "evaluation")):
+        assert two[key] == 2 * _known(one[key])
+    assert two["computation", "language model"] == one["computation", "language model"]
+
+
+def test_layers_and_hooks_that_the_model_lacks_are_refused(empty: Laboratory):
+    with pytest.raises(ConfigurationError, match="has no layer 7"):
+        _lines(empty, (1, 7))
+    empty.declare({"hook": "resid_mid"})
+    with pytest.raises(ConfigurationError, match="hook 'resid_mid' is not available"):
+        _lines(empty)
+
+
+def test_concurrent_boosting_makes_no_residuals(empty: Laboratory):
+    empty.declare(ensemble={"members": MEMBERS, "seeds": list(SEEDS), "boosting": "concurrent"})
+    amounts = _amounts(empty)
+    assert amounts["disk", "residuals"] == amounts["computation", "residuals"] == 0
+
+
+@pytest.mark.parametrize("architecture", ["gpt_neox", "llama", "gemma2", "gpt2"])
+def test_parameters_are_those_of_the_blocks(tmp_path: Path, architecture: Architecture):
+    path = write_tiny_model(tmp_path / "model", architecture)
+    description = describe_language_model(str(path))
+    model = load_language_model(description)
+    blocks = [model.module("resid_post", layer) for layer in range(description.n_layers)]
+    assert block_parameters(description) == [sum(weights.numel() for weights in block.parameters()) for block in blocks]
+
+
+def test_two_operations_for_each_parameter_are_what_pytorch_counts(tiny_model: Path):
+    description = describe_language_model(str(tiny_model))
+    model = load_language_model(description)
+    with FlopCounterMode(display=False) as counter:  # which leaves out biases and norms
+        model.activations(torch.zeros(8, CONTEXT_LENGTH, dtype=torch.long), "resid_post", [LAYER])
+    assert 2 * sum(block_parameters(description)[: LAYER + 1]) == pytest.approx(counter.get_total_flops() / (8 * CONTEXT_LENGTH), rel=0.1)
+
+
+@pytest.mark.parametrize("hook", ["resid_pre", "resid_post"])
+def test_the_next_token_loss_takes_what_pytorch_counts(finished: Laboratory, empty: Laboratory, hook: str):
+    empty.declare({"hook": hook}, ce_loss_tokens=100)
+    model = load_language_model(describe_language_model(str(empty.model)))
+    tokens = open_tokens(finished.artefact("tokens", layer=None).path)
+    positions = 0
+    with FlopCounterMode(display=False) as counter:
+        for batch in tokens.sample("test", 100, 8):
+            windows, positions = PatchedWindows(model, batch, hook, LAYER), positions + batch.tokens.numel()
+            for _ in range(2 + 2 * MEMBERS + 2):  # as it is, zeros, both ensembles in every size, two baselines
+                windows.logits(windows.activations)
+    found = _known(_amounts(empty)["computation", "next-token loss"]) / (100 * len(SEEDS))
+    assert found == pytest.approx(counter.get_total_flops() / positions, rel=0.15)  # biases, norms
+
+
+def test_without_a_loss_to_measure_a_plan_has_none(empty: Laboratory):
+    with_loss = _amounts(empty)
+    empty.declare(ce_loss_tokens=0)
+    without = _amounts(empty)
+    assert {("memory", "next-token loss"), ("computation", "next-token loss")} == with_loss.keys() - without.keys()
+    difference = _known(with_loss["computation", "all"]) - _known(without["computation", "all"])
+    assert difference == pytest.approx(_known(with_loss["computation", "next-token loss"]))
+
+
+def test_members_that_differ_are_counted_as_they_are(empty: Laboratory):
+    saes = [{"architecture": "topk", "expansion": n, "k": 4} for n in range(2, 2 + MEMBERS)]
+    empty.declare(sae=saes, baselines=[])
+    amounts = _amounts(empty)
+    assert amounts["computation", "training, bagging"] == sum(10 * D_MODEL * D_MODEL * n for n in (2, 3, 4)) * 600 * len(SEEDS)
+    special = [{"member": 2, "documents": {"language": ["python"]}}]
+    empty.declare(sae=saes, baselines=[], ensemble={"members": MEMBERS, "seeds": list(SEEDS), "specialised": special})
+    again = _amounts(empty)
+    assert again["computation", "all"] == amounts["computation", "all"]
+    notes = {line.item: line.note for line in _lines(empty)}
+    assert notes["training, bagging"].startswith("at most: members that see a part")
+
+
+@pytest.mark.parametrize(
+    ("config", "hook", "message"),
+    [
+        ({"architectures": ["GPTNeoXModel"]}, "resid_post", "has no language-modelling head"),
+        ({"model_type": "granite", "use_parallel_residual": False}, "resid_mid", "'resid_mid' of .* can be read, but nothing can be put"),
+    ],
+)
+def test_a_loss_that_cannot_be_measured_is_refused_where_it_is_asked_for(
+    empty: Laboratory, tmp_path: Path, config: dict[str, Any], hook: str, message: str
+):
+    edit_config(write_tiny_model(tmp_path / "model"), **config)
+    source = {"language_model": str(tmp_path / "model"), "hook": hook}
+    empty.declare(source, ce_loss_tokens=100)
+    for ask in (lambda: _lines(empty), empty.run):
+        with pytest.raises(ConfigurationError, match=message):
+            ask()
+    assert not list(empty.root.rglob("recipe.json"))
+    empty.declare(source)
+    assert ("computation", "next-token loss") not in _amounts(empty)
+
+
+def test_hours_are_flops_divided_by_a_part_of_the_published_speed(empty: Laboratory):
+    amounts = _amounts(empty)
+    flops = _known(amounts["computation", "all"])
+    for device in DEVICES:
+        assert amounts["time", device.name] == pytest.approx(flops / (UTILISATION * device.float32 * 1e12 * 3600))
+    faster = _amounts(empty, compute=ComputeResource(device="cpu", precision="bfloat16"))
+    training = sum(_known(amount) for (section, item), amount in amounts.items() if section == "computation" and "training" in item)
+    seconds = (training / 989e12 + (flops - training) / 67e12) / UTILISATION  # residuals, evaluation and language model in float32
+    assert faster["time", "NVIDIA H100 SXM"] == pytest.approx(seconds / 3600)
+    empty.declare({"language_model_dtype": "bfloat16"})
+    model = _known(amounts["computation", "language model"]) + _known(amounts["computation", "next-token loss"])
+    less = _known(amounts["time", "NVIDIA A100 80 GB"]) - _known(_amounts(empty)["time", "NVIDIA A100 80 GB"])
+    assert less == pytest.approx(model * (1 / 19.5e12 - 1 / 312e12) / UTILISATION / 3600)
+    assert _known(amounts["time", "this machine"]) > 0
+
+
+def test_what_fits_is_said(empty: Laboratory):
+    notes = {line.item: line.note for line in _lines(empty)}
+    assert notes["NVIDIA T4"] == "16 GB: every group of SAEs at once"
+    assert notes["free disk"].startswith("enough, below")
+    empty.declare({"train_tokens": 10**14})
+    assert " too little, below" in {line.item: line.note for line in _lines(empty)}["free disk"]
+    for batch_tokens, on_l4 in ((1000, "SAEs in smaller groups"), (3000, "the largest SAE in parts of batches, if its weights fit")):
+        empty.declare(sae={"architecture": "topk", "d_sae": 2_000_000, "k": 4}, training={"batch_tokens": batch_tokens}, baselines=[])
+        notes = {line.item: line.note for line in _lines(empty)}
+        assert notes["NVIDIA L4"].startswith(f"24 GB: {on_l4}")
+        assert notes["NVIDIA H100 SXM"].startswith("80 GB: every group of SAEs at once")
+
+
+def test_of_a_model_that_cannot_be_reached_what_is_known_is_given(empty: Laboratory):
+    empty.declare({"language_model": "some-lab/some-model"})
+    lines = _lines(empty)
+    assert "the hub cannot be reached" in lines[0].note
+    amounts = {(line.section, line.item): line.amount for line in lines}
+    assert amounts["disk", "tokens"] == 800 * 13
+    for key in (("disk", "activations"), ("disk", "all"), ("computation", "all"), ("time", "NVIDIA H100 SXM")):
+        assert amounts[key] is None
+    assert readable(lines[2]) == "not known"
+
+
+def test_of_a_gated_model_the_hubs_reason_and_the_command_are_given(fake_hub: FakeHub, empty: Laboratory):
+    fake_hub.repositories["models/some-lab/some-model"] = empty.model
+    fake_hub.gated.add("models/some-lab/some-model")
+    empty.declare({"language_model": "some-lab/some-model"})
+    assert "authorized list. Accept its terms at " in _lines(empty)[0].note
+    assert "log in with `hf auth login`" in _lines(empty)[0].note
+    with pytest.raises(ConfigurationError, match=r"is gated: .*log in with `hf auth login`"):
+        empty.run()
+
+
+def test_nothing_of_a_model_but_its_configuration_is_downloaded(fake_hub: FakeHub, empty: Laboratory):
+    fake_hub.repositories["models/some-lab/some-model"] = empty.model
+    empty.declare({"language_model": "some-lab/some-model"})
+    known = {line.item: line.amount for line in _lines(empty) if line.section != "time"}
+    empty.declare()
+    assert known.pop("some-lab/some-model") == D_MODEL
+    here = {line.item: line.amount for line in _lines(empty) if line.section != "time"}
+    assert {item: here[item] for item in known if item != "free disk"} == {item: known[item] for item in known if item != "free disk"}
+    assert "model.safetensors" not in fake_hub.downloaded()
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        (Line("disk", "x", 1_230_000_000_000, "bytes"), "1.23 TB"),
+        (Line("disk", "x", 34_000_000_000_000_000, "bytes"), "34,000 TB"),
+        (Line("computation", "x", 2.7e19, "FLOPs"), "2.7e+19 FLOPs"),
+        (Line("time", "x", 375, "hours"), "16 days"),
+        (Line("time", "x", 3.8, "hours"), "3.8 h"),
+        (Line("time", "x", 0.5, "hours"), "30 min"),
+        (Line("time", "x", 0.001, "hours"), "3.6 s"),
+        (Line("model", "x", 2304, "dimensions"), "2,304 dimensions"),
+    ],
+)
+def test_amounts_are_readable(line: Line, shown: str):
+    assert readable(line) == shown
+
+
+def test_the_command_prints_json_alone_and_makes_nothing(
+    empty: Laboratory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    from saeens_pipeline import cli
+
+    def saeens(*arguments: str) -> str:
+        monkeypatch.setattr("sys.argv", ["saeens", "plan", "tiny", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert not ended.value.code
+        return capsys.readouterr().out
+
+    rows = json.loads(saeens("--format", "json", "--layer", "2"))
+    assert {"section": "model", "item": str(empty.model), "amount": 16.0, "unit": "dimensions"}.items() <= rows[0].items()
+    assert saeens("--format", "csv").startswith("section,item,amount,unit,note\n")
+    assert "NVIDIA H100 SXM" in saeens()
+    assert not empty.root.exists()

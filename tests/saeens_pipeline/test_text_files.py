@@ -1,0 +1,287 @@
+"""Corpora of local files: every format, what becomes a document, which are held out, and what is said of files that are wrong."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pyarrow import parquet
+from tiny_experiment import Laboratory
+
+from saeens_pipeline.assets import sources
+from saeens_pipeline.errors import ConfigurationError, SaeensError
+from saeens_pipeline.language_models import corpora
+from saeens_pipeline.language_models.corpora import Split
+from saeens_pipeline.language_models.text_files import FOLDER, TextFiles
+from saeens_pipeline.language_models.tokens import open_tokens
+
+RECORDS = [{"text": f"Text number {i}, \u00fc.", "meta": {"set": "code" if i % 3 else "prose"}, "url": None} for i in range(40)]
+SPLITS: tuple[Split, ...] = ("train", "test")
+
+
+def _lines(records: Sequence[Any]) -> bytes:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+
+
+def _zstd(content: bytes) -> bytes:
+    half = len(content) // 2  # in two frames, as parallel compressors write them
+    codec = pa.Codec("zstd")
+    return bytes(codec.compress(content[:half], asbytes=True)) + bytes(codec.compress(content[half:], asbytes=True))
+
+
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "a.jsonl": lambda path: path.write_bytes(_lines(RECORDS)),
+    "a.jsonl.gz": lambda path: path.write_bytes(gzip.compress(_lines(RECORDS))),
+    "a.jsonl.zst": lambda path: path.write_bytes(_zstd(_lines(RECORDS))),
+    "a.parquet": lambda path: parquet.write_table(pa.Table.from_pylist(RECORDS), path, row_group_size=7),
+}
+
+
+def _corpus(folder: Path, **fields: Any) -> TextFiles:
+    return TextFiles.model_validate(fields, context={FOLDER: folder})
+
+
+def _texts(corpus: TextFiles) -> list[str]:
+    return [document.text for split in SPLITS for document in corpus.documents(split)]
+
+
+@pytest.mark.parametrize("file", WRITERS)
+def test_every_record_of_every_format_is_a_document_of_one_split(tmp_path: Path, file: str):
+    WRITERS[file](tmp_path / file)
+    corpus = _corpus(tmp_path, files="*", label_fields=["meta.set", "url"], test_share=0.3)
+    corpus.require_readable()
+    documents = {split: list(corpus.documents(split)) for split in SPLITS}
+    by_name = {document.name: document for split in SPLITS for document in documents[split]}
+    assert len(by_name) == len(documents["train"]) + len(documents["test"]) == len(RECORDS)
+    for number, record in enumerate(RECORDS, start=1):
+        document = by_name[f"{file}:{number}"]
+        assert document.text == record["text"]
+        assert document.labels == {"meta.set": record["meta"]["set"], "url": None}
+    assert 4 < len(documents["test"]) < 20
+
+
+@pytest.mark.parametrize("file", ["b.txt", "b.md", "b.txt.gz", "b.txt.zst"])
+def test_a_plain_text_file_is_one_document_with_its_folder_as_label(tmp_path: Path, file: str):
+    (tmp_path / "letters").mkdir()
+    content = "Dear \u00fc,\n\nthree lines.\n".encode()
+    compressed = {"gz": gzip.compress, "zst": _zstd}.get(file.rsplit(".", 1)[-1], bytes)(content)
+    (tmp_path / "letters" / file).write_bytes(compressed)
+    (tmp_path / "other.txt").write_text("Another.")
+    corpus = _corpus(tmp_path, files="**/*.*", label_fields=["kind"])
+    documents = {document.name: document for split in SPLITS for document in corpus.documents(split)}
+    assert documents[f"letters/{file}"].text == content.decode()
+    assert documents[f"letters/{file}"].labels == {"kind": "letters"}
+
+
+def test_a_field_whose_name_has_a_dot_is_found_first(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_bytes(_lines([{"text": "x", "meta.set": "outer", "meta": {"set": "inner"}}]))
+    (document,) = _corpus(tmp_path, files="a.jsonl", label_fields=["meta.set"], test_share=1e-9).documents("train")
+    assert document.labels == {"meta.set": "outer"}
+
+
+def test_empty_texts_and_blank_lines_are_no_documents(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_bytes(_lines([{"text": ""}, {"text": "kept"}]) + b"\n  \n")
+    assert _texts(_corpus(tmp_path, files="a.jsonl")) == ["kept"]
+
+
+def test_test_files_are_the_test_split_and_nothing_else_is(tmp_path: Path):
+    (tmp_path / "train.jsonl").write_bytes(_lines(RECORDS[:30]))
+    (tmp_path / "held_out.jsonl").write_bytes(_lines(RECORDS[30:]))
+    corpus = _corpus(tmp_path, files="train.jsonl", test_files="held_out.jsonl")
+    assert [d.text for d in corpus.documents("train")] == [record["text"] for record in RECORDS[:30]]
+    assert [d.text for d in corpus.documents("test")] == [record["text"] for record in RECORDS[30:]]
+
+
+def test_a_file_in_both_splits_is_refused(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_bytes(_lines(RECORDS))
+    with pytest.raises(ConfigurationError, match=r"a.jsonl is among files and among test_files"):
+        _corpus(tmp_path, files="*.jsonl", test_files=["a.jsonl"]).require_readable()
+
+
+@given(st.sets(st.integers(0, 10_000), min_size=1, max_size=30), st.floats(0.01, 0.99))
+def test_what_is_held_out_depends_on_the_name_alone_and_is_never_trained_on(numbers: set[int], share: float):
+    documents = [corpora.Document(f"a.jsonl:{number}", "x", {}) for number in numbers]
+    corpus = TextFiles.model_validate({"files": "a.jsonl", "test_share": share})
+    train, test = ({d.name for d in corpus.held_out(iter(documents), split)} for split in SPLITS)
+    assert train | test == {d.name for d in documents}
+    assert not train & test
+    for document in documents:
+        assert [d.name for d in corpus.held_out(iter([document]), "test")] == [document.name] * (document.name in test)
+
+
+def test_reading_is_a_stream_that_stops_where_nobody_asks_for_more(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_bytes(_lines(RECORDS) + b"this is not JSON\n")
+    documents = _corpus(tmp_path, files="a.jsonl", test_share=1e-9).documents("train")
+    assert [next(documents).text for _ in RECORDS] == [record["text"] for record in RECORDS]  # what is wrong comes after
+    with pytest.raises(SaeensError, match="not valid JSON"):
+        next(documents)
+
+
+def test_relative_paths_start_from_the_experiment_file(empty: Laboratory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    file = empty.declare({"corpus": {"files": "texts/*.jsonl"}})
+    (file.parent / "texts").mkdir()
+    (file.parent / "texts" / "a.jsonl").write_bytes(_lines(RECORDS))
+    monkeypatch.chdir(tmp_path)
+    corpus = empty.catalogue.sources["tiny"].corpus
+    assert isinstance(corpus, TextFiles)
+    assert len(_texts(corpus)) == len(RECORDS)
+
+
+# what identifies it
+
+
+def _identity(folder: Path, **fields: Any) -> dict[str, object]:
+    return _corpus(folder, files="*.jsonl", **fields).identity
+
+
+def test_identity_changes_with_bytes_names_and_settings_and_with_nothing_else(tmp_path: Path):
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(_lines(RECORDS))
+    before = _identity(tmp_path)
+    file.touch()
+    assert _identity(tmp_path) == before
+    assert _identity(tmp_path, test_share=0.1) != before
+    assert _identity(tmp_path, text_field="url") != before
+    assert _identity(tmp_path, label_fields=["url"]) != before
+    moved = Path(tmp_path.rename(tmp_path.with_name("moved")))
+    assert _identity(moved) == before
+    (moved / "a.jsonl").write_bytes(_lines([{"text": "x"}, *RECORDS[1:]]))
+    assert _identity(moved) != before
+    (moved / "a.jsonl").write_bytes(_lines(RECORDS))
+    (moved / "a.jsonl").rename(moved / "b.jsonl")
+    assert _identity(moved) != before
+
+
+def test_of_large_files_size_and_samples_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from saeens_pipeline.language_models import text_files
+
+    monkeypatch.setattr(text_files, "_HASHED_BYTES", 0)
+    monkeypatch.setattr(text_files, "_LEAST_HASHED_BYTES", 1024)
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(_lines(RECORDS * 50))
+    before = _identity(tmp_path)
+    assert str(before["files"]).count("sampled-") == 1
+    file.write_bytes(_lines([{"text": "y" * 2000}, *RECORDS * 50]))
+    assert _identity(tmp_path) != before
+
+
+# what is refused
+
+
+RECORD_ERRORS: dict[str, tuple[bytes, str]] = {
+    "no JSON": (_lines(RECORDS[:2]) + b"{'text': 1}\n", r"a.jsonl:3: not valid JSON"),
+    "no UTF-8": (_lines(RECORDS[:1]) + b'{"text": "caf\xe9"}\n', r"a.jsonl:2: not UTF-8"),
+    "no such field": (_lines([{"body": "x", "id": 1}]), r"a.jsonl:1: there is no field 'text'; there are: body, id"),
+    "no field inside": (_lines([{"text": "x", "meta": {"kind": 1}}]), r"a.jsonl:1: there is no field 'set' inside 'meta'; there are: kind"),
+    "no text": (_lines([{"text": ["x"], "meta": {"set": 1}}]), r"a.jsonl:1: field 'text' is of type list, and it has to be a text"),
+    "null": (_lines([{"text": None}]), r"a.jsonl:1: field 'text' is null"),
+    "no object": (b'["x"]\n', r"a.jsonl:1: a record has to be an object with fields, and this is of type list"),
+}
+
+
+@pytest.mark.parametrize("case", RECORD_ERRORS)
+def test_a_wrong_record_is_named_by_file_and_line(tmp_path: Path, case: str):
+    content, message = RECORD_ERRORS[case]
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(SaeensError, match=message):
+        _texts(_corpus(tmp_path, files="a.jsonl", label_fields=["meta.set"]))
+
+
+@pytest.mark.parametrize("file", ["a.jsonl.gz", "a.jsonl.zst"])
+def test_a_file_that_was_cut_off_is_named_by_the_line_where_it_ends(tmp_path: Path, file: str):
+    WRITERS[file](tmp_path / file)
+    whole = (tmp_path / file).read_bytes()
+    (tmp_path / file).write_bytes(whole[: len(whole) - 30])
+    with pytest.raises(SaeensError, match=rf"{file}:\d+: cannot be read further .*: is the file whole\?"):
+        _texts(_corpus(tmp_path, files=file))
+
+
+def test_a_missing_column_and_a_file_that_is_no_parquet_are_named(tmp_path: Path):
+    WRITERS["a.parquet"](tmp_path / "a.parquet")
+    with pytest.raises(SaeensError, match=r"a.parquet: there is no column 'body'; there are: text, meta, url"):
+        _corpus(tmp_path, files="a.parquet", text_field="body").require_readable()
+    (tmp_path / "b.parquet").write_bytes(b"nothing")
+    with pytest.raises(SaeensError, match=r"b.parquet: cannot be read as a Parquet file"):
+        _corpus(tmp_path, files="b.parquet").require_readable()
+
+
+def test_files_that_are_not_there_or_of_another_format_are_refused(tmp_path: Path):
+    with pytest.raises(ConfigurationError, match=rf"there is no file texts/\*.jsonl in {tmp_path}"):
+        _corpus(tmp_path, files="texts/*.jsonl").require_readable()
+    for name in ("a.csv", "a.parquet.zst", "a.csv.gz"):
+        (tmp_path / name).write_bytes(b"x")
+        with pytest.raises(ConfigurationError, match=rf"{name} is of a format that is not read; names end in .jsonl, .parquet, .txt, .md"):
+            _corpus(tmp_path, files=name).require_readable()
+
+
+FILE_ERRORS: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown key": (
+        {"files": "a", "tekst": "x"},
+        r"corpus.tekst: unknown key; one of: text_field, .*test_share, files",
+    ),
+    "unknown key of a data set": (
+        {"name": "a/b", "splt": "x"},
+        r"corpus.splt: unknown key; .*subset, split, test_split",
+    ),
+    "a column's name": (
+        {"files": "a", "label_fields": ["name"]},
+        r"corpus.label_fields: 'name' is what another column is called",
+    ),
+    "a share": ({"files": "a", "test_share": 1.5}, r"attributes.corpus.test_share: .*less than 1"),
+    "no file": ({"files": []}, r"attributes.corpus.files: name a file"),
+    "one split": ({"name": "a/b", "test_split": "train"}, r"attributes.corpus: split and test_split are both train"),
+    "no name": ({"name": "../b"}, r"attributes.corpus.name: not a name of a data set on the hub"),
+    "neither": ({"split": "train"}, r"attributes.corpus.name: Field required"),
+}
+
+
+@pytest.mark.parametrize("case", FILE_ERRORS)
+def test_a_wrong_corpus_is_named_by_file_line_and_field(empty: Laboratory, case: str):
+    corpus, message = FILE_ERRORS[case]
+    file = empty.declare({"corpus": corpus})
+    (complaint,) = empty.catalogue.broken.values()
+    assert str(file) in complaint
+    with pytest.raises(ConfigurationError, match=message):
+        raise ConfigurationError(complaint)
+
+
+# from files to tables
+
+
+def test_an_experiment_runs_on_files_keeps_their_labels_and_notices_changes(empty: Laboratory, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sources, "open_corpus", corpora.open_corpus)
+    file = empty.declare({"corpus": {"files": "a.jsonl.zst", "label_fields": ["meta.set"], "test_share": 0.4}})
+    (file.parent / "a.jsonl.zst").write_bytes(_zstd(_lines(RECORDS * 4)))
+    empty.run(select=["bagging_ensemble"])
+    documents = open_tokens(empty.artefact("tokens", layer=None).path).documents("train")
+    assert documents.columns == ["document", "name", "meta.set"]
+    assert set(documents["meta.set"]) == {"code", "prose"}
+    assert json.loads((empty.artefact("bagging/member_1", 1).path / "cfg.json").read_text())["metadata"]["dataset_path"] == "files"
+    assert "nothing to do" in empty.run(select=["bagging_ensemble"])
+    (file.parent / "a.jsonl.zst").write_bytes(_zstd(_lines(RECORDS * 5)))
+    assert "nothing to do" not in empty.run(select=["bagging_ensemble"])
+
+
+def test_what_is_wrong_with_files_is_said_before_anything_is_made(empty: Laboratory, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sources, "open_corpus", corpora.open_corpus)
+    file = empty.declare({"corpus": {"files": "a.jsonl", "text_field": "body"}})
+    (file.parent / "a.jsonl").write_bytes(_lines(RECORDS))
+    with pytest.raises(SaeensError, match=r"a.jsonl:1: there is no field 'body'; there are: meta, text, url"):
+        empty.run()
+    assert not list(empty.root.rglob("recipe.json"))
+
+
+def test_too_few_documents_are_counted_before_the_model_is_loaded(empty: Laboratory, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sources, "open_corpus", corpora.open_corpus)
+    monkeypatch.setattr("saeens_pipeline.language_models.models._trained", lambda *_: pytest.fail("the model was loaded"))
+    file = empty.declare({"corpus": {"files": "a.jsonl", "test_share": 0.4}})
+    (file.parent / "a.jsonl").write_bytes(_lines(RECORDS[:10]))
+    with pytest.raises(SaeensError, match=r"train split has \d+ activation rows in \d documents .* but 600 were asked for"):
+        empty.run()
