@@ -1,0 +1,112 @@
+"""`concept_detection` and `spurious_correlation`: which labelled texts an experiment's dictionaries are probed on."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from saeens_pipeline.labelled_texts import embedded, hub
+from saeens_pipeline.labelled_texts.drawing import TextCount
+
+
+class _OwnFiles(BaseModel):
+    """Fields that a data set of local files, or a local copy of one of the hub, is described by."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(min_length=1, description="a data set that is known, or what local files are to be called")
+    revision: str = Field(default="main", description="branch, tag or commit on the hub")
+    path: str | None = Field(default=None, description="a local copy of the hub's data set, as the package datasets loads it")
+    train: str | None = Field(default=None, description="local files, .jsonl, .parquet or .csv; * stands for part of the last name")
+    test: str | None = Field(
+        default=None, description="local files of the test split; left out: test texts come out of train, none is in both"
+    )
+    text_field: str = Field(default="text", description="column of the texts")
+    label_field: str = Field(default="label", description="column of the labels")
+
+    def _check_known(self, embedded_names: tuple[str, ...], hub_names: tuple[str, ...]) -> None:
+        if self.name in embedded_names or self.name in hub_names:
+            if self.train or self.test:
+                raise ValueError(f"{self.name!r} is a known data set and is read from no files of yours: call yours something else")
+            if self.path and self.name in embedded_names:
+                raise ValueError(f"{self.name!r} is read from the installed packages: leave path out")
+        elif self.train is None:
+            known = ", ".join((*embedded_names, *hub_names))
+            raise ValueError(f"{self.name!r} is not known; known are {known}; for local files give train, and maybe test")
+
+
+class ConceptDataSet(_OwnFiles):
+    """An entry of `concept_detection.datasets`: a name, or a mapping with these fields."""
+
+    labels: list[str] = Field(default=[], description="labels that are probed; left out: all")
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        self._check_known(embedded.CONCEPTS, hub.CONCEPTS)
+        return self
+
+    @field_validator("labels")
+    @classmethod
+    def _two_at_least(cls, labels: list[str]) -> list[str]:
+        if len(labels) == 1 or len(set(labels)) < len(labels):
+            raise ValueError("a probe needs texts of at least two labels, each named once")
+        return labels
+
+
+class CorrelationDataSet(_OwnFiles):
+    """An entry of `spurious_correlation.datasets`: a name, or a mapping with these fields."""
+
+    spurious_field: str = Field(default="spurious", description="column of the spurious attribute")
+    target: tuple[str, str] | None = Field(default=None, description="the two labels that are told apart, of local files")
+    spurious: tuple[str, str] | None = Field(default=None, description="the values of the spurious attribute that go with them, in order")
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        self._check_known(embedded.CORRELATIONS, hub.CORRELATIONS)
+        if self.train and (self.target is None or self.spurious is None):
+            raise ValueError("of local files give target and spurious, two values each: the first of both go together, and the second")
+        return self
+
+
+def _named(entry: Any) -> Any:
+    return {"name": entry} if isinstance(entry, str) else entry
+
+
+class _TaskSettings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    train_texts: int | None = Field(
+        default=None,
+        ge=8,
+        multiple_of=4,
+        description="texts that a probe is trained on; left out: 4000, of embedded tasks as many as there are",
+    )
+    test_texts: int | None = Field(default=None, ge=8, multiple_of=4, description="texts that it is tested on; left out: 1000, or the same")
+    context_length: int = Field(default=128, ge=2, description="tokens of a text, from its beginning")
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> Self:
+        if (self.train_texts is None) != (self.test_texts is None):
+            raise ValueError("give both of train_texts and test_texts, or none")
+        return self
+
+    @property
+    def count(self) -> TextCount | None:
+        return None if self.train_texts is None or self.test_texts is None else TextCount(self.train_texts, self.test_texts)
+
+
+class ConceptDetectionSettings(_TaskSettings):
+    """`concept_detection`."""
+
+    datasets: Annotated[list[Annotated[ConceptDataSet, BeforeValidator(_named)]], Field(min_length=1)] = Field(
+        default=[ConceptDataSet(name=name) for name in embedded.CONCEPTS], description="left out: the embedded tasks"
+    )
+
+
+class SpuriousCorrelationSettings(_TaskSettings):
+    """`spurious_correlation`."""
+
+    datasets: Annotated[list[Annotated[CorrelationDataSet, BeforeValidator(_named)]], Field(min_length=1)] = Field(
+        default=[CorrelationDataSet(name=name) for name in embedded.CORRELATIONS], description="left out: the embedded task"
+    )
