@@ -176,7 +176,7 @@ class _Probed:
                     "dataset": data_set,
                     "label": label,
                     "n_probe_features": score.n_features,
-                    "code_scale": "1/n" if score.scaled else "unscaled",
+                    "code_scale": "1/J" if score.scaled else "unscaled",
                     "accuracy": score.accuracy,
                     "n_distinct_features": score.n_distinct,
                     "accuracy_distinct": score.accuracy_distinct,

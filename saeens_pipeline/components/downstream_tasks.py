@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from typing import Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from saeens_pipeline.labelled_texts import embedded, hub
 from saeens_pipeline.labelled_texts.drawing import TextCount
@@ -69,10 +69,6 @@ class CorrelationDataSet(_OwnFiles):
         return self
 
 
-def _named(entry: Any) -> Any:
-    return {"name": entry} if isinstance(entry, str) else entry
-
-
 class _TaskSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -80,10 +76,18 @@ class _TaskSettings(BaseModel):
         default=None,
         ge=8,
         multiple_of=4,
-        description="texts that a probe is trained on; left out: 4000, of embedded tasks as many as there are",
+        description="that a probe is trained on; left out: 4000, of embedded tasks what there is enough of",
     )
-    test_texts: int | None = Field(default=None, ge=8, multiple_of=4, description="texts that it is tested on; left out: 1000, or the same")
+    test_texts: int | None = Field(default=None, ge=8, multiple_of=4, description="that it is tested on; left out: 1000, or the same")
     context_length: int = Field(default=128, ge=2, description="tokens of a text, from its beginning")
+
+    @field_validator("datasets", mode="before", check_fields=False)
+    @classmethod
+    def _named(cls, datasets: Any) -> Any:
+        """An entry may be a name alone."""
+        if not isinstance(datasets, list):
+            return datasets
+        return [{"name": entry} if isinstance(entry, str) else entry for entry in datasets]
 
     @model_validator(mode="after")
     def _both_or_none(self) -> Self:
@@ -99,14 +103,14 @@ class _TaskSettings(BaseModel):
 class ConceptDetectionSettings(_TaskSettings):
     """`concept_detection`."""
 
-    datasets: Annotated[list[Annotated[ConceptDataSet, BeforeValidator(_named)]], Field(min_length=1)] = Field(
-        default=[ConceptDataSet(name=name) for name in embedded.CONCEPTS], description="left out: the embedded tasks"
+    datasets: list[ConceptDataSet] = Field(
+        min_length=1, default=[ConceptDataSet(name=name) for name in embedded.CONCEPTS], description="left out: the embedded tasks"
     )
 
 
 class SpuriousCorrelationSettings(_TaskSettings):
     """`spurious_correlation`."""
 
-    datasets: Annotated[list[Annotated[CorrelationDataSet, BeforeValidator(_named)]], Field(min_length=1)] = Field(
-        default=[CorrelationDataSet(name=name) for name in embedded.CORRELATIONS], description="left out: the embedded task"
+    datasets: list[CorrelationDataSet] = Field(
+        min_length=1, default=[CorrelationDataSet(name=name) for name in embedded.CORRELATIONS], description="left out: the embedded task"
     )

@@ -159,7 +159,7 @@ TABLES = {
                 Column("dataset", "str", "data set that the texts are from"),
                 Column("label", "str", "the label that is told from the others"),
                 Column("n_probe_features", "int", "features that the probe is given; of n members also n times as many"),
-                Column("code_scale", "str", "unscaled: the members' own codes; 1/J: as in bagging's reconstruction"),
+                Column("code_scale", "str", "unscaled: the members' own codes; 1/J: divided by n_members, as in bagging's reconstruction"),
                 Column("accuracy", "float", "of a logistic regression on test texts, half of which have the label"),
                 Column("n_distinct_features", "int", "of these features, those left when near-duplicates (cosine 0.7) are counted once"),
                 Column("accuracy_distinct", "float", "with as many features of which none is a near-duplicate of a better one"),
