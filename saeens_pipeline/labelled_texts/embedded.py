@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import polars as pl
 
 READER_VERSION = 1  # raised whenever other texts would be drawn
-PIECE_CHARACTERS, MIN_PIECE_CHARACTERS = 256, 100
+PIECE_CHARACTERS, MIN_PIECE_CHARACTERS = 200, 100
 MAX_DOCUMENTS = 400  # of each language and split: as many as are needed, the first ones of the corpus
 
 LANGUAGE, CODE_OR_PROSE, DOCSTRING_OR_CODE = "builtin/language", "builtin/code_or_prose", "builtin/docstring_or_code"
