@@ -12,6 +12,8 @@ from saeens_pipeline.labelled_texts.drawing import ConceptTexts, CorrelationText
 from saeens_pipeline.language_models.corpora import open_corpus
 
 CORPUS = "builtin/installed_packages"
+_DATA_SETS_KEPT = 32
+"""What was drawn is kept for the other seeds and layers of a process: some megabytes of each of so many data sets."""
 
 
 def identity(data_set: ConceptDataSet | CorrelationDataSet) -> dict[str, Any]:
@@ -34,14 +36,26 @@ def is_embedded(data_set: ConceptDataSet | CorrelationDataSet) -> bool:
 
 def read_concepts(data_set: ConceptDataSet, count: TextCount | None, seed: int) -> ConceptTexts:
     """The texts for concept detection. Raises SaeensError for missing columns, absent labels, one label only, and too few texts."""
+    return _drawn_concepts(data_set.model_dump_json(), json.dumps(identity(data_set)), count, seed)
+
+
+def read_correlations(data_set: CorrelationDataSet, count: TextCount | None, seed: int) -> list[CorrelationTexts]:
+    """The texts of every task of a data set. Raises as `read_concepts`."""
+    return _drawn_correlations(data_set.model_dump_json(), json.dumps(identity(data_set)), count, seed)
+
+
+@lru_cache(maxsize=_DATA_SETS_KEPT)
+def _drawn_concepts(settings: str, _identity: str, count: TextCount | None, seed: int) -> ConceptTexts:
+    data_set = ConceptDataSet.model_validate_json(settings)
     if data_set.train:
         data = _local(data_set, {"text": data_set.text_field, "label": data_set.label_field})
         return drawing.draw_concepts(data, data_set.labels, count or hub.COUNT, balance=False, seed=seed)
     return _reader(data_set).concepts(data_set.name, count, seed, labels=data_set.labels)
 
 
-def read_correlations(data_set: CorrelationDataSet, count: TextCount | None, seed: int) -> list[CorrelationTexts]:
-    """The texts of every task of a data set. Raises as `read_concepts`."""
+@lru_cache(maxsize=_DATA_SETS_KEPT)
+def _drawn_correlations(settings: str, _identity: str, count: TextCount | None, seed: int) -> list[CorrelationTexts]:
+    data_set = CorrelationDataSet.model_validate_json(settings)
     if data_set.train and data_set.target and data_set.spurious:
         fields = {"text": data_set.text_field, "label": data_set.label_field, "other": data_set.spurious_field}
         data = _local(data_set, fields)
@@ -63,5 +77,5 @@ def _reader(data_set: ConceptDataSet | CorrelationDataSet) -> embedded.EmbeddedT
 
 @lru_cache(maxsize=1)
 def _embedded_tasks(_identity: str) -> embedded.EmbeddedTasks:
-    """Reading the corpus takes longer than probing one layer and seed: once in a process, for as long as it is the same."""
+    """Tasks have pieces in common, and reading the corpus takes seconds."""
     return embedded.EmbeddedTasks(open_corpus(CORPUS))

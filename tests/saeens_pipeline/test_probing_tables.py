@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models.models import describe_language_model, load_language_model
+from saeens_pipeline.lineage import lineage
 from saeens_pipeline.runs import experiment_status
 from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.tables import read_table
@@ -134,6 +135,13 @@ def test_scr_of_the_table_follows_from_its_accuracies(probed: Laboratory):
     assert (untouched["accuracy_ablated"] == untouched["accuracy_biased"]).all()
     metric = rows.filter(pl.col("scr_metric").is_not_null())
     assert metric["task"].n_unique() <= 1  # one direction, or neither
+
+
+def test_a_row_of_the_activations_themselves_leads_back_to_activations_and_no_sae(probed: Laboratory, monkeypatch: pytest.MonkeyPatch):
+    probed.activate(monkeypatch)
+    row = f"tiny/concept_detection:layer={LAYER},seed={SEEDS[0]},method=raw,label=de,n_probe_features=1"
+    parents = [parent.title for parent in lineage(probed.store, probed.declarations().values(), row).parents]
+    assert parents == ["tiny/tokens", f"tiny/activations, layer {LAYER}"]
 
 
 # recipes
