@@ -86,7 +86,8 @@ def run_experiment(name: str, *, layers: Sequence[int], seeds: Sequence[int], se
     else:
         if any(declaration.builder == "activations" for _, wanted in chosen for declaration in wanted):
             validate_modules(description, source.hook, layers)
-        validate_labelled_texts(experiment, {declaration.address.name for _, wanted in chosen for declaration in wanted})
+        tables = {declaration.address.name for _, wanted in chosen for declaration in wanted}
+        validate_labelled_texts(experiment, tables, description, source.drop)
         console.print(f"{name}: {n_wanted} artefacts to make, {n_fresh} are fresh (cache hits){others}", highlight=False)
         damaged = [s for stage, wanted in chosen for s in stage.statuses if s.state == "damaged" and s.declaration in wanted]
         for status in damaged:

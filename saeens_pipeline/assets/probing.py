@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from saeens_models.ensembles import Ensemble
     from saeens_models.probing import ConceptProbe, CorrelationTask, Dictionary, PooledTexts
     from saeens_pipeline.labelled_texts.drawing import ConceptTexts, CorrelationTexts
-    from saeens_pipeline.language_models.models import LanguageModel
+    from saeens_pipeline.language_models.models import LanguageModel, LanguageModelDescription
 
 PROBED = ("concept_detection", "spurious_correlation")
 SEED = 42  # of SAEBench: which texts are drawn, which of the others are negative, how probes start
@@ -52,10 +52,17 @@ def probing_op(subject: Subject) -> Op:
     return Op(f"{experiment.name}__eval__downstream", tuple(tables), make, on_device=True)
 
 
-def validate_labelled_texts(experiment: ExperimentSettings, tables: Collection[str]) -> None:
-    """Read the texts of these tables, apart from embedded ones, which are there. Raises SaeensError where they are not as needed."""
-    for texts in _collections(experiment, tables, with_embedded=False):
-        del texts
+def validate_labelled_texts(
+    experiment: ExperimentSettings, tables: Collection[str], model: LanguageModelDescription, drop: Sequence[Any]
+) -> None:
+    """Read the texts of these tables, and cut them into tokens. Raises SaeensError where they are not as needed.
+
+    What was read is kept for the tables, unless they are made in another process.
+    """
+    from saeens_pipeline.language_models.text_activations import encode_texts
+
+    for texts in _collections(experiment, tables):
+        encode_texts(model, list(dict.fromkeys(texts.texts())), context_length=texts.context_length, drop=drop)
 
 
 def _declare(subject: Subject, table: str, inputs: Sequence[Any]) -> Declaration:
@@ -85,14 +92,12 @@ class _Collection(NamedTuple):
                 yield from (text for of_quadrant in of_split for text in of_quadrant)
 
 
-def _collections(experiment: ExperimentSettings, tables: Collection[str], with_embedded: bool = True) -> Iterator[_Collection]:
+def _collections(experiment: ExperimentSettings, tables: Collection[str]) -> Iterator[_Collection]:
     """The embedded tasks together, since they have texts in common, and every other data set by itself."""
     settings = {table: getattr(experiment, table) for table in PROBED if table in tables}
     together: dict[int, _Collection] = {}
     for table, of_table in settings.items():
         for data_set in of_table.datasets:
-            if is_embedded(data_set) and not with_embedded:
-                continue
             length = of_table.context_length
             collection = together.setdefault(length, _Collection([], [], length)) if is_embedded(data_set) else _Collection([], [], length)
             if table == "concept_detection":

@@ -10,8 +10,8 @@ from saeens_pipeline.labelled_texts import embedded, hub
 from saeens_pipeline.labelled_texts.drawing import TextCount
 
 
-class _OwnFiles(BaseModel):
-    """Fields that a data set of local files, or a local copy of one of the hub, is described by."""
+class _DataSet(BaseModel):
+    """The fields that both tables' data sets have."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -26,17 +26,25 @@ class _OwnFiles(BaseModel):
     label_field: str = Field(default="label", description="column of the labels")
 
     def _check_known(self, embedded_names: tuple[str, ...], hub_names: tuple[str, ...]) -> None:
-        if self.name in embedded_names or self.name in hub_names:
-            if self.train or self.test:
-                raise ValueError(f"{self.name!r} is a known data set and is read from no files of yours: call yours something else")
-            if self.path and self.name in embedded_names:
-                raise ValueError(f"{self.name!r} is read from the installed packages: leave path out")
+        """Raise ValueError for a set that is not known and has no files, and for fields that its kind does not have."""
+        if self.name in embedded_names:
+            self._check_unused("is read from the installed packages", {"labels"})
+        elif self.name in hub_names:
+            self._check_unused("is a known data set of the hub; call files of yours something else", {"labels", "revision", "path"})
         elif self.train is None:
             known = ", ".join((*embedded_names, *hub_names))
             raise ValueError(f"{self.name!r} is not known; known are {known}; for local files give train, and maybe test")
+        else:
+            self._check_unused("is read from files of yours", set(type(self).model_fields) - {"revision", "path"})
+
+    def _check_unused(self, what: str, allowed: set[str]) -> None:
+        fields = type(self).model_fields.items()
+        unused = [name for name, field in fields if name not in {"name", *allowed} and getattr(self, name) != field.default]
+        if unused:
+            raise ValueError(f"{self.name!r} {what}: leave {', '.join(unused)} out")
 
 
-class ConceptDataSet(_OwnFiles):
+class ConceptDataSet(_DataSet):
     """An entry of `concept_detection.datasets`: a name, or a mapping with these fields."""
 
     labels: list[str] = Field(default=[], description="labels that are probed; left out: all")
@@ -54,7 +62,7 @@ class ConceptDataSet(_OwnFiles):
         return labels
 
 
-class CorrelationDataSet(_OwnFiles):
+class CorrelationDataSet(_DataSet):
     """An entry of `spurious_correlation.datasets`: a name, or a mapping with these fields."""
 
     spurious_field: str = Field(default="spurious", description="column of the spurious attribute")
@@ -66,6 +74,9 @@ class CorrelationDataSet(_OwnFiles):
         self._check_known(embedded.CORRELATIONS, hub.CORRELATIONS)
         if self.train and (self.target is None or self.spurious is None):
             raise ValueError("of local files give target and spurious, two values each: the first of both go together, and the second")
+        for values in (self.target, self.spurious):
+            if values and values[0] == values[1]:
+                raise ValueError(f"an attribute has two values that differ, not {values[0]!r} twice")
         return self
 
 

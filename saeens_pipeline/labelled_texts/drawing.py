@@ -71,7 +71,8 @@ def draw_concepts(data: Labelled, labels: Sequence[str], count: TextCount, *, ba
     there_are = sorted(data.train["label"].unique())
     labels = labels or there_are
     if len(labels) < 2:
-        raise SaeensError(f"{data.name}: the only label is {labels[0] if labels else None!r}; a probe needs texts of at least two")
+        there_is = f"the only label is {labels[0]!r}" if labels else "no text has a label"
+        raise SaeensError(f"{data.name}: {there_is}; a probe needs texts of at least two labels")
     others: list[str | None] = [*sorted(data.train["other"].unique())] if balance else [None]
     each = TextCount(*(n // 2 // len(others) for n in count))
     drawn = {label: [_draw(data, (label, other), each, seed) for other in others] for label in labels}

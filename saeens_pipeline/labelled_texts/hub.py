@@ -6,6 +6,7 @@ No code of a data set is run. What is read is kept in the cache of `datasets`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -27,8 +28,11 @@ if TYPE_CHECKING:
 
 READER_VERSION = 1  # raised whenever other texts would be drawn
 COUNT = TextCount(4000, 1000)
-_SPARE = 1.25  # of a stream so many times what is needed is read: texts may repeat
+_SPARE = 1.25  # of a stream so many times what is needed is read, and drawn from
 _GIVE_UP_AFTER = 2_000_000  # rows of a stream
+
+_HasEnough = Callable[[str], bool]
+"""Whether no more texts of a label are asked for."""
 
 _BIOS, _AMAZON = "LabHC/bias_in_bios", "canrager/amazon_reviews_mcauley_1and5"
 Values = Mapping[str, str]
@@ -145,16 +149,17 @@ class HubReader:
         import polars as pl
 
         wanted = int(sum(count) / 2 * _SPARE)
-        found: dict[str, list[str]] = {label: [] for label in _STREAMED[name]}
-        for label, text in _STREAMS[name](self):
-            if label in found and len(found[label]) < wanted and text.strip():
-                found[label].append(text)
-                if all(len(texts) == wanted for texts in found.values()):
-                    break
+        found: dict[str, dict[str, None]] = {label: {} for label in _STREAMED[name]}  # in order, none twice
+        with self._explained(name, name):  # a stream is read as it is asked for
+            for label, text in _STREAMS[name](self, lambda label: len(found[label]) == wanted):
+                if label in found and len(found[label]) < wanted and text.strip():
+                    found[label][text] = None
+                    if all(len(texts) == wanted for texts in found.values()):
+                        break
         rows = [(text, label) for label, texts in found.items() for text in texts]
         return pl.DataFrame(rows, schema={"text": pl.String, "label": pl.String}, orient="row")
 
-    def _github_code(self) -> Iterator[tuple[str, str]]:
+    def _github_code(self, _has_enough: _HasEnough) -> Iterator[tuple[str, str]]:
         """Files without their first characters, as SAEBench takes them: the Parquet files themselves, since the hub's reader is code."""
         files = {} if self.path else {"data_files": f"hf://datasets/{GITHUB_CODE}@{self.revision}/data/*.parquet"}
         loaded = self._load(GITHUB_CODE, GITHUB_CODE if self.path else "parquet", split="train", streaming=True, **files)
@@ -166,13 +171,13 @@ class HubReader:
             if number == _GIVE_UP_AFTER:
                 return
 
-    def _europarl(self) -> Iterator[tuple[str, str]]:
+    def _europarl(self, has_enough: _HasEnough) -> Iterator[tuple[str, str]]:
         """Sentences of each language, one language after another."""
         for language, pair in _EUROPARL_PAIRS.items():
             for number, row in enumerate(self._load(EUROPARL, EUROPARL, config=pair, split="train", streaming=True)):
                 translation = _field(EUROPARL, row, "translation")
                 yield language, _field(EUROPARL, translation, language)
-                if number == 4 * sum(COUNT):
+                if has_enough(language) or number == _GIVE_UP_AFTER:
                     break
 
     def _load(self, name: str, on_hub: str, config: str | None = None, **arguments: Any) -> Any:
@@ -180,11 +185,16 @@ class HubReader:
             from datasets import load_dataset  # pyright: ignore[reportMissingImports]
         except ModuleNotFoundError as error:
             raise ConfigurationError(f"{name} is read with the package datasets: pip install 'saeens[hub]'") from error
-        try:
+        with self._explained(name, on_hub):
             if self.path:
                 return load_dataset(self.path, config, **arguments)
             pinned = {} if on_hub == "parquet" else {"revision": self.revision}
             return load_dataset(on_hub, config, **pinned, **arguments)
+
+    @contextmanager
+    def _explained(self, name: str, on_hub: str) -> Iterator[None]:
+        try:
+            yield
         except (OSError, ValueError, RuntimeError) as error:  # of which all errors of datasets and of the hub are
             where = self.path or f"{on_hub} at revision {self.revision} of the hub"
             raise SaeensError(
@@ -193,7 +203,7 @@ class HubReader:
             ) from error
 
 
-_STREAMS: Mapping[str, Callable[[HubReader], Iterator[tuple[str, str]]]] = {
+_STREAMS: Mapping[str, Callable[[HubReader, _HasEnough], Iterator[tuple[str, str]]]] = {
     GITHUB_CODE: HubReader._github_code,
     EUROPARL: HubReader._europarl,
 }

@@ -10,15 +10,35 @@ from saeens_pipeline.language_models.tokens import Drop, load_tokenizer, special
 
 if TYPE_CHECKING:
     from saeens_models.probing import TextBatch
-    from saeens_pipeline.language_models.models import LanguageModel
+    from saeens_pipeline.language_models.models import LanguageModel, LanguageModelDescription
 
 
 _TOKENISED_AT_ONCE = 1000
 
 
-class _Encoded(NamedTuple):
+class EncodedText(NamedTuple):
+    """The tokens of a text, and which of them count."""
+
     tokens: list[int]
     kept: list[bool]
+
+
+def encode_texts(
+    description: LanguageModelDescription, texts: Sequence[str], *, context_length: int, drop: Collection[Drop]
+) -> list[EncodedText]:
+    """The tokens of texts, as `TextActivations` takes them. Raises SaeensError for a text of which nothing counts."""
+    tokenizer = load_tokenizer(description)
+    tokenizer.enable_truncation(min(context_length, description.context_length))
+    never = set(special_ids(tokenizer, description).tolist())
+    encoded: list[EncodedText] = []
+    for first in range(0, len(texts), _TOKENISED_AT_ONCE):
+        for encoding in tokenizer.encode_batch_fast(list(texts[first : first + _TOKENISED_AT_ONCE])):
+            kept = [token not in never and not (place == 0 and "first" in drop) for place, token in enumerate(encoding.ids)]
+            encoded.append(EncodedText(encoding.ids, kept))
+    empty = next((text for text, each in zip(texts, encoded, strict=True) if not any(each.kept)), None)
+    if empty is not None:
+        raise SaeensError(f"the text {empty[:60]!r} has no token that counts for {description.name}: leave such short texts out")
+    return encoded
 
 
 class TextActivations:
@@ -43,17 +63,7 @@ class TextActivations:
         report: Callable[[int], object] = lambda n_texts: None,
     ) -> None:
         self._model, self._hook, self._layer, self._report = model, hook, layer, report
-        tokenizer = load_tokenizer(model.description)
-        tokenizer.enable_truncation(min(context_length, model.description.context_length))
-        never = set(special_ids(tokenizer, model.description).tolist())
-        encoded: list[_Encoded] = []
-        for first in range(0, len(texts), _TOKENISED_AT_ONCE):
-            for encoding in tokenizer.encode_batch_fast(list(texts[first : first + _TOKENISED_AT_ONCE])):
-                kept = [token not in never and not (place == 0 and "first" in drop) for place, token in enumerate(encoding.ids)]
-                encoded.append(_Encoded(encoding.ids, kept))
-        empty = next((text for text, each in zip(texts, encoded, strict=True) if not any(each.kept)), None)
-        if empty is not None:
-            raise SaeensError(f"the text {empty[:60]!r} has no token that counts for {model.description.name}: leave such short texts out")
+        encoded = encode_texts(model.description, texts, context_length=context_length, drop=drop)
         self.order = sorted(range(len(texts)), key=lambda number: len(encoded[number].tokens))
         in_order = [encoded[number] for number in self.order]
         self._batches = [in_order[first : first + batch_texts] for first in range(0, len(in_order), batch_texts)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,8 +38,8 @@ N_TEXTS = 96
 PAIRS = [(True, True), (True, False), (False, True), (False, False)]
 
 
-def _sae(seed: int, d_sae: int = 20, architecture: str = "topk") -> sm.SAE:
-    own = {"k": 3} if architecture == "topk" else {"l1_coefficient": 0.1}
+def _sae(seed: int, d_sae: int = 20, architecture: str = "topk", **own: Any) -> sm.SAE:
+    own = own or ({"k": 3} if architecture == "topk" else {"l1_coefficient": 0.1})
     sae = sm.build_sae(sm.SAEConfig(architecture=architecture, d_in=D_IN, d_sae=d_sae, init_seed=seed, **own))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -115,6 +116,14 @@ def test_pooled_texts_are_means_of_dense_codes_and_of_activations(ensembles: dic
     columns = torch.tensor([119, 0, 64])
     (selected,) = pooled.select([(torch.tensor([90, 2, 50]), columns)])
     np.testing.assert_allclose(selected.numpy(), expected[[90, 2, 50]][:, columns.numpy()], atol=1e-5)
+
+
+def test_members_of_several_architectures_are_pooled_as_they_encode():
+    own = {"topk": {"k": 3}, "gated": {"l1_coefficient": 0.1}, "matching_pursuit": {"residual_threshold": 0.1}}
+    saes = [_sae(seed, 10 + seed, architecture, **fields) for seed, (architecture, fields) in enumerate(own.items())]
+    mixed = {"bag": sm.Bagging(saes), "boost": sm.Boosting(saes)}
+    values = torch.cat([values for _, values in PooledTexts(mixed, Batches(_texts()))])
+    np.testing.assert_allclose(values.numpy(), _dense(mixed, _texts()), atol=1e-5)
 
 
 def test_dictionaries_are_all_sizes_of_all_ensembles_and_the_activations(ensembles: dict[str, Ensemble]):

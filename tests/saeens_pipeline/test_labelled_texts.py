@@ -84,6 +84,8 @@ def test_quadrants_have_twice_as_many_texts_where_the_attributes_agree():
 def test_errors_of_labels_name_what_there_is():
     with pytest.raises(SaeensError, match=r"set: the only label is 'a'; a probe needs texts of at least two"):
         draw_concepts(Labelled("set", _frame(a=9)), [], FEW, balance=False, seed=1)
+    with pytest.raises(SaeensError, match=r"set: no text has a label; a probe needs texts of at least two"):
+        draw_concepts(Labelled("set", _frame(a=1).clear()), [], FEW, balance=False, seed=1)
     with pytest.raises(SaeensError, match=r"set, train split: no text has the label 'c'; the labels are 'a', 'b'"):
         draw_concepts(Labelled("set", _frame(a=9, b=9)), ["a", "c"], FEW, balance=False, seed=1)
     with pytest.raises(SaeensError, match=r"set, test split: no text has the label 'z'; the labels are 'x', 'y'"):
@@ -231,8 +233,12 @@ def test_a_data_set_may_be_given_by_its_name_alone():
             {"datasets": ["fancyzhx/agnews"]},
             "'fancyzhx/agnews' is not known; known are builtin/language, .*fancyzhx/ag_news.*; for local files give train",
         ),
-        ({"datasets": [{"name": "fancyzhx/ag_news", "train": "x.jsonl"}]}, "is a known data set and is read from no files of yours"),
+        (
+            {"datasets": [{"name": "fancyzhx/ag_news", "train": "x.jsonl", "label_field": "topic"}]},
+            "is a known data set of the hub; call files of yours something else: leave train, label_field out",
+        ),
         ({"datasets": [{"name": "builtin/language", "path": "x"}]}, "is read from the installed packages: leave path out"),
+        ({"datasets": [{"name": "mine", "train": "x.jsonl", "revision": "v1"}]}, "is read from files of yours: leave revision out"),
         ({"datasets": [{"name": "mine", "train": "x.jsonl", "labels": ["a"]}]}, "a probe needs texts of at least two labels"),
         ({"datasets": []}, "at least 1 item"),
         ({"train_texts": 100}, "give both of train_texts and test_texts"),
@@ -247,6 +253,11 @@ def test_wrong_settings_are_refused_with_what_is_allowed(settings: dict[str, Any
 def test_local_files_with_two_attributes_need_their_values():
     with pytest.raises(ValidationError, match="of local files give target and spurious, two values each"):
         SpuriousCorrelationSettings.model_validate({"datasets": [{"name": "mine", "train": "x.jsonl"}]})
+    same = {"name": "mine", "train": "x.jsonl", "target": ["a", "b"], "spurious": ["c", "c"]}
+    with pytest.raises(ValidationError, match="an attribute has two values that differ, not 'c' twice"):
+        SpuriousCorrelationSettings.model_validate({"datasets": [same]})
+    with pytest.raises(ValidationError, match=r"'LabHC/bias_in_bios' is a known data set of the hub.*: leave target, spurious out"):
+        SpuriousCorrelationSettings.model_validate({"datasets": [same | {"name": "LabHC/bias_in_bios", "train": None}]})
 
 
 # the hub's data sets, from local copies of the same columns
@@ -320,7 +331,8 @@ def test_ag_news_github_code_and_europarl(tmp_path: Path):
     (folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
     for language, pair in pairs.items():
         other = pair.replace(language, "").strip("-")
-        _write(folder, f"{pair}.jsonl", [{"translation": {language: f"{language} {i}", other: f"other {i}"}} for i in range(9)])
+        translations = [{language: f"{language} {i // 3}", other: f"other {i}"} for i in range(27)]  # each sentence comes three times
+        _write(folder, f"{pair}.jsonl", [{"translation": each} for each in translations])
     drawn = read_concepts(ConceptDataSet(name="Helsinki-NLP/europarl", path=str(folder)), FEW, seed=1)
     assert {label: texts[0][:2] for label, texts in drawn.train.items()} == {
         language: language for language in ("en", "fr", "de", "es", "nl")

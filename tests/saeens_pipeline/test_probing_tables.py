@@ -11,13 +11,17 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from sklearn.feature_selection import SelectKBest
 from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
 from test_experiment import PlainTopK
+from test_labelled_texts import CodeCorpus
 from tiny_experiment import LAYER, NAME, SEEDS, Laboratory
 from tiny_models import CONTEXT_LENGTH
 from tokenizers import Tokenizer
 
 from saeens_pipeline.errors import ConfigurationError, SaeensError
+from saeens_pipeline.labelled_texts import reading
 from saeens_pipeline.language_models.models import describe_language_model, load_language_model
 from saeens_pipeline.lineage import lineage
 from saeens_pipeline.runs import experiment_status
@@ -103,23 +107,24 @@ def test_accuracies_are_those_of_plain_codes_and_scikit_learn(probed: Laboratory
     drawn = _drawn(probed)
     train, test = ([(pooled[text], label == "de") for label, texts in of_split.items() for text in texts] for of_split in drawn)
     (x_train, y_train), (x_test, y_test) = ((np.stack([x for x, _ in rows]), np.array([y for _, y in rows])) for rows in (train, test))
-    difference = np.abs(x_train[y_train].mean(0) - x_train[~y_train].mean(0))
     rows = _table(probed, "concept_detection", seed=SEEDS[0], method="bagging", n_members=3, label="de")
     for n, scale, accuracy in rows.select("n_probe_features", "code_scale", "accuracy").iter_rows():
-        best = np.argsort(-difference)[:n]
         factor = 1 / 3 if scale == "1/J" else 1
-        probe = LogisticRegression(C=1.0, max_iter=1000).fit(x_train[:, best] * factor, y_train)
-        assert accuracy == pytest.approx(probe.score(x_test[:, best] * factor, y_test)), (n, scale)
+        probe = make_pipeline(SelectKBest(_difference_of_means, k=n), LogisticRegression(C=1.0, max_iter=1000))
+        probe.fit(x_train * factor, y_train)
+        assert accuracy == pytest.approx(probe.score(x_test * factor, y_test)), (n, scale)
+
+
+def _difference_of_means(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.abs(x[y].mean(0) - x[~y].mean(0))
 
 
 def _drawn(laboratory: Laboratory) -> tuple[Any, Any]:
     """The texts that were drawn; which, test_labelled_texts holds."""
-    from saeens_pipeline.labelled_texts.reading import read_concepts
-
     with pytest.MonkeyPatch.context() as monkeypatch:
         laboratory.activate(monkeypatch)
         settings = laboratory.catalogue.experiment(NAME).concept_detection
-    drawn = read_concepts(settings.datasets[0], settings.count, 42)
+    drawn = reading.read_concepts(settings.datasets[0], settings.count, 42)
     return drawn.train, drawn.test
 
 
@@ -141,7 +146,7 @@ def test_a_row_of_the_activations_themselves_leads_back_to_activations_and_no_sa
     probed.activate(monkeypatch)
     row = f"tiny/concept_detection:layer={LAYER},seed={SEEDS[0]},method=raw,label=de,n_probe_features=1"
     parents = [parent.title for parent in lineage(probed.store, probed.declarations().values(), row).parents]
-    assert parents == ["tiny/tokens", f"tiny/activations, layer {LAYER}"]
+    assert parents == [f"tiny/activations, layer {LAYER}"]
 
 
 # recipes
@@ -205,6 +210,32 @@ def test_texts_that_are_not_as_needed_are_refused_before_training(
 def test_too_few_texts_are_refused_before_training(empty: Laboratory, tmp_path: Path):
     empty.declare(evaluations=TABLES, **_write_texts(tmp_path / "texts", n=5))
     with pytest.raises(SaeensError, match=r"mine: 12 train texts of 'de' are needed, and there are 10 different ones: lower train_texts"):
+        empty.run()
+    assert not list(empty.root.rglob("recipe.json"))
+
+
+def test_a_text_without_a_token_that_counts_is_refused_before_training(empty: Laboratory, tmp_path: Path):
+    settings = _write_texts(tmp_path / "texts")
+    short = [{"text": letter, "label": label} for label, letters in (("de", "abcdefgh"), ("fn", "ijklmnop")) for letter in letters]
+    with (tmp_path / "texts" / "train.jsonl").open("a") as file:
+        file.write("".join(json.dumps(row | {"spurious": "((", "letter": "a"}) + "\n" for row in short))
+    settings["concept_detection"] |= {"train_texts": 96}
+    empty.declare(evaluations=TABLES, **settings)  # of position 0, the only one, the source has no activations
+    with pytest.raises(SaeensError, match=r"the text '[a-p]' has no token that counts for .*: leave such short texts out"):
+        empty.run()
+    assert not list(empty.root.rglob("recipe.json"))
+
+
+def test_embedded_tasks_are_looked_at_before_training_too(empty: Laboratory, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(reading, "open_corpus", lambda name: CodeCorpus([], []))
+    few = {"train_texts": 8, "test_texts": 8}
+    empty.declare(
+        evaluations=TABLES[:1], concept_detection={"datasets": [{"name": "builtin/language", "labels": ["python", "rust"]}], **few}
+    )
+    with pytest.raises(SaeensError, match=r"builtin/language, train split: no text has the label 'rust'; the labels are 'cpp_header', "):
+        empty.run()
+    empty.declare(evaluations=TABLES[1:], spurious_correlation={"train_texts": 400, "test_texts": 40})
+    with pytest.raises(SaeensError, match=r"builtin/language_and_documentation: 200 train texts of 'python' and 'documentation'"):
         empty.run()
     assert not list(empty.root.rglob("recipe.json"))
 
