@@ -119,7 +119,7 @@ def test_pooled_texts_are_means_of_dense_codes_and_of_activations(ensembles: dic
 
 
 def test_members_of_several_architectures_are_pooled_as_they_encode():
-    own = {"topk": {"k": 3}, "gated": {"l1_coefficient": 0.1}, "matching_pursuit": {"residual_threshold": 0.1}}
+    own = {"topk": {"k": 3}, "jumprelu": {"l0_coefficient": 0.1}, "standard": {"l1_coefficient": 0.1}}
     saes = [_sae(seed, 10 + seed, architecture, **fields) for seed, (architecture, fields) in enumerate(own.items())]
     mixed = {"bag": sm.Bagging(saes), "boost": sm.Boosting(saes)}
     values = torch.cat([values for _, values in PooledTexts(mixed, Batches(_texts()))])

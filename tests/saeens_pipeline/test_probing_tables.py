@@ -52,11 +52,12 @@ def _write_texts(folder: Path, n: int = 20) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def probed(finished_laboratory: Laboratory, tmp_path_factory: pytest.TempPathFactory) -> Laboratory:
-    """The tiny experiment with its downstream tasks, made on what was there already."""
+    """The tiny experiment with its downstream tasks, made from the SAEs that were there already."""
     home = tmp_path_factory.mktemp("probed")
     laboratory = Laboratory(finished_laboratory.model, home / "defs", home / "data")
     with pytest.MonkeyPatch.context() as monkeypatch:
         laboratory.activate(monkeypatch)
+        shutil.copytree(finished_laboratory.root, laboratory.root, ignore=shutil.ignore_patterns("dagster"))
         laboratory.declare(evaluations=TABLES, **_write_texts(home / "texts"))
         laboratory.run()
     return laboratory
@@ -93,19 +94,17 @@ def test_every_method_and_size_has_its_rows(probed: Laboratory):
 
 
 def test_accuracies_are_those_of_plain_codes_and_scikit_learn(probed: Laboratory):
-    folder = probed.folder.parent / "texts"
     model = load_language_model(describe_language_model(str(probed.model)))
     saes = [PlainTopK(probed.artefact(f"bagging/member_{j}", SEEDS[0]).path) for j in (1, 2, 3)]
     tokenizer = Tokenizer.from_file(str(probed.model / "tokenizer.json"))
-    pooled: dict[str, np.ndarray] = {}
-    for split in ("train", "test"):
-        for line in (folder / f"{split}.jsonl").read_text().splitlines():
-            text = json.loads(line)["text"]
-            tokens = torch.tensor([tokenizer.encode(text).ids[:CONTEXT_LENGTH]])
-            x = model.activations(tokens, "resid_post", [LAYER])[LAYER][0, 1:].double().numpy()  # drop: [first]
-            pooled[text] = np.concatenate([sae.encode(x).mean(0) for sae in saes])
+
+    def pooled(text: str) -> np.ndarray:
+        tokens = torch.tensor([tokenizer.encode(text).ids[:CONTEXT_LENGTH]])
+        x = model.activations(tokens, "resid_post", [LAYER])[LAYER][0, 1:].double().numpy()  # drop: [first]
+        return np.concatenate([sae.encode(x).mean(0) for sae in saes])
+
     drawn = _drawn(probed)
-    train, test = ([(pooled[text], label == "de") for label, texts in of_split.items() for text in texts] for of_split in drawn)
+    train, test = ([(pooled(text), label == "de") for label, texts in of_split.items() for text in texts] for of_split in drawn)
     (x_train, y_train), (x_test, y_test) = ((np.stack([x for x, _ in rows]), np.array([y for _, y in rows])) for rows in (train, test))
     rows = _table(probed, "concept_detection", seed=SEEDS[0], method="bagging", n_members=3, label="de")
     for n, scale, accuracy in rows.select("n_probe_features", "code_scale", "accuracy").iter_rows():
