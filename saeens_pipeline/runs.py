@@ -54,6 +54,7 @@ def experiment_status(name: str) -> list[Status]:
 
 def run_experiment(name: str, *, layers: Sequence[int], seeds: Sequence[int], select: Sequence[str], console: Console) -> None:
     """Make what is missing or stale, show progress, and print the summary table."""
+    from saeens_pipeline.assets.probing import validate_labelled_texts
     from saeens_pipeline.assets.sources import validate_corpus
     from saeens_pipeline.catalogue import load_catalogue
     from saeens_pipeline.language_models.models import validate_modules
@@ -90,6 +91,8 @@ def run_experiment(name: str, *, layers: Sequence[int], seeds: Sequence[int], se
             validate_modules(description, source.hook, layers)
         if any(declaration.builder == "tokens" for _, wanted in chosen for declaration in wanted):
             validate_corpus(source)
+        tables = {declaration.address.name for _, wanted in chosen for declaration in wanted}
+        validate_labelled_texts(experiment, tables, description, source.drop)
         console.print(f"{name}: {n_wanted} artefacts to make, {n_fresh} are fresh (cache hits){others}", highlight=False)
         damaged = [s for stage, wanted in chosen for s in stage.statuses if s.state == "damaged" and s.declaration in wanted]
         for status in damaged:
