@@ -176,7 +176,7 @@ def _trace_row(genealogy: _Genealogy, tables: Sequence[Stored], filters: Mapping
     row, table = _one_row(tables, filters)
     saes = [
         genealogy.trace_version(version, _expected_sae(row, number), f"SAE {number}")
-        for number, version in enumerate(re.split("[,;]", row["sae_data_versions"]), start=1)
+        for number, version in enumerate(re.findall("[^,;]+", row["sae_data_versions"]), start=1)
     ]
     sources = [  # the tokens are behind the activations
         (version, where)

@@ -54,10 +54,10 @@ def experiment_status(name: str) -> list[Status]:
 
 def run_experiment(name: str, *, layers: Sequence[int], seeds: Sequence[int], select: Sequence[str], console: Console) -> None:
     """Make what is missing or stale, show progress, and print the summary table."""
+    from saeens_pipeline.assets.probing import validate_labelled_texts
     from saeens_pipeline.assets.sources import validate_corpus
     from saeens_pipeline.catalogue import load_catalogue
     from saeens_pipeline.language_models.models import validate_modules
-    from saeens_pipeline.reports import renew_leaderboard_page
     from saeens_pipeline.summary import print_summary
 
     began = time.monotonic()
@@ -91,6 +91,8 @@ def run_experiment(name: str, *, layers: Sequence[int], seeds: Sequence[int], se
             validate_modules(description, source.hook, layers)
         if any(declaration.builder == "tokens" for _, wanted in chosen for declaration in wanted):
             validate_corpus(source)
+        tables = {declaration.address.name for _, wanted in chosen for declaration in wanted}
+        validate_labelled_texts(experiment, tables, description, source.drop)
         console.print(f"{name}: {n_wanted} artefacts to make, {n_fresh} are fresh (cache hits){others}", highlight=False)
         damaged = [s for stage, wanted in chosen for s in stage.statuses if s.state == "damaged" and s.declaration in wanted]
         for status in damaged:
@@ -100,9 +102,7 @@ def run_experiment(name: str, *, layers: Sequence[int], seeds: Sequence[int], se
     after = plan(store, ops, layers, experiment.ensemble.seeds)
     asked = [s for stage in after for s in stage.statuses if not seeds or s.partition.seed is None or s.partition.seed in seeds]
     print_summary(store, experiment, asked, console, _beside(catalogue, store, name, layers))
-    if any(declaration.address.kind == "report" for _, wanted in chosen for declaration in wanted):
-        renew_leaderboard_page(catalogue)
-    _show_reports(store, asked, console)
+    _show_reports(catalogue, store, asked, console)
     console.print(
         f"\nTook {time.monotonic() - began:.0f} s. Everything lies below {store.root}; `saeens ui` opens the Dagster UI.",
         highlight=False,
@@ -122,11 +122,13 @@ def _beside(catalogue: Catalogue, store: Store, name: str, layers: Sequence[int]
     return Beside(other, catalogue.sources[experiment.source].weights, [status for stage in stages for status in stage.statuses])
 
 
-def _show_reports(store: Store, statuses: Sequence[Status], console: Console) -> None:
-    from saeens_pipeline.reports import INDEX
+def _show_reports(catalogue: Catalogue, store: Store, statuses: Sequence[Status], console: Console) -> None:
+    """Say where the reports are; the page over all experiments, which they lead to, is brought up to date."""
+    from saeens_pipeline.reports import INDEX, renew_leaderboard_page
 
     reports = [s for s in statuses if s.declaration.address.kind == "report" and s.state == "fresh"]
     if reports:
+        renew_leaderboard_page(catalogue)
         pages = "\n".join(f"  {store.path(*report.where) / INDEX}" for report in reports)
         console.print(f"\nThe report, to open in a browser:\n{pages}", highlight=False, markup=False, soft_wrap=True)
 

@@ -11,6 +11,7 @@ from saeens_pipeline.assets.evaluation import Subject, evaluation_op, stability_
 from saeens_pipeline.assets.features import features_op
 from saeens_pipeline.assets.marginal_gain import marginal_gain_op
 from saeens_pipeline.assets.pareto import pareto_op
+from saeens_pipeline.assets.probing import PROBED, probing_op
 from saeens_pipeline.assets.report import report_op
 from saeens_pipeline.assets.residuals import residual_op
 from saeens_pipeline.assets.saes import Target, concurrent_rounds_op, sae_op
@@ -52,12 +53,14 @@ def experiment_ops(experiment: ExperimentSettings) -> list[Op]:
     ops += [bagging, boosting]
 
     subject = Subject(experiment, activations, bagging.outputs[0], boosting.outputs[0], baselines)
-    if set(experiment.evaluations) - {"stability", "marginal_gain", "features"}:
+    if set(experiment.evaluations) - {"stability", "marginal_gain", "features", *PROBED}:
         ops.append(evaluation_op(subject))
     if "stability" in experiment.evaluations:
         ops.append(stability_op(subject))
     if "features" in experiment.evaluations:
         ops.append(features_op(subject))
+    if set(experiment.evaluations) & set(PROBED):
+        ops.append(probing_op(subject))
     if "marginal_gain" in experiment.evaluations:
         tables = {output.address.name: output for op in ops for output in op.outputs if output.address.is_table}
         ops.append(marginal_gain_op(subject, tables))

@@ -12,6 +12,7 @@ import dagster as dg
 
 from saeens_pipeline.assets.declarations import Declaration, Reference
 from saeens_pipeline.assets.pareto import PICTURE_FILE, TABLE_FILE
+from saeens_pipeline.assets.probing import PROBED
 from saeens_pipeline.assets.saes import CURVE_FILE
 from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.recipes import Artefact, read_artefact
@@ -178,13 +179,19 @@ def _part_read(upstream: Reference, table: str, column: str, *, is_description: 
         return next((c.name for c in columns_of(address.name) if c.name in names), None)
     if column in _FROM_COLUMNS:
         return None
-    if address.kind == "source" and address.name == "tokens":
-        return "test/tokens" if column == "ce_loss_recovered" else None
     if address.kind == "source":
-        return "language_model" if column == "language_model" else None if is_description else "test/activations"
+        return _part_of_source_read(address.name, table, column, is_description=is_description)
     if is_description:
         return "data_version" if column == "sae_data_versions" else None
     return _MEASURED_BY_RECORD.get(table, "weights")
+
+
+def _part_of_source_read(name: str, table: str, column: str, *, is_description: bool) -> str | None:
+    if table in PROBED:
+        return "language_model" if name == "activations" and (column == "language_model" or not is_description) else None
+    if name == "tokens":
+        return "test/tokens" if column == "ce_loss_recovered" else None
+    return "language_model" if column == "language_model" else None if is_description else "test/activations"
 
 
 def _table_summary(declaration: Declaration, artefact: Artefact) -> dict[str, Any]:
@@ -197,6 +204,8 @@ def _table_summary(declaration: Declaration, artefact: Artefact) -> dict[str, An
     summary: dict[str, Any] = {"dagster/row_count": len(table)}
     if name == LEADERBOARD.name:
         return summary | {"best": _best(table)}
+    if name in PROBED:
+        return summary | {"summary": dg.MetadataValue.md(_by_number_of_features(name, table))}
     loss = artefact.provenance.get("next_token_loss")
     if loss:
         summary |= {
@@ -219,6 +228,32 @@ def _table_summary(declaration: Declaration, artefact: Artefact) -> dict[str, An
     if png:
         summary["plot"] = dg.MetadataValue.md(as_markdown(png, name.replace("_", " ")))
     return summary
+
+
+def _by_number_of_features(name: str, table: pl.DataFrame) -> str:
+    """A row for each method with all its members, a column for each number of features: means over tasks, of labels over data sets."""
+    import polars as pl
+
+    number, value, over = (
+        ("n_probe_features", "accuracy", ["dataset"]) if name == "concept_detection" else ("n_ablated", "scr_metric", ["task"])
+    )
+    largest = table.filter(pl.col("n_members") == pl.col("n_members").max().over("method"))
+    if name == "concept_detection":
+        largest = largest.filter(code_scale="unscaled")
+    by = ["method", "n_members", number]
+    means = (
+        largest.group_by(*by, *over, maintain_order=True)
+        .agg(pl.col(value).mean())
+        .group_by(by, maintain_order=True)
+        .agg(pl.col(value).mean())
+    )
+    numbers = means.filter(method="single")[number].to_list()
+    lines = [f"| {value.replace('_', ' ')} with n = | {' | '.join(map(str, numbers))} |", "|---" * (len(numbers) + 1) + "|"]
+    for of_method in means.partition_by("method", maintain_order=True):
+        found = dict(of_method.select(number, value).iter_rows())
+        cells = ["" if found.get(n) is None else f"{found[n]:.3f}" for n in numbers]
+        lines.append(f"| {of_method['method'][0]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _best(leaderboard: pl.DataFrame) -> dg.MarkdownMetadataValue:

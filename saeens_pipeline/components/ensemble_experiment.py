@@ -22,6 +22,7 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from saeens_pipeline.components.activation_source import Name
+from saeens_pipeline.components.downstream_tasks import ConceptDetectionSettings, SpuriousCorrelationSettings
 from saeens_pipeline.components.sweeps import name_of_value, swept, validate_sweep
 from saeens_pipeline.storage.names import RESERVED_GROUPS
 
@@ -31,7 +32,18 @@ MIN_FRESHNESS_DAYS = 1 / (24 * 60)  # Dagster looks no closer than a minute
 _FOLLOWS_FROM_ACTIVATIONS = ("total_tokens", "input_scale", "input_mean")
 
 Baseline = Literal["expanded", "expanded_l0_matched", "compute_matched", "matching_pursuit"]
-Evaluation = Literal["reconstruction", "members", "coactivation", "stability", "marginal_gain", "cost", "training_curves", "features"]
+Evaluation = Literal[
+    "reconstruction",
+    "members",
+    "coactivation",
+    "stability",
+    "marginal_gain",
+    "cost",
+    "training_curves",
+    "features",
+    "concept_detection",
+    "spurious_correlation",
+]
 
 _BASELINES_OF_LISTS = ("expanded", "expanded_l0_matched", "matching_pursuit")  # those that are defined where members differ
 _BASELINES_WITH_L0 = ("expanded_l0_matched", "matching_pursuit")  # those that have the L0 of all members
@@ -278,9 +290,15 @@ class ExperimentSettings(BaseModel):
     ce_loss_tokens: int = Field(
         4096, ge=0, description="test tokens on which ce_loss_recovered is measured, evenly spread; 0 leaves it empty"
     )
+    concept_detection: ConceptDetectionSettings = Field(
+        default=ConceptDetectionSettings(), description="texts of the table concept_detection, if it is one of the evaluations"
+    )
+    spurious_correlation: SpuriousCorrelationSettings = Field(
+        default=SpuriousCorrelationSettings(), description="texts of the table spurious_correlation, if it is one of the evaluations"
+    )
     checks: CheckSettings = Field(CheckSettings(), description="from where on to warn: explained variance, dead features, L0")
     evaluation_memory_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
-        8.0, description="most memory that connectivity may take, in GB of 10^9 bytes; decides no result"
+        8.0, description="most memory that connectivity, or pooled codes, may take, in GB of 10^9 bytes; decides no result"
     )
 
     _no_repetition = field_validator("baselines", "evaluations")(_no_repetition)

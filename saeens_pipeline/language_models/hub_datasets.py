@@ -75,6 +75,7 @@ class HubDataset(RecordCorpus):
     def _records(self, split: str) -> IterableDataset:
         try:
             import datasets  # pyright: ignore[reportMissingImports]
+            from datasets.exceptions import DatasetsError  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise ConfigurationError(f"data set {self.name!r}: reading data sets of the hub takes more packages: {_INSTALL}") from error
         commit = hub.resolve_commit(self.name, self.revision, "dataset")
@@ -88,7 +89,7 @@ class HubDataset(RecordCorpus):
                 if not files:
                     raise ConfigurationError(f"data set {self.name!r}: {' '.join(str(error).split())}") from error
                 records = load(data_files={split: files})
-            except (datasets.exceptions.DatasetsError, RuntimeError) as error:  # among others, a data set that is a script
+            except (DatasetsError, RuntimeError) as error:  # among others, a data set that is a script
                 raise SaeensError(f"data set {self.name!r} cannot be read by datasets: {error}") from error
         complete = set(self.columns) <= set(records.column_names or [])
         return records.select_columns(self.columns) if complete else records

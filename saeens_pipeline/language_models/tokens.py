@@ -118,7 +118,7 @@ def write_tokens(
     require_free_disk(path, (train_tokens + test_tokens) * position_bytes(description.vocab_size), "writing tokens")
     tokenizer = load_tokenizer(description)
     separator = _separator(description) if packing == "concatenate" else None
-    never_kept = _special_ids(tokenizer, description) if "special" in drop else np.empty(0, np.int64)
+    never_kept = special_ids(tokenizer, description) if "special" in drop else np.empty(0, np.int64)
     group = zarr.open_group(path, mode="w", zarr_format=3)
     statistics: dict[Split, SplitTokens] = {}
     documents: list[pl.DataFrame] = []
@@ -421,6 +421,7 @@ def _separator(description: LanguageModelDescription) -> int:
     return description.end_of_text
 
 
-def _special_ids(tokenizer: Tokenizer, description: LanguageModelDescription) -> np.ndarray:
+def special_ids(tokenizer: Tokenizer, description: LanguageModelDescription) -> np.ndarray:
+    """The ids of tokens that stand for no text: those that the tokenizer calls special, and the end of a text. Ascending."""
     special = {token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     return np.array(sorted(special | ({description.end_of_text} if description.end_of_text is not None else set())), np.int64)

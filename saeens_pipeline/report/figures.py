@@ -153,26 +153,16 @@ def marginal_gain(results: Results) -> Iterator[Figure]:
 
 
 def downstream(results: Results) -> Iterator[Figure]:
-    """Concept detection and spurious correlations: mean over data sets and labels."""
-    for table, x, y, title, caption in (
-        (
-            "concept_detection",
-            "n_probe_features",
-            "accuracy",
-            "Concept detection",
-            "Accuracy of a probe on the n features that tell a label best, mean over labels and data sets.",
-        ),
-        (
-            "spurious_correlation",
-            "n_ablated",
-            "scr",
-            "Removing a spurious correlation",
-            "How much of a biased probe's loss of accuracy comes back when n features are zeroed (SCR).",
-        ),
-    ):
-        rows = results.tables.get(table)
-        if rows is not None and not rows.is_empty():
-            yield Figure(table, title, caption, _by_count(rows, x, y))
+    """Concept detection and spurious correlations by the number of features that are looked at."""
+    concepts, correlations = (results.tables.get(name) for name in ("concept_detection", "spurious_correlation"))
+    if concepts is not None:
+        caption = "Accuracy of a probe that is given the n features which tell a label best: mean over labels, then over data sets."
+        figure = _by_count(concepts, "n_probe_features", "accuracy", "dataset", "features of the probe")
+        yield Figure("concept_detection", "Concept detection", caption, figure)
+    if correlations is not None:
+        caption = "Share of what a biased probe lost that comes back when n features are zeroed (SCR), mean over tasks. 0: nothing."
+        figure = _by_count(correlations, "n_ablated", "scr_metric", "task", "features zeroed")
+        yield Figure("spurious_correlation", "Removing a spurious correlation", caption, figure)
 
 
 def layer_profile(board: pl.DataFrame, experiment: str) -> Iterator[Figure]:
@@ -457,17 +447,19 @@ def _add_steps(figure: go.Figure, about: Method, edges: Sequence[float], shares:
     )
 
 
-def _by_count(rows: pl.DataFrame, x: str, y: str) -> go.Figure:
-    """Mean over data sets and labels of each seed; then over seeds. Only ensembles of all members, and codes as they are."""
+def _by_count(rows: pl.DataFrame, x: str, y: str, group: str, x_title: str) -> go.Figure:
+    """Of whole ensembles and codes as they are: the mean over what is measured in each group, then over groups, for every seed."""
     import polars as pl
 
-    chosen = rows.filter(_is_largest().over("method"))
-    if "code_scale" in rows.columns and "unscaled" in rows["code_scale"]:
-        chosen = chosen.filter(pl.col("code_scale").fill_null("unscaled") == "unscaled")
-    figure = _empty(x.removeprefix("n_").replace("_", " "), y.replace("_", " "), log_x=x == "n_ablated")
-    for name, of_method in _by_method(chosen.drop_nulls(y).filter(pl.col(x) > 0)):
-        renamed = of_method.with_columns(n_members=of_method[x])
-        values = spreads(renamed, y)
+    chosen = rows.filter(_is_largest().over("method")).drop_nulls(y).filter(pl.col(x) > 0)
+    if "code_scale" in chosen.columns:
+        chosen = chosen.filter(code_scale="unscaled")
+    of_groups = chosen.group_by("method", "seed", x, group).agg(pl.col(y).mean())
+    means = of_groups.group_by("method", "seed", x).agg(pl.col(y).mean()).rename({x: "n_members"})
+    figure = _empty(x_title, y.removesuffix("_metric").replace("_", " "), log_x=True)
+    _label_decades(figure, "xaxis", means["n_members"].to_list())
+    for name, of_method in _by_method(means):
+        values = spreads(of_method, y)
         sizes = sorted(values)
         _add(figure, method(name), [s.n_members for s in sizes], [values[s] for s in sizes], x_title="n", lines=len(sizes) > 1)
     return figure

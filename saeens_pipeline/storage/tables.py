@@ -44,7 +44,7 @@ SUBJECT = (
     Column("layer", "int", "layer of the language model, from 0"),
     Column("seed", "int", "ensemble seed"),
     Column("language_model", "str", "trained, or random: the untrained control"),
-    Column("method", "str", ", ".join(METHODS)),
+    Column("method", "str", f"{', '.join(METHODS)}; for probes also raw, the activations themselves"),
     Column("n_members", "int", "SAEs in the ensemble (the first n); for expanded SAEs the n whose width they match; else 1"),
     Column("sae_data_versions", "str", "data versions of the SAEs measured, in member order"),
 )
@@ -152,6 +152,33 @@ TABLES = {
                 Column("nearest_cosine", "float", "that cosine"),
                 Column("nearest_other_seed_cosine", "float", "largest cosine to any feature under any other seed; null with one seed"),
                 Column("top_tokens", "str", "JSON list: the ten test tokens on which it is most active, the most active first"),
+            ),
+        ),
+        Table(
+            "concept_detection",
+            "How much of a concept is in a few features",
+            (
+                Column("dataset", "str", "data set that the texts are from"),
+                Column("label", "str", "the label that is told from the others"),
+                Column("n_probe_features", "int", "features that the probe is given; of n members also n times as many"),
+                Column("code_scale", "str", "unscaled: the members' own codes; 1/J: divided by n_members, as in bagging's reconstruction"),
+                Column("accuracy", "float", "of a logistic regression on test texts, half of which have the label"),
+                Column("n_distinct_features", "int", "of these features, those left when near-duplicates (cosine 0.7) are counted once"),
+                Column("accuracy_distinct", "float", "with as many features of which none is a near-duplicate of a better one"),
+            ),
+        ),
+        Table(
+            "spurious_correlation",
+            "Does removing a few features make a biased probe fair?",
+            (
+                Column("task", "str", "data set, the attribute that counts, and the spurious one that coincides with it in training"),
+                Column("n_ablated", "int", "features that are zeroed; of n members also n times as many; 0 is the biased probe as it is"),
+                Column("accuracy_biased", "float", "of the biased probe on balanced test texts"),
+                Column("accuracy_clean", "float", "of a probe trained on balanced texts"),
+                Column("accuracy_ablated", "float", "of the biased probe when the features are zeroed"),
+                Column("worst_group_accuracy", "float", "the same in the group of texts, of the four, in which it is least"),
+                Column("scr", "float", "(ablated - biased) / (clean - biased); 0 where the denominator is below 0.001"),
+                Column("scr_metric", "float", "scr in the direction, of the two, in which the biased probe is less accurate; else null"),
             ),
         ),
         Table(

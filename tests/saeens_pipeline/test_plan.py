@@ -12,6 +12,7 @@ import pytest
 from tiny_experiment import EXPERIMENT, LAYER, MEMBERS, NAME, SEEDS, Laboratory
 
 from saeens_pipeline.assets import evaluation, residuals, saes
+from saeens_pipeline.components import ExperimentSettings
 from saeens_pipeline.plan import Status, plan
 from saeens_pipeline.runs import experiment_status
 from saeens_pipeline.storage.names import Address, Partition
@@ -21,6 +22,7 @@ PER_SEED = ("reconstruction", "members", "coactivation", "cost", "training_curve
 ACROSS_SEEDS = ("eval/stability", "eval/marginal_gain", "report")
 N_ALL = 2 + len(SEEDS) * N_PER_SEED + len(ACROSS_SEEDS)  # two: tokens and activations
 TRAINING = EXPERIMENT["training"]
+TABLES = ExperimentSettings.model_fields["evaluations"].default
 
 
 def _states(statuses: list[Status]) -> Counter[str]:

@@ -343,19 +343,31 @@ def test_curves_are_thinned_and_keep_their_values():
     assert all(y == pytest.approx(1 + x / 10, rel=1e-4) for curve in curves for x, y in zip(curve.x, curve.y, strict=True))
 
 
-def test_downstream_plots_are_means_over_labels_of_the_whole_ensembles():
-    columns = {"experiment": "e", "layer": 0, "language_model": "trained", "code_scale": "unscaled"}
+def test_concept_detection_is_the_mean_over_labels_then_over_data_sets_of_whole_ensembles():
+    sizes = (("single", 1, 0.6, "unscaled"), ("bagging", 1, 0.1, "unscaled"), ("bagging", 2, 0.7, "unscaled"), ("bagging", 2, 0.0, "1/J"))
     rows = [
-        columns | {"seed": seed, "method": name, "n_members": n, "label": label, "n_probe_features": k, "accuracy": accuracy}
-        for name, n, base in (("single", 1, 0.6), ("bagging", 1, 0.1), ("bagging", 2, 0.7))
+        {"seed": seed, "method": name, "n_members": n, "code_scale": scale, "dataset": data, "label": label}
+        | {"n_probe_features": k, "accuracy": accuracy}
+        for name, n, base, scale in sizes
         for seed in (1, 2)
-        for label, accuracy in (("a", base), ("b", base + 0.2))
+        for data, label, accuracy in (("one", "a", base), ("one", "b", base + 0.2), ("other", "a", base))
         for k in (1, 2)
     ]
-    (figure,) = downstream(Results("e", 0, {"concept_detection": pl.DataFrame(rows)}))
-    assert {trace.name: list(trace.y) for trace in figure.figure.data} == {
-        "single": pytest.approx([0.7, 0.7]), "bagging": pytest.approx([0.8, 0.8]),
-    }  # fmt: skip
+    (figure,) = downstream(_synthetic("concept_detection", rows))
+    assert {trace.name: (list(trace.x), list(trace.y)) for trace in figure.figure.data} == {
+        "single": ([1, 2], pytest.approx([0.65, 0.65])),
+        "bagging": ([1, 2], pytest.approx([0.75, 0.75])),
+    }
+
+
+def test_scr_is_the_mean_over_tasks_without_directions_that_do_not_count():
+    rows = [
+        {"seed": 1, "method": "single", "n_members": 1, "task": task, "n_ablated": n, "scr": 9.0, "scr_metric": value}
+        for task, n, value in (("a", 0, 0.0), ("a", 2, 0.2), ("b", 2, 0.4), ("c", 2, None), ("a", 5, 0.5))
+    ]
+    (figure,) = downstream(_synthetic("spurious_correlation", rows))
+    (trace,) = figure.figure.data
+    assert (list(trace.x), list(trace.y)) == ([2, 5], pytest.approx([0.3, 0.5]))
 
 
 def test_the_papers_setting_is_known_by_model_hook_layer_and_weights():

@@ -1,0 +1,68 @@
+"""Labelled texts in local files: JSON lines, Parquet or CSV, one text per row."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from saeens_pipeline.errors import SaeensError
+
+if TYPE_CHECKING:
+    import polars as pl
+
+FORMATS = (".jsonl", ".ndjson", ".parquet", ".csv")
+
+
+def find_files(name: str, pattern: str) -> list[Path]:
+    """The files of a data set, in order. Raises SaeensError where there are none, or one of a format that is not read."""
+    path = Path(pattern).expanduser()
+    files = sorted(path.parent.glob(path.name))
+    if not files:
+        raise SaeensError(f"{name}: there is no file {pattern}")
+    for file in files:
+        if file.suffix not in FORMATS:
+            raise SaeensError(f"{name}: {file} is of no format that is read: {', '.join(FORMATS)}")
+    return files
+
+
+def fingerprint(name: str, pattern: str) -> dict[str, str]:
+    """SHA-256 of each file, for recipes. Raises SaeensError as `find_files`."""
+    return {file.name: _sha256(file, file.stat().st_size, file.stat().st_mtime_ns) for file in find_files(name, pattern)}
+
+
+def read_columns(name: str, pattern: str, fields: Mapping[str, str]) -> pl.DataFrame:
+    """The columns `fields`, which maps what they are to be called to what they are called in the files, as strings; rows without a null.
+
+    Raises SaeensError for a column that is not there, with those that are, and for a file that cannot be read.
+    """
+    import polars as pl
+
+    parts = []
+    for file in find_files(name, pattern):
+        try:
+            scanned = {".parquet": pl.scan_parquet, ".csv": pl.scan_csv}.get(file.suffix, pl.scan_ndjson)(file)
+            parts.append(select_fields(f"{name}: {file}", scanned, fields).collect())
+        except (pl.exceptions.PolarsError, OSError) as error:
+            raise SaeensError(f"{name}: {file} cannot be read: {error}") from error
+    return pl.concat(parts)
+
+
+def select_fields(what: str, frame: pl.LazyFrame, fields: Mapping[str, str]) -> pl.LazyFrame:
+    """The columns `fields` under their new names, as strings, without rows that lack one. Raises SaeensError as `read_columns`."""
+    import polars as pl
+
+    there_are = frame.collect_schema().names()
+    missing = [column for column in fields.values() if column not in there_are]
+    if missing:
+        raise SaeensError(f"{what} has no column {', '.join(map(repr, missing))}; its columns are {', '.join(map(repr, there_are))}")
+    return frame.select(pl.col(column).cast(pl.String).alias(new) for new, column in fields.items()).drop_nulls()
+
+
+@lru_cache(maxsize=256)
+def _sha256(file: Path, size: int, modified_ns: int) -> str:
+    """Hashed once for as long as size and time of change stay."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
