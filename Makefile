@@ -20,8 +20,8 @@ quickstart: $(VENV)/.installed  ## train, ensemble and evaluate SAEs on the embe
 ui: $(VENV)/.installed  ## the Dagster UI, on this machine only
 	$(VENV)/bin/saeens ui
 
-test: $(VENV)/.installed-dev  ## the test suite
-	$(VENV)/bin/python -m pytest
+test: $(VENV)/.installed-dev  ## the test suite, in two processes
+	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
 
 check: $(VENV)/.installed-dev  ## style and types
 	$(VENV)/bin/ruff check
