@@ -89,7 +89,7 @@ def test_of_an_experiment_that_is_gone_everything_is_unused_and_its_source_is_no
     artefacts |= set((finished.root / "tables").rglob("part.parquet"))
     artefacts |= {path.parent for path in (finished.root / "reports").rglob("recipe.json")}
     assert listed.keys() == {path.relative_to(finished.root).as_posix() for path in artefacts}
-    assert set(listed.values()) == {f"there is no experiment {NAME} any more"}
+    assert set(listed.values()) == {f"there is no experiment {owner} any more" for owner in (NAME, "leaderboard")}
 
 
 def test_of_a_source_that_is_gone_tokens_and_activations_are_unused(finished: Laboratory):
@@ -141,7 +141,7 @@ def test_a_layer_is_unused_when_it_is_neither_in_the_file_nor_registered(finishe
     assert _listed(finished) == {}
     finished.declare(source={"layers": [0]})
     listed = _listed(finished)
-    assert all(f"/layer={LAYER}/" in path for path in listed)
+    assert all(f"/layer={LAYER}/" in f"{path}/" for path in listed)
     assert {path.split("/")[0] for path in listed} == {"sources", "experiments", "tables", "reports"}
     assert set(listed.values()) == {f"layer {LAYER} is neither in the file of source {NAME} nor registered"}
     registered[NAME] = [LAYER]
@@ -293,7 +293,7 @@ def test_what_is_listed_is_shown_by_the_folders_that_it_fills(finished: Laborato
         *(f"tables/{NAME}/{table}/layer={LAYER}/seed=2" for table in tables),
     ]
     _declare_only_source(finished)
-    assert list(shown()) == [f"experiments/{NAME}", f"tables/{NAME}"]
+    assert list(shown()) == [f"experiments/{NAME}", "reports/leaderboard", f"reports/{NAME}", f"tables/{NAME}"]
     assert sum(shown().values()) == sum(finding.n_bytes for finding in _look(finished).garbage)
     (finished.root / "tables" / NAME / "notes.txt").write_text("mine")
     assert f"tables/{NAME}" not in shown()
