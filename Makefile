@@ -3,11 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 VENV_INTEROP := .venv-interop
 VENV_BENCH := .venv-bench
+VENV_BROWSER := .venv-browser
+BROWSER_PAGES := .browser-pages
 VENV_TL := .venv-transformer-lens
 BENCH ?= --output benchmarks
 PIP_INSTALL := python -m pip install --quiet --quiet --disable-pip-version-check
 
-.PHONY: help quickstart ui test check test-interop test-transformer-lens bench clean
+.PHONY: help quickstart ui test check test-interop test-transformer-lens browser-test bench clean
 
 help:  ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-22s %s\n", $$1, $$2 }' Makefile
@@ -18,8 +20,8 @@ quickstart: $(VENV)/.installed  ## train, ensemble and evaluate SAEs on the embe
 ui: $(VENV)/.installed  ## the Dagster UI, on this machine only
 	$(VENV)/bin/saeens ui
 
-test: $(VENV)/.installed-dev  ## the test suite
-	$(VENV)/bin/python -m pytest
+test: $(VENV)/.installed-dev  ## the test suite, in two processes
+	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
 
 check: $(VENV)/.installed-dev  ## style and types
 	$(VENV)/bin/ruff check
@@ -32,11 +34,16 @@ test-interop: $(VENV_INTEROP)/.installed  ## does SAELens read our files as we d
 test-transformer-lens: $(VENV_TL)/.installed  ## models in TransformerLens' own format, and what hooks mean there
 	$(VENV_TL)/bin/python -m pytest tests/saeens_pipeline -m transformer_lens
 
+browser-test: $(VENV)/.installed-dev $(VENV_BROWSER)/.installed  ## the report's pages in Chromium, which is installed where it is missing (Debian)
+	@command -v $${CHROMIUM:-chromium} > /dev/null || apt-get install --yes chromium
+	$(VENV)/bin/python tests/browser/write_pages.py $(BROWSER_PAGES)
+	SAEENS_TEST_PAGES=$(CURDIR)/$(BROWSER_PAGES) $(VENV_BROWSER)/bin/python -m pytest tests/browser
+
 bench: $(VENV_BENCH)/.installed  ## speed and memory beside the peers; hours. BENCH="training --quick" for a part
 	$(VENV_BENCH)/bin/python -m benchmarks $(BENCH)
 
 clean:  ## remove the virtual environments; what runs made stays in data/
-	rm -rf $(VENV) $(VENV_INTEROP) $(VENV_BENCH) $(VENV_TL)
+	rm -rf $(VENV) $(VENV_INTEROP) $(VENV_BENCH) $(VENV_TL) $(VENV_BROWSER) $(BROWSER_PAGES)
 
 # A stamp file says what an environment holds; a changed version or dependency installs again. The install is editable: a changed
 # experiment file takes effect at once.
@@ -60,6 +67,11 @@ $(VENV_TL)/.installed: pyproject.toml constraints.txt | $(VENV_TL)/.created
 	@echo "installing TransformerLens into $(VENV_TL)"
 	@$(VENV_TL)/bin/$(PIP_INSTALL) --constraint constraints.txt --upgrade pip
 	@$(VENV_TL)/bin/$(PIP_INSTALL) --constraint constraints.txt --build-constraint constraints.txt --editable '.[hub,transformer_lens]' --group dev
+	@touch $@
+
+$(VENV_BROWSER)/.installed: pyproject.toml constraints.txt | $(VENV_BROWSER)/.created
+	@$(VENV_BROWSER)/bin/$(PIP_INSTALL) --constraint constraints.txt --upgrade pip
+	@$(VENV_BROWSER)/bin/$(PIP_INSTALL) --constraint constraints.txt --group browser
 	@touch $@
 
 # dictionary-learning comes without its dependencies: by way of nnsight it asks for torchvision, whose build has to be of the same kind

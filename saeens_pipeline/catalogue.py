@@ -14,6 +14,7 @@ from saeens_pipeline.assets.declarations import Op
 from saeens_pipeline.assets.experiments import experiment_ops
 from saeens_pipeline.assets.leaderboard import leaderboard_op
 from saeens_pipeline.assets.pareto import pareto_op
+from saeens_pipeline.assets.report import leaderboard_page_op
 from saeens_pipeline.assets.sources import source_ops
 from saeens_pipeline.automation import automate
 from saeens_pipeline.components import ExperimentSettings, SourceSettings
@@ -99,12 +100,16 @@ class Catalogue:
         settings = self.sweep(name)
         return pareto_op(settings, [output for e in settings.experiments for op in experiment_ops(e) for output in op.outputs])
 
+    def leaderboard_page(self) -> Op:
+        """The op of the page over all experiments."""
+        return leaderboard_page_op(self.leaderboard().outputs[0])
+
     def all_ops(self) -> list[Op]:
-        """The ops of all sources, experiments and sweeps, and the leaderboard where there are experiments."""
+        """The ops of all sources, experiments and sweeps, and the leaderboard and its page where there are experiments."""
         of_sources = [op for source in self.sources.values() for op in source_ops(source)]
         of_experiments = [op for e in self.experiments.values() for op in experiment_ops(e)]
         of_sweeps = [self.pareto(name) for name in self.sweeps]
-        return [*of_sources, *of_experiments, *of_sweeps, *([self.leaderboard()] if of_experiments else [])]
+        return [*of_sources, *of_experiments, *of_sweeps, *([self.leaderboard(), self.leaderboard_page()] if of_experiments else [])]
 
 
 def load_catalogue() -> Catalogue:

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from saeens_pipeline.errors import SaeensError
+from saeens_pipeline.errors import ConfigurationError, SaeensError
 
 app = typer.Typer(
     add_completion=False,
@@ -264,6 +264,22 @@ def leaderboard(
                 shown = rich_table(for_reading(ranked, sort))
                 shown.title, shown.title_justify = Text(f"{source}, layer {layer}"), "left"
                 out.print(shown, "")
+
+
+@app.command()
+def report(
+    experiment: Annotated[
+        str | None, typer.Argument(help="Name of an experiment, as `saeens experiments` lists it; left out: the leaderboard's page alone.")
+    ] = None,
+    layer: Annotated[list[int] | None, typer.Option(help="Only this layer; may be given several times.")] = None,
+) -> None:
+    """Write the report of an experiment, pages that open from disk, and the page over all experiments."""
+    from saeens_pipeline.reports import write_reports
+
+    if layer and experiment is None:
+        raise ConfigurationError("--layer: name the experiment whose report is to be written")
+    for page in write_reports(experiment, layer or []):
+        out.print(str(page), highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -102,6 +102,7 @@ def run_experiment(name: str, *, layers: Sequence[int], seeds: Sequence[int], se
     after = plan(store, ops, layers, experiment.ensemble.seeds)
     asked = [s for stage in after for s in stage.statuses if not seeds or s.partition.seed is None or s.partition.seed in seeds]
     print_summary(store, experiment, asked, console, _beside(catalogue, store, name, layers))
+    _show_reports(catalogue, store, asked, console)
     console.print(
         f"\nTook {time.monotonic() - began:.0f} s. Everything lies below {store.root}; `saeens ui` opens the Dagster UI.",
         highlight=False,
@@ -119,6 +120,17 @@ def _beside(catalogue: Catalogue, store: Store, name: str, layers: Sequence[int]
     experiment = catalogue.experiments[other]
     stages = plan(store, catalogue.ops(experiment), layers, experiment.ensemble.seeds)
     return Beside(other, catalogue.sources[experiment.source].weights, [status for stage in stages for status in stage.statuses])
+
+
+def _show_reports(catalogue: Catalogue, store: Store, statuses: Sequence[Status], console: Console) -> None:
+    """Say where the reports are; the page over all experiments, which they lead to, is brought up to date."""
+    from saeens_pipeline.reports import INDEX, renew_leaderboard_page
+
+    reports = [s for s in statuses if s.declaration.address.kind == "report" and s.state == "fresh"]
+    if reports:
+        renew_leaderboard_page(catalogue)
+        pages = "\n".join(f"  {store.path(*report.where) / INDEX}" for report in reports)
+        console.print(f"\nThe report, to open in a browser:\n{pages}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _check(catalogue: Catalogue, experiment: ExperimentSettings, layers: Sequence[int], seeds: Sequence[int]) -> LanguageModelDescription:

@@ -13,6 +13,7 @@ from saeens_pipeline.assets.features import features_op
 from saeens_pipeline.assets.marginal_gain import marginal_gain_op
 from saeens_pipeline.assets.pareto import pareto_op
 from saeens_pipeline.assets.probing import PROBED, probing_op
+from saeens_pipeline.assets.report import report_op
 from saeens_pipeline.assets.residuals import residual_op
 from saeens_pipeline.assets.saes import Target, concurrent_rounds_op, sae_op
 from saeens_pipeline.assets.sources import activations_of
@@ -66,6 +67,7 @@ def experiment_ops(experiment: ExperimentSettings) -> list[Op]:
     if "marginal_gain" in experiment.evaluations:
         tables = {output.address.name: output for op in ops for output in op.outputs if output.address.is_table}
         ops.append(marginal_gain_op(subject, tables))
+    ops.append(report_op(experiment, [output for op in ops for output in op.outputs if output.address.kind == "eval"]))
     return ops
 
 

@@ -59,6 +59,8 @@ def describe_artefact(declaration: Declaration, partition: Partition, artefact: 
         summary = _ensemble_summary(declaration, artefact) | _links(declaration, partition)
     elif declaration.builder == PARETO.name:
         summary = _pareto_summary(artefact)
+    elif declaration.address.kind == "report":
+        summary = _report_summary(artefact)
     elif "statistics" in made:
         summary = _statistics_summary(made["statistics"])
     seconds = made.get("train_seconds", made.get("seconds"))
@@ -109,6 +111,17 @@ def _ensemble_summary(declaration: Declaration, artefact: Artefact) -> dict[str,
         "features": sum(widths),
         "L0 [features per token]": round(sum(sae.provenance["last_step"]["l0"] for sae in saes), 2),
         "measured on": f"the last training batches; held-out figures are in {declaration.address.owner}/eval/reconstruction",
+    }
+
+
+def _report_summary(artefact: Artefact) -> dict[str, Any]:
+    from saeens_pipeline.report.pages import INDEX, PICTURES
+    from saeens_pipeline.report.pictures import as_markdown
+
+    pictures = {path.stem.replace("_", " "): path for path in sorted((artefact.path / PICTURES).glob("*.png"))}
+    return {
+        "open in a browser": dg.MetadataValue.path(str(artefact.path / INDEX)),
+        **{title: dg.MetadataValue.md(as_markdown(path.read_bytes(), title)) for title, path in pictures.items()},
     }
 
 
@@ -186,6 +199,8 @@ def _part_of_source_read(name: str, table: str, column: str, *, is_description: 
 def _table_summary(declaration: Declaration, artefact: Artefact) -> dict[str, Any]:
     import polars as pl
 
+    from saeens_pipeline.report.pictures import as_markdown, table_picture
+
     name = declaration.address.name
     if name == "contexts":  # mostly text, and large
         return {"dagster/row_count": pl.scan_parquet(artefact.path, hive_partitioning=False).select(pl.len()).collect().item()}
@@ -213,6 +228,9 @@ def _table_summary(declaration: Declaration, artefact: Artefact) -> dict[str, An
         }
         if all(len(values) > 1 for values in curves.values()):
             summary[f"{shown.replace('_', ' ')} by number of members"] = picture(curves, "members")
+    png = table_picture(name, table)
+    if png:
+        summary["plot"] = dg.MetadataValue.md(as_markdown(png, name.replace("_", " ")))
     return summary
 
 

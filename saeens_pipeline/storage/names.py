@@ -26,7 +26,7 @@ _FOLDER_ABOVE_ARTEFACTS = re.compile(
             "sources(/NAME(/layer=N)?)?",
             "experiments(/NAME(/layer=N(/seed=N(/(bagging|boosting|baseline))?)?)?)?",
             "tables(/NAME(/NAME(/layer=N(/seed=N)?)?)?)?",
-            "reports(/NAME)?",
+            "reports(/(?!leaderboard(/|$))NAME)?",
             "checkpoints(/NAME(/layer=N)?)?",
         )
     )
@@ -66,7 +66,7 @@ class Address:
 
     @property
     def key(self) -> list[str]:
-        """Asset key: SOURCE/NAME, EXPERIMENT/report, leaderboard, otherwise EXPERIMENT/KIND/NAME."""
+        """Asset key: SOURCE/NAME, EXPERIMENT/report, leaderboard, leaderboard/report, otherwise EXPERIMENT/KIND/NAME."""
         match self.kind:
             case "source" | "report":
                 return [self.owner, self.name]
@@ -138,7 +138,7 @@ def locate(path: PurePosixPath) -> tuple[Address, Partition] | None:
             candidate = LEADERBOARD, "leaderboard", LEADERBOARD
         case ["tables", owner, name, "part.parquet"]:
             candidate = owner, "eval", name
-        case ["reports", owner] if partition.layer is not None:
+        case ["reports", owner] if (partition.layer is None) == (owner == LEADERBOARD):
             candidate = owner, "report", "report"
         case ["reports", owner, name]:
             candidate = owner, "report", name

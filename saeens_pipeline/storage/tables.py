@@ -322,17 +322,29 @@ def frame(table: str, rows: Iterable[Mapping[str, Any]]) -> pl.DataFrame:
     )
 
 
-def read_table(root: Path, experiment: str, table: str) -> pl.DataFrame:
-    """All partitions of one table of one experiment. Raises SaeensError where there are none, ConfigurationError for an unknown table."""
+def has_table(root: Path, experiment: str, table: str, layer: int | None = None) -> bool:
+    """Whether there is any partition of a table, or of one layer of it."""
+    return bool(_parts(root, experiment, table, layer))
+
+
+def read_table(root: Path, experiment: str, table: str, layer: int | None = None) -> pl.DataFrame:
+    """All partitions of one table of one experiment, or those of one layer.
+
+    Raises SaeensError where there are none, ConfigurationError for an unknown table.
+    """
     import polars as pl
 
     if table not in TABLES:
         raise ConfigurationError(f"there is no table {table!r}; there are: {', '.join(TABLES)}")
-    folder = root / "tables" / validate_name(experiment) / table
-    parts = sorted(folder.glob("**/part.parquet"))
+    parts = _parts(root, experiment, table, layer)
     if not parts:
         raise SaeensError(f"{experiment} has no table {table} below {root} yet: `saeens run {experiment}` makes it")
     return pl.concat([_read_part(part) for part in parts]).sort("layer", "seed", "method", "n_members", maintain_order=True)
+
+
+def _parts(root: Path, experiment: str, table: str, layer: int | None) -> list[Path]:
+    folder = root / "tables" / validate_name(experiment) / table
+    return sorted(folder.glob("**/part.parquet" if layer is None else f"layer={layer}/**/part.parquet"))
 
 
 def _read_part(part: Path) -> pl.DataFrame:

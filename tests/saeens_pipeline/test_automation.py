@@ -20,7 +20,7 @@ from saeens_pipeline.instance import PROCESS_TAG, declare_layers, forget_partiti
 from saeens_pipeline.storage.recipes import digest
 from saeens_pipeline.storage.tables import TABLES as ALL_TABLES
 
-TOKENS, ACTIVATIONS, STABILITY = (f"{NAME}/{key}" for key in ("tokens", "activations", "eval/stability"))
+TOKENS, ACTIVATIONS, STABILITY, REPORT = (f"{NAME}/{key}" for key in ("tokens", "activations", "eval/stability", "report"))
 SAES = {f"{NAME}/bagging/member_{j}" for j in (1, 2, 3)} | {f"{NAME}/boosting/round_{j}" for j in (1, 2, 3)}
 BASELINES = {f"{NAME}/baseline/expanded"}
 ENSEMBLES = {f"{NAME}/bagging/bagging_ensemble", f"{NAME}/boosting/boosting_ensemble"}
@@ -107,7 +107,7 @@ def _per_seed(keys: set[str], layer: int = LAYER) -> Requests:
     return {f"{layer}|{seed}": keys for seed in SEEDS}
 
 
-CHAIN = [{None: {TOKENS}}, {str(LAYER): {ACTIVATIONS}}, _per_seed(PER_SEED), {str(LAYER): {STABILITY}}]
+CHAIN = [{None: {TOKENS}}, {str(LAYER): {ACTIVATIONS}}, _per_seed(PER_SEED), {str(LAYER): {STABILITY, REPORT}}]
 
 
 def test_all_is_asked_for_once_in_order_and_then_nothing(daemon: Daemon):
@@ -118,7 +118,7 @@ def test_all_is_asked_for_once_in_order_and_then_nothing(daemon: Daemon):
 def test_a_new_layer_is_made_and_nothing_else_again(daemon: Daemon):
     daemon.work()
     register_layers(daemon.instance, NAME, [0])
-    assert daemon.work() == [{"0": {ACTIVATIONS}}, _per_seed(PER_SEED, layer=0), {"0": {STABILITY}}]
+    assert daemon.work() == [{"0": {ACTIVATIONS}}, _per_seed(PER_SEED, layer=0), {"0": {STABILITY, REPORT}}]
 
 
 def test_a_changed_setting_makes_what_follows_from_it(daemon: Daemon):
@@ -138,7 +138,7 @@ def test_nothing_is_trained_on_what_is_about_to_change(daemon: Daemon):
 def test_the_table_of_features_waits_for_all_seeds(daemon: Daemon):
     """It reads activations and has their partitions, but it is not made in their run."""
     asked: dict[str, Any] = AUTOMATED | {"evaluations": [*AUTOMATED["evaluations"], "features"]}
-    chain = [*CHAIN[:-1], {str(LAYER): {STABILITY, f"{NAME}/eval/features"}}]
+    chain = [*CHAIN[:-1], {str(LAYER): {STABILITY, REPORT, f"{NAME}/eval/features"}}]
     daemon.laboratory.declare(**asked)
     assert daemon.work() == chain
     daemon.laboratory.declare(source={"hook": "resid_pre"}, **asked)
@@ -210,7 +210,7 @@ def test_a_layer_that_was_forgotten_is_made_when_it_comes_back(daemon: Daemon):
     for spec in daemon.laboratory.catalogue.definitions().resolve_all_asset_specs():
         if spec.partitions_def:
             forget_partitions(daemon.instance, spec.key.path, ["0", *(f"0|{seed}" for seed in SEEDS)])
-    assert daemon.work() == [{"0": {ACTIVATIONS}}, _per_seed(PER_SEED, layer=0), {"0": {STABILITY}}]
+    assert daemon.work() == [{"0": {ACTIVATIONS}}, _per_seed(PER_SEED, layer=0), {"0": {STABILITY, REPORT}}]
 
 
 @pytest.mark.parametrize("ticks", [0, 1])  # between the leaderboard's request and the table's update

@@ -90,7 +90,7 @@ def test_contexts_are_the_windows_around_the_largest_activations(laboratory: Lab
             assert (context["document"], context["position"]) == (document[window, at], position[window, at])
             expected = [of_windows[window, p, i] if kept[window, p] else None for p in around]
             assert [value is None for value in context["activations"]] == [value is None for value in expected]
-            assert context["activations"] == pytest.approx(expected, rel=1e-3)
+            np.testing.assert_allclose(np.array(context["activations"], float), np.array(expected, float), rtol=1e-3)
             shown += 1
     assert shown > 100
 

@@ -41,11 +41,12 @@ LINEAGE = {
     "eval/stability": [*ENSEMBLES, *BASELINES],
     "eval/marginal_gain": ["eval/reconstruction", "eval/stability", *ENSEMBLES],
 }
+LINEAGE["report"] = [key for key in LINEAGE if key.startswith("eval/")]
 
 
 def _specs(laboratory: Laboratory) -> dict[str, dg.AssetSpec]:
     specs = laboratory.catalogue.definitions().resolve_all_asset_specs()
-    return {spec.key.to_user_string().removeprefix(f"{NAME}/"): spec for spec in specs if spec.key.path != ["leaderboard"]}
+    return {spec.key.to_user_string().removeprefix(f"{NAME}/"): spec for spec in specs if spec.key.path[0] != "leaderboard"}
 
 
 def _code_versions(laboratory: Laboratory) -> dict[str, str | None]:
@@ -58,7 +59,7 @@ def test_definitions_can_be_loaded(empty: Laboratory):
 
 def test_one_op_for_the_members_one_for_the_tables_and_one_for_everything_else(empty: Laboratory):
     assets = [asset for asset in empty.catalogue.definitions().assets or () if isinstance(asset, dg.AssetsDefinition)]
-    assets = [asset for asset in assets if asset.op.name != "leaderboard"]
+    assets = [asset for asset in assets if not asset.op.name.startswith("leaderboard")]
     outputs = {asset.op.name: sorted(key.to_user_string().removeprefix(f"{NAME}/") for key in asset.keys) for asset in assets}
     shared = {
         f"{NAME}__bagging__members": [f"bagging/member_{j}" for j in (1, 2, 3)],
@@ -67,7 +68,7 @@ def test_one_op_for_the_members_one_for_the_tables_and_one_for_everything_else(e
     alone = LINEAGE.keys() - {key for keys in shared.values() for key in keys}
     assert outputs == shared | {f"{NAME}__{key.replace('/', '__')}": [key] for key in alone}
     assert {asset.op.name for asset in assets if asset.can_subset} == shared.keys()
-    off_device = {"tokens", *ENSEMBLES}
+    off_device = {"tokens", "report", *ENSEMBLES}
     assert {op for op, keys in outputs.items() if not off_device.intersection(keys)} == {a.op.name for a in assets if a.op.pool == "gpu"}
 
 
@@ -82,7 +83,7 @@ def test_partitions_and_how_they_map(empty: Laboratory):
         match key:
             case "tokens":
                 assert partitions is None
-            case "activations" | "eval/stability" | "eval/marginal_gain":
+            case "activations" | "eval/stability" | "eval/marginal_gain" | "report":
                 assert isinstance(partitions, dg.DynamicPartitionsDefinition)
                 assert partitions.name == f"{NAME}_layers"
             case _:
@@ -93,7 +94,8 @@ def test_partitions_and_how_they_map(empty: Laboratory):
                 assert dimensions["seed"].get_partition_keys() == [str(seed) for seed in SEEDS]
         for dependency in spec.deps:
             upstream = dependency.asset_key.to_user_string().removeprefix(f"{NAME}/")
-            compares_seeds = key in ("eval/stability", "eval/marginal_gain") and upstream != "eval/stability"
+            of_all_seeds = ("eval/stability", "eval/marginal_gain", "report")
+            compares_seeds = key in of_all_seeds and upstream not in of_all_seeds
             across_seeds = compares_seeds or (upstream == "activations" and key != "activations")
             assert isinstance(dependency.partition_mapping, dg.MultiToSingleDimensionPartitionMapping) == across_seeds
 
@@ -104,7 +106,13 @@ def test_groups_kinds_tags_and_owners_tell_assets_apart(empty: Laboratory):
     assert {key for key, group in groups.items() if group == "sources"} == {"tokens", "activations"}
     assert {key for key, group in groups.items() if group == f"{NAME}_saes"} == saes
     assert {key for key, group in groups.items() if group == NAME} == LINEAGE.keys() - saes - {"tokens", "activations"}
-    kinds = {"tokens": {"zarr"}, "activations": {"zarr", "pytorch"}, "residual": {"zarr"}, "eval": {"parquet", "polars"}}
+    kinds = {
+        "tokens": {"zarr"},
+        "activations": {"zarr", "pytorch"},
+        "residual": {"zarr"},
+        "eval": {"parquet", "polars"},
+        "report": {"html", "plotly"},
+    }
     for key, spec in _specs(empty).items():
         kind = "residual" if "residual" in key else "eval" if "eval" in key else key
         assert spec.kinds == kinds.get(kind, {"pytorch"})
@@ -178,7 +186,7 @@ def test_sources_and_experiments_of_several_files_stand_side_by_side(empty: Labo
     )
     definitions = empty.catalogue.definitions()
     dg.Definitions.validate_loadable(definitions)
-    assert len(definitions.resolve_all_asset_specs()) == 2 * len(LINEAGE) + 1  # and one leaderboard
+    assert len(definitions.resolve_all_asset_specs()) == 2 * len(LINEAGE) + 2  # and one leaderboard, and its page
 
 
 def test_a_layer_that_is_no_number_is_refused_by_name(empty: Laboratory):
@@ -203,8 +211,8 @@ def test_health_is_checked_of_all_that_holds_numbers_and_bytes_of_everything(emp
     checks: dict[str, set[str]] = {}
     for key in specs:
         checks.setdefault(key.asset_key.to_user_string().removeprefix(f"{NAME}/"), set()).add(key.name)
-    unchecked = {key for key in LINEAGE if "residual" in key} | set(ENSEMBLES)
-    assert {key for key, names in checks.items() if names == {"bytes"}} == unchecked
+    unchecked = {key for key in LINEAGE if "residual" in key} | set(ENSEMBLES) | {"report"}
+    assert {key for key, names in checks.items() if names == {"bytes"}} == unchecked | {"leaderboard/report"}
     assert {key for key, names in checks.items() if names == {"bytes", "health"}} == LINEAGE.keys() - unchecked | {"leaderboard"}
 
 

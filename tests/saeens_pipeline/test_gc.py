@@ -87,6 +87,7 @@ def test_of_an_experiment_that_is_gone_everything_is_unused_and_its_source_is_no
     listed = _listed(finished)
     artefacts = {path.parent for path in (finished.root / "experiments").rglob("recipe.json")}
     artefacts |= set((finished.root / "tables").rglob("part.parquet"))
+    artefacts |= {path.parent for path in (finished.root / "reports").rglob("recipe.json")}
     assert listed.keys() == {path.relative_to(finished.root).as_posix() for path in artefacts}
     assert set(listed.values()) == {f"there is no experiment {NAME} any more"}
 
@@ -141,7 +142,7 @@ def test_a_layer_is_unused_when_it_is_neither_in_the_file_nor_registered(finishe
     finished.declare(source={"layers": [0]})
     listed = _listed(finished)
     assert all(f"/layer={LAYER}/" in path for path in listed)
-    assert {path.split("/")[0] for path in listed} == {"sources", "experiments", "tables"}
+    assert {path.split("/")[0] for path in listed} == {"sources", "experiments", "tables", "reports"}
     assert set(listed.values()) == {f"layer {LAYER} is neither in the file of source {NAME} nor registered"}
     registered[NAME] = [LAYER]
     assert _listed(finished) == {}

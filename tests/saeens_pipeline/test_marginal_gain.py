@@ -116,7 +116,7 @@ def test_it_needs_the_table_of_reconstruction(empty: Laboratory):
 
 def test_without_it_nothing_else_changes(finished: Laboratory):
     finished.declare(evaluations=["reconstruction", "members", "coactivation", "stability", "cost", "training_curves"])
-    assert {s.state for s in experiment_status(NAME)} == {"fresh"}
+    assert {str(s.declaration.address) for s in experiment_status(NAME) if s.state != "fresh"} == {f"{NAME}/report"}
     assert "suggested" not in finished.run()
 
 
@@ -143,7 +143,7 @@ def test_the_automation_asks_for_it_once_beside_stability(empty: Laboratory):
     with dg.DagsterInstance.ephemeral() as instance:
         register_layers(instance, NAME, [LAYER])
         daemon = Daemon(empty, instance)
-        across_seeds = {str(LAYER): {f"{NAME}/eval/stability", f"{NAME}/eval/marginal_gain"}}
+        across_seeds = {str(LAYER): {f"{NAME}/eval/stability", f"{NAME}/eval/marginal_gain", f"{NAME}/report"}}
         assert daemon.work() == [*CHAIN[:3], across_seeds]
         empty.declare(**automated, sae=EXPERIMENT["sae"] | {"k": 5})
         assert daemon.work() == [CHAIN[2], across_seeds]

@@ -19,7 +19,7 @@ from saeens_pipeline.storage.names import Address, Partition
 
 N_PER_SEED = 2 * MEMBERS + (MEMBERS - 1) + 2 + 2 + 5  # members and rounds, residuals, baselines, ensembles, tables
 PER_SEED = ("reconstruction", "members", "coactivation", "cost", "training_curves")  # tables
-ACROSS_SEEDS = ("stability", "marginal_gain")
+ACROSS_SEEDS = ("eval/stability", "eval/marginal_gain", "report")
 N_ALL = 2 + len(SEEDS) * N_PER_SEED + len(ACROSS_SEEDS)  # two: tokens and activations
 TRAINING = EXPERIMENT["training"]
 TABLES = ExperimentSettings.model_fields["evaluations"].default
@@ -178,7 +178,7 @@ def test_one_more_member_leaves_the_others_fresh(finished: Laboratory):
 def test_one_more_seed_leaves_the_others_fresh_and_makes_what_compares_seeds_stale(finished: Laboratory):
     finished.declare(ensemble={"members": MEMBERS, "seeds": [*SEEDS, 3]})
     assert _states(experiment_status(NAME)) == {"fresh": N_ALL - len(ACROSS_SEEDS), "missing": N_PER_SEED, "stale": len(ACROSS_SEEDS)}
-    assert _reasons("stale").keys() == {(f"eval/{table}", None) for table in ACROSS_SEEDS}
+    assert _reasons("stale").keys() == {(name, None) for name in ACROSS_SEEDS}
 
 
 def test_an_artefact_that_was_removed_is_missing_and_what_follows_is_stale(finished: Laboratory):
@@ -186,7 +186,7 @@ def test_an_artefact_that_was_removed_is_missing_and_what_follows_is_stale(finis
     assert _reasons("missing").keys() == {("boosting/round_2", 1)}
     tables = {f"eval/{table}" for table in PER_SEED}
     after = {"boosting/residual_2", "boosting/round_3", "boosting/boosting_ensemble"} | tables
-    assert _reasons("stale").keys() == {(name, 1) for name in after} | {(f"eval/{table}", None) for table in ACROSS_SEEDS}
+    assert _reasons("stale").keys() == {(name, 1) for name in after} | {(name, None) for name in ACROSS_SEEDS}
 
 
 def test_a_stale_chain_shows_its_root_by_address_and_partition(finished: Laboratory):
@@ -233,5 +233,5 @@ def test_a_damaged_artefact_is_named_and_what_follows_is_stale(finished: Laborat
     assert f"tiny/boosting/round_3 is damaged: {file} has" in damaged["boosting/round_3", 2]
     assert f"{table} cannot be read" in damaged["eval/cost", 1]
     after = {"boosting/boosting_ensemble"} | {f"eval/{table}" for table in PER_SEED}
-    assert _reasons("stale").keys() == {(name, 2) for name in after} | {(f"eval/{table}", None) for table in ACROSS_SEEDS}
+    assert _reasons("stale").keys() == {(name, 2) for name in after} | {(name, None) for name in ACROSS_SEEDS}
     assert not _reasons("missing")

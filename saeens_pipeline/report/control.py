@@ -1,0 +1,38 @@
+"""The control of an experiment: the same settings on an untrained language model of the same shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from saeens_pipeline.report.methods import Method, in_order, method
+from saeens_pipeline.report.results import Results, Spread
+
+COMPARED = (
+    ("reconstruction", "explained_variance", "EV"),
+    ("reconstruction", "ce_loss_recovered", "CE rec."),
+    ("stability", "stability", "stability"),
+)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A metric of every method, on the trained language model and on the untrained one."""
+
+    title: str
+    rows: list[tuple[Method, Spread, Spread]]
+
+    @property
+    def same_order(self) -> bool:
+        """Whether both models rank the methods alike."""
+        trained = sorted(self.rows, key=lambda row: -row[1].mean)
+        return trained == sorted(self.rows, key=lambda row: -row[2].mean)
+
+
+def compare(trained: Results, untrained: Results) -> Iterator[Comparison]:
+    """Each metric that both have, of the methods that both have."""
+    for table, column, title in COMPARED:
+        ours, theirs = trained.full(table, column), untrained.full(table, column)
+        both = in_order(ours.keys() & theirs.keys())
+        if both:
+            yield Comparison(title, [(method(name), ours[name], theirs[name]) for name in both])

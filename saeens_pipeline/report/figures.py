@@ -1,0 +1,508 @@
+"""The plots of the pages, as plotly's figures. Colours of text and grid are the page's, which sets them when it draws."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from saeens_pipeline.report.methods import Method, in_order, method
+from saeens_pipeline.report.results import Results, Size, Spread, spreads
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+    import polars as pl
+
+MAX_CURVE_POINTS = 120
+BINS = 30
+NEAR_DUPLICATE = 0.7  # cosine similarity, as in the tables
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A plot with its heading and what to read in it. `name` is what its image is called when it is downloaded."""
+
+    name: str
+    title: str
+    caption: str
+    figure: go.Figure
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What is along an axis: a column of a table, its title, whether more is better, and how it is scaled and written."""
+
+    table: str
+    column: str
+    title: str
+    log: bool = False
+    form: str = ".4g"
+
+
+EV = Axis("reconstruction", "explained_variance", "explained variance")
+CE = Axis("reconstruction", "ce_loss_recovered", "loss recovered")
+L0 = Axis("reconstruction", "l0", "L0 (features per token)", log=True)
+BITS = Axis("reconstruction", "description_length_bits", "description length (bits per token)", log=True)
+STABILITY = Axis("stability", "stability", "stability")
+FLOPS = Axis("cost", "train_flops", "training FLOPs", log=True, form=".3g")
+
+_BY_MEMBERS = (
+    (EV, "Explained variance", "Share of the held-out activations' variance that the reconstruction has. Higher is better."),
+    (
+        Axis("reconstruction", "mse", "MSE", log=True),
+        "Squared error",
+        "Summed over dimensions, mean over held-out tokens. Lower is better.",
+    ),
+    (STABILITY, "Stability", "Do the same features come back under another seed? Mean of the largest cosine. Higher is better."),
+    (
+        Axis("coactivation", "diversity", "diversity (features)", form=",.0f"),
+        "Diversity",
+        f"Features that are like no other of the dictionary: largest cosine below {NEAR_DUPLICATE}.",
+    ),
+    (
+        Axis("coactivation", "connectivity", "connectivity"),
+        "Connectivity",
+        "Share of feature pairs that never fire on the same token.",
+    ),
+    (CE, "Loss recovered", "Next-token loss with the reconstruction put in the activations' place: 1 is as good as the activations."),
+)
+
+_TRADE_OFFS = (
+    (L0, EV, "Reconstruction for its sparsity", "Up and to the left is better: more explained with fewer features per token."),
+    (BITS, EV, "Reconstruction for its code length", "The same with the bits that it takes to send the code, magnitudes included."),
+    (STABILITY, EV, "Reconstruction and reproducibility", "Up: rebuilds better. To the right: the same features come back."),
+    (FLOPS, EV, "Reconstruction for its training", "Boosting's passes over residuals are counted in."),
+    (FLOPS, STABILITY, "Reproducibility for its training", "Boosting's passes over residuals are counted in."),
+    (L0, CE, "Loss recovered for its sparsity", "What the language model loses when it reads the reconstruction instead."),
+)
+
+
+def by_members(results: Results) -> Iterator[Figure]:
+    """Each metric against the number of members."""
+    for axis, title, caption in _BY_MEMBERS:
+        values = results.spreads(axis.table, axis.column)
+        if any(size.n_members > 1 for size in values):
+            yield Figure(f"{axis.column}_by_members", title, caption, _by_members(values, axis))
+
+
+def trade_offs(results: Results) -> Iterator[Figure]:
+    """Two metrics against each other, with the line of those that none is better than in both."""
+    for x, y, title, caption in _TRADE_OFFS:
+        xs, ys = _spent(results, x), results.spreads(y.table, y.column)
+        if len(xs.keys() & ys.keys()) > 1:
+            yield Figure(f"{y.column}_for_{x.column}", title, caption, _trade_off(xs, ys, x, y))
+
+
+def training(results: Results) -> Iterator[Figure]:
+    """Training curves, and what rounds leave over."""
+    curves = results.tables.get("training_curves")
+    if curves is not None:
+        seed = min(curves["seed"].unique())
+        for column, title, log in (
+            ("explained_variance", "Explained variance in training", False),
+            ("loss", "Loss in training", True),
+            ("dead_features", "Dead features in training", False),
+        ):
+            caption = {
+                "explained_variance": "On the training batch, of what the SAE is given; for later rounds that is the residual.",
+                "loss": "The training objective, mean over the batch.",
+                "dead_features": "Share of features that have been silent for longer than the experiment allows.",
+            }[column]
+            figure = _curves(curves.filter(seed=seed), column, log=log)
+            yield Figure(f"training_{column}", title, f"{caption} Seed {seed}, a line for each SAE.", figure)
+    yield from _rounds(results)
+
+
+def features(results: Results) -> Iterator[Figure]:
+    """How often features fire, and how well each comes back under another seed."""
+    table = results.tables.get("features")
+    if table is None:
+        return
+    dead = {name: _share(rows["density"] <= 0) for name, rows in _by_method(table)}
+    silent = ", ".join(f"{method(name).label} {share:.1%}" for name, share in dead.items())
+    caption = f"On what share of the test tokens a feature fires. Features that never fire are left out: {silent}."
+    yield Figure("density", "How often features fire", caption, _density_histogram(table))
+    if table["nearest_other_seed_cosine"].null_count() < len(table):
+        caption = "Largest cosine of each feature to any feature under another seed: 1 is the same direction again."
+        yield Figure("other_seed_cosine", "Do features come back?", caption, _cosine_histogram(table))
+
+
+def marginal_gain(results: Results) -> Iterator[Figure]:
+    """What each further member adds, with the size that is enough."""
+    table = results.tables.get("marginal_gain")
+    if table is None:
+        return
+    suggested = suggested_sizes(table)
+    for column, title, caption in (
+        ("explained_variance_gain", "Explained variance that a member adds", "Over that of one member less."),
+        ("stability_gain", "Stability that a member adds", "Over that of one member less. Below 0: it takes away."),
+        ("new_features", "New features that a member brings", f"Largest cosine to all features before them below {NEAR_DUPLICATE}."),
+    ):
+        values = {size: spread for size, spread in results.spreads("marginal_gain", column).items() if size.n_members > 1}
+        if values:
+            axis = Axis("marginal_gain", column, column.replace("_", " "))
+            figure = _by_members(values, axis)
+            most = max(size.n_members for size in values)
+            figure.update_xaxes(range=[1.5, most + 0.5])
+            for name, n in suggested.items():
+                if n < most:
+                    figure.add_vline(x=n, line={"color": method(name).colour, "dash": "dot", "width": 1.5})
+            what = ", ".join(f"{method(name).label} {n}{'' if n < most else ' or more'}" for name, n in suggested.items())
+            yield Figure(column, title, f"{caption}{f' Enough (dotted): {what}.' if what else ''}", figure)
+
+
+def downstream(results: Results) -> Iterator[Figure]:
+    """Concept detection and spurious correlations by the number of features that are looked at."""
+    concepts, correlations = (results.tables.get(name) for name in ("concept_detection", "spurious_correlation"))
+    if concepts is not None:
+        caption = "Accuracy of a probe that is given the n features which tell a label best: mean over labels, then over data sets."
+        figure = _by_count(concepts, "n_probe_features", "accuracy", "dataset", "features of the probe")
+        yield Figure("concept_detection", "Concept detection", caption, figure)
+    if correlations is not None:
+        caption = "Share of what a biased probe lost that comes back when n features are zeroed (SCR), mean over tasks. 0: nothing."
+        figure = _by_count(correlations, "n_ablated", "scr_metric", "task", "features zeroed")
+        yield Figure("spurious_correlation", "Removing a spurious correlation", caption, figure)
+
+
+def layer_profile(board: pl.DataFrame, experiment: str) -> Iterator[Figure]:
+    """Of an experiment with several layers, metrics of the leaderboard against the layer."""
+    rows = board.filter(experiment=experiment)
+    if rows["layer"].n_unique() < 2:
+        return
+    for column, title in (
+        ("explained_variance", "explained variance"),
+        ("stability", "stability"),
+        ("connectivity", "connectivity"),
+        ("ce_loss_recovered", "loss recovered"),
+    ):
+        there = rows.drop_nulls(column)
+        if there.is_empty():
+            continue
+        figure = _empty("layer", title)
+        figure.update_xaxes(dtick=1)
+        for name in in_order(there["method"]):
+            of_method = there.filter(method=name).sort("layer")
+            largest = of_method.filter(_is_largest()).unique("layer", keep="first").sort("layer")
+            spread = [_from_board(row, column) for row in largest.iter_rows(named=True)]
+            _add(figure, method(name), largest["layer"].to_list(), spread, x_title="layer", lines=True)
+        yield Figure(f"{experiment}_{column}_by_layer", f"{experiment}: {title} by layer", "Every method at its full size.", figure)
+
+
+def suggested_sizes(marginal_gain: pl.DataFrame) -> dict[str, int]:
+    """By method, how many members are enough."""
+    rows = marginal_gain.drop_nulls("suggested").unique(["method"], keep="first")
+    sizes = dict(rows.select("method", "suggested").iter_rows())
+    return {name: sizes[name] for name in in_order(sizes)}
+
+
+def training_flops(results: Results) -> dict[Size, Spread]:
+    """Training FLOPs with those that make residuals."""
+    rows = results.tables.get("cost")
+    if rows is None:
+        return {}
+    return spreads(rows.with_columns(total=rows["train_flops"] + rows["residual_flops"].fill_null(0)), "total")
+
+
+def _spent(results: Results, axis: Axis) -> dict[Size, Spread]:
+    return training_flops(results) if axis is FLOPS else results.spreads(axis.table, axis.column)
+
+
+def _empty(x: str, y: str, *, log_x: bool = False, log_y: bool = False) -> go.Figure:
+    import plotly.graph_objects as go
+
+    figure = go.Figure(layout={"template": "none"})
+    figure.layout.template = None
+    figure.update_layout(showlegend=False, margin={"l": 58, "r": 14, "t": 10, "b": 46}, hovermode="closest", dragmode="zoom")
+    figure.update_xaxes(title={"text": x, "standoff": 8}, type="log" if log_x else "linear", zeroline=False, automargin=True)
+    figure.update_yaxes(title={"text": y, "standoff": 8}, type="log" if log_y else "linear", zeroline=False, automargin=True)
+    return figure
+
+
+def _label_decades(figure: go.Figure, axis: str, values: Sequence[float]) -> None:
+    """Label a logarithmic axis at 1, 2 and 5 times powers of ten, far enough around the values to zoom out."""
+    positive = [value for value in values if value > 0]
+    if positive:
+        exponents = range(math.floor(math.log10(min(positive))) - 1, math.ceil(math.log10(max(positive))) + 2)
+        ticks = [(digit, exponent) for exponent in exponents for digit in (1, 2, 5)]
+        labels = {"tickvals": [digit * 10.0**exponent for digit, exponent in ticks], "ticktext": [_tick(*tick) for tick in ticks]}
+        figure.update_layout({axis: labels})
+
+
+def _tick(digit: int, exponent: int) -> str:
+    if -4 <= exponent <= 5:
+        return f"{digit * 10**exponent:,}" if exponent >= 0 else f"{digit * 10.0**exponent:.{-exponent}f}"
+    power = f"10<sup>{exponent}</sup>"
+    return power if digit == 1 else f"{digit}·{power}"
+
+
+def _by_members(values: dict[Size, Spread], axis: Axis) -> go.Figure:
+    figure = _empty("members", axis.title, log_y=axis.log)
+    if axis.log:
+        _label_decades(figure, "yaxis", [spread.mean for spread in values.values()])
+    most = max(size.n_members for size in values)
+    figure.update_xaxes(range=[0.5, most + 0.5], dtick=1 if most <= 10 else None)
+    for name in in_order(size.method for size in values):
+        about = method(name)
+        sizes = sorted(size for size in values if size.method == name)
+        chosen = [values[size] for size in sizes]
+        if name == "single" and most > 1:  # a level to compare with
+            _add_level(figure, about, most, chosen[0])
+        else:
+            _add(figure, about, [size.n_members for size in sizes], chosen, form=axis.form, x_title="members", lines=len(sizes) > 1)
+    return figure
+
+
+def _add_level(figure: go.Figure, about: Method, most: int, spread: Spread) -> None:
+    figure.add_scatter(
+        x=[1, most],
+        y=[spread.mean, spread.mean],
+        mode="lines",
+        line={"color": about.colour, "dash": "dot", "width": 1.5},
+        name=about.label,
+        meta={"method": about.name},
+        hovertemplate=f"<b>{about.label}</b><br>%{{y:.4g}}<extra></extra>",
+    )
+
+
+def _add(
+    figure: go.Figure, about: Method, xs: Sequence[float], chosen: Sequence[Spread], *, x_title: str, form: str = ".4g", lines: bool
+) -> None:
+    """A method: means as a line or as points, with bars for seeds."""
+    figure.add_scatter(
+        x=list(xs),
+        y=[spread.mean for spread in chosen],
+        error_y=_bars(chosen, about.colour),
+        mode="lines+markers" if lines else "markers",
+        line={"color": about.colour, "width": 2},
+        marker={"color": about.colour, "symbol": about.symbol, "size": 7 if lines else 11, "line": {"width": 0}},
+        name=about.label,
+        meta={"method": about.name},
+        customdata=[_in_words(spread, form) for spread in chosen],
+        hovertemplate=f"<b>{about.label}</b>, {x_title} %{{x:.4g}}<br>%{{customdata}}<extra></extra>",
+    )
+
+
+def _trade_off(xs: dict[Size, Spread], ys: dict[Size, Spread], x: Axis, y: Axis) -> go.Figure:
+    figure = _empty(x.title, y.title, log_x=x.log, log_y=y.log)
+    both = sorted(xs.keys() & ys.keys())
+    if x.log:
+        _label_decades(figure, "xaxis", [xs[size].mean for size in both])
+    _add_front(figure, [(xs[size].mean, ys[size].mean) for size in both], less_x=x is not STABILITY)
+    for name in in_order(size.method for size in both):
+        about = method(name)
+        sizes = [size for size in both if size.method == name]
+        last = len(sizes) - 1
+        figure.add_scatter(
+            x=[xs[size].mean for size in sizes],
+            y=[ys[size].mean for size in sizes],
+            error_x=_bars([xs[size] for size in sizes], about.colour),
+            error_y=_bars([ys[size] for size in sizes], about.colour),
+            mode="lines+markers" if last else "markers",
+            line={"color": about.colour, "width": 1.5},
+            marker={
+                "color": about.colour,
+                "symbol": about.symbol,
+                "size": [12 if i == last else 6 for i in range(len(sizes))],
+                "opacity": 1,
+                "line": {"width": 0},
+            },
+            name=about.label,
+            meta={"method": about.name},
+            customdata=[[size.n_members, _in_words(xs[size], x.form), _in_words(ys[size], y.form)] for size in sizes],
+            hovertemplate=f"<b>{about.label}</b>, n = %{{customdata[0]}}<br>{y.title}: %{{customdata[2]}}<br>"
+            f"{x.title}: %{{customdata[1]}}<extra></extra>",
+        )
+    return figure
+
+
+def _add_front(figure: go.Figure, points: Sequence[tuple[float, float]], *, less_x: bool) -> None:
+    """The points that none is better than in both, joined by a line."""
+    front: list[tuple[float, float]] = []
+    for x, y in sorted(points, key=lambda point: (point[0] if less_x else -point[0], -point[1])):
+        if not front or y > front[-1][1]:
+            front.append((x, y))
+    if len(front) > 1:
+        figure.add_scatter(
+            x=[x for x, _ in front],
+            y=[y for _, y in front],
+            mode="lines",
+            line={"color": "#9a9a9a", "dash": "dot", "width": 1.2},
+            name="front",
+            hoverinfo="skip",
+        )
+
+
+def _curves(rows: pl.DataFrame, column: str, *, log: bool) -> go.Figure:
+    figure = _empty("training tokens of the SAE", column.replace("_", " "), log_y=log)
+    if log:
+        _label_decades(figure, "yaxis", rows[column].drop_nulls().to_list())
+    if column == "explained_variance":  # the first steps can be far below
+        figure.update_yaxes(range=[-0.1, 1.02])
+    for name in in_order(rows["method"]):
+        about, of_method = method(name), rows.filter(method=name)
+        largest = of_method.filter(_is_largest())
+        for (member,), curve in largest.partition_by("member", as_dict=True, maintain_order=True).items():
+            thinned = curve.drop_nulls(column).gather_every(max(1, math.ceil(len(curve) / MAX_CURVE_POINTS)))
+            what = f"member {member}" if name == "bagging" else f"round {member}" if name == "boosting" else ""
+            figure.add_scatter(
+                x=thinned["tokens"].to_list(),
+                y=[float(f"{value:.5g}") for value in thinned[column]],
+                mode="lines",
+                line={"color": about.colour, "width": 1.1},
+                opacity=0.75,
+                name=about.label,
+                meta={"method": name},
+                hovertemplate=f"<b>{about.label}</b> {what}<br>%{{x:,}} tokens: %{{y:.4g}}<extra></extra>",
+            )
+    return figure
+
+
+def _rounds(results: Results) -> Iterator[Figure]:
+    left_over = {
+        size: spread for size, spread in results.spreads("reconstruction", "fvu").items() if size.method in ("boosting", "bagging")
+    }
+    if any(size.method == "boosting" and size.n_members > 1 for size in left_over):
+        rows = results.tables["reconstruction"]
+        relative = spreads(rows.with_columns(norm=rows["fvu"].sqrt()), "norm")
+        figure = _empty("rounds or members", "residual norm, relative", log_y=True)
+        _label_decades(figure, "yaxis", [spread.mean for spread in relative.values()])
+        figure.update_xaxes(dtick=1 if max(size.n_members for size in relative) <= 10 else None)
+        for name in ("bagging", "boosting"):
+            sizes = sorted(size for size in relative if size.method == name)
+            if sizes:
+                _add(figure, method(name), [size.n_members for size in sizes], [relative[size] for size in sizes], x_title="n", lines=True)
+        caption = "Root mean squared norm of what is left over after n rounds, as a share of the activations' own spread around their mean."
+        yield Figure("residual_norm", "What is left over", caption, figure)
+    members = results.tables.get("members")
+    if members is None:
+        return
+    for column, title, caption, log in (
+        (
+            "explained_variance",
+            "What each SAE does on its own input",
+            "Explained variance of what it was given: for rounds, the residual.",
+            False,
+        ),
+        (
+            "median_density",
+            "How narrow features are",
+            "Median share of test tokens on which a feature of that member or round fires.",
+            True,
+        ),
+    ):
+        if members[column].null_count() == len(members):
+            continue
+        figure = _empty("member or round", column.replace("_", " "), log_y=log)
+        figure.update_xaxes(dtick=1 if members["member"].n_unique() <= 10 else None)
+        for name, rows in _by_method(members):
+            renamed = rows.with_columns(n_members=rows["member"])
+            values = spreads(renamed, column)
+            sizes = sorted(values)
+            _add(figure, method(name), [s.n_members for s in sizes], [values[s] for s in sizes], x_title="number", lines=len(sizes) > 1)
+        yield Figure(f"member_{column}", title, caption, figure)
+
+
+def _density_histogram(table: pl.DataFrame) -> go.Figure:
+    fires = table.filter(table["density"] > 0)
+    figure = _empty("share of tokens on which it fires", "share of features", log_x=True)
+    if fires.is_empty():
+        return figure
+    _label_decades(figure, "xaxis", [float(fires["density"].min() or 0), 1])  # pyright: ignore[reportArgumentType]
+    logs = fires["density"].log10()
+    low, high = math.floor(float(logs.min() or 0) * 2) / 2, 0.0  # pyright: ignore[reportArgumentType]
+    for name, rows in _by_method(fires):
+        edges, shares = _histogram(rows["density"].log10().to_list(), low, high, BINS, _count(table, name))
+        _add_steps(figure, method(name), [10**edge for edge in edges], shares, "%{x:.2g}")
+    return figure
+
+
+def _cosine_histogram(table: pl.DataFrame) -> go.Figure:
+    there = table.drop_nulls("nearest_other_seed_cosine")
+    figure = _empty("largest cosine under another seed", "share of features")
+    low = min(0.0, math.floor(float(there["nearest_other_seed_cosine"].min() or 0) * 10) / 10)  # pyright: ignore[reportArgumentType]
+    for name, rows in _by_method(there):
+        edges, shares = _histogram(rows["nearest_other_seed_cosine"].to_list(), low, 1.0, BINS, len(rows))
+        _add_steps(figure, method(name), edges, shares, "%{x:.2f}")
+    return figure
+
+
+def _histogram(values: Sequence[float], low: float, high: float, bins: int, total: int) -> tuple[list[float], list[float]]:
+    """Left edges and shares of `total`; a value at or beyond an end counts to the last bin there."""
+    counts = [0] * bins
+    for value in values:
+        counts[min(bins - 1, max(0, int((value - low) / (high - low) * bins)))] += 1
+    return [low + (high - low) * i / bins for i in range(bins)], [count / total for count in counts]
+
+
+def _add_steps(figure: go.Figure, about: Method, edges: Sequence[float], shares: Sequence[float], x_form: str) -> None:
+    figure.add_scatter(
+        x=[float(f"{edge:.4g}") for edge in edges],
+        y=[float(f"{share:.4g}") for share in shares],
+        mode="lines",
+        line={"color": about.colour, "width": 1.8, "shape": "hv"},
+        name=about.label,
+        meta={"method": about.name},
+        hovertemplate=f"<b>{about.label}</b><br>from {x_form}: %{{y:.2%}} of the features<extra></extra>",
+    )
+
+
+def _by_count(rows: pl.DataFrame, x: str, y: str, group: str, x_title: str) -> go.Figure:
+    """Of whole ensembles and codes as they are: the mean over what is measured in each group, then over groups, for every seed."""
+    import polars as pl
+
+    chosen = rows.filter(_is_largest().over("method")).drop_nulls(y).filter(pl.col(x) > 0)
+    if "code_scale" in chosen.columns:
+        chosen = chosen.filter(code_scale="unscaled")
+    of_groups = chosen.group_by("method", "seed", x, group).agg(pl.col(y).mean())
+    means = of_groups.group_by("method", "seed", x).agg(pl.col(y).mean()).rename({x: "n_members"})
+    figure = _empty(x_title, y.removesuffix("_metric").replace("_", " "), log_x=True)
+    _label_decades(figure, "xaxis", means["n_members"].to_list())
+    for name, of_method in _by_method(means):
+        values = spreads(of_method, y)
+        sizes = sorted(values)
+        _add(figure, method(name), [s.n_members for s in sizes], [values[s] for s in sizes], x_title="n", lines=len(sizes) > 1)
+    return figure
+
+
+def _bars(chosen: Sequence[Spread], colour: str) -> dict[str, Any] | None:
+    """From the lower to the upper end of the interval or, with two seeds, from one to the other."""
+    if all(len(spread.points) == 1 for spread in chosen):
+        return None
+    ups, downs = [spread.bar[1] - spread.mean for spread in chosen], [spread.mean - spread.bar[0] for spread in chosen]
+    return {"type": "data", "array": ups, "arrayminus": downs, "symmetric": False, "color": colour, "thickness": 1.2, "width": 3}
+
+
+def _in_words(spread: Spread, form: str) -> str:
+    if spread.has_interval and spread.low is not None and spread.high is not None:
+        return f"{spread.mean:{form}} [{spread.low:{form}}, {spread.high:{form}}]"
+    if len(spread.points) == 2:
+        return f"{spread.mean:{form}} (seeds: {', '.join(format(point, form) for point in spread.points)})"
+    return format(spread.mean, form)
+
+
+def _from_board(row: dict[str, Any], column: str) -> Spread:
+    pairs = [
+        (float(point), int(seed)) for point, seed in zip(row[f"{column}_by_seed"].split(","), row["seeds"].split(","), strict=True) if point
+    ]
+    return Spread.of([point for point, _ in pairs], [seed for _, seed in pairs])
+
+
+def _by_method(rows: pl.DataFrame) -> Iterator[tuple[str, pl.DataFrame]]:
+    for name in in_order(rows["method"]):
+        of_method = rows.filter(method=name)
+        yield name, of_method
+
+
+def _is_largest() -> pl.Expr:
+    import polars as pl
+
+    return pl.col("n_members") == pl.col("n_members").max()  # of the rows at hand
+
+
+def _count(table: pl.DataFrame, name: str) -> int:
+    return len(table.filter(method=name))
+
+
+def _share(mask: pl.Series) -> float:
+    return float(mask.sum()) / max(1, len(mask))

@@ -1,0 +1,214 @@
+"""Writes the pages: an experiment's report for one layer, and the leaderboard. Each is a folder that needs nothing else."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from saeens_pipeline.report import figures
+from saeens_pipeline.report.control import compare
+from saeens_pipeline.report.lineage_diagram import diagram
+from saeens_pipeline.report.main_table import METRICS, main_table, metrics_of
+from saeens_pipeline.report.methods import in_order, method
+from saeens_pipeline.report.published import PAPER, setting_of
+from saeens_pipeline.report.record import Record
+from saeens_pipeline.report.results import Results
+from saeens_pipeline.report.words import choices, does_not_say, says
+from saeens_pipeline.storage.recipes import Store
+from saeens_pipeline.storage.tables import TABLES
+
+if TYPE_CHECKING:
+    import polars as pl
+    from jinja2 import Environment
+    from markupsafe import Markup
+
+    from saeens_pipeline.catalogue import Catalogue
+    from saeens_pipeline.components import ExperimentSettings
+
+INDEX = "index.html"
+PICTURES = "pictures"
+_HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page: its anchor, heading, one line of what it is about, its plots, and what is missing for more."""
+
+    anchor: str
+    title: str
+    about: str
+    figures: Sequence[figures.Figure]
+    missing: Sequence[str]
+
+
+def write_report(folder: Path, store: Store, catalogue: Catalogue, experiment: ExperimentSettings, layer: int) -> None:
+    """Write the report of one layer into an empty folder, from the tables that are there."""
+    from saeens_pipeline.report.pictures import report_pictures
+
+    results = Results.read(store.root, experiment.name, layer, experiment.ensemble.seeds)
+    record = Record.read(store, experiment.name, experiment.source, layer)
+    control = catalogue.experiments.get(catalogue.controls.get(experiment.name, ""))
+    untrained = Results.read(store.root, control.name, layer, control.ensemble.seeds) if control else None
+    comparisons = list(compare(results, untrained)) if untrained else []
+    setting = setting_of(record.language_model, str(record.setting("hook")), layer, str(record.setting("weights")))
+    train_tokens = record.setting("train_tokens")
+    sections = list(_sections(results, experiment))
+    page = {
+        "experiment": experiment.name,
+        "layer": layer,
+        "layers": _layers(store, experiment.name),
+        "seeds": results.seeds,
+        "results": results,
+        "record": record,
+        "facts": list(record.facts()),
+        "choices": list(choices(results)),
+        "metrics": metrics_of(results),
+        "rows": main_table(results, record),
+        "says": list(says(results)),
+        "does_not_say": list(does_not_say(results, comparisons, _control_hint(record, experiment, control, layer))),
+        "comparisons": comparisons,
+        "control": control.name if control else "",
+        "paper": PAPER,
+        "setting": setting,
+        "deviations": setting.deviations(experiment.saes[0], experiment.ensemble.members, len(results.seeds), train_tokens)
+        if setting
+        else [],
+        "sections": sections,
+        "diagram": diagram(record),
+        "overview_missing": _missing(results, experiment, ("reconstruction", "coactivation", "stability", "cost")),
+        "methods": [method(name) for name in results.methods],
+        "all_metrics": METRICS,
+        "tables": TABLES,
+    }
+    _write(folder, "report.html", page, [figure for section in sections for figure in section.figures])
+    for name, png in report_pictures(results):
+        (folder / PICTURES).mkdir(exist_ok=True)
+        (folder / PICTURES / f"{name}.png").write_bytes(png)
+
+
+def write_leaderboard(folder: Path, board: pl.DataFrame, reports: Mapping[tuple[str, int], str]) -> None:
+    """Write the page over all experiments from the leaderboard's rows; `reports`: links to the reports that there are."""
+    metrics = [metric for metric in METRICS if metric.column in board.columns and board[metric.column].null_count() < len(board)]
+    profiles = [figure for name in sorted(set(board["experiment"])) for figure in figures.layer_profile(board, name)]
+    page = {
+        "rows": [
+            row | {"about": method(row["method"]), "report": reports.get((row["experiment"], row["layer"]), "")} for row in board.to_dicts()
+        ],
+        "metrics": metrics,
+        "columns": {name: sorted(set(board[name])) for name in ("experiment", "source", "layer", "language_model")}
+        | {"method": [method(name) for name in in_order(board["method"])]},
+        "profiles": profiles,
+        "methods": [method(name) for name in in_order(board["method"])],
+    }
+    _write(folder, "leaderboard.html", page, profiles)
+
+
+def _sections(results: Results, experiment: ExperimentSettings) -> Iterable[Section]:
+    parts = (
+        (
+            "members",
+            "More members",
+            "What each further member or round changes.",
+            figures.by_members,
+            ("reconstruction", "coactivation", "stability"),
+        ),
+        (
+            "trade-offs",
+            "Trade-offs",
+            "Every method at every size; large symbols are whole ensembles. The dotted line joins those that none is better than in both.",
+            figures.trade_offs,
+            ("reconstruction", "stability", "cost"),
+        ),
+        ("gain", "How many are enough", "What one more member adds.", figures.marginal_gain, ("marginal_gain",)),
+        ("training", "Training and rounds", "How training went, and what rounds do.", figures.training, ("training_curves", "members")),
+        ("features", "Features", "How often features fire, and whether they come back.", figures.features, ("features",)),
+        (
+            "downstream",
+            "Downstream",
+            "What features are good for.",
+            figures.downstream,
+            tuple(name for name in ("concept_detection", "spurious_correlation") if name in TABLES),
+        ),
+    )
+    for anchor, title, about, draw, tables in parts:
+        section = Section(anchor, title, about, list(draw(results)), _missing(results, experiment, tables))
+        if section.figures or section.missing:
+            yield section
+
+
+def _missing(results: Results, experiment: ExperimentSettings, tables: Sequence[str]) -> list[str]:
+    """For each table that is not there, what makes it."""
+    run = f"saeens run {experiment.name}"
+    return [
+        f"The table {name} ({TABLES[name].question[0].lower()}{TABLES[name].question[1:].rstrip('?')}) is not there: "
+        + (f"`{run}` makes it." if name in experiment.evaluations else f"add {name} to `evaluations` in the experiment file, then `{run}`.")
+        for name in tables
+        if name in results.missing
+    ]
+
+
+def _control_hint(record: Record, experiment: ExperimentSettings, control: ExperimentSettings | None, layer: int) -> str:
+    """What to run for the control where there are no numbers of it."""
+    if record.setting("weights") == "random":
+        return (
+            "This language model is untrained: the experiment is a control. What is seen here is seen without anything that a language "
+            "model has learnt."
+        )
+    if control:
+        return (
+            f"The control on an untrained language model, {control.name}, has no numbers for layer {layer}: `saeens run {control.name}` "
+            f"makes them, `saeens report {experiment.name}` shows them here. Until then, nothing says that the order of methods has to do "
+            "with what the language model learnt."
+        )
+    return (
+        "There is no control. A source that is the same but for `weights: random`, with the same experiment on it, shows what would "
+        "come out of an untrained language model; until then, nothing says that the order of methods has to do with what it learnt."
+    )
+
+
+def _layers(store: Store, experiment: str) -> list[int]:
+    """Layers that have any table."""
+    found = (store.root / "tables" / experiment).glob("*/layer=*")
+    return sorted({int(path.name.removeprefix("layer=")) for path in found if path.name.removeprefix("layer=").isdecimal()})
+
+
+def _write(folder: Path, template: str, page: Mapping[str, Any], drawn: Sequence[figures.Figure]) -> None:
+    from markupsafe import Markup
+
+    data = "{" + ",".join(f'"{figure.name}":{figure.figure.to_json()}' for figure in drawn) + "}"
+    for character in "<>&":  # inside a script element nothing else could end it
+        data = data.replace(character, f"\\u{ord(character):04x}")
+    (folder / INDEX).write_text(_environment().get_template(template).render(page, figure_data=Markup(data)))
+    static = folder / "static"
+    static.mkdir()
+    for file in sorted((_HERE / "static").iterdir()):
+        shutil.copyfile(file, static / file.name)
+    if drawn:
+        (static / "plotly.min.js").write_bytes(files("plotly").joinpath("package_data", "plotly.min.js").read_bytes())
+
+
+def _environment() -> Environment:
+    """Everything is escaped, and a name that a template misspells is an error."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_HERE / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["prose"] = _prose
+    return environment
+
+
+def _prose(sentence: str) -> Markup:
+    """A sentence, escaped, with what stands between backticks set as code."""
+    from markupsafe import Markup
+
+    parts = sentence.split("`")
+    return Markup("").join(Markup("<code>{}</code>").format(part) if i % 2 else part for i, part in enumerate(parts))

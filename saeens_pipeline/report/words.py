@@ -1,0 +1,300 @@
+"""What the numbers say in words, and what they do not: every sentence is made from the tables, and left out where they lack it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+from saeens_pipeline.components.ensemble_experiment import Baseline
+from saeens_pipeline.report.control import Comparison
+from saeens_pipeline.report.figures import suggested_sizes, training_flops
+from saeens_pipeline.report.methods import Method, method
+from saeens_pipeline.report.results import Results, Spread
+
+SAME_L0 = 0.1  # relative difference up to which sparsity counts as the same
+SAME_COMPUTE = 1.25  # ratio up to which training counts as the same
+MANY_DEAD = 0.1
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A need, the method that serves it best, its number, and what it costs."""
+
+    need: str
+    method: Method
+    value: str
+    evidence: str
+    price: str
+
+
+def choices(results: Results) -> Iterator[Choice]:
+    """Which method to use for what."""
+    variance = results.full("reconstruction", "explained_variance")
+    stability = results.full("stability", "stability")
+    if len(variance) > 1:
+        best = _largest(variance)
+        yield Choice(
+            "the closest reconstruction",
+            method(best),
+            f"EV {variance[best].mean:.3f}",
+            _lead(best, variance, ".3f"),
+            _price(results, best),
+        )
+    if len(stability) > 1:
+        best = _largest(stability)
+        yield Choice(
+            "features that come back under another seed",
+            method(best),
+            f"stability {stability[best].mean:.3f}",
+            _lead(best, stability, ".3f"),
+            _price(results, best),
+        )
+    sparsity = results.full("reconstruction", "l0")
+    if "single" in sparsity and "single" in variance:
+        limit = sparsity["single"].mean * (1 + SAME_L0)
+        sparse = {name: spread for name, spread in variance.items() if name in sparsity and sparsity[name].mean <= limit}
+        if len(sparse) > 1 and len(sparse) < len(variance):
+            best = _largest(sparse)
+            yield Choice(
+                f"as few features per token as one SAE ({sparsity['single'].mean:.3g})",
+                method(best),
+                f"EV {variance[best].mean:.3f}",
+                _lead(best, sparse, ".3f"),
+                _price(results, best),
+            )
+
+
+def says(results: Results) -> Iterator[str]:
+    """What is seen in the numbers."""
+    yield from _at_equal_sparsity(results)
+    yield from _growth(results)
+    yield from _trade_off(results)
+    yield from _loss(results)
+    yield from _enough(results)
+    yield from _narrow_rounds(results)
+
+
+def does_not_say(results: Results, comparisons: Sequence[Comparison], control_hint: str) -> Iterator[str]:
+    """What must not be read into the numbers: where methods differ in what they spend, and how sure anything is."""
+    yield from _unequal_sparsity(results)
+    yield from _unequal_compute(results)
+    yield from _unequal_sizes(results)
+    yield from _few_seeds(results)
+    yield from _dead(results)
+    if comparisons:
+        yield about_control(comparisons)
+    elif control_hint:
+        yield control_hint
+    yield (
+        "Explained variance and stability do not say that features mean something to a reader, nor that they are the language model's "
+        "own. All numbers are from held-out text of the same corpus, at this layer."
+    )
+
+
+def about_control(comparisons: Sequence[Comparison]) -> str:
+    """What the untrained language model shows."""
+    same = [each.title for each in comparisons if each.same_order]
+    other = [each.title for each in comparisons if not each.same_order]
+    if not same:
+        return (
+            f"An untrained language model of the same shape ranks the methods differently by {_and(other)}: "
+            "the order here is not one that any activations would give."
+        )
+    differs = f" By {_and(other)} it ranks them differently." if other else ""
+    return (
+        f"An untrained language model of the same shape ranks the methods alike by {_and(same)}: that order is no evidence that "
+        f"features are the language model's; it would come out of activations without any meaning.{differs}"
+    )
+
+
+def _at_equal_sparsity(results: Results) -> Iterator[str]:
+    variance, sparsity = results.full("reconstruction", "explained_variance"), results.full("reconstruction", "l0")
+    if not variance or not sparsity:
+        return
+    best = _largest({name: spread for name, spread in variance.items() if name in sparsity})
+    alike = [
+        name for name in variance if name in sparsity and abs(sparsity[name].mean - sparsity[best].mean) <= SAME_L0 * sparsity[best].mean
+    ]
+    rest = {name: variance[name] for name in alike if name != best}
+    if rest:
+        second = _largest(rest)
+        saved = 1 - (1 - variance[best].mean) / (1 - variance[second].mean)
+        yield (
+            f"With about {sparsity[best].mean:.3g} features per token each, {method(best).label} explains {variance[best].mean:.1%} of the "
+            f"variance and {method(second).label}, the next best, {variance[second].mean:.1%}: "
+            f"{saved:.0%} of what that leaves unexplained is gone."
+        )
+    else:
+        yield (
+            f"{_capital(method(best).label)} explains most, {variance[best].mean:.1%} of the variance, with {sparsity[best].mean:.3g} "
+            "features per token; no other method here spends as many."
+        )
+
+
+def _growth(results: Results) -> Iterator[str]:
+    for table, column, what in (("reconstruction", "explained_variance", "explained variance"), ("stability", "stability", "stability")):
+        values = results.spreads(table, column)
+        parts = []
+        for name in ("bagging", "boosting"):
+            sizes = sorted(size for size in values if size.method == name)
+            if len(sizes) > 1:
+                first, last = sizes[0], sizes[-1]
+                verb = "raises" if values[last].mean > values[first].mean else "lowers"
+                parts.append(f"{name} {verb} it from {values[first].mean:.3f} to {values[last].mean:.3f} (n = {last.n_members})")
+        if parts:
+            yield f"{_capital(what)} by members: {'; '.join(parts)}."
+
+
+def _trade_off(results: Results) -> Iterator[str]:
+    variance, stability = results.full("reconstruction", "explained_variance"), results.full("stability", "stability")
+    if len(variance) < 2 or len(stability) < 2:
+        return
+    rebuilds, returns = _largest(variance), _largest(stability)
+    if rebuilds == returns:
+        yield f"{_capital(method(rebuilds).label)} is first both in explained variance and in stability."
+    elif rebuilds in stability and returns in variance:
+        yield (
+            f"No method is first in both: {method(rebuilds).label} rebuilds best and has a stability of {stability[rebuilds].mean:.3f}; "
+            f"{method(returns).label} has the features that come back most ({stability[returns].mean:.3f}) and explains "
+            f"{variance[returns].mean:.1%} of the variance."
+        )
+
+
+def _loss(results: Results) -> Iterator[str]:
+    loss, variance = results.full("reconstruction", "ce_loss_recovered"), results.full("reconstruction", "explained_variance")
+    if len(loss) < 2:
+        return
+    by_loss = sorted(loss, key=lambda name: -loss[name].mean)
+    by_variance = sorted((name for name in variance if name in loss), key=lambda name: -variance[name].mean)
+    agree = "the same order as by explained variance" if by_loss == by_variance else "another order than by explained variance"
+    order = ", ".join(f"{method(name).label} {loss[name].mean:.1%}" for name in by_loss)
+    yield f"Of the language model's next-token loss they recover {order}: {agree}."
+
+
+def _enough(results: Results) -> Iterator[str]:
+    table = results.tables.get("marginal_gain")
+    sizes = suggested_sizes(table) if table is not None else {}
+    for name, n in sizes.items():
+        most = max(size.n_members for size in results.spreads("marginal_gain", "new_features") if size.method == name)
+        if n < most:
+            yield f"{_capital(name)} needs no more than {n} of the {most} members: no further one takes 5 % off what is left to gain."
+        else:
+            yield f"{_capital(name)} still gains with the last of {most} members: more may help."
+
+
+def _narrow_rounds(results: Results) -> Iterator[str]:
+    rows = results.tables.get("members")
+    if rows is None:
+        return
+    rounds = rows.filter(method="boosting").select("member", "median_density").group_by("member").mean().sort("member")
+    if len(rounds) > 1:
+        first, last = rounds["median_density"][0], rounds["median_density"][-1]
+        if first and last:
+            more = "more rarely" if last < first else "more often"
+            yield (
+                f"Features of the last boosting round fire {more} than those of the first: on {last:.2%} of tokens against {first:.2%} "
+                "(median)."
+            )
+
+
+def _unequal_sparsity(results: Results) -> Iterator[str]:
+    sparsity = results.full("reconstruction", "l0")
+    groups = _alike(sparsity, lambda one, other: abs(one - other) <= SAME_L0 * max(one, other))
+    if len(groups) > 1:
+        parts = [f"{_and([method(name).label for name in names])} about {sparsity[names[0]].mean:.3g}" for names in groups]
+        yield (
+            f"Methods do not spend equally many features per token: {'; '.join(parts)}. More features explain more. "
+            "Compare inside a group, or look at the plots against L0 and bits."
+        )
+
+
+def _unequal_compute(results: Results) -> Iterator[str]:
+    full = training_flops(results)
+    flops = {size.method: full[size] for size in results.full_sizes if size in full}
+    groups = _alike(flops, lambda one, other: max(one, other) <= SAME_COMPUTE * min(one, other))
+    if len(groups) > 1:
+        least = min(spread.mean for spread in flops.values())
+        parts = [f"{_and([method(name).label for name in names])} {flops[names[0]].mean / least:.3g}" for names in groups]
+        yield (
+            f"Nor was equally much computed to train them: relative to the cheapest, {'; '.join(parts)} (boosting's passes over residuals "
+            "counted in)."
+        )
+        if "compute_matched" not in flops and "compute_matched" in get_args(Baseline):
+            yield "Missing is one SAE that was trained for as long as all members together: `baselines: [compute_matched]` trains it."
+
+
+def _unequal_sizes(results: Results) -> Iterator[str]:
+    features = results.full("reconstruction", "n_features")
+    if features and max(s.mean for s in features.values()) > min(s.mean for s in features.values()):
+        low, high = (f(spread.mean for spread in features.values()) for f in (min, max))
+        yield (
+            f"Dictionaries have {low:,.0f} to {high:,.0f} features. In a larger one a feature finds a near neighbour more easily, which "
+            "raises stability, and pairs are rarer on one token, which raises connectivity."
+        )
+
+
+def _few_seeds(results: Results) -> Iterator[str]:
+    n = len(results.seeds)
+    if n == 1:
+        yield "One seed says nothing about chance: there are no intervals and no stability. Add a seed to `ensemble.seeds`."
+    elif n == 2:
+        yield (
+            "Two seeds say little about chance: their 95 % interval would be 12.7 standard errors wide, so the points are shown instead. "
+            "Stability compares two runs; with more runs it is larger."
+        )
+    elif n:
+        yield f"Intervals are Student's, of {n} seeds (95 %). Stability compares {n} runs; it grows with their number."
+
+
+def _dead(results: Results) -> Iterator[str]:
+    dead = {name: spread.mean for name, spread in results.full("reconstruction", "dead_features").items() if spread.mean > MANY_DEAD}
+    if dead:
+        parts = ", ".join(f"{method(name).label} {share:.0%}" for name, share in dead.items())
+        yield f"Many features never fire on the held-out tokens: {parts}. Longer training may change these methods' numbers."
+
+
+def _alike(values: Mapping[str, Spread], same: Callable[[float, float], bool]) -> list[list[str]]:
+    """Methods in groups of about equal values, the smallest first."""
+    groups: list[list[str]] = []
+    for name in sorted(values, key=lambda name: values[name].mean):
+        if groups and same(values[groups[-1][0]].mean, values[name].mean):
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+    return groups
+
+
+def _lead(best: str, values: Mapping[str, Spread], form: str) -> str:
+    second = _largest({name: spread for name, spread in values.items() if name != best})
+    sure = "clear of the seeds' scatter" if values[best].is_above(values[second]) else "within the seeds' scatter"
+    if len(values[best].points) == 1:
+        sure = "one seed"
+    return f"next: {method(second).label} {values[second].mean:{form}}, {sure}"
+
+
+def _price(results: Results, name: str) -> str:
+    """L0 and training, relative to a single SAE where there is one."""
+    sparsity, full = results.full("reconstruction", "l0"), training_flops(results)
+    flops = {size.method: full[size].mean for size in results.full_sizes if size in full}
+    parts = [f"{sparsity[name].mean:.3g} features per token"] if name in sparsity else []
+    if name in flops:
+        cheapest = flops.get("single")
+        parts.append(_times(flops[name] / cheapest) if cheapest else f"{flops[name]:.3g} training FLOPs")
+    return ", ".join(parts)
+
+
+def _times(ratio: float) -> str:
+    return "the training of one SAE" if abs(ratio - 1) < 0.05 else f"{ratio:.2g} times the training of one SAE"
+
+
+def _largest(values: Mapping[str, Spread]) -> str:
+    return max(values, key=lambda name: values[name].mean)
+
+
+def _and(parts: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]])) if parts else ""
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]

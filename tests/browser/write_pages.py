@@ -1,0 +1,62 @@
+"""Writes the pages that the browser tests open: of a tiny experiment that is run for it, and of one whose tables hold hostile text.
+
+    python tests/browser/write_pages.py FOLDER
+
+`FOLDER/expected.json` has what the tables say, computed from the Parquet files alone.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "saeens_pipeline"))
+from tiny_experiment import NAME, Laboratory
+from tiny_models import write_tiny_model
+
+from saeens_pipeline.report.main_table import METRICS
+from saeens_pipeline.reports import write_reports
+
+HOSTILE = '<script>document.title = "taken"</script><img src="x" onerror="alert(1)">'
+LAYERS = [0, 1]
+SEEDS = [1, 2, 3]
+EVALUATIONS = ["reconstruction", "members", "coactivation", "stability", "marginal_gain", "cost", "training_curves", "features"]
+
+
+def main(folder: Path) -> None:
+    """Make everything anew below `folder`."""
+    shutil.rmtree(folder, ignore_errors=True)
+    plain = Laboratory(write_tiny_model(folder / "model"), folder / "defs", folder / "plain")
+    hostile = Laboratory(plain.model, plain.folder, folder / "hostile")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        plain.activate(monkeypatch)
+        plain.declare({"layers": LAYERS}, ensemble={"members": 3, "seeds": SEEDS}, evaluations=EVALUATIONS)
+        plain.run()
+        shutil.copytree(plain.root, hostile.root)
+        hostile.activate(monkeypatch)
+        for part in (hostile.root / "tables").rglob("part.parquet"):
+            rows = pl.read_parquet(part, hive_partitioning=False)
+            rows.with_columns(method=pl.col("method").replace("expanded", HOSTILE)).write_parquet(part)
+        write_reports(NAME, [])
+    (folder / "expected.json").write_text(json.dumps({str(layer): _expected(plain.root, layer) for layer in LAYERS}, indent=1))
+
+
+def _expected(root: Path, layer: int) -> dict[str, dict[str, float]]:
+    """By method and column, the mean over seeds at the largest size."""
+    expected: dict[str, dict[str, float]] = {}
+    for metric in METRICS:
+        parts = sorted((root / "tables" / NAME / metric.table / f"layer={layer}").rglob("part.parquet"))
+        rows = pl.concat([pl.read_parquet(part, hive_partitioning=False) for part in parts])
+        largest = rows.filter(pl.col("n_members") == pl.col("n_members").max().over("method"))
+        for row in largest.group_by("method").agg(pl.col(metric.column).mean()).drop_nulls().iter_rows(named=True):
+            expected.setdefault(row["method"], {})[metric.column] = row[metric.column]
+    return expected
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,427 @@
+"""The report: its numbers are the tables', what is foreign is escaped, what is missing is named, and nothing is loaded from elsewhere."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import scipy.stats
+from tiny_experiment import LAYER, MEMBERS, NAME, SEEDS, Laboratory, experiment_file, experiment_settings, source_settings
+
+from saeens_pipeline import cli
+from saeens_pipeline.errors import SaeensError
+from saeens_pipeline.report.control import Comparison, compare
+from saeens_pipeline.report.figures import Figure, by_members, downstream, features, layer_profile, marginal_gain, trade_offs, training
+from saeens_pipeline.report.main_table import METRICS
+from saeens_pipeline.report.methods import in_order, method
+from saeens_pipeline.report.published import SETTINGS, setting_of
+from saeens_pipeline.report.results import Results, Size, Spread
+from saeens_pipeline.report.words import choices, does_not_say, says
+from saeens_pipeline.reports import write_reports
+from saeens_pipeline.storage.names import Address, Partition
+from saeens_pipeline.storage.recipes import read_artefact
+from saeens_pipeline.storage.tables import frame, read_table
+
+METHODS = ["single", "bagging", "boosting", "expanded", "expanded_l0_matched"]
+HOSTILE = '<script>alert("x")</script>'
+
+
+class Page(HTMLParser):
+    """A page: its text, elements, and cells by row."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.source = path.read_text()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.cells: list[dict[str, Any]] = []  # of the main table
+        self._method: str | None = None
+        self._in_script = False
+        self.feed(self.source)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        attributes = dict(attrs)
+        self.elements.append((tag, attributes))
+        self._in_script = tag == "script"
+        if tag == "tbody":
+            self._method = attributes.get("data-method")
+        if tag == "td" and "data-metric" in attributes:
+            self.cells.append(
+                {"method": self._method, "metric": attributes["data-metric"], "value": float(attributes["data-value"] or "nan")}
+            )
+
+    def handle_endtag(self, tag: str) -> None:
+        self._in_script = self._in_script and tag != "script"
+
+    def handle_data(self, data: str) -> None:
+        self.text += "" if self._in_script else data
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        return json.loads(re.search(r'<script type="application/json" id="figure-data">(.*?)</script>', self.source, re.DOTALL)[1])  # pyright: ignore[reportOptionalSubscript]
+
+
+def _page(laboratory: Laboratory) -> Page:
+    return Page(laboratory.root / "reports" / NAME / f"layer={LAYER}" / "index.html")
+
+
+def _results(laboratory: Laboratory) -> Results:
+    return Results.read(laboratory.root, NAME, LAYER, SEEDS)
+
+
+def _table(laboratory: Laboratory, name: str) -> pl.DataFrame:
+    parts = sorted((laboratory.root / "tables" / NAME / name).rglob("part.parquet"))
+    return pl.concat([pl.read_parquet(part, hive_partitioning=False) for part in parts])
+
+
+def _synthetic(table: str, rows: list[dict[str, Any]]) -> Results:
+    subject = {"experiment": "e", "layer": 0, "language_model": "trained", "sae_data_versions": "v"}
+    return Results("e", 0, {table: frame(table, [subject | row for row in rows])})
+
+
+def _of(figures: list[Figure], name: str) -> Any:
+    return next(each.figure for each in figures if each.name == name)
+
+
+def test_a_run_ends_with_a_report_and_says_where_it_is(finished: Laboratory):
+    assert str(finished.root / "reports" / NAME / f"layer={LAYER}" / "index.html") in finished.run()
+
+
+def test_numbers_of_the_main_table_are_those_of_the_tables(finished: Laboratory):
+    cells = _page(finished).cells
+    assert {cell["method"] for cell in cells} == set(METHODS)
+    shown = {metric.column: metric.table for metric in METRICS}
+    for cell in cells:
+        rows = _table(finished, shown[cell["metric"]]).filter(method=cell["method"])
+        largest = rows.filter(pl.col("n_members") == rows["n_members"].to_numpy().max())
+        assert cell["value"] == pytest.approx(np.mean(largest[cell["metric"]].to_numpy()), rel=1e-12), cell
+        assert len(largest) == len(SEEDS)
+    assert {cell["metric"] for cell in cells} >= {"explained_variance", "mse", "l0", "stability", "connectivity", "train_flops"}
+
+
+def test_every_number_leads_to_the_saes_that_it_came_from(finished: Laboratory):
+    page = _page(finished)
+    versions = [read_artefact(path.parent).data_version for path in (finished.root / "experiments" / NAME).rglob("member_*/recipe.json")]
+    assert len(versions) == MEMBERS * len(SEEDS)
+    assert all(f"<code>{version}</code>" in page.source for version in versions)
+    folders = [attributes["href"] for tag, attributes in page.elements if tag == "a" and attributes.get("class") == "folder"]
+    report = finished.root / "reports" / NAME / f"layer={LAYER}"
+    assert folders and all((report / str(folder)).resolve().exists() for folder in folders)
+
+
+def test_plotted_means_and_seeds_are_those_of_the_tables(finished: Laboratory):
+    figure = _of(list(by_members(_results(finished))), "explained_variance_by_members")
+    line = next(trace for trace in figure.data if trace.name == "boosting")
+    rows = _table(finished, "reconstruction").filter(method="boosting").sort("n_members", "seed")
+    points = rows["explained_variance"].to_numpy().reshape(MEMBERS, len(SEEDS))
+    assert list(line.x) == [1, 2, 3]
+    assert list(line.y) == pytest.approx(points.mean(1))
+    assert list(line.error_y.array) == pytest.approx(points.max(1) - points.mean(1))  # two seeds: from one point to the other
+    assert list(line.error_y.arrayminus) == pytest.approx(points.mean(1) - points.min(1))
+
+
+def test_plots_in_the_page_are_those_that_have_a_place(finished: Laboratory):
+    page = _page(finished)
+    places = [str(attributes["data-figure"]) for _, attributes in page.elements if "data-figure" in attributes]
+    assert sorted(places) == sorted(page.figures)
+    assert {"explained_variance_by_members", "explained_variance_for_l0", "residual_norm", "training_loss", "new_features"} <= set(places)
+
+
+def test_nothing_is_loaded_from_elsewhere(finished: Laboratory):
+    for file in (finished.root / "reports").rglob("*.html"):
+        page = Page(file)
+        loaded = [
+            a.get("src") or a.get("href")
+            for tag, a in page.elements
+            if tag in ("script", "link", "img", "iframe") and ("src" in a or "href" in a)
+        ]
+        assert loaded
+        assert all(str(each).startswith(("static/", "data:")) for each in loaded)
+        assert all((file.parent / str(each)).is_file() for each in loaded if not str(each).startswith("data:"))
+        assert {str(a["href"]).split("/assets/")[0] for _, a in page.elements if "://" in str(a.get("href"))} <= {"http://127.0.0.1:3000"}
+    styles = (finished.root / "reports" / NAME / f"layer={LAYER}" / "static" / "style.css").read_text()
+    assert "url(" not in styles and "@import" not in styles
+
+
+def test_names_that_are_hostile_stay_text(finished: Laboratory):
+    for part in (finished.root / "tables" / NAME).rglob("part.parquet"):
+        rows = pl.read_parquet(part, hive_partitioning=False)
+        rows.with_columns(pl.col("method").replace("expanded", HOSTILE), sae_data_versions=pl.lit(HOSTILE)).write_parquet(part)
+    write_reports(NAME, [])
+    page = _page(finished)
+    assert "alert" not in "".join(re.findall(r"<script(?! type)[^>]*>(.*?)</script>", page.source, re.DOTALL))
+    assert HOSTILE not in page.source
+    assert HOSTILE in page.text
+    assert any(trace.get("name") == HOSTILE for figure in page.figures.values() for trace in figure["data"])
+
+
+@pytest.mark.parametrize("table", ["reconstruction", "stability", "coactivation", "cost", "training_curves", "members", "marginal_gain"])
+def test_a_missing_table_is_named_with_the_command_that_makes_it(finished: Laboratory, table: str):
+    for part in (finished.root / "tables" / NAME / table).rglob("part.parquet"):
+        part.unlink()
+    write_reports(NAME, [])
+    assert re.search(rf"The table {table} \(.*\) is not there: saeens run {NAME} makes it\.", _page(finished).text)
+
+
+def test_a_table_that_is_not_asked_for_is_to_be_added_first(finished: Laboratory):
+    assert f"add features to evaluations in the experiment file, then saeens run {NAME}" in _page(finished).text
+
+
+def test_a_report_of_some_tables_is_stale_when_there_are_more(finished: Laboratory):
+    (part,) = (finished.root / "tables" / NAME / "stability").rglob("part.parquet")
+    kept = part.read_bytes()
+    part.unlink()
+    write_reports(NAME, [])
+    part.write_bytes(kept)
+    printed = finished.run()
+    assert "1 artefacts to make" in printed
+    assert "The table stability" not in _page(finished).text
+
+
+def test_without_any_table_there_is_no_report(empty: Laboratory):
+    with pytest.raises(SaeensError, match=f"saeens run {NAME}"):
+        write_reports(NAME, [])
+
+
+def test_the_command_writes_reports_and_prints_the_pages(
+    finished: Laboratory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("sys.argv", ["saeens", "report", NAME])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code in (0, None)
+    pages = capsys.readouterr().out.split()
+    assert [Path(page).relative_to(finished.root).as_posix() for page in pages] == [
+        f"reports/{NAME}/layer={LAYER}/index.html",
+        "reports/leaderboard/index.html",
+    ]
+
+
+def test_pictures_are_png_and_among_the_metadata_of_the_assets(finished: Laboratory):
+    pictures = sorted((finished.root / "reports" / NAME / f"layer={LAYER}" / "pictures").glob("*.png"))
+    assert [picture.stem for picture in pictures] == [
+        "explained_variance_by_members", "explained_variance_for_l0", "explained_variance_for_stability", "stability_by_members",
+    ]  # fmt: skip
+    assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
+    made = finished.materialise([f"{NAME}/eval/stability", f"{NAME}/report"], Partition(LAYER))
+    assert "data:image/png;base64," in made[f"{NAME}/eval/stability"].metadata["plot"].value  # pyright: ignore[reportOperatorIssue]
+    report = made[f"{NAME}/report"].metadata
+    assert "data:image/png;base64," in report["explained variance for l0"].value  # pyright: ignore[reportOperatorIssue]
+    assert str(report["open in a browser"].value).endswith("index.html")
+
+
+def test_the_control_is_the_same_experiment_on_random_weights(finished: Laboratory):
+    source = source_settings(finished.model, name="untrained", weights="random")
+    alike = experiment_settings(name="control", source="untrained", evaluations=["reconstruction"])
+    other = experiment_settings(name="another", source="untrained", sae={"architecture": "topk", "expansion": 2, "k": 5})
+    documents = (("ActivationSource", source), ("EnsembleExperiment", other), ("EnsembleExperiment", alike))
+    finished.write(experiment_file(*documents), "untrained")
+    write_reports(NAME, [])
+    assert "saeens run control makes them" in _page(finished).text
+    for table in ("reconstruction", "stability"):
+        for part in sorted((finished.root / "tables" / NAME / table).rglob("part.parquet")):
+            rows = pl.read_parquet(part, hive_partitioning=False).with_columns(experiment=pl.lit("control"))
+            target = finished.root / "tables" / "control" / part.relative_to(finished.root / "tables" / NAME)
+            target.parent.mkdir(parents=True)
+            rows.write_parquet(target)
+    write_reports(NAME, [])
+    assert "An untrained language model of the same shape ranks the methods alike by EV" in _page(finished).text
+
+
+def test_order_beside_the_control_is_that_of_the_means():
+    def row(name: str, trained: float, untrained: float) -> tuple[Any, Spread, Spread]:
+        return method(name), Spread.of([trained], [1]), Spread.of([untrained], [1])
+
+    assert Comparison("EV", [row("single", 0.7, 0.8), row("boosting", 0.9, 0.95)]).same_order
+    assert not Comparison("EV", [row("single", 0.7, 0.99), row("boosting", 0.9, 0.95)]).same_order
+
+
+def test_spreads_are_students_intervals_and_with_two_seeds_the_points():
+    values = [0.5, 0.7, 0.6, 0.8]
+    spread = Spread.of(values, [1, 2, 3, 4])
+    expected = scipy.stats.t.interval(0.95, 3, loc=np.mean(values), scale=scipy.stats.sem(values))
+    assert spread.bar == pytest.approx(expected)
+    assert Spread.of([0.7, 0.5], [1, 2]).bar == (0.5, 0.7)
+    assert Spread.of([0.9, 0.8], [1, 2]).is_above(Spread.of([0.7, 0.5], [1, 2]))
+    assert not Spread.of([0.9, 0.6], [1, 2]).is_above(Spread.of([0.7, 0.5], [1, 2]))
+
+
+def _reconstruction(values: dict[str, tuple[float, float, int]]) -> list[dict[str, Any]]:
+    return [
+        {"seed": seed, "method": name, "n_members": n, "explained_variance": ev, "l0": l0, "n_features": 10}
+        for name, (ev, l0, n) in values.items()
+        for seed in (1, 2)
+    ]
+
+
+def test_choices_name_the_best_for_each_need():
+    results = _synthetic(
+        "reconstruction",
+        _reconstruction({"single": (0.7, 8, 1), "boosting": (0.95, 64, 8), "expanded": (0.75, 8, 8), "bagging": (0.8, 64, 8)}),
+    )
+    chosen = {choice.need: choice for choice in choices(results)}
+    assert chosen["the closest reconstruction"].method.name == "boosting"
+    assert chosen["as few features per token as one SAE (8)"].method.name == "expanded"
+    assert "next: bagging 0.800" in chosen["the closest reconstruction"].evidence
+
+
+def test_words_compare_methods_of_equal_sparsity():
+    results = _synthetic(
+        "reconstruction", _reconstruction({"single": (0.7, 8, 1), "boosting": (0.96, 64, 8), "expanded_l0_matched": (0.9, 64, 8)})
+    )
+    said = list(says(results))
+    assert any("boosting explains 96.0%" in each and "expanded (L0 matched), the next best, 90.0%: 60% of what" in each for each in said)
+    assert any("single about 8; boosting and expanded (L0 matched) about 64" in each for each in does_not_say(results, [], ""))
+
+
+def test_words_say_where_no_rival_spends_as_much():
+    results = _synthetic("reconstruction", _reconstruction({"single": (0.7, 8, 1), "boosting": (0.96, 64, 8)}))
+    assert any("no other method here spends as many" in each for each in says(results))
+
+
+def test_methods_that_are_not_known_have_a_place_and_a_colour():
+    assert in_order(["zeta", "boosting", "alpha", "single", "boosting"]) == ["single", "boosting", "alpha", "zeta"]
+    assert re.fullmatch("#[0-9a-f]{6}", method("alpha").colour)
+    known = [method(name) for name in (*METHODS, "compute_matched", "matching_pursuit", "raw")]
+    assert len({each.colour for each in known}) == len({each.glyph for each in known}) == len(known)
+
+
+def test_density_histograms_count_every_feature_that_fires():
+    densities = [0.0, 0.001, 0.001, 0.01, 0.1, 1.0]
+    rows = [{"seed": 1, "method": "bagging", "n_members": 2, "member": 1, "index": i, "density": d} for i, d in enumerate(densities)]
+    figures_ = list(features(_synthetic("features", rows)))
+    (trace,) = _of(figures_, "density").data
+    assert sum(trace.y) == pytest.approx(5 / 6, abs=1e-3)
+    assert "bagging 16.7%" in next(each.caption for each in figures_ if each.name == "density")
+
+
+def test_the_front_joins_what_none_is_better_than(finished: Laboratory):
+    results = _synthetic(
+        "reconstruction",
+        _reconstruction({"single": (0.7, 8, 1), "boosting": (0.95, 64, 8), "expanded": (0.75, 8, 8), "bagging": (0.8, 64, 8)}),
+    )
+    figure = _of(list(trade_offs(results)), "explained_variance_for_l0")
+    front = next(trace for trace in figure.data if trace.name == "front")
+    assert list(zip(front.x, front.y, strict=True)) == [(8, 0.75), (64, 0.95)]
+
+
+def test_sizes_that_are_enough_are_marked():
+    rows = [
+        {"seed": 1, "method": "bagging", "n_members": n, "explained_variance_gain": 1 / n, "new_features": 5, "suggested": 2}
+        for n in (1, 2, 3)
+    ]
+    figure = next(each for each in marginal_gain(_synthetic("marginal_gain", rows)) if each.name == "explained_variance_gain")
+    assert [shape["x0"] for shape in figure.figure.to_dict()["layout"]["shapes"]] == [2]
+    assert "bagging 2" in figure.caption
+
+
+def test_curves_are_thinned_and_keep_their_values():
+    rows = [
+        {
+            "seed": 1,
+            "method": "bagging",
+            "n_members": 2,
+            "member": m,
+            "step": s,
+            "tokens": s * 10,
+            "loss": 1.0 + s,
+            "explained_variance": 0.5,
+            "dead_features": 0.0,
+        }
+        for m in (1, 2)
+        for s in range(1000)
+    ]
+    curves = _of(list(training(_synthetic("training_curves", rows))), "training_loss").data
+    assert len(curves) == 2
+    assert all(20 < len(curve.x) <= 120 for curve in curves)
+    assert all(y == pytest.approx(1 + x / 10, rel=1e-4) for curve in curves for x, y in zip(curve.x, curve.y, strict=True))
+
+
+def test_concept_detection_is_the_mean_over_labels_then_over_data_sets_of_whole_ensembles():
+    sizes = (("single", 1, 0.6, "unscaled"), ("bagging", 1, 0.1, "unscaled"), ("bagging", 2, 0.7, "unscaled"), ("bagging", 2, 0.0, "1/J"))
+    rows = [
+        {"seed": seed, "method": name, "n_members": n, "code_scale": scale, "dataset": data, "label": label}
+        | {"n_probe_features": k, "accuracy": accuracy}
+        for name, n, base, scale in sizes
+        for seed in (1, 2)
+        for data, label, accuracy in (("one", "a", base), ("one", "b", base + 0.2), ("other", "a", base))
+        for k in (1, 2)
+    ]
+    (figure,) = downstream(_synthetic("concept_detection", rows))
+    assert {trace.name: (list(trace.x), list(trace.y)) for trace in figure.figure.data} == {
+        "single": ([1, 2], pytest.approx([0.65, 0.65])),
+        "bagging": ([1, 2], pytest.approx([0.75, 0.75])),
+    }
+
+
+def test_scr_is_the_mean_over_tasks_without_directions_that_do_not_count():
+    rows = [
+        {"seed": 1, "method": "single", "n_members": 1, "task": task, "n_ablated": n, "scr": 9.0, "scr_metric": value}
+        for task, n, value in (("a", 0, 0.0), ("a", 2, 0.2), ("b", 2, 0.4), ("c", 2, None), ("a", 5, 0.5))
+    ]
+    (figure,) = downstream(_synthetic("spurious_correlation", rows))
+    (trace,) = figure.figure.data
+    assert (list(trace.x), list(trace.y)) == ([2, 5], pytest.approx([0.3, 0.5]))
+
+
+def test_the_papers_setting_is_known_by_model_hook_layer_and_weights():
+    assert setting_of("EleutherAI/pythia-160m", "resid_post", 8, "trained") is SETTINGS[1]
+    assert setting_of("google/gemma-2-2b", "resid_post", 12, "trained") is SETTINGS[2]
+    assert setting_of("transformer_lens:gelu-1l", "resid_post", 0, "trained") is SETTINGS[0]
+    assert setting_of("EleutherAI/pythia-160m", "resid_post", 7, "trained") is None
+    assert setting_of("EleutherAI/pythia-160m", "mlp_out", 8, "trained") is None
+    assert setting_of("EleutherAI/pythia-160m", "resid_post", 8, "random") is None
+    sae = {"architecture": "topk", "expansion": 21, "k": 128}
+    assert SETTINGS[1].deviations(sae, 8, 4, 800_000_000) == []
+    assert SETTINGS[1].deviations(sae | {"k": 64}, 8, 2, 800_000_000) == ["k 64 here, 128 in the paper", "seeds 2 here, 4 in the paper"]
+
+
+def test_the_leaderboards_page_has_every_row(finished: Laboratory):
+    write_reports(None, [])
+    page = Page(finished.root / "reports" / "leaderboard" / "index.html")
+    rows = [attributes for tag, attributes in page.elements if tag == "tr" and "data-method" in attributes]
+    assert {row["data-method"] for row in rows} == set(METHODS)
+    reports = [a["href"] for tag, a in page.elements if tag == "a" and "layer=" in str(a.get("href"))]
+    assert len(reports) == len(METHODS)
+    assert all((finished.root / "reports" / "leaderboard" / str(each)).is_file() for each in reports)
+    boosting = read_table(finished.root, NAME, "reconstruction").filter(method="boosting", n_members=MEMBERS)["explained_variance"]
+    assert f'data-value="{np.mean(boosting.to_numpy())}"' in page.source
+
+
+def test_profiles_by_layer_are_drawn_where_there_are_several():
+    board = pl.DataFrame(
+        {
+            "experiment": ["e"] * 4, "layer": [0, 0, 1, 1], "method": ["single", "boosting"] * 2, "n_members": [1, 8] * 2,
+            "seeds": ["1,2"] * 4, "explained_variance": [0.1, 0.2, 0.3, 0.4], 
+            "explained_variance_by_seed": ["0.1,0.1", "0.2,0.2", "0.2,0.4", "0.4,0.4"],
+            "stability": [None] * 4, "connectivity": [None] * 4, "ce_loss_recovered": [None] * 4,
+        },
+        schema_overrides={"stability": pl.Float64, "connectivity": pl.Float64, "ce_loss_recovered": pl.Float64},
+    )  # fmt: skip
+    (figure,) = layer_profile(board, "e")
+    assert {trace.name: (list(trace.x), list(trace.y)) for trace in figure.figure.data} == {
+        "single": ([0, 1], pytest.approx([0.1, 0.3])), "boosting": ([0, 1], pytest.approx([0.2, 0.4])),
+    }  # fmt: skip
+    assert list(layer_profile(board.filter(layer=0), "e")) == []
+
+
+def test_rows_of_seeds_that_are_not_declared_any_more_are_left_out(finished: Laboratory):
+    results = Results.read(finished.root, NAME, LAYER, SEEDS[:1])
+    assert results.seeds == [SEEDS[0]]
+    spread = results.spreads("reconstruction", "mse")[Size("single", 1)]
+    assert spread.points == tuple(_table(finished, "reconstruction").filter(method="single", seed=SEEDS[0])["mse"])
+
+
+def test_pages_are_artefacts_of_their_own(finished: Laboratory):
+    folder = finished.root / Address(NAME, "report", "report").path(Partition(LAYER))
+    assert (
+        read_artefact(folder).recipe["inputs"]["stability"]
+        == read_artefact(finished.root / Address(NAME, "eval", "stability").path(Partition(LAYER))).data_version
+    )
+    assert compare(_results(finished), _results(finished))
