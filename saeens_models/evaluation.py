@@ -12,6 +12,7 @@ from torch import Tensor
 from saeens_models.ensembles import Ensemble
 from saeens_models.metrics import coactivation
 from saeens_models.metrics.coactivation import ConnectivityMetric
+from saeens_models.metrics.contexts import FeatureContexts, FeatureContextsMetric
 from saeens_models.metrics.description_length import DescriptionLengthMetric
 from saeens_models.metrics.dictionaries import compare_members
 from saeens_models.metrics.features import FeatureActivity, FeatureActivityMetric
@@ -146,6 +147,24 @@ def feature_activity(ensemble: Ensemble, chunks: Iterable[Tensor], n_top: int) -
         for rows in _split_to_encode(ensemble, x):
             for metric, prefix in zip(metrics, ensemble.prefix_reconstructions(rows), strict=True):
                 metric.update(prefix.code)
+    return [metric.compute() for metric in metrics]
+
+
+@torch.no_grad()
+def feature_contexts(
+    ensemble: Ensemble, chunks: Iterable[tuple[Tensor, Tensor]], window: int, n_contexts: int, radius: int
+) -> list[FeatureContexts]:
+    """Of each member where its features are most active, in one pass over ``chunks``: activations `[n, d_in]`, and the place of each `[n]`.
+
+    ``FeatureContextsMetric`` says what places, windows and contexts are. Memory: what it keeps, and what ``evaluate_ensembles`` takes
+    beside connectivity.
+    """
+    metrics = [FeatureContextsMetric(sae.config.d_sae, window, n_contexts, radius, sae.W_dec.device) for sae in ensemble]
+    for x, place in chunks:
+        parts = _split_to_encode(ensemble, x)
+        for rows, places in zip(parts, place.split([len(part) for part in parts]), strict=True):
+            for metric, prefix in zip(metrics, ensemble.prefix_reconstructions(rows), strict=True):
+                metric.update(prefix.code, places)
     return [metric.compute() for metric in metrics]
 
 

@@ -201,7 +201,8 @@ def table(
     name: Annotated[
         str,
         typer.Argument(
-            metavar="TABLE", help="reconstruction, members, coactivation, stability, marginal_gain, cost, features or training_curves."
+            metavar="TABLE",
+            help="reconstruction, members, coactivation, stability, marginal_gain, cost, features, contexts or training_curves.",
         ),
     ],
     format: Annotated[TableFormat, typer.Option(help="csv and json print the table and nothing else.")] = TableFormat.table,

@@ -31,8 +31,8 @@ COLUMNS = {
     "features": ("reconstruction", "n_features", ".0f"),
     "connectivity": ("coactivation", "connectivity", ".4f"),
     "stability": ("stability", "stability", ".4f"),
-    "train FLOPs": ("cost", "train_flops", ".2g"),
-    "train seconds": ("cost", "train_seconds", ".1f"),
+    "FLOPs": ("cost", "train_flops", ".2g"),
+    "seconds": ("cost", "train_seconds", ".1f"),
 }
 BESIDE = ("EV", "stability")  # of the same experiment on the untrained, or the trained, language model
 

@@ -7,6 +7,7 @@ accumulate in float64 or in integers and hold no activations beyond a batch.
 from __future__ import annotations
 
 from saeens_models.metrics.coactivation import ConnectivityMetric, MemoryBudgetError, connectivity, streaming_memory
+from saeens_models.metrics.contexts import HISTOGRAM_BINS, FeatureContexts, FeatureContextsMetric
 from saeens_models.metrics.description_length import DescriptionLengthMetric, description_length
 from saeens_models.metrics.dictionaries import (
     MAX_MATCHED_FEATURES,
@@ -29,16 +30,20 @@ from saeens_models.metrics.features import FeatureActivity, FeatureActivityMetri
 from saeens_models.metrics.intervals import MeanInterval, mean_interval
 from saeens_models.metrics.language_model_loss import LossBatch, NextTokenLoss, ce_loss_recovered, next_token_loss
 from saeens_models.metrics.marginal_gain import WORTHWHILE_SHARE, gains, suggested_size
+from saeens_models.metrics.output_tokens import OutputTokens, output_tokens
 from saeens_models.metrics.reconstruction import Moments, Reconstruction, ReconstructionMetric, reconstruction
 from saeens_models.metrics.sparsity import Sparsity, SparsityMetric, sparsity
 
 __all__ = [
+    "HISTOGRAM_BINS",
     "MAX_MATCHED_FEATURES",
     "WORTHWHILE_SHARE",
     "ConnectivityMetric",
     "DescriptionLengthMetric",
     "FeatureActivity",
     "FeatureActivityMetric",
+    "FeatureContexts",
+    "FeatureContextsMetric",
     "LossBatch",
     "MeanInterval",
     "MemberComparison",
@@ -46,6 +51,7 @@ __all__ = [
     "Moments",
     "NearestFeatures",
     "NextTokenLoss",
+    "OutputTokens",
     "Reconstruction",
     "ReconstructionMetric",
     "Sparsity",
@@ -64,6 +70,7 @@ __all__ = [
     "nearest_in_other_members",
     "new_features",
     "next_token_loss",
+    "output_tokens",
     "reconstruction",
     "sparsity",
     "stability",

@@ -62,13 +62,31 @@ class FeatureActivityMetric:
             return
         value, feature = code.value[entries].float(), code.feature[entries]
         token = torch.arange(code.n_tokens, device=value.device).repeat_interleave(code.start.diff())[entries] + self._tokens
-        order = value.argsort(descending=True, stable=True)
-        order = order[feature[order].argsort(stable=True)]  # feature by feature, the most active token of each first
-        features, owner, counts = torch.unique_consecutive(feature[order], return_inverse=True, return_counts=True)
-        place = torch.arange(len(order), device=value.device) - (counts.cumsum(0) - counts)[owner]
-        order, owner, place = (each[place < n_top] for each in (order, owner, place))
-        new_values = self._top_values.new_full((len(features), n_top), -torch.inf).index_put_((owner, place), value[order])
-        new_tokens = self._top_tokens.new_full((len(features), n_top), -1).index_put_((owner, place), token[order])
+        features, entry, owner, rank = most_active(feature, value, n_top)
+        new_values = self._top_values.new_full((len(features), n_top), -torch.inf).index_put_((owner, rank), value[entry])
+        new_tokens = self._top_tokens.new_full((len(features), n_top), -1).index_put_((owner, rank), token[entry])
         merged = torch.cat([self._top_values[features], new_values], dim=1).sort(dim=1, descending=True, stable=True)
         self._top_values[features] = merged.values[:, :n_top]
         self._top_tokens[features] = torch.cat([self._top_tokens[features], new_tokens], dim=1).gather(1, merged.indices[:, :n_top])
+
+
+class MostActive(NamedTuple):
+    """The largest entries of each feature among some entries of a code."""
+
+    features: Tensor
+    """int64 [m]: those that have any, ascending"""
+    entry: Tensor
+    """int64 [e]: the entries that are among the largest of their feature"""
+    owner: Tensor
+    """int64 [e]: whose each is, as an index into ``features``"""
+    rank: Tensor
+    """int64 [e]: its place among those of its feature, the largest first; of equal entries the first"""
+
+
+def most_active(feature: Tensor, value: Tensor, n_top: int) -> MostActive:
+    """The ``n_top`` largest entries of each feature, of entries with these features and values `[n]`."""
+    order = value.argsort(descending=True, stable=True)
+    order = order[feature[order].argsort(stable=True)]  # feature by feature, the most active token of each first
+    features, owner, counts = torch.unique_consecutive(feature[order], return_inverse=True, return_counts=True)
+    rank = torch.arange(len(order), device=value.device) - (counts.cumsum(0) - counts)[owner]
+    return MostActive(features, *(each[rank < n_top] for each in (order, owner, rank)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from saeens_pipeline.assets.baselines import baselines_of, shape_of
+from saeens_pipeline.assets.contexts import contexts_op
 from saeens_pipeline.assets.declarations import Declaration, Op, Reference
 from saeens_pipeline.assets.ensembles import ensemble_op
 from saeens_pipeline.assets.evaluation import Subject, evaluation_op, stability_op
@@ -53,12 +54,14 @@ def experiment_ops(experiment: ExperimentSettings) -> list[Op]:
     ops += [bagging, boosting]
 
     subject = Subject(experiment, activations, bagging.outputs[0], boosting.outputs[0], baselines)
-    if set(experiment.evaluations) - {"stability", "marginal_gain", "features", *PROBED}:
+    if set(experiment.evaluations) - {"stability", "marginal_gain", "features", "contexts", *PROBED}:
         ops.append(evaluation_op(subject))
     if "stability" in experiment.evaluations:
         ops.append(stability_op(subject))
     if "features" in experiment.evaluations:
         ops.append(features_op(subject))
+    if "contexts" in experiment.evaluations:
+        ops.append(contexts_op(subject))
     if set(experiment.evaluations) & set(PROBED):
         ops.append(probing_op(subject))
     if "marginal_gain" in experiment.evaluations:

@@ -17,6 +17,7 @@ from saeens_pipeline.storage.recipes import Store
 from saeens_pipeline.storage.tables import frame
 
 if TYPE_CHECKING:
+    import numpy as np
     import polars as pl
     from torch import Tensor
 
@@ -42,7 +43,7 @@ def features_op(subject: Subject) -> Op:
 
         (task,) = tasks
         with workplace.compute.measure() as measurement:
-            features_of = _Features(workplace, subject, _TokenStrings(workplace.store, subject))
+            features_of = _Features(workplace, subject, TokenStrings(workplace.store, subject))
             table = pl.concat([features_of.rows(task.partition, method) for method in _methods(subject)])
         workplace.store.write_table(*task.where, task.recipe, workplace.provenance() | vars(measurement), table)
 
@@ -68,7 +69,7 @@ class _Features:
 
     workplace: Workplace
     subject: Subject
-    tokens: _TokenStrings
+    tokens: TokenStrings
 
     def rows(self, partition: Partition, method: _Method) -> pl.DataFrame:
         """The features of one method under all seeds."""
@@ -133,15 +134,27 @@ class _Features:
             return feature_activity(ensemble, chunks(), TOP_TOKENS)
 
 
-class _TokenStrings:
+class TokenStrings:
     """The text of test tokens, as the language model's tokenizer decodes each alone."""
 
     def __init__(self, store: Store, subject: Subject) -> None:
         from saeens_pipeline.language_models.tokens import load_tokenizer, open_tokens
 
         tokens = store.require(subject.tokens.address, Partition())
-        self._tokens, self._tokenizer = open_tokens(tokens.path), load_tokenizer(language_model_of(tokens))
+        self.store, self._tokenizer = open_tokens(tokens.path), load_tokenizer(language_model_of(tokens))
         self._json: dict[int, str] = {}
+
+    @property
+    def vocab_size(self) -> int:
+        """Of the tokenizer: the language model may have room for more."""
+        return self._tokenizer.get_vocab_size()
+
+    def literals(self, ids: np.ndarray) -> list[str]:
+        """JSON strings of these token ids `[n]`."""
+        literals = self._json
+        for token in set(ids.tolist()) - literals.keys():
+            literals[token] = json.dumps(self._tokenizer.decode([token], skip_special_tokens=False), ensure_ascii=False)
+        return [literals[token] for token in ids.tolist()]
 
     def lists(self, rows: Tensor) -> list[str]:
         """For each feature a JSON list of strings, of activation rows `[n_features, n]`, of which -1 is none."""
@@ -149,9 +162,5 @@ class _TokenStrings:
 
         wanted, place = np.unique(rows.cpu().numpy(), return_inverse=True)
         ids = np.full(len(wanted), -1)
-        ids[wanted >= 0] = self._tokens.token_ids("test", wanted[wanted >= 0])
-        for token in np.unique(ids[ids >= 0]).tolist():
-            if token not in self._json:
-                self._json[token] = json.dumps(self._tokenizer.decode([token], skip_special_tokens=False), ensure_ascii=False)
-        of_features = ids[place.reshape(tuple(rows.shape))].tolist()
-        return [f"[{', '.join(self._json[token] for token in of_feature if token >= 0)}]" for of_feature in of_features]
+        ids[wanted >= 0] = self.store.token_ids("test", wanted[wanted >= 0])
+        return [f"[{', '.join(self.literals(of_feature[of_feature >= 0]))}]" for of_feature in ids[place.reshape(tuple(rows.shape))]]

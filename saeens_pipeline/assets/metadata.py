@@ -190,7 +190,9 @@ def _part_of_source_read(name: str, table: str, column: str, *, is_description: 
     if table in PROBED:
         return "language_model" if name == "activations" and (column == "language_model" or not is_description) else None
     if name == "tokens":
-        return "test/tokens" if column == "ce_loss_recovered" else None
+        return "test/tokens" if column in ("ce_loss_recovered", "contexts") else None
+    if column in ("promoted_tokens", "suppressed_tokens"):
+        return "language_model"
     return "language_model" if column == "language_model" else None if is_description else "test/activations"
 
 
@@ -199,8 +201,10 @@ def _table_summary(declaration: Declaration, artefact: Artefact) -> dict[str, An
 
     from saeens_pipeline.report.pictures import as_markdown, table_picture
 
-    table = pl.read_parquet(artefact.path, hive_partitioning=False)
     name = declaration.address.name
+    if name == "contexts":  # mostly text, and large
+        return {"dagster/row_count": pl.scan_parquet(artefact.path, hive_partitioning=False).select(pl.len()).collect().item()}
+    table = pl.read_parquet(artefact.path, hive_partitioning=False)
     summary: dict[str, Any] = {"dagster/row_count": len(table)}
     if name == LEADERBOARD.name:
         return summary | {"best": _best(table)}

@@ -41,6 +41,7 @@ Evaluation = Literal[
     "cost",
     "training_curves",
     "features",
+    "contexts",
     "concept_detection",
     "spurious_correlation",
 ]

@@ -308,6 +308,11 @@ class LanguageModel:
             similar = [name for name in modules if name.endswith(last_part)] or [name for name in modules if f".{layer}." in name]
             raise ConfigurationError(f"{self.description.name} has no module {path!r}; it has {', '.join(similar[:8])}, ...") from None
 
+    def unembedding(self) -> torch.Tensor | None:
+        """The weights `[vocabulary, d_model]` that make logits of the normalised stream; None without a language-modelling head."""
+        head = self.model.get_output_embeddings() if self.description.has_head else None
+        return None if head is None else cast("torch.Tensor", head.weight).detach()
+
     def blocks_before(self, hook: str, layer: int) -> list[torch.nn.Module]:
         """The blocks whose outputs do not depend on what is put at a hook; none where the model's blocks cannot be told."""
         try:

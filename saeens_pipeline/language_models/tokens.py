@@ -76,6 +76,16 @@ class TokenBatch(NamedTuple):
         return self.document != _PADDING
 
 
+class Surroundings(NamedTuple):
+    """Tokens around some places of a split, which are in the middle; none from another window."""
+
+    tokens: np.ndarray  # int64 [n, 2 * radius + 1], of any value where there is no text
+    kept: np.ndarray  # bool, the same shape: has an activation row
+    is_text: np.ndarray  # bool, the same shape
+    document: np.ndarray  # int32 [n], of the middle
+    position: np.ndarray  # int32 [n], likewise
+
+
 def write_tokens(
     path: Path,
     corpus: Corpus,
@@ -249,6 +259,34 @@ class TokenStore:
             found.append(ids[rows[begin:end] - first])
             first += len(ids)
         return np.concatenate(found)
+
+    def places(self, split: Split, n_rows: int) -> Iterator[np.ndarray]:
+        """The place of each activation row, `n_rows` at a time: window * context_length + place in the window. Memory: as `batches`."""
+        waiting, first = np.empty(0, np.int64), 0
+        for batch in self.batches(split, _CHUNK_TOKENS // self.context_length + 1):
+            waiting = np.concatenate([waiting, first + np.flatnonzero(batch.kept.numpy())])
+            first += batch.kept.numel()
+            while len(waiting) >= n_rows:
+                yield waiting[:n_rows]
+                waiting = waiting[n_rows:]
+        if len(waiting):
+            yield waiting
+
+    def around(self, split: Split, places: np.ndarray, radius: int) -> Surroundings:
+        """The tokens around these places `[n]`, in ascending order and as `places` counts. Memory: as `batches`, and the result."""
+        parts, first = [], 0
+        offsets = np.arange(-radius, radius + 1)
+        for batch in self.batches(split, _CHUNK_TOKENS // self.context_length + 1):
+            tokens, kept, document, position = (values.numpy() for values in batch)
+            begin, end = np.searchsorted(places, (first, first + tokens.size))
+            window, place = np.divmod(places[begin:end] - first, self.context_length)
+            columns = place[:, None] + offsets
+            inside = (columns >= 0) & (columns < self.context_length)
+            where = window[:, None], columns.clip(0, self.context_length - 1)
+            is_text = inside & (document[where] != _PADDING)
+            parts.append((tokens[where], kept[where] & inside, is_text, document[window, place], position[window, place]))
+            first += tokens.size
+        return Surroundings(*map(np.concatenate, zip(*parts, strict=True)))
 
     def documents(self, split: Split) -> pl.DataFrame:
         """The documents of the split: document (as in the `document` array), name, and what the corpus labels."""

@@ -132,6 +132,9 @@ class _HookedLanguageModel(LanguageModel):
         inside = hook not in ("resid_pre", "resid_post") and "{layer}" not in hook
         return super().module(f"blocks.{{layer}}.hook_{hook}" if inside else hook, layer)
 
+    def unembedding(self) -> torch.Tensor:
+        return cast("Any", self.model).W_U.detach().T
+
 
 def _called_as_transformers(hooked: HookedTransformer) -> torch.nn.Module:
     """The model, called and asked for its device as those of transformers are."""

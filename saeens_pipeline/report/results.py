@@ -60,7 +60,10 @@ class Spread:
 
 @dataclass(frozen=True)
 class Results:
-    """The tables by name, with the rows of one layer and of the seeds that are declared. `missing`: tables that are not on disk."""
+    """The tables by name, with the rows of one layer and of the seeds that are declared. `missing`: tables that are not on disk.
+
+    Without the table of contexts.
+    """
 
     experiment: str
     layer: int
@@ -77,10 +80,11 @@ class Results:
         tables = {
             name: rows
             for name in TABLES
-            if has_table(root, experiment, name, layer)
+            if name != "contexts"  # text of single features, and large
+            and has_table(root, experiment, name, layer)
             and len(rows := read_table(root, experiment, name, layer).filter(pl.col("seed").is_in(declared)))
         }
-        return cls(experiment, layer, tables, tuple(name for name in TABLES if name not in tables))
+        return cls(experiment, layer, tables, tuple(name for name in TABLES if name not in {"contexts", *tables}))
 
     def spreads(self, table: str, column: str) -> dict[Size, Spread]:
         """A column by method and size; empty where the table, the column or all its values are missing."""

@@ -155,6 +155,27 @@ TABLES = {
             ),
         ),
         Table(
+            "contexts",
+            "Where each feature of the ensembles is most active, and which next tokens it speaks for",
+            (
+                Column("member", "int", "member or round, from 1"),
+                Column("index", "int", "row of that member's W_dec, from 0"),
+                Column("max_activation", "float", "largest activation on the test tokens; null if it never fires"),
+                Column(
+                    "contexts",
+                    "str",
+                    "JSON list: up to 8 places of the test text where it is most active, each of another window, with 12 tokens to either "
+                    "side: document, position and centre of the token in the middle, tokens, activations (null: dropped tokens)",
+                ),
+                Column("histogram", "str", "JSON list: on how many test tokens its activation is in [i, i + 1) * bin_width, not 0"),
+                Column("bin_width", "float", "a power of two; null if it never fires"),
+                Column(
+                    "promoted_tokens", "str", "JSON list of [token, logit]: largest of W_dec W_U, without the final norm; [] without a head"
+                ),
+                Column("suppressed_tokens", "str", "the same, the smallest"),
+            ),
+        ),
+        Table(
             "concept_detection",
             "How much of a concept is in a few features",
             (

@@ -1,0 +1,170 @@
+"""Where in a text each feature is most active, with what stands around it, and how strong its activations are."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from saeens_models.metrics.features import most_active
+from saeens_models.metrics.sparsity import check_code
+from saeens_models.sparse_code import SparseCode, sparse_codes
+
+_BITS = 5
+HISTOGRAM_BINS = 2**_BITS
+"""So many that a power of two as their width has at least half of them in use."""
+_NEVER = -(2**30)  # the exponent of a feature that has not fired
+
+
+class FeatureContexts(NamedTuple):
+    """Every feature of a dictionary over a text that is cut into windows."""
+
+    place: Tensor
+    """int64 [n_features, n_contexts]: where it is most active, the most active place first; -1 where it fires in fewer windows"""
+    activations: Tensor
+    """float32 [n_features, n_contexts, 2 * radius + 1]: its code from ``radius`` places before to ``radius`` after; 0 beyond the window,
+    and at places without a code"""
+    histogram: Tensor
+    """int64 [n_features, HISTOGRAM_BINS]: how many tokens have an activation in [i, i + 1) times ``bin_width``, zeros not counted"""
+    bin_width: Tensor
+    """float64 [n_features]: the smallest power of two with which all activations are within the bins; 0 for a feature that never fires"""
+
+
+class FeatureContextsMetric:
+    """``FeatureContexts`` over a stream of batches of codes: ``update(z, place)`` for each, then ``compute()``.
+
+    A token's place counts all positions of the text, those too that have no code; a window is ``window`` places, the first of which is a
+    multiple of it. Of each window a feature has at most one context, around its maximum there (the first of equal ones), so that the
+    contexts of a feature that fires on every token are not one sentence over and over.
+
+    Keeps ``n_contexts * (12 + 4 * (2 * radius + 1)) + 8 * HISTOGRAM_BINS + 8`` bytes per feature, whatever the number of tokens, and the
+    code of the window that is not complete yet. How tokens are batched does not matter.
+    """
+
+    def __init__(self, n_features: int, window: int, n_contexts: int, radius: int, device: torch.device | str = "cpu") -> None:
+        if min(n_features, window, n_contexts) < 1 or radius < 0:
+            sizes = f"{n_features}, {window}, {n_contexts}, {radius}"
+            raise ValueError(f"n_features, window and n_contexts must be at least 1, radius at least 0; got {sizes}")
+        self._window, self._radius = window, radius
+        self._top_values = torch.full((n_features, n_contexts), -torch.inf, device=device)
+        self._top_places = torch.full((n_features, n_contexts), -1, device=device)
+        self._top_contexts = torch.zeros(n_features, n_contexts, 2 * radius + 1, device=device)
+        self._histogram = torch.zeros(n_features, HISTOGRAM_BINS, dtype=torch.int64, device=device)
+        self._exponents = torch.full((n_features,), _NEVER, dtype=torch.int64, device=device)  # activations are below 2 ** this
+        none = torch.empty(0, dtype=torch.int64, device=device)
+        self._waiting = _Text(SparseCode(n_features, none.new_zeros(1), none, torch.empty(0, device=device)), none)
+        self._last_place = -1
+
+    @torch.no_grad()
+    def update(self, z: Tensor | SparseCode, place: Tensor) -> None:
+        """Add a batch of codes z >= 0 `[n, n_features]`, dense or sparse, of tokens at ``place`` `[n]`, which ascend over all batches."""
+        check_code(z, len(self._exponents))
+        ascending = torch.cat([place.new_tensor([self._last_place]), place]).diff() > 0
+        if place.shape != z.shape[:1] or not ascending.all():
+            raise ValueError(f"place must be [{z.shape[0]}] and ascend over all batches; got {list(place.shape)}")
+        if not len(place):
+            return
+        self._last_place = int(place[-1])
+        first, place = 0, place.to(self._exponents)
+        for code in sparse_codes(z):
+            text = self._waiting.followed_by(_Text(code, place[first : first + code.n_tokens]))
+            first += code.n_tokens
+            complete = int(torch.searchsorted(text.place, text.place[-1:] // self._window * self._window))
+            self._take(text.part(0, complete))
+            self._waiting = text.part(complete, len(text.place))
+
+    @torch.no_grad()
+    def compute(self) -> FeatureContexts:
+        """The contexts over all batches, of which the last ends the text. Raises ValueError before the first token."""
+        if self._last_place < 0:
+            raise ValueError("no tokens were seen: contexts need at least one")
+        self._take(self._waiting)
+        self._waiting = self._waiting.part(0, 0)
+        width = torch.ldexp(torch.ones_like(self._exponents, dtype=torch.float64), self._exponents - _BITS)
+        return FeatureContexts(
+            self._top_places, self._top_contexts, self._histogram, width.where(self._exponents > _NEVER, torch.zeros_like(width))
+        )
+
+    def _take(self, text: _Text) -> None:
+        """Count and compare whole windows."""
+        if not len(text.code.feature):
+            return
+        token = torch.arange(text.code.n_tokens, device=text.place.device).repeat_interleave(text.code.start.diff())
+        order = (text.code.feature * text.code.n_tokens + token).argsort()  # feature by feature, each in the order of the text
+        entries = _Entries(text.place, token[order], text.code.feature[order], text.code.value[order].float())
+        self._count(entries.feature, entries.value)
+        self._update_top(entries)
+
+    def _count(self, feature: Tensor, value: Tensor) -> None:
+        exponents = self._exponents.scatter_reduce(0, feature, value.frexp().exponent.long(), "amax")  # value < 2 ** exponent
+        grown = (exponents > self._exponents).nonzero().flatten()
+        shift = (exponents - self._exponents)[grown].clamp(max=_BITS)  # by so many bits all counts are in the first bin
+        bins = torch.arange(HISTOGRAM_BINS, device=value.device).expand(len(grown), -1)
+        wider = torch.zeros_like(self._histogram[grown]).scatter_add_(1, bins >> shift[:, None], self._histogram[grown])
+        self._histogram[grown], self._exponents = wider, exponents
+        place = torch.ldexp(value.double(), _BITS - exponents[feature]).long()
+        self._histogram.view(-1).index_add_(0, feature * HISTOGRAM_BINS + place, torch.ones_like(place))
+
+    def _update_top(self, entries: _Entries) -> None:
+        n_contexts = self._top_values.shape[1]
+        window = entries.place[entries.token] // self._window
+        of_window = entries.feature * (window.max() + 1) + window
+        best = most_active(of_window, entries.value, 1).entry  # of each feature in each window
+        best = best[entries.value[best] > self._top_values[entries.feature[best], -1]]
+        if not len(best):
+            return
+        features, entry, owner, rank = most_active(entries.feature[best], entries.value[best], n_contexts)
+        best = best[entry]
+        shape = (len(features), n_contexts)
+        values = self._top_values.new_full(shape, -torch.inf).index_put_((owner, rank), entries.value[best])
+        places = self._top_places.new_full(shape, -1).index_put_((owner, rank), entries.place[entries.token[best]])
+        around = self._top_contexts.new_zeros(*shape, self._top_contexts.shape[2])
+        around.index_put_((owner, rank), entries.around(best, self._radius, self._window))
+        merged = torch.cat([self._top_values[features], values], dim=1).sort(dim=1, descending=True, stable=True)
+        kept = merged.indices[:, :n_contexts]
+        self._top_values[features] = merged.values[:, :n_contexts]
+        self._top_places[features] = torch.cat([self._top_places[features], places], dim=1).gather(1, kept)
+        both = torch.cat([self._top_contexts[features], around], dim=1)
+        self._top_contexts[features] = both.gather(1, kept[:, :, None].expand(-1, -1, both.shape[2]))
+
+
+class _Text(NamedTuple):
+    """The code of some tokens and their places."""
+
+    code: SparseCode
+    place: Tensor
+
+    def followed_by(self, other: _Text) -> _Text:
+        code, after = self.code, other.code
+        start = torch.cat([code.start, after.start[1:] + code.start[-1]])
+        feature, value = torch.cat([code.feature, after.feature]), torch.cat([code.value, after.value.to(code.value)])
+        return _Text(SparseCode(code.n_features, start, feature, value), torch.cat([self.place, other.place]))
+
+    def part(self, first: int, end: int) -> _Text:
+        """Tokens ``first`` to ``end - 1``, as views."""
+        start = self.code.start[first : end + 1]
+        entries = slice(int(start[0]), int(start[-1]))
+        code = SparseCode(self.code.n_features, start - start[0], self.code.feature[entries], self.code.value[entries])
+        return _Text(code, self.place[first:end])
+
+
+class _Entries(NamedTuple):
+    """Those of a code, feature by feature, each feature's in the order of the text."""
+
+    place: Tensor
+    """of all tokens"""
+    token: Tensor
+    feature: Tensor
+    value: Tensor
+
+    def around(self, chosen: Tensor, radius: int, window: int) -> Tensor:
+        """What the features of the ``chosen`` entries `[m]` are at the places around theirs in the same window: [m, 2 * radius + 1]."""
+        centre = self.place[self.token[chosen]]
+        places = centre[:, None] + torch.arange(-radius, radius + 1, device=centre.device)
+        token = torch.searchsorted(self.place, places).clamp(max=len(self.place) - 1)
+        is_there = (self.place[token] == places) & (places // window == centre[:, None] // window)
+        wanted = self.feature[chosen][:, None] * len(self.place) + token
+        keys = self.feature * len(self.place) + self.token
+        entry = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)
+        return self.value[entry].where(is_there & (keys[entry] == wanted), torch.zeros_like(self.value[:1]))
