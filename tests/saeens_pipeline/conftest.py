@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import signal
 from collections.abc import Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,12 @@ settings.load_profile("ci")  # the same examples in every run, and no complaint 
 def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test asks the real hub."""
     reach(monkeypatch, UNREACHABLE)
+
+
+@pytest.fixture
+def fresh_forkserver() -> None:
+    """Processes are forked from a server that starts anew: one that an earlier test has started has that test's environment."""
+    forkserver._forkserver._stop()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @pytest.fixture
