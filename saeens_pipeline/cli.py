@@ -5,13 +5,16 @@ from __future__ import annotations
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
 from saeens_pipeline.errors import ConfigurationError, SaeensError
+
+if TYPE_CHECKING:
+    import polars as pl
 
 app = typer.Typer(
     add_completion=False,
@@ -36,6 +39,11 @@ class TableFormat(StrEnum):
     table = "table"
     csv = "csv"
     json = "json"
+
+
+def _print_data(frame: pl.DataFrame, format: TableFormat) -> None:
+    """For programs: the table and nothing else."""
+    sys.stdout.write(frame.write_csv() if format == TableFormat.csv else frame.write_json() + "\n")
 
 
 class Sizes(StrEnum):
@@ -114,13 +122,10 @@ def plan(
     lines = forecast(
         source, settings, catalogue.ops(settings), layers=layers, store=StoreResource().store, compute=ComputeResource.from_environment()
     )
-    match format:
-        case TableFormat.csv:
-            sys.stdout.write(as_frame(lines).write_csv())
-        case TableFormat.json:
-            sys.stdout.write(as_frame(lines).write_json() + "\n")
-        case TableFormat.table:
-            out.print(forecast_table(lines))
+    if format != TableFormat.table:
+        _print_data(as_frame(lines), format)
+        return
+    out.print(forecast_table(lines))
 
 
 @app.command()
@@ -159,15 +164,12 @@ def status(
     statuses = experiment_status(experiment)
     catalogue = load_catalogue()
     statuses = with_run_states(statuses, catalogue.ops(catalogue.experiment(experiment)))
-    match format:
-        case TableFormat.csv:
-            sys.stdout.write(status_frame(statuses).write_csv())
-        case TableFormat.json:
-            sys.stdout.write(status_frame(statuses).write_json() + "\n")
-        case TableFormat.table:
-            out.print(status_table(statuses))
-            counts = Counter(each.state for each in statuses)
-            out.print(f"\n{len(statuses)} artefacts: {', '.join(f'{n} {state}' for state, n in counts.items())}", highlight=False)
+    if format != TableFormat.table:
+        _print_data(status_frame(statuses), format)
+        return
+    out.print(status_table(statuses))
+    counts = Counter(each.state for each in statuses)
+    out.print(f"\n{len(statuses)} artefacts: {', '.join(f'{n} {state}' for state, n in counts.items())}", highlight=False)
 
 
 @app.command()
@@ -219,17 +221,14 @@ def table(
     frame = read_table(data_root(), experiment, name).filter(pl.col("seed").is_in(settings.ensemble.seeds))
     if any(s.state != "fresh" for s in experiment_status(experiment) if s.declaration.address.key == [experiment, "eval", name]):
         complain("note", f"parts of this table are missing, stale or damaged: `saeens status {experiment}` says why")
-    match format:
-        case TableFormat.csv:
-            sys.stdout.write(frame.write_csv())
-        case TableFormat.json:
-            sys.stdout.write(frame.write_json() + "\n")
-        case TableFormat.table:
-            from saeens_pipeline.summary import rich_table
+    if format != TableFormat.table:
+        _print_data(frame, format)
+        return
+    from saeens_pipeline.summary import rich_table
 
-            out.print(rich_table(frame.drop("experiment", "sae_data_versions").head(_SHOWN_ROWS)))
-            if len(frame) > _SHOWN_ROWS:
-                complain("note", f"these are the first {_SHOWN_ROWS:,} of {len(frame):,} rows: --format csv or json prints all")
+    out.print(rich_table(frame.drop("experiment", "sae_data_versions").head(_SHOWN_ROWS)))
+    if len(frame) > _SHOWN_ROWS:
+        complain("note", f"these are the first {_SHOWN_ROWS:,} of {len(frame):,} rows: --format csv or json prints all")
 
 
 @app.command()
@@ -252,18 +251,15 @@ def leaderboard(
     for name in table["experiment"].unique(maintain_order=True):
         if any(each.declaration.address.kind == "eval" and each.state in ("stale", "damaged") for each in experiment_status(name)):
             complain("note", f"figures of {name} are outdated: `saeens status {name}` says why")
-    match format:
-        case TableFormat.csv:
-            sys.stdout.write(table.write_csv())
-        case TableFormat.json:
-            sys.stdout.write(table.write_json() + "\n")
-        case TableFormat.table:
-            from saeens_pipeline.summary import rich_table
+    if format != TableFormat.table:
+        _print_data(table, format)
+        return
+    from saeens_pipeline.summary import rich_table
 
-            for (source, layer), ranked in table.partition_by("source", "layer", as_dict=True, maintain_order=True).items():
-                shown = rich_table(for_reading(ranked, sort))
-                shown.title, shown.title_justify = Text(f"{source}, layer {layer}"), "left"
-                out.print(shown, "")
+    for (source, layer), ranked in table.partition_by("source", "layer", as_dict=True, maintain_order=True).items():
+        shown = rich_table(for_reading(ranked, sort))
+        shown.title, shown.title_justify = Text(f"{source}, layer {layer}"), "left"
+        out.print(shown, "")
 
 
 @app.command()
@@ -306,20 +302,17 @@ def pareto(
             complain("note", f"figures of {name} are outdated: `saeens status {name}` says why")
     if picture:
         picture.write_bytes(draw(table, about))
-    match format:
-        case TableFormat.csv:
-            sys.stdout.write(table.write_csv())
-        case TableFormat.json:
-            sys.stdout.write(table.write_json() + "\n")
-        case TableFormat.table:
-            from saeens_pipeline.summary import rich_table
+    if format != TableFormat.table:
+        _print_data(table, format)
+        return
+    from saeens_pipeline.summary import rich_table
 
-            for (layer,), of_layer in table.partition_by("layer", as_dict=True, maintain_order=True).items():
-                shown = rich_table(for_reading(of_layer))
-                shown.title, shown.title_justify = Text(f"{sweep}, layer {layer}"), "left"
-                out.print(shown, "")
-            if picture:
-                out.print(f"written to {picture}", highlight=False, soft_wrap=True)
+    for (layer,), of_layer in table.partition_by("layer", as_dict=True, maintain_order=True).items():
+        shown = rich_table(for_reading(of_layer))
+        shown.title, shown.title_justify = Text(f"{sweep}, layer {layer}"), "left"
+        out.print(shown, "")
+    if picture:
+        out.print(f"written to {picture}", highlight=False, soft_wrap=True)
 
 
 @app.command()

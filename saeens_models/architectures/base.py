@@ -172,7 +172,7 @@ class SAE(nn.Module, ABC):
 
     def activate(self, pre: Tensor) -> Tensor:
         """The activation function: pre-activations to code, both `[..., d_sae]`. An architecture has it, or an ``encode`` of its own."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no activation function: it encodes tokens in a way of its own")
 
     @abstractmethod
     def objective(self, x: Tensor, dead_mask: Tensor | None = None, sparsity_scale: float = 1.0) -> Objective:

@@ -33,36 +33,20 @@ def choices(results: Results) -> Iterator[Choice]:
     variance = results.full("reconstruction", "explained_variance")
     stability = results.full("stability", "stability")
     if len(variance) > 1:
-        best = _largest(variance)
-        yield Choice(
-            "the closest reconstruction",
-            method(best),
-            f"EV {variance[best].mean:.3f}",
-            _lead(best, variance, ".3f"),
-            _price(results, best),
-        )
+        yield _first(results, "the closest reconstruction", "EV", variance)
     if len(stability) > 1:
-        best = _largest(stability)
-        yield Choice(
-            "features that come back under another seed",
-            method(best),
-            f"stability {stability[best].mean:.3f}",
-            _lead(best, stability, ".3f"),
-            _price(results, best),
-        )
+        yield _first(results, "features that come back under another seed", "stability", stability)
     sparsity = results.full("reconstruction", "l0")
     if "single" in sparsity and "single" in variance:
         limit = sparsity["single"].mean * (1 + SAME_L0)
         sparse = {name: spread for name, spread in variance.items() if name in sparsity and sparsity[name].mean <= limit}
         if len(sparse) > 1 and len(sparse) < len(variance):
-            best = _largest(sparse)
-            yield Choice(
-                f"as few features per token as one SAE ({sparsity['single'].mean:.3g})",
-                method(best),
-                f"EV {variance[best].mean:.3f}",
-                _lead(best, sparse, ".3f"),
-                _price(results, best),
-            )
+            yield _first(results, f"as few features per token as one SAE ({sparsity['single'].mean:.3g})", "EV", sparse)
+
+
+def _first(results: Results, need: str, metric: str, by_method: Mapping[str, Spread]) -> Choice:
+    best = _largest(by_method)
+    return Choice(need, method(best), f"{metric} {by_method[best].mean:.3f}", _lead(best, by_method, ".3f"), _price(results, best))
 
 
 def says(results: Results) -> Iterator[str]:
