@@ -33,6 +33,16 @@ def fingerprint(name: str, pattern: str) -> dict[str, str]:
     return {file.name: _sha256(file, file.stat().st_size, file.stat().st_mtime_ns) for file in find_files(name, pattern)}
 
 
+def fingerprint_of_folder(name: str, folder: str) -> dict[str, str]:
+    """SHA-256 of each file below a folder, hidden ones aside, for recipes. Raises SaeensError for a folder without files."""
+    root = Path(folder).expanduser()
+    paths = {path.relative_to(root): path for path in sorted(root.rglob("*")) if path.is_file()}
+    shown = {str(place): path for place, path in paths.items() if not any(part.startswith(".") for part in place.parts)}
+    if not shown:
+        raise SaeensError(f"{name}: there is no file below {folder}, which is to be a local copy of the data set")
+    return {place: _sha256(path, path.stat().st_size, path.stat().st_mtime_ns) for place, path in shown.items()}
+
+
 def read_columns(name: str, pattern: str, fields: Mapping[str, str]) -> pl.DataFrame:
     """The columns `fields`, which maps what they are to be called to what they are called in the files, as strings; rows without a null.
 

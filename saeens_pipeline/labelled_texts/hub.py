@@ -22,6 +22,7 @@ from saeens_pipeline.labelled_texts.drawing import (
     draw_quadrants,
 )
 from saeens_pipeline.labelled_texts.files import select_fields
+from saeens_pipeline.language_models.hub import resolve_commit
 
 if TYPE_CHECKING:
     import polars as pl
@@ -104,6 +105,28 @@ CONCEPTS = (*_WHOLE, *_STREAMED)
 CORRELATIONS = tuple(_PAIRED)
 
 
+def commit(name: str, revision: str) -> str:
+    """The commit of the repository that a data set in `CONCEPTS` or `CORRELATIONS` is read from.
+
+    Raises ConfigurationError without the package datasets, and as `resolve_commit`.
+    """
+    _load_dataset(name)
+    return resolve_commit(_repository(name), revision, "dataset")
+
+
+def _load_dataset(name: str) -> Callable[..., Any]:
+    try:
+        from datasets import load_dataset  # pyright: ignore[reportMissingImports]
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(f"{name} is read with the package datasets: pip install 'saeens[hub]'") from error
+    return load_dataset
+
+
+def _repository(name: str) -> str:
+    known = _WHOLE.get(name) or _PAIRED.get(name)
+    return known.path if known else name
+
+
 @dataclass(frozen=True)
 class HubReader:
     """Reads at one revision, or from `path`, a local copy that `datasets` can load: a folder with files of the same columns."""
@@ -161,7 +184,7 @@ class HubReader:
 
     def _github_code(self, _has_enough: _HasEnough) -> Iterator[tuple[str, str]]:
         """Files without their first characters, as SAEBench takes them: the Parquet files themselves, since the hub's reader is code."""
-        files = {} if self.path else {"data_files": f"hf://datasets/{GITHUB_CODE}@{self.revision}/data/*.parquet"}
+        files = {} if self.path else {"data_files": f"hf://datasets/{GITHUB_CODE}@{commit(GITHUB_CODE, self.revision)}/data/*.parquet"}
         loaded = self._load(GITHUB_CODE, GITHUB_CODE if self.path else "parquet", split="train", streaming=True, **files)
         for number, row in enumerate(loaded):
             code = _field(GITHUB_CODE, row, "code", "content")
@@ -181,14 +204,11 @@ class HubReader:
                     break
 
     def _load(self, name: str, on_hub: str, config: str | None = None, **arguments: Any) -> Any:
-        try:
-            from datasets import load_dataset  # pyright: ignore[reportMissingImports]
-        except ModuleNotFoundError as error:
-            raise ConfigurationError(f"{name} is read with the package datasets: pip install 'saeens[hub]'") from error
+        load_dataset = _load_dataset(name)
         with self._explained(name, on_hub):
             if self.path:
                 return load_dataset(self.path, config, **arguments)
-            pinned = {} if on_hub == "parquet" else {"revision": self.revision}
+            pinned = {} if on_hub == "parquet" else {"revision": resolve_commit(on_hub, self.revision, "dataset")}
             return load_dataset(on_hub, config, **pinned, **arguments)
 
     @contextmanager

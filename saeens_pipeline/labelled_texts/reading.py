@@ -16,16 +16,19 @@ _DATA_SETS_KEPT = 32
 
 
 def identity(data_set: ConceptDataSet | CorrelationDataSet) -> dict[str, Any]:
-    """What decides which texts there are, for recipes. A revision of the hub is taken by its name: give a commit to pin it.
+    """What decides which texts there are, for recipes: of files their bytes, of a data set on the hub its commit.
 
-    Raises SaeensError for local files that are not there.
+    Raises SaeensError for local files that are not there, and for a data set that the hub does not give.
     """
     if is_embedded(data_set):
         return {"name": data_set.name, "reader": embedded.READER_VERSION, "corpus": open_corpus(BUILTIN_CORPUS).identity}
     patterns = {"train": data_set.train, "test": data_set.test}
     if data_set.train:
         return {"name": data_set.name, "sha256": {k: files.fingerprint(data_set.name, p) for k, p in patterns.items() if p}}
-    return {"name": data_set.name, "reader": hub.READER_VERSION, "revision": data_set.revision}
+    hub_set = {"name": data_set.name, "reader": hub.READER_VERSION}
+    if data_set.path:
+        return hub_set | {"sha256": files.fingerprint_of_folder(data_set.name, data_set.path)}
+    return hub_set | {"revision": hub.commit(data_set.name, data_set.revision)}
 
 
 def is_embedded(data_set: ConceptDataSet | CorrelationDataSet) -> bool:

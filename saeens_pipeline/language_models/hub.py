@@ -102,7 +102,10 @@ def explained(name: str, revision: str, kind: Kind) -> Iterator[None]:
 
 def _way_out(name: str, kind: Kind) -> str:
     if kind == "dataset":
-        return "Run this where the hub can be reached, or bring the data set's files here and give them as `corpus: {files: ...}`"
+        return (
+            "Run this where the hub can be reached, or bring the data set's files here and give them as `corpus: {files: ...}`, "
+            "those of labelled texts as their `path`"
+        )
     return f"On a machine that reaches it, `hf download {name} --local-dir FOLDER`, bring FOLDER here, and give FOLDER in the name's place"
 
 

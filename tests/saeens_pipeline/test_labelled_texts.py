@@ -9,6 +9,7 @@ from typing import Any
 
 import polars as pl
 import pytest
+from fake_hub import UNREACHABLE, FakeHub, reach
 from pydantic import ValidationError
 from tiny_models import ListedCorpus
 
@@ -342,13 +343,36 @@ def test_ag_news_github_code_and_europarl(tmp_path: Path):
 
 
 @pytest.mark.usefixtures("datasets_package")
+def test_the_identity_of_a_hub_data_set_is_its_commit_and_of_a_local_copy_its_bytes(
+    fake_hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    fake_hub.repositories["datasets/LabHC/bias_in_bios"] = tmp_path
+    reach(monkeypatch, fake_hub.url)
+    commit = fake_hub.commit("datasets/LabHC/bias_in_bios")
+    assert identity(ConceptDataSet(name="LabHC/bias_in_bios_class_set1"))["revision"] == commit
+    assert identity(CorrelationDataSet(name="LabHC/bias_in_bios"))["revision"] == commit
+    with pytest.raises(ConfigurationError, match=r"data set 'LabHC/bias_in_bios' has no revision 'v9' on the hub"):
+        identity(ConceptDataSet(name="LabHC/bias_in_bios_class_set1", revision="v9"))
+    reach(monkeypatch, UNREACHABLE)
+    assert identity(ConceptDataSet(name="LabHC/bias_in_bios_class_set1"))["revision"] == commit
+
+    copied = ConceptDataSet(name="fancyzhx/ag_news", path=_copy(tmp_path / "news", train=[{"text": "a", "label": 1}]))
+    before = identity(copied)
+    assert list(before["sha256"]) == ["train.parquet"]
+    pl.DataFrame([{"text": "b", "label": 1}]).write_parquet(tmp_path / "news" / "train.parquet")
+    assert identity(copied)["sha256"] != before["sha256"]
+    with pytest.raises(SaeensError, match=r"fancyzhx/ag_news: there is no file below .*nothing_here"):
+        identity(ConceptDataSet(name="fancyzhx/ag_news", path=str(tmp_path / "nothing_here")))
+
+
+@pytest.mark.usefixtures("datasets_package")
 def test_errors_of_hub_data_sets_name_the_columns_or_the_way_out(tmp_path: Path):
     path = _copy(tmp_path / "news", train=[{"body": "a", "label": 1}], test=[{"body": "a", "label": 1}])
     with pytest.raises(SaeensError, match=r"fancyzhx/ag_news, train split, has no column 'text'; its columns are 'body', 'label'"):
         read_concepts(ConceptDataSet(name="fancyzhx/ag_news", path=path), FEW, seed=1)
     with pytest.raises(SaeensError, match=r"codeparrot/github-code has no column 'code' or 'content'; its columns are 'body', 'label'"):
         read_concepts(ConceptDataSet(name="codeparrot/github-code", path=path), FEW, seed=1)
-    with pytest.raises(SaeensError, match=r"fancyzhx/ag_news cannot be read from .*nothing_here: "):
+    with pytest.raises(SaeensError, match=r"fancyzhx/ag_news: there is no file below .*nothing_here"):
         read_concepts(ConceptDataSet(name="fancyzhx/ag_news", path=str(tmp_path / "nothing_here")), FEW, seed=1)
 
 

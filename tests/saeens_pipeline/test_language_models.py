@@ -170,6 +170,17 @@ def test_modules_are_checked_without_reading_weights(tmp_path, architecture):
         validate_modules(description, block + ".{layer}.router", [2])
 
 
+def test_the_unembedding_makes_logits_of_the_normalised_stream(model, tokens):
+    with torch.no_grad():
+        output = model.model(tokens, output_hidden_states=True)
+    unembedding = model.unembedding()
+    assert unembedding.shape == (model.description.vocab_size, model.description.d_model)
+    logits = output.hidden_states[-1] @ unembedding.T
+    if model.description.model_type == "gemma2":  # caps its logits
+        logits = torch.tanh(logits / 30.0) * 30.0
+    torch.testing.assert_close(logits, output.logits)
+
+
 def test_resid_post_and_resid_pre_equal_the_hidden_states_of_transformers(model, tokens):
     with torch.no_grad():
         expected = model.model(tokens, output_hidden_states=True).hidden_states

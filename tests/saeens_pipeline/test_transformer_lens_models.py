@@ -116,6 +116,15 @@ def test_it_is_called_as_models_of_transformers_are(folder: Path, tokens: torch.
     assert model.device == torch.device("cpu")
 
 
+def test_the_unembedding_makes_logits_of_the_normalised_stream(folder: Path, tokens: torch.Tensor):
+    unembedding = load_language_model(_described(folder)).unembedding()
+    assert unembedding is not None and unembedding.shape == (VOCAB_SIZE, D_MODEL)
+    hooked = tiny_hooked()
+    with torch.no_grad():
+        logits, cache = hooked.run_with_cache(tokens)
+        torch.testing.assert_close(cache["ln_final.hook_normalized"] @ unembedding.T + hooked.b_U, logits)
+
+
 def test_without_mlp_there_is_neither_mlp_out_nor_resid_mid(tmp_path: Path, tokens: torch.Tensor):
     hooked = tiny_hooked(attn_only=True)
     description = _described(write_hooked(tmp_path / "model", hooked, attn_only=True))
