@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 from saeens_pipeline import progress
 from saeens_pipeline.assets.declarations import Declaration, Input, Op, Reference, Task, Workplace
 from saeens_pipeline.assets.residuals import open_reader
-from saeens_pipeline.assets.saes import CURVE_FILE
 from saeens_pipeline.assets.sources import language_model_of, tokens_of
 from saeens_pipeline.components.ensemble_experiment import ExperimentSettings
 from saeens_pipeline.errors import ConfigurationError, SaeensError
-from saeens_pipeline.storage.names import Address, Partition
+from saeens_pipeline.storage.names import CURVE_FILE, Address, Partition
 from saeens_pipeline.storage.recipes import Artefact, Store
 from saeens_pipeline.storage.tables import TABLES, frame
 

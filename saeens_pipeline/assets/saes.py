@@ -12,14 +12,16 @@ from saeens_pipeline import progress
 from saeens_pipeline.assets.declarations import Declaration, Input, Op, Reference, Task, Workplace
 from saeens_pipeline.assets.live_curves import LiveCurves
 from saeens_pipeline.assets.memory import MemoryPlan, Portion, portion_within, train_in_portions
+from saeens_pipeline.assets.requirements import require_what_tables_need
 from saeens_pipeline.assets.residuals import open_reader
-from saeens_pipeline.assets.specialised import open_documents, require_labels, tokens_of
+from saeens_pipeline.assets.sources import tokens_of
+from saeens_pipeline.assets.specialised import open_documents
 from saeens_pipeline.components.ensemble_experiment import MAX_MEMBERS, ExperimentSettings
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.storage.activations import ActivationReader, ActivationStatistics, require_free_disk
 from saeens_pipeline.storage.checkpoints import checkpoint_file, checkpoint_seconds
 from saeens_pipeline.storage.disk import is_full_disk
-from saeens_pipeline.storage.names import Address, Kind, Partition
+from saeens_pipeline.storage.names import CURVE_FILE, Address, Kind, Partition
 from saeens_pipeline.storage.recipes import Store
 
 if TYPE_CHECKING:
@@ -29,7 +31,6 @@ if TYPE_CHECKING:
     from saeens_models.training import Checkpoints, CurvePoint
 
 SAE_VERSION = 1
-CURVE_FILE = "training_curve.parquet"
 _START = "initial weights"
 
 
@@ -74,9 +75,9 @@ def sae_op(
     outputs = tuple(_declare(experiment, target, given, partial(_seeds, target.init_index), after=twin) for target in targets)
 
     def make(workplace: Workplace, tasks: Sequence[Task]) -> None:
-        require_labels(workplace.store, experiment)
         to_train = [task for task in tasks if not _adopt(workplace, task, twin)]
         if to_train:
+            require_what_tables_need(workplace.store, experiment, to_train[0].partition, texts=targets[0].kind == "bagging")
             _train(workplace, to_train, given, outputs, name)
 
     return Op(name, outputs, make, on_device=True)
@@ -99,9 +100,9 @@ def concurrent_rounds_op(name: str, experiment: ExperimentSettings, rounds: Sequ
         outputs.append(_declare(experiment, target, given, seeds, after=outputs[-1], settings=settings))
 
     def make(workplace: Workplace, tasks: Sequence[Task]) -> None:
-        require_labels(workplace.store, experiment)
         to_train = [task for task in tasks if not _adopt(workplace, task, twin)]
         if to_train:
+            require_what_tables_need(workplace.store, experiment, to_train[0].partition, texts=False)
             _train_rounds(workplace, to_train, given, outputs, name)
 
     return Op(name, tuple(outputs), make, on_device=True)

@@ -5,20 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from saeens_pipeline.assets.declarations import Reference
+from saeens_pipeline.assets.sources import tokens_of
 from saeens_pipeline.components.ensemble_experiment import ExperimentSettings
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.storage.activations import ActivationStore
-from saeens_pipeline.storage.names import Address, Partition
+from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.recipes import Artefact, Store
 
 if TYPE_CHECKING:
     from saeens_pipeline.storage.selection import SelectedDocuments
-
-
-def tokens_of(source: str) -> Reference:
-    """The tokens of a source, which know the labels of its documents."""
-    return Reference(Address(source, "source", "tokens"), "none")
 
 
 def require_labels(store: Store, experiment: ExperimentSettings) -> None:

@@ -19,6 +19,7 @@ SOURCES_GROUP = "sources"
 LEADERBOARD = "leaderboard"
 BROKEN_GROUP = "broken_experiments"  # what could not be read has nodes of its own in the asset graph
 RESERVED_GROUPS = (SOURCES_GROUP, LEADERBOARD, BROKEN_GROUP)
+CURVE_FILE = "training_curve.parquet"  # in the folder of an SAE
 _NAME = re.compile(r"[a-z0-9_]+")
 _FOLDER_ABOVE_ARTEFACTS = re.compile(
     "|".join(

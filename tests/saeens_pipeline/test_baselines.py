@@ -21,7 +21,7 @@ from saeens_pipeline.assets import saes
 from saeens_pipeline.assets.saes import init_seed
 from saeens_pipeline.storage.activations import ActivationReader, ActivationStatistics
 from saeens_pipeline.storage.checkpoints import SECONDS_VARIABLE
-from saeens_pipeline.storage.names import Address, Partition
+from saeens_pipeline.storage.names import CURVE_FILE, Address, Partition
 from saeens_pipeline.storage.tables import read_table
 
 K, D_SAE, ROWS, BATCH = 4, 2 * D_MODEL, 600, 64
@@ -125,7 +125,7 @@ def test_a_training_that_was_interrupted_at_an_epochs_border_goes_on_with_the_sa
     made, expected = (each.artefact("baseline/compute_matched", SEED) for each in (finished, compared))
     assert made.provenance["resumed_at_tokens"] == [interrupted_at * BATCH]
     assert made.data_version == expected.data_version
-    curves = [pl.read_parquet(each.path / saes.CURVE_FILE) for each in (made, expected)]
+    curves = [pl.read_parquet(each.path / CURVE_FILE) for each in (made, expected)]
     assert curves[0].equals(curves[1])
 
 

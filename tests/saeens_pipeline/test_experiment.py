@@ -320,6 +320,10 @@ def test_without_a_language_modelling_head_ce_loss_is_null_and_asking_for_it_is_
     with pytest.raises(ConfigurationError, match=r"ce_loss_tokens: 100, but .*headless has no language-modelling head.*set it to 0"):
         empty.run()
     assert not (empty.root / "sources").exists()
+    empty.materialise([f"{NAME}/tokens"], Partition())
+    empty.materialise([f"{NAME}/activations"], Partition(LAYER))
+    with pytest.raises(ConfigurationError, match=r"ce_loss_tokens: 100, but"):  # also of the UI, before it trains anything
+        empty.materialise([f"{NAME}/boosting/round_1"], Partition(LAYER, SEEDS[0]))
     empty.declare(headless)
     empty.run(seeds=[1], select=["eval/reconstruction"])
     table = pl.read_parquet(empty.artefact("eval/reconstruction", 1).path, hive_partitioning=False)

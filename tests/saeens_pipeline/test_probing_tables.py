@@ -225,6 +225,19 @@ def test_a_text_without_a_token_that_counts_is_refused_before_training(empty: La
     assert not list(empty.root.rglob("recipe.json"))
 
 
+def test_a_run_of_the_ui_refuses_them_before_it_trains_a_member(empty: Laboratory, tmp_path: Path):
+    settings = _write_texts(tmp_path / "texts")
+    empty.declare(evaluations=TABLES, **settings)
+    empty.run(select=["activations"])
+    (tmp_path / "texts" / "train.jsonl").write_text('{"text": "a", "label": "de"}\n')
+    member, where = f"{NAME}/bagging/member_1", Partition(LAYER, SEEDS[0])
+    with pytest.raises(SaeensError, match="mine: the only label is 'de'"):
+        empty.materialise([member], where)
+    assert not (empty.root / "experiments").exists()
+    empty.declare()
+    assert member in empty.materialise([member], where)
+
+
 def test_embedded_tasks_are_looked_at_before_training_too(empty: Laboratory, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(reading, "open_corpus", lambda name: CodeCorpus([], []))
     few = {"train_texts": 8, "test_texts": 8}

@@ -34,7 +34,7 @@ from saeens_pipeline.storage import activations
 from saeens_pipeline.storage.activations import ActivationReader, ActivationStore, ActivationWriter
 from saeens_pipeline.storage.checkpoints import SECONDS_VARIABLE, checkpoint_seconds
 from saeens_pipeline.storage.locks import writing_alone, writing_if_free
-from saeens_pipeline.storage.names import Address, Partition
+from saeens_pipeline.storage.names import CURVE_FILE, Address, Partition
 from saeens_pipeline.storage.recipes import Recipe, Store
 from saeens_pipeline.storage.residuals import ResidualView, write_residual
 
@@ -111,7 +111,7 @@ def test_an_interrupted_training_goes_on_and_makes_the_same_files(
     for key in keys:
         made, expected = (each.artefact(key, SEED) for each in (untrained, undisturbed))
         assert made.data_version == expected.data_version
-        assert (made.path / saes.CURVE_FILE).read_bytes() == (expected.path / saes.CURVE_FILE).read_bytes()
+        assert (made.path / CURVE_FILE).read_bytes() == (expected.path / CURVE_FILE).read_bytes()
     resumed = untrained.artefact(keys[-1], SEED).provenance["resumed_at_tokens"]
     assert resumed == [6 * BATCH_TOKENS]
     assert "resumed_at_tokens" not in undisturbed.artefact(keys[-1], SEED).provenance
