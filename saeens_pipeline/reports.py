@@ -30,7 +30,7 @@ def write_reports(name: str | None, layers: Sequence[int]) -> list[Path]:
 
     catalogue, written = load_catalogue(), []
     if name:
-        (op,) = (op for op in catalogue.ops(catalogue.experiment(name)) if op.outputs[0].address.kind == REPORT)
+        op = _report_op(catalogue, name)
         written = [_write(op, Partition(layer)) for layer in _layers(catalogue, name, layers)]
     return [*written, _write(catalogue.leaderboard_page(), Partition())]
 
@@ -41,6 +41,19 @@ def renew_leaderboard_page(catalogue: Catalogue) -> None:
     (page,), store = op.outputs, StoreResource().store
     if not store.hit(page.address, Partition(), recipe_of_what_is_there(page, store, Partition())):
         _write(op, Partition())
+
+
+def renew_reports_beside(catalogue: Catalogue, control: str, layers: Sequence[int]) -> list[Path]:
+    """Write anew what reports there are of these layers of the experiments that have this control; gives their pages."""
+    store = StoreResource().store
+    ops = [_report_op(catalogue, name) for name, each in catalogue.controls.items() if each == control]
+    reports = [(op, Partition(layer)) for op in ops for layer in layers]
+    return [_write(op, where) for op, where in reports if (store.path(op.outputs[0].address, where) / INDEX).exists()]
+
+
+def _report_op(catalogue: Catalogue, name: str) -> Op:
+    (op,) = (op for op in catalogue.ops(catalogue.experiment(name)) if op.outputs[0].address.kind == REPORT)
+    return op
 
 
 def _layers(catalogue: Catalogue, name: str, wanted: Sequence[int]) -> list[int]:

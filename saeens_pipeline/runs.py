@@ -103,6 +103,8 @@ def run_experiment(name: str, *, layers: Sequence[int], seeds: Sequence[int], se
     asked = [s for stage in after for s in stage.statuses if not seeds or s.partition.seed is None or s.partition.seed in seeds]
     print_summary(store, experiment, asked, console, _beside(catalogue, store, name, layers))
     _show_reports(catalogue, store, asked, console)
+    if n_wanted:
+        _renew_reports_beside(catalogue, name, layers, console)
     console.print(
         f"\nTook {time.monotonic() - began:.0f} s. Everything lies below {store.root}; `saeens ui` opens the Dagster UI.",
         highlight=False,
@@ -131,6 +133,15 @@ def _show_reports(catalogue: Catalogue, store: Store, statuses: Sequence[Status]
         renew_leaderboard_page(catalogue)
         pages = "\n".join(f"  {store.path(*report.where) / INDEX}" for report in reports)
         console.print(f"\nThe report, to open in a browser:\n{pages}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _renew_reports_beside(catalogue: Catalogue, name: str, layers: Sequence[int], console: Console) -> None:
+    """Of a control: the reports that show it are written again, and named."""
+    from saeens_pipeline.reports import renew_reports_beside
+
+    pages = "\n".join(f"  {page}" for page in renew_reports_beside(catalogue, name, layers))
+    if pages:
+        console.print(f"\nIt is the control of these reports, which now show it:\n{pages}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _check(catalogue: Catalogue, experiment: ExperimentSettings, layers: Sequence[int], seeds: Sequence[int]) -> LanguageModelDescription:

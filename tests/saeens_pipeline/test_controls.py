@@ -73,6 +73,18 @@ def test_the_shipped_quickstart_has_its_control():
     assert controls["quickstart_full"] == "quickstart_random"
 
 
+def test_a_run_of_the_control_brings_it_into_the_report(empty: Laboratory):
+    page = empty.root / "reports" / NAME / f"layer={LAYER}" / "index.html"
+    few = {"evaluations": ["reconstruction"], "baselines": []}
+    empty.declare(**few)
+    _declare_control(empty, **few)
+    assert "control of these reports" not in _run(NAME)
+    assert 'id="control-table"' not in page.read_text()
+    assert str(page) in _run(CONTROL).partition("It is the control of these reports, which now show it:")[2]
+    assert 'id="control-table"' in page.read_text()
+    assert "control of these reports" not in _run(CONTROL)
+
+
 def _run(name: str) -> str:
     printed = io.StringIO()
     run_experiment(name, layers=[], seeds=[], select=[], console=Console(file=printed, width=300))
