@@ -64,7 +64,7 @@ class LineReporter:
             rate = pace.advance(n, before=before)
             if rate and time.monotonic() - said >= LINE_INTERVAL_SECONDS:
                 said = time.monotonic()
-                left = (total - pace.done) / rate
+                left = max(total - pace.done, 0) / rate  # a total may be an estimate
                 self._write(f"{label}: {pace.done:,} of {total:,} {unit}, {rate:,.0f}/s, {left:.0f} s left")
 
         yield advance
