@@ -540,22 +540,92 @@ def adam(weights, gradients, means, squares, gradient_scale, step_size, beta1, b
 
 
 @_compile
-def gate(pre, bias, threshold, z, sums, fires):
+def gate(pre, bias, threshold, half_bandwidth, z, sums, fires, counts):
     """Add the bias to the pre-activations of some tokens, feature by feature, pre `[m, n]`, in place, and let through to z what exceeds
-    the threshold, all but pre and z `[m]`.
+    the threshold, all but pre, z and half_bandwidth `[m]`.
 
-    sums, fires: of each feature the sum of z, and on how many tokens it is active.
+    sums, fires: of each feature the sum of z, and on how many tokens it is active; counts: how many have a part in a gradient, because
+    they are active, near the threshold, or no numbers. Returns the sum of these.
     """
+    n_entries = 0
     for feature in range(len(pre)):
         given, row, of_feature, least = pre[feature], z[feature], bias[feature], threshold[feature]
-        total, n_active = np.float32(0), np.int32(0)
+        below = least - half_bandwidth
+        total, n_active, n_without = np.float32(0), np.int32(0), np.int32(0)
         for i in range(len(row)):
             given[i] += of_feature
             active = given[i] > least
             row[i] = given[i] if active else given[i] * np.float32(0)  # what is not a number stays so
             total += row[i]
             n_active += np.int32(active)
-        sums[feature], fires[feature] = total, n_active
+            n_without += np.int32(row[i] == 0 and given[i] <= below)
+        sums[feature], fires[feature], counts[feature] = total, n_active, len(row) - n_without
+        n_entries += counts[feature]
+    return n_entries
+
+
+@_compile
+def list_entries(pre, z, threshold, half_bandwidth, counts, starts, tokens, values):
+    """The entries that `gate` has counted, feature by feature: where those of each feature begin, starts `[m + 1]`, and their tokens and
+    codes, in the order of the tokens.
+    """
+    place = 0
+    for feature in range(len(pre)):
+        starts[feature] = place
+        if counts[feature] == 0:
+            continue
+        given, row, below = pre[feature], z[feature], threshold[feature] - half_bandwidth
+        for i in range(len(row)):
+            if not (row[i] == 0 and given[i] <= below):
+                tokens[place] = i
+                values[place] = row[i]
+                place += 1
+    starts[len(pre)] = place
+
+
+@_compile
+def decode_entries(starts, tokens, values, W_dec, b_dec, x, x_hat, error):
+    """Decode entries that lie feature by feature: x_hat and error ``x_hat - x`` `[n, d]`. Returns the sum of the error's squares."""
+    for b in range(len(x)):
+        _copy(x_hat[b], b_dec)
+    for feature in range(len(W_dec)):
+        for place in range(starts[feature], starts[feature + 1]):
+            if values[place] != 0:
+                _add_scaled(x_hat[tokens[place]], W_dec[feature], values[place])
+    total = 0.0
+    for b in range(len(x)):
+        given, decoded, off = x[b], x_hat[b], error[b]
+        for i in range(len(off)):
+            off[i] = decoded[i] - given[i]
+        total += _dot(off, off)
+    return total
+
+
+@_compile
+def entry_gradients(
+    pre, threshold, starts, tokens, error, W_dec, scale, of_code, half_bandwidth, of_activity, gradients, sums, threshold_gradients
+):
+    """`gate_gradients` for entries that lie feature by feature, from the error of what they decode to `[n, d]`."""
+    for feature in range(len(W_dec)):
+        given, least, more, direction = pre[feature], threshold[feature], of_code[feature], W_dec[feature]
+        total, of_threshold = np.float32(0), np.float32(0)
+        place, end = starts[feature], starts[feature + 1]
+        while place + 4 <= end:
+            p, q, r, s = tokens[place], tokens[place + 1], tokens[place + 2], tokens[place + 3]
+            to = gradients[place : place + 4]
+            to[0], to[1], to[2], to[3] = _four_dots(direction, error[p], error[q], error[r], error[s])
+            place += 4
+        while place < end:
+            gradients[place] = _dot(direction, error[tokens[place]])
+            place += 1
+        for entry in range(starts[feature], end):
+            over = given[tokens[entry]] - least
+            gradient = scale * gradients[entry] + more
+            of_threshold += gradient * least + of_activity if abs(over) < half_bandwidth else np.float32(0)
+            gradients[entry] = gradient if over > 0 else np.float32(0)
+            total += gradients[entry]
+        sums[feature] = total
+        threshold_gradients[feature] = -of_threshold / (np.float32(2) * half_bandwidth) if half_bandwidth > 0 else np.float32(0)
 
 
 @_compile

@@ -62,6 +62,9 @@ def _call_kernels(team: Team) -> None:
         trainer = SAETrainer(SAEConfig(**settings, d_in=8, d_sae=64), training, team=team)
         for _ in range(2):  # in the second step there are dead features
             trainer.step(x)
+    with torch.no_grad():
+        trainer.sae.b_enc.fill_(-100.0)
+    trainer.step(x)  # with so few active features that their entries are taken one by one
     weights, k = trainer.sae.stored_weights, 2
     topk_reconstruct(team, x, weights, k=k, apply_b_dec_to_input=True)
     Encoder(team, weights, rough=True).encode(x, np.empty((len(x), k), np.int32), np.empty((len(x), k), np.float32))

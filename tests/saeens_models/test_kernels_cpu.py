@@ -15,6 +15,7 @@ import saeens_models as sm
 from saeens_models.architectures import build_sae
 from saeens_models.kernels import Team, compiled, cpu_team, products
 from saeens_models.kernels.cpu import Weights, topk_gradients, topk_reconstruct
+from saeens_models.kernels.cpu_gated import SPARSE_BELOW
 from saeens_models.training import load_kernels
 from saeens_models.training.adam import Adam
 
@@ -198,6 +199,45 @@ def test_compiled_gradients_of_gated_saes_equal_autograd(architecture, settings)
     for field in ("loss", "x_hat", "fire_counts"):
         torch.testing.assert_close(getattr(found, field), getattr(expected, field), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found.terms, expected.terms, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("near_the_threshold", [0.0, 0.02])
+@pytest.mark.parametrize("apply_b_dec_to_input", [True, False])
+@pytest.mark.parametrize("architecture", ["standard", "jumprelu"])
+def test_gradients_of_blocks_with_few_active_features_equal_autograd(
+    architecture: str, apply_b_dec_to_input: bool, near_the_threshold: float, monkeypatch: pytest.MonkeyPatch
+):
+    own = {"l1_coefficient": 0.3} if architecture == "standard" else {"bandwidth": 0.3, "init_threshold": 0.2, "l0_coefficient": 0.05}
+    config = sm.SAEConfig(architecture=architecture, **own, apply_b_dec_to_input=apply_b_dec_to_input, d_in=16, d_sae=600, init_seed=4)
+    sae, generator = build_sae(config), torch.Generator().manual_seed(6)
+    x = torch.randn(768, 16, generator=generator) * torch.tensor([50.0, 1.0, 1e-3]).repeat_interleave(256)[:, None]
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.add_(0.1 * torch.rand(parameter.shape, generator=generator))
+        sae.b_enc.sub_((x[256:512] @ sae.W_enc).quantile(0.97))
+        sae.b_enc[: int(near_the_threshold * 600)] = 0.2  # nothing but these is active in the last block, or next to being so
+    expected = sae.backpropagate(x)
+    true = {name: parameter.grad.clone() for name, parameter in sae.named_parameters() if parameter.grad is not None}
+    listed, list_entries = [], compiled.list_entries
+    monkeypatch.setattr(compiled, "list_entries", lambda *given: (listed.append(int(given[4].sum())), list_entries(*given)))
+    with Team() as team:
+        found = sae.backpropagate(x, team=team)
+        for name, parameter in sae.named_parameters():
+            torch.testing.assert_close(parameter.grad, true[name], rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+    assert len(listed) == 2 and 0 < max(listed) < SPARSE_BELOW * 256 * 600
+    assert (min(listed) == 0) == (near_the_threshold == 0.0)
+    for field in ("loss", "x_hat", "fire_counts"):
+        torch.testing.assert_close(getattr(found, field), getattr(expected, field), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_pre_activation_that_is_no_number_is_seen_among_few_active_features(value: float):
+    sae = build_sae(sm.SAEConfig(architecture="standard", d_in=8, d_sae=300, init_seed=1))
+    with torch.no_grad():
+        sae.b_enc.fill_(-50.0)
+        sae.b_enc[7] = value
+    with Team() as team:
+        assert not sae.backpropagate(torch.randn(40, 8), team=team).loss.isfinite()
 
 
 @pytest.mark.parametrize("clip", [None, 0.5])
