@@ -13,13 +13,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from saeens_pipeline.assets.autointerp import METHODS
-from saeens_pipeline.assets.contexts import CONTEXTS, RADIUS
+from saeens_pipeline.assets.autointerp import expected
 from saeens_pipeline.assets.declarations import Declaration
 from saeens_pipeline.assets.evaluation import validate_ce_loss
 from saeens_pipeline.assets.memory import training_memory
 from saeens_pipeline.assets.saes import config_of
-from saeens_pipeline.autointerp.interview import CHARACTERS_PER_TOKEN, Estimate
+from saeens_pipeline.autointerp.interview import CHARACTERS_PER_TOKEN
 from saeens_pipeline.components import ExperimentSettings, SourceSettings
 from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.language_models.models import LanguageModelDescription, block_parameters, describe_language_model, validate_hook
@@ -357,8 +356,7 @@ class _Plan:
         settings = self.experiment.autointerp
         if "autointerp" not in self.experiment.evaluations or settings is None:
             return
-        n_features = settings.features * len(METHODS) * self.n_partitions
-        estimate = Estimate.beforehand(settings, n_features, CONTEXTS, 2 * RADIUS + 1)
+        estimate = expected(self.experiment, self.n_partitions)
         note = f"to {settings.model}, at most; what was answered before is not asked again"
         yield Line("autointerp", "requests", estimate.requests, "", note)
         yield Line("autointerp", "tokens in", estimate.tokens_in, "tokens", f"at {CHARACTERS_PER_TOKEN} characters a token")

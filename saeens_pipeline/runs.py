@@ -84,7 +84,8 @@ def run_experiment(name: str, *, layers: Sequence[int], seeds: Sequence[int], se
     if not n_wanted:
         console.print(f"{name}: nothing to do: {n_fresh} artefacts are fresh (cache hits){others}; no training", highlight=False)
     else:
-        _check_what_is_read(experiment, source, layers, description, [declaration for _, wanted in chosen for declaration in wanted])
+        everything = [declaration for _, wanted in chosen for declaration in wanted]
+        _check_what_is_read(experiment, source, layers, description, wanted=everything, console=console)
         console.print(f"{name}: {n_wanted} artefacts to make, {n_fresh} are fresh (cache hits){others}", highlight=False)
         damaged = [s for stage, wanted in chosen for s in stage.statuses if s.state == "damaged" and s.declaration in wanted]
         for status in damaged:
@@ -150,9 +151,12 @@ def _check_what_is_read(
     source: SourceSettings,
     layers: Sequence[int],
     description: LanguageModelDescription,
+    *,
     wanted: Sequence[Declaration],
+    console: Console,
 ) -> None:
-    """Find out, for what is to be made, whether modules and texts are there, and what is wrong with the endpoint that is to be asked."""
+    """Find out, for what is to be made, whether modules and texts are there; say what an endpoint will be asked, if it is set rightly."""
+    from saeens_pipeline.assets.autointerp import expected_requests
     from saeens_pipeline.assets.probing import validate_labelled_texts
     from saeens_pipeline.assets.sources import validate_corpus
     from saeens_pipeline.autointerp.endpoint import Endpoint
@@ -164,8 +168,9 @@ def _check_what_is_read(
     if "tokens" in builders:
         validate_corpus(source)
     validate_labelled_texts(experiment, names, description, source.drop)
-    if "autointerp" in names:
-        Endpoint.from_environment()
+    n_explained = sum(declaration.address.name == "autointerp" for declaration in wanted)
+    if n_explained and (endpoint := Endpoint.from_environment()):
+        _print_line(console, f"{experiment.name}/eval/autointerp: {expected_requests(experiment, n_explained)} at {endpoint.host}")
 
 
 def _restricted(

@@ -10,17 +10,18 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from saeens_pipeline import progress
-from saeens_pipeline.assets.contexts import RADIUS
+from saeens_pipeline.assets.contexts import CONTEXTS, RADIUS
 from saeens_pipeline.assets.declarations import Declaration, Op, Task, Workplace
 from saeens_pipeline.assets.evaluation import Row, Subject
 from saeens_pipeline.assets.features import TokenStrings
 from saeens_pipeline.assets.residuals import open_reader
 from saeens_pipeline.autointerp.answers import Answers
 from saeens_pipeline.autointerp.endpoint import URL_VARIABLE, Endpoint
-from saeens_pipeline.autointerp.interview import Interviewer
+from saeens_pipeline.autointerp.interview import Estimate, Interviewer, Verdict
 from saeens_pipeline.autointerp.interview import Subject as Question
 from saeens_pipeline.autointerp.protocol import SEED, Examples, Flaw, choose_examples
 from saeens_pipeline.components.autointerp import AutoInterpSettings
+from saeens_pipeline.components.ensemble_experiment import ExperimentSettings
 from saeens_pipeline.storage.names import Partition, place
 from saeens_pipeline.storage.tables import SUBJECT, frame
 
@@ -81,6 +82,19 @@ def autointerp_op(subject: Subject, contexts: Declaration) -> Op:
     return Op(declaration.address.op_name, (declaration,), make)
 
 
+def expected(experiment: ExperimentSettings, n_partitions: int) -> Estimate:
+    """What is asked at most for so many partitions, before there are contexts; what was answered before is not taken off."""
+    assert experiment.autointerp is not None, "checked where the experiment is read"
+    n_features = experiment.autointerp.features * len(METHODS) * n_partitions
+    return Estimate.beforehand(experiment.autointerp, n_features, CONTEXTS, 2 * RADIUS + 1)
+
+
+def expected_requests(experiment: ExperimentSettings, n_partitions: int) -> str:
+    """The same in words."""
+    assert experiment.autointerp is not None, "checked where the experiment is read"
+    return f"at most {expected(experiment, n_partitions).in_words(experiment.autointerp)} to {experiment.autointerp.model}"
+
+
 def _lacking() -> dict[str, str]:
     return {} if Endpoint.is_configured() else {"endpoint": NOT_CONFIGURED}
 
@@ -113,42 +127,32 @@ class _Explained:
             questions += [Question(each, first + (i + 1) % n if controlled else None) for i, each in enumerate(examples)]
             drawn += of_ensemble
         if interviewer.endpoint:
-            estimate = interviewer.estimate(questions)
-            words, known, host = estimate.in_words(self.settings), estimate.known, interviewer.endpoint.host
-            logger.info(
-                "%s: %d features, %s to %s at %s; %s answers are on disk",
-                self.label,
-                len(drawn),
-                words,
-                self.settings.model,
-                host,
-                f"{known:,}",
-            )
+            estimate, host = interviewer.estimate(questions), interviewer.endpoint.host
+            asked = f"{estimate.in_words(self.settings)} to {self.settings.model} at {host}"
+            logger.info("%s: %d features, %s; %d answers are on disk", self.label, len(drawn), asked, estimate.known)
         with progress.task(self.label, sum(2 if each.other is None else 3 for each in questions), "questions") as advance:
             verdicts = iter(interviewer.interview(questions, advance))
-        rows: list[Row] = []
+        rows = []
         for each in drawn:
-            row = each.start | {"model": self.settings.model}
-            if not isinstance(each.examples, Examples):
-                rows.append(row | {"status": each.examples})
-                continue
-            verdict = next(verdicts)
-            if verdict is None:
-                continue
-            score, control = verdict.score, verdict.control
-            rows.append(
-                row
-                | {
-                    "explanation": verdict.explanation,
-                    "detection_score": score and score.balanced_accuracy,
-                    "true_positive_rate": score and score.true_positive_rate,
-                    "false_positive_rate": score and score.false_positive_rate,
-                    "control_score": control and control.balanced_accuracy,
-                    "n_examples": len(each.examples.texts),
-                    "status": verdict.status,
-                }
-            )
+            if isinstance(each.examples, Examples):
+                verdict = next(verdicts)
+                rows += [each.start | self._columns(verdict, len(each.examples.texts))] if verdict else []
+            elif interviewer.endpoint:
+                rows.append(each.start | {"status": each.examples, "model": self.settings.model})
         return sorted(rows, key=lambda row: (row["method"], row["member"], row["index"]))
+
+    def _columns(self, verdict: Verdict, n_texts: int) -> Row:
+        score, control = verdict.score, verdict.control
+        return {
+            "explanation": verdict.explanation,
+            "detection_score": score.balanced_accuracy if score else None,
+            "true_positive_rate": score.true_positive_rate if score else None,
+            "false_positive_rate": score.false_positive_rate if score else None,
+            "control_score": control.balanced_accuracy if control else None,
+            "n_examples": n_texts,
+            "status": verdict.status,
+            "model": self.settings.model,
+        }
 
     def _of_ensembles(self) -> Iterator[list[_Drawn]]:
         """The features of one ensemble after the other, in the order in which they are drawn."""

@@ -33,7 +33,7 @@ class Answers:
     def find(self, request: dict[str, Any]) -> str | None:
         """The answer to a request; None where there is none, or none that can be read."""
         try:
-            answer = json.loads(self._file(request).read_text())["answer"]
+            answer = json.loads(self._file(request).read_text("utf-8"))["answer"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return answer if isinstance(answer, str) else None
@@ -43,7 +43,7 @@ class Answers:
         file = self._file(request)
         file.parent.mkdir(parents=True, exist_ok=True)
         beside = file.with_name(f".{file.name}.{os.getpid()}.partial")
-        beside.write_text(json.dumps({"request": request, "answer": answer, **about}, indent=1, ensure_ascii=False) + "\n")
+        beside.write_text(json.dumps({"request": request, "answer": answer, **about}, indent=1, ensure_ascii=False) + "\n", "utf-8")
         flush(beside)
         beside.replace(file)
 

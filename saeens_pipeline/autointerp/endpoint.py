@@ -167,7 +167,7 @@ class Client:
         usage = answer.get("usage")
         counts = [usage.get(name) if isinstance(usage, dict) else 0 for name in ("prompt_tokens", "completion_tokens")]
         return Reply(
-            self.endpoint.without_secrets(text) if isinstance(text, str) else None,
+            self.endpoint.without_secrets(text.encode(errors="replace").decode()) if isinstance(text, str) else None,  # halves of pairs
             choice.get("finish_reason") == "length",
             *(count if isinstance(count, int) else 0 for count in counts),
         )

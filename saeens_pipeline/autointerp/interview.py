@@ -88,10 +88,10 @@ class Estimate(NamedTuple):
         return None if prices is None else (self.tokens_in * prices.input + self.tokens_out * prices.output) / 1e6
 
     def in_words(self, settings: AutoInterpSettings) -> str:
-        """Such as `about 1,200 requests, 480,000 tokens in, 42,000 out, 0.10 at the given prices`."""
+        """Such as `1,200 requests, about 480,000 tokens in and 42,000 out, 0.10 at the given prices`."""
         price = self.price(settings)
         costs = "" if price is None else f", {price:,.2f} at the given prices"
-        return f"about {self.requests:,} requests, {self.tokens_in:,} tokens in, {self.tokens_out:,} out{costs}"
+        return f"{self.requests:,} requests, about {self.tokens_in:,} tokens in and {self.tokens_out:,} out{costs},"
 
 
 @dataclass(frozen=True)
@@ -162,12 +162,16 @@ class Interviewer:
         async def judge(number: int) -> Verdict | None:
             subject, own = subjects[number], explanations[number]
             score = await detect(subject, own)
-            control = None if subject.other is None else await detect(subject, explanations[subject.other])
-            failure = next((each for each in (own, score) if isinstance(each, _Unanswered)), None)
-            if any(each.status == _NOT_ASKED for each in (own, score, control) if isinstance(each, _Unanswered)):
+            if subject.other is None or isinstance(score, _Unanswered):
+                control = None
+                advance(subject.other is not None, before=True)
+            else:
+                control = await detect(subject, explanations[subject.other])
+            failure = next((each for each in (own, score, control) if isinstance(each, _Unanswered)), None)
+            if failure and failure.status == _NOT_ASKED:
                 return None
             return Verdict(
-                failure.status if failure else SCORED,
+                score.status if isinstance(score, _Unanswered) else SCORED,
                 None if isinstance(own, _Unanswered) else own,
                 None if isinstance(score, _Unanswered) else score,
                 None if isinstance(control, _Unanswered) else control,
@@ -181,36 +185,37 @@ class Interviewer:
                 await self._client.close()
 
     async def _attempt(self, messages: Messages, read: Callable[[str], _T | None], complaint: str, advance: Advance) -> _T | _Unanswered:
-        """What an answer means, from disk or from the endpoint; asked again with a `complaint` if it cannot be read."""
+        """What an answer means, from disk or from the endpoint."""
         known = self._find(messages, read)
-        advance(1, before=known is not None)
         if known is not None:
             self.from_disk += 1
-            return known
-        if self._client is None:
-            return _Unanswered(_NOT_ASKED)
-        request = self._request(messages)
+        elif self._client is None:
+            known = _Unanswered(_NOT_ASKED)
+        else:
+            answer = await self._ask(self._client, messages, read, complaint)
+            advance(1)
+            return answer
+        advance(1, before=True)
+        return known
+
+    async def _ask(self, client: Client, messages: Messages, read: Callable[[str], _T | None], complaint: str) -> _T | _Unanswered:
+        """Ask, and again with a `complaint` where the answer cannot be read. Keeps the answer that can."""
+        request = original = self._request(messages)
         for _ in range(ATTEMPTS):
             try:
-                reply = await self._client.ask(request)
+                reply = await client.ask(request)
             except RefusedError:
                 if self.answered + self.from_disk == 0:
                     raise
                 return _Unanswered("refused")
-            self.asked, self.tokens_in, self.tokens_out = (
-                self.asked + 1,
-                self.tokens_in + reply.tokens_in,
-                self.tokens_out + reply.tokens_out,
-            )
-            value = read(reply.text) if reply.text is not None and not reply.is_cut_off else None
+            self.asked += 1
+            self.tokens_in += reply.tokens_in
+            self.tokens_out += reply.tokens_out
+            value = None if reply.text is None or reply.is_cut_off else read(reply.text)
             if reply.text is not None and value is not None:
                 self.answered += 1
-                about = {
-                    "tokens_in": reply.tokens_in,
-                    "tokens_out": reply.tokens_out,
-                    "date": datetime.now(UTC).isoformat(timespec="seconds"),
-                }
-                self.answers.keep(self._request(messages), reply.text, **about)
+                date = datetime.now(UTC).isoformat(timespec="seconds")
+                self.answers.keep(original, reply.text, tokens_in=reply.tokens_in, tokens_out=reply.tokens_out, date=date)
                 return value
             self._count_malformed(reply)
             request = self._request(ask_again(messages, reply.text, complaint))

@@ -39,7 +39,7 @@ _DETECT = (
 )
 _THOUGHTS = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
 _LIST = re.compile(r"\[[^\[\]]*\]")
-_LABEL = re.compile(r"^\W*explanation\W*:\s*", re.IGNORECASE)
+_LABEL = re.compile(r"^\W*explanation\W*:[\s*_]*", re.IGNORECASE)
 
 
 class Examples(NamedTuple):
