@@ -9,6 +9,8 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+from anyio.from_thread import start_blocking_portal
+
 from saeens_pipeline.autointerp.answers import Answers
 from saeens_pipeline.autointerp.endpoint import Client, Endpoint, RefusedError, Reply
 from saeens_pipeline.autointerp.protocol import (
@@ -117,30 +119,33 @@ class Interviewer:
     _client: Client | None = field(default=None, repr=False)
 
     def estimate(self, subjects: Sequence[Subject]) -> Estimate:
-        """What asking about these takes."""
+        """What asking about these takes; features with the same texts, as member 1 and round 1 have them, are asked about once."""
         explanations = [self._find(ask_to_explain(each.examples.shown), read_explanation) for each in subjects]
-        pending: list[tuple[Messages, int]] = []
-        known = 0
-        for subject, own in zip(subjects, explanations, strict=True):
-            texts = subject.examples.texts
-            if own is None:
-                pending.append((ask_to_explain(subject.examples.shown), EXPLANATION_TOKENS))
-            known += own is not None
-            for explanation in [own] if subject.other is None else [own, explanations[subject.other]]:
+        pending: dict[object, tuple[Messages, int]] = {}
+        known: set[object] = set()
+        for number, subject in enumerate(subjects):
+            shown, texts, _ = subject.examples
+            if explanations[number] is None:
+                pending[shown] = ask_to_explain(shown), EXPLANATION_TOKENS
+            else:
+                known.add(shown)
+            for explained in [number] if subject.other is None else [number, subject.other]:
+                explanation, question = explanations[explained], (subjects[explained].examples.shown, texts)
                 messages = ask_to_detect(explanation or _EXAMPLE_EXPLANATION, texts)
-                read = partial(read_detection, n_texts=len(texts))
-                is_known = explanation is not None and self._find(messages, read) is not None
-                known += is_known
-                if not is_known:
-                    pending.append((messages, len(texts) * TOKENS_PER_NUMBER))
-        return Estimate.of(pending, known)
+                if explanation and self._find(messages, partial(read_detection, n_texts=len(texts))) is not None:
+                    known.add(question)
+                else:
+                    pending[question] = messages, len(texts) * TOKENS_PER_NUMBER
+        return Estimate.of(list(pending.values()), len(known))
 
     def interview(self, subjects: Sequence[Subject], advance: Advance) -> list[Verdict | None]:
         """The verdict on each subject; None where an answer is missing and there is nobody to ask. `advance` counts questions.
 
-        Raises SaeensError where asking on is of no use; what was answered until then is on disk.
+        Raises SaeensError where asking on is of no use; what was answered until then is on disk. The event loop has a thread of its own:
+        an interrupt, which comes in this one, is not taken for a broken connection there, and ends what is asked.
         """
-        return asyncio.run(self._interview(subjects, advance))
+        with start_blocking_portal() as portal:
+            return portal.call(self._interview, subjects, advance)
 
     async def _interview(self, subjects: Sequence[Subject], advance: Advance) -> list[Verdict | None]:
         self._client = Client(self.endpoint, self.settings.timeout_seconds, self.settings.retries) if self.endpoint else None
