@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent import futures
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -34,6 +35,7 @@ _NOT_ASKED = "not asked"
 ATTEMPTS = 3  # to get an answer that can be read
 MALFORMED_AT_FIRST = 20  # answers: if none can be read by then, something is wrong with the endpoint, or its settings
 CHARACTERS_PER_TOKEN = 3  # fewer than most tokenizers need, so that estimates are high rather than low
+_WAKE_SECONDS = 0.25  # the system may give a signal to another thread: this one sees it when it wakes
 EXPLANATION_TOKENS = 60
 TOKENS_PER_NUMBER = 3  # of the list that detection is answered with
 
@@ -145,7 +147,10 @@ class Interviewer:
         an interrupt, which comes in this one, is not taken for a broken connection there, and ends what is asked.
         """
         with start_blocking_portal() as portal:
-            return portal.call(self._interview, subjects, advance)
+            verdicts = portal.start_task_soon(self._interview, subjects, advance)
+            while not verdicts.done():
+                futures.wait([verdicts], _WAKE_SECONDS)
+            return verdicts.result()
 
     async def _interview(self, subjects: Sequence[Subject], advance: Advance) -> list[Verdict | None]:
         self._client = Client(self.endpoint, self.settings.timeout_seconds, self.settings.retries) if self.endpoint else None
