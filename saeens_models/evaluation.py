@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -166,6 +166,19 @@ def feature_contexts(
             for metric, prefix in zip(metrics, ensemble.prefix_reconstructions(rows), strict=True):
                 metric.update(prefix.code, places)
     return [metric.compute() for metric in metrics]
+
+
+def silent_windows(ensemble: Ensemble, windows: Iterable[Tensor], features: Sequence[Tensor]) -> list[Tensor]:
+    """Of each member, on which windows some of its features do not fire at all: bool `[n_windows, n]`.
+
+    ``windows``: activations `[n_rows, d_in]` each, one encoded at a time; ``features``: for each member int64 `[n]`, indices among its own.
+    """
+    silent: list[list[Tensor]] = [[] for _ in ensemble]
+    with torch.no_grad():
+        for rows in windows:
+            for of_member, prefix, chosen in zip(silent, ensemble.prefix_reconstructions(rows), features, strict=True):
+                of_member.append(~torch.isin(chosen, prefix.code.feature))
+    return [torch.stack(of_member) for of_member in silent]
 
 
 def _split_to_encode(ensemble: Ensemble, x: Tensor) -> tuple[Tensor, ...]:

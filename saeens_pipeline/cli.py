@@ -204,7 +204,8 @@ def table(
         str,
         typer.Argument(
             metavar="TABLE",
-            help="reconstruction, members, coactivation, stability, marginal_gain, cost, features, contexts or training_curves.",
+            help="reconstruction, members, coactivation, stability, marginal_gain, cost, features, contexts, autointerp "
+            "or training_curves.",
         ),
     ],
     format: Annotated[TableFormat, typer.Option(help="csv and json print the table and nothing else.")] = TableFormat.table,
@@ -212,6 +213,7 @@ def table(
     """Print an evaluation table: all layers that there are, and the experiment's seeds."""
     import polars as pl
 
+    from saeens_pipeline.autointerp.endpoint import URL_VARIABLE
     from saeens_pipeline.catalogue import load_catalogue
     from saeens_pipeline.resources import data_root
     from saeens_pipeline.runs import experiment_status
@@ -221,6 +223,8 @@ def table(
     frame = read_table(data_root(), experiment, name).filter(pl.col("seed").is_in(settings.ensemble.seeds))
     if any(s.state != "fresh" for s in experiment_status(experiment) if s.declaration.address.key == [experiment, "eval", name]):
         complain("note", f"parts of this table are missing, stale or damaged: `saeens status {experiment}` says why")
+    if frame.is_empty():  # as autointerp is where there is nobody to ask
+        complain("note", f"this table is empty: {name} is not configured; set {URL_VARIABLE}, and `saeens run {experiment}` makes it")
     if format != TableFormat.table:
         _print_data(frame, format)
         return

@@ -13,10 +13,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from saeens_pipeline.assets.autointerp import expected
 from saeens_pipeline.assets.declarations import Declaration
 from saeens_pipeline.assets.evaluation import validate_ce_loss
 from saeens_pipeline.assets.memory import training_memory
 from saeens_pipeline.assets.saes import config_of
+from saeens_pipeline.autointerp.interview import CHARACTERS_PER_TOKEN
 from saeens_pipeline.components import ExperimentSettings, SourceSettings
 from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.language_models.models import LanguageModelDescription, block_parameters, describe_language_model, validate_hook
@@ -96,7 +98,7 @@ def forecast(
     if plan.description:
         validate_hook(plan.description, source.hook, layers)
         validate_ce_loss(experiment, plan.description, source.hook)
-    lines = [*plan.model(), *plan.disk(), *plan.memory(), *plan.computation()]
+    lines = [*plan.model(), *plan.disk(), *plan.memory(), *plan.computation(), *plan.autointerp()]
     amounts = {(line.section, line.item): line.amount for line in lines}
     return [*lines, *_hours(amounts, source, compute), *_fits(amounts, store, compute)]
 
@@ -120,6 +122,8 @@ def readable(line: Line) -> str:
             return f"{line.amount:.2g} FLOPs"
         case "hours":
             return _duration(line.amount)
+        case "money":
+            return f"{line.amount:,.2f}"
     return f"{line.amount:,.0f} {line.unit}".rstrip()
 
 
@@ -346,6 +350,19 @@ class _Plan:
         notes += ["without the language model"] if forward is None else []
         amount = (forward or 0) + sum(training.values()) + residuals + evaluation + (loss or 0)
         yield Line("computation", "all", amount, "FLOPs", "; ".join(notes))
+
+    def autointerp(self) -> Iterator[Line]:
+        """What a language model is asked, where the experiment has features explained."""
+        settings = self.experiment.autointerp
+        if "autointerp" not in self.experiment.evaluations or settings is None:
+            return
+        estimate = expected(self.experiment, self.n_partitions)
+        note = f"to {settings.model}, at most; what was answered before is not asked again"
+        yield Line("autointerp", "requests", estimate.requests, "", note)
+        yield Line("autointerp", "tokens in", estimate.tokens_in, "tokens", f"at {CHARACTERS_PER_TOKEN} characters a token")
+        yield Line("autointerp", "tokens out", estimate.tokens_out, "tokens", "without what a model thinks before it answers")
+        price = estimate.price(settings)
+        yield Line("autointerp", "price", price, "money", "" if price is not None else "autointerp.prices says what a million tokens cost")
 
 
 def _weights_bytes(config: SAEConfig) -> int:

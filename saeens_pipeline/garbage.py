@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, NamedTuple
 
 from saeens_pipeline.assets.declarations import Declaration
+from saeens_pipeline.autointerp.answers import FOLDER as ANSWERS_FOLDER
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.instance import forget_partitions, home_folder, layers_name, recorded_instance
 from saeens_pipeline.language_models.models import REFERENCE_MODEL, describe_language_model
@@ -107,7 +108,7 @@ def declared(catalogue: Catalogue) -> Declared:
 def find_garbage(root: Path, references: Declared) -> Inventory:
     """Look through the data root. Changes nothing."""
     inventory, root = Inventory(), root.resolve()
-    own = (root / "dagster", root / locks.FOLDER, root / FOLDERS_FILE)
+    own = (root / "dagster", root / locks.FOLDER, root / FOLDERS_FILE, root / ANSWERS_FOLDER)  # answers are paid for, whoever asked
     others = (*own, home_folder().resolve(), describe_language_model(REFERENCE_MODEL).path.resolve())
     for path in _entries(root):
         if path not in others and path.resolve() not in others:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from saeens_pipeline.assets.declarations import Declaration
     from saeens_pipeline.catalogue import Catalogue
-    from saeens_pipeline.components import ExperimentSettings
+    from saeens_pipeline.components import ExperimentSettings, SourceSettings
     from saeens_pipeline.language_models.models import LanguageModelDescription
     from saeens_pipeline.storage.recipes import Store
     from saeens_pipeline.summary import Beside
@@ -54,10 +54,7 @@ def experiment_status(name: str) -> list[Status]:
 
 def run_experiment(name: str, *, layers: Sequence[int], seeds: Sequence[int], select: Sequence[str], console: Console) -> None:
     """Make what is missing or stale, show progress, and print the summary table."""
-    from saeens_pipeline.assets.probing import validate_labelled_texts
-    from saeens_pipeline.assets.sources import validate_corpus
     from saeens_pipeline.catalogue import load_catalogue
-    from saeens_pipeline.language_models.models import validate_modules
     from saeens_pipeline.summary import print_summary
 
     began = time.monotonic()
@@ -87,12 +84,8 @@ def run_experiment(name: str, *, layers: Sequence[int], seeds: Sequence[int], se
     if not n_wanted:
         console.print(f"{name}: nothing to do: {n_fresh} artefacts are fresh (cache hits){others}; no training", highlight=False)
     else:
-        if any(declaration.builder == "activations" for _, wanted in chosen for declaration in wanted):
-            validate_modules(description, source.hook, layers)
-        if any(declaration.builder == "tokens" for _, wanted in chosen for declaration in wanted):
-            validate_corpus(source)
-        tables = {declaration.address.name for _, wanted in chosen for declaration in wanted}
-        validate_labelled_texts(experiment, tables, description, source.drop)
+        everything = [declaration for _, wanted in chosen for declaration in wanted]
+        _check_what_is_read(experiment, source, layers, description, wanted=everything, console=console)
         console.print(f"{name}: {n_wanted} artefacts to make, {n_fresh} are fresh (cache hits){others}", highlight=False)
         damaged = [s for stage, wanted in chosen for s in stage.statuses if s.state == "damaged" and s.declaration in wanted]
         for status in damaged:
@@ -162,6 +155,33 @@ def _check(catalogue: Catalogue, experiment: ExperimentSettings, layers: Sequenc
     if source.hook in HOOKS:  # of other modules the width is known when the model runs
         validate_targets(experiment, description.d_model)
     return description
+
+
+def _check_what_is_read(
+    experiment: ExperimentSettings,
+    source: SourceSettings,
+    layers: Sequence[int],
+    description: LanguageModelDescription,
+    *,
+    wanted: Sequence[Declaration],
+    console: Console,
+) -> None:
+    """Find out, for what is to be made, whether modules and texts are there; say what an endpoint will be asked, if it is set rightly."""
+    from saeens_pipeline.assets.autointerp import expected_requests
+    from saeens_pipeline.assets.probing import validate_labelled_texts
+    from saeens_pipeline.assets.sources import validate_corpus
+    from saeens_pipeline.autointerp.endpoint import Endpoint
+    from saeens_pipeline.language_models.models import validate_modules
+
+    builders, names = {declaration.builder for declaration in wanted}, {declaration.address.name for declaration in wanted}
+    if "activations" in builders:
+        validate_modules(description, source.hook, layers)
+    if "tokens" in builders:
+        validate_corpus(source)
+    validate_labelled_texts(experiment, names, description, source.drop)
+    n_explained = sum(declaration.address.name == "autointerp" for declaration in wanted)
+    if n_explained and (endpoint := Endpoint.from_environment()):
+        _print_line(console, f"{experiment.name}/eval/autointerp: {expected_requests(experiment, n_explained)} at {endpoint.host}")
 
 
 def _restricted(

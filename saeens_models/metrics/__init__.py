@@ -9,6 +9,7 @@ from __future__ import annotations
 from saeens_models.metrics.coactivation import ConnectivityMetric, MemoryBudgetError, connectivity, streaming_memory
 from saeens_models.metrics.contexts import HISTOGRAM_BINS, FeatureContexts, FeatureContextsMetric
 from saeens_models.metrics.description_length import DescriptionLengthMetric, description_length
+from saeens_models.metrics.detection import DetectionScore, detection_score
 from saeens_models.metrics.dictionaries import (
     MAX_MATCHED_FEATURES,
     MemberComparison,
@@ -40,6 +41,7 @@ __all__ = [
     "WORTHWHILE_SHARE",
     "ConnectivityMetric",
     "DescriptionLengthMetric",
+    "DetectionScore",
     "FeatureActivity",
     "FeatureActivityMetric",
     "FeatureContexts",
@@ -61,6 +63,7 @@ __all__ = [
     "compare_members",
     "connectivity",
     "description_length",
+    "detection_score",
     "diversity",
     "gains",
     "max_cosine",

@@ -1,6 +1,7 @@
 """From declarations to Dagster assets: one multi-asset per op, which makes what its recipes say is missing."""
 
 # Without `from __future__ import annotations`: Dagster reads the annotations of ops at run time.
+import contextlib
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -174,7 +175,7 @@ def _materialise(op: Op, selected: Sequence[Declaration], partition: Partition, 
             require_sound_activations(store, inputs.values())
             try:
                 if misses:
-                    with workplace.compute.in_use(store.root):
+                    with workplace.compute.in_use(store.root) if op.on_device else contextlib.nullcontext():
                         op.make(workplace, misses)
             except Exception as error:
                 if is_full_disk(error) and not isinstance(error, SaeensError):

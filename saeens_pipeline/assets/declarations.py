@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from saeens_pipeline.storage.names import Address, Partition
@@ -57,7 +57,9 @@ class Declaration(Reference):
     """One artefact: what decides its content, and what a reader of the asset graph should know of it.
 
     `settings` are equal for all partitions and decide Dagster's code version; `partition_settings` adds what depends on the
-    partition (seeds). The first line of `description` leads with what differs from its neighbours.
+    partition (seeds). `lacking` names what this machine does not have for the making, such as an endpoint: settings of the recipe of what
+    is made without, so that it is made again as soon as there is all. What was made with it stays a hit without it.
+    The first line of `description` leads with what differs from its neighbours.
     """
 
     builder: str
@@ -68,6 +70,7 @@ class Declaration(Reference):
     source: str
     seeds: tuple[int, ...] = ()
     partition_settings: Callable[[Partition], Mapping[str, Any]] = field(default=lambda partition: {})
+    lacking: Callable[[], Mapping[str, Any]] = field(default=lambda: {})
     kinds: frozenset[str] = frozenset()
     tags: Mapping[str, str] = field(default_factory=dict)
 
@@ -103,7 +106,11 @@ class Declaration(Reference):
         """The recipe that this artefact should have now. Raises MissingInputError where something is needed first."""
         inputs = {name: store.require(artefact.address, where).data_version for name, artefact, where in self.input_partitions(partition)}
         inputs |= {f"{each.name}, {where}": artefact.data_version for each, where, artefact in self.optional_inputs(store)}
-        return Recipe(self.builder, self.version, {**self.settings, **self.partition_settings(partition)}, inputs)
+        recipe = Recipe(self.builder, self.version, {**self.settings, **self.partition_settings(partition)}, inputs)
+        lacking = self.lacking()
+        if not lacking or store.hit(self.address, partition, recipe):
+            return recipe
+        return replace(recipe, settings={**recipe.settings, **lacking})
 
 
 class Workplace(NamedTuple):

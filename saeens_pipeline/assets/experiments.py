@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from saeens_pipeline.assets.autointerp import autointerp_op
 from saeens_pipeline.assets.baselines import baselines_of, shape_of
 from saeens_pipeline.assets.contexts import contexts_op
 from saeens_pipeline.assets.declarations import Declaration, Op, Reference
@@ -54,7 +55,7 @@ def experiment_ops(experiment: ExperimentSettings) -> list[Op]:
     ops += [bagging, boosting]
 
     subject = Subject(experiment, activations, bagging.outputs[0], boosting.outputs[0], baselines)
-    if set(experiment.evaluations) - {"stability", "marginal_gain", "features", "contexts", *PROBED}:
+    if set(experiment.evaluations) - {"stability", "marginal_gain", "features", "contexts", "autointerp", *PROBED}:
         ops.append(evaluation_op(subject))
     if "stability" in experiment.evaluations:
         ops.append(stability_op(subject))
@@ -62,6 +63,8 @@ def experiment_ops(experiment: ExperimentSettings) -> list[Op]:
         ops.append(features_op(subject))
     if "contexts" in experiment.evaluations:
         ops.append(contexts_op(subject))
+    if "autointerp" in experiment.evaluations:
+        ops.append(autointerp_op(subject, ops[-1].outputs[0]))
     if set(experiment.evaluations) & set(PROBED):
         ops.append(probing_op(subject))
     if "marginal_gain" in experiment.evaluations:

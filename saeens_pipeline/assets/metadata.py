@@ -10,9 +10,11 @@ from urllib.parse import quote
 
 import dagster as dg
 
+from saeens_pipeline.assets.autointerp import AUTOINTERP
 from saeens_pipeline.assets.declarations import Declaration, Reference
 from saeens_pipeline.assets.pareto import PICTURE_FILE, TABLE_FILE
 from saeens_pipeline.assets.probing import PROBED
+from saeens_pipeline.autointerp.interview import SCORED
 from saeens_pipeline.storage.names import CURVE_FILE, Partition
 from saeens_pipeline.storage.recipes import Artefact, read_artefact
 from saeens_pipeline.storage.tables import LEADERBOARD, PARETO, SUBJECT, columns_of
@@ -32,6 +34,7 @@ _FROM_COLUMNS = {  # of other tables, that have other names
     "explained_variance_gain": ("explained_variance",),
     "stability_gain": ("stability",),
     "suggested": ("explained_variance", "stability"),
+    "explanation": ("contexts",),
 }
 _MEASURED_BY_RECORD = {"cost": "provenance", "training_curves": "training_curve"}  # tables that look at no weights, and at what instead
 _INLINE_CHARACTERS = 1000  # longer Markdown hides behind a link in the UI
@@ -207,6 +210,8 @@ def _table_summary(declaration: Declaration, artefact: Artefact) -> dict[str, An
     summary: dict[str, Any] = {"dagster/row_count": len(table)}
     if name == LEADERBOARD.name:
         return summary | {"best": _best(table)}
+    if name == AUTOINTERP:
+        return summary | _autointerp_summary(table, artefact)
     if name in PROBED:
         return summary | {"summary": dg.MetadataValue.md(_by_number_of_features(name, table))}
     loss = artefact.provenance.get("next_token_loss")
@@ -231,6 +236,32 @@ def _table_summary(declaration: Declaration, artefact: Artefact) -> dict[str, An
     if png:
         summary["plot"] = dg.MetadataValue.md(as_markdown(png, name.replace("_", " ")))
     return summary
+
+
+def _autointerp_summary(table: pl.DataFrame, artefact: Artefact) -> dict[str, Any]:
+    """Whether there was an endpoint, means over features, and what was asked."""
+    import polars as pl
+
+    made = artefact.provenance[AUTOINTERP]
+    scored = table.drop_nulls("detection_score").group_by("method", maintain_order=True)
+    means = scored.agg(pl.len(), pl.col("detection_score", "control_score").mean())
+    rows = [
+        f"| {row['method']} | {row['len']} | {row['detection_score']:.3f} "
+        f"| {'' if row['control_score'] is None else format(row['control_score'], '.3f')} |"
+        for row in means.iter_rows(named=True)
+    ]
+    others = table.filter(pl.col("status") != SCORED).group_by("status", maintain_order=True).len()
+    head = ["| method | features scored | mean detection score | with another feature's explanation |", "|---|---|---|---|"]
+    return {
+        "status": made["status"],
+        "summary": dg.MetadataValue.md("\n".join([*head, *rows])) if rows else None,
+        "not scored": ", ".join(f"{n}: {why}" for why, n in others.iter_rows()) or None,
+        "requests asked": made["requests"],
+        "answers from disk": made["answers_from_disk"],
+        "malformed answers": made["malformed_answers"],
+        "tokens in": made["tokens_in"],
+        "tokens out": made["tokens_out"],
+    }
 
 
 def _by_number_of_features(name: str, table: pl.DataFrame) -> str:

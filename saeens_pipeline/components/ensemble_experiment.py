@@ -22,6 +22,7 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from saeens_pipeline.components.activation_source import Name
+from saeens_pipeline.components.autointerp import AutoInterpSettings
 from saeens_pipeline.components.downstream_tasks import ConceptDetectionSettings, SpuriousCorrelationSettings
 from saeens_pipeline.components.sweeps import name_of_value, swept, validate_sweep
 from saeens_pipeline.storage.names import RESERVED_GROUPS
@@ -42,6 +43,7 @@ Evaluation = Literal[
     "training_curves",
     "features",
     "contexts",
+    "autointerp",
     "concept_detection",
     "spurious_correlation",
 ]
@@ -297,6 +299,9 @@ class ExperimentSettings(BaseModel):
     spurious_correlation: SpuriousCorrelationSettings = Field(
         default=SpuriousCorrelationSettings(), description="texts of the table spurious_correlation, if it is one of the evaluations"
     )
+    autointerp: AutoInterpSettings | None = Field(
+        None, description="which language model explains features for the table autointerp, if it is one of the evaluations"
+    )
     checks: CheckSettings = Field(CheckSettings(), description="from where on to warn: explained variance, dead features, L0")
     evaluation_memory_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
         8.0, description="most memory that connectivity, or pooled codes, may take, in GB of 10^9 bytes; decides no result"
@@ -338,6 +343,10 @@ class ExperimentSettings(BaseModel):
             raise ValueError("keep_residuals: all, but ensemble.boosting: concurrent makes no residuals; write none, or leave it out")
         if "marginal_gain" in self.evaluations and "reconstruction" not in self.evaluations:
             raise _wrong(["evaluations"], "marginal_gain is computed from the table reconstruction: add it, or leave marginal_gain out")
+        if "autointerp" in self.evaluations and "contexts" not in self.evaluations:
+            raise _wrong(["evaluations"], "autointerp explains the table contexts: add it, or leave autointerp out")
+        if "autointerp" in self.evaluations and self.autointerp is None:
+            raise _wrong(["evaluations"], "autointerp asks a language model: say which, as in autointerp: {model: gpt-4o-mini}")
         if isinstance(self.sae, list):
             self._check_list(self.sae)
         self._check_specialised()

@@ -176,6 +176,22 @@ TABLES = {
             ),
         ),
         Table(
+            "autointerp",
+            "What a language model says that features respond to, and how well that tells where they fire",
+            (
+                Column("member", "int", "member or round, from 1"),
+                Column("index", "int", "row of that member's W_dec, from 0"),
+                Column("explanation", "str", "from every other context of the table contexts; null where there is none"),
+                Column("detection_score", "float", "balanced accuracy of telling, by the explanation, where it fires; 0.5 is chance"),
+                Column("true_positive_rate", "float", "share of the other contexts that are said to fit the explanation"),
+                Column("false_positive_rate", "float", "share of random windows, on which it does not fire, that are said to fit"),
+                Column("control_score", "float", "detection_score on the same texts with another feature's explanation"),
+                Column("n_examples", "int", "texts that the scores are over, half of them contexts; null where there are too few"),
+                Column("status", "str", "scored, malformed answer, refused, too few contexts, too few silent windows"),
+                Column("model", "str", "the language model that was asked"),
+            ),
+        ),
+        Table(
             "concept_detection",
             "How much of a concept is in a few features",
             (

@@ -312,7 +312,7 @@ def test_the_schedule_skips_what_is_fresh_and_retrains_what_changed(finished: La
         assert "fresh" in str(result.skip_message)
         finished.declare(baselines=["expanded"])  # tables and what compares them are stale
         assert isinstance(_retraining(finished, instance), dg.RunRequest)
-        on_request = {"features", "contexts", "concept_detection", "spurious_correlation"}
+        on_request = {"features", "contexts", "autointerp", "concept_detection", "spurious_correlation"}
         tables = {f"{NAME}/eval/{name}" for name in ALL_TABLES.keys() - on_request}
         assert _retrain(finished, instance) == tables | {REPORT}
         assert isinstance(_retraining(finished, instance), dg.SkipReason)

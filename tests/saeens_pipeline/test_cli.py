@@ -147,7 +147,9 @@ def test_status_tells_fresh_stale_and_missing(finished: Laboratory, saeens: Saee
     assert "training.learning_rate: 0.01" in outcome.out
 
 
-@pytest.mark.parametrize("name", sorted(TABLES.keys() - {"features", "contexts", "concept_detection", "spurious_correlation"}))
+@pytest.mark.parametrize(
+    "name", sorted(TABLES.keys() - {"features", "contexts", "autointerp", "concept_detection", "spurious_correlation"})
+)
 def test_tables_in_csv_and_json_are_printed_alone_and_read_back(finished: Laboratory, saeens: Saeens, name: str):
     expected = read_table(finished.root, NAME, name)
     csv, in_json = (saeens("table", NAME, name, "--format", form) for form in ("csv", "json"))

@@ -125,7 +125,13 @@ def _row(laboratory: Laboratory, table: str, **wanted: Any) -> dict[str, Any]:
 # the tables
 
 
-TABLES = CONTRACT.keys() - {"features", "contexts", "concept_detection", "spurious_correlation"}  # which have tests of their own
+TABLES = CONTRACT.keys() - {
+    "features",
+    "contexts",
+    "autointerp",
+    "concept_detection",
+    "spurious_correlation",
+}  # which have tests of their own
 
 
 @pytest.mark.parametrize("table", sorted(TABLES))

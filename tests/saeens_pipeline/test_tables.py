@@ -24,6 +24,7 @@ CONTRACT = {
     "device dtype boosting_mode",
     "features": "member index density mean_activation nearest_member nearest_cosine nearest_other_seed_cosine top_tokens",
     "contexts": "member index max_activation contexts histogram bin_width promoted_tokens suppressed_tokens",
+    "autointerp": "member index explanation detection_score true_positive_rate false_positive_rate control_score n_examples status model",
     "concept_detection": "dataset label n_probe_features code_scale accuracy n_distinct_features accuracy_distinct",
     "spurious_correlation": "task n_ablated accuracy_biased accuracy_clean accuracy_ablated worst_group_accuracy scr scr_metric",
     "training_curves": "member step tokens loss explained_variance l0 dead_features learning_rate",

@@ -1,0 +1,429 @@
+"""The client against a server that speaks OpenAI's protocol, with all that a server may do; and the interview, interrupted and resumed."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import logging
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_endpoint import Canned, FakeEndpoint, Question, completion, failure, serving
+
+from saeens_pipeline.autointerp.answers import FOLDER, Answers
+from saeens_pipeline.autointerp.endpoint import KEY_VARIABLE, URL_VARIABLE, Client, Endpoint, RefusedError, Reply
+from saeens_pipeline.autointerp.interview import MALFORMED_AT_FIRST, Interviewer, Subject, Verdict
+from saeens_pipeline.autointerp.protocol import Examples
+from saeens_pipeline.components.autointerp import AutoInterpSettings
+from saeens_pipeline.errors import ConfigurationError, SaeensError
+
+KEY = "sk-very-secret-0123456789"
+REQUEST = {"model": "fake", "messages": [{"role": "system", "content": "-"}, {"role": "user", "content": "-"}], "temperature": 0}
+SOON = {"retry_after_ms": "20"}
+
+
+def rule(question: Question) -> str:
+    """Explains texts by the letter that they begin with; then those fit that begin with it."""
+    if question.explanation is None:
+        return f"begins with {question.texts[0][0]}" if question.texts else "nothing"
+    return json.dumps([int(text[0] == question.explanation[-1]) for text in question.texts])
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeEndpoint]:
+    with serving(FakeEndpoint(rule)) as endpoint:
+        monkeypatch.setenv(URL_VARIABLE, endpoint.url)
+        monkeypatch.setenv(KEY_VARIABLE, KEY)
+        yield endpoint
+
+
+def _endpoint() -> Endpoint:
+    endpoint = Endpoint.from_environment()
+    assert endpoint is not None
+    return endpoint
+
+
+def _ask(timeout_seconds: float = 30, retries: int = 2) -> Reply:
+    async def ask() -> Reply:
+        client = Client(_endpoint(), timeout_seconds, retries)
+        try:
+            return await client.ask(REQUEST)
+        finally:
+            await client.close()
+
+    return asyncio.run(ask())
+
+
+def _subjects(n: int) -> list[Subject]:
+    """Feature i fires on texts that begin with the i-th letter; the control is the next one's explanation."""
+    letters = "abcdefghijklmnopqrst"
+    return [
+        Subject(
+            Examples(
+                (f"{letter}-shown 1", f"{letter}-shown 2"),
+                (f"{letter}-held out", "A", f"{letter}-also", "B"),
+                (True, False, True, False),
+            ),
+            (i + 1) % n,
+        )
+        for i, letter in enumerate(letters[:n])
+    ]
+
+
+def _interviewer(root: Path, **settings: Any) -> Interviewer:
+    given = {"model": "fake", "requests_at_once": 3, "retries": 0} | settings
+    return Interviewer(AutoInterpSettings.model_validate(given), Answers(root), Endpoint.from_environment())
+
+
+def _run(interviewer: Interviewer, n: int = 6) -> list[Verdict | None]:
+    return interviewer.interview(_subjects(n), lambda n, before=False: None)
+
+
+# Where it is
+
+
+def test_without_a_url_there_is_no_endpoint(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv(URL_VARIABLE, raising=False)
+    monkeypatch.setenv(KEY_VARIABLE, KEY)
+    assert Endpoint.from_environment() is None and not Endpoint.is_configured()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [f"localhost:8080/v1?key={KEY}", f"ftp://x:{KEY}@host/v1", f"https://host/v1?api-key={KEY}", f"http://host:{KEY}/v1", "http://", "x"],
+)
+def test_what_is_no_address_is_refused_and_not_repeated(url: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(URL_VARIABLE, url)
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    with pytest.raises(ConfigurationError, match=URL_VARIABLE) as caught:
+        Endpoint.from_environment()
+    assert KEY not in str(caught.value) and caught.value.__cause__ is caught.value.__context__ is None
+
+
+def test_a_key_and_a_password_are_one_too_many(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(URL_VARIABLE, "http://me:hunter22222@localhost/v1")
+    monkeypatch.setenv(KEY_VARIABLE, KEY)
+    with pytest.raises(ConfigurationError, match="one of the two") as caught:
+        Endpoint.from_environment()
+    assert "hunter" not in str(caught.value) and KEY not in str(caught.value)
+
+
+def test_a_key_with_a_line_break_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(URL_VARIABLE, "http://localhost/v1")
+    monkeypatch.setenv(KEY_VARIABLE, f"{KEY}\n{KEY}")
+    with pytest.raises(ConfigurationError, match=KEY_VARIABLE) as caught:
+        Endpoint.from_environment()
+    assert KEY not in str(caught.value)
+
+
+def test_without_the_package_the_error_says_how_to_install_it(fake: FakeEndpoint, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigurationError, match=r"pip install .*\[autointerp\]"):
+        Endpoint.from_environment()
+
+
+def test_an_endpoint_shows_its_host_alone(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(URL_VARIABLE, "https://me:hunter22222@example.com:8443/v1")
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    assert repr(_endpoint()) == "Endpoint(host='https://example.com:8443')"
+
+
+# What it answers
+
+
+def test_a_request_is_that_of_the_protocol_and_a_reply_is_read(fake: FakeEndpoint):
+    fake.always = Canned(200, completion("yes"))
+    assert _ask() == Reply("yes", False, 100, 10)
+    assert fake.requests == [REQUEST]
+    assert fake.headers[0]["authorization"] == f"Bearer {KEY}"
+
+
+def test_a_password_of_the_url_is_sent_as_such(fake: FakeEndpoint, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv(KEY_VARIABLE)
+    monkeypatch.setenv(URL_VARIABLE, fake.url.replace("//", "//me:hunter%2022222@"))
+    _ask()
+    assert base64.b64decode(fake.headers[0]["authorization"].removeprefix("Basic ")) == b"me:hunter 22222"
+
+
+def test_variables_that_are_meant_for_others_are_not_sent(fake: FakeEndpoint, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv(KEY_VARIABLE)
+    for name in ("OPENAI_API_KEY", "OPENAI_ADMIN_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
+        monkeypatch.setenv(name, f"other-{KEY}")
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    _ask()
+    assert KEY not in str(fake.headers)
+
+
+@pytest.mark.parametrize("first", [failure(429, "slow down", **SOON), failure(500, "oops", **SOON), failure(503, "later", **SOON)])
+def test_what_may_pass_is_tried_again(first: Canned, fake: FakeEndpoint):
+    fake.canned = [first, first]
+    fake.always = Canned(200, completion("yes"))
+    assert _ask(retries=2).text == "yes"
+    assert len(fake.requests) == 3
+
+
+def test_retry_after_is_waited_for(fake: FakeEndpoint, caplog: pytest.LogCaptureFixture):
+    fake.canned = [failure(429, "slow down", retry_after="0.0625")]
+    with caplog.at_level(logging.INFO, "openai"):
+        _ask()
+    assert "in 0.062500 seconds" in caplog.text
+    assert len(fake.requests) == 2
+
+
+def test_an_answer_that_takes_too_long_is_asked_for_again(fake: FakeEndpoint):
+    fake.canned = [Canned(200, completion("late"), delay_seconds=1.5)]
+    fake.always = Canned(200, completion("yes"))
+    assert _ask(timeout_seconds=0.5, retries=1).text == "yes"
+
+
+@pytest.mark.parametrize(
+    ("canned", "error", "message"),
+    [
+        (failure(401, f"Incorrect API key provided: {KEY[:6]}***{KEY[-4:]}"), ConfigurationError, KEY_VARIABLE),
+        (failure(403, f"not for {KEY}"), ConfigurationError, "refuses the key"),
+        (failure(404, "The model `fake` does not exist"), ConfigurationError, "no model 'fake'.*does not exist"),
+        (failure(400, "max_tokens is not supported"), RefusedError, "max_tokens is not supported.*autointerp.parameters"),
+        (failure(429, f"out of quota, {KEY}", **SOON), SaeensError, r"out of quota, \*\*\*"),
+        (failure(500, "on fire", **SOON), SaeensError, "on fire.*what it answered is kept"),
+        (Canned(200, completion("late"), delay_seconds=1.5), SaeensError, "timeout_seconds"),
+    ],
+)
+def test_what_does_not_pass_is_said_in_one_sentence_without_the_key(
+    canned: Canned, error: type[SaeensError], message: str, fake: FakeEndpoint
+):
+    fake.always = canned
+    with pytest.raises(error, match=message) as caught:
+        _ask(timeout_seconds=0.5 if canned.delay_seconds else 30, retries=0)
+    assert type(caught.value) is error
+    assert KEY not in str(caught.value) and KEY[-4:] not in str(caught.value)
+    assert caught.value.__cause__ is caught.value.__context__ is None  # which Dagster would record
+
+
+def test_errors_that_do_not_pass_are_not_tried_again(fake: FakeEndpoint):
+    fake.always = failure(401, "no")
+    with pytest.raises(ConfigurationError):
+        _ask(retries=5)
+    assert len(fake.requests) == 1
+
+
+def test_nobody_there_is_said_with_the_host(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(URL_VARIABLE, "http://me:hunter22222@127.0.0.1:9/v1")
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    with pytest.raises(SaeensError, match=r"http://127.0.0.1:9 cannot be reached") as caught:
+        _ask(retries=0)
+    assert "hunter" not in str(caught.value) and caught.value.__cause__ is None
+
+
+def test_a_wrong_path_is_said_to_be_one(fake: FakeEndpoint, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(URL_VARIABLE, fake.url.removesuffix("/v1"))
+    with pytest.raises(ConfigurationError, match="usually ends in /v1"):
+        _ask()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(
+            "",
+            "<html>hello</html>",
+            "{",
+            "[]",
+            "3",
+            "null",
+            "{}",
+            '{"choices": []}',
+            '{"choices": null}',
+            '{"choices": [3]}',
+            "[" * 100_000,
+        ),
+        '{"choices": [{"message": {"content": null}}], "usage": null}',
+        '{"choices": [{"message": {"content": [1]}}], "usage": {"prompt_tokens": "x"}}',
+    ],
+    ids=lambda body: body[:60],
+)
+def test_bodies_that_are_no_completions_hold_no_text(body: str, fake: FakeEndpoint):
+    fake.always = Canned(200, body)
+    assert _ask() == Reply(None, False, 0, 0)
+
+
+def test_an_answer_that_repeats_the_key_or_holds_half_characters_is_cleaned(fake: FakeEndpoint):
+    fake.always = Canned(200, completion(f"{KEY} \ud800 {base64.b64encode(b'x').decode()}"))
+    assert _ask().text == "*** ? eA=="
+
+
+# Many questions
+
+
+def test_scores_are_those_of_the_rule(fake: FakeEndpoint, tmp_path: Path):
+    verdicts = _run(_interviewer(tmp_path))
+    for i, verdict in enumerate(verdicts):
+        assert verdict is not None and verdict.score is not None and verdict.control is not None
+        assert (verdict.status, verdict.explanation) == ("scored", f"begins with {'abcdef'[i]}")
+        assert verdict.score == (1.0, 1.0, 0.0)
+        assert verdict.control == (0.5, 0.0, 0.0)
+    assert len(fake.requests) == 18
+
+
+def test_no_more_requests_wait_at_once_than_are_allowed(fake: FakeEndpoint, tmp_path: Path):
+    fake.canned = [Canned(200, completion("x"), delay_seconds=0.1)] * 9
+    _run(_interviewer(tmp_path, requests_at_once=3), n=9)
+    assert fake.most_at_once == 3
+
+
+def test_what_was_answered_is_not_asked_again(fake: FakeEndpoint, tmp_path: Path):
+    first = _run(_interviewer(tmp_path))
+    again = _interviewer(tmp_path)
+    assert _run(again) == first
+    assert (again.asked, again.from_disk, len(fake.requests)) == (0, 18, 18)
+
+
+@pytest.mark.parametrize("changed", [{"model": "other"}, {"parameters": {"temperature": 1}}])
+def test_another_model_or_other_parameters_are_asked_anew(changed: dict[str, Any], fake: FakeEndpoint, tmp_path: Path):
+    _run(_interviewer(tmp_path))
+    _run(_interviewer(tmp_path, **changed))
+    assert len(fake.requests) == 36
+
+
+def test_without_an_endpoint_what_was_answered_is_known_and_nothing_else(
+    fake: FakeEndpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    known = _run(_interviewer(tmp_path), n=4)
+    monkeypatch.delenv(URL_VARIABLE)
+    found = _run(_interviewer(tmp_path), n=6)  # the fourth has another control
+    assert found == [*known[:3], None, None, None]
+    assert len(fake.requests) == 12
+
+
+def test_a_damaged_answer_is_asked_for_again(fake: FakeEndpoint, tmp_path: Path):
+    first = _run(_interviewer(tmp_path))
+    files = sorted((tmp_path / FOLDER).glob("*/*.json"))
+    for file, damage in zip(files, ["", "{", '{"answer": 3}', "[]", '{"answer": "[7]"}', b"\xff"], strict=False):
+        file.write_bytes(damage if isinstance(damage, bytes) else damage.encode())
+    assert _run(_interviewer(tmp_path)) == first
+    assert 18 + 5 <= len(fake.requests) <= 18 + 6  # the fifth is an explanation, if that is what it is of
+
+
+def test_the_estimate_is_what_is_then_asked(fake: FakeEndpoint, tmp_path: Path):
+    interviewer = _interviewer(tmp_path, prices={"input": 2.0, "output": 8.0})
+    estimate = interviewer.estimate(_subjects(6))
+    _run(interviewer)
+    assert (estimate.requests, estimate.known) == (interviewer.asked, 0)
+    sent = sum(len(message["content"]) for request in fake.requests for message in request["messages"])
+    assert sent / 3 <= estimate.tokens_in <= sent / 2
+    assert estimate.price(interviewer.settings) == pytest.approx((estimate.tokens_in * 2 + estimate.tokens_out * 8) / 1e6)
+    assert interviewer.estimate(_subjects(6)) == (0, 0, 0, 18)
+    assert (interviewer.tokens_in, interviewer.tokens_out) == (1800, 180)
+
+
+def test_an_answer_that_cannot_be_read_is_asked_for_again_with_a_complaint(fake: FakeEndpoint, tmp_path: Path):
+    fake.canned = [Canned(200, completion("")), Canned(200, "<html>")]
+    (verdict,) = _run(_interviewer(tmp_path, control=False, requests_at_once=1), n=1)
+    assert verdict is not None and verdict.status == "scored"
+    second, third = fake.requests[1:3]
+    assert second["messages"][:2] == fake.requests[0]["messages"] and len(second["messages"]) == len(third["messages"]) == 4
+
+
+@pytest.mark.parametrize("text", ["no idea", "[1]", "[1, 0, 1, 0, 1]", None])
+def test_answers_that_cannot_be_read_in_the_end_are_recorded_as_such(text: str | None, fake: FakeEndpoint, tmp_path: Path):
+    fake.rule = lambda question: rule(question) if question.explanation is None or question.explanation[-1] != "b" else text or ""
+    interviewer = _interviewer(tmp_path)
+    verdicts = _run(interviewer)
+    assert [verdict.status for verdict in verdicts if verdict] == ["scored", "malformed answer", *["scored"] * 4]
+    assert verdicts[1] == Verdict("malformed answer", "begins with b")
+    assert verdicts[0] is not None and verdicts[0].score is not None and verdicts[0].control is None
+    assert interviewer.malformed == 6
+    asked = len(fake.requests)
+    _run(_interviewer(tmp_path))
+    assert len(fake.requests) == asked + 6  # these are asked again, and nothing else
+
+
+def test_an_explanation_that_is_cut_off_is_none(fake: FakeEndpoint, tmp_path: Path):
+    fake.canned = [Canned(200, completion("this goes on", "length"))] * 3
+    interviewer = _interviewer(tmp_path, requests_at_once=1)
+    first, second = _run(interviewer, n=2)
+    assert first == Verdict("malformed answer")
+    assert second is not None and second.status == "scored" and second.control is None
+
+
+def test_an_endpoint_that_answers_nothing_that_can_be_read_is_not_asked_on(fake: FakeEndpoint, tmp_path: Path):
+    fake.always = Canned(200, completion("cut", "length"))
+    with pytest.raises(SaeensError, match=r"none of the first 20 answers.*autointerp\.parameters"):
+        _run(_interviewer(tmp_path), n=20)
+    assert MALFORMED_AT_FIRST <= len(fake.requests) <= MALFORMED_AT_FIRST + 3
+
+
+def test_a_request_that_is_refused_stops_the_first_and_is_recorded_later(fake: FakeEndpoint, tmp_path: Path):
+    fake.canned = [failure(400, "no such parameter")]
+    with pytest.raises(SaeensError, match="no such parameter"):
+        _run(_interviewer(tmp_path, requests_at_once=1))
+    fake.canned = [Canned(200, completion("begins with a")), failure(400, "a text that it does not like")]
+    verdicts = _run(_interviewer(tmp_path, requests_at_once=1))
+    assert [verdict.status for verdict in verdicts if verdict] == ["scored", "refused", *["scored"] * 4]
+
+
+def test_what_was_answered_before_the_endpoint_went_down_is_kept(fake: FakeEndpoint, tmp_path: Path):
+    def until_down(question: Question) -> str:
+        if len(fake.requests) == 9:
+            fake.always = failure(500, "down")
+        return rule(question)
+
+    fake.rule = until_down
+    with pytest.raises(SaeensError, match="down"):
+        _run(_interviewer(tmp_path, requests_at_once=1))
+    assert len(list((tmp_path / FOLDER).glob("*/*.json"))) == 9
+    fake.always, fake.requests = None, []
+    fake.rule = rule
+    verdicts = _run(_interviewer(tmp_path))
+    assert all(verdict and verdict.status == "scored" for verdict in verdicts)
+    assert len(fake.requests) == 18 - 9
+
+
+def test_a_killed_interview_goes_on_where_it_was(fake: FakeEndpoint, tmp_path: Path):
+    here = Path(__file__).parent
+    script = (
+        f"import sys; sys.path.insert(0, {str(here)!r}); from pathlib import Path; import test_autointerp_endpoint as t; "
+        f"t._run(t._interviewer(Path({str(tmp_path)!r})))"
+    )
+    child: list[subprocess.Popen[bytes]] = []
+
+    def until_killed(question: Question) -> str:
+        if len(fake.requests) == 11:
+            child[0].send_signal(signal.SIGKILL)
+            child[0].wait()
+        return rule(question)
+
+    fake.rule = until_killed
+    child.append(subprocess.Popen([sys.executable, "-c", script]))
+    assert child[0].wait() == -signal.SIGKILL
+    answered = [json.loads(file.read_text()) for file in (tmp_path / FOLDER).glob("*/*.json")]
+    assert 11 - 3 <= len(answered) <= 10 and all(each["answer"] for each in answered)
+    fake.requests, fake.rule = [], rule
+    assert all(verdict and verdict.status == "scored" for verdict in _run(_interviewer(tmp_path)))
+    assert len(fake.requests) == 18 - len(answered)
+
+
+def test_the_key_is_in_no_file_and_in_no_log_line(fake: FakeEndpoint, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    fake.rule = lambda question: f"{KEY} {rule(question)}"
+    fake.canned = [failure(429, KEY, **SOON)]
+    with caplog.at_level(logging.DEBUG):
+        _run(_interviewer(tmp_path, retries=1))
+    assert caplog.records
+    assert KEY not in caplog.text
+    files = list((tmp_path / FOLDER).glob("*/*.json"))
+    assert len(files) == 18 and not any(KEY in file.read_text() for file in files)
+
+
+def test_nothing_is_kept_of_an_answer_that_cannot_be_written(fake: FakeEndpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("saeens_pipeline.autointerp.answers.flush", full)
+    with pytest.raises(OSError, match="No space left"):
+        _run(_interviewer(tmp_path))
+    assert not list((tmp_path / FOLDER).glob("*/*.json"))
