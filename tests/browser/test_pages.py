@@ -101,7 +101,8 @@ _CONTRAST = """element => {
   // from the page upwards, each background over what is behind it
   const layers = [];
   for (let behind = element; behind; behind = behind.parentElement) layers.unshift(numbers(getComputedStyle(behind).backgroundColor));
-  const surface = layers.reduce((below, [r, g, b, alpha = 1]) => [r, g, b].map((c, i) => c * alpha + below[i] * (1 - alpha)), [255, 255, 255]);
+  const over = (below, [r, g, b, alpha = 1]) => [r, g, b].map((c, i) => c * alpha + below[i] * (1 - alpha));
+  const surface = layers.reduce(over, [255, 255, 255]);
   const [one, other] = [luminance(numbers(text).slice(0, 3)), luminance(surface)].sort((a, b) => b - a);
   return (one + 0.05) / (other + 0.05);
 }"""
