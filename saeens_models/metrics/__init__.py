@@ -13,14 +13,16 @@ from saeens_models.metrics.detection import DetectionScore, detection_score
 from saeens_models.metrics.dictionaries import (
     MAX_MATCHED_FEATURES,
     MemberComparison,
+    MemberMatches,
     NearestFeatures,
+    NearestInOtherRuns,
     Stability,
     compare_members,
     diversity,
+    matches_in_other_members,
     max_cosine,
-    max_cosine_to_other_runs,
     mean_max_cosine,
-    nearest_in_other_members,
+    nearest_in_other_runs,
     new_features,
     stability,
     stability_matched,
@@ -32,6 +34,7 @@ from saeens_models.metrics.intervals import MeanInterval, mean_interval
 from saeens_models.metrics.language_model_loss import LossBatch, NextTokenLoss, ce_loss_recovered, next_token_loss
 from saeens_models.metrics.marginal_gain import WORTHWHILE_SHARE, gains, suggested_size
 from saeens_models.metrics.output_tokens import OutputTokens, output_tokens
+from saeens_models.metrics.principal_axes import PrincipalAxes, principal_axes
 from saeens_models.metrics.reconstruction import Moments, Reconstruction, ReconstructionMetric, reconstruction
 from saeens_models.metrics.sparsity import Sparsity, SparsityMetric, sparsity
 
@@ -49,11 +52,14 @@ __all__ = [
     "LossBatch",
     "MeanInterval",
     "MemberComparison",
+    "MemberMatches",
     "MemoryBudgetError",
     "Moments",
     "NearestFeatures",
+    "NearestInOtherRuns",
     "NextTokenLoss",
     "OutputTokens",
+    "PrincipalAxes",
     "Reconstruction",
     "ReconstructionMetric",
     "Sparsity",
@@ -66,14 +72,15 @@ __all__ = [
     "detection_score",
     "diversity",
     "gains",
+    "matches_in_other_members",
     "max_cosine",
-    "max_cosine_to_other_runs",
     "mean_interval",
     "mean_max_cosine",
-    "nearest_in_other_members",
+    "nearest_in_other_runs",
     "new_features",
     "next_token_loss",
     "output_tokens",
+    "principal_axes",
     "reconstruction",
     "sparsity",
     "stability",

@@ -152,29 +152,77 @@ class NearestFeatures(NamedTuple):
 
     member: Tensor
     """int64 [d_sae]: which member has it, from 0"""
+    row: Tensor
+    """int64 [d_sae]: which row of that member's dictionary has it"""
     cosine: Tensor
     """float32 [d_sae]"""
 
 
-def nearest_in_other_members(W_decs: Sequence[Tensor]) -> list[NearestFeatures]:
-    """For each of at least two members, where in the others its features come back.
+class MemberMatches(NamedTuple):
+    """Of each feature of one member, the nearest feature of each of the J members of the ensemble."""
 
-    W_decs: the members' dictionaries `[d_sae, d_in]` in order. Memory: as ``compare_members``.
+    row: Tensor
+    """int64 [J, d_sae]: which row of that member's dictionary has it, the first of equals; -1 in the row of the member itself"""
+    cosine: Tensor
+    """float32 [J, d_sae]; -inf in the row of the member itself"""
+
+    def nearest(self) -> NearestFeatures:
+        """The nearest of all of them."""
+        best = self.cosine.max(0)
+        return NearestFeatures(best.indices, self.row.gather(0, best.indices[None])[0], best.values)
+
+
+def matches_in_other_members(W_decs: Sequence[Tensor]) -> list[MemberMatches]:
+    """For each of at least two members, where in each of the others its features come back.
+
+    W_decs: the members' dictionaries `[d_sae, d_in]` in order. Two members are compared once. Memory: 12 J bytes per feature, beside a
+    block of cosines and the unit rows.
     """
     if len(W_decs) < 2:
         raise ValueError(f"there is no other member to compare with: got {len(W_decs)} dictionaries")
-    nearest = [of_member.max(0) for of_member in _matches_between_members(_unit_dictionaries(W_decs))]
-    return [NearestFeatures(found.indices, found.values) for found in nearest]
+    units = _unit_dictionaries(W_decs)
+    found = [
+        MemberMatches(unit.new_full((len(units), len(unit)), -1, dtype=torch.int64), unit.new_full((len(units), len(unit)), -torch.inf))
+        for unit in units
+    ]
+    for i, j in combinations(range(len(units)), 2):
+        of_i, of_j = _nearest_rows(units[i], units[j])
+        found[i].row[j], found[i].cosine[j] = of_i
+        found[j].row[i], found[j].cosine[i] = of_j
+    return found
 
 
-def max_cosine_to_other_runs(W_decs: Sequence[Tensor]) -> list[Tensor]:
-    """For each of at least two runs, the largest cosine of each feature to any feature of any other run: float32 [n_features].
+class NearestInOtherRuns(NamedTuple):
+    """Of each feature of one run, the nearest of all features of the other runs: members stacked, n_features in all."""
 
-    W_decs: one dictionary `[n_features, d_in]` per run. ``stability`` is its mean, floored at 0. Two runs are compared once.
+    run: Tensor
+    """int64 [n_features]: which run has it, from 0"""
+    member: Tensor
+    """int64 [n_features]: which of that run's members, from 0"""
+    row: Tensor
+    """int64 [n_features]: which row of that member's dictionary has it"""
+    cosine: Tensor
+    """float32 [n_features]. ``stability`` is its mean, floored at 0"""
+
+
+def nearest_in_other_runs(runs: Sequence[Sequence[Tensor]]) -> list[NearestInOtherRuns]:
+    """For each of at least two runs, where in the others its features come back. Of equally near features the first is taken.
+
+    runs: of each the dictionaries of its members `[d_sae, d_in]` in order; sizes may differ. Two members are compared once. Memory:
+    28 bytes per feature, beside a block of cosines and the unit rows.
     """
-    if len(W_decs) < 2:
-        raise ValueError(f"there is no other run to compare with: got {len(W_decs)} dictionaries")
-    return [of_run.amax(0) for of_run in _matches_between_members(_unit_dictionaries(W_decs))]
+    if len(runs) < 2:
+        raise ValueError(f"there is no other run to compare with: got {len(runs)} dictionaries")
+    units = iter(_unit_dictionaries([W_dec for run in runs for W_dec in run]))
+    members = [list(islice(units, len(run))) for run in runs]
+    found = [[_nothing_found(unit) for unit in of_run] for of_run in members]
+    for a, b in combinations(range(len(runs)), 2):
+        for i, one in enumerate(members[a]):
+            for j, other in enumerate(members[b]):
+                of_one, of_other = _nearest_rows(one, other)
+                _keep_nearer(found[a][i], of_one, b, j)
+                _keep_nearer(found[b][j], of_other, a, i)
+    return [NearestInOtherRuns(*(torch.cat(column) for column in zip(*of_run, strict=True))) for of_run in found]
 
 
 class MemberComparison(NamedTuple):
@@ -243,6 +291,38 @@ def _best_matches(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         of_a[rows] = torch.maximum(of_a[rows], cosines.amax(1))
         of_b[columns] = torch.maximum(of_b[columns], cosines.amax(0))
     return of_a, of_b
+
+
+class _NearestRows(NamedTuple):
+    row: Tensor
+    cosine: Tensor
+
+
+def _nearest_rows(a: Tensor, b: Tensor) -> tuple[_NearestRows, _NearestRows]:
+    """Which row of b is nearest to each row of a, and which row of a to each of b."""
+    of_a, of_b = (
+        _NearestRows(unit.new_full((len(unit),), -1, dtype=torch.int64), unit.new_full((len(unit),), -torch.inf)) for unit in (a, b)
+    )
+    for rows, columns, cosines in _cosine_blocks(a, b):
+        for found, mine, theirs, dim in ((of_a, rows, columns, 1), (of_b, columns, rows, 0)):
+            best = cosines.max(dim)
+            is_nearer = best.values > found.cosine[mine]
+            found.row[mine] = torch.where(is_nearer, best.indices + theirs.start, found.row[mine])
+            found.cosine[mine] = torch.where(is_nearer, best.values, found.cosine[mine])
+    return of_a, of_b
+
+
+def _nothing_found(unit: Tensor) -> NearestInOtherRuns:
+    run, member, row = (unit.new_full((len(unit),), -1, dtype=torch.int64) for _ in range(3))
+    return NearestInOtherRuns(run, member, row, unit.new_full((len(unit),), -torch.inf))
+
+
+def _keep_nearer(found: NearestInOtherRuns, candidates: _NearestRows, run: int, member: int) -> None:
+    is_nearer = candidates.cosine > found.cosine
+    found.run[is_nearer] = run
+    found.member[is_nearer] = member
+    found.row[is_nearer] = candidates.row[is_nearer]
+    found.cosine[is_nearer] = candidates.cosine[is_nearer]
 
 
 def _best_matches_within(a: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from saeens_models.ensembles import Ensemble
-    from saeens_models.metrics import FeatureActivity
+    from saeens_models.metrics import FeatureActivity, MemberMatches
 
 TOP_TOKENS = 10  # of each feature
 
@@ -32,8 +32,9 @@ def features_op(subject: Subject) -> Op:
 
     It is made from SAEs alone, as `stability` is. The text and the activations that it reads are behind these, and change their data
     versions; as inputs, with the partitions of the activations, it would be made again in their run, before the SAEs are.
-    Memory, whatever the number of test tokens: one method's dictionaries of all seeds, twice; 136 bytes for each feature of one of them;
-    and the rows, of about 300 bytes per feature and seed.
+    Memory, whatever the number of test tokens: one method's dictionaries of all seeds, twice; 136 bytes for each feature of one of them,
+    12 more for each member that it is compared with, and 28 for each feature of all seeds; and the rows, of about 300 bytes per feature
+    and seed, with 20 more for each other member.
     """
     experiment = subject.experiment
     features = subject.declare("features", subject.dictionaries, dimensions="layer")
@@ -73,49 +74,60 @@ class _Features:
 
     def rows(self, partition: Partition, method: _Method) -> pl.DataFrame:
         """The features of one method under all seeds."""
+        import numpy as np
         import polars as pl
-        import torch
 
-        from saeens_models.metrics import max_cosine_to_other_runs
+        from saeens_models.metrics import nearest_in_other_runs
 
+        seeds = self.subject.experiment.ensemble.seeds
         parts: list[pl.DataFrame] = []
-        dictionaries: list[Tensor] = []
-        for where in (Partition(partition.layer, seed) for seed in self.subject.experiment.ensemble.seeds):
+        dictionaries: list[list[Tensor]] = []
+        for where in (Partition(partition.layer, seed) for seed in seeds):
             ensemble = load_dictionary(self.workplace, method.dictionary, where)
             parts += self._rows_of_seed(where, method, ensemble)
-            dictionaries.append(ensemble.W_dec.detach())
+            dictionaries.append([sae.W_dec.detach() for sae in ensemble])
         rows = pl.concat(parts)
         if len(dictionaries) == 1:
             return rows
-        cosines = torch.cat(max_cosine_to_other_runs(dictionaries)).double().cpu().numpy()
-        return rows.with_columns(nearest_other_seed_cosine=pl.Series(cosines))
+        run, member, row, cosine = (
+            np.concatenate([column.cpu().numpy() for column in of_runs])
+            for of_runs in zip(*nearest_in_other_runs(dictionaries), strict=True)
+        )
+        return rows.with_columns(
+            nearest_other_seed_cosine=cosine.astype(float),
+            nearest_other_seed=np.array(seeds)[run],
+            nearest_other_seed_member=member + 1,
+            nearest_other_seed_index=row,
+        )
 
     def _rows_of_seed(self, partition: Partition, method: _Method, ensemble: Ensemble) -> Iterator[pl.DataFrame]:
         """Member by member, without the comparison with other seeds."""
         import polars as pl
 
-        from saeens_models.metrics import nearest_in_other_members
+        from saeens_models.metrics import matches_in_other_members
 
         store, dictionary = self.workplace.store, method.dictionary
         is_ensemble = dictionary.builder == "ensemble"
         saes = self.subject.members(store, dictionary, partition) if is_ensemble else [store.require(dictionary.address, partition)]
-        nearest = nearest_in_other_members([sae.W_dec for sae in ensemble]) if len(ensemble) > 1 else [None]
+        matches = matches_in_other_members([sae.W_dec for sae in ensemble]) if len(ensemble) > 1 else [None]
         empty = frame("features", [])
-        for number, (sae, activity, near) in enumerate(
-            zip(saes, self._activity(partition, method, ensemble), nearest, strict=True), start=1
+        for number, (sae, activity, of_member) in enumerate(
+            zip(saes, self._activity(partition, method, ensemble), matches, strict=True), start=1
         ):
+            near = None if of_member is None else of_member.nearest()
             columns: dict[str, Any] = {
                 "index": range(len(activity.density)),
                 "density": activity.density.cpu().numpy(),
                 "mean_activation": activity.mean_activation.cpu().numpy(),
                 "nearest_member": None if near is None else near.member.cpu().numpy() + 1,
                 "nearest_cosine": None if near is None else near.cosine.cpu().numpy(),
-                "nearest_other_seed_cosine": None,
+                "matches": None if of_member is None else _match_lists(of_member),
                 "top_tokens": self.tokens.lists(activity.top_tokens),
             }
             same = self.subject.row(store, partition, method.name, method.n_members, [sae.data_version]) | {"member": number}
             rows = pl.DataFrame(columns).with_columns(pl.lit(value).alias(column) for column, value in same.items())
             rows = rows.with_columns(pl.col("mean_activation").fill_nan(None))
+            rows = pl.concat([empty, rows], how="diagonal_relaxed")  # what is compared between seeds is null so far
             yield rows.select(empty.columns).cast(empty.schema)  # pyright: ignore[reportArgumentType]  # a schema is what cast takes
 
     def _activity(self, partition: Partition, method: _Method, ensemble: Ensemble) -> list[FeatureActivity]:
@@ -132,6 +144,16 @@ class _Features:
                     advance(len(chunk))
 
             return feature_activity(ensemble, chunks(), TOP_TOKENS)
+
+
+def _match_lists(matches: MemberMatches) -> list[str]:
+    """For each feature a JSON list of [member, index, cosine], with members from 1."""
+    others = [j for j, rows in enumerate(matches.row.tolist()) if rows[0] >= 0]
+    rows = zip(matches.row[others].T.tolist(), matches.cosine[others].T.tolist(), strict=True)
+    return [
+        f"[{', '.join(f'[{j + 1}, {index}, {cosine:.4f}]' for j, index, cosine in zip(others, indices, cosines, strict=True))}]"
+        for indices, cosines in rows
+    ]
 
 
 class TokenStrings:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saeens_pipeline.report import figures
 from saeens_pipeline.report.control import compare
+from saeens_pipeline.report.feature_browser import COLUMNS, PAGE, FeatureBrowser
 from saeens_pipeline.report.lineage_diagram import diagram
 from saeens_pipeline.report.main_table import METRICS, main_table, metrics_of
 from saeens_pipeline.report.methods import in_order, method
@@ -43,6 +44,8 @@ class Section:
     about: str
     figures: Sequence[figures.Figure]
     missing: Sequence[str]
+    link: tuple[str, str] | None = None
+    """a page of its own, and what it has"""
 
 
 def write_report(folder: Path, store: Store, catalogue: Catalogue, experiment: ExperimentSettings, layer: int) -> None:
@@ -56,7 +59,8 @@ def write_report(folder: Path, store: Store, catalogue: Catalogue, experiment: E
     comparisons = list(compare(results, untrained)) if untrained else []
     setting = setting_of(record.language_model, str(record.setting("hook")), layer, str(record.setting("weights")))
     train_tokens = record.setting("train_tokens")
-    sections = list(_sections(results, experiment))
+    browser = FeatureBrowser.read(store, results, experiment.ensemble.seeds)
+    sections = list(_sections(results, experiment, browser))
     page = {
         "experiment": experiment.name,
         "layer": layer,
@@ -78,6 +82,7 @@ def write_report(folder: Path, store: Store, catalogue: Catalogue, experiment: E
         if setting
         else [],
         "sections": sections,
+        "browser": browser,
         "diagram": diagram(record),
         "overview_missing": _missing(results, experiment, ("reconstruction", "coactivation", "stability", "cost")),
         "methods": [method(name) for name in results.methods],
@@ -85,6 +90,8 @@ def write_report(folder: Path, store: Store, catalogue: Catalogue, experiment: E
         "tables": TABLES,
     }
     _write(folder, "report.html", page, [figure for section in sections for figure in section.figures])
+    if browser:
+        _write_features(folder, browser, store, record, experiment)
     for name, png in report_pictures(results):
         (folder / PICTURES).mkdir(exist_ok=True)
         (folder / PICTURES / f"{name}.png").write_bytes(png)
@@ -107,7 +114,22 @@ def write_leaderboard(folder: Path, board: pl.DataFrame, reports: Mapping[tuple[
     _write(folder, "leaderboard.html", page, profiles)
 
 
-def _sections(results: Results, experiment: ExperimentSettings) -> Iterable[Section]:
+def _write_features(folder: Path, browser: FeatureBrowser, store: Store, record: Record, experiment: ExperimentSettings) -> None:
+    """The page of all features, and the files that it reads."""
+    page = {
+        "experiment": experiment.name,
+        "layer": record.layer,
+        "browser": browser,
+        "methods": [method(name) for name in in_order(browser.rows["method"].unique())],
+        "columns": [column for column in COLUMNS if column.key in browser.columns],
+        "shared": figures.NEAR_DUPLICATE,
+        "figure_data": "{}",
+    }
+    (folder / PAGE).write_text(_environment().get_template(PAGE).render(page))
+    browser.write(folder, store, record, _what_makes("contexts", experiment))
+
+
+def _sections(results: Results, experiment: ExperimentSettings, browser: FeatureBrowser | None) -> Iterable[Section]:
     parts = (
         (
             "members",
@@ -136,19 +158,24 @@ def _sections(results: Results, experiment: ExperimentSettings) -> Iterable[Sect
     )
     for anchor, title, about, draw, tables in parts:
         section = Section(anchor, title, about, list(draw(results)), _missing(results, experiment, tables))
+        if anchor == "features" and browser:
+            what = f"All {len(browser.rows):,} features of both ensembles, seed {browser.seed}"
+            section = replace(section, link=(PAGE, f"{what}: in a table, on a map, and each by itself"))
+        elif anchor == "features" and "features" in results.tables:
+            section = replace(section, missing=[_what_makes("features", experiment, "was made by an earlier version")])
         if section.figures or section.missing:
             yield section
 
 
 def _missing(results: Results, experiment: ExperimentSettings, tables: Sequence[str]) -> list[str]:
     """For each table that is not there, what makes it."""
-    run = f"saeens run {experiment.name}"
-    return [
-        f"The table {name} ({TABLES[name].question[0].lower()}{TABLES[name].question[1:].rstrip('?')}) is not there: "
-        + (f"`{run}` makes it." if name in experiment.evaluations else f"add {name} to `evaluations` in the experiment file, then `{run}`.")
-        for name in tables
-        if name in results.missing
-    ]
+    return [_what_makes(name, experiment) for name in tables if name in results.missing]
+
+
+def _what_makes(table: str, experiment: ExperimentSettings, trouble: str = "is not there") -> str:
+    run, question = f"saeens run {experiment.name}", TABLES[table].question
+    how = f"`{run}` makes it." if table in experiment.evaluations else f"add {table} to `evaluations` in the experiment file, then `{run}`."
+    return f"The table {table} ({question[0].lower()}{question[1:].rstrip('?')}) {trouble}: {how}"
 
 
 def _control_hint(record: Record, experiment: ExperimentSettings, control: ExperimentSettings | None, layer: int) -> str:

@@ -18,6 +18,8 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 PAGES = Path(os.environ.get("SAEENS_TEST_PAGES", ""))
 REPORT = "plain/reports/tiny/layer=1/index.html"
+FEATURES = "plain/reports/tiny/layer=1/features.html"
+HOSTILE_FEATURES = "hostile/reports/tiny/layer=1/features.html"
 LEADERBOARD = "plain/reports/leaderboard/index.html"
 HOSTILE = "hostile/reports/tiny/layer=1/index.html"
 HOSTILE_TEXT = '<script>document.title = "taken"</script>'
@@ -58,7 +60,8 @@ def _open(browser: Browser, path: str, width: int = 1280, scheme: Any = "light")
         "request", lambda request: None if request.url.startswith(("file:", "data:", "blob:")) else opened.complaints.append(request.url)
     )
     page.on("requestfailed", lambda request: opened.complaints.append(f"not there: {request.url}"))
-    page.goto((PAGES / path).as_uri())
+    file, _, fragment = path.partition("#")
+    page.goto((PAGES / file).as_uri() + (f"#{fragment}" if fragment else ""))
     return opened
 
 
@@ -89,17 +92,18 @@ def test_text_is_legible(browser: Browser, path: str, width: int, scheme: str):
 
 _CONTRAST = """element => {
   const numbers = (colour) => colour.match(/[\\d.]+/g).map(Number);
-  const luminance = (colour) => {
-    const [r, g, b] = numbers(colour).map((c) => c / 255).map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
+  const luminance = (rgb) => {
+    const [r, g, b] = rgb.map((c) => c / 255).map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
     return 0.2126 * r + 0.7152 * g + 0.0722 * b;
   };
   const style = getComputedStyle(element);
   const text = element instanceof SVGElement ? style.fill : style.color;
-  let behind = element;
-  const isClear = (colour) => colour === "transparent" || numbers(colour)[3] === 0;
-  while (behind && isClear(getComputedStyle(behind).backgroundColor)) behind = behind.parentElement;
-  const surface = getComputedStyle(behind || document.body).backgroundColor;
-  const [one, other] = [luminance(text), luminance(surface)].sort((a, b) => b - a);
+  // from the page upwards, each background over what is behind it
+  const layers = [];
+  for (let behind = element; behind; behind = behind.parentElement) layers.unshift(numbers(getComputedStyle(behind).backgroundColor));
+  const over = (below, [r, g, b, alpha = 1]) => [r, g, b].map((c, i) => c * alpha + below[i] * (1 - alpha));
+  const surface = layers.reduce(over, [255, 255, 255]);
+  const [one, other] = [luminance(numbers(text).slice(0, 3)), luminance(surface)].sort((a, b) => b - a);
   return (one + 0.05) / (other + 0.05);
 }"""
 
@@ -230,3 +234,218 @@ def test_the_leaderboard_leads_to_reports_and_back(browser: Browser):
     page.wait_for_selector("#main-table")
     page.click("nav a.apart")
     page.wait_for_selector("#leaderboard")
+
+
+# the feature browser
+
+
+def _features(browser: Browser, path: str = FEATURES, width: int = 1280, scheme: Any = "light") -> Opened:
+    opened = _open(browser, path, width, scheme)
+    opened.page.wait_for_selector("#loading", state="hidden")
+    if "#" in path:
+        opened.page.wait_for_selector("#one h1")
+    return opened
+
+
+def _table(seed: int = 1) -> list[dict[str, Any]]:
+    """Rows of both ensembles of a table, as `write_pages.py` read them."""
+    rows = [json.loads(line) for line in (PAGES / "features.ndjson").read_text().splitlines()]
+    return sorted(
+        (row for row in rows if row["seed"] == seed and row["method"] in ("bagging", "boosting")),
+        key=lambda row: (row["method"], row["member"], row["index"]),
+    )
+
+
+def _shown_features(page: Page) -> list[tuple[str, int, int]]:
+    """The first rows of the table, from top."""
+    texts = page.locator("#rows tr[data-row]").evaluate_all(
+        "rows => rows.map(row => [...row.cells].slice(0, 3).map(cell => cell.textContent))"
+    )
+    return [(method[1:], int(member), int(index)) for method, member, index in texts]
+
+
+def _keys(rows: list[dict[str, Any]]) -> list[tuple[str, int, int]]:
+    return [(row["method"], row["member"], row["index"]) for row in rows]
+
+
+@pytest.mark.parametrize(("width", "scheme"), VIEWS)
+@pytest.mark.parametrize("path", [FEATURES, f"{FEATURES}#boosting/2/5", HOSTILE_FEATURES, f"{HOSTILE_FEATURES}#bagging/1/0"])
+def test_features_open_without_a_complaint_and_fit(browser: Browser, path: str, width: int, scheme: str):
+    opened = _features(browser, path, width, scheme)
+    opened.page.wait_for_selector(".match .context" if "#" in path else "#rows tr[data-row]")
+    assert opened.page.evaluate("document.documentElement.scrollWidth") <= width
+    for selector in ("main p", "td", "th", "dd", ".token", ".peak", "figcaption", "small", ".members button", ".match .value"):
+        for element in opened.page.query_selector_all(selector)[:20]:
+            assert opened.page.evaluate(_CONTRAST, element) >= 4.5, (selector, scheme)
+    assert opened.complaints == []
+
+
+@pytest.mark.parametrize(
+    ("heading", "column", "ascending"),
+    [
+        ("density", "density", False),
+        ("near", "nearest_cosine", False),
+        ("seed", "nearest_other_seed_cosine", False),
+        ("index", "index", True),
+    ],
+)
+def test_features_are_sorted_by_any_column(browser: Browser, heading: str, column: str, ascending: bool):
+    page, rows = _features(browser).page, _table()
+    for sign in (1, -1) if ascending else (-1, 1):
+        page.click(f"#rows button[data-sort='{heading}']")
+        shown = _shown_features(page)
+        values = dict(zip(_keys(rows), (row[column] for row in rows), strict=True))
+        assert [values[key] for key in shown] == pytest.approx(
+            sorted(values.values(), key=lambda value, sign=sign: sign * value)[: len(shown)], abs=1e-6
+        )
+        assert page.get_attribute("#rows th[aria-sort]", "aria-sort") == ("ascending" if sign == 1 else "descending")
+
+
+def test_features_without_a_value_come_last(browser: Browser):
+    page, rows = _features(browser).page, _table()
+    dead = [row for row in rows if row["mean_activation"] is None]
+    assert dead
+    for _ in range(2):
+        page.click("#rows button[data-sort='mean']")
+        page.focus("#rows")
+        page.keyboard.press("End")
+        page.wait_for_function("n => document.querySelector(`#row-${n}`)", arg=len(rows) - 1)
+        assert [key for key in _shown_features(page) if key in _keys(dead)][-1] == _keys(dead)[-1]
+        page.keyboard.press("Home")
+
+
+def test_features_are_filtered_and_found(browser: Browser):
+    page, rows = _features(browser).page, _table()
+
+    def expect(chosen: list[dict[str, Any]]) -> None:
+        assert 0 < len(chosen) < len(rows)
+        page.wait_for_function(
+            "text => document.getElementById('features-shown').textContent === text", arg=f"{len(chosen)} of {len(rows)} features"
+        )
+        shown = _shown_features(page)
+        assert shown == _keys(chosen)[: len(shown)]
+
+    page.select_option("[name='method']", "boosting")
+    expect([row for row in rows if row["method"] == "boosting"])
+    page.select_option("[name='member']", "2")
+    expect([row for row in rows if row["method"] == "boosting" and row["member"] == 2])
+    page.select_option("[name='method']", "")
+    page.select_option("[name='member']", "")
+    page.select_option("[name='near']", "shared")
+    expect([row for row in rows if row["nearest_cosine"] >= 0.7])
+    page.select_option("[name='near']", "unique")
+    page.select_option("[name='seeds']", "unique")
+    expect([row for row in rows if row["nearest_cosine"] < 0.7 and row["nearest_other_seed_cosine"] < 0.7])
+    page.select_option("[name='near']", "")
+    page.select_option("[name='seeds']", "")
+    page.select_option("[name='dead']", "dead")
+    expect([row for row in rows if row["density"] == 0])
+    page.select_option("[name='dead']", "")
+    page.fill("[name='from']", "5")
+    page.fill("[name='to']", "20")
+    expect([row for row in rows if 0.05 <= row["density"] <= 0.2])
+    page.fill("[name='from']", "")
+    page.fill("[name='to']", "")
+    word = next(token for row in rows for token in json.loads(row["top_tokens"]) if token.strip().isalpha()).strip()
+    page.fill("[name='find']", word.upper())
+    expect([row for row in rows if any(word.lower() in token.lower() for token in json.loads(row["top_tokens"]))])
+
+
+def test_a_feature_is_opened_by_mouse_and_keyboard_and_left_by_going_back(browser: Browser):
+    page, rows = _features(browser).page, _table()
+    page.locator("#rows tr[data-row] td:nth-child(4)").nth(2).click()
+    page.wait_for_selector("#one .contexts, #one .note")
+    assert page.evaluate("location.hash") == "#bagging/1/2"
+    page.go_back()
+    page.wait_for_selector("#rows tr[data-row]")
+    page.focus("#rows")
+    for _ in range(40):
+        page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    method, member, index = _keys(rows)[40]
+    page.wait_for_function("hash => location.hash === hash", arg=f"#{method}/{member}/{index}")
+    page.wait_for_selector("#one h1")
+    page.keyboard.press("Escape")
+    page.wait_for_selector("#rows tr.current")
+    assert page.get_attribute("#rows tr.current", "data-row") == "40"
+
+
+def test_a_features_page_has_its_numbers_and_leads_to_its_matches(browser: Browser):
+    row = next(row for row in _table() if row["method"] == "boosting" and row["member"] == 2 and row["density"] > 0)
+    page = _features(browser, f"{FEATURES}#boosting/2/{row['index']}").page
+    facts = page.inner_text("#one dl")
+    assert f"cosine {row['nearest_cosine']:.3f}" in facts and f"cosine {row['nearest_other_seed_cosine']:.3f}" in facts
+    where = f"round {row['nearest_other_seed_member']} · {row['nearest_other_seed_index']} of seed {row['nearest_other_seed']}"
+    assert where in facts
+    assert page.locator(".histogram rect").count() > 0 and page.locator(".logits li").count() == 20
+    assert page.locator(".contexts .peak").count() == page.locator(".contexts li").count() > 0
+    heat = page.locator(".contexts .peak").first.evaluate("token => getComputedStyle(token).backgroundColor")
+    assert heat != page.locator(".contexts .token:not(.peak):not([style])").first.evaluate(
+        "token => getComputedStyle(token).backgroundColor"
+    )
+    matches = json.loads(row["matches"])
+    assert page.locator(".match h3").all_inner_texts() == [f"round {member} · {index}" for member, index, _ in matches]
+    page.wait_for_selector(".match .context, .match .tokens")
+    page.locator(".match h3 a").last.click()
+    member, index, _ = matches[-1]
+    page.wait_for_function("hash => location.hash === hash", arg=f"#boosting/{member}/{index}")
+    page.wait_for_function("text => document.querySelector('#one h1').textContent.endsWith(text)", arg=f"round {member} · {index}")
+    page.go_back()
+    page.wait_for_function("text => document.querySelector('#one h1').textContent.endsWith(text)", arg=f"round 2 · {row['index']}")
+
+
+def test_a_feature_that_is_not_there_is_named(browser: Browser):
+    page = _open(browser, f"{FEATURES}#boosting/9/1").page
+    page.wait_for_selector("#loading:has-text('There is no feature boosting/9/1 here.')")
+    assert page.locator("#rows tr[data-row]").count() > 0
+
+
+def test_the_map_says_what_it_points_at_and_opens_it(browser: Browser):
+    page = _features(browser).page
+    canvas = page.locator("#maps canvas").nth(1)
+    box = canvas.bounding_box()
+    assert box
+    canvas.scroll_into_view_if_needed()
+    for step in range(200):  # along the diagonal, until there is a feature
+        canvas.hover(position={"x": box["width"] * (step + 1) / 202, "y": box["height"] * (step + 1) / 202})
+        if page.locator("#maps .tip:visible").count():
+            break
+    place = page.inner_text("#maps .tip:visible b")
+    canvas.click(position={"x": box["width"] * (step + 1) / 202, "y": box["height"] * (step + 1) / 202})
+    page.wait_for_function("text => document.querySelector('#one h1')?.textContent === text", arg=f"◆boosting, {place}")
+
+
+def test_the_map_shows_what_filters_leave_in_the_colours_of_the_theme(browser: Browser):
+    page = _features(browser).page
+    pixels = "document.querySelector('#maps canvas').getContext('2d').getImageData(0, 0, 2000, 2000).data.buffer"
+    colours = f"() => [...new Set(new Uint32Array({pixels}))]"
+    assert len(page.evaluate(colours)) == 4  # nothing, and three members
+    page.click("#maps .members button >> nth=1")
+    assert len(page.evaluate(colours)) == 3  # nothing, one member, and what is left out
+    assert page.input_value("[name='member']") == "2"
+    before = page.evaluate(colours)
+    page.click("#theme")
+    page.wait_for_function(f"before => String(({colours})()) !== String(before)", arg=before)
+
+
+def test_hostile_tokens_are_text(browser: Browser):
+    opened = _features(browser, f"{HOSTILE_FEATURES}#bagging/1/0")
+    opened.page.wait_for_selector(".match .context")
+    for place in ("#one .contexts", "#one .logits", "#one dl", "#one .matches"):
+        shown = opened.page.text_content(place) or ""
+        assert HOSTILE_TEXT.replace(" ", "·") in shown, place
+    opened.page.click(".steps a")
+    opened.page.wait_for_selector("#rows tr[data-row]")
+    assert HOSTILE_TEXT.replace(" ", "·") in (opened.page.text_content("#rows") or "")
+    assert opened.page.query_selector("main img") is None
+    assert opened.page.title() == "Features of tiny, layer 1"
+    assert opened.complaints == []
+
+
+def test_printing_shows_rows_beyond_the_view(browser: Browser):
+    page = _features(browser, FEATURES, 1280, "dark").page
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.locator("#rows tr[data-row]").count() == 60
+    assert page.evaluate("document.documentElement.dataset.theme") == "light"
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert page.locator("#rows tr[data-row]").count() < 60

@@ -2,7 +2,7 @@
 
     python tests/browser/write_pages.py FOLDER
 
-`FOLDER/expected.json` has what the tables say, computed from the Parquet files alone.
+`FOLDER/expected.json` has what the tables say, computed from the Parquet files alone, `features.ndjson` the rows of the table `features`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from saeens_pipeline.reports import write_reports
 HOSTILE = '<script>document.title = "taken"</script><img src="x" onerror="alert(1)">'
 LAYERS = [0, 1]
 SEEDS = [1, 2, 3]
-EVALUATIONS = ["reconstruction", "members", "coactivation", "stability", "marginal_gain", "cost", "training_curves", "features"]
+EVALUATIONS = ["reconstruction", "members", "coactivation", "stability", "marginal_gain", "cost", "training_curves", "features", "contexts"]
 
 
 def main(folder: Path) -> None:
@@ -40,10 +40,30 @@ def main(folder: Path) -> None:
         shutil.copytree(plain.root, hostile.root)
         hostile.activate(monkeypatch)
         for part in (hostile.root / "tables").rglob("part.parquet"):
-            rows = pl.read_parquet(part, hive_partitioning=False)
-            rows.with_columns(method=pl.col("method").replace("expanded", HOSTILE)).write_parquet(part)
+            rows = pl.read_parquet(part, hive_partitioning=False).with_columns(method=pl.col("method").replace("expanded", HOSTILE))
+            _with_hostile_tokens(rows).write_parquet(part)
         write_reports(NAME, [])
     (folder / "expected.json").write_text(json.dumps({str(layer): _expected(plain.root, layer) for layer in LAYERS}, indent=1))
+    part = plain.root / "tables" / NAME / "features" / f"layer={LAYERS[1]}" / "part.parquet"
+    pl.read_parquet(part, hive_partitioning=False).drop("experiment", "sae_data_versions").write_ndjson(folder / "features.ndjson")
+
+
+def _with_hostile_tokens(rows: pl.DataFrame) -> pl.DataFrame:
+    """The first token of every list of tokens is hostile."""
+    texts = {name for name in ("top_tokens", "contexts", "promoted_tokens", "suppressed_tokens") if name in rows.columns}
+
+    def changed(text: str) -> str:
+        items = json.loads(text)
+        for i, item in enumerate(items):
+            if isinstance(item, dict):
+                item["tokens"][0] = HOSTILE
+            elif isinstance(item, list):
+                item[0] = HOSTILE
+            elif i == 0:
+                items[0] = HOSTILE
+        return json.dumps(items)
+
+    return rows.with_columns(pl.col(name).map_elements(changed, return_dtype=pl.String) for name in texts)
 
 
 def _expected(root: Path, layer: int) -> dict[str, dict[str, float]]:

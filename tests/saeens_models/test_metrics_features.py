@@ -13,7 +13,7 @@ from torch import Tensor
 import saeens_models as sm
 from saeens_models import evaluation
 from saeens_models.evaluation import feature_activity
-from saeens_models.metrics import FeatureActivityMetric, max_cosine_to_other_runs, nearest_in_other_members, stability
+from saeens_models.metrics import FeatureActivityMetric, matches_in_other_members, nearest_in_other_runs, stability
 from saeens_models.sparse_code import SparseCode
 
 N_TOP = 4
@@ -89,28 +89,54 @@ def dictionaries() -> list[Tensor]:
     return [torch.randn(width, 7, generator=generator) for width in (9, 4, 13)]
 
 
-def test_the_nearest_feature_of_the_other_members_is_that_of_scikit_learn(dictionaries) -> None:
-    for j, found in enumerate(nearest_in_other_members(dictionaries)):
-        cosines = np.stack(
-            [
-                np.full(len(dictionaries[j]), -2) if i == j else cosine_similarity(dictionaries[j], d).max(axis=1)
-                for i, d in enumerate(dictionaries)
-            ]
-        )
-        np.testing.assert_allclose(found.cosine, cosines.max(axis=0), atol=1e-6)
-        assert found.member.tolist() == cosines.argmax(axis=0).tolist()
+def _dense(a: Tensor, b: Tensor) -> np.ndarray:
+    return cosine_similarity(a.numpy(), b.numpy())
+
+
+def test_matches_in_the_other_members_are_those_of_scikit_learn(dictionaries) -> None:
+    for j, found in enumerate(matches_in_other_members(dictionaries)):
+        cosines = [np.full((len(dictionaries[j]), 1), -2) if i == j else _dense(dictionaries[j], d) for i, d in enumerate(dictionaries)]
+        for i, of_member in enumerate(cosines):
+            assert found.row[i].tolist() == ([-1] * len(of_member) if i == j else of_member.argmax(1).tolist())
+            np.testing.assert_allclose(found.cosine[i], np.full(len(of_member), -np.inf) if i == j else of_member.max(1), atol=1e-6)
+        nearest = found.nearest()
+        best = np.stack([of_member.max(1) for of_member in cosines])
+        np.testing.assert_allclose(nearest.cosine, best.max(0), atol=1e-6)
+        assert nearest.member.tolist() == best.argmax(0).tolist()
+        assert nearest.row.tolist() == [int(cosines[m][row].argmax()) for row, m in enumerate(best.argmax(0))]
+
+
+@given(seed=st.integers(0, 1000), shape=st.lists(st.lists(st.integers(1, 7), min_size=1, max_size=3), min_size=2, max_size=4))
+@settings(max_examples=40, deadline=None)
+def test_the_nearest_feature_of_other_runs_is_that_of_a_dense_search(seed: int, shape: list[list[int]]) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    runs = [[torch.randn(width, 5, generator=generator) for width in widths] for widths in shape]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("saeens_models.metrics.dictionaries._BLOCK_ROWS", 3)  # several blocks, the last one smaller
+        found = nearest_in_other_runs(runs)
+    for a, of_run in enumerate(found):
+        mine = torch.cat(runs[a])
+        for feature, (run, member, row, cosine) in enumerate(zip(*(column.tolist() for column in of_run), strict=True)):
+            assert run != a
+            others = torch.cat([W_dec for b, members in enumerate(runs) if b != a for W_dec in members])
+            assert cosine == pytest.approx(_dense(mine[feature : feature + 1], others).max(), abs=1e-5)
+            assert cosine == pytest.approx(_dense(mine[feature : feature + 1], runs[run][member][row][None]).item(), abs=1e-5)
 
 
 def test_the_largest_cosine_to_other_runs_is_what_stability_averages(dictionaries) -> None:
-    found = max_cosine_to_other_runs(dictionaries)
-    for i, cosines in enumerate(found):
-        others = np.concatenate([d for j, d in enumerate(dictionaries) if j != i])
-        np.testing.assert_allclose(cosines, cosine_similarity(dictionaries[i], others).max(axis=1), atol=1e-6)
-    assert stability(dictionaries) == pytest.approx([cosines.clamp(min=0).mean().item() for cosines in found])
+    found = nearest_in_other_runs([[d] for d in dictionaries])
+    assert stability(dictionaries) == pytest.approx([of_run.cosine.clamp(min=0).mean().item() for of_run in found])
+
+
+def test_of_equally_near_features_the_first_is_taken() -> None:
+    twice = torch.eye(3).repeat(2, 1)
+    found = nearest_in_other_runs([[torch.eye(3)], [twice], [twice]])
+    assert found[0].run.tolist() == [1, 1, 1]
+    assert found[0].row.tolist() == [0, 1, 2]
 
 
 def test_one_alone_has_nothing_to_be_compared_with(dictionaries) -> None:
     with pytest.raises(ValueError, match="no other member"):
-        nearest_in_other_members(dictionaries[:1])
+        matches_in_other_members(dictionaries[:1])
     with pytest.raises(ValueError, match="no other run"):
-        max_cosine_to_other_runs(dictionaries[:1])
+        nearest_in_other_runs([dictionaries])

@@ -88,18 +88,23 @@ def test_activity_and_tokens_are_those_of_the_test_split(laboratory: Laboratory,
 def test_nearest_features_are_those_of_scikit_learn(laboratory: Laboratory, method: str):
     here, there = ([sae.W_dec.detach().numpy() for sae in _saes(laboratory, method, seed)] for seed in SEEDS)
     rows = _table(laboratory).filter(method=method, seed=SEEDS[0])
-    other_seed = cosine_similarity(np.concatenate(here), np.concatenate(there)).max(axis=1)
-    np.testing.assert_allclose(rows["nearest_other_seed_cosine"], other_seed, atol=1e-5)
+    other_seed = cosine_similarity(np.concatenate(here), np.concatenate(there))
+    np.testing.assert_allclose(rows["nearest_other_seed_cosine"], other_seed.max(axis=1), atol=1e-5)
+    assert set(rows["nearest_other_seed"]) == {SEEDS[1]}
+    width = len(there[0])
+    assert ((rows["nearest_other_seed_member"] - 1) * width + rows["nearest_other_seed_index"]).to_list() == other_seed.argmax(1).tolist()
     if METHODS[method] == 1:
-        assert rows["nearest_member"].null_count() == rows["nearest_cosine"].null_count() == len(rows)
+        assert rows["nearest_member"].null_count() == rows["nearest_cosine"].null_count() == rows["matches"].null_count() == len(rows)
         return
     for j in range(MEMBERS):
-        cosines = np.stack(
-            [cosine_similarity(here[j], other).max(axis=1) * (1 if i != j else 0) - 2 * (i == j) for i, other in enumerate(here)]
-        )
+        of_others = {i + 1: cosine_similarity(here[j], other) for i, other in enumerate(here) if i != j}
         of_member = rows.filter(member=j + 1)
-        np.testing.assert_allclose(of_member["nearest_cosine"], cosines.max(axis=0), atol=1e-5)
-        assert of_member["nearest_member"].to_list() == (cosines.argmax(axis=0) + 1).tolist()
+        np.testing.assert_allclose(of_member["nearest_cosine"], np.max([each.max(1) for each in of_others.values()], axis=0), atol=1e-5)
+        for feature, (text, nearest) in enumerate(of_member.select("matches", "nearest_member").iter_rows()):
+            found = json.loads(text)
+            assert [[member, index] for member, index, _ in found] == [[i, each[feature].argmax()] for i, each in of_others.items()]
+            assert [cosine for _, _, cosine in found] == pytest.approx([each[feature].max() for each in of_others.values()], abs=1e-4)
+            assert nearest == max(of_others, key=lambda i: of_others[i][feature].max())
 
 
 def test_it_follows_from_the_saes_of_all_seeds(laboratory: Laboratory):
@@ -134,5 +139,5 @@ def test_with_one_seed_and_one_member_there_is_nothing_to_compare_with(empty: La
     assert {status.state for status in experiment_status(NAME)} == {"fresh"}
     table = _table(empty)
     assert set(table["layer"]) == {LAYER}
-    for column in ("nearest_member", "nearest_cosine", "nearest_other_seed_cosine"):
+    for column in table.columns[table.columns.index("nearest_member") : table.columns.index("top_tokens")]:
         assert table[column].null_count() == len(table)

@@ -22,7 +22,8 @@ CONTRACT = {
     "marginal_gain": "explained_variance_gain stability_gain new_features suggested",
     "cost": "train_tokens train_flops train_seconds residual_flops residual_seconds peak_memory_bytes inference_flops_per_token "
     "device dtype boosting_mode",
-    "features": "member index density mean_activation nearest_member nearest_cosine nearest_other_seed_cosine top_tokens",
+    "features": "member index density mean_activation nearest_member nearest_cosine matches nearest_other_seed_cosine nearest_other_seed "
+    "nearest_other_seed_member nearest_other_seed_index top_tokens",
     "contexts": "member index max_activation contexts histogram bin_width promoted_tokens suppressed_tokens",
     "autointerp": "member index explanation detection_score true_positive_rate false_positive_rate control_score n_examples status model",
     "concept_detection": "dataset label n_probe_features code_scale accuracy n_distinct_features accuracy_distinct",

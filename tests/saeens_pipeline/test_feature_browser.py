@@ -1,0 +1,274 @@
+"""The feature browser: its files hold what the tables say, no text in them can become script, and what is missing is left out or named."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+from sklearn.decomposition import PCA
+from sklearn.preprocessing import normalize
+from tiny_experiment import LAYER, MEMBERS, NAME, SEEDS, Laboratory
+from tiny_models import D_MODEL
+
+import saeens_models as sm
+from saeens_pipeline.reports import write_reports
+from saeens_pipeline.storage.names import Address, Partition
+from saeens_pipeline.storage.tables import TABLES, Column, Table
+
+D_SAE = 2 * D_MODEL
+N = 2 * MEMBERS * D_SAE
+HOSTILE = '</script><script>alert("x")</script>");alert("y");//'
+DTYPES = {"Float32Array": "<f4", "Int16Array": "<i2", "Uint16Array": "<u2", "Uint32Array": "<u4"}
+
+
+@pytest.fixture(scope="module")
+def made(finished_laboratory: Laboratory, tmp_path_factory: pytest.TempPathFactory) -> Laboratory:
+    """The tiny experiment with both tables of single features."""
+    home = tmp_path_factory.mktemp("feature_browser")
+    laboratory = Laboratory(finished_laboratory.model, home / "defs", home / "data")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        laboratory.activate(monkeypatch)
+        laboratory.declare(evaluations=["features", "contexts"], baselines=["expanded"])
+        laboratory.run()
+    return laboratory
+
+
+@pytest.fixture
+def laboratory(made: Laboratory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Laboratory:
+    """A copy whose tables may be changed."""
+    copied = Laboratory(made.model, made.folder, tmp_path / "data")
+    shutil.copytree(made.root, copied.root)
+    copied.activate(monkeypatch)
+    return copied
+
+
+def _report(laboratory: Laboratory) -> Path:
+    return laboratory.root / "reports" / NAME / f"layer={LAYER}"
+
+
+def _rows(laboratory: Laboratory, seed: int = SEEDS[0]) -> pl.DataFrame:
+    rows = pl.read_parquet(_part(laboratory, "features"), hive_partitioning=False)
+    return rows.filter(pl.col("method").is_in(["bagging", "boosting"]), seed=seed).sort("method", "member", "index")
+
+
+def _part(laboratory: Laboratory, table: str, seed: int | None = None) -> Path:
+    return laboratory.root / Address(NAME, "eval", table).path(Partition(LAYER, seed))
+
+
+def _unpacked(file: Path) -> bytes:
+    found = re.fullmatch(r'saeensFeatures\("([a-z0-9]+)","([A-Za-z0-9+/=]*)"\);\n', file.read_text())
+    assert found and found[1] == file.stem
+    return gzip.decompress(base64.b64decode(found[2]))
+
+
+def _list(laboratory: Laboratory) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    data = _unpacked(_report(laboratory) / "features" / "list.js")
+    length = int.from_bytes(data[:4], "little")
+    header = json.loads(data[4 : 4 + length])
+    columns = {
+        name: np.frombuffer(data, DTYPES[dtype], count, 4 + length + offset) for name, (dtype, offset, count) in header["columns"].items()
+    }
+    assert all((4 + length + offset) % 8 == 0 for _, offset, _ in header["columns"].values())
+    return header, columns
+
+
+def _details(laboratory: Laboratory) -> list[dict[str, Any]]:
+    """Of every feature, with tokens as text."""
+    found: list[dict[str, Any]] = []
+    for number in range(len(list((_report(laboratory) / "features").glob("[0-9]*.js")))):
+        shard = json.loads(_unpacked(_report(laboratory) / "features" / f"{number}.js"))
+        for each in shard["features"]:
+            for context in each.get("contexts", ()):
+                context["tokens"] = [shard["tokens"][token] for token in context["tokens"]]
+            for name in ("promoted", "suppressed"):
+                for pair in each.get(name, ()):
+                    pair[0] = shard["tokens"][pair[0]]
+            found.append(each)
+    return found
+
+
+def _change(part: Path, column: str, change: Callable[[list[Any]], list[Any]]) -> None:
+    """Change the lists in a column of JSON."""
+    rows = pl.read_parquet(part, hive_partitioning=False)
+    texts = [json.dumps(change(json.loads(text))) for text in rows[column]]
+    rows.with_columns(pl.Series(column, texts)).write_parquet(part)
+
+
+def test_the_list_has_the_numbers_of_the_table(made: Laboratory):
+    header, columns = _list(made)
+    rows = _rows(made)
+    assert (header["experiment"], header["layer"], header["seed"], header["otherSeeds"]) == (NAME, LAYER, SEEDS[0], list(SEEDS[1:]))
+    assert header["groups"] == [[method, j, D_SAE] for method in ("bagging", "boosting") for j in range(1, MEMBERS + 1)]
+    assert header["columns"].keys() == columns.keys() and len(rows) == N
+    for name, column in {
+        "member": "member",
+        "index": "index",
+        "density": "density",
+        "mean": "mean_activation",
+        "nearCosine": "nearest_cosine",
+        "nearMember": "nearest_member",
+        "seedCosine": "nearest_other_seed_cosine",
+        "seedMember": "nearest_other_seed_member",
+        "seedIndex": "nearest_other_seed_index",
+    }.items():
+        np.testing.assert_allclose(columns[name], rows[column].to_numpy(), rtol=1e-6, err_msg=name)
+    matches = [{member: index for member, index, _ in json.loads(text)} for text in rows["matches"]]
+    assert columns["nearIndex"].tolist() == [of[member] for of, member in zip(matches, rows["nearest_member"], strict=True)]
+    tokens = columns["tokens"].reshape(N, -1)
+    assert [[header["vocabulary"][i - 1] for i in of if i] for of in tokens] == [json.loads(text) for text in rows["top_tokens"]]
+
+
+def test_details_are_those_of_the_tables(made: Laboratory):
+    contexts = pl.read_parquet(_part(made, "contexts", SEEDS[0]), hive_partitioning=False)
+    rows = _rows(made).join(contexts, on=["method", "member", "index"], how="left", maintain_order="left")
+    found = _details(made)
+    assert len(found) == len(rows) == N
+    for each, row in zip(found, rows.iter_rows(named=True), strict=True):
+        assert each["matches"] == json.loads(row["matches"])
+        assert (each["histogram"], each["binWidth"]) == (json.loads(row["histogram"]), row["bin_width"])
+        assert each["max"] == (row["max_activation"] and pytest.approx(row["max_activation"], rel=5e-3))
+        expected = json.loads(row["contexts"])
+        assert [{**c, "activations": None} for c in each["contexts"]] == [{**c, "activations": None} for c in expected]
+        for context, other in zip(each["contexts"], expected, strict=True):
+            assert [value is None for value in context["activations"]] == [value is None for value in other["activations"]]
+            np.testing.assert_allclose(np.array(context["activations"], float), np.array(other["activations"], float), rtol=5e-3)
+        for name in ("promoted", "suppressed"):
+            logits = json.loads(row[f"{name}_tokens"])
+            assert [token for token, _ in each[name]] == [token for token, _ in logits]
+            assert [logit for _, logit in each[name]] == pytest.approx([logit for _, logit in logits], rel=5e-3)
+
+
+def test_shards_are_as_large_as_is_asked_for(laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch):
+    before = _details(laboratory)
+    monkeypatch.setattr("saeens_pipeline.report.feature_browser.SHARD_FEATURES", 50)
+    write_reports(NAME, [])
+    assert _list(laboratory)[0]["shardFeatures"] == 50
+    assert len(list((_report(laboratory) / "features").glob("[0-9]*.js"))) == -(-N // 50)
+    assert _details(laboratory) == before
+
+
+def test_the_map_is_the_first_two_principal_components(made: Laboratory):
+    header, columns = _list(made)
+    saes = [
+        sm.load_sae(made.artefact(f"{kind}_{j}", SEEDS[0]).path)
+        for kind in ("bagging/member", "boosting/round")
+        for j in range(1, MEMBERS + 1)
+    ]
+    rows = normalize(np.concatenate([sae.W_dec.detach().numpy() for sae in saes]))
+    expected = PCA(2, svd_solver="full").fit(rows)
+    assert header["axes"] == pytest.approx(expected.explained_variance_ratio_, abs=1e-6)
+    shown = np.stack([columns["x"], columns["y"]], axis=1).astype(float)
+    coordinates = expected.transform(rows)
+    coordinates *= np.sign((coordinates * shown).sum(0))
+    np.testing.assert_allclose(shown / 32767, coordinates / np.abs(coordinates).max(), atol=2e-4)
+
+
+def test_the_report_leads_to_it_and_nothing_is_loaded_from_elsewhere(made: Laboratory):
+    index = (_report(made) / "index.html").read_text()
+    assert index.count('href="features.html"') == 2
+    assert f"All {N:,} features of both ensembles, seed {SEEDS[0]}" in index
+    page = (_report(made) / "features.html").read_text()
+    loaded = re.findall(r'(?:src|rel="stylesheet" href)="([^"]*)"', page)
+    assert "static/features.js" in loaded
+    assert all((_report(made) / each).is_file() for each in loaded)
+    assert "plotly" not in page and "://" not in page
+    assert "innerHTML" not in (_report(made) / "static" / "features.js").read_text()
+
+
+def test_text_of_tokens_cannot_become_script(laboratory: Laboratory):
+    _change(_part(laboratory, "features"), "top_tokens", lambda tokens: [HOSTILE, *tokens[1:]])
+    contexts = _part(laboratory, "contexts", SEEDS[0])
+    _change(contexts, "contexts", lambda found: [each | {"tokens": [HOSTILE, *each["tokens"][1:]]} for each in found])
+    _change(contexts, "promoted_tokens", lambda tokens: [[HOSTILE, 1.0], *tokens])
+    write_reports(NAME, [])
+    header, _ = _list(laboratory)  # which checks what the files consist of
+    assert HOSTILE in header["vocabulary"]
+    assert any(HOSTILE in context["tokens"] for each in _details(laboratory) for context in each["contexts"])
+    assert any(HOSTILE in [token for token, _ in each["promoted"]] for each in _details(laboratory))
+    for page in _report(laboratory).glob("*.html"):
+        assert "alert" not in page.read_text()
+
+
+def test_without_contexts_the_list_is_there_and_says_what_makes_them(laboratory: Laboratory):
+    shutil.rmtree(laboratory.root / "tables" / NAME / "contexts")
+    write_reports(NAME, [])
+    header, columns = _list(laboratory)
+    assert "The table contexts (where each feature" in header["missingContexts"]
+    assert header["missingContexts"].endswith(f"is not there: `saeens run {NAME}` makes it.")
+    assert len(columns["density"]) == N
+    assert all(each.keys() == {"matches"} for each in _details(laboratory))
+
+
+def test_without_the_table_of_features_there_is_none(laboratory: Laboratory):
+    shutil.rmtree(laboratory.root / "tables" / NAME / "features")
+    write_reports(NAME, [])
+    assert not (_report(laboratory) / "features.html").exists() and not (_report(laboratory) / "features").exists()
+    index = (_report(laboratory) / "index.html").read_text()
+    assert "features.html" not in index
+    assert "The table features (what each feature does" in index
+
+
+def test_a_table_of_an_earlier_version_is_named(laboratory: Laboratory):
+    part = _part(laboratory, "features")
+    pl.read_parquet(part, hive_partitioning=False).drop("matches").write_parquet(part)
+    write_reports(NAME, [])
+    assert not (_report(laboratory) / "features.html").exists()
+    assert "was made by an earlier version: <code>saeens run tiny</code> makes it." in (_report(laboratory) / "index.html").read_text()
+
+
+def test_without_the_saes_there_is_no_map(laboratory: Laboratory):
+    (laboratory.artefact("boosting/round_2", SEEDS[0]).path / "sae_weights.safetensors").unlink()
+    write_reports(NAME, [])
+    header, columns = _list(laboratory)
+    assert header["axes"] is None and "x" not in columns
+    assert len(columns["density"]) == N
+
+
+def test_the_first_declared_seed_that_has_rows_is_shown(laboratory: Laboratory):
+    part = _part(laboratory, "features")
+    pl.read_parquet(part, hive_partitioning=False).filter(seed=SEEDS[1]).write_parquet(part)
+    write_reports(NAME, [])
+    header, columns = _list(laboratory)
+    assert (header["seed"], header["otherSeeds"]) == (SEEDS[1], [])
+    np.testing.assert_allclose(columns["density"], _rows(laboratory, SEEDS[1])["density"], rtol=1e-6)
+    assert f"under seed {SEEDS[1]}" in (_report(laboratory) / "features.html").read_text()
+
+
+def test_explanations_are_shown_where_there_are_any(laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch):
+    score = Column("detection_score", "float", "balanced accuracy")
+    monkeypatch.setitem(TABLES, "autointerp", Table("autointerp", "What features are called", (score,)))
+    page = _report(laboratory) / "features.html"
+    write_reports(NAME, [])
+    assert "explanations" not in _list(laboratory)[0] and 'data-sort="score"' not in page.read_text()
+    part = _part(laboratory, "autointerp", SEEDS[0])
+    part.parent.mkdir(parents=True)
+    columns: dict[str, Any] = {
+        "experiment": NAME,
+        "layer": LAYER,
+        "seed": SEEDS[0],
+        "method": "boosting",
+        "n_members": MEMBERS,
+        "member": 2,
+    }
+    rows = [columns | {"index": 3, "explanation": HOSTILE, "detection_score": 0.75}, columns | {"index": 5, "explanation": None}]
+    pl.DataFrame(rows).write_parquet(part)
+    write_reports(NAME, [])
+    header, found = _list(laboratory)
+    at = next(
+        i
+        for i, row in enumerate(_rows(laboratory).iter_rows(named=True))
+        if (row["method"], row["member"], row["index"]) == ("boosting", 2, 3)
+    )
+    assert [i for i, text in enumerate(header["explanations"]) if text is not None] == [at]
+    assert header["explanations"][at] == HOSTILE
+    assert found["score"][at] == 0.75 and np.isnan(found["score"]).sum() == N - 1
+    assert 'data-sort="score"' in page.read_text()
