@@ -153,7 +153,7 @@ def marginal_gain(results: Results) -> Iterator[Figure]:
 
 
 def downstream(results: Results) -> Iterator[Figure]:
-    """Concept detection and spurious correlations by the number of features that are looked at."""
+    """Concept detection and spurious correlations by the number of features that are looked at, and scores of explanations."""
     concepts, correlations = (results.tables.get(name) for name in ("concept_detection", "spurious_correlation"))
     if concepts is not None:
         caption = "Accuracy of a probe that is given the n features which tell a label best: mean over labels, then over data sets."
@@ -163,6 +163,13 @@ def downstream(results: Results) -> Iterator[Figure]:
         caption = "Share of what a biased probe lost that comes back when n features are zeroed (SCR), mean over tasks. 0: nothing."
         figure = _by_count(correlations, "n_ablated", "scr_metric", "task", "features zeroed")
         yield Figure("spurious_correlation", "Removing a spurious correlation", caption, figure)
+    explained = results.tables.get("autointerp")
+    if explained is not None and explained["detection_score"].count():
+        caption = (
+            "How well a language model tells by the explanation of a feature where it fires: balanced accuracy, mean over features. "
+            "Beside it the control, the same texts with the explanation of another feature. 0.5: guessing."
+        )
+        yield Figure("autointerp", "Explanations", caption, _explanations(results))
 
 
 def layer_profile(board: pl.DataFrame, experiment: str) -> Iterator[Figure]:
@@ -462,6 +469,29 @@ def _by_count(rows: pl.DataFrame, x: str, y: str, group: str, x_title: str) -> g
         values = spreads(of_method, y)
         sizes = sorted(values)
         _add(figure, method(name), [s.n_members for s in sizes], [values[s] for s in sizes], x_title="n", lines=len(sizes) > 1)
+    return figure
+
+
+def _explanations(results: Results) -> go.Figure:
+    """Mean scores with a feature's own explanation, and with another's."""
+    figure = _empty("", "balanced accuracy")
+    scores = {"own explanation": "detection_score", "another's": "control_score"}
+    of_column = {title: results.spreads("autointerp", column) for title, column in scores.items()}
+    for name in in_order(size.method for found in of_column.values() for size in found):
+        of_method = [(title, s) for title, found in of_column.items() for size, s in found.items() if size.method == name]
+        about, chosen = method(name), [spread for _, spread in of_method]
+        figure.add_scatter(
+            x=[title for title, _ in of_method],
+            y=[spread.mean for spread in chosen],
+            error_y=_bars(chosen, about.colour),
+            mode="lines+markers",
+            line={"color": about.colour, "width": 2},
+            marker={"color": about.colour, "symbol": about.symbol, "size": 9},
+            name=about.label,
+            meta={"method": about.name},
+            customdata=[_in_words(spread, ".3f") for spread in chosen],
+            hovertemplate=f"<b>{about.label}</b>, %{{x}}<br>%{{customdata}}<extra></extra>",
+        )
     return figure
 
 

@@ -188,8 +188,8 @@ def _control_hint(record: Record, experiment: ExperimentSettings, control: Exper
     if control:
         return (
             f"The control on an untrained language model, {control.name}, has no numbers for layer {layer}: `saeens run {control.name}` "
-            f"makes them, `saeens report {experiment.name}` shows them here. Until then, nothing says that the order of methods has to do "
-            "with what the language model learnt."
+            "makes them and shows them here. Until then, nothing says that the order of methods has to do with what the language "
+            "model learnt."
         )
     return (
         "There is no control. A source that is the same but for `weights: random`, with the same experiment on it, shows what would "

@@ -370,6 +370,21 @@ def test_scr_is_the_mean_over_tasks_without_directions_that_do_not_count():
     assert (list(trace.x), list(trace.y)) == ([2, 5], pytest.approx([0.3, 0.5]))
 
 
+def test_scores_of_explanations_are_means_over_features_beside_the_control():
+    rows = [
+        {"seed": seed, "method": name, "n_members": 2, "detection_score": score, "control_score": control}
+        for seed in (1, 2)
+        for name, score, control in (("bagging", 0.9, 0.5), ("bagging", 0.7, None), ("bagging", None, None), ("boosting", 0.6, 0.4))
+    ]
+    (figure,) = downstream(_synthetic("autointerp", rows))
+    assert {trace.name: (list(trace.x), list(trace.y)) for trace in figure.figure.data} == {
+        "bagging": (["own explanation", "another's"], pytest.approx([0.8, 0.5])),
+        "boosting": (["own explanation", "another's"], pytest.approx([0.6, 0.4])),
+    }
+    unasked = [row | {"detection_score": None} for row in rows[:1]]
+    assert not list(downstream(_synthetic("autointerp", unasked)))
+
+
 def test_the_papers_setting_is_known_by_model_hook_layer_and_weights():
     assert setting_of("EleutherAI/pythia-160m", "resid_post", 8, "trained") is SETTINGS[1]
     assert setting_of("google/gemma-2-2b", "resid_post", 12, "trained") is SETTINGS[2]
