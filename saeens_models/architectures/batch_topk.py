@@ -47,16 +47,20 @@ class BatchTopKSAE(SAE):
 
     Loss as for TopK, over this code. A token alone has no batch: trained, it is a JumpReLU SAE, ``z = pre * (pre > threshold)``, and is
     saved as one. The one threshold of all features follows the smallest pre-activation kept,
-    ``threshold += threshold_rate * (smallest - threshold)`` after each batch, from 0 (SAELens 6).
+    ``threshold += threshold_rate * (smallest - threshold)`` after each batch, from 0 (SAELens 6). Unlike there it is divided by
+    ``1 - (1 - threshold_rate) ** n_batches`` before it is used, as Adam's means are: else, after few batches, far too many features fire.
     """
 
     config: BatchTopKConfig
     threshold: Tensor
     """Scalar, float64: no weight, but part of what a training is taken up with."""
+    threshold_share: Tensor
+    """Scalar, float64, the same: the share of batches in ``threshold``, 1 - (1 - threshold_rate) ** n_batches; the rest is the first 0."""
 
     def __init__(self, config: BatchTopKConfig) -> None:
         super().__init__(config)
         self.register_buffer("threshold", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("threshold_share", torch.zeros((), dtype=torch.float64))
         self._smallest_of_batch: Tensor | None = None  # while the batch is taken in parts
         self._smallest: Tensor | None = None  # of the last objective
 
@@ -64,9 +68,15 @@ class BatchTopKSAE(SAE):
     def initialise(self, b_dec: Tensor | None = None) -> None:
         super().initialise(b_dec)
         self.threshold.zero_()
+        self.threshold_share.zero_()
+
+    @property
+    def inference_threshold(self) -> Tensor:
+        """Scalar, float64: what a pre-activation has to exceed without a batch; before the first batch 0."""
+        return torch.where(self.threshold_share > 0, self.threshold / self.threshold_share, self.threshold)
 
     def activate(self, pre: Tensor) -> Tensor:
-        return pre * (pre > self.threshold.to(pre.dtype))
+        return pre * (pre > self.inference_threshold.to(pre.dtype))
 
     def objective(self, x: Tensor, dead_mask: Tensor | None = None, sparsity_scale: float = 1.0) -> Objective:
         pre = self.pre_activations(x)
@@ -125,8 +135,9 @@ class BatchTopKSAE(SAE):
     def _move_threshold(self) -> None:
         assert self._smallest is not None
         smallest = self._smallest.to(self.threshold.dtype)
-        moved = self.threshold + self.config.threshold_rate * (smallest - self.threshold)
-        self.threshold.copy_(torch.where(smallest.isfinite(), moved, self.threshold))
+        for kept, target in ((self.threshold, smallest), (self.threshold_share, torch.ones_like(smallest))):
+            moved = kept + self.config.threshold_rate * (target - kept)
+            kept.copy_(torch.where(smallest.isfinite(), moved, kept))
 
     @torch.no_grad()
     def fold_input_scale(self, scale: float) -> None:
@@ -137,6 +148,6 @@ class BatchTopKSAE(SAE):
         shared = self.config.model_dump(include={"d_in", "d_sae", "init_seed", "apply_b_dec_to_input", "decoder_init_norm"})
         sae = JumpReLUSAE(JumpReLUConfig(**shared))
         weights = {name: weight.detach() for name, weight in self.named_parameters()}
-        threshold = self.threshold.to(self.b_dec.dtype).expand(self.config.d_sae)
+        threshold = self.inference_threshold.to(self.b_dec.dtype).expand(self.config.d_sae)
         sae.to(self.b_dec.device).load_state_dict({**weights, "threshold": threshold})
         return sae

@@ -214,8 +214,14 @@ def test_batch_topk_threshold_follows_the_smallest_that_batches_keep(golden):
         smallest = sae.pre_activations(x).flatten().sort().values[-K * len(x)].item()
         threshold += 0.25 * (smallest - threshold)
     assert sae.get_buffer("threshold").item() == pytest.approx(threshold)
-    pre = sae.pre_activations(batches[-1])
+    pre, threshold = sae.pre_activations(batches[-1]), threshold / (1 - 0.75 ** len(batches))  # the average over batches alone
     assert torch.equal(sae.encode(batches[-1]), pre * (pre > threshold))
+
+
+def test_as_many_features_of_batch_topk_fire_after_few_batches_as_in_training():
+    x = torch.randn(5, 400, D_IN, generator=torch.Generator().manual_seed(4))
+    (sae,) = sm.train([config("batch_topk")], x, sm.TrainingConfig(learning_rate=1e-6, unit_norm_decoder=False))
+    assert sae.encode(x[0]).count_nonzero() / 400 == pytest.approx(K, rel=0.05)
 
 
 def test_batch_topk_is_saved_as_a_jumprelu_sae_with_its_threshold(tmp_path, golden):
