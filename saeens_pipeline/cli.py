@@ -16,6 +16,8 @@ from saeens_pipeline.errors import ConfigurationError, SaeensError
 if TYPE_CHECKING:
     import polars as pl
 
+    from saeens_pipeline.forecast import Line
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -108,7 +110,11 @@ def plan(
     layer: Annotated[list[int] | None, typer.Option(help="Only this layer; may be given several times.")] = None,
     format: Annotated[TableFormat, typer.Option("--format", help="csv and json print the table and nothing else.")] = TableFormat.table,
 ) -> None:
-    """Say what an experiment will take of disk, memory, computation and time, before anything is spent."""
+    """Say what an experiment will take of disk, memory, computation and time, before anything is spent. Of a sweep, what each of its
+    experiments would take by itself; what they have in common is made once.
+    """
+    import polars as pl
+
     from saeens_pipeline.catalogue import load_catalogue
     from saeens_pipeline.forecast import as_frame, forecast
     from saeens_pipeline.layers import recorded_layers
@@ -116,16 +122,18 @@ def plan(
     from saeens_pipeline.summary import forecast_table
 
     catalogue = load_catalogue()
-    settings = catalogue.experiment(experiment)
-    source = catalogue.sources[settings.source]
-    layers = sorted(set(layer)) if layer else recorded_layers(source).layers
-    lines = forecast(
-        source, settings, catalogue.ops(settings), layers=layers, store=StoreResource().store, compute=ComputeResource.from_environment()
-    )
+    store, compute = StoreResource().store, ComputeResource.from_environment()
+    plans: dict[str, list[Line]] = {}
+    for settings in catalogue.named(experiment):
+        source = catalogue.sources[settings.source]
+        layers = sorted(set(layer)) if layer else recorded_layers(source).layers
+        plans[settings.name] = forecast(source, settings, catalogue.ops(settings), layers=layers, store=store, compute=compute)
     if format != TableFormat.table:
-        _print_data(as_frame(lines), format)
+        frames = [as_frame(lines).insert_column(0, pl.Series("experiment", [name] * len(lines))) for name, lines in plans.items()]
+        _print_data(pl.concat(frames), format)
         return
-    out.print(forecast_table(lines))
+    for name, lines in plans.items():
+        out.print(forecast_table(name, lines))
 
 
 @app.command()

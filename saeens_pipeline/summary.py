@@ -149,14 +149,14 @@ def lineage_tree(ancestor: Ancestor) -> Tree:
     return tree
 
 
-def forecast_table(lines: Sequence[Line]) -> Table:
+def forecast_table(name: str, lines: Sequence[Line]) -> Table:
     """A plan for the terminal, section by section."""
     from rich.table import Table
     from rich.text import Text
 
     from saeens_pipeline.forecast import UTILISATION, readable
 
-    title = f"everything from nothing; time at {UTILISATION:.0%} of the published speed"
+    title = f"{name}, everything from nothing; time at {UTILISATION:.0%} of the published speed"
     table = Table("", "", "", "", box=None, pad_edge=False, show_header=False, title=title, title_justify="left")
     for before, line in zip([None, *lines], lines, strict=False):
         section = "" if before and before.section == line.section else line.section

@@ -135,7 +135,8 @@ class _Features:
         from saeens_models.evaluation import feature_activity
 
         reader, device = open_reader(self.workplace.store, self.subject.activations, partition), ensemble[0].W_dec.device
-        label = f"{self.subject.experiment.name}/eval/features of {method.name}, {partition}"
+        of = method.name if len(ensemble) > 1 else method.dictionary.address.name
+        label = f"{self.subject.experiment.name}/eval/features of {of}, {partition}"
         with progress.task(label, reader.n_rows("test")) as advance:
 
             def chunks() -> Iterator[Tensor]:

@@ -41,6 +41,7 @@ def draw(table: pl.DataFrame, sweep: Sweep) -> bytes:
 
 def _draw_methods(axes: Axes, table: pl.DataFrame, spent: str) -> None:
     import polars as pl
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     known = table.filter(pl.col(spent).is_not_null())
     axes.set_xlabel(_SPENT[spent])
@@ -48,7 +49,9 @@ def _draw_methods(axes: Axes, table: pl.DataFrame, spent: str) -> None:
         axes.text(0.5, 0.5, "not evaluated yet", ha="center", va="center", transform=axes.transAxes)
         return
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)
     for (method, n), line in known.sort("value").partition_by("method", "n_members", as_dict=True, maintain_order=True).items():
         several = known.filter(method=method)["n_members"].n_unique() > 1

@@ -6,6 +6,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from saeens_pipeline.components.labels import Label, Labels
 from saeens_pipeline.labelled_texts import embedded, hub
 from saeens_pipeline.labelled_texts.drawing import TextCount
 
@@ -47,7 +48,7 @@ class _DataSet(BaseModel):
 class ConceptDataSet(_DataSet):
     """An entry of `concept_detection.datasets`: a name, or a mapping with these fields."""
 
-    labels: list[str] = Field(default=[], description="labels that are probed; left out: all")
+    labels: Labels = Field(default=[], description="labels that are probed; left out: all")
 
     @model_validator(mode="after")
     def _known(self) -> Self:
@@ -66,8 +67,10 @@ class CorrelationDataSet(_DataSet):
     """An entry of `spurious_correlation.datasets`: a name, or a mapping with these fields."""
 
     spurious_field: str = Field(default="spurious", description="column of the spurious attribute")
-    target: tuple[str, str] | None = Field(default=None, description="the two labels that are told apart, of local files")
-    spurious: tuple[str, str] | None = Field(default=None, description="the values of the spurious attribute that go with them, in order")
+    target: tuple[Label, Label] | None = Field(default=None, description="the two labels that are told apart, of local files")
+    spurious: tuple[Label, Label] | None = Field(
+        default=None, description="the values of the spurious attribute that go with them, in order"
+    )
 
     @model_validator(mode="after")
     def _known(self) -> Self:

@@ -24,6 +24,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from saeens_pipeline.components.activation_source import Name
 from saeens_pipeline.components.autointerp import AutoInterpSettings
 from saeens_pipeline.components.downstream_tasks import ConceptDetectionSettings, SpuriousCorrelationSettings
+from saeens_pipeline.components.labels import Labels
 from saeens_pipeline.components.sweeps import name_of_value, swept, validate_sweep
 from saeens_pipeline.storage.names import RESERVED_GROUPS
 
@@ -179,7 +180,7 @@ class SpecialisedMember(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     member: PositiveInt = Field(description="which member, from 1")
-    documents: dict[str, Annotated[list[str], Field(min_length=1), AfterValidator(sorted)]] = Field(
+    documents: dict[str, Annotated[Labels, Field(min_length=1), AfterValidator(sorted)]] = Field(
         {}, description="labels of the documents whose rows it is trained on, such as {language: [python, cython]}; left out: all rows"
     )
     start_from: PositiveInt | None = Field(

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from saeens_pipeline.errors import SaeensError
+from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.language_models.corpora import Split
 
 if TYPE_CHECKING:
@@ -66,13 +66,13 @@ class Labelled(NamedTuple):
 def draw_concepts(data: Labelled, labels: Sequence[str], count: TextCount, *, balance: bool, seed: int) -> ConceptTexts:
     """Half of `count` for each label (of all labels if `labels` is empty), with `balance` evenly from each value of `other`.
 
-    Raises SaeensError where there is one label only, a label is absent, or there are too few texts.
+    Raises ConfigurationError where there is one label only, a label is absent, or there are too few texts.
     """
     there_are = sorted(data.train["label"].unique())
     labels = labels or there_are
     if len(labels) < 2:
         there_is = f"the only label is {labels[0]!r}" if labels else "no text has a label"
-        raise SaeensError(f"{data.name}: {there_is}; a probe needs texts of at least two labels")
+        raise ConfigurationError(f"{data.name}: {there_is}; a probe needs texts of at least two labels")
     others: list[str | None] = [*sorted(data.train["other"].unique())] if balance else [None]
     each = TextCount(*(n // 2 // len(others) for n in count))
     drawn = {label: [_draw(data, (label, other), each, seed) for other in others] for label in labels}
@@ -85,7 +85,7 @@ def draw_quadrants(
 ) -> CorrelationTexts:
     """A quarter of `count` for each pair of target (`label`) and spurious (`other`) attribute, and half where both agree.
 
-    Raises SaeensError as `draw_concepts`.
+    Raises ConfigurationError as `draw_concepts`.
     """
     quarter = TextCount(*(n // 4 for n in count))
     half = TextCount(*(2 * n for n in quarter))
@@ -111,7 +111,7 @@ def _draw(data: Labelled, labels: tuple[str, str | None], wanted: TextCount, see
         if len(texts) < asked:
             what = " and ".join(repr(label) for label in labels if label is not None)
             are_left = f" and {wanted.train} train texts" if data.test is None and split == "test" else ""
-            raise SaeensError(
+            raise ConfigurationError(
                 f"{data.name}: {asked} {split} texts of {what} are needed{are_left}, and there are {len(texts)} different ones: "
                 f"lower {split}_texts"
             )
@@ -127,7 +127,7 @@ def _pool(data: Labelled, split: Split, labels: tuple[str, str | None], seed: in
             continue
         if value not in frame[column]:
             there_are = ", ".join(map(repr, sorted(frame[column].unique())[:20])) or "none"
-            raise SaeensError(f"{data.name}, {split} split: no text has the label {value!r}; the labels are {there_are}")
+            raise ConfigurationError(f"{data.name}, {split} split: no text has the label {value!r}; the labels are {there_are}")
         frame = frame.filter(pl.col(column) == value)
     texts = {text for text in frame["text"] if text.strip()}
     return sorted(texts, key=lambda text: hashlib.sha256(f"{seed} {text}".encode()).digest())

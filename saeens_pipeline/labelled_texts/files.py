@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from saeens_pipeline.errors import SaeensError
+from saeens_pipeline.errors import ConfigurationError, SaeensError
 
 if TYPE_CHECKING:
     import polars as pl
@@ -17,36 +19,36 @@ FORMATS = (".jsonl", ".ndjson", ".parquet", ".csv")
 
 
 def find_files(name: str, pattern: str) -> list[Path]:
-    """The files of a data set, in order. Raises SaeensError where there are none, or one of a format that is not read."""
+    """The files of a data set, in order. Raises ConfigurationError where there are none, or one of a format that is not read."""
     path = Path(pattern).expanduser()
     files = sorted(path.parent.glob(path.name))
     if not files:
-        raise SaeensError(f"{name}: there is no file {pattern}")
+        raise ConfigurationError(f"{name}: there is no file {pattern}")
     for file in files:
         if file.suffix not in FORMATS:
-            raise SaeensError(f"{name}: {file} is of no format that is read: {', '.join(FORMATS)}")
+            raise ConfigurationError(f"{name}: {file} is of no format that is read: {', '.join(FORMATS)}")
     return files
 
 
 def fingerprint(name: str, pattern: str) -> dict[str, str]:
-    """SHA-256 of each file, for recipes. Raises SaeensError as `find_files`."""
+    """SHA-256 of each file, for recipes. Raises ConfigurationError as `find_files`."""
     return {file.name: _sha256(file, file.stat().st_size, file.stat().st_mtime_ns) for file in find_files(name, pattern)}
 
 
 def fingerprint_of_folder(name: str, folder: str) -> dict[str, str]:
-    """SHA-256 of each file below a folder, hidden ones aside, for recipes. Raises SaeensError for a folder without files."""
+    """SHA-256 of each file below a folder, hidden ones aside, for recipes. Raises ConfigurationError for a folder without files."""
     root = Path(folder).expanduser()
     paths = {path.relative_to(root): path for path in sorted(root.rglob("*")) if path.is_file()}
     shown = {str(place): path for place, path in paths.items() if not any(part.startswith(".") for part in place.parts)}
     if not shown:
-        raise SaeensError(f"{name}: there is no file below {folder}, which is to be a local copy of the data set")
+        raise ConfigurationError(f"{name}: there is no file below {folder}, which is to be a local copy of the data set")
     return {place: _sha256(path, path.stat().st_size, path.stat().st_mtime_ns) for place, path in shown.items()}
 
 
 def read_columns(name: str, pattern: str, fields: Mapping[str, str]) -> pl.DataFrame:
     """The columns `fields`, which maps what they are to be called to what they are called in the files, as strings; rows without a null.
 
-    Raises SaeensError for a column that is not there, with those that are, and for a file that cannot be read.
+    Raises ConfigurationError for a column that is not there, with those that are, and for a file that cannot be read.
     """
     import polars as pl
 
@@ -56,19 +58,32 @@ def read_columns(name: str, pattern: str, fields: Mapping[str, str]) -> pl.DataF
             scanned = {".parquet": pl.scan_parquet, ".csv": pl.scan_csv}.get(file.suffix, pl.scan_ndjson)(file)
             parts.append(select_fields(f"{name}: {file}", scanned, fields).collect())
         except (pl.exceptions.PolarsError, OSError) as error:
-            raise SaeensError(f"{name}: {file} cannot be read: {error}") from error
+            line = "" if file.suffix in (".parquet", ".csv") else _first_broken_line(file)
+            raise SaeensError(f"{name}: {file}{line} cannot be read: {error}") from error
     return pl.concat(parts)
 
 
 def select_fields(what: str, frame: pl.LazyFrame, fields: Mapping[str, str]) -> pl.LazyFrame:
-    """The columns `fields` under their new names, as strings, without rows that lack one. Raises SaeensError as `read_columns`."""
+    """The columns `fields` under their new names, as strings, without rows that lack one. Raises ConfigurationError as `read_columns`."""
     import polars as pl
 
     there_are = frame.collect_schema().names()
     missing = [column for column in fields.values() if column not in there_are]
     if missing:
-        raise SaeensError(f"{what} has no column {', '.join(map(repr, missing))}; its columns are {', '.join(map(repr, there_are))}")
+        raise ConfigurationError(f"{what} has no column {', '.join(map(repr, missing))}; its columns are {', '.join(map(repr, there_are))}")
     return frame.select(pl.col(column).cast(pl.String).alias(new) for new, column in fields.items()).drop_nulls()
+
+
+def _first_broken_line(file: Path) -> str:
+    """Of JSON lines, as `:12`; nothing where each is valid by itself, or the file cannot be opened."""
+    with contextlib.suppress(OSError), file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                json.loads(line or "null")
+            except ValueError:
+                if line.strip():
+                    return f":{number}"
+    return ""
 
 
 @lru_cache(maxsize=256)

@@ -230,8 +230,8 @@ _STREAMS: Mapping[str, Callable[[HubReader, _HasEnough], Iterator[tuple[str, str
 
 
 def _field(name: str, row: Mapping[str, Any], *columns: str) -> Any:
-    """The first of these columns that there is. Raises SaeensError where there is none, with those that there are."""
+    """The first of these columns that there is. Raises ConfigurationError where there is none, with those that there are."""
     for column in columns:
         if row.get(column) is not None:
             return row[column]
-    raise SaeensError(f"{name} has no column {' or '.join(map(repr, columns))}; its columns are {', '.join(map(repr, row))}")
+    raise ConfigurationError(f"{name} has no column {' or '.join(map(repr, columns))}; its columns are {', '.join(map(repr, row))}")

@@ -132,7 +132,8 @@ TABLES = {
                 Column(
                     "peak_memory_bytes",
                     "int",
-                    "of the device, or of the whole process on a CPU; a joint op's is divided by FLOPs among its SAEs",
+                    "of the device, or on a CPU of the whole process with interpreter and libraries; a joint op's is divided by FLOPs "
+                    "among its SAEs: what is trained by itself does not compare with what is trained together",
                 ),
                 Column("inference_flops_per_token", "float", "dense-equivalent operations to encode and decode one token"),
                 Column("device", "str", "where it was trained"),

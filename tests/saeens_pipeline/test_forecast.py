@@ -272,7 +272,9 @@ def test_the_command_prints_json_alone_and_makes_nothing(
         return capsys.readouterr().out
 
     rows = json.loads(saeens("--format", "json", "--layer", "2"))
-    assert {"section": "model", "item": str(empty.model), "amount": 16.0, "unit": "dimensions"}.items() <= rows[0].items()
-    assert saeens("--format", "csv").startswith("section,item,amount,unit,note\n")
+    assert {"experiment": "tiny", "section": "model", "item": str(empty.model), "amount": 16.0, "unit": "dimensions"}.items() <= rows[
+        0
+    ].items()
+    assert saeens("--format", "csv").startswith("experiment,section,item,amount,unit,note\n")
     assert "NVIDIA H100 SXM" in saeens()
     assert not empty.root.exists()

@@ -342,6 +342,23 @@ def test_ag_news_github_code_and_europarl(tmp_path: Path):
     }
 
 
+def test_a_broken_line_of_a_file_is_named(tmp_path: Path):
+    (tmp_path / "texts.jsonl").write_text('{"text": "a", "label": "x"}\n\nnot json\n')
+    with pytest.raises(SaeensError, match=r"mine: .*texts\.jsonl:3 cannot be read"):
+        read_concepts(ConceptDataSet(name="mine", train=str(tmp_path / "texts.jsonl")), FEW, seed=1)
+
+
+def test_labels_may_be_numbers_in_the_settings_as_in_the_files(tmp_path: Path):
+    rows = [{"text": f"{label} {i}", "label": label} for label in (0, 1, 2) for i in range(20)]
+    pl.DataFrame(rows).write_parquet(tmp_path / "texts.parquet")
+    drawn = read_concepts(
+        ConceptDataSet.model_validate({"name": "mine", "train": str(tmp_path / "texts.parquet"), "labels": [0, 2]}), FEW, 1
+    )
+    assert list(drawn.train) == ["0", "2"]
+    with pytest.raises(ValidationError, match="valid string"):
+        ConceptDataSet.model_validate({"name": "mine", "train": "texts.parquet", "labels": [True, False]})
+
+
 @pytest.mark.usefixtures("datasets_package")
 def test_the_identity_of_a_hub_data_set_is_its_commit_and_of_a_local_copy_its_bytes(
     fake_hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -161,6 +161,20 @@ def test_the_sweep_itself_is_no_experiment(laboratory: Laboratory):
         catalogue.sweep("x")
 
 
+def test_the_plan_of_a_sweep_has_every_experiment(
+    laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    laboratory.write(_text(sweep={"k": [4, 8]}))
+    planned: dict[str, list[dict[str, Any]]] = {}
+    monkeypatch.setattr("sys.argv", ["saeens", "plan", SWEEP, "--format", "json"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    for row in json.loads(capsys.readouterr().out):
+        planned.setdefault(row.pop("experiment"), []).append(row)
+    assert list(planned) == [f"{SWEEP}__k_4", f"{SWEEP}__k_8"]
+    assert all({"model", "disk", "computation"} <= {row["section"] for row in rows} for rows in planned.values())
+
+
 @pytest.mark.filterwarnings("ignore")  # what is beta or deprecated inside Dagster
 def test_dagsters_own_component_loader_makes_the_assets_of_a_sweep(laboratory: Laboratory):
     import importlib
