@@ -122,7 +122,8 @@ def test_the_unembedding_makes_logits_of_the_normalised_stream(folder: Path, tok
     hooked = tiny_hooked()
     with torch.no_grad():
         logits, cache = hooked.run_with_cache(tokens)
-        torch.testing.assert_close(cache["ln_final.hook_normalized"] @ unembedding.T + hooked.b_U, logits)
+        normalised = cache["ln_final.hook_normalized"] * hooked.ln_final.w + hooked.ln_final.b
+        torch.testing.assert_close(normalised @ unembedding.T + hooked.b_U, logits)
 
 
 def test_without_mlp_there_is_neither_mlp_out_nor_resid_mid(tmp_path: Path, tokens: torch.Tensor):
