@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from saeens_pipeline.report.methods import Method, in_order, method
@@ -25,8 +25,18 @@ class Comparison:
     @property
     def same_order(self) -> bool:
         """Whether both models rank the methods alike."""
-        trained = sorted(self.rows, key=lambda row: -row[1].mean)
-        return trained == sorted(self.rows, key=lambda row: -row[2].mean)
+        return _same_order(self.rows)
+
+    @property
+    def moved(self) -> list[Method]:
+        """Where the models do not rank all methods alike, of four or more: each without which they rank the others alike."""
+        if self.same_order or len(self.rows) < 4:
+            return []
+        return [row[0] for row in self.rows if _same_order([other for other in self.rows if other is not row])]
+
+
+def _same_order(rows: Sequence[tuple[Method, Spread, Spread]]) -> bool:
+    return sorted(rows, key=lambda row: -row[1].mean) == sorted(rows, key=lambda row: -row[2].mean)
 
 
 def compare(trained: Results, untrained: Results) -> Iterator[Comparison]:

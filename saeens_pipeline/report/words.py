@@ -79,15 +79,22 @@ def does_not_say(results: Results, comparisons: Sequence[Comparison], control_hi
 def about_control(comparisons: Sequence[Comparison]) -> str:
     """What the untrained language model shows."""
     same = [each.title for each in comparisons if each.same_order]
-    other = [each.title for each in comparisons if not each.same_order]
-    if not same:
+    nearly = [each for each in comparisons if each.moved]
+    common = [about for about in nearly[0].moved if all(about in each.moved for each in nearly)] if nearly else []
+    but_one: dict[str, list[str]] = {}
+    for each in nearly:
+        but_one.setdefault((common or each.moved)[0].label, []).append(each.title)
+    other = [each.title for each in comparisons if not each.same_order and not each.moved]
+    alike = [f"by {_and(same)}"] if same else []
+    alike += [f"by {_and(titles)} but for {label}" for label, titles in but_one.items()]
+    if not alike:
         return (
             f"An untrained language model of the same shape ranks the methods differently by {_and(other)}: "
             "the order here is not one that any activations would give."
         )
     differs = f" By {_and(other)} it ranks them differently." if other else ""
     return (
-        f"An untrained language model of the same shape ranks the methods alike by {_and(same)}: that order is no evidence that "
+        f"An untrained language model of the same shape ranks the methods alike {', and '.join(alike)}: that order is no evidence that "
         f"features are the language model's; it would come out of activations without any meaning.{differs}"
     )
 
@@ -269,7 +276,9 @@ def _price(results: Results, name: str) -> str:
 
 
 def _times(ratio: float) -> str:
-    return "the training of one SAE" if abs(ratio - 1) < 0.05 else f"{ratio:.2g} times the training of one SAE"
+    return (
+        "the training of one SAE" if abs(ratio - 1) < 0.05 else f"{ratio:{'.0f' if ratio >= 10 else '.2g'}} times the training of one SAE"
+    )
 
 
 def _largest(values: Mapping[str, Spread]) -> str:

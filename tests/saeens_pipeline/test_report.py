@@ -22,7 +22,7 @@ from saeens_pipeline.report.main_table import METRICS
 from saeens_pipeline.report.methods import in_order, method
 from saeens_pipeline.report.published import SETTINGS, setting_of
 from saeens_pipeline.report.results import Results, Size, Spread
-from saeens_pipeline.report.words import choices, does_not_say, says
+from saeens_pipeline.report.words import about_control, choices, does_not_say, says
 from saeens_pipeline.reports import write_reports
 from saeens_pipeline.storage.names import Address, Partition
 from saeens_pipeline.storage.recipes import read_artefact
@@ -240,6 +240,21 @@ def test_order_beside_the_control_is_that_of_the_means():
 
     assert Comparison("EV", [row("single", 0.7, 0.8), row("boosting", 0.9, 0.95)]).same_order
     assert not Comparison("EV", [row("single", 0.7, 0.99), row("boosting", 0.9, 0.95)]).same_order
+
+
+def test_one_method_that_alone_changes_its_place_beside_the_control_is_named():
+    def row(name: str, ours: float, theirs: float) -> Any:
+        return method(name), Spread.of([ours], [1]), Spread.of([theirs], [1])
+
+    rows = [row("single", 0.1, 0.1), row("bagging", 0.2, 0.3), row("boosting", 0.4, 0.4), row("compute_matched", 0.3, 0.2)]
+    swapped = Comparison("EV", rows)
+    assert swapped.moved == [method("bagging"), method("compute_matched")]  # neighbours that change places: either
+    fell = Comparison("stability", [*rows[:3], row("compute_matched", 0.5, 0.0)])
+    assert fell.moved == [method("compute_matched")]
+    assert f"alike by EV and stability but for {method('compute_matched').label}: " in about_control([swapped, fell])
+    assert "alike by loss, and by EV but for bagging: " in about_control([swapped, Comparison("loss", rows[:1])])
+    assert not Comparison("EV", [row("expanded", 0.5, 0.0), row("matching_pursuit", 0.6, -1.0), *rows]).moved
+    assert "differently by EV" in about_control([Comparison("EV", [row("single", 0.7, 0.99), row("boosting", 0.9, 0.95)])])
 
 
 def test_spreads_are_students_intervals_and_with_two_seeds_the_points():
