@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -30,7 +29,7 @@ app.add_typer(reference_model, name="reference-model")
 layers = typer.Typer(no_args_is_help=True, help="The layers of a source.")
 app.add_typer(layers, name="layers")
 
-_PIPE_WIDTH = None if "COLUMNS" in os.environ else 1000  # where the output is no terminal: tables are not squeezed into a file
+_PIPE_WIDTH = 1000  # columns where the output is no terminal: tables are not squeezed into a file
 _SHOWN_ROWS = 1000  # of a table in the terminal
 out = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
 err = Console(stderr=True, width=None if sys.stderr.isatty() else _PIPE_WIDTH)
