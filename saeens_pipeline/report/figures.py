@@ -475,6 +475,7 @@ def _by_count(rows: pl.DataFrame, x: str, y: str, group: str, x_title: str) -> g
 def _explanations(results: Results) -> go.Figure:
     """Mean scores with a feature's own explanation, and with another's."""
     figure = _empty("", "balanced accuracy")
+    figure.update_xaxes(type="category")
     scores = {"own explanation": "detection_score", "another's": "control_score"}
     of_column = {title: results.spreads("autointerp", column) for title, column in scores.items()}
     for name in in_order(size.method for found in of_column.values() for size in found):
