@@ -396,7 +396,7 @@ def test_scores_of_explanations_are_means_over_features_beside_the_control():
         "bagging": (["own explanation", "another's"], pytest.approx([0.8, 0.5])),
         "boosting": (["own explanation", "another's"], pytest.approx([0.6, 0.4])),
     }
-    assert figure.figure.layout.xaxis.type == "category"
+    assert figure.figure.to_dict()["layout"]["xaxis"]["type"] == "category"
     unasked = [row | {"detection_score": None} for row in rows[:1]]
     assert not list(downstream(_synthetic("autointerp", unasked)))
 
