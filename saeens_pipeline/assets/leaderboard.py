@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 Sizes = Literal["full", "all"]
 
-LEADERBOARD_VERSION = 3
+LEADERBOARD_VERSION = 4
 _PLAIN = {  # by table: columns that vary little over seeds, or not at all
     "reconstruction": ("language_model", "sae_data_versions", "n_features"),
-    "cost": ("train_tokens", "train_flops", "train_seconds"),
+    "cost": ("train_tokens", "train_flops", "train_seconds", "residual_flops", "residual_seconds"),
 }
 _FROM = {  # which columns of which table
     table: (*_PLAIN.get(table, ()), *(name for name, (its_table, _) in SEED_METRICS.items() if its_table == table))
@@ -28,7 +28,7 @@ _FROM = {  # which columns of which table
 _MEASURED = ("experiment", "source", "layer", "seed", "method", "n_members")
 _RANKED_TOGETHER = ["source", "layer"]
 _LESS_IS_BETTER = (
-    *("n_features", "n_members", "l0", "relative_sparsity", "train_tokens", "train_flops", "train_seconds"),
+    *("n_features", "n_members", "l0", "relative_sparsity", *_PLAIN["cost"]),
     *("mse", "fvu", "description_length_bits", "dead_features"),
 )
 _SHOWN = {

@@ -9,8 +9,8 @@ from saeens_pipeline.report.methods import Method, in_order, method
 from saeens_pipeline.report.results import Results, Spread
 
 COMPARED = (
-    ("reconstruction", "explained_variance", "EV"),
-    ("reconstruction", "ce_loss_recovered", "CE rec."),
+    ("reconstruction", "explained_variance", "explained variance"),
+    ("reconstruction", "ce_loss_recovered", "loss recovered"),
     ("stability", "stability", "stability"),
 )
 
@@ -21,6 +21,10 @@ class Comparison:
 
     title: str
     rows: list[tuple[Method, Spread, Spread]]
+
+    def of(self, about: Method) -> tuple[Spread, Spread] | tuple[None, None]:
+        """A method on either model, where it was measured on both."""
+        return next(((ours, theirs) for each, ours, theirs in self.rows if each == about), (None, None))
 
     @property
     def same_order(self) -> bool:

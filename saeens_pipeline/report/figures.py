@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from saeens_pipeline.report.methods import Method, in_order, method
+from saeens_pipeline.report.methods import ENSEMBLES, Method, in_order, listed, method
 from saeens_pipeline.report.results import Results, Size, Spread, spreads
 
 if TYPE_CHECKING:
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 
 MAX_CURVE_POINTS = 120
 BINS = 30
+MANY_DECADES = 2.5
+FALL = 0.05  # of explained variance, from where on a training curve swings
+RISE = 1.5  # likewise, of the loss, as a ratio
 NEAR_DUPLICATE = 0.7  # cosine similarity, as in the tables
 
 
@@ -45,7 +49,7 @@ CE = Axis("reconstruction", "ce_loss_recovered", "loss recovered")
 L0 = Axis("reconstruction", "l0", "L0 (features per token)", log=True)
 BITS = Axis("reconstruction", "description_length_bits", "description length (bits per token)", log=True)
 STABILITY = Axis("stability", "stability", "stability")
-FLOPS = Axis("cost", "train_flops", "training FLOPs", log=True, form=".3g")
+FLOPS = Axis("cost", "total_flops", "training FLOPs", log=True, form=".3g")
 
 _BY_MEMBERS = (
     (EV, "Explained variance", "Share of the held-out activations' variance that the reconstruction has. Higher is better."),
@@ -72,8 +76,8 @@ _TRADE_OFFS = (
     (L0, EV, "Reconstruction for its sparsity", "Up and to the left is better: more explained with fewer features per token."),
     (BITS, EV, "Reconstruction for its code length", "The same with the bits that it takes to send the code, magnitudes included."),
     (STABILITY, EV, "Reconstruction and reproducibility", "Up: rebuilds better. To the right: the same features come back."),
-    (FLOPS, EV, "Reconstruction for its training", "Boosting's passes over residuals are counted in."),
-    (FLOPS, STABILITY, "Reproducibility for its training", "Boosting's passes over residuals are counted in."),
+    (FLOPS, EV, "Reconstruction for its training", "Up and to the left is better: more explained for less computation in training."),
+    (FLOPS, STABILITY, "Reproducibility for its training", "Up and to the left is better: more features come back for less computation."),
     (L0, CE, "Loss recovered for its sparsity", "What the language model loses when it reads the reconstruction instead."),
 )
 
@@ -89,7 +93,7 @@ def by_members(results: Results) -> Iterator[Figure]:
 def trade_offs(results: Results) -> Iterator[Figure]:
     """Two metrics against each other, with the line of those that none is better than in both."""
     for x, y, title, caption in _TRADE_OFFS:
-        xs, ys = _spent(results, x), results.spreads(y.table, y.column)
+        xs, ys = results.spreads(x.table, x.column), results.spreads(y.table, y.column)
         if len(xs.keys() & ys.keys()) > 1:
             yield Figure(f"{y.column}_for_{x.column}", title, caption, _trade_off(xs, ys, x, y))
 
@@ -99,19 +103,53 @@ def training(results: Results) -> Iterator[Figure]:
     curves = results.tables.get("training_curves")
     if curves is not None:
         seed = min(curves["seed"].unique())
-        for column, title, log in (
-            ("explained_variance", "Explained variance in training", False),
-            ("loss", "Loss in training", True),
-            ("dead_features", "Dead features in training", False),
+        of_seed = curves.filter(seed=seed)
+        for column, title, caption, log in (
+            (
+                "explained_variance",
+                "Explained variance in training",
+                f"On the training batch, of what the SAE is given; for later rounds that is the residual.{_falls(of_seed)}",
+                False,
+            ),
+            ("loss", "Loss in training", f"What training makes small, mean over the batch.{_rises(of_seed)}", True),
+            ("dead_features", "Dead features in training", "Share of features that have not fired for dead_after_tokens.", False),
         ):
-            caption = {
-                "explained_variance": "On the training batch, of what the SAE is given; for later rounds that is the residual.",
-                "loss": "The training objective, mean over the batch.",
-                "dead_features": "Share of features that have been silent for longer than the experiment allows.",
-            }[column]
-            figure = _curves(curves.filter(seed=seed), column, log=log)
+            figure = _curves(of_seed, column, log=log)
             yield Figure(f"training_{column}", title, f"{caption} Seed {seed}, a line for each SAE.", figure)
     yield from _rounds(results)
+
+
+def _falls(curves: pl.DataFrame) -> str:
+    """Why explained variance falls far below what it had reached, if it does while features are dead."""
+    import polars as pl
+
+    reached = pl.col("explained_variance").cum_max().over("method", "member", order_by="tokens")
+    names = _with_dead_features(curves, reached - pl.col("explained_variance") > FALL)
+    if not names:
+        return ""
+    return f" It falls for {listed(names)} while features are dead (see that plot): training of TopK SAEs then revives them, too."
+
+
+def _rises(curves: pl.DataFrame) -> str:
+    """Why the loss rises far above what it had reached, if it does while features are dead."""
+    import polars as pl
+
+    reached = pl.col("loss").cum_min().over("method", "member", order_by="tokens")
+    names = _with_dead_features(curves, pl.col("loss") > RISE * reached)
+    if not names:
+        return ""
+    return f" It rises for {listed(names)} while features are dead (see that plot): of TopK SAEs, what revives them is a part of it."
+
+
+def _with_dead_features(curves: pl.DataFrame, when: pl.Expr) -> list[str]:
+    """Methods of which more features are dead at the points of their curves that are meant than at the others, on average."""
+    import polars as pl
+
+    points = curves.filter(_is_largest().over("method")).with_columns(meant=when)
+    means = points.group_by("method", "meant").agg(pl.col("dead_features").mean()).pivot("meant", index="method", values="dead_features")
+    if not {"true", "false"} <= set(means.columns):
+        return []
+    return [method(name).label for name in in_order(means.filter(pl.col("true") > 2 * pl.col("false"))["method"])]
 
 
 def features(results: Results) -> Iterator[Figure]:
@@ -191,9 +229,18 @@ def layer_profile(board: pl.DataFrame, experiment: str) -> Iterator[Figure]:
         for name in in_order(there["method"]):
             of_method = there.filter(method=name).sort("layer")
             largest = of_method.filter(_is_largest()).unique("layer", keep="first").sort("layer")
-            spread = [_from_board(row, column) for row in largest.iter_rows(named=True)]
-            _add(figure, method(name), largest["layer"].to_list(), spread, x_title="layer", lines=True)
+            spread = [from_board(row, column) for row in largest.iter_rows(named=True)]
+            whats = [f"layer {layer}" for layer in largest["layer"]]
+            _add(figure, method(name), largest["layer"].to_list(), spread, whats=whats, lines=True)
         yield Figure(f"{experiment}_{column}_by_layer", f"{experiment}: {title} by layer", "Every method at its full size.", figure)
+
+
+def from_board(row: Mapping[str, Any], column: str) -> Spread:
+    """A metric of a row of the leaderboard over its seeds."""
+    pairs = [
+        (float(point), int(seed)) for point, seed in zip(row[f"{column}_by_seed"].split(","), row["seeds"].split(","), strict=True) if point
+    ]
+    return Spread.of([point for point, _ in pairs], [seed for _, seed in pairs])
 
 
 def suggested_sizes(marginal_gain: pl.DataFrame) -> dict[str, int]:
@@ -201,18 +248,6 @@ def suggested_sizes(marginal_gain: pl.DataFrame) -> dict[str, int]:
     rows = marginal_gain.drop_nulls("suggested").unique(["method"], keep="first")
     sizes = dict(rows.select("method", "suggested").iter_rows())
     return {name: sizes[name] for name in in_order(sizes)}
-
-
-def training_flops(results: Results) -> dict[Size, Spread]:
-    """Training FLOPs with those that make residuals."""
-    rows = results.tables.get("cost")
-    if rows is None:
-        return {}
-    return spreads(rows.with_columns(total=rows["train_flops"] + rows["residual_flops"].fill_null(0)), "total")
-
-
-def _spent(results: Results, axis: Axis) -> dict[Size, Spread]:
-    return training_flops(results) if axis is FLOPS else results.spreads(axis.table, axis.column)
 
 
 def _empty(x: str, y: str, *, log_x: bool = False, log_y: bool = False) -> go.Figure:
@@ -227,17 +262,18 @@ def _empty(x: str, y: str, *, log_x: bool = False, log_y: bool = False) -> go.Fi
 
 
 def _label_decades(figure: go.Figure, axis: str, values: Sequence[float]) -> None:
-    """Label a logarithmic axis at 1, 2 and 5 times powers of ten, far enough around the values to zoom out."""
+    """Label a logarithmic axis at powers of ten, and where these are few at 2 and 5 times them, far enough to zoom out."""
     positive = [value for value in values if value > 0]
     if positive:
-        exponents = range(math.floor(math.log10(min(positive))) - 1, math.ceil(math.log10(max(positive))) + 2)
-        ticks = [(digit, exponent) for exponent in exponents for digit in (1, 2, 5)]
+        low, high = math.log10(min(positive)), math.log10(max(positive))
+        digits = (1, 2, 5) if high - low < MANY_DECADES else (1,)
+        ticks = [(digit, exponent) for exponent in range(math.floor(low) - 1, math.ceil(high) + 2) for digit in digits]
         labels = {"tickvals": [digit * 10.0**exponent for digit, exponent in ticks], "ticktext": [_tick(*tick) for tick in ticks]}
         figure.update_layout({axis: labels})
 
 
 def _tick(digit: int, exponent: int) -> str:
-    if -4 <= exponent <= 5:
+    if -4 <= exponent <= 6:
         return f"{digit * 10**exponent:,}" if exponent >= 0 else f"{digit * 10.0**exponent:.{-exponent}f}"
     power = f"10<sup>{exponent}</sup>"
     return power if digit == 1 else f"{digit}·{power}"
@@ -253,46 +289,50 @@ def _by_members(values: dict[Size, Spread], axis: Axis) -> go.Figure:
         about = method(name)
         sizes = sorted(size for size in values if size.method == name)
         chosen = [values[size] for size in sizes]
-        if name == "single" and most > 1:  # a level to compare with
-            _add_level(figure, about, most, chosen[0])
+        if name not in ENSEMBLES and len(sizes) == 1 and most > 1:
+            _add_level(figure, about, most, what=about.at(sizes[0].n_members, most), spread=chosen[0], form=axis.form)
         else:
-            _add(figure, about, [size.n_members for size in sizes], chosen, form=axis.form, x_title="members", lines=len(sizes) > 1)
+            whats = [about.at(size.n_members, most) for size in sizes]
+            _add(figure, about, [size.n_members for size in sizes], chosen, form=axis.form, whats=whats, lines=len(sizes) > 1)
     return figure
 
 
-def _add_level(figure: go.Figure, about: Method, most: int, spread: Spread) -> None:
+def _add_level(figure: go.Figure, about: Method, most: int, *, what: str, spread: Spread, form: str) -> None:
+    """One SAE beside ensembles of every size: a level, which says what it is wherever it is pointed at, with its symbol at the end."""
     figure.add_scatter(
-        x=[1, most],
-        y=[spread.mean, spread.mean],
+        x=list(range(1, most + 1)),
+        y=[spread.mean] * most,
         mode="lines",
         line={"color": about.colour, "dash": "dot", "width": 1.5},
         name=about.label,
         meta={"method": about.name},
-        hovertemplate=f"<b>{about.label}</b><br>%{{y:.4g}}<extra></extra>",
+        hovertemplate=f"<b>{about.label}</b>, {what}<br>{_in_words(spread, form)}<extra></extra>",
     )
+    _add(figure, about, [most], [spread], whats=[what], form=form, lines=False)
 
 
 def _add(
-    figure: go.Figure, about: Method, xs: Sequence[float], chosen: Sequence[Spread], *, x_title: str, form: str = ".4g", lines: bool
+    figure: go.Figure, about: Method, xs: Sequence[float], chosen: Sequence[Spread], *, whats: Sequence[str], form: str = ".4g", lines: bool
 ) -> None:
-    """A method: means as a line or as points, with bars for seeds."""
+    """A method: means as a line or as points, with bars for seeds, and what each point is."""
     figure.add_scatter(
         x=list(xs),
         y=[spread.mean for spread in chosen],
         error_y=_bars(chosen, about.colour),
         mode="lines+markers" if lines else "markers",
         line={"color": about.colour, "width": 2},
-        marker={"color": about.colour, "symbol": about.symbol, "size": 7 if lines else 11, "line": {"width": 0}},
+        marker={"color": about.colour, "symbol": about.symbol, "size": 7 if lines else 10, "line": {"width": 0}},
         name=about.label,
         meta={"method": about.name},
-        customdata=[_in_words(spread, form) for spread in chosen],
-        hovertemplate=f"<b>{about.label}</b>, {x_title} %{{x:.4g}}<br>%{{customdata}}<extra></extra>",
+        customdata=[[what, _in_words(spread, form)] for what, spread in zip(whats, chosen, strict=True)],
+        hovertemplate=f"<b>{about.label}</b>, %{{customdata[0]}}<br>%{{customdata[1]}}<extra></extra>",
     )
 
 
 def _trade_off(xs: dict[Size, Spread], ys: dict[Size, Spread], x: Axis, y: Axis) -> go.Figure:
     figure = _empty(x.title, y.title, log_x=x.log, log_y=y.log)
     both = sorted(xs.keys() & ys.keys())
+    most = max(size.n_members for size in both)
     if x.log:
         _label_decades(figure, "xaxis", [xs[size].mean for size in both])
     _add_front(figure, [(xs[size].mean, ys[size].mean) for size in both], less_x=x is not STABILITY)
@@ -316,8 +356,8 @@ def _trade_off(xs: dict[Size, Spread], ys: dict[Size, Spread], x: Axis, y: Axis)
             },
             name=about.label,
             meta={"method": about.name},
-            customdata=[[size.n_members, _in_words(xs[size], x.form), _in_words(ys[size], y.form)] for size in sizes],
-            hovertemplate=f"<b>{about.label}</b>, n = %{{customdata[0]}}<br>{y.title}: %{{customdata[2]}}<br>"
+            customdata=[[about.at(size.n_members, most), _in_words(xs[size], x.form), _in_words(ys[size], y.form)] for size in sizes],
+            hovertemplate=f"<b>{about.label}</b>, %{{customdata[0]}}<br>{y.title}: %{{customdata[2]}}<br>"
             f"{x.title}: %{{customdata[1]}}<extra></extra>",
         )
     return figure
@@ -341,7 +381,8 @@ def _add_front(figure: go.Figure, points: Sequence[tuple[float, float]], *, less
 
 
 def _curves(rows: pl.DataFrame, column: str, *, log: bool) -> go.Figure:
-    figure = _empty("training tokens of the SAE", column.replace("_", " "), log_y=log)
+    figure = _empty("training tokens of the SAE", column.replace("_", " "), log_x=True, log_y=log)
+    _label_decades(figure, "xaxis", rows["tokens"].to_list())  # some SAEs are trained many times as long as others
     if log:
         _label_decades(figure, "yaxis", rows[column].drop_nulls().to_list())
     if column == "explained_variance":  # the first steps can be far below
@@ -351,7 +392,6 @@ def _curves(rows: pl.DataFrame, column: str, *, log: bool) -> go.Figure:
         largest = of_method.filter(_is_largest())
         for (member,), curve in largest.partition_by("member", as_dict=True, maintain_order=True).items():
             thinned = curve.drop_nulls(column).gather_every(max(1, math.ceil(len(curve) / MAX_CURVE_POINTS)))
-            what = f"member {member}" if name == "bagging" else f"round {member}" if name == "boosting" else ""
             figure.add_scatter(
                 x=thinned["tokens"].to_list(),
                 y=[float(f"{value:.5g}") for value in thinned[column]],
@@ -360,7 +400,7 @@ def _curves(rows: pl.DataFrame, column: str, *, log: bool) -> go.Figure:
                 opacity=0.75,
                 name=about.label,
                 meta={"method": name},
-                hovertemplate=f"<b>{about.label}</b> {what}<br>%{{x:,}} tokens: %{{y:.4g}}<extra></extra>",
+                hovertemplate=f"<b>{about.label}</b>{_sae_of(name, member, ', ')}<br>%{{x:,}} tokens: %{{y:.4g}}<extra></extra>",
             )
     return figure
 
@@ -378,7 +418,8 @@ def _rounds(results: Results) -> Iterator[Figure]:
         for name in ("bagging", "boosting"):
             sizes = sorted(size for size in relative if size.method == name)
             if sizes:
-                _add(figure, method(name), [size.n_members for size in sizes], [relative[size] for size in sizes], x_title="n", lines=True)
+                ns = [size.n_members for size in sizes]
+                _add(figure, method(name), ns, [relative[size] for size in sizes], whats=[f"n = {n}" for n in ns], lines=True)
         caption = "Root mean squared norm of what is left over after n rounds, as a share of the activations' own spread around their mean."
         yield Figure("residual_norm", "What is left over", caption, figure)
     members = results.tables.get("members")
@@ -406,7 +447,8 @@ def _rounds(results: Results) -> Iterator[Figure]:
             renamed = rows.with_columns(n_members=rows["member"])
             values = spreads(renamed, column)
             sizes = sorted(values)
-            _add(figure, method(name), [s.n_members for s in sizes], [values[s] for s in sizes], x_title="number", lines=len(sizes) > 1)
+            whats = [_sae_of(name, size.n_members) for size in sizes]
+            _add(figure, method(name), [s.n_members for s in sizes], [values[s] for s in sizes], whats=whats, lines=len(sizes) > 1)
         yield Figure(f"member_{column}", title, caption, figure)
 
 
@@ -420,7 +462,8 @@ def _density_histogram(table: pl.DataFrame) -> go.Figure:
     low, high = math.floor(float(logs.min() or 0) * 2) / 2, 0.0  # pyright: ignore[reportArgumentType]
     for name, rows in _by_method(fires):
         edges, shares = _histogram(rows["density"].log10().to_list(), low, high, BINS, _count(table, name))
-        _add_steps(figure, method(name), [10**edge for edge in edges], shares, "%{x:.2g}")
+        _add_steps(figure, method(name), [10**edge for edge in edges], shares, ".2g")
+    figure.update_xaxes(range=[low, high])
     return figure
 
 
@@ -430,27 +473,31 @@ def _cosine_histogram(table: pl.DataFrame) -> go.Figure:
     low = min(0.0, math.floor(float(there["nearest_other_seed_cosine"].min() or 0) * 10) / 10)  # pyright: ignore[reportArgumentType]
     for name, rows in _by_method(there):
         edges, shares = _histogram(rows["nearest_other_seed_cosine"].to_list(), low, 1.0, BINS, len(rows))
-        _add_steps(figure, method(name), edges, shares, "%{x:.2f}")
+        _add_steps(figure, method(name), edges, shares, ".2f")
+    figure.update_xaxes(range=[low, 1.0])
     return figure
 
 
 def _histogram(values: Sequence[float], low: float, high: float, bins: int, total: int) -> tuple[list[float], list[float]]:
-    """Left edges and shares of `total`; a value at or beyond an end counts to the last bin there."""
+    """`bins + 1` edges, and in each bin the share of `total`; a value at or beyond an end counts to the last bin there."""
     counts = [0] * bins
     for value in values:
         counts[min(bins - 1, max(0, int((value - low) / (high - low) * bins)))] += 1
-    return [low + (high - low) * i / bins for i in range(bins)], [count / total for count in counts]
+    return [low + (high - low) * i / bins for i in range(bins + 1)], [count / total for count in counts]
 
 
-def _add_steps(figure: go.Figure, about: Method, edges: Sequence[float], shares: Sequence[float], x_form: str) -> None:
+def _add_steps(figure: go.Figure, about: Method, edges: Sequence[float], shares: Sequence[float], form: str) -> None:
+    """A step for each bin, drawn from its left edge to its right one: at the last edge the last share stands once more."""
+    bins = [f"from {left:{form}} to {right:{form}}" for left, right in itertools.pairwise(edges)]
     figure.add_scatter(
         x=[float(f"{edge:.4g}") for edge in edges],
-        y=[float(f"{share:.4g}") for share in shares],
+        y=[float(f"{share:.4g}") for share in (*shares, shares[-1])],
         mode="lines",
         line={"color": about.colour, "width": 1.8, "shape": "hv"},
         name=about.label,
         meta={"method": about.name},
-        hovertemplate=f"<b>{about.label}</b><br>from {x_form}: %{{y:.2%}} of the features<extra></extra>",
+        customdata=[*bins, bins[-1]],
+        hovertemplate=f"<b>{about.label}</b><br>%{{customdata}}: %{{y:.2%}} of the features<extra></extra>",
     )
 
 
@@ -468,7 +515,8 @@ def _by_count(rows: pl.DataFrame, x: str, y: str, group: str, x_title: str) -> g
     for name, of_method in _by_method(means):
         values = spreads(of_method, y)
         sizes = sorted(values)
-        _add(figure, method(name), [s.n_members for s in sizes], [values[s] for s in sizes], x_title="n", lines=len(sizes) > 1)
+        whats = [f"{s.n_members} {x_title.split(maxsplit=1)[0]}" for s in sizes]
+        _add(figure, method(name), [s.n_members for s in sizes], [values[s] for s in sizes], whats=whats, lines=len(sizes) > 1)
     return figure
 
 
@@ -512,17 +560,15 @@ def _in_words(spread: Spread, form: str) -> str:
     return format(spread.mean, form)
 
 
-def _from_board(row: dict[str, Any], column: str) -> Spread:
-    pairs = [
-        (float(point), int(seed)) for point, seed in zip(row[f"{column}_by_seed"].split(","), row["seeds"].split(","), strict=True) if point
-    ]
-    return Spread.of([point for point, _ in pairs], [seed for _, seed in pairs])
-
-
 def _by_method(rows: pl.DataFrame) -> Iterator[tuple[str, pl.DataFrame]]:
     for name in in_order(rows["method"]):
         of_method = rows.filter(method=name)
         yield name, of_method
+
+
+def _sae_of(name: str, number: int, before: str = "") -> str:
+    """Which SAE of an ensemble; of the others there is one."""
+    return {"bagging": f"{before}member {number}", "boosting": f"{before}round {number}"}.get(name, "")
 
 
 def _is_largest() -> pl.Expr:

@@ -26,32 +26,96 @@ class Metric:
 
 
 METRICS = (
-    Metric("EV", "reconstruction", "explained_variance", ".4f", "more", "explained variance on held-out tokens: 1 is perfect"),
-    Metric("MSE", "reconstruction", "mse", ".4g", "less", "squared error summed over dimensions, mean over held-out tokens"),
     Metric(
-        "CE rec.", "reconstruction", "ce_loss_recovered", ".4f", "more", "share that it recovers of the next-token loss that zeros cost"
+        "EV",
+        "reconstruction",
+        "explained_variance",
+        ".4f",
+        "more",
+        "explained variance: the share of what varies in the activations that the reconstruction has, on text that was held out from "
+        "training. 1 is perfect, 0 no better than the mean",
     ),
-    Metric("L0", "reconstruction", "l0", ".1f", "", "features that fire per token: what a reconstruction spends"),
-    Metric("bits", "reconstruction", "description_length_bits", ",.0f", "", "bits per token that it takes to send the code"),
-    Metric("stability", "stability", "stability", ".4f", "more", "do the same features come back under another seed? 1: all of them"),
-    Metric("connectivity", "coactivation", "connectivity", ".4f", "", "share of feature pairs that never fire on the same token"),
-    Metric("dead", "reconstruction", "dead_features", ".1%", "less", "share of features that never fire on held-out tokens"),
-    Metric("features", "reconstruction", "n_features", ",.0f", "", "features of the whole dictionary"),
     Metric(
-        "train FLOPs", "cost", "train_flops", ".3g", "", "dense-equivalent operations of training, without boosting's passes over residuals"
+        "MSE",
+        "reconstruction",
+        "mse",
+        ".4g",
+        "less",
+        "mean squared error: by how much the reconstruction misses the activations, summed over dimensions. Its scale is the activations' "
+        "own, so compare it within one language model and layer only",
     ),
-    Metric("seconds", "cost", "train_seconds", ",.1f", "", "seconds of training, without boosting's passes over residuals"),
+    Metric(
+        "CE rec.",
+        "reconstruction",
+        "ce_loss_recovered",
+        ".4f",
+        "more",
+        "loss recovered: how well the language model predicts the next token (its cross-entropy loss) when it reads the reconstruction in "
+        "the activations' place. 1: as well as with the activations themselves, 0: as badly as with zeros",
+    ),
+    Metric("L0", "reconstruction", "l0", ".1f", "", "how many features fire (are not zero) per token: what a reconstruction spends"),
+    Metric(
+        "bits",
+        "reconstruction",
+        "description_length_bits",
+        ",.0f",
+        "",
+        "description length: bits per token to say which features fire, and how strongly",
+    ),
+    Metric(
+        "stability",
+        "stability",
+        "stability",
+        ".4f",
+        "more",
+        "do the same features come back when all is trained again from another seed? Of each feature the direction that is most alike "
+        "among those of another run, as a cosine, and the mean of these. 1: every feature comes back",
+    ),
+    Metric(
+        "connectivity",
+        "coactivation",
+        "connectivity",
+        ".4f",
+        "",
+        "share of pairs of features that never fire on the same token",
+    ),
+    Metric("dead", "reconstruction", "dead_features", ".1%", "less", "dead features: share that never fires on the held-out text"),
+    Metric("features", "reconstruction", "n_features", ",.0f", "", "how many features the whole dictionary has"),
+    Metric(
+        "train FLOPs",
+        "cost",
+        "total_flops",
+        ".3g",
+        "",
+        "floating-point operations of training, counted as if each feature were computed for each token (dense equivalents), so that "
+        "they do not depend on the implementation. Boosting's passes over the activations that make the residuals are counted in, here "
+        "and wherever training is spoken of",
+    ),
+    Metric("seconds", "cost", "total_seconds", ",.1f", "", "how long training took on this machine, boosting's passes counted in"),
 )
+
+
+def why_empty(metric: Metric, experiment: str, n_seeds: int) -> str:
+    """Why a method that was measured has no number here."""
+    if metric.column == "stability" and n_seeds < 2:
+        return "stability compares seeds, and there is one"
+    if metric.column == "ce_loss_recovered":
+        return (
+            "not measured: `ce_loss_tokens: 0`, a language model without an output head, or one whose loss zeros in the activations' "
+            "place change by less than 0.05 nats, as often in an untrained one"
+        )
+    return f"not in the table {metric.table}: `saeens run {experiment}` makes it, where it is among the `evaluations`"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A number: as it is written, exactly as the tables have it, what seeds say, and whether no method is better."""
+    """A number: as it is written, exactly as the tables have it, what seeds say, and whether no method is better. Or why there is none."""
 
-    text: str
-    value: float
-    seeds: str
-    best: bool
+    text: str = ""
+    value: float | None = None
+    seeds: str = ""
+    best: bool = False
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -68,7 +132,7 @@ class Row:
 
     method: Method
     n_members: int
-    cells: Sequence[Cell | None]
+    cells: Sequence[Cell]
     origins: Mapping[int, Sequence[Origin]]
 
     @property
@@ -92,7 +156,7 @@ def main_table(results: Results, record: Record) -> list[Row]:
 
 
 def seeds_in_words(spread: Spread, form: str) -> str:
-    """The half width of the 95 % interval or, with two seeds, the points: of two, Student's interval is 12.7 standard errors wide."""
+    """The half width of the 95% interval or, with two seeds, the points: of two, Student's interval is 12.7 standard errors wide."""
     if spread.has_interval and spread.high is not None:
         half_width = spread.high - spread.mean
         return f"±{half_width:.1%}" if form.endswith("%") else f"±{half_width:.2g}"
@@ -102,12 +166,17 @@ def seeds_in_words(spread: Spread, form: str) -> str:
     return ""
 
 
-def _cell(results: Results, metric: Metric, size: Size) -> Cell | None:
+def cell_of(spread: Spread, metric: Metric, *, best: bool = False) -> Cell:
+    """The mean, with what seeds say where they differ."""
+    seeds = "" if len(set(spread.points)) == 1 and len(spread.points) > 1 else seeds_in_words(spread, metric.form)
+    return Cell(metric.written(spread.mean), spread.mean, seeds, best)
+
+
+def _cell(results: Results, metric: Metric, size: Size) -> Cell:
     spread = results.spreads(metric.table, metric.column).get(size)
     if spread is None:
-        return None
-    seeds = "" if len(set(spread.points)) == 1 and len(spread.points) > 1 else seeds_in_words(spread, metric.form)
-    return Cell(format(spread.mean, metric.form), spread.mean, seeds, _is_best(results, metric, spread))
+        return Cell(why=why_empty(metric, results.experiment, len(results.seeds)))
+    return cell_of(spread, metric, best=_is_best(results, metric, spread))
 
 
 def _is_best(results: Results, metric: Metric, spread: Spread) -> bool:

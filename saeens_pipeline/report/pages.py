@@ -13,11 +13,11 @@ from saeens_pipeline.report import figures
 from saeens_pipeline.report.control import compare
 from saeens_pipeline.report.feature_browser import COLUMNS, PAGE, FeatureBrowser
 from saeens_pipeline.report.lineage_diagram import diagram
-from saeens_pipeline.report.main_table import METRICS, main_table, metrics_of
-from saeens_pipeline.report.methods import in_order, method
+from saeens_pipeline.report.main_table import METRICS, Cell, Metric, cell_of, main_table, metrics_of, seeds_in_words, why_empty
+from saeens_pipeline.report.methods import in_order, listed, method
 from saeens_pipeline.report.published import PAPER, setting_of
-from saeens_pipeline.report.record import Record
-from saeens_pipeline.report.results import Results
+from saeens_pipeline.report.record import UI, Record
+from saeens_pipeline.report.results import Results, with_totals
 from saeens_pipeline.report.words import choices, does_not_say, says
 from saeens_pipeline.storage.recipes import Store
 from saeens_pipeline.storage.tables import TABLES
@@ -33,19 +33,31 @@ if TYPE_CHECKING:
 INDEX = "index.html"
 PICTURES = "pictures"
 _HERE = Path(__file__).parent
+_WEIGHTS = {"random": "untrained (control)"}
+_IN_PAGE = (  # tables that the page shows something of
+    *("reconstruction", "coactivation", "stability", "cost", "marginal_gain", "members", "training_curves", "features"),
+    *("concept_detection", "spurious_correlation"),
+)
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page: its anchor, heading, one line of what it is about, its plots, and what is missing for more."""
+    """A part of the page: its anchor, heading, one line of what it is about, and its plots."""
 
     anchor: str
     title: str
     about: str
     figures: Sequence[figures.Figure]
-    missing: Sequence[str]
     link: tuple[str, str] | None = None
     """a page of its own, and what it has"""
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Tables that are not there, each with the question that it answers, and what makes them."""
+
+    how: str
+    tables: Sequence[tuple[str, str]]
 
 
 def write_report(folder: Path, store: Store, catalogue: Catalogue, experiment: ExperimentSettings, layer: int) -> None:
@@ -60,7 +72,8 @@ def write_report(folder: Path, store: Store, catalogue: Catalogue, experiment: E
     setting = setting_of(record.language_model, str(record.setting("hook")), layer, str(record.setting("weights")))
     train_tokens = record.setting("train_tokens")
     browser = FeatureBrowser.read(store, results, experiment.ensemble.seeds)
-    sections = list(_sections(results, experiment, browser))
+    sections = list(_sections(results, browser))
+    metrics = metrics_of(results)
     page = {
         "experiment": experiment.name,
         "layer": layer,
@@ -70,11 +83,13 @@ def write_report(folder: Path, store: Store, catalogue: Catalogue, experiment: E
         "record": record,
         "facts": list(record.facts()),
         "choices": list(choices(results)),
-        "metrics": metrics_of(results),
-        "rows": main_table(results, record),
+        "metrics": metrics,
+        "rows": (rows := main_table(results, record)),
+        "empty": _reasons(metrics, [row.cells for row in rows]),
         "says": list(says(results)),
         "does_not_say": list(does_not_say(results, comparisons, _control_hint(record, experiment, control, layer))),
         "comparisons": comparisons,
+        "compared": [method(name) for name in in_order(row[0].name for each in comparisons for row in each.rows)],
         "control": control.name if control else "",
         "paper": PAPER,
         "setting": setting,
@@ -84,10 +99,14 @@ def write_report(folder: Path, store: Store, catalogue: Catalogue, experiment: E
         "sections": sections,
         "browser": browser,
         "diagram": diagram(record),
-        "overview_missing": _missing(results, experiment, ("reconstruction", "coactivation", "stability", "cost")),
+        "missing": _missing(results, experiment),
+        "could_be": _could_be(results, experiment),
+        "outdated_features": _what_makes("features", experiment, "was made by an earlier version")
+        if "features" in results.tables and not browser
+        else "",
+        "seeds_in_words": seeds_in_words,
+        "ui": UI,
         "methods": [method(name) for name in results.methods],
-        "all_metrics": METRICS,
-        "tables": TABLES,
     }
     _write(folder, "report.html", page, [figure for section in sections for figure in section.figures])
     if browser:
@@ -99,19 +118,45 @@ def write_report(folder: Path, store: Store, catalogue: Catalogue, experiment: E
 
 def write_leaderboard(folder: Path, board: pl.DataFrame, reports: Mapping[tuple[str, int], str]) -> None:
     """Write the page over all experiments from the leaderboard's rows; `reports`: links to the reports that there are."""
+    board = with_totals(board)
     metrics = [metric for metric in METRICS if metric.column in board.columns and board[metric.column].null_count() < len(board)]
     profiles = [figure for name in sorted(set(board["experiment"])) for figure in figures.layer_profile(board, name)]
+    rows = [
+        row
+        | {"about": method(row["method"]), "report": reports.get((row["experiment"], row["layer"]), "")}
+        | {"cells": [_cell_of_board(row, metric) for metric in metrics]}
+        for row in board.to_dicts()
+    ]
     page = {
-        "rows": [
-            row | {"about": method(row["method"]), "report": reports.get((row["experiment"], row["layer"]), "")} for row in board.to_dicts()
-        ],
+        "rows": rows,
         "metrics": metrics,
-        "columns": {name: sorted(set(board[name])) for name in ("experiment", "source", "layer", "language_model")}
-        | {"method": [method(name) for name in in_order(board["method"])]},
+        "empty": _reasons(metrics, [row["cells"] for row in rows]),
+        "columns": {name: [(value, value) for value in sorted(set(board[name]))] for name in ("experiment", "source", "layer")}
+        | {"language_model": [(value, _WEIGHTS.get(value, value)) for value in sorted(set(board["language_model"]))]}
+        | {"method": [(name, method(name).label) for name in in_order(board["method"])]},
         "profiles": profiles,
         "methods": [method(name) for name in in_order(board["method"])],
     }
     _write(folder, "leaderboard.html", page, profiles)
+
+
+def _cell_of_board(row: Mapping[str, Any], metric: Metric) -> Cell:
+    """A mean of the leaderboard, with its interval or points where it has the seeds'."""
+    if row[metric.column] is None:
+        return Cell(why=why_empty(metric, row["experiment"], row["n_seeds"]))
+    if f"{metric.column}_by_seed" in row:
+        return cell_of(figures.from_board(row, metric.column), metric)
+    return Cell(metric.written(row[metric.column]), row[metric.column])
+
+
+def _reasons(metrics: Sequence[Metric], rows: Sequence[Sequence[Cell]]) -> list[str]:
+    """Why cells are empty, each reason once, with the columns that it is about."""
+    columns: dict[str, list[str]] = {}
+    for cells in rows:
+        for metric, cell in zip(metrics, cells, strict=True):
+            if cell.why and metric.title not in columns.setdefault(cell.why, []):
+                columns[cell.why].append(metric.title)
+    return [f"{listed(titles)}: {why}" for why, titles in columns.items()]
 
 
 def _write_features(folder: Path, browser: FeatureBrowser, store: Store, record: Record, experiment: ExperimentSettings) -> None:
@@ -129,47 +174,48 @@ def _write_features(folder: Path, browser: FeatureBrowser, store: Store, record:
     browser.write(folder, store, record, _what_makes("contexts", experiment))
 
 
-def _sections(results: Results, experiment: ExperimentSettings, browser: FeatureBrowser | None) -> Iterable[Section]:
+def _sections(results: Results, browser: FeatureBrowser | None) -> Iterable[Section]:
     parts = (
         (
             "members",
             "More members",
-            "What each further member or round changes.",
+            "What each further member or round changes. Dotted levels are single SAEs, to compare with.",
             figures.by_members,
-            ("reconstruction", "coactivation", "stability"),
         ),
         (
             "trade-offs",
             "Trade-offs",
             "Every method at every size; large symbols are whole ensembles. The dotted line joins those that none is better than in both.",
             figures.trade_offs,
-            ("reconstruction", "stability", "cost"),
         ),
-        ("gain", "How many are enough", "What one more member adds.", figures.marginal_gain, ("marginal_gain",)),
-        ("training", "Training and rounds", "How training went, and what rounds do.", figures.training, ("training_curves", "members")),
-        ("features", "Features", "How often features fire, and whether they come back.", figures.features, ("features",)),
-        (
-            "downstream",
-            "Downstream",
-            "What features are good for.",
-            figures.downstream,
-            tuple(name for name in ("concept_detection", "spurious_correlation") if name in TABLES),
-        ),
+        ("gain", "How many are enough", "What one more member adds.", figures.marginal_gain),
+        ("training", "Training and rounds", "How training went, and what rounds do.", figures.training),
+        ("features", "Features", "How often features fire, and whether they come back.", figures.features),
+        ("downstream", "Downstream", "What features are good for.", figures.downstream),
     )
-    for anchor, title, about, draw, tables in parts:
-        section = Section(anchor, title, about, list(draw(results)), _missing(results, experiment, tables))
+    for anchor, title, about, draw in parts:
+        section = Section(anchor, title, about, list(draw(results)))
         if anchor == "features" and browser:
             what = f"All {len(browser.rows):,} features of both ensembles, seed {browser.seed}"
             section = replace(section, link=(PAGE, f"{what}: in a table, on a map, and each by itself"))
-        elif anchor == "features" and "features" in results.tables:
-            section = replace(section, missing=[_what_makes("features", experiment, "was made by an earlier version")])
-        if section.figures or section.missing:
+        if section.figures or section.link:
             yield section
 
 
-def _missing(results: Results, experiment: ExperimentSettings, tables: Sequence[str]) -> list[str]:
-    """For each table that is not there, what makes it."""
-    return [_what_makes(name, experiment) for name in tables if name in results.missing]
+def _missing(results: Results, experiment: ExperimentSettings) -> Missing | None:
+    """Tables that the experiment asks for and that are not there."""
+    names = [name for name in _IN_PAGE if name in results.missing and name in experiment.evaluations]
+    return _named(f"`saeens run {experiment.name}` makes these tables, which are not there:", names)
+
+
+def _could_be(results: Results, experiment: ExperimentSettings) -> Missing | None:
+    """Tables that the experiment does not ask for."""
+    names = [name for name in _IN_PAGE if name in results.missing and name not in experiment.evaluations]
+    return _named(f"These can be added to `evaluations` in the experiment file; then `saeens run {experiment.name}` makes them:", names)
+
+
+def _named(how: str, tables: Sequence[str]) -> Missing | None:
+    return Missing(how, [(name, TABLES[name].question) for name in tables]) if tables else None
 
 
 def _what_makes(table: str, experiment: ExperimentSettings, trouble: str = "is not there") -> str:

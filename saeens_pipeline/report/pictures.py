@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from saeens_pipeline.report.figures import EV, L0, STABILITY, Axis
-from saeens_pipeline.report.methods import in_order, method
+from saeens_pipeline.report.methods import ENSEMBLES, in_order, method
 from saeens_pipeline.report.results import Results, Size, Spread, spreads
 
 if TYPE_CHECKING:
@@ -56,10 +56,15 @@ def as_markdown(png: bytes, title: str) -> str:
 def _by_members(values: dict[Size, Spread], axis: Axis) -> bytes:
     from matplotlib.ticker import MaxNLocator
 
+    most = max(size.n_members for size in values)
+
     def draw(axes: Axes) -> None:
         for name in in_order(size.method for size in values):
             sizes = sorted(size for size in values if size.method == name)
-            _line(axes, name, [size.n_members for size in sizes], [values[size] for size in sizes])
+            is_level = name not in ENSEMBLES and len(sizes) == 1 and most > 1
+            if is_level:  # one SAE, to compare with at every size
+                axes.plot([1, most], [values[sizes[0]].mean] * 2, color=method(name).colour, linestyle=":", linewidth=1.2)
+            _line(axes, name, [most] if is_level else [size.n_members for size in sizes], [values[size] for size in sizes])
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if axis.log:
             axes.set_yscale("log")

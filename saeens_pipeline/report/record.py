@@ -153,15 +153,31 @@ class Record:
         if dates:
             first, last = (date.replace("T", " ")[:16] for date in (dates[0], dates[-1]))
             yield Fact("made", f"{first} UTC" if first == last else f"{first} to {last} UTC")
-        seconds = sum(each.get("train_seconds") or 0 for each in made if not each.get("same_as"))
-        flops = sum(each.get("train_flops") or 0 for each in made if not each.get("same_as"))
-        yield Fact("training of all SAEs", f"{seconds:,.0f} s, {flops:.3g} FLOPs (dense equivalents)")
+        yield from self._training_facts()
         versions: dict[str, list[str]] = {}
         for each in made:
             for name, version in each.get("versions", {}).items():
                 versions.setdefault(name, [])
                 versions[name] += [version] if version not in versions[name] else []
         yield Fact("versions", ", ".join(f"{name} {' and '.join(found)}" for name, found in versions.items()))
+
+    def _training_facts(self) -> Iterator[Fact]:
+        """Each SAE once, under however many names it is here: what is linked has the figures of what it is linked to."""
+        saes = self._saes_by_version
+        trained = [found[0].artefact.provenance for found in saes.values()]
+        passes = [each.artefact.provenance for each in self.found if each.artefact.recipe["builder"] == "residual"]
+        if trained:
+            seconds = sum(each.get("train_seconds") or 0 for each in trained) + sum(each.get("seconds") or 0 for each in passes)
+            flops = sum(each.get("train_flops") or 0 for each in trained) + sum(each.get("flops") or 0 for each in passes)
+            elsewhere = sum(_linked(found) for found in saes.values())
+            taken = f", {elsewhere} of them made by another experiment" if elsewhere else ""
+            took = f"{seconds:,.0f} s, {flops:.3g} FLOPs, with the passes that make residuals"
+            yield Fact("training in all", f"{len(trained)} SAEs{taken}: {took}")
+
+
+def _linked(found: Sequence[Found]) -> bool:
+    """Whether an SAE was made for another experiment: each that is here is the same as some other."""
+    return all(each.artefact.provenance.get("same_as") for each in found)
 
 
 def asset_link(address: Address) -> str:

@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     import polars as pl
 
 
+TOTALS = {  # what training took in all: columns of the table cost that are shown as their sum
+    "total_flops": ("train_flops", "residual_flops"),
+    "total_seconds": ("train_seconds", "residual_seconds"),
+}
+
+
 class Size(NamedTuple):
     """A method, and how many SAEs it consists of, or is as wide as."""
 
@@ -24,7 +30,7 @@ class Size(NamedTuple):
 
 @dataclass(frozen=True)
 class Spread:
-    """A number over seeds: its mean, the 95 % interval (Student's t), and the points in the order of `seeds`.
+    """A number over seeds: its mean, the 95% interval (Student's t), and the points in the order of `seeds`.
 
     With one seed there is no interval. With two it is so wide that the points say more: `has_interval` is for three and more.
     """
@@ -87,9 +93,9 @@ class Results:
         return cls(experiment, layer, tables, tuple(name for name in TABLES if name not in {"contexts", *tables}))
 
     def spreads(self, table: str, column: str) -> dict[Size, Spread]:
-        """A column by method and size; empty where the table, the column or all its values are missing."""
+        """A column, or one of `TOTALS`, by method and size; empty where the table, the column or all its values are missing."""
         if (table, column) not in self._columns:
-            rows = self.tables.get(table)
+            rows = with_totals(self.tables[table]) if table in self.tables else None
             self._columns[table, column] = spreads(rows, column) if rows is not None and column in rows.columns else {}
         return self._columns[table, column]
 
@@ -112,6 +118,14 @@ class Results:
     def seeds(self) -> list[int]:
         return sorted({seed for rows in self.tables.values() for seed in rows["seed"].unique()})
 
+    @property
+    def example(self) -> tuple[str, int, Size] | None:
+        """A table with a row of it, by seed and size, to show how a number is asked for: boosting's where there is one."""
+        for table, rows in self.tables.items():
+            largest = rows.sort(_col("method") == "boosting", "n_members", "seed", descending=[True, True, False]).row(0, named=True)
+            return table, largest["seed"], Size(largest["method"], largest["n_members"])
+        return None
+
     def full(self, table: str, column: str) -> dict[str, Spread]:
         """A column of every method at its largest size."""
         found = self.spreads(table, column)
@@ -124,6 +138,12 @@ def spreads(rows: pl.DataFrame, column: str) -> dict[Size, Spread]:
     of_seeds = there.group_by("method", "n_members", "seed").agg(_col("value").mean()).sort("method", "n_members", "seed")
     parts = of_seeds.partition_by("method", "n_members", as_dict=True, maintain_order=True)
     return {Size(*key): Spread.of(part["value"].to_list(), part["seed"].to_list()) for key, part in parts.items()}  # pyright: ignore[reportArgumentType]
+
+
+def with_totals(rows: pl.DataFrame) -> pl.DataFrame:
+    """The rows with the `TOTALS` whose parts are among the columns. What no residual was made for has none to add."""
+    there = {total: parts for total, parts in TOTALS.items() if set(parts) <= set(rows.columns)}
+    return rows.with_columns(**{total: _col(made) + _col(residual).fill_null(0) for total, (made, residual) in there.items()})
 
 
 def _col(name: str) -> pl.Expr:

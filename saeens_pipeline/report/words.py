@@ -8,8 +8,8 @@ from typing import get_args
 
 from saeens_pipeline.components.ensemble_experiment import Baseline
 from saeens_pipeline.report.control import Comparison
-from saeens_pipeline.report.figures import suggested_sizes, training_flops
-from saeens_pipeline.report.methods import Method, method
+from saeens_pipeline.report.figures import suggested_sizes
+from saeens_pipeline.report.methods import ENSEMBLES, Method, listed, method
 from saeens_pipeline.report.results import Results, Spread
 
 SAME_L0 = 0.1  # relative difference up to which sparsity counts as the same
@@ -19,13 +19,14 @@ MANY_DEAD = 0.1
 
 @dataclass(frozen=True)
 class Choice:
-    """A need, the method that serves it best, its number, and what it costs."""
+    """A need, the method that serves it best, its number, what it costs, and where that is no ensemble, which of these to take."""
 
     need: str
     method: Method
     value: str
     evidence: str
     price: str
+    ensemble: str
 
 
 def choices(results: Results) -> Iterator[Choice]:
@@ -33,7 +34,7 @@ def choices(results: Results) -> Iterator[Choice]:
     variance = results.full("reconstruction", "explained_variance")
     stability = results.full("stability", "stability")
     if len(variance) > 1:
-        yield _first(results, "the closest reconstruction", "EV", variance)
+        yield _first(results, "the closest reconstruction", "explained variance", variance)
     if len(stability) > 1:
         yield _first(results, "features that come back under another seed", "stability", stability)
     sparsity = results.full("reconstruction", "l0")
@@ -41,12 +42,32 @@ def choices(results: Results) -> Iterator[Choice]:
         limit = sparsity["single"].mean * (1 + SAME_L0)
         sparse = {name: spread for name, spread in variance.items() if name in sparsity and sparsity[name].mean <= limit}
         if len(sparse) > 1 and len(sparse) < len(variance):
-            yield _first(results, f"as few features per token as one SAE ({sparsity['single'].mean:.3g})", "EV", sparse)
+            need = f"as few features per token as one SAE ({sparsity['single'].mean:.3g})"
+            yield _first(results, need, "explained variance", sparse, _too_dense(results, sparse))
 
 
-def _first(results: Results, need: str, metric: str, by_method: Mapping[str, Spread]) -> Choice:
+def _first(results: Results, need: str, metric: str, by_method: Mapping[str, Spread], otherwise: str = "") -> Choice:
     best = _largest(by_method)
-    return Choice(need, method(best), f"{metric} {by_method[best].mean:.3f}", _lead(best, by_method, ".3f"), _price(results, best))
+    value, ensemble = f"{metric} {by_method[best].mean:.3f}", ""
+    if best not in ENSEMBLES:
+        ensemble = _best_ensemble(results, by_method) or otherwise
+    return Choice(need, method(best), value, _lead(best, by_method, ".3f"), _price(results, best), ensemble)
+
+
+def _best_ensemble(results: Results, by_method: Mapping[str, Spread]) -> str:
+    ensembles = {name: spread for name, spread in by_method.items() if name in ENSEMBLES}
+    if not ensembles:
+        return ""
+    best = _largest(ensembles)
+    price = _price(results, best)
+    return f"If it is to be an ensemble: {method(best).label}, {ensembles[best].mean:.3f}{f', with {price}' if price else ''}."
+
+
+def _too_dense(results: Results, sparse: Mapping[str, Spread]) -> str:
+    """What the ensembles spend, where none is so sparse."""
+    sparsity = results.full("reconstruction", "l0")
+    spent = [f"{method(name).label} {sparsity[name].mean:.3g}" for name in ENSEMBLES if name in sparsity and name not in sparse]
+    return f"No ensemble is as sparse: features per token are, for {listed(spent)}." if spent else ""
 
 
 def says(results: Results) -> Iterator[str]:
@@ -70,10 +91,13 @@ def does_not_say(results: Results, comparisons: Sequence[Comparison], control_hi
         yield about_control(comparisons)
     elif control_hint:
         yield control_hint
-    yield (
-        "Explained variance and stability do not say that features mean something to a reader, nor that they are the language model's "
-        "own. All numbers are from held-out text of the same corpus, at this layer."
-    )
+    measured = [name for name in ("reconstruction", "stability") if name in results.tables]
+    if measured:
+        what = listed([{"reconstruction": "explained variance", "stability": "stability"}[name] for name in measured])
+        yield (
+            f"{_capital(what)} {'do' if len(measured) > 1 else 'does'} not say that features mean something to a reader, nor that they are "
+            "the language model's own. All numbers are from held-out text of the same corpus, at this layer."
+        )
 
 
 def about_control(comparisons: Sequence[Comparison]) -> str:
@@ -85,14 +109,14 @@ def about_control(comparisons: Sequence[Comparison]) -> str:
     for each in nearly:
         but_one.setdefault((common or each.moved)[0].label, []).append(each.title)
     other = [each.title for each in comparisons if not each.same_order and not each.moved]
-    alike = [f"by {_and(same)}"] if same else []
-    alike += [f"by {_and(titles)} but for {label}" for label, titles in but_one.items()]
+    alike = [f"by {listed(same)}"] if same else []
+    alike += [f"by {listed(titles)} but for {label}" for label, titles in but_one.items()]
     if not alike:
         return (
-            f"An untrained language model of the same shape ranks the methods differently by {_and(other)}: "
+            f"An untrained language model of the same shape ranks the methods differently by {listed(other)}: "
             "the order here is not one that any activations would give."
         )
-    differs = f" By {_and(other)} it ranks them differently." if other else ""
+    differs = f" By {listed(other)} it ranks them differently." if other else ""
     return (
         f"An untrained language model of the same shape ranks the methods alike {', and '.join(alike)}: that order is no evidence that "
         f"features are the language model's; it would come out of activations without any meaning.{differs}"
@@ -132,9 +156,9 @@ def _growth(results: Results) -> Iterator[str]:
             if len(sizes) > 1:
                 first, last = sizes[0], sizes[-1]
                 verb = "raises" if values[last].mean > values[first].mean else "lowers"
-                parts.append(f"{name} {verb} it from {values[first].mean:.3f} to {values[last].mean:.3f} (n = {last.n_members})")
+                parts.append(f"{name} {verb} it from {values[first].mean:.3f} to {values[last].mean:.3f} with {last.n_members} members")
         if parts:
-            yield f"{_capital(what)} by members: {'; '.join(parts)}."
+            yield f"{_capital(what)}, from one member to all: {'; '.join(parts)}."
 
 
 def _trade_off(results: Results) -> Iterator[str]:
@@ -147,7 +171,7 @@ def _trade_off(results: Results) -> Iterator[str]:
     elif rebuilds in stability and returns in variance:
         yield (
             f"No method is first in both: {method(rebuilds).label} rebuilds best and has a stability of {stability[rebuilds].mean:.3f}; "
-            f"{method(returns).label} has the features that come back most ({stability[returns].mean:.3f}) and explains "
+            f"the features of {method(returns).label} come back most (stability {stability[returns].mean:.3f}), and it explains "
             f"{variance[returns].mean:.1%} of the variance."
         )
 
@@ -169,7 +193,10 @@ def _enough(results: Results) -> Iterator[str]:
     for name, n in sizes.items():
         most = max(size.n_members for size in results.spreads("marginal_gain", "new_features") if size.method == name)
         if n < most:
-            yield f"{_capital(name)} needs no more than {n} of the {most} members: no further one takes 5 % off what is left to gain."
+            yield (
+                f"{_capital(name)} needs no more than {n} of the {most} members: no further one takes 5% off what explained variance or "
+                "stability lack."
+            )
         else:
             yield f"{_capital(name)} still gains with the last of {most} members: more may help."
 
@@ -193,7 +220,7 @@ def _unequal_sparsity(results: Results) -> Iterator[str]:
     sparsity = results.full("reconstruction", "l0")
     groups = _alike(sparsity, lambda one, other: abs(one - other) <= SAME_L0 * max(one, other))
     if len(groups) > 1:
-        parts = [f"{_and([method(name).label for name in names])} about {sparsity[names[0]].mean:.3g}" for names in groups]
+        parts = [f"{listed([method(name).label for name in names])} about {sparsity[names[0]].mean:.3g}" for names in groups]
         yield (
             f"Methods do not spend equally many features per token: {'; '.join(parts)}. More features explain more. "
             "Compare inside a group, or look at the plots against L0 and bits."
@@ -201,16 +228,12 @@ def _unequal_sparsity(results: Results) -> Iterator[str]:
 
 
 def _unequal_compute(results: Results) -> Iterator[str]:
-    full = training_flops(results)
-    flops = {size.method: full[size] for size in results.full_sizes if size in full}
+    flops = results.full("cost", "total_flops")
     groups = _alike(flops, lambda one, other: max(one, other) <= SAME_COMPUTE * min(one, other))
     if len(groups) > 1:
         least = min(spread.mean for spread in flops.values())
-        parts = [f"{_and([method(name).label for name in names])} {flops[names[0]].mean / least:.3g}" for names in groups]
-        yield (
-            f"Nor was equally much computed to train them: relative to the cheapest, {'; '.join(parts)} (boosting's passes over residuals "
-            "counted in)."
-        )
+        parts = [f"{listed([method(name).label for name in names])} {flops[names[0]].mean / least:.3g}" for names in groups]
+        yield f"Nor was equally much computed to train them. In multiples of the cheapest: {'; '.join(parts)}."
         if "compute_matched" not in flops and "compute_matched" in get_args(Baseline):
             yield "Missing is one SAE that was trained for as long as all members together: `baselines: [compute_matched]` trains it."
 
@@ -221,21 +244,23 @@ def _unequal_sizes(results: Results) -> Iterator[str]:
         low, high = (f(spread.mean for spread in features.values()) for f in (min, max))
         yield (
             f"Dictionaries have {low:,.0f} to {high:,.0f} features. In a larger one a feature finds a near neighbour more easily, which "
-            "raises stability, and pairs are rarer on one token, which raises connectivity."
+            "by itself raises stability, and two features meet on a token more rarely, which raises connectivity."
         )
 
 
 def _few_seeds(results: Results) -> Iterator[str]:
-    n = len(results.seeds)
+    n, compared = len(results.seeds), "stability" in results.tables
     if n == 1:
         yield "One seed says nothing about chance: there are no intervals and no stability. Add a seed to `ensemble.seeds`."
     elif n == 2:
         yield (
-            "Two seeds say little about chance: their 95 % interval would be 12.7 standard errors wide, so the points are shown instead. "
-            "Stability compares two runs; with more runs it is larger."
+            "Two seeds say little about chance: their 95% interval would be 12.7 standard errors wide, so the points are shown instead."
+            f"{' Stability compares two runs; with more runs it is larger.' if compared else ''}"
         )
     elif n:
-        yield f"Intervals are Student's, of {n} seeds (95 %). Stability compares {n} runs; it grows with their number."
+        yield f"Intervals are Student's, of {n} seeds (95%)."
+        if compared:
+            yield f"Stability compares {n} runs; it grows with their number."
 
 
 def _dead(results: Results) -> Iterator[str]:
@@ -258,16 +283,16 @@ def _alike(values: Mapping[str, Spread], same: Callable[[float, float], bool]) -
 
 def _lead(best: str, values: Mapping[str, Spread], form: str) -> str:
     second = _largest({name: spread for name, spread in values.items() if name != best})
-    sure = "clear of the seeds' scatter" if values[best].is_above(values[second]) else "within the seeds' scatter"
+    sure = "seeds differ by less" if values[best].is_above(values[second]) else "seeds differ by as much"
     if len(values[best].points) == 1:
-        sure = "one seed"
-    return f"next: {method(second).label} {values[second].mean:{form}}, {sure}"
+        sure = "of one seed"
+    return f"the next is {method(second).label} with {values[second].mean:{form}}; {sure}"
 
 
 def _price(results: Results, name: str) -> str:
     """L0 and training, relative to a single SAE where there is one."""
-    sparsity, full = results.full("reconstruction", "l0"), training_flops(results)
-    flops = {size.method: full[size].mean for size in results.full_sizes if size in full}
+    sparsity = results.full("reconstruction", "l0")
+    flops = {name: spread.mean for name, spread in results.full("cost", "total_flops").items()}
     parts = [f"{sparsity[name].mean:.3g} features per token"] if name in sparsity else []
     if name in flops:
         cheapest = flops.get("single")
@@ -283,10 +308,6 @@ def _times(ratio: float) -> str:
 
 def _largest(values: Mapping[str, Spread]) -> str:
     return max(values, key=lambda name: values[name].mean)
-
-
-def _and(parts: Sequence[str]) -> str:
-    return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]])) if parts else ""
 
 
 def _capital(text: str) -> str:

@@ -284,6 +284,8 @@ LEADERBOARD = Table(
         Column("train_tokens", "int", "tokens seen in training, summed over members, mean over seeds"),
         Column("train_flops", "float", "dense-equivalent operations of training, mean over seeds"),
         Column("train_seconds", "float", "seconds of training, mean over seeds"),
+        Column("residual_flops", "float", "boosting's passes that make residuals, not in train_flops, mean over seeds"),
+        Column("residual_seconds", "float", "seconds of those passes, not in train_seconds, mean over seeds"),
         Column("control", "str", "the same experiment on the untrained language model; null where there is none"),
         Column("control_explained_variance", "float", "the control's, of the same layer and method; null where it was not run"),
         Column("control_stability", "float", "the control's, likewise"),

@@ -150,6 +150,52 @@ def test_a_row_unfolds_to_its_saes(browser: Browser):
     assert "round 1" in details.locator("li").first.inner_text()
 
 
+@pytest.mark.parametrize(("path", "table"), [(REPORT, "#main-table"), (LEADERBOARD, "#leaderboard")])
+def test_tables_fit_at_1280_and_show_numbers_beside_the_method_at_400(browser: Browser, path: str, table: str):
+    fits = "table => [table.scrollWidth, table.parentElement.clientWidth]"
+    width, place = _open(browser, path, 1280).page.eval_on_selector(table, fits)
+    assert width <= place
+    page = _open(browser, path, 400).page
+    seen = """table => {
+      const row = table.querySelector("tbody tr"), place = table.parentElement.getBoundingClientRect();
+      const heading = row.querySelector("th").getBoundingClientRect();
+      const inside = (cell) => cell.getBoundingClientRect().left >= heading.right - 1 && cell.getBoundingClientRect().right <= place.right;
+      return [heading.left, [...row.querySelectorAll("td[data-metric]")].filter(inside).map((cell) => cell.dataset.metric)];
+    }"""
+    left, columns = page.eval_on_selector(table, seen)
+    assert len(columns) >= 3 and columns[0] == "explained_variance"
+    page.eval_on_selector(table, "table => { table.parentElement.scrollLeft = 1e4; }")
+    still, columns = page.eval_on_selector(table, seen)
+    assert still == left and len(columns) >= 3 and "explained_variance" not in columns
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_the_way_to_all_experiments_is_seen_whatever_the_navigation_shows(browser: Browser, width: int):
+    page = _open(browser, REPORT, width).page
+    page.eval_on_selector("nav", "nav => { nav.scrollLeft = 1e4; }")
+    for selector in ("header a.apart", "#theme"):
+        box = page.locator(selector).bounding_box()
+        assert box and box["x"] >= 0 and box["x"] + box["width"] <= width
+
+
+def test_links_lead_to_the_dagster_ui_wherever_it_runs(browser: Browser):
+    page = _open(browser, REPORT).page
+    link = page.locator("#lineage a.box").first
+    assert (link.get_attribute("href") or "").startswith("http://127.0.0.1:3000/assets/tiny/")
+    others = [href for href in page.eval_on_selector_all("a", "links => links.map((a) => a.href)") if "/assets/" in href]
+    page.fill("#ui-address input", "http://lab:8080/")
+    assert link.get_attribute("href") == "http://lab:8080/assets/tiny/tokens"
+    page.fill("#ui-address input", "javascript:alert(1)")
+    assert link.get_attribute("href") == "http://lab:8080/assets/tiny/tokens"
+    assert "begins with http" in page.inner_text("#ui-address output")
+    page.reload()
+    assert page.input_value("#ui-address input") == "http://lab:8080"
+    moved = [href for href in page.eval_on_selector_all("a", "links => links.map((a) => a.href)") if "/assets/" in href]
+    assert moved == [href.replace("http://127.0.0.1:3000", "http://lab:8080") for href in others] and len(moved) > 20
+    page.fill("#ui-address input", "")
+    assert (link.get_attribute("href") or "").startswith("http://127.0.0.1:3000/assets/tiny/")
+
+
 def test_the_theme_is_switched_with_the_plots(browser: Browser):
     opened = _open(browser, REPORT, 1280, "light")
     opened.draw()
@@ -195,9 +241,8 @@ def _column(page: Page, name: str) -> list[str]:
     """The values of the rows that are shown."""
     return page.evaluate(
         """name => {
-          const column = [...document.querySelectorAll("#leaderboard thead button")].findIndex((button) => button.dataset.sort === name);
           const rows = [...document.querySelectorAll("#leaderboard tbody tr")].filter((row) => !row.hidden);
-          return rows.map((row) => row.cells[column].dataset.value);
+          return rows.map((row) => row.querySelector(`[data-key="${name}"]`).dataset.value);
         }""",
         name,
     )
@@ -232,7 +277,7 @@ def test_the_leaderboard_leads_to_reports_and_back(browser: Browser):
     page = _open(browser, LEADERBOARD).page
     page.click("#leaderboard tbody tr:first-child a")
     page.wait_for_selector("#main-table")
-    page.click("nav a.apart")
+    page.click("header a.apart")
     page.wait_for_selector("#leaderboard")
 
 

@@ -214,7 +214,7 @@ def test_without_the_table_of_features_there_is_none(laboratory: Laboratory):
     assert not (_report(laboratory) / "features.html").exists() and not (_report(laboratory) / "features").exists()
     index = (_report(laboratory) / "index.html").read_text()
     assert "features.html" not in index
-    assert "The table features (what each feature does" in index
+    assert "<li><code>features</code>" in index
 
 
 def test_a_table_of_an_earlier_version_is_named(laboratory: Laboratory):

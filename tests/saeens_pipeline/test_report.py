@@ -15,13 +15,16 @@ import scipy.stats
 from tiny_experiment import LAYER, MEMBERS, NAME, SEEDS, Laboratory, experiment_file, experiment_settings, source_settings
 
 from saeens_pipeline import cli
+from saeens_pipeline.assets.leaderboard import standings
 from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.report.control import Comparison, compare
 from saeens_pipeline.report.figures import Figure, by_members, downstream, features, layer_profile, marginal_gain, trade_offs, training
 from saeens_pipeline.report.main_table import METRICS
 from saeens_pipeline.report.methods import in_order, method
+from saeens_pipeline.report.pages import write_leaderboard
 from saeens_pipeline.report.published import SETTINGS, setting_of
-from saeens_pipeline.report.results import Results, Size, Spread
+from saeens_pipeline.report.record import Record
+from saeens_pipeline.report.results import TOTALS, Results, Size, Spread
 from saeens_pipeline.report.words import about_control, choices, does_not_say, says
 from saeens_pipeline.reports import write_reports
 from saeens_pipeline.storage.names import Address, Partition
@@ -100,9 +103,46 @@ def test_numbers_of_the_main_table_are_those_of_the_tables(finished: Laboratory)
     for cell in cells:
         rows = _table(finished, shown[cell["metric"]]).filter(method=cell["method"])
         largest = rows.filter(pl.col("n_members") == rows["n_members"].to_numpy().max())
-        assert cell["value"] == pytest.approx(np.mean(largest[cell["metric"]].to_numpy()), rel=1e-12), cell
+        parts = TOTALS.get(cell["metric"], (cell["metric"],))
+        assert cell["value"] == pytest.approx(np.mean(sum(largest[part].to_numpy() for part in parts)), rel=1e-12), cell
         assert len(largest) == len(SEEDS)
-    assert {cell["metric"] for cell in cells} >= {"explained_variance", "mse", "l0", "stability", "connectivity", "train_flops"}
+    assert {cell["metric"] for cell in cells} >= {"explained_variance", "mse", "l0", "stability", "connectivity", "total_flops"}
+
+
+def test_training_is_counted_with_passes_over_residuals_everywhere(finished: Laboratory):
+    cost = _table(finished, "cost").filter(method="boosting", n_members=MEMBERS)
+    expected = np.mean(cost["train_flops"].to_numpy() + cost["residual_flops"].to_numpy())
+    assert expected > np.mean(cost["train_flops"].to_numpy()) > 0
+    (cell,) = (cell for cell in _page(finished).cells if (cell["method"], cell["metric"]) == ("boosting", "total_flops"))
+    assert cell["value"] == pytest.approx(expected, rel=1e-12)
+    plot = _of(list(trade_offs(_results(finished))), "explained_variance_for_total_flops")
+    (line,) = (trace for trace in plot.data if trace.name == "boosting")
+    assert line.x[-1] == pytest.approx(expected, rel=1e-12)
+    write_reports(None, [])
+    board = (finished.root / "reports" / "leaderboard" / "index.html").read_text()
+    shown = re.search(r'<tr[^>]* data-method="boosting".*?data-metric="total_flops" data-value="([^"]+)"', board, re.DOTALL)
+    assert shown and float(shown[1]) == pytest.approx(expected, rel=1e-12)
+
+
+def test_each_sae_is_counted_once_under_however_many_names_it_is_there(finished: Laboratory):
+    def training() -> str:
+        record = Record.read(finished.store, NAME, NAME, LAYER)
+        return next(fact.value for _, facts in record.facts() for fact in facts if fact.name == "training in all")
+
+    files = sorted((finished.root / "experiments" / NAME).rglob("recipe.json"))
+    made = {read_artefact(file.parent).data_version: read_artefact(file.parent) for file in files}
+    saes = [each for each in made.values() if each.recipe["builder"] == "sae"]
+    residuals = [each for each in made.values() if each.recipe["builder"] == "residual"]
+    assert any(read_artefact(file.parent).provenance.get("same_as") for file in files)  # round 1 is member 1
+    n = (2 * MEMBERS - 1 + 2) * len(SEEDS)
+    assert (len(saes), len(residuals)) == (n, (MEMBERS - 1) * len(SEEDS))
+    flops = sum(each.provenance["train_flops"] for each in saes) + sum(each.provenance["flops"] for each in residuals)
+    assert re.fullmatch(rf"{n} SAEs: .* s, {re.escape(f'{flops:.3g}')} FLOPs, with the passes that make residuals", training())
+    for file in files:  # as if another experiment had made all that the baselines are
+        contents = json.loads(file.read_text())
+        if file.parent.parent.name == "baseline":
+            file.write_text(json.dumps(contents | {"provenance": contents["provenance"] | {"same_as": "other/baseline/expanded"}}))
+    assert re.match(rf"{n} SAEs, {2 * len(SEEDS)} of them made by another experiment: .* {re.escape(f'{flops:.3g}')} FLOPs", training())
 
 
 def test_every_number_leads_to_the_saes_that_it_came_from(finished: Laboratory):
@@ -121,6 +161,9 @@ def test_plotted_means_and_seeds_are_those_of_the_tables(finished: Laboratory):
     rows = _table(finished, "reconstruction").filter(method="boosting").sort("n_members", "seed")
     points = rows["explained_variance"].to_numpy().reshape(MEMBERS, len(SEEDS))
     assert list(line.x) == [1, 2, 3]
+    level = next(trace for trace in figure.data if trace.name == method("expanded").label)
+    assert (list(level.x), level.mode) == ([1, 2, 3], "lines")  # one SAE: to compare with at every size
+    assert len(set(level.y)) == 1 and f"one SAE with as many features as {MEMBERS} members" in level.hovertemplate
     assert list(line.y) == pytest.approx(points.mean(1))
     assert list(line.error_y.array) == pytest.approx(points.max(1) - points.mean(1))  # two seeds: from one point to the other
     assert list(line.error_y.arrayminus) == pytest.approx(points.mean(1) - points.min(1))
@@ -166,11 +209,15 @@ def test_a_missing_table_is_named_with_the_command_that_makes_it(finished: Labor
     for part in (finished.root / "tables" / NAME / table).rglob("part.parquet"):
         part.unlink()
     write_reports(NAME, [])
-    assert re.search(rf"The table {table} \(.*\) is not there: saeens run {NAME} makes it\.", _page(finished).text)
+    page = _page(finished)
+    assert f"saeens run {NAME} makes these tables, which are not there:" in page.text
+    assert page.source.count(f"<li><code>{table}</code>") == 1
 
 
 def test_a_table_that_is_not_asked_for_is_to_be_added_first(finished: Laboratory):
-    assert f"add features to evaluations in the experiment file, then saeens run {NAME}" in _page(finished).text
+    page = _page(finished)
+    assert f"can be added to evaluations in the experiment file; then saeens run {NAME} makes them:" in page.text
+    assert page.source.count("<li><code>features</code>") == 1
 
 
 def test_a_report_of_some_tables_is_stale_when_there_are_more(finished: Laboratory):
@@ -181,7 +228,7 @@ def test_a_report_of_some_tables_is_stale_when_there_are_more(finished: Laborato
     part.write_bytes(kept)
     printed = finished.run()
     assert "1 artefacts to make" in printed
-    assert "The table stability" not in _page(finished).text
+    assert "<li><code>stability</code>" not in _page(finished).source
 
 
 def test_without_any_table_there_is_no_report(empty: Laboratory):
@@ -231,7 +278,7 @@ def test_the_control_is_the_same_experiment_on_random_weights(finished: Laborato
             target.parent.mkdir(parents=True)
             rows.write_parquet(target)
     write_reports(NAME, [])
-    assert "An untrained language model of the same shape ranks the methods alike by EV" in _page(finished).text
+    assert "An untrained language model of the same shape ranks the methods alike by explained variance" in _page(finished).text
 
 
 def test_order_beside_the_control_is_that_of_the_means():
@@ -283,7 +330,61 @@ def test_choices_name_the_best_for_each_need():
     chosen = {choice.need: choice for choice in choices(results)}
     assert chosen["the closest reconstruction"].method.name == "boosting"
     assert chosen["as few features per token as one SAE (8)"].method.name == "expanded"
-    assert "next: bagging 0.800" in chosen["the closest reconstruction"].evidence
+    assert "the next is bagging with 0.800" in chosen["the closest reconstruction"].evidence
+    assert not chosen["the closest reconstruction"].ensemble  # it is one
+    assert chosen["as few features per token as one SAE (8)"].ensemble.endswith("for bagging 64 and boosting 64.")
+
+
+def test_where_a_baseline_serves_best_the_best_ensemble_is_named_with_its_price():
+    values = {"single": (0.7, 8, 1), "boosting": (0.95, 64, 8), "bagging": (0.8, 64, 8), "matching_pursuit": (0.98, 63, 1)}
+    tables = dict(_synthetic("reconstruction", _reconstruction(values)).tables)
+    cost = [("single", 1, 1e9, 0.0), ("boosting", 8, 8e9, 4e9), ("bagging", 8, 8e9, 0.0), ("matching_pursuit", 1, 1e11, 0.0)]
+    rows = [
+        {"seed": seed, "method": name, "n_members": n, "train_flops": flops, "residual_flops": passes}
+        for name, n, flops, passes in cost
+        for seed in (1, 2)
+    ]
+    chosen = next(choices(Results("e", 0, tables | _synthetic("cost", rows).tables)))
+    assert chosen.method.name == "matching_pursuit"
+    assert "boosting, 0.950, with 64 features per token, 12 times the training of one SAE" in chosen.ensemble
+
+
+def test_nothing_is_said_of_what_was_not_measured():
+    rows = [{"seed": 1, "method": "bagging", "n_members": 2, "member": 1, "step": 1, "tokens": 10, "loss": 1.0}]
+    curves = _synthetic("training_curves", rows)
+    assert list(choices(curves)) == list(says(curves)) == []
+    assert not any("xplained variance" in each or "tability compares" in each for each in does_not_say(curves, [], ""))
+    values = {"single": (0.7, 8, 1), "boosting": (0.95, 64, 8)}
+    without_stability = _synthetic("reconstruction", _reconstruction(values))
+    assert not any("tability" in each for each in does_not_say(without_stability, [], ""))
+
+
+def test_the_example_of_lineage_is_a_number_that_is_there(finished: Laboratory):
+    asked = re.search(rf"saeens lineage {NAME}/(\w+):layer={LAYER},seed=(\d+),method=(\w+),n_members=(\d+)", _page(finished).text)
+    assert asked
+    assert len(_table(finished, asked[1]).filter(seed=int(asked[2]), method=asked[3], n_members=int(asked[4]))) == 1
+
+
+def test_a_report_of_one_seed_has_no_words_about_several(finished: Laboratory):
+    finished.declare(ensemble={"members": MEMBERS, "seeds": [SEEDS[0]]})
+    write_reports(NAME, [])
+    text = " ".join(_page(finished).text.split())
+    assert f"those of one seed ({SEEDS[0]})" in text
+    assert "double-click to zoom out" in text
+    assert "from one seed to the other" not in text and "Small figures" not in text
+
+
+def test_a_report_of_training_curves_alone_has_no_empty_parts(finished: Laboratory):
+    for part in (finished.root / "tables" / NAME).rglob("part.parquet"):
+        if "training_curves" not in part.parts:
+            part.unlink()
+    write_reports(NAME, [])
+    page = _page(finished)
+    assert not page.cells
+    assert "The numbers" not in re.findall(r"<h2[^>]*>(.*?)</h2>", page.source)
+    assert "Numbers are" not in page.text and "<dl></dl>" not in page.source
+    assert f"saeens table {NAME} training_curves" in page.text
+    assert page.source.count("<li><code>reconstruction</code>") == 1
 
 
 def test_words_compare_methods_of_equal_sparsity():
@@ -312,8 +413,21 @@ def test_density_histograms_count_every_feature_that_fires():
     rows = [{"seed": 1, "method": "bagging", "n_members": 2, "member": 1, "index": i, "density": d} for i, d in enumerate(densities)]
     figures_ = list(features(_synthetic("features", rows)))
     (trace,) = _of(figures_, "density").data
-    assert sum(trace.y) == pytest.approx(5 / 6, abs=1e-3)
+    assert sum(trace.y[:-1]) == pytest.approx(5 / 6, abs=1e-3)
+    assert (trace.x[-1], trace.y[-1]) == (1.0, pytest.approx(1 / 6, abs=1e-3))  # the last bin is drawn up to its right edge
     assert "bagging 16.7%" in next(each.caption for each in figures_ if each.name == "density")
+
+
+def test_cosine_histograms_go_to_one():
+    cosines = [0.05, 0.5, 0.99, 1.0]
+    subject = {"seed": 1, "method": "bagging", "n_members": 2, "member": 1, "density": 0.5}
+    rows = [subject | {"index": i, "nearest_other_seed_cosine": cosine} for i, cosine in enumerate(cosines)]
+    figure = _of(list(features(_synthetic("features", rows))), "other_seed_cosine")
+    (trace,) = figure.data
+    assert (trace.x[0], trace.x[-1]) == (0.0, 1.0)
+    assert list(figure.layout.xaxis.range) == [0.0, 1.0]
+    assert trace.y[-2:] == (0.5, 0.5)
+    assert trace.customdata[-1] == "from 0.97 to 1.00"
 
 
 def test_the_front_joins_what_none_is_better_than(finished: Laboratory):
@@ -356,6 +470,30 @@ def test_curves_are_thinned_and_keep_their_values():
     assert len(curves) == 2
     assert all(20 < len(curve.x) <= 120 for curve in curves)
     assert all(y == pytest.approx(1 + x / 10, rel=1e-4) for curve in curves for x, y in zip(curve.x, curve.y, strict=True))
+
+
+def test_curves_of_trainings_of_unlike_length_stand_on_a_logarithmic_axis():
+    rows = [
+        {"seed": 1, "method": name, "n_members": 1, "member": 1, "step": s, "tokens": s * 100, "loss": 1.0, "explained_variance": 0.5}
+        for name, steps in (("bagging", 10), ("compute_matched", 80))
+        for s in range(1, steps)
+    ]
+    assert _of(list(training(_synthetic("training_curves", rows))), "training_explained_variance").layout.xaxis.type == "log"
+
+
+def test_where_curves_fall_while_features_are_dead_it_is_said():
+    def rows(name: str, variance: list[float], dead: list[float]) -> list[dict[str, Any]]:
+        pairs = enumerate(zip(variance, dead, strict=True), start=1)
+        subject = {"seed": 1, "method": name, "n_members": 1, "member": 1, "loss": 1.0}
+        return [subject | {"step": s, "tokens": s, "explained_variance": ev, "dead_features": d} for s, (ev, d) in pairs]
+
+    swung = rows("expanded", [0.5, 0.8, 0.6, 0.9], [0.0, 0.0, 0.2, 0.0])
+    by_chance = rows("bagging", [0.5, 0.8, 0.6, 0.9], [0.1, 0.1, 0.1, 0.1])
+    smooth = rows("single", [0.5, 0.6, 0.7, 0.8], [0.0, 0.0, 0.2, 0.0])
+    figure, *_ = training(_synthetic("training_curves", [*swung, *by_chance, *smooth]))
+    assert "It falls for expanded while features are dead" in figure.caption
+    figure, *_ = training(_synthetic("training_curves", [*by_chance, *smooth]))
+    assert "falls" not in figure.caption
 
 
 def test_concept_detection_is_the_mean_over_labels_then_over_data_sets_of_whole_ensembles():
@@ -423,6 +561,31 @@ def test_the_leaderboards_page_has_every_row(finished: Laboratory):
     assert all((finished.root / "reports" / "leaderboard" / str(each)).is_file() for each in reports)
     boosting = read_table(finished.root, NAME, "reconstruction").filter(method="boosting", n_members=MEMBERS)["explained_variance"]
     assert f'data-value="{np.mean(boosting.to_numpy())}"' in page.source
+    points = [f"{point:.4f}" for point in boosting]
+    assert f"<small>{points[0] if len(set(points)) == 1 else ', '.join(points)}</small>" in page.source
+    assert "untrained (control)" not in page.text
+
+
+def test_the_leaderboards_page_marks_controls_and_says_why_numbers_are_missing(finished: Laboratory, tmp_path: Path):
+    (declaration,) = finished.catalogue.leaderboard().outputs
+    board = standings(finished.store, declaration)
+    measured = pl.when(pl.col("method") == "single")
+    control = board.with_columns(
+        experiment=pl.lit("control"),
+        language_model=pl.lit("random"),
+        ce_loss_recovered=measured.then("ce_loss_recovered"),
+        stability=measured.then("stability"),
+        n_seeds=pl.lit(1, pl.Int64),
+    )
+    write_leaderboard(tmp_path, pl.concat([board, control]), {})
+    page = Page(tmp_path / "index.html")
+    rows = page.source.split("<tr ")[1:]
+    assert [row.count('<b class="control"') for row in rows] == [0] * len(METHODS) + [1] * len(METHODS)
+    for column, why in (("ce_loss_recovered", "ce_loss_tokens"), ("stability", "stability compares seeds, and there is one")):
+        empty = [a for tag, a in page.elements if tag == "td" and a.get("data-key") == column and not a["data-value"]]
+        assert len(empty) == len(METHODS) - 1
+        assert all(why in str(each["title"]) for each in empty)
+    assert page.text.count(", CE rec.: not measured") == page.text.count(", stability: stability compares seeds") == 1
 
 
 def test_profiles_by_layer_are_drawn_where_there_are_several():

@@ -126,23 +126,60 @@
   for (const table of document.querySelectorAll("table.sortable")) {
     const body = table.tBodies[0];
     const buttons = [...table.querySelectorAll("thead button")];
-    buttons.forEach((button, column) => {
+    const valueOf = (row, key) => row.querySelector(`[data-key="${key}"]`).dataset.value;
+    for (const button of buttons) {
       button.addEventListener("click", () => {
-        const heading = button.closest("th");
-        const isNumber = heading.classList.contains("number");
+        const isNumber = button.closest("th").classList.contains("number");
         const first = isNumber ? "descending" : "ascending";
         const second = isNumber ? "ascending" : "descending";
-        const order = heading.getAttribute("aria-sort") === first ? second : first;
-        for (const each of buttons) each.closest("th").removeAttribute("aria-sort");
-        heading.setAttribute("aria-sort", order);
+        const order = button.dataset.order === first ? second : first;
+        for (const each of buttons) {
+          delete each.dataset.order;
+          each.closest("th").removeAttribute("aria-sort");
+        }
+        button.dataset.order = order;
+        button.closest("th").setAttribute("aria-sort", order);
         const sign = order === "ascending" ? 1 : -1;
         const rows = [...body.rows].sort((a, b) => {
-          const [one, other] = [a.cells[column].dataset.value, b.cells[column].dataset.value];
+          const [one, other] = [valueOf(a, button.dataset.sort), valueOf(b, button.dataset.sort)];
           return one === "" || other === "" ? compare(one, other) : sign * compare(one, other);
         });
         body.append(...rows);
       });
+    }
+  }
+
+  // Where the Dagster UI answers: another address, once typed, is kept for all pages.
+  const ui = document.getElementById("ui-address");
+  if (ui) {
+    const key = "saeens-ui";
+    const standard = ui.ui.defaultValue;
+    const links = [...document.querySelectorAll("a[href]")].filter((link) => link.getAttribute("href").startsWith(`${standard}/`));
+    const paths = links.map((link) => link.getAttribute("href").slice(standard.length));
+    const isAddress = (text) => URL.canParse(text) && ["http:", "https:"].includes(new URL(text).protocol);
+    const leadTo = (text) => {
+      const address = text.trim().replace(/\/+$/, "") || standard;
+      const isGood = isAddress(address);
+      ui.querySelector("output").textContent = isGood ? "" : "This is no address that begins with http:// or https://.";
+      if (isGood) links.forEach((link, i) => link.setAttribute("href", address + paths[i]));
+      return isGood ? address : null;
+    };
+    try {
+      const kept = localStorage.getItem(key);
+      if (kept && leadTo(kept)) ui.ui.value = kept;
+    } catch {
+      // a browser that keeps nothing for files
+    }
+    ui.addEventListener("input", () => {
+      const address = leadTo(ui.ui.value);
+      if (!address) return;
+      try {
+        localStorage.setItem(key, address);
+      } catch {
+        // a browser that keeps nothing for files
+      }
     });
+    ui.addEventListener("submit", (event) => event.preventDefault());
   }
 
   const form = document.getElementById("filters");
