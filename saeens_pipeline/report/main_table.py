@@ -68,8 +68,8 @@ METRICS = (
         "stability",
         ".4f",
         "more",
-        "do the same features come back when all is trained again from another seed? Of each feature the direction that is most alike "
-        "among those of another run, as a cosine, and the mean of these. 1: every feature comes back",
+        "do the same features come back when all is trained again from another seed? The mean, over features, of the cosine to the "
+        "feature of any other run that is most alike. 1: every feature comes back",
     ),
     Metric(
         "connectivity",

@@ -114,6 +114,22 @@ def test_the_notebook_is_valid_and_was_run_from_top_to_bottom():
     assert {(output["output_type"], output.get("name")) for output in outputs} == {("stream", "stdout"), ("display_data", None)}
 
 
+def test_what_it_says_of_the_control_is_what_the_readmes_table_shows():
+    lines = (NOTEBOOK.parents[1] / "README.md").read_text(encoding="utf-8").splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("| | single | bagging |"))
+    methods, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines[start : start + 6])
+    values = {name: dict(zip(methods[1:], map(float, numbers), strict=True)) for name, *numbers in rows}
+    for metric in ("EV", "stability"):
+        trained, untrained = values[f"{metric}, trained model"], values[f"{metric}, untrained model"]
+        orders = [sorted(figures.keys() - {"compute_matched"}, key=figures.__getitem__) for figures in (trained, untrained)]
+        assert orders[0] == orders[1]
+        assert sorted(trained, key=trained.__getitem__) != sorted(untrained, key=untrained.__getitem__)
+    assert values["stability, trained model"]["compute_matched"] > values["stability, trained model"]["bagging"]
+    text = " ".join("".join(CELLS[-1]["source"]).split())
+    assert "gives the same order, by explained variance and by stability, of all methods but `compute_matched`" in text
+    assert "`compute_matched`, whose features come back even more often than the bag's" in text
+
+
 def test_figures_in_its_text_are_in_its_code_or_outputs():
     """Decimal numbers, and whole ones of three digits or more: feature numbers and sizes."""
     text = "".join(line for cell in CELLS if cell["cell_type"] == "markdown" for line in cell["source"])
