@@ -87,7 +87,7 @@ def write_report(folder: Path, store: Store, catalogue: Catalogue, experiment: E
         "rows": (rows := main_table(results, record)),
         "empty": _reasons(metrics, [row.cells for row in rows]),
         "says": list(says(results)),
-        "does_not_say": list(does_not_say(results, comparisons, _control_hint(record, experiment, control, layer))),
+        "does_not_say": list(does_not_say(results, comparisons, _control_hint(record, control, untrained))),
         "comparisons": comparisons,
         "compared": [method(name) for name in in_order(row[0].name for each in comparisons for row in each.rows)],
         "control": control.name if control else "",
@@ -224,17 +224,19 @@ def _what_makes(table: str, experiment: ExperimentSettings, trouble: str = "is n
     return f"The table {table} ({question[0].lower()}{question[1:].rstrip('?')}) {trouble}: {how}"
 
 
-def _control_hint(record: Record, experiment: ExperimentSettings, control: ExperimentSettings | None, layer: int) -> str:
+def _control_hint(record: Record, control: ExperimentSettings | None, untrained: Results | None) -> str:
     """What to run for the control where there are no numbers of it."""
     if record.setting("weights") == "random":
         return (
             "This language model is untrained: the experiment is a control. What is seen here is seen without anything that a language "
             "model has learnt."
         )
+    if control and untrained and list(compare(untrained, untrained)):
+        return ""  # it is this experiment that has nothing to compare
     if control:
         return (
-            f"The control on an untrained language model, {control.name}, has no numbers for layer {layer}: `saeens run {control.name}` "
-            "makes them and shows them here. Until then, nothing says that the order of methods has to do with what the language "
+            f"The control on an untrained language model, {control.name}, has no numbers for layer {record.layer}: "
+            f"`saeens run {control.name}` makes them and shows them here. Until then, nothing says that the order of methods has to do with what the language "
             "model learnt."
         )
     return (

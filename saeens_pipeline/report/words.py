@@ -60,7 +60,7 @@ def _best_ensemble(results: Results, by_method: Mapping[str, Spread]) -> str:
         return ""
     best = _largest(ensembles)
     price = _price(results, best)
-    return f"If it is to be an ensemble: {method(best).label}, {ensembles[best].mean:.3f}{f', with {price}' if price else ''}."
+    return f"If it is to be an ensemble: {method(best).label}, {ensembles[best].mean:.3f}{f', for {price}' if price else ''}."
 
 
 def _too_dense(results: Results, sparse: Mapping[str, Spread]) -> str:
@@ -233,7 +233,7 @@ def _unequal_compute(results: Results) -> Iterator[str]:
     if len(groups) > 1:
         least = min(spread.mean for spread in flops.values())
         parts = [f"{listed([method(name).label for name in names])} {flops[names[0]].mean / least:.3g}" for names in groups]
-        yield f"Nor was equally much computed to train them. In multiples of the cheapest: {'; '.join(parts)}."
+        yield f"Training took unequal amounts of computation. In multiples of the cheapest: {'; '.join(parts)}."
         if "compute_matched" not in flops and "compute_matched" in get_args(Baseline):
             yield "Missing is one SAE that was trained for as long as all members together: `baselines: [compute_matched]` trains it."
 
@@ -297,7 +297,7 @@ def _price(results: Results, name: str) -> str:
     if name in flops:
         cheapest = flops.get("single")
         parts.append(_times(flops[name] / cheapest) if cheapest else f"{flops[name]:.3g} training FLOPs")
-    return ", ".join(parts)
+    return " and ".join(parts)
 
 
 def _times(ratio: float) -> str:

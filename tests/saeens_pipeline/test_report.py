@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -314,7 +315,7 @@ def test_spreads_are_students_intervals_and_with_two_seeds_the_points():
     assert not Spread.of([0.9, 0.6], [1, 2]).is_above(Spread.of([0.7, 0.5], [1, 2]))
 
 
-def _reconstruction(values: dict[str, tuple[float, float, int]]) -> list[dict[str, Any]]:
+def _reconstruction(values: Mapping[str, tuple[float, float, int]]) -> list[dict[str, Any]]:
     return [
         {"seed": seed, "method": name, "n_members": n, "explained_variance": ev, "l0": l0, "n_features": 10}
         for name, (ev, l0, n) in values.items()
@@ -337,16 +338,16 @@ def test_choices_name_the_best_for_each_need():
 
 def test_where_a_baseline_serves_best_the_best_ensemble_is_named_with_its_price():
     values = {"single": (0.7, 8, 1), "boosting": (0.95, 64, 8), "bagging": (0.8, 64, 8), "matching_pursuit": (0.98, 63, 1)}
-    tables = dict(_synthetic("reconstruction", _reconstruction(values)).tables)
+    tables = _synthetic("reconstruction", _reconstruction(values)).tables
     cost = [("single", 1, 1e9, 0.0), ("boosting", 8, 8e9, 4e9), ("bagging", 8, 8e9, 0.0), ("matching_pursuit", 1, 1e11, 0.0)]
     rows = [
         {"seed": seed, "method": name, "n_members": n, "train_flops": flops, "residual_flops": passes}
         for name, n, flops, passes in cost
         for seed in (1, 2)
     ]
-    chosen = next(choices(Results("e", 0, tables | _synthetic("cost", rows).tables)))
+    chosen = next(choices(Results("e", 0, {**tables, **_synthetic("cost", rows).tables})))
     assert chosen.method.name == "matching_pursuit"
-    assert "boosting, 0.950, with 64 features per token, 12 times the training of one SAE" in chosen.ensemble
+    assert "boosting, 0.950, for 64 features per token and 12 times the training of one SAE" in chosen.ensemble
 
 
 def test_nothing_is_said_of_what_was_not_measured():
