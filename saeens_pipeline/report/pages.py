@@ -236,8 +236,8 @@ def _control_hint(record: Record, control: ExperimentSettings | None, untrained:
     if control:
         return (
             f"The control on an untrained language model, {control.name}, has no numbers for layer {record.layer}: "
-            f"`saeens run {control.name}` makes them and shows them here. Until then, nothing says that the order of methods has to do with what the language "
-            "model learnt."
+            f"`saeens run {control.name}` makes them and shows them here. Until then, nothing says that the order of methods has to do "
+            "with what the language model learnt."
         )
     return (
         "There is no control. A source that is the same but for `weights: random`, with the same experiment on it, shows what would "

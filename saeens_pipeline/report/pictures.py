@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import polars as pl
     from matplotlib.axes import Axes
 
-INCHES = (4.6, 3.1)
+INCHES = (5.8, 3.1)
 DPI = 110
 _OF_TABLE = {  # what is drawn of a table against the number of members
     "reconstruction": EV,
@@ -104,7 +104,7 @@ def _png(draw: Callable[[Axes], None], x_title: str, y_title: str) -> bytes:
     axes.set_ylabel(y_title)
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=7.5)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=7.5)
     written = io.BytesIO()
     figure.savefig(written, format="png", metadata={"Software": None})
     return written.getvalue()
