@@ -221,9 +221,9 @@ def table(
     """Print an evaluation table: all layers that there are, and the experiment's seeds."""
     import polars as pl
 
-    from saeens_pipeline.autointerp.endpoint import URL_VARIABLE
+    from saeens_pipeline.autointerp.outcome import AUTOINTERP, outcome
     from saeens_pipeline.catalogue import load_catalogue
-    from saeens_pipeline.resources import data_root
+    from saeens_pipeline.resources import StoreResource, data_root
     from saeens_pipeline.runs import experiment_status
     from saeens_pipeline.storage.tables import read_table
 
@@ -231,16 +231,16 @@ def table(
     frame = read_table(data_root(), experiment, name).filter(pl.col("seed").is_in(settings.ensemble.seeds))
     if any(s.state != "fresh" for s in experiment_status(experiment) if s.declaration.address.key == [experiment, "eval", name]):
         complain("note", f"parts of this table are missing, stale or damaged: `saeens status {experiment}` says why")
-    if frame.is_empty():  # as autointerp is where there is nobody to ask
-        complain("note", f"this table is empty: {name} is not configured; set {URL_VARIABLE}, and `saeens run {experiment}` makes it")
     if format != TableFormat.table:
         _print_data(frame, format)
-        return
-    from saeens_pipeline.summary import rich_table
+    else:
+        from saeens_pipeline.summary import rich_table
 
-    out.print(rich_table(frame.drop("experiment", "sae_data_versions").head(_SHOWN_ROWS)))
-    if len(frame) > _SHOWN_ROWS:
-        complain("note", f"these are the first {_SHOWN_ROWS:,} of {len(frame):,} rows: --format csv or json prints all")
+        out.print(rich_table(frame.drop("experiment", "sae_data_versions").head(_SHOWN_ROWS)))
+        if len(frame) > _SHOWN_ROWS:
+            complain("note", f"these are the first {_SHOWN_ROWS:,} of {len(frame):,} rows: --format csv or json prints all")
+    if name == AUTOINTERP and (said := outcome(StoreResource().store, experiment, settings.ensemble.seeds)):
+        complain("note", said)
 
 
 @app.command()

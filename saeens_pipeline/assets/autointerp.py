@@ -19,7 +19,8 @@ from saeens_pipeline.autointerp.answers import Answers
 from saeens_pipeline.autointerp.endpoint import URL_VARIABLE, Endpoint
 from saeens_pipeline.autointerp.interview import Estimate, Interviewer, Verdict
 from saeens_pipeline.autointerp.interview import Subject as Question
-from saeens_pipeline.autointerp.protocol import SEED, Examples, Flaw, choose_examples
+from saeens_pipeline.autointerp.outcome import AUTOINTERP, MADE, NOT_CONFIGURED, in_words
+from saeens_pipeline.autointerp.protocol import SEED, Examples, Flaw, choose_examples, text_of
 from saeens_pipeline.components.autointerp import AutoInterpSettings
 from saeens_pipeline.components.ensemble_experiment import ExperimentSettings
 from saeens_pipeline.storage.names import Partition, place
@@ -32,9 +33,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-AUTOINTERP = "autointerp"
-NOT_CONFIGURED, MADE = "not configured", "made"
-PROTOCOL_VERSION = 1  # raised whenever what is asked, or what answers mean, changes
+PROTOCOL_VERSION = 2  # raised whenever what is asked, or what answers mean, changes
 WINDOWS = 200  # of the test text, random, among which those are sought on which a feature does not fire
 METHODS = ("bagging", "boosting")
 
@@ -77,7 +76,10 @@ def autointerp_op(subject: Subject, contexts: Declaration) -> Op:
             "tokens_out": interviewer.tokens_out,
         }
         provenance = workplace.provenance() | vars(measurement) | {AUTOINTERP: made}
-        workplace.store.write_table(*task.where, task.recipe, provenance, frame(AUTOINTERP, rows))
+        table = frame(AUTOINTERP, rows)
+        if rows:
+            logger.info("%s: %s", label, in_words(table))
+        workplace.store.write_table(*task.where, task.recipe, provenance, table)
 
     return Op(declaration.address.op_name, (declaration,), make)
 
@@ -92,7 +94,7 @@ def expected(experiment: ExperimentSettings, n_partitions: int) -> Estimate:
 def expected_requests(experiment: ExperimentSettings, n_partitions: int) -> str:
     """The same in words."""
     assert experiment.autointerp is not None, "checked where the experiment is read"
-    return f"at most {expected(experiment, n_partitions).in_words(experiment.autointerp)} to {experiment.autointerp.model}"
+    return f"at most {expected(experiment, n_partitions).in_words(experiment.autointerp)}, to {experiment.autointerp.model}"
 
 
 def _lacking() -> dict[str, str]:
@@ -128,8 +130,8 @@ class _Explained:
             drawn += of_ensemble
         if interviewer.endpoint:
             estimate, host = interviewer.estimate(questions), interviewer.endpoint.host
-            asked = f"{estimate.in_words(self.settings)} to {self.settings.model} at {host}"
-            logger.info("%s: %d features, %s; %d answers are on disk", self.label, len(drawn), asked, estimate.known)
+            words = f"{estimate.in_words(self.settings)}, to {self.settings.model} at {host}"
+            logger.info("%s: %d features: %s; %d answers are on disk", self.label, len(drawn), words, estimate.known)
         with progress.task(self.label, sum(2 if each.other is None else 3 for each in questions), "questions") as advance:
             verdicts = iter(interviewer.interview(questions, advance))
         rows = []
@@ -214,7 +216,7 @@ class _Explained:
         )
         around = tokens.store.around("test", places, RADIUS)
         texts = [
-            "".join(json.loads(literal) for literal, is_text in zip(tokens.literals(ids), shown, strict=True) if is_text)
+            text_of(json.loads(literal) for literal, is_text in zip(tokens.literals(ids), shown, strict=True) if is_text)
             for ids, shown in zip(around.tokens, around.is_text, strict=True)
         ]
         begins = rows - around.kept[:, :RADIUS].sum(1)

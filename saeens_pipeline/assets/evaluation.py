@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from saeens_pipeline.language_models.models import LanguageModelDescription
 
 TABLE_VERSION = 1
-_LATER_VERSIONS = {"reconstruction": 2, "features": 2}  # by table
+_LATER_VERSIONS = {"reconstruction": 2, "features": 3, "contexts": 2}  # by table
 MATCHED_UP_TO = 2048  # the one-to-one matching takes time that grows with the cube
 
 Row = dict[str, Any]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from saeens_pipeline import progress
@@ -19,12 +21,15 @@ from saeens_pipeline.storage.tables import frame
 if TYPE_CHECKING:
     import numpy as np
     import polars as pl
+    from tokenizers import Tokenizer
     from torch import Tensor
 
     from saeens_models.ensembles import Ensemble
     from saeens_models.metrics import FeatureActivity, MemberMatches
 
 TOP_TOKENS = 10  # of each feature
+_REPLACEMENT = "\ufffd"  # what bytes that are no character are decoded to
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
 def features_op(subject: Subject) -> Op:
@@ -158,7 +163,7 @@ def _match_lists(matches: MemberMatches) -> list[str]:
 
 
 class TokenStrings:
-    """The text of test tokens, as the language model's tokenizer decodes each alone."""
+    """The text of test tokens, as the language model's tokenizer decodes each alone; of parts of a character, their bytes as `<0xE2>`."""
 
     def __init__(self, store: Store, subject: Subject) -> None:
         from saeens_pipeline.language_models.tokens import load_tokenizer, open_tokens
@@ -176,7 +181,7 @@ class TokenStrings:
         """JSON strings of these token ids `[n]`."""
         literals = self._json
         for token in set(ids.tolist()) - literals.keys():
-            literals[token] = json.dumps(self._tokenizer.decode([token], skip_special_tokens=False), ensure_ascii=False)
+            literals[token] = json.dumps(token_text(self._tokenizer, token), ensure_ascii=False)
         return [literals[token] for token in ids.tolist()]
 
     def lists(self, rows: Tensor) -> list[str]:
@@ -187,3 +192,28 @@ class TokenStrings:
         ids = np.full(len(wanted), -1)
         ids[wanted >= 0] = self.store.token_ids("test", wanted[wanted >= 0])
         return [f"[{', '.join(self.literals(of_feature[of_feature >= 0]))}]" for of_feature in ids[place.reshape(tuple(rows.shape))]]
+
+
+def token_text(tokenizer: Tokenizer, token: int) -> str:
+    """What a token says alone. Bytes that are only a part of a character are written out as `<0xE2>`, as SentencePiece names such tokens.
+
+    Tokenizers that know no bytes give what they give.
+    """
+    text, name = tokenizer.decode([token], skip_special_tokens=False), tokenizer.id_to_token(token)
+    if _REPLACEMENT not in text or name is None:
+        return text
+    if _BYTE.fullmatch(name):
+        return name
+    try:
+        data = bytes(_bytes_of_characters()[character] for character in name)
+    except KeyError:
+        return text
+    return re.sub("[\udc80-\udcff]", lambda found: f"<0x{ord(found[0]) - 0xDC00:02X}>", data.decode(errors="surrogateescape"))
+
+
+@cache
+def _bytes_of_characters() -> dict[str, int]:
+    """The byte that a character stands for in the names of byte-level tokens."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return {character: byte for byte, character in bytes_to_unicode().items()}

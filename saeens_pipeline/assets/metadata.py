@@ -10,11 +10,11 @@ from urllib.parse import quote
 
 import dagster as dg
 
-from saeens_pipeline.assets.autointerp import AUTOINTERP
 from saeens_pipeline.assets.declarations import Declaration, Reference
 from saeens_pipeline.assets.pareto import PICTURE_FILE, TABLE_FILE
 from saeens_pipeline.assets.probing import PROBED
 from saeens_pipeline.autointerp.interview import SCORED
+from saeens_pipeline.autointerp.outcome import AUTOINTERP
 from saeens_pipeline.storage.names import CURVE_FILE, Partition
 from saeens_pipeline.storage.recipes import Artefact, read_artefact
 from saeens_pipeline.storage.tables import LEADERBOARD, PARETO, SUBJECT, columns_of

@@ -20,7 +20,7 @@ from saeens_pipeline.errors import ConfigurationError, SaeensError
 URL_VARIABLE, KEY_VARIABLE = "SAEENS_LLM_BASE_URL", "SAEENS_LLM_API_KEY"
 
 _INSTALL = "install it with `pip install --constraint constraints.txt --editable '.[autointerp]'`"
-_SHOWN_CHARACTERS = 300  # of what an endpoint says
+SHOWN_CHARACTERS = 300  # of what an endpoint says
 _SHORTEST_SECRET = 8  # characters; what servers that ask for none are given, such as x, is a part of many words
 _NO_KEY = "none"  # or the client would look for one in other variables
 
@@ -33,6 +33,8 @@ class Reply(NamedTuple):
     is_cut_off: bool
     tokens_in: int
     tokens_out: int
+    excerpt: str = ""
+    """of what came in the place of a text, on one line; empty where there is one"""
 
 
 class RefusedError(SaeensError):
@@ -155,7 +157,7 @@ class Client:
         return SaeensError(f"{host} goes on failing ({said}): what it answered is kept; run again when it works")
 
     def _shown(self, text: str) -> str:
-        return " ".join(self.endpoint.without_secrets(text).split())[:_SHOWN_CHARACTERS]
+        return " ".join(self.endpoint.without_secrets(text).split())[:SHOWN_CHARACTERS]
 
     def _read(self, body: str) -> Reply:
         try:
@@ -163,13 +165,14 @@ class Client:
             choice = answer["choices"][0]
             text = choice["message"]["content"]
         except (ValueError, LookupError, TypeError, RecursionError):
-            return Reply(None, False, 0, 0)
+            return Reply(None, False, 0, 0, self._shown(body))
         usage = answer.get("usage")
         counts = [usage.get(name) if isinstance(usage, dict) else 0 for name in ("prompt_tokens", "completion_tokens")]
         return Reply(
             self.endpoint.without_secrets(text.encode(errors="replace").decode()) if isinstance(text, str) else None,  # halves of pairs
             choice.get("finish_reason") == "length",
             *(count if isinstance(count, int) else 0 for count in counts),
+            excerpt="" if isinstance(text, str) else self._shown(body),
         )
 
 

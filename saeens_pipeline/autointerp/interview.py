@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent import futures
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from anyio.from_thread import start_blocking_portal
 
 from saeens_pipeline.autointerp.answers import Answers
-from saeens_pipeline.autointerp.endpoint import Client, Endpoint, RefusedError, Reply
+from saeens_pipeline.autointerp.endpoint import SHOWN_CHARACTERS, Client, Endpoint, RefusedError, Reply
 from saeens_pipeline.autointerp.protocol import (
     Examples,
     Messages,
@@ -30,10 +31,10 @@ if TYPE_CHECKING:
     from saeens_pipeline.components.autointerp import AutoInterpSettings
     from saeens_pipeline.progress import Advance
 
-SCORED = "scored"
+SCORED, MALFORMED, REFUSED = "scored", "malformed answer", "refused"
 _NOT_ASKED = "not asked"
 ATTEMPTS = 3  # to get an answer that can be read
-MALFORMED_AT_FIRST = 20  # answers: if none can be read by then, something is wrong with the endpoint, or its settings
+MALFORMED_AT_FIRST = 20  # answers to one kind of question: if none can be read by then, the endpoint or its settings are wrong
 CHARACTERS_PER_TOKEN = 3  # fewer than most tokenizers need, so that estimates are high rather than low
 _WAKE_SECONDS = 0.25  # the system may give a signal to another thread: this one sees it when it wakes
 EXPLANATION_TOKENS = 60
@@ -92,10 +93,20 @@ class Estimate(NamedTuple):
         return None if prices is None else (self.tokens_in * prices.input + self.tokens_out * prices.output) / 1e6
 
     def in_words(self, settings: AutoInterpSettings) -> str:
-        """Such as `1,200 requests, about 480,000 tokens in and 42,000 out, 0.10 at the given prices`."""
+        """Such as `1,200 requests, about 480,000 tokens sent and 42,000 received, 0.10 at the given prices`."""
         price = self.price(settings)
         costs = "" if price is None else f", {price:,.2f} at the given prices"
-        return f"{self.requests:,} requests, about {self.tokens_in:,} tokens in and {self.tokens_out:,} out{costs},"
+        sent, received = (f"{float(f'{tokens:.3g}'):,.0f}" for tokens in (self.tokens_in, self.tokens_out))
+        return f"{self.requests:,} requests, about {sent} tokens sent and {received} received{costs}"
+
+
+class _Question(NamedTuple, Generic[_T]):
+    """What is asked, what an answer means (None: it cannot be read), what to say then, and what is asked for, in the plural."""
+
+    messages: Messages
+    read: Callable[[str], _T | None]
+    complaint: str
+    kind: str
 
 
 @dataclass(frozen=True)
@@ -119,6 +130,9 @@ class Interviewer:
     tokens_in: int = 0
     tokens_out: int = 0
     _client: Client | None = field(default=None, repr=False)
+    _read: Counter[str] = field(default_factory=Counter, repr=False)  # answers by kind of question
+    _unread: Counter[str] = field(default_factory=Counter, repr=False)
+    _last_unread: dict[str, Reply] = field(default_factory=dict, repr=False)
 
     def estimate(self, subjects: Sequence[Subject]) -> Estimate:
         """What asking about these takes; features with the same texts, as member 1 and round 1 have them, are asked about once."""
@@ -143,30 +157,39 @@ class Interviewer:
     def interview(self, subjects: Sequence[Subject], advance: Advance) -> list[Verdict | None]:
         """The verdict on each subject; None where an answer is missing and there is nobody to ask. `advance` counts questions.
 
-        Raises SaeensError where asking on is of no use; what was answered until then is on disk. The event loop has a thread of its own:
-        an interrupt, which comes in this one, is not taken for a broken connection there, and ends what is asked.
+        Raises SaeensError where asking on is of no use, and where no feature is scored since answers cannot be read; what was answered
+        until then is on disk. The event loop has a thread of its own: an interrupt, which comes in this one, is not taken for a broken
+        connection there, and ends what is asked.
         """
         with start_blocking_portal() as portal:
             verdicts = portal.start_task_soon(self._interview, subjects, advance)
             while not verdicts.done():
                 futures.wait([verdicts], _WAKE_SECONDS)
-            return verdicts.result()
+            found = verdicts.result()
+        statuses = {verdict.status for verdict in found if verdict}
+        if MALFORMED in statuses and SCORED not in statuses:
+            kind = max(self._unread, key=lambda each: self._unread[each])
+            raise self._unreadable(kind, f"of {len(found):,} features none is scored, since ")
+        return found
 
     async def _interview(self, subjects: Sequence[Subject], advance: Advance) -> list[Verdict | None]:
         self._client = Client(self.endpoint, self.settings.timeout_seconds, self.settings.retries) if self.endpoint else None
 
         async def explain(subject: Subject) -> str | _Unanswered:
-            return await self._attempt(ask_to_explain(subject.examples.shown), read_explanation, "Answer with one short sentence.", advance)
+            messages = ask_to_explain(subject.examples.shown)
+            return await self._attempt(_Question(messages, read_explanation, "Answer with one short sentence.", "explanations"), advance)
 
         async def detect(subject: Subject, explanation: str | _Unanswered) -> DetectionScore | _Unanswered:
             from saeens_models.metrics import detection_score
 
             _, texts, fires = subject.examples
             if isinstance(explanation, _Unanswered):
-                advance(1, before=True)
+                advance(1, before=self._client is None)
                 return explanation
+            read = partial(read_detection, n_texts=len(texts))
             complaint = f"Answer with a JSON list of {len(texts)} numbers, each 1 or 0, and with nothing else."
-            said = await self._attempt(ask_to_detect(explanation, texts), partial(read_detection, n_texts=len(texts)), complaint, advance)
+            question = _Question(ask_to_detect(explanation, texts), read, complaint, "lists of which texts fit")
+            said = await self._attempt(question, advance)
             return said if isinstance(said, _Unanswered) else detection_score(said, fires)
 
         async def judge(number: int) -> Verdict | None:
@@ -174,7 +197,7 @@ class Interviewer:
             score = await detect(subject, own)
             if subject.other is None or isinstance(score, _Unanswered):
                 control = None
-                advance(subject.other is not None, before=True)
+                advance(subject.other is not None, before=self._client is None)
             else:
                 control = await detect(subject, explanations[subject.other])
             failure = next((each for each in (own, score, control) if isinstance(each, _Unanswered)), None)
@@ -194,51 +217,65 @@ class Interviewer:
             if self._client:
                 await self._client.close()
 
-    async def _attempt(self, messages: Messages, read: Callable[[str], _T | None], complaint: str, advance: Advance) -> _T | _Unanswered:
+    async def _attempt(self, question: _Question[_T], advance: Advance) -> _T | _Unanswered:
         """What an answer means, from disk or from the endpoint."""
-        known = self._find(messages, read)
+        known = self._find(question.messages, question.read)
         if known is not None:
             self.from_disk += 1
         elif self._client is None:
             known = _Unanswered(_NOT_ASKED)
         else:
-            answer = await self._ask(self._client, messages, read, complaint)
+            answer = await self._ask(self._client, question)
             advance(1)
             return answer
         advance(1, before=True)
         return known
 
-    async def _ask(self, client: Client, messages: Messages, read: Callable[[str], _T | None], complaint: str) -> _T | _Unanswered:
-        """Ask, and again with a `complaint` where the answer cannot be read. Keeps the answer that can."""
-        request = original = self._request(messages)
+    async def _ask(self, client: Client, question: _Question[_T]) -> _T | _Unanswered:
+        """Ask, and again with the complaint where the answer cannot be read. Keeps the answer that can."""
+        request = original = self._request(question.messages)
         for _ in range(ATTEMPTS):
             try:
                 reply = await client.ask(request)
             except RefusedError:
                 if self.answered + self.from_disk == 0:
                     raise
-                return _Unanswered("refused")
+                return _Unanswered(REFUSED)
             self.asked += 1
             self.tokens_in += reply.tokens_in
             self.tokens_out += reply.tokens_out
-            value = None if reply.text is None or reply.is_cut_off else read(reply.text)
+            value = None if reply.text is None or reply.is_cut_off else question.read(reply.text)
             if reply.text is not None and value is not None:
                 self.answered += 1
+                self._read[question.kind] += 1
                 date = datetime.now(UTC).isoformat(timespec="seconds")
                 self.answers.keep(original, reply.text, tokens_in=reply.tokens_in, tokens_out=reply.tokens_out, date=date)
                 return value
-            self._count_malformed(reply)
-            request = self._request(ask_again(messages, reply.text, complaint))
-        return _Unanswered("malformed answer")
+            self._count_malformed(question.kind, reply)
+            request = self._request(ask_again(question.messages, reply.text, question.complaint))
+        return _Unanswered(MALFORMED)
 
-    def _count_malformed(self, reply: Reply) -> None:
+    def _count_malformed(self, kind: str, reply: Reply) -> None:
         self.malformed += 1
-        if self.malformed >= MALFORMED_AT_FIRST and not self.answered:
-            found = "cut off: allow more tokens in autointerp.parameters" if reply.is_cut_off else f"{(reply.text or 'no text')[:200]!r}"
-            raise SaeensError(
-                f"{self.settings.model}: none of the first {self.malformed} answers can be read. The last was {found}. Is it a model that "
-                "follows instructions, behind an endpoint that speaks OpenAI's protocol?"
-            )
+        self._unread[kind] += 1
+        self._last_unread[kind] = reply
+        if self._unread[kind] >= MALFORMED_AT_FIRST and not self._read[kind]:
+            raise self._unreadable(kind)
+
+    def _unreadable(self, kind: str, why: str = "") -> SaeensError:
+        reply, unread, read = self._last_unread[kind], self._unread[kind], self._read[kind]
+        said = repr(reply.excerpt if reply.text is None else " ".join(reply.text.split())[:SHOWN_CHARACTERS])
+        if reply.is_cut_off:
+            found, remedy = f"cut off after {said}", "allow more tokens in autointerp.parameters, which a model that thinks needs"
+        elif reply.text is None:
+            found, remedy = f"no chat completion with a text but {said}", "see that the address is that of an endpoint of OpenAI's protocol"
+        else:
+            found, remedy = said, "try a model that follows instructions better, autointerp.model"
+        which = f"{unread:,} of {unread + read:,} answers cannot" if read else f"none of {unread:,} answers can"
+        return SaeensError(
+            f"{self.settings.model}: {why}{which} be read as {kind}. The last was {found}: {remedy}. What could be read is kept and not "
+            "asked for again"
+        )
 
     def _request(self, messages: Messages) -> dict[str, Any]:
         return {"model": self.settings.model, "messages": messages, **self.settings.parameters}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
@@ -39,6 +39,7 @@ _DETECT = (
 )
 _THOUGHTS = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
 _LIST = re.compile(r"\[[^\[\]]*\]")
+_BYTES = re.compile("(?:<0x[0-9A-F]{2}>)+")  # of tokens that are a part of a character
 _LABEL = re.compile(r"^\W*explanation\W*:[\s*_]*", re.IGNORECASE)
 
 
@@ -62,12 +63,12 @@ def choose_examples(contexts: Sequence[Mapping[str, Any]], silent: Sequence[str]
     shown, held_out = contexts[::2], contexts[1::2]
     if len(held_out) < MIN_TEXTS:
         return "too few contexts"
-    own = {"".join(each["tokens"]) for each in contexts}
+    own = {text_of(each["tokens"]) for each in contexts}
     silent = [text for text in dict.fromkeys(silent) if text not in own]
     if len(silent) < len(held_out):
         return "too few silent windows"
     chance = random.Random(f"{SEED}, {number}")
-    texts = [("".join(each["tokens"]), True) for each in held_out]
+    texts = [(text_of(each["tokens"]), True) for each in held_out]
     texts += [(text, False) for text in chance.sample(silent, len(held_out))]
     chance.shuffle(texts)
     return Examples(tuple(marked(each) for each in shown), *zip(*texts, strict=True))
@@ -79,8 +80,20 @@ def marked(context: Mapping[str, Any]) -> str:
     least = MARKED_SHARE * max(activations)
     is_active = [value > 0 and value >= least for value in activations]
     runs = groupby(zip(context["tokens"], is_active, strict=True), key=lambda pair: pair[1])
-    texts = ((active, "".join(token for token, _ in run)) for active, run in runs)
+    texts = ((active, text_of(token for token, _ in run)) for active, run in runs)
     return "".join(f"{OPEN}{text}{CLOSE}" if active else text for active, text in texts)
+
+
+def text_of(tokens: Iterable[str]) -> str:
+    """What tokens say together: bytes that are written out, such as `<0xE2><0x80><0x94>`, are characters again where they are whole."""
+    return _BYTES.sub(lambda found: _decoded(found[0]), "".join(tokens))
+
+
+def _decoded(written: str) -> str:
+    try:
+        return bytes.fromhex(written.replace("<0x", "").replace(">", "")).decode()
+    except UnicodeDecodeError:
+        return written
 
 
 def ask_to_explain(shown: Sequence[str]) -> Messages:

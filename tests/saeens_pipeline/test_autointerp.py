@@ -28,6 +28,7 @@ from saeens_pipeline.assets.contexts import RADIUS
 from saeens_pipeline.assets.metadata import column_lineage
 from saeens_pipeline.autointerp.answers import FOLDER
 from saeens_pipeline.autointerp.endpoint import KEY_VARIABLE, URL_VARIABLE
+from saeens_pipeline.autointerp.outcome import outcome
 from saeens_pipeline.cli import app
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.forecast import as_frame, forecast
@@ -114,6 +115,7 @@ def test_without_an_endpoint_the_table_is_empty_and_says_so(laboratory: Laborato
     assert not (laboratory.root / FOLDER).exists()
     printed = CliRunner().invoke(app, ["table", NAME, "autointerp", "--format", "csv"])
     assert printed.exit_code == 0 and printed.stdout.startswith("experiment,") and len(printed.stdout.splitlines()) == 1
+    assert f"No feature was asked about. No endpoint was configured. Set `{URL_VARIABLE}`" in printed.stderr
 
 
 def test_a_run_without_an_endpoint_says_what_to_set(laboratory: Laboratory):
@@ -322,6 +324,53 @@ def test_metadata_say_what_was_asked_and_what_came_of_it(fake: FakeEndpoint, lab
     mean = table.filter(method="boosting")["detection_score"].mean()
     assert f"| boosting | {table.filter(method='boosting', status='scored').height} | {mean:.3f} |" in str(metadata["summary"].value)
     assert "too few" in str(metadata["not scored"].value)
+
+
+def test_the_outcome_has_the_counts_of_the_table_and_says_why(fake: FakeEndpoint, laboratory: Laboratory):
+    refused = []
+
+    def moody(question: Question) -> str:
+        if question.explanation is None and not refused and len(fake.requests) > 5:
+            refused.append(question)
+            fake.canned = [failure(400, "I do not like this")]
+        return "no idea" if question.explanation and len(question.texts[0]) % 2 else rule(question)
+
+    fake.rule = moody
+    printed = laboratory.run()
+    counts = dict(_table(laboratory)["status"].value_counts().iter_rows())
+    assert {"scored", "malformed answer", "refused"} <= counts.keys()
+    found = outcome(laboratory.store, NAME, [SEED])
+    n_asked = sum(counts.get(status, 0) for status in ("scored", "malformed answer", "refused"))
+    assert found.startswith(f"Of 40 features that were drawn, fake was asked about {n_asked}; {counts['scored']} are scored. Not scored: ")
+    assert f"{counts['malformed answer']} (malformed answer: no answer that could be read)" in found
+    assert f"{counts['refused']} (refused: the endpoint refused a request)" in found
+    assert all(f"{n} ({status}: not asked about" in found for status, n in counts.items() if status.startswith("too few"))
+    assert f"eval/autointerp, layer {LAYER}, seed {SEED}: {found}" in printed
+    assert found in CliRunner().invoke(app, ["table", NAME, "autointerp"]).stderr
+    assert outcome(laboratory.store, NAME, [SEED], LAYER) == found
+    assert outcome(laboratory.store, NAME, [SEED + 1]) == outcome(laboratory.store, NAME, [SEED], LAYER + 1) == ""
+
+
+def test_the_outcome_of_answers_on_disk_says_that_there_was_no_endpoint(
+    fake: FakeEndpoint, laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch
+):
+    laboratory.run()
+    laboratory.artefact("eval/autointerp", SEED).path.unlink()
+    monkeypatch.delenv(URL_VARIABLE)
+    laboratory.run()
+    found = outcome(laboratory.store, NAME, [SEED])
+    assert "are scored. No endpoint was configured: what is here was answered before. Set `SAEENS_LLM_BASE_URL`" in found
+
+
+def test_an_experiment_of_which_no_answer_can_be_read_fails_and_keeps_its_table(fake: FakeEndpoint, laboratory: Laboratory):
+    fake.rule = lambda question: ""
+    _declare(laboratory, features=2)
+    with pytest.raises(SaeensError, match=r"features none is scored, since none of \d+ answers can be read as explanations"):
+        laboratory.run()
+    assert len(_table(laboratory)) == 0 and _made(laboratory)["status"] == "not configured"
+    fake.rule = rule
+    laboratory.run()
+    assert set(_table(laboratory)["status"]) & {"scored"}
 
 
 def test_column_lineage_leads_from_explanations_to_contexts(laboratory: Laboratory):

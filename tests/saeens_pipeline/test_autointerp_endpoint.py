@@ -17,7 +17,7 @@ import pytest
 from fake_endpoint import Canned, FakeEndpoint, Question, completion, failure, serving
 
 from saeens_pipeline.autointerp.answers import FOLDER, Answers
-from saeens_pipeline.autointerp.endpoint import KEY_VARIABLE, URL_VARIABLE, Client, Endpoint, RefusedError, Reply
+from saeens_pipeline.autointerp.endpoint import KEY_VARIABLE, SHOWN_CHARACTERS, URL_VARIABLE, Client, Endpoint, RefusedError, Reply
 from saeens_pipeline.autointerp.interview import MALFORMED_AT_FIRST, Interviewer, Subject, Verdict
 from saeens_pipeline.autointerp.protocol import Examples
 from saeens_pipeline.components.autointerp import AutoInterpSettings
@@ -249,7 +249,7 @@ def test_a_wrong_path_is_said_to_be_one(fake: FakeEndpoint, monkeypatch: pytest.
 )
 def test_bodies_that_are_no_completions_hold_no_text(body: str, fake: FakeEndpoint):
     fake.always = Canned(200, body)
-    assert _ask() == Reply(None, False, 0, 0)
+    assert _ask() == Reply(None, False, 0, 0, body[:SHOWN_CHARACTERS])
 
 
 def test_an_answer_that_repeats_the_key_or_holds_half_characters_is_cleaned(fake: FakeEndpoint):
@@ -353,9 +353,43 @@ def test_an_explanation_that_is_cut_off_is_none(fake: FakeEndpoint, tmp_path: Pa
 
 def test_an_endpoint_that_answers_nothing_that_can_be_read_is_not_asked_on(fake: FakeEndpoint, tmp_path: Path):
     fake.always = Canned(200, completion("cut", "length"))
-    with pytest.raises(SaeensError, match=r"none of the first 20 answers.*autointerp\.parameters"):
+    with pytest.raises(SaeensError, match=r"none of 20 answers can be read as explanations.*autointerp\.parameters"):
         _run(_interviewer(tmp_path), n=20)
     assert MALFORMED_AT_FIRST <= len(fake.requests) <= MALFORMED_AT_FIRST + 3
+
+
+def test_lists_that_cannot_be_read_are_not_asked_for_again_and_again(fake: FakeEndpoint, tmp_path: Path):
+    fake.rule = lambda question: rule(question) if question.explanation is None else "none of them"
+    with pytest.raises(SaeensError, match=r"none of 20 answers can be read as lists of which texts fit\. The last was 'none of them'"):
+        _run(_interviewer(tmp_path), n=20)
+    assert len(list((tmp_path / FOLDER).glob("*/*.json"))) == 20
+    assert len(fake.requests) <= 20 + MALFORMED_AT_FIRST + 3
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (completion("I would", "length"), "cut off after 'I would': allow more tokens in autointerp.parameters"),
+        (completion(""), "'': try a model that follows instructions better, autointerp.model"),
+        ("<html>\n a login page</html>", "no chat completion with a text but '<html> a login page</html>': see that the address"),
+    ],
+)
+def test_a_small_interview_without_an_answer_that_can_be_read_fails(body: str, message: str, fake: FakeEndpoint, tmp_path: Path):
+    fake.always = Canned(200, body)
+    with pytest.raises(SaeensError) as caught:
+        _run(_interviewer(tmp_path), n=2)
+    assert f"fake: of 2 features none is scored, since none of 6 answers can be read as explanations. The last was {message}" in str(
+        caught.value
+    )
+
+
+def test_a_small_interview_with_explanations_alone_fails_and_keeps_them(fake: FakeEndpoint, tmp_path: Path):
+    fake.rule = lambda question: rule(question) if question.explanation is None else "[1, 0]"
+    with pytest.raises(SaeensError, match=r"of 2 features none is scored, since none of 6 answers can be read as lists.*'\[1, 0\]'"):
+        _run(_interviewer(tmp_path), n=2)
+    fake.rule, fake.requests = rule, []
+    assert all(verdict and verdict.status == "scored" for verdict in _run(_interviewer(tmp_path), n=2))
+    assert len(fake.requests) == 4  # two lists of each feature's own texts, and two for the control
 
 
 def test_a_request_that_is_refused_stops_the_first_and_is_recorded_later(fake: FakeEndpoint, tmp_path: Path):

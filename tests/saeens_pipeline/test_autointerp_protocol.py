@@ -19,6 +19,7 @@ from saeens_pipeline.autointerp.protocol import (
     marked,
     read_detection,
     read_explanation,
+    text_of,
 )
 
 
@@ -50,6 +51,20 @@ def test_marks_are_on_detection_texts_never():
     assert isinstance(found, Examples)
     content = ask_to_detect("an explanation", found.texts)[1]["content"]
     assert OPEN not in content and CLOSE not in content
+
+
+@pytest.mark.parametrize(
+    ("tokens", "text"),
+    [
+        (["an", " em", "<0xE2><0x80>", "<0x94>", "dash"], "an em—dash"),
+        (["<0x94>", " cut off", "<0xE2>"], "<0x94> cut off<0xE2>"),
+        (["<0xZZ>", "<0x"], "<0xZZ><0x"),
+    ],
+)
+def test_parts_of_a_character_are_the_character_again(tokens: list[str], text: str):
+    assert text_of(tokens) == text
+    context = {"tokens": tokens, "activations": [1.0] * len(tokens)}
+    assert marked(context) == f"{OPEN}{text}{CLOSE}"
 
 
 def test_a_silent_text_that_is_one_of_the_contexts_or_comes_twice_is_not_drawn():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -14,13 +16,14 @@ import zarr
 from sklearn.metrics.pairwise import cosine_similarity
 from tiny_experiment import LAYER, MEMBERS, NAME, SEEDS, Laboratory
 from tiny_models import D_MODEL
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models
 
 import saeens_models as sm
-from saeens_pipeline.assets.features import TOP_TOKENS
+from saeens_pipeline.assets.features import TOP_TOKENS, token_text
 from saeens_pipeline.runs import experiment_status
 
 D_SAE = 2 * D_MODEL
+REFERENCE_MODEL = Path(__file__).parents[2] / "data" / "reference_model"
 METHODS = {"bagging": MEMBERS, "boosting": MEMBERS, "expanded": 1, "expanded_l0_matched": 1}  # and how many SAEs they have
 
 
@@ -82,6 +85,25 @@ def test_activity_and_tokens_are_those_of_the_test_split(laboratory: Laboratory,
     for i, text in enumerate(rows["top_tokens"]):
         most_active = np.argsort(-z[:, i], kind="stable")[: min(TOP_TOKENS, fires[i])]
         assert json.loads(text) == [tokenizer.decode([ids[row]]) for row in most_active]
+
+
+@pytest.mark.parametrize("text", ["plain text\n", "an em—dash", "│ ═══╗ of boxes", "é, 日本語, \U0001f389, and \ufffd"])
+def test_parts_of_characters_are_written_as_their_bytes_and_nothing_else_is(text: str):
+    tokenizer = Tokenizer.from_file(str(REFERENCE_MODEL / "tokenizer.json"))
+    found = [token_text(tokenizer, token) for token in tokenizer.encode(text).ids]
+    whole = re.compile("<0x([0-9A-F]{2})>")
+    data = b"".join(bytes.fromhex(part) if i % 2 else part.encode() for each in found for i, part in enumerate(whole.split(each)))
+    assert data.decode() == text
+    assert all(int(byte, 16) > 127 for each in found for byte in whole.findall(each))
+    assert ("\ufffd" in "".join(found)) <= ("\ufffd" in text)
+    if text.startswith("│"):
+        assert any(whole.search(each) for each in found)
+
+
+def test_bytes_of_sentencepiece_keep_their_names():
+    tokenizer = Tokenizer(models.BPE({"<0xE2>": 0, "▁a": 1}, [], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    assert (token_text(tokenizer, 0), token_text(tokenizer, 1)) == ("<0xE2>", "▁a")
 
 
 @pytest.mark.parametrize("method", METHODS)
