@@ -10,11 +10,13 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from saeens_pipeline.autointerp.outcome import WHY, outcome
 from saeens_pipeline.report.figures import NEAR_DUPLICATE
 from saeens_pipeline.report.methods import method
 from saeens_pipeline.report.record import Record
@@ -34,6 +36,7 @@ ENSEMBLES = {"bagging": "member", "boosting": "round"}
 DIGITS = 3  # of activations and logits
 COMPRESSION = 4  # gzip's level; 6 takes three times as long for 6 % less
 _KEY = ["method", "member", "index"]
+_HAS_CONTEXTS = {"quickstart": "quickstart_full"}  # what has no time for them, and who has them of the same SAEs
 _TYPES = {"float32": "Float32Array", "int16": "Int16Array", "uint16": "Uint16Array", "uint32": "Uint32Array"}
 
 
@@ -53,8 +56,8 @@ COLUMNS = (
     Column("index", "index", True, "row of that member's W_dec, from 0"),
     Column("density", "density", True, "share of the test tokens on which it fires"),
     Column("mean", "mean act.", True, "mean activation over the tokens on which it fires"),
-    Column("near", "other members", True, "largest cosine to a feature of another member"),
-    Column("nearest", "nearest", False, "the feature of another member with that cosine"),
+    Column("near", "other members", True, "largest cosine to a feature of another member or round"),
+    Column("nearest", "nearest", False, "the feature of another member or round with that cosine"),
     Column("seed", "stability", True, "largest cosine to any feature of the same method under another seed"),
     Column("score", "detection", True, "how well the explanation tells texts on which it fires: balanced accuracy"),
     Column("explanation", "explanation", False, "what it was explained as"),
@@ -66,7 +69,8 @@ COLUMNS = (
 class FeatureBrowser:
     """The features of both ensembles under one seed, the first declared that has any.
 
-    `contexts` and `explanations` are tables of the same seed, or None where there is none.
+    `contexts` and `explanations` are tables of the same seed, or None where there is none; `outcome` says in words what came of asking for
+    explanations, and is empty where nobody wanted any.
     """
 
     results: Results
@@ -74,6 +78,7 @@ class FeatureBrowser:
     rows: pl.DataFrame
     contexts: pl.DataFrame | None
     explanations: pl.DataFrame | None
+    outcome: str
 
     @classmethod
     def read(cls, store: Store, results: Results, seeds: Sequence[int]) -> FeatureBrowser | None:
@@ -94,11 +99,19 @@ class FeatureBrowser:
         contexts, explanations = (
             _of_seed(store.root, results.experiment, name, results.layer, seed) for name in ("contexts", "autointerp")
         )
-        return cls(results, seed, table.filter(seed=seed).sort(_KEY), contexts, explanations)
+        said = outcome(store, results.experiment, [seed], results.layer)
+        return cls(results, seed, table.filter(seed=seed).sort(_KEY), contexts, explanations, said)
 
     @property
     def other_seeds(self) -> list[int]:
         return sorted(set(self.results.tables["features"]["seed"]) - {self.seed})
+
+    @property
+    def statuses(self) -> list[str]:
+        """What became of the features that were drawn to be explained, the most frequent first."""
+        if self.explanations is None:
+            return []
+        return self.explanations["status"].value_counts(sort=True).sort("count", "status", descending=[True, False])["status"].to_list()
 
     @property
     def columns(self) -> set[str]:
@@ -161,13 +174,20 @@ class FeatureBrowser:
             "groups": groups.rows(),
             "vocabulary": vocabulary,
             "axes": placed.shares if placed else None,
-            "missingContexts": missing_contexts if self.contexts is None else "",
+            "missingContexts": self._without_contexts(missing_contexts) if self.contexts is None else "",
         }
         if self.explanations is not None:
             about = rows.select(_KEY).join(self.explanations, on=_KEY, how="left", maintain_order="left")
-            columns["score"] = _float(about, "detection_score")
-            header["explanations"] = about["explanation"].to_list()
+            statuses = ["", *self.statuses]
+            columns["score"], columns["control"] = _float(about, "detection_score"), _float(about, "control_score")
+            columns["status"] = np.array([statuses.index(status or "") for status in about["status"]], np.uint16)
+            header |= {"explanations": about["explanation"].to_list(), "statuses": statuses, "why": WHY}
         return _packed(header, columns)
+
+    def _without_contexts(self, missing: str) -> str:
+        """In a line, what gives them; what the table is about can be seen from where it is missing."""
+        there = _HAS_CONTEXTS.get(self.results.experiment)
+        return re.sub(r" \([^)]*\)", "", missing, count=1) + (f" `{there}` has it." if there else "")
 
     def _shards(self) -> Iterator[dict[str, Any]]:
         rows = self.rows.select(*_KEY, "matches")

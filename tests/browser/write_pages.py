@@ -2,7 +2,8 @@
 
     python tests/browser/write_pages.py FOLDER
 
-`FOLDER/expected.json` has what the tables say, computed from the Parquet files alone, `features.ndjson` the rows of the table `features`.
+`FOLDER/expected.json` has what the tables say, computed from the Parquet files alone, `features.ndjson` and `autointerp.ndjson` the rows of
+these tables.
 """
 
 from __future__ import annotations
@@ -16,16 +17,29 @@ import polars as pl
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "saeens_pipeline"))
+from fake_endpoint import FakeEndpoint, Question, serving
 from tiny_experiment import NAME, Laboratory
 from tiny_models import write_tiny_model
 
+from saeens_pipeline.autointerp.endpoint import URL_VARIABLE
 from saeens_pipeline.report.main_table import METRICS
 from saeens_pipeline.reports import write_reports
+from saeens_pipeline.storage.tables import read_table
 
 HOSTILE = '<script>document.title = "taken"</script><img src="x" onerror="alert(1)">'
 LAYERS = [0, 1]
 SEEDS = [1, 2, 3]
 EVALUATIONS = ["reconstruction", "members", "coactivation", "stability", "marginal_gain", "cost", "training_curves", "features", "contexts"]
+EXPLAINED = {"model": "fake", "features": 20, "retries": 0}
+
+
+def answer(question: Question) -> str:
+    """Something that follows from the texts and the explanation; to some questions there is no list."""
+    sums = [sum(text.encode()) for text in question.texts]
+    if question.explanation is None:
+        return f"texts of kind {sums[0] % 10}"
+    fits = [(each + int(question.explanation[-1])) % 2 for each in sums]
+    return json.dumps(fits if sum(sums) % 5 else fits[1:])
 
 
 def main(folder: Path) -> None:
@@ -35,8 +49,11 @@ def main(folder: Path) -> None:
     hostile = Laboratory(plain.model, plain.folder, folder / "hostile")
     with pytest.MonkeyPatch.context() as monkeypatch:
         plain.activate(monkeypatch)
-        plain.declare({"layers": LAYERS}, ensemble={"members": 3, "seeds": SEEDS}, evaluations=EVALUATIONS)
-        plain.run()
+        ensemble = {"members": 3, "seeds": SEEDS}
+        plain.declare({"layers": LAYERS}, ensemble=ensemble, evaluations=[*EVALUATIONS, "autointerp"], autointerp=EXPLAINED)
+        with serving(FakeEndpoint(answer)) as endpoint:
+            monkeypatch.setenv(URL_VARIABLE, endpoint.url)
+            plain.run()
         shutil.copytree(plain.root, hostile.root)
         hostile.activate(monkeypatch)
         for part in (hostile.root / "tables").rglob("part.parquet"):
@@ -44,12 +61,15 @@ def main(folder: Path) -> None:
             _with_hostile_tokens(rows).write_parquet(part)
         write_reports(NAME, [])
     (folder / "expected.json").write_text(json.dumps({str(layer): _expected(plain.root, layer) for layer in LAYERS}, indent=1))
-    part = plain.root / "tables" / NAME / "features" / f"layer={LAYERS[1]}" / "part.parquet"
-    pl.read_parquet(part, hive_partitioning=False).drop("experiment", "sae_data_versions").write_ndjson(folder / "features.ndjson")
+    for table in ("features", "autointerp"):
+        rows = read_table(plain.root, NAME, table, LAYERS[1])
+        rows.drop("experiment", "sae_data_versions").write_ndjson(folder / f"{table}.ndjson")
 
 
 def _with_hostile_tokens(rows: pl.DataFrame) -> pl.DataFrame:
-    """The first token of every list of tokens is hostile."""
+    """The first token of every list of tokens is hostile, and every explanation."""
+    if "explanation" in rows.columns:
+        return rows.with_columns(explanation=pl.when(pl.col("explanation").is_not_null()).then(pl.lit(HOSTILE)))
     texts = {name for name in ("top_tokens", "contexts", "promoted_tokens", "suppressed_tokens") if name in rows.columns}
 
     def changed(text: str) -> str:

@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,15 @@ from tiny_experiment import LAYER, MEMBERS, NAME, SEEDS, Laboratory
 from tiny_models import D_MODEL
 
 import saeens_models as sm
+from saeens_pipeline.autointerp.endpoint import URL_VARIABLE
+from saeens_pipeline.catalogue import load_catalogue
+from saeens_pipeline.report.feature_browser import FeatureBrowser
+from saeens_pipeline.report.record import Record
+from saeens_pipeline.report.results import Results
 from saeens_pipeline.reports import write_reports
 from saeens_pipeline.storage.names import Address, Partition
-from saeens_pipeline.storage.tables import TABLES, Column, Table
+from saeens_pipeline.storage.recipes import Recipe
+from saeens_pipeline.storage.tables import frame
 
 D_SAE = 2 * D_MODEL
 N = 2 * MEMBERS * D_SAE
@@ -71,7 +78,11 @@ def _unpacked(file: Path) -> bytes:
 
 
 def _list(laboratory: Laboratory) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    data = _unpacked(_report(laboratory) / "features" / "list.js")
+    return _read_list(_report(laboratory))
+
+
+def _read_list(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    data = _unpacked(folder / "features" / "list.js")
     length = int.from_bytes(data[:4], "little")
     header = json.loads(data[4 : 4 + length])
     columns = {
@@ -202,8 +213,7 @@ def test_without_contexts_the_list_is_there_and_says_what_makes_them(laboratory:
     shutil.rmtree(laboratory.root / "tables" / NAME / "contexts")
     write_reports(NAME, [])
     header, columns = _list(laboratory)
-    assert "The table contexts (where each feature" in header["missingContexts"]
-    assert header["missingContexts"].endswith(f"is not there: `saeens run {NAME}` makes it.")
+    assert header["missingContexts"] == f"The table contexts is not there: `saeens run {NAME}` makes it."
     assert len(columns["density"]) == N
     assert all(each.keys() == {"matches"} for each in _details(laboratory))
 
@@ -243,12 +253,23 @@ def test_the_first_declared_seed_that_has_rows_is_shown(laboratory: Laboratory):
     assert f"under seed {SEEDS[1]}" in (_report(laboratory) / "features.html").read_text()
 
 
-def test_explanations_are_shown_where_there_are_any(laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch):
-    score = Column("detection_score", "float", "balanced accuracy")
-    monkeypatch.setitem(TABLES, "autointerp", Table("autointerp", "What features are called", (score,)))
-    page = _report(laboratory) / "features.html"
-    write_reports(NAME, [])
-    assert "explanations" not in _list(laboratory)[0] and 'data-sort="score"' not in page.read_text()
+@pytest.mark.parametrize(("name", "found"), [("quickstart", " `quickstart_full` has it."), (NAME, "")])
+def test_the_quickstart_says_who_has_contexts(laboratory: Laboratory, tmp_path: Path, name: str, found: str):
+    store, results = laboratory.store, Results.read(laboratory.root, NAME, LAYER, SEEDS)
+    browser = FeatureBrowser.read(store, results, SEEDS)
+    assert browser is not None
+    named = replace(browser, results=replace(results, experiment=name), contexts=None)
+    named.write(tmp_path, store, Record.read(store, NAME, NAME, LAYER), "The table (what it has) is not there.")
+    assert _read_list(tmp_path)[0]["missingContexts"] == f"The table is not there.{found}"
+
+
+def test_who_is_said_to_have_contexts_has_them():
+    shipped = load_catalogue()
+    assert [name for name in ("quickstart", "quickstart_full") if "contexts" in shipped.experiment(name).evaluations] == ["quickstart_full"]
+
+
+def _with_explanations(laboratory: Laboratory) -> None:
+    """Write a table of explanations of the first seed: of two features of boosting's second round, one of them without."""
     part = _part(laboratory, "autointerp", SEEDS[0])
     part.parent.mkdir(parents=True)
     columns: dict[str, Any] = {
@@ -258,17 +279,40 @@ def test_explanations_are_shown_where_there_are_any(laboratory: Laboratory, monk
         "method": "boosting",
         "n_members": MEMBERS,
         "member": 2,
+        "model": "fake",
     }
-    rows = [columns | {"index": 3, "explanation": HOSTILE, "detection_score": 0.75}, columns | {"index": 5, "explanation": None}]
-    pl.DataFrame(rows).write_parquet(part)
+    scored = {"index": 3, "explanation": HOSTILE, "detection_score": 0.75, "control_score": 0.5, "status": "scored"}
+    rows = [columns | scored, columns | {"index": 5, "status": "malformed answer"}]
+    frame("autointerp", rows).write_parquet(part)
+
+
+def test_explanations_are_shown_where_there_are_any(laboratory: Laboratory):
+    page = _report(laboratory) / "features.html"
+    write_reports(NAME, [])
+    assert "explanations" not in _list(laboratory)[0]
+    assert not [text for text in ('data-sort="score"', 'name="explained"', "Explanations.") if text in page.read_text()]
+    _with_explanations(laboratory)
     write_reports(NAME, [])
     header, found = _list(laboratory)
-    at = next(
-        i
-        for i, row in enumerate(_rows(laboratory).iter_rows(named=True))
-        if (row["method"], row["member"], row["index"]) == ("boosting", 2, 3)
-    )
+    places = {(row["method"], row["member"], row["index"]): i for i, row in enumerate(_rows(laboratory).iter_rows(named=True))}
+    at, failed = places["boosting", 2, 3], places["boosting", 2, 5]
     assert [i for i, text in enumerate(header["explanations"]) if text is not None] == [at]
     assert header["explanations"][at] == HOSTILE
-    assert found["score"][at] == 0.75 and np.isnan(found["score"]).sum() == N - 1
-    assert 'data-sort="score"' in page.read_text()
+    assert (found["score"][at], found["control"][at]) == (0.75, 0.5)
+    assert np.isnan(found["score"]).sum() == np.isnan(found["control"]).sum() == N - 1
+    statuses = [header["statuses"][status] for status in found["status"]]
+    assert (statuses[at], statuses[failed]) == ("scored", "malformed answer") and statuses.count("") == N - 2
+    assert header["why"]["malformed answer"] == "no answer that could be read"
+    html = page.read_text()
+    assert 'data-sort="score"' in html and '<option value="malformed answer">' in html
+    assert "Of 2 features that were drawn, fake was asked about 2; 1 is scored. Not scored: 1 (malformed answer" in html
+
+
+def test_a_table_of_explanations_that_is_empty_says_how_an_endpoint_is_configured(laboratory: Laboratory):
+    page = _report(laboratory) / "features.html"
+    declaration = Address(NAME, "eval", "autointerp")
+    recipe, provenance = Recipe("table", 1, {}, {}), {"autointerp": {"status": "not configured"}}
+    laboratory.store.write_table(declaration, Partition(LAYER, SEEDS[0]), recipe, provenance, frame("autointerp", []))
+    write_reports(NAME, [])
+    assert f"No endpoint was configured. Set <code>{URL_VARIABLE}</code> to the address of a language model" in page.read_text()
+    assert "explanations" not in _list(laboratory)[0] and 'name="explained"' not in page.read_text()

@@ -5,6 +5,8 @@
   const ROW_HEIGHT = 30; // px, as in the style sheet
   const PRINTED_ROWS = 60;
   const KEPT_SHARDS = 32;
+  const MOST_ZOOM = 64;
+  const DOUBLE_CLICK = 250; // ms: a click opens a feature when no second one has come until then
   const STRIDE = 7919; // a prime: dots are drawn in an order that mixes members, so that none covers the others
   const SVG = "http://www.w3.org/2000/svg";
   const root = document.documentElement;
@@ -95,6 +97,7 @@
       return tokens;
     };
     const explanationOf = (row) => data.explanations?.[row] ?? "";
+    const statusOf = (row) => (data.explanations ? data.statuses[columns.status[row]] : ""); // of asking about it; empty: it was not drawn
     const linkTo = (row, text) => {
       const link = make("a", "", text);
       link.href = addressOf(row);
@@ -114,8 +117,9 @@
     const cosine = (value) => (Number.isNaN(value) ? "–" : value.toFixed(3));
     const grouped = (value) => value.toLocaleString("en");
 
-    // Whitespace is seen, and what would be invisible, or turn the direction of writing, is written out.
-    const INVISIBLE = /[ \t\n\r]|[\u0000-\u001f\u007f-\u009f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]/g;
+    // Whitespace is seen, and what would be invisible, or turn the direction of writing, is written out. Bytes of tokens that are a part of
+    // a character come as <0xE2>.
+    const INVISIBLE = /<0x[89A-F][0-9A-F]>|[ \t\n\r]|[\u0000-\u001f\u007f-\u009f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]/g;
     const GLYPHS = { " ": "·", "\t": "⇥", "\n": "↵", "\r": "␍" };
     const shown = (token) => {
       if (!token) return [make("span", "space", "∅")];
@@ -123,8 +127,14 @@
       let last = 0;
       for (const found of token.matchAll(INVISIBLE)) {
         if (found.index > last) parts.push(token.slice(last, found.index));
-        const code = found[0].codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
-        parts.push(make("span", "space", GLYPHS[found[0]] ?? `U+${code}`));
+        if (found[0].length > 1) {
+          const byte = make("span", "byte", found[0]);
+          byte.title = `the byte ${found[0].slice(3, 5)}, a part of a character that is more than one token`;
+          parts.push(byte);
+        } else {
+          const code = found[0].codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
+          parts.push(make("span", "space", GLYPHS[found[0]] ?? `U+${code}`));
+        }
         last = found.index + found[0].length;
       }
       if (last < token.length) parts.push(token.slice(last));
@@ -167,7 +177,7 @@
       const member = Number(value("member"));
       // as densities are kept, in single precision
       const [from, to] = [Number(value("from")), value("to") === "" ? Infinity : Number(value("to"))].map((limit) => Math.fround(limit / 100));
-      const [near, seeds, dead] = [value("near"), value("seeds"), value("dead")];
+      const [near, seeds, dead, explained] = ["near", "seeds", "dead", "explained"].map(value);
       const matches = finder(value("find"));
       for (let row = 0; row < n; row++) {
         const density = columns.density[row];
@@ -177,6 +187,7 @@
           isUnder(row, "nearCosine", near) &&
           isUnder(row, "seedCosine", seeds) &&
           (!dead || (density > 0) === (dead === "alive")) &&
+          (!explained || (explained === "yes" || explained === "no" ? (explanationOf(row) !== "") === (explained === "yes") : statusOf(row) === explained)) &&
           density >= from &&
           density <= to &&
           matches(row);
@@ -242,7 +253,7 @@
       line.setAttribute("aria-rowindex", place + 2);
       for (const [i, name] of shownColumns.entries()) {
         const cell = make("td", headings[i].closest("th").className, ...CELLS[name](row));
-        if (name === "explanation") cell.title = explanationOf(row);
+        if (name === "explanation" || name === "score") cell.title = explanationOf(row) || statusOf(row);
         for (const link of cell.querySelectorAll("a")) link.tabIndex = -1; // the keyboard goes by rows
         line.append(cell);
       }
@@ -337,15 +348,25 @@
 
     // Maps: one for each ensemble, on the same axes.
 
-    // Viridis (van der Walt & Smith), light and dark ends left out where the background is.
+    // Members have no order: up to eight have colours that are far apart for readers of all kinds of colour vision (at least 0.18 in OKLab,
+    // 0.1 as Machado et al. 2009 simulate protanopia, deuteranopia and tritanopia). Rounds have one, and more members than eight cannot be
+    // told apart: theirs are Viridis' (van der Walt & Smith), without its ends in the colour of the background.
+    const APART = {
+      light: ["#0000d8", "#ff899d", "#00b100", "#9d4e00", "#89b1ff", "#621462", "#d8279d", "#6262ff"],
+      dark: ["#ffc414", "#9d14ff", "#9dffc4", "#c476d8", "#00b14e", "#c4c4ff", "#896200", "#62629d"],
+    };
     const SEQUENCE = [[68, 1, 84], [72, 40, 120], [62, 74, 137], [49, 104, 142], [38, 130, 142], [31, 158, 137], [53, 183, 121], [110, 206, 88], [181, 222, 43], [253, 231, 37]];
-    const colourOf = (member) => {
-      const [low, high] = root.dataset.theme === "dark" ? [0.3, 1] : [0, 0.88];
-      const along = (low + (high - low) * (most > 1 ? (member - 1) / (most - 1) : 0.5)) * (SEQUENCE.length - 1);
+    const FEW = APART.light.length;
+    const isDark = () => root.dataset.theme === "dark";
+    const alongSequence = (share) => {
+      const [low, high] = isDark() ? [0.3, 1] : [0, 0.88];
+      const along = (low + (high - low) * share) * (SEQUENCE.length - 1);
       const [one, other] = [SEQUENCE[Math.floor(along)], SEQUENCE[Math.ceil(along)]];
       const mixed = one.map((value, i) => Math.round(value + (other[i] - value) * (along - Math.floor(along))));
       return `#${mixed.map((value) => value.toString(16).padStart(2, "0")).join("")}`;
     };
+    const colourOf = (ensemble, member) =>
+      ensemble.unit === "member" && most <= FEW ? APART[isDark() ? "dark" : "light"][member - 1] : alongSequence(most > 1 ? (member - 1) / (most - 1) : 0.5);
     const style = (name) => getComputedStyle(root).getPropertyValue(name).trim();
     // `#rrggbb` as canvases hold it, in the order of bytes of every processor that browsers run on.
     const pixel = (colour) => {
@@ -361,26 +382,30 @@
       }
     }
 
+    // Of a disc of so many pixels across: in each row, how many are left out on either side.
+    const discOf = (size) => Array.from({ length: size }, (_, row) => Math.round(size / 2 - Math.sqrt(size ** 2 / 4 - (row + 0.5 - size / 2) ** 2)));
+
+    // A map is fitted into its frame, then magnified by `zoom` and moved by `moved`, in CSS pixels.
     class FeatureMap {
       constructor(ensemble, [first, end]) {
-        Object.assign(this, { ensemble, first, end, pointed: -1 });
+        Object.assign(this, { ensemble, first, end, pointed: -1, zoom: 1, moved: [0, 0], fingers: new Map(), isDragged: false });
         this.canvas = make("canvas");
+        this.canvas.tabIndex = 0;
         this.canvas.setAttribute("role", "img");
-        this.canvas.setAttribute("aria-label", `map of the features of ${ensemble.label}: the table below lists them`);
+        this.canvas.setAttribute("aria-label", `map of the features of ${ensemble.label}: the table below lists them; plus, minus and arrow keys move it, 0 shows all`);
         this.tip = make("div", "tip");
         this.tip.hidden = true;
         this.ring = make("div", "ring");
         this.ring.hidden = true;
         this.legend = make("div", "members");
-        const frame = make("div", "canvas", this.canvas, this.ring, this.tip);
+        const frame = make("div", "canvas", this.canvas, this.ring, this.tip, this.zoomButtons());
         const title = make("h3", "", mark(ensemble), ensemble.label);
         this.figure = make("figure", "", title, frame, make("figcaption", "", `${ensemble.unit} `, this.legend));
-        this.canvas.addEventListener("pointermove", (event) => this.point(event));
-        this.canvas.addEventListener("pointerdown", (event) => this.point(event));
-        this.canvas.addEventListener("pointerleave", () => this.point(null));
-        this.canvas.addEventListener("click", () => {
-          if (this.pointed >= 0) location.hash = addressOf(this.pointed);
-        });
+        this.listen();
+        if (most > FEW) {
+          this.legend.append("1", make("span", "gradient"), String(most));
+          return;
+        }
         for (let member = 1; member <= most; member++) {
           if (!starts.has(`${ensemble.name}/${member}`)) continue;
           const button = make("button", "", make("span", "swatch"), String(member));
@@ -396,9 +421,125 @@
         }
       }
 
+      zoomButtons() {
+        const middle = () => [this.canvas.clientWidth / 2, this.canvas.clientHeight / 2];
+        const button = (text, label, act) => {
+          const made = make("button", "", text);
+          made.type = "button";
+          made.title = label;
+          made.setAttribute("aria-label", `${label}, ${this.ensemble.label}`);
+          made.addEventListener("click", act);
+          return made;
+        };
+        this.resetButton = button("reset", "show all", () => this.reset());
+        this.nearer = () => this.magnify(2, ...middle());
+        this.farther = () => this.magnify(0.5, ...middle());
+        return make("div", "zoom", button("+", "zoom in", this.nearer), button("−", "zoom out", this.farther), this.resetButton);
+      }
+
+      listen() {
+        const { canvas, fingers } = this;
+        const at = (event) => {
+          const box = canvas.getBoundingClientRect();
+          return [event.clientX - box.left, event.clientY - box.top];
+        };
+        const lift = (event) => fingers.delete(event.pointerId);
+        canvas.addEventListener("pointerdown", (event) => {
+          if (!fingers.size) this.isDragged = false;
+          fingers.set(event.pointerId, at(event));
+          this.point(event);
+        });
+        canvas.addEventListener("pointermove", (event) => {
+          const before = fingers.get(event.pointerId);
+          if (!before) return this.point(event);
+          const now = at(event);
+          if (!this.isDragged && Math.hypot(now[0] - before[0], now[1] - before[1]) < 4 && fingers.size === 1) return;
+          this.isDragged = true;
+          if (!canvas.hasPointerCapture(event.pointerId)) canvas.setPointerCapture(event.pointerId);
+          const other = [...fingers].find(([id]) => id !== event.pointerId)?.[1];
+          fingers.set(event.pointerId, now);
+          this.shift(...now.map((value, i) => (value - before[i]) / (other ? 2 : 1)));
+          if (other) {
+            const apart = ([x, y]) => Math.max(1, Math.hypot(x - other[0], y - other[1]));
+            this.magnify(apart(now) / apart(before), ...now.map((value, i) => (value + other[i]) / 2));
+          }
+        });
+        canvas.addEventListener("pointerup", lift);
+        canvas.addEventListener("pointercancel", lift);
+        canvas.addEventListener("pointerleave", (event) => {
+          if (!canvas.hasPointerCapture(event.pointerId)) lift(event);
+          this.point(null);
+        });
+        canvas.addEventListener(
+          "wheel",
+          (event) => {
+            const factor = 2 ** (-event.deltaY * (event.deltaMode === 1 ? 0.05 : 0.002));
+            if (factor <= 1 && this.zoom === 1) return; // the page scrolls
+            event.preventDefault();
+            this.magnify(factor, ...at(event));
+            this.point(event);
+          },
+          { passive: false },
+        );
+        let opening = 0;
+        canvas.addEventListener("click", () => {
+          clearTimeout(opening);
+          const row = this.pointed;
+          if (row >= 0 && !this.isDragged) opening = setTimeout(() => (location.hash = addressOf(row)), DOUBLE_CLICK);
+        });
+        canvas.addEventListener("dblclick", () => {
+          clearTimeout(opening);
+          this.reset();
+        });
+        canvas.addEventListener("keydown", (event) => {
+          if (event.ctrlKey || event.altKey || event.metaKey) return;
+          const far = 60;
+          const keys = {
+            "+": this.nearer,
+            "=": this.nearer,
+            "-": this.farther,
+            0: () => this.reset(),
+            ArrowLeft: () => this.shift(far, 0),
+            ArrowRight: () => this.shift(-far, 0),
+            ArrowUp: () => this.shift(0, far),
+            ArrowDown: () => this.shift(0, -far),
+          };
+          if (!keys[event.key] || (event.key.startsWith("Arrow") && this.zoom === 1)) return;
+          event.preventDefault();
+          keys[event.key]();
+        });
+      }
+
+      // Magnify by a factor around a place of the canvas, which stays where it is.
+      magnify(factor, x, y) {
+        const zoom = Math.max(1, Math.min(MOST_ZOOM, this.zoom * factor));
+        const [left, top] = this.moved.map((value, i) => [x, y][i] - (([x, y][i] - value) * zoom) / this.zoom);
+        this.zoom = zoom;
+        this.moved = [left, top];
+        this.shift(0, 0);
+      }
+
+      // Move by CSS pixels, as far as the fitted map still fills the frame.
+      shift(right, down) {
+        const sizes = [this.canvas.clientWidth, this.canvas.clientHeight];
+        this.moved = this.moved.map((value, i) => Math.min(0, Math.max(sizes[i] * (1 - this.zoom), value + [right, down][i])));
+        this.point(null);
+        cancelAnimationFrame(this.asked);
+        this.asked = requestAnimationFrame(() => this.draw());
+      }
+
+      reset() {
+        this.zoom = 1;
+        this.moved = [0, 0];
+        this.shift(0, 0);
+      }
+
       // Where a row is, in CSS pixels.
       place(row) {
-        return [this.left + (columns.x[row] - bounds.x[0]) * this.scale, this.top + (bounds.y[1] - columns.y[row]) * this.scale];
+        return [
+          (this.left + (columns.x[row] - bounds.x[0]) * this.scale) * this.zoom + this.moved[0],
+          (this.top + (bounds.y[1] - columns.y[row]) * this.scale) * this.zoom + this.moved[1],
+        ];
       }
 
       draw() {
@@ -412,24 +553,48 @@
         this.left = (width - across * this.scale) / 2;
         this.top = (height - up * this.scale) / 2;
         const count = this.end - this.first;
-        const size = Math.max(1, Math.round((count > 20000 ? 1.5 : count > 4000 ? 2 : 3) * ratio));
+        const size = Math.max(1, Math.round(Math.min(14, (count > 20000 ? 3 : count > 4000 ? 4.5 : 6) * Math.sqrt(this.zoom)) * ratio));
         const pen = this.canvas.getContext("2d");
         const image = pen.createImageData(this.canvas.width, this.canvas.height);
         const pixels = new Uint32Array(image.data.buffer);
-        const dot = (row, colour) => {
-          const [x, y] = this.place(row);
-          const corner = Math.round(y * ratio - size / 2) * image.width + Math.round(x * ratio - size / 2);
-          for (let down = 0; down < size; down++) pixels.fill(colour, corner + down * image.width, corner + down * image.width + size);
+        const [stride, lines] = [image.width, image.height];
+        // A disc whose top left corner is there, as far as it is inside. Loops are faster here than filling so few pixels at a time.
+        const disc = (rows, left, top, colour) => {
+          const across = rows.length;
+          const last = Math.min(across, lines - top);
+          for (let down = Math.max(0, -top); down < last; down++) {
+            const start = (top + down) * stride;
+            const end = start + Math.min(stride, left + across - rows[down]);
+            for (let at = start + Math.max(0, left + rows[down]); at < end; at++) pixels[at] = colour;
+          }
         };
-        const [leftOut, ...colours] = [style("--line"), ...Array.from({ length: most + 1 }, (_, member) => colourOf(Math.max(1, member)))].map(pixel);
+        const [inner, outer] = [size, size + 2].map(discOf);
+        const [x, y, scale] = [columns.x, columns.y, this.scale * this.zoom * ratio];
+        const [originX, originY] = [this.left, this.top].map((value, i) => (value * this.zoom + this.moved[i]) * ratio - size / 2);
+        const dot = (row, colour) => {
+          const left = Math.round(originX + (x[row] - bounds.x[0]) * scale);
+          const top = Math.round(originY + (bounds.y[1] - y[row]) * scale);
+          if (left < -size || top < -size || left > stride || top > lines) return;
+          if (size > 3) disc(outer, left - 1, top - 1, 0); // a rim, where dots lie on each other
+          disc(inner, left, top, colour);
+        };
+        const ofMembers = Array.from({ length: most + 1 }, (_, member) => colourOf(this.ensemble, Math.max(1, member)));
+        const [leftOut, ...colours] = [style("--line"), ...ofMembers].map(pixel);
         for (let row = this.first; row < this.end; row++) if (!kept[row]) dot(row, leftOut);
         for (let i = 0, step = 0; i < count; i++, step = (step + STRIDE) % count) {
           if (kept[this.first + step]) dot(this.first + step, colours[columns.member[this.first + step]]);
         }
         pen.putImageData(image, 0, 0);
-        for (const button of this.legend.children) {
+        this.resetButton.disabled = this.zoom === 1;
+        this.canvas.classList.toggle("zoomed", this.zoom > 1);
+        this.canvas.dataset.zoom = this.zoom;
+        for (const gradient of this.legend.querySelectorAll(".gradient")) {
+          const [, ...stops] = ofMembers;
+          gradient.style.background = `linear-gradient(to right, ${stops.join(", ")})`;
+        }
+        for (const button of this.legend.querySelectorAll("button")) {
           const member = Number(button.dataset.member);
-          button.querySelector(".swatch").style.background = colourOf(member);
+          button.querySelector(".swatch").style.background = ofMembers[member];
           button.setAttribute("aria-pressed", String(form.elements.member.value === String(member)));
         }
       }
@@ -444,9 +609,8 @@
           let nearest = 12 ** 2;
           for (let row = this.first; row < this.end; row++) {
             if (!kept[row]) continue;
-            const dx = this.left + (columns.x[row] - bounds.x[0]) * this.scale - x;
-            const dy = this.top + (bounds.y[1] - columns.y[row]) * this.scale - y;
-            const distance = dx * dx + dy * dy;
+            const [left, top] = this.place(row);
+            const distance = (left - x) ** 2 + (top - y) ** 2;
             if (distance < nearest) [nearest, this.pointed] = [distance, row];
           }
         }
@@ -475,7 +639,8 @@
         ? [
             `Directions of the decoder rows, of both ensembles together, along their two principal axes, which have ${percent(data.axes[0])} and ` +
               `${percent(data.axes[1])} of the variance: features that are far apart here differ, those that are close may. ` +
-              "Point at a feature to see it, click to open it. What the table's filters leave out is grey.",
+              "Point at a feature to see it, click to open it. The wheel or two fingers zoom, dragging moves, a double click shows all. " +
+              "What the table's filters leave out is grey.",
           ]
         : ["The SAEs that these features are of are no longer on disk: there is no map."]),
     );
@@ -505,9 +670,10 @@
         bar.append(title);
         drawing.append(bar);
       });
-      const ends = make("div", "ends", make("span", "", "0"), make("span", "", "activation"), make("span", "", number(bins.length * width)));
-      const caption = make("figcaption", "", `On how many test tokens it has which activation; the highest bar: ${grouped(top)}. Tokens on which it is silent are left out.`);
-      return make("figure", "histogram", make("h3", "", "Activations"), drawing, ends, caption);
+      const counted = make("div", "counts", make("span", "", grouped(top)), make("span", "of-axis", "test tokens"), make("span", "", "0"));
+      const ends = make("div", "ends", make("span", "", "0"), make("span", "of-axis", "activation"), make("span", "", number(bins.length * width)));
+      const caption = make("figcaption", "", "How many test tokens have which activation. Those on which the feature is silent are left out.");
+      return make("figure", "histogram", make("h3", "", "Activations"), make("div", "axes", counted, drawing, ends), caption);
     };
 
     const logits = (title, of, tokens) => {
@@ -537,7 +703,7 @@
 
     const matchCard = (row, similarity) => {
       const card = make("div", `match ${similarity >= data.shared ? "shared" : "unique"}`);
-      card.style.borderTopColor = colourOf(columns.member[row]);
+      card.style.borderTopColor = colourOf(ensembleOf(row), columns.member[row]);
       card.append(
         make("h3", "", linkTo(row, placeOf(row))),
         make("p", "value", `cosine ${cosine(similarity)}, fires on ${percent(columns.density[row])}`),
@@ -549,6 +715,15 @@
         if (texts.length) tokens.replaceWith(...texts);
       }, complain);
       return card;
+    };
+
+    const explained = (row) => {
+      const status = statusOf(row);
+      if (!status) return fact("explanation", "none: the feature is not among those that were drawn to be explained");
+      const found = fact("explanation", explanationOf(row) || "none");
+      if (!Number.isNaN(columns.score[row])) found.push(...fact("detection score", `${number(columns.score[row])} balanced accuracy; 0.5 is chance`));
+      if (!Number.isNaN(columns.control[row])) found.push(...fact("control score", `${number(columns.control[row])} with the explanation of another feature`));
+      return [...found, ...fact("status", data.why[status] ? `${status}: ${data.why[status]}` : status)];
     };
 
     const step = (row, by, text) => {
@@ -583,14 +758,14 @@
       const nearest = nearestRow(row);
       const verdict = (value, yes, no) => `cosine ${cosine(value)}: ${value >= data.shared ? yes : no}`;
       if (nearest >= 0) {
-        facts.append(...fact("in other members", `${verdict(columns.nearCosine[row], "shared", "unique")}; nearest `, linkTo(nearest, placeOf(nearest))));
+        facts.append(...fact(`in other ${ensemble.unit}s`, `${verdict(columns.nearCosine[row], "shared", "unique")}; nearest `, linkTo(nearest, placeOf(nearest))));
       }
       if (!Number.isNaN(columns.seedCosine[row])) {
-        const where = `${ensemble.unit} ${columns.seedMember[row]} · ${columns.seedIndex[row]} of seed ${data.otherSeeds[columns.seed[row]]}`;
-        facts.append(...fact("stability", `${verdict(columns.seedCosine[row], "comes back under another seed", "does not come back under another seed")}; nearest ${where}`));
+        const where = make("span", "", `${ensemble.unit} ${columns.seedMember[row]} · ${columns.seedIndex[row]} of seed ${data.otherSeeds[columns.seed[row]]}`);
+        where.title = `features have pages under seed ${data.seed} alone`;
+        facts.append(...fact("stability", `${verdict(columns.seedCosine[row], "comes back under another seed", "does not come back under another seed")}; nearest `, where));
       }
-      if (explanationOf(row)) facts.append(...fact("explanation", explanationOf(row)));
-      if (columns.score && !Number.isNaN(columns.score[row])) facts.append(...fact("detection score", `${number(columns.score[row])} balanced accuracy`));
+      if (data.explanations) facts.append(...explained(row));
       facts.append(...fact("most active on", ...(isDead ? ["–"] : chips(tokensOf(row)))));
 
       const call = ++opened;
