@@ -463,7 +463,7 @@ def _density_histogram(table: pl.DataFrame) -> go.Figure:
     for name, rows in _by_method(fires):
         edges, shares = _histogram(rows["density"].log10().to_list(), low, high, BINS, _count(table, name))
         _add_steps(figure, method(name), [10**edge for edge in edges], shares, ".2g")
-    figure.update_xaxes(range=[low, high])
+    figure.update_xaxes(range=[low, high], tickangle=0)
     return figure
 
 

@@ -9,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from saeens_pipeline.autointerp.outcome import outcome
 from saeens_pipeline.report import figures
 from saeens_pipeline.report.control import compare
 from saeens_pipeline.report.feature_browser import COLUMNS, PAGE, FeatureBrowser
@@ -50,6 +51,8 @@ class Section:
     figures: Sequence[figures.Figure]
     link: tuple[str, str] | None = None
     """a page of its own, and what it has"""
+    note: str = ""
+    """what has to be said of its tables; code stands in backticks"""
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,8 @@ def write_report(folder: Path, store: Store, catalogue: Catalogue, experiment: E
     setting = setting_of(record.language_model, str(record.setting("hook")), layer, str(record.setting("weights")))
     train_tokens = record.setting("train_tokens")
     browser = FeatureBrowser.read(store, results, experiment.ensemble.seeds)
-    sections = list(_sections(results, browser))
+    explained = outcome(store, experiment.name, experiment.ensemble.seeds, layer)
+    sections = list(_sections(results, browser, explained))
     metrics = metrics_of(results)
     page = {
         "experiment": experiment.name,
@@ -174,7 +178,7 @@ def _write_features(folder: Path, browser: FeatureBrowser, store: Store, record:
     browser.write(folder, store, record, _what_makes("contexts", experiment))
 
 
-def _sections(results: Results, browser: FeatureBrowser | None) -> Iterable[Section]:
+def _sections(results: Results, browser: FeatureBrowser | None, explained: str) -> Iterable[Section]:
     parts = (
         (
             "members",
@@ -198,7 +202,9 @@ def _sections(results: Results, browser: FeatureBrowser | None) -> Iterable[Sect
         if anchor == "features" and browser:
             what = f"All {len(browser.rows):,} features of both ensembles, seed {browser.seed}"
             section = replace(section, link=(PAGE, f"{what}: in a table, on a map, and each by itself"))
-        if section.figures or section.link:
+        if anchor == "downstream" and explained:
+            section = replace(section, note=f"Explanations by a language model. {explained}")
+        if section.figures or section.link or section.note:
             yield section
 
 

@@ -314,5 +314,8 @@ def test_a_table_of_explanations_that_is_empty_says_how_an_endpoint_is_configure
     recipe, provenance = Recipe("table", 1, {}, {}), {"autointerp": {"status": "not configured"}}
     laboratory.store.write_table(declaration, Partition(LAYER, SEEDS[0]), recipe, provenance, frame("autointerp", []))
     write_reports(NAME, [])
-    assert f"No endpoint was configured. Set <code>{URL_VARIABLE}</code> to the address of a language model" in page.read_text()
+    advice = f"No endpoint was configured. Set <code>{URL_VARIABLE}</code> to the address of a language model"
+    assert advice in page.read_text()
+    downstream = page.with_name("index.html").read_text().split('<section id="downstream">')[1].split("</section>")[0]
+    assert advice in downstream
     assert "explanations" not in _list(laboratory)[0] and 'name="explained"' not in page.read_text()
