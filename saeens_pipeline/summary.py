@@ -31,8 +31,8 @@ COLUMNS = {
     "features": ("reconstruction", "n_features", ".0f"),
     "connectivity": ("coactivation", "connectivity", ".4f"),
     "stability": ("stability", "stability", ".4f"),
-    "FLOPs": ("cost", "train_flops", ".2g"),
-    "seconds": ("cost", "train_seconds", ".1f"),
+    "FLOPs": ("cost", "total_flops", ".2g"),
+    "seconds": ("cost", "total_seconds", ".1f"),
 }
 BESIDE = ("EV", "stability")  # of the same experiment on the untrained, or the trained, language model
 
@@ -189,10 +189,12 @@ def _sizes(experiment: ExperimentSettings, method: str) -> list[int]:
 def _by_method(store: Store, statuses: Sequence[Status], table: str, column: str) -> dict[tuple[str, int], float | None]:
     import polars as pl
 
+    from saeens_pipeline.report.results import with_totals
+
     parts = [store.path(s.declaration.address, s.partition) for s in statuses if s.declaration.address.name == table]
     if not parts:
         return {}
-    rows = pl.concat([pl.read_parquet(part, hive_partitioning=False) for part in parts])
+    rows = with_totals(pl.concat([pl.read_parquet(part, hive_partitioning=False) for part in parts]))
     means = rows.group_by("method", "n_members").agg(pl.col(column).mean())
     return {(row["method"], row["n_members"]): row[column] for row in means.iter_rows(named=True)}
 

@@ -189,6 +189,14 @@ def test_the_summary_fits_into_120_columns(finished: Laboratory):
     assert f"{reconstruction['description_length_bits'].mean():.0f}" in line.split()
 
 
+def test_the_summary_counts_the_passes_that_make_residuals_in(finished: Laboratory, saeens: Saeens):
+    (line,) = [line for line in saeens("run", NAME).out.splitlines() if line.startswith("boosting")]
+    cost = read_table(finished.root, NAME, "cost").filter(method="boosting", n_members=3)
+    assert (cost["residual_flops"] > 0).all()
+    flops, seconds = ((cost[f"train_{of}"] + cost[f"residual_{of}"]).mean() for of in ("flops", "seconds"))
+    assert line.split()[-2:] == [f"{flops:.2g}", f"{seconds:.1f}"]
+
+
 def test_doctor_finds_nothing_wrong(finished: Laboratory, saeens: Saeens):
     outcome = saeens("doctor", "--verify")
     assert (outcome.code, outcome.err) == (0, ""), outcome
