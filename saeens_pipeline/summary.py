@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from saeens_pipeline.storage.tables import METHODS
+from saeens_pipeline.storage.tables import METHODS, with_totals
 
 if TYPE_CHECKING:
     import polars as pl
@@ -188,8 +188,6 @@ def _sizes(experiment: ExperimentSettings, method: str) -> list[int]:
 
 def _by_method(store: Store, statuses: Sequence[Status], table: str, column: str) -> dict[tuple[str, int], float | None]:
     import polars as pl
-
-    from saeens_pipeline.report.results import with_totals
 
     parts = [store.path(s.declaration.address, s.partition) for s in statuses if s.declaration.address.name == table]
     if not parts:

@@ -9,7 +9,7 @@ from saeens_pipeline.assets.declarations import Declaration, Input, Op, Task, Wo
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.storage.names import LEADERBOARD_ADDRESS
 from saeens_pipeline.storage.recipes import Store
-from saeens_pipeline.storage.tables import LEADERBOARD, SEED_METRICS, frame
+from saeens_pipeline.storage.tables import LEADERBOARD, SEED_METRICS, TOTALS, frame, with_totals
 
 if TYPE_CHECKING:
     import polars as pl
@@ -28,12 +28,12 @@ _FROM = {  # which columns of which table
 _MEASURED = ("experiment", "source", "layer", "seed", "method", "n_members")
 _RANKED_TOGETHER = ["source", "layer"]
 _LESS_IS_BETTER = (
-    *("n_features", "n_members", "l0", "relative_sparsity", *_PLAIN["cost"]),
+    *("n_features", "n_members", "l0", "relative_sparsity", *_PLAIN["cost"], *TOTALS),
     *("mse", "fvu", "description_length_bits", "dead_features"),
 )
 _SHOWN = {
     "explained_variance": "EV", "ce_loss_recovered": "CE rec.", "description_length_bits": "bits", "l0": "L0", "n_features": "features",
-    "stability": "stability", "connectivity": "connectivity", "train_flops": "FLOPs", "train_seconds": "seconds", "n_seeds": "seeds",
+    "stability": "stability", "connectivity": "connectivity", "total_flops": "FLOPs", "total_seconds": "seconds", "n_seeds": "seeds",
 }  # fmt: skip
 
 
@@ -73,14 +73,14 @@ def standings(store: Store, leaderboard: Declaration, sort: str = "explained_var
     """
     import polars as pl
 
-    sortable = ["n_members", "n_seeds", "n_features", *SEED_METRICS, *_PLAIN["cost"]]
+    sortable = ["n_members", "n_seeds", "n_features", *SEED_METRICS, *_PLAIN["cost"], *TOTALS]
     if sort not in sortable:
         raise ConfigurationError(f"--sort {sort}: the leaderboard is sorted by one of {', '.join(sortable)}")
     table = frame(LEADERBOARD.name, _rows(_measurements(store, leaderboard, sizes)))
     table = _beside_controls(table, leaderboard.settings["controls"])
     rank = pl.col(sort).rank("min", descending=sort not in _LESS_IS_BETTER).over(_RANKED_TOGETHER)
     order = [*_RANKED_TOGETHER, "rank", "experiment", "method", "n_members"]
-    return table.with_columns(rank=rank.cast(pl.Int64)).sort(order, nulls_last=True)
+    return with_totals(table).with_columns(rank=rank.cast(pl.Int64)).sort(order, nulls_last=True).drop(TOTALS)
 
 
 def for_reading(table: pl.DataFrame, sort: str = "explained_variance") -> pl.DataFrame:
@@ -99,7 +99,7 @@ def for_reading(table: pl.DataFrame, sort: str = "explained_variance") -> pl.Dat
             columns.append(_interval(name).alias("95 % interval"))
     if table["control_explained_variance"].count():
         columns += [pl.col("control_explained_variance").alias("EV untrained"), pl.col("control_stability").alias("stability untrained")]
-    return table.select(columns)
+    return with_totals(table).select(columns)
 
 
 def _interval(name: str) -> pl.Expr:

@@ -17,7 +17,7 @@ from saeens_pipeline.autointerp.interview import SCORED
 from saeens_pipeline.autointerp.outcome import AUTOINTERP
 from saeens_pipeline.storage.names import CURVE_FILE, Partition
 from saeens_pipeline.storage.recipes import Artefact, read_artefact
-from saeens_pipeline.storage.tables import LEADERBOARD, PARETO, SUBJECT, columns_of
+from saeens_pipeline.storage.tables import LEADERBOARD, PARETO, SUBJECT, columns_of, with_totals
 
 if TYPE_CHECKING:
     import polars as pl
@@ -28,7 +28,7 @@ _SHOWN = {
     "coactivation": "connectivity",
     "stability": "stability",
     "marginal_gain": "new_features",
-    "cost": "train_seconds",
+    "cost": "total_seconds",
 }
 _FROM_COLUMNS = {  # of other tables, that have other names
     "explained_variance_gain": ("explained_variance",),
@@ -206,7 +206,7 @@ def _table_summary(declaration: Declaration, artefact: Artefact) -> dict[str, An
     name = declaration.address.name
     if name == "contexts":  # mostly text, and large
         return {"dagster/row_count": pl.scan_parquet(artefact.path, hive_partitioning=False).select(pl.len()).collect().item()}
-    table = pl.read_parquet(artefact.path, hive_partitioning=False)
+    table = with_totals(pl.read_parquet(artefact.path, hive_partitioning=False))
     summary: dict[str, Any] = {"dagster/row_count": len(table)}
     if name == LEADERBOARD.name:
         return summary | {"best": _best(table)}

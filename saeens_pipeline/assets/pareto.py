@@ -10,12 +10,12 @@ from saeens_pipeline.components.ensemble_experiment import ExperimentSettings
 from saeens_pipeline.components.sweeps import swept
 from saeens_pipeline.storage.names import Address
 from saeens_pipeline.storage.recipes import Store
-from saeens_pipeline.storage.tables import METHODS, PARETO, frame
+from saeens_pipeline.storage.tables import METHODS, PARETO, frame, with_totals
 
 if TYPE_CHECKING:
     import polars as pl
 
-PARETO_VERSION = 1
+PARETO_VERSION = 2
 TABLE_FILE, PICTURE_FILE = "pareto.parquet", "pareto.png"
 _MEASURED = ("l0", "description_length_bits", "explained_variance")
 _KEY = ("experiment", "layer", "seed", "method", "n_members")
@@ -79,7 +79,7 @@ def pareto_rows(store: Store, pareto: Declaration, sweep: Sweep) -> pl.DataFrame
     for each, _, artefact in pareto.optional_inputs(store):
         parts[each.artefact.address.name].append(pl.read_parquet(artefact.path, hive_partitioning=False))
     measured, cost = (pl.concat(found) for found in parts.values())
-    measured = measured.join(cost.select(*_KEY, "train_flops"), on=_KEY, how="left")
+    measured = measured.join(with_totals(cost).select(*_KEY, "total_flops"), on=_KEY, how="left")
     of_all_members = pl.col("n_members") == pl.col("n_members").max().over("experiment", "layer", "method")
     measured = measured.filter(pl.col("explained_variance").is_not_nan())  # nor null: of activations without variance
     measured = measured.filter(of_all_members | ~pl.col("method").is_in(["bagging", "boosting"]))
@@ -118,7 +118,7 @@ def for_reading(table: pl.DataFrame) -> pl.DataFrame:
         pl.col("description_length_bits").alias("bits"),
         pl.col("explained_variance").alias("EV"),
         pl.col("n_features").alias("features"),
-        pl.col("train_flops").alias("FLOPs"),
+        pl.col("total_flops").alias("FLOPs"),
         pl.col("n_seeds").alias("seeds"),
         fronts[0].alias("front by L0"),
         fronts[1].alias("front by bits"),
@@ -135,7 +135,7 @@ def _means(measured: pl.DataFrame, sweep: Sweep) -> Iterator[dict[str, Any]]:
             "value": float(sweep.values[first["experiment"]]),
             "n_seeds": len(of_seeds),
             "seeds": ",".join(map(str, of_seeds["seed"])),
-            **{name: of_seeds[name].mean() for name in (*_MEASURED, "train_flops")},
+            **{name: of_seeds[name].mean() for name in (*_MEASURED, "total_flops")},
             **{f"{name}_by_seed": _points(of_seeds[name]) for name in _MEASURED},
             "sae_data_versions": ";".join(of_seeds["sae_data_versions"]),
         }

@@ -18,10 +18,10 @@ from saeens_pipeline.report.main_table import METRICS, Cell, Metric, cell_of, ma
 from saeens_pipeline.report.methods import in_order, listed, method
 from saeens_pipeline.report.published import PAPER, setting_of
 from saeens_pipeline.report.record import UI, Record
-from saeens_pipeline.report.results import Results, with_totals
+from saeens_pipeline.report.results import Results
 from saeens_pipeline.report.words import choices, does_not_say, says
 from saeens_pipeline.storage.recipes import Store
-from saeens_pipeline.storage.tables import TABLES
+from saeens_pipeline.storage.tables import TABLES, with_totals
 
 if TYPE_CHECKING:
     import polars as pl

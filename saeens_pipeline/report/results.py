@@ -9,16 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from saeens_pipeline.report.methods import in_order
-from saeens_pipeline.storage.tables import TABLES, has_table, read_table
+from saeens_pipeline.storage.tables import TABLES, has_table, read_table, with_totals
 
 if TYPE_CHECKING:
     import polars as pl
-
-
-TOTALS = {  # what training took in all: columns of the table cost that are shown as their sum
-    "total_flops": ("train_flops", "residual_flops"),
-    "total_seconds": ("train_seconds", "residual_seconds"),
-}
 
 
 class Size(NamedTuple):
@@ -93,7 +87,7 @@ class Results:
         return cls(experiment, layer, tables, tuple(name for name in TABLES if name not in {"contexts", *tables}))
 
     def spreads(self, table: str, column: str) -> dict[Size, Spread]:
-        """A column, or one of `TOTALS`, by method and size; empty where the table, the column or all its values are missing."""
+        """A column, or one of the table's totals, by method and size; empty where the table, the column or all its values are missing."""
         if (table, column) not in self._columns:
             rows = with_totals(self.tables[table]) if table in self.tables else None
             self._columns[table, column] = spreads(rows, column) if rows is not None and column in rows.columns else {}
@@ -138,12 +132,6 @@ def spreads(rows: pl.DataFrame, column: str) -> dict[Size, Spread]:
     of_seeds = there.group_by("method", "n_members", "seed").agg(_col("value").mean()).sort("method", "n_members", "seed")
     parts = of_seeds.partition_by("method", "n_members", as_dict=True, maintain_order=True)
     return {Size(*key): Spread.of(part["value"].to_list(), part["seed"].to_list()) for key, part in parts.items()}  # pyright: ignore[reportArgumentType]
-
-
-def with_totals(rows: pl.DataFrame) -> pl.DataFrame:
-    """The rows with the `TOTALS` whose parts are among the columns. What no residual was made for has none to add."""
-    there = {total: parts for total, parts in TOTALS.items() if set(parts) <= set(rows.columns)}
-    return rows.with_columns(**{total: _col(made) + _col(residual).fill_null(0) for total, (made, residual) in there.items()})
 
 
 def _col(name: str) -> pl.Expr:

@@ -240,6 +240,10 @@ TABLES = {
     )
 }
 
+TOTALS = {  # what training took in all: columns of the table cost that are shown as their sum
+    "total_flops": ("train_flops", "residual_flops"),
+    "total_seconds": ("train_seconds", "residual_seconds"),
+}
 SEED_METRICS = {  # what the leaderboard gives means, intervals and points of: the table that each is from, and what it is
     "explained_variance": ("reconstruction", "on held-out tokens"),
     "mse": ("reconstruction", "squared error summed over d_in"),
@@ -314,7 +318,9 @@ PARETO = Table(
         Column("description_length_bits_by_seed", "str", "the points"),
         Column("explained_variance", "float", "on held-out tokens, mean over seeds"),
         Column("explained_variance_by_seed", "str", "the points"),
-        Column("train_flops", "float", "dense-equivalent operations of training, mean over seeds; null without the table cost"),
+        Column(
+            "total_flops", "float", "dense-equivalent operations of training and residuals, mean over seeds; null without the table cost"
+        ),
         Column("on_l0_front", "int", "1: no other row of the layer has at most its l0 and more explained variance, or less and as much"),
         Column("on_bits_front", "int", "the same for description_length_bits"),
         Column("sae_data_versions", "str", "data versions of the SAEs in member order, comma-separated; seeds are separated by ;"),
@@ -363,6 +369,14 @@ def read_table(root: Path, experiment: str, table: str, layer: int | None = None
     if not parts:
         raise SaeensError(f"{experiment} has no table {table} below {root} yet: `saeens run {experiment}` makes it")
     return pl.concat([_read_part(part) for part in parts]).sort("layer", "seed", "method", "n_members", maintain_order=True)
+
+
+def with_totals(rows: pl.DataFrame) -> pl.DataFrame:
+    """The rows with the `TOTALS` whose parts are among the columns. What no residual was made for has none to add."""
+    import polars as pl
+
+    there = {total: parts for total, parts in TOTALS.items() if set(parts) <= set(rows.columns)}
+    return rows.with_columns(**{total: pl.col(made) + pl.col(residual).fill_null(0) for total, (made, residual) in there.items()})
 
 
 def _parts(root: Path, experiment: str, table: str, layer: int | None) -> list[Path]:

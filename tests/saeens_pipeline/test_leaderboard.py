@@ -22,7 +22,7 @@ from saeens_pipeline.assets.leaderboard import standings
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.storage.names import Address, Partition
 from saeens_pipeline.storage.recipes import Recipe, read_artefact
-from saeens_pipeline.storage.tables import LEADERBOARD, SEED_METRICS, TABLES, frame
+from saeens_pipeline.storage.tables import LEADERBOARD, SEED_METRICS, TABLES, frame, with_totals
 
 METHODS = ["boosting", "expanded_l0_matched", "bagging", "expanded", "single"]
 OTHER = "other"
@@ -147,10 +147,11 @@ def test_rows_are_ranked_within_source_and_layer(finished: Laboratory):
 
 
 @pytest.mark.parametrize(
-    ("column", "descending"), [("stability", True), ("ce_loss_recovered", True), ("train_flops", False), ("l0", False), ("mse", False)]
+    ("column", "descending"),
+    [("stability", True), ("ce_loss_recovered", True), ("train_flops", False), ("total_flops", False), ("l0", False), ("mse", False)],
 )
 def test_another_column_ranks_with_the_better_end_first(finished: Laboratory, column: str, descending: bool):
-    values = _standings(finished, sort=column)[column].to_list()
+    values = with_totals(_standings(finished, sort=column))[column].to_list()
     assert values == sorted(values, reverse=descending)
     assert len(set(values)) > 1
 

@@ -16,7 +16,7 @@ import scipy.stats
 from tiny_experiment import LAYER, MEMBERS, NAME, SEEDS, Laboratory, experiment_file, experiment_settings, source_settings
 
 from saeens_pipeline import cli
-from saeens_pipeline.assets.leaderboard import standings
+from saeens_pipeline.assets.leaderboard import for_reading, standings
 from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.report.control import Comparison, compare
 from saeens_pipeline.report.figures import Figure, by_members, downstream, features, layer_profile, marginal_gain, trade_offs, training
@@ -25,12 +25,12 @@ from saeens_pipeline.report.methods import in_order, method
 from saeens_pipeline.report.pages import write_leaderboard
 from saeens_pipeline.report.published import SETTINGS, setting_of
 from saeens_pipeline.report.record import Record
-from saeens_pipeline.report.results import TOTALS, Results, Size, Spread
+from saeens_pipeline.report.results import Results, Size, Spread
 from saeens_pipeline.report.words import about_control, choices, does_not_say, says
 from saeens_pipeline.reports import write_reports
 from saeens_pipeline.storage.names import Address, Partition
 from saeens_pipeline.storage.recipes import read_artefact
-from saeens_pipeline.storage.tables import frame, read_table
+from saeens_pipeline.storage.tables import TOTALS, frame, read_table
 
 METHODS = ["single", "bagging", "boosting", "expanded", "expanded_l0_matched"]
 HOSTILE = '<script>alert("x")</script>'
@@ -123,6 +123,10 @@ def test_training_is_counted_with_passes_over_residuals_everywhere(finished: Lab
     board = (finished.root / "reports" / "leaderboard" / "index.html").read_text()
     shown = re.search(r'<tr[^>]* data-method="boosting".*?data-metric="total_flops" data-value="([^"]+)"', board, re.DOTALL)
     assert shown and float(shown[1]) == pytest.approx(expected, rel=1e-12)
+    (declaration,) = finished.catalogue.leaderboard().outputs
+    printed = for_reading(standings(finished.store, declaration)).filter(method="boosting")
+    assert printed["FLOPs"].item() == pytest.approx(expected, rel=1e-12)
+    assert printed["seconds"].item() == pytest.approx(np.mean((cost["train_seconds"] + cost["residual_seconds"]).to_numpy()), rel=1e-12)
 
 
 def test_each_sae_is_counted_once_under_however_many_names_it_is_there(finished: Laboratory):

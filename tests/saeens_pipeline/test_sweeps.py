@@ -222,7 +222,13 @@ def _write_points(laboratory: Laboratory) -> None:
                 rows[-1] |= {"explained_variance": gain, "sae_data_versions": f"{method}-{k}-{seed}"}
             _write(laboratory, k, "reconstruction", seed, [*rows, rows[-1] | {"n_members": 1, "explained_variance": 2.0}])
             if k == 8:
-                _write(laboratory, k, "cost", seed, [{"method": "single", "n_members": 1, "train_flops": 100.0 * (i + 1)}])
+                _write(
+                    laboratory,
+                    k,
+                    "cost",
+                    seed,
+                    [{"method": "single", "n_members": 1, "train_flops": 90.0 * (i + 1), "residual_flops": 10.0 * (i + 1)}],
+                )
 
 
 def _rows(laboratory: Laboratory) -> tuple[pl.DataFrame, Sweep]:
@@ -252,7 +258,7 @@ def test_rows_are_means_and_points_of_the_tables_that_are_there(empty: Laborator
         assert row["experiment"] == f"{SWEEP}__k_{row['value']:.0f}"
         assert (row["sweep"], row["field"], row["n_seeds"], row["seeds"]) == (SWEEP, "k", 2, "1,2")
         assert row["sae_data_versions"] == f"{row['method']}-{row['value']:.0f}-1;{row['method']}-{row['value']:.0f}-2"
-    assert table["train_flops"].to_list() == [None, 150.0, None, None]
+    assert table["total_flops"].to_list() == [None, 150.0, None, None]
     # by L0: 4.0 -> 0.52, 8.5 -> 0.65, 8.25 -> 0.75, 16 -> 0.92; by bits: 41 -> 0.52, 85 -> 0.65, 105 -> 0.92
     assert table["on_l0_front"].to_list() == [1, 0, 1, 1]
     assert table["on_bits_front"].to_list() == [1, 1, None, 1]
