@@ -108,15 +108,31 @@ def training(results: Results) -> Iterator[Figure]:
             (
                 "explained_variance",
                 "Explained variance in training",
-                f"On the training batch, of what the SAE is given; for later rounds that is the residual.{_falls(of_seed)}",
+                "On the training batch, of what the SAE is given: for the rounds of boosting after the first, the residual, what those "
+                f"before leave over.{_falls(of_seed)}",
                 False,
             ),
-            ("loss", "Loss in training", f"What training makes small, mean over the batch.{_rises(of_seed)}", True),
+            ("loss", "Loss in training", f"What training makes small, mean over the batch.{_by_round(of_seed)}{_rises(of_seed)}", True),
             ("dead_features", "Dead features in training", "Share of features that have not fired for dead_after_tokens.", False),
         ):
             figure = _curves(of_seed, column, log=log)
-            yield Figure(f"training_{column}", title, f"{caption} Seed {seed}, a line for each SAE.", figure)
+            yield Figure(f"training_{column}", title, f"{caption} Seed {seed}, a line for each SAE{_without_single(of_seed)}.", figure)
     yield from _rounds(results)
+
+
+def _without_single(curves: pl.DataFrame) -> str:
+    """Why a method that all else is shown of has no line."""
+    return "; single is the first member of bagging" if "bagging" in curves["method"] and "single" not in curves["method"] else ""
+
+
+def _by_round(curves: pl.DataFrame) -> str:
+    """Why the losses of boosting's rounds are of unlike size."""
+    if len(curves.filter(method="boosting")["member"].unique()) < 2:
+        return ""
+    return (
+        " A round of boosting begins anew, on the smaller residual of those before it, so its loss begins at another height than theirs: "
+        "compare rounds by what is left over, below."
+    )
 
 
 def _falls(curves: pl.DataFrame) -> str:

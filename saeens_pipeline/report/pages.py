@@ -14,7 +14,7 @@ from saeens_pipeline.report import figures
 from saeens_pipeline.report.control import compare
 from saeens_pipeline.report.feature_browser import COLUMNS, PAGE, FeatureBrowser
 from saeens_pipeline.report.lineage_diagram import diagram
-from saeens_pipeline.report.main_table import METRICS, Cell, Metric, cell_of, main_table, metrics_of, seeds_in_words, why_empty
+from saeens_pipeline.report.main_table import METRICS, N_MEMBERS, Cell, Metric, cell_of, main_table, metrics_of, seeds_in_words, why_empty
 from saeens_pipeline.report.methods import in_order, listed, method
 from saeens_pipeline.report.published import PAPER, setting_of
 from saeens_pipeline.report.record import UI, Record
@@ -82,12 +82,15 @@ def write_report(folder: Path, store: Store, catalogue: Catalogue, experiment: E
         "experiment": experiment.name,
         "layer": layer,
         "layers": _layers(store, experiment.name),
+        "is_control": record.setting("weights") == "random",
+        "control_of": [name for name, other in catalogue.controls.items() if other == experiment.name],
         "seeds": results.seeds,
         "results": results,
         "record": record,
         "facts": list(record.facts()),
         "choices": list(choices(results)),
         "metrics": metrics,
+        "n_members": N_MEMBERS,
         "rows": (rows := main_table(results, record)),
         "empty": _reasons(metrics, [row.cells for row in rows]),
         "says": list(says(results)),
@@ -232,11 +235,8 @@ def _what_makes(table: str, experiment: ExperimentSettings, trouble: str = "is n
 
 def _control_hint(record: Record, control: ExperimentSettings | None, untrained: Results | None) -> str:
     """What to run for the control where there are no numbers of it."""
-    if record.setting("weights") == "random":
-        return (
-            "This language model is untrained: the experiment is a control. What is seen here is seen without anything that a language "
-            "model has learnt."
-        )
+    if record.setting("weights") == "random":  # it is a control, as the page says at its top
+        return ""
     if control and untrained and list(compare(untrained, untrained)):
         return ""  # it is this experiment that has nothing to compare
     if control:

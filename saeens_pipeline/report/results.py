@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -144,6 +145,11 @@ def with_totals(rows: pl.DataFrame) -> pl.DataFrame:
     """The rows with the `TOTALS` whose parts are among the columns. What no residual was made for has none to add."""
     there = {total: parts for total, parts in TOTALS.items() if set(parts) <= set(rows.columns)}
     return rows.with_columns(**{total: _col(made) + _col(residual).fill_null(0) for total, (made, residual) in there.items()})
+
+
+def written(value: float, form: str) -> str:
+    """A number in a format, powers of ten in short: `1.5e8`."""
+    return re.sub(r"e\+?(-?)0*", r"e\1", format(value, form))
 
 
 def _col(name: str) -> pl.Expr:
