@@ -26,8 +26,8 @@ class Metric:
 
 
 N_MEMBERS = (
-    "how many SAEs the ensemble has; 1 for a single SAE, also for matching pursuit, all of whose features, as many as those of all members, "
-    "are one SAE's. Only for expanded SAEs, which are single ones too, it is how many members' features they have"
+    "how many SAEs the ensemble has. A single SAE has 1, matching pursuit too, though it has as many features as all members together. "
+    "Only of expanded SAEs, which are single ones as well, n says of how many members they have the features"
 )
 
 
@@ -97,15 +97,15 @@ METRICS = (
         "they do not depend on the implementation. Boosting's passes over the activations that make the residuals are counted in, here "
         "and wherever training is spoken of",
     ),
+    Metric("seconds", "cost", "total_seconds", ",.1f", "", "how long training took on this machine, boosting's passes counted in"),
     Metric(
-        "FLOPs/token",
+        "use FLOPs",
         "cost",
         "inference_flops_per_token",
         ".3g",
         "",
         "floating-point operations to encode and decode one token with the trained dictionary, counted likewise: what it costs to use",
     ),
-    Metric("seconds", "cost", "total_seconds", ",.1f", "", "how long training took on this machine, boosting's passes counted in"),
 )
 
 

@@ -69,6 +69,7 @@ def write_report(folder: Path, store: Store, catalogue: Catalogue, experiment: E
 
     results = Results.read(store.root, experiment.name, layer, experiment.ensemble.seeds)
     record = Record.read(store, experiment.name, experiment.source, layer)
+    is_control = catalogue.sources[experiment.source].weights == "random"
     control = catalogue.experiments.get(catalogue.controls.get(experiment.name, ""))
     untrained = Results.read(store.root, control.name, layer, control.ensemble.seeds) if control else None
     comparisons = list(compare(results, untrained)) if untrained else []
@@ -82,7 +83,7 @@ def write_report(folder: Path, store: Store, catalogue: Catalogue, experiment: E
         "experiment": experiment.name,
         "layer": layer,
         "layers": _layers(store, experiment.name),
-        "is_control": record.setting("weights") == "random",
+        "is_control": is_control,
         "control_of": [name for name, other in catalogue.controls.items() if other == experiment.name],
         "seeds": results.seeds,
         "results": results,
@@ -94,7 +95,7 @@ def write_report(folder: Path, store: Store, catalogue: Catalogue, experiment: E
         "rows": (rows := main_table(results, record)),
         "empty": _reasons(metrics, [row.cells for row in rows]),
         "says": list(says(results)),
-        "does_not_say": list(does_not_say(results, comparisons, _control_hint(record, control, untrained))),
+        "does_not_say": list(does_not_say(results, comparisons, "" if is_control else _control_hint(record, control, untrained))),
         "comparisons": comparisons,
         "compared": [method(name) for name in in_order(row[0].name for each in comparisons for row in each.rows)],
         "control": control.name if control else "",
@@ -195,7 +196,13 @@ def _sections(results: Results, browser: FeatureBrowser | None, explained: str) 
             "Every method at every size; large symbols are whole ensembles. The dotted line joins those that none is better than in both.",
             figures.trade_offs,
         ),
-        ("gain", "How many are enough", "What one more member adds.", figures.marginal_gain),
+        (
+            "gain",
+            "How many are enough",
+            "What one more member adds. A number of members is enough where each further one closes less than 5% of the gap that explained "
+            "variance and stability still have to 1.",
+            figures.marginal_gain,
+        ),
         ("training", "Training and rounds", "How training went, and what rounds do.", figures.training),
         ("features", "Features", "How often features fire, and whether they come back.", figures.features),
         ("downstream", "Downstream", "What features are good for.", figures.downstream),
@@ -235,8 +242,6 @@ def _what_makes(table: str, experiment: ExperimentSettings, trouble: str = "is n
 
 def _control_hint(record: Record, control: ExperimentSettings | None, untrained: Results | None) -> str:
     """What to run for the control where there are no numbers of it."""
-    if record.setting("weights") == "random":  # it is a control, as the page says at its top
-        return ""
     if control and untrained and list(compare(untrained, untrained)):
         return ""  # it is this experiment that has nothing to compare
     if control:

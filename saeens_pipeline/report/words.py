@@ -64,10 +64,13 @@ def _best_ensemble(results: Results, by_method: Mapping[str, Spread]) -> str:
 
 
 def _too_dense(results: Results, sparse: Mapping[str, Spread]) -> str:
-    """What the ensembles spend, where none is so sparse."""
+    """What the ensembles use, where none is so sparse."""
     sparsity = results.full("reconstruction", "l0")
-    spent = [f"{method(name).label} {_between([sparsity[name]])}" for name in ENSEMBLES if name in sparsity and name not in sparse]
-    return f"No ensemble is as sparse: features per token are, for {listed(spent)}." if spent else ""
+    names = [name for name in ENSEMBLES if name in sparsity and name not in sparse]
+    if not names:
+        return ""
+    use = f"use{'s' if len(names) == 1 else ''} {_between([sparsity[name] for name in names])} features per token"
+    return f"No ensemble is as sparse: {listed([method(name).label for name in names])} {use}."
 
 
 def says(results: Results) -> Iterator[str]:
@@ -201,13 +204,13 @@ def _enough(results: Results) -> Iterator[str]:
         most = max(size.n_members for size in results.spreads("marginal_gain", "new_features") if size.method == name)
         if n < most:
             yield (
-                f"{_capital(name)} needs no more than {n} of its {most} members: each further one brings explained variance and stability "
-                "less than 5% of the way that they still have to 1."
+                f"{_capital(name)} needs no more than {n} of its {most} members: each further one closes less than 5% of the gap that "
+                "explained variance and stability still have to\u00a01."
             )
         else:
             yield (
-                f"{_capital(name)} still gains from the last of its {most} members: it brings explained variance or stability at least 5% "
-                "of the way that they still had to 1. More members may help."
+                f"{_capital(name)} still gains from the last of its {most} members, which closes 5% or more of the gap that explained "
+                "variance or stability had to\u00a01. More members may help."
             )
 
 
@@ -306,7 +309,7 @@ def _alike(values: Mapping[str, Spread], same: Callable[[float, float], bool]) -
 
 def _lead(best: str, values: Mapping[str, Spread], form: str) -> str:
     second = _largest({name: spread for name, spread in values.items() if name != best})
-    sure = "a lead larger than what seeds differ by" if values[best].is_above(values[second]) else "no larger a lead than seeds differ by"
+    sure = "seeds do not change this order" if values[best].is_above(values[second]) else "seeds may change this order"
     if len(values[best].points) == 1:
         sure = "with one seed, this may be chance"
     return f"the next is {method(second).label} with {values[second].mean:{form}}; {sure}"
@@ -324,7 +327,7 @@ def _price(results: Results, name: str) -> str:
         single = training.get("single")
         parts.append(_times(training[name] / single) if single else f"{written(training[name], '.3g')} training FLOPs")
     if name in inference and inference[name] > SAME_COMPUTE * inference.get("single", inference[name]):
-        parts.append(f"{_short(inference[name] / inference['single'])} times its computation for each token later")
+        parts.append(f"{_short(inference[name] / inference['single'])} times its computation in use")
     return listed(parts)
 
 
@@ -344,9 +347,7 @@ def _short(value: float) -> str:
 
 
 def _times(ratio: float) -> str:
-    return (
-        "the training of one SAE" if abs(ratio - 1) < 0.05 else f"{_short(ratio)} times the training of one SAE"
-    )
+    return "the training of one SAE" if abs(ratio - 1) < 0.05 else f"{_short(ratio)} times the training of one SAE"
 
 
 def _largest(values: Mapping[str, Spread]) -> str:
