@@ -139,7 +139,7 @@ def _by_round(curves: pl.DataFrame) -> str:
     return (
         " Every round of boosting begins anew, and its loss is of the residual that it is given, not of the activations. With "
         "normalize_activations a residual is scaled to the activations' size: then later rounds, whose input is harder to rebuild, have "
-        "the larger loss, though less is left over (see that plot)."
+        "the larger loss, though less is left over."
     )
 
 
@@ -151,7 +151,7 @@ def _falls(curves: pl.DataFrame) -> str:
     names = _with_dead_features(curves, reached - pl.col("explained_variance") > FALL)
     if not names:
         return ""
-    return f" It falls for {listed(names)} while features are dead (see that plot): training of TopK SAEs then revives them, too."
+    return f" Explained variance falls for {listed(names)} while features are dead (see that plot): training of TopK SAEs then revives them, too."
 
 
 def _rises(curves: pl.DataFrame) -> str:
@@ -162,7 +162,7 @@ def _rises(curves: pl.DataFrame) -> str:
     names = _with_dead_features(curves, pl.col("loss") > RISE * reached)
     if not names:
         return ""
-    return f" It rises for {listed(names)} while features are dead (see that plot): of TopK SAEs, what revives them is a part of it."
+    return f" The loss rises for {listed(names)} while features are dead (see that plot): of TopK SAEs, what revives them is a part of it."
 
 
 def _with_dead_features(curves: pl.DataFrame, when: pl.Expr) -> list[str]:

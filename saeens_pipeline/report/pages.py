@@ -84,7 +84,7 @@ def write_report(folder: Path, store: Store, catalogue: Catalogue, experiment: E
         "layer": layer,
         "layers": _layers(store, experiment.name),
         "is_control": is_control,
-        "control_of": [name for name, other in catalogue.controls.items() if other == experiment.name],
+        "control_of": {name: layer in _layers(store, name) for name, other in catalogue.controls.items() if other == experiment.name},
         "seeds": results.seeds,
         "results": results,
         "record": record,

@@ -576,7 +576,7 @@ def test_where_curves_fall_while_features_are_dead_it_is_said():
     by_chance = rows("bagging", [0.5, 0.8, 0.6, 0.9], [0.1, 0.1, 0.1, 0.1])
     smooth = rows("single", [0.5, 0.6, 0.7, 0.8], [0.0, 0.0, 0.2, 0.0])
     figure, *_ = training(_synthetic("training_curves", [*swung, *by_chance, *smooth]))
-    assert "It falls for expanded while features are dead" in figure.caption
+    assert "Explained variance falls for expanded while features are dead" in figure.caption
     figure, *_ = training(_synthetic("training_curves", [*by_chance, *smooth]))
     assert "falls" not in figure.caption
 
