@@ -151,7 +151,8 @@ def _falls(curves: pl.DataFrame) -> str:
     names = _with_dead_features(curves, reached - pl.col("explained_variance") > FALL)
     if not names:
         return ""
-    return f" Explained variance falls for {listed(names)} while features are dead (see that plot): training of TopK SAEs then revives them, too."
+    why = "while features are dead (see that plot): training of TopK SAEs then revives them, too."
+    return f" Explained variance falls for {listed(names)} {why}"
 
 
 def _rises(curves: pl.DataFrame) -> str:
