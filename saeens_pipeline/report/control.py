@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from saeens_pipeline.report.methods import Method, in_order, method
+from saeens_pipeline.report.methods import Method, in_order, listed, method
 from saeens_pipeline.report.results import Results, Spread
 
 COMPARED = (
@@ -37,6 +37,14 @@ class Comparison:
         if self.same_order or len(self.rows) < 4:
             return []
         return [row[0] for row in self.rows if _same_order([other for other in self.rows if other is not row])]
+
+    @property
+    def exception(self) -> str:
+        """In words, what keeps both orders from being the same; empty where they are, and where it is more than one method's place."""
+        labels = [about.label for about in self.moved]
+        if len(labels) > 1:  # neighbours: without either, the others rank alike
+            return f"but {listed(labels)} change places"
+        return f"but for {labels[0]}" if labels else ""
 
 
 def _same_order(rows: Sequence[tuple[Method, Spread, Spread]]) -> bool:

@@ -20,6 +20,8 @@ BINS = 30
 MANY_DECADES = 2.5
 FALL = 0.05  # of explained variance, from where on a training curve swings
 RISE = 1.5  # likewise, of the loss, as a ratio
+SYMBOL_STEP = 0.04  # of a plot's width, between symbols that would cover each other
+SYMBOL_HEIGHT = 0.05  # of what a plot shows, within which they would
 NEAR_DUPLICATE = 0.7  # cosine similarity, as in the tables
 
 
@@ -108,15 +110,37 @@ def training(results: Results) -> Iterator[Figure]:
             (
                 "explained_variance",
                 "Explained variance in training",
-                f"On the training batch, of what the SAE is given; for later rounds that is the residual.{_falls(of_seed)}",
+                "On the training batch, of what the SAE is given: for the rounds of boosting after the first, the residual, what those "
+                f"before leave over.{_falls(of_seed)}",
                 False,
             ),
-            ("loss", "Loss in training", f"What training makes small, mean over the batch.{_rises(of_seed)}", True),
-            ("dead_features", "Dead features in training", "Share of features that have not fired for dead_after_tokens.", False),
+            ("loss", "Loss in training", f"What training makes small, mean over the batch.{_by_round(of_seed)}{_rises(of_seed)}", True),
+            (
+                "dead_features",
+                "Dead features in training",
+                "Share of features that have not fired for as many tokens as dead_after_tokens says.",
+                False,
+            ),
         ):
             figure = _curves(of_seed, column, log=log)
-            yield Figure(f"training_{column}", title, f"{caption} Seed {seed}, a line for each SAE.", figure)
+            yield Figure(f"training_{column}", title, f"{caption} Seed {seed}, a line for each SAE{_without_single(of_seed)}.", figure)
     yield from _rounds(results)
+
+
+def _without_single(curves: pl.DataFrame) -> str:
+    """Why a method that all else is shown of has no line."""
+    return "; single is the first member of bagging" if "bagging" in curves["method"] and "single" not in curves["method"] else ""
+
+
+def _by_round(curves: pl.DataFrame) -> str:
+    """Why losses of later rounds begin at another height, often a larger one, though less is left over."""
+    if curves.filter(method="boosting")["member"].n_unique() < 2:
+        return ""
+    return (
+        " Every round of boosting begins anew, and its loss is of the residual that it is given, not of the activations. With "
+        "normalize_activations a residual is scaled to the activations' size: then later rounds, whose input is harder to rebuild, have "
+        "the larger loss, though less is left over."
+    )
 
 
 def _falls(curves: pl.DataFrame) -> str:
@@ -127,7 +151,8 @@ def _falls(curves: pl.DataFrame) -> str:
     names = _with_dead_features(curves, reached - pl.col("explained_variance") > FALL)
     if not names:
         return ""
-    return f" It falls for {listed(names)} while features are dead (see that plot): training of TopK SAEs then revives them, too."
+    why = "while features are dead (see that plot): training of TopK SAEs then revives them, too."
+    return f" Explained variance falls for {listed(names)} {why}"
 
 
 def _rises(curves: pl.DataFrame) -> str:
@@ -138,7 +163,7 @@ def _rises(curves: pl.DataFrame) -> str:
     names = _with_dead_features(curves, pl.col("loss") > RISE * reached)
     if not names:
         return ""
-    return f" It rises for {listed(names)} while features are dead (see that plot): of TopK SAEs, what revives them is a part of it."
+    return f" The loss rises for {listed(names)} while features are dead (see that plot): of TopK SAEs, what revives them is a part of it."
 
 
 def _with_dead_features(curves: pl.DataFrame, when: pl.Expr) -> list[str]:
@@ -158,8 +183,9 @@ def features(results: Results) -> Iterator[Figure]:
     if table is None:
         return
     dead = {name: _share(rows["density"] <= 0) for name, rows in _by_method(table)}
-    silent = ", ".join(f"{method(name).label} {share:.1%}" for name, share in dead.items())
-    caption = f"On what share of the test tokens a feature fires. Features that never fire are left out: {silent}."
+    silent = [f"{method(name).label} {share:.1%}" for name, share in dead.items() if share]
+    left_out = f" Features that never fire are left out: {', '.join(silent)}." if silent else ""
+    caption = f"On what share of the test tokens a feature fires.{left_out}"
     yield Figure("density", "How often features fire", caption, _density_histogram(table))
     if table["nearest_other_seed_cosine"].null_count() < len(table):
         caption = "Largest cosine of each feature to any feature under another seed: 1 is the same direction again."
@@ -285,20 +311,39 @@ def _by_members(values: dict[Size, Spread], axis: Axis) -> go.Figure:
         _label_decades(figure, "yaxis", [spread.mean for spread in values.values()])
     most = max(size.n_members for size in values)
     figure.update_xaxes(range=[0.5, most + 0.5], dtick=1 if most <= 10 else None)
-    for name in in_order(size.method for size in values):
+    by_method = {name: sorted(size for size in values if size.method == name) for name in in_order(size.method for size in values)}
+    levels = {name for name, sizes in by_method.items() if name not in ENSEMBLES and len(sizes) == 1 and most > 1}
+    last = {name: values[sizes[-1]].mean for name, sizes in by_method.items()}
+    places = _symbol_places(last, levels, [spread.mean for spread in values.values()], log=axis.log)
+    for name, sizes in by_method.items():
         about = method(name)
-        sizes = sorted(size for size in values if size.method == name)
         chosen = [values[size] for size in sizes]
-        if name not in ENSEMBLES and len(sizes) == 1 and most > 1:
-            _add_level(figure, about, most, what=about.at(sizes[0].n_members, most), spread=chosen[0], form=axis.form)
+        if name in levels:
+            at = most * (1 - SYMBOL_STEP * places[name])
+            _add_level(figure, about, most, at=at, what=about.at(sizes[0].n_members, most), spread=chosen[0], form=axis.form)
         else:
             whats = [about.at(size.n_members, most) for size in sizes]
             _add(figure, about, [size.n_members for size in sizes], chosen, form=axis.form, whats=whats, lines=len(sizes) > 1)
     return figure
 
 
-def _add_level(figure: go.Figure, about: Method, most: int, *, what: str, spread: Spread, form: str) -> None:
-    """One SAE beside ensembles of every size: a level, which says what it is wherever it is pointed at, with its symbol at the end."""
+def _symbol_places(last: Mapping[str, float], levels: set[str], values: Sequence[float], *, log: bool) -> dict[str, int]:
+    """How many steps from the right end the symbol of each level stands: none, or more where another symbol about as high is there."""
+    height = math.log if log and min(values) > 0 else float
+    near = SYMBOL_HEIGHT * (height(max(values)) - height(min(values)))
+    taken = [(0, height(value)) for name, value in last.items() if name not in levels]
+    places: dict[str, int] = {}
+    for name in last:
+        if name in levels:
+            here = height(last[name])
+            beside = {place for place, other in taken if abs(here - other) <= near}
+            places[name] = next(place for place in itertools.count() if place not in beside)
+            taken.append((places[name], here))
+    return places
+
+
+def _add_level(figure: go.Figure, about: Method, most: int, *, at: float, what: str, spread: Spread, form: str) -> None:
+    """One SAE beside ensembles of every size: a level, which says what it is wherever it is pointed at, with its symbol near the end."""
     figure.add_scatter(
         x=list(range(1, most + 1)),
         y=[spread.mean] * most,
@@ -308,7 +353,7 @@ def _add_level(figure: go.Figure, about: Method, most: int, *, what: str, spread
         meta={"method": about.name},
         hovertemplate=f"<b>{about.label}</b>, {what}<br>{_in_words(spread, form)}<extra></extra>",
     )
-    _add(figure, about, [most], [spread], whats=[what], form=form, lines=False)
+    _add(figure, about, [at], [spread], whats=[what], form=form, lines=False)
 
 
 def _add(

@@ -79,7 +79,7 @@ def _nodes(found: Sequence[Found]) -> list[Node]:
         by_asset.setdefault(each.address.name, []).append(each)
     return [
         Node(
-            name.replace("_", " "),
+            of_asset[0].title,
             [("" if each.partition.seed is None else f"seed {each.partition.seed}", each.version) for each in of_asset],
             asset_link(of_asset[0].address),
         )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from saeens_pipeline.report.methods import Method, method
 from saeens_pipeline.report.record import Found, Record
-from saeens_pipeline.report.results import Results, Size, Spread
+from saeens_pipeline.report.results import Results, Size, Spread, written
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,13 @@ class Metric:
     about: str
 
     def written(self, value: float) -> str:
-        return format(value, self.form)
+        return written(value, self.form)
+
+
+N_MEMBERS = (
+    "how many SAEs the ensemble has. A single SAE has 1, matching pursuit too, though it has as many features as all members together. "
+    "Only of expanded SAEs, which are single ones as well, n says of how many members they have the features"
+)
 
 
 METRICS = (
@@ -92,6 +98,14 @@ METRICS = (
         "and wherever training is spoken of",
     ),
     Metric("seconds", "cost", "total_seconds", ",.1f", "", "how long training took on this machine, boosting's passes counted in"),
+    Metric(
+        "use FLOPs",
+        "cost",
+        "inference_flops_per_token",
+        ".3g",
+        "",
+        "floating-point operations to encode and decode one token with the trained dictionary, counted likewise: what it costs to use",
+    ),
 )
 
 
@@ -159,10 +173,10 @@ def seeds_in_words(spread: Spread, form: str) -> str:
     """The half width of the 95% interval or, with two seeds, the points: of two, Student's interval is 12.7 standard errors wide."""
     if spread.has_interval and spread.high is not None:
         half_width = spread.high - spread.mean
-        return f"±{half_width:.1%}" if form.endswith("%") else f"±{half_width:.2g}"
+        return f"±{half_width:.1%}" if form.endswith("%") else f"±{written(half_width, '.2g')}"
     if len(spread.points) == 2:
-        written = [format(point, form) for point in spread.points]
-        return written[0] if written[0] == written[1] else f"{written[0]}, {written[1]}"
+        one, other = (written(point, form) for point in spread.points)
+        return one if one == other else f"{one}, {other}"
     return ""
 
 

@@ -14,7 +14,7 @@ from saeens_pipeline.report import figures
 from saeens_pipeline.report.control import compare
 from saeens_pipeline.report.feature_browser import COLUMNS, PAGE, FeatureBrowser
 from saeens_pipeline.report.lineage_diagram import diagram
-from saeens_pipeline.report.main_table import METRICS, Cell, Metric, cell_of, main_table, metrics_of, seeds_in_words, why_empty
+from saeens_pipeline.report.main_table import METRICS, N_MEMBERS, Cell, Metric, cell_of, main_table, metrics_of, seeds_in_words, why_empty
 from saeens_pipeline.report.methods import in_order, listed, method
 from saeens_pipeline.report.published import PAPER, setting_of
 from saeens_pipeline.report.record import UI, Record
@@ -69,6 +69,7 @@ def write_report(folder: Path, store: Store, catalogue: Catalogue, experiment: E
 
     results = Results.read(store.root, experiment.name, layer, experiment.ensemble.seeds)
     record = Record.read(store, experiment.name, experiment.source, layer)
+    is_control = catalogue.sources[experiment.source].weights == "random"
     control = catalogue.experiments.get(catalogue.controls.get(experiment.name, ""))
     untrained = Results.read(store.root, control.name, layer, control.ensemble.seeds) if control else None
     comparisons = list(compare(results, untrained)) if untrained else []
@@ -82,16 +83,19 @@ def write_report(folder: Path, store: Store, catalogue: Catalogue, experiment: E
         "experiment": experiment.name,
         "layer": layer,
         "layers": _layers(store, experiment.name),
+        "is_control": is_control,
+        "control_of": {name: layer in _layers(store, name) for name, other in catalogue.controls.items() if other == experiment.name},
         "seeds": results.seeds,
         "results": results,
         "record": record,
         "facts": list(record.facts()),
         "choices": list(choices(results)),
         "metrics": metrics,
+        "n_members": N_MEMBERS,
         "rows": (rows := main_table(results, record)),
         "empty": _reasons(metrics, [row.cells for row in rows]),
         "says": list(says(results)),
-        "does_not_say": list(does_not_say(results, comparisons, _control_hint(record, control, untrained))),
+        "does_not_say": list(does_not_say(results, comparisons, "" if is_control else _control_hint(record, control, untrained))),
         "comparisons": comparisons,
         "compared": [method(name) for name in in_order(row[0].name for each in comparisons for row in each.rows)],
         "control": control.name if control else "",
@@ -192,7 +196,13 @@ def _sections(results: Results, browser: FeatureBrowser | None, explained: str) 
             "Every method at every size; large symbols are whole ensembles. The dotted line joins those that none is better than in both.",
             figures.trade_offs,
         ),
-        ("gain", "How many are enough", "What one more member adds.", figures.marginal_gain),
+        (
+            "gain",
+            "How many are enough",
+            "What one more member adds. A number of members is enough where each further one closes less than 5% of the gap that explained "
+            "variance and stability still have to 1.",
+            figures.marginal_gain,
+        ),
         ("training", "Training and rounds", "How training went, and what rounds do.", figures.training),
         ("features", "Features", "How often features fire, and whether they come back.", figures.features),
         ("downstream", "Downstream", "What features are good for.", figures.downstream),
@@ -232,11 +242,6 @@ def _what_makes(table: str, experiment: ExperimentSettings, trouble: str = "is n
 
 def _control_hint(record: Record, control: ExperimentSettings | None, untrained: Results | None) -> str:
     """What to run for the control where there are no numbers of it."""
-    if record.setting("weights") == "random":
-        return (
-            "This language model is untrained: the experiment is a control. What is seen here is seen without anything that a language "
-            "model has learnt."
-        )
     if control and untrained and list(compare(untrained, untrained)):
         return ""  # it is this experiment that has nothing to compare
     if control:

@@ -8,6 +8,8 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from saeens_pipeline.report.methods import method
+from saeens_pipeline.report.results import written
 from saeens_pipeline.storage.names import Address, Partition, locate
 from saeens_pipeline.storage.recipes import RECIPE_FILE, Artefact, DamagedArtefactError, Store, read_artefact
 
@@ -26,6 +28,15 @@ class Found:
     @property
     def version(self) -> str:
         return self.artefact.data_version
+
+    @property
+    def title(self) -> str:
+        """Its name as a reader meets it: `round 2`, or what the method is called of which it is the only SAE."""
+        name = self.address.name
+        if self.address.kind != "baseline":
+            return name.replace("_", " ")
+        known, _, width = name.rpartition("_")
+        return f"{method(known).label}, {width} members wide" if width.isdecimal() else method(name).label
 
     @property
     def link(self) -> str:
@@ -171,7 +182,7 @@ class Record:
             flops = sum(each.get("train_flops") or 0 for each in trained) + sum(each.get("flops") or 0 for each in passes)
             elsewhere = sum(_linked(found) for found in saes.values())
             taken = f", {elsewhere} of them made by another experiment" if elsewhere else ""
-            took = f"{seconds:,.0f} s, {flops:.3g} FLOPs, with the passes that make residuals"
+            took = f"{seconds:,.0f} s, {written(flops, '.3g')} FLOPs, with the passes that make residuals"
             yield Fact("training in all", f"{len(trained)} SAEs{taken}: {took}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -132,6 +133,11 @@ def spreads(rows: pl.DataFrame, column: str) -> dict[Size, Spread]:
     of_seeds = there.group_by("method", "n_members", "seed").agg(_col("value").mean()).sort("method", "n_members", "seed")
     parts = of_seeds.partition_by("method", "n_members", as_dict=True, maintain_order=True)
     return {Size(*key): Spread.of(part["value"].to_list(), part["seed"].to_list()) for key, part in parts.items()}  # pyright: ignore[reportArgumentType]
+
+
+def written(value: float, form: str) -> str:
+    """A number in a format, powers of ten in short: `1.5e8`."""
+    return re.sub(r"e\+?(-?)0*", r"e\1", format(value, form))
 
 
 def _col(name: str) -> pl.Expr:

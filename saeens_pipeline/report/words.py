@@ -10,7 +10,7 @@ from saeens_pipeline.components.ensemble_experiment import Baseline
 from saeens_pipeline.report.control import Comparison
 from saeens_pipeline.report.figures import suggested_sizes
 from saeens_pipeline.report.methods import ENSEMBLES, Method, listed, method
-from saeens_pipeline.report.results import Results, Spread
+from saeens_pipeline.report.results import Results, Spread, written
 
 SAME_L0 = 0.1  # relative difference up to which sparsity counts as the same
 SAME_COMPUTE = 1.25  # ratio up to which training counts as the same
@@ -42,7 +42,7 @@ def choices(results: Results) -> Iterator[Choice]:
         limit = sparsity["single"].mean * (1 + SAME_L0)
         sparse = {name: spread for name, spread in variance.items() if name in sparsity and sparsity[name].mean <= limit}
         if len(sparse) > 1 and len(sparse) < len(variance):
-            need = f"as few features per token as one SAE ({sparsity['single'].mean:.3g})"
+            need = f"as few features per token as one SAE ({_between([sparsity['single']])})"
             yield _first(results, need, "explained variance", sparse, _too_dense(results, sparse))
 
 
@@ -64,10 +64,13 @@ def _best_ensemble(results: Results, by_method: Mapping[str, Spread]) -> str:
 
 
 def _too_dense(results: Results, sparse: Mapping[str, Spread]) -> str:
-    """What the ensembles spend, where none is so sparse."""
+    """What the ensembles use, where none is so sparse."""
     sparsity = results.full("reconstruction", "l0")
-    spent = [f"{method(name).label} {sparsity[name].mean:.3g}" for name in ENSEMBLES if name in sparsity and name not in sparse]
-    return f"No ensemble is as sparse: features per token are, for {listed(spent)}." if spent else ""
+    names = [name for name in ENSEMBLES if name in sparsity and name not in sparse]
+    if not names:
+        return ""
+    use = f"use{'s' if len(names) == 1 else ''} {_between([sparsity[name] for name in names])} features per token"
+    return f"No ensemble is as sparse: {listed([method(name).label for name in names])} {use}."
 
 
 def says(results: Results) -> Iterator[str]:
@@ -83,7 +86,8 @@ def says(results: Results) -> Iterator[str]:
 def does_not_say(results: Results, comparisons: Sequence[Comparison], control_hint: str) -> Iterator[str]:
     """What must not be read into the numbers: where methods differ in what they spend, and how sure anything is."""
     yield from _unequal_sparsity(results)
-    yield from _unequal_compute(results)
+    yield from _unequal_training(results)
+    yield from _unequal_inference(results)
     yield from _unequal_sizes(results)
     yield from _few_seeds(results)
     yield from _dead(results)
@@ -102,24 +106,21 @@ def does_not_say(results: Results, comparisons: Sequence[Comparison], control_hi
 
 def about_control(comparisons: Sequence[Comparison]) -> str:
     """What the untrained language model shows."""
-    same = [each.title for each in comparisons if each.same_order]
-    nearly = [each for each in comparisons if each.moved]
-    common = [about for about in nearly[0].moved if all(about in each.moved for each in nearly)] if nearly else []
-    but_one: dict[str, list[str]] = {}
-    for each in nearly:
-        but_one.setdefault((common or each.moved)[0].label, []).append(each.title)
-    other = [each.title for each in comparisons if not each.same_order and not each.moved]
-    alike = [f"by {listed(same)}"] if same else []
-    alike += [f"by {listed(titles)} but for {label}" for label, titles in but_one.items()]
+    other = [each.title for each in comparisons if not each.same_order and not each.exception]
+    alike: dict[str, list[str]] = {}  # by exception, first those without
+    for each in sorted(comparisons, key=lambda each: bool(each.exception)):
+        if each.title not in other:
+            alike.setdefault(each.exception, []).append(each.title)
     if not alike:
         return (
-            f"An untrained language model of the same shape ranks the methods differently by {listed(other)}: "
-            "the order here is not one that any activations would give."
+            f"On an untrained language model of the same shape, the methods come in another order by {listed(other)}: the order here is "
+            "not one that any activations would give."
         )
-    differs = f" By {listed(other)} it ranks them differently." if other else ""
+    parts = [f"by {listed(titles)}{f' ({exception})' if exception else ''}" for exception, titles in alike.items()]
+    differs = f" By {listed(other)} the order is another one." if other else ""
     return (
-        f"An untrained language model of the same shape ranks the methods alike {', and '.join(alike)}: that order is no evidence that "
-        f"features are the language model's; it would come out of activations without any meaning.{differs}"
+        f"On an untrained language model of the same shape, the methods come in the same order {', and '.join(parts)}. So that order says "
+        f"nothing about what a language model has learnt: activations without any meaning give it, too.{differs}"
     )
 
 
@@ -134,17 +135,23 @@ def _at_equal_sparsity(results: Results) -> Iterator[str]:
     rest = {name: variance[name] for name in alike if name != best}
     if rest:
         second = _largest(rest)
-        saved = 1 - (1 - variance[best].mean) / (1 - variance[second].mean)
         yield (
-            f"With about {sparsity[best].mean:.3g} features per token each, {method(best).label} explains {variance[best].mean:.1%} of the "
-            f"variance and {method(second).label}, the next best, {variance[second].mean:.1%}: "
-            f"{saved:.0%} of what that leaves unexplained is gone."
+            f"With {_between([sparsity[name] for name in alike])} features per token each, {method(best).label} explains "
+            f"{variance[best].mean:.1%} of the variance and {method(second).label}, the next best, {variance[second].mean:.1%}"
+            f"{_saved(best, second, variance)}."
         )
     else:
         yield (
-            f"{_capital(method(best).label)} explains most, {variance[best].mean:.1%} of the variance, with {sparsity[best].mean:.3g} "
-            "features per token; no other method here spends as many."
+            f"{_capital(method(best).label)} explains most, {variance[best].mean:.1%} of the variance, with {_between([sparsity[best]])} "
+            "features per token; no other method here uses as many."
         )
+
+
+def _saved(best: str, second: str, variance: Mapping[str, Spread]) -> str:
+    """By how much the best leaves less of the variance unexplained than the second, where that is anything in whole percent."""
+    ours, theirs = 1 - variance[best].mean, 1 - variance[second].mean
+    saved = f"{1 - ours / theirs:.0%}" if theirs > 0 else "0%"
+    return f": {method(best).label} leaves {saved} less of it unexplained" if saved != "0%" else ""
 
 
 def _growth(results: Results) -> Iterator[str]:
@@ -170,9 +177,9 @@ def _trade_off(results: Results) -> Iterator[str]:
         yield f"{_capital(method(rebuilds).label)} is first both in explained variance and in stability."
     elif rebuilds in stability and returns in variance:
         yield (
-            f"No method is first in both: {method(rebuilds).label} rebuilds best and has a stability of {stability[rebuilds].mean:.3f}; "
-            f"the features of {method(returns).label} come back most (stability {stability[returns].mean:.3f}), and it explains "
-            f"{variance[returns].mean:.1%} of the variance."
+            f"No method is first both in explained variance and in stability: {method(rebuilds).label} explains most, "
+            f"{variance[rebuilds].mean:.1%}, with a stability of {stability[rebuilds].mean:.3f}; the features of {method(returns).label} "
+            f"come back most (stability {stability[returns].mean:.3f}), and it explains {variance[returns].mean:.1%}."
         )
 
 
@@ -184,7 +191,10 @@ def _loss(results: Results) -> Iterator[str]:
     by_variance = sorted((name for name in variance if name in loss), key=lambda name: -variance[name].mean)
     agree = "the same order as by explained variance" if by_loss == by_variance else "another order than by explained variance"
     order = ", ".join(f"{method(name).label} {loss[name].mean:.1%}" for name in by_loss)
-    yield f"Of the language model's next-token loss they recover {order}: {agree}."
+    yield (
+        "How well the language model still predicts the next token when it reads reconstructions (loss recovered; 100%: as well as with "
+        f"the activations themselves): {order}. This is {agree}."
+    )
 
 
 def _enough(results: Results) -> Iterator[str]:
@@ -194,11 +204,14 @@ def _enough(results: Results) -> Iterator[str]:
         most = max(size.n_members for size in results.spreads("marginal_gain", "new_features") if size.method == name)
         if n < most:
             yield (
-                f"{_capital(name)} needs no more than {n} of the {most} members: no further one takes 5% off what explained variance or "
-                "stability lack."
+                f"{_capital(name)} needs no more than {n} of its {most} members: each further one closes less than 5% of the gap that "
+                "explained variance and stability still have to\u00a01."
             )
         else:
-            yield f"{_capital(name)} still gains with the last of {most} members: more may help."
+            yield (
+                f"{_capital(name)} still gains from the last of its {most} members, which closes 5% or more of the gap that explained "
+                "variance or stability had to\u00a01. More members may help."
+            )
 
 
 def _narrow_rounds(results: Results) -> Iterator[str]:
@@ -211,8 +224,8 @@ def _narrow_rounds(results: Results) -> Iterator[str]:
         if first and last:
             more = "more rarely" if last < first else "more often"
             yield (
-                f"Features of the last boosting round fire {more} than those of the first: on {last:.2%} of tokens against {first:.2%} "
-                "(median)."
+                f"Features of the last boosting round fire {more} than those of the first: the median one on {last:.2%} of tokens, in the "
+                f"first round on {first:.2%}."
             )
 
 
@@ -220,22 +233,35 @@ def _unequal_sparsity(results: Results) -> Iterator[str]:
     sparsity = results.full("reconstruction", "l0")
     groups = _alike(sparsity, lambda one, other: abs(one - other) <= SAME_L0 * max(one, other))
     if len(groups) > 1:
-        parts = [f"{listed([method(name).label for name in names])} about {sparsity[names[0]].mean:.3g}" for names in groups]
+        parts = [f"{listed([method(name).label for name in names])} {_between([sparsity[name] for name in names])}" for names in groups]
         yield (
-            f"Methods do not spend equally many features per token: {'; '.join(parts)}. More features explain more. "
-            "Compare inside a group, or look at the plots against L0 and bits."
+            f"Methods do not use equally many features per token: {'; '.join(parts)}. More features explain more, so compare methods that "
+            "use about as many, or look at the plots against L0 and bits."
         )
 
 
-def _unequal_compute(results: Results) -> Iterator[str]:
+def _unequal_training(results: Results) -> Iterator[str]:
     flops = results.full("cost", "total_flops")
-    groups = _alike(flops, lambda one, other: max(one, other) <= SAME_COMPUTE * min(one, other))
-    if len(groups) > 1:
-        least = min(spread.mean for spread in flops.values())
-        parts = [f"{listed([method(name).label for name in names])} {flops[names[0]].mean / least:.3g}" for names in groups]
-        yield f"Training took unequal amounts of computation. In multiples of the cheapest: {'; '.join(parts)}."
+    if multiples := _multiples(flops):
+        yield f"Training took unequal amounts of computation. In multiples of the cheapest: {multiples}."
         if "compute_matched" not in flops and "compute_matched" in get_args(Baseline):
             yield "Missing is one SAE that was trained for as long as all members together: `baselines: [compute_matched]` trains it."
+
+
+def _unequal_inference(results: Results) -> Iterator[str]:
+    if multiples := _multiples(results.full("cost", "inference_flops_per_token")):
+        yield f"Using a trained dictionary costs unequally much, too. Computation per token, in multiples of the cheapest: {multiples}."
+
+
+def _multiples(flops: Mapping[str, Spread]) -> str:
+    """Methods with their computation in multiples of the cheapest; empty where all take about the same."""
+    groups = _alike(flops, lambda one, other: max(one, other) <= SAME_COMPUTE * min(one, other))
+    if len(groups) < 2:
+        return ""
+    least = flops[groups[0][0]].mean
+    return "; ".join(
+        f"{listed([method(name).label for name in names])} {_range([flops[name].mean / least for name in names])}" for names in groups
+    )
 
 
 def _unequal_sizes(results: Results) -> Iterator[str]:
@@ -283,27 +309,45 @@ def _alike(values: Mapping[str, Spread], same: Callable[[float, float], bool]) -
 
 def _lead(best: str, values: Mapping[str, Spread], form: str) -> str:
     second = _largest({name: spread for name, spread in values.items() if name != best})
-    sure = "seeds differ by less" if values[best].is_above(values[second]) else "seeds differ by as much"
+    sure = "seeds do not change this order" if values[best].is_above(values[second]) else "seeds may change this order"
     if len(values[best].points) == 1:
-        sure = "of one seed"
+        sure = "with one seed, this may be chance"
     return f"the next is {method(second).label} with {values[second].mean:{form}}; {sure}"
 
 
 def _price(results: Results, name: str) -> str:
-    """L0 and training, relative to a single SAE where there is one."""
+    """L0, training, and where it is more, computation in use: relative to a single SAE where there is one."""
     sparsity = results.full("reconstruction", "l0")
-    flops = {name: spread.mean for name, spread in results.full("cost", "total_flops").items()}
-    parts = [f"{sparsity[name].mean:.3g} features per token"] if name in sparsity else []
-    if name in flops:
-        cheapest = flops.get("single")
-        parts.append(_times(flops[name] / cheapest) if cheapest else f"{flops[name]:.3g} training FLOPs")
-    return " and ".join(parts)
+    training, inference = (
+        {name: spread.mean for name, spread in results.full("cost", column).items()}
+        for column in ("total_flops", "inference_flops_per_token")
+    )
+    parts = [f"{_between([sparsity[name]])} features per token"] if name in sparsity else []
+    if name in training:
+        single = training.get("single")
+        parts.append(_times(training[name] / single) if single else f"{written(training[name], '.3g')} training FLOPs")
+    if name in inference and inference[name] > SAME_COMPUTE * inference.get("single", inference[name]):
+        parts.append(f"{_short(inference[name] / inference['single'])} times its computation in use")
+    return listed(parts)
+
+
+def _between(values: Sequence[Spread]) -> str:
+    return _range([spread.mean for spread in values])
+
+
+def _range(values: Sequence[float]) -> str:
+    """`64` where all are written alike, else from the least to the most: `63 to 64`."""
+    low, high = _short(min(values)), _short(max(values))
+    return low if low == high else f"{low} to {high}"
+
+
+def _short(value: float) -> str:
+    """Whole from ten on, else with two digits."""
+    return f"{value:,.0f}" if value >= 9.95 else f"{value:.2g}"
 
 
 def _times(ratio: float) -> str:
-    return (
-        "the training of one SAE" if abs(ratio - 1) < 0.05 else f"{ratio:{'.0f' if ratio >= 10 else '.2g'}} times the training of one SAE"
-    )
+    return "the training of one SAE" if abs(ratio - 1) < 0.05 else f"{_short(ratio)} times the training of one SAE"
 
 
 def _largest(values: Mapping[str, Spread]) -> str:

@@ -115,7 +115,7 @@ TABLES = {
                 Column(
                     "suggested",
                     "int",
-                    "smallest number of members after which no further one takes 5 % off what is left to 1 of explained variance or of "
+                    "smallest number of members after which no further one takes 5% off what is left to 1 of explained variance or of "
                     "stability, means over seeds; the same in all rows of a method",
                 ),
             ),
@@ -264,7 +264,7 @@ SEED_METRICS = {  # what the leaderboard gives means, intervals and points of: t
 def _over_seeds(name: str, description: str) -> tuple[Column, ...]:
     return (
         Column(name, "float", f"{description}, mean over seeds"),
-        Column(f"{name}_low", "float", "lower end of its 95 % interval (Student's t over seeds); null with one seed"),
+        Column(f"{name}_low", "float", "lower end of its 95% interval (Student's t over seeds); null with one seed"),
         Column(f"{name}_high", "float", "upper end of the same"),
         Column(f"{name}_by_seed", "str", "the points, comma-separated, in the order of seeds"),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from html.parser import HTMLParser
 from pathlib import Path
@@ -25,7 +26,7 @@ from saeens_pipeline.report.methods import in_order, method
 from saeens_pipeline.report.pages import write_leaderboard
 from saeens_pipeline.report.published import SETTINGS, setting_of
 from saeens_pipeline.report.record import Record
-from saeens_pipeline.report.results import Results, Size, Spread
+from saeens_pipeline.report.results import Results, Size, Spread, written
 from saeens_pipeline.report.words import about_control, choices, does_not_say, says
 from saeens_pipeline.reports import write_reports
 from saeens_pipeline.storage.names import Address, Partition
@@ -142,12 +143,14 @@ def test_each_sae_is_counted_once_under_however_many_names_it_is_there(finished:
     n = (2 * MEMBERS - 1 + 2) * len(SEEDS)
     assert (len(saes), len(residuals)) == (n, (MEMBERS - 1) * len(SEEDS))
     flops = sum(each.provenance["train_flops"] for each in saes) + sum(each.provenance["flops"] for each in residuals)
-    assert re.fullmatch(rf"{n} SAEs: .* s, {re.escape(f'{flops:.3g}')} FLOPs, with the passes that make residuals", training())
+    assert re.fullmatch(rf"{n} SAEs: .* s, {re.escape(written(flops, '.3g'))} FLOPs, with the passes that make residuals", training())
     for file in files:  # as if another experiment had made all that the baselines are
         contents = json.loads(file.read_text())
         if file.parent.parent.name == "baseline":
             file.write_text(json.dumps(contents | {"provenance": contents["provenance"] | {"same_as": "other/baseline/expanded"}}))
-    assert re.match(rf"{n} SAEs, {2 * len(SEEDS)} of them made by another experiment: .* {re.escape(f'{flops:.3g}')} FLOPs", training())
+    assert re.match(
+        rf"{n} SAEs, {2 * len(SEEDS)} of them made by another experiment: .* {re.escape(written(flops, '.3g'))} FLOPs", training()
+    )
 
 
 def test_every_number_leads_to_the_saes_that_it_came_from(finished: Laboratory):
@@ -155,9 +158,20 @@ def test_every_number_leads_to_the_saes_that_it_came_from(finished: Laboratory):
     versions = [read_artefact(path.parent).data_version for path in (finished.root / "experiments" / NAME).rglob("member_*/recipe.json")]
     assert len(versions) == MEMBERS * len(SEEDS)
     assert all(f"<code>{version}</code>" in page.source for version in versions)
-    folders = [attributes["href"] for tag, attributes in page.elements if tag == "a" and attributes.get("class") == "folder"]
-    report = finished.root / "reports" / NAME / f"layer={LAYER}"
-    assert folders and all((report / str(folder)).resolve().exists() for folder in folders)
+    folders = re.findall(r'<code class="folder"[^>]*>(.*?)</code>', page.source)
+    assert len(folders) > 2 * len(versions) and all((finished.root / folder).exists() for folder in folders)
+    assert f"{method('expanded_l0_matched').label}</a>" in page.source  # not the name of its folder
+
+
+def test_a_report_that_is_copied_alone_stays_whole(finished: Laboratory, tmp_path: Path):
+    copied = tmp_path / "elsewhere" / "copied"
+    shutil.copytree(finished.root / "reports" / NAME / f"layer={LAYER}", copied)
+    page = Page(copied / "index.html")
+    links = [a for tag, a in page.elements if tag == "a" and "://" not in str(a["href"])]
+    dead = [a for a in links if not (str(a["href"]).startswith("#") or (copied / str(a["href"]).partition("#")[0]).is_file())]
+    assert {a.get("class") for a in dead} == {"apart"}  # the way to all experiments
+    ids = {a["id"] for _, a in page.elements if a.get("id")}
+    assert {str(a["href"])[1:] for a in links if str(a["href"]).startswith("#")} <= ids
 
 
 def test_plotted_means_and_seeds_are_those_of_the_tables(finished: Laboratory):
@@ -172,6 +186,18 @@ def test_plotted_means_and_seeds_are_those_of_the_tables(finished: Laboratory):
     assert list(line.y) == pytest.approx(points.mean(1))
     assert list(line.error_y.array) == pytest.approx(points.max(1) - points.mean(1))  # two seeds: from one point to the other
     assert list(line.error_y.arrayminus) == pytest.approx(points.mean(1) - points.min(1))
+
+
+def test_symbols_of_levels_that_are_as_high_stand_beside_each_other():
+    diversity = [("single", 1, 10), ("bagging", 1, 10), ("bagging", 2, 12), ("boosting", 2, 80), ("expanded", 2, 80)]
+    diversity += [("compute_matched", 1, 11), ("matching_pursuit", 1, 81), ("expanded_l0_matched", 2, 40)]
+    rows = [{"seed": 1, "method": name, "n_members": n, "diversity": value} for name, n, value in diversity]
+    (figure,) = by_members(_synthetic("coactivation", rows))
+    symbols = {trace.name: trace.x[-1] for trace in figure.figure.data if trace.mode == "markers"}
+    place = {name: symbols[method(name).label] for name, _, _ in diversity if method(name).label in symbols}
+    assert place["expanded_l0_matched"] == 2
+    assert 1 < place["compute_matched"] < place["single"] < 2  # bagging ends as high
+    assert 1 < place["matching_pursuit"] < place["expanded"] < 2  # boosting does
 
 
 def test_plots_in_the_page_are_those_that_have_a_place(finished: Laboratory):
@@ -283,7 +309,18 @@ def test_the_control_is_the_same_experiment_on_random_weights(finished: Laborato
             target.parent.mkdir(parents=True)
             rows.write_parquet(target)
     write_reports(NAME, [])
-    assert "An untrained language model of the same shape ranks the methods alike by explained variance" in _page(finished).text
+    page = _page(finished)
+    assert "On an untrained language model of the same shape, the methods come in the same order by explained variance" in page.text
+    (link,) = (a for tag, a in page.elements if tag == "a" and "/control/" in str(a["href"]))
+    assert "copied alone" in str(link["title"])
+    assert "is-control" not in page.source
+    write_reports("control", [])
+    control = Page(finished.root / "reports" / "control" / f"layer={LAYER}" / "index.html")
+    text = " ".join(control.text.split())
+    assert "This is a control. The weights of its language model are random: it has learnt nothing. In all else it is as " in text
+    assert f"{NAME}, on the trained language model" in text
+    assert "on an untrained language model" in text and "Which method for what" not in text
+    assert f"../../{NAME}/layer={LAYER}/index.html" in {a.get("href") for _, a in control.elements}
 
 
 def test_order_beside_the_control_is_that_of_the_means():
@@ -303,10 +340,16 @@ def test_one_method_that_alone_changes_its_place_beside_the_control_is_named():
     assert swapped.moved == [method("bagging"), method("compute_matched")]  # neighbours that change places: either
     fell = Comparison("stability", [*rows[:3], row("compute_matched", 0.5, 0.0)])
     assert fell.moved == [method("compute_matched")]
-    assert f"alike by EV and stability but for {method('compute_matched').label}: " in about_control([swapped, fell])
-    assert "alike by loss, and by EV but for bagging: " in about_control([swapped, Comparison("loss", rows[:1])])
+    assert (swapped.exception, fell.exception) == ("but bagging and compute matched change places", "but for compute matched")
+    said = about_control([swapped, fell, Comparison("loss", rows)])
+    assert f"in the same order by EV and loss ({swapped.exception}), and by stability ({fell.exception}). So" in said
+    one = Comparison("loss", rows[:1])
+    assert "in the same order by loss, and by EV (but bagging and compute matched change places). " in about_control([swapped, one])
+    reversed_ = Comparison("L0", [row("single", 0.7, 0.99), row("boosting", 0.9, 0.95)])
+    assert reversed_.exception == one.exception == ""
+    assert "By L0 the order is another one." in about_control([one, reversed_])
     assert not Comparison("EV", [row("expanded", 0.5, 0.0), row("matching_pursuit", 0.6, -1.0), *rows]).moved
-    assert "differently by EV" in about_control([Comparison("EV", [row("single", 0.7, 0.99), row("boosting", 0.9, 0.95)])])
+    assert "in another order by EV" in about_control([Comparison("EV", [row("single", 0.7, 0.99), row("boosting", 0.9, 0.95)])])
 
 
 def test_spreads_are_students_intervals_and_with_two_seeds_the_points():
@@ -337,7 +380,7 @@ def test_choices_name_the_best_for_each_need():
     assert chosen["as few features per token as one SAE (8)"].method.name == "expanded"
     assert "the next is bagging with 0.800" in chosen["the closest reconstruction"].evidence
     assert not chosen["the closest reconstruction"].ensemble  # it is one
-    assert chosen["as few features per token as one SAE (8)"].ensemble.endswith("for bagging 64 and boosting 64.")
+    assert chosen["as few features per token as one SAE (8)"].ensemble.endswith("bagging and boosting use 64 features per token.")
 
 
 def test_where_a_baseline_serves_best_the_best_ensemble_is_named_with_its_price():
@@ -397,13 +440,36 @@ def test_words_compare_methods_of_equal_sparsity():
         "reconstruction", _reconstruction({"single": (0.7, 8, 1), "boosting": (0.96, 64, 8), "expanded_l0_matched": (0.9, 64, 8)})
     )
     said = list(says(results))
-    assert any("boosting explains 96.0%" in each and "expanded (L0 matched), the next best, 90.0%: 60% of what" in each for each in said)
-    assert any("single about 8; boosting and expanded (L0 matched) about 64" in each for each in does_not_say(results, [], ""))
+    compared = "boosting explains 96.0% of the variance and expanded (L0 matched), the next best, 90.0%: boosting leaves 60% less"
+    assert any(compared in each for each in said)
+    assert any("single 8; boosting and expanded (L0 matched) 64." in each for each in does_not_say(results, [], ""))
+
+
+@pytest.mark.parametrize(("others", "shown"), [(63.3, "63 to 64"), (63.9, "64"), (60.0, "60 to 64")])
+def test_sparsity_that_counts_as_alike_is_given_as_a_range(others: float, shown: str):
+    values = {"single": (0.7, 8.0, 1), "boosting": (0.96, others, 8), "bagging": (0.8, 64.0, 8), "expanded_l0_matched": (0.9, 64.0, 8)}
+    results = _synthetic("reconstruction", _reconstruction(values))
+    assert any(each.startswith(f"With {shown} features per token each, boosting") for each in says(results))
+    assert any(f"; boosting, bagging and expanded (L0 matched) {shown}." in each for each in does_not_say(results, [], "")) == (others < 64)
+
+
+def test_words_name_what_using_a_dictionary_costs():
+    rows = [
+        {"seed": 1, "method": name, "n_members": n, "train_flops": 1e9, "residual_flops": 0.0, "inference_flops_per_token": flops}
+        for name, n, flops in (("single", 1, 6e5), ("bagging", 8, 4.8e6), ("boosting", 8, 4.7e6), ("matching_pursuit", 1, 1.5e8))
+    ]
+    cost = _synthetic("cost", rows)
+    (said,) = (each for each in does_not_say(cost, [], "") if "per token" in each)
+    assert said.endswith("in multiples of the cheapest: single 1; boosting and bagging 7.8 to 8; matching pursuit 250.")
+    assert not any("per token" in each for each in does_not_say(_synthetic("cost", [rows[1], rows[2]]), [], ""))
+    values = {"single": (0.7, 8, 1), "boosting": (0.95, 64, 8), "matching_pursuit": (0.98, 63, 1)}
+    chosen = next(choices(Results("e", 0, {**cost.tables, **_synthetic("reconstruction", _reconstruction(values)).tables})))
+    assert chosen.price == "63 features per token, the training of one SAE and 250 times its computation in use"
 
 
 def test_words_say_where_no_rival_spends_as_much():
     results = _synthetic("reconstruction", _reconstruction({"single": (0.7, 8, 1), "boosting": (0.96, 64, 8)}))
-    assert any("no other method here spends as many" in each for each in says(results))
+    assert any("no other method here uses as many" in each for each in says(results))
 
 
 def test_methods_that_are_not_known_have_a_place_and_a_colour():
@@ -477,6 +543,24 @@ def test_curves_are_thinned_and_keep_their_values():
     assert all(y == pytest.approx(1 + x / 10, rel=1e-4) for curve in curves for x, y in zip(curve.x, curve.y, strict=True))
 
 
+def test_curves_say_why_later_rounds_lose_more_and_where_the_single_sae_is():
+    def captions(*saes: tuple[str, int]) -> dict[str, str]:
+        rows = [
+            {"seed": 1, "method": name, "n_members": 2, "member": m, "step": s, "tokens": s * 10, "loss": 1.0 * m, "dead_features": 0.0}
+            | {"explained_variance": 0.5}
+            for name, m in saes
+            for s in range(1, 4)
+        ]
+        return {figure.name: figure.caption for figure in training(_synthetic("training_curves", rows))}
+
+    both = captions(("bagging", 1), ("boosting", 1), ("boosting", 2))
+    assert "its loss is of the residual that it is given" in both["training_loss"]
+    assert all(caption.endswith("a line for each SAE; single is the first member of bagging.") for caption in both.values())
+    alone = captions(("boosting", 1), ("single", 1))
+    assert "residual that it is given" not in alone["training_loss"]
+    assert all(caption.endswith("a line for each SAE.") for caption in alone.values())
+
+
 def test_curves_of_trainings_of_unlike_length_stand_on_a_logarithmic_axis():
     rows = [
         {"seed": 1, "method": name, "n_members": 1, "member": 1, "step": s, "tokens": s * 100, "loss": 1.0, "explained_variance": 0.5}
@@ -496,7 +580,7 @@ def test_where_curves_fall_while_features_are_dead_it_is_said():
     by_chance = rows("bagging", [0.5, 0.8, 0.6, 0.9], [0.1, 0.1, 0.1, 0.1])
     smooth = rows("single", [0.5, 0.6, 0.7, 0.8], [0.0, 0.0, 0.2, 0.0])
     figure, *_ = training(_synthetic("training_curves", [*swung, *by_chance, *smooth]))
-    assert "It falls for expanded while features are dead" in figure.caption
+    assert "Explained variance falls for expanded while features are dead" in figure.caption
     figure, *_ = training(_synthetic("training_curves", [*by_chance, *smooth]))
     assert "falls" not in figure.caption
 

@@ -113,7 +113,7 @@
     // How numbers and tokens are written.
 
     const number = (value, digits = 3) => (Number.isNaN(value) || value === null ? "–" : Number(value.toPrecision(digits)).toString());
-    const percent = (value) => (value === 0 ? "0" : `${Number((value * 100).toPrecision(value < 1e-4 ? 2 : 3))}\u00a0%`);
+    const percent = (value) => (value === 0 ? "0" : `${Number((value * 100).toPrecision(value < 1e-4 ? 2 : 3))}%`);
     const cosine = (value) => (Number.isNaN(value) ? "–" : value.toFixed(3));
     const grouped = (value) => value.toLocaleString("en");
 
