@@ -149,13 +149,14 @@
     }
   }
 
-  // Where the Dagster UI answers: another address, once typed, is kept for all pages.
+  // Where the Dagster UI answers: another address, once typed, is kept for all pages until the field is emptied.
   const ui = document.getElementById("ui-address");
   if (ui) {
     const key = "saeens-ui";
     const standard = ui.ui.defaultValue;
     const links = [...document.querySelectorAll("a[href]")].filter((link) => link.getAttribute("href").startsWith(`${standard}/`));
     const paths = links.map((link) => link.getAttribute("href").slice(standard.length));
+    ui.ui.placeholder = standard;
     const isAddress = (text) => URL.canParse(text) && ["http:", "https:"].includes(new URL(text).protocol);
     const leadTo = (text) => {
       const address = text.trim().replace(/\/+$/, "") || standard;
@@ -174,10 +175,14 @@
       const address = leadTo(ui.ui.value);
       if (!address) return;
       try {
-        localStorage.setItem(key, address);
+        if (address === standard) localStorage.removeItem(key);
+        else localStorage.setItem(key, address);
       } catch {
         // a browser that keeps nothing for files
       }
+    });
+    ui.addEventListener("change", () => {
+      if (!ui.ui.value) ui.ui.value = standard;
     });
     ui.addEventListener("submit", (event) => event.preventDefault());
   }
