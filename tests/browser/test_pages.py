@@ -453,24 +453,29 @@ def test_features_are_filtered_and_found(browser: Browser):
         expect(found)
 
 
-def test_tokens_are_found_as_the_table_shows_them_whatever_their_case(browser: Browser):
-    page, rows = _features(browser).page, _table()
-    tokens = {token for row in rows for token in json.loads(row["top_tokens"])}
-    word = min(token.strip() for token in tokens if re.fullmatch(" [a-z]+", token) and token.strip() in tokens)
+def test_tokens_are_found_as_the_table_shows_them_whatever_their_case(browser: Browser, tmp_path: Path):
+    tokens = {"d": " def", "e": "Def", "s": "\n", "t": "\t\t", "h": "    ", "a": "a\r", "o": "a·b"}
+    changed = _changed(tmp_path, lambda header, _: header.update(vocabulary=[tokens.get(token, token) for token in header["vocabulary"]]))
+    page, rows = _features(browser, changed).page, _table()
     looked_for = {
-        f" {word}": [f" {word}"],
-        f"·{word}": [f" {word}"],
-        word.upper(): [word],
-        f"·{word.upper()}": [f" {word}"],
+        " def": [" def"],
+        "·DEF": [" def"],
+        "def": ["def"],
+        "def ": ["def"],  # a space after a word is typed on the way to the next
         "↵": ["\n"],
+        "⇥": ["\t"],
+        "a␍": ["a\r"],
         "  ": ["  "],
-        f" {word} {word}": [f" {word}", word],
-        f"{word}  ": [word],  # spaces after the last word are typed on the way to the next
+        "a·b": ["a·b"],
+        " def ↵": [" def", "\n"],
     }
-    assert any("\n" in token for token in tokens) and any("  " in token for token in tokens)
     for text, parts in looked_for.items():
         page.fill("[name='find']", text)
-        found = [row for row in rows if all(any(part in token.lower() for token in json.loads(row["top_tokens"])) for part in parts)]
+        found = [
+            row
+            for row in rows
+            if all(any(part in tokens.get(token, token).lower() for token in json.loads(row["top_tokens"])) for part in parts)
+        ]
         assert 0 < len(found) < len(rows), text
         page.wait_for_function(
             "text => document.getElementById('features-shown').textContent === text", arg=f"{len(found)} of {len(rows)} features"
@@ -500,7 +505,7 @@ def test_where_no_feature_matches_the_filters_can_be_cleared(browser: Browser, w
 def test_a_narrow_view_shows_the_tokens_of_features_first(browser: Browser):
     page, row = _features(browser, width=400).page, _table()[0]
     cells = page.locator("#rows tr[data-row]").first.locator("td")
-    assert page.locator("#rows thead th").all_inner_texts()[:2] == ["feature", "most active on"]
+    assert page.locator("#rows thead th").all_inner_texts()[:3] == ["feature", "most active on", "explanation"]
     assert page.inner_text("#rows tr[data-row] td >> nth=0") == f"■member {row['member']} · {row['index']}"
     token = cells.nth(1).locator(".token").first
     assert token.inner_text() == "".join({" ": "·", "\n": "↵", "\t": "⇥"}.get(each, each) for each in json.loads(row["top_tokens"])[0])

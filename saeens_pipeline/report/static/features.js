@@ -255,12 +255,13 @@
     const headings = [...head.querySelectorAll("button")];
     let shownColumns = headings;
 
-    // On a narrow screen a feature's place is one column, which stays in view, and its tokens come next.
+    // On a narrow screen a feature's place is one column, which stays in view, and what it is about comes next.
     const narrow = matchMedia("(max-width: 640px)"); // as in the style sheet
     const WHAT = headings[0].textContent;
     const layOut = () => {
       const leftOut = narrow.matches ? ["member", "index", "nearest"] : [];
-      const rank = (button) => (narrow.matches ? ["method", "tokens"].indexOf(button.dataset.sort) >>> 0 : 0); // -1 comes last
+      const early = narrow.matches ? ["method", "tokens", "explanation", "score"] : [];
+      const rank = (button) => (early.indexOf(button.dataset.sort) + 1 || early.length + 1);
       shownColumns = headings.filter((button) => !leftOut.includes(button.dataset.sort)).sort((a, b) => rank(a) - rank(b));
       headings[0].textContent = narrow.matches ? "feature" : WHAT;
       head.rows[0].replaceChildren(...shownColumns.map((button) => button.closest("th")));
