@@ -15,7 +15,7 @@ import shutil
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -279,6 +279,10 @@ def test_printing_draws_every_plot_in_light_colours(browser: Browser):
     plots = opened.page.query_selector_all(".plot")
     widths = [(plot.query_selector(".main-svg") or plot).evaluate("svg => svg.clientWidth") for plot in plots]
     assert len(plots) >= 15 and set(widths) == {325}
+    for plot in plots:
+        boxes = plot.evaluate("plot => [...plot.querySelectorAll('.xtick text')].map((text) => text.getBoundingClientRect())")
+        boxes.sort(key=lambda box: box["left"])
+        assert all(one["right"] < other["left"] for one, other in pairwise(boxes)), plot.get_attribute("data-figure")
     opened.page.evaluate("dispatchEvent(new Event('afterprint'))")
     assert opened.page.evaluate("document.documentElement.dataset.theme") == "dark"
 
