@@ -103,7 +103,7 @@
   }
 
   // On paper: every plot, in light colours, two beside each other.
-  const onPaper = { width: 325, height: 230, autosize: false };
+  const onPaper = { width: 325, height: 230, autosize: false, "xaxis.tickfont.size": 9, "yaxis.tickfont.size": 9 };
   let before = null;
   addEventListener("beforeprint", () => {
     before = root.dataset.theme;
@@ -113,7 +113,7 @@
   });
   addEventListener("afterprint", () => {
     setTheme(before);
-    for (const plot of drawn()) Plotly.relayout(plot, { width: null, height: null, autosize: true });
+    for (const plot of drawn()) Plotly.relayout(plot, { width: null, height: null, autosize: true, "xaxis.tickfont.size": null, "yaxis.tickfont.size": null });
   });
 
   // Tables that are sorted by pressing a heading.
