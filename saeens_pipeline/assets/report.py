@@ -9,7 +9,7 @@ from saeens_pipeline.components.ensemble_experiment import ExperimentSettings
 from saeens_pipeline.storage.names import LEADERBOARD, Address, Partition
 from saeens_pipeline.storage.recipes import DamagedArtefactError, Recipe, Store
 
-REPORT_VERSION = 2
+REPORT_VERSION = 3
 REPORT = "report"
 
 

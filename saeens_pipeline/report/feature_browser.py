@@ -121,8 +121,15 @@ class FeatureBrowser:
         lacking |= {"near", "nearest"} if self.rows["nearest_member"].null_count() == len(self.rows) else set()
         return {column.key for column in COLUMNS} - lacking
 
+    def missing_contexts(self, missing: str) -> str:
+        """What gives them, in a line, of one that also says what the table is about; empty where they are there."""
+        if self.contexts is not None:
+            return ""
+        there = _HAS_CONTEXTS.get(self.results.experiment)
+        return re.sub(r" \([^)]*\)", "", missing, count=1) + (f" Of the same SAEs, `saeens run {there}` makes it." if there else "")
+
     def write(self, folder: Path, store: Store, record: Record, missing_contexts: str) -> None:
-        """Write the list and the shards; `missing_contexts` is what the page says of a table that is not there.
+        """Write the list and the shards; `missing_contexts` is what the page of a feature says where there are none.
 
         Memory: the tables of the seed, of about 3.5 kB for each feature, twice, and one SAE.
         """
@@ -174,7 +181,7 @@ class FeatureBrowser:
             "groups": groups.rows(),
             "vocabulary": vocabulary,
             "axes": placed.shares if placed else None,
-            "missingContexts": self._without_contexts(missing_contexts) if self.contexts is None else "",
+            "missingContexts": missing_contexts,
         }
         if self.explanations is not None:
             about = rows.select(_KEY).join(self.explanations, on=_KEY, how="left", maintain_order="left")
@@ -183,11 +190,6 @@ class FeatureBrowser:
             columns["status"] = np.array([statuses.index(status or "") for status in about["status"]], np.uint16)
             header |= {"explanations": about["explanation"].to_list(), "statuses": statuses, "why": WHY}
         return _packed(header, columns)
-
-    def _without_contexts(self, missing: str) -> str:
-        """In a line, what gives them; what the table is about can be seen from where it is missing."""
-        there = _HAS_CONTEXTS.get(self.results.experiment)
-        return re.sub(r" \([^)]*\)", "", missing, count=1) + (f" `{there}` has it." if there else "")
 
     def _shards(self) -> Iterator[dict[str, Any]]:
         rows = self.rows.select(*_KEY, "matches")

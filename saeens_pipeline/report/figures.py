@@ -22,6 +22,7 @@ FALL = 0.05  # of explained variance, from where on a training curve swings
 RISE = 1.5  # likewise, of the loss, as a ratio
 SYMBOL_STEP = 0.04  # of a plot's width, between symbols that would cover each other
 SYMBOL_HEIGHT = 0.05  # of what a plot shows, within which they would
+_PLAIN = range(-4, 7)  # exponents of ten of numbers that are written out on axes
 NEAR_DUPLICATE = 0.7  # cosine similarity, as in the tables
 
 
@@ -288,18 +289,22 @@ def _empty(x: str, y: str, *, log_x: bool = False, log_y: bool = False) -> go.Fi
 
 
 def _label_decades(figure: go.Figure, axis: str, values: Sequence[float]) -> None:
-    """Label a logarithmic axis at powers of ten, and where these are few at 2 and 5 times them, far enough to zoom out."""
+    """Label a logarithmic axis at powers of ten, and where these are few between them, too, far enough to zoom out.
+
+    Labels that are long are fewer: side by side they have to fit into a plot on paper.
+    """
     positive = [value for value in values if value > 0]
     if positive:
         low, high = math.log10(min(positive)), math.log10(max(positive))
-        digits = (1, 2, 5) if high - low < MANY_DECADES else (1,)
+        between = (1, 2, 5) if low >= _PLAIN[0] and high <= _PLAIN[-1] else (1, 3)
+        digits = between if high - low < MANY_DECADES else (1,)
         ticks = [(digit, exponent) for exponent in range(math.floor(low) - 1, math.ceil(high) + 2) for digit in digits]
         labels = {"tickvals": [digit * 10.0**exponent for digit, exponent in ticks], "ticktext": [_tick(*tick) for tick in ticks]}
         figure.update_layout({axis: labels})
 
 
 def _tick(digit: int, exponent: int) -> str:
-    if -4 <= exponent <= 6:
+    if exponent in _PLAIN:
         return f"{digit * 10**exponent:,}" if exponent >= 0 else f"{digit * 10.0**exponent:.{-exponent}f}"
     power = f"10<sup>{exponent}</sup>"
     return power if digit == 1 else f"{digit}·{power}"

@@ -176,10 +176,11 @@ def _write_features(folder: Path, browser: FeatureBrowser, store: Store, record:
         "methods": [method(name) for name in in_order(browser.rows["method"].unique())],
         "columns": [column for column in COLUMNS if column.key in browser.columns],
         "shared": figures.NEAR_DUPLICATE,
+        "missing_contexts": (missing := browser.missing_contexts(_what_makes("contexts", experiment))),
         "figure_data": "{}",
     }
     (folder / PAGE).write_text(_environment().get_template(PAGE).render(page))
-    browser.write(folder, store, record, _what_makes("contexts", experiment))
+    browser.write(folder, store, record, missing)
 
 
 def _sections(results: Results, browser: FeatureBrowser | None, explained: str) -> Iterable[Section]:

@@ -15,7 +15,7 @@ import shutil
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -176,12 +176,46 @@ def test_tables_fit_at_1280_and_show_numbers_beside_the_method_at_400(browser: B
 
 
 @pytest.mark.parametrize("width", [1280, 400])
-def test_the_way_to_all_experiments_is_seen_whatever_the_navigation_shows(browser: Browser, width: int):
+def test_the_ways_to_features_and_experiments_are_seen_whatever_the_navigation_shows(browser: Browser, width: int):
     page = _open(browser, REPORT, width).page
-    page.eval_on_selector("nav", "nav => { nav.scrollLeft = 1e4; }")
-    for selector in ("header a.apart", "#theme"):
-        box = page.locator(selector).bounding_box()
-        assert box and box["x"] >= 0 and box["x"] + box["width"] <= width
+    for scrolled in (0, 1e4):
+        page.eval_on_selector("nav", "(nav, scrolled) => { nav.scrollLeft = scrolled; }", scrolled)
+        after = page.locator("nav").bounding_box()
+        assert after and after["width"] > 100
+        edge = after["x"] + after["width"]
+        for selector in ("header a.apart[href='features.html']", "header a.apart[href$='leaderboard/index.html']", "#theme"):
+            box = page.locator(selector).bounding_box()
+            assert box and edge <= box["x"] and box["x"] + box["width"] <= width, selector
+            edge = box["x"] + box["width"]
+    names = [text.strip() for text in page.locator("header a.apart").all_inner_texts()]
+    assert names == (["All features", "All experiments"] if width == 1280 else ["Features", "Experiments"])
+
+
+@pytest.mark.parametrize("place", ["header", "#top", "#features"])
+def test_the_report_leads_to_its_features(browser: Browser, place: str):
+    page = _open(browser, REPORT).page
+    page.click(f"{place} a[href='features.html']")
+    page.wait_for_selector("#rows tr[data-row]")
+
+
+def test_the_legend_leaves_with_the_plots(browser: Browser):
+    page = _open(browser, REPORT).page
+    top = "document.querySelector('.legend').getBoundingClientRect().top"
+    for section, is_seen in (("members", True), ("lineage", False), ("words", False)):
+        page.evaluate("id => document.getElementById(id).scrollIntoView({ behavior: 'instant' })", section)
+        assert (page.evaluate(top) >= 0) == is_seen, section
+
+
+def test_an_unfolded_row_stays_within_a_narrow_view(browser: Browser):
+    page = _open(browser, REPORT, 400).page
+    details = page.locator("#main-table tbody[data-method='boosting'] details")
+    details.locator("summary").click()
+    for scrolled in (0, 1e4):
+        page.eval_on_selector("#main-table", "(table, scrolled) => { table.parentElement.scrollLeft = scrolled; }", scrolled)
+        for each in (details.locator("p").first, details.locator("li").first, details.locator("li").last):
+            box = each.bounding_box()
+            assert box and box["x"] >= 0 and box["x"] + box["width"] <= 400
+            assert each.evaluate("each => each.scrollWidth <= each.clientWidth")
 
 
 def test_links_lead_to_the_dagster_ui_wherever_it_runs(browser: Browser):
@@ -199,6 +233,12 @@ def test_links_lead_to_the_dagster_ui_wherever_it_runs(browser: Browser):
     moved = [href for href in page.eval_on_selector_all("a", "links => links.map((a) => a.href)") if "/assets/" in href]
     assert moved == [href.replace("http://127.0.0.1:3000", "http://lab:8080") for href in others] and len(moved) > 20
     page.fill("#ui-address input", "")
+    assert (link.get_attribute("href") or "").startswith("http://127.0.0.1:3000/assets/tiny/")
+    assert page.evaluate("localStorage.getItem('saeens-ui')") is None
+    page.press("#ui-address input", "Tab")
+    assert page.input_value("#ui-address input") == "http://127.0.0.1:3000"
+    page.reload()
+    assert page.input_value("#ui-address input") == "http://127.0.0.1:3000"
     assert (link.get_attribute("href") or "").startswith("http://127.0.0.1:3000/assets/tiny/")
 
 
@@ -239,6 +279,10 @@ def test_printing_draws_every_plot_in_light_colours(browser: Browser):
     plots = opened.page.query_selector_all(".plot")
     widths = [(plot.query_selector(".main-svg") or plot).evaluate("svg => svg.clientWidth") for plot in plots]
     assert len(plots) >= 15 and set(widths) == {325}
+    for plot in plots:
+        boxes = plot.evaluate("plot => [...plot.querySelectorAll('.xtick text')].map((text) => text.getBoundingClientRect())")
+        boxes.sort(key=lambda box: box["left"])
+        assert all(one["right"] < other["left"] for one, other in pairwise(boxes)), plot.get_attribute("data-figure")
     opened.page.evaluate("dispatchEvent(new Event('afterprint'))")
     assert opened.page.evaluate("document.documentElement.dataset.theme") == "dark"
 
@@ -283,7 +327,7 @@ def test_the_leaderboard_leads_to_reports_and_back(browser: Browser):
     page = _open(browser, LEADERBOARD).page
     page.click("#leaderboard tbody tr:first-child a")
     page.wait_for_selector("#main-table")
-    page.click("header a.apart")
+    page.click("header a.apart[href$='leaderboard/index.html']")
     page.wait_for_selector("#leaderboard")
 
 
@@ -411,6 +455,76 @@ def test_features_are_filtered_and_found(browser: Browser):
             )
         ]
         expect(found)
+
+
+def test_tokens_are_found_as_the_table_shows_them_whatever_their_case(browser: Browser, tmp_path: Path):
+    tokens = {"d": " def", "e": "Def", "s": "\n", "t": "\t\t", "h": "    ", "a": "a\r", "o": "a·b"}
+    changed = _changed(tmp_path, lambda header, _: header.update(vocabulary=[tokens.get(token, token) for token in header["vocabulary"]]))
+    page, rows = _features(browser, changed).page, _table()
+    looked_for = {
+        " def": [" def"],
+        "·DEF": [" def"],
+        "def": ["def"],
+        "def ": ["def"],  # a space after a word is typed on the way to the next
+        "↵": ["\n"],
+        "⇥": ["\t"],
+        "a␍": ["a\r"],
+        "  ": ["  "],
+        "a·b": ["a·b"],
+        " def ↵": [" def", "\n"],
+    }
+    for text, parts in looked_for.items():
+        page.fill("[name='find']", text)
+        found = [
+            row
+            for row in rows
+            if all(any(part in tokens.get(token, token).lower() for token in json.loads(row["top_tokens"])) for part in parts)
+        ]
+        assert 0 < len(found) < len(rows), text
+        page.wait_for_function(
+            "text => document.getElementById('features-shown').textContent === text", arg=f"{len(found)} of {len(rows)} features"
+        )
+        shown = _shown_features(page)
+        assert shown == _keys(found)[: len(shown)], text
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_where_no_feature_matches_the_filters_can_be_cleared(browser: Browser, width: int):
+    opened = _features(browser, width=width)
+    page, n = opened.page, len(_table())
+    empty = page.locator("#no-feature")
+    assert not empty.is_visible()
+    page.select_option("[name='method']", "boosting")
+    page.fill("[name='from']", "1")
+    page.fill("[name='find']", "in no token")
+    page.wait_for_selector("#no-feature:has-text('No feature matches.')")
+    assert page.inner_text("#features-shown") == f"0 of {n} features" and page.locator("#rows tr[data-row]").count() == 0
+    page.get_by_role("button", name="Clear the filters").click()
+    page.wait_for_selector("#rows tr[data-row]")
+    assert page.inner_text("#features-shown") == f"{n} of {n} features" and not empty.is_visible()
+    assert [page.input_value(f"[name='{name}']") for name in ("method", "from", "find")] == ["", "", ""]
+    assert opened.complaints == []
+
+
+def test_a_narrow_view_shows_the_tokens_of_features_first(browser: Browser):
+    page, row = _features(browser, width=400).page, _table()[0]
+    cells = page.locator("#rows tr[data-row]").first.locator("td")
+    assert page.locator("#rows thead th").all_inner_texts()[:3] == ["feature", "most active on", "explanation"]
+    assert page.inner_text("#rows tr[data-row] td >> nth=0") == f"■member {row['member']} · {row['index']}"
+    token = cells.nth(1).locator(".token").first
+    assert token.inner_text() == "".join({" ": "·", "\n": "↵", "\t": "⇥"}.get(each, each) for each in json.loads(row["top_tokens"])[0])
+    box = token.bounding_box()
+    assert box and box["x"] + box["width"] <= 400
+    page.eval_on_selector("#rows", "rows => { rows.scrollLeft = 1e4; }")
+    first, last = cells.first.bounding_box(), cells.last.bounding_box()
+    assert first and last and first["x"] < 30 and first["x"] + first["width"] <= last["x"] and last["x"] + last["width"] <= 400
+    page.click("#rows button[data-sort='density']")
+    assert page.get_attribute("#rows th[aria-sort]", "aria-sort") == "descending"
+    page.set_viewport_size({"width": 1280, "height": 900})
+    page.wait_for_selector("#rows thead th:has-text('index')")
+    assert page.locator("#rows thead th").first.inner_text() == "method"
+    best = max(_table(), key=lambda row: row["density"])
+    assert _shown_features(page)[0] == _keys([best])[0]
 
 
 def test_features_are_filtered_by_whether_they_are_explained(browser: Browser):

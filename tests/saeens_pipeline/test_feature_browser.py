@@ -24,7 +24,6 @@ import saeens_models as sm
 from saeens_pipeline.autointerp.endpoint import URL_VARIABLE
 from saeens_pipeline.catalogue import load_catalogue
 from saeens_pipeline.report.feature_browser import FeatureBrowser
-from saeens_pipeline.report.record import Record
 from saeens_pipeline.report.results import Results
 from saeens_pipeline.reports import write_reports
 from saeens_pipeline.storage.names import Address, Partition
@@ -78,11 +77,7 @@ def _unpacked(file: Path) -> bytes:
 
 
 def _list(laboratory: Laboratory) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    return _read_list(_report(laboratory))
-
-
-def _read_list(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    data = _unpacked(folder / "features" / "list.js")
+    data = _unpacked(_report(laboratory) / "features" / "list.js")
     length = int.from_bytes(data[:4], "little")
     header = json.loads(data[4 : 4 + length])
     columns = {
@@ -138,6 +133,11 @@ def test_the_list_has_the_numbers_of_the_table(made: Laboratory):
     assert [[header["vocabulary"][i - 1] for i in of if i] for of in tokens] == [json.loads(text) for text in rows["top_tokens"]]
 
 
+def test_with_contexts_nothing_is_said_of_them_to_be_missing(made: Laboratory):
+    assert _list(made)[0]["missingContexts"] == ""
+    assert 'id="contexts"' not in (_report(made) / "features.html").read_text()
+
+
 def test_details_are_those_of_the_tables(made: Laboratory):
     contexts = pl.read_parquet(_part(made, "contexts", SEEDS[0]), hive_partitioning=False)
     rows = _rows(made).join(contexts, on=["method", "member", "index"], how="left", maintain_order="left")
@@ -185,7 +185,7 @@ def test_the_map_is_the_first_two_principal_components(made: Laboratory):
 
 def test_the_report_leads_to_it_and_nothing_is_loaded_from_elsewhere(made: Laboratory):
     index = (_report(made) / "index.html").read_text()
-    assert index.count('href="features.html"') == 2
+    assert index.count('href="features.html"') == 3  # in the bar, at the top, and in its section
     assert f"All {N:,} features of both ensembles, seed {SEEDS[0]}" in index
     page = (_report(made) / "features.html").read_text()
     loaded = re.findall(r'(?:src|rel="stylesheet" href)="([^"]*)"', page)
@@ -213,7 +213,9 @@ def test_without_contexts_the_list_is_there_and_says_what_makes_them(laboratory:
     shutil.rmtree(laboratory.root / "tables" / NAME / "contexts")
     write_reports(NAME, [])
     header, columns = _list(laboratory)
-    assert header["missingContexts"] == f"The table contexts is not there: `saeens run {NAME}` makes it."
+    said = f"The table contexts is not there: `saeens run {NAME}` makes it."
+    assert header["missingContexts"] == said
+    assert said.replace(f"`saeens run {NAME}`", f"<code>saeens run {NAME}</code>") in (_report(laboratory) / "features.html").read_text()
     assert len(columns["density"]) == N
     assert all(each.keys() == {"matches"} for each in _details(laboratory))
 
@@ -253,14 +255,13 @@ def test_the_first_declared_seed_that_has_rows_is_shown(laboratory: Laboratory):
     assert f"under seed {SEEDS[1]}" in (_report(laboratory) / "features.html").read_text()
 
 
-@pytest.mark.parametrize(("name", "found"), [("quickstart", " `quickstart_full` has it."), (NAME, "")])
-def test_the_quickstart_says_who_has_contexts(laboratory: Laboratory, tmp_path: Path, name: str, found: str):
-    store, results = laboratory.store, Results.read(laboratory.root, NAME, LAYER, SEEDS)
-    browser = FeatureBrowser.read(store, results, SEEDS)
-    assert browser is not None
+@pytest.mark.parametrize(("name", "found"), [("quickstart", " Of the same SAEs, `saeens run quickstart_full` makes it."), (NAME, "")])
+def test_the_quickstart_says_who_has_contexts(laboratory: Laboratory, name: str, found: str):
+    results = Results.read(laboratory.root, NAME, LAYER, SEEDS)
+    browser = FeatureBrowser.read(laboratory.store, results, SEEDS)
+    assert browser is not None and browser.missing_contexts("The table (what it has) is not there.") == ""
     named = replace(browser, results=replace(results, experiment=name), contexts=None)
-    named.write(tmp_path, store, Record.read(store, NAME, NAME, LAYER), "The table (what it has) is not there.")
-    assert _read_list(tmp_path)[0]["missingContexts"] == f"The table is not there.{found}"
+    assert named.missing_contexts("The table (what it has) is not there.") == f"The table is not there.{found}"
 
 
 def test_who_is_said_to_have_contexts_has_them():

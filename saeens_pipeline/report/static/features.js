@@ -121,8 +121,11 @@
     // a character come as <0xE2>.
     const INVISIBLE = /<0x[89A-F][0-9A-F]>|[ \t\n\r]|[\u0000-\u001f\u007f-\u009f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]/g;
     const GLYPHS = { " ": "·", "\t": "⇥", "\n": "↵", "\r": "␍" };
+    const EMPTY = "∅";
+    const glyph = (character) => GLYPHS[character] ?? `U+${character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`;
+    const written = (text) => text.replace(INVISIBLE, (found) => (found.length > 1 ? found : glyph(found))) || EMPTY; // as `shown` shows it
     const shown = (token) => {
-      if (!token) return [make("span", "space", "∅")];
+      if (!token) return [make("span", "space", EMPTY)];
       const parts = [];
       let last = 0;
       for (const found of token.matchAll(INVISIBLE)) {
@@ -132,8 +135,7 @@
           byte.title = `the byte ${found[0].slice(3, 5)}, a part of a character that is more than one token`;
           parts.push(byte);
         } else {
-          const code = found[0].codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
-          parts.push(make("span", "space", GLYPHS[found[0]] ?? `U+${code}`));
+          parts.push(make("span", "space", glyph(found[0])));
         }
         last = found.index + found[0].length;
       }
@@ -156,13 +158,21 @@
     const isUnder = (row, column, wanted) =>
       !wanted || (wanted === "shared" ? columns[column][row] >= data.shared : !(columns[column][row] >= data.shared));
 
-    let explanations = null; // in lower case, made when first looked for
+    // What is looked through is what is read, in lower case: tokens with their glyphs, explanations with theirs or their spaces. Spaces part
+    // words, but for those at the beginning: they are looked for, as `·` is anywhere.
+    const searched = (text) => written(text).toLowerCase();
+    let vocabulary = null; // made when first looked through, as explanations are
+    let explanations = null;
     const finder = (text) => {
-      const words = text.toLowerCase().split(/\s+/).filter(Boolean);
+      const words = text
+        .replace(/^ +/, (spaces) => "·".repeat(spaces.length))
+        .toLowerCase()
+        .split(/\s+/)
+        .filter(Boolean);
       if (!words.length) return () => true;
-      const lowered = data.vocabulary.map((token) => token.toLowerCase());
-      const flags = words.map((word) => Uint8Array.from([0, ...lowered.map((token) => token.includes(word))]));
-      if (data.explanations) explanations ??= data.explanations.map((each) => (each ?? "").toLowerCase());
+      vocabulary ??= data.vocabulary.map(searched);
+      const flags = words.map((word) => Uint8Array.from([0, ...vocabulary.map((token) => token.includes(word))]));
+      if (data.explanations) explanations ??= data.explanations.map((each) => (each ? searched(each) : ""));
       return (row) =>
         words.every((word, i) => {
           const flag = flags[i];
@@ -227,7 +237,7 @@
     let sorting = { name: "method", sign: 1, rows: sorted("method", 1) };
 
     const CELLS = {
-      method: (row) => [mark(ensembleOf(row)), linkTo(row, ensembleOf(row).label)],
+      method: (row) => [mark(ensembleOf(row)), linkTo(row, narrow.matches ? placeOf(row) : ensembleOf(row).label)],
       member: (row) => [String(columns.member[row])],
       index: (row) => [String(columns.index[row])],
       density: (row) => [percent(columns.density[row])],
@@ -243,7 +253,19 @@
       explanation: (row) => [explanationOf(row) || "–"],
     };
     const headings = [...head.querySelectorAll("button")];
-    const shownColumns = headings.map((button) => button.dataset.sort);
+    let shownColumns = headings;
+
+    // On a narrow screen a feature's place is one column, which stays in view, and what it is about comes next.
+    const narrow = matchMedia("(max-width: 640px)"); // as in the style sheet
+    const WHAT = headings[0].textContent;
+    const layOut = () => {
+      const leftOut = narrow.matches ? ["member", "index", "nearest"] : [];
+      const early = narrow.matches ? ["method", "tokens", "explanation", "score"] : [];
+      const rank = (button) => (early.indexOf(button.dataset.sort) + 1 || early.length + 1);
+      shownColumns = headings.filter((button) => !leftOut.includes(button.dataset.sort)).sort((a, b) => rank(a) - rank(b));
+      headings[0].textContent = narrow.matches ? "feature" : WHAT;
+      head.rows[0].replaceChildren(...shownColumns.map((button) => button.closest("th")));
+    };
 
     const drawn = (place) => {
       const row = order[place];
@@ -251,8 +273,9 @@
       line.id = `row-${place}`;
       line.dataset.row = row;
       line.setAttribute("aria-rowindex", place + 2);
-      for (const [i, name] of shownColumns.entries()) {
-        const cell = make("td", headings[i].closest("th").className, ...CELLS[name](row));
+      for (const button of shownColumns) {
+        const name = button.dataset.sort;
+        const cell = make("td", button.closest("th").className, ...CELLS[name](row));
         if (name === "explanation" || name === "score") cell.title = explanationOf(row) || statusOf(row);
         for (const link of cell.querySelectorAll("a")) link.tabIndex = -1; // the keyboard goes by rows
         line.append(cell);
@@ -285,6 +308,7 @@
       rows.scrollTop = 0;
       rows.querySelector("table").setAttribute("aria-rowcount", order.length + 1);
       byId("features-shown").textContent = `${grouped(order.length)} of ${grouped(n)} features`;
+      byId("no-feature").hidden = order.length > 0;
       drawView();
     };
     const filter = () => {
@@ -301,6 +325,15 @@
     rows.addEventListener("scroll", () => requestAnimationFrame(drawView), { passive: true });
     form.addEventListener("input", () => soon(filter));
     form.addEventListener("submit", (event) => event.preventDefault());
+    byId("no-feature").querySelector("button").addEventListener("click", () => {
+      form.reset();
+      filter();
+      form.elements.find.focus();
+    });
+    narrow.addEventListener("change", () => {
+      layOut();
+      drawView();
+    });
     for (const button of headings) {
       button.addEventListener("click", () => {
         const name = button.dataset.sort;
@@ -861,6 +894,7 @@
 
     byId("loading").hidden = true;
     byId("all").hidden = false;
+    layOut();
     headings[0].closest("th").setAttribute("aria-sort", "ascending");
     filter();
     route();

@@ -103,7 +103,7 @@
   }
 
   // On paper: every plot, in light colours, two beside each other.
-  const onPaper = { width: 325, height: 230, autosize: false };
+  const onPaper = { width: 325, height: 230, autosize: false, "xaxis.tickfont.size": 9, "yaxis.tickfont.size": 9 };
   let before = null;
   addEventListener("beforeprint", () => {
     before = root.dataset.theme;
@@ -113,7 +113,7 @@
   });
   addEventListener("afterprint", () => {
     setTheme(before);
-    for (const plot of drawn()) Plotly.relayout(plot, { width: null, height: null, autosize: true });
+    for (const plot of drawn()) Plotly.relayout(plot, { width: null, height: null, autosize: true, "xaxis.tickfont.size": null, "yaxis.tickfont.size": null });
   });
 
   // Tables that are sorted by pressing a heading.
@@ -149,13 +149,14 @@
     }
   }
 
-  // Where the Dagster UI answers: another address, once typed, is kept for all pages.
+  // Where the Dagster UI answers: another address, once typed, is kept for all pages until the field is emptied.
   const ui = document.getElementById("ui-address");
   if (ui) {
     const key = "saeens-ui";
     const standard = ui.ui.defaultValue;
     const links = [...document.querySelectorAll("a[href]")].filter((link) => link.getAttribute("href").startsWith(`${standard}/`));
     const paths = links.map((link) => link.getAttribute("href").slice(standard.length));
+    ui.ui.placeholder = standard;
     const isAddress = (text) => URL.canParse(text) && ["http:", "https:"].includes(new URL(text).protocol);
     const leadTo = (text) => {
       const address = text.trim().replace(/\/+$/, "") || standard;
@@ -174,10 +175,14 @@
       const address = leadTo(ui.ui.value);
       if (!address) return;
       try {
-        localStorage.setItem(key, address);
+        if (address === standard) localStorage.removeItem(key);
+        else localStorage.setItem(key, address);
       } catch {
         // a browser that keeps nothing for files
       }
+    });
+    ui.addEventListener("change", () => {
+      if (!ui.ui.value) ui.ui.value = standard;
     });
     ui.addEventListener("submit", (event) => event.preventDefault());
   }
