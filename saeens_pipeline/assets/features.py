@@ -170,7 +170,7 @@ class TokenStrings:
 
         tokens = store.require(subject.tokens.address, Partition())
         self.store, self._tokenizer = open_tokens(tokens.path), load_tokenizer(language_model_of(tokens))
-        self._json: dict[int, str] = {}
+        self._literals: dict[int, str] = {}
 
     @property
     def vocab_size(self) -> int:
@@ -179,10 +179,12 @@ class TokenStrings:
 
     def literals(self, ids: np.ndarray) -> list[str]:
         """JSON strings of these token ids `[n]`."""
-        literals = self._json
-        for token in set(ids.tolist()) - literals.keys():
-            literals[token] = json.dumps(token_text(self._tokenizer, token), ensure_ascii=False)
-        return [literals[token] for token in ids.tolist()]
+        return [self._literal(token) for token in ids.tolist()]
+
+    def _literal(self, token: int) -> str:
+        if token not in self._literals:
+            self._literals[token] = json.dumps(token_text(self._tokenizer, token), ensure_ascii=False)
+        return self._literals[token]
 
     def lists(self, rows: Tensor) -> list[str]:
         """For each feature a JSON list of strings, of activation rows `[n_features, n]`, of which -1 is none."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import string
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -121,7 +122,7 @@ def _package_documents(package: str) -> Iterator[Document]:
     taken: dict[str | None, int] = {}
     for file in files:
         name = f"{package}/{file.as_posix()}"
-        if _is_platform_dependent(name):
+        if _is_platform_dependent(name) or taken.get(LANGUAGES.get(file.suffix), 0) >= MAX_PACKAGE_BYTES:
             continue
         for document in _file_documents(name, Path(str(distribution.locate_file(file)))):
             language = document.labels["language"]
@@ -173,10 +174,11 @@ def _is_machine_made(text: str) -> bool:
     """Minified code, tables of numbers and encoded data: lines too long, or too few letters."""
     lines = text.split("\n")
     sample = text[:4000]
-    return len(text) / len(lines) > 150 or max(map(len, lines)) > 1000 or len(_LETTERS_AND_SPACE.sub("", sample)) > 0.45 * len(sample)
+    other = "".join(sample.split()).translate(_WITHOUT_LETTERS)
+    return len(text) / len(lines) > 150 or max(map(len, lines)) > 1000 or len(other) > 0.45 * len(sample)
 
 
-_LETTERS_AND_SPACE = re.compile(r"[A-Za-z\s]+")
+_WITHOUT_LETTERS = str.maketrans("", "", string.ascii_letters)
 _LICENCE_HEADERS = (re.compile(r"\A(?:#.*\n)+\n*"), re.compile(r"\A\s*/\*.*?\*/\s*", re.S), re.compile(r"\A(?://.*\n)+\n*"))
 
 
@@ -199,16 +201,18 @@ def _without_duplicates(documents: Iterable[Document]) -> Iterator[Document]:
             yield document
 
 
-def _distinctive_lines(text: str) -> set[int]:
-    return {hash(line) for line in map(str.strip, text.split("\n")) if len(line) >= _DISTINCTIVE_LINE}
+def _lines(text: str) -> Iterator[str]:
+    return map(str.strip, text.split("\n"))
 
 
 def _without_near_duplicates(documents: list[Document], of: list[Document]) -> list[Document]:
     """Leave out documents more than MAX_SHARED_LINES of whose distinctive lines occur in any of the others."""
-    known: set[int] = set()
+    distinctive = [{line for line in _lines(document.text) if len(line) >= _DISTINCTIVE_LINE} for document in documents]
+    asked: set[str] = set().union(*distinctive)
+    known: set[str] = set()
     for document in of:
-        known |= _distinctive_lines(document.text)
-    return [d for d in documents if (lines := _distinctive_lines(d.text)) and len(lines & known) <= MAX_SHARED_LINES * len(lines)]
+        known |= asked.intersection(_lines(document.text))
+    return [d for d, lines in zip(documents, distinctive, strict=True) if lines and len(lines & known) <= MAX_SHARED_LINES * len(lines)]
 
 
 def rank(name: str) -> float:
