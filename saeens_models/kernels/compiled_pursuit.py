@@ -9,7 +9,7 @@ from saeens_models.kernels.compiled import _add_scaled, _compile, _compile_with_
 LANES = 64
 """Maxima are kept by lane: lane i is of the entries i, i + 64, i + 128, ..."""
 _STRIPS = 8
-"""A row of correlations is cut into so many strips, of which one entry each is taken at a time."""
+"""A row of correlations is taken in pieces of so many entries to a lane: longer ones keep less of the row ahead in flight from memory."""
 WIDTH = LANES * _STRIPS
 """What the width of a row is a multiple of."""
 STEPS = np.float32(2**15 - 1)
@@ -17,24 +17,23 @@ STEPS = np.float32(2**15 - 1)
 
 
 @_compile
-def _subtract(correlations, gram, factor, maxima):
-    """Subtract `factor * gram` (int16); into maxima the largest of each place in the strips."""
-    size = len(maxima)
-    for i in range(size):
-        top = -np.float32(np.inf)
+def _subtract_piece(correlations, gram, factor, maxima):
+    for lane in range(LANES):
+        top = maxima[lane]
         for strip in range(_STRIPS):
-            place = strip * size + i
+            place = strip * LANES + lane
             value = correlations[place] - factor * np.float32(gram[place])
             correlations[place] = value
             top = value if value > top else top
-        maxima[i] = top
+        maxima[lane] = top
 
 
 @_compile
-def _fold(maxima):
-    """The maxima of the lanes, into the first of them."""
-    for first in range(LANES, len(maxima), LANES):
-        _maximum(maxima[:LANES], maxima[first : first + LANES])
+def _subtract(correlations, gram, factor, maxima):
+    """Subtract `factor * gram` (int16); into maxima the largest of each lane."""
+    _fill(maxima, -np.inf)
+    for first in range(0, len(correlations), WIDTH):
+        _subtract_piece(correlations[first : first + WIDTH], gram[first : first + WIDTH], factor, maxima)
 
 
 @_compile
@@ -81,17 +80,15 @@ def pursue(centred, correlations, W_dec, gram, scale, rounding, residual_thresho
     what is left.
     """
     n, n_iterations = indices.shape
-    m = correlations.shape[1]
-    maxima = np.empty(m // _STRIPS, np.float32)
+    maxima = np.empty(LANES, np.float32)
     for b in range(n):
         row, left, atoms, found = correlations[b], residual[b], indices[b], values[b]
         _copy(left, centred[b])
         _fill(atoms, -1)
         _fill(found, 0)
         _fill(maxima, -np.inf)
-        for first in range(0, m, len(maxima)):
-            _maximum(maxima, row[first : first + len(maxima)])
-        _fold(maxima)
+        for first in range(0, len(row), LANES):
+            _maximum(maxima, row[first : first + LANES])
         # a first product sums up to d terms in another order than _dot: its error grows with the norm
         slack = np.float32(1e-6) * np.sqrt(_dot(left, left))
         for t in range(n_iterations):
@@ -113,7 +110,6 @@ def pursue(centred, correlations, W_dec, gram, scale, rounding, residual_thresho
             if t + 1 < n_iterations:
                 slack += value * rounding
                 _subtract(row, gram[atom], value * scale, maxima)
-                _fold(maxima)
 
 
 @_compile_with_memory

@@ -17,7 +17,7 @@ from saeens_models.kernels.team import Team
 
 MOST_ATOMS = 2**14
 """From more atoms no inner products are made: they would take more than ``2 * MOST_ATOMS ** 2`` bytes, 512 MiB."""
-_BLOCK_TOKENS = 64
+_BLOCK_TOKENS = 128
 _GRAM_ROWS = 256
 _MOST_SUMS = 4
 """Into how many sums of gradients the tokens are divided: each is one thread's, and as large as W_dec."""
@@ -87,7 +87,7 @@ def pursue(
     """Matching pursuit of ``centred`` `[n, d_in]` (float32, contiguous), as in
     :class:`~saeens_models.architectures.matching_pursuit.MatchingPursuitSAE`.
 
-    Memory beside the result: the correlations of 64 tokens per thread.
+    Memory beside the result: the correlations of `_BLOCK_TOKENS` tokens per thread, twice.
     """
     from saeens_models.kernels import compiled_pursuit as compiled
 
