@@ -37,6 +37,8 @@ INDEX = "index.html"
 PICTURES = "pictures"
 _HERE = Path(__file__).parent
 _WEIGHTS = {"random": "untrained (control)"}
+_RANK = "the place by explained variance among all rows of the same source and layer"
+_SEEDS = "from how many seeds the numbers are; pointed at, a number of the column says which"
 _IN_PAGE = (  # tables that the page shows something of
     *("reconstruction", "coactivation", "stability", "cost", "marginal_gain", "members", "training_curves", "features"),
     *("concept_detection", "spurious_correlation"),
@@ -139,13 +141,17 @@ def write_leaderboard(folder: Path, board: pl.DataFrame, reports: Mapping[tuple[
         | {"cells": [_cell_of_board(row, metric) for metric in metrics]}
         for row in board.to_dicts()
     ]
+    filters = ["experiment", "source", "layer"]
+    if board["source"].n_unique() == board["experiment"].n_unique():  # one says the other
+        filters.remove("source")
     page = {
         "rows": rows,
         "metrics": metrics,
         "empty": _reasons(metrics, [row["cells"] for row in rows]),
-        "columns": {name: [(value, value) for value in sorted(set(board[name]))] for name in ("experiment", "source", "layer")}
+        "columns": {name: [(value, value) for value in sorted(set(board[name]))] for name in filters}
         | {"language_model": [(value, _WEIGHTS.get(value, value)) for value in sorted(set(board["language_model"]))]}
         | {"method": [(name, method(name).label) for name in in_order(board["method"])]},
+        "others": {"n": N_MEMBERS, "rank": _RANK, "seeds": _SEEDS},
         "profiles": profiles,
         "methods": [method(name) for name in in_order(board["method"])],
     }
@@ -161,14 +167,14 @@ def _cell_of_board(row: Mapping[str, Any], metric: Metric) -> Cell:
     return Cell(metric.written(row[metric.column]), row[metric.column])
 
 
-def _reasons(metrics: Sequence[Metric], rows: Sequence[Sequence[Cell]]) -> list[str]:
-    """Why cells are empty, each reason once, with the columns that it is about."""
+def _reasons(metrics: Sequence[Metric], rows: Sequence[Sequence[Cell]]) -> list[tuple[str, str]]:
+    """Why cells are empty, each reason once, after the columns that it is about."""
     columns: dict[str, list[str]] = {}
     for cells in rows:
         for metric, cell in zip(metrics, cells, strict=True):
             if cell.why and metric.title not in columns.setdefault(cell.why, []):
                 columns[cell.why].append(metric.title)
-    return [f"{listed(titles)}: {why}" for why, titles in columns.items()]
+    return [(listed(titles), why) for why, titles in columns.items()]
 
 
 def _write_features(folder: Path, browser: FeatureBrowser, store: Store, record: Record, experiment: ExperimentSettings) -> None:
