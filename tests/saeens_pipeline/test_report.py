@@ -140,7 +140,7 @@ def test_every_plot_is_one_that_plotly_knows(finished: Laboratory):
     figures = _page(finished).figures
     assert len(figures) > 10
     for name, figure in figures.items():
-        read = json.loads(go.Figure(figure).to_json())
+        read = json.loads(go.Figure(figure).to_json() or "")
         assert read["data"] == figure["data"], name
         assert figure["layout"].items() <= read["layout"].items(), name
 
