@@ -11,7 +11,7 @@ from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.resources import ComputeResource, StoreResource
 from saeens_pipeline.storage.locks import writing_alone
 from saeens_pipeline.storage.names import Partition
-from saeens_pipeline.storage.tables import TABLES, has_table
+from saeens_pipeline.storage.tables import TABLES, has_table, layers_with_tables
 
 if TYPE_CHECKING:
     from saeens_pipeline.assets.declarations import Op
@@ -59,11 +59,14 @@ def _report_op(catalogue: Catalogue, name: str) -> Op:
 def _layers(catalogue: Catalogue, name: str, wanted: Sequence[int]) -> list[int]:
     from saeens_pipeline.layers import recorded_layers
 
-    known = recorded_layers(catalogue.sources[catalogue.experiment(name).source]).layers
+    root = StoreResource().store.root
+    source = catalogue.sources[catalogue.experiment(name).source]
+    known = sorted(source.layers)
+    if not {*wanted, *layers_with_tables(root, name)} <= set(known):  # else there is nothing to ask Dagster, which takes a second to load
+        known = recorded_layers(source).layers
     unknown = [str(layer) for layer in wanted if layer not in known]
     if unknown:
         raise ConfigurationError(f"{name} has no layer {', '.join(unknown)}; it has {', '.join(map(str, known))}")
-    root = StoreResource().store.root
     there = [layer for layer in wanted or known if any(has_table(root, name, table, layer) for table in TABLES)]
     if not there:
         which = f" of layer {', '.join(map(str, wanted))}" if wanted else ""

@@ -96,7 +96,7 @@ def for_reading(table: pl.DataFrame, sort: str = "explained_variance") -> pl.Dat
     for name, title in named.items():
         columns.append(pl.col(name).alias(title))
         if name == (sort if sort in SEED_METRICS else "explained_variance"):
-            columns.append(_interval(name).alias("95 % interval"))
+            columns.append(_interval(name).alias("95% interval"))
     if table["control_explained_variance"].count():
         columns += [pl.col("control_explained_variance").alias("EV untrained"), pl.col("control_stability").alias("stability untrained")]
     return with_totals(table).select(columns)

@@ -34,7 +34,8 @@ DATA = "features"  # the folder of the scripts
 SHARD_FEATURES = 512
 ENSEMBLES = {"bagging": "member", "boosting": "round"}
 DIGITS = 3  # of activations and logits
-COMPRESSION = 4  # gzip's level; 6 takes three times as long for 6 % less
+FEW_FEATURES = 50_000  # up to which one thread places them faster than several that wait for each other on busy cores
+COMPRESSION = 4  # gzip's level; 6 takes three times as long for 6% less
 _KEY = ["method", "member", "index"]
 _HAS_CONTEXTS = {"quickstart": "quickstart_full"}  # what has no time for them, and who has them of the same SAEs
 _TYPES = {"float32": "Float32Array", "int16": "Int16Array", "uint16": "Uint16Array", "uint32": "Uint32Array"}
@@ -224,6 +225,7 @@ def _on_a_map(groups: Iterator[Mapping[str, Any]], rows: pl.DataFrame, store: St
     """None where the SAEs that the table was made from are no longer on disk."""
     import numpy as np
     import torch
+    from threadpoolctl import threadpool_limits
 
     import saeens_models as sm
 
@@ -243,8 +245,9 @@ def _on_a_map(groups: Iterator[Mapping[str, Any]], rows: pl.DataFrame, store: St
         for sae in saes:
             yield sm.load_sae(sae.path).W_dec.detach()
 
-    axes = sm.metrics.principal_axes(dictionaries())
-    coordinates = torch.cat([axes.coordinates(W_dec) for W_dec in dictionaries()]).numpy()
+    with threadpool_limits(1 if len(rows) <= FEW_FEATURES else None):
+        axes = sm.metrics.principal_axes(dictionaries())
+        coordinates = torch.cat([axes.coordinates(W_dec) for W_dec in dictionaries()]).numpy()
     scaled = np.round(coordinates / max(np.abs(coordinates).max(), 1e-12) * 32767).astype(np.int16)
     return _Map((scaled[:, 0], scaled[:, 1]), axes.explained_variance_ratio.tolist())
 

@@ -1,4 +1,7 @@
-"""The plots of the pages, as plotly's figures. Colours of text and grid are the page's, which sets them when it draws."""
+"""The plots of the pages, as what plotly's JavaScript draws. Colours of text and grid are the page's, which sets them when it draws.
+
+They are written as plotly has them, `data` and `layout`, without plotly's Python classes, which would take seconds to check each key.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,6 @@ from saeens_pipeline.report.methods import ENSEMBLES, Method, in_order, listed, 
 from saeens_pipeline.report.results import Results, Size, Spread, spreads
 
 if TYPE_CHECKING:
-    import plotly.graph_objects as go
     import polars as pl
 
 MAX_CURVE_POINTS = 120
@@ -25,6 +27,9 @@ SYMBOL_HEIGHT = 0.05  # of what a plot shows, within which they would
 _PLAIN = range(-4, 7)  # exponents of ten of numbers that are written out on axes
 NEAR_DUPLICATE = 0.7  # cosine similarity, as in the tables
 
+Plot = dict[str, Any]
+"""`data`, a list of traces, and `layout`"""
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -33,7 +38,7 @@ class Figure:
     name: str
     title: str
     caption: str
-    figure: go.Figure
+    figure: Plot
 
 
 @dataclass(frozen=True)
@@ -209,10 +214,10 @@ def marginal_gain(results: Results) -> Iterator[Figure]:
             axis = Axis("marginal_gain", column, column.replace("_", " "))
             figure = _by_members(values, axis)
             most = max(size.n_members for size in values)
-            figure.update_xaxes(range=[1.5, most + 0.5])
+            _set(figure, "xaxis", range=[1.5, most + 0.5])
             for name, n in suggested.items():
                 if n < most:
-                    figure.add_vline(x=n, line={"color": method(name).colour, "dash": "dot", "width": 1.5})
+                    _add_vertical(figure, n, method(name).colour)
             what = ", ".join(f"{method(name).label} {n}{'' if n < most else ' or more'}" for name, n in suggested.items())
             yield Figure(column, title, f"{caption}{f' Enough (dotted): {what}.' if what else ''}", figure)
 
@@ -252,7 +257,7 @@ def layer_profile(board: pl.DataFrame, experiment: str) -> Iterator[Figure]:
         if there.is_empty():
             continue
         figure = _empty("layer", title)
-        figure.update_xaxes(dtick=1)
+        _set(figure, "xaxis", dtick=1)
         for name in in_order(there["method"]):
             of_method = there.filter(method=name).sort("layer")
             largest = of_method.filter(_is_largest()).unique("layer", keep="first").sort("layer")
@@ -277,18 +282,37 @@ def suggested_sizes(marginal_gain: pl.DataFrame) -> dict[str, int]:
     return {name: sizes[name] for name in in_order(sizes)}
 
 
-def _empty(x: str, y: str, *, log_x: bool = False, log_y: bool = False) -> go.Figure:
-    import plotly.graph_objects as go
-
-    figure = go.Figure(layout={"template": "none"})
-    figure.layout.template = None
-    figure.update_layout(showlegend=False, margin={"l": 58, "r": 14, "t": 10, "b": 46}, hovermode="closest", dragmode="zoom")
-    figure.update_xaxes(title={"text": x, "standoff": 8}, type="log" if log_x else "linear", zeroline=False, automargin=True)
-    figure.update_yaxes(title={"text": y, "standoff": 8}, type="log" if log_y else "linear", zeroline=False, automargin=True)
-    return figure
+def _empty(x: str, y: str, *, log_x: bool = False, log_y: bool = False) -> Plot:
+    axes = {
+        name: {"title": {"text": title, "standoff": 8}, "type": "log" if log else "linear", "zeroline": False, "automargin": True}
+        for name, title, log in (("xaxis", x, log_x), ("yaxis", y, log_y))
+    }
+    margin = {"l": 58, "r": 14, "t": 10, "b": 46}
+    return {"data": [], "layout": {"showlegend": False, "margin": margin, "hovermode": "closest", "dragmode": "zoom", **axes}}
 
 
-def _label_decades(figure: go.Figure, axis: str, values: Sequence[float]) -> None:
+def _set(figure: Plot, axis: str, **keys: Any) -> None:
+    """Set keys of an axis; None is plotly's own choice."""
+    figure["layout"][axis] |= _given(keys)
+
+
+def _add_trace(figure: Plot, **keys: Any) -> None:
+    """Add points or a line; None is plotly's own choice."""
+    figure["data"].append({"type": "scatter", **_given(keys)})
+
+
+def _add_vertical(figure: Plot, x: float, colour: str) -> None:
+    """A dotted line from the bottom to the top."""
+    ends = {"x0": x, "x1": x, "xref": "x", "y0": 0, "y1": 1, "yref": "y domain"}
+    line = {"color": colour, "dash": "dot", "width": 1.5}
+    figure["layout"].setdefault("shapes", []).append({"type": "line", **ends, "line": line})
+
+
+def _given(keys: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in keys.items() if value is not None}
+
+
+def _label_decades(figure: Plot, axis: str, values: Sequence[float]) -> None:
     """Label a logarithmic axis at powers of ten, and where these are few between them, too, far enough to zoom out.
 
     Labels that are long are fewer: side by side they have to fit into a plot on paper.
@@ -300,7 +324,7 @@ def _label_decades(figure: go.Figure, axis: str, values: Sequence[float]) -> Non
         digits = between if high - low < MANY_DECADES else (1,)
         ticks = [(digit, exponent) for exponent in range(math.floor(low) - 1, math.ceil(high) + 2) for digit in digits]
         labels = {"tickvals": [digit * 10.0**exponent for digit, exponent in ticks], "ticktext": [_tick(*tick) for tick in ticks]}
-        figure.update_layout({axis: labels})
+        _set(figure, axis, **labels)
 
 
 def _tick(digit: int, exponent: int) -> str:
@@ -310,12 +334,12 @@ def _tick(digit: int, exponent: int) -> str:
     return power if digit == 1 else f"{digit}·{power}"
 
 
-def _by_members(values: dict[Size, Spread], axis: Axis) -> go.Figure:
+def _by_members(values: dict[Size, Spread], axis: Axis) -> Plot:
     figure = _empty("members", axis.title, log_y=axis.log)
     if axis.log:
         _label_decades(figure, "yaxis", [spread.mean for spread in values.values()])
     most = max(size.n_members for size in values)
-    figure.update_xaxes(range=[0.5, most + 0.5], dtick=1 if most <= 10 else None)
+    _set(figure, "xaxis", range=[0.5, most + 0.5], dtick=1 if most <= 10 else None)
     by_method = {name: sorted(size for size in values if size.method == name) for name in in_order(size.method for size in values)}
     levels = {name for name, sizes in by_method.items() if name not in ENSEMBLES and len(sizes) == 1 and most > 1}
     last = {name: values[sizes[-1]].mean for name, sizes in by_method.items()}
@@ -347,9 +371,10 @@ def _symbol_places(last: Mapping[str, float], levels: set[str], values: Sequence
     return places
 
 
-def _add_level(figure: go.Figure, about: Method, most: int, *, at: float, what: str, spread: Spread, form: str) -> None:
+def _add_level(figure: Plot, about: Method, most: int, *, at: float, what: str, spread: Spread, form: str) -> None:
     """One SAE beside ensembles of every size: a level, which says what it is wherever it is pointed at, with its symbol near the end."""
-    figure.add_scatter(
+    _add_trace(
+        figure,
         x=list(range(1, most + 1)),
         y=[spread.mean] * most,
         mode="lines",
@@ -362,10 +387,11 @@ def _add_level(figure: go.Figure, about: Method, most: int, *, at: float, what: 
 
 
 def _add(
-    figure: go.Figure, about: Method, xs: Sequence[float], chosen: Sequence[Spread], *, whats: Sequence[str], form: str = ".4g", lines: bool
+    figure: Plot, about: Method, xs: Sequence[float], chosen: Sequence[Spread], *, whats: Sequence[str], form: str = ".4g", lines: bool
 ) -> None:
     """A method: means as a line or as points, with bars for seeds, and what each point is."""
-    figure.add_scatter(
+    _add_trace(
+        figure,
         x=list(xs),
         y=[spread.mean for spread in chosen],
         error_y=_bars(chosen, about.colour),
@@ -379,7 +405,7 @@ def _add(
     )
 
 
-def _trade_off(xs: dict[Size, Spread], ys: dict[Size, Spread], x: Axis, y: Axis) -> go.Figure:
+def _trade_off(xs: dict[Size, Spread], ys: dict[Size, Spread], x: Axis, y: Axis) -> Plot:
     figure = _empty(x.title, y.title, log_x=x.log, log_y=y.log)
     both = sorted(xs.keys() & ys.keys())
     most = max(size.n_members for size in both)
@@ -390,7 +416,8 @@ def _trade_off(xs: dict[Size, Spread], ys: dict[Size, Spread], x: Axis, y: Axis)
         about = method(name)
         sizes = [size for size in both if size.method == name]
         last = len(sizes) - 1
-        figure.add_scatter(
+        _add_trace(
+            figure,
             x=[xs[size].mean for size in sizes],
             y=[ys[size].mean for size in sizes],
             error_x=_bars([xs[size] for size in sizes], about.colour),
@@ -413,14 +440,15 @@ def _trade_off(xs: dict[Size, Spread], ys: dict[Size, Spread], x: Axis, y: Axis)
     return figure
 
 
-def _add_front(figure: go.Figure, points: Sequence[tuple[float, float]], *, less_x: bool) -> None:
+def _add_front(figure: Plot, points: Sequence[tuple[float, float]], *, less_x: bool) -> None:
     """The points that none is better than in both, joined by a line."""
     front: list[tuple[float, float]] = []
     for x, y in sorted(points, key=lambda point: (point[0] if less_x else -point[0], -point[1])):
         if not front or y > front[-1][1]:
             front.append((x, y))
     if len(front) > 1:
-        figure.add_scatter(
+        _add_trace(
+            figure,
             x=[x for x, _ in front],
             y=[y for _, y in front],
             mode="lines",
@@ -430,19 +458,20 @@ def _add_front(figure: go.Figure, points: Sequence[tuple[float, float]], *, less
         )
 
 
-def _curves(rows: pl.DataFrame, column: str, *, log: bool) -> go.Figure:
+def _curves(rows: pl.DataFrame, column: str, *, log: bool) -> Plot:
     figure = _empty("training tokens of the SAE", column.replace("_", " "), log_x=True, log_y=log)
     _label_decades(figure, "xaxis", rows["tokens"].to_list())  # some SAEs are trained many times as long as others
     if log:
         _label_decades(figure, "yaxis", rows[column].drop_nulls().to_list())
     if column == "explained_variance":  # the first steps can be far below
-        figure.update_yaxes(range=[-0.1, 1.02])
+        _set(figure, "yaxis", range=[-0.1, 1.02])
     for name in in_order(rows["method"]):
         about, of_method = method(name), rows.filter(method=name)
         largest = of_method.filter(_is_largest())
         for (member,), curve in largest.partition_by("member", as_dict=True, maintain_order=True).items():
             thinned = curve.drop_nulls(column).gather_every(max(1, math.ceil(len(curve) / MAX_CURVE_POINTS)))
-            figure.add_scatter(
+            _add_trace(
+                figure,
                 x=thinned["tokens"].to_list(),
                 y=[float(f"{value:.5g}") for value in thinned[column]],
                 mode="lines",
@@ -464,7 +493,7 @@ def _rounds(results: Results) -> Iterator[Figure]:
         relative = spreads(rows.with_columns(norm=rows["fvu"].sqrt()), "norm")
         figure = _empty("rounds or members", "residual norm, relative", log_y=True)
         _label_decades(figure, "yaxis", [spread.mean for spread in relative.values()])
-        figure.update_xaxes(dtick=1 if max(size.n_members for size in relative) <= 10 else None)
+        _set(figure, "xaxis", dtick=1 if max(size.n_members for size in relative) <= 10 else None)
         for name in ("bagging", "boosting"):
             sizes = sorted(size for size in relative if size.method == name)
             if sizes:
@@ -492,7 +521,7 @@ def _rounds(results: Results) -> Iterator[Figure]:
         if members[column].null_count() == len(members):
             continue
         figure = _empty("member or round", column.replace("_", " "), log_y=log)
-        figure.update_xaxes(dtick=1 if members["member"].n_unique() <= 10 else None)
+        _set(figure, "xaxis", dtick=1 if members["member"].n_unique() <= 10 else None)
         for name, rows in _by_method(members):
             renamed = rows.with_columns(n_members=rows["member"])
             values = spreads(renamed, column)
@@ -502,7 +531,7 @@ def _rounds(results: Results) -> Iterator[Figure]:
         yield Figure(f"member_{column}", title, caption, figure)
 
 
-def _density_histogram(table: pl.DataFrame) -> go.Figure:
+def _density_histogram(table: pl.DataFrame) -> Plot:
     fires = table.filter(table["density"] > 0)
     figure = _empty("share of tokens on which it fires", "share of features", log_x=True)
     if fires.is_empty():
@@ -513,18 +542,18 @@ def _density_histogram(table: pl.DataFrame) -> go.Figure:
     for name, rows in _by_method(fires):
         edges, shares = _histogram(rows["density"].log10().to_list(), low, high, BINS, _count(table, name))
         _add_steps(figure, method(name), [10**edge for edge in edges], shares, ".2g")
-    figure.update_xaxes(range=[low, high], tickangle=0)
+    _set(figure, "xaxis", range=[low, high], tickangle=0)
     return figure
 
 
-def _cosine_histogram(table: pl.DataFrame) -> go.Figure:
+def _cosine_histogram(table: pl.DataFrame) -> Plot:
     there = table.drop_nulls("nearest_other_seed_cosine")
     figure = _empty("largest cosine under another seed", "share of features")
     low = min(0.0, math.floor(float(there["nearest_other_seed_cosine"].min() or 0) * 10) / 10)  # pyright: ignore[reportArgumentType]
     for name, rows in _by_method(there):
         edges, shares = _histogram(rows["nearest_other_seed_cosine"].to_list(), low, 1.0, BINS, len(rows))
         _add_steps(figure, method(name), edges, shares, ".2f")
-    figure.update_xaxes(range=[low, 1.0])
+    _set(figure, "xaxis", range=[low, 1.0])
     return figure
 
 
@@ -536,10 +565,11 @@ def _histogram(values: Sequence[float], low: float, high: float, bins: int, tota
     return [low + (high - low) * i / bins for i in range(bins + 1)], [count / total for count in counts]
 
 
-def _add_steps(figure: go.Figure, about: Method, edges: Sequence[float], shares: Sequence[float], form: str) -> None:
+def _add_steps(figure: Plot, about: Method, edges: Sequence[float], shares: Sequence[float], form: str) -> None:
     """A step for each bin, drawn from its left edge to its right one: at the last edge the last share stands once more."""
     bins = [f"from {left:{form}} to {right:{form}}" for left, right in itertools.pairwise(edges)]
-    figure.add_scatter(
+    _add_trace(
+        figure,
         x=[float(f"{edge:.4g}") for edge in edges],
         y=[float(f"{share:.4g}") for share in (*shares, shares[-1])],
         mode="lines",
@@ -551,7 +581,7 @@ def _add_steps(figure: go.Figure, about: Method, edges: Sequence[float], shares:
     )
 
 
-def _by_count(rows: pl.DataFrame, x: str, y: str, group: str, x_title: str) -> go.Figure:
+def _by_count(rows: pl.DataFrame, x: str, y: str, group: str, x_title: str) -> Plot:
     """Of whole ensembles and codes as they are: the mean over what is measured in each group, then over groups, for every seed."""
     import polars as pl
 
@@ -570,16 +600,17 @@ def _by_count(rows: pl.DataFrame, x: str, y: str, group: str, x_title: str) -> g
     return figure
 
 
-def _explanations(results: Results) -> go.Figure:
+def _explanations(results: Results) -> Plot:
     """Mean scores with a feature's own explanation, and with another's."""
     figure = _empty("", "balanced accuracy")
-    figure.update_xaxes(type="category")
+    _set(figure, "xaxis", type="category")
     scores = {"own explanation": "detection_score", "another's": "control_score"}
     of_column = {title: results.spreads("autointerp", column) for title, column in scores.items()}
     for name in in_order(size.method for found in of_column.values() for size in found):
         of_method = [(title, s) for title, found in of_column.items() for size, s in found.items() if size.method == name]
         about, chosen = method(name), [spread for _, spread in of_method]
-        figure.add_scatter(
+        _add_trace(
+            figure,
             x=[title for title, _ in of_method],
             y=[spread.mean for spread in chosen],
             error_y=_bars(chosen, about.colour),

@@ -112,13 +112,13 @@ METRICS = (
 def why_empty(metric: Metric, experiment: str, n_seeds: int) -> str:
     """Why a method that was measured has no number here."""
     if metric.column == "stability" and n_seeds < 2:
-        return "stability compares seeds, and there is one"
+        return "there is one seed, and stability compares seeds"
     if metric.column == "ce_loss_recovered":
         return (
-            "not measured: `ce_loss_tokens: 0`, a language model without an output head, or one whose loss zeros in the activations' "
-            "place change by less than 0.05 nats, as often in an untrained one"
+            "not measured, because of `ce_loss_tokens: 0`, a language model without an output head, or one whose loss zeros in the "
+            "activations' place change by less than 0.05 nats, as often in an untrained one"
         )
-    return f"not in the table {metric.table}: `saeens run {experiment}` makes it, where it is among the `evaluations`"
+    return f"not in the table {metric.table}, which `saeens run {experiment}` makes where it is among the `evaluations`"
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +23,7 @@ from saeens_pipeline.report.record import UI, Record
 from saeens_pipeline.report.results import Results
 from saeens_pipeline.report.words import choices, does_not_say, says
 from saeens_pipeline.storage.recipes import Store
-from saeens_pipeline.storage.tables import TABLES, with_totals
+from saeens_pipeline.storage.tables import TABLES, layers_with_tables, with_totals
 
 if TYPE_CHECKING:
     import polars as pl
@@ -35,6 +37,8 @@ INDEX = "index.html"
 PICTURES = "pictures"
 _HERE = Path(__file__).parent
 _WEIGHTS = {"random": "untrained (control)"}
+_RANK = "the place by explained variance among all rows of the same source and layer"
+_SEEDS = "from how many seeds the numbers are; pointed at, a number of the column says which"
 _IN_PAGE = (  # tables that the page shows something of
     *("reconstruction", "coactivation", "stability", "cost", "marginal_gain", "members", "training_curves", "features"),
     *("concept_detection", "spurious_correlation"),
@@ -70,7 +74,9 @@ def write_report(folder: Path, store: Store, catalogue: Catalogue, experiment: E
     results = Results.read(store.root, experiment.name, layer, experiment.ensemble.seeds)
     record = Record.read(store, experiment.name, experiment.source, layer)
     is_control = catalogue.sources[experiment.source].weights == "random"
-    control = catalogue.experiments.get(catalogue.controls.get(experiment.name, ""))
+    controls = catalogue.controls
+    control = catalogue.experiments.get(controls.get(experiment.name, ""))
+    controlled = [name for name, other in controls.items() if other == experiment.name]
     untrained = Results.read(store.root, control.name, layer, control.ensemble.seeds) if control else None
     comparisons = list(compare(results, untrained)) if untrained else []
     setting = setting_of(record.language_model, str(record.setting("hook")), layer, str(record.setting("weights")))
@@ -82,9 +88,9 @@ def write_report(folder: Path, store: Store, catalogue: Catalogue, experiment: E
     page = {
         "experiment": experiment.name,
         "layer": layer,
-        "layers": _layers(store, experiment.name),
+        "layers": layers_with_tables(store.root, experiment.name),
         "is_control": is_control,
-        "control_of": {name: layer in _layers(store, name) for name, other in catalogue.controls.items() if other == experiment.name},
+        "control_of": {name: layer in layers_with_tables(store.root, name) for name in controlled},
         "seeds": results.seeds,
         "results": results,
         "record": record,
@@ -135,13 +141,17 @@ def write_leaderboard(folder: Path, board: pl.DataFrame, reports: Mapping[tuple[
         | {"cells": [_cell_of_board(row, metric) for metric in metrics]}
         for row in board.to_dicts()
     ]
+    filters = ["experiment", "source", "layer"]
+    if board["source"].n_unique() == board["experiment"].n_unique():  # one says the other
+        filters.remove("source")
     page = {
         "rows": rows,
         "metrics": metrics,
         "empty": _reasons(metrics, [row["cells"] for row in rows]),
-        "columns": {name: [(value, value) for value in sorted(set(board[name]))] for name in ("experiment", "source", "layer")}
+        "columns": {name: [(value, value) for value in sorted(set(board[name]))] for name in filters}
         | {"language_model": [(value, _WEIGHTS.get(value, value)) for value in sorted(set(board["language_model"]))]}
         | {"method": [(name, method(name).label) for name in in_order(board["method"])]},
+        "others": {"n": N_MEMBERS, "rank": _RANK, "seeds": _SEEDS},
         "profiles": profiles,
         "methods": [method(name) for name in in_order(board["method"])],
     }
@@ -157,14 +167,14 @@ def _cell_of_board(row: Mapping[str, Any], metric: Metric) -> Cell:
     return Cell(metric.written(row[metric.column]), row[metric.column])
 
 
-def _reasons(metrics: Sequence[Metric], rows: Sequence[Sequence[Cell]]) -> list[str]:
-    """Why cells are empty, each reason once, with the columns that it is about."""
+def _reasons(metrics: Sequence[Metric], rows: Sequence[Sequence[Cell]]) -> list[tuple[str, str]]:
+    """Why cells are empty, each reason once, after the columns that it is about."""
     columns: dict[str, list[str]] = {}
     for cells in rows:
         for metric, cell in zip(metrics, cells, strict=True):
             if cell.why and metric.title not in columns.setdefault(cell.why, []):
                 columns[cell.why].append(metric.title)
-    return [f"{listed(titles)}: {why}" for why, titles in columns.items()]
+    return [(listed(titles), why) for why, titles in columns.items()]
 
 
 def _write_features(folder: Path, browser: FeatureBrowser, store: Store, record: Record, experiment: ExperimentSettings) -> None:
@@ -257,16 +267,10 @@ def _control_hint(record: Record, control: ExperimentSettings | None, untrained:
     )
 
 
-def _layers(store: Store, experiment: str) -> list[int]:
-    """Layers that have any table."""
-    found = (store.root / "tables" / experiment).glob("*/layer=*")
-    return sorted({int(path.name.removeprefix("layer=")) for path in found if path.name.removeprefix("layer=").isdecimal()})
-
-
 def _write(folder: Path, template: str, page: Mapping[str, Any], drawn: Sequence[figures.Figure]) -> None:
     from markupsafe import Markup
 
-    data = "{" + ",".join(f'"{figure.name}":{figure.figure.to_json()}' for figure in drawn) + "}"
+    data = json.dumps({figure.name: _finite(figure.figure) for figure in drawn}, separators=(",", ":"), allow_nan=False)
     for character in "<>&":  # inside a script element nothing else could end it
         data = data.replace(character, f"\\u{ord(character):04x}")
     (folder / INDEX).write_text(_environment().get_template(template).render(page, figure_data=Markup(data)))
@@ -276,6 +280,15 @@ def _write(folder: Path, template: str, page: Mapping[str, Any], drawn: Sequence
         shutil.copyfile(file, static / file.name)
     if drawn:
         (static / "plotly.min.js").write_bytes(files("plotly").joinpath("package_data", "plotly.min.js").read_bytes())
+
+
+def _finite(value: Any) -> Any:
+    """A plot with null for numbers that JSON has not."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _environment() -> Environment:

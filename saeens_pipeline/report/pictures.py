@@ -97,7 +97,7 @@ def _png(draw: Callable[[Axes], None], x_title: str, y_title: str) -> bytes:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=INCHES, dpi=DPI, layout="constrained")
-    FigureCanvasAgg(figure)
+    canvas = FigureCanvasAgg(figure)
     axes = figure.subplots()
     draw(axes)
     axes.set_xlabel(x_title)
@@ -106,5 +106,5 @@ def _png(draw: Callable[[Axes], None], x_title: str, y_title: str) -> bytes:
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right upper", frameon=False, fontsize=7.5)
     written = io.BytesIO()
-    figure.savefig(written, format="png", metadata={"Software": None})
+    canvas.print_png(written, metadata={"Software": None})  # `savefig` draws twice
     return written.getvalue()

@@ -356,6 +356,12 @@ def has_table(root: Path, experiment: str, table: str, layer: int | None = None)
     return bool(_parts(root, experiment, table, layer))
 
 
+def layers_with_tables(root: Path, experiment: str) -> list[int]:
+    """Layers of which there is a folder of any table."""
+    names = {path.name.removeprefix("layer=") for path in (root / "tables" / experiment).glob("*/layer=*")}
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
 def read_table(root: Path, experiment: str, table: str, layer: int | None = None) -> pl.DataFrame:
     """All partitions of one table of one experiment, or those of one layer.
 

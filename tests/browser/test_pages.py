@@ -323,6 +323,21 @@ def test_the_leaderboard_is_filtered(browser: Browser):
     assert _column(page, "method") == ["expanded_l0_matched"]
 
 
+@pytest.mark.parametrize("width", [1280, 400])
+def test_where_no_row_of_the_leaderboard_matches_the_filters_can_be_cleared(browser: Browser, width: int):
+    opened = _open(browser, LEADERBOARD, width)
+    page, empty = opened.page, opened.page.locator("#no-row")
+    assert not empty.is_visible()
+    page.select_option("[data-filter='method']", "boosting")
+    page.fill("[data-find]", "in no row")
+    page.wait_for_selector("#no-row:has-text('No row matches.')")
+    assert page.inner_text("#shown") == "0 of 10 rows" and _column(page, "method") == []
+    page.get_by_role("button", name="Clear the filters").click()
+    assert page.inner_text("#shown") == "10 of 10 rows" and len(_column(page, "method")) == 10
+    assert not empty.is_visible()
+    assert opened.complaints == []
+
+
 def test_the_leaderboard_leads_to_reports_and_back(browser: Browser):
     page = _open(browser, LEADERBOARD).page
     page.click("#leaderboard tbody tr:first-child a")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import plotly.graph_objects as go
 import polars as pl
 import pytest
 import scipy.stats
@@ -91,7 +92,12 @@ def _synthetic(table: str, rows: list[dict[str, Any]]) -> Results:
 
 
 def _of(figures: list[Figure], name: str) -> Any:
-    return next(each.figure for each in figures if each.name == name)
+    return _drawn(next(each for each in figures if each.name == name))
+
+
+def _drawn(figure: Figure) -> Any:
+    """A figure as plotly reads it, which takes no key or value that it does not know."""
+    return go.Figure(figure.figure)
 
 
 def test_a_run_ends_with_a_report_and_says_where_it_is(finished: Laboratory):
@@ -128,6 +134,33 @@ def test_training_is_counted_with_passes_over_residuals_everywhere(finished: Lab
     printed = for_reading(standings(finished.store, declaration)).filter(method="boosting")
     assert printed["FLOPs"].item() == pytest.approx(expected, rel=1e-12)
     assert printed["seconds"].item() == pytest.approx(np.mean((cost["train_seconds"] + cost["residual_seconds"]).to_numpy()), rel=1e-12)
+
+
+def test_every_plot_is_one_that_plotly_knows(finished: Laboratory):
+    figures = _page(finished).figures
+    assert len(figures) > 10
+    for name, figure in figures.items():
+        read = json.loads(go.Figure(figure).to_json() or "")
+        assert read["data"] == figure["data"], name
+        assert figure["layout"].items() <= read["layout"].items(), name
+
+
+def test_a_report_asks_dagster_for_layers_only_where_there_are_more_than_in_the_file(finished: Laboratory, monkeypatch: pytest.MonkeyPatch):
+    def recorded(source: Any) -> Any:
+        raise LookupError(source.name)
+
+    monkeypatch.setattr("saeens_pipeline.layers.recorded_layers", recorded)
+    page, _ = write_reports(NAME, [])
+    assert page.parent.name == f"layer={LAYER}"
+    with pytest.raises(LookupError):
+        write_reports(NAME, [LAYER + 1])
+    added = finished.root / "tables" / NAME / "cost" / f"layer={LAYER + 1}"
+    added.mkdir()
+    try:
+        with pytest.raises(LookupError):
+            write_reports(NAME, [])
+    finally:
+        added.rmdir()
 
 
 def test_each_sae_is_counted_once_under_however_many_names_it_is_there(finished: Laboratory):
@@ -193,7 +226,7 @@ def test_symbols_of_levels_that_are_as_high_stand_beside_each_other():
     diversity += [("compute_matched", 1, 11), ("matching_pursuit", 1, 81), ("expanded_l0_matched", 2, 40)]
     rows = [{"seed": 1, "method": name, "n_members": n, "diversity": value} for name, n, value in diversity]
     (figure,) = by_members(_synthetic("coactivation", rows))
-    symbols = {trace.name: trace.x[-1] for trace in figure.figure.data if trace.mode == "markers"}
+    symbols = {trace.name: trace.x[-1] for trace in _drawn(figure).data if trace.mode == "markers"}
     place = {name: symbols[method(name).label] for name, _, _ in diversity if method(name).label in symbols}
     assert place["expanded_l0_matched"] == 2
     assert 1 < place["compute_matched"] < place["single"] < 2  # bagging ends as high
@@ -517,7 +550,7 @@ def test_sizes_that_are_enough_are_marked():
         for n in (1, 2, 3)
     ]
     figure = next(each for each in marginal_gain(_synthetic("marginal_gain", rows)) if each.name == "explained_variance_gain")
-    assert [shape["x0"] for shape in figure.figure.to_dict()["layout"]["shapes"]] == [2]
+    assert [shape["x0"] for shape in _drawn(figure).to_dict()["layout"]["shapes"]] == [2]
     assert "bagging 2" in figure.caption
 
 
@@ -596,7 +629,7 @@ def test_concept_detection_is_the_mean_over_labels_then_over_data_sets_of_whole_
         for k in (1, 2)
     ]
     (figure,) = downstream(_synthetic("concept_detection", rows))
-    assert {trace.name: (list(trace.x), list(trace.y)) for trace in figure.figure.data} == {
+    assert {trace.name: (list(trace.x), list(trace.y)) for trace in _drawn(figure).data} == {
         "single": ([1, 2], pytest.approx([0.65, 0.65])),
         "bagging": ([1, 2], pytest.approx([0.75, 0.75])),
     }
@@ -608,7 +641,7 @@ def test_scr_is_the_mean_over_tasks_without_directions_that_do_not_count():
         for task, n, value in (("a", 0, 0.0), ("a", 2, 0.2), ("b", 2, 0.4), ("c", 2, None), ("a", 5, 0.5))
     ]
     (figure,) = downstream(_synthetic("spurious_correlation", rows))
-    (trace,) = figure.figure.data
+    (trace,) = _drawn(figure).data
     assert (list(trace.x), list(trace.y)) == ([2, 5], pytest.approx([0.3, 0.5]))
 
 
@@ -619,11 +652,11 @@ def test_scores_of_explanations_are_means_over_features_beside_the_control():
         for name, score, control in (("bagging", 0.9, 0.5), ("bagging", 0.7, None), ("bagging", None, None), ("boosting", 0.6, 0.4))
     ]
     (figure,) = downstream(_synthetic("autointerp", rows))
-    assert {trace.name: (list(trace.x), list(trace.y)) for trace in figure.figure.data} == {
+    assert {trace.name: (list(trace.x), list(trace.y)) for trace in _drawn(figure).data} == {
         "bagging": (["own explanation", "another's"], pytest.approx([0.8, 0.5])),
         "boosting": (["own explanation", "another's"], pytest.approx([0.6, 0.4])),
     }
-    assert figure.figure.to_dict()["layout"]["xaxis"]["type"] == "category"
+    assert _drawn(figure).to_dict()["layout"]["xaxis"]["type"] == "category"
     unasked = [row | {"detection_score": None} for row in rows[:1]]
     assert not list(downstream(_synthetic("autointerp", unasked)))
 
@@ -670,11 +703,43 @@ def test_the_leaderboards_page_marks_controls_and_says_why_numbers_are_missing(f
     page = Page(tmp_path / "index.html")
     rows = page.source.split("<tr ")[1:]
     assert [row.count('<b class="control"') for row in rows] == [0] * len(METHODS) + [1] * len(METHODS)
-    for column, why in (("ce_loss_recovered", "ce_loss_tokens"), ("stability", "stability compares seeds, and there is one")):
+    for column, why in (("ce_loss_recovered", "ce_loss_tokens"), ("stability", "there is one seed, and stability compares seeds")):
         empty = [a for tag, a in page.elements if tag == "td" and a.get("data-key") == column and not a["data-value"]]
         assert len(empty) == len(METHODS) - 1
         assert all(why in str(each["title"]) for each in empty)
-    assert page.text.count(", CE rec.: not measured") == page.text.count(", stability: stability compares seeds") == 1
+    assert page.text.count("under CE rec.: not measured") == page.text.count("under stability: there is one seed") == 1
+
+
+def test_the_leaderboards_page_explains_its_methods_and_columns_and_what_is_better(finished: Laboratory):
+    write_reports(None, [])
+    page = Page(finished.root / "reports" / "leaderboard" / "index.html")
+    titles = re.findall(r'data-sort="([^"]+)"[^>]*>([^<]*)</button>(?:<span class="better" title="(more|less))?', page.source)
+    better = {metric.column: metric.better for metric in METRICS}
+    assert {column: word for column, _, word in titles if word} == {column: word for column, word in better.items() if word}
+    terms = {re.sub("<.*?>.*?</.*?>", "", term) for term in re.findall("<dt>(.*?)</dt>", page.source)}
+    assert terms >= {method(name).label for name in METHODS} | {"n", "rank", "seeds"}
+    assert terms >= {metric.title for metric in METRICS if metric.column in {column for column, _, _ in titles}}
+
+
+def test_sources_are_a_filter_of_the_leaderboards_page_where_experiments_share_one(finished: Laboratory, tmp_path: Path):
+    (declaration,) = finished.catalogue.leaderboard().outputs
+    board = standings(finished.store, declaration)
+    other = board.with_columns(experiment=pl.lit("other"))
+    pages: dict[str, set[str]] = {}
+    for name, rows in (
+        ("of one each", [board, other.with_columns(source=pl.lit("other"))]),
+        ("of one", [board, other]),
+        ("of two", [board, other, other.with_columns(experiment=pl.lit("third"), source=pl.lit("third"))]),
+    ):
+        (tmp_path / name).mkdir()
+        write_leaderboard(tmp_path / name, pl.concat(rows), {})
+        page = Page(tmp_path / name / "index.html")
+        pages[name] = {str(a["data-filter"]) for tag, a in page.elements if tag == "select"}
+    assert pages == {
+        "of one each": {"experiment", "method"},
+        "of one": {"experiment", "method"},
+        "of two": {"experiment", "method", "source"},
+    }
 
 
 def test_profiles_by_layer_are_drawn_where_there_are_several():
@@ -688,7 +753,7 @@ def test_profiles_by_layer_are_drawn_where_there_are_several():
         schema_overrides={"stability": pl.Float64, "connectivity": pl.Float64, "ce_loss_recovered": pl.Float64},
     )  # fmt: skip
     (figure,) = layer_profile(board, "e")
-    assert {trace.name: (list(trace.x), list(trace.y)) for trace in figure.figure.data} == {
+    assert {trace.name: (list(trace.x), list(trace.y)) for trace in _drawn(figure).data} == {
         "single": ([0, 1], pytest.approx([0.1, 0.3])), "boosting": ([0, 1], pytest.approx([0.2, 0.4])),
     }  # fmt: skip
     assert list(layer_profile(board.filter(layer=0), "e")) == []

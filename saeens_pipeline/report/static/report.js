@@ -203,9 +203,15 @@
         shown += matches;
       }
       document.getElementById("shown").textContent = `${shown} of ${rows.length} rows`;
+      document.getElementById("no-row").hidden = shown > 0;
     };
     form.addEventListener("input", filter);
     form.addEventListener("submit", (event) => event.preventDefault());
+    document.querySelector("#no-row button").addEventListener("click", () => {
+      form.reset();
+      filter();
+      form.querySelector("[data-find]").focus();
+    });
     filter();
   }
 
