@@ -248,11 +248,11 @@ def _bits(rough: Tensor) -> np.ndarray:
 
 
 def _bfloat16_pays(n_tokens: int, weights: Weights) -> bool:
-    return n_tokens * weights.W_enc.numel() >= _ROUGH_PRODUCTS and _multiplies_bfloat16()
+    return n_tokens * weights.W_enc.numel() >= _ROUGH_PRODUCTS and multiplies_bfloat16()
 
 
 @cache
-def _multiplies_bfloat16() -> bool:
+def multiplies_bfloat16() -> bool:
     """Whether this processor multiplies bfloat16 faster than float32. Looked up, not timed: a result must not depend on its load."""
     features = torch.cpu.get_capabilities()
     return bool(features.get("avx512_bf16") or features.get("amx_bf16"))

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saeens_models.architectures import SAE, Objective, SAEConfig, build_sae
+from saeens_models.architectures import SAE, Objective, SAEConfig, build_sae, sae_class
 from saeens_models.kernels import Team, cpu_team
-from saeens_models.kernels.cpu import Encoder, topk_reconstruct
+from saeens_models.kernels.cpu import Encoder, multiplies_bfloat16
 from saeens_models.training.adam import Adam
 from saeens_models.training.config import TrainingConfig
 from saeens_models.training.micro_batches import backpropagate
@@ -45,29 +45,32 @@ class NonFiniteLossError(FloatingPointError):
 
 
 @cache
-def load_kernels() -> None:
-    """Compile what training and encoding on the CPU call, or read it from disk: up to ten seconds, which are not training.
+def load_kernels(architecture: str) -> None:
+    """Compile what training and encoding on the CPU call, or read it from disk: some seconds, which are not training.
 
     It is done on a thread of its own, since an interrupt in the middle of it would leave the compiler locked for all others.
     """
     with cpu_team("cpu") as team:
         if team is not None:
-            team.apart(partial(_call_kernels, team))
+            team.apart(partial(_call_kernels, team, architecture))
 
 
-def _call_kernels(team: Team) -> None:
+def _call_kernels(team: Team, architecture: str) -> None:
     x = torch.linspace(-1, 1, 64 * 8).view(64, 8).sin()
     training = TrainingConfig(learning_rate=1e-3, dead_after_tokens=1, unit_norm_decoder=True)
-    for settings in ({"architecture": "topk", "k": 2}, {"architecture": "jumprelu"}):
-        trainer = SAETrainer(SAEConfig(**settings, d_in=8, d_sae=64), training, team=team)
-        for _ in range(2):  # in the second step there are dead features
-            trainer.step(x)
-    with torch.no_grad():
-        trainer.sae.b_enc.fill_(-100.0)
-    trainer.step(x)  # with so few active features that their entries are taken one by one
-    weights, k = trainer.sae.stored_weights, 2
-    topk_reconstruct(team, x, weights, k=k, apply_b_dec_to_input=True)
-    Encoder(team, weights, rough=True).encode(x, np.empty((len(x), k), np.int32), np.empty((len(x), k), np.float32))
+    l0_field = sae_class(architecture).config_class.l0_field
+    config = SAEConfig(architecture=architecture, d_in=8, d_sae=64, **({l0_field: 2} if l0_field else {}))
+    trainer = SAETrainer(config, training, team=team)
+    for _ in range(2):  # in the second step there are dead features
+        trainer.step(x)
+    if l0_field is None and "b_enc" in trainer.sae.state_dict():
+        with torch.no_grad():
+            trainer.sae.b_enc.fill_(-100.0)
+        trainer.step(x)  # with so few active features that their entries are taken one by one
+    trainer.sae.reconstruct(x)
+    if architecture == "topk" and multiplies_bfloat16():
+        rough = Encoder(team, trainer.sae.stored_weights, rough=True)
+        rough.encode(x, np.empty((len(x), 2), np.int32), np.empty((len(x), 2), np.float32))
 
 
 class SAETrainer:

@@ -348,7 +348,8 @@ class _Training:
             live.tell(points)
 
         if self._device == "cpu":
-            load_kernels()  # not counted as training
+            for architecture in {config.architecture: None for config in configs}:
+                load_kernels(architecture)  # not counted as training
         compute = workplace.compute
         with compute.measure() as measured, compute.training_precision(), progress.task(label, n_tokens) as advance:
             stream = _Stream(self._reader, self.config.batch_tokens, self._device, advance, seed=self._data_seed, epochs=self._epochs)

@@ -325,8 +325,10 @@ sys.path.insert(0, sys.argv[1])
 import saeens_models as sm
 import test_checkpoints as t
 from killed_process import count_calls, run_and_kill
+from saeens_models.architectures import architectures
 from saeens_models.training import load_kernels
-load_kernels()
+for architecture in architectures():
+    load_kernels(architecture)
 folder, chosen = Path(sys.argv[2]), random.Random(7)
 
 for name, train in t.TRAIN.items():

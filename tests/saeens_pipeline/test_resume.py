@@ -452,7 +452,7 @@ import saeens_pipeline.assets.dagster_assets
 from killed_process import count_calls, run_and_kill
 from saeens_models.training import load_kernels
 import test_resume as t
-load_kernels()
+load_kernels("topk")
 chosen = random.Random(3)
 laboratory = t.Laboratory(*map(Path, sys.argv[3:6]))
 
