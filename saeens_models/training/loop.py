@@ -146,7 +146,7 @@ def _train(
                 x = _scaled_input(batch, configs[0].d_in, training.input_scale or 1.0, n_steps)
                 if not trainers:
                     if x.is_cpu:
-                        for architecture in {config.architecture: None for config in configs}:
+                        for architecture in sorted({config.architecture for config in configs}):
                             load_kernels(architecture)
                     team = stack.enter_context(cpu_team(x.device))
                     starts = initial or [None] * len(configs)

@@ -348,7 +348,7 @@ class _Training:
             live.tell(points)
 
         if self._device == "cpu":
-            for architecture in {config.architecture: None for config in configs}:
+            for architecture in sorted({config.architecture for config in configs}):
                 load_kernels(architecture)  # not counted as training
         compute = workplace.compute
         with compute.measure() as measured, compute.training_precision(), progress.task(label, n_tokens) as advance:
