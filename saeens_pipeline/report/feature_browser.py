@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import gzip
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +36,6 @@ DIGITS = 3  # of activations and logits
 FEW_FEATURES = 50_000  # up to which one thread places them faster than several that wait for each other on busy cores
 COMPRESSION = 4  # gzip's level; 6 takes three times as long for 6% less
 _KEY = ["method", "member", "index"]
-_HAS_CONTEXTS = {"quickstart": "quickstart_full"}  # what has no time for them, and who has them of the same SAEs
 _TYPES = {"float32": "Float32Array", "int16": "Int16Array", "uint16": "Uint16Array", "uint32": "Uint32Array"}
 
 
@@ -121,13 +119,6 @@ class FeatureBrowser:
         lacking |= set() if self.explanations is not None else {"score", "explanation"}
         lacking |= {"near", "nearest"} if self.rows["nearest_member"].null_count() == len(self.rows) else set()
         return {column.key for column in COLUMNS} - lacking
-
-    def missing_contexts(self, missing: str) -> str:
-        """What gives them, in a line, of one that also says what the table is about; empty where they are there."""
-        if self.contexts is not None:
-            return ""
-        there = _HAS_CONTEXTS.get(self.results.experiment)
-        return re.sub(r" \([^)]*\)", "", missing, count=1) + (f" Of the same SAEs, `saeens run {there}` makes it." if there else "")
 
     def write(self, folder: Path, store: Store, record: Record, missing_contexts: str) -> None:
         """Write the list and the shards; `missing_contexts` is what the page of a feature says where there are none.

@@ -124,7 +124,8 @@ def write_report(folder: Path, store: Store, catalogue: Catalogue, experiment: E
     }
     _write(folder, "report.html", page, [figure for section in sections for figure in section.figures])
     if browser:
-        _write_features(folder, browser, store, record, experiment)
+        missing = "" if browser.contexts is not None else what_makes_contexts(experiment, catalogue)
+        _write_features(folder, browser, store, record, missing)
     for name, png in report_pictures(results):
         (folder / PICTURES).mkdir(exist_ok=True)
         (folder / PICTURES / f"{name}.png").write_bytes(png)
@@ -177,20 +178,20 @@ def _reasons(metrics: Sequence[Metric], rows: Sequence[Sequence[Cell]]) -> list[
     return [(listed(titles), why) for why, titles in columns.items()]
 
 
-def _write_features(folder: Path, browser: FeatureBrowser, store: Store, record: Record, experiment: ExperimentSettings) -> None:
+def _write_features(folder: Path, browser: FeatureBrowser, store: Store, record: Record, missing_contexts: str) -> None:
     """The page of all features, and the files that it reads."""
     page = {
-        "experiment": experiment.name,
+        "experiment": record.experiment,
         "layer": record.layer,
         "browser": browser,
         "methods": [method(name) for name in in_order(browser.rows["method"].unique())],
         "columns": [column for column in COLUMNS if column.key in browser.columns],
         "shared": figures.NEAR_DUPLICATE,
-        "missing_contexts": (missing := browser.missing_contexts(_what_makes("contexts", experiment))),
+        "missing_contexts": missing_contexts,
         "figure_data": "{}",
     }
     (folder / PAGE).write_text(_environment().get_template(PAGE).render(page))
-    browser.write(folder, store, record, missing)
+    browser.write(folder, store, record, missing_contexts)
 
 
 def _sections(results: Results, browser: FeatureBrowser | None, explained: str) -> Iterable[Section]:
@@ -249,6 +250,23 @@ def _what_makes(table: str, experiment: ExperimentSettings, trouble: str = "is n
     run, question = f"saeens run {experiment.name}", TABLES[table].question
     how = f"`{run}` makes it." if table in experiment.evaluations else f"add {table} to `evaluations` in the experiment file, then `{run}`."
     return f"The table {table} ({question[0].lower()}{question[1:].rstrip('?')}) {trouble}: {how}"
+
+
+def what_makes_contexts(experiment: ExperimentSettings, catalogue: Catalogue) -> str:
+    """How to have contexts where there are none: by this experiment, or by another that asks for them and has the same SAEs."""
+
+    def saes(of: ExperimentSettings) -> tuple[object, ...]:
+        return of.source, of.saes, of.training, of.ensemble
+
+    run = f"saeens run {experiment.name}"
+    if "contexts" in experiment.evaluations:
+        return f"Contexts are not there: `{run}` makes them."
+    how = f"add contexts to `evaluations` in the experiment file, then `{run}`"
+    for other in catalogue.experiments.values():
+        if "contexts" in other.evaluations and saes(other) == saes(experiment):
+            how = f"`saeens run {other.name}` makes them of the same SAEs; or {how}"
+            break
+    return f"Contexts are not there: {how}."
 
 
 def _control_hint(record: Record, control: ExperimentSettings | None, untrained: Results | None) -> str:

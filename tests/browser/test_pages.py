@@ -306,6 +306,8 @@ def test_the_leaderboard_is_sorted_by_any_column(browser: Browser):
     assert values == sorted(values, reverse=True) and len(set(values)) > 5
     page.click("#leaderboard button[data-sort='explained_variance']")
     assert list(map(float, _column(page, "explained_variance"))) == sorted(values)
+    page.click("#leaderboard button[data-sort='mse']")  # less is better: the best first
+    assert list(map(float, _column(page, "mse"))) == sorted(map(float, _column(page, "mse")))
     page.click("#leaderboard button[data-sort='method']")
     assert _column(page, "method") == sorted(_column(page, "method"))
     assert page.get_attribute("#leaderboard th[aria-sort]", "aria-sort") == "ascending"
@@ -320,6 +322,8 @@ def test_the_leaderboard_is_filtered(browser: Browser):
     assert page.inner_text("#shown") == "1 of 10 rows"
     page.select_option("[data-filter='method']", "")
     page.fill("[data-find]", "L0 matched")
+    assert _column(page, "method") == ["expanded_l0_matched"]
+    page.fill("[data-find]", "expanded_l0")  # as the tables call it
     assert _column(page, "method") == ["expanded_l0_matched"]
 
 

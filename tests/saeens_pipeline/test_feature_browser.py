@@ -8,7 +8,6 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,7 @@ from tiny_models import D_MODEL
 import saeens_models as sm
 from saeens_pipeline.autointerp.endpoint import URL_VARIABLE
 from saeens_pipeline.catalogue import load_catalogue
-from saeens_pipeline.report.feature_browser import FeatureBrowser
-from saeens_pipeline.report.results import Results
+from saeens_pipeline.report.pages import what_makes_contexts
 from saeens_pipeline.reports import write_reports
 from saeens_pipeline.storage.names import Address, Partition
 from saeens_pipeline.storage.recipes import Recipe
@@ -213,7 +211,7 @@ def test_without_contexts_the_list_is_there_and_says_what_makes_them(laboratory:
     shutil.rmtree(laboratory.root / "tables" / NAME / "contexts")
     write_reports(NAME, [])
     header, columns = _list(laboratory)
-    said = f"The table contexts is not there: `saeens run {NAME}` makes it."
+    said = f"Contexts are not there: `saeens run {NAME}` makes them."
     assert header["missingContexts"] == said
     assert said.replace(f"`saeens run {NAME}`", f"<code>saeens run {NAME}</code>") in (_report(laboratory) / "features.html").read_text()
     assert len(columns["density"]) == N
@@ -255,18 +253,13 @@ def test_the_first_declared_seed_that_has_rows_is_shown(laboratory: Laboratory):
     assert f"under seed {SEEDS[1]}" in (_report(laboratory) / "features.html").read_text()
 
 
-@pytest.mark.parametrize(("name", "found"), [("quickstart", " Of the same SAEs, `saeens run quickstart_full` makes it."), (NAME, "")])
-def test_the_quickstart_says_who_has_contexts(laboratory: Laboratory, name: str, found: str):
-    results = Results.read(laboratory.root, NAME, LAYER, SEEDS)
-    browser = FeatureBrowser.read(laboratory.store, results, SEEDS)
-    assert browser is not None and browser.missing_contexts("The table (what it has) is not there.") == ""
-    named = replace(browser, results=replace(results, experiment=name), contexts=None)
-    assert named.missing_contexts("The table (what it has) is not there.") == f"The table is not there.{found}"
-
-
-def test_who_is_said_to_have_contexts_has_them():
-    shipped = load_catalogue()
-    assert [name for name in ("quickstart", "quickstart_full") if "contexts" in shipped.experiment(name).evaluations] == ["quickstart_full"]
+def test_who_has_contexts_of_the_same_saes_is_named():
+    catalogue = load_catalogue()
+    quickstart, full, other = map(catalogue.experiment, ("quickstart", "quickstart_full", "quickstart_random"))
+    assert "contexts" in full.evaluations and not {"contexts"} & {*quickstart.evaluations, *other.evaluations}
+    assert "`saeens run quickstart_full` makes them of the same SAEs" in what_makes_contexts(quickstart, catalogue)
+    assert what_makes_contexts(full, catalogue) == "Contexts are not there: `saeens run quickstart_full` makes them."
+    assert "same SAEs" not in what_makes_contexts(other, catalogue)
 
 
 def _with_explanations(laboratory: Laboratory) -> None:

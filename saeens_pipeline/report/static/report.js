@@ -130,8 +130,8 @@
     for (const button of buttons) {
       button.addEventListener("click", () => {
         const isNumber = button.closest("th").classList.contains("number");
-        const first = isNumber ? "descending" : "ascending";
-        const second = isNumber ? "ascending" : "descending";
+        const first = button.dataset.first ?? (isNumber ? "descending" : "ascending"); // the best, where one end is better
+        const second = first === "ascending" ? "descending" : "ascending";
         const order = button.dataset.order === first ? second : first;
         for (const each of buttons) {
           delete each.dataset.order;
@@ -195,7 +195,7 @@
       const wanted = [...form.querySelectorAll("[data-filter]")].filter((select) => select.value);
       let shown = 0;
       for (const row of rows) {
-        const text = row.textContent.toLowerCase();
+        const text = `${row.textContent} ${row.dataset.method}`.toLowerCase(); // the method by either name
         const matches =
           words.every((word) => text.includes(word)) &&
           wanted.every((select) => row.getAttribute(`data-${select.dataset.filter}`) === select.value);
