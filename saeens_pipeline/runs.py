@@ -16,7 +16,7 @@ from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.instance import end_dead_runs, recorded_instance
 from saeens_pipeline.layers import layers_of_source, recorded_layers
 from saeens_pipeline.plan import Stage, Status, plan
-from saeens_pipeline.resources import StoreResource
+from saeens_pipeline.resources import ComputeResource, StoreResource
 
 if TYPE_CHECKING:
     from dagster import DagsterInstance
@@ -90,7 +90,12 @@ def run_experiment(name: str, *, layers: Sequence[int], seeds: Sequence[int], se
         damaged = [s for stage, wanted in chosen for s in stage.statuses if s.state == "damaged" and s.declaration in wanted]
         for status in damaged:
             console.print(status.reason, highlight=False, markup=False, soft_wrap=True)
-        with _quiet(), log_lines.written_with(partial(_print_line, console)), progress.report_to(reporter_for(console)):
+        with (
+            _compiling(store, everything),
+            _quiet(),
+            log_lines.written_with(partial(_print_line, console)),
+            progress.report_to(reporter_for(console)),
+        ):
             _execute(catalogue, experiment, layers, [(stage, wanted) for stage, wanted in chosen if wanted])
     after = plan(store, ops, layers, experiment.ensemble.seeds)
     asked = [s for stage in after for s in stage.statuses if not seeds or s.partition.seed is None or s.partition.seed in seeds]
@@ -232,6 +237,17 @@ def stages_to_retrain(
         (stage, [s.declaration for s in stage.statuses if s.state != "fresh" or s.declaration.address.kind == watched]) for stage in stages
     ]
     return [(stage, declarations) for stage, declarations in wanted if declarations]
+
+
+def _compiling(store: Store, wanted: Sequence[Declaration]) -> contextlib.AbstractContextManager[object]:
+    """What trains on the CPU is compiled beside what comes before training, if anything does."""
+    from saeens_pipeline.kernels import compiled_meanwhile
+
+    architectures = {declaration.tags["architecture"] for declaration in wanted if declaration.builder == "sae"}
+    comes_first = any(declaration.builder in {"tokens", "activations"} for declaration in wanted)
+    if architectures and comes_first and ComputeResource.from_environment().resolve() == "cpu":
+        return compiled_meanwhile(store.root, architectures)
+    return contextlib.nullcontext()
 
 
 def _execute(

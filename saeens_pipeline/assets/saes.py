@@ -18,6 +18,7 @@ from saeens_pipeline.assets.sources import tokens_of
 from saeens_pipeline.assets.specialised import open_documents
 from saeens_pipeline.components.ensemble_experiment import MAX_MEMBERS, ExperimentSettings
 from saeens_pipeline.errors import ConfigurationError, SaeensError
+from saeens_pipeline.kernels import load_kernels
 from saeens_pipeline.storage.activations import ActivationReader, ActivationStatistics, require_free_disk
 from saeens_pipeline.storage.checkpoints import checkpoint_file, checkpoint_seconds
 from saeens_pipeline.storage.disk import is_full_disk
@@ -329,7 +330,7 @@ class _Training:
         self, tasks: Sequence[Task], train: Callable[..., list[SAE]], checkpoints: Checkpoints | None, plan: MemoryPlan
     ) -> list[_Trained]:
         """Train the SAEs of some of the tasks with `sm.train`, or what is called as it is."""
-        from saeens_models.training import checkpoint_bytes, load_kernels
+        from saeens_models.training import checkpoint_bytes
 
         workplace, n_tokens = self._workplace, self._n_tokens
         configs = [_task_config(task, self._reader.d_in) for task in tasks]
@@ -348,8 +349,7 @@ class _Training:
             live.tell(points)
 
         if self._device == "cpu":
-            for architecture in sorted({config.architecture for config in configs}):
-                load_kernels(architecture)  # not counted as training
+            load_kernels(workplace.store.root, (config.architecture for config in configs))  # not counted as training
         compute = workplace.compute
         with compute.measure() as measured, compute.training_precision(), progress.task(label, n_tokens) as advance:
             stream = _Stream(self._reader, self.config.batch_tokens, self._device, advance, seed=self._data_seed, epochs=self._epochs)

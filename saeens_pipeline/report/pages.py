@@ -253,18 +253,20 @@ def _what_makes(table: str, experiment: ExperimentSettings, trouble: str = "is n
 
 
 def what_makes_contexts(experiment: ExperimentSettings, catalogue: Catalogue) -> str:
-    """How to have contexts where there are none: by this experiment, or by another that asks for them and has the same SAEs."""
+    """How to have contexts where there are none: by this experiment, or by another that asks for them and has the same SAEs, or more."""
+    members = experiment.ensemble.members
 
     def saes(of: ExperimentSettings) -> tuple[object, ...]:
-        return of.source, of.saes, of.training, of.ensemble
+        return of.source, of.saes[:members], of.training, of.ensemble.model_copy(update={"members": members})
 
     run = f"saeens run {experiment.name}"
     if "contexts" in experiment.evaluations:
         return f"Contexts are not there: `{run}` makes them."
     how = f"add contexts to `evaluations` in the experiment file, then `{run}`"
     for other in catalogue.experiments.values():
-        if "contexts" in other.evaluations and saes(other) == saes(experiment):
-            how = f"`saeens run {other.name}` makes them of the same SAEs; or {how}"
+        if "contexts" in other.evaluations and other.ensemble.members >= members and saes(other) == saes(experiment):
+            more = " and more" if other.ensemble.members > members else ""
+            how = f"`saeens run {other.name}` makes them of the same SAEs{more}; or {how}"
             break
     return f"Contexts are not there: {how}."
 

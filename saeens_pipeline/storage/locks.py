@@ -66,6 +66,18 @@ def holding_one_of(root: Path, names: Sequence[str]) -> Iterator[str]:
             _give_back(files[name], lock)
 
 
+@contextlib.contextmanager
+def holding(root: Path, name: str) -> Iterator[None]:
+    """Wait, without a word, until no other process holds this, and hold it."""
+    file = root / FOLDER / f"{name}.lock"
+    lock = _take(file, wait=True)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            _give_back(file, lock)
+
+
 def _file(root: Path, address: Address, partition: Partition) -> Path:
     return root / FOLDER / f"{str(address.path(partition)).replace('/', '__')}.lock"
 

@@ -1,0 +1,71 @@
+"""Kernels are compiled by one process at a time, and beside what comes before training."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from saeens_pipeline import runs
+from saeens_pipeline.kernels import compiled_meanwhile, load_kernels
+from saeens_pipeline.storage.locks import FOLDER, holding
+from saeens_pipeline.storage.recipes import Store
+
+
+def test_another_process_loads_them_and_leaves_nothing(tmp_path):
+    with compiled_meanwhile(tmp_path, ["topk", "standard", "topk"]) as process:
+        assert process.args[3:] == [str(tmp_path), "standard", "topk"]
+        assert process.wait(timeout=300) == 0
+    assert list((tmp_path / FOLDER).iterdir()) == []
+
+
+def test_it_ends_with_the_context(tmp_path):
+    with holding(tmp_path, "kernels"), compiled_meanwhile(tmp_path, ["topk"]) as process:
+        assert process.poll() is None
+    assert process.returncode is not None
+
+
+def test_who_needs_them_waits_until_the_other_has_compiled(tmp_path):
+    waiting = threading.Thread(target=load_kernels, args=(tmp_path, ["topk"]))
+    with holding(tmp_path, "kernels"):
+        waiting.start()
+        waiting.join(0.2)
+        assert waiting.is_alive()
+    waiting.join(300)
+    assert not waiting.is_alive()
+
+
+@pytest.mark.parametrize(
+    ("builders", "device", "compiled"),
+    [
+        (("tokens", "activations", "sae"), "cpu", ["topk"]),
+        (("activations", "sae", "residual"), "cpu", ["topk"]),
+        (("sae", "residual"), "cpu", None),  # needed at once
+        (("tokens", "activations"), "cpu", None),
+        (("tokens", "sae"), "meta", None),
+    ],
+)
+def test_only_beside_what_comes_before_training(tmp_path, monkeypatch, builders: tuple[str, ...], device: str, compiled: list[str] | None):
+    asked: list[list[str]] = []
+
+    def compiled_instead(root: Any, architectures: Any) -> nullcontext[None]:
+        assert root == tmp_path
+        asked.append(sorted(architectures))
+        return nullcontext()
+
+    monkeypatch.setattr("saeens_pipeline.kernels.compiled_meanwhile", compiled_instead)
+    monkeypatch.setattr("saeens_pipeline.resources.ComputeResource.resolve", lambda self: device)
+    wanted: Any = [SimpleNamespace(builder=builder, tags={"architecture": "topk"} if builder == "sae" else {}) for builder in builders]
+    with runs._compiling(Store(tmp_path), wanted):
+        pass
+    assert asked == ([compiled] if compiled else [])
+
+
+def test_torch_has_its_threads_back(tmp_path):
+    threads = torch.get_num_threads()
+    load_kernels(tmp_path, ["topk"])
+    assert torch.get_num_threads() == threads
