@@ -18,6 +18,7 @@ from saeens_pipeline.storage.recipes import Store
 
 def test_another_process_loads_them_and_leaves_nothing(tmp_path):
     with compiled_meanwhile(tmp_path, ["topk", "standard", "topk"]) as process:
+        assert isinstance(process.args, list)
         assert process.args[3:] == [str(tmp_path), "standard", "topk"]
         assert process.wait(timeout=300) == 0
     assert list((tmp_path / FOLDER).iterdir()) == []
