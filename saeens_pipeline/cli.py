@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -58,6 +59,20 @@ def complain(label: str, message: str) -> None:
     err.print(Text.assemble((f"{label}: ", "red"), message), soft_wrap=True)
 
 
+def _note_outdated(experiments: Iterable[str]) -> None:
+    """Say of which experiments figures are outdated, and of which that cannot be told."""
+    from saeens_pipeline.runs import experiment_status
+
+    for name in experiments:
+        try:
+            tables = [each for each in experiment_status(name) if each.declaration.address.kind == "eval"]
+        except SaeensError as error:
+            complain("note", f"whether figures of {name} are outdated cannot be told: {error}")
+            continue
+        if any(each.state in ("stale", "damaged") for each in tables):
+            complain("note", f"figures of {name} are outdated: `saeens status {name}` says why")
+
+
 @app.callback()
 def _options(debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False) -> None:
     """--debug is read in `main`, since it decides how errors of any command are shown."""
@@ -75,8 +90,13 @@ def run(
     from saeens_pipeline.runs import run_experiment
 
     try:
-        for each in load_catalogue().named(experiment):
+        catalogue = load_catalogue()
+        for each in catalogue.named(experiment):
             run_experiment(each.name, layers=layer or [], seeds=seed or [], select=select or [], console=out)
+        if experiment in catalogue.sweeps:
+            out.print(
+                f"\n`saeens pareto {experiment}` compares the values of the sweep; with --picture FILE it draws them", highlight=False
+            )
     except KeyboardInterrupt:
         err.print("stopped: what was finished is kept, and the next run goes on from there")
         raise typer.Exit(130) from None
@@ -253,16 +273,13 @@ def leaderboard(
     from saeens_pipeline.assets.leaderboard import for_reading, standings
     from saeens_pipeline.catalogue import load_catalogue
     from saeens_pipeline.resources import StoreResource
-    from saeens_pipeline.runs import experiment_status
 
     catalogue = load_catalogue()
     (declaration,) = catalogue.leaderboard().outputs
     table = standings(StoreResource().store, declaration, sort, n.value)
     if table.is_empty():
         complain("note", "nothing was evaluated yet: `saeens run EXPERIMENT` does, `saeens experiments` lists them")
-    for name in table["experiment"].unique(maintain_order=True):
-        if any(each.declaration.address.kind == "eval" and each.state in ("stale", "damaged") for each in experiment_status(name)):
-            complain("note", f"figures of {name} are outdated: `saeens status {name}` says why")
+    _note_outdated(table["experiment"].unique(maintain_order=True))
     if format != TableFormat.table:
         _print_data(table, format)
         return
@@ -301,7 +318,6 @@ def pareto(
     from saeens_pipeline.assets.pareto_picture import draw
     from saeens_pipeline.catalogue import load_catalogue
     from saeens_pipeline.resources import StoreResource
-    from saeens_pipeline.runs import experiment_status
 
     catalogue = load_catalogue()
     (declaration,) = catalogue.pareto(sweep).outputs
@@ -309,9 +325,7 @@ def pareto(
     table = pareto_rows(StoreResource().store, declaration, about)
     for note in notes(table, about):
         complain("note", note)
-    for name in table["experiment"].unique(maintain_order=True):
-        if any(each.declaration.address.kind == "eval" and each.state in ("stale", "damaged") for each in experiment_status(name)):
-            complain("note", f"figures of {name} are outdated: `saeens status {name}` says why")
+    _note_outdated(table["experiment"].unique(maintain_order=True))
     if picture:
         picture.write_bytes(draw(table, about))
     if format != TableFormat.table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from saeens_pipeline.storage.recipes import Store
 
 SHOWN_WARNINGS = 5
+_NOTE_CHARACTERS = 60  # of a plan's note; what is longer, and said of several lines, stands below them
 STATE_COLOURS = {"fresh": "green", "stale": "yellow", "damaged": "red", "missing": "red", "running": "blue", "failed": "red"}
 # column of the summary: its table, its column there, its format
 COLUMNS = {
@@ -158,9 +160,14 @@ def forecast_table(name: str, lines: Sequence[Line]) -> Table:
 
     title = f"{name}, everything from nothing; time at {UTILISATION:.0%} of the published speed"
     table = Table("", "", "", "", box=None, pad_edge=False, show_header=False, title=title, title_justify="left")
+    notes = Counter(line.note for line in lines)
+    said_below = [note for note, n in notes.items() if n > 1 and len(note) > _NOTE_CHARACTERS]  # why all of these are not known
     for before, line in zip([None, *lines], lines, strict=False):
         section = "" if before and before.section == line.section else line.section
-        table.add_row(section, Text(line.item), Text(readable(line), justify="right"), Text(line.note))
+        note = "see below" if line.note in said_below else line.note
+        table.add_row(section, Text(line.item), Text(readable(line), justify="right"), Text(note))
+    if said_below:
+        table.caption, table.caption_justify = Text("\n".join(said_below)), "left"
     return table
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
 from saeens_pipeline.components.labels import Label, Labels
 from saeens_pipeline.labelled_texts import embedded, hub
 from saeens_pipeline.labelled_texts.drawing import TextCount
+from saeens_pipeline.language_models.text_files import FOLDER
 
 
 class _DataSet(BaseModel):
-    """The fields that both tables' data sets have."""
+    """The fields that both tables' data sets have. Relative paths start from the experiment file's folder."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -25,6 +27,33 @@ class _DataSet(BaseModel):
     )
     text_field: str = Field(default="text", description="column of the texts")
     label_field: str = Field(default="label", description="column of the labels")
+
+    _folder: Path = PrivateAttr(default_factory=Path.cwd)
+
+    @model_validator(mode="after")
+    def _starts_from(self, info: ValidationInfo) -> Self:
+        if info.context:
+            self._folder = Path(info.context[FOLDER])
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """What relative paths start from."""
+        return self._folder
+
+    @property
+    def local_files(self) -> dict[str, str]:
+        """Absolute patterns of the local files, by split; none of a data set that lies elsewhere."""
+        patterns = {"train": self.train, "test": self.test}
+        return {split: self._located(pattern) for split, pattern in patterns.items() if pattern}
+
+    @property
+    def local_copy(self) -> str | None:
+        """`path`, absolute."""
+        return self._located(self.path) if self.path else None
+
+    def _located(self, path: str) -> str:
+        return str(self._folder / Path(path).expanduser())
 
     def _check_known(self, embedded_names: tuple[str, ...], hub_names: tuple[str, ...]) -> None:
         """Raise ValueError for a set that is not known and has no files, and for fields that its kind does not have."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import dagster as dg
@@ -14,8 +15,10 @@ from pydantic import (
     ConfigDict,
     Field,
     PositiveInt,
+    PrivateAttr,
     TypeAdapter,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -26,6 +29,7 @@ from saeens_pipeline.components.autointerp import AutoInterpSettings
 from saeens_pipeline.components.downstream_tasks import ConceptDetectionSettings, SpuriousCorrelationSettings
 from saeens_pipeline.components.labels import Labels
 from saeens_pipeline.components.sweeps import name_of_value, swept, validate_sweep
+from saeens_pipeline.language_models.text_files import FOLDER
 from saeens_pipeline.storage.names import RESERVED_GROUPS
 
 MAX_MEMBERS = 999  # ensemble seeds are a thousand initialisation seeds apart
@@ -308,7 +312,16 @@ class ExperimentSettings(BaseModel):
         8.0, description="most memory that connectivity, or pooled codes, may take, in GB of 10^9 bytes; decides no result"
     )
 
+    _folder: Path = PrivateAttr(default_factory=Path.cwd)
+    """What relative paths start from: the experiment file's folder."""
+
     _no_repetition = field_validator("baselines", "evaluations")(_no_repetition)
+
+    @model_validator(mode="after")
+    def _starts_from(self, info: ValidationInfo) -> ExperimentSettings:
+        if info.context:
+            self._folder = Path(info.context[FOLDER])
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -415,7 +428,8 @@ class ExperimentSettings(BaseModel):
         (field, values), given = swept(self.sweep), self.model_dump(exclude_unset=True, exclude={"sweep"})
         return [
             ExperimentSettings.model_validate(
-                {**given, "name": name_of_value(self.name, field, value), "sae": {**given["sae"], field: value}}
+                {**given, "name": name_of_value(self.name, field, value), "sae": {**given["sae"], field: value}},
+                context={FOLDER: self._folder},
             )
             for value in values
         ]
@@ -487,7 +501,7 @@ class EnsembleExperiment(dg.Component):
 
     @classmethod
     def load(cls, attributes: BaseModel | None, context: dg.ComponentLoadContext) -> EnsembleExperiment:
-        return cls(ExperimentSettings.model_validate(attributes))
+        return cls(ExperimentSettings.model_validate(attributes, context={FOLDER: Path(context.path)}))
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
         from saeens_pipeline.assets.dagster_assets import build_assets

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from textwrap import shorten
 from typing import TYPE_CHECKING, NamedTuple
 
 from saeens_pipeline.errors import ConfigurationError
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     import polars as pl
 
 SPLITS: tuple[Split, ...] = ("train", "test")
+_LABEL_CHARACTERS = 60  # of a label that are shown in an error
 
 
 class TextCount(NamedTuple):
@@ -109,11 +111,11 @@ def _draw(data: Labelled, labels: tuple[str, str | None], wanted: TextCount, see
         found = train[: wanted.train], test[: wanted.test]
     for split, texts, asked in zip(SPLITS, found, wanted, strict=True):
         if len(texts) < asked:
-            what = " and ".join(repr(label) for label in labels if label is not None)
+            what = " and ".join(repr(shorten(label, _LABEL_CHARACTERS, placeholder=" ...")) for label in labels if label is not None)
+            there_are = "is 1 different one" if len(texts) == 1 else f"are {len(texts)} different ones"
             are_left = f" and {wanted.train} train texts" if data.test is None and split == "test" else ""
             raise ConfigurationError(
-                f"{data.name}: {asked} {split} texts of {what} are needed{are_left}, and there are {len(texts)} different ones: "
-                f"lower {split}_texts"
+                f"{data.name}: {asked} {split} texts of {what} are needed{are_left}, and there {there_are}: lower {split}_texts"
             )
     return found
 

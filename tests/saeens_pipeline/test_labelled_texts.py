@@ -63,7 +63,7 @@ def test_a_text_that_was_drawn_for_training_is_no_test_text():
     both = _frame(a=6, b=6)
     drawn = draw_concepts(Labelled("set", both, both), [], FEW, balance=False, seed=1)
     assert not set(drawn.train["a"]) & set(drawn.test["a"])
-    with pytest.raises(SaeensError, match=r"set: 2 test texts of 'a' are needed, and there are 1 different ones: lower test_texts"):
+    with pytest.raises(SaeensError, match=r"set: 2 test texts of 'a' are needed, and there is 1 different one: lower test_texts"):
         draw_concepts(Labelled("set", _frame(a=5, b=6), _frame(a=5, b=6)), [], FEW, balance=False, seed=1)
 
 

@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import dagster as dg
 import polars as pl
@@ -298,6 +298,19 @@ def test_the_command_says_which_figures_are_outdated(finished: Laboratory, leade
     assert code == 0
     assert len(out.splitlines()) == 6
     assert f"figures of {NAME} are outdated: `saeens status {NAME}` says why" in " ".join(err.split())
+
+
+def test_an_experiment_whose_files_are_not_found_does_not_hide_the_others(
+    finished: Laboratory, leaderboard: Command, monkeypatch: pytest.MonkeyPatch
+):
+    def not_found(name: str) -> NoReturn:
+        raise ConfigurationError("mine: there is no file texts.csv")
+
+    monkeypatch.setattr("saeens_pipeline.runs.experiment_status", not_found)
+    code, out, err = leaderboard("--format", "csv")
+    assert code == 0
+    assert len(out.splitlines()) == 6
+    assert f"whether figures of {NAME} are outdated cannot be told: mine: there is no file texts.csv" in " ".join(err.split())
 
 
 def test_the_command_says_that_nothing_was_evaluated_and_refuses_unknown_columns(empty: Laboratory, leaderboard: Command, tmp_path: Path):

@@ -191,7 +191,7 @@ def test_a_table_is_made_again_when_its_texts_or_settings_change_and_only_then(p
             "mine: .*train.jsonl has no column 'body'; its columns are 'text', 'label', 'spurious', 'letter'",
         ),
         ("concept_detection", {"labels": ["de", "gn"]}, "mine, train split: no text has the label 'gn'; the labels are 'de', 'fn'"),
-        ("concept_detection", {"train": "nowhere.jsonl"}, "mine: there is no file nowhere.jsonl"),
+        ("concept_detection", {"train": "nowhere.jsonl"}, "mine: there is no file /.*/nowhere.jsonl"),
         ("spurious_correlation", {"spurious": ["((", "--"]}, r"no text has the label '--'; the labels are '\(\(', '::'"),
     ],
 )
@@ -211,6 +211,32 @@ def test_too_few_texts_are_refused_before_training(empty: Laboratory, tmp_path: 
     with pytest.raises(SaeensError, match=r"mine: 12 train texts of 'de' are needed, and there are 10 different ones: lower train_texts"):
         empty.run()
     assert not list(empty.root.rglob("recipe.json"))
+
+
+@pytest.mark.parametrize("sweep", [{}, {"sweep": {"k": [2, 4]}}])
+def test_relative_paths_start_from_the_experiment_files_folder(
+    empty: Laboratory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sweep: dict[str, Any]
+):
+    there = json.dumps(_write_texts(tmp_path / "texts"))
+    file = empty.declare(evaluations=TABLES, **sweep, **json.loads(there))
+    absolute = _texts(empty)
+    file = empty.declare(evaluations=TABLES, **sweep, **json.loads(there.replace(str(tmp_path), ".")))
+    shutil.copytree(tmp_path / "texts", file.parent / "texts")
+    monkeypatch.chdir(tmp_path)
+    assert _texts(empty) == absolute
+    assert len(absolute) == len(TABLES) * (len(sweep["sweep"]["k"]) if sweep else 1)
+    (file.parent / "texts" / "train.jsonl").unlink()
+    with pytest.raises(ConfigurationError, match=f"mine: there is no file {file.parent}/texts/train.jsonl"):
+        _texts(empty)
+
+
+def _texts(laboratory: Laboratory) -> dict[str, Any]:
+    """What decides the texts of each table, by its address."""
+    catalogue = laboratory.catalogue
+    experiments = [experiment for name, experiment in catalogue.experiments.items() if name.startswith(NAME)]
+    declarations = [each for experiment in experiments for op in catalogue.ops(experiment) for each in op.outputs]
+    partition = Partition(LAYER, SEEDS[0])
+    return {str(each.address): each.partition_settings(partition)["texts"] for each in declarations if each.address.name in TABLES}
 
 
 def test_a_text_without_a_token_that_counts_is_refused_before_training(empty: Laboratory, tmp_path: Path):
