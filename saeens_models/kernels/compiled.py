@@ -17,15 +17,6 @@ _without_memory: Any = {**_settings, "_nrt": False}
 _compile: Any = numba.njit(**_without_memory)
 """Of functions that allocate nothing. No references are counted in them: counting those to rows took as long as computing with them."""
 
-_ROUNDING = np.float32(2**-8)
-"""Relative error of a number that is rounded to bfloat16."""
-_PARTS = 8
-"""A row is cut into at least so many parts for its selection, and a group takes one entry of each."""
-_MOST_PARTS, _GROUPS_PER_SELECTED = 32, 16
-"""More parts leave fewer groups to choose from, and more entries in each that is chosen: how many, and how many groups have to remain."""
-_STRIDE = 64
-"""Numbers that a vectorised loop takes at a time; what is left over it takes one by one."""
-
 
 @_compile
 def _fill(values, number):
@@ -40,126 +31,9 @@ def _copy(to, values):
 
 
 @_compile
-def _count(values, threshold):
-    n = np.int32(0)
-    for i in range(len(values)):
-        n += np.int32(values[i] >= threshold)
-    return n
-
-
-@_compile
-def _bounds(memory, n, k, slack):
-    """Of the first n numbers in memory a value that at least k reach, and a larger one that fewer than k reach, by bisection.
-
-    Ends when at most k + slack reach the lower one, or when nothing lies between the two: the entries between are equal. Less than
-    `_STRIDE` numbers behind them are overwritten.
-    """
-    end = (n + _STRIDE - 1) // _STRIDE * _STRIDE
-    for i in range(n, end):
-        memory[i] = -np.inf
-    values = memory[:end]
-    low, high = values[0], values[0]
-    for i in range(n):
-        low = values[i] if values[i] < low else low
-        high = values[i] if values[i] > high else high
-    if _count(values, high) >= k:
-        return high, np.float32(np.inf)
-    while True:
-        middle = np.float32(0.5) * low + np.float32(0.5) * high
-        if not low < middle < high:
-            return low, high
-        reached = _count(values, middle)
-        if reached < k:
-            high = middle
-        else:
-            low = middle
-            if reached <= k + slack:
-                return low, high
-
-
-@_compile
 def _maximum(maxima, values):
     for i in range(len(maxima)):
         maxima[i] = values[i] if values[i] > maxima[i] else maxima[i]
-
-
-@_compile
-def _reaching(values, threshold, places):
-    """Write down where the threshold is reached; how often."""
-    n = 0
-    for i in range(len(values)):
-        places[n] = i
-        n += np.int64(values[i] >= threshold)
-    return n
-
-
-@_compile
-def _slack(threshold, error, rounding):
-    """How far below a threshold an entry may seem that reaches it; and how far below it may be what seems to reach it.
-
-    Each entry is off by at most `error` and the share `rounding` of itself; the last digits are for the shares of the shares.
-    """
-    return np.float32(1.02) * (error + rounding * abs(threshold))
-
-
-@_compile
-def _candidates(row, k, error, rounding, scores, places):
-    """Where the entries are that may be among the k largest if they are off as `_slack` says, and what at least k entries reach.
-
-    The k largest lie in the groups whose maxima reach what k of the maxima reach: few are left to choose from. The entries themselves
-    are written into `scores`.
-    """
-    parts = _PARTS
-    while parts < _MOST_PARTS and len(row) >= 2 * parts * _GROUPS_PER_SELECTED * k:
-        parts *= 2
-    n_groups = len(row) // parts
-    n = 0
-    if n_groups <= 2 * k:
-        _copy(scores[: len(row)], row)
-        threshold, _ = _bounds(scores, len(row), k, k // 4)
-        candidates = places
-        n = _reaching(row, threshold - np.float32(2) * _slack(threshold, error, rounding), candidates)
-    else:
-        grouped = parts * n_groups
-        maxima = scores[:n_groups]
-        _copy(maxima, row)
-        for start in range(n_groups, grouped, n_groups):
-            _maximum(maxima, row[start : start + n_groups])
-        threshold, _ = _bounds(scores, n_groups, k, max(k // 4, _PARTS))
-        least = threshold - np.float32(2) * _slack(threshold, error, rounding)
-        n_reaching = _reaching(maxima, least, places)
-        candidates = places[n_reaching:]
-        for i in range(n_reaching):
-            for place in range(places[i], grouped, n_groups):
-                candidates[n] = place
-                n += np.int64(row[place] >= least)
-        for place in range(grouped, len(row)):
-            candidates[n] = place
-            n += np.int64(row[place] >= least)
-    for i in range(n):
-        scores[i] = row[candidates[i]]
-    return candidates[:n], threshold
-
-
-@_compile
-def _select(candidates, scores, k, indices, values):
-    """The k candidates with the largest scores; of equal ones the first."""
-    n, n_selected = len(candidates), 0
-    if n >= k:
-        low, high = _bounds(scores, n, k, 0)
-        for i in range(n):
-            if scores[i] >= high:
-                indices[n_selected] = candidates[i]
-                values[n_selected] = scores[i]
-                n_selected += 1
-        for i in range(n):
-            if low <= scores[i] < high and n_selected < k:
-                indices[n_selected] = candidates[i]
-                values[n_selected] = scores[i]
-                n_selected += 1
-    for i in range(n_selected, k):  # what is not a number reaches nothing: the loss has to show it
-        indices[i] = i
-        values[i] = np.nan
 
 
 @_compile
@@ -198,135 +72,6 @@ def _four_dots(x, a, b, c, d):
         by_c += x[i] * c[i]
         by_d += x[i] * d[i]
     return by_a, by_b, by_c, by_d
-
-
-@_compile_with_memory
-def _largest_magnitude(bits):
-    """Of floats without their sign bits, whose bits as integers have the same order: a maximum that is found in vectors."""
-    largest = np.zeros(1, np.int32)
-    for i in range(len(bits)):
-        largest[0] = max(largest[0], bits[i] & np.int32(0x7FFFFFFF))
-    return largest.view(np.float32)[0]
-
-
-@_compile_with_memory
-def select_topk(pre, bias, k, indices, values):
-    """Add the bias `[m]` to each row of pre `[n, m]`, in place, and select its k largest entries: indices, values `[n, k]`."""
-    m = len(bias)
-    _select_topk(pre, bias, k, indices, values, np.empty(m + _STRIDE, np.float32), np.empty(2 * m + 1, np.int32))
-
-
-@_compile
-def _select_topk(pre, bias, k, indices, values, scores, places):
-    n, m = pre.shape
-    for b in range(n):
-        _add(pre[b], bias)
-        if k == m:
-            for i in range(m):
-                indices[b, i] = i
-                values[b, i] = pre[b, i]
-            continue
-        candidates, _ = _candidates(pre[b], k, np.float32(0), np.float32(0), scores, places)
-        _select(candidates, scores, k, indices[b], values[b])
-
-
-@_compile
-def _widen(rough, bits):
-    """From bfloat16, given as uint16, to float32, given as uint32, of which it is the upper half."""
-    for i in range(len(rough)):
-        bits[i] = np.uint32(rough[i]) << np.uint32(16)
-
-
-@_compile
-def _distance(a, b):
-    total = np.float32(0)
-    for i in range(len(a)):
-        total += (a[i] - b[i]) * (a[i] - b[i])
-    return np.sqrt(total)
-
-
-@_compile
-def _to_the_front(candidates, scores, n, threshold):
-    """Bring the candidates that reach a threshold to the front, behind the first n; how many are there then."""
-    for i in range(n, len(candidates)):
-        if scores[i] >= threshold:
-            candidates[i], candidates[n] = candidates[n], candidates[i]
-            scores[i], scores[n] = scores[n], scores[i]
-            n += 1
-    return n
-
-
-@_compile
-def _compute(features, scores, x, W_enc, bias):
-    """The pre-activations of some features, ``x . W_enc[feature] + bias[feature]``, into scores."""
-    n = len(features)
-    grouped = n - n % 4
-    for i in range(0, grouped, 4):
-        p, q, r, s = features[i], features[i + 1], features[i + 2], features[i + 3]
-        scores[i], scores[i + 1], scores[i + 2], scores[i + 3] = _four_dots(x, W_enc[p], W_enc[q], W_enc[r], W_enc[s])
-    for i in range(grouped, n):
-        scores[i] = _dot(x, W_enc[features[i]])
-    for i in range(n):
-        scores[i] += bias[features[i]]
-
-
-@_compile_with_memory
-def largest_norms(W, W_rough):
-    """Over the rows of W `[m, d]` the largest norm, and the largest distance from what W_rough, bfloat16 as uint16, has there."""
-    bits = np.empty(W.shape[1], np.uint32)
-    return _largest_norms(W, W_rough, bits, bits.view(np.float32))
-
-
-@_compile
-def _largest_norms(W, W_rough, bits, rough):
-    largest_norm = largest_distance = np.float32(0)
-    for i in range(len(W)):
-        _widen(W_rough[i], bits)
-        norm, distance = np.sqrt(_dot(W[i], W[i])), _distance(W[i], rough)
-        largest_distance = distance if distance > largest_distance else largest_distance
-        if norm > largest_norm or np.isnan(norm):  # nothing is larger than what is not a number
-            largest_norm = norm
-    return largest_norm, largest_distance
-
-
-@_compile_with_memory
-def select_topk_exactly(rough, bias, x, x_rough, W_enc, norm, rounding, summation, k, indices, values):
-    """As `select_topk` for products `[n, m]` of x `[n, d]` and W_enc `[m, d]` in bfloat16, which is given as uint16.
-
-    With x' and w' for the rounded factors, ``|x.w - x'.w'| <= |x - x'| |w| + |x'| (|w - w'| + summation |w|)``; `norm` and `rounding`
-    are the largest ``|w|`` and ``|w - w'|``. At least k of the largest rough ones are computed again in float32, and then all others that
-    may be larger than the k-th of these.
-    """
-    m, d = len(bias), x.shape[1]
-    scores, exact, places = np.empty(m + _STRIDE, np.float32), np.empty(m + _STRIDE, np.float32), np.empty(2 * m + 1, np.int32)
-    row_bits, x_bits = np.empty(m, np.uint32), np.empty(d, np.uint32)
-    rows = row_bits, row_bits.view(np.float32), x_bits, x_bits.view(np.float32)
-    largest_bias = _largest_magnitude(bias.view(np.int32))
-    _select_topk_exactly(
-        rough, bias, x, x_rough, W_enc, norm, rounding, summation, k, indices, values, largest_bias, scores, exact, places, *rows
-    )
-
-
-@_compile
-def _select_topk_exactly(
-    rough, bias, x, x_rough, W_enc, norm, rounding, summation, k, indices, values, largest_bias, scores, exact, places,
-    row_bits, row, x_bits, x_row,
-):  # fmt: skip
-    for b in range(len(x)):
-        _widen(x_rough[b], x_bits)
-        error = _distance(x[b], x_row) * norm + np.sqrt(_dot(x_row, x_row)) * (rounding + summation * norm) + _ROUNDING * largest_bias
-        _widen(rough[b], row_bits)
-        _add(row, bias)
-        candidates, least = _candidates(row, k, error, _ROUNDING, scores, places)
-        n_sure = _to_the_front(candidates, scores, 0, least)
-        n = 0
-        if n_sure >= k:
-            _compute(candidates[:n_sure], scores, x[b], W_enc, bias)
-            _copy(exact[:n_sure], scores)
-            least, _ = _bounds(exact, n_sure, k, k // 8)
-            n = _to_the_front(candidates, scores, n_sure, least - _slack(least, error, _ROUNDING))
-            _compute(candidates[n_sure:n], scores[n_sure:], x[b], W_enc, bias)
-        _select(candidates[:n], scores, k, indices[b], values[b])
 
 
 @_compile
@@ -401,24 +146,11 @@ def reconstruct(indices, values, W_dec, b_dec, x, scale, x_hat, error, gradients
     return squares
 
 
-@_compile_with_memory
-def select_and_reconstruct(pre, bias, W_dec, b_dec, x, scale, indices, values, x_hat, error, gradients, counts, error_sum):
-    """`select_topk`, and then `reconstruct`."""
-    select_topk(pre, bias, indices.shape[1], indices, values)
-    return reconstruct(indices, values, W_dec, b_dec, x, scale, x_hat, error, gradients, counts, error_sum)
-
-
-@_compile_with_memory
-def select_and_reconstruct_error(pre, bias, features, W_dec, given, scale, indices, values, error, gradients, counts):
-    """As `select_and_reconstruct` for a code of some features, by their numbers, that is to decode to what is missing: the error is
-    ``given + z W_dec``. Entries may be negative.
-    """
-    select_topk(pre, bias, indices.shape[1], indices, values)
-    return _reconstruct_error(features, W_dec, given, scale, indices, values, error, gradients, counts)
-
-
 @_compile
-def _reconstruct_error(features, W_dec, given, scale, indices, values, error, gradients, counts):
+def reconstruct_error(features, W_dec, given, scale, indices, values, error, gradients, counts):
+    """As `reconstruct` for a code of some features, by their numbers, that is to decode to what is missing: the error is
+    ``given + z W_dec``. Entries may be negative; indices are those among the features before, and the features' after.
+    """
     squares = 0.0
     _fill(counts, 0)
     for b in range(len(given)):

@@ -7,7 +7,6 @@ never exist. The gradients of a feature's weights are summed by one thread over 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saeens_models.kernels.products import linear
+from saeens_models.kernels.cpu_encoder import Encoder, bfloat16_pays, select_topk
 from saeens_models.kernels.team import Team
 
 SPARSE_BELOW = 0.35
@@ -24,11 +23,8 @@ _BLOCK_TOKENS = 64, 256
 """Fewest and most tokens of a block: a product of fewer rows is slow, and the pre-activations of more leave the cache."""
 _RANGE_PRODUCTS, _MOST_RANGES = 2**19, 64
 """Multiplications that a range of features should be worth, for a thread to be sent there; and into how many ranges at most."""
-_ROUNDED_FEATURES = 512
-"""How many features' weights are rounded to bfloat16 at a time."""
-_ROUGH_PRODUCTS = 2**26
-"""From how many multiplications of an encoder on bfloat16 is worth the second look. Measured on Zen 5: the whole step is 1.15 times faster
-there."""
+_OPERATIONS_PER_SORTED = 32
+"""What it takes to bring an entry to its feature, in operations on numbers that lie where they are needed."""
 
 
 class Weights(NamedTuple):
@@ -131,22 +127,23 @@ def topk_gradients(
         entries = team.kept("entries of dead features", _entries, n, d_in, k_aux, d_sae)
         features = dead.to(torch.int32).numpy()
         revived = _Revived(entries, np.float32(aux_coefficient * 2 / n), features, weights.W_enc[dead], b_enc[features])
-    encoder = Encoder(team, weights, rough=_bfloat16_pays(n, weights))
+    encoder = Encoder(team, weights, rough=bfloat16_pays(n, weights))
 
     def forward(i: int) -> tuple[float, float]:
         rows = blocks[i]
         if apply_b_dec_to_input:
             compiled.subtract(x_rows[rows], b_dec, centred_rows[rows])
         indices, values, error, gradients = (each[rows] for each in main[:4])
-        code = indices, values, x_hat_rows[rows], error, gradients, main.counts[i], error_sums[i]
-        squares = encoder.encode_and_reconstruct(centred[rows], W_dec, b_dec, x_rows[rows], scale, *code)
+        encoder.encode(centred[rows], indices, values)
+        found = x_hat_rows[rows], error, gradients, main.counts[i], error_sums[i]
+        squares: float = compiled.reconstruct(indices, values, W_dec, b_dec, x_rows[rows], scale, *found)
         if revived is None:
             return squares, 0.0
         code = (*(each[rows] for each in revived.entries[:4]), revived.entries.counts[i])
         indices, values, error_of_dead, gradients, counts = code
-        pre = torch.mm(centred[rows], revived.W_enc.t()).numpy()
-        squares_of_dead = compiled.select_and_reconstruct_error(
-            pre, revived.b_enc, revived.features, W_dec, error, revived.scale, indices, values, error_of_dead, gradients, counts
+        select_topk(team, torch.mm(centred[rows], revived.W_enc.t()), revived.b_enc, indices, values)
+        squares_of_dead = compiled.reconstruct_error(
+            revived.features, W_dec, error, revived.scale, indices, values, error_of_dead, gradients, counts
         )
         return squares, squares_of_dead
 
@@ -171,91 +168,18 @@ def topk_reconstruct(team: Team, x: Tensor, weights: Weights, *, k: int, apply_b
     blocks = blocks_of_tokens(len(x))
     indices, values, x_hat = np.empty((len(x), k), np.int32), np.empty((len(x), k), np.float32), torch.empty_like(x)
     W_dec = weights.W_dec.numpy()
-    encoder = Encoder(team, weights, rough=_bfloat16_pays(len(x), weights))
+    encoder = Encoder(team, weights, rough=bfloat16_pays(len(x), weights))
 
     def forward(i: int) -> None:
         rows = blocks[i]
         given = torch.sub(x[rows], weights.b_dec) if apply_b_dec_to_input else x[rows]
         encoder.encode(given, indices[rows], values[rows])
+        compiled.relu(values[rows], indices[rows])
         x_hat[rows] = weights.b_dec
         compiled.decode(indices[rows], values[rows], W_dec, x_hat[rows].numpy())
 
     team.run(forward, len(blocks))
     return TopKCode(torch.from_numpy(values), torch.from_numpy(indices), x_hat)
-
-
-class Encoder:
-    """Encodes blocks of tokens. `rough`: pre-activations in bfloat16, after which the largest are found out exactly in float32."""
-
-    def __init__(self, team: Team, weights: Weights, rough: bool) -> None:
-        self._team, self._weights = team, weights
-        self._b_enc = weights.b_enc.numpy()
-        self._W_rough: Tensor | None = None
-        if rough:
-            from saeens_models.kernels import compiled
-
-            W_enc = weights.W_enc
-            W_rough = self._W_rough = team.scratch("rough W_enc", *W_enc.shape, dtype=torch.bfloat16)
-
-            def prepare(i: int) -> tuple[float, float]:
-                features = slice(i * _ROUNDED_FEATURES, (i + 1) * _ROUNDED_FEATURES)
-                W_rough[features] = W_enc[features]
-                return compiled.largest_norms(W_enc[features].numpy(), _bits(W_rough[features]))
-
-            norms = team.run(prepare, -(-len(W_enc) // _ROUNDED_FEATURES), work=4 * W_enc.numel())
-            self._norm, self._rounding = np.max(norms, axis=0).astype(np.float32)
-            self._summation = np.float32(2 * W_enc.shape[1] * np.finfo(np.float32).eps)
-
-    def encode(self, x: Tensor, indices: np.ndarray, values: np.ndarray) -> None:
-        """Write the code of a block of tokens, `[n, k]`."""
-        from saeens_models.kernels import compiled
-
-        if self._W_rough is None:
-            pre = linear(x, self._weights.W_enc).numpy()
-            compiled.select_topk(pre, self._b_enc, indices.shape[1], indices, values)
-        else:
-            self._select_exactly(x, self._W_rough, indices, values)
-        compiled.relu(values, indices)
-
-    def encode_and_reconstruct(
-        self, x: Tensor, W_dec: np.ndarray, b_dec: np.ndarray, given: np.ndarray, scale: np.float32, *code: np.ndarray
-    ) -> float:
-        """``compiled.reconstruct`` for the code of a block of tokens, which is written on the way; ``x`` is what was ``given``, centred."""
-        from saeens_models.kernels import compiled
-
-        if self._W_rough is None:
-            pre = linear(x, self._weights.W_enc).numpy()
-            return compiled.select_and_reconstruct(pre, self._b_enc, W_dec, b_dec, given, scale, *code)
-        indices, values, *others = code
-        self._select_exactly(x, self._W_rough, indices, values)
-        return compiled.reconstruct(indices, values, W_dec, b_dec, given, scale, *others)
-
-    def _select_exactly(self, x: Tensor, W_rough: Tensor, indices: np.ndarray, values: np.ndarray) -> None:
-        from saeens_models.kernels import compiled
-
-        x_rough = self._team.scratch("rough x", *x.shape, dtype=torch.bfloat16).copy_(x)
-        rough = self._team.scratch("rough pre-activations", len(x), len(W_rough), dtype=torch.bfloat16)
-        torch.mm(x_rough, W_rough.t(), out=rough)
-        compiled.select_topk_exactly(
-            _bits(rough), self._b_enc, x.numpy(), _bits(x_rough), self._weights.W_enc.numpy(),
-            self._norm, self._rounding, self._summation, indices.shape[1], indices, values,
-        )  # fmt: skip
-
-
-def _bits(rough: Tensor) -> np.ndarray:
-    """Of bfloat16, which numpy does not know."""
-    return rough.view(torch.uint16).numpy()
-
-
-def _bfloat16_pays(n_tokens: int, weights: Weights) -> bool:
-    return n_tokens * weights.W_enc.numel() >= _ROUGH_PRODUCTS and multiplies_bfloat16()
-
-
-@cache
-def multiplies_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 faster than float32. Looked up, not timed: a result must not depend on its load."""
-    features = torch.cpu.get_capabilities()
-    return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
 
 
 def gradients_of(team: Team, weights: Weights) -> Weights:
@@ -345,7 +269,7 @@ def _sort_by_feature(team: Team, code: _Entries, blocks: Sequence[slice]) -> Non
         entries = code.indices[rows], code.values[rows], code.gradients[rows]
         compiled.sort_by_feature(*entries, rows.start, code.ends[i], code.tokens, code.by_feature, code.gradients_by_feature)
 
-    team.run(sort, len(blocks), work=4 * code.indices.size)
+    team.run(sort, len(blocks), work=_OPERATIONS_PER_SORTED * code.indices.size)
 
 
 def _ranges(starts: np.ndarray, d_in: int) -> list[tuple[int, int]]:

@@ -15,6 +15,7 @@ import saeens_models as sm
 from saeens_models.architectures import build_sae
 from saeens_models.kernels import Team, compiled, cpu_team, products
 from saeens_models.kernels.cpu import Weights, topk_gradients, topk_reconstruct
+from saeens_models.kernels.cpu_encoder import select_topk
 from saeens_models.kernels.cpu_gated import SPARSE_BELOW
 from saeens_models.training import load_kernels
 from saeens_models.training.adam import Adam
@@ -32,7 +33,8 @@ def rows_and_k(draw) -> tuple[np.ndarray, int]:
 
 def _select(pre: np.ndarray, k: int, bias: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     indices, values = np.empty((len(pre), k), np.int32), np.empty((len(pre), k), np.float32)
-    compiled.select_topk(pre, np.zeros(pre.shape[1], np.float32) if bias is None else bias, k, indices, values)
+    with Team() as team:
+        select_topk(team, torch.from_numpy(pre), np.zeros(pre.shape[1], np.float32) if bias is None else bias, indices, values)
     return indices, values
 
 
@@ -155,13 +157,47 @@ def test_a_rough_encoder_finds_the_features_that_float32_finds(monkeypatch, shap
     x = torch.randn(600, d_in, generator=generator) * torch.logspace(-3, 3, 600)[:, None]
     codes = []
     for rough in (True, False):
-        monkeypatch.setattr("saeens_models.kernels.cpu._bfloat16_pays", lambda *_, rough=rough: rough)
+        monkeypatch.setattr("saeens_models.kernels.cpu.bfloat16_pays", lambda *_, rough=rough: rough)
         with Team() as team:
             codes.append(topk_reconstruct(team, x, weights, k=k, apply_b_dec_to_input=True))
     for tokens in zip(*(code.indices.tolist() for code in codes), strict=True):
         assert set(tokens[0]) == set(tokens[1])
     ours, theirs = (code.x_hat for code in codes)
     assert ((ours - theirs).norm(dim=1) < 1e-5 * theirs.norm(dim=1)).all()
+
+
+def test_a_rough_encoder_that_cannot_tell_features_apart_asks_float32(monkeypatch):
+    generator = torch.Generator().manual_seed(3)
+    d_sae, d_in, k = 3000, 24, 5
+    W_enc, W_dec = torch.randn(2, d_sae, d_in, generator=generator)
+    weights = Weights(W_enc, torch.zeros(d_sae), W_dec, torch.zeros(d_in))
+    weights.W_enc[:, 0] = 100 + 1e-2 * torch.rand(d_sae, generator=generator)  # more features than fit are within the rounding
+    x = torch.randn(300, d_in, generator=generator)
+    x[:40, 1:] *= 1e-3
+    x[40:80] = 0  # all pre-activations are equal
+    codes = []
+    for rough in (True, False):
+        monkeypatch.setattr("saeens_models.kernels.cpu.bfloat16_pays", lambda *_, rough=rough: rough)
+        with Team() as team:
+            codes.append(topk_reconstruct(team, x, weights, k=k, apply_b_dec_to_input=False))
+    ours, theirs = codes
+    assert (ours.indices[:40].sort().values == theirs.indices[:40].sort().values).all()
+    torch.testing.assert_close(ours.x_hat, theirs.x_hat, rtol=1e-5, atol=1e-4)
+    assert not ours.values[40:80].any()
+
+
+def test_a_rough_encoder_does_not_hide_what_is_not_a_number(monkeypatch):
+    generator = torch.Generator().manual_seed(4)
+    weights = Weights(*(torch.randn(shape, generator=generator) for shape in ((600, 16), (600,), (600, 16), (16,))))
+    x = torch.randn(300, 16, generator=generator)
+    x[7, 3] = torch.nan
+    x[270, 5] = torch.inf
+    monkeypatch.setattr("saeens_models.kernels.cpu.bfloat16_pays", lambda *_: True)
+    with Team() as team:
+        x_hat = topk_reconstruct(team, x, weights, k=6, apply_b_dec_to_input=True).x_hat
+    assert x_hat[7].isnan().all()
+    assert not x_hat[270].isfinite().any()
+    assert x_hat.isfinite().all(dim=1).sum() == len(x) - 2
 
 
 def test_encoding_and_decoding_equals_the_dense_code():

@@ -1,0 +1,394 @@
+"""Machine code for the CPU, as in :mod:`~saeens_models.kernels.compiled`: which entries of a row, or features of a token, are the largest.
+
+Numbers are compared by integers of the same order, their keys: those of bfloat16 take half the room of float32, and all of them can be
+bisected in a few steps.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from saeens_models.kernels.compiled import _add, _compile, _dot, _four_dots
+
+_ROUNDING = np.float32(2**-8)
+"""Relative error of a number that is rounded to bfloat16."""
+_PARTS = 8
+"""A row is cut into at least so many parts for its selection, and a group takes one entry of each."""
+_MOST_PARTS, _GROUPS_PER_SELECTED = 32, 12
+"""More parts leave fewer groups to choose from, and more entries in each that is chosen: how many, and how many groups have to remain."""
+_MOST_COUNTED = 2**15 - 1
+"""The largest of the smallest numbers that are counted in."""
+STRIDE = 64
+"""Numbers that a vectorised loop takes at a time; what is left over it takes one by one."""
+
+
+@_compile
+def _key(number):
+    """The bits of a float32 as an integer: of two numbers the larger one has the larger key."""
+    bits = np.float32(number).view(np.int32)
+    return bits if bits >= 0 else bits ^ np.int32(0x7FFFFFFF)
+
+
+@_compile
+def _number(key):
+    """The float32 that has this key."""
+    bits = np.int32(key)
+    return np.int32(bits if bits >= 0 else bits ^ np.int32(0x7FFFFFFF)).view(np.float32)
+
+
+@_compile
+def _to_keys(bits, keys):
+    """The keys of float32 or bfloat16 numbers, which are given as int32 or int16. That of a bfloat16 is the upper half of its float32's."""
+    but_sign = bits.dtype.type((1 << (8 * bits.itemsize - 1)) - 1)
+    for i in range(len(keys)):
+        keys[i] = bits[i] if bits[i] >= 0 else bits[i] ^ but_sign
+
+
+@_compile
+def _largest_keys(bits, keys):
+    """The larger of the keys that are there and those of numbers given as in `_to_keys`."""
+    but_sign = bits.dtype.type((1 << (8 * bits.itemsize - 1)) - 1)
+    for i in range(len(keys)):
+        key = bits.dtype.type(bits[i] if bits[i] >= 0 else bits[i] ^ but_sign)  # in wider numbers it takes three times as long
+        keys[i] = key if key > keys[i] else keys[i]
+
+
+@_compile
+def _count(keys, threshold):
+    """How many keys reach a threshold. Counted in numbers of their size, as many of which fit into a register."""
+    least, total = keys.dtype.type(threshold), 0
+    for start in range(0, len(keys), _MOST_COUNTED):
+        part, n = keys[start : start + _MOST_COUNTED], keys.dtype.type(0)
+        for i in range(len(part)):
+            n = keys.dtype.type(n + keys.dtype.type(part[i] >= least))
+        total += n
+    return total
+
+
+@_compile
+def _bounds(memory, n, k, slack, guess):
+    """Of the first n keys in memory one that at least k reach, and a larger one that fewer than k reach, by bisection from a guess.
+
+    Ends when at most k + slack reach the lower one, or when nothing lies between the two: the keys between are equal. Less than
+    `STRIDE` keys behind them are overwritten.
+    """
+    end = (n + STRIDE - 1) // STRIDE * STRIDE
+    lowest, highest = memory[0], memory[0]
+    for i in range(n):
+        lowest = memory[i] if memory[i] < lowest else lowest
+        highest = memory[i] if memory[i] > highest else highest
+    for i in range(n, end):
+        memory[i] = -(1 << (8 * memory.itemsize - 1))
+    keys = memory[:end]
+    low, high = np.int64(lowest), np.int64(highest)
+    if _count(keys, high) >= k:
+        return high, high + 1
+    middle = guess
+    while high - low > 1:
+        if not low < middle < high:
+            middle = (low + high) >> 1
+        reached = _count(keys, middle)
+        if reached < k:
+            high = middle
+        else:
+            low = middle
+            if reached <= k + slack:
+                break
+        middle = low
+    return low, high
+
+
+@_compile
+def _reaching(keys, threshold, places):
+    """Write down where the threshold is reached; how often."""
+    n = np.uintp(0)
+    for i in range(len(keys)):
+        places[n] = i
+        n += np.uintp(keys[i] >= threshold)
+    return np.int64(n)
+
+
+@_compile
+def n_groups(n, k):
+    """Into how many groups of the same size n entries are put of which the k largest are searched: these lie in the groups with the k
+    largest maxima. What is left over at the end has no group.
+    """
+    parts = _PARTS
+    while parts < _MOST_PARTS and n >= 2 * parts * _GROUPS_PER_SELECTED * k:
+        parts *= 2
+    return n // parts if n // parts > 2 * k else n
+
+
+@_compile
+def _candidates(bits, k, guess, keys, places):
+    """Where the entries of a row are that may be among the k largest, in the order of the row; and a key that at least k of them reach.
+
+    The row is given as in `_to_keys`. The entries reach what k of the maxima of its groups reach; of g groups each has every g-th entry.
+    """
+    but_sign = bits.dtype.type((1 << (8 * bits.itemsize - 1)) - 1)
+    size = n_groups(len(bits), k)
+    grouped, maxima = len(bits) // size * size, keys[:size]
+    _to_keys(bits, maxima)
+    for start in range(size, grouped, size):
+        _largest_keys(bits[start : start + size], maxima)
+    threshold, _ = _bounds(keys, size, k, max(k // 4, _PARTS), guess)
+    n_reaching = _reaching(maxima, threshold, places)
+    if grouped == size == len(bits):
+        return places[:n_reaching], threshold
+    groups, candidates, n = places[:n_reaching], places[n_reaching:], np.uintp(0)
+    for start in range(0, grouped, size):
+        part = bits[start : start + size]
+        for i in range(n_reaching):
+            group = np.uintp(groups[i])
+            candidates[n] = start + groups[i]
+            n += np.uintp((part[group] if part[group] >= 0 else part[group] ^ but_sign) >= threshold)
+    for place in range(grouped, len(bits)):
+        candidates[n] = place
+        n += np.uintp((bits[place] if bits[place] >= 0 else bits[place] ^ but_sign) >= threshold)
+    return candidates[: np.int64(n)], threshold
+
+
+@_compile
+def _select(candidates, scores, keys, k, indices, values):
+    """The k candidates with the largest scores, whose keys are given; of equal ones the first."""
+    n, n_selected = len(candidates), 0
+    if n >= k:
+        low, high = _bounds(keys, n, k, np.int64(0), np.int64(0))
+        for i in range(n):
+            if keys[i] >= high:
+                indices[n_selected] = candidates[i]
+                values[n_selected] = scores[i]
+                n_selected += 1
+        for i in range(n):
+            if low <= keys[i] < high and n_selected < k:
+                indices[n_selected] = candidates[i]
+                values[n_selected] = scores[i]
+                n_selected += 1
+    for i in range(n_selected, k):  # too few seem to reach a threshold that is not a number: the loss has to show it
+        indices[i] = i
+        values[i] = np.nan
+
+
+@_compile
+def select_topk(pre, bits, bias, keys, places, scores, indices, values):
+    """Add the bias `[m]` to each row of pre `[n, m]`, in place, and select its k largest entries: indices, values `[n, k]`.
+
+    `bits` is pre as int32: the same memory. keys `[m + STRIDE]`, places `[2 m + 1]` and scores `[m]` are memory to work in.
+    """
+    (n, m), k, guess = pre.shape, indices.shape[1], np.int64(0)
+    for b in range(n):
+        row = pre[b]
+        _add(row, bias)
+        if k == m:
+            for i in range(m):
+                indices[b, i] = i
+                values[b, i] = row[i]
+            continue
+        candidates, guess = _candidates(bits[b], k, guess, keys, places)
+        for i in range(len(candidates)):
+            scores[i] = row[candidates[i]]
+            keys[i] = _key(scores[i])
+        _select(candidates, scores, keys, k, indices[b], values[b])
+
+
+@_compile
+def _widen(rough, bits):
+    """From bfloat16, given as int16, to float32, given as int32, of which it is the upper half."""
+    for i in range(len(rough)):
+        bits[i] = np.int32(rough[i]) << np.int32(16)
+
+
+@_compile
+def _distance(a, b):
+    total = np.float32(0)
+    for i in range(len(a)):
+        total += (a[i] - b[i]) * (a[i] - b[i])
+    return np.sqrt(total)
+
+
+@_compile
+def largest_norms(W, W_rough, bits, rough):
+    """Over the rows of W `[m, d]` the largest norm, and the largest distance from what W_rough, bfloat16 as int16, has there.
+
+    `bits` `[d]` is memory for a row, int32, and `rough` the same as float32.
+    """
+    largest_norm = largest_distance = np.float32(0)
+    for i in range(len(W)):
+        _widen(W_rough[i, : len(bits)], bits)
+        norm, distance = np.sqrt(_dot(W[i], W[i])), _distance(W[i], rough)
+        largest_distance = distance if distance > largest_distance else largest_distance
+        if norm > largest_norm or np.isnan(norm):  # nothing is larger than what is not a number
+            largest_norm = norm
+    return largest_norm, largest_distance
+
+
+@_compile
+def _shrink(low, high, keys):
+    for i in range(len(keys)):
+        low[i] = keys[i] if keys[i] < low[i] else low[i]
+        high[i] = keys[i] if keys[i] > high[i] else high[i]
+
+
+@_compile
+def _count_each(counts, keys, thresholds):
+    for i in range(len(keys)):
+        counts[i] = np.int16(counts[i] + np.int16((keys[i] >= thresholds[i]) & (counts[i] < np.int16(_MOST_COUNTED))))
+
+
+@_compile
+def _thresholds(maxima, k, slack, low, high, middle, counts):
+    """For each token a key that at least k of the maxima `[g, n]` reach, low `[n]`, by bisection of all at once.
+
+    Ends when at most k + slack reach it, or when fewer than k reach any larger one, or `_MOST_COUNTED` if k is more.
+    """
+    n_groups, n = maxima.shape
+    for t in range(n):
+        low[t], high[t] = maxima[0, t], maxima[0, t]
+    for group in range(1, n_groups):
+        _shrink(low, high, maxima[group])
+    while True:
+        n_open = 0
+        for t in range(n):
+            n_open += np.int64(low[t] < high[t])
+            middle[t] = (np.int32(low[t]) + np.int32(high[t]) + 1) >> 1
+        if n_open == 0:
+            return
+        counts[:] = 0
+        for group in range(n_groups):
+            _count_each(counts, maxima[group], middle)
+        for t in range(n):
+            if low[t] >= high[t]:
+                continue
+            if counts[t] < k:
+                high[t] = middle[t] - 1
+            else:
+                low[t] = middle[t]
+                high[t] = middle[t] if counts[t] <= k + slack else high[t]
+
+
+@_compile
+def _slack(threshold, error):
+    """How far below a threshold what was rounded to bfloat16 may be that reaches it, and how far below it may seem what reaches it.
+
+    It is off by `error` before it is rounded; the last digits are for the share of the share.
+    """
+    return np.float32(1.02) * (error + _ROUNDING * abs(threshold))
+
+
+@_compile
+def _rough_key(number):
+    """The key of a float32 in bfloat16, rounded down."""
+    return _key(number) >> 16
+
+
+@_compile
+def _reaching_each(keys, thresholds, reaching):
+    """Where keys reach their thresholds; how often."""
+    n = np.uintp(0)
+    for i in range(len(keys)):
+        reaching[n] = i
+        n += np.uintp(keys[i] >= thresholds[i])
+    return np.int64(n)
+
+
+@_compile
+def _reaching_among(bits, thresholds, tokens, reaching):
+    """Those of the tokens whose numbers, given as in `_to_keys`, reach their thresholds; how many."""
+    n = np.uintp(0)
+    for i in range(len(tokens)):
+        token = np.uintp(tokens[i])
+        reaching[n] = token
+        n += np.uintp((bits[token] if bits[token] >= 0 else bits[token] ^ np.int16(0x7FFF)) >= thresholds[token])
+    return np.int64(n)
+
+
+@_compile
+def _add_candidate(feature, token, score, candidates, scores, n_candidates):
+    n = n_candidates[token]
+    n_candidates[token] = n + 1
+    if n < candidates.shape[1]:
+        candidates[token, n], scores[token, n] = feature, score
+
+
+@_compile
+def _add_candidates(feature, bits, sure, tokens, x, weights, bias, candidates, scores, n_candidates, n_unsure):
+    """Note a feature for tokens: its pre-activation where it reaches `sure`, else its key, from the end of the memory on."""
+    i, capacity = 0, candidates.shape[1]
+    for token in tokens:
+        key = bits[token] if bits[token] >= 0 else bits[token] ^ np.int16(0x7FFF)
+        if key >= sure[token]:
+            tokens[i] = token
+            i += 1
+        else:
+            n_unsure[token] += 1
+            if n_unsure[token] <= capacity:
+                candidates[token, capacity - n_unsure[token]], scores[token, capacity - n_unsure[token]] = feature, key
+    n, i = i, 0
+    while i + 4 <= n:
+        p, q, r, s = tokens[i], tokens[i + 1], tokens[i + 2], tokens[i + 3]
+        of_p, of_q, of_r, of_s = _four_dots(weights, x[p], x[q], x[r], x[s])
+        _add_candidate(feature, p, of_p + bias, candidates, scores, n_candidates)
+        _add_candidate(feature, q, of_q + bias, candidates, scores, n_candidates)
+        _add_candidate(feature, r, of_r + bias, candidates, scores, n_candidates)
+        _add_candidate(feature, s, of_s + bias, candidates, scores, n_candidates)
+        i += 4
+    while i < n:
+        token = tokens[i]
+        _add_candidate(feature, token, _dot(weights, x[token]) + bias, candidates, scores, n_candidates)
+        i += 1
+
+
+@_compile
+def select_topk_exactly(rough, bias, x, x_rough, W_enc, norm, rounding, of_bias, memory, indices, values):
+    """As `select_topk` for what is rough in bfloat16, given as int16: rough `[m, n]`, pre-activations with the bias of x `[n, d]`.
+
+    With x' and w' for the rounded factors, ``|x.w - x'.w'| <= |x - x'| |w| + |x'| (|w - w'| + summation |w|)``; `norm` is the largest
+    ``|w|``, `rounding` the largest bracket, `of_bias` how far off the bias may be. At least k of the largest rough ones are computed
+    again in float32, and then all others that may be larger than the k-th of these.
+
+    Returns how many tokens have more candidates than there is memory for; they are the first of its ``tokens`` then.
+    """
+    maxima, candidates, scores, score_bits, n_candidates, n_unsure, errors = memory[:7]
+    sure, high, least, counts, tokens, some, reaching, keys, x_bits, x_row = memory[7:]
+    (m, n), k, size, capacity = rough.shape, indices.shape[1], len(maxima), candidates.shape[1]
+    noted, parts = (candidates, scores, n_candidates, n_unsure), m // size
+    for group in range(size):
+        _to_keys(rough[group * parts], maxima[group])
+        for feature in range(group * parts + 1, (group + 1) * parts):
+            _largest_keys(rough[feature], maxima[group])
+    _thresholds(maxima, k, max(k // 4, _PARTS), sure, high, least, counts)
+    for t in range(n):
+        _widen(x_rough[t, : len(x_row)], x_bits)
+        errors[t] = _distance(x[t], x_row) * norm + np.sqrt(_dot(x_row, x_row)) * rounding + of_bias
+        threshold = _number(np.int32(sure[t]) << 16)
+        least[t] = _rough_key(threshold - np.float32(2) * _slack(threshold, errors[t]))
+        tokens[t], n_candidates[t], n_unsure[t] = t, 0, 0
+    for group in range(size):
+        n_some = _reaching_each(maxima[group], least, some)
+        for feature in range(group * parts, (group + 1) * parts if n_some > 0 else 0):
+            n_reaching = _reaching_among(rough[feature], least, some[:n_some], reaching)
+            if n_reaching > 0:
+                _add_candidates(feature, rough[feature], sure, reaching[:n_reaching], x, W_enc[feature], bias[feature], *noted)
+    for feature in range(size * parts, m):
+        n_reaching = _reaching_among(rough[feature], least, tokens[:n], reaching)
+        _add_candidates(feature, rough[feature], sure, reaching[:n_reaching], x, W_enc[feature], bias[feature], *noted)
+    n_left_out = 0
+    for t in range(n):
+        n_exact, n_others = n_candidates[t], n_unsure[t]
+        if n_exact + n_others > capacity:
+            tokens[n_left_out] = t
+            n_left_out += 1
+            continue
+        if n_exact >= k:
+            _to_keys(score_bits[t], keys[:n_exact])
+            reached, _ = _bounds(keys, n_exact, k, k // 8, np.int64(0))
+            threshold = _number(reached)
+            low = _rough_key(threshold - _slack(threshold, errors[t]))
+            for i in range(capacity - n_others, capacity):
+                if scores[t, i] >= low:
+                    feature = candidates[t, i]
+                    candidates[t, n_exact], scores[t, n_exact] = feature, _dot(W_enc[feature], x[t]) + bias[feature]
+                    n_exact += 1
+        _to_keys(score_bits[t], keys[:n_exact])
+        _select(candidates[t, :n_exact], scores[t], keys, k, indices[t], values[t])
+    return n_left_out
