@@ -21,8 +21,8 @@ _POOL_BATCHES = 4
 _WARM_UP_STEPS = 1
 _HELD_OUT, _HELD_OUT_TOKENS = 10**6, 8192
 _MEMBERS = 8
-_AGREEMENT_LEARNING_RATE = 3e-3
-"""For comparing explained variances: within few steps something has to be learnt that could differ."""
+_FAST_LEARNING_RATE = 3e-3
+"""For comparing explained variances, and for training before what is timed: within few steps something has to be learnt."""
 
 
 class Case(NamedTuple):
@@ -42,12 +42,19 @@ _CASES = [
     Case(Workload("topk", 384, 4096, 32), 4, 30, _MAIN_SETTINGS),
     Case(Workload("topk", 384, 4096, 32, dead_after_steps=2), 4, 30, frozenset()),
     Case(Workload("standard", 384, 4096, 32), 4, 30, _MAIN_SETTINGS),
+    Case(Workload("standard", 384, 4096, 32, trained_steps=200), 4, 10, frozenset()),
     Case(Workload("jumprelu", 384, 4096, 32), 4, 30, _MAIN_SETTINGS),
+    Case(Workload("jumprelu", 384, 4096, 32, trained_steps=200), 4, 10, frozenset()),
 ]
-_QUICK_CASES = [
-    case._replace(workload=case.workload._replace(d_in=192, d_sae=2048, k=16, batch_tokens=1024), steps=1, agreement_steps=20)
-    for case in _CASES
-]
+
+
+def _quick(case: Case) -> Case:
+    trained = min(case.workload.trained_steps, 20)
+    workload = case.workload._replace(d_in=192, d_sae=2048, k=16, batch_tokens=1024, trained_steps=trained)
+    return case._replace(workload=workload, steps=1, agreement_steps=20)
+
+
+_QUICK_CASES = [_quick(case) for case in _CASES]
 
 
 def run(options: Options) -> Section:
@@ -64,20 +71,22 @@ def compare_training(title: str, cases: Sequence[Case], options: Options) -> Sec
         left_out |= dict.fromkeys(peers.left_out)
         source = SyntheticActivations(case.workload.d_in)
         for setting in peers.settings:
-            agreement = check_agreement(case.workload, setting, source, case.agreement_steps)
+            start = _trained(case.workload, setting, source) if case.workload.trained_steps else None
+            agreement = check_agreement(case.workload, setting, source, case.agreement_steps, start)
             for n_saes, steps in ((1, case.steps), (_MEMBERS, 1)):
                 if n_saes > 1 and setting.label not in case.several_against:
                     continue
-                rows.append(
-                    compare_steps(case.workload, setting, source, n_saes=n_saes, steps=steps, effort=options.effort, agreement=agreement)
-                )
+                measured = {"n_saes": n_saes, "steps": steps, "effort": options.effort, "agreement": agreement, "start": start}
+                rows.append(compare_steps(case.workload, setting, source, **measured))
     sizes = {(w.d_in, w.d_sae): 3 * 4 * (2 * w.d_in * w.d_sae + w.d_sae + w.d_in) / 1e9 for w, *_ in cases}
     notes = [
         "A step is forward pass, loss, backward pass, gradient clipping, optimiser and the count of dead features, as each library's own "
         "training loop does it; the step before the timed ones does not count. With several SAEs it is one step of each.",
         f"Weights and Adam's moments alone take {', '.join(f'{size:.2f} GB at {d} x {f}' for (d, f), size in sizes.items())}, per SAE.",
         f"EV is after {cases[0].agreement_steps} steps at a constant learning rate of "
-        f"{_AGREEMENT_LEARNING_RATE} on either side; times are at {cases[0].workload.learning_rate}, which they do not depend on.",
+        f"{_FAST_LEARNING_RATE} on either side; times are at {cases[0].workload.learning_rate}, which they do not depend on.",
+        "'After n steps': both sides start from what n steps of our own training at that rate left. Few features are active in most of a "
+        "training, and many at its beginning.",
         "Dead features: SAELens counts steps (1000 by default) and this project tokens, set to the same. dictionary_learning (10 million "
         "tokens) and sparsify (auxiliary loss off) never see one here; the case with an active auxiliary loss is against SAELens alone.",
     ]
@@ -94,9 +103,10 @@ def compare_steps(
     steps: int,
     effort: Effort,
     agreement: Agreement | None = None,
+    start: sm.SAE | None = None,
     per_step: bool = True,
 ) -> Row:
-    """Time ``steps`` steps of ``n_saes`` SAEs on both sides, each after a warm-up, from the same initial weights.
+    """Time ``steps`` steps of ``n_saes`` SAEs on both sides, each after a warm-up, from the same initial weights, or all from ``start``.
 
     Gives the time of one step, or with ``per_step=False`` of all.
     """
@@ -108,32 +118,37 @@ def compare_steps(
 
     def ours() -> float:
         stopwatch = Stopwatch()
-        sm.train(our_configs(workload, setting, n_saes), batches(stopwatch), our_training(workload, setting))
+        configs = our_configs(workload, setting, n_saes)
+        sm.train(configs, batches(stopwatch), our_training(workload, setting), initial=[start] * n_saes)
         return stopwatch.seconds / unit
 
     def theirs() -> float:
         stopwatch = Stopwatch()
-        trainers = [setting.build(sm.build_sae(config), workload) for config in our_configs(workload, setting, n_saes)]
+        trainers = [setting.build(start or sm.build_sae(config), workload) for config in our_configs(workload, setting, n_saes)]
         _step_all(trainers, batches(stopwatch))
         return stopwatch.seconds / unit
 
     ours_side = Contender("saeens", "sm.train", ours)
     ours()  # compiles what is compiled
     case = f"{workload}, {n_saes} SAE{'s' if n_saes > 1 else ''}" + ("" if per_step else f", {steps} steps")
+    if start is not None:
+        case += f", {_active_share(start, pool[0]):.1%} of codes active"
     tokens = workload.batch_tokens * steps // unit
     return compare(case, ours_side, Contender(setting.label, setting.settings, theirs), effort, tokens=tokens, agreement=agreement)
 
 
-def check_agreement(workload: Workload, setting: PeerSetting, source: SyntheticActivations, steps: int) -> Agreement:
+def check_agreement(
+    workload: Workload, setting: PeerSetting, source: SyntheticActivations, steps: int, start: sm.SAE | None = None
+) -> Agreement:
     """Train both sides from the same weights on the same batches, and compare their explained variance on held-out rows."""
 
     def batches() -> Iterator[Tensor]:
         return (source.batch(index, workload.batch_tokens) for index in range(steps))
 
-    workload = workload._replace(learning_rate=_AGREEMENT_LEARNING_RATE)
+    workload = workload._replace(learning_rate=_FAST_LEARNING_RATE)
     (config,) = our_configs(workload, setting, 1)
-    (sae,) = sm.train([config], batches(), our_training(workload, setting))
-    trainer = setting.build(sm.build_sae(config), workload)
+    (sae,) = sm.train([config], batches(), our_training(workload, setting), initial=[start])
+    trainer = setting.build(start or sm.build_sae(config), workload)
     _step_all([trainer], batches())
     held_out = source.batch(_HELD_OUT, _HELD_OUT_TOKENS)
     return Agreement(
@@ -141,6 +156,19 @@ def check_agreement(workload: Workload, setting: PeerSetting, source: SyntheticA
         theirs=explained_variance(trainer.reconstruct, held_out),
         difference_in_mathematics=setting.difference,
     )
+
+
+def _trained(workload: Workload, setting: PeerSetting, source: SyntheticActivations) -> sm.SAE:
+    """What both sides start from, trained with the settings that compute what the peer does."""
+    batches = (source.batch(index, workload.batch_tokens) for index in range(workload.trained_steps))
+    training = our_training(workload._replace(learning_rate=_FAST_LEARNING_RATE), setting)
+    (sae,) = sm.train(our_configs(workload, setting, 1), batches, training)
+    return sae
+
+
+@torch.no_grad()
+def _active_share(sae: sm.SAE, x: Tensor) -> float:
+    return float((sae.encode(x) > 0).float().mean())
 
 
 @torch.no_grad()

@@ -25,11 +25,14 @@ class Workload(NamedTuple):
     learning_rate: float = 3e-4
     dead_after_steps: int | None = None
     """Steps without firing after which a feature is dead; None is each side's default, which no benchmark runs long enough to reach."""
+    trained_steps: int = 0
+    """Steps that our own training takes before, whose weights both sides start from: 0 is initial weights."""
 
     def __str__(self) -> str:
         k = f", k {self.k}" if self.architecture == "topk" else ""
+        trained = f" after {self.trained_steps} steps" if self.trained_steps else ""
         dead = f", auxiliary loss active (dead after {self.dead_after_steps} steps)" if self.dead_after_steps else ""
-        return f"{self.architecture}, d_in {self.d_in}, d_sae {self.d_sae}{k}{dead}"
+        return f"{self.architecture}{trained}, d_in {self.d_in}, d_sae {self.d_sae}{k}{dead}"
 
 
 class PeerTrainer(Protocol):
