@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import cycle, islice
 from typing import NamedTuple
 
@@ -119,7 +120,8 @@ def compare_steps(
     def ours() -> float:
         stopwatch = Stopwatch()
         configs = our_configs(workload, setting, n_saes)
-        sm.train(configs, batches(stopwatch), our_training(workload, setting), initial=[start] * n_saes)
+        with _products(setting):
+            sm.train(configs, batches(stopwatch), our_training(workload, setting), initial=[start] * n_saes)
         return stopwatch.seconds / unit
 
     def theirs() -> float:
@@ -147,7 +149,8 @@ def check_agreement(
 
     workload = workload._replace(learning_rate=_FAST_LEARNING_RATE)
     (config,) = our_configs(workload, setting, 1)
-    (sae,) = sm.train([config], batches(), our_training(workload, setting), initial=[start])
+    with _products(setting):
+        (sae,) = sm.train([config], batches(), our_training(workload, setting), initial=[start])
     trainer = setting.build(start or sm.build_sae(config), workload)
     _step_all([trainer], batches())
     held_out = source.batch(_HELD_OUT, _HELD_OUT_TOKENS)
@@ -187,6 +190,17 @@ def our_configs(workload: Workload, setting: PeerSetting, n_saes: int) -> list[s
 def our_training(workload: Workload, setting: PeerSetting) -> sm.TrainingConfig:
     """The training settings of this project that compute what the peer's do."""
     return sm.TrainingConfig(learning_rate=workload.learning_rate, batch_tokens=workload.batch_tokens, **setting.training)
+
+
+@contextmanager
+def _products(setting: PeerSetting) -> Iterator[None]:
+    """What SAEENS_PRECISION=bfloat16 does, for settings that ask for it."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if setting.bfloat16 else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _step_all(trainers: Sequence[PeerTrainer], batches: Iterator[Tensor]) -> None:

@@ -60,6 +60,8 @@ class PeerSetting:
     """Fields of our SAEConfig beside architecture, sizes and seed."""
     training: Mapping[str, Any] = field(default_factory=dict)
     """Fields of our TrainingConfig beside the learning rate."""
+    bfloat16: bool = False
+    """Whether we multiply in bfloat16, too, where we would in float32: weights and sums stay in float32."""
     difference: str | None = None
     """What the peer computes otherwise than this project does with these fields; None if nothing."""
 

@@ -33,7 +33,7 @@ def settings(workload: Workload) -> list[PeerSetting]:
     if workload.architecture != "topk":
         return [
             _setting("defaults", _COMMON, {}, **ours),
-            _setting("autocast", f"{_COMMON}; autocast=True (bfloat16)", {}, autocast=True, **ours),
+            _setting("autocast", f"{_COMMON}; autocast=True; products in bfloat16 on both sides", {}, autocast=True, bfloat16=True, **ours),
         ]
     unscaled = {"rescale_acts_by_decoder_norm": False}
     return [
