@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from saeens_models.architectures import SAE, SAEConfig
-from saeens_models.kernels import cpu_team
+from saeens_models.kernels import Team, cpu_team
 from saeens_models.training.checkpoints import Checkpoints, TrainingState, batches_from, writing
 from saeens_models.training.config import TrainingConfig
 from saeens_models.training.step_graph import Step, StepGraphs
 from saeens_models.training.trainer import CurvePoint, SAETrainer, load_kernels
 
-_OBSERVATIONS = 200
+_OBSERVATIONS, _STEPS_PER_OBSERVATION = 200, 4
+"""How often a training is observed, and the fewest steps between: of a small SAE an observation takes a tenth of the time of a step."""
 _STEPS_PER_OBSERVATION_OF_UNKNOWN_LENGTH = 100
 _KEPT_OF_MEAN_NORM = 0.9
 _UNIT_NORM_TOLERANCE = 1e-3
@@ -44,7 +45,8 @@ def train(
 
     ``batches`` is read once: tensors `[n, d_in]` of any floating dtype, each one step, on the device to train on. Reading stops at
     ``training.total_tokens``; a stream that ends more than a batch before that gives a warning. ``observe`` is called about 200
-    times (every 100 steps where ``total_tokens`` is not given) and after the last step, with one :class:`CurvePoint` per SAE.
+    times, at most every fourth step (every 100 steps where ``total_tokens`` is not given), and after the last step, with one
+    :class:`CurvePoint` per SAE.
 
     ``initial``: for each configuration an SAE to start from, or None for weights that are drawn. Such an SAE takes unscaled activations, as
     trained ones do, is of the same architecture and size, and stays as it is; its ``b_dec`` comes before ``training.input_mean``. A
@@ -161,7 +163,7 @@ def _train(
                 finished = training.total_tokens is not None and n_tokens >= training.total_tokens
                 if observe is not None and not finished and _observations_due(n_steps, n_tokens, training.total_tokens) > observed:
                     observed = _observations_due(n_steps, n_tokens, training.total_tokens)
-                    points.append([trainer.curve_point() for trainer in trainers])
+                    points.append(_curve_points(trainers, team))
                     observe(points[-1])
                 write_if_due(trainers, largest_batch, points)
                 if finished:
@@ -176,7 +178,7 @@ def _train(
                 f"the stream ended after {n_tokens} of total_tokens = {training.total_tokens}: schedules did not finish", stacklevel=3
             )
         if observe is not None:
-            observe([trainer.curve_point() for trainer in trainers])
+            observe(_curve_points(trainers))
         return [trainer.finish() for trainer in trainers]
 
 
@@ -243,6 +245,12 @@ def _step_side_by_side(trainers: Sequence[SAETrainer], x: Tensor) -> None:
         trainer.step(x)
 
 
+def _curve_points(trainers: Sequence[SAETrainer], team: Team | None = None) -> list[CurvePoint]:
+    if team is None:
+        return [trainer.curve_point() for trainer in trainers]
+    return team.run(lambda index: trainers[index].curve_point(), len(trainers))
+
+
 def _step_concurrent_rounds(trainers: Sequence[SAETrainer], x: Tensor) -> None:
     """Steps of boosting rounds, each on what the one before leaves of the batch."""
     normalises = trainers[0].training.normalize_activations != "none"
@@ -265,7 +273,7 @@ def _follow_norm(trainer: SAETrainer, x: Tensor, scale: float | Tensor) -> Tenso
 def _observations_due(n_steps: int, n_tokens: int, total_tokens: int | None) -> int:
     if total_tokens is None:
         return n_steps // _STEPS_PER_OBSERVATION_OF_UNKNOWN_LENGTH
-    return n_tokens * _OBSERVATIONS // total_tokens
+    return min(n_tokens * _OBSERVATIONS // total_tokens, n_steps // _STEPS_PER_OBSERVATION)
 
 
 def _scaled_input(batch: Tensor, d_in: int, scale: float, step: int) -> Tensor:

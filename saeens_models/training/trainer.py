@@ -252,6 +252,8 @@ class SAETrainer:
 
 
 def _explained_variance(x: Tensor, x_hat: Tensor) -> float:
-    variance = x.var(dim=0, correction=0)
+    """Several times faster than with ``x.var``; that of a dimension that does not vary is 0 here, too."""
+    centred = x - x[0]
+    variance = centred.sub_(centred.mean(dim=0)).square_().mean(dim=0)
     unexplained = (x - x_hat).square().mean(dim=0) / variance
     return float(1 - unexplained[variance > 0].mean())

@@ -260,8 +260,8 @@ def test_concurrent_rounds_are_observed_side_by_side():
     sm.train_boosting_concurrently(
         [config("topk"), config("topk", 1)], x.split(64), quick(total_tokens=512), lambda p: seen.append(list(p))
     )
-    assert [len(points) for points in seen] == [2] * 8
-    assert [points[1].tokens for points in seen] == list(range(64, 513, 64))
+    assert [len(points) for points in seen] == [2] * 2
+    assert [points[1].tokens for points in seen] == [4 * 64, 8 * 64]
 
 
 def test_concurrent_rounds_refuse_what_training_refuses():
@@ -355,12 +355,28 @@ def test_without_schedules_the_rates_are_constant():
 
 def test_observations_come_about_two_hundred_times_and_after_the_last_step():
     seen: list[list[CurvePoint]] = []
-    x = stream(1000)
-    sm.train([config("topk"), config("standard")], x.split(4), quick(total_tokens=1000), lambda points: seen.append(list(points)))
+    x = stream(1640)
+    sm.train([config("topk"), config("standard")], x.split(2), quick(total_tokens=1640), lambda points: seen.append(list(points)))
     assert len(seen) == 200
     assert {len(points) for points in seen} == {2}
-    assert seen[-1][0].tokens == 1000 and seen[-1][0].step == 250
+    assert seen[-1][0].tokens == 1640 and seen[-1][0].step == 820
     assert [points[0].tokens for points in seen] == sorted({points[0].tokens for points in seen})
+
+
+def test_there_are_four_steps_between_two_observations_of_a_short_training():
+    steps: list[int] = []
+    sm.train([config("topk")], stream(100).split(10), quick(total_tokens=100), lambda points: steps.append(points[0].step))
+    assert steps == [4, 8, 10]
+
+
+def test_dimensions_that_do_not_vary_have_no_part_in_the_explained_variance_of_a_curve():
+    trainer, x = SAETrainer(config("topk"), quick()), stream(100)
+    x[:, 3] = 0.1  # no binary fraction: its mean is rounded
+    trainer.step(x)
+    _, objective = trainer._last or pytest.fail("a step was taken")
+    unexplained = (x - objective.x_hat).square().mean(0) / x.double().var(dim=0, correction=0)
+    varying = [dimension for dimension in range(x.shape[1]) if dimension != 3]
+    assert trainer.curve_point().explained_variance == pytest.approx(1 - float(unexplained[varying].mean()), rel=1e-5)
 
 
 def test_curve_points_describe_the_last_batch():
