@@ -163,7 +163,7 @@ def _train(
                 finished = training.total_tokens is not None and n_tokens >= training.total_tokens
                 if observe is not None and not finished and _observations_due(n_steps, n_tokens, training.total_tokens) > observed:
                     observed = _observations_due(n_steps, n_tokens, training.total_tokens)
-                    points.append(_curve_points(trainers, team))
+                    points.append(_curve_points(trainers, trainers[0].team))
                     observe(points[-1])
                 write_if_due(trainers, largest_batch, points)
                 if finished:
