@@ -77,14 +77,17 @@ def compare_training(title: str, cases: Sequence[Case], options: Options) -> Sec
             for n_saes, steps in ((1, case.steps), (_MEMBERS, 1)):
                 if n_saes > 1 and setting.label not in case.several_against:
                     continue
-                measured = {"n_saes": n_saes, "steps": steps, "effort": options.effort, "agreement": agreement, "start": start}
-                rows.append(compare_steps(case.workload, setting, source, **measured))
+                row = compare_steps(
+                    case.workload, setting, source, n_saes=n_saes, steps=steps, effort=options.effort, agreement=agreement, start=start
+                )
+                rows.append(row)
     sizes = {(w.d_in, w.d_sae): 3 * 4 * (2 * w.d_in * w.d_sae + w.d_sae + w.d_in) / 1e9 for w, *_ in cases}
+    agreement_steps = " or ".join(map(str, sorted({case.agreement_steps for case in cases})))
     notes = [
         "A step is forward pass, loss, backward pass, gradient clipping, optimiser and the count of dead features, as each library's own "
         "training loop does it; the step before the timed ones does not count. With several SAEs it is one step of each.",
         f"Weights and Adam's moments alone take {', '.join(f'{size:.2f} GB at {d} x {f}' for (d, f), size in sizes.items())}, per SAE.",
-        f"EV is after {cases[0].agreement_steps} steps at a constant learning rate of "
+        f"EV is after {agreement_steps} steps, the fewest of these from trained weights, at a constant learning rate of "
         f"{_FAST_LEARNING_RATE} on either side; times are at {cases[0].workload.learning_rate}, which they do not depend on.",
         "'After n steps': both sides start from what n steps of our own training at that rate left. Few features are active in most of a "
         "training, and many at its beginning.",

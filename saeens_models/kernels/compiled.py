@@ -1,4 +1,4 @@
-"""Machine code for the CPU, compiled by numba when first called and kept on disk: the inner loops of a TopK training step.
+"""Machine code for the CPU, compiled by numba when first called and kept on disk: the inner loops of training steps.
 
 Every function works on a range of rows, tokens or features, releases the interpreter lock, and sums in an order that depends on the
 data alone: whoever calls them from several threads gets the same bits for any number of threads. No flag assumes finite numbers.

@@ -11,13 +11,15 @@ import numpy as np
 from saeens_models.kernels.compiled import _add, _compile, _dot, _four_dots
 
 _ROUNDING = np.float32(2**-8)
-"""Relative error of a number that is rounded to bfloat16."""
+"""Relative error of a number that is rounded to bfloat16, twice over: the other half is for the sum that a bias is added to."""
+_TINY = np.float32(1e-36)
+"""Added to squares: those of the smallest numbers are 0 in float32, and would leave no room for their errors."""
 _PARTS = 8
 """A row is cut into at least so many parts for its selection, and a group takes one entry of each."""
 _MOST_PARTS, _GROUPS_PER_SELECTED = 32, 12
 """More parts leave fewer groups to choose from, and more entries in each that is chosen: how many, and how many groups have to remain."""
 _MOST_COUNTED = 2**15 - 1
-"""The largest of the smallest numbers that are counted in."""
+"""The largest int16, in which is counted what has keys of that size."""
 STRIDE = 64
 """Numbers that a vectorised loop takes at a time; what is left over it takes one by one."""
 
@@ -203,7 +205,7 @@ def _distance(a, b):
     total = np.float32(0)
     for i in range(len(a)):
         total += (a[i] - b[i]) * (a[i] - b[i])
-    return np.sqrt(total)
+    return np.sqrt(total + _TINY)
 
 
 @_compile
@@ -268,9 +270,8 @@ def _thresholds(maxima, k, slack, low, high, middle, counts):
 
 @_compile
 def _slack(threshold, error):
-    """How far below a threshold what was rounded to bfloat16 may be that reaches it, and how far below it may seem what reaches it.
-
-    It is off by `error` before it is rounded; the last digits are for the share of the share.
+    """By how much an exact number and its rough one may differ near a threshold: `error` before the rounding to bfloat16, and the share
+    that is lost in it; 2 % more is for the share of the share.
     """
     return np.float32(1.02) * (error + _ROUNDING * abs(threshold))
 
@@ -342,9 +343,10 @@ def _add_candidates(feature, bits, sure, tokens, x, weights, bias, candidates, s
 def select_topk_exactly(rough, bias, x, x_rough, W_enc, norm, rounding, of_bias, memory, indices, values):
     """As `select_topk` for what is rough in bfloat16, given as int16: rough `[m, n]`, pre-activations with the bias of x `[n, d]`.
 
-    With x' and w' for the rounded factors, ``|x.w - x'.w'| <= |x - x'| |w| + |x'| (|w - w'| + summation |w|)``; `norm` is the largest
-    ``|w|``, `rounding` the largest bracket, `of_bias` how far off the bias may be. At least k of the largest rough ones are computed
-    again in float32, and then all others that may be larger than the k-th of these.
+    With x' and w' for the rounded factors, the computed ``x'.w'`` is off by at most ``|x - x'| |w| + |x'| (|w - w'| + summation |w|)``;
+    `norm` is the largest ``|w|``, `rounding` the largest bracket, `of_bias` how far off the bias may be. At least k of the largest
+    rough ones are computed again in float32, and then all others that may be larger than the k-th of these. So the k are those of
+    float32, in the order of summation of `_dot`; of equal ones any may be selected.
 
     Returns how many tokens have more candidates than there is memory for; they are the first of its ``tokens`` then.
     """
@@ -359,7 +361,7 @@ def select_topk_exactly(rough, bias, x, x_rough, W_enc, norm, rounding, of_bias,
     _thresholds(maxima, k, max(k // 4, _PARTS), sure, high, least, counts)
     for t in range(n):
         _widen(x_rough[t, : len(x_row)], x_bits)
-        errors[t] = _distance(x[t], x_row) * norm + np.sqrt(_dot(x_row, x_row)) * rounding + of_bias
+        errors[t] = _distance(x[t], x_row) * norm + np.sqrt(_dot(x_row, x_row) + _TINY) * rounding + of_bias
         threshold = _number(np.int32(sure[t]) << 16)
         least[t] = _rough_key(threshold - np.float32(2) * _slack(threshold, errors[t]))
         tokens[t], n_candidates[t], n_unsure[t] = t, 0, 0

@@ -105,7 +105,8 @@ def topk_gradients(
 
     The loss is ``mean ||x_hat - x||^2 + aux_coefficient * mean ||e_hat - (x - x_hat)||^2``, where ``e_hat`` is decoded from the
     ``k_aux`` largest pre-activations among the features ``dead`` (indices, at least one, or None), as in
-    :class:`~saeens_models.architectures.topk.TopKSAE`. Memory beside the result: a block of pre-activations per thread, and
+    :class:`~saeens_models.architectures.topk.TopKSAE`. Memory beside the result: where the encoder is on
+    bfloat16 W_enc in it, a block of pre-activations per thread with what is selected from it, at most as much again, and
     tensors of the size of ``x`` and of the code, `[n, k]` and `[n, k_aux]`: three and eight of them, and as many more with dead features.
     """
     from saeens_models.kernels import compiled

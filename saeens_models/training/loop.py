@@ -17,7 +17,7 @@ from saeens_models.training.step_graph import Step, StepGraphs
 from saeens_models.training.trainer import CurvePoint, SAETrainer, load_kernels
 
 _OBSERVATIONS, _STEPS_PER_OBSERVATION = 200, 4
-"""How often a training is observed, and the fewest steps between: of a small SAE an observation takes a tenth of the time of a step."""
+"""How often a training is observed, and every how many steps at most: of a small SAE an observation takes a tenth of the time of a step."""
 _STEPS_PER_OBSERVATION_OF_UNKNOWN_LENGTH = 100
 _KEPT_OF_MEAN_NORM = 0.9
 _UNIT_NORM_TOLERANCE = 1e-3

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import saeens_models as sm
 from saeens_models.architectures import build_sae
-from saeens_models.kernels import Team, compiled, cpu_team, products
+from saeens_models.kernels import Team, compiled, cpu_encoder, cpu_team, products
 from saeens_models.kernels.cpu import Weights, topk_gradients, topk_reconstruct
 from saeens_models.kernels.cpu_encoder import select_topk
 from saeens_models.kernels.cpu_gated import SPARSE_BELOW
@@ -175,15 +175,44 @@ def test_a_rough_encoder_that_cannot_tell_features_apart_asks_float32(monkeypatc
     x = torch.randn(300, d_in, generator=generator)
     x[:40, 1:] *= 1e-3
     x[40:80] = 0  # all pre-activations are equal
+    asked = []
+    monkeypatch.setattr(cpu_encoder, "select_topk", lambda team, pre, *rest: (asked.append(len(pre)), select_topk(team, pre, *rest)))
     codes = []
     for rough in (True, False):
         monkeypatch.setattr("saeens_models.kernels.cpu.bfloat16_pays", lambda *_, rough=rough: rough)
         with Team() as team:
             codes.append(topk_reconstruct(team, x, weights, k=k, apply_b_dec_to_input=False))
     ours, theirs = codes
+    assert 80 <= sum(asked[:-2]) < len(x)  # by the rough one; the other does so for each of two blocks
     assert (ours.indices[:40].sort().values == theirs.indices[:40].sort().values).all()
     torch.testing.assert_close(ours.x_hat, theirs.x_hat, rtol=1e-5, atol=1e-4)
     assert not ours.values[40:80].any()
+
+
+@pytest.mark.parametrize(("n", "d_sae", "k"), [(1, 100, 3), (3, 40, 40), (5, 1, 1), (300, 64, 63)])
+def test_a_rough_encoder_takes_any_sizes(monkeypatch, n, d_sae, k):
+    generator = torch.Generator().manual_seed(n)
+    weights = Weights(*(torch.randn(shape, generator=generator) for shape in ((d_sae, 9), (d_sae,), (d_sae, 9), (9,))))
+    monkeypatch.setattr("saeens_models.kernels.cpu.bfloat16_pays", lambda *_: True)
+    x = torch.randn(n, 9, generator=generator)
+    with Team() as team:
+        x_hat = topk_reconstruct(team, x, weights, k=k, apply_b_dec_to_input=False).x_hat
+    top = (x @ weights.W_enc.t() + weights.b_enc).topk(k)
+    z = torch.zeros(n, d_sae).scatter(1, top.indices, top.values.relu())
+    torch.testing.assert_close(x_hat, z @ weights.W_dec + weights.b_dec, rtol=1e-5, atol=1e-4)
+
+
+def test_a_rough_encoder_tells_the_smallest_numbers_apart(monkeypatch):
+    generator = torch.Generator().manual_seed(5)
+    W_enc, W_dec = torch.randn(2, 500, 16, generator=generator)
+    weights = Weights(W_enc + 100, torch.zeros(500), W_dec, torch.zeros(16))
+    x = torch.randn(64, 16, generator=generator)
+    x = (x - x.mean(1, keepdim=True)) * 1e-24  # what all weights have in common adds nothing
+    monkeypatch.setattr("saeens_models.kernels.cpu.bfloat16_pays", lambda *_: True)
+    with Team() as team:
+        indices = topk_reconstruct(team, x, weights, k=8, apply_b_dec_to_input=False).indices
+    expected = (x.double() @ weights.W_enc.double().t()).topk(8).indices
+    assert (indices.sort().values == expected.sort().values).all()
 
 
 def test_a_rough_encoder_does_not_hide_what_is_not_a_number(monkeypatch):
