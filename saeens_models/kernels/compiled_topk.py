@@ -19,7 +19,8 @@ _PARTS = 8
 _MOST_PARTS, _GROUPS_PER_SELECTED = 32, 12
 """More parts leave fewer groups to choose from, and more entries in each that is chosen: how many, and how many groups have to remain."""
 _MOST_COUNTED = 2**15 - 1
-"""The largest int16, in which is counted what has keys of that size."""
+"""The largest int16: the keys of bfloat16 are counted in numbers of their size, so that as many fit into a register."""
+_LEAST_KEY = -(2**31)
 STRIDE = 64
 """Numbers that a vectorised loop takes at a time; what is left over it takes one by one."""
 
@@ -57,19 +58,15 @@ def _largest_keys(bits, keys):
 
 @_compile
 def _count(keys, threshold):
-    """How many keys reach a threshold. Counted in numbers of their size, as many of which fit into a register."""
-    least, total = keys.dtype.type(threshold), 0
-    for start in range(0, len(keys), _MOST_COUNTED):
-        part, n = keys[start : start + _MOST_COUNTED], keys.dtype.type(0)
-        for i in range(len(part)):
-            n = keys.dtype.type(n + keys.dtype.type(part[i] >= least))
-        total += n
-    return total
+    least, n = np.int32(threshold), np.int32(0)
+    for i in range(len(keys)):
+        n = np.int32(n + np.int32(keys[i] >= least))
+    return n
 
 
 @_compile
 def _bounds(memory, n, k, slack, guess):
-    """Of the first n keys in memory one that at least k reach, and a larger one that fewer than k reach, by bisection from a guess.
+    """Of the first n keys in memory, int32, one that at least k reach, and a larger one that fewer than k reach, by bisection from a guess.
 
     Ends when at most k + slack reach the lower one, or when nothing lies between the two: the keys between are equal. Less than
     `STRIDE` keys behind them are overwritten.
@@ -80,7 +77,7 @@ def _bounds(memory, n, k, slack, guess):
         lowest = memory[i] if memory[i] < lowest else lowest
         highest = memory[i] if memory[i] > highest else highest
     for i in range(n, end):
-        memory[i] = -(1 << (8 * memory.itemsize - 1))
+        memory[i] = _LEAST_KEY
     keys = memory[:end]
     low, high = np.int64(lowest), np.int64(highest)
     if _count(keys, high) >= k:
@@ -125,9 +122,10 @@ def n_groups(n, k):
 def _candidates(bits, k, guess, keys, places):
     """Where the entries of a row are that may be among the k largest, in the order of the row; and a key that at least k of them reach.
 
-    The row is given as in `_to_keys`. The entries reach what k of the maxima of its groups reach; of g groups each has every g-th entry.
+    The row is given as in `_to_keys`, in float32. The entries reach what k of the maxima of its groups reach, each of which has one entry
+    in so many.
     """
-    but_sign = bits.dtype.type((1 << (8 * bits.itemsize - 1)) - 1)
+    but_sign = np.int32(0x7FFFFFFF)
     size = n_groups(len(bits), k)
     grouped, maxima = len(bits) // size * size, keys[:size]
     _to_keys(bits, maxima)
@@ -175,7 +173,7 @@ def _select(candidates, scores, keys, k, indices, values):
 def select_topk(pre, bits, bias, keys, places, scores, indices, values):
     """Add the bias `[m]` to each row of pre `[n, m]`, in place, and select its k largest entries: indices, values `[n, k]`.
 
-    `bits` is pre as int32: the same memory. keys `[m + STRIDE]`, places `[2 m + 1]` and scores `[m]` are memory to work in.
+    `bits` is pre as int32: the same memory. keys `[m + STRIDE]`, places `[2 m]` and scores `[m]` are memory to work in.
     """
     (n, m), k, guess = pre.shape, indices.shape[1], np.int64(0)
     for b in range(n):
@@ -243,10 +241,10 @@ def _thresholds(maxima, k, slack, low, high, middle, counts):
 
     Ends when at most k + slack reach it, or when fewer than k reach any larger one, or `_MOST_COUNTED` if k is more.
     """
-    n_groups, n = maxima.shape
+    size, n = maxima.shape
     for t in range(n):
         low[t], high[t] = maxima[0, t], maxima[0, t]
-    for group in range(1, n_groups):
+    for group in range(1, size):
         _shrink(low, high, maxima[group])
     while True:
         n_open = 0
@@ -256,7 +254,7 @@ def _thresholds(maxima, k, slack, low, high, middle, counts):
         if n_open == 0:
             return
         counts[:] = 0
-        for group in range(n_groups):
+        for group in range(size):
             _count_each(counts, maxima[group], middle)
         for t in range(n):
             if low[t] >= high[t]:

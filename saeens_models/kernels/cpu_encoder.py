@@ -99,7 +99,7 @@ class _Selection(NamedTuple):
     """Memory in which to select from a row of m entries."""
 
     keys: np.ndarray  # int32 [m + STRIDE]
-    places: np.ndarray  # int32 [2 m + 1]
+    places: np.ndarray  # int32 [2 m]
     scores: np.ndarray  # [m]
 
 
@@ -110,7 +110,7 @@ def _selection(team: Team, name: str, m: int) -> _Selection:
         return team.scratch(f"{part} of {name}", size, dtype=dtype).numpy()
 
     return _Selection(
-        keys=part("keys", m + compiled_topk.STRIDE, torch.int32), places=part("places", 2 * m + 1, torch.int32), scores=part("scores", m)
+        keys=part("keys", m + compiled_topk.STRIDE, torch.int32), places=part("places", 2 * m, torch.int32), scores=part("scores", m)
     )
 
 
@@ -131,8 +131,8 @@ class _ExactSelection(NamedTuple):
     least: np.ndarray
     counts: np.ndarray
     tokens: np.ndarray  # int64, as the next two
-    some: np.ndarray  # [n + 1]
-    reaching: np.ndarray  # [n + 1]
+    some: np.ndarray
+    reaching: np.ndarray
     keys: np.ndarray  # int32 [capacity + STRIDE]
     x_bits: np.ndarray  # int32 [d_in]
     x_row: np.ndarray  # the same as float32
@@ -157,8 +157,8 @@ def _exact_selection(team: Team, name: str, *shape: int) -> _ExactSelection:
         errors=part("errors", n).numpy(),
         **{each: part(each, n, dtype=torch.int16).numpy() for each in ("sure", "high", "least", "counts")},
         tokens=part("tokens", n, dtype=torch.int64).numpy(),
-        some=part("some", n + 1, dtype=torch.int64).numpy(),
-        reaching=part("reaching", n + 1, dtype=torch.int64).numpy(),
+        some=part("some", n, dtype=torch.int64).numpy(),
+        reaching=part("reaching", n, dtype=torch.int64).numpy(),
         keys=part("keys", capacity + compiled_topk.STRIDE, dtype=torch.int32).numpy(),
         x_bits=x_row.view(torch.int32).numpy(),
         x_row=x_row.numpy(),
