@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from saeens_models.kernels.compiled import _add, _compile, _dot, _four_dots
+from saeens_models.kernels.compiled import _add, _compile, _dot
 
 _ROUNDING = np.float32(2**-8)
 """Relative error of a number that is rounded to bfloat16, twice over: the other half is for the sum that a bias is added to."""
@@ -302,39 +302,21 @@ def _reaching_among(bits, thresholds, tokens, reaching):
 
 
 @_compile
-def _add_candidate(feature, token, score, candidates, scores, n_candidates):
-    n = n_candidates[token]
-    n_candidates[token] = n + 1
-    if n < candidates.shape[1]:
-        candidates[token, n], scores[token, n] = feature, score
-
-
-@_compile
 def _add_candidates(feature, bits, sure, tokens, x, weights, bias, candidates, scores, n_candidates, n_unsure):
     """Note a feature for tokens: its pre-activation where it reaches `sure`, else its key, from the end of the memory on."""
-    i, capacity = 0, candidates.shape[1]
-    for token in tokens:
+    capacity = candidates.shape[1]
+    for i in range(len(tokens)):
+        token = tokens[i]
         key = bits[token] if bits[token] >= 0 else bits[token] ^ np.int16(0x7FFF)
         if key >= sure[token]:
-            tokens[i] = token
-            i += 1
+            n = n_candidates[token]
+            n_candidates[token] = n + 1
+            if n < capacity:  # one token at a time: equal ones then have the same bits
+                candidates[token, n], scores[token, n] = feature, _dot(weights, x[token]) + bias
         else:
             n_unsure[token] += 1
             if n_unsure[token] <= capacity:
                 candidates[token, capacity - n_unsure[token]], scores[token, capacity - n_unsure[token]] = feature, key
-    n, i = i, 0
-    while i + 4 <= n:
-        p, q, r, s = tokens[i], tokens[i + 1], tokens[i + 2], tokens[i + 3]
-        of_p, of_q, of_r, of_s = _four_dots(weights, x[p], x[q], x[r], x[s])
-        _add_candidate(feature, p, of_p + bias, candidates, scores, n_candidates)
-        _add_candidate(feature, q, of_q + bias, candidates, scores, n_candidates)
-        _add_candidate(feature, r, of_r + bias, candidates, scores, n_candidates)
-        _add_candidate(feature, s, of_s + bias, candidates, scores, n_candidates)
-        i += 4
-    while i < n:
-        token = tokens[i]
-        _add_candidate(feature, token, _dot(weights, x[token]) + bias, candidates, scores, n_candidates)
-        i += 1
 
 
 @_compile

@@ -202,6 +202,18 @@ def test_a_rough_encoder_takes_any_sizes(monkeypatch, n, d_sae, k):
     torch.testing.assert_close(x_hat, z @ weights.W_dec + weights.b_dec, rtol=1e-5, atol=1e-4)
 
 
+def test_equal_tokens_have_equal_codes_wherever_they_are(monkeypatch):
+    generator = torch.Generator().manual_seed(6)
+    weights = Weights(*(torch.randn(shape, generator=generator) for shape in ((400, 50), (400,), (400, 50), (50,))))
+    x = torch.randn(300, 50, generator=generator)
+    x[100:] = x[torch.randint(100, (200,), generator=generator)]
+    monkeypatch.setattr("saeens_models.kernels.cpu.bfloat16_pays", lambda *_: True)
+    with Team() as team:
+        x_hat = topk_reconstruct(team, x, weights, k=9, apply_b_dec_to_input=False).x_hat
+    first_of_equal = (x[:, None] == x[None]).all(2).int().argmax(1)
+    assert torch.equal(x_hat, x_hat[first_of_equal])
+
+
 def test_a_rough_encoder_tells_the_smallest_numbers_apart(monkeypatch):
     generator = torch.Generator().manual_seed(5)
     W_enc, W_dec = torch.randn(2, 500, 16, generator=generator)

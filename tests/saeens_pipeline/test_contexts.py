@@ -83,7 +83,10 @@ def test_contexts_are_the_windows_around_the_largest_activations(laboratory: Lab
             continue
         assert row["max_activation"] == pytest.approx(fired.max(), rel=1e-5)
         assert sum(json.loads(row["histogram"])) == len(fired)
-        for context, window in zip(contexts, order, strict=True):
+        assert len({(context["document"], context["position"]) for context in contexts}) == len(contexts)
+        for context, in_order in zip(contexts, order, strict=True):
+            (window,) = np.flatnonzero(((document == context["document"]) & (position == context["position"])).any(axis=1))
+            assert peaks[window] == pytest.approx(peaks[in_order], rel=1e-5)  # in the order of another summation, the same is not equal
             at = int(of_windows[window, :, i].argmax())
             around = [p for p in range(max(0, at - RADIUS), min(CONTEXT_LENGTH, at + RADIUS + 1)) if document[window, p] >= 0]
             assert context["tokens"] == [tokenizer.decode([tokens[window, p]]) for p in around]
