@@ -192,34 +192,21 @@ def select_topk(pre, bits, bias, keys, places, scores, indices, values):
 
 
 @_compile
-def _widen(rough, bits):
-    """From bfloat16, given as int16, to float32, given as int32, of which it is the upper half."""
-    for i in range(len(rough)):
-        bits[i] = np.int32(rough[i]) << np.int32(16)
-
-
-@_compile
-def _distance(a, b):
-    total = np.float32(0)
-    for i in range(len(a)):
-        total += (a[i] - b[i]) * (a[i] - b[i])
-    return np.sqrt(total + _TINY)
-
-
-@_compile
-def largest_norms(W, W_rough, bits, rough):
-    """Over the rows of W `[m, d]` the largest norm, and the largest distance from what W_rough, bfloat16 as int16, has there.
-
-    `bits` `[d]` is memory for a row, int32, and `rough` the same as float32.
+def round_rows(rows, rough, norms, distances):
+    """Round rows `[n, d]` to bfloat16, the first d of each row of rough, as int16: to nearest, of two the even one. Their norms `[n]`, and
+    how far they are from what they are rounded to.
     """
-    largest_norm = largest_distance = np.float32(0)
-    for i in range(len(W)):
-        _widen(W_rough[i, : len(bits)], bits)
-        norm, distance = np.sqrt(_dot(W[i], W[i])), _distance(W[i], rough)
-        largest_distance = distance if distance > largest_distance else largest_distance
-        if norm > largest_norm or np.isnan(norm):  # nothing is larger than what is not a number
-            largest_norm = norm
-    return largest_norm, largest_distance
+    for b in range(len(rows)):
+        row, to, square, square_off = rows[b], rough[b], _TINY, _TINY
+        for i in range(len(row)):
+            bits = np.float32(row[i]).view(np.int32)
+            rounded = np.int32(bits + np.int32(0x7FFF) + ((bits >> np.int32(16)) & np.int32(1))) >> np.int32(16)
+            rounded = rounded if row[i] == row[i] else np.int32(0x7FC0)  # what is not a number might be rounded to one
+            off = row[i] - np.int32(rounded << np.int32(16)).view(np.float32)
+            square += row[i] * row[i]
+            square_off += off * off
+            to[i] = rounded
+        norms[b], distances[b] = np.sqrt(square), np.sqrt(square_off)
 
 
 @_compile
@@ -320,18 +307,17 @@ def _add_candidates(feature, bits, sure, tokens, x, weights, bias, candidates, s
 
 
 @_compile
-def select_topk_exactly(rough, bias, x, x_rough, W_enc, norm, rounding, of_bias, memory, indices, values):
+def select_topk_exactly(rough, bias, x, errors, W_enc, memory, indices, values):
     """As `select_topk` for what is rough in bfloat16, given as int16: rough `[m, n]`, pre-activations with the bias of x `[n, d]`.
 
-    With x' and w' for the rounded factors, the computed ``x'.w'`` is off by at most ``|x - x'| |w| + |x'| (|w - w'| + summation |w|)``;
-    `norm` is the largest ``|w|``, `rounding` the largest bracket, `of_bias` how far off the bias may be. At least k of the largest
-    rough ones are computed again in float32, and then all others that may be larger than the k-th of these. So the k are those of
-    float32, in the order of summation of `_dot`; of equal ones any may be selected.
+    Before they were rounded they were off by at most errors `[n]`. At least k of the largest rough ones are computed again in float32,
+    and then all others that may be larger than the k-th of these. So the k are those of float32, in the order of summation of `_dot`; of
+    equal ones any may be selected.
 
     Returns how many tokens have more candidates than there is memory for; they are the first of its ``tokens`` then.
     """
-    maxima, candidates, scores, score_bits, n_candidates, n_unsure, errors = memory[:7]
-    sure, high, least, counts, tokens, some, reaching, keys, x_bits, x_row = memory[7:]
+    maxima, candidates, scores, score_bits, n_candidates, n_unsure = memory[:6]
+    sure, high, least, counts, tokens, some, reaching, keys = memory[6:]
     (m, n), k, size, capacity = rough.shape, indices.shape[1], len(maxima), candidates.shape[1]
     noted, parts = (candidates, scores, n_candidates, n_unsure), m // size
     for group in range(size):
@@ -340,8 +326,6 @@ def select_topk_exactly(rough, bias, x, x_rough, W_enc, norm, rounding, of_bias,
             _largest_keys(rough[feature], maxima[group])
     _thresholds(maxima, k, max(k // 4, _PARTS), sure, high, least, counts)
     for t in range(n):
-        _widen(x_rough[t, : len(x_row)], x_bits)
-        errors[t] = _distance(x[t], x_row) * norm + np.sqrt(_dot(x_row, x_row) + _TINY) * rounding + of_bias
         threshold = _number(np.int32(sure[t]) << 16)
         least[t] = _rough_key(threshold - np.float32(2) * _slack(threshold, errors[t]))
         tokens[t], n_candidates[t], n_unsure[t] = t, 0, 0
