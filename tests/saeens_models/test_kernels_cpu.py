@@ -77,6 +77,20 @@ def test_where_torch_has_lost_the_product_of_onednn_it_is_mkls(monkeypatch):
     assert products._linear.__wrapped__() is products._by_mm
 
 
+def test_products_are_in_bfloat16_where_that_is_asked_for(monkeypatch):
+    """The factors, converted; and, as here, what comes out, where the processor does not convert them by itself."""
+    x, W = torch.randn(40, 30, generator=torch.Generator().manual_seed(0)), torch.randn(50, 30, generator=torch.Generator().manual_seed(1))
+    exact = x.double() @ W.double().t()
+    rounded = x.bfloat16().double() @ W.bfloat16().double().t()
+    monkeypatch.setattr(products, "_has_to_be_converted", lambda: True)
+    assert (products.linear(x, W) - exact).abs().max() < 1e-5
+    torch.set_float32_matmul_precision("medium")
+    try:
+        torch.testing.assert_close(products.linear(x, W).double(), rounded, rtol=2**-8, atol=1e-5)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_the_bias_is_added_before_selecting():
     pre, bias = np.zeros((1, 100), np.float32), np.arange(100, dtype=np.float32)
     indices, values = _select(pre, 3, bias)
