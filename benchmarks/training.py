@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from itertools import cycle, islice
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 import saeens_models as sm
 from benchmarks.options import Options
-from benchmarks.peers import PeerSetting, PeerTrainer, Workload, training_peers
+from benchmarks.peers import PeerSetting, PeerTrainer, Workload, products_at, training_peers
 from benchmarks.report import Section
 from benchmarks.runner import Agreement, Contender, Effort, Row, Stopwatch, compare, timed_after
 from benchmarks.synthetic import SyntheticActivations
@@ -195,15 +195,9 @@ def our_training(workload: Workload, setting: PeerSetting) -> sm.TrainingConfig:
     return sm.TrainingConfig(learning_rate=workload.learning_rate, batch_tokens=workload.batch_tokens, **setting.training)
 
 
-@contextmanager
-def _products(setting: PeerSetting) -> Iterator[None]:
+def _products(setting: PeerSetting) -> AbstractContextManager[None]:
     """What SAEENS_PRECISION=bfloat16 does, for settings that ask for it."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium" if setting.bfloat16 else before)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    return products_at("medium" if setting.bfloat16 else "highest")
 
 
 def _step_all(trainers: Sequence[PeerTrainer], batches: Iterator[Tensor]) -> None:

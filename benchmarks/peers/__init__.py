@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 import saeens_models as sm
@@ -87,3 +89,14 @@ def training_peers(workload: Workload) -> Peers:
         except ImportError as error:
             left_out.append(f"{peer}, which cannot be imported: {error}")
     return Peers(settings, left_out)
+
+
+@contextmanager
+def products_at(precision: str) -> Iterator[None]:
+    """Torch's precision of float32 products, within."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -21,7 +21,7 @@ from sparsify.sparse_coder import SparseCoder
 from torch import Tensor
 
 import saeens_models as sm
-from benchmarks.peers import PeerSetting, Workload
+from benchmarks.peers import PeerSetting, Workload, products_at
 
 _COMMON = "SPARSIFY_DISABLE_TRITON=1, matrix products at precision 'high' as in Trainer.fit, auxk_alpha 0, unit decoder, b_dec from 0"
 _OURS = {"sae": {"decoder_init_norm": 1.0}, "training": {"gradient_clip_norm": None}}
@@ -70,12 +70,8 @@ class _Trainer:
         self._did_fire = torch.zeros(workload.d_sae, dtype=torch.bool)
 
     def step(self, x: Tensor) -> None:
-        precision = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("high")
-        try:
+        with products_at("high"):
             self._step(x)
-        finally:
-            torch.set_float32_matmul_precision(precision)
 
     def _step(self, x: Tensor) -> None:
         self._sae.set_decoder_norm_to_unit_norm()

@@ -16,7 +16,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
 import saeens_models as sm
-from benchmarks.peers import PeerSetting, Workload
+from benchmarks.peers import PeerSetting, Workload, products_at
 
 _MANY_STEPS = 10**6  # of a run whose learning rate is constant: the number itself decides nothing
 _CLASSES = {
@@ -33,9 +33,12 @@ def settings(workload: Workload) -> list[PeerSetting]:
     if workload.architecture != "topk":
         return [
             _setting("defaults", _COMMON, {}, **ours),
+            *_by_onednn("", _COMMON, {}, ours),
             _setting("autocast", f"{_COMMON}; autocast=True; products in bfloat16 on both sides", {}, autocast=True, bfloat16=True, **ours),
         ]
     unscaled = {"rescale_acts_by_decoder_norm": False}
+    sparse = {**unscaled, "use_sparse_activations": True}
+    in_full = f"{_COMMON}; rescale_acts_by_decoder_norm=False, use_sparse_activations=True"
     return [
         _setting(
             "defaults",
@@ -46,18 +49,28 @@ def settings(workload: Workload) -> list[PeerSetting]:
             difference="codes are scaled by the decoder norms, which are learnt; compared with decoder rows kept at norm 1",
         ),
         _setting("without rescaling", f"{_COMMON}; rescale_acts_by_decoder_norm=False", unscaled, **ours),
-        _setting(
-            "sparse",
-            f"{_COMMON}; rescale_acts_by_decoder_norm=False, use_sparse_activations=True",
-            {**unscaled, "use_sparse_activations": True},
-            **ours,
-        ),
+        _setting("sparse", in_full, sparse, **ours),
+        *_by_onednn("sparse, ", in_full, sparse, ours),
         _setting("autocast", f"{_COMMON}; rescale_acts_by_decoder_norm=False, autocast=True (bfloat16)", unscaled, autocast=True, **ours),
     ]
 
 
-def _setting(name: str, text: str, fields: dict[str, Any], *, autocast: bool = False, **ours: Any) -> PeerSetting:
-    return PeerSetting("SAELens", name, text, partial(_Trainer, fields, autocast), **ours)
+def _by_onednn(name: str, text: str, fields: dict[str, Any], ours: dict[str, Any]) -> list[PeerSetting]:
+    """The setting with products by oneDNN, on processors where it is faster than what torch takes by itself: no option of SAELens.
+
+    At precision "medium" torch asks oneDNN, which stays in float32 where it has no AMX.
+    """
+    processor = torch.cpu.get_capabilities()
+    if not (processor.get("avx512_f") and str(processor.get("cpu_name")).startswith("AMD")) or processor.get("amx_bf16"):
+        return []
+    text = f"{text}; torch.set_float32_matmul_precision('medium'), with which oneDNN multiplies instead of MKL, in float32 as well"
+    return [_setting(f"{name}products by oneDNN", text, fields, precision="medium", **ours)]
+
+
+def _setting(
+    name: str, text: str, fields: dict[str, Any], *, autocast: bool = False, precision: str = "highest", **ours: Any
+) -> PeerSetting:
+    return PeerSetting("SAELens", name, text, partial(_Trainer, fields, autocast, precision), **ours)
 
 
 def _dead_after(workload: Workload) -> dict[str, int]:
@@ -65,7 +78,7 @@ def _dead_after(workload: Workload) -> dict[str, int]:
 
 
 class _Trainer:
-    def __init__(self, fields: dict[str, Any], autocast: bool, initial: sm.SAE, workload: Workload) -> None:
+    def __init__(self, fields: dict[str, Any], autocast: bool, precision: str, initial: sm.SAE, workload: Workload) -> None:
         sae_class, config_class = _CLASSES[workload.architecture]
         own = {"k": workload.k} if workload.architecture == "topk" else {}
         self._sae = sae_class(config_class(d_in=workload.d_in, d_sae=workload.d_sae, device="cpu", **own, **fields))
@@ -82,11 +95,13 @@ class _Trainer:
             autocast=autocast,
             **dead,
         )
+        self._precision = precision
         self._trainer = SAETrainer(cfg=config, sae=self._sae, data_provider=iter(()))
 
     def step(self, x: Tensor) -> None:
         self._trainer.maybe_reset_sparsity()
-        self._trainer.step(x)
+        with products_at(self._precision):
+            self._trainer.step(x)
         self._trainer.n_training_steps += 1
 
     def reconstruct(self, x: Tensor) -> Tensor:
