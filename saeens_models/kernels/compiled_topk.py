@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from saeens_models.kernels.compiled import _add, _compile, _dot
+from saeens_models.kernels.compiled import _compile, _dot
 
 _ROUNDING = np.float32(2**-8)
 """Relative error of a number that is rounded to bfloat16, twice over: the other half is for the sum that a bias is added to."""
@@ -149,6 +149,14 @@ def _candidates(bits, k, guess, keys, places):
 
 
 @_compile
+def _select_nothing(first, indices, values):
+    """Entries that are no numbers, so that the loss shows it."""
+    for i in range(first, len(indices)):
+        indices[i] = i
+        values[i] = np.nan
+
+
+@_compile
 def _select(candidates, scores, keys, k, indices, values):
     """The k candidates with the largest scores, whose keys are given; of equal ones the first."""
     n, n_selected = len(candidates), 0
@@ -164,9 +172,17 @@ def _select(candidates, scores, keys, k, indices, values):
                 indices[n_selected] = candidates[i]
                 values[n_selected] = scores[i]
                 n_selected += 1
-    for i in range(n_selected, k):  # too few seem to reach a threshold that is not a number: the loss has to show it
-        indices[i] = i
-        values[i] = np.nan
+    _select_nothing(n_selected, indices, values)  # too few seem to reach a threshold that is not a number
+
+
+@_compile
+def _add_bias(row, bias):
+    """Add it in place. Returns the sum, which is not a number where one of the row is not."""
+    total = np.float32(0)
+    for i in range(len(row)):
+        row[i] += bias[i]
+        total += row[i]
+    return total
 
 
 @_compile
@@ -178,7 +194,9 @@ def select_topk(pre, bits, bias, keys, places, scores, indices, values):
     (n, m), k, guess = pre.shape, indices.shape[1], np.int64(0)
     for b in range(n):
         row = pre[b]
-        _add(row, bias)
+        if np.isnan(_add_bias(row, bias)):  # its key may be the smallest
+            _select_nothing(0, indices[b], values[b])
+            continue
         if k == m:
             for i in range(m):
                 indices[b, i] = i

@@ -98,10 +98,15 @@ def test_the_bias_is_added_before_selecting():
     assert sorted(values[0]) == [97, 98, 99]
 
 
-@pytest.mark.parametrize("m", [10, 1000])
-def test_a_row_that_is_not_a_number_gives_no_number(m):
-    _, values = _select(np.full((1, m), np.nan, np.float32), 3)
-    assert np.isnan(values).all()
+@pytest.mark.parametrize("m", [3, 10, 1000])
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("all_of_them", [True, False])
+def test_a_row_that_is_not_a_number_gives_no_number(m, sign, all_of_them):
+    pre = np.ones((2, m), np.float32)
+    pre[0, :: 1 if all_of_them else m] = np.copysign(np.float32(np.nan), sign)  # what processors compute has the sign
+    _, values = _select(pre, 3)
+    assert np.isnan(values[0]).all()
+    assert (values[1] == 1).all()
 
 
 @given(
