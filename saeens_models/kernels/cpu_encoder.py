@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from saeens_models.kernels.products import linear
+from saeens_models.kernels.products import linear, multiplies_bfloat16
 from saeens_models.kernels.team import Team
 
 if TYPE_CHECKING:
@@ -184,10 +183,3 @@ def _bits(rough: Tensor) -> np.ndarray:
 
 def bfloat16_pays(n_tokens: int, weights: Weights) -> bool:
     return n_tokens * weights.W_enc.numel() >= _ROUGH_PRODUCTS and multiplies_bfloat16()
-
-
-@cache
-def multiplies_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 faster than float32. Looked up, not timed: a result must not depend on its load."""
-    features = torch.cpu.get_capabilities()
-    return bool(features.get("avx512_bf16") or features.get("amx_bf16"))

@@ -9,6 +9,7 @@ of the five products the encoder's is left, which is what a trained SAE's step m
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -16,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saeens_models.kernels import products
 from saeens_models.kernels.cpu import Weights, blocks_of_tokens, gradients_of
-from saeens_models.kernels.products import linear
 from saeens_models.kernels.team import Team
 
 SPARSE_BELOW = 0.1
@@ -58,7 +59,7 @@ def gated_gradients(
     The loss is ``mean ||x_hat - x||^2 + l1_coefficient * mean sum_i z_i ||W_dec_i|| + l0_coefficient * mean sum_i [z_i active]``.
     ``threshold`` `[d_sae]` learns from pre-activations within half a ``bandwidth`` of it, as in
     :class:`~saeens_models.architectures.jumprelu.JumpReLUSAE`. Memory beside the result: the codes of the batch and their gradients,
-    ``2 n d_sae``, W_dec once more, and three blocks of pre-activations per thread.
+    ``2 n d_sae``, W_dec once more, and three blocks of pre-activations per thread; W_enc and W_dec in bfloat16, where products are.
     """
     from saeens_models.kernels import compiled
 
@@ -71,7 +72,9 @@ def gated_gradients(
     of_code = (l1_coefficient / n * norms).numpy()
     scale, of_activity, half_bandwidth = np.array([2 / n, l0_coefficient / n, bandwidth / 2], np.float32)
     settings = scale, of_code, half_bandwidth, of_activity
-    directions = _Transposed(team, weights.W_dec)
+    linear = partial(products.linear, in_bfloat16=team.in_bfloat16)
+    W_enc, directions = ((W.bfloat16() if team.in_bfloat16 else W) for W in (weights.W_enc, weights.W_dec))
+    by_dimension = _Transposed(team, directions)
     b_enc, W_dec, b_dec = (weight.numpy() for weight in weights[1:])
     sparse: dict[int, _Entries] = {}  # by block
 
@@ -79,7 +82,7 @@ def gated_gradients(
         rows, block = blocks[i], memory.block(i)
         if apply_b_dec_to_input:
             torch.sub(x[rows], weights.b_dec, out=centred[rows])
-        pre = linear(weights.W_enc, centred[rows]).numpy()
+        pre = linear(W_enc, centred[rows]).numpy()
         z, of_pre = block.z.numpy(), block.of_pre.numpy()
         n_entries = compiled.gate(pre, b_enc, threshold.numpy(), half_bandwidth, z, block.sums, block.fires, block.counts)
         error = memory.error[rows]
@@ -92,8 +95,8 @@ def gated_gradients(
             of_entries = starts, tokens, error.numpy(), W_dec
             compiled.entry_gradients(pre, threshold.numpy(), *of_entries, *settings, gradients, block.of_b_enc, block.of_threshold)
         else:
-            squares = compiled.compare(linear(directions.matrix(), block.z.t()).numpy(), b_dec, *compared)
-            of_z = linear(weights.W_dec, error).numpy()
+            squares = compiled.compare(linear(by_dimension.matrix(), block.z.t()).numpy(), b_dec, *compared)
+            of_z = linear(directions, error).numpy()
             compiled.gate_gradients(pre, threshold.numpy(), of_z, *settings, of_pre, block.of_b_enc, block.of_threshold)
         return squares
 
@@ -150,7 +153,7 @@ def _gradients(
                 sparse[number].add_gradients(*per_token, features, gradients, memory.ignored, add=number > 0)
                 continue
             for gradient, code, of_token in zip((W_enc, W_dec), (memory.of_pre[number], memory.z[number]), per_token, strict=True):
-                product = linear(code[features], of_token.t())
+                product = products.linear(code[features], of_token.t(), in_bfloat16=team.in_bfloat16)
                 gradient.copy_(product) if number == 0 else gradient.add_(product)
         W_dec.mul_(scale)
         if of_norms is not None:
@@ -244,7 +247,7 @@ class _Transposed:
     """W_dec by dimension, `[d_in, d_sae]`, copied when a block first needs it."""
 
     def __init__(self, team: Team, W_dec: Tensor) -> None:
-        self._memory, self._W_dec = team.scratch("W_dec by dimension", *W_dec.t().shape), W_dec
+        self._memory, self._W_dec = team.scratch("W_dec by dimension", *W_dec.t().shape, dtype=W_dec.dtype), W_dec
         self._lock, self._is_there = Lock(), False
 
     def matrix(self) -> Tensor:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from importlib.util import find_spec
+from importlib import import_module
 from itertools import count
 from math import prod
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from saeens_models.kernels.products import multiplies_bfloat16
 
 T = TypeVar("T")
 
@@ -25,20 +28,28 @@ class Team:
 
     Inside, torch itself runs on one thread in each of them: products of blocks, one block to a thread, take turns with compiled
     loops over the same block while it is in the cache. Torch's own threads would spin between its operations and hold the cores.
+
+    Torch's precision of float32 products is "highest" inside, on all threads: which features are largest must not depend on it. Kernels
+    for which it may be less see `in_bfloat16`.
     """
 
     def __init__(self) -> None:
         self.n_threads = torch.get_num_threads()
+        self._precision = torch.get_float32_matmul_precision()
+        self.in_bfloat16 = self._precision == "medium" and multiplies_bfloat16()
+        """Whether products may be in bfloat16: where torch's precision is "medium", and the processor is faster then."""
         self._memory = threading.local()  # scratch memory by name, and whether the thread is in a task
 
     def __enter__(self) -> Team:
         torch.set_num_threads(1)
+        torch.set_float32_matmul_precision("highest")
         self._executor = ThreadPoolExecutor(max(1, self.n_threads - 1), "saeens-team", initializer=torch.set_num_threads, initargs=(1,))
         return self
 
     def __exit__(self, *_: object) -> None:
         self._executor.shutdown()
         torch.set_num_threads(self.n_threads)
+        torch.set_float32_matmul_precision(self._precision)
 
     def run(self, task: Callable[[int], T], n_tasks: int, work: int = WORTH_SHARING) -> list[T]:
         """``[task(0), ..., task(n_tasks - 1)]``; a thread takes the next one when it is done with its last.
@@ -119,5 +130,14 @@ class Team:
 
 def cpu_team(device: torch.device | str) -> AbstractContextManager[Team | None]:
     """A team for work on this device; None where compiled kernels do not help: on accelerators, and without numba."""
-    on_cpu = torch.device(device).type == "cpu"
-    return Team() if on_cpu and find_spec("numba") is not None else nullcontext()
+    return Team() if torch.device(device).type == "cpu" and _has_numba() else nullcontext()
+
+
+def _has_numba() -> bool:
+    try:
+        import_module("numba")
+    except ImportError as error:
+        if getattr(error, "name", None) != "numba":  # it is there, and does not know this numpy, for one
+            warnings.warn(f"numba cannot be imported, without which training and encoding are slower: {error}", stacklevel=3)
+        return False
+    return True

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import saeens_models as sm
-from saeens_models.architectures import build_sae
+from saeens_models.architectures import build_sae, sae_class
 from saeens_models.kernels import Team, compiled, cpu_encoder, cpu_team, products
 from saeens_models.kernels.cpu import Weights, topk_gradients, topk_reconstruct
 from saeens_models.kernels.cpu_encoder import select_topk
@@ -77,18 +80,52 @@ def test_where_torch_has_lost_the_product_of_onednn_it_is_mkls(monkeypatch):
     assert products._linear.__wrapped__() is products._by_mm
 
 
-def test_products_are_in_bfloat16_where_that_is_asked_for(monkeypatch):
-    """The factors, converted; and, as here, what comes out, where the processor does not convert them by itself."""
+def test_products_in_bfloat16_are_those_of_what_is_rounded():
     x, W = torch.randn(40, 30, generator=torch.Generator().manual_seed(0)), torch.randn(50, 30, generator=torch.Generator().manual_seed(1))
-    exact = x.double() @ W.double().t()
     rounded = x.bfloat16().double() @ W.bfloat16().double().t()
-    monkeypatch.setattr(products, "_has_to_be_converted", lambda: True)
-    assert (products.linear(x, W) - exact).abs().max() < 1e-5
-    torch.set_float32_matmul_precision("medium")
+    product = products.linear(x, W, in_bfloat16=True)
+    assert product.dtype == torch.float32
+    torch.testing.assert_close(product.double(), rounded, rtol=2**-8, atol=1e-5)
+
+
+@contextmanager
+def _precision(name: str) -> Iterator[None]:
+    torch.set_float32_matmul_precision(name)
     try:
-        torch.testing.assert_close(products.linear(x, W).double(), rounded, rtol=2**-8, atol=1e-5)
+        yield
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("architecture", ["standard", "jumprelu"])
+def test_steps_in_bfloat16_differ_by_its_rounding_alone(monkeypatch, architecture):
+    x = torch.randn(300, 24, generator=torch.Generator().manual_seed(0))
+    sae = build_sae(sm.SAEConfig(architecture=architecture, d_in=24, d_sae=90, init_seed=3))
+    monkeypatch.setattr("saeens_models.kernels.team.multiplies_bfloat16", lambda: True)
+    gradients = {}
+    for precision in ("highest", "medium"):
+        with _precision(precision), Team() as team:
+            sae.backpropagate(x, team=team)
+        gradients[precision] = sae.W_enc.grad.clone()
+    difference = (gradients["medium"] - gradients["highest"]).norm() / gradients["highest"].norm()
+    assert 1e-5 < difference < 0.02
+
+
+@pytest.mark.parametrize("rough", [True, False])
+def test_the_selected_features_do_not_depend_on_the_precision_of_products(monkeypatch, rough):
+    """Those that are nearly equal: all tokens have more candidates than there is memory for."""
+    generator = torch.Generator().manual_seed(3)
+    direction = torch.randn(1, 32, generator=generator)
+    W = direction + 1e-4 * torch.randn(600, 32, generator=generator)
+    weights = Weights(W, torch.zeros(600), W, torch.zeros(32))
+    x = direction + 0.1 * torch.randn(70, 32, generator=generator)
+    monkeypatch.setattr("saeens_models.kernels.cpu.bfloat16_pays", lambda *_: rough)
+    codes = []
+    for precision in ("highest", "medium"):
+        with _precision(precision), Team() as team:
+            codes.append(topk_reconstruct(team, x, weights, k=5, apply_b_dec_to_input=False))
+    assert torch.equal(codes[0].indices, codes[1].indices)
+    assert torch.equal(codes[0].values, codes[1].values)
 
 
 def test_the_bias_is_added_before_selecting():
@@ -362,7 +399,8 @@ def test_training_without_numba_gives_the_same_sae_but_for_rounding(monkeypatch)
     config = sm.SAEConfig(architecture="topk", d_in=12, d_sae=60, k=3)
     training = sm.TrainingConfig(learning_rate=3e-3, dead_after_tokens=200, unit_norm_decoder=True)
     (ours,) = sm.train([config], x, training)
-    monkeypatch.setattr("saeens_models.kernels.team.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "numba", None)
+    monkeypatch.setattr(sae_class("topk"), "stored_weights", property(lambda sae: pytest.fail("the compiled step was taken")))
     (torchs,) = sm.train([config], x, training)
     for name, weight in ours.state_dict().items():
         torch.testing.assert_close(weight, torchs.state_dict()[name], rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
@@ -417,6 +455,15 @@ def test_an_error_in_a_task_ends_the_run_of_all():
         team.run(task, 100_000)
     assert len(started) < 100_000
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("saeens-team")]
+
+
+def test_a_numba_that_cannot_be_imported_is_said_and_done_without(monkeypatch):
+    def refuse(name: str):
+        raise ImportError("Numba needs NumPy 2.3 or less", name="numpy")
+
+    monkeypatch.setattr("saeens_models.kernels.team.import_module", refuse)
+    with pytest.warns(UserWarning, match=r"numba cannot be imported.*NumPy 2\.3"), cpu_team("cpu") as team:
+        assert team is None
 
 
 def test_only_the_cpu_has_a_team():
