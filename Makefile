@@ -6,7 +6,7 @@ VENV_BENCH := .venv-bench
 VENV_BROWSER := .venv-browser
 BROWSER_PAGES := .browser-pages
 VENV_TL := .venv-transformer-lens
-BENCH ?= --output benchmarks
+BENCH ?= --output benchmarks/results
 PIP_INSTALL := python -m pip install --quiet --quiet --disable-pip-version-check
 
 .PHONY: help quickstart ui test check test-interop test-transformer-lens browser-test bench clean

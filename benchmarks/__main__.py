@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"which of {', '.join(BENCHMARKS)}; all if none is given")
     parser.add_argument("--quick", action="store_true", help="one round on the small shapes: to see whether everything runs")
     parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="write results.json and RESULTS.md there, beside results of earlier runs"
+        "--output", type=Path, metavar="DIR", help="write results.json and results.md there, beside results of earlier runs"
     )
     parser.add_argument("--threads", type=int, default=available_cores(), help="for every library of either side (default: all cores)")
     parser.add_argument(
@@ -37,6 +37,13 @@ def main() -> None:
     unknown = [name for name in arguments.names if name not in BENCHMARKS]
     if unknown:
         parser.error(f"there is no benchmark {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}")
+    if not 1 <= arguments.threads <= available_cores():
+        parser.error(f"--threads {arguments.threads}: this machine has {available_cores()} cores for it")
+    if arguments.output:
+        try:
+            arguments.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"--output {arguments.output}: {error.strerror}")
     set_threads(arguments.threads)
     set_allocator(arguments.allocator)
     os.environ |= _QUIET

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,6 +20,7 @@ _PACKAGES = (
     "torch", "numpy", "numba", "scipy", "zarr", "transformers", "datasets",
     "sae-lens", "transformer-lens", "dictionary-learning", "eai-sparsify",
 )  # fmt: skip
+_FEATURES = {"avx2": "AVX2", "avx512_f": "AVX-512", "avx512_bf16": "AVX-512 BF16", "amx_bf16": "AMX BF16"}
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 _NEVER_TRIM = 2**31 - 1
 
@@ -28,7 +30,10 @@ class Environment:
     """Printed and stored beside every result."""
 
     date: str
+    commit: str | None
+    """Of this project, with a mark if there were changes to it; None outside of a checkout."""
     processor: str
+    """With what decides how fast it multiplies."""
     system: str
     python: str
     threads: dict[str, int]
@@ -75,7 +80,8 @@ def describe(allocator: Allocator) -> Environment:
     load_average: Callable[[], tuple[float, float, float]] | None = getattr(os, "getloadavg", None)
     return Environment(
         date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        processor=f"{_processor()}, {available_cores()} cores",
+        commit=_commit(),
+        processor=", ".join([_processor(), *_features(), f"{available_cores()} cores"]),
         system=platform.platform(),
         python=platform.python_version(),
         threads=threads,
@@ -92,6 +98,21 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+def _features() -> list[str]:
+    import torch
+
+    found = torch.cpu.get_capabilities()
+    return [text for name, text in _FEATURES.items() if found.get(name)]
+
+
+def _commit() -> str | None:
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _version(package: str) -> str | None:

@@ -21,7 +21,7 @@ _BUDGET = Effort(rounds=3, budget_seconds=15)
 
 
 def run(options: Options) -> Section:
-    """Three series around one workload, each against SAELens' fastest setting in float32, or alone where it is not installed."""
+    """Three series around one workload, each against SAELens' fastest setting in float32; nothing where it is not installed."""
     workload = _QUICK_WORKLOAD if options.quick else _WORKLOAD
     peers = training_peers(workload)
     settings = [setting for setting in peers.settings if setting.label == _PEER]

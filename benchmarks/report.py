@@ -11,10 +11,11 @@ from benchmarks.environment import Environment
 from benchmarks.runner import EV_TOLERANCE, Row
 
 JSON_FILE = "results.json"
-MARKDOWN_FILE = "RESULTS.md"
+MARKDOWN_FILE = "results.md"
 _EXPLANATION = f"""\
 Times are medians over rounds in which both sides ran in turns; the ratio is the median of the paired ratios, with the smallest and the
-largest in brackets: above 1 this project is faster. Memory is the largest resident memory of a run beyond what was there before, weights
+largest in brackets: above 1 this project is faster. Rounds in which other processes took more than a twentieth of the processors' time are
+left out if enough remain. Memory is the largest resident memory of a run beyond what was there before, weights
 and optimiser included, data not. EV is the explained variance on held-out data after the same tokens from the same initial weights; where
 both sides compute the same it has to agree within {EV_TOLERANCE}."""
 
@@ -70,11 +71,19 @@ def _markdown(sections: dict[str, dict[str, Any]]) -> str:
     for section in sections.values():
         parts += [f"## {section['title']}", section["about"], _environment(section["environment"], section["quick"])]
         parts.append(_table(section["rows"]))
-        parts += _list("Settings:", [(row["against"], row["settings"]) for row in section["rows"]])
+        parts += _list("Settings:", _settings(section["rows"]))
         agreements = [(row["against"], row["agreement"]) for row in section["rows"] if row["agreement"]]
         parts += _list("Other mathematics:", [(name, agreement["difference_in_mathematics"]) for name, agreement in agreements])
         parts += _list("Notes:", [("", note) for note in section["notes"]] + [("Left out", text) for text in section["left_out"]])
     return "\n\n".join(parts) + "\n"
+
+
+def _settings(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """By the peer's name, and by what is trained where that decides."""
+    texts: dict[str, set[str]] = {}
+    for row in rows:
+        texts.setdefault(row["against"], set()).add(row["settings"])
+    return [(name if len(texts[name := row["against"]]) == 1 else f"{row['case'].split(',')[0]}: {name}", row["settings"]) for row in rows]
 
 
 def _list(heading: str, items: list[tuple[str, str | None]]) -> list[str]:
@@ -87,8 +96,9 @@ def _environment(environment: dict[str, Any], quick: bool) -> str:
     threads = ", ".join(f"{library} {count}" for library, count in environment["threads"].items())
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
     mode = "**Quick run: few repetitions on small shapes.** " if quick else ""
+    of_machine = f"{environment['processor']}, {environment['system']}"
     return (
-        f"{mode}{environment['date']}, {environment['processor']}, {environment['system']}, Python {environment['python']}. "
+        f"{mode}{environment['date']}, commit {environment['commit']}, {of_machine}, Python {environment['python']}. "
         f"Threads: {threads}. Allocator: {environment['allocator']}. Load average: {environment['load_average']}. {versions}."
     )
 
@@ -101,12 +111,15 @@ def _table(rows: list[dict[str, Any]]) -> str:
         "theirs": [_seconds(row["theirs"], row["tokens"]) for row in rows],
         "theirs / ours": [_ratio(row) for row in rows],
         "rounds": [str(row["rounds"]) for row in rows],
+        "of them beside other work": [str(row["disturbed_rounds"] or "") for row in rows],
         "peak, ours": [_gigabytes(row["ours"]) for row in rows],
         "peak, theirs": [_gigabytes(row["theirs"]) for row in rows],
         "EV, ours": [_explained_variance(row, "ours") for row in rows],
         "EV, theirs": [_explained_variance(row, "theirs") for row in rows],
         "equal": [_equality(row["agreement"]) for row in rows],
     }
+    if not rows:
+        return "Nothing was measured."
     columns = {name: cells for name, cells in columns.items() if any(cells)}
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(cells) + " |" for cells in zip(*columns.values(), strict=True)]

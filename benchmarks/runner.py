@@ -5,17 +5,18 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
+from benchmarks.disturbance import is_disturbed, work_so_far
 from benchmarks.memory import measure_peak
 
 Item = TypeVar("Item")
 
 EV_TOLERANCE = 0.005
 """Explained variances that differ by less count as equal."""
-_MIN_ROUNDS = 2
+_MIN_ROUNDS = 3
 _MOST_ROUNDS = 4  # times those of the effort
 
 
@@ -66,6 +67,8 @@ class Row:
     """Median over the rounds of theirs / ours; above 1 this project is faster."""
     ratio_range: tuple[float, float] | None
     rounds: int
+    disturbed_rounds: int = 0
+    """Those of them in which other processes had a part of the processors."""
     tokens: int | None = None
     """Tokens per run, where a rate makes sense."""
     agreement: Agreement | None = None
@@ -77,7 +80,7 @@ class Effort:
 
     rounds: int
     budget_seconds: float
-    """No new round of a comparison after this, once there are two."""
+    """No new round of a comparison after this, once there are three."""
     settle_seconds: float = 0.0
     """Short comparisons go on for this long, for at most four times the rounds."""
 
@@ -109,34 +112,60 @@ def timed_after(warm_up: int, items: Iterable[Item], stopwatch: Stopwatch) -> It
 def compare(
     case: str, ours: Contender, theirs: Contender, effort: Effort, *, tokens: int | None = None, agreement: Agreement | None = None
 ) -> Row:
-    """Run both in turns, ours first, and take the median of the ratios of neighbours: what slows the machine down slows both."""
-    sides: list[tuple[Side, Side]] = []
+    """Run both in turns, ours first, and take the median of the ratios of neighbours: what changes the processor's speed changes both.
+
+    Other processes slow sides differently: rounds with them are repeated, as often as the effort has rounds, and count if too few are
+    left without.
+    """
+    rounds: list[_Round] = []
     started = time.perf_counter()
-    while True:
-        sides.append((_run(ours), _run(theirs)))
-        elapsed = time.perf_counter() - started
-        if len(sides) >= _MIN_ROUNDS and elapsed > effort.budget_seconds:
-            break
-        if len(sides) >= effort.rounds and (elapsed > effort.settle_seconds or len(sides) >= _MOST_ROUNDS * effort.rounds):
-            break
-    ratios = [b.seconds / a.seconds for a, b in sides]
+    while not _is_enough(rounds, time.perf_counter() - started, effort):
+        rounds.append(_round(ours, theirs))
+    undisturbed = [each for each in rounds if not each.disturbed]
+    counted = undisturbed if len(undisturbed) >= _fewest(effort) else rounds
+    ratios = [each.theirs.seconds / each.ours.seconds for each in counted]
     row = Row(
         case=case,
         against=theirs.name,
         settings=theirs.settings,
-        ours=_median([a for a, _ in sides]),
-        theirs=_median([b for _, b in sides]),
+        ours=_median([each.ours for each in counted]),
+        theirs=_median([each.theirs for each in counted]),
         ratio=statistics.median(ratios),
         ratio_range=(min(ratios), max(ratios)),
-        rounds=len(sides),
+        rounds=len(counted),
+        disturbed_rounds=sum(each.disturbed for each in counted),
         tokens=tokens,
         agreement=agreement,
     )
-    print(
-        f"  {case} | {theirs.name}: {row.ratio:.2f}x ({row.ours.seconds:.3f} s against {row.theirs.seconds if row.theirs else 0:.3f} s)",
-        file=sys.stderr,
-    )
+    disturbed = f"; others worked beside {row.disturbed_rounds} of {row.rounds} rounds" if row.disturbed_rounds else ""
+    seconds = f"{row.ours.seconds:.3f} s against {row.theirs.seconds if row.theirs else 0:.3f} s"
+    print(f"  {case} | {theirs.name}: {row.ratio:.2f}x ({seconds}){disturbed}", file=sys.stderr)
     return row
+
+
+class _Round(NamedTuple):
+    ours: Side
+    theirs: Side
+    disturbed: bool
+    """By other processes."""
+
+
+def _round(ours: Contender, theirs: Contender) -> _Round:
+    before, started = work_so_far(), time.perf_counter()
+    sides = _run(ours), _run(theirs)
+    return _Round(*sides, is_disturbed(before, time.perf_counter() - started))
+
+
+def _is_enough(rounds: Sequence[_Round], elapsed: float, effort: Effort) -> bool:
+    n_disturbed = sum(each.disturbed for each in rounds)
+    n = len(rounds) - n_disturbed
+    if n_disturbed >= max(effort.rounds, 2) or (n >= _fewest(effort) and elapsed > effort.budget_seconds):
+        return True
+    return n >= effort.rounds and (elapsed > effort.settle_seconds or n >= _MOST_ROUNDS * effort.rounds)
+
+
+def _fewest(effort: Effort) -> int:
+    return min(effort.rounds, _MIN_ROUNDS)
 
 
 def _run(contender: Contender) -> Side:
