@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ def _settings(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
     return [(name if len(texts[name := row["against"]]) == 1 else f"{row['case'].split(',')[0]}: {name}", row["settings"]) for row in rows]
 
 
-def _list(heading: str, items: list[tuple[str, str | None]]) -> list[str]:
+def _list(heading: str, items: Sequence[tuple[str, str | None]]) -> list[str]:
     """A Markdown list of what has a text, each once."""
     lines = [f"* {name}: {text}" if name else f"* {text}" for name, text in dict.fromkeys(items) if text]
     return ["\n".join([heading, "", *lines])] if lines else []

@@ -106,6 +106,7 @@ def test_steps_in_bfloat16_differ_by_its_rounding_alone(monkeypatch, architectur
     for precision in ("highest", "medium"):
         with _precision(precision), Team() as team:
             sae.backpropagate(x, team=team)
+        assert sae.W_enc.grad is not None
         gradients[precision] = sae.W_enc.grad.clone()
     difference = (gradients["medium"] - gradients["highest"]).norm() / gradients["highest"].norm()
     assert 1e-5 < difference < 0.02
