@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -61,8 +62,9 @@ def run(options: Options) -> Section:
     except ImportError as error:
         left_out.append(f"SAELens, which cannot be imported: {error}")
     case = f"{n_rows:,} rows of {_D_IN} float16"
-    for peer in peers:
-        peer.run()  # into the page cache
+    os.sync()  # what was written is on the disk, and nobody reads while it gets there
+    for contender in (ours, *peers):
+        contender.run()  # into the page cache
     rows = [compare(case, ours, peer, options.effort, tokens=n_rows) for peer in peers]
     notes = [
         "Files are in the page cache. SAELens' buffer drops the rows of a last incomplete batch; all others give every row exactly once."
