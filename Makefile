@@ -39,7 +39,7 @@ browser-test: $(VENV)/.installed-dev $(VENV_BROWSER)/.installed  ## the report's
 	$(VENV)/bin/python tests/browser/write_pages.py $(BROWSER_PAGES)
 	SAEENS_TEST_PAGES=$(CURDIR)/$(BROWSER_PAGES) $(VENV_BROWSER)/bin/python -m pytest tests/browser
 
-bench: $(VENV_BENCH)/.installed  ## speed and memory beside the peers; hours. BENCH="training --quick" for a part
+bench: $(VENV_BENCH)/.installed  ## speed and memory beside the peers; over an hour. BENCH="training --quick" for a part
 	$(VENV_BENCH)/bin/python -m benchmarks $(BENCH)
 
 clean:  ## remove the virtual environments; what runs made stays in data/
