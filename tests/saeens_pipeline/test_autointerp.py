@@ -23,18 +23,18 @@ from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
 import saeens_models as sm
-from saeens_pipeline.assets.autointerp import WINDOWS
-from saeens_pipeline.assets.contexts import RADIUS
-from saeens_pipeline.assets.metadata import column_lineage
-from saeens_pipeline.autointerp.answers import FOLDER
-from saeens_pipeline.autointerp.endpoint import KEY_VARIABLE, URL_VARIABLE
-from saeens_pipeline.autointerp.outcome import outcome
+from saeens_pipeline.assets.forecast import as_frame, forecast
+from saeens_pipeline.assets.tables.autointerp import WINDOWS
+from saeens_pipeline.assets.tables.autointerp_outcome import outcome
+from saeens_pipeline.assets.tables.contexts import RADIUS
 from saeens_pipeline.cli import app
 from saeens_pipeline.errors import ConfigurationError, SaeensError
-from saeens_pipeline.forecast import as_frame, forecast
-from saeens_pipeline.garbage import declared, find_garbage
-from saeens_pipeline.resources import ComputeResource
-from saeens_pipeline.runs import experiment_status
+from saeens_pipeline.language_models.autointerp.answers import FOLDER
+from saeens_pipeline.language_models.autointerp.endpoint import KEY_VARIABLE, URL_VARIABLE
+from saeens_pipeline.orchestration.garbage import declared, find_garbage
+from saeens_pipeline.orchestration.metadata import column_lineage
+from saeens_pipeline.orchestration.resources import ComputeResource
+from saeens_pipeline.orchestration.runs import experiment_status
 from saeens_pipeline.storage.names import Partition
 
 SEED = 1

@@ -22,9 +22,11 @@ from dagster._utils.interrupts import capture_interrupts
 from rich.console import Console
 from tiny_experiment import EXPERIMENT, LAYER, NAME, SEEDS, Laboratory
 
-from saeens_pipeline import cli, runs
-from saeens_pipeline.assets import dagster_assets, saes
+from saeens_pipeline import cli
+from saeens_pipeline.assets import saes
 from saeens_pipeline.errors import ConfigurationError
+from saeens_pipeline.orchestration import assets as dagster_assets
+from saeens_pipeline.orchestration import runs
 from saeens_pipeline.storage.tables import TABLES, read_table
 
 

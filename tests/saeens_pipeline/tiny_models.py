@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from saeens_pipeline.language_models.corpora import Document, Split
+from saeens_pipeline.language_models.documents import Document, Split
 
 END_OF_TEXT = 0
 VOCAB_SIZE = 257  # one token per byte, and the end of text
