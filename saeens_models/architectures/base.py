@@ -1,4 +1,4 @@
-"""What every SAE architecture shares: configuration, weights, shape checks, initialisation, cost.
+"""The base class of the architectures: weights, shape checks, initialisation, encoding and decoding.
 
 ``z = act((x - b_dec) @ W_enc + b_enc)``, ``x_hat = z @ W_dec + b_dec``.
 """
@@ -8,85 +8,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
-from pydantic.functional_validators import ModelWrapValidatorHandler
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from saeens_models.architectures.registry import sae_class, validate_l0_multiple
+from saeens_models.architectures.config import SAEConfig
 from saeens_models.kernels import Team
 from saeens_models.kernels.cpu import Weights
 from saeens_models.sparse_code import SparseCode
-
-
-class SAEConfig(BaseModel, frozen=True):
-    """Configuration of one SAE. ``SAEConfig(architecture="topk", ...)`` gives an instance of that architecture's own class.
-
-    Unknown architectures, unknown fields and values out of range raise pydantic's ``ValidationError``.
-    """
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-    architecture: str
-    """Which architecture: the discriminator."""
-    d_in: PositiveInt
-    """Size of the activations."""
-    d_sae: PositiveInt
-    """Number of features."""
-    init_seed: NonNegativeInt = 0
-    """Seed of the initial weights, and of nothing else."""
-    apply_b_dec_to_input: bool = True
-    """Subtract ``b_dec`` from the input before encoding."""
-    decoder_init_norm: PositiveFloat = 0.1
-    """Norm of the initial decoder rows; W_enc starts as their transpose. 0.1 keeps the first reconstructions of a dense code small."""
-
-    l0_field: ClassVar[str | None] = None
-    """Name of the field that sets the number of active features directly; None where a sparsity coefficient sets it indirectly."""
-
-    def __new__(cls, *_: Any, **fields: Any) -> Self:
-        if cls is SAEConfig:
-            return object.__new__(sae_class(fields.get("architecture")).config_class)  # pyright: ignore[reportReturnType]
-        return object.__new__(cls)
-
-    def __init__(self, **fields: Any) -> None:  # says to type checkers that the fields depend on the architecture
-        super().__init__(**fields)
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _choose_class(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        if cls is SAEConfig and isinstance(value, Mapping):
-            return sae_class(value.get("architecture")).config_class.model_validate(value)  # pyright: ignore[reportReturnType]
-        return handler(value)
-
-    def with_l0_multiplied(self, factor: int) -> Self:
-        """The same configuration with ``factor`` times as many active features.
-
-        Raises ``ValueError`` for architectures that set their L0 through a sparsity coefficient: finding that takes a search.
-        """
-        validate_l0_multiple(self.architecture)
-        assert self.l0_field is not None
-        fields = self.model_dump()
-        return type(self)(**{**fields, self.l0_field: fields[self.l0_field] * factor})
-
-    @property
-    def inference_flops_per_token(self) -> int:
-        """Dense-equivalent FLOPs to encode and decode one token: ``4 * d_in * d_sae``.
-
-        Two matrix products of ``2 * d_in * d_sae`` each, as if the code were dense, so that architectures compare; biases and
-        activation functions are left out.
-        """
-        return 4 * self.d_in * self.d_sae
-
-    @property
-    def train_flops_per_token(self) -> int:
-        """Dense-equivalent FLOPs of one training step, per token: ``10 * d_in * d_sae``.
-
-        Five matrix products: encode, decode, and the gradients of W_dec, of the code and of W_enc. The input needs none.
-        """
-        return 10 * self.d_in * self.d_sae
 
 
 class Objective(NamedTuple):

@@ -10,7 +10,8 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
-from saeens_models.architectures.base import SAE, Objective, SAEConfig, count_firings
+from saeens_models.architectures.base import SAE, Objective, count_firings
+from saeens_models.architectures.config import SAEConfig
 from saeens_models.architectures.jumprelu import JumpReLUConfig, JumpReLUSAE
 from saeens_models.architectures.registry import register
 from saeens_models.kernels import Team, select_topk

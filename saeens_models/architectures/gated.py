@@ -8,7 +8,8 @@ import torch
 from pydantic import NonNegativeFloat
 from torch import Tensor, nn
 
-from saeens_models.architectures.base import SAE, Objective, SAEConfig, count_firings
+from saeens_models.architectures.base import SAE, Objective, count_firings
+from saeens_models.architectures.config import SAEConfig
 from saeens_models.architectures.registry import register
 
 

@@ -9,7 +9,8 @@ import torch
 from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
 
-from saeens_models.architectures.base import SAE, Objective, SAEConfig, count_firings
+from saeens_models.architectures.base import SAE, Objective, count_firings
+from saeens_models.architectures.config import SAEConfig
 from saeens_models.architectures.registry import register
 from saeens_models.kernels import Team
 from saeens_models.kernels.cpu_gated import gated_gradients

@@ -9,7 +9,8 @@ import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from saeens_models.architectures.base import SAE, Objective, SAEConfig, SparseReconstruction, count_firings
+from saeens_models.architectures.base import SAE, Objective, SparseReconstruction, count_firings
+from saeens_models.architectures.config import SAEConfig
 from saeens_models.architectures.registry import register
 from saeens_models.kernels import Team, cpu_team
 from saeens_models.kernels.cpu_pursuit import MOST_ATOMS, Gram, Pursuit, gram, pursue, pursuit_gradients

@@ -9,7 +9,8 @@ import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
-from saeens_models.architectures.base import SAE, Objective, SAEConfig, SparseReconstruction
+from saeens_models.architectures.base import SAE, Objective, SparseReconstruction
+from saeens_models.architectures.config import SAEConfig
 from saeens_models.architectures.registry import register
 from saeens_models.kernels import Team, TopKReconstruction, cpu_team, select_topk, topk_reconstruction
 from saeens_models.kernels.cpu import SPARSE_BELOW, topk_gradients, topk_reconstruct
