@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from saeens_models.architectures.config import SAEConfig
 from saeens_models.kernels import Team
-from saeens_models.kernels.cpu import Weights
+from saeens_models.kernels.weights import Weights
 from saeens_models.sparse_code import SparseCode
 
 

@@ -12,7 +12,7 @@ from saeens_models.architectures.base import SAE, Objective, count_firings
 from saeens_models.architectures.config import SAEConfig
 from saeens_models.architectures.registry import register
 from saeens_models.kernels import Team
-from saeens_models.kernels.cpu_gated import gated_gradients
+from saeens_models.kernels.cpu_jumprelu import jumprelu_gradients
 
 
 class StandardConfig(SAEConfig, frozen=True):
@@ -51,7 +51,7 @@ class StandardSAE(SAE):
     def backpropagate(self, x: Tensor, dead_mask: Tensor | None = None, sparsity_scale: float = 1.0, team: Team | None = None) -> Objective:
         if team is None:
             return super().backpropagate(x, dead_mask, sparsity_scale)
-        found = gated_gradients(
+        found = jumprelu_gradients(
             team,
             x,
             self.stored_weights,

@@ -13,8 +13,8 @@ from saeens_models.architectures.base import SAE, Objective, SparseReconstructio
 from saeens_models.architectures.config import SAEConfig
 from saeens_models.architectures.registry import register
 from saeens_models.kernels import Team, TopKReconstruction, cpu_team, select_topk, topk_reconstruction
-from saeens_models.kernels.cpu import SPARSE_BELOW, topk_gradients, topk_reconstruct
-from saeens_models.kernels.cuda import topk_reconstructions
+from saeens_models.kernels.cpu_topk import COMPILED_STEP_MAX_DENSITY, topk_gradients, topk_reconstruct
+from saeens_models.kernels.cuda_topk import topk_reconstructions
 from saeens_models.kernels.reference import marked_features
 from saeens_models.sparse_code import SparseCode
 
@@ -109,7 +109,7 @@ class TopKSAE(SAE):
 
     def backpropagate(self, x: Tensor, dead_mask: Tensor | None = None, sparsity_scale: float = 1.0, team: Team | None = None) -> Objective:
         config = self.config
-        if team is None or config.k > SPARSE_BELOW * config.d_sae:
+        if team is None or config.k > COMPILED_STEP_MAX_DENSITY * config.d_sae:
             return super().backpropagate(x, dead_mask, sparsity_scale, team)
         dead = marked_features(dead_mask if config.aux_loss_coefficient > 0 else None)
         result = topk_gradients(
