@@ -1,4 +1,4 @@
-"""SAE architectures, one file each. A file that is put here and registers its class is all that a new architecture takes."""
+"""SAE architectures, one file each. A new architecture is a new file here that registers its class; no other file changes."""
 
 from importlib import import_module
 from pkgutil import iter_modules

@@ -38,13 +38,13 @@ def validate_l0_multiple(architecture: str) -> None:
     if config_class(architecture).l0_field is None:
         able = ", ".join(name for name in architectures() if CONFIG_CLASSES[name].l0_field is not None)
         raise ValueError(
-            f"architecture {architecture!r} sets its L0 through a sparsity coefficient, and there is no search for the one that gives "
-            f"a multiple; possible with: {able}"
+            f"architecture {architecture!r} sets its L0 through a sparsity coefficient, and there is no search for the coefficient that "
+            f"multiplies it; possible with: {able}"
         )
 
 
 class SAEConfig(BaseModel, frozen=True):
-    """Configuration of one SAE. ``SAEConfig(architecture="topk", ...)`` gives an instance of that architecture's own class.
+    """Configuration of one SAE. ``SAEConfig(architecture="topk", ...)`` returns an instance of that architecture's own class.
 
     Unknown architectures, unknown fields and values out of range raise pydantic's ``ValidationError``.
     """
@@ -52,27 +52,27 @@ class SAEConfig(BaseModel, frozen=True):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     architecture: str
-    """Which architecture: the discriminator."""
+    """Name of the architecture: the discriminator."""
     d_in: PositiveInt
     """Size of the activations."""
     d_sae: PositiveInt
     """Number of features."""
     init_seed: NonNegativeInt = 0
-    """Seed of the initial weights, and of nothing else."""
+    """Seed of the initial weights; nothing else depends on it."""
     apply_b_dec_to_input: bool = True
     """Subtract ``b_dec`` from the input before encoding."""
     decoder_init_norm: PositiveFloat = 0.1
-    """Norm of the initial decoder rows; W_enc starts as their transpose. 0.1 keeps the first reconstructions of a dense code small."""
+    """Norm of the initial decoder rows; W_enc starts as their transpose. 0.1 keeps first reconstructions from a dense code small."""
 
     l0_field: ClassVar[str | None] = None
-    """Name of the field that sets the number of active features directly; None where a sparsity coefficient sets it indirectly."""
+    """Name of the field that sets the number of active features; None if a sparsity coefficient sets it indirectly."""
 
     def __new__(cls, *_: Any, **fields: Any) -> Self:
         if cls is SAEConfig:
             return object.__new__(config_class(fields.get("architecture")))  # pyright: ignore[reportReturnType]
         return object.__new__(cls)
 
-    def __init__(self, **fields: Any) -> None:  # says to type checkers that the fields depend on the architecture
+    def __init__(self, **fields: Any) -> None:  # for type checkers: the fields depend on the architecture
         super().__init__(**fields)
 
     @model_validator(mode="wrap")
@@ -83,9 +83,9 @@ class SAEConfig(BaseModel, frozen=True):
         return handler(value)
 
     def with_l0_multiplied(self, factor: int) -> Self:
-        """The same configuration with ``factor`` times as many active features.
+        """Return the same configuration with ``factor`` times as many active features.
 
-        Raises ``ValueError`` for architectures that set their L0 through a sparsity coefficient: finding that takes a search.
+        Raises ``ValueError`` for architectures that set their L0 through a sparsity coefficient, which would take a search.
         """
         validate_l0_multiple(self.architecture)
         assert self.l0_field is not None
@@ -96,8 +96,8 @@ class SAEConfig(BaseModel, frozen=True):
     def inference_flops_per_token(self) -> int:
         """Dense-equivalent FLOPs to encode and decode one token: ``4 * d_in * d_sae``.
 
-        Two matrix products of ``2 * d_in * d_sae`` each, as if the code were dense, so that architectures compare; biases and
-        activation functions are left out.
+        Two matrix products of ``2 * d_in * d_sae`` each. They are counted as if the code were dense, so that architectures compare.
+        Biases and activation functions are not counted.
         """
         return 4 * self.d_in * self.d_sae
 
@@ -105,6 +105,6 @@ class SAEConfig(BaseModel, frozen=True):
     def train_flops_per_token(self) -> int:
         """Dense-equivalent FLOPs of one training step, per token: ``10 * d_in * d_sae``.
 
-        Five matrix products: encode, decode, and the gradients of W_dec, of the code and of W_enc. The input needs none.
+        Five matrix products: encode, decode, and the gradients of W_dec, of the code and of W_enc. The input needs no gradient.
         """
         return 10 * self.d_in * self.d_sae

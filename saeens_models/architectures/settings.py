@@ -54,7 +54,7 @@ class SAESettings(BaseModel, frozen=True):
             return object.__new__(settings_class(fields.get("architecture")))  # pyright: ignore[reportReturnType]
         return object.__new__(cls)
 
-    def __init__(self, **fields: Any) -> None:  # says to type checkers that the fields depend on the architecture
+    def __init__(self, **fields: Any) -> None:  # for type checkers: the fields depend on the architecture
         super().__init__(**fields)
 
     @model_validator(mode="wrap")
@@ -68,7 +68,7 @@ class SAESettings(BaseModel, frozen=True):
 
     @classmethod
     def field_names(cls) -> tuple[str, ...]:
-        """Return the names of the fields, in order: what an experiment file may set for this architecture."""
+        """Return the names of the fields that an experiment file may set for this architecture, in order."""
         return tuple(cls.model_fields)
 
     @property
@@ -83,7 +83,7 @@ class SAESettings(BaseModel, frozen=True):
 
     @property
     def l0(self) -> float | int | None:
-        """The number of active features per token, as set by ``config_class.l0_field``; None where a coefficient sets it indirectly."""
+        """The value of ``config_class.l0_field``: active features per token; None if a sparsity coefficient sets it indirectly."""
         return None if self.config_class.l0_field is None else getattr(self, self.config_class.l0_field)
 
     @classmethod

@@ -28,7 +28,7 @@ class StandardSAE(SAE):
     """``z = relu(pre)``.
 
     Loss, mean over tokens: ``||x_hat - x||^2 + l1_coefficient * sum_i z_i * ||W_dec_i||``. With unit decoder rows the second
-    term is the L1 norm of the code; without, it cannot be lowered by moving norm from the code into the decoder (SAELens 6).
+    term is the L1 norm of the code. With other rows, moving norm from the code into the decoder does not lower it (SAELens 6).
     """
 
     config: StandardConfig
