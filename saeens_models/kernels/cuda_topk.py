@@ -25,7 +25,7 @@ from saeens_models.kernels.reference import TopK, TopKReconstruction
 FourWeights = tuple[Tensor, Tensor, Tensor, Tensor]
 """W_enc `[d_in, d_sae]`, b_enc, W_dec and b_dec of an SAE, as in :class:`~saeens_models.architectures.SAE`."""
 
-SPARSE_BELOW = 0.01
+TRITON_STEP_MAX_DENSITY = 0.01
 """Below which k / d_sae the sparse step is the faster one. Estimated for an H200 from bytes and multiplications, not measured."""
 _BLOCK_BYTES = 32 << 20
 """Of pre-activations in a block: about half the L2 cache of an H200, and two tiles of a product per multiprocessor. Not measured."""
@@ -70,7 +70,7 @@ def topk_reconstructions(
     None where the sparse step is not the faster one, or cannot be trusted.
     """
     d_sae, d_in = weights[0][2].shape
-    if not x.is_cuda or x.dtype != torch.float32 or k >= SPARSE_BELOW * d_sae or max(k, k_aux) > _MOST_SELECTED:
+    if not x.is_cuda or x.dtype != torch.float32 or k >= TRITON_STEP_MAX_DENSITY * d_sae or max(k, k_aux) > _MOST_SELECTED:
         return None
     encoder_dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else torch.float32
     settings: dict[str, Any] = {"k": k, "apply_b_dec_to_input": apply_b_dec_to_input, "dead_masks": dead_masks, "k_aux": k_aux}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import saeens_models as sm
 from saeens_models.architectures import topk
-from saeens_models.kernels import cuda, reference, topk_reconstruction
+from saeens_models.kernels import cuda_topk, reference, topk_reconstruction
 from saeens_models.training import CurvePoint, loop
 
 ON_GPU = torch.cuda.is_available()
@@ -53,7 +53,7 @@ def largest(pre: Tensor, k: int) -> Tensor:
 
 def sparse_step(x: Tensor, *weights: Tensor, dead_mask: Tensor | None = None, **settings: Any) -> reference.TopKReconstruction:
     """That of one SAE."""
-    (top,) = cuda.sparse_topk_reconstructions(x, [weights], dead_masks=[dead_mask], **settings)  # pyright: ignore[reportArgumentType]
+    (top,) = cuda_topk.sparse_topk_reconstructions(x, [weights], dead_masks=[dead_mask], **settings)  # pyright: ignore[reportArgumentType]
     return top
 
 
@@ -225,7 +225,7 @@ def test_reconstruction_and_gradients_equal_dense_autograd_and_the_reference(*, 
 def test_blocks_of_tokens_change_nothing(monkeypatch):
     weights, x = weights_and_batch(7, 12, 48)
     settings = {"k": 5, "dead_mask": torch.arange(48, device=DEVICE) % 5 == 0, "k_aux": 3}
-    monkeypatch.setattr(cuda, "_BLOCK_BYTES", 2 * 48 * 4)  # two tokens
+    monkeypatch.setattr(cuda_topk, "_BLOCK_BYTES", 2 * 48 * 4)  # two tokens
     found = results(sparse_step, x, weights, **settings)
     assert_close(found, results(dense_step, *in_float64(x, weights), **settings))
 
@@ -271,11 +271,11 @@ DEAD = {"none": [None, None, None], "of two": [torch.arange(D_SAE) % 5 == 0, tor
 @pytest.mark.parametrize("apply_b_dec", [True, False])
 @pytest.mark.parametrize("block_tokens", [2, 100])  # the first does not divide the number of tokens
 def test_saes_in_one_launch_equal_dense_autograd_of_each_alone(monkeypatch, dead, apply_b_dec, block_tokens):
-    monkeypatch.setattr(cuda, "_BLOCK_BYTES", block_tokens * 3 * D_SAE * 4)
+    monkeypatch.setattr(cuda_topk, "_BLOCK_BYTES", block_tokens * 3 * D_SAE * 4)
     saes, x = three_saes()
     dead_masks = [None if mask is None else mask.to(DEVICE) for mask in DEAD[dead]]
     settings: dict[str, Any] = {"k": K, "apply_b_dec_to_input": apply_b_dec, "k_aux": 4}
-    found = results_together(cuda.sparse_topk_reconstructions, x, saes, dead_masks=dead_masks, **settings)
+    found = results_together(cuda_topk.sparse_topk_reconstructions, x, saes, dead_masks=dead_masks, **settings)
     for of_sae, weights, dead_mask in zip(found, saes, dead_masks, strict=True):
         assert_close(of_sae, results(dense_step, *in_float64(x, weights), dead_mask=dead_mask, **settings))
         assert_close(of_sae, results(reference.topk_reconstruction, x, weights, dead_mask=dead_mask, **settings))
@@ -285,7 +285,7 @@ def test_saes_in_one_launch_equal_dense_autograd_of_each_alone(monkeypatch, dead
 def test_saes_in_one_launch_may_have_tokens_without_active_features():
     saes, x = three_saes()
     saes[1]["b_enc"] = saes[1]["b_enc"] - 100
-    found = results_together(cuda.sparse_topk_reconstructions, x, saes, dead_masks=[None] * 3, k=K)
+    found = results_together(cuda_topk.sparse_topk_reconstructions, x, saes, dead_masks=[None] * 3, k=K)
     assert found[1]["fire_counts"].sum() == 0
     assert torch.equal(found[1]["x_hat"], saes[1]["b_dec"].expand_as(x))
     for of_sae, weights in zip(found, saes, strict=True):
@@ -296,7 +296,9 @@ def test_an_encoder_in_bfloat16_selects_for_each_of_several_saes():
     saes, x = three_saes()
     dead_masks = [mask.to(DEVICE) for mask in DEAD["of two"] if mask is not None]
     settings: dict[str, Any] = {"k": K, "k_aux": D_SAE}  # all that are dead: nothing to select among them
-    found = results_together(cuda.sparse_topk_reconstructions, x, saes, dead_masks=dead_masks, encoder_dtype=torch.bfloat16, **settings)
+    found = results_together(
+        cuda_topk.sparse_topk_reconstructions, x, saes, dead_masks=dead_masks, encoder_dtype=torch.bfloat16, **settings
+    )
     for of_sae, weights, dead_mask in zip(found, saes, dead_masks, strict=True):
         rounded = ((x - weights["b_dec"]).bfloat16() @ weights["W_enc"].bfloat16()).float() + weights["b_enc"]
         selected = largest(rounded, K).double()
@@ -320,7 +322,7 @@ def in_one(monkeypatch):
 
     def recorded(x: Tensor, weights: Any, **settings: Any) -> Any:
         at_a_time.append(len(weights))
-        return cuda.sparse_topk_reconstructions(x, weights, **settings)
+        return cuda_topk.sparse_topk_reconstructions(x, weights, **settings)
 
     monkeypatch.setitem(loop._ENTRIES_FOR_ONE_LAUNCH, DEVICE.type, D_IN * D_SAE)
     monkeypatch.setattr(topk, "topk_reconstructions", recorded)
@@ -357,9 +359,9 @@ def test_what_is_not_of_one_shape_or_in_parts_is_not_trained_in_one(in_one, chan
 
 @pytest.fixture
 def unchecked():
-    cuda.agrees_with_reference.cache_clear()
+    cuda_topk.agrees_with_reference.cache_clear()
     yield
-    cuda.agrees_with_reference.cache_clear()
+    cuda_topk.agrees_with_reference.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -367,24 +369,24 @@ def unchecked():
 def test_sound_kernels_agree_with_the_reference(unchecked, dtype, n_saes):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert cuda.agrees_with_reference(DEVICE, dtype, 12, 40, 3, n_saes=n_saes)
+        assert cuda_topk.agrees_with_reference(DEVICE, dtype, 12, 40, 3, n_saes=n_saes)
 
 
 def test_what_is_wrong_for_several_saes_alone_is_found(unchecked, monkeypatch):
     select_topk = triton_topk.select_topk
     bias_of_the_first = lambda bias: bias[:1].expand_as(bias).contiguous() if bias is not None and bias.ndim > 1 else bias  # noqa: E731
     monkeypatch.setattr(triton_topk, "select_topk", lambda pre, k, bias=None, *more: select_topk(pre, k, bias_of_the_first(bias), *more))
-    assert cuda.agrees_with_reference(DEVICE, torch.float32, 12, 40, 3)
+    assert cuda_topk.agrees_with_reference(DEVICE, torch.float32, 12, 40, 3)
     with pytest.warns(RuntimeWarning, match=r"failed their check on .*, SAEs at once: 2\)"):
-        assert not cuda.agrees_with_reference(DEVICE, torch.float32, 12, 40, 3, n_saes=2)
+        assert not cuda_topk.agrees_with_reference(DEVICE, torch.float32, 12, 40, 3, n_saes=2)
 
 
 def test_a_wrong_kernel_is_found_once_and_named(unchecked, monkeypatch):
     sum_rows = triton_topk.sum_rows
     monkeypatch.setattr(triton_topk, "sum_rows", lambda *arguments, **more: sum_rows(*arguments, **more).mul_(1.01))
     with pytest.warns(RuntimeWarning, match=r"failed their check on .*, SAEs at once: 1\) and are not used.*x_hat is off by") as caught:
-        assert not cuda.agrees_with_reference(DEVICE, torch.float32, 12, 40, 3)
-        assert not cuda.agrees_with_reference(DEVICE, torch.float32, 12, 40, 3)
+        assert not cuda_topk.agrees_with_reference(DEVICE, torch.float32, 12, 40, 3)
+        assert not cuda_topk.agrees_with_reference(DEVICE, torch.float32, 12, 40, 3)
     assert len([w for w in caught if w.category is RuntimeWarning]) == 1
     assert "fire_counts" not in str(caught[0].message)
 
@@ -395,11 +397,11 @@ def test_a_kernel_that_does_not_compile_is_not_trusted(unchecked, monkeypatch):
 
     monkeypatch.setattr(triton_topk, "select_topk", fail)
     with pytest.warns(RuntimeWarning, match="RuntimeError: no kernel image for this device"):
-        assert not cuda.agrees_with_reference(DEVICE, torch.float32, 12, 40, 3)
+        assert not cuda_topk.agrees_with_reference(DEVICE, torch.float32, 12, 40, 3)
 
 
 def test_tensors_on_the_cpu_take_the_reference(monkeypatch):
-    monkeypatch.setattr(cuda, "sparse_topk_reconstructions", None)
+    monkeypatch.setattr(cuda_topk, "sparse_topk_reconstructions", None)
     weights, x = weights_and_batch(4, 12, 512)
     weights, x = {name: weight.cpu() for name, weight in weights.items()}, x.cpu()
     expected = results(reference.topk_reconstruction, x, weights, k=2)
@@ -440,7 +442,7 @@ def test_the_kernels_compile_for_a_gpu(tmp_path):
 @pytest.mark.parametrize(("d_in", "d_sae", "k"), [(384, 4096, 32), (768, 16128, 64), (512, 40000, 100)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_a_gpu_sparse_codes_take_the_kernels(unchecked, monkeypatch, *, d_in, d_sae, k, dtype):
-    assert cuda.agrees_with_reference(DEVICE, dtype, d_in, d_sae, k)
+    assert cuda_topk.agrees_with_reference(DEVICE, dtype, d_in, d_sae, k)
     monkeypatch.setattr(reference, "topk_reconstruction", None)
     weights, x = weights_and_batch(1000, d_in, d_sae)
     settings = {"k": k, "dead_mask": torch.arange(d_sae, device=DEVICE) % 3 == 0, "k_aux": d_in // 2}
@@ -457,7 +459,7 @@ def test_on_a_gpu_several_saes_take_the_kernels_at_once(unchecked, dtype):
     dead_masks = [torch.arange(4096, device=DEVICE) % 3 == sae for sae in range(3)]
 
     def at_once(x: Tensor, weights: Any, **settings: Any) -> list[reference.TopKReconstruction]:
-        tops = cuda.topk_reconstructions(x, weights, **settings)
+        tops = cuda_topk.topk_reconstructions(x, weights, **settings)
         assert tops is not None
         return tops
 

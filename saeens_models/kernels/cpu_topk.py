@@ -14,30 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saeens_models.kernels.cpu_encoder import Encoder, bfloat16_pays, select_topk
-from saeens_models.kernels.team import Team
+from saeens_models.kernels.cpu_topk_encoder import Encoder, bfloat16_pays, select_topk
+from saeens_models.kernels.team import Team, blocks_of_tokens
+from saeens_models.kernels.weights import Weights, gradients_of
 
-SPARSE_BELOW = 0.35
+COMPILED_STEP_MAX_DENSITY = 0.35
 """Below which k / d_sae the compiled step is faster than autograd's dense one. Measured, with d_sae 768 and 4096."""
-_BLOCK_TOKENS = 64, 256
-"""Fewest and most tokens of a block: a product of fewer rows is slow, and the pre-activations of more leave the cache."""
 _RANGE_PRODUCTS, _MOST_RANGES = 2**19, 64
 """Multiplications that a range of features should be worth, for a thread to be sent there; and into how many ranges at most."""
 _OPERATIONS_PER_SORTED = 32
 """What it takes to bring an entry to its feature, in operations on numbers that lie where they are needed."""
-
-
-class Weights(NamedTuple):
-    """The weights of an SAE, or their gradients, as they lie in memory."""
-
-    W_enc: Tensor
-    """`[d_sae, d_in]`: feature by feature."""
-    b_enc: Tensor
-    """`[d_sae]`"""
-    W_dec: Tensor
-    """`[d_sae, d_in]`"""
-    b_dec: Tensor
-    """`[d_in]`"""
 
 
 class TopKLoss(NamedTuple):
@@ -181,23 +167,6 @@ def topk_reconstruct(team: Team, x: Tensor, weights: Weights, *, k: int, apply_b
 
     team.run(forward, len(blocks))
     return TopKCode(torch.from_numpy(values), torch.from_numpy(indices), x_hat)
-
-
-def gradients_of(team: Team, weights: Weights) -> Weights:
-    """Memory for the gradients of all weights: of the team, so that those of the next SAE take their place. Undefined content."""
-    return team.kept("gradients", _gradients_memory, *weights.W_enc.shape)
-
-
-def _gradients_memory(team: Team, name: str, d_sae: int, d_in: int) -> Weights:
-    shapes = {"W_enc": (d_sae, d_in), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
-    return Weights(**{weight: team.scratch(f"{name} of {weight}", *shape) for weight, shape in shapes.items()})
-
-
-def blocks_of_tokens(n_tokens: int) -> list[slice]:
-    """A batch in blocks, one of which a thread works on at a time. It does not depend on the threads: nor do the bits of a result."""
-    fewest, most = _BLOCK_TOKENS
-    size = min(max(-(-n_tokens // 2), fewest), most)
-    return [slice(start, min(start + size, n_tokens)) for start in range(0, n_tokens, size)]
 
 
 def _entries(team: Team, name: str, *shape: int) -> _Entries:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,9 +10,7 @@ from torch import Tensor
 
 from saeens_models.kernels.products import linear, multiplies_bfloat16
 from saeens_models.kernels.team import Team
-
-if TYPE_CHECKING:
-    from saeens_models.kernels.cpu import Weights
+from saeens_models.kernels.weights import Weights
 
 _ROUNDED_FEATURES = 512
 """How many features' weights are rounded to bfloat16 at a time."""
