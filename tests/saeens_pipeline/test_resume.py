@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import child_process
 import dagster as dg
 import pytest
 import torch
@@ -138,12 +139,22 @@ def _with_seconds(seconds: float) -> Callable[..., None]:
     return took_so_long
 
 
+def train_until_interrupted(model: str, folder: str, root: str) -> None:
+    """Press Ctrl-C in the middle of a training; called in a child process."""
+    laboratory = Laboratory(Path(model), Path(folder), Path(root))
+    with pytest.MonkeyPatch.context() as patch:
+        laboratory.activate(patch)
+        _interrupt_at_batch(patch, 4, lambda: signal.raise_signal(signal.SIGINT))
+        try:
+            laboratory.run(seeds=[SEED], select=["baseline/expanded"])
+        except KeyboardInterrupt:
+            child_process.tell(interrupted=True)
+
+
 def test_ctrl_c_during_a_run_leaves_a_checkpoint_and_the_next_run_goes_on(untrained: Laboratory, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv(SECONDS_VARIABLE)
-    with monkeypatch.context() as patch:
-        _interrupt_at_batch(patch, 4, lambda: signal.raise_signal(signal.SIGINT))
-        with pytest.raises(KeyboardInterrupt):
-            untrained.run(seeds=[SEED], select=["baseline/expanded"])
+    child = child_process.start(train_until_interrupted, untrained.model, untrained.folder, untrained.root)
+    assert child_process.finish(child) == {"interrupted": True}
     assert [file.name for file in _checkpoints(untrained)] == [f"seed={SEED}.safetensors"]
     untrained.run(seeds=[SEED], select=["baseline/expanded"])
     assert untrained.artefact("baseline/expanded", SEED).provenance["resumed_at_tokens"] == [5 * BATCH_TOKENS]
