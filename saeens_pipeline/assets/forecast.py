@@ -1,29 +1,30 @@
 """`saeens plan`: what an experiment will take of disk, memory, computation and time, before anything is spent.
 
 Everything follows from the experiment file and the language model's configuration. FLOPs are counted as in the table `cost`, as if codes
-were dense; hours are FLOPs divided by a part of a device's published speed, and leave out what is no matrix product: reading, waiting.
+were dense. Seconds are FLOPs divided by the speed that a device reaches: 40 % of its published one is a usual figure for training SAEs.
 """
 
 from __future__ import annotations
 
 import shutil
-import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from saeens_pipeline.assets.declarations import Declaration
+from saeens_pipeline.assets.compute import Compute
+from saeens_pipeline.assets.declarations import Declaration, Op
 from saeens_pipeline.assets.memory import training_memory
+from saeens_pipeline.assets.registry import fills
 from saeens_pipeline.assets.saes import config_of
+from saeens_pipeline.assets.sources import measures_loss
 from saeens_pipeline.assets.tables.autointerp import expected
-from saeens_pipeline.assets.tables.evaluation import validate_ce_loss
 from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.language_models.autointerp.interview import CHARACTERS_PER_TOKEN
-from saeens_pipeline.language_models.models import LanguageModelDescription, block_parameters, describe_language_model, validate_hook
+from saeens_pipeline.language_models.descriptions import LanguageModelDescription, validate_hook
+from saeens_pipeline.language_models.models import block_parameters, describe_language_model
 from saeens_pipeline.language_models.patching import LOGIT_BYTES
 from saeens_pipeline.language_models.tokens import position_bytes
-from saeens_pipeline.orchestration.resources import ComputeResource
 from saeens_pipeline.settings import ExperimentSettings, SourceSettings
 from saeens_pipeline.storage.activations import stored_bytes
 from saeens_pipeline.storage.names import Partition
@@ -32,42 +33,11 @@ if TYPE_CHECKING:
     import polars as pl
 
     from saeens_models import SAEConfig
-    from saeens_pipeline.assets.declarations import Op
     from saeens_pipeline.storage.recipes import Store
-
-UTILISATION = 0.4
-"""The part of a published speed that training SAEs is taken to reach: an assumption, not a measurement."""
 
 _DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _COPIES_OF_LOGITS = 3  # as a language model that caps them makes
 _VOCABULARY_NOT_KNOWN = 2**17  # of more than 2**16 tokens, so that ids take four bytes
-
-
-class Device(NamedTuple):
-    """A GPU as its maker describes it: memory in GB, and dense TFLOPS of matrix products, summed in float32."""
-
-    name: str
-    memory_gb: float
-    float32: float
-    tf32: float | None
-    bfloat16: float | None
-
-    def speed(self, precision: str) -> float:
-        """FLOP/s in a precision; what the device does not have is computed in float32."""
-        speeds = {"float32": self.float32, "tf32": self.tf32, "bfloat16": self.bfloat16, "float16": self.bfloat16}
-        return (speeds[precision] or self.float32) * 1e12
-
-
-DEVICES = (  # NVIDIA's data sheets; consumer cards from the whitepapers of their architecture
-    Device("NVIDIA H200 SXM", 141, 67, 495, 989),
-    Device("NVIDIA H100 SXM", 80, 67, 495, 989),
-    Device("NVIDIA A100 80 GB", 80, 19.5, 156, 312),
-    Device("NVIDIA L40S", 48, 91.6, 183, 362),
-    Device("NVIDIA L4", 24, 30.3, 60, 121),
-    Device("NVIDIA RTX 4090", 24, 82.6, 82.6, 165),
-    Device("NVIDIA RTX 3090", 24, 35.6, 35.6, 71),
-    Device("NVIDIA T4", 16, 8.1, None, None),
-)
 
 
 class Line(NamedTuple):
@@ -87,7 +57,7 @@ def forecast(
     *,
     layers: Sequence[int],
     store: Store,
-    compute: ComputeResource,
+    compute: Compute,
 ) -> list[Line]:
     """What the experiment takes on these layers, from nothing. What is on disk already is not taken off.
 
@@ -97,10 +67,10 @@ def forecast(
     plan = _Plan(source, experiment, ops, layers, *_describe(source))
     if plan.description:
         validate_hook(plan.description, source.hook, layers)
-        validate_ce_loss(experiment, plan.description, source.hook)
+        measures_loss(experiment, plan.description, source.hook)
     lines = [*plan.model(), *plan.disk(), *plan.memory(), *plan.computation(), *plan.autointerp()]
     amounts = {(line.section, line.item): line.amount for line in lines}
-    return [*lines, *_hours(amounts, source, compute), *_fits(amounts, store, compute)]
+    return [*lines, *_fits(amounts, store, compute)]
 
 
 def as_frame(lines: Sequence[Line]) -> pl.DataFrame:
@@ -120,18 +90,9 @@ def readable(line: Line) -> str:
             return _bytes(line.amount)
         case "FLOPs":
             return f"{line.amount:.2g} FLOPs"
-        case "hours":
-            return _duration(line.amount)
         case "money":
             return f"{line.amount:,.2f}"
     return f"{line.amount:,.0f} {line.unit}".rstrip()
-
-
-def _duration(hours: float) -> str:
-    for amount, unit in ((hours / 24, "days"), (hours, "h"), (hours * 60, "min")):
-        if amount >= 2:
-            return f"{amount:,.0f} {unit}" if amount >= 10 else f"{amount:.1f} {unit}"
-    return f"{hours * 3600:.2g} s"
 
 
 def _bytes(amount: float) -> str:
@@ -184,9 +145,9 @@ class _Plan:
     def measures_loss(self) -> bool:
         """Whether the language model's next-token loss is measured with reconstructions in it."""
         experiment = self.experiment
-        if not experiment.ce_loss_tokens or "reconstruction" not in experiment.evaluations:
+        if not experiment.ce_loss_tokens or not fills(experiment, "reconstruction"):
             return False
-        return self.description is None or validate_ce_loss(experiment, self.description, self.source.hook)
+        return self.description is None or measures_loss(experiment, self.description, self.source.hook)
 
     def loss_flops(self) -> float | None:
         """Of the next-token loss, all layers and seeds: blocks before the hook run once, what follows for every size of every method,
@@ -345,7 +306,7 @@ class _Plan:
             loss = self.loss_flops()
             note = f"the language model with every method and size in it, on {self.experiment.ce_loss_tokens:,} tokens"
             yield Line("computation", "next-token loss", loss, "FLOPs", note)
-        some_topk = any(sae["architecture"] == "topk" for sae in self.experiment.saes)
+        some_topk = any(sae.architecture == "topk" for sae in self.experiment.saes)
         notes = ["as if codes were dense; kernels for TopK take less"] if some_topk else []
         notes += ["without the language model"] if forward is None else []
         amount = (forward or 0) + sum(training.values()) + residuals + evaluation + (loss or 0)
@@ -354,7 +315,7 @@ class _Plan:
     def autointerp(self) -> Iterator[Line]:
         """What a language model is asked, where the experiment has features explained."""
         settings = self.experiment.autointerp
-        if "autointerp" not in self.experiment.evaluations or settings is None:
+        if not fills(self.experiment, "autointerp") or settings is None:
             return
         estimate = expected(self.experiment, self.n_partitions)
         note = f"to {settings.model}, at most; what was answered before is not asked again"
@@ -376,56 +337,7 @@ def _weights_bytes(config: SAEConfig) -> int:
     return sum(weight.nbytes for weight in sae.state_dict().values())
 
 
-def _hours(amounts: Mapping[tuple[str, str], float | None], source: SourceSettings, compute: ComputeResource) -> Iterator[Line]:
-    """Training in the precision of the device's settings, the language model in its dtype, all else in float32."""
-    computation = {item: flops or 0.0 for (section, item), flops in amounts.items() if section == "computation"}
-    training = sum(flops for item, flops in computation.items() if item.startswith("training"))
-    exact = computation["residuals"] + computation["evaluation"]
-
-    def hours(device: Device, precision: str) -> float | None:
-        if amounts["computation", "all"] is None:
-            return None
-        model = (computation["language model"] + computation.get("next-token loss", 0.0)) / device.speed(source.language_model_dtype)
-        return (training / device.speed(precision) + exact / device.speed("float32") + model) / UTILISATION / 3600
-
-    for device in DEVICES:
-        notes = [f"{device.memory_gb:g} GB: {_at_once(amounts, device.memory_gb * 1e9)}"]
-        faster = Line("time", device.name, hours(device, "bfloat16"), "hours")
-        if device.speed("bfloat16") > device.speed(compute.precision) and faster.amount is not None:
-            notes.append(f"{readable(faster)} with SAEENS_PRECISION=bfloat16")
-        yield Line("time", device.name, hours(device, compute.precision), "hours", "; ".join(notes))
-    speed = _measured_speed(compute) / 1e12
-    here = Device("this machine", 0, speed, speed, speed)
-    note = f"{compute.resolve()}: {speed:.2g} TFLOPS measured just now, in {compute.precision}"
-    yield Line("time", here.name, hours(here, compute.precision), "hours", note)
-
-
-def _measured_speed(compute: ComputeResource, seconds: float = 0.3) -> float:
-    """FLOP/s of a matrix product on the device, in the precision of training."""
-    import torch
-
-    device = compute.resolve()
-    size = 1024 if device == "cpu" else 8192
-    with compute.training_precision():
-        matrix = torch.ones(size, size, device=device)
-        product = matrix @ matrix  # not counted: kernels are loaded
-        _wait(product)
-        began, n = time.perf_counter(), 0
-        while time.perf_counter() - began < seconds:
-            _wait(matrix @ matrix)
-            n += 1
-        return n * 2 * size**3 / (time.perf_counter() - began)
-
-
-def _wait(product: object) -> None:
-    """Until the device has computed it."""
-    import torch
-
-    assert isinstance(product, torch.Tensor)
-    product[0, 0].item()
-
-
-def _fits(amounts: Mapping[tuple[str, str], float | None], store: Store, compute: ComputeResource) -> Iterator[Line]:
+def _fits(amounts: Mapping[tuple[str, str], float | None], store: Store, compute: Compute) -> Iterator[Line]:
     import torch
 
     free, needed = shutil.disk_usage(store.nearest_folder).free, amounts["disk", "all"]

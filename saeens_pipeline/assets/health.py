@@ -1,24 +1,26 @@
-"""What is looked at whenever an artefact was made or found: what must not be used, and what somebody should know.
+"""Health checks after every materialisation and cache hit.
 
-An *error* stops all that follows: numbers that are not finite, wrong shapes, activations that are constant or overflowed. A
-*warning* stops nothing: quality below what the experiment's `checks` ask for. Both are taken from what the making has recorded,
-and from a few chunks, so that a look costs milliseconds; only `compare_bytes` reads everything.
+An *error* stops everything that depends on the artefact: numbers that are not finite, wrong shapes, activations that are constant or
+overflowed. A *warning* stops nothing: quality below the experiment's `checks`. Both follow from the artefact's record and a few chunks, so
+that a check costs milliseconds; only `compare_bytes` reads everything.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
+from saeens_pipeline.assets.declarations import Declaration, Reference
+from saeens_pipeline.assets.registry import TABLES
 from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.settings.experiments import CheckSettings
-from saeens_pipeline.storage.names import LEADERBOARD, Partition, place
+from saeens_pipeline.storage.names import Partition, place
 from saeens_pipeline.storage.recipes import Artefact, DamagedArtefactError, Store
+from saeens_pipeline.storage.tables import read_part
 
 if TYPE_CHECKING:
-    from saeens_pipeline.assets.declarations import Declaration, Reference
     from saeens_pipeline.storage.activations import ActivationStore
 
 MAX_AT_LIMIT = 1e-5  # share of numbers at the end of their dtype
@@ -72,18 +74,6 @@ def warnings_of(declaration: Reference, partition: Partition, artefact: Artefact
     return health.warnings
 
 
-def require_sound_activations(store: Store, inputs: Iterable[tuple[Reference, Partition]]) -> None:
-    """Raise UnsoundArtefactError for tokens or activations with an error: a check that failed in an earlier run still stops this one.
-
-    SAEs need no second look: weights that are not finite can be neither saved nor loaded.
-    """
-    for reference, partition in inputs:
-        if reference.address.kind == "source":
-            errors = examine(reference, partition, store.require(reference.address, partition)).errors
-            if errors:
-                raise UnsoundArtefactError("; ".join(errors))
-
-
 def compare_bytes(store: Store, declaration: Reference, partition: Partition) -> list[str]:
     """Read all of an artefact and compare it with its recipe: every difference. What differs is no hit any more, and made again."""
     try:
@@ -92,7 +82,7 @@ def compare_bytes(store: Store, declaration: Reference, partition: Partition) ->
         return [str(error)]
     differences = artefact.verify() if artefact else []
     if artefact and differences:
-        artefact.distrust()
+        artefact.invalidate()
     return [f"{place(declaration.address, partition)}: {each}. The next run makes it again" for each in differences]
 
 
@@ -102,11 +92,12 @@ class _Subject:
 
     place: str
     name: str
+    is_table: bool
     artefact: Artefact
 
     @classmethod
     def of(cls, reference: Reference, partition: Partition, artefact: Artefact) -> _Subject:
-        return cls(place(reference.address, partition), reference.address.name, artefact)
+        return cls(place(reference.address, partition), reference.address.name, reference.address.is_table, artefact)
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -179,14 +170,12 @@ def _require_sound_sae(health: Health, subject: _Subject) -> None:
 def _require_sound_table(health: Health, subject: _Subject) -> None:
     import polars as pl
 
-    from saeens_pipeline.storage.tables import columns_of
-
-    table = pl.read_parquet(subject.artefact.path, hive_partitioning=False)
-    expected = [column.name for column in columns_of(subject.name)]
+    table = read_part(subject.artefact.path)
+    registered = TABLES[subject.name]
+    expected = [column.name for column in registered.all_columns]
     health.measured["rows"] = len(table)
     health.require(table.columns == expected, f"{subject.place} has the columns {table.columns}, not {expected}: make it again")
-    may_be_empty = subject.name in (LEADERBOARD, "autointerp")  # nothing was evaluated yet, or there is nobody to ask
-    health.require(len(table) > 0 or may_be_empty, f"{subject.place} is empty: make it again")
+    health.require(len(table) > 0 or registered.may_be_empty, f"{subject.place} is empty: make it again")
     for name in (name for name, dtype in table.schema.items() if dtype.is_float()):
         wrong = table.filter(~pl.col(name).is_finite())
         first = next(wrong.iter_rows(named=True), {})
@@ -207,8 +196,10 @@ _SOUNDNESS: Mapping[str, Callable[[Health, _Subject], None]] = {
 def _expect_quality(health: Health, subject: _Subject, settings: CheckSettings) -> None:
     if subject.artefact.recipe["builder"] == "sae":
         _expect_good_sae(health, subject, settings)
-    elif subject.name == "reconstruction" and settings.min_explained_variance is not None and not health.errors:
-        _expect_good_reconstruction(health, subject, settings.min_explained_variance)
+    elif subject.is_table and not health.errors:
+        table = read_part(subject.artefact.path)
+        for warning in TABLES[subject.name].warnings(table, settings):
+            health.warnings.append(f"{subject.place}: {warning}")
 
 
 def _expect_good_sae(health: Health, subject: _Subject, settings: CheckSettings) -> None:
@@ -220,7 +211,7 @@ def _expect_good_sae(health: Health, subject: _Subject, settings: CheckSettings)
         f"{subject.place}: {dead:.0%} of its features are dead, more than {settings.max_dead_features:.0%}: "
         "train on more tokens, with a smaller expansion, or a larger aux_loss_coefficient",
     )
-    target = subject.settings["sae"]["k"] * subject.settings["l0"] if "k" in subject.settings["sae"] else settings.target_l0
+    target = subject.settings["sae"].get("k", settings.target_l0)
     if target:
         health.expect(
             abs(l0 - target) <= settings.l0_tolerance * target,
@@ -246,16 +237,3 @@ def _how_to_reach(target: float, l0: float, sae: Mapping[str, Any]) -> str:
     if coefficient:
         return f"{'lower' if l0 < target else 'raise'} sae.{coefficient}"
     return "fewer pre-activations than k are positive; is the learning rate too high?"
-
-
-def _expect_good_reconstruction(health: Health, subject: _Subject, least: float) -> None:
-    import polars as pl
-
-    table = pl.read_parquet(subject.artefact.path, hive_partitioning=False)
-    for row in table.filter(pl.col("n_members") == pl.col("n_members").max().over("method")).iter_rows(named=True):
-        value = row["explained_variance"]
-        health.expect(
-            value is None or value >= least,
-            f"{subject.place}: held-out explained variance of {row['method']} with n_members {row['n_members']} is {value}, "
-            f"below min_explained_variance: {least:g}",
-        )

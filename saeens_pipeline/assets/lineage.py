@@ -9,15 +9,12 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+from saeens_pipeline.assets.declarations import Declaration
 from saeens_pipeline.errors import ConfigurationError, SaeensError
-from saeens_pipeline.storage.names import LEADERBOARD, Address, Kind, Partition, locate, place
-from saeens_pipeline.storage.recipes import RECIPE_FILE, Artefact, DamagedArtefactError, Store, digest, read_artefact
-
-if TYPE_CHECKING:
-    from saeens_pipeline.assets.declarations import Declaration
+from saeens_pipeline.storage.names import LEADERBOARD, Address, Kind, Partition, place
+from saeens_pipeline.storage.recipes import Artefact, DamagedArtefactError, Store, all_artefacts, digest
 
 MAX_CANDIDATES = 12
 _VERSION = re.compile(r"[0-9a-f]{4,16}")
@@ -84,26 +81,15 @@ def lineage(store: Store, declarations: Iterable[Declaration], argument: str) ->
     return genealogy.trace(chosen[0])
 
 
-def artefacts_on_disk(store: Store) -> Iterator[Stored]:
-    """All artefacts below the root whose recipes can be read."""
-    recipes = [path.parent for folder in ("sources", "experiments", "reports") for path in (store.root / folder).rglob(RECIPE_FILE)]
-    for path in sorted([*recipes, *(store.root / "tables").rglob("part.parquet")]):
-        found = locate(PurePosixPath(path.relative_to(store.root).as_posix()))
-        try:
-            artefact = read_artefact(path)
-        except DamagedArtefactError:
-            continue
-        if found:
-            yield Stored(*found, artefact)
-
-
 class _Genealogy:
     """All artefacts on disk by data version, and which of them were shown already."""
 
     def __init__(self, store: Store, declarations: Iterable[Declaration]) -> None:
         self._store = store
         self._declarations = {declaration.address: declaration for declaration in declarations}
-        self.stored = list(artefacts_on_disk(store))
+        self.stored = [
+            Stored(each.address, each.partition, each.artefact) for each in all_artefacts(store.root) if isinstance(each.artefact, Artefact)
+        ]
         self._by_place = {(each.address, each.partition): each for each in self.stored}
         self._shown: set[str] = set()
 
@@ -166,8 +152,8 @@ class _Genealogy:
         declaration = self._declarations.get(stored.address)
         if declaration:
             expected = {name: (each.address, where) for name, each, where in declaration.input_partitions(stored.partition)}
-            optional = declaration.optional_inputs(self._store)
-            expected |= {f"{each.name}, {where}": (each.artefact.address, where) for each, where, _ in optional}
+            optional = declaration.optional_inputs(self._store, stored.partition)
+            expected |= {name: (each.address, where) for name, each, where, _ in optional}
         return [(version, expected.get(role), role) for role, version in stored.artefact.recipe["inputs"].items()]
 
 

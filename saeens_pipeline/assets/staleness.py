@@ -84,15 +84,17 @@ def _status(store: Store, declaration: Declaration, partition: Partition, known:
     recipe = declaration.recipe(store, partition)
     if artefact.recipe_hash == recipe.hash:
         return Status(declaration, partition, "fresh", "")
-    names = {name: place(each.address, where) for name, each, where in declaration.input_partitions(partition)}
+    inputs = [each for optional in (False, True) for each in declaration.input_partitions(partition, optional=optional)]
+    names = {name: place(each.address, where) for name, each, where in inputs}
     return Status(declaration, partition, "stale", "; ".join(artefact.differences(recipe, names)))
 
 
 def _causes(declaration: Declaration, partition: Partition, known: dict[tuple[Address, Partition], Status]) -> Iterator[Status]:
-    for _, artefact, where in declaration.input_partitions(partition):
-        upstream = known.get((artefact.address, where))
-        if upstream and upstream.state != "fresh":
-            yield from upstream.causes or [upstream]
+    for optional in (False, True):
+        for _, artefact, where in declaration.input_partitions(partition, optional=optional):
+            upstream = known.get((artefact.address, where))
+            if upstream and upstream.state != "fresh":
+                yield from upstream.causes or [upstream]
 
 
 def _following(causes: Sequence[Status]) -> str:

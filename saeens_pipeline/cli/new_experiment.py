@@ -16,7 +16,8 @@ from saeens_pipeline import defs
 from saeens_pipeline.assets.saes import validate_targets
 from saeens_pipeline.assets.sources import validate_source
 from saeens_pipeline.errors import ConfigurationError, SaeensError
-from saeens_pipeline.language_models.models import LanguageModelDescription, describe_language_model, validate_hook
+from saeens_pipeline.language_models.descriptions import LanguageModelDescription, validate_hook
+from saeens_pipeline.language_models.models import describe_language_model
 from saeens_pipeline.orchestration.catalogue import load_catalogue
 from saeens_pipeline.settings import ExperimentSettings, SourceSettings
 from saeens_pipeline.settings.files import FOLDERS_VARIABLE, find_files, own_folders

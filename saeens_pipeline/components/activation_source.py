@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from saeens_pipeline.assets.sources import source_ops
 from saeens_pipeline.orchestration.assets import build_assets
-from saeens_pipeline.settings.relative_paths import FOLDER
+from saeens_pipeline.settings.from_file import FILE
 from saeens_pipeline.settings.sources import SourceSettings
 
 
@@ -25,7 +25,7 @@ class ActivationSource(dg.Component):
 
     @classmethod
     def load(cls, attributes: BaseModel | None, context: dg.ComponentLoadContext) -> ActivationSource:
-        return cls(SourceSettings.model_validate(attributes, context={FOLDER: Path(context.path)}))
+        return cls(SourceSettings.model_validate(attributes, context={FILE: Path(context.path) / "defs.yaml"}))
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
         return dg.Definitions(assets=build_assets(source_ops(self.settings)))

@@ -7,10 +7,11 @@ from pathlib import Path
 import dagster as dg
 from pydantic import BaseModel
 
-from saeens_pipeline.assets.experiments import declared_ops
 from saeens_pipeline.orchestration.assets import build_assets
+from saeens_pipeline.orchestration.ops import ops_of, tables_of
+from saeens_pipeline.report.asset import pareto_op
 from saeens_pipeline.settings.experiments import ExperimentSettings
-from saeens_pipeline.settings.relative_paths import FOLDER
+from saeens_pipeline.settings.from_file import FILE
 
 
 class EnsembleExperiment(dg.Component):
@@ -25,8 +26,11 @@ class EnsembleExperiment(dg.Component):
 
     @classmethod
     def load(cls, attributes: BaseModel | None, context: dg.ComponentLoadContext) -> EnsembleExperiment:
-        return cls(ExperimentSettings.model_validate(attributes, context={FOLDER: Path(context.path)}))
+        return cls(ExperimentSettings.model_validate(attributes, context={FILE: Path(context.path) / "defs.yaml"}))
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
-        checks = {each.name: each.checks for each in self.settings.experiments}
-        return dg.Definitions(assets=build_assets(declared_ops(self.settings), checks))
+        experiments = self.settings.experiments
+        ops = [op for each in experiments for op in ops_of(each)]
+        if self.settings.sweep:
+            ops.append(pareto_op(self.settings, [table for each in experiments for table in tables_of(each)]))
+        return dg.Definitions(assets=build_assets(ops))

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import zarr
     from tokenizers import Tokenizer
 
-    from saeens_pipeline.language_models.models import LanguageModelDescription
+    from saeens_pipeline.language_models.descriptions import LanguageModelDescription
 
 Packing = Literal["document", "concatenate"]
 Drop = Literal["special", "padding", "first"]

@@ -1,30 +1,27 @@
 """From declarations to Dagster assets: one multi-asset per op, which makes what its recipes say is missing."""
 
 # Without `from __future__ import annotations`: Dagster reads the annotations of ops at run time.
-import contextlib
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import dagster as dg
 
 from saeens_pipeline import progress
-from saeens_pipeline.assets.declarations import DIMENSION_NAMES, Declaration, Input, Op, Task, Workplace
-from saeens_pipeline.assets.health import Health, UnsoundArtefactError, examine, is_checked, require_sound_activations
-from saeens_pipeline.errors import ConfigurationError, SaeensError
+from saeens_pipeline.assets.declarations import DIMENSION_NAMES, Declaration, Input, Op, RunContext
+from saeens_pipeline.assets.health import Health, examine, is_checked
+from saeens_pipeline.assets.materialise import Materialised, materialise, require_sound
+from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.orchestration import log_lines
 from saeens_pipeline.orchestration.instance import layers_name
 from saeens_pipeline.orchestration.metadata import describe_artefact, static_metadata
-from saeens_pipeline.orchestration.remembered_folders import remember_own_folders
 from saeens_pipeline.orchestration.requested_layers import requested_layers
 from saeens_pipeline.orchestration.resources import ComputeResource, StoreResource
 from saeens_pipeline.orchestration.retries import killed_step_policy, retried
 from saeens_pipeline.settings.experiments import CheckSettings
-from saeens_pipeline.storage.disk import is_full_disk
-from saeens_pipeline.storage.locks import writing_alone
 from saeens_pipeline.storage.names import Partition
-from saeens_pipeline.storage.recipes import Artefact, Store
+from saeens_pipeline.storage.recipes import Store
 
 OWNERS = ["team:interpretability"]
 HEALTH = "health"
@@ -64,12 +61,12 @@ def partition_key(declaration: Declaration, partition: Partition) -> str | None:
             return dg.MultiPartitionKey({"layer": str(partition.layer), "seed": str(partition.seed)})
 
 
-def build_assets(ops: Iterable[Op], checks: Mapping[str, CheckSettings] | None = None) -> list[dg.AssetsDefinition]:
-    """The Dagster assets of some ops; `checks` holds the thresholds of each experiment by its name."""
-    return [_build_asset(op, (checks or {}).get(op.outputs[0].address.owner, CheckSettings())) for op in ops]
+def build_assets(ops: Iterable[Op]) -> list[dg.AssetsDefinition]:
+    """Return a Dagster multi-asset for each op."""
+    return [_build_asset(op) for op in ops]
 
 
-def _build_asset(op: Op, thresholds: CheckSettings) -> dg.AssetsDefinition:
+def _build_asset(op: Op) -> dg.AssetsDefinition:
     by_key = {dg.AssetKey(output.address.key): output for output in op.outputs}
     policy = killed_step_policy()
 
@@ -85,17 +82,17 @@ def _build_asset(op: Op, thresholds: CheckSettings) -> dg.AssetsDefinition:
     def make(
         context: dg.AssetExecutionContext, store: StoreResource, compute: ComputeResource
     ) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
-        selected = [output for key, output in by_key.items() if key in context.selected_asset_keys]
+        selected = {output.address for key, output in by_key.items() if key in context.selected_asset_keys}
         checked = [by_key[key.asset_key] for key in context.selected_asset_check_keys]
         partition = op.outputs[0].narrow(partition_of(context))
-        workplace = Workplace(store.store, compute, context.run.run_id, lambda: requested_layers(context), partial(_observe, context))
+        layers, observe = partial(requested_layers, context), partial(_observe, context)
+        run = RunContext(store.store, compute.compute, context.run.run_id, layers, observe)
         with (
             retried(context.retry_number, policy),
             log_lines.forwarded_to(context.log),
             progress.report_to(progress.LineReporter(context.log.info)),
         ):
-            artefacts = _materialise(op, selected, partition, workplace)
-            yield from _report(artefacts, checked, thresholds, partition, store.store)
+            yield from _report(materialise(op, selected, partition, run), checked, op.checks, partition, store.store)
 
     return make
 
@@ -108,7 +105,7 @@ def _observe(context: dg.AssetExecutionContext, declaration: Declaration, partit
 def _spec(declaration: Declaration) -> dg.AssetSpec:
     return dg.AssetSpec(
         key=declaration.address.key,
-        deps=[_dependency(declaration, each) for each in declaration.inputs],
+        deps=[_dependency(declaration, each) for each in declaration.inputs if each.in_graph],
         skippable=True,
         group_name=declaration.address.group,
         kinds=set(declaration.kinds),
@@ -155,61 +152,27 @@ def partition_of(context: dg.AssetExecutionContext | dg.AssetCheckExecutionConte
         ) from None
 
 
-class _Made(NamedTuple):
-    """An artefact that was asked for, and whether it was there already."""
-
-    declaration: Declaration
-    artefact: Artefact
-    is_hit: bool
-
-
-def _materialise(op: Op, selected: Sequence[Declaration], partition: Partition, workplace: Workplace) -> list[_Made]:
-    store = workplace.store
-    remember_own_folders(store.root)
-    tasks = [Task(declaration, partition, declaration.recipe(store, partition)) for declaration in selected]
-    hits = _hits(store, tasks)
-    if len(hits) < len(tasks):
-        with writing_alone(store.root, [task.where for i, task in enumerate(tasks) if i not in hits]):
-            hits = _hits(store, tasks)  # others may have made them meanwhile
-            misses = [task for i, task in enumerate(tasks) if i not in hits]
-            inputs = {each.address: (each, where) for task in misses for _, each, where in task.declaration.input_partitions(partition)}
-            require_sound_activations(store, inputs.values())
-            try:
-                if misses:
-                    with workplace.compute.in_use(store.root) if op.on_device else contextlib.nullcontext():
-                        op.make(workplace, misses)
-            except Exception as error:
-                if is_full_disk(error) and not isinstance(error, SaeensError):
-                    message = f"the disk below {store.root} is full: free some space and run again; what was finished before is kept"
-                    raise SaeensError(message) from error
-                raise
-    return [_Made(task.declaration, hits.get(i) or store.require(*task.where), i in hits) for i, task in enumerate(tasks)]
-
-
 def _report(
-    made: Sequence[_Made], checked: Collection[Declaration], thresholds: CheckSettings, partition: Partition, store: Store
+    made: Sequence[Materialised], checked: Collection[Declaration], thresholds: CheckSettings, partition: Partition, store: Store
 ) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
-    """Tell Dagster what was made and how healthy it is. Raises UnsoundArtefactError, after all is told, for what must not be used.
+    """Report artefacts and their health to Dagster. Raises UnsoundArtefactError, after everything is reported, for unsound artefacts.
 
-    What was made is examined even where its check is not in `checked`: the automation selects no checks of ops that can be subset.
+    Health is reported even where the check is not in `checked`: the automation selects no checks of ops that can be subset.
     """
-    errors: list[str] = []
-    for declaration, artefact, is_hit in made:
-        health = examine(declaration, partition, artefact, thresholds) if is_checked(declaration) else None
-        errors += health.errors if health else []
+    healths: list[Health | None] = []
+    for each in made:
+        healths.append(each.health)
         yield dg.MaterializeResult(
-            asset_key=dg.AssetKey(declaration.address.key),
-            metadata=describe_artefact(declaration, partition, artefact, is_hit=is_hit),
-            data_version=dg.DataVersion(artefact.data_version),
-            check_results=[_check_result(declaration, health)] if health else [],
+            asset_key=dg.AssetKey(each.declaration.address.key),
+            metadata=describe_artefact(each.declaration, partition, each.artefact, is_hit=each.is_hit),
+            data_version=dg.DataVersion(each.artefact.data_version),
+            check_results=[_check_result(each.declaration, each.health)] if each.health else [],
         )
     for declaration in checked:
         if declaration not in [each.declaration for each in made]:  # the check alone was asked for
-            health = _health_on_disk(declaration, partition, thresholds, store)
-            errors += health.errors
+            healths.append(health := _health_on_disk(declaration, partition, thresholds, store))
             yield _check_result(declaration, health)
-    if errors:
-        raise UnsoundArtefactError("; ".join(errors))
+    require_sound(healths)
 
 
 def _health_on_disk(declaration: Declaration, partition: Partition, thresholds: CheckSettings, store: Store) -> Health:
@@ -233,8 +196,3 @@ def _check_result(declaration: Declaration, health: Health) -> dg.AssetCheckResu
         description="\n".join([*health.errors, *health.warnings]) or None,
         metadata={name: round(value, 6) if isinstance(value, float) else value for name, value in health.measured.items()},
     )
-
-
-def _hits(store: Store, tasks: Sequence[Task]) -> dict[int, Artefact]:
-    """What is there already, by its number among the tasks."""
-    return {i: artefact for i, task in enumerate(tasks) if (artefact := store.hit(*task.where, task.recipe))}

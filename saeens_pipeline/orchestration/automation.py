@@ -6,33 +6,29 @@ Only experiments with `automation: on`, and the sources that they use, are made 
 # Without `from __future__ import annotations`: Dagster reads the annotations of sensors and ops at run time.
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING
 
 import dagster as dg
 from dagster import AutomationCondition as Condition
 
+from saeens_pipeline.assets.tables import listed
 from saeens_pipeline.orchestration.assets import layers_of
-from saeens_pipeline.orchestration.instance import declare_layers, declared_layers_name, end_dead_runs, layer_changes
+from saeens_pipeline.orchestration.instance import declared_layers_name, end_dead_runs, layer_changes
+from saeens_pipeline.orchestration.ops import Ops
+from saeens_pipeline.orchestration.retraining import retraining_schedule, retraining_sensor
 from saeens_pipeline.settings import ExperimentSettings, SourceSettings
 from saeens_pipeline.settings.experiments import FreshnessSettings
 from saeens_pipeline.storage.names import SOURCES_GROUP
-from saeens_pipeline.storage.tables import LEADERBOARD, PARETO
-
-if TYPE_CHECKING:
-    from saeens_pipeline.orchestration.catalogue import Catalogue
 
 TICK_SECONDS = 15  # between two looks at what is missing, and at the layers
 ARRAY_KIND = "zarr"  # of tokens, activations and residuals
-_OVER_EXPERIMENTS = (LEADERBOARD.name, PARETO.name)  # tables that are made from those that are there
 
 
-def automate(assets: Iterable[dg.AssetsDefinition], catalogue: "Catalogue") -> dg.Definitions:
+def automate(assets: Iterable[dg.AssetsDefinition], catalogue: Ops) -> dg.Definitions:
     """These assets with their conditions and freshness policies, and the sensors, schedules and jobs that go with them."""
-    experiments = catalogue.experiments.values()
-    retraining = [_retraining_schedule(experiment, catalogue) for experiment in experiments]
+    retraining = [retraining_schedule(experiment) for experiment in catalogue.experiments.values()]
     return dg.Definitions(
         assets=[asset.map_asset_specs(lambda spec: _with_policies(spec, catalogue.experiments)) for asset in assets],
-        sensors=[layers_sensor(catalogue.sources), automation_sensor()],
+        sensors=[layers_sensor(catalogue.sources), automation_sensor(), retraining_sensor(catalogue)],
         schedules=retraining,
         jobs=[schedule.job for schedule in retraining],
     )
@@ -78,7 +74,7 @@ def freshness_policy(freshness: FreshnessSettings) -> dg.FreshnessPolicy:
 
 def _with_policies(spec: dg.AssetSpec, experiments: Mapping[str, ExperimentSettings]) -> dg.AssetSpec:
     automated = [experiment for experiment in experiments.values() if experiment.automation == "on"]
-    if spec.tags.get("table") in _OVER_EXPERIMENTS:
+    if spec.tags.get("table") in {table.name for table in listed(over_experiments=True)}:
         return spec.replace_attributes(automation_condition=leaderboard_condition()) if automated else spec
     owner = spec.key.path[0]
     if spec.group_name == SOURCES_GROUP:
@@ -137,45 +133,3 @@ def layers_sensor(sources: Mapping[str, SourceSettings]) -> dg.SensorDefinition:
 def _partition_requests(partitions: dg.DynamicPartitionsDefinition, new: Sequence[str], gone: Sequence[str]) -> list:
     added = [partitions.build_add_request(new)] if new else []
     return added + ([partitions.build_delete_request(gone)] if gone else [])
-
-
-def _retraining_schedule(experiment: ExperimentSettings, catalogue: "Catalogue") -> dg.ScheduleDefinition:
-    """A schedule that looks for what the recipes call missing or stale, and a job that makes it, in order.
-
-    The job works in one process and starts a run for each stage, as `saeens run` does: stages differ in their partitions, and each
-    needs what the one before has made.
-    """
-    name = f"{experiment.name}_retraining"
-
-    @dg.op(name=f"{name}__stages", description="One run for each stage, as `saeens run` makes them.")
-    def retrain(context: dg.OpExecutionContext) -> None:
-        from saeens_pipeline.orchestration.runs import make_stages, stages_to_retrain
-
-        declare_layers(context.instance, experiment.source, catalogue.sources[experiment.source].layers)
-        stages = stages_to_retrain(catalogue, experiment, context.instance)
-        context.log.info(f"{sum(len(wanted) for _, wanted in stages)} artefacts to make or confirm in {len(stages)} runs")
-        make_stages(catalogue, context.instance, stages, tags={"user": name})
-
-    @dg.job(
-        name=name,
-        description=f"Makes what is missing or stale of {experiment.name}, as `saeens run {experiment.name}` does.",
-        executor_def=dg.in_process_executor,
-    )
-    def retraining() -> None:
-        retrain()
-
-    @dg.schedule(
-        name=f"{name}_schedule",
-        job=retraining,
-        cron_schedule=experiment.schedule,
-        description=f"Retrains what changed for {experiment.name}: settings, code versions, the language model's revision, the corpus.",
-        default_status=dg.DefaultScheduleStatus.STOPPED,
-    )
-    def schedule(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
-        from saeens_pipeline.orchestration.runs import stages_to_retrain
-
-        if not stages_to_retrain(catalogue, experiment, context.instance):
-            return dg.SkipReason("All artefacts are fresh: there is nothing to retrain.")
-        return dg.RunRequest(tags={"user": name})
-
-    return schedule

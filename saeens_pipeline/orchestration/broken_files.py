@@ -9,7 +9,7 @@ from pathlib import Path
 import dagster as dg
 
 from saeens_pipeline.errors import ConfigurationError
-from saeens_pipeline.settings.files import called
+from saeens_pipeline.settings.files import experiment_name
 from saeens_pipeline.storage.names import BROKEN_GROUP
 
 
@@ -21,7 +21,7 @@ def broken_assets(broken: Mapping[Path, str]) -> list[dg.AssetsDefinition]:
     taken: dict[str, int] = {}
     assets: list[dg.AssetsDefinition] = []
     for path, message in broken.items():
-        name = re.sub(r"[^a-z0-9_]", "_", called(path).lower())
+        name = re.sub(r"[^a-z0-9_]", "_", experiment_name(path).lower())
         taken[name] = taken.get(name, 0) + 1
         assets.append(_broken_asset(name if taken[name] == 1 else f"{name}__{taken[name]}", path, message))
     return assets

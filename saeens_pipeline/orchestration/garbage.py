@@ -12,22 +12,29 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+from saeens_pipeline.assets.catalogue import Experiments
 from saeens_pipeline.assets.declarations import Declaration
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.language_models.autointerp.answers import FOLDER as ANSWERS_FOLDER
-from saeens_pipeline.language_models.models import REFERENCE_MODEL, describe_language_model
+from saeens_pipeline.language_models.descriptions import REFERENCE_MODEL
+from saeens_pipeline.language_models.models import describe_language_model
 from saeens_pipeline.orchestration.instance import forget_partitions, home_folder, layers_name, recorded_instance
-from saeens_pipeline.orchestration.remembered_folders import FILE as FOLDERS_FILE
-from saeens_pipeline.orchestration.remembered_folders import explain_unread, unread_folders
+from saeens_pipeline.orchestration.ops import Ops
+from saeens_pipeline.settings.files import unread_folder
 from saeens_pipeline.storage import locks
 from saeens_pipeline.storage.checkpoints import locate_checkpoint
 from saeens_pipeline.storage.names import Address, Partition, is_above_artefacts, locate
-from saeens_pipeline.storage.recipes import DamagedArtefactError, foreign_files, read_artefact, read_temporary, remove_whole
-
-if TYPE_CHECKING:
-    from saeens_pipeline.orchestration.catalogue import Catalogue
+from saeens_pipeline.storage.recipes import (
+    Artefact,
+    DamagedArtefactError,
+    all_artefacts,
+    foreign_files,
+    read_artefact,
+    read_temporary,
+    remove_whole,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -42,10 +49,12 @@ class Finding(NamedTuple):
 
 @dataclass
 class Inventory:
-    """What nothing refers to any more, and what is not known; both in the order of their paths."""
+    """Files and folders that nothing refers to any more, and those of unknown origin; both in the order of their paths."""
 
     garbage: list[Finding] = field(default_factory=list)
     unknown: list[Finding] = field(default_factory=list)
+    unread_folders: list[Path] = field(default_factory=list)
+    """Folders of experiment files that made artefacts here and are not read now."""
 
     @property
     def freed_bytes(self) -> int:
@@ -93,8 +102,8 @@ class Declared:
         return ""
 
 
-def declared(catalogue: Catalogue) -> Declared:
-    """Everything that the catalogue declares, with the layers of its files and those that were added while it runs."""
+def declared(catalogue: Ops) -> Declared:
+    """Return everything that the experiments declare, with the layers of their files and those that were added in the instance."""
     with recorded_instance() as instance:
         added = {name: instance.get_dynamic_partitions(layers_name(name)) if instance else [] for name in catalogue.sources}
     layers = {
@@ -105,10 +114,24 @@ def declared(catalogue: Catalogue) -> Declared:
     return Declared({output.address: output for op in ops for output in op.outputs}, {op.name: op.outputs[0] for op in ops}, layers)
 
 
-def find_garbage(root: Path, references: Declared) -> Inventory:
-    """Look through the data root. Changes nothing."""
-    inventory, root = Inventory(), root.resolve()
-    own = (root / "dagster", root / locks.FOLDER, root / FOLDERS_FILE, root / ANSWERS_FOLDER)  # answers are paid for, whoever asked
+def find_garbage(root: Path, references: Declared, given_up: Sequence[Path] = ()) -> Inventory:
+    """Look through the data root. Changes nothing.
+
+    An artefact whose record names an experiment file of a folder that is not read now is kept, unless the folder is `given_up`.
+    Raises ConfigurationError for a folder that is given up and either read or named by no record.
+    """
+    root = root.resolve()
+    given_up = [folder.expanduser().resolve() for folder in given_up]
+    recorded = (each.artefact.provenance.get("experiment_file", "") for each in all_artefacts(root) if isinstance(each.artefact, Artefact))
+    unread = {folder for file in set(recorded) if (folder := unread_folder(file))}
+    for folder in given_up:
+        if folder not in unread:
+            known = ", ".join(map(str, sorted(unread))) or "none"
+            raise ConfigurationError(
+                f"--forget-folder {folder}: nothing here was made from files of this folder, or it is read now; there are: {known}"
+            )
+    inventory = Inventory(unread_folders=sorted(unread.difference(given_up)))
+    own = (root / "dagster", root / locks.FOLDER, root / ANSWERS_FOLDER)  # answers are paid for, whoever asked
     others = (*own, home_folder().resolve(), describe_language_model(REFERENCE_MODEL).path.resolve())
     for path in _entries(root):
         if path not in others and path.resolve() not in others:
@@ -131,17 +154,14 @@ def by_folder(findings: Sequence[Finding], root: Path) -> list[Finding]:
     return sorted(shown.values(), key=lambda finding: [_natural(part) for part in finding.path.parts])
 
 
-def remove_garbage(catalogue: Catalogue, inventory: Inventory, root: Path) -> None:
+def remove_garbage(catalogue: Experiments, inventory: Inventory, root: Path) -> None:
     """Remove the garbage, and the folders that are empty then.
 
-    Raises ConfigurationError, and removes nothing, if an experiment file is broken or a folder of experiment files that was read before
-    is not read now: what belongs to them looks like garbage.
+    Raises ConfigurationError, and removes nothing, if an experiment file is broken: its artefacts look like garbage.
     """
     if catalogue.broken:
         broken = "\n".join(catalogue.broken.values())
         raise ConfigurationError(f"{broken}\nnothing is removed: what belongs to a file that cannot be read looks unused; mend it first")
-    if unread := unread_folders(root):
-        raise ConfigurationError(f"{explain_unread(unread)}\nnothing is removed: what belongs to files that are not read looks unused")
     _forget(inventory.garbage, root.resolve())  # first: once removed, nothing would tell what an interruption left to forget
     for finding in inventory.garbage:
         remove_whole(finding.path)
@@ -182,23 +202,30 @@ def _look_at(path: Path, root: Path, references: Declared, inventory: Inventory)
             inventory.garbage.append(Finding(path, _size(path), "left behind by a process that was killed"))
     elif checkpoint := locate_checkpoint(relative):
         if objection := references.objection_to_checkpoint(*checkpoint):
-            inventory.garbage.append(Finding(path, _size(path), objection))
+            doubt = "it may be one of a folder that is not read now" if inventory.unread_folders else ""
+            findings, reason = (inventory.unknown, f"{objection}, but {doubt}") if doubt else (inventory.garbage, objection)
+            findings.append(Finding(path, _size(path), reason))
     elif found := locate(relative):
         if objection := references.objection(*found):
-            doubt = _doubt(path)
+            doubt = _doubt(path, inventory.unread_folders)
             findings, reason = (inventory.unknown, f"{objection}, but {doubt}") if doubt else (inventory.garbage, objection)
             findings.append(Finding(path, _size(path), reason))
     else:
         inventory.unknown.append(Finding(path, _size(path), "not made by saeens"))
 
 
-def _doubt(path: Path) -> str:
-    """Why what lies where an artefact would lie may be something else; empty if it is one."""
+def _doubt(path: Path, unread: Sequence[Path]) -> str:
+    """Return why something at an artefact's place may not be garbage; empty if it is."""
     try:
-        foreign = foreign_files(read_artefact(path))
+        artefact = read_artefact(path)
     except DamagedArtefactError:
         return "it carries no recipe that can be read"
-    return f"it holds {', '.join(foreign[:3])}, which saeens did not write" if foreign else ""
+    if foreign := foreign_files(artefact):
+        return f"it holds {', '.join(foreign[:3])}, which saeens did not write"
+    file = artefact.provenance.get("experiment_file")
+    if file is None:
+        return "its record names no experiment file: it was made by an earlier version"
+    return f"it was made from {file}, whose folder is not read now" if unread_folder(file) in unread else ""
 
 
 def _entries(folder: Path) -> Sequence[Path]:

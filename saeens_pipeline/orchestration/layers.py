@@ -11,7 +11,7 @@ from saeens_pipeline.orchestration.instance import added_layers, declare_layers,
 if TYPE_CHECKING:
     from dagster import DagsterInstance
 
-    from saeens_pipeline.orchestration.catalogue import Catalogue
+    from saeens_pipeline.assets.catalogue import Experiments
     from saeens_pipeline.settings import SourceSettings
 
 
@@ -50,7 +50,7 @@ class AddedLayers(NamedTuple):
     on_request: list[str]
 
 
-def add_layers(catalogue: Catalogue, name: str, layers: Sequence[int]) -> AddedLayers:
+def add_layers(catalogue: Experiments, name: str, layers: Sequence[int]) -> AddedLayers:
     """Add layers to a source of that name. Raises ConfigurationError, before anything is added, for those that the model lacks."""
     from saeens_pipeline.assets.sources import validate_source
     from saeens_pipeline.orchestration.instance import command_line_instance

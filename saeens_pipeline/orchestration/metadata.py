@@ -5,46 +5,31 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
 
 import dagster as dg
+import polars as pl
 
 from saeens_pipeline.assets.declarations import Declaration, Reference
-from saeens_pipeline.assets.tables.autointerp_outcome import AUTOINTERP
-from saeens_pipeline.assets.tables.pareto import PICTURE_FILE, TABLE_FILE
-from saeens_pipeline.assets.tables.probing import PROBED
-from saeens_pipeline.language_models.autointerp.interview import SCORED
+from saeens_pipeline.assets.tables import SUBJECT, TABLES, Markdown, Table
+from saeens_pipeline.assets.tables.cost import with_totals
+from saeens_pipeline.assets.tables.pareto import PARETO, PICTURE_FILE, TABLE_FILE
 from saeens_pipeline.storage.names import CURVE_FILE, Partition
 from saeens_pipeline.storage.recipes import Artefact, read_artefact
-from saeens_pipeline.storage.tables import LEADERBOARD, PARETO, SUBJECT, columns_of, with_totals
-
-if TYPE_CHECKING:
-    import polars as pl
+from saeens_pipeline.storage.tables import Column, read_part
 
 _DAGSTER_TYPES = {"str": "string", "int": "int", "float": "float"}
-_SHOWN = {
-    "reconstruction": "explained_variance",
-    "coactivation": "connectivity",
-    "stability": "stability",
-    "marginal_gain": "new_features",
-    "cost": "total_seconds",
-}
-_FROM_COLUMNS = {  # of other tables, that have other names
-    "explained_variance_gain": ("explained_variance",),
-    "stability_gain": ("stability",),
-    "suggested": ("explained_variance", "stability"),
-    "explanation": ("contexts",),
-}
-_MEASURED_BY_RECORD = {"cost": "provenance", "training_curves": "training_curve"}  # tables that look at no weights, and at what instead
 _INLINE_CHARACTERS = 1000  # longer Markdown hides behind a link in the UI
 
 
 def static_metadata(declaration: Declaration) -> dict[str, Any]:
     """What is known before anything is made: a table's columns."""
-    if not declaration.address.is_table and declaration.builder != PARETO.name:
+    if declaration.address.name not in TABLES:
         return {}
-    columns = [dg.TableColumn(c.name, _DAGSTER_TYPES[c.type], description=c.description) for c in columns_of(declaration.address.name)]
+    columns = [
+        dg.TableColumn(c.name, _DAGSTER_TYPES[c.type], description=c.description) for c in TABLES[declaration.address.name].all_columns
+    ]
     return {"dagster/column_schema": dg.TableSchema(columns=columns)}
 
 
@@ -59,7 +44,7 @@ def describe_artefact(declaration: Declaration, partition: Partition, artefact: 
         summary["dagster/column_lineage"] = column_lineage(declaration)
     elif declaration.builder == "ensemble":
         summary = _ensemble_summary(declaration, artefact) | _links(declaration, partition)
-    elif declaration.builder == PARETO.name:
+    elif declaration.builder == PARETO:
         summary = _pareto_summary(artefact)
     elif declaration.address.kind == "report":
         summary = _report_summary(artefact)
@@ -82,8 +67,6 @@ def describe_artefact(declaration: Declaration, partition: Partition, artefact: 
 
 
 def _sae_summary(artefact: Artefact) -> dict[str, Any]:
-    import polars as pl
-
     made = artefact.provenance
     last = made["last_step"]
     curve = pl.read_parquet(artefact.path / CURVE_FILE)
@@ -117,6 +100,7 @@ def _ensemble_summary(declaration: Declaration, artefact: Artefact) -> dict[str,
 
 
 def _report_summary(artefact: Artefact) -> dict[str, Any]:
+
     from saeens_pipeline.report.pages import INDEX, PICTURES
     from saeens_pipeline.report.pictures import as_markdown
 
@@ -156,72 +140,51 @@ def _page(asset: Reference, partition: Partition) -> str:
 
 
 def column_lineage(declaration: Declaration) -> dg.TableColumnLineage:
-    """Which upstream assets each column of a table is computed from, and from what of theirs.
+    """Return the upstream assets that each column of a table is computed from, and what is read of them.
 
-    Of an SAE that is its `weights`, `data_version`, or what its training recorded; of activations their test split; of a table
-    its column of that name.
+    Of an SAE that is its `weights`, `data_version`, or the records of its training; of activations their test split; of a table its
+    column of that name.
     """
-    table, upstream = declaration.address.name, [each.artefact for each in declaration.inputs]
-    described = {column.name for column in SUBJECT} if table != LEADERBOARD.name else set()
+    table = TABLES[declaration.address.name]
     deps: dict[str, list[dg.TableColumnDep]] = {}
-    for column in (column.name for column in columns_of(table)):
-        for each in upstream:
-            part = _part_read(each, table, column, is_description=column in described)
+    for column in table.all_columns:
+        for upstream in (each.artefact for each in declaration.inputs if each.in_graph):
+            part = _part_read(upstream, table, column)
             if part:
-                deps.setdefault(column, []).append(dg.TableColumnDep(dg.AssetKey(each.address.key), part))
+                deps.setdefault(column.name, []).append(dg.TableColumnDep(dg.AssetKey(upstream.address.key), part))
     return dg.TableColumnLineage(deps)
 
 
-def _part_read(upstream: Reference, table: str, column: str, *, is_description: bool) -> str | None:
-    """What of an upstream asset a column is computed from; None for one that has no share in it."""
-    address, column = upstream.address, column.removeprefix("control_")
+def _part_read(upstream: Reference, table: Table, column: Column) -> str | None:
+    """Return what of an upstream asset a column is computed from; None for an asset that has no share in it."""
+    address, name = upstream.address, column.name.removeprefix("control_")
     if address.is_table:
-        endings = ("", "_low", "_high", "_by_seed")  # of what the leaderboard makes of a column
-        names = _FROM_COLUMNS.get(column, tuple(column.removesuffix(ending) for ending in endings))
-        return next((c.name for c in columns_of(address.name) if c.name in names), None)
-    if column in _FROM_COLUMNS:
+        names = column.from_columns or (name,)
+        return next((c.name for c in TABLES[address.name].all_columns if c.name in names), None)
+    if column.from_columns:
         return None
+    is_description = not table.over_experiments and name in {each.name for each in SUBJECT}
     if address.kind == "source":
-        return _part_of_source_read(address.name, table, column, is_description=is_description)
+        if is_description:
+            return "language_model" if address.name == "activations" and name == "language_model" else None
+        parts = table.source_parts.get(address.name, {})
+        return parts.get(name, parts.get("*"))
     if is_description:
-        return "data_version" if column == "sae_data_versions" else None
-    return _MEASURED_BY_RECORD.get(table, "weights")
-
-
-def _part_of_source_read(name: str, table: str, column: str, *, is_description: bool) -> str | None:
-    if table in PROBED:
-        return "language_model" if name == "activations" and (column == "language_model" or not is_description) else None
-    if name == "tokens":
-        return "test/tokens" if column in ("ce_loss_recovered", "contexts") else None
-    if column in ("promoted_tokens", "suppressed_tokens"):
-        return "language_model"
-    return "language_model" if column == "language_model" else None if is_description else "test/activations"
+        return "data_version" if name == "sae_data_versions" else None
+    return table.sae_part
 
 
 def _table_summary(declaration: Declaration, artefact: Artefact) -> dict[str, Any]:
-    import polars as pl
-
+    registered = TABLES[declaration.address.name]
+    if registered.is_large:
+        return {"dagster/row_count": pl.scan_parquet(artefact.path, hive_partitioning=False).select(pl.len()).collect().item()}
     from saeens_pipeline.report.pictures import as_markdown, table_picture
 
-    name = declaration.address.name
-    if name == "contexts":  # mostly text, and large
-        return {"dagster/row_count": pl.scan_parquet(artefact.path, hive_partitioning=False).select(pl.len()).collect().item()}
-    table = with_totals(pl.read_parquet(artefact.path, hive_partitioning=False))
+    table = with_totals(read_part(artefact.path))
     summary: dict[str, Any] = {"dagster/row_count": len(table)}
-    if name == LEADERBOARD.name:
-        return summary | {"best": _best(table)}
-    if name == AUTOINTERP:
-        return summary | _autointerp_summary(table, artefact)
-    if name in PROBED:
-        return summary | {"summary": dg.MetadataValue.md(_by_number_of_features(name, table))}
-    loss = artefact.provenance.get("next_token_loss")
-    if loss:
-        summary |= {
-            "next-token loss [nats]": round(loss["clean"], 4),
-            "with zeros at the hook [nats]": round(loss["ablated"], 4),
-            "measured on [tokens replaced]": loss["tokens"],
-        }
-    shown = _SHOWN.get(name)
+    for name, value in registered.summary(table, artefact).items():
+        summary[name] = dg.MetadataValue.md(value) if isinstance(value, Markdown) else value
+    shown = registered.headlines[0].column if registered.headlines else None
     if shown and table[shown].null_count() < len(table):
         by_method = table.group_by("method", "n_members", maintain_order=True).agg(pl.col(shown).mean())
         largest = by_method.group_by("method", maintain_order=True).agg(pl.all().sort_by("n_members").last())
@@ -232,80 +195,14 @@ def _table_summary(declaration: Declaration, artefact: Artefact) -> dict[str, An
         }
         if all(len(values) > 1 for values in curves.values()):
             summary[f"{shown.replace('_', ' ')} by number of members"] = picture(curves, "members")
-    png = table_picture(name, table)
+    png = table_picture(registered.name, table)
     if png:
-        summary["plot"] = dg.MetadataValue.md(as_markdown(png, name.replace("_", " ")))
+        summary["plot"] = dg.MetadataValue.md(as_markdown(png, registered.name.replace("_", " ")))
     return summary
-
-
-def _autointerp_summary(table: pl.DataFrame, artefact: Artefact) -> dict[str, Any]:
-    """Whether there was an endpoint, means over features, and what was asked."""
-    import polars as pl
-
-    made = artefact.provenance[AUTOINTERP]
-    scored = table.drop_nulls("detection_score").group_by("method", maintain_order=True)
-    means = scored.agg(pl.len(), pl.col("detection_score", "control_score").mean())
-    rows = [
-        f"| {row['method']} | {row['len']} | {row['detection_score']:.3f} "
-        f"| {'' if row['control_score'] is None else format(row['control_score'], '.3f')} |"
-        for row in means.iter_rows(named=True)
-    ]
-    others = table.filter(pl.col("status") != SCORED).group_by("status", maintain_order=True).len()
-    head = ["| method | features scored | mean detection score | with another feature's explanation |", "|---|---|---|---|"]
-    return {
-        "status": made["status"],
-        "summary": dg.MetadataValue.md("\n".join([*head, *rows])) if rows else None,
-        "not scored": ", ".join(f"{n}: {why}" for why, n in others.iter_rows()) or None,
-        "requests asked": made["requests"],
-        "answers from disk": made["answers_from_disk"],
-        "malformed answers": made["malformed_answers"],
-        "tokens in": made["tokens_in"],
-        "tokens out": made["tokens_out"],
-    }
-
-
-def _by_number_of_features(name: str, table: pl.DataFrame) -> str:
-    """A row for each method with all its members, a column for each number of features: means over tasks, of labels over data sets."""
-    import polars as pl
-
-    number, value, over = (
-        ("n_probe_features", "accuracy", ["dataset"]) if name == "concept_detection" else ("n_ablated", "scr_metric", ["task"])
-    )
-    largest = table.filter(pl.col("n_members") == pl.col("n_members").max().over("method"))
-    if name == "concept_detection":
-        largest = largest.filter(code_scale="unscaled")
-    by = ["method", "n_members", number]
-    means = (
-        largest.group_by(*by, *over, maintain_order=True)
-        .agg(pl.col(value).mean())
-        .group_by(by, maintain_order=True)
-        .agg(pl.col(value).mean())
-    )
-    numbers = means.filter(method="single")[number].to_list()
-    lines = [f"| {value.replace('_', ' ')} with n = | {' | '.join(map(str, numbers))} |", "|---" * (len(numbers) + 1) + "|"]
-    for of_method in means.partition_by("method", maintain_order=True):
-        found = dict(of_method.select(number, value).iter_rows())
-        cells = ["" if found.get(n) is None else f"{found[n]:.3f}" for n in numbers]
-        lines.append(f"| {of_method['method'][0]} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _best(leaderboard: pl.DataFrame) -> dg.MarkdownMetadataValue:
-    """The first of every source and layer."""
-    first = leaderboard.filter(rank=1).unique(["source", "layer"], keep="first", maintain_order=True)
-    rows = [
-        f"| {row['source']} | {row['layer']} | {row['experiment']} | {row['method']} | {row['explained_variance']:.4f} "
-        f"| {'' if row['control_explained_variance'] is None else format(row['control_explained_variance'], '.4f')} |"
-        for row in first.iter_rows(named=True)
-    ]
-    head = ["| source | layer | experiment | method | EV | EV of the control, untrained |", "|---|---|---|---|---|---|"]
-    return dg.MetadataValue.md("\n".join([*head, *rows]))
 
 
 def _pareto_summary(artefact: Artefact) -> dict[str, Any]:
     """The picture, whatever its size: the UI shows it on a click."""
-    import polars as pl
-
     missing = artefact.provenance["not_evaluated"]
     drawn = base64.b64encode((artefact.path / PICTURE_FILE).read_bytes()).decode()
     return {

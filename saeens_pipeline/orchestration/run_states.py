@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
+from saeens_pipeline.orchestration.assets import partition_key
 from saeens_pipeline.orchestration.instance import PROCESS_TAG, recorded_instance
 from saeens_pipeline.storage.recipes import is_alive
 
@@ -41,8 +42,6 @@ def with_run_states(statuses: Sequence[Status], ops: Iterable[Op]) -> list[Statu
 
 def _seen_by_runs(status: Status, step: str, runs: Sequence[_Run]) -> Status:
     """What the newest run that was to make an artefact has made of it."""
-    from saeens_pipeline.orchestration.assets import partition_key
-
     key = partition_key(status.declaration, status.partition)
     for run in runs:
         if run.was_to_make(status.declaration.address.key, key):

@@ -1,4 +1,4 @@
-"""Materialise an experiment from the command line: plan, check, and run stage by stage through Dagster."""
+"""Materialise an experiment from the command line: check, and run stage by stage through Dagster."""
 
 from __future__ import annotations
 
@@ -7,62 +7,98 @@ import logging
 import os
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import NamedTuple
+
+from dagster import AssetKey, DagsterExecutionInterruptedError, DagsterInstance
+from rich.console import Console
 
 from saeens_pipeline import progress
+from saeens_pipeline.assets.compute import Compute
+from saeens_pipeline.assets.declarations import Declaration
+from saeens_pipeline.assets.kernels import compiled_meanwhile
+from saeens_pipeline.assets.saes import validate_targets
+from saeens_pipeline.assets.sources import SourceFacts, measures_loss, validate_corpus, validate_source
 from saeens_pipeline.assets.staleness import Stage, Status, plan
-from saeens_pipeline.errors import ConfigurationError
+from saeens_pipeline.assets.tables import evaluations_of
+from saeens_pipeline.errors import ConfigurationError, SaeensError
+from saeens_pipeline.language_models.descriptions import HOOKS, LanguageModelDescription
+from saeens_pipeline.language_models.models import validate_modules
 from saeens_pipeline.orchestration import log_lines
-from saeens_pipeline.orchestration.instance import end_dead_runs, recorded_instance
-from saeens_pipeline.orchestration.layers import layers_of_source, recorded_layers
-from saeens_pipeline.orchestration.resources import ComputeResource, StoreResource
+from saeens_pipeline.orchestration.assets import partition_key
+from saeens_pipeline.orchestration.catalogue import Catalogue
+from saeens_pipeline.orchestration.instance import (
+    command_line_instance,
+    declare_layers,
+    end_dead_runs,
+    process_tag,
+    recorded_instance,
+    register_layers,
+)
+from saeens_pipeline.orchestration.layers import recorded_layers
+from saeens_pipeline.orchestration.requested_layers import LAYERS_TAG
+from saeens_pipeline.report.asset import REPORT
+from saeens_pipeline.settings import ExperimentSettings, SourceSettings
+from saeens_pipeline.storage.names import Partition
+from saeens_pipeline.storage.recipes import Store
+from saeens_pipeline.storage.root import data_root
+from saeens_pipeline.storage.tables import has_table, layers_with_tables
 
-if TYPE_CHECKING:
-    from dagster import DagsterInstance
-    from rich.console import Console
+INDEX = "index.html"
 
-    from saeens_pipeline.assets.declarations import Declaration
-    from saeens_pipeline.cli.summary import Beside
-    from saeens_pipeline.language_models.models import LanguageModelDescription
-    from saeens_pipeline.orchestration.catalogue import Catalogue
-    from saeens_pipeline.settings import ExperimentSettings, SourceSettings
-    from saeens_pipeline.storage.recipes import Store
+
+class Beside(NamedTuple):
+    """The same experiment on a language model with other weights: the control, or the experiment that it controls."""
+
+    name: str
+    language_model: str
+    statuses: Sequence[Status]
+
+
+class Outcome(NamedTuple):
+    """An experiment after a run."""
+
+    experiment: ExperimentSettings
+    statuses: Sequence[Status]
+    beside: Beside | None
+    reports: Sequence[Path]
+    """Pages of the reports that are fresh."""
+    renewed: Sequence[Path]
+    """Reports of other experiments that show this one as their control, made again."""
+    seconds: float
 
 
 def reporter_for(console: Console) -> progress.Reporter:
-    """Bars in a terminal, plain lines elsewhere."""
+    """Return bars for a terminal, plain lines elsewhere."""
     if console.is_terminal:
         return progress.BarReporter(console)
-    return progress.LineReporter(partial(_print_line, console))
+    return progress.LineReporter(partial(print_line, console))
 
 
-def _print_line(console: Console, line: str) -> None:
+def print_line(console: Console, line: str) -> None:
+    """Print text as it is: without markup, colours and line breaks."""
     console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def experiment_status(name: str) -> list[Status]:
-    """The state of every artefact of an experiment, in the order in which they are made."""
-    from saeens_pipeline.orchestration.catalogue import load_catalogue
-
-    catalogue = load_catalogue()
+def experiment_status(catalogue: Catalogue, name: str) -> list[Status]:
+    """Return the state of every artefact of an experiment, in the order in which they are made."""
     experiment = catalogue.experiment(name)
     layers = recorded_layers(catalogue.sources[experiment.source]).layers
-    stages = plan(StoreResource().store, catalogue.ops(experiment), layers, experiment.ensemble.seeds)
+    stages = plan(Store(data_root()), catalogue.ops(experiment), layers, experiment.ensemble.seeds)
     return [status for stage in stages for status in stage.statuses]
 
 
-def run_experiment(name: str, *, layers: Sequence[int], seeds: Sequence[int], select: Sequence[str], console: Console) -> None:
-    """Make what is missing or stale, show progress, and print the summary table."""
-    from saeens_pipeline.cli.summary import print_summary
-    from saeens_pipeline.orchestration.catalogue import load_catalogue
-
+def run_experiment(
+    catalogue: Catalogue, name: str, *, layers: Sequence[int], seeds: Sequence[int], select: Sequence[str], console: Console
+) -> Outcome:
+    """Make missing and stale artefacts, stage by stage, and show progress."""
     began = time.monotonic()
     with recorded_instance() as instance:
         if instance:
             end_dead_runs(instance)
-    catalogue = load_catalogue()
     experiment = catalogue.experiment(name)
     source = catalogue.sources[experiment.source]
     if layers:
@@ -71,8 +107,8 @@ def run_experiment(name: str, *, layers: Sequence[int], seeds: Sequence[int], se
         layers, impossible = recorded_layers(source)
         if impossible:
             console.print(f"left out, since the language model lacks them: layers {', '.join(impossible)}; remove them in the UI")
-    description = _check(catalogue, experiment, layers, seeds)
-    store = StoreResource().store
+    facts = _check(experiment, source, layers, seeds)
+    store = Store(data_root())
     store.require_writable()
 
     ops = catalogue.ops(experiment)
@@ -83,38 +119,51 @@ def run_experiment(name: str, *, layers: Sequence[int], seeds: Sequence[int], se
     n_others = sum(len(stage.statuses) for stage in stages) - n_fresh - n_wanted
     others = f", {n_others} were not asked for" if n_others else ""
     if not n_wanted:
-        console.print(f"{name}: nothing to do: {n_fresh} artefacts are fresh (cache hits){others}; no training", highlight=False)
+        print_line(console, f"{name}: nothing to do: {n_fresh} artefacts are fresh (cache hits){others}; no training")
     else:
-        everything = [declaration for _, wanted in chosen for declaration in wanted]
-        _check_what_is_read(experiment, source, layers, description, wanted=everything, console=console)
-        console.print(f"{name}: {n_wanted} artefacts to make, {n_fresh} are fresh (cache hits){others}", highlight=False)
-        damaged = [s for stage, wanted in chosen for s in stage.statuses if s.state == "damaged" and s.declaration in wanted]
+        wanted = [declaration for _, declarations in chosen for declaration in declarations]
+        _check_inputs(experiment, source, layers, facts, wanted=wanted, console=console)
+        print_line(console, f"{name}: {n_wanted} artefacts to make, {n_fresh} are fresh (cache hits){others}")
+        damaged = [s for stage, declarations in chosen for s in stage.statuses if s.state == "damaged" and s.declaration in declarations]
         for status in damaged:
-            console.print(status.reason, highlight=False, markup=False, soft_wrap=True)
-        with (
-            _compiling(store, everything),
-            _quiet(),
-            log_lines.written_with(partial(_print_line, console)),
-            progress.report_to(reporter_for(console)),
-        ):
-            _execute(catalogue, experiment, layers, [(stage, wanted) for stage, wanted in chosen if wanted])
+            print_line(console, status.reason)
+        with _compiling(store, wanted), _shown(console):
+            _execute(catalogue, {experiment.source: layers}, [(stage, declarations) for stage, declarations in chosen if declarations])
     after = plan(store, ops, layers, experiment.ensemble.seeds)
     asked = [s for stage in after for s in stage.statuses if not seeds or s.partition.seed is None or s.partition.seed in seeds]
-    print_summary(store, experiment, asked, console, _beside(catalogue, store, name, layers))
-    _show_reports(catalogue, store, asked, console)
-    if n_wanted:
-        _renew_reports_beside(catalogue, name, layers, console)
-    console.print(
-        f"\nTook {time.monotonic() - began:.0f} s. Everything lies below {store.root}; `saeens ui` opens the Dagster UI.",
-        highlight=False,
-        soft_wrap=True,
-    )
+    reports = [store.path(*s.where) / INDEX for s in asked if s.declaration.address.kind == REPORT and s.state == "fresh"]
+    renewed = _renew_reports_beside(catalogue, store, name, layers) if n_wanted else []
+    if reports or renewed:
+        _renew_leaderboard_page(catalogue, store)
+    return Outcome(experiment, asked, _beside(catalogue, store, name, layers), reports, renewed, time.monotonic() - began)
+
+
+def make_reports(catalogue: Catalogue, name: str | None, layers: Sequence[int]) -> list[Path]:
+    """Materialise the reports of an experiment and the page over all experiments; return the pages to open.
+
+    A report whose tables are not all there says what is missing. Without `layers`, of every layer that has a table; without a name,
+    only the page over all experiments. Raises SaeensError where there is no table.
+    """
+    store = Store(data_root())
+    pages: list[Path] = []
+    if name:
+        experiment = catalogue.experiment(name)
+        (report,) = _reports_of(catalogue, name)
+        chosen = [(Stage(Partition(layer), ()), [report]) for layer in _layers_with_tables(catalogue, store, experiment, layers)]
+        _execute(catalogue, {experiment.source: [stage.partition.layer for stage, _ in chosen]}, chosen)
+        pages = [store.path(report.address, stage.partition) / INDEX for stage, _ in chosen]
+    return [*pages, _renew_leaderboard_page(catalogue, store)]
+
+
+def make_leaderboard(catalogue: Catalogue) -> Declaration:
+    """Materialise the leaderboard and return its declaration."""
+    (leaderboard,) = catalogue.leaderboard().outputs
+    _execute(catalogue, {}, [(Stage(Partition(), ()), [leaderboard])])
+    return leaderboard
 
 
 def _beside(catalogue: Catalogue, store: Store, name: str, layers: Sequence[int]) -> Beside | None:
-    """What an experiment's figures are shown beside, where its language model is trained here and untrained there, or the other way."""
-    from saeens_pipeline.cli.summary import Beside
-
+    """Return the same experiment on the trained, or the untrained, language model, if there is one."""
     other = catalogue.counterpart(name)
     if other is None:
         return None
@@ -123,77 +172,92 @@ def _beside(catalogue: Catalogue, store: Store, name: str, layers: Sequence[int]
     return Beside(other, catalogue.sources[experiment.source].weights, [status for stage in stages for status in stage.statuses])
 
 
-def _show_reports(catalogue: Catalogue, store: Store, statuses: Sequence[Status], console: Console) -> None:
-    """Say where the reports are; the page over all experiments, which they lead to, is brought up to date."""
-    from saeens_pipeline.orchestration.reports import INDEX, renew_leaderboard_page
-
-    reports = [s for s in statuses if s.declaration.address.kind == "report" and s.state == "fresh"]
-    if reports:
-        renew_leaderboard_page(catalogue)
-        pages = "\n".join(f"  {store.path(*report.where) / INDEX}" for report in reports)
-        console.print(f"\nThe report, to open in a browser:\n{pages}", highlight=False, markup=False, soft_wrap=True)
+def _renew_leaderboard_page(catalogue: Catalogue, store: Store) -> Path:
+    """Materialise the page over all experiments: a cache hit unless tables have changed."""
+    (page,) = catalogue.leaderboard_page().outputs
+    if not store.hit(page.address, Partition(), page.recipe(store, Partition())):
+        _execute(catalogue, {}, [(Stage(Partition(), ()), [page])])
+    return store.path(page.address, Partition()) / INDEX
 
 
-def _renew_reports_beside(catalogue: Catalogue, name: str, layers: Sequence[int], console: Console) -> None:
-    """Of a control: the reports that show it are written again, and named."""
-    from saeens_pipeline.orchestration.reports import renew_reports_beside
+def _renew_reports_beside(catalogue: Catalogue, store: Store, control: str, layers: Sequence[int]) -> list[Path]:
+    """Make the reports that show this control again, where they are on disk and stale; return their pages."""
+    pages: list[Path] = []
+    for name in (name for name, each in catalogue.controls.items() if each == control):
+        (report,) = _reports_of(catalogue, name)
+        stale = [
+            Partition(layer)
+            for layer in layers
+            if (store.path(report.address, Partition(layer)) / INDEX).exists()
+            and not store.hit(report.address, Partition(layer), report.recipe(store, Partition(layer)))
+        ]
+        source = catalogue.experiments[name].source
+        _execute(catalogue, {source: [each.layer for each in stale]}, [(Stage(where, ()), [report]) for where in stale])
+        pages += [store.path(report.address, where) / INDEX for where in stale]
+    return pages
 
-    pages = "\n".join(f"  {page}" for page in renew_reports_beside(catalogue, name, layers))
-    if pages:
-        console.print(f"\nIt is the control of these reports, which now show it:\n{pages}", highlight=False, markup=False, soft_wrap=True)
+
+def _reports_of(catalogue: Catalogue, name: str) -> list[Declaration]:
+    ops = catalogue.ops(catalogue.experiment(name))
+    return [output for op in ops for output in op.outputs if output.address.kind == REPORT]
 
 
-def _check(catalogue: Catalogue, experiment: ExperimentSettings, layers: Sequence[int], seeds: Sequence[int]) -> LanguageModelDescription:
-    """Find out what cannot work before anything is spent. Returns the language model that there is."""
-    from saeens_pipeline.assets.saes import validate_targets
-    from saeens_pipeline.assets.sources import validate_source
-    from saeens_pipeline.assets.tables.evaluation import validate_ce_loss
-    from saeens_pipeline.language_models.models import HOOKS
+def _layers_with_tables(catalogue: Catalogue, store: Store, experiment: ExperimentSettings, wanted: Sequence[int]) -> list[int]:
+    source, name, root = catalogue.sources[experiment.source], experiment.name, store.root
+    known = sorted(source.layers)
+    if not {*wanted, *layers_with_tables(root, name)} <= set(known):
+        known = recorded_layers(source).layers
+    unknown = [str(layer) for layer in wanted if layer not in known]
+    if unknown:
+        raise ConfigurationError(f"{name} has no layer {', '.join(unknown)}; it has {', '.join(map(str, known))}")
+    tables = [table.name for table in evaluations_of(experiment)]
+    there = [layer for layer in wanted or known if any(has_table(root, name, table, layer) for table in tables)]
+    if not there:
+        which = f" of layer {', '.join(map(str, wanted))}" if wanted else ""
+        raise SaeensError(f"{name} has no table{which} below {root} yet, from which a report is made: `saeens run {name}` makes them")
+    return there
 
+
+def _check(experiment: ExperimentSettings, source: SourceSettings, layers: Sequence[int], seeds: Sequence[int]) -> SourceFacts:
+    """Raise ConfigurationError or SaeensError, before anything is spent, for settings that cannot work; return the source's facts."""
     unknown = sorted(set(seeds) - set(experiment.ensemble.seeds))
     if unknown:
         raise ConfigurationError(
             f"{experiment.name} has no seed {', '.join(map(str, unknown))}; it has {', '.join(map(str, experiment.ensemble.seeds))}"
         )
-    source = catalogue.sources[experiment.source]
-    description = validate_source(source, layers)
-    validate_ce_loss(experiment, description, source.hook)
-    if source.hook in HOOKS:  # of other modules the width is known when the model runs
+    description: LanguageModelDescription = validate_source(source, layers)
+    measures_loss(experiment, description, source.hook)
+    if source.hook in HOOKS:  # the width of other modules is known when the model runs
         validate_targets(experiment, description.d_model)
-    return description
+    return SourceFacts(description, source.hook, source.drop)
 
 
-def _check_what_is_read(
+def _check_inputs(
     experiment: ExperimentSettings,
     source: SourceSettings,
     layers: Sequence[int],
-    description: LanguageModelDescription,
+    facts: SourceFacts,
     *,
     wanted: Sequence[Declaration],
     console: Console,
 ) -> None:
-    """Find out, for what is to be made, whether modules and texts are there; say what an endpoint will be asked, if it is set rightly."""
-    from saeens_pipeline.assets.sources import validate_corpus
-    from saeens_pipeline.assets.tables.autointerp import expected_requests
-    from saeens_pipeline.assets.tables.probing import validate_labelled_texts
-    from saeens_pipeline.language_models.autointerp.endpoint import Endpoint
-    from saeens_pipeline.language_models.models import validate_modules
-
-    builders, names = {declaration.builder for declaration in wanted}, {declaration.address.name for declaration in wanted}
+    """Raise SaeensError for modules, texts or settings that the wanted artefacts need and that are not there."""
+    builders, names = {declaration.builder for declaration in wanted}, [declaration.address.name for declaration in wanted]
     if "activations" in builders:
-        validate_modules(description, source.hook, layers)
+        validate_modules(facts.model, source.hook, layers)
     if "tokens" in builders:
         validate_corpus(source)
-    validate_labelled_texts(experiment, names, description, source.drop)
-    n_explained = sum(declaration.address.name == "autointerp" for declaration in wanted)
-    if n_explained and (endpoint := Endpoint.from_environment()):
-        _print_line(console, f"{experiment.name}/eval/autointerp: {expected_requests(experiment, n_explained)} at {endpoint.host}")
+    for table in evaluations_of(experiment):
+        if table.name in names:
+            table.preflight(experiment, lambda: facts)
+            if announced := table.announcement(experiment, names.count(table.name)):
+                print_line(console, f"{experiment.name}/eval/{table.name}: {announced}")
 
 
 def _restricted(
     stages: Sequence[Stage], seeds: Sequence[int], select: Sequence[str], console: Console
 ) -> list[tuple[Stage, list[Declaration]]]:
-    """What each stage has to make, given the seeds and assets that were asked for."""
+    """Return what each stage has to make, given the seeds and assets that were asked for."""
     allowed = _selected(stages, select) if select else None
     chosen: list[tuple[Stage, list[Declaration]]] = []
     left_out = False
@@ -210,7 +274,7 @@ def _restricted(
 
 
 def _selected(stages: Sequence[Stage], select: Sequence[str]) -> list[Declaration]:
-    """The artefacts whose keys end in what was asked for, and everything that they need."""
+    """Return the artefacts whose keys end in what was asked for, and everything that they need."""
     declarations = {status.declaration.address: status.declaration for stage in stages for status in stage.statuses}
     pending = []
     for wanted in select:
@@ -223,43 +287,27 @@ def _selected(stages: Sequence[Stage], select: Sequence[str]) -> list[Declaratio
         declaration = pending.pop()
         if declaration not in found:
             found.append(declaration)
-            pending += [declarations[each.artefact.address] for each in declaration.inputs]
+            pending += [declarations[each.artefact.address] for each in declaration.inputs if each.in_graph]
     return found
 
 
-def stages_to_retrain(
-    catalogue: Catalogue, experiment: ExperimentSettings, instance: DagsterInstance
-) -> list[tuple[Stage, list[Declaration]]]:
-    """What is not fresh, of all layers. Where `freshness` watches the tables, those that are fresh come along: a hit confirms them."""
-    layers = layers_of_source(catalogue.sources[experiment.source], instance).layers
-    stages = plan(StoreResource().store, catalogue.ops(experiment), layers, experiment.ensemble.seeds)
-    watched = "eval" if experiment.freshness else None
-    wanted = [
-        (stage, [s.declaration for s in stage.statuses if s.state != "fresh" or s.declaration.address.kind == watched]) for stage in stages
-    ]
-    return [(stage, declarations) for stage, declarations in wanted if declarations]
-
-
 def _compiling(store: Store, wanted: Sequence[Declaration]) -> contextlib.AbstractContextManager[object]:
-    """What trains on the CPU is compiled beside what comes before training, if anything does."""
-    from saeens_pipeline.assets.kernels import compiled_meanwhile
-
+    """Compile the kernels of CPU training beside the steps that come before training, if there are any."""
     architectures = {declaration.tags["architecture"] for declaration in wanted if declaration.builder == "sae"}
     comes_first = any(declaration.builder in {"tokens", "activations"} for declaration in wanted)
-    if architectures and comes_first and ComputeResource.from_environment().resolve() == "cpu":
+    if architectures and comes_first and Compute.from_environment().resolve() == "cpu":
         return compiled_meanwhile(store.root, architectures)
     return contextlib.nullcontext()
 
 
-def _execute(
-    catalogue: Catalogue, experiment: ExperimentSettings, layers: Sequence[int], chosen: Sequence[tuple[Stage, list[Declaration]]]
-) -> None:
-    """Make what was chosen, with the instance of the command line."""
-    from saeens_pipeline.orchestration.instance import command_line_instance, declare_layers, register_layers
-
-    with command_line_instance() as instance, _interrupts() as raise_interrupt:
-        declare_layers(instance, experiment.source, catalogue.sources[experiment.source].layers)
-        register_layers(instance, experiment.source, layers)
+def _execute(catalogue: Catalogue, layers: Mapping[str, Sequence[int | None]], chosen: Sequence[tuple[Stage, list[Declaration]]]) -> None:
+    """Make the chosen artefacts with the instance of the command line; `layers` are those to register, by source."""
+    if not chosen:
+        return
+    with _quiet(), command_line_instance() as instance, _interrupts() as raise_interrupt:
+        for source, wanted in layers.items():
+            declare_layers(instance, source, catalogue.sources[source].layers)
+            register_layers(instance, source, [layer for layer in wanted if layer is not None])
         make_stages(catalogue, instance, chosen, tags={"user": "saeens run"}, before_each=raise_interrupt)
         raise_interrupt()
 
@@ -272,13 +320,7 @@ def make_stages(
     tags: Mapping[str, str],
     before_each: Callable[[], None] = lambda: None,
 ) -> None:
-    """One Dagster run in this process for each stage, seen in the UI afterwards. Raises what made one fail."""
-    from dagster import AssetKey, DagsterExecutionInterruptedError
-
-    from saeens_pipeline.orchestration.assets import partition_key
-    from saeens_pipeline.orchestration.instance import process_tag
-    from saeens_pipeline.orchestration.requested_layers import LAYERS_TAG
-
+    """Execute one Dagster run in this process for each stage; the UI shows them afterwards. Raises the error of a failed run."""
     job = catalogue.definitions(byte_checks=False).resolve_implicit_global_asset_job_def()
     layers = sorted({stage.partition.layer for stage, _ in chosen if stage.partition.layer is not None})
     for stage, declarations in chosen:
@@ -293,6 +335,13 @@ def make_stages(
             )
         except DagsterExecutionInterruptedError:
             raise KeyboardInterrupt from None
+
+
+@contextlib.contextmanager
+def _shown(console: Console) -> Iterator[None]:
+    """Show progress and the packages' log lines on the console."""
+    with log_lines.written_with(partial(print_line, console)), progress.report_to(reporter_for(console)):
+        yield
 
 
 @contextlib.contextmanager
@@ -323,8 +372,6 @@ def _interrupts() -> Iterator[Callable[[], None]]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Dagster's own warnings and log lines stay in its event log."""
-    import warnings
-
     logger = logging.getLogger("dagster")
     level = logger.level
     logger.setLevel(logging.CRITICAL)

@@ -1,23 +1,24 @@
-"""The pages as assets: the report of an experiment, by layer, and the leaderboard's page over all of them."""
+"""Ops of the pages: the report of an experiment, by layer; the page over all experiments; the comparison of a sweep."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from saeens_pipeline.assets.declarations import Declaration, Input, Op, Task, Workplace
+from saeens_pipeline.assets.declarations import Declaration, Input, Op, RunContext, Task, with_file
+from saeens_pipeline.assets.tables.pareto import PICTURE_FILE, TABLE_FILE, Sweep, not_evaluated, pareto_declaration, pareto_rows
+from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.settings.experiments import ExperimentSettings
-from saeens_pipeline.storage.names import LEADERBOARD, Address, Partition
-from saeens_pipeline.storage.recipes import DamagedArtefactError, Recipe, Store
+from saeens_pipeline.storage.names import LEADERBOARD, Address
+from saeens_pipeline.storage.recipes import Store
 
-REPORT_VERSION = 3
+REPORT_VERSION = 4
 REPORT = "report"
 
 
-def report_op(experiment: ExperimentSettings, tables: Sequence[Declaration]) -> Op:
-    """Declare the report over all tables of an experiment.
+def report_op(experiment: ExperimentSettings, tables: Sequence[Declaration], control_tables: Sequence[Declaration]) -> Op:
+    """Declare the report over the tables of an experiment, beside those of its control on an untrained language model.
 
-    What else it shows, such as dates and folders, is behind these tables. The control on an untrained language model is not an input:
-    its layers are those of another source, and a report does not wait for it. `saeens report` writes it anew.
+    The report is made from the tables that are on disk and waits for none; one that is made later makes it stale.
     """
     report = Declaration(
         address=Address(experiment.name, REPORT, REPORT),
@@ -25,26 +26,34 @@ def report_op(experiment: ExperimentSettings, tables: Sequence[Declaration]) -> 
         builder=REPORT,
         version=REPORT_VERSION,
         settings={},
-        inputs=tuple(Input(each.address.name, each) for each in tables),
+        inputs=(
+            *(Input(each.address.name, each, optional=True) for each in tables),
+            *(Input(f"control {each.address}", each, optional=True, in_graph=False) for each in control_tables),
+        ),
         source=experiment.source,
         seeds=tuple(experiment.ensemble.seeds),
         kinds=frozenset({"html", "plotly"}),
         tags={"experiment": experiment.name, "source": experiment.source},
-        description=f"What {experiment.name} found: pages that open from disk\n\n`saeens report {experiment.name}` writes them anew.",
+        description=f"Results of {experiment.name}: pages that open from disk\n\n`saeens report {experiment.name}` makes and names them.",
     )
 
-    def make(workplace: Workplace, tasks: Sequence[Task]) -> None:
-        from saeens_pipeline.orchestration.catalogue import load_catalogue
+    def make(context: RunContext, tasks: Sequence[Task]) -> None:
+        from saeens_pipeline.assets.catalogue import Experiments
         from saeens_pipeline.report.pages import write_report
 
         (task,) = tasks
         assert task.partition.layer is not None
-        provenance = workplace.provenance()
-        with workplace.store.write_folder(*task.where, task.recipe, provenance) as folder, workplace.compute.measure() as measured:
-            write_report(folder, workplace.store, load_catalogue(), experiment, task.partition.layer)
+        if not any(not name.startswith("control ") for name in task.recipe.inputs):
+            raise SaeensError(
+                f"{experiment.name} has no table of {task.partition} below {context.store.root} yet, from which a report is made: "
+                f"`saeens run {experiment.name}` makes them"
+            )
+        provenance = context.provenance(task.declaration)
+        with context.store.write_folder(*task.where, task.recipe, provenance) as folder, context.compute.measure() as measured:
+            write_report(folder, context.store, Experiments.load(), experiment, task.partition.layer)
         provenance.update(vars(measured))
 
-    return Op(report.address.op_name, (report,), make)
+    return with_file([Op(report.address.op_name, (report,), make)], experiment.file)[0]
 
 
 def leaderboard_page_op(leaderboard: Declaration) -> Op:
@@ -59,35 +68,41 @@ def leaderboard_page_op(leaderboard: Declaration) -> Op:
         source="",
         kinds=frozenset({"html", "plotly"}),
         tags={},
-        description="All experiments side by side: a page that opens from disk\n\n`saeens report` writes it anew.",
+        description="All experiments side by side: a page that opens from disk\n\n`saeens report` makes and names it.",
     )
 
-    def make(workplace: Workplace, tasks: Sequence[Task]) -> None:
+    def make(context: RunContext, tasks: Sequence[Task]) -> None:
         from saeens_pipeline.assets.tables.leaderboard import standings
         from saeens_pipeline.report.pages import write_leaderboard
 
         (task,) = tasks
-        with workplace.store.write_folder(*task.where, task.recipe, workplace.provenance()) as folder:
-            write_leaderboard(folder, standings(workplace.store, leaderboard), _reports(workplace.store))
+        with context.store.write_folder(*task.where, task.recipe, context.provenance(task.declaration)) as folder:
+            write_leaderboard(folder, standings(context.store, leaderboard), _reports(context.store))
 
     return Op(page.address.op_name, (page,), make)
 
 
-def recipe_of_what_is_there(declaration: Declaration, store: Store, partition: Partition) -> Recipe:
-    """The recipe with those inputs that are on disk. What is made by it is stale as soon as there are more."""
-    inputs: dict[str, str] = {}
-    for name, artefact, where in declaration.input_partitions(partition):
-        try:
-            found = store.find(artefact.address, where)
-        except DamagedArtefactError:
-            found = None
-        inputs |= {name: found.data_version} if found else {}
-    inputs |= {f"{each.name}, {where}": artefact.data_version for each, where, artefact in declaration.optional_inputs(store)}
-    return Recipe(declaration.builder, declaration.version, declaration.settings, inputs)
+def pareto_op(settings: ExperimentSettings, outputs: Iterable[Declaration]) -> Op:
+    """Declare the comparison of a sweep's experiments: a table and a picture."""
+    pareto, sweep = pareto_declaration(settings, outputs), Sweep.of(settings)
+
+    def make(context: RunContext, tasks: Sequence[Task]) -> None:
+        from saeens_pipeline.report.pareto_picture import draw
+
+        (task,) = tasks
+        provenance = context.provenance(task.declaration)
+        with context.store.write_folder(*task.where, task.recipe, provenance) as folder:
+            with context.compute.measure() as measurement:
+                table = pareto_rows(context.store, pareto, sweep)
+                table.write_parquet(folder / TABLE_FILE)
+                (folder / PICTURE_FILE).write_bytes(draw(table, sweep))
+            provenance |= vars(measurement) | {"not_evaluated": not_evaluated(table, sweep)}
+
+    return with_file([Op(pareto.address.op_name, (pareto,), make)], settings.file)[0]
 
 
 def _reports(store: Store) -> dict[tuple[str, int], str]:
-    """Links from the leaderboard's folder to the reports that there are."""
+    """Return links from the leaderboard's folder to the reports that there are."""
     found = sorted((store.root / "reports").glob("*/layer=*/index.html"))
     layers = {path: path.parent.name.removeprefix("layer=") for path in found}
     return {

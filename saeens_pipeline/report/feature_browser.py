@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saeens_pipeline.assets.tables.autointerp_outcome import WHY, outcome
+from saeens_pipeline.assets.tables import TABLES
+from saeens_pipeline.assets.tables.autointerp import WHY, outcome
 from saeens_pipeline.report.figures import NEAR_DUPLICATE
 from saeens_pipeline.report.methods import method
 from saeens_pipeline.report.record import Record
 from saeens_pipeline.report.results import Results
 from saeens_pipeline.storage.recipes import Artefact, DamagedArtefactError, Store
-from saeens_pipeline.storage.tables import TABLES, has_table, read_table
+from saeens_pipeline.storage.tables import has_table, read_table
 
 if TYPE_CHECKING:
     import numpy as np

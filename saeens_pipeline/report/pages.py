@@ -11,7 +11,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saeens_pipeline.assets.tables.autointerp_outcome import outcome
+from saeens_pipeline.assets.tables import TABLES, fills
+from saeens_pipeline.assets.tables.autointerp import outcome
+from saeens_pipeline.assets.tables.cost import with_totals
 from saeens_pipeline.report import figures
 from saeens_pipeline.report.control import compare
 from saeens_pipeline.report.feature_browser import COLUMNS, PAGE, FeatureBrowser
@@ -23,14 +25,14 @@ from saeens_pipeline.report.record import UI, Record
 from saeens_pipeline.report.results import Results
 from saeens_pipeline.report.words import choices, does_not_say, says
 from saeens_pipeline.storage.recipes import Store
-from saeens_pipeline.storage.tables import TABLES, layers_with_tables, with_totals
+from saeens_pipeline.storage.tables import layers_with_tables
 
 if TYPE_CHECKING:
     import polars as pl
     from jinja2 import Environment
     from markupsafe import Markup
 
-    from saeens_pipeline.orchestration.catalogue import Catalogue
+    from saeens_pipeline.assets.catalogue import Experiments
     from saeens_pipeline.settings import ExperimentSettings
 
 INDEX = "index.html"
@@ -67,7 +69,7 @@ class Missing:
     tables: Sequence[tuple[str, str]]
 
 
-def write_report(folder: Path, store: Store, catalogue: Catalogue, experiment: ExperimentSettings, layer: int) -> None:
+def write_report(folder: Path, store: Store, catalogue: Experiments, experiment: ExperimentSettings, layer: int) -> None:
     """Write the report of one layer into an empty folder, from the tables that are there."""
     from saeens_pipeline.report.pictures import report_pictures
 
@@ -232,13 +234,13 @@ def _sections(results: Results, browser: FeatureBrowser | None, explained: str) 
 
 def _missing(results: Results, experiment: ExperimentSettings) -> Missing | None:
     """Tables that the experiment asks for and that are not there."""
-    names = [name for name in _IN_PAGE if name in results.missing and name in experiment.evaluations]
+    names = [name for name in _IN_PAGE if name in results.missing and fills(experiment, name)]
     return _named(f"`saeens run {experiment.name}` makes these tables, which are not there:", names)
 
 
 def _could_be(results: Results, experiment: ExperimentSettings) -> Missing | None:
     """Tables that the experiment does not ask for."""
-    names = [name for name in _IN_PAGE if name in results.missing and name not in experiment.evaluations]
+    names = [name for name in _IN_PAGE if name in results.missing and not fills(experiment, name)]
     return _named(f"These can be added to `evaluations` in the experiment file; then `saeens run {experiment.name}` makes them:", names)
 
 
@@ -248,11 +250,11 @@ def _named(how: str, tables: Sequence[str]) -> Missing | None:
 
 def _what_makes(table: str, experiment: ExperimentSettings, trouble: str = "is not there") -> str:
     run, question = f"saeens run {experiment.name}", TABLES[table].question
-    how = f"`{run}` makes it." if table in experiment.evaluations else f"add {table} to `evaluations` in the experiment file, then `{run}`."
+    how = f"`{run}` makes it." if fills(experiment, table) else f"add {table} to `evaluations` in the experiment file, then `{run}`."
     return f"The table {table} ({question[0].lower()}{question[1:].rstrip('?')}) {trouble}: {how}"
 
 
-def what_makes_contexts(experiment: ExperimentSettings, catalogue: Catalogue) -> str:
+def what_makes_contexts(experiment: ExperimentSettings, catalogue: Experiments) -> str:
     """How to have contexts where there are none: by this experiment, or by another that asks for them and has the same SAEs, or more."""
     members = experiment.ensemble.members
 
@@ -260,11 +262,11 @@ def what_makes_contexts(experiment: ExperimentSettings, catalogue: Catalogue) ->
         return of.source, of.saes[:members], of.training, of.ensemble.model_copy(update={"members": members})
 
     run = f"saeens run {experiment.name}"
-    if "contexts" in experiment.evaluations:
+    if fills(experiment, "contexts"):
         return f"Contexts are not there: `{run}` makes them."
     how = f"add contexts to `evaluations` in the experiment file, then `{run}`"
     for other in catalogue.experiments.values():
-        if "contexts" in other.evaluations and other.ensemble.members >= members and saes(other) == saes(experiment):
+        if fills(other, "contexts") and other.ensemble.members >= members and saes(other) == saes(experiment):
             more = " and more" if other.ensemble.members > members else ""
             how = f"`saeens run {other.name}` makes them of the same SAEs{more}; or {how}"
             break

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING
 
-from saeens_pipeline.storage.tables import METHODS
+from saeens_pipeline.assets.tables import METHODS
 
 if TYPE_CHECKING:
     import polars as pl

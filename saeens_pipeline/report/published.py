@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from saeens_models import SAESettings
 
 PAPER = "Gadgil, Lin & Lee, Ensembling Sparse Autoencoders, ICML 2026 (arXiv 2505.16077)"
 
@@ -32,13 +36,13 @@ class Setting:
     train_tokens: int
     rows: tuple[PublishedRow, ...]
 
-    def deviations(self, sae: Mapping[str, object], members: int, seeds: int, train_tokens: int | None) -> list[str]:
+    def deviations(self, sae: SAESettings, members: int, seeds: int, train_tokens: int | None) -> list[str]:
         """In what an experiment differs from this setting; a difference in numbers may come from these."""
         name, value = self.sparsity
         compared: Sequence[tuple[str, object, object]] = (
-            ("architecture", sae.get("architecture"), self.architecture),
-            ("expansion", sae.get("expansion", sae.get("d_sae")), self.expansion),
-            (name, sae.get(name), value),
+            ("architecture", sae.architecture, self.architecture),
+            ("expansion", sae.width, self.expansion),
+            (name, getattr(sae, name, None), value),
             ("members", members, 8),
             ("seeds", seeds, 4),
             ("training tokens of an SAE", train_tokens, self.train_tokens),

@@ -9,8 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from saeens_pipeline.assets.tables import listed as listed_tables
+from saeens_pipeline.assets.tables.cost import with_totals
 from saeens_pipeline.report.methods import in_order
-from saeens_pipeline.storage.tables import TABLES, has_table, read_table, with_totals
+from saeens_pipeline.storage.tables import has_table, read_table
 
 if TYPE_CHECKING:
     import polars as pl
@@ -77,15 +79,15 @@ class Results:
         """What there is of one layer. Raises SaeensError for a table that cannot be read."""
         import polars as pl
 
-        declared = list(seeds)
+        declared, names = list(seeds), [table.name for table in listed_tables(over_experiments=False)]
         tables = {
             name: rows
-            for name in TABLES
+            for name in names
             if name != "contexts"  # text of single features, and large
             and has_table(root, experiment, name, layer)
             and len(rows := read_table(root, experiment, name, layer).filter(pl.col("seed").is_in(declared)))
         }
-        return cls(experiment, layer, tables, tuple(name for name in TABLES if name not in {"contexts", *tables}))
+        return cls(experiment, layer, tables, tuple(name for name in names if name not in {"contexts", *tables}))
 
     def spreads(self, table: str, column: str) -> dict[Size, Spread]:
         """A column, or one of the table's totals, by method and size; empty where the table, the column or all its values are missing."""

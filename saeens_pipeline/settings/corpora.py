@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
-from saeens_pipeline.settings.relative_paths import RelativePaths
+from saeens_pipeline.settings.from_file import FromFile
 
 BUILTIN_CORPUS = "builtin/installed_packages"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -36,7 +36,7 @@ class RecordSettings(BaseModel):
     test_share: float = Field(0.05, gt=0, lt=1, description="share of documents held out by a hash of their names, without a test split")
 
 
-class TextFiles(RecordSettings, RelativePaths):
+class TextFiles(RecordSettings, FromFile):
     """A corpus of local files."""
 
     files: str | list[str] = Field(description="paths, with * and ** for parts of names")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
-from typing import Annotated, Any, Literal
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from croniter import croniter
 from pydantic import (
@@ -22,12 +22,15 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from saeens_pipeline.settings.autointerp import AutoInterpSettings
+from saeens_pipeline.settings.from_file import FILE, FromFile
 from saeens_pipeline.settings.labels import Labels
 from saeens_pipeline.settings.probing import ConceptDetectionSettings, SpuriousCorrelationSettings
-from saeens_pipeline.settings.relative_paths import FOLDER, RelativePaths
 from saeens_pipeline.settings.sources import Name
 from saeens_pipeline.settings.sweeps import name_of_value, swept, validate_sweep
 from saeens_pipeline.storage.names import RESERVED_GROUPS
+
+if TYPE_CHECKING:
+    from saeens_models import SAESettings
 
 MAX_MEMBERS = 999  # ensemble seeds are a thousand initialisation seeds apart
 MIN_FRESHNESS_DAYS = 1 / (24 * 60)  # Dagster looks no closer than a minute
@@ -36,20 +39,6 @@ _CRON_FIELDS = 5
 _FOLLOWS_FROM_ACTIVATIONS = ("total_tokens", "input_scale", "input_mean")
 
 Baseline = Literal["expanded", "expanded_l0_matched", "compute_matched", "matching_pursuit"]
-Evaluation = Literal[
-    "reconstruction",
-    "members",
-    "coactivation",
-    "stability",
-    "marginal_gain",
-    "cost",
-    "training_curves",
-    "features",
-    "contexts",
-    "autointerp",
-    "concept_detection",
-    "spurious_correlation",
-]
 
 _BASELINES_OF_LISTS = ("expanded", "expanded_l0_matched", "matching_pursuit")  # those that are defined where members differ
 _BASELINES_WITH_L0 = ("expanded_l0_matched", "matching_pursuit")  # those that have the L0 of all members
@@ -63,41 +52,27 @@ def _outside_groups(name: str) -> str:
     return name
 
 
-def _validate_sae(settings: dict[str, Any]) -> dict[str, Any]:
-    from saeens_models.architectures import validate_settings
+@cache
+def _sae_lists() -> TypeAdapter[list[SAESettings]]:
+    from saeens_models.architectures import SAESettings
 
-    if ("expansion" in settings) == ("d_sae" in settings):
-        raise ValueError("give either expansion (d_sae = expansion * d_in) or d_sae")
-    width = settings.get("expansion", settings.get("d_sae"))
-    if not isinstance(width, int) or isinstance(width, bool) or width < 1:
-        raise ValueError(f"{'expansion' if 'expansion' in settings else 'd_sae'} is a positive whole number, not {width!r}")
-    validate_settings({name: value for name, value in settings.items() if name not in ("expansion", "d_sae")})
-    return settings
+    return TypeAdapter(list[SAESettings])
 
 
-_ONE_SAE: TypeAdapter[dict[str, Any]] = TypeAdapter(Annotated[dict[str, Any], AfterValidator(_validate_sae)])
-_SAE_OF_EACH: TypeAdapter[list[dict[str, Any]]] = TypeAdapter(list[Annotated[dict[str, Any], AfterValidator(_validate_sae)]])
+def _read_sae(given: object) -> SAESettings:
+    from saeens_models.architectures import SAESettings
+
+    return SAESettings.model_validate(given)
 
 
-def _validate_saes(settings: object) -> object:
-    """One configuration, or a list of one per member; each error says in which entry."""
-    if not isinstance(settings, list):
-        return _ONE_SAE.validate_python(settings)
-    saes = _SAE_OF_EACH.validate_python(settings)
-    if len({_width_field(sae) for sae in saes}) > 1:
+def _read_saes(given: object) -> SAESettings | list[SAESettings]:
+    """Return one configuration, or a list of one per member; each error says in which entry. Loads torch."""
+    if not isinstance(given, list):
+        return _read_sae(given)
+    saes = _sae_lists().validate_python(given)
+    if len({sae.width_field for sae in saes}) > 1:
         raise ValueError("give expansion in every entry, or d_sae in every entry: widths of members are added up and compared")
     return saes
-
-
-def _complete_sae(settings: Mapping[str, Any]) -> dict[str, Any]:
-    from saeens_models.architectures import validate_settings
-
-    width = _width_field(settings)
-    return validate_settings({name: value for name, value in settings.items() if name != width}) | {width: settings[width]}
-
-
-def _width_field(sae: Mapping[str, Any]) -> Literal["expansion", "d_sae"]:
-    return "expansion" if "expansion" in sae else "d_sae"
 
 
 def _wrong(field: Sequence[int | str], message: str) -> ValidationError:
@@ -111,28 +86,24 @@ def _check_swept(sae: dict[str, Any], sweep: dict[str, list[Any]]) -> None:
     field, values = swept(sweep)
     try:
         allowed = allowed_sae_keys(sae)
-    except (KeyError, ValidationError):  # of the architecture, which `sae` itself complains of
+    except ValidationError:  # of the architecture, reported for `sae` itself
         return
     if field not in allowed or field == "architecture":
         raise _wrong(["sweep", field], f"unknown field of sae; one of: {', '.join(key for key in allowed if key != 'architecture')}")
     for i, value in enumerate(values):
         try:
-            _validate_sae(sae | {field: value})
+            _read_sae(sae | {field: value})
         except ValidationError as error:
             for each in error.errors():
-                if each["loc"][:1] == (field,):
-                    raise _wrong(["sweep", field, i], f"{each['msg']} (found: {value!r})") from None
-        except ValueError as error:
-            if field in ("expansion", "d_sae"):
-                raise _wrong(["sweep", field, i], str(error)) from None
+                if each["loc"][:1] == (field,) or (field in ("expansion", "d_sae") and not each["loc"]):
+                    raise _wrong(["sweep", field, i], f"{each['msg'].removeprefix('Value error, ')} (found: {value!r})") from None
 
 
-def allowed_sae_keys(sae: dict[str, Any]) -> list[str]:
-    """The keys that `sae` may have, which depend on its architecture."""
-    from saeens_models.architectures import sae_class
+def allowed_sae_keys(sae: Mapping[str, Any]) -> list[str]:
+    """Return the keys that `sae` may have, which depend on its architecture. Raises ValidationError for an unknown architecture."""
+    from saeens_models.architectures import settings_class
 
-    fields = sae_class(sae["architecture"]).config_class.model_fields
-    return ["expansion", *(name for name in fields if name not in ("d_in", "init_seed"))]
+    return list(settings_class(sae.get("architecture")).field_names())
 
 
 def allowed_training_keys() -> list[str]:
@@ -169,8 +140,8 @@ def _validate_cron(cron: str) -> str:
     return cron
 
 
-def _no_repetition(values: list) -> list:
-    if len(set(values)) < len(values):
+def _no_repetition(values: list | None) -> list | None:
+    if values and len(set(values)) < len(values):
         raise ValueError(f"{values} names something twice")
     return values
 
@@ -256,14 +227,14 @@ class CheckSettings(BaseModel):
     l0_tolerance: float = Field(default=0.1, ge=0, allow_inf_nan=False, description="relative distance from the target L0")
 
 
-class ExperimentSettings(RelativePaths):
+class ExperimentSettings(FromFile):
     """The fields of an EnsembleExperiment."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: Annotated[Name, AfterValidator(_outside_groups)] = Field(description="lower-case letters, digits and _")
     source: Name = Field(description="the name of an ActivationSource")
-    sae: Annotated[dict[str, Any] | list[dict[str, Any]], BeforeValidator(_validate_saes)] = Field(
+    sae: Annotated[Any, BeforeValidator(_read_saes, json_schema_input_type=dict[str, Any] | list[dict[str, Any]])] = Field(
         description="architecture, expansion or d_sae, and the architecture's own fields; or a list of these, one per member"
     )
     sweep: Annotated[dict[str, list[int | float]], BeforeValidator(validate_sweep)] | None = Field(
@@ -288,9 +259,8 @@ class ExperimentSettings(RelativePaths):
         "0 3 * * 0", description="cron, in UTC, of the retraining schedule, which runs once it is switched on in the UI"
     )
     freshness: FreshnessSettings | None = Field(None, description="after how many days tables are shown as overdue")
-    evaluations: list[Evaluation] = Field(
-        ["reconstruction", "members", "coactivation", "stability", "marginal_gain", "cost", "training_curves"],
-        description="tables to fill",
+    evaluations: list[Name] | None = Field(
+        None, description="tables to fill; left out: reconstruction, members, coactivation, stability, marginal_gain, cost, training_curves"
     )
     ce_loss_tokens: int = Field(
         4096, ge=0, description="test tokens on which ce_loss_recovered is measured, evenly spread; 0 leaves it empty"
@@ -343,12 +313,6 @@ class ExperimentSettings(RelativePaths):
             raise ValueError(f"expanded_sizes: {max(self.expanded_sizes)} is more than the ensemble's {self.ensemble.members} members")
         if self.keep_residuals == "all" and self.ensemble.boosting == "concurrent":
             raise ValueError("keep_residuals: all, but ensemble.boosting: concurrent makes no residuals; write none, or leave it out")
-        if "marginal_gain" in self.evaluations and "reconstruction" not in self.evaluations:
-            raise _wrong(["evaluations"], "marginal_gain is computed from the table reconstruction: add it, or leave marginal_gain out")
-        if "autointerp" in self.evaluations and "contexts" not in self.evaluations:
-            raise _wrong(["evaluations"], "autointerp explains the table contexts: add it, or leave autointerp out")
-        if "autointerp" in self.evaluations and self.autointerp is None:
-            raise _wrong(["evaluations"], "autointerp asks a language model: say which, as in autointerp: {model: gpt-4o-mini}")
         if isinstance(self.sae, list):
             self._check_list(self.sae)
         self._check_specialised()
@@ -361,7 +325,7 @@ class ExperimentSettings(RelativePaths):
         for i, baseline in enumerate(self.baselines):
             if baseline in _BASELINES_WITH_L0:
                 try:
-                    validate_l0_multiple(self.saes[0]["architecture"])
+                    validate_l0_multiple(self.saes[0].architecture)
                 except ValueError as error:
                     raise _wrong(["baselines", i], f"{baseline} has the L0 of all members: {error}") from None
             if baseline == "compute_matched" and any(each.documents for each in self.ensemble.specialised):
@@ -380,7 +344,7 @@ class ExperimentSettings(RelativePaths):
         for i, each in enumerate(self.ensemble.specialised):
             if each.start_from is not None:
                 own, start = (
-                    f"{sae['architecture']}, {_width_field(sae)} {sae[_width_field(sae)]}"
+                    f"{sae.architecture}, {sae.width_field} {sae.width}"
                     for sae in (self.saes[number - 1] for number in (each.member, each.start_from))
                 )
                 if own != start:
@@ -389,7 +353,7 @@ class ExperimentSettings(RelativePaths):
                     )
                     raise _wrong(["ensemble", "specialised", i, "start_from"], message)
 
-    def _check_list(self, saes: Sequence[Mapping[str, Any]]) -> None:
+    def _check_list(self, saes: Sequence[SAESettings]) -> None:
         """What has to hold where `sae` is a list."""
         from saeens_models.architectures import validate_l0_multiple
 
@@ -403,7 +367,7 @@ class ExperimentSettings(RelativePaths):
             for number, sae in enumerate(saes, start=1):
                 try:
                     if baseline in _BASELINES_WITH_L0:
-                        validate_l0_multiple(sae["architecture"])
+                        validate_l0_multiple(sae.architecture)
                 except ValueError as error:
                     message = f"{baseline} has the L0 of all members added up; of member {number}, {error}: leave it out"
                     raise _wrong(["baselines", i], message) from None
@@ -417,50 +381,32 @@ class ExperimentSettings(RelativePaths):
         return [
             ExperimentSettings.model_validate(
                 {**given, "name": name_of_value(self.name, field, value), "sae": {**given["sae"], field: value}},
-                context={FOLDER: self.folder},
+                context={FILE: self.file},
             )
             for value in values
         ]
 
     @property
-    def saes(self) -> list[dict[str, Any]]:
+    def saes(self) -> list[SAESettings]:
         """`sae` of each member, in order."""
         return self.sae if isinstance(self.sae, list) else [self.sae] * self.ensemble.members
 
-    @cached_property
-    def complete_saes(self) -> list[dict[str, Any]]:
-        """`sae` of each member with every default written out, as recipes hold it: a default that changes in the code makes SAEs stale."""
-        if isinstance(self.sae, list):
-            return [_complete_sae(sae) for sae in self.sae]
-        return [_complete_sae(self.sae)] * self.ensemble.members
-
-    def joined_sae(self, n: int, *, l0_matched: bool) -> dict[str, Any]:
-        """Member 1's `sae`, as wide as the first n members together, and with their L0 added up if asked."""
-        from saeens_models.architectures import sae_class
-
-        saes = self.complete_saes[:n]
-        first = saes[0]
-        joined = first | {_width_field(first): sum(sae[_width_field(sae)] for sae in saes)}
-        if l0_matched:
-            fields = [str(sae_class(sae["architecture"]).config_class.l0_field) for sae in saes]
-            joined[fields[0]] = sum(sae[field] for sae, field in zip(saes, fields, strict=True))
-        return joined
+    def joined_sae(self, n: int, *, l0_matched: bool = False) -> SAESettings:
+        """Return member 1's `sae`, as wide as the first n members together, and with their L0 added up if asked."""
+        return self.saes[0].joined(self.saes[:n], add_l0=l0_matched)
 
     @property
-    def pursuit_sae(self) -> dict[str, Any]:
-        """That of the baseline matching_pursuit: as wide as all members together, and with at most as many active features."""
-        from saeens_models.architectures import sae_class
-
+    def pursuit_sae(self) -> SAESettings:
+        """`sae` of the baseline matching_pursuit: as wide as all members together, and with at most as many active features."""
         joined = self.joined_sae(self.ensemble.members, l0_matched=True)
-        if joined["architecture"] == "matching_pursuit":
+        if joined.architecture == "matching_pursuit" or joined.l0 is None:
             return joined
-        width, l0_field = _width_field(joined), str(sae_class(joined["architecture"]).config_class.l0_field)
-        return _complete_sae(
+        return _read_sae(
             {
                 "architecture": "matching_pursuit",
-                width: joined[width],
-                "max_iterations": round(joined[l0_field]),
-                "apply_b_dec_to_input": joined["apply_b_dec_to_input"],
+                joined.width_field: joined.width,
+                "max_iterations": round(joined.l0),
+                "apply_b_dec_to_input": joined.apply_b_dec_to_input,
             }
         )
 

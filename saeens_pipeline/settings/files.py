@@ -14,10 +14,11 @@ from saeens_pipeline import defs
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.settings.corpora import CORPORA
 from saeens_pipeline.settings.experiments import ExperimentSettings, allowed_sae_keys, allowed_training_keys
-from saeens_pipeline.settings.relative_paths import FOLDER
+from saeens_pipeline.settings.from_file import FILE
 from saeens_pipeline.settings.sources import SourceSettings
 
 FOLDERS_VARIABLE = "SAEENS_EXPERIMENTS"
+_SHIPPED = "shipped/"
 Settings = SourceSettings | ExperimentSettings
 MODELS: dict[str, type[Settings]] = {
     "saeens_pipeline.components.ActivationSource": SourceSettings,
@@ -43,7 +44,26 @@ def find_files() -> list[Path]:
     return list({file.resolve(): file for file in reversed(files)}.values())[::-1]  # a folder may be named twice
 
 
-def called(path: Path) -> str:
+def recorded_file(path: Path | None) -> str:
+    """Return the name of an experiment file in records: its path, or `shipped/...` for a file of the package; empty for None."""
+    if path is None:
+        return ""
+    for root in map(Path, defs.__path__):
+        if path.is_relative_to(root):
+            return f"{_SHIPPED}{path.relative_to(root).as_posix()}"
+    return str(path.resolve())
+
+
+def unread_folder(recorded: str) -> Path | None:
+    """Return the folder of a recorded experiment file, if no experiments are read from there now."""
+    if not recorded or recorded.startswith(_SHIPPED):
+        return None
+    file = Path(recorded)
+    folder = file.parent.parent if file.name == "defs.yaml" else file.parent
+    return None if folder in [each.resolve() for each in own_folders()] else folder
+
+
+def experiment_name(path: Path) -> str:
     """What an experiment file is called: `defs.yaml` by its folder, another by its own name."""
     return path.parent.name if path.name == "defs.yaml" else path.stem
 
@@ -80,11 +100,11 @@ class ExperimentFile:
             raise ConfigurationError("\n".join(wrong))
         return read
 
-    def complaint(self, settings: Settings, field: str, message: str) -> str:
-        """A message about one field of settings that were read from this file."""
+    def complaint(self, settings: Settings, field: str | Location, message: str) -> str:
+        """Return a message about one field of settings that were read from this file."""
         for document, content in zip(self._documents, self._contents, strict=True):
             if content["attributes"].get("name") == settings.name and MODELS[content["type"]] is type(settings):
-                return self._message(document, ("attributes", field), message)
+                return self._message(document, ("attributes", *([field] if isinstance(field, str) else field)), message)
         raise KeyError(settings.name)
 
     def _settings(self, document: yaml.Node, content: Any) -> Settings:
@@ -99,7 +119,7 @@ class ExperimentFile:
         for key in content.keys() - {"type", "attributes"}:
             raise ConfigurationError(self._message(document, (key,), "unknown key; one of: type, attributes"))
         try:
-            return model.model_validate(content["attributes"], context={FOLDER: self.path.absolute().parent})
+            return model.model_validate(content["attributes"], context={FILE: self.path.absolute()})
         except ValidationError as error:
             lines = [self._explain(document, model, content["attributes"], dict(each)) for each in error.errors()]
             raise ConfigurationError("\n".join(lines)) from None

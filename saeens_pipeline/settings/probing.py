@@ -6,6 +6,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from saeens_pipeline.settings.from_file import FromFile
 from saeens_pipeline.settings.labelled_data_sets import (
     EMBEDDED_CONCEPTS,
     EMBEDDED_CORRELATIONS,
@@ -14,10 +15,11 @@ from saeens_pipeline.settings.labelled_data_sets import (
     TextCount,
 )
 from saeens_pipeline.settings.labels import Label, Labels
-from saeens_pipeline.settings.relative_paths import RelativePaths
+
+PROBE_SEED = 42  # as SAEBench: drawing of texts, choice of negatives, initial weights of probes
 
 
-class _DataSet(RelativePaths):
+class _DataSet(FromFile):
     """The fields that both tables' data sets have. Relative paths start from the experiment file's folder."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)

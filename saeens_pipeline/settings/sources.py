@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationInfo, field_validator
+from pydantic import AfterValidator, ConfigDict, Field, PositiveInt, ValidationInfo, field_validator
 
 from saeens_pipeline.settings.corpora import BUILTIN_CORPUS, Corpus
+from saeens_pipeline.settings.from_file import FromFile
 from saeens_pipeline.storage.names import validate_name
 
 Name = Annotated[str, AfterValidator(validate_name)]
 
 
-class SourceSettings(BaseModel):
+class SourceSettings(FromFile):
     """The fields of an ActivationSource."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)

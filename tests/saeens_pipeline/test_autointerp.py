@@ -19,6 +19,7 @@ import pytest
 import torch
 import zarr
 from fake_endpoint import FakeEndpoint, Question, failure, serving
+from saeens_pipeline.assets.tables.autointerp_outcome import outcome
 from tiny_experiment import LAYER, NAME, Laboratory
 from tiny_models import CONTEXT_LENGTH
 from tokenizers import Tokenizer
@@ -27,7 +28,6 @@ from typer.testing import CliRunner
 import saeens_models as sm
 from saeens_pipeline.assets.forecast import as_frame, forecast
 from saeens_pipeline.assets.tables.autointerp import WINDOWS
-from saeens_pipeline.assets.tables.autointerp_outcome import outcome
 from saeens_pipeline.assets.tables.contexts import RADIUS
 from saeens_pipeline.cli import app
 from saeens_pipeline.errors import ConfigurationError, SaeensError

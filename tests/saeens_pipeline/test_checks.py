@@ -13,14 +13,14 @@ import polars as pl
 import pytest
 import torch
 import zarr
+from saeens_pipeline.cli.diagnosis import diagnose
 from safetensors.torch import load_file, save_file
 from tiny_experiment import LAYER, MEMBERS, NAME, SEEDS, Laboratory
 
 from saeens_pipeline.assets import saes
 from saeens_pipeline.assets.health import Health, UnsoundArtefactError, examine
-from saeens_pipeline.cli.diagnosis import diagnose
 from saeens_pipeline.errors import ConfigurationError
-from saeens_pipeline.language_models.models import LanguageModel
+from saeens_pipeline.language_models.language_model import LanguageModel
 from saeens_pipeline.orchestration import assets as dagster_assets
 from saeens_pipeline.orchestration.assets import HEALTH, partition_key
 from saeens_pipeline.orchestration.byte_checks import BYTES

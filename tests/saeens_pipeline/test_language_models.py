@@ -16,14 +16,9 @@ from tiny_models import CONTEXT_LENGTH, D_MODEL, END_OF_TEXT, N_LAYERS, VOCAB_SI
 
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models import models
-from saeens_pipeline.language_models.models import (
-    HOOKS,
-    LanguageModel,
-    describe_language_model,
-    load_language_model,
-    validate_hook,
-    validate_modules,
-)
+from saeens_pipeline.language_models.descriptions import HOOKS, validate_hook
+from saeens_pipeline.language_models.language_model import LanguageModel
+from saeens_pipeline.language_models.models import describe_language_model, load_language_model, validate_modules
 
 LAYERS = list(range(N_LAYERS))
 

@@ -214,7 +214,7 @@ def test_too_few_texts_are_refused_before_training(empty: Laboratory, tmp_path: 
 
 
 @pytest.mark.parametrize("sweep", [{}, {"sweep": {"k": [2, 4]}}])
-def test_relative_paths_start_from_the_experiment_files_folder(
+def test_from_file_start_from_the_experiment_files_folder(
     empty: Laboratory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sweep: dict[str, Any]
 ):
     there = json.dumps(_write_texts(tmp_path / "texts"))

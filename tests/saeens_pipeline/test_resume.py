@@ -28,7 +28,8 @@ from saeens_models.training import NonFiniteLossError
 from saeens_pipeline.assets import saes
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models.caching import cache_activations
-from saeens_pipeline.language_models.models import LanguageModel, describe_language_model, load_language_model
+from saeens_pipeline.language_models.language_model import LanguageModel
+from saeens_pipeline.language_models.models import describe_language_model, load_language_model
 from saeens_pipeline.language_models.tokens import TokenStore, open_tokens
 from saeens_pipeline.orchestration import retries
 from saeens_pipeline.orchestration.instance import register_layers
@@ -491,13 +492,13 @@ KillAndRetry = Callable[[Callable[[], None], Callable[[], None]], None]
 
 def kill_members(laboratory: Laboratory, kill_and_retry: KillAndRetry) -> None:
     """Train the members of a bag as their op does, in processes that are killed; called in the server."""
-    from saeens_pipeline.assets.declarations import Workplace
+    from saeens_pipeline.assets.declarations import RunContext
     from saeens_pipeline.orchestration.assets import _materialise
     from saeens_pipeline.orchestration.resources import ComputeResource
 
     catalogue = laboratory.catalogue
     op = next(op for op in catalogue.ops(catalogue.experiment(NAME)) if op.name.endswith("members"))
-    workplace = Workplace(laboratory.store, ComputeResource(device="cpu"), "run", lambda: [], lambda *_: None)
+    workplace = RunContext(laboratory.store, ComputeResource(device="cpu"), "run", lambda: [], lambda *_: None)
     folder = laboratory.root / "experiments" / NAME / f"layer={LAYER}" / f"seed={SEED}" / "bagging"
     expected: list[dict[str, bytes]] = []
 

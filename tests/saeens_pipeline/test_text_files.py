@@ -22,7 +22,7 @@ from saeens_pipeline.language_models.documents import Document, Split
 from saeens_pipeline.language_models.text_files import TextFileCorpus
 from saeens_pipeline.language_models.tokens import open_tokens
 from saeens_pipeline.settings.corpora import TextFiles
-from saeens_pipeline.settings.relative_paths import FOLDER
+from saeens_pipeline.settings.from_file import FILE
 
 RECORDS = [{"text": f"Text number {i}, \u00fc.", "meta": {"set": "code" if i % 3 else "prose"}, "url": None} for i in range(40)]
 SPLITS: tuple[Split, ...] = ("train", "test")
@@ -47,7 +47,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
 
 
 def _corpus(folder: Path, **fields: Any) -> TextFileCorpus:
-    return TextFileCorpus(TextFiles.model_validate(fields, context={FOLDER: folder}))
+    return TextFileCorpus(TextFiles.model_validate(fields, context={FILE: folder / "defs.yaml"}))
 
 
 def _texts(corpus: TextFileCorpus) -> list[str]:

@@ -1,16 +1,16 @@
-"""The table that says what each further member or round adds, from the tables of all ensemble sizes."""
+"""The table `marginal_gain`: what each further member or round adds, from the tables of all ensemble sizes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from saeens_pipeline.assets.declarations import Declaration, Op, Task, Workplace
-from saeens_pipeline.assets.tables.evaluation import Row, Subject
+from saeens_pipeline.assets.declarations import Declaration, Reference
+from saeens_pipeline.assets.registry import Headline, Making, Row, Subject, Table, fills, register
 from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.recipes import Store
-from saeens_pipeline.storage.tables import frame
+from saeens_pipeline.storage.tables import Column
 
 if TYPE_CHECKING:
     import polars as pl
@@ -18,23 +18,16 @@ if TYPE_CHECKING:
 _MEASURES = {"reconstruction": "explained_variance", "stability": "stability"}  # table and column; both are 1 at best
 
 
-def marginal_gain_op(subject: Subject, tables: Mapping[str, Declaration]) -> Op:
-    """Declare the table of a layer, which is about all seeds; `tables` are those that the experiment fills, by name."""
-    used = {table: tables[table] for table in _MEASURES if table in tables}
-    declaration = subject.declare("marginal_gain", [*used.values(), subject.bagging, subject.boosting], dimensions="layer")
+def _used(subject: Subject) -> dict[str, Declaration]:
+    return {name: subject.table(name) for name in _MEASURES if fills(subject.experiment, name)}
 
-    def make(workplace: Workplace, tasks: Sequence[Task]) -> None:
-        (task,) = tasks
-        with workplace.compute.measure() as measurement:
-            measured = {_MEASURES[table]: _read(workplace.store, each, task.partition) for table, each in used.items()}
-            rows = list(_rows(subject, workplace, task.partition, measured))
-        workplace.store.write_table(*task.where, task.recipe, workplace.provenance() | vars(measurement), frame("marginal_gain", rows))
 
-    return Op(declaration.address.op_name, (declaration,), make, on_device=True)
+def _inputs(subject: Subject) -> Sequence[Reference]:
+    return [*_used(subject).values(), subject.bagging, subject.boosting]
 
 
 def _read(store: Store, table: Declaration, partition: Partition) -> pl.DataFrame:
-    """A layer's part of a table, or its parts of all seeds."""
+    """Return a layer's part of a table, or its parts of all seeds."""
     import polars as pl
 
     seeds = [None] if table.dimensions == "layer" else table.seeds
@@ -42,11 +35,12 @@ def _read(store: Store, table: Declaration, partition: Partition) -> pl.DataFram
     return pl.concat([pl.read_parquet(path, hive_partitioning=False) for path in paths])
 
 
-def _rows(subject: Subject, workplace: Workplace, partition: Partition, measured: Mapping[str, pl.DataFrame]) -> Iterator[Row]:
-    """`measured` are tables by the column of theirs that is looked at."""
+def _rows(making: Making) -> Iterator[Row]:
     import saeens_models as sm
 
-    store, device = workplace.store, workplace.compute.resolve(float64=True)
+    subject, store, partition = making.subject, making.store, making.partition
+    measured = {_MEASURES[name]: _read(store, each, partition) for name, each in _used(subject).items()}
+    device = making.context.compute.resolve(float64=True)
     for method, ensemble in (("bagging", subject.bagging), ("boosting", subject.boosting)):
         values = {column: _by_seed(table, method, column) for column, table in measured.items()}
         suggested = sm.metrics.suggested_size(
@@ -67,6 +61,43 @@ def _rows(subject: Subject, workplace: Workplace, partition: Partition, measured
 
 
 def _by_seed(table: pl.DataFrame, method: str, column: str) -> dict[int, list[float]]:
-    """By seed, the values of the ensembles of 1 .. J members; empty where the column is null, as stability is with one seed."""
+    """Return by seed the values of the ensembles of 1 .. J members; empty where the column is null, as stability is with one seed."""
     of_method = table.filter(method=method).drop_nulls(column).sort("n_members")
     return {seed: of_seed[column].to_list() for (seed,), of_seed in of_method.partition_by("seed", as_dict=True).items()}
+
+
+register(
+    Table(
+        name="marginal_gain",
+        question="What each further member or round adds, and how many are enough",
+        columns=(
+            Column(
+                "explained_variance_gain",
+                "float",
+                "explained variance minus that of one member less; of the first member, its own",
+                from_columns=("explained_variance",),
+            ),
+            Column(
+                "stability_gain",
+                "float",
+                "stability minus that of one member less; null for the first, and with one seed",
+                from_columns=("stability",),
+            ),
+            Column("new_features", "int", "features of member n whose largest cosine to all of the members before it is below 0.7"),
+            Column(
+                "suggested",
+                "int",
+                "smallest number of members after which no further one takes 5% off what is left to 1 of explained variance or of "
+                "stability, means over seeds; the same in all rows of a method",
+                from_columns=("explained_variance", "stability"),
+            ),
+        ),
+        rows=_rows,
+        inputs=_inputs,
+        dimensions="layer",
+        order=50,
+        by_default=True,
+        requires=("reconstruction",),
+        headlines=(Headline("new features", "new_features", ".4g", in_summary=False),),
+    )
+)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from saeens_pipeline.assets.declarations import Declaration, Input, Op, Task, Workplace
+from saeens_pipeline.assets.declarations import Declaration, Input
+from saeens_pipeline.assets.registry import METHODS, Table, register, table_frame
+from saeens_pipeline.assets.tables.cost import with_totals
 from saeens_pipeline.settings.experiments import ExperimentSettings
 from saeens_pipeline.settings.sweeps import swept
-from saeens_pipeline.storage.names import Address
+from saeens_pipeline.storage.names import Address, Partition
 from saeens_pipeline.storage.recipes import Store
-from saeens_pipeline.storage.tables import METHODS, PARETO, frame, with_totals
+from saeens_pipeline.storage.tables import Column, read_part
 
 if TYPE_CHECKING:
     import polars as pl
 
+PARETO = "pareto"
 PARETO_VERSION = 2
+_QUESTION = "What each method gives for its L0 and for its bits, over the values of a sweep"
 TABLE_FILE, PICTURE_FILE = "pareto.parquet", "pareto.png"
 _MEASURED = ("l0", "description_length_bits", "explained_variance")
 _KEY = ("experiment", "layer", "seed", "method", "n_members")
@@ -36,36 +40,22 @@ class Sweep(NamedTuple):
         return cls(settings.name, field, dict(zip(names, values, strict=True)))
 
 
-def pareto_op(settings: ExperimentSettings, outputs: Iterable[Declaration]) -> Op:
-    """Declare the comparison of a sweep. It takes the tables that are there, and waits for none."""
+def pareto_declaration(settings: ExperimentSettings, outputs: Iterable[Declaration]) -> Declaration:
+    """Declare the comparison of a sweep. It is computed from the tables that are there, and waits for none."""
     sweep = Sweep.of(settings)
     tables = [each for each in outputs if each.address.kind == "eval" and each.address.name in ("reconstruction", "cost")]
-    pareto = Declaration(
-        address=Address(sweep.name, "report", "pareto"),
+    return Declaration(
+        address=Address(sweep.name, "report", PARETO),
         dimensions="none",
-        builder="pareto",
+        builder=PARETO,
         version=PARETO_VERSION,
         settings={"field": sweep.field, "values": dict(sweep.values)},
         inputs=tuple(Input(str(table.address), table, optional=True) for table in tables),
         source=settings.source,
         kinds=frozenset({"parquet", "polars"}),
-        tags={"experiment": sweep.name, "source": settings.source, "table": PARETO.name},
-        description=f"{PARETO.question}\n\n`saeens pareto {sweep.name}` prints it, computed from the tables that are there.",
+        tags={"experiment": sweep.name, "source": settings.source, "table": PARETO},
+        description=f"{_QUESTION}\n\n`saeens pareto {sweep.name}` prints it, computed from the tables that are there.",
     )
-
-    def make(workplace: Workplace, tasks: Sequence[Task]) -> None:
-        from saeens_pipeline.report.pareto_picture import draw
-
-        (task,) = tasks
-        provenance = workplace.provenance()
-        with workplace.store.write_folder(*task.where, task.recipe, provenance) as folder:
-            with workplace.compute.measure() as measurement:
-                table = pareto_rows(workplace.store, pareto, sweep)
-                table.write_parquet(folder / TABLE_FILE)
-                (folder / PICTURE_FILE).write_bytes(draw(table, sweep))
-            provenance |= vars(measurement) | {"not_evaluated": not_evaluated(table, sweep)}
-
-    return Op(pareto.address.op_name, (pareto,), make)
 
 
 def pareto_rows(store: Store, pareto: Declaration, sweep: Sweep) -> pl.DataFrame:
@@ -75,15 +65,15 @@ def pareto_rows(store: Store, pareto: Declaration, sweep: Sweep) -> pl.DataFrame
     """
     import polars as pl
 
-    parts: dict[str, list[pl.DataFrame]] = {name: [frame(name, [])] for name in ("reconstruction", "cost")}
-    for each, _, artefact in pareto.optional_inputs(store):
-        parts[each.artefact.address.name].append(pl.read_parquet(artefact.path, hive_partitioning=False))
+    parts: dict[str, list[pl.DataFrame]] = {name: [table_frame(name, [])] for name in ("reconstruction", "cost")}
+    for _, table, _, artefact in pareto.optional_inputs(store, Partition()):
+        parts[table.address.name].append(read_part(artefact.path))
     measured, cost = (pl.concat(found) for found in parts.values())
     measured = measured.join(with_totals(cost).select(*_KEY, "total_flops"), on=_KEY, how="left")
     of_all_members = pl.col("n_members") == pl.col("n_members").max().over("experiment", "layer", "method")
     measured = measured.filter(pl.col("explained_variance").is_not_nan())  # nor null: of activations without variance
     measured = measured.filter(of_all_members | ~pl.col("method").is_in(["bagging", "boosting"]))
-    table = frame(PARETO.name, _means(measured, sweep))
+    table = table_frame(PARETO, _means(measured, sweep))
     for front, spent in (("on_l0_front", "l0"), ("on_bits_front", "description_length_bits")):
         table = table.with_columns(_front(table, spent).alias(front))
     order = pl.col("method").replace_strict({method: i for i, method in enumerate(METHODS)}, return_dtype=pl.Int64)
@@ -157,3 +147,38 @@ def _front(table: pl.DataFrame, spent: str) -> pl.Series:
         return any(c <= cost and g >= gain and (c < cost or g > gain) for c, g in others)
 
     return pl.Series([None if cost is None else int(not is_dominated(layer, cost, gain)) for layer, cost, gain in rows], dtype=pl.Int64)
+
+
+register(
+    Table(
+        name=PARETO,
+        question=_QUESTION,
+        columns=(
+            Column("sweep", "str", "the experiment that has the sweep"),
+            Column("field", "str", "the field of sae that is varied"),
+            Column("value", "float", "its value"),
+            Column("experiment", "str", "the experiment with that value"),
+            Column("layer", "int", "layer of the language model, from 0"),
+            Column("language_model", "str", "trained, or random: the untrained control"),
+            Column("method", "str", ", ".join(METHODS)),
+            Column("n_members", "int", "SAEs in the whole ensemble; for expanded SAEs the n whose width they match; else 1"),
+            Column("n_features", "int", "features of the whole dictionary"),
+            Column("n_seeds", "int", "ensemble seeds that the means are over"),
+            Column("seeds", "str", "these seeds, comma-separated"),
+            Column("l0", "float", "features that fire per token, mean over seeds"),
+            Column("l0_by_seed", "str", "the points, comma-separated, in the order of seeds"),
+            Column("description_length_bits", "float", "bits per token that send the code, mean over seeds; null if not measured"),
+            Column("description_length_bits_by_seed", "str", "the points"),
+            Column("explained_variance", "float", "on held-out tokens, mean over seeds"),
+            Column("explained_variance_by_seed", "str", "the points"),
+            Column("total_flops", "float", "dense-equivalent operations of training and residuals, mean over seeds; null without cost"),
+            Column("on_l0_front", "int", "1: no other row of the layer has at most its l0 and more EV, or less and as much"),
+            Column("on_bits_front", "int", "the same for description_length_bits"),
+            Column("sae_data_versions", "str", "data versions of the SAEs in member order, comma-separated; seeds are separated by ;"),
+        ),
+        version=PARETO_VERSION,
+        dimensions="none",
+        order=210,
+        over_experiments=True,
+    )
+)

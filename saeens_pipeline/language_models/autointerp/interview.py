@@ -45,7 +45,7 @@ _T = TypeVar("_T")
 _EXAMPLE_EXPLANATION = "x" * (EXPLANATION_TOKENS * CHARACTERS_PER_TOKEN)
 
 
-class Subject(NamedTuple):
+class FeatureTexts(NamedTuple):
     """A feature: its texts, and the number of the subject whose explanation it is scored with as a control, if there is one."""
 
     examples: Examples
@@ -134,7 +134,7 @@ class Interviewer:
     _unread: Counter[str] = field(default_factory=Counter, repr=False)
     _last_unread: dict[str, Reply] = field(default_factory=dict, repr=False)
 
-    def estimate(self, subjects: Sequence[Subject]) -> Estimate:
+    def estimate(self, subjects: Sequence[FeatureTexts]) -> Estimate:
         """What asking about these takes; features with the same texts, as member 1 and round 1 have them, are asked about once."""
         explanations = [self._find(ask_to_explain(each.examples.shown), read_explanation) for each in subjects]
         pending: dict[object, tuple[Messages, int]] = {}
@@ -154,7 +154,7 @@ class Interviewer:
                     pending[question] = messages, len(texts) * TOKENS_PER_NUMBER
         return Estimate.of(list(pending.values()), len(known))
 
-    def interview(self, subjects: Sequence[Subject], advance: Advance) -> list[Verdict | None]:
+    def interview(self, subjects: Sequence[FeatureTexts], advance: Advance) -> list[Verdict | None]:
         """The verdict on each subject; None where an answer is missing and there is nobody to ask. `advance` counts questions.
 
         Raises SaeensError where asking on is of no use, and where no feature is scored since answers cannot be read; what was answered
@@ -172,14 +172,14 @@ class Interviewer:
             raise self._unreadable(kind, f"of {len(found):,} features none is scored, since ")
         return found
 
-    async def _interview(self, subjects: Sequence[Subject], advance: Advance) -> list[Verdict | None]:
+    async def _interview(self, subjects: Sequence[FeatureTexts], advance: Advance) -> list[Verdict | None]:
         self._client = Client(self.endpoint, self.settings.timeout_seconds, self.settings.retries) if self.endpoint else None
 
-        async def explain(subject: Subject) -> str | _Unanswered:
+        async def explain(subject: FeatureTexts) -> str | _Unanswered:
             messages = ask_to_explain(subject.examples.shown)
             return await self._attempt(_Question(messages, read_explanation, "Answer with one short sentence.", "explanations"), advance)
 
-        async def detect(subject: Subject, explanation: str | _Unanswered) -> DetectionScore | _Unanswered:
+        async def detect(subject: FeatureTexts, explanation: str | _Unanswered) -> DetectionScore | _Unanswered:
             from saeens_models.metrics import detection_score
 
             _, texts, fires = subject.examples

@@ -11,9 +11,9 @@ from saeens_pipeline.language_models.corpora import open_corpus
 from saeens_pipeline.language_models.labelled_texts import drawing, embedded, files, hub
 from saeens_pipeline.language_models.labelled_texts.drawing import ConceptTexts, CorrelationTexts, Labelled
 from saeens_pipeline.settings.corpora import BUILTIN_CORPUS
+from saeens_pipeline.settings.from_file import FILE
 from saeens_pipeline.settings.labelled_data_sets import EMBEDDED_CONCEPTS, EMBEDDED_CORRELATIONS, TextCount
 from saeens_pipeline.settings.probing import ConceptDataSet, CorrelationDataSet
-from saeens_pipeline.settings.relative_paths import FOLDER
 
 _DATA_SETS_KEPT = 32
 """What was drawn is kept for the other seeds and layers of a process: some megabytes of each of so many data sets."""
@@ -41,17 +41,17 @@ def is_embedded(data_set: ConceptDataSet | CorrelationDataSet) -> bool:
 
 def read_concepts(data_set: ConceptDataSet, count: TextCount | None, seed: int) -> ConceptTexts:
     """The texts for concept detection. Raises SaeensError for missing columns, absent labels, one label only, and too few texts."""
-    return _drawn_concepts(data_set.model_dump_json(), data_set.folder, json.dumps(identity(data_set)), count, seed)
+    return _drawn_concepts(data_set.model_dump_json(), data_set.file, json.dumps(identity(data_set)), count, seed)
 
 
 def read_correlations(data_set: CorrelationDataSet, count: TextCount | None, seed: int) -> list[CorrelationTexts]:
     """The texts of every task of a data set. Raises as `read_concepts`."""
-    return _drawn_correlations(data_set.model_dump_json(), data_set.folder, json.dumps(identity(data_set)), count, seed)
+    return _drawn_correlations(data_set.model_dump_json(), data_set.file, json.dumps(identity(data_set)), count, seed)
 
 
 @lru_cache(maxsize=_DATA_SETS_KEPT)
-def _drawn_concepts(settings: str, folder: Path, _identity: str, count: TextCount | None, seed: int) -> ConceptTexts:
-    data_set = ConceptDataSet.model_validate_json(settings, context={FOLDER: folder})
+def _drawn_concepts(settings: str, file: Path | None, _identity: str, count: TextCount | None, seed: int) -> ConceptTexts:
+    data_set = ConceptDataSet.model_validate_json(settings, context={FILE: file})
     if data_set.local_files:
         data = _local(data_set, {"text": data_set.text_field, "label": data_set.label_field})
         return drawing.draw_concepts(data, data_set.labels, count or hub.COUNT, balance=False, seed=seed)
@@ -59,8 +59,8 @@ def _drawn_concepts(settings: str, folder: Path, _identity: str, count: TextCoun
 
 
 @lru_cache(maxsize=_DATA_SETS_KEPT)
-def _drawn_correlations(settings: str, folder: Path, _identity: str, count: TextCount | None, seed: int) -> list[CorrelationTexts]:
-    data_set = CorrelationDataSet.model_validate_json(settings, context={FOLDER: folder})
+def _drawn_correlations(settings: str, file: Path | None, _identity: str, count: TextCount | None, seed: int) -> list[CorrelationTexts]:
+    data_set = CorrelationDataSet.model_validate_json(settings, context={FILE: file})
     if data_set.local_files and data_set.target and data_set.spurious:
         fields = {"text": data_set.text_field, "label": data_set.label_field, "other": data_set.spurious_field}
         data = _local(data_set, fields)

@@ -1,78 +1,63 @@
-"""The tables of downstream tasks: concept detection and spurious correlation removal, on texts with labels."""
+"""Rows of the tables `concept_detection` and `spurious_correlation`: probes on labelled texts."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
+from saeens_models.ensembles import Ensemble
+from saeens_models.probing import (
+    RAW,
+    ConceptProbe,
+    CorrelationTask,
+    Dictionary,
+    PooledTexts,
+    Quadrants,
+    detect_concepts,
+    one_against_the_others,
+    remove_correlations,
+    texts_at_once,
+)
 from saeens_pipeline import progress
-from saeens_pipeline.assets.declarations import Declaration, Op, Task, Workplace
-from saeens_pipeline.assets.sources import language_model_of
-from saeens_pipeline.assets.tables.evaluation import Row, Subject, load_dictionary
-from saeens_pipeline.language_models.labelled_texts.reading import identity, is_embedded, read_concepts, read_correlations
+from saeens_pipeline.assets.declarations import RunContext
+from saeens_pipeline.assets.measurements.dictionaries import load_dictionary
+from saeens_pipeline.assets.registry import Row, Subject
+from saeens_pipeline.assets.sources import SourceFacts, language_model_of
+from saeens_pipeline.language_models.labelled_texts.drawing import ConceptTexts, CorrelationTexts
+from saeens_pipeline.language_models.labelled_texts.reading import is_embedded, read_concepts, read_correlations
+from saeens_pipeline.language_models.language_model import LanguageModel
+from saeens_pipeline.language_models.models import load_language_model
+from saeens_pipeline.language_models.text_activations import TextActivations, encode_texts
 from saeens_pipeline.settings.experiments import ExperimentSettings
+from saeens_pipeline.settings.probing import PROBE_SEED as SEED
 from saeens_pipeline.storage.names import Partition
-from saeens_pipeline.storage.tables import frame
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from saeens_models.ensembles import Ensemble
-    from saeens_models.probing import ConceptProbe, CorrelationTask, Dictionary, PooledTexts
-    from saeens_pipeline.language_models.labelled_texts.drawing import ConceptTexts, CorrelationTexts
-    from saeens_pipeline.language_models.models import LanguageModel, LanguageModelDescription
-
-PROBED = ("concept_detection", "spurious_correlation")
-SEED = 42  # of SAEBench: which texts are drawn, which of the others are negative, how probes start
 
 
-def probing_op(subject: Subject) -> Op:
-    """Declare the tables of one layer and seed. Texts are read once for both, and run through the language model and all SAEs once.
+def probe(subject: Subject, context: RunContext, partition: Partition, wanted: Collection[str]) -> dict[str, list[Row]]:
+    """Return the rows of each table that is wanted. Texts are read once, and run through the language model and all SAEs once.
 
-    Memory, whatever the number of texts: what `PooledTexts` and the two evaluations take; of that the pooled codes, by far the
-    most, up to `evaluation_memory_gb`. Data sets come one after another.
+    Memory, for any number of texts: `PooledTexts` and the two evaluations; of these the pooled codes, by far the largest part, take up to
+    `evaluation_memory_gb`. Data sets come one after another.
     """
-    experiment = subject.experiment
-    inputs = [subject.tokens, subject.activations, *subject.dictionaries]
-    tables = [_declare(subject, table, inputs) for table in PROBED if table in experiment.evaluations]
-
-    def make(workplace: Workplace, tasks: Sequence[Task]) -> None:
-        partition = tasks[0].partition
-        rows: dict[str, list[Row]] = {task.declaration.address.name: [] for task in tasks}
-        with workplace.compute.measure() as measurement:
-            probed = _Probed.load(workplace, subject, partition)
-            for texts in _collections(experiment, rows):
-                for table, row in probed.rows(texts):
-                    rows[table].append(row)
-        for task in tasks:
-            table = task.declaration.address.name
-            workplace.store.write_table(*task.where, task.recipe, workplace.provenance() | vars(measurement), frame(table, rows[table]))
-
-    return Op(f"{experiment.name}__eval__downstream", tuple(tables), make, on_device=True)
+    rows: dict[str, list[Row]] = {table: [] for table in wanted}
+    probed = _Probed.load(context, subject, partition)
+    for texts in _collections(subject.experiment, wanted):
+        for table, row in probed.rows(texts):
+            rows[table].append(row)
+    return rows
 
 
-def validate_labelled_texts(
-    experiment: ExperimentSettings, tables: Collection[str], model: LanguageModelDescription, drop: Sequence[Any]
-) -> None:
-    """Read the texts of these tables, and cut them into tokens. Raises SaeensError where they are not as needed.
+def read_labelled_texts(experiment: ExperimentSettings, tables: Collection[str], facts: SourceFacts) -> None:
+    """Read the texts of these tables and cut them into tokens. Raises SaeensError for texts that are absent or unfit.
 
-    What was read is kept for the tables, unless they are made in another process.
+    Texts that were read are kept for the tables made in this process.
     """
-    from saeens_pipeline.language_models.text_activations import encode_texts
-
     for texts in _collections(experiment, tables):
-        encode_texts(model, list(dict.fromkeys(texts.texts())), context_length=texts.context_length, drop=drop)
-
-
-def _declare(subject: Subject, table: str, inputs: Sequence[Any]) -> Declaration:
-    declaration = subject.declare(table, inputs)
-    settings = getattr(subject.experiment, table)
-    return replace(
-        declaration,
-        settings={**declaration.settings, **settings.model_dump(mode="json"), "seed": SEED},
-        partition_settings=lambda partition: {"texts": [identity(data_set) for data_set in settings.datasets]},
-    )
+        encode_texts(facts.model, list(dict.fromkeys(texts.texts())), context_length=texts.context_length, drop=facts.drop)
 
 
 class _Collection(NamedTuple):
@@ -94,7 +79,7 @@ class _Collection(NamedTuple):
 
 def _collections(experiment: ExperimentSettings, tables: Collection[str]) -> Iterator[_Collection]:
     """The embedded tasks together, since they have texts in common, and every other data set by itself."""
-    settings = {table: getattr(experiment, table) for table in PROBED if table in tables}
+    settings = {table: getattr(experiment, table) for table in sorted(tables)}
     together: dict[int, _Collection] = {}
     for table, of_table in settings.items():
         for data_set in of_table.datasets:
@@ -124,11 +109,8 @@ class _Probed:
     label: str
 
     @classmethod
-    def load(cls, workplace: Workplace, subject: Subject, partition: Partition) -> _Probed:
-        from saeens_models.probing import RAW
-        from saeens_pipeline.language_models.models import load_language_model
-
-        store, experiment = workplace.store, subject.experiment
+    def load(cls, context: RunContext, subject: Subject, partition: Partition) -> _Probed:
+        store, experiment = context.store, subject.experiment
         activations = store.require(subject.activations.address, subject.activations.narrow(partition))
         tokens = store.require(subject.tokens.address, Partition())
         settings = activations.recipe["settings"]
@@ -139,9 +121,9 @@ class _Probed:
             row = subject.row(store, partition, method, n, [sae.data_version for sae in saes])
             row_starts.setdefault(baselines.get((method, n), (ensemble.address.name, n)), []).append(row)
         return cls(
-            ensembles={each.address.name: load_dictionary(workplace, each, partition) for each in subject.dictionaries},
+            ensembles={each.address.name: load_dictionary(context, each, partition) for each in subject.dictionaries},
             row_starts=row_starts,
-            model=load_language_model(language_model_of(activations), settings["weights"], workplace.compute.resolve(float64=True)),
+            model=load_language_model(language_model_of(activations), settings["weights"], context.compute.resolve(float64=True)),
             hook=settings["hook"],
             layer=settings["layer"],
             drop=tokens.recipe["settings"]["drop"],
@@ -151,9 +133,6 @@ class _Probed:
 
     def rows(self, collection: _Collection) -> Iterator[tuple[str, Row]]:
         """The rows of a collection, each with its table."""
-        from saeens_models.probing import PooledTexts, texts_at_once
-        from saeens_pipeline.language_models.text_activations import TextActivations
-
         texts = list(dict.fromkeys(collection.texts()))
         with progress.task(self.label, len(texts), "texts") as advance:
             activations = TextActivations(
@@ -172,8 +151,6 @@ class _Probed:
             yield from self._correlation_rows(collection.correlations, numbers, pooled)
 
     def _concept_rows(self, concepts: Sequence[ConceptTexts], numbers: Mapping[str, int], pooled: PooledTexts) -> Iterator[tuple[str, Row]]:
-        from saeens_models.probing import detect_concepts
-
         probes = _concept_probes(concepts, numbers)
         for (data_set, label), scores in zip(probes, detect_concepts(pooled, list(probes.values())), strict=True):
             for score in scores:
@@ -191,8 +168,6 @@ class _Probed:
     def _correlation_rows(
         self, correlations: Sequence[CorrelationTexts], numbers: Mapping[str, int], pooled: PooledTexts
     ) -> Iterator[tuple[str, Row]]:
-        from saeens_models.probing import remove_correlations
-
         tasks = [_correlation_task(texts, numbers) for texts in correlations]
         for texts, scores in zip(correlations, remove_correlations(pooled, tasks, SEED), strict=True):
             for score in scores:
@@ -217,10 +192,6 @@ class _Probed:
 
 def _concept_probes(concepts: Sequence[ConceptTexts], numbers: Mapping[str, int]) -> dict[tuple[str, str], ConceptProbe]:
     """One for each data set and label."""
-    import torch
-
-    from saeens_models.probing import ConceptProbe, one_against_the_others
-
     probes: dict[tuple[str, str], ConceptProbe] = {}
     for concept in concepts:
         train, test = ({label: _numbers(texts, numbers) for label, texts in of_split.items()} for of_split in (concept.train, concept.test))
@@ -232,12 +203,8 @@ def _concept_probes(concepts: Sequence[ConceptTexts], numbers: Mapping[str, int]
 
 
 def _correlation_task(texts: CorrelationTexts, numbers: Mapping[str, int]) -> CorrelationTask:
-    from saeens_models.probing import CorrelationTask, Quadrants
-
     return CorrelationTask(*(Quadrants(*(_numbers(each, numbers) for each in of_split)) for of_split in (texts.train, texts.test)))
 
 
 def _numbers(texts: Sequence[str], numbers: Mapping[str, int]) -> Tensor:
-    import torch
-
     return torch.tensor([numbers[text] for text in texts])
