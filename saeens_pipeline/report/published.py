@@ -1,10 +1,13 @@
-"""The figures of the paper, for comparison where a setting is one of its three: Gadgil, Lin & Lee 2026, arXiv 2505.16077, J = 8."""
+"""The published figures of the paper's three settings: Gadgil, Lin & Lee 2026, arXiv 2505.16077, J = 8."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from saeens_pipeline.report.metrics import CONNECTIVITY, EV, MSE, STABILITY
+
+METRICS = (EV, MSE, CONNECTIVITY, STABILITY)  # in the order of a row's figures
 PAPER = "Gadgil, Lin & Lee, Ensembling Sparse Autoencoders, ICML 2026 (arXiv 2505.16077)"
 
 
@@ -21,7 +24,7 @@ class PublishedRow:
 
 @dataclass(frozen=True)
 class Setting:
-    """A setting of the paper. `model` is compared with the last part of a language model's name, without case and punctuation."""
+    """A setting of the paper. `model` is the last part of the language model's name, without case and punctuation."""
 
     title: str
     model: str
@@ -33,7 +36,7 @@ class Setting:
     rows: tuple[PublishedRow, ...]
 
     def deviations(self, sae: Mapping[str, object], members: int, seeds: int, train_tokens: int | None) -> list[str]:
-        """In what an experiment differs from this setting; a difference in numbers may come from these."""
+        """Return the differences between an experiment and this setting."""
         name, value = self.sparsity
         compared: Sequence[tuple[str, object, object]] = (
             ("architecture", sae.get("architecture"), self.architecture),
@@ -75,7 +78,7 @@ SETTINGS = (
 
 
 def setting_of(language_model: str, hook: str, layer: int, weights: str) -> Setting | None:
-    """The setting of the paper that activations are from: trained weights, the block's output, the same layer."""
+    """Return the setting of the paper with these activations: trained weights, the block's output, the same layer."""
     name = "".join(c for c in language_model.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1].rsplit(":", 1)[-1].lower() if c.isalnum())
     if hook != "resid_post" or weights != "trained":
         return None

@@ -22,7 +22,7 @@ from tiny_experiment import NAME, Laboratory
 from tiny_models import write_tiny_model
 
 from saeens_pipeline.autointerp.endpoint import URL_VARIABLE
-from saeens_pipeline.report.main_table import METRICS
+from saeens_pipeline.report.metrics import METRICS
 from saeens_pipeline.reports import write_reports
 from saeens_pipeline.storage.tables import read_table
 

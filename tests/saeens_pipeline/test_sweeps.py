@@ -25,6 +25,7 @@ from saeens_pipeline.catalogue import load_catalogue
 from saeens_pipeline.components import ExperimentSettings
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.garbage import declared, find_garbage
+from saeens_pipeline.report import methods
 from saeens_pipeline.storage.names import Address, Partition
 from saeens_pipeline.storage.recipes import Recipe
 from saeens_pipeline.storage.tables import METHODS, PARETO, frame
@@ -283,9 +284,8 @@ def _size(png: bytes) -> tuple[int, int]:
 
 
 def test_every_method_has_its_own_colour_and_marker_and_every_layer_its_axes(empty: Laboratory):
-    from saeens_pipeline.assets import pareto_picture
-
-    assert len({colour for colour, _ in pareto_picture._STYLES.values()}) == len(METHODS)
+    styles = [methods.method(name) for name in METHODS]
+    assert len({each.colour for each in styles}) == len({each.marker for each in styles}) == len(METHODS)
     _declare(empty)
     _write_points(empty)
     table, sweep = _rows(empty)
