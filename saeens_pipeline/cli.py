@@ -315,7 +315,6 @@ def pareto(
 ) -> None:
     """Compare the experiments of a sweep: explained variance against L0 and description length, for each method."""
     from saeens_pipeline.assets.pareto import Sweep, for_reading, notes, pareto_rows
-    from saeens_pipeline.assets.pareto_picture import draw
     from saeens_pipeline.catalogue import load_catalogue
     from saeens_pipeline.resources import StoreResource
 
@@ -327,6 +326,8 @@ def pareto(
         complain("note", note)
     _note_outdated(table["experiment"].unique(maintain_order=True))
     if picture:
+        from saeens_pipeline.assets.pareto_picture import draw
+
         picture.write_bytes(draw(table, about))
     if format != TableFormat.table:
         _print_data(table, format)

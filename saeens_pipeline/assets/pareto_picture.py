@@ -38,5 +38,5 @@ def _chart(table: pl.DataFrame, spent: Metric, title: str) -> Chart:
 
 
 def _bars(rows: pl.DataFrame, metric: Metric) -> list[tuple[float, float]]:
-    points = rows.select(metric.column, f"{metric.column}_by_seed", "seeds").iter_rows()
-    return [spread.bar if (spread := spread_of_points(by_seed, seeds)) else (mean, mean) for mean, by_seed, seeds in points]
+    points = rows.select(metric.column, f"{metric.column}_by_seed").iter_rows()
+    return [spread.bar if (spread := spread_of_points(by_seed)) else (mean, mean) for mean, by_seed in points]

@@ -96,7 +96,7 @@ def against_members(values: Mapping[Size, Spread], metric: Metric, suggested: Ma
         else:
             series.append(_points(name, [size.n_members for size in sizes], chosen, whats, metric.form))
     marks = [(method(name), n) for name, n in (suggested or {}).items() if n < most]
-    dotted = " Dotted: a number of members that is enough; without a dotted line none is." if suggested is not None else ""
+    dotted = " Dotted: a number of members that is enough; without a dotted line, none is." if suggested is not None else ""
     return Chart(
         metric.column if metric in GAINS else f"{metric.column}_by_members",
         _capital(metric.name),
@@ -264,7 +264,7 @@ def layer_profile(board: pl.DataFrame, experiment: str) -> Iterator[Chart]:
         values = {
             Size(row["method"], row["layer"]): spread
             for row in there.sort("method", "layer").iter_rows(named=True)
-            if (spread := spread_of_points(row[f"{metric.column}_by_seed"], row["seeds"]))
+            if (spread := spread_of_points(row[f"{metric.column}_by_seed"]))
         }
         if values:
             title, caption = f"{experiment}: {metric.name} by layer", "Every method at its full size."
@@ -293,11 +293,8 @@ def _bars(chosen: Sequence[Spread]) -> list[tuple[float, float]]:
 
 
 def _in_words(spread: Spread, form: str) -> str:
-    if spread.has_interval and spread.low is not None and spread.high is not None:
-        return f"{written(spread.mean, form)} [{written(spread.low, form)}, {written(spread.high, form)}]"
-    if len(spread.points) == 2:
-        return f"{written(spread.mean, form)} (seeds: {', '.join(written(point, form) for point in spread.points)})"
-    return written(spread.mean, form)
+    around = spread.around(form)
+    return f"{written(spread.mean, form)} ({around})" if around else written(spread.mean, form)
 
 
 def _by_method(rows: pl.DataFrame) -> Iterator[tuple[str, pl.DataFrame]]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from saeens_pipeline.report.methods import Method, method
-from saeens_pipeline.report.metrics import CE, METRICS, STABILITY, Metric, written
+from saeens_pipeline.report.metrics import CE, METRICS, STABILITY, Metric
 from saeens_pipeline.report.record import Found, Record
 from saeens_pipeline.report.results import Results, Size, Spread
 
@@ -27,21 +27,13 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Origin:
-    """The data version of an SAE behind a number, and the SAE if it is still on disk."""
-
-    version: str
-    found: Found | None
-
-
-@dataclass(frozen=True)
 class Row:
-    """A method at its full size. `origins`: the SAEs of each seed, in member order."""
+    """A method at its full size. `origins`: by seed, the data versions of its SAEs in member order, and the SAEs still on disk."""
 
     method: Method
     n_members: int
     cells: Sequence[Cell]
-    origins: Mapping[int, Sequence[Origin]]
+    origins: Mapping[int, Sequence[tuple[str, Found | None]]]
 
     @property
     def n_saes(self) -> int:
@@ -75,18 +67,9 @@ def why_empty(metric: Metric, experiment: str, n_seeds: int) -> str:
     return f"not in the table {metric.table}; `saeens run {experiment}` computes it if it is among the `evaluations`"
 
 
-def seeds_in_words(spread: Spread, form: str) -> str:
-    """Return the half width of the 95% interval or, with two seeds, the points: Student's interval of two is 12.7 standard errors wide."""
-    if spread.has_interval and spread.high is not None:
-        half_width = spread.high - spread.mean
-        return f"±{half_width:.1%}" if form.endswith("%") else f"±{written(half_width, '.2g')}"
-    points = dict.fromkeys(written(point, form) for point in spread.points)
-    return ", ".join(points) if len(spread.points) == 2 else ""
-
-
 def cell_of(spread: Spread, metric: Metric, *, best: bool = False) -> Cell:
     """Return the mean, with the seeds' spread where they differ."""
-    seeds = "" if len(set(spread.points)) == 1 and len(spread.points) > 1 else seeds_in_words(spread, metric.form)
+    seeds = "" if len(set(spread.points)) == 1 and len(spread.points) > 1 else spread.around(metric.form)
     return Cell(metric.written(spread.mean), spread.mean, seeds, best)
 
 
@@ -99,11 +82,11 @@ def _cell(results: Results, metric: Metric, size: Size) -> Cell:
     return cell_of(spread, metric, best=spread.mean == best)
 
 
-def _origins(results: Results, size: Size, record: Record) -> dict[int, list[Origin]]:
+def _origins(results: Results, size: Size, record: Record) -> dict[int, list[tuple[str, Found | None]]]:
     for table in dict.fromkeys(metric.table for metric in METRICS if size in results.of(metric)):
         rows = results.tables[table].filter(method=size.method, n_members=size.n_members).sort("seed")
         return {
-            seed: [Origin(version, record.sae(version, size.method)) for version in versions.split(",") if version]
+            seed: [(version, record.sae(version, size.method)) for version in versions.split(",") if version]
             for seed, versions in rows.select("seed", "sae_data_versions").iter_rows()
         }
     return {}

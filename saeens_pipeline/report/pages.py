@@ -20,7 +20,7 @@ from saeens_pipeline.report.charts import Chart, as_plotly
 from saeens_pipeline.report.control import compare
 from saeens_pipeline.report.feature_browser import NEAR_DUPLICATE, PAGE, FeatureBrowser
 from saeens_pipeline.report.lineage_diagram import diagram
-from saeens_pipeline.report.main_table import N_MEMBERS, Cell, cell_of, main_table, metrics_of, seeds_in_words, why_empty
+from saeens_pipeline.report.main_table import N_MEMBERS, Cell, cell_of, main_table, metrics_of, why_empty
 from saeens_pipeline.report.methods import in_order, listed, method
 from saeens_pipeline.report.metrics import METRICS, Metric
 from saeens_pipeline.report.pictures import report_pictures
@@ -52,7 +52,7 @@ _SECTIONS = (
     ),
     (
         "gain",
-        "How many are enough",
+        "Marginal gain",
         "Gain of one more member. A number of members is enough where each further one closes less than 5% of the gap to 1 that explained "
         "variance and stability still have.",
         figures.marginal_gain,
@@ -119,7 +119,6 @@ def write_report(folder: Path, store: Store, catalogue: Catalogue, experiment: E
         "tables": [(name, TABLES[name].question, len(table)) for name, table in results.tables.items()],
         "missing": _questions(results, experiment, asked=True),
         "could_be": _questions(results, experiment, asked=False),
-        "seeds_in_words": seeds_in_words,
         "ui": UI,
         "methods": [method(name) for name in results.methods],
     }
@@ -206,7 +205,7 @@ def _cell_of_board(row: Mapping[str, Any], metric: Metric) -> Cell:
     if row[metric.column] is None:
         return Cell(why=why_empty(metric, row["experiment"], row["n_seeds"]))
     points = row.get(f"{metric.column}_by_seed")
-    spread = spread_of_points(points, row["seeds"]) if points else None
+    spread = spread_of_points(points) if points else None
     return cell_of(spread, metric) if spread else Cell(metric.written(row[metric.column]), row[metric.column])
 
 

@@ -13,7 +13,7 @@ import polars as pl
 
 from saeens_models.metrics import mean_interval
 from saeens_pipeline.report.methods import in_order
-from saeens_pipeline.report.metrics import METRICS, Metric
+from saeens_pipeline.report.metrics import METRICS, Metric, written
 from saeens_pipeline.storage.tables import TABLES, has_table, read_table, with_totals
 
 _LARGE = "contexts"  # text of single features; the feature browser alone reads it, one seed at a time
@@ -28,7 +28,7 @@ class Size(NamedTuple):
 
 @dataclass(frozen=True)
 class Spread:
-    """A number over seeds: its mean, the 95% interval (Student's t), and the points in the order of `seeds`.
+    """A number over seeds: its mean, the 95% interval (Student's t), and the points.
 
     With one seed there is no interval. With two it is so wide that the points say more: `has_interval` is for three and more.
     """
@@ -37,12 +37,11 @@ class Spread:
     low: float | None
     high: float | None
     points: tuple[float, ...]
-    seeds: tuple[int, ...]
 
     @classmethod
-    def of(cls, points: Sequence[float], seeds: Sequence[int]) -> Spread:
+    def of(cls, points: Sequence[float]) -> Spread:
         """Return the spread of points. Raises ValueError without points."""
-        return cls(*mean_interval(points), tuple(points), tuple(seeds))
+        return cls(*mean_interval(points), tuple(points))
 
     @property
     def has_interval(self) -> bool:
@@ -54,6 +53,14 @@ class Spread:
         if self.has_interval and self.low is not None and self.high is not None:
             return self.low, self.high
         return min(self.points), max(self.points)
+
+    def around(self, form: str) -> str:
+        """Return the half width of the interval or, with two seeds, the points: Student's interval of two is 12.7 standard errors wide."""
+        if self.has_interval and self.high is not None:
+            half_width = self.high - self.mean
+            return f"±{half_width:.1%}" if form.endswith("%") else f"±{written(half_width, '.2g')}"
+        points = dict.fromkeys(written(point, form) for point in self.points)
+        return ", ".join(points) if len(self.points) == 2 else ""
 
 
 @dataclass(frozen=True)
@@ -132,12 +139,11 @@ def spreads(rows: pl.DataFrame, column: str, by: str = "n_members") -> dict[Size
     value = pl.col("value").cast(float)
     there = rows.select("method", pl.col(by).alias("size"), "seed", value=pl.col(column)).filter(value.is_finite())
     of_seeds = there.group_by("method", "size", "seed").agg(value.mean()).sort("method", "size", "seed")
-    parts = of_seeds.partition_by("method", "size", as_dict=True, maintain_order=True)
-    return {Size(*key): Spread.of(part["value"].to_list(), part["seed"].to_list()) for key, part in parts.items()}  # pyright: ignore[reportArgumentType]
+    points = of_seeds.group_by("method", "size", maintain_order=True).agg("value")
+    return {Size(name, size): Spread.of(values) for name, size, values in points.iter_rows()}
 
 
-def spread_of_points(points: str, seeds: str) -> Spread | None:
+def spread_of_points(points: str) -> Spread | None:
     """Return the spread of comma-separated points, as in tables over seeds; a point may be empty. None without a finite point."""
-    pairs = [(float(point), int(seed)) for point, seed in zip(points.split(","), seeds.split(","), strict=True) if point]
-    pairs = [pair for pair in pairs if math.isfinite(pair[0])]
-    return Spread.of(*zip(*pairs, strict=True)) if pairs else None
+    finite = [value for point in points.split(",") if point and math.isfinite(value := float(point))]
+    return Spread.of(finite) if finite else None

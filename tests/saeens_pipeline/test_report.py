@@ -371,7 +371,7 @@ def test_the_control_is_the_same_experiment_on_random_weights(finished: Laborato
 
 def test_order_beside_the_control_is_that_of_the_means():
     def row(name: str, trained: float, untrained: float) -> tuple[Any, Spread, Spread]:
-        return method(name), Spread.of([trained], [1]), Spread.of([untrained], [1])
+        return method(name), Spread.of([trained]), Spread.of([untrained])
 
     assert Comparison("EV", [row("single", 0.7, 0.8), row("boosting", 0.9, 0.95)]).same_order
     assert not Comparison("EV", [row("single", 0.7, 0.99), row("boosting", 0.9, 0.95)]).same_order
@@ -379,10 +379,10 @@ def test_order_beside_the_control_is_that_of_the_means():
 
 def test_spreads_are_students_intervals_and_with_two_seeds_the_points():
     values = [0.5, 0.7, 0.6, 0.8]
-    spread = Spread.of(values, [1, 2, 3, 4])
+    spread = Spread.of(values)
     expected = scipy.stats.t.interval(0.95, 3, loc=np.mean(values), scale=scipy.stats.sem(values))
     assert spread.bar == pytest.approx(expected)
-    assert Spread.of([0.7, 0.5], [1, 2]).bar == (0.5, 0.7)
+    assert Spread.of([0.7, 0.5]).bar == (0.5, 0.7)
 
 
 def _reconstruction(values: Mapping[str, tuple[float, float, int]]) -> list[dict[str, Any]]:

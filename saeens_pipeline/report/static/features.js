@@ -32,7 +32,9 @@
   window.saeensFeatures = (name, text) => waiting.get(name)?.(text);
 
   const unpacked = (text) => {
-    const bytes = Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
+    const binary = atob(text);
+    const bytes = new Uint8Array(binary.length);
+    for (let i = 0; i < binary.length; i++) bytes[i] = binary.charCodeAt(i); // `Uint8Array.from` takes seconds
     return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).json();
   };
 
@@ -132,11 +134,12 @@
     };
     const sorted = ({ name, sign }) => {
       const key = KEYS[name] ?? ((row) => row[name]);
-      return [...kept].sort((one, other) => {
-        const [a, b] = [key(one), key(other)];
-        if (a === null || b === null) return (a === null) - (b === null); // rows without a value come last
-        return sign * (a < b ? -1 : a > b ? 1 : 0);
+      const keyed = kept.map((row) => ({ row, key: key(row) }));
+      keyed.sort((one, other) => {
+        if (one.key === null || other.key === null) return (one.key === null) - (other.key === null); // rows without a value come last
+        return one.key < other.key ? -sign : one.key > other.key ? sign : 0;
       });
+      return keyed.map((each) => each.row);
     };
 
     // The search goes through tokens and explanations as they are shown. Spaces part words; those at the beginning are looked for, as `·` is.
