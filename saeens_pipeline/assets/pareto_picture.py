@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 
-from saeens_pipeline.report.charts import PATH, Axis, Chart, Series
+from saeens_pipeline.report.charts import LINE, Axis, Chart, Series
 from saeens_pipeline.report.methods import method
 from saeens_pipeline.report.metrics import BITS, EV, L0, Metric
 from saeens_pipeline.report.pictures import as_png
@@ -33,7 +33,7 @@ def _chart(table: pl.DataFrame, spent: Metric, title: str) -> Chart:
         several = known.filter(method=name)["n_members"].n_unique() > 1
         label = f"{method(name).label} ({n})" if several else ""
         x, y = rows[spent.column].to_list(), rows[EV.column].to_list()
-        series.append(Series(method(name), x, y, PATH, _bars(rows, spent), _bars(rows, EV), label=label))
+        series.append(Series(method(name), x, y, LINE, _bars(rows, spent), _bars(rows, EV), label=label))
     return Chart(spent.column, title, "", Axis(spent.name, log=spent.log), Axis(EV.name), series)
 
 
