@@ -19,15 +19,16 @@ import pytest
 import torch
 import zarr
 from fake_endpoint import FakeEndpoint, Question, failure, serving
-from saeens_pipeline.assets.tables.autointerp_outcome import outcome
-from tiny_experiment import LAYER, NAME, Laboratory
+from tiny_experiment import LAYER, NAME, Laboratory, status_of
 from tiny_models import CONTEXT_LENGTH
 from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
 import saeens_models as sm
+from saeens_pipeline.assets.compute import Compute
 from saeens_pipeline.assets.forecast import as_frame, forecast
-from saeens_pipeline.assets.tables.autointerp import WINDOWS
+from saeens_pipeline.assets.measurements.autointerp import WINDOWS
+from saeens_pipeline.assets.tables.autointerp import outcome
 from saeens_pipeline.assets.tables.contexts import RADIUS
 from saeens_pipeline.cli import app
 from saeens_pipeline.errors import ConfigurationError, SaeensError
@@ -35,8 +36,6 @@ from saeens_pipeline.language_models.autointerp.answers import FOLDER
 from saeens_pipeline.language_models.autointerp.endpoint import KEY_VARIABLE, URL_VARIABLE
 from saeens_pipeline.orchestration.garbage import declared, find_garbage
 from saeens_pipeline.orchestration.metadata import column_lineage
-from saeens_pipeline.orchestration.resources import ComputeResource
-from saeens_pipeline.orchestration.runs import experiment_status
 from saeens_pipeline.storage.names import Partition
 
 SEED = 1
@@ -97,7 +96,7 @@ def _made(laboratory: Laboratory) -> dict[str, Any]:
 
 
 def _state() -> tuple[str, str]:
-    (status,) = [status for status in experiment_status(NAME) if status.declaration.address.name == "autointerp"]
+    (status,) = [status for status in status_of(NAME) if status.declaration.address.name == "autointerp"]
     return status.state, status.reason
 
 
@@ -515,7 +514,7 @@ def test_the_plan_is_not_below_what_is_then_asked(fake: FakeEndpoint, laboratory
     catalogue = laboratory.catalogue
     experiment = catalogue.experiment(NAME)
     lines = forecast(
-        catalogue.sources[NAME], experiment, catalogue.ops(experiment), layers=[LAYER], store=laboratory.store, compute=ComputeResource()
+        catalogue.sources[NAME], experiment, catalogue.ops(experiment), layers=[LAYER], store=laboratory.store, compute=Compute()
     )
     planned = dict(as_frame(lines).filter(section="autointerp").select("item", "amount").iter_rows())
     printed = laboratory.run()

@@ -27,7 +27,7 @@ from saeens_pipeline.language_models.autointerp.endpoint import (
     RefusedError,
     Reply,
 )
-from saeens_pipeline.language_models.autointerp.interview import MALFORMED_AT_FIRST, Interviewer, Subject, Verdict
+from saeens_pipeline.language_models.autointerp.interview import MALFORMED_AT_FIRST, FeatureTexts, Interviewer, Verdict
 from saeens_pipeline.language_models.autointerp.protocol import Examples
 from saeens_pipeline.settings.autointerp import AutoInterpSettings
 
@@ -68,11 +68,11 @@ def _ask(timeout_seconds: float = 30, retries: int = 2) -> Reply:
     return asyncio.run(ask())
 
 
-def _subjects(n: int) -> list[Subject]:
+def _subjects(n: int) -> list[FeatureTexts]:
     """Feature i fires on texts that begin with the i-th letter; the control is the next one's explanation."""
     letters = "abcdefghijklmnopqrst"
     return [
-        Subject(
+        FeatureTexts(
             Examples(
                 (f"{letter}-shown 1", f"{letter}-shown 2"),
                 (f"{letter}-held out", "A", f"{letter}-also", "B"),

@@ -15,10 +15,10 @@ import dagster as dg
 import pytest
 from tiny_experiment import EXPERIMENT, LAYER, NAME, SEEDS, Laboratory, experiment_file, experiment_settings, source_settings
 
+from saeens_pipeline.assets.tables import listed
 from saeens_pipeline.orchestration.automation import layers_sensor
 from saeens_pipeline.orchestration.instance import PROCESS_TAG, declare_layers, forget_partitions, layers_name, process_tag, register_layers
 from saeens_pipeline.storage.recipes import digest
-from saeens_pipeline.storage.tables import TABLES as ALL_TABLES
 
 TOKENS, ACTIVATIONS, STABILITY, REPORT = (f"{NAME}/{key}" for key in ("tokens", "activations", "eval/stability", "report"))
 SAES = {f"{NAME}/bagging/member_{j}" for j in (1, 2, 3)} | {f"{NAME}/boosting/round_{j}" for j in (1, 2, 3)}
@@ -313,7 +313,7 @@ def test_the_schedule_skips_what_is_fresh_and_retrains_what_changed(finished: La
         finished.declare(baselines=["expanded"])  # tables and what compares them are stale
         assert isinstance(_retraining(finished, instance), dg.RunRequest)
         on_request = {"features", "contexts", "autointerp", "concept_detection", "spurious_correlation"}
-        tables = {f"{NAME}/eval/{name}" for name in ALL_TABLES.keys() - on_request}
+        tables = {f"{NAME}/eval/{name}" for name in {table.name for table in listed(over_experiments=False)} - on_request}
         assert _retrain(finished, instance) == tables | {REPORT}
         assert isinstance(_retraining(finished, instance), dg.SkipReason)
 

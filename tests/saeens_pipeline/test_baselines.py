@@ -13,11 +13,11 @@ import pytest
 import torch
 import zarr
 from safetensors.numpy import load_file
-from tiny_experiment import EXPERIMENT, LAYER, MEMBERS, NAME, SEEDS, Laboratory, experiment_file, experiment_settings
+from tiny_experiment import EXPERIMENT, LAYER, MEMBERS, NAME, SEEDS, Laboratory, experiment_file, experiment_settings, run_and_print
 from tiny_models import D_MODEL
 
 import saeens_models as sm
-from saeens_pipeline.assets import saes
+from saeens_pipeline.assets import training
 from saeens_pipeline.assets.saes import init_seed
 from saeens_pipeline.storage.activations import ActivationReader, ActivationStatistics
 from saeens_pipeline.storage.checkpoints import SECONDS_VARIABLE
@@ -196,13 +196,13 @@ def test_the_summary_has_a_line_of_each_baseline(compared: Laboratory, monkeypat
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The keys of what is trained from now on."""
-    train, keys = saes._train, []
+    train, keys = training.train_saes, []
 
     def counted(workplace: Any, tasks: Any, *others: Any) -> None:
         keys.extend(str(task.declaration.address) for task in tasks)
         train(workplace, tasks, *others)
 
-    monkeypatch.setattr(saes, "_train", counted)
+    monkeypatch.setattr(training, "train_saes", counted)
     return keys
 
 
@@ -211,9 +211,7 @@ def _run(name: str, **options: Any) -> None:
 
     from rich.console import Console
 
-    from saeens_pipeline.orchestration.runs import run_experiment
-
-    run_experiment(name, **{"layers": [], "seeds": [], "select": []} | options, console=Console(file=io.StringIO()))
+    run_and_print(name, **{"layers": [], "seeds": [], "select": []} | options, console=Console(file=io.StringIO()))
 
 
 def test_saes_that_another_experiment_has_made_by_the_same_recipe_are_linked(finished: Laboratory, trained: list[str]):

@@ -13,19 +13,18 @@ import polars as pl
 import pytest
 import torch
 import zarr
-from saeens_pipeline.cli.diagnosis import diagnose
 from safetensors.torch import load_file, save_file
-from tiny_experiment import LAYER, MEMBERS, NAME, SEEDS, Laboratory
+from tiny_experiment import LAYER, MEMBERS, NAME, SEEDS, Laboratory, status_of
 
-from saeens_pipeline.assets import saes
+from saeens_pipeline.assets import training
 from saeens_pipeline.assets.health import Health, UnsoundArtefactError, examine
+from saeens_pipeline.cli.doctor import diagnose
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.language_models.language_model import LanguageModel
 from saeens_pipeline.orchestration import assets as dagster_assets
 from saeens_pipeline.orchestration.assets import HEALTH, partition_key
 from saeens_pipeline.orchestration.byte_checks import BYTES
 from saeens_pipeline.orchestration.instance import register_layers
-from saeens_pipeline.orchestration.runs import experiment_status
 from saeens_pipeline.settings.experiments import CheckSettings
 from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.recipes import Artefact, read_artefact
@@ -50,7 +49,7 @@ def _last_step(**values: float) -> Callable[[Artefact], Artefact]:
 
 
 def _states() -> dict[str, str]:
-    return {str(each.declaration.address): each.state for each in experiment_status(NAME) if each.partition.seed in (None, SEEDS[0])}
+    return {str(each.declaration.address): each.state for each in status_of(NAME) if each.partition.seed in (None, SEEDS[0])}
 
 
 def _evaluations(
@@ -113,7 +112,7 @@ def test_constant_and_clamped_activations_stop_this_run_and_the_next_and_are_kep
         with pytest.raises(UnsoundArtefactError, match=rf"{NAME}/activations, layer {LAYER}, train split.*{message}"):
             empty.run()
     assert empty.artefact("activations")
-    monkeypatch.setattr(saes, "_train", lambda *_: pytest.fail("trained on unsound activations"))
+    monkeypatch.setattr(training, "train_saes", lambda *_: pytest.fail("trained on unsound activations"))
     with pytest.raises(UnsoundArtefactError, match=message):
         empty.run()
     assert {key for key, state in _states().items() if state == "fresh"} == {f"{NAME}/tokens", f"{NAME}/activations"}

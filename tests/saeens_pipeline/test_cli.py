@@ -21,14 +21,16 @@ import polars as pl
 import pytest
 from dagster._utils.interrupts import capture_interrupts
 from rich.console import Console
-from tiny_experiment import EXPERIMENT, LAYER, NAME, SEEDS, Laboratory
+from tiny_experiment import EXPERIMENT, LAYER, NAME, SEEDS, Laboratory, run_and_print
 
 from saeens_pipeline import cli
-from saeens_pipeline.assets import saes
+from saeens_pipeline.assets import training
+from saeens_pipeline.assets.tables import TABLES
+from saeens_pipeline.cli import output
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.orchestration import assets as dagster_assets
 from saeens_pipeline.orchestration import runs
-from saeens_pipeline.storage.tables import TABLES, read_table
+from saeens_pipeline.storage.tables import read_table
 
 
 class Outcome(NamedTuple):
@@ -171,7 +173,7 @@ def test_tables_are_printed_for_people(finished: Laboratory, saeens: Saeens, mon
 
 
 def test_of_a_long_table_people_see_the_beginning(finished: Laboratory, saeens: Saeens, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(cli, "_SHOWN_ROWS", 5)
+    monkeypatch.setattr(cli.tables, "_SHOWN_ROWS", 5)
     outcome = saeens("table", NAME, "stability")
     assert outcome.code == 0
     assert len(outcome.out.splitlines()) == 6
@@ -181,7 +183,7 @@ def test_of_a_long_table_people_see_the_beginning(finished: Laboratory, saeens: 
 
 def test_the_summary_fits_into_120_columns(finished: Laboratory):
     printed = io.StringIO()
-    runs.run_experiment(NAME, layers=[], seeds=[], select=[], console=Console(file=printed, width=120))
+    run_and_print(NAME, layers=[], seeds=[], select=[], console=Console(file=printed, width=120))
     lines = printed.getvalue().splitlines()
     header = next(line for line in lines if line.startswith("method"))
     assert header.split()[:8] == ["method", "n", "EV", "MSE", "CE", "rec.", "bits", "L0"]
@@ -363,7 +365,7 @@ def test_status_shows_a_truncated_artefact_with_its_sizes_and_goes_on(
     file = finished.artefact("bagging/member_3", 1).path / "sae_weights.safetensors"
     size = file.stat().st_size
     file.write_bytes(file.read_bytes()[:-1])
-    monkeypatch.setattr(cli.out, "width", 1000)
+    monkeypatch.setattr(output.out, "width", 1000)
     outcome = saeens("status", NAME)
     assert (outcome.code, outcome.err) == (0, "")
     (line,) = [line for line in outcome.out.splitlines() if line.split()[3:4] == ["damaged"]]
@@ -404,7 +406,7 @@ def _interrupt_training(monkeypatch: pytest.MonkeyPatch) -> None:
         signal.raise_signal(signal.SIGINT)
         time.sleep(60)
 
-    monkeypatch.setattr(saes, "_train", interrupt)
+    monkeypatch.setattr(training, "train_saes", interrupt)
 
 
 def _interrupt_in_a_callback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,20 +14,20 @@ from tiny_experiment import LAYER, MEMBERS, SEEDS, Laboratory
 from tiny_models import CONTEXT_LENGTH, D_MODEL, Architecture, edit_config, write_tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from saeens_pipeline.assets.forecast import DEVICES, UTILISATION, Line, forecast, readable
+from saeens_pipeline.assets.compute import Compute
+from saeens_pipeline.assets.forecast import Line, forecast, readable
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.language_models.models import block_parameters, describe_language_model, load_language_model
 from saeens_pipeline.language_models.patching import PatchedWindows
 from saeens_pipeline.language_models.tokens import open_tokens
-from saeens_pipeline.orchestration.resources import ComputeResource
 from saeens_pipeline.storage.names import Address, Partition
 
 
-def _lines(laboratory: Laboratory, layers: tuple[int, ...] = (LAYER,), compute: ComputeResource | None = None) -> list[Line]:
+def _lines(laboratory: Laboratory, layers: tuple[int, ...] = (LAYER,), compute: Compute | None = None) -> list[Line]:
     catalogue = laboratory.catalogue
     experiment = catalogue.experiment("tiny")
     source, ops = catalogue.sources[experiment.source], catalogue.ops(experiment)
-    return forecast(source, experiment, ops, layers=layers, store=laboratory.store, compute=compute or ComputeResource(device="cpu"))
+    return forecast(source, experiment, ops, layers=layers, store=laboratory.store, compute=compute or Compute(device="cpu"))
 
 
 def _amounts(*args: Any, **kwargs: Any) -> dict[tuple[str, str], float | None]:
@@ -179,22 +179,6 @@ def test_a_loss_that_cannot_be_measured_is_refused_where_it_is_asked_for(
     assert not list(empty.root.rglob("recipe.json"))
     empty.declare(source)
     assert ("computation", "next-token loss") not in _amounts(empty)
-
-
-def test_hours_are_flops_divided_by_a_part_of_the_published_speed(empty: Laboratory):
-    amounts = _amounts(empty)
-    flops = _known(amounts["computation", "all"])
-    for device in DEVICES:
-        assert amounts["time", device.name] == pytest.approx(flops / (UTILISATION * device.float32 * 1e12 * 3600))
-    faster = _amounts(empty, compute=ComputeResource(device="cpu", precision="bfloat16"))
-    training = sum(_known(amount) for (section, item), amount in amounts.items() if section == "computation" and "training" in item)
-    seconds = (training / 989e12 + (flops - training) / 67e12) / UTILISATION  # residuals, evaluation and language model in float32
-    assert faster["time", "NVIDIA H100 SXM"] == pytest.approx(seconds / 3600)
-    empty.declare({"language_model_dtype": "bfloat16"})
-    model = _known(amounts["computation", "language model"]) + _known(amounts["computation", "next-token loss"])
-    less = _known(amounts["time", "NVIDIA A100 80 GB"]) - _known(_amounts(empty)["time", "NVIDIA A100 80 GB"])
-    assert less == pytest.approx(model * (1 / 19.5e12 - 1 / 312e12) / UTILISATION / 3600)
-    assert _known(amounts["time", "this machine"]) > 0
 
 
 def test_what_fits_is_said(empty: Laboratory):

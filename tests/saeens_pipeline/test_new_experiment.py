@@ -68,7 +68,7 @@ def test_k_follows_the_width_of_the_model(empty: Laboratory, own: Path, tiny_mod
         model = shutil.copytree(tiny_model, tmp_path / f"model_{d_model}")
         edit_config(model, hidden_size=d_model)
         new_experiment(f"width_{d_model}", str(model), [1])
-        assert empty.catalogue.experiment(f"width_{d_model}").saes[0]["k"] == k
+        assert empty.catalogue.experiment(f"width_{d_model}").saes[0].l0 == k
 
 
 def test_long_contexts_are_cut_and_a_model_without_a_separator_gets_windows_inside_documents(

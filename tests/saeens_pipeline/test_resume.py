@@ -25,7 +25,7 @@ from tiny_experiment import LAYER, NAME, Laboratory
 
 import saeens_models as sm
 from saeens_models.training import NonFiniteLossError
-from saeens_pipeline.assets import saes
+from saeens_pipeline.assets import training
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models.caching import cache_activations
 from saeens_pipeline.language_models.language_model import LanguageModel
@@ -492,13 +492,13 @@ KillAndRetry = Callable[[Callable[[], None], Callable[[], None]], None]
 
 def kill_members(laboratory: Laboratory, kill_and_retry: KillAndRetry) -> None:
     """Train the members of a bag as their op does, in processes that are killed; called in the server."""
+    from saeens_pipeline.assets.compute import Compute
     from saeens_pipeline.assets.declarations import RunContext
-    from saeens_pipeline.orchestration.assets import _materialise
-    from saeens_pipeline.orchestration.resources import ComputeResource
+    from saeens_pipeline.assets.materialise import materialise
 
     catalogue = laboratory.catalogue
     op = next(op for op in catalogue.ops(catalogue.experiment(NAME)) if op.name.endswith("members"))
-    workplace = RunContext(laboratory.store, ComputeResource(device="cpu"), "run", lambda: [], lambda *_: None)
+    context = RunContext(laboratory.store, Compute(device="cpu"), "run", lambda: [], lambda *_: None)
     folder = laboratory.root / "experiments" / NAME / f"layer={LAYER}" / f"seed={SEED}" / "bagging"
     expected: list[dict[str, bytes]] = []
 
@@ -511,7 +511,7 @@ def kill_members(laboratory: Laboratory, kill_and_retry: KillAndRetry) -> None:
         shutil.rmtree(folder)
 
     def train() -> None:
-        _materialise(op, op.outputs, WHERE, workplace)
+        materialise(op, [each.address for each in op.outputs], WHERE, context)
 
     kill_and_retry(train, finished)
 
@@ -609,7 +609,7 @@ with writing_alone(Path(sys.argv[1]), [(Address("a", "bagging", "member_1"), Par
 def test_what_may_pass_is_tried_again(untrained: Laboratory, error: Exception, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(retries, "DELAY_SECONDS", 0)
     attempts: list[int] = []
-    fit = saes._Training.fit
+    fit = training._Training.fit
 
     def fails_twice(*arguments: Any) -> Any:
         attempts.append(1)
@@ -617,7 +617,7 @@ def test_what_may_pass_is_tried_again(untrained: Laboratory, error: Exception, m
             raise error
         return fit(*arguments)
 
-    monkeypatch.setattr(saes._Training, "fit", fails_twice)
+    monkeypatch.setattr(training._Training, "fit", fails_twice)
     untrained.run(seeds=[SEED], select=["baseline/expanded"])
     assert len(attempts) == 3
 
@@ -630,7 +630,7 @@ def test_what_would_come_again_fails_at_once(untrained: Laboratory, error: Excep
         attempts.append(1)
         raise error
 
-    monkeypatch.setattr(saes._Training, "fit", fails)
+    monkeypatch.setattr(training._Training, "fit", fails)
     with pytest.raises(type(error), match=str(error)):
         untrained.run(seeds=[SEED], select=["baseline/expanded"])
     assert len(attempts) == 1

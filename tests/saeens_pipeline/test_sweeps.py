@@ -18,16 +18,17 @@ from tiny_experiment import EXPERIMENT, LAYER, NAME, SEEDS, Laboratory, experime
 
 from saeens_pipeline import cli
 from saeens_pipeline.assets.experiments import experiment_ops
-from saeens_pipeline.assets.tables.pareto import PICTURE_FILE, TABLE_FILE, Sweep, notes, pareto_rows
+from saeens_pipeline.assets.tables import METHODS, columns_of, table_frame
+from saeens_pipeline.assets.tables.pareto import PARETO, PICTURE_FILE, TABLE_FILE, Sweep, notes, pareto_rows
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.orchestration.catalogue import load_catalogue
 from saeens_pipeline.orchestration.garbage import declared, find_garbage
 from saeens_pipeline.orchestration.metadata import describe_artefact
+from saeens_pipeline.report import methods
 from saeens_pipeline.report.pareto_picture import draw
 from saeens_pipeline.settings import ExperimentSettings
 from saeens_pipeline.storage.names import Address, Partition
 from saeens_pipeline.storage.recipes import Recipe
-from saeens_pipeline.storage.tables import METHODS, PARETO, frame
 
 SWEEP = "swept"
 SAE = {"architecture": "topk", "expansion": 2}
@@ -207,7 +208,7 @@ def _declare(laboratory: Laboratory, values: Sequence[int] = (4, 8, 16)) -> None
 
 def _write(laboratory: Laboratory, k: int, table: str, seed: int, rows: Sequence[dict[str, Any]]) -> None:
     name = f"{SWEEP}__k_{k}"
-    contents = frame(table, [{"experiment": name, "layer": LAYER, "seed": seed, "language_model": "trained", **row} for row in rows])
+    contents = table_frame(table, [{"experiment": name, "layer": LAYER, "seed": seed, "language_model": "trained", **row} for row in rows])
     laboratory.store.write_table(Address(name, "eval", table), Partition(LAYER, seed), Recipe("test", 1, {"seed": seed}), {}, contents)
 
 
@@ -242,7 +243,7 @@ def test_rows_are_means_and_points_of_the_tables_that_are_there(empty: Laborator
     _declare(empty)
     _write_points(empty)
     table, sweep = _rows(empty)
-    assert table.columns == [column.name for column in PARETO.columns]
+    assert table.columns == [column.name for column in columns_of(PARETO)]
     assert table.select("method", "value", "n_members").rows() == [
         ("single", 4.0, 1),
         ("single", 8.0, 1),
@@ -283,9 +284,8 @@ def _size(png: bytes) -> tuple[int, int]:
 
 
 def test_every_method_has_its_own_colour_and_marker_and_every_layer_its_axes(empty: Laboratory):
-    from saeens_pipeline.report import pareto_picture
-
-    assert len({colour for colour, _ in pareto_picture._STYLES.values()}) == len(METHODS)
+    styles = [methods.method(name) for name in METHODS]
+    assert len({each.colour for each in styles}) == len({each.marker for each in styles}) == len(METHODS)
     _declare(empty)
     _write_points(empty)
     table, sweep = _rows(empty)

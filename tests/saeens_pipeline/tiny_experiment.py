@@ -18,10 +18,12 @@ from tiny_models import CONTEXT_LENGTH, ListedCorpus
 from saeens_pipeline import defs
 from saeens_pipeline.assets import sources
 from saeens_pipeline.assets.declarations import Declaration
+from saeens_pipeline.assets.staleness import Status
+from saeens_pipeline.cli.summary import print_outcome
 from saeens_pipeline.orchestration.assets import partition_key
 from saeens_pipeline.orchestration.catalogue import Catalogue, load_catalogue
 from saeens_pipeline.orchestration.instance import register_layers
-from saeens_pipeline.orchestration.runs import run_experiment
+from saeens_pipeline.orchestration.runs import experiment_status, run_experiment
 from saeens_pipeline.storage.names import Address, Partition
 from saeens_pipeline.storage.recipes import Artefact, Store
 
@@ -135,7 +137,7 @@ class Laboratory:
     def run(self, layers: Sequence[int] = (), seeds: Sequence[int] = (), select: Sequence[str] = ()) -> str:
         """`saeens run tiny`; gives what it prints."""
         printed = io.StringIO()
-        run_experiment(NAME, layers=layers, seeds=seeds, select=select, console=Console(file=printed, width=200))
+        run_and_print(NAME, layers=layers, seeds=seeds, select=select, console=Console(file=printed, width=200))
         return printed.getvalue()
 
     def materialise(
@@ -155,6 +157,18 @@ class Laboratory:
             )
         made = [event.step_materialization_data.materialization for event in result.get_asset_materialization_events()]
         return {each.asset_key.to_user_string(): each for each in made}
+
+
+def run_and_print(
+    name: str, *, layers: Sequence[int] = (), seeds: Sequence[int] = (), select: Sequence[str] = (), console: Console
+) -> None:
+    """Run an experiment and print its summary, as `saeens run` does."""
+    print_outcome(run_experiment(load_catalogue(), name, layers=layers, seeds=seeds, select=select, console=console), console)
+
+
+def status_of(name: str = NAME) -> list[Status]:
+    """Return the state of every artefact of an experiment."""
+    return experiment_status(load_catalogue(), name)
 
 
 def _without_none(settings: dict[str, Any]) -> dict[str, Any]:
