@@ -134,7 +134,7 @@ def test_a_graph_of_another_learning_rate_is_not_used(graphs, monkeypatch):
         replay(self)
 
     monkeypatch.setattr(RecordedWork, "replay", replay_twice)
-    with pytest.warns(RuntimeWarning, match="not moved as without it"):
+    with pytest.warns(RuntimeWarning, match=r"it moves the .* of SAE \d differently"):
         found = train(batches(*[32] * 5))
     assert_same(found, without_graphs(monkeypatch, batches(*[32] * 5)))
 
