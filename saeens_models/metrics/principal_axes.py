@@ -1,4 +1,4 @@
-"""A flat picture of dictionaries: the two directions in which their features differ most."""
+"""Principal axes of dictionaries: the directions in which their features differ most, for plots."""
 
 from __future__ import annotations
 
@@ -6,39 +6,38 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
+from scipy.linalg import eigh
 from torch import Tensor
 
 from saeens_models.metrics.dictionaries import unit_rows
 
 _BLOCK_ROWS = 4096
-"""Rows whose products are summed in float32, before the sum is added up in float64."""
+"""Rows whose products are summed in float32; sums of blocks are accumulated in float64."""
 
 
 class PrincipalAxes(NamedTuple):
     """The principal axes of a set of unit decoder rows."""
 
     mean: Tensor
-    """float64 [d_in]: of the rows"""
+    """float64 [d_in]: mean of the rows."""
     axes: Tensor
-    """float64 [n_axes, d_in]: unit vectors at right angles, the direction of the largest variance first. Of each the entry of the largest
-    size is positive, so that a picture is not mirrored from one computer to another"""
+    """float64 [n_axes, d_in]: orthogonal unit vectors, the direction of the largest variance first. The entry of the largest size of each
+    is positive, so that plots are not mirrored between computers."""
     explained_variance_ratio: Tensor
-    """float64 [n_axes]: share of the rows' variance, summed over dimensions, that each axis has"""
+    """float64 [n_axes]: share of the rows' variance, summed over dimensions, along each axis."""
 
     def coordinates(self, W_dec: Tensor) -> Tensor:
-        """Where the rows of W_dec `[n_features, d_in]`, scaled to unit norm, are along the axes: float32 [n_features, n_axes]."""
+        """Return the coordinates of the rows of W_dec `[n_features, d_in]`, scaled to unit norm: float32 [n_features, n_axes]."""
         rows = unit_rows(W_dec).to(self.axes.device)
         return rows @ self.axes.float().T - (self.axes @ self.mean).float()
 
 
 def principal_axes(W_decs: Iterable[Tensor], n_axes: int = 2) -> PrincipalAxes:
-    """The ``n_axes`` leading principal components (Pearson 1901) of the rows of all dictionaries together, each scaled to unit norm.
+    """Return the ``n_axes`` leading principal components (Pearson 1901) of the rows of all dictionaries, each row scaled to unit norm.
 
-    W_decs: dictionaries `[n_features, d_in]`, read once, one after another: memory is d_in squared float64 numbers and one dictionary.
+    W_decs: dictionaries `[n_features, d_in]`, read once, one after another. Memory: d_in squared float64 numbers and one dictionary.
     Raises ValueError without a dictionary, for rows that are zero or not finite, and for more axes than dimensions.
     """
-    from scipy.linalg import eigh
-
     n, d_in, total, products = 0, 0, torch.zeros(()), torch.zeros(())
     for W_dec in W_decs:
         rows = unit_rows(W_dec)
