@@ -7,18 +7,18 @@ from contextlib import contextmanager
 from typing import Literal, Self
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor
 
 from saeens_models.architectures.base import SAE, Objective, count_firings
-from saeens_models.architectures.config import SAEConfig
 from saeens_models.architectures.jumprelu import JumpReLUConfig, JumpReLUSAE
 from saeens_models.architectures.registry import register
+from saeens_models.architectures.topk import AuxiliaryLossConfig
 from saeens_models.kernels import Team, select_topk
 from saeens_models.kernels.reference import marked_features
 
 
-class BatchTopKConfig(SAEConfig, frozen=True):
+class BatchTopKConfig(AuxiliaryLossConfig, frozen=True):
     """Configuration of a BatchTopK SAE."""
 
     architecture: Literal["batch_topk"] = "batch_topk"
@@ -26,14 +26,6 @@ class BatchTopKConfig(SAEConfig, frozen=True):
     """Mean number of active features per token of a batch."""
     threshold_rate: float = Field(default=0.01, gt=0, le=1)
     """Share of the distance to the batch's smallest kept pre-activation that the threshold moves in a step."""
-    aux_loss_coefficient: NonNegativeFloat = 1.0
-    """Weight of the auxiliary loss that revives dead features; 0 switches it off."""
-    k_aux: PositiveInt | None = None
-    """Number of dead features in the auxiliary loss; None: d_in / 2."""
-    decoder_init_norm: PositiveFloat = 1.0
-    """Norm of the initial decoder rows, as for TopK."""
-
-    l0_field = "k"
 
     @model_validator(mode="after")
     def _k_fits(self) -> Self:
@@ -89,12 +81,10 @@ class BatchTopKSAE(SAE):
         auxiliary = mse.new_zeros(())
         dead = marked_features(dead_mask if self.config.aux_loss_coefficient > 0 else None)
         if dead is not None:
-            k_aux = self.config.k_aux or max(self.config.d_in // 2, 1)
             of_dead = pre[:, dead]
-            top = select_topk(of_dead, min(k_aux, len(dead)))
+            top = select_topk(of_dead, min(self.config.most_revived, len(dead)))
             error_hat = torch.zeros_like(of_dead).scatter(1, top.indices, top.values) @ self.W_dec[dead]
-            coefficient = self.config.aux_loss_coefficient * min(len(dead) / k_aux, 1.0)
-            auxiliary = coefficient * (error_hat - error.detach()).square().sum(dim=-1).mean()
+            auxiliary = self.config.auxiliary_weight(len(dead)) * (error_hat - error.detach()).square().sum(dim=-1).mean()
         return Objective(
             loss=mse + auxiliary,
             terms={"mse": mse.detach(), "auxiliary": auxiliary.detach()},

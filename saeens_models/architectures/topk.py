@@ -19,12 +19,9 @@ from saeens_models.kernels.reference import marked_features
 from saeens_models.sparse_code import SparseCode
 
 
-class TopKConfig(SAEConfig, frozen=True):
-    """Configuration of a TopK SAE."""
+class AuxiliaryLossConfig(SAEConfig, frozen=True):
+    """Configuration of the architectures that keep the largest pre-activations and revive dead features with an auxiliary loss."""
 
-    architecture: Literal["topk"] = "topk"
-    k: PositiveInt
-    """Number of features that may be active per token."""
     aux_loss_coefficient: NonNegativeFloat = 1.0
     """Weight of the auxiliary loss that revives dead features; 0 switches it off."""
     k_aux: PositiveInt | None = None
@@ -33,6 +30,23 @@ class TopKConfig(SAEConfig, frozen=True):
     """Norm of the initial decoder rows. With k active features, unit rows reconstruct at the scale of the input from the start."""
 
     l0_field = "k"
+
+    @property
+    def most_revived(self) -> int:
+        """Largest number of dead features in the auxiliary loss."""
+        return self.k_aux or max(self.d_in // 2, 1)
+
+    def auxiliary_weight(self, n_dead: int) -> float:
+        """Return the weight of the auxiliary loss with so many dead features."""
+        return self.aux_loss_coefficient * min(n_dead / self.most_revived, 1.0)
+
+
+class TopKConfig(AuxiliaryLossConfig, frozen=True):
+    """Configuration of a TopK SAE."""
+
+    architecture: Literal["topk"] = "topk"
+    k: PositiveInt
+    """Number of features that may be active per token."""
 
     @model_validator(mode="after")
     def _k_fits(self) -> Self:
@@ -88,7 +102,7 @@ class TopKSAE(SAE):
             k=config.k,
             apply_b_dec_to_input=config.apply_b_dec_to_input,
             dead_mask=dead_mask if config.aux_loss_coefficient > 0 else None,
-            k_aux=self.k_aux,
+            k_aux=config.most_revived,
         )
         return self._objective(x, top)
 
@@ -98,7 +112,7 @@ class TopKSAE(SAE):
         loss = mse
         auxiliary = mse.new_zeros(())
         if top.error_hat is not None:
-            auxiliary = self._aux_coefficient(top.n_dead) * (top.error_hat - error.detach()).square().sum(dim=-1).mean()
+            auxiliary = self.config.auxiliary_weight(top.n_dead) * (top.error_hat - error.detach()).square().sum(dim=-1).mean()
             loss = mse + auxiliary
         return Objective(
             loss=loss,
@@ -119,8 +133,8 @@ class TopKSAE(SAE):
             k=config.k,
             apply_b_dec_to_input=config.apply_b_dec_to_input,
             dead=dead,
-            k_aux=self.k_aux,
-            aux_coefficient=0.0 if dead is None else self._aux_coefficient(len(dead)),
+            k_aux=config.most_revived,
+            aux_coefficient=0.0 if dead is None else config.auxiliary_weight(len(dead)),
         )
         self.set_gradients(result.gradients)
         return Objective(
@@ -144,7 +158,7 @@ class TopKSAE(SAE):
             k=first.config.k,
             apply_b_dec_to_input=first.config.apply_b_dec_to_input,
             dead_masks=dead_masks if first.config.aux_loss_coefficient > 0 else [None] * len(saes),
-            k_aux=first.k_aux,
+            k_aux=first.config.most_revived,
         )
         if tops is None:
             return None
@@ -153,14 +167,6 @@ class TopKSAE(SAE):
             sae.zero_grad()
         torch.autograd.backward([objective.loss for objective in objectives])
         return [objective._replace(loss=objective.loss.detach()) for objective in objectives]
-
-    @property
-    def k_aux(self) -> int:
-        """Largest number of dead features in the auxiliary loss."""
-        return self.config.k_aux or max(self.config.d_in // 2, 1)
-
-    def _aux_coefficient(self, n_dead: int) -> float:
-        return self.config.aux_loss_coefficient * min(n_dead / self.k_aux, 1.0)
 
     def saelens_fields(self) -> dict[str, Any]:
         return {"k": self.config.k, "rescale_acts_by_decoder_norm": False}

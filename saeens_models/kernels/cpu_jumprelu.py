@@ -1,9 +1,9 @@
-"""The training step of ReLU and JumpReLU SAEs on the CPU: five dense products, cut into blocks for the threads of a team.
+"""The training step of JumpReLU and ReLU (threshold 0) SAEs on the CPU: five dense products, cut into blocks for a team of threads.
 
-Autograd takes a sixth product, for the gradient of an input that needs none, and a pass over all codes for each operation between.
-Codes and their gradients are held feature by feature, one block of tokens after another: so each is the first factor of the products
-that it is in, and contiguous. Of a block in which few features are active their entries alone are decoded, and have a part in gradients:
-of the five products the encoder's is left, which is what a trained SAE's step mostly is.
+Autograd computes a sixth product, the gradient of the input, and passes over all codes for each operation in between. Here codes and
+their gradients lie feature by feature, block of tokens by block: contiguous, as the first factor of their products. In a block with
+few active features only the entries of those are decoded and differentiated, which leaves the encoder's product: the main cost of a
+step once an SAE is sparse.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from saeens_models.kernels.team import Team, blocks_of_tokens
 from saeens_models.kernels.weights import Weights, gradients_of
 
 SPARSE_BLOCK_MAX_DENSITY = 0.1
-"""Share of a block's codes below which its entries are taken one by one. Measured with d_in 384 and d_sae 4096 on two cores of a Xeon: a
-step is 2.7 times faster at 0.02, 1.9 at 0.1, and as fast at 0.17; where products are faster, it is less."""
+"""Share of non-zero codes in a block below which its entries are processed one by one. Measured with d_in 384 and d_sae 4096 on two cores
+of a Xeon: a step is 2.7 times faster at 0.02, 1.9 times at 0.1, and as fast at 0.17; the limit is lower where products are faster."""
 _RANGE_FEATURES = 256, 2048
+"""Fewest and most features of a range for which one thread computes gradients."""
 
 
 class JumpReLULoss(NamedTuple):
-    """What a batch costs, and what was found on the way."""
+    """Loss of a batch, its gradients and its reconstruction."""
 
     mse: Tensor
     """Scalar: squared error summed over d_in, mean over tokens."""
@@ -37,8 +38,9 @@ class JumpReLULoss(NamedTuple):
     x_hat: Tensor
     """Reconstruction `[n, d_in]`."""
     fire_counts: Tensor
-    """In how many tokens each feature is active, `[d_sae]`."""
+    """Number of tokens on which each feature is active, `[d_sae]`."""
     gradients: Weights
+    """Gradients of the weights, in memory of the team."""
     threshold_gradient: Tensor
     """`[d_sae]`"""
 
@@ -54,12 +56,14 @@ def jumprelu_gradients(
     l0_coefficient: float = 0.0,
     bandwidth: float = 0.0,
 ) -> JumpReLULoss:
-    """The loss of an SAE with code ``z = pre * (pre > threshold)`` on ``x`` `[n, d_in]` (float32, contiguous), and its gradients.
+    """Compute the loss of an SAE with code ``z = pre * (pre > threshold)`` on ``x`` `[n, d_in]` (float32, contiguous) and its gradients.
 
     The loss is ``mean ||x_hat - x||^2 + l1_coefficient * mean sum_i z_i ||W_dec_i|| + l0_coefficient * mean sum_i [z_i active]``.
     ``threshold`` `[d_sae]` learns from pre-activations within half a ``bandwidth`` of it, as in
-    :class:`~saeens_models.architectures.jumprelu.JumpReLUSAE`. Memory beside the result: the codes of the batch and their gradients,
-    ``2 n d_sae``, W_dec once more, and three blocks of pre-activations per thread; W_enc and W_dec in bfloat16, where products are.
+    :class:`~saeens_models.architectures.jumprelu.JumpReLUSAE`.
+
+    Memory beside the result: the codes of the batch and their gradients, ``2 n d_sae``; a copy of W_dec; three blocks of pre-activations
+    per thread; and W_enc and W_dec in bfloat16 if products are in bfloat16.
     """
     from saeens_models.kernels import compiled
 
@@ -138,7 +142,10 @@ def _gradients(
     scale: float,
     apply_b_dec_to_input: bool,
 ) -> Weights:
-    """The gradients of the weights, from those of the pre-activations of ``x`` and from the error; ``of_norms``: over W_dec's norms."""
+    """Compute the gradients of the weights from those of the pre-activations, from ``x`` and from the error.
+
+    ``of_norms`` `[d_sae]`: gradients of W_dec's norms, divided by the norms; None without an L1 term.
+    """
     gradients, d_sae = gradients_of(team, weights), len(weights.b_enc)
     gradients.b_enc.copy_(torch.from_numpy(memory.of_b_enc.sum(axis=0)))
     fewest, most = _RANGE_FEATURES
@@ -167,20 +174,20 @@ def _gradients(
 
 
 class _Block(NamedTuple):
-    """Memory for what is found of a block of tokens."""
+    """Memory for the results of a block of tokens."""
 
     z: Tensor  # [d_sae, tokens]
-    of_pre: Tensor  # as z: the gradients of pre-activations or, of a sparse block, its entries
-    sums: np.ndarray  # [d_sae], as all below: of z
+    of_pre: Tensor  # [d_sae, tokens]: gradients of pre-activations; in a sparse block memory for its entries
+    sums: np.ndarray  # [d_sae], like all below: sums of z
     fires: np.ndarray  # int32: active tokens
-    counts: np.ndarray  # int32: tokens that have a part in a gradient
-    starts: np.ndarray  # int64 [d_sae + 1]: where the entries of each feature begin, of a sparse block
+    counts: np.ndarray  # int32: tokens that contribute to a gradient
+    starts: np.ndarray  # int64 [d_sae + 1]: position of each feature's first entry, in a sparse block
     of_b_enc: np.ndarray
     of_threshold: np.ndarray
 
 
 class _Memory(NamedTuple):
-    """Memory for what is found of a batch: the fields of `_Block` for every block, and what all have in common."""
+    """Memory for the results of a batch: the fields of `_Block` for every block, and arrays of the whole batch."""
 
     z: list[Tensor]
     of_pre: list[Tensor]
@@ -191,7 +198,7 @@ class _Memory(NamedTuple):
     of_b_enc: np.ndarray
     of_threshold: np.ndarray
     error: Tensor  # [n, d_in]
-    ignored: np.ndarray  # [d_sae]
+    ignored: np.ndarray  # [d_sae]: gradients of b_enc that a kernel writes once more
 
     @classmethod
     def of(cls, team: Team, blocks: Sequence[slice], d_in: int, d_sae: int) -> _Memory:
@@ -219,21 +226,21 @@ class _Memory(NamedTuple):
 
 
 class _Entries(NamedTuple):
-    """The codes of a block that have a part in gradients, feature by feature, each feature's in the order of the tokens."""
+    """The codes of a block that contribute to gradients, sorted by feature, then by token."""
 
-    starts: np.ndarray  # int64 [d_sae + 1]: where those of each feature begin
+    starts: np.ndarray  # int64 [d_sae + 1]: position of each feature's first entry
     tokens: np.ndarray  # int32: in the block
     values: np.ndarray
     gradients: np.ndarray  # of the pre-activations
 
     @classmethod
     def within(cls, memory: Tensor, starts: np.ndarray, n: int) -> _Entries:
-        """In the memory for the gradients of all pre-activations of the block, of which these are less than a third."""
+        """Return n entries in the block's memory for gradients of pre-activations, of which they take less than a third."""
         tokens, values, gradients = memory.flatten()[: 3 * n].split(n) if n else (memory.flatten()[:0],) * 3
         return cls(starts, tokens.view(torch.int32).numpy(), values.numpy(), gradients.numpy())
 
     def add_gradients(self, x: Tensor, error: Tensor, features: slice, to: Weights, of_b_enc: np.ndarray, *, add: bool) -> None:
-        """What the block has to say of the weights of some features, written to what is there or over it; without the error's scale."""
+        """Write the block's gradients of the weights of some features, without the error's scale; ``add``: to the existing values."""
         from saeens_models.kernels import compiled
 
         W_enc, W_dec = to.W_enc.numpy(), to.W_dec.numpy()
@@ -248,16 +255,16 @@ class _Transposed:
 
     def __init__(self, team: Team, W_dec: Tensor) -> None:
         self._memory, self._W_dec = team.scratch("W_dec by dimension", *W_dec.t().shape, dtype=W_dec.dtype), W_dec
-        self._lock, self._is_there = Lock(), False
+        self._lock, self._is_copied = Lock(), False
 
     def matrix(self) -> Tensor:
         with self._lock:
-            if not self._is_there:
+            if not self._is_copied:
                 self._memory.copy_(self._W_dec.t())
-                self._is_there = True
+                self._is_copied = True
         return self._memory
 
 
 def _by_block(memory: Tensor, blocks: Sequence[slice], d_sae: int) -> list[Tensor]:
-    """A matrix `[d_sae, tokens]` for each block of tokens."""
+    """Return a matrix `[d_sae, tokens]` for each block of tokens."""
     return [memory[rows.start * d_sae : rows.stop * d_sae].view(d_sae, -1) for rows in blocks]

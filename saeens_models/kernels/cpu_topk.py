@@ -1,7 +1,7 @@
 """The TopK training step on the CPU: compiled loops over blocks of tokens and ranges of features, each on one thread of a team.
 
-A block of tokens is encoded, its features are selected and decoded while its pre-activations are in the cache; those of a whole batch
-never exist. The gradients of a feature's weights are summed by one thread over the tokens that it is active on.
+A thread encodes a block of tokens, selects its features and decodes them while the block's pre-activations are in the cache;
+pre-activations of a whole batch are never allocated. One thread sums a feature's gradients over the tokens on which it is active.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from saeens_models.kernels.team import Team, blocks_of_tokens
 from saeens_models.kernels.weights import Weights, gradients_of
 
 COMPILED_STEP_MAX_DENSITY = 0.35
-"""Below which k / d_sae the compiled step is faster than autograd's dense one. Measured, with d_sae 768 and 4096."""
+"""Share k / d_sae up to which the compiled step is faster than autograd's dense step. Measured with d_sae 768 and 4096."""
 _RANGE_PRODUCTS, _MOST_RANGES = 2**19, 64
-"""Multiplications that a range of features should be worth, for a thread to be sent there; and into how many ranges at most."""
+"""Multiplications per range of features, so that a thread for it pays; and the largest number of ranges."""
 _OPERATIONS_PER_SORTED = 32
-"""What it takes to bring an entry to its feature, in operations on numbers that lie where they are needed."""
+"""Cost of sorting one entry, in arithmetic operations on cached numbers."""
 
 
 class TopKLoss(NamedTuple):
-    """What a batch costs, and what was found on the way."""
+    """Loss of a batch, its gradients and its reconstruction."""
 
     mse: Tensor
     """Scalar: squared error summed over d_in, mean over tokens."""
@@ -36,41 +36,42 @@ class TopKLoss(NamedTuple):
     x_hat: Tensor
     """Reconstruction `[n, d_in]`."""
     fire_counts: Tensor
-    """In how many tokens each feature is active, `[d_sae]`."""
+    """Number of tokens on which each feature is active, `[d_sae]`."""
     gradients: Weights
+    """Gradients of the weights, in memory of the team."""
 
 
 class TopKCode(NamedTuple):
-    """What some tokens are encoded to, and decoded again."""
+    """Code and reconstruction of a batch."""
 
     values: Tensor
-    """The entries of the code `[n, k]`; those that are not active are 0."""
+    """Entries of the code `[n, k]`; 0 if not active."""
     indices: Tensor
-    """Their features, int32 `[n, k]`; -1 where not active."""
+    """Features of the entries, int32 `[n, k]`; -1 if not active."""
     x_hat: Tensor
     """Reconstruction `[n, d_in]`."""
 
 
 class _Entries(NamedTuple):
-    """Memory for the entries of a sparse code `[n, k]`, and for what the loss says of them."""
+    """Memory for the entries of a sparse code `[n, k]` and their gradients, token by token and feature by feature."""
 
     indices: np.ndarray  # int32
     values: np.ndarray
-    error: np.ndarray  # [n, d_in]: the gradient of what the code decodes to, but for its scale
-    gradients: np.ndarray
+    error: np.ndarray  # [n, d_in]: the gradient of the decoded code, without its scale
+    gradients: np.ndarray  # of the values
     counts: np.ndarray  # int32 [n_blocks, d_sae]: active tokens
-    starts: np.ndarray  # int64 [d_sae + 1]: where the entries of each feature begin, below
-    ends: np.ndarray  # int64 [n_blocks, d_sae]: those of a block of tokens among them
-    tokens: np.ndarray  # int32 [n * k]: the entries feature by feature, in the order of the tokens
-    by_feature: np.ndarray
-    gradients_by_feature: np.ndarray
+    starts: np.ndarray  # int64 [d_sae + 1]: position of each feature's first entry in the arrays below
+    ends: np.ndarray  # int64 [n_blocks, d_sae]: position of the next entry of a block and feature, while sorting
+    tokens: np.ndarray  # int32 [n * k]: tokens of the entries, sorted by feature, then by token
+    by_feature: np.ndarray  # values, in the same order
+    gradients_by_feature: np.ndarray  # gradients, in the same order
 
 
 class _Revived(NamedTuple):
-    """The dead features that the auxiliary loss may revive."""
+    """The dead features of the auxiliary loss, and memory for their code."""
 
     entries: _Entries
-    scale: np.float32
+    scale: np.float32  # of the error's gradient
     features: np.ndarray  # int32 [n_dead]
     W_enc: Tensor  # [n_dead, d_in]
     b_enc: np.ndarray  # [n_dead]
@@ -87,13 +88,15 @@ def topk_gradients(
     k_aux: int = 1,
     aux_coefficient: float = 0.0,
 ) -> TopKLoss:
-    """The loss of a TopK SAE on ``x`` `[n, d_in]` (float32, contiguous) and its gradients.
+    """Compute the loss of a TopK SAE on ``x`` `[n, d_in]` (float32, contiguous) and its gradients.
 
     The loss is ``mean ||x_hat - x||^2 + aux_coefficient * mean ||e_hat - (x - x_hat)||^2``, where ``e_hat`` is decoded from the
     ``k_aux`` largest pre-activations among the features ``dead`` (indices, at least one, or None), as in
-    :class:`~saeens_models.architectures.topk.TopKSAE`. Memory beside the result: where the encoder is on
-    bfloat16 W_enc in it, a block of pre-activations per thread with what is selected from it, at most as much again, and
-    tensors of the size of ``x`` and of the code, `[n, k]` and `[n, k_aux]`: three and eight of them, and as many more with dead features.
+    :class:`~saeens_models.architectures.topk.TopKSAE`.
+
+    Memory beside the result: per thread a block of pre-activations and at most as much for selection; three tensors of the size of ``x``
+    and eight of the size of the code `[n, k]`, and as many more, with `[n, k_aux]`, for dead features; W_enc in bfloat16 if the encoder
+    uses it.
     """
     from saeens_models.kernels import compiled
 
@@ -149,7 +152,10 @@ def topk_gradients(
 
 
 def topk_reconstruct(team: Team, x: Tensor, weights: Weights, *, k: int, apply_b_dec_to_input: bool) -> TopKCode:
-    """Encode and decode ``x`` `[n, d_in]` (float32, contiguous) with a TopK SAE. Memory: a block of pre-activations per thread."""
+    """Encode and decode ``x`` `[n, d_in]` (float32, contiguous) with a TopK SAE.
+
+    Memory beside the result: a block of pre-activations per thread.
+    """
     from saeens_models.kernels import compiled
 
     blocks = blocks_of_tokens(len(x))
@@ -191,7 +197,7 @@ def _entries(team: Team, name: str, *shape: int) -> _Entries:
 
 
 def _sums(team: Team, name: str, n: int, d_in: int) -> tuple[Tensor, np.ndarray]:
-    """Memory for the input that is encoded `[n, d_in]`, and for the sums of the errors in each block of tokens."""
+    """Return memory for the centred input `[n, d_in]` and for the error's sum over each block of tokens `[n_blocks, d_in]`."""
     n_blocks = len(blocks_of_tokens(n))
     return team.scratch(f"{name}: input", n, d_in), team.scratch(f"{name} of errors", n_blocks, d_in).numpy()
 
@@ -205,7 +211,7 @@ def _gradients(
     *,
     apply_b_dec_to_input: bool,
 ) -> Weights:
-    """The gradients of the weights: of each feature, the sum over its entries in all codes. Of b_dec's only the part by the input."""
+    """Compute the gradients of the weights, summed over the entries of all codes; b_dec's only through the centred input."""
     from saeens_models.kernels import compiled
 
     gradients = gradients_of(team, weights)
@@ -229,7 +235,7 @@ def _gradients(
 
 
 def _sort_by_feature(team: Team, code: _Entries, blocks: Sequence[slice]) -> None:
-    """A counting sort: each block knows from the counts of the blocks before it where its entries go."""
+    """Sort the entries by feature, with a counting sort: counts of earlier blocks give the positions of a block's entries."""
     from saeens_models.kernels import compiled
 
     compiled.first_places(code.counts, code.starts, code.ends)
@@ -243,7 +249,7 @@ def _sort_by_feature(team: Team, code: _Entries, blocks: Sequence[slice]) -> Non
 
 
 def _ranges(starts: np.ndarray, d_in: int) -> list[tuple[int, int]]:
-    """Ranges of features with about the same work each: their entries, and their own rows."""
+    """Return ranges of features with about the same work, counted in entries and rows."""
     n_ranges = min(max((int(starts[-1]) + len(starts)) * d_in // _RANGE_PRODUCTS, 1), _MOST_RANGES)
     if n_ranges == 1:
         return [(0, len(starts) - 1)]

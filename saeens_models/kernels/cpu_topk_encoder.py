@@ -1,4 +1,4 @@
-"""The encoder of TopK SAEs on the CPU: which features of a token are largest, in float32 or, where that is faster, first in bfloat16."""
+"""The encoder of TopK SAEs on the CPU: the largest pre-activations of each token, in float32 or, if faster, first in bfloat16."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from saeens_models.kernels.team import Team
 from saeens_models.kernels.weights import Weights
 
 _ROUNDED_FEATURES = 512
-"""How many features' weights are rounded to bfloat16 at a time."""
+"""Features per task that rounds weights to bfloat16."""
 _BIAS_COLUMNS = 32
-"""By how many columns weights in bfloat16 are longer, of which the first is the bias: as many as the processor multiplies at a time."""
+"""Columns added to weights in bfloat16, the first of which is the bias: as many as the processor multiplies at a time."""
 _SPARE_CANDIDATES = 64
-"""There is memory for an eighth of the features as candidates of a token, and at least for 2k and so many."""
+"""A token may have d_sae / 8 candidates, and at least ``2 k + _SPARE_CANDIDATES``."""
 _ROUGH_PRODUCTS = 2**27
-"""From how many multiplications of an encoder on bfloat16 is worth the second look. Measured: with 2^26 the whole step takes as long as in
-float32 on a Xeon with AMX, and a tenth longer on a Zen 5; with 2^33 half as long on the Xeon."""
+"""Multiplications of an encoder from which bfloat16 pays for the exact second pass. Measured: with 2^26 the whole step takes as long as
+in float32 on a Xeon with AMX, and a tenth longer on a Zen 5; with 2^33 half as long on the Xeon."""
 
 
 class Encoder:
-    """Encodes blocks of tokens. `rough`: pre-activations in bfloat16, after which the largest are found out exactly in float32.
+    """Encodes blocks of tokens. `rough`: pre-activations are computed in bfloat16, and the largest ones then exactly in float32.
 
-    Of those that are made on one thread the last can be used: they share the memory for W_enc in bfloat16.
+    Encoders created on one thread share the memory for W_enc in bfloat16: only the last one can be used.
     """
 
     def __init__(self, team: Team, weights: Weights, rough: bool) -> None:
@@ -52,17 +52,17 @@ class Encoder:
             self._of_bias = np.float32(float(weights.b_enc.abs().max()) * 2**-8)
 
     def encode(self, x: Tensor, indices: np.ndarray, values: np.ndarray) -> None:
-        """Write the k largest pre-activations of a block of tokens, `[n, k]`: their code but for those that are not positive."""
+        """Write the k largest pre-activations of a block of tokens and their features, `[n, k]`, before the ReLU."""
         if self._W_rough is None:
             select_topk(self._team, linear(x, self._weights.W_enc), self._b_enc, indices, values)
         else:
             self._encode_exactly(x, self._W_rough, indices, values)
 
     def _encode_exactly(self, x: Tensor, W_rough: Tensor, indices: np.ndarray, values: np.ndarray) -> None:
-        """Feature by feature: with the weights as the first factor, the product takes two thirds of the time.
+        """Select by pre-activations in bfloat16, and compute those that may be among the largest in float32.
 
-        With x' and w' for what is rounded, the computed ``x'.w'`` is off by at most
-        ``|x - x'| |w| + |x'| (|w - w'| + summation |w|)``, and what the bias is off by.
+        The weights are the first factor of the product, which then takes two thirds of the time. With x' and w' in bfloat16, the error
+        of the computed ``x'.w'`` is at most ``|x - x'| |w| + |x'| (|w - w'| + summation |w|)``, plus the error of the bias.
         """
         from saeens_models.kernels import compiled_topk
 
@@ -85,7 +85,7 @@ class Encoder:
 
 
 def select_topk(team: Team, pre: Tensor, bias: np.ndarray, indices: np.ndarray, values: np.ndarray) -> None:
-    """The k largest entries of each row of ``pre`` `[n, m]` and the bias, which is added in place."""
+    """Select the k largest entries of each row of ``pre + bias`` `[n, m]`; the bias is added in place."""
     from saeens_models.kernels import compiled_topk
 
     memory = team.kept("selection", _selection, len(bias))
@@ -93,7 +93,7 @@ def select_topk(team: Team, pre: Tensor, bias: np.ndarray, indices: np.ndarray, 
 
 
 class _Selection(NamedTuple):
-    """Memory in which to select from a row of m entries."""
+    """Memory to select from a row of m entries."""
 
     keys: np.ndarray  # int32 [m + STRIDE]
     places: np.ndarray  # int32 [2 m]
@@ -112,21 +112,22 @@ def _selection(team: Team, name: str, m: int) -> _Selection:
 
 
 class _ExactSelection(NamedTuple):
-    """Memory in which to select features for n tokens: `[n]` where it is not said. The kernel is given a plain tuple: what is compiled and
-    on disk could not be read any more if this class had another name.
+    """Memory to select features for n tokens, `[n]` unless a comment says otherwise.
+
+    The kernel gets a plain tuple: compiled code on disk refers to the types of arguments by name.
     """
 
     maxima: np.ndarray  # int16 [groups of features, n]
     candidates: np.ndarray  # int32 [n, capacity]
     scores: np.ndarray  # [n, capacity]
-    score_bits: np.ndarray  # the same as int32
+    score_bits: np.ndarray  # the same memory as int32
     n_candidates: np.ndarray  # int64
     n_unsure: np.ndarray  # int64
-    sure: np.ndarray  # int16, as the next three
+    sure: np.ndarray  # int16, like the next three
     high: np.ndarray
     least: np.ndarray
     counts: np.ndarray
-    tokens: np.ndarray  # int64, as the next two
+    tokens: np.ndarray  # int64, like the next two
     some: np.ndarray
     reaching: np.ndarray
     keys: np.ndarray  # int32 [capacity + STRIDE]
@@ -157,14 +158,14 @@ def _exact_selection(team: Team, name: str, *shape: int) -> _ExactSelection:
 
 
 def _rough_rows(team: Team, name: str, n: int, d: int) -> Tensor:
-    """Memory for rows in bfloat16, and a column behind them."""
+    """Return memory for rows in bfloat16, with ``_BIAS_COLUMNS`` zero columns after them."""
     rows = team.scratch(name, n, d + _BIAS_COLUMNS, dtype=torch.bfloat16)
     rows[:, d:] = 0
     return rows
 
 
 def _rough_input(team: Team, name: str, n: int, d_in: int) -> Tensor:
-    """Memory for the input in bfloat16, and what the bias is multiplied by."""
+    """Return memory for the input in bfloat16, with a 1 in the column of the bias."""
     x_rough = _rough_rows(team, name, n, d_in)
     x_rough[:, d_in] = 1
     return x_rough
@@ -175,9 +176,10 @@ def _norms(team: Team, name: str, n: int) -> np.ndarray:
 
 
 def _bits(rough: Tensor) -> np.ndarray:
-    """Of bfloat16, which numpy does not know."""
+    """Return bfloat16 numbers as int16: numpy has no bfloat16."""
     return rough.view(torch.int16).numpy()
 
 
 def bfloat16_pays(n_tokens: int, weights: Weights) -> bool:
+    """Return True if an encoder of so many tokens is faster with pre-activations in bfloat16 first."""
     return n_tokens * weights.W_enc.numel() >= _ROUGH_PRODUCTS and multiplies_bfloat16()

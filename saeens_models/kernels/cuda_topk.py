@@ -1,10 +1,10 @@
-"""The TopK training step on CUDA: cuBLAS for the encoder, and Triton kernels whose cost grows with k for everything after it.
+"""The TopK training step on CUDA: cuBLAS for the encoder, and Triton kernels, whose cost grows with k, for the rest.
 
-The encoder runs over blocks of tokens, whose features are selected while their pre-activations are in the L2 cache; those of a whole
-batch never exist. The active entries are sorted by feature once; a feature's gradients are then sums over its tokens.
+The encoder runs over blocks of tokens and selects their features while the pre-activations are in the L2 cache; pre-activations of a
+whole batch are never allocated. The active entries are sorted by feature once; a feature's gradients are then sums over its tokens.
 
-J SAEs of one shape are one of J d_sae features that is given the batch J times: each row of an SAE's copy selects among that SAE's
-features alone. They are launched together, as the launches of small SAEs take longer than their work.
+J SAEs of one shape are computed as one SAE with ``J d_sae`` features on J copies of the batch; each copy selects among the features of
+one SAE. They share kernel launches, because launches of small SAEs take longer than their work.
 
 Kernels are used on a device only after they agreed there with the reference on weights of the same shape.
 """
@@ -26,11 +26,11 @@ FourWeights = tuple[Tensor, Tensor, Tensor, Tensor]
 """W_enc `[d_in, d_sae]`, b_enc, W_dec and b_dec of an SAE, as in :class:`~saeens_models.architectures.SAE`."""
 
 TRITON_STEP_MAX_DENSITY = 0.01
-"""Below which k / d_sae the sparse step is the faster one. Estimated for an H200 from bytes and multiplications, not measured."""
+"""Share k / d_sae below which the sparse step is faster. Estimated for an H200 from bytes and multiplications, not measured."""
 _BLOCK_BYTES = 32 << 20
-"""Of pre-activations in a block: about half the L2 cache of an H200, and two tiles of a product per multiprocessor. Not measured."""
+"""Bytes of pre-activations in a block: about half the L2 cache of an H200, two tiles of a product per multiprocessor. Not measured."""
 _MOST_SELECTED = 8192  # half of triton_topk.MOST_CANDIDATES, which is not imported: Triton may be missing
-_TOLERANCE = 5e-3  # of the largest entry: products in TF32, where torch is told to use it, are not more exact
+_TOLERANCE = 5e-3  # relative to the largest entry: products in TF32, if torch uses it, are no more exact
 
 
 def topk_reconstruction(
@@ -45,10 +45,10 @@ def topk_reconstruction(
     dead_mask: Tensor | None = None,
     k_aux: int = 1,
 ) -> TopKReconstruction:
-    """:func:`saeens_models.kernels.reference.topk_reconstruction`, by the sparse step where that is faster and can be trusted.
+    """Compute :func:`saeens_models.kernels.reference.topk_reconstruction`, with the sparse step if it is faster and passed its check.
 
-    Under ``torch.autocast`` the sparse step selects features by an encoder product in the type that it asks for, as
-    :func:`sparse_topk_reconstructions` says.
+    Under ``torch.autocast`` the sparse step selects features by an encoder product in autocast's type; see
+    :func:`sparse_topk_reconstructions`.
     """
     weights = (W_enc, b_enc, W_dec, b_dec)
     settings: dict[str, Any] = {"k": k, "apply_b_dec_to_input": apply_b_dec_to_input, "k_aux": k_aux}
@@ -65,9 +65,9 @@ def topk_reconstructions(
     dead_masks: Sequence[Tensor | None],
     k_aux: int = 1,
 ) -> list[TopKReconstruction] | None:
-    """:func:`topk_reconstruction` of several SAEs of one shape on the same tokens, in the launches of one.
+    """Compute :func:`topk_reconstruction` for several SAEs of one shape on the same tokens, in the kernel launches of one.
 
-    None where the sparse step is not the faster one, or cannot be trusted.
+    Returns None if the sparse step is not faster or failed its check.
     """
     d_sae, d_in = weights[0][2].shape
     if not x.is_cuda or x.dtype != torch.float32 or k >= TRITON_STEP_MAX_DENSITY * d_sae or max(k, k_aux) > _MOST_SELECTED:
@@ -90,12 +90,12 @@ def sparse_topk_reconstructions(
     k_aux: int = 1,
     encoder_dtype: torch.dtype = torch.float32,
 ) -> list[TopKReconstruction]:
-    """The sparse step, for float32 tensors on one CUDA device (or any device where Triton interprets its kernels).
+    """Compute the sparse step for float32 tensors on one CUDA device (or on any device if Triton interprets its kernels).
 
-    ``weights`` and ``dead_masks`` `[d_sae]` are those of J SAEs of one shape; ``x`` `[n, d_in]` is given to each. Rounding apart, the
-    result of one does not depend on the others. With another ``encoder_dtype`` than float32 the encoder product is made in it and
-    decides which features are selected; their values are computed again in float32, and so is all the rest. Auxiliary codes are as a
-    rule not sparse: they are taken as dense, one SAE after another.
+    ``weights`` and ``dead_masks`` `[d_sae]` are those of J SAEs of one shape; each encodes ``x`` `[n, d_in]`. Up to rounding, the result
+    of an SAE does not depend on the others. With an ``encoder_dtype`` other than float32, the encoder product in that type decides which
+    features are selected; their values are computed again in float32, like all the rest. Auxiliary codes are usually not sparse: they
+    are decoded densely, one SAE after another.
     """
     dead = _marked_features(dead_masks)
     W_enc, b_enc, W_dec, b_dec = (_stacked(each) for each in zip(*((W.t(), *others) for W, *others in weights), strict=True))
@@ -108,23 +108,23 @@ def sparse_topk_reconstructions(
 
 def _marked_features(masks: Sequence[Tensor | None]) -> list[Tensor | None]:
     marking = [mask for mask in masks if mask is not None]
-    if len(marking) > 1 and not torch.stack(marking).any():  # asked of all at once: the answer has to come from the device
+    if len(marking) > 1 and not torch.stack(marking).any():  # one question for all masks: the host waits for the device only once
         return [None] * len(masks)
     return [reference.marked_features(mask) for mask in masks]
 
 
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0].unsqueeze(0)  # which does not copy
+    return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0].unsqueeze(0)  # unsqueeze does not copy
 
 
 def _unstacked(tensor: Tensor) -> Sequence[Tensor]:
-    return tensor.unbind() if len(tensor) > 1 else [tensor.squeeze(0)]  # whose gradient is not copied
+    return tensor.unbind() if len(tensor) > 1 else [tensor.squeeze(0)]  # the gradient of squeeze is not copied
 
 
 class _SparseTopKReconstructions(torch.autograd.Function):
-    """Forward and hand-written backward for J SAEs; weights are `[J, ...]`, and encoders come feature by feature, `[J, d_sae, d_in]`.
+    """Forward and hand-written backward for J SAEs; weights are `[J, ...]`, encoders are given feature by feature, `[J, d_sae, d_in]`.
 
-    Feature i of SAE j has the number ``j d_sae + i``, and token t as this SAE sees it ``j n + t``.
+    Feature i of SAE j has the number ``j d_sae + i``; token t in the batch of SAE j has the number ``j n + t``.
     """
 
     @staticmethod
@@ -151,7 +151,7 @@ class _SparseTopKReconstructions(torch.autograd.Function):
         first_entries = torch.arange(0, n_tokens * k + 1, k, device=x.device)
         x_hat = sum_rows(b_dec[:, None].repeat(1, x.shape[1], 1), W_dec, code.indices, values, first_entries)
 
-        # Entries in the order of their features; those that are not active come last, after the segments of all features.
+        # Entries in the order of their features; inactive entries come last, after the segments of all features.
         features, by_feature = torch.where(values > 0, code.indices, n_features).int().flatten().sort(stable=True)
         starts = torch.searchsorted(features, torch.arange(n_features + 1, dtype=torch.int32, device=x.device))
         fire_counts = starts.diff().view_as(b_enc)
@@ -198,8 +198,9 @@ class _SparseTopKReconstructions(torch.autograd.Function):
 def _encode(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, *, k: int, dead: Sequence[Tensor | None], k_aux: int, dtype: torch.dtype
 ) -> tuple[TopK, list[TopK | None]]:
-    """The k largest pre-activations of each token, by features counted through all SAEs; and the k_aux largest of each SAE's dead
-    features, by their places among those.
+    """Return the k largest pre-activations of each token, and the k_aux largest of each SAE's dead features.
+
+    Indices of the former count features through all SAEs; indices of the latter are positions in ``dead``.
     """
     from saeens_models.kernels.triton_topk import select_topk
 
@@ -226,33 +227,33 @@ def _encode(
 
 
 def _in_float32(top: TopK, features: Tensor, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> TopK:
-    """What was selected by rounded pre-activations, with their values computed again."""
+    """Return a selection by rounded pre-activations with values computed in float32."""
     from saeens_models.kernels.triton_topk import multiply_rows
 
     return TopK(multiply_rows(x, W_enc, features) + b_enc.flatten()[features], top.indices)
 
 
 def _joined(blocks: Sequence[TopK]) -> TopK:
-    """One after another, by tokens, what was selected of blocks of them."""
+    """Return the selections of blocks of tokens as one."""
     values, indices = (torch.cat(parts, dim=-2) for parts in zip(*blocks, strict=True))
     return TopK(values, indices)
 
 
 @cache
 def agrees_with_reference(device: torch.device, encoder_dtype: torch.dtype, d_in: int, d_sae: int, k: int, *, n_saes: int = 1) -> bool:
-    """Whether the sparse step computes on this device, for so many SAEs of this shape, what the reference does in float64 for each alone.
+    """Return True if the sparse step for so many SAEs of this shape agrees on this device with the reference in float64 for each alone.
 
-    If not, a warning says where it differs. Tried once in a process, on few tokens. No rounding can change the selection:
-    pre-activations are whole numbers up to 16, exact in every type, and a bias that differs between features.
+    If it does not, a warning names the differences. Computed once per process, on few tokens. Rounding cannot change the selection:
+    pre-activations are whole numbers up to 16, exact in every type, plus a bias that differs between features.
     """
     try:
         differences = _differences_from_reference(device, encoder_dtype, d_in, d_sae, k, n_saes=n_saes)
-    except Exception as error:  # whatever a compiler or a driver raises
+    except Exception as error:  # compilers and drivers raise errors of any type
         differences = [f"{type(error).__name__}: {error}"]
     if differences:
         warnings.warn(
             f"the TopK kernels failed their check on {device} (d_in {d_in}, d_sae {d_sae}, k {k}, encoder in {encoder_dtype}, "
-            f"SAEs at once: {n_saes}) and are not used for it, which is slower: {'; '.join(differences)}",
+            f"SAEs at once: {n_saes}) and are not used for it; training is slower without them: {'; '.join(differences)}",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -272,7 +273,7 @@ def _differences_from_reference(
         return torch.randn(*shape, generator=generator, device=device)
 
     def ones(n_rows: int) -> Tensor:
-        """At no more than 8 places of each row."""
+        """Return rows with at most 8 ones each."""
         places = torch.randint(d_in, (n_rows, 8), generator=generator, device=device)
         return torch.zeros(n_rows, d_in, device=device).scatter_(1, places, 1.0)
 
@@ -311,5 +312,5 @@ def _differences_from_reference(
     for name, expected in results(torch.float64, alone).items():
         error = float((found[name].double() - expected).abs().max() / expected.abs().max())
         if not error <= _TOLERANCE:
-            differences.append(f"{name} is off by {error:.1e} of its largest entry")
+            differences.append(f"{name} differs by {error:.1e} of its largest entry")
     return differences

@@ -1,4 +1,4 @@
-"""The weights of an SAE with an encoder, or their gradients, as kernels take them: in the order of memory."""
+"""The weights of an SAE, or their gradients, in the form that kernels take."""
 
 from __future__ import annotations
 

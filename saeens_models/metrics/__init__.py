@@ -1,7 +1,7 @@
-"""Metrics of SAEs and ensembles: how well they reconstruct, how sparsely, and how reproducible their features are.
+"""Metrics of SAEs and ensembles: reconstruction, sparsity, and reproducibility of features.
 
-Every metric over tokens has a function for data at hand and a class with ``update`` and ``compute`` for a stream of batches; both
-accumulate in float64 or in integers and hold no activations beyond a batch.
+Every metric over tokens has a function for data in memory and a class with ``update`` and ``compute`` for a stream of batches. Both
+accumulate in float64 or in integers, and keep no activations longer than a batch.
 """
 
 from __future__ import annotations

@@ -240,7 +240,7 @@ def test_a_probe_needs_enough_texts_of_other_labels():
     generator = torch.Generator()
     with pytest.raises(ValueError, match="texts of another label"):
         one_against_the_others({"a": torch.arange(4)}, "a", generator)
-    with pytest.raises(ValueError, match=r"'a' has 6 texts, of which each of the other labels should have 3"):
+    with pytest.raises(ValueError, match=r"'a' has 6 texts, so each of the other labels needs 3"):
         one_against_the_others({"a": torch.arange(6), "b": torch.arange(6, 9), "c": torch.arange(9, 11)}, "a", generator)
 
 
