@@ -46,7 +46,7 @@ bench: $(VENV_BENCH)/.installed  ## speed and memory beside the peers; over an h
 docs: $(VENV)/.installed-dev $(VENV_DOCS)/.installed  ## the documentation, into site/
 	$(VENV)/bin/python docs/scripts/reference.py docs/reference
 	$(VENV_DOCS)/bin/jupyter-nbconvert --log-level WARN --to markdown docs/tutorial.ipynb
-	$(VENV_DOCS)/bin/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(VENV_DOCS)/bin/mkdocs build --quiet --strict
 
 clean:  ## remove the virtual environments; what runs made stays in data/
 	rm -rf $(VENV) $(VENV_INTEROP) $(VENV_BENCH) $(VENV_TL) $(VENV_BROWSER) $(BROWSER_PAGES) $(VENV_DOCS) site
