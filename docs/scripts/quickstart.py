@@ -14,7 +14,7 @@ import polars as pl
 from matplotlib.figure import Figure
 
 from saeens_pipeline.report.methods import in_order, method
-from saeens_pipeline.resources import data_root
+from saeens_pipeline.storage.root import data_root
 from saeens_pipeline.storage.tables import read_table, with_totals
 
 ASSETS = Path(__file__).parents[1] / "assets"

@@ -19,10 +19,11 @@ from typer.cli import get_docs_for_click
 
 import saeens_models
 import saeens_pipeline
-from saeens_models.architectures import architectures, sae_class
+from saeens_models.architectures.config import architectures
+from saeens_models.architectures.settings import settings_class
 from saeens_pipeline.cli import app
 from saeens_pipeline.components import ActivationSource, EnsembleExperiment
-from saeens_pipeline.components.ensemble_experiment import allowed_sae_keys, allowed_training_keys
+from saeens_pipeline.settings.experiments import allowed_training_keys
 from saeens_pipeline.storage import tables as table_registry
 
 PACKAGES = (saeens_models, saeens_pipeline)
@@ -81,14 +82,10 @@ def yaml_page() -> str:
         parts += [f"## `{component.__module__.split('.')[0]}.components.{component.__name__}`", *_models(component.get_model_cls())]
     parts += [
         "## Architectures",
-        "The fields of an SAE's configuration depend on its architecture. Fields that several architectures share are in each table.",
+        "The settings of an SAE depend on its architecture. Fields that several architectures share are in each table.",
     ]
     for name in architectures():
-        config_class = sae_class(name).config_class
-        keys = allowed_sae_keys({"architecture": name})
-        parts += [f"### `{name}`", _field_table(config_class.model_json_schema(), set(keys))]
-        if further := [key for key in keys if key not in config_class.model_fields]:
-            parts.append(f"Also allowed in experiment files: {', '.join(f'`{key}`' for key in further)}.")
+        parts += [f"### `{name}`", _field_table(settings_class(name).model_json_schema())]
     training = saeens_models.TrainingConfig
     parts += ["## Training", f"The fields of `saeens_models.{training.__name__}` that an experiment file may set."]
     parts.append(_field_table(training.model_json_schema(), set(allowed_training_keys())))
@@ -146,7 +143,7 @@ def _models(model: type[BaseModel]) -> list[str]:
     schema = model.model_json_schema()
     parts = [_field_table(schema)]
     for name, definition in schema.get("$defs", {}).items():
-        parts += [f"### {name}", definition.get("description", "").replace("``", "`"), _field_table(definition)]
+        parts += [f"### {name}", _prose(definition.get("description", "")), _field_table(definition)]
     return parts
 
 
@@ -157,10 +154,10 @@ def _field_table(schema: Mapping[str, Any], names: set[str] | None = None) -> st
             f"`{name}`",
             _type(field),
             "required" if name in required else _default(field),
-            field.get("description", "").replace("``", "`").replace("\n", " "),
+            _prose(field.get("description", "")),
         )
         for name, field in schema["properties"].items()
-        if names is None or name in names
+        if "const" not in field and (names is None or name in names)
     ]
     return _table(("field", "type", "default", "meaning"), rows)
 
@@ -201,13 +198,20 @@ def _default(field: Mapping[str, Any]) -> str:
     default = field.get("default")
     if default is None:
         return "none"
-    if default and "$ref" in json.dumps(field):
-        return "all defaults of that model"
+    if default and isinstance(default, dict | list) and "$ref" in json.dumps(field):
+        return "defaults of the linked fields"
     return f"`{default}`" if isinstance(default, str) else f"`{json.dumps(default)}`"
 
 
+def _prose(text: str) -> str:
+    """The text on one line, with the characters escaped that Markdown would take for markup, except in code."""
+    parts = text.replace("``", "`").replace("\n", " ").split("`")
+    parts[::2] = [re.sub(r"([*_{}<])", lambda found: f"&#{ord(found[1])};", part) for part in parts[::2]]
+    return "`".join(parts)
+
+
 def _columns(columns: Iterable[table_registry.Column]) -> str:
-    return _table(("column", "type", "meaning"), [(f"`{each.name}`", each.type, each.description) for each in columns])
+    return _table(("column", "type", "meaning"), [(f"`{each.name}`", each.type, _prose(each.description)) for each in columns])
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -4,7 +4,7 @@
 `topk_reconstruction` takes `cuda`'s kernels where they are faster and can be trusted, else the reference.
 """
 
-from saeens_models.kernels.cuda import topk_reconstruction
+from saeens_models.kernels.cuda_topk import topk_reconstruction
 from saeens_models.kernels.reference import TopKReconstruction, select_topk
 from saeens_models.kernels.team import Team, cpu_team
 

@@ -272,7 +272,7 @@ def adam(weights, gradients, means, squares, gradient_scale, step_size, beta1, b
 
 
 @_compile
-def gate(pre, bias, threshold, half_bandwidth, z, sums, fires, counts):
+def jumprelu(pre, bias, threshold, half_bandwidth, z, sums, fires, counts):
     """Add the bias to the pre-activations of some tokens, feature by feature, pre `[m, n]`, in place, and let through to z what exceeds
     the threshold, all but pre, z and half_bandwidth `[m]`.
 
@@ -298,7 +298,7 @@ def gate(pre, bias, threshold, half_bandwidth, z, sums, fires, counts):
 
 @_compile
 def list_entries(pre, z, threshold, half_bandwidth, counts, starts, tokens, values):
-    """The entries that `gate` has counted, feature by feature: where those of each feature begin, starts `[m + 1]`, and their tokens and
+    """The entries that `jumprelu` has counted, feature by feature: where those of each begin, starts `[m + 1]`, and their tokens and
     codes, in the order of the tokens.
     """
     place = 0
@@ -337,7 +337,7 @@ def decode_entries(starts, tokens, values, W_dec, b_dec, x, x_hat, error):
 def entry_gradients(
     pre, threshold, starts, tokens, error, W_dec, scale, of_code, half_bandwidth, of_activity, gradients, sums, threshold_gradients
 ):
-    """`gate_gradients` for entries that lie feature by feature, from the error of what they decode to `[n, d]`."""
+    """`jumprelu_gradients` for entries that lie feature by feature, from the error of what they decode to `[n, d]`."""
     for feature in range(len(W_dec)):
         given, least, more, direction = pre[feature], threshold[feature], of_code[feature], W_dec[feature]
         total, of_threshold = np.float32(0), np.float32(0)
@@ -361,7 +361,7 @@ def entry_gradients(
 
 
 @_compile
-def gate_gradients(pre, threshold, of_z, scale, of_code, half_bandwidth, of_activity, gradients, sums, threshold_gradients):
+def jumprelu_gradients(pre, threshold, of_z, scale, of_code, half_bandwidth, of_activity, gradients, sums, threshold_gradients):
     """Turn the gradients of z, `[m, n]` and without their scale, into those of pre; and add up these, and those of the thresholds `[m]`.
 
     `of_code` `[m]` is what a sparsity term adds to the gradient of z; `of_activity` is its gradient to whether a feature is active.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-SPARSE_BELOW = {"cpu": 0.15}
+SPARSE_CODE_MAX_DENSITY = {"cpu": 0.15}
 """Below which k / d_sae a sparse code is the faster one, by device; devices that are not listed take the dense one. Measured."""
 _GROUP_SIZE = 8
 _GROUPED_FROM = 4096
@@ -155,7 +155,7 @@ class _Gradients(NamedTuple):
 def code_of(top: TopK, n_features: int, relu: bool) -> _SparseCode | _DenseCode:
     values = top.values.relu() if relu else top.values
     density = top.indices.shape[-1] / n_features
-    if density < SPARSE_BELOW.get(values.device.type, 0.0):
+    if density < SPARSE_CODE_MAX_DENSITY.get(values.device.type, 0.0):
         return _SparseCode(values, top.indices, n_features, values > 0 if relu else None)
     z = values.new_zeros(len(values), n_features).scatter_(1, top.indices, values)
     if relu:

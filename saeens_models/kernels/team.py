@@ -21,6 +21,8 @@ T = TypeVar("T")
 
 WORTH_SHARING = 2**22
 """Operations on numbers that take about as long as it takes to wake another thread and wait for it."""
+_BLOCK_TOKENS = 64, 256
+"""Fewest and most tokens of a block: a product of fewer rows is slow, and the pre-activations of more leave the cache."""
 
 
 class Team:
@@ -141,3 +143,10 @@ def _has_numba() -> bool:
             warnings.warn(f"numba cannot be imported, without which training and encoding are slower: {error}", stacklevel=3)
         return False
     return True
+
+
+def blocks_of_tokens(n_tokens: int) -> list[slice]:
+    """A batch in blocks, one of which a thread works on at a time. It does not depend on the threads: nor do the bits of a result."""
+    fewest, most = _BLOCK_TOKENS
+    size = min(max(-(-n_tokens // 2), fewest), most)
+    return [slice(start, min(start + size, n_tokens)) for start in range(0, n_tokens, size)]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saeens_models.architectures import SAE, Objective, SAEConfig, build_sae, sae_class
 from saeens_models.kernels import Team, cpu_team
-from saeens_models.kernels.cpu_encoder import Encoder
+from saeens_models.kernels.cpu_topk_encoder import Encoder
 from saeens_models.kernels.products import multiplies_bfloat16
 from saeens_models.training.adam import Adam
 from saeens_models.training.config import TrainingConfig

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from saeens_pipeline.assets.saes import Target
-from saeens_pipeline.components.ensemble_experiment import ExperimentSettings
+from saeens_pipeline.settings.experiments import ExperimentSettings
 
 
 class Baseline(NamedTuple):

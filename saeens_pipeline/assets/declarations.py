@@ -14,7 +14,7 @@ from saeens_pipeline.storage.names import Address, Partition
 from saeens_pipeline.storage.recipes import Artefact, DamagedArtefactError, Recipe, Store, digest
 
 if TYPE_CHECKING:
-    from saeens_pipeline.resources import ComputeResource
+    from saeens_pipeline.orchestration.resources import ComputeResource
 
 Dimensions = Literal["none", "layer", "layer_and_seed"]
 DIMENSION_NAMES: dict[Dimensions, tuple[str, ...]] = {"none": (), "layer": ("layer",), "layer_and_seed": ("layer", "seed")}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from saeens_pipeline.assets.declarations import Declaration, Input, Op, Task, Workplace
-from saeens_pipeline.components.ensemble_experiment import ExperimentSettings
+from saeens_pipeline.settings.experiments import ExperimentSettings
 from saeens_pipeline.storage.names import Address
 
 ENSEMBLE_VERSION = 1

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from saeens_pipeline.assets.autointerp import autointerp_op
 from saeens_pipeline.assets.baselines import baselines_of, shape_of
-from saeens_pipeline.assets.contexts import contexts_op
 from saeens_pipeline.assets.declarations import Declaration, Op, Reference
 from saeens_pipeline.assets.ensembles import ensemble_op
-from saeens_pipeline.assets.evaluation import Subject, evaluation_op, stability_op
-from saeens_pipeline.assets.features import features_op
-from saeens_pipeline.assets.marginal_gain import marginal_gain_op
-from saeens_pipeline.assets.pareto import pareto_op
-from saeens_pipeline.assets.probing import PROBED, probing_op
-from saeens_pipeline.assets.report import report_op
 from saeens_pipeline.assets.residuals import residual_op
 from saeens_pipeline.assets.saes import Target, concurrent_rounds_op, sae_op
 from saeens_pipeline.assets.sources import activations_of
-from saeens_pipeline.components.ensemble_experiment import ExperimentSettings
+from saeens_pipeline.assets.tables.autointerp import autointerp_op
+from saeens_pipeline.assets.tables.contexts import contexts_op
+from saeens_pipeline.assets.tables.evaluation import Subject, evaluation_op, stability_op
+from saeens_pipeline.assets.tables.features import features_op
+from saeens_pipeline.assets.tables.marginal_gain import marginal_gain_op
+from saeens_pipeline.assets.tables.pareto import pareto_op
+from saeens_pipeline.assets.tables.probing import PROBED, probing_op
+from saeens_pipeline.report.asset import report_op
+from saeens_pipeline.settings.experiments import ExperimentSettings
 
 
 def declared_ops(settings: ExperimentSettings) -> list[Op]:

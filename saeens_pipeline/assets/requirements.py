@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from saeens_pipeline.assets.evaluation import validate_ce_loss
-from saeens_pipeline.assets.probing import PROBED, validate_labelled_texts
 from saeens_pipeline.assets.sources import activations_of, language_model_of, tokens_of
 from saeens_pipeline.assets.specialised import require_labels
-from saeens_pipeline.components.ensemble_experiment import ExperimentSettings
+from saeens_pipeline.assets.tables.evaluation import validate_ce_loss
+from saeens_pipeline.assets.tables.probing import PROBED, validate_labelled_texts
+from saeens_pipeline.settings.experiments import ExperimentSettings
 from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.recipes import Store
 from saeens_pipeline.storage.tables import has_table

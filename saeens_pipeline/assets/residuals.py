@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from saeens_pipeline import progress
 from saeens_pipeline.assets.declarations import Declaration, Input, Op, Reference, Task, Workplace
-from saeens_pipeline.components.ensemble_experiment import ExperimentSettings
+from saeens_pipeline.settings.experiments import ExperimentSettings
 from saeens_pipeline.storage.activations import ActivationReader, ActivationStatistics, ActivationStore
 from saeens_pipeline.storage.names import Address, Partition
 from saeens_pipeline.storage.recipes import Store

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from saeens_pipeline import progress
 from saeens_pipeline.assets.declarations import Declaration, Input, Op, Reference, Task, Workplace
+from saeens_pipeline.assets.kernels import load_kernels
 from saeens_pipeline.assets.live_curves import LiveCurves
 from saeens_pipeline.assets.memory import MemoryPlan, Portion, portion_within, train_in_portions
 from saeens_pipeline.assets.requirements import require_what_tables_need
 from saeens_pipeline.assets.residuals import open_reader
 from saeens_pipeline.assets.sources import tokens_of
 from saeens_pipeline.assets.specialised import open_documents
-from saeens_pipeline.components.ensemble_experiment import MAX_MEMBERS, ExperimentSettings
 from saeens_pipeline.errors import ConfigurationError, SaeensError
-from saeens_pipeline.kernels import load_kernels
+from saeens_pipeline.settings.experiments import MAX_MEMBERS, ExperimentSettings
 from saeens_pipeline.storage.activations import ActivationReader, ActivationStatistics, require_free_disk
 from saeens_pipeline.storage.checkpoints import checkpoint_file, checkpoint_seconds
 from saeens_pipeline.storage.disk import is_full_disk

@@ -9,10 +9,10 @@ from typing import Any
 
 from saeens_pipeline import progress
 from saeens_pipeline.assets.declarations import Declaration, Input, Op, Reference, Task, Workplace
-from saeens_pipeline.components.activation_source import SourceSettings
 from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.language_models.corpora import open_corpus
 from saeens_pipeline.language_models.models import LanguageModelDescription, describe_language_model, validate_hook
+from saeens_pipeline.settings.sources import SourceSettings
 from saeens_pipeline.storage.locks import writing_if_free
 from saeens_pipeline.storage.names import Address, Partition
 from saeens_pipeline.storage.recipes import Artefact

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models import hub
 from saeens_pipeline.language_models.fingerprints import fingerprint
+from saeens_pipeline.settings.corpora import is_hub_name
 
 if TYPE_CHECKING:
     import torch
@@ -386,7 +387,7 @@ def locate_model(name: str, revision: str, files: Sequence[str]) -> ModelFolder:
     if path.is_dir():
         _refuse_revision(name, revision)
         return ModelFolder(path)
-    if not hub.NAME.fullmatch(name) or name.startswith("builtin/"):
+    if not is_hub_name(name) or name.startswith("builtin/"):
         raise ConfigurationError(
             f"language model {name!r}: there is no such folder. It can be {REFERENCE_MODEL}, a folder in transformers' format, the name of "
             f"a model on the Hugging Face hub, or {TRANSFORMER_LENS}NAME"

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
 import numpy as np
 
 from saeens_pipeline.errors import ConfigurationError, SaeensError
-from saeens_pipeline.language_models.corpora import Corpus, Document, Split
+from saeens_pipeline.language_models.documents import Corpus, Document, Split
 from saeens_pipeline.storage.activations import require_free_disk
 
 if TYPE_CHECKING:

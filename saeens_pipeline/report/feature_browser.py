@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saeens_pipeline.autointerp.outcome import WHY, outcome
+from saeens_pipeline.assets.tables.autointerp_outcome import WHY, outcome
 from saeens_pipeline.report.figures import NEAR_DUPLICATE
 from saeens_pipeline.report.methods import method
 from saeens_pipeline.report.record import Record

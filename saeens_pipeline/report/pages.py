@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saeens_pipeline.autointerp.outcome import outcome
+from saeens_pipeline.assets.tables.autointerp_outcome import outcome
 from saeens_pipeline.report import figures
 from saeens_pipeline.report.control import compare
 from saeens_pipeline.report.feature_browser import COLUMNS, PAGE, FeatureBrowser
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from jinja2 import Environment
     from markupsafe import Markup
 
-    from saeens_pipeline.catalogue import Catalogue
-    from saeens_pipeline.components import ExperimentSettings
+    from saeens_pipeline.orchestration.catalogue import Catalogue
+    from saeens_pipeline.settings import ExperimentSettings
 
 INDEX = "index.html"
 PICTURES = "pictures"

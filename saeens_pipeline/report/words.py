@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
-from saeens_pipeline.components.ensemble_experiment import Baseline
 from saeens_pipeline.report.control import Comparison
 from saeens_pipeline.report.figures import suggested_sizes
 from saeens_pipeline.report.methods import ENSEMBLES, Method, listed, method
 from saeens_pipeline.report.results import Results, Spread, written
+from saeens_pipeline.settings.experiments import Baseline
 
 SAME_L0 = 0.1  # relative difference up to which sparsity counts as the same
 SAME_COMPUTE = 1.25  # ratio up to which training counts as the same

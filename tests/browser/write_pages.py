@@ -21,9 +21,9 @@ from fake_endpoint import FakeEndpoint, Question, serving
 from tiny_experiment import NAME, Laboratory
 from tiny_models import write_tiny_model
 
-from saeens_pipeline.autointerp.endpoint import URL_VARIABLE
+from saeens_pipeline.language_models.autointerp.endpoint import URL_VARIABLE
+from saeens_pipeline.orchestration.reports import write_reports
 from saeens_pipeline.report.main_table import METRICS
-from saeens_pipeline.reports import write_reports
 from saeens_pipeline.storage.tables import read_table
 
 HOSTILE = '<script>document.title = "taken"</script><img src="x" onerror="alert(1)">'

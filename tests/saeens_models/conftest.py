@@ -1,12 +1,10 @@
 """Settings that have to be there before a test module is imported."""
 
 import os
-import signal
 
 import torch
 from hypothesis import settings
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
 settings.load_profile("ci")  # the same examples in every run, and no complaint about a slow machine
 
 if not torch.cuda.is_available():

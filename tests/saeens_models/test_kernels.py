@@ -82,7 +82,7 @@ def assert_equal_to_dense(weights, x, *, k, apply_b_dec=True, dead_mask=None, k_
 
 @pytest.fixture(params=["sparse", "dense"])
 def path(request, monkeypatch) -> str:
-    monkeypatch.setitem(reference.SPARSE_BELOW, "cpu", 1.01 if request.param == "sparse" else 0.0)
+    monkeypatch.setitem(reference.SPARSE_CODE_MAX_DENSITY, "cpu", 1.01 if request.param == "sparse" else 0.0)
     return request.param
 
 

@@ -16,10 +16,11 @@ from torch import Tensor
 
 import saeens_models as sm
 from saeens_models.architectures import build_sae, sae_class
-from saeens_models.kernels import Team, compiled, cpu_encoder, cpu_team, products
-from saeens_models.kernels.cpu import Weights, topk_gradients, topk_reconstruct
-from saeens_models.kernels.cpu_encoder import select_topk
-from saeens_models.kernels.cpu_gated import SPARSE_BELOW
+from saeens_models.kernels import Team, compiled, cpu_team, cpu_topk_encoder, products
+from saeens_models.kernels.cpu_jumprelu import SPARSE_BLOCK_MAX_DENSITY
+from saeens_models.kernels.cpu_topk import topk_gradients, topk_reconstruct
+from saeens_models.kernels.cpu_topk_encoder import select_topk
+from saeens_models.kernels.weights import Weights
 from saeens_models.training import load_kernels
 from saeens_models.training.adam import Adam
 
@@ -120,7 +121,7 @@ def test_the_selected_features_do_not_depend_on_the_precision_of_products(monkey
     W = direction + 1e-4 * torch.randn(600, 32, generator=generator)
     weights = Weights(W, torch.zeros(600), W, torch.zeros(32))
     x = direction + 0.1 * torch.randn(70, 32, generator=generator)
-    monkeypatch.setattr("saeens_models.kernels.cpu.bfloat16_pays", lambda *_: rough)
+    monkeypatch.setattr("saeens_models.kernels.cpu_topk.bfloat16_pays", lambda *_: rough)
     codes = []
     for precision in ("highest", "medium"):
         with _precision(precision), Team() as team:
@@ -214,7 +215,7 @@ def test_a_rough_encoder_finds_the_features_that_float32_finds(monkeypatch, shap
     x = torch.randn(600, d_in, generator=generator) * torch.logspace(-3, 3, 600)[:, None]
     codes = []
     for rough in (True, False):
-        monkeypatch.setattr("saeens_models.kernels.cpu.bfloat16_pays", lambda *_, rough=rough: rough)
+        monkeypatch.setattr("saeens_models.kernels.cpu_topk.bfloat16_pays", lambda *_, rough=rough: rough)
         with Team() as team:
             codes.append(topk_reconstruct(team, x, weights, k=k, apply_b_dec_to_input=True))
     for tokens in zip(*(code.indices.tolist() for code in codes), strict=True):
@@ -233,10 +234,10 @@ def test_a_rough_encoder_that_cannot_tell_features_apart_asks_float32(monkeypatc
     x[:40, 1:] *= 1e-3
     x[40:80] = 0  # all pre-activations are equal
     asked = []
-    monkeypatch.setattr(cpu_encoder, "select_topk", lambda team, pre, *rest: (asked.append(len(pre)), select_topk(team, pre, *rest)))
+    monkeypatch.setattr(cpu_topk_encoder, "select_topk", lambda team, pre, *rest: (asked.append(len(pre)), select_topk(team, pre, *rest)))
     codes = []
     for rough in (True, False):
-        monkeypatch.setattr("saeens_models.kernels.cpu.bfloat16_pays", lambda *_, rough=rough: rough)
+        monkeypatch.setattr("saeens_models.kernels.cpu_topk.bfloat16_pays", lambda *_, rough=rough: rough)
         with Team() as team:
             codes.append(topk_reconstruct(team, x, weights, k=k, apply_b_dec_to_input=False))
     ours, theirs = codes
@@ -250,7 +251,7 @@ def test_a_rough_encoder_that_cannot_tell_features_apart_asks_float32(monkeypatc
 def test_a_rough_encoder_takes_any_sizes(monkeypatch, n, d_sae, k):
     generator = torch.Generator().manual_seed(n)
     weights = Weights(*(torch.randn(shape, generator=generator) for shape in ((d_sae, 9), (d_sae,), (d_sae, 9), (9,))))
-    monkeypatch.setattr("saeens_models.kernels.cpu.bfloat16_pays", lambda *_: True)
+    monkeypatch.setattr("saeens_models.kernels.cpu_topk.bfloat16_pays", lambda *_: True)
     x = torch.randn(n, 9, generator=generator)
     with Team() as team:
         x_hat = topk_reconstruct(team, x, weights, k=k, apply_b_dec_to_input=False).x_hat
@@ -264,7 +265,7 @@ def test_equal_tokens_have_equal_codes_wherever_they_are(monkeypatch):
     weights = Weights(*(torch.randn(shape, generator=generator) for shape in ((400, 50), (400,), (400, 50), (50,))))
     x = torch.randn(300, 50, generator=generator)
     x[100:] = x[torch.randint(100, (200,), generator=generator)]
-    monkeypatch.setattr("saeens_models.kernels.cpu.bfloat16_pays", lambda *_: True)
+    monkeypatch.setattr("saeens_models.kernels.cpu_topk.bfloat16_pays", lambda *_: True)
     with Team() as team:
         x_hat = topk_reconstruct(team, x, weights, k=9, apply_b_dec_to_input=False).x_hat
     first_of_equal = (x[:, None] == x[None]).all(2).int().argmax(1)
@@ -277,7 +278,7 @@ def test_a_rough_encoder_tells_the_smallest_numbers_apart(monkeypatch):
     weights = Weights(W_enc + 100, torch.zeros(500), W_dec, torch.zeros(16))
     x = torch.randn(64, 16, generator=generator)
     x = (x - x.mean(1, keepdim=True)) * 1e-24  # what all weights have in common adds nothing
-    monkeypatch.setattr("saeens_models.kernels.cpu.bfloat16_pays", lambda *_: True)
+    monkeypatch.setattr("saeens_models.kernels.cpu_topk.bfloat16_pays", lambda *_: True)
     with Team() as team:
         indices = topk_reconstruct(team, x, weights, k=8, apply_b_dec_to_input=False).indices
     expected = (x.double() @ weights.W_enc.double().t()).topk(8).indices
@@ -290,7 +291,7 @@ def test_a_rough_encoder_does_not_hide_what_is_not_a_number(monkeypatch):
     x = torch.randn(300, 16, generator=generator)
     x[7, 3] = torch.nan
     x[270, 5] = torch.inf
-    monkeypatch.setattr("saeens_models.kernels.cpu.bfloat16_pays", lambda *_: True)
+    monkeypatch.setattr("saeens_models.kernels.cpu_topk.bfloat16_pays", lambda *_: True)
     with Team() as team:
         x_hat = topk_reconstruct(team, x, weights, k=6, apply_b_dec_to_input=True).x_hat
     assert x_hat[7].isnan().all()
@@ -317,7 +318,7 @@ def test_encoding_and_decoding_equals_the_dense_code():
     [{"architecture": "standard", "l1_coefficient": 0.3}, {"architecture": "jumprelu", "bandwidth": 0.4, "init_threshold": 0.3}],
     ids=lambda architecture: architecture["architecture"],
 )
-def test_compiled_gradients_of_gated_saes_equal_autograd(architecture, settings):
+def test_compiled_gradients_of_standard_and_jumprelu_saes_equal_autograd(architecture, settings):
     sae = build_sae(sm.SAEConfig(**architecture, **settings, d_in=16, d_sae=600, init_seed=4))
     generator = torch.Generator().manual_seed(6)
     with torch.no_grad():
@@ -358,7 +359,7 @@ def test_gradients_of_blocks_with_few_active_features_equal_autograd(
         found = sae.backpropagate(x, team=team)
         for name, parameter in sae.named_parameters():
             torch.testing.assert_close(parameter.grad, true[name], rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
-    assert len(listed) == 2 and 0 < max(listed) < SPARSE_BELOW * 256 * 600
+    assert len(listed) == 2 and 0 < max(listed) < SPARSE_BLOCK_MAX_DENSITY * 256 * 600
     assert (min(listed) == 0) == (near_the_threshold == 0.0)
     for field in ("loss", "x_hat", "fire_counts"):
         torch.testing.assert_close(getattr(found, field), getattr(expected, field), rtol=1e-5, atol=1e-5)

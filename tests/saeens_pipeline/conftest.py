@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import signal
 from collections.abc import Iterator
 from multiprocessing import forkserver
 from pathlib import Path
@@ -15,7 +14,6 @@ from hypothesis import settings
 from tiny_experiment import Laboratory
 from tiny_models import write_tiny_model
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
 settings.load_profile("ci")  # the same examples in every run, and no complaint about a slow machine
 
 

@@ -9,8 +9,10 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import child_process
 import numpy as np
 import polars as pl
 import pytest
@@ -23,18 +25,18 @@ from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
 import saeens_models as sm
-from saeens_pipeline.assets.autointerp import WINDOWS
-from saeens_pipeline.assets.contexts import RADIUS
-from saeens_pipeline.assets.metadata import column_lineage
-from saeens_pipeline.autointerp.answers import FOLDER
-from saeens_pipeline.autointerp.endpoint import KEY_VARIABLE, URL_VARIABLE
-from saeens_pipeline.autointerp.outcome import outcome
+from saeens_pipeline.assets.forecast import as_frame, forecast
+from saeens_pipeline.assets.tables.autointerp import WINDOWS
+from saeens_pipeline.assets.tables.autointerp_outcome import outcome
+from saeens_pipeline.assets.tables.contexts import RADIUS
 from saeens_pipeline.cli import app
 from saeens_pipeline.errors import ConfigurationError, SaeensError
-from saeens_pipeline.forecast import as_frame, forecast
-from saeens_pipeline.garbage import declared, find_garbage
-from saeens_pipeline.resources import ComputeResource
-from saeens_pipeline.runs import experiment_status
+from saeens_pipeline.language_models.autointerp.answers import FOLDER
+from saeens_pipeline.language_models.autointerp.endpoint import KEY_VARIABLE, URL_VARIABLE
+from saeens_pipeline.orchestration.garbage import declared, find_garbage
+from saeens_pipeline.orchestration.metadata import column_lineage
+from saeens_pipeline.orchestration.resources import ComputeResource
+from saeens_pipeline.orchestration.runs import experiment_status
 from saeens_pipeline.storage.names import Partition
 
 SEED = 1
@@ -410,12 +412,30 @@ def test_a_wrong_key_or_model_stops_at_once(status: int, message: str, fake: Fak
     assert len(fake.requests) <= 2
 
 
+def ask_until_interrupted(model: str, folder: str, root: str) -> None:
+    """Run until Ctrl-C is pressed; called in a child process. The signal is taken by a thread that does not wait for answers."""
+
+    def take_signals() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        threading.Event().wait()
+
+    laboratory = Laboratory(Path(model), Path(folder), Path(root))
+    threading.Thread(target=take_signals, daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        laboratory.activate(monkeypatch)
+        try:
+            laboratory.run()
+        except KeyboardInterrupt:
+            child_process.tell(interrupted=True)
+
+
 def test_ctrl_c_stops_it_and_the_next_run_goes_on(fake: FakeEndpoint, laboratory: Laboratory):
     interrupted = threading.Event()
 
     def until_interrupted(question: Question) -> str:
         if len(fake.requests) == 12:
-            signal.pthread_kill(threading.get_ident(), signal.SIGINT)  # not the thread that waits, as systems may have it
+            child.send_signal(signal.SIGINT)
             interrupted.set()
         if interrupted.is_set():
             stopped.wait(60)  # what is asked from then on is answered when nobody waits any more
@@ -423,8 +443,8 @@ def test_ctrl_c_stops_it_and_the_next_run_goes_on(fake: FakeEndpoint, laboratory
 
     stopped = threading.Event()
     fake.rule = until_interrupted
-    with pytest.raises(KeyboardInterrupt):
-        laboratory.run()
+    child = child_process.start(ask_until_interrupted, laboratory.model, laboratory.folder, laboratory.root)
+    assert child_process.finish(child) == {"interrupted": True}
     stopped.set()
     answered = len(list((laboratory.root / FOLDER).glob("*/*.json")))
     assert 8 <= answered <= 11

@@ -15,8 +15,8 @@ import dagster as dg
 import pytest
 from tiny_experiment import EXPERIMENT, LAYER, NAME, SEEDS, Laboratory, experiment_file, experiment_settings, source_settings
 
-from saeens_pipeline.automation import layers_sensor
-from saeens_pipeline.instance import PROCESS_TAG, declare_layers, forget_partitions, layers_name, process_tag, register_layers
+from saeens_pipeline.orchestration.automation import layers_sensor
+from saeens_pipeline.orchestration.instance import PROCESS_TAG, declare_layers, forget_partitions, layers_name, process_tag, register_layers
 from saeens_pipeline.storage.recipes import digest
 from saeens_pipeline.storage.tables import TABLES as ALL_TABLES
 

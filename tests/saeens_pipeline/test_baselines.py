@@ -211,7 +211,7 @@ def _run(name: str, **options: Any) -> None:
 
     from rich.console import Console
 
-    from saeens_pipeline.runs import run_experiment
+    from saeens_pipeline.orchestration.runs import run_experiment
 
     run_experiment(name, **{"layers": [], "seeds": [], "select": []} | options, console=Console(file=io.StringIO()))
 

@@ -323,7 +323,7 @@ def test_a_mended_file_is_read_anew(laboratory: Laboratory):
 
 
 def test_the_shipped_experiments_are_sound():
-    from saeens_pipeline.catalogue import load_catalogue
+    from saeens_pipeline.orchestration.catalogue import load_catalogue
 
     catalogue = load_catalogue()
     assert catalogue.broken == {}

@@ -16,16 +16,17 @@ import zarr
 from safetensors.torch import load_file, save_file
 from tiny_experiment import LAYER, MEMBERS, NAME, SEEDS, Laboratory
 
-from saeens_pipeline.assets import dagster_assets, saes
-from saeens_pipeline.assets.byte_checks import BYTES
-from saeens_pipeline.assets.dagster_assets import HEALTH, partition_key
-from saeens_pipeline.checks import Health, UnsoundArtefactError, examine
-from saeens_pipeline.components.ensemble_experiment import CheckSettings
-from saeens_pipeline.diagnosis import diagnose
+from saeens_pipeline.assets import saes
+from saeens_pipeline.assets.health import Health, UnsoundArtefactError, examine
+from saeens_pipeline.cli.diagnosis import diagnose
 from saeens_pipeline.errors import ConfigurationError
-from saeens_pipeline.instance import register_layers
 from saeens_pipeline.language_models.models import LanguageModel
-from saeens_pipeline.runs import experiment_status
+from saeens_pipeline.orchestration import assets as dagster_assets
+from saeens_pipeline.orchestration.assets import HEALTH, partition_key
+from saeens_pipeline.orchestration.byte_checks import BYTES
+from saeens_pipeline.orchestration.instance import register_layers
+from saeens_pipeline.orchestration.runs import experiment_status
+from saeens_pipeline.settings.experiments import CheckSettings
 from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.recipes import Artefact, read_artefact
 

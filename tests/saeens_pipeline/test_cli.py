@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import child_process
 import dagster as dg
 import polars as pl
 import pytest
@@ -22,9 +23,11 @@ from dagster._utils.interrupts import capture_interrupts
 from rich.console import Console
 from tiny_experiment import EXPERIMENT, LAYER, NAME, SEEDS, Laboratory
 
-from saeens_pipeline import cli, runs
-from saeens_pipeline.assets import dagster_assets, saes
+from saeens_pipeline import cli
+from saeens_pipeline.assets import saes
 from saeens_pipeline.errors import ConfigurationError
+from saeens_pipeline.orchestration import assets as dagster_assets
+from saeens_pipeline.orchestration import runs
 from saeens_pipeline.storage.tables import TABLES, read_table
 
 
@@ -389,60 +392,94 @@ def test_what_nobody_foresaw_is_one_message_too(empty: Laboratory, saeens: Saeen
         cli.main()
 
 
-def test_an_interrupt_while_training_ends_with_130_and_keeps_what_was_finished(
-    empty: Laboratory, saeens: Saeens, monkeypatch: pytest.MonkeyPatch
-):
-    def interrupt(*_: object) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(60)
-
-    monkeypatch.setattr(saes, "_train", interrupt)
-    outcome = saeens("run", NAME, "--select", "bagging/member_1", "--seed", SEEDS[0])
-    assert outcome.code == 130
-    assert "Traceback" not in outcome.err
-    assert "what was finished is kept" in outcome.message
-    assert empty.artefact("activations")
+# interrupts
 
 
 class _Referent:
     """Something that a weak reference can be taken to."""
 
 
-def test_an_interrupt_that_python_swallows_between_stages_ends_the_run_all_the_same(
-    empty: Laboratory, saeens: Saeens, monkeypatch: pytest.MonkeyPatch
-):
-    swallowed: list[object] = []
-    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: swallowed.append(unraisable.exc_type))
+def _interrupt_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(60)
+
+    monkeypatch.setattr(saes, "_train", interrupt)
+
+
+def _interrupt_in_a_callback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python swallows exceptions of a weak reference's callback."""
     partition_key = dagster_assets.partition_key
 
-    def interrupt_in_a_callback(*arguments: Any) -> str | None:
+    def interrupt(*arguments: Any) -> str | None:
         referent = _Referent()
         reference = weakref.ref(referent, lambda _: signal.raise_signal(signal.SIGINT))
         del referent
         assert reference() is None
         return partition_key(*arguments)
 
-    monkeypatch.setattr(dagster_assets, "partition_key", interrupt_in_a_callback)
-    outcome = saeens("run", NAME, "--select", "activations")
-    assert swallowed == [KeyboardInterrupt]
+    monkeypatch.setattr(dagster_assets, "partition_key", interrupt)
+
+
+def _interrupt_at_the_end_of_a_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dagster forgets an interrupt there."""
+    execute = dg.JobDefinition.execute_in_process
+
+    def interrupt(*arguments: Any, **options: Any) -> dg.ExecuteInProcessResult:
+        with capture_interrupts():
+            result = execute(*arguments, **options)
+            signal.raise_signal(signal.SIGINT)
+        return result
+
+    monkeypatch.setattr(dg.JobDefinition, "execute_in_process", interrupt)
+
+
+INTERRUPTS = {
+    "training": _interrupt_training,
+    "callback": _interrupt_in_a_callback,
+    "end of a stage": _interrupt_at_the_end_of_a_stage,
+}
+
+
+def run_interrupted(model: str, folder: str, root: str, interrupt: str, *arguments: str) -> None:
+    """Press Ctrl-C during `saeens run tiny ...`; called in a child process."""
+    swallowed: list[str] = []
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as monkeypatch, contextlib.redirect_stderr(printed):
+        Laboratory(Path(model), Path(folder), Path(root)).activate(monkeypatch)
+        INTERRUPTS[interrupt](monkeypatch)
+        monkeypatch.setattr(sys, "argv", ["saeens", "run", NAME, *arguments])
+        monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: swallowed.append(unraisable.exc_type.__name__))
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    child_process.tell(code=ended.value.code, err=printed.getvalue(), swallowed=swallowed)
+
+
+def _interrupted(laboratory: Laboratory, interrupt: str, *arguments: object) -> tuple[Outcome, list[str]]:
+    """What a child process told: the outcome, and exceptions that Python swallowed."""
+    child = child_process.start(run_interrupted, laboratory.model, laboratory.folder, laboratory.root, interrupt, *arguments)
+    told = child_process.finish(child)
+    return Outcome(told["code"], "", told["err"]), told["swallowed"]
+
+
+def test_an_interrupt_while_training_ends_with_130_and_keeps_what_was_finished(empty: Laboratory):
+    outcome, _ = _interrupted(empty, "training", "--select", "bagging/member_1", "--seed", SEEDS[0])
+    assert outcome.code == 130
+    assert "Traceback" not in outcome.err
+    assert "what was finished is kept" in outcome.message
+    assert empty.artefact("activations")
+
+
+def test_an_interrupt_that_python_swallows_between_stages_ends_the_run_all_the_same(empty: Laboratory):
+    outcome, swallowed = _interrupted(empty, "callback", "--select", "activations")
+    assert swallowed == ["KeyboardInterrupt"]
     assert outcome.code == 130
     assert "what was finished is kept" in outcome.message
     assert empty.artefact("tokens", layer=None)
     assert not (empty.root / "sources" / NAME / f"layer={LAYER}").exists()
 
 
-def test_an_interrupt_that_dagster_forgets_at_the_end_of_a_stage_ends_the_run_all_the_same(
-    empty: Laboratory, saeens: Saeens, monkeypatch: pytest.MonkeyPatch
-):
-    execute = dg.JobDefinition.execute_in_process
-
-    def interrupt_at_the_end(*arguments: Any, **options: Any) -> dg.ExecuteInProcessResult:
-        with capture_interrupts():
-            result = execute(*arguments, **options)
-            signal.raise_signal(signal.SIGINT)
-        return result
-
-    monkeypatch.setattr(dg.JobDefinition, "execute_in_process", interrupt_at_the_end)
-    outcome = saeens("run", NAME, "--select", "tokens")
+def test_an_interrupt_that_dagster_forgets_at_the_end_of_a_stage_ends_the_run_all_the_same(empty: Laboratory):
+    outcome, _ = _interrupted(empty, "end of a stage", "--select", "tokens")
     assert outcome.code == 130
     assert empty.artefact("tokens", layer=None)

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from saeens_pipeline import resources
 from saeens_pipeline.errors import ConfigurationError
-from saeens_pipeline.resources import ComputeResource
+from saeens_pipeline.orchestration import resources
+from saeens_pipeline.orchestration.resources import ComputeResource
 
 
 @pytest.fixture(autouse=True)

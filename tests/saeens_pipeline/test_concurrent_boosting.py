@@ -13,7 +13,7 @@ from tiny_experiment import LAYER, MEMBERS, NAME, SEEDS, Laboratory
 from tiny_models import D_MODEL
 
 import saeens_models as sm
-from saeens_pipeline.runs import experiment_status
+from saeens_pipeline.orchestration.runs import experiment_status
 from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.tables import read_table
 

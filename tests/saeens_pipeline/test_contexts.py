@@ -18,10 +18,10 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 import saeens_models as sm
-from saeens_pipeline.assets.contexts import CONTEXTS, OUTPUT_TOKENS, RADIUS
-from saeens_pipeline.assets.metadata import column_lineage
+from saeens_pipeline.assets.tables.contexts import CONTEXTS, OUTPUT_TOKENS, RADIUS
 from saeens_pipeline.language_models.tokens import open_tokens
-from saeens_pipeline.runs import experiment_status
+from saeens_pipeline.orchestration.metadata import column_lineage
+from saeens_pipeline.orchestration.runs import experiment_status
 
 D_SAE = 2 * D_MODEL
 SMALL: dict[str, Any] = {"evaluations": ["contexts"], "ensemble": {"members": 1, "seeds": [1]}, "baselines": []}

@@ -10,9 +10,9 @@ import pytest
 from rich.console import Console
 from tiny_experiment import EXPERIMENT, LAYER, MEMBERS, NAME, SEEDS, Laboratory, experiment_file, experiment_settings, source_settings
 
-from saeens_pipeline.assets.leaderboard import for_reading, standings
-from saeens_pipeline.assets.metadata import describe_artefact
-from saeens_pipeline.runs import run_experiment
+from saeens_pipeline.assets.tables.leaderboard import for_reading, standings
+from saeens_pipeline.orchestration.metadata import describe_artefact
+from saeens_pipeline.orchestration.runs import run_experiment
 from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.tables import read_table
 
@@ -66,7 +66,7 @@ def test_what_differs_in_anything_else_is_no_control(empty: Laboratory, source: 
 
 
 def test_the_shipped_quickstart_has_its_control():
-    from saeens_pipeline.catalogue import load_catalogue
+    from saeens_pipeline.orchestration.catalogue import load_catalogue
 
     controls = load_catalogue().controls
     assert controls["quickstart"] == "quickstart_random"

@@ -11,7 +11,7 @@ from tiny_experiment import EXPERIMENT, LAYER, NAME, SEEDS, Laboratory, experime
 
 from saeens_pipeline.assets import saes
 from saeens_pipeline.errors import ConfigurationError
-from saeens_pipeline.instance import register_layers
+from saeens_pipeline.orchestration.instance import register_layers
 from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.recipes import SaeensError
 

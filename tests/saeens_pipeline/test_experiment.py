@@ -27,7 +27,7 @@ from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models import caching
 from saeens_pipeline.language_models.models import describe_language_model, load_language_model
 from saeens_pipeline.language_models.tokens import open_tokens
-from saeens_pipeline.runs import experiment_status
+from saeens_pipeline.orchestration.runs import experiment_status
 from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.recipes import MissingInputError
 from saeens_pipeline.storage.tables import read_table

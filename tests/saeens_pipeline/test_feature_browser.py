@@ -20,10 +20,10 @@ from tiny_experiment import LAYER, MEMBERS, NAME, SEEDS, Laboratory
 from tiny_models import D_MODEL
 
 import saeens_models as sm
-from saeens_pipeline.autointerp.endpoint import URL_VARIABLE
-from saeens_pipeline.catalogue import load_catalogue
+from saeens_pipeline.language_models.autointerp.endpoint import URL_VARIABLE
+from saeens_pipeline.orchestration.catalogue import load_catalogue
+from saeens_pipeline.orchestration.reports import write_reports
 from saeens_pipeline.report.pages import what_makes_contexts
-from saeens_pipeline.reports import write_reports
 from saeens_pipeline.storage.names import Address, Partition
 from saeens_pipeline.storage.recipes import Recipe
 from saeens_pipeline.storage.tables import frame

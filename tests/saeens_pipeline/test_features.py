@@ -19,8 +19,8 @@ from tiny_models import D_MODEL
 from tokenizers import Tokenizer, decoders, models
 
 import saeens_models as sm
-from saeens_pipeline.assets.features import TOP_TOKENS, token_text
-from saeens_pipeline.runs import experiment_status
+from saeens_pipeline.assets.tables.features import TOP_TOKENS, token_text
+from saeens_pipeline.orchestration.runs import experiment_status
 
 D_SAE = 2 * D_MODEL
 REFERENCE_MODEL = Path(__file__).parents[2] / "data" / "reference_model"

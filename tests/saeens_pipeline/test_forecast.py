@@ -14,12 +14,12 @@ from tiny_experiment import LAYER, MEMBERS, SEEDS, Laboratory
 from tiny_models import CONTEXT_LENGTH, D_MODEL, Architecture, edit_config, write_tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
+from saeens_pipeline.assets.forecast import DEVICES, UTILISATION, Line, forecast, readable
 from saeens_pipeline.errors import ConfigurationError
-from saeens_pipeline.forecast import DEVICES, UTILISATION, Line, forecast, readable
 from saeens_pipeline.language_models.models import block_parameters, describe_language_model, load_language_model
 from saeens_pipeline.language_models.patching import PatchedWindows
 from saeens_pipeline.language_models.tokens import open_tokens
-from saeens_pipeline.resources import ComputeResource
+from saeens_pipeline.orchestration.resources import ComputeResource
 from saeens_pipeline.storage.names import Address, Partition
 
 

@@ -15,11 +15,12 @@ import dagster as dg
 import pytest
 from tiny_experiment import EXPERIMENT, LAYER, NAME, Laboratory, experiment_file, source_settings
 
-from saeens_pipeline import cli, garbage
+from saeens_pipeline import cli
 from saeens_pipeline.errors import ConfigurationError
-from saeens_pipeline.experiment_files import FOLDERS_VARIABLE
-from saeens_pipeline.garbage import Inventory, by_folder, declared, find_garbage, remove_garbage
-from saeens_pipeline.instance import register_layers
+from saeens_pipeline.orchestration import garbage
+from saeens_pipeline.orchestration.garbage import Inventory, by_folder, declared, find_garbage, remove_garbage
+from saeens_pipeline.orchestration.instance import register_layers
+from saeens_pipeline.settings.files import FOLDERS_VARIABLE
 from saeens_pipeline.storage import recipes
 from saeens_pipeline.storage.checkpoints import checkpoint_file
 from saeens_pipeline.storage.names import Partition

@@ -16,10 +16,10 @@ from tiny_experiment import EXPERIMENT, LAYER, MEMBERS, NAME, SEEDS, Laboratory
 from tiny_models import D_MODEL
 
 import saeens_models as sm
-from saeens_pipeline.assets.leaderboard import standings
+from saeens_pipeline.assets.health import examine
 from saeens_pipeline.assets.memory import portion_within
-from saeens_pipeline.checks import examine
-from saeens_pipeline.runs import experiment_status
+from saeens_pipeline.assets.tables.leaderboard import standings
+from saeens_pipeline.orchestration.runs import experiment_status
 from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.tables import read_table
 

@@ -18,7 +18,7 @@ from tiny_experiment import EXPERIMENT, LAYER, MEMBERS, NAME, SEEDS, Laboratory,
 
 from saeens_pipeline import cli
 from saeens_pipeline.assets.declarations import Declaration
-from saeens_pipeline.assets.leaderboard import standings
+from saeens_pipeline.assets.tables.leaderboard import standings
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.storage.names import Address, Partition
 from saeens_pipeline.storage.recipes import Recipe, read_artefact
@@ -306,7 +306,7 @@ def test_an_experiment_whose_files_are_not_found_does_not_hide_the_others(
     def not_found(name: str) -> NoReturn:
         raise ConfigurationError("mine: there is no file texts.csv")
 
-    monkeypatch.setattr("saeens_pipeline.runs.experiment_status", not_found)
+    monkeypatch.setattr("saeens_pipeline.orchestration.runs.experiment_status", not_found)
     code, out, err = leaderboard("--format", "csv")
     assert code == 0
     assert len(out.splitlines()) == 6

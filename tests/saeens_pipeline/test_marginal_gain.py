@@ -14,10 +14,10 @@ from sklearn.metrics.pairwise import cosine_similarity
 from test_automation import AUTOMATED, CHAIN, Daemon
 from tiny_experiment import EXPERIMENT, LAYER, MEMBERS, NAME, SEEDS, Laboratory
 
-from saeens_pipeline.assets.metadata import column_lineage
-from saeens_pipeline.instance import register_layers
-from saeens_pipeline.lineage import lineage
-from saeens_pipeline.runs import experiment_status
+from saeens_pipeline.assets.lineage import lineage
+from saeens_pipeline.orchestration.instance import register_layers
+from saeens_pipeline.orchestration.metadata import column_lineage
+from saeens_pipeline.orchestration.runs import experiment_status
 from saeens_pipeline.storage.tables import read_table
 
 METHODS = {"bagging": "bagging/member", "boosting": "boosting/round"}

@@ -7,6 +7,7 @@ import threading
 import traceback
 from collections.abc import Callable
 
+import child_process
 import numpy as np
 import pytest
 import torch
@@ -132,16 +133,23 @@ def test_error_while_reading_ahead_comes_with_its_traceback_when_its_chunk_is_du
     assert not _reading_threads()
 
 
-def test_ctrl_c_while_waiting_for_the_disk_ends_the_thread():
-    awaited = int(np.random.default_rng([0, 0]).permutation(100)[40])  # in the first buffer, and long after the thread has started
+def consume_until_interrupted() -> None:
+    """Press Ctrl-C while the first buffer is read, long after the thread has started; called in a child process."""
+    awaited = int(np.random.default_rng([0, 0]).permutation(100)[40])
 
     def interrupt(index: int) -> None:
         if index == awaited:
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
+    try:
         list(_Rows(400, interrupt).batches("train", 4, seed=0, mixing_chunks=50))
-    assert not _reading_threads()
+    except KeyboardInterrupt:
+        child_process.tell(interrupted=True, reading_threads=_reading_threads())
+
+
+def test_ctrl_c_while_waiting_for_the_disk_ends_the_thread():
+    observed = child_process.finish(child_process.start(consume_until_interrupted))
+    assert observed == {"interrupted": True, "reading_threads": []}
 
 
 @pytest.mark.parametrize("how", [{"batch_tokens": 0}, {"batch_tokens": 4, "mixing_chunks": 0}])

@@ -13,10 +13,10 @@ from tiny_experiment import NAME, Laboratory
 from tiny_models import CONTEXT_LENGTH, D_MODEL, N_LAYERS, edit_config
 
 from saeens_pipeline import cli
-from saeens_pipeline.components import ExperimentSettings, SourceSettings
-from saeens_pipeline.components.ensemble_experiment import EnsembleSettings
+from saeens_pipeline.cli.new_experiment import new_experiment, parse_layers
 from saeens_pipeline.errors import ConfigurationError
-from saeens_pipeline.new_experiment import new_experiment, parse_layers
+from saeens_pipeline.settings import ExperimentSettings, SourceSettings
+from saeens_pipeline.settings.experiments import EnsembleSettings
 
 
 @pytest.fixture

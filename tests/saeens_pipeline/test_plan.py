@@ -11,10 +11,11 @@ from types import ModuleType
 import pytest
 from tiny_experiment import EXPERIMENT, LAYER, MEMBERS, NAME, SEEDS, Laboratory
 
-from saeens_pipeline.assets import evaluation, residuals, saes
-from saeens_pipeline.components import ExperimentSettings
-from saeens_pipeline.plan import Status, plan
-from saeens_pipeline.runs import experiment_status
+from saeens_pipeline.assets import residuals, saes
+from saeens_pipeline.assets.staleness import Status, plan
+from saeens_pipeline.assets.tables import evaluation
+from saeens_pipeline.orchestration.runs import experiment_status
+from saeens_pipeline.settings import ExperimentSettings
 from saeens_pipeline.storage.names import Address, Partition
 
 N_PER_SEED = 2 * MEMBERS + (MEMBERS - 1) + 2 + 2 + 5  # members and rounds, residuals, baselines, ensembles, tables

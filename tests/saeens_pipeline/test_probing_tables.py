@@ -20,11 +20,11 @@ from tiny_experiment import LAYER, NAME, SEEDS, Laboratory
 from tiny_models import CONTEXT_LENGTH
 from tokenizers import Tokenizer
 
+from saeens_pipeline.assets.lineage import lineage
 from saeens_pipeline.errors import ConfigurationError, SaeensError
-from saeens_pipeline.labelled_texts import reading
+from saeens_pipeline.language_models.labelled_texts import reading
 from saeens_pipeline.language_models.models import describe_language_model, load_language_model
-from saeens_pipeline.lineage import lineage
-from saeens_pipeline.runs import experiment_status
+from saeens_pipeline.orchestration.runs import experiment_status
 from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.tables import read_table
 

@@ -18,8 +18,9 @@ import scipy.stats
 from tiny_experiment import LAYER, MEMBERS, NAME, SEEDS, Laboratory, experiment_file, experiment_settings, source_settings
 
 from saeens_pipeline import cli
-from saeens_pipeline.assets.leaderboard import for_reading, standings
+from saeens_pipeline.assets.tables.leaderboard import for_reading, standings
 from saeens_pipeline.errors import SaeensError
+from saeens_pipeline.orchestration.reports import write_reports
 from saeens_pipeline.report.control import Comparison, compare
 from saeens_pipeline.report.figures import Figure, by_members, downstream, features, layer_profile, marginal_gain, trade_offs, training
 from saeens_pipeline.report.main_table import METRICS
@@ -29,7 +30,6 @@ from saeens_pipeline.report.published import SETTINGS, setting_of
 from saeens_pipeline.report.record import Record
 from saeens_pipeline.report.results import Results, Size, Spread, written
 from saeens_pipeline.report.words import about_control, choices, does_not_say, says
-from saeens_pipeline.reports import write_reports
 from saeens_pipeline.storage.names import Address, Partition
 from saeens_pipeline.storage.recipes import read_artefact
 from saeens_pipeline.storage.tables import TOTALS, frame, read_table
@@ -149,7 +149,7 @@ def test_a_report_asks_dagster_for_layers_only_where_there_are_more_than_in_the_
     def recorded(source: Any) -> Any:
         raise LookupError(source.name)
 
-    monkeypatch.setattr("saeens_pipeline.layers.recorded_layers", recorded)
+    monkeypatch.setattr("saeens_pipeline.orchestration.layers.recorded_layers", recorded)
     page, _ = write_reports(NAME, [])
     assert page.parent.name == f"layer={LAYER}"
     with pytest.raises(LookupError):

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import child_process
 import dagster as dg
 import pytest
 import torch
@@ -24,12 +25,13 @@ from tiny_experiment import LAYER, NAME, Laboratory
 
 import saeens_models as sm
 from saeens_models.training import NonFiniteLossError
-from saeens_pipeline.assets import retries, saes
+from saeens_pipeline.assets import saes
 from saeens_pipeline.errors import ConfigurationError, SaeensError
-from saeens_pipeline.instance import register_layers
 from saeens_pipeline.language_models.caching import cache_activations
 from saeens_pipeline.language_models.models import LanguageModel, describe_language_model, load_language_model
 from saeens_pipeline.language_models.tokens import TokenStore, open_tokens
+from saeens_pipeline.orchestration import retries
+from saeens_pipeline.orchestration.instance import register_layers
 from saeens_pipeline.storage import activations
 from saeens_pipeline.storage.activations import ActivationReader, ActivationStore, ActivationWriter
 from saeens_pipeline.storage.checkpoints import SECONDS_VARIABLE, checkpoint_seconds
@@ -137,12 +139,22 @@ def _with_seconds(seconds: float) -> Callable[..., None]:
     return took_so_long
 
 
+def train_until_interrupted(model: str, folder: str, root: str) -> None:
+    """Press Ctrl-C in the middle of a training; called in a child process."""
+    laboratory = Laboratory(Path(model), Path(folder), Path(root))
+    with pytest.MonkeyPatch.context() as patch:
+        laboratory.activate(patch)
+        _interrupt_at_batch(patch, 4, lambda: signal.raise_signal(signal.SIGINT))
+        try:
+            laboratory.run(seeds=[SEED], select=["baseline/expanded"])
+        except KeyboardInterrupt:
+            child_process.tell(interrupted=True)
+
+
 def test_ctrl_c_during_a_run_leaves_a_checkpoint_and_the_next_run_goes_on(untrained: Laboratory, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv(SECONDS_VARIABLE)
-    with monkeypatch.context() as patch:
-        _interrupt_at_batch(patch, 4, lambda: signal.raise_signal(signal.SIGINT))
-        with pytest.raises(KeyboardInterrupt):
-            untrained.run(seeds=[SEED], select=["baseline/expanded"])
+    child = child_process.start(train_until_interrupted, untrained.model, untrained.folder, untrained.root)
+    assert child_process.finish(child) == {"interrupted": True}
     assert [file.name for file in _checkpoints(untrained)] == [f"seed={SEED}.safetensors"]
     untrained.run(seeds=[SEED], select=["baseline/expanded"])
     assert untrained.artefact("baseline/expanded", SEED).provenance["resumed_at_tokens"] == [5 * BATCH_TOKENS]
@@ -448,7 +460,7 @@ torch.set_num_threads(1)  # no thread is running when children are forked
 sys.path[:0] = sys.argv[1:3]
 import polars, pyarrow.parquet, pytest, zarr  # what the work imports, so that it is not imported for every kill
 import saeens_models
-import saeens_pipeline.assets.dagster_assets
+import saeens_pipeline.orchestration.assets
 from killed_process import count_calls, run_and_kill
 from saeens_models.training import load_kernels
 import test_resume as t
@@ -479,9 +491,9 @@ KillAndRetry = Callable[[Callable[[], None], Callable[[], None]], None]
 
 def kill_members(laboratory: Laboratory, kill_and_retry: KillAndRetry) -> None:
     """Train the members of a bag as their op does, in processes that are killed; called in the server."""
-    from saeens_pipeline.assets.dagster_assets import _materialise
     from saeens_pipeline.assets.declarations import Workplace
-    from saeens_pipeline.resources import ComputeResource
+    from saeens_pipeline.orchestration.assets import _materialise
+    from saeens_pipeline.orchestration.resources import ComputeResource
 
     catalogue = laboratory.catalogue
     op = next(op for op in catalogue.ops(catalogue.experiment(NAME)) if op.name.endswith("members"))
@@ -671,7 +683,7 @@ def kill_once(self, *arguments, **options):
         yield batch
 
 ActivationReader.batches = kill_once
-from saeens_pipeline.catalogue import load_catalogue
+from saeens_pipeline.orchestration.catalogue import load_catalogue
 
 def training():
     job = dg.define_asset_job("training", [dg.AssetKey({key!r})])

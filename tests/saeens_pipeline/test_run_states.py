@@ -15,11 +15,11 @@ from typer.testing import CliRunner
 
 from saeens_pipeline import cli
 from saeens_pipeline.assets import saes
+from saeens_pipeline.assets.staleness import Status
 from saeens_pipeline.errors import SaeensError
-from saeens_pipeline.instance import PROCESS_TAG, command_line_instance
-from saeens_pipeline.plan import Status
-from saeens_pipeline.run_states import with_run_states
-from saeens_pipeline.runs import experiment_status
+from saeens_pipeline.orchestration.instance import PROCESS_TAG, command_line_instance
+from saeens_pipeline.orchestration.run_states import with_run_states
+from saeens_pipeline.orchestration.runs import experiment_status
 
 SEED = SEEDS[0]
 

@@ -16,10 +16,10 @@ from tiny_models import CONTEXT_LENGTH, Architecture, write_tiny_model, write_ti
 from tiny_transformer_lens import tiny_hooked, write_hooked
 
 from saeens_pipeline import cli
-from saeens_pipeline.catalogue import Catalogue, load_catalogue
-from saeens_pipeline.forecast import forecast
-from saeens_pipeline.language_models.hub_datasets import HubDataset
-from saeens_pipeline.resources import ComputeResource, StoreResource
+from saeens_pipeline.assets.forecast import forecast
+from saeens_pipeline.orchestration.catalogue import Catalogue, load_catalogue
+from saeens_pipeline.orchestration.resources import ComputeResource, StoreResource
+from saeens_pipeline.settings.corpora import HubDataset
 
 PAPER: dict[str, dict[str, Any]] = {  # the table of its settings
     "gelu_1l": {

@@ -22,11 +22,11 @@ from tiny_experiment import EXPERIMENT, LAYER, MEMBERS, NAME, SEEDS, Laboratory
 from tiny_models import D_MODEL
 
 import saeens_models as sm
+from saeens_pipeline.assets.lineage import lineage
 from saeens_pipeline.assets.saes import init_seed
 from saeens_pipeline.errors import ConfigurationError, SaeensError
-from saeens_pipeline.instance import register_layers
-from saeens_pipeline.lineage import lineage
-from saeens_pipeline.runs import experiment_status
+from saeens_pipeline.orchestration.instance import register_layers
+from saeens_pipeline.orchestration.runs import experiment_status
 from saeens_pipeline.storage.activations import ActivationStore, ActivationWriter, StoredDtype
 from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.selection import SelectedDocuments

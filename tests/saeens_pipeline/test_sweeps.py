@@ -18,13 +18,13 @@ from tiny_experiment import EXPERIMENT, LAYER, NAME, SEEDS, Laboratory, experime
 
 from saeens_pipeline import cli
 from saeens_pipeline.assets.experiments import experiment_ops
-from saeens_pipeline.assets.metadata import describe_artefact
-from saeens_pipeline.assets.pareto import PICTURE_FILE, TABLE_FILE, Sweep, notes, pareto_rows
-from saeens_pipeline.assets.pareto_picture import draw
-from saeens_pipeline.catalogue import load_catalogue
-from saeens_pipeline.components import ExperimentSettings
+from saeens_pipeline.assets.tables.pareto import PICTURE_FILE, TABLE_FILE, Sweep, notes, pareto_rows
 from saeens_pipeline.errors import ConfigurationError
-from saeens_pipeline.garbage import declared, find_garbage
+from saeens_pipeline.orchestration.catalogue import load_catalogue
+from saeens_pipeline.orchestration.garbage import declared, find_garbage
+from saeens_pipeline.orchestration.metadata import describe_artefact
+from saeens_pipeline.report.pareto_picture import draw
+from saeens_pipeline.settings import ExperimentSettings
 from saeens_pipeline.storage.names import Address, Partition
 from saeens_pipeline.storage.recipes import Recipe
 from saeens_pipeline.storage.tables import METHODS, PARETO, frame
@@ -283,7 +283,7 @@ def _size(png: bytes) -> tuple[int, int]:
 
 
 def test_every_method_has_its_own_colour_and_marker_and_every_layer_its_axes(empty: Laboratory):
-    from saeens_pipeline.assets import pareto_picture
+    from saeens_pipeline.report import pareto_picture
 
     assert len({colour for colour, _ in pareto_picture._STYLES.values()}) == len(METHODS)
     _declare(empty)

@@ -17,11 +17,11 @@ from tiny_models import CONTEXT_LENGTH, ListedCorpus
 
 from saeens_pipeline import defs
 from saeens_pipeline.assets import sources
-from saeens_pipeline.assets.dagster_assets import partition_key
 from saeens_pipeline.assets.declarations import Declaration
-from saeens_pipeline.catalogue import Catalogue, load_catalogue
-from saeens_pipeline.instance import register_layers
-from saeens_pipeline.runs import run_experiment
+from saeens_pipeline.orchestration.assets import partition_key
+from saeens_pipeline.orchestration.catalogue import Catalogue, load_catalogue
+from saeens_pipeline.orchestration.instance import register_layers
+from saeens_pipeline.orchestration.runs import run_experiment
 from saeens_pipeline.storage.names import Address, Partition
 from saeens_pipeline.storage.recipes import Artefact, Store
 

@@ -6,23 +6,15 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-)
 
-from saeens_pipeline.language_models.corpora import Document, Split
+from saeens_pipeline.language_models.documents import Document, Split
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 END_OF_TEXT = 0
 VOCAB_SIZE = 257  # one token per byte, and the end of text
@@ -45,6 +37,18 @@ def write_tiny_model(path: Path, architecture: Architecture = "gpt_neox", seed: 
 
 def tiny_model(architecture: Architecture) -> PreTrainedModel:
     """The model alone, its weights drawn from the global generator."""
+    # imported here: processes that tests start import this module for its constants, and transformers takes seconds
+    from transformers import (
+        Gemma2Config,
+        Gemma2ForCausalLM,
+        GPT2Config,
+        GPT2LMHeadModel,
+        GPTNeoXConfig,
+        GPTNeoXForCausalLM,
+        LlamaConfig,
+        LlamaForCausalLM,
+    )
+
     sizes = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": D_MODEL,
