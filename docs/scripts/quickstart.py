@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import polars as pl
@@ -40,12 +41,12 @@ def collect() -> pl.DataFrame:
 
 def draw(numbers: pl.DataFrame) -> Figure:
     """Return the plot of explained variance against the number of members, means over the seeds."""
-    most = numbers["n_members"].max()
+    most = max(numbers["n_members"].to_list())
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     axes = figure.subplots()
     for name in in_order(numbers["method"].unique()):
         means = numbers.filter(method=name).group_by("n_members").agg(pl.col("explained_variance").mean()).sort("n_members")
-        style = {"color": method(name).colour, "marker": method(name).marker}
+        style: dict[str, Any] = {"color": method(name).colour, "marker": method(name).marker}
         if len(means) == 1:  # one SAE: a level line, its marker where the ensembles are whole
             axes.axhline(means["explained_variance"].item(), color=method(name).colour, linestyle=":", linewidth=1)
             axes.plot(most, means["explained_variance"].item(), label=method(name).label, linestyle="", **style)

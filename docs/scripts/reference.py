@@ -22,12 +22,11 @@ import saeens_pipeline
 from saeens_models.architectures.config import architectures
 from saeens_models.architectures.settings import settings_class
 from saeens_pipeline.cli import app
-from saeens_pipeline.components import ActivationSource, EnsembleExperiment
 from saeens_pipeline.settings.experiments import allowed_training_keys
+from saeens_pipeline.settings.files import MODELS
 from saeens_pipeline.storage import tables as table_registry
 
 PACKAGES = (saeens_models, saeens_pipeline)
-COMPONENTS = (ActivationSource, EnsembleExperiment)
 VARIABLES = {  # name: meaning, default
     "SAEENS_DATA": ("folder for everything that runs write", "`data/` in the checkout, or in the current folder without a checkout"),
     "SAEENS_EXPERIMENTS": ("folders with experiment files of your own, separated as in `PATH`", "none"),
@@ -78,8 +77,8 @@ def yaml_page() -> str:
         "A file declares a source, an experiment, or both, separated by `---`. Each has a `type` and `attributes`; the tables below list "
         "the attributes. [Your own model](../how_to/own_model.md) has an example.",
     ]
-    for component in COMPONENTS:
-        parts += [f"## `{component.__module__.split('.')[0]}.components.{component.__name__}`", *_models(component.get_model_cls())]
+    for name, model in MODELS.items():
+        parts += [f"## `{name}`", *_models(model)]
     parts += [
         "## Architectures",
         "The settings of an SAE depend on its architecture. Fields that several architectures share are in each table.",
@@ -181,7 +180,7 @@ def _type(field: Mapping[str, Any]) -> str:
         case {"type": "object", "additionalProperties": {} as values} if values:
             text = f"mapping to {_type(values)}"
         case {"type": name}:
-            text = " ".join([words.get(name, name), *_limits(field)])
+            text = " ".join([words.get(str(name), str(name)), *_limits(field)])
         case _:
             text = "any"
     return text
@@ -206,8 +205,7 @@ def _default(field: Mapping[str, Any]) -> str:
 def _prose(text: str) -> str:
     """The text on one line, with the characters escaped that Markdown would take for markup, except in code."""
     parts = text.replace("``", "`").replace("\n", " ").split("`")
-    parts[::2] = [re.sub(r"([*_{}<])", lambda found: f"&#{ord(found[1])};", part) for part in parts[::2]]
-    return "`".join(parts)
+    return "`".join(part if i % 2 else re.sub(r"[*_{}<]", lambda found: f"&#{ord(found[0])};", part) for i, part in enumerate(parts))
 
 
 def _columns(columns: Iterable[table_registry.Column]) -> str:
