@@ -6,10 +6,11 @@ VENV_BENCH := .venv-bench
 VENV_BROWSER := .venv-browser
 BROWSER_PAGES := .browser-pages
 VENV_TL := .venv-transformer-lens
+VENV_DOCS := .venv-docs
 BENCH ?= --output benchmarks/results
 PIP_INSTALL := python -m pip install --quiet --quiet --disable-pip-version-check
 
-.PHONY: help quickstart ui test check test-interop test-transformer-lens browser-test bench clean
+.PHONY: help quickstart ui test check test-interop test-transformer-lens browser-test bench docs clean
 
 help:  ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-22s %s\n", $$1, $$2 }' Makefile
@@ -42,8 +43,13 @@ browser-test: $(VENV)/.installed-dev $(VENV_BROWSER)/.installed  ## the report's
 bench: $(VENV_BENCH)/.installed  ## speed and memory beside the peers; over an hour. BENCH="training --quick" for a part
 	$(VENV_BENCH)/bin/python -m benchmarks $(BENCH)
 
+docs: $(VENV)/.installed-dev $(VENV_DOCS)/.installed  ## the documentation, into site/
+	$(VENV)/bin/python docs/scripts/reference.py docs/reference
+	$(VENV_DOCS)/bin/jupyter-nbconvert --log-level WARN --to markdown docs/tutorial.ipynb
+	NO_MKDOCS_2_WARNING=1 $(VENV_DOCS)/bin/mkdocs build --quiet --strict
+
 clean:  ## remove the virtual environments; what runs made stays in data/
-	rm -rf $(VENV) $(VENV_INTEROP) $(VENV_BENCH) $(VENV_TL) $(VENV_BROWSER) $(BROWSER_PAGES)
+	rm -rf $(VENV) $(VENV_INTEROP) $(VENV_BENCH) $(VENV_TL) $(VENV_BROWSER) $(BROWSER_PAGES) $(VENV_DOCS) site
 
 # A stamp file says what an environment holds; a changed version or dependency installs again. The install is editable: a changed
 # experiment file takes effect at once.
@@ -72,6 +78,11 @@ $(VENV_TL)/.installed: pyproject.toml constraints.txt | $(VENV_TL)/.created
 $(VENV_BROWSER)/.installed: pyproject.toml constraints.txt | $(VENV_BROWSER)/.created
 	@$(VENV_BROWSER)/bin/$(PIP_INSTALL) --constraint constraints.txt --upgrade pip
 	@$(VENV_BROWSER)/bin/$(PIP_INSTALL) --constraint constraints.txt --group browser
+	@touch $@
+
+$(VENV_DOCS)/.installed: pyproject.toml constraints-docs.txt | $(VENV_DOCS)/.created
+	@$(VENV_DOCS)/bin/$(PIP_INSTALL) --constraint constraints-docs.txt --upgrade pip
+	@$(VENV_DOCS)/bin/$(PIP_INSTALL) --constraint constraints-docs.txt --group docs
 	@touch $@
 
 # dictionary-learning comes without its dependencies: by way of nnsight it asks for torchvision, whose build has to be of the same kind

@@ -49,7 +49,7 @@ class SAEConfig(BaseModel, frozen=True):
     Unknown architectures, unknown fields and values out of range raise pydantic's ``ValidationError``.
     """
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     architecture: str
     """Name of the architecture: the discriminator."""

@@ -33,7 +33,7 @@ class SAESettings(BaseModel, frozen=True):
     widths raise pydantic's ``ValidationError``.
     """
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     architecture: str
     """Name of the architecture: the discriminator."""

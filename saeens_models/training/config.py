@@ -17,7 +17,7 @@ def _tensor_to_list(value: Any) -> Any:
 class TrainingConfig(BaseModel):
     """Settings of :func:`train`, shared by the SAEs that are trained together. Wrong values raise pydantic's ``ValidationError``."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
     learning_rate: PositiveFloat = 3e-4
     """Adam's step size between warm-up and decay."""

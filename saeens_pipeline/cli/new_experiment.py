@@ -83,7 +83,7 @@ attributes:
   # freshness: {{fail_days: 14, warn_days: 8}} # when tables are shown as overdue
   evaluations: [reconstruction, members, coactivation, stability, marginal_gain, cost, training_curves] # tables to fill
   #   also features, contexts, autointerp, concept_detection, spurious_correlation
-  # autointerp: {{model: gpt-4o-mini, features: 200}} # explains features by SAEENS_LLM_BASE_URL, see docs/autointerp.md
+  # autointerp: {{model: gpt-4o-mini, features: 200}} # explains features by SAEENS_LLM_BASE_URL, see docs/how_to/autointerp.md
   # ce_loss_tokens: 4096 # test tokens that the language model's loss is measured on; 0: none
   # concept_detection: {{datasets: [fancyzhx/ag_news]}} # texts of that table; left out: those that come with the project
   # spurious_correlation: {{datasets: [LabHC/bias_in_bios]}} # the same of the other
