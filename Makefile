@@ -24,9 +24,10 @@ ui: $(VENV)/.installed  ## the Dagster UI, on this machine only
 test: $(VENV)/.installed-dev  ## the test suite, in two processes
 	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
 
-check: $(VENV)/.installed-dev  ## style and types
+check: $(VENV)/.installed-dev  ## style, floors and types
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/lint-imports
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 test-interop: $(VENV_INTEROP)/.installed  ## does SAELens read our files as we do, and we its?

@@ -21,10 +21,11 @@ import saeens_models
 import saeens_pipeline
 from saeens_models.architectures.config import architectures
 from saeens_models.architectures.settings import settings_class
-from saeens_pipeline.cli import app
+from saeens_pipeline.assets.tables import SUBJECT, listed
+from saeens_pipeline.cli import app, main
 from saeens_pipeline.settings.experiments import allowed_training_keys
 from saeens_pipeline.settings.files import MODELS
-from saeens_pipeline.storage import tables as table_registry
+from saeens_pipeline.storage.tables import Column
 
 PACKAGES = (saeens_models, saeens_pipeline)
 VARIABLES = {  # name: meaning, default
@@ -47,13 +48,6 @@ VARIABLES = {  # name: meaning, default
     "SAEENS_LLM_API_KEY": ("key of that endpoint; never stored", "none"),
     "DAGSTER_HOME": ("Dagster's own records: runs, events, logs", "`$SAEENS_DATA/dagster`"),
 }
-
-
-def all_tables() -> Iterator[table_registry.Table]:
-    """Return every table that the registry holds."""
-    for value in vars(table_registry).values():
-        of_value = value.values() if isinstance(value, dict) else [value]
-        yield from (each for each in of_value if isinstance(each, table_registry.Table))
 
 
 def write_reference(folder: Path) -> list[Path]:
@@ -93,21 +87,20 @@ def yaml_page() -> str:
 
 def tables_page() -> str:
     """Return the columns of every table, with type and meaning."""
-    subject = table_registry.SUBJECT
     parts = [
         "# Tables",
         "One Parquet file per table and partition. Every row is one measurement. `saeens table EXPERIMENT TABLE` prints a table; "
         "`--format csv` and `--format json` print nothing else.",
         "The tables of an experiment begin with these columns. A value that does not apply is null.",
-        _columns(subject),
+        _columns(SUBJECT),
     ]
-    for table in all_tables():
-        own = [column for column in table_registry.columns_of(table.name) if column not in subject]
-        starts_with_subject = len(own) < len(table_registry.columns_of(table.name))
+    for table in listed():
         parts += [f"## `{table.name}`", f"{table.question.rstrip('.?')}{'?' if table.question.endswith('?') else '.'}"]
-        if not starts_with_subject:
+        if table.over_experiments:
             parts.append("This table has only the columns below.")
-        parts.append(_columns(own))
+        if table.by_default:
+            parts.append("An experiment that names no `evaluations` fills it.")
+        parts.append(_columns(table.all_columns if table.over_experiments else table.all_columns[len(SUBJECT) :]))
     return _page(parts)
 
 
@@ -116,7 +109,7 @@ def command_line_page() -> str:
     command = typer.main.get_command(app)
     context = typer.Context(command)
     text = get_docs_for_click(obj=command, ctx=context, name="saeens", title="Command line")
-    exit_codes = sys.modules[app.registered_commands[0].callback.__module__].__doc__ or ""  # pyright: ignore[reportOptionalMemberAccess]
+    exit_codes = sys.modules[main.__module__].__doc__ or ""
     text = re.sub(r"\*\*Commands\*\*:\n\n(\* .*\n)+\n", "", text)  # first lines, cut off; the sections below have all of them
     return text.replace("\n\n**Usage**", f"\n\n{exit_codes.strip()}\n\n**Usage**", 1)
 
@@ -208,7 +201,7 @@ def _prose(text: str) -> str:
     return "`".join(part if i % 2 else re.sub(r"[*_{}<]", lambda found: f"&#{ord(found[0])};", part) for i, part in enumerate(parts))
 
 
-def _columns(columns: Iterable[table_registry.Column]) -> str:
+def _columns(columns: Iterable[Column]) -> str:
     return _table(("column", "type", "meaning"), [(f"`{each.name}`", each.type, _prose(each.description)) for each in columns])
 
 
