@@ -14,9 +14,9 @@ import typer
 
 from saeens_models.architectures.config import architectures
 from saeens_models.architectures.settings import settings_class
+from saeens_pipeline.assets.tables import TABLES, columns_of
 from saeens_pipeline.cli import app
 from saeens_pipeline.settings.files import MODELS, ExperimentFile
-from saeens_pipeline.storage.tables import TABLES, columns_of
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
