@@ -23,6 +23,7 @@ from saeens_models.kernels.cpu_gated import SPARSE_BELOW
 from saeens_models.training import load_kernels
 from saeens_models.training.adam import Adam
 
+pytestmark = pytest.mark.usefixtures("two_threads")
 finite = st.floats(-100, 100, width=32)
 
 

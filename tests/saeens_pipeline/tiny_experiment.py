@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import dagster as dg
 import pytest
 import yaml
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from rich.console import Console
 from tiny_models import CONTEXT_LENGTH, ListedCorpus
 
@@ -35,6 +37,9 @@ CORPUS = ListedCorpus(
     ],
     test=[f"Members {i} and {i + 3} see the same tokens, {i * i} of them; seed {i * 17 % 7} differs." for i in range(12)],
 )
+BLANK_PICTURE = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)  # PNG of one pixel
 
 
 SOURCE: dict[str, Any] = {
@@ -89,7 +94,7 @@ class Laboratory:
     def activate(self, monkeypatch: pytest.MonkeyPatch, *, keep_events: bool = False) -> None:
         """Make the package see this laboratory's files, root and corpus, and nothing else.
 
-        Without `keep_events` Dagster's events stay in memory: writing them takes most of a tiny run.
+        Without `keep_events` Dagster's events stay in memory, and pictures are blank: they take most of a tiny run.
         """
         monkeypatch.setenv("SAEENS_DATA", str(self.root))
         monkeypatch.setenv("DAGSTER_HOME", "")
@@ -98,6 +103,7 @@ class Laboratory:
         monkeypatch.setattr(sources, "open_corpus", lambda name: CORPUS)
         if not keep_events:
             monkeypatch.setattr(dg.DagsterInstance, "from_config", lambda *_: dg.DagsterInstance.ephemeral())
+            monkeypatch.setattr(FigureCanvasAgg, "print_png", lambda canvas, file, **_: file.write(BLANK_PICTURE))
         for module in [name for name in sys.modules if name.startswith(f"{defs.__name__}.")]:
             monkeypatch.delitem(sys.modules, module)  # or a folder of the same name elsewhere would be taken for it
 
