@@ -24,6 +24,7 @@ from saeens_models.kernels.weights import Weights
 from saeens_models.training import load_kernels
 from saeens_models.training.adam import Adam
 
+pytestmark = pytest.mark.usefixtures("two_threads")
 finite = st.floats(-100, 100, width=32)
 
 

@@ -429,6 +429,7 @@ def ask_until_interrupted(model: str, folder: str, root: str) -> None:
             child_process.tell(interrupted=True)
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_it_and_the_next_run_goes_on(fake: FakeEndpoint, laboratory: Laboratory):
     interrupted = threading.Event()
 

@@ -19,9 +19,11 @@ import child_process
 import dagster as dg
 import polars as pl
 import pytest
+import typer
 from dagster._utils.interrupts import capture_interrupts
 from rich.console import Console
 from tiny_experiment import EXPERIMENT, LAYER, NAME, SEEDS, Laboratory, run_and_print
+from typer.core import TyperGroup
 
 from saeens_pipeline import cli
 from saeens_pipeline.assets import training
@@ -97,8 +99,11 @@ print([name for name in {heavy} if name in sys.modules], file=sys.stderr)
 def test_help_names_every_command(saeens: Saeens):
     outcome = saeens("--help")
     assert outcome.code == 0
-    for command in ("run", "experiments", "status", "table", "leaderboard", "plan", "new", "gc", "ui", "doctor", "reference-model"):
-        assert command in outcome.out
+    group = typer.main.get_command(cli.app)
+    assert isinstance(group, TyperGroup)
+    assert {"run", "status", "table"} <= group.commands.keys()
+    for command in group.commands:
+        assert f" {command} " in outcome.out
 
 
 def test_experiments_are_listed(empty: Laboratory, saeens: Saeens):
@@ -464,6 +469,7 @@ def _interrupted(laboratory: Laboratory, interrupt: str, *arguments: object) -> 
     return Outcome(told["code"], "", told["err"]), told["swallowed"]
 
 
+@pytest.mark.slow
 def test_an_interrupt_while_training_ends_with_130_and_keeps_what_was_finished(empty: Laboratory):
     outcome, _ = _interrupted(empty, "training", "--select", "bagging/member_1", "--seed", SEEDS[0])
     assert outcome.code == 130
@@ -472,6 +478,7 @@ def test_an_interrupt_while_training_ends_with_130_and_keeps_what_was_finished(e
     assert empty.artefact("activations")
 
 
+@pytest.mark.slow
 def test_an_interrupt_that_python_swallows_between_stages_ends_the_run_all_the_same(empty: Laboratory):
     outcome, swallowed = _interrupted(empty, "callback", "--select", "activations")
     assert swallowed == ["KeyboardInterrupt"]
@@ -481,6 +488,7 @@ def test_an_interrupt_that_python_swallows_between_stages_ends_the_run_all_the_s
     assert not (empty.root / "sources" / NAME / f"layer={LAYER}").exists()
 
 
+@pytest.mark.slow
 def test_an_interrupt_that_dagster_forgets_at_the_end_of_a_stage_ends_the_run_all_the_same(empty: Laboratory):
     outcome, _ = _interrupted(empty, "end of a stage", "--select", "tokens")
     assert outcome.code == 130

@@ -152,6 +152,7 @@ def train_until_interrupted(model: str, folder: str, root: str) -> None:
             child_process.tell(interrupted=True)
 
 
+@pytest.mark.slow
 def test_ctrl_c_during_a_run_leaves_a_checkpoint_and_the_next_run_goes_on(untrained: Laboratory, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv(SECONDS_VARIABLE)
     child = child_process.start(train_until_interrupted, untrained.model, untrained.folder, untrained.root)
@@ -538,6 +539,7 @@ def kill_a_writer(folder: Path, monkeypatch: pytest.MonkeyPatch, kill_and_retry:
     kill_and_retry(write, finished)
 
 
+@pytest.mark.slow
 def test_what_is_killed_at_random_points_and_tried_again_has_the_bytes_of_what_is_not(
     finished: Laboratory, finished_laboratory: Laboratory, tmp_path: Path
 ):
@@ -582,6 +584,7 @@ def test_a_second_writer_waits_and_then_takes_what_the_first_has_made(
     assert not list((untrained.root / "locks").iterdir())
 
 
+@pytest.mark.slow
 def test_a_killed_process_holds_no_lock(tmp_path: Path):
     script = """
 import os, signal, sys
@@ -692,6 +695,7 @@ def training():
 """
 
 
+@pytest.mark.slow
 def test_a_step_that_is_killed_is_tried_again_and_goes_on(
     untrained: Laboratory, finished_laboratory: Laboratory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import io
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,10 +14,11 @@ from typing import Any
 import dagster as dg
 import pytest
 import yaml
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from rich.console import Console
 from tiny_models import CONTEXT_LENGTH, ListedCorpus
 
-from saeens_pipeline import defs
+from saeens_pipeline import defs, kernels
 from saeens_pipeline.assets import sources
 from saeens_pipeline.assets.declarations import Declaration
 from saeens_pipeline.assets.staleness import Status
@@ -37,6 +40,9 @@ CORPUS = ListedCorpus(
     ],
     test=[f"Members {i} and {i + 3} see the same tokens, {i * i} of them; seed {i * 17 % 7} differs." for i in range(12)],
 )
+BLANK_PICTURE = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)  # PNG of one pixel
 
 
 SOURCE: dict[str, Any] = {
@@ -91,7 +97,8 @@ class Laboratory:
     def activate(self, monkeypatch: pytest.MonkeyPatch, *, keep_events: bool = False) -> None:
         """Make the package see this laboratory's files, root and corpus, and nothing else.
 
-        Without `keep_events` Dagster's events stay in memory: writing them takes most of a tiny run.
+        Without `keep_events` three things are left out that take most of a tiny run: Dagster's events stay in memory, pictures are
+        blank, and no other process compiles kernels meanwhile.
         """
         monkeypatch.setenv("SAEENS_DATA", str(self.root))
         monkeypatch.setenv("DAGSTER_HOME", "")
@@ -100,6 +107,8 @@ class Laboratory:
         monkeypatch.setattr(sources, "open_corpus", lambda name: CORPUS)
         if not keep_events:
             monkeypatch.setattr(dg.DagsterInstance, "from_config", lambda *_: dg.DagsterInstance.ephemeral())
+            monkeypatch.setattr(kernels, "compiled_meanwhile", lambda *_: contextlib.nullcontext())
+            monkeypatch.setattr(FigureCanvasAgg, "print_png", lambda canvas, file, **_: file.write(BLANK_PICTURE))
         for module in [name for name in sys.modules if name.startswith(f"{defs.__name__}.")]:
             monkeypatch.delitem(sys.modules, module)  # or a folder of the same name elsewhere would be taken for it
 
