@@ -25,7 +25,7 @@ ARRAY_KIND = "zarr"  # of tokens, activations and residuals
 
 def automate(assets: Iterable[dg.AssetsDefinition], catalogue: Ops) -> dg.Definitions:
     """These assets with their conditions and freshness policies, and the sensors, schedules and jobs that go with them."""
-    retraining = [retraining_schedule(experiment) for experiment in catalogue.experiments.values()]
+    retraining = [retraining_schedule(catalogue, experiment) for experiment in catalogue.experiments.values()]
     return dg.Definitions(
         assets=[asset.map_asset_specs(lambda spec: _with_policies(spec, catalogue.experiments)) for asset in assets],
         sensors=[layers_sensor(catalogue.sources), automation_sensor(), retraining_sensor(catalogue)],

@@ -31,8 +31,8 @@ def marks_name(experiment: str) -> str:
     return f"{experiment}/retraining"  # no experiment can have this name
 
 
-def retraining_schedule(experiment: ExperimentSettings) -> dg.ScheduleDefinition:
-    """Return a schedule whose job marks an experiment. The sensor does the rest."""
+def retraining_schedule(ops: Ops, experiment: ExperimentSettings) -> dg.ScheduleDefinition:
+    """Return a schedule whose job marks an experiment, unless all of it is fresh. The sensor requests the runs."""
     name = f"{experiment.name}_retraining"
 
     @dg.op(name=f"{name}__mark", description="Marks the experiment; the sensor `retraining` requests its runs.")
@@ -55,7 +55,9 @@ def retraining_schedule(experiment: ExperimentSettings) -> dg.ScheduleDefinition
         description=f"Retrains what changed for {experiment.name}: settings, code versions, the language model's revision, the corpus.",
         default_status=dg.DefaultScheduleStatus.STOPPED,
     )
-    def schedule(context: dg.ScheduleEvaluationContext) -> dg.RunRequest:
+    def schedule(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
+        if next_request(ops, experiment, context.instance, mark="") is None:
+            return dg.SkipReason("All artefacts are fresh: there is nothing to retrain.")
         return dg.RunRequest(tags={"user": name})
 
     return schedule

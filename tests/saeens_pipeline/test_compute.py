@@ -117,7 +117,7 @@ def test_provenance_names_the_commit_of_the_checkout_and_whether_its_files_were_
         who = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
         return subprocess.run(["git", "-C", str(tmp_path), *who, *arguments], check=True, capture_output=True, text=True).stdout.strip()
 
-    monkeypatch.setattr(resources, "_PROJECT_ROOT", tmp_path)
+    monkeypatch.setattr(resources, "PROJECT_ROOT", tmp_path)
     assert resources._commit() is None
     git("init", "--quiet")
     (tmp_path / "code.py").write_text("1")

@@ -60,7 +60,7 @@ def test_only_beside_what_comes_before_training(tmp_path, monkeypatch, builders:
         return nullcontext()
 
     monkeypatch.setattr("saeens_pipeline.assets.kernels.compiled_meanwhile", compiled_instead)
-    monkeypatch.setattr("saeens_pipeline.orchestration.resources.ComputeResource.resolve", lambda self: device)
+    monkeypatch.setattr("saeens_pipeline.assets.compute.Compute.resolve", lambda self: device)
     wanted: Any = [SimpleNamespace(builder=builder, tags={"architecture": "topk"} if builder == "sae" else {}) for builder in builders]
     with runs._compiling(Store(tmp_path), wanted):
         pass

@@ -22,7 +22,7 @@ from saeens_pipeline.assets.tables import TABLES, columns_of, seed_metrics, tabl
 from saeens_pipeline.assets.tables.cost import with_totals
 from saeens_pipeline.assets.tables.leaderboard import standings
 from saeens_pipeline.errors import ConfigurationError
-from saeens_pipeline.storage.names import LEADERBOARD, Address, Partition
+from saeens_pipeline.storage.names import LEADERBOARD, LEADERBOARD_ADDRESS, Address, Partition
 from saeens_pipeline.storage.recipes import Recipe, read_artefact
 
 METHODS = ["boosting", "expanded_l0_matched", "bagging", "expanded", "single"]
@@ -271,7 +271,7 @@ def test_the_command_prints_csv_and_json_alone(finished: Laboratory, leaderboard
     assert [row["method"] for row in json.loads(out)] == _standings(finished, sort="stability")["method"].to_list()
 
 
-def test_the_command_shows_the_points_of_two_seeds_and_leaves_no_file(finished: Laboratory, leaderboard: Command):
+def test_the_command_shows_the_points_of_two_seeds_and_materialises_the_table(finished: Laboratory, leaderboard: Command):
     code, out, err = leaderboard()
     assert (code, err) == (0, "")
     assert f"{NAME}, layer {LAYER}" in out
@@ -280,7 +280,9 @@ def test_the_command_shows_the_points_of_two_seeds_and_leaves_no_file(finished: 
     points = ", ".join(f"{float(point):.4f}" for point in row["explained_variance_by_seed"].split(","))
     assert f"({points})" in line
     assert f"±{row['explained_variance_high'] - row['explained_variance']:.2g}" in line
-    assert not (finished.root / "tables" / "leaderboard").exists()
+    assert finished.store.hit(
+        LEADERBOARD_ADDRESS, Partition(), finished.catalogue.leaderboard().outputs[0].recipe(finished.store, Partition())
+    )
 
 
 @pytest.mark.parametrize("metric", ["mse", "stability"])
@@ -304,7 +306,7 @@ def test_the_command_says_which_figures_are_outdated(finished: Laboratory, leade
 def test_an_experiment_whose_files_are_not_found_does_not_hide_the_others(
     finished: Laboratory, leaderboard: Command, monkeypatch: pytest.MonkeyPatch
 ):
-    def not_found(name: str) -> NoReturn:
+    def not_found(*_: object) -> NoReturn:
         raise ConfigurationError("mine: there is no file texts.csv")
 
     monkeypatch.setattr("saeens_pipeline.orchestration.runs.experiment_status", not_found)

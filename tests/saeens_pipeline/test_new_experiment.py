@@ -41,7 +41,7 @@ def test_the_file_is_read_at_once_and_has_the_models_own_sizes(empty: Laboratory
     assert (source.packing, source.drop, source.weights) == ("concatenate", ["first"], "trained")
     assert experiment.source == "mine"
     assert (experiment.automation, experiment.keep_residuals) == ("off", "last")
-    assert experiment.sae == {"architecture": "topk", "expansion": 8, "k": 1}
+    assert experiment.sae.model_dump(exclude_unset=True) == {"architecture": "topk", "expansion": 8, "k": 1}
     text = written.path.read_text()
     assert f"gpt_neox, {N_LAYERS} layers, d_in {D_MODEL}, context {CONTEXT_LENGTH}" in text
     assert f"of 0 to {N_LAYERS - 1}" in text

@@ -671,7 +671,7 @@ import os, signal
 from pathlib import Path
 import dagster as dg
 from saeens_pipeline import defs as files
-from saeens_pipeline.assets import retries
+from saeens_pipeline.orchestration import retries
 from saeens_pipeline.storage.activations import ActivationReader
 
 os.environ.update({environment!r})  # the server that steps are forked from may be older than this test

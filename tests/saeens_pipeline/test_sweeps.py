@@ -62,7 +62,7 @@ def test_there_is_one_experiment_per_value(sae: dict[str, Any], sweep: dict[str,
     made = _experiments(sae=sae, sweep=sweep, baselines=["expanded"])
     (field,) = sweep
     assert [each.name for each in made] == [f"{SWEEP}__{name}" for name in names]
-    assert [each.sae for each in made] == [sae | {field: value} for value in values]
+    assert [each.sae.model_dump(exclude_unset=True) for each in made] == [sae | {field: value} for value in values]
     assert [each.sweep for each in made] == [None] * len(values)
 
 
@@ -109,7 +109,7 @@ WRONG: list[tuple[dict[str, Any], str, str, str]] = [
     ({"sweep": {"expansion": [2, 0.5]}}, "- 0.5", "sweep.expansion.1", "expansion is a positive whole number, not 0.5"),
     ({"sweep": {"d_sae": [64]}}, "- 64", "sweep.d_sae.0", "give either expansion (d_sae = expansion * d_in) or d_sae"),
     ({"sae": {"architecture": "topk"}, "sweep": {"k": [4]}}, "sae:", "sae", "give either expansion"),
-    ({"sae": SAE | {"kk": 4}, "sweep": {"k": [4]}}, "kk:", "sae.kk", "unknown key; one of: expansion, architecture, d_sae, "),
+    ({"sae": SAE | {"kk": 4}, "sweep": {"k": [4]}}, "kk:", "sae.kk", "unknown key; one of: architecture, expansion, d_sae, "),
     ({"sae": {"architecture": "top", "expansion": 2}, "sweep": {"k": [4]}}, "architecture:", "sae.architecture", "'top' is unknown"),
 ]
 

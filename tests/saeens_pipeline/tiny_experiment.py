@@ -5,13 +5,15 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import dagster as dg
+import polars as pl
 import pytest
 import yaml
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -26,9 +28,9 @@ from saeens_pipeline.cli.summary import print_outcome
 from saeens_pipeline.orchestration.assets import partition_key
 from saeens_pipeline.orchestration.catalogue import Catalogue, load_catalogue
 from saeens_pipeline.orchestration.instance import register_layers
-from saeens_pipeline.orchestration.runs import experiment_status, run_experiment
-from saeens_pipeline.storage.names import Address, Partition
-from saeens_pipeline.storage.recipes import Artefact, Store
+from saeens_pipeline.orchestration.runs import experiment_status, make_reports, run_experiment
+from saeens_pipeline.storage.names import Address, Partition, locate
+from saeens_pipeline.storage.recipes import Artefact, Recipe, Store, read_artefact
 
 SEEDS = (1, 2)
 MEMBERS = 3
@@ -173,6 +175,19 @@ def run_and_print(
 ) -> None:
     """Run an experiment and print its summary, as `saeens run` does."""
     print_outcome(run_experiment(load_catalogue(), name, layers=layers, seeds=seeds, select=select, console=console), console)
+
+
+def write_rows(store: Store, part: Path, rows: pl.DataFrame, like: Path | None = None) -> None:
+    """Write other rows into a part of a table, with the recipe of the part that is there, or of `like`."""
+    found, record = locate(PurePosixPath(part.relative_to(store.root).as_posix())), read_artefact(like or part)
+    assert found is not None
+    store.write_table(*found, Recipe(**record.recipe), record.provenance, rows)
+
+
+def remake_reports(laboratory: Laboratory, name: str = NAME) -> None:
+    """Make the reports of an experiment from the tables on disk, whether they are fresh or not."""
+    shutil.rmtree(laboratory.root / "reports" / name, ignore_errors=True)
+    make_reports(load_catalogue(), name, [])
 
 
 def status_of(name: str = NAME) -> list[Status]:
