@@ -323,7 +323,7 @@ def test_every_table_is_listed_with_its_question_and_rows(finished: Laboratory):
 
 def test_without_any_table_there_is_no_report(empty: Laboratory):
     with pytest.raises(SaeensError, match=f"saeens run {NAME}"):
-        remake_reports(finished)
+        make_reports(load_catalogue(), NAME, [])
 
 
 def test_the_command_writes_reports_and_prints_the_pages(

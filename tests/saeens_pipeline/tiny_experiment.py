@@ -20,11 +20,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from rich.console import Console
 from tiny_models import CONTEXT_LENGTH, ListedCorpus
 
-from saeens_pipeline import defs, kernels
+from saeens_pipeline import defs
 from saeens_pipeline.assets import sources
 from saeens_pipeline.assets.declarations import Declaration
 from saeens_pipeline.assets.staleness import Status
 from saeens_pipeline.cli.summary import print_outcome
+from saeens_pipeline.orchestration import runs
 from saeens_pipeline.orchestration.assets import partition_key
 from saeens_pipeline.orchestration.catalogue import Catalogue, load_catalogue
 from saeens_pipeline.orchestration.instance import register_layers
@@ -109,7 +110,7 @@ class Laboratory:
         monkeypatch.setattr(sources, "open_corpus", lambda name: CORPUS)
         if not keep_events:
             monkeypatch.setattr(dg.DagsterInstance, "from_config", lambda *_: dg.DagsterInstance.ephemeral())
-            monkeypatch.setattr(kernels, "compiled_meanwhile", lambda *_: contextlib.nullcontext())
+            monkeypatch.setattr(runs, "compiled_meanwhile", lambda *_: contextlib.nullcontext())
             monkeypatch.setattr(FigureCanvasAgg, "print_png", lambda canvas, file, **_: file.write(BLANK_PICTURE))
         for module in [name for name in sys.modules if name.startswith(f"{defs.__name__}.")]:
             monkeypatch.delitem(sys.modules, module)  # or a folder of the same name elsewhere would be taken for it
