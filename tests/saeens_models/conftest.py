@@ -1,4 +1,4 @@
-"""Settings that have to be there before a test module is imported."""
+"""Settings that must be made before a test module is imported."""
 
 import os
 import signal
@@ -6,7 +6,7 @@ import signal
 import torch
 from hypothesis import settings
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
+signal.signal(signal.SIGINT, signal.default_int_handler)  # processes that a shell starts in the background ignore it
 settings.load_profile("ci")  # the same examples in every run, and no complaint about a slow machine
 
 if not torch.cuda.is_available():
