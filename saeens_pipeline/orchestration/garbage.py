@@ -20,7 +20,8 @@ from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.language_models.autointerp.answers import FOLDER as ANSWERS_FOLDER
 from saeens_pipeline.language_models.descriptions import REFERENCE_MODEL
 from saeens_pipeline.language_models.models import describe_language_model
-from saeens_pipeline.orchestration.instance import forget_partitions, home_folder, layers_name, recorded_instance
+from saeens_pipeline.orchestration.dagster_internals import forget_partitions
+from saeens_pipeline.orchestration.instance import home_folder, layers_name, recorded_instance
 from saeens_pipeline.orchestration.ops import Ops
 from saeens_pipeline.settings.files import unread_folder
 from saeens_pipeline.storage import locks

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from saeens_pipeline.errors import SaeensError
+from saeens_pipeline.orchestration.dagster_internals import LOCAL_COMPUTE_LOGS, NO_COMPUTE_LOGS
 from saeens_pipeline.storage.locks import holding_one_of
 from saeens_pipeline.storage.recipes import is_alive
 from saeens_pipeline.storage.root import data_root
@@ -31,7 +32,7 @@ storage:
   sqlite:
     base_dir: {storage}
 compute_logs:
-  module: dagster._core.storage.local_compute_log_manager
+  module: {compute_log_module}
   class: LocalComputeLogManager
   config:
     base_dir: {compute_logs}
@@ -61,7 +62,9 @@ load_from:
 
 def instance_settings(home: str) -> str:
     """The content of `dagster.yaml` for an instance that lies in `home`."""
-    return _SETTINGS.format(storage=json.dumps(f"{home}/storage"), compute_logs=json.dumps(f"{home}/compute_logs"))
+    return _SETTINGS.format(
+        storage=json.dumps(f"{home}/storage"), compute_logs=json.dumps(f"{home}/compute_logs"), compute_log_module=LOCAL_COMPUTE_LOGS
+    )
 
 
 def home_folder() -> Path:
@@ -117,7 +120,7 @@ def command_line_instance() -> DagsterInstance:
 
     home = prepare_home()
     settings = yaml.safe_load((home / "dagster.yaml").read_text()) or {}
-    settings["compute_logs"] = {"module": "dagster._core.storage.noop_compute_log_manager", "class": "NoOpComputeLogManager"}
+    settings["compute_logs"] = {"module": NO_COMPUTE_LOGS, "class": "NoOpComputeLogManager"}
     (home / _COMMAND_LINE_FILE).write_text("# Made anew from dagster.yaml by every `saeens run`.\n" + yaml.safe_dump(settings))
     return DagsterInstance.from_config(str(home), _COMMAND_LINE_FILE)
 
@@ -154,29 +157,6 @@ def end_dead_runs(instance: DagsterInstance) -> None:
         else:
             continue
         instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
-
-
-def forget_partitions(instance: DagsterInstance, key: Sequence[str], partitions: Sequence[str]) -> None:
-    """Let Dagster count these partitions of an asset as never made and never tried; all of the asset where they are none.
-
-    Its SQLite storage lacks `wipe_asset_partitions`: in its index of asset events, theirs become those of no asset. They are not
-    deleted: SQLite would give their numbers to new events, which then look old to the automation.
-    """
-    from dagster import AssetKey
-    from dagster._core.storage.event_log.schema import SqlEventLogStorageTable as Events
-    from dagster._core.storage.event_log.sql_event_log import SqlEventLogStorage
-
-    asset, storage = AssetKey(list(key)), instance.event_log_storage
-    if not partitions:
-        instance.wipe_assets([asset])
-        return
-    if not isinstance(storage, SqlEventLogStorage):
-        instance.wipe_asset_partitions(asset, partitions)
-        return
-    with storage.index_connection() as connection:
-        theirs = (Events.c.asset_key == asset.to_string(), Events.c.partition.in_(partitions))
-        connection.execute(Events.update().where(*theirs).values(asset_key=None))
-    storage.wipe_asset_cached_status(asset)
 
 
 def _answers(server: dict[str, Any]) -> bool:

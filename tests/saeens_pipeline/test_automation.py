@@ -17,7 +17,8 @@ from tiny_experiment import EXPERIMENT, LAYER, NAME, SEEDS, Laboratory, experime
 
 from saeens_pipeline.assets.tables import listed
 from saeens_pipeline.orchestration.automation import layers_sensor
-from saeens_pipeline.orchestration.instance import PROCESS_TAG, declare_layers, forget_partitions, layers_name, process_tag, register_layers
+from saeens_pipeline.orchestration.dagster_internals import forget_partitions
+from saeens_pipeline.orchestration.instance import PROCESS_TAG, declare_layers, layers_name, process_tag, register_layers
 from saeens_pipeline.storage.recipes import digest
 
 TOKENS, ACTIVATIONS, STABILITY, REPORT = (f"{NAME}/{key}" for key in ("tokens", "activations", "eval/stability", "report"))
