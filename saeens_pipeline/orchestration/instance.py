@@ -62,9 +62,8 @@ load_from:
 
 def instance_settings(home: str) -> str:
     """The content of `dagster.yaml` for an instance that lies in `home`."""
-    return _SETTINGS.format(
-        storage=json.dumps(f"{home}/storage"), compute_logs=json.dumps(f"{home}/compute_logs"), compute_log_module=LOCAL_COMPUTE_LOGS
-    )
+    folders = {name: json.dumps(f"{home}/{name}") for name in ("storage", "compute_logs")}
+    return _SETTINGS.format(**folders, compute_log_module=LOCAL_COMPUTE_LOGS)
 
 
 def home_folder() -> Path:

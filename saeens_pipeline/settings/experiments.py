@@ -259,9 +259,7 @@ class ExperimentSettings(FromFile):
         "0 3 * * 0", description="cron, in UTC, of the retraining schedule, which runs once it is switched on in the UI"
     )
     freshness: FreshnessSettings | None = Field(None, description="after how many days tables are shown as overdue")
-    evaluations: list[Name] | None = Field(
-        None, description="tables to fill; left out: reconstruction, members, coactivation, stability, marginal_gain, cost, training_curves"
-    )
+    evaluations: list[Name] | None = Field(None, description="tables to fill; left out: those that `saeens tables` marks as default")
     ce_loss_tokens: int = Field(
         4096, ge=0, description="test tokens on which ce_loss_recovered is measured, evenly spread; 0 leaves it empty"
     )
