@@ -16,7 +16,8 @@ import zarr
 from safetensors.torch import load_file, save_file
 from tiny_experiment import LAYER, MEMBERS, NAME, SEEDS, Laboratory
 
-from saeens_pipeline.assets import dagster_assets, saes
+import saeens_models as sm
+from saeens_pipeline.assets import dagster_assets
 from saeens_pipeline.assets.byte_checks import BYTES
 from saeens_pipeline.assets.dagster_assets import HEALTH, partition_key
 from saeens_pipeline.checks import Health, UnsoundArtefactError, examine
@@ -112,7 +113,7 @@ def test_constant_and_clamped_activations_stop_this_run_and_the_next_and_are_kep
         with pytest.raises(UnsoundArtefactError, match=rf"{NAME}/activations, layer {LAYER}, train split.*{message}"):
             empty.run()
     assert empty.artefact("activations")
-    monkeypatch.setattr(saes, "_train", lambda *_: pytest.fail("trained on unsound activations"))
+    monkeypatch.setattr(sm, "train", lambda *_, **__: pytest.fail("trained on unsound activations"))
     with pytest.raises(UnsoundArtefactError, match=message):
         empty.run()
     assert {key for key, state in _states().items() if state == "fresh"} == {f"{NAME}/tokens", f"{NAME}/activations"}

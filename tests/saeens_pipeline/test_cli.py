@@ -25,8 +25,9 @@ from rich.console import Console
 from tiny_experiment import EXPERIMENT, LAYER, NAME, SEEDS, Laboratory
 from typer.core import TyperGroup
 
+import saeens_models as sm
 from saeens_pipeline import cli, runs
-from saeens_pipeline.assets import dagster_assets, saes
+from saeens_pipeline.assets import dagster_assets
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.storage.tables import TABLES, read_table
 
@@ -403,11 +404,11 @@ class _Referent:
 
 
 def _interrupt_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*_: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         signal.raise_signal(signal.SIGINT)
         time.sleep(60)
 
-    monkeypatch.setattr(saes, "_train", interrupt)
+    monkeypatch.setattr(sm, "train", interrupt)
 
 
 def _interrupt_in_a_callback(monkeypatch: pytest.MonkeyPatch) -> None:

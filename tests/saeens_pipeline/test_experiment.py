@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +23,6 @@ from tiny_models import D_MODEL, write_tiny_model
 from transformers import PreTrainedModel
 
 import saeens_models as sm
-from saeens_pipeline.assets import saes
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models import caching
 from saeens_pipeline.language_models.models import describe_language_model, load_language_model
@@ -471,16 +471,16 @@ def test_what_was_damaged_is_made_again_with_the_same_bits_and_nothing_else_is(f
 def test_baselines_of_one_members_width_are_equal_and_trained_once(
     empty: Laboratory, monkeypatch: pytest.MonkeyPatch, methods: tuple[str, str]
 ):
-    train, trained = saes._train, []
+    train, widths = sm.train, []
 
-    def counted(workplace: Any, tasks: Any, *others: Any) -> None:
-        trained.extend(task.declaration.address.name for task in tasks)
-        train(workplace, tasks, *others)
+    def counted(configs: Sequence[sm.SAEConfig], *arguments: Any, **options: Any) -> list[sm.SAE]:
+        widths.extend(config.d_sae for config in configs)
+        return train(configs, *arguments, **options)
 
-    monkeypatch.setattr(saes, "_train", counted)
+    monkeypatch.setattr(sm, "train", counted)
     empty.declare(baselines=list(methods), expanded_sizes="all")
     empty.run(seeds=[1], select=[f"baseline/{method}_{n}" for method in methods for n in (1, 2)])
-    assert sorted(trained) == sorted([f"{methods[0]}_1", f"{methods[0]}_2", f"{methods[1]}_2"])
+    assert sorted(widths) == [D_SAE, 2 * D_SAE, 2 * D_SAE]
     first, second = (empty.artefact(f"baseline/{method}_1", 1) for method in methods)
     assert second.data_version == first.data_version
     assert second.provenance["same_as"] == f"{NAME}/baseline/{methods[0]}_1"
@@ -639,17 +639,18 @@ def test_a_full_disk_is_said_and_leaves_what_was_there(finished: Laboratory, mon
 
 def test_a_run_that_failed_goes_on_where_it_stopped(empty: Laboratory, monkeypatch: pytest.MonkeyPatch):
     empty.declare(ensemble={"members": 2, "seeds": [1]}, baselines=["expanded"])
-    train, trained = saes._train, []
+    train, trained = sm.train, []
+    members, expanded, round_2 = [D_SAE, D_SAE], [2 * D_SAE], [D_SAE]
 
-    def fail_at_round_2(workplace: Any, tasks: Any, *others: Any) -> None:
-        trained.extend(task.declaration.address.name for task in tasks)
-        if trained.count("round_2") == 1 and tasks[0].declaration.address.name == "round_2":
+    def fail_at_round_2(configs: Sequence[sm.SAEConfig], *arguments: Any, **options: Any) -> list[sm.SAE]:
+        trained.append([config.d_sae for config in configs])
+        if trained.count(round_2) == 1 and trained[-1] == round_2:
             raise RuntimeError("the power went")
-        train(workplace, tasks, *others)
+        return train(configs, *arguments, **options)
 
-    monkeypatch.setattr(saes, "_train", fail_at_round_2)
+    monkeypatch.setattr(sm, "train", fail_at_round_2)
     with pytest.raises(RuntimeError, match="the power went"):
         empty.run()
     empty.run()
-    assert sorted(trained) == ["expanded", "member_1", "member_2", "round_2", "round_2"]
+    assert sorted(trained) == sorted([members, expanded, round_2, round_2])
     assert {status.state for status in experiment_status(NAME)} == {"fresh"}

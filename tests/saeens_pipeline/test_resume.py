@@ -25,7 +25,7 @@ from tiny_experiment import LAYER, NAME, Laboratory
 
 import saeens_models as sm
 from saeens_models.training import NonFiniteLossError
-from saeens_pipeline.assets import retries, saes
+from saeens_pipeline.assets import retries
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.instance import register_layers
 from saeens_pipeline.language_models.caching import cache_activations
@@ -610,15 +610,15 @@ with writing_alone(Path(sys.argv[1]), [(Address("a", "bagging", "member_1"), Par
 def test_what_may_pass_is_tried_again(untrained: Laboratory, error: Exception, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(retries, "DELAY_SECONDS", 0)
     attempts: list[int] = []
-    fit = saes._Training.fit
+    train = sm.train
 
-    def fails_twice(*arguments: Any) -> Any:
+    def fails_twice(*arguments: Any, **options: Any) -> list[sm.SAE]:
         attempts.append(1)
         if len(attempts) <= 2:
             raise error
-        return fit(*arguments)
+        return train(*arguments, **options)
 
-    monkeypatch.setattr(saes._Training, "fit", fails_twice)
+    monkeypatch.setattr(sm, "train", fails_twice)
     untrained.run(seeds=[SEED], select=["baseline/expanded"])
     assert len(attempts) == 3
 
@@ -627,11 +627,11 @@ def test_what_may_pass_is_tried_again(untrained: Laboratory, error: Exception, m
 def test_what_would_come_again_fails_at_once(untrained: Laboratory, error: Exception, monkeypatch: pytest.MonkeyPatch):
     attempts: list[int] = []
 
-    def fails(*_: Any) -> None:
+    def fails(*_: Any, **__: Any) -> None:
         attempts.append(1)
         raise error
 
-    monkeypatch.setattr(saes._Training, "fit", fails)
+    monkeypatch.setattr(sm, "train", fails)
     with pytest.raises(type(error), match=str(error)):
         untrained.run(seeds=[SEED], select=["baseline/expanded"])
     assert len(attempts) == 1

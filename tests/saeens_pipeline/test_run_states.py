@@ -13,8 +13,8 @@ import pytest
 from tiny_experiment import LAYER, NAME, SEEDS, Laboratory
 from typer.testing import CliRunner
 
+import saeens_models as sm
 from saeens_pipeline import cli
-from saeens_pipeline.assets import saes
 from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.instance import PROCESS_TAG, command_line_instance
 from saeens_pipeline.plan import Status
@@ -41,11 +41,11 @@ def _statuses(laboratory: Laboratory) -> dict[str, Status]:
 
 
 def _fail_to_train(laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise error
 
     with monkeypatch.context() as patched:
-        patched.setattr(saes, "_train", fail)
+        patched.setattr(sm, "train", fail)
         with pytest.raises(type(error)):
             laboratory.run(seeds=[SEED], select=["boosting/round_1"])
 
