@@ -6,11 +6,12 @@ VENV_BENCH := .venv-bench
 VENV_BROWSER := .venv-browser
 BROWSER_PAGES := .browser-pages
 VENV_TL := .venv-transformer-lens
+VENV_DOCS := .venv-docs
 BENCH ?= --output benchmarks/results
 PYTEST := python -m pytest --numprocesses 2 --dist worksteal --durations 10
 PIP_INSTALL := python -m pip install --quiet --quiet --disable-pip-version-check
 
-.PHONY: help quickstart ui test test-all check test-interop test-transformer-lens browser-test bench clean
+.PHONY: help quickstart ui test test-all check test-interop test-transformer-lens browser-test bench docs clean
 
 help:  ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-22s %s\n", $$1, $$2 }' Makefile
@@ -27,9 +28,10 @@ test: $(VENV)/.installed-dev  ## the tests but for the slow ones, in two process
 test-all: $(VENV)/.installed-dev  ## all tests, in two processes
 	$(VENV)/bin/$(PYTEST)
 
-check: $(VENV)/.installed-dev  ## style and types
+check: $(VENV)/.installed-dev  ## style, floors and types
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/lint-imports
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 test-interop: $(VENV_INTEROP)/.installed  ## does SAELens read our files as we do, and we its?
@@ -46,8 +48,13 @@ browser-test: $(VENV)/.installed-dev $(VENV_BROWSER)/.installed  ## the report's
 bench: $(VENV_BENCH)/.installed  ## speed and memory beside the peers; over an hour. BENCH="training --quick" for a part
 	$(VENV_BENCH)/bin/python -m benchmarks $(BENCH)
 
+docs: $(VENV)/.installed-dev $(VENV_DOCS)/.installed  ## the documentation, into site/
+	$(VENV)/bin/python docs/scripts/reference.py docs/reference
+	$(VENV_DOCS)/bin/jupyter-nbconvert --log-level WARN --to markdown docs/tutorial.ipynb
+	NO_MKDOCS_2_WARNING=1 $(VENV_DOCS)/bin/mkdocs build --quiet --strict
+
 clean:  ## remove the virtual environments; what runs made stays in data/
-	rm -rf $(VENV) $(VENV_INTEROP) $(VENV_BENCH) $(VENV_TL) $(VENV_BROWSER) $(BROWSER_PAGES)
+	rm -rf $(VENV) $(VENV_INTEROP) $(VENV_BENCH) $(VENV_TL) $(VENV_BROWSER) $(BROWSER_PAGES) $(VENV_DOCS) site
 
 # A stamp file says what an environment holds; a changed version or dependency installs again. The install is editable: a changed
 # experiment file takes effect at once.
@@ -76,6 +83,11 @@ $(VENV_TL)/.installed: pyproject.toml constraints.txt | $(VENV_TL)/.created
 $(VENV_BROWSER)/.installed: pyproject.toml constraints.txt | $(VENV_BROWSER)/.created
 	@$(VENV_BROWSER)/bin/$(PIP_INSTALL) --constraint constraints.txt --upgrade pip
 	@$(VENV_BROWSER)/bin/$(PIP_INSTALL) --constraint constraints.txt --group browser
+	@touch $@
+
+$(VENV_DOCS)/.installed: pyproject.toml constraints-docs.txt | $(VENV_DOCS)/.created
+	@$(VENV_DOCS)/bin/$(PIP_INSTALL) --constraint constraints-docs.txt --upgrade pip
+	@$(VENV_DOCS)/bin/$(PIP_INSTALL) --constraint constraints-docs.txt --group docs
 	@touch $@
 
 # dictionary-learning comes without its dependencies: by way of nnsight it asks for torchvision, whose build has to be of the same kind

@@ -18,7 +18,9 @@ from benchmarks.report import Section
 from benchmarks.runner import Contender, Stopwatch, compare
 from saeens_pipeline.language_models.caching import cache_activations
 from saeens_pipeline.language_models.corpora import open_corpus
-from saeens_pipeline.language_models.models import REFERENCE_MODEL, LanguageModel, describe_language_model, load_language_model
+from saeens_pipeline.language_models.descriptions import REFERENCE_MODEL
+from saeens_pipeline.language_models.language_model import LanguageModel
+from saeens_pipeline.language_models.models import describe_language_model, load_language_model
 from saeens_pipeline.language_models.tokens import TokenStore, open_tokens, write_tokens
 from saeens_pipeline.storage.activations import ActivationStore
 

@@ -14,11 +14,11 @@ from benchmarks.runner import EV_TOLERANCE, Row
 JSON_FILE = "results.json"
 MARKDOWN_FILE = "results.md"
 _EXPLANATION = f"""\
-Times are medians over rounds in which both sides ran in turns; the ratio is the median of the paired ratios, with the smallest and the
-largest in brackets: above 1 this project is faster. Rounds in which other processes took more than a twentieth of the processors' time are
-left out if enough remain. Memory is the largest resident memory of a run beyond what was there before, weights
-and optimiser included, data not. EV is the explained variance on held-out data after the same tokens from the same initial weights; where
-both sides compute the same it has to agree within {EV_TOLERANCE}."""
+Times are medians over rounds; both sides run in turns in each round. The ratio is the median of the paired ratios, with the smallest and
+the largest in brackets. Above 1 this project is faster. Rounds in which other processes took more than a twentieth of the processors' time
+are left out if enough remain. Memory is the largest growth of resident memory in a run: weights and optimiser count, data do not. EV is the
+explained variance on held-out data after the same tokens from the same initial weights. Where both sides compute the same, it has to agree
+within {EV_TOLERANCE}."""
 
 
 @dataclass
@@ -27,16 +27,16 @@ class Section:
 
     title: str
     about: str
-    """What is compared on which data."""
+    """The compared operations and their data."""
     rows: list[Row]
     left_out: list[str] = field(default_factory=list)
-    """Peers that could not be measured, and why."""
+    """Peers that could not be measured, each with the reason."""
     notes: list[str] = field(default_factory=list)
-    """What the rows show together, and what could not be compared fairly."""
+    """Findings over several rows, and comparisons that are not fair."""
 
 
 class Report:
-    """Sections by benchmark's name. With a folder, each is written as soon as it is there, beside those of earlier runs."""
+    """Sections by the benchmark's name. With a folder, each is written when it is added, beside those of earlier runs."""
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
@@ -45,7 +45,7 @@ class Report:
         self._new: list[str] = []
 
     def add(self, name: str, section: Section, environment: Environment, quick: bool) -> None:
-        """Add a section, in place of one of the same name."""
+        """Add a section; it replaces one of the same name."""
         self._new.append(name)
         self._sections[name] = {**_as_json(section), "quick": quick, "environment": asdict(environment)}
         if self._folder:
@@ -54,7 +54,7 @@ class Report:
             (self._folder / MARKDOWN_FILE).write_text(_markdown(self._sections), encoding="utf-8")
 
     def markdown(self) -> str:
-        """The sections that were added, not those of earlier runs."""
+        """Return the added sections, without those of earlier runs."""
         return _markdown({name: self._sections[name] for name in self._new})
 
 
@@ -80,7 +80,7 @@ def _markdown(sections: dict[str, dict[str, Any]]) -> str:
 
 
 def _settings(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """By the peer's name, and by what is trained where that decides."""
+    """Return settings by the peer's name, and by the case where the peer's settings differ between cases."""
     texts: dict[str, set[str]] = {}
     for row in rows:
         texts.setdefault(row["against"], set()).add(row["settings"])
@@ -88,7 +88,7 @@ def _settings(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
 
 
 def _list(heading: str, items: Sequence[tuple[str, str | None]]) -> list[str]:
-    """A Markdown list of what has a text, each once."""
+    """Return a Markdown list of the items that have a text, each once."""
     lines = [f"* {name}: {text}" if name else f"* {text}" for name, text in dict.fromkeys(items) if text]
     return ["\n".join([heading, "", *lines])] if lines else []
 

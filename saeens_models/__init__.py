@@ -1,7 +1,7 @@
 """Sparse autoencoders, their ensembles, training and metrics, in plain PyTorch."""
 
 from saeens_models import metrics
-from saeens_models.architectures import SAE, SAEConfig, build_sae, load_sae, save_sae, validate_settings
+from saeens_models.architectures import SAE, SAEConfig, SAESettings, build_sae, load_sae, save_sae, validate_settings
 from saeens_models.ensembles import Bagging, Boosting, Ensemble, load_ensemble, save_ensemble
 from saeens_models.training import Checkpoints, TrainingConfig, train, train_boosting_concurrently
 
@@ -12,6 +12,7 @@ __all__ = [
     "Checkpoints",
     "Ensemble",
     "SAEConfig",
+    "SAESettings",
     "TrainingConfig",
     "build_sae",
     "load_ensemble",

@@ -1,7 +1,7 @@
-"""Ensembles of SAEs, which are SAEs themselves: bagging (the mean of the members) and boosting (each fits what the ones before leave).
+"""Ensembles of SAEs: bagging (the mean of the members) and boosting (each member fits the residual of the earlier ones).
 
-An ensemble reconstructs ``sum_j alpha_j * g_j``. That equals one SAE whose dictionary is the members' dictionaries stacked and whose
-code is their codes concatenated, each scaled by its alpha (Gadgil, Lin & Lee, Ensembling Sparse Autoencoders, arXiv 2505.16077).
+An ensemble reconstructs ``sum_j alpha_j * g_j``. It equals one SAE whose dictionary stacks the members' dictionaries and whose code
+concatenates their codes, each scaled by its alpha (Gadgil, Lin & Lee, Ensembling Sparse Autoencoders, arXiv 2505.16077).
 Members may differ in architecture and in number of features, not in ``d_in``.
 """
 
@@ -24,37 +24,40 @@ ENSEMBLE_FILE = "ensemble.json"
 
 
 class FeatureOrigin(NamedTuple):
-    """Where a feature of an ensemble comes from: it is feature ``index`` of ``ensemble[member]``. Both count from 0."""
+    """Origin of a feature of an ensemble: feature ``index`` of ``ensemble[member]``. Both count from 0."""
 
     member: int
+    """Position of the member."""
     index: int  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
 class PrefixReconstruction(NamedTuple):
-    """What the first ``n_members`` members of an ensemble make of an input."""
+    """Reconstruction by the first ``n_members`` members of an ensemble, and the input and output of the last of them."""
 
     n_members: int
-    """1 to the size of the ensemble"""
+    """Number of members: 1 to the size of the ensemble."""
     x_hat: Tensor
-    """`[n, d_in]`: reconstruction of the ensemble of these members"""
+    """`[n, d_in]`: reconstruction of the ensemble of these members."""
     code: SparseCode
-    """unscaled code `[n, d_sae]` of the last of these members"""
+    """Unscaled code `[n, d_sae]` of the last member."""
     given: Tensor
-    """`[n, d_in]`: what that member was given, x itself or the residual of the rounds before it"""
+    """`[n, d_in]`: input of the last member, x itself or the residual of the earlier rounds."""
     given_hat: Tensor
-    """`[n, d_in]`: that member's own reconstruction of ``given``"""
+    """`[n, d_in]`: reconstruction of ``given`` by the last member."""
 
 
 class Ensemble(nn.Module, ABC):
-    """SAEs that act as one. A sequence: ``ensemble[0]`` is an SAE, ``ensemble[:3]`` the ensemble of the first three, sharing weights.
+    """Several SAEs that encode and decode as one.
 
-    Raises ``ValueError`` without members or if their ``d_in`` differ, ``TypeError`` for a member that is not an SAE.
+    A sequence of SAEs: ``ensemble[0]`` is an SAE, ``ensemble[:3]`` the ensemble of the first three, with shared weights.
+
+    Raises ``ValueError`` without members or for different ``d_in``, and ``TypeError`` for a member that is not an SAE.
     """
 
     kind: ClassVar[Literal["bagging", "boosting"]]
     """Name in saved files."""
     sequential: ClassVar[bool]
-    """Whether a member depends on those before it, so that only the first n members make an ensemble."""
+    """True if a member depends on earlier ones: only the first n members form an ensemble."""
 
     def __init__(self, members: Iterable[SAE]) -> None:
         super().__init__()
@@ -72,30 +75,30 @@ class Ensemble(nn.Module, ABC):
     @property
     @abstractmethod
     def member_weight(self) -> float:
-        """alpha, the factor of every member in the sum."""
+        """Factor alpha of every member in the sum."""
 
     @abstractmethod
     def prefix_reconstructions(self, x: Tensor) -> Iterator[PrefixReconstruction]:
-        """For n = 1 .. J, what the ensemble of the first n members makes of rows x `[n, d_in]`: every size in one pass over the members.
+        """Yield the reconstruction of rows x `[n, d_in]` by the ensemble of the first n members, for n = 1 .. J, in one pass.
 
-        Memory: what one member takes to encode x (its pre-activations `[n, d_sae]`), and a few tensors of the size of x.
+        Memory: that of encoding x with one member (pre-activations `[n, d_sae]`), and a few tensors of the size of x.
         """
 
     @abstractmethod
     def member_codes(self, x: Tensor) -> Iterator[Tensor]:
-        """The members' own codes of x `[..., d_in]`, unscaled, in member order: `[..., d_sae]` each."""
+        """Yield the members' unscaled codes of x `[..., d_in]` in member order: `[..., d_sae]` each."""
 
     def encode(self, x: Tensor, scaled: bool = True) -> Tensor:
-        """The concatenated code of x: `[..., d_in]` to `[..., n_features]`.
+        """Return the concatenated code `[..., n_features]` of x `[..., d_in]`.
 
-        Codes are multiplied by ``member_weight``, so that ``decode`` gives the ensemble's reconstruction; ``scaled=False`` leaves
-        them as the members give them, for probes, which a factor would regularise differently.
+        Codes are multiplied by ``member_weight``, so that ``decode`` returns the ensemble's reconstruction. ``scaled=False`` returns the
+        members' own codes, for probes: a factor would change the strength of their regularisation.
         """
         weight = self.member_weight if scaled else 1.0
         return torch.cat([z if weight == 1.0 else z * weight for z in self.member_codes(x)], dim=-1)
 
     def decode(self, z: Tensor) -> Tensor:
-        """``z @ W_dec + b_dec``: a scaled code `[..., n_features]` to `[..., d_in]`. Raises ``ValueError`` for another width."""
+        """Return ``z @ W_dec + b_dec`` `[..., d_in]` of a scaled code `[..., n_features]`. Raises ``ValueError`` for another width."""
         if z.ndim == 0 or z.shape[-1] != self.n_features:
             raise ValueError(
                 f"z has shape {list(z.shape)}, its last dimension must be the {self.n_features} features of the {len(self)} members"
@@ -105,7 +108,7 @@ class Ensemble(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
-        """The ensemble's reconstruction of x, both `[..., d_in]`: ``decode(encode(x))`` without the concatenated code."""
+        """Return the ensemble's reconstruction of x, both `[..., d_in]`: ``decode(encode(x))`` without the concatenated code."""
 
     @property
     def d_in(self) -> int:
@@ -119,7 +122,7 @@ class Ensemble(nn.Module, ABC):
 
     @property
     def offsets(self) -> list[int]:
-        """J + 1 numbers: member j has the features ``offsets[j]`` to ``offsets[j + 1] - 1``, the first n members ``offsets[n]``."""
+        """J + 1 numbers: member j has the features ``offsets[j]`` to ``offsets[j + 1] - 1``; ``offsets[n]`` features in n members."""
         return list(accumulate((sae.config.d_sae for sae in self), initial=0))
 
     @property
@@ -133,7 +136,7 @@ class Ensemble(nn.Module, ABC):
         return torch.stack([sae.b_dec for sae in self]).sum(0) * self.member_weight
 
     def feature(self, i: int) -> FeatureOrigin:
-        """The member that feature ``i`` (0 to ``n_features - 1``) is from, and its index there. Raises ``IndexError`` out of range."""
+        """Return the member of feature ``i`` (0 to ``n_features - 1``), and its index there. Raises ``IndexError`` out of range."""
         if not 0 <= i < self.n_features:
             raise IndexError(f"feature {i} does not exist: the ensemble has features 0 to {self.n_features - 1}")
         offsets = self.offsets
@@ -144,7 +147,7 @@ class Ensemble(nn.Module, ABC):
         return len(self.members)
 
     def __iter__(self) -> Iterator[SAE]:
-        return iter(self.members)  # pyright: ignore[reportReturnType]  # checked to be SAEs when they came in
+        return iter(self.members)  # pyright: ignore[reportReturnType]  # the constructor checks that they are SAEs
 
     @overload
     def __getitem__(self, index: int) -> SAE: ...
@@ -159,8 +162,8 @@ class Ensemble(nn.Module, ABC):
         positions = range(len(saes))[index]
         if self.sequential and positions != range(len(positions)):
             raise ValueError(
-                f"[{index.start}:{index.stop}:{index.step}] leaves out earlier rounds, whose residual the later ones were trained on: "
-                f"only the first n rounds make a {self.kind} ensemble, as in ensemble[:n]"
+                f"[{index.start}:{index.stop}:{index.step}] leaves out earlier rounds, on whose residual the later ones were trained: "
+                f"only the first n rounds form a {self.kind} ensemble, as in ensemble[:n]"
             )
         return type(self)(saes[index])
 
@@ -220,33 +223,33 @@ class Boosting(Ensemble):
         return x - self.residual(x)
 
     def residual(self, x: Tensor) -> Tensor:
-        """What all rounds leave of x, both `[..., d_in]`: ``r_{J+1}``, subtracted round by round as in training."""
+        """Return the residual ``r_{J+1}`` of x after all rounds, both `[..., d_in]`, subtracted round by round as in training."""
         for sae in self:
             x = x - sae(x)
         return x
 
 
 class _Manifest(BaseModel):
-    """What ``ensemble.json`` holds."""
+    """Content of ``ensemble.json``."""
 
     model_config = ConfigDict(extra="forbid")
 
     format_version: Literal[1]
     kind: Literal["bagging", "boosting"]
     members: Annotated[list[Annotated[str, Field(pattern=r"^(\.\./)?[a-z0-9_]+$")]], Field(min_length=1)]
-    """Folders inside this one, or beside it: an ensemble may refer to SAEs that are kept once."""
+    """Folders inside this one, or beside it: several ensembles may refer to the same SAEs."""
 
 
 def save_ensemble(ensemble: Ensemble, path: str | Path) -> None:
-    """Write an ensemble into the folder ``path``, complete in itself, made if need be.
+    """Write a self-contained ensemble into the folder ``path``, which is created if it is missing.
 
-    ``ensemble.json`` names the kind and the members in order; each member is a folder in SAELens format, ``member_1`` .. ``member_J``,
-    with its weights as safetensors. Files that are there already are overwritten.
+    ``ensemble.json`` names the kind and the members in order. Each member is a folder in SAELens format, ``member_1`` .. ``member_J``,
+    with its weights as safetensors. Existing files are overwritten.
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     manifest = folder / ENSEMBLE_FILE
-    # Without its manifest the folder is not an ensemble: an interrupted save cannot be taken for a whole one.
+    # Without its manifest the folder is not an ensemble: an interrupted save cannot be mistaken for a complete one.
     manifest.unlink(missing_ok=True)
     names = [f"member_{j}" for j in range(1, len(ensemble) + 1)]
     for name, sae in zip(names, ensemble, strict=True):
@@ -255,10 +258,10 @@ def save_ensemble(ensemble: Ensemble, path: str | Path) -> None:
 
 
 def load_ensemble(path: str | Path) -> Bagging | Boosting:
-    """The ensemble in the folder ``path``, on the CPU: as ``save_ensemble`` wrote it, or with members kept beside it (``../NAME``).
+    """Load the ensemble in the folder ``path`` on the CPU, with members inside the folder or beside it (``../NAME``).
 
-    Raises ``FileNotFoundError`` if the folder or a member is missing, ``ValueError`` for a manifest that cannot be understood or members
-    that do not fit together or cannot be read.
+    Raises ``FileNotFoundError`` if the folder or a member is missing. Raises ``ValueError`` for an invalid manifest, and for members that
+    do not fit together or cannot be read.
     """
     folder = Path(path)
     file = folder / ENSEMBLE_FILE

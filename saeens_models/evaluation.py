@@ -1,4 +1,4 @@
-"""Evaluate ensembles of every size in one pass over held-out activations."""
+"""Evaluation of ensembles of every size in one pass over held-out activations."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from saeens_models.metrics.sparsity import Sparsity, SparsityMetric
 from saeens_models.sparse_code import SparseCode
 
 _ENCODER_BYTES = {"cpu": 2**24}
-"""Of pre-activations at a time, by device: on a CPU they stay in its cache."""
+"""Bytes of pre-activations at a time, by device type: on a CPU they stay in the cache."""
 _ENCODER_BYTES_ELSEWHERE = 2**28
 
 
 class SizeEvaluation(NamedTuple):
-    """What the ensemble of the first ``n_members`` members does."""
+    """Metrics of the ensemble of the first ``n_members`` members."""
 
     n_members: int
     n_features: int
@@ -36,13 +36,13 @@ class SizeEvaluation(NamedTuple):
     connectivity: float
     diversity: int
     description_length: float | None = None
-    """bits per token; None where no step was given"""
+    """Bits per token; None without a step."""
     ce_loss_recovered: float | None = None
-    """None unless ``LossEvaluation.fill_into`` filled it in, and where it is not defined"""
+    """Set by ``LossEvaluation.fill_into``; None if it is not defined."""
 
 
 class MemberEvaluation(NamedTuple):
-    """What one member does with what it is given: the activations, or for a boosting round the residual."""
+    """Metrics of one member on its own input: the activations, or the residual for a boosting round."""
 
     reconstruction: Reconstruction
     sparsity: Sparsity
@@ -51,25 +51,28 @@ class MemberEvaluation(NamedTuple):
 
 
 class EnsembleEvaluation(NamedTuple):
+    """Metrics of every size and of every member of an ensemble."""
+
     sizes: list[SizeEvaluation]
-    """For n = 1 .. J."""
+    """Ensembles of the first n members, for n = 1 .. J."""
     members: list[MemberEvaluation]
+    """Members in order."""
 
 
 class LossEvaluation(NamedTuple):
-    """What reconstructions cost the language model, in nats per predicted token."""
+    """Next-token loss of a language model with reconstructed activations, in nats per predicted token."""
 
     clean: float
-    """with the activations as they are"""
+    """Loss with the original activations."""
     ablated: float
-    """with zeros in their place"""
+    """Loss with zeros instead."""
     recovered: dict[str, list[float | None]]
-    """``ce_loss_recovered`` of each ensemble's first n members, for n = 1 .. J"""
+    """``ce_loss_recovered`` of each ensemble's first n members, for n = 1 .. J."""
     tokens: int
-    """activations that were replaced"""
+    """Number of replaced activations."""
 
     def fill_into(self, evaluations: Mapping[str, EnsembleEvaluation]) -> dict[str, EnsembleEvaluation]:
-        """The evaluations of the same ensembles, with ``ce_loss_recovered``."""
+        """Return the evaluations of the same ensembles with ``ce_loss_recovered`` set."""
         filled = {
             name: [size._replace(ce_loss_recovered=value) for size, value in zip(evaluation.sizes, self.recovered[name], strict=True)]
             for name, evaluation in evaluations.items()
@@ -78,7 +81,7 @@ class LossEvaluation(NamedTuple):
 
 
 def streaming_memory(ensembles: Iterable[Ensemble]) -> int:
-    """The least ``memory_budget``, in bytes, with which ``evaluate_ensembles`` takes these ensembles and any number of tokens."""
+    """Return the smallest ``memory_budget``, in bytes, for ``evaluate_ensembles`` on any number of tokens."""
     return sum(coactivation.streaming_memory(ensemble.n_features) for ensemble in ensembles)
 
 
@@ -91,12 +94,12 @@ def evaluate_ensembles(
 ) -> dict[str, EnsembleEvaluation]:
     """Evaluate every size 1 .. J of each ensemble in one pass over ``chunks``, an iterable of activations `[n, d_in]`.
 
-    ``magnitude_step``, in the activations' unit, is the precision of description lengths; without one these are left out.
+    ``magnitude_step``, in the activations' unit, is the precision of description lengths; None leaves them out.
 
-    Memory: up to ``memory_budget`` bytes for connectivity, by far the most, which the ensembles share by what they need
-    (``ConnectivityMetric`` says what it does with less than ``streaming_memory``); 16 MiB of pre-activations on a CPU, 256 MiB on a
-    GPU, or those of 64 tokens where that is more; and a chunk with its reconstructions. No dense code is made of a TopK SAE's.
-    The budget does not change the results.
+    Memory: up to ``memory_budget`` bytes for connectivity, by far the largest part, shared among the ensembles in proportion to their
+    needs (see ``ConnectivityMetric`` for budgets below ``streaming_memory``); 16 MiB of pre-activations on a CPU, 256 MiB on a GPU, or
+    those of 64 tokens if they take more; and a chunk with its reconstructions. Codes of TopK SAEs are never dense. The budget does not
+    change the results.
 
     Raises ValueError without tokens and for values that are not finite, MemoryBudgetError for a budget that is too small.
     """
@@ -115,10 +118,10 @@ def evaluate_ensembles(
 
 @torch.no_grad()
 def evaluate_losses(ensembles: Mapping[str, Ensemble], batches: Iterable[LossBatch]) -> LossEvaluation:
-    """What every size 1 .. J of each ensemble recovers of the language model's loss, in one pass over windows of text.
+    """Measure how much of the language model's loss every size 1 .. J of each ensemble recovers, in one pass over windows of text.
 
-    A batch's activations are encoded once, for all sizes. Memory: what ``evaluate_ensembles`` takes beside connectivity, and the J
-    reconstructions of a batch. Raises ValueError where nothing was predicted.
+    A batch's activations are encoded once for all sizes. Memory: that of ``evaluate_ensembles`` without connectivity, and the J
+    reconstructions of a batch. Raises ValueError if no token was predicted.
     """
     nothing, tokens = NextTokenLoss(0.0, 0), 0
     clean = ablated = nothing
@@ -138,9 +141,9 @@ def evaluate_losses(ensembles: Mapping[str, Ensemble], batches: Iterable[LossBat
 
 @torch.no_grad()
 def feature_activity(ensemble: Ensemble, chunks: Iterable[Tensor], n_top: int) -> list[FeatureActivity]:
-    """Of each member what its features do, and on which ``n_top`` tokens most, in one pass over ``chunks`` `[n, d_in]`.
+    """Return the activity of each member's features with their ``n_top`` most active tokens, in one pass over ``chunks`` `[n, d_in]`.
 
-    Memory: what ``FeatureActivityMetric`` keeps, and what ``evaluate_ensembles`` takes beside connectivity.
+    Memory: that of ``FeatureActivityMetric``, and that of ``evaluate_ensembles`` without connectivity.
     """
     metrics = [FeatureActivityMetric(sae.config.d_sae, n_top, sae.W_dec.device) for sae in ensemble]
     for x in chunks:
@@ -154,10 +157,10 @@ def feature_activity(ensemble: Ensemble, chunks: Iterable[Tensor], n_top: int) -
 def feature_contexts(
     ensemble: Ensemble, chunks: Iterable[tuple[Tensor, Tensor]], window: int, n_contexts: int, radius: int
 ) -> list[FeatureContexts]:
-    """Of each member where its features are most active, in one pass over ``chunks``: activations `[n, d_in]`, and the place of each `[n]`.
+    """Return the most active contexts of each member's features, in one pass over ``chunks``: activations `[n, d_in]`, places `[n]`.
 
-    ``FeatureContextsMetric`` says what places, windows and contexts are. Memory: what it keeps, and what ``evaluate_ensembles`` takes
-    beside connectivity.
+    See ``FeatureContextsMetric`` for places, windows and contexts. Memory: that of ``FeatureContextsMetric``, and that of
+    ``evaluate_ensembles`` without connectivity.
     """
     metrics = [FeatureContextsMetric(sae.config.d_sae, window, n_contexts, radius, sae.W_dec.device) for sae in ensemble]
     for x, place in chunks:
@@ -169,9 +172,9 @@ def feature_contexts(
 
 
 def silent_windows(ensemble: Ensemble, windows: Iterable[Tensor], features: Sequence[Tensor]) -> list[Tensor]:
-    """Of each member, on which windows some of its features do not fire at all: bool `[n_windows, n]`.
+    """Return for each member the windows on which each of the given features never fires: bool `[n_windows, n]`.
 
-    ``windows``: activations `[n_rows, d_in]` each, one encoded at a time; ``features``: for each member int64 `[n]`, indices among its own.
+    ``windows``: activations `[n_rows, d_in]` each, encoded one at a time. ``features``: for each member int64 `[n]`, its own indices.
     """
     silent: list[list[Tensor]] = [[] for _ in ensemble]
     with torch.no_grad():
@@ -182,7 +185,7 @@ def silent_windows(ensemble: Ensemble, windows: Iterable[Tensor], features: Sequ
 
 
 def _split_to_encode(ensemble: Ensemble, x: Tensor) -> tuple[Tensor, ...]:
-    """Rows x `[n, d_in]` in parts whose pre-activations take bounded memory."""
+    """Return rows x `[n, d_in]` in parts whose pre-activations take bounded memory."""
     encoder_bytes = _ENCODER_BYTES.get(x.device.type, _ENCODER_BYTES_ELSEWHERE)
     widest = max(sae.config.d_sae for sae in ensemble)
     return x.split(max(64, encoder_bytes // (widest * x.element_size())))
@@ -192,7 +195,7 @@ class _Evaluator:
     def __init__(self, ensemble: Ensemble, moments: Moments, memory_budget: int, magnitude_step: float | None) -> None:
         self.ensemble = ensemble
         self.of_sizes = [ReconstructionMetric(moments) for _ in ensemble]
-        # a member of a bagging ensemble is given x, as is the first round of boosting; later rounds are given residuals
+        # the input of bagging members and of the first boosting round is x; the input of later rounds is a residual
         self.of_members = [ReconstructionMetric(None if ensemble.sequential and j else moments) for j in range(len(ensemble))]
         self.sparsity = SparsityMetric(ensemble.n_features)
         self.connectivity = ConnectivityMetric(ensemble.n_features, memory_budget)

@@ -1,4 +1,4 @@
-"""The code of some tokens by its non-zero entries alone: what SAEs hand to metrics where a dense code would be mostly zeros."""
+"""Sparse codes: the non-zero entries of a code, passed from SAEs to metrics without the dense code."""
 
 from __future__ import annotations
 
@@ -18,26 +18,27 @@ class SparseCode(NamedTuple):
     """The non-zero entries of a code `[n, n_features]`, in compressed sparse rows. All three tensors lie on one device."""
 
     n_features: int
-    """width of the dense code"""
+    """Width of the dense code."""
     start: Tensor
-    """int64 [n + 1]: the entries of token i are those from ``start[i]`` to ``start[i + 1] - 1``"""
+    """int64 [n + 1]: token i has the entries ``start[i]`` to ``start[i + 1] - 1``."""
     feature: Tensor
-    """int64 [nnz]: which feature each entry is of; in no particular order within a token"""
+    """int64 [nnz]: feature of each entry, in no particular order within a token."""
     value: Tensor
-    """[nnz]: the entries, none of them zero"""
+    """[nnz]: value of each entry, not zero."""
 
     @property
     def n_tokens(self) -> int:
+        """Number of tokens n."""
         return len(self.start) - 1
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the dense code: (n, n_features)."""
+        """Shape of the dense code: (n, n_features)."""
         return self.n_tokens, self.n_features
 
     @classmethod
     def from_dense(cls, z: Tensor) -> SparseCode:
-        """The code that is dense in z `[n, n_features]`. Memory: one byte per element of z, beside the result."""
+        """Return the sparse form of a dense code z `[n, n_features]`. Memory: one byte per element of z, beside the result."""
         _check_dense(z)
         nonzero = z.detach() != 0
         # numpy finds the set entries of a sparse mask about four times faster than torch does on a CPU
@@ -47,7 +48,7 @@ class SparseCode(NamedTuple):
 
     @classmethod
     def from_topk(cls, values: Tensor, indices: Tensor, n_features: int) -> SparseCode:
-        """The code of a TopK SAE: of the k largest pre-activations ``values`` `[n, k]` at ``indices`` `[n, k]`, the positive ones."""
+        """Return the code of a TopK SAE: the positive ones of the k largest pre-activations ``values`` at ``indices``, both `[n, k]`."""
         values = values.relu()
         active = values != 0
         if active.all():
@@ -57,7 +58,7 @@ class SparseCode(NamedTuple):
 
     @classmethod
     def from_choices(cls, values: Tensor, indices: Tensor, n_features: int) -> SparseCode:
-        """The code that sums values `[n, t]` (>= 0) at indices `[n, t]`, where a feature may be twice in a row; 0 is no entry."""
+        """Return the code that sums values (>= 0) at indices, both `[n, t]`; a feature may occur twice in a row, and 0 is no entry."""
         n = len(values)
         active = values > 0
         places = (indices + torch.arange(n, device=indices.device)[:, None] * n_features)[active]
@@ -68,12 +69,12 @@ class SparseCode(NamedTuple):
 
     @classmethod
     def concatenate(cls, codes: Sequence[SparseCode]) -> SparseCode:
-        """The codes of the same tokens side by side, as ``torch.cat`` along the features joins dense ones."""
+        """Return the codes of the same tokens side by side, as ``torch.cat`` along the features does with dense codes."""
         counts = torch.stack([code.start.diff() for code in codes])
         start = _starts(counts.sum(0))
         value = torch.cat([code.value for code in codes])
         offsets = accumulate((code.n_features for code in codes[:-1]), initial=0)
-        before = start[:-1] + counts.cumsum(0) - counts  # [n_codes, n]: where the entries of each code and token go
+        before = start[:-1] + counts.cumsum(0) - counts  # [n_codes, n]: position of the first entry of each code and token
         place = torch.cat(
             [
                 torch.arange(len(code.feature), device=start.device) + (first - code.start[:-1]).repeat_interleave(count)
@@ -89,21 +90,25 @@ class SparseCode(NamedTuple):
         )
 
     def split(self, n_tokens: int) -> Iterator[SparseCode]:
-        """The codes of ``n_tokens`` tokens at a time, the last of fewer, as views."""
+        """Yield the codes of ``n_tokens`` tokens at a time, the last of fewer, as views."""
         for first in range(0, self.n_tokens, n_tokens):
-            start = self.start[first : first + n_tokens + 1]
-            entries = slice(int(start[0]), int(start[-1]))
-            yield SparseCode(self.n_features, start - start[0], self.feature[entries], self.value[entries])
+            yield self.part(first, first + n_tokens)
+
+    def part(self, first: int, end: int) -> SparseCode:
+        """Return the code of the tokens ``first`` to ``end - 1``, as a view; an ``end`` beyond the last token is clipped."""
+        start = self.start[first : end + 1]
+        entries = slice(int(start[0]), int(start[-1]))
+        return SparseCode(self.n_features, start - start[0], self.feature[entries], self.value[entries])
 
     def decode(self, W_dec: Tensor) -> Tensor:
-        """``z @ W_dec`` `[n, d_in]` for a dictionary `[n_features, d_in]`, as a sum of the rows of the active features."""
+        """Return ``z @ W_dec`` `[n, d_in]` for a dictionary `[n_features, d_in]`, as sums over the rows of active features."""
         if len(self.feature) == 0:
             return W_dec.new_zeros(self.n_tokens, W_dec.shape[1])
         return F.embedding_bag(self.feature, W_dec, self.start, mode="sum", per_sample_weights=self.value, include_last_offset=True)
 
 
 def sparse_codes(z: Tensor | SparseCode) -> Iterator[SparseCode]:
-    """A code as SparseCodes, in token order; a dense one `[n, n_features]` some rows at a time, so that memory stays bounded.
+    """Yield a code as SparseCodes, in token order; a dense one `[n, n_features]` some rows at a time, so that memory stays bounded.
 
     Raises ValueError for a tensor of another shape.
     """

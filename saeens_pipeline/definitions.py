@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from saeens_pipeline.catalogue import load_catalogue
+from saeens_pipeline.orchestration.catalogue import load_catalogue
 
 catalogue = load_catalogue()
 for message in catalogue.broken.values():

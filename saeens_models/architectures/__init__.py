@@ -1,11 +1,13 @@
-"""SAE architectures, one file each. A file that is put here and registers its class is all that a new architecture takes."""
+"""SAE architectures, one file each. A new architecture is a new file here that registers its class; no other file changes."""
 
 from importlib import import_module
 from pkgutil import iter_modules
 
-from saeens_models.architectures.base import SAE, Objective, SAEConfig
-from saeens_models.architectures.registry import architectures, build_sae, register, sae_class, validate_l0_multiple, validate_settings
+from saeens_models.architectures.base import SAE, Objective
+from saeens_models.architectures.config import SAEConfig, architectures, validate_l0_multiple
+from saeens_models.architectures.registry import build_sae, register, sae_class, validate_settings
 from saeens_models.architectures.saelens_format import load_sae, save_sae
+from saeens_models.architectures.settings import SAESettings, settings_class
 
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
@@ -14,12 +16,14 @@ __all__ = [
     "SAE",
     "Objective",
     "SAEConfig",
+    "SAESettings",
     "architectures",
     "build_sae",
     "load_sae",
     "register",
     "sae_class",
     "save_sae",
+    "settings_class",
     "validate_l0_multiple",
     "validate_settings",
 ]

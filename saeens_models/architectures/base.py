@@ -1,4 +1,4 @@
-"""What every SAE architecture shares: configuration, weights, shape checks, initialisation, cost.
+"""The base class of the architectures: weights, shape checks, initialisation, encoding and decoding.
 
 ``z = act((x - b_dec) @ W_enc + b_enc)``, ``x_hat = z @ W_dec + b_dec``.
 """
@@ -8,89 +8,20 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
-from pydantic.functional_validators import ModelWrapValidatorHandler
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from saeens_models.architectures.registry import sae_class, validate_l0_multiple
+from saeens_models.architectures.config import SAEConfig
 from saeens_models.kernels import Team
-from saeens_models.kernels.cpu import Weights
+from saeens_models.kernels.weights import Weights
 from saeens_models.sparse_code import SparseCode
 
 
-class SAEConfig(BaseModel, frozen=True):
-    """Configuration of one SAE. ``SAEConfig(architecture="topk", ...)`` gives an instance of that architecture's own class.
-
-    Unknown architectures, unknown fields and values out of range raise pydantic's ``ValidationError``.
-    """
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-    architecture: str
-    """Which architecture: the discriminator."""
-    d_in: PositiveInt
-    """Size of the activations."""
-    d_sae: PositiveInt
-    """Number of features."""
-    init_seed: NonNegativeInt = 0
-    """Seed of the initial weights, and of nothing else."""
-    apply_b_dec_to_input: bool = True
-    """Subtract ``b_dec`` from the input before encoding."""
-    decoder_init_norm: PositiveFloat = 0.1
-    """Norm of the initial decoder rows; W_enc starts as their transpose. 0.1 keeps the first reconstructions of a dense code small."""
-
-    l0_field: ClassVar[str | None] = None
-    """Name of the field that sets the number of active features directly; None where a sparsity coefficient sets it indirectly."""
-
-    def __new__(cls, *_: Any, **fields: Any) -> Self:
-        if cls is SAEConfig:
-            return object.__new__(sae_class(fields.get("architecture")).config_class)  # pyright: ignore[reportReturnType]
-        return object.__new__(cls)
-
-    def __init__(self, **fields: Any) -> None:  # says to type checkers that the fields depend on the architecture
-        super().__init__(**fields)
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _choose_class(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        if cls is SAEConfig and isinstance(value, Mapping):
-            return sae_class(value.get("architecture")).config_class.model_validate(value)  # pyright: ignore[reportReturnType]
-        return handler(value)
-
-    def with_l0_multiplied(self, factor: int) -> Self:
-        """The same configuration with ``factor`` times as many active features.
-
-        Raises ``ValueError`` for architectures that set their L0 through a sparsity coefficient: finding that takes a search.
-        """
-        validate_l0_multiple(self.architecture)
-        assert self.l0_field is not None
-        fields = self.model_dump()
-        return type(self)(**{**fields, self.l0_field: fields[self.l0_field] * factor})
-
-    @property
-    def inference_flops_per_token(self) -> int:
-        """Dense-equivalent FLOPs to encode and decode one token: ``4 * d_in * d_sae``.
-
-        Two matrix products of ``2 * d_in * d_sae`` each, as if the code were dense, so that architectures compare; biases and
-        activation functions are left out.
-        """
-        return 4 * self.d_in * self.d_sae
-
-    @property
-    def train_flops_per_token(self) -> int:
-        """Dense-equivalent FLOPs of one training step, per token: ``10 * d_in * d_sae``.
-
-        Five matrix products: encode, decode, and the gradients of W_dec, of the code and of W_enc. The input needs none.
-        """
-        return 10 * self.d_in * self.d_sae
-
-
 class Objective(NamedTuple):
-    """What a training step needs to know about a batch."""
+    """The training objective on one batch."""
 
     loss: Tensor
     """Scalar to differentiate: the sum of the terms."""
@@ -99,7 +30,7 @@ class Objective(NamedTuple):
     x_hat: Tensor
     """Reconstruction `[n, d_in]`, detached."""
     fire_counts: Tensor
-    """In how many of the batch's tokens each feature is active, `[d_sae]`."""
+    """Number of tokens of the batch on which each feature is active, `[d_sae]`."""
 
     @property
     def l0(self) -> Tensor:
@@ -108,17 +39,19 @@ class Objective(NamedTuple):
 
 
 class SparseReconstruction(NamedTuple):
-    """What an SAE makes of some tokens, its code without the zeros."""
+    """A batch encoded and decoded by an SAE. The code holds only its non-zero entries."""
 
     code: SparseCode
+    """Code of the batch."""
     x_hat: Tensor
     """Reconstruction `[n, d_in]`."""
 
 
 class SAE(nn.Module, ABC):
-    """A sparse autoencoder. Weights are zero until :func:`build_sae` draws or :func:`load_sae` reads them.
+    """A sparse autoencoder: the base class of all architectures.
 
-    An architecture has those of these that are in ``shared_weights``, and adds its own.
+    The weights are zero until :func:`build_sae` draws them or :func:`load_sae` reads them. An architecture has the weights that
+    ``shared_weights`` names, and may add its own.
 
     | weight | shape |
     |---|---|
@@ -129,11 +62,11 @@ class SAE(nn.Module, ABC):
     """
 
     config_class: ClassVar[type[SAEConfig]]
-    """Set by :func:`register`."""
+    """Configuration class of the architecture; set by :func:`register`."""
     input_unit_weights: ClassVar[tuple[str, ...]] = ("b_enc", "b_dec")
-    """Weights in the unit of the activations: they scale with the input, the others do not."""
+    """Names of the weights in the unit of the activations: they scale with the input, other weights do not."""
     shared_weights: ClassVar[tuple[str, ...]] = ("W_enc", "b_enc", "W_dec", "b_dec")
-    """Which of the table's weights the architecture has: W_dec and b_dec at least."""
+    """Names of the weights of the table that the architecture has; W_dec and b_dec always."""
     W_enc: nn.Parameter
     b_enc: nn.Parameter
     W_dec: nn.Parameter
@@ -153,9 +86,11 @@ class SAE(nn.Module, ABC):
 
     @torch.no_grad()
     def initialise(self, b_dec: Tensor | None = None) -> None:
-        """Draw the weights: decoder rows in random directions with norm ``decoder_init_norm``, ``W_enc = W_dec^T``, biases zero.
+        """Draw the initial weights: decoder rows in random directions with norm ``decoder_init_norm``, ``W_enc = W_dec^T``, biases zero.
 
-        The draws come from a generator of their own, seeded with ``init_seed``. ``b_dec`` `[d_in]` replaces the zero decoder bias.
+        A separate generator, seeded with ``init_seed``, draws them. ``b_dec`` `[d_in]` replaces the zero decoder bias.
+
+        Raises ``ValueError`` for a ``b_dec`` of another shape.
         """
         generator = torch.Generator().manual_seed(self.config.init_seed)
         rows = torch.randn(self.config.d_sae, self.config.d_in, generator=generator)
@@ -171,14 +106,17 @@ class SAE(nn.Module, ABC):
             self.b_dec.copy_(b_dec)
 
     def activate(self, pre: Tensor) -> Tensor:
-        """The activation function: pre-activations to code, both `[..., d_sae]`. An architecture has it, or an ``encode`` of its own."""
-        raise NotImplementedError(f"{type(self).__name__} has no activation function: it encodes tokens in a way of its own")
+        """Return the code of pre-activations, both `[..., d_sae]`.
+
+        Raises ``NotImplementedError`` for an architecture without an activation function, which overrides :meth:`encode` instead.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no activation function: it overrides encode")
 
     @abstractmethod
     def objective(self, x: Tensor, dead_mask: Tensor | None = None, sparsity_scale: float = 1.0) -> Objective:
-        """The training objective on a batch ``x`` `[n, d_in]`.
+        """Return the training objective on a batch ``x`` `[n, d_in]`.
 
-        ``dead_mask`` `[d_sae]` (bool) marks the features that an auxiliary loss may revive; ``sparsity_scale`` multiplies the
+        ``dead_mask`` `[d_sae]` (bool) marks the features that an auxiliary loss may revive. ``sparsity_scale`` multiplies the
         sparsity coefficient, for warm-up.
         """
 
@@ -197,30 +135,37 @@ class SAE(nn.Module, ABC):
     def backpropagate_together(
         cls, saes: Sequence[SAE], x: Tensor, dead_masks: Sequence[Tensor | None], sparsity_scale: float = 1.0
     ) -> list[Objective] | None:
-        """:meth:`backpropagate` of several SAEs, the first one of this class, in fewer launches; None, and nothing done, where it cannot.
+        """Call :meth:`backpropagate` for several SAEs in fewer kernel launches; the first of ``saes`` is of this class.
 
-        Rounding apart, the objective and the gradients of each are those that it has alone.
+        Returns None, and changes nothing, if these SAEs cannot share launches. Up to rounding, the objective and the gradients of each
+        SAE are the same as from its own :meth:`backpropagate`.
         """
         del saes, x, dead_masks, sparsity_scale
         return None
 
     def batch_in_parts(self, parts: Sequence[Tensor]) -> AbstractContextManager[None]:
-        """Around :meth:`backpropagate` on each of ``parts`` `[n_i, d_in]` of one batch: for what depends on all of its tokens."""
+        """Return a context for :meth:`backpropagate` on each of ``parts`` `[n_i, d_in]` of one batch.
+
+        An architecture whose objective depends on all tokens of the batch overrides it.
+        """
         del parts
         return nullcontext()
 
     @property
     def stored_weights(self) -> Weights:
-        """The four weights as they lie in memory, without gradients."""
+        """The four weights in the order of memory, without gradients."""
         return Weights(self.W_enc.detach().t(), self.b_enc.detach(), self.W_dec.detach(), self.b_dec.detach())
 
     def set_gradients(self, gradients: Weights) -> None:
-        """Make these the parameters' ``grad``."""
+        """Set the parameters' ``grad``."""
         self.W_enc.grad = gradients.W_enc.t()
         self.b_enc.grad, self.W_dec.grad, self.b_dec.grad = gradients.b_enc, gradients.W_dec, gradients.b_dec
 
     def pre_activations(self, x: Tensor) -> Tensor:
-        """``(x - b_dec) @ W_enc + b_enc``: `[..., d_in]` to `[..., d_sae]`; without the subtraction if the configuration says so."""
+        """Return ``(x - b_dec) @ W_enc + b_enc`` `[..., d_sae]` of ``x`` `[..., d_in]`.
+
+        Without ``apply_b_dec_to_input`` b_dec is not subtracted.
+        """
         self.check_input(x)
         if self.config.apply_b_dec_to_input:
             x = x - self.b_dec
@@ -231,47 +176,50 @@ class SAE(nn.Module, ABC):
         _check_last_dimension(x, self.config.d_in, "x", "d_in")
 
     def encode(self, x: Tensor) -> Tensor:
-        """The code of ``x``: `[..., d_in]` to `[..., d_sae]`. Raises ``ValueError`` if the last dimension is not ``d_in``."""
+        """Return the code `[..., d_sae]` of ``x`` `[..., d_in]`. Raises ``ValueError`` if the last dimension is not ``d_in``."""
         return self.activate(self.pre_activations(x))
 
     def decode(self, z: Tensor) -> Tensor:
-        """The reconstruction from ``z``: `[..., d_sae]` to `[..., d_in]`. Raises ``ValueError`` if the last dimension is not ``d_sae``."""
+        """Return the reconstruction `[..., d_in]` of a code ``z`` `[..., d_sae]`.
+
+        Raises ``ValueError`` if the last dimension is not ``d_sae``.
+        """
         _check_last_dimension(z, self.config.d_sae, "z", "d_sae")
         return F.linear(z, self.W_dec.t()) + self.b_dec
 
     def forward(self, x: Tensor) -> Tensor:
-        """``decode(encode(x))``."""
+        """Return ``decode(encode(x))``."""
         return self.decode(self.encode(x))
 
     def reconstruct(self, x: Tensor) -> SparseReconstruction:
-        """``encode`` and ``decode`` of rows ``x`` `[n, d_in]` in one: where the architecture can, without ever making a dense code."""
+        """Encode and decode rows ``x`` `[n, d_in]`. Architectures that can do so never allocate the dense code."""
         z = self.encode(x)
         return SparseReconstruction(SparseCode.from_dense(z), self.decode(z))
 
     @torch.no_grad()
     def apply_constraints(self) -> None:
-        """Put the weights back where the architecture allows them to be; called after each optimiser step."""
+        """Project the weights onto the values that the architecture allows; called after each optimiser step."""
 
     @torch.no_grad()
     def fold_input_scale(self, scale: float) -> None:
-        """Turn an SAE of ``scale * x`` into the same SAE of ``x``, in place.
+        """Turn an SAE of ``scale * x`` into the equivalent SAE of ``x``, in place.
 
-        Everything in the unit of the activations is divided by ``scale``; W_enc and W_dec stay, so that decoder rows keep their norm.
+        Weights in the unit of the activations are divided by ``scale``. W_enc and W_dec stay, so that decoder rows keep their norm.
         """
         for name in self.input_unit_weights:
             self.get_parameter(name).div_(scale)
 
     def inference_form(self) -> SAE:
-        """What is saved: this SAE, unless the architecture is one for training only."""
+        """Return the SAE to save: this one, unless the architecture is for training only."""
         return self
 
     def saelens_fields(self) -> dict[str, Any]:
-        """What this architecture adds to SAELens' ``cfg.json``."""
+        """Return the fields that this architecture adds to SAELens' ``cfg.json``."""
         return {}
 
     @classmethod
     def from_saelens(cls, cfg: Mapping[str, Any], weights: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """This architecture's own configuration fields and its weights, from SAELens' ``cfg.json`` and weights.
+        """Return this architecture's own configuration fields and its weights, given SAELens' ``cfg.json`` and weights.
 
         Raises ``ValueError`` for a variant that cannot be represented.
         """
@@ -280,7 +228,7 @@ class SAE(nn.Module, ABC):
 
 
 def count_firings(z: Tensor) -> Tensor:
-    """In how many rows of a code `[n, d_sae]` each feature is active, `[d_sae]`."""
+    """Return the number of rows of a code `[n, d_sae]` in which each feature is active, `[d_sae]`."""
     return (z > 0).sum(dim=0)
 
 

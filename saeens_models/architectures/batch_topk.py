@@ -1,4 +1,4 @@
-"""The BatchTopK SAE: the largest pre-activations of a whole batch are its code (Bussmann et al. 2024, arXiv 2412.06410)."""
+"""The BatchTopK SAE: the largest pre-activations of a whole batch are the code (Bussmann et al. 2024, arXiv 2412.06410)."""
 
 from __future__ import annotations
 
@@ -7,32 +7,25 @@ from contextlib import contextmanager
 from typing import Literal, Self
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor
 
-from saeens_models.architectures.base import SAE, Objective, SAEConfig, count_firings
+from saeens_models.architectures.base import SAE, Objective, count_firings
 from saeens_models.architectures.jumprelu import JumpReLUConfig, JumpReLUSAE
 from saeens_models.architectures.registry import register
+from saeens_models.architectures.topk import AuxiliaryLossConfig
 from saeens_models.kernels import Team, select_topk
 from saeens_models.kernels.reference import marked_features
 
 
-class BatchTopKConfig(SAEConfig, frozen=True):
+class BatchTopKConfig(AuxiliaryLossConfig, frozen=True):
     """Configuration of a BatchTopK SAE."""
 
     architecture: Literal["batch_topk"] = "batch_topk"
     k: PositiveFloat
-    """Number of features that are active per token, in the mean over a batch."""
+    """Mean number of active features per token of a batch."""
     threshold_rate: float = Field(default=0.01, gt=0, le=1)
-    """How far the threshold moves in a step towards the smallest pre-activation that the batch kept."""
-    aux_loss_coefficient: NonNegativeFloat = 1.0
-    """Weight of the auxiliary loss that revives dead features; 0 switches it off."""
-    k_aux: PositiveInt | None = None
-    """Number of dead features that the auxiliary loss decodes from; None is d_in / 2."""
-    decoder_init_norm: PositiveFloat = 1.0
-    """Norm of the initial decoder rows, as for TopK."""
-
-    l0_field = "k"
+    """Share of the distance to the batch's smallest kept pre-activation that the threshold moves in a step."""
 
     @model_validator(mode="after")
     def _k_fits(self) -> Self:
@@ -43,26 +36,26 @@ class BatchTopKConfig(SAEConfig, frozen=True):
 
 @register(BatchTopKConfig)
 class BatchTopKSAE(SAE):
-    """In training ``z = pre`` on the ``k * n`` largest positive pre-activations of a batch of n tokens, else 0; equal ones are all kept.
+    """In training ``z = pre`` on the ``k * n`` largest positive pre-activations of a batch of n tokens, and 0 elsewhere; ties are kept.
 
-    Loss as for TopK, over this code. A token alone has no batch: trained, it is a JumpReLU SAE, ``z = pre * (pre > threshold)``, and is
-    saved as one. The one threshold of all features follows the smallest pre-activation kept,
-    ``threshold += threshold_rate * (smallest - threshold)`` after each batch, from 0 (SAELens 6). Unlike there it is divided by
-    ``1 - (1 - threshold_rate) ** n_batches`` before it is used, as Adam's means are: else, after few batches, far too many features fire.
+    The loss is TopK's, over this code. At inference a token has no batch: the SAE is a JumpReLU SAE, ``z = pre * (pre > threshold)``, and
+    is saved as one. All features share the threshold. It starts at 0 and follows the smallest kept pre-activation,
+    ``threshold += threshold_rate * (smallest - threshold)`` after each batch (SAELens 6). Unlike SAELens, inference divides it by
+    ``1 - (1 - threshold_rate) ** n_batches``, the bias correction of Adam: otherwise far too many features fire after few batches.
     """
 
     config: BatchTopKConfig
     threshold: Tensor
-    """Scalar, float64: no weight, but part of what a training is taken up with."""
+    """Scalar, float64: a buffer; saved in checkpoints."""
     threshold_share: Tensor
-    """Scalar, float64, the same: the share of batches in ``threshold``, 1 - (1 - threshold_rate) ** n_batches; the rest is the first 0."""
+    """Scalar, float64: a buffer, the weight of all batches in ``threshold``, 1 - (1 - threshold_rate) ** n_batches."""
 
     def __init__(self, config: BatchTopKConfig) -> None:
         super().__init__(config)
         self.register_buffer("threshold", torch.zeros((), dtype=torch.float64))
         self.register_buffer("threshold_share", torch.zeros((), dtype=torch.float64))
-        self._smallest_of_batch: Tensor | None = None  # while the batch is taken in parts
-        self._smallest: Tensor | None = None  # of the last objective
+        self._smallest_of_batch: Tensor | None = None  # set while a batch is processed in parts
+        self._smallest: Tensor | None = None  # smallest kept pre-activation of the last objective
 
     @torch.no_grad()
     def initialise(self, b_dec: Tensor | None = None) -> None:
@@ -72,7 +65,7 @@ class BatchTopKSAE(SAE):
 
     @property
     def inference_threshold(self) -> Tensor:
-        """Scalar, float64: what a pre-activation has to exceed without a batch; before the first batch 0."""
+        """Scalar, float64: the threshold at inference; 0 before the first batch."""
         return torch.where(self.threshold_share > 0, self.threshold / self.threshold_share, self.threshold)
 
     def activate(self, pre: Tensor) -> Tensor:
@@ -88,12 +81,10 @@ class BatchTopKSAE(SAE):
         auxiliary = mse.new_zeros(())
         dead = marked_features(dead_mask if self.config.aux_loss_coefficient > 0 else None)
         if dead is not None:
-            k_aux = self.config.k_aux or max(self.config.d_in // 2, 1)
             of_dead = pre[:, dead]
-            top = select_topk(of_dead, min(k_aux, len(dead)))
+            top = select_topk(of_dead, min(self.config.most_revived, len(dead)))
             error_hat = torch.zeros_like(of_dead).scatter(1, top.indices, top.values) @ self.W_dec[dead]
-            coefficient = self.config.aux_loss_coefficient * min(len(dead) / k_aux, 1.0)
-            auxiliary = coefficient * (error_hat - error.detach()).square().sum(dim=-1).mean()
+            auxiliary = self.config.auxiliary_weight(len(dead)) * (error_hat - error.detach()).square().sum(dim=-1).mean()
         return Objective(
             loss=mse + auxiliary,
             terms={"mse": mse.detach(), "auxiliary": auxiliary.detach()},
@@ -109,7 +100,10 @@ class BatchTopKSAE(SAE):
 
     @contextmanager
     def batch_in_parts(self, parts: Sequence[Tensor]) -> Iterator[None]:
-        """Parts keep what the whole batch would: they are encoded once more before, for its smallest pre-activation to keep."""
+        """Return a context in which parts keep the same pre-activations as the whole batch.
+
+        The parts are encoded once more, first, to find the smallest pre-activation that the whole batch keeps.
+        """
         self._smallest_of_batch = self._smallest = self._smallest_kept(parts)
         try:
             yield
@@ -119,9 +113,9 @@ class BatchTopKSAE(SAE):
 
     @torch.no_grad()
     def _smallest_kept(self, parts: Sequence[Tensor], pre: Tensor | None = None) -> Tensor:
-        """Of a batch the smallest positive pre-activation that is kept, infinite if there is none; ``pre`` is the only part's, if known.
+        """Return the smallest positive pre-activation that a batch keeps; infinite if it keeps none.
 
-        Memory: the pre-activations of a part, and twice ``k`` numbers for each token of the batch.
+        ``pre``: pre-activations of the only part, if they are known. Memory: the pre-activations of a part, and ``2 k`` numbers per token.
         """
         n_kept = int(self.config.k * sum(map(len, parts)))
         kept = self.b_dec.new_empty(0)

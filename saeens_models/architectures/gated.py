@@ -1,4 +1,4 @@
-"""The gated SAE: which features are active and how much are decided by two biases of one encoder (arXiv 2404.16014)."""
+"""The gated SAE: one encoder with two biases, for which features are active and for how much (arXiv 2404.16014)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 from pydantic import NonNegativeFloat
 from torch import Tensor, nn
 
-from saeens_models.architectures.base import SAE, Objective, SAEConfig, count_firings
+from saeens_models.architectures.base import SAE, Objective, count_firings
+from saeens_models.architectures.config import SAEConfig
 from saeens_models.architectures.registry import register
 
 
@@ -23,8 +24,8 @@ class GatedConfig(SAEConfig, frozen=True):
     def train_flops_per_token(self) -> int:
         """Dense-equivalent FLOPs of one training step, per token: ``16 * d_in * d_sae``.
 
-        Eight matrix products: encode, decode, and the gradients of W_enc, and of W_dec and the code through two reconstructions; the
-        second one, from the gates, is decoded too.
+        Eight matrix products: encode, two reconstructions (from the code and from the gates), the gradients of W_dec and of the code
+        through both reconstructions, and the gradient of W_enc.
         """
         return 16 * self.d_in * self.d_sae
 
@@ -33,9 +34,9 @@ class GatedConfig(SAEConfig, frozen=True):
 class GatedSAE(SAE):
     """``gate = (x - b_dec) @ W_enc + b_gate``, ``z = [gate > 0] * relu((x - b_dec) @ W_enc * exp(r_mag) + b_mag)``.
 
-    Loss, mean over tokens: ``||x_hat - x||^2 + l1_coefficient * sum_i relu(gate_i) * ||W_dec_i|| + ||decode(relu(gate)) - x||^2``, the
-    last one called auxiliary: through it and the sparsity term alone gates learn. As in SAELens 6 its gradient reaches W_dec and
-    b_dec, which the paper holds constant there. ``b_gate``, ``b_mag`` and ``r_mag`` `[d_sae]` stand in for b_enc.
+    Loss, mean over tokens: ``||x_hat - x||^2 + l1_coefficient * sum_i relu(gate_i) * ||W_dec_i|| + ||decode(relu(gate)) - x||^2``. The
+    last term is called auxiliary; gates learn only through it and the sparsity term. As in SAELens 6, and unlike the paper, its gradient
+    reaches W_dec and b_dec. ``b_gate``, ``b_mag`` and ``r_mag`` `[d_sae]` replace b_enc.
     """
 
     config: GatedConfig
@@ -55,7 +56,7 @@ class GatedSAE(SAE):
             weight.zero_()
 
     def pre_activations(self, x: Tensor) -> Tensor:
-        """``(x - b_dec) @ W_enc``, without a bias."""
+        """Return ``(x - b_dec) @ W_enc``, without a bias."""
         self.check_input(x)
         return (x - self.b_dec if self.config.apply_b_dec_to_input else x) @ self.W_enc
 

@@ -1,4 +1,4 @@
-"""The JumpReLU SAE: a learnt threshold per feature, trained through a straight-through estimator (arXiv 2407.14435)."""
+"""The JumpReLU SAE: a learned threshold per feature, trained with a straight-through estimator (arXiv 2407.14435)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import torch
 from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
 
-from saeens_models.architectures.base import SAE, Objective, SAEConfig, count_firings
+from saeens_models.architectures.base import SAE, Objective, count_firings
+from saeens_models.architectures.config import SAEConfig
 from saeens_models.architectures.registry import register
 from saeens_models.kernels import Team
-from saeens_models.kernels.cpu_gated import gated_gradients
+from saeens_models.kernels.cpu_jumprelu import jumprelu_gradients
 
 
 class JumpReLUConfig(SAEConfig, frozen=True):
@@ -22,14 +23,14 @@ class JumpReLUConfig(SAEConfig, frozen=True):
     l0_coefficient: NonNegativeFloat = 1.0
     """Weight of the sparsity term."""
     init_threshold: NonNegativeFloat = 0.01
-    """Initial threshold of every feature, in the unit of the activations that it is trained on."""
+    """Initial threshold of every feature, in the unit of the training activations."""
     bandwidth: PositiveFloat = 0.05
-    """Width of the rectangle kernel: a threshold learns from pre-activations within half of it."""
+    """Width of the rectangle kernel: a threshold learns from pre-activations at most half a bandwidth away."""
 
 
 @register(JumpReLUConfig)
 class JumpReLUSAE(SAE):
-    """``z = pre * (pre > threshold)``, with ``threshold`` `[d_sae]`, direct in float32 and kept at or above 0.
+    """``z = pre * (pre > threshold)``, with ``threshold`` `[d_sae]`, a float32 parameter (not its logarithm) kept at or above 0.
 
     Loss, mean over tokens: ``||x_hat - x||^2 + l0_coefficient * sum_i step(pre_i - threshold_i)``.
     """
@@ -65,7 +66,7 @@ class JumpReLUSAE(SAE):
     def backpropagate(self, x: Tensor, dead_mask: Tensor | None = None, sparsity_scale: float = 1.0, team: Team | None = None) -> Objective:
         if team is None:
             return super().backpropagate(x, dead_mask, sparsity_scale)
-        found = gated_gradients(
+        found = jumprelu_gradients(
             team,
             x,
             self.stored_weights,
@@ -85,16 +86,16 @@ class JumpReLUSAE(SAE):
     @classmethod
     def from_saelens(cls, cfg: Mapping[str, Any], weights: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if (weights["threshold"] < 0).any():
-            raise ValueError("threshold has negative entries; JumpReLU SAEs here keep it at or above 0")
+            raise ValueError("threshold has negative entries; a JumpReLU SAE keeps it at or above 0")
         return super().from_saelens(cfg, weights)
 
 
 class _JumpReLU(torch.autograd.Function):
     """Code and activity `[n, d_sae]` of pre-activations `[n, d_sae]` under thresholds `[d_sae]`.
 
-    Both jump at the threshold. Their derivative there is estimated with a rectangle kernel ``K(u) = [|u| < 1/2]``, as if
+    Both jump at the threshold. A rectangle kernel ``K(u) = [|u| < 1/2]`` estimates their derivatives there:
     ``d z / d threshold = -threshold/bandwidth * K((pre - threshold)/bandwidth)`` and
-    ``d active / d threshold = -1/bandwidth * K((pre - threshold)/bandwidth)``; ``active`` gives no gradient to ``pre``.
+    ``d active / d threshold = -1/bandwidth * K((pre - threshold)/bandwidth)``. ``active`` passes no gradient to ``pre``.
     """
 
     @staticmethod

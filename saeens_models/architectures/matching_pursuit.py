@@ -1,4 +1,4 @@
-"""The matching pursuit SAE (MP-SAE, arXiv 2506.03093): one dictionary, applied to what its own earlier choices leave, atom by atom."""
+"""The matching pursuit SAE (MP-SAE, arXiv 2506.03093): one dictionary, whose atoms are chosen one by one to fit the residual."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from saeens_models.architectures.base import SAE, Objective, SAEConfig, SparseReconstruction, count_firings
+from saeens_models.architectures.base import SAE, Objective, SparseReconstruction, count_firings
+from saeens_models.architectures.config import SAEConfig
 from saeens_models.architectures.registry import register
 from saeens_models.kernels import Team, cpu_team
 from saeens_models.kernels.cpu_pursuit import MOST_ATOMS, Gram, Pursuit, gram, pursue, pursuit_gradients
@@ -21,29 +22,30 @@ class MatchingPursuitConfig(SAEConfig, frozen=True):
 
     architecture: Literal["matching_pursuit"] = "matching_pursuit"
     max_iterations: PositiveInt
-    """Most choices per token, and so the most features that may be active."""
+    """Largest number of choices per token, and so of active features."""
     residual_threshold: NonNegativeFloat = 1e-2
-    """A token is done when the norm of its residual is below this, in the unit of the activations that it is trained on; 0 is never."""
+    """Stop at a token when the norm of its residual is below this, in the unit of the training activations; 0: never."""
     stop_on_duplicate_support: bool = True
-    """A token is done when a feature is chosen again."""
+    """Stop at a token when a feature is chosen again."""
     decoder_init_norm: PositiveFloat = 1.0
-    """Norm of the initial atoms. Only with norm 1, which ``unit_norm_decoder`` keeps, does a choice subtract a projection."""
+    """Norm of the initial atoms. A choice subtracts a projection only with norm 1, which ``unit_norm_decoder`` keeps."""
 
     l0_field = "max_iterations"
 
     @property
     def inference_flops_per_token(self) -> int:
-        """FLOPs of the definition, with all iterations: ``max_iterations * (2 * d_in * d_sae + 2 * d_in)``.
+        """FLOPs of the definition with all iterations: ``max_iterations * (2 * d_in * d_sae + 2 * d_in)``.
 
-        Each iteration correlates the residual with every atom, and subtracts one. Nothing is left to decode then.
+        Each iteration correlates the residual with every atom and subtracts one atom. The reconstruction is a by-product.
         """
         return self.max_iterations * (2 * self.d_in * self.d_sae + 2 * self.d_in)
 
     @property
     def train_flops_per_token(self) -> int:
-        """Those of inference, and ``max_iterations * 10 * d_in``: going back, an iteration touches its atom alone.
+        """FLOPs of one training step, per token: those of inference, and ``max_iterations * 10 * d_in`` for the backward pass.
 
-        That takes the residual before it, a product with the gradient, and what it adds to the gradients of the atom and the residual.
+        An iteration's backward pass only involves its own atom: it restores the residual before the iteration, multiplies the atom with
+        the gradient, and updates the gradients of the atom and of the residual.
         """
         return self.inference_flops_per_token + self.max_iterations * 10 * self.d_in
 
@@ -57,9 +59,9 @@ class _Choices(NamedTuple):
 class MatchingPursuitSAE(SAE):
     """``r_0 = x - b_dec``; ``i = argmax_j W_dec_j . r``, ``a = relu(W_dec_i . r)``, ``z_i += a``, ``r -= a * W_dec_i``, and so on.
 
-    A token takes at most ``max_iterations``, and fewer where its residual falls below ``residual_threshold`` or a feature is chosen again.
-    Loss, mean over tokens: ``||x_hat - x||^2``, which is the last residual's. The gradient goes through all values, not through the
-    choices. The encoder is the decoder: there is neither W_enc nor b_enc (``W_enc`` gives the transposed W_dec). Without
+    A token takes at most ``max_iterations`` iterations, and fewer if its residual falls below ``residual_threshold`` or a feature is
+    chosen again. Loss, mean over tokens: ``||x_hat - x||^2``, the squared norm of the last residual. The gradient flows through all
+    values, not through the choices. There is no W_enc and no b_enc: the property ``W_enc`` returns the transposed W_dec. Without
     ``apply_b_dec_to_input`` b_dec is not used at all (SAELens 6).
     """
 
@@ -80,7 +82,7 @@ class MatchingPursuitSAE(SAE):
         return self.b_dec if self.config.apply_b_dec_to_input else torch.zeros_like(self.b_dec)
 
     def _pursue(self, x: Tensor) -> _Choices:
-        """The definition in torch, differentiable, for rows `[n, d_in]` on any device."""
+        """Compute the definition in torch, differentiably, for rows `[n, d_in]` on any device."""
         config = self.config
         residual = x - self._centre
         code = residual.new_zeros(len(x), config.d_sae)
@@ -121,7 +123,7 @@ class MatchingPursuitSAE(SAE):
         code, residual = self._pursue(x)
         mse = residual.square().sum(dim=-1).mean()
         if not self.config.apply_b_dec_to_input:
-            mse = mse + 0 * self.b_dec.sum()  # the optimiser asks for a gradient of every weight
+            mse = mse + 0 * self.b_dec.sum()  # the optimiser needs a gradient of every weight
         residual = residual.detach()
         return Objective(mse, {"mse": mse.detach()}, x - residual, count_firings(code.detach()))
 
@@ -140,7 +142,7 @@ class MatchingPursuitSAE(SAE):
         return {name: getattr(config, name) for name in ("max_iterations", "residual_threshold", "stop_on_duplicate_support")}
 
     def _kept_gram(self, team: Team) -> Gram:
-        """The atoms' inner products: of the last call, if the weights have not changed since. They take ``2 * d_sae ** 2`` bytes."""
+        """Return the atoms' inner products, computed anew if the weights have changed. Memory: ``2 * d_sae ** 2`` bytes."""
         version = self.W_dec._version
         if self._gram is None or self._gram[0] != version:
             self._gram = version, gram(team, self.W_dec.detach())
@@ -151,7 +153,7 @@ class MatchingPursuitSAE(SAE):
 
     @torch.no_grad()
     def apply_constraints(self) -> None:
-        """Nothing is constrained. The weights have changed, and a compiled optimiser does not tell torch: forget what was made of them."""
+        """Drop the kept inner products: the weights have changed, and a compiled optimiser does not change their torch version."""
         self._gram = None
 
     @torch.no_grad()

@@ -19,18 +19,19 @@ from saeens_models.architectures.registry import sae_class
 CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae_weights.safetensors"
 SAELENS_VERSION = "6.54.12"
-"""The version whose format this is. SAELens reads a file that names no version as one from before ``metadata``, and drops that."""
+"""SAELens version of the format. SAELens treats a file without a version as older than ``metadata``, and drops the metadata."""
 _OWN_CONFIG = "saeens_config"
 _TRAINED_AS = "saeens_trained_as"
 _UNSUPPORTED = {"normalize_activations": "none", "reshape_activations": "none"}
 
 
 def save_sae(sae: SAE, path: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
-    """Write ``sae`` into the folder ``path``, which is made if need be; ``sae_lens.SAE.load_from_disk`` reads it as it is.
+    """Write ``sae`` into the folder ``path``, which is created if it is missing. ``sae_lens.SAE.load_from_disk`` reads the folder.
 
-    What is written is ``sae.inference_form()``, another architecture where SAELens knows none for inference: batch_topk is written as
-    jumprelu. ``metadata`` (JSON values: model_name, hook_name, ...) and the full configuration go under ``metadata``. Files that are there
-    already are overwritten, in place. Raises ``ValueError`` for weights that are not finite.
+    ``sae.inference_form()`` is written: batch_topk, which SAELens has for training only, as jumprelu. ``metadata`` (JSON values:
+    model_name, hook_name, ...) and the full configuration are written under ``metadata``. Existing files are overwritten in place.
+
+    Raises ``ValueError`` for weights that are not finite.
     """
     trained_as, sae = sae.config, sae.inference_form()
     weights = {name: weight.detach().cpu().contiguous() for name, weight in sae.state_dict().items()}
@@ -60,10 +61,10 @@ def save_sae(sae: SAE, path: str | Path, metadata: Mapping[str, Any] | None = No
 
 
 def load_sae(path: str | Path) -> SAE:
-    """The SAE in the folder ``path``, on the CPU in float32. Folders that SAELens wrote load as well as our own.
+    """Load the SAE in the folder ``path``, written by :func:`save_sae` or by SAELens, on the CPU in float32.
 
-    Raises ``FileNotFoundError`` if the folder or one of its files is missing, and ``ValueError`` for a file that cannot be read, an unknown
-    architecture, a variant that is not supported, missing, superfluous or misshapen weights, and weights that are not finite.
+    Raises ``FileNotFoundError`` if the folder or one of its files is missing. Raises ``ValueError`` for a file that cannot be read, an
+    unknown architecture, a variant that is not supported, missing, superfluous or misshapen weights, and weights that are not finite.
     """
     folder = Path(path)
     cfg = _read_cfg(folder / CONFIG_FILE)

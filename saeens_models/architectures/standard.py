@@ -8,10 +8,11 @@ import torch
 from pydantic import NonNegativeFloat
 from torch import Tensor
 
-from saeens_models.architectures.base import SAE, Objective, SAEConfig, count_firings
+from saeens_models.architectures.base import SAE, Objective, count_firings
+from saeens_models.architectures.config import SAEConfig
 from saeens_models.architectures.registry import register
 from saeens_models.kernels import Team
-from saeens_models.kernels.cpu_gated import gated_gradients
+from saeens_models.kernels.cpu_jumprelu import jumprelu_gradients
 
 
 class StandardConfig(SAEConfig, frozen=True):
@@ -27,7 +28,7 @@ class StandardSAE(SAE):
     """``z = relu(pre)``.
 
     Loss, mean over tokens: ``||x_hat - x||^2 + l1_coefficient * sum_i z_i * ||W_dec_i||``. With unit decoder rows the second
-    term is the L1 norm of the code; without, it cannot be lowered by moving norm from the code into the decoder (SAELens 6).
+    term is the L1 norm of the code. With other rows, moving norm from the code into the decoder does not lower it (SAELens 6).
     """
 
     config: StandardConfig
@@ -50,7 +51,7 @@ class StandardSAE(SAE):
     def backpropagate(self, x: Tensor, dead_mask: Tensor | None = None, sparsity_scale: float = 1.0, team: Team | None = None) -> Objective:
         if team is None:
             return super().backpropagate(x, dead_mask, sparsity_scale)
-        found = gated_gradients(
+        found = jumprelu_gradients(
             team,
             x,
             self.stored_weights,

@@ -9,29 +9,44 @@ import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
-from saeens_models.architectures.base import SAE, Objective, SAEConfig, SparseReconstruction
+from saeens_models.architectures.base import SAE, Objective, SparseReconstruction
+from saeens_models.architectures.config import SAEConfig
 from saeens_models.architectures.registry import register
 from saeens_models.kernels import Team, TopKReconstruction, cpu_team, select_topk, topk_reconstruction
-from saeens_models.kernels.cpu import SPARSE_BELOW, topk_gradients, topk_reconstruct
-from saeens_models.kernels.cuda import topk_reconstructions
+from saeens_models.kernels.cpu_topk import COMPILED_STEP_MAX_DENSITY, topk_gradients, topk_reconstruct
+from saeens_models.kernels.cuda_topk import topk_reconstructions
 from saeens_models.kernels.reference import marked_features
 from saeens_models.sparse_code import SparseCode
 
 
-class TopKConfig(SAEConfig, frozen=True):
+class AuxiliaryLossConfig(SAEConfig, frozen=True):
+    """Configuration of the architectures that keep the largest pre-activations and revive dead features with an auxiliary loss."""
+
+    aux_loss_coefficient: NonNegativeFloat = 1.0
+    """Weight of the auxiliary loss that revives dead features; 0 switches it off."""
+    k_aux: PositiveInt | None = None
+    """Number of dead features in the auxiliary loss; None: d_in / 2."""
+    decoder_init_norm: PositiveFloat = 1.0
+    """Norm of the initial decoder rows. With k active features, unit rows reconstruct at the scale of the input from the start."""
+
+    l0_field = "k"
+
+    @property
+    def most_revived(self) -> int:
+        """Largest number of dead features in the auxiliary loss."""
+        return self.k_aux or max(self.d_in // 2, 1)
+
+    def auxiliary_weight(self, n_dead: int) -> float:
+        """Return the weight of the auxiliary loss with so many dead features."""
+        return self.aux_loss_coefficient * min(n_dead / self.most_revived, 1.0)
+
+
+class TopKConfig(AuxiliaryLossConfig, frozen=True):
     """Configuration of a TopK SAE."""
 
     architecture: Literal["topk"] = "topk"
     k: PositiveInt
     """Number of features that may be active per token."""
-    aux_loss_coefficient: NonNegativeFloat = 1.0
-    """Weight of the auxiliary loss that revives dead features; 0 switches it off."""
-    k_aux: PositiveInt | None = None
-    """Number of dead features that the auxiliary loss decodes from; None is d_in / 2."""
-    decoder_init_norm: PositiveFloat = 1.0
-    """Norm of the initial decoder rows. With k active features unit rows reconstruct in the scale of the input from the start."""
-
-    l0_field = "k"
 
     @model_validator(mode="after")
     def _k_fits(self) -> Self:
@@ -44,8 +59,8 @@ class TopKConfig(SAEConfig, frozen=True):
 class TopKSAE(SAE):
     """``z = relu(pre)`` on the k largest pre-activations of a token, 0 elsewhere.
 
-    Loss, mean over tokens: ``||x_hat - x||^2 + aux_loss_coefficient * min(n_dead / k_aux, 1) * ||e_hat - e||^2``, where
-    ``e = x - x_hat`` is held constant and ``e_hat`` is decoded, without b_dec, from the k_aux largest pre-activations among the
+    Loss, mean over tokens: ``||x_hat - x||^2 + aux_loss_coefficient * min(n_dead / k_aux, 1) * ||e_hat - e||^2``. There
+    ``e = x - x_hat`` is held constant, and ``e_hat`` is decoded, without b_dec, from the k_aux largest pre-activations among the
     dead features.
     """
 
@@ -56,7 +71,7 @@ class TopKSAE(SAE):
         return pre.new_zeros(pre.shape).scatter(-1, top.indices, top.values.relu())
 
     def forward(self, x: Tensor) -> Tensor:
-        """``decode(encode(x))``. Without gradients it never makes the dense code, which costs less (and rounds differently)."""
+        """Return ``decode(encode(x))``. Without gradients the dense code is never allocated, which is faster and rounds differently."""
         if torch.is_grad_enabled():
             return super().forward(x)
         self.check_input(x)
@@ -87,7 +102,7 @@ class TopKSAE(SAE):
             k=config.k,
             apply_b_dec_to_input=config.apply_b_dec_to_input,
             dead_mask=dead_mask if config.aux_loss_coefficient > 0 else None,
-            k_aux=self.k_aux,
+            k_aux=config.most_revived,
         )
         return self._objective(x, top)
 
@@ -97,7 +112,7 @@ class TopKSAE(SAE):
         loss = mse
         auxiliary = mse.new_zeros(())
         if top.error_hat is not None:
-            auxiliary = self._aux_coefficient(top.n_dead) * (top.error_hat - error.detach()).square().sum(dim=-1).mean()
+            auxiliary = self.config.auxiliary_weight(top.n_dead) * (top.error_hat - error.detach()).square().sum(dim=-1).mean()
             loss = mse + auxiliary
         return Objective(
             loss=loss,
@@ -108,7 +123,7 @@ class TopKSAE(SAE):
 
     def backpropagate(self, x: Tensor, dead_mask: Tensor | None = None, sparsity_scale: float = 1.0, team: Team | None = None) -> Objective:
         config = self.config
-        if team is None or config.k > SPARSE_BELOW * config.d_sae:
+        if team is None or config.k > COMPILED_STEP_MAX_DENSITY * config.d_sae:
             return super().backpropagate(x, dead_mask, sparsity_scale, team)
         dead = marked_features(dead_mask if config.aux_loss_coefficient > 0 else None)
         result = topk_gradients(
@@ -118,8 +133,8 @@ class TopKSAE(SAE):
             k=config.k,
             apply_b_dec_to_input=config.apply_b_dec_to_input,
             dead=dead,
-            k_aux=self.k_aux,
-            aux_coefficient=0.0 if dead is None else self._aux_coefficient(len(dead)),
+            k_aux=config.most_revived,
+            aux_coefficient=0.0 if dead is None else config.auxiliary_weight(len(dead)),
         )
         self.set_gradients(result.gradients)
         return Objective(
@@ -143,7 +158,7 @@ class TopKSAE(SAE):
             k=first.config.k,
             apply_b_dec_to_input=first.config.apply_b_dec_to_input,
             dead_masks=dead_masks if first.config.aux_loss_coefficient > 0 else [None] * len(saes),
-            k_aux=first.k_aux,
+            k_aux=first.config.most_revived,
         )
         if tops is None:
             return None
@@ -153,14 +168,6 @@ class TopKSAE(SAE):
         torch.autograd.backward([objective.loss for objective in objectives])
         return [objective._replace(loss=objective.loss.detach()) for objective in objectives]
 
-    @property
-    def k_aux(self) -> int:
-        """Number of dead features that the auxiliary loss decodes from, if there are so many."""
-        return self.config.k_aux or max(self.config.d_in // 2, 1)
-
-    def _aux_coefficient(self, n_dead: int) -> float:
-        return self.config.aux_loss_coefficient * min(n_dead / self.k_aux, 1.0)
-
     def saelens_fields(self) -> dict[str, Any]:
         return {"k": self.config.k, "rescale_acts_by_decoder_norm": False}
 
@@ -169,10 +176,10 @@ class TopKSAE(SAE):
         if "k" not in cfg:
             raise ValueError("cfg.json has no k")
         if cfg.get("rescale_acts_by_decoder_norm", False):
-            # Pre-activations times the decoder norms, codes divided by them at decode: the same as an SAE with unit decoder rows.
+            # SAELens multiplies pre-activations by the decoder norms and divides codes by them: equivalent to unit decoder rows.
             norms = weights["W_dec"].norm(dim=1)
             if not (norms > 0).all():
-                raise ValueError("rescale_acts_by_decoder_norm needs decoder rows that are not zero")
+                raise ValueError("rescale_acts_by_decoder_norm needs decoder rows other than zero")
             weights = {
                 **weights,
                 "W_enc": weights["W_enc"] * norms,
@@ -183,5 +190,5 @@ class TopKSAE(SAE):
 
 
 def _shape(config: SAEConfig) -> SAEConfig:
-    """What SAEs that are computed in one have in common: all but how their weights are drawn."""
+    """Return the configuration without its seed: SAEs that share kernel launches are equal in it."""
     return config.model_copy(update={"init_seed": 0})

@@ -1,10 +1,10 @@
-"""TopK training kernels: selection, sparse decoding and its gradients.
+"""Fast training steps: plain torch (`reference`), compiled loops on a `Team` of CPU threads (`cpu_*`), Triton kernels (`cuda_topk`).
 
-`reference` is plain torch, for any device; `cpu` computes the same with compiled loops on a `Team` of threads, `cuda` with Triton.
-`topk_reconstruction` takes `cuda`'s kernels where they are faster and can be trusted, else the reference.
+All compute what the architectures define. `topk_reconstruction` uses the Triton kernels if they are faster and passed their check on
+this device, else the reference.
 """
 
-from saeens_models.kernels.cuda import topk_reconstruction
+from saeens_models.kernels.cuda_topk import topk_reconstruction
 from saeens_models.kernels.reference import TopKReconstruction, select_topk
 from saeens_models.kernels.team import Team, cpu_team
 

@@ -1,7 +1,7 @@
-"""Machine code for the CPU, compiled by numba when first called and kept on disk: the inner loops of training steps.
+"""The inner loops of training steps on the CPU, compiled by numba at the first call and cached on disk.
 
-Every function works on a range of rows, tokens or features, releases the interpreter lock, and sums in an order that depends on the
-data alone: whoever calls them from several threads gets the same bits for any number of threads. No flag assumes finite numbers.
+Every function processes a range of rows, tokens or features and releases the interpreter lock. The order of its sums depends on the
+data alone, so results have the same bits for any number of threads. No compiler flag assumes finite numbers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _settings: Any = {"nogil": True, "cache": True, "error_model": "numpy", "fastmat
 _compile_with_memory: Any = numba.njit(**_settings)
 _without_memory: Any = {**_settings, "_nrt": False}
 _compile: Any = numba.njit(**_without_memory)
-"""Of functions that allocate nothing. No references are counted in them: counting those to rows took as long as computing with them."""
+"""For functions that allocate nothing: without reference counts, which for views of rows took as long as the computation."""
 
 
 @_compile
@@ -50,7 +50,7 @@ def _add_scaled(total, row, factor):
 
 @_compile
 def _add_four_scaled(total, a, b, c, d, of_a, of_b, of_c, of_d):
-    """Four rows at once: the sum passes the registers once, and rows from far memory are waited for together."""
+    """Add four scaled rows at once: the sum is loaded once, and the rows are fetched from memory together."""
     for i in range(len(total)):
         total[i] += of_a * a[i] + of_b * b[i] + of_c * c[i] + of_d * d[i]
 
@@ -76,7 +76,7 @@ def _four_dots(x, a, b, c, d):
 
 @_compile
 def relu(values, indices):
-    """Take what is not positive out of a code: value 0, index -1, which everything below passes over."""
+    """Deactivate entries of a code that are not positive: value 0, index -1, which the functions below skip."""
     n, k = values.shape
     for b in range(n):
         for i in range(k):
@@ -101,14 +101,14 @@ def _decode_row(row, indices, values, W_dec):
 
 @_compile
 def decode(indices, values, W_dec, decoded):
-    """Add `z W_dec` to decoded `[n, d]`, for the code z that is given by its entries `[n, k]`."""
+    """Add `z W_dec` to decoded `[n, d]`, for the code z with the entries `indices`, `values` `[n, k]`."""
     for b in range(len(decoded)):
         _decode_row(decoded[b], indices[b], values[b], W_dec)
 
 
 @_compile
 def _gradients_of_row(error, indices, W_dec, scale, gradients, counts):
-    """The gradients of a token's code, and its features counted."""
+    """Compute the gradients of a token's code, and count its features."""
     for i in range(len(indices)):
         if indices[i] >= 0:
             gradients[i] = scale * _dot(error, W_dec[indices[i]])
@@ -117,7 +117,7 @@ def _gradients_of_row(error, indices, W_dec, scale, gradients, counts):
 
 @_compile
 def subtract(rows, row, differences):
-    """A row `[d]` from each of some rows `[n, d]`."""
+    """Subtract a row `[d]` from each of the rows `[n, d]`."""
     for b in range(len(rows)):
         given, to = rows[b], differences[b]
         for i in range(len(row)):
@@ -126,9 +126,10 @@ def subtract(rows, row, differences):
 
 @_compile
 def reconstruct(indices, values, W_dec, b_dec, x, scale, x_hat, error, gradients, counts, error_sum):
-    """Take what is not positive out of the code z that is given by its entries `[n, k]`, and decode it: x_hat and error ``x_hat - x``
-    `[n, d]`, the error's sum over tokens, the gradients ``scale * error . W_dec[index]`` of z, and on how many tokens each feature is
-    active, counts `[m]`. Returns the sum of the error's squares.
+    """Apply :func:`relu` to a code z with entries `[n, k]`, decode it, and differentiate.
+
+    Writes x_hat and error ``x_hat - x`` `[n, d]`, the error's sum over tokens, the gradients ``scale * error . W_dec[index]`` of z, and
+    the number of tokens on which each feature is active, counts `[m]`. Returns the sum of the error's squares.
     """
     squares = 0.0
     relu(values, indices)
@@ -148,8 +149,9 @@ def reconstruct(indices, values, W_dec, b_dec, x, scale, x_hat, error, gradients
 
 @_compile
 def reconstruct_error(features, W_dec, given, scale, indices, values, error, gradients, counts):
-    """As `reconstruct` for a code of some features, by their numbers, that is to decode to what is missing: the error is
-    ``given + z W_dec``. Entries may be negative; indices are those among the features before, and the features' after.
+    """Decode and differentiate a code z of some features, which fits the error of another code: the error is ``given + z W_dec``.
+
+    Results as in :func:`reconstruct`. Entries may be negative. Indices are positions in `features`, and are replaced by the features.
     """
     squares = 0.0
     _fill(counts, 0)
@@ -166,8 +168,10 @@ def reconstruct_error(features, W_dec, given, scale, indices, values, error, gra
 
 @_compile
 def first_places(counts, starts, ends):
-    """Where the entries of each feature begin, starts `[m + 1]`, if those of a feature lie together; and those of a block of tokens
-    among them, ends `[n_blocks, m]`, given in how many tokens of each block it is active, counts `[n_blocks, m]`.
+    """Compute the positions of entries sorted by feature, then by block of tokens.
+
+    Counts `[n_blocks, m]`: number of active tokens. Writes the position of each feature's first entry, starts `[m + 1]`, and of its first
+    entry in each block, ends `[n_blocks, m]`.
     """
     n_blocks, m = counts.shape
     place = 0
@@ -181,7 +185,7 @@ def first_places(counts, starts, ends):
 
 @_compile
 def sort_by_feature(indices, values, value_gradients, first_token, ends, tokens, by_feature, gradients_by_feature):
-    """Write the entries of some tokens feature by feature, those of a feature from its place in `ends` `[m]` on, which moves along."""
+    """Write the entries of some tokens feature by feature. `ends` `[m]`: position of each feature's next entry, which advances."""
     n, k = values.shape
     for b in range(n):
         for i in range(k):
@@ -196,10 +200,10 @@ def sort_by_feature(indices, values, value_gradients, first_token, ends, tokens,
 
 @_compile
 def weight_gradients(starts, tokens, values, value_gradients, x, error, scale, first, last, add, W, W_enc, b_enc, W_dec, of_mean):
-    """The gradients of features first to last, from their entries: sums of `value_gradient * x` and `scale * value * error`.
+    """Compute the weights' gradients for features first to last: sums over entries of `value_gradient * x` and `scale * value * error`.
 
-    `add`: to what is there already. To of_mean `[d]` the gradient is added of what was subtracted from all x before they were encoded
-    by W `[m, d]`, if it is not empty.
+    `add`: add them to the existing values. If of_mean `[d]` is not empty, the gradient of the vector that was subtracted from all x, before
+    W `[m, d]` encoded them, is added to it.
     """
     for feature in range(first, last):
         encoder, decoder = W_enc[feature], W_dec[feature]
@@ -231,7 +235,7 @@ def weight_gradients(starts, tokens, values, value_gradients, x, error, scale, f
 
 @_compile
 def squares(rows):
-    """Sum of the squares of `[n, d]`."""
+    """Return the sum of the squares of `[n, d]`."""
     total = 0.0
     for b in range(len(rows)):
         total += _dot(rows[b], rows[b])
@@ -242,7 +246,7 @@ def squares(rows):
 def remove_parallel(gradients, directions):
     """Remove from each gradient its part along a direction of norm 1, both `[n, d]`, in place.
 
-    Returns the sum of the squares of what is left.
+    Returns the sum of the squares of the result.
     """
     total = 0.0
     for b in range(len(gradients)):
@@ -253,7 +257,7 @@ def remove_parallel(gradients, directions):
 
 @_compile
 def adam(weights, gradients, means, squares, gradient_scale, step_size, beta1, beta2, correction, epsilon, unit_norm):
-    """One step of Adam on rows `[n, d]` in place, and then, if asked, each row scaled to norm 1.
+    """Take one step of Adam on rows `[n, d]` in place; `unit_norm`: then scale each row to norm 1.
 
     `step_size` is the learning rate over `1 - beta1^t`, `correction` is `1 / sqrt(1 - beta2^t)`.
     """
@@ -272,12 +276,11 @@ def adam(weights, gradients, means, squares, gradient_scale, step_size, beta1, b
 
 
 @_compile
-def gate(pre, bias, threshold, half_bandwidth, z, sums, fires, counts):
-    """Add the bias to the pre-activations of some tokens, feature by feature, pre `[m, n]`, in place, and let through to z what exceeds
-    the threshold, all but pre, z and half_bandwidth `[m]`.
+def jumprelu(pre, bias, threshold, half_bandwidth, z, sums, fires, counts):
+    """Add the bias to pre-activations, feature by feature, pre `[m, n]`, in place, and write ``z = pre * (pre > threshold)`` `[m, n]`.
 
-    sums, fires: of each feature the sum of z, and on how many tokens it is active; counts: how many have a part in a gradient, because
-    they are active, near the threshold, or no numbers. Returns the sum of these.
+    All other arrays are `[m]`. sums: sum of z per feature; fires: number of active tokens; counts: number of tokens that contribute to a
+    gradient, because they are active, near the threshold, or NaN. Returns the sum of the counts.
     """
     n_entries = 0
     for feature in range(len(pre)):
@@ -287,7 +290,7 @@ def gate(pre, bias, threshold, half_bandwidth, z, sums, fires, counts):
         for i in range(len(row)):
             given[i] += of_feature
             active = given[i] > least
-            row[i] = given[i] if active else given[i] * np.float32(0)  # what is not a number stays so
+            row[i] = given[i] if active else given[i] * np.float32(0)  # NaN stays NaN
             total += row[i]
             n_active += np.int32(active)
             n_without += np.int32(row[i] == 0 and given[i] <= below)
@@ -298,8 +301,9 @@ def gate(pre, bias, threshold, half_bandwidth, z, sums, fires, counts):
 
 @_compile
 def list_entries(pre, z, threshold, half_bandwidth, counts, starts, tokens, values):
-    """The entries that `gate` has counted, feature by feature: where those of each feature begin, starts `[m + 1]`, and their tokens and
-    codes, in the order of the tokens.
+    """List the entries that `jumprelu` counted, sorted by feature, then by token.
+
+    Writes the position of each feature's first entry, starts `[m + 1]`, and the entries' tokens and codes.
     """
     place = 0
     for feature in range(len(pre)):
@@ -317,7 +321,7 @@ def list_entries(pre, z, threshold, half_bandwidth, counts, starts, tokens, valu
 
 @_compile
 def decode_entries(starts, tokens, values, W_dec, b_dec, x, x_hat, error):
-    """Decode entries that lie feature by feature: x_hat and error ``x_hat - x`` `[n, d]`. Returns the sum of the error's squares."""
+    """Decode entries sorted by feature into x_hat and error ``x_hat - x`` `[n, d]`. Returns the sum of the error's squares."""
     for b in range(len(x)):
         _copy(x_hat[b], b_dec)
     for feature in range(len(W_dec)):
@@ -337,7 +341,7 @@ def decode_entries(starts, tokens, values, W_dec, b_dec, x, x_hat, error):
 def entry_gradients(
     pre, threshold, starts, tokens, error, W_dec, scale, of_code, half_bandwidth, of_activity, gradients, sums, threshold_gradients
 ):
-    """`gate_gradients` for entries that lie feature by feature, from the error of what they decode to `[n, d]`."""
+    """Compute `jumprelu_gradients` for entries sorted by feature, from the error `[n, d]` of their reconstruction."""
     for feature in range(len(W_dec)):
         given, least, more, direction = pre[feature], threshold[feature], of_code[feature], W_dec[feature]
         total, of_threshold = np.float32(0), np.float32(0)
@@ -361,10 +365,11 @@ def entry_gradients(
 
 
 @_compile
-def gate_gradients(pre, threshold, of_z, scale, of_code, half_bandwidth, of_activity, gradients, sums, threshold_gradients):
-    """Turn the gradients of z, `[m, n]` and without their scale, into those of pre; and add up these, and those of the thresholds `[m]`.
+def jumprelu_gradients(pre, threshold, of_z, scale, of_code, half_bandwidth, of_activity, gradients, sums, threshold_gradients):
+    """Turn the gradients of z, `[m, n]` and without their scale, into those of pre, and sum them and those of the thresholds `[m]`.
 
-    `of_code` `[m]` is what a sparsity term adds to the gradient of z; `of_activity` is its gradient to whether a feature is active.
+    `of_code` `[m]` is the part of z's gradient from an L1 term; `of_activity` is the gradient of the activity ``[pre > threshold]`` from
+    an L0 term.
     """
     for feature in range(len(pre)):
         given, row, to, least, more = pre[feature], of_z[feature], gradients[feature], threshold[feature], of_code[feature]
@@ -381,7 +386,10 @@ def gate_gradients(pre, threshold, of_z, scale, of_code, half_bandwidth, of_acti
 
 @_compile
 def compare(decoded, b_dec, x, x_hat, error):
-    """x_hat `[n, d]`, of what was decoded without b_dec, `[d, n]`, and its error ``x_hat - x``. Returns the sum of the error's squares."""
+    """Write x_hat `[n, d]`, given the decoded code without b_dec, `[d, n]`, and its error ``x_hat - x``.
+
+    Returns the sum of the error's squares.
+    """
     total = 0.0
     for b in range(len(x)):
         given, to, off = x[b], x_hat[b], error[b]

@@ -1,4 +1,4 @@
-"""Machine code for matching pursuit on the CPU, in the style of `compiled`: a token's whole pursuit, and the way back through it."""
+"""The inner loops of matching pursuit on the CPU, compiled as in `compiled`: a token's whole pursuit, and its backward pass."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import numpy as np
 from saeens_models.kernels.compiled import _add_scaled, _compile, _compile_with_memory, _copy, _dot, _fill, _maximum
 
 LANES = 64
-"""Maxima are kept by lane: lane i is of the entries i, i + 64, i + 128, ..."""
+"""Number of maxima of a row: lane i holds the maximum of the entries i, i + 64, i + 128, ..."""
 _STRIPS = 8
-"""A row of correlations is taken in pieces of so many entries to a lane: longer ones keep less of the row ahead in flight from memory."""
+"""Entries per lane in a piece of a row: with longer pieces the processor fetches less of the row ahead."""
 WIDTH = LANES * _STRIPS
-"""What the width of a row is a multiple of."""
+"""Rows are padded to a multiple of this width."""
 STEPS = np.float32(2**15 - 1)
-"""Inner products of atoms are kept as int16, in so many steps of the largest."""
+"""Inner products of atoms are kept as int16; the largest one is about this many steps."""
 
 
 @_compile
@@ -30,7 +30,7 @@ def _subtract_piece(correlations, gram, factor, maxima):
 
 @_compile
 def _subtract(correlations, gram, factor, maxima):
-    """Subtract `factor * gram` (int16); into maxima the largest of each lane."""
+    """Subtract `factor * gram` (int16) from the correlations, and write the maximum of each lane."""
     _fill(maxima, -np.inf)
     for first in range(0, len(correlations), WIDTH):
         _subtract_piece(correlations[first : first + WIDTH], gram[first : first + WIDTH], factor, maxima)
@@ -38,9 +38,9 @@ def _subtract(correlations, gram, factor, maxima):
 
 @_compile
 def _largest(residual, W_dec, correlations, maxima, slack):
-    """The atom with the largest correlation with the residual, and that one, exactly: of equal ones the first.
+    """Return the atom with exactly the largest correlation with the residual, the first of equal ones, and this correlation.
 
-    The correlations are rough, each off by less than `slack`: all that may be the largest are computed again.
+    The given correlations have an error below `slack`: all that may be the largest are computed again.
     """
     d_sae = len(W_dec)
     top = maxima[0]
@@ -60,7 +60,7 @@ def _largest(residual, W_dec, correlations, maxima, slack):
 
 @_compile
 def round_gram(products, scale, gram):
-    """Into `gram` `[n, m']` (int16) the products `[n, m]` in units of `scale`, rounded; what lies behind them is set to 0."""
+    """Write the products `[n, m]` in units of `scale`, rounded, into `gram` `[n, m']` (int16); the columns after them are set to 0."""
     n, m = products.shape
     inverse = np.float32(1) / scale
     for b in range(n):
@@ -73,11 +73,10 @@ def round_gram(products, scale, gram):
 
 @_compile_with_memory
 def pursue(centred, correlations, W_dec, gram, scale, rounding, residual_threshold, stop_on_duplicate, indices, values, residual):
-    """Matching pursuit of the rows of centred `[n, d]`: the atoms in the order of their choice, with their values `[n, T]`.
+    """Run matching pursuit on the rows of centred `[n, d]`: writes atoms in the order of choice, their values `[n, T]`, and the residual.
 
-    correlations `[n, m]` are `centred @ W_dec.T`, and are overwritten; m is filled up to a multiple of WIDTH with what is never chosen. Of
-    gram `[d_sae, m]` an entry times `scale` is off by `rounding` at most. What is not used of `indices` is -1. Into residual `[n, d]` goes
-    what is left.
+    correlations `[n, m]` are `centred @ W_dec.T`, padded with -inf to a multiple of WIDTH, and are overwritten. An entry of gram
+    `[d_sae, m]` times `scale` has an error of at most `rounding`. Unused entries of `indices` are -1.
     """
     n, n_iterations = indices.shape
     maxima = np.empty(LANES, np.float32)
@@ -89,11 +88,11 @@ def pursue(centred, correlations, W_dec, gram, scale, rounding, residual_thresho
         _fill(maxima, -np.inf)
         for first in range(0, len(row), LANES):
             _maximum(maxima, row[first : first + LANES])
-        # a first product sums up to d terms in another order than _dot: its error grows with the norm
+        # the matrix product sums in another order than _dot: its error grows with the norm
         slack = np.float32(1e-6) * np.sqrt(_dot(left, left))
         for t in range(n_iterations):
             atom, value = _largest(left, W_dec, row, maxima, slack)
-            if atom < 0 or np.isnan(value):  # what is not a number reaches nothing: the loss has to show it
+            if atom < 0 or np.isnan(value):  # NaN reaches no threshold: the loss has to show it
                 _fill(left, np.nan)
                 break
             if value <= 0:
@@ -116,7 +115,7 @@ def pursue(centred, correlations, W_dec, gram, scale, rounding, residual_thresho
 def pursue_back(W_dec, indices, values, residual, factor, of_W_dec, of_b_dec):
     """Add the gradients of `factor / 2 * |residual|^2`, summed over the tokens, with respect to W_dec and to -centred.
 
-    The residual before a choice is that after it and what was subtracted, so that going back needs no memory. Overwrites residual.
+    The residual before a choice is the one after it plus the subtracted atom, so the backward pass stores nothing. Overwrites residual.
     """
     n, n_iterations = indices.shape
     gradient = np.empty(W_dec.shape[1], np.float32)

@@ -1,7 +1,7 @@
-"""Machine code for the CPU, as in :mod:`~saeens_models.kernels.compiled`: which entries of a row, or features of a token, are the largest.
+"""Exact TopK selection on the CPU, compiled as in :mod:`~saeens_models.kernels.compiled`: for rows, or for tokens of a matrix.
 
-Numbers are compared by integers of the same order, their keys: those of bfloat16 take half the room of float32, and all of them can be
-bisected in a few steps.
+Numbers are compared by keys, integers of the same order. Keys of bfloat16 take half the memory of float32, and bisection over keys
+takes few steps.
 """
 
 from __future__ import annotations
@@ -11,37 +11,37 @@ import numpy as np
 from saeens_models.kernels.compiled import _compile, _dot
 
 _ROUNDING = np.float32(2**-8)
-"""Relative error of a number that is rounded to bfloat16, twice over: the other half is for the sum that a bias is added to."""
+"""Twice the relative error of rounding to bfloat16: the other half covers the sum to which a bias is added."""
 _TINY = np.float32(1e-36)
-"""Added to squares: those of the smallest numbers are 0 in float32, and would leave no room for their errors."""
+"""Added to squares: squares of the smallest numbers are 0 in float32, and error bounds must stay positive."""
 _PARTS = 8
-"""A row is cut into at least so many parts for its selection, and a group takes one entry of each."""
+"""Smallest number of parts of a row; a group has one entry of each part."""
 _MOST_PARTS, _GROUPS_PER_SELECTED = 32, 12
-"""More parts leave fewer groups to choose from, and more entries in each that is chosen: how many, and how many groups have to remain."""
+"""Largest number of parts, and smallest number of groups per selected entry. More parts make fewer groups with more entries each."""
 _MOST_COUNTED = 2**15 - 1
-"""The largest int16: the keys of bfloat16 are counted in numbers of their size, so that as many fit into a register."""
+"""The largest int16: keys of bfloat16 are counted in int16, so that as many counts as keys fit into a register."""
 _LEAST_KEY = -(2**31)
 STRIDE = 64
-"""Numbers that a vectorised loop takes at a time; what is left over it takes one by one."""
+"""Numbers per iteration of a vectorised loop; the rest is processed one by one."""
 
 
 @_compile
 def _key(number):
-    """The bits of a float32 as an integer: of two numbers the larger one has the larger key."""
+    """Return the key of a float32, an int32: the larger of two numbers has the larger key."""
     bits = np.float32(number).view(np.int32)
     return bits if bits >= 0 else bits ^ np.int32(0x7FFFFFFF)
 
 
 @_compile
 def _number(key):
-    """The float32 that has this key."""
+    """Return the float32 with this key."""
     bits = np.int32(key)
     return np.int32(bits if bits >= 0 else bits ^ np.int32(0x7FFFFFFF)).view(np.float32)
 
 
 @_compile
 def _to_keys(bits, keys):
-    """The keys of float32 or bfloat16 numbers, which are given as int32 or int16. That of a bfloat16 is the upper half of its float32's."""
+    """Write the keys of float32 numbers, given as int32, or of bfloat16 numbers, given as int16: the upper half of the float32's key."""
     but_sign = bits.dtype.type((1 << (8 * bits.itemsize - 1)) - 1)
     for i in range(len(keys)):
         keys[i] = bits[i] if bits[i] >= 0 else bits[i] ^ but_sign
@@ -49,10 +49,10 @@ def _to_keys(bits, keys):
 
 @_compile
 def _largest_keys(bits, keys):
-    """The larger of the keys that are there and those of numbers given as in `_to_keys`."""
+    """Replace keys by the keys of numbers, given as in `_to_keys`, where these are larger."""
     but_sign = bits.dtype.type((1 << (8 * bits.itemsize - 1)) - 1)
     for i in range(len(keys)):
-        key = bits.dtype.type(bits[i] if bits[i] >= 0 else bits[i] ^ but_sign)  # in wider numbers it takes three times as long
+        key = bits.dtype.type(bits[i] if bits[i] >= 0 else bits[i] ^ but_sign)  # wider integers take three times as long
         keys[i] = key if key > keys[i] else keys[i]
 
 
@@ -66,10 +66,10 @@ def _count(keys, threshold):
 
 @_compile
 def _bounds(memory, n, k, slack, guess):
-    """Of the first n keys in memory, int32, one that at least k reach, and a larger one that fewer than k reach, by bisection from a guess.
+    """Return a key that at least k of the first n keys in memory (int32) reach, and a larger one that fewer reach.
 
-    Ends when at most k + slack reach the lower one, or when nothing lies between the two: the keys between are equal. Less than
-    `STRIDE` keys behind them are overwritten.
+    Bisects from a guess until at most k + slack keys reach the lower bound, or until no integer lies between the bounds: keys between
+    them are then equal. Fewer than `STRIDE` keys after the first n are overwritten.
     """
     end = (n + STRIDE - 1) // STRIDE * STRIDE
     lowest, highest = memory[0], memory[0]
@@ -99,7 +99,7 @@ def _bounds(memory, n, k, slack, guess):
 
 @_compile
 def _reaching(keys, threshold, places):
-    """Write down where the threshold is reached; how often."""
+    """Write the positions of keys that reach the threshold, and return their number."""
     n = np.uintp(0)
     for i in range(len(keys)):
         places[n] = i
@@ -109,8 +109,9 @@ def _reaching(keys, threshold, places):
 
 @_compile
 def n_groups(n, k):
-    """Into how many groups of the same size n entries are put of which the k largest are searched: these lie in the groups with the k
-    largest maxima. What is left over at the end has no group.
+    """Return the number of groups for the selection of k of n entries: the k largest lie in the groups with the k largest maxima.
+
+    Groups have equally many entries; a remainder at the end of the row has no group.
     """
     parts = _PARTS
     while parts < _MOST_PARTS and n >= 2 * parts * _GROUPS_PER_SELECTED * k:
@@ -120,10 +121,9 @@ def n_groups(n, k):
 
 @_compile
 def _candidates(bits, k, guess, keys, places):
-    """Where the entries of a row are that may be among the k largest, in the order of the row; and a key that at least k of them reach.
+    """Return the positions, ascending, of entries that may be among the k largest of a row, and a key that at least k of them reach.
 
-    The row is given as in `_to_keys`, in float32. The entries reach what k of the maxima of its groups reach, each of which has one entry
-    in so many.
+    The row is float32, given as in `_to_keys`. The entries reach a key that at least k maxima of groups reach.
     """
     but_sign = np.int32(0x7FFFFFFF)
     size = n_groups(len(bits), k)
@@ -150,7 +150,7 @@ def _candidates(bits, k, guess, keys, places):
 
 @_compile
 def _select_nothing(first, indices, values):
-    """Entries that are no numbers, so that the loss shows it."""
+    """Write NaN entries from `first` on, so that the loss shows the failure."""
     for i in range(first, len(indices)):
         indices[i] = i
         values[i] = np.nan
@@ -158,7 +158,7 @@ def _select_nothing(first, indices, values):
 
 @_compile
 def _select(candidates, scores, keys, k, indices, values):
-    """The k candidates with the largest scores, whose keys are given; of equal ones the first."""
+    """Select the k candidates with the largest scores, whose keys are given; of equal ones the first."""
     n, n_selected = len(candidates), 0
     if n >= k:
         low, high = _bounds(keys, n, k, np.int64(0), np.int64(0))
@@ -172,12 +172,12 @@ def _select(candidates, scores, keys, k, indices, values):
                 indices[n_selected] = candidates[i]
                 values[n_selected] = scores[i]
                 n_selected += 1
-    _select_nothing(n_selected, indices, values)  # too few seem to reach a threshold that is not a number
+    _select_nothing(n_selected, indices, values)  # too few candidates reach a threshold that is NaN
 
 
 @_compile
 def _add_bias(row, bias):
-    """Add it in place. Returns the sum, which is not a number where one of the row is not."""
+    """Add the bias to a row in place, and return the row's sum, which is NaN if an entry is."""
     total = np.float32(0)
     for i in range(len(row)):
         row[i] += bias[i]
@@ -189,12 +189,12 @@ def _add_bias(row, bias):
 def select_topk(pre, bits, bias, keys, places, scores, indices, values):
     """Add the bias `[m]` to each row of pre `[n, m]`, in place, and select its k largest entries: indices, values `[n, k]`.
 
-    `bits` is pre as int32: the same memory. keys `[m + STRIDE]`, places `[2 m]` and scores `[m]` are memory to work in.
+    `bits` is the memory of pre as int32. keys `[m + STRIDE]`, places `[2 m]` and scores `[m]` are scratch memory.
     """
     (n, m), k, guess = pre.shape, indices.shape[1], np.int64(0)
     for b in range(n):
         row = pre[b]
-        if np.isnan(_add_bias(row, bias)):  # its key may be the smallest
+        if np.isnan(_add_bias(row, bias)):  # the key of NaN may be the smallest
             _select_nothing(0, indices[b], values[b])
             continue
         if k == m:
@@ -211,15 +211,16 @@ def select_topk(pre, bits, bias, keys, places, scores, indices, values):
 
 @_compile
 def round_rows(rows, rough, norms, distances):
-    """Round rows `[n, d]` to bfloat16, the first d of each row of rough, as int16: to nearest, of two the even one. Their norms `[n]`, and
-    how far they are from what they are rounded to.
+    """Round rows `[n, d]` to bfloat16, to nearest even, into the first d columns of rough (as int16).
+
+    Writes the norms `[n]` of the rows, and their distances `[n]` to the rounded rows.
     """
     for b in range(len(rows)):
         row, to, square, square_off = rows[b], rough[b], _TINY, _TINY
         for i in range(len(row)):
             bits = np.float32(row[i]).view(np.int32)
             rounded = np.int32(bits + np.int32(0x7FFF) + ((bits >> np.int32(16)) & np.int32(1))) >> np.int32(16)
-            rounded = rounded if row[i] == row[i] else np.int32(0x7FC0)  # what is not a number might be rounded to one
+            rounded = rounded if row[i] == row[i] else np.int32(0x7FC0)  # the bits of NaN might be rounded to a number
             off = row[i] - np.int32(rounded << np.int32(16)).view(np.float32)
             square += row[i] * row[i]
             square_off += off * off
@@ -242,9 +243,9 @@ def _count_each(counts, keys, thresholds):
 
 @_compile
 def _thresholds(maxima, k, slack, low, high, middle, counts):
-    """For each token a key that at least k of the maxima `[g, n]` reach, low `[n]`, by bisection of all at once.
+    """Write for each token a key that at least k of the maxima `[g, n]` reach, low `[n]`, with one bisection for all tokens.
 
-    Ends when at most k + slack reach it, or when fewer than k reach any larger one, or `_MOST_COUNTED` if k is more.
+    Ends when at most k + slack maxima reach it, or when fewer than k (or `_MOST_COUNTED`, if k is more) reach any larger key.
     """
     size, n = maxima.shape
     for t in range(n):
@@ -273,21 +274,22 @@ def _thresholds(maxima, k, slack, low, high, middle, counts):
 
 @_compile
 def _slack(threshold, error):
-    """By how much an exact number and its rough one may differ near a threshold: `error` before the rounding to bfloat16, and the share
-    that is lost in it; 2 % more is for the share of the share.
+    """Return a bound on the difference of an exact number and its bfloat16 near a threshold.
+
+    It is `error`, the bound before the rounding to bfloat16, plus the error of the rounding; 2 % are added for the rounding of `error`.
     """
     return np.float32(1.02) * (error + _ROUNDING * abs(threshold))
 
 
 @_compile
 def _rough_key(number):
-    """The key of a float32 in bfloat16, rounded down."""
+    """Return the key of a float32 rounded down to bfloat16."""
     return _key(number) >> 16
 
 
 @_compile
 def _reaching_each(keys, thresholds, reaching):
-    """Where keys reach their thresholds; how often."""
+    """Write the positions of keys that reach their thresholds, and return their number."""
     n = np.uintp(0)
     for i in range(len(keys)):
         reaching[n] = i
@@ -297,7 +299,7 @@ def _reaching_each(keys, thresholds, reaching):
 
 @_compile
 def _reaching_among(bits, thresholds, tokens, reaching):
-    """Those of the tokens whose numbers, given as in `_to_keys`, reach their thresholds; how many."""
+    """Write the tokens whose numbers, given as in `_to_keys`, reach their thresholds, and return the number of tokens."""
     n = np.uintp(0)
     for i in range(len(tokens)):
         token = np.uintp(tokens[i])
@@ -308,7 +310,7 @@ def _reaching_among(bits, thresholds, tokens, reaching):
 
 @_compile
 def _add_candidates(feature, bits, sure, tokens, x, weights, bias, candidates, scores, n_candidates, n_unsure):
-    """Note a feature for tokens: its pre-activation where it reaches `sure`, else its key, from the end of the memory on."""
+    """Add a feature to the candidates of tokens: with its pre-activation if its key reaches `sure`, else with its key, at the end."""
     capacity = candidates.shape[1]
     for i in range(len(tokens)):
         token = tokens[i]
@@ -316,7 +318,7 @@ def _add_candidates(feature, bits, sure, tokens, x, weights, bias, candidates, s
         if key >= sure[token]:
             n = n_candidates[token]
             n_candidates[token] = n + 1
-            if n < capacity:  # one token at a time: equal ones then have the same bits
+            if n < capacity:  # one token at a time: equal tokens then have the same bits
                 candidates[token, n], scores[token, n] = feature, _dot(weights, x[token]) + bias
         else:
             n_unsure[token] += 1
@@ -326,13 +328,13 @@ def _add_candidates(feature, bits, sure, tokens, x, weights, bias, candidates, s
 
 @_compile
 def select_topk_exactly(rough, bias, x, errors, W_enc, memory, indices, values):
-    """As `select_topk` for what is rough in bfloat16, given as int16: rough `[m, n]`, pre-activations with the bias of x `[n, d]`.
+    """Select the k largest pre-activations of tokens x `[n, d]`, given pre-activations in bfloat16: rough `[m, n]`, as int16, with bias.
 
-    Before they were rounded they were off by at most errors `[n]`. At least k of the largest rough ones are computed again in float32,
-    and then all others that may be larger than the k-th of these. So the k are those of float32, in the order of summation of `_dot`; of
-    equal ones any may be selected.
+    Before they were rounded, their errors were at most errors `[n]`. At least k of the largest are computed again in float32, then all
+    others that may be larger than the k-th of these. The selection is therefore that of float32 pre-activations, summed in the order of
+    `_dot`; ties are broken arbitrarily.
 
-    Returns how many tokens have more candidates than there is memory for; they are the first of its ``tokens`` then.
+    Returns the number of tokens with more candidates than the memory holds; they are the first entries of the memory's ``tokens``.
     """
     maxima, candidates, scores, score_bits, n_candidates, n_unsure = memory[:6]
     sure, high, least, counts, tokens, some, reaching, keys = memory[6:]

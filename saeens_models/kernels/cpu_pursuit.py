@@ -1,8 +1,8 @@
-"""Matching pursuit on the CPU: inner products of all atoms once, then each token by itself, on the threads of a team.
+"""Matching pursuit on the CPU: the inner products of all atoms once, then token by token, on a team of threads.
 
-The residual's correlations with the atoms, ``c = W_dec r``, change by ``-value * (W_dec W_dec^T)[atom]`` when an atom is chosen: a row
-instead of a product. The inner products are rounded to int16, half the memory to read; the atoms that rounding leaves in doubt are
-compared in float32, so that the choice is that of the definition.
+When an atom is chosen, the residual's correlations with the atoms, ``c = W_dec r``, change by ``-value * (W_dec W_dec^T)[atom]``: one row
+instead of a matrix product. The inner products are rounded to int16, which halves the memory to read. Atoms whose order the rounding
+leaves open are compared in float32, so that the choice follows the definition.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import Tensor
 from saeens_models.kernels.team import Team
 
 MOST_ATOMS = 2**14
-"""From more atoms no inner products are made: they would take more than ``2 * MOST_ATOMS ** 2`` bytes, 512 MiB."""
+"""Largest number of atoms whose inner products are kept, in ``2 * MOST_ATOMS ** 2`` bytes: 512 MiB."""
 _BLOCK_TOKENS = 128
 _GRAM_ROWS = 256
 _MOST_SUMS = 4
-"""Into how many sums of gradients the tokens are divided: each is one thread's, and as large as W_dec."""
+"""Number of partial sums of gradients, each of the size of W_dec and computed by one thread."""
 
 
 class Gram(NamedTuple):
@@ -29,35 +29,40 @@ class Gram(NamedTuple):
     products: np.ndarray
     """int16 `[d_sae, m]`, m the next multiple of the kernel's width; ``products * scale`` is the inner product."""
     scale: np.float32
+    """Step of the rounding."""
     rounding: np.float32
-    """How far off one may be."""
+    """Largest error of an inner product."""
 
 
 class Pursuit(NamedTuple):
-    """What matching pursuit makes of some tokens."""
+    """Matching pursuit of a batch: choices and residual."""
 
     indices: Tensor
-    """int32 `[n, max_iterations]`: the atoms in the order of their choice, perhaps one twice; -1 behind the last."""
+    """int32 `[n, max_iterations]`: the atoms in the order of choice, an atom perhaps twice; -1 after the last choice."""
     values: Tensor
-    """`[n, max_iterations]`: their values, 0 behind the last."""
+    """`[n, max_iterations]`: the values of the choices; 0 after the last choice."""
     residual: Tensor
-    """`[n, d_in]`: what is left."""
+    """Last residual `[n, d_in]`."""
 
 
 class PursuitGradients(NamedTuple):
-    """The loss of a batch, its gradients, and what was found on the way."""
+    """Loss of a batch, its gradients and its pursuit."""
 
     mse: Tensor
     """Scalar: squared residual summed over d_in, mean over tokens."""
     pursuit: Pursuit
+    """Choices and residual of the batch."""
     W_dec: Tensor
-    """`[d_sae, d_in]`"""
+    """Gradient of W_dec `[d_sae, d_in]`."""
     centre: Tensor
-    """`[d_in]`: with respect to what was subtracted from every token."""
+    """Gradient of the vector subtracted from every token `[d_in]`."""
 
 
 def gram(team: Team, W_dec: Tensor) -> Gram:
-    """The inner products of the rows of ``W_dec`` `[d_sae, d_in]` (float32). Memory: two bytes each, and a block of rows per thread."""
+    """Compute the inner products of the rows of ``W_dec`` `[d_sae, d_in]` (float32).
+
+    Memory: two bytes per product, and a block of rows per thread.
+    """
     from saeens_models.kernels import compiled_pursuit as compiled
 
     d_sae = len(W_dec)
@@ -84,10 +89,10 @@ def pursue(
     residual_threshold: float,
     stop_on_duplicate_support: bool,
 ) -> Pursuit:
-    """Matching pursuit of ``centred`` `[n, d_in]` (float32, contiguous), as in
-    :class:`~saeens_models.architectures.matching_pursuit.MatchingPursuitSAE`.
+    """Run matching pursuit on ``centred`` `[n, d_in]` (float32, contiguous).
 
-    Memory beside the result: the correlations of `_BLOCK_TOKENS` tokens per thread, twice.
+    The definition is that of :class:`~saeens_models.architectures.matching_pursuit.MatchingPursuitSAE`. Memory beside the result: the
+    correlations of `_BLOCK_TOKENS` tokens per thread, twice.
     """
     from saeens_models.kernels import compiled_pursuit as compiled
 
@@ -127,10 +132,10 @@ def pursuit_gradients(
     residual_threshold: float,
     stop_on_duplicate_support: bool,
 ) -> PursuitGradients:
-    """The loss ``mean ||residual||^2`` of a batch ``centred`` `[n, d_in]` (float32, contiguous), and its gradients, through all choices.
+    """Compute the loss ``mean ||residual||^2`` of a batch ``centred`` `[n, d_in]` (float32, contiguous) and its gradients.
 
-    Memory beside the result: the inner products (:func:`gram`), and four tensors of the size of ``W_dec``, in which tokens are summed in
-    an order that does not depend on the number of threads.
+    Gradients flow through all choices. Memory beside the result: the inner products (:func:`gram`), and four tensors of the size of
+    ``W_dec``, whose sums do not depend on the number of threads.
     """
     from saeens_models.kernels import compiled_pursuit as compiled
 

@@ -1,6 +1,6 @@
-"""Products of float32 matrices on the CPU, by the faster of the two libraries that torch has for them.
+"""Products of float32 matrices on the CPU with the faster of torch's two libraries.
 
-``torch.mm`` asks MKL, which leaves the wider half of the registers unused on processors that are not Intel's; oneDNN uses them.
+``torch.mm`` calls MKL, which does not use 512-bit registers on AMD processors; oneDNN does.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from torch import Tensor
 
 
 def linear(x: Tensor, W: Tensor, *, in_bfloat16: bool = False) -> Tensor:
-    """``x @ W.t()`` of ``x`` `[n, d]` and ``W`` `[m, d]`, without gradients, in float32. Fast where ``x`` is contiguous; ``W`` may be any.
+    """Return ``x @ W.t()`` of ``x`` `[n, d]` and ``W`` `[m, d]` in float32, without gradients. Fast if ``x`` is contiguous.
 
-    ``in_bfloat16``: both are rounded to it before, where they are not in it yet, and so is the product: torch has none that is in float32.
+    ``in_bfloat16``: factors and product are rounded to bfloat16; torch has no product of bfloat16 factors in float32.
     """
     if in_bfloat16:
         return torch.mm(x.bfloat16(), W.bfloat16().t()).float()
@@ -24,9 +24,9 @@ def linear(x: Tensor, W: Tensor, *, in_bfloat16: bool = False) -> Tensor:
 
 @cache
 def multiplies_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 faster than float32. Looked up, not timed: a result must not depend on its load.
+    """Return True if this processor multiplies bfloat16 faster than float32.
 
-    Measured on one core of a Zen 5, conversions included: 1.7 times as fast.
+    Looked up, not timed: results must not depend on the load. Measured on one core of a Zen 5, with conversions: 1.7 times as fast.
     """
     features = torch.cpu.get_capabilities()
     return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
@@ -34,10 +34,10 @@ def multiplies_bfloat16() -> bool:
 
 @cache
 def _linear() -> Callable[[Tensor, Tensor], Tensor]:
-    """Looked up, not timed: which of them it is decides the last bits.
+    """Return the faster product. Looked up, not timed: the choice decides the last bits.
 
-    Measured on one core of a Zen 5: 250 GFLOPS with oneDNN, 110 with MKL. What torch calls it by is not part of its public interface,
-    so that it may be gone in another version.
+    Measured on one core of a Zen 5: 250 GFLOPS with oneDNN, 110 with MKL. oneDNN's operator is not part of torch's public interface and
+    may be missing in another version.
     """
     processor = torch.cpu.get_capabilities()
     if not (processor.get("avx512_f") and str(processor.get("cpu_name")).startswith("AMD") and torch.backends.mkldnn.is_available()):

@@ -1,9 +1,8 @@
 """TopK in plain torch: exact selection, and a training step whose cost after the encoder grows with k instead of d_sae.
 
 With k of d_sae features active, the products with the code (decoding, and the gradients of both weight matrices) are sums over
-few rows. ``embedding_bag`` computes such sums: over the features of a token when decoding, and, once the active entries are sorted
-by feature, over the tokens of a feature for the gradients. Nothing is accumulated in an order that threads decide, so the same
-input gives the same bits.
+few rows. ``embedding_bag`` computes such sums: over the features of a token when decoding and, with active entries sorted by feature,
+over the tokens of a feature for the gradients. The order of all sums is independent of threads, so the same input gives the same bits.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-SPARSE_BELOW = {"cpu": 0.15}
-"""Below which k / d_sae a sparse code is the faster one, by device; devices that are not listed take the dense one. Measured."""
+SPARSE_CODE_MAX_DENSITY = {"cpu": 0.15}
+"""Share k / d_sae below which a sparse code is faster than a dense one, by device type; 0 for other devices. Measured."""
 _GROUP_SIZE = 8
 _GROUPED_FROM = 4096
 _ENCODER_BYTES = 16 << 20
@@ -36,18 +35,18 @@ class TopKReconstruction(NamedTuple):
     x_hat: Tensor
     """Reconstruction `[n, d_in]`."""
     error_hat: Tensor | None
-    """What the dead features decode to, without b_dec `[n, d_in]`; None if there are none."""
+    """Reconstruction of the error from dead features, without b_dec `[n, d_in]`; None without dead features."""
     n_dead: int
     """Number of dead features."""
     fire_counts: Tensor
-    """In how many tokens each feature is active, `[d_sae]`."""
+    """Number of tokens on which each feature is active, `[d_sae]`."""
 
 
 def select_topk(pre: Tensor, k: int) -> TopK:
-    """The k largest entries along the last dimension of ``pre`` `[..., d_sae]`, exactly; among equal entries any may be taken.
+    """Return exactly the k largest entries along the last dimension of ``pre`` `[..., d_sae]`; ties are broken arbitrarily.
 
-    Long rows go through the maxima of groups of entries: the k largest entries lie within the k groups with the largest maxima,
-    as every entry of another group is at most as large as those k maxima. That leaves ``8 k`` entries to choose from.
+    In long rows the maxima of groups of 8 entries are compared first. The k largest entries lie in the k groups with the largest maxima,
+    because every entry of another group is at most as large as those k maxima. That leaves ``8 k`` candidates.
     """
     d_sae = pre.shape[-1]
     n_groups = d_sae // _GROUP_SIZE
@@ -74,8 +73,8 @@ def topk_reconstruction(
 ) -> TopKReconstruction:
     """Encode and decode ``x`` `[n, d_in]` for training: ``x_hat = relu(topk(pre)) @ W_dec + b_dec``.
 
-    Where ``dead_mask`` `[d_sae]` marks features, ``error_hat = topk_aux(pre) @ W_dec`` over the ``k_aux`` largest pre-activations
-    among those, without ReLU and b_dec. Differentiable in the four weights; ``x`` is taken as constant.
+    If ``dead_mask`` `[d_sae]` marks features, ``error_hat = topk_aux(pre) @ W_dec`` over the ``k_aux`` largest pre-activations
+    among the marked features, without ReLU and b_dec. Differentiable in the four weights; ``x`` is held constant.
     Weights have the shapes of :class:`~saeens_models.architectures.SAE`.
     """
     dead = marked_features(dead_mask)
@@ -84,13 +83,13 @@ def topk_reconstruction(
 
 
 def marked_features(mask: Tensor | None) -> Tensor | None:
-    """The features that a mask `[d_sae]` marks, by index; None if there are none."""
+    """Return the indices of the features that a mask `[d_sae]` marks; None if it marks none."""
     features = None if mask is None else mask.nonzero().squeeze(-1)
     return None if features is None or len(features) == 0 else features
 
 
 class _TopKReconstruction(torch.autograd.Function):
-    """Forward and hand-written backward of :func:`topk_reconstruction`; the encoder comes feature by feature, `[d_sae, d_in]`."""
+    """Forward and hand-written backward of :func:`topk_reconstruction`; W_enc is given feature by feature, `[d_sae, d_in]`."""
 
     @staticmethod
     def forward(  # noqa: PLR0917 - autograd functions take positional arguments
@@ -107,11 +106,11 @@ class _TopKReconstruction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         if apply_b_dec_to_input:
             x = x - b_dec
-        # In blocks of rows: the pre-activations stay in cache, and memory is handed from block to block instead of being mapped anew.
+        # In blocks of rows: the pre-activations stay in the cache, and blocks reuse the same memory.
         block = max(_ENCODER_BYTES // (W_enc.shape[0] * x.element_size()), 64)
         selected, of_dead = [], []
         for rows in x.split(block):
-            pre = torch.mm(rows, W_enc.t()).add_(b_enc)  # addmm would first copy b_enc into every row
+            pre = torch.mm(rows, W_enc.t()).add_(b_enc)  # addmm would copy b_enc into every row first
             selected.append(select_topk(pre, k))
             if dead is not None:
                 of_dead.append(pre.index_select(1, dead))
@@ -153,9 +152,10 @@ class _Gradients(NamedTuple):
 
 
 def code_of(top: TopK, n_features: int, relu: bool) -> _SparseCode | _DenseCode:
+    """Return the code of selected pre-activations in the faster form, sparse or dense. ``relu``: entries that are not positive are 0."""
     values = top.values.relu() if relu else top.values
     density = top.indices.shape[-1] / n_features
-    if density < SPARSE_BELOW.get(values.device.type, 0.0):
+    if density < SPARSE_CODE_MAX_DENSITY.get(values.device.type, 0.0):
         return _SparseCode(values, top.indices, n_features, values > 0 if relu else None)
     z = values.new_zeros(len(values), n_features).scatter_(1, top.indices, values)
     if relu:
@@ -167,13 +167,13 @@ class _SparseCode(NamedTuple):
     values: Tensor  # [n, k]
     indices: Tensor  # [n, k]
     n_features: int
-    gate: Tensor | None  # [n, k]: where the gradient passes; None is everywhere
+    gate: Tensor | None  # [n, k], bool: the gradient passes here; None: everywhere
 
     def decode(self, W_dec: Tensor) -> Tensor:
         return F.embedding_bag(self.indices, W_dec, mode="sum", per_sample_weights=self.values)
 
     def fire_counts(self) -> Tensor:
-        inactive = self.n_features  # a bin of its own
+        inactive = self.n_features  # one more bin
         return torch.bincount(torch.where(self.values > 0, self.indices, inactive).flatten(), minlength=inactive + 1)[:inactive]
 
     def gradients(self, grad_decoded: Tensor, x: Tensor, W_dec: Tensor) -> _Gradients:
@@ -199,7 +199,7 @@ class _SparseCode(NamedTuple):
 
 class _DenseCode(NamedTuple):
     z: Tensor  # [n, d_sae]
-    gate: Tensor | None  # [n, d_sae]: where the gradient passes; None is everywhere
+    gate: Tensor | None  # [n, d_sae], bool: the gradient passes here; None: everywhere
 
     def decode(self, W_dec: Tensor) -> Tensor:
         return self.z @ W_dec
@@ -215,7 +215,7 @@ class _DenseCode(NamedTuple):
 
 
 def _rowwise_dot(rows: Tensor, W_dec: Tensor, features: Tensor, k: int) -> Tensor:
-    """``rows[i // k] . W_dec[features[i]]`` for each i of ``features`` `[n * k]`: the gradient of embedding_bag's weights."""
+    """Return ``rows[i // k] . W_dec[features[i]]`` for each i of ``features`` `[n * k]`: the gradient of embedding_bag's weights."""
     starts = torch.arange(0, len(features), k, device=features.device)
     tokens = torch.arange(len(rows), device=features.device).repeat_interleave(k)
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(rows, W_dec, features, starts, tokens, 0)

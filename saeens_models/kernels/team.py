@@ -1,4 +1,4 @@
-"""The threads that compiled kernels run on."""
+"""A team of threads for compiled kernels, with scratch memory per thread."""
 
 from __future__ import annotations
 
@@ -20,25 +20,27 @@ from saeens_models.kernels.products import multiplies_bfloat16
 T = TypeVar("T")
 
 WORTH_SHARING = 2**22
-"""Operations on numbers that take about as long as it takes to wake another thread and wait for it."""
+"""Number of arithmetic operations that take about as long as waking another thread and waiting for it."""
+_BLOCK_TOKENS = 64, 256
+"""Fewest and most tokens of a block: products of fewer rows are slow, and the pre-activations of more rows do not fit the cache."""
 
 
 class Team:
     """As many threads as torch uses, for work that releases the interpreter lock; a context manager.
 
-    Inside, torch itself runs on one thread in each of them: products of blocks, one block to a thread, take turns with compiled
-    loops over the same block while it is in the cache. Torch's own threads would spin between its operations and hold the cores.
+    Inside the context torch runs on one thread in each of them. Each thread alternates between torch's products of a block and compiled
+    loops over the same block while it is in the cache. Torch's own threads would spin between operations and occupy the cores.
 
-    Torch's precision of float32 products is "highest" inside, on all threads: which features are largest must not depend on it. Kernels
-    for which it may be less see `in_bfloat16`.
+    Inside the context torch's precision of float32 products is "highest" on all threads: the selected features must not depend on it.
+    Kernels that may use a lower precision read :attr:`in_bfloat16`.
     """
 
     def __init__(self) -> None:
         self.n_threads = torch.get_num_threads()
         self._precision = torch.get_float32_matmul_precision()
         self.in_bfloat16 = self._precision == "medium" and multiplies_bfloat16()
-        """Whether products may be in bfloat16: where torch's precision is "medium", and the processor is faster then."""
-        self._memory = threading.local()  # scratch memory by name, and whether the thread is in a task
+        """Products may be in bfloat16: torch's precision is "medium", and the processor multiplies bfloat16 faster."""
+        self._memory = threading.local()  # scratch memory by name, and a flag: the thread is in a task
 
     def __enter__(self) -> Team:
         torch.set_num_threads(1)
@@ -52,15 +54,16 @@ class Team:
         torch.set_float32_matmul_precision(self._precision)
 
     def run(self, task: Callable[[int], T], n_tasks: int, work: int = WORTH_SHARING) -> list[T]:
-        """``[task(0), ..., task(n_tasks - 1)]``; a thread takes the next one when it is done with its last.
+        """Return ``[task(0), ..., task(n_tasks - 1)]``. A thread takes the next task when it has finished its last one.
 
-        All stay on this thread within a task of another run, and where the ``work``, operations on numbers, is less than waking others.
+        All tasks run on the calling thread if it is in a task already, or if the ``work`` (arithmetic operations of all tasks) is too
+        little to wake other threads.
         """
         n_threads = min(self.n_threads, n_tasks)
         if n_threads <= 1 or work < WORTH_SHARING or getattr(self._memory, "in_task", False):
             return [task(number) for number in range(n_tasks)]
         results: dict[int, T] = {}
-        numbers = count()  # hands each number out once: taking one is a single operation of the interpreter
+        numbers = count()  # each number is taken once: next() is a single operation of the interpreter
         failed = threading.Event()
 
         def take() -> None:
@@ -84,7 +87,7 @@ class Team:
         return [results[number] for number in range(n_tasks)]
 
     def apart(self, task: Callable[[], T]) -> T:
-        """``task()``, on another thread. What it holds when an interrupt comes, which is for the main thread, it can still give back."""
+        """Return ``task()``, computed on another thread: interrupts reach the main thread only, and leave no lock of the task held."""
 
         def alone() -> T:
             self._memory.in_task = True
@@ -97,7 +100,7 @@ class Team:
 
     @contextmanager
     def resting(self) -> Iterator[None]:
-        """Give torch its threads back for a while; within a task it keeps to one."""
+        """Return a context in which torch has all its threads; within a task it stays on one."""
         if getattr(self._memory, "in_task", False):
             yield
             return
@@ -108,7 +111,7 @@ class Team:
             torch.set_num_threads(1)
 
     def scratch(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Memory to work in, of the calling thread: the next call with this name may give the same. Its content is undefined."""
+        """Return scratch memory of the calling thread with undefined content; the next call with this name may return the same memory."""
         kept: dict[str, Tensor] = self._memory.__dict__
         view = kept.get(name)
         if view is None or view.dtype != dtype or view.shape != shape:
@@ -120,7 +123,7 @@ class Team:
         return view
 
     def kept(self, name: str, make: Callable[..., T], *shape: int) -> T:
-        """``make(self, name, *shape)``: several pieces of :meth:`scratch`. Made again only if the calling thread asks for another shape."""
+        """Return ``make(self, name, *shape)``, which groups pieces of :meth:`scratch`; cached until the thread asks for another shape."""
         kept: dict[str, tuple[tuple[int, ...], T]] = self._memory.__dict__.setdefault("kept", {})
         last = kept.get(name)
         if last is None or last[0] != shape:
@@ -129,7 +132,7 @@ class Team:
 
 
 def cpu_team(device: torch.device | str) -> AbstractContextManager[Team | None]:
-    """A team for work on this device; None where compiled kernels do not help: on accelerators, and without numba."""
+    """Return a context with a team for work on this device, or with None on accelerators and without numba."""
     return Team() if torch.device(device).type == "cpu" and _has_numba() else nullcontext()
 
 
@@ -137,7 +140,14 @@ def _has_numba() -> bool:
     try:
         import_module("numba")
     except ImportError as error:
-        if getattr(error, "name", None) != "numba":  # it is there, and does not know this numpy, for one
-            warnings.warn(f"numba cannot be imported, without which training and encoding are slower: {error}", stacklevel=3)
+        if getattr(error, "name", None) != "numba":  # installed, but broken: for example not for this version of numpy
+            warnings.warn(f"numba cannot be imported; training and encoding are slower without it: {error}", stacklevel=3)
         return False
     return True
+
+
+def blocks_of_tokens(n_tokens: int) -> list[slice]:
+    """Return the blocks of a batch, each processed by one thread. They do not depend on the number of threads, so neither do results."""
+    fewest, most = _BLOCK_TOKENS
+    size = min(max(-(-n_tokens // 2), fewest), most)
+    return [slice(start, min(start + size, n_tokens)) for start in range(0, n_tokens, size)]

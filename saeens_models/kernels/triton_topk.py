@@ -1,11 +1,11 @@
 """The three Triton kernels of a TopK training step, each behind a function of torch tensors: select, sum rows, multiply rows.
 
-Everything after the encoder is a choice of rows and a sum: decoding sums the decoder rows of a token's features, the gradient of a
-feature's weights sums the rows of its tokens, the gradient of a code's entry is a product of two rows. No kernel uses atomics, and
-every sum has one order, so the same input gives the same bits. Sums are in float32.
+Everything after the encoder gathers rows and sums: decoding sums the decoder rows of a token's features, the gradient of a feature's
+weights sums the rows of its tokens, the gradient of a code's entry is a product of two rows. No kernel uses atomics, and every sum has
+a fixed order, so the same input gives the same bits. Sums are in float32.
 """
 
-# Triton is not there for every platform, and what its decorator makes of a function is not what type checkers see.
+# Triton is not available on every platform, and type checkers do not understand functions decorated by it.
 # pyright: reportMissingImports=false, reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch import Tensor
 from saeens_models.kernels.reference import TopK
 
 MOST_CANDIDATES = 16384
-"""A row of so many is held in the registers of one program, 16 to a thread; longer ones are cut into parts."""
+"""Largest number of candidates that one program holds in registers, 16 per thread; longer rows are cut into parts."""
 _TILE_ROWS, _TILE_COLUMNS = 16, 128
 _WARP_ENTRIES = 512
 
 
 @triton.jit
 def _order_preserving(bits):
-    """Bits of a float32 to an int32 of the same order, and back: it is its own inverse."""
+    """Map the bits of a float32 to an int32 of the same order, and back: the map is its own inverse."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
@@ -41,9 +41,9 @@ def _select_topk(pre, bias, columns, values, places, row_stride, n_rows, n_colum
     if bias is not None:
         value += tl.load(bias + first_column + column, mask=inside, other=0.0)
     key = _order_preserving(value.to(tl.int32, bitcast=True))
-    key = tl.where(value == value, key, 0x7FFFFFFF)  # noqa: PLR0124 - NaN is selected: the loss has to show it
+    key = tl.where(value == value, key, 0x7FFFFFFF)  # noqa: PLR0124 - NaN is selected, so that the loss shows it
 
-    # The largest key that at least k reach, bit by bit from the sign; any that exactly k reach will do.
+    # The largest key that at least k keys reach, bit by bit from the sign; any key that exactly k reach will do.
     kth = tl.full([], -0x80000000, tl.int32)
     bit = tl.full([], -0x80000000, tl.int32)
     n_reaching = tl.full([], 0, tl.int32)
@@ -53,7 +53,7 @@ def _select_topk(pre, bias, columns, values, places, row_stride, n_rows, n_colum
         kth = tl.where(n_reaching >= k, raised, kth)
         bit = (bit >> 1) & 0x7FFFFFFF
 
-    # Larger keys are selected, and of equal ones the first. Both are counted from the left in one scan, 16 bits each.
+    # Larger keys are selected, and the first of equal ones. One scan counts both from the left, with 16 bits each.
     larger, equal = key > kth, key == kth
     n_equal = k - tl.sum(larger.to(tl.int32))
     counts = tl.cumsum(larger.to(tl.int32) + (equal.to(tl.int32) << 16))
@@ -81,7 +81,7 @@ def _sum_rows(sums, totals, rows, which, weights, starts, d, ROWS: tl.constexpr,
         weight_sums += weight
     to = sums + segment * d + column
     tl.store(to, tl.load(to, mask=column < d) + tl.sum(products, axis=0), mask=column < d)
-    if totals is not None:  # noqa: SIM102 - decided when compiling
+    if totals is not None:  # noqa: SIM102 - decided at compile time
         if tl.program_id(1) == 0:
             tl.store(totals + segment, tl.sum(weight_sums))
 
@@ -101,13 +101,13 @@ def _multiply_rows(products, left, right, which, k, d, ROWS: tl.constexpr, COLUM
 
 
 def select_topk(pre: Tensor, k: int, bias: Tensor | None = None, columns: Tensor | None = None) -> TopK:
-    """The k largest of each row of ``pre + bias``, exactly, in the order of their places; of equal ones the first (-0.0 is below 0.0).
+    """Return exactly the k largest entries of each row of ``pre + bias``, by position; of equal ones the first (-0.0 is below 0.0).
 
     ``pre`` is `[n, m]`, float32 or bfloat16, ``bias`` `[m]` float32. With ``columns`` `[c]` only those of the m are candidates,
-    and the indices are places in ``columns``. ``2 k`` may not exceed ``MOST_CANDIDATES``.
+    and indices are positions in ``columns``. ``2 k`` may not exceed ``MOST_CANDIDATES``.
 
-    ``pre`` may also be J matrices, `[J, n, m]`, contiguous, each with a ``bias`` of its own `[J, m]` and without ``columns``. What is
-    selected is `[J, n, k]`, and indices are counted through the columns of all: column i of matrix j is ``j m + i``.
+    ``pre`` may also be J matrices, `[J, n, m]`, contiguous, with ``bias`` `[J, m]` and without ``columns``. The result is then
+    `[J, n, k]`, and indices count the columns of all matrices: column i of matrix j is ``j m + i``.
     """
     *matrices, n_rows, n_columns = pre.shape
     n, n_candidates = pre.numel() // n_columns, n_columns if columns is None else len(columns)
@@ -126,10 +126,10 @@ def select_topk(pre: Tensor, k: int, bias: Tensor | None = None, columns: Tensor
 
 
 def sum_rows(sums: Tensor, rows: Tensor, which: Tensor, weights: Tensor, starts: Tensor, *, totals: Tensor | None = None) -> Tensor:
-    """``sums[s] += sum(weights[e] * rows[which[e]])`` over the entries e of a segment s, from ``starts[s]`` up to ``starts[s + 1]``.
+    """Add ``sum(weights[e] * rows[which[e]])`` to ``sums[s]``, over the entries e from ``starts[s]`` up to ``starts[s + 1]``.
 
-    ``sums`` is `[s, d]`, changed and returned; ``rows`` `[m, d]`; ``which`` (int64) and ``weights`` one per entry; ``starts``
-    `[s + 1]` int64. The sums of the weights themselves go to ``totals`` `[s]`. All contiguous; s and m may each be several dimensions.
+    ``sums`` is `[s, d]`, changed and returned; ``rows`` `[m, d]`; ``which`` (int64) and ``weights`` have one number per entry; ``starts``
+    `[s + 1]` int64. ``totals`` `[s]` gets the sums of the weights. All are contiguous; s and m may each stand for several dimensions.
     """
     d = rows.shape[-1]
     grid = (len(starts) - 1, triton.cdiv(d, _TILE_COLUMNS))
@@ -138,9 +138,9 @@ def sum_rows(sums: Tensor, rows: Tensor, which: Tensor, weights: Tensor, starts:
 
 
 def multiply_rows(left: Tensor, right: Tensor, which: Tensor) -> Tensor:
-    """``left[n] . right[which[n, i]]`` for each entry of ``which`` `[n, k]` (int64); ``left`` is `[n, d]`, ``right`` `[m, d]`.
+    """Return ``left[n] . right[which[n, i]]`` for each entry of ``which`` `[n, k]` (int64); ``left`` is `[n, d]`, ``right`` `[m, d]`.
 
-    All contiguous; n and m may each be several dimensions.
+    All are contiguous; n and m may each stand for several dimensions.
     """
     k, d = which.shape[-1], left.shape[-1]
     products = torch.empty(which.shape, dtype=torch.float32, device=left.device)

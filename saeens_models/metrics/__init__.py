@@ -1,7 +1,7 @@
-"""Metrics of SAEs and ensembles: how well they reconstruct, how sparsely, and how reproducible their features are.
+"""Metrics of SAEs and ensembles: reconstruction, sparsity, and reproducibility of features.
 
-Every metric over tokens has a function for data at hand and a class with ``update`` and ``compute`` for a stream of batches; both
-accumulate in float64 or in integers and hold no activations beyond a batch.
+Every metric over tokens has a function for data in memory and a class with ``update`` and ``compute`` for a stream of batches. Both
+accumulate in float64 or in integers, and keep no activations longer than a batch.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from saeens_models.metrics.intervals import MeanInterval, mean_interval
 from saeens_models.metrics.language_model_loss import LossBatch, NextTokenLoss, ce_loss_recovered, next_token_loss
 from saeens_models.metrics.marginal_gain import WORTHWHILE_SHARE, gains, suggested_size
 from saeens_models.metrics.output_tokens import OutputTokens, output_tokens
-from saeens_models.metrics.principal_axes import PrincipalAxes, principal_axes
 from saeens_models.metrics.reconstruction import Moments, Reconstruction, ReconstructionMetric, reconstruction
 from saeens_models.metrics.sparsity import Sparsity, SparsityMetric, sparsity
 
@@ -59,7 +58,6 @@ __all__ = [
     "NearestInOtherRuns",
     "NextTokenLoss",
     "OutputTokens",
-    "PrincipalAxes",
     "Reconstruction",
     "ReconstructionMetric",
     "Sparsity",
@@ -80,7 +78,6 @@ __all__ = [
     "new_features",
     "next_token_loss",
     "output_tokens",
-    "principal_axes",
     "reconstruction",
     "sparsity",
     "stability",

@@ -1,9 +1,8 @@
-"""Which features fire on the same tokens: connectivity, exact, in bounded memory.
+"""Connectivity: the share of feature pairs that never fire on the same token, exact, in bounded memory.
 
-The m x m co-occurrence matrix is kept as bits. The row of feature i is the OR, over the tokens on which i fires, of those
-tokens' own bit masks of m bits, so that a token costs l0 * m / 64 word operations instead of the m^2 of a dense product.
-Being symmetric, only its upper triangle is worked out. Features are ordered from rare to frequent: a frequent feature, whose
-row has many masks to OR, then has a short row.
+The m x m co-occurrence matrix is kept as bits. The row of feature i is the OR of the bit masks (m bits) of the tokens on which i fires,
+so a token costs l0 * m / 64 word operations instead of the m^2 operations of a dense product. The matrix is symmetric: only its upper
+triangle is computed. Features are ordered from rare to frequent: a frequent feature, with many masks to OR, then has a short row.
 """
 
 from __future__ import annotations
@@ -13,62 +12,61 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
 from types import ModuleType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy.sparse import csc_array, csr_array
 from torch import Tensor
 
 from saeens_models.metrics.sparsity import check_code
 from saeens_models.sparse_code import SparseCode, sparse_codes
 
-if TYPE_CHECKING:
-    from scipy.sparse import csc_array
-
 _WORD = 64
-"""Bits per word, and features per group: the rows of one group start at the same word, that of its own diagonal."""
+"""Bits per word, and features per group: the rows of a group start at the word of its own diagonal."""
 _TILE_WORDS = 32
 _TILE_BYTES = 2**20
-"""Tokens are worked off in blocks, and their masks in tiles of some words that a core's own cache holds. Measured."""
+"""Tokens are processed in blocks, and their masks in tiles of words that fit the cache of one core. Measured."""
 _BYTES_PER_NONZERO = 24
 DEFAULT_MEMORY_BUDGET = 4 * 2**30
-"""Bytes; holds the co-occurrence bits of up to 220 000 features."""
+"""Bytes; enough for the co-occurrence bits of 220 000 features."""
 
 
 class MemoryBudgetError(MemoryError):
-    """A memory budget is too small for what is asked."""
+    """A memory budget is too small."""
 
 
 def streaming_memory(n_features: int) -> int:
-    """The least ``memory_budget``, in bytes, with which connectivity takes any number of tokens: about ``m^2 / 12``."""
+    """Return the smallest ``memory_budget``, in bytes, for connectivity of any number of tokens: about ``m^2 / 12``."""
     groups = -(-n_features // _WORD)
     return -(-4 * (_WORD * 8) * (groups * (groups + 1) // 2) // 3)
 
 
 class _Codes(NamedTuple):
-    """Where some tokens' codes are non-zero, in compressed sparse rows."""
+    """Active features of tokens, in compressed sparse rows."""
 
     feature: np.ndarray
-    """int32 [nnz], token by token"""
+    """int32 [nnz], token by token."""
     start: np.ndarray
-    """int64 [n_tokens + 1]: where each token's features start"""
+    """int64 [n_tokens + 1]: position of each token's first feature."""
 
     @property
     def nbytes(self) -> int:
+        """Size in bytes."""
         return self.feature.nbytes + self.start.nbytes
 
 
 class ConnectivityMetric:
-    """``connectivity`` over a stream of batches of codes: ``update(z)`` for each, then ``compute()``.
+    """Streaming metric for ``connectivity``: ``update(z)`` for each batch of codes, then ``compute()``.
 
-    Memory stays below ``memory_budget`` bytes, beside the batches themselves and some tens of megabytes to work in:
+    Memory stays below ``memory_budget`` bytes, beside the batches themselves and some tens of megabytes of scratch memory:
 
     * The co-occurrence bits take ``m^2 / 16`` bytes (1.1 GB at m = 131072). If that is at most three quarters of the budget
       (``streaming_memory``), any number of tokens can be streamed; the rest is for a block of tokens, 64 MiB at m = 131072.
-    * Otherwise the codes are held, 4 bytes per non-zero entry and 8 per token, in at most half of the budget, and ``compute``
-      passes over them once for each strip of the matrix that fits in a quarter of it. Codes that do not fit raise MemoryBudgetError.
+    * Otherwise the codes are kept, 4 bytes per non-zero entry and 8 per token, in at most half of the budget, and ``compute``
+      reads them once for each strip of the matrix that fits into a quarter of it. Codes that do not fit raise MemoryBudgetError.
 
-    Uses as many threads as torch does, and numba's machine code where numba can be imported; the result is the same.
+    Uses as many threads as torch does, and numba if it is available; the result is the same.
     """
 
     def __init__(self, n_features: int, memory_budget: int = DEFAULT_MEMORY_BUDGET) -> None:
@@ -94,7 +92,7 @@ class ConnectivityMetric:
         self._tokens = 0
 
     def update(self, z: Tensor | SparseCode) -> None:
-        """Add a batch of codes z `[n, n_features]`, dense or sparse; only whether an entry is zero matters."""
+        """Add a batch of codes z `[n, n_features]`, dense or sparse; values other than zero do not matter."""
         check_code(z, self.n_features)
         mask_bytes = self._words * 8
         parts = (part for code in sparse_codes(z) for part in code.split(max(1, self._block_bytes // mask_bytes)))
@@ -107,11 +105,11 @@ class ConnectivityMetric:
             self._tokens += code.n_tokens
 
     def compute(self) -> float:
-        """Connectivity over all batches so far. Raises ValueError before the first token."""
+        """Return the connectivity over all batches. Raises ValueError before the first token."""
         return self.compute_prefixes([self.n_features])[0]
 
     def compute_prefixes(self, sizes: Sequence[int]) -> list[float]:
-        """Connectivity of the code made of the first ``size`` features, for each size: the first members of an ensemble."""
+        """Return the connectivity of the first ``size`` features, for each size, such as those of an ensemble's first members."""
         if self._tokens == 0:
             raise ValueError("no tokens were seen: connectivity needs at least one")
         if not all(1 <= size <= self.n_features for size in sizes):
@@ -155,15 +153,13 @@ class ConnectivityMetric:
         return bits
 
     def _no_bits(self, strip: range) -> np.ndarray:
-        """uint64: for each group of 64 features, 64 rows of co-occurrence bits from their own group onwards, row after row."""
+        """Return zeros, uint64: for each group of 64 features, 64 rows of co-occurrence bits from their own group onwards."""
         return np.zeros(sum(_WORD * (self._words - group) for group in strip), dtype=np.uint64)
 
     def _or_into(self, bits: np.ndarray, strip: range, codes: _Codes) -> None:
-        from scipy import sparse
-
         rank = np.empty(len(self._order), dtype=np.int32)
         rank[self._order] = np.arange(len(self._order), dtype=np.int32)
-        by_token = sparse.csr_array(
+        by_token = csr_array(
             (np.ones(len(codes.feature), dtype=np.bool_), rank[codes.feature], codes.start), shape=(len(codes.start) - 1, len(rank))
         )
         by_feature = by_token.tocsc()
@@ -178,13 +174,13 @@ class ConnectivityMetric:
 def _compiled() -> ModuleType | None:
     try:
         from saeens_models.metrics import coactivation_compiled
-    except ImportError:  # no numba, or not for this Python or numpy
+    except ImportError:  # no numba, or none for this Python or numpy
         return None
     return coactivation_compiled
 
 
 def _token_masks(feature: np.ndarray, start: np.ndarray, n_features: int) -> np.ndarray:
-    """uint64 [n_tokens, n_features / 64]: the features of each token as bits."""
+    """Return the features of each token as bits, uint64 [n_tokens, n_features / 64]."""
     masks = np.zeros((len(start) - 1, n_features // 8), dtype=np.uint8)
     compiled = _compiled()
     if compiled is not None:
@@ -217,20 +213,20 @@ def _or_masks_compiled(bits: np.ndarray, masks: np.ndarray, by_feature: csc_arra
         compiled.or_masks(bits, masks, by_feature.indices, by_feature.indptr, strip.start, strip.stop, *tile)
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for _ in pool.map(work, reversed(list(pairwise(edges)))):  # the last columns have the most rows
+        for _ in pool.map(work, reversed(list(pairwise(edges)))):  # largest tasks first: the last columns have the most rows
             pass
 
 
 def _rows_of_groups(bits: np.ndarray, strip: range, n_words: int) -> list[np.ndarray]:
-    """The rows of each group of the strip, `[64, n_words - group]`, as views."""
+    """Return the rows of each group of the strip, `[64, n_words - group]`, as views."""
     ends = np.cumsum([_WORD * (n_words - group) for group in strip])
     return [rows.reshape(_WORD, -1) for rows in np.split(bits, ends[:-1])]
 
 
 def _n_cooccurring(rows: np.ndarray, included: np.ndarray, group: int) -> int:
-    """Ordered pairs of included features that co-occur, with the first of them (or both) in ``group``.
+    """Count ordered pairs of included features that co-occur, with the first feature (or both) in ``group``.
 
-    The first word of the rows is the group with itself, where both orders are present; any other pair is there once.
+    The first word of the rows holds pairs within the group, in both orders; any other pair is present once.
     """
     included_words = np.packbits(included).view(np.uint64)[group:]
     bits = rows[included[group * _WORD : (group + 1) * _WORD]] & included_words
@@ -238,19 +234,19 @@ def _n_cooccurring(rows: np.ndarray, included: np.ndarray, group: int) -> int:
 
 
 def _runs(labels: np.ndarray) -> list[range]:
-    """Positions of each run of equal values."""
+    """Return the positions of each run of equal values."""
     edges = [0, *(np.flatnonzero(np.diff(labels)) + 1).tolist(), len(labels)]
     return [range(first, last) for first, last in pairwise(edges)]
 
 
 def connectivity(z: Tensor | SparseCode | Iterable[Tensor | SparseCode], memory_budget: int = DEFAULT_MEMORY_BUDGET) -> float:
-    """Share of the feature pairs that never fire together: ``1 - nnz(C^T C) / m^2``, diagonal included.
+    """Return the share of feature pairs that never fire together: ``1 - nnz(C^T C) / m^2``, diagonal included.
 
-    z is the code matrix C `[n, m]`, dense or sparse, or a one-pass iterable of batches of it. Exact; ``ConnectivityMetric`` says what
-    ``memory_budget`` (bytes) bounds. A pair of features fires together if both are non-zero on at least one token; a feature that
-    fires at all forms a pair with itself.
+    z is the code matrix C `[n, m]`, dense or sparse, or a one-pass iterable of its batches. The result is exact; see
+    ``ConnectivityMetric`` for ``memory_budget`` (bytes). A pair of features fires together if both are non-zero on at least one token; a
+    feature that fires at all forms a pair with itself.
 
-    Raises ValueError for no tokens or batches of different widths, MemoryBudgetError where the budget is too small.
+    Raises ValueError for no tokens or batches of different widths, MemoryBudgetError for a budget that is too small.
     """
     metric: ConnectivityMetric | None = None
     for batch in [z] if isinstance(z, Tensor | SparseCode) else z:

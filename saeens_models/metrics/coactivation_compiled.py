@@ -1,4 +1,4 @@
-"""The inner loops of connectivity as machine code, compiled by numba when first called and kept on disk."""
+"""The inner loops of connectivity, compiled by numba at the first call and cached on disk."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def set_bits(masks, feature, start):
 
 @_compile
 def or_masks(bits, masks, token, start, first_group, last_group, first_word, last_word):  # noqa: PLR0917 - numba takes no keywords
-    """OR into the row of every feature, for words ``first_word`` to ``last_word - 1``, the masks of the tokens on which it fires.
+    """OR the masks of the tokens on which a feature fires into its row, for words ``first_word`` to ``last_word - 1``, for all features.
 
-    ``bits`` uint64 are the rows of groups ``first_group`` to ``last_group - 1``, one after the other, 64 to a group, each from the
-    word of its own group to the end; ``masks`` uint64 `[n_tokens, n_words]`. Feature i fires on ``token[start[i]:start[i + 1]]``.
+    ``bits`` uint64: the rows of groups ``first_group`` to ``last_group - 1``, 64 per group, each from the word of its own group to the
+    end; ``masks`` uint64 `[n_tokens, n_words]`. Feature i fires on ``token[start[i]:start[i + 1]]``.
     """
     n_words = masks.shape[1]
     offset = 0
@@ -34,7 +34,7 @@ def or_masks(bits, masks, token, start, first_group, last_group, first_word, las
             entry, last = start[group * 64 + i], start[group * 64 + i + 1]
             if entry < last and first < last_word:
                 row = bits[offset + first - group : offset + last_word - group]
-                while entry + 4 <= last:  # reads and writes the row once for four masks
+                while entry + 4 <= last:  # four masks per pass over the row
                     a = masks[token[entry], first:last_word]
                     b = masks[token[entry + 1], first:last_word]
                     c = masks[token[entry + 2], first:last_word]

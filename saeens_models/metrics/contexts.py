@@ -1,4 +1,4 @@
-"""Where in a text each feature is most active, with what stands around it, and how strong its activations are."""
+"""Contexts of each feature: the places in a text where it is most active, and a histogram of its activations."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from saeens_models.sparse_code import SparseCode, sparse_codes
 
 _BITS = 5
 HISTOGRAM_BINS = 2**_BITS
-"""So many that a power of two as their width has at least half of them in use."""
+"""With a power of two as their width, at least half of the bins are in use."""
 _NEVER = -(2**30)  # the exponent of a feature that has not fired
 
 
 class FeatureContexts(NamedTuple):
-    """Every feature of a dictionary over a text that is cut into windows."""
+    """Contexts of every feature of a dictionary, in a text that is cut into windows."""
 
     place: Tensor
-    """int64 [n_features, n_contexts]: where it is most active, the most active place first; -1 where it fires in fewer windows"""
+    """int64 [n_features, n_contexts]: places of the largest activations, largest first; -1 if the feature fires in fewer windows."""
     activations: Tensor
-    """float32 [n_features, n_contexts, 2 * radius + 1]: its code from ``radius`` places before to ``radius`` after; 0 beyond the window,
-    and at places without a code"""
+    """float32 [n_features, n_contexts, 2 * radius + 1]: activations from ``radius`` places before to ``radius`` after; 0 outside the
+    window, and at places without a code."""
     histogram: Tensor
-    """int64 [n_features, HISTOGRAM_BINS]: how many tokens have an activation in [i, i + 1) times ``bin_width``, zeros not counted"""
+    """int64 [n_features, HISTOGRAM_BINS]: tokens with an activation in [i, i + 1) times ``bin_width``; zeros are not counted."""
     bin_width: Tensor
-    """float64 [n_features]: the smallest power of two with which all activations are within the bins; 0 for a feature that never fires"""
+    """float64 [n_features]: the smallest power of two with which the bins cover all activations; 0 for a feature that never fires."""
 
 
 class FeatureContextsMetric:
-    """``FeatureContexts`` over a stream of batches of codes: ``update(z, place)`` for each, then ``compute()``.
+    """Streaming metric for ``FeatureContexts``: ``update(z, place)`` for each batch of codes, then ``compute()``.
 
-    A token's place counts all positions of the text, those too that have no code; a window is ``window`` places, the first of which is a
-    multiple of it. Of each window a feature has at most one context, around its maximum there (the first of equal ones), so that the
-    contexts of a feature that fires on every token are not one sentence over and over.
+    A token's place counts all positions of the text, also positions without a code. A window is ``window`` places, the first of which is a
+    multiple of ``window``. A feature has at most one context per window, around its maximum there (the first of equal ones), so that a
+    feature that fires on every token does not show one sentence many times.
 
-    Keeps ``n_contexts * (12 + 4 * (2 * radius + 1)) + 8 * HISTOGRAM_BINS + 8`` bytes per feature, whatever the number of tokens, and the
-    code of the window that is not complete yet. How tokens are batched does not matter.
+    Memory: ``n_contexts * (12 + 4 * (2 * radius + 1)) + 8 * HISTOGRAM_BINS + 8`` bytes per feature for any number of tokens, and the code
+    of the incomplete window. The result does not depend on the batches.
     """
 
     def __init__(self, n_features: int, window: int, n_contexts: int, radius: int, device: torch.device | str = "cpu") -> None:
@@ -76,7 +76,7 @@ class FeatureContextsMetric:
 
     @torch.no_grad()
     def compute(self) -> FeatureContexts:
-        """The contexts over all batches, of which the last ends the text. Raises ValueError before the first token."""
+        """Return the contexts over all batches; the last batch ends the text. Raises ValueError before the first token."""
         if self._last_place < 0:
             raise ValueError("no tokens were seen: contexts need at least one")
         self._take(self._waiting)
@@ -87,11 +87,11 @@ class FeatureContextsMetric:
         )
 
     def _take(self, text: _Text) -> None:
-        """Count and compare whole windows."""
+        """Add complete windows to the histogram and the contexts."""
         if not len(text.code.feature):
             return
         token = torch.arange(text.code.n_tokens, device=text.place.device).repeat_interleave(text.code.start.diff())
-        order = (text.code.feature * text.code.n_tokens + token).argsort()  # feature by feature, each in the order of the text
+        order = (text.code.feature * text.code.n_tokens + token).argsort()  # sorted by feature, then by token
         entries = _Entries(text.place, token[order], text.code.feature[order], text.code.value[order].float())
         self._count(entries.feature, entries.value)
         self._update_top(entries)
@@ -99,7 +99,7 @@ class FeatureContextsMetric:
     def _count(self, feature: Tensor, value: Tensor) -> None:
         exponents = self._exponents.scatter_reduce(0, feature, value.frexp().exponent.long(), "amax")  # value < 2 ** exponent
         grown = (exponents > self._exponents).nonzero().flatten()
-        shift = (exponents - self._exponents)[grown].clamp(max=_BITS)  # by so many bits all counts are in the first bin
+        shift = (exponents - self._exponents)[grown].clamp(max=_BITS)  # a shift by _BITS moves all counts into the first bin
         bins = torch.arange(HISTOGRAM_BINS, device=value.device).expand(len(grown), -1)
         wider = torch.zeros_like(self._histogram[grown]).scatter_add_(1, bins >> shift[:, None], self._histogram[grown])
         self._histogram[grown], self._exponents = wider, exponents
@@ -110,7 +110,7 @@ class FeatureContextsMetric:
         n_contexts = self._top_values.shape[1]
         window = entries.place[entries.token] // self._window
         of_window = entries.feature * (window.max() + 1) + window
-        best = most_active(of_window, entries.value, 1).entry  # of each feature in each window
+        best = most_active(of_window, entries.value, 1).entry  # one per feature and window
         best = best[entries.value[best] > self._top_values[entries.feature[best], -1]]
         if not len(best):
             return
@@ -130,7 +130,7 @@ class FeatureContextsMetric:
 
 
 class _Text(NamedTuple):
-    """The code of some tokens and their places."""
+    """Codes of tokens, and their places."""
 
     code: SparseCode
     place: Tensor
@@ -142,24 +142,24 @@ class _Text(NamedTuple):
         return _Text(SparseCode(code.n_features, start, feature, value), torch.cat([self.place, other.place]))
 
     def part(self, first: int, end: int) -> _Text:
-        """Tokens ``first`` to ``end - 1``, as views."""
-        start = self.code.start[first : end + 1]
-        entries = slice(int(start[0]), int(start[-1]))
-        code = SparseCode(self.code.n_features, start - start[0], self.code.feature[entries], self.code.value[entries])
-        return _Text(code, self.place[first:end])
+        """Return the tokens ``first`` to ``end - 1``, as views."""
+        return _Text(self.code.part(first, end), self.place[first:end])
 
 
 class _Entries(NamedTuple):
-    """Those of a code, feature by feature, each feature's in the order of the text."""
+    """Entries of a code, sorted by feature, then by token."""
 
     place: Tensor
-    """of all tokens"""
+    """int64 [n_tokens]: places of all tokens."""
     token: Tensor
+    """int64 [e]: position of each entry's token in ``place``."""
     feature: Tensor
+    """int64 [e]: feature of each entry."""
     value: Tensor
+    """float32 [e]: value of each entry."""
 
     def around(self, chosen: Tensor, radius: int, window: int) -> Tensor:
-        """What the features of the ``chosen`` entries `[m]` are at the places around theirs in the same window: [m, 2 * radius + 1]."""
+        """Return activations of the ``chosen`` entries' features `[m]` around them in the same window, `[m, 2 * radius + 1]`."""
         centre = self.place[self.token[chosen]]
         places = centre[:, None] + torch.arange(-radius, radius + 1, device=centre.device)
         token = torch.searchsorted(self.place, places).clamp(max=len(self.place) - 1)

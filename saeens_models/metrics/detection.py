@@ -1,4 +1,4 @@
-"""How well somebody tells, given an explanation of a feature, the texts on which it fires from others."""
+"""Detection score: how well an explanation of a feature predicts the texts on which the feature fires."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from typing import NamedTuple
 
 
 class DetectionScore(NamedTuple):
-    """Answers to "does the feature fire on this text?", against what it does."""
+    """Accuracy of predictions of a feature's activity on texts."""
 
     balanced_accuracy: float
-    """mean of the true positive rate and of 1 - false positive rate; 0.5 is chance, whatever share of the texts is said to fit"""
+    """Mean of the true positive rate and of 1 - false positive rate; 0.5 is chance, for any share of positive predictions."""
     true_positive_rate: float
-    """share of the texts on which it fires that are said to fit"""
+    """Share of positive predictions among texts on which the feature fires."""
     false_positive_rate: float
-    """share of the others that are said to fit"""
+    """Share of positive predictions among the other texts."""
 
 
 def detection_score(said: Sequence[bool], fires: Sequence[bool]) -> DetectionScore:
-    """The detection score of Paulo et al. (arXiv 2410.13928), as balanced accuracy; both `[n_texts]`, in the same order.
+    """Return the detection score of Paulo et al. (arXiv 2410.13928) as balanced accuracy.
 
-    Raises ValueError for other lengths, and unless the feature fires on some of the texts and not on others.
+    said: predictions `[n_texts]`; fires: activity `[n_texts]`, in the same order. Raises ValueError for different lengths, and unless the
+    feature fires on some of the texts and not on others.
     """
     positive = [answer for answer, does in zip(said, fires, strict=True) if does]
     negative = [answer for answer, does in zip(said, fires, strict=True) if not does]

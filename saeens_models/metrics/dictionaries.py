@@ -1,8 +1,8 @@
-"""How alike dictionaries are: stability between runs, diversity within one.
+"""Similarity of dictionaries: stability between runs, diversity within a run, nearest features.
 
-A dictionary is ``W_dec`` `[n_features, d_in]`. Everything here compares directions: rows are scaled to unit norm first, and a row
-that is zero or not finite is refused, since it has none. Cosines are float32, averages float64; similarity matrices are worked
-out in blocks and never held whole, except by ``stability_matched``.
+A dictionary is ``W_dec`` `[n_features, d_in]`. All functions compare directions: rows are scaled to unit norm first, and rows that are
+zero or not finite raise ValueError. Cosines are float32, averages float64. Similarity matrices are computed in blocks and never kept as
+a whole, except by ``stability_matched``.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ from itertools import combinations, islice
 from typing import NamedTuple
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 _BLOCK_ROWS = 1024
-"""Rows and columns of a block of cosines: 4 MiB, so that their largest are found while they are in a cache."""
+"""Rows and columns of a block of cosines: 4 MiB, so that their maxima are found while they are in a cache."""
 
 MAX_MATCHED_FEATURES = 8192
-"""Largest dictionary that ``stability_matched`` takes: time grows with the cube of the size, memory (float64) with its square."""
+"""Largest dictionary for ``stability_matched``: time grows with the cube of the size, memory (float64) with its square."""
 
 
 def unit_rows(W_dec: Tensor) -> Tensor:
-    """The rows of W_dec `[n_features, d_in]` as float32 unit vectors.
+    """Return the rows of W_dec `[n_features, d_in]` as float32 unit vectors.
 
     Raises ValueError for another number of dimensions and for rows that are zero or not finite.
     """
@@ -40,7 +41,7 @@ def unit_rows(W_dec: Tensor) -> Tensor:
 
 
 def max_cosine(W_dec: Tensor, others: Sequence[Tensor]) -> Tensor:
-    """For each row of W_dec `[n_features, d_in]`, its largest cosine similarity to any row of any of the others: float32 [n_features]."""
+    """Return the largest cosine similarity of each row of W_dec `[n_features, d_in]` to any row of the others: float32 [n_features]."""
     if not others:
         raise ValueError("there is no other dictionary to compare with: max_cosine needs at least one")
     unit, *units = _unit_dictionaries([W_dec, *others])
@@ -48,35 +49,37 @@ def max_cosine(W_dec: Tensor, others: Sequence[Tensor]) -> Tensor:
 
 
 def mean_max_cosine(W_dec: Tensor, others: Sequence[Tensor]) -> float:
-    """Mean over the rows of W_dec of ``max_cosine`` (MMCS of Sharkey et al. 2022, against several dictionaries at once)."""
+    """Return the mean of ``max_cosine`` over the rows of W_dec (MMCS of Sharkey et al. 2022, against several dictionaries at once)."""
     return max_cosine(W_dec, others).double().mean().item()
 
 
 class Stability(NamedTuple):
-    """How far the features of each of several runs are found in the others: a number per run, in their order."""
+    """Stability of each of several runs, in order."""
 
     stability: list[float]
+    """Result of ``stability``."""
     pairwise: list[float]
+    """Result of ``stability_pairwise``."""
 
 
 def stability(W_decs: Sequence[Tensor]) -> list[float]:
-    """Stability of each run: the mean over its features of ``max(0, largest cosine to any feature of any other run)``.
+    """Return the stability of each run: the mean over its features of ``max(0, largest cosine to any feature of any other run)``.
 
-    W_decs: one dictionary `[n_features, d_in]` per run, at least two; sizes may differ. It grows with the number of runs, so
-    report that number beside it. Source: Gadgil, Lin & Lee, Ensembling Sparse Autoencoders (arXiv 2505.16077).
+    W_decs: one dictionary `[n_features, d_in]` per run, at least two; sizes may differ. Stability grows with the number of runs, so
+    report that number with it. Source: Gadgil, Lin & Lee, Ensembling Sparse Autoencoders (arXiv 2505.16077).
     """
     return stability_of_prefixes([[W_dec] for W_dec in W_decs])[0].stability
 
 
 def stability_pairwise(W_decs: Sequence[Tensor]) -> list[float]:
-    """As ``stability``, with each other run taken alone and the results averaged: does not grow with the number of runs."""
+    """Return ``stability`` against each other run alone, averaged over the other runs: it does not grow with the number of runs."""
     return stability_of_prefixes([[W_dec] for W_dec in W_decs])[0].pairwise
 
 
 def stability_of_prefixes(runs: Sequence[Sequence[Tensor]]) -> list[Stability]:
-    """``stability`` and ``stability_pairwise`` of the ensembles of the first n members, for n = 1 .. J.
+    """Return ``stability`` and ``stability_pairwise`` of the ensembles of the first n members, for n = 1 .. J.
 
-    runs: at least two, each the dictionaries of its J members in order. Two members are compared once, whatever the number of sizes.
+    runs: at least two, each the dictionaries of its J members in order. Two members are compared once for all sizes.
     Memory: J float32 numbers per feature and other run, beside a block of cosines.
     """
     if len(runs) < 2:
@@ -101,10 +104,10 @@ def stability_of_prefixes(runs: Sequence[Sequence[Tensor]]) -> list[Stability]:
 
 
 def stability_matched(W_decs: Sequence[Tensor]) -> list[float]:
-    """Stability under one-to-one matching: per run, the mean cosine of matched features, averaged over the other runs.
+    """Return the stability under one-to-one matching: per run, the mean cosine of matched features, averaged over the other runs.
 
-    Each pair of runs is matched so that the summed Euclidean distance between unit rows is least (Hungarian
-    algorithm). W_decs: at least two dictionaries of equal size `[n_features, d_in]`.
+    The matching of two runs minimises the summed Euclidean distance between unit rows (Hungarian algorithm). W_decs: at least two
+    dictionaries of equal size `[n_features, d_in]`.
 
     Raises ValueError for sizes that differ or exceed ``MAX_MATCHED_FEATURES``.
     """
@@ -127,18 +130,18 @@ def stability_matched(W_decs: Sequence[Tensor]) -> list[float]:
 
 
 def diversity(W_dec: Tensor, threshold: float = 0.7) -> int:
-    """Number of features whose largest cosine similarity to any other feature of the same dictionary is below the threshold.
+    """Return the number of features whose largest cosine similarity to any other feature of the dictionary is below the threshold.
 
-    W_dec: `[n_features, d_in]`; only the feature itself is left out of the comparison. A lone feature is diverse.
+    W_dec: `[n_features, d_in]`. A feature is not compared with itself; a single feature counts.
     """
     return compare_members([W_dec], threshold).diversity[0]
 
 
 def new_features(W_decs: Sequence[Tensor], threshold: float = 0.7) -> list[int]:
-    """Of each member of an ensemble, in order, the features whose largest cosine to all features of the members before it is below
-    the threshold: how many it brings that were not there. All of the first member's are new.
+    """Return the number of new features of each member of an ensemble, in order.
 
-    W_decs: the members' dictionaries `[d_sae, d_in]`; sizes may differ. Features that are alike within one member count each.
+    A feature is new if its largest cosine to any feature of an earlier member is below the threshold; all features of the first member are
+    new. W_decs: the members' dictionaries `[d_sae, d_in]`; sizes may differ. Similar features within one member all count.
     """
     units = _unit_dictionaries(W_decs)
     best = [unit.new_full((len(unit),), -torch.inf) for unit in units]
@@ -148,32 +151,32 @@ def new_features(W_decs: Sequence[Tensor], threshold: float = 0.7) -> list[int]:
 
 
 class NearestFeatures(NamedTuple):
-    """Of each feature of one member, the nearest of all features of the other members."""
+    """The nearest feature among all other members, for each feature of one member."""
 
     member: Tensor
-    """int64 [d_sae]: which member has it, from 0"""
+    """int64 [d_sae]: member of the nearest feature, from 0."""
     row: Tensor
-    """int64 [d_sae]: which row of that member's dictionary has it"""
+    """int64 [d_sae]: row of the nearest feature in that member's dictionary."""
     cosine: Tensor
-    """float32 [d_sae]"""
+    """float32 [d_sae]: cosine similarity."""
 
 
 class MemberMatches(NamedTuple):
-    """Of each feature of one member, the nearest feature of each of the J members of the ensemble."""
+    """The nearest feature in each of the J members of the ensemble, for each feature of one member."""
 
     row: Tensor
-    """int64 [J, d_sae]: which row of that member's dictionary has it, the first of equals; -1 in the row of the member itself"""
+    """int64 [J, d_sae]: row of the nearest feature in that member's dictionary, the first of equals; -1 for the member itself."""
     cosine: Tensor
-    """float32 [J, d_sae]; -inf in the row of the member itself"""
+    """float32 [J, d_sae]: cosine similarity; -inf for the member itself."""
 
     def nearest(self) -> NearestFeatures:
-        """The nearest of all of them."""
+        """Return the nearest feature among all members."""
         best = self.cosine.max(0)
         return NearestFeatures(best.indices, self.row.gather(0, best.indices[None])[0], best.values)
 
 
 def matches_in_other_members(W_decs: Sequence[Tensor]) -> list[MemberMatches]:
-    """For each of at least two members, where in each of the others its features come back.
+    """Return, for each of at least two members, the nearest feature of each of its features in each other member.
 
     W_decs: the members' dictionaries `[d_sae, d_in]` in order. Two members are compared once. Memory: 12 J bytes per feature, beside a
     block of cosines and the unit rows.
@@ -193,22 +196,22 @@ def matches_in_other_members(W_decs: Sequence[Tensor]) -> list[MemberMatches]:
 
 
 class NearestInOtherRuns(NamedTuple):
-    """Of each feature of one run, the nearest of all features of the other runs: members stacked, n_features in all."""
+    """The nearest feature among all other runs, for each feature of one run: members stacked, n_features in all."""
 
     run: Tensor
-    """int64 [n_features]: which run has it, from 0"""
+    """int64 [n_features]: run of the nearest feature, from 0."""
     member: Tensor
-    """int64 [n_features]: which of that run's members, from 0"""
+    """int64 [n_features]: member of that run, from 0."""
     row: Tensor
-    """int64 [n_features]: which row of that member's dictionary has it"""
+    """int64 [n_features]: row of the nearest feature in that member's dictionary."""
     cosine: Tensor
-    """float32 [n_features]. ``stability`` is its mean, floored at 0"""
+    """float32 [n_features]: cosine similarity. ``stability`` is its mean, with negative cosines as 0."""
 
 
 def nearest_in_other_runs(runs: Sequence[Sequence[Tensor]]) -> list[NearestInOtherRuns]:
-    """For each of at least two runs, where in the others its features come back. Of equally near features the first is taken.
+    """Return, for each of at least two runs, the nearest feature of each of its features in the other runs; the first of equals.
 
-    runs: of each the dictionaries of its members `[d_sae, d_in]` in order; sizes may differ. Two members are compared once. Memory:
+    runs: for each run the dictionaries of its members `[d_sae, d_in]` in order; sizes may differ. Two members are compared once. Memory:
     28 bytes per feature, beside a block of cosines and the unit rows.
     """
     if len(runs) < 2:
@@ -226,16 +229,16 @@ def nearest_in_other_runs(runs: Sequence[Sequence[Tensor]]) -> list[NearestInOth
 
 
 class MemberComparison(NamedTuple):
-    """How alike the features of an ensemble's members are."""
+    """Similarity of the features of an ensemble's members."""
 
     diversity: list[int]
-    """``diversity`` of the first n members' dictionaries stacked, for n = 1 .. J"""
+    """``diversity`` of the stacked dictionaries of the first n members, for n = 1 .. J."""
     mean_max_cosine: list[float] | None
-    """``mean_max_cosine`` of each member to all others; None for an ensemble of one"""
+    """``mean_max_cosine`` of each member to all others; None for an ensemble of one."""
 
 
 def compare_members(W_decs: Sequence[Tensor], threshold: float = 0.7) -> MemberComparison:
-    """Compare each two members of an ensemble once, for ``diversity`` at every size and ``mean_max_cosine`` of every member.
+    """Compute ``diversity`` at every size and ``mean_max_cosine`` of every member, comparing each two members once.
 
     W_decs: the members' dictionaries `[d_sae, d_in]` in order. Memory: J float32 numbers per feature, beside a block of cosines.
     """
@@ -257,7 +260,7 @@ def _unit_dictionaries(W_decs: Sequence[Tensor]) -> list[Tensor]:
 
 
 _MemberMatches = list[Tensor]
-"""Of the members of an ensemble, float32 `[J, d_sae]` each: the largest cosine of each feature to those of each member of an ensemble."""
+"""Per member, float32 `[J, d_sae]`: largest cosine of each of its features to those of each of J members of an ensemble."""
 
 
 def _best_matches_of_members(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[_MemberMatches, _MemberMatches]:
@@ -268,7 +271,7 @@ def _best_matches_of_members(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[
 
 
 def _matches_between_members(units: Sequence[Tensor]) -> _MemberMatches:
-    """Of each two of some dictionaries, compared once; -inf where a dictionary would be compared with itself."""
+    """Return the matches between dictionaries, each two compared once; -inf for a dictionary and itself."""
     best = [unit.new_full((len(units), len(unit)), -torch.inf) for unit in units]
     for i, j in combinations(range(len(units)), 2):
         best[i][j], best[j][i] = _best_matches(units[i], units[j])
@@ -276,7 +279,7 @@ def _matches_between_members(units: Sequence[Tensor]) -> _MemberMatches:
 
 
 def _prefix_matches(best: Sequence[_MemberMatches], n: int) -> Tensor:
-    """Largest cosines of the features of the first n members to those of the first n members of each ensemble compared with."""
+    """Return the largest cosines of the first n members' features to those of the first n members of each other ensemble."""
     return torch.stack([torch.cat([of_member[:n].amax(0) for of_member in of_ensemble[:n]]) for of_ensemble in best])
 
 
@@ -285,7 +288,7 @@ def _mean_cosine(cosines: Tensor) -> float:
 
 
 def _best_matches(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest cosine of each row of a to any row of b, and of each row of b to any row of a."""
+    """Return the largest cosine of each row of a to any row of b, and of each row of b to any row of a."""
     of_a, of_b = a.new_full((len(a),), -torch.inf), b.new_full((len(b),), -torch.inf)
     for rows, columns, cosines in _cosine_blocks(a, b):
         of_a[rows] = torch.maximum(of_a[rows], cosines.amax(1))
@@ -299,7 +302,7 @@ class _NearestRows(NamedTuple):
 
 
 def _nearest_rows(a: Tensor, b: Tensor) -> tuple[_NearestRows, _NearestRows]:
-    """Which row of b is nearest to each row of a, and which row of a to each of b."""
+    """Return the row of b nearest to each row of a, and the row of a nearest to each row of b."""
     of_a, of_b = (
         _NearestRows(unit.new_full((len(unit),), -1, dtype=torch.int64), unit.new_full((len(unit),), -torch.inf)) for unit in (a, b)
     )
@@ -326,7 +329,7 @@ def _keep_nearer(found: NearestInOtherRuns, candidates: _NearestRows, run: int, 
 
 
 def _best_matches_within(a: Tensor) -> Tensor:
-    """Largest cosine of each row of a to any other of its rows; -inf for a lone row."""
+    """Return the largest cosine of each row of a to any other row; -inf for a single row."""
     best = a.new_full((len(a),), -torch.inf)
     for rows, columns, cosines in _cosine_blocks(a, a, upper_triangle=True):
         if rows == columns:
@@ -337,7 +340,7 @@ def _best_matches_within(a: Tensor) -> Tensor:
 
 
 def _cosine_blocks(a: Tensor, b: Tensor, upper_triangle: bool = False) -> Iterator[tuple[slice, slice, Tensor]]:
-    """The similarity matrix ``a @ b.T`` in square blocks, with their rows and columns. A block is overwritten by the next."""
+    """Yield the similarity matrix ``a @ b.T`` in square blocks, with their rows and columns. The next block overwrites a block."""
     buffer = a.new_empty(min(_BLOCK_ROWS, len(a)), min(_BLOCK_ROWS, len(b)))
     for i in range(0, len(a), _BLOCK_ROWS):
         for j in range(i if upper_triangle else 0, len(b), _BLOCK_ROWS):
@@ -347,8 +350,6 @@ def _cosine_blocks(a: Tensor, b: Tensor, upper_triangle: bool = False) -> Iterat
 
 
 def _mean_matched_cosine(a: Tensor, b: Tensor) -> float:
-    from scipy.optimize import linear_sum_assignment
-
     cosines = (a.double() @ b.double().T).cpu()
     distance = (2 - 2 * cosines).clamp(min=0).sqrt()
     matched_a, matched_b = linear_sum_assignment(distance.numpy())

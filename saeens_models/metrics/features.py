@@ -1,4 +1,4 @@
-"""What each feature does on its own: how often it fires, how strongly, and on which tokens most."""
+"""Activity of each feature: density, mean activation, and its most active tokens."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from saeens_models.sparse_code import SparseCode, sparse_codes
 
 
 class FeatureActivity(NamedTuple):
-    """Every feature of a dictionary over a set of tokens."""
+    """Activity of every feature of a dictionary over a set of tokens."""
 
     density: Tensor
-    """float64 [n_features]: share of the tokens on which each fires"""
+    """float64 [n_features]: share of the tokens on which the feature fires."""
     mean_activation: Tensor
-    """float64 [n_features]: mean of the code over the tokens on which it fires; nan for a feature that never does"""
+    """float64 [n_features]: mean activation over the tokens on which the feature fires; nan if it never fires."""
     top_tokens: Tensor
-    """int64 [n_features, n_top]: tokens, counted from 0, on which it is most active, the most active first; -1 where it fires on fewer"""
+    """int64 [n_features, n_top]: tokens, counted from 0, with the largest activations, largest first; -1 if it fires on fewer tokens."""
 
 
 class FeatureActivityMetric:
-    """``FeatureActivity`` over a stream of batches of codes: ``update(z)`` for each, then ``compute()``.
+    """Streaming metric for ``FeatureActivity``: ``update(z)`` for each batch of codes, then ``compute()``.
 
-    Keeps 16 + 12 ``n_top`` bytes per feature, whatever the number of tokens. Of tokens with equal activations the first is kept, so that
-    how tokens are batched does not matter.
+    Keeps 16 + 12 ``n_top`` bytes per feature for any number of tokens. Of tokens with equal activations the first is kept, so that the
+    result does not depend on the batches.
     """
 
     def __init__(self, n_features: int, n_top: int, device: torch.device | str = "cpu") -> None:
@@ -50,7 +50,7 @@ class FeatureActivityMetric:
             self._tokens += code.n_tokens
 
     def compute(self) -> FeatureActivity:
-        """The activity over all batches so far. Raises ValueError before the first token."""
+        """Return the activity over all batches. Raises ValueError before the first token."""
         if self._tokens == 0:
             raise ValueError("no tokens were seen: feature activity needs at least one")
         return FeatureActivity(self._counts.double() / self._tokens, self._sums / self._counts, self._top_tokens)
@@ -74,19 +74,19 @@ class MostActive(NamedTuple):
     """The largest entries of each feature among some entries of a code."""
 
     features: Tensor
-    """int64 [m]: those that have any, ascending"""
+    """int64 [m]: features with at least one entry, ascending."""
     entry: Tensor
-    """int64 [e]: the entries that are among the largest of their feature"""
+    """int64 [e]: entries that are among the largest of their feature."""
     owner: Tensor
-    """int64 [e]: whose each is, as an index into ``features``"""
+    """int64 [e]: feature of each entry, as an index into ``features``."""
     rank: Tensor
-    """int64 [e]: its place among those of its feature, the largest first; of equal entries the first"""
+    """int64 [e]: rank of each entry within its feature, the largest first; of equal entries the first."""
 
 
 def most_active(feature: Tensor, value: Tensor, n_top: int) -> MostActive:
-    """The ``n_top`` largest entries of each feature, of entries with these features and values `[n]`."""
+    """Return the ``n_top`` largest entries of each feature, among entries with the given features and values `[n]`."""
     order = value.argsort(descending=True, stable=True)
-    order = order[feature[order].argsort(stable=True)]  # feature by feature, the most active token of each first
+    order = order[feature[order].argsort(stable=True)]  # sorted by feature, the largest entry of each first
     features, owner, counts = torch.unique_consecutive(feature[order], return_inverse=True, return_counts=True)
     rank = torch.arange(len(order), device=value.device) - (counts.cumsum(0) - counts)[owner]
     return MostActive(features, *(each[rank < n_top] for each in (order, owner, rank)))

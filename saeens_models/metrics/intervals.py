@@ -1,4 +1,4 @@
-"""How sure a mean over few runs is."""
+"""Confidence intervals of means over few runs."""
 
 from __future__ import annotations
 
@@ -6,17 +6,22 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from scipy.special import stdtrit
+
 
 class MeanInterval(NamedTuple):
-    """A mean and its confidence interval; of a single value the interval is unknown."""
+    """A mean and its confidence interval."""
 
     mean: float
+    """Mean of the values."""
     low: float | None
+    """Lower end of the interval; None for a single value."""
     high: float | None
+    """Upper end of the interval; None for a single value."""
 
 
 def mean_interval(values: Sequence[float], level: float = 0.95) -> MeanInterval:
-    r"""Student's interval for the mean of n independent values, :math:`\bar x \pm t_{n-1} \cdot s / \sqrt n`.
+    r"""Return Student's interval for the mean of n independent values, :math:`\bar x \pm t_{n-1} \cdot s / \sqrt n`.
 
     :math:`t_{n-1}` is the quantile of Student's t distribution at (1 + ``level``) / 2 and s the sample standard deviation (n - 1 in the
     denominator). With two values t is 12.7 at 95 %: show the values themselves as well. Raises ``ValueError`` without values.
@@ -26,8 +31,6 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> MeanInterval:
     n, mean = len(values), math.fsum(values) / len(values)
     if n == 1:
         return MeanInterval(mean, None, None)
-    from scipy.special import stdtrit
-
     deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
     half_width = float(stdtrit(n - 1, (1 + level) / 2)) * deviation / math.sqrt(n)
     return MeanInterval(mean, mean - half_width, mean + half_width)

@@ -1,4 +1,4 @@
-"""Which next tokens each feature speaks for and against when its direction is read as an output."""
+"""Next tokens that each feature promotes and suppresses through the unembedding."""
 
 from __future__ import annotations
 
@@ -11,27 +11,32 @@ _LOGITS_PER_STEP = 2**24
 
 
 class OutputTokens(NamedTuple):
-    """Of every feature of a dictionary; a logit is what one unit of the feature adds to it."""
+    """Promoted and suppressed tokens of every feature of a dictionary. Logits are contributions of one unit of the feature."""
 
     promoted: Tensor
-    """int64 [n_features, n]: the tokens with the largest logits, the largest first"""
+    """int64 [n_features, n]: tokens with the largest logits, largest first."""
     promoted_logits: Tensor
-    """float32 [n_features, n]"""
+    """float32 [n_features, n]: their logits."""
     suppressed: Tensor
-    """int64 [n_features, n]: the tokens with the smallest logits, the smallest first"""
+    """int64 [n_features, n]: tokens with the smallest logits, smallest first."""
     suppressed_logits: Tensor
-    """float32 [n_features, n]"""
+    """float32 [n_features, n]: their logits."""
 
 
 @torch.no_grad()
 def output_tokens(W_dec: Tensor, W_U: Tensor, n: int) -> OutputTokens:
-    """``W_dec @ W_U.T`` for a dictionary `[n_features, d_model]` and an unembedding `[vocabulary, d_model]`, without the final norm.
+    """Return the n largest and smallest entries per row of ``W_dec @ W_U.T``, without the final norm.
 
-    The direct path alone (nostalgebraist 2020): what later layers make of the feature is not in it. Memory: 64 MiB of logits, or those
-    of one feature, and the result. Raises ValueError for sizes that do not fit together.
+    W_dec: a dictionary `[n_features, d_model]`; W_U: an unembedding `[vocabulary, d_model]`. This is the direct path (logit lens,
+    nostalgebraist 2020), without the effect through later layers. Memory: 64 MiB of logits, or those of one feature, and the result.
+
+    Raises ValueError for sizes that do not fit together.
     """
     if W_dec.ndim != 2 or W_U.ndim != 2 or W_dec.shape[1] != W_U.shape[1] or not 1 <= n <= len(W_U):
-        raise ValueError(f"{n} of the tokens of an unembedding {list(W_U.shape)} cannot be told for a dictionary {list(W_dec.shape)}")
+        raise ValueError(
+            f"{n} output tokens need a dictionary and an unembedding of one width and at least {n} tokens; got {list(W_dec.shape)} and "
+            f"{list(W_U.shape)}"
+        )
     parts = []
     for rows in W_dec.split(max(1, _LOGITS_PER_STEP // len(W_U))):
         logits = rows.float() @ W_U.float().T

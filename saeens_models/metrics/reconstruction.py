@@ -1,4 +1,4 @@
-"""How much of its input a reconstruction explains."""
+"""Reconstruction quality: mean squared error, explained variance, fraction of variance unexplained."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ _ELEMENTS_PER_STEP = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Reconstruction(Mapping[str, float]):
-    """Reconstruction quality over a set of tokens; reads as attributes and as a mapping (``dict(result)``)."""
+    """Reconstruction quality over a set of tokens: attributes, and a mapping (``dict(result)``)."""
 
     mse: float
-    """mean over tokens of ``sum_d (x_hat - x)_d^2``, in squared units of the activations"""
+    """Mean over tokens of ``sum_d (x_hat - x)_d^2``, in squared units of the activations."""
     explained_variance: float
-    """mean over the dimensions that vary of ``1 - sum_n (x_hat - x)_d^2 / sum_n (x - mean_n x)_d^2``; nan if none varies"""
+    """Mean over the dimensions that vary of ``1 - sum_n (x_hat - x)_d^2 / sum_n (x - mean_n x)_d^2``; nan if none varies."""
     fvu: float
-    """fraction of variance unexplained: total squared error / total variance, all dimensions pooled; nan if none varies"""
+    """Fraction of variance unexplained: total squared error / total variance, all dimensions pooled; nan if none varies."""
     constant_dimensions: int
-    """dimensions without variance, left out of ``explained_variance``"""
+    """Number of dimensions without variance, left out of ``explained_variance``."""
     tokens: int
-    """rows that were seen"""
+    """Number of tokens."""
 
     def __getitem__(self, key: str) -> float:
         if key not in self.__dataclass_fields__:
@@ -39,18 +39,18 @@ class Reconstruction(Mapping[str, float]):
 
 
 class Moments:
-    """Mean and variation of activations x over a stream of batches: what the errors of reconstructions are compared with.
+    """Mean and squared deviation of activations x over a stream of batches, for ``ReconstructionMetric``.
 
-    Keeps three float64 vectors of length d_in, whatever the number of tokens. Batches are merged by the pairwise update of
-    Chan, Golub & LeVeque (1979) on activations shifted by the first token, so that a mean far larger than the standard
-    deviation costs no digits and a dimension that never changes has a variance of exactly zero.
+    Keeps three float64 vectors of length d_in for any number of tokens. Batches are merged by the pairwise update of Chan, Golub &
+    LeVeque (1979) on activations shifted by the first token: a mean far larger than the standard deviation costs no precision, and a
+    constant dimension has a variance of exactly zero.
     """
 
     def __init__(self) -> None:
         self.tokens = 0
-        """rows that were seen"""
+        """Number of tokens."""
         self.squared_deviation = torch.empty(0)
-        """float64 [d_in]: ``sum_n (x - mean_n x)_d^2``"""
+        """float64 [d_in]: ``sum_n (x - mean_n x)_d^2``."""
         self._shift = torch.empty(0)
         self._mean = torch.empty(0)
 
@@ -58,7 +58,7 @@ class Moments:
     def update(self, x: Tensor) -> None:
         """Add a batch of activations x `[n, d_in]` of any floating dtype.
 
-        Raises ValueError for another shape or d_in than before, or where a value is not finite.
+        Raises ValueError for another shape or d_in than before, and for values that are not finite.
         """
         if x.ndim != 2:
             raise ValueError(f"x must be [n, d_in]; got {list(x.shape)}")
@@ -82,11 +82,10 @@ class Moments:
 
 
 class ReconstructionMetric:
-    """``reconstruction`` over a stream of batches: ``update(x, x_hat)`` for each, then ``compute()``.
+    """Streaming metric for ``reconstruction``: ``update(x, x_hat)`` for each batch, then ``compute()``.
 
-    Keeps one float64 vector of length d_in beside the ``Moments`` of x, whatever the number of tokens. Where several
-    reconstructions of the same x are measured, they can share ``moments``: the caller then updates these with each batch of x,
-    once and before the metrics.
+    Keeps one float64 vector of length d_in beside the ``Moments`` of x, for any number of tokens. Metrics of several reconstructions of
+    the same x can share ``moments``: the caller then updates the moments with each batch of x, once and before the metrics.
     """
 
     def __init__(self, moments: Moments | None = None) -> None:
@@ -99,7 +98,7 @@ class ReconstructionMetric:
     def update(self, x: Tensor, x_hat: Tensor) -> None:
         """Add a batch: activations x and their reconstruction x_hat, both `[n, d_in]` on one device, of any floating dtype.
 
-        Raises ValueError where the shapes differ between the two or from earlier batches, or where a value is not finite.
+        Raises ValueError for shapes that differ between the two or from earlier batches, and for values that are not finite.
         """
         if x.ndim != 2 or x.shape != x_hat.shape:
             raise ValueError(f"x and x_hat must both be [n, d_in]; got {list(x.shape)} and {list(x_hat.shape)}")
@@ -109,7 +108,7 @@ class ReconstructionMetric:
         squared_error = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
         step = _rows_per_step(x)
         for x_rows, x_hat_rows in zip(x.split(step), x_hat.split(step), strict=True):
-            # a difference of two float32 numbers is right to float32 precision; its square can overflow and a sum loses digits
+            # float32 is precise enough for a difference, not for squares (overflow) and sums (lost digits)
             error = (x_hat_rows.to(exact) - x_rows.to(exact)).double()
             squared_error += error.square_().sum(0)
         _require_finite("x or x_hat", squared_error, self._tokens, len(x))
@@ -119,11 +118,11 @@ class ReconstructionMetric:
         self._tokens += len(x)
 
     def compute(self) -> Reconstruction:
-        """The metrics over all batches so far. Raises ValueError before the first token."""
+        """Return the metrics over all batches. Raises ValueError before the first token."""
         if self._tokens == 0:
             raise ValueError("no tokens were seen: reconstruction metrics need at least one")
         if self._tokens != self._moments.tokens:
-            raise ValueError(f"{self._tokens} tokens were reconstructed, their shared moments are of {self._moments.tokens}")
+            raise ValueError(f"{self._tokens} tokens were reconstructed, but the shared moments have seen {self._moments.tokens}")
         squared_deviation = self._moments.squared_deviation
         varies = squared_deviation > 0
         unexplained = self._squared_error[varies] / squared_deviation[varies]
@@ -138,9 +137,9 @@ class ReconstructionMetric:
 
 
 def reconstruction(x: Tensor, x_hat: Tensor) -> Reconstruction:
-    """Mean squared error, explained variance and FVU of x_hat `[n, d_in]` as a reconstruction of x `[n, d_in]`.
+    """Return mean squared error, explained variance and FVU of x_hat `[n, d_in]` as a reconstruction of x `[n, d_in]`.
 
-    ``Reconstruction`` has the definitions. Sums are float64. Raises ValueError for shapes that differ, no tokens, or values that
+    See ``Reconstruction`` for the definitions. Sums are float64. Raises ValueError for different shapes, no tokens, and values that
     are not finite.
     """
     metric = ReconstructionMetric()
@@ -154,4 +153,4 @@ def _rows_per_step(x: Tensor) -> int:
 
 def _require_finite(name: str, sums: Tensor, first: int, n: int) -> None:
     if not torch.isfinite(sums).all():
-        raise ValueError(f"{name} holds values that are not finite among tokens {first} to {first + n - 1}")
+        raise ValueError(f"{name} has values that are not finite among tokens {first} to {first + n - 1}")

@@ -1,4 +1,4 @@
-"""Are activations fit to train on? Values that are not finite, that sit at the end of their dtype, or that do not vary."""
+"""Checks of activations: values that are not finite, values at the limit of their dtype, constant dimensions."""
 
 from __future__ import annotations
 
@@ -8,29 +8,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_NEAR_LIMIT = 0.999  # of the largest number: a clamp may stop one step short of it
-_CONSTANT = 1e-12  # of the mean square: below, a variance is rounding
+_NEAR_LIMIT = 0.999  # relative to the largest number: a clamp may stop one step below it
+_CONSTANT = 1e-12  # relative to the squared mean: a smaller variance is rounding
 
 
 class ValueCounts(NamedTuple):
-    """What `count_values` found among ``values`` numbers."""
+    """Counts of values in a tensor."""
 
     values: int
+    """Number of values."""
     non_finite: int
-    """NaN, or infinite."""
+    """Values that are NaN or infinite."""
     at_limit: int
-    """Finite, and within a thousandth of the largest number of the dtype: cut off there, most likely."""
+    """Finite values within a thousandth of the largest number of the dtype, where they were probably clamped."""
 
 
 def count_values(x: Tensor) -> ValueCounts:
-    """Look at every number of a floating-point tensor of any shape, in its own dtype."""
+    """Count the values of a floating-point tensor of any shape, in its own dtype."""
     limit = _NEAR_LIMIT * torch.finfo(x.dtype).max
-    if not x.numel() or bool(torch.stack(x.aminmax()).abs().lt(limit).all()):  # NaN spreads to both, and compares as false
+    if not x.numel() or bool(torch.stack(x.aminmax()).abs().lt(limit).all()):  # NaN propagates to both, and compares as false
         return ValueCounts(x.numel(), 0, 0)
     finite = torch.isfinite(x)
     return ValueCounts(x.numel(), int((~finite).sum()), int((finite & (x.abs() >= limit)).sum()))
 
 
 def constant_dimensions(mean: np.ndarray, variance: np.ndarray) -> int:
-    """How many of d_in dimensions do not vary, given ``mean`` and ``variance`` `[d_in]`: variance <= 1e-12 * mean^2."""
+    """Count the constant dimensions, ``variance <= 1e-12 * mean^2``, given ``mean`` and ``variance`` `[d_in]`."""
     return int((variance <= _CONSTANT * np.square(mean)).sum())

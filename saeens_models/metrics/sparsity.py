@@ -1,4 +1,4 @@
-"""How many features fire, and how often each of them does."""
+"""Sparsity of codes: L0, dead features, and the density of each feature."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ class Sparsity(NamedTuple):
     """Sparsity of a code over a set of tokens."""
 
     l0: float
-    """mean number of non-zero entries per token"""
+    """Mean number of non-zero entries per token."""
     relative_sparsity: float
-    """l0 / number of features"""
+    """L0 divided by the number of features."""
     dead_features: float
-    """share of features that never fired on these tokens"""
+    """Share of features that never fire on these tokens."""
     density: Tensor
-    """float64 [n_features]: share of the tokens on which each feature fires"""
+    """float64 [n_features]: share of the tokens on which each feature fires."""
     tokens: int
-    """rows that were seen"""
+    """Number of tokens."""
 
 
 class SparsityMetric:
-    """``sparsity`` over a stream of batches of codes: ``update(z)`` for each, then ``compute()``. Keeps one count per feature."""
+    """Streaming metric for ``sparsity``: ``update(z)`` for each batch of codes, then ``compute()``. Keeps one count per feature."""
 
     def __init__(self, n_features: int) -> None:
         if n_features < 1:
@@ -45,9 +45,9 @@ class SparsityMetric:
             self._tokens += code.n_tokens
 
     def compute(self, features: range | None = None) -> Sparsity:
-        """Sparsity over all batches so far, of the code made of some of the features: of one member of an ensemble, or the first ones.
+        """Return the sparsity over all batches, of all features or of a range, such as those of one member of an ensemble.
 
-        Raises ValueError before the first token, and for features that are not there.
+        Raises ValueError before the first token, and for features out of range.
         """
         if self._tokens == 0:
             raise ValueError("no tokens were seen: sparsity needs at least one")
@@ -67,9 +67,9 @@ def check_code(z: Tensor | SparseCode, n_features: int) -> None:
 
 
 def sparsity(z: Tensor | SparseCode | Iterable[Tensor | SparseCode]) -> Sparsity:
-    """L0, relative sparsity, dead features and densities of codes z `[n, n_features]`, or of an iterable of such batches.
+    """Return L0, relative sparsity, dead features and densities of codes z `[n, n_features]`, or of an iterable of such batches.
 
-    ``Sparsity`` has the definitions. Raises ValueError for no tokens or for batches of different widths.
+    See ``Sparsity`` for the definitions. Raises ValueError for no tokens and for batches of different widths.
     """
     metric: SparsityMetric | None = None
     for batch in [z] if isinstance(z, Tensor | SparseCode) else z:

@@ -1,4 +1,4 @@
-"""Downstream tasks: concept detection and spurious correlation removal, to SAEBench 0.6's definitions, for ensembles of every size."""
+"""Downstream tasks for ensembles of every size: concept detection and spurious correlation removal, as defined by SAEBench 0.6."""
 
 from saeens_models.probing.concept_detection import (
     N_FEATURES,

@@ -1,8 +1,8 @@
-"""Concept detection: is a concept found in one, two or five features? k-sparse probing, to the definitions of SAEBench 0.6.
+"""Concept detection: k-sparse probing with one, two or five features, as defined by SAEBench 0.6.
 
-For each label a binary probe tells its texts from as many of the other labels. A text's code is the mean over its tokens. The n features
-with the largest ``|mean(positive) - mean(negative)|`` on the training texts are given to a logistic regression (L2, C = 1); its
-accuracy on test texts counts (Gurnee et al. 2023, arXiv 2305.01610; Karvonen et al. 2025, arXiv 2503.09532).
+For each label a binary probe separates its texts from as many texts of the other labels. A text's code is the mean over its tokens. A
+logistic regression (L2, C = 1) gets the n features with the largest ``|mean(positive) - mean(negative)|`` on the training texts; its
+accuracy on test texts is the score (Gurnee et al. 2023, arXiv 2305.01610; Karvonen et al. 2025, arXiv 2503.09532).
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
+from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -19,44 +21,49 @@ from saeens_models.probing.pooling import RAW, Dictionary, PooledTexts
 
 N_FEATURES = (1, 2, 5)
 NEAR_DUPLICATE_COSINE = 0.7
-"""Features whose directions have at least this cosine are counted once in ``accuracy_distinct``; ``diversity`` draws the same line."""
-_RANKS_WALKED = 16  # for each feature that is wanted; near-duplicates seldom come in larger numbers
+"""Features whose directions have at least this cosine count once in ``accuracy_distinct``; the threshold of ``diversity``."""
+_RANKS_WALKED = 16  # ranked features per distinct feature that are searched; near-duplicates are seldom more numerous
 
 
 class LabelledTexts(NamedTuple):
-    """Numbers of texts, int64 `[n]`, and which of them are positive, bool `[n]`."""
+    """Texts of a binary probe, with labels."""
 
     texts: Tensor
+    """int64 `[n]`: numbers of the texts."""
     positive: Tensor
+    """bool `[n]`: labels."""
 
 
 class ConceptProbe(NamedTuple):
-    """The texts of one binary probe, half of each split positive."""
+    """The texts of one binary probe; half of each split is positive."""
 
     train: LabelledTexts
+    """Training texts."""
     test: LabelledTexts
+    """Test texts."""
 
 
 class ConceptScore(NamedTuple):
-    """What a probe on the best features of one dictionary achieves."""
+    """Accuracy of a probe on the best features of one dictionary."""
 
     dictionary: Dictionary
+    """Dictionary of the features."""
     n_features: int
-    """of the probe"""
+    """Number of features of the probe."""
     scaled: bool
-    """codes were multiplied by the dictionary's ``scale``, otherwise they are the members' own"""
+    """True if codes were multiplied by the dictionary's ``scale``, False for the members' own codes."""
     accuracy: float
-    """on the test texts"""
+    """Accuracy on the test texts."""
     n_distinct: int
-    """of these features, those left when near-duplicates are counted once"""
+    """Number of these features, with near-duplicates counted once."""
     accuracy_distinct: float | None
-    """of a probe on as many features of which none is a near-duplicate of a better one; None where there are not that many"""
+    """Accuracy with as many features of which none is a near-duplicate of a better one; None if there are too few."""
 
 
 def one_against_the_others(texts: Mapping[str, Tensor], label: str, generator: torch.Generator) -> LabelledTexts:
-    """All texts of a label, and as many of the others: drawn evenly from each, and then down to the number wanted.
+    """Return all texts of a label and as many texts of the other labels, drawn evenly from each label.
 
-    texts: for each label the numbers of its texts, int64. Raises ValueError where there is no other label, or too few texts in the others.
+    texts: for each label the numbers of its texts, int64. Raises ValueError without another label, and for too few texts of the others.
     """
     others = [numbers for other, numbers in texts.items() if other != label]
     if not others:
@@ -65,20 +72,18 @@ def one_against_the_others(texts: Mapping[str, Tensor], label: str, generator: t
     share = math.ceil(len(positive) / len(others))
     negative = torch.cat([_shuffled(numbers, generator)[:share] for numbers in others])
     if len(negative) < len(positive):
-        raise ValueError(f"{label!r} has {len(positive)} texts, of which each of the other labels should have {share}, but some have fewer")
+        raise ValueError(f"{label!r} has {len(positive)} texts, so each of the other labels needs {share}, but some have fewer")
     negative = _shuffled(negative, generator)[: len(positive)]
     return LabelledTexts(torch.cat([positive, negative]), torch.arange(2 * len(positive)) < len(positive))
 
 
 def detect_concepts(pooled: PooledTexts, probes: Sequence[ConceptProbe]) -> list[list[ConceptScore]]:
-    """The scores of every dictionary for each probe.
+    """Return the scores of every dictionary for each probe.
 
-    The number of features is 1, 2 and 5, and for n members n times that, as many as there are; of the activations also all of them.
-    Bagging is scored with scaled codes, too. Memory beside that of ``pooled``: two numbers per column and probe, and the values of the
-    features that any probe is given.
+    Probes have 1, 2 and 5 features, and for n members also n times as many, up to the number of features; for the activations also all
+    dimensions. Bagging is also scored with scaled codes. Memory beside that of ``pooled``: two numbers per column and probe, and the
+    values of the probes' features.
     """
-    from threadpoolctl import threadpool_limits
-
     if not probes:
         return []
     groups = [probe.train.texts[probe.train.positive == side] for probe in probes for side in (True, False)]
@@ -88,7 +93,7 @@ def detect_concepts(pooled: PooledTexts, probes: Sequence[ConceptProbe]) -> list
     columns = [torch.cat([choice.columns for choice in of_probe]).unique() for of_probe in choices]
     texts = [torch.cat([probe.train.texts, probe.test.texts]) for probe in probes]
     values = pooled.select(list(zip(texts, columns, strict=True)))
-    with threadpool_limits(1):  # two threads take longer than one to fit so little
+    with threadpool_limits(1):  # for such small fits two threads take longer than one
         return [
             [score for choice in of_probe for score in choice.scores(_Trials(probe, found, of_columns))]
             for probe, of_probe, found, of_columns in zip(probes, choices, values, columns, strict=True)
@@ -96,25 +101,23 @@ def detect_concepts(pooled: PooledTexts, probes: Sequence[ConceptProbe]) -> list
 
 
 def probe_accuracy(train: Tensor, train_positive: Tensor, test: Tensor, test_positive: Tensor) -> float:
-    """Test accuracy of a logistic regression with intercept, L2, C = 1, at most 1000 iterations: scikit-learn's, as SAEBench's is.
+    """Return the test accuracy of scikit-learn's logistic regression, as in SAEBench: intercept, L2, C = 1, at most 1000 iterations.
 
     train, test: `[n, n_features]`; labels bool `[n]`.
     """
-    from sklearn.linear_model import LogisticRegression
-
     probe = LogisticRegression(C=1.0, max_iter=1000).fit(train.double().numpy(), train_positive.numpy())
     return float(probe.score(test.double().numpy(), test_positive.numpy()))
 
 
 class _Choice(NamedTuple):
-    """The features of one dictionary that a probe may be given, the best first; numbers count from the dictionary's first feature."""
+    """Candidate features of one dictionary for a probe, best first; numbers count from the dictionary's first feature."""
 
     dictionary: Dictionary
     best: Tensor
     distinct: Tensor
-    """of the best, those without near-duplicates among the better ones"""
+    """The best features without a near-duplicate among better ones."""
     duplicate: Tensor
-    """bool, which of the best have a near-duplicate among the better ones"""
+    """bool: features of ``best`` that have a near-duplicate among better ones."""
 
     @classmethod
     def among(cls, dictionary: Dictionary, differences: Tensor) -> _Choice:
@@ -150,10 +153,12 @@ class _Choice(NamedTuple):
 
 
 class _Trials:
-    """Logistic regressions of one probe, each fitted once."""
+    """Logistic regressions of one probe, each fitted once.
+
+    values: codes of the probe's training texts, then of its test texts, at ``columns``, ascending.
+    """
 
     def __init__(self, probe: ConceptProbe, values: Tensor, columns: Tensor) -> None:
-        """values: of the probe's training texts and then its test texts at these columns, ascending."""
         self._probe, self._columns = probe, columns
         self._train, self._test = values.split([len(probe.train.texts), len(probe.test.texts)])
         self._accuracies: dict[tuple[object, ...], float] = {}
@@ -168,13 +173,13 @@ class _Trials:
 
 
 def _numbers_of_features(dictionary: Dictionary) -> list[int]:
-    there_are = len(dictionary.columns)
+    available = len(dictionary.columns)
     numbers = {n * factor for n in N_FEATURES for factor in (1, dictionary.n_members)}
-    return sorted({n for n in numbers if n <= there_are} | ({there_are} if dictionary.name == RAW else set()))
+    return sorted({n for n in numbers if n <= available} | ({available} if dictionary.name == RAW else set()))
 
 
 def _near_duplicates(directions: Tensor, n_distinct: int) -> Tensor:
-    """Which rows, up to the one that completes n_distinct others, have a cosine of NEAR_DUPLICATE_COSINE to an earlier one that has not."""
+    """Return a mask of rows that are near-duplicates of an earlier distinct row; it ends at the n_distinct-th distinct row."""
     unit = F.normalize(directions, dim=1)
     is_near = (unit @ unit.T >= NEAR_DUPLICATE_COSINE).numpy()
     kept: list[int] = []

@@ -1,4 +1,4 @@
-"""Texts as means over their tokens: of the activations, and of the codes of several dictionaries at once."""
+"""Pooled texts: means over the tokens of each text, of activations and of the codes of several dictionaries at once."""
 
 from __future__ import annotations
 
@@ -19,40 +19,46 @@ _ENCODER_BYTES = 2**24
 
 
 class TextBatch(NamedTuple):
-    """The activations of some whole texts, text after text, at the tokens that count."""
+    """Activations of whole texts, text after text, without tokens that are not pooled."""
 
     x: Tensor
-    """`[n_tokens, d_in]`"""
+    """Activations `[n_tokens, d_in]`."""
     lengths: Tensor
-    """int64 `[n_texts]`: tokens of each text, at least one"""
+    """int64 `[n_texts]`: number of tokens of each text, at least one."""
 
 
 class TextBatches(Protocol):
-    """All texts of a collection in a fixed order, a batch at a time. A batch may be asked for more than once."""
+    """All texts of a collection in a fixed order, in batches. A batch may be read more than once."""
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        """Return the number of batches."""
+        ...
 
-    def __getitem__(self, index: int) -> TextBatch: ...
+    def __getitem__(self, index: int) -> TextBatch:
+        """Return a batch."""
+        ...
 
 
 class Dictionary(NamedTuple):
-    """What is probed: the first ``n_members`` members of an ensemble, or the activations themselves (``RAW``)."""
+    """A set of features to probe: the first ``n_members`` members of an ensemble, or the activations themselves (``RAW``)."""
 
     name: str
+    """Name of the ensemble, or ``RAW``."""
     n_members: int
+    """Number of members."""
     columns: range
-    """where its features lie among the columns of pooled texts"""
+    """Columns of its features in pooled texts."""
     scale: float
-    """what its unscaled codes are multiplied by in the ensemble's reconstruction: 1 / n_members for bagging, otherwise 1"""
+    """Factor of unscaled codes in the ensemble's reconstruction: 1 / n_members for bagging, otherwise 1."""
     ensemble: Ensemble | None
-    """None for the activations, whose dictionary is the identity"""
+    """The ensemble of these members; None for the activations, whose dictionary is the identity."""
 
     def decoded(self, w: Tensor) -> Tensor:
-        """``W_dec @ w``: what each feature's direction adds to linear maps w `[d_in, n]`; `[n_features, n]`."""
+        """Return ``W_dec @ w`` `[n_features, n]`: the effect of each feature's direction on linear maps w `[d_in, n]`."""
         return w if self.ensemble is None else torch.cat([sae.W_dec.detach() @ w.to(sae.W_dec) for sae in self.ensemble])
 
     def directions(self, features: Tensor) -> Tensor:
-        """The rows of the dictionary for some of its features, int64 `[n]`; `[n, d_in]` on the CPU."""
+        """Return the rows of the dictionary for features, int64 `[n]`: `[n, d_in]` on the CPU."""
         if self.ensemble is None:
             return torch.eye(len(self.columns))[features]
         offsets = torch.tensor(self.ensemble.offsets)
@@ -64,12 +70,12 @@ class Dictionary(NamedTuple):
 
 
 class PooledTexts:
-    """The texts of a collection as means over their tokens, all dictionaries in one pass over each batch.
+    """The texts of a collection as means over their tokens, with all dictionaries in one pass over each batch.
 
-    Iterating gives, batch after batch, the number of the first text and a dense float32 tensor `[n_texts, n_columns]`. Its columns are the
-    unscaled features of each ensemble, in order, and then the d_in dimensions of the activations. Memory: a batch so made (ask for batches
-    of ``texts_at_once``), 16 MiB of pre-activations or those of 64 tokens, the activations' means of all texts, and up to
-    ``memory_budget`` bytes of pooled codes without their zeros; what does not fit into that is computed again by the next iteration.
+    Iteration yields for each batch the number of its first text and a dense float32 tensor `[n_texts, n_columns]`. The columns are the
+    unscaled features of each ensemble, in order, and then the d_in dimensions of the activations. Memory: one dense batch (see
+    ``texts_at_once`` for its size), 16 MiB of pre-activations or those of 64 tokens, the activations' means of all texts, and up to
+    ``memory_budget`` bytes of sparse pooled codes; codes beyond the budget are computed again in the next iteration.
     """
 
     def __init__(self, ensembles: Mapping[str, Ensemble], batches: TextBatches, memory_budget: int = DEFAULT_MEMORY_BUDGET) -> None:
@@ -93,7 +99,7 @@ class PooledTexts:
             first += len(pooled.x)
 
     def means(self, groups: Sequence[Tensor]) -> Tensor:
-        """Means over groups of texts, each int64 `[n]` of their numbers: float64 `[n_groups, n_columns]` on the CPU."""
+        """Return the means over groups of texts, float64 `[n_groups, n_columns]` on the CPU; a group is int64 `[n]`, numbers of texts."""
         sums: Tensor | None = None
         for first, values in self:
             inside = torch.stack([_counts(group - first, len(values)) for group in groups]).to(values.device, torch.float64)
@@ -104,7 +110,7 @@ class PooledTexts:
         return sums.cpu() / torch.tensor([[len(group)] for group in groups])
 
     def select(self, wanted: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
-        """Some columns of some texts: for each pair of texts int64 `[n]` and columns int64 `[m]`, float32 `[n, m]` on the CPU."""
+        """Return, for each pair of texts int64 `[n]` and columns int64 `[m]`, their values, float32 `[n, m]` on the CPU."""
         found = [torch.empty(len(texts), len(columns)) for texts, columns in wanted]
         for first, values in self:
             for result, (texts, columns) in zip(found, wanted, strict=True):
@@ -133,7 +139,7 @@ class PooledTexts:
 
 
 def texts_at_once(ensembles: Mapping[str, Ensemble]) -> int:
-    """How many texts a batch should have: so many that it is dense in 64 MiB, 4 to 64."""
+    """Return the number of texts per batch, 4 to 64, so that a dense batch takes about 64 MiB."""
     return min(64, max(4, _COLUMNS_AT_ONCE // sum(ensemble.n_features for ensemble in ensembles.values())))
 
 
@@ -154,7 +160,7 @@ class _Pooled(NamedTuple):
 
 
 def _dictionaries(ensembles: Mapping[str, Ensemble]) -> list[Dictionary]:
-    """Every size of every ensemble, and the activations last."""
+    """Return the dictionaries of every size of every ensemble, and the activations last."""
     found: list[Dictionary] = []
     first = 0
     for name, ensemble in ensembles.items():
@@ -168,5 +174,5 @@ def _dictionaries(ensembles: Mapping[str, Ensemble]) -> list[Dictionary]:
 
 
 def _counts(texts: Tensor, n_texts: int) -> Tensor:
-    """How often each number below n_texts occurs."""
+    """Count the occurrences of each number below n_texts."""
     return torch.bincount(texts[(texts >= 0) & (texts < n_texts)], minlength=n_texts)

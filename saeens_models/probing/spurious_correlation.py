@@ -1,12 +1,12 @@
-"""Spurious correlation removal (SCR): which features carry an attribute that a biased probe should not use? To SAEBench 0.6's definitions.
+"""Spurious correlation removal (SCR): ablate the features of an attribute that a biased probe should not use. Defined by SAEBench 0.6.
 
-A probe is trained on texts in which a target attribute and a spurious one coincide, and so uses both. The n features whose effect on a
-probe for the spurious attribute is largest, ``|(mean_pos - mean_neg) * (W_dec @ w_probe)|``, are zeroed, and the biased probe is tested on
-balanced texts: ``SCR_n = (acc_ablated - acc_biased) / (acc_clean - acc_biased)``, where acc_clean is the accuracy of a probe for the target
-that was trained on balanced texts (Karvonen et al. 2025, arXiv 2503.09532, after SHIFT of Marks et al. 2024, arXiv 2403.19647).
+A biased probe is trained on texts in which a target attribute and a spurious one coincide. The n features with the largest effect on a
+probe for the spurious attribute, ``|(mean_pos - mean_neg) * (W_dec @ w_probe)|``, are zeroed, and the biased probe is tested on balanced
+texts: ``SCR_n = (acc_ablated - acc_biased) / (acc_clean - acc_biased)``, where acc_clean is the accuracy of a target probe trained on
+balanced texts (Karvonen et al. 2025, arXiv 2503.09532, after SHIFT of Marks et al. 2024, arXiv 2403.19647).
 
-Probes are linear in the mean of a text's activations, and the SAE's error term is kept, so that zeroing features takes
-``sum_f scale * mean(z_f) * (W_dec[f] @ w)`` off a probe's logit: no activation is reconstructed.
+Probes are linear in the mean of a text's activations, and the SAE's error term is kept. Zeroing features therefore subtracts
+``sum_f scale * mean(z_f) * (W_dec[f] @ w)`` from a probe's logit, and no activation is reconstructed.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from saeens_models.probing.pooling import Dictionary, PooledTexts
 
 N_ABLATED = (2, 5, 10, 20, 50, 100, 500)
 MIN_DENOMINATOR = 0.001
-"""What the clean probe has to be better by than the biased one; below it SCR is 0."""
+"""Smallest difference of accuracy between the clean and the biased probe; below it SCR is 0."""
 
 EPOCHS, BATCH_TEXTS, LEARNING_RATE, L1 = 20, 16, 1e-3, 1e-3
 _PAIRS = ((True, True), (True, False), (False, True), (False, False))
 
 
 class Quadrants(NamedTuple):
-    """Numbers of the texts with each pair of (target, spurious) attribute, int64: q of each, and 2 q of those in which both agree."""
+    """Numbers of the texts with each pair of (target, spurious) attributes, int64: 2 q where both agree, q where they differ."""
 
     both: Tensor
     only_target: Tensor
@@ -37,7 +37,7 @@ class Quadrants(NamedTuple):
     neither: Tensor
 
     def check(self) -> int:
-        """The number q. Raises ValueError where the sizes do not fit."""
+        """Return the number q. Raises ValueError for sizes that do not fit."""
         q = len(self.only_target)
         if not q or [len(texts) for texts in self] != [2 * q, q, q, 2 * q]:
             raise ValueError(f"quadrants have 2 q, q, q and 2 q texts, q at least 1; got {[len(texts) for texts in self]}")
@@ -45,18 +45,18 @@ class Quadrants(NamedTuple):
 
     @property
     def all(self) -> Tensor:
-        """The 6 q texts, quadrant after quadrant."""
+        """All 6 q texts, quadrant after quadrant."""
         return torch.cat(list(self))
 
     @property
     def balanced(self) -> Tensor:
-        """q texts of each quadrant, by their places in ``all``."""
+        """Positions in ``all`` of q texts of each quadrant."""
         q = self.check()
         return torch.cat([torch.arange(q), torch.arange(2 * q, 5 * q)])
 
     @property
     def agreeing(self) -> Tensor:
-        """The texts in which the attributes agree, by their places in ``all``; the first half of them has both."""
+        """Positions in ``all`` of the texts in which the attributes agree; the first half has both attributes."""
         q = self.check()
         return torch.cat([torch.arange(2 * q), torch.arange(4 * q, 6 * q)])
 
@@ -70,29 +70,36 @@ class CorrelationTask(NamedTuple):
     """The texts of one pair of attributes."""
 
     train: Quadrants
+    """Training texts."""
     test: Quadrants
+    """Test texts."""
 
 
 class CorrelationScore(NamedTuple):
-    """What zeroing the n features with the largest effect does to the biased probe."""
+    """Accuracy of the biased probe after zeroing the n features with the largest effect."""
 
     dictionary: Dictionary
+    """Dictionary of the features."""
     reversed: bool
-    """the target attribute was taken for the spurious one, and the spurious one for the target"""
+    """True if the target and the spurious attribute are exchanged."""
     n_ablated: int
-    """fewer are zeroed where fewer have an effect at all; 0 is the biased probe as it is"""
+    """Number of zeroed features; fewer if fewer have an effect. 0: the biased probe without ablation."""
     accuracy_biased: float
+    """Accuracy of the biased probe."""
     accuracy_clean: float
+    """Accuracy of the probe trained on balanced texts."""
     accuracy_ablated: float
+    """Accuracy of the biased probe after the ablation."""
     worst_group_accuracy: float
-    """of the biased probe after the ablation: the least over the four quadrants"""
+    """Smallest accuracy of the biased probe after the ablation, over the four quadrants."""
     scr: float
+    """``SCR_n``."""
     is_scr_metric: bool
-    """whether SAEBench's ``scr_metric`` takes this direction: the one in which the biased probe is less accurate; a tie takes neither"""
+    """True if SAEBench's ``scr_metric`` uses this direction: the one with the less accurate biased probe; in a tie neither."""
 
 
 class LinearProbes(NamedTuple):
-    """``logit = x @ weight + bias``; a positive logit says that the attribute is there."""
+    """Linear probes, ``logit = x @ weight + bias``; a positive logit predicts the attribute."""
 
     weight: Tensor
     """`[d_in, n_probes]`"""
@@ -101,10 +108,11 @@ class LinearProbes(NamedTuple):
 
 
 def remove_correlations(pooled: PooledTexts, tasks: Sequence[CorrelationTask], seed: int) -> list[list[CorrelationScore]]:
-    """The scores of every dictionary for each task, in both directions. ``seed`` draws the probes' first weights and the order of texts.
+    """Return the scores of every dictionary for each task, in both directions.
 
-    n is 2 to 500, and for n members n times that, as far as there are so many features. Codes are scaled as in the ensemble's
-    reconstruction. Memory beside that of ``pooled``: eight numbers per column and task, and a logit for each test text and score.
+    ``N_ABLATED`` features are zeroed, and for ensembles also n_members times as many, up to the number of features. Codes are scaled as in
+    the ensemble's reconstruction. ``seed`` decides the probes' initial weights and the order of texts. Memory beside that of ``pooled``:
+    eight numbers per column and task, and a logit per test text and score.
     """
     if not tasks:
         return []
@@ -123,11 +131,11 @@ def remove_correlations(pooled: PooledTexts, tasks: Sequence[CorrelationTask], s
 
 
 def train_probes(x: Tensor, positive: Tensor, x_test: Tensor, positive_test: Tensor, seed: int) -> LinearProbes:
-    """Linear probes, side by side, each at the epoch at which its test accuracy was first best, as in SAEBench.
+    """Train linear probes side by side, and return each at the first epoch of its best test accuracy, as SAEBench does.
 
-    x: `[n, n_probes, d_in]`, positive: bool `[n, n_probes]`, and the same of test texts. 20 epochs of AdamW (learning rate 1e-3) in
-    batches of 16 on the mean binary cross-entropy plus 1e-3 times the sum of absolute weights; weights start as those of
-    ``torch.nn.Linear`` do. All probes see the texts in one order.
+    x: `[n, n_probes, d_in]`, positive: bool `[n, n_probes]`, and the same for test texts. 20 epochs of AdamW (learning rate 1e-3) in
+    batches of 16 on the mean binary cross-entropy plus 1e-3 times the sum of absolute weights. Weights are initialised as in
+    ``torch.nn.Linear``. All probes see the texts in the same order.
     """
     _, n_probes, d_in = x.shape
     generator = torch.Generator().manual_seed(seed)
@@ -156,13 +164,13 @@ def train_probes(x: Tensor, positive: Tensor, x_test: Tensor, positive_test: Ten
 
 
 def scr(accuracy_ablated: float, accuracy_biased: float, accuracy_clean: float) -> float:
-    """``(ablated - biased) / (clean - biased)``, or 0 where the denominator is below ``MIN_DENOMINATOR``."""
+    """Return ``(ablated - biased) / (clean - biased)``, or 0 if the denominator is below ``MIN_DENOMINATOR``."""
     possible = accuracy_clean - accuracy_biased
     return 0.0 if possible < MIN_DENOMINATOR else (accuracy_ablated - accuracy_biased) / possible
 
 
 def _examples(quadrants: Quadrants, x: Tensor) -> tuple[Tensor, Tensor]:
-    """What the probes for the target, for the spurious attribute and for both at once are trained or tested on; x: of all texts."""
+    """Return inputs and labels of the probes for the target, for the spurious attribute and for both; x: activations of all texts."""
     has_both = torch.arange(len(quadrants.agreeing)) < len(quadrants.agreeing) // 2
     balanced = x[quadrants.balanced]
     return torch.stack([balanced, balanced, x[quadrants.agreeing]], dim=1), torch.cat([quadrants.labels, has_both[:, None]], dim=1)
@@ -174,22 +182,24 @@ class _Ablation(NamedTuple):
     dictionary: Dictionary
     reversed: bool
     numbers: list[int]
-    """of features that are zeroed, ascending"""
+    """Numbers of zeroed features, ascending."""
     columns: Tensor
-    """of the features, the most effective first"""
+    """Columns of the features, the most effective first."""
     decoded: Tensor
-    """what each takes off the biased probe's logit, per unit of its code"""
+    """Effect of each feature on the biased probe's logit, per unit of its code."""
     shifts: Tensor
-    """`[n_texts, len(numbers)]`: what is taken off for each of the balanced test texts"""
+    """`[n_texts, len(numbers)]`: effect of the zeroed features on the logit of each balanced test text."""
 
 
 class _Ablations:
-    """All ablations of one task."""
+    """All ablations of one task.
+
+    means: float64 `[4, n_columns]`, of the balanced training texts by quadrant; x: `[6 q, d_in]` of the training and of the test texts.
+    """
 
     def __init__(
         self, task: CorrelationTask, dictionaries: Sequence[Dictionary], means: Tensor, x: tuple[Tensor, Tensor], seed: int
     ) -> None:
-        """means: float64 `[4, n_columns]`, of the balanced training texts by quadrant; x: `[6 q, d_in]` of the train and the test texts."""
         x_train, x_test = x
         probes = train_probes(*_examples(task.train, x_train), *_examples(task.test, x_test), seed=seed)
         self._texts, self._labels = task.test.all[task.test.balanced], task.test.labels
@@ -211,7 +221,7 @@ class _Ablations:
                 self._ablations.append(_Ablation(dictionary, is_reversed, numbers, zeroed + features.start, each, shifts))
 
     def update(self, first: int, values: Tensor) -> None:
-        """Take in the pooled texts from number ``first`` on, `[n_texts, n_columns]`."""
+        """Add the pooled texts from number ``first`` on, `[n_texts, n_columns]`."""
         here = ((self._texts >= first) & (self._texts < first + len(values))).nonzero().flatten()
         if not len(here):
             return

@@ -1,4 +1,4 @@
-"""The optimiser step: Adam, with what SAEs need before and after it."""
+"""The optimiser step: Adam with gradient clipping and unit-norm decoder rows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _OPERATIONS = 10  # per entry, about
 
 
 class _Rows(NamedTuple):
-    """A weight, or a part of it that one thread works on, with its moments, as arrays `[n, d]`."""
+    """Rows of a weight for one thread, with their moments, as arrays `[n, d]`."""
 
     name: str
     rows: slice
@@ -33,10 +33,10 @@ class _Rows(NamedTuple):
 
 
 class Adam:
-    """Adam (Kingma & Ba 2015) for the weights of one SAE, with gradient clipping and unit-norm decoder rows if the training asks.
+    """Adam (Kingma & Ba 2015) for the weights of one SAE, with gradient clipping and unit-norm decoder rows as the training sets them.
 
-    Of decoder rows that are kept at norm 1, the gradient's part along the row is removed first: the scaling after the step would
-    undo it, and Adam would remember it. Compiled on a team of CPU threads, else with torch; both round differently.
+    With unit-norm decoder rows, the gradient's part along a row is removed first: the normalisation after the step would undo it, and
+    Adam's moments would keep it. Steps with a team of CPU threads are compiled, others use torch; the two round differently.
     """
 
     def __init__(self, sae: SAE, training: TrainingConfig) -> None:
@@ -44,9 +44,9 @@ class Adam:
         self._parameters = dict(sae.named_parameters())
         self._weights = {name: _as_in_memory(parameter.detach()) for name, parameter in self._parameters.items()}
         self.means = {name: torch.zeros_like(weight) for name, weight in self._weights.items()}
-        """Running mean of each weight's gradients, as the weight lies in memory."""
+        """Running mean of each weight's gradients, in the weight's order of memory."""
         self.squares = {name: torch.zeros_like(weight) for name, weight in self._weights.items()}
-        """Running mean of their squares."""
+        """Running mean of each weight's squared gradients, in the same order."""
         self.steps = 0
         self._counts = torch.zeros(len(self._parameters), device=sae.W_dec.device)
         if training.unit_norm_decoder:
@@ -62,7 +62,7 @@ class Adam:
             self._compiled_step(learning_rate, self._gradients(), team)
 
     def set_counts(self) -> None:
-        """Tell :meth:`move` which step it is to take: the one that :attr:`steps` counted last."""
+        """Set the step number on the device, for :meth:`move`, to the last step in :attr:`steps`."""
         self._counts.fill_(self.steps - 1)
 
     def _gradients(self) -> dict[str, Tensor]:
@@ -75,7 +75,7 @@ class Adam:
 
     @torch.no_grad()
     def move(self, learning_rate: float | Tensor) -> None:
-        """The work of a step with torch. With the learning rate on the device nothing in it depends on the step but what lies there."""
+        """Move the weights with torch. With a learning rate on the device, all that varies between steps is read from device memory."""
         gradients = self._gradients()
         W_dec, training = self._weights["W_dec"], self._training
         if training.unit_norm_decoder:
@@ -121,7 +121,7 @@ class Adam:
         scale = 1.0 if clip is None else min(1.0, clip / (norm + 1e-6))
         factors = np.array(
             [
-                scale if isfinite(norm) else nan,  # one gradient that is not a number spoils all weights: the next loss shows it
+                scale if isfinite(norm) else nan,  # one NaN gradient makes all weights NaN, so that the next loss shows it
                 learning_rate / (1 - beta1**t),
                 beta1,
                 beta2,
@@ -143,7 +143,7 @@ class Adam:
 
     @cached_property
     def _tasks(self) -> list[_Rows]:
-        """The weights, cut where it is worth to have several threads work on them."""
+        """The weights, cut into parts if it is worth sharing them among threads."""
         shared = self._work >= WORTH_SHARING
         tasks: list[_Rows] = []
         for name, weight in self._weights.items():
@@ -154,7 +154,7 @@ class Adam:
 
 
 def _as_in_memory(weight: Tensor) -> Tensor:
-    """A view of a weight in the order of its memory, in which optimisers are fast: W_enc is stored transposed."""
+    """Return a view of a weight in its order of memory, in which optimisers are fast: W_enc is stored transposed."""
     return weight.t() if weight.ndim == 2 and weight.t().is_contiguous() else weight
 
 

@@ -1,9 +1,9 @@
-"""The state of a training on disk: a training whose process was killed goes on where it was, and ends with the same bits.
+"""Checkpoints: a training whose process was killed resumes and ends with the same bits.
 
-A checkpoint is one safetensors file. Its tensors are what a step changes, ``NUMBER.NAME`` of every SAE: weights, Adam's moments, when
-each feature last fired, and the scale of the input where it follows the stream. Its metadata, JSON, hold the position in the stream,
-the training curve so far, and a key of each SAE, which says what decides it. Schedules follow the position; no generator is used
-after the weights are drawn.
+A checkpoint is one safetensors file. Its tensors, ``NUMBER.NAME`` of every SAE, are those that a step changes: weights, Adam's moments,
+the last firing of each feature, and the scale of the input if it follows the stream. Its metadata, JSON, hold the position in the stream,
+the training curve so far, and a key of each SAE: the hash of everything that decides its result. Schedules follow the position; no
+random generator is used after the weights are drawn.
 """
 
 from __future__ import annotations
@@ -34,34 +34,34 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINT_SECONDS = 300.0
 _FORMAT = 1
-_PATIENCE = 50  # where writing takes a second, it is done at most every 50 seconds: 2 % of the time
+_PATIENCE = 50  # writing takes at most 2 % of the time: if it takes a second, it happens at most every 50 seconds
 _METADATA = "training"
 _CHECKSUM = "crc32"
 
 
 class CheckpointError(OSError):
-    """A checkpoint cannot be written. The one before, if there is one, is untouched."""
+    """A checkpoint cannot be written. An earlier one stays in place."""
 
 
 @runtime_checkable
 class SeekableBatches(Protocol):
-    """A stream of batches that can begin in the middle without making what comes before."""
+    """A stream of batches that can start in the middle without computing the batches before."""
 
     def __iter__(self) -> Iterator[Tensor]:
-        """All batches."""
+        """Yield all batches."""
         ...
 
     def starting_at(self, step: int) -> Iterator[Tensor]:
-        """All but the first ``step`` batches, the same ones as iterating gives."""
+        """Yield all but the first ``step`` batches, with the same values as from ``__iter__``."""
         ...
 
 
 WriteIfDue = Callable[[Sequence[SAETrainer], int, Sequence[Sequence[CurvePoint]]], None]
-"""Called after every step with the trainers, the tokens of the largest batch, and what was observed so far."""
+"""Called after every step with the trainers, the tokens of the largest batch, and the training curve so far."""
 
 
 class Position(NamedTuple):
-    """How far a training has come between two steps."""
+    """Position of a training in its stream, between two steps."""
 
     steps: int
     """Batches taken from the stream."""
@@ -70,33 +70,34 @@ class Position(NamedTuple):
     largest_batch: int
     """Tokens in the largest of them."""
     points: list[list[CurvePoint]]
-    """What was observed so far, one list per observation, one point per SAE."""
+    """Training curve so far: one list per observation, one point per SAE."""
 
 
 class TrainingState(NamedTuple):
-    """All that a training goes on from."""
+    """The state from which a training resumes."""
 
     position: Position
+    """Position in the stream."""
     last: list[CurvePoint]
-    """Where each SAE stands."""
+    """Point of the curve after the last step, per SAE."""
     tensors: list[dict[str, Tensor]]
-    """What :meth:`SAETrainer.state` gives, per SAE."""
+    """Result of :meth:`SAETrainer.state`, per SAE."""
 
 
 class Checkpoints:
-    """Keeps the state of one training in ``file``, and goes on from what is there.
+    """Writes the state of one training to ``file``, and resumes from it.
 
     ``sm.train(configs, batches, training, checkpoints=sm.Checkpoints("training.safetensors"))`` writes a checkpoint about every
-    ``interval_seconds`` (0: after every step), and on Ctrl-C and SIGTERM, which then take their course. Calling it once more, with
-    the same arguments, goes on from there. Whoever has stored the SAEs calls :meth:`remove`.
+    ``interval_seconds`` (0: after every step), and on Ctrl-C and SIGTERM before they are delivered. A second call with the same arguments
+    resumes from the checkpoint. The caller calls :meth:`remove` after storing the SAEs.
 
-    A state is taken up only for SAEs of the same configuration and training, and of the same entry of ``recipes``, one per SAE: what
-    decides them beside these, above all the stream, which the file knows nothing of. SAEs do not depend on those that are trained beside
-    them, so a part of those in the file can go on; if one is asked for that is not there, all start anew. A file that does not serve,
-    or is damaged, is said in the log and removed.
+    An SAE resumes only with the same configuration, training and entry of ``recipes``, one per SAE: a string for everything else that
+    decides its result, above all the stream, which is not in the file. SAEs do not depend on those that are trained with them, so some of
+    the SAEs in the file can resume alone; if one SAE is not in the file, all start anew. A file that does not fit, or is damaged, is
+    logged and removed.
 
-    ``others``: recipes of SAEs that are not trained now and may go on later. As long as the file holds one of them it is neither
-    written nor removed, and this training keeps no state.
+    ``others``: recipes of SAEs that are not trained now and may resume later. While the file holds one of them, it is neither written nor
+    removed, and this training writes no checkpoint.
     """
 
     def __init__(
@@ -112,21 +113,21 @@ class Checkpoints:
         self.recipes = recipes
         self.others = others
         self.resumed_at_tokens: list[int] = []
-        """After how many tokens the training went on from a checkpoint, each time that it did."""
+        """Tokens at each checkpoint from which the training resumed."""
         self.seconds_before = 0.0
-        """What the part of the training took that was taken up."""
+        """Duration of the training before it resumed."""
         self.tokens: int | None = None
-        """Tokens of what is in the file; None where there is none."""
+        """Tokens at the checkpoint in the file; None without a file."""
         self._keys: list[str] = []
         self._is_of_others = False
         self._began = self._written = time.monotonic()
         self._seconds_of_writing = 0.0
 
     def load(self, configs: Sequence[Sequence[SAEConfig]], trainings: Sequence[TrainingConfig]) -> TrainingState | None:
-        """The state to go on from, or None to start at the beginning.
+        """Return the state to resume from, or None to start at the beginning.
 
-        ``configs``: for each SAE the configurations that decide it, its own the last of them. Raises ``ValueError`` for another number
-        of recipes.
+        ``configs``: for each SAE the configurations that decide its result, its own last. Raises ``ValueError`` if the number of recipes
+        differs.
         """
         recipes = self.recipes or [""] * len(configs)
         if len(recipes) != len(configs):
@@ -143,7 +144,7 @@ class Checkpoints:
             chosen = [number for number in numbers if number is not None]
             self._is_of_others = not set(self.others).isdisjoint(record.get("recipes", ()))
             if self._is_of_others:
-                logger.info("%s is kept for other SAEs that go on from it later; until then no other checkpoint is written", self.file)
+                logger.info("%s is kept for other SAEs that resume from it later; until then no other checkpoint is written", self.file)
             if len(chosen) < len(numbers) and self._is_of_others:
                 return None
             if len(chosen) < len(numbers):
@@ -158,7 +159,7 @@ class Checkpoints:
                 tensors=[_of_sae(tensors, number) for number in chosen],
             )
             self.resumed_at_tokens, self.seconds_before = [*record["resumed_at_tokens"], position.tokens], record["seconds"]
-        except Exception as error:  # whatever is wrong with a file that nobody but this module writes: it does not serve
+        except Exception as error:  # only this module writes the file: with any error in reading it is damaged
             logger.warning("%s is damaged: it is removed, and training starts anew (%s)", self.file, error)
             self._is_of_others = False
             self.remove()
@@ -169,16 +170,16 @@ class Checkpoints:
 
     @property
     def is_due(self) -> bool:
-        """Whether it is time to write."""
+        """It is time to write."""
         if self.interval_seconds == 0:
             return True
         return time.monotonic() - self._written >= max(self.interval_seconds, _PATIENCE * self._seconds_of_writing)
 
     def save(self, trainers: Sequence[SAETrainer], largest_batch: int, points: Sequence[Sequence[CurvePoint]]) -> None:
-        """Write where the trainers stand; what was written before is replaced when this is whole, and on the disk.
+        """Write the state of the trainers. It replaces the earlier checkpoint once it is complete and on disk.
 
-        Where a weight is not finite nothing is written: the next step will say it, and what was written before is the last that is good.
-        Nor is anything where the file is kept for others. Raises :class:`CheckpointError` with what is needed.
+        Nothing is written if a tensor is not finite: the next step reports it, and the earlier checkpoint is the last good one. Nothing is
+        written either while the file is kept for others. Raises :class:`CheckpointError`, which names the required bytes.
         """
         if self._is_of_others:
             return
@@ -205,7 +206,7 @@ class Checkpoints:
         self._seconds_of_writing = self._written - began
 
     def remove(self) -> None:
-        """Remove the file, if it is there and not kept for others."""
+        """Remove the file if it exists and is not kept for others."""
         if self._is_of_others:
             return
         for file in (self.file, _aside(self.file)):
@@ -215,9 +216,9 @@ class Checkpoints:
 
 @contextmanager
 def writing(checkpoints: Checkpoints | None) -> Iterator[WriteIfDue]:
-    """Give what writes a checkpoint when it is time, or when a signal asks the process to end, which is then delivered.
+    """Return a context with a function that writes a checkpoint when it is due, or on a pending signal, which it then delivers.
 
-    A :class:`NonFiniteLossError` that leaves the context names the last good checkpoint. Without checkpoints nothing is done.
+    A :class:`NonFiniteLossError` that leaves the context names the last good checkpoint. With None the function does nothing.
     """
     if checkpoints is None:
         yield lambda *_: None
@@ -242,14 +243,14 @@ def writing(checkpoints: Checkpoints | None) -> Iterator[WriteIfDue]:
 
 
 def batches_from(batches: Iterable[Tensor], step: int) -> Iterator[Tensor]:
-    """All but the first ``step`` batches: skipped where the stream can, else read and dropped."""
+    """Return all but the first ``step`` batches: a seekable stream skips them, another one is read and dropped."""
     if step and isinstance(batches, SeekableBatches):
         return batches.starting_at(step)
     return islice(batches, step, None)
 
 
 def checkpoint_bytes(configs: Sequence[SAEConfig]) -> int:
-    """What a checkpoint of these SAEs takes, about: weights and two moments of each, in float32, and a counter for each feature."""
+    """Estimate the size of a checkpoint in bytes: weights and two moments in float32, and a counter per feature."""
     return sum(3 * 4 * (2 * c.d_in * c.d_sae + 2 * c.d_sae + c.d_in) + 8 * c.d_sae for c in configs)
 
 
@@ -264,7 +265,7 @@ def _of_sae(tensors: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
 
 
 def _write(file: Path, record: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Aside, flushed to the disk, and renamed."""
+    """Write the file under another name, flush it to disk, and rename it."""
     text = json.dumps(record)
     aside = _aside(file)
     try:
@@ -281,7 +282,7 @@ def _write(file: Path, record: Mapping[str, Any], tensors: dict[str, Tensor]) ->
 
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Raises whatever error a file that is not whole leads to."""
+    """Read the file. Errors of any type mean that it is damaged."""
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)

@@ -17,18 +17,18 @@ from saeens_models.training.step_graph import Step, StepGraphs
 from saeens_models.training.trainer import CurvePoint, SAETrainer, load_kernels
 
 _OBSERVATIONS, _STEPS_PER_OBSERVATION = 200, 4
-"""How often a training is observed, and every how many steps at most: of a small SAE an observation takes a tenth of the time of a step."""
+"""Observations per training, and fewest steps between two: an observation of a small SAE takes a tenth of the time of a step."""
 _STEPS_PER_OBSERVATION_OF_UNKNOWN_LENGTH = 100
 _KEPT_OF_MEAN_NORM = 0.9
 _UNIT_NORM_TOLERANCE = 1e-3
 _ENTRIES_FOR_ONE_THREAD = 2**20
-"""Entries of W_enc up to which it is faster to give each thread a whole SAE than to have all work on one."""
+"""Entries of W_enc up to which one SAE per thread is faster than one SAE on all threads."""
 _ENTRIES_FOR_ONE_LAUNCH = {"cuda": 2**22}
-"""Entries of W_enc up to which SAEs are computed in one, by device. Estimated, not measured: at 4096 tokens to a step, one SAE of this
-size is about as much work for an H200 as launching it is for the processor, a little under a millisecond. Larger ones would gain
-little, for a copy of their weights in every step."""
+"""Entries of W_enc up to which SAEs share kernel launches, by device type. Estimated, not measured: with 4096 tokens per step, the work of
+one SAE of this size takes an H200 about as long as its launches, a little under a millisecond. Larger SAEs would gain little, and cost a
+copy of their weights in every step."""
 _GRAPHS_ON = {"cuda"}
-"""Devices on which steps of SAEs up to that size are launched as a graph."""
+"""Device types on which steps of SAEs up to that size are launched as a graph."""
 
 
 def train(
@@ -41,31 +41,30 @@ def train(
     checkpoints: Checkpoints | None = None,
     micro_batch_tokens: int | None = None,
 ) -> list[SAE]:
-    """Train one SAE per configuration, all on the same batches, and return them in that order.
+    """Train one SAE per configuration, all on the same batches, and return them in the order of ``configs``.
 
-    ``batches`` is read once: tensors `[n, d_in]` of any floating dtype, each one step, on the device to train on. Reading stops at
-    ``training.total_tokens``; a stream that ends more than a batch before that gives a warning. ``observe`` is called about 200
-    times, at most every fourth step (every 100 steps where ``total_tokens`` is not given), and after the last step, with one
-    :class:`CurvePoint` per SAE.
+    ``batches`` is read once: tensors `[n, d_in]` of any floating dtype on the training device, one per step. Reading stops at
+    ``training.total_tokens``; a stream that ends more than a batch earlier gives a warning. ``observe`` gets one :class:`CurvePoint`
+    per SAE about 200 times, at most every fourth step (every 100 steps without ``total_tokens``), and after the last step.
 
-    ``initial``: for each configuration an SAE to start from, or None for weights that are drawn. Such an SAE takes unscaled activations, as
-    trained ones do, is of the same architecture and size, and stays as it is; its ``b_dec`` comes before ``training.input_mean``. A
-    checkpoint does not tell one start from another: give :class:`Checkpoints` recipes that do.
+    ``initial``: for each configuration an SAE with the initial weights, or None to draw them. The SAE takes unscaled activations, as
+    trained SAEs do, has the same architecture and size, and is not changed; its ``b_dec`` has priority over ``training.input_mean``. The
+    key of a checkpoint does not include ``initial``: give :class:`Checkpoints` recipes that do.
 
-    With ``checkpoints`` the state of the training is written now and then, and taken up where it is there: ``batches`` has to be the
-    same stream, from its beginning; what was taken from it is skipped (see :class:`SeekableBatches`), ``observe`` is first given what
-    it was given before, and the result has the bits of a training that was not interrupted. Ctrl-C and SIGTERM wait for the end of the
-    step, and for a last checkpoint.
+    ``checkpoints``: write the state of the training at intervals, and resume from it. ``batches`` must then be the same stream from its
+    beginning: batches before the checkpoint are skipped (see :class:`SeekableBatches`). ``observe`` first gets the earlier points again,
+    and the result has the same bits as without the interruption. Ctrl-C and SIGTERM wait for the end of the step and for a last checkpoint.
 
-    ``micro_batch_tokens``: a step takes so many tokens of a batch at a time, which needs less memory and gives the same gradients but
-    for rounding; a checkpoint may be taken up with another number.
+    ``micro_batch_tokens``: process so many tokens of a batch at a time, which needs less memory and gives the same gradients up to
+    rounding. A training may resume with another number.
 
-    No SAE depends on which others are trained beside it: on the CPU to the bit, on CUDA, where small TopK SAEs of one configuration
-    are computed in one, but for rounding. On the CPU the same call gives the same bits. The returned SAEs take unscaled activations.
+    An SAE does not depend on the SAEs that are trained with it: on the CPU bit for bit; on CUDA, where small TopK SAEs of one
+    configuration share kernel launches, up to rounding. On the CPU the same call gives the same bits. The returned SAEs take unscaled
+    activations.
 
-    Raises ``ValueError`` for no configuration, different d_in, settings that need what is not known of the stream, a batch of
-    another shape, an empty stream, or an initial SAE that does not fit; :class:`NonFiniteLossError` if a loss stops being finite;
-    :class:`CheckpointError` if a checkpoint cannot be written.
+    Raises ``ValueError`` for no configuration, for configurations of different d_in, for settings that need missing statistics of the
+    stream, for a batch of another shape, an empty stream, or an initial SAE that does not fit. Raises :class:`NonFiniteLossError` for a
+    loss that is not finite, and :class:`CheckpointError` if a checkpoint cannot be written.
     """
     decisive = [[config] for config in configs]
     trainings = [training] * len(configs)
@@ -94,16 +93,16 @@ def train_boosting_concurrently(
     """Train the rounds of boosting, one per configuration, in one pass over ``batches``, and return them in round order.
 
     On every batch ``x`` round 1 takes a step on ``r_1 = x``, round 2 on ``r_2 = r_1 - sae_1(r_1)``, and so on. ``sae_j(r_j)`` is the
-    reconstruction that the step of round j made anyway, with the weights before it, and no gradient passes through it. Boosting
-    proper calls :func:`train` on what finished rounds leave: here later rounds start on residuals that still change, which costs a
-    little explained variance and saves storing or recomputing the residuals.
+    reconstruction from the step of round j, with the weights before the step; no gradient passes through it. Sequential boosting calls
+    :func:`train` on the residuals of finished rounds. Here later rounds start on residuals that still change: this costs a little
+    explained variance, and saves storing or recomputing the residuals.
 
-    ``training.input_scale`` and ``input_mean`` describe the batches, and so what round 1 is given. Those of the residuals are not
-    known beforehand: in later rounds b_dec starts at 0, and if the training normalises, the input is scaled by ``sqrt(d_in)`` over
-    a running mean of the residual's norm, which keeps 0.9 of itself at each batch. The last scale is folded into the SAE.
+    ``training.input_scale`` and ``input_mean`` describe the input of round 1. Those of the residuals are not known in advance: in later
+    rounds b_dec starts at 0, and with normalisation the input is scaled by ``sqrt(d_in)`` over a running mean of the residual's norm, to
+    which each batch contributes 0.1. The last scale is folded into the SAE.
 
-    A round depends on those before it and on none after it, and the first has the bits of the SAE that :func:`train` returns.
-    Everything else, errors included, is as there.
+    A round depends on earlier rounds only; the first is bit for bit the SAE that :func:`train` returns. Other arguments and errors are
+    those of :func:`train`.
     """
     later = training.model_copy(update={"input_mean": None})
     decisive = [configs[:number] for number in range(1, len(configs) + 1)]
@@ -130,7 +129,10 @@ def _train(
     micro_batch_tokens: int | None,
     step: Step,
 ) -> list[SAE]:
-    """One SAE for each of ``decisive``, the configurations that decide it, its own the last. Only the trainings' ``input_mean`` differs."""
+    """Train one SAE for each entry of ``decisive``: the configurations that decide its result, its own last.
+
+    ``trainings`` differ in ``input_mean`` only.
+    """
     configs = [each[-1] for each in decisive]
     training = _validated(configs, trainings)
     state = checkpoints.load(decisive, trainings) if checkpoints is not None else None
@@ -183,7 +185,7 @@ def _train(
 
 
 def _validated(configs: Sequence[SAEConfig], trainings: Sequence[TrainingConfig]) -> TrainingConfig:
-    """The training of the first. Raises ``ValueError`` for SAEs that cannot be trained together, or on what is known of the stream."""
+    """Return the first training. Raises ``ValueError`` for SAEs that cannot be trained together, and for missing statistics."""
     if not configs:
         raise ValueError("nothing to train: configs is empty")
     if any(config.d_in != configs[0].d_in for config in configs):
@@ -193,7 +195,7 @@ def _validated(configs: Sequence[SAEConfig], trainings: Sequence[TrainingConfig]
 
 
 def _check_initial(configs: Sequence[SAEConfig], initial: Sequence[SAE | None] | None, training: TrainingConfig) -> None:
-    """Raise ``ValueError`` unless every SAE can be trained from the weights that it is to start from."""
+    """Raise ``ValueError`` unless every initial SAE fits its configuration and the training."""
     if initial is None:
         return
     if len(initial) != len(configs):
@@ -206,7 +208,7 @@ def _check_initial(configs: Sequence[SAEConfig], initial: Sequence[SAE | None] |
             shapes = [f"{architecture} with d_in {d_in} and d_sae {d_sae}" for architecture, d_in, d_sae in (found, wanted)]
             raise ValueError(f"SAE {number} cannot start from {shapes[0]}: it is {shapes[1]}")
         if training.unit_norm_decoder and not bool(((sae.W_dec.norm(dim=1) - 1).abs() < _UNIT_NORM_TOLERANCE).all()):
-            raise ValueError(f"SAE {number} cannot start from decoder rows of other norms than 1: train with unit_norm_decoder = False")
+            raise ValueError(f"SAE {number} cannot start from decoder rows with norms other than 1: train with unit_norm_decoder = False")
 
 
 def _restore(trainers: Sequence[SAETrainer], state: TrainingState | None) -> None:
@@ -252,7 +254,7 @@ def _curve_points(trainers: Sequence[SAETrainer], team: Team | None = None) -> l
 
 
 def _step_concurrent_rounds(trainers: Sequence[SAETrainer], x: Tensor) -> None:
-    """Steps of boosting rounds, each on what the one before leaves of the batch."""
+    """Take the steps of boosting rounds, each on the residual of the round before."""
     normalises = trainers[0].training.normalize_activations != "none"
     scale: float | Tensor = trainers[0].input_scale
     for number, trainer in enumerate(trainers):
@@ -263,7 +265,10 @@ def _step_concurrent_rounds(trainers: Sequence[SAETrainer], x: Tensor) -> None:
 
 
 def _follow_norm(trainer: SAETrainer, x: Tensor, scale: float | Tensor) -> Tensor:
-    """What brings the residual of this round to mean norm sqrt(d_in), given the batch's in another scale. Stays on the device."""
+    """Return the scale that brings this round's residual to mean norm sqrt(d_in), given the residual in another scale.
+
+    The result stays on the device.
+    """
     mean_norm = x.norm(dim=1).mean() / scale
     trainer.mean_norm = mean_norm.lerp(mean_norm if trainer.mean_norm is None else trainer.mean_norm, _KEPT_OF_MEAN_NORM)
     trainer.input_scale = followed = x.shape[1] ** 0.5 / trainer.mean_norm
@@ -277,7 +282,7 @@ def _observations_due(n_steps: int, n_tokens: int, total_tokens: int | None) -> 
 
 
 def _scaled_input(batch: Tensor, d_in: int, scale: float, step: int) -> Tensor:
-    """The batch in float32, scaled. Always a new tensor: results must not depend on how the batch lies in memory."""
+    """Return the batch in float32, scaled. Always a new, contiguous tensor: results must not depend on the batch's memory layout."""
     if batch.ndim != 2 or batch.shape[1] != d_in or len(batch) == 0:
         raise ValueError(f"batch {step} has shape {list(batch.shape)}, expected [n, {d_in}] (d_in) with n > 0")
     if not batch.is_floating_point():

@@ -1,4 +1,4 @@
-"""A step in parts, where a batch at once does not fit into the device's memory."""
+"""Gradient accumulation over parts of a batch, for batches that do not fit into the device's memory."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from saeens_models.kernels import Team
 def backpropagate(
     sae: SAE, x: Tensor, dead_mask: Tensor, sparsity_scale: float, team: Team | None, *, micro_batch_tokens: int | None
 ) -> Objective:
-    """``sae.backpropagate`` on a batch `[n, d_in]`, at most ``micro_batch_tokens`` at a time: the same objective, but for rounding.
+    """Compute ``sae.backpropagate`` on a batch `[n, d_in]`, at most ``micro_batch_tokens`` at a time; None: the batch at once.
 
-    Losses are means over tokens: those of the parts count by their tokens, and so do the gradients. Where a token's depends on the rest of
-    the batch, as BatchTopK's selection does, the architecture looks at all parts first (``batch_in_parts``).
-    Beside a part's own memory it takes one more tensor of the size of each weight. None takes the batch at once.
+    The objective is the same up to rounding. Losses are means over tokens, so losses and gradients of the parts are weighted by their
+    tokens. If a token's loss depends on the rest of the batch, as BatchTopK's does, the architecture sees all parts first
+    (``batch_in_parts``). Memory beside that of a part: one tensor of the size of each weight.
     """
     if micro_batch_tokens is None or len(x) <= micro_batch_tokens:
         return sae.backpropagate(x, dead_mask, sparsity_scale, team)

@@ -1,4 +1,4 @@
-"""Batches on the device that trains, each copied there while the device works on the one before."""
+"""Copies of batches to the training device, made while the device works on the batch before."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 
 def on_device(batches: Iterable[Tensor], device: torch.device | str) -> Generator[Tensor]:
-    """The batches, in their order, on ``device``; those that are there already are passed on as they are.
+    """Yield the batches, in order, on ``device``; batches that are there already are passed through.
 
-    To a CUDA device a batch is copied from pinned memory, on a stream of its own: the copy and the work that the device has been given
-    run side by side. For that one batch more than what was taken from here is read, and no more; on other devices none. Closing this
-    iterator closes ``batches``, where that is a generator. It is for one thread, whose current CUDA stream uses the batches.
+    A batch for a CUDA device is copied from pinned memory on a separate stream, while the device computes. One batch is read ahead for
+    that; on other devices none. Closing this iterator closes ``batches`` if that is a generator. Use it on one thread, whose current CUDA
+    stream uses the batches.
     """
     to = torch.device(device)
     with closing(batches) if isinstance(batches, Generator) else nullcontext():
@@ -38,12 +38,12 @@ def _copied_ahead(batches: Iterable[Tensor], device: torch.device) -> Generator[
     def usable(batch: Tensor) -> Tensor:
         current = torch.cuda.current_stream(device)
         current.wait_stream(copies)
-        batch.record_stream(current)  # else its memory could be given to a later copy while it is still read
+        batch.record_stream(current)  # otherwise a later copy could reuse its memory while it is still read
         return batch
 
     ahead: Tensor | None = None
     for batch in batches:
-        ready = None if ahead is None else usable(ahead)  # before the next copy begins, which it need not wait for
+        ready = None if ahead is None else usable(ahead)  # before the next copy begins, so that it does not wait for that
         ahead = copied(batch)
         if ready is not None:
             yield ready

@@ -1,4 +1,4 @@
-"""Signals that ask a process to end, held back until it is at a place where it can."""
+"""Ctrl-C and SIGTERM, held back until a step is complete."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _ENDING = (signal.SIGINT, signal.SIGTERM)
 
 
 class HeldSignals:
-    """Ctrl-C and SIGTERM while :func:`hold_signals` is in force."""
+    """The signals that :func:`hold_signals` holds back."""
 
     def __init__(self) -> None:
         self._handlers: dict[int, Any] = {}
@@ -21,25 +21,25 @@ class HeldSignals:
 
     @property
     def pending(self) -> bool:
-        """Whether one has come."""
+        """A signal was received and not delivered yet."""
         return self._came is not None
 
     def deliver(self) -> None:
-        """Let what has come, if anything has, take the course that it would have taken without this."""
+        """Raise the pending signal, if there is one, with its original handler."""
         signum, self._came = self._came, None
         if signum is not None:
             self._release()
             signal.raise_signal(signum)
 
     def _take(self, signum: int, _frame: FrameType | None) -> None:
-        if self.pending:  # whoever asks a second time does not want to wait
+        if self.pending:  # a second signal: the user does not want to wait
             self.deliver()
         self._came = signum
 
     def _hold(self) -> None:
         for signum in _ENDING:
             handler = signal.getsignal(signum)
-            if handler not in (None, signal.SIG_IGN):  # None: not set from Python, and could not be set back
+            if handler not in (None, signal.SIG_IGN):  # None: not set from Python, so Python cannot restore it
                 self._handlers[signum] = handler
                 signal.signal(signum, self._take)
 
@@ -50,9 +50,9 @@ class HeldSignals:
 
 @contextmanager
 def hold_signals() -> Iterator[HeldSignals]:
-    """Hold Ctrl-C and SIGTERM back until ``deliver`` is called or the context is left without an error.
+    """Hold Ctrl-C and SIGTERM back until ``deliver`` is called or the context ends without an error.
 
-    A second one is delivered at once. Python handles signals on the main thread alone: on another one this does nothing.
+    A second signal is delivered at once. Python handles signals on the main thread only: on other threads this does nothing.
     """
     held = HeldSignals()
     if threading.current_thread() is threading.main_thread():

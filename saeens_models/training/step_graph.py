@@ -1,6 +1,6 @@
-"""Training steps that are launched as one CUDA graph: the launches of small SAEs take longer than their work.
+"""Training steps launched as one CUDA graph: launches of small SAEs take longer than their work.
 
-Written without a GPU at hand, where it has not run yet. So a graph is not trusted: it has to repeat a step that was taken without it.
+This has not been measured on a GPU. A graph is therefore used only after it has repeated a step that was taken without it.
 """
 
 from __future__ import annotations
@@ -19,18 +19,20 @@ Step = Callable[[Sequence[SAETrainer], Tensor], None]
 """One step of all trainers on a batch `[n, d_in]`, scaled by the training's ``input_scale``."""
 
 _TOLERANCE = 1e-2
-"""Largest difference between a step and its repetition, by norm, as a share of how far the step moved the weights."""
-_WARM_UPS = 3  # libraries and the autograd engine make their plans for a stream when they are first used on it
+"""Largest norm of the difference between a step and its repetition, relative to the norm of the step's change of the weights."""
+_WARM_UPS = 3  # libraries and the autograd engine initialise themselves for a stream at its first use
 
 
 class Graph(Protocol):
-    """What :class:`torch.cuda.CUDAGraph` is needed for: work that was recorded when this was made, and is done again by ``replay``."""
+    """Recorded work that can be repeated, such as :class:`torch.cuda.CUDAGraph`."""
 
-    def replay(self) -> None: ...
+    def replay(self) -> None:
+        """Repeat the work."""
+        ...
 
 
 def record_on_cuda(work: Callable[[], None], device: torch.device) -> Graph:
-    """The work as a CUDA graph: it is done a few times, and then recorded, which does not do it."""
+    """Record the work as a CUDA graph. It runs a few times before; recording itself does not run it."""
     with torch.cuda.device(device):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -45,15 +47,14 @@ def record_on_cuda(work: Callable[[], None], device: torch.device) -> Graph:
 
 
 class StepGraphs:
-    """The steps of trainers on one stream of batches, by a graph where that can be and is trusted.
+    """Takes the steps of trainers on one stream of batches, with a graph where possible.
 
-    The first step on batches of another shape is taken without a graph. So is the second in a row, and then it is repeated by a graph
-    that is made for the shape: if both agree, the graph takes the steps on such batches from then on. If they do not, or if recording
-    fails, a warning says so once, and no graph is used any more; no step depends on a graph that was not trusted. Steps with dead
-    features, whose number decides the sizes within the auxiliary loss, in the warm-up of the sparsity coefficient, or in micro-batches
-    are taken without a graph.
+    The first step on batches of another shape is taken without a graph. The second in a row is also taken without one, and then repeated
+    by a new graph for the shape. If both agree, the graph takes further steps on such batches. If they differ, or if recording fails, a
+    warning is given once, and no graph is used any more; no result depends on an unchecked graph. Steps without a graph: with dead
+    features, whose number decides the sizes within the auxiliary loss; in the warm-up of the sparsity coefficient; in micro-batches.
 
-    Memory: that of a step once more, held for the graph, and while it is made the weights and the optimiser's state twice more.
+    Memory: that of one more step, and during the check two more copies of the weights and of the optimiser's state.
     """
 
     def __init__(self, record: Callable[[Callable[[], None], torch.device], Graph] = record_on_cuda) -> None:
@@ -63,14 +64,14 @@ class StepGraphs:
         self._recorded: _RecordedStep | None = None
 
     def step(self, trainers: Sequence[SAETrainer], x: Tensor, plain_step: Step) -> None:
-        """Take a step, by ``plain_step`` if not by a graph. Trainers and ``plain_step`` are the same in each call."""
+        """Take a step, with a graph or with ``plain_step``. Trainers and ``plain_step`` must be the same in each call."""
         again, self._last_shape = x.shape == self._last_shape, x.shape
         if not self._trusted or not all(trainer.takes_fixed_launches(x) for trainer in trainers) or _any_dead(trainers):
             plain_step(trainers, x)
         elif self._recorded is not None and self._recorded.x.shape == x.shape:
             self._recorded.step(x)
         elif again:
-            self._recorded = None  # its memory is for the next
+            self._recorded = None  # frees its memory for the next graph
             self._take_and_repeat(trainers, x, plain_step)
         else:
             plain_step(trainers, x)
@@ -84,18 +85,18 @@ class StepGraphs:
             _set_states(trainers, before)
             recorded.replay(x)
             problem = _difference(before, after, _states(trainers), expected, recorded.objectives)
-        except Exception as error:  # whatever a driver or an operation that cannot be recorded raises
+        except Exception as error:  # drivers and operations that cannot be recorded raise errors of any type
             recorded, problem = None, f"{type(error).__name__}: {error}"
         _set_states(trainers, after)
         self._recorded, self._trusted = recorded, problem is None
         if problem is not None:
             self._recorded = None
-            message = f"training steps are not launched as a CUDA graph on {x.device}, which is slower: {problem}"
+            message = f"training steps are not launched as a CUDA graph on {x.device}, and are slower without it: {problem}"
             warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 class _RecordedStep:
-    """A step on batches of one shape. The batch, the learning rate and the number of the step are read where they lie on the device."""
+    """A recorded step on batches of one shape. It reads the batch, the learning rate and the step's number from device memory."""
 
     def __init__(self, trainers: Sequence[SAETrainer], x: Tensor, record: Callable[[Callable[[], None], torch.device], Graph]) -> None:
         self._trainers = trainers
@@ -107,14 +108,15 @@ class _RecordedStep:
     def _work(self) -> None:
         kind = self.x.device.type
         dtype = torch.get_autocast_dtype(kind)
-        with torch.autocast(kind, dtype, enabled=torch.is_autocast_enabled(kind), cache_enabled=False):  # a cast would not be repeated
+        # a cached cast would not be repeated by the graph
+        with torch.autocast(kind, dtype, enabled=torch.is_autocast_enabled(kind), cache_enabled=False):
             self.objectives = SAETrainer.backpropagate_without_dead(self._trainers, self.x)
         for trainer in self._trainers:
             trainer.optimiser.move(self._learning_rate)
             trainer.sae.apply_constraints()
 
     def replay(self, x: Tensor) -> None:
-        """Do the work of the last step that was counted, on ``x``."""
+        """Repeat the work for the last counted step, on ``x``."""
         self.x.copy_(x)
         self._learning_rate.fill_(self._trainers[0].learning_rate)
         for trainer in self._trainers:
@@ -126,18 +128,18 @@ class _RecordedStep:
             trainer.count_step(x)
         self.replay(x)
         for trainer, objective in zip(self._trainers, self.objectives, strict=True):
-            trainer.note(x, objective._replace(loss=objective.loss.clone()))  # the others are looked at before the next step
+            trainer.note(x, objective._replace(loss=objective.loss.clone()))  # other tensors are read before the next step
 
 
 def _any_dead(trainers: Sequence[SAETrainer]) -> bool:
-    """Asked of the device only if it can be."""
+    """Return True if a feature of any SAE is dead. Waits for the device only if enough tokens were seen for that."""
     if all(trainer.tokens <= trainer.training.dead_after_tokens for trainer in trainers):
         return False
     return bool(torch.stack([trainer.dead_mask.any() for trainer in trainers]).any())
 
 
 def _tensors(trainer: SAETrainer) -> dict[str, Tensor]:
-    """What the work of a step changes."""
+    """Return the tensors that a step changes."""
     moments = {"mean": trainer.optimiser.means, "square": trainer.optimiser.squares}
     tensors = {f"{group} of {name}": tensor for group, named in moments.items() for name, tensor in named.items()}
     return tensors | trainer.sae.state_dict()  # buffers, too
@@ -161,15 +163,15 @@ def _difference(
     expected: Sequence[Objective],
     found: Sequence[Objective],
 ) -> str | None:
-    """What a step and its repetition differ in; None if it is nothing."""
+    """Return the first difference between a step and its repetition; None if they agree."""
     for number in range(len(before)):
         for name, start in before[number].items():
             moved, moved_again = (state[number][name].double() - start.double() for state in (after, repeated))
             if not (moved - moved_again).norm() <= _TOLERANCE * moved.norm():
-                return f"the {name} of SAE {number} is not moved as without it"
+                return f"it moves the {name} of SAE {number} differently"
         for name, of_step, of_graph in zip(Objective._fields, expected[number], found[number], strict=True):
             if not (isinstance(of_step, Tensor) and isinstance(of_graph, Tensor)):
                 continue  # the terms, of which the loss is the sum
             if not (of_step.double() - of_graph.double()).norm() <= _TOLERANCE * of_step.double().norm():
-                return f"{name} of SAE {number} is not what it is without it"
+                return f"it gives another {name} of SAE {number}"
     return None

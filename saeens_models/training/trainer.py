@@ -1,4 +1,4 @@
-"""One SAE in training."""
+"""The state and the steps of one SAE in training."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch import Tensor
 
 from saeens_models.architectures import SAE, Objective, SAEConfig, build_sae, sae_class
 from saeens_models.kernels import Team, cpu_team
-from saeens_models.kernels.cpu_encoder import Encoder
+from saeens_models.kernels.cpu_topk_encoder import Encoder
 from saeens_models.kernels.products import multiplies_bfloat16
 from saeens_models.training.adam import Adam
 from saeens_models.training.config import TrainingConfig
 from saeens_models.training.micro_batches import backpropagate
 
-_LOSSES_PER_CHECK = {"cpu": 1}  # elsewhere each look at a loss would wait for the device
+_LOSSES_PER_CHECK = {"cpu": 1}  # on other devices each check waits for the device
 _LOSSES_PER_CHECK_ELSEWHERE = 64
 
 
 class CurvePoint(NamedTuple):
-    """Where the training of one SAE stands; losses and codes are those of the last batch, in the scale of the training."""
+    """A point of the training curve of one SAE. Losses and codes are those of the last batch, in the scale of the training."""
 
     step: int
     """Steps taken."""
@@ -42,14 +42,14 @@ class CurvePoint(NamedTuple):
 
 
 class NonFiniteLossError(FloatingPointError):
-    """A loss became infinite or not a number. The message says which SAE, at which step and after how many tokens."""
+    """A loss became infinite or NaN. The message names the SAE, the step and the number of tokens."""
 
 
 @cache
 def load_kernels(architecture: str) -> None:
-    """Compile what training and encoding on the CPU call, or read it from disk: some seconds, which are not training.
+    """Compile the CPU kernels of an architecture, or load them from disk, before training: takes seconds.
 
-    It is done on a thread of its own, since an interrupt in the middle of it would leave the compiler locked for all others.
+    Runs on a separate thread: an interrupt during compilation would leave the compiler locked.
     """
     with cpu_team("cpu") as team:
         if team is not None:
@@ -67,7 +67,7 @@ def _call_kernels(team: Team, architecture: str) -> None:
     if l0_field is None and "b_enc" in trainer.sae.state_dict():
         with torch.no_grad():
             trainer.sae.b_enc.fill_(-100.0)
-        trainer.step(x)  # with so few active features that their entries are taken one by one
+        trainer.step(x)  # with few active features, whose entries are processed one by one
     trainer.sae.reconstruct(x)
     if architecture == "topk" and multiplies_bfloat16():
         rough = Encoder(team, trainer.sae.stored_weights, rough=True)
@@ -75,11 +75,11 @@ def _call_kernels(team: Team, architecture: str) -> None:
 
 
 class SAETrainer:
-    """The state of one SAE in training: weights, optimiser, position in the stream, and when each feature last fired.
+    """The state of one SAE in training: weights, optimiser, position in the stream, and the last firing of each feature.
 
-    ``index`` names the SAE in errors. It sees the scaled input, and nothing else of the stream. With a ``team`` of CPU threads the
-    step is compiled, without it is torch's. A batch is taken ``micro_batch_tokens`` at a time, or at once. ``initial``, an SAE of
-    unscaled activations, gives the weights to start from.
+    ``index`` names the SAE in errors. Steps take scaled input. With a ``team`` of CPU threads they are compiled, otherwise they use torch.
+    A batch is processed ``micro_batch_tokens`` at a time; None: at once. ``initial``: an SAE of unscaled activations whose weights are
+    the initial weights.
     """
 
     def __init__(
@@ -97,17 +97,17 @@ class SAETrainer:
         self.index = index
         self._micro_batch_tokens = micro_batch_tokens
         self.input_scale: float | Tensor = training.input_scale or 1.0
-        """What the input of the last step was multiplied by; a scalar tensor where it follows the stream."""
+        """Factor of the last step's input; a scalar tensor if it follows the stream."""
         self.mean_norm: Tensor | None = None
-        """Where the scale follows the stream: the running mean, unscaled, of the norm that it brings to sqrt(d_in); a scalar."""
+        """Running mean of the unscaled input's norm, a scalar, if the scale follows the stream; the scale brings it to sqrt(d_in)."""
         b_dec = None if training.input_mean is None else torch.tensor(training.input_mean) * self.input_scale
         self.sae = build_sae(config, b_dec).to(device)
         if initial is not None:
             self.sae.load_state_dict(initial.state_dict())
-            self.sae.fold_input_scale(1 / float(self.input_scale))  # what `finish` undoes
+            self.sae.fold_input_scale(1 / float(self.input_scale))  # `finish` undoes this
         self.optimiser = Adam(self.sae, training)
         self.learning_rate = training.learning_rate
-        """The learning rate of the last step."""
+        """Learning rate of the last step."""
         self.team = team
         self.last_fired = torch.zeros(config.d_sae, dtype=torch.int64, device=device)
         self.steps = 0
@@ -118,13 +118,13 @@ class SAETrainer:
 
     @property
     def dead_mask(self) -> Tensor:
-        """Which features have not fired for more than ``dead_after_tokens`` tokens, `[d_sae]`."""
+        """Mask of the features that have not fired for more than ``dead_after_tokens`` tokens, `[d_sae]`."""
         return self.tokens - self.last_fired > self.training.dead_after_tokens
 
     def step(self, x: Tensor) -> Objective:
-        """Train on one batch of scaled activations `[n, d_in]`. Returns the objective of the weights before the step.
+        """Train on one batch of scaled activations `[n, d_in]`, and return the objective of the weights before the step.
 
-        Raises :class:`NonFiniteLossError`; on an accelerator some steps later, so that no step waits for the loss of the one before.
+        Raises :class:`NonFiniteLossError`; on an accelerator some steps later, so that no step waits for the device.
         """
         scale, tokens = self.training.sparsity_scale_at(self.tokens + len(x)), self._micro_batch_tokens
         self._move(x, backpropagate(self.sae, x, self.dead_mask, scale, self.team, micro_batch_tokens=tokens))
@@ -132,9 +132,9 @@ class SAETrainer:
 
     @staticmethod
     def step_together(trainers: Sequence[SAETrainer], x: Tensor) -> bool:
-        """:meth:`step` of all, which share a training, with their objectives computed in one; False, and nothing done, if they cannot be.
+        """Take :meth:`step` of all trainers, with their objectives computed in shared kernel launches; they share a training.
 
-        Each has the objective that it has alone but for rounding; all else is its own.
+        Returns False, and changes nothing, if the SAEs cannot share launches. Up to rounding, each SAE takes the step it takes alone.
         """
         first = trainers[0]
         if first._micro_batch_tokens is not None and first._micro_batch_tokens < len(x):
@@ -149,37 +149,40 @@ class SAETrainer:
 
     @staticmethod
     def backpropagate_without_dead(trainers: Sequence[SAETrainer], x: Tensor) -> list[Objective]:
-        """The objectives and gradients of steps that :meth:`takes_fixed_launches`, if no feature is dead; nothing else is done."""
+        """Compute objectives and gradients of steps for which :meth:`takes_fixed_launches` is True, if no feature is dead.
+
+        Changes no weights and no counters.
+        """
         saes = [trainer.sae for trainer in trainers]
         together = saes[0].backpropagate_together(saes, x, [None] * len(saes)) if len(saes) > 1 else None
         return together or [sae.backpropagate(x) for sae in saes]
 
     def takes_fixed_launches(self, x: Tensor) -> bool:
-        """Whether the next step, on ``x``, launches on a device what any other does that has batches of this size and no dead features."""
+        """Return True if the next step, on ``x``, launches the kernels of any other step on so many tokens without dead features."""
         in_parts = self._micro_batch_tokens is not None and self._micro_batch_tokens < len(x)
         return self.team is None and not in_parts and self.training.sparsity_scale_at(self.tokens + len(x)) == 1
 
     @property
     def last_objective(self) -> Objective:
-        """That of the last step."""
+        """Objective of the last step. Raises ``ValueError`` before the first step."""
         if self._last is None:
             raise ValueError("no step has been taken")
         return self._last[1]
 
     def _move(self, x: Tensor, objective: Objective) -> None:
-        """Move the weights along the gradients that were left by ``objective`` on ``x``, and take note of both."""
+        """Move the weights along the gradients of ``objective`` on ``x``, and :meth:`note` both."""
         self.learning_rate = self.training.learning_rate_at(self.tokens, self.tokens + len(x))
         self.optimiser.step(self.learning_rate, self.team)
         self.sae.apply_constraints()
         self.note(x, objective)
 
     def count_step(self, x: Tensor) -> None:
-        """Count a step on ``x`` whose work is done elsewhere, and :meth:`note`d after it."""
+        """Count a step on ``x`` that is computed elsewhere and reported with :meth:`note` afterwards."""
         self.learning_rate = self.training.learning_rate_at(self.tokens, self.tokens + len(x))
         self.optimiser.steps += 1
 
     def note(self, x: Tensor, objective: Objective) -> None:
-        """Take note of a step that was taken on ``x``."""
+        """Record a step on ``x`` in the counters, and check its loss."""
         end = self.tokens + len(x)
         self.steps += 1
         self.tokens = end
@@ -190,7 +193,7 @@ class SAETrainer:
             self.check_losses()
 
     def state(self) -> dict[str, Tensor]:
-        """All that a step changes, by name, but for what :meth:`curve_point` says. Not copied: the next step changes it."""
+        """Return the tensors that a step changes, by name, without copying. The rest of the state is in :meth:`curve_point`."""
         adam = self.optimiser
         groups = {"weight": self.sae.state_dict(), "mean": adam.means, "square": adam.squares}
         state = {f"{group}.{name}": tensor.detach() for group, tensors in groups.items() for name, tensor in tensors.items()}
@@ -201,14 +204,14 @@ class SAETrainer:
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor], last: CurvePoint) -> None:
-        """Go on from ``state``, and from what ``curve_point`` said when it was taken. Raises ``ValueError`` if it is not of this SAE."""
+        """Resume from ``state`` and the ``curve_point`` of the same step. Raises ``ValueError`` if the state does not fit this SAE."""
         own = self.state()
         if self.mean_norm is None and "mean_norm" in state:
             self.mean_norm, self.input_scale = (state[name].to(self.last_fired.device) for name in ("mean_norm", "input_scale"))
             own |= {"mean_norm": self.mean_norm, "input_scale": self.input_scale}
         shapes, expected = ({name: tensor.shape for name, tensor in tensors.items()} for tensors in (state, own))
         if shapes != expected:
-            raise ValueError(f"the state of another SAE than {self.index}: it has {shapes}, expected {expected}")
+            raise ValueError(f"the state does not fit SAE {self.index}: it has {shapes}, expected {expected}")
         for name, tensor in own.items():
             tensor.copy_(state[name])
         self.steps = self.optimiser.steps = last.step
@@ -227,7 +230,7 @@ class SAETrainer:
         )
 
     def curve_point(self) -> CurvePoint:
-        """Where the training stands after at least one step."""
+        """Return the point of the training curve after the last step. Raises ``ValueError`` before the first step."""
         if self._last is None:
             if self._restored is None:
                 raise ValueError("no step has been taken")
@@ -245,7 +248,7 @@ class SAETrainer:
         )
 
     def finish(self) -> SAE:
-        """The trained SAE, which takes activations as they are: the input scale is folded into its weights. Ends the training."""
+        """End the training, and return the trained SAE for unscaled activations: the input scale is folded into its weights."""
         self.check_losses()
         self.sae.zero_grad()
         self.sae.fold_input_scale(float(self.input_scale))
@@ -253,7 +256,7 @@ class SAETrainer:
 
 
 def _explained_variance(x: Tensor, x_hat: Tensor) -> float:
-    """Several times faster than with ``x.var``; that of a dimension that does not vary is 0 here, too."""
+    """Return the explained variance. Several times faster than ``x.var``; constant dimensions have a variance of exactly 0."""
     centred = x - x[0]
     variance = centred.sub_(centred.mean(dim=0)).square_().mean(dim=0)
     unexplained = (x - x_hat).square().mean(dim=0) / variance

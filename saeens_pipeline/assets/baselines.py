@@ -1,17 +1,20 @@
-"""The single SAEs that ensembles are compared with: what each is as a target of the one builder of SAEs."""
+"""Baselines: the single SAEs that ensembles are compared with, as targets of the builder of SAEs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from saeens_pipeline.assets.saes import Target
-from saeens_pipeline.components.ensemble_experiment import ExperimentSettings
+from saeens_pipeline.settings.experiments import ExperimentSettings
+
+if TYPE_CHECKING:
+    from saeens_models import SAESettings
 
 
 class Baseline(NamedTuple):
-    """What a baseline is called in the tables, and its SAE."""
+    """A baseline: its method in the tables, and its SAE."""
 
     method: str
     n_members: int
@@ -20,7 +23,7 @@ class Baseline(NamedTuple):
 
 
 def baselines_of(experiment: ExperimentSettings) -> Iterator[Baseline]:
-    """All baselines of an experiment, in the order of its file. With equal targets two are the same SAE: of one member's width, say."""
+    """Give the baselines of an experiment in the order of its file. Equal targets are the same SAE, such as two of one member's width."""
     size = experiment.ensemble.members
     for method in experiment.baselines:
         target = partial(Target, "baseline", training=experiment.baseline_training.get(method, {}))
@@ -28,27 +31,24 @@ def baselines_of(experiment: ExperimentSettings) -> Iterator[Baseline]:
             case "expanded" | "expanded_l0_matched":
                 matched = method == "expanded_l0_matched"
                 for n in experiment.expanded_widths:
-                    about = f"One SAE as wide as {n} members{', with their L0' if matched else ', same sparsity'}"
+                    sae = experiment.joined_sae(n, l0_matched=matched)
+                    others = ": in all else as member 1" if isinstance(experiment.sae, list) else ""
+                    sparsity = "with their L0" if matched else "same sparsity"
+                    about = f"One SAE as wide as {n} members, {sparsity}{others}\n\n{shape_of(sae)}."
                     name = method if n == size else f"{method}_{n}"
-                    if isinstance(experiment.sae, list):
-                        sae = experiment.joined_sae(n, l0_matched=matched)
-                        about += f": in all else as member 1\n\n{shape_of(sae)}."
-                        yield Baseline(method, n, target(name, about, init_index=0, sae=sae))
-                    else:
-                        about += f"\n\n{shape_of(experiment.sae)}."
-                        yield Baseline(method, n, target(name, about, init_index=0, width=n, l0=n if matched else 1))
+                    yield Baseline(method, n, target(name, about, init_index=0, sae=sae))
             case "compute_matched":
                 about = (
                     f"Member 1, trained as long as {size} members\n\n{shape_of(experiment.saes[0])}. {size} passes, each in another order."
                 )
-                sae = experiment.complete_saes[0]
-                yield Baseline(method, 1, target(method, about, init_index=1, sae=sae, epochs=size))
+                yield Baseline(method, 1, target(method, about, init_index=1, sae=experiment.saes[0], epochs=size))
             case "matching_pursuit":
                 sae = experiment.pursuit_sae
                 about = f"One matching pursuit SAE with the features of all members, and at most their L0\n\n{shape_of(sae)}."
                 yield Baseline(method, 1, target(method, about, init_index=0, sae=sae))
 
 
-def shape_of(sae: Mapping[str, Any]) -> str:
-    """An SAE's settings in words."""
-    return ", ".join(f"{name} {value}" for name, value in sae.items())
+def shape_of(sae: SAESettings) -> str:
+    """Return an SAE's settings in words: architecture, width, and the fields that differ from their defaults."""
+    fields = {"architecture": sae.architecture, sae.width_field: sae.width} | sae.model_dump(exclude_defaults=True)
+    return ", ".join(f"{name} {value}" for name, value in fields.items())

@@ -1,20 +1,18 @@
-"""What exists: artefacts, declared with what they are made from, and ops that make them.
-
-Everything else follows from these declarations: recipes and so cache hits, `saeens status`, Dagster's assets and lineage.
-"""
+"""Declarations of artefacts and of the ops that make them. Recipes, cache hits, staleness, assets and lineage follow from them."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
+from saeens_pipeline.assets.compute import Compute
+from saeens_pipeline.settings.experiments import CheckSettings
+from saeens_pipeline.settings.files import recorded_file
 from saeens_pipeline.storage.names import Address, Partition
 from saeens_pipeline.storage.recipes import Artefact, DamagedArtefactError, Recipe, Store, digest
-
-if TYPE_CHECKING:
-    from saeens_pipeline.resources import ComputeResource
 
 Dimensions = Literal["none", "layer", "layer_and_seed"]
 DIMENSION_NAMES: dict[Dimensions, tuple[str, ...]] = {"none": (), "layer": ("layer",), "layer_and_seed": ("layer", "seed")}
@@ -22,13 +20,13 @@ DIMENSION_NAMES: dict[Dimensions, tuple[str, ...]] = {"none": (), "layer": ("lay
 
 @dataclass(frozen=True)
 class Reference:
-    """An artefact as others refer to it: its address, and whether it has one version per layer, or per layer and seed."""
+    """An artefact as others refer to it: its address and its partition dimensions."""
 
     address: Address
     dimensions: Dimensions
 
     def narrow(self, partition: Partition) -> Partition:
-        """The part of a partition that this artefact knows: activations know no seed."""
+        """Return the part of a partition that this artefact has: activations have no seed."""
         match self.dimensions:
             case "none":
                 return Partition()
@@ -40,95 +38,111 @@ class Reference:
 
 @dataclass(frozen=True)
 class Input:
-    """One artefact that another is made from.
-
-    `decides=False`: it only has to be made first, and is not part of the recipe. `optional=True`: every partition of it that is on
-    disk is part of the recipe, and none has to be: what waits for it would wait for ever for what nobody asks for.
-    """
+    """One artefact that another is made from."""
 
     name: str
     artefact: Reference
     decides: bool = True
+    """Whether it is part of the recipe; otherwise it only has to be made first."""
     optional: bool = False
+    """Whether nothing waits for it: every partition of it that is on disk is part of the recipe, and none has to be there."""
+    in_graph: bool = True
+    """Whether Dagster knows of it. A control's tables have layers of another source, to which Dagster cannot map partitions."""
 
 
 @dataclass(frozen=True)
 class Declaration(Reference):
-    """One artefact: what decides its content, and what a reader of the asset graph should know of it.
+    """One artefact: what decides its content, and how the asset graph describes it.
 
-    `settings` are equal for all partitions and decide Dagster's code version; `partition_settings` adds what depends on the
-    partition (seeds). `lacking` names what this machine does not have for the making, such as an endpoint: settings of the recipe of what
-    is made without, so that it is made again as soon as there is all. What was made with it stays a hit without it.
     The first line of `description` leads with what differs from its neighbours.
     """
 
     builder: str
     version: int
     settings: Mapping[str, Any]
+    """Equal for all partitions; they decide Dagster's code version."""
     inputs: tuple[Input, ...]
     description: str
     source: str
     seeds: tuple[int, ...] = ()
     partition_settings: Callable[[Partition], Mapping[str, Any]] = field(default=lambda partition: {})
-    lacking: Callable[[], Mapping[str, Any]] = field(default=lambda: {})
+    """Settings that depend on the partition, such as seeds."""
+    unavailable: Callable[[], Mapping[str, Any]] = field(default=dict)
+    """What this machine lacks, such as an endpoint: settings of the recipe of an artefact made without it, which is made again as soon as
+    nothing is lacking. An artefact that was made with everything stays a hit."""
     kinds: frozenset[str] = frozenset()
     tags: Mapping[str, str] = field(default_factory=dict)
+    experiment_file: str = ""
+    """The file that declares it; its record keeps the path, so that `saeens gc` can tell whether that file is still read."""
 
     @property
     def code_version(self) -> str:
+        """Dagster's code version: a hash of builder, version and settings."""
         return digest([self.builder, self.version, dict(self.settings)])
 
-    def input_partitions(self, partition: Partition) -> Iterator[tuple[str, Reference, Partition]]:
-        """What the recipe's inputs are called and where they lie. Where all seeds are compared, each is an input."""
+    def input_partitions(self, partition: Partition, *, optional: bool = False) -> Iterator[tuple[str, Reference, Partition]]:
+        """Give name, artefact and partition of the recipe's inputs, with `optional` those that nothing waits for.
+
+        Where all seeds are compared, each is an input.
+        """
         for each in self.inputs:
-            if each.optional or not each.decides:
+            if each.optional != optional or not each.decides or (optional and self.dimensions == "none"):
                 continue
             if self.dimensions == "layer" and each.artefact.dimensions == "layer_and_seed":
-                for seed in self.seeds:
-                    yield f"{each.name}, seed {seed}", each.artefact, Partition(partition.layer, seed)
+                seeds = each.artefact.seeds if isinstance(each.artefact, Declaration) else self.seeds
+                partitions = {f"seed {seed}": Partition(partition.layer, seed) for seed in seeds}
             else:
-                yield each.name, each.artefact, each.artefact.narrow(partition)
+                partitions = {"": each.artefact.narrow(partition)}
+            for suffix, where in partitions.items():
+                label = str(where) if optional else suffix
+                yield ", ".join(filter(None, (each.name, label))), each.artefact, where
 
-    def optional_inputs(self, store: Store) -> Iterator[tuple[Input, Partition, Artefact]]:
-        """Of the inputs that are optional, every partition that is whole on disk, of the seeds that are still declared."""
+    def optional_inputs(self, store: Store, partition: Partition) -> Iterator[tuple[str, Declaration | Reference, Partition, Artefact]]:
+        """Give the optional inputs that are whole on disk: name, artefact, partition and record. Of an artefact without partitions
+        these are all partitions with seeds that are still declared.
+        """
         for each in self.inputs:
             if not each.optional:
                 continue
             for where in store.partitions(each.artefact.address, *DIMENSION_NAMES[each.artefact.dimensions]):
+                if self.dimensions == "layer" and where.layer != partition.layer:
+                    continue
                 if where.seed is not None and isinstance(each.artefact, Declaration) and where.seed not in each.artefact.seeds:
                     continue
                 with contextlib.suppress(DamagedArtefactError):
                     artefact = store.find(each.artefact.address, where)
                     if artefact:
-                        yield each, where, artefact
+                        yield f"{each.name}, {where}", each.artefact, where, artefact
 
     def recipe(self, store: Store, partition: Partition) -> Recipe:
-        """The recipe that this artefact should have now. Raises MissingInputError where something is needed first."""
+        """Return the recipe that this artefact should have now. Raises MissingInputError where an input is not there."""
         inputs = {name: store.require(artefact.address, where).data_version for name, artefact, where in self.input_partitions(partition)}
-        inputs |= {f"{each.name}, {where}": artefact.data_version for each, where, artefact in self.optional_inputs(store)}
+        inputs |= {name: artefact.data_version for name, _, _, artefact in self.optional_inputs(store, partition)}
         recipe = Recipe(self.builder, self.version, {**self.settings, **self.partition_settings(partition)}, inputs)
-        lacking = self.lacking()
-        if not lacking or store.hit(self.address, partition, recipe):
+        unavailable = self.unavailable()
+        if not unavailable or store.hit(self.address, partition, recipe):
             return recipe
-        return replace(recipe, settings={**recipe.settings, **lacking})
+        return replace(recipe, settings={**recipe.settings, **unavailable})
 
 
-class Workplace(NamedTuple):
-    """What an op works with: where artefacts lie, on what device, which run asked for it, and whom to tell how it goes."""
+class RunContext(NamedTuple):
+    """What an op works with: store, device, the run that asked, and where its progress is shown."""
 
     store: Store
-    compute: ComputeResource
+    compute: Compute
     run_id: str
-    requested_layers: Callable[[], Collection[int]]  # an op may make what others, now waiting, are going to ask it for
-    observe: Callable[[Declaration, Partition, Mapping[str, Any]], None]  # shown in the UI while the op goes on
+    requested_layers: Callable[[], Collection[int]]
+    """Layers that waiting runs are going to ask for; an op may make them in the same pass."""
+    observe: Callable[[Declaration, Partition, Mapping[str, Any]], None]
+    """Shows metadata in the UI while the op goes on."""
 
-    def provenance(self) -> dict[str, Any]:
-        """What is known of every artefact of this run."""
-        return {"run_id": self.run_id, **self.compute.describe()}
+    def provenance(self, declaration: Declaration) -> dict[str, Any]:
+        """Return the facts that every record of this run begins with."""
+        return {"run_id": self.run_id, "experiment_file": declaration.experiment_file, **self.compute.describe()}
 
 
 class Task(NamedTuple):
-    """One artefact that has to be made, with the recipe that it is made by."""
+    """One artefact that has to be made, with its recipe."""
 
     declaration: Declaration
     partition: Partition
@@ -136,14 +150,29 @@ class Task(NamedTuple):
 
     @property
     def where(self) -> tuple[Address, Partition]:
+        """Address and partition."""
         return self.declaration.address, self.partition
 
 
 @dataclass(frozen=True)
 class Op:
-    """What makes one or several artefacts together. `make` writes every task's artefact; it is given misses only."""
+    """Makes one or several artefacts together."""
 
     name: str
     outputs: tuple[Declaration, ...]
-    make: Callable[[Workplace, Sequence[Task]], None]
+    make: Callable[[RunContext, Sequence[Task]], None]
+    """Writes the artefact of every task; it is given misses only."""
     on_device: bool = False
+    preflight: Callable[[RunContext, Sequence[Task]], None] = field(default=lambda context, tasks: None)
+    """Raises SaeensError, before anything is spent, for what would make these tasks, or what follows from them, fail."""
+    links: bool = False
+    """Whether an artefact of any experiment with an equal recipe is linked instead of being made again."""
+    twin: Reference | None = None
+    """An artefact made before, whose recipe may be equal: looked at first."""
+    checks: CheckSettings = field(default_factory=CheckSettings)
+    """Thresholds of health warnings."""
+
+
+def with_file(ops: Iterable[Op], file: Path | None) -> list[Op]:
+    """Return the ops with the experiment file recorded in what they make."""
+    return [replace(op, outputs=tuple(replace(each, experiment_file=recorded_file(file)) for each in op.outputs)) for op in ops]

@@ -1,34 +1,25 @@
-"""What an experiment consists of: the wiring from settings to ops, in the order in which things are made."""
+"""The ops of an experiment, wired from its settings in the order in which artefacts are made."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
-from saeens_pipeline.assets.autointerp import autointerp_op
 from saeens_pipeline.assets.baselines import baselines_of, shape_of
-from saeens_pipeline.assets.contexts import contexts_op
-from saeens_pipeline.assets.declarations import Declaration, Op, Reference
+from saeens_pipeline.assets.declarations import Declaration, Op, Reference, RunContext, Task, with_file
 from saeens_pipeline.assets.ensembles import ensemble_op
-from saeens_pipeline.assets.evaluation import Subject, evaluation_op, stability_op
-from saeens_pipeline.assets.features import features_op
-from saeens_pipeline.assets.marginal_gain import marginal_gain_op
-from saeens_pipeline.assets.pareto import pareto_op
-from saeens_pipeline.assets.probing import PROBED, probing_op
-from saeens_pipeline.assets.report import report_op
 from saeens_pipeline.assets.residuals import residual_op
 from saeens_pipeline.assets.saes import Target, concurrent_rounds_op, sae_op
-from saeens_pipeline.assets.sources import activations_of
-from saeens_pipeline.components.ensemble_experiment import ExperimentSettings
-
-
-def declared_ops(settings: ExperimentSettings) -> list[Op]:
-    """All ops of what one document declares: of an experiment or, of a sweep, those of all its experiments, and their comparison."""
-    ops = [op for experiment in settings.experiments for op in experiment_ops(experiment)]
-    return [*ops, pareto_op(settings, [output for op in ops for output in op.outputs])] if settings.sweep else ops
+from saeens_pipeline.assets.sources import activations_of, recorded_facts
+from saeens_pipeline.assets.specialised import require_labels
+from saeens_pipeline.assets.tables import Subject, evaluations_of, table_ops
+from saeens_pipeline.settings.experiments import ExperimentSettings
+from saeens_pipeline.storage.tables import has_table
 
 
 def experiment_ops(experiment: ExperimentSettings) -> list[Op]:
-    """All ops of an experiment, on the activations of its source."""
+    """Return all ops of an experiment, on the activations of its source."""
     activations = activations_of(experiment.source)
     size = experiment.ensemble.members
     ops = _member_ops(experiment, activations)
@@ -41,7 +32,7 @@ def experiment_ops(experiment: ExperimentSettings) -> list[Op]:
     ops += boosting_ops
 
     baselines: list[tuple[str, int, Declaration]] = []
-    alike: list[tuple[Target, Declaration]] = []  # of one member's width, two methods agree
+    alike: list[tuple[Target, Declaration]] = []  # with one member's width, two methods agree
     for method, n, target in baselines_of(experiment):
         unnamed = replace(target, name="", description="")
         twin = next((made for other, made in alike if other == unnamed), members[0] if target.init_index == 1 else None)
@@ -53,25 +44,30 @@ def experiment_ops(experiment: ExperimentSettings) -> list[Op]:
     bagging = ensemble_op(experiment, "bagging", members)
     boosting = ensemble_op(experiment, "boosting", rounds)
     ops += [bagging, boosting]
+    ops += table_ops(Subject(experiment, activations, bagging.outputs[0], boosting.outputs[0], baselines))
+    ops = [replace(op, checks=experiment.checks, preflight=_preflight_of(op, experiment)) for op in ops]
+    return with_file(ops, experiment.file)
 
-    subject = Subject(experiment, activations, bagging.outputs[0], boosting.outputs[0], baselines)
-    if set(experiment.evaluations) - {"stability", "marginal_gain", "features", "contexts", "autointerp", *PROBED}:
-        ops.append(evaluation_op(subject))
-    if "stability" in experiment.evaluations:
-        ops.append(stability_op(subject))
-    if "features" in experiment.evaluations:
-        ops.append(features_op(subject))
-    if "contexts" in experiment.evaluations:
-        ops.append(contexts_op(subject))
-    if "autointerp" in experiment.evaluations:
-        ops.append(autointerp_op(subject, ops[-1].outputs[0]))
-    if set(experiment.evaluations) & set(PROBED):
-        ops.append(probing_op(subject))
-    if "marginal_gain" in experiment.evaluations:
-        tables = {output.address.name: output for op in ops for output in op.outputs if output.address.is_table}
-        ops.append(marginal_gain_op(subject, tables))
-    ops.append(report_op(experiment, [output for op in ops for output in op.outputs if output.address.kind == "eval"]))
-    return ops
+
+def _preflight_of(op: Op, experiment: ExperimentSettings) -> Callable[[RunContext, Sequence[Task]], None]:
+    """Return the preflight of an op that trains SAEs, which looks at the tables to come; that of others is as it was."""
+    if op.outputs[0].builder != "sae":
+        return op.preflight
+    return partial(_check_tables_to_come, experiment, include_slow=op.outputs[0].address.kind == "bagging")
+
+
+def _check_tables_to_come(experiment: ExperimentSettings, context: RunContext, tasks: Sequence[Task], *, include_slow: bool) -> None:
+    """Raise SaeensError for a table that is not there yet and would fail after training.
+
+    `saeens run` runs these preflights before its first stage; a run that the UI or a schedule started does not. Preflights that take
+    seconds in every process are left to the members.
+    """
+    store, layer = context.store, tasks[0].partition.layer
+    require_labels(store, experiment)
+    to_come = [table for table in evaluations_of(experiment) if not has_table(store.root, experiment.name, table.name, layer)]
+    for table in to_come:
+        if include_slow or not table.has_slow_preflight:
+            table.preflight(experiment, partial(recorded_facts, store, experiment.source, layer))
 
 
 def _member_ops(experiment: ExperimentSettings, activations: Reference) -> list[Op]:
@@ -83,7 +79,7 @@ def _member_ops(experiment: ExperimentSettings, activations: Reference) -> list[
             f"member_{j}",
             f"Member {j} of {size}: own initial weights, same data\n\n{shape_of(sae)}. Trained on one stream with the others.",
             init_index=j,
-            sae=experiment.complete_saes[j - 1],
+            sae=experiment.saes[j - 1],
         )
         for j, sae in enumerate(experiment.saes, start=1)
         if experiment.ensemble.specialisation(j) is None
@@ -100,7 +96,7 @@ def _member_ops(experiment: ExperimentSettings, activations: Reference) -> list[
             name,
             f"Member {j} of {size}: {what}\n\n{shape_of(experiment.saes[j - 1])}. Trained by itself.{labels}",
             init_index=j,
-            sae=experiment.complete_saes[j - 1],
+            sae=experiment.saes[j - 1],
             documents=special.documents,
             start_from=made[f"member_{special.start_from}"] if special.start_from else None,
         )
@@ -116,7 +112,7 @@ def _round_target(experiment: ExperimentSettings, j: int) -> Target:
         together = ", trained beside them" if experiment.ensemble.boosting == "concurrent" else ""
         what = f"Round {j} of {experiment.ensemble.members}: fits what rounds 1 to {j - 1} leave{together}"
     about = f"{what}\n\n{shape_of(experiment.saes[j - 1])}."
-    return Target("boosting", f"round_{j}", about, init_index=j, sae=experiment.complete_saes[j - 1])
+    return Target("boosting", f"round_{j}", about, init_index=j, sae=experiment.saes[j - 1])
 
 
 def _sequential_boosting(experiment: ExperimentSettings, activations: Reference, member_1: Declaration) -> list[Op]:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from saeens_pipeline.assets.declarations import Task, Workplace
+from saeens_pipeline.assets.declarations import RunContext, Task
 
 if TYPE_CHECKING:
     from saeens_models.training import CurvePoint
@@ -20,8 +20,8 @@ INTERVAL_SECONDS = 30.0
 class LiveCurves:
     """Tells Dagster where the SAEs of some tasks stand, at most 30 times in all `n_tokens`."""
 
-    def __init__(self, workplace: Workplace, tasks: Sequence[Task], n_tokens: int) -> None:
-        self._workplace, self._tasks, self._n_tokens = workplace, tasks, n_tokens
+    def __init__(self, context: RunContext, tasks: Sequence[Task], n_tokens: int) -> None:
+        self._context, self._tasks, self._n_tokens = context, tasks, n_tokens
         self._told_at = time.monotonic()
         self._told = 0
 
@@ -31,7 +31,7 @@ class LiveCurves:
         if due <= self._told or time.monotonic() - self._told_at < INTERVAL_SECONDS:
             return
         for task, point in zip(self._tasks, points, strict=True):
-            self._workplace.observe(
+            self._context.observe(
                 task.declaration,
                 task.partition,
                 {

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from saeens_pipeline import progress
-from saeens_pipeline.assets.declarations import Declaration, Input, Op, Reference, Task, Workplace
-from saeens_pipeline.components.ensemble_experiment import ExperimentSettings
+from saeens_pipeline.assets.declarations import Declaration, Input, Op, Reference, RunContext, Task
+from saeens_pipeline.settings.experiments import ExperimentSettings
 from saeens_pipeline.storage.activations import ActivationReader, ActivationStatistics, ActivationStore
 from saeens_pipeline.storage.names import Address, Partition
 from saeens_pipeline.storage.recipes import Store
@@ -55,12 +55,12 @@ def residual_op(experiment: ExperimentSettings, number: int, given: Reference, b
         description=f"What round {number} leaves of the activations\n\nIts bytes may be dropped (`keep_residuals`) and computed again.",
     )
 
-    def make(workplace: Workplace, tasks: Sequence[Task]) -> None:
+    def make(context: RunContext, tasks: Sequence[Task]) -> None:
         (task,) = tasks
-        store, device = workplace.store, workplace.compute.resolve()
+        store, device = context.store, context.compute.resolve()
         view = _view(store, given, boosting_round, task.partition, device)
         n_rows = view.n_rows("train")
-        provenance = workplace.provenance()
+        provenance = context.provenance(task.declaration)
         writing = store.write_folder(
             residual.address,
             task.partition,
@@ -70,7 +70,7 @@ def residual_op(experiment: ExperimentSettings, number: int, given: Reference, b
             resumable=experiment.keep_residuals != "none",
         )
         with writing as folder:
-            with workplace.compute.measure() as measured, progress.task(f"{residual.address}, {task.partition}", n_rows) as advance:
+            with context.compute.measure() as measured, progress.task(f"{residual.address}, {task.partition}", n_rows) as advance:
                 statistics = _stream(view, folder, experiment.keep_residuals != "none", str(residual.address), advance)
             flops_per_token = store.require(boosting_round.address, task.partition).provenance["inference_flops_per_token"]
             provenance |= {

@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Collection, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 from saeens_pipeline import progress
-from saeens_pipeline.assets.declarations import Declaration, Input, Op, Reference, Task, Workplace
-from saeens_pipeline.components.activation_source import SourceSettings
-from saeens_pipeline.errors import SaeensError
+from saeens_pipeline.assets.declarations import Declaration, Input, Op, Reference, RunContext, Task, with_file
+from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models.corpora import open_corpus
-from saeens_pipeline.language_models.models import LanguageModelDescription, describe_language_model, validate_hook
+from saeens_pipeline.language_models.descriptions import LanguageModelDescription, validate_hook
+from saeens_pipeline.language_models.models import describe_language_model
+from saeens_pipeline.settings.experiments import ExperimentSettings
+from saeens_pipeline.settings.sources import SourceSettings
 from saeens_pipeline.storage.locks import writing_if_free
 from saeens_pipeline.storage.names import Address, Partition
-from saeens_pipeline.storage.recipes import Artefact
+from saeens_pipeline.storage.recipes import Artefact, Store
 
 TOKENS_VERSION = 1
 ACTIVATIONS_VERSION = 1
@@ -32,6 +34,42 @@ def activations_of(source: str) -> Reference:
 def tokens_of(source: str) -> Reference:
     """The tokens of a source, as experiments refer to them."""
     return Reference(Address(source, "source", "tokens"), "none")
+
+
+class SourceFacts(NamedTuple):
+    """Facts about a source that decide whether tables can be filled: its language model, hook, and dropped positions."""
+
+    model: LanguageModelDescription
+    hook: str
+    drop: Sequence[Any]
+
+
+def recorded_facts(store: Store, source: str, layer: int | None) -> SourceFacts:
+    """Return the facts that the records of a source's activations and tokens hold. Raises as `language_model_of`."""
+    activations = store.require(activations_of(source).address, Partition(layer))
+    tokens = store.require(tokens_of(source).address, Partition())
+    return SourceFacts(language_model_of(activations), activations.recipe["settings"]["hook"], tokens.recipe["settings"]["drop"])
+
+
+def measures_loss(experiment: ExperimentSettings, model: LanguageModelDescription, hook: str) -> bool:
+    """Return whether the language model has a next-token loss that can be measured with a reconstruction at this hook.
+
+    Raises ConfigurationError where it has none and the experiment asks for it, rather than by default.
+    """
+    from saeens_pipeline.language_models.patching import validate_patch
+
+    try:
+        if not model.has_head:
+            raise ConfigurationError(
+                f"ce_loss_tokens: {experiment.ce_loss_tokens}, but {model.name} has no language-modelling head, which predicts tokens: "
+                "set it to 0, or take the model's files with a head, those of a class that ends in ForCausalLM"
+            )
+        validate_patch(model, hook)
+    except ConfigurationError:
+        if experiment.ce_loss_tokens and "ce_loss_tokens" in experiment.model_fields_set:
+            raise
+        return False
+    return True
 
 
 def language_model_of(made: Artefact) -> LanguageModelDescription:
@@ -79,14 +117,14 @@ def source_ops(settings: SourceSettings) -> list[Op]:
         f"One row per kept token, in {settings.dtype}; one forward pass serves all layers that are asked for together.",
     )
 
-    def make_tokens(workplace: Workplace, tasks: Sequence[Task]) -> None:
+    def make_tokens(context: RunContext, tasks: Sequence[Task]) -> None:
         from saeens_pipeline.language_models.tokens import write_tokens
 
         (task,) = tasks
-        provenance = workplace.provenance()
+        provenance = context.provenance(task.declaration)
         total = settings.train_tokens + settings.test_tokens
         with (
-            workplace.store.write_folder(*task.where, task.recipe, provenance) as folder,
+            context.store.write_folder(*task.where, task.recipe, provenance) as folder,
             progress.task(str(tokens.address), total) as advance,
         ):
             statistics = write_tokens(
@@ -98,25 +136,25 @@ def source_ops(settings: SourceSettings) -> list[Op]:
             )
             provenance["statistics"] = asdict(statistics)
 
-    def make_activations(workplace: Workplace, tasks: Sequence[Task]) -> None:
+    def make_activations(context: RunContext, tasks: Sequence[Task]) -> None:
         from saeens_pipeline.language_models.caching import cache_activations
         from saeens_pipeline.language_models.models import load_language_model
         from saeens_pipeline.language_models.tokens import open_tokens
 
-        store = workplace.store
+        store = context.store
         description = validate_source(settings, [task.partition.layer for task in tasks if task.partition.layer is not None])
-        model = load_language_model(description, settings.weights, workplace.compute.resolve(), settings.language_model_dtype)
+        model = load_language_model(description, settings.weights, context.compute.resolve(), settings.language_model_dtype)
         token_store = open_tokens(store.require(tokens.address, Partition()).path)
         with contextlib.ExitStack() as stack:
-            tasks = [*tasks, *_other_requested_layers(workplace, tasks[0], range(description.n_layers), stack)]
-            layers = {layer: (task, workplace.provenance()) for task in tasks if (layer := task.partition.layer) is not None}
+            tasks = [*tasks, *_other_requested_layers(context, tasks[0], range(description.n_layers), stack)]
+            layers = {layer: (task, context.provenance(task.declaration)) for task in tasks if (layer := task.partition.layer) is not None}
             label = f"{activations.address}, layer {', '.join(map(str, layers))}"
             folders = {
                 layer: stack.enter_context(store.write_folder(*task.where, task.recipe, provenance, resumable=True))
                 for layer, (task, provenance) in layers.items()
             }
             total = settings.train_tokens + settings.test_tokens
-            with workplace.compute.measure() as measured, progress.task(label, total) as advance:
+            with context.compute.measure() as measured, progress.task(label, total) as advance:
                 statistics = cache_activations(
                     model,
                     token_store,
@@ -130,19 +168,20 @@ def source_ops(settings: SourceSettings) -> list[Op]:
                 provenance.update(vars(measured), layers_in_one_pass=len(layers))
                 provenance["statistics"] = {split: each.to_json() for split, each in statistics[layer].items()}
 
-    def _other_requested_layers(workplace: Workplace, first: Task, there_are: Collection[int], stack: contextlib.ExitStack) -> list[Task]:
+    def _other_requested_layers(context: RunContext, first: Task, there_are: Collection[int], stack: contextlib.ExitStack) -> list[Task]:
         """Layers that are asked for as well, that are not on disk yet, and that nobody else is making: one forward pass serves them all."""
-        store = workplace.store
-        others = [Partition(layer) for layer in workplace.requested_layers() if layer != first.partition.layer and layer in there_are]
+        store = context.store
+        others = [Partition(layer) for layer in context.requested_layers() if layer != first.partition.layer and layer in there_are]
         tasks = [Task(activations, partition, activations.recipe(store, partition)) for partition in others]
         missing = [task for task in tasks if not store.hit(*task.where, task.recipe)]
         free = [task for task in missing if stack.enter_context(writing_if_free(store.root, *task.where))]
         return [task for task in free if not store.hit(*task.where, task.recipe)]  # others may have made them meanwhile
 
-    return [
+    ops = [
         Op(tokens.address.op_name, (tokens,), make_tokens),
         Op(activations.address.op_name, (activations,), make_activations, on_device=True),
     ]
+    return with_file(ops, settings.file)
 
 
 def validate_source(settings: SourceSettings, layers: Sequence[int]) -> LanguageModelDescription:

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from saeens_pipeline.assets.sources import tokens_of
-from saeens_pipeline.components.ensemble_experiment import ExperimentSettings
 from saeens_pipeline.errors import ConfigurationError, SaeensError
+from saeens_pipeline.settings.experiments import ExperimentSettings
 from saeens_pipeline.storage.activations import ActivationStore
 from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.recipes import Artefact, Store

@@ -1,6 +1,6 @@
-"""What an experiment file may declare."""
+"""The two components that an experiment file names as its `type`."""
 
-from saeens_pipeline.components.activation_source import ActivationSource, SourceSettings
-from saeens_pipeline.components.ensemble_experiment import EnsembleExperiment, ExperimentSettings
+from saeens_pipeline.components.activation_source import ActivationSource
+from saeens_pipeline.components.ensemble_experiment import EnsembleExperiment
 
-__all__ = ["ActivationSource", "EnsembleExperiment", "ExperimentSettings", "SourceSettings"]
+__all__ = ["ActivationSource", "EnsembleExperiment"]

@@ -11,7 +11,7 @@ from saeens_pipeline.language_models.tokens import SPLITS
 from saeens_pipeline.storage.activations import ActivationStatistics, ActivationWriter, StoredDtype, require_free_disk, stored_bytes
 
 if TYPE_CHECKING:
-    from saeens_pipeline.language_models.models import LanguageModel
+    from saeens_pipeline.language_models.language_model import LanguageModel
     from saeens_pipeline.language_models.tokens import TokenStore
 
 

@@ -16,7 +16,6 @@ from saeens_pipeline.errors import ConfigurationError, SaeensError
 
 Kind = Literal["model", "dataset"]
 
-NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 """What a repository of the hub may be called: `owner/name`, or for old ones `name`."""
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")

@@ -7,14 +7,15 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from saeens_pipeline.errors import ConfigurationError
-from saeens_pipeline.language_models.models import READ_AT_INPUT
+from saeens_pipeline.language_models.descriptions import READ_AT_INPUT
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
     from saeens_models.metrics import LossBatch, NextTokenLoss
-    from saeens_pipeline.language_models.models import LanguageModel, LanguageModelDescription
+    from saeens_pipeline.language_models.descriptions import LanguageModelDescription
+    from saeens_pipeline.language_models.language_model import LanguageModel
     from saeens_pipeline.language_models.tokens import TokenBatch, TokenStore
 
 LOGIT_BYTES = 2**24

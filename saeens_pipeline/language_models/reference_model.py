@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from saeens_pipeline.language_models.corpora import Corpus, Document, InstalledPackages
+from saeens_pipeline.language_models.documents import Corpus, Document
+from saeens_pipeline.language_models.installed_packages import InstalledPackages
 
 if TYPE_CHECKING:
     import torch

@@ -10,7 +10,8 @@ from saeens_pipeline.language_models.tokens import Drop, load_tokenizer, special
 
 if TYPE_CHECKING:
     from saeens_models.probing import TextBatch
-    from saeens_pipeline.language_models.models import LanguageModel, LanguageModelDescription
+    from saeens_pipeline.language_models.descriptions import LanguageModelDescription
+    from saeens_pipeline.language_models.language_model import LanguageModel
 
 
 _TOKENISED_AT_ONCE = 1000

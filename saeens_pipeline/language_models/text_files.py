@@ -17,15 +17,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import Field, PrivateAttr, ValidationInfo, field_validator, model_validator
-
 from saeens_pipeline.errors import ConfigurationError, SaeensError
-from saeens_pipeline.language_models.corpora import Document, Split
+from saeens_pipeline.language_models.documents import Document, Split
 from saeens_pipeline.language_models.fingerprints import fingerprint
 from saeens_pipeline.language_models.records import READER_VERSION, RecordCorpus
-
-FOLDER = "folder"
-"""Key of pydantic's validation context: the folder that relative paths start from."""
+from saeens_pipeline.settings.corpora import TextFiles
 
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _TEXTS = (".txt", ".md")
@@ -34,29 +30,12 @@ _HASHED_BYTES, _LEAST_HASHED_BYTES = 256 * 2**20, 64 * 2**10  # of all files tog
 _BATCH_ROWS = 1000
 
 
-class TextFiles(RecordCorpus):
-    """The fields of a corpus of local files, and its documents. Relative paths start from the experiment file's folder."""
+class TextFileCorpus(RecordCorpus):
+    """Documents of local files."""
 
-    files: str | list[str] = Field(description="paths, with * and ** for parts of names")
-    test_files: str | list[str] | None = Field(None, description="the test split; none: documents are held out by a hash of their names")
-
-    _folder: Path = PrivateAttr(default_factory=Path.cwd)
-
-    @field_validator("files", "test_files")
-    @classmethod
-    def _some_path(cls, files: str | list[str] | None) -> str | list[str] | None:
-        if files is not None and not (files and all(_patterns(files))):
-            raise ValueError("name a file, or several")
-        return files
-
-    @model_validator(mode="after")
-    def _starts_from(self, info: ValidationInfo) -> TextFiles:
-        if info.context:
-            self._folder = Path(info.context[FOLDER])
-        return self
-
-    def __str__(self) -> str:
-        return ", ".join(_patterns(self.files))
+    def __init__(self, settings: TextFiles) -> None:
+        super().__init__(settings)
+        self.settings = settings
 
     @property
     def identity(self) -> dict[str, object]:
@@ -81,7 +60,7 @@ class TextFiles(RecordCorpus):
         for name, path in files.items():
             if _format(path) in _TEXTS:
                 text = _read_text(path)
-                record = {self.text_field: text} | dict.fromkeys(self.label_fields, path.parent.name)
+                record = {self.settings.text_field: text} | dict.fromkeys(self.settings.label_fields, path.parent.name)
                 yield self.document(name, record, str(path))
                 continue
             records = _rows(path, self.columns) if _format(path) == ".parquet" else _lines(path)
@@ -92,8 +71,8 @@ class TextFiles(RecordCorpus):
 
     def _chosen(self) -> _Chosen:
         """The files of each split, by what they are called in documents' names: their paths from the innermost folder that holds all."""
-        train = self._found(self.files)
-        test = self._found(self.test_files) if self.test_files is not None else []
+        train = self._found(self.settings.files)
+        test = self._found(self.settings.test_files) if self.settings.test_files is not None else []
         both = sorted(set(train) & set(test))
         if both:
             raise ConfigurationError(f"corpus: {both[0]} is among files and among test_files: no document may be in both splits")
@@ -103,10 +82,10 @@ class TextFiles(RecordCorpus):
     def _found(self, files: str | list[str]) -> list[Path]:
         found: set[Path] = set()
         for pattern in _patterns(files):
-            paths = glob.glob(str(self._folder / Path(pattern).expanduser()), recursive=True)  # noqa: PTH207  # which takes no absolute pattern
+            paths = glob.glob(self.settings.absolute(pattern), recursive=True)  # noqa: PTH207  # which takes no absolute pattern
             matching = {Path(path).absolute() for path in paths if Path(path).is_file()}
             if not matching:
-                raise ConfigurationError(f"corpus: there is no file {pattern} in {self._folder}")
+                raise ConfigurationError(f"corpus: there is no file {pattern} in {self.settings.folder}")
             found |= matching
         for path in sorted(found):
             if _format(path) not in _FORMATS:

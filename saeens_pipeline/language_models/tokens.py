@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
 import numpy as np
 
 from saeens_pipeline.errors import ConfigurationError, SaeensError
-from saeens_pipeline.language_models.corpora import Corpus, Document, Split
+from saeens_pipeline.language_models.documents import Corpus, Document, Split
 from saeens_pipeline.storage.activations import require_free_disk
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import zarr
     from tokenizers import Tokenizer
 
-    from saeens_pipeline.language_models.models import LanguageModelDescription
+    from saeens_pipeline.language_models.descriptions import LanguageModelDescription
 
 Packing = Literal["document", "concatenate"]
 Drop = Literal["special", "padding", "first"]

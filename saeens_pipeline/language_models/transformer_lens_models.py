@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models import hub
-from saeens_pipeline.language_models.models import (
+from saeens_pipeline.language_models.descriptions import (
     TRANSFORMER_LENS,
-    LanguageModel,
     LanguageModelDescription,
     ModelFolder,
     Weights,
@@ -28,6 +27,7 @@ from saeens_pipeline.language_models.models import (
     require_tokenizer,
     weights_fingerprint,
 )
+from saeens_pipeline.language_models.language_model import LanguageModel
 
 if TYPE_CHECKING:
     import torch

@@ -1,5 +1,5 @@
-"""The report: what an experiment found, as pages that open from disk, without a server or a network.
+"""The report: pages that open from disk, without a server or a network.
 
-`results` reads the tables, `words`, `figures` and `pictures` say and draw what is in them, `record` tells what was run and where each
-number comes from, and `pages` writes it all into one folder.
+`results` reads the tables, `figures` makes `charts` of them, `pictures` draws charts as PNG, `record` reads recipes, and `pages` writes all
+of it into one folder.
 """

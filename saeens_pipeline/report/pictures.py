@@ -1,110 +1,111 @@
-"""Static pictures of the key plots, as PNG, for the Dagster UI and for slides."""
+"""Pictures of the key charts, as PNG, for the Dagster UI and for slides."""
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
 
-from saeens_pipeline.report.figures import EV, L0, STABILITY, Axis
-from saeens_pipeline.report.methods import ENSEMBLES, in_order, method
-from saeens_pipeline.report.results import Results, Size, Spread, spreads
+import polars as pl
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-if TYPE_CHECKING:
-    import polars as pl
-    from matplotlib.axes import Axes
+from saeens_pipeline.report.charts import Axis, Chart
+from saeens_pipeline.report.figures import BY_MEMBERS, against_members, by_members, trade_offs
+from saeens_pipeline.report.metrics import GAINS
+from saeens_pipeline.report.results import Results, spreads
 
 INCHES = (5.8, 3.1)
 DPI = 110
-_OF_TABLE = {  # what is drawn of a table against the number of members
-    "reconstruction": EV,
-    "coactivation": Axis("coactivation", "connectivity", "connectivity"),
-    "stability": STABILITY,
-    "marginal_gain": Axis("marginal_gain", "explained_variance_gain", "explained variance that a member adds"),
-}
+SCALE = 0.75  # points for a pixel of plotly
+_EXPORTED = ("explained_variance_by_members", "stability_by_members", "explained_variance_for_l0", "explained_variance_for_stability")
 
 
 def report_pictures(results: Results) -> Iterator[tuple[str, bytes]]:
-    """Name and PNG of each key plot that there are numbers for."""
-    for axis in (EV, STABILITY):
-        values = results.spreads(axis.table, axis.column)
-        if len(values) > 1:
-            yield f"{axis.column}_by_members", _by_members(values, axis)
-    for x, y in ((L0, EV), (STABILITY, EV)):
-        xs, ys = results.spreads(x.table, x.column), results.spreads(y.table, y.column)
-        if len(xs.keys() & ys.keys()) > 1:
-            yield f"{y.column}_for_{x.column}", _trade_off(xs, ys, x, y)
+    """Yield name and PNG of each key chart that has values."""
+    for chart in (*by_members(results), *trade_offs(results)):
+        if chart.name in _EXPORTED:
+            yield chart.name, as_png([[chart]])
 
 
 def table_picture(table: str, rows: pl.DataFrame) -> bytes | None:
-    """The key plot of one table, as PNG; None for tables without one, or without numbers."""
-    axis = _OF_TABLE.get(table)
-    if axis is None:
-        return None
-    values = spreads(rows, axis.column)
-    if table == "marginal_gain":
-        values = {size: spread for size, spread in values.items() if size.n_members > 1}
-    return _by_members(values, axis) if len(values) > 1 else None
+    """Return the key chart of one table as PNG: its first metric by the number of members. None without a chart or values."""
+    metric = next((each for each in (*BY_MEMBERS, *GAINS) if each.table == table), None)
+    values = spreads(rows, metric.column) if metric else {}
+    return as_png([[against_members(values, metric)]]) if metric and any(size.n_members > 1 for size in values) else None
 
 
 def as_markdown(png: bytes, title: str) -> str:
-    """A picture that is complete in itself, as Dagster's metadata show it."""
+    """Return a picture as Markdown that holds the bytes, for Dagster's metadata."""
     return f"![{title}](data:image/png;base64,{base64.b64encode(png).decode()})"
 
 
-def _by_members(values: dict[Size, Spread], axis: Axis) -> bytes:
-    from matplotlib.ticker import MaxNLocator
-
-    most = max(size.n_members for size in values)
-
-    def draw(axes: Axes) -> None:
-        for name in in_order(size.method for size in values):
-            sizes = sorted(size for size in values if size.method == name)
-            is_level = name not in ENSEMBLES and len(sizes) == 1 and most > 1
-            if is_level:  # one SAE, to compare with at every size
-                axes.plot([1, most], [values[sizes[0]].mean] * 2, color=method(name).colour, linestyle=":", linewidth=1.2)
-            _line(axes, name, [most] if is_level else [size.n_members for size in sizes], [values[size] for size in sizes])
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if axis.log:
-            axes.set_yscale("log")
-
-    return _png(draw, "members", axis.title)
-
-
-def _trade_off(xs: dict[Size, Spread], ys: dict[Size, Spread], x: Axis, y: Axis) -> bytes:
-    def draw(axes: Axes) -> None:
-        both = sorted(xs.keys() & ys.keys())
-        for name in in_order(size.method for size in both):
-            sizes = [size for size in both if size.method == name]
-            _line(axes, name, [xs[size].mean for size in sizes], [ys[size] for size in sizes])
-        if x.log:
-            axes.set_xscale("log")
-
-    return _png(draw, x.title, y.title)
-
-
-def _line(axes: Axes, name: str, xs: Sequence[float], chosen: Sequence[Spread]) -> None:
-    about = method(name)
-    means = [spread.mean for spread in chosen]
-    downs, ups = [spread.mean - spread.bar[0] for spread in chosen], [spread.bar[1] - spread.mean for spread in chosen]
-    style = {"color": about.colour, "marker": about.marker, "markersize": 5, "linewidth": 1.5, "label": about.label}
-    axes.errorbar(xs, means, yerr=[downs, ups], capsize=2, **style)
-
-
-def _png(draw: Callable[[Axes], None], x_title: str, y_title: str) -> bytes:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=INCHES, dpi=DPI, layout="constrained")
+def as_png(rows: Sequence[Sequence[Chart]], inches: tuple[float, float] = INCHES, title: str = "") -> bytes:
+    """Return rows of charts, with one legend, as PNG. With a title the charts have theirs, too."""
+    width, height = inches
+    figure = Figure(figsize=(width * len(rows[0]), height * len(rows)), dpi=DPI, layout="constrained")
     canvas = FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    draw(axes)
-    axes.set_xlabel(x_title)
-    axes.set_ylabel(y_title)
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=7.5)
+    shown = {}
+    for of_row, charts in zip(figure.subplots(len(rows), len(rows[0]), squeeze=False), rows, strict=True):
+        for axes, chart in zip(of_row, charts, strict=True):
+            _draw(axes, chart)
+            if title:
+                axes.set_title(chart.title, loc="left")
+            handles, labels = axes.get_legend_handles_labels()
+            shown |= dict(zip(labels, handles, strict=True))
+    if shown:
+        figure.legend(list(shown.values()), list(shown), loc="outside right upper", frameon=False, fontsize=7.5)
+    if title:
+        figure.suptitle(title)
     written = io.BytesIO()
     canvas.print_png(written, metadata={"Software": None})  # `savefig` draws twice
     return written.getvalue()
+
+
+def _draw(axes: Axes, chart: Chart) -> None:
+    axes.set_xlabel(chart.x.title)
+    axes.set_ylabel(chart.y.title)
+    if not chart.series:
+        axes.text(0.5, 0.5, "not evaluated yet", ha="center", va="center", transform=axes.transAxes)
+        return
+    for each in chart.series:
+        about, style = each.method, each.style
+        ends = {"xerr": (each.x, each.x_bars), "yerr": (each.y, each.y_bars)}
+        errors = {
+            name: [
+                [m - low for m, (low, _) in zip(middles, bars, strict=True)],
+                [high - m for m, (_, high) in zip(middles, bars, strict=True)],
+            ]
+            for name, (middles, bars) in ends.items()
+            if bars
+        }
+        line = {"linestyle": ":" if style.dotted else "-" if style.line else "none", "linewidth": style.line * SCALE}
+        sizes = {"marker": about.marker if style.symbol else "", "markersize": style.symbol * SCALE, "capsize": 2}
+        drawn = axes.errorbar(
+            each.x, each.y, **errors, color=about.colour, label=each.label or about.label, alpha=style.opacity, **line, **sizes
+        )
+        if style.steps:
+            drawn.lines[0].set_drawstyle("steps-post")
+        if style.last:
+            axes.plot(each.x[-1:], each.y[-1:], color=about.colour, marker=about.marker, markersize=style.last * SCALE)
+    for about, x in chart.marks:
+        axes.axvline(x, color=about.colour, linestyle=":")
+    _scale(axes, "x", chart.x)
+    _scale(axes, "y", chart.y)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _scale(axes: Axes, name: str, axis: Axis) -> None:
+    drawn = axes.xaxis if name == "x" else axes.yaxis
+    if axis.log:
+        axes.set(**{f"{name}scale": "log"})
+        drawn.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        drawn.set_major_formatter("{x:g}")
+        drawn.set_minor_formatter(NullFormatter())
+    if axis.whole:
+        drawn.set_major_locator(MaxNLocator(integer=True))
+    if axis.range:
+        axes.set(**{f"{name}lim": axis.range})

@@ -1,4 +1,4 @@
-"""What was run, and where each number comes from: read from the recipes that artefacts on disk carry."""
+"""The record of an experiment: its settings, versions and artefacts, read from the recipes on disk."""
 
 from __future__ import annotations
 
@@ -6,19 +6,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from saeens_pipeline.report.methods import method
-from saeens_pipeline.report.results import written
+from saeens_pipeline.report.metrics import written
 from saeens_pipeline.storage.names import Address, Partition, locate
 from saeens_pipeline.storage.recipes import RECIPE_FILE, Artefact, DamagedArtefactError, Store, read_artefact
 
-UI = "http://127.0.0.1:3000"  # where `saeens ui` answers
+UI = "http://127.0.0.1:3000"  # the address of `saeens ui`
+
+
+class Fact(NamedTuple):
+    """A line of the record."""
+
+    name: str
+    value: str
 
 
 @dataclass(frozen=True)
 class Found:
-    """An artefact on disk: what it is, for which layer and seed, and its recipe."""
+    """An artefact on disk, with its layer, seed and recipe."""
 
     address: Address
     partition: Partition
@@ -31,7 +38,7 @@ class Found:
 
     @property
     def title(self) -> str:
-        """Its name as a reader meets it: `round 2`, or what the method is called of which it is the only SAE."""
+        """Its name on pages: `round 2`, or the label of the method of which it is the only SAE."""
         name = self.address.name
         if self.address.kind != "baseline":
             return name.replace("_", " ")
@@ -40,21 +47,13 @@ class Found:
 
     @property
     def link(self) -> str:
-        """Its asset's page, while the Dagster UI runs."""
-        return asset_link(self.address)
-
-
-@dataclass(frozen=True)
-class Fact:
-    """A line of what was run."""
-
-    name: str
-    value: str
+        """The asset's page in the Dagster UI."""
+        return f"{UI}/assets/{'/'.join(self.address.key)}"
 
 
 @dataclass(frozen=True)
 class Record:
-    """The artefacts of one experiment and layer that can be read, its source's among them."""
+    """The artefacts of one experiment and layer, and of its source, that can be read."""
 
     experiment: str
     source: str
@@ -70,19 +69,20 @@ class Record:
         return cls(experiment, source, layer, list(_readable(root, [*recipes, *tables], layer)))
 
     def of(self, kind: str, name: str = "") -> list[Found]:
-        """Of a kind, and of one name where it is given: one for each seed."""
+        """Return the artefacts of a kind, and of a name where one is given: one for each seed."""
         return [each for each in self.found if each.address.kind == kind and name in ("", each.address.name)]
 
     def sae(self, version: str, method: str) -> Found | None:
-        """The SAE of a data version. Round 1 and member 1 can have the same: then it is the one that belongs to the method."""
+        """Return the SAE of a data version. Round 1 and member 1 can have the same: then the one that belongs to the method."""
         found = self._saes_by_version.get(version, [])
         return next((each for each in found if each.address.kind == method), found[0] if found else None)
 
     @cached_property
     def _saes_by_version(self) -> dict[str, list[Found]]:
         by_version: dict[str, list[Found]] = {}
-        for each in self.saes:
-            by_version.setdefault(each.version, []).append(each)
+        for each in self.found:
+            if each.artefact.recipe["builder"] == "sae":
+                by_version.setdefault(each.version, []).append(each)
         return by_version
 
     @property
@@ -93,12 +93,8 @@ class Record:
     def activations(self) -> Found | None:
         return next(iter(self.of("source", "activations")), None)
 
-    @property
-    def saes(self) -> list[Found]:
-        return [each for each in self.found if each.artefact.recipe["builder"] == "sae"]
-
     def setting(self, name: str, default: object = None) -> Any:
-        """A setting of the activations or, where they have none of that name, of the tokens."""
+        """Return a setting of the activations or, where they have none of that name, of the tokens."""
         for each in (self.activations, self.tokens):
             if each and name in each.artefact.recipe["settings"]:
                 return each.artefact.recipe["settings"][name]
@@ -106,11 +102,10 @@ class Record:
 
     @property
     def language_model(self) -> str:
-        identity = self.setting("language_model", "")
-        return str(identity["name"] if isinstance(identity, Mapping) else identity)
+        return named(self.setting("language_model", ""))
 
     def facts(self) -> Iterator[tuple[str, list[Fact]]]:
-        """What was run, under headings."""
+        """Yield the lines of the record under headings."""
         yield "Language model", list(self._model_facts())
         yield "Text", list(self._text_facts())
         yield "Sparse autoencoders", list(self._sae_facts())
@@ -131,22 +126,21 @@ class Record:
     def _text_facts(self) -> Iterator[Fact]:
         if self.tokens is None:
             return
-        settings, made = self.tokens.artefact.recipe["settings"], self.tokens.artefact.provenance
-        corpus = settings["corpus"]
-        yield Fact("corpus", str(corpus.get("corpus") or corpus.get("name") or corpus) if isinstance(corpus, Mapping) else str(corpus))
+        settings = self.tokens.artefact.recipe["settings"]
+        yield Fact("corpus", named(settings["corpus"]))
         for split, purpose in (("train", "for training"), ("test", "held out")):
-            statistics = made.get("statistics", {}).get(split, {})
+            statistics = self.tokens.artefact.provenance.get("statistics", {}).get(split, {})
             documents = f" of {statistics['documents']:,} documents" if "documents" in statistics else ""
             yield Fact(f"tokens {purpose}", f"{settings[f'{split}_tokens']:,}{documents}")
         windows = settings.get("windows_per_document")
         at_most = f", at most {windows} of a document" if windows else ""
         yield Fact("windows", f"{settings['context_length']:,} tokens, packed by {settings['packing']}{at_most}")
         if settings.get("drop"):
-            yield Fact("left out positions", ", ".join(settings["drop"]))
+            yield Fact("dropped positions", ", ".join(settings["drop"]))
         yield Fact("data version", self.tokens.version)
 
     def _sae_facts(self) -> Iterator[Fact]:
-        members = [each for each in self.saes if each.address.kind == "bagging"]
+        members = [each for each in self.of("bagging") if each.artefact.recipe["builder"] == "sae"]
         if not members:
             return
         saes = list(dict.fromkeys(_in_words(each.artefact.recipe["settings"]["sae"]) for each in members))
@@ -160,40 +154,32 @@ class Record:
         if not made:
             return
         yield Fact("devices", "; ".join(dict.fromkeys(str(each["device"]) for each in made if each.get("device"))))
-        dates = sorted(str(each["date"]) for each in made if each.get("date"))
+        dates = sorted(str(each["date"]).replace("T", " ")[:16] for each in made if each.get("date"))
         if dates:
-            first, last = (date.replace("T", " ")[:16] for date in (dates[0], dates[-1]))
-            yield Fact("made", f"{first} UTC" if first == last else f"{first} to {last} UTC")
+            yield Fact("written", " to ".join(dict.fromkeys((dates[0], dates[-1]))) + " UTC")
         yield from self._training_facts()
-        versions: dict[str, list[str]] = {}
-        for each in made:
-            for name, version in each.get("versions", {}).items():
-                versions.setdefault(name, [])
-                versions[name] += [version] if version not in versions[name] else []
+        versions: dict[str, dict[str, None]] = {}
+        for name, version in (pair for each in made for pair in each.get("versions", {}).items()):
+            versions.setdefault(name, {})[version] = None
         yield Fact("versions", ", ".join(f"{name} {' and '.join(found)}" for name, found in versions.items()))
 
     def _training_facts(self) -> Iterator[Fact]:
-        """Each SAE once, under however many names it is here: what is linked has the figures of what it is linked to."""
-        saes = self._saes_by_version
-        trained = [found[0].artefact.provenance for found in saes.values()]
+        """Yield training totals. Linked SAEs count once: a link has the totals of the SAE that it links to."""
+        saes = self._saes_by_version.values()
+        trained = [found[0].artefact.provenance for found in saes]
         passes = [each.artefact.provenance for each in self.found if each.artefact.recipe["builder"] == "residual"]
         if trained:
             seconds = sum(each.get("train_seconds") or 0 for each in trained) + sum(each.get("seconds") or 0 for each in passes)
             flops = sum(each.get("train_flops") or 0 for each in trained) + sum(each.get("flops") or 0 for each in passes)
-            elsewhere = sum(_linked(found) for found in saes.values())
-            taken = f", {elsewhere} of them made by another experiment" if elsewhere else ""
+            linked = sum(all(each.artefact.provenance.get("same_as") for each in found) for found in saes)
+            elsewhere = f", {linked} of them linked from another experiment" if linked else ""
             took = f"{seconds:,.0f} s, {written(flops, '.3g')} FLOPs, with the passes that make residuals"
-            yield Fact("training in all", f"{len(trained)} SAEs{taken}: {took}")
+            yield Fact("training in all", f"{len(trained)} SAEs{elsewhere}: {took}")
 
 
-def _linked(found: Sequence[Found]) -> bool:
-    """Whether an SAE was made for another experiment: each that is here is the same as some other."""
-    return all(each.artefact.provenance.get("same_as") for each in found)
-
-
-def asset_link(address: Address) -> str:
-    """An asset's page in the Dagster UI, while it runs."""
-    return f"{UI}/assets/{'/'.join(address.key)}"
+def named(identity: object) -> str:
+    """Return the name of a language model or corpus, which recipes hold as text or with its settings."""
+    return str(identity.get("corpus") or identity.get("name") or identity) if isinstance(identity, Mapping) else str(identity)
 
 
 def _readable(root: Path, paths: Sequence[Path], layer: int) -> Iterator[Found]:
@@ -209,7 +195,7 @@ def _readable(root: Path, paths: Sequence[Path], layer: int) -> Iterator[Found]:
 
 
 def _in_words(settings: Mapping[str, Any]) -> str:
-    """`architecture topk, expansion 4, k 8`, what matters most first; what is off, or not set, is left out."""
+    """Return `architecture topk, expansion 4, k 8`, the most important first; settings that are off or unset are left out."""
     first = ("architecture", "expansion", "d_sae", "k", "l1_coefficient", "l0_coefficient")
     ordered = {name: settings[name] for name in first if name in settings} | dict(settings)
     shown = {name: value for name, value in ordered.items() if value not in (None, False, 0)}

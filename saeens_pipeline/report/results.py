@@ -1,23 +1,28 @@
-"""The tables of one experiment and layer, as far as they are on disk, and their means and intervals over seeds."""
+"""The tables of one experiment and layer that are on disk, and their means and intervals over seeds."""
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+import polars as pl
+
+from saeens_models.metrics import mean_interval
+from saeens_pipeline.assets.tables import listed as listed_tables
+from saeens_pipeline.assets.tables.cost import with_totals
 from saeens_pipeline.report.methods import in_order
-from saeens_pipeline.storage.tables import TABLES, has_table, read_table, with_totals
+from saeens_pipeline.report.metrics import METRICS, Metric, written
+from saeens_pipeline.storage.tables import has_table, read_table
 
-if TYPE_CHECKING:
-    import polars as pl
+_LARGE = "contexts"  # text of single features; the feature browser alone reads it, one seed at a time
 
 
 class Size(NamedTuple):
-    """A method, and how many SAEs it consists of, or is as wide as."""
+    """A method and the number of SAEs it consists of, or is as wide as."""
 
     method: str
     n_members: int
@@ -25,7 +30,7 @@ class Size(NamedTuple):
 
 @dataclass(frozen=True)
 class Spread:
-    """A number over seeds: its mean, the 95% interval (Student's t), and the points in the order of `seeds`.
+    """A number over seeds: its mean, the 95% interval (Student's t), and the points.
 
     With one seed there is no interval. With two it is so wide that the points say more: `has_interval` is for three and more.
     """
@@ -34,14 +39,11 @@ class Spread:
     low: float | None
     high: float | None
     points: tuple[float, ...]
-    seeds: tuple[int, ...]
 
     @classmethod
-    def of(cls, points: Sequence[float], seeds: Sequence[int]) -> Spread:
-        """Raises ValueError without points."""
-        from saeens_models.metrics import mean_interval
-
-        return cls(*mean_interval(points), tuple(points), tuple(seeds))
+    def of(cls, points: Sequence[float]) -> Spread:
+        """Return the spread of points. Raises ValueError without points."""
+        return cls(*mean_interval(points), tuple(points))
 
     @property
     def has_interval(self) -> bool:
@@ -49,21 +51,25 @@ class Spread:
 
     @property
     def bar(self) -> tuple[float, float]:
-        """What is drawn around the mean: the interval or, with fewer than three seeds, from the lowest point to the highest."""
+        """The interval or, with fewer than three seeds, the lowest and the highest point."""
         if self.has_interval and self.low is not None and self.high is not None:
             return self.low, self.high
         return min(self.points), max(self.points)
 
-    def is_above(self, other: Spread) -> bool:
-        """Whether seeds do not blur the difference: intervals that do not overlap or, with fewer than three seeds, all points above."""
-        return self.bar[0] > other.bar[1]
+    def around(self, form: str) -> str:
+        """Return the half width of the interval or, with two seeds, the points: Student's interval of two is 12.7 standard errors wide."""
+        if self.has_interval and self.high is not None:
+            half_width = self.high - self.mean
+            return f"±{half_width:.1%}" if form.endswith("%") else f"±{written(half_width, '.2g')}"
+        points = dict.fromkeys(written(point, form) for point in self.points)
+        return ", ".join(points) if len(self.points) == 2 else ""
 
 
 @dataclass(frozen=True)
 class Results:
-    """The tables by name, with the rows of one layer and of the seeds that are declared. `missing`: tables that are not on disk.
+    """The tables by name, with the rows of one layer and of the declared seeds. `missing`: names of tables that are not on disk.
 
-    Without the table of contexts.
+    The table of contexts is in neither.
     """
 
     experiment: str
@@ -74,35 +80,40 @@ class Results:
 
     @classmethod
     def read(cls, root: Path, experiment: str, layer: int, seeds: Iterable[int]) -> Results:
-        """What there is of one layer. Raises SaeensError for a table that cannot be read."""
-        import polars as pl
-
-        declared = list(seeds)
+        """Read the tables of one layer. Raises SaeensError for a table that cannot be read."""
+        declared, names = list(seeds), [table.name for table in listed_tables(over_experiments=False)]
         tables = {
             name: rows
-            for name in TABLES
-            if name != "contexts"  # text of single features, and large
+            for name in names
+            if name != _LARGE
             and has_table(root, experiment, name, layer)
             and len(rows := read_table(root, experiment, name, layer).filter(pl.col("seed").is_in(declared)))
         }
-        return cls(experiment, layer, tables, tuple(name for name in TABLES if name not in {"contexts", *tables}))
+        return cls(experiment, layer, tables, tuple(name for name in names if name not in {_LARGE, *tables}))
 
     def spreads(self, table: str, column: str) -> dict[Size, Spread]:
-        """A column, or one of the table's totals, by method and size; empty where the table, the column or all its values are missing."""
+        """Return a column, or one of the table's totals, by method and size; empty where it has no value."""
         if (table, column) not in self._columns:
             rows = with_totals(self.tables[table]) if table in self.tables else None
             self._columns[table, column] = spreads(rows, column) if rows is not None and column in rows.columns else {}
         return self._columns[table, column]
 
+    def of(self, metric: Metric) -> dict[Size, Spread]:
+        """Return a metric by method and size."""
+        return self.spreads(metric.table, metric.column)
+
+    def full(self, metric: Metric) -> dict[str, Spread]:
+        """Return a metric of every method at its full size."""
+        found = self.of(metric)
+        return {size.method: found[size] for size in self.full_sizes if size in found}
+
     @cached_property
     def full_sizes(self) -> list[Size]:
-        """Every method that was measured, at its largest size, in the order in which methods are explained."""
-        for table in ("reconstruction", "coactivation", "stability", "cost"):
-            if table in self.tables:
-                largest = self.tables[table].group_by("method").agg(n=_col("n_members").max())
-                sizes = dict(largest.iter_rows())
-                return [Size(name, sizes[name]) for name in in_order(sizes)]
-        return []
+        """Every method that has a metric of the main table, at its largest size."""
+        sizes: dict[str, int] = {}
+        for size in (size for metric in METRICS for size in self.of(metric)):
+            sizes[size.method] = max(size.n_members, sizes.get(size.method, 0))
+        return [Size(name, sizes[name]) for name in in_order(sizes)]
 
     @cached_property
     def methods(self) -> list[str]:
@@ -115,32 +126,26 @@ class Results:
 
     @property
     def example(self) -> tuple[str, int, Size] | None:
-        """A table with a row of it, by seed and size, to show how a number is asked for: boosting's where there is one."""
+        """A table with the seed and size of a row, as an example for `saeens lineage`: boosting's where there is one."""
         for table, rows in self.tables.items():
-            largest = rows.sort(_col("method") == "boosting", "n_members", "seed", descending=[True, True, False]).row(0, named=True)
-            return table, largest["seed"], Size(largest["method"], largest["n_members"])
+            order = [pl.col("method") == "boosting", pl.col("n_members"), pl.col("seed")]
+            first = rows.sort(order, descending=[True, True, False]).row(0, named=True)
+            return table, first["seed"], Size(first["method"], first["n_members"])
         return None
 
-    def full(self, table: str, column: str) -> dict[str, Spread]:
-        """A column of every method at its largest size."""
-        found = self.spreads(table, column)
-        return {size.method: found[size] for size in self.full_sizes if size in found}
+
+def spreads(rows: pl.DataFrame, column: str, by: str = "n_members") -> dict[Size, Spread]:
+    """Return the mean of a column over seeds, by method and size. Values that are null or not finite are left out; several values of one
+    seed count as their mean. `by` is the column that holds the size.
+    """
+    value = pl.col("value").cast(float)
+    there = rows.select("method", pl.col(by).alias("size"), "seed", value=pl.col(column)).filter(value.is_finite())
+    of_seeds = there.group_by("method", "size", "seed").agg(value.mean()).sort("method", "size", "seed")
+    points = of_seeds.group_by("method", "size", maintain_order=True).agg("value")
+    return {Size(name, size): Spread.of(values) for name, size, values in points.iter_rows()}
 
 
-def spreads(rows: pl.DataFrame, column: str) -> dict[Size, Spread]:
-    """By method and size, a column over seeds. What is null, or not finite, is left out."""
-    there = rows.select("method", "n_members", "seed", value=_col(column).cast(float)).filter(_col("value").is_finite())
-    of_seeds = there.group_by("method", "n_members", "seed").agg(_col("value").mean()).sort("method", "n_members", "seed")
-    parts = of_seeds.partition_by("method", "n_members", as_dict=True, maintain_order=True)
-    return {Size(*key): Spread.of(part["value"].to_list(), part["seed"].to_list()) for key, part in parts.items()}  # pyright: ignore[reportArgumentType]
-
-
-def written(value: float, form: str) -> str:
-    """A number in a format, powers of ten in short: `1.5e8`."""
-    return re.sub(r"e\+?(-?)0*", r"e\1", format(value, form))
-
-
-def _col(name: str) -> pl.Expr:
-    import polars as pl
-
-    return pl.col(name)
+def spread_of_points(points: str) -> Spread | None:
+    """Return the spread of comma-separated points, as in tables over seeds; a point may be empty. None without a finite point."""
+    finite = [value for point in points.split(",") if point and math.isfinite(value := float(point))]
+    return Spread.of(finite) if finite else None

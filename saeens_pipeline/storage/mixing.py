@@ -6,14 +6,28 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import cycle
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
 if TYPE_CHECKING:
     import torch
 
-    from saeens_pipeline.storage.activations import ActivationReader
+
+class ChunkReader(Protocol):
+    """Chunks of rows to mix, as `storage.activations.ActivationReader` gives them."""
+
+    d_in: int
+    chunk_rows: int
+
+    @property
+    def dtype(self) -> str: ...
+
+    def n_rows(self, split: str) -> int: ...
+
+    def stored_chunk(self, split: str, index: int) -> torch.Tensor: ...
+
+    def derive(self, rows: torch.Tensor) -> torch.Tensor: ...
 
 
 class MixedRows(NamedTuple):
@@ -40,7 +54,7 @@ class _Reading(NamedTuple):
 
 
 def mix_chunks(
-    reader: ActivationReader, split: str, *, seed: int, epochs: int, mixing_chunks: int, skipped_rows: int = 0
+    reader: ChunkReader, split: str, *, seed: int, epochs: int, mixing_chunks: int, skipped_rows: int = 0
 ) -> Generator[MixedRows]:
     """The rows of `mixing_chunks` chunks at a time, every chunk once per epoch, in an order that depends on the arguments alone.
 

@@ -105,7 +105,7 @@ class Artefact:
                 wrong.append(f"{file}: the bytes are not those that were written")
         return wrong
 
-    def distrust(self) -> None:
+    def invalidate(self) -> None:
         """Make `Store.find` compare the bytes of every file with the recipe the next time, as if all were written after it."""
         if self.path.suffix != ".parquet":  # a table's are compared every time
             for name in self.files:
@@ -243,7 +243,7 @@ class Store:
             staging.replace(final)
             flush(final.parent)
 
-    def adopt(self, address: Address, partition: Partition, recipe: Recipe, other: Artefact, provenance: dict[str, Any]) -> None:
+    def link(self, address: Address, partition: Partition, recipe: Recipe, other: Artefact, provenance: dict[str, Any]) -> None:
         """Make an artefact out of another one with an equal recipe: its files are linked, not copied."""
         with self.write_folder(address, partition, recipe, provenance) as folder:
             for name in other.files:
@@ -296,6 +296,28 @@ def read_artefact(path: Path) -> Artefact:
         return Artefact(path, recipe, record["provenance"], files, record["data_version"])
     except Exception as error:
         raise DamagedArtefactError(f"{_record_file(path)} cannot be read ({error}). {_MENDING}") from error
+
+
+class Stored(NamedTuple):
+    """An artefact on disk: address, partition and record; or the error of a record that cannot be read."""
+
+    address: Address
+    partition: Partition
+    artefact: Artefact | DamagedArtefactError
+
+
+def all_artefacts(root: Path) -> Iterator[Stored]:
+    """Give every artefact below a data root, in the order of paths."""
+    recipes = [path.parent for folder in ("sources", "experiments", "reports") for path in (root / folder).rglob(RECIPE_FILE)]
+    for path in sorted([*recipes, *(root / "tables").rglob("part.parquet")]):
+        found = locate(PurePosixPath(path.relative_to(root).as_posix()))
+        if found is None:
+            continue
+        try:
+            artefact = read_artefact(path)
+        except DamagedArtefactError as error:
+            artefact = error
+        yield Stored(*found, artefact)
 
 
 def _possible_versions(path: Path, recipe: Mapping[str, Any], files: Mapping[str, tuple[int, str]]) -> tuple[str, ...]:

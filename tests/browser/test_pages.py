@@ -9,18 +9,16 @@ import base64
 import gzip
 import json
 import os
-import random
 import re
 import shutil
-from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import combinations, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Locator, Page, sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 
 PAGES = Path(os.environ.get("SAEENS_TEST_PAGES", ""))
 REPORT = "plain/reports/tiny/layer=1/index.html"
@@ -388,7 +386,7 @@ def test_features_open_without_a_complaint_and_fit(browser: Browser, path: str, 
     opened = _features(browser, path, width, scheme)
     opened.page.wait_for_selector(".match .context" if "#" in path else "#rows tr[data-row]")
     assert opened.page.evaluate("document.documentElement.scrollWidth") <= width
-    for selector in ("main p", "td", "th", "dd", ".token", ".peak", ".byte", "figcaption", "small", ".members button", ".match .value"):
+    for selector in ("main p", "td", "th", "dd", ".token", ".peak", ".byte", "figcaption", "small", ".match .value"):
         for element in opened.page.query_selector_all(selector)[:20]:
             assert opened.page.evaluate(_CONTRAST, element) >= 4.5, (selector, scheme)
     assert opened.complaints == []
@@ -478,7 +476,7 @@ def test_features_are_filtered_and_found(browser: Browser):
 
 def test_tokens_are_found_as_the_table_shows_them_whatever_their_case(browser: Browser, tmp_path: Path):
     tokens = {"d": " def", "e": "Def", "s": "\n", "t": "\t\t", "h": "    ", "a": "a\r", "o": "a·b"}
-    changed = _changed(tmp_path, lambda header, _: header.update(vocabulary=[tokens.get(token, token) for token in header["vocabulary"]]))
+    changed = _changed(tmp_path, lambda data: data.update(vocabulary=[tokens.get(token, token) for token in data["vocabulary"]]))
     page, rows = _features(browser, changed).page, _table()
     looked_for = {
         " def": [" def"],
@@ -679,263 +677,37 @@ def test_a_feature_that_is_not_there_is_named(browser: Browser):
     assert page.locator("#rows tr[data-row]").count() > 0
 
 
-def test_the_map_says_what_it_points_at_and_opens_it(browser: Browser):
-    page = _features(browser).page
-    canvas = page.locator("#maps canvas").nth(1)
-    box = canvas.bounding_box()
-    assert box
-    canvas.scroll_into_view_if_needed()
-    for step in range(200):  # along the diagonal, until there is a feature
-        canvas.hover(position={"x": box["width"] * (step + 1) / 202, "y": box["height"] * (step + 1) / 202})
-        if page.locator("#maps .tip:visible").count():
-            break
-    place = page.inner_text("#maps .tip:visible b")
-    canvas.click(position={"x": box["width"] * (step + 1) / 202, "y": box["height"] * (step + 1) / 202})
-    page.wait_for_function("text => document.querySelector('#one h1')?.textContent === text", arg=f"◆boosting, {place}")
-
-
-def test_the_map_shows_what_filters_leave_in_the_colours_of_the_theme(browser: Browser):
-    page = _features(browser).page
-    pixels = "document.querySelector('#maps canvas').getContext('2d').getImageData(0, 0, 2000, 2000).data.buffer"
-    colours = f"() => [...new Set(new Uint32Array({pixels}))]"
-    assert len(page.evaluate(colours)) == 4  # nothing, and three members
-    page.click("#maps .members button >> nth=1")
-    assert len(page.evaluate(colours)) == 3  # nothing, one member, and what is left out
-    assert page.input_value("[name='member']") == "2"
-    before = page.evaluate(colours)
-    page.click("#theme")
-    page.wait_for_function(f"before => String(({colours})()) !== String(before)", arg=before)
-
-
-def test_the_map_is_zoomed_by_wheel_and_moved_by_dragging_and_a_double_click_shows_all(browser: Browser):
-    page = _features(browser).page
-    canvas, other = page.locator("#maps canvas").first, page.locator("#maps canvas").nth(1)
-    canvas.scroll_into_view_if_needed()
-    box = canvas.bounding_box()
-    assert box
-    page.wait_for_selector("#maps canvas[data-zoom='1']")
-    fitted, beside = _picture(canvas), _picture(other)
-    scrolled = page.evaluate("scrollY")
-    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-    page.mouse.move(x, y)
-    page.mouse.wheel(0, -600)
-    page.wait_for_function("canvas => Number(canvas.dataset.zoom) > 2", arg=canvas.element_handle())
-    zoomed = _picture(canvas)
-    assert zoomed != fitted and page.evaluate("scrollY") == scrolled
-    page.mouse.down()
-    page.mouse.move(x + 60, y + 30, steps=4)
-    page.mouse.up()
-    _wait_for_another_picture(canvas, zoomed)
-    assert page.evaluate("location.hash") == ""  # to drag is not to click
-    page.mouse.dblclick(x, y)
-    page.wait_for_selector("#maps canvas[data-zoom='1']")
-    assert _picture(canvas) == fitted and _picture(other) == beside
-    page.wait_for_timeout(500)  # a click opens a feature when no second one has come
-    assert page.evaluate("location.hash") == ""
-    page.mouse.move(x, y)
-    page.mouse.wheel(0, 300)  # all is seen: the page scrolls
-    page.wait_for_function("scrolled => scrollY !== scrolled", arg=scrolled)
-
-
-def test_the_map_is_zoomed_with_two_fingers(browser: Browser):
-    page = browser.new_context(viewport={"width": 400, "height": 900}, has_touch=True).new_page()
-    page.goto((PAGES / FEATURES).as_uri())
-    page.wait_for_selector("#loading", state="hidden")
-    canvas = page.locator("#maps canvas").first
-    canvas.scroll_into_view_if_needed()
-    box = canvas.bounding_box()
-    assert box
-    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-    fingers = page.context.new_cdp_session(page)
-    for kind, apart in (("touchStart", 20), ("touchMove", 40), ("touchMove", 60), ("touchMove", 80), ("touchEnd", None)):
-        points = [] if apart is None else [{"x": x - apart, "y": y, "id": 0}, {"x": x + apart, "y": y, "id": 1}]
-        fingers.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
-    page.wait_for_function("canvas => Math.abs(canvas.dataset.zoom - 4) < 0.2", arg=canvas.element_handle())
-    assert page.evaluate("[location.hash, visualViewport.scale].join()") == ",1"
-
-
-def test_the_map_is_zoomed_with_the_keyboard(browser: Browser):
-    page = _features(browser).page
-    canvas = page.locator("#maps canvas").first
-    fitted = _picture(canvas)
-    reset = page.get_by_role("button", name="show all, bagging")
-    assert reset.is_disabled()
-    page.get_by_role("button", name="zoom in, bagging").press("Enter")
-    page.wait_for_selector("#maps canvas[data-zoom='2']")
-    page.get_by_role("button", name="zoom in, bagging").press("Space")
-    page.wait_for_selector("#maps canvas[data-zoom='4']")
-    page.get_by_role("button", name="zoom out, bagging").press("Enter")
-    page.wait_for_selector("#maps canvas[data-zoom='2']")
-    before = _picture(canvas)
-    canvas.press("ArrowRight")
-    _wait_for_another_picture(canvas, before)
-    canvas.press("+")
-    page.wait_for_selector("#maps canvas[data-zoom='4']")
-    reset.press("Enter")
-    page.wait_for_selector("#maps canvas[data-zoom='1']")
-    assert _picture(canvas) == fitted
-
-
-def test_what_the_zoomed_map_points_at_is_what_it_opens(browser: Browser):
-    page = _features(browser).page
-    canvas = page.locator("#maps canvas").first
-    canvas.scroll_into_view_if_needed()
-    for _ in range(3):
-        page.click("#maps .zoom button >> nth=0")
-    page.wait_for_selector("#maps canvas[data-zoom='8']")
-    box = canvas.bounding_box()
-    assert box
-    for step in range(400):
-        position = {"x": box["width"] * (0.1 + 0.8 * (step % 20) / 20), "y": box["height"] * (0.2 + 0.7 * (step // 20) / 20)}
-        canvas.hover(position=position)  # pyright: ignore[reportArgumentType]
-        if page.locator("#maps .tip:visible").count():
-            break
-    place = page.inner_text("#maps .tip:visible b")
-    canvas.click(position=position)  # pyright: ignore[reportArgumentType]
-    page.wait_for_function("text => document.querySelector('#one h1')?.textContent === text", arg=f"■bagging, {place}")
-
-
-def _picture(canvas: Locator) -> str:
-    return canvas.evaluate("canvas => canvas.toDataURL()")
-
-
-def _wait_for_another_picture(canvas: Locator, before: str) -> None:
-    canvas.page.wait_for_function("([canvas, before]) => canvas.toDataURL() !== before", arg=[canvas.element_handle(), before])
-
-
-_TYPES = {"Float32Array": "f", "Int16Array": "h", "Uint16Array": "H", "Uint32Array": "I"}
-
-
-def _changed(folder: Path, change: Callable[[dict[str, Any], dict[str, Any]], None]) -> str:
-    """A copy of the page of features whose list was changed: its header, and its columns."""
+def _changed(folder: Path, change: Callable[[dict[str, Any]], None]) -> str:
+    """A copy of the page of features whose list was changed."""
     shutil.copytree((PAGES / FEATURES).parent, folder / "report")
     file = folder / "report" / "features" / "list.js"
-    data = gzip.decompress(base64.b64decode(file.read_text().split('"')[3]))
-    length = int.from_bytes(data[:4], "little")
-    header = json.loads(data[4 : 4 + length])
-    columns: dict[str, Any] = {}
-    for name, (of, offset, count) in header["columns"].items():
-        columns[name] = array(_TYPES[of])
-        columns[name].frombytes(data[4 + length + offset :][: count * columns[name].itemsize])
-    change(header, columns)
-    body = b""
-    for name, values in columns.items():
-        header["columns"][name] = [header["columns"][name][0], len(body), len(values)]
-        body += values.tobytes()
-        body += bytes(-len(body) % 8)
-    text = json.dumps(header).encode()
-    text += b" " * (-(4 + len(text)) % 8)
-    packed = base64.b64encode(gzip.compress(len(text).to_bytes(4, "little") + text + body, 1)).decode()
+    data = json.loads(gzip.decompress(base64.b64decode(file.read_text().split('"')[3])))
+    change(data)
+    packed = base64.b64encode(gzip.compress(json.dumps(data).encode(), 1)).decode()
     file.write_text(f'saeensFeatures("list","{packed}");\n')
     return str(folder / "report" / "features.html")
 
 
-def _with_members(n_members: int) -> Callable[[dict[str, Any], dict[str, Any]], None]:
-    """The same features, as if there were so many members of each ensemble."""
-
-    def change(header: dict[str, Any], columns: dict[str, Any]) -> None:
-        n = len(columns["index"]) // 2
-        width = n // n_members
-        assert width * n_members == n
-        header["groups"] = [[method, j, width] for method in ("bagging", "boosting") for j in range(1, n_members + 1)]
-        columns["member"] = array("H", [i % n // width + 1 for i in range(2 * n)])
-        columns["index"] = array("I", [i % width for i in range(2 * n)])
-
-    return change
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_eight_members_have_colours_that_all_can_tell_apart(browser: Browser, tmp_path: Path, scheme: str):
-    page = _features(browser, _changed(tmp_path, _with_members(8)), scheme=scheme).page
-    colours = page.locator("#maps figure >> nth=0 >> .swatch").evaluate_all(
-        "all => all.map((each) => getComputedStyle(each).backgroundColor)"
-    )
-    rgb = [tuple(int(part) / 255 for part in re.findall(r"\d+", colour)[:3]) for colour in colours]
-    assert len(rgb) == 8
-    for vision, least in (("normal", 0.18), ("protan", 0.1), ("deutan", 0.1), ("tritan", 0.1)):
-        seen = [_oklab(colour, _VISION[vision]) for colour in rgb]
-        assert min(sum((a - b) ** 2 for a, b in zip(*pair, strict=True)) ** 0.5 for pair in combinations(seen, 2)) >= least, vision
-    surface = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)")
-    for colour in rgb:
-        one, other = sorted((_luminance(colour), _luminance(tuple(part / 255 for part in surface))))
-        assert (other + 0.05) / (one + 0.05) >= 2
-
-
-def test_more_members_than_can_be_told_apart_have_a_scale_with_a_legend(browser: Browser, tmp_path: Path):
-    opened = _features(browser, _changed(tmp_path, _with_members(12)))
-    assert opened.page.locator("#maps .members button").count() == 0
-    legends = opened.page.locator("#maps figcaption").all_inner_texts()
-    assert [" ".join(legend.split()) for legend in legends] == ["member 1 12", "round 1 12"]
-    bar = opened.page.locator("#maps .gradient").first
-    assert bar.evaluate("bar => getComputedStyle(bar).backgroundImage").count("rgb(") == 12
-    assert (bar.bounding_box() or {"width": 0})["width"] > 100
-    assert opened.complaints == []
-
-
-def test_a_map_of_131072_features_is_drawn_and_zoomed(browser: Browser, tmp_path: Path):
-    width, n_members = 8192, 8
+def test_131072_features_are_listed_sorted_and_searched(browser: Browser, tmp_path: Path):
+    n_members, width = 8, 8192
     n = 2 * n_members * width
-    chance = random.Random(0)
 
-    def change(header: dict[str, Any], columns: dict[str, Any]) -> None:
-        old, per_feature = len(columns["index"]), len(columns["tokens"]) // len(columns["index"])
-        header["groups"] = [[method, j, width] for method in ("bagging", "boosting") for j in range(1, n_members + 1)]
-        header["explanations"] = (header["explanations"] * -(-n // old))[:n]
-        for name, values in columns.items():
-            wanted = n * (per_feature if name == "tokens" else 1)
-            columns[name] = (values * -(-wanted // len(values)))[:wanted]
-        columns["member"] = array("H", [i // width % n_members + 1 for i in range(n)])
-        columns["index"] = array("I", [i % width for i in range(n)])
-        for axis in ("x", "y"):
-            columns[axis] = array("h", [max(-32767, min(32767, round(chance.gauss(0, 9000)))) for _ in range(n)])
+    def change(data: dict[str, Any]) -> None:
+        data["groups"] = [[method, j, width] for method in ("bagging", "boosting") for j in range(1, n_members + 1)]
+        for name, values in data["columns"].items():
+            data["columns"][name] = (values * -(-n // len(values)))[:n]
+        data["columns"]["member"] = [i // width % n_members + 1 for i in range(n)]
+        data["columns"]["index"] = [i % width for i in range(n)]
 
     opened = _features(browser, _changed(tmp_path, change))
-    page, canvas = opened.page, opened.page.locator("#maps canvas").first
+    page = opened.page
     assert page.inner_text("#features-shown") == "131,072 of 131,072 features"
-    before = _picture(canvas)
-    for zoom in (2, 4, 8):
-        page.click("#maps .zoom button >> nth=0")
-        page.wait_for_selector(f"#maps canvas[data-zoom='{zoom}']")
-        assert _picture(canvas) != before
-        before = _picture(canvas)
+    page.click("#rows button[data-sort='density']")
+    most = max(row["density"] for row in _table())
+    assert float(page.inner_text("#rows tr[data-row] td >> nth=3").rstrip("%")) == pytest.approx(100 * most, rel=1e-2)
+    page.fill("[name='find']", "in no token")
+    page.wait_for_selector("#no-feature:has-text('No feature matches.')")
     assert opened.complaints == []
-
-
-# Simulations of what readers see in linear light (Machado, Oliveira & Fernandes 2009, full severity).
-_VISION = {
-    "normal": ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
-    "protan": ((0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216), (-0.003882, -0.048116, 1.051998)),
-    "deutan": ((0.367322, 0.860646, -0.227968), (0.280085, 0.672501, 0.047413), (-0.011820, 0.042940, 0.968881)),
-    "tritan": ((1.255528, -0.076749, -0.178779), (-0.078411, 0.930809, 0.147602), (0.004733, 0.691367, 0.303900)),
-}
-# Ottosson's OKLab, a space in which distances are about those that are seen.
-_CONES = (
-    (0.4122214708, 0.5363325363, 0.0514459929),
-    (0.2119034982, 0.6806995451, 0.1073969566),
-    (0.0883024619, 0.2817188376, 0.6299787005),
-)
-_LAB = (
-    (0.2104542553, 0.7936177850, -0.0040720468),
-    (1.9779984951, -2.4285922050, 0.4505937099),
-    (0.0259040371, 0.7827717662, -0.8086757660),
-)
-
-
-def _times(matrix: Any, vector: Any) -> list[float]:
-    return [sum(a * b for a, b in zip(row, vector, strict=True)) for row in matrix]
-
-
-def _linear(rgb: Any) -> list[float]:
-    return [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in rgb]
-
-
-def _luminance(rgb: Any) -> float:
-    return _times([(0.2126, 0.7152, 0.0722)], _linear(rgb))[0]
-
-
-def _oklab(rgb: Any, vision: Any) -> list[float]:
-    seen = [min(1.0, max(0.0, part)) for part in _times(vision, _linear(rgb))]
-    return _times(_LAB, [max(0.0, part) ** (1 / 3) for part in _times(_CONES, seen)])
 
 
 def test_hostile_tokens_are_text(browser: Browser):

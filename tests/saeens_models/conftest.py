@@ -1,4 +1,4 @@
-"""Settings that have to be there before a test module is imported."""
+"""Settings that must be made before a test module is imported."""
 
 import os
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""SAEs of every architecture against SAELens' values, and what holds for each of them."""
+"""SAEs of every architecture against SAELens' values, and properties that all architectures share."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_objective_and_gradients_equal_those_of_saelens(golden, expected, name):
 
 
 @pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "batch_topk"])  # which encodes by its threshold
-def test_objective_counts_what_encode_gives(golden, architecture):
+def test_objective_counts_firings_of_the_code(golden, architecture):
     sae = random_sae(architecture)
     x = golden["training.batch"]
     objective = sae.objective(x)
@@ -373,7 +373,7 @@ def test_configuration_can_be_a_field_of_another_model():
         ({"k": 4}, "architecture", "missing"),
     ],
 )
-def test_wrong_settings_name_the_field_and_what_is_allowed(settings, field, message):
+def test_wrong_configurations_name_the_field_and_the_allowed_values(settings, field, message):
     for validate in (sm.validate_settings, lambda settings: sm.SAEConfig(**settings, d_in=16, d_sae=48)):
         with pytest.raises(ValidationError) as caught:
             validate(settings)
@@ -482,7 +482,7 @@ def edit_weights(folder: Path, **weights: Tensor | None) -> None:
         (lambda folder: (folder / "sae_weights.safetensors").write_bytes(b"\x10"), "not a whole safetensors file"),
     ],
 )
-def test_damaged_folder_is_refused_with_what_is_wrong(tmp_path, damage, message):
+def test_damaged_folder_is_refused_with_a_reason(tmp_path, damage, message):
     sm.save_sae(random_sae("topk"), tmp_path)
     damage(tmp_path)
     with pytest.raises(ValueError, match=message) as caught:

@@ -32,7 +32,7 @@ def weights_and_batch(n: int, d_in: int, d_sae: int, seed: int = 0) -> tuple[dic
 def dense_reconstruction(
     x: Tensor, weights: Mapping[str, Tensor], *, k: int, apply_b_dec: bool = True, dead_mask: Tensor | None = None, k_aux: int = 1
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The definition, by autograd: x_hat, error_hat and the code, with a mask of the k largest that is found by sorting."""
+    """Compute the definition with autograd: x_hat, error_hat and the code, with a mask of the k largest from sorting."""
     pre = (x - weights["b_dec"] if apply_b_dec else x) @ weights["W_enc"] + weights["b_enc"]
     z = pre.relu() * largest(pre, k)
     x_hat = z @ weights["W_dec"] + weights["b_dec"]
@@ -82,7 +82,7 @@ def assert_equal_to_dense(weights, x, *, k, apply_b_dec=True, dead_mask=None, k_
 
 @pytest.fixture(params=["sparse", "dense"])
 def path(request, monkeypatch) -> str:
-    monkeypatch.setitem(reference.SPARSE_BELOW, "cpu", 1.01 if request.param == "sparse" else 0.0)
+    monkeypatch.setitem(reference.SPARSE_CODE_MAX_DENSITY, "cpu", 1.01 if request.param == "sparse" else 0.0)
     return request.param
 
 

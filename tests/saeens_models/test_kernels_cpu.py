@@ -16,10 +16,11 @@ from torch import Tensor
 
 import saeens_models as sm
 from saeens_models.architectures import build_sae, sae_class
-from saeens_models.kernels import Team, compiled, cpu_encoder, cpu_team, products
-from saeens_models.kernels.cpu import Weights, topk_gradients, topk_reconstruct
-from saeens_models.kernels.cpu_encoder import select_topk
-from saeens_models.kernels.cpu_gated import SPARSE_BELOW
+from saeens_models.kernels import Team, compiled, cpu_team, cpu_topk_encoder, products
+from saeens_models.kernels.cpu_jumprelu import SPARSE_BLOCK_MAX_DENSITY
+from saeens_models.kernels.cpu_topk import topk_gradients, topk_reconstruct
+from saeens_models.kernels.cpu_topk_encoder import select_topk
+from saeens_models.kernels.weights import Weights
 from saeens_models.training import load_kernels
 from saeens_models.training.adam import Adam
 
@@ -70,7 +71,7 @@ def test_products_of_either_library_are_products(transposed):
         torch.testing.assert_close(product(x, factor).double(), x.double() @ W.double().t(), rtol=1e-5, atol=1e-5)
 
 
-def test_where_torch_has_lost_the_product_of_onednn_it_is_mkls(monkeypatch):
+def test_products_use_mkl_if_torch_has_no_onednn_operator(monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True, "cpu_name": "AMD EPYC"})
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
 
@@ -81,7 +82,7 @@ def test_where_torch_has_lost_the_product_of_onednn_it_is_mkls(monkeypatch):
     assert products._linear.__wrapped__() is products._by_mm
 
 
-def test_products_in_bfloat16_are_those_of_what_is_rounded():
+def test_products_in_bfloat16_are_those_of_rounded_factors():
     x, W = torch.randn(40, 30, generator=torch.Generator().manual_seed(0)), torch.randn(50, 30, generator=torch.Generator().manual_seed(1))
     rounded = x.bfloat16().double() @ W.bfloat16().double().t()
     product = products.linear(x, W, in_bfloat16=True)
@@ -115,13 +116,13 @@ def test_steps_in_bfloat16_differ_by_its_rounding_alone(monkeypatch, architectur
 
 @pytest.mark.parametrize("rough", [True, False])
 def test_the_selected_features_do_not_depend_on_the_precision_of_products(monkeypatch, rough):
-    """Those that are nearly equal: all tokens have more candidates than there is memory for."""
+    """Nearly equal features: all tokens have more candidates than the memory holds."""
     generator = torch.Generator().manual_seed(3)
     direction = torch.randn(1, 32, generator=generator)
     W = direction + 1e-4 * torch.randn(600, 32, generator=generator)
     weights = Weights(W, torch.zeros(600), W, torch.zeros(32))
     x = direction + 0.1 * torch.randn(70, 32, generator=generator)
-    monkeypatch.setattr("saeens_models.kernels.cpu.bfloat16_pays", lambda *_: rough)
+    monkeypatch.setattr("saeens_models.kernels.cpu_topk.bfloat16_pays", lambda *_: rough)
     codes = []
     for precision in ("highest", "medium"):
         with _precision(precision), Team() as team:
@@ -140,9 +141,9 @@ def test_the_bias_is_added_before_selecting():
 @pytest.mark.parametrize("m", [3, 10, 1000])
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("all_of_them", [True, False])
-def test_a_row_that_is_not_a_number_gives_no_number(m, sign, all_of_them):
+def test_a_row_with_nan_gives_nan(m, sign, all_of_them):
     pre = np.ones((2, m), np.float32)
-    pre[0, :: 1 if all_of_them else m] = np.copysign(np.float32(np.nan), sign)  # what processors compute has the sign
+    pre[0, :: 1 if all_of_them else m] = np.copysign(np.float32(np.nan), sign)  # NaN from a processor has the sign bit
     _, values = _select(pre, 3)
     assert np.isnan(values[0]).all()
     assert (values[1] == 1).all()
@@ -215,7 +216,7 @@ def test_a_rough_encoder_finds_the_features_that_float32_finds(monkeypatch, shap
     x = torch.randn(600, d_in, generator=generator) * torch.logspace(-3, 3, 600)[:, None]
     codes = []
     for rough in (True, False):
-        monkeypatch.setattr("saeens_models.kernels.cpu.bfloat16_pays", lambda *_, rough=rough: rough)
+        monkeypatch.setattr("saeens_models.kernels.cpu_topk.bfloat16_pays", lambda *_, rough=rough: rough)
         with Team() as team:
             codes.append(topk_reconstruct(team, x, weights, k=k, apply_b_dec_to_input=True))
     for tokens in zip(*(code.indices.tolist() for code in codes), strict=True):
@@ -234,10 +235,10 @@ def test_a_rough_encoder_that_cannot_tell_features_apart_asks_float32(monkeypatc
     x[:40, 1:] *= 1e-3
     x[40:80] = 0  # all pre-activations are equal
     asked = []
-    monkeypatch.setattr(cpu_encoder, "select_topk", lambda team, pre, *rest: (asked.append(len(pre)), select_topk(team, pre, *rest)))
+    monkeypatch.setattr(cpu_topk_encoder, "select_topk", lambda team, pre, *rest: (asked.append(len(pre)), select_topk(team, pre, *rest)))
     codes = []
     for rough in (True, False):
-        monkeypatch.setattr("saeens_models.kernels.cpu.bfloat16_pays", lambda *_, rough=rough: rough)
+        monkeypatch.setattr("saeens_models.kernels.cpu_topk.bfloat16_pays", lambda *_, rough=rough: rough)
         with Team() as team:
             codes.append(topk_reconstruct(team, x, weights, k=k, apply_b_dec_to_input=False))
     ours, theirs = codes
@@ -251,7 +252,7 @@ def test_a_rough_encoder_that_cannot_tell_features_apart_asks_float32(monkeypatc
 def test_a_rough_encoder_takes_any_sizes(monkeypatch, n, d_sae, k):
     generator = torch.Generator().manual_seed(n)
     weights = Weights(*(torch.randn(shape, generator=generator) for shape in ((d_sae, 9), (d_sae,), (d_sae, 9), (9,))))
-    monkeypatch.setattr("saeens_models.kernels.cpu.bfloat16_pays", lambda *_: True)
+    monkeypatch.setattr("saeens_models.kernels.cpu_topk.bfloat16_pays", lambda *_: True)
     x = torch.randn(n, 9, generator=generator)
     with Team() as team:
         x_hat = topk_reconstruct(team, x, weights, k=k, apply_b_dec_to_input=False).x_hat
@@ -265,7 +266,7 @@ def test_equal_tokens_have_equal_codes_wherever_they_are(monkeypatch):
     weights = Weights(*(torch.randn(shape, generator=generator) for shape in ((400, 50), (400,), (400, 50), (50,))))
     x = torch.randn(300, 50, generator=generator)
     x[100:] = x[torch.randint(100, (200,), generator=generator)]
-    monkeypatch.setattr("saeens_models.kernels.cpu.bfloat16_pays", lambda *_: True)
+    monkeypatch.setattr("saeens_models.kernels.cpu_topk.bfloat16_pays", lambda *_: True)
     with Team() as team:
         x_hat = topk_reconstruct(team, x, weights, k=9, apply_b_dec_to_input=False).x_hat
     first_of_equal = (x[:, None] == x[None]).all(2).int().argmax(1)
@@ -277,21 +278,21 @@ def test_a_rough_encoder_tells_the_smallest_numbers_apart(monkeypatch):
     W_enc, W_dec = torch.randn(2, 500, 16, generator=generator)
     weights = Weights(W_enc + 100, torch.zeros(500), W_dec, torch.zeros(16))
     x = torch.randn(64, 16, generator=generator)
-    x = (x - x.mean(1, keepdim=True)) * 1e-24  # what all weights have in common adds nothing
-    monkeypatch.setattr("saeens_models.kernels.cpu.bfloat16_pays", lambda *_: True)
+    x = (x - x.mean(1, keepdim=True)) * 1e-24  # a part that all weights share adds nothing
+    monkeypatch.setattr("saeens_models.kernels.cpu_topk.bfloat16_pays", lambda *_: True)
     with Team() as team:
         indices = topk_reconstruct(team, x, weights, k=8, apply_b_dec_to_input=False).indices
     expected = (x.double() @ weights.W_enc.double().t()).topk(8).indices
     assert (indices.sort().values == expected.sort().values).all()
 
 
-def test_a_rough_encoder_does_not_hide_what_is_not_a_number(monkeypatch):
+def test_a_rough_encoder_does_not_hide_nan(monkeypatch):
     generator = torch.Generator().manual_seed(4)
     weights = Weights(*(torch.randn(shape, generator=generator) for shape in ((600, 16), (600,), (600, 16), (16,))))
     x = torch.randn(300, 16, generator=generator)
     x[7, 3] = torch.nan
     x[270, 5] = torch.inf
-    monkeypatch.setattr("saeens_models.kernels.cpu.bfloat16_pays", lambda *_: True)
+    monkeypatch.setattr("saeens_models.kernels.cpu_topk.bfloat16_pays", lambda *_: True)
     with Team() as team:
         x_hat = topk_reconstruct(team, x, weights, k=6, apply_b_dec_to_input=True).x_hat
     assert x_hat[7].isnan().all()
@@ -318,7 +319,7 @@ def test_encoding_and_decoding_equals_the_dense_code():
     [{"architecture": "standard", "l1_coefficient": 0.3}, {"architecture": "jumprelu", "bandwidth": 0.4, "init_threshold": 0.3}],
     ids=lambda architecture: architecture["architecture"],
 )
-def test_compiled_gradients_of_gated_saes_equal_autograd(architecture, settings):
+def test_compiled_gradients_of_standard_and_jumprelu_saes_equal_autograd(architecture, settings):
     sae = build_sae(sm.SAEConfig(**architecture, **settings, d_in=16, d_sae=600, init_seed=4))
     generator = torch.Generator().manual_seed(6)
     with torch.no_grad():
@@ -359,14 +360,14 @@ def test_gradients_of_blocks_with_few_active_features_equal_autograd(
         found = sae.backpropagate(x, team=team)
         for name, parameter in sae.named_parameters():
             torch.testing.assert_close(parameter.grad, true[name], rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
-    assert len(listed) == 2 and 0 < max(listed) < SPARSE_BELOW * 256 * 600
+    assert len(listed) == 2 and 0 < max(listed) < SPARSE_BLOCK_MAX_DENSITY * 256 * 600
     assert (min(listed) == 0) == (near_the_threshold == 0.0)
     for field in ("loss", "x_hat", "fire_counts"):
         torch.testing.assert_close(getattr(found, field), getattr(expected, field), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_a_pre_activation_that_is_no_number_is_seen_among_few_active_features(value: float):
+def test_a_nan_pre_activation_is_seen_among_few_active_features(value: float):
     sae = build_sae(sm.SAEConfig(architecture="standard", d_in=8, d_sae=300, init_seed=1))
     with torch.no_grad():
         sae.b_enc.fill_(-50.0)
@@ -396,7 +397,7 @@ def test_the_compiled_optimiser_moves_the_weights_as_torch_does(unit_norm, clip)
         torch.testing.assert_close(ours.W_dec.norm(dim=1), torch.ones(90))
 
 
-def test_training_without_numba_gives_the_same_sae_but_for_rounding(monkeypatch):
+def test_training_without_numba_gives_the_same_sae_up_to_rounding(monkeypatch):
     x = torch.randn(20, 64, 12, generator=torch.Generator().manual_seed(1)).cumsum(-1)
     config = sm.SAEConfig(architecture="topk", d_in=12, d_sae=60, k=3)
     training = sm.TrainingConfig(learning_rate=3e-3, dead_after_tokens=200, unit_norm_decoder=True)
@@ -459,7 +460,7 @@ def test_an_error_in_a_task_ends_the_run_of_all():
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("saeens-team")]
 
 
-def test_a_numba_that_cannot_be_imported_is_said_and_done_without(monkeypatch):
+def test_a_broken_numba_gives_a_warning_and_is_not_used(monkeypatch):
     def refuse(name: str):
         raise ImportError("Numba needs NumPy 2.3 or less", name="numpy")
 
@@ -476,7 +477,7 @@ def test_only_the_cpu_has_a_team():
 
 
 def _largest_step_memory(architecture: str, *, n: int, d_in: int, d_sae: int, k: int, n_threads: int) -> int:
-    """Bytes beyond weights and optimiser: gradients, W_enc in bfloat16, what is kept of tokens, counts, blocks of pre-activations."""
+    """Bytes beyond weights and optimiser: gradients, W_enc in bfloat16, entries of tokens, counts, blocks of pre-activations."""
     gradients = 2 * d_sae * (d_in + 1) + 2 * d_in
     blocks = n_threads * 3 * 256 * d_sae
     if architecture == "topk":

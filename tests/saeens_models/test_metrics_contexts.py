@@ -92,7 +92,7 @@ def test_activations_at_the_edge_of_a_power_of_two_are_within_the_bins() -> None
 
 
 @pytest.mark.parametrize("kind", [sm.Bagging, sm.Boosting])
-def test_members_of_an_ensemble_are_seen_on_what_they_are_given(kind, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_members_of_an_ensemble_are_measured_on_their_own_input(kind, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluation, "_ENCODER_BYTES", {"cpu": 1})  # 64 rows at a time
     ensemble = kind([sm.build_sae(sm.SAEConfig(architecture="topk", d_in=6, d_sae=d_sae, k=2, init_seed=d_sae)) for d_sae in (8, 12)])
     x, place = torch.randn(200, 6, generator=torch.Generator().manual_seed(1)), torch.arange(200) * 2
@@ -126,7 +126,7 @@ def test_output_tokens_are_those_of_a_dense_sort(monkeypatch: pytest.MonkeyPatch
     assert found.suppressed.tolist() == order[:, :3].tolist()
     np.testing.assert_allclose(found.promoted_logits, np.take_along_axis(logits, order[:, ::-1][:, :3], 1), rtol=1e-5)
     np.testing.assert_allclose(found.suppressed_logits, np.take_along_axis(logits, order[:, :3], 1), rtol=1e-5)
-    with pytest.raises(ValueError, match=r"21 of the tokens of an unembedding \[20, 7\]"):
+    with pytest.raises(ValueError, match=r"21 output tokens need .* got \[5, 7\] and \[20, 7\]"):
         output_tokens(W_dec, W_U, 21)
-    with pytest.raises(ValueError, match=r"for a dictionary \[5, 6\]"):
+    with pytest.raises(ValueError, match=r"got \[5, 6\] and \[20, 7\]"):
         output_tokens(W_dec[:, :6], W_U, 2)

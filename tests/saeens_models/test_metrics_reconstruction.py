@@ -45,7 +45,7 @@ def test_streaming_any_batching_equals_the_whole(cuts: list[int], mean: float) -
     assert dict(streamed(x, x_hat, cuts)) == pytest.approx(dict(whole), rel=1e-10)
 
 
-def test_fvu_pools_what_explained_variance_averages() -> None:
+def test_fvu_pools_the_dimensions_that_explained_variance_averages() -> None:
     x, x_hat = TENSORS["activations"].double(), TENSORS["topk.bagging.reconstruction"].double()
     error, deviation = (x_hat - x).square().sum(0), (x - x.mean(0)).square().sum(0)
     result = reconstruction(x, x_hat)
@@ -122,7 +122,7 @@ def test_reconstructions_of_the_same_activations_share_their_moments() -> None:
     for metric, x_hat in zip(metrics, (x * 0.9, x + 0.5), strict=True):
         assert dict(metric.compute()) == pytest.approx(dict(reconstruction(x, x_hat)), rel=1e-6)
     metrics[0].update(x, x)
-    with pytest.raises(ValueError, match="180 tokens were reconstructed, their shared moments are of 90"):
+    with pytest.raises(ValueError, match="180 tokens were reconstructed, but the shared moments have seen 90"):
         metrics[0].compute()
 
 

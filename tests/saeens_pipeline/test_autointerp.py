@@ -19,24 +19,23 @@ import pytest
 import torch
 import zarr
 from fake_endpoint import FakeEndpoint, Question, failure, serving
-from tiny_experiment import LAYER, NAME, Laboratory
+from tiny_experiment import LAYER, NAME, Laboratory, status_of
 from tiny_models import CONTEXT_LENGTH
 from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
 import saeens_models as sm
-from saeens_pipeline.assets.autointerp import WINDOWS
-from saeens_pipeline.assets.contexts import RADIUS
-from saeens_pipeline.assets.metadata import column_lineage
-from saeens_pipeline.autointerp.answers import FOLDER
-from saeens_pipeline.autointerp.endpoint import KEY_VARIABLE, URL_VARIABLE
-from saeens_pipeline.autointerp.outcome import outcome
+from saeens_pipeline.assets.compute import Compute
+from saeens_pipeline.assets.forecast import as_frame, forecast
+from saeens_pipeline.assets.measurements.autointerp import WINDOWS
+from saeens_pipeline.assets.tables.autointerp import outcome
+from saeens_pipeline.assets.tables.contexts import RADIUS
 from saeens_pipeline.cli import app
 from saeens_pipeline.errors import ConfigurationError, SaeensError
-from saeens_pipeline.forecast import as_frame, forecast
-from saeens_pipeline.garbage import declared, find_garbage
-from saeens_pipeline.resources import ComputeResource
-from saeens_pipeline.runs import experiment_status
+from saeens_pipeline.language_models.autointerp.answers import FOLDER
+from saeens_pipeline.language_models.autointerp.endpoint import KEY_VARIABLE, URL_VARIABLE
+from saeens_pipeline.orchestration.garbage import declared, find_garbage
+from saeens_pipeline.orchestration.metadata import column_lineage
 from saeens_pipeline.storage.names import Partition
 
 SEED = 1
@@ -97,7 +96,7 @@ def _made(laboratory: Laboratory) -> dict[str, Any]:
 
 
 def _state() -> tuple[str, str]:
-    (status,) = [status for status in experiment_status(NAME) if status.declaration.address.name == "autointerp"]
+    (status,) = [status for status in status_of(NAME) if status.declaration.address.name == "autointerp"]
     return status.state, status.reason
 
 
@@ -492,8 +491,8 @@ def test_a_wrong_address_is_said_before_anything_is_made(laboratory: Laboratory,
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"autointerp": None}, "evaluations: autointerp asks a language model: say which"),
-        ({"evaluations": ["autointerp"]}, "evaluations: autointerp explains the table contexts: add it"),
+        ({"autointerp": None}, "evaluations.1: autointerp asks a language model: say which"),
+        ({"evaluations": ["autointerp"]}, "evaluations.0: autointerp is computed from the table contexts: add it"),
         ({"autointerp": {"features": 3}}, "autointerp.model: Field required"),
         ({"autointerp": {"model": ""}}, "autointerp.model: "),
         ({"autointerp": {"model": "fake", "features": 0}}, r"autointerp.features: .*greater than 0 \(found: 0\)"),
@@ -516,7 +515,7 @@ def test_the_plan_is_not_below_what_is_then_asked(fake: FakeEndpoint, laboratory
     catalogue = laboratory.catalogue
     experiment = catalogue.experiment(NAME)
     lines = forecast(
-        catalogue.sources[NAME], experiment, catalogue.ops(experiment), layers=[LAYER], store=laboratory.store, compute=ComputeResource()
+        catalogue.sources[NAME], experiment, catalogue.ops(experiment), layers=[LAYER], store=laboratory.store, compute=Compute()
     )
     planned = dict(as_frame(lines).filter(section="autointerp").select("item", "amount").iter_rows())
     printed = laboratory.run()

@@ -16,12 +16,20 @@ from typing import Any
 import pytest
 from fake_endpoint import Canned, FakeEndpoint, Question, completion, failure, serving
 
-from saeens_pipeline.autointerp.answers import FOLDER, Answers
-from saeens_pipeline.autointerp.endpoint import KEY_VARIABLE, SHOWN_CHARACTERS, URL_VARIABLE, Client, Endpoint, RefusedError, Reply
-from saeens_pipeline.autointerp.interview import MALFORMED_AT_FIRST, Interviewer, Subject, Verdict
-from saeens_pipeline.autointerp.protocol import Examples
-from saeens_pipeline.components.autointerp import AutoInterpSettings
 from saeens_pipeline.errors import ConfigurationError, SaeensError
+from saeens_pipeline.language_models.autointerp.answers import FOLDER, Answers
+from saeens_pipeline.language_models.autointerp.endpoint import (
+    KEY_VARIABLE,
+    SHOWN_CHARACTERS,
+    URL_VARIABLE,
+    Client,
+    Endpoint,
+    RefusedError,
+    Reply,
+)
+from saeens_pipeline.language_models.autointerp.interview import MALFORMED_AT_FIRST, FeatureTexts, Interviewer, Verdict
+from saeens_pipeline.language_models.autointerp.protocol import Examples
+from saeens_pipeline.settings.autointerp import AutoInterpSettings
 
 KEY = "sk-very-secret-0123456789"
 REQUEST = {"model": "fake", "messages": [{"role": "system", "content": "-"}, {"role": "user", "content": "-"}], "temperature": 0}
@@ -60,11 +68,11 @@ def _ask(timeout_seconds: float = 30, retries: int = 2) -> Reply:
     return asyncio.run(ask())
 
 
-def _subjects(n: int) -> list[Subject]:
+def _subjects(n: int) -> list[FeatureTexts]:
     """Feature i fires on texts that begin with the i-th letter; the control is the next one's explanation."""
     letters = "abcdefghijklmnopqrst"
     return [
-        Subject(
+        FeatureTexts(
             Examples(
                 (f"{letter}-shown 1", f"{letter}-shown 2"),
                 (f"{letter}-held out", "A", f"{letter}-also", "B"),
@@ -458,7 +466,7 @@ def test_nothing_is_kept_of_an_answer_that_cannot_be_written(fake: FakeEndpoint,
     def full(path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("saeens_pipeline.autointerp.answers.flush", full)
+    monkeypatch.setattr("saeens_pipeline.language_models.autointerp.answers.flush", full)
     with pytest.raises(OSError, match="No space left"):
         _run(_interviewer(tmp_path))
     assert not list((tmp_path / FOLDER).glob("*/*.json"))

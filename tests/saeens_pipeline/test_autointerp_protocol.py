@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saeens_pipeline.autointerp.protocol import (
+from saeens_pipeline.language_models.autointerp.protocol import (
     CLOSE,
     OPEN,
     Examples,

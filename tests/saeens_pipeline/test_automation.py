@@ -16,10 +16,11 @@ import dagster as dg
 import pytest
 from tiny_experiment import EXPERIMENT, LAYER, NAME, SEEDS, Laboratory, experiment_file, experiment_settings, source_settings
 
-from saeens_pipeline.automation import layers_sensor
-from saeens_pipeline.instance import PROCESS_TAG, declare_layers, forget_partitions, layers_name, process_tag, register_layers
+from saeens_pipeline.assets.tables import listed
+from saeens_pipeline.orchestration.automation import layers_sensor
+from saeens_pipeline.orchestration.dagster_internals import forget_partitions
+from saeens_pipeline.orchestration.instance import PROCESS_TAG, declare_layers, layers_name, process_tag, register_layers
 from saeens_pipeline.storage.recipes import digest
-from saeens_pipeline.storage.tables import TABLES as ALL_TABLES
 
 TOKENS, ACTIVATIONS, STABILITY, REPORT = (f"{NAME}/{key}" for key in ("tokens", "activations", "eval/stability", "report"))
 SAES = {f"{NAME}/bagging/member_{j}" for j in (1, 2, 3)} | {f"{NAME}/boosting/round_{j}" for j in (1, 2, 3)}
@@ -302,10 +303,30 @@ def _retraining(laboratory: Laboratory, instance: dg.DagsterInstance) -> dg.RunR
 
 
 def _retrain(laboratory: Laboratory, instance: dg.DagsterInstance) -> set[str]:
-    """Run the schedule's job; gives the asset keys of its runs."""
-    laboratory.catalogue.definitions().resolve_job_def(f"{NAME}_retraining").execute_in_process(instance=instance)
-    selections = [run.asset_selection for run in instance.get_runs() if run.asset_selection]
-    return {key.to_user_string() for selection in selections for key in selection}
+    """Run the schedule's job, and what the sensor requests after it; gives the asset keys of these runs."""
+    definitions = laboratory.catalogue.definitions(byte_checks=False)
+    definitions.resolve_job_def(f"{NAME}_retraining").execute_in_process(instance=instance)
+    (sensor,) = [each for each in definitions.sensors or () if each.name == "retraining"]
+    job, made = definitions.resolve_implicit_global_asset_job_def(), set()
+    while True:
+        with dg.build_sensor_context(instance=instance, definitions=definitions) as context:
+            result = sensor(context)
+        if isinstance(result, dg.SkipReason):
+            return made
+        assert isinstance(result, dg.SensorResult)
+        assert len(result.run_requests or ()) <= 1  # the requests of a tick do not wait for each other
+        for request in result.dynamic_partitions_requests or ():
+            for mark in request.partition_keys:
+                instance.delete_dynamic_partition(request.partitions_def_name, mark)
+        for request in result.run_requests or ():
+            assert request.tags["saeens/why"]
+            job.execute_in_process(
+                instance=instance,
+                partition_key=request.partition_key,
+                asset_selection=request.asset_selection,
+                tags={**request.tags, "dagster/run_key": request.run_key or ""},
+            )
+            made |= {key.to_user_string() for key in request.asset_selection or ()}
 
 
 def test_the_schedule_skips_what_is_fresh_and_retrains_what_changed(finished: Laboratory, tmp_path: Path):
@@ -316,7 +337,7 @@ def test_the_schedule_skips_what_is_fresh_and_retrains_what_changed(finished: La
         finished.declare(baselines=["expanded"])  # tables and what compares them are stale
         assert isinstance(_retraining(finished, instance), dg.RunRequest)
         on_request = {"features", "contexts", "autointerp", "concept_detection", "spurious_correlation"}
-        tables = {f"{NAME}/eval/{name}" for name in ALL_TABLES.keys() - on_request}
+        tables = {f"{NAME}/eval/{name}" for name in {table.name for table in listed(over_experiments=False)} - on_request}
         assert _retrain(finished, instance) == tables | {REPORT}
         assert isinstance(_retraining(finished, instance), dg.SkipReason)
 

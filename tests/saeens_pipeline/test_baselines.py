@@ -13,11 +13,11 @@ import pytest
 import torch
 import zarr
 from safetensors.numpy import load_file
-from tiny_experiment import EXPERIMENT, LAYER, MEMBERS, NAME, SEEDS, Laboratory, experiment_file, experiment_settings
+from tiny_experiment import EXPERIMENT, LAYER, MEMBERS, NAME, SEEDS, Laboratory, experiment_file, experiment_settings, run_and_print
 from tiny_models import D_MODEL
 
 import saeens_models as sm
-from saeens_pipeline.assets import saes
+from saeens_pipeline.assets import training
 from saeens_pipeline.assets.saes import init_seed
 from saeens_pipeline.storage.activations import ActivationReader, ActivationStatistics
 from saeens_pipeline.storage.checkpoints import SECONDS_VARIABLE
@@ -63,8 +63,8 @@ def _settings(laboratory: Laboratory, key: str) -> dict[str, Any]:
 def test_recipes_say_what_a_baseline_differs_in_and_no_more(compared: Laboratory, finished_laboratory: Laboratory):
     member = _settings(finished_laboratory, "bagging/member_1")
     expanded = _settings(finished_laboratory, "baseline/expanded")
-    assert set(member) == {"sae", "training", "width", "l0", "init_seed", "data_seed"}
-    assert expanded == member | {"width": MEMBERS, "init_seed": init_seed(SEED, 0)}
+    assert set(member) == {"sae", "training", "init_seed", "data_seed"}
+    assert expanded == member | {"sae": member["sae"] | {"expansion": MEMBERS * 2}, "init_seed": init_seed(SEED, 0)}
     assert _settings(compared, "baseline/compute_matched") == member | {"epochs": MEMBERS}
     pursuit = {
         "architecture": "matching_pursuit",
@@ -74,7 +74,6 @@ def test_recipes_say_what_a_baseline_differs_in_and_no_more(compared: Laboratory
     }
     pursuit |= {"apply_b_dec_to_input": True, "decoder_init_norm": 1.0, "expansion": MEMBERS * 2}
     assert _settings(compared, "baseline/matching_pursuit") == expanded | {
-        "width": 1,
         "sae": pursuit,
         "training": member["training"] | {"batch_tokens": 200},
     }
@@ -196,13 +195,13 @@ def test_the_summary_has_a_line_of_each_baseline(compared: Laboratory, monkeypat
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The keys of what is trained from now on."""
-    train, keys = saes._train, []
+    train, keys = training.train_saes, []
 
     def counted(workplace: Any, tasks: Any, *others: Any) -> None:
         keys.extend(str(task.declaration.address) for task in tasks)
         train(workplace, tasks, *others)
 
-    monkeypatch.setattr(saes, "_train", counted)
+    monkeypatch.setattr(training, "train_saes", counted)
     return keys
 
 
@@ -211,9 +210,7 @@ def _run(name: str, **options: Any) -> None:
 
     from rich.console import Console
 
-    from saeens_pipeline.runs import run_experiment
-
-    run_experiment(name, **{"layers": [], "seeds": [], "select": []} | options, console=Console(file=io.StringIO()))
+    run_and_print(name, **{"layers": [], "seeds": [], "select": []} | options, console=Console(file=io.StringIO()))
 
 
 def test_saes_that_another_experiment_has_made_by_the_same_recipe_are_linked(finished: Laboratory, trained: list[str]):

@@ -14,19 +14,17 @@ import pytest
 import torch
 import zarr
 from safetensors.torch import load_file, save_file
-from tiny_experiment import LAYER, MEMBERS, NAME, SEEDS, Laboratory
+from tiny_experiment import LAYER, MEMBERS, NAME, SEEDS, Laboratory, status_of
 
-import saeens_models as sm
-from saeens_pipeline.assets import dagster_assets
-from saeens_pipeline.assets.byte_checks import BYTES
-from saeens_pipeline.assets.dagster_assets import HEALTH, partition_key
-from saeens_pipeline.checks import Health, UnsoundArtefactError, examine
-from saeens_pipeline.components.ensemble_experiment import CheckSettings
-from saeens_pipeline.diagnosis import diagnose
+from saeens_pipeline.assets import materialise, training
+from saeens_pipeline.assets.health import Health, UnsoundArtefactError, examine
+from saeens_pipeline.cli.doctor import diagnose
 from saeens_pipeline.errors import ConfigurationError
-from saeens_pipeline.instance import register_layers
-from saeens_pipeline.language_models.models import LanguageModel
-from saeens_pipeline.runs import experiment_status
+from saeens_pipeline.language_models.language_model import LanguageModel
+from saeens_pipeline.orchestration.assets import HEALTH, partition_key
+from saeens_pipeline.orchestration.byte_checks import BYTES
+from saeens_pipeline.orchestration.instance import register_layers
+from saeens_pipeline.settings.experiments import CheckSettings
 from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.recipes import Artefact, read_artefact
 
@@ -50,7 +48,7 @@ def _last_step(**values: float) -> Callable[[Artefact], Artefact]:
 
 
 def _states() -> dict[str, str]:
-    return {str(each.declaration.address): each.state for each in experiment_status(NAME) if each.partition.seed in (None, SEEDS[0])}
+    return {str(each.declaration.address): each.state for each in status_of(NAME) if each.partition.seed in (None, SEEDS[0])}
 
 
 def _evaluations(
@@ -113,7 +111,7 @@ def test_constant_and_clamped_activations_stop_this_run_and_the_next_and_are_kep
         with pytest.raises(UnsoundArtefactError, match=rf"{NAME}/activations, layer {LAYER}, train split.*{message}"):
             empty.run()
     assert empty.artefact("activations")
-    monkeypatch.setattr(sm, "train", lambda *_, **__: pytest.fail("trained on unsound activations"))
+    monkeypatch.setattr(training, "train_saes", lambda *_: pytest.fail("trained on unsound activations"))
     with pytest.raises(UnsoundArtefactError, match=message):
         empty.run()
     assert {key for key, state in _states().items() if state == "fresh"} == {f"{NAME}/tokens", f"{NAME}/activations"}
@@ -242,7 +240,7 @@ def test_a_failed_check_stops_what_follows_in_the_same_run_and_the_artefact_is_k
     def unsound(declaration: Any, *arguments: Any) -> Health:
         return Health(errors=["it is bad"]) if declaration.address.name == "member_2" else Health()
 
-    monkeypatch.setattr(dagster_assets, "examine", unsound)
+    monkeypatch.setattr(materialise, "examine", unsound)
     found = _evaluations(empty, [f"bagging/member_{j}" for j in range(1, MEMBERS + 1)] + ["bagging/bagging_ensemble"])
     assert {asset for (asset, check), each in found.items() if check == HEALTH and each.passed} == {"bagging/member_1", "bagging/member_3"}
     failed = found["bagging/member_2", HEALTH]
@@ -255,7 +253,7 @@ def test_a_failed_check_stops_what_follows_in_the_same_run_and_the_artefact_is_k
 def test_a_run_that_selects_no_checks_examines_what_it_makes_and_stops(empty: Laboratory, monkeypatch: pytest.MonkeyPatch):
     empty.run(select=["activations"])
     verdicts = {"member_1": Health(warnings=["it is poor"]), "member_2": Health(errors=["it is bad"])}
-    monkeypatch.setattr(dagster_assets, "examine", lambda declaration, *_: verdicts.get(declaration.address.name, Health()))
+    monkeypatch.setattr(materialise, "examine", lambda declaration, *_: verdicts.get(declaration.address.name, Health()))
     members = [f"bagging/member_{j}" for j in range(1, MEMBERS + 1)]
     found = _evaluations(empty, [*members, "bagging/bagging_ensemble"], {})
     assert {asset: (each.passed, each.severity.value, each.description) for (asset, _), each in found.items()} == {

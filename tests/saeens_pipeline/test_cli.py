@@ -22,14 +22,17 @@ import pytest
 import typer
 from dagster._utils.interrupts import capture_interrupts
 from rich.console import Console
-from tiny_experiment import EXPERIMENT, LAYER, NAME, SEEDS, Laboratory
+from tiny_experiment import EXPERIMENT, LAYER, NAME, SEEDS, Laboratory, run_and_print
 from typer.core import TyperGroup
 
-import saeens_models as sm
-from saeens_pipeline import cli, runs
-from saeens_pipeline.assets import dagster_assets
+from saeens_pipeline import cli
+from saeens_pipeline.assets import training
+from saeens_pipeline.assets.tables import listed
+from saeens_pipeline.cli import output
 from saeens_pipeline.errors import ConfigurationError
-from saeens_pipeline.storage.tables import TABLES, read_table
+from saeens_pipeline.orchestration import assets as dagster_assets
+from saeens_pipeline.orchestration import runs
+from saeens_pipeline.storage.tables import read_table
 
 
 class Outcome(NamedTuple):
@@ -154,9 +157,7 @@ def test_status_tells_fresh_stale_and_missing(finished: Laboratory, saeens: Saee
     assert "training.learning_rate: 0.01" in outcome.out
 
 
-@pytest.mark.parametrize(
-    "name", sorted(TABLES.keys() - {"features", "contexts", "autointerp", "concept_detection", "spurious_correlation"})
-)
+@pytest.mark.parametrize("name", [table.name for table in listed(over_experiments=False) if table.by_default])
 def test_tables_in_csv_and_json_are_printed_alone_and_read_back(finished: Laboratory, saeens: Saeens, name: str):
     expected = read_table(finished.root, NAME, name)
     csv, in_json = (saeens("table", NAME, name, "--format", form) for form in ("csv", "json"))
@@ -175,7 +176,7 @@ def test_tables_are_printed_for_people(finished: Laboratory, saeens: Saeens, mon
 
 
 def test_of_a_long_table_people_see_the_beginning(finished: Laboratory, saeens: Saeens, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(cli, "_SHOWN_ROWS", 5)
+    monkeypatch.setattr(cli.tables, "_SHOWN_ROWS", 5)
     outcome = saeens("table", NAME, "stability")
     assert outcome.code == 0
     assert len(outcome.out.splitlines()) == 6
@@ -185,7 +186,7 @@ def test_of_a_long_table_people_see_the_beginning(finished: Laboratory, saeens: 
 
 def test_the_summary_fits_into_120_columns(finished: Laboratory):
     printed = io.StringIO()
-    runs.run_experiment(NAME, layers=[], seeds=[], select=[], console=Console(file=printed, width=120))
+    run_and_print(NAME, layers=[], seeds=[], select=[], console=Console(file=printed, width=120))
     lines = printed.getvalue().splitlines()
     header = next(line for line in lines if line.startswith("method"))
     assert header.split()[:8] == ["method", "n", "EV", "MSE", "CE", "rec.", "bits", "L0"]
@@ -230,7 +231,7 @@ def test_an_unknown_experiment_ends_with_2_and_lists_those_that_exist(empty: Lab
 
 @pytest.mark.parametrize("table", ["speed", "../reconstruction"])
 def test_an_unknown_table_ends_with_2_and_lists_those_that_exist(finished: Laboratory, saeens: Saeens, table: str):
-    _assert_one_message(saeens("table", NAME, table), 2, table, *TABLES)
+    _assert_one_message(saeens("table", NAME, table), 2, table, *(each.name for each in listed(over_experiments=False)))
 
 
 def test_a_table_that_is_not_made_yet_ends_with_1_and_says_what_makes_it(empty: Laboratory, saeens: Saeens):
@@ -367,7 +368,7 @@ def test_status_shows_a_truncated_artefact_with_its_sizes_and_goes_on(
     file = finished.artefact("bagging/member_3", 1).path / "sae_weights.safetensors"
     size = file.stat().st_size
     file.write_bytes(file.read_bytes()[:-1])
-    monkeypatch.setattr(cli.out, "width", 1000)
+    monkeypatch.setattr(output.out, "width", 1000)
     outcome = saeens("status", NAME)
     assert (outcome.code, outcome.err) == (0, "")
     (line,) = [line for line in outcome.out.splitlines() if line.split()[3:4] == ["damaged"]]
@@ -386,7 +387,7 @@ def test_debug_shows_where_an_error_is_from(empty: Laboratory, monkeypatch: pyte
 
 
 def test_what_nobody_foresaw_is_one_message_too(empty: Laboratory, saeens: Saeens, monkeypatch: pytest.MonkeyPatch):
-    def fail(name: str) -> None:
+    def fail(*_: object) -> None:
         raise ZeroDivisionError("[a] broken thing")
 
     monkeypatch.setattr(runs, "experiment_status", fail)
@@ -404,11 +405,11 @@ class _Referent:
 
 
 def _interrupt_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*_: object, **__: object) -> None:
+    def interrupt(*_: object) -> None:
         signal.raise_signal(signal.SIGINT)
         time.sleep(60)
 
-    monkeypatch.setattr(sm, "train", interrupt)
+    monkeypatch.setattr(training, "train_saes", interrupt)
 
 
 def _interrupt_in_a_callback(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -471,7 +472,7 @@ def test_an_interrupt_while_training_ends_with_130_and_keeps_what_was_finished(e
     outcome, _ = _interrupted(empty, "training", "--select", "bagging/member_1", "--seed", SEEDS[0])
     assert outcome.code == 130
     assert "Traceback" not in outcome.err
-    assert "what was finished is kept" in outcome.message
+    assert "finished artefacts are kept" in outcome.message
     assert empty.artefact("activations")
 
 
@@ -480,7 +481,7 @@ def test_an_interrupt_that_python_swallows_between_stages_ends_the_run_all_the_s
     outcome, swallowed = _interrupted(empty, "callback", "--select", "activations")
     assert swallowed == ["KeyboardInterrupt"]
     assert outcome.code == 130
-    assert "what was finished is kept" in outcome.message
+    assert "finished artefacts are kept" in outcome.message
     assert empty.artefact("tokens", layer=None)
     assert not (empty.root / "sources" / NAME / f"layer={LAYER}").exists()
 

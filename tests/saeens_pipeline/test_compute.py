@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from saeens_pipeline import resources
+from saeens_pipeline.assets import compute as resources
+from saeens_pipeline.assets.compute import Compute
 from saeens_pipeline.errors import ConfigurationError
-from saeens_pipeline.resources import ComputeResource
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +21,7 @@ def _no_choice(monkeypatch):
 
 
 def test_without_a_choice_the_device_is_found_and_nothing_is_limited():
-    compute = ComputeResource.from_environment()
+    compute = Compute.from_environment()
     assert (compute.device, compute.precision, compute.memory_gb, compute.threads) == ("auto", "float32", 0, 0)
     assert compute.resolve() == ("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -29,7 +29,7 @@ def test_without_a_choice_the_device_is_found_and_nothing_is_limited():
 def test_the_environment_chooses(monkeypatch):
     for name, value in {"DEVICE": "cpu", "PRECISION": "bfloat16", "MEMORY_GB": "1.5", "THREADS": "1"}.items():
         monkeypatch.setenv(f"SAEENS_{name}", value)
-    compute = ComputeResource.from_environment()
+    compute = Compute.from_environment()
     assert (compute.device, compute.precision, compute.memory_gb, compute.threads) == ("cpu", "bfloat16", 1.5, 1)
 
 
@@ -45,31 +45,31 @@ def test_the_environment_chooses(monkeypatch):
 def test_a_choice_that_cannot_be_is_refused_by_name(monkeypatch, name, value, message):
     monkeypatch.setenv(name, value)
     with pytest.raises(ConfigurationError, match=message):
-        ComputeResource.from_environment()
+        Compute.from_environment()
 
 
 def test_a_device_that_is_not_there_is_refused_with_those_that_are():
     with pytest.raises(ConfigurationError, match=r"'cuda:99' is not available; available: auto, cpu"):
-        ComputeResource(device="cuda:99").resolve()
+        Compute(device="cuda:99").resolve()
 
 
 def test_work_in_float64_leaves_a_device_that_has_none(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert ComputeResource(device="mps").resolve() == "mps"
-    assert ComputeResource(device="mps").resolve(float64=True) == "cpu"
-    assert ComputeResource(device="cpu").resolve(float64=True) == "cpu"
+    assert Compute(device="mps").resolve() == "mps"
+    assert Compute(device="mps").resolve(float64=True) == "cpu"
+    assert Compute(device="cpu").resolve(float64=True) == "cpu"
 
 
 def test_threads_and_precision_hold_inside_and_are_put_back(tmp_path):
     before = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    compute = ComputeResource(device="cpu", threads=3, precision="bfloat16")
+    compute = Compute(device="cpu", threads=3, precision="bfloat16")
     with pytest.raises(ArithmeticError), compute.in_use(tmp_path), compute.training_precision():
         assert (torch.get_num_threads(), torch.get_float32_matmul_precision()) == (3, "medium")
         raise ArithmeticError
     assert (torch.get_num_threads(), torch.get_float32_matmul_precision()) == before
     with compute.in_use(tmp_path):
         assert torch.get_float32_matmul_precision() == before[1]  # of evaluation nobody asked for less
-    with ComputeResource(device="cpu").in_use(tmp_path), ComputeResource(device="cpu").training_precision():
+    with Compute(device="cpu").in_use(tmp_path), Compute(device="cpu").training_precision():
         assert (torch.get_num_threads(), torch.get_float32_matmul_precision()) == (before[0], "highest")
 
 
@@ -78,11 +78,11 @@ def test_of_several_gpus_each_process_takes_one_that_is_free(monkeypatch, tmp_pa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    with ComputeResource().in_use(tmp_path), ComputeResource().in_use(tmp_path), ComputeResource(device="cpu").in_use(tmp_path):
+    with Compute().in_use(tmp_path), Compute().in_use(tmp_path), Compute(device="cpu").in_use(tmp_path):
         assert chosen == [0, 1]
-    with ComputeResource(device="cuda:2").in_use(tmp_path):
+    with Compute(device="cuda:2").in_use(tmp_path):
         assert chosen == [0, 1]  # what names its GPU gets that one
-    with ComputeResource().in_use(tmp_path):
+    with Compute().in_use(tmp_path):
         assert chosen == [0, 1, 0]
 
 
@@ -98,15 +98,15 @@ def test_energy_is_the_difference_that_the_device_reports(monkeypatch):
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7)
-    monkeypatch.setattr(ComputeResource, "resolve", lambda self: "cuda")
-    with ComputeResource().measure() as measured:
+    monkeypatch.setattr(Compute, "resolve", lambda self: "cuda")
+    with Compute().measure() as measured:
         pass
     assert measured.energy_joules == 12.5
     assert measured.peak_memory_bytes == 7
 
 
 def test_a_device_that_reports_no_energy_gives_none():
-    with ComputeResource(device="cpu").measure() as measured:
+    with Compute(device="cpu").measure() as measured:
         pass
     assert measured.energy_joules is None
     assert measured.seconds > 0
@@ -117,7 +117,7 @@ def test_provenance_names_the_commit_of_the_checkout_and_whether_its_files_were_
         who = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
         return subprocess.run(["git", "-C", str(tmp_path), *who, *arguments], check=True, capture_output=True, text=True).stdout.strip()
 
-    monkeypatch.setattr(resources, "_PROJECT_ROOT", tmp_path)
+    monkeypatch.setattr(resources, "PROJECT_ROOT", tmp_path)
     assert resources._commit() is None
     git("init", "--quiet")
     (tmp_path / "code.py").write_text("1")

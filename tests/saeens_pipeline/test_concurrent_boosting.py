@@ -9,11 +9,10 @@ from pathlib import Path
 import polars as pl
 import pytest
 from test_experiment import D_SAE, TEST, TRAIN, _activations, _boosting, _explained_variance, _plain_saes
-from tiny_experiment import LAYER, MEMBERS, NAME, SEEDS, Laboratory
+from tiny_experiment import LAYER, MEMBERS, NAME, SEEDS, Laboratory, status_of
 from tiny_models import D_MODEL
 
 import saeens_models as sm
-from saeens_pipeline.runs import experiment_status
 from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.tables import read_table
 
@@ -103,7 +102,7 @@ def test_switching_makes_later_rounds_and_what_follows_from_them(finished_labora
 
 
 def test_everything_is_fresh_afterwards_and_a_second_run_makes_nothing(switched: Laboratory):
-    assert {status.state for status in experiment_status(NAME)} == {"fresh"}
+    assert {status.state for status in status_of(NAME)} == {"fresh"}
     before = _stamps(switched)
     assert "nothing to do" in switched.run()
     assert _stamps(switched) == before
@@ -152,7 +151,7 @@ def test_a_larger_ensemble_keeps_its_rounds(switched: Laboratory, switched_labor
 
 def test_changed_settings_are_said_of_every_round(switched: Laboratory):
     switched.declare(ensemble=CONCURRENT, training={"learning_rate": 0.02, "batch_tokens": 64})
-    reasons = {str(s.declaration.address).removeprefix(f"{NAME}/"): s.reason for s in experiment_status(NAME) if s.state == "stale"}
+    reasons = {str(s.declaration.address).removeprefix(f"{NAME}/"): s.reason for s in status_of(NAME) if s.state == "stale"}
     for key in ROUNDS:
         assert "training.learning_rate: 0.01 -> 0.02" in reasons[key]
 

@@ -12,16 +12,16 @@ import polars as pl
 import pytest
 import torch
 import zarr
-from tiny_experiment import CORPUS, LAYER, MEMBERS, NAME, SEEDS, Laboratory
+from tiny_experiment import CORPUS, LAYER, MEMBERS, NAME, SEEDS, Laboratory, status_of
 from tiny_models import CONTEXT_LENGTH, D_MODEL, VOCAB_SIZE, edit_config
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 import saeens_models as sm
-from saeens_pipeline.assets.contexts import CONTEXTS, OUTPUT_TOKENS, RADIUS
-from saeens_pipeline.assets.metadata import column_lineage
+from saeens_pipeline.assets.measurements.contexts import OUTPUT_TOKENS
+from saeens_pipeline.assets.tables.contexts import CONTEXTS, RADIUS
 from saeens_pipeline.language_models.tokens import open_tokens
-from saeens_pipeline.runs import experiment_status
+from saeens_pipeline.orchestration.metadata import column_lineage
 
 D_SAE = 2 * D_MODEL
 SMALL: dict[str, Any] = {"evaluations": ["contexts"], "ensemble": {"members": 1, "seeds": [1]}, "baselines": []}
@@ -181,7 +181,7 @@ def test_another_seed_is_made_by_itself(empty: Laboratory):
     empty.run()
     before = empty.artefact("eval/contexts", 1).data_version
     empty.declare(**SMALL | {"ensemble": {"members": 1, "seeds": [1, 2]}})
-    states = {status.partition.seed: status.state for status in experiment_status(NAME) if status.declaration.address.name == "contexts"}
+    states = {status.partition.seed: status.state for status in status_of(NAME) if status.declaration.address.name == "contexts"}
     assert states == {1: "fresh", 2: "missing"}
     empty.run()
     assert empty.artefact("eval/contexts", 1).data_version == before

@@ -8,11 +8,21 @@ from typing import Any
 import polars as pl
 import pytest
 from rich.console import Console
-from tiny_experiment import EXPERIMENT, LAYER, MEMBERS, NAME, SEEDS, Laboratory, experiment_file, experiment_settings, source_settings
+from tiny_experiment import (
+    EXPERIMENT,
+    LAYER,
+    MEMBERS,
+    NAME,
+    SEEDS,
+    Laboratory,
+    experiment_file,
+    experiment_settings,
+    run_and_print,
+    source_settings,
+)
 
-from saeens_pipeline.assets.leaderboard import for_reading, standings
-from saeens_pipeline.assets.metadata import describe_artefact
-from saeens_pipeline.runs import run_experiment
+from saeens_pipeline.assets.tables.leaderboard import for_reading, standings
+from saeens_pipeline.orchestration.metadata import describe_artefact
 from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.tables import read_table
 
@@ -66,7 +76,7 @@ def test_what_differs_in_anything_else_is_no_control(empty: Laboratory, source: 
 
 
 def test_the_shipped_quickstart_has_its_control():
-    from saeens_pipeline.catalogue import load_catalogue
+    from saeens_pipeline.orchestration.catalogue import load_catalogue
 
     controls = load_catalogue().controls
     assert controls["quickstart"] == "quickstart_random"
@@ -87,7 +97,7 @@ def test_a_run_of_the_control_brings_it_into_the_report(empty: Laboratory):
 
 def _run(name: str) -> str:
     printed = io.StringIO()
-    run_experiment(name, layers=[], seeds=[], select=[], console=Console(file=printed, width=300))
+    run_and_print(name, layers=[], seeds=[], select=[], console=Console(file=printed, width=300))
     return printed.getvalue()
 
 
@@ -129,12 +139,12 @@ def test_figures_of_the_control_are_shown_beside_wherever_both_are_there(finishe
 
 
 def test_the_leaderboards_page_in_the_ui_names_the_controls_figure(finished: Laboratory):
+    from saeens_pipeline.assets.tables import table_frame
     from saeens_pipeline.storage.names import LEADERBOARD_ADDRESS
     from saeens_pipeline.storage.recipes import Recipe
-    from saeens_pipeline.storage.tables import frame
 
     row = {"rank": 1, "experiment": NAME, "source": NAME, "layer": LAYER, "method": "boosting", "explained_variance": 0.9}
-    table = frame("leaderboard", [row | {"control": CONTROL, "control_explained_variance": 0.8125}])
+    table = table_frame("leaderboard", [row | {"control": CONTROL, "control_explained_variance": 0.8125}])
     provenance = {"device": "cpu", "versions": {}}
     finished.store.write_table(LEADERBOARD_ADDRESS, Partition(), Recipe("test", 1, {}), provenance, table)
     (declaration,) = finished.catalogue.leaderboard().outputs

@@ -11,9 +11,13 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from pydantic import TypeAdapter
 
-from saeens_pipeline.language_models import corpora
-from saeens_pipeline.language_models.corpora import Document, InstalledPackages, Split, open_corpus
+from saeens_pipeline.language_models import installed_packages as corpora
+from saeens_pipeline.language_models.corpora import open_corpus
+from saeens_pipeline.language_models.documents import Document, Split
+from saeens_pipeline.language_models.installed_packages import InstalledPackages
+from saeens_pipeline.settings.corpora import Corpus
 
 SMALL = ("click", "filelock", "humanfriendly", "mako", "packaging", "tqdm", "uvicorn")
 SPLITS: tuple[Split, ...] = ("train", "test")
@@ -54,7 +58,7 @@ def test_order_and_text_are_the_same_whenever_they_are_read(small: InstalledPack
 def test_order_and_text_are_the_same_in_every_process(small: InstalledPackages):
     script = f"""
 import json
-from saeens_pipeline.language_models import corpora
+from saeens_pipeline.language_models import installed_packages as corpora
 corpora.PACKAGES, corpora.TEST_SHARE = {SMALL}, 0.3
 print(json.dumps(corpora.InstalledPackages().summary()))
 """
@@ -124,7 +128,7 @@ def test_identity_changes_with_the_reader(small: InstalledPackages, monkeypatch:
 def test_an_unknown_corpus_is_refused_with_those_that_there_are():
     assert isinstance(open_corpus("builtin/installed_packages"), InstalledPackages)
     with pytest.raises(ValueError, match=r"'wikipedia' is not known; it can be builtin/installed_packages, \{name: DATASET"):
-        open_corpus("wikipedia")
+        TypeAdapter(Corpus).validate_python("wikipedia")
 
 
 # packages made for a purpose

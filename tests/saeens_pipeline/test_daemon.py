@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 from tiny_experiment import LAYER, NAME, SEEDS, Laboratory
 
-from saeens_pipeline.assets.dagster_assets import partition_key
-from saeens_pipeline.instance import WORKSPACE, prepare_home
+from saeens_pipeline.orchestration.assets import partition_key
+from saeens_pipeline.orchestration.instance import WORKSPACE, prepare_home
 from saeens_pipeline.storage.names import Address, Partition
 
 DEADLINE_SECONDS = 900  # it takes half a minute on two idle cores

@@ -9,10 +9,9 @@ import dagster as dg
 import pytest
 from tiny_experiment import EXPERIMENT, LAYER, NAME, SEEDS, Laboratory, experiment_file, experiment_settings, source_settings
 
-import saeens_models as sm
-from saeens_pipeline.assets import saes
+from saeens_pipeline.assets import saes, training
 from saeens_pipeline.errors import ConfigurationError
-from saeens_pipeline.instance import register_layers
+from saeens_pipeline.orchestration.instance import register_layers
 from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.recipes import SaeensError
 
@@ -231,7 +230,7 @@ def test_what_others_than_the_command_line_made_is_a_hit_for_it(empty: Laborator
     members = [f"{NAME}/bagging/member_{j}" for j in (1, 2, 3)]
     made = empty.materialise(members, where, tags)
     assert all(event.metadata["cache_hit"].value is False for event in made.values())
-    monkeypatch.setattr(sm, "train", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(training, "train_saes", lambda *_: pytest.fail("trained again"))
     assert "nothing to do" in empty.run(seeds=[SEEDS[0]], select=["member_1", "member_2", "member_3"])
     again = empty.materialise([*members, f"{NAME}/boosting/round_1"], where, tags)
     assert all(again[key].metadata["cache_hit"].value is True for key in members)

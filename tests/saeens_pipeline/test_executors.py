@@ -12,8 +12,8 @@ import pytest
 from tiny_experiment import LAYER, NAME, SEEDS, Laboratory
 
 from saeens_pipeline.errors import ConfigurationError
-from saeens_pipeline.executors import executor_from_environment
-from saeens_pipeline.instance import register_layers
+from saeens_pipeline.orchestration.executors import executor_from_environment
+from saeens_pipeline.orchestration.instance import register_layers
 
 CHAIN = ("bagging/member_1", "boosting/round_1", "boosting/residual_1")
 # What other processes load: the laboratory's experiments, and a job that has a name.
@@ -21,7 +21,7 @@ LOCATION = """\
 import dagster as dg
 from saeens_pipeline import defs as files
 files.__path__ = [{folder!r}]
-from saeens_pipeline.catalogue import load_catalogue
+from saeens_pipeline.orchestration.catalogue import load_catalogue
 
 def chain():
     chain = dg.define_asset_job("chain", [dg.AssetKey(key) for key in {keys!r}])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,16 +17,16 @@ from safetensors.numpy import load_file
 from scipy.stats import entropy
 from sklearn.metrics.pairwise import cosine_similarity
 from test_tables import CONTRACT, SUBJECT
-from tiny_experiment import EXPERIMENT, LAYER, MEMBERS, NAME, SEEDS, Laboratory
+from tiny_experiment import EXPERIMENT, LAYER, MEMBERS, NAME, SEEDS, Laboratory, status_of
 from tiny_models import D_MODEL, write_tiny_model
 from transformers import PreTrainedModel
 
 import saeens_models as sm
+from saeens_pipeline.assets import training
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models import caching
 from saeens_pipeline.language_models.models import describe_language_model, load_language_model
 from saeens_pipeline.language_models.tokens import open_tokens
-from saeens_pipeline.runs import experiment_status
 from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.recipes import MissingInputError
 from saeens_pipeline.storage.tables import read_table
@@ -346,7 +345,7 @@ def test_a_language_model_that_changed_since_is_not_measured_with(finished: Labo
     with pytest.raises(SaeensError, match=r"have changed since .*activations\.zarr was made from it"):
         finished.materialise([f"{NAME}/eval/reconstruction"], HERE)
     finished.run()
-    assert {status.state for status in experiment_status(NAME)} == {"fresh"}
+    assert {status.state for status in status_of(NAME)} == {"fresh"}
 
 
 # SAEs and ensembles
@@ -404,7 +403,7 @@ def _weights(laboratory: Laboratory, key: str, seed: int) -> bytes:
 
 def test_the_same_run_elsewhere_gives_the_same_bits(finished_laboratory: Laboratory, empty: Laboratory):
     empty.run()
-    for status in experiment_status(NAME):
+    for status in status_of(NAME):
         here, there = (
             laboratory.store.require(status.declaration.address, status.partition) for laboratory in (empty, finished_laboratory)
         )
@@ -464,23 +463,23 @@ def test_what_was_damaged_is_made_again_with_the_same_bits_and_nothing_else_is(f
     assert [file for file in changed if file.name == "part.parquet"] == [table]
     assert _weights(finished, "bagging/member_2", 1) == _weights(finished_laboratory, "bagging/member_2", 1)
     assert finished.artefact("eval/members", 2).data_version == finished_laboratory.artefact("eval/members", 2).data_version
-    assert {status.state for status in experiment_status(NAME)} == {"fresh"}
+    assert {status.state for status in status_of(NAME)} == {"fresh"}
 
 
 @pytest.mark.parametrize("methods", [("expanded", "expanded_l0_matched"), ("expanded_l0_matched", "expanded")])
 def test_baselines_of_one_members_width_are_equal_and_trained_once(
     empty: Laboratory, monkeypatch: pytest.MonkeyPatch, methods: tuple[str, str]
 ):
-    train, widths = sm.train, []
+    train, trained = training.train_saes, []
 
-    def counted(configs: Sequence[sm.SAEConfig], *arguments: Any, **options: Any) -> list[sm.SAE]:
-        widths.extend(config.d_sae for config in configs)
-        return train(configs, *arguments, **options)
+    def counted(workplace: Any, tasks: Any, *others: Any) -> None:
+        trained.extend(task.declaration.address.name for task in tasks)
+        train(workplace, tasks, *others)
 
-    monkeypatch.setattr(sm, "train", counted)
+    monkeypatch.setattr(training, "train_saes", counted)
     empty.declare(baselines=list(methods), expanded_sizes="all")
     empty.run(seeds=[1], select=[f"baseline/{method}_{n}" for method in methods for n in (1, 2)])
-    assert sorted(widths) == [D_SAE, 2 * D_SAE, 2 * D_SAE]
+    assert sorted(trained) == sorted([f"{methods[0]}_1", f"{methods[0]}_2", f"{methods[1]}_2"])
     first, second = (empty.artefact(f"baseline/{method}_1", 1) for method in methods)
     assert second.data_version == first.data_version
     assert second.provenance["same_as"] == f"{NAME}/baseline/{methods[0]}_1"
@@ -545,7 +544,7 @@ def test_a_changed_k_retrains_on_the_activations_that_are_there(finished: Labora
     source = {file: stamp for file, stamp in _stamps(finished.root).items() if "sources" in file.parts}
     finished.declare(sae=EXPERIMENT["sae"] | {"k": 2}, ensemble={"members": 2, "seeds": [1]}, baselines=["expanded"])
     finished.run()
-    assert {status.state for status in experiment_status(NAME)} == {"fresh"}
+    assert {status.state for status in status_of(NAME)} == {"fresh"}
     assert {file: stamp for file, stamp in _stamps(finished.root).items() if "sources" in file.parts} == source
     assert _row(finished, "reconstruction", method="single", seed=1)["l0"] == pytest.approx(2, abs=0.05)
 
@@ -579,7 +578,7 @@ def test_one_member_and_one_seed_are_an_experiment_too(empty: Laboratory):
 def test_other_architectures_run_to_the_end(empty: Laboratory, sae: dict[str, Any]):
     empty.declare(sae=sae | {"d_sae": 24}, ensemble={"members": 2, "seeds": [1]}, baselines=["expanded"], expanded_sizes="all")
     empty.run()
-    assert {status.state for status in experiment_status(NAME)} == {"fresh"}
+    assert {status.state for status in status_of(NAME)} == {"fresh"}
     reconstruction = _table(empty, "reconstruction")
     assert set(reconstruction.filter(method="expanded").select("n_members", "n_features").iter_rows()) == {(1, 24), (2, 48)}
     assert reconstruction["mse"].is_finite().all()
@@ -639,18 +638,17 @@ def test_a_full_disk_is_said_and_leaves_what_was_there(finished: Laboratory, mon
 
 def test_a_run_that_failed_goes_on_where_it_stopped(empty: Laboratory, monkeypatch: pytest.MonkeyPatch):
     empty.declare(ensemble={"members": 2, "seeds": [1]}, baselines=["expanded"])
-    train, trained = sm.train, []
-    members, expanded, round_2 = [D_SAE, D_SAE], [2 * D_SAE], [D_SAE]
+    train, trained = training.train_saes, []
 
-    def fail_at_round_2(configs: Sequence[sm.SAEConfig], *arguments: Any, **options: Any) -> list[sm.SAE]:
-        trained.append([config.d_sae for config in configs])
-        if trained.count(round_2) == 1 and trained[-1] == round_2:
+    def fail_at_round_2(workplace: Any, tasks: Any, *others: Any) -> None:
+        trained.extend(task.declaration.address.name for task in tasks)
+        if trained.count("round_2") == 1 and tasks[0].declaration.address.name == "round_2":
             raise RuntimeError("the power went")
-        return train(configs, *arguments, **options)
+        train(workplace, tasks, *others)
 
-    monkeypatch.setattr(sm, "train", fail_at_round_2)
+    monkeypatch.setattr(training, "train_saes", fail_at_round_2)
     with pytest.raises(RuntimeError, match="the power went"):
         empty.run()
     empty.run()
-    assert sorted(trained) == sorted([members, expanded, round_2, round_2])
-    assert {status.state for status in experiment_status(NAME)} == {"fresh"}
+    assert sorted(trained) == ["expanded", "member_1", "member_2", "round_2", "round_2"]
+    assert {status.state for status in status_of(NAME)} == {"fresh"}

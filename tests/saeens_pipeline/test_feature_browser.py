@@ -14,24 +14,19 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-from sklearn.decomposition import PCA
-from sklearn.preprocessing import normalize
-from tiny_experiment import LAYER, MEMBERS, NAME, SEEDS, Laboratory
+from tiny_experiment import LAYER, MEMBERS, NAME, SEEDS, Laboratory, remake_reports
 from tiny_models import D_MODEL
 
-import saeens_models as sm
-from saeens_pipeline.autointerp.endpoint import URL_VARIABLE
-from saeens_pipeline.catalogue import load_catalogue
+from saeens_pipeline.assets.tables import fills, table_frame
+from saeens_pipeline.language_models.autointerp.endpoint import URL_VARIABLE
+from saeens_pipeline.orchestration.catalogue import load_catalogue
 from saeens_pipeline.report.pages import what_makes_contexts
-from saeens_pipeline.reports import write_reports
 from saeens_pipeline.storage.names import Address, Partition
 from saeens_pipeline.storage.recipes import Recipe
-from saeens_pipeline.storage.tables import frame
 
 D_SAE = 2 * D_MODEL
 N = 2 * MEMBERS * D_SAE
 HOSTILE = '</script><script>alert("x")</script>");alert("y");//'
-DTYPES = {"Float32Array": "<f4", "Int16Array": "<i2", "Uint16Array": "<u2", "Uint32Array": "<u4"}
 
 
 @pytest.fixture(scope="module")
@@ -68,20 +63,16 @@ def _part(laboratory: Laboratory, table: str, seed: int | None = None) -> Path:
     return laboratory.root / Address(NAME, "eval", table).path(Partition(LAYER, seed))
 
 
-def _unpacked(file: Path) -> bytes:
+def _unpacked(file: Path) -> Any:
     found = re.fullmatch(r'saeensFeatures\("([a-z0-9]+)","([A-Za-z0-9+/=]*)"\);\n', file.read_text())
     assert found and found[1] == file.stem
-    return gzip.decompress(base64.b64decode(found[2]))
+    return json.loads(gzip.decompress(base64.b64decode(found[2])))
 
 
-def _list(laboratory: Laboratory) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    data = _unpacked(_report(laboratory) / "features" / "list.js")
-    length = int.from_bytes(data[:4], "little")
-    header = json.loads(data[4 : 4 + length])
-    columns = {
-        name: np.frombuffer(data, DTYPES[dtype], count, 4 + length + offset) for name, (dtype, offset, count) in header["columns"].items()
-    }
-    assert all((4 + length + offset) % 8 == 0 for _, offset, _ in header["columns"].values())
+def _list(laboratory: Laboratory) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    header = _unpacked(_report(laboratory) / "features" / "list.js")
+    columns = header.pop("columns")
+    assert {len(column) for column in columns.values()} == {sum(count for _, _, count in header["groups"])}
     return header, columns
 
 
@@ -89,7 +80,7 @@ def _details(laboratory: Laboratory) -> list[dict[str, Any]]:
     """Of every feature, with tokens as text."""
     found: list[dict[str, Any]] = []
     for number in range(len(list((_report(laboratory) / "features").glob("[0-9]*.js")))):
-        shard = json.loads(_unpacked(_report(laboratory) / "features" / f"{number}.js"))
+        shard = _unpacked(_report(laboratory) / "features" / f"{number}.js")
         for each in shard["features"]:
             for context in each.get("contexts", ()):
                 context["tokens"] = [shard["tokens"][token] for token in context["tokens"]]
@@ -112,23 +103,24 @@ def test_the_list_has_the_numbers_of_the_table(made: Laboratory):
     rows = _rows(made)
     assert (header["experiment"], header["layer"], header["seed"], header["otherSeeds"]) == (NAME, LAYER, SEEDS[0], list(SEEDS[1:]))
     assert header["groups"] == [[method, j, D_SAE] for method in ("bagging", "boosting") for j in range(1, MEMBERS + 1)]
-    assert header["columns"].keys() == columns.keys() and len(rows) == N
+    assert len(rows) == N
     for name, column in {
         "member": "member",
         "index": "index",
         "density": "density",
         "mean": "mean_activation",
-        "nearCosine": "nearest_cosine",
+        "near": "nearest_cosine",
         "nearMember": "nearest_member",
-        "seedCosine": "nearest_other_seed_cosine",
+        "seed": "nearest_other_seed_cosine",
+        "otherSeed": "nearest_other_seed",
         "seedMember": "nearest_other_seed_member",
         "seedIndex": "nearest_other_seed_index",
     }.items():
-        np.testing.assert_allclose(columns[name], rows[column].to_numpy(), rtol=1e-6, err_msg=name)
+        assert [value is None for value in columns[name]] == rows[column].is_null().to_list()
+        np.testing.assert_allclose(np.array(columns[name], float), rows[column].to_numpy(), rtol=1e-6, err_msg=name)
     matches = [{member: index for member, index, _ in json.loads(text)} for text in rows["matches"]]
-    assert columns["nearIndex"].tolist() == [of[member] for of, member in zip(matches, rows["nearest_member"], strict=True)]
-    tokens = columns["tokens"].reshape(N, -1)
-    assert [[header["vocabulary"][i - 1] for i in of if i] for of in tokens] == [json.loads(text) for text in rows["top_tokens"]]
+    assert columns["nearIndex"] == [of[member] for of, member in zip(matches, rows["nearest_member"], strict=True)]
+    assert [[header["vocabulary"][i] for i in of] for of in columns["tokens"]] == [json.loads(text) for text in rows["top_tokens"]]
 
 
 def test_with_contexts_nothing_is_said_of_them_to_be_missing(made: Laboratory):
@@ -159,26 +151,10 @@ def test_details_are_those_of_the_tables(made: Laboratory):
 def test_shards_are_as_large_as_is_asked_for(laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch):
     before = _details(laboratory)
     monkeypatch.setattr("saeens_pipeline.report.feature_browser.SHARD_FEATURES", 50)
-    write_reports(NAME, [])
+    remake_reports(laboratory)
     assert _list(laboratory)[0]["shardFeatures"] == 50
     assert len(list((_report(laboratory) / "features").glob("[0-9]*.js"))) == -(-N // 50)
     assert _details(laboratory) == before
-
-
-def test_the_map_is_the_first_two_principal_components(made: Laboratory):
-    header, columns = _list(made)
-    saes = [
-        sm.load_sae(made.artefact(f"{kind}_{j}", SEEDS[0]).path)
-        for kind in ("bagging/member", "boosting/round")
-        for j in range(1, MEMBERS + 1)
-    ]
-    rows = normalize(np.concatenate([sae.W_dec.detach().numpy() for sae in saes]))
-    expected = PCA(2, svd_solver="full").fit(rows)
-    assert header["axes"] == pytest.approx(expected.explained_variance_ratio_, abs=1e-6)
-    shown = np.stack([columns["x"], columns["y"]], axis=1).astype(float)
-    coordinates = expected.transform(rows)
-    coordinates *= np.sign((coordinates * shown).sum(0))
-    np.testing.assert_allclose(shown / 32767, coordinates / np.abs(coordinates).max(), atol=2e-4)
 
 
 def test_the_report_leads_to_it_and_nothing_is_loaded_from_elsewhere(made: Laboratory):
@@ -198,7 +174,7 @@ def test_text_of_tokens_cannot_become_script(laboratory: Laboratory):
     contexts = _part(laboratory, "contexts", SEEDS[0])
     _change(contexts, "contexts", lambda found: [each | {"tokens": [HOSTILE, *each["tokens"][1:]]} for each in found])
     _change(contexts, "promoted_tokens", lambda tokens: [[HOSTILE, 1.0], *tokens])
-    write_reports(NAME, [])
+    remake_reports(laboratory)
     header, _ = _list(laboratory)  # which checks what the files consist of
     assert HOSTILE in header["vocabulary"]
     assert any(HOSTILE in context["tokens"] for each in _details(laboratory) for context in each["contexts"])
@@ -209,7 +185,7 @@ def test_text_of_tokens_cannot_become_script(laboratory: Laboratory):
 
 def test_without_contexts_the_list_is_there_and_says_what_makes_them(laboratory: Laboratory):
     shutil.rmtree(laboratory.root / "tables" / NAME / "contexts")
-    write_reports(NAME, [])
+    remake_reports(laboratory)
     header, columns = _list(laboratory)
     said = f"Contexts are not there: `saeens run {NAME}` makes them."
     assert header["missingContexts"] == said
@@ -220,7 +196,7 @@ def test_without_contexts_the_list_is_there_and_says_what_makes_them(laboratory:
 
 def test_without_the_table_of_features_there_is_none(laboratory: Laboratory):
     shutil.rmtree(laboratory.root / "tables" / NAME / "features")
-    write_reports(NAME, [])
+    remake_reports(laboratory)
     assert not (_report(laboratory) / "features.html").exists() and not (_report(laboratory) / "features").exists()
     index = (_report(laboratory) / "index.html").read_text()
     assert "features.html" not in index
@@ -230,23 +206,15 @@ def test_without_the_table_of_features_there_is_none(laboratory: Laboratory):
 def test_a_table_of_an_earlier_version_is_named(laboratory: Laboratory):
     part = _part(laboratory, "features")
     pl.read_parquet(part, hive_partitioning=False).drop("matches").write_parquet(part)
-    write_reports(NAME, [])
+    remake_reports(laboratory)
     assert not (_report(laboratory) / "features.html").exists()
-    assert "was made by an earlier version: <code>saeens run tiny</code> makes it." in (_report(laboratory) / "index.html").read_text()
-
-
-def test_without_the_saes_there_is_no_map(laboratory: Laboratory):
-    (laboratory.artefact("boosting/round_2", SEEDS[0]).path / "sae_weights.safetensors").unlink()
-    write_reports(NAME, [])
-    header, columns = _list(laboratory)
-    assert header["axes"] is None and "x" not in columns
-    assert len(columns["density"]) == N
+    assert "is of an earlier version: <code>saeens run tiny</code> computes it again." in (_report(laboratory) / "index.html").read_text()
 
 
 def test_the_first_declared_seed_that_has_rows_is_shown(laboratory: Laboratory):
     part = _part(laboratory, "features")
     pl.read_parquet(part, hive_partitioning=False).filter(seed=SEEDS[1]).write_parquet(part)
-    write_reports(NAME, [])
+    remake_reports(laboratory)
     header, columns = _list(laboratory)
     assert (header["seed"], header["otherSeeds"]) == (SEEDS[1], [])
     np.testing.assert_allclose(columns["density"], _rows(laboratory, SEEDS[1])["density"], rtol=1e-6)
@@ -256,7 +224,7 @@ def test_the_first_declared_seed_that_has_rows_is_shown(laboratory: Laboratory):
 def test_who_has_contexts_of_the_same_saes_is_named():
     catalogue = load_catalogue()
     quickstart, full, other = map(catalogue.experiment, ("quickstart", "quickstart_full", "quickstart_random"))
-    assert "contexts" in full.evaluations and not {"contexts"} & {*quickstart.evaluations, *other.evaluations}
+    assert [fills(each, "contexts") for each in (quickstart, full, other)] == [False, True, False]
     assert "`saeens run quickstart_full` makes them of the same SAEs and more; or add" in what_makes_contexts(quickstart, catalogue)
     assert what_makes_contexts(full, catalogue) == "Contexts are not there: `saeens run quickstart_full` makes them."
     assert "same SAEs" not in what_makes_contexts(other, catalogue)
@@ -277,25 +245,24 @@ def _with_explanations(laboratory: Laboratory) -> None:
     }
     scored = {"index": 3, "explanation": HOSTILE, "detection_score": 0.75, "control_score": 0.5, "status": "scored"}
     rows = [columns | scored, columns | {"index": 5, "status": "malformed answer"}]
-    frame("autointerp", rows).write_parquet(part)
+    table_frame("autointerp", rows).write_parquet(part)
 
 
 def test_explanations_are_shown_where_there_are_any(laboratory: Laboratory):
     page = _report(laboratory) / "features.html"
-    write_reports(NAME, [])
-    assert "explanations" not in _list(laboratory)[0]
+    remake_reports(laboratory)
+    assert "why" not in _list(laboratory)[0] and "explanation" not in _list(laboratory)[1]
     assert not [text for text in ('data-sort="score"', 'name="explained"', "Explanations.") if text in page.read_text()]
     _with_explanations(laboratory)
-    write_reports(NAME, [])
+    remake_reports(laboratory)
     header, found = _list(laboratory)
     places = {(row["method"], row["member"], row["index"]): i for i, row in enumerate(_rows(laboratory).iter_rows(named=True))}
     at, failed = places["boosting", 2, 3], places["boosting", 2, 5]
-    assert [i for i, text in enumerate(header["explanations"]) if text is not None] == [at]
-    assert header["explanations"][at] == HOSTILE
+    assert [i for i, text in enumerate(found["explanation"]) if text is not None] == [at]
+    assert found["explanation"][at] == HOSTILE
     assert (found["score"][at], found["control"][at]) == (0.75, 0.5)
-    assert np.isnan(found["score"]).sum() == np.isnan(found["control"]).sum() == N - 1
-    statuses = [header["statuses"][status] for status in found["status"]]
-    assert (statuses[at], statuses[failed]) == ("scored", "malformed answer") and statuses.count("") == N - 2
+    assert found["score"].count(None) == found["control"].count(None) == N - 1
+    assert (found["status"][at], found["status"][failed]) == ("scored", "malformed answer") and found["status"].count(None) == N - 2
     assert header["why"]["malformed answer"] == "no answer that could be read"
     html = page.read_text()
     assert 'data-sort="score"' in html and '<option value="malformed answer">' in html
@@ -306,10 +273,10 @@ def test_a_table_of_explanations_that_is_empty_says_how_an_endpoint_is_configure
     page = _report(laboratory) / "features.html"
     declaration = Address(NAME, "eval", "autointerp")
     recipe, provenance = Recipe("table", 1, {}, {}), {"autointerp": {"status": "not configured"}}
-    laboratory.store.write_table(declaration, Partition(LAYER, SEEDS[0]), recipe, provenance, frame("autointerp", []))
-    write_reports(NAME, [])
+    laboratory.store.write_table(declaration, Partition(LAYER, SEEDS[0]), recipe, provenance, table_frame("autointerp", []))
+    remake_reports(laboratory)
     advice = f"No endpoint was configured. Set <code>{URL_VARIABLE}</code> to the address of a language model"
     assert advice in page.read_text()
     downstream = page.with_name("index.html").read_text().split('<section id="downstream">')[1].split("</section>")[0]
     assert advice in downstream
-    assert "explanations" not in _list(laboratory)[0] and 'name="explained"' not in page.read_text()
+    assert "explanation" not in _list(laboratory)[1] and 'name="explained"' not in page.read_text()

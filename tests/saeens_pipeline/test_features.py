@@ -14,13 +14,13 @@ import pytest
 import torch
 import zarr
 from sklearn.metrics.pairwise import cosine_similarity
-from tiny_experiment import LAYER, MEMBERS, NAME, SEEDS, Laboratory
+from tiny_experiment import LAYER, MEMBERS, NAME, SEEDS, Laboratory, status_of
 from tiny_models import D_MODEL
 from tokenizers import Tokenizer, decoders, models
 
 import saeens_models as sm
-from saeens_pipeline.assets.features import TOP_TOKENS, token_text
-from saeens_pipeline.runs import experiment_status
+from saeens_pipeline.assets.measurements.features import TOP_TOKENS
+from saeens_pipeline.assets.measurements.token_strings import token_text
 
 D_SAE = 2 * D_MODEL
 REFERENCE_MODEL = Path(__file__).parents[2] / "data" / "reference_model"
@@ -149,7 +149,7 @@ def test_other_test_tokens_make_it_anew(empty: Laboratory):
     empty.run()
     before = empty.artefact("eval/features").data_version
     empty.declare({"test_tokens": 150}, evaluations=["features"], ensemble={"members": 1, "seeds": [1]}, baselines=[])
-    (stale,) = [status for status in experiment_status(NAME) if status.declaration.address.name == "features"]
+    (stale,) = [status for status in status_of(NAME) if status.declaration.address.name == "features"]
     assert stale.state == "stale"
     empty.run()
     assert empty.artefact("eval/features").data_version != before
@@ -158,7 +158,7 @@ def test_other_test_tokens_make_it_anew(empty: Laboratory):
 def test_with_one_seed_and_one_member_there_is_nothing_to_compare_with(empty: Laboratory):
     empty.declare(evaluations=["features"], ensemble={"members": 1, "seeds": [1]})
     empty.run()
-    assert {status.state for status in experiment_status(NAME)} == {"fresh"}
+    assert {status.state for status in status_of(NAME)} == {"fresh"}
     table = _table(empty)
     assert set(table["layer"]) == {LAYER}
     for column in table.columns[table.columns.index("nearest_member") : table.columns.index("top_tokens")]:

@@ -15,11 +15,12 @@ import dagster as dg
 import pytest
 from tiny_experiment import EXPERIMENT, LAYER, NAME, Laboratory, experiment_file, source_settings
 
-from saeens_pipeline import cli, garbage
+from saeens_pipeline import cli
 from saeens_pipeline.errors import ConfigurationError
-from saeens_pipeline.experiment_files import FOLDERS_VARIABLE
-from saeens_pipeline.garbage import Inventory, by_folder, declared, find_garbage, remove_garbage
-from saeens_pipeline.instance import register_layers
+from saeens_pipeline.orchestration import garbage
+from saeens_pipeline.orchestration.garbage import Inventory, by_folder, declared, find_garbage, remove_garbage
+from saeens_pipeline.orchestration.instance import register_layers
+from saeens_pipeline.settings.files import FOLDERS_VARIABLE
 from saeens_pipeline.storage import recipes
 from saeens_pipeline.storage.checkpoints import checkpoint_file
 from saeens_pipeline.storage.names import Partition
@@ -376,21 +377,20 @@ def own_folder(finished: Laboratory, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("is_there", [True, False])
-def test_while_a_folder_that_was_read_before_is_not_read_nothing_is_removed(
+def test_artefacts_of_a_folder_that_is_not_read_now_are_kept(
     finished: Laboratory, own_folder: Path, is_there: bool, monkeypatch: pytest.MonkeyPatch
 ):
     assert _look(finished) == Inventory()
-    remove_garbage(finished.catalogue, _look(finished), finished.root)
     monkeypatch.delenv(FOLDERS_VARIABLE)
     if not is_there:
         shutil.rmtree(own_folder)
-    before = _files(finished.root)
     inventory = _look(finished)
-    assert inventory.garbage
-    assert inventory.unknown == []
-    with pytest.raises(ConfigurationError, match=f"{own_folder}: .* set {FOLDERS_VARIABLE}={own_folder}, or .*\nnothing is removed"):
-        remove_garbage(finished.catalogue, inventory, finished.root)
-    assert _files(finished.root) == before
+    assert inventory.unread_folders == [own_folder]
+    (kept,) = [finding for finding in inventory.unknown if finding.path.name == "expanded"]
+    assert str(own_folder) in kept.reason and "not read now" in kept.reason
+    remove_garbage(finished.catalogue, inventory, finished.root)
+    left = {path.relative_to(finished.root).as_posix() for path in finished.root.rglob("recipe.json")}
+    assert left == {f"{SEED_1}/baseline/expanded/recipe.json"}
 
 
 def test_an_artefact_disappears_at_once_and_what_an_interruption_leaves_is_unused(
@@ -452,24 +452,23 @@ def test_the_command_refuses_to_remove_when_a_file_is_broken(
     assert _files(finished.root) == before
 
 
-def test_the_command_removes_what_belongs_to_a_folder_only_once_it_is_forgotten(
+def test_the_command_removes_artefacts_of_a_folder_only_once_it_is_given_up(
     finished: Laboratory, own_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setenv(FOLDERS_VARIABLE, "")
     before = _files(finished.root)
     assert _saeens(monkeypatch, "gc") == 0
-    assert f"{own_folder}: its experiment files were read before" in capsys.readouterr().err
-    assert _saeens(monkeypatch, "gc", "--delete") == 2
     assert f"saeens gc --forget-folder {own_folder}" in capsys.readouterr().err
     assert _saeens(monkeypatch, "gc", "--forget-folder", str(own_folder.parent)) == 2
     assert f"there are: {own_folder}" in capsys.readouterr().err
     assert _files(finished.root) == before
+    assert _saeens(monkeypatch, "gc", "--delete") == 0
+    assert (finished.root / SEED_1 / "baseline" / "expanded").exists()
     assert _saeens(monkeypatch, "gc", "--delete", "--forget-folder", str(own_folder)) == 0
-    assert "experiment_folders" not in capsys.readouterr().out
     assert not (finished.root / "experiments").exists()
 
 
-def test_a_folder_that_is_read_is_not_forgotten(
+def test_a_folder_that_is_read_is_not_given_up(
     finished: Laboratory, own_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     assert _saeens(monkeypatch, "gc", "--forget-folder", str(own_folder)) == 2

@@ -12,14 +12,13 @@ import torch
 import zarr
 from safetensors.numpy import load_file
 from sklearn.metrics.pairwise import cosine_similarity
-from tiny_experiment import EXPERIMENT, LAYER, MEMBERS, NAME, SEEDS, Laboratory
+from tiny_experiment import EXPERIMENT, LAYER, MEMBERS, NAME, SEEDS, Laboratory, status_of
 from tiny_models import D_MODEL
 
 import saeens_models as sm
-from saeens_pipeline.assets.leaderboard import standings
+from saeens_pipeline.assets.health import examine
 from saeens_pipeline.assets.memory import portion_within
-from saeens_pipeline.checks import examine
-from saeens_pipeline.runs import experiment_status
+from saeens_pipeline.assets.tables.leaderboard import standings
 from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.tables import read_table
 
@@ -231,15 +230,15 @@ def test_concurrent_rounds_depend_on_the_configurations_of_those_before_them(
     other.activate(monkeypatch)
     changes = {"baselines": ["expanded"], "ensemble": EXPERIMENT["ensemble"] | {"boosting": "concurrent"}}
     other.declare(sae=[MIXED[0], MIXED[1] | {"k": 6}, MIXED[2]], **changes)
-    stale = {"/".join(s.declaration.address.key[1:]) for s in experiment_status(NAME) if s.state == "stale"}
+    stale = {"/".join(s.declaration.address.key[1:]) for s in status_of(NAME) if s.state == "stale"}
     assert {key for key in stale if "member_" in key or "round_" in key} == {"bagging/member_2", "boosting/round_2", "boosting/round_3"}
     other.declare(sae=MIXED, **changes)
-    assert {s.state for s in experiment_status(NAME)} == {"fresh"}
+    assert {s.state for s in status_of(NAME)} == {"fresh"}
 
 
 def test_a_list_of_equal_configurations_makes_the_members_that_one_makes(finished: Laboratory):
     finished.declare(sae=[EXPERIMENT["sae"]] * MEMBERS)
-    fresh = {"/".join(s.declaration.address.key[1:]) for s in experiment_status(NAME) if s.state == "fresh"}
+    fresh = {"/".join(s.declaration.address.key[1:]) for s in status_of(NAME) if s.state == "fresh"}
     assert {f"bagging/member_{j}" for j in (1, 2, 3)} | {f"boosting/round_{j}" for j in (1, 2, 3)} <= fresh
 
 
@@ -253,7 +252,7 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     "unknown key": (
         {"sae": [TOPK[0], TOPK[1], TOPK[2] | {"l1_coefficient": 1}]},
         "sae.2.l1_coefficient",
-        "unknown key; one of: expansion,",
+        "unknown key; one of: architecture, expansion,",
     ),
     "architecture": ({"sae": [TOPK[0], TOPK[1], {"architecture": "relu", "expansion": 2}]}, "sae.2.architecture", "topk"),
     "widths of two kinds": ({"sae": [TOPK[0], TOPK[1], {"architecture": "topk", "d_sae": 9, "k": 1}]}, "sae", "expansion in every entry"),

@@ -13,10 +13,10 @@ from tiny_experiment import SEEDS, Laboratory
 from tiny_models import write_tiny_model
 from torch.nn.functional import cross_entropy
 
+from saeens_pipeline.cli.new_experiment import new_experiment
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models.models import describe_language_model, load_language_model
 from saeens_pipeline.language_models.tokens import TokenStore, open_tokens
-from saeens_pipeline.new_experiment import new_experiment
 
 NAME = "some-lab/some-model"
 

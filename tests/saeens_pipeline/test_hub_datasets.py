@@ -15,9 +15,10 @@ from tiny_experiment import Laboratory
 from saeens_pipeline.assets import sources
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models import corpora
-from saeens_pipeline.language_models.corpora import Split
-from saeens_pipeline.language_models.hub_datasets import HubDataset
+from saeens_pipeline.language_models.documents import Split
+from saeens_pipeline.language_models.hub_datasets import HubCorpus
 from saeens_pipeline.language_models.tokens import open_tokens
+from saeens_pipeline.settings.corpora import HubDataset
 
 NAME = "some-lab/pile"
 SPLITS: tuple[Split, ...] = ("train", "test")
@@ -50,8 +51,8 @@ def _lines(texts: list[str]) -> str:
     return "".join(json.dumps({"text": text, "meta": {"pile_set_name": text[:5]}}) + "\n" for text in texts)
 
 
-def _corpus(**fields: Any) -> HubDataset:
-    return HubDataset(**{"name": NAME, "test_split": "test", **fields})
+def _corpus(**fields: Any) -> HubCorpus:
+    return HubCorpus(HubDataset(**{"name": NAME, "test_split": "test", **fields}))
 
 
 def test_splits_are_those_of_the_data_set_in_its_order_with_their_labels(hub: FakeHub):

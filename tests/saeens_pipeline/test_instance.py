@@ -18,9 +18,9 @@ import yaml
 from tiny_experiment import LAYER, MEMBERS, NAME, SEEDS, Laboratory
 
 import saeens_pipeline
-from saeens_pipeline import runs as runs_module
 from saeens_pipeline.errors import SaeensError
-from saeens_pipeline.instance import PROCESS_TAG, end_dead_runs, instance_settings, prepare_home, process_tag, register_layers
+from saeens_pipeline.orchestration import runs as runs_module
+from saeens_pipeline.orchestration.instance import PROCESS_TAG, end_dead_runs, instance_settings, prepare_home, process_tag, register_layers
 
 CHECKOUT = Path(saeens_pipeline.__file__).parents[1]
 
@@ -145,7 +145,7 @@ def test_runs_of_the_command_line_are_seen_by_dagster(finished_laboratory: Labor
     monkeypatch.setenv("DAGSTER_HOME", str(finished_laboratory.root / "dagster"))
     with dg.DagsterInstance.get() as instance:
         runs = instance.get_runs()
-        assert len(runs) == 3 + len(SEEDS)  # tokens, activations, each seed, what compares them
+        assert len(runs) == 4 + len(SEEDS)  # tokens, activations, each seed, tables that compare seeds, the page over all experiments
         assert {run.status for run in runs} == {dg.DagsterRunStatus.SUCCESS}
         assert {run.tags["user"] for run in runs} == {"saeens run"}
         assert instance.get_dynamic_partitions(f"{NAME}_layers") == [str(LAYER)]
@@ -162,7 +162,10 @@ def test_runs_of_the_command_line_are_seen_by_dagster(finished_laboratory: Labor
 
 
 def test_processes_that_come_at_once_set_up_one_database_that_all_can_open(tmp_path: Path):
-    script = "from saeens_pipeline.instance import command_line_instance\nwith command_line_instance() as i: print(len(i.get_runs()))"
+    script = (
+        "from saeens_pipeline.orchestration.instance import command_line_instance\n"
+        "with command_line_instance() as i: print(len(i.get_runs()))"
+    )
     environment = {name: value for name, value in os.environ.items() if name != "DAGSTER_HOME"} | {"SAEENS_DATA": str(tmp_path)}
     at_once = [
         subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from saeens_pipeline import runs
-from saeens_pipeline.kernels import compiled_meanwhile, load_kernels
+from saeens_pipeline.assets.kernels import compiled_meanwhile, load_kernels
+from saeens_pipeline.orchestration import runs
 from saeens_pipeline.storage.locks import FOLDER, holding
 from saeens_pipeline.storage.recipes import Store
 
@@ -59,8 +59,8 @@ def test_only_beside_what_comes_before_training(tmp_path, monkeypatch, builders:
         asked.append(sorted(architectures))
         return nullcontext()
 
-    monkeypatch.setattr("saeens_pipeline.kernels.compiled_meanwhile", compiled_instead)
-    monkeypatch.setattr("saeens_pipeline.resources.ComputeResource.resolve", lambda self: device)
+    monkeypatch.setattr("saeens_pipeline.assets.kernels.compiled_meanwhile", compiled_instead)
+    monkeypatch.setattr("saeens_pipeline.assets.compute.Compute.resolve", lambda self: device)
     wanted: Any = [SimpleNamespace(builder=builder, tags={"architecture": "topk"} if builder == "sae" else {}) for builder in builders]
     with runs._compiling(Store(tmp_path), wanted):
         pass

@@ -13,18 +13,19 @@ from fake_hub import UNREACHABLE, FakeHub, reach
 from pydantic import ValidationError
 from tiny_models import ListedCorpus
 
-from saeens_pipeline.components.downstream_tasks import (
+from saeens_pipeline.errors import ConfigurationError, SaeensError
+from saeens_pipeline.language_models.documents import Document, Split
+from saeens_pipeline.language_models.labelled_texts import embedded
+from saeens_pipeline.language_models.labelled_texts.drawing import Labelled, TextCount, draw_concepts, draw_quadrants
+from saeens_pipeline.language_models.labelled_texts.embedded import EmbeddedTasks, cut
+from saeens_pipeline.language_models.labelled_texts.reading import identity, read_concepts, read_correlations
+from saeens_pipeline.settings import labelled_data_sets
+from saeens_pipeline.settings.probing import (
     ConceptDataSet,
     ConceptDetectionSettings,
     CorrelationDataSet,
     SpuriousCorrelationSettings,
 )
-from saeens_pipeline.errors import ConfigurationError, SaeensError
-from saeens_pipeline.labelled_texts import embedded
-from saeens_pipeline.labelled_texts.drawing import Labelled, TextCount, draw_concepts, draw_quadrants
-from saeens_pipeline.labelled_texts.embedded import EmbeddedTasks, cut
-from saeens_pipeline.labelled_texts.reading import identity, read_concepts, read_correlations
-from saeens_pipeline.language_models.corpora import Document, Split
 
 FEW = TextCount(8, 4)
 
@@ -225,8 +226,8 @@ def test_the_identity_of_files_is_their_content(tmp_path: Path):
 def test_a_data_set_may_be_given_by_its_name_alone():
     settings = ConceptDetectionSettings.model_validate({"datasets": ["builtin/language", {"name": "fancyzhx/ag_news", "path": "/copy"}]})
     assert [each.name for each in settings.datasets] == ["builtin/language", "fancyzhx/ag_news"]
-    assert [each.name for each in ConceptDetectionSettings().datasets] == list(embedded.CONCEPTS)
-    assert [each.name for each in SpuriousCorrelationSettings().datasets] == list(embedded.CORRELATIONS)
+    assert [each.name for each in ConceptDetectionSettings().datasets] == list(labelled_data_sets.EMBEDDED_CONCEPTS)
+    assert [each.name for each in SpuriousCorrelationSettings().datasets] == list(labelled_data_sets.EMBEDDED_CORRELATIONS)
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from saeens_pipeline import cli
 from saeens_pipeline.errors import ConfigurationError
-from saeens_pipeline.instance import command_line_instance, declare_layers, layers_name, register_layers
-from saeens_pipeline.layers import add_layers, layers_of_source, recorded_layers
+from saeens_pipeline.orchestration.instance import command_line_instance, declare_layers, layers_name, register_layers
+from saeens_pipeline.orchestration.layers import add_layers, layers_of_source, recorded_layers
 
 
 @pytest.fixture

@@ -18,11 +18,12 @@ from tiny_experiment import EXPERIMENT, LAYER, MEMBERS, NAME, SEEDS, Laboratory,
 
 from saeens_pipeline import cli
 from saeens_pipeline.assets.declarations import Declaration
-from saeens_pipeline.assets.leaderboard import standings
+from saeens_pipeline.assets.tables import TABLES, columns_of, seed_metrics, table_frame
+from saeens_pipeline.assets.tables.cost import with_totals
+from saeens_pipeline.assets.tables.leaderboard import standings
 from saeens_pipeline.errors import ConfigurationError
-from saeens_pipeline.storage.names import Address, Partition
+from saeens_pipeline.storage.names import LEADERBOARD, LEADERBOARD_ADDRESS, Address, Partition
 from saeens_pipeline.storage.recipes import Recipe, read_artefact
-from saeens_pipeline.storage.tables import LEADERBOARD, SEED_METRICS, TABLES, frame, with_totals
 
 METHODS = ["boosting", "expanded_l0_matched", "bagging", "expanded", "single"]
 OTHER = "other"
@@ -47,7 +48,7 @@ def _write(laboratory: Laboratory, table: str, where: tuple[int, int], rows: Seq
     """A table of a single SAE of the other experiment, for a layer and seed, as evaluation would have written it."""
     layer, seed = where
     subject = {"experiment": OTHER, "layer": layer, "seed": seed, "language_model": "trained", "method": "single", "n_members": 1}
-    contents = frame(table, [subject | {"sae_data_versions": f"sae-{seed}"} | row for row in rows])
+    contents = table_frame(table, [subject | {"sae_data_versions": f"sae-{seed}"} | row for row in rows])
     recipe = Recipe("test", 1, {"rows": contents.to_dicts()})
     laboratory.store.write_table(Address(OTHER, "eval", table), Partition(layer, seed), recipe, {}, contents)
 
@@ -63,7 +64,7 @@ def _parts(laboratory: Laboratory, table: str) -> pl.DataFrame:
 
 def test_every_method_has_a_row_at_its_full_size_with_the_columns_that_are_described(finished: Laboratory):
     table = _standings(finished)
-    assert table.columns == [column.name for column in LEADERBOARD.columns]
+    assert table.columns == [column.name for column in columns_of(LEADERBOARD)]
     assert {(row["method"], row["n_members"]) for row in table.iter_rows(named=True)} == {
         ("single", 1),
         *((method, MEMBERS) for method in METHODS if method != "single"),
@@ -77,7 +78,7 @@ def test_every_method_has_a_row_at_its_full_size_with_the_columns_that_are_descr
 def test_means_points_and_intervals_are_those_of_the_tables(finished: Laboratory, method: str):
     row = _row(_standings(finished), method=method)
     measured = _measured(finished, method, row["n_members"])
-    for name, (table, _) in SEED_METRICS.items():
+    for name, (table, _) in seed_metrics().items():
         points = measured[table][name].to_numpy()
         low, high = scipy.stats.t.interval(0.95, len(points) - 1, loc=points.mean(), scale=scipy.stats.sem(points) or 1e-300)
         assert row[name] == pytest.approx(points.mean(), rel=1e-12), name
@@ -98,8 +99,8 @@ def _measured(laboratory: Laboratory, method: str, n: int) -> dict[str, pl.DataF
 def test_every_metric_of_every_table_takes_part():
     """But for what is counted, and for what two others say."""
     for table in ("reconstruction", "coactivation", "stability"):
-        numbers = {column.name for column in TABLES[table].columns if column.type == "float" or column.name == "diversity"}
-        assert numbers == {name for name, (its_table, _) in SEED_METRICS.items() if its_table == table}
+        numbers = {column.name for column in TABLES[table].all_columns if column.type == "float" or column.name == "diversity"}
+        assert numbers == {name for name, (its_table, _) in seed_metrics().items() if its_table == table}
 
 
 def test_ensembles_of_every_size_have_a_row_where_all_are_asked_for(finished: Laboratory):
@@ -210,7 +211,7 @@ def test_the_asset_is_one_node_that_depends_on_the_tables_of_all_experiments(emp
     assert (spec.group_name, spec.partitions_def) == ("leaderboard", None)
     tables = ("reconstruction", "coactivation", "stability", "cost")
     assert {d.asset_key.to_user_string() for d in spec.deps} == {f"{e}/eval/{t}" for e in (NAME, OTHER) for t in tables}
-    assert [column.name for column in spec.metadata["dagster/column_schema"].columns] == [column.name for column in LEADERBOARD.columns]
+    assert [column.name for column in spec.metadata["dagster/column_schema"].columns] == [column.name for column in columns_of(LEADERBOARD)]
 
 
 def test_it_waits_for_no_experiment(empty: Laboratory):
@@ -270,7 +271,7 @@ def test_the_command_prints_csv_and_json_alone(finished: Laboratory, leaderboard
     assert [row["method"] for row in json.loads(out)] == _standings(finished, sort="stability")["method"].to_list()
 
 
-def test_the_command_shows_the_points_of_two_seeds_and_leaves_no_file(finished: Laboratory, leaderboard: Command):
+def test_the_command_shows_the_points_of_two_seeds_and_materialises_the_table(finished: Laboratory, leaderboard: Command):
     code, out, err = leaderboard()
     assert (code, err) == (0, "")
     assert f"{NAME}, layer {LAYER}" in out
@@ -279,7 +280,9 @@ def test_the_command_shows_the_points_of_two_seeds_and_leaves_no_file(finished: 
     points = ", ".join(f"{float(point):.4f}" for point in row["explained_variance_by_seed"].split(","))
     assert f"({points})" in line
     assert f"±{row['explained_variance_high'] - row['explained_variance']:.2g}" in line
-    assert not (finished.root / "tables" / "leaderboard").exists()
+    assert finished.store.hit(
+        LEADERBOARD_ADDRESS, Partition(), finished.catalogue.leaderboard().outputs[0].recipe(finished.store, Partition())
+    )
 
 
 @pytest.mark.parametrize("metric", ["mse", "stability"])
@@ -303,10 +306,10 @@ def test_the_command_says_which_figures_are_outdated(finished: Laboratory, leade
 def test_an_experiment_whose_files_are_not_found_does_not_hide_the_others(
     finished: Laboratory, leaderboard: Command, monkeypatch: pytest.MonkeyPatch
 ):
-    def not_found(name: str) -> NoReturn:
+    def not_found(*_: object) -> NoReturn:
         raise ConfigurationError("mine: there is no file texts.csv")
 
-    monkeypatch.setattr("saeens_pipeline.runs.experiment_status", not_found)
+    monkeypatch.setattr("saeens_pipeline.orchestration.runs.experiment_status", not_found)
     code, out, err = leaderboard("--format", "csv")
     assert code == 0
     assert len(out.splitlines()) == 6

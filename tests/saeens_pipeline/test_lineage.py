@@ -11,8 +11,8 @@ from tiny_experiment import EXPERIMENT, LAYER, MEMBERS, NAME, SEEDS, Laboratory,
 from typer.testing import CliRunner
 
 from saeens_pipeline import cli
+from saeens_pipeline.assets.lineage import Ancestor, lineage
 from saeens_pipeline.errors import ConfigurationError, SaeensError
-from saeens_pipeline.lineage import Ancestor, lineage
 from saeens_pipeline.storage.tables import read_table
 
 SEED = SEEDS[0]

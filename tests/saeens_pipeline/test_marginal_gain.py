@@ -12,12 +12,11 @@ import pytest
 from safetensors.numpy import load_file
 from sklearn.metrics.pairwise import cosine_similarity
 from test_automation import AUTOMATED, CHAIN, Daemon
-from tiny_experiment import EXPERIMENT, LAYER, MEMBERS, NAME, SEEDS, Laboratory
+from tiny_experiment import EXPERIMENT, LAYER, MEMBERS, NAME, SEEDS, Laboratory, status_of
 
-from saeens_pipeline.assets.metadata import column_lineage
-from saeens_pipeline.instance import register_layers
-from saeens_pipeline.lineage import lineage
-from saeens_pipeline.runs import experiment_status
+from saeens_pipeline.assets.lineage import lineage
+from saeens_pipeline.orchestration.instance import register_layers
+from saeens_pipeline.orchestration.metadata import column_lineage
 from saeens_pipeline.storage.tables import read_table
 
 METHODS = {"bagging": "bagging/member", "boosting": "boosting/round"}
@@ -111,12 +110,12 @@ def test_an_ensemble_of_one_has_its_own_gain_only(empty: Laboratory):
 
 def test_it_needs_the_table_of_reconstruction(empty: Laboratory):
     empty.declare(evaluations=["stability", "marginal_gain"])
-    assert "attributes.evaluations: marginal_gain is computed from the table reconstruction" in "".join(empty.catalogue.broken.values())
+    assert "attributes.evaluations.1: marginal_gain is computed from the table reconstruction" in "".join(empty.catalogue.broken.values())
 
 
 def test_without_it_nothing_else_changes(finished: Laboratory):
     finished.declare(evaluations=["reconstruction", "members", "coactivation", "stability", "cost", "training_curves"])
-    assert {str(s.declaration.address) for s in experiment_status(NAME) if s.state != "fresh"} == {f"{NAME}/report"}
+    assert {str(s.declaration.address) for s in status_of(NAME) if s.state != "fresh"} == {f"{NAME}/report"}
     assert "suggested" not in finished.run()
 
 

@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 from tiny_experiment import experiment_settings
 
-from saeens_pipeline.components import ExperimentSettings, SourceSettings
+from saeens_pipeline.settings import ExperimentSettings, SourceSettings
 from saeens_pipeline.storage.names import LEADERBOARD_ADDRESS, Address, Partition, is_above_artefacts, locate, validate_name
 from saeens_pipeline.storage.recipes import Store
 

@@ -13,10 +13,10 @@ from tiny_experiment import NAME, Laboratory
 from tiny_models import CONTEXT_LENGTH, D_MODEL, N_LAYERS, edit_config
 
 from saeens_pipeline import cli
-from saeens_pipeline.components import ExperimentSettings, SourceSettings
-from saeens_pipeline.components.ensemble_experiment import EnsembleSettings
+from saeens_pipeline.cli.new_experiment import new_experiment, parse_layers
 from saeens_pipeline.errors import ConfigurationError
-from saeens_pipeline.new_experiment import new_experiment, parse_layers
+from saeens_pipeline.settings import ExperimentSettings, SourceSettings
+from saeens_pipeline.settings.experiments import EnsembleSettings
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_the_file_is_read_at_once_and_has_the_models_own_sizes(empty: Laboratory
     assert (source.packing, source.drop, source.weights) == ("concatenate", ["first"], "trained")
     assert experiment.source == "mine"
     assert (experiment.automation, experiment.keep_residuals) == ("off", "last")
-    assert experiment.sae == {"architecture": "topk", "expansion": 8, "k": 1}
+    assert experiment.sae.model_dump(exclude_unset=True) == {"architecture": "topk", "expansion": 8, "k": 1}
     text = written.path.read_text()
     assert f"gpt_neox, {N_LAYERS} layers, d_in {D_MODEL}, context {CONTEXT_LENGTH}" in text
     assert f"of 0 to {N_LAYERS - 1}" in text
@@ -68,7 +68,7 @@ def test_k_follows_the_width_of_the_model(empty: Laboratory, own: Path, tiny_mod
         model = shutil.copytree(tiny_model, tmp_path / f"model_{d_model}")
         edit_config(model, hidden_size=d_model)
         new_experiment(f"width_{d_model}", str(model), [1])
-        assert empty.catalogue.experiment(f"width_{d_model}").saes[0]["k"] == k
+        assert empty.catalogue.experiment(f"width_{d_model}").saes[0].l0 == k
 
 
 def test_long_contexts_are_cut_and_a_model_without_a_separator_gets_windows_inside_documents(

@@ -12,7 +12,8 @@ from tiny_models import CONTEXT_LENGTH, D_MODEL, VOCAB_SIZE, ListedCorpus, edit_
 from transformers import PreTrainedModel
 
 from saeens_pipeline.errors import ConfigurationError
-from saeens_pipeline.language_models.models import LanguageModel, describe_language_model, load_language_model
+from saeens_pipeline.language_models.language_model import LanguageModel
+from saeens_pipeline.language_models.models import describe_language_model, load_language_model
 from saeens_pipeline.language_models.patching import PatchedWindows, loss_batches, patched, validate_patch
 from saeens_pipeline.language_models.tokens import TokenBatch, TokenStore, open_tokens, write_tokens
 

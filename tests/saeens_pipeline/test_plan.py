@@ -9,12 +9,12 @@ from collections.abc import Callable
 from types import ModuleType
 
 import pytest
-from tiny_experiment import EXPERIMENT, LAYER, MEMBERS, NAME, SEEDS, Laboratory
+from tiny_experiment import EXPERIMENT, LAYER, MEMBERS, NAME, SEEDS, Laboratory, status_of
 
-from saeens_pipeline.assets import evaluation, residuals, saes
-from saeens_pipeline.components import ExperimentSettings
-from saeens_pipeline.plan import Status, plan
-from saeens_pipeline.runs import experiment_status
+from saeens_pipeline.assets import residuals, saes, training
+from saeens_pipeline.assets.measurements import dictionaries
+from saeens_pipeline.assets.staleness import Status, plan
+from saeens_pipeline.settings import ExperimentSettings
 from saeens_pipeline.storage.names import Address, Partition
 
 N_PER_SEED = 2 * MEMBERS + (MEMBERS - 1) + 2 + 2 + 5  # members and rounds, residuals, baselines, ensembles, tables
@@ -30,18 +30,18 @@ def _states(statuses: list[Status]) -> Counter[str]:
 
 
 def _reasons(state: str) -> dict[tuple[str, int | None], str]:
-    statuses = [status for status in experiment_status(NAME) if status.state == state]
+    statuses = [status for status in status_of(NAME) if status.state == state]
     return {(str(status.declaration.address).removeprefix(f"{NAME}/"), status.partition.seed): status.reason for status in statuses}
 
 
 def test_everything_is_missing_then_fresh(empty: Laboratory, finished_laboratory: Laboratory):
-    assert _states(experiment_status(NAME)) == {"missing": N_ALL}
+    assert _states(status_of(NAME)) == {"missing": N_ALL}
     shutil.copytree(finished_laboratory.root, empty.root)
-    assert _states(experiment_status(NAME)) == {"fresh": N_ALL}
+    assert _states(status_of(NAME)) == {"fresh": N_ALL}
 
 
 def test_looking_writes_nothing(empty: Laboratory):
-    experiment_status(NAME)
+    status_of(NAME)
     assert not empty.root.exists()
 
 
@@ -120,7 +120,7 @@ def _comment(laboratory: Laboratory) -> None:
 )
 def test_what_decides_nothing_changes_nothing(finished: Laboratory, change: Callable[[Laboratory], None]):
     change(finished)
-    assert _states(experiment_status(NAME)) == {"fresh": N_ALL}
+    assert _states(status_of(NAME)) == {"fresh": N_ALL}
 
 
 CHANGED_TOKENS = [{"train_tokens": 599}, {"context_length": 8}, {"drop": None}, {"packing": "concatenate"}, {"windows_per_document": 9}]
@@ -129,7 +129,7 @@ CHANGED_TOKENS = [{"train_tokens": 599}, {"context_length": 8}, {"drop": None}, 
 @pytest.mark.parametrize("change", CHANGED_TOKENS)
 def test_changed_tokens_make_everything_stale(finished: Laboratory, change: dict):
     finished.declare(source=change)
-    assert _states(experiment_status(NAME)) == {"stale": N_ALL}
+    assert _states(status_of(NAME)) == {"stale": N_ALL}
 
 
 @pytest.mark.parametrize("change", [{"hook": "mlp_out"}, {"dtype": "float32"}, {"weights": "random"}])
@@ -144,24 +144,31 @@ def test_a_changed_language_model_makes_everything_stale(finished: Laboratory):
     shutil.copytree(finished.model, copy)
     (copy / "tokenizer.json").write_text((copy / "tokenizer.json").read_text() + "\n")
     finished.declare(source={"language_model": str(copy)})
-    assert _states(experiment_status(NAME)) == {"stale": N_ALL}
+    assert _states(status_of(NAME)) == {"stale": N_ALL}
 
 
-@pytest.mark.parametrize("module", [saes, evaluation, residuals], ids=["SAEs", "tables", "residuals"])
+_MAKING = ("train_", "_write", "evaluate", "_evaluate")
+
+
+@pytest.mark.parametrize("module", [training, dictionaries, residuals], ids=["SAEs", "tables", "residuals"])
 def test_code_that_changes_without_its_version_makes_nothing_stale_and_trains_nothing(
     finished: Laboratory, monkeypatch: pytest.MonkeyPatch, module: ModuleType
 ):
     """Functions of the builders are replaced, as by editing them; what they would make is not asked for."""
     for name, function in vars(module).copy().items():
-        if inspect.isfunction(function) and function.__module__ == module.__name__ and name.startswith(("_train", "_write", "_evaluate")):
+        if (
+            inspect.isfunction(function)
+            and function.__module__ == module.__name__
+            and name.startswith(("train_", "_write", "evaluate", "_evaluate"))
+        ):
             monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("made again"))
-    assert _states(experiment_status(NAME)) == {"fresh": N_ALL}
+    assert _states(status_of(NAME)) == {"fresh": N_ALL}
     assert "no training" in finished.run()
 
 
 def test_one_more_layer_leaves_the_first_fresh(finished: Laboratory):
     finished.declare(source={"layers": [LAYER, 2]})
-    statuses = experiment_status(NAME)
+    statuses = status_of(NAME)
     assert {status.state for status in statuses if status.partition.layer in (None, LAYER)} == {"fresh"}
     assert _states(statuses) == {"fresh": N_ALL, "missing": N_ALL - 1}
 
@@ -177,7 +184,11 @@ def test_one_more_member_leaves_the_others_fresh(finished: Laboratory):
 
 def test_one_more_seed_leaves_the_others_fresh_and_makes_what_compares_seeds_stale(finished: Laboratory):
     finished.declare(ensemble={"members": MEMBERS, "seeds": [*SEEDS, 3]})
-    assert _states(experiment_status(NAME)) == {"fresh": N_ALL - len(ACROSS_SEEDS), "missing": N_PER_SEED, "stale": len(ACROSS_SEEDS)}
+    assert _states(status_of(NAME)) == {
+        "fresh": N_ALL - len(ACROSS_SEEDS),
+        "missing": N_PER_SEED,
+        "stale": len(ACROSS_SEEDS),
+    }
     assert _reasons("stale").keys() == {(name, None) for name in ACROSS_SEEDS}
 
 
@@ -191,7 +202,7 @@ def test_an_artefact_that_was_removed_is_missing_and_what_follows_is_stale(finis
 
 def test_a_stale_chain_shows_its_root_by_address_and_partition(finished: Laboratory):
     shutil.rmtree(finished.artefact("boosting/round_2", seed=1).path)
-    statuses = {(str(s.declaration.address), s.partition): s for s in experiment_status(NAME)}
+    statuses = {(str(s.declaration.address), s.partition): s for s in status_of(NAME)}
     root = statuses[f"{NAME}/boosting/round_2", Partition(LAYER, 1)]
     for key, partition in (
         ("boosting/round_3", Partition(LAYER, 1)),

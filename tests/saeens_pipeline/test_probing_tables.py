@@ -16,15 +16,14 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from test_experiment import PlainTopK
 from test_labelled_texts import CodeCorpus
-from tiny_experiment import LAYER, NAME, SEEDS, Laboratory
+from tiny_experiment import LAYER, NAME, SEEDS, Laboratory, status_of
 from tiny_models import CONTEXT_LENGTH
 from tokenizers import Tokenizer
 
+from saeens_pipeline.assets.lineage import lineage
 from saeens_pipeline.errors import ConfigurationError, SaeensError
-from saeens_pipeline.labelled_texts import reading
+from saeens_pipeline.language_models.labelled_texts import reading
 from saeens_pipeline.language_models.models import describe_language_model, load_language_model
-from saeens_pipeline.lineage import lineage
-from saeens_pipeline.runs import experiment_status
 from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.tables import read_table
 
@@ -152,7 +151,7 @@ def test_a_row_of_the_activations_themselves_leads_back_to_activations_and_no_sa
 
 
 def _stale() -> dict[str, str]:
-    return {status.declaration.address.name: status.reason for status in experiment_status(NAME) if status.state == "stale"}
+    return {status.declaration.address.name: status.reason for status in status_of(NAME) if status.state == "stale"}
 
 
 def test_a_table_is_made_again_when_its_texts_or_settings_change_and_only_then(probed: Laboratory, empty: Laboratory, tmp_path: Path):
@@ -214,7 +213,7 @@ def test_too_few_texts_are_refused_before_training(empty: Laboratory, tmp_path: 
 
 
 @pytest.mark.parametrize("sweep", [{}, {"sweep": {"k": [2, 4]}}])
-def test_relative_paths_start_from_the_experiment_files_folder(
+def test_from_file_start_from_the_experiment_files_folder(
     empty: Laboratory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sweep: dict[str, Any]
 ):
     there = json.dumps(_write_texts(tmp_path / "texts"))

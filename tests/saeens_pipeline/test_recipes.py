@@ -348,12 +348,12 @@ def test_bytes_that_were_changed_without_a_trace_are_no_hit_once_the_artefact_is
     file.write_bytes(bytes(len(FILES[min(FILES)])))
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert store.hit(MEMBER, WHERE, RECIPE)
-    artefact.distrust()
+    artefact.invalidate()
     assert store.hit(MEMBER, WHERE, RECIPE) is None
 
 
 def test_a_whole_artefact_that_was_distrusted_is_a_hit(store: Store):
-    _write(store).distrust()
+    _write(store).invalidate()
     assert store.hit(MEMBER, WHERE, RECIPE)
 
 
@@ -453,7 +453,7 @@ def test_rows_that_were_written_by_someone_else_are_found(store: Store):
 
 def test_adopting_links_the_files_of_an_equal_artefact(store: Store):
     member = _write(store)
-    store.adopt(ROUND, WHERE, RECIPE, member, {"same_as": str(MEMBER)})
+    store.link(ROUND, WHERE, RECIPE, member, {"same_as": str(MEMBER)})
     adopted = store.require(ROUND, WHERE)
     assert all((adopted.path / name).samefile(member.path / name) for name in FILES)
     assert adopted.data_version == member.data_version
@@ -468,7 +468,7 @@ def test_adopting_copies_where_files_cannot_be_linked(store: Store, monkeypatch:
 
     member = _write(store)
     monkeypatch.setattr(os, "link", no_links)
-    store.adopt(ROUND, WHERE, RECIPE, member, {})
+    store.link(ROUND, WHERE, RECIPE, member, {})
     adopted = store.require(ROUND, WHERE)
     assert {name: (adopted.path / name).read_bytes() for name in FILES} == FILES
     assert adopted.data_version == member.data_version
@@ -476,7 +476,7 @@ def test_adopting_copies_where_files_cannot_be_linked(store: Store, monkeypatch:
 
 def test_replacing_an_artefact_does_not_touch_one_that_shares_its_files(store: Store):
     member = _write(store)
-    store.adopt(ROUND, WHERE, RECIPE, member, {})
+    store.link(ROUND, WHERE, RECIPE, member, {})
     _write(store, recipe=replace(RECIPE, version=2), files={"cfg.json": b"{}"})
     assert store.require(ROUND, WHERE).verify() == []
 

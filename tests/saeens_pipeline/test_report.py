@@ -15,24 +15,39 @@ import plotly.graph_objects as go
 import polars as pl
 import pytest
 import scipy.stats
-from tiny_experiment import LAYER, MEMBERS, NAME, SEEDS, Laboratory, experiment_file, experiment_settings, source_settings
+from tiny_experiment import (
+    LAYER,
+    MEMBERS,
+    NAME,
+    SEEDS,
+    Laboratory,
+    experiment_file,
+    experiment_settings,
+    remake_reports,
+    source_settings,
+    write_rows,
+)
 
+from saeens_models import SAESettings
 from saeens_pipeline import cli
-from saeens_pipeline.assets.leaderboard import for_reading, standings
+from saeens_pipeline.assets.tables import TABLES, table_frame
+from saeens_pipeline.assets.tables.cost import TOTALS
+from saeens_pipeline.assets.tables.leaderboard import for_reading, standings
 from saeens_pipeline.errors import SaeensError
+from saeens_pipeline.orchestration.catalogue import load_catalogue
+from saeens_pipeline.orchestration.runs import make_reports
+from saeens_pipeline.report.charts import Chart, as_plotly
 from saeens_pipeline.report.control import Comparison, compare
-from saeens_pipeline.report.figures import Figure, by_members, downstream, features, layer_profile, marginal_gain, trade_offs, training
-from saeens_pipeline.report.main_table import METRICS
+from saeens_pipeline.report.figures import by_members, downstream, features, layer_profile, marginal_gain, trade_offs, training
 from saeens_pipeline.report.methods import in_order, method
+from saeens_pipeline.report.metrics import METRICS, written
 from saeens_pipeline.report.pages import write_leaderboard
 from saeens_pipeline.report.published import SETTINGS, setting_of
 from saeens_pipeline.report.record import Record
-from saeens_pipeline.report.results import Results, Size, Spread, written
-from saeens_pipeline.report.words import about_control, choices, does_not_say, says
-from saeens_pipeline.reports import write_reports
+from saeens_pipeline.report.results import Results, Size, Spread
 from saeens_pipeline.storage.names import Address, Partition
 from saeens_pipeline.storage.recipes import read_artefact
-from saeens_pipeline.storage.tables import TOTALS, frame, read_table
+from saeens_pipeline.storage.tables import read_table
 
 METHODS = ["single", "bagging", "boosting", "expanded", "expanded_l0_matched"]
 HOSTILE = '<script>alert("x")</script>'
@@ -88,16 +103,16 @@ def _table(laboratory: Laboratory, name: str) -> pl.DataFrame:
 
 def _synthetic(table: str, rows: list[dict[str, Any]]) -> Results:
     subject = {"experiment": "e", "layer": 0, "language_model": "trained", "sae_data_versions": "v"}
-    return Results("e", 0, {table: frame(table, [subject | row for row in rows])})
+    return Results("e", 0, {table: table_frame(table, [subject | row for row in rows])})
 
 
-def _of(figures: list[Figure], name: str) -> Any:
+def _of(figures: list[Chart], name: str) -> Any:
     return _drawn(next(each for each in figures if each.name == name))
 
 
-def _drawn(figure: Figure) -> Any:
+def _drawn(figure: Chart) -> Any:
     """A figure as plotly reads it, which takes no key or value that it does not know."""
-    return go.Figure(figure.figure)
+    return go.Figure(as_plotly(figure))
 
 
 def test_a_run_ends_with_a_report_and_says_where_it_is(finished: Laboratory):
@@ -126,7 +141,7 @@ def test_training_is_counted_with_passes_over_residuals_everywhere(finished: Lab
     plot = _of(list(trade_offs(_results(finished))), "explained_variance_for_total_flops")
     (line,) = (trace for trace in plot.data if trace.name == "boosting")
     assert line.x[-1] == pytest.approx(expected, rel=1e-12)
-    write_reports(None, [])
+    make_reports(load_catalogue(), None, [])
     board = (finished.root / "reports" / "leaderboard" / "index.html").read_text()
     shown = re.search(r'<tr[^>]* data-method="boosting".*?data-metric="total_flops" data-value="([^"]+)"', board, re.DOTALL)
     assert shown and float(shown[1]) == pytest.approx(expected, rel=1e-12)
@@ -149,16 +164,16 @@ def test_a_report_asks_dagster_for_layers_only_where_there_are_more_than_in_the_
     def recorded(source: Any) -> Any:
         raise LookupError(source.name)
 
-    monkeypatch.setattr("saeens_pipeline.layers.recorded_layers", recorded)
-    page, _ = write_reports(NAME, [])
+    monkeypatch.setattr("saeens_pipeline.orchestration.runs.recorded_layers", recorded)
+    page, _ = make_reports(load_catalogue(), NAME, [])
     assert page.parent.name == f"layer={LAYER}"
     with pytest.raises(LookupError):
-        write_reports(NAME, [LAYER + 1])
+        make_reports(load_catalogue(), NAME, [LAYER + 1])
     added = finished.root / "tables" / NAME / "cost" / f"layer={LAYER + 1}"
     added.mkdir()
     try:
         with pytest.raises(LookupError):
-            write_reports(NAME, [])
+            remake_reports(finished)
     finally:
         added.rmdir()
 
@@ -182,7 +197,7 @@ def test_each_sae_is_counted_once_under_however_many_names_it_is_there(finished:
         if file.parent.parent.name == "baseline":
             file.write_text(json.dumps(contents | {"provenance": contents["provenance"] | {"same_as": "other/baseline/expanded"}}))
     assert re.match(
-        rf"{n} SAEs, {2 * len(SEEDS)} of them made by another experiment: .* {re.escape(written(flops, '.3g'))} FLOPs", training()
+        rf"{n} SAEs, {2 * len(SEEDS)} of them linked from another experiment: .* {re.escape(written(flops, '.3g'))} FLOPs", training()
     )
 
 
@@ -259,8 +274,9 @@ def test_nothing_is_loaded_from_elsewhere(finished: Laboratory):
 def test_names_that_are_hostile_stay_text(finished: Laboratory):
     for part in (finished.root / "tables" / NAME).rglob("part.parquet"):
         rows = pl.read_parquet(part, hive_partitioning=False)
-        rows.with_columns(pl.col("method").replace("expanded", HOSTILE), sae_data_versions=pl.lit(HOSTILE)).write_parquet(part)
-    write_reports(NAME, [])
+        hostile = rows.with_columns(pl.col("method").replace("expanded", HOSTILE), sae_data_versions=pl.lit(HOSTILE))
+        write_rows(finished.store, part, hostile)
+    remake_reports(finished)
     page = _page(finished)
     assert "alert" not in "".join(re.findall(r"<script(?! type)[^>]*>(.*?)</script>", page.source, re.DOTALL))
     assert HOSTILE not in page.source
@@ -272,7 +288,7 @@ def test_names_that_are_hostile_stay_text(finished: Laboratory):
 def test_a_missing_table_is_named_with_the_command_that_makes_it(finished: Laboratory, table: str):
     for part in (finished.root / "tables" / NAME / table).rglob("part.parquet"):
         part.unlink()
-    write_reports(NAME, [])
+    remake_reports(finished)
     page = _page(finished)
     assert f"saeens run {NAME} makes these tables, which are not there:" in page.text
     assert page.source.count(f"<li><code>{table}</code>") == 1
@@ -288,16 +304,26 @@ def test_a_report_of_some_tables_is_stale_when_there_are_more(finished: Laborato
     (part,) = (finished.root / "tables" / NAME / "stability").rglob("part.parquet")
     kept = part.read_bytes()
     part.unlink()
-    write_reports(NAME, [])
+    remake_reports(finished)
     part.write_bytes(kept)
     printed = finished.run()
     assert "1 artefacts to make" in printed
     assert "<li><code>stability</code>" not in _page(finished).source
 
 
+def test_every_table_is_listed_with_its_question_and_rows(finished: Laboratory):
+    source = _page(finished).source
+    listed = re.findall(r'<tr><th scope="row"><code>(\w+)</code></th><td>(.*?)</td><td class="number">([\d,]+)</td></tr>', source)
+    there = {path.name for path in (finished.root / "tables" / NAME).iterdir()}
+    assert {name for name, _, _ in listed} == there
+    for name, question, rows in listed:
+        assert question == TABLES[name].question
+        assert int(rows.replace(",", "")) == len(_table(finished, name))
+
+
 def test_without_any_table_there_is_no_report(empty: Laboratory):
     with pytest.raises(SaeensError, match=f"saeens run {NAME}"):
-        write_reports(NAME, [])
+        make_reports(load_catalogue(), NAME, [])
 
 
 def test_the_command_writes_reports_and_prints_the_pages(
@@ -333,66 +359,46 @@ def test_the_control_is_the_same_experiment_on_random_weights(finished: Laborato
     other = experiment_settings(name="another", source="untrained", sae={"architecture": "topk", "expansion": 2, "k": 5})
     documents = (("ActivationSource", source), ("EnsembleExperiment", other), ("EnsembleExperiment", alike))
     finished.write(experiment_file(*documents), "untrained")
-    write_reports(NAME, [])
+    remake_reports(finished)
     assert "saeens run control makes them" in _page(finished).text
     for table in ("reconstruction", "stability"):
         for part in sorted((finished.root / "tables" / NAME / table).rglob("part.parquet")):
             rows = pl.read_parquet(part, hive_partitioning=False).with_columns(experiment=pl.lit("control"))
             target = finished.root / "tables" / "control" / part.relative_to(finished.root / "tables" / NAME)
             target.parent.mkdir(parents=True)
-            rows.write_parquet(target)
-    write_reports(NAME, [])
+            write_rows(finished.store, target, rows, like=part)
+    remake_reports(finished)
     page = _page(finished)
-    assert "On an untrained language model of the same shape, the methods come in the same order by explained variance" in page.text
+    beside = re.search('<table id="control-table".*?</table>', page.source, re.DOTALL)
+    assert beside and beside[0].count(">the same</td>") == beside[0].count('scope="colgroup"') >= 2
+    assert "saeens run control makes them" not in page.text
     (link,) = (a for tag, a in page.elements if tag == "a" and "/control/" in str(a["href"]))
     assert "copied alone" in str(link["title"])
     assert "is-control" not in page.source
-    write_reports("control", [])
+    remake_reports(finished, "control")
     control = Page(finished.root / "reports" / "control" / f"layer={LAYER}" / "index.html")
     text = " ".join(control.text.split())
-    assert "This is a control. The weights of its language model are random: it has learnt nothing. In all else it is as " in text
+    assert "This is a control. The weights of its language model are random: it has learnt nothing." in text
+    assert "All other settings are those of " in text
     assert f"{NAME}, on the trained language model" in text
-    assert "on an untrained language model" in text and "Which method for what" not in text
+    assert "on an untrained language model" in text
     assert f"../../{NAME}/layer={LAYER}/index.html" in {a.get("href") for _, a in control.elements}
 
 
 def test_order_beside_the_control_is_that_of_the_means():
     def row(name: str, trained: float, untrained: float) -> tuple[Any, Spread, Spread]:
-        return method(name), Spread.of([trained], [1]), Spread.of([untrained], [1])
+        return method(name), Spread.of([trained]), Spread.of([untrained])
 
     assert Comparison("EV", [row("single", 0.7, 0.8), row("boosting", 0.9, 0.95)]).same_order
     assert not Comparison("EV", [row("single", 0.7, 0.99), row("boosting", 0.9, 0.95)]).same_order
 
 
-def test_one_method_that_alone_changes_its_place_beside_the_control_is_named():
-    def row(name: str, ours: float, theirs: float) -> Any:
-        return method(name), Spread.of([ours], [1]), Spread.of([theirs], [1])
-
-    rows = [row("single", 0.1, 0.1), row("bagging", 0.2, 0.3), row("boosting", 0.4, 0.4), row("compute_matched", 0.3, 0.2)]
-    swapped = Comparison("EV", rows)
-    assert swapped.moved == [method("bagging"), method("compute_matched")]  # neighbours that change places: either
-    fell = Comparison("stability", [*rows[:3], row("compute_matched", 0.5, 0.0)])
-    assert fell.moved == [method("compute_matched")]
-    assert (swapped.exception, fell.exception) == ("but bagging and compute matched change places", "but for compute matched")
-    said = about_control([swapped, fell, Comparison("loss", rows)])
-    assert f"in the same order by EV and loss ({swapped.exception}), and by stability ({fell.exception}). So" in said
-    one = Comparison("loss", rows[:1])
-    assert "in the same order by loss, and by EV (but bagging and compute matched change places). " in about_control([swapped, one])
-    reversed_ = Comparison("L0", [row("single", 0.7, 0.99), row("boosting", 0.9, 0.95)])
-    assert reversed_.exception == one.exception == ""
-    assert "By L0 the order is another one." in about_control([one, reversed_])
-    assert not Comparison("EV", [row("expanded", 0.5, 0.0), row("matching_pursuit", 0.6, -1.0), *rows]).moved
-    assert "in another order by EV" in about_control([Comparison("EV", [row("single", 0.7, 0.99), row("boosting", 0.9, 0.95)])])
-
-
 def test_spreads_are_students_intervals_and_with_two_seeds_the_points():
     values = [0.5, 0.7, 0.6, 0.8]
-    spread = Spread.of(values, [1, 2, 3, 4])
+    spread = Spread.of(values)
     expected = scipy.stats.t.interval(0.95, 3, loc=np.mean(values), scale=scipy.stats.sem(values))
     assert spread.bar == pytest.approx(expected)
-    assert Spread.of([0.7, 0.5], [1, 2]).bar == (0.5, 0.7)
-    assert Spread.of([0.9, 0.8], [1, 2]).is_above(Spread.of([0.7, 0.5], [1, 2]))
-    assert not Spread.of([0.9, 0.6], [1, 2]).is_above(Spread.of([0.7, 0.5], [1, 2]))
+    assert Spread.of([0.7, 0.5]).bar == (0.5, 0.7)
 
 
 def _reconstruction(values: Mapping[str, tuple[float, float, int]]) -> list[dict[str, Any]]:
@@ -403,43 +409,6 @@ def _reconstruction(values: Mapping[str, tuple[float, float, int]]) -> list[dict
     ]
 
 
-def test_choices_name_the_best_for_each_need():
-    results = _synthetic(
-        "reconstruction",
-        _reconstruction({"single": (0.7, 8, 1), "boosting": (0.95, 64, 8), "expanded": (0.75, 8, 8), "bagging": (0.8, 64, 8)}),
-    )
-    chosen = {choice.need: choice for choice in choices(results)}
-    assert chosen["the closest reconstruction"].method.name == "boosting"
-    assert chosen["as few features per token as one SAE (8)"].method.name == "expanded"
-    assert "the next is bagging with 0.800" in chosen["the closest reconstruction"].evidence
-    assert not chosen["the closest reconstruction"].ensemble  # it is one
-    assert chosen["as few features per token as one SAE (8)"].ensemble.endswith("bagging and boosting use 64 features per token.")
-
-
-def test_where_a_baseline_serves_best_the_best_ensemble_is_named_with_its_price():
-    values = {"single": (0.7, 8, 1), "boosting": (0.95, 64, 8), "bagging": (0.8, 64, 8), "matching_pursuit": (0.98, 63, 1)}
-    tables = _synthetic("reconstruction", _reconstruction(values)).tables
-    cost = [("single", 1, 1e9, 0.0), ("boosting", 8, 8e9, 4e9), ("bagging", 8, 8e9, 0.0), ("matching_pursuit", 1, 1e11, 0.0)]
-    rows = [
-        {"seed": seed, "method": name, "n_members": n, "train_flops": flops, "residual_flops": passes}
-        for name, n, flops, passes in cost
-        for seed in (1, 2)
-    ]
-    chosen = next(choices(Results("e", 0, {**tables, **_synthetic("cost", rows).tables})))
-    assert chosen.method.name == "matching_pursuit"
-    assert "boosting, 0.950, for 64 features per token and 12 times the training of one SAE" in chosen.ensemble
-
-
-def test_nothing_is_said_of_what_was_not_measured():
-    rows = [{"seed": 1, "method": "bagging", "n_members": 2, "member": 1, "step": 1, "tokens": 10, "loss": 1.0}]
-    curves = _synthetic("training_curves", rows)
-    assert list(choices(curves)) == list(says(curves)) == []
-    assert not any("xplained variance" in each or "tability compares" in each for each in does_not_say(curves, [], ""))
-    values = {"single": (0.7, 8, 1), "boosting": (0.95, 64, 8)}
-    without_stability = _synthetic("reconstruction", _reconstruction(values))
-    assert not any("tability" in each for each in does_not_say(without_stability, [], ""))
-
-
 def test_the_example_of_lineage_is_a_number_that_is_there(finished: Laboratory):
     asked = re.search(rf"saeens lineage {NAME}/(\w+):layer={LAYER},seed=(\d+),method=(\w+),n_members=(\d+)", _page(finished).text)
     assert asked
@@ -448,7 +417,7 @@ def test_the_example_of_lineage_is_a_number_that_is_there(finished: Laboratory):
 
 def test_a_report_of_one_seed_has_no_words_about_several(finished: Laboratory):
     finished.declare(ensemble={"members": MEMBERS, "seeds": [SEEDS[0]]})
-    write_reports(NAME, [])
+    remake_reports(finished)
     text = " ".join(_page(finished).text.split())
     assert f"those of one seed ({SEEDS[0]})" in text
     assert "double-click to zoom out" in text
@@ -459,50 +428,13 @@ def test_a_report_of_training_curves_alone_has_no_empty_parts(finished: Laborato
     for part in (finished.root / "tables" / NAME).rglob("part.parquet"):
         if "training_curves" not in part.parts:
             part.unlink()
-    write_reports(NAME, [])
+    remake_reports(finished)
     page = _page(finished)
     assert not page.cells
     assert "The numbers" not in re.findall(r"<h2[^>]*>(.*?)</h2>", page.source)
     assert "Numbers are" not in page.text and "<dl></dl>" not in page.source
     assert f"saeens table {NAME} training_curves" in page.text
     assert page.source.count("<li><code>reconstruction</code>") == 1
-
-
-def test_words_compare_methods_of_equal_sparsity():
-    results = _synthetic(
-        "reconstruction", _reconstruction({"single": (0.7, 8, 1), "boosting": (0.96, 64, 8), "expanded_l0_matched": (0.9, 64, 8)})
-    )
-    said = list(says(results))
-    compared = "boosting explains 96.0% of the variance and expanded (L0 matched), the next best, 90.0%: boosting leaves 60% less"
-    assert any(compared in each for each in said)
-    assert any("single 8; boosting and expanded (L0 matched) 64." in each for each in does_not_say(results, [], ""))
-
-
-@pytest.mark.parametrize(("others", "shown"), [(63.3, "63 to 64"), (63.9, "64"), (60.0, "60 to 64")])
-def test_sparsity_that_counts_as_alike_is_given_as_a_range(others: float, shown: str):
-    values = {"single": (0.7, 8.0, 1), "boosting": (0.96, others, 8), "bagging": (0.8, 64.0, 8), "expanded_l0_matched": (0.9, 64.0, 8)}
-    results = _synthetic("reconstruction", _reconstruction(values))
-    assert any(each.startswith(f"With {shown} features per token each, boosting") for each in says(results))
-    assert any(f"; boosting, bagging and expanded (L0 matched) {shown}." in each for each in does_not_say(results, [], "")) == (others < 64)
-
-
-def test_words_name_what_using_a_dictionary_costs():
-    rows = [
-        {"seed": 1, "method": name, "n_members": n, "train_flops": 1e9, "residual_flops": 0.0, "inference_flops_per_token": flops}
-        for name, n, flops in (("single", 1, 6e5), ("bagging", 8, 4.8e6), ("boosting", 8, 4.7e6), ("matching_pursuit", 1, 1.5e8))
-    ]
-    cost = _synthetic("cost", rows)
-    (said,) = (each for each in does_not_say(cost, [], "") if "per token" in each)
-    assert said.endswith("in multiples of the cheapest: single 1; boosting and bagging 7.8 to 8; matching pursuit 250.")
-    assert not any("per token" in each for each in does_not_say(_synthetic("cost", [rows[1], rows[2]]), [], ""))
-    values = {"single": (0.7, 8, 1), "boosting": (0.95, 64, 8), "matching_pursuit": (0.98, 63, 1)}
-    chosen = next(choices(Results("e", 0, {**cost.tables, **_synthetic("reconstruction", _reconstruction(values)).tables})))
-    assert chosen.price == "63 features per token, the training of one SAE and 250 times its computation in use"
-
-
-def test_words_say_where_no_rival_spends_as_much():
-    results = _synthetic("reconstruction", _reconstruction({"single": (0.7, 8, 1), "boosting": (0.96, 64, 8)}))
-    assert any("no other method here uses as many" in each for each in says(results))
 
 
 def test_methods_that_are_not_known_have_a_place_and_a_colour():
@@ -519,7 +451,7 @@ def test_density_histograms_count_every_feature_that_fires():
     (trace,) = _of(figures_, "density").data
     assert sum(trace.y[:-1]) == pytest.approx(5 / 6, abs=1e-3)
     assert (trace.x[-1], trace.y[-1]) == (1.0, pytest.approx(1 / 6, abs=1e-3))  # the last bin is drawn up to its right edge
-    assert "bagging 16.7%" in next(each.caption for each in figures_ if each.name == "density")
+    assert "never fire (dead) are left out" in next(each.caption for each in figures_ if each.name == "density")
 
 
 def test_cosine_histograms_go_to_one():
@@ -531,7 +463,7 @@ def test_cosine_histograms_go_to_one():
     assert (trace.x[0], trace.x[-1]) == (0.0, 1.0)
     assert list(figure.layout.xaxis.range) == [0.0, 1.0]
     assert trace.y[-2:] == (0.5, 0.5)
-    assert trace.customdata[-1] == "from 0.97 to 1.00"
+    assert trace.customdata[-1] == "from 0.97 to 1.00: 50.00% of the features"
 
 
 def test_the_front_joins_what_none_is_better_than(finished: Laboratory):
@@ -551,7 +483,7 @@ def test_sizes_that_are_enough_are_marked():
     ]
     figure = next(each for each in marginal_gain(_synthetic("marginal_gain", rows)) if each.name == "explained_variance_gain")
     assert [shape["x0"] for shape in _drawn(figure).to_dict()["layout"]["shapes"]] == [2]
-    assert "bagging 2" in figure.caption
+    assert "Dotted: a number of members that is enough" in figure.caption
 
 
 def test_curves_are_thinned_and_keep_their_values():
@@ -576,24 +508,6 @@ def test_curves_are_thinned_and_keep_their_values():
     assert all(y == pytest.approx(1 + x / 10, rel=1e-4) for curve in curves for x, y in zip(curve.x, curve.y, strict=True))
 
 
-def test_curves_say_why_later_rounds_lose_more_and_where_the_single_sae_is():
-    def captions(*saes: tuple[str, int]) -> dict[str, str]:
-        rows = [
-            {"seed": 1, "method": name, "n_members": 2, "member": m, "step": s, "tokens": s * 10, "loss": 1.0 * m, "dead_features": 0.0}
-            | {"explained_variance": 0.5}
-            for name, m in saes
-            for s in range(1, 4)
-        ]
-        return {figure.name: figure.caption for figure in training(_synthetic("training_curves", rows))}
-
-    both = captions(("bagging", 1), ("boosting", 1), ("boosting", 2))
-    assert "its loss is of the residual that it is given" in both["training_loss"]
-    assert all(caption.endswith("a line for each SAE; single is the first member of bagging.") for caption in both.values())
-    alone = captions(("boosting", 1), ("single", 1))
-    assert "residual that it is given" not in alone["training_loss"]
-    assert all(caption.endswith("a line for each SAE.") for caption in alone.values())
-
-
 def test_curves_of_trainings_of_unlike_length_stand_on_a_logarithmic_axis():
     rows = [
         {"seed": 1, "method": name, "n_members": 1, "member": 1, "step": s, "tokens": s * 100, "loss": 1.0, "explained_variance": 0.5}
@@ -601,21 +515,6 @@ def test_curves_of_trainings_of_unlike_length_stand_on_a_logarithmic_axis():
         for s in range(1, steps)
     ]
     assert _of(list(training(_synthetic("training_curves", rows))), "training_explained_variance").layout.xaxis.type == "log"
-
-
-def test_where_curves_fall_while_features_are_dead_it_is_said():
-    def rows(name: str, variance: list[float], dead: list[float]) -> list[dict[str, Any]]:
-        pairs = enumerate(zip(variance, dead, strict=True), start=1)
-        subject = {"seed": 1, "method": name, "n_members": 1, "member": 1, "loss": 1.0}
-        return [subject | {"step": s, "tokens": s, "explained_variance": ev, "dead_features": d} for s, (ev, d) in pairs]
-
-    swung = rows("expanded", [0.5, 0.8, 0.6, 0.9], [0.0, 0.0, 0.2, 0.0])
-    by_chance = rows("bagging", [0.5, 0.8, 0.6, 0.9], [0.1, 0.1, 0.1, 0.1])
-    smooth = rows("single", [0.5, 0.6, 0.7, 0.8], [0.0, 0.0, 0.2, 0.0])
-    figure, *_ = training(_synthetic("training_curves", [*swung, *by_chance, *smooth]))
-    assert "Explained variance falls for expanded while features are dead" in figure.caption
-    figure, *_ = training(_synthetic("training_curves", [*by_chance, *smooth]))
-    assert "falls" not in figure.caption
 
 
 def test_concept_detection_is_the_mean_over_labels_then_over_data_sets_of_whole_ensembles():
@@ -668,13 +567,17 @@ def test_the_papers_setting_is_known_by_model_hook_layer_and_weights():
     assert setting_of("EleutherAI/pythia-160m", "resid_post", 7, "trained") is None
     assert setting_of("EleutherAI/pythia-160m", "mlp_out", 8, "trained") is None
     assert setting_of("EleutherAI/pythia-160m", "resid_post", 8, "random") is None
-    sae = {"architecture": "topk", "expansion": 21, "k": 128}
+    sae = SAESettings(architecture="topk", expansion=21, k=128)
     assert SETTINGS[1].deviations(sae, 8, 4, 800_000_000) == []
-    assert SETTINGS[1].deviations(sae | {"k": 64}, 8, 2, 800_000_000) == ["k 64 here, 128 in the paper", "seeds 2 here, 4 in the paper"]
+    narrower = sae.model_copy(update={"k": 64})
+    assert SETTINGS[1].deviations(narrower, 8, 2, 800_000_000) == [
+        "k 64 here, 128 in the paper",
+        "seeds 2 here, 4 in the paper",
+    ]
 
 
 def test_the_leaderboards_page_has_every_row(finished: Laboratory):
-    write_reports(None, [])
+    make_reports(load_catalogue(), None, [])
     page = Page(finished.root / "reports" / "leaderboard" / "index.html")
     rows = [attributes for tag, attributes in page.elements if tag == "tr" and "data-method" in attributes]
     assert {row["data-method"] for row in rows} == set(METHODS)
@@ -711,7 +614,7 @@ def test_the_leaderboards_page_marks_controls_and_says_why_numbers_are_missing(f
 
 
 def test_the_leaderboards_page_explains_its_methods_and_columns_and_what_is_better(finished: Laboratory):
-    write_reports(None, [])
+    make_reports(load_catalogue(), None, [])
     page = Page(finished.root / "reports" / "leaderboard" / "index.html")
     titles = re.findall(r'data-sort="([^"]+)"[^>]*>([^<]*)</button>(?:<span class="better" title="(more|less))?', page.source)
     better = {metric.column: metric.better for metric in METRICS}
@@ -769,7 +672,7 @@ def test_rows_of_seeds_that_are_not_declared_any_more_are_left_out(finished: Lab
 def test_pages_are_artefacts_of_their_own(finished: Laboratory):
     folder = finished.root / Address(NAME, "report", "report").path(Partition(LAYER))
     assert (
-        read_artefact(folder).recipe["inputs"]["stability"]
+        read_artefact(folder).recipe["inputs"][f"stability, layer {LAYER}"]
         == read_artefact(finished.root / Address(NAME, "eval", "stability").path(Partition(LAYER))).data_version
     )
     assert compare(_results(finished), _results(finished))

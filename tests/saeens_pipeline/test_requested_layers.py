@@ -9,9 +9,9 @@ import pytest
 import torch
 from tiny_experiment import LAYER, NAME, Laboratory
 
-from saeens_pipeline.assets.requested_layers import LAYERS_TAG
-from saeens_pipeline.instance import register_layers
-from saeens_pipeline.language_models.models import LanguageModel
+from saeens_pipeline.language_models.language_model import LanguageModel
+from saeens_pipeline.orchestration.instance import register_layers
+from saeens_pipeline.orchestration.requested_layers import LAYERS_TAG
 from saeens_pipeline.storage.names import Partition
 
 KEY = dg.AssetKey([NAME, "activations"])

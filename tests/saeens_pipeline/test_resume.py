@@ -25,12 +25,14 @@ from tiny_experiment import LAYER, NAME, Laboratory
 
 import saeens_models as sm
 from saeens_models.training import NonFiniteLossError
-from saeens_pipeline.assets import retries
+from saeens_pipeline.assets import training
 from saeens_pipeline.errors import ConfigurationError, SaeensError
-from saeens_pipeline.instance import register_layers
 from saeens_pipeline.language_models.caching import cache_activations
-from saeens_pipeline.language_models.models import LanguageModel, describe_language_model, load_language_model
+from saeens_pipeline.language_models.language_model import LanguageModel
+from saeens_pipeline.language_models.models import describe_language_model, load_language_model
 from saeens_pipeline.language_models.tokens import TokenStore, open_tokens
+from saeens_pipeline.orchestration import retries
+from saeens_pipeline.orchestration.instance import register_layers
 from saeens_pipeline.storage import activations
 from saeens_pipeline.storage.activations import ActivationReader, ActivationStore, ActivationWriter
 from saeens_pipeline.storage.checkpoints import SECONDS_VARIABLE, checkpoint_seconds
@@ -460,7 +462,7 @@ torch.set_num_threads(1)  # no thread is running when children are forked
 sys.path[:0] = sys.argv[1:3]
 import polars, pyarrow.parquet, pytest, zarr  # what the work imports, so that it is not imported for every kill
 import saeens_models
-import saeens_pipeline.assets.dagster_assets
+import saeens_pipeline.orchestration.assets
 from killed_process import count_calls, run_and_kill
 from saeens_models.training import load_kernels
 import test_resume as t
@@ -491,13 +493,13 @@ KillAndRetry = Callable[[Callable[[], None], Callable[[], None]], None]
 
 def kill_members(laboratory: Laboratory, kill_and_retry: KillAndRetry) -> None:
     """Train the members of a bag as their op does, in processes that are killed; called in the server."""
-    from saeens_pipeline.assets.dagster_assets import _materialise
-    from saeens_pipeline.assets.declarations import Workplace
-    from saeens_pipeline.resources import ComputeResource
+    from saeens_pipeline.assets.compute import Compute
+    from saeens_pipeline.assets.declarations import RunContext
+    from saeens_pipeline.assets.materialise import materialise
 
     catalogue = laboratory.catalogue
     op = next(op for op in catalogue.ops(catalogue.experiment(NAME)) if op.name.endswith("members"))
-    workplace = Workplace(laboratory.store, ComputeResource(device="cpu"), "run", lambda: [], lambda *_: None)
+    context = RunContext(laboratory.store, Compute(device="cpu"), "run", lambda: [], lambda *_: None)
     folder = laboratory.root / "experiments" / NAME / f"layer={LAYER}" / f"seed={SEED}" / "bagging"
     expected: list[dict[str, bytes]] = []
 
@@ -510,7 +512,7 @@ def kill_members(laboratory: Laboratory, kill_and_retry: KillAndRetry) -> None:
         shutil.rmtree(folder)
 
     def train() -> None:
-        _materialise(op, op.outputs, WHERE, workplace)
+        materialise(op, [each.address for each in op.outputs], WHERE, context)
 
     kill_and_retry(train, finished)
 
@@ -610,15 +612,15 @@ with writing_alone(Path(sys.argv[1]), [(Address("a", "bagging", "member_1"), Par
 def test_what_may_pass_is_tried_again(untrained: Laboratory, error: Exception, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(retries, "DELAY_SECONDS", 0)
     attempts: list[int] = []
-    train = sm.train
+    train = training.train_saes
 
-    def fails_twice(*arguments: Any, **options: Any) -> list[sm.SAE]:
+    def fails_twice(*arguments: Any) -> None:
         attempts.append(1)
         if len(attempts) <= 2:
             raise error
-        return train(*arguments, **options)
+        train(*arguments)
 
-    monkeypatch.setattr(sm, "train", fails_twice)
+    monkeypatch.setattr(training, "train_saes", fails_twice)
     untrained.run(seeds=[SEED], select=["baseline/expanded"])
     assert len(attempts) == 3
 
@@ -627,11 +629,11 @@ def test_what_may_pass_is_tried_again(untrained: Laboratory, error: Exception, m
 def test_what_would_come_again_fails_at_once(untrained: Laboratory, error: Exception, monkeypatch: pytest.MonkeyPatch):
     attempts: list[int] = []
 
-    def fails(*_: Any, **__: Any) -> None:
+    def fails(*_: Any) -> None:
         attempts.append(1)
         raise error
 
-    monkeypatch.setattr(sm, "train", fails)
+    monkeypatch.setattr(training, "train_saes", fails)
     with pytest.raises(type(error), match=str(error)):
         untrained.run(seeds=[SEED], select=["baseline/expanded"])
     assert len(attempts) == 1
@@ -669,7 +671,7 @@ import os, signal
 from pathlib import Path
 import dagster as dg
 from saeens_pipeline import defs as files
-from saeens_pipeline.assets import retries
+from saeens_pipeline.orchestration import retries
 from saeens_pipeline.storage.activations import ActivationReader
 
 os.environ.update({environment!r})  # the server that steps are forked from may be older than this test
@@ -685,7 +687,7 @@ def kill_once(self, *arguments, **options):
         yield batch
 
 ActivationReader.batches = kill_once
-from saeens_pipeline.catalogue import load_catalogue
+from saeens_pipeline.orchestration.catalogue import load_catalogue
 
 def training():
     job = dg.define_asset_job("training", [dg.AssetKey({key!r})])

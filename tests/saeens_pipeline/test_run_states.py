@@ -10,16 +10,15 @@ from typing import Any
 
 import dagster as dg
 import pytest
-from tiny_experiment import LAYER, NAME, SEEDS, Laboratory
+from tiny_experiment import LAYER, NAME, SEEDS, Laboratory, status_of
 from typer.testing import CliRunner
 
-import saeens_models as sm
 from saeens_pipeline import cli
+from saeens_pipeline.assets import training
+from saeens_pipeline.assets.staleness import Status
 from saeens_pipeline.errors import SaeensError
-from saeens_pipeline.instance import PROCESS_TAG, command_line_instance
-from saeens_pipeline.plan import Status
-from saeens_pipeline.run_states import with_run_states
-from saeens_pipeline.runs import experiment_status
+from saeens_pipeline.orchestration.instance import PROCESS_TAG, command_line_instance
+from saeens_pipeline.orchestration.run_states import with_run_states
 
 SEED = SEEDS[0]
 
@@ -36,16 +35,16 @@ def laboratory(empty: Laboratory, monkeypatch: pytest.MonkeyPatch) -> Iterator[L
 def _statuses(laboratory: Laboratory) -> dict[str, Status]:
     """By asset, without its owner: those of the first seed, or of none."""
     catalogue = laboratory.catalogue
-    statuses = with_run_states(experiment_status(NAME), catalogue.ops(catalogue.experiment(NAME)))
+    statuses = with_run_states(status_of(NAME), catalogue.ops(catalogue.experiment(NAME)))
     return {str(s.declaration.address).removeprefix(f"{NAME}/"): s for s in statuses if s.partition.seed in (None, SEED)}
 
 
 def _fail_to_train(laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    def fail(*_: Any, **__: Any) -> None:
+    def fail(*_: Any) -> None:
         raise error
 
     with monkeypatch.context() as patched:
-        patched.setattr(sm, "train", fail)
+        patched.setattr(training, "train_saes", fail)
         with pytest.raises(type(error)):
             laboratory.run(seeds=[SEED], select=["boosting/round_1"])
 

@@ -16,10 +16,12 @@ from tiny_models import CONTEXT_LENGTH, Architecture, write_tiny_model, write_ti
 from tiny_transformer_lens import tiny_hooked, write_hooked
 
 from saeens_pipeline import cli
-from saeens_pipeline.catalogue import Catalogue, load_catalogue
-from saeens_pipeline.forecast import forecast
-from saeens_pipeline.language_models.hub_datasets import HubDataset
-from saeens_pipeline.resources import ComputeResource, StoreResource
+from saeens_pipeline.assets.compute import Compute
+from saeens_pipeline.assets.forecast import forecast
+from saeens_pipeline.orchestration.catalogue import Catalogue, load_catalogue
+from saeens_pipeline.settings.corpora import HubDataset
+from saeens_pipeline.storage.recipes import Store
+from saeens_pipeline.storage.root import data_root
 
 PAPER: dict[str, dict[str, Any]] = {  # the table of its settings
     "gelu_1l": {
@@ -69,7 +71,7 @@ def test_hyperparameters_are_the_papers(catalogue: Catalogue, name: str):
     paper, is_small = PAPER[name.removesuffix("_small")], name.endswith("_small")
     experiment = catalogue.experiment(name)
     source = catalogue.sources[experiment.source]
-    assert all(sae | paper["sae"] == sae for sae in experiment.saes)
+    assert all(sae.to_json() | paper["sae"] == sae.to_json() for sae in experiment.saes)
     training = experiment.complete_training
     assert (training["learning_rate"], tuple(training["adam_betas"]), training["batch_tokens"]) == (3e-4, (0.0, 0.999), 10_000)
     assert (training["unit_norm_decoder"], training["normalize_activations"]) == (True, "none")
@@ -128,8 +130,8 @@ def test_a_plan_needs_their_models_configurations_only(catalogue: Catalogue, fak
     _publish(fake_hub, tmp_path / "tokenizer", "NeelNanda/gpt-neox-tokenizer-digits", None)
     experiment, paper = catalogue.experiment(name), PAPER[name.removesuffix("_small")]
     source = catalogue.sources[experiment.source]
-    compute = ComputeResource(device="cpu")
-    lines = forecast(source, experiment, catalogue.ops(experiment), layers=source.layers, store=StoreResource().store, compute=compute)
+    compute = Compute(device="cpu")
+    lines = forecast(source, experiment, catalogue.ops(experiment), layers=source.layers, store=Store(data_root()), compute=compute)
     amounts = {(line.section, line.item): line.amount for line in lines}
     d_in, d_sae = paper["d_in"], paper["d_sae"]
     rows = source.train_tokens + source.test_tokens
@@ -177,7 +179,7 @@ def _run_in_small(
     shipped = catalogue.experiment(name)
     source = catalogue.sources[name].model_dump(exclude={"name", "language_model", "corpus"})
     sizes = {"layers": [layer], "context_length": CONTEXT_LENGTH, "train_tokens": 600, "test_tokens": 200}
-    (sae,) = {json.dumps(each): each for each in shipped.saes}.values()
+    (sae,) = {json.dumps(each.to_json()): each.to_json() for each in shipped.saes}.values()
     sae = sae | {"expansion": 2} | ({"k": 4} if "k" in sae else {})
     ensemble = {"members": 2, "seeds": [42, 43]}
     fields = shipped.model_dump(include={"baselines", "keep_residuals", "evaluations", "automation"})

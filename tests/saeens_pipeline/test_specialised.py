@@ -18,15 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_automation import AUTOMATED, CHAIN, Daemon
-from tiny_experiment import EXPERIMENT, LAYER, MEMBERS, NAME, SEEDS, Laboratory
+from tiny_experiment import EXPERIMENT, LAYER, MEMBERS, NAME, SEEDS, Laboratory, status_of
 from tiny_models import D_MODEL
 
 import saeens_models as sm
+from saeens_pipeline.assets.lineage import lineage
 from saeens_pipeline.assets.saes import init_seed
 from saeens_pipeline.errors import ConfigurationError, SaeensError
-from saeens_pipeline.instance import register_layers
-from saeens_pipeline.lineage import lineage
-from saeens_pipeline.runs import experiment_status
+from saeens_pipeline.orchestration.instance import register_layers
 from saeens_pipeline.storage.activations import ActivationStore, ActivationWriter, StoredDtype
 from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.selection import SelectedDocuments
@@ -205,7 +204,7 @@ def test_lineage_shows_the_labels_tokens_and_the_sae_that_it_started_from(labora
 
 
 def _states(state: str) -> set[str]:
-    return {"/".join(s.declaration.address.key[1:]) for s in experiment_status(NAME) if s.state == state}
+    return {"/".join(s.declaration.address.key[1:]) for s in status_of(NAME) if s.state == state}
 
 
 def test_specialising_a_member_leaves_all_others_as_they_are(finished: Laboratory):
@@ -218,17 +217,17 @@ def test_specialising_a_member_leaves_all_others_as_they_are(finished: Laborator
 def test_a_member_follows_from_the_one_that_it_starts_from_and_from_its_labels(finished: Laboratory):
     finished.declare(ensemble=_ensemble({"member": 3, "documents": {"language": ["python"]}, "start_from": 1}))
     finished.run()
-    assert _states("fresh") == {"/".join(s.declaration.address.key[1:]) for s in experiment_status(NAME)}
+    assert _states("fresh") == {"/".join(s.declaration.address.key[1:]) for s in status_of(NAME)}
     finished.declare(ensemble=_ensemble({"member": 3, "documents": {"language": ["prose"]}, "start_from": 1}))
-    reasons = {"/".join(s.declaration.address.key[1:]): s.reason for s in experiment_status(NAME) if s.state == "stale"}
+    reasons = {"/".join(s.declaration.address.key[1:]): s.reason for s in status_of(NAME) if s.state == "stale"}
     assert reasons["bagging/member_3"] == 'setting documents.language: ["python"] -> ["prose"]'
     assert "bagging/member_1" not in reasons
     finished.declare(ensemble=_ensemble({"member": 3, "documents": {"language": ["python"]}, "start_from": 2}))
-    reasons = {"/".join(s.declaration.address.key[1:]): s.reason for s in experiment_status(NAME) if s.state == "stale"}
+    reasons = {"/".join(s.declaration.address.key[1:]): s.reason for s in status_of(NAME) if s.state == "stale"}
     assert reasons["bagging/member_3"].startswith("input tiny/bagging/member_2, layer 1, seed ")
     shutil.rmtree(finished.artefact("bagging/member_2", 1).path)
     assert "follows from tiny/bagging/member_2" in next(
-        s.reason for s in experiment_status(NAME) if s.declaration.address.name == "member_3" and s.partition == Partition(LAYER, 1)
+        s.reason for s in status_of(NAME) if s.declaration.address.name == "member_3" and s.partition == Partition(LAYER, 1)
     )
 
 

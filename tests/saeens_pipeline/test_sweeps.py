@@ -18,16 +18,17 @@ from tiny_experiment import EXPERIMENT, LAYER, NAME, SEEDS, Laboratory, experime
 
 from saeens_pipeline import cli
 from saeens_pipeline.assets.experiments import experiment_ops
-from saeens_pipeline.assets.metadata import describe_artefact
-from saeens_pipeline.assets.pareto import PICTURE_FILE, TABLE_FILE, Sweep, notes, pareto_rows
-from saeens_pipeline.assets.pareto_picture import draw
-from saeens_pipeline.catalogue import load_catalogue
-from saeens_pipeline.components import ExperimentSettings
+from saeens_pipeline.assets.tables import METHODS, columns_of, table_frame
+from saeens_pipeline.assets.tables.pareto import PARETO, PICTURE_FILE, TABLE_FILE, Sweep, notes, pareto_rows
 from saeens_pipeline.errors import ConfigurationError
-from saeens_pipeline.garbage import declared, find_garbage
+from saeens_pipeline.orchestration.catalogue import load_catalogue
+from saeens_pipeline.orchestration.garbage import declared, find_garbage
+from saeens_pipeline.orchestration.metadata import describe_artefact
+from saeens_pipeline.report import methods
+from saeens_pipeline.report.pareto_picture import draw
+from saeens_pipeline.settings import ExperimentSettings
 from saeens_pipeline.storage.names import Address, Partition
 from saeens_pipeline.storage.recipes import Recipe
-from saeens_pipeline.storage.tables import METHODS, PARETO, frame
 
 SWEEP = "swept"
 SAE = {"architecture": "topk", "expansion": 2}
@@ -61,7 +62,7 @@ def test_there_is_one_experiment_per_value(sae: dict[str, Any], sweep: dict[str,
     made = _experiments(sae=sae, sweep=sweep, baselines=["expanded"])
     (field,) = sweep
     assert [each.name for each in made] == [f"{SWEEP}__{name}" for name in names]
-    assert [each.sae for each in made] == [sae | {field: value} for value in values]
+    assert [each.sae.model_dump(exclude_unset=True) for each in made] == [sae | {field: value} for value in values]
     assert [each.sweep for each in made] == [None] * len(values)
 
 
@@ -108,7 +109,7 @@ WRONG: list[tuple[dict[str, Any], str, str, str]] = [
     ({"sweep": {"expansion": [2, 0.5]}}, "- 0.5", "sweep.expansion.1", "expansion is a positive whole number, not 0.5"),
     ({"sweep": {"d_sae": [64]}}, "- 64", "sweep.d_sae.0", "give either expansion (d_sae = expansion * d_in) or d_sae"),
     ({"sae": {"architecture": "topk"}, "sweep": {"k": [4]}}, "sae:", "sae", "give either expansion"),
-    ({"sae": SAE | {"kk": 4}, "sweep": {"k": [4]}}, "kk:", "sae.kk", "unknown key; one of: expansion, architecture, d_sae, "),
+    ({"sae": SAE | {"kk": 4}, "sweep": {"k": [4]}}, "kk:", "sae.kk", "unknown key; one of: architecture, expansion, d_sae, "),
     ({"sae": {"architecture": "top", "expansion": 2}, "sweep": {"k": [4]}}, "architecture:", "sae.architecture", "'top' is unknown"),
 ]
 
@@ -207,7 +208,7 @@ def _declare(laboratory: Laboratory, values: Sequence[int] = (4, 8, 16)) -> None
 
 def _write(laboratory: Laboratory, k: int, table: str, seed: int, rows: Sequence[dict[str, Any]]) -> None:
     name = f"{SWEEP}__k_{k}"
-    contents = frame(table, [{"experiment": name, "layer": LAYER, "seed": seed, "language_model": "trained", **row} for row in rows])
+    contents = table_frame(table, [{"experiment": name, "layer": LAYER, "seed": seed, "language_model": "trained", **row} for row in rows])
     laboratory.store.write_table(Address(name, "eval", table), Partition(LAYER, seed), Recipe("test", 1, {"seed": seed}), {}, contents)
 
 
@@ -242,7 +243,7 @@ def test_rows_are_means_and_points_of_the_tables_that_are_there(empty: Laborator
     _declare(empty)
     _write_points(empty)
     table, sweep = _rows(empty)
-    assert table.columns == [column.name for column in PARETO.columns]
+    assert table.columns == [column.name for column in columns_of(PARETO)]
     assert table.select("method", "value", "n_members").rows() == [
         ("single", 4.0, 1),
         ("single", 8.0, 1),
@@ -283,9 +284,8 @@ def _size(png: bytes) -> tuple[int, int]:
 
 
 def test_every_method_has_its_own_colour_and_marker_and_every_layer_its_axes(empty: Laboratory):
-    from saeens_pipeline.assets import pareto_picture
-
-    assert len({colour for colour, _ in pareto_picture._STYLES.values()}) == len(METHODS)
+    styles = [methods.method(name) for name in METHODS]
+    assert len({each.colour for each in styles}) == len({each.marker for each in styles}) == len(METHODS)
     _declare(empty)
     _write_points(empty)
     table, sweep = _rows(empty)

@@ -7,10 +7,11 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from saeens_pipeline.assets.tables import TABLES, columns_of, listed, table_frame
 from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.storage.names import Address, Partition
 from saeens_pipeline.storage.recipes import Recipe, Store
-from saeens_pipeline.storage.tables import TABLES, columns_of, frame, read_table
+from saeens_pipeline.storage.tables import read_table
 
 SUBJECT = ["experiment", "layer", "seed", "language_model", "method", "n_members", "sae_data_versions"]
 CONTRACT = {
@@ -53,13 +54,13 @@ def test_columns_are_those_of_the_contract(table: str):
 
 
 def test_there_are_no_other_tables():
-    assert TABLES.keys() == CONTRACT.keys()
+    assert {table.name for table in listed(over_experiments=False)} == CONTRACT.keys()
 
 
 def test_a_frame_has_every_column_in_order_and_type_whatever_the_rows_hold():
     shuffled = dict(reversed(ROW.items())) | {"diversity": None}
     for rows in ([], [ROW], [shuffled, ROW]):
-        table = frame("coactivation", rows)
+        table = table_frame("coactivation", rows)
         assert table.columns == SUBJECT + CONTRACT["coactivation"].split()
         assert table.schema["connectivity"] == pl.Float64
         assert table.schema["diversity"] == pl.Int64
@@ -69,13 +70,13 @@ def test_a_frame_has_every_column_in_order_and_type_whatever_the_rows_hold():
 
 
 def test_what_does_not_apply_is_null():
-    (row,) = frame("reconstruction", [{"method": "single"}]).iter_rows(named=True)
+    (row,) = table_frame("reconstruction", [{"method": "single"}]).iter_rows(named=True)
     assert {name for name, value in row.items() if value is not None} == {"method"}
 
 
 def test_a_column_that_the_table_does_not_have_is_refused():
     with pytest.raises(ValueError, match="table coactivation has no column purity"):
-        frame("coactivation", [ROW | {"purity": 1.0}])
+        table_frame("coactivation", [ROW | {"purity": 1.0}])
 
 
 @pytest.fixture
@@ -84,7 +85,9 @@ def root(tmp_path: Path) -> Path:
     for layer, seed in ((10, 1), (2, 2), (2, 1)):
         rows = [ROW | {"layer": layer, "seed": seed, "method": method, "n_members": n} for method, n in (("single", 1), ("bagging", 1))]
         address = Address("e", "eval", "coactivation")
-        Store(tmp_path).write_table(address, Partition(layer, seed), Recipe("table coactivation", 1, {}), {}, frame("coactivation", rows))
+        Store(tmp_path).write_table(
+            address, Partition(layer, seed), Recipe("table coactivation", 1, {}), {}, table_frame("coactivation", rows)
+        )
     return tmp_path
 
 

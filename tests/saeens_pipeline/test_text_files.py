@@ -18,9 +18,11 @@ from tiny_experiment import Laboratory
 from saeens_pipeline.assets import sources
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models import corpora
-from saeens_pipeline.language_models.corpora import Split
-from saeens_pipeline.language_models.text_files import FOLDER, TextFiles
+from saeens_pipeline.language_models.documents import Document, Split
+from saeens_pipeline.language_models.text_files import TextFileCorpus
 from saeens_pipeline.language_models.tokens import open_tokens
+from saeens_pipeline.settings.corpora import TextFiles
+from saeens_pipeline.settings.from_file import FILE
 
 RECORDS = [{"text": f"Text number {i}, \u00fc.", "meta": {"set": "code" if i % 3 else "prose"}, "url": None} for i in range(40)]
 SPLITS: tuple[Split, ...] = ("train", "test")
@@ -44,11 +46,11 @@ WRITERS: dict[str, Callable[[Path], object]] = {
 }
 
 
-def _corpus(folder: Path, **fields: Any) -> TextFiles:
-    return TextFiles.model_validate(fields, context={FOLDER: folder})
+def _corpus(folder: Path, **fields: Any) -> TextFileCorpus:
+    return TextFileCorpus(TextFiles.model_validate(fields, context={FILE: folder / "defs.yaml"}))
 
 
-def _texts(corpus: TextFiles) -> list[str]:
+def _texts(corpus: TextFileCorpus) -> list[str]:
     return [document.text for split in SPLITS for document in corpus.documents(split)]
 
 
@@ -107,8 +109,8 @@ def test_a_file_in_both_splits_is_refused(tmp_path: Path):
 
 @given(st.sets(st.integers(0, 10_000), min_size=1, max_size=30), st.floats(0.01, 0.99))
 def test_what_is_held_out_depends_on_the_name_alone_and_is_never_trained_on(numbers: set[int], share: float):
-    documents = [corpora.Document(f"a.jsonl:{number}", "x", {}) for number in numbers]
-    corpus = TextFiles.model_validate({"files": "a.jsonl", "test_share": share})
+    documents = [Document(f"a.jsonl:{number}", "x", {}) for number in numbers]
+    corpus = TextFileCorpus(TextFiles.model_validate({"files": "a.jsonl", "test_share": share}))
     train, test = ({d.name for d in corpus.held_out(iter(documents), split)} for split in SPLITS)
     assert train | test == {d.name for d in documents}
     assert not train & test
@@ -131,7 +133,7 @@ def test_relative_paths_start_from_the_experiment_file(empty: Laboratory, monkey
     monkeypatch.chdir(tmp_path)
     corpus = empty.catalogue.sources["tiny"].corpus
     assert isinstance(corpus, TextFiles)
-    assert len(_texts(corpus)) == len(RECORDS)
+    assert len(_texts(TextFileCorpus(corpus))) == len(RECORDS)
 
 
 # what identifies it
@@ -232,7 +234,7 @@ FILE_ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a column's name": (
         {"files": "a", "label_fields": ["name"]},
-        r"corpus.label_fields: 'name' is what another column is called",
+        r"corpus.label_fields: 'name' is the name of another column",
     ),
     "a share": ({"files": "a", "test_share": 1.5}, r"attributes.corpus.test_share: .*less than 1"),
     "no file": ({"files": []}, r"attributes.corpus.files: name a file"),

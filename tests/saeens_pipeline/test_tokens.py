@@ -19,8 +19,9 @@ from tokenizers import Tokenizer
 
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models import tokens as tokens_module
-from saeens_pipeline.language_models.corpora import Split
-from saeens_pipeline.language_models.models import LanguageModelDescription, describe_language_model
+from saeens_pipeline.language_models.descriptions import LanguageModelDescription
+from saeens_pipeline.language_models.documents import Split
+from saeens_pipeline.language_models.models import describe_language_model
 from saeens_pipeline.language_models.tokens import TokenBatch, TokenStore, open_tokens, write_tokens
 
 CORPUS = ListedCorpus(train=["abcdef", "ghi", "jklm"], test=["xyz"])

@@ -13,14 +13,8 @@ from tiny_models import CONTEXT_LENGTH, D_MODEL, END_OF_TEXT, N_LAYERS, VOCAB_SI
 from tiny_transformer_lens import tiny_hooked, write_hooked
 
 from saeens_pipeline.errors import ConfigurationError, SaeensError
-from saeens_pipeline.language_models.models import (
-    HOOKS,
-    LanguageModelDescription,
-    describe_language_model,
-    load_language_model,
-    validate_hook,
-    validate_modules,
-)
+from saeens_pipeline.language_models.descriptions import HOOKS, LanguageModelDescription, validate_hook
+from saeens_pipeline.language_models.models import describe_language_model, load_language_model, validate_modules
 from saeens_pipeline.language_models.patching import PatchedWindows
 from saeens_pipeline.language_models.tokens import TokenBatch
 from saeens_pipeline.language_models.transformer_lens_models import REPOSITORIES

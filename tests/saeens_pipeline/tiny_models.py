@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from saeens_pipeline.language_models.corpora import Document, Split
+from saeens_pipeline.language_models.documents import Document, Split
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

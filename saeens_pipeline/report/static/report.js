@@ -6,87 +6,48 @@
   const plots = [...document.querySelectorAll(".plot")];
   const hidden = new Set(); // methods
 
-  const colour = (name) => getComputedStyle(root).getPropertyValue(name).trim();
+  // Plots.
 
-  // The layout's keys that follow the theme, for a figure's own axes.
+  // The part of the layout that follows the theme.
   const themed = () => {
-    const axis = { color: colour("--muted"), gridcolor: colour("--grid"), linecolor: colour("--line") };
-    const keys = {
+    const style = getComputedStyle(root);
+    const [text, muted, line, grid, surface] = ["text", "muted", "line", "grid", "surface"].map((name) => style.getPropertyValue(`--${name}`).trim());
+    const axis = { color: muted, gridcolor: grid, linecolor: line };
+    const layout = {
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
-      "font.color": colour("--text"),
-      "font.family": getComputedStyle(document.body).fontFamily,
-      "font.size": 12,
-      "hoverlabel.bgcolor": colour("--surface"),
-      "hoverlabel.bordercolor": colour("--line"),
-      "hoverlabel.font.color": colour("--text"),
-      "modebar.bgcolor": "rgba(0,0,0,0)",
-      "modebar.color": colour("--muted"),
-      "modebar.activecolor": colour("--text"),
+      font: { color: text, family: getComputedStyle(document.body).fontFamily, size: 12 },
+      hoverlabel: { bgcolor: surface, bordercolor: line, font: { color: text } },
+      modebar: { bgcolor: "rgba(0,0,0,0)", color: muted, activecolor: text },
+      xaxis: axis,
+      yaxis: axis,
     };
-    for (const name of ["xaxis", "yaxis"]) {
-      for (const [key, value] of Object.entries(axis)) keys[`${name}.${key}`] = value;
-    }
-    return keys;
+    return { template: { layout } };
   };
-
-  const config = (name) => ({
-    responsive: true,
-    displaylogo: false,
-    modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
-    toImageButtonOptions: { format: "png", filename: name, scale: 2 },
-  });
-
-  const nested = (layout, path, value) => {
-    const keys = path.split(".");
-    const last = keys.pop();
-    let place = layout;
-    for (const key of keys) place = place[key] ??= {};
-    place[last] = value;
-  };
-
-  const isShown = (trace) => !(trace.meta && hidden.has(trace.meta.method));
 
   const draw = (plot) => {
     if (plot.dataset.drawn || !window.Plotly) return;
-    const name = plot.dataset.figure;
-    const figure = figures[name];
-    for (const [path, value] of Object.entries(themed())) nested(figure.layout, path, value);
-    for (const trace of figure.data) trace.visible = isShown(trace);
     plot.dataset.drawn = "yes";
-    Plotly.newPlot(plot, figure.data, figure.layout, config(name));
+    const { data, layout } = figures[plot.dataset.figure];
+    for (const trace of data) trace.visible = !hidden.has(trace.meta.method);
+    const config = {
+      responsive: true,
+      displaylogo: false,
+      modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
+      toImageButtonOptions: { format: "png", filename: plot.dataset.figure, scale: 2 },
+    };
+    Plotly.newPlot(plot, data, { ...layout, ...themed() }, config);
   };
-
   const drawn = () => plots.filter((plot) => plot.dataset.drawn);
+  const relayout = (keys) => drawn().forEach((plot) => Plotly.relayout(plot, keys));
 
   const setTheme = (theme) => {
     root.dataset.theme = theme;
-    for (const plot of drawn()) Plotly.relayout(plot, themed());
+    relayout(themed());
   };
-
-  const watch = () => {
-    const seen = new IntersectionObserver(
-      (entries) => {
-        for (const entry of entries) {
-          if (entry.isIntersecting) {
-            seen.unobserve(entry.target);
-            draw(entry.target);
-          }
-        }
-      },
-      { rootMargin: "600px" },
-    );
-    for (const plot of plots) seen.observe(plot);
-  };
-
   document.getElementById("theme").addEventListener("click", () => {
-    const theme = root.dataset.theme === "dark" ? "light" : "dark";
-    setTheme(theme);
-    try {
-      localStorage.setItem("saeens-theme", theme);
-    } catch {
-      // a browser that keeps nothing for files
-    }
+    setTheme(root.dataset.theme === "dark" ? "light" : "dark");
+    kept("saeens-theme", root.dataset.theme);
   });
 
   for (const button of document.querySelectorAll(".legend button")) {
@@ -96,37 +57,34 @@
       if (!show) hidden.add(method);
       button.setAttribute("aria-pressed", String(show));
       for (const plot of drawn()) {
-        const traces = plot.data.map((trace, i) => (trace.meta?.method === method ? i : -1)).filter((i) => i >= 0);
+        const traces = plot.data.map((trace, i) => (trace.meta.method === method ? i : -1)).filter((i) => i >= 0);
         if (traces.length) Plotly.restyle(plot, { visible: show }, traces);
       }
     });
   }
 
+  const seen = new IntersectionObserver((entries) => entries.filter((entry) => entry.isIntersecting).forEach((entry) => draw(entry.target)), { rootMargin: "600px" });
+  for (const plot of plots) seen.observe(plot);
+
   // On paper: every plot, in light colours, two beside each other.
-  const onPaper = { width: 325, height: 230, autosize: false, "xaxis.tickfont.size": 9, "yaxis.tickfont.size": 9 };
   let before = null;
   addEventListener("beforeprint", () => {
     before = root.dataset.theme;
-    setTheme("light");
     plots.forEach(draw);
-    for (const plot of drawn()) Plotly.relayout(plot, onPaper);
+    setTheme("light");
+    relayout({ width: 325, height: 230, autosize: false, "xaxis.tickfont.size": 9, "yaxis.tickfont.size": 9 });
   });
   addEventListener("afterprint", () => {
     setTheme(before);
-    for (const plot of drawn()) Plotly.relayout(plot, { width: null, height: null, autosize: true, "xaxis.tickfont.size": null, "yaxis.tickfont.size": null });
+    relayout({ width: null, height: null, autosize: true, "xaxis.tickfont.size": null, "yaxis.tickfont.size": null });
   });
 
-  // Tables that are sorted by pressing a heading.
-  const compare = (one, other) => {
-    if (one === "" || other === "") return (one === "") - (other === ""); // what is missing stays last
-    const [a, b] = [Number(one), Number(other)];
-    return Number.isNaN(a) || Number.isNaN(b) ? one.localeCompare(other) : a - b;
-  };
+  // Tables that a press on a heading sorts.
 
   for (const table of document.querySelectorAll("table.sortable")) {
     const body = table.tBodies[0];
     const buttons = [...table.querySelectorAll("thead button")];
-    const valueOf = (row, key) => row.querySelector(`[data-key="${key}"]`).dataset.value;
+    const compare = (one, other) => (isNaN(one) || isNaN(other) ? one.localeCompare(other) : one - other);
     for (const button of buttons) {
       button.addEventListener("click", () => {
         const isNumber = button.closest("th").classList.contains("number");
@@ -139,81 +97,66 @@
         }
         button.dataset.order = order;
         button.closest("th").setAttribute("aria-sort", order);
-        const sign = order === "ascending" ? 1 : -1;
+        const valueOf = (row) => row.querySelector(`[data-key="${button.dataset.sort}"]`).dataset.value;
         const rows = [...body.rows].sort((a, b) => {
-          const [one, other] = [valueOf(a, button.dataset.sort), valueOf(b, button.dataset.sort)];
-          return one === "" || other === "" ? compare(one, other) : sign * compare(one, other);
+          const [one, other] = [valueOf(a), valueOf(b)];
+          if (one === "" || other === "") return (one === "") - (other === ""); // rows without a value stay last
+          return order === "ascending" ? compare(one, other) : compare(other, one);
         });
         body.append(...rows);
       });
     }
   }
 
-  // Where the Dagster UI answers: another address, once typed, is kept for all pages until the field is emptied.
-  const ui = document.getElementById("ui-address");
-  if (ui) {
-    const key = "saeens-ui";
-    const standard = ui.ui.defaultValue;
-    const links = [...document.querySelectorAll("a[href]")].filter((link) => link.getAttribute("href").startsWith(`${standard}/`));
-    const paths = links.map((link) => link.getAttribute("href").slice(standard.length));
-    ui.ui.placeholder = standard;
-    const isAddress = (text) => URL.canParse(text) && ["http:", "https:"].includes(new URL(text).protocol);
-    const leadTo = (text) => {
-      const address = text.trim().replace(/\/+$/, "") || standard;
-      const isGood = isAddress(address);
-      ui.querySelector("output").textContent = isGood ? "" : "This is no address that begins with http:// or https://.";
-      if (isGood) links.forEach((link, i) => link.setAttribute("href", address + paths[i]));
-      return isGood ? address : null;
-    };
-    try {
-      const kept = localStorage.getItem(key);
-      if (kept && leadTo(kept)) ui.ui.value = kept;
-    } catch {
-      // a browser that keeps nothing for files
-    }
-    ui.addEventListener("input", () => {
-      const address = leadTo(ui.ui.value);
-      if (!address) return;
-      try {
-        if (address === standard) localStorage.removeItem(key);
-        else localStorage.setItem(key, address);
-      } catch {
-        // a browser that keeps nothing for files
-      }
-    });
-    ui.addEventListener("change", () => {
-      if (!ui.ui.value) ui.ui.value = standard;
-    });
-    ui.addEventListener("submit", (event) => event.preventDefault());
-  }
-
-  const form = document.getElementById("filters");
-  if (form) {
+  const filters = document.getElementById("filters");
+  if (filters) {
     const rows = [...document.querySelectorAll("#leaderboard tbody tr")];
+    const find = filters.querySelector("[data-find]");
     const filter = () => {
-      const words = form.querySelector("[data-find]").value.toLowerCase().split(/\s+/).filter(Boolean);
-      const wanted = [...form.querySelectorAll("[data-filter]")].filter((select) => select.value);
-      let shown = 0;
+      const words = find.value.toLowerCase().split(/\s+/).filter(Boolean);
+      const wanted = [...filters.querySelectorAll("[data-filter]")].filter((select) => select.value);
       for (const row of rows) {
         const text = `${row.textContent} ${row.dataset.method}`.toLowerCase(); // the method by either name
-        const matches =
-          words.every((word) => text.includes(word)) &&
-          wanted.every((select) => row.getAttribute(`data-${select.dataset.filter}`) === select.value);
-        row.hidden = !matches;
-        shown += matches;
+        const matches = wanted.every((select) => row.getAttribute(`data-${select.dataset.filter}`) === select.value);
+        row.hidden = !(matches && words.every((word) => text.includes(word)));
       }
+      const shown = rows.filter((row) => !row.hidden).length;
       document.getElementById("shown").textContent = `${shown} of ${rows.length} rows`;
       document.getElementById("no-row").hidden = shown > 0;
     };
-    form.addEventListener("input", filter);
-    form.addEventListener("submit", (event) => event.preventDefault());
+    filters.addEventListener("input", filter);
+    filters.addEventListener("submit", (event) => event.preventDefault());
     document.querySelector("#no-row button").addEventListener("click", () => {
-      form.reset();
+      filters.reset();
       filter();
-      form.querySelector("[data-find]").focus();
+      find.focus();
     });
     filter();
   }
 
-  watch();
+  // The address of the Dagster UI: another one, once typed, is kept for all pages until the field is emptied.
+
+  const form = document.getElementById("ui-address");
+  if (form) {
+    const field = form.ui;
+    const standard = field.defaultValue;
+    const links = [...document.querySelectorAll(`a[href^="${standard}/"]`)].map((link) => [link, link.getAttribute("href").slice(standard.length)]);
+    const isAddress = (text) => URL.canParse(text) && ["http:", "https:"].includes(new URL(text).protocol);
+    const lead = () => {
+      const address = field.value.trim().replace(/\/+$/, "") || standard;
+      const isGood = isAddress(address);
+      form.querySelector("output").textContent = isGood ? "" : "This is no address that begins with http:// or https://.";
+      if (!isGood) return;
+      for (const [link, path] of links) link.setAttribute("href", address + path);
+      kept("saeens-ui", address === standard ? null : address);
+    };
+    field.placeholder = standard;
+    field.value = kept("saeens-ui") ?? standard;
+    lead();
+    field.addEventListener("input", lead);
+    field.addEventListener("change", () => {
+      if (!field.value) field.value = standard;
+    });
+    form.addEventListener("submit", (event) => event.preventDefault());
+  }
 })();

@@ -1,12 +1,13 @@
-// Before anything is drawn: the theme that was chosen, or the system's.
+// Before anything is drawn: the chosen theme, or the system's.
 "use strict";
-(() => {
-  let chosen = null;
+// Values kept in the browser for all pages; null where the browser keeps nothing for files.
+const kept = (key, value) => {
   try {
-    chosen = localStorage.getItem("saeens-theme");
+    if (value === null) localStorage.removeItem(key);
+    else if (value !== undefined) localStorage.setItem(key, value);
+    return localStorage.getItem(key);
   } catch {
-    // a browser that keeps nothing for files
+    return null;
   }
-  const dark = matchMedia("(prefers-color-scheme: dark)").matches;
-  document.documentElement.dataset.theme = chosen || (dark ? "dark" : "light");
-})();
+};
+document.documentElement.dataset.theme = kept("saeens-theme") || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");

@@ -1,0 +1,110 @@
+"""The configuration of an SAE, and the configuration classes of the architectures by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic.functional_validators import ModelWrapValidatorHandler
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+CONFIG_CLASSES: dict[str, type[SAEConfig]] = {}
+"""The configuration class of every architecture, by name; `registry.register` adds to it."""
+
+
+def architectures() -> tuple[str, ...]:
+    """Return the names of the registered architectures, sorted."""
+    return tuple(sorted(CONFIG_CLASSES))
+
+
+def config_class(architecture: object) -> type[SAEConfig]:
+    """Return the configuration class of an architecture.
+
+    Raises pydantic's ``ValidationError`` for a missing or unknown name; its message lists the registered ones.
+    """
+    if isinstance(architecture, str) and architecture in CONFIG_CLASSES:
+        return CONFIG_CLASSES[architecture]
+    found = "is missing" if architecture is None else f"{architecture!r} is unknown"
+    error = PydanticCustomError(
+        "unknown_architecture", "{found}; one of: {allowed}", {"found": found, "allowed": ", ".join(architectures())}
+    )
+    detail = InitErrorDetails(type=error, loc=("architecture",), input=architecture)
+    raise ValidationError.from_exception_data("SAEConfig", [detail])
+
+
+def validate_l0_multiple(architecture: str) -> None:
+    """Raise ``ValueError`` unless the architecture sets its L0 directly, as ``SAEConfig.with_l0_multiplied`` needs."""
+    if config_class(architecture).l0_field is None:
+        able = ", ".join(name for name in architectures() if CONFIG_CLASSES[name].l0_field is not None)
+        raise ValueError(
+            f"architecture {architecture!r} sets its L0 through a sparsity coefficient, and there is no search for the coefficient that "
+            f"multiplies it; possible with: {able}"
+        )
+
+
+class SAEConfig(BaseModel, frozen=True):
+    """Configuration of one SAE. ``SAEConfig(architecture="topk", ...)`` returns an instance of that architecture's own class.
+
+    Unknown architectures, unknown fields and values out of range raise pydantic's ``ValidationError``.
+    """
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    architecture: str
+    """Name of the architecture: the discriminator."""
+    d_in: PositiveInt
+    """Size of the activations."""
+    d_sae: PositiveInt
+    """Number of features."""
+    init_seed: NonNegativeInt = 0
+    """Seed of the initial weights; nothing else depends on it."""
+    apply_b_dec_to_input: bool = True
+    """Subtract ``b_dec`` from the input before encoding."""
+    decoder_init_norm: PositiveFloat = 0.1
+    """Norm of the initial decoder rows; W_enc starts as their transpose. 0.1 keeps first reconstructions from a dense code small."""
+
+    l0_field: ClassVar[str | None] = None
+    """Name of the field that sets the number of active features; None if a sparsity coefficient sets it indirectly."""
+
+    def __new__(cls, *_: Any, **fields: Any) -> Self:
+        if cls is SAEConfig:
+            return object.__new__(config_class(fields.get("architecture")))  # pyright: ignore[reportReturnType]
+        return object.__new__(cls)
+
+    def __init__(self, **fields: Any) -> None:  # for type checkers: the fields depend on the architecture
+        super().__init__(**fields)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _choose_class(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        if cls is SAEConfig and isinstance(value, Mapping):
+            return config_class(value.get("architecture")).model_validate(value)  # pyright: ignore[reportReturnType]
+        return handler(value)
+
+    def with_l0_multiplied(self, factor: int) -> Self:
+        """Return the same configuration with ``factor`` times as many active features.
+
+        Raises ``ValueError`` for architectures that set their L0 through a sparsity coefficient, which would take a search.
+        """
+        validate_l0_multiple(self.architecture)
+        assert self.l0_field is not None
+        fields = self.model_dump()
+        return type(self)(**{**fields, self.l0_field: fields[self.l0_field] * factor})
+
+    @property
+    def inference_flops_per_token(self) -> int:
+        """Dense-equivalent FLOPs to encode and decode one token: ``4 * d_in * d_sae``.
+
+        Two matrix products of ``2 * d_in * d_sae`` each. They are counted as if the code were dense, so that architectures compare.
+        Biases and activation functions are not counted.
+        """
+        return 4 * self.d_in * self.d_sae
+
+    @property
+    def train_flops_per_token(self) -> int:
+        """Dense-equivalent FLOPs of one training step, per token: ``10 * d_in * d_sae``.
+
+        Five matrix products: encode, decode, and the gradients of W_dec, of the code and of W_enc. The input needs no gradient.
+        """
+        return 10 * self.d_in * self.d_sae

@@ -1,0 +1,32 @@
+"""The weights of an SAE, or their gradients, in the form that kernels take."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from saeens_models.kernels.team import Team
+
+
+class Weights(NamedTuple):
+    """The weights of an SAE, or their gradients, in the order of memory."""
+
+    W_enc: Tensor
+    """`[d_sae, d_in]`: feature by feature."""
+    b_enc: Tensor
+    """`[d_sae]`"""
+    W_dec: Tensor
+    """`[d_sae, d_in]`"""
+    b_dec: Tensor
+    """`[d_in]`"""
+
+
+def gradients_of(team: Team, weights: Weights) -> Weights:
+    """Return memory of the team for the gradients of all weights; its content is undefined, and the next call returns the same memory."""
+    return team.kept("gradients", _gradients_memory, *weights.W_enc.shape)
+
+
+def _gradients_memory(team: Team, name: str, d_sae: int, d_in: int) -> Weights:
+    shapes = {"W_enc": (d_sae, d_in), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    return Weights(**{weight: team.scratch(f"{name} of {weight}", *shape) for weight, shape in shapes.items()})

@@ -1,0 +1,105 @@
+"""Every experiment file: its sources and experiments, or what is wrong with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+from saeens_pipeline.assets.tables import complaint_about
+from saeens_pipeline.errors import ConfigurationError
+from saeens_pipeline.settings import ExperimentSettings, SourceSettings
+from saeens_pipeline.settings.controls import controls_of
+from saeens_pipeline.settings.files import ExperimentFile, Settings, experiment_name, find_files
+
+
+@dataclass
+class Experiments:
+    """Every source and experiment that could be read, and the message of every file that could not.
+
+    A sweep is in `sweeps`, by its name, and its experiments are among the others.
+    """
+
+    sources: dict[str, SourceSettings] = field(default_factory=dict)
+    experiments: dict[str, ExperimentSettings] = field(default_factory=dict)
+    sweeps: dict[str, ExperimentSettings] = field(default_factory=dict)
+    broken: dict[Path, str] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls) -> Self:
+        """Read every experiment file; a broken one does not take others down.
+
+        Raises ConfigurationError where SAEENS_EXPERIMENTS names a folder that is not there.
+        """
+        found = cls()
+        declared: dict[str, tuple[ExperimentFile, Settings]] = {}  # the file of each experiment
+        for path in find_files():
+            try:
+                file = ExperimentFile(path)
+                for settings in file.settings():
+                    for experiment in found._add(file, settings):
+                        declared[experiment.name] = file, settings
+            except ConfigurationError as error:
+                found.broken[path] = str(error)
+        for name, (file, settings) in declared.items():
+            source = found.experiments[name].source
+            if source not in found.sources:
+                del found.experiments[name]
+                found.sweeps.pop(settings.name, None)
+                known = ", ".join(sorted(found.sources)) or "none"
+                message = f"there is no source {source!r}; there are: {known}"
+                found.broken[file.path] = file.complaint(settings, "source", message)
+        return found
+
+    def _add(self, file: ExperimentFile, settings: Settings) -> list[ExperimentSettings]:
+        """Add settings and return the experiments among them. Raises ConfigurationError for names that are taken and unknown tables."""
+        if isinstance(settings, SourceSettings):
+            if settings.name in self.sources:
+                raise ConfigurationError(file.complaint(settings, "name", f"there already is a source called {settings.name!r}"))
+            self.sources[settings.name] = settings
+            return []
+        if wrong := complaint_about(settings):
+            entry, message = wrong
+            raise ConfigurationError(file.complaint(settings, ("evaluations", entry), message))
+        experiments, taken = settings.experiments, self.experiments.keys() | self.sweeps.keys()
+        for name, field_name in ((settings.name, "name"), *((each.name, "sweep") for each in experiments)):
+            if name in taken:
+                raise ConfigurationError(file.complaint(settings, field_name, f"there already is an experiment called {name!r}"))
+        self.experiments |= {each.name: each for each in experiments}
+        if settings.sweep:
+            self.sweeps[settings.name] = settings
+        return experiments
+
+    def experiment(self, name: str) -> ExperimentSettings:
+        """The experiment of that name. Raises ConfigurationError, which lists those that exist and what is broken."""
+        if name in self.experiments:
+            return self.experiments[name]
+        if name in self.sweeps:
+            names = ", ".join(each.name for each in self.sweeps[name].experiments)
+            raise ConfigurationError(f"{name!r} is a sweep: name one of its experiments, {names}")
+        own = [message for path, message in self.broken.items() if experiment_name(path) == name]
+        others = f"there are: {', '.join(sorted(self.experiments)) or 'none'}"
+        if own:
+            raise ConfigurationError("\n".join([*own, f"experiment {name!r} is left out for this; {others}"]))
+        raise ConfigurationError("\n".join([f"there is no experiment {name!r}; {others}", *self.broken.values()]))
+
+    def named(self, name: str) -> list[ExperimentSettings]:
+        """The experiment of that name or, of a sweep, all of its experiments. Raises what `experiment` does."""
+        return self.sweeps[name].experiments if name in self.sweeps else [self.experiment(name)]
+
+    def sweep(self, name: str) -> ExperimentSettings:
+        """The sweep of that name. Raises ConfigurationError, which lists those that exist."""
+        if name not in self.sweeps:
+            known = f"sweeps are: {', '.join(sorted(self.sweeps))}" if self.sweeps else "no experiment file has a sweep"
+            raise ConfigurationError("\n".join([f"there is no sweep {name!r}; {known}", *self.broken.values()]))
+        return self.sweeps[name]
+
+    @property
+    def controls(self) -> dict[str, str]:
+        """Which experiments are the same on a trained and on an untrained language model: the control of each that has one."""
+        return controls_of(self.experiments.values(), self.sources)
+
+    def counterpart(self, name: str) -> str | None:
+        """The control of an experiment, or what it is the control of; None where there is neither."""
+        controls = self.controls
+        return controls.get(name) or next((trained for trained, control in controls.items() if control == name), None)

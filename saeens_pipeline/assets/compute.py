@@ -1,0 +1,212 @@
+"""The device that trains and evaluates: threads, precision, memory, and measurements of what work takes."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from saeens_pipeline.errors import ConfigurationError
+from saeens_pipeline.storage.locks import holding_one_of
+from saeens_pipeline.storage.root import PROJECT_ROOT
+
+
+@dataclass
+class Measurement:
+    """What a piece of work took; filled in when it is over. What the machine does not tell is None."""
+
+    seconds: float = 0.0
+    peak_memory_bytes: int | None = None
+    energy_joules: float | None = None
+
+
+@dataclass(frozen=True)
+class Compute:
+    """A device and the share of it that may be used. Nothing here is part of a recipe.
+
+    `device`: `auto` (CUDA where there is a GPU, else the CPU), `cpu`, `cuda`, `cuda:N` or `mps`. `precision`: how float32 matrices are
+    multiplied in training: `float32`, `tf32` or `bfloat16`; sums and weights stay in float32. `memory_gb`: budget of SAEs that are trained
+    together; `threads`: of the CPU. 0 is no limit, and PyTorch's choice.
+    """
+
+    device: str = "auto"
+    precision: str = "float32"
+    memory_gb: float = 0.0
+    threads: int = 0
+
+    @classmethod
+    def from_environment(cls) -> Compute:
+        """As SAEENS_DEVICE, SAEENS_PRECISION, SAEENS_MEMORY_GB and SAEENS_THREADS say. Raises ConfigurationError if one cannot be."""
+        return cls(
+            device=os.environ.get("SAEENS_DEVICE") or "auto",
+            precision=_choice("SAEENS_PRECISION", tuple(_PRECISIONS)),
+            memory_gb=_number("SAEENS_MEMORY_GB", float),
+            threads=_number("SAEENS_THREADS", int),
+        )
+
+    def resolve(self, *, float64: bool = False) -> str:
+        """The device's name in PyTorch; the CPU for work in `float64` where the device has none.
+
+        Raises ConfigurationError for a device that this machine does not have.
+        """
+        import torch
+
+        if self.device == "auto":
+            return "cuda" if torch.cuda.is_available() else "cpu"
+        available = ["cpu", *(["cuda"] if torch.cuda.is_available() else []), *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        if torch.backends.mps.is_available():
+            available.append("mps")
+        if self.device not in available:
+            raise ConfigurationError(f"device {self.device!r} is not available; available: auto, {', '.join(available)}")
+        return "cpu" if float64 and self.device == "mps" else self.device
+
+    @contextlib.contextmanager
+    def in_use(self, root: Path) -> Iterator[None]:
+        """Work inside with the threads of this resource, and on a GPU that no other process below `root` works on."""
+        import torch
+
+        threads = torch.get_num_threads()
+        torch.set_num_threads(self.threads or threads)
+        try:
+            if self.resolve() == "cuda" and torch.cuda.device_count() > 1:
+                with holding_one_of(root, [f"cuda_{index}" for index in range(torch.cuda.device_count())]) as name:
+                    torch.cuda.set_device(int(name.removeprefix("cuda_")))  # which "cuda" stands for from here on
+                    yield
+            else:
+                yield
+        finally:
+            torch.set_num_threads(threads)
+
+    @contextlib.contextmanager
+    def training_precision(self) -> Iterator[None]:
+        """Multiply float32 matrices inside in the precision of this resource. For training alone: residuals and figures are exact."""
+        import torch
+
+        before, device = torch.get_float32_matmul_precision(), self.resolve()
+        in_bfloat16 = self.precision == "bfloat16" and device.startswith("cuda")  # where torch's own setting stops at TF32
+        torch.set_float32_matmul_precision(_PRECISIONS[self.precision])
+        try:
+            with torch.autocast("cuda", torch.bfloat16) if in_bfloat16 else contextlib.nullcontext():
+                yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    @contextlib.contextmanager
+    def measure(self) -> Iterator[Measurement]:
+        """Time, peak memory and energy of the work inside: of the device where it is a GPU, else of this whole process (Linux)."""
+        import torch
+
+        device = self.resolve()
+        on_gpu = device.startswith("cuda")
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(device)
+        else:
+            _reset_peak_memory()
+        measurement, began, energy = Measurement(), time.perf_counter(), _energy_joules(device)
+        yield measurement
+        if on_gpu:
+            torch.cuda.synchronize(device)
+        measurement.seconds = time.perf_counter() - began
+        measurement.peak_memory_bytes = torch.cuda.max_memory_allocated(device) if on_gpu else _peak_memory()
+        after = _energy_joules(device)
+        measurement.energy_joules = None if energy is None or after is None else after - energy
+
+    def describe(self) -> dict[str, Any]:
+        """Device, precision and versions, for provenance."""
+        import torch
+
+        device = self.resolve()
+        name = (
+            torch.cuda.get_device_name(device)
+            if device.startswith("cuda")
+            else f"{platform.machine()}, {self.threads or torch.get_num_threads()} threads"
+        )
+        return {
+            "device": f"{device} ({name})",
+            "precision": self.precision,
+            "versions": dict(_versions()),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+
+
+_PRECISIONS = {"float32": "highest", "tf32": "high", "bfloat16": "medium"}  # PyTorch's names for how float32 matrices are multiplied
+
+
+def _choice(name: str, allowed: tuple[str, ...]) -> str:
+    value = os.environ.get(name) or allowed[0]
+    if value not in allowed:
+        raise ConfigurationError(f"{name} is {value!r}; it can be {', '.join(allowed)}")
+    return value
+
+
+def _number(name: str, kind: type[int] | type[float]) -> Any:
+    value = os.environ.get(name) or "0"
+    try:
+        number = kind(value)
+    except ValueError:
+        number = -1
+    if not 0 <= number < math.inf:
+        raise ConfigurationError(f"{name} is {value!r}; it has to be a number, 0 or larger")
+    return number
+
+
+def _energy_joules(device: str) -> float | None:
+    """What an NVIDIA GPU has used since its driver was loaded; None where NVML or its Python binding is not there."""
+    if not device.startswith("cuda"):
+        return None
+    import torch
+
+    try:
+        import pynvml  # pyright: ignore[reportMissingImports]
+
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
+    except Exception:  # every failure of the driver's is a class of its own, and none of them matters to the work that is measured
+        return None
+
+
+@cache
+def _versions() -> dict[str, str]:
+    packages = ("saeens", "torch", "transformers", "zarr", "dagster")
+    versions = {"python": platform.python_version()} | {package: version(package) for package in packages}
+    commit = _commit()
+    return versions | ({"commit": commit} if commit else {})
+
+
+def _commit() -> str | None:
+    """The git commit of the checkout that runs, with `+` if its files were changed since; None where there is no checkout, or no git."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(PROJECT_ROOT), *arguments], check=True, capture_output=True, text=True, timeout=10).stdout
+
+    if not (PROJECT_ROOT / ".git").exists():
+        return None
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short=12", "HEAD").strip() + ("+" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _reset_peak_memory() -> None:
+    with contextlib.suppress(OSError):  # not Linux
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_memory() -> int | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))

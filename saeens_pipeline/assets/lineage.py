@@ -1,0 +1,310 @@
+"""What a number or an artefact goes back to: SAEs, activations, tokens, corpus and language model, with the run that made each.
+
+An artefact is followed by its data version, not by its name: what lies under a name may have been made again since.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, NamedTuple
+
+from saeens_pipeline.assets.declarations import Declaration
+from saeens_pipeline.errors import ConfigurationError, SaeensError
+from saeens_pipeline.storage.names import LEADERBOARD, Address, Kind, Partition, place
+from saeens_pipeline.storage.recipes import Artefact, DamagedArtefactError, Store, all_artefacts, digest
+
+MAX_CANDIDATES = 12
+_VERSION = re.compile(r"[0-9a-f]{4,16}")
+_MEMBER_NAMES: Mapping[str, tuple[Kind, str]] = {
+    "single": ("bagging", "member"),
+    "bagging": ("bagging", "member"),
+    "boosting": ("boosting", "round"),
+}
+_ROW_NAMES = ("experiment", "layer", "seed", "method", "n_members", "member")
+
+
+@dataclass(frozen=True)
+class Ancestor:
+    """One artefact, table row, corpus or language model of a lineage, and what it was made from.
+
+    `role` is what it is to what was made from it; `facts` say what made it, and when. `problem`: it is not, or no longer, on disk
+    as it was used. `shown_before`: it stands further up already, with all that it was made from.
+    """
+
+    title: str
+    role: str = ""
+    data_version: str = ""
+    facts: tuple[str, ...] = ()
+    problem: str = ""
+    shown_before: bool = False
+    parents: tuple[Ancestor, ...] = ()
+
+    def problems(self) -> Iterator[str]:
+        """Every problem of this node and of those behind it."""
+        if self.problem:
+            yield f"{self.title}: {self.problem}"
+        for parent in self.parents:
+            yield from parent.problems()
+
+
+class Stored(NamedTuple):
+    """An artefact on disk, and where."""
+
+    address: Address
+    partition: Partition
+    artefact: Artefact
+
+
+def lineage(store: Store, declarations: Iterable[Declaration], argument: str) -> Ancestor:
+    """The chain behind a table row, an asset, or a data version, or as many of its first digits as tell it from others.
+
+    `reconstruction:layer=1,seed=42,method=bagging,n_members=3`, `quickstart/bagging/member_1:layer=1,seed=42`, `a1b2c3d4`.
+    Raises ConfigurationError, with candidates, for what does not exist and for what can be meant in several ways; SaeensError for
+    what is declared and not made yet.
+    """
+    genealogy = _Genealogy(store, declarations)
+    name, filters = _parse(argument)
+    named = _one_address([each for each in genealogy.stored if _is_called(each.address, name)], argument)
+    if not named:
+        return genealogy.trace(genealogy.of_version(argument))
+    chosen = [each for each in named if _matches(each.partition, filters)]
+    dimensions = [dimension for dimension, value in named[0].partition._asdict().items() if value is not None]
+    if named[0].address.is_table and filters.keys() - set(dimensions):
+        return _trace_row(genealogy, chosen or named, filters)
+    _require_known(filters, dimensions, argument)
+    if len(chosen) != 1:
+        what = "is not on disk" if not chosen else "can be any of several"
+        raise _refusal(f"{argument!r} {what}", [_written(each.address, each.partition._asdict()) for each in chosen or named])
+    return genealogy.trace(chosen[0])
+
+
+class _Genealogy:
+    """All artefacts on disk by data version, and which of them were shown already."""
+
+    def __init__(self, store: Store, declarations: Iterable[Declaration]) -> None:
+        self._store = store
+        self._declarations = {declaration.address: declaration for declaration in declarations}
+        self.stored = [
+            Stored(each.address, each.partition, each.artefact) for each in all_artefacts(store.root) if isinstance(each.artefact, Artefact)
+        ]
+        self._by_place = {(each.address, each.partition): each for each in self.stored}
+        self._shown: set[str] = set()
+
+    def of_version(self, argument: str) -> Stored:
+        """The artefact whose data version begins like this."""
+        found = [each for each in self.stored if each.artefact.data_version.startswith(argument)] if _VERSION.fullmatch(argument) else []
+        if len({each.artefact.data_version for each in found}) > 1:
+            raise _refusal(
+                f"{argument!r} begins several data versions", [f"{each.artefact.data_version} ({_place(each)})" for each in found]
+            )
+        if found:
+            return next((each for each in found if "same_as" not in each.artefact.provenance), found[0])
+        name, _ = _parse(argument)
+        declared = [address for address in self._declarations if _is_called(address, name)]
+        if declared:
+            maker = "it can be materialised in the UI" if declared[0].owner == LEADERBOARD else f"`saeens run {declared[0].owner}` makes it"
+            raise SaeensError(f"{declared[0]} is not made yet: {maker}")
+        if _VERSION.fullmatch(argument):
+            raise SaeensError(f"no artefact below {self._store.root} has a data version that begins with {argument}")
+        known = {*self._declarations, *(each.address for each in self.stored)}
+        full_names = {name: str(address) for address in known for name in (address.name, str(address))}
+        close = [full_names[match] for match in get_close_matches(name, full_names, n=MAX_CANDIDATES)]
+        candidates = list(dict.fromkeys(close)) or sorted(map(str, known))
+        raise _refusal(f"{argument!r} is no table, asset or data version", candidates)
+
+    def trace(self, stored: Stored, role: str = "") -> Ancestor:
+        """An artefact and all that it was made from."""
+        artefact = stored.artefact
+        if artefact.data_version in self._shown:
+            return Ancestor(_place(stored), role, artefact.data_version, shown_before=True)
+        self._shown.add(artefact.data_version)
+        parents = [self.trace_version(*each) for each in self.inputs(stored)]
+        return Ancestor(
+            _place(stored), role, artefact.data_version, _facts(artefact), self.damage(stored), parents=(*parents, *_origins(artefact))
+        )
+
+    def damage(self, stored: Stored) -> str:
+        """What is wrong with an artefact's files; empty where they are whole."""
+        try:
+            self._store.find(stored.address, stored.partition)
+        except DamagedArtefactError as error:
+            return str(error)
+        return ""
+
+    def trace_version(self, version: str, expected: tuple[Address, Partition] | None, role: str) -> Ancestor:
+        """What has this data version, at the place where it is expected or anywhere else; or that nothing has it any more."""
+        now = self._by_place.get(expected) if expected else None
+        if now and now.artefact.data_version == version:
+            return self.trace(now, role)
+        elsewhere = next((each for each in self.stored if each.artefact.data_version == version), None)
+        if elsewhere:
+            return self.trace(elsewhere, role)
+        state = f"there it is {now.artefact.data_version} now" if now else "nothing is there now"
+        problem = f"this version is no longer on disk{f'; {state}' if expected else ''}"
+        return Ancestor(place(*expected) if expected else role, role, version, problem=problem)
+
+    def inputs(self, stored: Stored) -> list[tuple[str, tuple[Address, Partition] | None, str]]:
+        """Of every input of an artefact its data version, its place as far as what is declared today says it, and its role."""
+        expected: dict[str, tuple[Address, Partition]] = {}
+        declaration = self._declarations.get(stored.address)
+        if declaration:
+            expected = {name: (each.address, where) for name, each, where in declaration.input_partitions(stored.partition)}
+            optional = declaration.optional_inputs(self._store, stored.partition)
+            expected |= {name: (each.address, where) for name, each, where, _ in optional}
+        return [(version, expected.get(role), role) for role, version in stored.artefact.recipe["inputs"].items()]
+
+
+def _trace_row(genealogy: _Genealogy, tables: Sequence[Stored], filters: Mapping[str, str]) -> Ancestor:
+    """A table's row, the SAEs that it measures in member order, and the activations that it measures them on."""
+    row, table = _one_row(tables, filters)
+    saes = [
+        genealogy.trace_version(version, _expected_sae(row, number), f"SAE {number}")
+        for number, version in enumerate(re.findall("[^,;]+", row["sae_data_versions"]), start=1)
+    ]
+    sources = [  # the tokens are behind the activations
+        (version, where)
+        for version, where, _ in genealogy.inputs(table)
+        if where and where[0].kind == "source" and where[0].name == "activations"
+    ]
+    shown = [f"{name} {row[name]}" for name in _ROW_NAMES if name != "experiment" and row.get(name) is not None]
+    return Ancestor(
+        ", ".join([str(table.address), *shown]),
+        data_version=table.artefact.data_version,
+        facts=(_measurements(row), *_facts(table.artefact)),
+        problem=genealogy.damage(table),
+        parents=(*saes, *(genealogy.trace_version(version, where, "measured on") for version, where in sources)),
+    )
+
+
+def _one_row(tables: Sequence[Stored], filters: Mapping[str, str]) -> tuple[dict[str, Any], Stored]:
+    """The row that is meant, and the part of the table that holds it."""
+    import polars as pl
+
+    address = tables[0].address
+    parts = [pl.read_parquet(each.artefact.path, hive_partitioning=False) for each in tables]
+    _require_known(filters, parts[0].columns, str(address))
+    rows = pl.concat([part.with_columns(part=pl.lit(i)) for i, part in enumerate(parts)])
+    found = rows.filter([pl.col(name).cast(pl.String) == value for name, value in filters.items()])
+    names = [name for name in _ROW_NAMES if name in rows.columns]
+    if found.select(names).n_unique() != 1:
+        differing = [name for name in names if name in filters or (len(found) and found[name].n_unique() > 1)]
+        meant = (found if len(found) else rows).select(differing).unique(maintain_order=True)
+        asked = ", ".join(f"{name}={value}" for name, value in filters.items())
+        what = "several rows" if len(found) else "no row"
+        raise _refusal(f"{address} has {what} with {asked}", [_written(address, row) for row in meant.iter_rows(named=True)])
+    row = found.row(0, named=True)
+    return row, tables[row["part"]]
+
+
+def _expected_sae(row: Mapping[str, Any], number: int) -> tuple[Address, Partition] | None:
+    """Where SAE `number` of a row lies, if it still lies there; None for what is a mean over seeds."""
+    if row.get("seed") is None:
+        return None
+    kind, name = _MEMBER_NAMES.get(row["method"], ("baseline", ""))
+    name = f"{name}_{row.get('member') or number}" if name else row["method"]
+    return Address(row["experiment"], kind, name), Partition(row["layer"], row["seed"])
+
+
+def _measurements(row: Mapping[str, Any]) -> str:
+    described = (*_ROW_NAMES, "part", "source", "language_model", "sae_data_versions")
+    values = {name: value for name, value in row.items() if name not in described and value is not None}
+    return ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in values.items())
+
+
+def _facts(artefact: Artefact) -> tuple[str, ...]:
+    """Which run made an artefact, when, on what, in what time, and by which code."""
+    made, recipe = artefact.provenance, artefact.recipe
+    seconds = made.get("train_seconds", made.get("seconds"))
+    by = [f"run {made.get('run_id', 'unknown')[:8]}", made.get("date"), made.get("device"), f"{seconds:.1f} s" if seconds else None]
+    versions = made.get("versions", {})
+    commit = f", commit {versions['commit']}" if "commit" in versions else ""
+    code = f"code: {recipe['builder']} version {recipe['version']}, saeens {versions.get('saeens', 'unknown')}{commit}"
+    same_as = f"linked: the same as {made['same_as']}" if made.get("same_as") else None
+    return tuple(filter(None, (", ".join(filter(None, by)), code, same_as)))
+
+
+def _origins(artefact: Artefact) -> list[Ancestor]:
+    """What is no artefact of ours: the corpus of tokens, the language model of activations, by their hashes."""
+    settings = artefact.recipe["settings"]
+    match artefact.recipe["builder"]:
+        case "tokens":
+            return [_origin("corpus", settings["corpus"]), _origin("tokenizer", settings["tokenizer"])]
+        case "activations":
+            return [_origin(f"language model, {settings['weights']} weights", settings["language_model"])]
+        case _:
+            return []
+
+
+def _origin(role: str, identity: Mapping[str, Any] | str) -> Ancestor:
+    """`identity` is what recipes know something outside by: a name, perhaps a revision, and hashes."""
+    if isinstance(identity, str):
+        return Ancestor(identity, role)
+    name = identity.get("name") or identity.get("corpus") or "unnamed"
+    others = {key: value for key, value in identity.items() if key not in ("name", "corpus")}
+    facts = []
+    for key, value in others.items():
+        if isinstance(value, dict):
+            entries = [f"{entry} {_short(each)}" for entry, each in value.items()]
+            facts.append(f"{key}: {', '.join(entries) if len(entries) <= MAX_CANDIDATES else f'{len(entries)}, hash {digest(value)}'}")
+        else:
+            facts.append(f"{key} {value}")
+    return Ancestor(str(name), role, digest(identity), tuple(facts))
+
+
+def _short(value: object) -> str:
+    return value[:16] if isinstance(value, str) else str(value)
+
+
+def _parse(argument: str) -> tuple[str, dict[str, str]]:
+    """The name, and what it is narrowed to."""
+    name, _, rest = argument.partition(":")
+    filters: dict[str, str] = {}
+    for part in filter(None, rest.split(",")):
+        column, equals, value = part.partition("=")
+        if not equals:
+            raise ConfigurationError(f"{part!r} in {argument!r}: write NAME=VALUE with commas between, such as layer=1,seed=42")
+        filters[column.strip()] = value.strip()
+    return name.strip().strip("/"), filters
+
+
+def _is_called(address: Address, name: str) -> bool:
+    """`quickstart/bagging/member_1`, its last parts, or for tables `quickstart/reconstruction`."""
+    return f"/{address}".endswith(f"/{name}") or name == f"{address.owner}/{address.name}"
+
+
+def _matches(partition: Partition, filters: Mapping[str, str]) -> bool:
+    own = {name: str(value) for name, value in partition._asdict().items() if value is not None}
+    return all(own[name] == value for name, value in filters.items() if name in own)
+
+
+def _one_address(named: list[Stored], argument: str) -> list[Stored]:
+    addresses = list(dict.fromkeys(each.address for each in named))
+    if len(addresses) > 1:
+        raise _refusal(f"{argument!r} can be any of several assets", list(map(str, addresses)))
+    return named
+
+
+def _require_known(filters: Mapping[str, str], names: Sequence[str], argument: str) -> None:
+    unknown = [name for name in filters if name not in names]
+    if unknown:
+        known = ", ".join(names) or "nothing"
+        raise ConfigurationError(f"{argument}: there is no {', '.join(unknown)}; it can be narrowed by {known}")
+
+
+def _written(address: Address, filters: Mapping[str, Any]) -> str:
+    """As the command takes it: `quickstart/bagging/member_1:layer=1,seed=42`."""
+    given = ",".join(f"{name}={value}" for name, value in filters.items() if value is not None)
+    return f"{address}:{given}" if given else str(address)
+
+
+def _place(stored: Stored) -> str:
+    return place(stored.address, stored.partition)
+
+
+def _refusal(what: str, candidates: Sequence[str]) -> ConfigurationError:
+    shown = candidates[:MAX_CANDIDATES]
+    more = [f"and {len(candidates) - len(shown)} more"] if len(candidates) > len(shown) else []
+    return ConfigurationError("\n  ".join([f"{what}{'; there are' if candidates else ''}", *shown, *more]))

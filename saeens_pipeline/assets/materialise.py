@@ -1,0 +1,103 @@
+"""The driver: the one way in which artefacts are made."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterable, Sequence
+from typing import NamedTuple
+
+from saeens_pipeline.assets.declarations import Declaration, Op, Reference, RunContext, Task
+from saeens_pipeline.assets.health import Health, UnsoundArtefactError, examine, is_checked
+from saeens_pipeline.errors import SaeensError
+from saeens_pipeline.storage.disk import is_full_disk
+from saeens_pipeline.storage.locks import writing_alone
+from saeens_pipeline.storage.names import Address, Partition
+from saeens_pipeline.storage.recipes import Artefact, Store
+
+
+class Materialised(NamedTuple):
+    """An artefact that was asked for. `is_hit`: it was there already. `health` is None for artefacts without health checks."""
+
+    declaration: Declaration
+    partition: Partition
+    artefact: Artefact
+    is_hit: bool
+    health: Health | None
+
+
+def materialise(op: Op, selection: Collection[Address], partition: Partition, context: RunContext) -> list[Materialised]:
+    """Return the selected outputs of an op for one partition; those that their recipes call missing are made.
+
+    Finds the recipe of each, looks for a hit, takes the lock, links an equal artefact where the op allows it, runs the op's preflight and
+    its `make`, and checks health. An unsound artefact is in the result, with the errors in its `health`: see `require_sound`.
+
+    Raises MissingInputError where an input is not there, UnsoundArtefactError for unsound inputs, and whatever preflight and `make` raise.
+    """
+    store = context.store
+    tasks = [
+        Task(declaration, partition, declaration.recipe(store, partition)) for declaration in op.outputs if declaration.address in selection
+    ]
+    hits = _hits(store, tasks)
+    if len(hits) < len(tasks):
+        with writing_alone(store.root, [task.where for task in tasks if task.where not in hits]):
+            hits = _hits(store, tasks)  # another process may have made them meanwhile
+            missing = [task for task in tasks if task.where not in hits]
+            if op.links:
+                missing = [task for task in missing if not _link(context, task, op.twin)]
+            if missing:
+                _make(op, missing, partition, context)
+    made = []
+    for task in tasks:
+        artefact = hits.get(task.where) or store.require(*task.where)
+        health = examine(task.declaration, partition, artefact, op.checks) if is_checked(task.declaration) else None
+        made.append(Materialised(task.declaration, partition, artefact, task.where in hits, health))
+    return made
+
+
+def require_sound(made: Iterable[Health | None]) -> None:
+    """Raise UnsoundArtefactError with the errors of these health checks, if there are any."""
+    errors = [error for health in made if health for error in health.errors]
+    if errors:
+        raise UnsoundArtefactError("; ".join(errors))
+
+
+def _make(op: Op, tasks: Sequence[Task], partition: Partition, context: RunContext) -> None:
+    store = context.store
+    inputs = {each.address: (each, where) for task in tasks for _, each, where in task.declaration.input_partitions(partition)}
+    _require_sound_activations(store, inputs.values())
+    op.preflight(context, tasks)
+    try:
+        with context.compute.in_use(store.root) if op.on_device else contextlib.nullcontext():
+            op.make(context, tasks)
+    except Exception as error:
+        if is_full_disk(error) and not isinstance(error, SaeensError):
+            message = f"the disk below {store.root} is full: free some space and run again; finished artefacts are kept"
+            raise SaeensError(message) from error
+        raise
+
+
+def _link(context: RunContext, task: Task, twin: Reference | None) -> bool:
+    """Link an artefact with this very recipe, if there is one: the twin, or one of any experiment."""
+    store, partition = context.store, task.partition
+    other = store.hit(twin.address, partition, task.recipe) if twin else None
+    where, other = (twin.address, other) if twin and other else store.made_alike(*task.where, task.recipe)
+    if other:
+        provenance = other.provenance | {"same_as": str(where), "experiment_file": task.declaration.experiment_file}
+        store.link(*task.where, task.recipe, other, provenance)
+    return other is not None
+
+
+def _require_sound_activations(store: Store, inputs: Iterable[tuple[Reference, Partition]]) -> None:
+    """Raise UnsoundArtefactError for tokens or activations with an error: a health check that failed in an earlier run stops this one.
+
+    SAEs need no second check: weights that are not finite can be neither saved nor loaded.
+    """
+    require_sound(
+        examine(reference, partition, store.require(reference.address, partition))
+        for reference, partition in inputs
+        if reference.address.kind == "source"
+    )
+
+
+def _hits(store: Store, tasks: Sequence[Task]) -> dict[tuple[Address, Partition], Artefact]:
+    return {task.where: artefact for task in tasks if (artefact := store.hit(*task.where, task.recipe))}

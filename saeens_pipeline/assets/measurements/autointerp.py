@@ -1,0 +1,177 @@
+"""Rows of the table `autointerp`: features explained by a language model, and scores of the explanations."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import polars as pl
+import torch
+from torch import Tensor
+
+import saeens_models as sm
+from saeens_models.evaluation import silent_windows
+from saeens_pipeline import progress
+from saeens_pipeline.assets.measurements.token_strings import TokenStrings
+from saeens_pipeline.assets.registry import SUBJECT, Making, Row
+from saeens_pipeline.assets.residuals import open_reader
+from saeens_pipeline.language_models.autointerp.interview import FeatureTexts, Interviewer, Verdict
+from saeens_pipeline.language_models.autointerp.protocol import SEED, Examples, Flaw, choose_examples, text_of
+from saeens_pipeline.settings.autointerp import AutoInterpSettings
+from saeens_pipeline.storage.activations import ActivationReader
+from saeens_pipeline.storage.names import place
+
+logger = logging.getLogger(__name__)
+
+WINDOWS = 200  # random windows of the test text, among which those are sought on which a feature does not fire
+
+
+def explained_rows(making: Making, interviewer: Interviewer, ensembles: Sequence[str], radius: int) -> list[Row]:
+    """Return the rows of some features of these ensembles, explained and scored.
+
+    Works on the CPU and holds no GPU while it waits for answers. Memory: the contexts of the features drawn, an ensemble's weights, a
+    chunk of activations.
+    """
+    settings = making.subject.experiment.autointerp
+    assert settings is not None, "checked where the experiment is read"
+    label = place(making.subject.tables[making.table].address, making.partition)
+    return _Explained(making, settings, label, ensembles, radius).rows(interviewer)
+
+
+class _Drawn(NamedTuple):
+    """A feature: how its row begins, and the texts that it is judged by, or what it has too few of."""
+
+    start: Row
+    examples: Examples | Flaw
+
+
+@dataclass(frozen=True)
+class _Explained:
+    """Makes rows of the table."""
+
+    making: Making
+    settings: AutoInterpSettings
+    label: str
+    ensembles: Sequence[str]
+    radius: int
+
+    def rows(self, interviewer: Interviewer) -> list[Row]:
+        drawn: list[_Drawn] = []
+        questions: list[FeatureTexts] = []
+        for of_ensemble in self._of_ensembles():
+            examples = [each.examples for each in of_ensemble if isinstance(each.examples, Examples)]
+            first, n = len(questions), len(examples)
+            controlled = self.settings.control and n > 1
+            questions += [FeatureTexts(each, first + (i + 1) % n if controlled else None) for i, each in enumerate(examples)]
+            drawn += of_ensemble
+        if interviewer.endpoint:
+            estimate, host = interviewer.estimate(questions), interviewer.endpoint.host
+            words = f"{estimate.in_words(self.settings)}, to {self.settings.model} at {host}"
+            logger.info("%s: %d features: %s; %d answers are on disk", self.label, len(drawn), words, estimate.known)
+        with progress.task(self.label, sum(2 if each.other is None else 3 for each in questions), "questions") as advance:
+            verdicts = iter(interviewer.interview(questions, advance))
+        rows = []
+        for each in drawn:
+            if isinstance(each.examples, Examples):
+                verdict = next(verdicts)
+                rows += [each.start | self._columns(verdict, len(each.examples.texts))] if verdict else []
+            elif interviewer.endpoint:
+                rows.append(each.start | {"status": each.examples, "model": self.settings.model})
+        return sorted(rows, key=lambda row: (row["method"], row["member"], row["index"]))
+
+    def _columns(self, verdict: Verdict, n_texts: int) -> Row:
+        score, control = verdict.score, verdict.control
+        return {
+            "explanation": verdict.explanation,
+            "detection_score": score.balanced_accuracy if score else None,
+            "true_positive_rate": score.true_positive_rate if score else None,
+            "false_positive_rate": score.false_positive_rate if score else None,
+            "control_score": control.balanced_accuracy if control else None,
+            "n_examples": n_texts,
+            "status": verdict.status,
+            "model": self.settings.model,
+        }
+
+    def _of_ensembles(self) -> Iterator[list[_Drawn]]:
+        """The features of one ensemble after the other, in the order in which they are drawn."""
+        store, windows = self.making.store, self._windows()
+        for method in self.ensembles:
+            ensemble = sm.load_ensemble(store.require(getattr(self.making.subject, method).address, self.making.partition).path)
+            found = self._draw(method)
+            of_member = {j: [row for row in found if row["member"] == j] for j in range(1, len(ensemble) + 1)}
+            indices = [torch.tensor([row["index"] for row in rows], dtype=torch.int64) for rows in of_member.values()]
+            silent = silent_windows(ensemble, windows.activations(), indices)
+            silent_texts = {
+                (j, row["index"]): [text for text, is_silent in zip(windows.texts, column, strict=True) if is_silent]
+                for (j, rows), of_windows in zip(of_member.items(), silent, strict=True)
+                for row, column in zip(rows, of_windows.T.tolist(), strict=True)
+            }
+            starts = [column.name for column in SUBJECT] + ["member", "index"]
+            yield [
+                _Drawn(
+                    {name: row[name] for name in starts},
+                    choose_examples(
+                        json.loads(row["contexts"]), silent_texts[row["member"], row["index"]], f"{row['member']}, {row['index']}"
+                    ),
+                )
+                for row in found
+            ]
+
+    def _draw(self, method: str) -> list[Row]:
+        """Rows of the table of contexts, of random features that fire: with a larger `features`, these and more."""
+        path = self.making.store.require(self.making.subject.table("contexts").address, self.making.partition).path
+        fire = pl.scan_parquet(path, hive_partitioning=False).filter(pl.col("method") == method, pl.col("max_activation").is_not_null())
+        drawn = fire.select("member", "index").collect().rows()
+        random.Random(SEED).shuffle(drawn)
+        drawn = drawn[: self.settings.features]
+        chosen = pl.LazyFrame(drawn, schema={"member": pl.Int64, "index": pl.Int64}, orient="row")
+        rows = {(row["member"], row["index"]): row for row in fire.join(chosen, on=["member", "index"], how="semi").collect().to_dicts()}
+        return [rows[each] for each in drawn]
+
+    def _windows(self) -> _Windows:
+        store = self.making.store
+        subject = self.making.subject
+        reader, tokens = open_reader(store, subject.activations, self.making.partition), TokenStrings(store, subject.tokens)
+        n_rows = reader.n_rows("test")
+        rows = np.sort(np.random.default_rng(SEED).choice(n_rows, min(WINDOWS, n_rows), replace=False))
+        chunks = tokens.store.places("test", reader.chunk_rows)
+        firsts = range(0, n_rows, reader.chunk_rows)
+        places = np.concatenate(
+            [
+                of_chunk[rows[(rows >= first) & (rows < first + len(of_chunk))] - first]
+                for first, of_chunk in zip(firsts, chunks, strict=True)
+            ]
+        )
+        around = tokens.store.around("test", places, self.radius)
+        texts = [
+            text_of(json.loads(literal) for literal, is_text in zip(tokens.literals(ids), shown, strict=True) if is_text)
+            for ids, shown in zip(around.tokens, around.is_text, strict=True)
+        ]
+        begins = rows - around.kept[:, : self.radius].sum(1)
+        ends = rows + around.kept[:, self.radius :].sum(1)
+        return _Windows(texts, reader, list(zip(begins.tolist(), ends.tolist(), strict=True)))
+
+
+@dataclass(frozen=True)
+class _Windows:
+    """Random windows of the test text, as wide as contexts are, in the order of the text."""
+
+    texts: Sequence[str]
+    reader: ActivationReader
+    spans: Sequence[tuple[int, int]]  # their activation rows
+
+    def activations(self) -> Iterator[Tensor]:
+        """`[n_rows, d_in]` float32 of each."""
+        size = self.reader.chunk_rows
+        held: dict[int, Tensor] = {}
+        for begin, end in self.spans:
+            held = {
+                index: held[index] if index in held else self.reader.read_chunk("test", index).to(torch.float32, copy=True)
+                for index in range(begin // size, -(-end // size))
+            }
+            yield torch.cat([chunk[max(0, begin - index * size) : end - index * size] for index, chunk in held.items()])

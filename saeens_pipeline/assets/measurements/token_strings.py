@@ -1,0 +1,74 @@
+"""Text of single tokens."""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import cache
+
+import numpy as np
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from saeens_pipeline.assets.declarations import Reference
+from saeens_pipeline.assets.sources import language_model_of
+from saeens_pipeline.language_models.tokens import load_tokenizer, open_tokens
+from saeens_pipeline.storage.names import Partition
+from saeens_pipeline.storage.recipes import Store
+
+_REPLACEMENT = "\ufffd"  # decoded from bytes that are no character
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
+
+
+class TokenStrings:
+    """The text of test tokens, as the language model's tokenizer decodes each alone; of parts of a character, their bytes as `<0xE2>`."""
+
+    def __init__(self, store: Store, reference: Reference) -> None:
+        tokens = store.require(reference.address, Partition())
+        self.store, self._tokenizer = open_tokens(tokens.path), load_tokenizer(language_model_of(tokens))
+        self._literals: dict[int, str] = {}
+
+    @property
+    def vocab_size(self) -> int:
+        """Of the tokenizer: the language model may have room for more."""
+        return self._tokenizer.get_vocab_size()
+
+    def literals(self, ids: np.ndarray) -> list[str]:
+        """JSON strings of these token ids `[n]`."""
+        return [self._literal(token) for token in ids.tolist()]
+
+    def _literal(self, token: int) -> str:
+        if token not in self._literals:
+            self._literals[token] = json.dumps(token_text(self._tokenizer, token), ensure_ascii=False)
+        return self._literals[token]
+
+    def lists(self, rows: Tensor) -> list[str]:
+        """For each feature a JSON list of strings, of activation rows `[n_features, n]`, of which -1 is none."""
+        wanted, place = np.unique(rows.cpu().numpy(), return_inverse=True)
+        ids = np.full(len(wanted), -1)
+        ids[wanted >= 0] = self.store.token_ids("test", wanted[wanted >= 0])
+        return [f"[{', '.join(self.literals(of_feature[of_feature >= 0]))}]" for of_feature in ids[place.reshape(tuple(rows.shape))]]
+
+
+def token_text(tokenizer: Tokenizer, token: int) -> str:
+    """What a token says alone. Bytes that are only a part of a character are written out as `<0xE2>`, as SentencePiece names such tokens.
+
+    Tokenizers that know no bytes give what they give.
+    """
+    text, name = tokenizer.decode([token], skip_special_tokens=False), tokenizer.id_to_token(token)
+    if _REPLACEMENT not in text or name is None:
+        return text
+    if _BYTE.fullmatch(name):
+        return name
+    try:
+        data = bytes(_bytes_of_characters()[character] for character in name)
+    except KeyError:
+        return text
+    return re.sub("[\udc80-\udcff]", lambda found: f"<0x{ord(found[0]) - 0xDC00:02X}>", data.decode(errors="surrogateescape"))
+
+
+@cache
+def _bytes_of_characters() -> dict[str, int]:
+    """The byte that a character stands for in the names of byte-level tokens."""
+    return {character: byte for byte, character in bytes_to_unicode().items()}

@@ -1,0 +1,351 @@
+"""The registry of tables: their columns and inputs, how their rows are computed, and how they are summarised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from saeens_pipeline.assets.declarations import Declaration, Dimensions, Input, Op, Reference, RunContext, Task
+from saeens_pipeline.assets.sources import SourceFacts, tokens_of
+from saeens_pipeline.errors import ConfigurationError
+from saeens_pipeline.settings.experiments import CheckSettings, ExperimentSettings
+from saeens_pipeline.storage.names import Address, Partition
+from saeens_pipeline.storage.recipes import Artefact, Store
+from saeens_pipeline.storage.tables import Column, frame
+
+if TYPE_CHECKING:
+    import polars as pl
+
+Row = dict[str, Any]
+
+METHODS = ("single", "bagging", "boosting", "expanded", "expanded_l0_matched", "compute_matched", "matching_pursuit")
+"""Methods in the order in which they are listed."""
+
+SUBJECT = (
+    Column("experiment", "str", "experiment"),
+    Column("layer", "int", "layer of the language model, from 0"),
+    Column("seed", "int", "ensemble seed"),
+    Column("language_model", "str", "trained, or random: the untrained control"),
+    Column("method", "str", f"{', '.join(METHODS)}; for probes also raw, the activations themselves"),
+    Column("n_members", "int", "SAEs in the ensemble (the first n); for expanded SAEs the n whose width they match; else 1"),
+    Column("sae_data_versions", "str", "data versions of the SAEs measured, in member order"),
+)
+"""The first columns of every table of an experiment: the subject of the measurement."""
+
+
+class Headline(NamedTuple):
+    """A column that stands for its table in summaries."""
+
+    title: str
+    column: str
+    form: str
+    """Format specification."""
+    in_summary: bool = True
+    """Whether `saeens run` prints it."""
+
+
+class Markdown(str):
+    """Metadata that the UI renders as Markdown."""
+
+
+class SharedPass(NamedTuple):
+    """Work that several tables share, such as one pass over the test activations. It is done once for those that are made together."""
+
+    name: str
+    run: Callable[[Subject, RunContext, Partition, Collection[str]], Any]
+    """Given the names of the tables that are made; its result is `Making.shared`."""
+
+
+@dataclass
+class Making:
+    """What the rows of one table are computed from."""
+
+    subject: Subject
+    context: RunContext
+    partition: Partition
+    table: str
+    """Name of the table."""
+    provenance: dict[str, Any]
+    """Facts that the table's record keeps beside run, device and time."""
+    run_shared_pass: Callable[[], Any]
+
+    @property
+    def shared(self) -> Any:
+        """The result of the table's shared pass."""
+        return self.run_shared_pass()
+
+    @property
+    def store(self) -> Store:
+        return self.context.store
+
+
+@dataclass(frozen=True)
+class Table:
+    """One evaluation table. A module in this package that registers one adds it everywhere: assets, command line, UI, reference."""
+
+    name: str
+    question: str
+    """The question that the table answers; the first line of the asset's description."""
+    columns: tuple[Column, ...] | Callable[[], tuple[Column, ...]]
+    """Columns beside `SUBJECT`; of a table over experiments, all columns. A function where they follow from other tables."""
+    rows: Callable[[Making], Iterable[Row] | pl.DataFrame] | None = None
+    """Compute the rows; heavy imports are inside. None for tables over experiments, which have ops of their own."""
+    inputs: Callable[[Subject], Sequence[Reference]] = lambda subject: subject.dictionaries
+    version: int = 1
+    """Raised whenever the rows would change."""
+    dimensions: Dimensions = "layer_and_seed"
+    order: int = 100
+    """Place in lists."""
+    by_default: bool = False
+    """Whether experiments fill it that name no evaluations."""
+    settings: Callable[[ExperimentSettings], Mapping[str, Any]] = lambda experiment: {}
+    """Settings that decide the rows, beside the number of members and, where seeds are compared, the seeds."""
+    partition_settings: Callable[[ExperimentSettings], Mapping[str, Any]] = lambda experiment: {}
+    """Identities of data that decide the rows, looked up when the recipe is asked for."""
+    unavailable: Callable[[], Mapping[str, Any]] = dict
+    """As `Declaration.unavailable`."""
+    shared_pass: SharedPass | None = None
+    on_device: bool = True
+    requires: tuple[str, ...] = ()
+    """Tables that it is computed from."""
+    complaint: Callable[[ExperimentSettings], str] = lambda experiment: ""
+    """Return why an experiment cannot have this table; empty if it can."""
+    preflight: Callable[[ExperimentSettings, Callable[[], SourceFacts]], None] = lambda experiment, facts: None
+    """Raise SaeensError, before any training, for what would make the table fail after it. Facts are looked up on demand."""
+    has_slow_preflight: bool = False
+    """Whether the preflight takes seconds in every process."""
+    announcement: Callable[[ExperimentSettings, int], str] = lambda experiment, n_partitions: ""
+    """Return what `saeens run` says before it makes so many partitions of the table."""
+    headlines: tuple[Headline, ...] = ()
+    seed_metrics: Mapping[str, str] = field(default_factory=dict)
+    """Columns of which the leaderboard gives mean, interval and points over seeds, each with its meaning there."""
+    over_experiments: bool = False
+    """Whether it compares experiments, rather than belonging to one."""
+    may_be_empty: bool = False
+    warnings: Callable[[pl.DataFrame, CheckSettings], Iterable[str]] = lambda table, checks: ()
+    """Quality below what the experiment's `checks` ask for."""
+    summary: Callable[[pl.DataFrame, Artefact], Mapping[str, Any]] = lambda table, artefact: {}
+    """Metadata for the UI beside the headline."""
+    is_large: bool = False
+    """Whether the UI shows only its number of rows."""
+    note: Callable[[Store, str, Collection[int], int | None], str] = lambda store, experiment, seeds, layer: ""
+    """Return what a reader of the table should know, given experiment, seeds, and one layer or all."""
+    sae_part: str = "weights"
+    """What of an SAE it reads: the column that its rows are computed from in the column lineage."""
+    source_parts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """What of a source a column reads, by asset and column; `*` stands for columns that are not listed."""
+
+    @property
+    def all_columns(self) -> tuple[Column, ...]:
+        """Columns in order, with those of the subject."""
+        columns = self.columns() if callable(self.columns) else self.columns
+        return columns if self.over_experiments else SUBJECT + columns
+
+
+TABLES: dict[str, Table] = {}
+"""Tables by name; `listed` gives them in order."""
+
+
+def register(table: Table) -> Table:
+    """Add a table to the registry. Raises ValueError for a name that is taken."""
+    if table.name in TABLES:
+        raise ValueError(f"table {table.name!r} is registered twice")
+    TABLES[table.name] = table
+    return table
+
+
+def listed(*, over_experiments: bool | None = None) -> list[Table]:
+    """Return the tables in order: all, or those that do or do not compare experiments."""
+    chosen = [table for table in TABLES.values() if over_experiments is None or table.over_experiments == over_experiments]
+    return sorted(chosen, key=lambda table: (table.order, table.name))
+
+
+def find_table(name: str) -> Table:
+    """Return the table of an experiment with this name. Raises ConfigurationError, which lists those that exist."""
+    table = TABLES.get(name)
+    if table is None or table.over_experiments:
+        raise ConfigurationError(f"there is no table {name!r}; there are: {', '.join(t.name for t in listed(over_experiments=False))}")
+    return table
+
+
+def columns_of(name: str) -> tuple[Column, ...]:
+    """Return all columns of a table, those of the subject first."""
+    return TABLES[name].all_columns
+
+
+def table_frame(name: str, rows: Iterable[Mapping[str, Any]]) -> pl.DataFrame:
+    """Return rows as a data frame with exactly the table's columns. Raises ValueError for a column that it does not have."""
+    return frame(name, columns_of(name), rows)
+
+
+def seed_metrics() -> dict[str, tuple[str, str]]:
+    """Return the metrics of the leaderboard: table and meaning by column, in order."""
+    return {column: (table.name, meaning) for table in listed(over_experiments=False) for column, meaning in table.seed_metrics.items()}
+
+
+def evaluations_of(experiment: ExperimentSettings) -> list[Table]:
+    """Return the tables that an experiment fills, each after those that it requires."""
+    if experiment.evaluations is None:
+        wanted = [table for table in listed(over_experiments=False) if table.by_default]
+    else:
+        wanted = [TABLES[name] for name in experiment.evaluations]
+    ordered: dict[str, Table] = {}
+
+    def add(table: Table) -> None:
+        for name in table.requires:
+            if TABLES[name] in wanted:
+                add(TABLES[name])
+        ordered.setdefault(table.name, table)
+
+    for table in wanted:
+        add(table)
+    return list(ordered.values())
+
+
+def fills(experiment: ExperimentSettings, name: str) -> bool:
+    """Return whether an experiment fills the table of this name."""
+    return any(table.name == name for table in evaluations_of(experiment))
+
+
+def complaint_about(experiment: ExperimentSettings) -> tuple[int, str] | None:
+    """Return what is wrong with `evaluations`, and with which entry; None if nothing is."""
+    for i, name in enumerate(experiment.evaluations or ()):
+        if name not in TABLES or TABLES[name].over_experiments:
+            known = ", ".join(table.name for table in listed(over_experiments=False))
+            return i, f"there is no table {name!r}; one of: {known}"
+        missing = [each for each in TABLES[name].requires if each not in (experiment.evaluations or ())]
+        if missing:
+            return i, f"{name} is computed from the table {missing[0]}: add it, or leave {name} out"
+        if message := TABLES[name].complaint(experiment):
+            return i, message
+    return None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The dictionaries that an experiment measures: two ensembles, and the baselines as (method, width in members, SAE)."""
+
+    experiment: ExperimentSettings
+    activations: Reference
+    bagging: Declaration
+    boosting: Declaration
+    baselines: Sequence[tuple[str, int, Declaration]]
+
+    @property
+    def tokens(self) -> Reference:
+        """The tokens of the source."""
+        return tokens_of(self.experiment.source)
+
+    @property
+    def dictionaries(self) -> list[Declaration]:
+        """Both ensembles and the baselines."""
+        return [self.bagging, self.boosting, *(declaration for _, _, declaration in self.baselines)]
+
+    @cached_property
+    def tables(self) -> dict[str, Declaration]:
+        """The tables that the experiment fills, by name."""
+        return {table.name: self._declare(table) for table in evaluations_of(self.experiment)}
+
+    def table(self, name: str) -> Declaration:
+        """Return the declaration of a table that another one requires."""
+        return self._declare(TABLES[name])
+
+    def _declare(self, table: Table) -> Declaration:
+        experiment = self.experiment
+        settings: dict[str, Any] = {"members": experiment.ensemble.members}
+        if table.dimensions == "layer":
+            settings["seeds"] = experiment.ensemble.seeds
+        return Declaration(
+            address=Address(experiment.name, "eval", table.name),
+            dimensions=table.dimensions,
+            builder=f"table {table.name}",
+            version=table.version,
+            settings={**settings, **table.settings(experiment)},
+            partition_settings=lambda partition: table.partition_settings(experiment),
+            unavailable=table.unavailable,
+            inputs=tuple(Input(each.address.name, each) for each in table.inputs(self)),
+            source=experiment.source,
+            seeds=tuple(experiment.ensemble.seeds),
+            kinds=frozenset({"parquet", "polars"}),
+            tags={"experiment": experiment.name, "source": experiment.source, "table": table.name},
+            description=f"{table.question}\n\n`saeens table {experiment.name} {table.name}` prints it.",
+        )
+
+    def row(self, store: Store, partition: Partition, method: str, n_members: int, saes: Sequence[str]) -> Row:
+        """Return the columns `SUBJECT`; `saes` are data versions."""
+        activations = store.require(self.activations.address, self.activations.narrow(partition))
+        return {
+            "experiment": self.experiment.name,
+            "layer": partition.layer,
+            "seed": partition.seed,
+            "language_model": activations.recipe["settings"]["weights"],
+            "method": method,
+            "n_members": n_members,
+            "sae_data_versions": ",".join(saes),
+        }
+
+    def members(self, store: Store, ensemble: Declaration, partition: Partition) -> list[Artefact]:
+        """Return the SAEs of an ensemble, in member order."""
+        return [store.require(artefact.address, where) for _, artefact, where in ensemble.input_partitions(partition)]
+
+    def methods(self, store: Store, partition: Partition) -> Iterator[tuple[str, int, list[Artefact]]]:
+        """Give every method and size that is measured: its name, n_members, and its SAEs."""
+        bagging, boosting = self.members(store, self.bagging, partition), self.members(store, self.boosting, partition)
+        yield "single", 1, bagging[:1]
+        for n in range(1, len(bagging) + 1):
+            yield "bagging", n, bagging[:n]
+        for n in range(1, len(boosting) + 1):
+            yield "boosting", n, boosting[:n]
+        for method, n, declaration in self.baselines:
+            yield method, n, [store.require(declaration.address, partition)]
+
+    @property
+    def whole(self) -> list[tuple[str, int, Declaration]]:
+        """Every dictionary with all its members: method, n_members, declaration."""
+        size = self.experiment.ensemble.members
+        return [("bagging", size, self.bagging), ("boosting", size, self.boosting), *self.baselines]
+
+
+def table_ops(subject: Subject) -> list[Op]:
+    """Declare the tables of an experiment. Those of one shared pass are one op."""
+    groups: dict[str, list[Table]] = {}
+    for table in evaluations_of(subject.experiment):
+        groups.setdefault(table.shared_pass.name if table.shared_pass else table.name, []).append(table)
+    return [_table_op(subject, name, tables) for name, tables in groups.items()]
+
+
+def _table_op(subject: Subject, name: str, tables: Sequence[Table]) -> Op:
+    def make(context: RunContext, tasks: Sequence[Task]) -> None:
+        import polars as pl
+
+        partition, wanted = tasks[0].partition, {task.declaration.address.name for task in tasks}
+        shared = _Once(lambda shared_pass: shared_pass.run(subject, context, partition, wanted))
+        made: list[tuple[Task, pl.DataFrame, dict[str, Any]]] = []
+        with context.compute.measure() as measured:
+            for task in tasks:
+                table = TABLES[task.declaration.address.name]
+                making = Making(subject, context, partition, table.name, {}, lambda table=table: shared(table.shared_pass))
+                assert table.rows is not None, "complaint_about refuses tables over experiments"
+                rows = table.rows(making)
+                made.append((task, rows if isinstance(rows, pl.DataFrame) else table_frame(table.name, rows), making.provenance))
+        for task, rows, provenance in made:
+            context.store.write_table(*task.where, task.recipe, context.provenance(task.declaration) | vars(measured) | provenance, rows)
+
+    outputs = tuple(subject.tables[table.name] for table in tables)
+    return Op(f"{subject.experiment.name}__eval__{name}", outputs, make, on_device=any(table.on_device for table in tables))
+
+
+class _Once:
+    """Calls a function of a shared pass once and keeps its result."""
+
+    def __init__(self, run: Callable[[SharedPass], Any]) -> None:
+        self._run = run
+        self._results: dict[str, Any] = {}
+
+    def __call__(self, shared_pass: SharedPass | None) -> Any:
+        assert shared_pass is not None, "a table without a shared pass asks for its result"
+        if shared_pass.name not in self._results:
+            self._results[shared_pass.name] = self._run(shared_pass)
+        return self._results[shared_pass.name]

@@ -1,0 +1,32 @@
+"""The SAE in a recipe: its configuration once the width of the activations is known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from saeens_pipeline.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from saeens_models import SAEConfig, SAESettings
+
+START = "initial weights"
+"""Name of the input whose weights an SAE starts from."""
+
+
+def sae_config(fields: Mapping[str, Any], d_in: int, *, seed: int, name: str) -> SAEConfig:
+    """Return the configuration that a recipe's `sae` describes for activations of width d_in. Raises ConfigurationError, with `name`."""
+    from saeens_models import SAESettings
+
+    return config_of_settings(SAESettings.model_validate(fields), d_in, seed=seed, name=name)
+
+
+def config_of_settings(sae: SAESettings, d_in: int, *, seed: int, name: str) -> SAEConfig:
+    """Return the configuration of settings for activations of width d_in. Raises ConfigurationError, with `name`."""
+    try:
+        return sae.config(d_in, seed)
+    except ValidationError as error:
+        reasons = "; ".join(each["msg"].removeprefix("Value error, ") for each in error.errors())
+        raise ConfigurationError(f"{name}: attributes.sae cannot be built for activations of width {d_in}: {reasons}") from None

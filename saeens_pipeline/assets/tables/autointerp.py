@@ -1,0 +1,209 @@
+"""The table `autointerp`: explanations of features by a language model, and how well they tell where the features fire.
+
+The environment says which endpoint is asked, and whether there is one; answers are paid for. Without an endpoint the table is made of
+answers on disk, mostly none: it is empty, and `not configured` is a setting of its recipe (`Declaration.unavailable`). With an endpoint
+that recipe is not the one asked for, and the table is made. A table that was made with an endpoint stays a hit without one. Every answer
+is kept on disk (`Answers`), which no recipe decides on.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from saeens_pipeline.assets.declarations import Reference
+from saeens_pipeline.assets.registry import Making, Markdown, Subject, Table, register, table_frame
+from saeens_pipeline.assets.tables.contexts import CONTEXTS, RADIUS
+from saeens_pipeline.language_models.autointerp.answers import Answers
+from saeens_pipeline.language_models.autointerp.endpoint import KEY_VARIABLE, URL_VARIABLE, Endpoint
+from saeens_pipeline.language_models.autointerp.interview import MALFORMED, REFUSED, SCORED, Estimate, Interviewer
+from saeens_pipeline.language_models.autointerp.protocol import SEED
+from saeens_pipeline.settings.experiments import ExperimentSettings
+from saeens_pipeline.storage.names import Address, Partition, place
+from saeens_pipeline.storage.recipes import Artefact, DamagedArtefactError, Store, read_artefact
+from saeens_pipeline.storage.tables import Column, read_table
+
+if TYPE_CHECKING:
+    import polars as pl
+
+logger = logging.getLogger(__name__)
+
+PROTOCOL_VERSION = 2  # raised whenever the questions, or the meaning of answers, change
+ENSEMBLES = ("bagging", "boosting")
+AUTOINTERP = "autointerp"
+MADE, NOT_CONFIGURED = "made", "not configured"  # what the provenance of a table says
+WHY = {  # a feature is not scored, by status
+    MALFORMED: "no answer that could be read",
+    REFUSED: "the endpoint refused a request",
+    "too few contexts": "not asked about, it fires on too few texts",
+    "too few silent windows": "not asked about, it is silent on too few texts",
+}
+
+
+def outcome(store: Store, experiment: str, seeds: Collection[int], layer: int | None = None) -> str:
+    """How many features were asked about and scored, and why others were not; and, where there was no endpoint, how to name one.
+
+    Of these seeds, and of one layer or all; code stands in backticks. Empty where there is no such table. Raises SaeensError for one that
+    cannot be read.
+    """
+    import polars as pl
+
+    address = Address(experiment, "eval", AUTOINTERP)
+    there = [
+        where for where in store.partitions(address, "layer", "seed") if where.seed in seeds and (layer is None or where.layer == layer)
+    ]
+    if not there:
+        return ""
+    rows = read_table(store.root, experiment, AUTOINTERP, layer).filter(pl.col("seed").is_in(list(seeds)))
+    sentences = [in_words(rows)] if len(rows) else ["No feature was asked about."]
+    lacking = [where for where in there if _had_no_endpoint(store, address, where)]
+    if lacking:
+        which = "" if len(lacking) == len(there) else f" for {' and '.join(map(str, lacking))}"
+        kept = ": what is here was answered before" if len(rows) and not which else ""
+        sentences.append(
+            f"No endpoint was configured{which}{kept}. Set `{URL_VARIABLE}` to the address of a language model, such as "
+            f"`http://localhost:8080/v1`, and `{KEY_VARIABLE}` if it wants a key, then `saeens run {experiment}`."
+        )
+    return " ".join(sentences)
+
+
+def in_words(rows: pl.DataFrame) -> str:
+    """Counts of rows of the table by status, of which there is at least one."""
+    import polars as pl
+
+    counts = dict(rows["status"].value_counts(sort=True, name="n").sort("n", "status", descending=[True, False]).iter_rows())
+    n_scored, n_asked = counts.get(SCORED, 0), sum(n for status, n in counts.items() if not status.startswith("too few"))
+    models = " and ".join(sorted(set(rows["model"])))
+    are = "is" if n_scored == 1 else "are"
+    sentences = [f"Of {len(rows):,} features that were drawn, {models} was asked about {n_asked:,}; {n_scored:,} {are} scored."]
+    others = [f"{n:,} ({status}{f': {WHY[status]}' if status in WHY else ''})" for status, n in counts.items() if status != SCORED]
+    if others:
+        sentences.append(f"Not scored: {', '.join(others)}.")
+    without_control = rows.filter(pl.col("status") == SCORED, pl.col("control_score").is_null()).height
+    if 0 < without_control < n_scored:
+        sentences.append(f"Without a control score: {without_control:,} of those that are.")
+    return " ".join(sentences)
+
+
+def _had_no_endpoint(store: Store, address: Address, where: Partition) -> bool:
+    try:
+        made = read_artefact(store.path(address, where)).provenance
+    except DamagedArtefactError:  # it says itself what is wrong with it, elsewhere
+        return False
+    return made.get(AUTOINTERP, {}).get("status") == NOT_CONFIGURED
+
+
+def expected(experiment: ExperimentSettings, n_partitions: int) -> Estimate:
+    """What is asked at most for so many partitions, before there are contexts; what was answered before is not taken off."""
+    assert experiment.autointerp is not None, "checked where the experiment is read"
+    n_features = experiment.autointerp.features * len(ENSEMBLES) * n_partitions
+    return Estimate.beforehand(experiment.autointerp, n_features, CONTEXTS, 2 * RADIUS + 1)
+
+
+def expected_requests(experiment: ExperimentSettings, n_partitions: int) -> str:
+    """The same in words."""
+    assert experiment.autointerp is not None, "checked where the experiment is read"
+    return f"at most {expected(experiment, n_partitions).in_words(experiment.autointerp)}, to {experiment.autointerp.model}"
+
+
+def _rows(making: Making) -> pl.DataFrame:
+    from saeens_pipeline.assets.measurements.autointerp import explained_rows
+
+    settings = making.subject.experiment.autointerp
+    assert settings is not None, "checked where the experiment is read"
+    answers, endpoint = Answers(making.store.root), Endpoint.from_environment()
+    label = place(making.subject.tables[AUTOINTERP].address, making.partition)
+    if endpoint is None:
+        logger.warning("%s: not configured: set %s to the address of a language model and run again", label, URL_VARIABLE)
+    interviewer = Interviewer(settings, answers, endpoint)
+    rows = explained_rows(making, interviewer, ENSEMBLES, RADIUS) if endpoint or not answers.is_empty else []
+    making.provenance[AUTOINTERP] = {
+        "status": MADE if endpoint else NOT_CONFIGURED,
+        "requests": interviewer.asked,
+        "answers_from_disk": interviewer.from_disk,
+        "malformed_answers": interviewer.malformed,
+        "tokens_in": interviewer.tokens_in,
+        "tokens_out": interviewer.tokens_out,
+    }
+    table = table_frame(AUTOINTERP, rows)
+    if rows:
+        logger.info("%s: %s", label, in_words(table))
+    return table
+
+
+def _inputs(subject: Subject) -> Sequence[Reference]:
+    return [subject.tokens, subject.activations, subject.bagging, subject.boosting, subject.table("contexts")]
+
+
+def _settings(experiment: ExperimentSettings) -> Mapping[str, Any]:
+    assert experiment.autointerp is not None, "checked where the experiment is read"
+    return {**experiment.autointerp.decisive, "protocol": PROTOCOL_VERSION, "seed": SEED}
+
+
+def _complaint(experiment: ExperimentSettings) -> str:
+    return "" if experiment.autointerp else "autointerp asks a language model: say which, as in autointerp: {model: gpt-4o-mini}"
+
+
+def _announcement(experiment: ExperimentSettings, n_partitions: int) -> str:
+    endpoint = Endpoint.from_environment()
+    return f"{expected_requests(experiment, n_partitions)} at {endpoint.host}" if endpoint else ""
+
+
+def _summary(table: pl.DataFrame, artefact: Artefact) -> Mapping[str, Any]:
+    """Return whether there was an endpoint, means over features, and the number of requests."""
+    import polars as pl
+
+    made = artefact.provenance[AUTOINTERP]
+    scored = table.drop_nulls("detection_score").group_by("method", maintain_order=True)
+    means = scored.agg(pl.len(), pl.col("detection_score", "control_score").mean())
+    rows = [
+        f"| {row['method']} | {row['len']} | {row['detection_score']:.3f} "
+        f"| {'' if row['control_score'] is None else format(row['control_score'], '.3f')} |"
+        for row in means.iter_rows(named=True)
+    ]
+    others = table.filter(pl.col("status") != SCORED).group_by("status", maintain_order=True).len()
+    head = ["| method | features scored | mean detection score | with another feature's explanation |", "|---|---|---|---|"]
+    return {
+        "status": made["status"],
+        "summary": Markdown("\n".join([*head, *rows])) if rows else None,
+        "not scored": ", ".join(f"{n}: {why}" for why, n in others.iter_rows()) or None,
+        "requests asked": made["requests"],
+        "answers from disk": made["answers_from_disk"],
+        "malformed answers": made["malformed_answers"],
+        "tokens in": made["tokens_in"],
+        "tokens out": made["tokens_out"],
+    }
+
+
+register(
+    Table(
+        name=AUTOINTERP,
+        question="What a language model says that features respond to, and how well that tells where they fire",
+        columns=(
+            Column("member", "int", "member or round, from 1"),
+            Column("index", "int", "row of that member's W_dec, from 0"),
+            Column("explanation", "str", "from every other context in contexts; null where there is none", from_columns=("contexts",)),
+            Column("detection_score", "float", "balanced accuracy of telling, by the explanation, where it fires; 0.5 is chance"),
+            Column("true_positive_rate", "float", "share of the other contexts that are said to fit the explanation"),
+            Column("false_positive_rate", "float", "share of random windows, on which it does not fire, that are said to fit"),
+            Column("control_score", "float", "detection_score on the same texts with another feature's explanation"),
+            Column("n_examples", "int", "texts that the scores are over, half of them contexts; null where there are too few"),
+            Column("status", "str", "scored, malformed answer, refused, too few contexts, too few silent windows"),
+            Column("model", "str", "the language model that was asked"),
+        ),
+        rows=_rows,
+        inputs=_inputs,
+        order=90,
+        settings=_settings,
+        unavailable=lambda: {} if Endpoint.is_configured() else {"endpoint": NOT_CONFIGURED},
+        on_device=False,
+        requires=("contexts",),
+        complaint=_complaint,
+        announcement=_announcement,
+        may_be_empty=True,
+        summary=_summary,
+        note=outcome,
+        source_parts={"activations": {"*": "test/activations"}},
+    )
+)

@@ -1,0 +1,40 @@
+"""The table `coactivation`: features that fire together, and distinct features."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from saeens_pipeline.assets.registry import Headline, Making, Row, Table, register
+from saeens_pipeline.assets.tables.reconstruction import EVALUATION
+from saeens_pipeline.storage.tables import Column
+
+
+def _rows(making: Making) -> Iterator[Row]:
+    from saeens_pipeline.assets.measurements.dictionaries import sizes
+
+    for row, size in sizes(making):
+        yield row | {"connectivity": size.connectivity, "diversity": size.diversity, "tokens": size.reconstruction.tokens}
+
+
+register(
+    Table(
+        name="coactivation",
+        question="Which features fire together, and how many differ",
+        columns=(
+            Column("connectivity", "float", "share of feature pairs that never fire together"),
+            Column("diversity", "int", "features whose largest cosine to any other is below 0.7"),
+            Column("tokens", "int", "test tokens"),
+        ),
+        rows=_rows,
+        inputs=lambda subject: [subject.activations, *subject.dictionaries],
+        order=30,
+        by_default=True,
+        shared_pass=EVALUATION,
+        headlines=(Headline("connectivity", "connectivity", ".4f"),),
+        seed_metrics={
+            "connectivity": "share of feature pairs that never fire together",
+            "diversity": "features whose largest cosine to any other is below 0.7",
+        },
+        source_parts={"activations": {"*": "test/activations"}},
+    )
+)

@@ -1,0 +1,97 @@
+"""The table `concept_detection`, and the declaration that it shares with `spurious_correlation`: probes on labelled texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from saeens_pipeline.assets.declarations import RunContext
+from saeens_pipeline.assets.registry import Making, Markdown, Row, SharedPass, Subject, Table, register
+from saeens_pipeline.assets.sources import SourceFacts
+from saeens_pipeline.language_models.labelled_texts.reading import identity
+from saeens_pipeline.settings.experiments import ExperimentSettings
+from saeens_pipeline.settings.probing import PROBE_SEED
+from saeens_pipeline.storage.names import Partition
+from saeens_pipeline.storage.recipes import Artefact
+from saeens_pipeline.storage.tables import Column
+
+if TYPE_CHECKING:
+    import polars as pl
+
+
+def _probe(subject: Subject, context: RunContext, partition: Partition, wanted: Collection[str]) -> Any:
+    from saeens_pipeline.assets.measurements.probing import probe
+
+    return probe(subject, context, partition, wanted)
+
+
+_PROBING = SharedPass("downstream", _probe)
+
+
+def probe_table(name: str, **fields: Any) -> Table:
+    """Return a table of probes whose texts are the experiment's settings of the same name."""
+
+    def rows(making: Making) -> Iterable[Row]:
+        return making.shared[name]
+
+    def preflight(experiment: ExperimentSettings, facts: Callable[[], SourceFacts]) -> None:
+        from saeens_pipeline.assets.measurements.probing import read_labelled_texts
+
+        read_labelled_texts(experiment, [name], facts())
+
+    return Table(
+        name=name,
+        rows=rows,
+        inputs=lambda subject: [subject.tokens, subject.activations, *subject.dictionaries],
+        settings=lambda experiment: {**getattr(experiment, name).model_dump(mode="json"), "seed": PROBE_SEED},
+        partition_settings=lambda experiment: {"texts": [identity(data_set) for data_set in getattr(experiment, name).datasets]},
+        shared_pass=_PROBING,
+        preflight=preflight,
+        has_slow_preflight=True,
+        source_parts={"activations": {"*": "language_model"}},
+        **fields,
+    )
+
+
+def by_number_of_features(table: pl.DataFrame, number: str, value: str, over: str) -> Markdown:
+    """Return a Markdown table: a row for each method with all its members, a column for each number of features, means over tasks."""
+    import polars as pl
+
+    largest = table.filter(pl.col("n_members") == pl.col("n_members").max().over("method"))
+    by = ["method", "n_members", number]
+    means = (
+        largest.group_by(*by, over, maintain_order=True)
+        .agg(pl.col(value).mean())
+        .group_by(by, maintain_order=True)
+        .agg(pl.col(value).mean())
+    )
+    numbers = means.filter(method="single")[number].to_list()
+    lines = [f"| {value.replace('_', ' ')} with n = | {' | '.join(map(str, numbers))} |", "|---" * (len(numbers) + 1) + "|"]
+    for of_method in means.partition_by("method", maintain_order=True):
+        found = dict(of_method.select(number, value).iter_rows())
+        cells = ["" if found.get(n) is None else f"{found[n]:.3f}" for n in numbers]
+        lines.append(f"| {of_method['method'][0]} | {' | '.join(cells)} |")
+    return Markdown("\n".join(lines))
+
+
+def _summary(table: pl.DataFrame, artefact: Artefact) -> Mapping[str, Any]:
+    return {"summary": by_number_of_features(table.filter(code_scale="unscaled"), "n_probe_features", "accuracy", "dataset")}
+
+
+register(
+    probe_table(
+        "concept_detection",
+        question="How much of a concept is in a few features",
+        columns=(
+            Column("dataset", "str", "data set of the texts"),
+            Column("label", "str", "the label that is told from the others"),
+            Column("n_probe_features", "int", "features of the probe; of n members also n times as many"),
+            Column("code_scale", "str", "unscaled: the members' own codes; 1/J: divided by n_members, as in bagging's reconstruction"),
+            Column("accuracy", "float", "of a logistic regression on test texts, half of which have the label"),
+            Column("n_distinct_features", "int", "of these features, those left when near-duplicates (cosine 0.7) are counted once"),
+            Column("accuracy_distinct", "float", "with as many features of which none is a near-duplicate of a better one"),
+        ),
+        order=100,
+        summary=_summary,
+    )
+)

@@ -1,0 +1,100 @@
+"""The table `cost`: training and inference cost of every method, and its totals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from saeens_pipeline.assets.registry import Headline, Making, Row, Table, register
+from saeens_pipeline.assets.tables.reconstruction import EVALUATION
+from saeens_pipeline.settings.experiments import ExperimentSettings
+from saeens_pipeline.storage.names import Address
+from saeens_pipeline.storage.tables import Column
+
+if TYPE_CHECKING:
+    import polars as pl
+
+TOTALS = {
+    "total_flops": ("train_flops", "residual_flops"),
+    "total_seconds": ("train_seconds", "residual_seconds"),
+}
+"""Training in all: columns that are shown as their sum."""
+
+
+def with_totals(rows: pl.DataFrame) -> pl.DataFrame:
+    """Return the rows with those `TOTALS` whose parts are among the columns. A method without residuals adds none."""
+    import polars as pl
+
+    there = {total: parts for total, parts in TOTALS.items() if set(parts) <= set(rows.columns)}
+    return rows.with_columns(**{total: pl.col(made) + pl.col(residual).fill_null(0) for total, (made, residual) in there.items()})
+
+
+def _rows(making: Making) -> Iterator[Row]:
+    subject, store, partition = making.subject, making.store, making.partition
+    mode = subject.experiment.ensemble.boosting
+    n_residuals = 0 if mode == "concurrent" else subject.experiment.ensemble.members - 1
+    residuals = [
+        store.require(Address(subject.experiment.name, "boosting", f"residual_{j}"), partition).provenance
+        for j in range(1, n_residuals + 1)
+    ]
+    for method, n, saes in subject.methods(store, partition):
+        each = [sae.provenance for sae in saes]
+        passes = residuals[: n - 1] if method == "boosting" else []
+        beside = [_is_trained_beside_others(subject.experiment, method, j) for j in range(1, len(each) + 1)]
+        joint, alone = ([made for made, is_joint in zip(each, beside, strict=True) if is_joint == wanted] for wanted in (True, False))
+        yield subject.row(store, partition, method, n, [sae.data_version for sae in saes]) | {
+            "train_tokens": sum(sae["train_tokens"] for sae in each),
+            "train_flops": float(sum(sae["train_flops"] for sae in each)),
+            "train_seconds": sum(sae["train_seconds"] for sae in each),
+            "residual_flops": float(sum(made["flops"] for made in passes)),
+            "residual_seconds": sum((made["seconds"] for made in passes), 0.0),
+            "peak_memory_bytes": _peak_memory(joint, [*alone, *passes]),
+            "inference_flops_per_token": float(sum(sae["inference_flops_per_token"] for sae in each)),
+            "device": each[0]["device"],
+            "dtype": each[0]["dtype"],
+            "boosting_mode": mode if method == "boosting" else None,
+        }
+
+
+def _is_trained_beside_others(experiment: ExperimentSettings, method: str, number: int) -> bool:
+    if method == "bagging":
+        return experiment.ensemble.specialisation(number) is None
+    return method == "boosting" and experiment.ensemble.boosting == "concurrent"
+
+
+def _peak_memory(joint: Sequence[Mapping[str, Any]], alone: Sequence[Mapping[str, Any]]) -> int | None:
+    """Return the largest peak: SAEs trained together share one peak, all others were made one after another."""
+    of_joint, of_others = ([made["peak_memory_bytes"] or 0 for made in group] for group in (joint, alone))
+    return max([sum(of_joint), *of_others]) or None
+
+
+register(
+    Table(
+        name="cost",
+        question="What each method cost to train and costs to run",
+        columns=(
+            Column("train_tokens", "int", "tokens seen in training, summed over members"),
+            Column("train_flops", "float", "dense-equivalent floating-point operations of training"),
+            Column("train_seconds", "float", "seconds of training; those of a joint op divided by FLOPs among its SAEs"),
+            Column("residual_flops", "float", "boosting's passes that compute residuals, not in train_flops"),
+            Column("residual_seconds", "float", "seconds of those passes, not in train_seconds"),
+            Column(
+                "peak_memory_bytes",
+                "int",
+                "of the device, or on a CPU of the whole process with interpreter and libraries; a joint op's peak is divided by FLOPs "
+                "among its SAEs: SAEs trained alone do not compare with SAEs trained together",
+            ),
+            Column("inference_flops_per_token", "float", "dense-equivalent operations to encode and decode one token"),
+            Column("device", "str", "device of the training"),
+            Column("dtype", "str", "of the weights"),
+            Column("boosting_mode", "str", "sequential or concurrent; null for other methods"),
+        ),
+        rows=_rows,
+        order=60,
+        by_default=True,
+        settings=lambda experiment: {"boosting": experiment.ensemble.boosting},
+        shared_pass=EVALUATION,
+        headlines=(Headline("FLOPs", "total_flops", ".2g"), Headline("seconds", "total_seconds", ".1f")),
+        sae_part="provenance",
+    )
+)

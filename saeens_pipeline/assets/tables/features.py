@@ -1,0 +1,45 @@
+"""The table `features`: how often each feature fires, where it comes back, and the tokens on which it is most active."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from saeens_pipeline.assets.registry import Making, Table, register
+from saeens_pipeline.storage.tables import Column
+
+if TYPE_CHECKING:
+    import polars as pl
+
+
+def _rows(making: Making) -> pl.DataFrame:
+    from saeens_pipeline.assets.measurements.features import feature_rows
+
+    return feature_rows(making)
+
+
+# Its inputs are SAEs alone, as those of `stability`: text and activations are behind these and change their data versions. As inputs, with
+# the partitions of the activations, they would have it made again in their run, before the SAEs are.
+register(
+    Table(
+        name="features",
+        question="What each feature does, and where it comes back",
+        columns=(
+            Column("member", "int", "member or round, from 1"),
+            Column("index", "int", "row of that member's W_dec, from 0"),
+            Column("density", "float", "share of the test tokens on which it fires"),
+            Column("mean_activation", "float", "mean over the tokens on which it fires; null if it never does"),
+            Column("nearest_member", "int", "the other member with the feature of the largest cosine; null for single SAEs"),
+            Column("nearest_cosine", "float", "that cosine"),
+            Column("matches", "str", "JSON list of [member, index, cosine]: the nearest of each other member; null for single SAEs"),
+            Column("nearest_other_seed_cosine", "float", "largest cosine to any feature under any other seed; null with one seed"),
+            Column("nearest_other_seed", "int", "the other seed that has that feature"),
+            Column("nearest_other_seed_member", "int", "its member or round under that seed"),
+            Column("nearest_other_seed_index", "int", "its row of that member's W_dec"),
+            Column("top_tokens", "str", "JSON list: the ten test tokens on which it is most active, the most active first"),
+        ),
+        rows=_rows,
+        version=3,
+        dimensions="layer",
+        order=70,
+    )
+)

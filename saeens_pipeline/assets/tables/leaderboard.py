@@ -1,0 +1,241 @@
+"""The leaderboard: every experiment, layer and method that was evaluated, side by side, with means and intervals over seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from saeens_pipeline.assets.declarations import Declaration, Input, Op, RunContext, Task
+from saeens_pipeline.assets.registry import METHODS, Markdown, Table, register, seed_metrics, table_frame
+from saeens_pipeline.assets.tables.cost import TOTALS, with_totals
+from saeens_pipeline.errors import ConfigurationError
+from saeens_pipeline.storage.names import LEADERBOARD, LEADERBOARD_ADDRESS, Partition
+from saeens_pipeline.storage.recipes import Artefact, Store
+from saeens_pipeline.storage.tables import Column, read_part
+
+if TYPE_CHECKING:
+    import polars as pl
+
+Sizes = Literal["full", "all"]
+
+LEADERBOARD_VERSION = 4
+_QUESTION = "Which method is best, over all experiments"
+_PLAIN = {  # by table: columns that vary little over seeds, or not at all
+    "reconstruction": ("language_model", "sae_data_versions", "n_features"),
+    "cost": ("train_tokens", "train_flops", "train_seconds", "residual_flops", "residual_seconds"),
+}
+_MEASURED = ("experiment", "source", "layer", "seed", "method", "n_members")
+_RANKED_TOGETHER = ["source", "layer"]
+_LESS_IS_BETTER = (
+    *("n_features", "n_members", "l0", "relative_sparsity", *_PLAIN["cost"], *TOTALS),
+    *("mse", "fvu", "description_length_bits", "dead_features"),
+)
+_SHOWN = {
+    "explained_variance": "EV", "ce_loss_recovered": "CE rec.", "description_length_bits": "bits", "l0": "L0", "n_features": "features",
+    "stability": "stability", "connectivity": "connectivity", "total_flops": "FLOPs", "total_seconds": "seconds", "n_seeds": "seeds",
+}  # fmt: skip
+
+
+def _columns_read() -> dict[str, tuple[str, ...]]:
+    """Return the columns that are read of each table."""
+    metrics = seed_metrics()
+    tables = dict.fromkeys([*_PLAIN, *(table for table, _ in metrics.values())])
+    return {
+        table: (*_PLAIN.get(table, ()), *(column for column, (its_table, _) in metrics.items() if its_table == table)) for table in tables
+    }
+
+
+def leaderboard_op(tables: Iterable[Declaration], controls: Mapping[str, str]) -> Op:
+    """Declare the leaderboard over some tables. It takes those that are there, and waits for none.
+
+    `controls`: by experiment, the same on the untrained language model, whose figures are shown beside.
+    """
+    used = [table for table in tables if table.address.kind == "eval" and table.address.name in _columns_read()]
+    leaderboard = Declaration(
+        address=LEADERBOARD_ADDRESS,
+        dimensions="none",
+        builder="leaderboard",
+        version=LEADERBOARD_VERSION,
+        settings={"controls": dict(controls)},
+        inputs=tuple(Input(str(table.address), table, optional=True) for table in used),
+        source="",
+        kinds=frozenset({"parquet", "polars"}),
+        tags={"table": LEADERBOARD},
+        description=f"{_QUESTION}\n\n`saeens leaderboard` prints it, computed from the tables that are there.",
+    )
+
+    def make(context: RunContext, tasks: Sequence[Task]) -> None:
+        (task,) = tasks
+        with context.compute.measure() as measurement:
+            table = standings(context.store, leaderboard)
+        context.store.write_table(*task.where, task.recipe, context.provenance(task.declaration) | vars(measurement), table)
+
+    return Op(leaderboard.address.op_name, (leaderboard,), make)
+
+
+def standings(store: Store, leaderboard: Declaration, sort: str = "explained_variance", sizes: Sizes = "full") -> pl.DataFrame:
+    """The rows of the leaderboard from the tables on disk, in the order of source, layer and rank by `sort`.
+
+    Bagging and boosting count with all their members or, with `sizes="all"`, with the first n for every n; expanded SAEs with each of
+    their widths. Raises ConfigurationError for a column to sort by that is none of numbers.
+    """
+    import polars as pl
+
+    sortable = ["n_members", "n_seeds", "n_features", *seed_metrics(), *_PLAIN["cost"], *TOTALS]
+    if sort not in sortable:
+        raise ConfigurationError(f"--sort {sort}: the leaderboard is sorted by one of {', '.join(sortable)}")
+    table = table_frame(LEADERBOARD, _rows(_measurements(store, leaderboard, sizes)))
+    table = _beside_controls(table, leaderboard.settings["controls"])
+    rank = pl.col(sort).rank("min", descending=sort not in _LESS_IS_BETTER).over(_RANKED_TOGETHER)
+    order = [*_RANKED_TOGETHER, "rank", "experiment", "method", "n_members"]
+    return with_totals(table).with_columns(rank=rank.cast(pl.Int64)).sort(order, nulls_last=True).drop(TOTALS)
+
+
+def for_reading(table: pl.DataFrame, sort: str = "explained_variance") -> pl.DataFrame:
+    """Rows of one source and layer for the terminal: what they are sorted by has its interval beside it, with two seeds the points."""
+    import polars as pl
+
+    named = _SHOWN
+    if sort in seed_metrics() and sort not in _SHOWN:  # in the place of two others, for which there is no room
+        named = {sort: sort.replace("_", " ")} | {
+            name: title for name, title in _SHOWN.items() if name not in ("stability", "connectivity")
+        }
+    columns = [pl.col("rank"), pl.col("experiment"), pl.col("method"), pl.col("n_members").alias("n")]
+    for name, title in named.items():
+        columns.append(pl.col(name).alias(title))
+        if name == (sort if sort in seed_metrics() else "explained_variance"):
+            columns.append(_interval(name).alias("95% interval"))
+    if table["control_explained_variance"].count():
+        columns += [pl.col("control_explained_variance").alias("EV untrained"), pl.col("control_stability").alias("stability untrained")]
+    return with_totals(table).select(columns)
+
+
+def _interval(name: str) -> pl.Expr:
+    import polars as pl
+
+    half_width = (pl.col(f"{name}_high") - pl.col(name)).map_elements("±{:.2g}".format, pl.String)
+    points = pl.col(f"{name}_by_seed").map_elements(_rounded, pl.String)
+    return pl.when(pl.col("n_seeds") == 2).then(pl.concat_str(half_width, pl.lit(" ("), points, pl.lit(")"))).otherwise(half_width)
+
+
+def _beside_controls(table: pl.DataFrame, controls: Mapping[str, str]) -> pl.DataFrame:
+    """The table with what the control of each experiment reached, of the same layer, method and size."""
+    import polars as pl
+
+    names = ("explained_variance", "stability")
+    on = ["control", "layer", "method", "n_members"]
+    of_controls = table.select(pl.col("experiment").alias("control"), *on[1:], *(pl.col(name).alias(f"control_{name}") for name in names))
+    named = table.drop(f"control_{name}" for name in names).with_columns(
+        control=pl.col("experiment").replace_strict(controls, default=None, return_dtype=pl.String)
+    )
+    return named.join(of_controls, on=on, how="left").select(table.columns)
+
+
+def _rounded(points: str) -> str:
+    values = [float(point) for point in points.split(",") if point]
+    return ", ".join(f"{value:.4f}" if 0.1 <= abs(value) < 10 else f"{value:.4g}" for value in values)
+
+
+def _measurements(store: Store, leaderboard: Declaration, sizes: Sizes) -> pl.DataFrame:
+    """One row for each experiment, layer, seed, method and size; null where a table is not there."""
+    import polars as pl
+
+    columns = _columns_read()
+    parts = {name: [table_frame(name, []).select(pl.lit("").alias("source"), pl.all())] for name in columns}
+    for _, table, _, artefact in leaderboard.optional_inputs(store, Partition()):
+        assert isinstance(table, Declaration)
+        parts[table.address.name].append(read_part(artefact.path).select(pl.lit(table.source).alias("source"), pl.all()))
+    tables = {name: pl.concat(found).select(*_MEASURED, *columns[name]) for name, found in parts.items()}
+    measured = tables.pop("reconstruction")
+    for table in tables.values():
+        measured = measured.join(table, on=_MEASURED, how="left")
+    measured = measured.filter(pl.col("explained_variance").is_not_nan())  # nor null: of activations without variance
+    if sizes == "all":
+        return measured
+    of_all_members = pl.col("n_members") == pl.col("n_members").max().over("experiment", "layer", "method")
+    return measured.filter(of_all_members | ~pl.col("method").is_in(["bagging", "boosting"]))
+
+
+def _rows(measured: pl.DataFrame) -> Iterator[dict[str, Any]]:
+    for of_seeds in measured.sort("seed").partition_by("experiment", "source", "layer", "method", "n_members", maintain_order=True):
+        cost = of_seeds.select(*_PLAIN["cost"]).mean().row(0, named=True)
+        yield {
+            **of_seeds.select("experiment", "source", "layer", "language_model", "method", "n_members", "n_features").row(0, named=True),
+            "n_seeds": len(of_seeds),
+            "seeds": ",".join(map(str, of_seeds["seed"])),
+            **{column: value for name in seed_metrics() for column, value in _statistics(name, of_seeds[name].to_list())},
+            **cost,
+            "train_tokens": None if cost["train_tokens"] is None else round(cost["train_tokens"]),
+            "sae_data_versions": ";".join(of_seeds["sae_data_versions"]),
+        }
+
+
+def _statistics(name: str, points: Sequence[float | None]) -> Iterator[tuple[str, float | str | None]]:
+    """The columns of a metric. A seed that has no value has an empty point; mean and interval are of the others."""
+    from saeens_models.metrics import mean_interval
+
+    there = [point for point in points if point is not None]
+    mean, low, high = mean_interval(there) if there else (None, None, None)
+    yield from ((name, mean), (f"{name}_low", low), (f"{name}_high", high))
+    yield f"{name}_by_seed", ",".join("" if point is None else str(point) for point in points) if there else None
+
+
+def _columns() -> tuple[Column, ...]:
+    return (
+        Column("rank", "int", "place among the rows of one source and layer"),
+        Column("experiment", "str", "experiment"),
+        Column("source", "str", "source of its activations"),
+        Column("language_model", "str", "trained, or random: the untrained control"),
+        Column("layer", "int", "layer of the language model, from 0"),
+        Column("method", "str", ", ".join(METHODS)),
+        Column("n_members", "int", "SAEs in the ensemble; for expanded SAEs the n whose width they match; else 1"),
+        Column("n_seeds", "int", "ensemble seeds that the means are over"),
+        Column("seeds", "str", "these seeds, comma-separated"),
+        Column("n_features", "int", "features of the whole dictionary"),
+        *(column for name, (_, meaning) in seed_metrics().items() for column in _over_seeds(name, meaning)),
+        Column("train_tokens", "int", "tokens seen in training, summed over members, mean over seeds"),
+        Column("train_flops", "float", "dense-equivalent operations of training, mean over seeds"),
+        Column("train_seconds", "float", "seconds of training, mean over seeds"),
+        Column("residual_flops", "float", "boosting's passes that compute residuals, not in train_flops, mean over seeds"),
+        Column("residual_seconds", "float", "seconds of those passes, not in train_seconds, mean over seeds"),
+        Column("control", "str", "the same experiment on the untrained language model; null where there is none"),
+        Column("control_explained_variance", "float", "the control's, of the same layer and method; null where it was not run"),
+        Column("control_stability", "float", "the control's, likewise"),
+        Column("sae_data_versions", "str", "data versions of the SAEs in member order, comma-separated; seeds are separated by ;"),
+    )
+
+
+def _over_seeds(name: str, meaning: str) -> tuple[Column, ...]:
+    return (
+        Column(name, "float", f"{meaning}, mean over seeds"),
+        Column(f"{name}_low", "float", "lower end of its 95% interval (Student's t over seeds); null with one seed", from_columns=(name,)),
+        Column(f"{name}_high", "float", "upper end of the same", from_columns=(name,)),
+        Column(f"{name}_by_seed", "str", "the points, comma-separated, in the order of seeds", from_columns=(name,)),
+    )
+
+
+def _summary(table: pl.DataFrame, artefact: Artefact) -> Mapping[str, Any]:
+    """Return the first row of every source and layer."""
+    first = table.filter(rank=1).unique(["source", "layer"], keep="first", maintain_order=True)
+    rows = [
+        f"| {row['source']} | {row['layer']} | {row['experiment']} | {row['method']} | {row['explained_variance']:.4f} "
+        f"| {'' if row['control_explained_variance'] is None else format(row['control_explained_variance'], '.4f')} |"
+        for row in first.iter_rows(named=True)
+    ]
+    head = ["| source | layer | experiment | method | EV | EV of the control, untrained |", "|---|---|---|---|---|---|"]
+    return {"best": Markdown("\n".join([*head, *rows]))}
+
+
+register(
+    Table(
+        name=LEADERBOARD,
+        question=_QUESTION,
+        columns=_columns,
+        version=LEADERBOARD_VERSION,
+        dimensions="none",
+        order=200,
+        over_experiments=True,
+        may_be_empty=True,
+        summary=_summary,
+    )
+)

@@ -1,0 +1,103 @@
+"""The table `marginal_gain`: what each further member or round adds, from the tables of all ensemble sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from saeens_pipeline.assets.declarations import Declaration, Reference
+from saeens_pipeline.assets.registry import Headline, Making, Row, Subject, Table, fills, register
+from saeens_pipeline.storage.names import Partition
+from saeens_pipeline.storage.recipes import Store
+from saeens_pipeline.storage.tables import Column
+
+if TYPE_CHECKING:
+    import polars as pl
+
+_MEASURES = {"reconstruction": "explained_variance", "stability": "stability"}  # table and column; both are 1 at best
+
+
+def _used(subject: Subject) -> dict[str, Declaration]:
+    return {name: subject.table(name) for name in _MEASURES if fills(subject.experiment, name)}
+
+
+def _inputs(subject: Subject) -> Sequence[Reference]:
+    return [*_used(subject).values(), subject.bagging, subject.boosting]
+
+
+def _read(store: Store, table: Declaration, partition: Partition) -> pl.DataFrame:
+    """Return a layer's part of a table, or its parts of all seeds."""
+    import polars as pl
+
+    seeds = [None] if table.dimensions == "layer" else table.seeds
+    paths = [store.require(table.address, Partition(partition.layer, seed)).path for seed in seeds]
+    return pl.concat([pl.read_parquet(path, hive_partitioning=False) for path in paths])
+
+
+def _rows(making: Making) -> Iterator[Row]:
+    import saeens_models as sm
+
+    subject, store, partition = making.subject, making.store, making.partition
+    measured = {_MEASURES[name]: _read(store, each, partition) for name, each in _used(subject).items()}
+    device = making.context.compute.resolve(float64=True)
+    for method, ensemble in (("bagging", subject.bagging), ("boosting", subject.boosting)):
+        values = {column: _by_seed(table, method, column) for column, table in measured.items()}
+        suggested = sm.metrics.suggested_size(
+            [[fmean(of_seeds) for of_seeds in zip(*each.values(), strict=True)] for each in values.values() if each]
+        )
+        for seed in subject.experiment.ensemble.seeds:
+            where = Partition(partition.layer, seed)
+            saes = subject.members(store, ensemble, where)
+            new_features = sm.metrics.new_features([sm.load_sae(sae.path).W_dec.detach().to(device) for sae in saes])
+            gains: dict[str, Any] = {column: sm.metrics.gains(each[seed]) for column, each in values.items() if each}
+            for n in range(1, len(saes) + 1):
+                yield subject.row(store, where, method, n, [sae.data_version for sae in saes[:n]]) | {
+                    "explained_variance_gain": gains["explained_variance"][n - 1],
+                    "stability_gain": gains["stability"][n - 1] if "stability" in gains and n > 1 else None,
+                    "new_features": new_features[n - 1],
+                    "suggested": suggested,
+                }
+
+
+def _by_seed(table: pl.DataFrame, method: str, column: str) -> dict[int, list[float]]:
+    """Return by seed the values of the ensembles of 1 .. J members; empty where the column is null, as stability is with one seed."""
+    of_method = table.filter(method=method).drop_nulls(column).sort("n_members")
+    return {seed: of_seed[column].to_list() for (seed,), of_seed in of_method.partition_by("seed", as_dict=True).items()}
+
+
+register(
+    Table(
+        name="marginal_gain",
+        question="What each further member or round adds, and how many are enough",
+        columns=(
+            Column(
+                "explained_variance_gain",
+                "float",
+                "explained variance minus that of one member less; of the first member, its own",
+                from_columns=("explained_variance",),
+            ),
+            Column(
+                "stability_gain",
+                "float",
+                "stability minus that of one member less; null for the first, and with one seed",
+                from_columns=("stability",),
+            ),
+            Column("new_features", "int", "features of member n whose largest cosine to all of the members before it is below 0.7"),
+            Column(
+                "suggested",
+                "int",
+                "smallest number of members after which no further one takes 5% off what is left to 1 of explained variance or of "
+                "stability, means over seeds; the same in all rows of a method",
+                from_columns=("explained_variance", "stability"),
+            ),
+        ),
+        rows=_rows,
+        inputs=_inputs,
+        dimensions="layer",
+        order=50,
+        by_default=True,
+        requires=("reconstruction",),
+        headlines=(Headline("new features", "new_features", ".4g", in_summary=False),),
+    )
+)

@@ -1,0 +1,48 @@
+"""The table `members`: each member or round on its own input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from saeens_pipeline.assets.registry import Making, Row, Table, register
+from saeens_pipeline.assets.tables.reconstruction import EVALUATION
+from saeens_pipeline.storage.tables import Column
+
+
+def _rows(making: Making) -> Iterator[Row]:
+    subject, store, partition = making.subject, making.store, making.partition
+    for method, ensemble in (("bagging", subject.bagging), ("boosting", subject.boosting)):
+        members = making.shared.evaluations[ensemble.address.name].members
+        for number, (artefact, member) in enumerate(zip(subject.members(store, ensemble, partition), members, strict=True), start=1):
+            yield subject.row(store, partition, method, len(members), [artefact.data_version]) | {
+                "member": number,
+                "mse": member.reconstruction.mse,
+                "explained_variance": member.reconstruction.explained_variance,
+                "l0": member.sparsity.l0,
+                "dead_features": member.sparsity.dead_features,
+                "mean_max_cosine_to_other_members": member.mean_max_cosine_to_other_members,
+                "median_density": member.sparsity.density.median().item(),
+            }
+
+
+register(
+    Table(
+        name="members",
+        question="What each member or round does on its own input",
+        columns=(
+            Column("member", "int", "member or round, from 1"),
+            Column("mse", "float", "of the member's own input: squared error summed over d_in, mean over tokens"),
+            Column("explained_variance", "float", "of the member's own input"),
+            Column("l0", "float", "features that fire per token"),
+            Column("dead_features", "float", "share of features that never fire on the test tokens"),
+            Column("mean_max_cosine_to_other_members", "float", "mean over features of the largest cosine to a feature of another member"),
+            Column("median_density", "float", "median over features of the share of tokens on which they fire"),
+        ),
+        rows=_rows,
+        inputs=lambda subject: [subject.activations, *subject.dictionaries],
+        order=20,
+        by_default=True,
+        shared_pass=EVALUATION,
+        source_parts={"activations": {"*": "test/activations"}},
+    )
+)

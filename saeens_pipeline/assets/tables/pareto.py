@@ -1,0 +1,184 @@
+"""The comparison of a sweep's experiments: explained variance against L0 and against description length, one line per method."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from saeens_pipeline.assets.declarations import Declaration, Input
+from saeens_pipeline.assets.registry import METHODS, Table, register, table_frame
+from saeens_pipeline.assets.tables.cost import with_totals
+from saeens_pipeline.settings.experiments import ExperimentSettings
+from saeens_pipeline.settings.sweeps import swept
+from saeens_pipeline.storage.names import Address, Partition
+from saeens_pipeline.storage.recipes import Store
+from saeens_pipeline.storage.tables import Column, read_part
+
+if TYPE_CHECKING:
+    import polars as pl
+
+PARETO = "pareto"
+PARETO_VERSION = 2
+_QUESTION = "What each method gives for its L0 and for its bits, over the values of a sweep"
+TABLE_FILE, PICTURE_FILE = "pareto.parquet", "pareto.png"
+_MEASURED = ("l0", "description_length_bits", "explained_variance")
+_KEY = ("experiment", "layer", "seed", "method", "n_members")
+
+
+class Sweep(NamedTuple):
+    """A sweep of an experiment file: its name, what is varied, and the value of each of its experiments."""
+
+    name: str
+    field: str
+    values: Mapping[str, float]
+
+    @classmethod
+    def of(cls, settings: ExperimentSettings) -> Sweep:
+        assert settings.sweep is not None, "not a sweep"
+        field, values = swept(settings.sweep)
+        names = [experiment.name for experiment in settings.experiments]
+        return cls(settings.name, field, dict(zip(names, values, strict=True)))
+
+
+def pareto_declaration(settings: ExperimentSettings, outputs: Iterable[Declaration]) -> Declaration:
+    """Declare the comparison of a sweep. It is computed from the tables that are there, and waits for none."""
+    sweep = Sweep.of(settings)
+    tables = [each for each in outputs if each.address.kind == "eval" and each.address.name in ("reconstruction", "cost")]
+    return Declaration(
+        address=Address(sweep.name, "report", PARETO),
+        dimensions="none",
+        builder=PARETO,
+        version=PARETO_VERSION,
+        settings={"field": sweep.field, "values": dict(sweep.values)},
+        inputs=tuple(Input(str(table.address), table, optional=True) for table in tables),
+        source=settings.source,
+        kinds=frozenset({"parquet", "polars"}),
+        tags={"experiment": sweep.name, "source": settings.source, "table": PARETO},
+        description=f"{_QUESTION}\n\n`saeens pareto {sweep.name}` prints it, computed from the tables that are there.",
+    )
+
+
+def pareto_rows(store: Store, pareto: Declaration, sweep: Sweep) -> pl.DataFrame:
+    """One row for each layer, method and value that was evaluated, means over seeds with their points.
+
+    Bagging and boosting count with all their members, expanded SAEs with each of their widths.
+    """
+    import polars as pl
+
+    parts: dict[str, list[pl.DataFrame]] = {name: [table_frame(name, [])] for name in ("reconstruction", "cost")}
+    for _, table, _, artefact in pareto.optional_inputs(store, Partition()):
+        parts[table.address.name].append(read_part(artefact.path))
+    measured, cost = (pl.concat(found) for found in parts.values())
+    measured = measured.join(with_totals(cost).select(*_KEY, "total_flops"), on=_KEY, how="left")
+    of_all_members = pl.col("n_members") == pl.col("n_members").max().over("experiment", "layer", "method")
+    measured = measured.filter(pl.col("explained_variance").is_not_nan())  # nor null: of activations without variance
+    measured = measured.filter(of_all_members | ~pl.col("method").is_in(["bagging", "boosting"]))
+    table = table_frame(PARETO, _means(measured, sweep))
+    for front, spent in (("on_l0_front", "l0"), ("on_bits_front", "description_length_bits")):
+        table = table.with_columns(_front(table, spent).alias(front))
+    order = pl.col("method").replace_strict({method: i for i, method in enumerate(METHODS)}, return_dtype=pl.Int64)
+    return table.sort("layer", order, "n_members", "value")
+
+
+def not_evaluated(table: pl.DataFrame, sweep: Sweep) -> list[str]:
+    """The experiments of the sweep that have no row."""
+    there = set(table["experiment"])
+    return [name for name in sweep.values if name not in there]
+
+
+def notes(table: pl.DataFrame, sweep: Sweep) -> Iterator[str]:
+    """What is missing from the table, in words."""
+    for name in not_evaluated(table, sweep):
+        yield f"{name} was not evaluated yet: `saeens run {name}` does"
+    without = table.filter(table["description_length_bits"].is_null())["experiment"].unique(maintain_order=True)
+    if len(without):
+        yield f"no description length was measured of {', '.join(without)}: left out of that picture"
+
+
+def for_reading(table: pl.DataFrame) -> pl.DataFrame:
+    """Rows of one layer for the terminal."""
+    import polars as pl
+
+    fronts = [pl.when(pl.col(f"on_{name}_front") == 1).then(pl.lit("*")).otherwise(None) for name in ("l0", "bits")]
+    return table.select(
+        "method",
+        pl.col("n_members").alias("n"),
+        pl.col("value").alias(table["field"][0]),
+        pl.col("l0").alias("L0"),
+        pl.col("description_length_bits").alias("bits"),
+        pl.col("explained_variance").alias("EV"),
+        pl.col("n_features").alias("features"),
+        pl.col("total_flops").alias("FLOPs"),
+        pl.col("n_seeds").alias("seeds"),
+        fronts[0].alias("front by L0"),
+        fronts[1].alias("front by bits"),
+    )
+
+
+def _means(measured: pl.DataFrame, sweep: Sweep) -> Iterator[dict[str, Any]]:
+    for of_seeds in measured.sort("seed").partition_by("experiment", "layer", "method", "n_members", maintain_order=True):
+        first = of_seeds.row(0, named=True)
+        yield {
+            **{name: first[name] for name in ("experiment", "layer", "language_model", "method", "n_members", "n_features")},
+            "sweep": sweep.name,
+            "field": sweep.field,
+            "value": float(sweep.values[first["experiment"]]),
+            "n_seeds": len(of_seeds),
+            "seeds": ",".join(map(str, of_seeds["seed"])),
+            **{name: of_seeds[name].mean() for name in (*_MEASURED, "total_flops")},
+            **{f"{name}_by_seed": _points(of_seeds[name]) for name in _MEASURED},
+            "sae_data_versions": ";".join(of_seeds["sae_data_versions"]),
+        }
+
+
+def _points(values: pl.Series) -> str | None:
+    """The points of the seeds; an empty one where a seed has none."""
+    return None if values.null_count() == len(values) else ",".join("" if value is None else str(value) for value in values)
+
+
+def _front(table: pl.DataFrame, spent: str) -> pl.Series:
+    """1 for rows that no other of their layer dominates, 0 for others, null where it is not known what is spent."""
+    import polars as pl
+
+    rows = table.select("layer", spent, "explained_variance").rows()
+
+    def is_dominated(layer: int, cost: float, gain: float) -> bool:
+        others = ((c, g) for other, c, g in rows if other == layer and c is not None)
+        return any(c <= cost and g >= gain and (c < cost or g > gain) for c, g in others)
+
+    return pl.Series([None if cost is None else int(not is_dominated(layer, cost, gain)) for layer, cost, gain in rows], dtype=pl.Int64)
+
+
+register(
+    Table(
+        name=PARETO,
+        question=_QUESTION,
+        columns=(
+            Column("sweep", "str", "the experiment that has the sweep"),
+            Column("field", "str", "the field of sae that is varied"),
+            Column("value", "float", "its value"),
+            Column("experiment", "str", "the experiment with that value"),
+            Column("layer", "int", "layer of the language model, from 0"),
+            Column("language_model", "str", "trained, or random: the untrained control"),
+            Column("method", "str", ", ".join(METHODS)),
+            Column("n_members", "int", "SAEs in the whole ensemble; for expanded SAEs the n whose width they match; else 1"),
+            Column("n_features", "int", "features of the whole dictionary"),
+            Column("n_seeds", "int", "ensemble seeds that the means are over"),
+            Column("seeds", "str", "these seeds, comma-separated"),
+            Column("l0", "float", "features that fire per token, mean over seeds"),
+            Column("l0_by_seed", "str", "the points, comma-separated, in the order of seeds"),
+            Column("description_length_bits", "float", "bits per token that send the code, mean over seeds; null if not measured"),
+            Column("description_length_bits_by_seed", "str", "the points"),
+            Column("explained_variance", "float", "on held-out tokens, mean over seeds"),
+            Column("explained_variance_by_seed", "str", "the points"),
+            Column("total_flops", "float", "dense-equivalent operations of training and residuals, mean over seeds; null without cost"),
+            Column("on_l0_front", "int", "1: no other row of the layer has at most its l0 and more EV, or less and as much"),
+            Column("on_bits_front", "int", "the same for description_length_bits"),
+            Column("sae_data_versions", "str", "data versions of the SAEs in member order, comma-separated; seeds are separated by ;"),
+        ),
+        version=PARETO_VERSION,
+        dimensions="none",
+        order=210,
+        over_experiments=True,
+    )
+)

@@ -1,0 +1,124 @@
+"""The table `reconstruction`: explained variance, sparsity, description length and recovered loss of every dictionary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from saeens_pipeline.assets.declarations import Reference, RunContext
+from saeens_pipeline.assets.registry import Headline, Making, Row, SharedPass, Subject, Table, register
+from saeens_pipeline.assets.sources import SourceFacts, measures_loss
+from saeens_pipeline.settings.experiments import CheckSettings, ExperimentSettings
+from saeens_pipeline.storage.names import Partition
+from saeens_pipeline.storage.recipes import Artefact
+from saeens_pipeline.storage.tables import Column
+
+if TYPE_CHECKING:
+    import polars as pl
+
+
+def _evaluate(subject: Subject, context: RunContext, partition: Partition, wanted: Collection[str]) -> Any:
+    from saeens_pipeline.assets.measurements.dictionaries import evaluate
+
+    return evaluate(subject, context, partition, wanted)
+
+
+EVALUATION = SharedPass("tables", _evaluate)
+"""One pass over the test activations; tables that need none of it join the op."""
+
+
+def _rows(making: Making) -> Iterator[Row]:
+    from saeens_pipeline.assets.measurements.dictionaries import sizes
+
+    if losses := making.shared.losses:
+        making.provenance["next_token_loss"] = {"clean": losses.clean, "ablated": losses.ablated, "tokens": losses.tokens}
+    for row, size in sizes(making):
+        sparsity = {name: getattr(size.sparsity, name) for name in ("l0", "relative_sparsity", "dead_features")}
+        others = {"description_length_bits": size.description_length, "ce_loss_recovered": size.ce_loss_recovered}
+        yield row | {"n_features": size.n_features} | dict(size.reconstruction) | sparsity | others
+
+
+def _inputs(subject: Subject) -> Sequence[Reference]:
+    sources = [subject.tokens, subject.activations] if subject.experiment.ce_loss_tokens else [subject.activations]
+    return [*sources, *subject.dictionaries]
+
+
+def _preflight(experiment: ExperimentSettings, facts: Callable[[], SourceFacts]) -> None:
+    if experiment.ce_loss_tokens and "ce_loss_tokens" in experiment.model_fields_set:
+        measures_loss(experiment, facts().model, facts().hook)
+
+
+def _warnings(table: pl.DataFrame, checks: CheckSettings) -> Iterable[str]:
+    import polars as pl
+
+    least = checks.min_explained_variance
+    if least is None:
+        return
+    for row in table.filter(pl.col("n_members") == pl.col("n_members").max().over("method")).iter_rows(named=True):
+        value = row["explained_variance"]
+        if value is not None and value < least:
+            yield (
+                f"held-out explained variance of {row['method']} with n_members {row['n_members']} is {value}, "
+                f"below min_explained_variance: {least:g}"
+            )
+
+
+def _summary(table: pl.DataFrame, artefact: Artefact) -> Mapping[str, Any]:
+    loss = artefact.provenance.get("next_token_loss")
+    if not loss:
+        return {}
+    return {
+        "next-token loss [nats]": round(loss["clean"], 4),
+        "with zeros at the hook [nats]": round(loss["ablated"], 4),
+        "measured on [tokens replaced]": loss["tokens"],
+    }
+
+
+register(
+    Table(
+        name="reconstruction",
+        question="How well each dictionary rebuilds held-out activations",
+        columns=(
+            Column("n_features", "int", "features of the whole dictionary"),
+            Column("mse", "float", "mean over tokens of the squared error summed over d_in, in the activations' own scale"),
+            Column("explained_variance", "float", "mean over dimensions of 1 - squared error / variance"),
+            Column("fvu", "float", "total squared error / total variance"),
+            Column("l0", "float", "features that fire per token"),
+            Column("relative_sparsity", "float", "l0 / n_features"),
+            Column("dead_features", "float", "share of features that never fire on the test tokens"),
+            Column("constant_dimensions", "int", "dimensions without variance, left out of explained_variance"),
+            Column("description_length_bits", "float", "bits per token that send the code, magnitudes to 1/256 of the mean norm"),
+            Column("ce_loss_recovered", "float", "recovered share of the next-token loss that zeros cost"),
+            Column("tokens", "int", "test tokens"),
+        ),
+        rows=_rows,
+        inputs=_inputs,
+        version=2,
+        order=10,
+        by_default=True,
+        settings=lambda experiment: {"ce_loss_tokens": experiment.ce_loss_tokens},
+        shared_pass=EVALUATION,
+        preflight=_preflight,
+        headlines=(
+            Headline("EV", "explained_variance", ".4f"),
+            Headline("MSE", "mse", ".4g"),
+            Headline("CE rec.", "ce_loss_recovered", ".4f"),
+            Headline("bits", "description_length_bits", ".0f"),
+            Headline("L0", "l0", ".1f"),
+            Headline("features", "n_features", ".0f"),
+        ),
+        seed_metrics={
+            "explained_variance": "on held-out tokens",
+            "mse": "squared error summed over d_in",
+            "fvu": "total squared error / total variance",
+            "ce_loss_recovered": "recovered share of the next-token loss that zeros cost",
+            "description_length_bits": "bits per token that send the code",
+            "l0": "features that fire per token",
+            "relative_sparsity": "l0 / n_features",
+            "dead_features": "share of features that never fire on the test tokens",
+        },
+        warnings=_warnings,
+        summary=_summary,
+        source_parts={"tokens": {"ce_loss_recovered": "test/tokens"}, "activations": {"*": "test/activations"}},
+    )
+)

@@ -1,0 +1,74 @@
+"""The table `stability`: features that come back under another seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from saeens_pipeline.assets.registry import Headline, Making, Row, Table, register
+from saeens_pipeline.storage.names import Partition
+from saeens_pipeline.storage.recipes import Artefact
+from saeens_pipeline.storage.tables import Column
+
+MATCHED_UP_TO = 2048  # the time of the one-to-one matching grows with the cube
+
+
+def _rows(making: Making) -> Iterator[Row]:
+    subject, store = making.subject, making.store
+    device = making.context.compute.resolve(float64=True)
+    seeds = [Partition(making.partition.layer, seed) for seed in subject.experiment.ensemble.seeds]
+    bagging, boosting = (
+        _stability_of_sizes([subject.members(store, ensemble, where) for where in seeds], device)
+        for ensemble in (subject.bagging, subject.boosting)
+    )
+    for of_seeds in zip(*(subject.methods(store, where) for where in seeds), strict=True):
+        method, n, _ = of_seeds[0]
+        sizes = {"single": bagging, "bagging": bagging, "boosting": boosting}.get(method)
+        (values,) = sizes[n - 1 : n] if sizes else _stability_of_sizes([saes for _, _, saes in of_seeds], device)
+        for i, (where, (_, _, saes)) in enumerate(zip(seeds, of_seeds, strict=True)):
+            row = subject.row(store, where, method, n, [sae.data_version for sae in saes])
+            yield row | {"n_runs": len(seeds)} | {name: value[i] for name, value in values.items()}
+
+
+def _stability_of_sizes(runs: Sequence[Sequence[Artefact]], device: str) -> list[dict[str, Sequence[float | None]]]:
+    """Return for n = 1 .. J the stability of the first n SAEs of each run: by column, a number for each run."""
+    import torch
+
+    import saeens_models as sm
+
+    nothing: list[float | None] = [None] * len(runs)
+    if len(runs) == 1:
+        return [dict.fromkeys(("stability", "stability_pairwise", "stability_matched"), nothing)] * len(runs[0])
+    dictionaries = [[sm.load_sae(sae.path).W_dec.detach().to(device) for sae in saes] for saes in runs]
+
+    def matched(n: int) -> Sequence[float | None]:
+        of_runs = [torch.cat(members[:n]) for members in dictionaries]
+        return sm.metrics.stability_matched(of_runs) if len(of_runs[0]) <= MATCHED_UP_TO else nothing
+
+    return [
+        {"stability": size.stability, "stability_pairwise": size.pairwise, "stability_matched": matched(n)}
+        for n, size in enumerate(sm.metrics.stability_of_prefixes(dictionaries), start=1)
+    ]
+
+
+register(
+    Table(
+        name="stability",
+        question="Do the same features come back under another seed?",
+        columns=(
+            Column("n_runs", "int", "seeds compared; stability grows with it"),
+            Column("stability", "float", "mean over features of the largest cosine to any feature of any other seed"),
+            Column("stability_pairwise", "float", "the same with each other seed alone, averaged"),
+            Column("stability_matched", "float", "mean cosine of the one-to-one matching; null above 2048 features"),
+        ),
+        rows=_rows,
+        dimensions="layer",
+        order=40,
+        by_default=True,
+        headlines=(Headline("stability", "stability", ".4f"),),
+        seed_metrics={
+            "stability": "mean over features of the largest cosine to any feature of any other seed",
+            "stability_pairwise": "the same with each other seed alone, averaged",
+            "stability_matched": "mean cosine of the one-to-one matching",
+        },
+    )
+)

@@ -1,0 +1,45 @@
+"""The table `training_curves`: loss and sparsity of every SAE in the course of its training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from saeens_pipeline.assets.registry import Making, Row, Table, register
+from saeens_pipeline.assets.tables.reconstruction import EVALUATION
+from saeens_pipeline.storage.names import CURVE_FILE
+from saeens_pipeline.storage.tables import Column
+
+
+def _rows(making: Making) -> Iterator[Row]:
+    import polars as pl
+
+    subject, store, partition = making.subject, making.store, making.partition
+    for method, n, declaration in subject.whole:
+        is_ensemble = declaration.builder == "ensemble"
+        saes = subject.members(store, declaration, partition) if is_ensemble else [store.require(declaration.address, partition)]
+        for member, sae in enumerate(saes, start=1):
+            row = subject.row(store, partition, method, n, [sae.data_version]) | {"member": member}
+            yield from (row | point for point in pl.read_parquet(sae.path / CURVE_FILE).iter_rows(named=True))
+
+
+register(
+    Table(
+        name="training_curves",
+        question="How training went",
+        columns=(
+            Column("member", "int", "member or round, from 1"),
+            Column("step", "int", "optimiser step"),
+            Column("tokens", "int", "tokens seen"),
+            Column("loss", "float", "training objective, mean over the batch"),
+            Column("explained_variance", "float", "on the training batch"),
+            Column("l0", "float", "features that fire per token of the batch"),
+            Column("dead_features", "float", "share of features silent for more than dead_after_tokens"),
+            Column("learning_rate", "float", "of this step"),
+        ),
+        rows=_rows,
+        order=120,
+        by_default=True,
+        shared_pass=EVALUATION,
+        sae_part="training_curve",
+    )
+)

@@ -1,0 +1,252 @@
+"""Training of SAEs: streams of activations, checkpoints, memory, and what is written of each SAE."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import polars as pl
+import torch
+
+import saeens_models as sm
+from saeens_models import SAE, SAEConfig
+from saeens_models.training import Checkpoints, CurvePoint, checkpoint_bytes, on_device
+from saeens_pipeline import progress
+from saeens_pipeline.assets.declarations import Declaration, Reference, RunContext, Task
+from saeens_pipeline.assets.kernels import load_kernels
+from saeens_pipeline.assets.live_curves import LiveCurves
+from saeens_pipeline.assets.memory import MemoryPlan, Portion, portion_within, train_in_portions
+from saeens_pipeline.assets.residuals import open_reader
+from saeens_pipeline.assets.sae_recipes import START, sae_config
+from saeens_pipeline.assets.specialised import open_documents
+from saeens_pipeline.errors import SaeensError
+from saeens_pipeline.storage.activations import ActivationReader, ActivationStatistics, require_free_disk
+from saeens_pipeline.storage.checkpoints import checkpoint_file, checkpoint_seconds
+from saeens_pipeline.storage.disk import is_full_disk
+from saeens_pipeline.storage.names import CURVE_FILE, Address, Partition
+from saeens_pipeline.storage.recipes import Store
+
+
+class _Trained(NamedTuple):
+    """An SAE, how its training went, and what that took."""
+
+    sae: SAE
+    curve: list[CurvePoint]
+    provenance: dict[str, Any]
+
+
+def train_saes(context: RunContext, tasks: Sequence[Task], given: Reference, outputs: Sequence[Declaration], op_name: str) -> None:
+    """Train the SAEs of these tasks together on one stream of `given`, and write them."""
+    training = _Training(context, tasks, given)
+
+    def train(group: Sequence[Task], plan: MemoryPlan) -> None:
+        with _checkpoints(context, group, outputs, op_name) as checkpoints:
+            initial = [_initial(context.store, task) for task in group]
+            fitted = training.fit(group, partial(sm.train, initial=initial), checkpoints, plan)
+            _require_room(context, group, fitted)
+            for task, trained in zip(group, fitted, strict=True):
+                _write(context, task, trained, given.address.name)
+
+    train_in_portions(tasks, training.config.batch_tokens, training.first_portion(), train)
+
+
+def _initial(store: Store, task: Task) -> SAE | None:
+    """The SAE that a task's starts from, if there is one."""
+    start = next((each.artefact for each in task.declaration.inputs if each.name == START), None)
+    return sm.load_sae(store.require(start.address, task.partition).path) if start else None
+
+
+def train_rounds(context: RunContext, tasks: Sequence[Task], given: Reference, rounds: Sequence[Declaration], op_name: str) -> None:
+    """Train boosting rounds concurrently and write those of these tasks.
+
+    The rounds before them are trained once more: their residual at every step is not on disk.
+    """
+    partition = tasks[0].partition
+    asked = {task.declaration.address for task in tasks}
+    last = max(number for number, each in enumerate(rounds) if each.address in asked)
+    trained_tasks = [Task(each, partition, each.recipe(context.store, partition)) for each in rounds[: last + 1]]
+    training = _Training(context, trained_tasks, given)
+
+    def train(_: Sequence[None], plan: MemoryPlan) -> None:
+        with _checkpoints(context, trained_tasks, rounds, op_name) as checkpoints:
+            fitted = training.fit(trained_tasks, sm.train_boosting_concurrently, checkpoints, plan)
+            _require_room(context, trained_tasks, fitted)
+            for number, (task, trained) in enumerate(zip(trained_tasks, fitted, strict=True)):
+                if task.declaration.address in asked:
+                    _write(context, task, trained, f"residual_{number}" if number else given.address.name)
+
+    # Rounds need each other at every step: the one thing that can be made smaller is the micro-batch.
+    train_in_portions([None], training.config.batch_tokens, training.first_portion()._replace(n_saes=1), train)
+
+
+@contextlib.contextmanager
+def _checkpoints(context: RunContext, tasks: Sequence[Task], outputs: Sequence[Declaration], op_name: str) -> Iterator[Checkpoints | None]:
+    """The checkpoints of these SAEs, which are removed once nothing of the op needs them any more; None where there are to be none."""
+    seconds = checkpoint_seconds()
+    if seconds is None:
+        yield None
+        return
+    file = checkpoint_file(context.store.root, op_name, tasks[0].partition)
+    recipes, others = [task.recipe.hash for task in tasks], _missing_beside(context.store, tasks, outputs)
+    checkpoints = Checkpoints(file, interval_seconds=seconds, recipes=recipes, others=others)
+    try:
+        yield checkpoints
+    except Exception as error:
+        if is_full_disk(error):
+            kept = (
+                ""
+                if checkpoints.tokens is None
+                else f"; {file}, after {checkpoints.tokens:,} tokens, is kept, and training goes on from it"
+            )
+            raise SaeensError(f"the disk below {context.store.root} is full ({error}){kept}: free some space and run again") from error
+        raise
+    checkpoints.remove()
+
+
+def _missing_beside(store: Store, tasks: Sequence[Task], outputs: Sequence[Declaration]) -> list[str]:
+    """Recipes of what the op makes besides these tasks and has not made yet: they may go on from the same checkpoint."""
+    partition, of_tasks = tasks[0].partition, {task.declaration.address for task in tasks}
+    recipes = {each.address: each.recipe(store, partition) for each in outputs if each.address not in of_tasks}
+    return [recipe.hash for address, recipe in recipes.items() if store.hit(address, partition, recipe) is None]
+
+
+class _Stream:
+    """The shuffled training rows of a reader, batch by batch, on the device; says how far training has come."""
+
+    def __init__(
+        self, reader: ActivationReader, batch_tokens: int, device: str, advance: progress.Advance, *, seed: int, epochs: int
+    ) -> None:
+        self._reader, self._batch_tokens, self._seed, self._epochs = reader, batch_tokens, seed, epochs
+        self._device, self._advance = device, advance
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return self.starting_at(0)
+
+    def starting_at(self, step: int) -> Iterator[torch.Tensor]:
+        if step:
+            self._advance(min(step * self._batch_tokens, self._epochs * self._reader.n_rows("train")), before=True)
+        batches = self._reader.batches("train", self._batch_tokens, seed=self._seed, epochs=self._epochs, skipped_batches=step)
+        for batch in on_device(batches, self._device):  # which may read one more: progress is that of the training
+            self._advance(len(batch))
+            yield batch
+
+
+class _Training:
+    """SAEs of some tasks on one stream of `given`: what they are, and the settings that they share."""
+
+    def __init__(self, context: RunContext, tasks: Sequence[Task], given: Reference) -> None:
+        store, partition = context.store, tasks[0].partition
+        self._context, self._tasks = context, tasks
+        artefact = store.require(given.address, given.narrow(partition))
+        self._device = context.compute.resolve()
+        fields = tasks[0].recipe.settings
+        if "documents" in fields:
+            reader = open_documents(store, artefact, tasks[0].declaration.source, fields["documents"])
+            statistics = reader.statistics("train")
+        else:
+            reader = open_reader(store, given, partition, self._device)
+            statistics = ActivationStatistics.from_json(artefact.provenance["statistics"]["train"])
+        self._reader: ActivationReader = reader
+        self._data_seed, self._epochs = fields["data_seed"], fields.get("epochs", 1)
+        self._n_tokens = statistics.rows * self._epochs
+        normalised = fields["training"]["normalize_activations"] != "none"
+        self.config = sm.TrainingConfig(
+            **fields["training"],
+            total_tokens=self._n_tokens,
+            input_mean=tuple(statistics.mean.tolist()),
+            input_scale=reader.d_in**0.5 / statistics.mean_norm if normalised else None,
+        )
+
+    def first_portion(self) -> Portion:
+        """What the memory budget of the device lets be tried."""
+        configs = [_config(task, self._reader.d_in) for task in self._tasks]
+        memory_gb, name = self._context.compute.memory_gb, str(self._tasks[0].declaration.address)
+        return portion_within(memory_gb, configs, self.config.batch_tokens, name)
+
+    def fit(
+        self, tasks: Sequence[Task], train: Callable[..., list[SAE]], checkpoints: Checkpoints | None, plan: MemoryPlan
+    ) -> list[_Trained]:
+        """Train the SAEs of some of the tasks with `sm.train`, or what is called as it is."""
+        context, n_tokens = self._context, self._n_tokens
+        configs = [_config(task, self._reader.d_in) for task in tasks]
+        curves: list[list[CurvePoint]] = [[] for _ in tasks]
+        live = LiveCurves(context, tasks, n_tokens)
+        first, last = tasks[0].declaration.address, tasks[-1].declaration.address.name
+        label = f"{first}, {tasks[0].partition}" if len(tasks) == 1 else f"{first} to {last}, {tasks[0].partition}"
+        needed = sum(4 * (2 * config.d_in + 2) * config.d_sae for config in configs)
+        if checkpoints is not None:  # a new one is written beside the one before
+            needed = 2 * checkpoint_bytes(configs) - (checkpoints.file.stat().st_size if checkpoints.file.exists() else 0)
+        require_free_disk(context.store.root, needed, f"training {label}")
+
+        def observe(points: Sequence[CurvePoint]) -> None:
+            for curve, point in zip(curves, points, strict=True):
+                curve.append(point)
+            live.tell(points)
+
+        if self._device == "cpu":
+            load_kernels(context.store.root, (config.architecture for config in configs))  # not counted as training
+        compute = context.compute
+        with compute.measure() as measured, compute.training_precision(), progress.task(label, n_tokens) as advance:
+            stream = _Stream(self._reader, self.config.batch_tokens, self._device, advance, seed=self._data_seed, epochs=self._epochs)
+            micro_batch_tokens = plan.portion.micro_batch_tokens
+            saes = train(configs, stream, self.config, observe, checkpoints=checkpoints, micro_batch_tokens=micro_batch_tokens)
+
+        flops = [config.train_flops_per_token * n_tokens for config in configs]
+        seconds = measured.seconds + (checkpoints.seconds_before if checkpoints else 0)
+        of_all = context.provenance(tasks[0].declaration) | {"train_tokens": n_tokens, "trained_together": len(tasks), "dtype": "float32"}
+        if plan.portion.micro_batch_tokens:
+            of_all["micro_batch_tokens"] = plan.portion.micro_batch_tokens
+        if plan.too_much:
+            of_all["out_of_memory_with"] = [str(portion) for portion in plan.too_much]
+        if checkpoints and checkpoints.resumed_at_tokens:
+            of_all["resumed_at_tokens"] = checkpoints.resumed_at_tokens
+        fitted: list[_Trained] = []
+        for sae, curve, own_flops in zip(saes, curves, flops, strict=True):
+            share = own_flops / sum(flops)
+            own = {
+                "train_flops": own_flops,
+                "train_seconds": seconds * share,
+                "peak_memory_bytes": measured.peak_memory_bytes and round(measured.peak_memory_bytes * share),
+                "energy_joules": measured.energy_joules and measured.energy_joules * share,
+                "inference_flops_per_token": sae.config.inference_flops_per_token,
+                "last_step": curve[-1]._asdict(),
+            }
+            fitted.append(_Trained(sae.cpu(), curve, of_all | own))
+        return fitted
+
+
+def _require_room(context: RunContext, tasks: Sequence[Task], fitted: Sequence[_Trained]) -> None:
+    """Raise SaeensError, with what is needed, before the first SAE is written rather than after a part of them."""
+    needed = sum(weight.nbytes for trained in fitted for weight in trained.sae.state_dict().values())
+    require_free_disk(context.store.root, needed, f"writing {len(fitted)} SAEs of {tasks[0].declaration.address.owner}")
+
+
+def _write(context: RunContext, task: Task, trained: _Trained, trained_on: str) -> None:
+    metadata = _saelens_metadata(context.store, task.declaration.source, task.partition) | {"trained_on": trained_on}
+    if "documents" in task.recipe.settings:
+        metadata["documents"] = task.recipe.settings["documents"]
+    with context.store.write_folder(*task.where, task.recipe, trained.provenance) as folder:
+        sm.save_sae(trained.sae, folder, metadata)
+        pl.DataFrame([point._asdict() for point in trained.curve]).write_parquet(folder / CURVE_FILE)
+
+
+def _saelens_metadata(store: Store, source: str, partition: Partition) -> dict[str, Any]:
+    """What SAELens and SAEBench look for: which activations of which model the SAE is an SAE of."""
+    activations = store.require(Address(source, "source", "activations"), Partition(partition.layer)).recipe["settings"]
+    tokens = store.require(Address(source, "source", "tokens"), Partition()).recipe["settings"]
+    hook, layer = activations["hook"], partition.layer
+    return {
+        "model_name": activations["language_model"],
+        "hook_name": hook.format(layer=layer) if "{layer}" in hook else f"blocks.{layer}.hook_{hook}",
+        "hook_layer": layer,
+        "context_size": tokens["context_length"],
+        "dataset_path": tokens["corpus"]["corpus"],
+        "weights": activations["weights"],
+    }
+
+
+def _config(task: Task, d_in: int) -> SAEConfig:
+    fields = task.recipe.settings
+    return sae_config(fields["sae"], d_in, seed=fields["init_seed"], name=str(task.declaration.address))

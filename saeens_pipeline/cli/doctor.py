@@ -1,0 +1,122 @@
+"""`saeens doctor`: versions, devices, data root, experiment files, and on request the bytes of every artefact."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import typer
+from rich.text import Text
+
+from saeens_pipeline.cli.app import app
+from saeens_pipeline.cli.output import out
+from saeens_pipeline.errors import SaeensError
+
+PACKAGES = ("saeens", "torch", "transformers", "tokenizers", "dagster", "zarr", "polars", "pyarrow", "safetensors", "pydantic")
+LOW_DISK_BYTES = 2 * 2**30
+
+
+@app.command()
+def doctor(
+    verify: Annotated[bool, typer.Option("--verify", help="Read every artefact and compare its hashes.")] = False,
+) -> None:
+    """Say what this installation is, and whether anything is wrong with it."""
+    findings = list(diagnose(verify=verify))
+    for finding in findings:
+        mark = ("ok   ", "green") if finding.ok else ("bad  ", "red")
+        out.print(Text.assemble(mark, f"{finding.subject:<22} {finding.detail}"), soft_wrap=True)
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(1)
+
+
+class Finding(NamedTuple):
+    """One thing that was looked at."""
+
+    subject: str
+    detail: str
+    ok: bool = True
+
+
+def diagnose(verify: bool = False) -> Iterator[Finding]:
+    """Versions, devices, root, disk, experiment files; with `verify`, the hashes of every artefact.
+
+    An artefact that differs is no hit from then on, and made again by the next run.
+    """
+    yield Finding("python", f"{platform.python_version()} on {platform.platform()}")
+    for package in PACKAGES:
+        try:
+            yield Finding(package, version(package))
+        except PackageNotFoundError:
+            yield Finding(package, "not installed: install the project again", ok=False)
+    from saeens_pipeline.storage.root import data_root
+
+    yield from _devices()
+    yield from _root(data_root())
+    yield from _experiments()
+    if verify:
+        yield from _verify(data_root())
+
+
+def _devices() -> Iterator[Finding]:
+    import torch
+
+    from saeens_pipeline.assets.compute import Compute
+
+    yield Finding("cpu", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads for torch")
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        yield Finding(f"cuda:{index}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+    try:
+        compute = Compute.from_environment()
+        limits = [f"{compute.memory_gb:g} GB"] * bool(compute.memory_gb) + [f"{compute.threads} threads"] * bool(compute.threads)
+        yield Finding(f"device: {compute.device}", ", ".join([compute.resolve(), compute.precision, *limits]))
+    except SaeensError as error:
+        yield Finding("device", str(error), ok=False)
+
+
+def _root(root: Path) -> Iterator[Finding]:
+    from saeens_pipeline.storage.recipes import Store
+
+    store = Store(root)
+    try:
+        store.require_writable()
+    except SaeensError as error:
+        yield Finding("data root", str(error), ok=False)
+    else:
+        free = shutil.disk_usage(store.nearest_folder).free
+        yield Finding("data root", str(root))
+        yield Finding("free disk", f"{free / 2**30:.1f} GiB", ok=free > LOW_DISK_BYTES)
+    yield Finding("DAGSTER_HOME", os.environ.get("DAGSTER_HOME") or f"{root / 'dagster'} (default)")
+
+
+def _experiments() -> Iterator[Finding]:
+    from saeens_pipeline.assets.catalogue import Experiments
+    from saeens_pipeline.settings.files import experiment_name
+
+    found = Experiments.load()
+    yield Finding("experiments", ", ".join(sorted(found.experiments)) or "none")
+    for file, message in found.broken.items():
+        yield Finding(experiment_name(file), message, ok=False)
+
+
+def _verify(root: Path) -> Iterator[Finding]:
+    from saeens_pipeline.storage.recipes import all_artefacts
+
+    checked, wrong = 0, []
+    for _, _, artefact in all_artefacts(root):
+        checked += 1
+        if isinstance(artefact, SaeensError):
+            wrong.append(str(artefact))
+            continue
+        differences = artefact.verify()
+        if differences:
+            artefact.invalidate()
+        wrong += [f"{difference}. The next `saeens run` makes it again" for difference in differences]
+    for message in wrong:
+        yield Finding("artefact", message, ok=False)
+    yield Finding("artefacts", f"{checked} read, {len(wrong)} differences from what was written", ok=not wrong)

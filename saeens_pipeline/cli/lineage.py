@@ -1,0 +1,59 @@
+"""`saeens lineage`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from saeens_pipeline.cli.app import app
+from saeens_pipeline.cli.output import complain, out
+
+if TYPE_CHECKING:
+    from rich.tree import Tree
+
+    from saeens_pipeline.assets.lineage import Ancestor
+
+
+@app.command()
+def lineage(
+    subject: Annotated[
+        str,
+        typer.Argument(
+            metavar="TABLE:COLUMN=VALUE,...|ASSET:layer=L,seed=S|DATA_VERSION",
+            help="A row, such as reconstruction:layer=1,seed=42,method=bagging,n_members=3; an asset, such as "
+            "quickstart/bagging/member_1:layer=1,seed=42; or a data version, or how it begins.",
+        ),
+    ],
+) -> None:
+    """Print what a number or an artefact was made from, down to corpus and language model, and by which runs."""
+    from saeens_pipeline.assets.lineage import lineage as trace
+    from saeens_pipeline.orchestration.catalogue import load_catalogue
+    from saeens_pipeline.storage.recipes import Store
+    from saeens_pipeline.storage.root import data_root
+
+    declarations = [output for op in load_catalogue().all_ops() for output in op.outputs]
+    found = trace(Store(data_root()), declarations, subject)
+    out.print(_tree(found), soft_wrap=not out.is_terminal)
+    problems = list(found.problems())
+    if problems:
+        complain("note", "not all of it is on disk any more as it was used:\n" + "\n".join(problems))
+
+
+def _tree(ancestor: Ancestor) -> Tree:
+    """Return a lineage for the terminal, from the subject down to its origins."""
+    from rich.text import Text
+    from rich.tree import Tree
+
+    label = Text.assemble(
+        (f"{ancestor.role}: " if ancestor.role else "", "dim"),
+        (ancestor.title, "bold"),
+        (f"  {ancestor.data_version}", "cyan"),
+        (" (see above)" if ancestor.shown_before else "", "dim"),
+        *((f"\n{fact}", "dim") for fact in ancestor.facts),
+        *(((f"\n{ancestor.problem}", "red"),) if ancestor.problem else ()),
+    )
+    tree = Tree(label)
+    for parent in ancestor.parents:
+        tree.children.append(_tree(parent))
+    return tree

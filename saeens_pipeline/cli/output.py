@@ -1,0 +1,60 @@
+"""Output of the commands: two consoles, messages, and tables for programs and terminals."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+if TYPE_CHECKING:
+    import polars as pl
+    from rich.table import Table
+
+_PIPE_WIDTH = 1000  # columns where the output is no terminal: tables are not squeezed into a file
+out = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+err = Console(stderr=True, width=None if sys.stderr.isatty() else _PIPE_WIDTH)
+
+ExperimentName = Annotated[str, typer.Argument(metavar="EXPERIMENT", help="Name of an experiment; `saeens experiments` lists them.")]
+LayerOption = Annotated[list[int] | None, typer.Option("--layer", help="Only this layer; may be given several times.")]
+
+
+class TableFormat(StrEnum):
+    """Values of `--format`."""
+
+    table = "table"
+    csv = "csv"
+    json = "json"
+
+
+FormatOption = Annotated[TableFormat, typer.Option("--format", help="csv and json print the table and nothing else.")]
+
+
+def print_line(text: str) -> None:
+    """Print a line on standard output as it is."""
+    out.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def complain(label: str, message: str) -> None:
+    """Print one message on standard error; quoted text is shown as it is."""
+    err.print(Text.assemble((f"{label}: ", "red"), message), soft_wrap=True)
+
+
+def print_data(frame: pl.DataFrame, format: TableFormat) -> None:
+    """Print a table for programs, and nothing else."""
+    sys.stdout.write(frame.write_csv() if format == TableFormat.csv else frame.write_json() + "\n")
+
+
+def rich_table(frame: pl.DataFrame, title: str | None = None) -> Table:
+    """Return a data frame for the terminal, numbers to four digits."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, title=Text(title) if title else None, title_justify="left")
+    for name, dtype in frame.schema.items():
+        table.add_column(name, justify="right" if dtype.is_numeric() else "left", overflow="fold")
+    for row in frame.iter_rows():
+        table.add_row(*("" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value) for value in row))
+    return table

@@ -1,0 +1,184 @@
+"""`saeens tables`, `table`, `leaderboard`, `pareto` and `report`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from saeens_pipeline.cli.app import app
+from saeens_pipeline.cli.output import (
+    ExperimentName,
+    FormatOption,
+    LayerOption,
+    TableFormat,
+    complain,
+    out,
+    print_data,
+    print_line,
+    rich_table,
+)
+from saeens_pipeline.errors import ConfigurationError, SaeensError
+
+if TYPE_CHECKING:
+    from saeens_pipeline.orchestration.catalogue import Catalogue
+
+_SHOWN_ROWS = 1000  # of a table in the terminal
+
+
+class Sizes(StrEnum):
+    """Values of `--n`."""
+
+    full = "full"
+    all = "all"
+
+
+class _ListsTables(TyperCommand):
+    """A command whose help lists the registered tables; the registry is imported when help is asked for."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        from saeens_pipeline.assets.tables import listed
+
+        argument = next(each for each in self.params if each.name == "name")
+        argument.help = f"{', '.join(table.name for table in listed(over_experiments=False))}."  # pyright: ignore[reportAttributeAccessIssue]
+        super().format_help(ctx, formatter)
+
+
+@app.command()
+def tables() -> None:
+    """List the tables that experiments may fill, with the question that each answers."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from saeens_pipeline.assets.tables import listed
+
+    shown = Table("table", "default", "question", box=None, pad_edge=False)
+    for table in listed(over_experiments=False):
+        shown.add_row(table.name, "yes" if table.by_default else "", Text(table.question))
+    out.print(shown)
+
+
+@app.command(cls=_ListsTables)
+def table(
+    experiment: ExperimentName,
+    name: Annotated[str, typer.Argument(metavar="TABLE", help="Name of a table; `saeens tables` lists them.")],
+    format: FormatOption = TableFormat.table,
+) -> None:
+    """Print an evaluation table: all layers that there are, and the experiment's seeds."""
+    import polars as pl
+
+    from saeens_pipeline.assets.tables import find_table
+    from saeens_pipeline.orchestration.catalogue import load_catalogue
+    from saeens_pipeline.orchestration.runs import experiment_status
+    from saeens_pipeline.storage.recipes import Store
+    from saeens_pipeline.storage.root import data_root
+    from saeens_pipeline.storage.tables import read_table
+
+    catalogue = load_catalogue()
+    seeds, registered, root = catalogue.experiment(experiment).ensemble.seeds, find_table(name), data_root()
+    frame = read_table(root, experiment, name).filter(pl.col("seed").is_in(seeds))
+    statuses = experiment_status(catalogue, experiment)
+    if any(each.state != "fresh" for each in statuses if each.declaration.address.key == [experiment, "eval", name]):
+        complain("note", f"parts of this table are missing, stale or damaged: `saeens status {experiment}` says why")
+    if format != TableFormat.table:
+        print_data(frame, format)
+    else:
+        out.print(rich_table(frame.drop("experiment", "sae_data_versions").head(_SHOWN_ROWS)))
+        if len(frame) > _SHOWN_ROWS:
+            complain("note", f"these are the first {_SHOWN_ROWS:,} of {len(frame):,} rows: --format csv or json prints all")
+    if note := registered.note(Store(root), experiment, seeds, None):
+        complain("note", note)
+
+
+@app.command()
+def leaderboard(
+    sort: Annotated[str, typer.Option(help="Column to rank by, within each source and layer.")] = "explained_variance",
+    n: Annotated[Sizes, typer.Option(help="Ensembles with all their members, or with the first n for all n.")] = Sizes.full,
+    format: FormatOption = TableFormat.table,
+) -> None:
+    """Rank every method of every experiment and layer by what was evaluated so far."""
+    from saeens_pipeline.assets.tables.leaderboard import for_reading, standings
+    from saeens_pipeline.orchestration.catalogue import load_catalogue
+    from saeens_pipeline.orchestration.runs import make_leaderboard
+    from saeens_pipeline.storage.recipes import Store
+    from saeens_pipeline.storage.root import data_root
+
+    catalogue, store = load_catalogue(), Store(data_root())
+    (declaration,) = catalogue.leaderboard().outputs
+    ranked = standings(store, declaration, sort, n.value)
+    if ranked.is_empty():
+        complain("note", "nothing was evaluated yet: `saeens run EXPERIMENT` does, `saeens experiments` lists them")
+    else:
+        make_leaderboard(catalogue)
+    _note_outdated(catalogue, ranked["experiment"].unique(maintain_order=True))
+    if format != TableFormat.table:
+        print_data(ranked, format)
+        return
+    for (source, layer), rows in ranked.partition_by("source", "layer", as_dict=True, maintain_order=True).items():
+        out.print(rich_table(for_reading(rows, sort), f"{source}, layer {layer}"), "")
+
+
+@app.command()
+def report(
+    experiment: Annotated[
+        str | None, typer.Argument(help="Name of an experiment, as `saeens experiments` lists it; left out: the leaderboard's page alone.")
+    ] = None,
+    layer: LayerOption = None,
+) -> None:
+    """Materialise the report of an experiment, pages that open from disk, and the page over all experiments; print their paths."""
+    from saeens_pipeline.orchestration.catalogue import load_catalogue
+    from saeens_pipeline.orchestration.runs import make_reports
+
+    if layer and experiment is None:
+        raise ConfigurationError("--layer: name the experiment whose report is to be made")
+    for page in make_reports(load_catalogue(), experiment, layer or []):
+        print_line(str(page))
+
+
+@app.command()
+def pareto(
+    sweep: Annotated[str, typer.Argument(help="Name of an experiment with a sweep.")],
+    picture: Annotated[Path | None, typer.Option(help="File to write the plot to, a PNG.")] = None,
+    format: FormatOption = TableFormat.table,
+) -> None:
+    """Compare the experiments of a sweep: explained variance against L0 and description length, for each method."""
+    from saeens_pipeline.assets.tables.pareto import Sweep, for_reading, notes, pareto_rows
+    from saeens_pipeline.orchestration.catalogue import load_catalogue
+    from saeens_pipeline.report.pareto_picture import draw
+    from saeens_pipeline.storage.recipes import Store
+    from saeens_pipeline.storage.root import data_root
+
+    catalogue = load_catalogue()
+    (declaration,) = catalogue.pareto(sweep).outputs
+    about = Sweep.of(catalogue.sweep(sweep))
+    rows = pareto_rows(Store(data_root()), declaration, about)
+    for note in notes(rows, about):
+        complain("note", note)
+    _note_outdated(catalogue, rows["experiment"].unique(maintain_order=True))
+    if picture:
+        picture.write_bytes(draw(rows, about))
+    if format != TableFormat.table:
+        print_data(rows, format)
+        return
+    for (layer,), of_layer in rows.partition_by("layer", as_dict=True, maintain_order=True).items():
+        out.print(rich_table(for_reading(of_layer), f"{sweep}, layer {layer}"), "")
+    if picture:
+        print_line(f"written to {picture}")
+
+
+def _note_outdated(catalogue: Catalogue, experiments: Iterable[str]) -> None:
+    """Say of which experiments figures are outdated, and of which that cannot be told."""
+    from saeens_pipeline.orchestration.runs import experiment_status
+
+    for name in experiments:
+        try:
+            made = [each for each in experiment_status(catalogue, name) if each.declaration.address.kind == "eval"]
+        except SaeensError as error:
+            complain("note", f"whether figures of {name} are outdated cannot be told: {error}")
+            continue
+        if any(each.state in ("stale", "damaged") for each in made):
+            complain("note", f"figures of {name} are outdated: `saeens status {name}` says why")

@@ -1,0 +1,303 @@
+"""Ask a language model about many features, several at once; what it has answered before it is not asked again."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent import futures
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+
+from anyio.from_thread import start_blocking_portal
+
+from saeens_pipeline.errors import SaeensError
+from saeens_pipeline.language_models.autointerp.answers import Answers
+from saeens_pipeline.language_models.autointerp.endpoint import SHOWN_CHARACTERS, Client, Endpoint, RefusedError, Reply
+from saeens_pipeline.language_models.autointerp.protocol import (
+    Examples,
+    Messages,
+    ask_again,
+    ask_to_detect,
+    ask_to_explain,
+    read_detection,
+    read_explanation,
+)
+
+if TYPE_CHECKING:
+    from saeens_models.metrics import DetectionScore
+    from saeens_pipeline.progress import Advance
+    from saeens_pipeline.settings.autointerp import AutoInterpSettings
+
+SCORED, MALFORMED, REFUSED = "scored", "malformed answer", "refused"
+_NOT_ASKED = "not asked"
+ATTEMPTS = 3  # to get an answer that can be read
+MALFORMED_AT_FIRST = 20  # answers to one kind of question: if none can be read by then, the endpoint or its settings are wrong
+CHARACTERS_PER_TOKEN = 3  # fewer than most tokenizers need, so that estimates are high rather than low
+_WAKE_SECONDS = 0.25  # the system may give a signal to another thread: this one sees it when it wakes
+EXPLANATION_TOKENS = 60
+TOKENS_PER_NUMBER = 3  # of the list that detection is answered with
+
+_S = TypeVar("_S")
+_T = TypeVar("_T")
+_EXAMPLE_EXPLANATION = "x" * (EXPLANATION_TOKENS * CHARACTERS_PER_TOKEN)
+
+
+class FeatureTexts(NamedTuple):
+    """A feature: its texts, and the number of the subject whose explanation it is scored with as a control, if there is one."""
+
+    examples: Examples
+    other: int | None
+
+
+class Verdict(NamedTuple):
+    """What came of a feature. `control`: the balanced accuracy with another feature's explanation."""
+
+    status: str
+    explanation: str | None = None
+    score: DetectionScore | None = None
+    control: DetectionScore | None = None
+
+
+class Estimate(NamedTuple):
+    """What is still to be asked, in tokens of the model that is asked, as far as it can be known; and how many answers there are.
+
+    How long explanations will be, and what a model thinks before it answers, nobody knows.
+    """
+
+    requests: int
+    tokens_in: int
+    tokens_out: int
+    known: int
+
+    @classmethod
+    def of(cls, pending: Sequence[tuple[Messages, int]], known: int) -> Estimate:
+        """`pending`: messages, and the tokens of the answer to them."""
+        characters = sum(len(message["content"]) for messages, _ in pending for message in messages)
+        return cls(len(pending), characters // CHARACTERS_PER_TOKEN, sum(tokens for _, tokens in pending), known)
+
+    @classmethod
+    def beforehand(cls, settings: AutoInterpSettings, n_features: int, n_contexts: int, context_tokens: int) -> Estimate:
+        """Of so many features with all their contexts, before there are any."""
+        texts = ["x" * (context_tokens * CHARACTERS_PER_TOKEN)] * (n_contexts // 2)
+        detect = (ask_to_detect(_EXAMPLE_EXPLANATION, 2 * texts), 2 * len(texts) * TOKENS_PER_NUMBER)
+        pending = [(ask_to_explain(texts), EXPLANATION_TOKENS), detect, *([detect] if settings.control else [])]
+        one = cls.of(pending, known=0)
+        return cls(*(amount * n_features for amount in one))
+
+    def price(self, settings: AutoInterpSettings) -> float | None:
+        """In the currency of `prices`; None without them."""
+        prices = settings.prices
+        return None if prices is None else (self.tokens_in * prices.input + self.tokens_out * prices.output) / 1e6
+
+    def in_words(self, settings: AutoInterpSettings) -> str:
+        """Such as `1,200 requests, about 480,000 tokens sent and 42,000 received, 0.10 at the given prices`."""
+        price = self.price(settings)
+        costs = "" if price is None else f", {price:,.2f} at the given prices"
+        sent, received = (f"{float(f'{tokens:.3g}'):,.0f}" for tokens in (self.tokens_in, self.tokens_out))
+        return f"{self.requests:,} requests, about {sent} tokens sent and {received} received{costs}"
+
+
+class _Question(NamedTuple, Generic[_T]):
+    """What is asked, what an answer means (None: it cannot be read), what to say then, and what is asked for, in the plural."""
+
+    messages: Messages
+    read: Callable[[str], _T | None]
+    complaint: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class _Unanswered:
+    """There is no answer that can be used, and why."""
+
+    status: str
+
+
+@dataclass
+class Interviewer:
+    """Asks questions of one model; without an endpoint it knows only what was answered before."""
+
+    settings: AutoInterpSettings
+    answers: Answers
+    endpoint: Endpoint | None
+    asked: int = 0
+    answered: int = 0
+    from_disk: int = 0
+    malformed: int = 0
+    tokens_in: int = 0
+    tokens_out: int = 0
+    _client: Client | None = field(default=None, repr=False)
+    _read: Counter[str] = field(default_factory=Counter, repr=False)  # answers by kind of question
+    _unread: Counter[str] = field(default_factory=Counter, repr=False)
+    _last_unread: dict[str, Reply] = field(default_factory=dict, repr=False)
+
+    def estimate(self, subjects: Sequence[FeatureTexts]) -> Estimate:
+        """What asking about these takes; features with the same texts, as member 1 and round 1 have them, are asked about once."""
+        explanations = [self._find(ask_to_explain(each.examples.shown), read_explanation) for each in subjects]
+        pending: dict[object, tuple[Messages, int]] = {}
+        known: set[object] = set()
+        for number, subject in enumerate(subjects):
+            shown, texts, _ = subject.examples
+            if explanations[number] is None:
+                pending[shown] = ask_to_explain(shown), EXPLANATION_TOKENS
+            else:
+                known.add(shown)
+            for explained in [number] if subject.other is None else [number, subject.other]:
+                explanation, question = explanations[explained], (subjects[explained].examples.shown, texts)
+                messages = ask_to_detect(explanation or _EXAMPLE_EXPLANATION, texts)
+                if explanation and self._find(messages, partial(read_detection, n_texts=len(texts))) is not None:
+                    known.add(question)
+                else:
+                    pending[question] = messages, len(texts) * TOKENS_PER_NUMBER
+        return Estimate.of(list(pending.values()), len(known))
+
+    def interview(self, subjects: Sequence[FeatureTexts], advance: Advance) -> list[Verdict | None]:
+        """The verdict on each subject; None where an answer is missing and there is nobody to ask. `advance` counts questions.
+
+        Raises SaeensError where asking on is of no use, and where no feature is scored since answers cannot be read; what was answered
+        until then is on disk. The event loop has a thread of its own: an interrupt, which comes in this one, is not taken for a broken
+        connection there, and ends what is asked.
+        """
+        with start_blocking_portal() as portal:
+            verdicts = portal.start_task_soon(self._interview, subjects, advance)
+            while not verdicts.done():
+                futures.wait([verdicts], _WAKE_SECONDS)
+            found = verdicts.result()
+        statuses = {verdict.status for verdict in found if verdict}
+        if MALFORMED in statuses and SCORED not in statuses:
+            kind = max(self._unread, key=lambda each: self._unread[each])
+            raise self._unreadable(kind, f"of {len(found):,} features none is scored, since ")
+        return found
+
+    async def _interview(self, subjects: Sequence[FeatureTexts], advance: Advance) -> list[Verdict | None]:
+        self._client = Client(self.endpoint, self.settings.timeout_seconds, self.settings.retries) if self.endpoint else None
+
+        async def explain(subject: FeatureTexts) -> str | _Unanswered:
+            messages = ask_to_explain(subject.examples.shown)
+            return await self._attempt(_Question(messages, read_explanation, "Answer with one short sentence.", "explanations"), advance)
+
+        async def detect(subject: FeatureTexts, explanation: str | _Unanswered) -> DetectionScore | _Unanswered:
+            from saeens_models.metrics import detection_score
+
+            _, texts, fires = subject.examples
+            if isinstance(explanation, _Unanswered):
+                advance(1, before=self._client is None)
+                return explanation
+            read = partial(read_detection, n_texts=len(texts))
+            complaint = f"Answer with a JSON list of {len(texts)} numbers, each 1 or 0, and with nothing else."
+            question = _Question(ask_to_detect(explanation, texts), read, complaint, "lists of which texts fit")
+            said = await self._attempt(question, advance)
+            return said if isinstance(said, _Unanswered) else detection_score(said, fires)
+
+        async def judge(number: int) -> Verdict | None:
+            subject, own = subjects[number], explanations[number]
+            score = await detect(subject, own)
+            if subject.other is None or isinstance(score, _Unanswered):
+                control = None
+                advance(subject.other is not None, before=self._client is None)
+            else:
+                control = await detect(subject, explanations[subject.other])
+            failure = next((each for each in (own, score, control) if isinstance(each, _Unanswered)), None)
+            if failure and failure.status == _NOT_ASKED:
+                return None
+            return Verdict(
+                score.status if isinstance(score, _Unanswered) else SCORED,
+                None if isinstance(own, _Unanswered) else own,
+                None if isinstance(score, _Unanswered) else score,
+                None if isinstance(control, _Unanswered) else control,
+            )
+
+        try:
+            explanations = await self._in_turns(explain, subjects)
+            return await self._in_turns(judge, range(len(subjects)))
+        finally:
+            if self._client:
+                await self._client.close()
+
+    async def _attempt(self, question: _Question[_T], advance: Advance) -> _T | _Unanswered:
+        """What an answer means, from disk or from the endpoint."""
+        known = self._find(question.messages, question.read)
+        if known is not None:
+            self.from_disk += 1
+        elif self._client is None:
+            known = _Unanswered(_NOT_ASKED)
+        else:
+            answer = await self._ask(self._client, question)
+            advance(1)
+            return answer
+        advance(1, before=True)
+        return known
+
+    async def _ask(self, client: Client, question: _Question[_T]) -> _T | _Unanswered:
+        """Ask, and again with the complaint where the answer cannot be read. Keeps the answer that can."""
+        request = original = self._request(question.messages)
+        for _ in range(ATTEMPTS):
+            try:
+                reply = await client.ask(request)
+            except RefusedError:
+                if self.answered + self.from_disk == 0:
+                    raise
+                return _Unanswered(REFUSED)
+            self.asked += 1
+            self.tokens_in += reply.tokens_in
+            self.tokens_out += reply.tokens_out
+            value = None if reply.text is None or reply.is_cut_off else question.read(reply.text)
+            if reply.text is not None and value is not None:
+                self.answered += 1
+                self._read[question.kind] += 1
+                date = datetime.now(UTC).isoformat(timespec="seconds")
+                self.answers.keep(original, reply.text, tokens_in=reply.tokens_in, tokens_out=reply.tokens_out, date=date)
+                return value
+            self._count_malformed(question.kind, reply)
+            request = self._request(ask_again(question.messages, reply.text, question.complaint))
+        return _Unanswered(MALFORMED)
+
+    def _count_malformed(self, kind: str, reply: Reply) -> None:
+        self.malformed += 1
+        self._unread[kind] += 1
+        self._last_unread[kind] = reply
+        if self._unread[kind] >= MALFORMED_AT_FIRST and not self._read[kind]:
+            raise self._unreadable(kind)
+
+    def _unreadable(self, kind: str, why: str = "") -> SaeensError:
+        reply, unread, read = self._last_unread[kind], self._unread[kind], self._read[kind]
+        said = repr(reply.excerpt if reply.text is None else " ".join(reply.text.split())[:SHOWN_CHARACTERS])
+        if reply.is_cut_off:
+            found, remedy = f"cut off after {said}", "allow more tokens in autointerp.parameters, which a model that thinks needs"
+        elif reply.text is None:
+            found, remedy = f"no chat completion with a text but {said}", "see that the address is that of an endpoint of OpenAI's protocol"
+        else:
+            found, remedy = said, "try a model that follows instructions better, autointerp.model"
+        which = f"{unread:,} of {unread + read:,} answers cannot" if read else f"none of {unread:,} answers can"
+        return SaeensError(
+            f"{self.settings.model}: {why}{which} be read as {kind}. The last was {found}: {remedy}. What could be read is kept and not "
+            "asked for again"
+        )
+
+    def _request(self, messages: Messages) -> dict[str, Any]:
+        return {"model": self.settings.model, "messages": messages, **self.settings.parameters}
+
+    def _find(self, messages: Messages, read: Callable[[str], _T | None]) -> _T | None:
+        answer = self.answers.find(self._request(messages))
+        return None if answer is None else read(answer)
+
+    async def _in_turns(self, work: Callable[[_S], Awaitable[_T]], items: Sequence[_S]) -> list[_T]:
+        """What comes of each item; `requests_at_once` are worked on at a time. The first that fails stops the others."""
+        results: dict[int, _T] = {}
+        waiting = iter(enumerate(items))
+
+        async def take() -> None:
+            for number, item in waiting:
+                results[number] = await work(item)
+
+        takers = [asyncio.create_task(take()) for _ in range(self.settings.requests_at_once)]
+        try:
+            await asyncio.gather(*takers)
+        finally:
+            for taker in takers:
+                taker.cancel()
+            await asyncio.gather(*takers, return_exceptions=True)
+        return [results[number] for number in range(len(items))]

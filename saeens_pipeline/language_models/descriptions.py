@@ -1,0 +1,189 @@
+"""Descriptions of language models, read from their files without loading weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from saeens_pipeline.errors import ConfigurationError, SaeensError
+from saeens_pipeline.language_models import hub
+from saeens_pipeline.language_models.fingerprints import fingerprint
+from saeens_pipeline.settings.corpora import is_hub_name
+from saeens_pipeline.storage.root import PROJECT_ROOT
+
+Weights = Literal["trained", "random"]
+REFERENCE_MODEL = "builtin/reference"
+TRANSFORMER_LENS = "transformer_lens:"
+HOOKS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+READ_AT_INPUT = ("resid_pre", "resid_mid")
+"""Hooks that are what a module is given; the others are what one returns."""
+HUB_FILES = ("config.json", "tokenizer.json")
+HUB_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
+_PACKAGED_REFERENCE_MODEL = Path(__file__).parent / "reference_model_files"
+_CHECKED_OUT_REFERENCE_MODEL = PROJECT_ROOT / "data" / "reference_model"
+_WHOLLY_HASHED_BYTES = 64 * 2**20
+_SAMPLE_BYTES = 64 * 2**10
+_PICKLES = ("*.bin", "*.pt", "*.pth")
+
+
+@dataclass(frozen=True)
+class LanguageModelDescription:
+    """What the files of a language model say of it, without loading its weights.
+
+    `identity` is for recipes: it changes whenever activations or tokens may change with the files. Of a model of the hub it holds the
+    commit. Of others, files of up to 64 MiB are hashed whole; of a larger weight file the size, the safetensors header and 64 samples of
+    64 KiB spread evenly over it are hashed: every training run changes those, an edit of single values between two samples goes unseen.
+    """
+
+    name: str
+    revision: str
+    path: Path  # the folder, in transformers' format; of a model of the hub, without its weights
+    model_type: str
+    d_model: int
+    n_layers: int
+    context_length: int  # tokens
+    vocab_size: int
+    end_of_text: int | None  # token id that separates documents
+    parallel_residual: bool  # attention and MLP of a block both read the block's input
+    identity: dict[str, object] = field(hash=False)
+    commit: str | None = None  # of the hub
+    tokenizer_file: Path = field(default=Path(), kw_only=True)
+    without: tuple[str, ...] = field(default=(), kw_only=True)  # hooks that its blocks do not have
+    has_head: bool = field(default=True, kw_only=True)  # a language-modelling head, which gives next-token predictions
+
+
+def validate_hook(description: LanguageModelDescription, hook: str, layers: Collection[int]) -> None:
+    """Raise ConfigurationError for a layer or a named hook that the model does not have, without loading its weights.
+
+    Whether the hook's modules are there is seen in the model's structure: `validate_modules` builds that.
+    """
+    if not layers:
+        raise ConfigurationError(f"no layers given: {description.name} has layers 0 to {description.n_layers - 1}")
+    outside = sorted(layer for layer in layers if not 0 <= layer < description.n_layers)
+    if outside:
+        missing = ", ".join(map(str, outside))
+        raise ConfigurationError(f"{description.name} has no layer {missing}: it has layers 0 to {description.n_layers - 1}")
+    if "{layer}" in hook:
+        return
+    lacking = {*description.without, *(["resid_mid"] if description.parallel_residual else [])}
+    others = f"available: {', '.join(each for each in HOOKS if each not in lacking)}, or a module path with {{layer}}"
+    if hook == "resid_mid" and description.parallel_residual:
+        why = f"{description.name} computes attention and MLP in parallel, so that there is nothing between them"
+        raise ConfigurationError(f"hook 'resid_mid' is not available: {why}; {others}")
+    if hook in lacking:
+        raise ConfigurationError(f"hook {hook!r} is not available in {description.name} ({description.model_type}); {others}")
+    if hook not in HOOKS:
+        raise ConfigurationError(f"hook {hook!r} is not known; {others}, such as 'model.layers.{{layer}}.mlp'")
+
+
+class ModelFolder(NamedTuple):
+    """Where a model's files are, and of one of the hub the commit that they are from."""
+
+    path: Path
+    commit: str | None = None
+
+
+def locate_model(name: str, revision: str, files: Sequence[str]) -> ModelFolder:
+    """The folder of a language model: the embedded one, a local one, or one in the hub's cache with `files` in it."""
+    if name == REFERENCE_MODEL:
+        _refuse_revision(name, revision)
+        for path in (_PACKAGED_REFERENCE_MODEL, _CHECKED_OUT_REFERENCE_MODEL):
+            if path.is_dir():
+                return ModelFolder(path)
+        raise SaeensError(
+            f"the embedded model is not in {_CHECKED_OUT_REFERENCE_MODEL}: restore it, or train it with `saeens reference-model train`"
+        )
+    path = Path(name).expanduser()
+    if path.is_dir():
+        _refuse_revision(name, revision)
+        return ModelFolder(path)
+    if not is_hub_name(name) or name.startswith("builtin/"):
+        raise ConfigurationError(
+            f"language model {name!r}: there is no such folder. It can be {REFERENCE_MODEL}, a folder in transformers' format, the name of "
+            f"a model on the Hugging Face hub, or {TRANSFORMER_LENS}NAME"
+        )
+    commit = hub.resolve_commit(name, revision, "model")
+    return ModelFolder(hub.download(name, commit, files), commit)
+
+
+def _refuse_revision(name: str, revision: str) -> None:
+    if revision != "main":
+        raise ConfigurationError(f"revision {revision!r} of {name}: builtin and local models have no revisions; leave it out")
+
+
+def read_config(name: str, path: Path) -> dict[str, Any]:
+    """What config.json says. Raises ConfigurationError where there is none that can be read."""
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigurationError(
+            f"language model {name!r}: {path} has no config.json, so it is not a model in transformers' format"
+        ) from None
+    except ValueError as error:
+        raise ConfigurationError(f"language model {name!r}: {path / 'config.json'} is not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ConfigurationError(f"language model {name!r}: {path / 'config.json'} does not hold a JSON object")
+    return config
+
+
+def read_size(config: Mapping[str, Any], path: Path, *keys: str) -> int:
+    """The number that a configuration gives under one of several names. Raises ConfigurationError where it has none of them."""
+    for key in keys:
+        if isinstance(config.get(key), int):
+            return config[key]
+    raise ConfigurationError(f"{path / 'config.json'} gives none of {', '.join(keys)}: add the one that the model has")
+
+
+def require_tokenizer(name: str, folder: ModelFolder) -> Path:
+    """The tokenizer's file. Raises ConfigurationError where there is none."""
+    file = folder.path / "tokenizer.json"
+    if not file.is_file():
+        where = folder.path if folder.commit is None else "a copy of the model in a folder of your own"
+        raise ConfigurationError(f"{name!r} has no tokenizer.json: save its fast tokenizer into {where} with save_pretrained()")
+    return file
+
+
+def identity_of(name: str, revision: str, folder: ModelFolder) -> dict[str, object]:
+    """Return the identity that recipes hold: the commit of a hub model, else hashes of the files."""
+    if folder.commit is not None:
+        _require_hub_weights(name, folder.commit, folder.path)
+        return {"name": name, "revision": folder.commit}
+    files = [folder.path / "config.json", require_tokenizer(name, folder), *weight_files(name, folder.path)]
+    return {"name": name, "revision": revision, "sha256": {file.name: weights_fingerprint(file) for file in files}}
+
+
+def _require_hub_weights(name: str, commit: str, path: Path) -> None:
+    """Raise ConfigurationError where the hub has the weights in a form that is not read, without downloading them."""
+    if any(path.glob("*.safetensors")):
+        return
+    there = hub.sizes(name, commit, [*HUB_WEIGHTS, *_PICKLES])
+    if there and not any(file.endswith(".safetensors") for file in there):
+        raise ConfigurationError(
+            f"language model {name!r}: the hub has its weights only as {min(there)}, a pickle, which can run code: convert it to "
+            "safetensors and give the folder"
+        )
+
+
+def weight_files(name: str, path: Path) -> list[Path]:
+    """Return the files that hold the weights. Raises ConfigurationError where one is missing."""
+    if (path / "model.safetensors.index.json").is_file():
+        index = json.loads((path / "model.safetensors.index.json").read_text(encoding="utf-8"))
+        weights = [path / file for file in sorted(set(index["weight_map"].values()))]
+    else:
+        weights = [path / "model.safetensors"]
+    absent = [file.name for file in weights if not file.is_file()]
+    if absent:
+        pickled = sorted(file.name for file in path.glob("*.bin"))
+        advice = f"it has only {pickled[0]}, a pickle, which can run code: convert it to safetensors" if pickled else "copy them there"
+        raise ConfigurationError(f"language model {name!r}: {path} lacks its weights, {', '.join(absent)}; {advice}")
+    return weights
+
+
+def weights_fingerprint(file: Path) -> str:
+    """SHA-256 of a model's file; of large weights, of samples."""
+    with file.open("rb") as stream:
+        header_bytes = min(int.from_bytes(stream.read(8), "little"), _WHOLLY_HASHED_BYTES)
+    return fingerprint(file, whole_bytes=_WHOLLY_HASHED_BYTES, sample_bytes=_SAMPLE_BYTES, head=range(8, 8 + header_bytes))

@@ -1,0 +1,187 @@
+"""`corpus: builtin/installed_packages`: source code and prose of the pinned packages that are installed beside this one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import string
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+
+from saeens_pipeline.language_models.documents import Document, Split, rank
+from saeens_pipeline.settings.corpora import BUILTIN_CORPUS
+
+# The packages that the project itself installs and pins, whose files are the same on every platform and Python version
+# (compiled parts, version stamps and generated configuration are left out by `_is_platform_dependent`).
+PACKAGES = (
+    "alembic", "anyio", "click", "dagster", "dagster-graphql", "dagster-pipes", "dagster-shared", "dagster-webserver",
+    "filelock", "fsspec", "gql", "graphene", "graphql-core", "huggingface-hub", "humanfriendly", "jinja2", "mako",
+    "markdown-it-py", "mpmath", "networkx", "numpy", "packaging", "polars", "protobuf", "pyarrow", "pydantic", "pygments",
+    "python-dateutil", "regex", "requests", "rich", "sqlalchemy", "starlette", "structlog", "sympy", "tokenizers", "torch",
+    "tqdm", "transformers", "typer", "universal-pathlib", "urllib3", "uvicorn", "watchdog", "yarl", "zarr",
+)  # fmt: skip
+LANGUAGES = {
+    ".py": "python", ".pyi": "python", ".pyx": "cython", ".pxd": "cython", ".h": "cpp_header", ".hpp": "cpp_header", ".cuh": "cpp_header",
+    ".ts": "typescript", ".tsx": "typescript", ".js": "javascript", ".mjs": "javascript", ".md": "prose", ".rst": "prose",
+}  # fmt: skip
+
+READER_VERSION = 1  # raised whenever the text that a corpus yields would change
+MAX_PACKAGE_BYTES = 8_000_000  # per package and language: no single library may dominate
+MAX_DOCUMENT_CHARACTERS = 24_000
+MIN_DOCUMENT_CHARACTERS = 200
+TEST_SHARE = 0.05
+MAX_SHARED_LINES = 0.2  # a test document more of whose lines than this also occur in a training document is left out
+_DISTINCTIVE_LINE = 24  # characters: shorter lines (`else:`, `return x`) say nothing about where a text comes from
+
+
+class InstalledPackages:
+    """`builtin/installed_packages`: source code and prose of the pinned packages that are installed beside this one.
+
+    Documents come in the order of a hash of their names, which mixes packages and languages; exact duplicates are
+    dropped, licence headers removed, and test documents that share lines with a training document left out.
+    """
+
+    @property
+    def identity(self) -> dict[str, object]:
+        return {
+            "corpus": BUILTIN_CORPUS,
+            "reader": READER_VERSION,
+            "packages": {p: metadata.version(p).split("+")[0] for p in PACKAGES},
+        }
+
+    def require_readable(self) -> None:
+        """The packages are installed: this one needs them."""
+
+    def documents(self, split: Split) -> Iterator[Document]:
+        return iter(self._splits[split])
+
+    def summary(self) -> dict[str, object]:
+        """What was read: documents, bytes and a hash of all text, per split, and bytes per language."""
+        return {split: _summarise(documents) for split, documents in self._splits.items()}
+
+    @cached_property
+    def _splits(self) -> dict[Split, list[Document]]:
+        documents = list(_without_duplicates(d for package in PACKAGES for d in _package_documents(package)))
+        documents.sort(key=lambda d: rank(d.name))
+        train = [d for d in documents if rank(d.name) >= TEST_SHARE]
+        held_out = [d for d in documents if rank(d.name) < TEST_SHARE]
+        return {"train": train, "test": _without_near_duplicates(held_out, of=train)}
+
+
+def _package_documents(package: str) -> Iterator[Document]:
+    """The documents of one installed package, at most MAX_PACKAGE_BYTES of each language."""
+    distribution = metadata.distribution(package)
+    files = sorted(distribution.files or [], key=lambda f: rank(f"{package}/{f.as_posix()}"))
+    taken: dict[str | None, int] = {}
+    for file in files:
+        name = f"{package}/{file.as_posix()}"
+        if _is_platform_dependent(name) or taken.get(LANGUAGES.get(file.suffix), 0) >= MAX_PACKAGE_BYTES:
+            continue
+        for document in _file_documents(name, Path(str(distribution.locate_file(file)))):
+            language = document.labels["language"]
+            if taken.get(language, 0) < MAX_PACKAGE_BYTES:
+                taken[language] = taken.get(language, 0) + len(document.text)
+                yield document
+
+
+def _file_documents(name: str, path: Path) -> Iterator[Document]:
+    if path.name == "METADATA" and path.is_file():
+        _, _, readme = path.read_text(encoding="utf-8").partition("\n\n")
+        yield from _document(name, readme, "prose")
+    elif path.suffix == ".map" and path.is_file():
+        yield from _source_map_documents(name, path)
+    elif path.suffix in LANGUAGES and path.is_file():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            return
+        yield from _document(name, text, LANGUAGES[path.suffix])
+
+
+def _source_map_documents(name: str, path: Path) -> Iterator[Document]:
+    """A JavaScript bundle's source map holds the TypeScript and JavaScript sources that it was made from."""
+    source_map = json.loads(path.read_text(encoding="utf-8"))
+    for source, text in zip(source_map.get("sources", []), source_map.get("sourcesContent") or [], strict=False):
+        language = LANGUAGES.get(Path(source.split("?")[0]).suffix)
+        if text and language:
+            yield from _document(f"{name.split('/', maxsplit=1)[0]}/{source}", text, language)
+
+
+def _document(name: str, text: str, language: str) -> Iterator[Document]:
+    text = _without_licence_header(text.replace("\r\n", "\n")).strip()
+    if len(text) < MIN_DOCUMENT_CHARACTERS or _is_machine_made(text):
+        return
+    if len(text) > MAX_DOCUMENT_CHARACTERS:
+        text = text[: text.rfind("\n", 0, MAX_DOCUMENT_CHARACTERS) + 1] or text[:MAX_DOCUMENT_CHARACTERS]
+    yield Document(name, text, {"language": language})
+
+
+def _is_platform_dependent(name: str) -> bool:
+    parts = name.split("/")
+    if parts[0] == "torch" and "include" in parts:  # of torch's headers, only those written by hand and shipped with every build
+        return not any(f"/include/{kept}/" in name for kept in ("c10", "ATen/core", "ATen/native", "torch/csrc")) or "cuda" in name.lower()
+    return "__pycache__" in parts or bool(re.search(r"(^|/)_*(version|config|generated\w*|distributor_init)_*\.\w+$", name))
+
+
+def _is_machine_made(text: str) -> bool:
+    """Minified code, tables of numbers and encoded data: lines too long, or too few letters."""
+    lines = text.split("\n")
+    sample = text[:4000]
+    other = "".join(sample.split()).translate(_WITHOUT_LETTERS)
+    return len(text) / len(lines) > 150 or max(map(len, lines)) > 1000 or len(other) > 0.45 * len(sample)
+
+
+_WITHOUT_LETTERS = str.maketrans("", "", string.ascii_letters)
+_LICENCE_HEADERS = (re.compile(r"\A(?:#.*\n)+\n*"), re.compile(r"\A\s*/\*.*?\*/\s*", re.S), re.compile(r"\A(?://.*\n)+\n*"))
+
+
+def _without_licence_header(text: str) -> str:
+    for header in _LICENCE_HEADERS:
+        found = header.match(text)
+        if found and re.search("licen[cs]e|copyright", found.group(), re.I):
+            return text[found.end() :]
+    return text
+
+
+def _without_duplicates(documents: Iterable[Document]) -> Iterator[Document]:
+    seen: set[bytes] = set()
+    names: set[str] = set()
+    for document in documents:
+        digest = hashlib.sha256("".join(document.text.split()).encode()).digest()
+        if digest not in seen and document.name not in names:
+            seen.add(digest)
+            names.add(document.name)
+            yield document
+
+
+def _lines(text: str) -> Iterator[str]:
+    return map(str.strip, text.split("\n"))
+
+
+def _without_near_duplicates(documents: list[Document], of: list[Document]) -> list[Document]:
+    """Leave out documents more than MAX_SHARED_LINES of whose distinctive lines occur in any of the others."""
+    distinctive = [{line for line in _lines(document.text) if len(line) >= _DISTINCTIVE_LINE} for document in documents]
+    asked: set[str] = set().union(*distinctive)
+    known: set[str] = set()
+    for document in of:
+        known |= asked.intersection(_lines(document.text))
+    return [d for d, lines in zip(documents, distinctive, strict=True) if lines and len(lines & known) <= MAX_SHARED_LINES * len(lines)]
+
+
+def _summarise(documents: list[Document]) -> dict[str, object]:
+    digest = hashlib.sha256()
+    languages: dict[str, int] = {}
+    for document in documents:
+        encoded = document.text.encode()
+        digest.update(document.name.encode() + b"\0" + encoded + b"\0")
+        language = str(document.labels["language"])
+        languages[language] = languages.get(language, 0) + len(encoded)
+    return {
+        "documents": len(documents),
+        "bytes": sum(languages.values()),
+        "sha256": digest.hexdigest(),
+        "bytes_by_language": dict(sorted(languages.items())),
+    }

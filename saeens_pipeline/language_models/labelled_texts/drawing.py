@@ -1,0 +1,129 @@
+"""Drawing balanced texts of two splits from labelled ones, reproducibly, and refusing what is not enough."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from textwrap import shorten
+from typing import TYPE_CHECKING, NamedTuple
+
+from saeens_pipeline.errors import ConfigurationError
+from saeens_pipeline.language_models.documents import Split
+from saeens_pipeline.settings.labelled_data_sets import TextCount
+
+if TYPE_CHECKING:
+    import polars as pl
+
+SPLITS: tuple[Split, ...] = ("train", "test")
+_LABEL_CHARACTERS = 60  # of a label that are shown in an error
+
+
+@dataclass(frozen=True)
+class ConceptTexts:
+    """A data set for concept detection: the texts of each label, by split."""
+
+    name: str
+    train: Mapping[str, Sequence[str]]
+    test: Mapping[str, Sequence[str]]
+
+
+class QuadrantTexts(NamedTuple):
+    """Texts by (target, spurious) attribute: q of each pair, and 2 q where both agree."""
+
+    both: Sequence[str]
+    only_target: Sequence[str]
+    only_spurious: Sequence[str]
+    neither: Sequence[str]
+
+
+@dataclass(frozen=True)
+class CorrelationTexts:
+    """A task of spurious correlation removal. The first value of an attribute is the positive one."""
+
+    name: str
+    target: tuple[str, str]
+    spurious: tuple[str, str]
+    train: QuadrantTexts
+    test: QuadrantTexts
+
+
+class Labelled(NamedTuple):
+    """Texts of a data set: frames with the string columns `text`, `label` and, where there is a second attribute, `other`.
+
+    Without a `test` frame the test texts come out of `train`, and none is in both.
+    """
+
+    name: str
+    train: pl.DataFrame
+    test: pl.DataFrame | None = None
+
+
+def draw_concepts(data: Labelled, labels: Sequence[str], count: TextCount, *, balance: bool, seed: int) -> ConceptTexts:
+    """Half of `count` for each label (of all labels if `labels` is empty), with `balance` evenly from each value of `other`.
+
+    Raises ConfigurationError where there is one label only, a label is absent, or there are too few texts.
+    """
+    there_are = sorted(data.train["label"].unique())
+    labels = labels or there_are
+    if len(labels) < 2:
+        there_is = f"the only label is {labels[0]!r}" if labels else "no text has a label"
+        raise ConfigurationError(f"{data.name}: {there_is}; a probe needs texts of at least two labels")
+    others: list[str | None] = [*sorted(data.train["other"].unique())] if balance else [None]
+    each = TextCount(*(n // 2 // len(others) for n in count))
+    drawn = {label: [_draw(data, (label, other), each, seed) for other in others] for label in labels}
+    train, test = ({label: [text for part in parts for text in part[i]] for label, parts in drawn.items()} for i in (0, 1))
+    return ConceptTexts(data.name, train, test)
+
+
+def draw_quadrants(
+    data: Labelled, name: str, target: tuple[str, str], spurious: tuple[str, str], count: TextCount, *, seed: int
+) -> CorrelationTexts:
+    """A quarter of `count` for each pair of target (`label`) and spurious (`other`) attribute, and half where both agree.
+
+    Raises ConfigurationError as `draw_concepts`.
+    """
+    quarter = TextCount(*(n // 4 for n in count))
+    half = TextCount(*(2 * n for n in quarter))
+    drawn = [
+        _draw(data, (label, other), half if (label == target[0]) == (other == spurious[0]) else quarter, seed)
+        for label in target
+        for other in spurious
+    ]
+    train, test = (QuadrantTexts(*(parts[i] for parts in drawn)) for i in (0, 1))
+    return CorrelationTexts(name, target, spurious, train, test)
+
+
+def _draw(data: Labelled, labels: tuple[str, str | None], wanted: TextCount, seed: int) -> tuple[list[str], list[str]]:
+    """Train and test texts of one label and, unless None, one value of the other attribute, in an order that seed and text decide."""
+    train = _pool(data, "train", labels, seed)
+    if data.test is None:
+        found = train[: wanted.train], train[wanted.train : sum(wanted)]
+    else:
+        chosen = set(train[: wanted.train])
+        test = [text for text in _pool(data, "test", labels, seed) if text not in chosen]
+        found = train[: wanted.train], test[: wanted.test]
+    for split, texts, asked in zip(SPLITS, found, wanted, strict=True):
+        if len(texts) < asked:
+            what = " and ".join(repr(shorten(label, _LABEL_CHARACTERS, placeholder=" ...")) for label in labels if label is not None)
+            there_are = "is 1 different one" if len(texts) == 1 else f"are {len(texts)} different ones"
+            are_left = f" and {wanted.train} train texts" if data.test is None and split == "test" else ""
+            raise ConfigurationError(
+                f"{data.name}: {asked} {split} texts of {what} are needed{are_left}, and there {there_are}: lower {split}_texts"
+            )
+    return found
+
+
+def _pool(data: Labelled, split: Split, labels: tuple[str, str | None], seed: int) -> list[str]:
+    import polars as pl
+
+    frame = data.test if split == "test" and data.test is not None else data.train
+    for column, value in zip(("label", "other"), labels, strict=True):
+        if value is None:
+            continue
+        if value not in frame[column]:
+            there_are = ", ".join(map(repr, sorted(frame[column].unique())[:20])) or "none"
+            raise ConfigurationError(f"{data.name}, {split} split: no text has the label {value!r}; the labels are {there_are}")
+        frame = frame.filter(pl.col(column) == value)
+    texts = {text for text in frame["text"] if text.strip()}
+    return sorted(texts, key=lambda text: hashlib.sha256(f"{seed} {text}".encode()).digest())

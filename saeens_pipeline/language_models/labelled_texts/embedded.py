@@ -1,0 +1,137 @@
+"""Tasks whose labels come free with the builtin corpus: the language of a text, and whether it is code or documentation.
+
+Training texts are of documents in the corpus' train split, test texts of held-out documents.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import textwrap
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from saeens_pipeline.language_models.documents import Corpus, Split
+from saeens_pipeline.language_models.labelled_texts.drawing import (
+    ConceptTexts,
+    CorrelationTexts,
+    Labelled,
+    draw_concepts,
+    draw_quadrants,
+)
+from saeens_pipeline.settings.labelled_data_sets import CODE_OR_PROSE, DOCSTRING_OR_CODE, LANGUAGE, TextCount
+
+if TYPE_CHECKING:
+    import polars as pl
+
+READER_VERSION = 1  # raised whenever other texts would be drawn
+PIECE_CHARACTERS, MIN_PIECE_CHARACTERS = 200, 100
+MAX_DOCUMENTS = 400  # of each language and split: as many as are needed, the first ones of the corpus
+
+CONCEPT_COUNT, CORRELATION_COUNT = TextCount(200, 100), TextCount(960, 480)  # of the second: four balanced groups of 240 and 120
+
+_LANGUAGES = ("python", "typescript", "javascript", "cpp_header")
+_COMMENT = re.compile(r"/\*.*?\*/|(?:^[ \t]*//.*\n?)+", re.S | re.M)
+_COMMENT_MARKS = re.compile(r"^[ \t]*(?://+!?|/?\*+[/!]?)[ \t]?", re.M)
+
+
+class _Piece(NamedTuple):
+    text: str
+    language: str
+    kind: str
+    """`any` part of a text, or of what was told apart, `code` or `documentation`"""
+
+
+class EmbeddedTasks:
+    """The embedded tasks of a corpus, which is read once. Memory: a few million characters of pieces."""
+
+    def __init__(self, corpus: Corpus) -> None:
+        self._pieces = {split: _pieces(corpus, split) for split in ("train", "test")}
+
+    def concepts(self, name: str, count: TextCount | None, seed: int, labels: Sequence[str] = ()) -> ConceptTexts:
+        """The texts of a task in `CONCEPTS`. Raises SaeensError where the corpus has too few."""
+        import polars as pl
+
+        columns = {
+            LANGUAGE: (pl.col("kind") == "any") & pl.col("language").is_in(_LANGUAGES),
+            CODE_OR_PROSE: (pl.col("kind") == "any") & pl.col("language").is_in([*_LANGUAGES, "prose"]),
+            DOCSTRING_OR_CODE: (pl.col("kind") != "any") & (pl.col("language") == "python"),
+        }
+        label = {
+            LANGUAGE: pl.col("language"),
+            CODE_OR_PROSE: pl.when(pl.col("language") == "prose").then(pl.lit("prose")).otherwise(pl.lit("code")),
+            DOCSTRING_OR_CODE: pl.when(pl.col("kind") == "code").then(pl.lit("code")).otherwise(pl.lit("docstring")),
+        }
+        train, test = (pieces.filter(columns[name]).with_columns(label=label[name]) for pieces in self._pieces.values())
+        return draw_concepts(Labelled(name, train, test), labels, count or CONCEPT_COUNT, balance=False, seed=seed)
+
+    def correlations(self, name: str, count: TextCount | None, seed: int) -> list[CorrelationTexts]:
+        """Python or C++ header, where documentation or code goes with it. Raises SaeensError where the corpus has too few."""
+        import polars as pl
+
+        train, test = (
+            pieces.filter(pl.col("kind") != "any").with_columns(label=pl.col("language"), other=pl.col("kind"))
+            for pieces in self._pieces.values()
+        )
+        attributes = ("python", "cpp_header"), ("documentation", "code")
+        return [draw_quadrants(Labelled(name, train, test), name, *attributes, count or CORRELATION_COUNT, seed=seed)]
+
+
+def _pieces(corpus: Corpus, split: Split) -> pl.DataFrame:
+    import polars as pl
+
+    taken: dict[str, int] = {}
+    rows: list[_Piece] = []
+    for document in corpus.documents(split):
+        language = str(document.labels["language"])
+        taken[language] = taken.get(language, 0) + 1
+        if taken[language] <= MAX_DOCUMENTS:
+            rows += _pieces_of(document.text, language)
+    return pl.DataFrame(rows, schema=dict.fromkeys(_Piece._fields, pl.String), orient="row")
+
+
+def _pieces_of(text: str, language: str) -> Iterator[_Piece]:
+    parts = [("any", text)]
+    if language == "python":
+        parts += _python_parts(text)
+    elif language == "cpp_header":
+        parts += _cpp_parts(text)
+    for kind, part in parts:
+        yield from (_Piece(piece, language, kind) for piece in cut(part))
+
+
+def cut(text: str) -> Iterator[str]:
+    """Whole lines of a text, together about PIECE_CHARACTERS long. A rest that is shorter than MIN_PIECE_CHARACTERS is left out."""
+    piece = ""
+    for line in text.splitlines(keepends=True):
+        if len(piece) >= MIN_PIECE_CHARACTERS and len(piece) + len(line) > PIECE_CHARACTERS:
+            yield piece
+            piece = ""
+        piece += line
+    if len(piece.strip()) >= MIN_PIECE_CHARACTERS:
+        yield piece
+
+
+def _python_parts(text: str) -> Iterator[tuple[str, str]]:
+    """Docstrings, and bodies of functions without docstring and comments; nothing of a document that is cut off, or not Python."""
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError):
+        return
+    lines = text.splitlines(keepends=True)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            docstring = ast.get_docstring(node)
+            if docstring:
+                yield "documentation", docstring
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                body = node.body[1:] if docstring else node.body
+                code = "".join(lines[body[0].lineno - 1 : node.end_lineno]) if body else ""
+                if '"""' not in code and "'''" not in code:
+                    yield "code", textwrap.dedent(re.sub(r"^\s*#.*\n", "", code, flags=re.M))
+
+
+def _cpp_parts(text: str) -> Iterator[tuple[str, str]]:
+    """All comments of a header, without their marks, and the header without its comments."""
+    yield "documentation", "".join(_COMMENT_MARKS.sub("", comment).rstrip() + "\n" for comment in _COMMENT.findall(text))
+    yield "code", re.sub(r"\n\s*\n+", "\n", re.sub(r"/\*.*?\*/|//[^\n]*", "", text, flags=re.S))

@@ -1,0 +1,85 @@
+"""From the settings of an experiment to its labelled texts, wherever they come from."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from saeens_pipeline.language_models.corpora import open_corpus
+from saeens_pipeline.language_models.labelled_texts import drawing, embedded, files, hub
+from saeens_pipeline.language_models.labelled_texts.drawing import ConceptTexts, CorrelationTexts, Labelled
+from saeens_pipeline.settings.corpora import BUILTIN_CORPUS
+from saeens_pipeline.settings.from_file import FILE
+from saeens_pipeline.settings.labelled_data_sets import EMBEDDED_CONCEPTS, EMBEDDED_CORRELATIONS, TextCount
+from saeens_pipeline.settings.probing import ConceptDataSet, CorrelationDataSet
+
+_DATA_SETS_KEPT = 32
+"""What was drawn is kept for the other seeds and layers of a process: some megabytes of each of so many data sets."""
+
+
+def identity(data_set: ConceptDataSet | CorrelationDataSet) -> dict[str, Any]:
+    """What decides which texts there are, for recipes: of files their bytes, of a data set on the hub its commit.
+
+    Raises SaeensError for local files that are not there, and for a data set that the hub does not give.
+    """
+    if is_embedded(data_set):
+        return {"name": data_set.name, "reader": embedded.READER_VERSION, "corpus": open_corpus(BUILTIN_CORPUS).identity}
+    if data_set.local_files:
+        return {"name": data_set.name, "sha256": {k: files.fingerprint(data_set.name, p) for k, p in data_set.local_files.items()}}
+    hub_set = {"name": data_set.name, "reader": hub.READER_VERSION}
+    if data_set.local_copy:
+        return hub_set | {"sha256": files.fingerprint_of_folder(data_set.name, data_set.local_copy)}
+    return hub_set | {"revision": hub.commit(data_set.name, data_set.revision)}
+
+
+def is_embedded(data_set: ConceptDataSet | CorrelationDataSet) -> bool:
+    """Whether its texts are the builtin corpus'. Those of several such sets are partly the same."""
+    return data_set.name in (*EMBEDDED_CONCEPTS, *EMBEDDED_CORRELATIONS)
+
+
+def read_concepts(data_set: ConceptDataSet, count: TextCount | None, seed: int) -> ConceptTexts:
+    """The texts for concept detection. Raises SaeensError for missing columns, absent labels, one label only, and too few texts."""
+    return _drawn_concepts(data_set.model_dump_json(), data_set.file, json.dumps(identity(data_set)), count, seed)
+
+
+def read_correlations(data_set: CorrelationDataSet, count: TextCount | None, seed: int) -> list[CorrelationTexts]:
+    """The texts of every task of a data set. Raises as `read_concepts`."""
+    return _drawn_correlations(data_set.model_dump_json(), data_set.file, json.dumps(identity(data_set)), count, seed)
+
+
+@lru_cache(maxsize=_DATA_SETS_KEPT)
+def _drawn_concepts(settings: str, file: Path | None, _identity: str, count: TextCount | None, seed: int) -> ConceptTexts:
+    data_set = ConceptDataSet.model_validate_json(settings, context={FILE: file})
+    if data_set.local_files:
+        data = _local(data_set, {"text": data_set.text_field, "label": data_set.label_field})
+        return drawing.draw_concepts(data, data_set.labels, count or hub.COUNT, balance=False, seed=seed)
+    return _reader(data_set).concepts(data_set.name, count, seed, labels=data_set.labels)
+
+
+@lru_cache(maxsize=_DATA_SETS_KEPT)
+def _drawn_correlations(settings: str, file: Path | None, _identity: str, count: TextCount | None, seed: int) -> list[CorrelationTexts]:
+    data_set = CorrelationDataSet.model_validate_json(settings, context={FILE: file})
+    if data_set.local_files and data_set.target and data_set.spurious:
+        fields = {"text": data_set.text_field, "label": data_set.label_field, "other": data_set.spurious_field}
+        data = _local(data_set, fields)
+        return [drawing.draw_quadrants(data, data.name, data_set.target, data_set.spurious, count or hub.COUNT, seed=seed)]
+    return _reader(data_set).correlations(data_set.name, count, seed)
+
+
+def _local(data_set: ConceptDataSet | CorrelationDataSet, fields: dict[str, str]) -> Labelled:
+    frames = [files.read_columns(data_set.name, pattern, fields) for pattern in data_set.local_files.values()]
+    return Labelled(data_set.name, *frames)
+
+
+def _reader(data_set: ConceptDataSet | CorrelationDataSet) -> embedded.EmbeddedTasks | hub.HubReader:
+    if is_embedded(data_set):
+        return _embedded_tasks(json.dumps(open_corpus(BUILTIN_CORPUS).identity))
+    return hub.HubReader(data_set.revision, data_set.local_copy)
+
+
+@lru_cache(maxsize=1)
+def _embedded_tasks(_identity: str) -> embedded.EmbeddedTasks:
+    """Tasks have pieces in common, and reading the corpus takes seconds."""
+    return embedded.EmbeddedTasks(open_corpus(BUILTIN_CORPUS))

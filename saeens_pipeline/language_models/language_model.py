@@ -1,0 +1,155 @@
+"""A loaded language model, and the hooks at which its activations are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+from saeens_pipeline.errors import ConfigurationError, SaeensError
+from saeens_pipeline.language_models.descriptions import HOOKS, READ_AT_INPUT, LanguageModelDescription, validate_hook
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+_ATTENTION_NAMES = ("attention", "self_attn", "attn", "self_attention")
+_MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
+_MLP_NORM_NAMES = ("ln_2", "post_attention_layernorm", "ffn_norm", "norm_2")
+
+
+class LanguageModel:
+    """A causal language model of transformers, and where in it activations are read.
+
+    `resid_pre` and `resid_post` are a block's input and output, `attn_out` and `mlp_out` what its attention and its MLP add to the
+    stream (where a block has norms after them, as Gemma 2 has, behind these), and `resid_mid` is the stream between the two. Any other
+    hook is the path of a module with `{layer}` in it, whose output is read. The last layer's `resid_post` is the block's own output,
+    before the final norm (transformers' `hidden_states` has it after).
+    """
+
+    stream_passes_modules = False
+    """Whether the stream between attention and MLP passes through a module of its own."""
+
+    def __init__(self, description: LanguageModelDescription, model: PreTrainedModel) -> None:
+        self.description = description
+        self.model = model
+
+    def activations(self, tokens: torch.Tensor, hook: str, layers: Collection[int]) -> dict[int, torch.Tensor]:
+        """Activations `[b, L, d]` of token ids `[b, L]` at `hook` of each layer, from one forward pass.
+
+        The pass stops as soon as the deepest layer's activations are there. Attention is causal, so padding at the end of a
+        window changes nothing before it. Raises ConfigurationError as `validate_hook` does, and for a module that does not exist.
+        """
+        import torch
+
+        validate_hook(self.description, hook, layers)
+        captured: dict[int, torch.Tensor] = {}
+
+        def capture(layer: int, value: Any) -> None:
+            activations = value[0] if isinstance(value, tuple) else value
+            if not isinstance(activations, torch.Tensor) or activations.shape[:-1] != tokens.shape:
+                raise ConfigurationError(f"hook {hook!r}, layer {layer}, does not give one vector per token: choose another module")
+            captured[layer] = activations
+            if len(captured) == len(set(layers)):
+                raise _AllCaptured
+
+        with ExitStack() as hooks, torch.no_grad():
+            for layer in set(layers):
+                hooks.enter_context(self._register(hook, layer, capture))
+            try:
+                self.model(input_ids=tokens.to(self.model.device), use_cache=False)
+            except _AllCaptured:
+                return {layer: captured[layer] for layer in layers}
+        never_run = sorted(set(layers) - set(captured))
+        raise SaeensError(f"hook {hook!r} was not reached in layers {never_run}: its module takes no part in the forward pass")
+
+    def widths(self, hook: str, layers: Collection[int]) -> dict[int, int]:
+        """The size of one activation vector at `hook`, by layer: d_model, except for some module paths."""
+        import torch
+
+        return {layer: found.shape[-1] for layer, found in self.activations(torch.zeros(1, 2, dtype=torch.long), hook, layers).items()}
+
+    @contextmanager
+    def _register(self, hook: str, layer: int, capture: Callable[[int, Any], None]) -> Iterator[None]:
+        module = self.module(hook, layer)
+        if hook in READ_AT_INPUT:
+            handle = module.register_forward_pre_hook(
+                lambda _, args, kwargs: capture(layer, args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+            )
+        else:
+            handle = module.register_forward_hook(lambda _, args, output: capture(layer, output))
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def module(self, hook: str, layer: int) -> torch.nn.Module:
+        """The module whose input or output `hook` is. Raises ConfigurationError for one that does not exist."""
+        if hook in ("resid_pre", "resid_post"):
+            return self._blocks[layer]
+        if hook in HOOKS:
+            return _part(self._blocks[layer], hook)
+        path = hook.replace("{layer}", str(layer))
+        try:
+            return self.model.get_submodule(path)
+        except AttributeError:
+            last_part = path.rsplit(".", 1)[-1]
+            modules = [name for name, _ in self.model.named_modules() if name]
+            similar = [name for name in modules if name.endswith(last_part)] or [name for name in modules if f".{layer}." in name]
+            raise ConfigurationError(f"{self.description.name} has no module {path!r}; it has {', '.join(similar[:8])}, ...") from None
+
+    def unembedding(self) -> torch.Tensor | None:
+        """The weights `[vocabulary, d_model]` that make logits of the normalised stream; None without a language-modelling head."""
+        head = self.model.get_output_embeddings() if self.description.has_head else None
+        return None if head is None else cast("torch.Tensor", head.weight).detach()
+
+    def blocks_before(self, hook: str, layer: int) -> list[torch.nn.Module]:
+        """The blocks whose outputs do not depend on what is put at a hook; none where the model's blocks cannot be told."""
+        try:
+            blocks = list(self._blocks)
+        except ConfigurationError:
+            return []
+        if "{layer}" not in hook:
+            return blocks[: layer + 1] if hook == "resid_post" else blocks[:layer]
+        module = self.module(hook, layer)
+        holding = [i for i, block in enumerate(blocks) if any(module is each for each in block.modules())]
+        return blocks[: holding[0]] if holding else []
+
+    @property
+    def _blocks(self) -> torch.nn.ModuleList:
+        """The list of transformer blocks: the one outermost module list that is as long as the model has layers."""
+        import torch
+
+        lists = {
+            name: m for name, m in self.model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == self.description.n_layers
+        }
+        outermost = [m for name, m in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
+        if len(outermost) != 1:
+            raise ConfigurationError(
+                f"the blocks of {self.description.name} ({self.description.model_type}) could not be told from its structure: "
+                "give the hook as a module path with {layer}"
+            )
+        return outermost[0]
+
+
+class _AllCaptured(Exception):
+    """Ends a forward pass: everything that was asked for has been read."""
+
+
+def _part(block: torch.nn.Module, hook: str) -> torch.nn.Module:
+    """The module of a block whose output is `attn_out` or `mlp_out`, or whose input is `resid_mid`."""
+    children = dict(block.named_children())
+    norms_after = "post_feedforward_layernorm" in children  # Gemma 2 and 3, OLMo 2: what is added has been normalised
+    match hook:
+        case "attn_out":
+            names = ("post_attention_layernorm",) if norms_after else _ATTENTION_NAMES
+        case "mlp_out":
+            names = ("post_feedforward_layernorm",) if norms_after else _MLP_NAMES
+        case _:
+            names = ("pre_feedforward_layernorm", *_MLP_NAMES) if norms_after else _MLP_NORM_NAMES
+    for name in names:
+        if name in children:
+            return children[name]
+    raise ConfigurationError(
+        f"hook {hook!r} is not available in this model: give the path of one of its block's modules ({', '.join(children)})"
+    )

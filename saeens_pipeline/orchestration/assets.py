@@ -1,0 +1,198 @@
+"""From declarations to Dagster assets: one multi-asset per op, which makes what its recipes say is missing."""
+
+# Without `from __future__ import annotations`: Dagster reads the annotations of ops at run time.
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import dagster as dg
+
+from saeens_pipeline import progress
+from saeens_pipeline.assets.declarations import DIMENSION_NAMES, Declaration, Input, Op, RunContext
+from saeens_pipeline.assets.health import Health, examine, is_checked
+from saeens_pipeline.assets.materialise import Materialised, materialise, require_sound
+from saeens_pipeline.errors import ConfigurationError
+from saeens_pipeline.orchestration import log_lines
+from saeens_pipeline.orchestration.instance import layers_name
+from saeens_pipeline.orchestration.metadata import describe_artefact, static_metadata
+from saeens_pipeline.orchestration.requested_layers import requested_layers
+from saeens_pipeline.orchestration.resources import ComputeResource, StoreResource
+from saeens_pipeline.orchestration.retries import killed_step_policy, retried
+from saeens_pipeline.settings.experiments import CheckSettings
+from saeens_pipeline.storage.names import Partition
+from saeens_pipeline.storage.recipes import Store
+
+OWNERS = ["team:interpretability"]
+HEALTH = "health"
+_ABOUT_HEALTH = (
+    "Finite numbers of the right shape, that vary and fit their dtype: otherwise nothing is made from them. "
+    "Warns of dead features, and of L0 and explained variance off what the experiment asks for."
+)
+
+
+def layers_of(source: str) -> dg.DynamicPartitionsDefinition:
+    """The layers of a source: one definition, shared by all its experiments."""
+    return dg.DynamicPartitionsDefinition(name=layers_name(source))
+
+
+def partitions_of(declaration: Declaration) -> dg.PartitionsDefinition | None:
+    """How Dagster partitions an artefact."""
+    layers = layers_of(declaration.source)
+    match declaration.dimensions:
+        case "none":
+            return None
+        case "layer":
+            return layers
+        case _:
+            return dg.MultiPartitionsDefinition(
+                {"layer": layers, "seed": dg.StaticPartitionsDefinition([str(seed) for seed in declaration.seeds])}
+            )
+
+
+def partition_key(declaration: Declaration, partition: Partition) -> str | None:
+    """The partition's key in Dagster."""
+    match declaration.dimensions:
+        case "none":
+            return None
+        case "layer":
+            return str(partition.layer)
+        case _:
+            return dg.MultiPartitionKey({"layer": str(partition.layer), "seed": str(partition.seed)})
+
+
+def build_assets(ops: Iterable[Op]) -> list[dg.AssetsDefinition]:
+    """Return a Dagster multi-asset for each op."""
+    return [_build_asset(op) for op in ops]
+
+
+def _build_asset(op: Op) -> dg.AssetsDefinition:
+    by_key = {dg.AssetKey(output.address.key): output for output in op.outputs}
+    policy = killed_step_policy()
+
+    @dg.multi_asset(
+        name=op.name,
+        specs=[_spec(output) for output in op.outputs],
+        check_specs=[_health_spec(output) for output in op.outputs if is_checked(output)],
+        partitions_def=partitions_of(op.outputs[0]),
+        can_subset=len(op.outputs) > 1,
+        pool="gpu" if op.on_device else None,
+        retry_policy=policy,
+    )
+    def make(
+        context: dg.AssetExecutionContext, store: StoreResource, compute: ComputeResource
+    ) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
+        selected = {output.address for key, output in by_key.items() if key in context.selected_asset_keys}
+        checked = [by_key[key.asset_key] for key in context.selected_asset_check_keys]
+        partition = op.outputs[0].narrow(partition_of(context))
+        layers, observe = partial(requested_layers, context), partial(_observe, context)
+        run = RunContext(store.store, compute.compute, context.run.run_id, layers, observe)
+        with (
+            retried(context.retry_number, policy),
+            log_lines.forwarded_to(context.log),
+            progress.report_to(progress.LineReporter(context.log.info)),
+        ):
+            yield from _report(materialise(op, selected, partition, run), checked, op.checks, partition, store.store)
+
+    return make
+
+
+def _observe(context: dg.AssetExecutionContext, declaration: Declaration, partition: Partition, metadata: Mapping[str, Any]) -> None:
+    key, asset = partition_key(declaration, partition), dg.AssetKey(declaration.address.key)
+    context.log_event(dg.AssetObservation(asset, partition=key, metadata=dict(metadata)))
+
+
+def _spec(declaration: Declaration) -> dg.AssetSpec:
+    return dg.AssetSpec(
+        key=declaration.address.key,
+        deps=[_dependency(declaration, each) for each in declaration.inputs if each.in_graph],
+        skippable=True,
+        group_name=declaration.address.group,
+        kinds=set(declaration.kinds),
+        tags=dict(declaration.tags),
+        owners=OWNERS,
+        description=declaration.description,
+        code_version=declaration.code_version,
+        metadata=static_metadata(declaration),
+    )
+
+
+def _health_spec(declaration: Declaration) -> dg.AssetCheckSpec:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", dg.PreviewWarning)
+        return dg.AssetCheckSpec(
+            HEALTH,
+            asset=dg.AssetKey(declaration.address.key),
+            description=_ABOUT_HEALTH,
+            blocking=True,
+            partitions_def=partitions_of(declaration),
+        )
+
+
+def _dependency(declaration: Declaration, upstream: Input) -> dg.AssetDep:
+    """Between (layer, seed) and (layer) the layers correspond; what has no partitions serves all."""
+    across = {declaration.dimensions, upstream.artefact.dimensions} == {"layer", "layer_and_seed"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", dg.BetaWarning)
+        mapping = dg.MultiToSingleDimensionPartitionMapping("layer") if across else None
+    return dg.AssetDep(dg.AssetKey(upstream.artefact.address.key), partition_mapping=mapping)
+
+
+def partition_of(context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext) -> Partition:
+    """The partition of a run. Raises ConfigurationError for a layer that is no number."""
+    if not context.has_partition_key:
+        return Partition()
+    key = context.partition_key
+    dimensions = key.keys_by_dimension if isinstance(key, dg.MultiPartitionKey) else {"layer": key}
+    try:
+        return Partition(**{name: int(value) for name, value in dimensions.items()})
+    except ValueError:
+        raise ConfigurationError(
+            f"the layer {dimensions['layer']!r} is not a number: delete this partition and add one such as 4"
+        ) from None
+
+
+def _report(
+    made: Sequence[Materialised], checked: Collection[Declaration], thresholds: CheckSettings, partition: Partition, store: Store
+) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
+    """Report artefacts and their health to Dagster. Raises UnsoundArtefactError, after everything is reported, for unsound artefacts.
+
+    Health is reported even where the check is not in `checked`: the automation selects no checks of ops that can be subset.
+    """
+    healths: list[Health | None] = []
+    for each in made:
+        healths.append(each.health)
+        yield dg.MaterializeResult(
+            asset_key=dg.AssetKey(each.declaration.address.key),
+            metadata=describe_artefact(each.declaration, partition, each.artefact, is_hit=each.is_hit),
+            data_version=dg.DataVersion(each.artefact.data_version),
+            check_results=[_check_result(each.declaration, each.health)] if each.health else [],
+        )
+    for declaration in checked:
+        if declaration not in [each.declaration for each in made]:  # the check alone was asked for
+            healths.append(health := _health_on_disk(declaration, partition, thresholds, store))
+            yield _check_result(declaration, health)
+    require_sound(healths)
+
+
+def _health_on_disk(declaration: Declaration, partition: Partition, thresholds: CheckSettings, store: Store) -> Health:
+    """Of one partition or, in a run that has none, of all that are on disk."""
+    if declaration.dimensions == "none" or partition.layer is not None:
+        return examine(declaration, partition, store.require(declaration.address, partition), thresholds)
+    all_of_them = Health()
+    for where in store.partitions(declaration.address, *DIMENSION_NAMES[declaration.dimensions]):
+        health = examine(declaration, where, store.require(declaration.address, where), thresholds)
+        all_of_them.errors += health.errors
+        all_of_them.warnings += health.warnings
+    return all_of_them
+
+
+def _check_result(declaration: Declaration, health: Health) -> dg.AssetCheckResult:
+    return dg.AssetCheckResult(
+        asset_key=dg.AssetKey(declaration.address.key),
+        check_name=HEALTH,
+        passed=not health.errors and not health.warnings,
+        severity=dg.AssetCheckSeverity.ERROR if health.errors else dg.AssetCheckSeverity.WARN,
+        description="\n".join([*health.errors, *health.warnings]) or None,
+        metadata={name: round(value, 6) if isinstance(value, float) else value for name, value in health.measured.items()},
+    )

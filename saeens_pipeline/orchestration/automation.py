@@ -1,0 +1,135 @@
+"""What happens without anybody asking: layers of the experiment files become partitions, what is missing is made, schedules retrain.
+
+Only experiments with `automation: on`, and the sources that they use, are made without asking.
+"""
+
+# Without `from __future__ import annotations`: Dagster reads the annotations of sensors and ops at run time.
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import timedelta
+
+import dagster as dg
+from dagster import AutomationCondition as Condition
+
+from saeens_pipeline.assets.tables import listed
+from saeens_pipeline.orchestration.assets import layers_of
+from saeens_pipeline.orchestration.instance import declared_layers_name, end_dead_runs, layer_changes
+from saeens_pipeline.orchestration.ops import Ops
+from saeens_pipeline.orchestration.retraining import retraining_schedule, retraining_sensor
+from saeens_pipeline.settings import ExperimentSettings, SourceSettings
+from saeens_pipeline.settings.experiments import FreshnessSettings
+from saeens_pipeline.storage.names import SOURCES_GROUP
+
+TICK_SECONDS = 15  # between two looks at what is missing, and at the layers
+ARRAY_KIND = "zarr"  # of tokens, activations and residuals
+
+
+def automate(assets: Iterable[dg.AssetsDefinition], catalogue: Ops) -> dg.Definitions:
+    """These assets with their conditions and freshness policies, and the sensors, schedules and jobs that go with them."""
+    retraining = [retraining_schedule(catalogue, experiment) for experiment in catalogue.experiments.values()]
+    return dg.Definitions(
+        assets=[asset.map_asset_specs(lambda spec: _with_policies(spec, catalogue.experiments)) for asset in assets],
+        sensors=[layers_sensor(catalogue.sources), automation_sensor(), retraining_sensor(catalogue)],
+        schedules=retraining,
+        jobs=[schedule.job for schedule in retraining],
+    )
+
+
+def automation_condition() -> Condition:
+    """Ask for a partition that is missing and did not fail, or whose settings or inputs changed: once, when its inputs are settled.
+
+    What failed is asked for again when its settings or inputs change. What shares its partitions with an input is made in the same
+    run, in order. An input of another run, such as activations, has to be there and up to date first. What lies behind an array counts,
+    too: SAEs are not trained on activations while their tokens are made again, nor round 2 on what the old round 1 left.
+    """
+    handled = Condition.newly_updated() | Condition.newly_requested()
+    changed = (Condition.code_version_changed() | Condition.any_deps_match(Condition.data_version_changed())).since(handled)
+    same_run = Condition.any_deps_match(Condition.will_be_requested())
+    missing = Condition.missing() & ~Condition.execution_failed()
+    wanted = (missing | changed | same_run).with_label("missing and did not fail, or settings or inputs changed")
+    waits = (changed & ~Condition.will_be_requested()) | Condition.in_progress()
+    behind_arrays = Condition.any_deps_match(Condition.any_deps_match(waits)).allow(dg.AssetSelection.kind(ARRAY_KIND))
+    settled = (~Condition.any_deps_match(waits) & ~behind_arrays).with_label("no input is about to change")
+    # For a moment at its end a partition counts neither as in progress nor as made, and would be asked for a second time.
+    just_ended = ((~Condition.in_progress()).newly_true() | Condition.newly_requested()).with_label("in progress a moment ago")
+    idle = ~Condition.in_progress() & ~just_ended
+    return (wanted & idle & ~Condition.any_deps_missing() & settled).with_label("missing or outdated, inputs settled")
+
+
+def leaderboard_condition() -> Condition:
+    """Ask for the leaderboard when something that it shows was made; it does not wait for experiments that nobody ran.
+
+    What is made after it was asked for may not be in it, even if that is there before the leaderboard is or before the next look: then
+    it is asked for again. To wait for what is asked for at the same time is not possible: Dagster tells it of equal partitions only.
+    """
+    updated = Condition.any_deps_match(Condition.newly_updated())
+    settled = ~Condition.any_deps_in_progress() & ~Condition.in_progress()
+    return (updated.since(Condition.newly_requested() & ~updated) & settled).with_label("a table that it shows was made")
+
+
+def freshness_policy(freshness: FreshnessSettings) -> dg.FreshnessPolicy:
+    """Dagster's policy for the days that an experiment gives."""
+    warn = timedelta(days=freshness.warn_days) if freshness.warn_days is not None else None
+    return dg.FreshnessPolicy.time_window(fail_window=timedelta(days=freshness.fail_days), warn_window=warn)
+
+
+def _with_policies(spec: dg.AssetSpec, experiments: Mapping[str, ExperimentSettings]) -> dg.AssetSpec:
+    automated = [experiment for experiment in experiments.values() if experiment.automation == "on"]
+    if spec.tags.get("table") in {table.name for table in listed(over_experiments=True)}:
+        return spec.replace_attributes(automation_condition=leaderboard_condition()) if automated else spec
+    owner = spec.key.path[0]
+    if spec.group_name == SOURCES_GROUP:
+        in_use = any(experiment.source == owner for experiment in automated)
+        return spec.replace_attributes(automation_condition=automation_condition()) if in_use else spec
+    experiment = experiments.get(owner)
+    if experiment is None:  # what stands for a broken file
+        return spec
+    if experiment.automation == "on":
+        spec = spec.replace_attributes(automation_condition=automation_condition())
+    if experiment.freshness and "table" in spec.tags:
+        spec = spec.replace_attributes(freshness_policy=freshness_policy(experiment.freshness))
+    return spec
+
+
+def automation_sensor() -> dg.AutomationConditionSensorDefinition:
+    """The sensor that evaluates the conditions. It runs from the start: experiments say themselves whether they take part."""
+    return dg.AutomationConditionSensorDefinition(
+        "automation",
+        target=dg.AssetSelection.all(),
+        description="Makes what is missing or outdated, for experiments with `automation: on`.",
+        run_tags={"user": "automation"},
+        default_status=dg.DefaultSensorStatus.RUNNING,
+        minimum_interval_seconds=TICK_SECONDS,
+        emit_backfills=False,  # a backfill waits up to a minute between one step of the chain and the next
+    )
+
+
+def layers_sensor(sources: Mapping[str, SourceSettings]) -> dg.SensorDefinition:
+    """The sensor that keeps the partitions of every source in step with the layers of its experiment file.
+
+    It also ends runs whose process was killed: they would hold the GPU pool, and the automation would wait for them for ever.
+    """
+
+    @dg.sensor(
+        name="layers",
+        description="Adds the layers of the experiment files as partitions, and takes away those that left them. No data is removed.",
+        default_status=dg.DefaultSensorStatus.RUNNING,
+        minimum_interval_seconds=TICK_SECONDS,
+    )
+    def layers(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
+        end_dead_runs(context.instance)
+        requests = []
+        for source in sources.values():
+            changes = layer_changes(context.instance, source.name, source.layers)
+            requests += _partition_requests(layers_of(source.name), changes.new, changes.gone)
+            declared = dg.DynamicPartitionsDefinition(name=declared_layers_name(source.name))
+            requests += _partition_requests(declared, changes.newly_declared, changes.gone)
+        if not requests:
+            return dg.SkipReason("The partitions are those of the experiment files, and those that were added here.")
+        return dg.SensorResult(dynamic_partitions_requests=requests)
+
+    return layers
+
+
+def _partition_requests(partitions: dg.DynamicPartitionsDefinition, new: Sequence[str], gone: Sequence[str]) -> list:
+    added = [partitions.build_add_request(new)] if new else []
+    return added + ([partitions.build_delete_request(gone)] if gone else [])

@@ -1,0 +1,41 @@
+"""Experiment files that cannot be read, as nodes of the asset graph: a user who looks there sees what is missing, and why."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import dagster as dg
+
+from saeens_pipeline.errors import ConfigurationError
+from saeens_pipeline.settings.files import experiment_name
+from saeens_pipeline.storage.names import BROKEN_GROUP
+
+
+def broken_assets(broken: Mapping[Path, str]) -> list[dg.AssetsDefinition]:
+    """One asset for each file and its message, in a group of their own, whose description is the message and which fails with it.
+
+    It is called as the file is; what a key cannot hold is replaced, and files of one name are numbered.
+    """
+    taken: dict[str, int] = {}
+    assets: list[dg.AssetsDefinition] = []
+    for path, message in broken.items():
+        name = re.sub(r"[^a-z0-9_]", "_", experiment_name(path).lower())
+        taken[name] = taken.get(name, 0) + 1
+        assets.append(_broken_asset(name if taken[name] == 1 else f"{name}__{taken[name]}", path, message))
+    return assets
+
+
+def _broken_asset(name: str, path: Path, message: str) -> dg.AssetsDefinition:
+    @dg.asset(
+        name=name,
+        key_prefix=BROKEN_GROUP,
+        group_name=BROKEN_GROUP,
+        description=f"Left out: its file is wrong\n\n```\n{message}\n```\n\nMend the file and reload the code location.",
+        metadata={"file": dg.MetadataValue.path(str(path))},
+    )
+    def broken() -> None:
+        raise ConfigurationError(f"{message}\nMend the file and reload the code location")
+
+    return broken

@@ -1,0 +1,74 @@
+"""The asset check `bytes`: reads an artefact whole and compares it with its recipe.
+
+Executed on its own it reads every partition. Dagster also executes it beside a materialisation, where it reads that partition.
+"""
+
+# Without `from __future__ import annotations`: Dagster reads the annotations of ops at run time.
+from collections.abc import Iterable, Iterator, Sequence
+
+import dagster as dg
+
+from saeens_pipeline.assets.declarations import DIMENSION_NAMES, Declaration, Dimensions, Op
+from saeens_pipeline.assets.health import compare_bytes
+from saeens_pipeline.orchestration.assets import partition_of
+from saeens_pipeline.orchestration.resources import StoreResource
+from saeens_pipeline.storage.names import Partition
+from saeens_pipeline.storage.recipes import DamagedArtefactError, Store
+
+BYTES = "bytes"
+_ABOUT = "All files are those that the recipe describes. What was changed by hand is found, and made again by the next run."
+
+
+def build_byte_checks(ops: Iterable[Op]) -> list[dg.AssetChecksDefinition]:
+    """The check of every asset: one op for each owner and way of being partitioned."""
+    grouped: dict[tuple[str, Dimensions], list[Declaration]] = {}
+    for output in (output for op in ops for output in op.outputs):
+        grouped.setdefault((output.address.owner, output.dimensions), []).append(output)
+    return [_build_check(f"{owner}__{BYTES}__{dimensions}", declarations) for (owner, dimensions), declarations in grouped.items()]
+
+
+def _build_check(name: str, declarations: Sequence[Declaration]) -> dg.AssetChecksDefinition:
+    by_key = {dg.AssetKey(declaration.address.key): declaration for declaration in declarations}
+
+    # No partitions_def: the UI does not execute a partitioned check on its own.
+    @dg.multi_asset_check(name=name, specs=[dg.AssetCheckSpec(BYTES, asset=key, description=_ABOUT) for key in by_key], can_subset=True)
+    def compare(context: dg.AssetCheckExecutionContext, store: StoreResource) -> Iterator[dg.AssetCheckResult]:
+        chosen = {key.asset_key for key in context.selected_asset_check_keys}
+        partition = partition_of(context) if context.has_partition_key else None
+        for declaration in (by_key[key] for key in by_key if key in chosen):
+            yield _compare(store.store, declaration, partition)
+
+    return compare
+
+
+def _compare(store: Store, declaration: Declaration, partition: Partition | None) -> dg.AssetCheckResult:
+    """One partition or, in a run that has none, all that are on disk.
+
+    The result stands for the whole asset, so that damage which was found in another partition is told again until it is made anew.
+    """
+    on_disk = store.partitions(declaration.address, *DIMENSION_NAMES[declaration.dimensions])
+    to_read = on_disk if partition is None else [each for each in on_disk if each == declaration.narrow(partition)]
+    differences = [difference for each in to_read for difference in compare_bytes(store, declaration, each)]
+    differences += [damage for each in on_disk if each not in to_read for damage in _known_damage(store, declaration, each)]
+    description = list(differences)
+    if not to_read:
+        description.append("There is nothing to read: materialise the asset first.")
+    elif len(to_read) < len(on_disk):
+        description.append(f"Read {len(to_read)} of {len(on_disk)} partitions: execute this check on its own to read all.")
+    return dg.AssetCheckResult(
+        asset_key=dg.AssetKey(declaration.address.key),
+        check_name=BYTES,
+        passed=bool(to_read) and not differences,
+        severity=dg.AssetCheckSeverity.ERROR if differences else dg.AssetCheckSeverity.WARN,
+        description="\n".join(description) or None,
+        metadata={"partitions read": len(to_read), "partitions on disk": len(on_disk)},
+    )
+
+
+def _known_damage(store: Store, declaration: Declaration, partition: Partition) -> list[str]:
+    """What is seen without reading everything: also what an earlier comparison has found."""
+    try:
+        store.find(declaration.address, partition)
+    except DamagedArtefactError as error:
+        return [str(error)]
+    return []

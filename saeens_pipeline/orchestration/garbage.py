@@ -1,0 +1,251 @@
+"""What lies below the data root and belongs to no experiment or source any more.
+
+Nothing is judged by its name alone: an artefact is what lies where an artefact would lie and carries a recipe. All else that is not
+known is listed and never removed; so is what holds files besides those that its recipe lists. Links are not followed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from saeens_pipeline.assets.catalogue import Experiments
+from saeens_pipeline.assets.declarations import Declaration
+from saeens_pipeline.errors import ConfigurationError
+from saeens_pipeline.language_models.autointerp.answers import FOLDER as ANSWERS_FOLDER
+from saeens_pipeline.language_models.descriptions import REFERENCE_MODEL
+from saeens_pipeline.language_models.models import describe_language_model
+from saeens_pipeline.orchestration.dagster_internals import forget_partitions
+from saeens_pipeline.orchestration.instance import home_folder, layers_name, recorded_instance
+from saeens_pipeline.orchestration.ops import Ops
+from saeens_pipeline.settings.files import unread_folder
+from saeens_pipeline.storage import locks
+from saeens_pipeline.storage.checkpoints import locate_checkpoint
+from saeens_pipeline.storage.names import Address, Partition, is_above_artefacts, locate
+from saeens_pipeline.storage.recipes import (
+    Artefact,
+    DamagedArtefactError,
+    all_artefacts,
+    foreign_files,
+    read_artefact,
+    read_temporary,
+    remove_whole,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class Finding(NamedTuple):
+    """A file or folder below the data root, and why it is listed."""
+
+    path: Path
+    n_bytes: int
+    reason: str
+
+
+@dataclass
+class Inventory:
+    """Files and folders that nothing refers to any more, and those of unknown origin; both in the order of their paths."""
+
+    garbage: list[Finding] = field(default_factory=list)
+    unknown: list[Finding] = field(default_factory=list)
+    unread_folders: list[Path] = field(default_factory=list)
+    """Folders of experiment files that made artefacts here and are not read now."""
+
+    @property
+    def freed_bytes(self) -> int:
+        """What removing the garbage frees. A file with several names, as round 1 and member 1 share them, is freed with the last."""
+        names: dict[tuple[int, int], int] = {}
+        freed = 0
+        for file in (file for finding in self.garbage for file in _files(finding.path)):
+            status = file.lstat()
+            node = (status.st_dev, status.st_ino)
+            names[node] = names.get(node, 0) + 1
+            freed += status.st_size if names[node] == status.st_nlink else 0
+        return freed
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What experiments and sources refer to: artefacts by address, ops by name with the first thing that each makes, layers of sources."""
+
+    artefacts: Mapping[Address, Declaration]
+    ops: Mapping[str, Declaration]
+    layers: Mapping[str, frozenset[int]]
+
+    def objection(self, address: Address, partition: Partition) -> str:
+        """Why nothing refers to an artefact; empty if something does."""
+        if address in self.artefacts:
+            return self._objection_to_partition(self.artefacts[address], partition)
+        owners = {each.owner for each in self.artefacts if (each.kind == "source") == (address.kind == "source")}
+        if address.owner in owners:
+            return f"{address} is not declared any more"
+        return f"there is no {'source' if address.kind == 'source' else 'experiment'} {address.owner} any more"
+
+    def objection_to_checkpoint(self, op_name: str, partition: Partition) -> str:
+        """Why no training goes on from a checkpoint; empty if one does."""
+        if op_name in self.ops:
+            return self._objection_to_partition(self.ops[op_name], partition)
+        return f"nothing is trained under the name {op_name} any more"
+
+    def _objection_to_partition(self, declaration: Declaration, partition: Partition) -> str:
+        if declaration.narrow(partition) != partition:
+            return f"{declaration.address} has no such partitions any more"
+        if partition.layer is not None and partition.layer not in self.layers[declaration.source]:
+            return f"layer {partition.layer} is neither in the file of source {declaration.source} nor registered"
+        if partition.seed is not None and partition.seed not in declaration.seeds:
+            return f"seed {partition.seed} is not declared any more"
+        return ""
+
+
+def declared(catalogue: Ops) -> Declared:
+    """Return everything that the experiments declare, with the layers of their files and those that were added in the instance."""
+    with recorded_instance() as instance:
+        added = {name: instance.get_dynamic_partitions(layers_name(name)) if instance else [] for name in catalogue.sources}
+    layers = {
+        name: frozenset([*source.layers, *(int(layer) for layer in added[name] if layer.isdecimal())])
+        for name, source in catalogue.sources.items()
+    }
+    ops = catalogue.all_ops()
+    return Declared({output.address: output for op in ops for output in op.outputs}, {op.name: op.outputs[0] for op in ops}, layers)
+
+
+def find_garbage(root: Path, references: Declared, given_up: Sequence[Path] = ()) -> Inventory:
+    """Look through the data root. Changes nothing.
+
+    An artefact whose record names an experiment file of a folder that is not read now is kept, unless the folder is `given_up`.
+    Raises ConfigurationError for a folder that is given up and either read or named by no record.
+    """
+    root = root.resolve()
+    given_up = [folder.expanduser().resolve() for folder in given_up]
+    recorded = (each.artefact.provenance.get("experiment_file", "") for each in all_artefacts(root) if isinstance(each.artefact, Artefact))
+    unread = {folder for file in set(recorded) if (folder := unread_folder(file))}
+    for folder in given_up:
+        if folder not in unread:
+            known = ", ".join(map(str, sorted(unread))) or "none"
+            raise ConfigurationError(
+                f"--forget-folder {folder}: nothing here was made from files of this folder, or it is read now; there are: {known}"
+            )
+    inventory = Inventory(unread_folders=sorted(unread.difference(given_up)))
+    own = (root / "dagster", root / locks.FOLDER, root / ANSWERS_FOLDER)  # answers are paid for, whoever asked
+    others = (*own, home_folder().resolve(), describe_language_model(REFERENCE_MODEL).path.resolve())
+    for path in _entries(root):
+        if path not in others and path.resolve() not in others:
+            _look_at(path, root, references, inventory)
+    return inventory
+
+
+def by_folder(findings: Sequence[Finding], root: Path) -> list[Finding]:
+    """The same, shorter: folders below `root` in place of all that they hold where that is listed for one reason."""
+    root, shown = root.resolve(), {finding.path: finding for finding in findings}
+    pending = [path.parent for path in shown]
+    while pending:
+        folder = pending.pop()
+        held = [shown.get(entry) for entry in folder.iterdir()]
+        reasons = {finding.reason if finding else None for finding in held}
+        if folder not in shown and root not in (folder, folder.parent) and len(reasons) == 1 and None not in reasons:
+            of_folder = [shown.pop(finding.path) for finding in held if finding]
+            shown[folder] = Finding(folder, sum(finding.n_bytes for finding in of_folder), of_folder[0].reason)
+            pending.append(folder.parent)
+    return sorted(shown.values(), key=lambda finding: [_natural(part) for part in finding.path.parts])
+
+
+def remove_garbage(catalogue: Experiments, inventory: Inventory, root: Path) -> None:
+    """Remove the garbage, and the folders that are empty then.
+
+    Raises ConfigurationError, and removes nothing, if an experiment file is broken: its artefacts look like garbage.
+    """
+    if catalogue.broken:
+        broken = "\n".join(catalogue.broken.values())
+        raise ConfigurationError(f"{broken}\nnothing is removed: what belongs to a file that cannot be read looks unused; mend it first")
+    _forget(inventory.garbage, root.resolve())  # first: once removed, nothing would tell what an interruption left to forget
+    for finding in inventory.garbage:
+        remove_whole(finding.path)
+        with contextlib.suppress(OSError):  # until a folder holds something else
+            for folder in finding.path.relative_to(root.resolve()).parents[:-1]:
+                (root / folder).rmdir()
+
+
+def _forget(findings: Sequence[Finding], root: Path) -> None:
+    """Let Dagster count the artefacts among these as not made, or the automation would not make them if they were declared again."""
+    partitions: dict[Address, list[str]] = {}
+    for finding in findings:
+        if found := locate(PurePosixPath(finding.path.relative_to(root).as_posix())):
+            address, partition = found
+            keys = partitions.setdefault(address, [])
+            if partition != Partition():
+                keys.append("|".join(str(value) for value in partition if value is not None))  # as Dagster writes it
+    try:
+        with recorded_instance() as instance:
+            if instance:
+                for address, keys in partitions.items():
+                    forget_partitions(instance, address.key, keys)
+    except Exception as error:  # whatever a storage raises, it is not about the files
+        logger.warning("Dagster goes on showing what is removed as made: %s", error)
+
+
+def _look_at(path: Path, root: Path, references: Declared, inventory: Inventory) -> None:
+    relative = PurePosixPath(path.relative_to(root).as_posix())
+    if path.is_symlink():
+        inventory.unknown.append(Finding(path, 0, "a link: it is not followed"))
+    elif path.is_dir() and is_above_artefacts(relative):
+        for entry in _entries(path):
+            _look_at(entry, root, references, inventory)
+    elif is_above_artefacts(relative.parent) and (temporary := read_temporary(path)):
+        final = locate(relative.with_name(temporary.final.name))
+        is_awaited = temporary.is_needed and final is not None and not references.objection(*final)
+        if not temporary.in_use and not is_awaited:
+            inventory.garbage.append(Finding(path, _size(path), "left behind by a process that was killed"))
+    elif checkpoint := locate_checkpoint(relative):
+        if objection := references.objection_to_checkpoint(*checkpoint):
+            doubt = "it may be one of a folder that is not read now" if inventory.unread_folders else ""
+            findings, reason = (inventory.unknown, f"{objection}, but {doubt}") if doubt else (inventory.garbage, objection)
+            findings.append(Finding(path, _size(path), reason))
+    elif found := locate(relative):
+        if objection := references.objection(*found):
+            doubt = _doubt(path, inventory.unread_folders)
+            findings, reason = (inventory.unknown, f"{objection}, but {doubt}") if doubt else (inventory.garbage, objection)
+            findings.append(Finding(path, _size(path), reason))
+    else:
+        inventory.unknown.append(Finding(path, _size(path), "not made by saeens"))
+
+
+def _doubt(path: Path, unread: Sequence[Path]) -> str:
+    """Return why something at an artefact's place may not be garbage; empty if it is."""
+    try:
+        artefact = read_artefact(path)
+    except DamagedArtefactError:
+        return "it carries no recipe that can be read"
+    if foreign := foreign_files(artefact):
+        return f"it holds {', '.join(foreign[:3])}, which saeens did not write"
+    file = artefact.provenance.get("experiment_file")
+    if file is None:
+        return "its record names no experiment file: it was made by an earlier version"
+    return f"it was made from {file}, whose folder is not read now" if unread_folder(file) in unread else ""
+
+
+def _entries(folder: Path) -> Sequence[Path]:
+    return sorted(folder.iterdir(), key=lambda path: _natural(path.name)) if folder.is_dir() else []
+
+
+def _natural(name: str) -> tuple[str, int]:
+    """`layer=10` comes after `layer=2`."""
+    stem = name.rstrip("0123456789")
+    return stem, int(name.removeprefix(stem) or -1)
+
+
+def _files(path: Path) -> Iterator[Path]:
+    if path.is_symlink() or not path.is_dir():
+        yield path
+        return
+    for folder, _, names in os.walk(path):
+        yield from (Path(folder) / name for name in names)
+
+
+def _size(path: Path) -> int:
+    return sum(file.lstat().st_size for file in _files(path))

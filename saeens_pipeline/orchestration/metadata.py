@@ -1,0 +1,239 @@
+"""What the Dagster UI shows of an artefact: a summary first, then a picture, then where it lies and how it was made."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+from urllib.parse import quote
+
+import dagster as dg
+import polars as pl
+
+from saeens_pipeline.assets.declarations import Declaration, Reference
+from saeens_pipeline.assets.tables import SUBJECT, TABLES, Markdown, Table
+from saeens_pipeline.assets.tables.cost import with_totals
+from saeens_pipeline.assets.tables.pareto import PARETO, PICTURE_FILE, TABLE_FILE
+from saeens_pipeline.storage.names import CURVE_FILE, Partition
+from saeens_pipeline.storage.recipes import Artefact, read_artefact
+from saeens_pipeline.storage.tables import Column, read_part
+
+_DAGSTER_TYPES = {"str": "string", "int": "int", "float": "float"}
+_INLINE_CHARACTERS = 1000  # longer Markdown hides behind a link in the UI
+
+
+def static_metadata(declaration: Declaration) -> dict[str, Any]:
+    """What is known before anything is made: a table's columns."""
+    if declaration.address.name not in TABLES:
+        return {}
+    columns = [
+        dg.TableColumn(c.name, _DAGSTER_TYPES[c.type], description=c.description) for c in TABLES[declaration.address.name].all_columns
+    ]
+    return {"dagster/column_schema": dg.TableSchema(columns=columns)}
+
+
+def describe_artefact(declaration: Declaration, partition: Partition, artefact: Artefact, *, is_hit: bool) -> dict[str, Any]:
+    """Metadata of one materialisation, in the order in which the UI shows it."""
+    made = artefact.provenance
+    summary: dict[str, Any] = {}
+    if declaration.builder == "sae":
+        summary = _sae_summary(artefact)
+    elif declaration.address.is_table:
+        summary = _table_summary(declaration, artefact) | _links(declaration, partition)
+        summary["dagster/column_lineage"] = column_lineage(declaration)
+    elif declaration.builder == "ensemble":
+        summary = _ensemble_summary(declaration, artefact) | _links(declaration, partition)
+    elif declaration.builder == PARETO:
+        summary = _pareto_summary(artefact)
+    elif declaration.address.kind == "report":
+        summary = _report_summary(artefact)
+    elif "statistics" in made:
+        summary = _statistics_summary(made["statistics"])
+    seconds = made.get("train_seconds", made.get("seconds"))
+    size = sum(n_bytes for n_bytes, _ in artefact.files.values())
+    general = {
+        "duration [s]": None if seconds is None else round(seconds, 2),
+        "peak memory [MB]": round(made["peak_memory_bytes"] / 1e6) if made.get("peak_memory_bytes") else None,
+        "device": made["device"],
+        "size [MB]": round(size / 1e6, 2) if not declaration.address.is_table else None,
+        "same as": made.get("same_as"),
+        "cache_hit": is_hit,
+        "path": dg.MetadataValue.path(str(artefact.path)),
+        "recipe": dg.MetadataValue.json(artefact.recipe),
+        "versions": dg.MetadataValue.json(made["versions"]),
+    }
+    return {name: value for name, value in (summary | general).items() if value is not None}
+
+
+def _sae_summary(artefact: Artefact) -> dict[str, Any]:
+    made = artefact.provenance
+    last = made["last_step"]
+    curve = pl.read_parquet(artefact.path / CURVE_FILE)
+    seconds = made["train_seconds"]
+    return {
+        "explained variance": round(last["explained_variance"], 4),
+        "L0 [features per token]": round(last["l0"], 2),
+        "dead features": f"{last['dead_features']:.1%}",
+        "measured on": "the last training batch; held-out figures are in eval/members",
+        "curve": picture({"": curve["explained_variance"].to_list()}, "explained variance by training tokens"),
+        "train tokens": made["train_tokens"],
+        "went on from a checkpoint at [tokens]": ", ".join(f"{tokens:,}" for tokens in made.get("resumed_at_tokens", ())) or None,
+        "tokens/s": round(made["train_tokens"] / seconds) if seconds else None,
+        "train FLOPs": f"{made['train_flops']:.3g}",
+        "energy [J]": round(made["energy_joules"], 1) if made.get("energy_joules") else None,
+        "out of memory with": "; ".join(made.get("out_of_memory_with", ())) or None,
+        "micro-batch [tokens]": made.get("micro_batch_tokens"),
+    }
+
+
+def _ensemble_summary(declaration: Declaration, artefact: Artefact) -> dict[str, Any]:
+    """An ensemble's SAEs lie beside it: features and L0 of the whole dictionary are the sums of theirs."""
+    saes = [read_artefact(artefact.path / path) for path in json.loads((artefact.path / "ensemble.json").read_text())["members"]]
+    widths = [json.loads((sae.path / "cfg.json").read_text())["d_sae"] for sae in saes]
+    return {
+        "SAEs (J)": len(saes),
+        "features": sum(widths),
+        "L0 [features per token]": round(sum(sae.provenance["last_step"]["l0"] for sae in saes), 2),
+        "measured on": f"the last training batches; held-out figures are in {declaration.address.owner}/eval/reconstruction",
+    }
+
+
+def _report_summary(artefact: Artefact) -> dict[str, Any]:
+
+    from saeens_pipeline.report.pages import INDEX, PICTURES
+    from saeens_pipeline.report.pictures import as_markdown
+
+    pictures = {path.stem.replace("_", " "): path for path in sorted((artefact.path / PICTURES).glob("*.png"))}
+    return {
+        "open in a browser": dg.MetadataValue.path(str(artefact.path / INDEX)),
+        **{title: dg.MetadataValue.md(as_markdown(path.read_bytes(), title)) for title, path in pictures.items()},
+    }
+
+
+def _links(declaration: Declaration, partition: Partition) -> dict[str, Any]:
+    """Links to the SAEs that a table or an ensemble is about, under the name of what they belong to."""
+    links: dict[str, Any] = {}
+    for label, saes in _saes_below(declaration):
+        of_each = [f"[{each.address.name}]({_page(each, each.narrow(partition))})" for each in saes]
+        links[label] = dg.MetadataValue.md(" ".join(of_each))
+    return links
+
+
+def _saes_below(declaration: Declaration) -> Iterator[tuple[str, list[Declaration]]]:
+    """Label and SAEs: an ensemble's own, or those of every ensemble below a table, and then its single SAEs."""
+    below = [each.artefact for each in declaration.inputs if isinstance(each.artefact, Declaration)]
+    single = [each for each in below if each.builder == "sae"]
+    if single:
+        yield ("its SAEs" if declaration.builder == "ensemble" else "baselines"), single
+    for each in below:
+        if each.builder == "ensemble":
+            yield f"SAEs of {each.address.name}", [sae for _, saes in _saes_below(each) for sae in saes]
+
+
+def _page(asset: Reference, partition: Partition) -> str:
+    """The asset's page in the UI, at a partition where one is known whole."""
+    chosen = [str(value) for value in partition if value is not None]
+    whole = len(chosen) == {"none": 0, "layer": 1, "layer_and_seed": 2}[asset.dimensions]
+    query = f"?view=partitions&partition={quote('|'.join(chosen))}" if chosen and whole else ""
+    return f"/assets/{'/'.join(asset.address.key)}{query}"
+
+
+def column_lineage(declaration: Declaration) -> dg.TableColumnLineage:
+    """Return the upstream assets that each column of a table is computed from, and what is read of them.
+
+    Of an SAE that is its `weights`, `data_version`, or the records of its training; of activations their test split; of a table its
+    column of that name.
+    """
+    table = TABLES[declaration.address.name]
+    deps: dict[str, list[dg.TableColumnDep]] = {}
+    for column in table.all_columns:
+        for upstream in (each.artefact for each in declaration.inputs if each.in_graph):
+            part = _part_read(upstream, table, column)
+            if part:
+                deps.setdefault(column.name, []).append(dg.TableColumnDep(dg.AssetKey(upstream.address.key), part))
+    return dg.TableColumnLineage(deps)
+
+
+def _part_read(upstream: Reference, table: Table, column: Column) -> str | None:
+    """Return what of an upstream asset a column is computed from; None for an asset that has no share in it."""
+    address, name = upstream.address, column.name.removeprefix("control_")
+    if address.is_table:
+        names = column.from_columns or (name,)
+        return next((c.name for c in TABLES[address.name].all_columns if c.name in names), None)
+    if column.from_columns:
+        return None
+    is_description = not table.over_experiments and name in {each.name for each in SUBJECT}
+    if address.kind == "source":
+        if is_description:
+            return "language_model" if address.name == "activations" and name == "language_model" else None
+        parts = table.source_parts.get(address.name, {})
+        return parts.get(name, parts.get("*"))
+    if is_description:
+        return "data_version" if name == "sae_data_versions" else None
+    return table.sae_part
+
+
+def _table_summary(declaration: Declaration, artefact: Artefact) -> dict[str, Any]:
+    registered = TABLES[declaration.address.name]
+    if registered.is_large:
+        return {"dagster/row_count": pl.scan_parquet(artefact.path, hive_partitioning=False).select(pl.len()).collect().item()}
+    from saeens_pipeline.report.pictures import as_markdown, table_picture
+
+    table = with_totals(read_part(artefact.path))
+    summary: dict[str, Any] = {"dagster/row_count": len(table)}
+    for name, value in registered.summary(table, artefact).items():
+        summary[name] = dg.MetadataValue.md(value) if isinstance(value, Markdown) else value
+    shown = registered.headlines[0].column if registered.headlines else None
+    if shown and table[shown].null_count() < len(table):
+        by_method = table.group_by("method", "n_members", maintain_order=True).agg(pl.col(shown).mean())
+        largest = by_method.group_by("method", maintain_order=True).agg(pl.all().sort_by("n_members").last())
+        rows = "\n".join(f"| {row['method']} | {row['n_members']} | {row[shown]:.4g} |" for row in largest.iter_rows(named=True))
+        summary["summary"] = dg.MetadataValue.md(f"| method | members | {shown.replace('_', ' ')} |\n|---|---|---|\n{rows}")
+        curves: dict[str, Sequence[float]] = {
+            m: by_method.filter(pl.col("method") == m).sort("n_members")[shown].to_list() for m in ("bagging", "boosting")
+        }
+        if all(len(values) > 1 for values in curves.values()):
+            summary[f"{shown.replace('_', ' ')} by number of members"] = picture(curves, "members")
+    png = table_picture(registered.name, table)
+    if png:
+        summary["plot"] = dg.MetadataValue.md(as_markdown(png, registered.name.replace("_", " ")))
+    return summary
+
+
+def _pareto_summary(artefact: Artefact) -> dict[str, Any]:
+    """The picture, whatever its size: the UI shows it on a click."""
+    missing = artefact.provenance["not_evaluated"]
+    drawn = base64.b64encode((artefact.path / PICTURE_FILE).read_bytes()).decode()
+    return {
+        "dagster/row_count": len(pl.read_parquet(artefact.path / TABLE_FILE)),
+        "not evaluated yet": ", ".join(missing) or None,
+        "picture": dg.MetadataValue.md(f"![explained variance by L0 and by bits](data:image/png;base64,{drawn})"),
+    }
+
+
+def _statistics_summary(statistics: dict[str, Any]) -> dict[str, Any]:
+    rows = {f"{split} rows": values["rows"] for split, values in statistics.items()}
+    norms = {f"mean norm ({split})": round(values["mean_norm"], 4) for split, values in statistics.items() if "mean_norm" in values}
+    documents = {f"{split} documents": values["documents"] for split, values in statistics.items() if "documents" in values}
+    return rows | documents | norms
+
+
+def picture(curves: dict[str, Sequence[float]], x_label: str, width: int = 300, height: int = 90) -> dg.MarkdownMetadataValue:
+    """Line plot as an SVG small enough for the UI to show in place; long curves are thinned."""
+    low, high = min(min(c) for c in curves.values()), max(max(c) for c in curves.values())
+    for n_points in (40, 24, 16, 10):
+        drawn = ""
+        for (name, curve), colour in zip(curves.items(), ("%230072b2", "%23d55e00"), strict=False):
+            chosen = [round(i * (len(curve) - 1) / (n_points - 1)) for i in range(n_points)] if len(curve) > n_points else range(len(curve))
+            ys = [height - 16 - (curve[i] - low) / (high - low or 1) * (height - 28) for i in chosen]
+            xs = [4 + i * (width - 94) / max(1, len(curve) - 1) for i in chosen]
+            points = " ".join(f"{x:.0f},{y:.0f}" for x, y in zip(xs, ys, strict=True))
+            drawn += f"<polyline points='{points}' fill='none' stroke='{colour}'/>"
+            drawn += f"<text x='{width - 86}' y='{ys[-1] + 4:.0f}'>{curve[-1]:.3g} {name}</text>"
+        drawn += f"<text x='4' y='{height - 3}'>{x_label}</text>"
+        svg = f"<svg xmlns='http://www.w3.org/2000/svg' width='{width}' height='{height}' font-size='10' fill='gray'>{drawn}</svg>"
+        markdown = f"![curve](data:image/svg+xml,{quote(svg, safe='/:=,%-.')})".replace("%2523", "%23")
+        if len(markdown) < _INLINE_CHARACTERS:
+            break
+    return dg.MetadataValue.md(markdown)

@@ -1,0 +1,41 @@
+"""Dagster resources: the store of artefacts, and the device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import dagster as dg
+
+from saeens_pipeline.assets.compute import Compute
+from saeens_pipeline.storage.recipes import Store
+from saeens_pipeline.storage.root import data_root
+
+
+class StoreResource(dg.ConfigurableResource):
+    """The store below `root`; where that is empty, below SAEENS_DATA, or `data`."""
+
+    root: str = ""
+
+    @property
+    def store(self) -> Store:
+        """The store itself."""
+        return Store(Path(self.root) if self.root else data_root())
+
+
+class ComputeResource(dg.ConfigurableResource):
+    """The device that trains and evaluates; fields as in `Compute`."""
+
+    device: str = "auto"
+    precision: str = "float32"
+    memory_gb: float = 0.0
+    threads: int = 0
+
+    @classmethod
+    def from_environment(cls) -> ComputeResource:
+        """Return the resource that the environment describes. Raises ConfigurationError as `Compute.from_environment`."""
+        return cls(**vars(Compute.from_environment()))
+
+    @property
+    def compute(self) -> Compute:
+        """The device itself."""
+        return Compute(self.device, self.precision, self.memory_gb, self.threads)

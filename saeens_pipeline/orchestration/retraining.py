@@ -1,0 +1,136 @@
+"""Retraining: a schedule or a job marks an experiment, and a sensor requests its stages, one after another, until nothing is wanted.
+
+Marks are dynamic partitions of the instance. Stages differ in their partitions and each needs the artefacts of the one before, and the
+requests of one tick do not wait for each other: so one stage is requested at a time.
+"""
+
+# Without `from __future__ import annotations`: Dagster reads the annotations of sensors and ops at run time.
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+import dagster as dg
+
+from saeens_pipeline.assets.declarations import Declaration
+from saeens_pipeline.assets.staleness import Stage, Status, plan
+from saeens_pipeline.orchestration.assets import partition_key
+from saeens_pipeline.orchestration.instance import declare_layers
+from saeens_pipeline.orchestration.layers import layers_of_source
+from saeens_pipeline.orchestration.ops import Ops
+from saeens_pipeline.settings import ExperimentSettings
+from saeens_pipeline.storage.recipes import Store
+from saeens_pipeline.storage.root import data_root
+
+TICK_SECONDS = 15
+WHY_TAG = "saeens/why"
+_MARK_TAG = "saeens/retraining"
+_MOST_TAG_CHARACTERS = 63
+
+
+def marks_name(experiment: str) -> str:
+    """Return the name of the dynamic partitions that hold the marks of an experiment."""
+    return f"{experiment}/retraining"  # no experiment can have this name
+
+
+def retraining_schedule(ops: Ops, experiment: ExperimentSettings) -> dg.ScheduleDefinition:
+    """Return a schedule whose job marks an experiment, unless all of it is fresh. The sensor requests the runs."""
+    name = f"{experiment.name}_retraining"
+
+    @dg.op(name=f"{name}__mark", description="Marks the experiment; the sensor `retraining` requests its runs.")
+    def mark(context: dg.OpExecutionContext) -> None:
+        context.instance.add_dynamic_partitions(marks_name(experiment.name), [datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%S")])
+        context.log.info("marked: the sensor `retraining` requests a run for each stage that is missing or stale")
+
+    @dg.job(
+        name=name,
+        description=f"Marks {experiment.name} for retraining: missing and stale artefacts are made, a run for each stage.",
+        executor_def=dg.in_process_executor,
+    )
+    def retraining() -> None:
+        mark()
+
+    @dg.schedule(
+        name=f"{name}_schedule",
+        job=retraining,
+        cron_schedule=experiment.schedule,
+        description=f"Retrains what changed for {experiment.name}: settings, code versions, the language model's revision, the corpus.",
+        default_status=dg.DefaultScheduleStatus.STOPPED,
+    )
+    def schedule(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
+        if next_request(ops, experiment, context.instance, mark="") is None:
+            return dg.SkipReason("All artefacts are fresh: there is nothing to retrain.")
+        return dg.RunRequest(tags={"user": name})
+
+    return schedule
+
+
+def retraining_sensor(ops: Ops) -> dg.SensorDefinition:
+    """Return the sensor that requests the stages of marked experiments."""
+
+    @dg.sensor(
+        name="retraining",
+        description="Requests a run for each missing or stale stage of experiments that a retraining job has marked.",
+        asset_selection=dg.AssetSelection.all(),
+        default_status=dg.DefaultSensorStatus.RUNNING,
+        minimum_interval_seconds=TICK_SECONDS,
+    )
+    def retraining(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
+        requests: list[dg.RunRequest] = []
+        finished: list[dg.DeleteDynamicPartitionsRequest] = []
+        for experiment in ops.experiments.values():
+            marks = context.instance.get_dynamic_partitions(marks_name(experiment.name))
+            if not marks:
+                continue
+            request = next_request(ops, experiment, context.instance, marks[-1])
+            if request is None:
+                finished.append(dg.DynamicPartitionsDefinition(name=marks_name(experiment.name)).build_delete_request(marks))
+            elif request.run_key and not _run_of(context.instance, request.run_key):
+                requests.append(request)
+        if not requests and not finished:
+            return dg.SkipReason("No experiment is marked, or the run of the next stage is not over.")
+        return dg.SensorResult(run_requests=requests, dynamic_partitions_requests=finished)
+
+    return retraining
+
+
+def next_request(ops: Ops, experiment: ExperimentSettings, instance: dg.DagsterInstance, mark: str) -> dg.RunRequest | None:
+    """Return the request of the first stage that is not made; None if nothing is wanted any more, or a stage has failed.
+
+    Where `freshness` watches the tables, fresh ones are requested too: a cache hit confirms them.
+    """
+    source = ops.sources[experiment.source]
+    declare_layers(instance, experiment.source, source.layers)
+    layers = layers_of_source(source, instance).layers
+    stages = plan(Store(data_root()), ops.ops(experiment), layers, experiment.ensemble.seeds)
+    for number, stage in enumerate(stages):
+        wanted = _wanted(stage, experiment)
+        key = f"{experiment.name}:{mark}:{number}:{stage.partition}"
+        run = _run_of(instance, key)
+        if run and run.is_failure:
+            return None
+        if wanted and not (run and run.is_success):
+            return _request(experiment, stage.partition, wanted, key, mark)
+    return None
+
+
+def _wanted(stage: Stage, experiment: ExperimentSettings) -> list[Status]:
+    watched = "eval" if experiment.freshness else None
+    return [status for status in stage.statuses if status.state != "fresh" or status.declaration.address.kind == watched]
+
+
+def _request(experiment: ExperimentSettings, partition: object, wanted: Sequence[Status], key: str, mark: str) -> dg.RunRequest:
+    first: Declaration = wanted[0].declaration
+    reasons = [status.reason or status.state for status in wanted if status.state != "fresh"] or ["confirmed by a cache hit"]
+    return dg.RunRequest(
+        run_key=key,
+        partition_key=partition_key(first, wanted[0].partition),
+        asset_selection=[dg.AssetKey(status.declaration.address.key) for status in wanted],
+        tags={
+            "user": f"{experiment.name}_retraining",
+            _MARK_TAG: mark,
+            WHY_TAG: reasons[0][:_MOST_TAG_CHARACTERS],
+        },
+    )
+
+
+def _run_of(instance: dg.DagsterInstance, key: str) -> dg.DagsterRun | None:
+    return next(iter(instance.get_runs(dg.RunsFilter(tags={"dagster/run_key": key}), limit=1)), None)

@@ -1,0 +1,383 @@
+"""Materialise an experiment from the command line: check, and run stage by stage through Dagster."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from dagster import AssetKey, DagsterExecutionInterruptedError, DagsterInstance
+from rich.console import Console
+
+from saeens_pipeline import progress
+from saeens_pipeline.assets.compute import Compute
+from saeens_pipeline.assets.declarations import Declaration
+from saeens_pipeline.assets.kernels import compiled_meanwhile
+from saeens_pipeline.assets.saes import validate_targets
+from saeens_pipeline.assets.sources import SourceFacts, measures_loss, validate_corpus, validate_source
+from saeens_pipeline.assets.staleness import Stage, Status, plan
+from saeens_pipeline.assets.tables import evaluations_of
+from saeens_pipeline.errors import ConfigurationError, SaeensError
+from saeens_pipeline.language_models.descriptions import HOOKS, LanguageModelDescription
+from saeens_pipeline.language_models.models import validate_modules
+from saeens_pipeline.orchestration import log_lines
+from saeens_pipeline.orchestration.assets import partition_key
+from saeens_pipeline.orchestration.catalogue import Catalogue
+from saeens_pipeline.orchestration.instance import (
+    command_line_instance,
+    declare_layers,
+    end_dead_runs,
+    process_tag,
+    recorded_instance,
+    register_layers,
+)
+from saeens_pipeline.orchestration.layers import recorded_layers
+from saeens_pipeline.orchestration.requested_layers import LAYERS_TAG
+from saeens_pipeline.report.asset import REPORT
+from saeens_pipeline.settings import ExperimentSettings, SourceSettings
+from saeens_pipeline.storage.names import Partition
+from saeens_pipeline.storage.recipes import Store
+from saeens_pipeline.storage.root import data_root
+from saeens_pipeline.storage.tables import has_table, layers_with_tables
+
+INDEX = "index.html"
+
+
+class Beside(NamedTuple):
+    """The same experiment on a language model with other weights: the control, or the experiment that it controls."""
+
+    name: str
+    language_model: str
+    statuses: Sequence[Status]
+
+
+class Outcome(NamedTuple):
+    """An experiment after a run."""
+
+    experiment: ExperimentSettings
+    statuses: Sequence[Status]
+    beside: Beside | None
+    reports: Sequence[Path]
+    """Pages of the reports that are fresh."""
+    renewed: Sequence[Path]
+    """Reports of other experiments that show this one as their control, made again."""
+    seconds: float
+
+
+def reporter_for(console: Console) -> progress.Reporter:
+    """Return bars for a terminal, plain lines elsewhere."""
+    if console.is_terminal:
+        return progress.BarReporter(console)
+    return progress.LineReporter(partial(print_line, console))
+
+
+def print_line(console: Console, line: str) -> None:
+    """Print text as it is: without markup, colours and line breaks."""
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def experiment_status(catalogue: Catalogue, name: str) -> list[Status]:
+    """Return the state of every artefact of an experiment, in the order in which they are made."""
+    experiment = catalogue.experiment(name)
+    layers = recorded_layers(catalogue.sources[experiment.source]).layers
+    stages = plan(Store(data_root()), catalogue.ops(experiment), layers, experiment.ensemble.seeds)
+    return [status for stage in stages for status in stage.statuses]
+
+
+def run_experiment(
+    catalogue: Catalogue, name: str, *, layers: Sequence[int], seeds: Sequence[int], select: Sequence[str], console: Console
+) -> Outcome:
+    """Make missing and stale artefacts, stage by stage, and show progress."""
+    began = time.monotonic()
+    with recorded_instance() as instance:
+        if instance:
+            end_dead_runs(instance)
+    experiment = catalogue.experiment(name)
+    source = catalogue.sources[experiment.source]
+    if layers:
+        layers = sorted(set(layers))
+    else:
+        layers, impossible = recorded_layers(source)
+        if impossible:
+            console.print(f"left out, since the language model lacks them: layers {', '.join(impossible)}; remove them in the UI")
+    facts = _check(experiment, source, layers, seeds)
+    store = Store(data_root())
+    store.require_writable()
+
+    ops = catalogue.ops(experiment)
+    stages = plan(store, ops, layers, experiment.ensemble.seeds)
+    chosen = _restricted(stages, seeds, select, console)
+    n_wanted = sum(len(stage) for _, stage in chosen)
+    n_fresh = sum(status.state == "fresh" for stage in stages for status in stage.statuses)
+    n_others = sum(len(stage.statuses) for stage in stages) - n_fresh - n_wanted
+    others = f", {n_others} were not asked for" if n_others else ""
+    if not n_wanted:
+        print_line(console, f"{name}: nothing to do: {n_fresh} artefacts are fresh (cache hits){others}; no training")
+    else:
+        wanted = [declaration for _, declarations in chosen for declaration in declarations]
+        _check_inputs(experiment, source, layers, facts, wanted=wanted, console=console)
+        print_line(console, f"{name}: {n_wanted} artefacts to make, {n_fresh} are fresh (cache hits){others}")
+        damaged = [s for stage, declarations in chosen for s in stage.statuses if s.state == "damaged" and s.declaration in declarations]
+        for status in damaged:
+            print_line(console, status.reason)
+        with _compiling(store, wanted), _shown(console):
+            _execute(catalogue, {experiment.source: layers}, [(stage, declarations) for stage, declarations in chosen if declarations])
+    after = plan(store, ops, layers, experiment.ensemble.seeds)
+    asked = [s for stage in after for s in stage.statuses if not seeds or s.partition.seed is None or s.partition.seed in seeds]
+    reports = [store.path(*s.where) / INDEX for s in asked if s.declaration.address.kind == REPORT and s.state == "fresh"]
+    renewed = _renew_reports_beside(catalogue, store, name, layers) if n_wanted else []
+    if reports or renewed:
+        _renew_leaderboard_page(catalogue, store)
+    return Outcome(experiment, asked, _beside(catalogue, store, name, layers), reports, renewed, time.monotonic() - began)
+
+
+def make_reports(catalogue: Catalogue, name: str | None, layers: Sequence[int]) -> list[Path]:
+    """Materialise the reports of an experiment and the page over all experiments; return the pages to open.
+
+    A report whose tables are not all there says what is missing. Without `layers`, of every layer that has a table; without a name,
+    only the page over all experiments. Raises SaeensError where there is no table.
+    """
+    store = Store(data_root())
+    pages: list[Path] = []
+    if name:
+        experiment = catalogue.experiment(name)
+        (report,) = _reports_of(catalogue, name)
+        chosen = [(Stage(Partition(layer), ()), [report]) for layer in _layers_with_tables(catalogue, store, experiment, layers)]
+        _execute(catalogue, {experiment.source: [stage.partition.layer for stage, _ in chosen]}, chosen)
+        pages = [store.path(report.address, stage.partition) / INDEX for stage, _ in chosen]
+    return [*pages, _renew_leaderboard_page(catalogue, store)]
+
+
+def make_leaderboard(catalogue: Catalogue) -> Declaration:
+    """Materialise the leaderboard and return its declaration."""
+    (leaderboard,) = catalogue.leaderboard().outputs
+    _execute(catalogue, {}, [(Stage(Partition(), ()), [leaderboard])])
+    return leaderboard
+
+
+def _beside(catalogue: Catalogue, store: Store, name: str, layers: Sequence[int]) -> Beside | None:
+    """Return the same experiment on the trained, or the untrained, language model, if there is one."""
+    other = catalogue.counterpart(name)
+    if other is None:
+        return None
+    experiment = catalogue.experiments[other]
+    stages = plan(store, catalogue.ops(experiment), layers, experiment.ensemble.seeds)
+    return Beside(other, catalogue.sources[experiment.source].weights, [status for stage in stages for status in stage.statuses])
+
+
+def _renew_leaderboard_page(catalogue: Catalogue, store: Store) -> Path:
+    """Materialise the page over all experiments: a cache hit unless tables have changed."""
+    (page,) = catalogue.leaderboard_page().outputs
+    if not store.hit(page.address, Partition(), page.recipe(store, Partition())):
+        _execute(catalogue, {}, [(Stage(Partition(), ()), [page])])
+    return store.path(page.address, Partition()) / INDEX
+
+
+def _renew_reports_beside(catalogue: Catalogue, store: Store, control: str, layers: Sequence[int]) -> list[Path]:
+    """Make the reports that show this control again, where they are on disk and stale; return their pages."""
+    pages: list[Path] = []
+    for name in (name for name, each in catalogue.controls.items() if each == control):
+        (report,) = _reports_of(catalogue, name)
+        stale = [
+            Partition(layer)
+            for layer in layers
+            if (store.path(report.address, Partition(layer)) / INDEX).exists()
+            and not store.hit(report.address, Partition(layer), report.recipe(store, Partition(layer)))
+        ]
+        source = catalogue.experiments[name].source
+        _execute(catalogue, {source: [each.layer for each in stale]}, [(Stage(where, ()), [report]) for where in stale])
+        pages += [store.path(report.address, where) / INDEX for where in stale]
+    return pages
+
+
+def _reports_of(catalogue: Catalogue, name: str) -> list[Declaration]:
+    ops = catalogue.ops(catalogue.experiment(name))
+    return [output for op in ops for output in op.outputs if output.address.kind == REPORT]
+
+
+def _layers_with_tables(catalogue: Catalogue, store: Store, experiment: ExperimentSettings, wanted: Sequence[int]) -> list[int]:
+    source, name, root = catalogue.sources[experiment.source], experiment.name, store.root
+    known = sorted(source.layers)
+    if not {*wanted, *layers_with_tables(root, name)} <= set(known):
+        known = recorded_layers(source).layers
+    unknown = [str(layer) for layer in wanted if layer not in known]
+    if unknown:
+        raise ConfigurationError(f"{name} has no layer {', '.join(unknown)}; it has {', '.join(map(str, known))}")
+    tables = [table.name for table in evaluations_of(experiment)]
+    there = [layer for layer in wanted or known if any(has_table(root, name, table, layer) for table in tables)]
+    if not there:
+        which = f" of layer {', '.join(map(str, wanted))}" if wanted else ""
+        raise SaeensError(f"{name} has no table{which} below {root} yet, from which a report is made: `saeens run {name}` makes them")
+    return there
+
+
+def _check(experiment: ExperimentSettings, source: SourceSettings, layers: Sequence[int], seeds: Sequence[int]) -> SourceFacts:
+    """Raise ConfigurationError or SaeensError, before anything is spent, for settings that cannot work; return the source's facts."""
+    unknown = sorted(set(seeds) - set(experiment.ensemble.seeds))
+    if unknown:
+        raise ConfigurationError(
+            f"{experiment.name} has no seed {', '.join(map(str, unknown))}; it has {', '.join(map(str, experiment.ensemble.seeds))}"
+        )
+    description: LanguageModelDescription = validate_source(source, layers)
+    measures_loss(experiment, description, source.hook)
+    if source.hook in HOOKS:  # the width of other modules is known when the model runs
+        validate_targets(experiment, description.d_model)
+    return SourceFacts(description, source.hook, source.drop)
+
+
+def _check_inputs(
+    experiment: ExperimentSettings,
+    source: SourceSettings,
+    layers: Sequence[int],
+    facts: SourceFacts,
+    *,
+    wanted: Sequence[Declaration],
+    console: Console,
+) -> None:
+    """Raise SaeensError for modules, texts or settings that the wanted artefacts need and that are not there."""
+    builders, names = {declaration.builder for declaration in wanted}, [declaration.address.name for declaration in wanted]
+    if "activations" in builders:
+        validate_modules(facts.model, source.hook, layers)
+    if "tokens" in builders:
+        validate_corpus(source)
+    for table in evaluations_of(experiment):
+        if table.name in names:
+            table.preflight(experiment, lambda: facts)
+            if announced := table.announcement(experiment, names.count(table.name)):
+                print_line(console, f"{experiment.name}/eval/{table.name}: {announced}")
+
+
+def _restricted(
+    stages: Sequence[Stage], seeds: Sequence[int], select: Sequence[str], console: Console
+) -> list[tuple[Stage, list[Declaration]]]:
+    """Return what each stage has to make, given the seeds and assets that were asked for."""
+    allowed = _selected(stages, select) if select else None
+    chosen: list[tuple[Stage, list[Declaration]]] = []
+    left_out = False
+    for stage in stages:
+        wanted = [d for d in stage.to_make if allowed is None or d in allowed]
+        if seeds and stage.partition.seed is not None and stage.partition.seed not in seeds:
+            left_out = left_out or bool(wanted)
+            wanted = []
+        if left_out and stage.partition.seed is None and any(d.seeds for d in wanted):
+            console.print("what compares all seeds is left out: not all seeds were asked for", highlight=False)
+            wanted = []
+        chosen.append((stage, wanted))
+    return chosen
+
+
+def _selected(stages: Sequence[Stage], select: Sequence[str]) -> list[Declaration]:
+    """Return the artefacts whose keys end in what was asked for, and everything that they need."""
+    declarations = {status.declaration.address: status.declaration for stage in stages for status in stage.statuses}
+    pending = []
+    for wanted in select:
+        matching = [d for d in declarations.values() if f"/{d.address}".endswith(f"/{wanted.strip('/')}")]
+        if not matching:
+            raise ConfigurationError(f"--select {wanted}: no such asset; there are: {', '.join(map(str, declarations))}")
+        pending += matching
+    found = []
+    while pending:
+        declaration = pending.pop()
+        if declaration not in found:
+            found.append(declaration)
+            pending += [declarations[each.artefact.address] for each in declaration.inputs if each.in_graph]
+    return found
+
+
+def _compiling(store: Store, wanted: Sequence[Declaration]) -> contextlib.AbstractContextManager[object]:
+    """Compile the kernels of CPU training beside the steps that come before training, if there are any."""
+    architectures = {declaration.tags["architecture"] for declaration in wanted if declaration.builder == "sae"}
+    comes_first = any(declaration.builder in {"tokens", "activations"} for declaration in wanted)
+    if architectures and comes_first and Compute.from_environment().resolve() == "cpu":
+        return compiled_meanwhile(store.root, architectures)
+    return contextlib.nullcontext()
+
+
+def _execute(catalogue: Catalogue, layers: Mapping[str, Sequence[int | None]], chosen: Sequence[tuple[Stage, list[Declaration]]]) -> None:
+    """Make the chosen artefacts with the instance of the command line; `layers` are those to register, by source."""
+    if not chosen:
+        return
+    with _quiet(), command_line_instance() as instance, _interrupts() as raise_interrupt:
+        for source, wanted in layers.items():
+            declare_layers(instance, source, catalogue.sources[source].layers)
+            register_layers(instance, source, [layer for layer in wanted if layer is not None])
+        make_stages(catalogue, instance, chosen, tags={"user": "saeens run"}, before_each=raise_interrupt)
+        raise_interrupt()
+
+
+def make_stages(
+    catalogue: Catalogue,
+    instance: DagsterInstance,
+    chosen: Sequence[tuple[Stage, list[Declaration]]],
+    *,
+    tags: Mapping[str, str],
+    before_each: Callable[[], None] = lambda: None,
+) -> None:
+    """Execute one Dagster run in this process for each stage; the UI shows them afterwards. Raises the error of a failed run."""
+    job = catalogue.definitions(byte_checks=False).resolve_implicit_global_asset_job_def()
+    layers = sorted({stage.partition.layer for stage, _ in chosen if stage.partition.layer is not None})
+    for stage, declarations in chosen:
+        before_each()
+        try:
+            job.execute_in_process(
+                instance=instance,
+                partition_key=partition_key(declarations[0], stage.partition),
+                asset_selection=[AssetKey(declaration.address.key) for declaration in declarations],
+                tags={**tags, LAYERS_TAG: ",".join(map(str, layers)), **process_tag()},
+                run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
+            )
+        except DagsterExecutionInterruptedError:
+            raise KeyboardInterrupt from None
+
+
+@contextlib.contextmanager
+def _shown(console: Console) -> Iterator[None]:
+    """Show progress and the packages' log lines on the console."""
+    with log_lines.written_with(partial(print_line, console)), progress.report_to(reporter_for(console)):
+        yield
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[Callable[[], None]]:
+    """Give a function that raises KeyboardInterrupt if Ctrl-C was pressed inside this context and had no effect.
+
+    Dagster forgets one that comes as a run ends, and Python one that comes while a weak reference's callback runs. The
+    interpreter writes every signal to the wakeup descriptor, whatever its handler makes of it.
+    """
+    receiver, sender = os.pipe()
+    for end in (receiver, sender):
+        os.set_blocking(end, False)
+    before = signal.set_wakeup_fd(sender)
+
+    def raise_interrupt() -> None:
+        with contextlib.suppress(BlockingIOError):  # nothing came
+            if signal.SIGINT in os.read(receiver, 4096):
+                raise KeyboardInterrupt
+
+    try:
+        yield raise_interrupt
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(receiver)
+        os.close(sender)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Dagster's own warnings and log lines stay in its event log."""
+    logger = logging.getLogger("dagster")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,112 @@
+"""Ops of the pages: the report of an experiment, by layer; the page over all experiments; the comparison of a sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from saeens_pipeline.assets.declarations import Declaration, Input, Op, RunContext, Task, with_file
+from saeens_pipeline.assets.tables.pareto import PICTURE_FILE, TABLE_FILE, Sweep, not_evaluated, pareto_declaration, pareto_rows
+from saeens_pipeline.errors import SaeensError
+from saeens_pipeline.settings.experiments import ExperimentSettings
+from saeens_pipeline.storage.names import LEADERBOARD, Address
+from saeens_pipeline.storage.recipes import Store
+
+REPORT_VERSION = 4
+REPORT = "report"
+
+
+def report_op(experiment: ExperimentSettings, tables: Sequence[Declaration], control_tables: Sequence[Declaration]) -> Op:
+    """Declare the report over the tables of an experiment, beside those of its control on an untrained language model.
+
+    The report is made from the tables that are on disk and waits for none; one that is made later makes it stale.
+    """
+    report = Declaration(
+        address=Address(experiment.name, REPORT, REPORT),
+        dimensions="layer",
+        builder=REPORT,
+        version=REPORT_VERSION,
+        settings={},
+        inputs=(
+            *(Input(each.address.name, each, optional=True) for each in tables),
+            *(Input(f"control {each.address}", each, optional=True, in_graph=False) for each in control_tables),
+        ),
+        source=experiment.source,
+        seeds=tuple(experiment.ensemble.seeds),
+        kinds=frozenset({"html", "plotly"}),
+        tags={"experiment": experiment.name, "source": experiment.source},
+        description=f"Results of {experiment.name}: pages that open from disk\n\n`saeens report {experiment.name}` makes and names them.",
+    )
+
+    def make(context: RunContext, tasks: Sequence[Task]) -> None:
+        from saeens_pipeline.assets.catalogue import Experiments
+        from saeens_pipeline.report.pages import write_report
+
+        (task,) = tasks
+        assert task.partition.layer is not None
+        if not any(not name.startswith("control ") for name in task.recipe.inputs):
+            raise SaeensError(
+                f"{experiment.name} has no table of {task.partition} below {context.store.root} yet, from which a report is made: "
+                f"`saeens run {experiment.name}` makes them"
+            )
+        provenance = context.provenance(task.declaration)
+        with context.store.write_folder(*task.where, task.recipe, provenance) as folder, context.compute.measure() as measured:
+            write_report(folder, context.store, Experiments.load(), experiment, task.partition.layer)
+        provenance.update(vars(measured))
+
+    return with_file([Op(report.address.op_name, (report,), make)], experiment.file)[0]
+
+
+def leaderboard_page_op(leaderboard: Declaration) -> Op:
+    """Declare the page over all experiments, from the tables that the leaderboard is made from."""
+    page = Declaration(
+        address=Address(LEADERBOARD, REPORT, REPORT),
+        dimensions="none",
+        builder="leaderboard page",
+        version=REPORT_VERSION,
+        settings=leaderboard.settings,
+        inputs=leaderboard.inputs,
+        source="",
+        kinds=frozenset({"html", "plotly"}),
+        tags={},
+        description="All experiments side by side: a page that opens from disk\n\n`saeens report` makes and names it.",
+    )
+
+    def make(context: RunContext, tasks: Sequence[Task]) -> None:
+        from saeens_pipeline.assets.tables.leaderboard import standings
+        from saeens_pipeline.report.pages import write_leaderboard
+
+        (task,) = tasks
+        with context.store.write_folder(*task.where, task.recipe, context.provenance(task.declaration)) as folder:
+            write_leaderboard(folder, standings(context.store, leaderboard), _reports(context.store))
+
+    return Op(page.address.op_name, (page,), make)
+
+
+def pareto_op(settings: ExperimentSettings, outputs: Iterable[Declaration]) -> Op:
+    """Declare the comparison of a sweep's experiments: a table and a picture."""
+    pareto, sweep = pareto_declaration(settings, outputs), Sweep.of(settings)
+
+    def make(context: RunContext, tasks: Sequence[Task]) -> None:
+        from saeens_pipeline.report.pareto_picture import draw
+
+        (task,) = tasks
+        provenance = context.provenance(task.declaration)
+        with context.store.write_folder(*task.where, task.recipe, provenance) as folder:
+            with context.compute.measure() as measurement:
+                table = pareto_rows(context.store, pareto, sweep)
+                table.write_parquet(folder / TABLE_FILE)
+                (folder / PICTURE_FILE).write_bytes(draw(table, sweep))
+            provenance |= vars(measurement) | {"not_evaluated": not_evaluated(table, sweep)}
+
+    return with_file([Op(pareto.address.op_name, (pareto,), make)], settings.file)[0]
+
+
+def _reports(store: Store) -> dict[tuple[str, int], str]:
+    """Return links from the leaderboard's folder to the reports that there are."""
+    found = sorted((store.root / "reports").glob("*/layer=*/index.html"))
+    layers = {path: path.parent.name.removeprefix("layer=") for path in found}
+    return {
+        (path.parent.parent.name, int(layer)): f"../{path.parent.parent.name}/{path.parent.name}/index.html"
+        for path, layer in layers.items()
+        if layer.isdecimal()
+    }

@@ -1,0 +1,102 @@
+"""`corpus`: the settings of a source's texts. `language_models` reads them."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+
+from saeens_pipeline.settings.from_file import FromFile
+
+BUILTIN_CORPUS = "builtin/installed_packages"
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_COLUMNS_OF_DOCUMENTS = ("split", "document", "name")  # of documents.parquet, where labels are columns beside them
+
+
+def is_hub_name(name: str) -> bool:
+    """Return whether the Hugging Face hub can have a model or data set of this name."""
+    return _HUB_NAME.fullmatch(name) is not None
+
+
+def _label_names(fields: list[str]) -> list[str]:
+    taken = sorted(set(fields) & set(_COLUMNS_OF_DOCUMENTS))
+    if taken or len(set(fields)) < len(fields):
+        raise ValueError(f"{taken[0]!r} is the name of another column" if taken else f"{fields} names something twice")
+    return fields
+
+
+class RecordSettings(BaseModel):
+    """Fields of a corpus whose documents are records. A dot leads into a nested field: `meta.pile_set_name`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    text_field: str = Field("text", min_length=1, description="the field that holds the text of a record")
+    label_fields: Annotated[list[str], AfterValidator(_label_names)] = Field([], description="fields of a record that are kept as labels")
+    test_share: float = Field(0.05, gt=0, lt=1, description="share of documents held out by a hash of their names, without a test split")
+
+
+class TextFiles(RecordSettings, FromFile):
+    """A corpus of local files."""
+
+    files: str | list[str] = Field(description="paths, with * and ** for parts of names")
+    test_files: str | list[str] | None = Field(None, description="files of the test split; none: documents are held out by test_share")
+
+    @field_validator("files", "test_files")
+    @classmethod
+    def _some_path(cls, files: str | list[str] | None) -> str | list[str] | None:
+        if files is not None and not (files and all([files] if isinstance(files, str) else files)):
+            raise ValueError("name a file, or several")
+        return files
+
+    def __str__(self) -> str:
+        return self.files if isinstance(self.files, str) else ", ".join(self.files)
+
+
+class HubDataset(RecordSettings):
+    """A corpus that is a data set of the Hugging Face hub."""
+
+    name: str = Field(description="name of the data set: owner/name")
+    subset: str | None = Field(None, description="one of its configurations; none: the only one")
+    split: str = Field("train", min_length=1, description="split of the training documents, or files of that name")
+    test_split: str | None = Field(None, min_length=1, description="split of the test documents; none: test_share of the documents")
+    revision: str = Field("main", min_length=1, description="branch, tag or commit")
+
+    @field_validator("name")
+    @classmethod
+    def _can_be(cls, name: str) -> str:
+        if not is_hub_name(name):
+            raise ValueError("not a name of a data set on the hub, such as monology/pile-uncopyrighted")
+        return name
+
+    @model_validator(mode="after")
+    def _disjoint(self) -> HubDataset:
+        if self.test_split == self.split:
+            raise ValueError(f"split and test_split are both {self.split}: no document may be in both; leave test_split out")
+        return self
+
+    def __str__(self) -> str:
+        return self.name if self.subset is None else f"{self.name}, {self.subset}"
+
+
+def _builtin(name: str) -> str:
+    if name != BUILTIN_CORPUS:
+        raise ValueError(
+            f"corpus {name!r} is not known; it can be {BUILTIN_CORPUS}, {{name: DATASET, split: train}} of the hub, or {{files: PATTERN}}"
+        )
+    return name
+
+
+def _kind_of_corpus(corpus: Any) -> str:
+    if isinstance(corpus, dict):
+        return "files" if "files" in corpus else "dataset"
+    return next((kind for kind, model in CORPORA.items() if isinstance(corpus, model)), "builtin")
+
+
+CORPORA: dict[str, type[BaseModel]] = {"files": TextFiles, "dataset": HubDataset}
+"""Settings of corpora with fields, by the tag that pydantic adds to the location of an error."""
+
+Corpus = Annotated[
+    Annotated[str, AfterValidator(_builtin), Tag("builtin")] | Annotated[TextFiles, Tag("files")] | Annotated[HubDataset, Tag("dataset")],
+    Discriminator(_kind_of_corpus),
+]

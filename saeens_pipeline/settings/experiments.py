@@ -1,0 +1,423 @@
+"""Settings of an EnsembleExperiment: SAEs, their ensembles, baselines and evaluation tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from croniter import croniter
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from saeens_pipeline.settings.autointerp import AutoInterpSettings
+from saeens_pipeline.settings.from_file import FILE, FromFile
+from saeens_pipeline.settings.labels import Labels
+from saeens_pipeline.settings.probing import ConceptDetectionSettings, SpuriousCorrelationSettings
+from saeens_pipeline.settings.sources import Name
+from saeens_pipeline.settings.sweeps import name_of_value, swept, validate_sweep
+from saeens_pipeline.storage.names import RESERVED_GROUPS
+
+if TYPE_CHECKING:
+    from saeens_models import SAESettings
+
+MAX_MEMBERS = 999  # ensemble seeds are a thousand initialisation seeds apart
+MIN_FRESHNESS_DAYS = 1 / (24 * 60)  # Dagster looks no closer than a minute
+
+_CRON_FIELDS = 5
+_FOLLOWS_FROM_ACTIVATIONS = ("total_tokens", "input_scale", "input_mean")
+
+Baseline = Literal["expanded", "expanded_l0_matched", "compute_matched", "matching_pursuit"]
+
+_BASELINES_OF_LISTS = ("expanded", "expanded_l0_matched", "matching_pursuit")  # those that are defined where members differ
+_BASELINES_WITH_L0 = ("expanded_l0_matched", "matching_pursuit")  # those that have the L0 of all members
+
+
+def _outside_groups(name: str) -> str:
+    if name in RESERVED_GROUPS or name.endswith("_saes"):
+        raise ValueError(
+            f"{name!r} would collide with a group of the asset graph: {', '.join(RESERVED_GROUPS)} and names that end in _saes are taken"
+        )
+    return name
+
+
+@cache
+def _sae_lists() -> TypeAdapter[list[SAESettings]]:
+    from saeens_models.architectures import SAESettings
+
+    return TypeAdapter(list[SAESettings])
+
+
+def _read_sae(given: object) -> SAESettings:
+    from saeens_models.architectures import SAESettings
+
+    return SAESettings.model_validate(given)
+
+
+def _read_saes(given: object) -> SAESettings | list[SAESettings]:
+    """Return one configuration, or a list of one per member; each error says in which entry. Loads torch."""
+    if not isinstance(given, list):
+        return _read_sae(given)
+    saes = _sae_lists().validate_python(given)
+    if len({sae.width_field for sae in saes}) > 1:
+        raise ValueError("give expansion in every entry, or d_sae in every entry: widths of members are added up and compared")
+    return saes
+
+
+def _wrong(field: Sequence[int | str], message: str) -> ValidationError:
+    """An error of one field that is found by looking at several."""
+    error = PydanticCustomError("inconsistent", "{message}", {"message": message})
+    return ValidationError.from_exception_data("ExperimentSettings", [InitErrorDetails(type=error, loc=tuple(field), input={})])
+
+
+def _check_swept(sae: dict[str, Any], sweep: dict[str, list[Any]]) -> None:
+    """Raise what is wrong with a field that is swept, and with each of its values, given the other settings of `sae`."""
+    field, values = swept(sweep)
+    try:
+        allowed = allowed_sae_keys(sae)
+    except ValidationError:  # of the architecture, reported for `sae` itself
+        return
+    if field not in allowed or field == "architecture":
+        raise _wrong(["sweep", field], f"unknown field of sae; one of: {', '.join(key for key in allowed if key != 'architecture')}")
+    for i, value in enumerate(values):
+        try:
+            _read_sae(sae | {field: value})
+        except ValidationError as error:
+            for each in error.errors():
+                if each["loc"][:1] == (field,) or (field in ("expansion", "d_sae") and not each["loc"]):
+                    raise _wrong(["sweep", field, i], f"{each['msg'].removeprefix('Value error, ')} (found: {value!r})") from None
+
+
+def allowed_sae_keys(sae: Mapping[str, Any]) -> list[str]:
+    """Return the keys that `sae` may have, which depend on its architecture. Raises ValidationError for an unknown architecture."""
+    from saeens_models.architectures import settings_class
+
+    return list(settings_class(sae.get("architecture")).field_names())
+
+
+def allowed_training_keys() -> list[str]:
+    """The keys that `training` may have."""
+    from saeens_models import TrainingConfig
+
+    return [name for name in TrainingConfig.model_fields if name not in _FOLLOWS_FROM_ACTIVATIONS]
+
+
+def _validate_training(settings: dict[str, Any]) -> dict[str, Any]:
+    from saeens_models import TrainingConfig
+
+    for name in _FOLLOWS_FROM_ACTIVATIONS:
+        if name in settings:
+            raise ValueError(f"{name} follows from the activations and cannot be set")
+    TrainingConfig(**settings, total_tokens=1)
+    return settings
+
+
+def _complete_training(settings: dict[str, Any]) -> dict[str, Any]:
+    from saeens_models import TrainingConfig
+
+    return TrainingConfig(**settings).model_dump(mode="json", exclude=set(_FOLLOWS_FROM_ACTIVATIONS))
+
+
+def _on_or_off(value: object) -> object:
+    return ("on" if value else "off") if isinstance(value, bool) else value  # YAML reads on as true
+
+
+def _validate_cron(cron: str) -> str:
+    is_short_form = cron.startswith("@")
+    if not croniter.is_valid(cron) or (len(cron.split()) != _CRON_FIELDS and not is_short_form):
+        raise ValueError("not a cron expression: give minute, hour, day of month, month and day of week, such as '0 3 * * 0'")
+    return cron
+
+
+def _no_repetition(values: list | None) -> list | None:
+    if values and len(set(values)) < len(values):
+        raise ValueError(f"{values} names something twice")
+    return values
+
+
+class SpecialisedMember(BaseModel):
+    """An entry of `ensemble.specialised`: a bagging member that sees a part of the corpus, or goes on from another member's weights."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    member: PositiveInt = Field(description="which member, from 1")
+    documents: dict[str, Annotated[Labels, Field(min_length=1), AfterValidator(sorted)]] = Field(
+        {}, description="labels of the documents whose rows it is trained on, such as {language: [python, cython]}; left out: all rows"
+    )
+    start_from: PositiveInt | None = Field(
+        None, description="the earlier member whose weights it starts from; left out: weights of its own"
+    )
+
+    @model_validator(mode="after")
+    def _differs(self) -> SpecialisedMember:
+        if not self.documents and self.start_from is None:
+            raise ValueError("give documents, start_from, or both: otherwise it is a member like the others")
+        if self.start_from is not None and self.start_from >= self.member:
+            raise _wrong(["start_from"], f"member {self.member} can start from a member before it, not from {self.start_from}")
+        return self
+
+
+class EnsembleSettings(BaseModel):
+    """`ensemble`: how many SAEs, and how often all is repeated with another seed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    members: int = Field(ge=1, le=MAX_MEMBERS, description="SAEs per ensemble, J")
+    seeds: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field(min_length=1, description="ensemble seeds; stability compares them")
+    boosting: Literal["sequential", "concurrent"] = Field(
+        "sequential", description="rounds one after another, or all in one pass over the activations"
+    )
+    specialised: list[SpecialisedMember] = Field([], description="members of the bag with documents or starting weights of their own")
+
+    _seeds_differ = field_validator("seeds")(_no_repetition)
+
+    @model_validator(mode="after")
+    def _members_exist(self) -> EnsembleSettings:
+        named = [each.member for each in self.specialised]
+        for i, member in enumerate(named):
+            if member > self.members:
+                raise _wrong(["specialised", i, "member"], f"there is no member {member}: the ensemble has {self.members}")
+            if member in named[:i]:
+                raise _wrong(["specialised", i, "member"], f"member {member} is named twice")
+        return self
+
+    def specialisation(self, member: int) -> SpecialisedMember | None:
+        """What is special about a member, from 1."""
+        return next((each for each in self.specialised if each.member == member), None)
+
+
+class FreshnessSettings(BaseModel):
+    """`freshness`: how long ago the tables may have been made or confirmed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    fail_days: float = Field(ge=MIN_FRESHNESS_DAYS, allow_inf_nan=False, description="older tables are shown as overdue")
+    warn_days: float | None = Field(None, ge=MIN_FRESHNESS_DAYS, allow_inf_nan=False, description="from when on to warn; before fail_days")
+
+    @model_validator(mode="after")
+    def _warned_before(self) -> FreshnessSettings:
+        if self.warn_days is not None and self.warn_days >= self.fail_days:
+            raise ValueError(f"warn_days: {self.warn_days:g} has to be less than fail_days: {self.fail_days:g}")
+        return self
+
+
+class CheckSettings(BaseModel):
+    """`checks`: from where on a result is warned of. Nothing here decides a result, or stops a run."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    min_explained_variance: float | None = Field(
+        default=None, le=1, allow_inf_nan=False, description="of every method on held-out tokens, and of SAEs on their last training batch"
+    )
+    max_dead_features: float = Field(default=0.2, ge=0, le=1, description="share of an SAE's features")
+    target_l0: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False, description="features per token, where the SAE has no k that says it"
+    )
+    l0_tolerance: float = Field(default=0.1, ge=0, allow_inf_nan=False, description="relative distance from the target L0")
+
+
+class ExperimentSettings(FromFile):
+    """The fields of an EnsembleExperiment."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: Annotated[Name, AfterValidator(_outside_groups)] = Field(description="lower-case letters, digits and _")
+    source: Name = Field(description="the name of an ActivationSource")
+    sae: Annotated[Any, BeforeValidator(_read_saes, json_schema_input_type=dict[str, Any] | list[dict[str, Any]])] = Field(
+        description="architecture, expansion or d_sae, and the architecture's own fields; or a list of these, one per member"
+    )
+    sweep: Annotated[dict[str, list[int | float]], BeforeValidator(validate_sweep)] | None = Field(
+        None, description="one field of sae with several values: an experiment for each"
+    )
+    training: Annotated[dict[str, Any], AfterValidator(_validate_training)] = Field(
+        {}, description="fields of saeens_models.TrainingConfig"
+    )
+    ensemble: EnsembleSettings
+    baselines: list[Baseline] = Field(["expanded", "expanded_l0_matched"], description="single SAEs to compare with")
+    baseline_training: dict[Baseline, Annotated[dict[str, Any], AfterValidator(_validate_training)]] = Field(
+        {}, description="by baseline, fields of training that differ for it"
+    )
+    expanded_sizes: list[PositiveInt] | Literal["all"] | None = Field(
+        None, description="expanded SAEs as wide as n members; by default as wide as all"
+    )
+    keep_residuals: Literal["last", "all", "none"] = Field("last", description="which residuals' bytes stay on disk")
+    automation: Annotated[Literal["on", "off"], BeforeValidator(_on_or_off)] = Field(
+        "off", description="on: what is missing, or follows from changed settings or inputs, is made without asking"
+    )
+    schedule: Annotated[str, AfterValidator(_validate_cron)] = Field(
+        "0 3 * * 0", description="cron, in UTC, of the retraining schedule, which runs once it is switched on in the UI"
+    )
+    freshness: FreshnessSettings | None = Field(None, description="after how many days tables are shown as overdue")
+    evaluations: list[Name] | None = Field(
+        None, description="tables to fill; left out: reconstruction, members, coactivation, stability, marginal_gain, cost, training_curves"
+    )
+    ce_loss_tokens: int = Field(
+        4096, ge=0, description="test tokens on which ce_loss_recovered is measured, evenly spread; 0 leaves it empty"
+    )
+    concept_detection: ConceptDetectionSettings = Field(
+        default=ConceptDetectionSettings(), description="texts of the table concept_detection, if it is one of the evaluations"
+    )
+    spurious_correlation: SpuriousCorrelationSettings = Field(
+        default=SpuriousCorrelationSettings(), description="texts of the table spurious_correlation, if it is one of the evaluations"
+    )
+    autointerp: AutoInterpSettings | None = Field(
+        None, description="which language model explains features for the table autointerp, if it is one of the evaluations"
+    )
+    checks: CheckSettings = Field(CheckSettings(), description="from where on to warn: explained variance, dead features, L0")
+    evaluation_memory_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        8.0, description="most memory that connectivity, or pooled codes, may take, in GB of 10^9 bytes; decides no result"
+    )
+
+    _no_repetition = field_validator("baselines", "evaluations")(_no_repetition)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _swept_field(cls, given: Any) -> Any:
+        """What is swept need not be in `sae`, where the first value stands for all."""
+        match given:
+            case {"sae": list(), "sweep": dict()}:
+                raise _wrong(
+                    ["sweep"], "sae is a list, one per member, and a sweep varies one field of one sae: leave out sweep, or give one sae"
+                )
+            case {"sae": dict(sae), "sweep": dict(sweep)}:
+                try:
+                    validate_sweep(sweep)
+                except ValueError:  # which the field itself will say
+                    return given
+                _check_swept(sae, sweep)
+                field, values = swept(sweep)
+                return {**given, "sae": {**sae, field: values[0]}}
+        return given
+
+    @field_validator("expanded_sizes")
+    @classmethod
+    def _some_size(cls, sizes: list[int] | str | None) -> list[int] | str | None:
+        if sizes == []:
+            raise ValueError("name a size, or write all, or leave it out")
+        return sizes
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ExperimentSettings:
+        if isinstance(self.expanded_sizes, list) and max(self.expanded_sizes) > self.ensemble.members:
+            raise ValueError(f"expanded_sizes: {max(self.expanded_sizes)} is more than the ensemble's {self.ensemble.members} members")
+        if self.keep_residuals == "all" and self.ensemble.boosting == "concurrent":
+            raise ValueError("keep_residuals: all, but ensemble.boosting: concurrent makes no residuals; write none, or leave it out")
+        if isinstance(self.sae, list):
+            self._check_list(self.sae)
+        self._check_specialised()
+        self._check_baselines()
+        return self
+
+    def _check_baselines(self) -> None:
+        from saeens_models.architectures import validate_l0_multiple
+
+        for i, baseline in enumerate(self.baselines):
+            if baseline in _BASELINES_WITH_L0:
+                try:
+                    validate_l0_multiple(self.saes[0].architecture)
+                except ValueError as error:
+                    raise _wrong(["baselines", i], f"{baseline} has the L0 of all members: {error}") from None
+            if baseline == "compute_matched" and any(each.documents for each in self.ensemble.specialised):
+                message = "compute_matched sees every row once per member, and specialised members with documents see fewer: leave it out"
+                raise _wrong(["baselines", i], message)
+        for baseline, own in self.baseline_training.items():
+            if baseline not in self.baselines:
+                raise _wrong(["baseline_training", baseline], f"{baseline} is not among baselines: add it there, or leave this out")
+            try:
+                _validate_training({**self.training, **own})
+            except ValidationError as error:
+                raise _wrong(["baseline_training", baseline], f"together with training: {error.errors()[0]['msg']}") from None
+
+    def _check_specialised(self) -> None:
+        """What has to hold between members that differ."""
+        for i, each in enumerate(self.ensemble.specialised):
+            if each.start_from is not None:
+                own, start = (
+                    f"{sae.architecture}, {sae.width_field} {sae.width}"
+                    for sae in (self.saes[number - 1] for number in (each.member, each.start_from))
+                )
+                if own != start:
+                    message = (
+                        f"member {each.member} ({own}) cannot start from member {each.start_from} ({start}): they have to be alike in these"
+                    )
+                    raise _wrong(["ensemble", "specialised", i, "start_from"], message)
+
+    def _check_list(self, saes: Sequence[SAESettings]) -> None:
+        """What has to hold where `sae` is a list."""
+        from saeens_models.architectures import validate_l0_multiple
+
+        if len(saes) != self.ensemble.members:
+            raise _wrong(["sae"], f"a list has one entry per member: {len(saes)} given, and ensemble.members is {self.ensemble.members}")
+        for i, baseline in enumerate(self.baselines):
+            if baseline not in _BASELINES_OF_LISTS:
+                able = ", ".join(_BASELINES_OF_LISTS)
+                message = f"{baseline} is not defined where sae is a list, one per member: leave it out ({able} are), or give one sae"
+                raise _wrong(["baselines", i], message)
+            for number, sae in enumerate(saes, start=1):
+                try:
+                    if baseline in _BASELINES_WITH_L0:
+                        validate_l0_multiple(sae.architecture)
+                except ValueError as error:
+                    message = f"{baseline} has the L0 of all members added up; of member {number}, {error}: leave it out"
+                    raise _wrong(["baselines", i], message) from None
+
+    @property
+    def experiments(self) -> list[ExperimentSettings]:
+        """What the file declares: this experiment or, where it has a sweep, one for each value."""
+        if self.sweep is None:
+            return [self]
+        (field, values), given = swept(self.sweep), self.model_dump(exclude_unset=True, exclude={"sweep"})
+        return [
+            ExperimentSettings.model_validate(
+                {**given, "name": name_of_value(self.name, field, value), "sae": {**given["sae"], field: value}},
+                context={FILE: self.file},
+            )
+            for value in values
+        ]
+
+    @property
+    def saes(self) -> list[SAESettings]:
+        """`sae` of each member, in order."""
+        return self.sae if isinstance(self.sae, list) else [self.sae] * self.ensemble.members
+
+    def joined_sae(self, n: int, *, l0_matched: bool = False) -> SAESettings:
+        """Return member 1's `sae`, as wide as the first n members together, and with their L0 added up if asked."""
+        return self.saes[0].joined(self.saes[:n], add_l0=l0_matched)
+
+    @property
+    def pursuit_sae(self) -> SAESettings:
+        """`sae` of the baseline matching_pursuit: as wide as all members together, and with at most as many active features."""
+        joined = self.joined_sae(self.ensemble.members, l0_matched=True)
+        if joined.architecture == "matching_pursuit" or joined.l0 is None:
+            return joined
+        return _read_sae(
+            {
+                "architecture": "matching_pursuit",
+                joined.width_field: joined.width,
+                "max_iterations": round(joined.l0),
+                "apply_b_dec_to_input": joined.apply_b_dec_to_input,
+            }
+        )
+
+    @property
+    def complete_training(self) -> dict[str, Any]:
+        """`training` with every default written out, as recipes hold it."""
+        return _complete_training(self.training)
+
+    @property
+    def expanded_widths(self) -> list[int]:
+        """How many members' widths each expanded SAE has."""
+        if self.expanded_sizes is None:
+            return [self.ensemble.members]
+        return list(range(1, self.ensemble.members + 1)) if self.expanded_sizes == "all" else sorted(set(self.expanded_sizes))

@@ -1,0 +1,209 @@
+"""Finding and reading experiment files: strictly, and with the path, line and field of everything that is wrong."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from saeens_pipeline import defs
+from saeens_pipeline.errors import ConfigurationError
+from saeens_pipeline.settings.corpora import CORPORA
+from saeens_pipeline.settings.experiments import ExperimentSettings, allowed_sae_keys, allowed_training_keys
+from saeens_pipeline.settings.from_file import FILE
+from saeens_pipeline.settings.sources import SourceSettings
+
+FOLDERS_VARIABLE = "SAEENS_EXPERIMENTS"
+_SHIPPED = "shipped/"
+Settings = SourceSettings | ExperimentSettings
+MODELS: dict[str, type[Settings]] = {
+    "saeens_pipeline.components.ActivationSource": SourceSettings,
+    "saeens_pipeline.components.EnsembleExperiment": ExperimentSettings,
+}
+"""The `type` of a document and the model of its attributes."""
+Location = Sequence[int | str]
+
+
+def own_folders() -> list[Path]:
+    """The folders that SAEENS_EXPERIMENTS names, separated as in PATH. Raises ConfigurationError for one that is not there."""
+    folders = [Path(each).expanduser().absolute() for each in os.environ.get(FOLDERS_VARIABLE, "").split(os.pathsep) if each.strip()]
+    for folder in folders:
+        if not folder.is_dir():
+            raise ConfigurationError(f"{FOLDERS_VARIABLE}: there is no folder {folder}: make it, or set {FOLDERS_VARIABLE} to one that is")
+    return folders
+
+
+def find_files() -> list[Path]:
+    """Every experiment file: the shipped `*/defs.yaml`, then of each own folder its `*.yaml` and its `*/defs.yaml`."""
+    files = [file for root in defs.__path__ for file in sorted(Path(root).glob("*/defs.yaml"))]
+    files += [file for folder in own_folders() for file in sorted([*folder.glob("*.yaml"), *folder.glob("*/defs.yaml")])]
+    return list({file.resolve(): file for file in reversed(files)}.values())[::-1]  # a folder may be named twice
+
+
+def recorded_file(path: Path | None) -> str:
+    """Return the name of an experiment file in records: its path, or `shipped/...` for a file of the package; empty for None."""
+    if path is None:
+        return ""
+    for root in map(Path, defs.__path__):
+        if path.is_relative_to(root):
+            return f"{_SHIPPED}{path.relative_to(root).as_posix()}"
+    return str(path.resolve())
+
+
+def unread_folder(recorded: str) -> Path | None:
+    """Return the folder of a recorded experiment file, if no experiments are read from there now."""
+    if not recorded or recorded.startswith(_SHIPPED):
+        return None
+    file = Path(recorded)
+    folder = file.parent.parent if file.name == "defs.yaml" else file.parent
+    return None if folder in [each.resolve() for each in own_folders()] else folder
+
+
+def experiment_name(path: Path) -> str:
+    """What an experiment file is called: `defs.yaml` by its folder, another by its own name."""
+    return path.parent.name if path.name == "defs.yaml" else path.stem
+
+
+class ExperimentFile:
+    """One `defs.yaml`: documents with a type and attributes. Raises ConfigurationError for what cannot be read at all."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._documents = [node for node in yaml.compose_all(path.read_text(encoding="utf-8"), yaml.SafeLoader) if node is not None]
+            self._contents = [_construct(node) for node in self._documents]
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            began = f", {error.context}, line {error.context_mark.line + 1}" if error.context and error.context_mark else ""
+            raise ConfigurationError(f"{path}:{mark.line + 1 if mark else 1}: {error.problem}{began}") from None
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigurationError(f"{path}: {error}") from None
+        except RecursionError:
+            raise ConfigurationError(f"{path}: something contains itself: write it out instead of using & and *") from None
+        if not self._documents:
+            raise ConfigurationError(f"{path}: the file is empty; it needs type: and attributes:")
+
+    def settings(self) -> list[Settings]:
+        """What the documents declare. Raises ConfigurationError with a line for every wrong field of every document."""
+        read: list[Settings] = []
+        wrong: list[str] = []
+        for document, content in zip(self._documents, self._contents, strict=True):
+            try:
+                read.append(self._settings(document, content))
+            except ConfigurationError as error:
+                wrong.append(str(error))
+        if wrong:
+            raise ConfigurationError("\n".join(wrong))
+        return read
+
+    def complaint(self, settings: Settings, field: str | Location, message: str) -> str:
+        """Return a message about one field of settings that were read from this file."""
+        for document, content in zip(self._documents, self._contents, strict=True):
+            if content["attributes"].get("name") == settings.name and MODELS[content["type"]] is type(settings):
+                return self._message(document, ("attributes", *([field] if isinstance(field, str) else field)), message)
+        raise KeyError(settings.name)
+
+    def _settings(self, document: yaml.Node, content: Any) -> Settings:
+        for node, key in _repeated_keys(document):
+            raise ConfigurationError(f"{self.path}:{node.start_mark.line + 1}: {key} is said twice")
+        if not isinstance(content, dict) or not isinstance(content.get("attributes"), dict):
+            raise ConfigurationError(self._message(document, (), "a document needs type: and attributes: with fields below it"))
+        model = MODELS.get(str(content.get("type")))
+        if model is None:
+            found = f"{content['type']!r} is unknown" if "type" in content else "missing"
+            raise ConfigurationError(self._message(document, ("type",), f"{found}; one of: {', '.join(MODELS)}"))
+        for key in content.keys() - {"type", "attributes"}:
+            raise ConfigurationError(self._message(document, (key,), "unknown key; one of: type, attributes"))
+        try:
+            return model.model_validate(content["attributes"], context={FILE: self.path.absolute()})
+        except ValidationError as error:
+            lines = [self._explain(document, model, content["attributes"], dict(each)) for each in error.errors()]
+            raise ConfigurationError("\n".join(lines)) from None
+
+    def _explain(self, document: yaml.Node, model: type[BaseModel], attributes: dict[str, Any], error: dict[str, Any]) -> str:
+        message = error["msg"].removeprefix("Value error, ")
+        if error["type"] == "extra_forbidden":
+            message = f"unknown key; one of: {', '.join(_allowed_keys(model, attributes, error['loc'][:-1]))}"
+        if error["type"] != "missing" and not isinstance(error["input"], dict):
+            message += f" (found: {error['input']!r})"
+        return self._message(document, ("attributes", *_without_kind(error["loc"])), message)
+
+    def _message(self, document: yaml.Node, location: Location, message: str) -> str:
+        field = f" {'.'.join(map(str, location))}:" if location else ""
+        return f"{self.path}:{_line(document, location)}:{field} {message}"
+
+
+def _construct(node: yaml.Node) -> Any:
+    """What a document says. Raises yaml.YAMLError for tags and keys that plain YAML does not have, RecursionError for loops."""
+    _check_plain(node)
+    return yaml.SafeLoader("").construct_document(node)
+
+
+def _check_plain(node: yaml.Node) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            if key.tag != "tag:yaml.org,2002:str":
+                raise yaml.MarkedYAMLError(problem="a key has to be a plain word", problem_mark=key.start_mark)
+            _check_plain(value)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _check_plain(value)
+
+
+def _line(node: yaml.Node, location: Location) -> int:
+    """The line of a field, or of the innermost part of its path that is there, counted from 1."""
+    line = node.start_mark.line
+    for part in location:
+        if isinstance(node, yaml.MappingNode):
+            found = next(((key, value) for key, value in node.value if key.value == part), None)
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            found = (node.value[part], node.value[part])
+        else:
+            found = None
+        if found is None:
+            break
+        line, node = found[0].start_mark.line, found[1]
+    return line + 1
+
+
+def _repeated_keys(node: yaml.Node) -> Iterator[tuple[yaml.Node, str]]:
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            if key.value in seen:
+                yield key, key.value
+            seen.add(key.value)
+            yield from _repeated_keys(value)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            yield from _repeated_keys(value)
+
+
+def _without_kind(location: Location) -> Location:
+    """A place in the file: pydantic adds what kind of corpus it is."""
+    match list(location):
+        case ["corpus", "builtin" | "files" | "dataset", *rest]:
+            return ["corpus", *rest]
+    return location
+
+
+def _allowed_keys(model: type[BaseModel], attributes: dict[str, Any], location: Location) -> list[str]:
+    """The keys that there are at a place of the attributes."""
+    match list(location):
+        case ["sae"]:
+            return allowed_sae_keys(attributes["sae"])
+        case ["sae", int(number)]:
+            return allowed_sae_keys(attributes["sae"][number])
+        case ["training"] | ["baseline_training", _]:
+            return allowed_training_keys()
+        case ["corpus", kind]:
+            return list(CORPORA[str(kind)].model_fields)
+    for part in location:
+        if isinstance(part, str):  # a number is an entry of the list that the field is
+            annotation = model.model_fields[part].annotation
+            model = next(each for each in (annotation, *get_args(annotation)) if isinstance(each, type) and issubclass(each, BaseModel))
+    return list(model.model_fields)

@@ -1,0 +1,84 @@
+"""Labelled data sets that an experiment file may name: embedded tasks, and the data sets of SAEBench on the Hugging Face hub."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+class TextCount(NamedTuple):
+    """How many texts a probe is trained and tested on, half of them positive."""
+
+    train: int
+    test: int
+
+
+LANGUAGE, CODE_OR_PROSE, DOCSTRING_OR_CODE = "builtin/language", "builtin/code_or_prose", "builtin/docstring_or_code"
+EMBEDDED_CONCEPTS = (LANGUAGE, CODE_OR_PROSE, DOCSTRING_OR_CODE)
+EMBEDDED_CORRELATIONS = ("builtin/language_and_documentation",)
+
+_BIOS, _AMAZON = "LabHC/bias_in_bios", "canrager/amazon_reviews_mcauley_1and5"
+Values = Mapping[str, str]
+"""What a label is called, by what is in the column; others keep their number."""
+
+_PROFESSIONS: Values = {
+    "0": "accountant", "1": "architect", "2": "attorney", "6": "dentist", "9": "filmmaker", "11": "journalist", "13": "nurse",
+    "14": "painter", "18": "photographer", "19": "physician", "20": "poet", "21": "professor", "22": "psychologist", "25": "surgeon",
+    "26": "teacher",
+}  # fmt: skip
+_GENDERS: Values = {"0": "male", "1": "female"}
+_CATEGORIES: Values = {
+    "1": "Toys_and_Games", "2": "Cell_Phones_and_Accessories", "3": "Industrial_and_Scientific", "5": "Musical_Instruments",
+    "6": "Electronics", "11": "Office_Products", "18": "Pet_Supplies", "24": "Books", "26": "CDs_and_Vinyl", "30": "Software",
+}  # fmt: skip
+_RATINGS: Values = {"1": "1.0", "5": "5.0"}
+_NEWS: Values = {"0": "World", "1": "Sports", "2": "Business", "3": "Sci/Tech"}
+
+
+@dataclass(frozen=True)
+class HubSet:
+    """One data set on the hub, or a part of it: `labels` are probed, balanced by the column `other` where there is one."""
+
+    path: str
+    text: str
+    label: str
+    names: Values
+    labels: tuple[str, ...] = ()
+    other: str | None = None
+    other_names: Values = field(default_factory=dict)
+    pairs: tuple[tuple[str, str], ...] = ()
+    """target attributes of spurious correlation removal; `other` is the spurious one"""
+    spurious: tuple[str, str] = ("", "")
+
+
+def _bios(*labels: str) -> HubSet:
+    pairs = (("professor", "nurse"), ("architect", "journalist"), ("surgeon", "psychologist"), ("attorney", "teacher"))
+    return HubSet(_BIOS, "hard_text", "profession", _PROFESSIONS, labels, "gender", _GENDERS, pairs, ("male", "female"))
+
+
+def _amazon(*labels: str) -> HubSet:
+    pairs = (
+        ("Books", "CDs_and_Vinyl"),
+        ("Software", "Electronics"),
+        ("Pet_Supplies", "Office_Products"),
+        ("Industrial_and_Scientific", "Toys_and_Games"),
+    )
+    return HubSet(_AMAZON, "text", "category", _CATEGORIES, labels, "rating", _RATINGS, pairs, ("1.0", "5.0"))
+
+
+GITHUB_CODE, EUROPARL = "codeparrot/github-code", "Helsinki-NLP/europarl"
+STREAMED = {GITHUB_CODE: ("C", "Python", "HTML", "Java", "PHP"), EUROPARL: ("en", "fr", "de", "es", "nl")}
+EUROPARL_PAIRS = {"en": "en-fr", "fr": "fr-it", "de": "de-en", "es": "es-fr", "nl": "nl-pt"}
+WHOLE = {
+    "LabHC/bias_in_bios_class_set1": _bios("accountant", "architect", "attorney", "dentist", "filmmaker"),
+    "LabHC/bias_in_bios_class_set2": _bios("journalist", "nurse", "painter", "photographer", "physician"),
+    "LabHC/bias_in_bios_class_set3": _bios("poet", "professor", "psychologist", "surgeon", "teacher"),
+    _AMAZON: _amazon(*(_CATEGORIES[number] for number in "12356")),
+    f"{_AMAZON}_sentiment": HubSet(_AMAZON, "text", "rating", _RATINGS, ("1.0", "5.0")),
+    "fancyzhx/ag_news": HubSet("fancyzhx/ag_news", "text", "label", _NEWS, tuple(_NEWS.values())),
+}
+PAIRED = {_BIOS: _bios(), _AMAZON: _amazon()}
+
+HUB_CONCEPTS = (*WHOLE, *STREAMED)
+HUB_CORRELATIONS = tuple(PAIRED)
