@@ -612,15 +612,15 @@ with writing_alone(Path(sys.argv[1]), [(Address("a", "bagging", "member_1"), Par
 def test_what_may_pass_is_tried_again(untrained: Laboratory, error: Exception, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(retries, "DELAY_SECONDS", 0)
     attempts: list[int] = []
-    fit = training._Training.fit
+    train = training.train_saes
 
-    def fails_twice(*arguments: Any) -> Any:
+    def fails_twice(*arguments: Any) -> None:
         attempts.append(1)
         if len(attempts) <= 2:
             raise error
-        return fit(*arguments)
+        train(*arguments)
 
-    monkeypatch.setattr(training._Training, "fit", fails_twice)
+    monkeypatch.setattr(training, "train_saes", fails_twice)
     untrained.run(seeds=[SEED], select=["baseline/expanded"])
     assert len(attempts) == 3
 
@@ -633,7 +633,7 @@ def test_what_would_come_again_fails_at_once(untrained: Laboratory, error: Excep
         attempts.append(1)
         raise error
 
-    monkeypatch.setattr(training._Training, "fit", fails)
+    monkeypatch.setattr(training, "train_saes", fails)
     with pytest.raises(type(error), match=str(error)):
         untrained.run(seeds=[SEED], select=["baseline/expanded"])
     assert len(attempts) == 1
