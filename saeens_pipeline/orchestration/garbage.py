@@ -118,20 +118,21 @@ def declared(catalogue: Ops) -> Declared:
 def find_garbage(root: Path, references: Declared, given_up: Sequence[Path] = ()) -> Inventory:
     """Look through the data root. Changes nothing.
 
-    An artefact whose record names an experiment file of a folder that is not read now is kept, unless the folder is `given_up`.
-    Raises ConfigurationError for a folder that is given up and either read or named by no record.
+    An artefact whose record names an experiment file of a folder that is not read now is kept, unless that folder or one above it
+    is `given_up`. Raises ConfigurationError for a folder that is given up though every file that records name below it is read now.
     """
     root = root.resolve()
     given_up = [folder.expanduser().resolve() for folder in given_up]
     recorded = (each.artefact.provenance.get("experiment_file", "") for each in all_artefacts(root) if isinstance(each.artefact, Artefact))
     unread = {folder for file in set(recorded) if (folder := unread_folder(file))}
     for folder in given_up:
-        if folder not in unread:
+        if not any(each.is_relative_to(folder) for each in unread):
             known = ", ".join(map(str, sorted(unread))) or "none"
             raise ConfigurationError(
                 f"--forget-folder {folder}: nothing here was made from files of this folder, or it is read now; there are: {known}"
             )
-    inventory = Inventory(unread_folders=sorted(unread.difference(given_up)))
+    kept = sorted(each for each in unread if not any(each.is_relative_to(folder) for folder in given_up))
+    inventory = Inventory(unread_folders=kept)
     own = (root / "dagster", root / locks.FOLDER, root / ANSWERS_FOLDER)  # answers are paid for, whoever asked
     others = (*own, home_folder().resolve(), describe_language_model(REFERENCE_MODEL).path.resolve())
     for path in _entries(root):

@@ -452,19 +452,20 @@ def test_the_command_refuses_to_remove_when_a_file_is_broken(
     assert _files(finished.root) == before
 
 
+@pytest.mark.parametrize("is_above", [False, True])
 def test_the_command_removes_artefacts_of_a_folder_only_once_it_is_given_up(
-    finished: Laboratory, own_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    finished: Laboratory, own_folder: Path, is_above: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setenv(FOLDERS_VARIABLE, "")
     before = _files(finished.root)
     assert _saeens(monkeypatch, "gc") == 0
     assert f"saeens gc --forget-folder {own_folder}" in capsys.readouterr().err
-    assert _saeens(monkeypatch, "gc", "--forget-folder", str(own_folder.parent)) == 2
+    assert _saeens(monkeypatch, "gc", "--forget-folder", str(own_folder / "other")) == 2
     assert f"there are: {own_folder}" in capsys.readouterr().err
     assert _files(finished.root) == before
     assert _saeens(monkeypatch, "gc", "--delete") == 0
     assert (finished.root / SEED_1 / "baseline" / "expanded").exists()
-    assert _saeens(monkeypatch, "gc", "--delete", "--forget-folder", str(own_folder)) == 0
+    assert _saeens(monkeypatch, "gc", "--delete", "--forget-folder", str(own_folder.parent if is_above else own_folder)) == 0
     assert not (finished.root / "experiments").exists()
 
 

@@ -59,7 +59,7 @@ def test_only_beside_what_comes_before_training(tmp_path, monkeypatch, builders:
         asked.append(sorted(architectures))
         return nullcontext()
 
-    monkeypatch.setattr("saeens_pipeline.assets.kernels.compiled_meanwhile", compiled_instead)
+    monkeypatch.setattr("saeens_pipeline.orchestration.runs.compiled_meanwhile", compiled_instead)
     monkeypatch.setattr("saeens_pipeline.assets.compute.Compute.resolve", lambda self: device)
     wanted: Any = [SimpleNamespace(builder=builder, tags={"architecture": "topk"} if builder == "sae" else {}) for builder in builders]
     with runs._compiling(Store(tmp_path), wanted):

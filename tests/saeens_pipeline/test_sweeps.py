@@ -283,12 +283,13 @@ def _size(png: bytes) -> tuple[int, int]:
     return struct.unpack(">II", png[16:24])
 
 
-def test_every_method_has_its_own_colour_and_marker_and_every_layer_its_axes(empty: Laboratory):
+def test_every_method_has_its_own_colour_and_marker_and_every_layer_its_axes(empty: Laboratory, monkeypatch: pytest.MonkeyPatch):
     styles = [methods.method(name) for name in METHODS]
     assert len({each.colour for each in styles}) == len({each.marker for each in styles}) == len(METHODS)
     _declare(empty)
     _write_points(empty)
     table, sweep = _rows(empty)
+    monkeypatch.undo()  # pictures are no longer blank
     two_layers = pl.concat([table, table.with_columns(layer=pl.lit(7, pl.Int64))])
     width, height = _size(draw(table, sweep))
     assert _size(draw(two_layers, sweep)) == (width, 2 * height)
