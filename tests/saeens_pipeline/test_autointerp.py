@@ -490,7 +490,7 @@ def test_a_wrong_address_is_said_before_anything_is_made(laboratory: Laboratory,
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"autointerp": None}, "evaluations: autointerp asks a language model: say which"),
+        ({"autointerp": None}, "evaluations: autointerp asks a language model: name one"),
         ({"evaluations": ["autointerp"]}, "evaluations: autointerp explains the table contexts: add it"),
         ({"autointerp": {"features": 3}}, "autointerp.model: Field required"),
         ({"autointerp": {"model": ""}}, "autointerp.model: "),

@@ -187,7 +187,7 @@ def test_what_fits_is_said(empty: Laboratory):
     assert notes["free disk"].startswith("enough, below")
     empty.declare({"train_tokens": 10**14})
     assert " too little, below" in {line.item: line.note for line in _lines(empty)}["free disk"]
-    for batch_tokens, on_l4 in ((1000, "SAEs in smaller groups"), (3000, "the largest SAE in parts of batches, if its weights fit")):
+    for batch_tokens, on_l4 in ((1000, "SAEs in smaller groups"), (3000, "the largest SAE with split batches, if its weights fit")):
         empty.declare(sae={"architecture": "topk", "d_sae": 2_000_000, "k": 4}, training={"batch_tokens": batch_tokens}, baselines=[])
         notes = {line.item: line.note for line in _lines(empty)}
         assert notes["NVIDIA L4"].startswith(f"24 GB: {on_l4}")
