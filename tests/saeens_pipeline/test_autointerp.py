@@ -491,7 +491,7 @@ def test_a_wrong_address_is_said_before_anything_is_made(laboratory: Laboratory,
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"autointerp": None}, "evaluations.1: autointerp asks a language model: say which"),
+        ({"autointerp": None}, "evaluations.1: autointerp asks a language model: name one"),
         ({"evaluations": ["autointerp"]}, "evaluations.0: autointerp is computed from the table contexts: add it"),
         ({"autointerp": {"features": 3}}, "autointerp.model: Field required"),
         ({"autointerp": {"model": ""}}, "autointerp.model: "),

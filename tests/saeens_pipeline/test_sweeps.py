@@ -264,8 +264,8 @@ def test_rows_are_means_and_points_of_the_tables_that_are_there(empty: Laborator
     assert table["on_l0_front"].to_list() == [1, 0, 1, 1]
     assert table["on_bits_front"].to_list() == [1, 1, None, 1]
     assert list(notes(table, sweep)) == [
-        f"{SWEEP}__k_16 was not evaluated yet: `saeens run {SWEEP}__k_16` does",
-        f"no description length was measured of {SWEEP}__k_4: left out of that picture",
+        f"{SWEEP}__k_16 is not evaluated yet: run `saeens run {SWEEP}__k_16`",
+        f"{SWEEP}__k_4: no description length was measured; left out of that picture",
     ]
 
 
