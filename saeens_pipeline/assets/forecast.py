@@ -1,7 +1,7 @@
 """Forecast of an experiment's disk, memory, computation and questions to a language model, for `saeens plan`.
 
 All figures are computed from the experiment file and the language model's configuration. FLOPs are dense equivalents, as in the table
-`cost`. Seconds are FLOPs divided by the speed that a device reaches; training SAEs usually reaches 40 % of the published speed.
+`cost`. Seconds are FLOPs divided by the speed that a device reaches.
 """
 
 from __future__ import annotations
