@@ -551,7 +551,7 @@ def test_a_changed_k_retrains_on_the_activations_that_are_there(finished: Labora
 
 def test_some_seeds_alone_leave_out_what_compares_all(empty: Laboratory):
     printed = empty.run(seeds=[2], select=["eval/stability"])
-    assert "what compares all seeds is left out" in printed
+    assert "tables that compare seeds are left out" in printed
     assert not (empty.root / "tables").exists()
     assert not (empty.root / "experiments" / NAME / f"layer={LAYER}" / "seed=1").exists()
     assert empty.artefact("boosting/boosting_ensemble", 2)

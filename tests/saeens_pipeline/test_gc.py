@@ -432,7 +432,7 @@ def test_the_command_lists_with_sizes_and_removes_only_when_asked(
     assert _files(finished.root) == before
     assert f"{SEED_1}/baseline/expanded " in printed
     assert "kB" in printed
-    assert "would be freed by `saeens gc --delete`; nothing was touched" in printed
+    assert "would be freed by `saeens gc --delete`; nothing was changed" in printed
     assert _saeens(monkeypatch, "gc", "--delete") == 0
     assert "kB freed" in capsys.readouterr().out
     assert not (finished.root / SEED_1 / "baseline").exists()

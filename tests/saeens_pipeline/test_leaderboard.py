@@ -300,7 +300,7 @@ def test_the_command_says_which_figures_are_outdated(finished: Laboratory, leade
     code, out, err = leaderboard("--format", "csv")
     assert code == 0
     assert len(out.splitlines()) == 6
-    assert f"figures of {NAME} are outdated: `saeens status {NAME}` says why" in " ".join(err.split())
+    assert f"figures of {NAME} are outdated: see `saeens status {NAME}`" in " ".join(err.split())
 
 
 def test_an_experiment_whose_files_are_not_found_does_not_hide_the_others(
@@ -313,13 +313,13 @@ def test_an_experiment_whose_files_are_not_found_does_not_hide_the_others(
     code, out, err = leaderboard("--format", "csv")
     assert code == 0
     assert len(out.splitlines()) == 6
-    assert f"whether figures of {NAME} are outdated cannot be told: mine: there is no file texts.csv" in " ".join(err.split())
+    assert f"figures of {NAME} may be outdated, which cannot be checked: mine: there is no file texts.csv" in " ".join(err.split())
 
 
 def test_the_command_says_that_nothing_was_evaluated_and_refuses_unknown_columns(empty: Laboratory, leaderboard: Command, tmp_path: Path):
     code, _, err = leaderboard()
     assert code == 0
-    assert "nothing was evaluated yet" in err
+    assert "nothing is evaluated yet" in err
     code, out, err = leaderboard("--sort", "colour")
     assert (code, out) == (2, "")
     assert "colour" in err

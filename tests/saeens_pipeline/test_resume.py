@@ -161,7 +161,7 @@ def test_ctrl_c_during_a_run_leaves_a_checkpoint_and_the_next_run_goes_on(untrai
     untrained.run(seeds=[SEED], select=["baseline/expanded"])
     assert untrained.artefact("baseline/expanded", SEED).provenance["resumed_at_tokens"] == [5 * BATCH_TOKENS]
     shown = untrained.materialise([f"{NAME}/baseline/expanded"], WHERE)[f"{NAME}/baseline/expanded"].metadata
-    assert shown["went on from a checkpoint at [tokens]"].value == "320"
+    assert shown["resumed from a checkpoint at [tokens]"].value == "320"
 
 
 def test_changed_settings_do_not_go_on_from_a_checkpoint_of_others(untrained: Laboratory, monkeypatch: pytest.MonkeyPatch):
