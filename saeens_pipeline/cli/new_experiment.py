@@ -1,4 +1,4 @@
-"""`saeens new`: an experiment file for a language model, with what follows from the model filled in and every field explained."""
+"""Experiment files for `saeens new`: the model's sizes are filled in, and every field has a comment."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ from saeens_pipeline.settings.files import FOLDERS_VARIABLE, MODELS, find_files,
 from saeens_pipeline.storage.names import validate_name
 
 HOOK = "resid_post"
-MAX_CONTEXT_LENGTH = 2048  # longer windows cost memory and say little more of a token
+MAX_CONTEXT_LENGTH = 2048  # longer windows cost memory and add little
 TRAIN_TOKENS, TEST_TOKENS = 1_000_000, 50_000
 EXPANSION = 8
-DIMENSIONS_PER_FEATURE = 24  # of d_in for one of k, as in the quickstart, rounded to a power of two
+DIMENSIONS_PER_FEATURE = 24  # d_in / k, about that of the quickstart; k is rounded to a power of two
 
 
 class NewExperiment(NamedTuple):
-    """What was written where, and whether the file is one of those that are read."""
+    """The path of a new experiment file. `is_read`: it is in a folder of experiment files."""
 
     path: Path
     is_read: bool
 
 
 def new_experiment(name: str, model: str, layers: Sequence[int], output: Path | None = None) -> NewExperiment:
-    """Write an experiment file for `model`: what `language_model` may be. Of a model of the hub only the configuration is downloaded.
+    """Write an experiment file for `model`, a value of `language_model`. Of a model on the hub only the configuration is downloaded.
 
-    It goes to `output`, else to NAME.yaml in the first folder of SAEENS_EXPERIMENTS, else to the checkout. Nothing is overwritten.
-    Raises ConfigurationError for a name that is taken or not allowed, for layers that the model does not have, and for what is no model.
+    The file is `output`, or NAME.yaml in the first folder of SAEENS_EXPERIMENTS, or a file in the checkout. Nothing is overwritten.
+    Raises ConfigurationError for a name in use or not allowed, an unknown model, and layers that the model does not have.
     """
     _require_free(name)
     path = (output or _default_path(name)).expanduser().absolute()
     if path.exists():
-        raise ConfigurationError(f"{path} is there already and is not overwritten: choose another name or --output")
+        raise ConfigurationError(f"{path} exists and is not overwritten: choose another name or --output")
     description = describe_language_model(str(Path(model).expanduser().absolute()) if Path(model).expanduser().is_dir() else model)
     validate_hook(description, HOOK, layers)
     text = render(name, description, layers)
@@ -58,16 +58,16 @@ def new_experiment(name: str, model: str, layers: Sequence[int], output: Path | 
         with path.open("x", encoding="utf-8") as file:
             file.write(text)
     except OSError as error:
-        raise SaeensError(f"{path} cannot be written ({error.strerror}): give a file that can be with --output") from error
+        raise SaeensError(f"{path} cannot be written ({error.strerror}): choose another file with --output") from error
     return NewExperiment(path, path.resolve() in [each.resolve() for each in find_files()])
 
 
 def parse_layers(given: Sequence[str]) -> list[int]:
-    """Layers as a command line gives them: numbers, separated by commas. Raises ConfigurationError for anything else."""
+    """Return layers from comma-separated numbers. Raises ConfigurationError for anything else."""
     parts = [part.strip() for each in given for part in each.split(",")]
     wrong = [part for part in parts if not part.isdecimal()]
     if wrong:
-        raise ConfigurationError(f"--layers: {wrong[0]!r} is no layer; give whole numbers from 0, such as 2,4,6")
+        raise ConfigurationError(f"--layers: {wrong[0]!r} is not a layer; give whole numbers from 0, such as 2,4,6")
     return [int(part) for part in parts]
 
 
@@ -159,7 +159,7 @@ def _require_free(name: str) -> None:
     catalogue = Experiments.load()
     for kind, taken in (("an experiment", catalogue.experiments), ("a source", catalogue.sources)):
         if name in taken:
-            raise ConfigurationError(f"there already is {kind} called {name!r}: choose another name, or add to its file")
+            raise ConfigurationError(f"there already is {kind} called {name!r}: choose another name, or edit its file")
 
 
 def _validate(text: str, description: LanguageModelDescription) -> None:
@@ -179,5 +179,5 @@ def _default_path(name: str) -> Path:
         return folder / f"{name}.yaml"
     checkout = Path(next(iter(defs.__path__)))
     if not (checkout.parents[1] / "pyproject.toml").exists():
-        raise ConfigurationError(f"this is no checkout: give --output, or set {FOLDERS_VARIABLE} to a folder for experiment files")
+        raise ConfigurationError(f"this is not a checkout: give --output, or set {FOLDERS_VARIABLE} to a folder for experiment files")
     return checkout / name / "defs.yaml"
