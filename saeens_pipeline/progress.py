@@ -1,4 +1,4 @@
-"""How far long work has come: bars in a terminal, plain lines elsewhere, log lines in Dagster's UI."""
+"""Progress of long work: bars in a terminal, plain lines elsewhere, log lines in Dagster's UI."""
 
 from __future__ import annotations
 
@@ -6,29 +6,29 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from rich.console import Console
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-LINE_INTERVAL_SECONDS = 15.0  # between two lines about the same work
-PACE_SECONDS = 1.0  # from when on a rate says something
+LINE_INTERVAL_SECONDS = 15.0  # between two lines about the same task
+PACE_SECONDS = 1.0  # shorter measurements give no usable rate
 
 
 class Advance(Protocol):
-    """Say that `n` more units are done, or that they were done `before` this work began: those count for no rate."""
+    """Count `n` more finished units. Units with `before=True` were finished before this task began and do not count for the rate."""
 
     def __call__(self, n: int, *, before: bool = False) -> None: ...
 
 
 class Reporter(Protocol):
-    """Shows work; `unit` is what is counted, for example tokens."""
+    """Shows the progress of tasks; `unit` names the counted units, for example tokens."""
 
     def task(self, label: str, total: int, unit: str) -> contextlib.AbstractContextManager[Advance]: ...
 
 
 class _Pace:
-    """How fast work goes on: from its second report on, since what comes before the first is preparation, such as compiling."""
+    """Rate of a task, measured from its first report: the time before that is preparation, such as compiling."""
 
     def __init__(self) -> None:
         self.done = 0
@@ -36,7 +36,7 @@ class _Pace:
         self._first: tuple[float, int] | None = None
 
     def advance(self, n: int, *, before: bool) -> float | None:
-        """Units a second, where that is known."""
+        """Count `n` units and return the rate in units per second, or None while it is unknown."""
         self.done += n
         if before:
             self.done_before += n
@@ -49,7 +49,7 @@ class _Pace:
 
 
 class LineReporter:
-    """Plain lines: one at the end of each piece of work, and one now and then meanwhile."""
+    """Plain lines: one at the end of each task, and one every 15 seconds before."""
 
     def __init__(self, write: Callable[[str], None]) -> None:
         self._write = write
@@ -75,15 +75,13 @@ class LineReporter:
 
 
 class BarReporter:
-    """Progress bars with rate and time left, for a terminal. What is printed to the same console meanwhile appears above them."""
+    """Progress bars with rate and time left, for a terminal. Other output of the same console appears above them."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
 
     @contextlib.contextmanager
     def task(self, label: str, total: int, unit: str) -> Iterator[Advance]:
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
         shown = TextColumn("{task.fields[rate]}", style="dim")
         pace = _Pace()
         label_column = TextColumn("{task.description:<44}")
@@ -103,7 +101,7 @@ _reporter: ContextVar[Reporter | None] = ContextVar("reporter", default=None)
 
 @contextlib.contextmanager
 def report_to(reporter: Reporter) -> Iterator[None]:
-    """Within this context, work is shown by that reporter, unless one outside it was set before."""
+    """Show tasks with `reporter` inside this context, unless an outer context has set one."""
     token = None if _reporter.get() else _reporter.set(reporter)
     try:
         yield
@@ -114,7 +112,7 @@ def report_to(reporter: Reporter) -> Iterator[None]:
 
 @contextlib.contextmanager
 def task(label: str, total: int, unit: str = "tokens") -> Iterator[Advance]:
-    """Work that is shown by whoever asked for it, or by nobody."""
+    """Show a task with the current reporter, if there is one, and give the function that counts its units."""
     reporter = _reporter.get()
     if reporter is None:
         yield lambda n, before=False: None
@@ -124,7 +122,7 @@ def task(label: str, total: int, unit: str = "tokens") -> Iterator[Advance]:
 
 
 def differences(advance: Advance) -> Callable[[int, int], None]:
-    """Turn `advance(more)` into a callback that is given (done so far, total)."""
+    """Return a callback for (done so far, total) that calls `advance` with the difference."""
     before = 0
 
     def report(done: int, _total: int) -> None:

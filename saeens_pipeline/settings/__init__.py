@@ -1,4 +1,4 @@
-"""Contents of experiment files: pydantic models, reading files, sweeps and controls. Importing it loads neither Dagster nor torch."""
+"""Experiment files: pydantic models of their fields, reading, sweeps and controls. Importing it loads neither Dagster nor torch."""
 
 from saeens_pipeline.settings.experiments import ExperimentSettings
 from saeens_pipeline.settings.sources import SourceSettings

@@ -1,4 +1,4 @@
-"""Controls: an experiment with the same settings on the same language model, untrained. What it reaches shows nothing learnt."""
+"""Controls: experiments with equal settings on an untrained language model. Their scores cannot come from learned features."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 from saeens_pipeline.settings import ExperimentSettings, SourceSettings
 
-_OF_SOURCES = {"name", "weights", "layers"}  # in which a control's source may differ
-_OF_EXPERIMENTS = {"sae", "training", "ensemble"}  # in which a control may not; a baseline that both have has the same recipe then
+_MAY_DIFFER_IN_SOURCES = {"name", "weights", "layers"}
+_EQUAL_IN_EXPERIMENTS = {"sae", "training", "ensemble"}  # together with the source they decide the recipes of common baselines, too
 
 
 def controls_of(experiments: Iterable[ExperimentSettings], sources: Mapping[str, SourceSettings]) -> dict[str, str]:
-    """By the name of each experiment on a trained language model that has a control: the control's, the first by name."""
+    """Return the name of the control of each experiment on a trained language model that has one; of several, the first by name."""
     by_name = sorted(experiments, key=lambda experiment: experiment.name)
     untrained = [each for each in by_name if sources[each.source].weights == "random"]
     controls: dict[str, str] = {}
@@ -24,4 +24,5 @@ def controls_of(experiments: Iterable[ExperimentSettings], sources: Mapping[str,
 
 
 def _decisive(experiment: ExperimentSettings, sources: Mapping[str, SourceSettings]) -> list[dict[str, Any]]:
-    return [sources[experiment.source].model_dump(exclude=_OF_SOURCES), experiment.model_dump(include=_OF_EXPERIMENTS)]
+    source = sources[experiment.source].model_dump(exclude=_MAY_DIFFER_IN_SOURCES)
+    return [source, experiment.model_dump(include=_EQUAL_IN_EXPERIMENTS)]

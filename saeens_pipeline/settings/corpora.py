@@ -1,4 +1,4 @@
-"""`corpus`: the settings of a source's texts. `language_models` reads them."""
+"""Settings of `corpus`, the texts of a source. `language_models` reads the texts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from saeens_pipeline.settings.from_file import FromFile
 
 BUILTIN_CORPUS = "builtin/installed_packages"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_COLUMNS_OF_DOCUMENTS = ("split", "document", "name")  # of documents.parquet, where labels are columns beside them
+_COLUMNS_OF_DOCUMENTS = ("split", "document", "name")  # of documents.parquet, which has a column for each label as well
 
 
 def is_hub_name(name: str) -> bool:
@@ -22,31 +22,35 @@ def is_hub_name(name: str) -> bool:
 def _label_names(fields: list[str]) -> list[str]:
     taken = sorted(set(fields) & set(_COLUMNS_OF_DOCUMENTS))
     if taken or len(set(fields)) < len(fields):
-        raise ValueError(f"{taken[0]!r} is the name of another column" if taken else f"{fields} names something twice")
+        raise ValueError(f"{taken[0]!r} is the name of another column" if taken else f"{fields} has duplicates")
     return fields
 
 
 class RecordSettings(BaseModel):
-    """Fields of a corpus whose documents are records. A dot leads into a nested field: `meta.pile_set_name`."""
+    """Fields of a corpus of records. A dot selects a nested field: `meta.pile_set_name`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    text_field: str = Field("text", min_length=1, description="the field that holds the text of a record")
-    label_fields: Annotated[list[str], AfterValidator(_label_names)] = Field([], description="fields of a record that are kept as labels")
-    test_share: float = Field(0.05, gt=0, lt=1, description="share of documents held out by a hash of their names, without a test split")
+    text_field: str = Field("text", min_length=1, description="record field of the text")
+    label_fields: Annotated[list[str], AfterValidator(_label_names)] = Field([], description="record fields of the labels")
+    test_share: float = Field(
+        0.05, gt=0, lt=1, description="share of documents held out by a hash of their names, if there is no test split"
+    )
 
 
 class TextFiles(RecordSettings, FromFile):
     """A corpus of local files."""
 
-    files: str | list[str] = Field(description="paths, with * and ** for parts of names")
-    test_files: str | list[str] | None = Field(None, description="files of the test split; none: documents are held out by test_share")
+    files: str | list[str] = Field(description="paths or patterns with * and ** of the training files")
+    test_files: str | list[str] | None = Field(
+        None, description="paths or patterns of the test files; default: test_share of the documents"
+    )
 
     @field_validator("files", "test_files")
     @classmethod
     def _some_path(cls, files: str | list[str] | None) -> str | list[str] | None:
         if files is not None and not (files and all([files] if isinstance(files, str) else files)):
-            raise ValueError("name a file, or several")
+            raise ValueError("expected at least one file")
         return files
 
     def __str__(self) -> str:
@@ -54,25 +58,25 @@ class TextFiles(RecordSettings, FromFile):
 
 
 class HubDataset(RecordSettings):
-    """A corpus that is a data set of the Hugging Face hub."""
+    """A corpus from a data set of the Hugging Face hub."""
 
     name: str = Field(description="name of the data set: owner/name")
-    subset: str | None = Field(None, description="one of its configurations; none: the only one")
-    split: str = Field("train", min_length=1, description="split of the training documents, or files of that name")
-    test_split: str | None = Field(None, min_length=1, description="split of the test documents; none: test_share of the documents")
+    subset: str | None = Field(None, description="configuration of the data set; default: its only one")
+    split: str = Field("train", min_length=1, description="split of the training documents, or name of their files")
+    test_split: str | None = Field(None, min_length=1, description="split of the test documents; default: test_share of the documents")
     revision: str = Field("main", min_length=1, description="branch, tag or commit")
 
     @field_validator("name")
     @classmethod
     def _can_be(cls, name: str) -> str:
         if not is_hub_name(name):
-            raise ValueError("not a name of a data set on the hub, such as monology/pile-uncopyrighted")
+            raise ValueError("not a valid name of a data set on the hub, such as monology/pile-uncopyrighted")
         return name
 
     @model_validator(mode="after")
     def _disjoint(self) -> HubDataset:
         if self.test_split == self.split:
-            raise ValueError(f"split and test_split are both {self.split}: no document may be in both; leave test_split out")
+            raise ValueError(f"split and test_split are both {self.split}: no document may be in both; remove test_split")
         return self
 
     def __str__(self) -> str:
@@ -94,7 +98,7 @@ def _kind_of_corpus(corpus: Any) -> str:
 
 
 CORPORA: dict[str, type[BaseModel]] = {"files": TextFiles, "dataset": HubDataset}
-"""Settings of corpora with fields, by the tag that pydantic adds to the location of an error."""
+"""Models of the corpora with fields, by the tag that pydantic adds to the location of an error."""
 
 Corpus = Annotated[
     Annotated[str, AfterValidator(_builtin), Tag("builtin")] | Annotated[TextFiles, Tag("files")] | Annotated[HubDataset, Tag("dataset")],

@@ -30,18 +30,18 @@ from saeens_pipeline.settings.sweeps import name_of_value, swept, validate_sweep
 from saeens_pipeline.storage.names import RESERVED_GROUPS
 
 if TYPE_CHECKING:
-    from saeens_models import SAESettings
+    from saeens_models import SAESettings, TrainingConfig
 
-MAX_MEMBERS = 999  # ensemble seeds are a thousand initialisation seeds apart
-MIN_FRESHNESS_DAYS = 1 / (24 * 60)  # Dagster looks no closer than a minute
+MAX_MEMBERS = 999  # the initialisation seeds of two ensemble seeds are a thousand apart
+MIN_FRESHNESS_DAYS = 1 / (24 * 60)  # the resolution of Dagster's freshness policies is a minute
 
 _CRON_FIELDS = 5
 _FOLLOWS_FROM_ACTIVATIONS = ("total_tokens", "input_scale", "input_mean")
 
 Baseline = Literal["expanded", "expanded_l0_matched", "compute_matched", "matching_pursuit"]
 
-_BASELINES_OF_LISTS = ("expanded", "expanded_l0_matched", "matching_pursuit")  # those that are defined where members differ
-_BASELINES_WITH_L0 = ("expanded_l0_matched", "matching_pursuit")  # those that have the L0 of all members
+_BASELINES_OF_LISTS = ("expanded", "expanded_l0_matched", "matching_pursuit")  # defined for members with different settings
+_BASELINES_WITH_L0 = ("expanded_l0_matched", "matching_pursuit")  # with the sum of the members' L0
 
 
 def _outside_groups(name: str) -> str:
@@ -54,19 +54,26 @@ def _outside_groups(name: str) -> str:
 
 @cache
 def _sae_lists() -> TypeAdapter[list[SAESettings]]:
-    from saeens_models.architectures import SAESettings
+    from saeens_models.architectures import SAESettings  # loads torch
 
     return TypeAdapter(list[SAESettings])
 
 
+@cache
+def _training_config() -> type[TrainingConfig]:
+    from saeens_models import TrainingConfig  # loads torch
+
+    return TrainingConfig
+
+
 def _read_sae(given: object) -> SAESettings:
-    from saeens_models.architectures import SAESettings
+    from saeens_models.architectures import SAESettings  # loads torch
 
     return SAESettings.model_validate(given)
 
 
 def _read_saes(given: object) -> SAESettings | list[SAESettings]:
-    """Return one configuration, or a list of one per member; each error says in which entry. Loads torch."""
+    """Return one configuration, or one per member; the errors of a list name the entry."""
     if not isinstance(given, list):
         return _read_sae(given)
     saes = _sae_lists().validate_python(given)
@@ -75,18 +82,29 @@ def _read_saes(given: object) -> SAESettings | list[SAESettings]:
     return saes
 
 
+def _l0_error(sae: SAESettings) -> str | None:
+    """Return the reason why an architecture has no multiple of its L0; None if it has."""
+    from saeens_models.architectures import validate_l0_multiple  # loads torch
+
+    try:
+        validate_l0_multiple(sae.architecture)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def _wrong(field: Sequence[int | str], message: str) -> ValidationError:
-    """An error of one field that is found by looking at several."""
+    """Return an error of one field that depends on other fields."""
     error = PydanticCustomError("inconsistent", "{message}", {"message": message})
     return ValidationError.from_exception_data("ExperimentSettings", [InitErrorDetails(type=error, loc=tuple(field), input={})])
 
 
 def _check_swept(sae: dict[str, Any], sweep: dict[str, list[Any]]) -> None:
-    """Raise what is wrong with a field that is swept, and with each of its values, given the other settings of `sae`."""
+    """Raise ValidationError for an unknown field of a sweep, and for a value that is invalid with the other settings of `sae`."""
     field, values = swept(sweep)
     try:
         allowed = allowed_sae_keys(sae)
-    except ValidationError:  # of the architecture, reported for `sae` itself
+    except ValidationError:  # an unknown architecture, which is reported for `sae` itself
         return
     if field not in allowed or field == "architecture":
         raise _wrong(["sweep", field], f"unknown field of sae; one of: {', '.join(key for key in allowed if key != 'architecture')}")
@@ -100,33 +118,23 @@ def _check_swept(sae: dict[str, Any], sweep: dict[str, list[Any]]) -> None:
 
 
 def allowed_sae_keys(sae: Mapping[str, Any]) -> list[str]:
-    """Return the keys that `sae` may have, which depend on its architecture. Raises ValidationError for an unknown architecture."""
-    from saeens_models.architectures import settings_class
+    """Return the allowed keys of `sae`, which depend on its architecture. Raises ValidationError for an unknown architecture."""
+    from saeens_models.architectures import settings_class  # loads torch
 
     return list(settings_class(sae.get("architecture")).field_names())
 
 
 def allowed_training_keys() -> list[str]:
-    """The keys that `training` may have."""
-    from saeens_models import TrainingConfig
-
-    return [name for name in TrainingConfig.model_fields if name not in _FOLLOWS_FROM_ACTIVATIONS]
+    """Return the allowed keys of `training`."""
+    return [name for name in _training_config().model_fields if name not in _FOLLOWS_FROM_ACTIVATIONS]
 
 
 def _validate_training(settings: dict[str, Any]) -> dict[str, Any]:
-    from saeens_models import TrainingConfig
-
     for name in _FOLLOWS_FROM_ACTIVATIONS:
         if name in settings:
             raise ValueError(f"{name} follows from the activations and cannot be set")
-    TrainingConfig(**settings, total_tokens=1)
+    _training_config()(**settings, total_tokens=1)
     return settings
-
-
-def _complete_training(settings: dict[str, Any]) -> dict[str, Any]:
-    from saeens_models import TrainingConfig
-
-    return TrainingConfig(**settings).model_dump(mode="json", exclude=set(_FOLLOWS_FROM_ACTIVATIONS))
 
 
 def _on_or_off(value: object) -> object:
@@ -142,43 +150,45 @@ def _validate_cron(cron: str) -> str:
 
 def _no_repetition(values: list | None) -> list | None:
     if values and len(set(values)) < len(values):
-        raise ValueError(f"{values} names something twice")
+        raise ValueError(f"{values} has duplicates")
     return values
 
 
 class SpecialisedMember(BaseModel):
-    """An entry of `ensemble.specialised`: a bagging member that sees a part of the corpus, or goes on from another member's weights."""
+    """An entry of `ensemble.specialised`: a bagging member with its own documents, or with the starting weights of another member."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    member: PositiveInt = Field(description="which member, from 1")
+    member: PositiveInt = Field(description="number of the member, from 1")
     documents: dict[str, Annotated[Labels, Field(min_length=1), AfterValidator(sorted)]] = Field(
-        {}, description="labels of the documents whose rows it is trained on, such as {language: [python, cython]}; left out: all rows"
+        {}, description="labels of the training documents, such as {language: [python, cython]}; default: all documents"
     )
     start_from: PositiveInt | None = Field(
-        None, description="the earlier member whose weights it starts from; left out: weights of its own"
+        None, description="number of an earlier member whose trained weights are the initial weights; default: random weights"
     )
 
     @model_validator(mode="after")
     def _differs(self) -> SpecialisedMember:
         if not self.documents and self.start_from is None:
-            raise ValueError("give documents, start_from, or both: otherwise it is a member like the others")
+            raise ValueError("give documents, start_from, or both: without them the member is not specialised")
         if self.start_from is not None and self.start_from >= self.member:
             raise _wrong(["start_from"], f"member {self.member} can start from a member before it, not from {self.start_from}")
         return self
 
 
 class EnsembleSettings(BaseModel):
-    """`ensemble`: how many SAEs, and how often all is repeated with another seed."""
+    """`ensemble`: number of SAEs, seeds, and the order of training."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    members: int = Field(ge=1, le=MAX_MEMBERS, description="SAEs per ensemble, J")
-    seeds: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field(min_length=1, description="ensemble seeds; stability compares them")
-    boosting: Literal["sequential", "concurrent"] = Field(
-        "sequential", description="rounds one after another, or all in one pass over the activations"
+    members: int = Field(ge=1, le=MAX_MEMBERS, description="number of SAEs per ensemble, J")
+    seeds: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field(
+        min_length=1, description="ensemble seeds, each for a repetition of all SAEs; stability compares them"
     )
-    specialised: list[SpecialisedMember] = Field([], description="members of the bag with documents or starting weights of their own")
+    boosting: Literal["sequential", "concurrent"] = Field(
+        "sequential", description="training of boosting rounds one after another, or all in one pass over the activations"
+    )
+    specialised: list[SpecialisedMember] = Field([], description="bagging members with their own documents or starting weights")
 
     _seeds_differ = field_validator("seeds")(_no_repetition)
 
@@ -193,17 +203,19 @@ class EnsembleSettings(BaseModel):
         return self
 
     def specialisation(self, member: int) -> SpecialisedMember | None:
-        """What is special about a member, from 1."""
+        """Return the entry of a member, numbered from 1; None for members without one."""
         return next((each for each in self.specialised if each.member == member), None)
 
 
 class FreshnessSettings(BaseModel):
-    """`freshness`: how long ago the tables may have been made or confirmed."""
+    """`freshness`: largest age of the tables since they were last made or confirmed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    fail_days: float = Field(ge=MIN_FRESHNESS_DAYS, allow_inf_nan=False, description="older tables are shown as overdue")
-    warn_days: float | None = Field(None, ge=MIN_FRESHNESS_DAYS, allow_inf_nan=False, description="from when on to warn; before fail_days")
+    fail_days: float = Field(ge=MIN_FRESHNESS_DAYS, allow_inf_nan=False, description="age in days from which tables are overdue")
+    warn_days: float | None = Field(
+        None, ge=MIN_FRESHNESS_DAYS, allow_inf_nan=False, description="age in days from which to warn; less than fail_days"
+    )
 
     @model_validator(mode="after")
     def _warned_before(self) -> FreshnessSettings:
@@ -213,68 +225,72 @@ class FreshnessSettings(BaseModel):
 
 
 class CheckSettings(BaseModel):
-    """`checks`: from where on a result is warned of. Nothing here decides a result, or stops a run."""
+    """`checks`: thresholds for warnings. They do not change results and do not stop runs."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     min_explained_variance: float | None = Field(
-        default=None, le=1, allow_inf_nan=False, description="of every method on held-out tokens, and of SAEs on their last training batch"
+        default=None,
+        le=1,
+        allow_inf_nan=False,
+        description="least explained variance of methods on test tokens, and of SAEs on their last training batch; default: no check",
     )
-    max_dead_features: float = Field(default=0.2, ge=0, le=1, description="share of an SAE's features")
+    max_dead_features: float = Field(default=0.2, ge=0, le=1, description="largest share of dead features of an SAE")
     target_l0: float | None = Field(
-        default=None, gt=0, allow_inf_nan=False, description="features per token, where the SAE has no k that says it"
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="target L0 in features per token, for architectures without k; default: no check",
     )
-    l0_tolerance: float = Field(default=0.1, ge=0, allow_inf_nan=False, description="relative distance from the target L0")
+    l0_tolerance: float = Field(default=0.1, ge=0, allow_inf_nan=False, description="largest relative distance from the target L0")
 
 
 class ExperimentSettings(FromFile):
-    """The fields of an EnsembleExperiment."""
+    """Fields of an EnsembleExperiment: ensembles of SAEs, baselines and evaluation tables."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: Annotated[Name, AfterValidator(_outside_groups)] = Field(description="lower-case letters, digits and _")
-    source: Name = Field(description="the name of an ActivationSource")
+    name: Annotated[Name, AfterValidator(_outside_groups)] = Field(description="name of the experiment: lower-case letters, digits and _")
+    source: Name = Field(description="name of an ActivationSource")
     sae: Annotated[Any, BeforeValidator(_read_saes, json_schema_input_type=dict[str, Any] | list[dict[str, Any]])] = Field(
-        description="architecture, expansion or d_sae, and the architecture's own fields; or a list of these, one per member"
+        description="architecture, expansion or d_sae, and the fields of the architecture; or a list of such mappings, one per member"
     )
     sweep: Annotated[dict[str, list[int | float]], BeforeValidator(validate_sweep)] | None = Field(
-        None, description="one field of sae with several values: an experiment for each"
+        None, description="one field of sae with a list of values, each for an experiment of its own"
     )
     training: Annotated[dict[str, Any], AfterValidator(_validate_training)] = Field(
         {}, description="fields of saeens_models.TrainingConfig"
     )
-    ensemble: EnsembleSettings
-    baselines: list[Baseline] = Field(["expanded", "expanded_l0_matched"], description="single SAEs to compare with")
+    ensemble: EnsembleSettings = Field(description="number of SAEs, seeds, and the order of training")
+    baselines: list[Baseline] = Field(["expanded", "expanded_l0_matched"], description="single SAEs for comparison")
     baseline_training: dict[Baseline, Annotated[dict[str, Any], AfterValidator(_validate_training)]] = Field(
-        {}, description="by baseline, fields of training that differ for it"
+        {}, description="fields of training that differ for a baseline, by baseline"
     )
     expanded_sizes: list[PositiveInt] | Literal["all"] | None = Field(
-        None, description="expanded SAEs as wide as n members; by default as wide as all"
+        None, description="widths of the expanded SAEs, in members: a list, or all sizes from 1; default: the width of all members"
     )
-    keep_residuals: Literal["last", "all", "none"] = Field("last", description="which residuals' bytes stay on disk")
+    keep_residuals: Literal["last", "all", "none"] = Field("last", description="residuals whose bytes stay on disk")
     automation: Annotated[Literal["on", "off"], BeforeValidator(_on_or_off)] = Field(
-        "off", description="on: what is missing, or follows from changed settings or inputs, is made without asking"
+        "off", description="automatic runs for missing artefacts and for changed settings or inputs"
     )
     schedule: Annotated[str, AfterValidator(_validate_cron)] = Field(
-        "0 3 * * 0", description="cron, in UTC, of the retraining schedule, which runs once it is switched on in the UI"
+        "0 3 * * 0", description="cron expression, in UTC, of the retraining schedule; switched on in the UI"
     )
-    freshness: FreshnessSettings | None = Field(None, description="after how many days tables are shown as overdue")
-    evaluations: list[Name] | None = Field(None, description="tables to fill; left out: those that `saeens tables` marks as default")
-    ce_loss_tokens: int = Field(
-        4096, ge=0, description="test tokens on which ce_loss_recovered is measured, evenly spread; 0 leaves it empty"
-    )
+    freshness: FreshnessSettings | None = Field(None, description="largest age of tables, in days; default: no limit")
+    evaluations: list[Name] | None = Field(None, description="tables to fill; default: those that `saeens tables` marks as default")
+    ce_loss_tokens: int = Field(4096, ge=0, description="number of test tokens for ce_loss_recovered, evenly spread; 0: not measured")
     concept_detection: ConceptDetectionSettings = Field(
-        default=ConceptDetectionSettings(), description="texts of the table concept_detection, if it is one of the evaluations"
+        default=ConceptDetectionSettings(), description="texts for the table concept_detection, if evaluations includes it"
     )
     spurious_correlation: SpuriousCorrelationSettings = Field(
-        default=SpuriousCorrelationSettings(), description="texts of the table spurious_correlation, if it is one of the evaluations"
+        default=SpuriousCorrelationSettings(), description="texts for the table spurious_correlation, if evaluations includes it"
     )
     autointerp: AutoInterpSettings | None = Field(
-        None, description="which language model explains features for the table autointerp, if it is one of the evaluations"
+        None, description="language model and requests for the table autointerp, if evaluations includes it"
     )
-    checks: CheckSettings = Field(CheckSettings(), description="from where on to warn: explained variance, dead features, L0")
+    checks: CheckSettings = Field(CheckSettings(), description="thresholds for warnings: explained variance, dead features, L0")
     evaluation_memory_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
-        8.0, description="most memory that connectivity, or pooled codes, may take, in GB of 10^9 bytes; decides no result"
+        8.0, description="memory limit for connectivity and pooled codes, in GB of 10^9 bytes; does not change results"
     )
 
     _no_repetition = field_validator("baselines", "evaluations")(_no_repetition)
@@ -282,7 +298,7 @@ class ExperimentSettings(FromFile):
     @model_validator(mode="before")
     @classmethod
     def _swept_field(cls, given: Any) -> Any:
-        """What is swept need not be in `sae`, where the first value stands for all."""
+        """Set the swept field of `sae` to its first value, so that `sae` need not have it."""
         match given:
             case {"sae": list(), "sweep": dict()}:
                 raise _wrong(
@@ -291,7 +307,7 @@ class ExperimentSettings(FromFile):
             case {"sae": dict(sae), "sweep": dict(sweep)}:
                 try:
                     validate_sweep(sweep)
-                except ValueError:  # which the field itself will say
+                except ValueError:  # the validator of `sweep` reports this
                     return given
                 _check_swept(sae, sweep)
                 field, values = swept(sweep)
@@ -302,7 +318,7 @@ class ExperimentSettings(FromFile):
     @classmethod
     def _some_size(cls, sizes: list[int] | str | None) -> list[int] | str | None:
         if sizes == []:
-            raise ValueError("name a size, or write all, or leave it out")
+            raise ValueError("expected a list of at least one size, or all")
         return sizes
 
     @model_validator(mode="after")
@@ -318,14 +334,9 @@ class ExperimentSettings(FromFile):
         return self
 
     def _check_baselines(self) -> None:
-        from saeens_models.architectures import validate_l0_multiple
-
         for i, baseline in enumerate(self.baselines):
-            if baseline in _BASELINES_WITH_L0:
-                try:
-                    validate_l0_multiple(self.saes[0].architecture)
-                except ValueError as error:
-                    raise _wrong(["baselines", i], f"{baseline} has the L0 of all members: {error}") from None
+            if baseline in _BASELINES_WITH_L0 and (error := _l0_error(self.saes[0])):
+                raise _wrong(["baselines", i], f"{baseline} has the L0 of all members: {error}")
             if baseline == "compute_matched" and any(each.documents for each in self.ensemble.specialised):
                 message = "compute_matched sees every row once per member, and specialised members with documents see fewer: leave it out"
                 raise _wrong(["baselines", i], message)
@@ -338,7 +349,7 @@ class ExperimentSettings(FromFile):
                 raise _wrong(["baseline_training", baseline], f"together with training: {error.errors()[0]['msg']}") from None
 
     def _check_specialised(self) -> None:
-        """What has to hold between members that differ."""
+        """Raise ValidationError for a member whose starting weights do not fit its SAE."""
         for i, each in enumerate(self.ensemble.specialised):
             if each.start_from is not None:
                 own, start = (
@@ -346,15 +357,11 @@ class ExperimentSettings(FromFile):
                     for sae in (self.saes[number - 1] for number in (each.member, each.start_from))
                 )
                 if own != start:
-                    message = (
-                        f"member {each.member} ({own}) cannot start from member {each.start_from} ({start}): they have to be alike in these"
-                    )
+                    message = f"member {each.member} ({own}) cannot start from member {each.start_from} ({start}): these have to be equal"
                     raise _wrong(["ensemble", "specialised", i, "start_from"], message)
 
     def _check_list(self, saes: Sequence[SAESettings]) -> None:
-        """What has to hold where `sae` is a list."""
-        from saeens_models.architectures import validate_l0_multiple
-
+        """Raise ValidationError unless a list of SAEs has one entry per member and fits the baselines."""
         if len(saes) != self.ensemble.members:
             raise _wrong(["sae"], f"a list has one entry per member: {len(saes)} given, and ensemble.members is {self.ensemble.members}")
         for i, baseline in enumerate(self.baselines):
@@ -363,16 +370,13 @@ class ExperimentSettings(FromFile):
                 message = f"{baseline} is not defined where sae is a list, one per member: leave it out ({able} are), or give one sae"
                 raise _wrong(["baselines", i], message)
             for number, sae in enumerate(saes, start=1):
-                try:
-                    if baseline in _BASELINES_WITH_L0:
-                        validate_l0_multiple(sae.architecture)
-                except ValueError as error:
+                if baseline in _BASELINES_WITH_L0 and (error := _l0_error(sae)):
                     message = f"{baseline} has the L0 of all members added up; of member {number}, {error}: leave it out"
-                    raise _wrong(["baselines", i], message) from None
+                    raise _wrong(["baselines", i], message)
 
     @property
     def experiments(self) -> list[ExperimentSettings]:
-        """What the file declares: this experiment or, where it has a sweep, one for each value."""
+        """The declared experiments: this one, or one for each value of its sweep."""
         if self.sweep is None:
             return [self]
         (field, values), given = swept(self.sweep), self.model_dump(exclude_unset=True, exclude={"sweep"})
@@ -390,12 +394,12 @@ class ExperimentSettings(FromFile):
         return self.sae if isinstance(self.sae, list) else [self.sae] * self.ensemble.members
 
     def joined_sae(self, n: int, *, l0_matched: bool = False) -> SAESettings:
-        """Return member 1's `sae`, as wide as the first n members together, and with their L0 added up if asked."""
+        """Return member 1's `sae` with the sum of the widths of the first n members and, with `l0_matched`, of their L0."""
         return self.saes[0].joined(self.saes[:n], add_l0=l0_matched)
 
     @property
     def pursuit_sae(self) -> SAESettings:
-        """`sae` of the baseline matching_pursuit: as wide as all members together, and with at most as many active features."""
+        """`sae` of the baseline matching_pursuit: the sum of all widths, and at most the sum of all L0 active features."""
         joined = self.joined_sae(self.ensemble.members, l0_matched=True)
         if joined.architecture == "matching_pursuit" or joined.l0 is None:
             return joined
@@ -410,12 +414,12 @@ class ExperimentSettings(FromFile):
 
     @property
     def complete_training(self) -> dict[str, Any]:
-        """`training` with every default written out, as recipes hold it."""
-        return _complete_training(self.training)
+        """`training` with all defaults, as recipes hold it."""
+        return _training_config()(**self.training).model_dump(mode="json", exclude=set(_FOLLOWS_FROM_ACTIVATIONS))
 
     @property
     def expanded_widths(self) -> list[int]:
-        """How many members' widths each expanded SAE has."""
+        """The widths of the expanded SAEs, in members."""
         if self.expanded_sizes is None:
             return [self.ensemble.members]
         return list(range(1, self.ensemble.members + 1)) if self.expanded_sizes == "all" else sorted(set(self.expanded_sizes))

@@ -1,4 +1,4 @@
-"""Finding and reading experiment files: strictly, and with the path, line and field of everything that is wrong."""
+"""Finding and reading of experiment files. Errors name the path, the line and the field."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ Location = Sequence[int | str]
 
 
 def own_folders() -> list[Path]:
-    """The folders that SAEENS_EXPERIMENTS names, separated as in PATH. Raises ConfigurationError for one that is not there."""
+    """Return the folders in SAEENS_EXPERIMENTS, separated as in PATH. Raises ConfigurationError for a folder that does not exist."""
     folders = [Path(each).expanduser().absolute() for each in os.environ.get(FOLDERS_VARIABLE, "").split(os.pathsep) if each.strip()]
     for folder in folders:
         if not folder.is_dir():
-            raise ConfigurationError(f"{FOLDERS_VARIABLE}: there is no folder {folder}: make it, or set {FOLDERS_VARIABLE} to one that is")
+            raise ConfigurationError(f"{FOLDERS_VARIABLE}: there is no folder {folder}: create it, or change {FOLDERS_VARIABLE}")
     return folders
 
 
 def find_files() -> list[Path]:
-    """Every experiment file: the shipped `*/defs.yaml`, then of each own folder its `*.yaml` and its `*/defs.yaml`."""
+    """Return every experiment file: the shipped `*/defs.yaml`, then `*.yaml` and `*/defs.yaml` of each folder in SAEENS_EXPERIMENTS."""
     files = [file for root in defs.__path__ for file in sorted(Path(root).glob("*/defs.yaml"))]
     files += [file for folder in own_folders() for file in sorted([*folder.glob("*.yaml"), *folder.glob("*/defs.yaml")])]
-    return list({file.resolve(): file for file in reversed(files)}.values())[::-1]  # a folder may be named twice
+    return list({file.resolve(): file for file in reversed(files)}.values())[::-1]  # a folder may be listed twice
 
 
 def recorded_file(path: Path | None) -> str:
@@ -55,7 +55,7 @@ def recorded_file(path: Path | None) -> str:
 
 
 def unread_folder(recorded: str) -> Path | None:
-    """Return the folder of a recorded experiment file, if no experiments are read from there now."""
+    """Return the folder of a recorded experiment file if no experiments are read from it now, otherwise None."""
     if not recorded or recorded.startswith(_SHIPPED):
         return None
     file = Path(recorded)
@@ -64,12 +64,12 @@ def unread_folder(recorded: str) -> Path | None:
 
 
 def experiment_name(path: Path) -> str:
-    """What an experiment file is called: `defs.yaml` by its folder, another by its own name."""
+    """Return the name of an experiment file: of `defs.yaml` its folder's name, of others the file name without suffix."""
     return path.parent.name if path.name == "defs.yaml" else path.stem
 
 
 class ExperimentFile:
-    """One `defs.yaml`: documents with a type and attributes. Raises ConfigurationError for what cannot be read at all."""
+    """One experiment file: YAML documents with a type and attributes. Raises ConfigurationError for a file that is not plain YAML."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -83,12 +83,12 @@ class ExperimentFile:
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ConfigurationError(f"{path}: {error}") from None
         except RecursionError:
-            raise ConfigurationError(f"{path}: something contains itself: write it out instead of using & and *") from None
+            raise ConfigurationError(f"{path}: a value contains itself: write it out instead of using & and *") from None
         if not self._documents:
             raise ConfigurationError(f"{path}: the file is empty; it needs type: and attributes:")
 
     def settings(self) -> list[Settings]:
-        """What the documents declare. Raises ConfigurationError with a line for every wrong field of every document."""
+        """Return the settings of all documents. Raises ConfigurationError with one line for each invalid field of each document."""
         read: list[Settings] = []
         wrong: list[str] = []
         for document, content in zip(self._documents, self._contents, strict=True):
@@ -101,7 +101,7 @@ class ExperimentFile:
         return read
 
     def complaint(self, settings: Settings, field: str | Location, message: str) -> str:
-        """Return a message about one field of settings that were read from this file."""
+        """Return a message with path and line about one field of settings that were read from this file."""
         for document, content in zip(self._documents, self._contents, strict=True):
             if content["attributes"].get("name") == settings.name and MODELS[content["type"]] is type(settings):
                 return self._message(document, ("attributes", *([field] if isinstance(field, str) else field)), message)
@@ -109,7 +109,7 @@ class ExperimentFile:
 
     def _settings(self, document: yaml.Node, content: Any) -> Settings:
         for node, key in _repeated_keys(document):
-            raise ConfigurationError(f"{self.path}:{node.start_mark.line + 1}: {key} is said twice")
+            raise ConfigurationError(f"{self.path}:{node.start_mark.line + 1}: {key} is given twice")
         if not isinstance(content, dict) or not isinstance(content.get("attributes"), dict):
             raise ConfigurationError(self._message(document, (), "a document needs type: and attributes: with fields below it"))
         model = MODELS.get(str(content.get("type")))
@@ -138,7 +138,7 @@ class ExperimentFile:
 
 
 def _construct(node: yaml.Node) -> Any:
-    """What a document says. Raises yaml.YAMLError for tags and keys that plain YAML does not have, RecursionError for loops."""
+    """Return the content of a document. Raises yaml.YAMLError for tags and keys that are not plain YAML, RecursionError for loops."""
     _check_plain(node)
     return yaml.SafeLoader("").construct_document(node)
 
@@ -155,7 +155,7 @@ def _check_plain(node: yaml.Node) -> None:
 
 
 def _line(node: yaml.Node, location: Location) -> int:
-    """The line of a field, or of the innermost part of its path that is there, counted from 1."""
+    """Return the line of a field, from 1; of a missing field, the line of its innermost existing parent."""
     line = node.start_mark.line
     for part in location:
         if isinstance(node, yaml.MappingNode):
@@ -184,7 +184,7 @@ def _repeated_keys(node: yaml.Node) -> Iterator[tuple[yaml.Node, str]]:
 
 
 def _without_kind(location: Location) -> Location:
-    """A place in the file: pydantic adds what kind of corpus it is."""
+    """Return a location in the file: without the tag that pydantic adds for the kind of corpus."""
     match list(location):
         case ["corpus", "builtin" | "files" | "dataset", *rest]:
             return ["corpus", *rest]
@@ -192,7 +192,7 @@ def _without_kind(location: Location) -> Location:
 
 
 def _allowed_keys(model: type[BaseModel], attributes: dict[str, Any], location: Location) -> list[str]:
-    """The keys that there are at a place of the attributes."""
+    """Return the allowed keys at a location in the attributes."""
     match list(location):
         case ["sae"]:
             return allowed_sae_keys(attributes["sae"])
@@ -203,7 +203,7 @@ def _allowed_keys(model: type[BaseModel], attributes: dict[str, Any], location: 
         case ["corpus", kind]:
             return list(CORPORA[str(kind)].model_fields)
     for part in location:
-        if isinstance(part, str):  # a number is an entry of the list that the field is
+        if isinstance(part, str):  # a number is an entry of a list
             annotation = model.model_fields[part].annotation
             model = next(each for each in (annotation, *get_args(annotation)) if isinstance(each, type) and issubclass(each, BaseModel))
     return list(model.model_fields)

@@ -1,4 +1,4 @@
-"""Settings that know the experiment file that they were read from: relative paths start from its folder."""
+"""Base of settings with relative paths, which start from the folder of the experiment file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FILE = "file"
 
 
 class FromFile(BaseModel):
-    """Base of settings that hold paths. Without a validation context paths start from the current folder."""
+    """Base of settings with paths. Without a validation context, relative paths start from the current folder."""
 
     _file: Path | None = PrivateAttr(default=None)
 
@@ -24,7 +24,7 @@ class FromFile(BaseModel):
 
     @property
     def file(self) -> Path | None:
-        """The experiment file; None for settings that were not read from a file."""
+        """The experiment file; None for settings from other places."""
         return self._file
 
     @property
@@ -33,5 +33,5 @@ class FromFile(BaseModel):
         return self._file.parent if self._file else Path.cwd()
 
     def absolute(self, path: str) -> str:
-        """Return a path or a pattern of paths from the root, `~` expanded."""
+        """Return a path or a pattern as an absolute one, with `~` expanded."""
         return str(self.folder / Path(path).expanduser())

@@ -1,4 +1,4 @@
-"""Labelled data sets that an experiment file may name: embedded tasks, and the data sets of SAEBench on the Hugging Face hub."""
+"""Known labelled data sets: embedded tasks, and the data sets of SAEBench on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class TextCount(NamedTuple):
-    """How many texts a probe is trained and tested on, half of them positive."""
+    """Numbers of train and test texts of a probe, half of them positive."""
 
     train: int
     test: int
@@ -20,7 +20,7 @@ EMBEDDED_CORRELATIONS = ("builtin/language_and_documentation",)
 
 _BIOS, _AMAZON = "LabHC/bias_in_bios", "canrager/amazon_reviews_mcauley_1and5"
 Values = Mapping[str, str]
-"""What a label is called, by what is in the column; others keep their number."""
+"""Names of labels by their value in the column; other values stay as they are."""
 
 _PROFESSIONS: Values = {
     "0": "accountant", "1": "architect", "2": "attorney", "6": "dentist", "9": "filmmaker", "11": "journalist", "13": "nurse",
@@ -38,7 +38,7 @@ _NEWS: Values = {"0": "World", "1": "Sports", "2": "Business", "3": "Sci/Tech"}
 
 @dataclass(frozen=True)
 class HubSet:
-    """One data set on the hub, or a part of it: `labels` are probed, balanced by the column `other` where there is one."""
+    """One data set on the hub, or a part of it. Probes are for `labels`, balanced by the column `other` if it is given."""
 
     path: str
     text: str
@@ -48,7 +48,7 @@ class HubSet:
     other: str | None = None
     other_names: Values = field(default_factory=dict)
     pairs: tuple[tuple[str, str], ...] = ()
-    """target attributes of spurious correlation removal; `other` is the spurious one"""
+    """Pairs of target labels for spurious correlation removal; `other` is the spurious attribute."""
     spurious: tuple[str, str] = ("", "")
 
 

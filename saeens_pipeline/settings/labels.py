@@ -1,4 +1,4 @@
-"""Labels in experiment files: text, and what YAML takes for numbers."""
+"""Labels in experiment files: text, and numbers that stand for text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import BeforeValidator
 
 
 def _as_text(value: Any) -> Any:
-    """A whole number is what a file's column of numbers is read as; true and false are left to be refused."""
+    """Return an integer as text, as columns of numbers are read. Booleans stay, so that validation rejects them."""
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
@@ -18,4 +18,4 @@ def _as_list(value: Any) -> Any:
 
 Label = Annotated[str, BeforeValidator(_as_text)]
 Labels = Annotated[list[Label], BeforeValidator(_as_list)]
-"""One label may stand alone."""
+"""A list of labels; a single label may be given without a list."""

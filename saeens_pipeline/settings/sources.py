@@ -14,38 +14,46 @@ Name = Annotated[str, AfterValidator(validate_name)]
 
 
 class SourceSettings(FromFile):
-    """The fields of an ActivationSource."""
+    """Fields of an ActivationSource: activations of a language model on a corpus."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: Name = Field(description="lower-case letters, digits and _")
+    name: Name = Field(description="name of the source: lower-case letters, digits and _")
     language_model: str = Field(
-        description="builtin/reference, a folder in transformers' format, a model's name on the hub, or transformer_lens:NAME"
+        description="language model: builtin/reference, a folder in transformers' format, a name on the hub, or transformer_lens:NAME"
     )
-    revision: str = Field("main", description="of a model of the hub: branch, tag or commit")
-    language_model_dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="that the language model computes in")
-    weights: Literal["trained", "random"] = Field("trained", description="random: the same architecture, untrained, as a control")
-    corpus: Corpus = Field(BUILTIN_CORPUS, description="where text comes from: builtin, {name: DATASET} of the hub, or {files: PATTERN}")
+    revision: str = Field("main", description="branch, tag or commit of a model on the hub")
+    language_model_dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="dtype of the language model's forward pass"
+    )
+    weights: Literal["trained", "random"] = Field("trained", description="weights of the language model; random: an untrained control")
+    corpus: Corpus = Field(BUILTIN_CORPUS, description="texts: builtin/installed_packages, {name: DATASET} on the hub, or {files: PATTERN}")
     hook: str = Field("resid_post", description="resid_pre, resid_mid, resid_post, mlp_out, attn_out, or a module path with {layer}")
     layers: list[Annotated[int, Field(ge=0)]] = Field(min_length=1, description="layers of the language model, from 0")
-    context_length: PositiveInt = Field(description="tokens of a window")
-    packing: Literal["concatenate", "document"] = Field("concatenate", description="document: windows inside one document")
-    windows_per_document: PositiveInt | None = Field(None, description="at most so many, evenly spread (packing: document); none: all")
-    drop: list[Literal["special", "padding", "first"]] = Field([], description="positions that give no activation row; first is position 0")
-    train_tokens: PositiveInt = Field(description="activation rows for training")
-    test_tokens: PositiveInt = Field(description="activation rows for evaluation")
-    dtype: Literal["float16", "bfloat16", "float32"] = Field("float16", description="of stored activations")
+    context_length: PositiveInt = Field(description="length of a window, in tokens")
+    packing: Literal["concatenate", "document"] = Field(
+        "concatenate", description="windows from one stream of all documents (concatenate), or from each document alone (document)"
+    )
+    windows_per_document: PositiveInt | None = Field(
+        None, description="largest number of windows per document, evenly spread; needs packing: document; default: all"
+    )
+    drop: list[Literal["special", "padding", "first"]] = Field(
+        [], description="positions without activation rows: special tokens, padding, or the first position of a window"
+    )
+    train_tokens: PositiveInt = Field(description="number of activation rows for training")
+    test_tokens: PositiveInt = Field(description="number of activation rows for evaluation")
+    dtype: Literal["float16", "bfloat16", "float32"] = Field("float16", description="dtype of stored activations")
 
     @field_validator("windows_per_document")
     @classmethod
     def _inside_documents(cls, windows: int | None, info: ValidationInfo) -> int | None:
         if windows is not None and info.data.get("packing", "document") != "document":
-            raise ValueError("a limit per document needs packing: document")
+            raise ValueError("windows_per_document needs packing: document")
         return windows
 
     @field_validator("layers", "drop")
     @classmethod
     def _no_repetition(cls, values: list) -> list:
         if len(set(values)) < len(values):
-            raise ValueError(f"{values} names something twice")
+            raise ValueError(f"{values} has duplicates")
         return values

@@ -1,4 +1,4 @@
-"""`sweep`: one experiment for each value of one field of `sae`."""
+"""Sweeps: one experiment for each value of one field of `sae`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def validate_sweep(sweep: object) -> object:
-    """Raise ValueError unless it is one field with the numbers that it takes, each once."""
+    """Return a sweep unchanged. Raises ValueError unless it is one field with a list of different finite numbers."""
     if not isinstance(sweep, dict) or len(sweep) != 1:
         raise ValueError("name exactly one field of sae, with its values, such as {k: [4, 8, 16, 32]}")
     field, values = swept(sweep)
@@ -15,20 +15,20 @@ def validate_sweep(sweep: object) -> object:
         raise ValueError(f"{field} needs a list of values, such as {{{field}: [4, 8, 16, 32]}}")
     for i, value in enumerate(values):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            hint = ": YAML takes 1e-5 for a word, and 1.0e-5 for a number" if isinstance(value, str) else ""
+            hint = ": YAML reads 1e-5 as text, and 1.0e-5 as a number" if isinstance(value, str) else ""
             raise ValueError(f"{field}: {value!r} is not a number{hint}")
         if value in values[:i]:
-            raise ValueError(f"{field}: {value} is there twice")
+            raise ValueError(f"{field}: {value} is given twice")
     return sweep
 
 
 def swept(sweep: dict[str, list[Any]]) -> tuple[str, list[Any]]:
-    """The field of a sweep, and its values."""
+    """Return the field of a sweep and its values."""
     ((field, values),) = sweep.items()
     return field, values
 
 
 def name_of_value(name: str, field: str, value: float) -> str:
-    """What the experiment with one value is called: NAME__k_4, NAME__l1_0p75, NAME__l0_1em05."""
+    """Return the name of the experiment for one value: NAME__k_4, NAME__l1_0p75, NAME__l0_1em05."""
     written = str(int(value)) if value == int(value) else repr(value)
     return f"{name}__{field.removesuffix('_coefficient')}_{written.replace('.', 'p').replace('-', 'm')}"

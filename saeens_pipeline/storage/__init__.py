@@ -1,1 +1,1 @@
-"""What lies on disk: names and paths, recipes, activations (Zarr), tables (Parquet)."""
+"""Artefacts on disk: names and paths, recipes, activations (Zarr), tables (Parquet)."""

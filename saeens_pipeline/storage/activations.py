@@ -1,17 +1,17 @@
-"""The activation store: rows of activations, or of residuals, on disk, written once and read many times.
+"""The activation store: rows of activations or residuals on disk, written once and read many times.
 
-A store is a Zarr v3 group. For each split there is a group of that name with
+A store is a Zarr v3 group. It has a group for each split, with
 
-* `activations` `[n, d_in]`: uncompressed (real activations hardly compress), in shards of 16 chunks of 1 to 2 MiB. The
-  attribute `dtype` of the store says what the numbers are; bfloat16, which Zarr does not know, is stored as its bits in uint16.
-* `document`, `position` `[n]` int32: which token a row is from, as in `tokens.zarr`. A residual has neither: its rows are
-  those of the activations that it is left of.
-* the attribute `statistics`, of the rows as stored: rows, mean, variance, mean_norm.
+* `activations` `[n, d_in]`: uncompressed (activations hardly compress), in shards of 16 chunks of 1 to 2 MiB. The attribute `dtype` of
+  the store is the dtype of the numbers; Zarr has no bfloat16, so its bits are stored as uint16.
+* `document`, `position` `[n]` int32: the token of each row, as in `tokens.zarr`. A residual has neither: its rows correspond to
+  those of its activations.
+* the attribute `statistics` of the stored rows: rows, mean, variance, mean_norm.
 
 A local store of this layout is read memory-mapped, any other layout through Zarr.
 
-Whatever reads a store reads whole chunks, and whatever is computed from it for storage is computed chunk by chunk, so
-that the same rows always meet in the same matrix product and give the same bits.
+Readers read whole chunks, and stored results are computed chunk by chunk. So the same rows always enter the same matrix product and give
+the same bits.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ class ActivationStatistics:
     mean_norm: float
 
     def to_json(self) -> dict[str, Any]:
-        """For JSON files and Zarr attributes; `from_json` gives back the same bits."""
+        """Return the statistics as JSON values; `from_json` restores the same bits."""
         return {"rows": self.rows, "mean": self.mean.tolist(), "variance": self.variance.tolist(), "mean_norm": self.mean_norm}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ActivationStatistics:
-        """What `to_json` has written."""
+        """Return statistics from the values of `to_json`."""
         return cls(values["rows"], np.array(values["mean"]), np.array(values["variance"]), values["mean_norm"])
 
 
@@ -82,26 +82,26 @@ class StreamingStatistics:
 
     @property
     def rows(self) -> int:
-        """How many there are so far."""
+        """The number of rows so far."""
         return self._rows
 
     def state(self) -> dict[str, Any]:
-        """JSON values to go on from."""
+        """Return the state as JSON values, for `restore`."""
         return {"rows": self._rows, "norms": self._norms, "mean": self._mean.tolist(), "squares": self._squares.tolist()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` gave, with the same bits."""
+        """Set the state that `state` returned, with the same bits."""
         self._rows, self._norms = state["rows"], state["norms"]
         self._mean, self._squares = np.array(state["mean"]), np.array(state["squares"])
 
     def compute(self) -> ActivationStatistics:
-        """Of all rows so far."""
+        """Return the statistics of all rows so far."""
         rows = max(1, self._rows)
         return ActivationStatistics(self._rows, self._mean, self._squares / rows, self._norms / rows)
 
 
 class ActivationReader(ABC):
-    """What training and evaluation read from: an ActivationStore, or a residual that is computed while it is read."""
+    """Rows for training and evaluation: an ActivationStore, or a residual that is computed while it is read."""
 
     d_in: int
     dtype: StoredDtype  # of the numbers on disk; reading gives float32
@@ -109,34 +109,34 @@ class ActivationReader(ABC):
 
     @abstractmethod
     def n_rows(self, split: str) -> int:
-        """Raises SaeensError for a split that is not there, as all that follow do."""
+        """Return the number of rows. Raises SaeensError for a split that does not exist, as all methods do."""
 
     @abstractmethod
     def statistics(self, split: str) -> ActivationStatistics:
-        """Of the rows that reading the split gives."""
+        """Return the statistics of the rows of a split, as they are read."""
 
     @abstractmethod
     def stored_chunk(self, split: str, index: int) -> torch.Tensor:
-        """The rows on disk that chunk `index` is made of, in the stored dtype.
+        """Return the stored rows from which chunk `index` is derived, in the stored dtype.
 
-        Computes nothing, since `batches` calls it on a thread beside training. May lie in a mapped file and keep that open: writing
-        to it changes the tensor, not the file.
+        Computes nothing, since `batches` calls it on a thread during training. The tensor may be a private mapping of a file, which it
+        keeps open: writes change the tensor, not the file.
         """
 
     def derive(self, rows: torch.Tensor) -> torch.Tensor:
-        """What this reader makes of a stored chunk, in the stored dtype: for a store, the chunk itself."""
+        """Return the rows of this reader for a stored chunk, in the stored dtype; a store returns the chunk itself."""
         return rows
 
     def read_chunk(self, split: str, index: int) -> torch.Tensor:
-        """Rows `[index * chunk_rows, (index + 1) * chunk_rows)` in the stored dtype; the last chunk may be shorter."""
+        """Return rows `[index * chunk_rows, (index + 1) * chunk_rows)` in the stored dtype; the last chunk may be shorter."""
         return self.derive(self.stored_chunk(split, index))
 
     def n_chunks(self, split: str) -> int:
-        """How many chunks the split has, the last one included that may be shorter."""
+        """Return the number of chunks of a split; the last one may be shorter."""
         return -(-self.n_rows(split) // self.chunk_rows)
 
     def chunks(self, split: str) -> Iterator[torch.Tensor]:
-        """All rows in storage order, as float32 `[<= chunk_rows, d_in]`. Holds one chunk at a time."""
+        """Yield all rows in storage order, as float32 `[<= chunk_rows, d_in]`. Memory: one chunk."""
         import torch
 
         for index in range(self.n_chunks(split)):
@@ -145,16 +145,15 @@ class ActivationReader(ABC):
     def batches(
         self, split: str, batch_tokens: int, *, seed: int, epochs: int = 1, mixing_chunks: int = 64, skipped_batches: int = 0
     ) -> Generator[torch.Tensor]:
-        """Shuffled rows, as float32 `[batch_tokens, d_in]`; the very last batch may be shorter.
+        """Yield shuffled rows, as float32 `[batch_tokens, d_in]`; only the last batch may be shorter.
 
-        Each epoch takes the chunks in another random order, `mixing_chunks` at a time, and shuffles the rows of those together:
-        every row comes exactly once per epoch. The order of rows depends on seed, chunks and mixing_chunks, not on batch_tokens,
-        and a batch may hold the end of one epoch and the beginning of the next. Without the first `skipped_batches` the others are the
-        same, and what only those need is not read.
-        A thread reads the next chunks meanwhile; it ends with this iterator, also with one that is closed early.
+        Each epoch takes the chunks in a new random order, `mixing_chunks` at a time, and shuffles their rows together: every row occurs
+        exactly once per epoch. The order of rows depends on seed, chunks and mixing_chunks, not on batch_tokens. A batch may hold the end
+        of one epoch and the start of the next. `skipped_batches` leaves out the first batches without changing the others; chunks that
+        only they need are not read. A thread reads the next chunks; it ends with this iterator, also if that is closed early.
 
-        Memory: two mixing buffers, each of `mixing_chunks` chunks (of up to 2 MiB: 256 MiB in all by default) or of the split,
-        whichever is smaller; 8 bytes for each of their rows; one batch in the stored dtype, and the one that is given.
+        Memory: two mixing buffers, each of `mixing_chunks` chunks (of up to 2 MiB: 256 MiB in total by default) or of the split,
+        whichever is smaller; 8 bytes for each of their rows; one batch in the stored dtype and one in float32.
         """
         import torch
 
@@ -178,7 +177,7 @@ class ActivationReader(ABC):
 
 
 def compute_statistics(reader: ActivationReader, split: str) -> ActivationStatistics:
-    """Those of a split whose statistics are not recorded, in a pass over its rows."""
+    """Return the statistics of a split, computed in a pass over its rows."""
     statistics = StreamingStatistics(reader.d_in)
     for index in range(reader.n_chunks(split)):
         statistics.update(reader.read_chunk(split, index))
@@ -186,7 +185,7 @@ def compute_statistics(reader: ActivationReader, split: str) -> ActivationStatis
 
 
 class ActivationStore(ActivationReader):
-    """A store on disk, open for reading. Raises SaeensError where there is none, or only a part."""
+    """A store on disk, open for reading. Raises SaeensError if there is none, or only an incomplete one."""
 
     def __init__(self, path: Path) -> None:
         import zarr
@@ -211,6 +210,7 @@ class ActivationStore(ActivationReader):
 
     @property
     def splits(self) -> tuple[str, ...]:
+        """The splits of the store, `train` first."""
         return tuple(sorted(self._arrays, reverse=True))
 
     def n_rows(self, split: str) -> int:
@@ -221,17 +221,17 @@ class ActivationStore(ActivationReader):
         return self._statistics[split]
 
     def document(self, split: str) -> np.ndarray:
-        """`[n]` int32: the document that each row is from."""
+        """Return the document of each row, `[n]` int32."""
         return self._array(split, "document")[:]
 
     def document_blocks(self, split: str) -> Iterator[np.ndarray]:
-        """The same in parts, as they are stored: of 16 chunks' rows each."""
+        """Yield `document` in stored blocks, each of the rows of 16 chunks."""
         array = self._array(split, "document")
         for start in range(0, array.shape[0], array.chunks[0]):
             yield array[start : start + array.chunks[0]]
 
     def position(self, split: str) -> np.ndarray:
-        """`[n]` int32: each row's place in its document, in tokens."""
+        """Return the position of each row in its document, in tokens, `[n]` int32."""
         return self._array(split, "position")[:]
 
     def stored_chunk(self, split: str, index: int) -> torch.Tensor:
@@ -251,14 +251,13 @@ class ActivationStore(ActivationReader):
 
 
 class ActivationWriter:
-    """Writes a store, batch by batch; use as a context manager, then read `statistics`.
+    """Writes a store, batch by batch; use it as a context manager, then read `statistics`.
 
-    `rows` says how many rows each split will have; it is an error if more or fewer come. `name` says what is written, for
-    messages. `with_origin`: whether document and position of every row are stored too. Free disk is compared with what will be
-    written before anything is. Memory: one shard of each split (up to 32 MiB), whatever the number of rows.
-    The store is whole, and can be opened, once the writer is closed.
-    `resume`: while rows are written, a record of the whole shards on the disk is kept in `path`; where there is one, of rows of the same
-    kind, writing goes on after them: `resumed_rows` says how many rows of each split are there, and those that follow are to be appended.
+    `rows` is the number of rows of each split; more or fewer are an error. `name` names the rows in messages. `with_origin`: also store
+    document and position of every row. Raises SaeensError before writing if the disk has too little space.
+    Memory: one shard of each split (up to 32 MiB). The store can be opened once the writer is closed.
+    `resume`: keep a record of the complete shards in `path`. If such a record of the same kind exists, the writer resumes after those
+    shards: `resumed_rows` is the number of rows on disk of each split, and the caller appends the rows after them.
     """
 
     def __init__(
@@ -302,9 +301,9 @@ class ActivationWriter:
             self._progress.stop()
 
     def append(self, split: str, rows: torch.Tensor, document: torch.Tensor | None = None, position: torch.Tensor | None = None) -> None:
-        """Add rows `[n, d_in]` of any float dtype and device, with `document` and `position` `[n]` where these are stored.
+        """Add rows `[n, d_in]` of any float dtype and device; with `with_origin`, also their `document` and `position` `[n]`.
 
-        Raises SaeensError for values that are not finite, or too large for the stored dtype.
+        Raises SaeensError for values that are not finite or too large for the stored dtype.
         """
         columns = {"activations": to_stored_dtype(rows, self.dtype, self.name).cpu()}
         if document is not None and position is not None:
@@ -312,14 +311,14 @@ class ActivationWriter:
         self._splits[split].append(columns)
 
     def close(self) -> None:
-        """Write what is buffered, and the statistics. Raises SaeensError if a split has not got all its rows."""
+        """Write the buffered rows and the statistics. Raises SaeensError if rows of a split are missing."""
         self.statistics = {split: writer.finish(f"{self.name}, {split} split") for split, writer in self._splits.items()}
         if self._progress:
             self._progress.remove()
 
 
 class _SplitWriter:
-    """Buffers the rows of one split to whole shards, so that none is written twice."""
+    """Buffer of the rows of one split, which writes each shard once."""
 
     def __init__(
         self,
@@ -364,7 +363,7 @@ class _SplitWriter:
 
     def append(self, columns: Mapping[str, torch.Tensor]) -> None:
         if columns.keys() != self._buffers.keys():
-            raise ValueError(f"got {', '.join(columns)}; this store is made of {', '.join(self._buffers)}")
+            raise ValueError(f"got columns {', '.join(columns)}; this store has {', '.join(self._buffers)}")
         n_rows, start = len(columns["activations"]), 0
         while start < n_rows:
             taken = min(n_rows - start, self._shard_rows - self._filled)
@@ -381,18 +380,18 @@ class _SplitWriter:
     def finish(self, name: str) -> ActivationStatistics:
         self._flush()
         if self._written != self._n_rows:
-            raise SaeensError(f"{name}: {self._written:,} rows came, {self._n_rows:,} were announced")
+            raise SaeensError(f"{name}: expected {self._n_rows:,} rows, got {self._written:,}")
         statistics = self._statistics.compute()
         self._group.attrs["statistics"] = statistics.to_json()
         return statistics
 
     def _flush(self) -> None:
-        """Statistics are taken chunk by chunk, so that they do not depend on how rows were appended."""
+        """Write the buffered rows. Statistics are updated chunk by chunk, so that they do not depend on the sizes of appended batches."""
         rows = self._buffers["activations"][: self._filled]
         for chunk in rows.split(self._chunk_rows) if len(rows) else ():
             self._statistics.update(chunk)
         end = self._written + self._filled
-        if end <= self._n_rows:  # `finish` reports too many
+        if end <= self._n_rows:  # `finish` raises the error for too many rows
             for name, buffer in self._buffers.items():
                 self._arrays[name][self._written : end] = _as_numpy(buffer[: self._filled])
         self._written, self._filled = end, 0
@@ -403,30 +402,30 @@ def _require_array(group: zarr.Group, name: str, **how: Any) -> Any:
 
 
 def to_stored_dtype(rows: torch.Tensor, dtype: StoredDtype, name: str) -> torch.Tensor:
-    """Round rows to the dtype of a store. Raises SaeensError for NaN and infinity, and for what the dtype cannot hold."""
+    """Round rows to the dtype of a store. Raises SaeensError for NaN, infinity, and values outside the range of the dtype."""
     import torch
 
     stored = rows.to(getattr(torch, dtype))
     if bool(torch.isfinite(stored).all()):
         return stored
     if not bool(torch.isfinite(rows).all()):
-        raise SaeensError(f"{name} has values that are NaN or infinite: what computes them has overflowed or is broken")
+        raise SaeensError(f"{name} has values that are NaN or infinite: an overflow, or an error where they are computed")
     largest, limit = float(rows.abs().max()), torch.finfo(getattr(torch, dtype)).max
     raise SaeensError(f"{name} has values up to {largest:,.0f}, and {dtype} ends at {limit:,.0f}: set dtype: bfloat16, or float32")
 
 
 def default_chunk_rows(d_in: int, dtype: StoredDtype) -> int:
-    """The largest power of two of rows that makes a chunk of at most 2 MiB."""
+    """Return the rows of a chunk: the largest power of two that gives at most 2 MiB."""
     return 1 << max(0, (_MAX_CHUNK_BYTES // (d_in * _BYTES[dtype])).bit_length() - 1)
 
 
 def stored_bytes(d_in: int, dtype: StoredDtype, rows: Mapping[str, int], with_origin: bool = True) -> int:
-    """What a store takes on disk, at most (but for a few kB): document and position are compressed, mostly to little."""
+    """Return an upper limit of the bytes of a store on disk, without a few kB of metadata and before compression of the two columns."""
     return sum(rows.values()) * (d_in * _BYTES[dtype] + (8 if with_origin else 0))
 
 
 def require_free_disk(path: Path, n_bytes: int, name: str) -> None:
-    """Raise SaeensError unless the disk on which `path` lies, or will lie, has `n_bytes` free."""
+    """Raise SaeensError unless the disk of `path`, which need not exist, has `n_bytes` free."""
     folder = path.absolute()
     while not folder.exists():
         folder = folder.parent

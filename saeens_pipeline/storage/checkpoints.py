@@ -1,4 +1,4 @@
-"""Where trainings keep their state while they run, and how often they write it. Neither decides what comes of them.
+"""Paths of training checkpoints, and the interval between two of them. Neither changes a trained SAE.
 
 checkpoints/OP/layer=8/seed=42.safetensors
 """
@@ -20,13 +20,13 @@ _FILE = re.compile(rf"{FOLDER}/(?P<op>\w+)/(?:layer=(?P<layer>\d+)/)?\.?seed=(?P
 
 
 def checkpoint_file(root: Path, op_name: str, partition: Partition) -> Path:
-    """The checkpoint of the SAEs that one op trains together; `root` is the store's."""
+    """Return the checkpoint file of the SAEs that one op trains together; `root` is the data root."""
     *folders, name = [f"{name}={value}" for name, value in partition._asdict().items() if value is not None]
     return root.joinpath(FOLDER, op_name, *folders, f"{name}.safetensors")
 
 
 def locate_checkpoint(path: PurePosixPath) -> tuple[str, Partition] | None:
-    """The op and the partition that a path relative to the data root is the checkpoint of, written or half written; or None."""
+    """Return the op and the partition of a complete or partial checkpoint, given its path relative to the data root; None for others."""
     found = _FILE.fullmatch(str(path))
     if found is None:
         return None
@@ -35,9 +35,9 @@ def locate_checkpoint(path: PurePosixPath) -> tuple[str, Partition] | None:
 
 
 def checkpoint_seconds() -> float | None:
-    """Seconds between two checkpoints: SAEENS_CHECKPOINT_SECONDS, 300 where it is not set; None, for no checkpoints, where it is `off`.
+    """Return the seconds between two checkpoints: SAEENS_CHECKPOINT_SECONDS, by default 300; None (no checkpoints) if it is `off`.
 
-    Raises ConfigurationError for anything else than a number of at least 0.
+    Raises ConfigurationError for other values than `off` and numbers of at least 0.
     """
     chosen = os.environ.get(SECONDS_VARIABLE, "").strip()
     if chosen == "off":

@@ -1,4 +1,4 @@
-"""What is asked of the disk itself: that it has written, and whether it is full."""
+"""Durable writes, and the detection of full disks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def is_full_disk(error: BaseException | None) -> bool:
-    """Whether an error or what caused it is ENOSPC; safetensors and polars raise it under names of their own."""
+    """Return whether an error or one of its causes is ENOSPC, which safetensors and polars raise as errors of their own."""
     while error is not None:
         if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "os error 28" in str(error):
             return True
@@ -23,3 +23,11 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_atomically(path: Path, text: str, aside: str) -> None:
+    """Write a UTF-8 file that appears complete or not at all: write it as `aside` in the same folder, flush it, and rename it."""
+    beside = path.with_name(aside)
+    beside.write_text(text, "utf-8")
+    flush(beside)
+    beside.replace(path)

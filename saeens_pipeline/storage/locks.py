@@ -1,12 +1,13 @@
-"""One writer at a time for each artefact, and one process for each GPU, among all that work below one root.
+"""Locks among the processes of one data root: one writer per artefact, one process per GPU.
 
-A lock is a file that a process holds with `flock`: the system lets go of it when the process ends, however that ends.
+A lock is a file that a process holds with `flock`. The system releases it when the process ends, even after a kill.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import logging
 import os
 import socket
@@ -23,69 +24,63 @@ _NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 @contextlib.contextmanager
 def writing_alone(root: Path, places: Iterable[tuple[Address, Partition]]) -> Iterator[None]:
-    """Wait until no other process writes any of these artefacts, and keep others waiting meanwhile. Who is waited for is logged.
+    """Lock these artefacts for writing, and wait for other writers; the log names the process that is waited for.
 
-    A file system without locks is taken as it is: there two writers may do the same work, each into a folder of its own.
+    On a file system without locks nothing is locked: two writers may do the same work, each into a folder of its own.
     """
     with contextlib.ExitStack() as stack:
-        for address, partition in sorted(places, key=lambda each: (str(each[0]), str(each[1]))):  # in one order, or two wait for each other
+        for address, partition in sorted(places, key=lambda each: (str(each[0]), str(each[1]))):  # one order for all avoids deadlocks
             file = _file(root, address, partition)
-            lock = _take(file, wait=False)
-            if lock is None:
+            if not stack.enter_context(_held(file, wait=False)):
                 logger.warning("%s is being made by %s: waiting for it", place(address, partition), _holder(file))
-                lock = _take(file, wait=True)
-            if lock is not None:
-                stack.callback(_give_back, file, lock)
+                stack.enter_context(_held(file, wait=True))
         yield
 
 
 @contextlib.contextmanager
 def writing_if_free(root: Path, address: Address, partition: Partition) -> Iterator[bool]:
-    """Whether no other process writes this artefact; if so, others wait until the context is left."""
-    file = _file(root, address, partition)
-    lock = _take(file, wait=False)
-    try:
-        yield lock is not None
-    finally:
-        if lock is not None:
-            _give_back(file, lock)
+    """Lock this artefact for writing unless another process holds it, and give whether it is locked. Does not wait."""
+    with _held(_file(root, address, partition), wait=False) as is_held:
+        yield is_held
 
 
 @contextlib.contextmanager
 def holding_one_of(root: Path, names: Sequence[str]) -> Iterator[str]:
-    """Hold the first of some things that no other process holds; where all are held, wait for the first. Gives its name."""
+    """Lock the first free name and give it. If no name is free, wait for the first; the log names its holder."""
     files = {name: root / FOLDER / f"{name}.lock" for name in names}
-    name, lock = next(((name, lock) for name, file in files.items() if (lock := _take(file, wait=False)) is not None), (names[0], None))
-    if lock is None:
-        logger.warning("%s: all in use by other processes; waiting for %s, held by %s", ", ".join(names), name, _holder(files[name]))
-        lock = _take(files[name], wait=True)
-    try:
+    with contextlib.ExitStack() as stack:
+        name = next((name for name, file in files.items() if stack.enter_context(_held(file, wait=False))), None)
+        if name is None:
+            name = names[0]
+            logger.warning("%s: all in use by other processes; waiting for %s, held by %s", ", ".join(names), name, _holder(files[name]))
+            stack.enter_context(_held(files[name], wait=True))
         yield name
-    finally:
-        if lock is not None:
-            _give_back(files[name], lock)
 
 
 @contextlib.contextmanager
 def holding(root: Path, name: str) -> Iterator[None]:
-    """Wait, without a word, until no other process holds this, and hold it."""
-    file = root / FOLDER / f"{name}.lock"
-    lock = _take(file, wait=True)
-    try:
+    """Lock a name, and wait for its holder without a log message."""
+    with _held(root / FOLDER / f"{name}.lock", wait=True):
         yield
-    finally:
-        if lock is not None:
-            _give_back(file, lock)
 
 
 def _file(root: Path, address: Address, partition: Partition) -> Path:
     return root / FOLDER / f"{str(address.path(partition)).replace('/', '__')}.lock"
 
 
-def _take(file: Path, *, wait: bool) -> int | None:
-    """The descriptor of a file that this process now holds alone; None where another holds it."""
-    import fcntl
+@contextlib.contextmanager
+def _held(file: Path, *, wait: bool) -> Iterator[bool]:
+    descriptor = _take(file, wait=wait)
+    try:
+        yield descriptor is not None
+    finally:
+        if descriptor is not None:
+            file.unlink(missing_ok=True)
+            os.close(descriptor)
 
+
+def _take(file: Path, *, wait: bool) -> int | None:
+    """Return the descriptor of a locked file; None if another process holds it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
@@ -107,12 +102,7 @@ def _take(file: Path, *, wait: bool) -> int | None:
                 os.truncate(descriptor, 0)
                 os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
                 return descriptor
-        os.close(descriptor)  # whoever held it has removed the file: take the one that is there now
-
-
-def _give_back(file: Path, descriptor: int) -> None:
-    file.unlink(missing_ok=True)
-    os.close(descriptor)
+        os.close(descriptor)  # the previous holder has removed this file: lock the one that has its name now
 
 
 def _holder(file: Path) -> str:

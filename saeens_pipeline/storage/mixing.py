@@ -1,4 +1,4 @@
-"""Shuffling more rows than memory holds: chunks in random order, and the rows of several chunks at a time shuffled together."""
+"""Shuffling of more rows than fit into memory: chunks in random order, and the rows of several chunks shuffled together."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class ChunkReader(Protocol):
-    """Chunks of rows to mix, as `storage.activations.ActivationReader` gives them."""
+    """Source of chunks of rows; `storage.activations.ActivationReader` is one."""
 
     d_in: int
     chunk_rows: int
@@ -31,14 +31,14 @@ class ChunkReader(Protocol):
 
 
 class MixedRows(NamedTuple):
-    """Rows `[n, d_in]` of several chunks, in the stored dtype, and the `order` `[<= n]` in which to take them."""
+    """Rows `[n, d_in]` of several chunks, in the stored dtype, and their shuffled `order` `[<= n]`."""
 
     rows: torch.Tensor
     order: torch.Tensor
 
 
 class _Step(NamedTuple):
-    """Chunks that are mixed together: which, how many rows each has, and the order of the rows of all, or the end of that order."""
+    """Chunks that are shuffled together: their indices and numbers of rows, and the order of all their rows, or the end of that order."""
 
     indices: list[int]
     lengths: list[int]
@@ -46,7 +46,7 @@ class _Step(NamedTuple):
 
 
 class _Reading(NamedTuple):
-    """A buffer that is being filled with the chunks of a step."""
+    """A buffer while the thread fills it with the chunks of a step."""
 
     mixed: MixedRows
     chunks: Sequence[torch.Tensor]  # views of mixed.rows
@@ -56,26 +56,25 @@ class _Reading(NamedTuple):
 def mix_chunks(
     reader: ChunkReader, split: str, *, seed: int, epochs: int, mixing_chunks: int, skipped_rows: int = 0
 ) -> Generator[MixedRows]:
-    """The rows of `mixing_chunks` chunks at a time, every chunk once per epoch, in an order that depends on the arguments alone.
+    """Yield the rows of `mixing_chunks` chunks at a time, every chunk once per epoch, in an order that the arguments alone decide.
 
-    The first `skipped_rows` of that order are left out; chunks that are not needed without them are not read.
+    The first `skipped_rows` of this order are left out; chunks with no other rows are not read.
 
-    Two buffers take turns: what is given is valid until the next is asked for, and meanwhile a thread fills the other with stored
-    bytes. What a residual makes of them is computed here and not there, since training has the cores. The thread ends with this
-    iterator (exhausted, closed or collected), after at most the chunk that it is reading; what it raises is raised here, when the
-    turn of that chunk has come.
+    Two buffers alternate: rows are valid until the next ones are requested, and a thread meanwhile fills the other buffer with stored
+    bytes. Residuals are derived here and not in the thread, since training needs the cores. The thread ends with this iterator
+    (exhausted, closed or collected), after at most the chunk that it is reading; its errors are raised here, in the order of chunks.
     """
     import torch
 
     dtype = getattr(torch, reader.dtype)
     buffer_rows = min(reader.n_rows(split), mixing_chunks * reader.chunk_rows)
-    # numpy's memory comes in huge pages where it may: filling it for the first time is several times faster
+    # numpy allocates huge pages where possible, which makes the first write several times faster
     memory = [np.empty((buffer_rows, reader.d_in * dtype.itemsize), np.uint8) for _ in range(2)]
     buffers = [torch.from_numpy(each).view(dtype) for each in memory]
     thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
 
     def fill(chunk: torch.Tensor, index: int) -> None:
-        # numpy copies on this thread alone, and lets others run meanwhile; as bytes, since it has no bfloat16
+        # numpy copies on this thread only and releases the GIL; as bytes, since numpy has no bfloat16
         np.copyto(chunk.view(torch.uint8).numpy(), reader.stored_chunk(split, index).view(torch.uint8).numpy())
 
     def start(buffer: torch.Tensor, step: _Step) -> _Reading:
@@ -87,7 +86,7 @@ def mix_chunks(
     def finish(reading: _Reading) -> MixedRows:
         for chunk, read in zip(reading.chunks, reading.reads, strict=True):
             read.result()
-            chunk.copy_(reader.derive(chunk))  # of itself, where nothing is derived: does nothing
+            chunk.copy_(reader.derive(chunk))  # without a residual, `derive` returns the chunk itself and this does nothing
         return reading.mixed
 
     all_steps = _steps(reader.n_rows(split), reader.chunk_rows, seed=seed, epochs=epochs, mixing_chunks=mixing_chunks)

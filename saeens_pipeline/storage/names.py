@@ -1,4 +1,4 @@
-"""One place that names things: from (owner, kind, name) to asset key, group, op name and path.
+"""Names of artefacts: asset key, group, op name and path of an (owner, kind, name).
 
 Address("quickstart", "bagging", "member_1").key                 ["quickstart", "bagging", "member_1"]
 ....group                                                        "quickstart_saes"
@@ -17,7 +17,7 @@ Kind = Literal["source", "bagging", "boosting", "baseline", "eval", "report", "l
 
 SOURCES_GROUP = "sources"
 LEADERBOARD = "leaderboard"
-BROKEN_GROUP = "broken_experiments"  # what could not be read has nodes of its own in the asset graph
+BROKEN_GROUP = "broken_experiments"  # asset nodes of unreadable experiment files
 RESERVED_GROUPS = (SOURCES_GROUP, LEADERBOARD, BROKEN_GROUP)
 CURVE_FILE = "training_curve.parquet"  # in the folder of an SAE
 _NAME = re.compile(r"[a-z0-9_]+")
@@ -37,7 +37,7 @@ _FOLDER_ABOVE_ARTEFACTS = re.compile(
 
 
 class Partition(NamedTuple):
-    """Which layer and which ensemble seed; what an artefact is not partitioned by is None."""
+    """Layer and ensemble seed of an artefact; None for a dimension that it is not partitioned by."""
 
     layer: int | None = None
     seed: int | None = None
@@ -47,7 +47,7 @@ class Partition(NamedTuple):
 
 
 def validate_name(name: str) -> str:
-    """Names become asset keys, op names and paths. Raises ValueError for anything but lower-case letters, digits and `_`."""
+    """Return a name unchanged. Raises ValueError unless it can be part of asset keys, op names and paths."""
     if not _NAME.fullmatch(name):
         raise ValueError(f"the name {name!r} may hold lower-case letters, digits and _ only, and not be empty")
     return name
@@ -55,7 +55,7 @@ def validate_name(name: str) -> str:
 
 @dataclass(frozen=True)
 class Address:
-    """What one artefact is called, everywhere. `owner` is a source for kind `source`, else an experiment."""
+    """Identity of an artefact without its partition. `owner` is a source for kind `source`, otherwise an experiment."""
 
     owner: str
     kind: Kind
@@ -67,7 +67,7 @@ class Address:
 
     @property
     def key(self) -> list[str]:
-        """Asset key: SOURCE/NAME, EXPERIMENT/report, leaderboard, leaderboard/report, otherwise EXPERIMENT/KIND/NAME."""
+        """The asset key: SOURCE/NAME, EXPERIMENT/report, leaderboard, leaderboard/report, otherwise EXPERIMENT/KIND/NAME."""
         match self.kind:
             case "source" | "report":
                 return [self.owner, self.name]
@@ -78,26 +78,27 @@ class Address:
 
     @property
     def op_name(self) -> str:
+        """The asset key, joined by `__`."""
         return "__".join(self.key)
 
     @property
     def group(self) -> str:
-        """`sources`; EXPERIMENT_saes for members, rounds and residuals; EXPERIMENT for all that is made from them."""
+        """The group in the asset graph: `sources`; EXPERIMENT_saes for members, rounds and residuals; otherwise EXPERIMENT."""
         if self.kind == "source":
             return SOURCES_GROUP
         return f"{self.owner}_saes" if self.name.startswith(("member_", "round_", "residual_")) else self.owner
 
     @property
     def is_table(self) -> bool:
-        """Whether the artefact is one Parquet file."""
+        """True if the artefact is one Parquet file."""
         return self.kind in ("eval", "leaderboard")
 
     def path(self, partition: Partition) -> PurePosixPath:
-        """Relative to the data root: a folder, or a file for tables."""
+        """Return the path relative to the data root: of a folder, or of a file for tables."""
         return self._path([f"{name}={value}" for name, value in partition._asdict().items() if value is not None])
 
     def glob(self, *dimensions: str) -> str:
-        """The pattern of this artefact's paths in all partitions, given the names of what it is partitioned by."""
+        """Return the pattern of the paths of all partitions; `dimensions` are the names of the partition dimensions."""
         return str(self._path([f"{name}=*" for name in dimensions]))
 
     def _path(self, dimensions: Sequence[str]) -> PurePosixPath:
@@ -106,7 +107,7 @@ class Address:
                 return PurePosixPath("sources", self.owner, *dimensions, f"{self.name}.zarr")
             case "eval":
                 return PurePosixPath("tables", self.owner, self.name, *dimensions, "part.parquet")
-            case "report":  # that of a layer, or what compares all layers and the experiments of a sweep
+            case "report":  # of one layer, or the comparison of all layers and of the experiments of a sweep
                 return PurePosixPath("reports", self.owner, *([] if self.name == "report" else [self.name]), *dimensions)
             case "leaderboard":
                 return PurePosixPath("tables", self.name, "part.parquet")
@@ -122,12 +123,12 @@ LEADERBOARD_ADDRESS = Address(LEADERBOARD, "leaderboard", LEADERBOARD)
 
 
 def place(address: Address, partition: Partition) -> str:
-    """An artefact in words, such as `quickstart/bagging/member_1, layer 1, seed 42`."""
+    """Return an artefact in words, such as `quickstart/bagging/member_1, layer 1, seed 42`."""
     return ", ".join(filter(None, (str(address), str(partition))))
 
 
 def locate(path: PurePosixPath) -> tuple[Address, Partition] | None:
-    """The artefact that a path relative to the data root belongs to, or None: the inverse of `Address.path`."""
+    """Return the address and partition of a path relative to the data root, or None: the inverse of `Address.path`."""
     numbers = {name: int(value) for name, value in re.findall(r"(?:^|/)(layer|seed)=(\d+)(?=/|$)", str(path))}
     partition = Partition(**numbers)
     match [part for part in path.parts if "=" not in part]:
@@ -153,5 +154,5 @@ def locate(path: PurePosixPath) -> tuple[Address, Partition] | None:
 
 
 def is_above_artefacts(path: PurePosixPath) -> bool:
-    """Whether a folder, relative to the data root, is one of those that artefacts are sorted into."""
+    """Return whether a folder, relative to the data root, is a parent folder of artefacts."""
     return _FOLDER_ABOVE_ARTEFACTS.fullmatch(str(path)) is not None

@@ -1,11 +1,11 @@
-"""The one mechanism behind caching: an artefact on disk carries the recipe it was made by.
+"""The cache of artefacts: each artefact on disk carries the recipe that made it.
 
-A recipe says everything that decides an artefact's content: the builder and its version, the settings, and the data
-versions of what it was made from. An artefact whose stored recipe has the same hash as the recipe asked for is a *hit*
-and is not made again, whoever asks. What is merely good to know (run, seconds, device, versions) is its provenance.
+A recipe holds everything that decides the content of an artefact: the builder and its version, the settings, and the data versions of
+the inputs. An artefact whose stored recipe has the hash of the requested recipe is a cache hit, for every experiment. Facts that do not
+decide the content (run, seconds, device, versions) are its provenance.
 
-A folder keeps this in `recipe.json`; a Parquet table in its footer. An artefact appears under its final name only when it
-is whole: it is written beside it, flushed to disk, and renamed.
+A folder keeps recipe and provenance in `recipe.json`, a Parquet table in its footer. An artefact is written under a temporary name in the
+same folder, flushed to disk, and renamed, so that its final name never shows an incomplete artefact.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from saeens_pipeline.errors import SaeensError
-from saeens_pipeline.storage.disk import flush
+from saeens_pipeline.storage.disk import flush, write_atomically
 from saeens_pipeline.storage.names import Address, Partition, locate
 
 if TYPE_CHECKING:
@@ -33,20 +33,20 @@ if TYPE_CHECKING:
 
 RECIPE_FILE = "recipe.json"
 FOOTER_KEY = "saeens"
-_PARTIAL = re.compile(r"\.(.+?)(?:\.([0-9a-f]{16}))?\.(\d+)\.partial")  # final name, recipe hash of what goes on, process
+_PARTIAL = re.compile(r"\.(.+?)(?:\.([0-9a-f]{16}))?\.(\d+)\.partial")  # final name, recipe hash of a resumable write, process
 _REPLACED = re.compile(r"\.(.+)\.retired")
 _REPLACING_SECONDS = 3600
 _MENDING = "The next `saeens run` makes it again"
 
 
 def digest(value: object) -> str:
-    """The first 16 hexadecimal digits of the SHA-256 of a value's canonical JSON."""
+    """Return the first 16 hexadecimal digits of the SHA-256 of a value's canonical JSON."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decides an artefact. `inputs` maps the name of each input to its data version."""
+    """Everything that decides the content of an artefact. `inputs` maps the name of each input to its data version."""
 
     builder: str
     version: int
@@ -54,18 +54,20 @@ class Recipe:
     inputs: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
+        """Return the recipe as JSON values."""
         return {"builder": self.builder, "version": self.version, "settings": dict(self.settings), "inputs": dict(self.inputs)}
 
     @property
     def hash(self) -> str:
+        """The digest of the recipe; equal hashes mean a cache hit."""
         return digest(self.to_json())
 
 
 @dataclass(frozen=True)
 class Artefact:
-    """An artefact that is on disk, as its recipe describes it.
+    """An artefact on disk, as its record describes it.
 
-    `files` maps relative names to (bytes, SHA-256); of a table, `rows` to those of all but the footer.
+    `files` maps relative names to (bytes, SHA-256); for a table, `rows` to size and hash of the file without its footer.
     """
 
     path: Path
@@ -76,10 +78,11 @@ class Artefact:
 
     @property
     def recipe_hash(self) -> str:
+        """The hash of the stored recipe, as `Recipe.hash`."""
         return digest(self.recipe)
 
     def differences(self, wanted: Recipe, names: Mapping[str, str] | None = None) -> list[str]:
-        """Which parts of the recipe asked for differ from the one that made this, in words; `names` says what inputs are called."""
+        """Return the differences between the stored recipe and `wanted`, in words; `names` maps names of inputs to names to show."""
         other = wanted.to_json()
         found = [f"builder: {self.recipe['builder']} -> {other['builder']}"] if self.recipe["builder"] != other["builder"] else []
         found += [f"the code of {other['builder']} changed"] if self.recipe["version"] != other["version"] else []
@@ -91,7 +94,7 @@ class Artefact:
         return found
 
     def verify(self) -> list[str]:
-        """Every way in which the bytes on disk differ from what was written; empty when all hashes agree."""
+        """Return the differences between the bytes on disk and the recorded hashes, in words; empty if all agree."""
         if self.path.suffix == ".parquet":
             size, sha256 = self.files["rows"]
             same = hashlib.sha256(self.path.read_bytes()[:size]).hexdigest() == sha256
@@ -106,37 +109,38 @@ class Artefact:
         return wrong
 
     def invalidate(self) -> None:
-        """Make `Store.find` compare the bytes of every file with the recipe the next time, as if all were written after it."""
-        if self.path.suffix != ".parquet":  # a table's are compared every time
+        """Make the next `Store.find` compare the bytes of every file with its hash, as if the files were newer than the record."""
+        if self.path.suffix != ".parquet":  # the bytes of a table are always compared
             for name in self.files:
                 with contextlib.suppress(OSError):
                     os.utime(self.path / name)
 
 
 class MissingInputError(SaeensError):
-    """An artefact that is needed first is not there."""
+    """An input does not exist yet."""
 
 
 class DamagedArtefactError(SaeensError):
-    """The files of an artefact are not those that its recipe lists, or the recipe cannot be read. It can only be made again."""
+    """The files of an artefact differ from those in its record, or the record cannot be read. The artefact has to be made again."""
 
 
 @dataclass(frozen=True)
 class Store:
-    """All artefacts below one root folder."""
+    """The artefacts below a data root."""
 
     root: Path
 
     def path(self, address: Address, partition: Partition) -> Path:
+        """Return the path of an artefact, which need not exist."""
         return self.root / address.path(partition)
 
     @property
     def nearest_folder(self) -> Path:
-        """The root, or where it is not there yet, the nearest folder above it that is."""
+        """The root or, before it exists, its nearest existing parent."""
         return next(folder for folder in (self.root, *self.root.parents) if folder.exists())
 
     def require_writable(self) -> None:
-        """Raise SaeensError unless files can be made in `nearest_folder`. Leaves nothing behind."""
+        """Raise SaeensError unless files can be created in `nearest_folder`. Leaves no file behind."""
         try:
             with tempfile.TemporaryFile(dir=self.nearest_folder):
                 pass
@@ -144,9 +148,9 @@ class Store:
             raise _unwritable(self.root, error) from error
 
     def find(self, address: Address, partition: Partition) -> Artefact | None:
-        """The artefact at that address, or None. Costs milliseconds: sizes are compared, and bytes of tables and of what was written later.
+        """Return the artefact at an address, or None. Takes milliseconds: compares sizes, and bytes of tables and of modified files.
 
-        Raises DamagedArtefactError where files are missing or are not those that the recipe lists.
+        Raises DamagedArtefactError for missing files and for files that differ from the record.
         """
         path = self.path(address, partition)
         artefact = read_artefact(path) if _record_file(path).exists() else None
@@ -160,12 +164,12 @@ class Store:
         return artefact
 
     def partitions(self, address: Address, *dimensions: str) -> list[Partition]:
-        """For which layers and seeds there is something at that address, in numeric order; `dimensions` names what it is partitioned by."""
+        """Return the partitions on disk of an address, in numeric order; `dimensions` are the names of its partition dimensions."""
         paths = [PurePosixPath(path.relative_to(self.root).as_posix()) for path in self.root.glob(address.glob(*dimensions))]
         return sorted(found[1] for path in paths if (found := locate(path)))
 
     def hit(self, address: Address, partition: Partition, recipe: Recipe) -> Artefact | None:
-        """The artefact at that address, if it was made by this very recipe and is not damaged."""
+        """Return the artefact at an address if it has this recipe and is not damaged, otherwise None."""
         try:
             artefact = self.find(address, partition)
         except DamagedArtefactError:
@@ -173,11 +177,11 @@ class Store:
         return artefact if artefact and artefact.recipe_hash == recipe.hash else None
 
     def made_alike(self, address: Address, partition: Partition, recipe: Recipe) -> tuple[Address, Artefact] | tuple[None, None]:
-        """What any experiment has in the same partition that was made by this very recipe and is not damaged, and where; or two None."""
+        """Return an undamaged artefact of any experiment with this partition and recipe, and its address; (None, None) without one."""
         folders = address.path(partition).parts
         for file in sorted(self.root.glob("/".join([folders[0], "*", *folders[2:-2], "*", "*", RECIPE_FILE]))):
             found = locate(PurePosixPath(file.parent.relative_to(self.root).as_posix()))
-            with contextlib.suppress(OSError, ValueError, KeyError):  # what cannot be read serves nobody
+            with contextlib.suppress(OSError, ValueError, KeyError):  # an unreadable record is no match
                 if found and digest(json.loads(file.read_text())["recipe"]) == recipe.hash:
                     artefact = self.hit(found[0], partition, recipe)
                     if artefact:
@@ -185,12 +189,12 @@ class Store:
         return None, None
 
     def require(self, address: Address, partition: Partition) -> Artefact:
-        """The artefact at that address. Raises MissingInputError, which says what makes it."""
+        """Return the artefact at an address. Raises MissingInputError if it does not exist."""
         artefact = self.find(address, partition)
         if artefact is None:
             where = f" ({partition})" if str(partition) else ""
             raise MissingInputError(
-                f"{address}{where} is needed first and is not there: materialise it, or let `saeens run` make all that is missing"
+                f"{address}{where} is needed first: materialise it, or let `saeens run` make everything that is missing"
             )
         return artefact
 
@@ -205,12 +209,12 @@ class Store:
         versioned_content: bool = True,
         resumable: bool = False,
     ) -> Iterator[Path]:
-        """Give an empty folder to write into; on leaving, it becomes the artefact, replacing what was there before.
+        """Give an empty folder to write into; on leaving the context it becomes the artefact and replaces an earlier one.
 
-        `provenance` is read on leaving, so that it can be filled meanwhile. After an exception nothing has changed.
+        `provenance` is read on leaving, so that the caller can fill it meanwhile. An exception leaves the earlier artefact unchanged.
         `versioned_content=False`: the data version follows from the recipe alone, as for residuals, whose bytes may be dropped.
-        `resumable`: what an interrupted or killed write of the same recipe left is kept, and the folder is given as it was left; only
-        a SaeensError, which would come again, clears it away.
+        `resumable`: the files of an interrupted or killed write are kept, and the next write of the same recipe gets them; a SaeensError,
+        which would occur again, removes them.
         """
         final = self.path(address, partition)
         with _staging(final, kept_for=recipe.hash if resumable else None) as staging:
@@ -226,7 +230,7 @@ class Store:
     def write_table(
         self, address: Address, partition: Partition, recipe: Recipe, provenance: Mapping[str, Any], table: pl.DataFrame
     ) -> None:
-        """Write a Parquet table whose footer holds its recipe."""
+        """Write a Parquet table with its record in the footer."""
         import pyarrow.parquet as pq
 
         final, rows = self.path(address, partition), table.to_arrow()
@@ -234,7 +238,7 @@ class Store:
             contents = io.BytesIO()
             with pq.ParquetWriter(contents, rows.schema) as writer:
                 writer.write_table(rows)
-                content = hashlib.sha256(contents.getvalue()).hexdigest()  # all but the footer, which holds this
+                content = hashlib.sha256(contents.getvalue()).hexdigest()  # without the footer, which holds this hash
                 files = {"rows": (contents.tell(), content)}
                 record = _record(recipe, provenance, files, digest([recipe.to_json(), content]))
                 writer.add_key_value_metadata({FOOTER_KEY: json.dumps(record)})
@@ -244,7 +248,7 @@ class Store:
             flush(final.parent)
 
     def link(self, address: Address, partition: Partition, recipe: Recipe, other: Artefact, provenance: dict[str, Any]) -> None:
-        """Make an artefact out of another one with an equal recipe: its files are linked, not copied."""
+        """Make an artefact from another one with an equal recipe by hard links to its files, or copies where links are impossible."""
         with self.write_folder(address, partition, recipe, provenance) as folder:
             for name in other.files:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -254,11 +258,9 @@ class Store:
                     shutil.copyfile(other.path / name, folder / name)
 
     def drop_bytes(self, artefact: Artefact) -> None:
-        """Keep an artefact's recipe and remove its files: for residuals, which can be computed again on the fly."""
-        record = _read_record(artefact.path)
-        beside = artefact.path / f".{RECIPE_FILE}"
-        beside.write_text(json.dumps(record | {"files": {}}, indent=1))
-        beside.replace(artefact.path / RECIPE_FILE)
+        """Remove the files of an artefact and keep its record: for residuals, which can be computed while they are read."""
+        record = json.dumps(_read_record(artefact.path) | {"files": {}}, indent=1)
+        write_atomically(artefact.path / RECIPE_FILE, record, aside=f".{RECIPE_FILE}")
         for entry in artefact.path.iterdir():
             if entry.name != RECIPE_FILE:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
@@ -286,20 +288,20 @@ def _write_record(
 
 
 def read_artefact(path: Path) -> Artefact:
-    """The artefact at a path, as its recipe describes it. Raises DamagedArtefactError for a recipe that cannot be read."""
+    """Return the artefact at a path, as its record describes it. Raises DamagedArtefactError for a record that cannot be read."""
     try:
         record = _read_record(path)
         files = {name: (size, sha256) for name, (size, sha256) in record["files"].items()}
         recipe = Recipe(**record["recipe"]).to_json()
         if record["data_version"] not in _possible_versions(path, recipe, files):
-            raise ValueError("its data version does not follow from what it says: it was changed after it was made")
+            raise ValueError("its data version does not follow from its recipe and files: it was changed after it was made")
         return Artefact(path, recipe, record["provenance"], files, record["data_version"])
     except Exception as error:
         raise DamagedArtefactError(f"{_record_file(path)} cannot be read ({error}). {_MENDING}") from error
 
 
 class Stored(NamedTuple):
-    """An artefact on disk: address, partition and record; or the error of a record that cannot be read."""
+    """An artefact on disk: address, partition and artefact; or the error of a record that cannot be read."""
 
     address: Address
     partition: Partition
@@ -307,7 +309,7 @@ class Stored(NamedTuple):
 
 
 def all_artefacts(root: Path) -> Iterator[Stored]:
-    """Give every artefact below a data root, in the order of paths."""
+    """Yield every artefact below a data root, in the order of paths."""
     recipes = [path.parent for folder in ("sources", "experiments", "reports") for path in (root / folder).rglob(RECIPE_FILE)]
     for path in sorted([*recipes, *(root / "tables").rglob("part.parquet")]):
         found = locate(PurePosixPath(path.relative_to(root).as_posix()))
@@ -321,7 +323,7 @@ def all_artefacts(root: Path) -> Iterator[Stored]:
 
 
 def _possible_versions(path: Path, recipe: Mapping[str, Any], files: Mapping[str, tuple[int, str]]) -> tuple[str, ...]:
-    """The data version of a table, or of a folder with and without its content."""
+    """Return the data version of a table, or the two of a folder, with and without its content."""
     if path.suffix == ".parquet":
         return (digest([recipe, files["rows"][1]]),)
     return digest([recipe, {name: sha256 for name, (_, sha256) in files.items()}]), digest([recipe, None])
@@ -340,7 +342,7 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 
 def _check_file(file: Path, size: int, sha256: str, recorded_ns: int, address: Address) -> None:
-    """Raise DamagedArtefactError unless a file is as recorded. Its bytes are read only if it was written after the record was."""
+    """Raise DamagedArtefactError unless a file is as recorded. Its bytes are read only if it is newer than the record."""
     found = file.stat() if file.is_file() else None
     if found is None or found.st_size != size:
         state = "is missing" if found is None else f"has {found.st_size} bytes"
@@ -348,7 +350,7 @@ def _check_file(file: Path, size: int, sha256: str, recorded_ns: int, address: A
     if found.st_mtime_ns > recorded_ns:
         if _sha256(file) != sha256:
             raise DamagedArtefactError(f"{address} is damaged: {file} was changed after it was made. {_MENDING}")
-        with contextlib.suppress(OSError):  # as a copied folder may have it: from now on it need not be read again
+        with contextlib.suppress(OSError):  # files of a copied folder may be newer: the next check need not read them again
             os.utime(file, ns=(found.st_atime_ns, recorded_ns))
 
 
@@ -363,9 +365,9 @@ def _sha256(file: Path) -> str:
 
 @contextlib.contextmanager
 def _staging(final: Path, kept_for: str | None = None) -> Iterator[Path]:
-    """A name beside `final`; what killed processes left behind is removed first, and what this leaves if the work fails.
+    """Give a temporary path beside `final`. Leftovers of killed processes are removed first, and those of this write if it fails.
 
-    With `kept_for`, a recipe's hash, the name is free or that of what was left for this hash.
+    With `kept_for`, a recipe's hash, a leftover for this hash is given instead of a free path.
     """
     staging = final.parent / f".{'.'.join(filter(None, (final.name, kept_for, str(os.getpid()), 'partial')))}"
     try:
@@ -394,19 +396,19 @@ def _staging(final: Path, kept_for: str | None = None) -> Iterator[Path]:
 
 
 def _unwritable(folder: Path, error: OSError) -> SaeensError:
-    return SaeensError(f"{folder} cannot be written ({error.strerror}): choose another root with SAEENS_DATA, or mend its permissions")
+    return SaeensError(f"{folder} cannot be written ({error.strerror}): choose another root with SAEENS_DATA, or fix its permissions")
 
 
 class Temporary(NamedTuple):
-    """What is on its way to an artefact's name, or was replaced at that name."""
+    """A file or folder that is being written, or that was replaced."""
 
     final: Path
-    recipe_hash: str | None  # of a write that goes on where it was interrupted
-    in_use: bool  # its process lives, or it was replaced within the hour
+    recipe_hash: str | None  # of a resumable write
+    in_use: bool  # its process is alive, or it was replaced within the last hour
 
     @property
     def is_needed(self) -> bool:
-        """Whether the next write of the artefact takes it up: as what was written so far, or as the only copy."""
+        """True if the next write of the artefact uses it: to resume, or as the only copy."""
         if self.recipe_hash is None:
             return not self.final.exists()
         with contextlib.suppress(DamagedArtefactError):
@@ -415,7 +417,7 @@ class Temporary(NamedTuple):
 
 
 def read_temporary(path: Path) -> Temporary | None:
-    """What a temporary file or folder is; None for what has another name than writers give."""
+    """Return the description of a temporary file or folder; None for paths that no writer has named."""
     if partial := _PARTIAL.fullmatch(path.name):
         final, recipe_hash, pid = partial.groups()
         return Temporary(path.with_name(final), recipe_hash, is_alive(int(pid)))
@@ -425,7 +427,7 @@ def read_temporary(path: Path) -> Temporary | None:
 
 
 def foreign_files(artefact: Artefact) -> list[str]:
-    """Files in an artefact's folder that its recipe does not list."""
+    """Return the files in an artefact's folder that its record does not list."""
     if artefact.path.suffix == ".parquet":
         return []
     own = {*artefact.files, RECIPE_FILE, f".{RECIPE_FILE}"}
@@ -433,16 +435,16 @@ def foreign_files(artefact: Artefact) -> list[str]:
 
 
 def remove_whole(path: Path) -> None:
-    """Remove an artefact, or something temporary. It disappears at once: what an interruption leaves of it is temporary, too."""
+    """Remove an artefact or a temporary path. It is renamed first, so that an interrupted removal leaves a temporary path only."""
     try:
         beside = path if read_temporary(path) else path.rename(path.with_name(f".{path.name}.{os.getpid()}.partial"))
         shutil.rmtree(beside) if beside.is_dir() else beside.unlink()
     except OSError as error:
-        raise SaeensError(f"{path} cannot be removed ({error.strerror}): mend its permissions") from error
+        raise SaeensError(f"{path} cannot be removed ({error.strerror}): fix its permissions") from error
 
 
 def is_alive(pid: int) -> bool:
-    """Whether there is a process with this number on this machine."""
+    """Return whether a process with this number runs on this machine."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -1,6 +1,6 @@
-"""Residuals: what rounds of boosting leave, r_{j+1} = r_j - g_j(r_j), stored or computed while they are read.
+"""Residuals of boosting rounds, r_{j+1} = r_j - g_j(r_j), stored or computed while they are read.
 
-Both give the same bits: every round is applied to one storage chunk at a time, and its result rounded to the stored dtype.
+Both give the same bits: every round is applied to one storage chunk at a time, and its result is rounded to the stored dtype.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     import torch
 
 Round = Callable[["torch.Tensor"], "torch.Tensor"]
-"""What a round makes of its input: r `[n, d_in]` float32 to r - g(r) of the same shape."""
+"""Function of a boosting round: r `[n, d_in]` float32 to r - g(r) of the same shape."""
 
 
 class ResidualView(ActivationReader):
-    """What `rounds`, applied one after another, leave of the rows of another reader; computed anew on every reading."""
+    """Rows of `origin` after `rounds` have been applied in order; computed on every read."""
 
     def __init__(self, origin: ActivationReader, rounds: Sequence[Round], *, name: str = "residual") -> None:
         self.origin, self.rounds, self.name = origin, tuple(rounds), name
@@ -49,7 +49,7 @@ class ResidualView(ActivationReader):
         return rows
 
     def statistics(self, split: str) -> ActivationStatistics:
-        """Takes a pass over all rows the first time."""
+        """Return the statistics of the residual. The first call reads all rows of the split."""
         if split not in self._statistics:
             self._statistics[split] = compute_statistics(self, split)
         return self._statistics[split]
@@ -63,10 +63,10 @@ def write_residual(
     name: str,
     report: Callable[[int, int], None] = lambda rows, total_rows: None,
 ) -> ActivationStatistics:
-    """Store what `reader`, a ResidualView, gives for one split; reading the store gives the bits of reading the view.
+    """Store one split of `reader`, a ResidualView; reading the store gives the same bits as reading the view.
 
-    What a call that was killed has written in whole shards is taken up. Memory: one shard and one chunk.
-    Raises SaeensError for too little free disk and for values the dtype cannot hold.
+    A killed call is resumed after its last complete shard. Memory: one shard and one chunk.
+    Raises SaeensError for too little free disk and for values outside the range of the dtype.
     """
     n_rows = reader.n_rows(split)
     with ActivationWriter(

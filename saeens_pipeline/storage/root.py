@@ -1,4 +1,4 @@
-"""The data root: the folder below which all artefacts lie."""
+"""The data root: the folder that holds all artefacts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PROJECT_ROOT = Path(__file__).parents[2]
 
 
 def data_root() -> Path:
-    """`SAEENS_DATA`, or `data` in the checkout, or `data` in the current folder where the package is not a checkout."""
+    """Return the folder in `SAEENS_DATA`; without it, `data` in the checkout, or in the current folder for an installed package."""
     chosen = os.environ.get("SAEENS_DATA")
     if chosen:
         return Path(chosen).expanduser().absolute()

@@ -1,54 +1,49 @@
-"""Rows of some documents alone, read out of a store of all activations: nothing is written a second time."""
+"""Rows of selected documents, read from the store of all activations without a second copy."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.storage.activations import ActivationReader, ActivationStatistics, ActivationStore, compute_statistics
 
-if TYPE_CHECKING:
-    import torch
-
 
 class SelectedDocuments(ActivationReader):
-    """The rows of one split of `origin` that are from the given documents `[n]`, in storage order.
+    """Rows of the given documents `[n]` in one split of `origin`, in storage order.
 
-    Rows of a document lie side by side, so that what is kept are the ends of runs of rows: 16 bytes for each, whatever the number of rows.
-    Of a store that is mapped into memory only the rows that are asked for are read. Raises SaeensError where there are none.
+    The rows of a document are contiguous, so the selection is kept as runs of rows, 16 bytes each. From a memory-mapped store only the
+    selected rows are read. Raises SaeensError if the documents have no rows.
     """
 
     def __init__(self, origin: ActivationStore, split: str, documents: np.ndarray) -> None:
         self.origin, self.split = origin, split
         self.d_in, self.dtype, self.chunk_rows = origin.d_in, origin.dtype, origin.chunk_rows
         self._starts, ends = _runs(origin.document_blocks(split), documents)
-        self._selected = np.concatenate([[0], np.cumsum(ends - self._starts)])  # rows in front of each run, and all
+        self._selected = np.concatenate([[0], np.cumsum(ends - self._starts)])  # selected rows before each run, then their total
         self._statistics: ActivationStatistics | None = None
         if not self._selected[-1]:
-            raise SaeensError(f"{origin.path} has no {split} rows of the {len(documents):,} documents that were asked for")
+            raise SaeensError(f"{origin.path} has no {split} rows of the {len(documents):,} selected documents")
 
     def n_rows(self, split: str) -> int:
         self._require(split)
         return int(self._selected[-1])
 
     def stored_chunk(self, split: str, index: int) -> torch.Tensor:
-        import torch
-
         first = index * self.chunk_rows
         return torch.cat(list(self._pieces(first, min(first + self.chunk_rows, self.n_rows(split)))))
 
     def statistics(self, split: str) -> ActivationStatistics:
-        """Takes a pass over the rows the first time."""
+        """Return the statistics of the selected rows. The first call reads them all."""
         self._require(split)
         if self._statistics is None:
             self._statistics = compute_statistics(self, split)
         return self._statistics
 
     def _pieces(self, first: int, end: int) -> Iterator[torch.Tensor]:
-        """The selected rows from `first` on, cut where a run or a chunk of the origin ends."""
+        """Yield the selected rows from `first` to `end`, cut at the ends of runs and of the origin's chunks."""
         held, chunk = -1, None
         run = int(np.searchsorted(self._selected, first, side="right")) - 1
         while first < end:
@@ -67,7 +62,7 @@ class SelectedDocuments(ActivationReader):
 
 
 def _runs(blocks: Iterator[np.ndarray], documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where rows of these documents begin and end, `[n_runs]` each; `blocks` are the documents of all rows, in order."""
+    """Return the starts and ends of the runs of rows of these documents, `[n_runs]` each; `blocks` are the documents of all rows."""
     starts, ends, row, inside = [np.empty(0, np.int64)], [np.empty(0, np.int64)], 0, False
     for block in blocks:
         selected = np.isin(block, documents)

@@ -1,8 +1,8 @@
-"""Chunks of rows out of uncompressed Zarr v3 shards, memory-mapped through the shards' own index.
+"""Memory-mapped chunks of uncompressed Zarr v3 shards.
 
-A shard is a file of chunks, with an index of `[n_chunks, 2]` little-endian uint64, offset and length of every chunk in bytes, at
-its end or at its start; both are 2**64 - 1 for a chunk that was never written and has the array's fill value, as has a shard
-without a file. With the `crc32c` codec the checksum of the index follows it.
+A shard is a file of chunks with an index at its end or start: `[n_chunks, 2]` little-endian uint64, the offset and length of every chunk
+in bytes. Both are 2**64 - 1 for a chunk that was never written; such a chunk, and a shard without a file, has the array's fill value.
+With the `crc32c` codec the checksum of the index follows the index.
 Source: the sharding codec of Zarr v3, https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed/
 """
 
@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+import google_crc32c
 import numpy as np
 
 from saeens_pipeline.errors import SaeensError
@@ -29,10 +30,10 @@ _MAPPED_SHARDS = 16
 
 
 class MappedShards:
-    """The chunks of an array `[n_rows, d_in]` that `map_shards` has found to be of a layout that can be mapped.
+    """Chunks of an array `[n_rows, d_in]` whose layout can be memory-mapped; `map_shards` creates it.
 
-    The shards last used, up to 16, stay open and mapped. What is read of them counts as this process's memory in most displays
-    (512 MiB of shards of 32), but is the page cache's, which the kernel takes back when it needs to.
+    Up to 16 shards, the last used ones, stay open and mapped. Most tools count the pages read from them as memory of this process
+    (up to 512 MiB), but they belong to the page cache, and the kernel frees them when it needs memory.
     """
 
     def __init__(self, array: zarr.Array, folder: Path, layout: _ShardLayout) -> None:
@@ -42,10 +43,10 @@ class MappedShards:
         self._shard = lru_cache(_MAPPED_SHARDS)(layout.map)
 
     def chunk(self, index: int) -> np.ndarray:
-        """Rows `[index * chunk_rows, (index + 1) * chunk_rows)`, `[<= chunk_rows, d_in]`; the last chunk may be shorter.
+        """Return rows `[index * chunk_rows, (index + 1) * chunk_rows)`, `[<= chunk_rows, d_in]`; the last chunk may be shorter.
 
-        The array lies in a private mapping of its shard: pages come from the disk when they are touched, and writing to it never
-        reaches the file. Raises SaeensError for a shard that is truncated or whose index does not fit it.
+        The array is a private mapping of its shard: pages are read on first access, and writes never reach the file.
+        Raises IndexError for a chunk that does not exist, SaeensError for a truncated shard and for an index that does not fit it.
         """
         n_chunks = -(-self._n_rows // self._chunk_rows)
         if not 0 <= index < n_chunks:
@@ -57,15 +58,15 @@ class MappedShards:
         offset = shard.offsets[chunk_index] if shard else _MISSING
         if shard is None or offset == _MISSING:
             return np.full((rows, self._d_in), self._fill_value, self._dtype)
-        if shard.mapping.size() < len(shard.mapping):  # beyond the end of the file, touching a mapping kills the process
+        if shard.mapping.size() < len(shard.mapping):  # access to a mapping beyond the end of the file kills the process
             raise _damaged(file, f"it has been cut to {shard.mapping.size():,} bytes while it was read")
         values = np.frombuffer(shard.mapping, self._dtype, rows * self._d_in, offset).reshape(rows, self._d_in)
-        return np.require(values, requirements="A")  # torch wants aligned numbers, and an offset may be any
+        return np.require(values, requirements="A")  # torch requires alignment, which an offset need not have
 
 
 class _Shard(NamedTuple):
     mapping: mmap.mmap
-    offsets: list[int]  # of the chunks, _MISSING for those that are not there
+    offsets: list[int]  # of the chunks in bytes; _MISSING for chunks that were never written
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class _ShardLayout:
         return self.n_chunks * _ENTRY_BYTES + (_CHECKSUM_BYTES if self.has_checksum else 0)
 
     def map(self, file: Path) -> _Shard | None:
-        """None where there is no such file. Raises SaeensError, before anything is mapped beyond the file's end."""
+        """Map a shard; None if the file does not exist. Raises SaeensError for a file that is too short for its index."""
         try:
             opened = file.open("rb")
         except FileNotFoundError:
@@ -93,7 +94,7 @@ class _ShardLayout:
         return _Shard(mapping, self._offsets(file, mapping))
 
     def _offsets(self, file: Path, mapping: mmap.mmap) -> list[int]:
-        """All entries are checked, whichever is wanted: in a shard that was cut, a single one may still look right."""
+        """Return the offsets of all chunks. Checks every entry, since single entries of a truncated shard may look valid."""
         size = len(mapping)
         start = 0 if self.index_at == "start" else size - self.index_bytes
         if self.has_checksum:
@@ -109,10 +110,10 @@ class _ShardLayout:
 
 
 def map_shards(array: zarr.Array) -> MappedShards | None:
-    """The chunks of `array` without decoding, or None for an array that has to be read through Zarr.
+    """Return the memory-mapped chunks of `array`, or None for an array that has to be read through Zarr.
 
-    What can be mapped: numbers in two dimensions, in Zarr v3, in a folder of this machine, in shards of chunks of whole rows, with
-    no codec but little-endian `bytes`, and `crc32c` for the index.
+    An array can be mapped if it is a two-dimensional array of numbers in Zarr v3 in a local folder, with shards of chunks of whole rows,
+    no codec except little-endian `bytes`, and at most `crc32c` for the index.
     """
     from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
     from zarr.storage import LocalStore
@@ -141,11 +142,9 @@ def map_shards(array: zarr.Array) -> MappedShards | None:
 
 
 def _verify_checksum(file: Path, index: bytes) -> None:
-    import google_crc32c
-
     if google_crc32c.value(index[:-_CHECKSUM_BYTES]) != int.from_bytes(index[-_CHECKSUM_BYTES:], "little"):
         raise _damaged(file, "the checksum of its index is wrong")
 
 
 def _damaged(file: Path, what: str) -> SaeensError:
-    return SaeensError(f"{file} is truncated or damaged: {what}. `saeens run` makes it again, unless you restore it")
+    return SaeensError(f"{file} is truncated or damaged: {what}. `saeens run` makes it again; or restore the file")

@@ -1,17 +1,16 @@
-"""Evaluation tables on disk: columns with units, and where their parts lie. `assets/tables` says which tables there are."""
+"""Evaluation tables on disk: columns with units, and paths of partitions. `assets/tables` declares the tables."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+import polars as pl
 
 from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.storage.names import validate_name
-
-if TYPE_CHECKING:
-    import polars as pl
 
 ColumnType = Literal["str", "int", "float"]
 
@@ -24,13 +23,11 @@ class Column:
     type: ColumnType
     description: str
     from_columns: tuple[str, ...] = ()
-    """Columns of other tables that it is computed from, where their names differ."""
+    """Columns of other tables that this column is computed from, if their names differ."""
 
 
 def frame(table: str, columns: Sequence[Column], rows: Iterable[Mapping[str, Any]]) -> pl.DataFrame:
-    """Return rows as a data frame with exactly these columns. Raises ValueError for a column that is not among them."""
-    import polars as pl
-
+    """Return rows as a data frame with exactly these columns. Raises ValueError for rows with other columns."""
     types = {"str": pl.String, "int": pl.Int64, "float": pl.Float64}
     rows = list(rows)
     unknown = {name for row in rows for name in row} - {column.name for column in columns}
@@ -44,20 +41,18 @@ def frame(table: str, columns: Sequence[Column], rows: Iterable[Mapping[str, Any
 
 
 def has_table(root: Path, experiment: str, table: str, layer: int | None = None) -> bool:
-    """Return whether there is any partition of a table, or of one layer of it."""
+    """Return whether a table has any partition on disk, or any of one layer."""
     return bool(_parts(root, experiment, table, layer))
 
 
 def layers_with_tables(root: Path, experiment: str) -> list[int]:
-    """Return the layers of which there is a folder of any table."""
+    """Return the layers with a folder of any table."""
     names = {path.name.removeprefix("layer=") for path in (root / "tables" / experiment).glob("*/layer=*")}
     return sorted(int(name) for name in names if name.isdecimal())
 
 
 def read_table(root: Path, experiment: str, table: str, layer: int | None = None) -> pl.DataFrame:
-    """Return all partitions of one table of one experiment, or those of one layer. Raises SaeensError where there are none."""
-    import polars as pl
-
+    """Return all partitions of a table of an experiment, or those of one layer. Raises SaeensError if there are none."""
     parts = _parts(root, experiment, table, layer)
     if not parts:
         raise SaeensError(f"{experiment} has no table {table} below {root} yet: `saeens run {experiment}` makes it")
@@ -71,9 +66,7 @@ def _parts(root: Path, experiment: str, table: str, layer: int | None) -> list[P
 
 def read_part(part: Path) -> pl.DataFrame:
     """Return one partition of a table. Raises SaeensError for a file that cannot be read."""
-    import polars as pl
-
     try:
         return pl.read_parquet(part, hive_partitioning=False)
     except (pl.exceptions.PolarsError, OSError) as error:
-        raise SaeensError(f"{part} cannot be read ({error}): remove it and run again to make it anew") from error
+        raise SaeensError(f"{part} cannot be read ({error}): remove it and run again") from error

@@ -1,4 +1,4 @@
-"""Which part of a store of rows is on the disk for good while it is being written, so that writing can go on after a kill."""
+"""Record of the rows of a store that have reached the disk, so that a killed write can be resumed."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from saeens_pipeline.storage.disk import flush
+from saeens_pipeline.storage.disk import flush, write_atomically
 
 _FILE = ".progress.json"
 
 
 class WritingProgress:
-    """A record in a store's folder, renewed after every shard and gone when the store is whole.
+    """A record in a store's folder: updated after every shard, removed when the store is complete.
 
-    It is written by a thread of its own, after the shard's bytes have reached the disk: writing rows waits for it only where the disk is
-    a whole shard behind. `kind`: what two stores have to share for one to go on from the other.
+    A thread writes it after the bytes of the shard have reached the disk. Writing rows waits for this thread only if the disk is a full
+    shard behind. `kind` describes the store; only a record of the same kind is resumed.
     """
 
     def __init__(self, folder: Path, kind: Mapping[str, Any]) -> None:
@@ -29,7 +29,7 @@ class WritingProgress:
         self._last: Future[None] | None = None
 
     def read(self) -> dict[str, Any]:
-        """What was recorded, by split; empty where there is no record, or one that cannot be read or is of another kind."""
+        """Return the recorded state of each split; empty if there is no readable record of this kind."""
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             record = json.loads(self._file.read_text())
             if record["kind"] == json.loads(json.dumps(self._kind)):
@@ -37,7 +37,7 @@ class WritingProgress:
         return self._done
 
     def record(self, split: str, state: Mapping[str, Any], files: Iterable[Path]) -> None:
-        """That a split has come to `state` (JSON values), now that `files` are written."""
+        """Record `state` (JSON values) of a split once `files` have reached the disk."""
         self._done = {**self._done, split: state}
         text, files = json.dumps({"kind": self._kind, "done": self._done}), list(files)
         if self._last:
@@ -45,11 +45,11 @@ class WritingProgress:
         self._last = self._thread.submit(self._write, text, files)
 
     def stop(self) -> None:
-        """Wait for the record of the last shard, which stays."""
+        """Wait until the record of the last shard is written. The record stays."""
         self._thread.shutdown()
 
     def remove(self) -> None:
-        """The store is whole. Raises what recording the last shard has raised."""
+        """Remove the record of a complete store. Raises the error of the last write of the record, if there was one."""
         self.stop()
         if self._last:
             self._last.result()
@@ -57,16 +57,13 @@ class WritingProgress:
 
     def _write(self, text: str, files: Iterable[Path]) -> None:
         for file in files:
-            with contextlib.suppress(FileNotFoundError):  # Zarr stores no chunk that has the fill value everywhere
+            with contextlib.suppress(FileNotFoundError):  # Zarr does not store a chunk that holds nothing but the fill value
                 flush(file)
-        aside = self._file.with_name(f"{_FILE}.partial")
-        aside.write_text(text)
-        flush(aside)
-        aside.replace(self._file)
+        write_atomically(self._file, text, aside=f"{_FILE}.partial")
 
 
 def remove_chunks_from(array: Path, number: int) -> None:
-    """Remove what lies in the folder of a Zarr v3 array from chunk (or shard) `number` on, and chunks that are not whole."""
+    """Remove the chunks (or shards) of a Zarr v3 array from `number` on, and incompletely written ones."""
     for entry in (array / "c").iterdir() if (array / "c").is_dir() else ():
         if not (entry.name.isdigit() and int(entry.name) < number):
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()

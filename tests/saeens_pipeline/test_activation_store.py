@@ -209,7 +209,7 @@ def test_a_store_takes_no_more_bytes_than_announced(tmp_path):
     )
 
 
-@pytest.mark.parametrize(("announced", "message"), [(6, "5 rows came, 6 were announced"), (4, "5 rows came, 4 were announced")])
+@pytest.mark.parametrize(("announced", "message"), [(6, "expected 6 rows, got 5"), (4, "expected 4 rows, got 5")])
 def test_other_rows_than_announced_are_an_error(tmp_path, announced, message):
     with (
         pytest.raises(SaeensError, match=f"layer 1, train split: {message}"),

@@ -245,7 +245,7 @@ def test_a_data_set_may_be_given_by_its_name_alone():
         ({"datasets": [{"name": "mine", "train": "x.jsonl", "revision": "v1"}]}, "is read from files of yours: leave revision out"),
         ({"datasets": [{"name": "mine", "train": "x.jsonl", "labels": ["a"]}]}, "a probe needs texts of at least two labels"),
         ({"datasets": []}, "at least 1 item"),
-        ({"train_texts": 100}, "give both of train_texts and test_texts"),
+        ({"train_texts": 100}, "give both train_texts and test_texts"),
         ({"train_texts": 10, "test_texts": 8}, "multiple of 4"),
     ],
 )
@@ -255,10 +255,10 @@ def test_wrong_settings_are_refused_with_what_is_allowed(settings: dict[str, Any
 
 
 def test_local_files_with_two_attributes_need_their_values():
-    with pytest.raises(ValidationError, match="of local files give target and spurious, two values each"):
+    with pytest.raises(ValidationError, match="for local files give target and spurious, two values each"):
         SpuriousCorrelationSettings.model_validate({"datasets": [{"name": "mine", "train": "x.jsonl"}]})
     same = {"name": "mine", "train": "x.jsonl", "target": ["a", "b"], "spurious": ["c", "c"]}
-    with pytest.raises(ValidationError, match="an attribute has two values that differ, not 'c' twice"):
+    with pytest.raises(ValidationError, match="an attribute needs two different values, not 'c' twice"):
         SpuriousCorrelationSettings.model_validate({"datasets": [same]})
     with pytest.raises(ValidationError, match=r"'LabHC/bias_in_bios' is a known data set of the hub.*: leave target, spurious out"):
         SpuriousCorrelationSettings.model_validate({"datasets": [same | {"name": "LabHC/bias_in_bios", "train": None}]})
