@@ -133,7 +133,7 @@ def test_nothing_is_overwritten(empty: Laboratory, own: Path):
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a layer beyond the depth": ({"layers": [1, 4]}, "builtin/reference has no layer 4: it has layers 0 to 3"),
-    "a layer twice": ({"layers": [1, 1]}, "twice"),
+    "a layer twice": ({"layers": [1, 1]}, "duplicates"),
     "a name that is taken": ({"name": NAME}, f"there already is an experiment called '{NAME}'"),
     "a name that cannot be": ({"name": "My-model"}, "lower-case letters"),
     "a group's name": ({"name": "leaderboard"}, "collide with a group"),

@@ -237,9 +237,9 @@ FILE_ERRORS: dict[str, tuple[dict[str, Any], str]] = {
         r"corpus.label_fields: 'name' is the name of another column",
     ),
     "a share": ({"files": "a", "test_share": 1.5}, r"attributes.corpus.test_share: .*less than 1"),
-    "no file": ({"files": []}, r"attributes.corpus.files: name a file"),
+    "no file": ({"files": []}, r"attributes.corpus.files: expected at least one file"),
     "one split": ({"name": "a/b", "test_split": "train"}, r"attributes.corpus: split and test_split are both train"),
-    "no name": ({"name": "../b"}, r"attributes.corpus.name: not a name of a data set on the hub"),
+    "no name": ({"name": "../b"}, r"attributes.corpus.name: not a valid name of a data set on the hub"),
     "neither": ({"split": "train"}, r"attributes.corpus.name: Field required"),
 }
 
