@@ -19,7 +19,7 @@ _QUIET = {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB
 def main() -> None:
     """Run the named benchmarks, or all."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks", description="Speed and memory beside the peers, in turns, in one process."
+        prog="python -m benchmarks", description="Speed and memory compared with peers, in turns, in one process."
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(BENCHMARKS)}; all if none is given")
     parser.add_argument("--quick", action="store_true", help="one round on small shapes, to test that everything runs")

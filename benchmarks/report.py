@@ -36,7 +36,7 @@ class Section:
 
 
 class Report:
-    """Sections by the benchmark's name. With a folder, each is written when it is added, beside those of earlier runs."""
+    """Sections by the benchmark's name. With a folder, each is written when it is added; sections of earlier runs are kept."""
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
@@ -112,7 +112,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
         "theirs": [_seconds(row["theirs"], row["tokens"]) for row in rows],
         "theirs / ours": [_ratio(row) for row in rows],
         "rounds": [str(row["rounds"]) for row in rows],
-        "of them beside other work": [str(row["disturbed_rounds"] or "") for row in rows],
+        "of them under other load": [str(row["disturbed_rounds"] or "") for row in rows],
         "peak, ours": [_gigabytes(row["ours"]) for row in rows],
         "peak, theirs": [_gigabytes(row["theirs"]) for row in rows],
         "EV, ours": [_explained_variance(row, "ours") for row in rows],

@@ -137,7 +137,7 @@ def compare(
         tokens=tokens,
         agreement=agreement,
     )
-    disturbed = f"; others worked beside {row.disturbed_rounds} of {row.rounds} rounds" if row.disturbed_rounds else ""
+    disturbed = f"; other processes ran in {row.disturbed_rounds} of {row.rounds} rounds" if row.disturbed_rounds else ""
     seconds = f"{row.ours.seconds:.3f} s against {row.theirs.seconds if row.theirs else 0:.3f} s"
     print(f"  {case} | {theirs.name}: {row.ratio:.2f}x ({seconds}){disturbed}", file=sys.stderr)
     return row

@@ -77,7 +77,7 @@ class Declaration(Reference):
 
     @property
     def code_version(self) -> str:
-        """Dagster's code version: a hash of builder, version and settings."""
+        """Return Dagster's code version: a hash of builder, version and settings."""
         return digest([self.builder, self.version, dict(self.settings)])
 
     def input_partitions(self, partition: Partition, *, optional: bool = False) -> Iterator[tuple[str, Reference, Partition]]:

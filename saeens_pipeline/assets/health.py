@@ -116,7 +116,7 @@ def _require_sound_tokens(health: Health, subject: _Examined) -> None:
         health.measured[f"{split} rows"] = rows
         health.require(
             rows == wanted,
-            f"{subject.place} holds {rows:,} {split} rows, and `{split}_tokens` asks for {wanted:,}: make it again, or lower that field",
+            f"{subject.place} has {rows:,} {split} rows, and `{split}_tokens` is {wanted:,}: make it again, or lower that field",
         )
 
 
@@ -138,7 +138,7 @@ def _require_sound_activations(health: Health, subject: _Examined) -> None:
         health.require(
             constant < store.d_in,
             f"{where} is constant: all {store.d_in} dimensions are the same in every row. "
-            f"Is `hook: {subject.settings['hook']}` what you want, and are the language model's weights whole?",
+            f"Check `hook: {subject.settings['hook']}` and the files of the language model",
         )
         if shape == expected:
             _require_sound_chunks(health, store, split, where)
@@ -181,8 +181,8 @@ def _require_sound_table(health: Health, subject: _Examined) -> None:
         first = next(wrong.iter_rows(named=True), {})
         health.require(
             wrong.is_empty(),
-            f"{subject.place}: {name} is {first.get(name)} in {len(wrong)} of {len(table)} rows, first of method {first.get('method')}, "
-            f"n_members {first.get('n_members')}: look at the SAEs of that row",
+            f"{subject.place}: {name} is {first.get(name)} in {len(wrong)} of {len(table)} rows, first for method {first.get('method')}, "
+            f"n_members {first.get('n_members')}: check the SAEs of that row",
         )
 
 
@@ -209,7 +209,7 @@ def _expect_good_sae(health: Health, subject: _Examined, settings: CheckSettings
     health.expect(
         dead <= settings.max_dead_features,
         f"{subject.place}: {dead:.0%} of its features are dead, more than {settings.max_dead_features:.0%}: "
-        "train on more tokens, with a smaller expansion, or a larger aux_loss_coefficient",
+        "train on more tokens, or set a smaller expansion or a larger aux_loss_coefficient",
     )
     target = subject.settings["sae"].get("k", settings.target_l0)
     if target:
@@ -222,8 +222,8 @@ def _expect_good_sae(health: Health, subject: _Examined, settings: CheckSettings
     if later_round:
         health.expect(
             variance >= MIN_ROUND_GAIN,
-            f"{subject.place} explains {variance:.2%} of what the rounds before it leave: it no longer reduces the residual; "
-            "fewer members would do, or a lower learning rate",
+            f"{subject.place} explains {variance:.2%} of the residual of the earlier rounds, too little to reduce it: "
+            "use fewer members or a lower learning rate",
         )
     elif settings.min_explained_variance is not None:
         health.expect(

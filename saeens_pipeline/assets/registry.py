@@ -42,7 +42,7 @@ class Headline(NamedTuple):
     form: str
     """Format specification."""
     in_summary: bool = True
-    """Whether `saeens run` prints it."""
+    """True: `saeens run` prints it."""
 
 
 class Markdown(str):
@@ -148,7 +148,7 @@ TABLES: dict[str, Table] = {}
 
 
 def register(table: Table) -> Table:
-    """Add a table to the registry. Raises ValueError for a name that is taken."""
+    """Add a table to the registry. Raises ValueError for a name in use."""
     if table.name in TABLES:
         raise ValueError(f"table {table.name!r} is registered twice")
     TABLES[table.name] = table

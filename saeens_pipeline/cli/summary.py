@@ -29,11 +29,11 @@ def print_outcome(outcome: Outcome, console: Console) -> None:
     print_warnings(store, outcome.experiment, outcome.statuses, console)
     for pages, title in (
         (outcome.reports, "The report, to open in a browser"),
-        (outcome.renewed, "It is the control of these reports, which now show it"),
+        (outcome.renewed, "Reports that show this control, made again"),
     ):
         if pages:
             print_line(console, "\n" + "\n".join([f"{title}:", *(f"  {page}" for page in pages)]))
-    print_line(console, f"\nTook {outcome.seconds:.0f} s. Everything lies below {store.root}; `saeens ui` opens the Dagster UI.")
+    print_line(console, f"\nTook {outcome.seconds:.0f} s. All artefacts are below {store.root}; `saeens ui` opens the Dagster UI.")
 
 
 def _headlines() -> Iterator[tuple[str, Headline]]:
@@ -52,7 +52,7 @@ def _print_metrics(store: Store, outcome: Outcome, console: Console) -> None:
         title = f"{experiment.name}, layer {layer}: mean over seeds {seeds}"
         others = _fresh_tables(beside.statuses).get(layer) if beside else None
         if beside and others:
-            title += f"; {beside.language_model}: {beside.name}, the same on the language model with {beside.language_model} weights"
+            title += f"; {beside.language_model}: {beside.name}, the same experiment with {beside.language_model} weights"
             for table, headline in _headlines():
                 if headline.column in _BESIDE:
                     values[f"{headline.title}, {beside.language_model}"] = _by_method(store, others, table, headline.column)
@@ -78,7 +78,7 @@ def _print_suggested(suggested: Mapping[tuple[str, int], float | None], members:
         sizes = [
             f"{method} {of_all[method]:.0f}{' or more' if of_all[method] == members else ''}" for method in METHODS if method in of_all
         ]
-        print_line(console, f"suggested ensemble size: {', '.join(sizes)} (eval/marginal_gain says what each member adds)")
+        print_line(console, f"suggested ensemble size: {', '.join(sizes)} (eval/marginal_gain has the gain of each member)")
 
 
 def _fresh_tables(statuses: Sequence[Status]) -> dict[int, list[Status]]:

@@ -38,7 +38,7 @@ class Sizes(StrEnum):
 
 
 class _ListsTables(TyperCommand):
-    """A command whose help lists the registered tables; the registry is imported when help is asked for."""
+    """A command whose help lists the registered tables. The registry is imported only for the help."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         from saeens_pipeline.assets.tables import listed

@@ -19,7 +19,7 @@ class Catalogue(Ops):
     def definitions(self, *, byte_checks: bool = True) -> dg.Definitions:
         """Return everything for Dagster: assets, automation, schedules, and resources.
 
-        `byte_checks=False` leaves out the checks that run on request, which Dagster would run beside every materialisation.
+        `byte_checks=False` leaves out the checks `bytes`, which Dagster would otherwise run with every materialisation.
         """
         ops = self.all_ops()
         given = dg.Definitions(

@@ -77,7 +77,7 @@ class FeatureBrowser:
     """The features of both ensembles under one seed, the first declared seed that has any.
 
     `contexts` and `explanations` are tables of the same seed, or None. `outcome` counts the explanations and says how to get them; it is
-    empty where the experiment asks for none.
+    empty without the table `autointerp`.
     """
 
     experiment: str
@@ -123,14 +123,14 @@ class FeatureBrowser:
 
     @property
     def statuses(self) -> list[str]:
-        """Statuses of the features drawn to be explained, the most frequent first."""
+        """Return the statuses of the features drawn for explanation, the most frequent first."""
         if self.explanations is None:
             return []
         return self.explanations["status"].value_counts(sort=True).sort("count", "status", descending=[True, False])["status"].to_list()
 
     @property
     def columns(self) -> list[Column]:
-        """The columns that have any value."""
+        """Return the columns that have any value."""
         lacking = set() if self.other_seeds else {"seed"}
         lacking |= set() if self.explanations is not None else {"score", "explanation"}
         lacking |= {"near", "nearest"} if self.rows["nearest_member"].null_count() == len(self.rows) else set()

@@ -24,7 +24,7 @@ class Method:
     baseline: str = ""
 
     def at(self, n_members: int, most: int) -> str:
-        """Return the size in words, beside ensembles of up to `most` members; only expanded SAEs have a size of their own in the tables."""
+        """Return the size in words, compared with up to `most` members. Of the baselines, only expanded SAEs have their own size."""
         n = n_members if self.name.startswith("expanded") else most
         return self.baseline.format(n=n) if self.baseline else f"n = {n_members}"
 

@@ -39,7 +39,7 @@ INDEX = "index.html"
 PICTURES = "pictures"
 _HERE = Path(__file__).parent
 _WEIGHTS = {"random": "untrained (control)"}
-_COLUMNS = {  # of the leaderboard's page, beside the metrics
+_COLUMNS = {  # of the leaderboard's page, in addition to the metrics
     "n": N_MEMBERS,
     "rank": "place by explained variance among all rows of the same source and layer",
     "seeds": "number of seeds behind the means",
@@ -163,7 +163,7 @@ def write_leaderboard(folder: Path, board: pl.DataFrame, reports: Mapping[tuple[
 
 
 def what_makes_contexts(experiment: ExperimentSettings, catalogue: Experiments) -> str:
-    """Return how to get missing contexts: from this experiment, or from another that asks for them and has the same SAEs, or more."""
+    """Return how to get missing contexts: from this experiment, or from another one that has them and the same SAEs, or more."""
     members = experiment.ensemble.members
 
     def saes(of: ExperimentSettings) -> tuple[object, ...]:
@@ -189,7 +189,7 @@ def _sections(results: Results, notes: Mapping[str, str]) -> Iterator[Section]:
 
 
 def _questions(results: Results, experiment: ExperimentSettings, *, asked: bool) -> list[tuple[str, str]]:
-    """Return missing tables with their questions: those that the experiment asks for, or the others."""
+    """Return missing tables with their questions: those of the experiment's `evaluations`, or the others."""
     return [(name, TABLES[name].question) for name in results.missing if fills(experiment, name) == asked]
 
 

@@ -88,11 +88,11 @@ def test_a_run_of_the_control_brings_it_into_the_report(empty: Laboratory):
     few = {"evaluations": ["reconstruction"], "baselines": []}
     empty.declare(**few)
     _declare_control(empty, **few)
-    assert "control of these reports" not in _run(NAME)
+    assert "Reports that show this control" not in _run(NAME)
     assert 'id="control-table"' not in page.read_text()
-    assert str(page) in _run(CONTROL).partition("It is the control of these reports, which now show it:")[2]
+    assert str(page) in _run(CONTROL).partition("Reports that show this control, made again:")[2]
     assert 'id="control-table"' in page.read_text()
-    assert "control of these reports" not in _run(CONTROL)
+    assert "Reports that show this control" not in _run(CONTROL)
 
 
 def _run(name: str) -> str:
@@ -118,8 +118,8 @@ def test_figures_of_the_control_are_shown_beside_wherever_both_are_there(finishe
     assert "EV untrained" not in for_reading(before).columns
 
     of_control, of_trained = _run(CONTROL), _run(NAME)
-    assert f"random: {CONTROL}, the same on the language model with random weights" in of_trained
-    assert f"trained: {NAME}, the same on the language model with trained weights" in of_control
+    assert f"random: {CONTROL}, the same experiment with random weights" in of_trained
+    assert f"trained: {NAME}, the same experiment with trained weights" in of_control
     for printed, other, word in ((of_trained, CONTROL, "random"), (of_control, NAME, "trained")):
         (header,) = (line for line in printed.splitlines() if line.startswith("method "))
         assert header.rstrip().endswith(f"EV, {word}  stability, {word}")
