@@ -8,9 +8,10 @@ BROWSER_PAGES := .browser-pages
 VENV_TL := .venv-transformer-lens
 VENV_DOCS := .venv-docs
 BENCH ?= --output benchmarks/results
+PYTEST := python -m pytest --numprocesses 2 --dist worksteal --durations 10
 PIP_INSTALL := python -m pip install --quiet --quiet --disable-pip-version-check
 
-.PHONY: help quickstart ui test check test-interop test-transformer-lens browser-test bench docs clean
+.PHONY: help quickstart ui test test-all check test-interop test-transformer-lens browser-test bench docs clean
 
 help:  ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-22s %s\n", $$1, $$2 }' Makefile
@@ -21,8 +22,11 @@ quickstart: $(VENV)/.installed  ## train, ensemble and evaluate SAEs on the embe
 ui: $(VENV)/.installed  ## the Dagster UI, on this machine only
 	$(VENV)/bin/saeens ui
 
-test: $(VENV)/.installed-dev  ## the test suite, in two processes
-	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
+test: $(VENV)/.installed-dev  ## the tests but for the slow ones, in two processes
+	$(VENV)/bin/$(PYTEST) -m "not slow"
+
+test-all: $(VENV)/.installed-dev  ## all tests, in two processes
+	$(VENV)/bin/$(PYTEST)
 
 check: $(VENV)/.installed-dev  ## style, floors and types
 	$(VENV)/bin/ruff check

@@ -1,1 +1,1 @@
-"""Speed and memory of this project, each beside its peers in one run: ``python -m benchmarks``. See README.md here."""
+"""Speed and memory of this project and its peers, compared in one run: ``python -m benchmarks``. See README.md here."""

@@ -17,21 +17,21 @@ _QUIET = {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB
 
 
 def main() -> None:
-    """Run the benchmarks that are named, or all."""
+    """Run the named benchmarks, or all."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description="Speed and memory beside the peers, in turns, in one process."
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"which of {', '.join(BENCHMARKS)}; all if none is given")
-    parser.add_argument("--quick", action="store_true", help="one round on the small shapes: to see whether everything runs")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(BENCHMARKS)}; all if none is given")
+    parser.add_argument("--quick", action="store_true", help="one round on small shapes, to test that everything runs")
     parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="write results.json and results.md there, beside results of earlier runs"
+        "--output", type=Path, metavar="DIR", help="folder for results.json and results.md, which keep results of earlier runs"
     )
     parser.add_argument("--threads", type=int, default=available_cores(), help="for every library of either side (default: all cores)")
     parser.add_argument(
         "--allocator",
         choices=("retain", "system"),
         default="retain",
-        help="retain (default): freed memory stays with the process, which speeds up either side, peers most; system: malloc as it is",
+        help="retain (default): freed memory stays with the process, which speeds up both sides, peers most; system: malloc's defaults",
     )
     arguments = parser.parse_args()
     unknown = [name for name in arguments.names if name not in BENCHMARKS]

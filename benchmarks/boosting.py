@@ -1,4 +1,4 @@
-"""Boosting from cached residuals, against working out the residual anew for every batch."""
+"""Boosting from cached residuals, against computing the residual again for every batch."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class _Trained(NamedTuple):
 
 
 def run(options: Options) -> Section:
-    """Eight rounds over the same rows."""
+    """Measure eight rounds over the same rows."""
     workload, steps = (_QUICK_WORKLOAD, _QUICK_STEPS) if options.quick else (_WORKLOAD, _STEPS)
     source = SyntheticActivations(workload.d_in)
     with ActivationWriter(

@@ -32,7 +32,7 @@ _WINDOWS, _QUICK_WINDOWS = 2048, 128
 _TEST_WINDOWS = 1  # a token store has a test split, too
 _DTYPES: tuple[Literal["float32", "float16"], ...] = ("float32", "float16")
 _LARGEST_DIFFERENCE = 0.05
-"""Between single activations, which go up to 50: half a step of float16 there is 0.016."""
+"""Largest accepted difference of single activations. They go up to 50, where half a step of float16 is 0.016."""
 
 
 class _Source(NamedTuple):
@@ -43,7 +43,7 @@ class _Source(NamedTuple):
 
 
 def run(options: Options) -> Section:
-    """Tokens per second from token ids to activations on disk, at the output of the second block."""
+    """Measure tokens per second from token ids to activations on disk, at the output of the second block."""
     n_windows = _QUICK_WINDOWS if options.quick else _WINDOWS
     source = _prepare(options.scratch / "tokens.zarr", n_windows)
     folders = (options.scratch / f"run_{number}" for number in count())

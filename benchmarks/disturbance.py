@@ -1,4 +1,4 @@
-"""What else runs on the processors while something is timed: libraries whose threads spin while they wait lose most by it."""
+"""Load from other processes during a measurement. It slows libraries with spinning threads most."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from typing import NamedTuple
 from benchmarks.environment import available_cores
 
 _STAT = Path("/proc/stat")
-_WORK = (0, 1, 2, 5, 6, 7)  # user, nice, system, irq, softirq, steal: all but idle, waiting for disks, and guests, who are users
+_WORK = (0, 1, 2, 5, 6, 7)  # user, nice, system, irq, softirq, steal; without idle, iowait, and guest, which is in user
 _MOST_SHARE = 0.05
-"""Of the processors' time that others may take."""
+"""Largest share of the processors' time that other processes may use."""
 _LEAST_SECONDS = 0.05
-"""Less than this is what the kernel's counters, in hundredths of a second, cannot tell."""
+"""Smallest time that counts: the kernel's counters have steps of 0.01 s."""
 
 
 class Work(NamedTuple):
-    """Processor seconds since some time in the past."""
+    """Processor seconds since a fixed time in the past."""
 
     of_all: float
-    """On the cores that this process may use, also what a hypervisor gave to others; 0 where the kernel does not say (not Linux)."""
+    """All processes on the cores that this process may use, with time stolen by a hypervisor; 0 if not on Linux."""
     own: float
-    """Of this process and its finished children."""
+    """This process and its finished children."""
 
 
 def work_so_far() -> Work:
-    """At this moment."""
+    """Return the processor seconds up to now."""
     times = os.times()
     return Work(_work_of_all(), times.user + times.system + times.children_user + times.children_system)
 
 
 def is_disturbed(since: Work, seconds: float) -> bool:
-    """Whether others took more than a twentieth of the cores' time in the last ``seconds``, since that moment."""
+    """Return True if other processes used more than a twentieth of the cores' time since ``since``, ``seconds`` ago."""
     now = work_so_far()
     others = (now.of_all - since.of_all) - (now.own - since.own)
     return others > max(_LEAST_SECONDS, _MOST_SHARE * available_cores() * seconds)

@@ -1,4 +1,4 @@
-"""What a result depends on beside the code: machine, threads, allocator, library versions."""
+"""The environment of a result: machine, threads, allocator, library versions."""
 
 from __future__ import annotations
 
@@ -27,36 +27,36 @@ _NEVER_TRIM = 2**31 - 1
 
 @dataclass(frozen=True)
 class Environment:
-    """Printed and stored beside every result."""
+    """The environment that is printed and stored with every result."""
 
     date: str
     commit: str | None
-    """Of this project, with a mark if there were changes to it; None outside of a checkout."""
+    """Commit of this project, with a mark for uncommitted changes; None outside of a checkout."""
     processor: str
-    """With what decides how fast it multiplies."""
+    """Name, instruction sets for matrix products, and number of cores."""
     system: str
     python: str
     threads: dict[str, int]
-    """By library that has a thread pool of its own."""
+    """Number of threads by library."""
     allocator: str
     load_average: float | None
-    """Processes that wanted to run in the minute before; more than the threads in use means noisy timings."""
+    """Runnable processes in the last minute; more than the threads in use means noisy timings."""
     versions: dict[str, str]
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def set_threads(count: int) -> None:
-    """Give every library the same number of threads. Has to come before torch, numpy and numba are imported."""
+    """Give every library the same number of threads. Call it before torch, numpy and numba are imported."""
     for variable in _THREAD_VARIABLES:
         os.environ[variable] = str(count)
 
 
 def set_allocator(allocator: Allocator) -> None:
-    """``retain``: freed memory stays with the process, so that no side pays for mapping it anew in every step; glibc only.
+    """Set the allocator. ``retain``: freed memory stays with the process and is not mapped again in every step; glibc only.
 
     Both sides of a comparison run in one process, hence under the same setting.
     """
@@ -67,7 +67,7 @@ def set_allocator(allocator: Allocator) -> None:
 
 
 def describe(allocator: Allocator) -> Environment:
-    """The environment as it is now."""
+    """Return the present environment."""
     import torch
 
     threads = {"torch": torch.get_num_threads()}

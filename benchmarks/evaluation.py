@@ -32,13 +32,13 @@ class _Codes(NamedTuple):
 class _Size(NamedTuple):
     n_features: int
     codes: tuple[_Codes, ...]
-    """Against scipy."""
+    """Codes for the comparison with scipy."""
     dense_codes: _Codes
-    """Against the dense product, whose cost grows with ``n_tokens * n_features^2``: fewer tokens."""
+    """Codes for the comparison with the dense product: fewer tokens, because its cost grows with ``n_tokens * n_features^2``."""
 
 
 class _Work(NamedTuple):
-    """What one side computes."""
+    """The computation of one side."""
 
     name: str
     settings: str
@@ -49,11 +49,11 @@ _FULL = _Size(32768, (_Codes(32768, 100_000, 64), _Codes(32768, 100_000, 512)), 
 _QUICK = _Size(4096, (_Codes(4096, 8192, 32),), _Codes(4096, 2048, 32))
 _ONCE = Effort(rounds=1, budget_seconds=0)
 _SCIPY_MINUTES = 10**9
-"""Entry products (tokens * l0^2) above which scipy takes minutes: measured once."""
+"""Entry products (tokens * l0^2) above which scipy takes minutes and is measured once."""
 
 
 def run(options: Options) -> Section:
-    """Connectivity at two densities, and stability of two runs."""
+    """Measure connectivity at two densities, and stability of two runs."""
     size = _QUICK if options.quick else _FULL
     rows: list[Row] = []
     for codes in size.codes:
@@ -108,7 +108,7 @@ def _compare_stability(n_features: int, effort: Effort) -> Row:
 
 
 def _draw(codes: _Codes) -> list[SparseCode]:
-    """Every token has l0 different features; feature of rank i with weight 1 / sqrt(i)."""
+    """Return codes with l0 different features per token; the feature of rank i has weight 1 / sqrt(i)."""
     generator = torch.Generator().manual_seed(0)
     log_weights = -0.5 * torch.arange(1, codes.n_features + 1).log()
     batches = []
@@ -150,7 +150,7 @@ def _as_dense(batch: SparseCode) -> Tensor:
 
 
 def _compare(case: str, ours: _Work, theirs: _Work, effort: Effort) -> Row:
-    """Time both. Raises ``ArithmeticError`` if they do not come to the same."""
+    """Time both sides. Raises ``ArithmeticError`` if their results differ."""
     results: dict[_Work, float] = {}
 
     def contender(work: _Work) -> Contender:
@@ -162,7 +162,7 @@ def _compare(case: str, ours: _Work, theirs: _Work, effort: Effort) -> Row:
 
         return Contender(work.name, work.settings, run)
 
-    ours.result()  # compiles what is compiled
+    ours.result()  # compiles kernels
     row = compare(case, contender(ours), contender(theirs), effort)
     if abs(results[ours] - results[theirs]) > 1e-5:
         raise ArithmeticError(f"{theirs.name} gives {results[theirs]}, this project {results[ours]}: not the same work")

@@ -1,4 +1,4 @@
-"""How training time grows with the number of SAEs, their width, and the tokens."""
+"""Growth of training time with the number of SAEs, their width, and the tokens."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _BUDGET = Effort(rounds=3, budget_seconds=15)
 
 
 def run(options: Options) -> Section:
-    """Three series around one workload, each against SAELens' fastest setting in float32; nothing where it is not installed."""
+    """Measure three series around one workload against SAELens' fastest setting in float32. Without SAELens, return no rows."""
     workload = _QUICK_WORKLOAD if options.quick else _WORKLOAD
     peers = training_peers(workload)
     settings = [setting for setting in peers.settings if setting.label == _PEER]
@@ -55,7 +55,7 @@ def _tokens(workload: Workload, setting: PeerSetting, steps: int, effort: Effort
 
 
 def _exponent(points: tuple[int, ...], rows: list[Row]) -> str:
-    """Slope in the log-log plot, of ours and theirs."""
+    """Return the slopes in the log-log plot, ours and theirs."""
     span = math.log(points[-1] / points[0])
     ours = math.log(rows[-1].ours.seconds / rows[0].ours.seconds) / span
     if rows[0].theirs is None or rows[-1].theirs is None:

@@ -1,4 +1,4 @@
-"""Peak memory of a piece of work in this process, from the kernel's own high-water mark."""
+"""Peak memory of a piece of work in this process, from the kernel's high-water mark."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _RESET_HIGH_WATER_MARK = "5"
 
 
 class MemoryUse(NamedTuple, Generic[Result]):
-    """What some work returned, and what it took."""
+    """The result of some work, and its peak memory."""
 
     result: Result
     peak_bytes: int | None
-    """Largest resident memory while it ran, beyond what was resident before; None where the kernel cannot say (not Linux)."""
+    """Largest resident memory during the work, minus that before; None if not on Linux."""
 
 
 def measure_peak(work: Callable[[], Result]) -> MemoryUse[Result]:
-    """Run ``work``. Before, what earlier work has freed is handed back to the system, or it would be taken for free."""
+    """Run ``work`` and measure its peak memory. Freed memory is returned to the system first; otherwise its reuse would not count."""
     gc.collect()
     _return_freed_memory()
     before = _resident("VmRSS") if _reset_high_water_mark() else None

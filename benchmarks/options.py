@@ -1,4 +1,4 @@
-"""What every benchmark is told."""
+"""Options of all benchmarks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _QUICK = Effort(rounds=1, budget_seconds=0)
 
 @dataclass(frozen=True)
 class Options:
-    """``quick``: one round, small shapes. ``scratch``: a folder for what is written on the way, removed afterwards."""
+    """Options of a run. ``quick``: one round, small shapes. ``scratch``: a folder for temporary files."""
 
     quick: bool
     scratch: Path

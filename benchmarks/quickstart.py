@@ -1,4 +1,4 @@
-"""The quickstart as a whole, in a process of its own and an empty data root. It has no peer."""
+"""The whole quickstart, in its own process with an empty data root. It has no peer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ROUNDS = 3
 
 
 def run(options: Options) -> Section:
-    """From the corpus to the tables, both seeds."""
+    """Measure the quickstart from the corpus to the tables, both seeds."""
     sides = [_run_command(["run", "quickstart"], options.scratch / f"data_{number}") for number in range(1 if options.quick else _ROUNDS)]
     peak = max(side.peak_bytes or 0 for side in sides)
     ours = Side(statistics.median(side.seconds for side in sides), peak)

@@ -37,7 +37,7 @@ _SETTINGS = {
 
 
 class _Stored(NamedTuple):
-    """The same rows, as each side stores them."""
+    """The same rows in the formats of both sides."""
 
     store: Path
     raw: Path
@@ -45,7 +45,7 @@ class _Stored(NamedTuple):
 
 
 def run(options: Options) -> Section:
-    """One pass over all rows, in batches of float32."""
+    """Measure one pass over all rows, in float32 batches."""
     n_rows = _QUICK_ROWS if options.quick else _ROWS
     stored = _write(options.scratch, n_rows)
     reader = ActivationStore(stored.store)
@@ -62,9 +62,9 @@ def run(options: Options) -> Section:
     except ImportError as error:
         left_out.append(f"SAELens, which cannot be imported: {error}")
     case = f"{n_rows:,} rows of {_D_IN} float16"
-    os.sync()  # what was written is on the disk, and nobody reads while it gets there
+    os.sync()  # no writes to disk during the measurement
     for contender in (ours, *peers):
-        contender.run()  # into the page cache
+        contender.run()  # fills the page cache
     rows = [compare(case, ours, peer, options.effort, tokens=n_rows) for peer in peers]
     notes = [
         "Files are in the page cache. SAELens' buffer drops the rows of a last incomplete batch; all others give every row exactly once."
@@ -86,7 +86,7 @@ def _contender(name: str, settings: str, batches: Callable[[], Iterator[Tensor]]
 
 
 def _check_same_rows(readers: Mapping[str, Callable[[], Iterator[Tensor]]]) -> None:
-    """Raise unless all give the same rows, each once: compared by the sum of all rows, in float64."""
+    """Raise ArithmeticError unless all readers give the same rows, each once: the sums of all rows in float64 are compared."""
     sums = {name: torch.stack([batch.double().sum(0) for batch in batches()]).sum(0) for name, batches in readers.items()}
     first = next(iter(sums.values()))
     different = [name for name, total in sums.items() if not torch.allclose(total, first, rtol=0, atol=1e-6)]

@@ -1,4 +1,4 @@
-"""Two ways of doing the same thing, timed in turns."""
+"""Comparison of two implementations of the same work, timed in turns."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from benchmarks.memory import measure_peak
 Item = TypeVar("Item")
 
 EV_TOLERANCE = 0.005
-"""Explained variances that differ by less count as equal."""
+"""Largest difference at which explained variances count as equal."""
 _MIN_ROUNDS = 3
-_MOST_ROUNDS = 4  # times those of the effort
+_MOST_ROUNDS = 4  # factor of the effort's rounds
 
 
 @dataclass(frozen=True)
@@ -26,31 +26,31 @@ class Contender:
 
     name: str
     settings: str
-    """In full: what was chosen, and what was left at its default."""
+    """All settings as text, with those left at their defaults."""
     run: Callable[[], float]
-    """Does the work once, from the start, and returns the seconds that count: preparation and warm-up do not."""
+    """Do the work once, from the start, and return the seconds without preparation and warm-up."""
 
 
 class Side(NamedTuple):
-    """What one side of a comparison took."""
+    """Time and memory of one side of a comparison."""
 
     seconds: float
     """Median over the rounds."""
     peak_bytes: int | None
-    """Median over the rounds of the peak resident memory beyond what was there before: data not included, weights included."""
+    """Median over the rounds of the peak resident memory minus that before, with weights, without data."""
 
 
 class Agreement(NamedTuple):
-    """Whether both sides learnt the same: explained variance on held-out data after the same tokens."""
+    """Explained variance of both sides on held-out data after the same tokens."""
 
     ours: float
     theirs: float
     difference_in_mathematics: str | None
-    """None: both compute the same, and the two numbers have to agree within ``EV_TOLERANCE``."""
+    """Difference in the mathematics. None: the two numbers have to agree within ``EV_TOLERANCE``."""
 
     @property
     def holds(self) -> bool | None:
-        """Whether they agree; None where they need not."""
+        """Return True if the numbers agree; None if they need not agree."""
         return None if self.difference_in_mathematics is not None else abs(self.ours - self.theirs) <= EV_TOLERANCE
 
 
@@ -68,25 +68,25 @@ class Row:
     ratio_range: tuple[float, float] | None
     rounds: int
     disturbed_rounds: int = 0
-    """Those of them in which other processes had a part of the processors."""
+    """Number of rounds in which other processes used the processors."""
     tokens: int | None = None
-    """Tokens per run, where a rate makes sense."""
+    """Tokens per run, if a rate makes sense."""
     agreement: Agreement | None = None
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure."""
+    """The number of rounds and the time of a measurement."""
 
     rounds: int
     budget_seconds: float
-    """No new round of a comparison after this, once there are three."""
+    """Time after which no round starts, if there are three."""
     settle_seconds: float = 0.0
-    """Short comparisons go on for this long, for at most four times the rounds."""
+    """Shortest time of a comparison, with at most four times the rounds."""
 
 
 class Stopwatch:
-    """Adds up the seconds that count."""
+    """A stopwatch that adds up the seconds within its contexts."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -101,7 +101,7 @@ class Stopwatch:
 
 
 def timed_after(warm_up: int, items: Iterable[Item], stopwatch: Stopwatch) -> Iterator[Item]:
-    """Hand on ``items``; the stopwatch runs from when the consumer has finished the first ``warm_up`` until it has finished the last."""
+    """Give ``items``. The stopwatch starts when the consumer has finished the first ``warm_up`` items, and stops after the last."""
     iterator = iter(items)
     for _ in range(warm_up):
         yield next(iterator)
@@ -112,10 +112,10 @@ def timed_after(warm_up: int, items: Iterable[Item], stopwatch: Stopwatch) -> It
 def compare(
     case: str, ours: Contender, theirs: Contender, effort: Effort, *, tokens: int | None = None, agreement: Agreement | None = None
 ) -> Row:
-    """Run both in turns, ours first, and take the median of the ratios of neighbours: what changes the processor's speed changes both.
+    """Run both in turns, ours first, and take the median ratio of neighbouring runs, whose processor speed is alike.
 
-    Other processes slow sides differently: rounds with them are repeated, as often as the effort has rounds, and count if too few are
-    left without.
+    Other processes slow the sides differently. Rounds with such load are repeated, up to the number of rounds of the effort, and count only
+    if too few others are left.
     """
     rounds: list[_Round] = []
     started = time.perf_counter()
@@ -147,7 +147,7 @@ class _Round(NamedTuple):
     ours: Side
     theirs: Side
     disturbed: bool
-    """By other processes."""
+    """True: other processes used the processors."""
 
 
 def _round(ours: Contender, theirs: Contender) -> _Round:

@@ -1,4 +1,4 @@
-"""Activations that are sparse sums of features with long-tailed frequencies, as those of language models are taken to be."""
+"""Synthetic activations: sparse sums of features with long-tailed frequencies, a common model of language-model activations."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class SyntheticActivations:
         self._scale = d_in**0.5 / float(self.batch(-1, 1024).norm(dim=1).mean())
 
     def batch(self, index: int, n_tokens: int) -> Tensor:
-        """Batch ``index``, `[n_tokens, d_in]`."""
+        """Return batch ``index``, `[n_tokens, d_in]`."""
         generator = torch.Generator().manual_seed(((self._seed + 1) << 32) + index)
         shape = (n_tokens, len(self._features))
         active = torch.rand(shape, generator=generator) < self._probabilities

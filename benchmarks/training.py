@@ -23,19 +23,19 @@ _WARM_UP_STEPS = 1
 _HELD_OUT, _HELD_OUT_TOKENS = 10**6, 8192
 _MEMBERS = 8
 _FAST_LEARNING_RATE = 3e-3
-"""For comparing explained variances, and for training before what is timed: within few steps something has to be learnt."""
+"""Learning rate for comparisons of explained variance and for training before a measurement, which have few steps."""
 
 
 class Case(NamedTuple):
-    """What is trained, and how much of it."""
+    """A workload with its numbers of steps."""
 
     workload: Workload
     steps: int
-    """That are timed, for one SAE."""
+    """Timed steps of one SAE."""
     agreement_steps: int
-    """After which the explained variances are compared."""
+    """Steps after which the explained variances are compared."""
     several_against: frozenset[str]
-    """Settings against which several SAEs are trained, too."""
+    """Settings that are also compared with several SAEs."""
 
 
 _MAIN_SETTINGS = frozenset({"SAELens, defaults", "SAELens, sparse", "dictionary_learning, defaults", "sparsify, adam"})
@@ -50,7 +50,7 @@ _CASES = [
 
 
 def quick(case: Case) -> Case:
-    """The same on a small shape."""
+    """Return the case with small shapes."""
     trained = min(case.workload.trained_steps, 20)
     workload = case.workload._replace(d_in=192, d_sae=2048, k=16, batch_tokens=1024, trained_steps=trained)
     return case._replace(workload=workload, steps=1, agreement_steps=20)
@@ -65,7 +65,7 @@ def run(options: Options) -> Section:
 
 
 def compare_training(title: str, cases: Sequence[Case], options: Options) -> Section:
-    """One SAE against every setting of every peer, and several against some."""
+    """Measure one SAE against every setting of every peer, and several SAEs against some settings."""
     rows: list[Row] = []
     left_out: dict[str, None] = {}
     for case in cases:
@@ -111,9 +111,9 @@ def compare_steps(
     start: sm.SAE | None = None,
     per_step: bool = True,
 ) -> Row:
-    """Time ``steps`` steps of ``n_saes`` SAEs on both sides, each after a warm-up, from the same initial weights, or all from ``start``.
+    """Time ``steps`` steps of ``n_saes`` SAEs on both sides, each after a warm-up, from equal initial weights or all from ``start``.
 
-    Gives the time of one step, or with ``per_step=False`` of all.
+    Returns the time of one step or, with ``per_step=False``, of all steps.
     """
     unit = steps if per_step else 1
     pool = [source.batch(index, workload.batch_tokens) for index in range(_POOL_BATCHES)]
@@ -135,7 +135,7 @@ def compare_steps(
         return stopwatch.seconds / unit
 
     ours_side = Contender("saeens", "sm.train", ours)
-    ours()  # compiles what is compiled
+    ours()  # compiles kernels
     case = f"{workload}, {n_saes} SAE{'s' if n_saes > 1 else ''}" + ("" if per_step else f", {steps} steps")
     if start is not None:
         case += f", {_active_share(start, pool[0]):.1%} of codes active"
@@ -166,7 +166,7 @@ def check_agreement(
 
 
 def _trained(workload: Workload, setting: PeerSetting, source: SyntheticActivations) -> sm.SAE:
-    """What both sides start from, trained with the settings that compute what the peer does."""
+    """Return the SAE that both sides start from, trained with the settings that compute the same as the peer."""
     batches = (source.batch(index, workload.batch_tokens) for index in range(workload.trained_steps))
     training = our_training(workload._replace(learning_rate=_FAST_LEARNING_RATE), setting)
     (sae,) = sm.train(our_configs(workload, setting, 1), batches, training)
@@ -180,24 +180,24 @@ def _active_share(sae: sm.SAE, x: Tensor) -> float:
 
 @torch.no_grad()
 def explained_variance(reconstruct: Callable[[Tensor], Tensor], x: Tensor) -> float:
-    """Of rows ``x`` `[n, d_in]`, by the same formula for every side."""
+    """Return the explained variance of rows ``x`` `[n, d_in]`, by the same formula for every side."""
     return sm.metrics.reconstruction(x, reconstruct(x).float()).explained_variance
 
 
 def our_configs(workload: Workload, setting: PeerSetting, n_saes: int) -> list[sm.SAEConfig]:
-    """Configurations of this project that differ in their initial weights."""
+    """Return configurations of this project that differ in their initial weights."""
     own = {"k": workload.k} if workload.architecture == "topk" else {}
     sizes = {"architecture": workload.architecture, "d_in": workload.d_in, "d_sae": workload.d_sae}
     return [sm.SAEConfig(**sizes, **own, **setting.sae, init_seed=seed) for seed in range(n_saes)]
 
 
 def our_training(workload: Workload, setting: PeerSetting) -> sm.TrainingConfig:
-    """The training settings of this project that compute what the peer's do."""
+    """Return the training settings of this project that compute the same as the peer's."""
     return sm.TrainingConfig(learning_rate=workload.learning_rate, batch_tokens=workload.batch_tokens, **setting.training)
 
 
 def _products(setting: PeerSetting) -> AbstractContextManager[None]:
-    """What SAEENS_PRECISION=bfloat16 does, for settings that ask for it."""
+    """Set the precision as SAEENS_PRECISION=bfloat16 does, for settings with ``bfloat16``."""
     return products_at("medium" if setting.bfloat16 else "highest")
 
 

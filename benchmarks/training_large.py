@@ -1,4 +1,4 @@
-"""As `training`, at the width of Pythia-160M: d_in 768, d_sae 16128. A step of a peer takes seconds."""
+"""Training as in `training`, at the width of Pythia-160M: d_in 768, d_sae 16128. A step of a peer takes seconds."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Sparse autoencoders, their ensembles, training and metrics, in plain PyTorch."""
 
 from saeens_models import metrics
-from saeens_models.architectures import SAE, SAEConfig, SAESettings, build_sae, load_sae, save_sae, validate_settings
+from saeens_models.architectures import SAE, SAEConfig, SAESettings, build_sae, load_sae, save_sae
 from saeens_models.ensembles import Bagging, Boosting, Ensemble, load_ensemble, save_ensemble
 from saeens_models.training import Checkpoints, TrainingConfig, train, train_boosting_concurrently
 
@@ -22,5 +22,4 @@ __all__ = [
     "save_sae",
     "train",
     "train_boosting_concurrently",
-    "validate_settings",
 ]

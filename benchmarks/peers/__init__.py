@@ -1,4 +1,4 @@
-"""The peers' own trainers, stepped as each one's own training loop steps them. None of them has to be installed."""
+"""The trainers of the peers, stepped as in their own training loops. No peer has to be installed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MODULES = {"SAELens": "saelens", "dictionary_learning": "dictionarylearning", "
 
 
 class Workload(NamedTuple):
-    """What is trained."""
+    """An SAE to train, and its training settings."""
 
     architecture: str
     d_in: int
@@ -26,9 +26,9 @@ class Workload(NamedTuple):
     batch_tokens: int = 4096
     learning_rate: float = 3e-4
     dead_after_steps: int | None = None
-    """Steps without firing after which a feature is dead; None is each side's default, which no benchmark runs long enough to reach."""
+    """Steps without firing after which a feature is dead; None is each side's default, which is longer than any benchmark."""
     trained_steps: int = 0
-    """Steps that our own training takes before, whose weights both sides start from: 0 is initial weights."""
+    """Steps of our training whose weights both sides start from; 0: initial weights."""
 
     def __str__(self) -> str:
         k = f", k {self.k}" if self.architecture == "topk" else ""
@@ -41,31 +41,31 @@ class PeerTrainer(Protocol):
     """One SAE of a peer in training."""
 
     def step(self, x: Tensor) -> None:
-        """One step of the peer's own training loop on a batch `[n, d_in]`."""
+        """Do one step of the peer's training loop on a batch `[n, d_in]`."""
 
     def reconstruct(self, x: Tensor) -> Tensor:
-        """The SAE's reconstruction, both `[n, d_in]`."""
+        """Return the SAE's reconstruction, both `[n, d_in]`."""
         ...
 
 
 @dataclass(frozen=True)
 class PeerSetting:
-    """One way of running a peer, and the settings of this project that compute the same."""
+    """Settings of a peer, and the settings of this project that compute the same."""
 
     peer: str
     name: str
     settings: str
-    """In full, for the tables."""
+    """All settings as text, for the tables."""
     build: Callable[[sm.SAE, Workload], PeerTrainer]
-    """A trainer that starts from the weights of the given SAE of this project."""
+    """Return a trainer that starts from the weights of the given SAE of this project."""
     sae: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of our SAEConfig beside architecture, sizes and seed."""
+    """Fields of our SAEConfig, without architecture, sizes and seed."""
     training: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of our TrainingConfig beside the learning rate."""
+    """Fields of our TrainingConfig, without the learning rate."""
     bfloat16: bool = False
-    """Whether we multiply in bfloat16, too, where we would in float32: weights and sums stay in float32."""
+    """True: our float32 products are computed in bfloat16, like the peer's; weights and sums stay in float32."""
     difference: str | None = None
-    """What the peer computes otherwise than this project does with these fields; None if nothing."""
+    """Difference between the peer's computation and ours with these fields; None if there is none."""
 
     @property
     def label(self) -> str:
@@ -73,14 +73,14 @@ class PeerSetting:
 
 
 class Peers(NamedTuple):
-    """The settings that can be run here, and which peers cannot, and why."""
+    """The settings that can run here, and the peers that cannot, with the reason."""
 
     settings: list[PeerSetting]
     left_out: list[str]
 
 
 def training_peers(workload: Workload) -> Peers:
-    """Every setting of every installed peer that has the workload's architecture."""
+    """Return every setting of every installed peer that has the workload's architecture."""
     settings: list[PeerSetting] = []
     left_out: list[str] = []
     for peer, module in _MODULES.items():
@@ -93,7 +93,7 @@ def training_peers(workload: Workload) -> Peers:
 
 @contextmanager
 def products_at(precision: str) -> Iterator[None]:
-    """Torch's precision of float32 products, within."""
+    """Set torch's precision of float32 products inside."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:

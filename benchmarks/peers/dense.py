@@ -1,4 +1,4 @@
-"""A TopK SAE in plain dense PyTorch: what one writes without kernels."""
+"""A TopK SAE in plain dense PyTorch, without kernels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _CLIP_NORM = 1.0
 
 
 class DenseTopK(nn.Module):
-    """Dense encoder, ``torch.topk``, dense decoder; the mathematics and the initial weights of the given SAE of this project."""
+    """A dense encoder, ``torch.topk`` and a dense decoder, with the mathematics and initial weights of the given SAE of this project."""
 
     def __init__(self, initial: sm.SAE, k: int) -> None:
         super().__init__()

@@ -43,7 +43,7 @@ _OURS: dict[str, dict[str, Any]] = {
 
 
 def settings(workload: Workload) -> list[PeerSetting]:
-    """One way: its defaults, which have no faster alternative on a CPU."""
+    """Return its defaults, which have no faster alternative on a CPU."""
     if workload.dead_after_steps:
         return []  # the number of tokens is not an argument of its trainers
     return [PeerSetting("dictionary_learning", "defaults", _TEXTS[workload.architecture], _Trainer, **_OURS[workload.architecture])]

@@ -29,7 +29,7 @@ _MOMENTUM = 0.95
 
 
 def settings(workload: Workload) -> list[PeerSetting]:
-    """Its default optimiser, Adam, and its cheaper selection of features; TopK is its only architecture."""
+    """Return its default optimiser, Adam, and its cheaper selection of features. TopK is its only architecture."""
     if workload.architecture != "topk" or workload.dead_after_steps:
         return []
     signum = "the optimiser is schedule-free signum, not Adam"
@@ -89,6 +89,6 @@ class _Trainer:
 
     def reconstruct(self, x: Tensor) -> Tensor:
         if isinstance(self._optimiser, ScheduleFreeWrapper):
-            self._optimiser.eval()  # the weights that it gives out are an average
+            self._optimiser.eval()  # the evaluation weights are an average
         self._sae.set_decoder_norm_to_unit_norm()
         return self._sae(x).sae_out

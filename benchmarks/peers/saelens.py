@@ -18,7 +18,7 @@ from torch import Tensor
 import saeens_models as sm
 from benchmarks.peers import PeerSetting, Workload, products_at
 
-_MANY_STEPS = 10**6  # of a run whose learning rate is constant: the number itself decides nothing
+_MANY_STEPS = 10**6  # the learning rate is constant, so the number of steps has no effect
 _CLASSES = {
     "topk": (TopKTrainingSAE, TopKTrainingSAEConfig),
     "standard": (StandardTrainingSAE, StandardTrainingSAEConfig),
@@ -28,7 +28,7 @@ _COMMON = "Adam (0.9, 0.999), constant learning rate, gradients clipped at norm 
 
 
 def settings(workload: Workload) -> list[PeerSetting]:
-    """The defaults, and the faster ones among the documented options that hold on a CPU."""
+    """Return the defaults, and the faster documented options that work on a CPU."""
     ours = {"sae": {"decoder_init_norm": 0.1}, "training": {"unit_norm_decoder": False, **_dead_after(workload)}}
     if workload.architecture != "topk":
         return [
@@ -56,7 +56,7 @@ def settings(workload: Workload) -> list[PeerSetting]:
 
 
 def _by_onednn(name: str, text: str, fields: dict[str, Any], ours: dict[str, Any]) -> list[PeerSetting]:
-    """The setting with products by oneDNN, on processors where it is faster than what torch takes by itself: no option of SAELens.
+    """Return the setting with products by oneDNN, on processors where it is faster than torch's choice. It is no option of SAELens.
 
     At precision "medium" torch asks oneDNN, which stays in float32 where it has no AMX.
     """

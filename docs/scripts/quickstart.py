@@ -14,9 +14,10 @@ import matplotlib as mpl
 import polars as pl
 from matplotlib.figure import Figure
 
+from saeens_pipeline.assets.tables.cost import with_totals
 from saeens_pipeline.report.methods import in_order, method
 from saeens_pipeline.storage.root import data_root
-from saeens_pipeline.storage.tables import read_table, with_totals
+from saeens_pipeline.storage.tables import read_table
 
 ASSETS = Path(__file__).parents[1] / "assets"
 NUMBERS, PICTURE = ASSETS / "quickstart.csv", ASSETS / "explained_variance.svg"

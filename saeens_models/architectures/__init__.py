@@ -5,7 +5,7 @@ from pkgutil import iter_modules
 
 from saeens_models.architectures.base import SAE, Objective
 from saeens_models.architectures.config import SAEConfig, architectures, validate_l0_multiple
-from saeens_models.architectures.registry import build_sae, register, sae_class, validate_settings
+from saeens_models.architectures.registry import build_sae, register, sae_class
 from saeens_models.architectures.saelens_format import load_sae, save_sae
 from saeens_models.architectures.settings import SAESettings, settings_class
 
@@ -25,5 +25,4 @@ __all__ = [
     "save_sae",
     "settings_class",
     "validate_l0_multiple",
-    "validate_settings",
 ]

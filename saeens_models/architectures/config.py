@@ -34,7 +34,7 @@ def config_class(architecture: object) -> type[SAEConfig]:
 
 
 def validate_l0_multiple(architecture: str) -> None:
-    """Raise ``ValueError`` unless the architecture sets its L0 directly, as ``SAEConfig.with_l0_multiplied`` needs."""
+    """Raise ``ValueError`` unless the architecture sets its L0 directly, not through a sparsity coefficient."""
     if config_class(architecture).l0_field is None:
         able = ", ".join(name for name in architectures() if CONFIG_CLASSES[name].l0_field is not None)
         raise ValueError(
@@ -81,16 +81,6 @@ class SAEConfig(BaseModel, frozen=True):
         if cls is SAEConfig and isinstance(value, Mapping):
             return config_class(value.get("architecture")).model_validate(value)  # pyright: ignore[reportReturnType]
         return handler(value)
-
-    def with_l0_multiplied(self, factor: int) -> Self:
-        """Return the same configuration with ``factor`` times as many active features.
-
-        Raises ``ValueError`` for architectures that set their L0 through a sparsity coefficient, which would take a search.
-        """
-        validate_l0_multiple(self.architecture)
-        assert self.l0_field is not None
-        fields = self.model_dump()
-        return type(self)(**{**fields, self.l0_field: fields[self.l0_field] * factor})
 
     @property
     def inference_flops_per_token(self) -> int:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import TypeVar
 
 from torch import Tensor
 
 from saeens_models.architectures.base import SAE
 from saeens_models.architectures.config import CONFIG_CLASSES, SAEConfig, config_class
-from saeens_models.architectures.settings import add_settings_class, settings_class
+from saeens_models.architectures.settings import add_settings_class
 
 _SAE_CLASSES: dict[str, type[SAE]] = {}
 
@@ -48,13 +48,3 @@ def build_sae(config: SAEConfig, b_dec: Tensor | None = None) -> SAE:
     sae = sae_class(config.architecture)(config)
     sae.initialise(b_dec)
     return sae
-
-
-def validate_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a configuration without ``d_in``, ``d_sae`` and ``init_seed``, checked and with defaults filled in.
-
-    Raises pydantic's ``ValidationError``, which names the field, for unknown names, missing values and values out of range.
-    """
-    any_width = {"d_sae": 1} if "expansion" in settings else {"expansion": 1}
-    validated = settings_class(settings.get("architecture")).model_validate({**settings, **any_width})
-    return validated.model_dump(exclude={"expansion", "d_sae"})

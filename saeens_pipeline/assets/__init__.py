@@ -1,1 +1,1 @@
-"""The builders: what artefacts there are, what they are made from, and how."""
+"""Artefacts: their declarations, inputs, recipes and builders. Dagster is not here."""

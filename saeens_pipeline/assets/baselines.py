@@ -1,4 +1,4 @@
-"""Baselines: the single SAEs that ensembles are compared with, as targets of the builder of SAEs."""
+"""Baselines: the single SAEs that ensembles are compared with, as targets for the builder of SAEs."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Baseline(NamedTuple):
 
     method: str
     n_members: int
-    """The number of members whose width it has, of those that come in several widths; of others 1."""
+    """For methods with several widths, the number of members that it is as wide as; else 1."""
     target: Target
 
 
 def baselines_of(experiment: ExperimentSettings) -> Iterator[Baseline]:
-    """Give the baselines of an experiment in the order of its file. Equal targets are the same SAE, such as two of one member's width."""
+    """Give the baselines of an experiment in the order of its file. Baselines with equal targets are the same SAE."""
     size = experiment.ensemble.members
     for method in experiment.baselines:
         target = partial(Target, "baseline", training=experiment.baseline_training.get(method, {}))
@@ -32,9 +32,9 @@ def baselines_of(experiment: ExperimentSettings) -> Iterator[Baseline]:
                 matched = method == "expanded_l0_matched"
                 for n in experiment.expanded_widths:
                     sae = experiment.joined_sae(n, l0_matched=matched)
-                    others = ": in all else as member 1" if isinstance(experiment.sae, list) else ""
+                    others = " Other settings are those of member 1." if isinstance(experiment.sae, list) else ""
                     sparsity = "with their L0" if matched else "same sparsity"
-                    about = f"One SAE as wide as {n} members, {sparsity}{others}\n\n{shape_of(sae)}."
+                    about = f"One SAE as wide as {n} members, {sparsity}\n\n{shape_of(sae)}.{others}"
                     name = method if n == size else f"{method}_{n}"
                     yield Baseline(method, n, target(name, about, init_index=0, sae=sae))
             case "compute_matched":
@@ -44,11 +44,11 @@ def baselines_of(experiment: ExperimentSettings) -> Iterator[Baseline]:
                 yield Baseline(method, 1, target(method, about, init_index=1, sae=experiment.saes[0], epochs=size))
             case "matching_pursuit":
                 sae = experiment.pursuit_sae
-                about = f"One matching pursuit SAE with the features of all members, and at most their L0\n\n{shape_of(sae)}."
+                about = f"Matching pursuit, as wide as all members, at most their L0\n\n{shape_of(sae)}. One SAE."
                 yield Baseline(method, 1, target(method, about, init_index=0, sae=sae))
 
 
 def shape_of(sae: SAESettings) -> str:
-    """Return an SAE's settings in words: architecture, width, and the fields that differ from their defaults."""
+    """Return an SAE's settings as text: architecture, width, and the fields that differ from their defaults."""
     fields = {"architecture": sae.architecture, sae.width_field: sae.width} | sae.model_dump(exclude_defaults=True)
     return ", ".join(f"{name} {value}" for name, value in fields.items())

@@ -1,4 +1,4 @@
-"""Every experiment file: its sources and experiments, or what is wrong with it."""
+"""All experiment files: their sources, experiments and sweeps, and the error messages of broken files."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from saeens_pipeline.settings.files import ExperimentFile, Settings, experiment_
 
 @dataclass
 class Experiments:
-    """Every source and experiment that could be read, and the message of every file that could not.
+    """The sources and experiments of all files that can be read, and the error messages of the others.
 
-    A sweep is in `sweeps`, by its name, and its experiments are among the others.
+    `sweeps` has the sweeps by name; the experiments of a sweep are in `experiments`.
     """
 
     sources: dict[str, SourceSettings] = field(default_factory=dict)
@@ -27,9 +27,9 @@ class Experiments:
 
     @classmethod
     def load(cls) -> Self:
-        """Read every experiment file; a broken one does not take others down.
+        """Read every experiment file. Broken files are left out and recorded in `broken`.
 
-        Raises ConfigurationError where SAEENS_EXPERIMENTS names a folder that is not there.
+        Raises ConfigurationError if SAEENS_EXPERIMENTS names a folder that does not exist.
         """
         found = cls()
         declared: dict[str, tuple[ExperimentFile, Settings]] = {}  # the file of each experiment
@@ -52,7 +52,7 @@ class Experiments:
         return found
 
     def _add(self, file: ExperimentFile, settings: Settings) -> list[ExperimentSettings]:
-        """Add settings and return the experiments among them. Raises ConfigurationError for names that are taken and unknown tables."""
+        """Add settings and return their experiments. Raises ConfigurationError for names in use and unknown tables."""
         if isinstance(settings, SourceSettings):
             if settings.name in self.sources:
                 raise ConfigurationError(file.complaint(settings, "name", f"there already is a source called {settings.name!r}"))
@@ -71,7 +71,7 @@ class Experiments:
         return experiments
 
     def experiment(self, name: str) -> ExperimentSettings:
-        """The experiment of that name. Raises ConfigurationError, which lists those that exist and what is broken."""
+        """Return the experiment of this name. Raises ConfigurationError, with the known names and the broken files, for another name."""
         if name in self.experiments:
             return self.experiments[name]
         if name in self.sweeps:
@@ -84,11 +84,11 @@ class Experiments:
         raise ConfigurationError("\n".join([f"there is no experiment {name!r}; {others}", *self.broken.values()]))
 
     def named(self, name: str) -> list[ExperimentSettings]:
-        """The experiment of that name or, of a sweep, all of its experiments. Raises what `experiment` does."""
+        """Return the experiment of this name or, for a sweep, all its experiments. Raises as `experiment`."""
         return self.sweeps[name].experiments if name in self.sweeps else [self.experiment(name)]
 
     def sweep(self, name: str) -> ExperimentSettings:
-        """The sweep of that name. Raises ConfigurationError, which lists those that exist."""
+        """Return the sweep of this name. Raises ConfigurationError, with the known names, for another name."""
         if name not in self.sweeps:
             known = f"sweeps are: {', '.join(sorted(self.sweeps))}" if self.sweeps else "no experiment file has a sweep"
             raise ConfigurationError("\n".join([f"there is no sweep {name!r}; {known}", *self.broken.values()]))
@@ -96,10 +96,10 @@ class Experiments:
 
     @property
     def controls(self) -> dict[str, str]:
-        """Which experiments are the same on a trained and on an untrained language model: the control of each that has one."""
+        """Return the controls by experiment: the same experiment on an untrained language model."""
         return controls_of(self.experiments.values(), self.sources)
 
     def counterpart(self, name: str) -> str | None:
-        """The control of an experiment, or what it is the control of; None where there is neither."""
+        """Return the control of an experiment, or the experiment that it controls; None without either."""
         controls = self.controls
         return controls.get(name) or next((trained for trained, control in controls.items() if control == name), None)

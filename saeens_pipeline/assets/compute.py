@@ -1,4 +1,4 @@
-"""The device that trains and evaluates: threads, precision, memory, and measurements of what work takes."""
+"""The device that trains and evaluates: threads, precision, memory, and measurements of time, memory and energy."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from saeens_pipeline.storage.root import PROJECT_ROOT
 
 @dataclass
 class Measurement:
-    """What a piece of work took; filled in when it is over. What the machine does not tell is None."""
+    """Time, memory and energy of a piece of work, set at its end. None: the machine has no such measurement."""
 
     seconds: float = 0.0
     peak_memory_bytes: int | None = None
@@ -35,9 +35,9 @@ class Measurement:
 class Compute:
     """A device and the share of it that may be used. Nothing here is part of a recipe.
 
-    `device`: `auto` (CUDA where there is a GPU, else the CPU), `cpu`, `cuda`, `cuda:N` or `mps`. `precision`: how float32 matrices are
-    multiplied in training: `float32`, `tf32` or `bfloat16`; sums and weights stay in float32. `memory_gb`: budget of SAEs that are trained
-    together; `threads`: of the CPU. 0 is no limit, and PyTorch's choice.
+    `device`: `auto` (CUDA if there is a GPU, else the CPU), `cpu`, `cuda`, `cuda:N` or `mps`. `precision` of float32 matrix products in
+    training: `float32`, `tf32` or `bfloat16`; sums and weights stay in float32. `memory_gb`: budget of SAEs that are trained together, or
+    0 for no limit. `threads` of the CPU, or 0 for PyTorch's default.
     """
 
     device: str = "auto"
@@ -47,7 +47,7 @@ class Compute:
 
     @classmethod
     def from_environment(cls) -> Compute:
-        """As SAEENS_DEVICE, SAEENS_PRECISION, SAEENS_MEMORY_GB and SAEENS_THREADS say. Raises ConfigurationError if one cannot be."""
+        """Read SAEENS_DEVICE, SAEENS_PRECISION, SAEENS_MEMORY_GB and SAEENS_THREADS. Raises ConfigurationError for a wrong value."""
         return cls(
             device=os.environ.get("SAEENS_DEVICE") or "auto",
             precision=_choice("SAEENS_PRECISION", tuple(_PRECISIONS)),
@@ -56,7 +56,7 @@ class Compute:
         )
 
     def resolve(self, *, float64: bool = False) -> str:
-        """The device's name in PyTorch; the CPU for work in `float64` where the device has none.
+        """Return the device's name in PyTorch; with `float64`, the CPU if the device lacks float64.
 
         Raises ConfigurationError for a device that this machine does not have.
         """
@@ -73,7 +73,7 @@ class Compute:
 
     @contextlib.contextmanager
     def in_use(self, root: Path) -> Iterator[None]:
-        """Work inside with the threads of this resource, and on a GPU that no other process below `root` works on."""
+        """Set the number of threads inside and, with several GPUs, use one that no other process below `root` uses."""
         import torch
 
         threads = torch.get_num_threads()
@@ -81,7 +81,7 @@ class Compute:
         try:
             if self.resolve() == "cuda" and torch.cuda.device_count() > 1:
                 with holding_one_of(root, [f"cuda_{index}" for index in range(torch.cuda.device_count())]) as name:
-                    torch.cuda.set_device(int(name.removeprefix("cuda_")))  # which "cuda" stands for from here on
+                    torch.cuda.set_device(int(name.removeprefix("cuda_")))  # from here on "cuda" is this GPU
                     yield
             else:
                 yield
@@ -90,11 +90,11 @@ class Compute:
 
     @contextlib.contextmanager
     def training_precision(self) -> Iterator[None]:
-        """Multiply float32 matrices inside in the precision of this resource. For training alone: residuals and figures are exact."""
+        """Set the precision of float32 matrix products inside. For training only: residuals and evaluations stay exact."""
         import torch
 
         before, device = torch.get_float32_matmul_precision(), self.resolve()
-        in_bfloat16 = self.precision == "bfloat16" and device.startswith("cuda")  # where torch's own setting stops at TF32
+        in_bfloat16 = self.precision == "bfloat16" and device.startswith("cuda")  # on CUDA, torch's own setting stops at TF32
         torch.set_float32_matmul_precision(_PRECISIONS[self.precision])
         try:
             with torch.autocast("cuda", torch.bfloat16) if in_bfloat16 else contextlib.nullcontext():
@@ -104,7 +104,7 @@ class Compute:
 
     @contextlib.contextmanager
     def measure(self) -> Iterator[Measurement]:
-        """Time, peak memory and energy of the work inside: of the device where it is a GPU, else of this whole process (Linux)."""
+        """Measure time, peak memory and energy of the work inside. Memory is that of the GPU or, without one, of this process (Linux)."""
         import torch
 
         device = self.resolve()
@@ -123,7 +123,7 @@ class Compute:
         measurement.energy_joules = None if energy is None or after is None else after - energy
 
     def describe(self) -> dict[str, Any]:
-        """Device, precision and versions, for provenance."""
+        """Return device, precision, versions and date, for records."""
         import torch
 
         device = self.resolve()
@@ -140,7 +140,7 @@ class Compute:
         }
 
 
-_PRECISIONS = {"float32": "highest", "tf32": "high", "bfloat16": "medium"}  # PyTorch's names for how float32 matrices are multiplied
+_PRECISIONS = {"float32": "highest", "tf32": "high", "bfloat16": "medium"}  # PyTorch's names for the precision of float32 matrix products
 
 
 def _choice(name: str, allowed: tuple[str, ...]) -> str:
@@ -162,7 +162,7 @@ def _number(name: str, kind: type[int] | type[float]) -> Any:
 
 
 def _energy_joules(device: str) -> float | None:
-    """What an NVIDIA GPU has used since its driver was loaded; None where NVML or its Python binding is not there."""
+    """Return the energy that an NVIDIA GPU has used since its driver was loaded; None without NVML or its Python binding."""
     if not device.startswith("cuda"):
         return None
     import torch
@@ -173,7 +173,7 @@ def _energy_joules(device: str) -> float | None:
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
         return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
-    except Exception:  # every failure of the driver's is a class of its own, and none of them matters to the work that is measured
+    except Exception:  # the driver has a class for each failure, and a missing measurement must not stop the work
         return None
 
 
@@ -186,7 +186,7 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    """The git commit of the checkout that runs, with `+` if its files were changed since; None where there is no checkout, or no git."""
+    """Return the git commit of this checkout, with `+` for changed files; None without a checkout or git."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", "-C", str(PROJECT_ROOT), *arguments], check=True, capture_output=True, text=True, timeout=10).stdout

@@ -1,4 +1,4 @@
-"""Declarations of artefacts and of the ops that make them. Recipes, cache hits, staleness, assets and lineage follow from them."""
+"""Declarations of artefacts and of the ops that make them. Recipes, cache hits, staleness, assets and lineage are derived from them."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ DIMENSION_NAMES: dict[Dimensions, tuple[str, ...]] = {"none": (), "layer": ("lay
 
 @dataclass(frozen=True)
 class Reference:
-    """An artefact as others refer to it: its address and its partition dimensions."""
+    """A reference to an artefact: its address and its partition dimensions."""
 
     address: Address
     dimensions: Dimensions
 
     def narrow(self, partition: Partition) -> Partition:
-        """Return the part of a partition that this artefact has: activations have no seed."""
+        """Return a partition without the dimensions that this artefact lacks: activations have no seed."""
         match self.dimensions:
             case "none":
                 return Partition()
@@ -38,29 +38,29 @@ class Reference:
 
 @dataclass(frozen=True)
 class Input:
-    """One artefact that another is made from."""
+    """One input of an artefact."""
 
     name: str
     artefact: Reference
     decides: bool = True
-    """Whether it is part of the recipe; otherwise it only has to be made first."""
+    """True: part of the recipe. False: it has to exist first, and does not change the recipe."""
     optional: bool = False
-    """Whether nothing waits for it: every partition of it that is on disk is part of the recipe, and none has to be there."""
+    """True: nothing waits for it. Its partitions on disk are part of the recipe; missing ones are left out."""
     in_graph: bool = True
-    """Whether Dagster knows of it. A control's tables have layers of another source, to which Dagster cannot map partitions."""
+    """True: a dependency in Dagster's graph. False for a control's tables: their layers are of another source and cannot be mapped."""
 
 
 @dataclass(frozen=True)
 class Declaration(Reference):
-    """One artefact: what decides its content, and how the asset graph describes it.
+    """One artefact: the settings and inputs that decide its content, and its description in the asset graph.
 
-    The first line of `description` leads with what differs from its neighbours.
+    The first line of `description` has at most 60 characters and begins with the difference from neighbouring assets.
     """
 
     builder: str
     version: int
     settings: Mapping[str, Any]
-    """Equal for all partitions; they decide Dagster's code version."""
+    """Equal for all partitions; part of Dagster's code version."""
     inputs: tuple[Input, ...]
     description: str
     source: str
@@ -68,12 +68,12 @@ class Declaration(Reference):
     partition_settings: Callable[[Partition], Mapping[str, Any]] = field(default=lambda partition: {})
     """Settings that depend on the partition, such as seeds."""
     unavailable: Callable[[], Mapping[str, Any]] = field(default=dict)
-    """What this machine lacks, such as an endpoint: settings of the recipe of an artefact made without it, which is made again as soon as
-    nothing is lacking. An artefact that was made with everything stays a hit."""
+    """Return what this machine lacks, such as an endpoint, as settings of the recipe. An artefact made without it is stale once nothing is
+    lacking; an artefact made with everything stays a cache hit."""
     kinds: frozenset[str] = frozenset()
     tags: Mapping[str, str] = field(default_factory=dict)
     experiment_file: str = ""
-    """The file that declares it; its record keeps the path, so that `saeens gc` can tell whether that file is still read."""
+    """The file that declares it. The record keeps this path, so that `saeens gc` can find artefacts of files that are no longer read."""
 
     @property
     def code_version(self) -> str:
@@ -81,9 +81,9 @@ class Declaration(Reference):
         return digest([self.builder, self.version, dict(self.settings)])
 
     def input_partitions(self, partition: Partition, *, optional: bool = False) -> Iterator[tuple[str, Reference, Partition]]:
-        """Give name, artefact and partition of the recipe's inputs, with `optional` those that nothing waits for.
+        """Give name, artefact and partition of the recipe's inputs: the required ones or, with `optional`, the optional ones.
 
-        Where all seeds are compared, each is an input.
+        An artefact that compares seeds has one input for each seed.
         """
         for each in self.inputs:
             if each.optional != optional or not each.decides or (optional and self.dimensions == "none"):
@@ -98,8 +98,9 @@ class Declaration(Reference):
                 yield ", ".join(filter(None, (each.name, label))), each.artefact, where
 
     def optional_inputs(self, store: Store, partition: Partition) -> Iterator[tuple[str, Declaration | Reference, Partition, Artefact]]:
-        """Give the optional inputs that are whole on disk: name, artefact, partition and record. Of an artefact without partitions
-        these are all partitions with seeds that are still declared.
+        """Give the optional inputs that are intact on disk: name, artefact, partition and record.
+
+        An artefact without partitions has all partitions of its inputs as inputs, if their seeds are still declared.
         """
         for each in self.inputs:
             if not each.optional:
@@ -115,7 +116,7 @@ class Declaration(Reference):
                         yield f"{each.name}, {where}", each.artefact, where, artefact
 
     def recipe(self, store: Store, partition: Partition) -> Recipe:
-        """Return the recipe that this artefact should have now. Raises MissingInputError where an input is not there."""
+        """Return the recipe of this artefact with the present settings and inputs. Raises MissingInputError for a missing input."""
         inputs = {name: store.require(artefact.address, where).data_version for name, artefact, where in self.input_partitions(partition)}
         inputs |= {name: artefact.data_version for name, _, _, artefact in self.optional_inputs(store, partition)}
         recipe = Recipe(self.builder, self.version, {**self.settings, **self.partition_settings(partition)}, inputs)
@@ -126,23 +127,23 @@ class Declaration(Reference):
 
 
 class RunContext(NamedTuple):
-    """What an op works with: store, device, the run that asked, and where its progress is shown."""
+    """The surroundings of an op: store, device, run, and Dagster's view of the run."""
 
     store: Store
     compute: Compute
     run_id: str
     requested_layers: Callable[[], Collection[int]]
-    """Layers that waiting runs are going to ask for; an op may make them in the same pass."""
+    """Return the layers that waiting runs request; an op may make them in the same pass."""
     observe: Callable[[Declaration, Partition, Mapping[str, Any]], None]
-    """Shows metadata in the UI while the op goes on."""
+    """Show metadata in the UI while the op runs."""
 
     def provenance(self, declaration: Declaration) -> dict[str, Any]:
-        """Return the facts that every record of this run begins with."""
+        """Return the fields that all records of this run share."""
         return {"run_id": self.run_id, "experiment_file": declaration.experiment_file, **self.compute.describe()}
 
 
 class Task(NamedTuple):
-    """One artefact that has to be made, with its recipe."""
+    """One artefact to make, with its recipe."""
 
     declaration: Declaration
     partition: Partition
@@ -150,29 +151,29 @@ class Task(NamedTuple):
 
     @property
     def where(self) -> tuple[Address, Partition]:
-        """Address and partition."""
+        """Return address and partition."""
         return self.declaration.address, self.partition
 
 
 @dataclass(frozen=True)
 class Op:
-    """Makes one or several artefacts together."""
+    """A builder of one artefact, or of several together."""
 
     name: str
     outputs: tuple[Declaration, ...]
     make: Callable[[RunContext, Sequence[Task]], None]
-    """Writes the artefact of every task; it is given misses only."""
+    """Write the artefact of every task; tasks are cache misses only."""
     on_device: bool = False
     preflight: Callable[[RunContext, Sequence[Task]], None] = field(default=lambda context, tasks: None)
-    """Raises SaeensError, before anything is spent, for what would make these tasks, or what follows from them, fail."""
+    """Raise SaeensError, before any work, for settings or inputs with which these tasks, or later ones, would fail."""
     links: bool = False
-    """Whether an artefact of any experiment with an equal recipe is linked instead of being made again."""
+    """True: an existing artefact with an equal recipe, of any experiment, is linked instead of made again."""
     twin: Reference | None = None
-    """An artefact made before, whose recipe may be equal: looked at first."""
+    """An artefact made earlier whose recipe may be equal: the first candidate for a link."""
     checks: CheckSettings = field(default_factory=CheckSettings)
     """Thresholds of health warnings."""
 
 
 def with_file(ops: Iterable[Op], file: Path | None) -> list[Op]:
-    """Return the ops with the experiment file recorded in what they make."""
+    """Return the ops with the path of the experiment file in the declarations of their outputs."""
     return [replace(op, outputs=tuple(replace(each, experiment_file=recorded_file(file)) for each in op.outputs)) for op in ops]

@@ -1,4 +1,4 @@
-"""Ensembles as artefacts: which SAEs they are, by reference. The data version of each is in the recipe."""
+"""Ensembles as artefacts: references to their SAEs, whose data versions are in the recipe."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ENSEMBLE_VERSION = 1
 
 def ensemble_op(experiment: ExperimentSettings, kind: Literal["bagging", "boosting"], members: Sequence[Declaration]) -> Op:
     """Declare the ensemble of all members. `sm.load_ensemble` opens its folder; the members stay where they are."""
-    meaning = "Mean of the members" if kind == "bagging" else "Sum of the rounds, each on what the ones before leave"
+    meaning = "Mean of the members" if kind == "bagging" else "Sum of the rounds, each trained on the residual"
     architectures = {sae.architecture for sae in experiment.saes}
     architecture = architectures.pop() if len(architectures) == 1 else "mixed"
     ensemble = Declaration(

@@ -1,4 +1,4 @@
-"""The ops of an experiment, wired from its settings in the order in which artefacts are made."""
+"""The ops of an experiment, declared from its settings in the order in which artefacts are made."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def experiment_ops(experiment: ExperimentSettings) -> list[Op]:
     ops += boosting_ops
 
     baselines: list[tuple[str, int, Declaration]] = []
-    alike: list[tuple[Target, Declaration]] = []  # with one member's width, two methods agree
+    alike: list[tuple[Target, Declaration]] = []  # two methods have equal SAEs at the width of one member
     for method, n, target in baselines_of(experiment):
         unnamed = replace(target, name="", description="")
         twin = next((made for other, made in alike if other == unnamed), members[0] if target.init_index == 1 else None)
@@ -50,17 +50,17 @@ def experiment_ops(experiment: ExperimentSettings) -> list[Op]:
 
 
 def _preflight_of(op: Op, experiment: ExperimentSettings) -> Callable[[RunContext, Sequence[Task]], None]:
-    """Return the preflight of an op that trains SAEs, which looks at the tables to come; that of others is as it was."""
+    """Return the preflight of an op. Ops that train SAEs check the tables that follow."""
     if op.outputs[0].builder != "sae":
         return op.preflight
     return partial(_check_tables_to_come, experiment, include_slow=op.outputs[0].address.kind == "bagging")
 
 
 def _check_tables_to_come(experiment: ExperimentSettings, context: RunContext, tasks: Sequence[Task], *, include_slow: bool) -> None:
-    """Raise SaeensError for a table that is not there yet and would fail after training.
+    """Raise SaeensError for a missing table that would fail after training.
 
-    `saeens run` runs these preflights before its first stage; a run that the UI or a schedule started does not. Preflights that take
-    seconds in every process are left to the members.
+    `saeens run` runs these preflights before its first stage; runs from the UI or a schedule do not. Only the ops of members run slow
+    preflights.
     """
     store, layer = context.store, tasks[0].partition.layer
     require_labels(store, experiment)
@@ -71,13 +71,13 @@ def _check_tables_to_come(experiment: ExperimentSettings, context: RunContext, t
 
 
 def _member_ops(experiment: ExperimentSettings, activations: Reference) -> list[Op]:
-    """Members that see all rows are trained on one stream; each that is specialised by itself, after what it starts from."""
+    """Declare the members: those on all rows are trained on one stream, each specialised one alone, after the SAE that it starts from."""
     size = experiment.ensemble.members
     targets = [
         Target(
             "bagging",
             f"member_{j}",
-            f"Member {j} of {size}: own initial weights, same data\n\n{shape_of(sae)}. Trained on one stream with the others.",
+            f"Member {j} of {size}: own initial weights, same data\n\n{shape_of(sae)}. Trained on one stream with the other members.",
             init_index=j,
             sae=experiment.saes[j - 1],
         )
@@ -89,12 +89,12 @@ def _member_ops(experiment: ExperimentSettings, activations: Reference) -> list[
     for special in sorted(experiment.ensemble.specialised, key=lambda each: each.member):
         j, name = special.member, f"member_{special.member}"
         what = "some documents" if special.documents else "same data"
-        what += f", from the weights of member {special.start_from}" if special.start_from else ", own initial weights"
+        what += f", from member {special.start_from}'s weights" if special.start_from else ", own initial weights"
         labels = "".join(f" Documents with {field} {' or '.join(values)}." for field, values in special.documents.items())
         target = Target(
             "bagging",
             name,
-            f"Member {j} of {size}: {what}\n\n{shape_of(experiment.saes[j - 1])}. Trained by itself.{labels}",
+            f"Member {j} of {size}: {what}\n\n{shape_of(experiment.saes[j - 1])}. Trained alone.{labels}",
             init_index=j,
             sae=experiment.saes[j - 1],
             documents=special.documents,
@@ -109,14 +109,14 @@ def _round_target(experiment: ExperimentSettings, j: int) -> Target:
     if j == 1:
         what = f"Round 1: the activations{'' if experiment.ensemble.specialisation(1) else '; equals member 1'}"
     else:
-        together = ", trained beside them" if experiment.ensemble.boosting == "concurrent" else ""
-        what = f"Round {j} of {experiment.ensemble.members}: fits what rounds 1 to {j - 1} leave{together}"
+        together = ", concurrently" if experiment.ensemble.boosting == "concurrent" else ""
+        what = f"Round {j} of {experiment.ensemble.members}: residual of rounds 1 to {j - 1}{together}"
     about = f"{what}\n\n{shape_of(experiment.saes[j - 1])}."
     return Target("boosting", f"round_{j}", about, init_index=j, sae=experiment.saes[j - 1])
 
 
 def _sequential_boosting(experiment: ExperimentSettings, activations: Reference, member_1: Declaration) -> list[Op]:
-    """Each round on the residual that is made after the one before."""
+    """Declare boosting rounds that are trained one after another, each on the stored residual of the round before."""
     ops: list[Op] = []
     given = activations
     for j in range(1, experiment.ensemble.members + 1):
@@ -131,6 +131,6 @@ def _sequential_boosting(experiment: ExperimentSettings, activations: Reference,
 
 
 def _concurrent_boosting(experiment: ExperimentSettings, activations: Reference, member_1: Declaration) -> list[Op]:
-    """All rounds in one pass over the activations; no residual is stored."""
+    """Declare boosting rounds that are trained in one pass over the activations. No residual is stored."""
     rounds = [_round_target(experiment, j) for j in range(1, experiment.ensemble.members + 1)]
     return [concurrent_rounds_op(f"{experiment.name}__boosting__rounds", experiment, rounds, activations, twin=member_1)]

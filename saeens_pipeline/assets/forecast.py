@@ -1,7 +1,7 @@
-"""`saeens plan`: what an experiment will take of disk, memory, computation and time, before anything is spent.
+"""Forecast of an experiment's disk, memory, computation and questions to a language model, for `saeens plan`.
 
-Everything follows from the experiment file and the language model's configuration. FLOPs are counted as in the table `cost`, as if codes
-were dense. Seconds are FLOPs divided by the speed that a device reaches: 40 % of its published one is a usual figure for training SAEs.
+All figures are computed from the experiment file and the language model's configuration. FLOPs are dense equivalents, as in the table
+`cost`. Seconds are FLOPs divided by the speed that a device reaches.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
+
+import polars as pl
 
 from saeens_pipeline.assets.compute import Compute
 from saeens_pipeline.assets.declarations import Declaration, Op
@@ -30,18 +32,16 @@ from saeens_pipeline.storage.activations import stored_bytes
 from saeens_pipeline.storage.names import Partition
 
 if TYPE_CHECKING:
-    import polars as pl
-
     from saeens_models import SAEConfig
     from saeens_pipeline.storage.recipes import Store
 
 _DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-_COPIES_OF_LOGITS = 3  # as a language model that caps them makes
-_VOCABULARY_NOT_KNOWN = 2**17  # of more than 2**16 tokens, so that ids take four bytes
+_COPIES_OF_LOGITS = 3  # in a language model that caps logits
+_VOCABULARY_NOT_KNOWN = 2**17  # more than 2**16, so that a token id counts as four bytes
 
 
 class Line(NamedTuple):
-    """One figure of a plan. `amount` is None where it is not known."""
+    """One figure of a plan. `amount` is None if it is not known."""
 
     section: str
     item: str
@@ -59,10 +59,10 @@ def forecast(
     store: Store,
     compute: Compute,
 ) -> list[Line]:
-    """What the experiment takes on these layers, from nothing. What is on disk already is not taken off.
+    """Return the figures of the experiment on these layers, with all artefacts missing. Existing artefacts are not subtracted.
 
-    Where the language model's configuration cannot be had, says why, and gives what is known without it. Raises ConfigurationError for
-    a layer or a hook that the model does not have, and for an SAE that cannot be built on it.
+    If the language model's configuration is not available, the lines give the reason and the figures that do not depend on it. Raises
+    ConfigurationError for a layer or hook that the model does not have, and for an SAE that cannot be built on it.
     """
     plan = _Plan(source, experiment, ops, layers, *_describe(source))
     if plan.description:
@@ -74,15 +74,13 @@ def forecast(
 
 
 def as_frame(lines: Sequence[Line]) -> pl.DataFrame:
-    """Section, item, amount, unit and note, a row for each figure."""
-    import polars as pl
-
+    """Return the figures as rows of section, item, amount, unit and note."""
     schema = {"section": pl.String, "item": pl.String, "amount": pl.Float64, "unit": pl.String, "note": pl.String}
     return pl.DataFrame(lines, schema, orient="row")
 
 
 def readable(line: Line) -> str:
-    """The amount of a figure, for people."""
+    """Return the amount of a figure as text."""
     if line.amount is None:
         return "not known"
     match line.unit:
@@ -104,7 +102,7 @@ def _bytes(amount: float) -> str:
 
 
 def _describe(source: SourceSettings) -> tuple[LanguageModelDescription | None, list[int] | None, str]:
-    """The language model, the parameters of each of its blocks, and why something is not known."""
+    """Return the language model, the parameters of each block, and the reason if either is not known."""
     try:
         description = describe_language_model(source.language_model, source.revision)
     except SaeensError as error:
@@ -127,7 +125,7 @@ class _Plan:
 
     @property
     def n_partitions(self) -> int:
-        """Layers times seeds: how often SAEs are trained."""
+        """Return layers times seeds, the number of trainings of each SAE."""
         return len(self.layers) * len(self.experiment.ensemble.seeds)
 
     @property
@@ -135,7 +133,7 @@ class _Plan:
         return self.description.d_model if self.description else None
 
     def pass_flops(self, first: int, last: int) -> float | None:
-        """Of one token in blocks `first` to `last`, the last not included; attention to half of the context on average."""
+        """Return the FLOPs of one token in blocks `first` to `last`, exclusive, with attention to half of the context on average."""
         if self.parameters is None or self.description is None:
             return None
         attention = 2 * self.source.context_length * self.description.d_model  # scores and values
@@ -143,20 +141,21 @@ class _Plan:
 
     @property
     def measures_loss(self) -> bool:
-        """Whether the language model's next-token loss is measured with reconstructions in it."""
+        """Return True if the next-token loss is measured with reconstructions in the language model."""
         experiment = self.experiment
         if not experiment.ce_loss_tokens or not fills(experiment, "reconstruction"):
             return False
         return self.description is None or measures_loss(experiment, self.description, self.source.hook)
 
     def loss_flops(self) -> float | None:
-        """Of the next-token loss, all layers and seeds: blocks before the hook run once, what follows for every size of every method,
-        for the activations as they are and for zeros.
+        """Return the FLOPs of the next-token loss for all layers and seeds.
+
+        Blocks before the hook run once; later blocks run for every size of every method, for the activations, and for zeros.
         """
         if self.description is None:
             return None
         flops, head = 0.0, 2 * self.description.vocab_size * self.description.d_model
-        n_runs = 2 + sum(each.builder == "sae" for op in self.ops for each in op.outputs)  # an ensemble's sizes are as many as its SAEs
+        n_runs = 2 + sum(each.builder == "sae" for op in self.ops for each in op.outputs)  # an ensemble has as many sizes as SAEs
         for layer in self.layers:
             n_before = layer + 1 if self.source.hook == "resid_post" else layer
             before, after = self.pass_flops(0, n_before), self.pass_flops(n_before, self.description.n_layers)
@@ -166,7 +165,7 @@ class _Plan:
         return flops * min(self.experiment.ce_loss_tokens, self.source.test_tokens) * len(self.experiment.ensemble.seeds)
 
     def trained(self) -> Iterator[tuple[Op, list[Declaration]]]:
-        """Every op that trains SAEs, with those of one layer and seed that are not trained by another, as round 1 is as member 1."""
+        """Give every op that trains SAEs, with the SAEs of one layer and seed that no earlier op trains: round 1 is member 1."""
         known: set[object] = set()
         for op in self.ops:
             new = []
@@ -182,7 +181,7 @@ class _Plan:
                 yield op, new
 
     def configs(self) -> dict[str, list[SAEConfig]]:
-        """The SAEs of one layer and seed, by op."""
+        """Return the SAEs of one layer and seed, by op."""
         if self.d_in is None:
             return {}
         return {op.name: [config_of(each, self.d_in) for each in new] for op, new in self.trained()}
@@ -190,11 +189,11 @@ class _Plan:
     def model(self) -> Iterator[Line]:
         source = self.source
         if self.description is None:
-            yield Line("model", source.language_model, None, "", f"what depends on it is not known: {self.problem}")
+            yield Line("model", source.language_model, None, "", f"figures that depend on it are not known: {self.problem}")
             return
         found = self.description
         sizes = f"{found.model_type}, {found.n_layers} layers, context {found.context_length:,}"
-        note = "" if "{layer}" not in source.hook else "; the hook is taken to give as many dimensions as the stream has"
+        note = "" if "{layer}" not in source.hook else "; the hook is assumed to have as many dimensions as the stream"
         yield Line("model", source.language_model, found.d_model, "dimensions", f"{sizes}, {source.weights} weights{note}")
 
     def disk(self) -> Iterator[Line]:
@@ -228,7 +227,7 @@ class _Plan:
         n_saes = sum(map(len, configs.values())) * self.n_partitions
         yield Line("disk", "SAEs", saes, "bytes", f"{n_saes} of them")
         checkpoints = 2 * max(sum(3 * _weights_bytes(config) for config in each) for each in configs.values())
-        yield Line("disk", "checkpoints", checkpoints, "bytes", "at most, while SAEs are trained: one beside the one before")
+        yield Line("disk", "checkpoints", checkpoints, "bytes", "at most, during training: a new one and the previous one")
         yield Line("disk", "all", tokens + activations + residuals + besides + saes + checkpoints, "bytes", "at most at one time")
 
     def memory(self) -> Iterator[Line]:
@@ -243,11 +242,9 @@ class _Plan:
             for name, each in configs.items()
         }
         largest = max(needs, key=lambda name: max(needs[name]))
-        yield Line(
-            "memory", "training, largest SAE", max(needs[largest]), "bytes", f"{largest}; where it does not fit, batches are taken in parts"
-        )
+        yield Line("memory", "training, largest SAE", max(needs[largest]), "bytes", f"{largest}; if it does not fit, batches are split")
         together = max(needs, key=lambda name: sum(needs[name]))
-        note = f"{together}: {len(needs[together])} together; where they do not fit, fewer are"
+        note = f"{together}: {len(needs[together])} together; if they do not fit, groups are smaller"
         yield Line("memory", "training, largest group", sum(needs[together]), "bytes", note)
         weights = sum(_weights_bytes(config) for each in configs.values() for config in each)
         budget = self.experiment.evaluation_memory_gb * 1e9
@@ -255,7 +252,7 @@ class _Plan:
         yield from self._memory_of_model(weights)
 
     def _memory_of_model(self, saes: float) -> Iterator[Line]:
-        """Where activations are made, and where the next-token loss is measured beside SAEs of so many bytes."""
+        """Give the memory of computing activations, and of measuring the next-token loss with SAEs of so many bytes."""
         blocks = model = loss = None
         if self.parameters is not None and self.description is not None:
             number, found = _DTYPE_BYTES[self.source.language_model_dtype], self.description
@@ -263,7 +260,7 @@ class _Plan:
             model = (sum(self.parameters) + found.vocab_size * found.d_model) * number
             logits = max(self.source.context_length * found.vocab_size * number, LOGIT_BYTES)
             loss = saes + model + _COPIES_OF_LOGITS * logits
-        note = "blocks up to the deepest layer; its other blocks, embeddings and activations come on top"
+        note = "blocks up to the deepest layer; other blocks, embeddings and activations are not included"
         yield Line("memory", "language model", blocks, "bytes", note)
         if self.measures_loss:
             note = "SAEs of one layer and seed, the language model, logits of a window; ce_loss_tokens: 0 leaves it out"
@@ -294,40 +291,40 @@ class _Plan:
         for each in rounds[:n_residuals]:
             residuals += config_of(each, self.d_in).inference_flops_per_token * source.train_tokens * self.n_partitions
         labelled = any(each.documents for each in self.experiment.ensemble.specialised)
-        partial = "at most: members that see a part of the corpus count as if they saw all" if labelled else ""
+        partial = "at most: members that see a part of the corpus count in full" if labelled else ""
         for kind, flops in training.items():
-            note = {"bagging": partial, "boosting": "but for round 1, which is member 1"}.get(kind, "")
+            note = {"bagging": partial, "boosting": "without round 1, which is member 1"}.get(kind, "")
             yield Line("computation", f"training, {kind}", flops, "FLOPs", note)
         yield Line("computation", "residuals", residuals, "FLOPs")
         evaluation = inference * source.test_tokens * self.n_partitions
-        yield Line("computation", "evaluation", evaluation, "FLOPs", "encoding and decoding; coactivation comes on top")
+        yield Line("computation", "evaluation", evaluation, "FLOPs", "encoding and decoding, without coactivation")
         loss = 0.0
         if self.measures_loss:
             loss = self.loss_flops()
-            note = f"the language model with every method and size in it, on {self.experiment.ce_loss_tokens:,} tokens"
+            note = f"the language model with every method and size, on {self.experiment.ce_loss_tokens:,} tokens"
             yield Line("computation", "next-token loss", loss, "FLOPs", note)
         some_topk = any(sae.architecture == "topk" for sae in self.experiment.saes)
-        notes = ["as if codes were dense; kernels for TopK take less"] if some_topk else []
+        notes = ["dense equivalents; kernels for TopK take less"] if some_topk else []
         notes += ["without the language model"] if forward is None else []
         amount = (forward or 0) + sum(training.values()) + residuals + evaluation + (loss or 0)
         yield Line("computation", "all", amount, "FLOPs", "; ".join(notes))
 
     def autointerp(self) -> Iterator[Line]:
-        """What a language model is asked, where the experiment has features explained."""
+        """Give requests, tokens and price of explaining features, if the experiment does."""
         settings = self.experiment.autointerp
         if not fills(self.experiment, "autointerp") or settings is None:
             return
         estimate = expected(self.experiment, self.n_partitions)
-        note = f"to {settings.model}, at most; what was answered before is not asked again"
+        note = f"to {settings.model}, at most; stored answers are not requested again"
         yield Line("autointerp", "requests", estimate.requests, "", note)
         yield Line("autointerp", "tokens in", estimate.tokens_in, "tokens", f"at {CHARACTERS_PER_TOKEN} characters a token")
-        yield Line("autointerp", "tokens out", estimate.tokens_out, "tokens", "without what a model thinks before it answers")
+        yield Line("autointerp", "tokens out", estimate.tokens_out, "tokens", "without reasoning tokens")
         price = estimate.price(settings)
-        yield Line("autointerp", "price", price, "money", "" if price is not None else "autointerp.prices says what a million tokens cost")
+        yield Line("autointerp", "price", price, "money", "" if price is not None else "autointerp.prices: prices of a million tokens")
 
 
 def _weights_bytes(config: SAEConfig) -> int:
-    """What a saved SAE takes, but for its configuration and curve."""
+    """Return the bytes of a saved SAE, without its configuration and curve."""
     import torch
 
     from saeens_models.architectures import sae_class
@@ -353,13 +350,13 @@ def _fits(amounts: Mapping[tuple[str, str], float | None], store: Store, compute
 
 
 def _at_once(amounts: Mapping[tuple[str, str], float | None], memory: float) -> str:
-    """How training fits into the memory of a device."""
+    """Return a note on how training fits into the memory of a device."""
     one, together = amounts["memory", "training, largest SAE"], amounts["memory", "training, largest group"]
     if one is None or together is None:
         return "not known what fits"
     if together <= memory:
         training = "every group of SAEs at once"
     else:
-        training = "SAEs in smaller groups" if one <= memory else "the largest SAE in parts of batches, if its weights fit"
+        training = "SAEs in smaller groups" if one <= memory else "the largest SAE with split batches, if its weights fit"
     too_large = [item for item in ("language model", "next-token loss") if (amounts.get(("memory", item)) or 0) > memory]
     return "; ".join([training, *(f"too little for the {item}" for item in too_large)])

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
+import polars as pl
+
 from saeens_pipeline.assets.declarations import Declaration, Reference
 from saeens_pipeline.assets.registry import TABLES
 from saeens_pipeline.errors import SaeensError
@@ -28,36 +30,36 @@ MIN_ROUND_GAIN = 0.01  # explained variance of what a boosting round was given
 
 
 class UnsoundArtefactError(SaeensError):
-    """An artefact that is whole, and must not be used: numbers that are not finite, wrong shapes, constant activations."""
+    """An artefact that is intact but must not be used: numbers that are not finite, wrong shapes, constant activations."""
 
 
 @dataclass
 class Health:
-    """What is wrong with an artefact, in whole sentences, and the numbers that were compared."""
+    """The result of a health check: errors and warnings as sentences, and the measured numbers."""
 
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     measured: dict[str, int | float] = field(default_factory=dict)
 
     def require(self, ok: bool, message: str) -> None:
-        """Without `ok` the artefact must not be used."""
+        """Add an error unless `ok`."""
         if not ok:
             self.errors.append(message)
 
     def expect(self, ok: bool, message: str) -> None:
-        """Without `ok` somebody should know."""
+        """Add a warning unless `ok`."""
         if not ok:
             self.warnings.append(message)
 
 
 def is_checked(declaration: Declaration) -> bool:
-    """Whether there is anything to look at. Ensembles only refer to SAEs; what writes residuals refuses unsound numbers itself."""
+    """Return True for artefacts with a health check. Ensembles only refer to SAEs; the writer of residuals refuses unsound numbers."""
     return declaration.address.is_table or declaration.builder in _SOUNDNESS
 
 
 def examine(declaration: Reference, partition: Partition, artefact: Artefact, settings: CheckSettings | None = None) -> Health:
-    """The health of an artefact, by the thresholds of its experiment."""
-    health, subject = Health(), _Subject.of(declaration, partition, artefact)
+    """Check the health of an artefact with the thresholds of its experiment."""
+    health, subject = Health(), _Examined.of(declaration, partition, artefact)
     require_sound = _require_sound_table if declaration.address.is_table else _SOUNDNESS[artefact.recipe["builder"]]
     try:
         require_sound(health, subject)
@@ -68,14 +70,14 @@ def examine(declaration: Reference, partition: Partition, artefact: Artefact, se
 
 
 def warnings_of(declaration: Reference, partition: Partition, artefact: Artefact, settings: CheckSettings) -> list[str]:
-    """The warnings of `examine` alone, from what is recorded: no weights and no activations are read."""
+    """Return only the warnings of `examine`, from the record: weights and activations are not read."""
     health = Health()
-    _expect_quality(health, _Subject.of(declaration, partition, artefact), settings)
+    _expect_quality(health, _Examined.of(declaration, partition, artefact), settings)
     return health.warnings
 
 
 def compare_bytes(store: Store, declaration: Reference, partition: Partition) -> list[str]:
-    """Read all of an artefact and compare it with its recipe: every difference. What differs is no hit any more, and made again."""
+    """Read a whole artefact, compare it with its record, and return every difference. An artefact with differences is invalidated."""
     try:
         artefact = store.find(declaration.address, partition)
     except DamagedArtefactError as error:
@@ -87,8 +89,8 @@ def compare_bytes(store: Store, declaration: Reference, partition: Partition) ->
 
 
 @dataclass(frozen=True)
-class _Subject:
-    """What is examined: its name for messages, the last part of its key, and the artefact."""
+class _Examined:
+    """An artefact under examination: its place for messages, the last part of its key, and the artefact."""
 
     place: str
     name: str
@@ -96,7 +98,7 @@ class _Subject:
     artefact: Artefact
 
     @classmethod
-    def of(cls, reference: Reference, partition: Partition, artefact: Artefact) -> _Subject:
+    def of(cls, reference: Reference, partition: Partition, artefact: Artefact) -> _Examined:
         return cls(place(reference.address, partition), reference.address.name, reference.address.is_table, artefact)
 
     @property
@@ -108,7 +110,7 @@ class _Subject:
         return self.artefact.provenance
 
 
-def _require_sound_tokens(health: Health, subject: _Subject) -> None:
+def _require_sound_tokens(health: Health, subject: _Examined) -> None:
     for split, statistics in subject.provenance["statistics"].items():
         rows, wanted = statistics["rows"], subject.settings[f"{split}_tokens"]
         health.measured[f"{split} rows"] = rows
@@ -118,7 +120,7 @@ def _require_sound_tokens(health: Health, subject: _Subject) -> None:
         )
 
 
-def _require_sound_activations(health: Health, subject: _Subject) -> None:
+def _require_sound_activations(health: Health, subject: _Examined) -> None:
     from saeens_models.metrics.soundness import constant_dimensions
     from saeens_pipeline.storage.activations import ActivationStatistics, ActivationStore
 
@@ -157,7 +159,7 @@ def _require_sound_chunks(health: Health, store: ActivationStore, split: str, wh
     )
 
 
-def _require_sound_sae(health: Health, subject: _Subject) -> None:
+def _require_sound_sae(health: Health, subject: _Examined) -> None:
     import saeens_models as sm
 
     config = sm.load_sae(subject.artefact.path).config  # raises ValueError for wrong shapes, and for weights that are not finite
@@ -167,9 +169,7 @@ def _require_sound_sae(health: Health, subject: _Subject) -> None:
         health.require(isfinite(last[name]), f"{subject.place}: {name} of the last step is {last[name]}: lower training.learning_rate")
 
 
-def _require_sound_table(health: Health, subject: _Subject) -> None:
-    import polars as pl
-
+def _require_sound_table(health: Health, subject: _Examined) -> None:
     table = read_part(subject.artefact.path)
     registered = TABLES[subject.name]
     expected = [column.name for column in registered.all_columns]
@@ -186,14 +186,14 @@ def _require_sound_table(health: Health, subject: _Subject) -> None:
         )
 
 
-_SOUNDNESS: Mapping[str, Callable[[Health, _Subject], None]] = {
+_SOUNDNESS: Mapping[str, Callable[[Health, _Examined], None]] = {
     "tokens": _require_sound_tokens,
     "activations": _require_sound_activations,
     "sae": _require_sound_sae,
 }
 
 
-def _expect_quality(health: Health, subject: _Subject, settings: CheckSettings) -> None:
+def _expect_quality(health: Health, subject: _Examined, settings: CheckSettings) -> None:
     if subject.artefact.recipe["builder"] == "sae":
         _expect_good_sae(health, subject, settings)
     elif subject.is_table and not health.errors:
@@ -202,7 +202,7 @@ def _expect_quality(health: Health, subject: _Subject, settings: CheckSettings) 
             health.warnings.append(f"{subject.place}: {warning}")
 
 
-def _expect_good_sae(health: Health, subject: _Subject, settings: CheckSettings) -> None:
+def _expect_good_sae(health: Health, subject: _Examined, settings: CheckSettings) -> None:
     last = subject.provenance["last_step"]
     variance, l0, dead = last["explained_variance"], last["l0"], last["dead_features"]
     health.measured |= {"explained variance (last batch)": variance, "L0 [features per token]": l0, "dead features": dead}

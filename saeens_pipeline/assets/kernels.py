@@ -1,4 +1,4 @@
-"""Kernels for the CPU, compiled once for all processes; and by one of their own while tokens and activations are made."""
+"""Compiled CPU kernels: compiled once for all processes, and in a separate process while tokens and activations are computed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from saeens_pipeline.storage.locks import holding
 
 
 def load_kernels(root: Path, architectures: Iterable[str]) -> None:
-    """Compile what training of these architectures calls, or read it from disk. Of the processes below `root` one compiles at a time."""
+    """Compile the training kernels of these architectures or read them from disk. One process below `root` compiles at a time."""
     from saeens_models import training
 
     with holding(root, "kernels"):
@@ -22,10 +22,10 @@ def load_kernels(root: Path, architectures: Iterable[str]) -> None:
 
 @contextlib.contextmanager
 def compiled_meanwhile(root: Path, architectures: Iterable[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """Let another process load the kernels of these architectures; it ends with this context at the latest.
+    """Load the kernels of these architectures in another process, which ends with this context at the latest.
 
-    Nothing depends on it: what it has not compiled is compiled where it is needed. An interrupt in a terminal goes to this process
-    alone.
+    Nothing depends on that process: missing kernels are compiled when needed. It has its own session, so that Ctrl-C in a terminal
+    interrupts this process only.
     """
     process = subprocess.Popen(
         [sys.executable, "-m", __name__, str(root), *sorted(set(architectures))],

@@ -1,6 +1,6 @@
-"""What a number or an artefact goes back to: SAEs, activations, tokens, corpus and language model, with the run that made each.
+"""The lineage of a table row or an artefact: SAEs, activations, tokens, corpus and language model, with the run that made each.
 
-An artefact is followed by its data version, not by its name: what lies under a name may have been made again since.
+Artefacts are identified by data version, not by name: the artefact of a name may have been made again since.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, NamedTuple
+
+import polars as pl
 
 from saeens_pipeline.assets.declarations import Declaration
 from saeens_pipeline.errors import ConfigurationError, SaeensError
@@ -28,10 +30,10 @@ _ROW_NAMES = ("experiment", "layer", "seed", "method", "n_members", "member")
 
 @dataclass(frozen=True)
 class Ancestor:
-    """One artefact, table row, corpus or language model of a lineage, and what it was made from.
+    """A node of a lineage: an artefact, table row, corpus or language model, with its inputs as `parents`.
 
-    `role` is what it is to what was made from it; `facts` say what made it, and when. `problem`: it is not, or no longer, on disk
-    as it was used. `shown_before`: it stands further up already, with all that it was made from.
+    `role`: its name as an input. `facts`: run, date, device, time and code. `problem`: why it is not on disk in the version that was used.
+    `shown_before`: it appears earlier in the lineage, with its parents.
     """
 
     title: str
@@ -43,7 +45,7 @@ class Ancestor:
     parents: tuple[Ancestor, ...] = ()
 
     def problems(self) -> Iterator[str]:
-        """Every problem of this node and of those behind it."""
+        """Give every problem of this node and its ancestors."""
         if self.problem:
             yield f"{self.title}: {self.problem}"
         for parent in self.parents:
@@ -51,7 +53,7 @@ class Ancestor:
 
 
 class Stored(NamedTuple):
-    """An artefact on disk, and where."""
+    """An artefact on disk, with its address and partition."""
 
     address: Address
     partition: Partition
@@ -59,11 +61,11 @@ class Stored(NamedTuple):
 
 
 def lineage(store: Store, declarations: Iterable[Declaration], argument: str) -> Ancestor:
-    """The chain behind a table row, an asset, or a data version, or as many of its first digits as tell it from others.
+    """Return the lineage of a table row, an asset, or a data version, which may be shortened to a unique beginning.
 
-    `reconstruction:layer=1,seed=42,method=bagging,n_members=3`, `quickstart/bagging/member_1:layer=1,seed=42`, `a1b2c3d4`.
-    Raises ConfigurationError, with candidates, for what does not exist and for what can be meant in several ways; SaeensError for
-    what is declared and not made yet.
+    Examples: `reconstruction:layer=1,seed=42,method=bagging,n_members=3`, `quickstart/bagging/member_1:layer=1,seed=42`, `a1b2c3d4`.
+    Raises ConfigurationError, with candidates, if nothing or more than one thing has this name; SaeensError for an asset that is declared
+    and not made yet.
     """
     genealogy = _Genealogy(store, declarations)
     name, filters = _parse(argument)
@@ -82,7 +84,7 @@ def lineage(store: Store, declarations: Iterable[Declaration], argument: str) ->
 
 
 class _Genealogy:
-    """All artefacts on disk by data version, and which of them were shown already."""
+    """All artefacts on disk by data version, and a record of those already in the lineage."""
 
     def __init__(self, store: Store, declarations: Iterable[Declaration]) -> None:
         self._store = store
@@ -94,7 +96,7 @@ class _Genealogy:
         self._shown: set[str] = set()
 
     def of_version(self, argument: str) -> Stored:
-        """The artefact whose data version begins like this."""
+        """Return the artefact whose data version begins with `argument`."""
         found = [each for each in self.stored if each.artefact.data_version.startswith(argument)] if _VERSION.fullmatch(argument) else []
         if len({each.artefact.data_version for each in found}) > 1:
             raise _refusal(
@@ -116,7 +118,7 @@ class _Genealogy:
         raise _refusal(f"{argument!r} is no table, asset or data version", candidates)
 
     def trace(self, stored: Stored, role: str = "") -> Ancestor:
-        """An artefact and all that it was made from."""
+        """Return an artefact with its ancestors."""
         artefact = stored.artefact
         if artefact.data_version in self._shown:
             return Ancestor(_place(stored), role, artefact.data_version, shown_before=True)
@@ -127,7 +129,7 @@ class _Genealogy:
         )
 
     def damage(self, stored: Stored) -> str:
-        """What is wrong with an artefact's files; empty where they are whole."""
+        """Return the error message for an artefact with damaged files; empty if they are intact."""
         try:
             self._store.find(stored.address, stored.partition)
         except DamagedArtefactError as error:
@@ -135,7 +137,7 @@ class _Genealogy:
         return ""
 
     def trace_version(self, version: str, expected: tuple[Address, Partition] | None, role: str) -> Ancestor:
-        """What has this data version, at the place where it is expected or anywhere else; or that nothing has it any more."""
+        """Return the node of a data version: the artefact at the expected place, one elsewhere, or a node with a problem without any."""
         now = self._by_place.get(expected) if expected else None
         if now and now.artefact.data_version == version:
             return self.trace(now, role)
@@ -147,7 +149,7 @@ class _Genealogy:
         return Ancestor(place(*expected) if expected else role, role, version, problem=problem)
 
     def inputs(self, stored: Stored) -> list[tuple[str, tuple[Address, Partition] | None, str]]:
-        """Of every input of an artefact its data version, its place as far as what is declared today says it, and its role."""
+        """Return data version, place and role of every input of an artefact. The place is None if today's declarations lack the input."""
         expected: dict[str, tuple[Address, Partition]] = {}
         declaration = self._declarations.get(stored.address)
         if declaration:
@@ -158,13 +160,13 @@ class _Genealogy:
 
 
 def _trace_row(genealogy: _Genealogy, tables: Sequence[Stored], filters: Mapping[str, str]) -> Ancestor:
-    """A table's row, the SAEs that it measures in member order, and the activations that it measures them on."""
+    """Return the node of a table row, with its SAEs in member order and the activations as parents."""
     row, table = _one_row(tables, filters)
     saes = [
         genealogy.trace_version(version, _expected_sae(row, number), f"SAE {number}")
         for number, version in enumerate(re.findall("[^,;]+", row["sae_data_versions"]), start=1)
     ]
-    sources = [  # the tokens are behind the activations
+    sources = [  # the tokens are parents of the activations
         (version, where)
         for version, where, _ in genealogy.inputs(table)
         if where and where[0].kind == "source" and where[0].name == "activations"
@@ -180,9 +182,7 @@ def _trace_row(genealogy: _Genealogy, tables: Sequence[Stored], filters: Mapping
 
 
 def _one_row(tables: Sequence[Stored], filters: Mapping[str, str]) -> tuple[dict[str, Any], Stored]:
-    """The row that is meant, and the part of the table that holds it."""
-    import polars as pl
-
+    """Return the one row that the filters select, and the part of the table that has it. Raises ConfigurationError for none or several."""
     address = tables[0].address
     parts = [pl.read_parquet(each.artefact.path, hive_partitioning=False) for each in tables]
     _require_known(filters, parts[0].columns, str(address))
@@ -200,7 +200,7 @@ def _one_row(tables: Sequence[Stored], filters: Mapping[str, str]) -> tuple[dict
 
 
 def _expected_sae(row: Mapping[str, Any], number: int) -> tuple[Address, Partition] | None:
-    """Where SAE `number` of a row lies, if it still lies there; None for what is a mean over seeds."""
+    """Return the place at which SAE `number` of a row was written; None for a mean over seeds."""
     if row.get("seed") is None:
         return None
     kind, name = _MEMBER_NAMES.get(row["method"], ("baseline", ""))
@@ -215,7 +215,7 @@ def _measurements(row: Mapping[str, Any]) -> str:
 
 
 def _facts(artefact: Artefact) -> tuple[str, ...]:
-    """Which run made an artefact, when, on what, in what time, and by which code."""
+    """Return run, date, device and time of an artefact, its code, and the artefact that it is linked from."""
     made, recipe = artefact.provenance, artefact.recipe
     seconds = made.get("train_seconds", made.get("seconds"))
     by = [f"run {made.get('run_id', 'unknown')[:8]}", made.get("date"), made.get("device"), f"{seconds:.1f} s" if seconds else None]
@@ -227,7 +227,7 @@ def _facts(artefact: Artefact) -> tuple[str, ...]:
 
 
 def _origins(artefact: Artefact) -> list[Ancestor]:
-    """What is no artefact of ours: the corpus of tokens, the language model of activations, by their hashes."""
+    """Return inputs that are no artefacts: corpus and tokenizer of tokens, language model of activations."""
     settings = artefact.recipe["settings"]
     match artefact.recipe["builder"]:
         case "tokens":
@@ -239,7 +239,7 @@ def _origins(artefact: Artefact) -> list[Ancestor]:
 
 
 def _origin(role: str, identity: Mapping[str, Any] | str) -> Ancestor:
-    """`identity` is what recipes know something outside by: a name, perhaps a revision, and hashes."""
+    """Return the node of an outside input. `identity` is its entry in a recipe: a name, or a name with hashes and perhaps a revision."""
     if isinstance(identity, str):
         return Ancestor(identity, role)
     name = identity.get("name") or identity.get("corpus") or "unnamed"
@@ -259,7 +259,7 @@ def _short(value: object) -> str:
 
 
 def _parse(argument: str) -> tuple[str, dict[str, str]]:
-    """The name, and what it is narrowed to."""
+    """Return the name and the filters of `NAME:COLUMN=VALUE,...`. Raises ConfigurationError for a filter without `=`."""
     name, _, rest = argument.partition(":")
     filters: dict[str, str] = {}
     for part in filter(None, rest.split(",")):
@@ -271,7 +271,7 @@ def _parse(argument: str) -> tuple[str, dict[str, str]]:
 
 
 def _is_called(address: Address, name: str) -> bool:
-    """`quickstart/bagging/member_1`, its last parts, or for tables `quickstart/reconstruction`."""
+    """Return True for `quickstart/bagging/member_1`, its last parts, or for tables `quickstart/reconstruction`."""
     return f"/{address}".endswith(f"/{name}") or name == f"{address.owner}/{address.name}"
 
 
@@ -295,7 +295,7 @@ def _require_known(filters: Mapping[str, str], names: Sequence[str], argument: s
 
 
 def _written(address: Address, filters: Mapping[str, Any]) -> str:
-    """As the command takes it: `quickstart/bagging/member_1:layer=1,seed=42`."""
+    """Return an argument of `saeens lineage`: `quickstart/bagging/member_1:layer=1,seed=42`."""
     given = ",".join(f"{name}={value}" for name, value in filters.items() if value is not None)
     return f"{address}:{given}" if given else str(address)
 

@@ -1,4 +1,4 @@
-"""How a training goes, in Dagster's UI while it goes on: a few observations of each SAE. The whole curve is in `eval/training_curves`."""
+"""Live training curves: a few observations of each SAE in Dagster's UI. The whole curve is in the table `training_curves`."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from saeens_models.training import CurvePoint
 
 MOST_OBSERVATIONS = 30
-"""Of one SAE: they share a time axis with all others of its asset, and fill the page of its events."""
+"""Largest number for one SAE: the observations of an asset share one time axis and fill its page of events."""
 INTERVAL_SECONDS = 30.0
-"""Between two: each costs some 0.04 s, and what is over in a minute needs none."""
+"""Time between two: each costs about 0.04 s, and a training of less than a minute needs none."""
 
 
 class LiveCurves:
-    """Tells Dagster where the SAEs of some tasks stand, at most 30 times in all `n_tokens`."""
+    """Observations in Dagster of the SAEs of some tasks, at most `MOST_OBSERVATIONS` over `n_tokens`."""
 
     def __init__(self, context: RunContext, tasks: Sequence[Task], n_tokens: int) -> None:
         self._context, self._tasks, self._n_tokens = context, tasks, n_tokens
@@ -26,7 +26,7 @@ class LiveCurves:
         self._told = 0
 
     def tell(self, points: Sequence[CurvePoint]) -> None:
-        """Called with one point per SAE, as often as there are new ones."""
+        """Report one point for each SAE if an observation is due."""
         due = points[0].tokens * MOST_OBSERVATIONS // self._n_tokens
         if due <= self._told or time.monotonic() - self._told_at < INTERVAL_SECONDS:
             return

@@ -1,4 +1,4 @@
-"""The driver: the one way in which artefacts are made."""
+"""The driver: finds cache hits, links equal artefacts, makes missing ones and checks their health. Every run goes through it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from saeens_pipeline.storage.recipes import Artefact, Store
 
 
 class Materialised(NamedTuple):
-    """An artefact that was asked for. `is_hit`: it was there already. `health` is None for artefacts without health checks."""
+    """A selected artefact after the op. `is_hit`: it was a cache hit. `health` is None for artefacts without health checks."""
 
     declaration: Declaration
     partition: Partition
@@ -26,12 +26,12 @@ class Materialised(NamedTuple):
 
 
 def materialise(op: Op, selection: Collection[Address], partition: Partition, context: RunContext) -> list[Materialised]:
-    """Return the selected outputs of an op for one partition; those that their recipes call missing are made.
+    """Return the selected outputs of an op for one partition; make those that are no cache hits.
 
-    Finds the recipe of each, looks for a hit, takes the lock, links an equal artefact where the op allows it, runs the op's preflight and
-    its `make`, and checks health. An unsound artefact is in the result, with the errors in its `health`: see `require_sound`.
+    For each output: compute the recipe, look for a cache hit, take the lock, link an equal artefact if the op allows links, run the op's
+    preflight and `make`, and check health. An unsound artefact is returned with the errors in its `health`: see `require_sound`.
 
-    Raises MissingInputError where an input is not there, UnsoundArtefactError for unsound inputs, and whatever preflight and `make` raise.
+    Raises MissingInputError for a missing input, UnsoundArtefactError for unsound inputs, and the errors of preflight and `make`.
     """
     store = context.store
     tasks = [
@@ -40,7 +40,7 @@ def materialise(op: Op, selection: Collection[Address], partition: Partition, co
     hits = _hits(store, tasks)
     if len(hits) < len(tasks):
         with writing_alone(store.root, [task.where for task in tasks if task.where not in hits]):
-            hits = _hits(store, tasks)  # another process may have made them meanwhile
+            hits = _hits(store, tasks)  # another process may have made them while this one waited for the lock
             missing = [task for task in tasks if task.where not in hits]
             if op.links:
                 missing = [task for task in missing if not _link(context, task, op.twin)]
@@ -55,7 +55,7 @@ def materialise(op: Op, selection: Collection[Address], partition: Partition, co
 
 
 def require_sound(made: Iterable[Health | None]) -> None:
-    """Raise UnsoundArtefactError with the errors of these health checks, if there are any."""
+    """Raise UnsoundArtefactError with the errors of these health checks, if they have any."""
     errors = [error for health in made if health for error in health.errors]
     if errors:
         raise UnsoundArtefactError("; ".join(errors))
@@ -77,7 +77,7 @@ def _make(op: Op, tasks: Sequence[Task], partition: Partition, context: RunConte
 
 
 def _link(context: RunContext, task: Task, twin: Reference | None) -> bool:
-    """Link an artefact with this very recipe, if there is one: the twin, or one of any experiment."""
+    """Link an artefact with an equal recipe: the twin, or else one of any experiment. Return False if there is none."""
     store, partition = context.store, task.partition
     other = store.hit(twin.address, partition, task.recipe) if twin else None
     where, other = (twin.address, other) if twin and other else store.made_alike(*task.where, task.recipe)
@@ -88,9 +88,9 @@ def _link(context: RunContext, task: Task, twin: Reference | None) -> bool:
 
 
 def _require_sound_activations(store: Store, inputs: Iterable[tuple[Reference, Partition]]) -> None:
-    """Raise UnsoundArtefactError for tokens or activations with an error: a health check that failed in an earlier run stops this one.
+    """Raise UnsoundArtefactError for tokens or activations with errors: a health check that failed in an earlier run stops this one too.
 
-    SAEs need no second check: weights that are not finite can be neither saved nor loaded.
+    SAEs need no second check: weights that are not finite cannot be saved or loaded.
     """
     require_sound(
         examine(reference, partition, store.require(reference.address, partition))

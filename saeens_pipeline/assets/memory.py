@@ -1,4 +1,4 @@
-"""How many SAEs are trained together, and on how much of a batch at once, so that they fit into the memory there is."""
+"""Memory of training: SAEs per group and tokens per micro-batch that fit, and smaller portions after running out of memory."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ Item = TypeVar("Item")
 logger = logging.getLogger(__name__)
 
 FEWEST_TOKENS = 64
-"""A micro-batch of fewer is not tried: what does not fit then are the weights."""
+"""Smallest micro-batch: below it the weights, not the batch, fill the memory."""
 
 
 class Portion(NamedTuple):
-    """How much is done at a time."""
+    """The SAEs of one group and the tokens of one micro-batch."""
 
     n_saes: int
     micro_batch_tokens: int | None
     """None: whole batches."""
 
     def half(self, batch_tokens: int) -> Portion | None:
-        """Half of the SAEs; of one, half of the tokens; None where that is as little as it gets."""
+        """Return half of the SAEs or, for one SAE, half of the tokens; None if that is too few."""
         if self.n_saes > 1:
             return self._replace(n_saes=(self.n_saes + 1) // 2)
         tokens = (self.micro_batch_tokens or batch_tokens) // 2
@@ -41,17 +41,17 @@ class Portion(NamedTuple):
 
 
 class MemoryPlan(NamedTuple):
-    """What SAEs are trained with, and what was tried before and did not fit."""
+    """The portion to train with, and the larger ones that ran out of memory."""
 
     portion: Portion
     too_much: tuple[Portion, ...] = ()
 
 
 def train_in_portions(saes: Sequence[Item], batch_tokens: int, first: Portion, train: Callable[[Sequence[Item], MemoryPlan], None]) -> None:
-    """Call `train` with as many of the SAEs at a time as `first` says, until all are trained.
+    """Call `train` with groups of `first.n_saes` SAEs until all are trained.
 
-    Where memory runs out the portion is halved, and what was being trained begins anew: SAEs do not depend on those beside them, and
-    a batch in parts has the same gradients but for rounding. Raises what ran out of memory where less cannot be tried.
+    When memory runs out, the portion is halved and the group starts again. SAEs do not depend on the others of their group, and
+    micro-batches give the same gradients up to rounding. Raises the out-of-memory error if no smaller portion is left.
     """
     plan, done = MemoryPlan(first), 0
     while done < len(saes):
@@ -68,24 +68,24 @@ def train_in_portions(saes: Sequence[Item], batch_tokens: int, first: Portion, t
 
 
 class TrainingMemory(NamedTuple):
-    """What training one SAE takes, in bytes of float32: what the plain step needs, compiled ones need less."""
+    """Memory of training one SAE in float32, in bytes. Compiled steps need less."""
 
     weights: int
-    """Each weight takes four numbers: itself, its gradient, two moments."""
+    """Four numbers for each weight: value, gradient, two moments."""
     token: int
-    """Of a batch: a number for each feature, and eight for each dimension."""
+    """For each token of a batch: one number for each feature, eight for each dimension."""
 
 
 def training_memory(config: SAEConfig) -> TrainingMemory:
-    """What an SAE of this configuration takes while it is trained."""
+    """Return the memory of training an SAE of this configuration."""
     weights = 16 * (2 * config.d_in * config.d_sae + 2 * config.d_sae + config.d_in)
     return TrainingMemory(weights, token=4 * (config.d_sae + 8 * config.d_in))
 
 
 def portion_within(memory_gb: float, configs: Sequence[SAEConfig], batch_tokens: int, name: str) -> Portion:
-    """As many of the SAEs, and as much of a batch, as should fit into `memory_gb`; 0 is no limit.
+    """Return the largest portion that should fit into `memory_gb`; 0 is no limit.
 
-    Each SAE counts as the widest does. Raises ConfigurationError where not even one SAE fits.
+    Every SAE counts as the widest. Raises ConfigurationError if not even one SAE fits.
     """
     everything = Portion(len(configs), None)
     if not memory_gb:
@@ -106,7 +106,7 @@ def portion_within(memory_gb: float, configs: Sequence[SAEConfig], batch_tokens:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, of the device or of the machine."""
+    """Return True for an error that says that memory ran out, on the device or the machine."""
     torch = sys.modules.get("torch")
     if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
         return True
@@ -115,9 +115,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def _smaller_if_out_of_memory(tried: Portion, batch_tokens: int) -> Iterator[list[Portion]]:
-    """Give a list that holds the next portion to try once the memory ran out inside; other errors go their way.
+    """Give a list to which the next portion to try is added when memory runs out inside. Other errors are raised.
 
-    The error, whose traceback holds on to the tensors, ends here.
+    The out-of-memory error ends here, because its traceback keeps the tensors alive.
     """
     smaller: list[Portion] = []
     try:

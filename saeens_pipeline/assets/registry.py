@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import polars as pl
 
 from saeens_pipeline.assets.declarations import Declaration, Dimensions, Input, Op, Reference, RunContext, Task
 from saeens_pipeline.assets.sources import SourceFacts, tokens_of
@@ -14,9 +16,6 @@ from saeens_pipeline.settings.experiments import CheckSettings, ExperimentSettin
 from saeens_pipeline.storage.names import Address, Partition
 from saeens_pipeline.storage.recipes import Artefact, Store
 from saeens_pipeline.storage.tables import Column, frame
-
-if TYPE_CHECKING:
-    import polars as pl
 
 Row = dict[str, Any]
 
@@ -51,16 +50,16 @@ class Markdown(str):
 
 
 class SharedPass(NamedTuple):
-    """Work that several tables share, such as one pass over the test activations. It is done once for those that are made together."""
+    """Work that several tables share, such as one pass over the test activations: done once for the tables of one op."""
 
     name: str
     run: Callable[[Subject, RunContext, Partition, Collection[str]], Any]
-    """Given the names of the tables that are made; its result is `Making.shared`."""
+    """Do the work for the tables of these names; its result is `Making.shared`."""
 
 
 @dataclass
 class Making:
-    """What the rows of one table are computed from."""
+    """The arguments of a table's `rows`."""
 
     subject: Subject
     context: RunContext
@@ -68,12 +67,12 @@ class Making:
     table: str
     """Name of the table."""
     provenance: dict[str, Any]
-    """Facts that the table's record keeps beside run, device and time."""
+    """Fields that `rows` adds to the table's record, which also has run, device and time."""
     run_shared_pass: Callable[[], Any]
 
     @property
     def shared(self) -> Any:
-        """The result of the table's shared pass."""
+        """Return the result of the table's shared pass."""
         return self.run_shared_pass()
 
     @property
@@ -83,63 +82,63 @@ class Making:
 
 @dataclass(frozen=True)
 class Table:
-    """One evaluation table. A module in this package that registers one adds it everywhere: assets, command line, UI, reference."""
+    """One evaluation table. A module in `tables` that registers one adds it everywhere: assets, command line, UI, reference."""
 
     name: str
     question: str
     """The question that the table answers; the first line of the asset's description."""
     columns: tuple[Column, ...] | Callable[[], tuple[Column, ...]]
-    """Columns beside `SUBJECT`; of a table over experiments, all columns. A function where they follow from other tables."""
+    """Columns after `SUBJECT`; of a table over experiments, all columns. A function if they depend on other tables."""
     rows: Callable[[Making], Iterable[Row] | pl.DataFrame] | None = None
-    """Compute the rows; heavy imports are inside. None for tables over experiments, which have ops of their own."""
+    """Compute the rows; the function imports torch itself. None for tables over experiments, which have their own ops."""
     inputs: Callable[[Subject], Sequence[Reference]] = lambda subject: subject.dictionaries
     version: int = 1
-    """Raised whenever the rows would change."""
+    """Increased whenever the rows would change."""
     dimensions: Dimensions = "layer_and_seed"
     order: int = 100
-    """Place in lists."""
+    """Sort key in lists."""
     by_default: bool = False
-    """Whether experiments fill it that name no evaluations."""
+    """True: experiments without a list of evaluations fill it."""
     settings: Callable[[ExperimentSettings], Mapping[str, Any]] = lambda experiment: {}
-    """Settings that decide the rows, beside the number of members and, where seeds are compared, the seeds."""
+    """Return the settings that decide the rows, in addition to the number of members and, for tables that compare seeds, the seeds."""
     partition_settings: Callable[[ExperimentSettings], Mapping[str, Any]] = lambda experiment: {}
-    """Identities of data that decide the rows, looked up when the recipe is asked for."""
+    """Return identities of data that decide the rows; read when the recipe is computed."""
     unavailable: Callable[[], Mapping[str, Any]] = dict
-    """As `Declaration.unavailable`."""
+    """See `Declaration.unavailable`."""
     shared_pass: SharedPass | None = None
     on_device: bool = True
     requires: tuple[str, ...] = ()
-    """Tables that it is computed from."""
+    """Tables among its inputs."""
     complaint: Callable[[ExperimentSettings], str] = lambda experiment: ""
-    """Return why an experiment cannot have this table; empty if it can."""
+    """Return the reason why an experiment cannot have this table; empty if it can."""
     preflight: Callable[[ExperimentSettings, Callable[[], SourceFacts]], None] = lambda experiment, facts: None
-    """Raise SaeensError, before any training, for what would make the table fail after it. Facts are looked up on demand."""
+    """Raise SaeensError, before any training, for settings or data with which the table would fail. The facts are read on demand."""
     has_slow_preflight: bool = False
-    """Whether the preflight takes seconds in every process."""
+    """True: the preflight takes seconds in every process."""
     announcement: Callable[[ExperimentSettings, int], str] = lambda experiment, n_partitions: ""
-    """Return what `saeens run` says before it makes so many partitions of the table."""
+    """Return the text that `saeens run` prints before it computes that number of partitions of the table."""
     headlines: tuple[Headline, ...] = ()
     seed_metrics: Mapping[str, str] = field(default_factory=dict)
-    """Columns of which the leaderboard gives mean, interval and points over seeds, each with its meaning there."""
+    """Metrics of the leaderboard, which has their mean, interval and points over seeds: meaning by column."""
     over_experiments: bool = False
-    """Whether it compares experiments, rather than belonging to one."""
+    """True: it compares experiments. False: it belongs to one experiment."""
     may_be_empty: bool = False
     warnings: Callable[[pl.DataFrame, CheckSettings], Iterable[str]] = lambda table, checks: ()
-    """Quality below what the experiment's `checks` ask for."""
+    """Give a sentence for every value below the thresholds of the experiment's `checks`."""
     summary: Callable[[pl.DataFrame, Artefact], Mapping[str, Any]] = lambda table, artefact: {}
-    """Metadata for the UI beside the headline."""
+    """Return metadata for the UI, in addition to the headline."""
     is_large: bool = False
-    """Whether the UI shows only its number of rows."""
+    """True: the UI shows only its number of rows."""
     note: Callable[[Store, str, Collection[int], int | None], str] = lambda store, experiment, seeds, layer: ""
-    """Return what a reader of the table should know, given experiment, seeds, and one layer or all."""
+    """Return a note for readers of the table, given experiment, seeds, and one layer or None for all."""
     sae_part: str = "weights"
-    """What of an SAE it reads: the column that its rows are computed from in the column lineage."""
+    """The part of an SAE that it reads, as named in the column lineage."""
     source_parts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    """What of a source a column reads, by asset and column; `*` stands for columns that are not listed."""
+    """The part of a source that a column reads, by asset and column; `*` stands for all columns that are not listed."""
 
     @property
     def all_columns(self) -> tuple[Column, ...]:
-        """Columns in order, with those of the subject."""
+        """Return all columns in order, `SUBJECT` first."""
         columns = self.columns() if callable(self.columns) else self.columns
         return columns if self.over_experiments else SUBJECT + columns
 
@@ -157,13 +156,13 @@ def register(table: Table) -> Table:
 
 
 def listed(*, over_experiments: bool | None = None) -> list[Table]:
-    """Return the tables in order: all, or those that do or do not compare experiments."""
+    """Return the tables in order: all, or only those with this value of `over_experiments`."""
     chosen = [table for table in TABLES.values() if over_experiments is None or table.over_experiments == over_experiments]
     return sorted(chosen, key=lambda table: (table.order, table.name))
 
 
 def find_table(name: str) -> Table:
-    """Return the table of an experiment with this name. Raises ConfigurationError, which lists those that exist."""
+    """Return the table of an experiment with this name. Raises ConfigurationError, with the known names, for another name."""
     table = TABLES.get(name)
     if table is None or table.over_experiments:
         raise ConfigurationError(f"there is no table {name!r}; there are: {', '.join(t.name for t in listed(over_experiments=False))}")
@@ -171,12 +170,12 @@ def find_table(name: str) -> Table:
 
 
 def columns_of(name: str) -> tuple[Column, ...]:
-    """Return all columns of a table, those of the subject first."""
+    """Return all columns of a table, `SUBJECT` first."""
     return TABLES[name].all_columns
 
 
 def table_frame(name: str, rows: Iterable[Mapping[str, Any]]) -> pl.DataFrame:
-    """Return rows as a data frame with exactly the table's columns. Raises ValueError for a column that it does not have."""
+    """Return rows as a data frame with exactly the table's columns. Raises ValueError for a column that the table does not have."""
     return frame(name, columns_of(name), rows)
 
 
@@ -186,7 +185,7 @@ def seed_metrics() -> dict[str, tuple[str, str]]:
 
 
 def evaluations_of(experiment: ExperimentSettings) -> list[Table]:
-    """Return the tables that an experiment fills, each after those that it requires."""
+    """Return the tables that an experiment fills, each after the tables that it requires."""
     if experiment.evaluations is None:
         wanted = [table for table in listed(over_experiments=False) if table.by_default]
     else:
@@ -210,7 +209,7 @@ def fills(experiment: ExperimentSettings, name: str) -> bool:
 
 
 def complaint_about(experiment: ExperimentSettings) -> tuple[int, str] | None:
-    """Return what is wrong with `evaluations`, and with which entry; None if nothing is."""
+    """Return the index of the first wrong entry of `evaluations`, with an error message; None if all are right."""
     for i, name in enumerate(experiment.evaluations or ()):
         if name not in TABLES or TABLES[name].over_experiments:
             known = ", ".join(table.name for table in listed(over_experiments=False))
@@ -235,21 +234,21 @@ class Subject:
 
     @property
     def tokens(self) -> Reference:
-        """The tokens of the source."""
+        """Return the tokens of the source."""
         return tokens_of(self.experiment.source)
 
     @property
     def dictionaries(self) -> list[Declaration]:
-        """Both ensembles and the baselines."""
+        """Return both ensembles and the baselines."""
         return [self.bagging, self.boosting, *(declaration for _, _, declaration in self.baselines)]
 
     @cached_property
     def tables(self) -> dict[str, Declaration]:
-        """The tables that the experiment fills, by name."""
+        """Return the tables that the experiment fills, by name."""
         return {table.name: self._declare(table) for table in evaluations_of(self.experiment)}
 
     def table(self, name: str) -> Declaration:
-        """Return the declaration of a table that another one requires."""
+        """Return the declaration of a table that another table requires."""
         return self._declare(TABLES[name])
 
     def _declare(self, table: Table) -> Declaration:
@@ -291,7 +290,7 @@ class Subject:
         return [store.require(artefact.address, where) for _, artefact, where in ensemble.input_partitions(partition)]
 
     def methods(self, store: Store, partition: Partition) -> Iterator[tuple[str, int, list[Artefact]]]:
-        """Give every method and size that is measured: its name, n_members, and its SAEs."""
+        """Give every measured method and size: method, n_members, and SAEs."""
         bagging, boosting = self.members(store, self.bagging, partition), self.members(store, self.boosting, partition)
         yield "single", 1, bagging[:1]
         for n in range(1, len(bagging) + 1):
@@ -303,13 +302,13 @@ class Subject:
 
     @property
     def whole(self) -> list[tuple[str, int, Declaration]]:
-        """Every dictionary with all its members: method, n_members, declaration."""
+        """Return every dictionary with all its members: method, n_members, declaration."""
         size = self.experiment.ensemble.members
         return [("bagging", size, self.bagging), ("boosting", size, self.boosting), *self.baselines]
 
 
 def table_ops(subject: Subject) -> list[Op]:
-    """Declare the tables of an experiment. Those of one shared pass are one op."""
+    """Declare the ops of an experiment's tables. Tables with the same shared pass are one op."""
     groups: dict[str, list[Table]] = {}
     for table in evaluations_of(subject.experiment):
         groups.setdefault(table.shared_pass.name if table.shared_pass else table.name, []).append(table)
@@ -318,8 +317,6 @@ def table_ops(subject: Subject) -> list[Op]:
 
 def _table_op(subject: Subject, name: str, tables: Sequence[Table]) -> Op:
     def make(context: RunContext, tasks: Sequence[Task]) -> None:
-        import polars as pl
-
         partition, wanted = tasks[0].partition, {task.declaration.address.name for task in tasks}
         shared = _Once(lambda shared_pass: shared_pass.run(subject, context, partition, wanted))
         made: list[tuple[Task, pl.DataFrame, dict[str, Any]]] = []
@@ -338,7 +335,7 @@ def _table_op(subject: Subject, name: str, tables: Sequence[Table]) -> Op:
 
 
 class _Once:
-    """Calls a function of a shared pass once and keeps its result."""
+    """A cache: the function of a shared pass is called once, and its result is kept."""
 
     def __init__(self, run: Callable[[SharedPass], Any]) -> None:
         self._run = run

@@ -1,4 +1,4 @@
-"""Residuals: what each boosting round leaves for the next. Their bytes may be dropped; their recipe stays."""
+"""Residuals: the inputs of boosting rounds after the first. Their bytes may be dropped; their record stays."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RESIDUAL_VERSION = 1
 
 
 def open_reader(store: Store, given: Reference, partition: Partition, device: str = "cpu") -> ActivationReader:
-    """Activations or a residual, for reading. A residual without bytes is computed from its nearest stored ancestor."""
+    """Open activations or a residual. A residual without bytes is computed from its nearest stored ancestor."""
     artefact = store.require(given.address, given.narrow(partition))
     if artefact.files or not isinstance(given, Declaration):
         return ActivationStore(artefact.path)
@@ -40,7 +40,7 @@ def _view(store: Store, activations: Reference, boosting_round: Reference, parti
 
 
 def residual_op(experiment: ExperimentSettings, number: int, given: Reference, boosting_round: Declaration) -> Op:
-    """Declare residual `number`: `given` minus what round `number` reconstructs of it."""
+    """Declare residual `number`: `given` minus its reconstruction by round `number`."""
     residual = Declaration(
         address=Address(experiment.name, "boosting", f"residual_{number}"),
         dimensions="layer_and_seed",
@@ -52,7 +52,7 @@ def residual_op(experiment: ExperimentSettings, number: int, given: Reference, b
         seeds=tuple(experiment.ensemble.seeds),
         kinds=frozenset({"zarr"}),
         tags={"experiment": experiment.name, "source": experiment.source, "method": "boosting"},
-        description=f"What round {number} leaves of the activations\n\nIts bytes may be dropped (`keep_residuals`) and computed again.",
+        description=f"Residual after round {number}\n\nIts bytes may be dropped (`keep_residuals`) and are computed again when needed.",
     )
 
     def make(context: RunContext, tasks: Sequence[Task]) -> None:

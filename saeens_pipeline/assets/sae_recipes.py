@@ -1,4 +1,4 @@
-"""The SAE in a recipe: its configuration once the width of the activations is known."""
+"""SAE configurations from recipes and settings, given the width of the activations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from saeens_models import SAEConfig, SAESettings
 
 START = "initial weights"
-"""Name of the input whose weights an SAE starts from."""
+"""Name of the input that provides the initial weights of an SAE."""
 
 
 def sae_config(fields: Mapping[str, Any], d_in: int, *, seed: int, name: str) -> SAEConfig:

@@ -1,4 +1,4 @@
-"""The one builder of SAEs: members, boosting rounds and baselines differ in their inputs, not in how they are made."""
+"""The builder of SAEs. Members, boosting rounds and baselines differ in their inputs only."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ class Target:
     name: str
     description: str
     init_index: int
-    """Tells the initial weights of the SAEs of one ensemble apart."""
+    """Index of its initial weights, different for each SAE of an ensemble."""
     sae: SAESettings
     training: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of the experiment's training that differ for it."""
+    """Training settings that differ from the experiment's."""
     epochs: int = 1
-    """Passes over its input, each in another order; schedules are stretched over all."""
+    """Passes over its input, each in another order; schedules extend over all passes."""
     documents: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """Labels of the documents that it is trained on; none: all documents."""
+    """Labels of the documents that it is trained on; empty: all documents."""
     start_from: Reference | None = None
-    """The SAE whose weights it starts from."""
+    """The SAE that provides its initial weights."""
 
 
 def init_seed(ensemble_seed: int, index: int) -> int:
-    """Seed of the initial weights of SAE `index` of an ensemble: different for every seed and index."""
+    """Return the seed of the initial weights of SAE `index` of an ensemble, different for every ensemble seed and index."""
     return ensemble_seed * (MAX_MEMBERS + 1) + index
 
 
@@ -54,8 +54,8 @@ def sae_op(
 ) -> Op:
     """Declare SAEs that are trained together on one stream of `given` (activations or a residual).
 
-    `twin`: an SAE made before these that may have the same recipe. Where it has, or an SAE of another experiment, its files are
-    linked instead of training them again. Where several are trained together none has `documents`, `epochs` or `training` of its own.
+    `twin`: an SAE made earlier that may have the same recipe. If it has, or an SAE of another experiment has, its files are linked and
+    nothing is trained. SAEs that are trained together have no `documents`, `epochs` or `training` of their own.
     """
     outputs = tuple(_declare(experiment, target, given, partial(_seeds, target.init_index), after=twin) for target in targets)
 
@@ -68,11 +68,11 @@ def sae_op(
 
 
 def concurrent_rounds_op(name: str, experiment: ExperimentSettings, rounds: Sequence[Target], given: Reference, *, twin: Reference) -> Op:
-    """Declare boosting rounds that are trained in one pass over `given`, each on what those before it leave.
+    """Declare boosting rounds that are trained in one pass over `given`, each on the residual of the earlier rounds.
 
-    What decides a round is `given`, the settings and the initial weights of the rounds before it: round 1 is decided as its
-    `twin` is, and linked where that is there. No round depends on those after it, and so what is missing is made by training
-    all rounds up to the last that is missing.
+    The recipe of a round has `given`, the settings, and the initial weights of the earlier rounds. Round 1 has the recipe of its `twin`,
+    and is linked if the twin exists. No round depends on later ones: missing rounds are made by training all rounds up to the last
+    missing one.
     """
     first, *later = rounds
     outputs = [_declare(experiment, first, given, partial(_seeds, first.init_index), after=twin)]
@@ -124,13 +124,13 @@ def _declare(
 
 
 def _seeds(init_index: int, partition: Partition) -> dict[str, int]:
-    """The SAEs of one ensemble see the same data in the same order and differ in their initial weights; ensembles differ in both."""
+    """Return the seeds of one SAE. SAEs of an ensemble share the order of the data and differ in their initial weights."""
     assert partition.seed is not None, "SAEs are partitioned by layer and seed"
     return {"init_seed": init_seed(partition.seed, init_index), "data_seed": partition.seed}
 
 
 def _seeds_after(init_indices_before: Sequence[int], init_index: int, partition: Partition) -> dict[str, Any]:
-    """Those of a round that is trained concurrently: the initial weights of the rounds before it decide what it is given."""
+    """Return the seeds of a concurrently trained round, with those of the earlier rounds, which decide its input."""
     assert partition.seed is not None, "SAEs are partitioned by layer and seed"
     return _seeds(init_index, partition) | {"init_seeds_before": [init_seed(partition.seed, index) for index in init_indices_before]}
 
@@ -143,7 +143,7 @@ def validate_targets(experiment: ExperimentSettings, d_in: int) -> None:
 
 
 def config_of(declaration: Declaration, d_in: int) -> SAEConfig:
-    """The SAE that a declaration of this module makes of activations of this width, whatever the seed. Raises as `validate_targets`."""
+    """Return the configuration of a declared SAE for activations of this width, with seed 0. Raises as `validate_targets`."""
     return sae_config(declaration.settings["sae"], d_in, seed=0, name=str(declaration.address))
 
 

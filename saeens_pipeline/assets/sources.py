@@ -10,9 +10,12 @@ from typing import Any, NamedTuple
 from saeens_pipeline import progress
 from saeens_pipeline.assets.declarations import Declaration, Input, Op, Reference, RunContext, Task, with_file
 from saeens_pipeline.errors import ConfigurationError, SaeensError
+from saeens_pipeline.language_models.caching import cache_activations
 from saeens_pipeline.language_models.corpora import open_corpus
 from saeens_pipeline.language_models.descriptions import LanguageModelDescription, validate_hook
-from saeens_pipeline.language_models.models import describe_language_model
+from saeens_pipeline.language_models.models import describe_language_model, load_language_model
+from saeens_pipeline.language_models.patching import validate_patch
+from saeens_pipeline.language_models.tokens import open_tokens, validate_token_settings, write_tokens
 from saeens_pipeline.settings.experiments import ExperimentSettings
 from saeens_pipeline.settings.sources import SourceSettings
 from saeens_pipeline.storage.locks import writing_if_free
@@ -21,23 +24,23 @@ from saeens_pipeline.storage.recipes import Artefact, Store
 
 TOKENS_VERSION = 1
 ACTIVATIONS_VERSION = 1
-BATCH_WINDOWS, BATCH_TOKENS = 32, 2**14  # in the language model at once, whichever is less
+BATCH_WINDOWS, BATCH_TOKENS = 32, 2**14  # limits of one batch of the language model
 
 _TOKEN_FIELDS = ("context_length", "packing", "windows_per_document", "drop", "train_tokens", "test_tokens")
 
 
 def activations_of(source: str) -> Reference:
-    """The activations of a source, as experiments refer to them."""
+    """Return a reference to the activations of a source."""
     return Reference(Address(source, "source", "activations"), "layer")
 
 
 def tokens_of(source: str) -> Reference:
-    """The tokens of a source, as experiments refer to them."""
+    """Return a reference to the tokens of a source."""
     return Reference(Address(source, "source", "tokens"), "none")
 
 
 class SourceFacts(NamedTuple):
-    """Facts about a source that decide whether tables can be filled: its language model, hook, and dropped positions."""
+    """Facts about a source that preflights need: its language model, hook, and dropped positions."""
 
     model: LanguageModelDescription
     hook: str
@@ -45,19 +48,17 @@ class SourceFacts(NamedTuple):
 
 
 def recorded_facts(store: Store, source: str, layer: int | None) -> SourceFacts:
-    """Return the facts that the records of a source's activations and tokens hold. Raises as `language_model_of`."""
+    """Return a source's facts from the records of its activations and tokens. Raises as `language_model_of`."""
     activations = store.require(activations_of(source).address, Partition(layer))
     tokens = store.require(tokens_of(source).address, Partition())
     return SourceFacts(language_model_of(activations), activations.recipe["settings"]["hook"], tokens.recipe["settings"]["drop"])
 
 
 def measures_loss(experiment: ExperimentSettings, model: LanguageModelDescription, hook: str) -> bool:
-    """Return whether the language model has a next-token loss that can be measured with a reconstruction at this hook.
+    """Return True if the next-token loss of the language model can be measured with a reconstruction at this hook.
 
-    Raises ConfigurationError where it has none and the experiment asks for it, rather than by default.
+    Raises ConfigurationError if it cannot and the experiment file sets `ce_loss_tokens` to more than 0.
     """
-    from saeens_pipeline.language_models.patching import validate_patch
-
     try:
         if not model.has_head:
             raise ConfigurationError(
@@ -73,20 +74,20 @@ def measures_loss(experiment: ExperimentSettings, model: LanguageModelDescriptio
 
 
 def language_model_of(made: Artefact) -> LanguageModelDescription:
-    """The language model that activations were read from, or tokens were made for.
+    """Return the language model of activations or tokens, described from its files today.
 
-    Raises ConfigurationError where it is not there any more, SaeensError where its files are others now.
+    Raises ConfigurationError if the language model no longer exists, SaeensError if its files have changed.
     """
     settings = made.recipe["settings"]
     identity = settings["tokenizer"] if "tokenizer" in settings else settings["language_model"]
     description = describe_language_model(identity["name"], identity["revision"])
     if description.identity != identity:
-        raise SaeensError(f"the files of {description.name} have changed since {made.path} was made from it: make that again first")
+        raise SaeensError(f"the files of {description.name} have changed since {made.path} was made from them: make that again first")
     return description
 
 
 def source_ops(settings: SourceSettings) -> list[Op]:
-    """The two ops of a source. The language model's and the corpus' identities are looked up when a recipe is asked for."""
+    """Declare the two ops of a source. Identities of language model and corpus are read when a recipe is computed."""
     tags = {"source": settings.name}
     tokens = Declaration(
         **vars(tokens_of(settings.name)),
@@ -114,12 +115,10 @@ def source_ops(settings: SourceSettings) -> list[Op]:
         kinds=frozenset({"zarr", "pytorch"}),
         tags=tags,
         description=f"{settings.hook} of {settings.language_model} by layer, {settings.weights} weights\n\n"
-        f"One row per kept token, in {settings.dtype}; one forward pass serves all layers that are asked for together.",
+        f"One row per kept token, in {settings.dtype}; one forward pass serves all layers that are requested together.",
     )
 
     def make_tokens(context: RunContext, tasks: Sequence[Task]) -> None:
-        from saeens_pipeline.language_models.tokens import write_tokens
-
         (task,) = tasks
         provenance = context.provenance(task.declaration)
         total = settings.train_tokens + settings.test_tokens
@@ -137,10 +136,6 @@ def source_ops(settings: SourceSettings) -> list[Op]:
             provenance["statistics"] = asdict(statistics)
 
     def make_activations(context: RunContext, tasks: Sequence[Task]) -> None:
-        from saeens_pipeline.language_models.caching import cache_activations
-        from saeens_pipeline.language_models.models import load_language_model
-        from saeens_pipeline.language_models.tokens import open_tokens
-
         store = context.store
         description = validate_source(settings, [task.partition.layer for task in tasks if task.partition.layer is not None])
         model = load_language_model(description, settings.weights, context.compute.resolve(), settings.language_model_dtype)
@@ -169,13 +164,13 @@ def source_ops(settings: SourceSettings) -> list[Op]:
                 provenance["statistics"] = {split: each.to_json() for split, each in statistics[layer].items()}
 
     def _other_requested_layers(context: RunContext, first: Task, there_are: Collection[int], stack: contextlib.ExitStack) -> list[Task]:
-        """Layers that are asked for as well, that are not on disk yet, and that nobody else is making: one forward pass serves them all."""
+        """Return the tasks of other requested layers that are missing and that no other process makes: one forward pass serves them all."""
         store = context.store
         others = [Partition(layer) for layer in context.requested_layers() if layer != first.partition.layer and layer in there_are]
         tasks = [Task(activations, partition, activations.recipe(store, partition)) for partition in others]
         missing = [task for task in tasks if not store.hit(*task.where, task.recipe)]
         free = [task for task in missing if stack.enter_context(writing_if_free(store.root, *task.where))]
-        return [task for task in free if not store.hit(*task.where, task.recipe)]  # others may have made them meanwhile
+        return [task for task in free if not store.hit(*task.where, task.recipe)]  # another process may have made them before the lock
 
     ops = [
         Op(tokens.address.op_name, (tokens,), make_tokens),
@@ -185,9 +180,10 @@ def source_ops(settings: SourceSettings) -> list[Op]:
 
 
 def validate_source(settings: SourceSettings, layers: Sequence[int]) -> LanguageModelDescription:
-    """Find out before anything is spent whether the language model is there, has these layers and this hook, and takes such tokens."""
-    from saeens_pipeline.language_models.tokens import validate_token_settings
+    """Check that the language model exists, has these layers and this hook, and takes the source's tokens; return its description.
 
+    Raises ConfigurationError or SaeensError, before any work.
+    """
     description = _language_model(settings)
     validate_hook(description, settings.hook, layers)
     validate_token_settings(description, **settings.model_dump(include=set(_TOKEN_FIELDS)))
@@ -195,12 +191,12 @@ def validate_source(settings: SourceSettings, layers: Sequence[int]) -> Language
 
 
 def validate_corpus(settings: SourceSettings) -> None:
-    """Find out before anything is spent whether the corpus can be read; of a data set of the hub, where it can be reached."""
+    """Check, before any work, that the corpus can be read; for a data set of the hub, if the hub can be reached."""
     open_corpus(settings.corpus).require_readable()
 
 
 def _settings_of_activations(settings: SourceSettings) -> dict[str, Any]:
-    """The dtype that the language model computes in is left out where it is float32, as it was before there was a choice."""
+    """Return the settings of a recipe. The language model's dtype is left out if float32, so that older recipes stay valid."""
     dtype = {} if settings.language_model_dtype == "float32" else {"language_model_dtype": settings.language_model_dtype}
     return settings.model_dump(include={"language_model", "revision", "hook", "weights", "dtype"}) | dtype
 

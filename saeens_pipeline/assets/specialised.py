@@ -1,4 +1,4 @@
-"""Bagging members that see a part of the corpus: the rows of documents with some labels, out of the activations of all."""
+"""Specialised bagging members: the activations of documents with some labels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def require_labels(store: Store, experiment: ExperimentSettings) -> None:
-    """Raise ConfigurationError, with the labels that there are, where a member of the experiment asks for one that no document has."""
+    """Raise ConfigurationError, with the known labels, if a member is to be trained on a label that no document has."""
     from saeens_pipeline.language_models.tokens import open_tokens
 
     asking = [each for each in experiment.ensemble.specialised if each.documents]
@@ -32,11 +32,11 @@ def require_labels(store: Store, experiment: ExperimentSettings) -> None:
 
 
 def open_documents(store: Store, activations: Artefact, source: str, labels: Mapping[str, Sequence[str]]) -> SelectedDocuments:
-    """The training rows of the documents with these labels, for reading."""
+    """Open the training rows of the documents with these labels. Raises SaeensError for activations made from other tokens."""
     from saeens_pipeline.language_models.tokens import open_tokens
     from saeens_pipeline.storage.selection import SelectedDocuments
 
     tokens = store.require(tokens_of(source).address, Partition())
-    if activations.recipe["inputs"]["tokens"] != tokens.data_version:  # whose documents have other numbers
-        raise SaeensError(f"{activations.path} was made from other tokens than those of {source} now: make the activations again")
+    if activations.recipe["inputs"]["tokens"] != tokens.data_version:  # the numbers of documents differ
+        raise SaeensError(f"{activations.path} was made from tokens of {source} that have changed since: make the activations again")
     return SelectedDocuments(ActivationStore(activations.path), "train", open_tokens(tokens.path).documents_with("train", labels))

@@ -1,4 +1,4 @@
-"""What an experiment needs: every artefact, whether it is there, and what to make in which order."""
+"""Staleness: the state of every artefact of an experiment, and the stages in which to make them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from saeens_pipeline.storage.names import Address, Partition, place
 from saeens_pipeline.storage.recipes import DamagedArtefactError, Store
 
 State = Literal["fresh", "stale", "damaged", "missing", "running", "failed"]
-"""Recipes know the first four. That a run works on what is not fresh, or failed to make it, is Dagster's to say (`run_states`)."""
+"""The first four follow from recipes and files; `running` and `failed` come from Dagster's runs (`run_states`)."""
 
 
 @dataclass(frozen=True)
 class Status:
-    """One artefact of one partition: its state, and why.
+    """The state of one artefact in one partition, and the reason.
 
-    `causes`: the artefacts that are not fresh themselves and that this one is stale for, directly or by way of others.
+    `causes`: the artefacts, direct or indirect inputs, that are not fresh and make this one stale.
     """
 
     declaration: Declaration
@@ -34,7 +34,7 @@ class Status:
 
 @dataclass(frozen=True)
 class Stage:
-    """What one run makes: artefacts of one partition, in an order that respects what depends on what."""
+    """The artefacts of one run: all of one partition, inputs before the artefacts made from them."""
 
     partition: Partition
     statuses: tuple[Status, ...]
@@ -45,10 +45,10 @@ class Stage:
 
 
 def plan(store: Store, ops: Sequence[Op], layers: Sequence[int], seeds: Sequence[int]) -> list[Stage]:
-    """The stages that bring an experiment up to date: tokens, then per layer activations, per seed all SAEs and tables, stability.
+    """Return the stages of an experiment in order: tokens; activations by layer; SAEs and tables by layer and seed; tables across seeds.
 
-    An artefact is stale when its recipe is not the one that it should have now, or when something that it is made from is
-    not fresh; it is damaged when its files are not those that its recipe lists.
+    An artefact is stale if its recipe differs from the present one or an input is not fresh. It is damaged if its files are not those
+    in its record.
     """
     outputs = [output for op in ops for output in op.outputs]
     known: dict[tuple[Address, Partition], Status] = {}
@@ -98,7 +98,7 @@ def _causes(declaration: Declaration, partition: Partition, known: dict[tuple[Ad
 
 
 def _following(causes: Sequence[Status]) -> str:
-    """Where a chain of what is not fresh begins: the first artefact in words, others as a number."""
+    """Return the reason of a stale artefact from its causes: the first in words, the others as a number."""
     first = causes[0]
     why = f": {first.reason}" if first.state == "stale" else ""
     others = f"; {len(causes) - 1} more that it follows from {'is' if len(causes) == 2 else 'are'} not fresh" if len(causes) > 1 else ""

@@ -1,4 +1,4 @@
-"""Training of SAEs: streams of activations, checkpoints, memory, and what is written of each SAE."""
+"""Training of SAEs: streams of activations, checkpoints, memory, files and records. Training steps are in `saeens_models`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from saeens_pipeline.storage.recipes import Store
 
 
 class _Trained(NamedTuple):
-    """An SAE, how its training went, and what that took."""
+    """A trained SAE, its training curve, and the fields of its record."""
 
     sae: SAE
     curve: list[CurvePoint]
@@ -53,15 +53,15 @@ def train_saes(context: RunContext, tasks: Sequence[Task], given: Reference, out
 
 
 def _initial(store: Store, task: Task) -> SAE | None:
-    """The SAE that a task's starts from, if there is one."""
+    """Return the SAE that provides the initial weights, if the task has one."""
     start = next((each.artefact for each in task.declaration.inputs if each.name == START), None)
     return sm.load_sae(store.require(start.address, task.partition).path) if start else None
 
 
 def train_rounds(context: RunContext, tasks: Sequence[Task], given: Reference, rounds: Sequence[Declaration], op_name: str) -> None:
-    """Train boosting rounds concurrently and write those of these tasks.
+    """Train boosting rounds concurrently and write the rounds of these tasks.
 
-    The rounds before them are trained once more: their residual at every step is not on disk.
+    Earlier rounds are trained again, because their residual at every step is not on disk.
     """
     partition = tasks[0].partition
     asked = {task.declaration.address for task in tasks}
@@ -77,13 +77,13 @@ def train_rounds(context: RunContext, tasks: Sequence[Task], given: Reference, r
                 if task.declaration.address in asked:
                     _write(context, task, trained, f"residual_{number}" if number else given.address.name)
 
-    # Rounds need each other at every step: the one thing that can be made smaller is the micro-batch.
+    # Rounds need each other at every step, so only the micro-batch can be made smaller.
     train_in_portions([None], training.config.batch_tokens, training.first_portion()._replace(n_saes=1), train)
 
 
 @contextlib.contextmanager
 def _checkpoints(context: RunContext, tasks: Sequence[Task], outputs: Sequence[Declaration], op_name: str) -> Iterator[Checkpoints | None]:
-    """The checkpoints of these SAEs, which are removed once nothing of the op needs them any more; None where there are to be none."""
+    """Give the checkpoints of these SAEs, and remove them after success; None if checkpoints are switched off."""
     seconds = checkpoint_seconds()
     if seconds is None:
         yield None
@@ -98,7 +98,7 @@ def _checkpoints(context: RunContext, tasks: Sequence[Task], outputs: Sequence[D
             kept = (
                 ""
                 if checkpoints.tokens is None
-                else f"; {file}, after {checkpoints.tokens:,} tokens, is kept, and training goes on from it"
+                else f"; {file}, after {checkpoints.tokens:,} tokens, is kept, and training resumes from it"
             )
             raise SaeensError(f"the disk below {context.store.root} is full ({error}){kept}: free some space and run again") from error
         raise
@@ -106,14 +106,14 @@ def _checkpoints(context: RunContext, tasks: Sequence[Task], outputs: Sequence[D
 
 
 def _missing_beside(store: Store, tasks: Sequence[Task], outputs: Sequence[Declaration]) -> list[str]:
-    """Recipes of what the op makes besides these tasks and has not made yet: they may go on from the same checkpoint."""
+    """Return the recipes of the op's other missing outputs, which may resume from the same checkpoint."""
     partition, of_tasks = tasks[0].partition, {task.declaration.address for task in tasks}
     recipes = {each.address: each.recipe(store, partition) for each in outputs if each.address not in of_tasks}
     return [recipe.hash for address, recipe in recipes.items() if store.hit(address, partition, recipe) is None]
 
 
 class _Stream:
-    """The shuffled training rows of a reader, batch by batch, on the device; says how far training has come."""
+    """The shuffled training rows of a reader, in batches on the device, with progress."""
 
     def __init__(
         self, reader: ActivationReader, batch_tokens: int, device: str, advance: progress.Advance, *, seed: int, epochs: int
@@ -128,13 +128,13 @@ class _Stream:
         if step:
             self._advance(min(step * self._batch_tokens, self._epochs * self._reader.n_rows("train")), before=True)
         batches = self._reader.batches("train", self._batch_tokens, seed=self._seed, epochs=self._epochs, skipped_batches=step)
-        for batch in on_device(batches, self._device):  # which may read one more: progress is that of the training
+        for batch in on_device(batches, self._device):  # this may read one batch ahead: progress counts batches of the training
             self._advance(len(batch))
             yield batch
 
 
 class _Training:
-    """SAEs of some tasks on one stream of `given`: what they are, and the settings that they share."""
+    """The training of some tasks' SAEs on one stream of `given`: reader, device and shared settings."""
 
     def __init__(self, context: RunContext, tasks: Sequence[Task], given: Reference) -> None:
         store, partition = context.store, tasks[0].partition
@@ -160,7 +160,7 @@ class _Training:
         )
 
     def first_portion(self) -> Portion:
-        """What the memory budget of the device lets be tried."""
+        """Return the largest portion within the memory budget of the device."""
         configs = [_config(task, self._reader.d_in) for task in self._tasks]
         memory_gb, name = self._context.compute.memory_gb, str(self._tasks[0].declaration.address)
         return portion_within(memory_gb, configs, self.config.batch_tokens, name)
@@ -168,7 +168,7 @@ class _Training:
     def fit(
         self, tasks: Sequence[Task], train: Callable[..., list[SAE]], checkpoints: Checkpoints | None, plan: MemoryPlan
     ) -> list[_Trained]:
-        """Train the SAEs of some of the tasks with `sm.train`, or what is called as it is."""
+        """Train the SAEs of some tasks with `sm.train` or a function with the same signature."""
         context, n_tokens = self._context, self._n_tokens
         configs = [_config(task, self._reader.d_in) for task in tasks]
         curves: list[list[CurvePoint]] = [[] for _ in tasks]
@@ -176,7 +176,7 @@ class _Training:
         first, last = tasks[0].declaration.address, tasks[-1].declaration.address.name
         label = f"{first}, {tasks[0].partition}" if len(tasks) == 1 else f"{first} to {last}, {tasks[0].partition}"
         needed = sum(4 * (2 * config.d_in + 2) * config.d_sae for config in configs)
-        if checkpoints is not None:  # a new one is written beside the one before
+        if checkpoints is not None:  # a new checkpoint is written before the previous one is removed
             needed = 2 * checkpoint_bytes(configs) - (checkpoints.file.stat().st_size if checkpoints.file.exists() else 0)
         require_free_disk(context.store.root, needed, f"training {label}")
 
@@ -218,7 +218,7 @@ class _Training:
 
 
 def _require_room(context: RunContext, tasks: Sequence[Task], fitted: Sequence[_Trained]) -> None:
-    """Raise SaeensError, with what is needed, before the first SAE is written rather than after a part of them."""
+    """Raise SaeensError, before the first SAE is written, if the disk has no room for all of them."""
     needed = sum(weight.nbytes for trained in fitted for weight in trained.sae.state_dict().values())
     require_free_disk(context.store.root, needed, f"writing {len(fitted)} SAEs of {tasks[0].declaration.address.owner}")
 
@@ -233,7 +233,7 @@ def _write(context: RunContext, task: Task, trained: _Trained, trained_on: str) 
 
 
 def _saelens_metadata(store: Store, source: str, partition: Partition) -> dict[str, Any]:
-    """What SAELens and SAEBench look for: which activations of which model the SAE is an SAE of."""
+    """Return the metadata that SAELens and SAEBench read: language model, hook, layer, context size and data set."""
     activations = store.require(Address(source, "source", "activations"), Partition(partition.layer)).recipe["settings"]
     tokens = store.require(Address(source, "source", "tokens"), Partition()).recipe["settings"]
     hook, layer = activations["hook"], partition.layer

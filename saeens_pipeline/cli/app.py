@@ -20,11 +20,11 @@ app = typer.Typer(
 
 @app.callback()
 def _options(debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False) -> None:
-    """Declares --debug, which `main` reads: it decides how errors of any command are shown."""
+    """Declare --debug, which `main` reads for the errors of all commands."""
 
 
 def main() -> None:
-    """Run the command line: known errors become one message, others a traceback with --debug."""
+    """Run the command line. Errors become one message, with --debug a traceback."""
     debug = "--debug" in sys.argv
     try:
         app()

@@ -25,7 +25,7 @@ LOW_DISK_BYTES = 2 * 2**30
 def doctor(
     verify: Annotated[bool, typer.Option("--verify", help="Read every artefact and compare its hashes.")] = False,
 ) -> None:
-    """Say what this installation is, and whether anything is wrong with it."""
+    """Check this installation: versions, devices, data root and experiment files."""
     findings = list(diagnose(verify=verify))
     for finding in findings:
         mark = ("ok   ", "green") if finding.ok else ("bad  ", "red")
@@ -35,7 +35,7 @@ def doctor(
 
 
 class Finding(NamedTuple):
-    """One thing that was looked at."""
+    """The result of one check."""
 
     subject: str
     detail: str
@@ -43,9 +43,9 @@ class Finding(NamedTuple):
 
 
 def diagnose(verify: bool = False) -> Iterator[Finding]:
-    """Versions, devices, root, disk, experiment files; with `verify`, the hashes of every artefact.
+    """Check versions, devices, data root, disk and experiment files; with `verify`, also the hashes of every artefact.
 
-    An artefact that differs is no hit from then on, and made again by the next run.
+    An artefact with differences is invalidated, and the next run makes it again.
     """
     yield Finding("python", f"{platform.python_version()} on {platform.platform()}")
     for package in PACKAGES:

@@ -13,10 +13,10 @@ from saeens_pipeline.cli.output import complain, out, print_line
 
 @app.command()
 def gc(
-    delete: Annotated[bool, typer.Option("--delete", help="Remove what is listed; without it nothing is touched.")] = False,
+    delete: Annotated[bool, typer.Option("--delete", help="Remove the listed files; without it nothing is changed.")] = False,
     forget_folder: Annotated[
         list[Path] | None,
-        typer.Option(help="A folder of SAEENS_EXPERIMENTS that is given up: artefacts made from its files count as unused."),
+        typer.Option(help="A former folder of SAEENS_EXPERIMENTS: artefacts made from its files count as unused."),
     ] = None,
 ) -> None:
     """List files below the data root that belong to no experiment or source any more."""
@@ -45,12 +45,12 @@ def gc(
     elif delete:
         print_line(f"{freed} freed")
     else:
-        print_line(f"{freed} would be freed by `saeens gc --delete`; nothing was touched")
+        print_line(f"{freed} would be freed by `saeens gc --delete`; nothing was changed")
     for message in experiments.broken.values():
-        complain("note", f"{message}\nartefacts of this file are listed as if nothing referred to them")
+        complain("note", f"{message}\nartefacts of this file are listed as unused")
     for folder in inventory.unread_folders:
         complain(
             "note",
             f"{folder}: artefacts here were made from its experiment files, which are not read now: set {FOLDERS_VARIABLE}={folder}, "
-            f"or give them up with `saeens gc --forget-folder {folder}`",
+            f"or count them as unused with `saeens gc --forget-folder {folder}`",
         )

@@ -22,11 +22,11 @@ def lineage(
         typer.Argument(
             metavar="TABLE:COLUMN=VALUE,...|ASSET:layer=L,seed=S|DATA_VERSION",
             help="A row, such as reconstruction:layer=1,seed=42,method=bagging,n_members=3; an asset, such as "
-            "quickstart/bagging/member_1:layer=1,seed=42; or a data version, or how it begins.",
+            "quickstart/bagging/member_1:layer=1,seed=42; or a data version or its beginning.",
         ),
     ],
 ) -> None:
-    """Print what a number or an artefact was made from, down to corpus and language model, and by which runs."""
+    """Print the inputs of a table row or an artefact, down to corpus and language model, and the runs that made them."""
     from saeens_pipeline.assets.lineage import lineage as trace
     from saeens_pipeline.orchestration.catalogue import load_catalogue
     from saeens_pipeline.storage.recipes import Store
@@ -37,11 +37,11 @@ def lineage(
     out.print(_tree(found), soft_wrap=not out.is_terminal)
     problems = list(found.problems())
     if problems:
-        complain("note", "not all of it is on disk any more as it was used:\n" + "\n".join(problems))
+        complain("note", "parts of it are no longer on disk in the versions that were used:\n" + "\n".join(problems))
 
 
 def _tree(ancestor: Ancestor) -> Tree:
-    """Return a lineage for the terminal, from the subject down to its origins."""
+    """Return a lineage as a tree for the terminal."""
     from rich.text import Text
     from rich.tree import Tree
 

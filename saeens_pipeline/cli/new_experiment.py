@@ -1,114 +1,54 @@
-"""`saeens new`: an experiment file for a language model, with what follows from the model filled in and every field explained."""
+"""Experiment files for `saeens new`: the model's sizes are filled in, and every field has a comment."""
 
 from __future__ import annotations
 
-import json
 import math
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
+from saeens_models import TrainingConfig
+from saeens_models.architectures import settings_class
 from saeens_pipeline import defs
+from saeens_pipeline.assets.catalogue import Experiments
 from saeens_pipeline.assets.saes import validate_targets
 from saeens_pipeline.assets.sources import validate_source
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models.descriptions import LanguageModelDescription, validate_hook
 from saeens_pipeline.language_models.models import describe_language_model
-from saeens_pipeline.orchestration.catalogue import load_catalogue
 from saeens_pipeline.settings import ExperimentSettings, SourceSettings
-from saeens_pipeline.settings.files import FOLDERS_VARIABLE, find_files, own_folders
+from saeens_pipeline.settings.experiments import EnsembleSettings
+from saeens_pipeline.settings.files import FOLDERS_VARIABLE, MODELS, find_files, own_folders
 from saeens_pipeline.storage.names import validate_name
 
 HOOK = "resid_post"
-MAX_CONTEXT_LENGTH = 2048  # longer windows cost memory and say little more of a token
+MAX_CONTEXT_LENGTH = 2048  # longer windows cost memory and add little
 TRAIN_TOKENS, TEST_TOKENS = 1_000_000, 50_000
 EXPANSION = 8
-DIMENSIONS_PER_FEATURE = 24  # of d_in for one of k, as in the quickstart, rounded to a power of two
-
-_TEMPLATE = """\
-# {name}: ensembles of SAEs on {model}
-# {facts}.
-# `saeens run {name}` makes everything; a file that is wrong is told with its line by `saeens experiments`.
-type: saeens_pipeline.components.ActivationSource
-attributes:
-  name: {name} # lower-case letters, digits and _
-  language_model: {language_model} # builtin/reference, a folder in transformers' format, a model's name on the hub, transformer_lens:NAME
-  revision: main # of a model of the hub: branch, tag or commit
-  # language_model_dtype: bfloat16 # that the language model computes in; left out: float32
-  weights: trained # random: the same architecture, untrained, the control; give it a source of its own
-  corpus: builtin/installed_packages # or {{name: DATASET, split: train}} of the hub, or {{files: "texts/*.jsonl.zst", text_field: text}}
-  hook: {hook} # resid_pre, resid_mid, resid_post, mlp_out, attn_out, or a module path with {{layer}}
-  layers: [{layers}] # of 0 to {last_layer}; one forward pass serves all that are missing
-  context_length: {context_length} # tokens of a window; the model takes up to {max_context_length}
-  packing: {packing} # document: windows inside one document; concatenate: windows across documents
-  # windows_per_document: 2 # with packing: document, at most so many of each, spread evenly
-  drop: [first] # positions without a row: first (position 0, often an attention sink), special, padding
-  train_tokens: {train_tokens:_} # activation rows for training: {gigabytes:.2g} GB of disk for each layer
-  test_tokens: {test_tokens:_} # activation rows of held-out documents, for evaluation
-  dtype: float16 # of stored activations; bfloat16 or float32 where values go beyond 65504
----
-type: saeens_pipeline.components.EnsembleExperiment
-attributes:
-  name: {name}
-  source: {name}
-  sae:
-    architecture: topk # or standard, jumprelu
-    expansion: {expansion} # features per dimension: d_sae = {expansion} * {d_model} = {d_sae:_}; or give d_sae itself
-    k: {k} # features that fire per token; or give a list of such configurations, one per member
-  # sweep: {{k: [16, 32, 64]}} # an experiment for each value of one field of sae; `saeens pareto {name}` compares them
-  training:
-    learning_rate: 1.0e-3 # more for short trainings: the quickstart takes 7e-3 for 400 steps
-    learning_rate_warmup_fraction: 0.05
-    learning_rate_decay_fraction: 0.2
-    batch_tokens: 1024 # tokens per step
-    dead_after_tokens: {dead_after_tokens:_} # a feature that is silent for longer counts as dead
-    unit_norm_decoder: true # feature directions keep norm 1
-    normalize_activations: expected_average_only_in # train at mean norm sqrt(d_in); saved SAEs take activations as they are
-  ensemble:
-    members: 8 # SAEs of an ensemble
-    seeds: [42, 43] # all is repeated for each; stability compares them
-    boosting: sequential # concurrent: all rounds in one pass, in half the time, a little worse
-    # specialised: [{{member: 2, documents: {{language: [python]}}, start_from: 1}}] # a member on a part of the corpus
-  baselines: [expanded, expanded_l0_matched] # one SAE as wide as an ensemble: with a member's L0, with the ensemble's
-  # also compute_matched: a member's width, trained as long as all; matching_pursuit: as wide as all, chosen one after another, slow
-  # baseline_training: {{matching_pursuit: {{batch_tokens: 8192}}}} # fields of training that differ for a baseline
-  # expanded_sizes: [2, 8] # as wide as so many members; left out: as wide as all
-  keep_residuals: last # which residuals' bytes stay on disk: last, all, none; missing ones are computed when needed
-  automation: off # on: what is missing or follows from changes is made without asking, while `saeens ui` runs
-  schedule: 0 3 * * 0 # cron, in UTC, of the retraining schedule, which runs once it is switched on in the UI
-  # freshness: {{fail_days: 14, warn_days: 8}} # when tables are shown as overdue
-  evaluations: [reconstruction, members, coactivation, stability, marginal_gain, cost, training_curves] # tables to fill
-  #   also features, contexts, autointerp, concept_detection, spurious_correlation
-  # autointerp: {{model: gpt-4o-mini, features: 200}} # explains features by SAEENS_LLM_BASE_URL, see docs/how_to/autointerp.md
-  # ce_loss_tokens: 4096 # test tokens that the language model's loss is measured on; 0: none
-  # concept_detection: {{datasets: [fancyzhx/ag_news]}} # texts of that table; left out: those that come with the project
-  # spurious_correlation: {{datasets: [LabHC/bias_in_bios]}} # the same of the other
-  checks: {{max_dead_features: 0.2}} # from where on to warn; also min_explained_variance, target_l0, l0_tolerance
-  evaluation_memory_gb: 8 # what evaluation may take; decides no result
-"""
+DIMENSIONS_PER_FEATURE = 24  # d_in / k, about that of the quickstart; k is rounded to a power of two
 
 
 class NewExperiment(NamedTuple):
-    """What was written where, and whether the file is one of those that are read."""
+    """The path of a new experiment file. `is_read`: it is in a folder of experiment files."""
 
     path: Path
     is_read: bool
 
 
 def new_experiment(name: str, model: str, layers: Sequence[int], output: Path | None = None) -> NewExperiment:
-    """Write an experiment file for `model`: what `language_model` may be. Of a model of the hub only the configuration is downloaded.
+    """Write an experiment file for `model`, a value of `language_model`. Of a model on the hub only the configuration is downloaded.
 
-    It goes to `output`, else to NAME.yaml in the first folder of SAEENS_EXPERIMENTS, else to the checkout. Nothing is overwritten.
-    Raises ConfigurationError for a name that is taken or not allowed, for layers that the model does not have, and for what is no model.
+    The file is `output`, or NAME.yaml in the first folder of SAEENS_EXPERIMENTS, or a file in the checkout. Nothing is overwritten.
+    Raises ConfigurationError for a name in use or not allowed, an unknown model, and layers that the model does not have.
     """
     _require_free(name)
     path = (output or _default_path(name)).expanduser().absolute()
     if path.exists():
-        raise ConfigurationError(f"{path} is there already and is not overwritten: choose another name or --output")
+        raise ConfigurationError(f"{path} exists and is not overwritten: choose another name or --output")
     description = describe_language_model(str(Path(model).expanduser().absolute()) if Path(model).expanduser().is_dir() else model)
     validate_hook(description, HOOK, layers)
     text = render(name, description, layers)
@@ -118,45 +58,97 @@ def new_experiment(name: str, model: str, layers: Sequence[int], output: Path | 
         with path.open("x", encoding="utf-8") as file:
             file.write(text)
     except OSError as error:
-        raise SaeensError(f"{path} cannot be written ({error.strerror}): give a file that can be with --output") from error
+        raise SaeensError(f"{path} cannot be written ({error.strerror}): choose another file with --output") from error
     return NewExperiment(path, path.resolve() in [each.resolve() for each in find_files()])
 
 
 def parse_layers(given: Sequence[str]) -> list[int]:
-    """Layers as a command line gives them: numbers, separated by commas. Raises ConfigurationError for anything else."""
+    """Return layers from comma-separated numbers. Raises ConfigurationError for anything else."""
     parts = [part.strip() for each in given for part in each.split(",")]
     wrong = [part for part in parts if not part.isdecimal()]
     if wrong:
-        raise ConfigurationError(f"--layers: {wrong[0]!r} is no layer; give whole numbers from 0, such as 2,4,6")
+        raise ConfigurationError(f"--layers: {wrong[0]!r} is not a layer; give whole numbers from 0, such as 2,4,6")
     return [int(part) for part in parts]
 
 
 def render(name: str, description: LanguageModelDescription, layers: Sequence[int]) -> str:
-    """The text of the file: the model's own sizes, and for the rest what is sensible to begin with."""
-    facts = (
-        f"{description.model_type}, {description.n_layers} layers, d_in {description.d_model:_}, "
-        f"context {description.context_length:_}, vocabulary {description.vocab_size:_}"
-    )
-    return _TEMPLATE.format(
-        name=name,
-        model=" ".join(description.name.split()),
-        facts=facts,
-        language_model=_scalar(description.name),
-        hook=HOOK,
-        layers=", ".join(map(str, sorted(layers))),
-        last_layer=description.n_layers - 1,
-        context_length=min(description.context_length, MAX_CONTEXT_LENGTH),
-        max_context_length=description.context_length,
-        packing="document" if description.end_of_text is None else "concatenate",  # windows across documents need a separator
-        train_tokens=TRAIN_TOKENS,
-        test_tokens=TEST_TOKENS,
-        gigabytes=(TRAIN_TOKENS + TEST_TOKENS) * description.d_model * 2 / 1e9,
-        expansion=EXPANSION,
-        d_model=description.d_model,
-        d_sae=EXPANSION * description.d_model,
-        k=max(1, 2 ** round(math.log2(max(1.0, description.d_model / DIMENSIONS_PER_FEATURE)))),
-        dead_after_tokens=TRAIN_TOKENS // 10,
-    )
+    """Return the text of the file: the model's own sizes, sensible values for the rest, and the meaning of every field."""
+    width = description.d_model
+    source: dict[str, Any] = {
+        "name": name,
+        "language_model": description.name,
+        "layers": sorted(layers),
+        "context_length": min(description.context_length, MAX_CONTEXT_LENGTH),
+        "packing": "document" if description.end_of_text is None else "concatenate",  # windows across documents need a separator
+        "drop": ["first"],
+        "train_tokens": TRAIN_TOKENS,
+        "test_tokens": TEST_TOKENS,
+    }
+    experiment: dict[str, Any] = {
+        "name": name,
+        "source": name,
+        "sae": {
+            "architecture": "topk",
+            "expansion": EXPANSION,
+            "k": max(1, 2 ** round(math.log2(max(1.0, width / DIMENSIONS_PER_FEATURE)))),
+        },
+        "training": {
+            "learning_rate": 1.0e-3,
+            "learning_rate_warmup_fraction": 0.05,
+            "learning_rate_decay_fraction": 0.2,
+            "batch_tokens": 1024,
+            "dead_after_tokens": TRAIN_TOKENS // 10,
+            "normalize_activations": "expected_average_only_in",
+        },
+        "ensemble": {"members": 8, "seeds": [42, 43]},
+    }
+    head = [
+        f"# {name}: ensembles of SAEs on {' '.join(description.name.split())}",
+        f"# {description.model_type}, {description.n_layers} layers, d_in {width:_}, "
+        f"context {description.context_length:_}, vocabulary {description.vocab_size:_}.",
+        f"# Layers of 0 to {description.n_layers - 1}; d_sae = {EXPANSION} * {width} = {EXPANSION * width:_}; "
+        f"{(TRAIN_TOKENS + TEST_TOKENS) * width * 2 / 1e9:.2g} GB of disk for the activations of each layer.",
+        f"# `saeens run {name}` makes everything; `saeens experiments` reports a wrong file with its line.",
+    ]
+    nested = {"sae": settings_class("topk"), "training": TrainingConfig, "ensemble": EnsembleSettings}
+    documents = [[f"type: {kind}", "attributes:"] for kind in MODELS]
+    documents[0] += _fields(SourceSettings.model_fields, source)
+    documents[1] += _fields(ExperimentSettings.model_fields, experiment, nested)
+    return "\n---\n".join("\n".join(lines) for lines in ([*head, *documents[0]], documents[1])) + "\n"
+
+
+def _fields(
+    fields: Mapping[str, FieldInfo], values: Mapping[str, Any], nested: Mapping[str, type[BaseModel]] | None = None, indent: str = "  "
+) -> Iterator[str]:
+    """Give a line for each field with its meaning: those with a value, and others as comments that hold their default."""
+    for name, field in fields.items():
+        about = "; ".join(filter(None, [(field.description or "").rstrip("."), _alternatives(field.annotation)]))
+        meaning = f" # {' '.join(about.split())}" if about else ""
+        value = values.get(name)
+        if isinstance(value, dict) and nested:
+            yield f"{indent}{name}:{meaning}"
+            shown = {each: f for each, f in nested[name].model_fields.items() if each in value or name == "ensemble"}
+            yield from _fields(shown, value, indent=f"{indent}  ")
+        elif name in values:
+            yield f"{indent}{name}: {_yaml(value)}{meaning}"
+        else:
+            yield f"{indent}# {name}: {_yaml(field.get_default(call_default_factory=True))}{meaning}"
+
+
+def _alternatives(annotation: Any) -> str:
+    options = [str(each) for each in get_args(annotation)] if get_origin(annotation) is Literal else []
+    return f"one of {', '.join(options)}" if options else ""
+
+
+def _yaml(value: Any) -> str:
+    """Return a value as YAML on one line; whole numbers from 10,000 on with underscores."""
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json", exclude_defaults=True)
+    if isinstance(value, int) and value >= 10_000:
+        return f"{value:_}"
+    if value in ("on", "off"):
+        return value
+    return yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True).removesuffix("...\n").strip()
 
 
 def _require_free(name: str) -> None:
@@ -164,10 +156,10 @@ def _require_free(name: str) -> None:
         validate_name(name)
     except ValueError as error:
         raise ConfigurationError(str(error)) from None
-    catalogue = load_catalogue()
+    catalogue = Experiments.load()
     for kind, taken in (("an experiment", catalogue.experiments), ("a source", catalogue.sources)):
         if name in taken:
-            raise ConfigurationError(f"there already is {kind} called {name!r}: choose another name, or add to its file")
+            raise ConfigurationError(f"there already is {kind} called {name!r}: choose another name, or edit its file")
 
 
 def _validate(text: str, description: LanguageModelDescription) -> None:
@@ -187,11 +179,5 @@ def _default_path(name: str) -> Path:
         return folder / f"{name}.yaml"
     checkout = Path(next(iter(defs.__path__)))
     if not (checkout.parents[1] / "pyproject.toml").exists():
-        raise ConfigurationError(f"this is no checkout: give --output, or set {FOLDERS_VARIABLE} to a folder for experiment files")
+        raise ConfigurationError(f"this is not a checkout: give --output, or set {FOLDERS_VARIABLE} to a folder for experiment files")
     return checkout / name / "defs.yaml"
-
-
-def _scalar(text: str) -> str:
-    """A string as YAML, quoted where it would mean something else."""
-    plain = re.fullmatch(r"[\w./~-]+", text) and yaml.safe_load(text) == text
-    return text if plain else json.dumps(text, ensure_ascii=False)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import polars as pl
     from rich.table import Table
 
-_PIPE_WIDTH = 1000  # columns where the output is no terminal: tables are not squeezed into a file
+_PIPE_WIDTH = 1000  # columns without a terminal, so that tables in files are not wrapped
 out = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
 err = Console(stderr=True, width=None if sys.stderr.isatty() else _PIPE_WIDTH)
 
@@ -34,22 +34,22 @@ FormatOption = Annotated[TableFormat, typer.Option("--format", help="csv and jso
 
 
 def print_line(text: str) -> None:
-    """Print a line on standard output as it is."""
+    """Print a line on standard output unchanged."""
     out.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def complain(label: str, message: str) -> None:
-    """Print one message on standard error; quoted text is shown as it is."""
+    """Print a message on standard error, without markup."""
     err.print(Text.assemble((f"{label}: ", "red"), message), soft_wrap=True)
 
 
 def print_data(frame: pl.DataFrame, format: TableFormat) -> None:
-    """Print a table for programs, and nothing else."""
+    """Print a table as CSV or JSON, and nothing else."""
     sys.stdout.write(frame.write_csv() if format == TableFormat.csv else frame.write_json() + "\n")
 
 
 def rich_table(frame: pl.DataFrame, title: str | None = None) -> Table:
-    """Return a data frame for the terminal, numbers to four digits."""
+    """Return a data frame as a table for the terminal, numbers to four digits."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, title=Text(title) if title else None, title_justify="left")

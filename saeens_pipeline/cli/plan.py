@@ -19,8 +19,8 @@ _NOTE_CHARACTERS = 60  # longer notes that several lines share are printed once,
 
 @app.command()
 def plan(experiment: ExperimentName, layer: LayerOption = None, format: FormatOption = TableFormat.table) -> None:
-    """Say what an experiment will take of disk, memory, computation and time, before anything is spent. Of a sweep, what each of its
-    experiments would take by itself; what they have in common is made once.
+    """Print the disk, memory, computation and time that an experiment will need, before it runs. For a sweep, each experiment's needs are
+    printed as if it ran alone; artefacts that several share are made once.
     """
     import polars as pl
 
@@ -51,7 +51,7 @@ def _forecast_table(name: str, lines: Sequence[Line]) -> Table:
 
     from saeens_pipeline.assets.forecast import readable
 
-    table = Table("", "", "", "", box=None, pad_edge=False, show_header=False, title=f"{name}, from nothing", title_justify="left")
+    table = Table("", "", "", "", box=None, pad_edge=False, show_header=False, title=f"{name}, from scratch", title_justify="left")
     notes = Counter(line.note for line in lines)
     said_below = [note for note, n in notes.items() if n > 1 and len(note) > _NOTE_CHARACTERS]
     for before, line in zip([None, *lines], lines, strict=False):

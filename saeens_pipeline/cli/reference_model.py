@@ -17,13 +17,13 @@ app.add_typer(reference_model, name="reference-model")
 
 @reference_model.command("train")
 def train_reference_model(
-    output: Annotated[Path, typer.Option(help="Folder to write; the shipped model is not touched unless it is named.")] = Path(
+    output: Annotated[Path, typer.Option(help="Folder to write; the shipped model is changed only if it is named.")] = Path(
         "reference_model"
     ),
     tokens: Annotated[int | None, typer.Option(min=2048, help="Training tokens; by default those of the shipped model.")] = None,
     compile: Annotated[bool, typer.Option("--compile", help="A third faster; needs a C++ compiler.")] = False,
 ) -> None:
-    """Train the embedded language model again from the installed packages: about an hour and a half on two cores."""
+    """Train the embedded language model again on text of the installed packages: about an hour and a half on two cores."""
     from saeens_pipeline.language_models import reference_model as reference
     from saeens_pipeline.orchestration.runs import reporter_for
 

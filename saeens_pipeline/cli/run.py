@@ -15,9 +15,9 @@ def run(
     experiment: ExperimentName,
     layer: LayerOption = None,
     seed: Annotated[list[int] | None, typer.Option(help="Only this ensemble seed; may be given several times.")] = None,
-    select: Annotated[list[str] | None, typer.Option(help="Only this asset, such as bagging/member_1, and what it needs.")] = None,
+    select: Annotated[list[str] | None, typer.Option(help="Only this asset, such as bagging/member_1, and its inputs.")] = None,
 ) -> None:
-    """Materialise what is missing or stale, and print a summary. Of a sweep, all its experiments, one after another."""
+    """Materialise missing and stale artefacts, and print a summary. For a sweep, run all its experiments, one after another."""
     from saeens_pipeline.cli.summary import print_outcome
     from saeens_pipeline.orchestration.catalogue import load_catalogue
     from saeens_pipeline.orchestration.runs import run_experiment

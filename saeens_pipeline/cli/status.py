@@ -43,7 +43,7 @@ def experiments() -> None:
 
 @app.command()
 def status(experiment: ExperimentName, format: FormatOption = TableFormat.table) -> None:
-    """Print for each artefact whether it is fresh, stale (and why), damaged, missing, running or failed."""
+    """Print the state of each artefact, fresh, stale, damaged, missing, running or failed, and the reason."""
     import polars as pl
 
     from saeens_pipeline.orchestration.catalogue import load_catalogue

@@ -1,4 +1,4 @@
-"""The summary at the end of `saeens run`: metrics of every method, warnings, and where the reports lie."""
+"""The summary at the end of `saeens run`: metrics of every method, warnings, and paths of the reports."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from saeens_pipeline.storage.root import data_root
 from saeens_pipeline.storage.tables import read_part
 
 SHOWN_WARNINGS = 5
-_BESIDE = ("explained_variance", "stability")  # also of the control, or of the experiment that this one controls
+_BESIDE = ("explained_variance", "stability")  # shown for the control, too, or for the experiment that this one controls
 
 
 def print_outcome(outcome: Outcome, console: Console) -> None:
-    """Print metrics, warnings, the pages of reports, and the time."""
+    """Print metrics, warnings, paths of report pages, and the time."""
     store = Store(data_root())
     _print_metrics(store, outcome, console)
     print_warnings(store, outcome.experiment, outcome.statuses, console)
@@ -43,7 +43,7 @@ def _headlines() -> Iterator[tuple[str, Headline]]:
 
 
 def _print_metrics(store: Store, outcome: Outcome, console: Console) -> None:
-    """Print for each layer the metrics by method at the full ensemble size, means over seeds. Tables that are not fresh are left out."""
+    """Print for each layer the metrics of each method at the full ensemble size, means over seeds, from fresh tables."""
     experiment, beside = outcome.experiment, outcome.beside
     for layer, of_layer in _fresh_tables(outcome.statuses).items():
         values = {headline.title: _by_method(store, of_layer, table, headline.column) for table, headline in _headlines()}
@@ -72,7 +72,7 @@ def _print_metrics(store: Store, outcome: Outcome, console: Console) -> None:
 
 
 def _print_suggested(suggested: Mapping[tuple[str, int], float | None], members: int, console: Console) -> None:
-    """By method and size, how many members are enough."""
+    """Print the suggested numbers of members, given by method and size."""
     of_all = {method: size for (method, n), size in suggested.items() if n == members and size is not None}
     if of_all:
         sizes = [
@@ -82,14 +82,14 @@ def _print_suggested(suggested: Mapping[tuple[str, int], float | None], members:
 
 
 def _fresh_tables(statuses: Sequence[Status]) -> dict[int, list[Status]]:
-    """The tables that are fresh, by layer."""
+    """Return the fresh tables by layer."""
     fresh = [s for s in statuses if s.state == "fresh" and s.declaration.address.kind == "eval"]
     layers = sorted({s.partition.layer for s in fresh if s.partition.layer is not None})
     return {layer: [s for s in fresh if s.partition.layer == layer] for layer in layers}
 
 
 def print_warnings(store: Store, experiment: ExperimentSettings, statuses: Sequence[Status], console: Console) -> None:
-    """What the checks found in fresh artefacts: the first few in words, the others as a number."""
+    """Print the first warnings of health checks of fresh artefacts, and the number of others."""
     warnings: list[str] = []
     for status in statuses:
         if status.state == "fresh":
@@ -98,7 +98,7 @@ def print_warnings(store: Store, experiment: ExperimentSettings, statuses: Seque
         print_line(console, f"\nwarning: {warning}")
     if len(warnings) > SHOWN_WARNINGS:
         n_more = len(warnings) - SHOWN_WARNINGS
-        print_line(console, f"\nand {n_more} more warnings: the checks of each asset, in the UI, show them")
+        print_line(console, f"\nand {n_more} more warnings: the health checks in the UI show them")
 
 
 def _sizes(experiment: ExperimentSettings, method: str) -> list[int]:

@@ -50,7 +50,7 @@ class _ListsTables(TyperCommand):
 
 @app.command()
 def tables() -> None:
-    """List the tables that experiments may fill, with the question that each answers."""
+    """List the tables that experiments can fill, with the question that each answers."""
     from rich.table import Table
     from rich.text import Text
 
@@ -68,7 +68,7 @@ def table(
     name: Annotated[str, typer.Argument(metavar="TABLE", help="Name of a table; `saeens tables` lists them.")],
     format: FormatOption = TableFormat.table,
 ) -> None:
-    """Print an evaluation table: all layers that there are, and the experiment's seeds."""
+    """Print an evaluation table: all layers on disk, and the experiment's seeds."""
     import polars as pl
 
     from saeens_pipeline.assets.tables import find_table
@@ -83,7 +83,7 @@ def table(
     frame = read_table(root, experiment, name).filter(pl.col("seed").is_in(seeds))
     statuses = experiment_status(catalogue, experiment)
     if any(each.state != "fresh" for each in statuses if each.declaration.address.key == [experiment, "eval", name]):
-        complain("note", f"parts of this table are missing, stale or damaged: `saeens status {experiment}` says why")
+        complain("note", f"parts of this table are missing, stale or damaged: see `saeens status {experiment}`")
     if format != TableFormat.table:
         print_data(frame, format)
     else:
@@ -97,10 +97,10 @@ def table(
 @app.command()
 def leaderboard(
     sort: Annotated[str, typer.Option(help="Column to rank by, within each source and layer.")] = "explained_variance",
-    n: Annotated[Sizes, typer.Option(help="Ensembles with all their members, or with the first n for all n.")] = Sizes.full,
+    n: Annotated[Sizes, typer.Option(help="Ensembles with all their members, or with the first n for every n.")] = Sizes.full,
     format: FormatOption = TableFormat.table,
 ) -> None:
-    """Rank every method of every experiment and layer by what was evaluated so far."""
+    """Rank every evaluated method of every experiment and layer."""
     from saeens_pipeline.assets.tables.leaderboard import for_reading, standings
     from saeens_pipeline.orchestration.catalogue import load_catalogue
     from saeens_pipeline.orchestration.runs import make_leaderboard
@@ -111,7 +111,7 @@ def leaderboard(
     (declaration,) = catalogue.leaderboard().outputs
     ranked = standings(store, declaration, sort, n.value)
     if ranked.is_empty():
-        complain("note", "nothing was evaluated yet: `saeens run EXPERIMENT` does, `saeens experiments` lists them")
+        complain("note", "nothing is evaluated yet: run `saeens run EXPERIMENT`; `saeens experiments` lists the experiments")
     else:
         make_leaderboard(catalogue)
     _note_outdated(catalogue, ranked["experiment"].unique(maintain_order=True))
@@ -125,16 +125,16 @@ def leaderboard(
 @app.command()
 def report(
     experiment: Annotated[
-        str | None, typer.Argument(help="Name of an experiment, as `saeens experiments` lists it; left out: the leaderboard's page alone.")
+        str | None, typer.Argument(help="Name of an experiment; `saeens experiments` lists them. Without it: the leaderboard's page only.")
     ] = None,
     layer: LayerOption = None,
 ) -> None:
-    """Materialise the report of an experiment, pages that open from disk, and the page over all experiments; print their paths."""
+    """Materialise the report of an experiment and the page over all experiments, which open from disk, and print their paths."""
     from saeens_pipeline.orchestration.catalogue import load_catalogue
     from saeens_pipeline.orchestration.runs import make_reports
 
     if layer and experiment is None:
-        raise ConfigurationError("--layer: name the experiment whose report is to be made")
+        raise ConfigurationError("--layer needs the name of an experiment")
     for page in make_reports(load_catalogue(), experiment, layer or []):
         print_line(str(page))
 
@@ -142,7 +142,7 @@ def report(
 @app.command()
 def pareto(
     sweep: Annotated[str, typer.Argument(help="Name of an experiment with a sweep.")],
-    picture: Annotated[Path | None, typer.Option(help="File to write the plot to, a PNG.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="PNG file to write the plot to.")] = None,
     format: FormatOption = TableFormat.table,
 ) -> None:
     """Compare the experiments of a sweep: explained variance against L0 and description length, for each method."""
@@ -171,14 +171,14 @@ def pareto(
 
 
 def _note_outdated(catalogue: Catalogue, experiments: Iterable[str]) -> None:
-    """Say of which experiments figures are outdated, and of which that cannot be told."""
+    """Print a note for each experiment with outdated figures, and for each whose status cannot be found out."""
     from saeens_pipeline.orchestration.runs import experiment_status
 
     for name in experiments:
         try:
             made = [each for each in experiment_status(catalogue, name) if each.declaration.address.kind == "eval"]
         except SaeensError as error:
-            complain("note", f"whether figures of {name} are outdated cannot be told: {error}")
+            complain("note", f"figures of {name} may be outdated, which cannot be checked: {error}")
             continue
         if any(each.state in ("stale", "damaged") for each in made):
-            complain("note", f"figures of {name} are outdated: `saeens status {name}` says why")
+            complain("note", f"figures of {name} are outdated: see `saeens status {name}`")

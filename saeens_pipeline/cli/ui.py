@@ -18,7 +18,7 @@ from saeens_pipeline.errors import SaeensError
 def ui(
     port: Annotated[int, typer.Option(help="Port on the loopback interface.", min=1, max=65535)] = 3000,
 ) -> None:
-    """Open the Dagster UI on this machine, with the runs that were made from here."""
+    """Start the Dagster UI on this machine, with the runs of the command line."""
     from dagster import DagsterInstance
 
     from saeens_pipeline.assets.catalogue import Experiments
@@ -38,11 +38,11 @@ def ui(
         for source in Experiments.load().sources.values():
             declare_layers(instance, source.name, source.layers)
     out.print(f"The UI answers in about ten seconds at [link]http://127.0.0.1:{port}[/link]; Ctrl-C ends it.")
-    # In DAGSTER_HOME: `dagster dev` would warn of a dagster.yaml in the current folder that is not the one it uses.
+    # In DAGSTER_HOME, because `dagster dev` warns of another dagster.yaml in the current folder.
     os.environ["SAEENS_DATA"] = str(data_root())
     if folders := own_folders():
         os.environ[FOLDERS_VARIABLE] = os.pathsep.join(map(str, folders))
     os.chdir(home)
     arguments = ["dev", "--workspace", "workspace.yaml", "--host", "127.0.0.1", "--port", str(port)]
-    quiet = ["-W", "ignore:Function `dev_command` is superseded"]  # by a tool that an installed package cannot count on
+    quiet = ["-W", "ignore:Function `dev_command` is superseded"]  # by `dg`, which need not be installed
     os.execv(sys.executable, [sys.executable, *quiet, "-m", "dagster", *arguments])

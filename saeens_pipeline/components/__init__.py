@@ -1,4 +1,4 @@
-"""The two components that an experiment file names as its `type`."""
+"""The two Dagster components that experiment files name as `type`."""
 
 from saeens_pipeline.components.activation_source import ActivationSource
 from saeens_pipeline.components.ensemble_experiment import EnsembleExperiment

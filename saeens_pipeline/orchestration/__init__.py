@@ -1,1 +1,1 @@
-"""All of Dagster: assets from declarations, metadata, automation, schedules, sensors, resources, the instance, and runs."""
+"""Dagster: assets from declarations, metadata, automation, schedules, sensors, resources, the instance, and runs. No mathematics."""

@@ -1,4 +1,4 @@
-"""From declarations to Dagster assets: one multi-asset per op, which makes what its recipes say is missing."""
+"""Dagster assets from declarations: one multi-asset per op, which makes its missing and stale outputs."""
 
 # Without `from __future__ import annotations`: Dagster reads the annotations of ops at run time.
 import warnings
@@ -26,18 +26,18 @@ from saeens_pipeline.storage.recipes import Store
 OWNERS = ["team:interpretability"]
 HEALTH = "health"
 _ABOUT_HEALTH = (
-    "Finite numbers of the right shape, that vary and fit their dtype: otherwise nothing is made from them. "
-    "Warns of dead features, and of L0 and explained variance off what the experiment asks for."
+    "Error: numbers that are not finite, constant or beyond their dtype, and wrong shapes; nothing is made from such an artefact. "
+    "Warning: dead features, L0 or explained variance outside the thresholds of the experiment."
 )
 
 
 def layers_of(source: str) -> dg.DynamicPartitionsDefinition:
-    """The layers of a source: one definition, shared by all its experiments."""
+    """Return the layers of a source as partitions: one definition, shared by all its experiments."""
     return dg.DynamicPartitionsDefinition(name=layers_name(source))
 
 
 def partitions_of(declaration: Declaration) -> dg.PartitionsDefinition | None:
-    """How Dagster partitions an artefact."""
+    """Return an artefact's partitions in Dagster."""
     layers = layers_of(declaration.source)
     match declaration.dimensions:
         case "none":
@@ -51,7 +51,7 @@ def partitions_of(declaration: Declaration) -> dg.PartitionsDefinition | None:
 
 
 def partition_key(declaration: Declaration, partition: Partition) -> str | None:
-    """The partition's key in Dagster."""
+    """Return the key of a partition in Dagster."""
     match declaration.dimensions:
         case "none":
             return None
@@ -130,7 +130,7 @@ def _health_spec(declaration: Declaration) -> dg.AssetCheckSpec:
 
 
 def _dependency(declaration: Declaration, upstream: Input) -> dg.AssetDep:
-    """Between (layer, seed) and (layer) the layers correspond; what has no partitions serves all."""
+    """Return a dependency. Between (layer, seed) and (layer) the layers correspond; an asset without partitions serves all."""
     across = {declaration.dimensions, upstream.artefact.dimensions} == {"layer", "layer_and_seed"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", dg.BetaWarning)
@@ -139,7 +139,7 @@ def _dependency(declaration: Declaration, upstream: Input) -> dg.AssetDep:
 
 
 def partition_of(context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext) -> Partition:
-    """The partition of a run. Raises ConfigurationError for a layer that is no number."""
+    """Return the partition of a run. Raises ConfigurationError for a layer that is not a number."""
     if not context.has_partition_key:
         return Partition()
     key = context.partition_key
@@ -155,9 +155,9 @@ def partition_of(context: dg.AssetExecutionContext | dg.AssetCheckExecutionConte
 def _report(
     made: Sequence[Materialised], checked: Collection[Declaration], thresholds: CheckSettings, partition: Partition, store: Store
 ) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
-    """Report artefacts and their health to Dagster. Raises UnsoundArtefactError, after everything is reported, for unsound artefacts.
+    """Report artefacts and their health to Dagster. Raises UnsoundArtefactError, after all are reported, for unsound artefacts.
 
-    Health is reported even where the check is not in `checked`: the automation selects no checks of ops that can be subset.
+    Health is also reported for checks that are not in `checked`: the automation selects no checks of ops that can be subset.
     """
     healths: list[Health | None] = []
     for each in made:
@@ -169,14 +169,14 @@ def _report(
             check_results=[_check_result(each.declaration, each.health)] if each.health else [],
         )
     for declaration in checked:
-        if declaration not in [each.declaration for each in made]:  # the check alone was asked for
+        if declaration not in [each.declaration for each in made]:  # only the check was selected
             healths.append(health := _health_on_disk(declaration, partition, thresholds, store))
             yield _check_result(declaration, health)
     require_sound(healths)
 
 
 def _health_on_disk(declaration: Declaration, partition: Partition, thresholds: CheckSettings, store: Store) -> Health:
-    """Of one partition or, in a run that has none, of all that are on disk."""
+    """Check the health of one partition or, in a run without a partition, of all partitions on disk."""
     if declaration.dimensions == "none" or partition.layer is not None:
         return examine(declaration, partition, store.require(declaration.address, partition), thresholds)
     all_of_them = Health()

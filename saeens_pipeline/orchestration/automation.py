@@ -1,6 +1,6 @@
-"""What happens without anybody asking: layers of the experiment files become partitions, what is missing is made, schedules retrain.
+"""Automation: layers of experiment files become partitions, missing and stale artefacts are made, schedules retrain.
 
-Only experiments with `automation: on`, and the sources that they use, are made without asking.
+Only experiments with `automation: on` and their sources are made automatically.
 """
 
 # Without `from __future__ import annotations`: Dagster reads the annotations of sensors and ops at run time.
@@ -19,13 +19,13 @@ from saeens_pipeline.settings import ExperimentSettings, SourceSettings
 from saeens_pipeline.settings.experiments import FreshnessSettings
 from saeens_pipeline.storage.names import SOURCES_GROUP
 
-TICK_SECONDS = 15  # between two looks at what is missing, and at the layers
-ARRAY_KIND = "zarr"  # of tokens, activations and residuals
+TICK_SECONDS = 15  # between two evaluations of conditions and layers
+ARRAY_KIND = "zarr"  # kind of tokens, activations and residuals
 
 
 def automate(assets: Iterable[dg.AssetsDefinition], catalogue: Ops) -> dg.Definitions:
-    """These assets with their conditions and freshness policies, and the sensors, schedules and jobs that go with them."""
-    retraining = [retraining_schedule(experiment) for experiment in catalogue.experiments.values()]
+    """Return the assets with their conditions and freshness policies, and the sensors, schedules and jobs."""
+    retraining = [retraining_schedule(catalogue, experiment) for experiment in catalogue.experiments.values()]
     return dg.Definitions(
         assets=[asset.map_asset_specs(lambda spec: _with_policies(spec, catalogue.experiments)) for asset in assets],
         sensors=[layers_sensor(catalogue.sources), automation_sensor(), retraining_sensor(catalogue)],
@@ -35,11 +35,11 @@ def automate(assets: Iterable[dg.AssetsDefinition], catalogue: Ops) -> dg.Defini
 
 
 def automation_condition() -> Condition:
-    """Ask for a partition that is missing and did not fail, or whose settings or inputs changed: once, when its inputs are settled.
+    """Return the condition that requests a missing or changed partition, once, when its inputs are settled.
 
-    What failed is asked for again when its settings or inputs change. What shares its partitions with an input is made in the same
-    run, in order. An input of another run, such as activations, has to be there and up to date first. What lies behind an array counts,
-    too: SAEs are not trained on activations while their tokens are made again, nor round 2 on what the old round 1 left.
+    A partition that failed is requested again when its settings or inputs change. Assets with the same partitions as an input are made in
+    the same run, in order. Inputs from other runs, such as activations, have to be up to date first, and so do the inputs of arrays: SAEs
+    wait while the tokens of their activations are made again, and round 2 waits for the new round 1 behind its residual.
     """
     handled = Condition.newly_updated() | Condition.newly_requested()
     changed = (Condition.code_version_changed() | Condition.any_deps_match(Condition.data_version_changed())).since(handled)
@@ -49,17 +49,17 @@ def automation_condition() -> Condition:
     waits = (changed & ~Condition.will_be_requested()) | Condition.in_progress()
     behind_arrays = Condition.any_deps_match(Condition.any_deps_match(waits)).allow(dg.AssetSelection.kind(ARRAY_KIND))
     settled = (~Condition.any_deps_match(waits) & ~behind_arrays).with_label("no input is about to change")
-    # For a moment at its end a partition counts neither as in progress nor as made, and would be asked for a second time.
+    # For a moment at its end a partition counts neither as in progress nor as made, and would be requested a second time.
     just_ended = ((~Condition.in_progress()).newly_true() | Condition.newly_requested()).with_label("in progress a moment ago")
     idle = ~Condition.in_progress() & ~just_ended
     return (wanted & idle & ~Condition.any_deps_missing() & settled).with_label("missing or outdated, inputs settled")
 
 
 def leaderboard_condition() -> Condition:
-    """Ask for the leaderboard when something that it shows was made; it does not wait for experiments that nobody ran.
+    """Return the condition that requests the leaderboard when one of its tables was made. It does not wait for missing tables.
 
-    What is made after it was asked for may not be in it, even if that is there before the leaderboard is or before the next look: then
-    it is asked for again. To wait for what is asked for at the same time is not possible: Dagster tells it of equal partitions only.
+    Tables made after the request may not be in the leaderboard, so it is requested again. Waiting for tables that are requested at the
+    same time is not possible: Dagster knows of such requests for equal partitions only.
     """
     updated = Condition.any_deps_match(Condition.newly_updated())
     settled = ~Condition.any_deps_in_progress() & ~Condition.in_progress()
@@ -67,7 +67,7 @@ def leaderboard_condition() -> Condition:
 
 
 def freshness_policy(freshness: FreshnessSettings) -> dg.FreshnessPolicy:
-    """Dagster's policy for the days that an experiment gives."""
+    """Return Dagster's policy for the days in an experiment's `freshness`."""
     warn = timedelta(days=freshness.warn_days) if freshness.warn_days is not None else None
     return dg.FreshnessPolicy.time_window(fail_window=timedelta(days=freshness.fail_days), warn_window=warn)
 
@@ -81,7 +81,7 @@ def _with_policies(spec: dg.AssetSpec, experiments: Mapping[str, ExperimentSetti
         in_use = any(experiment.source == owner for experiment in automated)
         return spec.replace_attributes(automation_condition=automation_condition()) if in_use else spec
     experiment = experiments.get(owner)
-    if experiment is None:  # what stands for a broken file
+    if experiment is None:  # the asset of a broken file
         return spec
     if experiment.automation == "on":
         spec = spec.replace_attributes(automation_condition=automation_condition())
@@ -91,27 +91,27 @@ def _with_policies(spec: dg.AssetSpec, experiments: Mapping[str, ExperimentSetti
 
 
 def automation_sensor() -> dg.AutomationConditionSensorDefinition:
-    """The sensor that evaluates the conditions. It runs from the start: experiments say themselves whether they take part."""
+    """Return the sensor that evaluates the conditions. It is on by default: experiments opt in with `automation: on`."""
     return dg.AutomationConditionSensorDefinition(
         "automation",
         target=dg.AssetSelection.all(),
-        description="Makes what is missing or outdated, for experiments with `automation: on`.",
+        description="Makes missing and stale artefacts of experiments with `automation: on`.",
         run_tags={"user": "automation"},
         default_status=dg.DefaultSensorStatus.RUNNING,
         minimum_interval_seconds=TICK_SECONDS,
-        emit_backfills=False,  # a backfill waits up to a minute between one step of the chain and the next
+        emit_backfills=False,  # a backfill waits up to a minute between two steps of the chain
     )
 
 
 def layers_sensor(sources: Mapping[str, SourceSettings]) -> dg.SensorDefinition:
-    """The sensor that keeps the partitions of every source in step with the layers of its experiment file.
+    """Return the sensor that keeps the partitions of every source equal to the layers of its experiment file.
 
-    It also ends runs whose process was killed: they would hold the GPU pool, and the automation would wait for them for ever.
+    It also ends runs whose process was killed: they would hold the GPU pool, and the automation would wait for them forever.
     """
 
     @dg.sensor(
         name="layers",
-        description="Adds the layers of the experiment files as partitions, and takes away those that left them. No data is removed.",
+        description="Adds the layers of the experiment files as partitions and removes layers that left the files. No data is removed.",
         default_status=dg.DefaultSensorStatus.RUNNING,
         minimum_interval_seconds=TICK_SECONDS,
     )
@@ -124,7 +124,7 @@ def layers_sensor(sources: Mapping[str, SourceSettings]) -> dg.SensorDefinition:
             declared = dg.DynamicPartitionsDefinition(name=declared_layers_name(source.name))
             requests += _partition_requests(declared, changes.newly_declared, changes.gone)
         if not requests:
-            return dg.SkipReason("The partitions are those of the experiment files, and those that were added here.")
+            return dg.SkipReason("The partitions are the layers of the experiment files and those added in the UI.")
         return dg.SensorResult(dynamic_partitions_requests=requests)
 
     return layers

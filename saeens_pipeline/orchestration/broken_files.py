@@ -1,4 +1,4 @@
-"""Experiment files that cannot be read, as nodes of the asset graph: a user who looks there sees what is missing, and why."""
+"""Broken experiment files as assets, so that the asset graph shows their error messages."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from saeens_pipeline.storage.names import BROKEN_GROUP
 
 
 def broken_assets(broken: Mapping[Path, str]) -> list[dg.AssetsDefinition]:
-    """One asset for each file and its message, in a group of their own, whose description is the message and which fails with it.
+    """Return an asset for each broken file, in a group of their own. The error message is its description and its error.
 
-    It is called as the file is; what a key cannot hold is replaced, and files of one name are numbered.
+    It has the name of the file, with characters replaced that asset keys do not allow; files of one name are numbered.
     """
     taken: dict[str, int] = {}
     assets: list[dg.AssetsDefinition] = []

@@ -1,6 +1,6 @@
-"""The asset check `bytes`: reads an artefact whole and compares it with its recipe.
+"""The asset check `bytes`: reads a whole artefact and compares it with its record.
 
-Executed on its own it reads every partition. Dagster also executes it beside a materialisation, where it reads that partition.
+Executed on its own, it reads every partition. Executed by Dagster with a materialisation, it reads that partition.
 """
 
 # Without `from __future__ import annotations`: Dagster reads the annotations of ops at run time.
@@ -16,11 +16,11 @@ from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.recipes import DamagedArtefactError, Store
 
 BYTES = "bytes"
-_ABOUT = "All files are those that the recipe describes. What was changed by hand is found, and made again by the next run."
+_ABOUT = "All files have the hashes in the record. An artefact with changed files is invalidated, and the next run makes it again."
 
 
 def build_byte_checks(ops: Iterable[Op]) -> list[dg.AssetChecksDefinition]:
-    """The check of every asset: one op for each owner and way of being partitioned."""
+    """Return the checks of all assets: one op for each owner and kind of partitions."""
     grouped: dict[tuple[str, Dimensions], list[Declaration]] = {}
     for output in (output for op in ops for output in op.outputs):
         grouped.setdefault((output.address.owner, output.dimensions), []).append(output)
@@ -42,9 +42,9 @@ def _build_check(name: str, declarations: Sequence[Declaration]) -> dg.AssetChec
 
 
 def _compare(store: Store, declaration: Declaration, partition: Partition | None) -> dg.AssetCheckResult:
-    """One partition or, in a run that has none, all that are on disk.
+    """Compare one partition or, in a run without a partition, all that are on disk.
 
-    The result stands for the whole asset, so that damage which was found in another partition is told again until it is made anew.
+    The result is that of the whole asset: damage found earlier in other partitions is reported until they are made again.
     """
     on_disk = store.partitions(declaration.address, *DIMENSION_NAMES[declaration.dimensions])
     to_read = on_disk if partition is None else [each for each in on_disk if each == declaration.narrow(partition)]
@@ -66,7 +66,7 @@ def _compare(store: Store, declaration: Declaration, partition: Partition | None
 
 
 def _known_damage(store: Store, declaration: Declaration, partition: Partition) -> list[str]:
-    """What is seen without reading everything: also what an earlier comparison has found."""
+    """Return damage that is visible without reading all bytes, including that found by an earlier comparison."""
     try:
         store.find(declaration.address, partition)
     except DamagedArtefactError as error:

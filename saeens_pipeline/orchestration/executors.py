@@ -1,4 +1,4 @@
-"""Which process runs the steps of what the UI, the automation and backfills launch."""
+"""The executor of runs from the UI, the automation and backfills."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ VARIABLE = "SAEENS_EXECUTOR"
 
 
 def executor_from_environment() -> dg.ExecutorDefinition:
-    """The executor that SAEENS_EXECUTOR names: `in_process` (the default) or `multiprocess`. Raises ConfigurationError for others.
+    """Return the executor that SAEENS_EXECUTOR names: `in_process` (default) or `multiprocess`. Raises ConfigurationError for others.
 
-    In one process a step costs 0.1 s; one of its own costs over a second, and returns all of its memory. Forked from a server
-    that has imported torch, which a fresh process would spend seconds on, and that has used neither threads nor CUDA yet.
+    In one process a step costs 0.1 s. A process per step costs over a second and frees all memory of the step. Such processes are forked
+    from a server that has imported torch, which takes seconds, and has used neither threads nor CUDA.
     """
     match os.environ.get(VARIABLE) or "in_process":
         case "in_process":

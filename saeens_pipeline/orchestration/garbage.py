@@ -1,7 +1,7 @@
-"""What lies below the data root and belongs to no experiment or source any more.
+"""Garbage collection: files below the data root that belong to no experiment or source any more.
 
-Nothing is judged by its name alone: an artefact is what lies where an artefact would lie and carries a recipe. All else that is not
-known is listed and never removed; so is what holds files besides those that its recipe lists. Links are not followed.
+A path counts as an artefact only if it is at an artefact's place and has a record. All other unknown files are listed and never removed,
+and so are artefacts with files that are not in their record. Symbolic links are not followed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.language_models.autointerp.answers import FOLDER as ANSWERS_FOLDER
 from saeens_pipeline.language_models.descriptions import REFERENCE_MODEL
 from saeens_pipeline.language_models.models import describe_language_model
-from saeens_pipeline.orchestration.instance import forget_partitions, home_folder, layers_name, recorded_instance
+from saeens_pipeline.orchestration.dagster_internals import forget_partitions
+from saeens_pipeline.orchestration.instance import home_folder, layers_name, recorded_instance
 from saeens_pipeline.orchestration.ops import Ops
 from saeens_pipeline.settings.files import unread_folder
 from saeens_pipeline.storage import locks
@@ -40,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 
 class Finding(NamedTuple):
-    """A file or folder below the data root, and why it is listed."""
+    """A file or folder below the data root, and the reason why it is listed."""
 
     path: Path
     n_bytes: int
@@ -49,7 +50,7 @@ class Finding(NamedTuple):
 
 @dataclass
 class Inventory:
-    """Files and folders that nothing refers to any more, and those of unknown origin; both in the order of their paths."""
+    """Files and folders without a reference, and those of unknown origin; both in the order of their paths."""
 
     garbage: list[Finding] = field(default_factory=list)
     unknown: list[Finding] = field(default_factory=list)
@@ -58,7 +59,7 @@ class Inventory:
 
     @property
     def freed_bytes(self) -> int:
-        """What removing the garbage frees. A file with several names, as round 1 and member 1 share them, is freed with the last."""
+        """Return the bytes that removal of the garbage frees. A file with several hard links, as of linked SAEs, is freed with the last."""
         names: dict[tuple[int, int], int] = {}
         freed = 0
         for file in (file for finding in self.garbage for file in _files(finding.path)):
@@ -71,14 +72,14 @@ class Inventory:
 
 @dataclass(frozen=True)
 class Declared:
-    """What experiments and sources refer to: artefacts by address, ops by name with the first thing that each makes, layers of sources."""
+    """References of experiments and sources: artefacts by address, the first output of each op by the op's name, layers by source."""
 
     artefacts: Mapping[Address, Declaration]
     ops: Mapping[str, Declaration]
     layers: Mapping[str, frozenset[int]]
 
     def objection(self, address: Address, partition: Partition) -> str:
-        """Why nothing refers to an artefact; empty if something does."""
+        """Return the reason why an artefact is unused; empty if something refers to it."""
         if address in self.artefacts:
             return self._objection_to_partition(self.artefacts[address], partition)
         owners = {each.owner for each in self.artefacts if (each.kind == "source") == (address.kind == "source")}
@@ -87,7 +88,7 @@ class Declared:
         return f"there is no {'source' if address.kind == 'source' else 'experiment'} {address.owner} any more"
 
     def objection_to_checkpoint(self, op_name: str, partition: Partition) -> str:
-        """Why no training goes on from a checkpoint; empty if one does."""
+        """Return the reason why no training resumes from a checkpoint; empty if one does."""
         if op_name in self.ops:
             return self._objection_to_partition(self.ops[op_name], partition)
         return f"nothing is trained under the name {op_name} any more"
@@ -103,7 +104,7 @@ class Declared:
 
 
 def declared(catalogue: Ops) -> Declared:
-    """Return everything that the experiments declare, with the layers of their files and those that were added in the instance."""
+    """Return all references of the experiments, with the layers of their files and those added to the instance."""
     with recorded_instance() as instance:
         added = {name: instance.get_dynamic_partitions(layers_name(name)) if instance else [] for name in catalogue.sources}
     layers = {
@@ -115,23 +116,24 @@ def declared(catalogue: Ops) -> Declared:
 
 
 def find_garbage(root: Path, references: Declared, given_up: Sequence[Path] = ()) -> Inventory:
-    """Look through the data root. Changes nothing.
+    """Search the data root for garbage. Changes nothing.
 
-    An artefact whose record names an experiment file of a folder that is not read now is kept, unless the folder is `given_up`.
-    Raises ConfigurationError for a folder that is given up and either read or named by no record.
+    Artefacts whose record names an experiment file in a folder that is not read now are kept, unless that folder or one above it is
+    in `given_up`. Raises ConfigurationError for a folder in `given_up` if no record names a file below it that is not read now.
     """
     root = root.resolve()
     given_up = [folder.expanduser().resolve() for folder in given_up]
     recorded = (each.artefact.provenance.get("experiment_file", "") for each in all_artefacts(root) if isinstance(each.artefact, Artefact))
     unread = {folder for file in set(recorded) if (folder := unread_folder(file))}
     for folder in given_up:
-        if folder not in unread:
+        if not any(each.is_relative_to(folder) for each in unread):
             known = ", ".join(map(str, sorted(unread))) or "none"
             raise ConfigurationError(
                 f"--forget-folder {folder}: nothing here was made from files of this folder, or it is read now; there are: {known}"
             )
-    inventory = Inventory(unread_folders=sorted(unread.difference(given_up)))
-    own = (root / "dagster", root / locks.FOLDER, root / ANSWERS_FOLDER)  # answers are paid for, whoever asked
+    kept = sorted(each for each in unread if not any(each.is_relative_to(folder) for folder in given_up))
+    inventory = Inventory(unread_folders=kept)
+    own = (root / "dagster", root / locks.FOLDER, root / ANSWERS_FOLDER)  # answers cost money and serve all experiments
     others = (*own, home_folder().resolve(), describe_language_model(REFERENCE_MODEL).path.resolve())
     for path in _entries(root):
         if path not in others and path.resolve() not in others:
@@ -140,7 +142,7 @@ def find_garbage(root: Path, references: Declared, given_up: Sequence[Path] = ()
 
 
 def by_folder(findings: Sequence[Finding], root: Path) -> list[Finding]:
-    """The same, shorter: folders below `root` in place of all that they hold where that is listed for one reason."""
+    """Return the findings in short: a folder below `root` replaces its entries if all are listed for the same reason."""
     root, shown = root.resolve(), {finding.path: finding for finding in findings}
     pending = [path.parent for path in shown]
     while pending:
@@ -155,23 +157,23 @@ def by_folder(findings: Sequence[Finding], root: Path) -> list[Finding]:
 
 
 def remove_garbage(catalogue: Experiments, inventory: Inventory, root: Path) -> None:
-    """Remove the garbage, and the folders that are empty then.
+    """Remove the garbage, and folders that become empty.
 
     Raises ConfigurationError, and removes nothing, if an experiment file is broken: its artefacts look like garbage.
     """
     if catalogue.broken:
         broken = "\n".join(catalogue.broken.values())
         raise ConfigurationError(f"{broken}\nnothing is removed: what belongs to a file that cannot be read looks unused; mend it first")
-    _forget(inventory.garbage, root.resolve())  # first: once removed, nothing would tell what an interruption left to forget
+    _forget(inventory.garbage, root.resolve())  # first: after an interruption, removed files could not be found again
     for finding in inventory.garbage:
         remove_whole(finding.path)
-        with contextlib.suppress(OSError):  # until a folder holds something else
+        with contextlib.suppress(OSError):  # ends at the first folder that is not empty
             for folder in finding.path.relative_to(root.resolve()).parents[:-1]:
                 (root / folder).rmdir()
 
 
 def _forget(findings: Sequence[Finding], root: Path) -> None:
-    """Let Dagster count the artefacts among these as not made, or the automation would not make them if they were declared again."""
+    """Mark the artefacts among the findings as missing in Dagster, so that the automation makes them if they are declared again."""
     partitions: dict[Address, list[str]] = {}
     for finding in findings:
         if found := locate(PurePosixPath(finding.path.relative_to(root).as_posix())):
@@ -184,8 +186,8 @@ def _forget(findings: Sequence[Finding], root: Path) -> None:
             if instance:
                 for address, keys in partitions.items():
                     forget_partitions(instance, address.key, keys)
-    except Exception as error:  # whatever a storage raises, it is not about the files
-        logger.warning("Dagster goes on showing what is removed as made: %s", error)
+    except Exception as error:  # an error of Dagster's storage must not stop the removal of files
+        logger.warning("Dagster still shows removed artefacts as materialised: %s", error)
 
 
 def _look_at(path: Path, root: Path, references: Declared, inventory: Inventory) -> None:
@@ -233,7 +235,7 @@ def _entries(folder: Path) -> Sequence[Path]:
 
 
 def _natural(name: str) -> tuple[str, int]:
-    """`layer=10` comes after `layer=2`."""
+    """Return a sort key with which `layer=10` comes after `layer=2`."""
     stem = name.rstrip("0123456789")
     return stem, int(name.removeprefix(stem) or -1)
 

@@ -1,4 +1,4 @@
-"""The Dagster instance: where runs and events are kept, and which layers of a source it knows."""
+"""The Dagster instance: home folder, settings, dead runs, and the partitions that hold a source's layers."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ import re
 import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import yaml
+from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
 
 from saeens_pipeline.errors import SaeensError
+from saeens_pipeline.orchestration.dagster_internals import LOCAL_COMPUTE_LOGS, NO_COMPUTE_LOGS
 from saeens_pipeline.storage.locks import holding_one_of
 from saeens_pipeline.storage.recipes import is_alive
 from saeens_pipeline.storage.root import data_root
 
-if TYPE_CHECKING:
-    from dagster import DagsterInstance
-
 _COMMAND_LINE_FILE = "command_line.yaml"
 _DATABASE_MARK = ".database_is_set_up"
 PROCESS_TAG = "saeens/process"
-_SERVER_TAG = ".dagster/grpc_info"  # by Dagster, on a run that it launched: where its code server listens
+_SERVER_TAG = ".dagster/grpc_info"  # Dagster's tag on runs that it launched: the socket of the code server
 
 _SETTINGS = """\
 # Where Dagster keeps runs and events, one op at a time on the GPU, runs tried again whose process was killed, and no telemetry.
@@ -31,7 +32,7 @@ storage:
   sqlite:
     base_dir: {storage}
 compute_logs:
-  module: dagster._core.storage.local_compute_log_manager
+  module: {compute_log_module}
   class: LocalComputeLogManager
   config:
     base_dir: {compute_logs}
@@ -60,20 +61,21 @@ load_from:
 
 
 def instance_settings(home: str) -> str:
-    """The content of `dagster.yaml` for an instance that lies in `home`."""
-    return _SETTINGS.format(storage=json.dumps(f"{home}/storage"), compute_logs=json.dumps(f"{home}/compute_logs"))
+    """Return the content of `dagster.yaml` for an instance in `home`."""
+    folders = {name: json.dumps(f"{home}/{name}") for name in ("storage", "compute_logs")}
+    return _SETTINGS.format(**folders, compute_log_module=LOCAL_COMPUTE_LOGS)
 
 
 def home_folder() -> Path:
-    """DAGSTER_HOME, or `dagster` below the data root where it is not set."""
+    """Return DAGSTER_HOME or, if it is not set, `dagster` below the data root."""
     return Path(os.environ.get("DAGSTER_HOME") or data_root() / "dagster").absolute()
 
 
 def prepare_home() -> Path:
-    """DAGSTER_HOME, or `dagster` below the data root where it is not set: made and set up where it is not there yet.
+    """Create and set up the home folder if necessary, set DAGSTER_HOME for this process and its children, and return the folder.
 
-    The environment variable is set for this process and its children. Files that are there are left as they are, unless the folder was
-    copied or moved: settings of ours that name another one are made anew.
+    Existing files stay unchanged, except for a `dagster.yaml` written by `saeens` that names another folder, after a copy or a move.
+    Raises SaeensError for a folder that cannot be written.
     """
     home = home_folder()
     try:
@@ -92,9 +94,7 @@ def prepare_home() -> Path:
 
 
 def _set_up_database(home: Path) -> None:
-    """Once for each home, by one process: two that do it at the same time leave a database that none can open."""
-    from dagster import DagsterInstance
-
+    """Create the database once, in one process at a time: two at the same time would leave a database that cannot be opened."""
     done = home / _DATABASE_MARK
     if not done.exists():
         with holding_one_of(home, ["database"]), DagsterInstance.from_config(str(home)):
@@ -102,29 +102,26 @@ def _set_up_database(home: Path) -> None:
 
 
 def _is_ours(settings: str) -> bool:
-    """Whether a `dagster.yaml` is as it was written, for whichever folder."""
+    """Return True for a `dagster.yaml` as `saeens` writes it, for any folder."""
     named = re.search(r"^    base_dir: \"?(.*)/storage\"?$", settings, re.MULTILINE)
     return named is not None and settings.replace('"', "") == instance_settings(named[1]).replace('"', "")
 
 
 def command_line_instance() -> DagsterInstance:
-    """The instance for runs in this process: that of DAGSTER_HOME, without Dagster's capture of what steps print.
+    """Return the instance of DAGSTER_HOME for runs in this process, without Dagster's capture of the output of steps.
 
-    The capture runs helper processes that stand between a terminal and its progress bars, and answer Ctrl-C with tracebacks.
+    The capture's helper processes would break progress bars and print tracebacks after Ctrl-C.
     """
-    import yaml
-    from dagster import DagsterInstance
-
     home = prepare_home()
     settings = yaml.safe_load((home / "dagster.yaml").read_text()) or {}
-    settings["compute_logs"] = {"module": "dagster._core.storage.noop_compute_log_manager", "class": "NoOpComputeLogManager"}
-    (home / _COMMAND_LINE_FILE).write_text("# Made anew from dagster.yaml by every `saeens run`.\n" + yaml.safe_dump(settings))
+    settings["compute_logs"] = {"module": NO_COMPUTE_LOGS, "class": "NoOpComputeLogManager"}
+    (home / _COMMAND_LINE_FILE).write_text("# Written from dagster.yaml by every `saeens run`.\n" + yaml.safe_dump(settings))
     return DagsterInstance.from_config(str(home), _COMMAND_LINE_FILE)
 
 
 @contextlib.contextmanager
 def recorded_instance() -> Iterator[DagsterInstance | None]:
-    """The instance of DAGSTER_HOME for a command that only looks; None where there is none yet, and none is made."""
+    """Give the instance of DAGSTER_HOME for commands that only read; None if it does not exist. None is created."""
     if (home_folder() / "dagster.yaml").exists():
         with command_line_instance() as instance:
             yield instance
@@ -133,18 +130,16 @@ def recorded_instance() -> Iterator[DagsterInstance | None]:
 
 
 def process_tag() -> dict[str, str]:
-    """The tag of a run that this process executes itself: who to ask whether it still lives."""
+    """Return the tag with host and process of a run in this process, by which other processes find out if it is alive."""
     return {PROCESS_TAG: f"{socket.gethostname()}:{os.getpid()}"}
 
 
 def end_dead_runs(instance: DagsterInstance) -> None:
-    """Cancel runs whose process on this machine was killed, and free the GPU slot that they would hold for ever.
+    """Cancel runs whose process on this machine was killed, and free their GPU slots, which they would hold forever.
 
-    They did not fail: the machine or its user ended them, and the automation asks for what they were to make again. A run of the
-    command line is dead when its process is, one of the UI or the automation when its code server is gone.
+    They do not count as failed, so that the automation requests their artefacts again. A command-line run is dead if its process is, a run
+    of the UI or the automation if its code server is.
     """
-    from dagster import DagsterRunStatus, RunsFilter
-
     for run in instance.get_runs(RunsFilter(statuses=[DagsterRunStatus.STARTED])):
         host, _, pid = run.tags.get(PROCESS_TAG, "").rpartition(":")
         if host == socket.gethostname() and not is_alive(int(pid)):
@@ -156,31 +151,8 @@ def end_dead_runs(instance: DagsterInstance) -> None:
         instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
 
 
-def forget_partitions(instance: DagsterInstance, key: Sequence[str], partitions: Sequence[str]) -> None:
-    """Let Dagster count these partitions of an asset as never made and never tried; all of the asset where they are none.
-
-    Its SQLite storage lacks `wipe_asset_partitions`: in its index of asset events, theirs become those of no asset. They are not
-    deleted: SQLite would give their numbers to new events, which then look old to the automation.
-    """
-    from dagster import AssetKey
-    from dagster._core.storage.event_log.schema import SqlEventLogStorageTable as Events
-    from dagster._core.storage.event_log.sql_event_log import SqlEventLogStorage
-
-    asset, storage = AssetKey(list(key)), instance.event_log_storage
-    if not partitions:
-        instance.wipe_assets([asset])
-        return
-    if not isinstance(storage, SqlEventLogStorage):
-        instance.wipe_asset_partitions(asset, partitions)
-        return
-    with storage.index_connection() as connection:
-        theirs = (Events.c.asset_key == asset.to_string(), Events.c.partition.in_(partitions))
-        connection.execute(Events.update().where(*theirs).values(asset_key=None))
-    storage.wipe_asset_cached_status(asset)
-
-
 def _answers(server: dict[str, Any]) -> bool:
-    """Whether a code server listens where a run's tag says. One on another machine is left alone."""
+    """Return True if the code server of a run's tag listens. One on another machine counts as listening."""
     if "socket" not in server:
         return True
     with socket.socket(socket.AF_UNIX) as probe:
@@ -188,25 +160,25 @@ def _answers(server: dict[str, Any]) -> bool:
 
 
 class LayerChanges(NamedTuple):
-    """What the partitions of a source lack to be in step with the layers of its experiment file."""
+    """Differences between the partitions of a source and the layers of its experiment file."""
 
-    new: list[str]  # not known yet, in numeric order
-    newly_declared: list[str]  # known or not, not seen in the file before
-    gone: list[str]  # that were in the file before
+    new: list[str]  # without a partition, in numeric order
+    newly_declared: list[str]  # new in the file, with or without a partition
+    gone: list[str]  # removed from the file
 
 
 def layers_name(source: str) -> str:
-    """The dynamic partitions that hold the layers of a source."""
+    """Return the name of the dynamic partitions that hold the layers of a source."""
     return f"{source}_layers"
 
 
 def declared_layers_name(source: str) -> str:
-    """The dynamic partitions that hold which of the layers came from the experiment file: they go when they leave it."""
-    return f"{source}/declared_layers"  # no source can be called so
+    """Return the name of the dynamic partitions that record the layers from the experiment file, which are removed with the file's."""
+    return f"{source}/declared_layers"  # no source can have this name
 
 
 def layer_changes(instance: DagsterInstance, source: str, declared: Sequence[int]) -> LayerChanges:
-    """Compare the layers of an experiment file with the partitions. Those that were added by hand stay."""
+    """Compare the layers of an experiment file with the partitions. Layers added by hand stay."""
     known = instance.get_dynamic_partitions(layers_name(source))
     before = instance.get_dynamic_partitions(declared_layers_name(source))
     now = [str(layer) for layer in sorted(declared)]
@@ -218,7 +190,7 @@ def layer_changes(instance: DagsterInstance, source: str, declared: Sequence[int
 
 
 def declare_layers(instance: DagsterInstance, source: str, declared: Sequence[int]) -> None:
-    """Make the partitions of a source follow the layers of its experiment file."""
+    """Update the partitions of a source to the layers of its experiment file."""
     changes = layer_changes(instance, source, declared)
     for name, added in ((layers_name(source), changes.new), (declared_layers_name(source), changes.newly_declared)):
         if added:
@@ -228,7 +200,7 @@ def declare_layers(instance: DagsterInstance, source: str, declared: Sequence[in
 
 
 def register_layers(instance: DagsterInstance, source: str, layers: Sequence[int]) -> list[int]:
-    """Add layers to a source, in numeric order. Gives those that were not there yet."""
+    """Add layers to a source, in numeric order, and return the new ones."""
     known = instance.get_dynamic_partitions(layers_name(source))
     new = [layer for layer in sorted(set(layers)) if str(layer) not in known]
     if new:
@@ -237,6 +209,6 @@ def register_layers(instance: DagsterInstance, source: str, layers: Sequence[int
 
 
 def added_layers(instance: DagsterInstance, source: str) -> list[str]:
-    """The layers of a source that were added while it runs, and not by its experiment file; in the UI anything can be added."""
+    """Return the layers that were added by hand and not by the experiment file. In the UI any text can be added."""
     declared = set(instance.get_dynamic_partitions(declared_layers_name(source)))
     return [layer for layer in instance.get_dynamic_partitions(layers_name(source)) if layer not in declared]

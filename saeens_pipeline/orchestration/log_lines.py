@@ -1,4 +1,4 @@
-"""What the packages log, in the event log of the run that made them do it and on the console of who waits for it."""
+"""Log lines of the packages in the run's event log and on the console."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class _Forward(logging.Handler):
 
 
 def forwarded_to(log: logging.Logger) -> contextlib.AbstractContextManager[None]:
-    """Within this context, log lines from INFO on go to `log` as well."""
+    """Forward log lines from level INFO to `log` within this context."""
     return _forwarded(log.log)
 
 
 def written_with(write: Callable[[str], None]) -> contextlib.AbstractContextManager[None]:
-    """Within this context, `write` is given what is logged from INFO on, each message as one line without its traceback."""
+    """Call `write` with each log message from level INFO within this context, as one line without its traceback."""
     return _forwarded(lambda _level, message: write(" ".join(message.splitlines())))
 
 

@@ -1,4 +1,4 @@
-"""What the Dagster UI shows of an artefact: a summary first, then a picture, then where it lies and how it was made."""
+"""Metadata in the Dagster UI: a summary, a picture, path, recipe and versions of each artefact."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from saeens_pipeline.storage.recipes import Artefact, read_artefact
 from saeens_pipeline.storage.tables import Column, read_part
 
 _DAGSTER_TYPES = {"str": "string", "int": "int", "float": "float"}
-_INLINE_CHARACTERS = 1000  # longer Markdown hides behind a link in the UI
+_INLINE_CHARACTERS = 1000  # the UI hides longer Markdown behind a link
 
 
 def static_metadata(declaration: Declaration) -> dict[str, Any]:
-    """What is known before anything is made: a table's columns."""
+    """Return the metadata of a declaration: a table's columns."""
     if declaration.address.name not in TABLES:
         return {}
     columns = [
@@ -34,7 +34,7 @@ def static_metadata(declaration: Declaration) -> dict[str, Any]:
 
 
 def describe_artefact(declaration: Declaration, partition: Partition, artefact: Artefact, *, is_hit: bool) -> dict[str, Any]:
-    """Metadata of one materialisation, in the order in which the UI shows it."""
+    """Return the metadata of one materialisation, in the order of the UI."""
     made = artefact.provenance
     summary: dict[str, Any] = {}
     if declaration.builder == "sae":
@@ -78,7 +78,7 @@ def _sae_summary(artefact: Artefact) -> dict[str, Any]:
         "measured on": "the last training batch; held-out figures are in eval/members",
         "curve": picture({"": curve["explained_variance"].to_list()}, "explained variance by training tokens"),
         "train tokens": made["train_tokens"],
-        "went on from a checkpoint at [tokens]": ", ".join(f"{tokens:,}" for tokens in made.get("resumed_at_tokens", ())) or None,
+        "resumed from a checkpoint at [tokens]": ", ".join(f"{tokens:,}" for tokens in made.get("resumed_at_tokens", ())) or None,
         "tokens/s": round(made["train_tokens"] / seconds) if seconds else None,
         "train FLOPs": f"{made['train_flops']:.3g}",
         "energy [J]": round(made["energy_joules"], 1) if made.get("energy_joules") else None,
@@ -88,7 +88,7 @@ def _sae_summary(artefact: Artefact) -> dict[str, Any]:
 
 
 def _ensemble_summary(declaration: Declaration, artefact: Artefact) -> dict[str, Any]:
-    """An ensemble's SAEs lie beside it: features and L0 of the whole dictionary are the sums of theirs."""
+    """Return the summary of an ensemble; features and L0 are sums over its SAEs."""
     saes = [read_artefact(artefact.path / path) for path in json.loads((artefact.path / "ensemble.json").read_text())["members"]]
     widths = [json.loads((sae.path / "cfg.json").read_text())["d_sae"] for sae in saes]
     return {
@@ -112,7 +112,7 @@ def _report_summary(artefact: Artefact) -> dict[str, Any]:
 
 
 def _links(declaration: Declaration, partition: Partition) -> dict[str, Any]:
-    """Links to the SAEs that a table or an ensemble is about, under the name of what they belong to."""
+    """Return links to the SAEs of a table or an ensemble, by the name of their group."""
     links: dict[str, Any] = {}
     for label, saes in _saes_below(declaration):
         of_each = [f"[{each.address.name}]({_page(each, each.narrow(partition))})" for each in saes]
@@ -121,7 +121,7 @@ def _links(declaration: Declaration, partition: Partition) -> dict[str, Any]:
 
 
 def _saes_below(declaration: Declaration) -> Iterator[tuple[str, list[Declaration]]]:
-    """Label and SAEs: an ensemble's own, or those of every ensemble below a table, and then its single SAEs."""
+    """Give label and SAEs: those of an ensemble, or a table's single SAEs and those of its ensembles."""
     below = [each.artefact for each in declaration.inputs if isinstance(each.artefact, Declaration)]
     single = [each for each in below if each.builder == "sae"]
     if single:
@@ -132,7 +132,7 @@ def _saes_below(declaration: Declaration) -> Iterator[tuple[str, list[Declaratio
 
 
 def _page(asset: Reference, partition: Partition) -> str:
-    """The asset's page in the UI, at a partition where one is known whole."""
+    """Return the address of an asset's page in the UI, with the partition if all its dimensions are known."""
     chosen = [str(value) for value in partition if value is not None]
     whole = len(chosen) == {"none": 0, "layer": 1, "layer_and_seed": 2}[asset.dimensions]
     query = f"?view=partitions&partition={quote('|'.join(chosen))}" if chosen and whole else ""
@@ -140,10 +140,10 @@ def _page(asset: Reference, partition: Partition) -> str:
 
 
 def column_lineage(declaration: Declaration) -> dg.TableColumnLineage:
-    """Return the upstream assets that each column of a table is computed from, and what is read of them.
+    """Return the upstream assets that each column of a table is computed from, with the part that is read.
 
-    Of an SAE that is its `weights`, `data_version`, or the records of its training; of activations their test split; of a table its
-    column of that name.
+    The part of an SAE is its `weights`, `data_version` or training records; of activations the test split; of a table the column of that
+    name.
     """
     table = TABLES[declaration.address.name]
     deps: dict[str, list[dg.TableColumnDep]] = {}
@@ -156,7 +156,7 @@ def column_lineage(declaration: Declaration) -> dg.TableColumnLineage:
 
 
 def _part_read(upstream: Reference, table: Table, column: Column) -> str | None:
-    """Return what of an upstream asset a column is computed from; None for an asset that has no share in it."""
+    """Return the part of an upstream asset that a column is computed from; None for none."""
     address, name = upstream.address, column.name.removeprefix("control_")
     if address.is_table:
         names = column.from_columns or (name,)
@@ -202,7 +202,7 @@ def _table_summary(declaration: Declaration, artefact: Artefact) -> dict[str, An
 
 
 def _pareto_summary(artefact: Artefact) -> dict[str, Any]:
-    """The picture, whatever its size: the UI shows it on a click."""
+    """Return the summary with the picture, which the UI shows on a click if it is large."""
     missing = artefact.provenance["not_evaluated"]
     drawn = base64.b64encode((artefact.path / PICTURE_FILE).read_bytes()).decode()
     return {
@@ -220,7 +220,7 @@ def _statistics_summary(statistics: dict[str, Any]) -> dict[str, Any]:
 
 
 def picture(curves: dict[str, Sequence[float]], x_label: str, width: int = 300, height: int = 90) -> dg.MarkdownMetadataValue:
-    """Line plot as an SVG small enough for the UI to show in place; long curves are thinned."""
+    """Return a line plot as an SVG small enough for the UI to show inline; long curves are thinned."""
     low, high = min(min(c) for c in curves.values()), max(max(c) for c in curves.values())
     for n_points in (40, 24, 16, 10):
         drawn = ""

@@ -20,7 +20,7 @@ class Ops(Experiments):
         return [*source_ops(self.sources[experiment.source]), *ops_of(experiment, control)]
 
     def all_ops(self) -> list[Op]:
-        """Return the ops of all sources, experiments and sweeps, and with experiments the leaderboard and its page."""
+        """Return the ops of all sources, experiments and sweeps and, if there are experiments, of the leaderboard and its page."""
         of_sources = [op for source in self.sources.values() for op in source_ops(source)]
         of_experiments = [op for e in self.experiments.values() for op in ops_of(e, self.experiments.get(self.controls.get(e.name, "")))]
         of_sweeps = [self.pareto(name) for name in self.sweeps]

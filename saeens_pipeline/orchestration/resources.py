@@ -1,4 +1,4 @@
-"""Dagster resources: the store of artefacts, and the device."""
+"""Dagster resources: the store of artefacts and the device."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from saeens_pipeline.storage.root import data_root
 
 
 class StoreResource(dg.ConfigurableResource):
-    """The store below `root`; where that is empty, below SAEENS_DATA, or `data`."""
+    """The store below `root`; if empty, below SAEENS_DATA or `data`."""
 
     root: str = ""
 
     @property
     def store(self) -> Store:
-        """The store itself."""
+        """Return the store."""
         return Store(Path(self.root) if self.root else data_root())
 
 
@@ -37,5 +37,5 @@ class ComputeResource(dg.ConfigurableResource):
 
     @property
     def compute(self) -> Compute:
-        """The device itself."""
+        """Return the device."""
         return Compute(self.device, self.precision, self.memory_gb, self.threads)

@@ -1,7 +1,7 @@
-"""Retraining: a schedule or a job marks an experiment, and a sensor requests its stages, one after another, until nothing is wanted.
+"""Retraining: a schedule or a job marks an experiment, and a sensor requests its stages, one after another, until all are fresh.
 
-Marks are dynamic partitions of the instance. Stages differ in their partitions and each needs the artefacts of the one before, and the
-requests of one tick do not wait for each other: so one stage is requested at a time.
+Marks are dynamic partitions of the instance. Each stage needs the artefacts of the stage before and has other partitions, and requests of
+one tick do not wait for each other: so one stage is requested at a time.
 """
 
 # Without `from __future__ import annotations`: Dagster reads the annotations of sensors and ops at run time.
@@ -31,14 +31,14 @@ def marks_name(experiment: str) -> str:
     return f"{experiment}/retraining"  # no experiment can have this name
 
 
-def retraining_schedule(experiment: ExperimentSettings) -> dg.ScheduleDefinition:
-    """Return a schedule whose job marks an experiment. The sensor does the rest."""
+def retraining_schedule(ops: Ops, experiment: ExperimentSettings) -> dg.ScheduleDefinition:
+    """Return a schedule whose job marks an experiment, unless all of it is fresh. The sensor requests the runs."""
     name = f"{experiment.name}_retraining"
 
     @dg.op(name=f"{name}__mark", description="Marks the experiment; the sensor `retraining` requests its runs.")
     def mark(context: dg.OpExecutionContext) -> None:
         context.instance.add_dynamic_partitions(marks_name(experiment.name), [datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%S")])
-        context.log.info("marked: the sensor `retraining` requests a run for each stage that is missing or stale")
+        context.log.info("marked: the sensor `retraining` requests a run for each stage with missing or stale artefacts")
 
     @dg.job(
         name=name,
@@ -55,7 +55,9 @@ def retraining_schedule(experiment: ExperimentSettings) -> dg.ScheduleDefinition
         description=f"Retrains what changed for {experiment.name}: settings, code versions, the language model's revision, the corpus.",
         default_status=dg.DefaultScheduleStatus.STOPPED,
     )
-    def schedule(context: dg.ScheduleEvaluationContext) -> dg.RunRequest:
+    def schedule(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
+        if next_request(ops, experiment, context.instance, mark="") is None:
+            return dg.SkipReason("All artefacts are fresh: there is nothing to retrain.")
         return dg.RunRequest(tags={"user": name})
 
     return schedule
@@ -84,16 +86,16 @@ def retraining_sensor(ops: Ops) -> dg.SensorDefinition:
             elif request.run_key and not _run_of(context.instance, request.run_key):
                 requests.append(request)
         if not requests and not finished:
-            return dg.SkipReason("No experiment is marked, or the run of the next stage is not over.")
+            return dg.SkipReason("No experiment is marked, or the run of a stage has not finished.")
         return dg.SensorResult(run_requests=requests, dynamic_partitions_requests=finished)
 
     return retraining
 
 
 def next_request(ops: Ops, experiment: ExperimentSettings, instance: dg.DagsterInstance, mark: str) -> dg.RunRequest | None:
-    """Return the request of the first stage that is not made; None if nothing is wanted any more, or a stage has failed.
+    """Return the request of the first stage with wanted artefacts; None if there is none, or if a stage has failed.
 
-    Where `freshness` watches the tables, fresh ones are requested too: a cache hit confirms them.
+    With `freshness`, fresh tables are requested too: a cache hit confirms them.
     """
     source = ops.sources[experiment.source]
     declare_layers(instance, experiment.source, source.layers)

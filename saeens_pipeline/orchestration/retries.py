@@ -1,6 +1,6 @@
-"""Which failures of a step may pass, and are tried again: a hub that does not answer, memory that ran out, a step that was killed.
+"""Retries of steps after transient failures: a hub that does not answer, memory that ran out, a killed step.
 
-Wrong settings, wrong input and losses that are not finite would come again: they fail at once.
+Wrong settings, wrong input and losses that are not finite would fail again: they are not retried.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from saeens_pipeline.orchestration.executors import VARIABLE
 
 MAX_RETRIES = 2
 DELAY_SECONDS = 10.0
-"""Before the first retry; before the next it is twice as long."""
+"""Delay before the first retry; it doubles for the next."""
 
 _HUB = (
     ("builtins", "ConnectionError"),
@@ -31,16 +31,16 @@ _MEMORY = (("builtins", "MemoryError"), ("torch", "OutOfMemoryError"))
 
 
 def killed_step_policy() -> dg.RetryPolicy | None:
-    """The policy of ops whose steps are processes of their own: one that is killed is tried again. In one process there is none left to."""
+    """Return the policy that retries killed steps, if steps have their own processes; else None, because the run ends with its process."""
     if os.environ.get(VARIABLE) != "multiprocess":
         return None
     return dg.RetryPolicy(max_retries=MAX_RETRIES, delay=DELAY_SECONDS, backoff=dg.Backoff.EXPONENTIAL)
 
 
 def can_pass(error: BaseException) -> bool:
-    """Whether trying again may help: memory ran out, or a hub did not answer, which may be said in other words by then.
+    """Return True for errors after which a retry may succeed: memory ran out, or a hub did not answer, perhaps as the cause of the error.
 
-    Not a SaeensError about memory, which is a budget that is too small, and nothing that is configured wrongly.
+    False for a SaeensError about memory, whose budget is too small, and for wrong configuration.
     """
     if isinstance(error, ConfigurationError):
         return False
@@ -52,9 +52,9 @@ def can_pass(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def retried(attempt: int, policy: dg.RetryPolicy | None) -> Iterator[None]:
-    """Ask Dagster to run a step again, the `attempt` + 1st time that it runs, if what leaves the context may pass.
+    """Let Dagster retry a step if the error that leaves the context is transient. `attempt` counts earlier retries.
 
-    Under a `policy` Dagster would try everything again: what cannot pass becomes a Failure that says no.
+    With a `policy` Dagster retries every error, so other errors become a Failure that forbids retries.
     """
     try:
         yield
@@ -67,5 +67,5 @@ def retried(attempt: int, policy: dg.RetryPolicy | None) -> Iterator[None]:
 
 
 def _loaded(names: Iterable[tuple[str, str]]) -> tuple[type[BaseException], ...]:
-    """Errors of the packages that are imported: one that is not cannot have raised."""
+    """Return the error classes of imported packages; other packages cannot have raised."""
     return tuple(getattr(sys.modules[module], name) for module, name in names if hasattr(sys.modules.get(module), name))

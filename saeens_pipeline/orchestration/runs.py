@@ -1,4 +1,4 @@
-"""Materialise an experiment from the command line: check, and run stage by stage through Dagster."""
+"""Runs of the command line: checks, then one Dagster run in this process for each stage."""
 
 from __future__ import annotations
 
@@ -65,9 +65,9 @@ class Outcome(NamedTuple):
     statuses: Sequence[Status]
     beside: Beside | None
     reports: Sequence[Path]
-    """Pages of the reports that are fresh."""
+    """Pages of the fresh reports."""
     renewed: Sequence[Path]
-    """Reports of other experiments that show this one as their control, made again."""
+    """Pages of other experiments' reports that show this one as their control and were made again."""
     seconds: float
 
 
@@ -79,12 +79,12 @@ def reporter_for(console: Console) -> progress.Reporter:
 
 
 def print_line(console: Console, line: str) -> None:
-    """Print text as it is: without markup, colours and line breaks."""
+    """Print text unchanged: without markup, colours and line breaks."""
     console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def experiment_status(catalogue: Catalogue, name: str) -> list[Status]:
-    """Return the state of every artefact of an experiment, in the order in which they are made."""
+    """Return the status of every artefact of an experiment, in the order in which they are made."""
     experiment = catalogue.experiment(name)
     layers = recorded_layers(catalogue.sources[experiment.source]).layers
     stages = plan(Store(data_root()), catalogue.ops(experiment), layers, experiment.ensemble.seeds)
@@ -117,7 +117,7 @@ def run_experiment(
     n_wanted = sum(len(stage) for _, stage in chosen)
     n_fresh = sum(status.state == "fresh" for stage in stages for status in stage.statuses)
     n_others = sum(len(stage.statuses) for stage in stages) - n_fresh - n_wanted
-    others = f", {n_others} were not asked for" if n_others else ""
+    others = f", {n_others} are not selected" if n_others else ""
     if not n_wanted:
         print_line(console, f"{name}: nothing to do: {n_fresh} artefacts are fresh (cache hits){others}; no training")
     else:
@@ -141,8 +141,8 @@ def run_experiment(
 def make_reports(catalogue: Catalogue, name: str | None, layers: Sequence[int]) -> list[Path]:
     """Materialise the reports of an experiment and the page over all experiments; return the pages to open.
 
-    A report whose tables are not all there says what is missing. Without `layers`, of every layer that has a table; without a name,
-    only the page over all experiments. Raises SaeensError where there is no table.
+    A report with missing tables names them. Without `layers`: the reports of all layers with a table. Without a name: only the page over
+    all experiments. Raises SaeensError without any table.
     """
     store = Store(data_root())
     pages: list[Path] = []
@@ -163,7 +163,7 @@ def make_leaderboard(catalogue: Catalogue) -> Declaration:
 
 
 def _beside(catalogue: Catalogue, store: Store, name: str, layers: Sequence[int]) -> Beside | None:
-    """Return the same experiment on the trained, or the untrained, language model, if there is one."""
+    """Return the status of an experiment's control, or of the experiment that it controls; None without either."""
     other = catalogue.counterpart(name)
     if other is None:
         return None
@@ -214,12 +214,12 @@ def _layers_with_tables(catalogue: Catalogue, store: Store, experiment: Experime
     there = [layer for layer in wanted or known if any(has_table(root, name, table, layer) for table in tables)]
     if not there:
         which = f" of layer {', '.join(map(str, wanted))}" if wanted else ""
-        raise SaeensError(f"{name} has no table{which} below {root} yet, from which a report is made: `saeens run {name}` makes them")
+        raise SaeensError(f"{name} has no table{which} below {root} yet, and a report is made from tables: run `saeens run {name}`")
     return there
 
 
 def _check(experiment: ExperimentSettings, source: SourceSettings, layers: Sequence[int], seeds: Sequence[int]) -> SourceFacts:
-    """Raise ConfigurationError or SaeensError, before anything is spent, for settings that cannot work; return the source's facts."""
+    """Raise ConfigurationError or SaeensError, before any work, for settings that cannot work; return the source's facts."""
     unknown = sorted(set(seeds) - set(experiment.ensemble.seeds))
     if unknown:
         raise ConfigurationError(
@@ -227,7 +227,7 @@ def _check(experiment: ExperimentSettings, source: SourceSettings, layers: Seque
         )
     description: LanguageModelDescription = validate_source(source, layers)
     measures_loss(experiment, description, source.hook)
-    if source.hook in HOOKS:  # the width of other modules is known when the model runs
+    if source.hook in HOOKS:  # the width of other modules is known only when the model runs
         validate_targets(experiment, description.d_model)
     return SourceFacts(description, source.hook, source.drop)
 
@@ -241,7 +241,7 @@ def _check_inputs(
     wanted: Sequence[Declaration],
     console: Console,
 ) -> None:
-    """Raise SaeensError for modules, texts or settings that the wanted artefacts need and that are not there."""
+    """Raise SaeensError for missing modules and texts, and for wrong settings, of the wanted artefacts."""
     builders, names = {declaration.builder for declaration in wanted}, [declaration.address.name for declaration in wanted]
     if "activations" in builders:
         validate_modules(facts.model, source.hook, layers)
@@ -257,7 +257,7 @@ def _check_inputs(
 def _restricted(
     stages: Sequence[Stage], seeds: Sequence[int], select: Sequence[str], console: Console
 ) -> list[tuple[Stage, list[Declaration]]]:
-    """Return what each stage has to make, given the seeds and assets that were asked for."""
+    """Return the artefacts that each stage makes, restricted to the selected seeds and assets."""
     allowed = _selected(stages, select) if select else None
     chosen: list[tuple[Stage, list[Declaration]]] = []
     left_out = False
@@ -267,14 +267,14 @@ def _restricted(
             left_out = left_out or bool(wanted)
             wanted = []
         if left_out and stage.partition.seed is None and any(d.seeds for d in wanted):
-            console.print("what compares all seeds is left out: not all seeds were asked for", highlight=False)
+            console.print("tables that compare seeds are left out: not all seeds are selected", highlight=False)
             wanted = []
         chosen.append((stage, wanted))
     return chosen
 
 
 def _selected(stages: Sequence[Stage], select: Sequence[str]) -> list[Declaration]:
-    """Return the artefacts whose keys end in what was asked for, and everything that they need."""
+    """Return the artefacts whose keys end in one of `select`, and all their inputs."""
     declarations = {status.declaration.address: status.declaration for stage in stages for status in stage.statuses}
     pending = []
     for wanted in select:
@@ -292,7 +292,7 @@ def _selected(stages: Sequence[Stage], select: Sequence[str]) -> list[Declaratio
 
 
 def _compiling(store: Store, wanted: Sequence[Declaration]) -> contextlib.AbstractContextManager[object]:
-    """Compile the kernels of CPU training beside the steps that come before training, if there are any."""
+    """Compile the kernels of CPU training in another process during the steps before training, if there are any."""
     architectures = {declaration.tags["architecture"] for declaration in wanted if declaration.builder == "sae"}
     comes_first = any(declaration.builder in {"tokens", "activations"} for declaration in wanted)
     if architectures and comes_first and Compute.from_environment().resolve() == "cpu":
@@ -348,8 +348,8 @@ def _shown(console: Console) -> Iterator[None]:
 def _interrupts() -> Iterator[Callable[[], None]]:
     """Give a function that raises KeyboardInterrupt if Ctrl-C was pressed inside this context and had no effect.
 
-    Dagster forgets one that comes as a run ends, and Python one that comes while a weak reference's callback runs. The
-    interpreter writes every signal to the wakeup descriptor, whatever its handler makes of it.
+    Dagster loses an interrupt at the end of a run, and Python loses one during a weak reference's callback. The interpreter writes every
+    signal to the wakeup descriptor, whatever its handler does.
     """
     receiver, sender = os.pipe()
     for end in (receiver, sender):
@@ -357,7 +357,7 @@ def _interrupts() -> Iterator[Callable[[], None]]:
     before = signal.set_wakeup_fd(sender)
 
     def raise_interrupt() -> None:
-        with contextlib.suppress(BlockingIOError):  # nothing came
+        with contextlib.suppress(BlockingIOError):  # no signal
             if signal.SIGINT in os.read(receiver, 4096):
                 raise KeyboardInterrupt
 
@@ -371,7 +371,7 @@ def _interrupts() -> Iterator[Callable[[], None]]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Dagster's own warnings and log lines stay in its event log."""
+    """Keep Dagster's own warnings and log lines off the console."""
     logger = logging.getLogger("dagster")
     level = logger.level
     logger.setLevel(logging.CRITICAL)

@@ -16,9 +16,9 @@ REPORT = "report"
 
 
 def report_op(experiment: ExperimentSettings, tables: Sequence[Declaration], control_tables: Sequence[Declaration]) -> Op:
-    """Declare the report over the tables of an experiment, beside those of its control on an untrained language model.
+    """Declare the report of an experiment's tables and those of its control on an untrained language model.
 
-    The report is made from the tables that are on disk and waits for none; one that is made later makes it stale.
+    The report is made from the tables on disk and waits for none; tables made later make it stale.
     """
     report = Declaration(
         address=Address(experiment.name, REPORT, REPORT),
@@ -45,8 +45,8 @@ def report_op(experiment: ExperimentSettings, tables: Sequence[Declaration], con
         assert task.partition.layer is not None
         if not any(not name.startswith("control ") for name in task.recipe.inputs):
             raise SaeensError(
-                f"{experiment.name} has no table of {task.partition} below {context.store.root} yet, from which a report is made: "
-                f"`saeens run {experiment.name}` makes them"
+                f"{experiment.name} has no table of {task.partition} below {context.store.root} yet, and a report is made from tables: "
+                f"run `saeens run {experiment.name}`"
             )
         provenance = context.provenance(task.declaration)
         with context.store.write_folder(*task.where, task.recipe, provenance) as folder, context.compute.measure() as measured:
@@ -57,7 +57,7 @@ def report_op(experiment: ExperimentSettings, tables: Sequence[Declaration], con
 
 
 def leaderboard_page_op(leaderboard: Declaration) -> Op:
-    """Declare the page over all experiments, from the tables that the leaderboard is made from."""
+    """Declare the page over all experiments, with the inputs of the leaderboard."""
     page = Declaration(
         address=Address(LEADERBOARD, REPORT, REPORT),
         dimensions="none",
@@ -102,7 +102,7 @@ def pareto_op(settings: ExperimentSettings, outputs: Iterable[Declaration]) -> O
 
 
 def _reports(store: Store) -> dict[tuple[str, int], str]:
-    """Return links from the leaderboard's folder to the reports that there are."""
+    """Return links from the leaderboard's folder to the reports on disk."""
     found = sorted((store.root / "reports").glob("*/layer=*/index.html"))
     layers = {path: path.parent.name.removeprefix("layer=") for path in found}
     return {

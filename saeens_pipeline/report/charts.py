@@ -104,9 +104,9 @@ def _axis(axis: Axis, values: Sequence[Any]) -> dict[str, Any]:
 
 
 def _decades(values: Sequence[float]) -> dict[str, Any]:
-    """Ticks of a logarithmic axis: at powers of ten, between them where these are few, and far enough out to zoom out.
+    """Return the ticks of a logarithmic axis: at powers of ten, also between them if there are few, and beyond the data for zooming out.
 
-    Long labels are fewer: they have to fit side by side into a plot on paper.
+    Axes with long labels have fewer ticks, so that the labels fit side by side on paper.
     """
     if not values:
         return {}

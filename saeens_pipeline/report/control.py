@@ -23,7 +23,7 @@ class Comparison:
 
     @property
     def same_order(self) -> bool:
-        """True if both models rank the methods alike."""
+        """Return True if both models rank the methods alike."""
         return sorted(self.rows, key=lambda row: -row[1].mean) == sorted(self.rows, key=lambda row: -row[2].mean)
 
 

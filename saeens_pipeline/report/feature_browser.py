@@ -188,14 +188,14 @@ class FeatureBrowser:
 
 
 def _columns(rows: pl.DataFrame, names: Mapping[str, str]) -> dict[str, list[Any]]:
-    """Columns as lists, numbers in single precision; null where JSON has no number."""
+    """Return columns as lists, numbers in single precision; null for values that are not finite."""
     chosen = rows.select(pl.col(column).alias(name) for name, column in names.items())
     numbers = pl.col(pl.Float32, pl.Float64)
     return chosen.with_columns(pl.when(numbers.is_finite()).then(numbers.round_sig_figs(7))).to_dict(as_series=False)
 
 
 def _details(row: Mapping[str, Any], ids: dict[str, int]) -> dict[str, Any]:
-    """The details of a feature beside its row; `ids` numbers the tokens."""
+    """Return the details of a feature that are not in its row; `ids` numbers the tokens."""
     details: dict[str, Any] = {"matches": json.loads(row["matches"] or "[]")}
     if row.get("contexts") is None:
         return details

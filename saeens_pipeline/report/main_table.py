@@ -37,7 +37,7 @@ class Row:
 
     @property
     def n_saes(self) -> int:
-        """SAEs behind the numbers, over all seeds."""
+        """Return the number of SAEs behind the numbers, over all seeds."""
         return sum(map(len, self.origins.values()))
 
 

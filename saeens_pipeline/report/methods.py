@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Method:
-    """A method as a reader meets it.
+    """A method's label, description, colour and symbols.
 
-    The colours are Okabe and Ito's, which colour-blind readers can tell apart; the symbols do not need colour. `baseline` says what makes
-    a single SAE comparable with an ensemble of n members.
+    The colours are Okabe and Ito's, which colour-blind readers can tell apart; the symbols do not need colour. `baseline` is the size of a
+    single SAE in words, with `{n}` for the number of members of the ensemble that it is compared with.
     """
 
     name: str
@@ -71,7 +71,7 @@ _OTHER_COLOURS = ("#b8a500", "#8c6d31", "#5254a3", "#637939", "#843c39")
 
 
 def method(name: str) -> Method:
-    """Return a known method or, for another name, one with that name and a colour that follows from it."""
+    """Return a known method or, for another name, one with that name and a colour derived from it."""
     colour = _OTHER_COLOURS[sum(name.encode()) % len(_OTHER_COLOURS)]
     return _KNOWN.get(name) or Method(name, name.replace("_", " "), "", colour, "hexagon", "h", "⬢")
 

@@ -1,4 +1,4 @@
-"""The metrics that pages and pictures show: where each is in the tables, how it is written, its meaning."""
+"""The metrics of pages and pictures: table and column, format, and meaning of each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes the pages: an experiment's report for one layer, and the leaderboard. Each is a folder that needs no other file."""
+"""The pages: an experiment's report for one layer, and the leaderboard. Each is a folder that needs no other file."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class Found:
 
     @property
     def title(self) -> str:
-        """Its name on pages: `round 2`, or the label of the method of which it is the only SAE."""
+        """Return its name on pages: `round 2`, or the label of a method that consists of this SAE."""
         name = self.address.name
         if self.address.kind != "baseline":
             return name.replace("_", " ")
@@ -47,7 +47,7 @@ class Found:
 
     @property
     def link(self) -> str:
-        """The asset's page in the Dagster UI."""
+        """Return the address of the asset's page in the Dagster UI."""
         return f"{UI}/assets/{'/'.join(self.address.key)}"
 
 

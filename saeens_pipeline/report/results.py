@@ -51,7 +51,7 @@ class Spread:
 
     @property
     def bar(self) -> tuple[float, float]:
-        """The interval or, with fewer than three seeds, the lowest and the highest point."""
+        """Return the interval or, with fewer than three seeds, the lowest and the highest point."""
         if self.has_interval and self.low is not None and self.high is not None:
             return self.low, self.high
         return min(self.points), max(self.points)
@@ -109,7 +109,7 @@ class Results:
 
     @cached_property
     def full_sizes(self) -> list[Size]:
-        """Every method that has a metric of the main table, at its largest size."""
+        """Return every method that has a metric of the main table, at its largest size."""
         sizes: dict[str, int] = {}
         for size in (size for metric in METRICS for size in self.of(metric)):
             sizes[size.method] = max(size.n_members, sizes.get(size.method, 0))
@@ -117,7 +117,7 @@ class Results:
 
     @cached_property
     def methods(self) -> list[str]:
-        """Every method of any table."""
+        """Return every method of any table."""
         return in_order(name for rows in self.tables.values() for name in rows["method"].unique())
 
     @cached_property
@@ -126,7 +126,7 @@ class Results:
 
     @property
     def example(self) -> tuple[str, int, Size] | None:
-        """A table with the seed and size of a row, as an example for `saeens lineage`: boosting's where there is one."""
+        """Return table, seed and size of a row as an example for `saeens lineage`, of boosting if possible."""
         for table, rows in self.tables.items():
             order = [pl.col("method") == "boosting", pl.col("n_members"), pl.col("seed")]
             first = rows.sort(order, descending=[True, True, False]).row(0, named=True)

@@ -59,8 +59,8 @@ def unread_folder(recorded: str) -> Path | None:
     if not recorded or recorded.startswith(_SHIPPED):
         return None
     file = Path(recorded)
-    folder = file.parent.parent if file.name == "defs.yaml" else file.parent
-    return None if folder in [each.resolve() for each in own_folders()] else folder
+    folders = {file.parent, file.parent.parent} if file.name == "defs.yaml" else {file.parent}  # as find_files looks
+    return None if folders.intersection(each.resolve() for each in own_folders()) else file.parent
 
 
 def experiment_name(path: Path) -> str:

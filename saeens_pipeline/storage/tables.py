@@ -60,7 +60,7 @@ def read_table(root: Path, experiment: str, table: str, layer: int | None = None
 
 
 def _parts(root: Path, experiment: str, table: str, layer: int | None) -> list[Path]:
-    folder = root / "tables" / validate_name(experiment) / table
+    folder = root / "tables" / validate_name(experiment) / validate_name(table)
     return sorted(folder.glob("**/part.parquet" if layer is None else f"layer={layer}/**/part.parquet"))
 
 

@@ -1,7 +1,7 @@
-"""Work in processes that are killed: forked from one that has imported all, so that a kill costs no imports.
+"""Run work in processes that are killed; they are forked from a process that has imported everything, which saves imports.
 
-A process is killed by itself, with SIGKILL, at the n-th call of a Python or C function that it makes: at the same place every time,
-inside a step, while a file is written, or between a write and a rename.
+A process kills itself with SIGKILL at its n-th call of a Python or C function: at the same place every time, inside a step, while a
+file is written, or between a write and a rename.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 
 def run_and_kill(work: Callable[[], None], after_calls: int | None) -> int:
-    """Do some work in a child, which is killed after so many calls; gives what it died of (-9), or 0, or 1 for an exception."""
+    """Run work in a child that is killed after so many calls, and return its exit code: -9 if killed, 0, or 1 for an exception."""
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -33,7 +33,7 @@ def run_and_kill(work: Callable[[], None], after_calls: int | None) -> int:
 
 
 def count_calls(work: Callable[[], None]) -> int:
-    """How many calls the work makes, found out in a child."""
+    """Return the number of calls that the work makes, counted in a child."""
     reader, writer = os.pipe()
 
     def counted() -> None:

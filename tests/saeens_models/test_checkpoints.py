@@ -1,10 +1,9 @@
-"""Checkpoints: a training that is interrupted, however, goes on where it was and ends with the bits of one that was not."""
+"""Checkpoints: an interrupted training resumes and ends with the same bits as an uninterrupted one."""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import signal
 import subprocess
 import sys
@@ -42,7 +41,7 @@ either = pytest.mark.parametrize("train", TRAIN.values(), ids=TRAIN)
 
 
 class PowerCutError(Exception):
-    """What stands for the end of a process where the test itself has to live on."""
+    """Stands for the end of a process in tests that continue after it."""
 
 
 def _batches(n_batches: int = N_BATCHES) -> Iterator[Tensor]:
@@ -115,7 +114,7 @@ def test_checkpoints_change_no_bit_of_an_undisturbed_training(train: Callable, t
     assert _same_bits(_weights(with_checkpoints), _undisturbed(train))
 
 
-def test_what_was_consumed_of_a_stream_that_can_seek_is_not_made_again(tmp_path: Path):
+def test_consumed_batches_of_a_seekable_stream_are_not_computed_again(tmp_path: Path):
     class Seekable:
         def __iter__(self) -> Iterator[Tensor]:
             raise AssertionError("the stream is read from its beginning")
@@ -213,7 +212,7 @@ def test_a_checkpoint_is_plain_safetensors_and_json(tmp_path: Path):
     assert weights == {f"1.weight.{name}" for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")}
 
 
-def test_a_full_disk_says_what_is_needed_and_keeps_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_full_disk_names_the_required_bytes_and_keeps_the_earlier_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     file = tmp_path / "state"
     _interrupted(file)
     before = file.read_bytes()
@@ -314,6 +313,7 @@ def _signalled(signum: signal.Signals, file: Path, n_signals: int) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_training_after_the_step_and_with_a_checkpoint(signum: signal.Signals, tmp_path: Path):
     printed = _signalled(signum, tmp_path / "state", n_signals=1)
@@ -324,6 +324,7 @@ def test_a_signal_ends_the_training_after_the_step_and_with_a_checkpoint(signum:
     assert _same_bits(_weights(saes), _undisturbed(sm.train))
 
 
+@pytest.mark.slow
 def test_a_second_signal_does_not_wait(tmp_path: Path):
     printed = _signalled(signal.SIGINT, tmp_path / "state", n_signals=2)
     assert printed == ["still here after a signal in batch 6", "ended by the handler of before", "True"]
@@ -374,17 +375,18 @@ for name, train in t.TRAIN.items():
 """
 
 
-def test_a_training_that_is_killed_at_random_points_ends_with_the_bits_of_one_that_is_not(tmp_path: Path):
+@pytest.mark.slow
+def test_a_training_killed_at_random_points_ends_with_the_same_bits(tmp_path: Path):
     """SIGKILL at 24 seeded points: inside steps, while a checkpoint is written, before and after its rename."""
     command = [sys.executable, "-c", SERVER, str(Path(__file__).parent), str(tmp_path)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""})
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     counts = [list(map(int, line.split()[-3:])) for line in done.stdout.splitlines()]
     assert sum(kills for kills, _, _ in counts) >= 20
     assert all(finished >= 1 and resumed >= 1 for _, finished, resumed in counts), done.stdout
 
 
-def test_what_is_logged_is_logged_by_the_package(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_log_records_come_from_the_package(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.INFO, "saeens_models")
     _interrupted(tmp_path / "state")
     sm.train(CONFIGS, _batches(), TRAINING, checkpoints=sm.Checkpoints(tmp_path / "state"))

@@ -102,7 +102,7 @@ def test_bagging_is_the_mean_of_its_members() -> None:
     torch.testing.assert_close(bag.b_dec, torch.stack([sae.b_dec for sae in saes]).mean(0))
 
 
-def test_boosting_applies_each_member_to_what_the_ones_before_leave() -> None:
+def test_boosting_applies_each_member_to_the_residual_of_the_earlier_ones() -> None:
     first, second, third = saes = heterogeneous_members()
     boost = Boosting(saes)
     after_first = X - first(X)
@@ -149,7 +149,7 @@ def test_one_pass_gives_the_reconstructions_of_all_prefixes(kind: type[Ensemble]
         torch.testing.assert_close(given_hat, ensemble[n_members - 1](given))
 
 
-def test_prefixes_say_what_each_member_was_given() -> None:
+def test_prefixes_hold_the_input_of_each_member() -> None:
     saes = heterogeneous_members()
     assert all(torch.equal(prefix.given, X) for prefix in Bagging(saes).prefix_reconstructions(X))
     boost = Boosting(saes)
@@ -286,7 +286,7 @@ def test_a_manifest_that_cannot_be_understood_is_refused(manifest: str, message:
     assert str(tmp_path / "ensemble.json") in str(error.value)
 
 
-def test_what_is_missing_or_does_not_fit_together_is_named(tmp_path: Path) -> None:
+def test_missing_or_inconsistent_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"ensemble\.json is missing"):
         load_ensemble(tmp_path)
     save_ensemble(Bagging(heterogeneous_members()), tmp_path)

@@ -33,7 +33,7 @@ def x() -> Tensor:
 
 
 def _saes() -> list[sm.SAE]:
-    """Of different widths and architectures."""
+    """Ensembles with members of different widths and architectures."""
     return [_sae(1, 8, architecture="topk", k=2), _sae(2, 12, architecture="topk", k=3), _sae(3, 5, architecture="standard")]
 
 
@@ -50,7 +50,7 @@ def evaluations(ensembles: dict[str, Ensemble], x: Tensor) -> dict[str, Ensemble
 @pytest.mark.parametrize(
     ("name", "n"), [("bagging", 1), ("bagging", 2), ("bagging", 3), ("boosting", 1), ("boosting", 2), ("boosting", 3), ("one", 1)]
 )
-def test_every_size_is_what_that_ensemble_gives_alone(ensembles, evaluations, x: Tensor, name: str, n: int):
+def test_every_size_equals_that_ensemble_alone(ensembles, evaluations, x: Tensor, name: str, n: int):
     ensemble, size = ensembles[name][:n], evaluations[name].sizes[n - 1]
     with torch.no_grad():
         z = ensemble.encode(x)
@@ -74,7 +74,7 @@ def test_every_size_is_what_that_ensemble_gives_alone(ensembles, evaluations, x:
 
 
 @pytest.mark.parametrize("name", ["bagging", "boosting"])
-def test_members_are_measured_on_what_they_are_given(ensembles, evaluations, x: Tensor, name: str):
+def test_members_are_measured_on_their_own_input(ensembles, evaluations, x: Tensor, name: str):
     saes, given = list(ensembles[name]), x
     for j, member in enumerate(evaluations[name].members):
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Training that starts from another SAE's weights: the same function at the first step, whatever the scale of the training."""
+"""Training from another SAE's weights: the same function at the first step, for any scale of the training."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_it_goes_on_as_adam_does_from_these_weights():
         torch.testing.assert_close(sae.get_parameter(name).detach(), expected.detach() / scale, rtol=1e-3, atol=1e-4)
 
 
-def test_others_beside_it_are_drawn_as_ever_and_what_it_starts_from_stays_as_it_is():
+def test_other_saes_are_drawn_as_usual_and_the_initial_sae_does_not_change():
     start = _trained()
     before = _copy(start)
     drawn, started = sm.train([_config(init_seed=1), _config(init_seed=2)], _batches(), _training(), initial=[None, start])

@@ -32,7 +32,7 @@ def weights_and_batch(n: int, d_in: int, d_sae: int, seed: int = 0) -> tuple[dic
 def dense_reconstruction(
     x: Tensor, weights: Mapping[str, Tensor], *, k: int, apply_b_dec: bool = True, dead_mask: Tensor | None = None, k_aux: int = 1
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The definition, by autograd: x_hat, error_hat and the code, with a mask of the k largest that is found by sorting."""
+    """Compute the definition with autograd: x_hat, error_hat and the code, with a mask of the k largest from sorting."""
     pre = (x - weights["b_dec"] if apply_b_dec else x) @ weights["W_enc"] + weights["b_enc"]
     z = pre.relu() * largest(pre, k)
     x_hat = z @ weights["W_dec"] + weights["b_dec"]

@@ -24,6 +24,7 @@ from saeens_models.kernels.weights import Weights
 from saeens_models.training import load_kernels
 from saeens_models.training.adam import Adam
 
+pytestmark = pytest.mark.usefixtures("two_threads")
 finite = st.floats(-100, 100, width=32)
 
 
@@ -70,7 +71,7 @@ def test_products_of_either_library_are_products(transposed):
         torch.testing.assert_close(product(x, factor).double(), x.double() @ W.double().t(), rtol=1e-5, atol=1e-5)
 
 
-def test_where_torch_has_lost_the_product_of_onednn_it_is_mkls(monkeypatch):
+def test_products_use_mkl_if_torch_has_no_onednn_operator(monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True, "cpu_name": "AMD EPYC"})
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
 
@@ -81,7 +82,7 @@ def test_where_torch_has_lost_the_product_of_onednn_it_is_mkls(monkeypatch):
     assert products._linear.__wrapped__() is products._by_mm
 
 
-def test_products_in_bfloat16_are_those_of_what_is_rounded():
+def test_products_in_bfloat16_are_those_of_rounded_factors():
     x, W = torch.randn(40, 30, generator=torch.Generator().manual_seed(0)), torch.randn(50, 30, generator=torch.Generator().manual_seed(1))
     rounded = x.bfloat16().double() @ W.bfloat16().double().t()
     product = products.linear(x, W, in_bfloat16=True)
@@ -115,7 +116,7 @@ def test_steps_in_bfloat16_differ_by_its_rounding_alone(monkeypatch, architectur
 
 @pytest.mark.parametrize("rough", [True, False])
 def test_the_selected_features_do_not_depend_on_the_precision_of_products(monkeypatch, rough):
-    """Those that are nearly equal: all tokens have more candidates than there is memory for."""
+    """Nearly equal features: all tokens have more candidates than the memory holds."""
     generator = torch.Generator().manual_seed(3)
     direction = torch.randn(1, 32, generator=generator)
     W = direction + 1e-4 * torch.randn(600, 32, generator=generator)
@@ -140,9 +141,9 @@ def test_the_bias_is_added_before_selecting():
 @pytest.mark.parametrize("m", [3, 10, 1000])
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("all_of_them", [True, False])
-def test_a_row_that_is_not_a_number_gives_no_number(m, sign, all_of_them):
+def test_a_row_with_nan_gives_nan(m, sign, all_of_them):
     pre = np.ones((2, m), np.float32)
-    pre[0, :: 1 if all_of_them else m] = np.copysign(np.float32(np.nan), sign)  # what processors compute has the sign
+    pre[0, :: 1 if all_of_them else m] = np.copysign(np.float32(np.nan), sign)  # NaN from a processor has the sign bit
     _, values = _select(pre, 3)
     assert np.isnan(values[0]).all()
     assert (values[1] == 1).all()
@@ -277,7 +278,7 @@ def test_a_rough_encoder_tells_the_smallest_numbers_apart(monkeypatch):
     W_enc, W_dec = torch.randn(2, 500, 16, generator=generator)
     weights = Weights(W_enc + 100, torch.zeros(500), W_dec, torch.zeros(16))
     x = torch.randn(64, 16, generator=generator)
-    x = (x - x.mean(1, keepdim=True)) * 1e-24  # what all weights have in common adds nothing
+    x = (x - x.mean(1, keepdim=True)) * 1e-24  # a part that all weights share adds nothing
     monkeypatch.setattr("saeens_models.kernels.cpu_topk.bfloat16_pays", lambda *_: True)
     with Team() as team:
         indices = topk_reconstruct(team, x, weights, k=8, apply_b_dec_to_input=False).indices
@@ -285,7 +286,7 @@ def test_a_rough_encoder_tells_the_smallest_numbers_apart(monkeypatch):
     assert (indices.sort().values == expected.sort().values).all()
 
 
-def test_a_rough_encoder_does_not_hide_what_is_not_a_number(monkeypatch):
+def test_a_rough_encoder_does_not_hide_nan(monkeypatch):
     generator = torch.Generator().manual_seed(4)
     weights = Weights(*(torch.randn(shape, generator=generator) for shape in ((600, 16), (600,), (600, 16), (16,))))
     x = torch.randn(300, 16, generator=generator)
@@ -366,7 +367,7 @@ def test_gradients_of_blocks_with_few_active_features_equal_autograd(
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_a_pre_activation_that_is_no_number_is_seen_among_few_active_features(value: float):
+def test_a_nan_pre_activation_is_seen_among_few_active_features(value: float):
     sae = build_sae(sm.SAEConfig(architecture="standard", d_in=8, d_sae=300, init_seed=1))
     with torch.no_grad():
         sae.b_enc.fill_(-50.0)
@@ -396,7 +397,7 @@ def test_the_compiled_optimiser_moves_the_weights_as_torch_does(unit_norm, clip)
         torch.testing.assert_close(ours.W_dec.norm(dim=1), torch.ones(90))
 
 
-def test_training_without_numba_gives_the_same_sae_but_for_rounding(monkeypatch):
+def test_training_without_numba_gives_the_same_sae_up_to_rounding(monkeypatch):
     x = torch.randn(20, 64, 12, generator=torch.Generator().manual_seed(1)).cumsum(-1)
     config = sm.SAEConfig(architecture="topk", d_in=12, d_sae=60, k=3)
     training = sm.TrainingConfig(learning_rate=3e-3, dead_after_tokens=200, unit_norm_decoder=True)
@@ -459,7 +460,7 @@ def test_an_error_in_a_task_ends_the_run_of_all():
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("saeens-team")]
 
 
-def test_a_numba_that_cannot_be_imported_is_said_and_done_without(monkeypatch):
+def test_a_broken_numba_gives_a_warning_and_is_not_used(monkeypatch):
     def refuse(name: str):
         raise ImportError("Numba needs NumPy 2.3 or less", name="numpy")
 
@@ -476,7 +477,7 @@ def test_only_the_cpu_has_a_team():
 
 
 def _largest_step_memory(architecture: str, *, n: int, d_in: int, d_sae: int, k: int, n_threads: int) -> int:
-    """Bytes beyond weights and optimiser: gradients, W_enc in bfloat16, what is kept of tokens, counts, blocks of pre-activations."""
+    """Bytes beyond weights and optimiser: gradients, W_enc in bfloat16, entries of tokens, counts, blocks of pre-activations."""
     gradients = 2 * d_sae * (d_in + 1) + 2 * d_in
     blocks = n_threads * 3 * 256 * d_sae
     if architecture == "topk":

@@ -1,4 +1,4 @@
-"""The CUDA kernels against sorting, dense autograd in float64 and the reference: on a GPU where there is one, else interpreted."""
+"""The CUDA kernels against sorting, dense autograd in float64 and the reference: on a GPU if there is one, otherwise interpreted."""
 
 from __future__ import annotations
 
@@ -47,24 +47,24 @@ def weights_and_batch(n: int, d_in: int, d_sae: int, seed: int = 0) -> tuple[dic
 
 
 def largest(pre: Tensor, k: int) -> Tensor:
-    """A mask of the k largest of each row; of equal ones the first."""
+    """Return a mask of the k largest entries of each row; of equal ones the first."""
     return torch.zeros_like(pre).scatter(-1, pre.detach().argsort(dim=-1, descending=True, stable=True)[:, :k], 1.0)
 
 
 def sparse_step(x: Tensor, *weights: Tensor, dead_mask: Tensor | None = None, **settings: Any) -> reference.TopKReconstruction:
-    """That of one SAE."""
+    """Compute the sparse step of one SAE."""
     (top,) = cuda_topk.sparse_topk_reconstructions(x, [weights], dead_masks=[dead_mask], **settings)  # pyright: ignore[reportArgumentType]
     return top
 
 
 def results(step: Any, x: Tensor, weights: Mapping[str, Tensor], **settings: Any) -> dict[str, Tensor]:
-    """What a step gives, and the gradients of a loss with both of its outputs."""
+    """Return the results of a step, and the gradients of a loss with both of its outputs."""
     (of_one,) = results_together(lambda x, weights, **settings: [step(x, *weights[0], **settings)], x, [weights], **settings)
     return of_one
 
 
 def results_together(steps: Any, x: Tensor, weights: Sequence[Mapping[str, Tensor]], **settings: Any) -> list[dict[str, Tensor]]:
-    """:func:`results` of several SAEs in one step, which differentiates the sum of their losses."""
+    """Return :func:`results` of several SAEs in one step, which differentiates the sum of their losses."""
     leaves = [[of_sae[name].clone().requires_grad_() for name in NAMES] for of_sae in weights]
     found: list[dict[str, Tensor]] = []
     for top in steps(x, leaves, **settings):
@@ -96,7 +96,7 @@ def dense_step(
     k_aux: int = 1,
     selected: Tensor | None = None,
 ) -> reference.TopKReconstruction:
-    """The definition, by autograd; ``selected`` is a mask to take instead of that of the k largest."""
+    """Compute the definition with autograd; ``selected`` replaces the mask of the k largest."""
     pre = (x - b_dec if apply_b_dec_to_input else x) @ W_enc + b_enc
     z = pre.relu() * (largest(pre, k) if selected is None else selected)
     error_hat, n_dead = None, 0
@@ -167,7 +167,7 @@ def test_selection_from_several_matrices_adds_each_ones_bias_and_counts_its_colu
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_what_is_not_a_number_is_selected(sign):
+def test_nan_is_selected(sign):
     pre = draw(2, 20)
     pre[0, 13] = torch.tensor(torch.nan).copysign(torch.tensor(sign))
     top = triton_topk.select_topk(pre, 1)
@@ -258,7 +258,7 @@ N, D_IN, D_SAE, K = 7, 12, 48, 5
 
 
 def three_saes() -> tuple[list[dict[str, Tensor]], Tensor]:
-    """Of the second one only a few features are active."""
+    """Only a few features of the second SAE are active."""
     saes = [weights_and_batch(N, D_IN, D_SAE, seed=10 * sae)[0] for sae in range(3)]
     saes[1]["b_enc"] = saes[1]["b_enc"] - 1.5
     return saes, draw(N, D_IN, seed=99)
@@ -317,7 +317,7 @@ def trained(configs: Sequence[sm.SAEConfig], batches: Sequence[Tensor], **how: A
 
 @pytest.fixture
 def in_one(monkeypatch):
-    """SAEs that are trained together are computed in one, whatever the device; how many at a time is listed."""
+    """SAEs that are trained together share launches on any device; lists their number per step."""
     at_a_time: list[int] = []
 
     def recorded(x: Tensor, weights: Any, **settings: Any) -> Any:
@@ -330,7 +330,7 @@ def in_one(monkeypatch):
     return at_a_time
 
 
-def test_training_in_one_gives_each_sae_what_training_it_alone_gives(in_one):
+def test_shared_launches_give_each_sae_its_own_result(in_one):
     configs = [sm.SAEConfig(architecture="topk", d_in=D_IN, d_sae=24, k=2, k_aux=4, init_seed=seed) for seed in range(3)]
     batches = (draw(21, D_IN, seed=1) + 0.5).split(8)
     together, points = trained(configs, batches)
@@ -350,7 +350,7 @@ def test_training_in_one_gives_each_sae_what_training_it_alone_gives(in_one):
     [({"k": 3}, {}), ({"d_sae": 24}, {}), ({"aux_loss_coefficient": 0.5}, {}), ({}, {"micro_batch_tokens": 8})],
     ids=["k", "d_sae", "loss", "micro-batches"],
 )
-def test_what_is_not_of_one_shape_or_in_parts_is_not_trained_in_one(in_one, changed, how):
+def test_saes_of_different_shapes_or_in_parts_do_not_share_launches(in_one, changed, how):
     fields = {"architecture": "topk", "d_in": D_IN, "d_sae": D_SAE, "k": 2}
     configs = [sm.SAEConfig(**fields), sm.SAEConfig(**fields | changed, init_seed=1)]
     trained(configs, [draw(20, D_IN)], **how)
@@ -372,7 +372,7 @@ def test_sound_kernels_agree_with_the_reference(unchecked, dtype, n_saes):
         assert cuda_topk.agrees_with_reference(DEVICE, dtype, 12, 40, 3, n_saes=n_saes)
 
 
-def test_what_is_wrong_for_several_saes_alone_is_found(unchecked, monkeypatch):
+def test_an_error_with_several_saes_only_is_found(unchecked, monkeypatch):
     select_topk = triton_topk.select_topk
     bias_of_the_first = lambda bias: bias[:1].expand_as(bias).contiguous() if bias is not None and bias.ndim > 1 else bias  # noqa: E731
     monkeypatch.setattr(triton_topk, "select_topk", lambda pre, k, bias=None, *more: select_topk(pre, k, bias_of_the_first(bias), *more))
@@ -432,6 +432,7 @@ compile_for_hopper(triton_topk._multiply_rows, products, ROWS=16, COLUMNS=128)
 """
 
 
+@pytest.mark.slow
 def test_the_kernels_compile_for_a_gpu(tmp_path):
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False)

@@ -15,6 +15,7 @@ import saeens_models as sm
 from saeens_models.kernels import Team, cpu_team
 from saeens_models.kernels.cpu_pursuit import MOST_ATOMS, gram
 
+pytestmark = pytest.mark.usefixtures("two_threads")
 GOLDEN = load_file(Path(__file__).parents[1] / "golden" / "tensors.safetensors")
 SETTINGS = {
     "matching_pursuit": {"max_iterations": 6, "residual_threshold": 0.5},

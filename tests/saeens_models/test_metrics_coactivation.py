@@ -27,7 +27,7 @@ COMPILED = coactivation._compiled
 
 @pytest.fixture(params=["numba", "numpy"], autouse=True)
 def _implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test with the machine code, and with what takes its place where numba cannot be imported."""
+    """Every test with compiled code, and with the code that replaces it without numba."""
     if request.param == "numpy":
         monkeypatch.setattr(coactivation, "_compiled", lambda: None)
     else:
@@ -85,7 +85,7 @@ def test_silent_features_count_as_never_firing_together() -> None:
 
 
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tokens are worked off a few hundred at a time, as with data far larger than a block."""
+    """Tokens are processed a few hundred at a time, as with data far larger than a block."""
     monkeypatch.setattr(coactivation, "_TILE_BYTES", 12_500)
 
 

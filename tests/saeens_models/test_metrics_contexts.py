@@ -92,7 +92,7 @@ def test_activations_at_the_edge_of_a_power_of_two_are_within_the_bins() -> None
 
 
 @pytest.mark.parametrize("kind", [sm.Bagging, sm.Boosting])
-def test_members_of_an_ensemble_are_seen_on_what_they_are_given(kind, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_members_of_an_ensemble_are_measured_on_their_own_input(kind, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluation, "_ENCODER_BYTES", {"cpu": 1})  # 64 rows at a time
     ensemble = kind([sm.build_sae(sm.SAEConfig(architecture="topk", d_in=6, d_sae=d_sae, k=2, init_seed=d_sae)) for d_sae in (8, 12)])
     x, place = torch.randn(200, 6, generator=torch.Generator().manual_seed(1)), torch.arange(200) * 2

@@ -30,7 +30,7 @@ def _code(n_features: int, seed: int = 0, n: int = 400) -> Tensor:
 
 
 def _dense_bits(z: Tensor, W_dec: Tensor, step: float = STEP) -> float:
-    """The definition, on a dense code in float64."""
+    """Compute the definition from a dense code in float64."""
     fires = z.numpy() != 0
     p = fires.mean(axis=0)
     which = entropy(np.stack([p, 1 - p]), base=2).sum()
@@ -68,7 +68,7 @@ def test_prefixes_are_the_codes_of_the_first_members(kind) -> None:
 
 
 def test_the_same_member_twice_costs_twice_as_much() -> None:
-    """Bagging's factor 1/J buys nothing: the code that is sent is the members' own."""
+    """Bagging's factor 1/J does not shorten the description: the members' own codes are sent."""
     z, W_dec = _code(24), _dictionary(24)
     twice = description_length(torch.cat([z, z], dim=1), torch.cat([W_dec, W_dec]), STEP)
     assert twice == pytest.approx(2 * description_length(z, W_dec, STEP), rel=1e-12)
@@ -81,7 +81,7 @@ def test_order_of_features_and_where_their_scale_lies_do_not_matter(seed: int, s
     expected = description_length(z, W_dec, STEP)
     order = torch.randperm(24, generator=torch.Generator().manual_seed(seed))
     assert description_length(z[:, order], W_dec[order], STEP) == pytest.approx(expected, rel=1e-12)
-    assert description_length(z * scale, W_dec / scale, STEP) == pytest.approx(expected, rel=1e-3)  # but for rounding at the edges of steps
+    assert description_length(z * scale, W_dec / scale, STEP) == pytest.approx(expected, rel=1e-3)  # up to rounding at the edges of steps
     assert description_length(z * 4, W_dec, STEP * 4) == expected
 
 

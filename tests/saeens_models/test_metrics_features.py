@@ -1,4 +1,4 @@
-"""Activity of single features against dense sorts, and where they come back against scikit-learn's cosines."""
+"""Activity of single features against dense sorts, and nearest features in other runs against scikit-learn's cosines."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_sparse_code_counts_as_the_dense_one() -> None:
 
 
 @pytest.mark.parametrize("kind", [sm.Bagging, sm.Boosting])
-def test_members_of_an_ensemble_are_seen_on_what_they_are_given(kind, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_members_of_an_ensemble_are_measured_on_their_own_input(kind, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluation, "_ENCODER_BYTES", {"cpu": 1})  # 64 rows at a time
     ensemble = kind([sm.build_sae(sm.SAEConfig(architecture="topk", d_in=6, d_sae=d_sae, k=2, init_seed=d_sae)) for d_sae in (8, 12)])
     x = torch.randn(200, 6, generator=torch.Generator().manual_seed(1))
@@ -123,7 +123,7 @@ def test_the_nearest_feature_of_other_runs_is_that_of_a_dense_search(seed: int, 
             assert cosine == pytest.approx(_dense(mine[feature : feature + 1], runs[run][member][row][None]).item(), abs=1e-5)
 
 
-def test_the_largest_cosine_to_other_runs_is_what_stability_averages(dictionaries) -> None:
+def test_stability_averages_the_largest_cosines_to_other_runs(dictionaries) -> None:
     found = nearest_in_other_runs([[d] for d in dictionaries])
     assert stability(dictionaries) == pytest.approx([of_run.cosine.clamp(min=0).mean().item() for of_run in found])
 

@@ -17,7 +17,7 @@ UNEMBEDDING = torch.randn(D_IN, VOCABULARY, generator=torch.Generator().manual_s
 
 
 @pytest.mark.parametrize("elements", [1, 3 * VOCABULARY, 2**24])
-def test_the_loss_is_the_cross_entropy_of_what_comes_next_and_padding_is_not_predicted(monkeypatch, elements: int) -> None:
+def test_the_loss_is_the_cross_entropy_of_next_tokens_without_padding(monkeypatch, elements: int) -> None:
     monkeypatch.setattr(language_model_loss, "_ELEMENTS_PER_STEP", elements)
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(2, 5, VOCABULARY, generator=generator)
@@ -48,7 +48,7 @@ def test_nothing_predicted_is_an_error() -> None:
 def _batch(seed: int, n: int = 40) -> LossBatch:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, D_IN, generator=generator) * 2
-    tokens = (x @ UNEMBEDDING).argmax(1)  # what the model predicts best
+    tokens = (x @ UNEMBEDDING).argmax(1)  # the most likely next token
 
     def loss(rows: Tensor) -> NextTokenLoss:
         return NextTokenLoss(F.cross_entropy(rows @ UNEMBEDDING, tokens, reduction="sum").item(), n)
@@ -61,7 +61,7 @@ def _saes() -> list[sm.SAE]:
 
 
 @pytest.mark.parametrize("encoder_bytes", [1, 2**24])
-def test_every_size_recovers_what_that_ensemble_recovers_alone(monkeypatch, encoder_bytes: int) -> None:
+def test_every_size_recovers_the_same_as_that_ensemble_alone(monkeypatch, encoder_bytes: int) -> None:
     monkeypatch.setattr(evaluation, "_ENCODER_BYTES", {"cpu": encoder_bytes})
     batches = [_batch(1, n=100), _batch(2, n=25)]
     ensembles = {"bagging": sm.Bagging(_saes()), "boosting": sm.Boosting(_saes())}

@@ -1,4 +1,4 @@
-"""What further members add, and when none is worthwhile any more, worked out by hand."""
+"""Marginal gains and suggested sizes against values computed by hand."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def test_gains_add_up_to_the_value_of_all():
     [
         ([0.5], 1),
         ([0.5, 0.5, 0.5], 1),
-        ([0.5, 0.52, 0.53], 1),  # 4 % and 2 % of what was left
+        ([0.5, 0.52, 0.53], 1),  # 4 % and 2 % of the remaining gain
         ([0.5, 0.53, 0.54], 2),  # 6 %, then 2 %
         ([0.5, 0.6, 0.602, 0.64], 4),  # a poor member before one of 9.5 % does not end it
-        ([0.98, 0.982, 0.9821], 2),  # 10 % of what little is left counts as much
+        ([0.98, 0.982, 0.9821], 2),  # 10 % of a small remaining gain counts as much
         ([0.5, 0.75, 0.875, 0.9375], 4),
         ([0.5, 0.4, 0.3], 1),
-        ([-0.2, -0.1, -0.08], 2),  # worse than the mean: 8 % of what is left to 1, then 2 %
+        ([-0.2, -0.1, -0.08], 2),  # worse than the mean: 8 % of the gain that remains to 1, then 2 %
         ([1.0, 1.0], 1),
     ],
 )

@@ -45,7 +45,7 @@ def test_streaming_any_batching_equals_the_whole(cuts: list[int], mean: float) -
     assert dict(streamed(x, x_hat, cuts)) == pytest.approx(dict(whole), rel=1e-10)
 
 
-def test_fvu_pools_what_explained_variance_averages() -> None:
+def test_fvu_pools_the_dimensions_that_explained_variance_averages() -> None:
     x, x_hat = TENSORS["activations"].double(), TENSORS["topk.bagging.reconstruction"].double()
     error, deviation = (x_hat - x).square().sum(0), (x - x.mean(0)).square().sum(0)
     result = reconstruction(x, x_hat)

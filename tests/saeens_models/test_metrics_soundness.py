@@ -1,4 +1,4 @@
-"""Values that are not finite or sit at the end of their dtype, and dimensions that do not vary, against numpy."""
+"""Values that are not finite or at the limit of their dtype, and constant dimensions, against numpy."""
 
 from __future__ import annotations
 
@@ -30,4 +30,4 @@ def test_dimensions_are_constant_when_all_rows_agree_in_them():
     x = np.random.default_rng(0).normal(size=(100, 4))
     x[:, 1], x[:, 3] = 0.0, 1234.5
     assert constant_dimensions(x.mean(0), x.var(0)) == 2
-    assert constant_dimensions(np.full(3, 1234.5), np.full(3, 1e-20)) == 3  # what rounding leaves
+    assert constant_dimensions(np.full(3, 1234.5), np.full(3, 1e-20)) == 3  # rounding errors

@@ -1,4 +1,4 @@
-"""A batch in parts gives what the batch at once gives."""
+"""A batch in parts gives the result of the batch at once."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_objective_and_gradients_of_a_batch_in_parts_are_those_of_the_whole(arch
 
 
 @pytest.mark.parametrize("architecture", _ARCHITECTURES, ids=lambda each: each["architecture"])
-def test_training_in_micro_batches_gives_the_same_sae_but_for_rounding(architecture):
+def test_training_in_micro_batches_gives_the_same_sae_up_to_rounding(architecture):
     x = torch.randn(20, 64, 12, generator=torch.Generator().manual_seed(1)).cumsum(-1)
     config = sm.SAEConfig(**architecture, d_in=12, d_sae=60)
     training = sm.TrainingConfig(learning_rate=3e-3, dead_after_tokens=200)

@@ -1,4 +1,4 @@
-"""Batches on their way to a device: order, how far is read ahead, and what waits for what. CUDA is played by a record of its calls."""
+"""Batches copied to a device: order, read-ahead and waits. A record of calls stands for CUDA."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from saeens_models.training import on_device
 
 
 class Reading:
-    """A stream of which it is known how much was read, and whether it was closed."""
+    """A stream that records the number of batches read, and its end."""
 
     def __init__(self, batches: list[Any]) -> None:
         self.batches, self.n_read, self.closed = batches, 0, False
@@ -64,7 +64,7 @@ class Stream:
 
 @pytest.fixture
 def calls(monkeypatch) -> list[str]:
-    """What CUDA is asked for, in that order."""
+    """Record of the calls to CUDA, in order."""
     calls: list[str] = []
 
     @contextmanager

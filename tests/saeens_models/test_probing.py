@@ -70,7 +70,7 @@ def _texts() -> list[Tensor]:
 
 
 class Batches:
-    """The texts in batches of seven; counts how often each was asked for."""
+    """The texts in batches of seven; counts the reads of each batch."""
 
     def __init__(self, texts: Sequence[Tensor]) -> None:
         self.batches = [texts[first : first + 7] for first in range(0, len(texts), 7)]
@@ -144,7 +144,7 @@ def test_dictionaries_are_all_sizes_of_all_ensembles_and_the_activations(ensembl
     torch.testing.assert_close(_of(pooled, "boost", 2).directions(features), ensembles["boost"].W_dec.detach()[features])
 
 
-def test_what_fits_into_memory_is_encoded_once_and_the_rest_every_time(ensembles: dict[str, Ensemble]):
+def test_codes_within_the_budget_are_computed_once_and_others_every_time(ensembles: dict[str, Ensemble]):
     for memory_budget, expected in ((2**30, {1}), (0, {3}), (10_000, {1, 3})):
         batches = Batches(_texts())
         pooled = PooledTexts(ensembles, batches, memory_budget)
@@ -165,7 +165,7 @@ def _probe(bit: int, start: int = 0) -> ConceptProbe:
 
 
 def _reference_accuracy(dense: np.ndarray, probe: ConceptProbe, columns: range, n: int, scale: float) -> float:
-    """k-sparse probing written out: all features, numpy's sort, scikit-learn's logistic regression."""
+    """Compute k-sparse probing directly: all features, numpy's sort, scikit-learn's logistic regression."""
     train, test = (dense[split.texts.numpy()][:, columns.start : columns.stop] * scale for split in probe)
     y_train, y_test = (split.positive.numpy() for split in probe)
     difference = np.abs(train[y_train].mean(0) - train[~y_train].mean(0))
@@ -298,7 +298,7 @@ def test_probes_are_those_of_a_plain_training_loop():
 
 
 def _quadrants(numbers: range) -> Quadrants:
-    """By the first two bits of a text's number: the target and the spurious attribute."""
+    """Return quadrants by the first two bits of a text's number: the target and the spurious attribute."""
     q = len(numbers) // 4
     of_pair = [[n for n in numbers if (bool(n & 1), bool(n >> 1 & 1)) == pair] for pair in PAIRS]
     both, only_target, only_spurious, neither = of_pair
@@ -309,7 +309,7 @@ TASK = CorrelationTask(_quadrants(range(64)), _quadrants(range(64, 96)))
 
 
 def _ablated_text(dictionary: Dictionary, x: Tensor, zeroed: list[int]) -> Tensor:
-    """Mean over tokens of the reconstruction without some features, plus the error of the whole one."""
+    """Return the mean over tokens of the reconstruction without some features, plus the error of the full one."""
     if dictionary.ensemble is None:
         x = x.clone()
         x[:, zeroed] = 0

@@ -1,4 +1,4 @@
-"""Sparse codes against the dense codes that they stand for."""
+"""Sparse codes against dense codes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from saeens_models.sparse_code import SparseCode, sparse_codes
 
 
 def random_code(n: int, n_features: int, seed: int = 0) -> torch.Tensor:
-    """With tokens on which nothing fires, among them the first and the last."""
+    """Codes with tokens on which no feature fires, among them the first and the last."""
     generator = torch.Generator().manual_seed(seed)
     z = torch.randn(n, n_features, generator=generator)
     z[z.abs() < 1] = 0

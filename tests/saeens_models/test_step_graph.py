@@ -1,4 +1,4 @@
-"""Steps that are launched as a graph: when one is made, trusted and given up. The graph is played by a record of the work itself."""
+"""Steps launched as a graph: recording, checking and giving up a graph. A record of the work stands for the graph."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TRAINING: dict[str, Any] = {
 
 
 class RecordedWork:
-    """As a CUDA graph: recording does not do the work, and a replay does what was recorded on the memory that it was recorded with."""
+    """Stands for a CUDA graph: recording does not run the work, and a replay repeats it on the same memory."""
 
     made: ClassVar[list[RecordedWork]]
 
@@ -42,7 +42,7 @@ class RecordedWork:
 
 @pytest.fixture
 def graphs(monkeypatch) -> list[RecordedWork]:
-    """What was recorded by trainings on this device, which are those of a device with graphs."""
+    """Graphs recorded by trainings on this device, which is treated as a device with graphs."""
 
     class OfThisTest(RecordedWork):
         made: ClassVar[list[RecordedWork]] = []
@@ -117,7 +117,7 @@ def test_the_warm_up_of_the_sparsity_coefficient_is_taken_without_a_graph(graphs
     assert_same(found, without_graphs(monkeypatch, on, configs("standard"), sparsity_warmup_fraction=0.5))
 
 
-def test_a_graph_that_does_something_else_is_not_used(graphs, monkeypatch):
+def test_a_graph_with_another_result_is_not_used(graphs, monkeypatch):
     expected = without_graphs(monkeypatch, batches(*[32] * 5))
     monkeypatch.setattr(RecordedWork, "replay", lambda self: None)
     with pytest.warns(RuntimeWarning, match=r"as a CUDA graph on cpu.*it moves the mean of W_enc of SAE 0 differently") as caught:
@@ -139,7 +139,7 @@ def test_a_graph_of_another_learning_rate_is_not_used(graphs, monkeypatch):
     assert_same(found, without_graphs(monkeypatch, batches(*[32] * 5)))
 
 
-def test_where_recording_fails_steps_are_taken_without(graphs, monkeypatch):
+def test_steps_are_taken_without_a_graph_if_recording_fails(graphs, monkeypatch):
     def fail(*_: Any) -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
 

@@ -27,7 +27,7 @@ ARCHITECTURES = sorted(CONFIGS)
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Threads only wait for each other in steps this small."""
+    """Use one thread: in steps this small threads only wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -163,7 +163,7 @@ def test_half_precision_batches_train_as_their_float32_values():
 # Concurrent boosting
 
 
-def test_concurrent_rounds_equal_adam_on_what_the_rounds_before_leave():
+def test_concurrent_rounds_equal_adam_on_the_residuals():
     training = quick(unit_norm_decoder=False, gradient_clip_norm=None)
     batches = stream(320).split(32)
     configs = [config("topk"), config("standard"), config("topk", 1)]
@@ -236,7 +236,7 @@ def test_concurrent_rounds_are_the_same_in_any_unit_of_the_activations(architect
         residual = residual - sae(residual)
 
 
-def test_concurrent_rounds_together_explain_nearly_what_rounds_one_after_another_do():
+def test_concurrent_rounds_explain_nearly_as_much_as_sequential_rounds():
     x = stream(8192)
     configs = [config("topk", seed) for seed in range(3)]
     concurrent = sm.Boosting(sm.train_boosting_concurrently(configs, x.split(128), quick(input_mean=x.mean(0))))
@@ -264,7 +264,7 @@ def test_concurrent_rounds_are_observed_side_by_side():
     assert [points[1].tokens for points in seen] == [4 * 64, 8 * 64]
 
 
-def test_concurrent_rounds_refuse_what_training_refuses():
+def test_concurrent_rounds_refuse_the_same_arguments_as_training():
     with pytest.raises(ValueError, match="configs is empty"):
         sm.train_boosting_concurrently([], [stream(64)], quick())
     x = stream(256)
@@ -451,7 +451,7 @@ def test_batches_that_cannot_be_trained_on_are_refused(batches, message):
         ([config("topk")], {"input_mean": [0.0] * 3}, "input_mean has 3 entries, the SAEs have d_in = 12"),
     ],
 )
-def test_what_is_missing_for_training_is_named(configs, training, message):
+def test_missing_inputs_of_training_are_named(configs, training, message):
     with pytest.raises(ValueError, match=message):
         sm.train(configs, [stream(64)], quick(**training))
 

@@ -429,6 +429,7 @@ def ask_until_interrupted(model: str, folder: str, root: str) -> None:
             child_process.tell(interrupted=True)
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_it_and_the_next_run_goes_on(fake: FakeEndpoint, laboratory: Laboratory):
     interrupted = threading.Event()
 
@@ -490,8 +491,8 @@ def test_a_wrong_address_is_said_before_anything_is_made(laboratory: Laboratory,
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"autointerp": None}, "evaluations: autointerp asks a language model: say which"),
-        ({"evaluations": ["autointerp"]}, "evaluations: autointerp explains the table contexts: add it"),
+        ({"autointerp": None}, "evaluations.1: autointerp asks a language model: name one"),
+        ({"evaluations": ["autointerp"]}, "evaluations.0: autointerp is computed from the table contexts: add it"),
         ({"autointerp": {"features": 3}}, "autointerp.model: Field required"),
         ({"autointerp": {"model": ""}}, "autointerp.model: "),
         ({"autointerp": {"model": "fake", "features": 0}}, r"autointerp.features: .*greater than 0 \(found: 0\)"),

@@ -426,6 +426,7 @@ def test_what_was_answered_before_the_endpoint_went_down_is_kept(fake: FakeEndpo
     assert len(fake.requests) == 18 - 9
 
 
+@pytest.mark.slow
 def test_a_killed_interview_goes_on_where_it_was(fake: FakeEndpoint, tmp_path: Path):
     here = Path(__file__).parent
     script = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -17,7 +18,8 @@ from tiny_experiment import EXPERIMENT, LAYER, NAME, SEEDS, Laboratory, experime
 
 from saeens_pipeline.assets.tables import listed
 from saeens_pipeline.orchestration.automation import layers_sensor
-from saeens_pipeline.orchestration.instance import PROCESS_TAG, declare_layers, forget_partitions, layers_name, process_tag, register_layers
+from saeens_pipeline.orchestration.dagster_internals import forget_partitions
+from saeens_pipeline.orchestration.instance import PROCESS_TAG, declare_layers, layers_name, process_tag, register_layers
 from saeens_pipeline.storage.recipes import digest
 
 TOKENS, ACTIVATIONS, STABILITY, REPORT = (f"{NAME}/{key}" for key in ("tokens", "activations", "eval/stability", "report"))
@@ -46,7 +48,9 @@ class Daemon:
     def tick(self) -> Requests:
         """What is asked for now. The leaderboard is left out."""
         definitions = self.laboratory.catalogue.definitions()
-        result = dg.evaluate_automation_conditions(definitions, self.instance, cursor=self.cursor)
+        with pytest.MonkeyPatch.context() as monkeypatch:  # asked for thousands of times in a tick, in which none is added
+            monkeypatch.setattr(self.instance, "get_dynamic_partitions", functools.cache(self.instance.get_dynamic_partitions))
+            result = dg.evaluate_automation_conditions(definitions, self.instance, cursor=self.cursor)
         self.cursor = result.cursor
         requested: Requests = {}
         for spec in definitions.resolve_all_asset_specs():
@@ -299,10 +303,30 @@ def _retraining(laboratory: Laboratory, instance: dg.DagsterInstance) -> dg.RunR
 
 
 def _retrain(laboratory: Laboratory, instance: dg.DagsterInstance) -> set[str]:
-    """Run the schedule's job; gives the asset keys of its runs."""
-    laboratory.catalogue.definitions().resolve_job_def(f"{NAME}_retraining").execute_in_process(instance=instance)
-    selections = [run.asset_selection for run in instance.get_runs() if run.asset_selection]
-    return {key.to_user_string() for selection in selections for key in selection}
+    """Run the schedule's job, and what the sensor requests after it; gives the asset keys of these runs."""
+    definitions = laboratory.catalogue.definitions(byte_checks=False)
+    definitions.resolve_job_def(f"{NAME}_retraining").execute_in_process(instance=instance)
+    (sensor,) = [each for each in definitions.sensors or () if each.name == "retraining"]
+    job, made = definitions.resolve_implicit_global_asset_job_def(), set()
+    while True:
+        with dg.build_sensor_context(instance=instance, definitions=definitions) as context:
+            result = sensor(context)
+        if isinstance(result, dg.SkipReason):
+            return made
+        assert isinstance(result, dg.SensorResult)
+        assert len(result.run_requests or ()) <= 1  # the requests of a tick do not wait for each other
+        for request in result.dynamic_partitions_requests or ():
+            for mark in request.partition_keys:
+                instance.delete_dynamic_partition(request.partitions_def_name, mark)
+        for request in result.run_requests or ():
+            assert request.tags["saeens/why"]
+            job.execute_in_process(
+                instance=instance,
+                partition_key=request.partition_key,
+                asset_selection=request.asset_selection,
+                tags={**request.tags, "dagster/run_key": request.run_key or ""},
+            )
+            made |= {key.to_user_string() for key in request.asset_selection or ()}
 
 
 def test_the_schedule_skips_what_is_fresh_and_retrains_what_changed(finished: Laboratory, tmp_path: Path):

@@ -63,8 +63,8 @@ def _settings(laboratory: Laboratory, key: str) -> dict[str, Any]:
 def test_recipes_say_what_a_baseline_differs_in_and_no_more(compared: Laboratory, finished_laboratory: Laboratory):
     member = _settings(finished_laboratory, "bagging/member_1")
     expanded = _settings(finished_laboratory, "baseline/expanded")
-    assert set(member) == {"sae", "training", "width", "l0", "init_seed", "data_seed"}
-    assert expanded == member | {"width": MEMBERS, "init_seed": init_seed(SEED, 0)}
+    assert set(member) == {"sae", "training", "init_seed", "data_seed"}
+    assert expanded == member | {"sae": member["sae"] | {"expansion": MEMBERS * 2}, "init_seed": init_seed(SEED, 0)}
     assert _settings(compared, "baseline/compute_matched") == member | {"epochs": MEMBERS}
     pursuit = {
         "architecture": "matching_pursuit",
@@ -74,7 +74,6 @@ def test_recipes_say_what_a_baseline_differs_in_and_no_more(compared: Laboratory
     }
     pursuit |= {"apply_b_dec_to_input": True, "decoder_init_norm": 1.0, "expansion": MEMBERS * 2}
     assert _settings(compared, "baseline/matching_pursuit") == expanded | {
-        "width": 1,
         "sae": pursuit,
         "training": member["training"] | {"batch_tokens": 200},
     }

@@ -16,12 +16,11 @@ import zarr
 from safetensors.torch import load_file, save_file
 from tiny_experiment import LAYER, MEMBERS, NAME, SEEDS, Laboratory, status_of
 
-from saeens_pipeline.assets import training
+from saeens_pipeline.assets import materialise, training
 from saeens_pipeline.assets.health import Health, UnsoundArtefactError, examine
 from saeens_pipeline.cli.doctor import diagnose
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.language_models.language_model import LanguageModel
-from saeens_pipeline.orchestration import assets as dagster_assets
 from saeens_pipeline.orchestration.assets import HEALTH, partition_key
 from saeens_pipeline.orchestration.byte_checks import BYTES
 from saeens_pipeline.orchestration.instance import register_layers
@@ -241,7 +240,7 @@ def test_a_failed_check_stops_what_follows_in_the_same_run_and_the_artefact_is_k
     def unsound(declaration: Any, *arguments: Any) -> Health:
         return Health(errors=["it is bad"]) if declaration.address.name == "member_2" else Health()
 
-    monkeypatch.setattr(dagster_assets, "examine", unsound)
+    monkeypatch.setattr(materialise, "examine", unsound)
     found = _evaluations(empty, [f"bagging/member_{j}" for j in range(1, MEMBERS + 1)] + ["bagging/bagging_ensemble"])
     assert {asset for (asset, check), each in found.items() if check == HEALTH and each.passed} == {"bagging/member_1", "bagging/member_3"}
     failed = found["bagging/member_2", HEALTH]
@@ -254,7 +253,7 @@ def test_a_failed_check_stops_what_follows_in_the_same_run_and_the_artefact_is_k
 def test_a_run_that_selects_no_checks_examines_what_it_makes_and_stops(empty: Laboratory, monkeypatch: pytest.MonkeyPatch):
     empty.run(select=["activations"])
     verdicts = {"member_1": Health(warnings=["it is poor"]), "member_2": Health(errors=["it is bad"])}
-    monkeypatch.setattr(dagster_assets, "examine", lambda declaration, *_: verdicts.get(declaration.address.name, Health()))
+    monkeypatch.setattr(materialise, "examine", lambda declaration, *_: verdicts.get(declaration.address.name, Health()))
     members = [f"bagging/member_{j}" for j in range(1, MEMBERS + 1)]
     found = _evaluations(empty, [*members, "bagging/bagging_ensemble"], {})
     assert {asset: (each.passed, each.severity.value, each.description) for (asset, _), each in found.items()} == {

@@ -62,9 +62,9 @@ def test_work_in_float64_leaves_a_device_that_has_none(monkeypatch):
 
 def test_threads_and_precision_hold_inside_and_are_put_back(tmp_path):
     before = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    compute = Compute(device="cpu", threads=1, precision="bfloat16")
+    compute = Compute(device="cpu", threads=3, precision="bfloat16")
     with pytest.raises(ArithmeticError), compute.in_use(tmp_path), compute.training_precision():
-        assert (torch.get_num_threads(), torch.get_float32_matmul_precision()) == (1, "medium")
+        assert (torch.get_num_threads(), torch.get_float32_matmul_precision()) == (3, "medium")
         raise ArithmeticError
     assert (torch.get_num_threads(), torch.get_float32_matmul_precision()) == before
     with compute.in_use(tmp_path):
@@ -117,7 +117,7 @@ def test_provenance_names_the_commit_of_the_checkout_and_whether_its_files_were_
         who = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
         return subprocess.run(["git", "-C", str(tmp_path), *who, *arguments], check=True, capture_output=True, text=True).stdout.strip()
 
-    monkeypatch.setattr(resources, "_PROJECT_ROOT", tmp_path)
+    monkeypatch.setattr(resources, "PROJECT_ROOT", tmp_path)
     assert resources._commit() is None
     git("init", "--quiet")
     (tmp_path / "code.py").write_text("1")

@@ -24,7 +24,7 @@ from saeens_pipeline.orchestration.assets import partition_key
 from saeens_pipeline.orchestration.instance import WORKSPACE, prepare_home
 from saeens_pipeline.storage.names import Address, Partition
 
-DEADLINE_SECONDS = 240  # it takes half a minute on two idle cores
+DEADLINE_SECONDS = 900  # it takes half a minute on two idle cores
 NEW_LAYER = 0
 # The location of WORKSPACE, on the laboratory's file, and with a daemon that does not wait between two looks. The corpus is another
 # one: nobody reads it, since the tokens are there.
@@ -107,6 +107,7 @@ def server(finished_laboratory: Laboratory, empty: Laboratory, monkeypatch: pyte
         server.stop()
 
 
+@pytest.mark.slow
 def test_a_layer_that_is_added_in_the_ui_is_trained_and_evaluated(server: Server, empty: Laboratory):
     before = {key: empty.store.require(d.address, d.narrow(Partition(LAYER, SEEDS[0]))) for key, d in empty.declarations().items()}
     repository = {"repositoryLocationName": "saeens", "repositoryName": "__repository__"}

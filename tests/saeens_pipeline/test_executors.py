@@ -43,7 +43,7 @@ def test_an_unknown_executor_is_refused_with_those_that_there_are(empty: Laborat
 
 
 @pytest.mark.usefixtures("fresh_forkserver")
-@pytest.mark.parametrize("executor", ["in_process", "multiprocess"])
+@pytest.mark.parametrize("executor", ["in_process", pytest.param("multiprocess", marks=pytest.mark.slow)])
 def test_each_executor_makes_the_same_artefacts(finished: Laboratory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, executor: str):
     before = {key: finished.artefact(key, SEEDS[0]) for key in CHAIN}
     for artefact in before.values():

@@ -342,7 +342,7 @@ def test_a_language_model_that_changed_since_is_not_measured_with(finished: Labo
     finished.run()
     write_tiny_model(model, seed=1)
     finished.artefact("eval/reconstruction", 1).path.unlink()
-    with pytest.raises(SaeensError, match=r"have changed since .*activations\.zarr was made from it"):
+    with pytest.raises(SaeensError, match=r"have changed since .*activations\.zarr was made from them"):
         finished.materialise([f"{NAME}/eval/reconstruction"], HERE)
     finished.run()
     assert {status.state for status in status_of(NAME)} == {"fresh"}
@@ -551,7 +551,7 @@ def test_a_changed_k_retrains_on_the_activations_that_are_there(finished: Labora
 
 def test_some_seeds_alone_leave_out_what_compares_all(empty: Laboratory):
     printed = empty.run(seeds=[2], select=["eval/stability"])
-    assert "what compares all seeds is left out" in printed
+    assert "tables that compare seeds are left out" in printed
     assert not (empty.root / "tables").exists()
     assert not (empty.root / "experiments" / NAME / f"layer={LAYER}" / "seed=1").exists()
     assert empty.artefact("boosting/boosting_ensemble", 2)

@@ -14,13 +14,12 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-from tiny_experiment import LAYER, MEMBERS, NAME, SEEDS, Laboratory
+from tiny_experiment import LAYER, MEMBERS, NAME, SEEDS, Laboratory, remake_reports
 from tiny_models import D_MODEL
 
 from saeens_pipeline.assets.tables import fills, table_frame
 from saeens_pipeline.language_models.autointerp.endpoint import URL_VARIABLE
 from saeens_pipeline.orchestration.catalogue import load_catalogue
-from saeens_pipeline.orchestration.runs import make_reports
 from saeens_pipeline.report.pages import what_makes_contexts
 from saeens_pipeline.storage.names import Address, Partition
 from saeens_pipeline.storage.recipes import Recipe
@@ -152,7 +151,7 @@ def test_details_are_those_of_the_tables(made: Laboratory):
 def test_shards_are_as_large_as_is_asked_for(laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch):
     before = _details(laboratory)
     monkeypatch.setattr("saeens_pipeline.report.feature_browser.SHARD_FEATURES", 50)
-    make_reports(load_catalogue(), NAME, [])
+    remake_reports(laboratory)
     assert _list(laboratory)[0]["shardFeatures"] == 50
     assert len(list((_report(laboratory) / "features").glob("[0-9]*.js"))) == -(-N // 50)
     assert _details(laboratory) == before
@@ -175,7 +174,7 @@ def test_text_of_tokens_cannot_become_script(laboratory: Laboratory):
     contexts = _part(laboratory, "contexts", SEEDS[0])
     _change(contexts, "contexts", lambda found: [each | {"tokens": [HOSTILE, *each["tokens"][1:]]} for each in found])
     _change(contexts, "promoted_tokens", lambda tokens: [[HOSTILE, 1.0], *tokens])
-    make_reports(load_catalogue(), NAME, [])
+    remake_reports(laboratory)
     header, _ = _list(laboratory)  # which checks what the files consist of
     assert HOSTILE in header["vocabulary"]
     assert any(HOSTILE in context["tokens"] for each in _details(laboratory) for context in each["contexts"])
@@ -186,7 +185,7 @@ def test_text_of_tokens_cannot_become_script(laboratory: Laboratory):
 
 def test_without_contexts_the_list_is_there_and_says_what_makes_them(laboratory: Laboratory):
     shutil.rmtree(laboratory.root / "tables" / NAME / "contexts")
-    make_reports(load_catalogue(), NAME, [])
+    remake_reports(laboratory)
     header, columns = _list(laboratory)
     said = f"Contexts are not there: `saeens run {NAME}` makes them."
     assert header["missingContexts"] == said
@@ -197,7 +196,7 @@ def test_without_contexts_the_list_is_there_and_says_what_makes_them(laboratory:
 
 def test_without_the_table_of_features_there_is_none(laboratory: Laboratory):
     shutil.rmtree(laboratory.root / "tables" / NAME / "features")
-    make_reports(load_catalogue(), NAME, [])
+    remake_reports(laboratory)
     assert not (_report(laboratory) / "features.html").exists() and not (_report(laboratory) / "features").exists()
     index = (_report(laboratory) / "index.html").read_text()
     assert "features.html" not in index
@@ -207,7 +206,7 @@ def test_without_the_table_of_features_there_is_none(laboratory: Laboratory):
 def test_a_table_of_an_earlier_version_is_named(laboratory: Laboratory):
     part = _part(laboratory, "features")
     pl.read_parquet(part, hive_partitioning=False).drop("matches").write_parquet(part)
-    make_reports(load_catalogue(), NAME, [])
+    remake_reports(laboratory)
     assert not (_report(laboratory) / "features.html").exists()
     assert "is of an earlier version: <code>saeens run tiny</code> computes it again." in (_report(laboratory) / "index.html").read_text()
 
@@ -215,7 +214,7 @@ def test_a_table_of_an_earlier_version_is_named(laboratory: Laboratory):
 def test_the_first_declared_seed_that_has_rows_is_shown(laboratory: Laboratory):
     part = _part(laboratory, "features")
     pl.read_parquet(part, hive_partitioning=False).filter(seed=SEEDS[1]).write_parquet(part)
-    make_reports(load_catalogue(), NAME, [])
+    remake_reports(laboratory)
     header, columns = _list(laboratory)
     assert (header["seed"], header["otherSeeds"]) == (SEEDS[1], [])
     np.testing.assert_allclose(columns["density"], _rows(laboratory, SEEDS[1])["density"], rtol=1e-6)
@@ -251,11 +250,11 @@ def _with_explanations(laboratory: Laboratory) -> None:
 
 def test_explanations_are_shown_where_there_are_any(laboratory: Laboratory):
     page = _report(laboratory) / "features.html"
-    make_reports(load_catalogue(), NAME, [])
+    remake_reports(laboratory)
     assert "why" not in _list(laboratory)[0] and "explanation" not in _list(laboratory)[1]
     assert not [text for text in ('data-sort="score"', 'name="explained"', "Explanations.") if text in page.read_text()]
     _with_explanations(laboratory)
-    make_reports(load_catalogue(), NAME, [])
+    remake_reports(laboratory)
     header, found = _list(laboratory)
     places = {(row["method"], row["member"], row["index"]): i for i, row in enumerate(_rows(laboratory).iter_rows(named=True))}
     at, failed = places["boosting", 2, 3], places["boosting", 2, 5]
@@ -275,7 +274,7 @@ def test_a_table_of_explanations_that_is_empty_says_how_an_endpoint_is_configure
     declaration = Address(NAME, "eval", "autointerp")
     recipe, provenance = Recipe("table", 1, {}, {}), {"autointerp": {"status": "not configured"}}
     laboratory.store.write_table(declaration, Partition(LAYER, SEEDS[0]), recipe, provenance, table_frame("autointerp", []))
-    make_reports(load_catalogue(), NAME, [])
+    remake_reports(laboratory)
     advice = f"No endpoint was configured. Set <code>{URL_VARIABLE}</code> to the address of a language model"
     assert advice in page.read_text()
     downstream = page.with_name("index.html").read_text().split('<section id="downstream">')[1].split("</section>")[0]

@@ -377,21 +377,20 @@ def own_folder(finished: Laboratory, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("is_there", [True, False])
-def test_while_a_folder_that_was_read_before_is_not_read_nothing_is_removed(
+def test_artefacts_of_a_folder_that_is_not_read_now_are_kept(
     finished: Laboratory, own_folder: Path, is_there: bool, monkeypatch: pytest.MonkeyPatch
 ):
     assert _look(finished) == Inventory()
-    remove_garbage(finished.catalogue, _look(finished), finished.root)
     monkeypatch.delenv(FOLDERS_VARIABLE)
     if not is_there:
         shutil.rmtree(own_folder)
-    before = _files(finished.root)
     inventory = _look(finished)
-    assert inventory.garbage
-    assert inventory.unknown == []
-    with pytest.raises(ConfigurationError, match=f"{own_folder}: .* set {FOLDERS_VARIABLE}={own_folder}, or .*\nnothing is removed"):
-        remove_garbage(finished.catalogue, inventory, finished.root)
-    assert _files(finished.root) == before
+    assert inventory.unread_folders == [own_folder]
+    (kept,) = [finding for finding in inventory.unknown if finding.path.name == "expanded"]
+    assert str(own_folder) in kept.reason and "not read now" in kept.reason
+    remove_garbage(finished.catalogue, inventory, finished.root)
+    left = {path.relative_to(finished.root).as_posix() for path in finished.root.rglob("recipe.json")}
+    assert left == {f"{SEED_1}/baseline/expanded/recipe.json"}
 
 
 def test_an_artefact_disappears_at_once_and_what_an_interruption_leaves_is_unused(
@@ -433,7 +432,7 @@ def test_the_command_lists_with_sizes_and_removes_only_when_asked(
     assert _files(finished.root) == before
     assert f"{SEED_1}/baseline/expanded " in printed
     assert "kB" in printed
-    assert "would be freed by `saeens gc --delete`; nothing was touched" in printed
+    assert "would be freed by `saeens gc --delete`; nothing was changed" in printed
     assert _saeens(monkeypatch, "gc", "--delete") == 0
     assert "kB freed" in capsys.readouterr().out
     assert not (finished.root / SEED_1 / "baseline").exists()
@@ -453,24 +452,24 @@ def test_the_command_refuses_to_remove_when_a_file_is_broken(
     assert _files(finished.root) == before
 
 
-def test_the_command_removes_what_belongs_to_a_folder_only_once_it_is_forgotten(
-    finished: Laboratory, own_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("is_above", [False, True])
+def test_the_command_removes_artefacts_of_a_folder_only_once_it_is_given_up(
+    finished: Laboratory, own_folder: Path, is_above: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setenv(FOLDERS_VARIABLE, "")
     before = _files(finished.root)
     assert _saeens(monkeypatch, "gc") == 0
-    assert f"{own_folder}: its experiment files were read before" in capsys.readouterr().err
-    assert _saeens(monkeypatch, "gc", "--delete") == 2
     assert f"saeens gc --forget-folder {own_folder}" in capsys.readouterr().err
-    assert _saeens(monkeypatch, "gc", "--forget-folder", str(own_folder.parent)) == 2
+    assert _saeens(monkeypatch, "gc", "--forget-folder", str(own_folder / "other")) == 2
     assert f"there are: {own_folder}" in capsys.readouterr().err
     assert _files(finished.root) == before
-    assert _saeens(monkeypatch, "gc", "--delete", "--forget-folder", str(own_folder)) == 0
-    assert "experiment_folders" not in capsys.readouterr().out
+    assert _saeens(monkeypatch, "gc", "--delete") == 0
+    assert (finished.root / SEED_1 / "baseline" / "expanded").exists()
+    assert _saeens(monkeypatch, "gc", "--delete", "--forget-folder", str(own_folder.parent if is_above else own_folder)) == 0
     assert not (finished.root / "experiments").exists()
 
 
-def test_a_folder_that_is_read_is_not_forgotten(
+def test_a_folder_that_is_read_is_not_given_up(
     finished: Laboratory, own_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     assert _saeens(monkeypatch, "gc", "--forget-folder", str(own_folder)) == 2

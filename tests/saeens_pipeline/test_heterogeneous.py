@@ -252,7 +252,7 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     "unknown key": (
         {"sae": [TOPK[0], TOPK[1], TOPK[2] | {"l1_coefficient": 1}]},
         "sae.2.l1_coefficient",
-        "unknown key; one of: expansion,",
+        "unknown key; one of: architecture, expansion,",
     ),
     "architecture": ({"sae": [TOPK[0], TOPK[1], {"architecture": "relu", "expansion": 2}]}, "sae.2.architecture", "topk"),
     "widths of two kinds": ({"sae": [TOPK[0], TOPK[1], {"architecture": "topk", "d_sae": 9, "k": 1}]}, "sae", "expansion in every entry"),

@@ -145,7 +145,7 @@ def test_runs_of_the_command_line_are_seen_by_dagster(finished_laboratory: Labor
     monkeypatch.setenv("DAGSTER_HOME", str(finished_laboratory.root / "dagster"))
     with dg.DagsterInstance.get() as instance:
         runs = instance.get_runs()
-        assert len(runs) == 3 + len(SEEDS)  # tokens, activations, each seed, what compares them
+        assert len(runs) == 4 + len(SEEDS)  # tokens, activations, each seed, tables that compare seeds, the page over all experiments
         assert {run.status for run in runs} == {dg.DagsterRunStatus.SUCCESS}
         assert {run.tags["user"] for run in runs} == {"saeens run"}
         assert instance.get_dynamic_partitions(f"{NAME}_layers") == [str(LAYER)]

@@ -16,6 +16,7 @@ from saeens_pipeline.storage.locks import FOLDER, holding
 from saeens_pipeline.storage.recipes import Store
 
 
+@pytest.mark.slow
 def test_another_process_loads_them_and_leaves_nothing(tmp_path):
     with compiled_meanwhile(tmp_path, ["topk", "standard", "topk"]) as process:
         assert isinstance(process.args, list)
@@ -58,8 +59,8 @@ def test_only_beside_what_comes_before_training(tmp_path, monkeypatch, builders:
         asked.append(sorted(architectures))
         return nullcontext()
 
-    monkeypatch.setattr("saeens_pipeline.assets.kernels.compiled_meanwhile", compiled_instead)
-    monkeypatch.setattr("saeens_pipeline.orchestration.resources.ComputeResource.resolve", lambda self: device)
+    monkeypatch.setattr("saeens_pipeline.orchestration.runs.compiled_meanwhile", compiled_instead)
+    monkeypatch.setattr("saeens_pipeline.assets.compute.Compute.resolve", lambda self: device)
     wanted: Any = [SimpleNamespace(builder=builder, tags={"architecture": "topk"} if builder == "sae" else {}) for builder in builders]
     with runs._compiling(Store(tmp_path), wanted):
         pass
@@ -67,6 +68,10 @@ def test_only_beside_what_comes_before_training(tmp_path, monkeypatch, builders:
 
 
 def test_torch_has_its_threads_back(tmp_path):
-    threads = torch.get_num_threads()
-    load_kernels(tmp_path, ["topk"])
-    assert torch.get_num_threads() == threads
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        load_kernels(tmp_path, ["topk"])
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

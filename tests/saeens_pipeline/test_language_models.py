@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import CONTEXT_LENGTH, D_MODEL, END_OF_TEXT, N_LAYERS, VOCAB_SIZE, Architecture, edit_config, write_tiny_model
 
 from saeens_pipeline.errors import ConfigurationError, SaeensError
-from saeens_pipeline.language_models import models
+from saeens_pipeline.language_models import descriptions
 from saeens_pipeline.language_models.descriptions import HOOKS, validate_hook
 from saeens_pipeline.language_models.language_model import LanguageModel
 from saeens_pipeline.language_models.models import describe_language_model, load_language_model, validate_modules
@@ -76,8 +76,8 @@ def test_identity_changes_with_the_bytes_of_every_file_that_matters(copied, file
 
 
 def test_identity_of_large_weights_is_sampled_and_changes_with_their_values(copied, monkeypatch):
-    monkeypatch.setattr(models, "_WHOLLY_HASHED_BYTES", 1024)
-    monkeypatch.setattr(models, "_SAMPLE_BYTES", 64)
+    monkeypatch.setattr(descriptions, "_WHOLLY_HASHED_BYTES", 1024)
+    monkeypatch.setattr(descriptions, "_SAMPLE_BYTES", 64)
     before = describe_language_model(str(copied)).identity["sha256"]
     assert isinstance(before, dict) and before["model.safetensors"].startswith("sampled-")
     weights = load_file(copied / "model.safetensors")
@@ -129,8 +129,8 @@ def test_revisions_of_local_models_are_refused(gpt_neox):
 
 def test_reference_model_is_found_whatever_the_data_root_is(copied, monkeypatch, tmp_path):
     monkeypatch.setenv("SAEENS_DATA", str(tmp_path / "elsewhere"))
-    monkeypatch.setattr(models, "_PACKAGED_REFERENCE_MODEL", tmp_path / "not_a_wheel")
-    monkeypatch.setattr(models, "_CHECKED_OUT_REFERENCE_MODEL", copied)
+    monkeypatch.setattr(descriptions, "_PACKAGED_REFERENCE_MODEL", tmp_path / "not_a_wheel")
+    monkeypatch.setattr(descriptions, "_CHECKED_OUT_REFERENCE_MODEL", copied)
     assert describe_language_model("builtin/reference").path == copied
     shutil.rmtree(copied)
     with pytest.raises(SaeensError, match="saeens reference-model train"):

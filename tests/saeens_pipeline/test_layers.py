@@ -38,13 +38,13 @@ def test_layers_are_added_and_what_happens_next_is_said(recorded: Laboratory):
     code, said = _add(2, 0)
     assert code == 0
     assert "tiny: added layers 0, 2" in said
-    assert "`saeens run tiny` makes what is missing" in said
+    assert "`saeens run tiny` makes missing artefacts" in said
     assert _partitions() == [str(LAYER), "0", "2"]
     _, said = _add(2, LAYER)
-    assert "there before: layers 1, 2" in said
+    assert "already had layers 1, 2" in said
     assert "added" not in said
     recorded.declare(automation=True)
-    assert "by itself while `saeens ui` is running" in _add(2)[1]
+    assert "automatically while `saeens ui` is running" in _add(2)[1]
 
 
 def test_a_layer_beyond_the_model_is_refused_with_those_that_there_are_and_none_is_added(recorded: Laboratory):

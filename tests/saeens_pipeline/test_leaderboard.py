@@ -22,7 +22,7 @@ from saeens_pipeline.assets.tables import TABLES, columns_of, seed_metrics, tabl
 from saeens_pipeline.assets.tables.cost import with_totals
 from saeens_pipeline.assets.tables.leaderboard import standings
 from saeens_pipeline.errors import ConfigurationError
-from saeens_pipeline.storage.names import LEADERBOARD, Address, Partition
+from saeens_pipeline.storage.names import LEADERBOARD, LEADERBOARD_ADDRESS, Address, Partition
 from saeens_pipeline.storage.recipes import Recipe, read_artefact
 
 METHODS = ["boosting", "expanded_l0_matched", "bagging", "expanded", "single"]
@@ -271,7 +271,7 @@ def test_the_command_prints_csv_and_json_alone(finished: Laboratory, leaderboard
     assert [row["method"] for row in json.loads(out)] == _standings(finished, sort="stability")["method"].to_list()
 
 
-def test_the_command_shows_the_points_of_two_seeds_and_leaves_no_file(finished: Laboratory, leaderboard: Command):
+def test_the_command_shows_the_points_of_two_seeds_and_materialises_the_table(finished: Laboratory, leaderboard: Command):
     code, out, err = leaderboard()
     assert (code, err) == (0, "")
     assert f"{NAME}, layer {LAYER}" in out
@@ -280,7 +280,9 @@ def test_the_command_shows_the_points_of_two_seeds_and_leaves_no_file(finished: 
     points = ", ".join(f"{float(point):.4f}" for point in row["explained_variance_by_seed"].split(","))
     assert f"({points})" in line
     assert f"±{row['explained_variance_high'] - row['explained_variance']:.2g}" in line
-    assert not (finished.root / "tables" / "leaderboard").exists()
+    assert finished.store.hit(
+        LEADERBOARD_ADDRESS, Partition(), finished.catalogue.leaderboard().outputs[0].recipe(finished.store, Partition())
+    )
 
 
 @pytest.mark.parametrize("metric", ["mse", "stability"])
@@ -298,26 +300,26 @@ def test_the_command_says_which_figures_are_outdated(finished: Laboratory, leade
     code, out, err = leaderboard("--format", "csv")
     assert code == 0
     assert len(out.splitlines()) == 6
-    assert f"figures of {NAME} are outdated: `saeens status {NAME}` says why" in " ".join(err.split())
+    assert f"figures of {NAME} are outdated: see `saeens status {NAME}`" in " ".join(err.split())
 
 
 def test_an_experiment_whose_files_are_not_found_does_not_hide_the_others(
     finished: Laboratory, leaderboard: Command, monkeypatch: pytest.MonkeyPatch
 ):
-    def not_found(name: str) -> NoReturn:
+    def not_found(*_: object) -> NoReturn:
         raise ConfigurationError("mine: there is no file texts.csv")
 
     monkeypatch.setattr("saeens_pipeline.orchestration.runs.experiment_status", not_found)
     code, out, err = leaderboard("--format", "csv")
     assert code == 0
     assert len(out.splitlines()) == 6
-    assert f"whether figures of {NAME} are outdated cannot be told: mine: there is no file texts.csv" in " ".join(err.split())
+    assert f"figures of {NAME} may be outdated, which cannot be checked: mine: there is no file texts.csv" in " ".join(err.split())
 
 
 def test_the_command_says_that_nothing_was_evaluated_and_refuses_unknown_columns(empty: Laboratory, leaderboard: Command, tmp_path: Path):
     code, _, err = leaderboard()
     assert code == 0
-    assert "nothing was evaluated yet" in err
+    assert "nothing is evaluated yet" in err
     code, out, err = leaderboard("--sort", "colour")
     assert (code, out) == (2, "")
     assert "colour" in err

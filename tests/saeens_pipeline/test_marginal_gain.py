@@ -110,7 +110,7 @@ def test_an_ensemble_of_one_has_its_own_gain_only(empty: Laboratory):
 
 def test_it_needs_the_table_of_reconstruction(empty: Laboratory):
     empty.declare(evaluations=["stability", "marginal_gain"])
-    assert "attributes.evaluations: marginal_gain is computed from the table reconstruction" in "".join(empty.catalogue.broken.values())
+    assert "attributes.evaluations.1: marginal_gain is computed from the table reconstruction" in "".join(empty.catalogue.broken.values())
 
 
 def test_without_it_nothing_else_changes(finished: Laboratory):

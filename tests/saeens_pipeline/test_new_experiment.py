@@ -41,7 +41,7 @@ def test_the_file_is_read_at_once_and_has_the_models_own_sizes(empty: Laboratory
     assert (source.packing, source.drop, source.weights) == ("concatenate", ["first"], "trained")
     assert experiment.source == "mine"
     assert (experiment.automation, experiment.keep_residuals) == ("off", "last")
-    assert experiment.sae == {"architecture": "topk", "expansion": 8, "k": 1}
+    assert experiment.sae.model_dump(exclude_unset=True) == {"architecture": "topk", "expansion": 8, "k": 1}
     text = written.path.read_text()
     assert f"gpt_neox, {N_LAYERS} layers, d_in {D_MODEL}, context {CONTEXT_LENGTH}" in text
     assert f"of 0 to {N_LAYERS - 1}" in text
@@ -123,7 +123,7 @@ def test_a_file_elsewhere_is_written_and_said_not_to_be_read(empty: Laboratory, 
 
 def test_nothing_is_overwritten(empty: Laboratory, own: Path):
     (own / "mine.yaml").write_text("# empty, so that no experiment has the name")
-    with pytest.raises(ConfigurationError, match=r"mine\.yaml is there already and is not overwritten"):
+    with pytest.raises(ConfigurationError, match=r"mine\.yaml exists and is not overwritten"):
         new_experiment("mine", "builtin/reference", [1])
     assert (own / "mine.yaml").read_text().startswith("# empty")
 
@@ -153,7 +153,7 @@ def test_what_cannot_be_is_refused_and_leaves_no_file(empty: Laboratory, own: Pa
 def test_layers_are_given_with_commas_or_one_by_one():
     assert parse_layers(["2,4", "6"]) == [2, 4, 6]
     for wrong in (["x"], ["1,"], ["-1"], ["1.5"]):
-        with pytest.raises(ConfigurationError, match=r"--layers: .* is no layer; give whole numbers from 0, such as 2,4,6"):
+        with pytest.raises(ConfigurationError, match=r"--layers: .* is not a layer; give whole numbers from 0, such as 2,4,6"):
             parse_layers(wrong)
 
 

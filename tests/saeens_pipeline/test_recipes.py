@@ -231,6 +231,7 @@ with store.write_folder(Address("quickstart", "bagging", "member_1"), Partition(
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", ["nothing there", "replacing"])
 @pytest.mark.parametrize("death", DEATHS)
 def test_a_killed_process_leaves_only_whole_artefacts_and_the_next_write_cleans_up(store: Store, death: str, before: str):

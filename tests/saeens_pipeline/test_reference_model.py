@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from saeens_pipeline.language_models import corpora
+from saeens_pipeline.language_models import installed_packages as corpora
 from saeens_pipeline.language_models.descriptions import REFERENCE_MODEL
 from saeens_pipeline.language_models.installed_packages import InstalledPackages
 from saeens_pipeline.language_models.models import describe_language_model, load_language_model

@@ -15,7 +15,18 @@ import plotly.graph_objects as go
 import polars as pl
 import pytest
 import scipy.stats
-from tiny_experiment import LAYER, MEMBERS, NAME, SEEDS, Laboratory, experiment_file, experiment_settings, source_settings
+from tiny_experiment import (
+    LAYER,
+    MEMBERS,
+    NAME,
+    SEEDS,
+    Laboratory,
+    experiment_file,
+    experiment_settings,
+    remake_reports,
+    source_settings,
+    write_rows,
+)
 
 from saeens_models import SAESettings
 from saeens_pipeline import cli
@@ -153,7 +164,7 @@ def test_a_report_asks_dagster_for_layers_only_where_there_are_more_than_in_the_
     def recorded(source: Any) -> Any:
         raise LookupError(source.name)
 
-    monkeypatch.setattr("saeens_pipeline.orchestration.layers.recorded_layers", recorded)
+    monkeypatch.setattr("saeens_pipeline.orchestration.runs.recorded_layers", recorded)
     page, _ = make_reports(load_catalogue(), NAME, [])
     assert page.parent.name == f"layer={LAYER}"
     with pytest.raises(LookupError):
@@ -162,7 +173,7 @@ def test_a_report_asks_dagster_for_layers_only_where_there_are_more_than_in_the_
     added.mkdir()
     try:
         with pytest.raises(LookupError):
-            make_reports(load_catalogue(), NAME, [])
+            remake_reports(finished)
     finally:
         added.rmdir()
 
@@ -263,8 +274,9 @@ def test_nothing_is_loaded_from_elsewhere(finished: Laboratory):
 def test_names_that_are_hostile_stay_text(finished: Laboratory):
     for part in (finished.root / "tables" / NAME).rglob("part.parquet"):
         rows = pl.read_parquet(part, hive_partitioning=False)
-        rows.with_columns(pl.col("method").replace("expanded", HOSTILE), sae_data_versions=pl.lit(HOSTILE)).write_parquet(part)
-    make_reports(load_catalogue(), NAME, [])
+        hostile = rows.with_columns(pl.col("method").replace("expanded", HOSTILE), sae_data_versions=pl.lit(HOSTILE))
+        write_rows(finished.store, part, hostile)
+    remake_reports(finished)
     page = _page(finished)
     assert "alert" not in "".join(re.findall(r"<script(?! type)[^>]*>(.*?)</script>", page.source, re.DOTALL))
     assert HOSTILE not in page.source
@@ -276,7 +288,7 @@ def test_names_that_are_hostile_stay_text(finished: Laboratory):
 def test_a_missing_table_is_named_with_the_command_that_makes_it(finished: Laboratory, table: str):
     for part in (finished.root / "tables" / NAME / table).rglob("part.parquet"):
         part.unlink()
-    make_reports(load_catalogue(), NAME, [])
+    remake_reports(finished)
     page = _page(finished)
     assert f"saeens run {NAME} makes these tables, which are not there:" in page.text
     assert page.source.count(f"<li><code>{table}</code>") == 1
@@ -292,7 +304,7 @@ def test_a_report_of_some_tables_is_stale_when_there_are_more(finished: Laborato
     (part,) = (finished.root / "tables" / NAME / "stability").rglob("part.parquet")
     kept = part.read_bytes()
     part.unlink()
-    make_reports(load_catalogue(), NAME, [])
+    remake_reports(finished)
     part.write_bytes(kept)
     printed = finished.run()
     assert "1 artefacts to make" in printed
@@ -347,15 +359,15 @@ def test_the_control_is_the_same_experiment_on_random_weights(finished: Laborato
     other = experiment_settings(name="another", source="untrained", sae={"architecture": "topk", "expansion": 2, "k": 5})
     documents = (("ActivationSource", source), ("EnsembleExperiment", other), ("EnsembleExperiment", alike))
     finished.write(experiment_file(*documents), "untrained")
-    make_reports(load_catalogue(), NAME, [])
+    remake_reports(finished)
     assert "saeens run control makes them" in _page(finished).text
     for table in ("reconstruction", "stability"):
         for part in sorted((finished.root / "tables" / NAME / table).rglob("part.parquet")):
             rows = pl.read_parquet(part, hive_partitioning=False).with_columns(experiment=pl.lit("control"))
             target = finished.root / "tables" / "control" / part.relative_to(finished.root / "tables" / NAME)
             target.parent.mkdir(parents=True)
-            rows.write_parquet(target)
-    make_reports(load_catalogue(), NAME, [])
+            write_rows(finished.store, target, rows, like=part)
+    remake_reports(finished)
     page = _page(finished)
     beside = re.search('<table id="control-table".*?</table>', page.source, re.DOTALL)
     assert beside and beside[0].count(">the same</td>") == beside[0].count('scope="colgroup"') >= 2
@@ -363,7 +375,7 @@ def test_the_control_is_the_same_experiment_on_random_weights(finished: Laborato
     (link,) = (a for tag, a in page.elements if tag == "a" and "/control/" in str(a["href"]))
     assert "copied alone" in str(link["title"])
     assert "is-control" not in page.source
-    make_reports(load_catalogue(), "control", [])
+    remake_reports(finished, "control")
     control = Page(finished.root / "reports" / "control" / f"layer={LAYER}" / "index.html")
     text = " ".join(control.text.split())
     assert "This is a control. The weights of its language model are random: it has learnt nothing." in text
@@ -405,7 +417,7 @@ def test_the_example_of_lineage_is_a_number_that_is_there(finished: Laboratory):
 
 def test_a_report_of_one_seed_has_no_words_about_several(finished: Laboratory):
     finished.declare(ensemble={"members": MEMBERS, "seeds": [SEEDS[0]]})
-    make_reports(load_catalogue(), NAME, [])
+    remake_reports(finished)
     text = " ".join(_page(finished).text.split())
     assert f"those of one seed ({SEEDS[0]})" in text
     assert "double-click to zoom out" in text
@@ -416,7 +428,7 @@ def test_a_report_of_training_curves_alone_has_no_empty_parts(finished: Laborato
     for part in (finished.root / "tables" / NAME).rglob("part.parquet"):
         if "training_curves" not in part.parts:
             part.unlink()
-    make_reports(load_catalogue(), NAME, [])
+    remake_reports(finished)
     page = _page(finished)
     assert not page.cells
     assert "The numbers" not in re.findall(r"<h2[^>]*>(.*?)</h2>", page.source)
@@ -660,7 +672,7 @@ def test_rows_of_seeds_that_are_not_declared_any_more_are_left_out(finished: Lab
 def test_pages_are_artefacts_of_their_own(finished: Laboratory):
     folder = finished.root / Address(NAME, "report", "report").path(Partition(LAYER))
     assert (
-        read_artefact(folder).recipe["inputs"]["stability"]
+        read_artefact(folder).recipe["inputs"][f"stability, layer {LAYER}"]
         == read_artefact(finished.root / Address(NAME, "eval", "stability").path(Partition(LAYER))).data_version
     )
     assert compare(_results(finished), _results(finished))

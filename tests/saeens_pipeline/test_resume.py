@@ -152,6 +152,7 @@ def train_until_interrupted(model: str, folder: str, root: str) -> None:
             child_process.tell(interrupted=True)
 
 
+@pytest.mark.slow
 def test_ctrl_c_during_a_run_leaves_a_checkpoint_and_the_next_run_goes_on(untrained: Laboratory, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv(SECONDS_VARIABLE)
     child = child_process.start(train_until_interrupted, untrained.model, untrained.folder, untrained.root)
@@ -160,7 +161,7 @@ def test_ctrl_c_during_a_run_leaves_a_checkpoint_and_the_next_run_goes_on(untrai
     untrained.run(seeds=[SEED], select=["baseline/expanded"])
     assert untrained.artefact("baseline/expanded", SEED).provenance["resumed_at_tokens"] == [5 * BATCH_TOKENS]
     shown = untrained.materialise([f"{NAME}/baseline/expanded"], WHERE)[f"{NAME}/baseline/expanded"].metadata
-    assert shown["went on from a checkpoint at [tokens]"].value == "320"
+    assert shown["resumed from a checkpoint at [tokens]"].value == "320"
 
 
 def test_changed_settings_do_not_go_on_from_a_checkpoint_of_others(untrained: Laboratory, monkeypatch: pytest.MonkeyPatch):
@@ -538,6 +539,7 @@ def kill_a_writer(folder: Path, monkeypatch: pytest.MonkeyPatch, kill_and_retry:
     kill_and_retry(write, finished)
 
 
+@pytest.mark.slow
 def test_what_is_killed_at_random_points_and_tried_again_has_the_bytes_of_what_is_not(
     finished: Laboratory, finished_laboratory: Laboratory, tmp_path: Path
 ):
@@ -582,6 +584,7 @@ def test_a_second_writer_waits_and_then_takes_what_the_first_has_made(
     assert not list((untrained.root / "locks").iterdir())
 
 
+@pytest.mark.slow
 def test_a_killed_process_holds_no_lock(tmp_path: Path):
     script = """
 import os, signal, sys
@@ -609,15 +612,15 @@ with writing_alone(Path(sys.argv[1]), [(Address("a", "bagging", "member_1"), Par
 def test_what_may_pass_is_tried_again(untrained: Laboratory, error: Exception, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(retries, "DELAY_SECONDS", 0)
     attempts: list[int] = []
-    fit = training._Training.fit
+    train = training.train_saes
 
-    def fails_twice(*arguments: Any) -> Any:
+    def fails_twice(*arguments: Any) -> None:
         attempts.append(1)
         if len(attempts) <= 2:
             raise error
-        return fit(*arguments)
+        train(*arguments)
 
-    monkeypatch.setattr(training._Training, "fit", fails_twice)
+    monkeypatch.setattr(training, "train_saes", fails_twice)
     untrained.run(seeds=[SEED], select=["baseline/expanded"])
     assert len(attempts) == 3
 
@@ -630,7 +633,7 @@ def test_what_would_come_again_fails_at_once(untrained: Laboratory, error: Excep
         attempts.append(1)
         raise error
 
-    monkeypatch.setattr(training._Training, "fit", fails)
+    monkeypatch.setattr(training, "train_saes", fails)
     with pytest.raises(type(error), match=str(error)):
         untrained.run(seeds=[SEED], select=["baseline/expanded"])
     assert len(attempts) == 1
@@ -668,7 +671,7 @@ import os, signal
 from pathlib import Path
 import dagster as dg
 from saeens_pipeline import defs as files
-from saeens_pipeline.assets import retries
+from saeens_pipeline.orchestration import retries
 from saeens_pipeline.storage.activations import ActivationReader
 
 os.environ.update({environment!r})  # the server that steps are forked from may be older than this test
@@ -692,6 +695,7 @@ def training():
 """
 
 
+@pytest.mark.slow
 def test_a_step_that_is_killed_is_tried_again_and_goes_on(
     untrained: Laboratory, finished_laboratory: Laboratory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

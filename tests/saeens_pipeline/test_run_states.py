@@ -94,7 +94,7 @@ def test_what_a_run_is_at_work_on_is_running(laboratory: Laboratory):
     statuses = _statuses(laboratory)
     assert (statuses["boosting/round_1"].state, statuses["boosting/round_1"].reason) == ("running", f"run {run.run_id[:8]}")
     assert statuses["boosting/residual_1"].state == "running"
-    assert "has not come to it yet" in statuses["boosting/residual_1"].reason
+    assert "has not reached it yet" in statuses["boosting/residual_1"].reason
     assert statuses["boosting/round_2"].state == "missing"
 
 

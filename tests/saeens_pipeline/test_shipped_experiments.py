@@ -71,7 +71,7 @@ def test_hyperparameters_are_the_papers(catalogue: Catalogue, name: str):
     paper, is_small = PAPER[name.removesuffix("_small")], name.endswith("_small")
     experiment = catalogue.experiment(name)
     source = catalogue.sources[experiment.source]
-    assert all(sae | paper["sae"] == sae for sae in experiment.saes)
+    assert all(sae.to_json() | paper["sae"] == sae.to_json() for sae in experiment.saes)
     training = experiment.complete_training
     assert (training["learning_rate"], tuple(training["adam_betas"]), training["batch_tokens"]) == (3e-4, (0.0, 0.999), 10_000)
     assert (training["unit_norm_decoder"], training["normalize_activations"]) == (True, "none")

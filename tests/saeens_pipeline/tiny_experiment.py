@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import io
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import dagster as dg
+import polars as pl
 import pytest
 import yaml
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from rich.console import Console
 from tiny_models import CONTEXT_LENGTH, ListedCorpus
 
@@ -20,12 +25,13 @@ from saeens_pipeline.assets import sources
 from saeens_pipeline.assets.declarations import Declaration
 from saeens_pipeline.assets.staleness import Status
 from saeens_pipeline.cli.summary import print_outcome
+from saeens_pipeline.orchestration import runs
 from saeens_pipeline.orchestration.assets import partition_key
 from saeens_pipeline.orchestration.catalogue import Catalogue, load_catalogue
 from saeens_pipeline.orchestration.instance import register_layers
-from saeens_pipeline.orchestration.runs import experiment_status, run_experiment
-from saeens_pipeline.storage.names import Address, Partition
-from saeens_pipeline.storage.recipes import Artefact, Store
+from saeens_pipeline.orchestration.runs import experiment_status, make_reports, run_experiment
+from saeens_pipeline.storage.names import Address, Partition, locate
+from saeens_pipeline.storage.recipes import Artefact, Recipe, Store, read_artefact
 
 SEEDS = (1, 2)
 MEMBERS = 3
@@ -37,6 +43,9 @@ CORPUS = ListedCorpus(
     ],
     test=[f"Members {i} and {i + 3} see the same tokens, {i * i} of them; seed {i * 17 % 7} differs." for i in range(12)],
 )
+BLANK_PICTURE = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)  # PNG of one pixel
 
 
 SOURCE: dict[str, Any] = {
@@ -91,7 +100,8 @@ class Laboratory:
     def activate(self, monkeypatch: pytest.MonkeyPatch, *, keep_events: bool = False) -> None:
         """Make the package see this laboratory's files, root and corpus, and nothing else.
 
-        Without `keep_events` Dagster's events stay in memory: writing them takes most of a tiny run.
+        Without `keep_events` three things are left out that take most of a tiny run: Dagster's events stay in memory, pictures are
+        blank, and no other process compiles kernels meanwhile.
         """
         monkeypatch.setenv("SAEENS_DATA", str(self.root))
         monkeypatch.setenv("DAGSTER_HOME", "")
@@ -100,6 +110,8 @@ class Laboratory:
         monkeypatch.setattr(sources, "open_corpus", lambda name: CORPUS)
         if not keep_events:
             monkeypatch.setattr(dg.DagsterInstance, "from_config", lambda *_: dg.DagsterInstance.ephemeral())
+            monkeypatch.setattr(runs, "compiled_meanwhile", lambda *_: contextlib.nullcontext())
+            monkeypatch.setattr(FigureCanvasAgg, "print_png", lambda canvas, file, **_: file.write(BLANK_PICTURE))
         for module in [name for name in sys.modules if name.startswith(f"{defs.__name__}.")]:
             monkeypatch.delitem(sys.modules, module)  # or a folder of the same name elsewhere would be taken for it
 
@@ -164,6 +176,19 @@ def run_and_print(
 ) -> None:
     """Run an experiment and print its summary, as `saeens run` does."""
     print_outcome(run_experiment(load_catalogue(), name, layers=layers, seeds=seeds, select=select, console=console), console)
+
+
+def write_rows(store: Store, part: Path, rows: pl.DataFrame, like: Path | None = None) -> None:
+    """Write other rows into a part of a table, with the recipe of the part that is there, or of `like`."""
+    found, record = locate(PurePosixPath(part.relative_to(store.root).as_posix())), read_artefact(like or part)
+    assert found is not None
+    store.write_table(*found, Recipe(**record.recipe), record.provenance, rows)
+
+
+def remake_reports(laboratory: Laboratory, name: str = NAME) -> None:
+    """Make the reports of an experiment from the tables on disk, whether they are fresh or not."""
+    shutil.rmtree(laboratory.root / "reports" / name, ignore_errors=True)
+    make_reports(load_catalogue(), name, [])
 
 
 def status_of(name: str = NAME) -> list[Status]:

@@ -1,1 +1,1 @@
-"""Work behind the rows of tables: modules that load torch, imported when rows are computed."""
+"""Computation of table rows. These modules load torch and are imported when rows are computed."""

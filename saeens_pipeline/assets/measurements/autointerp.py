@@ -28,14 +28,14 @@ from saeens_pipeline.storage.names import place
 
 logger = logging.getLogger(__name__)
 
-WINDOWS = 200  # random windows of the test text, among which those are sought on which a feature does not fire
+WINDOWS = 200  # random windows of the test text, from which those are taken on which a feature does not fire
 
 
 def explained_rows(making: Making, interviewer: Interviewer, ensembles: Sequence[str], radius: int) -> list[Row]:
-    """Return the rows of some features of these ensembles, explained and scored.
+    """Return the rows of the drawn features of these ensembles, explained and scored.
 
-    Works on the CPU and holds no GPU while it waits for answers. Memory: the contexts of the features drawn, an ensemble's weights, a
-    chunk of activations.
+    Runs on the CPU, so that no GPU is held while it waits for answers. Memory: the contexts of the drawn features, an ensemble's weights,
+    a chunk of activations.
     """
     settings = making.subject.experiment.autointerp
     assert settings is not None, "checked where the experiment is read"
@@ -44,7 +44,7 @@ def explained_rows(making: Making, interviewer: Interviewer, ensembles: Sequence
 
 
 class _Drawn(NamedTuple):
-    """A feature: how its row begins, and the texts that it is judged by, or what it has too few of."""
+    """A drawn feature: the first columns of its row, and its example texts or the reason why it has too few."""
 
     start: Row
     examples: Examples | Flaw
@@ -52,7 +52,7 @@ class _Drawn(NamedTuple):
 
 @dataclass(frozen=True)
 class _Explained:
-    """Makes rows of the table."""
+    """The computation of the rows of one partition."""
 
     making: Making
     settings: AutoInterpSettings
@@ -98,7 +98,7 @@ class _Explained:
         }
 
     def _of_ensembles(self) -> Iterator[list[_Drawn]]:
-        """The features of one ensemble after the other, in the order in which they are drawn."""
+        """Give the drawn features of each ensemble, in the order in which they are drawn."""
         store, windows = self.making.store, self._windows()
         for method in self.ensembles:
             ensemble = sm.load_ensemble(store.require(getattr(self.making.subject, method).address, self.making.partition).path)
@@ -123,7 +123,7 @@ class _Explained:
             ]
 
     def _draw(self, method: str) -> list[Row]:
-        """Rows of the table of contexts, of random features that fire: with a larger `features`, these and more."""
+        """Return the rows of the table `contexts` of random features that fire. A larger `features` draws the same ones and more."""
         path = self.making.store.require(self.making.subject.table("contexts").address, self.making.partition).path
         fire = pl.scan_parquet(path, hive_partitioning=False).filter(pl.col("method") == method, pl.col("max_activation").is_not_null())
         drawn = fire.select("member", "index").collect().rows()
@@ -166,7 +166,7 @@ class _Windows:
     spans: Sequence[tuple[int, int]]  # their activation rows
 
     def activations(self) -> Iterator[Tensor]:
-        """`[n_rows, d_in]` float32 of each."""
+        """Give the activations of each window, `[n_rows, d_in]` float32."""
         size = self.reader.chunk_rows
         held: dict[int, Tensor] = {}
         for begin, end in self.spans:

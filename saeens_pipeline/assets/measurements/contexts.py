@@ -30,9 +30,9 @@ OUTPUT_TOKENS = 10
 def context_rows(making: Making, n_contexts: int, radius: int) -> pl.DataFrame:
     """Return the rows of every feature of both ensembles.
 
-    Memory, for any number of test tokens: 1.2 kB for each feature of one ensemble while its codes stream by, then the texts of one
-    member's contexts at a time, and the rows, of about 3 kB for each feature of both; beside that one window of codes and, at the
-    beginning, the language model, whose unembedding is kept.
+    Memory, for any number of test tokens: 1.2 kB for each feature of one ensemble during the pass, then the texts of one member's
+    contexts at a time, and the rows, about 3 kB for each feature of both; in addition one window of codes, at the start the language
+    model, and afterwards its unembedding.
     """
     tokens = TokenStrings(making.store, making.subject.tokens)
     found = _Contexts(making, tokens, _unembedding(making, tokens), n_contexts, radius)
@@ -40,9 +40,9 @@ def context_rows(making: Making, n_contexts: int, radius: int) -> pl.DataFrame:
 
 
 def _unembedding(making: Making, tokens: TokenStrings) -> Tensor | None:
-    """`[vocabulary, d_model]`, of the tokens that the tokenizer knows; None where features are no directions that it could be applied to.
+    """Return the unembedding `[vocabulary, d_model]` of the tokenizer's tokens; None if it cannot be applied to decoder directions.
 
-    They are where the hook reads the stream, or what is added to it; a module path may be anything.
+    It can for hooks at the residual stream or at an output added to it. A module path may be anywhere.
     """
     reference = making.subject.activations
     activations = making.store.require(reference.address, reference.narrow(making.partition))
@@ -57,7 +57,7 @@ def _unembedding(making: Making, tokens: TokenStrings) -> Tensor | None:
 
 @dataclass(frozen=True)
 class _Contexts:
-    """Computes rows of the table."""
+    """The computation of the rows of one partition."""
 
     making: Making
     tokens: TokenStrings
@@ -89,7 +89,7 @@ class _Contexts:
             yield rows.select(empty.columns).cast(empty.schema)  # pyright: ignore[reportArgumentType]  # a schema is what cast takes
 
     def _found(self, method: str, ensemble: Ensemble) -> list[FeatureContexts]:
-        """Of every member, in one pass over the test activations."""
+        """Return the contexts of every member, from one pass over the test activations."""
         reader, device = open_reader(self.making.store, self.making.subject.activations, self.making.partition), ensemble[0].W_dec.device
         label = f"{self.making.subject.experiment.name}/eval/contexts of {method}, {self.making.partition}"
         with progress.task(label, reader.n_rows("test")) as advance:
@@ -103,7 +103,7 @@ class _Contexts:
 
 
 def _texts(found: FeatureContexts, tokens: TokenStrings, radius: int) -> list[str]:
-    """For each feature a JSON list of its contexts."""
+    """Return for each feature a JSON list of its contexts."""
     places, activations = found.place.cpu().numpy(), found.activations.cpu().numpy()
     wanted, which = np.unique(places[places >= 0], return_inverse=True)
     around = tokens.store.around("test", wanted, radius)
@@ -122,13 +122,13 @@ def _texts(found: FeatureContexts, tokens: TokenStrings, radius: int) -> list[st
 
 
 def _numbers(activations: np.ndarray, kept: np.ndarray) -> Iterator[str]:
-    """As JSON; null where a token has no activations."""
+    """Give activations as JSON; null for tokens without an activation row."""
     for value, has_row in zip(activations.tolist(), kept.tolist(), strict=True):
         yield f"{value:.4g}" if value else "0" if has_row else "null"
 
 
 def _output_tokens(W_dec: Tensor, unembedding: Tensor, tokens: TokenStrings) -> tuple[list[str], list[str]]:
-    """For each feature JSON lists of the tokens that it promotes and that it suppresses most, each with its logit."""
+    """Return for each feature JSON lists of the tokens that it promotes and suppresses most, each with its logit."""
     found = output_tokens(W_dec, unembedding, min(OUTPUT_TOKENS, len(unembedding)))
 
     def lists(of_features: Tensor, logits: Tensor) -> list[str]:

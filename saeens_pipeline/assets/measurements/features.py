@@ -45,7 +45,7 @@ class _Method(NamedTuple):
 
 @dataclass(frozen=True)
 class _Features:
-    """Computes rows of the table."""
+    """The computation of the rows of one layer."""
 
     making: Making
     tokens: TokenStrings

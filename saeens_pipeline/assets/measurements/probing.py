@@ -38,10 +38,10 @@ from saeens_pipeline.storage.names import Partition
 
 
 def probe(subject: Subject, context: RunContext, partition: Partition, wanted: Collection[str]) -> dict[str, list[Row]]:
-    """Return the rows of each table that is wanted. Texts are read once, and run through the language model and all SAEs once.
+    """Return the rows of each wanted table. Texts are read once and pass once through the language model and all SAEs.
 
-    Memory, for any number of texts: `PooledTexts` and the two evaluations; of these the pooled codes, by far the largest part, take up to
-    `evaluation_memory_gb`. Data sets come one after another.
+    Memory, for any number of texts: `PooledTexts` and the two evaluations. The pooled codes, by far the largest part, take up to
+    `evaluation_memory_gb`. Data sets are processed one after another.
     """
     rows: dict[str, list[Row]] = {table: [] for table in wanted}
     probed = _Probed.load(context, subject, partition)
@@ -52,9 +52,9 @@ def probe(subject: Subject, context: RunContext, partition: Partition, wanted: C
 
 
 def read_labelled_texts(experiment: ExperimentSettings, tables: Collection[str], facts: SourceFacts) -> None:
-    """Read the texts of these tables and cut them into tokens. Raises SaeensError for texts that are absent or unfit.
+    """Read and tokenise the texts of these tables. Raises SaeensError for missing or unusable texts.
 
-    Texts that were read are kept for the tables made in this process.
+    The texts stay in memory for the tables made in this process.
     """
     for texts in _collections(experiment, tables):
         encode_texts(facts.model, list(dict.fromkeys(texts.texts())), context_length=texts.context_length, drop=facts.drop)
@@ -68,7 +68,7 @@ class _Collection(NamedTuple):
     context_length: int
 
     def texts(self) -> Iterator[str]:
-        """All of them; some come more than once."""
+        """Give all texts, with repetitions."""
         for concept in self.concepts:
             for of_split in (concept.train, concept.test):
                 yield from (text for of_label in of_split.values() for text in of_label)
@@ -78,7 +78,7 @@ class _Collection(NamedTuple):
 
 
 def _collections(experiment: ExperimentSettings, tables: Collection[str]) -> Iterator[_Collection]:
-    """The embedded tasks together, since they have texts in common, and every other data set by itself."""
+    """Give the embedded tasks together, because they share texts, and every other data set alone."""
     settings = {table: getattr(experiment, table) for table in sorted(tables)}
     together: dict[int, _Collection] = {}
     for table, of_table in settings.items():
@@ -96,11 +96,11 @@ def _collections(experiment: ExperimentSettings, tables: Collection[str]) -> Ite
 
 @dataclass(frozen=True)
 class _Probed:
-    """The dictionaries of a partition and the language model that they read."""
+    """The dictionaries of a partition and their language model."""
 
     ensembles: Mapping[str, Ensemble]
     row_starts: Mapping[tuple[str, int], list[Row]]
-    """the first columns of the rows of each ensemble and size: of bagging's first member, `single` is another name"""
+    """First columns of the rows of each ensemble and size. Bagging's first member has rows for `single`, too."""
     model: LanguageModel
     hook: str
     layer: int
@@ -132,7 +132,7 @@ class _Probed:
         )
 
     def rows(self, collection: _Collection) -> Iterator[tuple[str, Row]]:
-        """The rows of a collection, each with its table."""
+        """Give the rows of a collection, each with its table."""
         texts = list(dict.fromkeys(collection.texts()))
         with progress.task(self.label, len(texts), "texts") as advance:
             activations = TextActivations(
@@ -191,7 +191,7 @@ class _Probed:
 
 
 def _concept_probes(concepts: Sequence[ConceptTexts], numbers: Mapping[str, int]) -> dict[tuple[str, str], ConceptProbe]:
-    """One for each data set and label."""
+    """Return a probe for each data set and label."""
     probes: dict[tuple[str, str], ConceptProbe] = {}
     for concept in concepts:
         train, test = ({label: _numbers(texts, numbers) for label, texts in of_split.items()} for of_split in (concept.train, concept.test))

@@ -1,4 +1,4 @@
-"""Text of single tokens."""
+"""Texts of single tokens."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
 class TokenStrings:
-    """The text of test tokens, as the language model's tokenizer decodes each alone; of parts of a character, their bytes as `<0xE2>`."""
+    """Texts of test tokens, each decoded alone by the language model's tokenizer. Parts of a character are bytes such as `<0xE2>`."""
 
     def __init__(self, store: Store, reference: Reference) -> None:
         tokens = store.require(reference.address, Partition())
@@ -31,11 +31,11 @@ class TokenStrings:
 
     @property
     def vocab_size(self) -> int:
-        """Of the tokenizer: the language model may have room for more."""
+        """Return the number of the tokenizer's tokens; the language model's vocabulary may be larger."""
         return self._tokenizer.get_vocab_size()
 
     def literals(self, ids: np.ndarray) -> list[str]:
-        """JSON strings of these token ids `[n]`."""
+        """Return these token ids `[n]` as JSON strings."""
         return [self._literal(token) for token in ids.tolist()]
 
     def _literal(self, token: int) -> str:
@@ -44,7 +44,7 @@ class TokenStrings:
         return self._literals[token]
 
     def lists(self, rows: Tensor) -> list[str]:
-        """For each feature a JSON list of strings, of activation rows `[n_features, n]`, of which -1 is none."""
+        """Return for each feature a JSON list of the tokens of activation rows `[n_features, n]`; -1 is no row."""
         wanted, place = np.unique(rows.cpu().numpy(), return_inverse=True)
         ids = np.full(len(wanted), -1)
         ids[wanted >= 0] = self.store.token_ids("test", wanted[wanted >= 0])
@@ -52,9 +52,9 @@ class TokenStrings:
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
-    """What a token says alone. Bytes that are only a part of a character are written out as `<0xE2>`, as SentencePiece names such tokens.
+    """Return the text of a single token. Bytes that are a part of a character are written as `<0xE2>`, like SentencePiece's byte tokens.
 
-    Tokenizers that know no bytes give what they give.
+    For tokenizers without byte tokens, the decoded text is returned unchanged.
     """
     text, name = tokenizer.decode([token], skip_special_tokens=False), tokenizer.id_to_token(token)
     if _REPLACEMENT not in text or name is None:
@@ -70,5 +70,5 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
 
 @cache
 def _bytes_of_characters() -> dict[str, int]:
-    """The byte that a character stands for in the names of byte-level tokens."""
+    """Return the bytes by the characters that stand for them in names of byte-level tokens."""
     return {character: byte for byte, character in bytes_to_unicode().items()}

@@ -1,4 +1,4 @@
-"""Evaluation tables, one file each. A file that is put here and registers a table adds it everywhere."""
+"""Evaluation tables, one file each. A new file here that registers a table adds it everywhere."""
 
 from importlib import import_module
 from pkgutil import iter_modules

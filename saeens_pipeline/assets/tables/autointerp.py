@@ -1,16 +1,17 @@
-"""The table `autointerp`: explanations of features by a language model, and how well they tell where the features fire.
+"""The table `autointerp`: explanations of features by a language model, and scores of the explanations.
 
-The environment says which endpoint is asked, and whether there is one; answers are paid for. Without an endpoint the table is made of
-answers on disk, mostly none: it is empty, and `not configured` is a setting of its recipe (`Declaration.unavailable`). With an endpoint
-that recipe is not the one asked for, and the table is made. A table that was made with an endpoint stays a hit without one. Every answer
-is kept on disk (`Answers`), which no recipe decides on.
+The endpoint is configured by environment variables, because answers cost money. Without an endpoint the table has the answers on disk,
+usually none, and `not configured` is a setting of its recipe (`Declaration.unavailable`): with an endpoint it is made again. A table made
+with an endpoint stays a cache hit without one. All answers are kept on disk (`Answers`), independent of recipes.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import polars as pl
 
 from saeens_pipeline.assets.declarations import Reference
 from saeens_pipeline.assets.registry import Making, Markdown, Subject, Table, register, table_frame
@@ -24,16 +25,13 @@ from saeens_pipeline.storage.names import Address, Partition, place
 from saeens_pipeline.storage.recipes import Artefact, DamagedArtefactError, Store, read_artefact
 from saeens_pipeline.storage.tables import Column, read_table
 
-if TYPE_CHECKING:
-    import polars as pl
-
 logger = logging.getLogger(__name__)
 
-PROTOCOL_VERSION = 2  # raised whenever the questions, or the meaning of answers, change
+PROTOCOL_VERSION = 2  # increased whenever the questions or the meaning of answers change
 ENSEMBLES = ("bagging", "boosting")
 AUTOINTERP = "autointerp"
-MADE, NOT_CONFIGURED = "made", "not configured"  # what the provenance of a table says
-WHY = {  # a feature is not scored, by status
+MADE, NOT_CONFIGURED = "made", "not configured"  # status in the provenance of a table
+WHY = {  # reasons why a feature is not scored, by status
     MALFORMED: "no answer that could be read",
     REFUSED: "the endpoint refused a request",
     "too few contexts": "not asked about, it fires on too few texts",
@@ -42,13 +40,11 @@ WHY = {  # a feature is not scored, by status
 
 
 def outcome(store: Store, experiment: str, seeds: Collection[int], layer: int | None = None) -> str:
-    """How many features were asked about and scored, and why others were not; and, where there was no endpoint, how to name one.
+    """Return counts of features that were asked about and scored, with reasons for the others and, without an endpoint, how to set one.
 
-    Of these seeds, and of one layer or all; code stands in backticks. Empty where there is no such table. Raises SaeensError for one that
-    cannot be read.
+    Counts these seeds, and one layer or all. Code is in backticks. Empty without a table. Raises SaeensError for a table that cannot be
+    read.
     """
-    import polars as pl
-
     address = Address(experiment, "eval", AUTOINTERP)
     there = [
         where for where in store.partitions(address, "layer", "seed") if where.seed in seeds and (layer is None or where.layer == layer)
@@ -69,9 +65,7 @@ def outcome(store: Store, experiment: str, seeds: Collection[int], layer: int | 
 
 
 def in_words(rows: pl.DataFrame) -> str:
-    """Counts of rows of the table by status, of which there is at least one."""
-    import polars as pl
-
+    """Return the counts of one or more rows by status, as sentences."""
     counts = dict(rows["status"].value_counts(sort=True, name="n").sort("n", "status", descending=[True, False]).iter_rows())
     n_scored, n_asked = counts.get(SCORED, 0), sum(n for status, n in counts.items() if not status.startswith("too few"))
     models = " and ".join(sorted(set(rows["model"])))
@@ -89,20 +83,20 @@ def in_words(rows: pl.DataFrame) -> str:
 def _had_no_endpoint(store: Store, address: Address, where: Partition) -> bool:
     try:
         made = read_artefact(store.path(address, where)).provenance
-    except DamagedArtefactError:  # it says itself what is wrong with it, elsewhere
+    except DamagedArtefactError:  # damage is reported by the health check
         return False
     return made.get(AUTOINTERP, {}).get("status") == NOT_CONFIGURED
 
 
 def expected(experiment: ExperimentSettings, n_partitions: int) -> Estimate:
-    """What is asked at most for so many partitions, before there are contexts; what was answered before is not taken off."""
+    """Return the largest number of requests and tokens for so many partitions. Stored answers are not subtracted."""
     assert experiment.autointerp is not None, "checked where the experiment is read"
     n_features = experiment.autointerp.features * len(ENSEMBLES) * n_partitions
     return Estimate.beforehand(experiment.autointerp, n_features, CONTEXTS, 2 * RADIUS + 1)
 
 
 def expected_requests(experiment: ExperimentSettings, n_partitions: int) -> str:
-    """The same in words."""
+    """Return the same as text."""
     assert experiment.autointerp is not None, "checked where the experiment is read"
     return f"at most {expected(experiment, n_partitions).in_words(experiment.autointerp)}, to {experiment.autointerp.model}"
 
@@ -142,7 +136,7 @@ def _settings(experiment: ExperimentSettings) -> Mapping[str, Any]:
 
 
 def _complaint(experiment: ExperimentSettings) -> str:
-    return "" if experiment.autointerp else "autointerp asks a language model: say which, as in autointerp: {model: gpt-4o-mini}"
+    return "" if experiment.autointerp else "autointerp asks a language model: name one, as in autointerp: {model: gpt-4o-mini}"
 
 
 def _announcement(experiment: ExperimentSettings, n_partitions: int) -> str:
@@ -151,9 +145,7 @@ def _announcement(experiment: ExperimentSettings, n_partitions: int) -> str:
 
 
 def _summary(table: pl.DataFrame, artefact: Artefact) -> Mapping[str, Any]:
-    """Return whether there was an endpoint, means over features, and the number of requests."""
-    import polars as pl
-
+    """Return the status of the endpoint, means over features, and numbers of requests and answers."""
     made = artefact.provenance[AUTOINTERP]
     scored = table.drop_nulls("detection_score").group_by("method", maintain_order=True)
     means = scored.agg(pl.len(), pl.col("detection_score", "control_score").mean())
@@ -179,7 +171,7 @@ def _summary(table: pl.DataFrame, artefact: Artefact) -> Mapping[str, Any]:
 register(
     Table(
         name=AUTOINTERP,
-        question="What a language model says that features respond to, and how well that tells where they fire",
+        question="Can a language model tell when a feature fires?",
         columns=(
             Column("member", "int", "member or round, from 1"),
             Column("index", "int", "row of that member's W_dec, from 0"),
@@ -188,7 +180,7 @@ register(
             Column("true_positive_rate", "float", "share of the other contexts that are said to fit the explanation"),
             Column("false_positive_rate", "float", "share of random windows, on which it does not fire, that are said to fit"),
             Column("control_score", "float", "detection_score on the same texts with another feature's explanation"),
-            Column("n_examples", "int", "texts that the scores are over, half of them contexts; null where there are too few"),
+            Column("n_examples", "int", "number of texts behind the scores, half of them contexts; null if there are too few"),
             Column("status", "str", "scored, malformed answer, refused, too few contexts, too few silent windows"),
             Column("model", "str", "the language model that was asked"),
         ),

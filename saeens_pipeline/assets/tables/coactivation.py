@@ -19,7 +19,7 @@ def _rows(making: Making) -> Iterator[Row]:
 register(
     Table(
         name="coactivation",
-        question="Which features fire together, and how many differ",
+        question="Which features fire together, and how many differ?",
         columns=(
             Column("connectivity", "float", "share of feature pairs that never fire together"),
             Column("diversity", "int", "features whose largest cosine to any other is below 0.7"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import polars as pl
 
 from saeens_pipeline.assets.declarations import RunContext
 from saeens_pipeline.assets.registry import Making, Markdown, Row, SharedPass, Subject, Table, register
@@ -14,9 +16,6 @@ from saeens_pipeline.settings.probing import PROBE_SEED
 from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.recipes import Artefact
 from saeens_pipeline.storage.tables import Column
-
-if TYPE_CHECKING:
-    import polars as pl
 
 
 def _probe(subject: Subject, context: RunContext, partition: Partition, wanted: Collection[str]) -> Any:
@@ -55,8 +54,6 @@ def probe_table(name: str, **fields: Any) -> Table:
 
 def by_number_of_features(table: pl.DataFrame, number: str, value: str, over: str) -> Markdown:
     """Return a Markdown table: a row for each method with all its members, a column for each number of features, means over tasks."""
-    import polars as pl
-
     largest = table.filter(pl.col("n_members") == pl.col("n_members").max().over("method"))
     by = ["method", "n_members", number]
     means = (
@@ -81,15 +78,15 @@ def _summary(table: pl.DataFrame, artefact: Artefact) -> Mapping[str, Any]:
 register(
     probe_table(
         "concept_detection",
-        question="How much of a concept is in a few features",
+        question="How much of a concept is in a few features?",
         columns=(
             Column("dataset", "str", "data set of the texts"),
-            Column("label", "str", "the label that is told from the others"),
+            Column("label", "str", "the label that the probe tells from the others"),
             Column("n_probe_features", "int", "features of the probe; of n members also n times as many"),
             Column("code_scale", "str", "unscaled: the members' own codes; 1/J: divided by n_members, as in bagging's reconstruction"),
             Column("accuracy", "float", "of a logistic regression on test texts, half of which have the label"),
             Column("n_distinct_features", "int", "of these features, those left when near-duplicates (cosine 0.7) are counted once"),
-            Column("accuracy_distinct", "float", "with as many features of which none is a near-duplicate of a better one"),
+            Column("accuracy_distinct", "float", "of a probe on as many features, none a near-duplicate of a better one"),
         ),
         order=100,
         summary=_summary,

@@ -1,4 +1,4 @@
-"""The table `contexts`: where in the test text each feature of the ensembles is most active, and the next tokens that it promotes."""
+"""The table `contexts`: places in the test text where each feature is most active, and the next tokens that it promotes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import polars as pl
 
 CONTEXTS = 8  # of each feature
-RADIUS = 12  # tokens to either side of the one on which it is most active
+RADIUS = 12  # tokens on either side of the token on which it is most active
 
 
 def _rows(making: Making) -> pl.DataFrame:
@@ -23,7 +23,7 @@ def _rows(making: Making) -> pl.DataFrame:
 register(
     Table(
         name="contexts",
-        question="Where each feature of the ensembles is most active, and which next tokens it speaks for",
+        question="Where in the text is each feature most active?",
         columns=(
             Column("member", "int", "member or round, from 1"),
             Column("index", "int", "row of that member's W_dec, from 0"),
@@ -31,13 +31,13 @@ register(
             Column(
                 "contexts",
                 "str",
-                f"JSON list: up to {CONTEXTS} places of the test text where it is most active, each of another window, with {RADIUS} "
-                "tokens to either side: document, position and centre of the middle token, tokens, activations (null: dropped tokens)",
+                f"JSON list: up to {CONTEXTS} places of the test text where it is most active, each in another window, with {RADIUS} "
+                "tokens on either side: document, position and centre of the middle token, tokens, activations (null: dropped tokens)",
             ),
             Column("histogram", "str", "JSON list: number of test tokens whose activation is in [i, i + 1) * bin_width, not 0"),
             Column("bin_width", "float", "a power of two; null if it never fires"),
             Column("promoted_tokens", "str", "JSON list of [token, logit]: largest of W_dec W_U, without final norm; [] without a head"),
-            Column("suppressed_tokens", "str", "the same, the smallest"),
+            Column("suppressed_tokens", "str", "the same for the smallest logits"),
         ),
         rows=_rows,
         inputs=lambda subject: [subject.tokens, subject.activations, subject.bagging, subject.boosting],

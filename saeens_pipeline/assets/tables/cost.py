@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import polars as pl
 
 from saeens_pipeline.assets.registry import Headline, Making, Row, Table, register
 from saeens_pipeline.assets.tables.reconstruction import EVALUATION
@@ -11,20 +13,15 @@ from saeens_pipeline.settings.experiments import ExperimentSettings
 from saeens_pipeline.storage.names import Address
 from saeens_pipeline.storage.tables import Column
 
-if TYPE_CHECKING:
-    import polars as pl
-
 TOTALS = {
     "total_flops": ("train_flops", "residual_flops"),
     "total_seconds": ("train_seconds", "residual_seconds"),
 }
-"""Training in all: columns that are shown as their sum."""
+"""Totals of training: the columns whose sum they are."""
 
 
 def with_totals(rows: pl.DataFrame) -> pl.DataFrame:
-    """Return the rows with those `TOTALS` whose parts are among the columns. A method without residuals adds none."""
-    import polars as pl
-
+    """Return the rows with the `TOTALS` whose parts are among the columns. A missing residual counts as 0."""
     there = {total: parts for total, parts in TOTALS.items() if set(parts) <= set(rows.columns)}
     return rows.with_columns(**{total: pl.col(made) + pl.col(residual).fill_null(0) for total, (made, residual) in there.items()})
 
@@ -63,7 +60,7 @@ def _is_trained_beside_others(experiment: ExperimentSettings, method: str, numbe
 
 
 def _peak_memory(joint: Sequence[Mapping[str, Any]], alone: Sequence[Mapping[str, Any]]) -> int | None:
-    """Return the largest peak: SAEs trained together share one peak, all others were made one after another."""
+    """Return the largest peak: SAEs trained together share one peak, the others are trained one after another."""
     of_joint, of_others = ([made["peak_memory_bytes"] or 0 for made in group] for group in (joint, alone))
     return max([sum(of_joint), *of_others]) or None
 
@@ -71,18 +68,18 @@ def _peak_memory(joint: Sequence[Mapping[str, Any]], alone: Sequence[Mapping[str
 register(
     Table(
         name="cost",
-        question="What each method cost to train and costs to run",
+        question="What does each method cost to train and to use?",
         columns=(
             Column("train_tokens", "int", "tokens seen in training, summed over members"),
             Column("train_flops", "float", "dense-equivalent floating-point operations of training"),
-            Column("train_seconds", "float", "seconds of training; those of a joint op divided by FLOPs among its SAEs"),
+            Column("train_seconds", "float", "seconds of training; those of a joint op are divided among its SAEs by FLOPs"),
             Column("residual_flops", "float", "boosting's passes that compute residuals, not in train_flops"),
             Column("residual_seconds", "float", "seconds of those passes, not in train_seconds"),
             Column(
                 "peak_memory_bytes",
                 "int",
-                "of the device, or on a CPU of the whole process with interpreter and libraries; a joint op's peak is divided by FLOPs "
-                "among its SAEs: SAEs trained alone do not compare with SAEs trained together",
+                "of the device, or on a CPU of the whole process with interpreter and libraries; a joint op's peak is divided among its "
+                "SAEs by FLOPs: SAEs trained alone do not compare with SAEs trained together",
             ),
             Column("inference_flops_per_token", "float", "dense-equivalent operations to encode and decode one token"),
             Column("device", "str", "device of the training"),

@@ -1,4 +1,4 @@
-"""The table `features`: how often each feature fires, where it comes back, and the tokens on which it is most active."""
+"""The table `features`: density of each feature, its nearest features in members and seeds, and its most active tokens."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def _rows(making: Making) -> pl.DataFrame:
     return feature_rows(making)
 
 
-# Its inputs are SAEs alone, as those of `stability`: text and activations are behind these and change their data versions. As inputs, with
-# the partitions of the activations, they would have it made again in their run, before the SAEs are.
+# Its inputs are SAEs only, as those of `stability`: changed text or activations change the data versions of the SAEs. With activations as
+# an input, the automation would request it in the run of the activations, before the SAEs are made.
 register(
     Table(
         name="features",
-        question="What each feature does, and where it comes back",
+        question="What does each feature do, and where does it come back?",
         columns=(
             Column("member", "int", "member or round, from 1"),
             Column("index", "int", "row of that member's W_dec, from 0"),
@@ -32,7 +32,7 @@ register(
             Column("nearest_cosine", "float", "that cosine"),
             Column("matches", "str", "JSON list of [member, index, cosine]: the nearest of each other member; null for single SAEs"),
             Column("nearest_other_seed_cosine", "float", "largest cosine to any feature under any other seed; null with one seed"),
-            Column("nearest_other_seed", "int", "the other seed that has that feature"),
+            Column("nearest_other_seed", "int", "the seed of that feature"),
             Column("nearest_other_seed_member", "int", "its member or round under that seed"),
             Column("nearest_other_seed_index", "int", "its row of that member's W_dec"),
             Column("top_tokens", "str", "JSON list: the ten test tokens on which it is most active, the most active first"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+import polars as pl
 
 from saeens_pipeline.assets.declarations import Declaration, Input, Op, RunContext, Task
 from saeens_pipeline.assets.registry import METHODS, Markdown, Table, register, seed_metrics, table_frame
@@ -13,14 +15,11 @@ from saeens_pipeline.storage.names import LEADERBOARD, LEADERBOARD_ADDRESS, Part
 from saeens_pipeline.storage.recipes import Artefact, Store
 from saeens_pipeline.storage.tables import Column, read_part
 
-if TYPE_CHECKING:
-    import polars as pl
-
 Sizes = Literal["full", "all"]
 
 LEADERBOARD_VERSION = 4
-_QUESTION = "Which method is best, over all experiments"
-_PLAIN = {  # by table: columns that vary little over seeds, or not at all
+_QUESTION = "Which method is best, over all experiments?"
+_PLAIN = {  # by table: columns that vary little or not at all over seeds
     "reconstruction": ("language_model", "sae_data_versions", "n_features"),
     "cost": ("train_tokens", "train_flops", "train_seconds", "residual_flops", "residual_seconds"),
 }
@@ -46,9 +45,9 @@ def _columns_read() -> dict[str, tuple[str, ...]]:
 
 
 def leaderboard_op(tables: Iterable[Declaration], controls: Mapping[str, str]) -> Op:
-    """Declare the leaderboard over some tables. It takes those that are there, and waits for none.
+    """Declare the leaderboard over some tables. It is computed from those on disk and waits for none.
 
-    `controls`: by experiment, the same on the untrained language model, whose figures are shown beside.
+    `controls`: by experiment, the experiment with an untrained language model whose figures are shown next to it.
     """
     used = [table for table in tables if table.address.kind == "eval" and table.address.name in _columns_read()]
     leaderboard = Declaration(
@@ -61,7 +60,7 @@ def leaderboard_op(tables: Iterable[Declaration], controls: Mapping[str, str]) -
         source="",
         kinds=frozenset({"parquet", "polars"}),
         tags={"table": LEADERBOARD},
-        description=f"{_QUESTION}\n\n`saeens leaderboard` prints it, computed from the tables that are there.",
+        description=f"{_QUESTION}\n\n`saeens leaderboard` prints it, computed from the tables on disk.",
     )
 
     def make(context: RunContext, tasks: Sequence[Task]) -> None:
@@ -74,13 +73,11 @@ def leaderboard_op(tables: Iterable[Declaration], controls: Mapping[str, str]) -
 
 
 def standings(store: Store, leaderboard: Declaration, sort: str = "explained_variance", sizes: Sizes = "full") -> pl.DataFrame:
-    """The rows of the leaderboard from the tables on disk, in the order of source, layer and rank by `sort`.
+    """Return the leaderboard of the tables on disk, in the order of source, layer and rank by `sort`.
 
-    Bagging and boosting count with all their members or, with `sizes="all"`, with the first n for every n; expanded SAEs with each of
-    their widths. Raises ConfigurationError for a column to sort by that is none of numbers.
+    Ensembles have one row with all their members or, with `sizes="all"`, a row for the first n with every n; expanded SAEs have a row for
+    each width. Raises ConfigurationError if `sort` is not a numeric column.
     """
-    import polars as pl
-
     sortable = ["n_members", "n_seeds", "n_features", *seed_metrics(), *_PLAIN["cost"], *TOTALS]
     if sort not in sortable:
         raise ConfigurationError(f"--sort {sort}: the leaderboard is sorted by one of {', '.join(sortable)}")
@@ -92,11 +89,9 @@ def standings(store: Store, leaderboard: Declaration, sort: str = "explained_var
 
 
 def for_reading(table: pl.DataFrame, sort: str = "explained_variance") -> pl.DataFrame:
-    """Rows of one source and layer for the terminal: what they are sorted by has its interval beside it, with two seeds the points."""
-    import polars as pl
-
+    """Return the terminal's columns of rows of one source and layer. The metric of `sort` has an interval, with two seeds the points."""
     named = _SHOWN
-    if sort in seed_metrics() and sort not in _SHOWN:  # in the place of two others, for which there is no room
+    if sort in seed_metrics() and sort not in _SHOWN:  # it replaces two others, because of the terminal's width
         named = {sort: sort.replace("_", " ")} | {
             name: title for name, title in _SHOWN.items() if name not in ("stability", "connectivity")
         }
@@ -111,17 +106,13 @@ def for_reading(table: pl.DataFrame, sort: str = "explained_variance") -> pl.Dat
 
 
 def _interval(name: str) -> pl.Expr:
-    import polars as pl
-
     half_width = (pl.col(f"{name}_high") - pl.col(name)).map_elements("±{:.2g}".format, pl.String)
     points = pl.col(f"{name}_by_seed").map_elements(_rounded, pl.String)
     return pl.when(pl.col("n_seeds") == 2).then(pl.concat_str(half_width, pl.lit(" ("), points, pl.lit(")"))).otherwise(half_width)
 
 
 def _beside_controls(table: pl.DataFrame, controls: Mapping[str, str]) -> pl.DataFrame:
-    """The table with what the control of each experiment reached, of the same layer, method and size."""
-    import polars as pl
-
+    """Return the table with the figures of each experiment's control, for the same layer, method and size."""
     names = ("explained_variance", "stability")
     on = ["control", "layer", "method", "n_members"]
     of_controls = table.select(pl.col("experiment").alias("control"), *on[1:], *(pl.col(name).alias(f"control_{name}") for name in names))
@@ -137,9 +128,7 @@ def _rounded(points: str) -> str:
 
 
 def _measurements(store: Store, leaderboard: Declaration, sizes: Sizes) -> pl.DataFrame:
-    """One row for each experiment, layer, seed, method and size; null where a table is not there."""
-    import polars as pl
-
+    """Return a row for each experiment, layer, seed, method and size; null for missing tables."""
     columns = _columns_read()
     parts = {name: [table_frame(name, []).select(pl.lit("").alias("source"), pl.all())] for name in columns}
     for _, table, _, artefact in leaderboard.optional_inputs(store, Partition()):
@@ -149,7 +138,7 @@ def _measurements(store: Store, leaderboard: Declaration, sizes: Sizes) -> pl.Da
     measured = tables.pop("reconstruction")
     for table in tables.values():
         measured = measured.join(table, on=_MEASURED, how="left")
-    measured = measured.filter(pl.col("explained_variance").is_not_nan())  # nor null: of activations without variance
+    measured = measured.filter(pl.col("explained_variance").is_not_nan())  # also drops null, of activations without variance
     if sizes == "all":
         return measured
     of_all_members = pl.col("n_members") == pl.col("n_members").max().over("experiment", "layer", "method")
@@ -171,7 +160,7 @@ def _rows(measured: pl.DataFrame) -> Iterator[dict[str, Any]]:
 
 
 def _statistics(name: str, points: Sequence[float | None]) -> Iterator[tuple[str, float | str | None]]:
-    """The columns of a metric. A seed that has no value has an empty point; mean and interval are of the others."""
+    """Give the columns of a metric. A seed without a value has an empty point, and is left out of mean and interval."""
     from saeens_models.metrics import mean_interval
 
     there = [point for point in points if point is not None]

@@ -1,19 +1,18 @@
-"""The table `marginal_gain`: what each further member or round adds, from the tables of all ensemble sizes."""
+"""The table `marginal_gain`: the gain of each further member or round, from the tables of all ensemble sizes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import polars as pl
 
 from saeens_pipeline.assets.declarations import Declaration, Reference
 from saeens_pipeline.assets.registry import Headline, Making, Row, Subject, Table, fills, register
 from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.recipes import Store
 from saeens_pipeline.storage.tables import Column
-
-if TYPE_CHECKING:
-    import polars as pl
 
 _MEASURES = {"reconstruction": "explained_variance", "stability": "stability"}  # table and column; both are 1 at best
 
@@ -28,8 +27,6 @@ def _inputs(subject: Subject) -> Sequence[Reference]:
 
 def _read(store: Store, table: Declaration, partition: Partition) -> pl.DataFrame:
     """Return a layer's part of a table, or its parts of all seeds."""
-    import polars as pl
-
     seeds = [None] if table.dimensions == "layer" else table.seeds
     paths = [store.require(table.address, Partition(partition.layer, seed)).path for seed in seeds]
     return pl.concat([pl.read_parquet(path, hive_partitioning=False) for path in paths])
@@ -61,7 +58,7 @@ def _rows(making: Making) -> Iterator[Row]:
 
 
 def _by_seed(table: pl.DataFrame, method: str, column: str) -> dict[int, list[float]]:
-    """Return by seed the values of the ensembles of 1 .. J members; empty where the column is null, as stability is with one seed."""
+    """Return by seed the values of the ensembles of 1 .. J members; empty if the column is null, like stability with one seed."""
     of_method = table.filter(method=method).drop_nulls(column).sort("n_members")
     return {seed: of_seed[column].to_list() for (seed,), of_seed in of_method.partition_by("seed", as_dict=True).items()}
 
@@ -69,12 +66,12 @@ def _by_seed(table: pl.DataFrame, method: str, column: str) -> dict[int, list[fl
 register(
     Table(
         name="marginal_gain",
-        question="What each further member or round adds, and how many are enough",
+        question="How many members or rounds are enough?",
         columns=(
             Column(
                 "explained_variance_gain",
                 "float",
-                "explained variance minus that of one member less; of the first member, its own",
+                "explained variance minus that of one member less; for the first member, its own",
                 from_columns=("explained_variance",),
             ),
             Column(
@@ -83,11 +80,11 @@ register(
                 "stability minus that of one member less; null for the first, and with one seed",
                 from_columns=("stability",),
             ),
-            Column("new_features", "int", "features of member n whose largest cosine to all of the members before it is below 0.7"),
+            Column("new_features", "int", "features of member n whose largest cosine to the features of earlier members is below 0.7"),
             Column(
                 "suggested",
                 "int",
-                "smallest number of members after which no further one takes 5% off what is left to 1 of explained variance or of "
+                "smallest number of members after which no further one closes 5% of the gap to 1 of explained variance or "
                 "stability, means over seeds; the same in all rows of a method",
                 from_columns=("explained_variance", "stability"),
             ),

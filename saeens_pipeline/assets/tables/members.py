@@ -28,7 +28,7 @@ def _rows(making: Making) -> Iterator[Row]:
 register(
     Table(
         name="members",
-        question="What each member or round does on its own input",
+        question="How good is each member or round on its own input?",
         columns=(
             Column("member", "int", "member or round, from 1"),
             Column("mse", "float", "of the member's own input: squared error summed over d_in, mean over tokens"),

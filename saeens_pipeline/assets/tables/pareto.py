@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import polars as pl
 
 from saeens_pipeline.assets.declarations import Declaration, Input
 from saeens_pipeline.assets.registry import METHODS, Table, register, table_frame
@@ -14,19 +16,16 @@ from saeens_pipeline.storage.names import Address, Partition
 from saeens_pipeline.storage.recipes import Store
 from saeens_pipeline.storage.tables import Column, read_part
 
-if TYPE_CHECKING:
-    import polars as pl
-
 PARETO = "pareto"
 PARETO_VERSION = 2
-_QUESTION = "What each method gives for its L0 and for its bits, over the values of a sweep"
+_QUESTION = "Which method explains most for its L0 and for its bits?"
 TABLE_FILE, PICTURE_FILE = "pareto.parquet", "pareto.png"
 _MEASURED = ("l0", "description_length_bits", "explained_variance")
 _KEY = ("experiment", "layer", "seed", "method", "n_members")
 
 
 class Sweep(NamedTuple):
-    """A sweep of an experiment file: its name, what is varied, and the value of each of its experiments."""
+    """A sweep of an experiment file: its name, the varied field, and the value of each experiment."""
 
     name: str
     field: str
@@ -41,7 +40,7 @@ class Sweep(NamedTuple):
 
 
 def pareto_declaration(settings: ExperimentSettings, outputs: Iterable[Declaration]) -> Declaration:
-    """Declare the comparison of a sweep. It is computed from the tables that are there, and waits for none."""
+    """Declare the comparison of a sweep. It is computed from the tables on disk and waits for none."""
     sweep = Sweep.of(settings)
     tables = [each for each in outputs if each.address.kind == "eval" and each.address.name in ("reconstruction", "cost")]
     return Declaration(
@@ -54,24 +53,22 @@ def pareto_declaration(settings: ExperimentSettings, outputs: Iterable[Declarati
         source=settings.source,
         kinds=frozenset({"parquet", "polars"}),
         tags={"experiment": sweep.name, "source": settings.source, "table": PARETO},
-        description=f"{_QUESTION}\n\n`saeens pareto {sweep.name}` prints it, computed from the tables that are there.",
+        description=f"{_QUESTION}\n\n`saeens pareto {sweep.name}` prints it, computed from the tables on disk.",
     )
 
 
 def pareto_rows(store: Store, pareto: Declaration, sweep: Sweep) -> pl.DataFrame:
-    """One row for each layer, method and value that was evaluated, means over seeds with their points.
+    """Return a row for each evaluated layer, method and value: means over seeds, with the points.
 
-    Bagging and boosting count with all their members, expanded SAEs with each of their widths.
+    Ensembles have rows with all their members, expanded SAEs a row for each width.
     """
-    import polars as pl
-
     parts: dict[str, list[pl.DataFrame]] = {name: [table_frame(name, [])] for name in ("reconstruction", "cost")}
     for _, table, _, artefact in pareto.optional_inputs(store, Partition()):
         parts[table.address.name].append(read_part(artefact.path))
     measured, cost = (pl.concat(found) for found in parts.values())
     measured = measured.join(with_totals(cost).select(*_KEY, "total_flops"), on=_KEY, how="left")
     of_all_members = pl.col("n_members") == pl.col("n_members").max().over("experiment", "layer", "method")
-    measured = measured.filter(pl.col("explained_variance").is_not_nan())  # nor null: of activations without variance
+    measured = measured.filter(pl.col("explained_variance").is_not_nan())  # also drops null, of activations without variance
     measured = measured.filter(of_all_members | ~pl.col("method").is_in(["bagging", "boosting"]))
     table = table_frame(PARETO, _means(measured, sweep))
     for front, spent in (("on_l0_front", "l0"), ("on_bits_front", "description_length_bits")):
@@ -81,24 +78,22 @@ def pareto_rows(store: Store, pareto: Declaration, sweep: Sweep) -> pl.DataFrame
 
 
 def not_evaluated(table: pl.DataFrame, sweep: Sweep) -> list[str]:
-    """The experiments of the sweep that have no row."""
+    """Return the experiments of the sweep without a row."""
     there = set(table["experiment"])
     return [name for name in sweep.values if name not in there]
 
 
 def notes(table: pl.DataFrame, sweep: Sweep) -> Iterator[str]:
-    """What is missing from the table, in words."""
+    """Give a sentence for each missing experiment and for missing description lengths."""
     for name in not_evaluated(table, sweep):
-        yield f"{name} was not evaluated yet: `saeens run {name}` does"
+        yield f"{name} is not evaluated yet: run `saeens run {name}`"
     without = table.filter(table["description_length_bits"].is_null())["experiment"].unique(maintain_order=True)
     if len(without):
-        yield f"no description length was measured of {', '.join(without)}: left out of that picture"
+        yield f"{', '.join(without)}: no description length was measured; left out of that picture"
 
 
 def for_reading(table: pl.DataFrame) -> pl.DataFrame:
-    """Rows of one layer for the terminal."""
-    import polars as pl
-
+    """Return the columns for the terminal of rows of one layer."""
     fronts = [pl.when(pl.col(f"on_{name}_front") == 1).then(pl.lit("*")).otherwise(None) for name in ("l0", "bits")]
     return table.select(
         "method",
@@ -132,14 +127,12 @@ def _means(measured: pl.DataFrame, sweep: Sweep) -> Iterator[dict[str, Any]]:
 
 
 def _points(values: pl.Series) -> str | None:
-    """The points of the seeds; an empty one where a seed has none."""
+    """Return the seeds' points, comma-separated; empty for a seed without a value."""
     return None if values.null_count() == len(values) else ",".join("" if value is None else str(value) for value in values)
 
 
 def _front(table: pl.DataFrame, spent: str) -> pl.Series:
-    """1 for rows that no other of their layer dominates, 0 for others, null where it is not known what is spent."""
-    import polars as pl
-
+    """Return 1 for rows that no other row of their layer dominates, 0 for others, null if the column `spent` is null."""
     rows = table.select("layer", spent, "explained_variance").rows()
 
     def is_dominated(layer: int, cost: float, gain: float) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import polars as pl
 
 from saeens_pipeline.assets.declarations import Reference, RunContext
 from saeens_pipeline.assets.registry import Headline, Making, Row, SharedPass, Subject, Table, register
@@ -13,9 +15,6 @@ from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.recipes import Artefact
 from saeens_pipeline.storage.tables import Column
 
-if TYPE_CHECKING:
-    import polars as pl
-
 
 def _evaluate(subject: Subject, context: RunContext, partition: Partition, wanted: Collection[str]) -> Any:
     from saeens_pipeline.assets.measurements.dictionaries import evaluate
@@ -24,7 +23,7 @@ def _evaluate(subject: Subject, context: RunContext, partition: Partition, wante
 
 
 EVALUATION = SharedPass("tables", _evaluate)
-"""One pass over the test activations; tables that need none of it join the op."""
+"""One pass over the test activations. Tables that do not need its result may join the op."""
 
 
 def _rows(making: Making) -> Iterator[Row]:
@@ -49,8 +48,6 @@ def _preflight(experiment: ExperimentSettings, facts: Callable[[], SourceFacts])
 
 
 def _warnings(table: pl.DataFrame, checks: CheckSettings) -> Iterable[str]:
-    import polars as pl
-
     least = checks.min_explained_variance
     if least is None:
         return
@@ -77,7 +74,7 @@ def _summary(table: pl.DataFrame, artefact: Artefact) -> Mapping[str, Any]:
 register(
     Table(
         name="reconstruction",
-        question="How well each dictionary rebuilds held-out activations",
+        question="How well does each dictionary rebuild activations?",
         columns=(
             Column("n_features", "int", "features of the whole dictionary"),
             Column("mse", "float", "mean over tokens of the squared error summed over d_in, in the activations' own scale"),
@@ -88,7 +85,7 @@ register(
             Column("dead_features", "float", "share of features that never fire on the test tokens"),
             Column("constant_dimensions", "int", "dimensions without variance, left out of explained_variance"),
             Column("description_length_bits", "float", "bits per token that send the code, magnitudes to 1/256 of the mean norm"),
-            Column("ce_loss_recovered", "float", "recovered share of the next-token loss that zeros cost"),
+            Column("ce_loss_recovered", "float", "share of the next-token loss that zeros add and the reconstruction recovers"),
             Column("tokens", "int", "test tokens"),
         ),
         rows=_rows,
@@ -111,7 +108,7 @@ register(
             "explained_variance": "on held-out tokens",
             "mse": "squared error summed over d_in",
             "fvu": "total squared error / total variance",
-            "ce_loss_recovered": "recovered share of the next-token loss that zeros cost",
+            "ce_loss_recovered": "share of the next-token loss that zeros add and the reconstruction recovers",
             "description_length_bits": "bits per token that send the code",
             "l0": "features that fire per token",
             "relative_sparsity": "l0 / n_features",

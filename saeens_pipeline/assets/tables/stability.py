@@ -1,4 +1,4 @@
-"""The table `stability`: features that come back under another seed."""
+"""The table `stability`: similarity of features under different seeds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.recipes import Artefact
 from saeens_pipeline.storage.tables import Column
 
-MATCHED_UP_TO = 2048  # the time of the one-to-one matching grows with the cube
+MATCHED_UP_TO = 2048  # features; the time of the one-to-one matching grows with their cube
 
 
 def _rows(making: Making) -> Iterator[Row]:
@@ -30,7 +30,7 @@ def _rows(making: Making) -> Iterator[Row]:
 
 
 def _stability_of_sizes(runs: Sequence[Sequence[Artefact]], device: str) -> list[dict[str, Sequence[float | None]]]:
-    """Return for n = 1 .. J the stability of the first n SAEs of each run: by column, a number for each run."""
+    """Return the stability of the first n SAEs of each run, for n = 1 .. J: a list over runs for each column."""
     import torch
 
     import saeens_models as sm

@@ -1,8 +1,10 @@
-"""The table `training_curves`: loss and sparsity of every SAE in the course of its training."""
+"""The table `training_curves`: loss and sparsity of every SAE during training."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+
+import polars as pl
 
 from saeens_pipeline.assets.registry import Making, Row, Table, register
 from saeens_pipeline.assets.tables.reconstruction import EVALUATION
@@ -11,8 +13,6 @@ from saeens_pipeline.storage.tables import Column
 
 
 def _rows(making: Making) -> Iterator[Row]:
-    import polars as pl
-
     subject, store, partition = making.subject, making.store, making.partition
     for method, n, declaration in subject.whole:
         is_ensemble = declaration.builder == "ensemble"
@@ -25,7 +25,7 @@ def _rows(making: Making) -> Iterator[Row]:
 register(
     Table(
         name="training_curves",
-        question="How training went",
+        question="How did loss and sparsity change in training?",
         columns=(
             Column("member", "int", "member or round, from 1"),
             Column("step", "int", "optimiser step"),
