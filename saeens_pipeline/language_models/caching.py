@@ -1,4 +1,4 @@
-"""From tokens to stored activations: one forward pass for all layers."""
+"""Caching of activations: one forward pass over the tokens for all layers."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def cache_activations(
     batch_windows: int = 32,
     report: Callable[[int, int], None] = lambda rows, total_rows: None,
 ) -> dict[int, dict[str, ActivationStatistics]]:
-    """Write the activations of every kept position at `hook` of each layer to `outputs[layer]`; returns statistics by layer and split.
+    """Write the activations of every kept position at `hook` of each layer to `outputs[layer]`; return statistics by layer and split.
 
-    Rows have the order of `tokens`. Both splits go through the model once, whatever the number of layers. `report` is given the
-    rows done and to be done, per layer. Where an earlier call with the same arguments was killed, its whole shards are taken up: the model
-    goes on with the batch of windows in which the first that is missing begins. Memory, whatever the token count: one batch of
-    `batch_windows` windows in the model and, for each layer, two shards (up to 32 MiB each).
-    Raises SaeensError where the disk is too small for all layers together (before anything is written) and for values that are
-    not finite or too large for `dtype`, with the layer and the largest value; ConfigurationError for a hook or layer the model lacks.
+    Rows have the order of `tokens`. Both splits pass through the model once for all layers. `report` gets the numbers of finished and of
+    all rows of one layer. A killed call with the same arguments is resumed: its complete shards are kept, and the model continues with
+    the batch of windows that holds the first missing row. Memory: one batch of `batch_windows` windows in the model and, for each layer,
+    two shards (up to 32 MiB each), for any number of tokens.
+    Raises SaeensError if the disk is too small for all layers (before anything is written), and for values that are not finite or too
+    large for `dtype`, with the layer and the largest value; ConfigurationError for a hook or layer that the model does not have.
     """
     rows = {split: tokens.n_rows(split) for split in SPLITS}
     widths = model.widths(hook, list(outputs))
@@ -45,7 +45,7 @@ def cache_activations(
             for layer, path in outputs.items()
         }
         for split in SPLITS:
-            first = 0  # row of the split that the batch begins with
+            first = 0  # row of the split at which the batch starts
             for batch in tokens.batches(split, batch_windows):
                 document, position = batch.document[batch.kept], batch.position[batch.kept]
                 there = {layer: max(writer.resumed_rows[split] - first, 0) for layer, writer in writers.items()}

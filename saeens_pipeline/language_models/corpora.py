@@ -1,4 +1,4 @@
-"""Opens the corpus that a source's settings describe."""
+"""Opening of the corpus in the settings of a source."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from saeens_pipeline.settings.corpora import BUILTIN_CORPUS, HubDataset, TextFil
 
 
 def open_corpus(settings: str | TextFiles | HubDataset) -> Corpus:
-    """Return the corpus of `settings`. Reads nothing yet."""
+    """Return the corpus of `settings`, without reading it."""
     match settings:
         case TextFiles():
             return TextFileCorpus(settings)
         case HubDataset():
             return HubCorpus(settings)
         case _:
-            assert settings == BUILTIN_CORPUS, "checked where the source is read"
+            assert settings == BUILTIN_CORPUS, "the settings of the source allow no other name"
             return InstalledPackages()

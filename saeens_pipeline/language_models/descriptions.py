@@ -19,7 +19,7 @@ REFERENCE_MODEL = "builtin/reference"
 TRANSFORMER_LENS = "transformer_lens:"
 HOOKS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 READ_AT_INPUT = ("resid_pre", "resid_mid")
-"""Hooks that are what a module is given; the others are what one returns."""
+"""Hooks at the input of a module; the others are at the output of one."""
 HUB_FILES = ("config.json", "tokenizer.json")
 HUB_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
 _PACKAGED_REFERENCE_MODEL = Path(__file__).parent / "reference_model_files"
@@ -31,16 +31,16 @@ _PICKLES = ("*.bin", "*.pt", "*.pth")
 
 @dataclass(frozen=True)
 class LanguageModelDescription:
-    """What the files of a language model say of it, without loading its weights.
+    """Properties of a language model, read from its files without loading weights.
 
-    `identity` is for recipes: it changes whenever activations or tokens may change with the files. Of a model of the hub it holds the
-    commit. Of others, files of up to 64 MiB are hashed whole; of a larger weight file the size, the safetensors header and 64 samples of
-    64 KiB spread evenly over it are hashed: every training run changes those, an edit of single values between two samples goes unseen.
+    `identity` is for recipes: it changes when a change of the files may change activations or tokens. For a model on the hub it is the
+    commit. For others it has hashes: of whole files up to 64 MiB; of larger weight files, of the size, the safetensors header and 64
+    samples of 64 KiB, spread evenly. Every training run changes the samples; an edit of single values between them is not detected.
     """
 
     name: str
     revision: str
-    path: Path  # the folder, in transformers' format; of a model of the hub, without its weights
+    path: Path  # folder in transformers' format; for a model on the hub, without weights
     model_type: str
     d_model: int
     n_layers: int
@@ -49,16 +49,16 @@ class LanguageModelDescription:
     end_of_text: int | None  # token id that separates documents
     parallel_residual: bool  # attention and MLP of a block both read the block's input
     identity: dict[str, object] = field(hash=False)
-    commit: str | None = None  # of the hub
+    commit: str | None = None  # of a model on the hub
     tokenizer_file: Path = field(default=Path(), kw_only=True)
-    without: tuple[str, ...] = field(default=(), kw_only=True)  # hooks that its blocks do not have
+    without: tuple[str, ...] = field(default=(), kw_only=True)  # hooks that the blocks do not have
     has_head: bool = field(default=True, kw_only=True)  # a language-modelling head, which gives next-token predictions
 
 
 def validate_hook(description: LanguageModelDescription, hook: str, layers: Collection[int]) -> None:
-    """Raise ConfigurationError for a layer or a named hook that the model does not have, without loading its weights.
+    """Raise ConfigurationError for a layer or a named hook that the model does not have, without loading weights.
 
-    Whether the hook's modules are there is seen in the model's structure: `validate_modules` builds that.
+    `validate_modules` also checks that the module of the hook exists.
     """
     if not layers:
         raise ConfigurationError(f"no layers given: {description.name} has layers 0 to {description.n_layers - 1}")
@@ -71,7 +71,7 @@ def validate_hook(description: LanguageModelDescription, hook: str, layers: Coll
     lacking = {*description.without, *(["resid_mid"] if description.parallel_residual else [])}
     others = f"available: {', '.join(each for each in HOOKS if each not in lacking)}, or a module path with {{layer}}"
     if hook == "resid_mid" and description.parallel_residual:
-        why = f"{description.name} computes attention and MLP in parallel, so that there is nothing between them"
+        why = f"{description.name} computes attention and MLP in parallel, so there is no stream between them"
         raise ConfigurationError(f"hook 'resid_mid' is not available: {why}; {others}")
     if hook in lacking:
         raise ConfigurationError(f"hook {hook!r} is not available in {description.name} ({description.model_type}); {others}")
@@ -80,14 +80,18 @@ def validate_hook(description: LanguageModelDescription, hook: str, layers: Coll
 
 
 class ModelFolder(NamedTuple):
-    """Where a model's files are, and of one of the hub the commit that they are from."""
+    """Folder of a model's files and, for a model on the hub, their commit."""
 
     path: Path
     commit: str | None = None
 
 
 def locate_model(name: str, revision: str, files: Sequence[str]) -> ModelFolder:
-    """The folder of a language model: the embedded one, a local one, or one in the hub's cache with `files` in it."""
+    """Return the folder of a language model: embedded, local, or in the hub's cache, into which `files` are downloaded.
+
+    Raises ConfigurationError for a name that is none of these and for a revision of an embedded or local model, SaeensError if the
+    embedded model is missing or the hub cannot be reached.
+    """
     if name == REFERENCE_MODEL:
         _refuse_revision(name, revision)
         for path in (_PACKAGED_REFERENCE_MODEL, _CHECKED_OUT_REFERENCE_MODEL):
@@ -111,11 +115,11 @@ def locate_model(name: str, revision: str, files: Sequence[str]) -> ModelFolder:
 
 def _refuse_revision(name: str, revision: str) -> None:
     if revision != "main":
-        raise ConfigurationError(f"revision {revision!r} of {name}: builtin and local models have no revisions; leave it out")
+        raise ConfigurationError(f"revision {revision!r} of {name}: builtin and local models have no revisions; remove the field")
 
 
 def read_config(name: str, path: Path) -> dict[str, Any]:
-    """What config.json says. Raises ConfigurationError where there is none that can be read."""
+    """Return the content of config.json. Raises ConfigurationError if it is missing or not a JSON object."""
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -130,24 +134,24 @@ def read_config(name: str, path: Path) -> dict[str, Any]:
 
 
 def read_size(config: Mapping[str, Any], path: Path, *keys: str) -> int:
-    """The number that a configuration gives under one of several names. Raises ConfigurationError where it has none of them."""
+    """Return the integer under the first of `keys` that a configuration has. Raises ConfigurationError if it has none of them."""
     for key in keys:
         if isinstance(config.get(key), int):
             return config[key]
-    raise ConfigurationError(f"{path / 'config.json'} gives none of {', '.join(keys)}: add the one that the model has")
+    raise ConfigurationError(f"{path / 'config.json'} gives none of {', '.join(keys)}: add one of them")
 
 
 def require_tokenizer(name: str, folder: ModelFolder) -> Path:
-    """The tokenizer's file. Raises ConfigurationError where there is none."""
+    """Return the tokenizer's file. Raises ConfigurationError if there is none."""
     file = folder.path / "tokenizer.json"
     if not file.is_file():
-        where = folder.path if folder.commit is None else "a copy of the model in a folder of your own"
+        where = folder.path if folder.commit is None else "a local copy of the model"
         raise ConfigurationError(f"{name!r} has no tokenizer.json: save its fast tokenizer into {where} with save_pretrained()")
     return file
 
 
 def identity_of(name: str, revision: str, folder: ModelFolder) -> dict[str, object]:
-    """Return the identity that recipes hold: the commit of a hub model, else hashes of the files."""
+    """Return the identity for recipes: the commit of a model on the hub, otherwise hashes of the files."""
     if folder.commit is not None:
         _require_hub_weights(name, folder.commit, folder.path)
         return {"name": name, "revision": folder.commit}
@@ -156,19 +160,19 @@ def identity_of(name: str, revision: str, folder: ModelFolder) -> dict[str, obje
 
 
 def _require_hub_weights(name: str, commit: str, path: Path) -> None:
-    """Raise ConfigurationError where the hub has the weights in a form that is not read, without downloading them."""
+    """Raise ConfigurationError if the hub has the weights only as pickles, without downloading them."""
     if any(path.glob("*.safetensors")):
         return
-    there = hub.sizes(name, commit, [*HUB_WEIGHTS, *_PICKLES])
-    if there and not any(file.endswith(".safetensors") for file in there):
+    files = hub.sizes(name, commit, [*HUB_WEIGHTS, *_PICKLES])
+    if files and not any(file.endswith(".safetensors") for file in files):
         raise ConfigurationError(
-            f"language model {name!r}: the hub has its weights only as {min(there)}, a pickle, which can run code: convert it to "
+            f"language model {name!r}: the hub has its weights only as {min(files)}, a pickle, which can run code: convert it to "
             "safetensors and give the folder"
         )
 
 
 def weight_files(name: str, path: Path) -> list[Path]:
-    """Return the files that hold the weights. Raises ConfigurationError where one is missing."""
+    """Return the weight files. Raises ConfigurationError if one is missing."""
     if (path / "model.safetensors.index.json").is_file():
         index = json.loads((path / "model.safetensors.index.json").read_text(encoding="utf-8"))
         weights = [path / file for file in sorted(set(index["weight_map"].values()))]
@@ -183,7 +187,7 @@ def weight_files(name: str, path: Path) -> list[Path]:
 
 
 def weights_fingerprint(file: Path) -> str:
-    """SHA-256 of a model's file; of large weights, of samples."""
+    """Return the fingerprint of a model's file: SHA-256 of the file or, above 64 MiB, of its header and samples."""
     with file.open("rb") as stream:
         header_bytes = min(int.from_bytes(stream.read(8), "little"), _WHOLLY_HASHED_BYTES)
     return fingerprint(file, whole_bytes=_WHOLLY_HASHED_BYTES, sample_bytes=_SAMPLE_BYTES, head=range(8, 8 + header_bytes))

@@ -1,6 +1,6 @@
 """Documents of a corpus, each in the train or the test split.
 
-The split is a property of the corpus: text that the embedded language model was not trained on is text that no SAE is trained on.
+The corpus decides the split, so that the embedded language model and the SAEs have the same held-out documents.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ Split = Literal["train", "test"]
 
 @dataclass(frozen=True)
 class Document:
-    """One text and what is known of it: `labels` say by field of what kind it is, for probes and for members that are trained on a part.
+    """One text with labels, by field, for probes and for members with their own documents.
 
-    Every document of a corpus has the same fields, in the same order; None is a document of which a field is not known.
+    Every document of a corpus has the same fields, in the same order; the value of an unknown label is None.
     """
 
     name: str
@@ -26,10 +26,10 @@ class Document:
 
 
 class Corpus(Protocol):
-    """What a source reads.
+    """Documents of a source.
 
-    `identity` is for recipes: cheap, and another whenever the documents may have changed. `require_readable`
-    finds out, before anything is spent, whether they can be read, and raises what `documents` would.
+    `identity` is for recipes: it is cheap and changes when the documents may have changed. `require_readable` raises the errors of
+    `documents` early, after reading as little as possible.
     """
 
     @property
@@ -41,5 +41,5 @@ class Corpus(Protocol):
 
 
 def rank(name: str) -> float:
-    """A number in [0, 1) that depends on the name alone: the order of documents, and which of them are held out."""
+    """Return a hash of a name in [0, 1), for the order of documents and the choice of held-out ones."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64

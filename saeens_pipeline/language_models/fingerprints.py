@@ -1,4 +1,4 @@
-"""Fingerprints of files, for recipes: cheap also for files of many gigabytes."""
+"""Fingerprints of files for recipes, cheap even for files of many gigabytes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ SAMPLES = 64
 
 
 def fingerprint(file: Path, *, whole_bytes: int, sample_bytes: int, head: range = range(0)) -> str:
-    """SHA-256 of a file of up to `whole_bytes`. Of a larger one, what is hashed are its size, the bytes at `head`, and 64 samples of
-    `sample_bytes` spread evenly over it: an edit of a few bytes between two samples goes unseen.
+    """Return the SHA-256 of a file of up to `whole_bytes`, and of samples of a larger one.
+
+    The samples are the size, the bytes at `head`, and 64 pieces of `sample_bytes`, spread evenly: an edit of a few bytes between two
+    pieces is not detected.
     """
     size = file.stat().st_size
     with file.open("rb") as stream:

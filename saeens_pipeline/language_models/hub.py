@@ -1,7 +1,7 @@
-"""The Hugging Face hub: which commit a revision is, and files of a commit in the hub's own cache.
+"""The Hugging Face hub: commits of revisions, and files of a commit in the hub's cache.
 
-What is in the cache is not asked for again. A revision such as `main` so keeps the commit that it was when it was first used; `hf download`
-moves it on. What the hub refuses is said in its own words, with what to do. Its token stays with `huggingface_hub`, which sends it.
+The cache is used before the hub. A revision such as `main` therefore keeps the commit of its first use; `hf download` updates it.
+Errors quote the message of the hub and say what to do. `huggingface_hub` reads and sends the access token.
 """
 
 from __future__ import annotations
@@ -12,67 +12,70 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
+import huggingface_hub  # loads its parts at first use, which takes half a second
+from huggingface_hub import constants
+from huggingface_hub.errors import (
+    DryRunError,
+    GatedRepoError,
+    HfHubHTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    RevisionResolutionError,
+)
+
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 
 Kind = Literal["model", "dataset"]
 
-"""What a repository of the hub may be called: `owner/name`, or for old ones `name`."""
-
+_SUBFOLDERS = ["*/*"]
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def resolve_commit(name: str, revision: str, kind: Kind) -> str:
-    """The commit that a branch, tag or commit is: as the cache knows it, else as the hub says.
+    """Return the commit of a branch, tag or commit: from the cache, otherwise from the hub.
 
-    Raises ConfigurationError for a repository or revision that the hub does not give, SaeensError where it cannot be reached.
+    Raises ConfigurationError for a repository or revision that the hub does not have or refuses, SaeensError if it cannot be reached.
     """
     if _COMMIT.fullmatch(revision):
         return revision
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import RevisionResolutionError
-
+    api = huggingface_hub.HfApi()
     with contextlib.suppress(RevisionResolutionError):
-        return HfApi().resolve_revision(name, repo_type=kind, revision=revision, local_files_only=True).resolved
+        return api.resolve_revision(name, repo_type=kind, revision=revision, local_files_only=True).resolved
     with explained(name, revision, kind):
-        return HfApi().resolve_revision(name, repo_type=kind, revision=revision).resolved
+        return api.resolve_revision(name, repo_type=kind, revision=revision).resolved
 
 
 def download(name: str, commit: str, files: Sequence[str], kind: Kind = "model") -> Path:
-    """The folder of a commit in the hub's cache, with the files that match one of the patterns; subfolders are left out.
+    """Download the files that match a pattern, except those in subfolders; return the folder of the commit in the hub's cache.
 
     Raises as `resolve_commit`.
     """
-    from huggingface_hub import snapshot_download
-
     with explained(name, commit, kind):
-        return Path(snapshot_download(name, repo_type=kind, revision=commit, allow_patterns=list(files), ignore_patterns=["*/*"]))
+        return Path(
+            huggingface_hub.snapshot_download(
+                name, repo_type=kind, revision=commit, allow_patterns=list(files), ignore_patterns=_SUBFOLDERS
+            )
+        )
 
 
 def sizes(name: str, commit: str, files: Sequence[str]) -> dict[str, int] | None:
-    """Bytes of the files of a model that match one of the patterns, without downloading them; None where the hub cannot be asked."""
-    from huggingface_hub import DryRunFileInfo, snapshot_download
-    from huggingface_hub.errors import DryRunError
-
+    """Return the bytes of a model's files that match a pattern, without downloading them; None if the hub cannot be reached."""
     with explained(name, commit, "model"):
         try:
-            found = snapshot_download(name, revision=commit, allow_patterns=list(files), ignore_patterns=["*/*"], dry_run=True)
+            found = huggingface_hub.snapshot_download(
+                name, revision=commit, allow_patterns=list(files), ignore_patterns=_SUBFOLDERS, dry_run=True
+            )
         except DryRunError:
             return None
-    return {each.filename: each.file_size or 0 for each in found if isinstance(each, DryRunFileInfo)}
+    return {each.filename: each.file_size or 0 for each in found if isinstance(each, huggingface_hub.DryRunFileInfo)}
 
 
 @contextlib.contextmanager
 def explained(name: str, revision: str, kind: Kind) -> Iterator[None]:
-    """What the hub raises inside becomes one message with its reason and what to do."""
-    from huggingface_hub import constants
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-        RevisionResolutionError,
-    )
+    """Turn errors of the hub inside this context into one message with the reason and a remedy.
 
+    Raises ConfigurationError for requests that the hub refuses, SaeensError for its failures and where it cannot be reached.
+    """
     what = "language model" if kind == "model" else "data set"
     page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{name}"
     try:
@@ -87,7 +90,7 @@ def explained(name: str, revision: str, kind: Kind) -> Iterator[None]:
             "log in with `hf auth login`"
         ) from error
     except RevisionNotFoundError as error:
-        raise ConfigurationError(f"{what} {name!r} has no revision {revision!r} on the hub: {page} lists those that it has") from error
+        raise ConfigurationError(f"{what} {name!r} has no revision {revision!r} on the hub: {page} lists its revisions") from error
     except HfHubHTTPError as error:
         if error.response is not None and error.response.status_code in (401, 403):
             raise ConfigurationError(f"{what} {name!r} is refused by the hub: {_reason(error)} Log in with `hf auth login`") from error
@@ -102,14 +105,14 @@ def explained(name: str, revision: str, kind: Kind) -> Iterator[None]:
 def _way_out(name: str, kind: Kind) -> str:
     if kind == "dataset":
         return (
-            "Run this where the hub can be reached, or bring the data set's files here and give them as `corpus: {files: ...}`, "
-            "those of labelled texts as their `path`"
+            "Run this where the hub can be reached, or copy the data set's files to this machine and give them as `corpus: {files: ...}`, "
+            "or as `path` for labelled texts"
         )
-    return f"On a machine that reaches it, `hf download {name} --local-dir FOLDER`, bring FOLDER here, and give FOLDER in the name's place"
+    return f"On a machine that reaches it, run `hf download {name} --local-dir FOLDER`; copy FOLDER here and give it instead of the name"
 
 
 def _reason(error: Exception) -> str:
-    """The hub's own message, in one line."""
+    """Return the message of the hub, on one line."""
     reason = " ".join(str(getattr(error, "server_message", None) or error).split())
     return reason if reason.endswith(".") else f"{reason}."
 

@@ -1,7 +1,7 @@
 """`corpus: {name: monology/pile-uncopyrighted, split: train, test_split: test}`: a data set of the Hugging Face hub, read as a stream.
 
-`datasets` reads it (the extra `hub`); no script of the data set is run. Nothing is downloaded beyond what is read, and nothing kept:
-reading ends where enough tokens are there. Documents come in the data set's own order.
+`datasets` (the extra `hub`) reads it without running scripts of the data set. Only the records that are read are downloaded, and none are
+kept; reading ends when there are enough tokens. Documents have the order of the data set.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING
+
+import huggingface_hub
 
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models import hub
@@ -23,7 +25,7 @@ _INSTALL = "install them with `pip install --constraint constraints.txt --editab
 
 
 class HubCorpus(RecordCorpus):
-    """Documents of a data set of the hub."""
+    """Documents of a data set on the hub."""
 
     def __init__(self, settings: HubDataset) -> None:
         super().__init__(settings)
@@ -36,7 +38,10 @@ class HubCorpus(RecordCorpus):
         return self.settings_that_decide | parts | {"corpus": self.settings.name, "reader": READER_VERSION, "revision": commit}
 
     def require_readable(self) -> None:
-        """Read the first document of every split. Raises ConfigurationError for what the hub or the data set does not have."""
+        """Read the first document of every split. Raises ConfigurationError for a missing data set, subset, split or package.
+
+        Raises SaeensError for a first record without the text, and if the hub cannot be reached.
+        """
         for split in filter(None, (self.settings.split, self.settings.test_split)):
             next(self._documents(split), None)
 
@@ -61,27 +66,25 @@ class HubCorpus(RecordCorpus):
             from datasets.exceptions import DatasetsError  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise ConfigurationError(
-                f"data set {self.settings.name!r}: reading data sets of the hub takes more packages: {_INSTALL}"
+                f"data set {self.settings.name!r}: reading data sets of the hub needs more packages: {_INSTALL}"
             ) from error
         commit = hub.resolve_commit(self.settings.name, self.settings.revision, "dataset")
-        hub.download(self.settings.name, commit, ["README.md"], "dataset")  # or the hub's reason why not, which datasets does not pass on
+        hub.download(self.settings.name, commit, ["README.md"], "dataset")  # raises the hub's reason for a refusal; datasets hides it
         load = partial(datasets.load_dataset, self.settings.name, split=split, revision=commit, streaming=True)
         with hub.explained(self.settings.name, self.settings.revision, "dataset"):
             try:
                 records = load(name=self.settings.subset)
-            except ValueError as error:  # no such subset or split: the message lists those that there are
+            except ValueError as error:  # no such subset or split; the message lists the existing ones
                 files = self._files_called(split, commit) if self.settings.subset is None else []
                 if not files:
                     raise ConfigurationError(f"data set {self.settings.name!r}: {' '.join(str(error).split())}") from error
                 records = load(data_files={split: files})
-            except (DatasetsError, RuntimeError) as error:  # among others, a data set that is a script
+            except (DatasetsError, RuntimeError) as error:  # for example, a data set that is a script
                 raise SaeensError(f"data set {self.settings.name!r} cannot be read by datasets: {error}") from error
         complete = set(self.columns) <= set(records.column_names or [])
         return records.select_columns(self.columns) if complete else records
 
     def _files_called(self, split: str, commit: str) -> list[str]:
-        """Files beside the folders, such as `test.jsonl.zst` of the Pile: beside a folder `train`, datasets knows no other split."""
-        from huggingface_hub import HfApi
-
-        files = HfApi().list_repo_files(self.settings.name, repo_type="dataset", revision=commit)
+        """Return top-level files such as `test.jsonl.zst` of the Pile: next to a folder `train`, datasets finds no other split."""
+        files = huggingface_hub.HfApi().list_repo_files(self.settings.name, repo_type="dataset", revision=commit)
         return [file for file in files if "/" not in file and file.split(".", 1)[0] == split]

@@ -1,4 +1,4 @@
-"""`corpus: builtin/installed_packages`: source code and prose of the pinned packages that are installed beside this one."""
+"""`corpus: builtin/installed_packages`: source code and prose of the installed, pinned packages."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pathlib import Path
 from saeens_pipeline.language_models.documents import Document, Split, rank
 from saeens_pipeline.settings.corpora import BUILTIN_CORPUS
 
-# The packages that the project itself installs and pins, whose files are the same on every platform and Python version
-# (compiled parts, version stamps and generated configuration are left out by `_is_platform_dependent`).
+# The project installs and pins these packages. Their files are the same on every platform and Python version, except for compiled parts,
+# version stamps and generated configuration, which `_is_platform_dependent` leaves out.
 PACKAGES = (
     "alembic", "anyio", "click", "dagster", "dagster-graphql", "dagster-pipes", "dagster-shared", "dagster-webserver",
     "filelock", "fsspec", "gql", "graphene", "graphql-core", "huggingface-hub", "humanfriendly", "jinja2", "mako",
@@ -28,20 +28,20 @@ LANGUAGES = {
     ".ts": "typescript", ".tsx": "typescript", ".js": "javascript", ".mjs": "javascript", ".md": "prose", ".rst": "prose",
 }  # fmt: skip
 
-READER_VERSION = 1  # raised whenever the text that a corpus yields would change
-MAX_PACKAGE_BYTES = 8_000_000  # per package and language: no single library may dominate
+READER_VERSION = 1  # increased with every change of the documents
+MAX_PACKAGE_BYTES = 8_000_000  # per package and language, so that no package dominates
 MAX_DOCUMENT_CHARACTERS = 24_000
 MIN_DOCUMENT_CHARACTERS = 200
 TEST_SHARE = 0.05
-MAX_SHARED_LINES = 0.2  # a test document more of whose lines than this also occur in a training document is left out
-_DISTINCTIVE_LINE = 24  # characters: shorter lines (`else:`, `return x`) say nothing about where a text comes from
+MAX_SHARED_LINES = 0.2  # test documents with a larger share of lines in training documents are left out
+_DISTINCTIVE_LINE = 24  # characters; shorter lines (`else:`, `return x`) occur in unrelated texts
 
 
 class InstalledPackages:
-    """`builtin/installed_packages`: source code and prose of the pinned packages that are installed beside this one.
+    """Source code and prose of the installed, pinned packages.
 
-    Documents come in the order of a hash of their names, which mixes packages and languages; exact duplicates are
-    dropped, licence headers removed, and test documents that share lines with a training document left out.
+    Documents have the order of a hash of their names, which mixes packages and languages. Exact duplicates, licence headers, and test
+    documents that share lines with training documents are left out.
     """
 
     @property
@@ -53,13 +53,13 @@ class InstalledPackages:
         }
 
     def require_readable(self) -> None:
-        """The packages are installed: this one needs them."""
+        """Do nothing: the packages are dependencies of this one and therefore installed."""
 
     def documents(self, split: Split) -> Iterator[Document]:
         return iter(self._splits[split])
 
     def summary(self) -> dict[str, object]:
-        """What was read: documents, bytes and a hash of all text, per split, and bytes per language."""
+        """Return documents, bytes, a hash of all text and bytes per language, for each split."""
         return {split: _summarise(documents) for split, documents in self._splits.items()}
 
     @cached_property
@@ -72,7 +72,7 @@ class InstalledPackages:
 
 
 def _package_documents(package: str) -> Iterator[Document]:
-    """The documents of one installed package, at most MAX_PACKAGE_BYTES of each language."""
+    """Yield the documents of one installed package, at most MAX_PACKAGE_BYTES of each language."""
     distribution = metadata.distribution(package)
     files = sorted(distribution.files or [], key=lambda f: rank(f"{package}/{f.as_posix()}"))
     taken: dict[str | None, int] = {}
@@ -102,7 +102,7 @@ def _file_documents(name: str, path: Path) -> Iterator[Document]:
 
 
 def _source_map_documents(name: str, path: Path) -> Iterator[Document]:
-    """A JavaScript bundle's source map holds the TypeScript and JavaScript sources that it was made from."""
+    """Yield the TypeScript and JavaScript sources in the source map of a JavaScript bundle."""
     source_map = json.loads(path.read_text(encoding="utf-8"))
     for source, text in zip(source_map.get("sources", []), source_map.get("sourcesContent") or [], strict=False):
         language = LANGUAGES.get(Path(source.split("?")[0]).suffix)
@@ -121,13 +121,13 @@ def _document(name: str, text: str, language: str) -> Iterator[Document]:
 
 def _is_platform_dependent(name: str) -> bool:
     parts = name.split("/")
-    if parts[0] == "torch" and "include" in parts:  # of torch's headers, only those written by hand and shipped with every build
+    if parts[0] == "torch" and "include" in parts:  # only headers that are written by hand and part of every build
         return not any(f"/include/{kept}/" in name for kept in ("c10", "ATen/core", "ATen/native", "torch/csrc")) or "cuda" in name.lower()
     return "__pycache__" in parts or bool(re.search(r"(^|/)_*(version|config|generated\w*|distributor_init)_*\.\w+$", name))
 
 
 def _is_machine_made(text: str) -> bool:
-    """Minified code, tables of numbers and encoded data: lines too long, or too few letters."""
+    """Return whether a text has the long lines or few letters of minified code, tables of numbers and encoded data."""
     lines = text.split("\n")
     sample = text[:4000]
     other = "".join(sample.split()).translate(_WITHOUT_LETTERS)
@@ -162,7 +162,7 @@ def _lines(text: str) -> Iterator[str]:
 
 
 def _without_near_duplicates(documents: list[Document], of: list[Document]) -> list[Document]:
-    """Leave out documents more than MAX_SHARED_LINES of whose distinctive lines occur in any of the others."""
+    """Return the documents with at most a share of MAX_SHARED_LINES distinctive lines that occur in `of`."""
     distinctive = [{line for line in _lines(document.text) if len(line) >= _DISTINCTIVE_LINE} for document in documents]
     asked: set[str] = set().union(*distinctive)
     known: set[str] = set()

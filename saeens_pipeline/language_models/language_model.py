@@ -1,4 +1,4 @@
-"""A loaded language model, and the hooks at which its activations are read."""
+"""Loaded language models and the hooks of their activations."""
 
 from __future__ import annotations
 
@@ -19,26 +19,27 @@ _MLP_NORM_NAMES = ("ln_2", "post_attention_layernorm", "ffn_norm", "norm_2")
 
 
 class LanguageModel:
-    """A causal language model of transformers, and where in it activations are read.
+    """A causal language model of transformers with hooks for activations.
 
-    `resid_pre` and `resid_post` are a block's input and output, `attn_out` and `mlp_out` what its attention and its MLP add to the
-    stream (where a block has norms after them, as Gemma 2 has, behind these), and `resid_mid` is the stream between the two. Any other
-    hook is the path of a module with `{layer}` in it, whose output is read. The last layer's `resid_post` is the block's own output,
-    before the final norm (transformers' `hidden_states` has it after).
+    `resid_pre` and `resid_post` are the input and output of a block. `attn_out` and `mlp_out` are the terms that attention and MLP add to
+    the residual stream, after the norms that follow them in some models (Gemma 2). `resid_mid` is the stream between the two. Any other
+    hook is the path of a module, with `{layer}` for the layer, and reads its output. The last layer's `resid_post` is the output of its
+    block before the final norm (transformers' `hidden_states` is after it).
     """
 
     stream_passes_modules = False
-    """Whether the stream between attention and MLP passes through a module of its own."""
+    """True if the stream between attention and MLP passes through a module of its own."""
 
     def __init__(self, description: LanguageModelDescription, model: PreTrainedModel) -> None:
         self.description = description
         self.model = model
 
     def activations(self, tokens: torch.Tensor, hook: str, layers: Collection[int]) -> dict[int, torch.Tensor]:
-        """Activations `[b, L, d]` of token ids `[b, L]` at `hook` of each layer, from one forward pass.
+        """Return the activations `[b, L, d]` of token ids `[b, L]` at `hook` of each layer, from one forward pass.
 
-        The pass stops as soon as the deepest layer's activations are there. Attention is causal, so padding at the end of a
-        window changes nothing before it. Raises ConfigurationError as `validate_hook` does, and for a module that does not exist.
+        The pass stops after the deepest of the layers. Attention is causal, so padding at the end of a window does not change earlier
+        positions. Raises ConfigurationError as `validate_hook`, for a module that does not exist and for one without a vector per token;
+        SaeensError for a module that takes no part in the forward pass.
         """
         import torch
 
@@ -64,7 +65,7 @@ class LanguageModel:
         raise SaeensError(f"hook {hook!r} was not reached in layers {never_run}: its module takes no part in the forward pass")
 
     def widths(self, hook: str, layers: Collection[int]) -> dict[int, int]:
-        """The size of one activation vector at `hook`, by layer: d_model, except for some module paths."""
+        """Return the size of an activation vector at `hook`, by layer: d_model, except for some module paths."""
         import torch
 
         return {layer: found.shape[-1] for layer, found in self.activations(torch.zeros(1, 2, dtype=torch.long), hook, layers).items()}
@@ -84,7 +85,7 @@ class LanguageModel:
             handle.remove()
 
     def module(self, hook: str, layer: int) -> torch.nn.Module:
-        """The module whose input or output `hook` is. Raises ConfigurationError for one that does not exist."""
+        """Return the module with `hook` at its input or output. Raises ConfigurationError for a module that does not exist."""
         if hook in ("resid_pre", "resid_post"):
             return self._blocks[layer]
         if hook in HOOKS:
@@ -99,12 +100,12 @@ class LanguageModel:
             raise ConfigurationError(f"{self.description.name} has no module {path!r}; it has {', '.join(similar[:8])}, ...") from None
 
     def unembedding(self) -> torch.Tensor | None:
-        """The weights `[vocabulary, d_model]` that make logits of the normalised stream; None without a language-modelling head."""
+        """Return the unembedding weights `[vocabulary, d_model]`; None for a model without a language-modelling head."""
         head = self.model.get_output_embeddings() if self.description.has_head else None
         return None if head is None else cast("torch.Tensor", head.weight).detach()
 
     def blocks_before(self, hook: str, layer: int) -> list[torch.nn.Module]:
-        """The blocks whose outputs do not depend on what is put at a hook; none where the model's blocks cannot be told."""
+        """Return the blocks whose outputs do not depend on the activations at a hook; none if the blocks cannot be identified."""
         try:
             blocks = list(self._blocks)
         except ConfigurationError:
@@ -117,7 +118,7 @@ class LanguageModel:
 
     @property
     def _blocks(self) -> torch.nn.ModuleList:
-        """The list of transformer blocks: the one outermost module list that is as long as the model has layers."""
+        """The transformer blocks: the only outermost module list with one entry per layer."""
         import torch
 
         lists = {
@@ -126,20 +127,20 @@ class LanguageModel:
         outermost = [m for name, m in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
         if len(outermost) != 1:
             raise ConfigurationError(
-                f"the blocks of {self.description.name} ({self.description.model_type}) could not be told from its structure: "
+                f"the blocks of {self.description.name} ({self.description.model_type}) cannot be identified: "
                 "give the hook as a module path with {layer}"
             )
         return outermost[0]
 
 
 class _AllCaptured(Exception):
-    """Ends a forward pass: everything that was asked for has been read."""
+    """Ends a forward pass once all requested activations are captured."""
 
 
 def _part(block: torch.nn.Module, hook: str) -> torch.nn.Module:
-    """The module of a block whose output is `attn_out` or `mlp_out`, or whose input is `resid_mid`."""
+    """Return the module of a block with `attn_out` or `mlp_out` at its output, or `resid_mid` at its input."""
     children = dict(block.named_children())
-    norms_after = "post_feedforward_layernorm" in children  # Gemma 2 and 3, OLMo 2: what is added has been normalised
+    norms_after = "post_feedforward_layernorm" in children  # Gemma 2 and 3, OLMo 2 normalise before they add to the stream
     match hook:
         case "attn_out":
             names = ("post_attention_layernorm",) if norms_after else _ATTENTION_NAMES

@@ -1,4 +1,4 @@
-"""Describes and loads language models: transformers' format, models of the hub, and TransformerLens' own format."""
+"""Descriptions and loading of language models: transformers' format, local or on the hub, and TransformerLens' format."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, cast
+
+from safetensors import SafetensorError
 
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models import hub
@@ -36,22 +38,21 @@ _HOOKS_WITHOUT_MODULE = {
     "mpt": ("mlp_out",),
     "openai-gpt": ("resid_mid",),
 }
-"""Hooks that are no module's input or output: what returns it adds the stream, or it is normalised or scaled afterwards."""
+"""Hooks at no module's input or output: the module also adds the stream, or the block normalises or scales its output."""
 
 
 def describe_language_model(name: str, revision: str = "main") -> LanguageModelDescription:
-    """Describe `builtin/reference`, a local folder in transformers' format, a model of the hub, or `transformer_lens:NAME`.
+    """Describe `builtin/reference`, a local folder in transformers' format, a model on the hub, or `transformer_lens:NAME`.
 
-    Of a model of the hub only its configuration and its tokenizer are downloaded, where the hub's cache lacks them. Needs neither
-    torch nor transformers. Raises ConfigurationError where there is no such folder or model, where it lacks config.json, tokenizer.json
-    or safetensors weights, where the configuration does not say what a language model's has to, and where the hub refuses it;
-    SaeensError where the hub cannot be reached.
+    Downloads configuration and tokenizer of a model on the hub, unless they are in its cache. Loads neither torch nor transformers.
+    Raises ConfigurationError for a model that does not exist or that the hub refuses, for missing config.json, tokenizer.json or
+    safetensors weights, and for an incomplete configuration; SaeensError if the hub cannot be reached.
     """
     if name.startswith(TRANSFORMER_LENS):
         return describe_transformer_lens_model(name, revision)
     folder = locate_model(name, revision, HUB_FILES)
     config = read_config(name, folder.path)
-    text = config.get("text_config", config)  # of a multimodal model, the language part
+    text = config.get("text_config", config)  # the language part of a multimodal model
     end_of_text = text.get("eos_token_id", config.get("eos_token_id"))
     model_type = str(text.get("model_type", config.get("model_type", "unknown")))
     classes = [str(each) for each in config.get("architectures") or []]
@@ -77,9 +78,9 @@ def describe_language_model(name: str, revision: str = "main") -> LanguageModelD
 
 
 def validate_modules(description: LanguageModelDescription, hook: str, layers: Collection[int]) -> None:
-    """Raise ConfigurationError where a layer lacks the module of a hook, or where transformers does not know the architecture.
+    """Raise ConfigurationError for a layer without the module of a hook, and for an architecture that transformers does not know.
 
-    Takes the seconds that transformers needs to be imported.
+    Takes some seconds, since it imports transformers.
     """
     model = _structure(description)
     for layer in layers:
@@ -87,7 +88,7 @@ def validate_modules(description: LanguageModelDescription, hook: str, layers: C
 
 
 def block_parameters(description: LanguageModelDescription) -> list[int]:
-    """Parameters of each block, without embeddings. Raises as `validate_modules`."""
+    """Return the number of parameters of each block, without embeddings. Raises as `validate_modules`."""
     of_blocks = [0] * description.n_layers
     for name, weights in _structure(description).model.named_parameters():
         found = re.search(r"\.(\d+)\.", name)
@@ -97,7 +98,7 @@ def block_parameters(description: LanguageModelDescription) -> list[int]:
 
 
 def _structure(description: LanguageModelDescription) -> LanguageModel:
-    """The model without weights, or memory for them."""
+    """Return the model on the meta device, without memory for weights."""
     import torch
 
     with torch.device("meta"):
@@ -111,15 +112,13 @@ def load_language_model(
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
     seed: int = 0,
 ) -> LanguageModel:
-    """Load the model in evaluation mode. No code from the folder is run, and no pickle that could.
+    """Load a model in evaluation mode. Code and pickles in the folder are not run.
 
-    Trained weights of a model of the hub are downloaded where its cache lacks them. `weights="random"` builds the same architecture
-    untrained, initialised from `seed`: the control against which a result on the trained model is read. Raises SaeensError
-    where weights that the architecture needs are not in the files, ConfigurationError where transformers does not know the architecture
-    or cannot read the files.
+    Downloads trained weights of a model on the hub, unless they are in its cache. `weights="random"` builds the untrained architecture,
+    initialised from `seed`, as a control. Raises SaeensError for weights that are missing in the files, ConfigurationError for an
+    architecture that transformers does not know and for files that it cannot read.
     """
     import torch
-    from safetensors import SafetensorError
 
     torch_dtype: torch.dtype = getattr(torch, dtype)
     if description.name.startswith(TRANSFORMER_LENS):
@@ -152,7 +151,7 @@ def _trained(description: LanguageModelDescription, dtype: torch.dtype) -> PreTr
     unused = set() if description.has_head or head is None else {id(weights) for weights in head.parameters()}
     unused_names = {name for name, weights in model.named_parameters() if id(weights) in unused}
     missing = sorted(set(report["missing_keys"]) - unused_names)
-    if missing:  # transformers would fill them with random numbers
+    if missing:  # transformers would initialise them randomly
         raise SaeensError(f"the weights in {description.path} lack {len(missing)} tensors that config.json asks for: {missing[0]}, ...")
     return model
 
@@ -169,7 +168,7 @@ def _untrained(description: LanguageModelDescription, dtype: torch.dtype, seed: 
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Loading bars and advice of transformers would tear our own progress display."""
+    """Silence loading bars and warnings of transformers, which would break the progress display."""
     from transformers.utils import logging as transformers_logging
 
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()

@@ -1,29 +1,26 @@
-"""A language model with something else in the place of its activations at a hook, and what that does to its next-token loss."""
+"""Language models with replaced activations at a hook, and their next-token loss."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from torch import nn
+
+from saeens_models.metrics import LossBatch, NextTokenLoss, next_token_loss
 from saeens_pipeline.errors import ConfigurationError
-from saeens_pipeline.language_models.descriptions import READ_AT_INPUT
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-    from saeens_models.metrics import LossBatch, NextTokenLoss
-    from saeens_pipeline.language_models.descriptions import LanguageModelDescription
-    from saeens_pipeline.language_models.language_model import LanguageModel
-    from saeens_pipeline.language_models.tokens import TokenBatch, TokenStore
+from saeens_pipeline.language_models.descriptions import READ_AT_INPUT, LanguageModelDescription
+from saeens_pipeline.language_models.language_model import LanguageModel
+from saeens_pipeline.language_models.tokens import TokenBatch, TokenStore
 
 LOGIT_BYTES = 2**24
-"""Of a batch of windows: more do not fit into the caches of a CPU."""
+"""Bytes of the logits of a batch of windows, so that they fit into the caches of a CPU."""
 
 
 def validate_patch(description: LanguageModelDescription, hook: str) -> None:
-    """Raise ConfigurationError for a hook that can be read in the model, and at which nothing can be put into it."""
+    """Raise ConfigurationError for a hook whose activations can be read but not replaced."""
     if hook == "resid_mid" and "mlp_out" in description.without:
         raise _not_replaceable(description)
 
@@ -31,13 +28,13 @@ def validate_patch(description: LanguageModelDescription, hook: str) -> None:
 def _not_replaceable(description: LanguageModelDescription) -> ConfigurationError:
     return ConfigurationError(
         f"hook 'resid_mid' of {description.name} ({description.model_type}) can be read, but nothing can be put in its place: "
-        "what its MLP returns is not simply added to this stream. Set ce_loss_tokens: 0, or take another hook"
+        "the output of its MLP is not simply added to this stream. Set ce_loss_tokens: 0, or choose another hook"
     )
 
 
 @contextmanager
 def patched(model: LanguageModel, hook: str, layer: int, replace: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """Inside, every forward pass goes on with `replace(activations)` `[b, L, d]` where `hook` of `layer` gave `activations`.
+    """Replace the activations at `hook` of `layer` by `replace(activations)`, `[b, L, d]`, in every forward pass inside this context.
 
     Raises ConfigurationError for a module that does not exist, and as `validate_patch`.
     """
@@ -63,10 +60,8 @@ def patched(model: LanguageModel, hook: str, layer: int, replace: Callable[[torc
 
 @contextmanager
 def _patched_between(model: LanguageModel, layer: int, replace: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """As `patched`, for the stream between attention and MLP, which no module returns: both what the MLP reads and what it is added to."""
-    import torch
-
-    stream: list[torch.Tensor] = []  # as it is, and what is put in its place
+    """Patch the stream between attention and MLP, which no module returns: as the input of the MLP and as the other term of its sum."""
+    stream: list[torch.Tensor] = []  # the activations and their replacement
     added: list[torch.Tensor] = []
 
     def replace_and_remember(activations: torch.Tensor) -> torch.Tensor:
@@ -96,7 +91,7 @@ def _patched_between(model: LanguageModel, layer: int, replace: Callable[[torch.
 
 
 def _replacing_input(replace: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
-    """A hook before a module, whose input becomes what `replace` makes of it."""
+    """Return a forward pre-hook that applies `replace` to the input of a module."""
 
     def at_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if args:
@@ -107,9 +102,10 @@ def _replacing_input(replace: Callable[[torch.Tensor], torch.Tensor]) -> Callabl
 
 
 class PatchedWindows:
-    """Windows of text in a language model: what lies before the hook is run once, what follows once for each replacement.
+    """Windows of text in a language model. Blocks before the hook run once, later ones once per replacement.
 
-    `activations` `[b, L, d]` are those at `hook` of `layer`. Holds them, and the outputs of the blocks before, `[b, L, d_model]` each.
+    `activations` `[b, L, d]` are those at `hook` of `layer`. Memory: the activations, and the outputs of the blocks before the hook,
+    `[b, L, d_model]` each.
     """
 
     def __init__(self, model: LanguageModel, windows: TokenBatch, hook: str, layer: int) -> None:
@@ -130,28 +126,22 @@ class PatchedWindows:
         return self.activations[self._kept].float()
 
     def logits(self, replacement: torch.Tensor) -> torch.Tensor:
-        """`[b, L, vocabulary]` with `replacement` `[b, L, d]` in the place of the activations."""
-        import torch
-
+        """Return the logits `[b, L, vocabulary]` with `replacement` `[b, L, d]` instead of the activations."""
         with torch.no_grad(), _returning(self._outputs), patched(self._model, self._hook, self._layer, lambda _: replacement):
             return self._model.model(input_ids=self._tokens, use_cache=False).logits
 
     def loss(self, rows: torch.Tensor) -> NextTokenLoss:
-        """Next-token loss over all text with `rows` `[n, d]` at the kept positions, and the activations as they are at all others."""
-        from saeens_models.metrics import next_token_loss
-
+        """Return the next-token loss over all text with `rows` `[n, d]` at the kept positions and unchanged activations elsewhere."""
         replacement = self.activations.clone()
         replacement[self._kept] = rows.to(replacement)
         return next_token_loss(self.logits(replacement), self._tokens, self._is_text)
 
 
 def loss_batches(model: LanguageModel, tokens: TokenStore, hook: str, layer: int, n_rows: int) -> Iterator[LossBatch]:
-    """Windows of the test split, evenly spread over it, that together give about `n_rows` activation rows, or all there are.
+    """Yield evenly spread windows of the test split with about `n_rows` activation rows in total, or all windows if there are fewer.
 
-    Memory: the logits of a batch of windows, 16 MiB or those of one window, and the copies that the model makes of them.
+    Memory: the logits of a batch of windows, 16 MiB or those of one window, and the model's copies of them.
     """
-    from saeens_models.metrics import LossBatch
-
     window_bytes = tokens.context_length * model.description.vocab_size * 4
     for batch in tokens.sample("test", n_rows, batch_windows=max(1, LOGIT_BYTES // window_bytes)):
         windows = PatchedWindows(model, batch, hook, layer)
@@ -160,11 +150,11 @@ def loss_batches(model: LanguageModel, tokens: TokenStore, hook: str, layer: int
 
 @contextmanager
 def _returning(outputs: Mapping[nn.Module, Any]) -> Iterator[None]:
-    """Inside, these modules compute nothing and return what they are given here."""
+    """Make these modules return the given outputs, without computation, inside this context."""
     for module, output in outputs.items():
         module.forward = lambda *_, output=output, **__: output
     try:
         yield
     finally:
         for module in outputs:
-            del module.forward  # the class' own is seen again
+            del module.forward  # uncovers the method of the class

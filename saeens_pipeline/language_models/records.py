@@ -1,4 +1,4 @@
-"""Documents of corpora whose documents are records: the text field, the labels, and the held-out documents."""
+"""Corpora of records: text field, labels and held-out documents."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.language_models.documents import Document, Split, rank
 from saeens_pipeline.settings.corpora import RecordSettings
 
-READER_VERSION = 1  # raised whenever the documents that records give would change
+READER_VERSION = 1  # increased with every change of the documents of given records
 _SHOWN_FIELDS = 12
 
 
 class RecordCorpus:
-    """Base of corpora whose documents are records."""
+    """Base of corpora of records."""
 
     def __init__(self, settings: RecordSettings) -> None:
         self._record = settings
 
     @property
     def settings_that_decide(self) -> dict[str, object]:
-        """Those of its settings that recipes hold."""
+        """The settings that recipes hold."""
         return {name: getattr(self._record, name) for name in RecordSettings.model_fields}
 
     @property
     def columns(self) -> list[str]:
-        """The outermost fields that are read."""
+        """The top-level fields of a record that are read."""
         return list(dict.fromkeys(field.split(".", 1)[0] for field in (self._record.text_field, *self._record.label_fields)))
 
     def document(self, name: str, record: object, place: str) -> Document:
-        """Make a document of a record. Raises SaeensError, with the place, for a field that is not there and a text that is none."""
+        """Return the document of a record. Raises SaeensError, with `place`, for a missing field and for a text that is not a string."""
         if not isinstance(record, Mapping):
             raise SaeensError(f"{place}: a record has to be an object with fields, and this is {_kind(record)}")
         text = _value(record, self._record.text_field, place)
@@ -40,7 +40,7 @@ class RecordCorpus:
         return Document(name, text, {field: None if value is None else str(value) for field, value in labels.items()})
 
     def held_out(self, documents: Iterator[Document], split: Split) -> Iterator[Document]:
-        """Those of the documents that a hash of the name puts into the split."""
+        """Return the documents of a split, which a hash of their names decides."""
         return (document for document in documents if (rank(document.name) < self._record.test_share) == (split == "test"))
 
 

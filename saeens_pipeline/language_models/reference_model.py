@@ -1,7 +1,7 @@
-"""The embedded reference model: a small GPT-NeoX that is trained on the builtin corpus and ships with the project.
+"""The embedded reference model: a small GPT-NeoX, trained on the builtin corpus and part of the project.
 
-It makes the quickstart real on a machine without a model hub: real text, a real trained language model, real features.
-`saeens reference-model train` makes it again from nothing but the installed packages.
+With it the quickstart uses real text and a trained language model on a machine without access to the hub. `saeens reference-model train`
+trains it again from the installed packages.
 """
 
 from __future__ import annotations
@@ -11,32 +11,32 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from saeens_pipeline.language_models.documents import Corpus, Document
 from saeens_pipeline.language_models.installed_packages import InstalledPackages
 
-if TYPE_CHECKING:
-    import torch
-    from tokenizers import Tokenizer
-    from transformers import GPTNeoXForCausalLM
-
-END_OF_TEXT = "<|endoftext|>"  # token 0: separates documents, and begins none
+END_OF_TEXT = "<|endoftext|>"  # token 0: separates documents
 
 
 @dataclass(frozen=True)
 class ReferenceModelRecipe:
-    """Everything that decides what the reference model becomes."""
+    """Settings that decide the reference model."""
 
     vocab_size: int = 4096
     context_length: int = 128
     d_model: int = 192
     n_layers: int = 4
     n_heads: int = 6
-    train_tokens: int = 45_056_000  # tokens seen, about two epochs: 22 000 steps
-    batch_windows: int = 16  # windows of context_length tokens a step
-    learning_rate: float = 2.5e-3  # peak; linear warm-up, then cosine down to `final_learning_rate`
+    train_tokens: int = 45_056_000  # about two epochs: 22 000 steps
+    batch_windows: int = 16  # windows of context_length tokens per step
+    learning_rate: float = 2.5e-3  # peak; linear warm-up, then cosine decay to `final_learning_rate`
     final_learning_rate: float = 5e-5
     warmup_steps: int = 200
     weight_decay: float = 0.05  # on matrices only
@@ -45,7 +45,7 @@ class ReferenceModelRecipe:
 
 @dataclass(frozen=True)
 class TrainingStatus:
-    """One line of the training log; `bits_per_byte` is on held-out documents, where it was measured."""
+    """One line of the training log; `bits_per_byte` is measured on held-out documents at some steps."""
 
     step: int
     tokens: int
@@ -61,13 +61,11 @@ def train_reference_model(
     compile_model: bool = False,
     report: Callable[[TrainingStatus], None] = lambda status: None,
 ) -> list[TrainingStatus]:
-    """Train tokenizer and model on the corpus' training split and write them to `output` in transformers' format.
+    """Train tokenizer and model on the corpus' training split, write them to `output` in transformers' format, and return the log.
 
-    Beside them lies `training.json`: the recipe, the corpus (packages, documents, bytes, hash), versions and the log.
-    `compile_model` needs a C++ compiler and is about a third faster. Weights are stored in float16.
+    Also writes `training.json`: the recipe, the corpus (packages, documents, bytes, hash), versions and the log. Weights are stored in
+    float16. `compile_model` needs a C++ compiler and is about a third faster. Raises FloatingPointError for a loss that is not finite.
     """
-    import torch
-
     recipe, corpus = recipe or ReferenceModelRecipe(), corpus or InstalledPackages()
     output.mkdir(parents=True, exist_ok=True)
     tokenizer = _train_tokenizer(corpus, recipe)
@@ -113,13 +111,11 @@ def train_reference_model(
 @dataclass(frozen=True)
 class _HeldOut:
     windows: torch.Tensor  # [n, context_length] token ids
-    predicted_bytes: int  # UTF-8 bytes of the tokens that are predicted: all but the first of each window
+    predicted_bytes: int  # UTF-8 bytes of the predicted tokens: all except the first of each window
 
 
 def _train_tokenizer(corpus: Corpus, recipe: ReferenceModelRecipe) -> Tokenizer:
-    """Byte-level BPE: every text can be encoded, and decoding gives back its bytes."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
+    """Train a byte-level BPE, which encodes every text without loss."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -135,7 +131,7 @@ def _train_tokenizer(corpus: Corpus, recipe: ReferenceModelRecipe) -> Tokenizer:
 
 
 def _encode(tokenizer: Tokenizer, documents: Iterator[Document]) -> Iterator[list[int]]:
-    """Each document's token ids after the separator, a thousand documents at a time."""
+    """Yield the separator and the token ids of each document. Memory: a thousand documents."""
     separator = tokenizer.token_to_id(END_OF_TEXT)
     pending: list[str] = []
     for document in documents:
@@ -147,8 +143,6 @@ def _encode(tokenizer: Tokenizer, documents: Iterator[Document]) -> Iterator[lis
 
 
 def _held_out_windows(tokenizer: Tokenizer, corpus: Corpus, context_length: int, n_windows: int = 512) -> _HeldOut:
-    import torch
-
     windows = [
         ids[start : start + context_length]
         for ids in _encode(tokenizer, corpus.documents("test"))
@@ -161,8 +155,6 @@ def _held_out_windows(tokenizer: Tokenizer, corpus: Corpus, context_length: int,
 
 
 def _new_model(recipe: ReferenceModelRecipe) -> GPTNeoXForCausalLM:
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-
     config = GPTNeoXConfig(
         vocab_size=recipe.vocab_size,
         hidden_size=recipe.d_model,
@@ -176,21 +168,17 @@ def _new_model(recipe: ReferenceModelRecipe) -> GPTNeoXForCausalLM:
         attention_dropout=0.0,
         hidden_dropout=0.0,
     )
-    config._attn_implementation = "eager"  # on CPU faster than the fused kernel's backward at this size
+    config._attn_implementation = "eager"  # on a CPU faster than the backward pass of the fused kernel at this size
     return GPTNeoXForCausalLM(config).train()
 
 
 def _loss(model: GPTNeoXForCausalLM, batch: torch.Tensor) -> torch.Tensor:
-    import torch
-
     logits = model(batch, use_cache=False).logits[:, :-1]
     return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
 
 
 def _batches(ids: torch.Tensor, recipe: ReferenceModelRecipe, n_steps: int) -> Iterator[torch.Tensor]:
-    """Windows in random order; every epoch cuts the token stream at another offset."""
-    import torch
-
+    """Yield windows in random order; every epoch cuts the token stream at another offset."""
     generator = torch.Generator().manual_seed(recipe.seed)
     length, given = recipe.context_length, 0
     while True:
@@ -211,8 +199,6 @@ def _learning_rate(recipe: ReferenceModelRecipe, step: int, total_steps: int) ->
 
 
 def _bits_per_byte(model: GPTNeoXForCausalLM, held_out: _HeldOut) -> float:
-    import torch
-
     model.eval()
     nats = 0.0
     with torch.no_grad():
@@ -223,10 +209,6 @@ def _bits_per_byte(model: GPTNeoXForCausalLM, held_out: _HeldOut) -> float:
 
 
 def _save(model: GPTNeoXForCausalLM, output: Path, recipe: ReferenceModelRecipe, corpus: Corpus, log: list[TrainingStatus]) -> None:
-    from importlib.metadata import version
-
-    from safetensors.torch import save_file
-
     model.config.save_pretrained(output)
     tied = {"embed_out.weight", "lm_head.weight"}
     weights = {name: value.detach().half().contiguous() for name, value in model.state_dict().items() if name not in tied}

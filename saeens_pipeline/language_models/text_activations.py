@@ -1,24 +1,23 @@
-"""The activations of texts that are looked at one by one, as probes need them."""
+"""Activations of single texts, for probes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+import torch
+
+from saeens_models.probing import TextBatch
 from saeens_pipeline.errors import SaeensError
+from saeens_pipeline.language_models.descriptions import LanguageModelDescription
+from saeens_pipeline.language_models.language_model import LanguageModel
 from saeens_pipeline.language_models.tokens import Drop, load_tokenizer, special_ids
-
-if TYPE_CHECKING:
-    from saeens_models.probing import TextBatch
-    from saeens_pipeline.language_models.descriptions import LanguageModelDescription
-    from saeens_pipeline.language_models.language_model import LanguageModel
-
 
 _TOKENISED_AT_ONCE = 1000
 
 
 class EncodedText(NamedTuple):
-    """The tokens of a text, and which of them count."""
+    """Token ids of a text, and a mask of the kept tokens."""
 
     tokens: list[int]
     kept: list[bool]
@@ -27,7 +26,7 @@ class EncodedText(NamedTuple):
 def encode_texts(
     description: LanguageModelDescription, texts: Sequence[str], *, context_length: int, drop: Collection[Drop]
 ) -> list[EncodedText]:
-    """The tokens of texts, as `TextActivations` takes them. Raises SaeensError for a text of which nothing counts."""
+    """Return the tokens of texts, cut to `context_length`. Raises SaeensError for a text without a kept token."""
     tokenizer = load_tokenizer(description)
     tokenizer.enable_truncation(min(context_length, description.context_length))
     never = set(special_ids(tokenizer, description).tolist())
@@ -43,12 +42,12 @@ def encode_texts(
 
 
 class TextActivations:
-    """Batches of texts, each by its activations at `hook` of one layer, at the tokens that count.
+    """Batches of texts with the activations of their kept tokens at `hook` of one layer.
 
-    A text is cut to its first `context_length` tokens, the special ones that the tokenizer adds included. Left out are special
-    tokens, padding, and the positions that the source of the SAEs drops. Batches have texts of like length, so that little is padding:
-    `order` holds the numbers of the texts, batch after batch. Memory: token ids of all texts, and one batch in the model.
-    `report` is told how many texts each batch had. Raises SaeensError for a text of which nothing counts.
+    A text is cut to its first `context_length` tokens, including the special tokens that the tokenizer adds. Special tokens, padding and
+    the positions that the source of the SAEs drops are not kept. Batches have texts of similar length, to limit padding: `order` holds
+    the indices of the texts, batch after batch. Memory: token ids of all texts, and one batch in the model. `report` gets the number of
+    texts of each batch. Raises SaeensError for a text without a kept token.
     """
 
     def __init__(
@@ -73,10 +72,6 @@ class TextActivations:
         return len(self._batches)
 
     def __getitem__(self, index: int) -> TextBatch:
-        import torch
-
-        from saeens_models.probing import TextBatch
-
         batch = self._batches[index]
         shape = len(batch), max(len(each.tokens) for each in batch)
         tokens, kept = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)

@@ -1,9 +1,8 @@
 """`corpus: {files: "texts/*.jsonl.zst"}`: documents of local files, read as a stream.
 
-A line of a `.jsonl` file and a row of a `.parquet` file is a document; so is a whole `.txt` or `.md` file, whose labels are the name of
-its folder. All but Parquet may be compressed, with `.gz` or `.zst` at the end of the name. Documents come file by file in the order of
-their names, as they lie there: where they are sorted by kind, shuffle them first. One row group of a Parquet file, or one document of
-others, is in memory at a time.
+A document is a line of a `.jsonl` file, a row of a `.parquet` file, or a whole `.txt` or `.md` file, whose labels are the name of its
+folder. All formats except Parquet may be compressed (`.gz` or `.zst` at the end of the name). Documents have the order of file names and,
+in a file, of the file; shuffle them first if they are sorted by kind. Memory: one row group of a Parquet file, or one document.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from saeens_pipeline.settings.corpora import TextFiles
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _TEXTS = (".txt", ".md")
 _FORMATS = (".jsonl", ".parquet", *_TEXTS)
-_HASHED_BYTES, _LEAST_HASHED_BYTES = 256 * 2**20, 64 * 2**10  # of all files together, and of each
+_HASHED_BYTES, _LEAST_HASHED_BYTES = 256 * 2**20, 64 * 2**10  # limit for all files together, but at least this much per file
 _BATCH_ROWS = 1000
 
 
@@ -45,7 +44,7 @@ class TextFileCorpus(RecordCorpus):
         return self.settings_that_decide | {"corpus": "files", "reader": READER_VERSION, "test_files": sorted(chosen.test), "files": files}
 
     def require_readable(self) -> None:
-        """Raise ConfigurationError for files that are not there or of an unknown format, SaeensError for a wrong first document."""
+        """Raise ConfigurationError for missing files and unknown formats, SaeensError for an invalid first document of a split."""
         chosen = self._chosen()
         for files in filter(None, chosen):
             next(self._documents(files), None)
@@ -70,7 +69,7 @@ class TextFileCorpus(RecordCorpus):
                     yield document
 
     def _chosen(self) -> _Chosen:
-        """The files of each split, by what they are called in documents' names: their paths from the innermost folder that holds all."""
+        """Return the files of each split by the name for documents: the path relative to the innermost common folder."""
         train = self._found(self.settings.files)
         test = self._found(self.settings.test_files) if self.settings.test_files is not None else []
         both = sorted(set(train) & set(test))
@@ -82,20 +81,20 @@ class TextFileCorpus(RecordCorpus):
     def _found(self, files: str | list[str]) -> list[Path]:
         found: set[Path] = set()
         for pattern in _patterns(files):
-            paths = glob.glob(self.settings.absolute(pattern), recursive=True)  # noqa: PTH207  # which takes no absolute pattern
+            paths = glob.glob(self.settings.absolute(pattern), recursive=True)  # noqa: PTH207  # Path.glob takes no absolute pattern
             matching = {Path(path).absolute() for path in paths if Path(path).is_file()}
             if not matching:
                 raise ConfigurationError(f"corpus: there is no file {pattern} in {self.settings.folder}")
             found |= matching
         for path in sorted(found):
             if _format(path) not in _FORMATS:
-                allowed = f"{', '.join(_FORMATS)}; all but .parquet also with {' or '.join(_COMPRESSIONS)} behind"
+                allowed = f"{', '.join(_FORMATS)}; all except .parquet also with {' or '.join(_COMPRESSIONS)} at the end"
                 raise ConfigurationError(f"corpus: {path} is of a format that is not read; names end in {allowed}")
         return sorted(found)
 
 
 class _Chosen(NamedTuple):
-    """Files by name; `test` is empty where documents are held out by a hash."""
+    """Files by name; `test` is empty if test documents are held out by a hash."""
 
     train: dict[str, Path]
     test: dict[str, Path]
@@ -106,7 +105,7 @@ def _patterns(files: str | list[str]) -> list[str]:
 
 
 def _format(path: Path) -> str:
-    """`.jsonl` for `a.jsonl.zst`; empty for a Parquet file that is compressed as a whole."""
+    """Return the format of a file, `.jsonl` for `a.jsonl.zst`; empty for a Parquet file that is compressed as a whole."""
     suffixes = path.suffixes
     if suffixes[-1:] and suffixes[-1] in _COMPRESSIONS:
         return "" if suffixes[-2:-1] == [".parquet"] else "".join(suffixes[-2:-1])
@@ -120,7 +119,7 @@ def _state(path: Path) -> tuple[int, int]:
 
 @lru_cache(maxsize=100_000)
 def _fingerprint(path: Path, whole_bytes: int, size: int, changed_at: int) -> str:
-    """Read once per process, as long as size and time stay."""
+    """Return the fingerprint of a file, which is read once per process unless its size or time changes."""
     return fingerprint(path, whole_bytes=whole_bytes, sample_bytes=max(whole_bytes // 128, 1024))
 
 
@@ -142,15 +141,15 @@ def _read_text(path: Path) -> str:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """Number, from 1, and content of every line that is not blank."""
+    """Yield number, from 1, and content of every line that is not blank."""
     number = 0
     try:
         with _open(path) as stream:
-            for number, line in enumerate(stream, start=1):  # said when reading fails
+            for number, line in enumerate(stream, start=1):
                 if line.strip():
                     yield number, _parsed(line, path, number)
     except OSError as error:
-        raise SaeensError(f"{path}:{number + 1}: cannot be read further ({error}): is the file whole?") from error
+        raise SaeensError(f"{path}:{number + 1}: cannot be read further ({error}): check that the file is complete") from error
 
 
 def _parsed(line: bytes, path: Path, number: int) -> Any:
@@ -162,7 +161,7 @@ def _parsed(line: bytes, path: Path, number: int) -> Any:
 
 
 def _rows(path: Path, columns: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Number, from 1, and content of every row."""
+    """Yield number, from 1, and content of every row."""
     import pyarrow
     from pyarrow import parquet
 

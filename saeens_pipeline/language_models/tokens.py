@@ -1,15 +1,15 @@
-"""Token windows of a corpus on disk: what a language model is given, and which of its positions become activation rows.
+"""Token windows of a corpus on disk: the inputs of the language model, and a mask of the positions that become activation rows.
 
-`tokens.zarr` is a Zarr v3 group. For each split, `train` and `test`, and all of shape `[n_windows, context_length]`:
+`tokens.zarr` is a Zarr v3 group with these arrays for each split, `train` and `test`, all of shape `[n_windows, context_length]`:
 
-* `tokens`: token ids; after the end of a short window, padding.
-* `kept`: whether the position becomes an activation row. Row r of an activation store is the r-th kept position,
-  window by window, which leads from any row back to its window.
-* `document`: the document that the token is from, as a row of `documents.parquet`; -1 is padding.
-* `position`: the token's place within that document, counted from 0.
+* `tokens`: token ids, with padding at the end of a short window.
+* `kept`: true for positions that become activation rows. Row r of an activation store is the r-th kept position, window by window,
+  so that the window of any row can be found.
+* `document`: index of the token's document in `documents.parquet`; -1 for padding.
+* `position`: index of the token in its document, from 0.
 
-`documents.parquet`, in the group's folder, has a row for every document that was used: split, document, name,
-and a column for each label that the corpus gives, such as language.
+`documents.parquet`, in the folder of the group, has a row for every used document: split, document, name, and a column for each label of
+the corpus, such as language.
 """
 
 from __future__ import annotations
@@ -20,33 +20,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
 
 import numpy as np
+import polars as pl
+from tokenizers import Tokenizer
 
 from saeens_pipeline.errors import ConfigurationError, SaeensError
+from saeens_pipeline.language_models.descriptions import LanguageModelDescription
 from saeens_pipeline.language_models.documents import Corpus, Document, Split
 from saeens_pipeline.storage.activations import require_free_disk
 
 if TYPE_CHECKING:
-    import polars as pl
     import torch
     import zarr
-    from tokenizers import Tokenizer
-
-    from saeens_pipeline.language_models.descriptions import LanguageModelDescription
 
 Packing = Literal["document", "concatenate"]
 Drop = Literal["special", "padding", "first"]
 
 SPLITS: tuple[Split, ...] = get_args(Split)
-MIN_WINDOW = 2  # tokens: a shorter rest of a document says nothing about a context
+MIN_WINDOW = 2  # tokens; a single token has no context
 _CHUNK_TOKENS = 2**18
-_BATCH_DOCUMENTS, _BATCH_CHARACTERS = 500, 1_000_000  # tokenised at once, whichever is reached first
+_BATCH_DOCUMENTS, _BATCH_CHARACTERS = 500, 1_000_000  # limits of a tokenised batch
 _PADDING = -1  # in `document`
 _SHOWN_LABELS = 20
 
 
 @dataclass(frozen=True)
 class SplitTokens:
-    """What one split holds. `rows` are the kept positions, `tokens` all positions that are not padding."""
+    """Counts of one split. `rows` counts the kept positions, `tokens` all positions except padding."""
 
     rows: int
     tokens: int
@@ -56,14 +55,14 @@ class SplitTokens:
 
 @dataclass(frozen=True)
 class TokenStatistics:
-    """What `tokens.zarr` holds, by split."""
+    """Counts of `tokens.zarr`, by split."""
 
     train: SplitTokens
     test: SplitTokens
 
 
 class TokenBatch(NamedTuple):
-    """Some windows, all `[n_windows, context_length]`; see the module for what each is."""
+    """Windows, all `[n_windows, context_length]`, with the arrays that the module documents."""
 
     tokens: torch.Tensor  # int64
     kept: torch.Tensor  # bool
@@ -72,18 +71,18 @@ class TokenBatch(NamedTuple):
 
     @property
     def is_text(self) -> torch.Tensor:
-        """bool: what is not padding."""
+        """bool, false for padding."""
         return self.document != _PADDING
 
 
 class Surroundings(NamedTuple):
-    """Tokens around some places of a split, which are in the middle; none from another window."""
+    """Tokens around central places of a split, from the same window each."""
 
-    tokens: np.ndarray  # int64 [n, 2 * radius + 1], of any value where there is no text
-    kept: np.ndarray  # bool, the same shape: has an activation row
-    is_text: np.ndarray  # bool, the same shape
-    document: np.ndarray  # int32 [n], of the middle
-    position: np.ndarray  # int32 [n], likewise
+    tokens: np.ndarray  # int64 [n, 2 * radius + 1], of any value outside of text
+    kept: np.ndarray  # bool, the same shape: positions with an activation row
+    is_text: np.ndarray  # bool, the same shape: positions inside the window and not padding
+    document: np.ndarray  # int32 [n], of the central token
+    position: np.ndarray  # int32 [n], of the central token
 
 
 def write_tokens(
@@ -99,21 +98,19 @@ def write_tokens(
     windows_per_document: int | None = None,
     report: Callable[[int, int], None] = lambda rows, total_rows: None,
 ) -> TokenStatistics:
-    """Tokenise as many documents as give exactly `train_tokens` and `test_tokens` kept positions, and write them to `path`.
+    """Tokenise documents until there are exactly `train_tokens` and `test_tokens` kept positions, and write them to `path`.
 
-    packing: `document` cuts each document into windows of its own, with padding after a short last one (left out where it
-    is shorter than 2 tokens); `concatenate` cuts one stream of all documents, each preceded by the end-of-text token.
-    drop: positions that do not become activation rows: `special` tokens, `first` (position 0 of every window, which models
-    use as an attention sink), `padding` (never a row; may be said). Documents are encoded as the model's tokenizer encodes
-    a text, with the special tokens that it adds.
-    windows_per_document: with packing `document`, at most so many windows of each document, spread evenly over it, so that the
-    same number of rows comes from more documents; None takes all.
+    packing: `document` cuts each document into its own windows, with padding after a short last one (which is left out if it has less than
+    2 tokens); `concatenate` cuts one stream of all documents, each preceded by the end-of-text token.
+    drop: positions that do not become activation rows: `special` tokens, `first` (position 0 of every window, which models use as an
+    attention sink), `padding` (never a row; allowed for clarity). Documents are encoded with the special tokens that the tokenizer adds.
+    windows_per_document: with packing `document`, the largest number of windows per document, evenly spread, so that the rows come from
+    more documents; None takes all.
 
-    Memory is bounded by about a million characters of documents and one chunk of windows, plus the documents' names.
-    Raises ConfigurationError as `validate_token_settings` does, SaeensError where the disk is too small (before anything is
-    written) and where the corpus has fewer rows than asked.
+    Memory: about a million characters of documents, one chunk of windows, and the names of the documents.
+    Raises ConfigurationError as `validate_token_settings`, SaeensError if the disk is too small (before anything is written) or the corpus
+    has too few rows.
     """
-    import polars as pl
     import zarr
 
     validate_token_settings(
@@ -182,7 +179,7 @@ def validate_token_settings(
     train_tokens: int,
     test_tokens: int,
 ) -> None:
-    """Raise ConfigurationError for settings of `write_tokens` that cannot be, of themselves or with this language model."""
+    """Raise ConfigurationError for settings of `write_tokens` that are invalid, in general or for this language model."""
     if packing not in get_args(Packing):
         raise ConfigurationError(f"packing: {packing!r} is not known; allowed: {', '.join(get_args(Packing))}")
     if packing == "concatenate":
@@ -202,7 +199,7 @@ def validate_token_settings(
 
 
 def open_tokens(path: Path) -> TokenStore:
-    """Open what `write_tokens` wrote. Raises SaeensError where there is nothing, or only a part."""
+    """Open the tokens that `write_tokens` wrote. Raises SaeensError if they are missing or incomplete."""
     import zarr
 
     try:
@@ -213,7 +210,7 @@ def open_tokens(path: Path) -> TokenStore:
 
 
 class TokenStore:
-    """Token windows that are read in storage order."""
+    """Token windows on disk, read in storage order."""
 
     def __init__(self, path: Path, group: zarr.Group) -> None:
         attributes = cast("dict[str, Any]", group.attrs.asdict())
@@ -223,11 +220,11 @@ class TokenStore:
         self._group = group
 
     def n_rows(self, split: Split) -> int:
-        """How many activation rows the split gives."""
+        """Return the number of activation rows of a split."""
         return getattr(self.statistics, split).rows
 
     def batches(self, split: Split, batch_windows: int) -> Iterator[TokenBatch]:
-        """All windows in order, at most `batch_windows` at a time. Memory: one chunk of each array, about 5 MB."""
+        """Yield all windows in order, at most `batch_windows` at a time. Memory: one chunk of each array, about 5 MB."""
         import torch
 
         arrays: list[Any] = [self._group[f"{split}/{name}"] for name in ("tokens", "kept", "document", "position")]
@@ -239,7 +236,7 @@ class TokenStore:
                 yield TokenBatch(*(values[first : first + batch_windows] for values in (tokens, *others)))
 
     def sample(self, split: Split, n_rows: int, batch_windows: int) -> Iterator[TokenBatch]:
-        """Windows spread evenly over the split, so many that they give about `n_rows` activation rows, or all; in batches as `batches`."""
+        """Yield evenly spread windows of a split with about `n_rows` activation rows in total, or all windows, in batches as `batches`."""
         import torch
 
         statistics: SplitTokens = getattr(self.statistics, split)
@@ -251,7 +248,7 @@ class TokenStore:
             yield TokenBatch(tokens.long(), *others)
 
     def token_ids(self, split: Split, rows: np.ndarray) -> np.ndarray:
-        """The token that each of these activation rows is from; `rows` `[n]` in ascending order. Memory: as `batches`."""
+        """Return the token id `[n]` of each activation row in `rows` `[n]`, which are in ascending order. Memory: as `batches`."""
         found, first = [np.empty(0, np.int64)], 0
         for batch in self.batches(split, _CHUNK_TOKENS // self.context_length + 1):
             ids = batch.tokens[batch.kept].numpy()
@@ -261,7 +258,7 @@ class TokenStore:
         return np.concatenate(found)
 
     def places(self, split: Split, n_rows: int) -> Iterator[np.ndarray]:
-        """The place of each activation row, `n_rows` at a time: window * context_length + place in the window. Memory: as `batches`."""
+        """Yield the places of activation rows, `n_rows` at a time: window * context_length + index in the window. Memory: as `batches`."""
         waiting, first = np.empty(0, np.int64), 0
         for batch in self.batches(split, _CHUNK_TOKENS // self.context_length + 1):
             waiting = np.concatenate([waiting, first + np.flatnonzero(batch.kept.numpy())])
@@ -273,7 +270,7 @@ class TokenStore:
             yield waiting
 
     def around(self, split: Split, places: np.ndarray, radius: int) -> Surroundings:
-        """The tokens around these places `[n]`, in ascending order and as `places` counts. Memory: as `batches`, and the result."""
+        """Return the tokens around places `[n]`, in ascending order and as from `places`. Memory: as `batches`, and the result."""
         parts, first = [], 0
         offsets = np.arange(-radius, radius + 1)
         for batch in self.batches(split, _CHUNK_TOKENS // self.context_length + 1):
@@ -289,19 +286,15 @@ class TokenStore:
         return Surroundings(*map(np.concatenate, zip(*parts, strict=True)))
 
     def documents(self, split: Split) -> pl.DataFrame:
-        """The documents of the split: document (as in the `document` array), name, and what the corpus labels."""
-        import polars as pl
-
+        """Return the documents of a split: document (as in the `document` array), name, and a column for each label."""
         return pl.scan_parquet(self.path / "documents.parquet").filter(pl.col("split") == split).drop("split").collect()
 
     def documents_with(self, split: Split, labels: Mapping[str, Sequence[str]]) -> np.ndarray:
-        """`[n]` int32: the documents of the split that have, in every field of `labels`, one of the values given for it.
+        """Return the documents of a split, `[n]` int32, that have one of the given values in every field of `labels`.
 
-        Raises ConfigurationError for a field or a value that no document has, with those that there are, and where no document has
-        all of them.
+        Raises ConfigurationError for a field or a value that no document has, with the existing ones, and if no document matches all
+        fields.
         """
-        import polars as pl
-
         documents = self.documents(split)
         fields = [name for name in documents.columns if name not in ("document", "name")]
         chosen = documents
@@ -338,12 +331,12 @@ def _dtypes(vocab_size: int) -> dict[str, np.dtype[Any]]:
 
 
 def position_bytes(vocab_size: int) -> int:
-    """What one position takes before compression, which more than makes up for padding and positions that are dropped."""
+    """Return the bytes of one position before compression, which saves more than padding and dropped positions add."""
     return sum(dtype.itemsize for dtype in _dtypes(vocab_size).values())
 
 
 class _SplitWriter:
-    """Collects windows to whole chunks and appends them to the arrays of one split."""
+    """Buffer of windows that appends whole chunks to the arrays of one split."""
 
     def __init__(self, group: zarr.Group, context_length: int, vocab_size: int, padding: int) -> None:
         self.rows = self._tokens = self._windows = self._documents = self._filled = 0
@@ -381,7 +374,7 @@ class _SplitWriter:
 
 
 def _document_windows(encoded: Iterator[np.ndarray], context_length: int, limit: int | None) -> Iterator[_Window]:
-    """Cut each document by itself into windows of `context_length` tokens and a shorter last one; `limit` of them, evenly spread."""
+    """Cut each document into windows of `context_length` tokens and a shorter last one; yield at most `limit`, evenly spread."""
     for index, ids in enumerate(encoded):
         starts = np.arange(0, len(ids) - MIN_WINDOW + 1, context_length)
         if limit is not None and len(starts) > limit:
@@ -392,7 +385,7 @@ def _document_windows(encoded: Iterator[np.ndarray], context_length: int, limit:
 
 
 def _stream_windows(encoded: Iterator[np.ndarray], context_length: int) -> Iterator[_Window]:
-    """Cut all documents as one stream; all windows are of `context_length` tokens but the last."""
+    """Cut all documents as one stream; only the last window may have less than `context_length` tokens."""
     rest = _Window(*(np.empty(0, np.int64) for _ in _Window._fields))
     for index, ids in enumerate(encoded):
         document = _Window(ids, np.full(len(ids), index), np.arange(len(ids)))
@@ -408,7 +401,7 @@ def _stream_windows(encoded: Iterator[np.ndarray], context_length: int) -> Itera
 def _encode(
     tokenizer: Tokenizer, documents: Iterator[Document], description: LanguageModelDescription, separator: int | None, used: list[Document]
 ) -> Iterator[np.ndarray]:
-    """Token ids of each document, after the separator if there is one; `used` is given the documents, without their text."""
+    """Yield the token ids of each document, after the separator if there is one; append the documents without text to `used`."""
     for batch in _batched(documents):
         for document, encoding in zip(batch, tokenizer.encode_batch_fast([d.text for d in batch]), strict=True):
             ids = np.asarray(encoding.ids, np.int64)
@@ -416,7 +409,7 @@ def _encode(
                 ids = np.concatenate([[separator], ids])
             if ids.max(initial=0) >= description.vocab_size:
                 raise ConfigurationError(
-                    f"{description.name}: its tokenizer gives token {ids.max()}, but the model knows {description.vocab_size} tokens: "
+                    f"{description.name}: its tokenizer gives token {ids.max()}, but the model has {description.vocab_size} tokens: "
                     "tokenizer.json and config.json are not of one model"
                 )
             used.append(Document(document.name, "", document.labels))
@@ -437,13 +430,11 @@ def _batched(documents: Iterator[Document]) -> Iterator[list[Document]]:
 
 
 def load_tokenizer(description: LanguageModelDescription) -> Tokenizer:
-    """The language model's tokenizer. Raises ConfigurationError for one that cannot be read."""
-    from tokenizers import Tokenizer
-
+    """Return the tokenizer of a language model. Raises ConfigurationError for one that cannot be read."""
     file = description.tokenizer_file
     try:
         tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the only class that tokenizers raises
+    except Exception as error:  # tokenizers raises no other class
         raise ConfigurationError(f"{file} is not a tokenizer that this version of tokenizers can read: {error}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -460,6 +451,6 @@ def _separator(description: LanguageModelDescription) -> int:
 
 
 def special_ids(tokenizer: Tokenizer, description: LanguageModelDescription) -> np.ndarray:
-    """The ids of tokens that stand for no text: those that the tokenizer calls special, and the end of a text. Ascending."""
+    """Return the ids, ascending, of tokens without text: the special tokens of the tokenizer, and the end-of-text token."""
     special = {token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     return np.array(sorted(special | ({description.end_of_text} if description.end_of_text is not None else set())), np.int64)

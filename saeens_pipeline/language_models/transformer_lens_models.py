@@ -1,8 +1,8 @@
-"""Language models that exist in TransformerLens' own format, such as GELU-1L: `transformer_lens:gelu-1l`.
+"""Language models in TransformerLens' own format, such as GELU-1L: `transformer_lens:gelu-1l`.
 
-They are repositories or folders with TransformerLens' config.json, weights as model.safetensors or as `*final.pth`, and a tokenizer, of
-their own or of the repository that `tokenizer_name` names. Weights are used as they are (TransformerLens' "no processing"). A `.pth`
-file is read by torch's restricted unpickler, which builds tensors and calls nothing.
+They are repositories or folders with TransformerLens' config.json, weights as model.safetensors or `*final.pth`, and a tokenizer, either
+their own or that of the repository in `tokenizer_name`. Weights are used unchanged (TransformerLens' "no processing"). torch's restricted
+unpickler reads `.pth` files; it builds tensors and calls no code.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from pathlib import Path
 from pickle import UnpicklingError
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
+
+from safetensors import SafetensorError
 
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models import hub
@@ -38,7 +40,7 @@ REPOSITORIES = {
     **{f"solu-{n}l": f"NeelNanda/SoLU_{n}L512W_C4_Code" for n in (1, 2, 3, 4)},
     **{f"attn-only-{n}l": f"NeelNanda/Attn_Only_{n}L512W_C4_Code" for n in (1, 2, 3, 4)},
 }
-"""What TransformerLens calls them, and where they are on the hub."""
+"""Repositories on the hub, by TransformerLens' name of the model."""
 
 _CONFIG, _SAFETENSORS, _PICKLE = "config.json", "model.safetensors", "*final.pth"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -47,10 +49,10 @@ _INSTALL = "install it with `pip install --constraint constraints.txt --editable
 
 
 def describe_transformer_lens_model(name: str, revision: str) -> LanguageModelDescription:
-    """Describe `transformer_lens:NAME`: one of REPOSITORIES, another repository in that format, or a folder. Does not need TransformerLens.
+    """Return the description of `transformer_lens:NAME`: one of REPOSITORIES, another repository in that format, or a folder.
 
-    Documents are separated by the beginning-of-text token, where the tokenizer has one, as these models were trained.
-    Raises as `describe_language_model`.
+    Does not need TransformerLens. Documents are separated by the beginning-of-text token, if the tokenizer has one, as in the training of
+    these models. Raises as `describe_language_model`.
     """
     place = name.removeprefix(TRANSFORMER_LENS)
     repository = REPOSITORIES.get(place, place)
@@ -60,7 +62,7 @@ def describe_transformer_lens_model(name: str, revision: str) -> LanguageModelDe
         raise ConfigurationError(f"language model {name!r} is in transformers' format: write language_model: {repository}")
     if config.get("architecture", "neel") != "neel" or config.get("shortformer_pos"):
         raise ConfigurationError(
-            f"language model {name!r} has an older form of TransformerLens' format, which is not read; there are: {', '.join(REPOSITORIES)}"
+            f"language model {name!r} has an unsupported, older version of TransformerLens' format; supported: {', '.join(REPOSITORIES)}"
         )
     tokenizer = _tokenizer_folder(name, folder, config)
     tokenizer_file = require_tokenizer(name, tokenizer)
@@ -91,13 +93,15 @@ def describe_transformer_lens_model(name: str, revision: str) -> LanguageModelDe
 def load_transformer_lens_model(
     description: LanguageModelDescription, weights: Weights, device: str, dtype: torch.dtype, seed: int
 ) -> LanguageModel:
-    """Load the model with TransformerLens. Raises as `load_language_model`, and ConfigurationError where TransformerLens is not there."""
+    """Load the model with TransformerLens. Raises as `load_language_model`, and ConfigurationError without TransformerLens."""
     import torch
 
     try:
         from transformer_lens import HookedTransformer, HookedTransformerConfig  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ConfigurationError(f"language model {description.name!r} needs TransformerLens 3, which is not there: {_INSTALL}") from error
+        raise ConfigurationError(
+            f"language model {description.name!r} needs TransformerLens 3, which is not installed: {_INSTALL}"
+        ) from error
     config = read_config(description.name, description.path)
     try:
         settings = HookedTransformerConfig(
@@ -109,7 +113,7 @@ def load_transformer_lens_model(
             dtype=dtype,
         )
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # HookedTransformer is what this extra is there for
+            warnings.simplefilter("ignore", DeprecationWarning)  # of HookedTransformer, which this format needs
             torch.manual_seed(seed)
             hooked = HookedTransformer(settings)
     except (TypeError, ValueError, AssertionError) as error:
@@ -121,7 +125,7 @@ def load_transformer_lens_model(
 
 
 class _HookedLanguageModel(LanguageModel):
-    """A HookedTransformer: what its hooks are called is the same, and those inside a block are modules of their own."""
+    """A HookedTransformer: its hooks have the same names, and those inside a block are modules."""
 
     stream_passes_modules = True
 
@@ -137,7 +141,7 @@ class _HookedLanguageModel(LanguageModel):
 
 
 def _called_as_transformers(hooked: HookedTransformer) -> torch.nn.Module:
-    """The model, called and asked for its device as those of transformers are."""
+    """Give the model the call signature and the `device` of transformers' models."""
     forward = hooked.forward
 
     def call(*args: Any, input_ids: torch.Tensor | None = None, use_cache: bool = False, **kwargs: Any) -> Any:
@@ -150,7 +154,6 @@ def _called_as_transformers(hooked: HookedTransformer) -> torch.nn.Module:
 
 def _load_weights(description: LanguageModelDescription, hooked: HookedTransformer, dtype: torch.dtype) -> None:
     import torch
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if description.commit:
@@ -161,7 +164,7 @@ def _load_weights(description: LanguageModelDescription, hooked: HookedTransform
     except (OSError, RuntimeError, ValueError, SafetensorError, UnpicklingError) as error:
         raise ConfigurationError(f"{file} does not hold weights that can be read: {error}") from error
     own = hooked.state_dict()
-    constants = {name for name in own if name.rsplit(".", 1)[-1] in ("mask", "IGNORE")}  # buffers that follow from the sizes
+    constants = {name for name in own if name.rsplit(".", 1)[-1] in ("mask", "IGNORE")}  # buffers that the sizes decide
     missing = sorted(own.keys() - state.keys() - constants)
     wrong = sorted(name for name in own.keys() & state.keys() - constants if own[name].shape != state[name].shape)
     if missing or wrong:
@@ -185,7 +188,7 @@ def _weights_file(name: str, path: Path) -> Path:
 
 
 def _tokenizer_folder(name: str, folder: ModelFolder, config: dict[str, Any]) -> ModelFolder:
-    """The model's own folder, or that of the repository that it names."""
+    """Return the folder of the model, or that of its `tokenizer_name`, with the tokenizer."""
     if (folder.path / "tokenizer.json").is_file():
         return folder
     repository = config.get("tokenizer_name")
@@ -195,7 +198,7 @@ def _tokenizer_folder(name: str, folder: ModelFolder, config: dict[str, Any]) ->
 
 
 def _token_id(folder: Path, role: str) -> int | None:
-    """The id of the token that plays a role, such as bos_token, as the tokenizer's files give it."""
+    """Return the id of the token with a role, such as bos_token, from the tokenizer's files; None if there is no such token."""
     tokens = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")).get("added_tokens", [])
     for file in (folder / each for each in _TOKENIZER_FILES[1:]):
         if file.is_file():

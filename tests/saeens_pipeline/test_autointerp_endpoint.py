@@ -198,7 +198,7 @@ def test_an_answer_that_takes_too_long_is_asked_for_again(fake: FakeEndpoint):
         (failure(404, "The model `fake` does not exist"), ConfigurationError, "no model 'fake'.*does not exist"),
         (failure(400, "max_tokens is not supported"), RefusedError, "max_tokens is not supported.*autointerp.parameters"),
         (failure(429, f"out of quota, {KEY}", **SOON), SaeensError, r"out of quota, \*\*\*"),
-        (failure(500, "on fire", **SOON), SaeensError, "on fire.*what it answered is kept"),
+        (failure(500, "on fire", **SOON), SaeensError, "on fire.*its answers so far are kept"),
         (Canned(200, completion("late"), delay_seconds=1.5), SaeensError, "timeout_seconds"),
     ],
 )

@@ -98,7 +98,7 @@ def test_a_revision_that_does_not_exist_is_said(hub: FakeHub):
 
 def test_without_a_hub_it_is_said_what_to_do_on_a_machine_that_has_one(hub: FakeHub, monkeypatch: pytest.MonkeyPatch):
     reach(monkeypatch, UNREACHABLE)
-    with pytest.raises(SaeensError, match=rf"hub cannot be reached.*`hf download {NAME} --local-dir FOLDER`, bring FOLDER here"):
+    with pytest.raises(SaeensError, match=rf"hub cannot be reached.*`hf download {NAME} --local-dir FOLDER`; copy FOLDER here"):
         describe_language_model(NAME)
 
 

@@ -201,7 +201,7 @@ def test_a_file_that_was_cut_off_is_named_by_the_line_where_it_ends(tmp_path: Pa
     WRITERS[file](tmp_path / file)
     whole = (tmp_path / file).read_bytes()
     (tmp_path / file).write_bytes(whole[: len(whole) - 30])
-    with pytest.raises(SaeensError, match=rf"{file}:\d+: cannot be read further .*: is the file whole\?"):
+    with pytest.raises(SaeensError, match=rf"{file}:\d+: cannot be read further .*: check that the file is complete"):
         _texts(_corpus(tmp_path, files=file))
 
 

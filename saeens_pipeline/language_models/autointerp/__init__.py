@@ -1,5 +1,5 @@
-"""Explanations of features by a language model, and how well they tell where a feature fires. Imports no Dagster.
+"""Explanations of features by a language model, and their scores as predictions of where a feature fires.
 
-`protocol` says what is asked and what an answer means, `endpoint` asks by HTTP, `answers` keeps on disk what was answered, and
-`interview` goes through the features.
+`protocol` builds the prompts and reads the answers, `endpoint` sends requests by HTTP, `answers` keeps the answers on disk, and
+`interview` asks about many features.
 """

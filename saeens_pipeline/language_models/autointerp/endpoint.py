@@ -1,7 +1,7 @@
-"""A language model behind an HTTP endpoint that speaks OpenAI's protocol of chat completions.
+"""A language model behind an HTTP endpoint with OpenAI's protocol of chat completions.
 
-Where it is and the key come from the environment when they are needed. Neither is ever stored; the key, or a password in the URL, is kept
-out of log lines and error messages, too, also where the endpoint repeats it.
+Address and key are read from the environment when they are needed, and are never stored. The key and a password in the URL are removed from
+log lines, error messages and texts of the endpoint.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ from saeens_pipeline.errors import ConfigurationError, SaeensError
 URL_VARIABLE, KEY_VARIABLE = "SAEENS_LLM_BASE_URL", "SAEENS_LLM_API_KEY"
 
 _INSTALL = "install it with `pip install --constraint constraints.txt --editable '.[autointerp]'`"
-SHOWN_CHARACTERS = 300  # of what an endpoint says
-_SHORTEST_SECRET = 8  # characters; what servers that ask for none are given, such as x, is a part of many words
-_NO_KEY = "none"  # or the client would look for one in other variables
+SHOWN_CHARACTERS = 300  # of a text of the endpoint in messages
+_SHORTEST_SECRET = 8  # characters; shorter placeholder keys, such as x, are parts of many words
+_NO_KEY = "none"  # without a key the client would read other variables
 
 
 class Reply(NamedTuple):
-    """What an endpoint made of a request; the counts are 0 where it does not give them."""
+    """Reply of an endpoint to a request; token counts are 0 if it does not give them."""
 
     text: str | None
-    """None where there is no text in it"""
+    """None for a reply without a text"""
     is_cut_off: bool
     tokens_in: int
     tokens_out: int
     excerpt: str = ""
-    """of what came in the place of a text, on one line; empty where there is one"""
+    """start of a reply without a text, on one line; otherwise empty"""
 
 
 class RefusedError(SaeensError):
-    """The endpoint answers, and does not take this request: a parameter that it does not know, a text that it does not like."""
+    """The endpoint refuses this request: for example an unknown parameter or a filtered text."""
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where the language model is. `str` and `repr` show the host alone."""
+    """Address and credentials of the language model. `str` and `repr` show the host only."""
 
     base_url: str = field(repr=False)
     host: str
@@ -52,9 +52,9 @@ class Endpoint:
 
     @classmethod
     def from_environment(cls) -> Endpoint | None:
-        """As SAEENS_LLM_BASE_URL and SAEENS_LLM_API_KEY say; None where no URL is set.
+        """Return the endpoint in SAEENS_LLM_BASE_URL and SAEENS_LLM_API_KEY; None if no URL is set.
 
-        Raises ConfigurationError for what is no such URL, for two kinds of credentials, and without the package that asks.
+        Raises ConfigurationError for an invalid URL or key, for two kinds of credentials, and without the package openai.
         """
         url, key = os.environ.get(URL_VARIABLE, "").strip(), os.environ.get(KEY_VARIABLE, "").strip()
         if not url:
@@ -71,23 +71,23 @@ class Endpoint:
         if not key.isascii() or any(character.isspace() for character in key):
             raise ConfigurationError(f"{KEY_VARIABLE} holds characters that no key has, such as blanks: copy it again")
         if importlib.util.find_spec("openai") is None:
-            raise ConfigurationError(f"{URL_VARIABLE} is set, and asking it needs the package openai: {_INSTALL}")
+            raise ConfigurationError(f"{URL_VARIABLE} is set, but requests need the package openai: {_INSTALL}")
         return cls(parts._replace(netloc=address).geturl(), f"{parts.scheme}://{address}", key, unquote(user))
 
     @staticmethod
     def is_configured() -> bool:
-        """Whether a URL is set, whatever it is."""
+        """Return whether a URL is set, valid or not."""
         return bool(os.environ.get(URL_VARIABLE, "").strip())
 
     @property
     def authorization(self) -> str:
-        """What the header of that name says."""
+        """Value of the Authorization header."""
         if self.credentials:
             return f"Basic {base64.b64encode(self.credentials.encode()).decode()}"
         return f"Bearer {self.key or _NO_KEY}"
 
     def without_secrets(self, text: str) -> str:
-        """The text with *** for the key or the password."""
+        """Return the text with *** in place of key, user and password."""
         for secret in (self.key, *self.credentials.partition(":")[::2], self.authorization.partition(" ")[2]):
             if len(secret) >= _SHORTEST_SECRET:
                 text = text.replace(secret, "***")
@@ -95,27 +95,27 @@ class Endpoint:
 
 
 class Client:
-    """Asks an endpoint; made and used inside one event loop.
+    """Client of an endpoint, for use inside one event loop.
 
-    What may pass (no connection, time-outs, 408, 409, 429, 5xx) is tried again `retries` times, after the seconds that the endpoint asks
-    for or else after 0.5 s, 1 s, 2 s and so on up to 8 s.
+    Temporary failures (no connection, time-outs, status 408, 409, 429, 5xx) are retried `retries` times, after the delay that the endpoint
+    requests, otherwise after 0.5 s, 1 s, 2 s and so on up to 8 s.
     """
 
     def __init__(self, endpoint: Endpoint, timeout_seconds: float, retries: int) -> None:
         import openai
 
         self.endpoint = endpoint
-        others = {"OpenAI-Organization": openai.Omit(), "OpenAI-Project": openai.Omit()}  # of variables that were set for others
+        others = {"OpenAI-Organization": openai.Omit(), "OpenAI-Project": openai.Omit()}  # the client reads them from the environment
         self._headers: dict[str, Any] = {"Authorization": endpoint.authorization, **others}
         self._client = openai.AsyncOpenAI(
             api_key=endpoint.key or _NO_KEY, base_url=endpoint.base_url, timeout=timeout_seconds, max_retries=retries
         )
 
     async def ask(self, request: Mapping[str, Any]) -> Reply:
-        """Send a request: `model`, `messages`, and other fields of a chat completion.
+        """Send a request (`model`, `messages` and other fields of a chat completion) and return the reply.
 
-        Raises RefusedError where the endpoint answers and does not take it, ConfigurationError for a key, a model or a path that it does
-        not know, SaeensError where it does not answer. None of these has a cause, which may hold the key.
+        Raises RefusedError if the endpoint refuses this request, ConfigurationError for an unknown key, model or path, SaeensError if it
+        does not answer. The errors have no cause, since that may hold the key.
         """
         import openai
 
@@ -129,22 +129,20 @@ class Client:
         except openai.APIStatusError as error:
             failure = self._explain(error.status_code, error.message, model)
         except openai.APITimeoutError:
-            failure = SaeensError(
-                f"{self.endpoint.host} does not answer in time: give it longer, autointerp.timeout_seconds, and run again"
-            )
+            failure = SaeensError(f"{self.endpoint.host} does not answer in time: increase autointerp.timeout_seconds and run again")
         except openai.APIConnectionError as error:
             why = self._shown(str(error.__cause__ or error))
-            failure = SaeensError(f"{self.endpoint.host} cannot be reached ({why}): see that it runs, and that {URL_VARIABLE} is right")
+            failure = SaeensError(f"{self.endpoint.host} cannot be reached ({why}): check that it runs, and that {URL_VARIABLE} is right")
         raise failure
 
     async def close(self) -> None:
-        """Close its connections."""
+        """Close the connections."""
         await self._client.close()
 
     def _explain(self, status: int, message: str, model: str) -> SaeensError:
         host, said = self.endpoint.host, self._shown(message)
         match status:
-            case 401 | 403:  # what it says may quote a part of the key
+            case 401 | 403:  # the message of the endpoint may quote a part of the key
                 given = "the key" if self.endpoint.key or self.endpoint.credentials else "requests without a key"
                 return ConfigurationError(f"{host} refuses {given} ({status}): set {KEY_VARIABLE}")
             case 404:
@@ -153,8 +151,8 @@ class Client:
                     "and autointerp.model is a name that the endpoint lists"
                 )
             case 400 | 413 | 422:
-                return RefusedError(f"{host} does not take a request ({said}): autointerp.parameters says what is sent beside the messages")
-        return SaeensError(f"{host} goes on failing ({said}): what it answered is kept; run again when it works")
+                return RefusedError(f"{host} refuses a request ({said}): autointerp.parameters holds the fields next to the messages")
+        return SaeensError(f"{host} goes on failing ({said}): its answers so far are kept; run again when it works")
 
     def _shown(self, text: str) -> str:
         return " ".join(self.endpoint.without_secrets(text).split())[:SHOWN_CHARACTERS]
@@ -177,10 +175,10 @@ class Client:
 
 
 def _parts(url: str) -> SplitResult | None:
-    """Of the URL of an endpoint; None for what is none."""
+    """Return the parts of the URL of an endpoint; None for other texts."""
     try:
         parts = urlsplit(url)
-        _ = parts.port  # raises for what is no number
+        _ = parts.port  # raises for a port that is not a number
     except ValueError:
         return None
     return parts if parts.scheme in ("http", "https") and parts.hostname and not parts.query and not parts.fragment else None

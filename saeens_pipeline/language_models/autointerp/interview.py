@@ -1,4 +1,4 @@
-"""Ask a language model about many features, several at once; what it has answered before it is not asked again."""
+"""Concurrent requests to a language model about many features, without those whose answers are on disk."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 
 SCORED, MALFORMED, REFUSED = "scored", "malformed answer", "refused"
 _NOT_ASKED = "not asked"
-ATTEMPTS = 3  # to get an answer that can be read
-MALFORMED_AT_FIRST = 20  # answers to one kind of question: if none can be read by then, the endpoint or its settings are wrong
-CHARACTERS_PER_TOKEN = 3  # fewer than most tokenizers need, so that estimates are high rather than low
-_WAKE_SECONDS = 0.25  # the system may give a signal to another thread: this one sees it when it wakes
+ATTEMPTS = 3  # per question, to get a readable answer
+MALFORMED_AT_FIRST = 20  # unreadable answers to one kind of question, without a readable one, after which the run fails
+CHARACTERS_PER_TOKEN = 3  # most tokenizers have more, so that estimates of tokens are high rather than low
+_WAKE_SECONDS = 0.25  # the system may deliver a signal to another thread; the main thread handles it when it wakes
 EXPLANATION_TOKENS = 60
-TOKENS_PER_NUMBER = 3  # of the list that detection is answered with
+TOKENS_PER_NUMBER = 3  # in the list that answers a detection
 
 _S = TypeVar("_S")
 _T = TypeVar("_T")
@@ -46,14 +46,14 @@ _EXAMPLE_EXPLANATION = "x" * (EXPLANATION_TOKENS * CHARACTERS_PER_TOKEN)
 
 
 class FeatureTexts(NamedTuple):
-    """A feature: its texts, and the number of the subject whose explanation it is scored with as a control, if there is one."""
+    """A feature: its texts, and the index of the subject whose explanation is its control, or None."""
 
     examples: Examples
     other: int | None
 
 
 class Verdict(NamedTuple):
-    """What came of a feature. `control`: the balanced accuracy with another feature's explanation."""
+    """Result for a feature. `control` is the score with another feature's explanation."""
 
     status: str
     explanation: str | None = None
@@ -62,9 +62,9 @@ class Verdict(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """What is still to be asked, in tokens of the model that is asked, as far as it can be known; and how many answers there are.
+    """Estimated requests and tokens without an answer yet, and the number of known answers.
 
-    How long explanations will be, and what a model thinks before it answers, nobody knows.
+    Assumes a typical length of explanations, and no reasoning before an answer.
     """
 
     requests: int
@@ -74,13 +74,13 @@ class Estimate(NamedTuple):
 
     @classmethod
     def of(cls, pending: Sequence[tuple[Messages, int]], known: int) -> Estimate:
-        """`pending`: messages, and the tokens of the answer to them."""
+        """Return the estimate for `pending` messages, each with the expected tokens of its answer."""
         characters = sum(len(message["content"]) for messages, _ in pending for message in messages)
         return cls(len(pending), characters // CHARACTERS_PER_TOKEN, sum(tokens for _, tokens in pending), known)
 
     @classmethod
     def beforehand(cls, settings: AutoInterpSettings, n_features: int, n_contexts: int, context_tokens: int) -> Estimate:
-        """Of so many features with all their contexts, before there are any."""
+        """Return the estimate for features with all their contexts, before the contexts exist."""
         texts = ["x" * (context_tokens * CHARACTERS_PER_TOKEN)] * (n_contexts // 2)
         detect = (ask_to_detect(_EXAMPLE_EXPLANATION, 2 * texts), 2 * len(texts) * TOKENS_PER_NUMBER)
         pending = [(ask_to_explain(texts), EXPLANATION_TOKENS), detect, *([detect] if settings.control else [])]
@@ -88,12 +88,12 @@ class Estimate(NamedTuple):
         return cls(*(amount * n_features for amount in one))
 
     def price(self, settings: AutoInterpSettings) -> float | None:
-        """In the currency of `prices`; None without them."""
+        """Return the price in the currency of `prices`; None without prices."""
         prices = settings.prices
         return None if prices is None else (self.tokens_in * prices.input + self.tokens_out * prices.output) / 1e6
 
     def in_words(self, settings: AutoInterpSettings) -> str:
-        """Such as `1,200 requests, about 480,000 tokens sent and 42,000 received, 0.10 at the given prices`."""
+        """Return for example `1,200 requests, about 480,000 tokens sent and 42,000 received, 0.10 at the given prices`."""
         price = self.price(settings)
         costs = "" if price is None else f", {price:,.2f} at the given prices"
         sent, received = (f"{float(f'{tokens:.3g}'):,.0f}" for tokens in (self.tokens_in, self.tokens_out))
@@ -101,7 +101,7 @@ class Estimate(NamedTuple):
 
 
 class _Question(NamedTuple, Generic[_T]):
-    """What is asked, what an answer means (None: it cannot be read), what to say then, and what is asked for, in the plural."""
+    """A question: its messages, the parser of answers (None: unreadable), the reply to an unreadable one, and the kind, in the plural."""
 
     messages: Messages
     read: Callable[[str], _T | None]
@@ -111,14 +111,14 @@ class _Question(NamedTuple, Generic[_T]):
 
 @dataclass(frozen=True)
 class _Unanswered:
-    """There is no answer that can be used, and why."""
+    """The reason for a missing answer."""
 
     status: str
 
 
 @dataclass
 class Interviewer:
-    """Asks questions of one model; without an endpoint it knows only what was answered before."""
+    """Asks one model about features; without an endpoint it uses only the answers on disk."""
 
     settings: AutoInterpSettings
     answers: Answers
@@ -135,7 +135,7 @@ class Interviewer:
     _last_unread: dict[str, Reply] = field(default_factory=dict, repr=False)
 
     def estimate(self, subjects: Sequence[FeatureTexts]) -> Estimate:
-        """What asking about these takes; features with the same texts, as member 1 and round 1 have them, are asked about once."""
+        """Return the estimate for these subjects; subjects with equal texts, as in member 1 and round 1, count once."""
         explanations = [self._find(ask_to_explain(each.examples.shown), read_explanation) for each in subjects]
         pending: dict[object, tuple[Messages, int]] = {}
         known: set[object] = set()
@@ -155,11 +155,11 @@ class Interviewer:
         return Estimate.of(list(pending.values()), len(known))
 
     def interview(self, subjects: Sequence[FeatureTexts], advance: Advance) -> list[Verdict | None]:
-        """The verdict on each subject; None where an answer is missing and there is nobody to ask. `advance` counts questions.
+        """Return the verdict on each subject; None if an answer is missing and there is no endpoint. `advance` counts questions.
 
-        Raises SaeensError where asking on is of no use, and where no feature is scored since answers cannot be read; what was answered
-        until then is on disk. The event loop has a thread of its own: an interrupt, which comes in this one, is not taken for a broken
-        connection there, and ends what is asked.
+        Raises SaeensError for failures that further requests would repeat, and if no feature is scored because answers are unreadable; the
+        answers so far stay on disk. The event loop runs in a thread of its own: there an interrupt would look like a broken connection;
+        in this thread it cancels the requests.
         """
         with start_blocking_portal() as portal:
             verdicts = portal.start_task_soon(self._interview, subjects, advance)
@@ -218,7 +218,7 @@ class Interviewer:
                 await self._client.close()
 
     async def _attempt(self, question: _Question[_T], advance: Advance) -> _T | _Unanswered:
-        """What an answer means, from disk or from the endpoint."""
+        """Return the parsed answer, from disk or from the endpoint, or the reason for a missing one."""
         known = self._find(question.messages, question.read)
         if known is not None:
             self.from_disk += 1
@@ -232,7 +232,7 @@ class Interviewer:
         return known
 
     async def _ask(self, client: Client, question: _Question[_T]) -> _T | _Unanswered:
-        """Ask, and again with the complaint where the answer cannot be read. Keeps the answer that can."""
+        """Ask until an answer is readable, at most ATTEMPTS times; complain about unreadable ones. Keeps a readable answer."""
         request = original = self._request(question.messages)
         for _ in range(ATTEMPTS):
             try:
@@ -268,12 +268,12 @@ class Interviewer:
         if reply.is_cut_off:
             found, remedy = f"cut off after {said}", "allow more tokens in autointerp.parameters, which a model that thinks needs"
         elif reply.text is None:
-            found, remedy = f"no chat completion with a text but {said}", "see that the address is that of an endpoint of OpenAI's protocol"
+            found, remedy = f"no chat completion with a text but {said}", "check that the address is an endpoint of OpenAI's protocol"
         else:
             found, remedy = said, "try a model that follows instructions better, autointerp.model"
         which = f"{unread:,} of {unread + read:,} answers cannot" if read else f"none of {unread:,} answers can"
         return SaeensError(
-            f"{self.settings.model}: {why}{which} be read as {kind}. The last was {found}: {remedy}. What could be read is kept and not "
+            f"{self.settings.model}: {why}{which} be read as {kind}. The last was {found}: {remedy}. Readable answers are kept and not "
             "asked for again"
         )
 
@@ -285,7 +285,7 @@ class Interviewer:
         return None if answer is None else read(answer)
 
     async def _in_turns(self, work: Callable[[_S], Awaitable[_T]], items: Sequence[_S]) -> list[_T]:
-        """What comes of each item; `requests_at_once` are worked on at a time. The first that fails stops the others."""
+        """Return the results of `work` for all items, `requests_at_once` at a time. The first failure cancels the others."""
         results: dict[int, _T] = {}
         waiting = iter(enumerate(items))
 

@@ -1,9 +1,9 @@
-"""What a language model is asked about a feature, and what its answers mean.
+"""Prompts to a language model about a feature, and parsing of its answers.
 
-Two questions, after Bills et al. 2023 ("Language models can explain neurons in language models") and Paulo et al. 2024 ("Automatically
-interpreting millions of features in large language models", arXiv 2410.13928). First it is shown texts on which the feature fires, with
-the tokens marked, and asked what they have in common. Then it is given that explanation and other texts, in random order and without
-marks, of which half are texts on which the feature fires, and asked which fit: detection.
+There are two questions, after Bills et al. 2023 ("Language models can explain neurons in language models") and Paulo et al. 2024
+("Automatically interpreting millions of features in large language models", arXiv 2410.13928). Explanation: the model sees texts on which
+the feature fires, with marked tokens, and says what they have in common. Detection: the model sees the explanation and other texts, in
+random order and without marks, and says which fit; the feature fires on half of them.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
 SEED = 42
-MARKED_SHARE = 0.3  # tokens are marked whose activation is at least this share of the largest in their text
-OPEN, CLOSE = "⟦", "⟧"  # rare in code, where << and {{ are not
-MIN_TEXTS = 2  # of each kind: to explain, to detect, silent
+MARKED_SHARE = 0.3  # least activation of marked tokens, as a share of the largest activation in the text
+OPEN, CLOSE = "⟦", "⟧"  # rare in code, unlike << and {{
+MIN_TEXTS = 2  # of each kind: for explanation, for detection, silent
 
 Messages = list[dict[str, str]]
 Flaw = Literal["too few contexts", "too few silent windows"]
@@ -39,26 +39,26 @@ _DETECT = (
 )
 _THOUGHTS = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
 _LIST = re.compile(r"\[[^\[\]]*\]")
-_BYTES = re.compile("(?:<0x[0-9A-F]{2}>)+")  # of tokens that are a part of a character
+_BYTES = re.compile("(?:<0x[0-9A-F]{2}>)+")  # tokens for single bytes of a character
 _LABEL = re.compile(r"^\W*explanation\W*:[\s*_]*", re.IGNORECASE)
 
 
 class Examples(NamedTuple):
-    """The texts that a feature is judged by."""
+    """Texts for the explanation and the score of a feature."""
 
     shown: tuple[str, ...]
-    """marked, for the explanation"""
+    """marked texts, for the explanation"""
     texts: tuple[str, ...]
-    """for detection"""
+    """texts for detection"""
     fires: tuple[bool, ...]
-    """whether it fires on each of these"""
+    """for each of `texts`, whether the feature fires on it"""
 
 
 def choose_examples(contexts: Sequence[Mapping[str, Any]], silent: Sequence[str], number: str) -> Examples | Flaw:
-    """Every other context of a feature, from the strongest on, to explain it; the others, and as many silent texts, to detect it.
+    """Choose the texts of a feature: every other context, from the strongest on, to explain it; the rest and silent texts to detect it.
 
-    `contexts` are those of the table `contexts`, the strongest first; `silent`: texts on which it does not fire; `number` decides what is
-    drawn and in which order.
+    `contexts` are rows of the table `contexts`, strongest first; `silent` are texts on which the feature does not fire. `number` seeds the
+    choice of silent texts and the order. Returns a Flaw if there are too few texts.
     """
     shown, held_out = contexts[::2], contexts[1::2]
     if len(held_out) < MIN_TEXTS:
@@ -75,7 +75,7 @@ def choose_examples(contexts: Sequence[Mapping[str, Any]], silent: Sequence[str]
 
 
 def marked(context: Mapping[str, Any]) -> str:
-    """The text of a context; runs of tokens on which the feature is active stand between OPEN and CLOSE."""
+    """Return the text of a context, with OPEN and CLOSE around runs of tokens on which the feature is active."""
     activations = [value or 0.0 for value in context["activations"]]
     least = MARKED_SHARE * max(activations)
     is_active = [value > 0 and value >= least for value in activations]
@@ -85,7 +85,7 @@ def marked(context: Mapping[str, Any]) -> str:
 
 
 def text_of(tokens: Iterable[str]) -> str:
-    """What tokens say together: bytes that are written out, such as `<0xE2><0x80><0x94>`, are characters again where they are whole."""
+    """Return the text of tokens; complete characters of byte tokens, such as `<0xE2><0x80><0x94>`, are decoded."""
     return _BYTES.sub(lambda found: _decoded(found[0]), "".join(tokens))
 
 
@@ -97,27 +97,27 @@ def _decoded(written: str) -> str:
 
 
 def ask_to_explain(shown: Sequence[str]) -> Messages:
-    """The request for an explanation."""
+    """Return the messages that ask for an explanation."""
     return _messages(_EXPLAIN, _numbered(shown))
 
 
 def ask_to_detect(explanation: str, texts: Sequence[str]) -> Messages:
-    """The request to say which texts fit an explanation."""
+    """Return the messages that ask which texts fit an explanation."""
     return _messages(_DETECT, f"Explanation: {explanation}\n\n{_numbered(texts)}\n\nAnswer with a JSON list of {len(texts)} numbers.")
 
 
 def ask_again(messages: Messages, answer: str | None, complaint: str) -> Messages:
-    """A request once more, after an answer that could not be used."""
+    """Return the messages with an unreadable answer and a complaint about it."""
     return [*messages, {"role": "assistant", "content": answer or "(nothing)"}, {"role": "user", "content": complaint}]
 
 
 def read_explanation(answer: str) -> str | None:
-    """The explanation as one line, or None where there is none."""
+    """Return the explanation as one line; None for an empty one."""
     return " ".join(_LABEL.sub("", _THOUGHTS.sub("", answer).strip()).split()) or None
 
 
 def read_detection(answer: str, n_texts: int) -> list[bool] | None:
-    """Which of the texts are said to fit: from the last list of `n_texts` zeros and ones; None where there is none."""
+    """Return which texts fit, from the last list of `n_texts` zeros and ones in the answer; None if there is no such list."""
     for text in reversed(_LIST.findall(_THOUGHTS.sub("", answer))):
         try:
             values = json.loads(text)

@@ -1,1 +1,1 @@
-"""Texts with labels, for concept detection and spurious correlation removal: where they come from, and how many are drawn."""
+"""Labelled texts for concept detection and spurious correlation removal: sources, and drawing of balanced samples."""

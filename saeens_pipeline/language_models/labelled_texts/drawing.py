@@ -1,4 +1,4 @@
-"""Drawing balanced texts of two splits from labelled ones, reproducibly, and refusing what is not enough."""
+"""Reproducible drawing of balanced texts, in two splits, from labelled ones."""
 
 from __future__ import annotations
 
@@ -6,22 +6,21 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from textwrap import shorten
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
+
+import polars as pl
 
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.language_models.documents import Split
 from saeens_pipeline.settings.labelled_data_sets import TextCount
 
-if TYPE_CHECKING:
-    import polars as pl
-
 SPLITS: tuple[Split, ...] = ("train", "test")
-_LABEL_CHARACTERS = 60  # of a label that are shown in an error
+_LABEL_CHARACTERS = 60  # longest label in an error message
 
 
 @dataclass(frozen=True)
 class ConceptTexts:
-    """A data set for concept detection: the texts of each label, by split."""
+    """A data set for concept detection: texts by label, for each split."""
 
     name: str
     train: Mapping[str, Sequence[str]]
@@ -29,7 +28,7 @@ class ConceptTexts:
 
 
 class QuadrantTexts(NamedTuple):
-    """Texts by (target, spurious) attribute: q of each pair, and 2 q where both agree."""
+    """Texts by (target, spurious) attribute: q texts of each pair, 2 q if both agree."""
 
     both: Sequence[str]
     only_target: Sequence[str]
@@ -49,9 +48,9 @@ class CorrelationTexts:
 
 
 class Labelled(NamedTuple):
-    """Texts of a data set: frames with the string columns `text`, `label` and, where there is a second attribute, `other`.
+    """Texts of a data set: frames with the string columns `text`, `label` and, for a second attribute, `other`.
 
-    Without a `test` frame the test texts come out of `train`, and none is in both.
+    Without a `test` frame, test texts are drawn from `train`, without overlap.
     """
 
     name: str
@@ -60,9 +59,9 @@ class Labelled(NamedTuple):
 
 
 def draw_concepts(data: Labelled, labels: Sequence[str], count: TextCount, *, balance: bool, seed: int) -> ConceptTexts:
-    """Half of `count` for each label (of all labels if `labels` is empty), with `balance` evenly from each value of `other`.
+    """Draw half of `count` for each label (for all labels if `labels` is empty), with `balance` evenly from each value of `other`.
 
-    Raises ConfigurationError where there is one label only, a label is absent, or there are too few texts.
+    Raises ConfigurationError for a single label, a label without texts, or too few texts.
     """
     there_are = sorted(data.train["label"].unique())
     labels = labels or there_are
@@ -79,7 +78,7 @@ def draw_concepts(data: Labelled, labels: Sequence[str], count: TextCount, *, ba
 def draw_quadrants(
     data: Labelled, name: str, target: tuple[str, str], spurious: tuple[str, str], count: TextCount, *, seed: int
 ) -> CorrelationTexts:
-    """A quarter of `count` for each pair of target (`label`) and spurious (`other`) attribute, and half where both agree.
+    """Draw a quarter of `count` for each pair of target (`label`) and spurious (`other`) attribute, half if both agree.
 
     Raises ConfigurationError as `draw_concepts`.
     """
@@ -95,7 +94,7 @@ def draw_quadrants(
 
 
 def _draw(data: Labelled, labels: tuple[str, str | None], wanted: TextCount, seed: int) -> tuple[list[str], list[str]]:
-    """Train and test texts of one label and, unless None, one value of the other attribute, in an order that seed and text decide."""
+    """Return train and test texts of a label and, unless None, a value of the other attribute, in an order that seed and text decide."""
     train = _pool(data, "train", labels, seed)
     if data.test is None:
         found = train[: wanted.train], train[wanted.train : sum(wanted)]
@@ -115,8 +114,6 @@ def _draw(data: Labelled, labels: tuple[str, str | None], wanted: TextCount, see
 
 
 def _pool(data: Labelled, split: Split, labels: tuple[str, str | None], seed: int) -> list[str]:
-    import polars as pl
-
     frame = data.test if split == "test" and data.test is not None else data.train
     for column, value in zip(("label", "other"), labels, strict=True):
         if value is None:

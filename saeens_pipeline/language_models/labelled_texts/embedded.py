@@ -1,6 +1,6 @@
-"""Tasks whose labels come free with the builtin corpus: the language of a text, and whether it is code or documentation.
+"""Embedded tasks with labels of the builtin corpus: the language of a text, and its kind, code or documentation.
 
-Training texts are of documents in the corpus' train split, test texts of held-out documents.
+Training texts are from documents in the corpus' train split, test texts from held-out documents.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ import ast
 import re
 import textwrap
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
+
+import polars as pl
 
 from saeens_pipeline.language_models.documents import Corpus, Split
 from saeens_pipeline.language_models.labelled_texts.drawing import (
@@ -21,14 +23,11 @@ from saeens_pipeline.language_models.labelled_texts.drawing import (
 )
 from saeens_pipeline.settings.labelled_data_sets import CODE_OR_PROSE, DOCSTRING_OR_CODE, LANGUAGE, TextCount
 
-if TYPE_CHECKING:
-    import polars as pl
-
-READER_VERSION = 1  # raised whenever other texts would be drawn
+READER_VERSION = 1  # increased with every change of the drawn texts
 PIECE_CHARACTERS, MIN_PIECE_CHARACTERS = 200, 100
-MAX_DOCUMENTS = 400  # of each language and split: as many as are needed, the first ones of the corpus
+MAX_DOCUMENTS = 400  # of each language and split, the first ones of the corpus; enough for the counts
 
-CONCEPT_COUNT, CORRELATION_COUNT = TextCount(200, 100), TextCount(960, 480)  # of the second: four balanced groups of 240 and 120
+CONCEPT_COUNT, CORRELATION_COUNT = TextCount(200, 100), TextCount(960, 480)  # the latter: four balanced groups of 240 and 120
 
 _LANGUAGES = ("python", "typescript", "javascript", "cpp_header")
 _COMMENT = re.compile(r"/\*.*?\*/|(?:^[ \t]*//.*\n?)+", re.S | re.M)
@@ -39,19 +38,17 @@ class _Piece(NamedTuple):
     text: str
     language: str
     kind: str
-    """`any` part of a text, or of what was told apart, `code` or `documentation`"""
+    """`code` or `documentation`; `any` for pieces of whole texts"""
 
 
 class EmbeddedTasks:
-    """The embedded tasks of a corpus, which is read once. Memory: a few million characters of pieces."""
+    """The embedded tasks of a corpus. Reads the corpus once. Memory: a few million characters of pieces."""
 
     def __init__(self, corpus: Corpus) -> None:
         self._pieces = {split: _pieces(corpus, split) for split in ("train", "test")}
 
     def concepts(self, name: str, count: TextCount | None, seed: int, labels: Sequence[str] = ()) -> ConceptTexts:
-        """The texts of a task in `CONCEPTS`. Raises SaeensError where the corpus has too few."""
-        import polars as pl
-
+        """Return the texts of a task in `EMBEDDED_CONCEPTS`. Raises SaeensError if the corpus has too few."""
         columns = {
             LANGUAGE: (pl.col("kind") == "any") & pl.col("language").is_in(_LANGUAGES),
             CODE_OR_PROSE: (pl.col("kind") == "any") & pl.col("language").is_in([*_LANGUAGES, "prose"]),
@@ -66,9 +63,7 @@ class EmbeddedTasks:
         return draw_concepts(Labelled(name, train, test), labels, count or CONCEPT_COUNT, balance=False, seed=seed)
 
     def correlations(self, name: str, count: TextCount | None, seed: int) -> list[CorrelationTexts]:
-        """Python or C++ header, where documentation or code goes with it. Raises SaeensError where the corpus has too few."""
-        import polars as pl
-
+        """Return the texts of Python or C++ headers, correlated with documentation or code. Raises SaeensError if there are too few."""
         train, test = (
             pieces.filter(pl.col("kind") != "any").with_columns(label=pl.col("language"), other=pl.col("kind"))
             for pieces in self._pieces.values()
@@ -78,8 +73,6 @@ class EmbeddedTasks:
 
 
 def _pieces(corpus: Corpus, split: Split) -> pl.DataFrame:
-    import polars as pl
-
     taken: dict[str, int] = {}
     rows: list[_Piece] = []
     for document in corpus.documents(split):
@@ -101,7 +94,7 @@ def _pieces_of(text: str, language: str) -> Iterator[_Piece]:
 
 
 def cut(text: str) -> Iterator[str]:
-    """Whole lines of a text, together about PIECE_CHARACTERS long. A rest that is shorter than MIN_PIECE_CHARACTERS is left out."""
+    """Yield pieces of whole lines, about PIECE_CHARACTERS long each. A rest shorter than MIN_PIECE_CHARACTERS is left out."""
     piece = ""
     for line in text.splitlines(keepends=True):
         if len(piece) >= MIN_PIECE_CHARACTERS and len(piece) + len(line) > PIECE_CHARACTERS:
@@ -113,7 +106,7 @@ def cut(text: str) -> Iterator[str]:
 
 
 def _python_parts(text: str) -> Iterator[tuple[str, str]]:
-    """Docstrings, and bodies of functions without docstring and comments; nothing of a document that is cut off, or not Python."""
+    """Yield docstrings, and bodies of functions without docstring and comments; nothing for a truncated document or invalid Python."""
     try:
         tree = ast.parse(text)
     except (SyntaxError, ValueError):
@@ -132,6 +125,6 @@ def _python_parts(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _cpp_parts(text: str) -> Iterator[tuple[str, str]]:
-    """All comments of a header, without their marks, and the header without its comments."""
+    """Yield the comments of a header, without their marks, and the header without its comments."""
     yield "documentation", "".join(_COMMENT_MARKS.sub("", comment).rstrip() + "\n" for comment in _COMMENT.findall(text))
     yield "code", re.sub(r"\n\s*\n+", "\n", re.sub(r"/\*.*?\*/|//[^\n]*", "", text, flags=re.S))

@@ -8,18 +8,16 @@ import json
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import polars as pl
 
 from saeens_pipeline.errors import ConfigurationError, SaeensError
-
-if TYPE_CHECKING:
-    import polars as pl
 
 FORMATS = (".jsonl", ".ndjson", ".parquet", ".csv")
 
 
 def find_files(name: str, pattern: str) -> list[Path]:
-    """The files of a data set, in order. Raises ConfigurationError where there are none, or one of a format that is not read."""
+    """Return the files of a data set, sorted. Raises ConfigurationError if there are none, or for one of an unknown format."""
     path = Path(pattern).expanduser()
     files = sorted(path.parent.glob(path.name))
     if not files:
@@ -31,27 +29,25 @@ def find_files(name: str, pattern: str) -> list[Path]:
 
 
 def fingerprint(name: str, pattern: str) -> dict[str, str]:
-    """SHA-256 of each file, for recipes. Raises ConfigurationError as `find_files`."""
+    """Return the SHA-256 of each file, for recipes. Raises ConfigurationError as `find_files`."""
     return {file.name: _sha256(file, file.stat().st_size, file.stat().st_mtime_ns) for file in find_files(name, pattern)}
 
 
 def fingerprint_of_folder(name: str, folder: str) -> dict[str, str]:
-    """SHA-256 of each file below a folder, hidden ones aside, for recipes. Raises ConfigurationError for a folder without files."""
+    """Return the SHA-256 of each file below a folder, except hidden ones. Raises ConfigurationError for a folder without files."""
     root = Path(folder).expanduser()
     paths = {path.relative_to(root): path for path in sorted(root.rglob("*")) if path.is_file()}
     shown = {str(place): path for place, path in paths.items() if not any(part.startswith(".") for part in place.parts)}
     if not shown:
-        raise ConfigurationError(f"{name}: there is no file below {folder}, which is to be a local copy of the data set")
+        raise ConfigurationError(f"{name}: there is no file below {folder}: `path` has to be a local copy of the data set")
     return {place: _sha256(path, path.stat().st_size, path.stat().st_mtime_ns) for place, path in shown.items()}
 
 
 def read_columns(name: str, pattern: str, fields: Mapping[str, str]) -> pl.DataFrame:
-    """The columns `fields`, which maps what they are to be called to what they are called in the files, as strings; rows without a null.
+    """Return columns of local files as strings, without rows that have a null. `fields` maps new names to columns of the files.
 
-    Raises ConfigurationError for a column that is not there, with those that are, and for a file that cannot be read.
+    Raises ConfigurationError for a missing column, with the existing ones, and SaeensError for a file that cannot be read.
     """
-    import polars as pl
-
     parts = []
     for file in find_files(name, pattern):
         try:
@@ -64,9 +60,7 @@ def read_columns(name: str, pattern: str, fields: Mapping[str, str]) -> pl.DataF
 
 
 def select_fields(what: str, frame: pl.LazyFrame, fields: Mapping[str, str]) -> pl.LazyFrame:
-    """The columns `fields` under their new names, as strings, without rows that lack one. Raises ConfigurationError as `read_columns`."""
-    import polars as pl
-
+    """Return the columns `fields` as `read_columns`, from a frame. Raises ConfigurationError for a missing column."""
     there_are = frame.collect_schema().names()
     missing = [column for column in fields.values() if column not in there_are]
     if missing:
@@ -75,7 +69,7 @@ def select_fields(what: str, frame: pl.LazyFrame, fields: Mapping[str, str]) -> 
 
 
 def _first_broken_line(file: Path) -> str:
-    """Of JSON lines, as `:12`; nothing where each is valid by itself, or the file cannot be opened."""
+    """Return the first invalid line of JSON lines, as `:12`; empty if each line is valid, or the file cannot be opened."""
     with contextlib.suppress(OSError), file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
@@ -88,6 +82,6 @@ def _first_broken_line(file: Path) -> str:
 
 @lru_cache(maxsize=256)
 def _sha256(file: Path, size: int, modified_ns: int) -> str:
-    """Hashed once for as long as size and time of change stay."""
+    """Return the SHA-256 of a file, which is read once unless its size or time changes."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,6 +1,6 @@
-"""SAEBench's data sets on the Hugging Face hub, read with `datasets` (the extra `hub`): their columns, labels and pairs.
+"""SAEBench's data sets on the Hugging Face hub, read with `datasets` (the extra `hub`).
 
-No code of a data set is run. What is read is kept in the cache of `datasets`.
+Code of data sets is not run. `datasets` keeps downloaded data in its cache.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import polars as pl
 
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models.hub import resolve_commit
@@ -33,26 +35,23 @@ from saeens_pipeline.settings.labelled_data_sets import (
     TextCount,
 )
 
-if TYPE_CHECKING:
-    import polars as pl
-
-READER_VERSION = 1  # raised whenever other texts would be drawn
+READER_VERSION = 1  # increased with every change of the drawn texts
 COUNT = TextCount(4000, 1000)
-_SPARE = 1.25  # of a stream so many times what is needed is read, and drawn from
+_SPARE = 1.25  # texts that are read from a stream, per text that is drawn from them
 _GIVE_UP_AFTER = 2_000_000  # rows of a stream
 
 _HasEnough = Callable[[str], bool]
-"""Whether no more texts of a label are asked for."""
+"""Function that returns whether there are enough texts of a label."""
 
 _CODE_SUFFIXES = {
     ".c": "C", ".h": "C", ".py": "Python", ".html": "HTML", ".htm": "HTML", ".xht": "HTML", ".xhtml": "HTML", ".java": "Java",
     ".php": "PHP", ".php3": "PHP", ".php4": "PHP", ".php5": "PHP", ".phps": "PHP", ".phpt": "PHP",
 }  # fmt: skip
-_SKIPPED_CHARACTERS, _CODE_CHARACTERS = 150, 384  # a file's licence header, and what has to follow
+_SKIPPED_CHARACTERS, _CODE_CHARACTERS = 150, 384  # of a file: skipped as licence header, and needed after it
 
 
 def commit(name: str, revision: str) -> str:
-    """The commit of the repository that a data set with labels is read from.
+    """Return the commit of the repository of a labelled data set.
 
     Raises ConfigurationError without the package datasets, and as `resolve_commit`.
     """
@@ -75,13 +74,13 @@ def _repository(name: str) -> str:
 
 @dataclass(frozen=True)
 class HubReader:
-    """Reads at one revision, or from `path`, a local copy that `datasets` can load: a folder with files of the same columns."""
+    """Reader of one revision or of `path`, a local copy: a folder of files with the same columns that `datasets` can load."""
 
     revision: str = "main"
     path: str | None = None
 
     def concepts(self, name: str, count: TextCount | None, seed: int, labels: Sequence[str] = ()) -> ConceptTexts:
-        """The texts of a data set for concept detection. Raises SaeensError where it cannot be read, or has too few texts."""
+        """Return the texts of a data set for concept detection. Raises SaeensError if it cannot be read or has too few texts."""
         count = count or COUNT
         if name in STREAMED:
             streamed = Labelled(name, self._stream(name, count))
@@ -90,7 +89,7 @@ class HubReader:
         return draw_concepts(self._whole(name, hub_set), labels or hub_set.labels, count, balance=hub_set.other is not None, seed=seed)
 
     def correlations(self, name: str, count: TextCount | None, seed: int) -> list[CorrelationTexts]:
-        """The texts of every pair of a data set for spurious correlation. Raises as `concepts`."""
+        """Return the texts of every pair of a data set for spurious correlation. Raises as `concepts`."""
         hub_set = PAIRED[name]
         data = self._whole(name, hub_set)
         return [
@@ -99,9 +98,7 @@ class HubReader:
         ]
 
     def _whole(self, name: str, hub_set: HubSet) -> Labelled:
-        """Both splits, each held in memory with its texts and labels alone."""
-        import polars as pl
-
+        """Return both splits. Memory: their texts and labels."""
         fields = {"text": hub_set.text, "label": hub_set.label} | ({"other": hub_set.other} if hub_set.other else {})
         frames = []
         for split in SPLITS:
@@ -114,12 +111,10 @@ class HubReader:
         return Labelled(name, *frames)
 
     def _stream(self, name: str, count: TextCount) -> pl.DataFrame:
-        """The first texts of each label; memory: those alone."""
-        import polars as pl
-
+        """Return the first texts of each label. Memory: these texts."""
         wanted = int(sum(count) / 2 * _SPARE)
         found: dict[str, dict[str, None]] = {label: {} for label in STREAMED[name]}  # in order, none twice
-        with self._explained(name, name):  # a stream is read as it is asked for
+        with self._explained(name, name):  # a stream is read during iteration
             for label, text in _STREAMS[name](self, lambda label: len(found[label]) == wanted):
                 if label in found and len(found[label]) < wanted and text.strip():
                     found[label][text] = None
@@ -129,7 +124,7 @@ class HubReader:
         return pl.DataFrame(rows, schema={"text": pl.String, "label": pl.String}, orient="row")
 
     def _github_code(self, _has_enough: _HasEnough) -> Iterator[tuple[str, str]]:
-        """Files without their first characters, as SAEBench takes them: the Parquet files themselves, since the hub's reader is code."""
+        """Yield files without their first characters, as in SAEBench. Reads the Parquet files, since the hub's reader is a script."""
         files = {} if self.path else {"data_files": f"hf://datasets/{GITHUB_CODE}@{commit(GITHUB_CODE, self.revision)}/data/*.parquet"}
         loaded = self._load(GITHUB_CODE, GITHUB_CODE if self.path else "parquet", split="train", streaming=True, **files)
         for number, row in enumerate(loaded):
@@ -141,7 +136,7 @@ class HubReader:
                 return
 
     def _europarl(self, has_enough: _HasEnough) -> Iterator[tuple[str, str]]:
-        """Sentences of each language, one language after another."""
+        """Yield sentences of each language, one language after another."""
         for language, pair in EUROPARL_PAIRS.items():
             for number, row in enumerate(self._load(EUROPARL, EUROPARL, config=pair, split="train", streaming=True)):
                 translation = _field(EUROPARL, row, "translation")
@@ -161,7 +156,7 @@ class HubReader:
     def _explained(self, name: str, on_hub: str) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError, RuntimeError) as error:  # of which all errors of datasets and of the hub are
+        except (OSError, ValueError, RuntimeError) as error:  # bases of all errors of datasets and of the hub
             where = self.path or f"{on_hub} at revision {self.revision} of the hub"
             raise SaeensError(
                 f"{name} cannot be read from {where}: {error}. Without a connection give `path: FOLDER`, a local copy; where the hub asks "
@@ -176,7 +171,7 @@ _STREAMS: Mapping[str, Callable[[HubReader, _HasEnough], Iterator[tuple[str, str
 
 
 def _field(name: str, row: Mapping[str, Any], *columns: str) -> Any:
-    """The first of these columns that there is. Raises ConfigurationError where there is none, with those that there are."""
+    """Return the value of the first existing column. Raises ConfigurationError, with the existing columns, if there is none of these."""
     for column in columns:
         if row.get(column) is not None:
             return row[column]

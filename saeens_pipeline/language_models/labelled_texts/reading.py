@@ -1,4 +1,4 @@
-"""From the settings of an experiment to its labelled texts, wherever they come from."""
+"""Reading of the labelled texts in the settings of an experiment, from any source."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from saeens_pipeline.settings.labelled_data_sets import EMBEDDED_CONCEPTS, EMBED
 from saeens_pipeline.settings.probing import ConceptDataSet, CorrelationDataSet
 
 _DATA_SETS_KEPT = 32
-"""What was drawn is kept for the other seeds and layers of a process: some megabytes of each of so many data sets."""
+"""Data sets whose drawn texts stay in memory, some megabytes each, for other seeds and layers of the process."""
 
 
 def identity(data_set: ConceptDataSet | CorrelationDataSet) -> dict[str, Any]:
-    """What decides which texts there are, for recipes: of files their bytes, of a data set on the hub its commit.
+    """Return the identity of the texts for recipes: hashes of local files, or the commit of a data set on the hub.
 
-    Raises SaeensError for local files that are not there, and for a data set that the hub does not give.
+    Raises SaeensError for missing local files, and for a data set that the hub does not have or refuses.
     """
     if is_embedded(data_set):
         return {"name": data_set.name, "reader": embedded.READER_VERSION, "corpus": open_corpus(BUILTIN_CORPUS).identity}
@@ -35,17 +35,17 @@ def identity(data_set: ConceptDataSet | CorrelationDataSet) -> dict[str, Any]:
 
 
 def is_embedded(data_set: ConceptDataSet | CorrelationDataSet) -> bool:
-    """Whether its texts are the builtin corpus'. Those of several such sets are partly the same."""
+    """Return whether the texts are from the builtin corpus. Such data sets share texts."""
     return data_set.name in (*EMBEDDED_CONCEPTS, *EMBEDDED_CORRELATIONS)
 
 
 def read_concepts(data_set: ConceptDataSet, count: TextCount | None, seed: int) -> ConceptTexts:
-    """The texts for concept detection. Raises SaeensError for missing columns, absent labels, one label only, and too few texts."""
+    """Return the texts for concept detection. Raises SaeensError for missing columns, missing labels, a single label, and too few texts."""
     return _drawn_concepts(data_set.model_dump_json(), data_set.file, json.dumps(identity(data_set)), count, seed)
 
 
 def read_correlations(data_set: CorrelationDataSet, count: TextCount | None, seed: int) -> list[CorrelationTexts]:
-    """The texts of every task of a data set. Raises as `read_concepts`."""
+    """Return the texts of every task of a data set. Raises as `read_concepts`."""
     return _drawn_correlations(data_set.model_dump_json(), data_set.file, json.dumps(identity(data_set)), count, seed)
 
 
@@ -81,5 +81,5 @@ def _reader(data_set: ConceptDataSet | CorrelationDataSet) -> embedded.EmbeddedT
 
 @lru_cache(maxsize=1)
 def _embedded_tasks(_identity: str) -> embedded.EmbeddedTasks:
-    """Tasks have pieces in common, and reading the corpus takes seconds."""
+    """Return the embedded tasks, cached: they share pieces, and reading the corpus takes seconds."""
     return embedded.EmbeddedTasks(open_corpus(BUILTIN_CORPUS))
