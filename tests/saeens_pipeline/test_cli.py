@@ -30,7 +30,6 @@ from saeens_pipeline.assets import training
 from saeens_pipeline.assets.tables import listed
 from saeens_pipeline.cli import output
 from saeens_pipeline.errors import ConfigurationError
-from saeens_pipeline.orchestration import assets as dagster_assets
 from saeens_pipeline.orchestration import runs
 from saeens_pipeline.storage.tables import read_table
 
@@ -79,7 +78,7 @@ def _assert_one_message(outcome: Outcome, code: int, *parts: str) -> None:
 
 
 def test_help_imports_neither_torch_nor_dagster_nor_transformers():
-    heavy = ("torch", "dagster", "transformers", "polars", "zarr")
+    heavy = ("torch", "dagster", "transformers", "zarr")
     script = f"""
 import sys
 sys.argv = ["saeens", *sys.argv[1:]]
@@ -414,7 +413,7 @@ def _interrupt_training(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _interrupt_in_a_callback(monkeypatch: pytest.MonkeyPatch) -> None:
     """Python swallows exceptions of a weak reference's callback."""
-    partition_key = dagster_assets.partition_key
+    partition_key = runs.partition_key
 
     def interrupt(*arguments: Any) -> str | None:
         referent = _Referent()
@@ -423,7 +422,7 @@ def _interrupt_in_a_callback(monkeypatch: pytest.MonkeyPatch) -> None:
         assert reference() is None
         return partition_key(*arguments)
 
-    monkeypatch.setattr(dagster_assets, "partition_key", interrupt)
+    monkeypatch.setattr(runs, "partition_key", interrupt)
 
 
 def _interrupt_at_the_end_of_a_stage(monkeypatch: pytest.MonkeyPatch) -> None:

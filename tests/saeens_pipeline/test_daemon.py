@@ -29,9 +29,10 @@ NEW_LAYER = 0
 # The location of WORKSPACE, on the laboratory's file, and with a daemon that does not wait between two looks. The corpus is another
 # one: nobody reads it, since the tokens are there.
 LOCATION = """\
-from saeens_pipeline import automation, defs as files
+from saeens_pipeline import defs as files
+from saeens_pipeline.orchestration import automation, retraining
 files.__path__ = [{folder!r}]
-automation.TICK_SECONDS = 1
+automation.TICK_SECONDS = retraining.TICK_SECONDS = 1
 from saeens_pipeline.definitions import defs
 """
 # Runs start at once: the queue is looked at every few seconds only.
