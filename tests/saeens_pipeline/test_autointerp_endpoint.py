@@ -379,7 +379,7 @@ def test_lists_that_cannot_be_read_are_not_asked_for_again_and_again(fake: FakeE
     [
         (completion("I would", "length"), "cut off after 'I would': allow more tokens in autointerp.parameters"),
         (completion(""), "'': try a model that follows instructions better, autointerp.model"),
-        ("<html>\n a login page</html>", "no chat completion with a text but '<html> a login page</html>': see that the address"),
+        ("<html>\n a login page</html>", "no chat completion with a text but '<html> a login page</html>': check that the address"),
     ],
 )
 def test_a_small_interview_without_an_answer_that_can_be_read_fails(body: str, message: str, fake: FakeEndpoint, tmp_path: Path):

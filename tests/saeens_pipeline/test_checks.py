@@ -148,7 +148,7 @@ def test_weights_that_are_not_finite_or_misshapen_are_an_error(finished: Laborat
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda rows: rows.with_columns(mse=pl.lit(float("nan"))), "mse is nan in 9 of 9 rows, first of method single, n_members 1"),
+        (lambda rows: rows.with_columns(mse=pl.lit(float("nan"))), "mse is nan in 9 of 9 rows, first for method single, n_members 1"),
         (lambda rows: rows.with_columns(fvu=pl.when(pl.col("n_members") == 3).then(float("inf"))), "fvu is inf in 4 of 9 rows"),
         (lambda rows: rows.drop("l0"), "has the columns"),
         (lambda rows: rows.head(0), "is empty"),
