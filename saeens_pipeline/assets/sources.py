@@ -12,9 +12,8 @@ from saeens_pipeline.assets.declarations import Declaration, Input, Op, Referenc
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models.caching import cache_activations
 from saeens_pipeline.language_models.corpora import open_corpus
-from saeens_pipeline.language_models.descriptions import LanguageModelDescription, validate_hook
+from saeens_pipeline.language_models.descriptions import LanguageModelDescription, validate_hook, validate_patch
 from saeens_pipeline.language_models.models import describe_language_model, load_language_model
-from saeens_pipeline.language_models.patching import validate_patch
 from saeens_pipeline.language_models.tokens import open_tokens, validate_token_settings, write_tokens
 from saeens_pipeline.settings.experiments import ExperimentSettings
 from saeens_pipeline.settings.sources import SourceSettings

@@ -79,6 +79,20 @@ def validate_hook(description: LanguageModelDescription, hook: str, layers: Coll
         raise ConfigurationError(f"hook {hook!r} is not known; {others}, such as 'model.layers.{{layer}}.mlp'")
 
 
+def validate_patch(description: LanguageModelDescription, hook: str) -> None:
+    """Raise ConfigurationError for a hook whose activations can be read but not replaced."""
+    if hook == "resid_mid" and "mlp_out" in description.without:
+        raise not_replaceable(description)
+
+
+def not_replaceable(description: LanguageModelDescription) -> ConfigurationError:
+    """Return the error of a model whose stream between attention and MLP cannot be replaced."""
+    return ConfigurationError(
+        f"hook 'resid_mid' of {description.name} ({description.model_type}) can be read, but nothing can be put in its place: "
+        "the output of its MLP is not simply added to this stream. Set ce_loss_tokens: 0, or choose another hook"
+    )
+
+
 class ModelFolder(NamedTuple):
     """Folder of a model's files and, for a model on the hub, their commit."""
 

@@ -26,18 +26,20 @@ class Document:
 
 
 class Corpus(Protocol):
-    """Documents of a source.
-
-    `identity` is for recipes: it is cheap and changes when the documents may have changed. `require_readable` raises the errors of
-    `documents` early, after reading as little as possible.
-    """
+    """Documents of a source."""
 
     @property
-    def identity(self) -> dict[str, object]: ...
+    def identity(self) -> dict[str, object]:
+        """Values for recipes, which change when the documents may have changed. Cheap to compute."""
+        ...
 
-    def require_readable(self) -> None: ...
+    def require_readable(self) -> None:
+        """Raise the errors of `documents` early, after reading as little as possible."""
+        ...
 
-    def documents(self, split: Split) -> Iterator[Document]: ...
+    def documents(self, split: Split) -> Iterator[Document]:
+        """Yield the documents of a split."""
+        ...
 
 
 def rank(name: str) -> float:

@@ -10,26 +10,12 @@ import torch
 from torch import nn
 
 from saeens_models.metrics import LossBatch, NextTokenLoss, next_token_loss
-from saeens_pipeline.errors import ConfigurationError
-from saeens_pipeline.language_models.descriptions import READ_AT_INPUT, LanguageModelDescription
+from saeens_pipeline.language_models.descriptions import READ_AT_INPUT, not_replaceable, validate_patch
 from saeens_pipeline.language_models.language_model import LanguageModel
 from saeens_pipeline.language_models.tokens import TokenBatch, TokenStore
 
 LOGIT_BYTES = 2**24
 """Bytes of the logits of a batch of windows, so that they fit into the caches of a CPU."""
-
-
-def validate_patch(description: LanguageModelDescription, hook: str) -> None:
-    """Raise ConfigurationError for a hook whose activations can be read but not replaced."""
-    if hook == "resid_mid" and "mlp_out" in description.without:
-        raise _not_replaceable(description)
-
-
-def _not_replaceable(description: LanguageModelDescription) -> ConfigurationError:
-    return ConfigurationError(
-        f"hook 'resid_mid' of {description.name} ({description.model_type}) can be read, but nothing can be put in its place: "
-        "the output of its MLP is not simply added to this stream. Set ce_loss_tokens: 0, or choose another hook"
-    )
 
 
 @contextmanager
@@ -74,7 +60,7 @@ def _patched_between(model: LanguageModel, layer: int, replace: Callable[[torch.
     def add_again(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         value = output[0] if isinstance(output, tuple) else output
         if not torch.equal(value, stream[0] + added[0]):
-            raise _not_replaceable(model.description)
+            raise not_replaceable(model.description)
         value = stream[1] + added[0]
         return (value, *output[1:]) if isinstance(output, tuple) else value
 

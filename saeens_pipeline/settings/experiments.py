@@ -277,7 +277,7 @@ class ExperimentSettings(FromFile):
         "0 3 * * 0", description="cron expression, in UTC, of the retraining schedule; switched on in the UI"
     )
     freshness: FreshnessSettings | None = Field(None, description="largest age of tables, in days; default: no limit")
-    evaluations: list[Name] | None = Field(None, description="tables to fill; default: those that `saeens tables` marks as default")
+    evaluations: list[Name] | None = Field(None, description="evaluation tables; default: those that `saeens tables` marks as default")
     ce_loss_tokens: int = Field(4096, ge=0, description="number of test tokens for ce_loss_recovered, evenly spread; 0: not measured")
     concept_detection: ConceptDetectionSettings = Field(
         default=ConceptDetectionSettings(), description="texts for the table concept_detection, if evaluations includes it"
