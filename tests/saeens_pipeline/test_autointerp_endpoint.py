@@ -466,7 +466,7 @@ def test_nothing_is_kept_of_an_answer_that_cannot_be_written(fake: FakeEndpoint,
     def full(path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("saeens_pipeline.language_models.autointerp.answers.flush", full)
+    monkeypatch.setattr("saeens_pipeline.storage.disk.flush", full)
     with pytest.raises(OSError, match="No space left"):
         _run(_interviewer(tmp_path))
     assert not list((tmp_path / FOLDER).glob("*/*.json"))

@@ -94,7 +94,7 @@ def test_only_chunks_with_rows_of_the_documents_are_read(tmp_path: Path, monkeyp
 
 def test_documents_without_rows_and_other_splits_are_refused(tmp_path: Path):
     store = _store(tmp_path / "a.zarr", np.repeat(np.arange(3), 5))
-    with pytest.raises(SaeensError, match="no train rows of the 2 documents"):
+    with pytest.raises(SaeensError, match="no train rows of the 2 selected documents"):
         SelectedDocuments(store, "train", np.array([7, 9]))
     with pytest.raises(SaeensError, match="selected from the train split"):
         SelectedDocuments(store, "train", np.array([1])).n_rows("test")
