@@ -272,6 +272,23 @@ def layer_profile(board: pl.DataFrame, experiment: str) -> Iterator[Chart]:
             yield Chart(f"{experiment}_{metric.column}_by_layer", title, caption, Axis("layer", whole=True), Axis(metric.name), series)
 
 
+def sweep(table: pl.DataFrame) -> list[list[Chart]]:
+    """Return for each layer of the table `pareto` explained variance against L0 and against bits; without rows, both without points."""
+    layers = [(f"layer {layer}", table.filter(layer=layer)) for layer in sorted(set(table["layer"]))] or [("", table)]
+    return [[_of_sweep(rows, spent, title) for spent in (L0, BITS)] for title, rows in layers]
+
+
+def _of_sweep(table: pl.DataFrame, spent: Metric, title: str) -> Chart:
+    """Return a line for each method and size: means over seeds, joined in the order of the sweep's values, with bars for the seeds."""
+    known = table.filter(pl.col(spent.column).is_finite())
+    series: list[Series] = []
+    for (name, n), rows in known.sort("value").partition_by("method", "n_members", as_dict=True, maintain_order=True).items():
+        label = f"{method(name).label} ({n})" if known.filter(method=name)["n_members"].n_unique() > 1 else ""
+        x, y = ([spread for points in rows[f"{metric.column}_by_seed"] if (spread := spread_of_points(points))] for metric in (spent, EV))
+        series.append(Series(method(name), _means(x), _means(y), LINE, [each.bar for each in x], [each.bar for each in y], label=label))
+    return Chart(spent.column, title, "", Axis(spent.name, log=spent.log), Axis(EV.name), series)
+
+
 def _of_methods(values: Mapping[Size, Spread], what: Callable[[str, int], str]) -> Iterator[Series]:
     """Yield a line for each method against its sizes."""
     for name in in_order(size.method for size in values):
