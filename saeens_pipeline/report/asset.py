@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from saeens_pipeline.assets.declarations import Declaration, Input, Op, RunContext, Task, with_file
 from saeens_pipeline.assets.tables.pareto import PICTURE_FILE, TABLE_FILE, not_evaluated, pareto_declaration, pareto_rows
@@ -58,14 +59,11 @@ def report_op(experiment: ExperimentSettings, tables: Sequence[Declaration], con
 
 def leaderboard_page_op(leaderboard: Declaration) -> Op:
     """Declare the page over all experiments, with the inputs of the leaderboard."""
-    page = Declaration(
+    page = replace(
+        leaderboard,
         address=Address(LEADERBOARD, REPORT, REPORT),
-        dimensions="none",
         builder="leaderboard page",
         version=REPORT_VERSION,
-        settings=leaderboard.settings,
-        inputs=leaderboard.inputs,
-        source="",
         kinds=frozenset({"html", "plotly"}),
         tags={},
         description="All experiments side by side: a page that opens from disk\n\n`saeens report` makes and names it.",

@@ -34,8 +34,8 @@ def report_pictures(results: Results) -> Iterator[tuple[str, bytes]]:
 def table_picture(table: str, rows: pl.DataFrame) -> bytes | None:
     """Return the key chart of one table as PNG: its first metric by the number of members. None without a chart or values."""
     metric = next((each for each in (*BY_MEMBERS, *GAINS) if each.table == table), None)
-    values = spreads(rows, metric.column) if metric else {}
-    return as_png([[against_members(values, metric)]]) if metric and any(size.n_members > 1 for size in values) else None
+    chart = against_members(spreads(rows, metric.column), metric) if metric else None
+    return as_png([[chart]]) if chart else None
 
 
 def sweep_picture(table: pl.DataFrame, pareto: Declaration) -> bytes:

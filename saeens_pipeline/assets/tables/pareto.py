@@ -21,10 +21,7 @@ PARETO_VERSION = 2
 _QUESTION = "Which method explains most for its L0 and for its bits?"
 TABLE_FILE, PICTURE_FILE = "pareto.parquet", "pareto.png"
 _MEASURED = ("l0", "description_length_bits", "explained_variance")
-_READ = {
-    "reconstruction": ("language_model", "sae_data_versions", "n_features", *_MEASURED),
-    "cost": ("train_flops", "residual_flops"),
-}
+_READ = {"reconstruction": ("language_model", "sae_data_versions", "n_features", *_MEASURED), "cost": ("train_flops", "residual_flops")}
 
 
 def pareto_declaration(settings: ExperimentSettings, outputs: Iterable[Declaration]) -> Declaration:
@@ -59,8 +56,7 @@ def pareto_rows(store: Store, pareto: Declaration) -> pl.DataFrame:
         for row in over_seeds(measured, _MEASURED, ["total_flops"])
     ]
     table = table_frame(PARETO, rows)
-    for front, spent in (("on_l0_front", "l0"), ("on_bits_front", "description_length_bits")):
-        table = table.with_columns(_front(table, spent).alias(front))
+    table = table.with_columns(on_l0_front=_front(table, "l0"), on_bits_front=_front(table, "description_length_bits"))
     order = pl.col("method").replace_strict({method: i for i, method in enumerate(METHODS)}, return_dtype=pl.Int64)
     return table.sort("layer", order, "n_members", "value")
 
@@ -81,20 +77,12 @@ def notes(table: pl.DataFrame, pareto: Declaration) -> Iterator[str]:
 
 def for_reading(table: pl.DataFrame) -> pl.DataFrame:
     """Return the columns for the terminal of rows of one layer."""
-    fronts = [pl.when(pl.col(f"on_{name}_front") == 1).then(pl.lit("*")).otherwise(None) for name in ("l0", "bits")]
-    return table.select(
-        "method",
-        pl.col("n_members").alias("n"),
-        pl.col("value").alias(table["field"][0]),
-        pl.col("l0").alias("L0"),
-        pl.col("description_length_bits").alias("bits"),
-        pl.col("explained_variance").alias("EV"),
-        pl.col("n_features").alias("features"),
-        pl.col("total_flops").alias("FLOPs"),
-        pl.col("n_seeds").alias("seeds"),
-        fronts[0].alias("front by L0"),
-        fronts[1].alias("front by bits"),
-    )
+    named = {
+        "n": "n_members", table["field"][0]: "value", "L0": "l0", "bits": "description_length_bits", "EV": "explained_variance",
+        "features": "n_features", "FLOPs": "total_flops", "seeds": "n_seeds",
+    }  # fmt: skip
+    fronts = {f"front by {name}": pl.when(pl.col(f"on_{name.lower()}_front") == 1).then(pl.lit("*")) for name in ("L0", "bits")}
+    return table.select("method", **{title: pl.col(column) for title, column in named.items()}, **fronts)
 
 
 def _front(table: pl.DataFrame, spent: str) -> pl.Series:
