@@ -191,27 +191,27 @@ def features(results: Results) -> Iterator[Chart]:
     fires = table.filter(pl.col("density") > 0)
     if len(fires):
         low = math.floor(np.log10(fires["density"].to_numpy().min()) * 2) / 2
-        edges = np.logspace(low, 0, BINS + 1)
-        series = [_steps(name, rows["density"], edges, len(table.filter(method=name)), ".2g") for name, rows in _by_method(fires)]
         caption = "Share of the test tokens on which a feature fires. Features that never fire (dead) are left out."
         x = Axis("share of tokens on which it fires", log=True, range=(10**low, 1))
+        series = list(_histograms(fires, "density", table, np.logspace(low, 0, BINS + 1), ".2g"))
         yield Chart("density", "Density of features", caption, x, y, series)
-    there = table.drop_nulls("nearest_other_seed_cosine").rename({"nearest_other_seed_cosine": "cosine"})
+    there = table.drop_nulls("nearest_other_seed_cosine")
     if len(there):
-        low = min(0.0, math.floor(there["cosine"].to_numpy().min() * 10) / 10)
-        edges = np.linspace(low, 1, BINS + 1)
-        series = [_steps(name, rows["cosine"], edges, len(rows), ".2f") for name, rows in _by_method(there)]
+        low = min(0.0, math.floor(there["nearest_other_seed_cosine"].to_numpy().min() * 10) / 10)
         caption = "Largest cosine of each feature to any feature under another seed. 1: the same direction again."
+        series = list(_histograms(there, "nearest_other_seed_cosine", there, np.linspace(low, 1, BINS + 1), ".2f"))
         yield Chart("other_seed_cosine", "Stability of features", caption, Axis("largest cosine", range=(low, 1.0)), y, series)
 
 
-def _steps(name: str, values: pl.Series, edges: np.ndarray, total: int, form: str) -> Series:
-    """Return a histogram in shares of `total`, drawn up to the last edge; values beyond the edges count to the last bin there."""
-    shares = np.histogram(values.to_numpy().clip(edges[0], edges[-1]), edges)[0] / total
+def _histograms(rows: pl.DataFrame, column: str, whole: pl.DataFrame, edges: np.ndarray, form: str) -> Iterator[Series]:
+    """Yield a histogram of each method in shares of its features in `whole`; values beyond the edges count to the last bin there."""
     bins = [f"from {left:{form}} to {right:{form}}" for left, right in itertools.pairwise(edges)]
-    texts = [f"{bin_}: {share:.2%} of the features" for bin_, share in zip(bins, shares, strict=True)]
-    x, y = ([float(f"{value:.4g}") for value in each] for each in (edges, [*shares, shares[-1]]))
-    return Series(method(name), x, y, STEPS, text=[*texts, texts[-1]])
+    for name in in_order(rows["method"]):
+        values = rows.filter(method=name)[column].to_numpy().clip(edges[0], edges[-1])
+        shares = np.histogram(values, edges)[0] / len(whole.filter(method=name))
+        texts = [f"{bin_}: {share:.2%} of the features" for bin_, share in zip(bins, shares, strict=True)]
+        x, y = ([float(f"{value:.4g}") for value in each] for each in (edges, [*shares, shares[-1]]))  # drawn up to the last edge
+        yield Series(method(name), x, y, STEPS, text=[*texts, texts[-1]])
 
 
 def downstream(results: Results) -> Iterator[Chart]:
@@ -254,9 +254,9 @@ def layer_profile(board: pl.DataFrame, experiment: str) -> Iterator[Chart]:
             if (spread := spread_of_points(row[f"{metric.column}_by_seed"]))
         }
         if values:
-            title, caption = f"{experiment}: {metric.name} by layer", "Every method at its full size."
+            name, title = f"{experiment}_{metric.column}_by_layer", f"{experiment}: {metric.name} by layer"
             series = list(_of_methods(values, lambda _, layer: f"layer {layer}"))
-            yield Chart(f"{experiment}_{metric.column}_by_layer", title, caption, Axis("layer", whole=True), Axis(metric.name), series)
+            yield Chart(name, title, "Every method at its full size.", Axis("layer", whole=True), Axis(metric.name), series)
 
 
 def sweep(table: pl.DataFrame) -> list[list[Chart]]:
@@ -299,11 +299,6 @@ def _bars(chosen: Sequence[Spread]) -> list[tuple[float, float]]:
 def _in_words(spread: Spread, form: str) -> str:
     around = spread.around(form)
     return f"{written(spread.mean, form)} ({around})" if around else written(spread.mean, form)
-
-
-def _by_method(rows: pl.DataFrame) -> Iterator[tuple[str, pl.DataFrame]]:
-    for name in in_order(rows["method"]):
-        yield name, rows.filter(method=name)
 
 
 def _sae_of(name: str, number: int) -> str:
