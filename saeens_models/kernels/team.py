@@ -36,6 +36,9 @@ class Team:
     """
 
     def __init__(self) -> None:
+        from saeens_models.kernels import compiled, compiled_pursuit, compiled_topk  # need numba
+
+        self.compiled, self.compiled_pursuit, self.compiled_topk = compiled, compiled_pursuit, compiled_topk
         self.n_threads = torch.get_num_threads()
         self._precision = torch.get_float32_matmul_precision()
         self.in_bfloat16 = self._precision == "medium" and multiplies_bfloat16()

@@ -22,6 +22,21 @@ class Weights(NamedTuple):
     """`[d_in]`"""
 
 
+class BatchLoss(NamedTuple):
+    """Loss of a batch, its gradients and its reconstruction."""
+
+    mse: Tensor
+    """Scalar: squared error summed over d_in, mean over tokens."""
+    second_term: Tensor
+    """Scalar, with its coefficient: the sparsity term, or the auxiliary loss of the dead features."""
+    x_hat: Tensor
+    """Reconstruction `[n, d_in]`."""
+    fire_counts: Tensor
+    """Number of tokens on which each feature is active, `[d_sae]`."""
+    gradients: Weights
+    """Gradients of the weights, in memory of the team."""
+
+
 def gradients_of(team: Team, weights: Weights) -> Weights:
     """Return memory of the team for the gradients of all weights; its content is undefined, and the next call returns the same memory."""
     return team.kept("gradients", _gradients_memory, *weights.W_enc.shape)

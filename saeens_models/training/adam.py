@@ -104,9 +104,7 @@ class Adam:
             _normalise_rows(W_dec)
 
     def _compiled_step(self, learning_rate: float, gradients: dict[str, Tensor], team: Team) -> None:
-        from saeens_models.kernels import compiled
-
-        training, t, tasks = self._training, self.steps, self._tasks
+        training, t, tasks, compiled = self._training, self.steps, self._tasks, team.compiled
         beta1, beta2 = training.adam_betas
         arrays = {name: _as_rows(gradient).numpy() for name, gradient in gradients.items()}
         unit_norm = {name: training.unit_norm_decoder and name == "W_dec" for name in arrays}
