@@ -152,12 +152,8 @@ class TopKSAE(SAE):
             norms = weights["W_dec"].norm(dim=1)
             if not (norms > 0).all():
                 raise ValueError("rescale_acts_by_decoder_norm needs decoder rows other than zero")
-            weights = {
-                **weights,
-                "W_enc": weights["W_enc"] * norms,
-                "b_enc": weights["b_enc"] * norms,
-                "W_dec": weights["W_dec"] / norms[:, None],
-            }
+            encoder = {name: weights[name] * norms for name in ("W_enc", "b_enc")}
+            weights = {**weights, **encoder, "W_dec": weights["W_dec"] / norms[:, None]}
         return {"k": cfg["k"]}, weights
 
 
