@@ -1,7 +1,5 @@
 """Evaluation of ensembles of every size in one pass over held-out activations."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """The BatchTopK SAE: the largest pre-activations of a whole batch are the code (Bussmann et al. 2024, arXiv 2412.06410)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, Self

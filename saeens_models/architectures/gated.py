@@ -1,7 +1,5 @@
 """The gated SAE: one encoder with two biases, for which features are active and for how much (arXiv 2404.16014)."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

@@ -1,7 +1,5 @@
 """The JumpReLU SAE: a learned threshold per feature, trained with a straight-through estimator (arXiv 2407.14435)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, Literal
 

@@ -1,7 +1,5 @@
 """The matching pursuit SAE (MP-SAE, arXiv 2506.03093): one dictionary, whose atoms are chosen one by one to fit the residual."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 

@@ -1,7 +1,5 @@
 """One SAE in a folder, in the format of SAELens 6: ``cfg.json`` and ``sae_weights.safetensors``."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

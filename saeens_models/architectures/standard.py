@@ -1,7 +1,5 @@
 """The standard SAE: ReLU, and an L1 penalty weighted by the decoder norms."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

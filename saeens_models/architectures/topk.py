@@ -1,7 +1,5 @@
 """The TopK SAE: the k largest pre-activations are the code (Gao et al. 2024, arXiv 2406.04093)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 

@@ -5,8 +5,6 @@ instead of a matrix product. The inner products are rounded to int16, which halv
 leaves open are compared in float32, so that the choice follows the definition.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

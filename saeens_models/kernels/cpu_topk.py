@@ -4,8 +4,6 @@ A thread encodes a block of tokens, selects its features and decodes them while 
 pre-activations of a whole batch are never allocated. One thread sums a feature's gradients over the tokens on which it is active.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple, Unpack

@@ -1,7 +1,5 @@
 """The encoder of TopK SAEs on the CPU: the largest pre-activations of each token, in float32 or, if faster, first in bfloat16."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor

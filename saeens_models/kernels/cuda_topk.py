@@ -9,8 +9,6 @@ one SAE. They share kernel launches, because launches of small SAEs take longer 
 Kernels are used on a device only after they agreed there with the reference on weights of the same shape.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 from functools import cache

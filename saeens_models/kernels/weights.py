@@ -1,7 +1,5 @@
 """The weights of an SAE, or their gradients, in the form that kernels take."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from torch import Tensor

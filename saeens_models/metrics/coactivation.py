@@ -5,8 +5,6 @@ so a token costs l0 * m / 64 word operations instead of the m^2 operations of a 
 triangle is computed. Features are ordered from rare to frequent: a frequent feature, with many masks to OR, then has a short row.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache

@@ -5,8 +5,6 @@ zero or not finite raise ValueError. Cosines are float32, averages float64. Simi
 a whole, except by ``stability_matched``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import combinations, islice
 from typing import NamedTuple

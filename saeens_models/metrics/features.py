@@ -1,7 +1,5 @@
 """Activity of each feature: density, mean activation, and its most active tokens."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """The optimiser step: Adam with gradient clipping and unit-norm decoder rows."""
 
-from __future__ import annotations
-
 from functools import cached_property
 from math import isfinite, nan
 from typing import Any, NamedTuple

@@ -6,8 +6,6 @@ the training curve so far, and a key of each SAE: the hash of everything that de
 random generator is used after the weights are drawn.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

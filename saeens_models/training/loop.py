@@ -1,7 +1,5 @@
 """Train several SAEs on one stream of activations."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
