@@ -124,7 +124,8 @@ class TopKSAE(SAE):
     def backpropagate_together(
         cls, saes: Sequence[SAE], x: Tensor, dead_masks: Sequence[Tensor | None], sparsity_scale: float = 1.0
     ) -> list[Objective] | None:
-        alike = [sae for sae in saes if isinstance(sae, cls) and _shape(sae.config) == _shape(saes[0].config)]
+        shapes = [sae.config.model_copy(update={"init_seed": 0}) for sae in saes]
+        alike = [sae for sae, shape in zip(saes, shapes, strict=True) if isinstance(sae, cls) and shape == shapes[0]]
         if len(alike) < len(saes):
             return None
         if alike[0].config.aux_loss_coefficient == 0:
@@ -153,8 +154,3 @@ class TopKSAE(SAE):
             encoder = {name: weights[name] * norms for name in ("W_enc", "b_enc")}
             weights = {**weights, **encoder, "W_dec": weights["W_dec"] / norms[:, None]}
         return {"k": cfg["k"]}, weights
-
-
-def _shape(config: SAEConfig) -> SAEConfig:
-    """Return the configuration without its seed: SAEs that share kernel launches are equal in it."""
-    return config.model_copy(update={"init_seed": 0})

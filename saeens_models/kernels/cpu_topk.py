@@ -51,16 +51,6 @@ class _Entries(NamedTuple):
     gradients_by_feature: np.ndarray  # gradients, in the same order
 
 
-class _Revived(NamedTuple):
-    """The dead features of the auxiliary loss, and memory for their code."""
-
-    entries: _Entries
-    scale: np.float32  # of the error's gradient
-    features: np.ndarray  # int32 [n_dead]
-    W_enc: Tensor  # [n_dead, d_in]
-    b_enc: np.ndarray  # [n_dead]
-
-
 def topk_gradients(
     team: Team, x: Tensor, weights: Weights, *, dead: Tensor | None = None, aux_coefficient: float = 0.0, **settings: Unpack[TopKSettings]
 ) -> BatchLoss:
@@ -87,9 +77,9 @@ def topk_gradients(
     revived = None
     if dead is not None:
         k_aux = min(settings.get("k_aux", 1), len(dead))
-        entries = team.kept("entries of dead features", _entries, n, d_in, k_aux, d_sae)
+        entries_of_dead = team.kept("entries of dead features", _entries, n, d_in, k_aux, d_sae)
         features = dead.to(torch.int32).numpy()
-        revived = _Revived(entries, np.float32(aux_coefficient * 2 / n), features, weights.W_enc[dead], b_enc[features])
+        revived = entries_of_dead, np.float32(aux_coefficient * 2 / n), features, weights.W_enc[dead], b_enc[features]
     encoder = Encoder(team, weights, rough=bfloat16_pays(n, weights))
 
     def forward(i: int) -> tuple[float, float]:
@@ -102,13 +92,14 @@ def topk_gradients(
         squares: float = compiled.reconstruct(indices, values, W_dec, b_dec, x_rows[rows], scale, *found)
         if revived is None:
             return squares, 0.0
-        code = (*(each[rows] for each in revived.entries[:4]), revived.entries.counts[i])
-        select_topk(team, torch.mm(centred[rows], revived.W_enc.t()), revived.b_enc, code[0], code[1])
-        return squares, compiled.reconstruct_error(revived.features, W_dec, error, revived.scale, *code)
+        entries, scale_of_dead, features, W_enc_of_dead, b_enc_of_dead = revived
+        code = (*(each[rows] for each in entries[:4]), entries.counts[i])
+        select_topk(team, torch.mm(centred[rows], W_enc_of_dead.t()), b_enc_of_dead, code[0], code[1])
+        return squares, compiled.reconstruct_error(features, W_dec, error, scale_of_dead, *code)
 
     sums = team.run(forward, len(blocks))
     mse, auxiliary = (sum(parts) / n for parts in zip(*sums, strict=True))
-    codes = [(main, scale)] if revived is None else [(main, scale), (revived.entries, revived.scale)]
+    codes = [(main, scale)] if revived is None else [(main, scale), revived[:2]]
     gradients = _gradients(team, codes, blocks, centred_rows, weights, centres=apply_b_dec_to_input)
     gradients.b_dec.add_(torch.from_numpy(error_sums.sum(axis=0)), alpha=float(scale))
     terms = torch.tensor(mse, dtype=torch.float32), torch.tensor(aux_coefficient * auxiliary, dtype=torch.float32)

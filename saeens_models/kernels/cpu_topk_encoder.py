@@ -61,7 +61,8 @@ class Encoder:
         compiled_topk = self._team.compiled_topk
         (n, d_in), d_sae, k = x.shape, len(W_rough), indices.shape[1]
         memory = self._team.kept("selection of rough features", _exact_selection, n, d_sae, k)
-        x_rough = self._team.kept("rough x", _rough_input, n, d_in)
+        x_rough = self._team.kept("rough x", _rough_rows, n, d_in)
+        x_rough[:, d_in] = 1  # the column of the bias
         x_rows, (x_norms, off) = x.numpy(), self._team.scratch("norms of x", 2, n).numpy()
         compiled_topk.round_rows(x_rows, _bits(x_rough), x_norms, off)
         errors = off * self._norm + (x_norms + off) * self._rounding + self._of_bias
@@ -116,13 +117,6 @@ def _rough_rows(team: Team, name: str, n: int, d: int) -> Tensor:
     rows = team.scratch(name, n, d + _BIAS_COLUMNS, dtype=torch.bfloat16)
     rows[:, d:] = 0
     return rows
-
-
-def _rough_input(team: Team, name: str, n: int, d_in: int) -> Tensor:
-    """Return memory for the input in bfloat16, with a 1 in the column of the bias."""
-    x_rough = _rough_rows(team, name, n, d_in)
-    x_rough[:, d_in] = 1
-    return x_rough
 
 
 def _bits(rough: Tensor) -> np.ndarray:

@@ -169,9 +169,10 @@ class _SparseCode(NamedTuple):
         return torch.bincount(torch.where(self.values > 0, self.indices, inactive).flatten(), minlength=inactive + 1)[:inactive]
 
     def gradients(self, grad_decoded: Tensor, x: Tensor, W_dec: Tensor) -> _Gradients:
-        k = self.indices.shape[1]
-        features = self.indices.flatten()
-        grad_values = _rowwise_dot(grad_decoded, W_dec, features, k)
+        (n, k), device = self.indices.shape, x.device
+        features, starts = self.indices.flatten(), torch.arange(0, n * k, k, device=device)
+        token_of = torch.arange(n, device=device).repeat_interleave(k)
+        grad_values = torch.ops.aten._embedding_bag_per_sample_weights_backward(grad_decoded, W_dec, features, starts, token_of, 0)
         if self.gate is not None:
             grad_values *= self.gate.flatten()
         by_feature = features.int().argsort(stable=True)
@@ -204,10 +205,3 @@ class _DenseCode(NamedTuple):
         if self.gate is not None:
             grad_pre *= self.gate
         return _Gradients(W_enc=grad_pre.t() @ x, b_enc=grad_pre.sum(dim=0), W_dec=self.z.t() @ grad_decoded)
-
-
-def _rowwise_dot(rows: Tensor, W_dec: Tensor, features: Tensor, k: int) -> Tensor:
-    """Return ``rows[i // k] . W_dec[features[i]]`` for each i of ``features`` `[n * k]`: the gradient of embedding_bag's weights."""
-    starts = torch.arange(0, len(features), k, device=features.device)
-    tokens = torch.arange(len(rows), device=features.device).repeat_interleave(k)
-    return torch.ops.aten._embedding_bag_per_sample_weights_backward(rows, W_dec, features, starts, tokens, 0)

@@ -37,9 +37,4 @@ class BatchLoss(NamedTuple):
 
 def gradients_of(team: Team, weights: Weights) -> Weights:
     """Return memory of the team for the gradients of all weights; its content is undefined, and the next call returns the same memory."""
-    return team.kept("gradients", _gradients_memory, *weights.W_enc.shape)
-
-
-def _gradients_memory(team: Team, name: str, d_sae: int, d_in: int) -> Weights:
-    shapes = {"W_enc": (d_sae, d_in), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
-    return Weights(**{weight: team.scratch(f"{name} of {weight}", *shape) for weight, shape in shapes.items()})
+    return Weights(*(team.scratch(f"gradients of {name}", *each.shape) for name, each in zip(Weights._fields, weights, strict=True)))

@@ -198,7 +198,8 @@ def nearest_in_other_runs(runs: Sequence[Sequence[Tensor]]) -> list[NearestInOth
     nearest = iter([found.nearest() for found in _matches_of_pairs([W_dec for run in runs for W_dec in run], _pairs_of_runs(runs))])
     columns = [[torch.cat(column) for column in zip(*islice(nearest, len(run)), strict=True)] for run in runs]
     origin = torch.tensor([(run, member) for run, members in enumerate(runs) for member in range(len(members))])
-    return [NearestInOtherRuns(*origin.to(which.device)[which].unbind(1), row, cosine) for which, row, cosine in columns]
+    run, member = origin.unbind(1)
+    return [NearestInOtherRuns(run.to(which)[which], member.to(which)[which], row, cosine) for which, row, cosine in columns]
 
 
 class MemberComparison(NamedTuple):

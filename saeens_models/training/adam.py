@@ -82,10 +82,10 @@ class Adam:
         if training.gradient_clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self._parameters.values(), training.gradient_clip_norm)
         beta1, beta2 = training.adam_betas
-        tensors = (list(named.values()) for named in (self._weights, gradients, self.means, self.squares))
+        weights, of_weights, means, squares = (list(each.values()) for each in (self._weights, gradients, self.means, self.squares))
         settings: dict[str, Any] = {"fused": True, "amsgrad": False, "maximize": False, "weight_decay": 0.0, "eps": EPSILON}
         counts = list(self._counts.unbind())  # counted up by the call
-        adam(*tensors, [], counts, beta1=beta1, beta2=beta2, lr=learning_rate, **settings)
+        adam(weights, of_weights, means, squares, [], counts, beta1=beta1, beta2=beta2, lr=learning_rate, **settings)
         if training.unit_norm_decoder:
             _normalise_rows(W_dec)
 
@@ -123,8 +123,10 @@ class Adam:
         tasks: list[_Rows] = []
         for name, weight in self._weights.items():
             arrays = [_as_rows(tensor).numpy() for tensor in (weight, self.means[name], self.squares[name])]
-            ranges = _row_ranges(weight) if shared else [slice(None)]
-            tasks += [_Rows(name, rows, *(array[rows] for array in arrays)) for rows in ranges]
+            n_rows, n_tasks = len(arrays[0]), min(max(weight.numel() // _TASK_ENTRIES, 1), _MOST_TASKS) if shared else 1
+            size = -(-n_rows // n_tasks)
+            for rows in (slice(first, min(first + size, n_rows)) for first in range(0, n_rows, size)):
+                tasks.append(_Rows(name, rows, *(array[rows] for array in arrays)))
         return tasks
 
 
@@ -135,12 +137,6 @@ def _as_in_memory(weight: Tensor) -> Tensor:
 
 def _as_rows(weight: Tensor) -> Tensor:
     return weight if weight.ndim == 2 else weight.view(1, -1)
-
-
-def _row_ranges(weight: Tensor) -> list[slice]:
-    n_rows = len(_as_rows(weight))
-    size = -(-n_rows // min(max(weight.numel() // _TASK_ENTRIES, 1), _MOST_TASKS))
-    return [slice(first, min(first + size, n_rows)) for first in range(0, n_rows, size)]
 
 
 @torch.no_grad()
