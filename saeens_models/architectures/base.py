@@ -148,7 +148,6 @@ class SAE(nn.Module, ABC):
         Returns None, and changes nothing, if these SAEs cannot share launches. Up to rounding, the objective and the gradients of each
         SAE are the same as from its own :meth:`backpropagate`.
         """
-        del saes, x, dead_masks, sparsity_scale
         return None
 
     def batch_in_parts(self, parts: Sequence[Tensor]) -> AbstractContextManager[None]:
@@ -156,7 +155,6 @@ class SAE(nn.Module, ABC):
 
         An architecture whose objective depends on all tokens of the batch overrides it.
         """
-        del parts
         return nullcontext()
 
     @property
@@ -232,7 +230,6 @@ class SAE(nn.Module, ABC):
 
         Raises ``ValueError`` for a variant that cannot be represented.
         """
-        del cfg
         return {}, weights
 
 

@@ -97,7 +97,7 @@ def jumprelu_gradients(
     mse = sum(team.run(forward, len(blocks))) / n
     sums = torch.from_numpy(memory.sums.sum(axis=0))
     of_norms = sums * (l1_coefficient / n) / norms.clamp_min(torch.finfo(norms.dtype).tiny)
-    gradients = _gradients(team, blocks, memory, sparse, weights, centred, of_norms if l1_coefficient else None, float(scale))
+    gradients = _gradients(team, memory, sparse, weights, centred, of_norms if l1_coefficient else None, float(scale))
     if apply_b_dec_to_input:
         gradients.b_dec.addmv_(weights.W_enc.t(), gradients.b_enc, alpha=-1)
     fire_counts = torch.from_numpy(memory.fires.sum(axis=0))
@@ -107,14 +107,7 @@ def jumprelu_gradients(
 
 
 def _gradients(  # noqa: PLR0917 - called once
-    team: Team,
-    blocks: Sequence[slice],
-    memory: _Memory,
-    sparse: Mapping[int, _Entries],
-    weights: Weights,
-    x: Tensor,
-    of_norms: Tensor | None,
-    scale: float,
+    team: Team, memory: _Memory, sparse: Mapping[int, _Entries], weights: Weights, x: Tensor, of_norms: Tensor | None, scale: float
 ) -> Weights:
     """Compute the gradients of the weights from those of the pre-activations, from ``x`` and from the error; b_dec's only of the output.
 
@@ -129,7 +122,7 @@ def _gradients(  # noqa: PLR0917 - called once
     def backward(i: int) -> None:
         features = slice(i * size, min((i + 1) * size, d_sae))
         W_enc, W_dec = gradients.W_enc[features], gradients.W_dec[features]
-        for number, rows in enumerate(blocks):
+        for number, rows in enumerate(blocks_of_tokens(len(x))):
             per_token = x[rows], memory.error[rows]
             if number in sparse:
                 to = whole_W_enc, whole_W_enc, memory.ignored, whole_W_dec, np.empty(0, np.float32)

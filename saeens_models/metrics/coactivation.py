@@ -48,11 +48,6 @@ class _Codes(NamedTuple):
     start: np.ndarray
     """int64 [n_tokens + 1]: position of each token's first feature."""
 
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return self.feature.nbytes + self.start.nbytes
-
 
 class ConnectivityMetric:
     """Streaming metric for ``connectivity``: ``update(z)`` for each batch of codes, then ``compute()``.
@@ -139,7 +134,7 @@ class ConnectivityMetric:
             self._or_into(self._bits, self._strips[0], codes)
             return
         self._held.append(codes)
-        held_bytes = sum(codes.nbytes for codes in self._held)
+        held_bytes = sum(part.nbytes for codes in self._held for part in codes)
         if held_bytes > self.memory_budget // 2:
             raise MemoryBudgetError(
                 f"the codes of {self._tokens} tokens take {held_bytes} bytes, more than half of memory_budget = {self.memory_budget}; "
