@@ -4,25 +4,23 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
+from pydantic import Field, PositiveInt, field_validator
+
+from saeens_pipeline.settings.from_file import Section
 
 _RESERVED = ("model", "messages", "n", "stream")  # request fields that the pipeline sets
 _Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-class Prices(BaseModel):
+class Prices(Section):
     """`autointerp.prices`: prices per million tokens, in any currency."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     input: _Price = Field(description="price of a million tokens sent")
     output: _Price = Field(description="price of a million tokens received")
 
 
-class AutoInterpSettings(BaseModel):
+class AutoInterpSettings(Section):
     """`autointerp`: explanations of features by a language model. The first four fields decide the table, the others do not."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str = Field(min_length=1, description="name of the model at the endpoint, such as gpt-4o-mini")
     features: PositiveInt = Field(200, description="number of features per ensemble, layer and seed, drawn from those that fire")

@@ -3,34 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from croniter import croniter
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PositiveInt,
-    TypeAdapter,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt, TypeAdapter, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from saeens_pipeline.settings.autointerp import AutoInterpSettings
-from saeens_pipeline.settings.from_file import FILE, FromFile
-from saeens_pipeline.settings.labels import Labels
+from saeens_pipeline.settings.from_file import FILE, Distinct, FromFile, Section
+from saeens_pipeline.settings.labelled_data_sets import Labels
 from saeens_pipeline.settings.probing import ConceptDetectionSettings, SpuriousCorrelationSettings
 from saeens_pipeline.settings.sources import Name
 from saeens_pipeline.settings.sweeps import name_of_value, swept, validate_sweep
 from saeens_pipeline.storage.names import RESERVED_GROUPS
 
 if TYPE_CHECKING:
-    from saeens_models import SAESettings, TrainingConfig
+    from saeens_models import SAESettings
 
 MAX_MEMBERS = 999  # the initialisation seeds of two ensemble seeds are a thousand apart
 MIN_FRESHNESS_DAYS = 1 / (24 * 60)  # the resolution of Dagster's freshness policies is a minute
@@ -52,45 +40,16 @@ def _outside_groups(name: str) -> str:
     return name
 
 
-@cache
-def _sae_lists() -> TypeAdapter[list[SAESettings]]:
-    from saeens_models.architectures import SAESettings  # loads torch
-
-    return TypeAdapter(list[SAESettings])
-
-
-@cache
-def _training_config() -> type[TrainingConfig]:
-    from saeens_models import TrainingConfig  # loads torch
-
-    return TrainingConfig
-
-
-def _read_sae(given: object) -> SAESettings:
-    from saeens_models.architectures import SAESettings  # loads torch
-
-    return SAESettings.model_validate(given)
-
-
 def _read_saes(given: object) -> SAESettings | list[SAESettings]:
     """Return one configuration, or one per member; the errors of a list name the entry."""
+    from saeens_models.architectures import SAESettings  # loads torch
+
     if not isinstance(given, list):
-        return _read_sae(given)
-    saes = _sae_lists().validate_python(given)
+        return SAESettings.model_validate(given)
+    saes = TypeAdapter(list[SAESettings]).validate_python(given)
     if len({sae.width_field for sae in saes}) > 1:
         raise ValueError("give expansion in every entry, or d_sae in every entry: widths of members are added up and compared")
     return saes
-
-
-def _l0_error(sae: SAESettings) -> str | None:
-    """Return the reason why an architecture has no multiple of its L0; None if it has."""
-    from saeens_models.architectures import validate_l0_multiple  # loads torch
-
-    try:
-        validate_l0_multiple(sae.architecture)
-    except ValueError as error:
-        return str(error)
-    return None
 
 
 def _wrong(field: Sequence[int | str], message: str) -> ValidationError:
@@ -110,7 +69,7 @@ def _check_swept(sae: dict[str, Any], sweep: dict[str, list[Any]]) -> None:
         raise _wrong(["sweep", field], f"unknown field of sae; one of: {', '.join(key for key in allowed if key != 'architecture')}")
     for i, value in enumerate(values):
         try:
-            _read_sae(sae | {field: value})
+            _read_saes(sae | {field: value})
         except ValidationError as error:
             for each in error.errors():
                 if each["loc"][:1] == (field,) or (field in ("expansion", "d_sae") and not each["loc"]):
@@ -126,14 +85,18 @@ def allowed_sae_keys(sae: Mapping[str, Any]) -> list[str]:
 
 def allowed_training_keys() -> list[str]:
     """Return the allowed keys of `training`."""
-    return [name for name in _training_config().model_fields if name not in _FOLLOWS_FROM_ACTIVATIONS]
+    from saeens_models import TrainingConfig  # loads torch
+
+    return [name for name in TrainingConfig.model_fields if name not in _FOLLOWS_FROM_ACTIVATIONS]
 
 
 def _validate_training(settings: dict[str, Any]) -> dict[str, Any]:
+    from saeens_models import TrainingConfig  # loads torch
+
     for name in _FOLLOWS_FROM_ACTIVATIONS:
         if name in settings:
             raise ValueError(f"{name} follows from the activations and cannot be set")
-    _training_config()(**settings, total_tokens=1)
+    TrainingConfig(**settings, total_tokens=1)
     return settings
 
 
@@ -142,22 +105,13 @@ def _on_or_off(value: object) -> object:
 
 
 def _validate_cron(cron: str) -> str:
-    is_short_form = cron.startswith("@")
-    if not croniter.is_valid(cron) or (len(cron.split()) != _CRON_FIELDS and not is_short_form):
+    if not croniter.is_valid(cron) or (len(cron.split()) != _CRON_FIELDS and not cron.startswith("@")):
         raise ValueError("not a cron expression: give minute, hour, day of month, month and day of week, such as '0 3 * * 0'")
     return cron
 
 
-def _no_repetition(values: list | None) -> list | None:
-    if values and len(set(values)) < len(values):
-        raise ValueError(f"{values} has duplicates")
-    return values
-
-
-class SpecialisedMember(BaseModel):
+class SpecialisedMember(Section):
     """An entry of `ensemble.specialised`: a bagging member with its own documents, or with the starting weights of another member."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     member: PositiveInt = Field(description="number of the member, from 1")
     documents: dict[str, Annotated[Labels, Field(min_length=1), AfterValidator(sorted)]] = Field(
@@ -176,21 +130,17 @@ class SpecialisedMember(BaseModel):
         return self
 
 
-class EnsembleSettings(BaseModel):
+class EnsembleSettings(Section):
     """`ensemble`: number of SAEs, seeds, and the order of training."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     members: int = Field(ge=1, le=MAX_MEMBERS, description="number of SAEs per ensemble, J")
-    seeds: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field(
+    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Distinct] = Field(
         min_length=1, description="ensemble seeds, each for a repetition of all SAEs; stability compares them"
     )
     boosting: Literal["sequential", "concurrent"] = Field(
         "sequential", description="training of boosting rounds one after another, or all in one pass over the activations"
     )
     specialised: list[SpecialisedMember] = Field([], description="bagging members with their own documents or starting weights")
-
-    _seeds_differ = field_validator("seeds")(_no_repetition)
 
     @model_validator(mode="after")
     def _members_exist(self) -> EnsembleSettings:
@@ -207,10 +157,8 @@ class EnsembleSettings(BaseModel):
         return next((each for each in self.specialised if each.member == member), None)
 
 
-class FreshnessSettings(BaseModel):
+class FreshnessSettings(Section):
     """`freshness`: largest age of the tables since they were last made or confirmed."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     fail_days: float = Field(ge=MIN_FRESHNESS_DAYS, allow_inf_nan=False, description="age in days from which tables are overdue")
     warn_days: float | None = Field(
@@ -224,10 +172,8 @@ class FreshnessSettings(BaseModel):
         return self
 
 
-class CheckSettings(BaseModel):
+class CheckSettings(Section):
     """`checks`: thresholds for warnings. They do not change results and do not stop runs."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     min_explained_variance: float | None = Field(
         default=None,
@@ -248,8 +194,6 @@ class CheckSettings(BaseModel):
 class ExperimentSettings(FromFile):
     """Fields of an EnsembleExperiment: ensembles of SAEs, baselines and evaluation tables."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     name: Annotated[Name, AfterValidator(_outside_groups)] = Field(description="name of the experiment: lower-case letters, digits and _")
     source: Name = Field(description="name of an ActivationSource")
     sae: Annotated[Any, BeforeValidator(_read_saes, json_schema_input_type=dict[str, Any] | list[dict[str, Any]])] = Field(
@@ -262,7 +206,7 @@ class ExperimentSettings(FromFile):
         {}, description="fields of saeens_models.TrainingConfig"
     )
     ensemble: EnsembleSettings = Field(description="number of SAEs, seeds, and the order of training")
-    baselines: list[Baseline] = Field(["expanded", "expanded_l0_matched"], description="single SAEs for comparison")
+    baselines: Annotated[list[Baseline], Distinct] = Field(["expanded", "expanded_l0_matched"], description="single SAEs for comparison")
     baseline_training: dict[Baseline, Annotated[dict[str, Any], AfterValidator(_validate_training)]] = Field(
         {}, description="fields of training that differ for a baseline, by baseline"
     )
@@ -277,7 +221,9 @@ class ExperimentSettings(FromFile):
         "0 3 * * 0", description="cron expression, in UTC, of the retraining schedule; switched on in the UI"
     )
     freshness: FreshnessSettings | None = Field(None, description="largest age of tables, in days; default: no limit")
-    evaluations: list[Name] | None = Field(None, description="evaluation tables; default: those that `saeens tables` marks as default")
+    evaluations: Annotated[list[Name] | None, Distinct] = Field(
+        None, description="evaluation tables; default: those that `saeens tables` marks as default"
+    )
     ce_loss_tokens: int = Field(4096, ge=0, description="number of test tokens for ce_loss_recovered, evenly spread; 0: not measured")
     concept_detection: ConceptDetectionSettings = Field(
         default=ConceptDetectionSettings(), description="texts for the table concept_detection, if evaluations includes it"
@@ -292,8 +238,6 @@ class ExperimentSettings(FromFile):
     evaluation_memory_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
         8.0, description="memory limit for connectivity and pooled codes, in GB of 10^9 bytes; does not change results"
     )
-
-    _no_repetition = field_validator("baselines", "evaluations")(_no_repetition)
 
     @model_validator(mode="before")
     @classmethod
@@ -327,16 +271,28 @@ class ExperimentSettings(FromFile):
             raise ValueError(f"expanded_sizes: {max(self.expanded_sizes)} is more than the ensemble's {self.ensemble.members} members")
         if self.keep_residuals == "all" and self.ensemble.boosting == "concurrent":
             raise ValueError("keep_residuals: all, but ensemble.boosting: concurrent makes no residuals; write none, or leave it out")
-        if isinstance(self.sae, list):
-            self._check_list(self.sae)
-        self._check_specialised()
+        if isinstance(self.sae, list) and len(self.sae) != (members := self.ensemble.members):
+            raise _wrong(["sae"], f"a list has one entry per member: {len(self.sae)} given, and ensemble.members is {members}")
         self._check_baselines()
+        self._check_specialised()
         return self
 
     def _check_baselines(self) -> None:
+        """Raise ValidationError for a baseline that does not fit the SAEs, and for training that does not fit a baseline."""
+        from saeens_models.architectures import validate_l0_multiple  # loads torch
+
         for i, baseline in enumerate(self.baselines):
-            if baseline in _BASELINES_WITH_L0 and (error := _l0_error(self.saes[0])):
-                raise _wrong(["baselines", i], f"{baseline} has the L0 of all members: {error}")
+            if isinstance(self.sae, list) and baseline not in _BASELINES_OF_LISTS:
+                able = ", ".join(_BASELINES_OF_LISTS)
+                message = f"{baseline} is not defined where sae is a list, one per member: leave it out ({able} are), or give one sae"
+                raise _wrong(["baselines", i], message)
+            for number, sae in enumerate(self.saes if baseline in _BASELINES_WITH_L0 else [], start=1):
+                try:
+                    validate_l0_multiple(sae.architecture)
+                except ValueError as error:
+                    of_list = f"has the L0 of all members added up; of member {number}, {error}: leave it out"
+                    message = of_list if isinstance(self.sae, list) else f"has the L0 of all members: {error}"
+                    raise _wrong(["baselines", i], f"{baseline} {message}") from None
             if baseline == "compute_matched" and any(each.documents for each in self.ensemble.specialised):
                 message = "compute_matched sees every row once per member, and specialised members with documents see fewer: leave it out"
                 raise _wrong(["baselines", i], message)
@@ -352,27 +308,11 @@ class ExperimentSettings(FromFile):
         """Raise ValidationError for a member whose starting weights do not fit its SAE."""
         for i, each in enumerate(self.ensemble.specialised):
             if each.start_from is not None:
-                own, start = (
-                    f"{sae.architecture}, {sae.width_field} {sae.width}"
-                    for sae in (self.saes[number - 1] for number in (each.member, each.start_from))
-                )
+                saes = self.saes[each.member - 1], self.saes[each.start_from - 1]
+                own, start = (f"{sae.architecture}, {sae.width_field} {sae.width}" for sae in saes)
                 if own != start:
                     message = f"member {each.member} ({own}) cannot start from member {each.start_from} ({start}): these have to be equal"
                     raise _wrong(["ensemble", "specialised", i, "start_from"], message)
-
-    def _check_list(self, saes: Sequence[SAESettings]) -> None:
-        """Raise ValidationError unless a list of SAEs has one entry per member and fits the baselines."""
-        if len(saes) != self.ensemble.members:
-            raise _wrong(["sae"], f"a list has one entry per member: {len(saes)} given, and ensemble.members is {self.ensemble.members}")
-        for i, baseline in enumerate(self.baselines):
-            if baseline not in _BASELINES_OF_LISTS:
-                able = ", ".join(_BASELINES_OF_LISTS)
-                message = f"{baseline} is not defined where sae is a list, one per member: leave it out ({able} are), or give one sae"
-                raise _wrong(["baselines", i], message)
-            for number, sae in enumerate(saes, start=1):
-                if baseline in _BASELINES_WITH_L0 and (error := _l0_error(sae)):
-                    message = f"{baseline} has the L0 of all members added up; of member {number}, {error}: leave it out"
-                    raise _wrong(["baselines", i], message)
 
     @property
     def experiments(self) -> list[ExperimentSettings]:
@@ -400,22 +340,20 @@ class ExperimentSettings(FromFile):
     @property
     def pursuit_sae(self) -> SAESettings:
         """`sae` of the baseline matching_pursuit: the sum of all widths, and at most the sum of all L0 active features."""
+        from saeens_models.architectures import SAESettings  # loads torch
+
         joined = self.joined_sae(self.ensemble.members, l0_matched=True)
         if joined.architecture == "matching_pursuit" or joined.l0 is None:
             return joined
-        return _read_sae(
-            {
-                "architecture": "matching_pursuit",
-                joined.width_field: joined.width,
-                "max_iterations": round(joined.l0),
-                "apply_b_dec_to_input": joined.apply_b_dec_to_input,
-            }
-        )
+        fields = {joined.width_field: joined.width, "apply_b_dec_to_input": joined.apply_b_dec_to_input}
+        return SAESettings(architecture="matching_pursuit", max_iterations=round(joined.l0), **fields)
 
     @property
     def complete_training(self) -> dict[str, Any]:
         """`training` with all defaults, as recipes hold it."""
-        return _training_config()(**self.training).model_dump(mode="json", exclude=set(_FOLLOWS_FROM_ACTIVATIONS))
+        from saeens_models import TrainingConfig  # loads torch
+
+        return TrainingConfig(**self.training).model_dump(mode="json", exclude=set(_FOLLOWS_FROM_ACTIVATIONS))
 
     @property
     def expanded_widths(self) -> list[int]:

@@ -108,8 +108,11 @@ class ExperimentFile:
         raise KeyError(settings.name)
 
     def _settings(self, document: yaml.Node, content: Any) -> Settings:
-        for node, key in _repeated_keys(document):
-            raise ConfigurationError(f"{self.path}:{node.start_mark.line + 1}: {key} is given twice")
+        for mapping in _mappings(document):
+            keys = [key.value for key, _ in mapping.value]
+            for i, (key, _) in enumerate(mapping.value):
+                if key.value in keys[:i]:
+                    raise ConfigurationError(f"{self.path}:{key.start_mark.line + 1}: {key.value} is given twice")
         if not isinstance(content, dict) or not isinstance(content.get("attributes"), dict):
             raise ConfigurationError(self._message(document, (), "a document needs type: and attributes: with fields below it"))
         model = MODELS.get(str(content.get("type")))
@@ -139,19 +142,20 @@ class ExperimentFile:
 
 def _construct(node: yaml.Node) -> Any:
     """Return the content of a document. Raises yaml.YAMLError for tags and keys that are not plain YAML, RecursionError for loops."""
-    _check_plain(node)
+    for mapping in _mappings(node):
+        for key, _ in mapping.value:
+            if key.tag != "tag:yaml.org,2002:str":
+                raise yaml.MarkedYAMLError(problem="a key has to be a plain word", problem_mark=key.start_mark)
     return yaml.SafeLoader("").construct_document(node)
 
 
-def _check_plain(node: yaml.Node) -> None:
+def _mappings(node: yaml.Node) -> Iterator[yaml.MappingNode]:
+    """Yield the mappings of a document, outer ones first. Raises RecursionError for loops."""
     if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            if key.tag != "tag:yaml.org,2002:str":
-                raise yaml.MarkedYAMLError(problem="a key has to be a plain word", problem_mark=key.start_mark)
-            _check_plain(value)
-    elif isinstance(node, yaml.SequenceNode):
-        for value in node.value:
-            _check_plain(value)
+        yield node
+    if isinstance(node, yaml.CollectionNode):
+        for child in node.value:
+            yield from _mappings(child[1] if isinstance(node, yaml.MappingNode) else child)
 
 
 def _line(node: yaml.Node, location: Location) -> int:
@@ -168,19 +172,6 @@ def _line(node: yaml.Node, location: Location) -> int:
             break
         line, node = found[0].start_mark.line, found[1]
     return line + 1
-
-
-def _repeated_keys(node: yaml.Node) -> Iterator[tuple[yaml.Node, str]]:
-    if isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
-        for key, value in node.value:
-            if key.value in seen:
-                yield key, key.value
-            seen.add(key.value)
-            yield from _repeated_keys(value)
-    elif isinstance(node, yaml.SequenceNode):
-        for value in node.value:
-            yield from _repeated_keys(value)
 
 
 def _without_kind(location: Location) -> Location:

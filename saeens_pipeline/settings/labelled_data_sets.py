@@ -1,10 +1,26 @@
-"""Known labelled data sets: embedded tasks, and the data sets of SAEBench on the Hugging Face hub."""
+"""Labels in experiment files, and known labelled data sets: embedded tasks, and those of SAEBench on the Hugging Face hub."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import BeforeValidator
+
+
+def _as_text(value: Any) -> Any:
+    """Return an integer as text, as columns of numbers are read. Booleans stay, so that validation rejects them."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str | int) else value
+
+
+Label = Annotated[str, BeforeValidator(_as_text)]
+Labels = Annotated[list[Label], BeforeValidator(_as_list)]
+"""A list of labels; a single label may be given without a list."""
 
 
 class TextCount(NamedTuple):

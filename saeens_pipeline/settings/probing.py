@@ -4,25 +4,24 @@ from __future__ import annotations
 
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from saeens_pipeline.settings.from_file import FromFile
+from saeens_pipeline.settings.from_file import FromFile, Section
 from saeens_pipeline.settings.labelled_data_sets import (
     EMBEDDED_CONCEPTS,
     EMBEDDED_CORRELATIONS,
     HUB_CONCEPTS,
     HUB_CORRELATIONS,
+    Label,
+    Labels,
     TextCount,
 )
-from saeens_pipeline.settings.labels import Label, Labels
 
 PROBE_SEED = 42  # as in SAEBench: drawing of texts, choice of negatives, initial weights of probes
 
 
 class _DataSet(FromFile):
     """Common fields of the data sets of both tables. Relative paths start from the folder of the experiment file."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field(min_length=1, description="name of a known data set, or a new name for local files")
     revision: str = Field(default="main", description="branch, tag or commit on the hub")
@@ -100,9 +99,7 @@ class CorrelationDataSet(_DataSet):
         return self
 
 
-class _TaskSettings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
+class _TaskSettings(Section):
     train_texts: int | None = Field(
         default=None,
         ge=8,
