@@ -14,8 +14,7 @@ import huggingface_hub
 
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models import hub
-from saeens_pipeline.language_models.documents import Document, Split
-from saeens_pipeline.language_models.records import READER_VERSION, RecordCorpus
+from saeens_pipeline.language_models.documents import READER_VERSION, Document, RecordCorpus, Split
 from saeens_pipeline.settings.corpora import HubDataset
 
 if TYPE_CHECKING:
@@ -24,12 +23,8 @@ if TYPE_CHECKING:
 _INSTALL = "install them with `pip install --constraint constraints.txt --editable '.[hub]'`"
 
 
-class HubCorpus(RecordCorpus):
+class HubCorpus(RecordCorpus[HubDataset]):
     """Documents of a data set on the hub."""
-
-    def __init__(self, settings: HubDataset) -> None:
-        super().__init__(settings)
-        self.settings = settings
 
     @property
     def identity(self) -> dict[str, object]:

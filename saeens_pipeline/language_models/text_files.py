@@ -12,14 +12,12 @@ import io
 import json
 import os
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from saeens_pipeline.errors import ConfigurationError, SaeensError
-from saeens_pipeline.language_models.documents import Document, Split
-from saeens_pipeline.language_models.fingerprints import fingerprint
-from saeens_pipeline.language_models.records import READER_VERSION, RecordCorpus
+from saeens_pipeline.language_models.documents import READER_VERSION, Document, RecordCorpus, Split
+from saeens_pipeline.language_models.fingerprints import fingerprint_once
 from saeens_pipeline.settings.corpora import TextFiles
 
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
@@ -29,18 +27,14 @@ _HASHED_BYTES, _LEAST_HASHED_BYTES = 256 * 2**20, 64 * 2**10  # limit for all fi
 _BATCH_ROWS = 1000
 
 
-class TextFileCorpus(RecordCorpus):
+class TextFileCorpus(RecordCorpus[TextFiles]):
     """Documents of local files."""
-
-    def __init__(self, settings: TextFiles) -> None:
-        super().__init__(settings)
-        self.settings = settings
 
     @property
     def identity(self) -> dict[str, object]:
         chosen = self._chosen()
         budget = max(_HASHED_BYTES // (len(chosen.train) + len(chosen.test)), _LEAST_HASHED_BYTES)
-        files = {name: _fingerprint(path, budget, *_state(path)) for name, path in (chosen.train | chosen.test).items()}
+        files = {name: fingerprint_once(path, budget) for name, path in (chosen.train | chosen.test).items()}
         return self.settings_that_decide | {"corpus": "files", "reader": READER_VERSION, "test_files": sorted(chosen.test), "files": files}
 
     def require_readable(self) -> None:
@@ -80,7 +74,7 @@ class TextFileCorpus(RecordCorpus):
 
     def _found(self, files: str | list[str]) -> list[Path]:
         found: set[Path] = set()
-        for pattern in _patterns(files):
+        for pattern in [files] if isinstance(files, str) else files:
             paths = glob.glob(self.settings.absolute(pattern), recursive=True)  # noqa: PTH207  # Path.glob takes no absolute pattern
             matching = {Path(path).absolute() for path in paths if Path(path).is_file()}
             if not matching:
@@ -100,27 +94,12 @@ class _Chosen(NamedTuple):
     test: dict[str, Path]
 
 
-def _patterns(files: str | list[str]) -> list[str]:
-    return [files] if isinstance(files, str) else files
-
-
 def _format(path: Path) -> str:
     """Return the format of a file, `.jsonl` for `a.jsonl.zst`; empty for a Parquet file that is compressed as a whole."""
     suffixes = path.suffixes
     if suffixes[-1:] and suffixes[-1] in _COMPRESSIONS:
         return "" if suffixes[-2:-1] == [".parquet"] else "".join(suffixes[-2:-1])
     return path.suffix
-
-
-def _state(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
-
-
-@lru_cache(maxsize=100_000)
-def _fingerprint(path: Path, whole_bytes: int, size: int, changed_at: int) -> str:
-    """Return the fingerprint of a file, which is read once per process unless its size or time changes."""
-    return fingerprint(path, whole_bytes=whole_bytes, sample_bytes=max(whole_bytes // 128, 1024))
 
 
 def _open(path: Path) -> io.BufferedReader:
