@@ -56,6 +56,10 @@ class Labelled(NamedTuple):
     name: str
     train: pl.DataFrame
     test: pl.DataFrame | None = None
+    labels: Sequence[str] = ()
+    """labels to draw if the settings name none; empty: all labels"""
+    pairs: Mapping[str, tuple[tuple[str, str], tuple[str, str]]] = {}
+    """tasks of spurious correlation removal: target and spurious values by name"""
 
 
 def draw_concepts(data: Labelled, labels: Sequence[str], count: TextCount, *, balance: bool, seed: int) -> ConceptTexts:

@@ -8,20 +8,20 @@ from __future__ import annotations
 import ast
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import polars as pl
 
 from saeens_pipeline.language_models.documents import Corpus, Split
-from saeens_pipeline.language_models.labelled_texts.drawing import (
-    ConceptTexts,
-    CorrelationTexts,
-    Labelled,
-    draw_concepts,
-    draw_quadrants,
+from saeens_pipeline.language_models.labelled_texts.drawing import Labelled
+from saeens_pipeline.settings.labelled_data_sets import (
+    CODE_OR_PROSE,
+    DOCSTRING_OR_CODE,
+    LANGUAGE,
+    LANGUAGE_AND_DOCUMENTATION,
+    TextCount,
 )
-from saeens_pipeline.settings.labelled_data_sets import CODE_OR_PROSE, DOCSTRING_OR_CODE, LANGUAGE, TextCount
 
 READER_VERSION = 1  # increased with every change of the drawn texts
 PIECE_CHARACTERS, MIN_PIECE_CHARACTERS = 200, 100
@@ -47,29 +47,20 @@ class EmbeddedTasks:
     def __init__(self, corpus: Corpus) -> None:
         self._pieces = {split: _pieces(corpus, split) for split in ("train", "test")}
 
-    def concepts(self, name: str, count: TextCount | None, seed: int, labels: Sequence[str] = ()) -> ConceptTexts:
-        """Return the texts of a task in `EMBEDDED_CONCEPTS`. Raises SaeensError if the corpus has too few."""
-        columns = {
-            LANGUAGE: (pl.col("kind") == "any") & pl.col("language").is_in(_LANGUAGES),
-            CODE_OR_PROSE: (pl.col("kind") == "any") & pl.col("language").is_in([*_LANGUAGES, "prose"]),
-            DOCSTRING_OR_CODE: (pl.col("kind") != "any") & (pl.col("language") == "python"),
-        }
-        label = {
-            LANGUAGE: pl.col("language"),
-            CODE_OR_PROSE: pl.when(pl.col("language") == "prose").then(pl.lit("prose")).otherwise(pl.lit("code")),
-            DOCSTRING_OR_CODE: pl.when(pl.col("kind") == "code").then(pl.lit("code")).otherwise(pl.lit("docstring")),
-        }
-        train, test = (pieces.filter(columns[name]).with_columns(label=label[name]) for pieces in self._pieces.values())
-        return draw_concepts(Labelled(name, train, test), labels, count or CONCEPT_COUNT, balance=False, seed=seed)
-
-    def correlations(self, name: str, count: TextCount | None, seed: int) -> list[CorrelationTexts]:
-        """Return the texts of Python or C++ headers, correlated with documentation or code. Raises SaeensError if there are too few."""
-        train, test = (
-            pieces.filter(pl.col("kind") != "any").with_columns(label=pl.col("language"), other=pl.col("kind"))
-            for pieces in self._pieces.values()
-        )
-        attributes = ("python", "cpp_header"), ("documentation", "code")
-        return [draw_quadrants(Labelled(name, train, test), name, *attributes, count or CORRELATION_COUNT, seed=seed)]
+    def labelled(self, name: str) -> Labelled:
+        """Return the pieces of a task in EMBEDDED_CONCEPTS or EMBEDDED_CORRELATIONS."""
+        language, kind = pl.col("language"), pl.col("kind")
+        chosen, columns = {
+            LANGUAGE: ((kind == "any") & language.is_in(_LANGUAGES), [language.alias("label")]),
+            CODE_OR_PROSE: (
+                (kind == "any") & language.is_in([*_LANGUAGES, "prose"]),
+                [pl.when(language == "prose").then(language).otherwise(pl.lit("code")).alias("label")],
+            ),
+            DOCSTRING_OR_CODE: ((kind != "any") & (language == "python"), [kind.replace("documentation", "docstring").alias("label")]),
+            LANGUAGE_AND_DOCUMENTATION: (kind != "any", [language.alias("label"), kind.alias("other")]),
+        }[name]
+        train, test = (pieces.filter(chosen).with_columns(columns) for pieces in self._pieces.values())
+        return Labelled(name, train, test, pairs={name: (("python", "cpp_header"), ("documentation", "code"))})
 
 
 def _pieces(corpus: Corpus, split: Split) -> pl.DataFrame:

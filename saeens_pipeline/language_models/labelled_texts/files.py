@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
 
 import polars as pl
 
 from saeens_pipeline.errors import ConfigurationError, SaeensError
+from saeens_pipeline.language_models.fingerprints import fingerprint_once
 
 FORMATS = (".jsonl", ".ndjson", ".parquet", ".csv")
 
@@ -30,7 +29,7 @@ def find_files(name: str, pattern: str) -> list[Path]:
 
 def fingerprint(name: str, pattern: str) -> dict[str, str]:
     """Return the SHA-256 of each file, for recipes. Raises ConfigurationError as `find_files`."""
-    return {file.name: _sha256(file, file.stat().st_size, file.stat().st_mtime_ns) for file in find_files(name, pattern)}
+    return {file.name: fingerprint_once(file) for file in find_files(name, pattern)}
 
 
 def fingerprint_of_folder(name: str, folder: str) -> dict[str, str]:
@@ -40,7 +39,7 @@ def fingerprint_of_folder(name: str, folder: str) -> dict[str, str]:
     shown = {str(place): path for place, path in paths.items() if not any(part.startswith(".") for part in place.parts)}
     if not shown:
         raise ConfigurationError(f"{name}: there is no file below {folder}: `path` has to be a local copy of the data set")
-    return {place: _sha256(path, path.stat().st_size, path.stat().st_mtime_ns) for place, path in shown.items()}
+    return {place: fingerprint_once(path) for place, path in shown.items()}
 
 
 def read_columns(name: str, pattern: str, fields: Mapping[str, str]) -> pl.DataFrame:
@@ -78,10 +77,3 @@ def _first_broken_line(file: Path) -> str:
                 if line.strip():
                     return f":{number}"
     return ""
-
-
-@lru_cache(maxsize=256)
-def _sha256(file: Path, size: int, modified_ns: int) -> str:
-    """Return the SHA-256 of a file, which is read once unless its size or time changes."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

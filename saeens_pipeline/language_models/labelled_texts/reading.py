@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from saeens_pipeline.language_models.corpora import open_corpus
-from saeens_pipeline.language_models.labelled_texts import drawing, embedded, files, hub
-from saeens_pipeline.language_models.labelled_texts.drawing import ConceptTexts, CorrelationTexts, Labelled
+from saeens_pipeline.language_models.labelled_texts import embedded, files, hub
+from saeens_pipeline.language_models.labelled_texts.drawing import ConceptTexts, CorrelationTexts, Labelled, draw_concepts, draw_quadrants
 from saeens_pipeline.settings.corpora import BUILTIN_CORPUS
 from saeens_pipeline.settings.from_file import FILE
 from saeens_pipeline.settings.labelled_data_sets import EMBEDDED_CONCEPTS, EMBEDDED_CORRELATIONS, TextCount
@@ -52,31 +52,27 @@ def read_correlations(data_set: CorrelationDataSet, count: TextCount | None, see
 @lru_cache(maxsize=_DATA_SETS_KEPT)
 def _drawn_concepts(settings: str, file: Path | None, _identity: str, count: TextCount | None, seed: int) -> ConceptTexts:
     data_set = ConceptDataSet.model_validate_json(settings, context={FILE: file})
-    if data_set.local_files:
-        data = _local(data_set, {"text": data_set.text_field, "label": data_set.label_field})
-        return drawing.draw_concepts(data, data_set.labels, count or hub.COUNT, balance=False, seed=seed)
-    return _reader(data_set).concepts(data_set.name, count, seed, labels=data_set.labels)
+    data = _labelled(data_set, count := count or (embedded.CONCEPT_COUNT if is_embedded(data_set) else hub.COUNT))
+    return draw_concepts(data, data_set.labels or data.labels, count, balance="other" in data.train.columns, seed=seed)
 
 
 @lru_cache(maxsize=_DATA_SETS_KEPT)
 def _drawn_correlations(settings: str, file: Path | None, _identity: str, count: TextCount | None, seed: int) -> list[CorrelationTexts]:
     data_set = CorrelationDataSet.model_validate_json(settings, context={FILE: file})
-    if data_set.local_files and data_set.target and data_set.spurious:
-        fields = {"text": data_set.text_field, "label": data_set.label_field, "other": data_set.spurious_field}
-        data = _local(data_set, fields)
-        return [drawing.draw_quadrants(data, data.name, data_set.target, data_set.spurious, count or hub.COUNT, seed=seed)]
-    return _reader(data_set).correlations(data_set.name, count, seed)
+    data = _labelled(data_set, count := count or (embedded.CORRELATION_COUNT if is_embedded(data_set) else hub.COUNT))
+    own = {data.name: (data_set.target, data_set.spurious)} if data_set.target and data_set.spurious else {}
+    return [draw_quadrants(data, name, *attributes, count, seed=seed) for name, attributes in (own or data.pairs).items()]
 
 
-def _local(data_set: ConceptDataSet | CorrelationDataSet, fields: dict[str, str]) -> Labelled:
-    frames = [files.read_columns(data_set.name, pattern, fields) for pattern in data_set.local_files.values()]
-    return Labelled(data_set.name, *frames)
-
-
-def _reader(data_set: ConceptDataSet | CorrelationDataSet) -> embedded.EmbeddedTasks | hub.HubReader:
+def _labelled(data_set: ConceptDataSet | CorrelationDataSet, count: TextCount) -> Labelled:
     if is_embedded(data_set):
-        return _embedded_tasks(json.dumps(open_corpus(BUILTIN_CORPUS).identity))
-    return hub.HubReader(data_set.revision, data_set.local_copy)
+        return _embedded_tasks(json.dumps(open_corpus(BUILTIN_CORPUS).identity)).labelled(data_set.name)
+    if not data_set.local_files:
+        return hub.HubReader(data_set.revision, data_set.local_copy).labelled(data_set.name, count)
+    fields = {"text": data_set.text_field, "label": data_set.label_field}
+    if isinstance(data_set, CorrelationDataSet):
+        fields["other"] = data_set.spurious_field
+    return Labelled(data_set.name, *(files.read_columns(data_set.name, pattern, fields) for pattern in data_set.local_files.values()))
 
 
 @lru_cache(maxsize=1)
