@@ -46,11 +46,7 @@ class InstalledPackages:
 
     @property
     def identity(self) -> dict[str, object]:
-        return {
-            "corpus": BUILTIN_CORPUS,
-            "reader": READER_VERSION,
-            "packages": {p: metadata.version(p).split("+")[0] for p in PACKAGES},
-        }
+        return {"corpus": BUILTIN_CORPUS, "reader": READER_VERSION, "packages": {p: metadata.version(p).split("+")[0] for p in PACKAGES}}
 
     def require_readable(self) -> None:
         """Do nothing: the packages are dependencies of this one and therefore installed."""

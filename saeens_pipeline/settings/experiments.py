@@ -322,8 +322,7 @@ class ExperimentSettings(FromFile):
         (field, values), given = swept(self.sweep), self.model_dump(exclude_unset=True, exclude={"sweep"})
         return [
             ExperimentSettings.model_validate(
-                {**given, "name": name_of_value(self.name, field, value), "sae": {**given["sae"], field: value}},
-                context={FILE: self.file},
+                {**given, "name": name_of_value(self.name, field, value), "sae": {**given["sae"], field: value}}, context={FILE: self.file}
             )
             for value in values
         ]

@@ -15,13 +15,7 @@ import polars as pl
 
 from saeens_pipeline.language_models.documents import Corpus, Split
 from saeens_pipeline.language_models.labelled_texts.drawing import Labelled
-from saeens_pipeline.settings.labelled_data_sets import (
-    CODE_OR_PROSE,
-    DOCSTRING_OR_CODE,
-    LANGUAGE,
-    LANGUAGE_AND_DOCUMENTATION,
-    TextCount,
-)
+from saeens_pipeline.settings.labelled_data_sets import CODE_OR_PROSE, DOCSTRING_OR_CODE, LANGUAGE, LANGUAGE_AND_DOCUMENTATION, TextCount
 
 READER_VERSION = 1  # increased with every change of the drawn texts
 PIECE_CHARACTERS, MIN_PIECE_CHARACTERS = 200, 100
