@@ -114,7 +114,7 @@ def write_tokens(
     import zarr
 
     wanted: dict[Split, int] = {"train": train_tokens, "test": test_tokens}
-    settings = {"context_length": context_length, "packing": packing, "drop": sorted(drop)}
+    settings: dict[str, Any] = {"context_length": context_length, "packing": packing, "drop": sorted(drop)}
     validate_token_settings(
         description, **settings, windows_per_document=windows_per_document, train_tokens=train_tokens, test_tokens=test_tokens
     )
