@@ -96,28 +96,22 @@ def explained(name: str, revision: str, kind: Kind) -> Iterator[None]:
             raise ConfigurationError(f"{what} {name!r} is refused by the hub: {_reason(error)} Log in with `hf auth login`") from error
         raise SaeensError(f"{what} {name!r}: the hub answered with an error: {_reason(error)}") from error
     except (OSError, RevisionResolutionError) as error:
+        cause: BaseException = error
+        while (before := cause.__cause__ or cause.__context__) is not None:
+            cause = before
+        ways_out = {
+            "model": f"On a machine that reaches it, run `hf download {name} --local-dir FOLDER`; copy FOLDER here and give it instead of "
+            "the name",
+            "dataset": "Run this where the hub can be reached, or copy the data set's files to this machine and give them as "
+            "`corpus: {files: ...}`, or as `path` for labelled texts",
+        }
         raise SaeensError(
             f"{what} {name!r}: there is no such folder here, it is not in the hub's cache ({constants.HF_HUB_CACHE}), "
-            f"and the hub cannot be reached ({_first_cause(error)}). {_way_out(name, kind)}"
+            f"and the hub cannot be reached ({type(cause).__name__}: {' '.join(str(cause).split())}). {ways_out[kind]}"
         ) from error
-
-
-def _way_out(name: str, kind: Kind) -> str:
-    if kind == "dataset":
-        return (
-            "Run this where the hub can be reached, or copy the data set's files to this machine and give them as `corpus: {files: ...}`, "
-            "or as `path` for labelled texts"
-        )
-    return f"On a machine that reaches it, run `hf download {name} --local-dir FOLDER`; copy FOLDER here and give it instead of the name"
 
 
 def _reason(error: Exception) -> str:
     """Return the message of the hub, on one line."""
     reason = " ".join(str(getattr(error, "server_message", None) or error).split())
     return reason if reason.endswith(".") else f"{reason}."
-
-
-def _first_cause(error: BaseException) -> str:
-    while (cause := error.__cause__ or error.__context__) is not None:
-        error = cause
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"

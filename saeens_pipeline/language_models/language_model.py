@@ -15,9 +15,13 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedModel
 
-_ATTENTION_NAMES = ("attention", "self_attn", "attn", "self_attention")
 _MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
-_MLP_NORM_NAMES = ("ln_2", "post_attention_layernorm", "ffn_norm", "norm_2")
+_PARTS = {
+    "attn_out": (("attention", "self_attn", "attn", "self_attention"), ("post_attention_layernorm",)),
+    "mlp_out": (_MLP_NAMES, ("post_feedforward_layernorm",)),
+    "resid_mid": (("ln_2", "post_attention_layernorm", "ffn_norm", "norm_2"), ("pre_feedforward_layernorm", *_MLP_NAMES)),
+}
+"""Names of the modules at hooks inside a block, and those in models that normalise before they add to the stream."""
 
 
 class LanguageModel:
@@ -145,15 +149,8 @@ class _AllCaptured(Exception):
 def _part(block: torch.nn.Module, hook: str) -> torch.nn.Module:
     """Return the module of a block with `attn_out` or `mlp_out` at its output, or `resid_mid` at its input."""
     children = dict(block.named_children())
-    norms_after = "post_feedforward_layernorm" in children  # Gemma 2 and 3, OLMo 2 normalise before they add to the stream
-    match hook:
-        case "attn_out":
-            names = ("post_attention_layernorm",) if norms_after else _ATTENTION_NAMES
-        case "mlp_out":
-            names = ("post_feedforward_layernorm",) if norms_after else _MLP_NAMES
-        case _:
-            names = ("pre_feedforward_layernorm", *_MLP_NAMES) if norms_after else _MLP_NORM_NAMES
-    for name in names:
+    norms_after = "post_feedforward_layernorm" in children  # Gemma 2 and 3, OLMo 2
+    for name in _PARTS[hook][norms_after]:
         if name in children:
             return children[name]
     raise ConfigurationError(

@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models.documents import READER_VERSION, Document, RecordCorpus, Split
@@ -32,22 +32,21 @@ class TextFileCorpus(RecordCorpus[TextFiles]):
 
     @property
     def identity(self) -> dict[str, object]:
-        chosen = self._chosen()
-        budget = max(_HASHED_BYTES // (len(chosen.train) + len(chosen.test)), _LEAST_HASHED_BYTES)
-        files = {name: fingerprint_once(path, budget) for name, path in (chosen.train | chosen.test).items()}
-        return self.settings_that_decide | {"corpus": "files", "reader": READER_VERSION, "test_files": sorted(chosen.test), "files": files}
+        train, test = self._chosen()
+        budget = max(_HASHED_BYTES // (len(train) + len(test)), _LEAST_HASHED_BYTES)
+        files = {name: fingerprint_once(path, budget) for name, path in (train | test).items()}
+        return self.settings_that_decide | {"corpus": "files", "reader": READER_VERSION, "test_files": sorted(test), "files": files}
 
     def require_readable(self) -> None:
         """Raise ConfigurationError for missing files and unknown formats, SaeensError for an invalid first document of a split."""
-        chosen = self._chosen()
-        for files in filter(None, chosen):
+        for files in filter(None, self._chosen()):
             next(self._documents(files), None)
 
     def documents(self, split: Split) -> Iterator[Document]:
-        chosen = self._chosen()
-        if chosen.test:
-            return self._documents(chosen.test if split == "test" else chosen.train)
-        return self.held_out(self._documents(chosen.train), split)
+        train, test = self._chosen()
+        if test:
+            return self._documents(test if split == "test" else train)
+        return self.held_out(self._documents(train), split)
 
     def _documents(self, files: Mapping[str, Path]) -> Iterator[Document]:
         for name, path in files.items():
@@ -62,15 +61,19 @@ class TextFileCorpus(RecordCorpus[TextFiles]):
                 if document.text:
                     yield document
 
-    def _chosen(self) -> _Chosen:
-        """Return the files of each split by the name for documents: the path relative to the innermost common folder."""
+    def _chosen(self) -> tuple[dict[str, Path], dict[str, Path]]:
+        """Return train and test files by the name for documents: the path relative to the innermost common folder.
+
+        There are no test files if test documents are held out by a hash.
+        """
         train = self._found(self.settings.files)
         test = self._found(self.settings.test_files) if self.settings.test_files is not None else []
         both = sorted(set(train) & set(test))
         if both:
             raise ConfigurationError(f"corpus: {both[0]} is among files and among test_files: no document may be in both splits")
         root = Path(os.path.commonpath([path.parent for path in (*train, *test)]))
-        return _Chosen(*({path.relative_to(root).as_posix(): path for path in files} for files in (train, test)))
+        train_files, test_files = ({path.relative_to(root).as_posix(): path for path in files} for files in (train, test))
+        return train_files, test_files
 
     def _found(self, files: str | list[str]) -> list[Path]:
         found: set[Path] = set()
@@ -85,13 +88,6 @@ class TextFileCorpus(RecordCorpus[TextFiles]):
                 allowed = f"{', '.join(_FORMATS)}; all except .parquet also with {' or '.join(_COMPRESSIONS)} at the end"
                 raise ConfigurationError(f"corpus: {path} is of a format that is not read; names end in {allowed}")
         return sorted(found)
-
-
-class _Chosen(NamedTuple):
-    """Files by name; `test` is empty if test documents are held out by a hash."""
-
-    train: dict[str, Path]
-    test: dict[str, Path]
 
 
 def _format(path: Path) -> str:
@@ -126,14 +122,9 @@ def _lines(path: Path) -> Iterator[tuple[int, Any]]:
         with _open(path) as stream:
             for number, line in enumerate(stream, start=1):
                 if line.strip():
-                    yield number, _parsed(line, path, number)
+                    yield number, json.loads(line)
     except OSError as error:
         raise SaeensError(f"{path}:{number + 1}: cannot be read further ({error}): check that the file is complete") from error
-
-
-def _parsed(line: bytes, path: Path, number: int) -> Any:
-    try:
-        return json.loads(line)
     except ValueError as error:
         reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else f"not valid JSON: {error}"
         raise SaeensError(f"{path}:{number}: {reason}") from None
@@ -148,12 +139,8 @@ def _rows(path: Path, columns: list[str]) -> Iterator[tuple[int, dict[str, Any]]
         with parquet.ParquetFile(path) as file:
             missing = [column for column in columns if column not in file.schema_arrow.names]
             if missing:
-                there = ", ".join(file.schema_arrow.names)
-                raise SaeensError(f"{path}: there is no column {missing[0]!r}; there are: {there}")
-            number = 0
-            for batch in file.iter_batches(_BATCH_ROWS, columns=columns):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
+                raise SaeensError(f"{path}: there is no column {missing[0]!r}; there are: {', '.join(file.schema_arrow.names)}")
+            batches = file.iter_batches(_BATCH_ROWS, columns=columns)
+            yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
     except (OSError, pyarrow.ArrowException) as error:
         raise SaeensError(f"{path}: cannot be read as a Parquet file ({error})") from error

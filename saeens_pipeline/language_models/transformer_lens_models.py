@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     from transformer_lens import HookedTransformer  # pyright: ignore[reportMissingImports]
 
 REPOSITORIES = {
-    **{f"gelu-{n}l": f"NeelNanda/GELU_{n}L512W_C4_Code" for n in (1, 2, 3, 4)},
-    **{f"solu-{n}l": f"NeelNanda/SoLU_{n}L512W_C4_Code" for n in (1, 2, 3, 4)},
-    **{f"attn-only-{n}l": f"NeelNanda/Attn_Only_{n}L512W_C4_Code" for n in (1, 2, 3, 4)},
+    f"{name.lower().replace('_', '-')}-{n}l": f"NeelNanda/{name}_{n}L512W_C4_Code"
+    for name in ("GELU", "SoLU", "Attn_Only")
+    for n in (1, 2, 3, 4)
 }
 """Repositories on the hub, by TransformerLens' name of the model."""
 
@@ -54,8 +54,7 @@ def describe_transformer_lens_model(name: str, revision: str) -> LanguageModelDe
     Does not need TransformerLens. Documents are separated by the beginning-of-text token, if the tokenizer has one, as in the training of
     these models. Raises as `describe_language_model`.
     """
-    place = name.removeprefix(TRANSFORMER_LENS)
-    repository = REPOSITORIES.get(place, place)
+    repository = _repository(name)
     folder = locate_model(repository, revision, [_CONFIG, *_TOKENIZER_FILES])
     config = read_config(name, folder.path)
     if "model_type" in config:
@@ -157,7 +156,7 @@ def _load_weights(description: LanguageModelDescription, hooked: HookedTransform
     from safetensors.torch import load_file
 
     if description.commit:
-        hub.download(_repository(description), description.commit, [_CONFIG, _SAFETENSORS, _PICKLE])
+        hub.download(_repository(description.name), description.commit, [_CONFIG, _SAFETENSORS, _PICKLE])
     file = _weights_file(description.name, description.path)
     try:
         state = load_file(file) if file.name == _SAFETENSORS else torch.load(file, map_location="cpu", weights_only=True)
@@ -175,8 +174,8 @@ def _load_weights(description: LanguageModelDescription, hooked: HookedTransform
     hooked.load_state_dict({name: state[name].to(dtype) for name in own.keys() - constants}, strict=False)
 
 
-def _repository(description: LanguageModelDescription) -> str:
-    place = description.name.removeprefix(TRANSFORMER_LENS)
+def _repository(name: str) -> str:
+    place = name.removeprefix(TRANSFORMER_LENS)
     return REPOSITORIES.get(place, place)
 
 

@@ -74,8 +74,8 @@ class ExperimentFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._documents = [node for node in yaml.compose_all(path.read_text(encoding="utf-8"), yaml.SafeLoader) if node is not None]
-            self._contents = [_construct(node) for node in self._documents]
+            nodes = yaml.compose_all(path.read_text(encoding="utf-8"), yaml.SafeLoader)
+            self._documents = [(node, _construct(node)) for node in nodes if node is not None]
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             began = f", {error.context}, line {error.context_mark.line + 1}" if error.context and error.context_mark else ""
@@ -91,7 +91,7 @@ class ExperimentFile:
         """Return the settings of all documents. Raises ConfigurationError with one line for each invalid field of each document."""
         read: list[Settings] = []
         wrong: list[str] = []
-        for document, content in zip(self._documents, self._contents, strict=True):
+        for document, content in self._documents:
             try:
                 read.append(self._settings(document, content))
             except ConfigurationError as error:
@@ -102,7 +102,7 @@ class ExperimentFile:
 
     def complaint(self, settings: Settings, field: str | Location, message: str) -> str:
         """Return a message with path and line about one field of settings that were read from this file."""
-        for document, content in zip(self._documents, self._contents, strict=True):
+        for document, content in self._documents:
             if content["attributes"].get("name") == settings.name and MODELS[content["type"]] is type(settings):
                 return self._message(document, ("attributes", *([field] if isinstance(field, str) else field)), message)
         raise KeyError(settings.name)

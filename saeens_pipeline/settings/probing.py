@@ -31,6 +31,11 @@ class _DataSet(FromFile):
     text_field: str = Field(default="text", description="column of the texts")
     label_field: str = Field(default="label", description="column of the labels")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, given: Any) -> Any:
+        return {"name": given} if isinstance(given, str) else given
+
     @property
     def local_files(self) -> dict[str, str]:
         """Absolute patterns of the local files, by split; empty for other data sets."""
@@ -107,14 +112,6 @@ class _TaskSettings(Section):
         default=None, ge=8, multiple_of=4, description="number of test texts of a probe; default: 1000, fewer for embedded tasks"
     )
     context_length: int = Field(default=128, ge=2, description="number of tokens of a text, counted from its start")
-
-    @field_validator("datasets", mode="before", check_fields=False)
-    @classmethod
-    def _named(cls, datasets: Any) -> Any:
-        """Return entries as mappings; a name stands for a mapping with this name."""
-        if not isinstance(datasets, list):
-            return datasets
-        return [{"name": entry} if isinstance(entry, str) else entry for entry in datasets]
 
     @model_validator(mode="after")
     def _both_or_none(self) -> Self:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import ast
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import polars as pl
 
@@ -26,13 +26,6 @@ CONCEPT_COUNT, CORRELATION_COUNT = TextCount(200, 100), TextCount(960, 480)  # t
 _LANGUAGES = ("python", "typescript", "javascript", "cpp_header")
 _COMMENT = re.compile(r"/\*.*?\*/|(?:^[ \t]*//.*\n?)+", re.S | re.M)
 _COMMENT_MARKS = re.compile(r"^[ \t]*(?://+!?|/?\*+[/!]?)[ \t]?", re.M)
-
-
-class _Piece(NamedTuple):
-    text: str
-    language: str
-    kind: str
-    """`code` or `documentation`; `any` for pieces of whole texts"""
 
 
 class EmbeddedTasks:
@@ -58,24 +51,25 @@ class EmbeddedTasks:
 
 
 def _pieces(corpus: Corpus, split: Split) -> pl.DataFrame:
-    taken: dict[str, int] = {}
-    rows: list[_Piece] = []
+    """Return text, language and kind of each piece: `code`, `documentation`, or `any` for pieces of whole texts."""
+    taken = Counter[str]()
+    rows: list[tuple[str, str, str]] = []
     for document in corpus.documents(split):
         language = str(document.labels["language"])
-        taken[language] = taken.get(language, 0) + 1
+        taken[language] += 1
         if taken[language] <= MAX_DOCUMENTS:
             rows += _pieces_of(document.text, language)
-    return pl.DataFrame(rows, schema=dict.fromkeys(_Piece._fields, pl.String), orient="row")
+    return pl.DataFrame(rows, schema=dict.fromkeys(("text", "language", "kind"), pl.String), orient="row")
 
 
-def _pieces_of(text: str, language: str) -> Iterator[_Piece]:
+def _pieces_of(text: str, language: str) -> Iterator[tuple[str, str, str]]:
     parts = [("any", text)]
     if language == "python":
         parts += _python_parts(text)
     elif language == "cpp_header":
         parts += _cpp_parts(text)
     for kind, part in parts:
-        yield from (_Piece(piece, language, kind) for piece in cut(part))
+        yield from ((piece, language, kind) for piece in cut(part))
 
 
 def cut(text: str) -> Iterator[str]:
