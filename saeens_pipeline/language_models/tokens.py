@@ -387,7 +387,7 @@ def _encode(
     tokenizer: Tokenizer, documents: Iterator[Document], description: LanguageModelDescription, separator: int | None, used: list[Document]
 ) -> Iterator[np.ndarray]:
     """Yield the token ids of each document, after the separator if there is one; append the documents without text to `used`."""
-    for batch in _batched(documents):
+    for batch in batched(documents):
         for document, encoding in zip(batch, tokenizer.encode_batch_fast([d.text for d in batch]), strict=True):
             ids = np.asarray(encoding.ids, np.int64)
             if separator is not None and (len(ids) == 0 or ids[0] != separator):
@@ -401,7 +401,8 @@ def _encode(
             yield ids
 
 
-def _batched(documents: Iterator[Document]) -> Iterator[list[Document]]:
+def batched(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    """Yield documents in batches for a tokenizer."""
     batch: list[Document] = []
     characters = 0
     for document in documents:
