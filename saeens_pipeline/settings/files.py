@@ -133,7 +133,8 @@ class ExperimentFile:
             message = f"unknown key; one of: {', '.join(_allowed_keys(model, attributes, error['loc'][:-1]))}"
         if error["type"] != "missing" and not isinstance(error["input"], dict):
             message += f" (found: {error['input']!r})"
-        return self._message(document, ("attributes", *_without_kind(error["loc"])), message)
+        location = ("corpus", *error["loc"][2:]) if error["loc"][:1] == ("corpus",) else error["loc"]  # without pydantic's tag of its kind
+        return self._message(document, ("attributes", *location), message)
 
     def _message(self, document: yaml.Node, location: Location, message: str) -> str:
         field = f" {'.'.join(map(str, location))}:" if location else ""
@@ -172,14 +173,6 @@ def _line(node: yaml.Node, location: Location) -> int:
             break
         line, node = found[0].start_mark.line, found[1]
     return line + 1
-
-
-def _without_kind(location: Location) -> Location:
-    """Return a location in the file: without the tag that pydantic adds for the kind of corpus."""
-    match list(location):
-        case ["corpus", "builtin" | "files" | "dataset", *rest]:
-            return ["corpus", *rest]
-    return location
 
 
 def _allowed_keys(model: type[BaseModel], attributes: dict[str, Any], location: Location) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -22,6 +22,9 @@ PROBE_SEED = 42  # as in SAEBench: drawing of texts, choice of negatives, initia
 
 class _DataSet(FromFile):
     """Common fields of the data sets of both tables. Relative paths start from the folder of the experiment file."""
+
+    embedded_names: ClassVar[tuple[str, ...]]
+    hub_names: ClassVar[tuple[str, ...]]
 
     name: str = Field(min_length=1, description="name of a known data set, or a new name for local files")
     revision: str = Field(default="main", description="branch, tag or commit on the hub")
@@ -47,34 +50,30 @@ class _DataSet(FromFile):
         """`path` as an absolute path."""
         return self.absolute(self.path) if self.path else None
 
-    def _check_known(self, embedded_names: tuple[str, ...], hub_names: tuple[str, ...]) -> None:
-        """Raise ValueError for an unknown data set without files, and for fields that do not apply to this kind of data set."""
-        if self.name in embedded_names:
-            self._check_unused("is read from the installed packages", {"labels"})
-        elif self.name in hub_names:
-            self._check_unused("is a known data set of the hub; choose another name for local files", {"labels", "revision", "path"})
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        """Refuse an unknown data set without files, and fields that do not apply to this kind of data set."""
+        fields = type(self).model_fields
+        if self.name in self.embedded_names:
+            what, allowed = "is read from the installed packages", {"labels"}
+        elif self.name in self.hub_names:
+            what, allowed = "is a known data set of the hub; choose another name for local files", {"labels", "revision", "path"}
         elif self.train is None:
-            known = ", ".join((*embedded_names, *hub_names))
+            known = ", ".join((*self.embedded_names, *self.hub_names))
             raise ValueError(f"{self.name!r} is not known; known are {known}; for local files give train, and optionally test")
         else:
-            self._check_unused("is read from local files", set(type(self).model_fields) - {"revision", "path"})
-
-    def _check_unused(self, what: str, allowed: set[str]) -> None:
-        fields = type(self).model_fields.items()
-        unused = [name for name, field in fields if name not in {"name", *allowed} and getattr(self, name) != field.default]
+            what, allowed = "is read from local files", fields.keys() - {"revision", "path"}
+        unused = [name for name in fields if name not in {"name", *allowed} and getattr(self, name) != fields[name].default]
         if unused:
             raise ValueError(f"{self.name!r} {what}: leave {', '.join(unused)} out")
+        return self
 
 
 class ConceptDataSet(_DataSet):
     """An entry of `concept_detection.datasets`: a name, or a mapping with these fields."""
 
+    embedded_names, hub_names = EMBEDDED_CONCEPTS, HUB_CONCEPTS
     labels: Labels = Field(default=[], description="labels with a probe each; default: all labels")
-
-    @model_validator(mode="after")
-    def _known(self) -> Self:
-        self._check_known(EMBEDDED_CONCEPTS, HUB_CONCEPTS)
-        return self
 
     @field_validator("labels")
     @classmethod
@@ -87,6 +86,7 @@ class ConceptDataSet(_DataSet):
 class CorrelationDataSet(_DataSet):
     """An entry of `spurious_correlation.datasets`: a name, or a mapping with these fields."""
 
+    embedded_names, hub_names = EMBEDDED_CORRELATIONS, HUB_CORRELATIONS
     spurious_field: str = Field(default="spurious", description="column of the spurious attribute")
     target: tuple[Label, Label] | None = Field(default=None, description="the two labels of the probe; for local files only")
     spurious: tuple[Label, Label] | None = Field(
@@ -94,8 +94,7 @@ class CorrelationDataSet(_DataSet):
     )
 
     @model_validator(mode="after")
-    def _known(self) -> Self:
-        self._check_known(EMBEDDED_CORRELATIONS, HUB_CORRELATIONS)
+    def _attributes(self) -> Self:
         if self.train and (self.target is None or self.spurious is None):
             raise ValueError("for local files give target and spurious, two values each; values at the same place correlate")
         for values in (self.target, self.spurious):

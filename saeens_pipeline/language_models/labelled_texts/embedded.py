@@ -58,18 +58,9 @@ def _pieces(corpus: Corpus, split: Split) -> pl.DataFrame:
         language = str(document.labels["language"])
         taken[language] += 1
         if taken[language] <= MAX_DOCUMENTS:
-            rows += _pieces_of(document.text, language)
+            parts = _PARTS[language](document.text) if language in _PARTS else ()
+            rows += [(piece, language, kind) for kind, part in [("any", document.text), *parts] for piece in cut(part)]
     return pl.DataFrame(rows, schema=dict.fromkeys(("text", "language", "kind"), pl.String), orient="row")
-
-
-def _pieces_of(text: str, language: str) -> Iterator[tuple[str, str, str]]:
-    parts = [("any", text)]
-    if language == "python":
-        parts += _python_parts(text)
-    elif language == "cpp_header":
-        parts += _cpp_parts(text)
-    for kind, part in parts:
-        yield from ((piece, language, kind) for piece in cut(part))
 
 
 def cut(text: str) -> Iterator[str]:
@@ -107,3 +98,6 @@ def _cpp_parts(text: str) -> Iterator[tuple[str, str]]:
     """Yield the comments of a header, without their marks, and the header without its comments."""
     yield "documentation", "".join(_COMMENT_MARKS.sub("", comment).rstrip() + "\n" for comment in _COMMENT.findall(text))
     yield "code", re.sub(r"\n\s*\n+", "\n", re.sub(r"/\*.*?\*/|//[^\n]*", "", text, flags=re.S))
+
+
+_PARTS = {"python": _python_parts, "cpp_header": _cpp_parts}
