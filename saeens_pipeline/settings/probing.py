@@ -34,11 +34,6 @@ class _DataSet(FromFile):
     text_field: str = Field(default="text", description="column of the texts")
     label_field: str = Field(default="label", description="column of the labels")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _named(cls, given: Any) -> Any:
-        return {"name": given} if isinstance(given, str) else given
-
     @property
     def local_files(self) -> dict[str, str]:
         """Absolute patterns of the local files, by split; empty for other data sets."""
@@ -111,6 +106,12 @@ class _TaskSettings(Section):
         default=None, ge=8, multiple_of=4, description="number of test texts of a probe; default: 1000, fewer for embedded tasks"
     )
     context_length: int = Field(default=128, ge=2, description="number of tokens of a text, counted from its start")
+
+    @field_validator("datasets", mode="before", check_fields=False)
+    @classmethod
+    def _named(cls, given: Any) -> Any:
+        """Return entries as mappings; a name stands for a mapping with this name."""
+        return [{"name": each} if isinstance(each, str) else each for each in given] if isinstance(given, list) else given
 
     @model_validator(mode="after")
     def _both_or_none(self) -> Self:
