@@ -9,7 +9,7 @@ from pydantic import Field, PositiveInt, field_validator
 from saeens_pipeline.settings.from_file import Section
 
 _RESERVED = ("model", "messages", "n", "stream")  # request fields that the pipeline sets
-_Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_Price = Annotated[float, Field(ge=0)]
 
 
 class Prices(Section):
@@ -29,7 +29,7 @@ class AutoInterpSettings(Section):
         {"temperature": 0, "max_tokens": 500}, description="fields of a chat completion in every request; replace the default fields"
     )
     requests_at_once: int = Field(8, ge=1, le=1024, description="number of concurrent requests")
-    timeout_seconds: float = Field(120, gt=0, allow_inf_nan=False, description="longest time to wait for an answer, in seconds")
+    timeout_seconds: float = Field(120, gt=0, description="longest time to wait for an answer, in seconds")
     retries: int = Field(8, ge=0, le=100, description="number of retries of a request after a temporary failure, such as status 429")
     prices: Prices | None = Field(None, description="prices per million tokens, for cost estimates; default: estimates in tokens only")
 

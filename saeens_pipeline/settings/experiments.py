@@ -100,6 +100,9 @@ def _validate_training(settings: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
+_Training = Annotated[dict[str, Any], AfterValidator(_validate_training)]
+
+
 def _on_or_off(value: object) -> object:
     return ("on" if value else "off") if isinstance(value, bool) else value  # YAML reads on as true
 
@@ -160,10 +163,8 @@ class EnsembleSettings(Section):
 class FreshnessSettings(Section):
     """`freshness`: largest age of the tables since they were last made or confirmed."""
 
-    fail_days: float = Field(ge=MIN_FRESHNESS_DAYS, allow_inf_nan=False, description="age in days from which tables are overdue")
-    warn_days: float | None = Field(
-        None, ge=MIN_FRESHNESS_DAYS, allow_inf_nan=False, description="age in days from which to warn; less than fail_days"
-    )
+    fail_days: float = Field(ge=MIN_FRESHNESS_DAYS, description="age in days from which tables are overdue")
+    warn_days: float | None = Field(None, ge=MIN_FRESHNESS_DAYS, description="age in days from which to warn; less than fail_days")
 
     @model_validator(mode="after")
     def _warned_before(self) -> FreshnessSettings:
@@ -175,20 +176,14 @@ class FreshnessSettings(Section):
 class CheckSettings(Section):
     """`checks`: thresholds for warnings. They do not change results and do not stop runs."""
 
-    min_explained_variance: float | None = Field(
-        default=None,
-        le=1,
-        allow_inf_nan=False,
-        description="least explained variance of methods on test tokens, and of SAEs on their last training batch; default: no check",
+    min_explained_variance: Annotated[float, Field(le=1)] | None = Field(
+        None, description="least explained variance of methods on test tokens, and of SAEs on their last training batch; default: no check"
     )
-    max_dead_features: float = Field(default=0.2, ge=0, le=1, description="largest share of dead features of an SAE")
+    max_dead_features: float = Field(0.2, ge=0, le=1, description="largest share of dead features of an SAE")
     target_l0: float | None = Field(
-        default=None,
-        gt=0,
-        allow_inf_nan=False,
-        description="target L0 in features per token, for architectures without k; default: no check",
+        None, gt=0, description="target L0 in features per token, for architectures without k; default: no check"
     )
-    l0_tolerance: float = Field(default=0.1, ge=0, allow_inf_nan=False, description="largest relative distance from the target L0")
+    l0_tolerance: float = Field(0.1, ge=0, description="largest relative distance from the target L0")
 
 
 class ExperimentSettings(FromFile):
@@ -202,14 +197,10 @@ class ExperimentSettings(FromFile):
     sweep: Annotated[dict[str, list[int | float]], BeforeValidator(validate_sweep)] | None = Field(
         None, description="one field of sae with a list of values, each for an experiment of its own"
     )
-    training: Annotated[dict[str, Any], AfterValidator(_validate_training)] = Field(
-        {}, description="fields of saeens_models.TrainingConfig"
-    )
+    training: _Training = Field({}, description="fields of saeens_models.TrainingConfig")
     ensemble: EnsembleSettings = Field(description="number of SAEs, seeds, and the order of training")
     baselines: Annotated[list[Baseline], Distinct] = Field(["expanded", "expanded_l0_matched"], description="single SAEs for comparison")
-    baseline_training: dict[Baseline, Annotated[dict[str, Any], AfterValidator(_validate_training)]] = Field(
-        {}, description="fields of training that differ for a baseline, by baseline"
-    )
+    baseline_training: dict[Baseline, _Training] = Field({}, description="fields of training that differ for a baseline, by baseline")
     expanded_sizes: list[PositiveInt] | Literal["all"] | None = Field(
         None, description="widths of the expanded SAEs, in members: a list, or all sizes from 1; default: the width of all members"
     )
@@ -226,17 +217,17 @@ class ExperimentSettings(FromFile):
     )
     ce_loss_tokens: int = Field(4096, ge=0, description="number of test tokens for ce_loss_recovered, evenly spread; 0: not measured")
     concept_detection: ConceptDetectionSettings = Field(
-        default=ConceptDetectionSettings(), description="texts for the table concept_detection, if evaluations includes it"
+        ConceptDetectionSettings(), description="texts for the table concept_detection, if evaluations includes it"
     )
     spurious_correlation: SpuriousCorrelationSettings = Field(
-        default=SpuriousCorrelationSettings(), description="texts for the table spurious_correlation, if evaluations includes it"
+        SpuriousCorrelationSettings(), description="texts for the table spurious_correlation, if evaluations includes it"
     )
     autointerp: AutoInterpSettings | None = Field(
         None, description="language model and requests for the table autointerp, if evaluations includes it"
     )
     checks: CheckSettings = Field(CheckSettings(), description="thresholds for warnings: explained variance, dead features, L0")
-    evaluation_memory_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
-        8.0, description="memory limit for connectivity and pooled codes, in GB of 10^9 bytes; does not change results"
+    evaluation_memory_gb: float = Field(
+        8.0, gt=0, description="memory limit for connectivity and pooled codes, in GB of 10^9 bytes; does not change results"
     )
 
     @model_validator(mode="before")

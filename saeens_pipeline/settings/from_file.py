@@ -21,8 +21,8 @@ Distinct = AfterValidator(_distinct)
 """Refuses a list, if there is one, in which a value is given twice."""
 
 
-class Section(BaseModel, extra="forbid", frozen=True):
-    """Base of the mappings of an experiment file: unknown keys are refused, and values do not change."""
+class Section(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
+    """Base of the mappings of an experiment file: unknown keys and numbers that are not finite are refused, and values do not change."""
 
 
 class FromFile(Section):
