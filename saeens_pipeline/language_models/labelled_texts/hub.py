@@ -15,8 +15,7 @@ import polars as pl
 
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models.hub import resolve_commit
-from saeens_pipeline.language_models.labelled_texts.drawing import SPLITS, Labelled
-from saeens_pipeline.language_models.labelled_texts.files import select_fields
+from saeens_pipeline.language_models.labelled_texts.drawing import SPLITS, Labelled, select_fields
 from saeens_pipeline.settings.labelled_data_sets import EUROPARL, EUROPARL_PAIRS, GITHUB_CODE, HUB_SETS, STREAMED, TextCount
 
 READER_VERSION = 1  # increased with every change of the drawn texts

@@ -1,20 +1,27 @@
-"""Reading of the labelled texts in the settings of an experiment, from any source."""
+"""Reading of the labelled texts in the settings of an experiment, from any source; local files have one text per row."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import polars as pl
+
+from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models.corpora import open_corpus
-from saeens_pipeline.language_models.labelled_texts import embedded, files, hub
-from saeens_pipeline.language_models.labelled_texts.drawing import ConceptTexts, CorrelationTexts, Labelled, draw_concepts, draw_quadrants
+from saeens_pipeline.language_models.fingerprints import fingerprint_once
+from saeens_pipeline.language_models.labelled_texts import drawing, embedded, hub
+from saeens_pipeline.language_models.labelled_texts.drawing import ConceptTexts, CorrelationTexts, Labelled
 from saeens_pipeline.settings.corpora import BUILTIN_CORPUS
 from saeens_pipeline.settings.from_file import FILE
 from saeens_pipeline.settings.labelled_data_sets import EMBEDDED_CONCEPTS, EMBEDDED_CORRELATIONS, TextCount
 from saeens_pipeline.settings.probing import ConceptDataSet, CorrelationDataSet
 
+_SCANNERS = {".jsonl": pl.scan_ndjson, ".ndjson": pl.scan_ndjson, ".parquet": pl.scan_parquet, ".csv": pl.scan_csv}
 _DATA_SETS_KEPT = 32
 """Data sets whose drawn texts stay in memory, some megabytes each, for other seeds and layers of the process."""
 
@@ -27,10 +34,12 @@ def identity(data_set: ConceptDataSet | CorrelationDataSet) -> dict[str, Any]:
     if is_embedded(data_set):
         return {"name": data_set.name, "reader": embedded.READER_VERSION, "corpus": open_corpus(BUILTIN_CORPUS).identity}
     if data_set.local_files:
-        return {"name": data_set.name, "sha256": {k: files.fingerprint(data_set.name, p) for k, p in data_set.local_files.items()}}
+        files = {split: _find_files(data_set.name, pattern) for split, pattern in data_set.local_files.items()}
+        hashes = {split: {file.name: fingerprint_once(file) for file in of_split} for split, of_split in files.items()}
+        return {"name": data_set.name, "sha256": hashes}
     hub_set = {"name": data_set.name, "reader": hub.READER_VERSION}
     if data_set.local_copy:
-        return hub_set | {"sha256": files.fingerprint_of_folder(data_set.name, data_set.local_copy)}
+        return hub_set | {"sha256": _fingerprint_of_folder(data_set.name, data_set.local_copy)}
     return hub_set | {"revision": hub.commit(data_set.name, data_set.revision)}
 
 
@@ -53,7 +62,7 @@ def read_correlations(data_set: CorrelationDataSet, count: TextCount | None, see
 def _drawn_concepts(settings: str, file: Path | None, _identity: str, count: TextCount | None, seed: int) -> ConceptTexts:
     data_set = ConceptDataSet.model_validate_json(settings, context={FILE: file})
     data = _labelled(data_set, count := count or (embedded.CONCEPT_COUNT if is_embedded(data_set) else hub.COUNT))
-    return draw_concepts(data, data_set.labels or data.labels, count, balance="other" in data.train.columns, seed=seed)
+    return drawing.draw_concepts(data, data_set.labels or data.labels, count, balance="other" in data.train.columns, seed=seed)
 
 
 @lru_cache(maxsize=_DATA_SETS_KEPT)
@@ -61,7 +70,7 @@ def _drawn_correlations(settings: str, file: Path | None, _identity: str, count:
     data_set = CorrelationDataSet.model_validate_json(settings, context={FILE: file})
     data = _labelled(data_set, count := count or (embedded.CORRELATION_COUNT if is_embedded(data_set) else hub.COUNT))
     own = {data.name: (data_set.target, data_set.spurious)} if data_set.target and data_set.spurious else {}
-    return [draw_quadrants(data, name, *attributes, count, seed=seed) for name, attributes in (own or data.pairs).items()]
+    return [drawing.draw_quadrants(data, name, *attributes, count, seed=seed) for name, attributes in (own or data.pairs).items()]
 
 
 def _labelled(data_set: ConceptDataSet | CorrelationDataSet, count: TextCount) -> Labelled:
@@ -72,7 +81,53 @@ def _labelled(data_set: ConceptDataSet | CorrelationDataSet, count: TextCount) -
     fields = {"text": data_set.text_field, "label": data_set.label_field}
     if isinstance(data_set, CorrelationDataSet):
         fields["other"] = data_set.spurious_field
-    return Labelled(data_set.name, *(files.read_columns(data_set.name, pattern, fields) for pattern in data_set.local_files.values()))
+    return Labelled(data_set.name, *(_read_columns(data_set.name, pattern, fields) for pattern in data_set.local_files.values()))
+
+
+def _find_files(name: str, pattern: str) -> list[Path]:
+    """Return the files of a data set, sorted. Raises ConfigurationError if there are none, or for one of an unknown format."""
+    path = Path(pattern).expanduser()
+    files = sorted(path.parent.glob(path.name))
+    if not files:
+        raise ConfigurationError(f"{name}: there is no file {pattern}")
+    for file in files:
+        if file.suffix not in _SCANNERS:
+            raise ConfigurationError(f"{name}: {file} is of no format that is read: {', '.join(_SCANNERS)}")
+    return files
+
+
+def _fingerprint_of_folder(name: str, folder: str) -> dict[str, str]:
+    """Return the SHA-256 of each file below a folder, except hidden ones. Raises ConfigurationError for a folder without files."""
+    root = Path(folder).expanduser()
+    paths = {path.relative_to(root): path for path in sorted(root.rglob("*")) if path.is_file()}
+    shown = {str(place): path for place, path in paths.items() if not any(part.startswith(".") for part in place.parts)}
+    if not shown:
+        raise ConfigurationError(f"{name}: there is no file below {folder}: `path` has to be a local copy of the data set")
+    return {place: fingerprint_once(path) for place, path in shown.items()}
+
+
+def _read_columns(name: str, pattern: str, fields: Mapping[str, str]) -> pl.DataFrame:
+    """Return columns of local files as `select_fields`. Raises SaeensError for a file that cannot be read."""
+    parts = []
+    for file in _find_files(name, pattern):
+        try:
+            parts.append(drawing.select_fields(f"{name}: {file}", _SCANNERS[file.suffix](file), fields).collect())
+        except (pl.exceptions.PolarsError, OSError) as error:
+            line = "" if file.suffix in (".parquet", ".csv") else _first_broken_line(file)
+            raise SaeensError(f"{name}: {file}{line} cannot be read: {error}") from error
+    return pl.concat(parts)
+
+
+def _first_broken_line(file: Path) -> str:
+    """Return the first invalid line of JSON lines, as `:12`; empty if each line is valid, or the file cannot be opened."""
+    with contextlib.suppress(OSError), file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                json.loads(line or "null")
+            except ValueError:
+                if line.strip():
+                    return f":{number}"
+    return ""
 
 
 @lru_cache(maxsize=1)
