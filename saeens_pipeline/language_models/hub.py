@@ -51,20 +51,16 @@ def download(name: str, commit: str, files: Sequence[str], kind: Kind = "model")
     Raises as `resolve_commit`.
     """
     with explained(name, commit, kind):
-        return Path(
-            huggingface_hub.snapshot_download(
-                name, repo_type=kind, revision=commit, allow_patterns=list(files), ignore_patterns=_SUBFOLDERS
-            )
-        )
+        wanted = {"allow_patterns": list(files), "ignore_patterns": _SUBFOLDERS}
+        return Path(huggingface_hub.snapshot_download(name, repo_type=kind, revision=commit, **wanted))
 
 
 def sizes(name: str, commit: str, files: Sequence[str]) -> dict[str, int] | None:
     """Return the bytes of a model's files that match a pattern, without downloading them; None if the hub cannot be reached."""
     with explained(name, commit, "model"):
         try:
-            found = huggingface_hub.snapshot_download(
-                name, revision=commit, allow_patterns=list(files), ignore_patterns=_SUBFOLDERS, dry_run=True
-            )
+            wanted = {"allow_patterns": list(files), "ignore_patterns": _SUBFOLDERS}
+            found = huggingface_hub.snapshot_download(name, revision=commit, dry_run=True, **wanted)
         except DryRunError:
             return None
     return {each.filename: each.file_size or 0 for each in found if isinstance(each, huggingface_hub.DryRunFileInfo)}

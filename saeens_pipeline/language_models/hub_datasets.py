@@ -70,7 +70,10 @@ class HubCorpus(RecordCorpus[HubDataset]):
             try:
                 records = load(name=self.settings.subset)
             except ValueError as error:  # no such subset or split; the message lists the existing ones
-                files = self._files_called(split, commit) if self.settings.subset is None else []
+                files: list[str] = []
+                if self.settings.subset is None:  # next to a folder `train`, datasets finds no files such as `test.jsonl.zst` of the Pile
+                    there = huggingface_hub.HfApi().list_repo_files(self.settings.name, repo_type="dataset", revision=commit)
+                    files = [file for file in there if "/" not in file and file.split(".", 1)[0] == split]
                 if not files:
                     raise ConfigurationError(f"data set {self.settings.name!r}: {' '.join(str(error).split())}") from error
                 records = load(data_files={split: files})
@@ -78,8 +81,3 @@ class HubCorpus(RecordCorpus[HubDataset]):
                 raise SaeensError(f"data set {self.settings.name!r} cannot be read by datasets: {error}") from error
         complete = set(self.columns) <= set(records.column_names or [])
         return records.select_columns(self.columns) if complete else records
-
-    def _files_called(self, split: str, commit: str) -> list[str]:
-        """Return top-level files such as `test.jsonl.zst` of the Pile: next to a folder `train`, datasets finds no other split."""
-        files = huggingface_hub.HfApi().list_repo_files(self.settings.name, repo_type="dataset", revision=commit)
-        return [file for file in files if "/" not in file and file.split(".", 1)[0] == split]

@@ -98,7 +98,15 @@ class LanguageModel:
         if hook in ("resid_pre", "resid_post"):
             return self._blocks[layer]
         if hook in HOOKS:
-            return _part(self._blocks[layer], hook)
+            children = dict(self._blocks[layer].named_children())
+            norms_after = "post_feedforward_layernorm" in children  # Gemma 2 and 3, OLMo 2
+            for name in _PARTS[hook][norms_after]:
+                if name in children:
+                    return children[name]
+            others = ", ".join(children)
+            raise ConfigurationError(
+                f"hook {hook!r} is not available in this model: give the path of one of its block's modules ({others})"
+            )
         path = hook.replace("{layer}", str(layer))
         try:
             return self.model.get_submodule(path)
@@ -144,15 +152,3 @@ class LanguageModel:
 
 class _AllCaptured(Exception):
     """Ends a forward pass once all requested activations are captured."""
-
-
-def _part(block: torch.nn.Module, hook: str) -> torch.nn.Module:
-    """Return the module of a block with `attn_out` or `mlp_out` at its output, or `resid_mid` at its input."""
-    children = dict(block.named_children())
-    norms_after = "post_feedforward_layernorm" in children  # Gemma 2 and 3, OLMo 2
-    for name in _PARTS[hook][norms_after]:
-        if name in children:
-            return children[name]
-    raise ConfigurationError(
-        f"hook {hook!r} is not available in this model: give the path of one of its block's modules ({', '.join(children)})"
-    )

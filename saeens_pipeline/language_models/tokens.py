@@ -120,7 +120,7 @@ def write_tokens(
     )
     require_free_disk(path, (train_tokens + test_tokens) * position_bytes(description.vocab_size), "writing tokens")
     tokenizer = load_tokenizer(description)
-    separator = _separator(description) if packing == "concatenate" else None
+    separator = description.end_of_text if packing == "concatenate" else None
     never_kept = special_ids(tokenizer, description) if "special" in drop else np.empty(0, np.int64)
     group = zarr.open_group(path, mode="w", zarr_format=3)
     statistics: dict[Split, SplitTokens] = {}
@@ -174,8 +174,11 @@ def validate_token_settings(
     """Raise ConfigurationError for settings of `write_tokens` that are invalid, in general or for this language model."""
     if packing not in get_args(Packing):
         raise ConfigurationError(f"packing: {packing!r} is not known; allowed: {', '.join(get_args(Packing))}")
-    if packing == "concatenate":
-        _separator(description)
+    if packing == "concatenate" and description.end_of_text is None:
+        raise ConfigurationError(
+            f"packing: concatenate needs an end-of-text token, and {description.path / 'config.json'} names none (eos_token_id): "
+            "add it there, or use packing: document"
+        )
     unknown = sorted(set(drop) - set(get_args(Drop)))
     if unknown:
         raise ConfigurationError(f"drop: {', '.join(map(repr, unknown))} is not known; allowed: {', '.join(get_args(Drop))}")
@@ -425,15 +428,6 @@ def load_tokenizer(description: LanguageModelDescription) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
-
-
-def _separator(description: LanguageModelDescription) -> int:
-    if description.end_of_text is None:
-        raise ConfigurationError(
-            f"packing: concatenate needs an end-of-text token, and {description.path / 'config.json'} names none (eos_token_id): "
-            "add it there, or use packing: document"
-        )
-    return description.end_of_text
 
 
 def special_ids(tokenizer: Tokenizer, description: LanguageModelDescription) -> np.ndarray:

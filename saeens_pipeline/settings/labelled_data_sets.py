@@ -14,12 +14,8 @@ def _as_text(value: Any) -> Any:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str | int) else value
-
-
 Label = Annotated[str, BeforeValidator(_as_text)]
-Labels = Annotated[list[Label], BeforeValidator(_as_list)]
+Labels = Annotated[list[Label], BeforeValidator(lambda value: [value] if isinstance(value, str | int) else value)]
 """A list of labels; a single label may be given without a list."""
 
 

@@ -29,7 +29,7 @@ _DATA_SETS_KEPT = 32
 def identity(data_set: ConceptDataSet | CorrelationDataSet) -> dict[str, Any]:
     """Return the identity of the texts for recipes: hashes of local files, or the commit of a data set on the hub.
 
-    Raises SaeensError for missing local files, and for a data set that the hub does not have or refuses.
+    Hidden files of a local copy do not count. Raises SaeensError for missing files, and for a data set that the hub does not have or refuses.
     """
     if is_embedded(data_set):
         return {"name": data_set.name, "reader": embedded.READER_VERSION, "corpus": open_corpus(BUILTIN_CORPUS).identity}
@@ -39,7 +39,12 @@ def identity(data_set: ConceptDataSet | CorrelationDataSet) -> dict[str, Any]:
         return {"name": data_set.name, "sha256": hashes}
     hub_set = {"name": data_set.name, "reader": hub.READER_VERSION}
     if data_set.local_copy:
-        return hub_set | {"sha256": _fingerprint_of_folder(data_set.name, data_set.local_copy)}
+        root = Path(data_set.local_copy)
+        paths = {path.relative_to(root): path for path in sorted(root.rglob("*")) if path.is_file()}
+        shown = {str(place): path for place, path in paths.items() if not any(part.startswith(".") for part in place.parts)}
+        if not shown:
+            raise ConfigurationError(f"{data_set.name}: there is no file below {root}: `path` has to be a local copy of the data set")
+        return hub_set | {"sha256": {place: fingerprint_once(path) for place, path in shown.items()}}
     return hub_set | {"revision": hub.commit(data_set.name, data_set.revision)}
 
 
@@ -86,24 +91,13 @@ def _labelled(data_set: ConceptDataSet | CorrelationDataSet, count: TextCount) -
 
 def _find_files(name: str, pattern: str) -> list[Path]:
     """Return the files of a data set, sorted. Raises ConfigurationError if there are none, or for one of an unknown format."""
-    path = Path(pattern).expanduser()
-    files = sorted(path.parent.glob(path.name))
+    files = sorted(Path(pattern).parent.glob(Path(pattern).name))
     if not files:
         raise ConfigurationError(f"{name}: there is no file {pattern}")
     for file in files:
         if file.suffix not in _SCANNERS:
             raise ConfigurationError(f"{name}: {file} is of no format that is read: {', '.join(_SCANNERS)}")
     return files
-
-
-def _fingerprint_of_folder(name: str, folder: str) -> dict[str, str]:
-    """Return the SHA-256 of each file below a folder, except hidden ones. Raises ConfigurationError for a folder without files."""
-    root = Path(folder).expanduser()
-    paths = {path.relative_to(root): path for path in sorted(root.rglob("*")) if path.is_file()}
-    shown = {str(place): path for place, path in paths.items() if not any(part.startswith(".") for part in place.parts)}
-    if not shown:
-        raise ConfigurationError(f"{name}: there is no file below {folder}: `path` has to be a local copy of the data set")
-    return {place: fingerprint_once(path) for place, path in shown.items()}
 
 
 def _read_columns(name: str, pattern: str, fields: Mapping[str, str]) -> pl.DataFrame:
