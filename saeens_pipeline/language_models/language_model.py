@@ -103,10 +103,8 @@ class LanguageModel:
             for name in _PARTS[hook][norms_after]:
                 if name in children:
                     return children[name]
-            others = ", ".join(children)
-            raise ConfigurationError(
-                f"hook {hook!r} is not available in this model: give the path of one of its block's modules ({others})"
-            )
+            there = ", ".join(children)
+            raise ConfigurationError(f"hook {hook!r} is not available in this model: give the path of one of its block's modules ({there})")
         path = hook.replace("{layer}", str(layer))
         try:
             return self.model.get_submodule(path)

@@ -29,7 +29,7 @@ _DATA_SETS_KEPT = 32
 def identity(data_set: ConceptDataSet | CorrelationDataSet) -> dict[str, Any]:
     """Return the identity of the texts for recipes: hashes of local files, or the commit of a data set on the hub.
 
-    Hidden files of a local copy do not count. Raises SaeensError for missing files, and for a data set that the hub does not have or refuses.
+    Hidden files of a copy do not count. Raises SaeensError for missing files, and for a data set that the hub does not have or refuses.
     """
     if is_embedded(data_set):
         return {"name": data_set.name, "reader": embedded.READER_VERSION, "corpus": open_corpus(BUILTIN_CORPUS).identity}
