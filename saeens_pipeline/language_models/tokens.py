@@ -212,7 +212,7 @@ class TokenStore:
         self.path = path
         self.context_length: int = attributes["context_length"]
         self.statistics = TokenStatistics(**{split: SplitTokens(**attributes["statistics"][split]) for split in SPLITS})
-        self._group = group
+        self._arrays: dict[Split, list[Any]] = {split: [group[f"{split}/{name}"] for name in TokenBatch._fields] for split in SPLITS}
 
     def n_rows(self, split: Split) -> int:
         """Return the number of activation rows of a split."""
@@ -220,27 +220,25 @@ class TokenStore:
 
     def batches(self, split: Split, batch_windows: int) -> Iterator[TokenBatch]:
         """Yield all windows in order, at most `batch_windows` at a time. Memory: one chunk of each array, about 5 MB."""
-        import torch
-
-        arrays: list[Any] = [self._group[f"{split}/{name}"] for name in TokenBatch._fields]
-        n_windows, chunk_windows = arrays[0].shape[0], arrays[0].chunks[0]
+        n_windows, chunk_windows = self._arrays[split][0].shape[0], self._arrays[split][0].chunks[0]
         for start in range(0, n_windows, chunk_windows):
-            tokens, *others = (torch.from_numpy(array[start : start + chunk_windows]) for array in arrays)
-            tokens = tokens.long()
-            for first in range(0, len(tokens), batch_windows):
-                yield TokenBatch(*(values[first : first + batch_windows] for values in (tokens, *others)))
+            chunk = self._read(split, slice(start, start + chunk_windows))
+            for first in range(0, len(chunk.tokens), batch_windows):
+                yield TokenBatch(*(values[first : first + batch_windows] for values in chunk))
 
     def sample(self, split: Split, n_rows: int, batch_windows: int) -> Iterator[TokenBatch]:
         """Yield evenly spread windows of a split with about `n_rows` activation rows in total, or all windows, in batches as `batches`."""
-        import torch
-
         statistics: SplitTokens = getattr(self.statistics, split)
         n_windows = min(statistics.windows, -(-n_rows * statistics.windows // statistics.rows))
         chosen = np.linspace(0, statistics.windows - 1, n_windows).round().astype(int)
-        arrays: list[Any] = [self._group[f"{split}/{name}"] for name in TokenBatch._fields]
         for first in range(0, n_windows, batch_windows):
-            tokens, *others = (torch.from_numpy(array.oindex[chosen[first : first + batch_windows]]) for array in arrays)
-            yield TokenBatch(tokens.long(), *others)
+            yield self._read(split, chosen[first : first + batch_windows])
+
+    def _read(self, split: Split, windows: slice | np.ndarray) -> TokenBatch:
+        import torch
+
+        tokens, *others = (torch.from_numpy(array.oindex[windows]) for array in self._arrays[split])
+        return TokenBatch(tokens.long(), *others)
 
     def token_ids(self, split: Split, rows: np.ndarray) -> np.ndarray:
         """Return the token id `[n]` of each activation row in `rows` `[n]`, which are in ascending order. Memory: as `batches`."""
