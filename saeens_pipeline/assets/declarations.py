@@ -27,13 +27,12 @@ class Reference:
 
     def narrow(self, partition: Partition) -> Partition:
         """Return a partition without the dimensions that this artefact lacks: activations have no seed."""
-        match self.dimensions:
-            case "none":
-                return Partition()
-            case "layer":
-                return Partition(layer=partition.layer)
-            case _:
-                return partition
+        own = DIMENSION_NAMES[self.dimensions]
+        return Partition(**{name: value for name, value in partition._asdict().items() if name in own})
+
+    def require(self, store: Store, partition: Partition) -> Artefact:
+        """Return the artefact of a partition, narrowed. Raises MissingInputError if it does not exist."""
+        return store.require(self.address, self.narrow(partition))
 
 
 @dataclass(frozen=True)

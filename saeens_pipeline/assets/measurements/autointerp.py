@@ -24,22 +24,20 @@ from saeens_pipeline.language_models.autointerp.interview import FeatureTexts, I
 from saeens_pipeline.language_models.autointerp.protocol import SEED, Examples, Flaw, choose_examples, text_of
 from saeens_pipeline.settings.autointerp import AutoInterpSettings
 from saeens_pipeline.storage.activations import ActivationReader
-from saeens_pipeline.storage.names import place
 
 logger = logging.getLogger(__name__)
 
 WINDOWS = 200  # random windows of the test text, from which those are taken on which a feature does not fire
 
 
-def explained_rows(making: Making, interviewer: Interviewer, ensembles: Sequence[str], radius: int) -> list[Row]:
+def explained_rows(making: Making, interviewer: Interviewer, label: str, ensembles: Sequence[str], radius: int) -> list[Row]:
     """Return the rows of the drawn features of these ensembles, explained and scored.
 
     Runs on the CPU, so that no GPU is held while it waits for answers. Memory: the contexts of the drawn features, an ensemble's weights,
     a chunk of activations.
     """
-    settings = making.subject.experiment.autointerp
+    settings = making.experiment.autointerp
     assert settings is not None, "checked where the experiment is read"
-    label = place(making.subject.tables[making.table].address, making.partition)
     return _Explained(making, settings, label, ensembles, radius).rows(interviewer)
 
 
@@ -99,9 +97,9 @@ class _Explained:
 
     def _of_ensembles(self) -> Iterator[list[_Drawn]]:
         """Give the drawn features of each ensemble, in the order in which they are drawn."""
-        store, windows = self.making.store, self._windows()
+        windows = self._windows()
         for method in self.ensembles:
-            ensemble = sm.load_ensemble(store.require(getattr(self.making.subject, method).address, self.making.partition).path)
+            ensemble = sm.load_ensemble(self.making.require(getattr(self.making.subject, method)).path)
             found = self._draw(method)
             of_member = {j: [row for row in found if row["member"] == j] for j in range(1, len(ensemble) + 1)}
             indices = [torch.tensor([row["index"] for row in rows], dtype=torch.int64) for rows in of_member.values()]
@@ -111,20 +109,16 @@ class _Explained:
                 for (j, rows), of_windows in zip(of_member.items(), silent, strict=True)
                 for row, column in zip(rows, of_windows.T.tolist(), strict=True)
             }
-            starts = [column.name for column in SUBJECT] + ["member", "index"]
-            yield [
-                _Drawn(
-                    {name: row[name] for name in starts},
-                    choose_examples(
-                        json.loads(row["contexts"]), silent_texts[row["member"], row["index"]], f"{row['member']}, {row['index']}"
-                    ),
-                )
-                for row in found
-            ]
+            drawn: list[_Drawn] = []
+            for row in found:
+                member, index = row["member"], row["index"]
+                examples = choose_examples(json.loads(row["contexts"]), silent_texts[member, index], f"{member}, {index}")
+                drawn.append(_Drawn({name: row[name] for name in (*(column.name for column in SUBJECT), "member", "index")}, examples))
+            yield drawn
 
     def _draw(self, method: str) -> list[Row]:
         """Return the rows of the table `contexts` of random features that fire. A larger `features` draws the same ones and more."""
-        path = self.making.store.require(self.making.subject.table("contexts").address, self.making.partition).path
+        path = self.making.require(self.making.subject.table("contexts")).path
         fire = pl.scan_parquet(path, hive_partitioning=False).filter(pl.col("method") == method, pl.col("max_activation").is_not_null())
         drawn = fire.select("member", "index").collect().rows()
         random.Random(SEED).shuffle(drawn)
@@ -134,19 +128,12 @@ class _Explained:
         return [rows[each] for each in drawn]
 
     def _windows(self) -> _Windows:
-        store = self.making.store
-        subject = self.making.subject
+        store, subject = self.making.store, self.making.subject
         reader, tokens = open_reader(store, subject.activations, self.making.partition), TokenStrings(store, subject.tokens)
         n_rows = reader.n_rows("test")
         rows = np.sort(np.random.default_rng(SEED).choice(n_rows, min(WINDOWS, n_rows), replace=False))
-        chunks = tokens.store.places("test", reader.chunk_rows)
-        firsts = range(0, n_rows, reader.chunk_rows)
-        places = np.concatenate(
-            [
-                of_chunk[rows[(rows >= first) & (rows < first + len(of_chunk))] - first]
-                for first, of_chunk in zip(firsts, chunks, strict=True)
-            ]
-        )
+        chunks = zip(range(0, n_rows, reader.chunk_rows), tokens.store.places("test", reader.chunk_rows), strict=True)
+        places = np.concatenate([of_chunk[rows[(rows >= first) & (rows < first + len(of_chunk))] - first] for first, of_chunk in chunks])
         around = tokens.store.around("test", places, self.radius)
         texts = [
             text_of(json.loads(literal) for literal, is_text in zip(tokens.literals(ids), shown, strict=True) if is_text)

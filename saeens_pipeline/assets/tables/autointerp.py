@@ -107,11 +107,11 @@ def _rows(making: Making) -> pl.DataFrame:
     settings = making.subject.experiment.autointerp
     assert settings is not None, "checked where the experiment is read"
     answers, endpoint = Answers(making.store.root), Endpoint.from_environment()
-    label = place(making.subject.tables[AUTOINTERP].address, making.partition)
+    label = place(making.subject.table(AUTOINTERP).address, making.partition)
     if endpoint is None:
         logger.warning("%s: not configured: set %s to the address of a language model and run again", label, URL_VARIABLE)
     interviewer = Interviewer(settings, answers, endpoint)
-    rows = explained_rows(making, interviewer, ENSEMBLES, RADIUS) if endpoint or not answers.is_empty else []
+    rows = explained_rows(making, interviewer, label, ENSEMBLES, RADIUS) if endpoint or not answers.is_empty else []
     making.provenance[AUTOINTERP] = {
         "status": MADE if endpoint else NOT_CONFIGURED,
         "requests": interviewer.asked,
@@ -196,6 +196,5 @@ register(
         may_be_empty=True,
         summary=_summary,
         note=outcome,
-        source_parts={"activations": {"*": "test/activations"}},
     )
 )
