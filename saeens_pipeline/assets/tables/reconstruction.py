@@ -48,6 +48,8 @@ def _preflight(experiment: ExperimentSettings, facts: Callable[[], SourceFacts])
 
 def _warnings(table: pl.DataFrame, checks: CheckSettings) -> Iterable[str]:
     least = checks.min_explained_variance
+    if least is None:
+        return
     whole = table.filter(pl.col("n_members") == pl.col("n_members").max().over("method"), pl.col("explained_variance") < least)
     for method, n, value in whole.select("method", "n_members", "explained_variance").iter_rows():
         yield f"held-out explained variance of {method} with n_members {n} is {value}, below min_explained_variance: {least:g}"
