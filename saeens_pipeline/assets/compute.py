@@ -65,8 +65,7 @@ class Compute:
         if self.device == "auto":
             return "cuda" if torch.cuda.is_available() else "cpu"
         available = ["cpu", *(["cuda"] if torch.cuda.is_available() else []), *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        if torch.backends.mps.is_available():
-            available.append("mps")
+        available += ["mps"] if torch.backends.mps.is_available() else []
         if self.device not in available:
             raise ConfigurationError(f"device {self.device!r} is not available; available: auto, {', '.join(available)}")
         return "cpu" if float64 and self.device == "mps" else self.device
@@ -126,12 +125,9 @@ class Compute:
         """Return device, precision, versions and date, for records."""
         import torch
 
-        device = self.resolve()
-        name = (
-            torch.cuda.get_device_name(device)
-            if device.startswith("cuda")
-            else f"{platform.machine()}, {self.threads or torch.get_num_threads()} threads"
-        )
+        device, name = self.resolve(), f"{platform.machine()}, {self.threads or torch.get_num_threads()} threads"
+        if device.startswith("cuda"):
+            name = torch.cuda.get_device_name(device)
         return {
             "device": f"{device} ({name})",
             "precision": self.precision,
@@ -180,9 +176,8 @@ def _energy_joules(device: str) -> float | None:
 @cache
 def _versions() -> dict[str, str]:
     packages = ("saeens", "torch", "transformers", "zarr", "dagster")
-    versions = {"python": platform.python_version()} | {package: version(package) for package in packages}
-    commit = _commit()
-    return versions | ({"commit": commit} if commit else {})
+    versions = {"python": platform.python_version(), **{package: version(package) for package in packages}, "commit": _commit()}
+    return {name: value for name, value in versions.items() if value}
 
 
 def _commit() -> str | None:
