@@ -48,12 +48,10 @@ class Compute:
     @classmethod
     def from_environment(cls) -> Compute:
         """Read SAEENS_DEVICE, SAEENS_PRECISION, SAEENS_MEMORY_GB and SAEENS_THREADS. Raises ConfigurationError for a wrong value."""
-        return cls(
-            device=os.environ.get("SAEENS_DEVICE") or "auto",
-            precision=_choice("SAEENS_PRECISION", tuple(_PRECISIONS)),
-            memory_gb=_number("SAEENS_MEMORY_GB", float),
-            threads=_number("SAEENS_THREADS", int),
-        )
+        device, precision = os.environ.get("SAEENS_DEVICE") or "auto", os.environ.get("SAEENS_PRECISION") or "float32"
+        if precision not in _PRECISIONS:
+            raise ConfigurationError(f"SAEENS_PRECISION is {precision!r}; it can be {', '.join(_PRECISIONS)}")
+        return cls(device, precision, _number("SAEENS_MEMORY_GB", float), _number("SAEENS_THREADS", int))
 
     def resolve(self, *, float64: bool = False) -> str:
         """Return the device's name in PyTorch; with `float64`, the CPU if the device lacks float64.
@@ -137,13 +135,6 @@ class Compute:
 
 
 _PRECISIONS = {"float32": "highest", "tf32": "high", "bfloat16": "medium"}  # PyTorch's names for the precision of float32 matrix products
-
-
-def _choice(name: str, allowed: tuple[str, ...]) -> str:
-    value = os.environ.get(name) or allowed[0]
-    if value not in allowed:
-        raise ConfigurationError(f"{name} is {value!r}; it can be {', '.join(allowed)}")
-    return value
 
 
 def _number(name: str, kind: type[int] | type[float]) -> Any:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from saeens_pipeline.assets.compute import Compute
-from saeens_pipeline.settings.experiments import CheckSettings
+from saeens_pipeline.settings.experiments import CheckSettings, ExperimentSettings
 from saeens_pipeline.settings.files import recorded_file
-from saeens_pipeline.storage.names import Address, Partition
+from saeens_pipeline.storage.names import Address, Kind, Partition
 from saeens_pipeline.storage.recipes import Artefact, DamagedArtefactError, Recipe, Store, digest
 
 Dimensions = Literal["none", "layer", "layer_and_seed"]
@@ -123,6 +123,17 @@ class Declaration(Reference):
         if not unavailable or store.hit(self.address, partition, recipe):
             return recipe
         return replace(recipe, settings={**recipe.settings, **unavailable})
+
+
+def fields_of(experiment: ExperimentSettings, kind: Kind, name: str, **tags: str) -> dict[str, Any]:
+    """Return the fields that all artefacts of an experiment share, for each layer and seed."""
+    return {
+        "address": Address(experiment.name, kind, name),
+        "dimensions": "layer_and_seed",
+        "source": experiment.source,
+        "seeds": tuple(experiment.ensemble.seeds),
+        "tags": {"experiment": experiment.name, "source": experiment.source, **tags},
+    }
 
 
 class RunContext(NamedTuple):

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, Literal
 
 from saeens_pipeline.assets.baselines import baselines_of, shape_of
-from saeens_pipeline.assets.declarations import Declaration, Input, Op, Reference, RunContext, Task, with_file
+from saeens_pipeline.assets.declarations import Declaration, Input, Op, Reference, RunContext, Task, fields_of, with_file
 from saeens_pipeline.assets.residuals import residual_op
 from saeens_pipeline.assets.saes import Target, concurrent_rounds_op, sae_op
 from saeens_pipeline.assets.sources import activations_of, recorded_facts, tokens_of
@@ -17,7 +17,7 @@ from saeens_pipeline.assets.tables import Subject, evaluations_of, table_ops
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.language_models.tokens import open_tokens
 from saeens_pipeline.settings.experiments import ExperimentSettings
-from saeens_pipeline.storage.names import Address, Partition
+from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.recipes import Store
 from saeens_pipeline.storage.tables import has_table
 
@@ -152,16 +152,12 @@ def _ensemble_op(experiment: ExperimentSettings, kind: Literal["bagging", "boost
     architectures = {sae.architecture for sae in experiment.saes}
     architecture = architectures.pop() if len(architectures) == 1 else "mixed"
     ensemble = Declaration(
-        address=Address(experiment.name, kind, f"{kind}_ensemble"),
-        dimensions="layer_and_seed",
+        **fields_of(experiment, kind, f"{kind}_ensemble", method=kind, architecture=architecture),
         builder="ensemble",
         version=ENSEMBLE_VERSION,
         settings={"kind": kind},
         inputs=tuple(Input(member.address.name, member) for member in members),
-        source=experiment.source,
-        seeds=tuple(experiment.ensemble.seeds),
         kinds=frozenset({"pytorch"}),
-        tags={"experiment": experiment.name, "source": experiment.source, "method": kind, "architecture": architecture},
         description=f"{meaning}, as one dictionary\n\nHolds references to its SAEs: `sm.load_ensemble(path)` follows them.",
     )
 

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import polars as pl
 
-from saeens_pipeline.assets.declarations import Declaration, Dimensions, Input, Op, Reference, RunContext, Task
+from saeens_pipeline.assets.declarations import Declaration, Dimensions, Input, Op, Reference, RunContext, Task, fields_of
 from saeens_pipeline.assets.sources import SourceFacts, tokens_of
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.settings.experiments import CheckSettings, ExperimentSettings
-from saeens_pipeline.storage.names import Address, Partition
+from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.recipes import Artefact, Store
 from saeens_pipeline.storage.tables import Column, frame
 
@@ -310,19 +310,16 @@ class Subject:
         settings: dict[str, Any] = {"members": experiment.ensemble.members}
         if table.dimensions == "layer":
             settings["seeds"] = experiment.ensemble.seeds
+        fields = fields_of(experiment, "eval", table.name, table=table.name) | {"dimensions": table.dimensions}
         return Declaration(
-            address=Address(experiment.name, "eval", table.name),
-            dimensions=table.dimensions,
+            **fields,
             builder=f"table {table.name}",
             version=table.version,
             settings={**settings, **table.settings(experiment)},
             partition_settings=lambda partition: table.partition_settings(experiment),
             unavailable=table.unavailable,
             inputs=tuple(Input(each.address.name, each) for each in table.inputs(self)),
-            source=experiment.source,
-            seeds=tuple(experiment.ensemble.seeds),
             kinds=frozenset({"parquet", "polars"}),
-            tags={"experiment": experiment.name, "source": experiment.source, "table": table.name},
             description=f"{table.question}\n\n`saeens table {experiment.name} {table.name}` prints it.",
         )
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from saeens_pipeline import progress
-from saeens_pipeline.assets.declarations import Declaration, Input, Op, Reference, RunContext, Task
+from saeens_pipeline.assets.declarations import Declaration, Input, Op, Reference, RunContext, Task, fields_of
 from saeens_pipeline.settings.experiments import ExperimentSettings
 from saeens_pipeline.storage.activations import ActivationReader, ActivationStore
-from saeens_pipeline.storage.names import Address, Partition, place
+from saeens_pipeline.storage.names import Partition, place
 from saeens_pipeline.storage.recipes import Store
 from saeens_pipeline.storage.residuals import ResidualView, write_residual
 
@@ -35,16 +35,12 @@ def _view(store: Store, activations: Reference, boosting_round: Reference, parti
 def residual_op(experiment: ExperimentSettings, number: int, given: Reference, boosting_round: Declaration) -> Op:
     """Declare residual `number`: `given` minus its reconstruction by round `number`."""
     residual = Declaration(
-        address=Address(experiment.name, "boosting", f"residual_{number}"),
-        dimensions="layer_and_seed",
+        **fields_of(experiment, "boosting", f"residual_{number}", method="boosting"),
         builder="residual",
         version=RESIDUAL_VERSION,
         settings={},
         inputs=(Input("activations", given), Input("round", boosting_round)),
-        source=experiment.source,
-        seeds=tuple(experiment.ensemble.seeds),
         kinds=frozenset({"zarr"}),
-        tags={"experiment": experiment.name, "source": experiment.source, "method": "boosting"},
         description=f"Residual after round {number}\n\nIts bytes may be dropped (`keep_residuals`) and are computed again when needed.",
     )
 

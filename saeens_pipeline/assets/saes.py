@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from saeens_pipeline.assets.declarations import Declaration, Input, Op, Reference, RunContext, Task
-from saeens_pipeline.assets.sae_recipes import START, config_of_settings, sae_config
+from saeens_pipeline.assets.declarations import Declaration, Input, Op, Reference, RunContext, Task, fields_of
+from saeens_pipeline.assets.sae_recipes import START, sae_config
 from saeens_pipeline.assets.sources import tokens_of
 from saeens_pipeline.settings.experiments import MAX_MEMBERS, ExperimentSettings
-from saeens_pipeline.storage.names import Address, Kind, Partition
+from saeens_pipeline.storage.names import Kind, Partition
 
 if TYPE_CHECKING:
     from saeens_models import SAEConfig, SAESettings
@@ -94,7 +94,7 @@ def _declare(
     settings |= {"epochs": target.epochs} if target.epochs > 1 else {}
     settings |= {"boosting": "concurrent"} if before else {}
     settings |= {"saes_before": [each.sae.to_json() for each in before]} if before and isinstance(experiment.sae, list) else {}
-    inputs = [Input("activations", given)]
+    method, inputs = target.kind if target.kind != "baseline" else target.name, [Input("activations", given)]
     inputs += [Input("tokens", tokens_of(experiment.source))] if target.documents else []
     inputs += [Input(START, target.start_from)] if target.start_from else []
     inputs += [Input(after.address.name, after, decides=False)] if after else []
@@ -106,22 +106,13 @@ def _declare(
         return {"init_seed": first, "data_seed": partition.seed} | ({"init_seeds_before": others} if before else {})
 
     return Declaration(
-        address=Address(experiment.name, target.kind, target.name),
-        dimensions="layer_and_seed",
+        **fields_of(experiment, target.kind, target.name, method=method, architecture=target.sae.architecture),
         builder="sae",
         version=SAE_VERSION,
         settings=settings,
         partition_settings=seeds,
         inputs=tuple(inputs),
-        source=experiment.source,
-        seeds=tuple(experiment.ensemble.seeds),
         kinds=frozenset({"pytorch"}),
-        tags={
-            "experiment": experiment.name,
-            "source": experiment.source,
-            "method": target.kind if target.kind != "baseline" else target.name,
-            "architecture": target.sae.architecture,
-        },
         description=target.description,
     )
 
@@ -130,7 +121,7 @@ def validate_targets(experiment: ExperimentSettings, d_in: int) -> None:
     """Raise ConfigurationError if one of the experiment's SAEs cannot be built on activations of this width."""
     pursuit = [experiment.pursuit_sae] if "matching_pursuit" in experiment.baselines else []
     for sae in [*experiment.saes, *pursuit]:
-        config_of_settings(sae, d_in, seed=0, name=experiment.name)
+        sae_config(sae, d_in, seed=0, name=experiment.name)
 
 
 def config_of(declaration: Declaration, d_in: int) -> SAEConfig:

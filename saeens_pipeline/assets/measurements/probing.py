@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,11 +41,16 @@ def probe(making: Making) -> dict[str, list[Row]]:
     Memory, for any number of texts: `PooledTexts` and the two evaluations. The pooled codes, by far the largest part, take up to
     `evaluation_memory_gb`. Data sets are processed one after another.
     """
+    row_starts: dict[tuple[str, int], list[Row]] = {(RAW, 1): [making.row(RAW, 1, [])]}
+    for method, n, dictionary, saes in making.methods():  # bagging's first member has rows for `single`, too
+        row_starts.setdefault((dictionary.address.name, len(saes)), []).append(making.row(method, n, saes))
+    activations = making.require(making.subject.activations)
+    ensembles = {each.address.name: load_dictionary(making, each) for each in making.subject.dictionaries}
+    model = load_language_model(language_model_of(activations), activations.recipe["settings"]["weights"], making.device)
     rows: dict[str, list[Row]] = {table: [] for table in making.wanted}
-    probed = _Probed.load(making)
-    for texts in _collections(making.experiment, making.wanted):
-        for table, row in probed.rows(texts):
-            rows[table].append(row)
+    for collection in _collections(making.experiment, making.wanted):
+        for table, dictionary, columns in _scores(making, ensembles, model, collection):
+            rows[table] += [start | columns for start in row_starts[dictionary.name, dictionary.n_members]]
     return rows
 
 
@@ -92,61 +96,29 @@ def _collections(experiment: ExperimentSettings, tables: Collection[str]) -> Ite
     yield from together.values()
 
 
-@dataclass(frozen=True)
-class _Probed:
-    """The dictionaries of a partition and their language model."""
-
-    ensembles: Mapping[str, Ensemble]
-    row_starts: Mapping[tuple[str, int], list[Row]]
-    """First columns of the rows of each ensemble and size. Bagging's first member has rows for `single`, too."""
-    model: LanguageModel
-    hook: str
-    layer: int
-    drop: Sequence[Any]
-    memory_bytes: int
-    label: str
-
-    @classmethod
-    def load(cls, making: Making) -> _Probed:
-        activations = making.require(making.subject.activations)
-        settings = activations.recipe["settings"]
-        row_starts: dict[tuple[str, int], list[Row]] = {(RAW, 1): [making.row(RAW, 1, [])]}
-        for method, n, dictionary, saes in making.methods():
-            row_starts.setdefault((dictionary.address.name, len(saes)), []).append(making.row(method, n, saes))
-        return cls(
-            ensembles={each.address.name: load_dictionary(making, each) for each in making.subject.dictionaries},
-            row_starts=row_starts,
-            model=load_language_model(language_model_of(activations), settings["weights"], making.device),
-            hook=settings["hook"],
-            layer=settings["layer"],
+def _scores(
+    making: Making, ensembles: Mapping[str, Ensemble], model: LanguageModel, collection: _Collection
+) -> Iterator[tuple[str, Dictionary, Row]]:
+    """Give table, dictionary and columns of the rows of a collection."""
+    settings, experiment = making.require(making.subject.activations).recipe["settings"], making.experiment
+    texts = list(dict.fromkeys(collection.texts()))
+    with progress.task(f"{experiment.name}/eval, downstream tasks, {making.partition}", len(texts), "texts") as advance:
+        activations = TextActivations(
+            model,
+            settings["hook"],
+            settings["layer"],
+            texts,
+            context_length=collection.context_length,
             drop=making.require(making.subject.tokens).recipe["settings"]["drop"],
-            memory_bytes=int(making.experiment.evaluation_memory_gb * 1e9),
-            label=f"{making.experiment.name}/eval, downstream tasks, {making.partition}",
+            batch_texts=texts_at_once(ensembles),
+            report=advance,
         )
-
-    def rows(self, collection: _Collection) -> Iterator[tuple[str, Row]]:
-        """Give the rows of a collection, each with its table."""
-        texts = list(dict.fromkeys(collection.texts()))
-        with progress.task(self.label, len(texts), "texts") as advance:
-            activations = TextActivations(
-                self.model,
-                self.hook,
-                self.layer,
-                texts,
-                context_length=collection.context_length,
-                drop=self.drop,
-                batch_texts=texts_at_once(self.ensembles),
-                report=advance,
-            )
-            pooled = PooledTexts(self.ensembles, activations, self.memory_bytes)
-            numbers = {texts[number]: place for place, number in enumerate(activations.order)}
-            of_tables = {
-                "concept_detection": _concept_columns(collection.concepts, numbers, pooled),
-                "spurious_correlation": _correlation_columns(collection.correlations, numbers, pooled),
-            }
-            for table, columns in of_tables.items():
-                for dictionary, of_score in columns:
-                    yield from ((table, start | of_score) for start in self.row_starts[dictionary.name, dictionary.n_members])
+        pooled = PooledTexts(ensembles, activations, int(experiment.evaluation_memory_gb * 1e9))
+        numbers = {texts[number]: place for place, number in enumerate(activations.order)}
+        for each in _concept_columns(collection.concepts, numbers, pooled):
+            yield "concept_detection", *each
+        for each in _correlation_columns(collection.correlations, numbers, pooled):
+            yield "spurious_correlation", *each
 
 
 def _concept_columns(concepts: Sequence[ConceptTexts], numbers: Mapping[str, int], pooled: PooledTexts) -> Iterator[tuple[Dictionary, Row]]:
