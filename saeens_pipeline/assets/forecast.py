@@ -58,13 +58,7 @@ class Line(NamedTuple):
 
 
 def forecast(
-    source: SourceSettings,
-    experiment: ExperimentSettings,
-    ops: Sequence[Op],
-    *,
-    layers: Sequence[int],
-    store: Store,
-    compute: Compute,
+    source: SourceSettings, experiment: ExperimentSettings, ops: Sequence[Op], *, layers: Sequence[int], store: Store, compute: Compute
 ) -> list[Line]:
     """Return the figures of the experiment on these layers, with all artefacts missing. Existing artefacts are not subtracted.
 

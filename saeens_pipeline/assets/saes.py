@@ -43,14 +43,7 @@ def init_seed(ensemble_seed: int, index: int) -> int:
     return ensemble_seed * (MAX_MEMBERS + 1) + index
 
 
-def sae_op(
-    name: str,
-    experiment: ExperimentSettings,
-    targets: Sequence[Target],
-    given: Reference,
-    *,
-    twin: Reference | None = None,
-) -> Op:
+def sae_op(name: str, experiment: ExperimentSettings, targets: Sequence[Target], given: Reference, *, twin: Reference | None = None) -> Op:
     """Declare SAEs that are trained together on one stream of `given` (activations or a residual).
 
     `twin`: an SAE made earlier that may have the same recipe. If it has, or an SAE of another experiment has, its files are linked and

@@ -11,13 +11,7 @@ from torch import Tensor
 
 import saeens_models as sm
 from saeens_models.ensembles import Ensemble
-from saeens_models.evaluation import (
-    EnsembleEvaluation,
-    LossEvaluation,
-    evaluate_ensembles,
-    evaluate_losses,
-    streaming_memory,
-)
+from saeens_models.evaluation import EnsembleEvaluation, LossEvaluation, evaluate_ensembles, evaluate_losses, streaming_memory
 from saeens_models.metrics import LossBatch, MemoryBudgetError
 from saeens_models.metrics.description_length import DEFAULT_PRECISION
 from saeens_pipeline import progress

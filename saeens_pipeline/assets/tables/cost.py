@@ -13,10 +13,7 @@ from saeens_pipeline.settings.experiments import ExperimentSettings
 from saeens_pipeline.storage.names import Address
 from saeens_pipeline.storage.tables import Column
 
-TOTALS = {
-    "total_flops": ("train_flops", "residual_flops"),
-    "total_seconds": ("train_seconds", "residual_seconds"),
-}
+TOTALS = {"total_flops": ("train_flops", "residual_flops"), "total_seconds": ("train_seconds", "residual_seconds")}
 """Totals of training: the columns whose sum they are."""
 
 
