@@ -96,25 +96,20 @@ def _checkpoints(context: RunContext, tasks: Sequence[Task], outputs: Sequence[D
     if seconds is None:
         yield None
         return
-    file = checkpoint_file(context.store.root, op_name, tasks[0].partition)
-    recipes, others = [task.recipe.hash for task in tasks], _missing_beside(context.store, tasks, outputs)
-    checkpoints = Checkpoints(file, interval_seconds=seconds, recipes=recipes, others=others)
+    store, partition, of_tasks = context.store, tasks[0].partition, [task.declaration.address for task in tasks]
+    file = checkpoint_file(store.root, op_name, partition)
+    beside = {each.address: each.recipe(store, partition) for each in outputs if each.address not in of_tasks}
+    others = [recipe.hash for address, recipe in beside.items() if store.hit(address, partition, recipe) is None]  # may resume from it too
+    checkpoints = Checkpoints(file, interval_seconds=seconds, recipes=[task.recipe.hash for task in tasks], others=others)
     try:
         yield checkpoints
     except Exception as error:
         if is_full_disk(error):
             done = checkpoints.tokens
             kept = "" if done is None else f"; {file}, after {done:,} tokens, is kept, and training resumes from it"
-            raise SaeensError(f"the disk below {context.store.root} is full ({error}){kept}: free some space and run again") from error
+            raise SaeensError(f"the disk below {store.root} is full ({error}){kept}: free some space and run again") from error
         raise
     checkpoints.remove()
-
-
-def _missing_beside(store: Store, tasks: Sequence[Task], outputs: Sequence[Declaration]) -> list[str]:
-    """Return the recipes of the op's other missing outputs, which may resume from the same checkpoint."""
-    partition, of_tasks = tasks[0].partition, {task.declaration.address for task in tasks}
-    recipes = {each.address: each.recipe(store, partition) for each in outputs if each.address not in of_tasks}
-    return [recipe.hash for address, recipe in recipes.items() if store.hit(address, partition, recipe) is None]
 
 
 def _open_documents(store: Store, activations: Artefact, source: str, labels: Mapping[str, Sequence[str]]) -> SelectedDocuments:
