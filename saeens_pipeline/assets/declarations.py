@@ -125,11 +125,13 @@ class Declaration(Reference):
         return replace(recipe, settings={**recipe.settings, **unavailable})
 
 
-def fields_of(experiment: ExperimentSettings, kind: Kind, name: str, **tags: str) -> dict[str, Any]:
-    """Return the fields that all artefacts of an experiment share, for each layer and seed."""
+def fields_of(
+    experiment: ExperimentSettings, kind: Kind, name: str, dimensions: Dimensions = "layer_and_seed", **tags: str
+) -> dict[str, Any]:
+    """Return the fields of a declaration that follow from its experiment."""
     return {
         "address": Address(experiment.name, kind, name),
-        "dimensions": "layer_and_seed",
+        "dimensions": dimensions,
         "source": experiment.source,
         "seeds": tuple(experiment.ensemble.seeds),
         "tags": {"experiment": experiment.name, "source": experiment.source, **tags},

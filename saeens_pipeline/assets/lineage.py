@@ -96,7 +96,7 @@ class _Genealogy:
     def __init__(self, store: Store, declarations: Iterable[Declaration]) -> None:
         self._store = store
         self._declarations = {declaration.address: declaration for declaration in declarations}
-        self.stored = [Stored(*where, made) for *where, made in all_artefacts(store.root) if isinstance(made, Artefact)]
+        self.stored = [Stored(address, where, made) for address, where, made in all_artefacts(store.root) if isinstance(made, Artefact)]
         self._by_place = {(each.address, each.partition): each for each in self.stored}
         self._shown: set[str] = set()
 

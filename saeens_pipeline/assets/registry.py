@@ -310,9 +310,8 @@ class Subject:
         settings: dict[str, Any] = {"members": experiment.ensemble.members}
         if table.dimensions == "layer":
             settings["seeds"] = experiment.ensemble.seeds
-        fields = fields_of(experiment, "eval", table.name, table=table.name) | {"dimensions": table.dimensions}
         return Declaration(
-            **fields,
+            **fields_of(experiment, "eval", table.name, table.dimensions, table=table.name),
             builder=f"table {table.name}",
             version=table.version,
             settings={**settings, **table.settings(experiment)},
