@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import polars as pl
 from torch import Tensor
 
+from saeens_models.ensembles import Ensemble
 from saeens_models.evaluation import feature_activity
-from saeens_models.metrics import FeatureActivity, MemberMatches, matches_in_other_members, nearest_in_other_runs
+from saeens_models.metrics import MemberMatches, matches_in_other_members, nearest_in_other_runs
 from saeens_pipeline.assets.declarations import Declaration
 from saeens_pipeline.assets.measurements.dictionaries import load_dictionary, pass_over
 from saeens_pipeline.assets.measurements.token_strings import TokenStrings
-from saeens_pipeline.assets.registry import Making, Row, columns_frame
+from saeens_pipeline.assets.registry import Making, columns_frame
 from saeens_pipeline.assets.residuals import open_reader
 
 TOP_TOKENS = 10  # of each feature
@@ -27,23 +29,16 @@ def feature_rows(making: Making) -> pl.DataFrame:
     and seed, with 20 more for each other member.
     """
     tokens = TokenStrings(making.store, making.subject.tokens)
-    return pl.concat([_rows(making, tokens, *whole) for whole in making.subject.whole])
+    return pl.concat([_rows(making, tokens, whole) for whole in making.subject.whole])
 
 
-def _rows(making: Making, tokens: TokenStrings, method: str, n_members: int, dictionary: Declaration) -> pl.DataFrame:
-    """Return the features of one method under all seeds."""
+def _rows(making: Making, tokens: TokenStrings, whole: tuple[str, int, Declaration]) -> pl.DataFrame:
+    """Return the features of a method, `n_members` and dictionary under all seeds."""
     parts: list[pl.DataFrame] = []
     dictionaries: list[list[Tensor]] = []
     for of_seed in making.of_seeds:
-        ensemble = load_dictionary(of_seed, dictionary)
-        reader = open_reader(making.store, making.subject.activations, of_seed.partition)
-        with pass_over(of_seed, reader, f"/features of {method if len(ensemble) > 1 else dictionary.address.name}") as chunks:
-            activities = feature_activity(ensemble, chunks, TOP_TOKENS)
-        matches = matches_in_other_members([sae.W_dec for sae in ensemble]) if len(ensemble) > 1 else [None]
-        members = zip(of_seed.members(dictionary), activities, matches, strict=True)
-        for number, (sae, activity, of_member) in enumerate(members, start=1):
-            same = of_seed.row(method, n_members, [sae]) | {"member": number}
-            parts.append(_rows_of_member(same, tokens.lists(activity.top_tokens), activity, of_member))
+        ensemble = load_dictionary(of_seed, whole[2])
+        parts += _rows_of_seed(of_seed, tokens, whole, ensemble)
         dictionaries.append([sae.W_dec.detach() for sae in ensemble])
     rows = pl.concat(parts)
     if len(dictionaries) == 1:
@@ -59,19 +54,25 @@ def _rows(making: Making, tokens: TokenStrings, method: str, n_members: int, dic
     )
 
 
-def _rows_of_member(same: Row, top_tokens: list[str], activity: FeatureActivity, matches: MemberMatches | None) -> pl.DataFrame:
-    """Return the features of one member, without the comparison with other seeds. `same`: the columns with one value."""
-    near = None if matches is None else matches.nearest()
-    columns: dict[str, Any] = {
-        "index": range(len(activity.density)),
-        "density": activity.density.cpu().numpy(),
-        "mean_activation": pl.Series(activity.mean_activation.cpu().numpy()).fill_nan(None),
-        "nearest_member": None if near is None else near.member.cpu().numpy() + 1,
-        "nearest_cosine": None if near is None else near.cosine.cpu().numpy(),
-        "matches": None if matches is None else _match_lists(matches),
-        "top_tokens": top_tokens,
-    }
-    return columns_frame("features", same, columns)
+def _rows_of_seed(making: Making, tokens: TokenStrings, whole: tuple[str, int, Declaration], ensemble: Ensemble) -> Iterator[pl.DataFrame]:
+    """Give the rows member by member, without the comparison with other seeds."""
+    method, n_members, dictionary = whole
+    matches = matches_in_other_members([sae.W_dec for sae in ensemble]) if len(ensemble) > 1 else [None]
+    reader = open_reader(making.store, making.subject.activations, making.partition)
+    with pass_over(making, reader, f"/features of {method if len(ensemble) > 1 else dictionary.address.name}") as chunks:
+        activities = feature_activity(ensemble, chunks, TOP_TOKENS)
+    for number, (sae, activity, of_member) in enumerate(zip(making.members(dictionary), activities, matches, strict=True), start=1):
+        near = None if of_member is None else of_member.nearest()
+        columns: dict[str, Any] = {
+            "index": range(len(activity.density)),
+            "density": activity.density.cpu().numpy(),
+            "mean_activation": pl.Series(activity.mean_activation.cpu().numpy()).fill_nan(None),
+            "nearest_member": None if near is None else near.member.cpu().numpy() + 1,
+            "nearest_cosine": None if near is None else near.cosine.cpu().numpy(),
+            "matches": None if of_member is None else _match_lists(of_member),
+            "top_tokens": tokens.lists(activity.top_tokens),
+        }
+        yield columns_frame("features", making.row(method, n_members, [sae]) | {"member": number}, columns)
 
 
 def _match_lists(matches: MemberMatches) -> list[str]:
