@@ -11,13 +11,7 @@ from saeens_pipeline.assets.catalogue import Experiments
 from saeens_pipeline.assets.sources import validate_source
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.language_models.models import describe_language_model
-from saeens_pipeline.orchestration.instance import (
-    added_layers,
-    command_line_instance,
-    declare_layers,
-    recorded_instance,
-    register_layers,
-)
+from saeens_pipeline.orchestration.instance import added_layers, command_line_instance, declare_layers, recorded_instance, register_layers
 from saeens_pipeline.settings import SourceSettings
 
 

@@ -124,11 +124,7 @@ def _request(experiment: ExperimentSettings, partition: object, wanted: Sequence
         run_key=key,
         partition_key=partition_key(first, wanted[0].partition),
         asset_selection=[dg.AssetKey(status.declaration.address.key) for status in wanted],
-        tags={
-            "user": f"{experiment.name}_retraining",
-            _MARK_TAG: mark,
-            WHY_TAG: reasons[0][:_MOST_TAG_CHARACTERS],
-        },
+        tags={"user": f"{experiment.name}_retraining", _MARK_TAG: mark, WHY_TAG: reasons[0][:_MOST_TAG_CHARACTERS]},
     )
 
 
