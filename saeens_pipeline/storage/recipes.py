@@ -25,7 +25,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from saeens_pipeline.errors import SaeensError
-from saeens_pipeline.storage.disk import flush, write_atomically
+from saeens_pipeline.storage.disk import flush, nearest_folder, write_atomically
 from saeens_pipeline.storage.names import Address, Partition, locate
 
 if TYPE_CHECKING:
@@ -134,15 +134,10 @@ class Store:
         """Return the path of an artefact, which need not exist."""
         return self.root / address.path(partition)
 
-    @property
-    def nearest_folder(self) -> Path:
-        """The root or, before it exists, its nearest existing parent."""
-        return next(folder for folder in (self.root, *self.root.parents) if folder.exists())
-
     def require_writable(self) -> None:
-        """Raise SaeensError unless files can be created in `nearest_folder`. Leaves no file behind."""
+        """Raise SaeensError unless files can be created in it. Leaves no file behind."""
         try:
-            with tempfile.TemporaryFile(dir=self.nearest_folder):
+            with tempfile.TemporaryFile(dir=nearest_folder(self.root)):
                 pass
         except OSError as error:
             raise _unwritable(self.root, error) from error
