@@ -15,8 +15,8 @@ from saeens_pipeline.assets.materialise import Materialised, materialise, requir
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.orchestration import log_lines
 from saeens_pipeline.orchestration.instance import layers_name
+from saeens_pipeline.orchestration.layers import requested_layers
 from saeens_pipeline.orchestration.metadata import describe_artefact, static_metadata
-from saeens_pipeline.orchestration.requested_layers import requested_layers
 from saeens_pipeline.orchestration.resources import ComputeResource, StoreResource
 from saeens_pipeline.orchestration.retries import killed_step_policy, retried
 from saeens_pipeline.settings.experiments import CheckSettings
@@ -89,7 +89,7 @@ def _build_asset(op: Op) -> dg.AssetsDefinition:
         run = RunContext(store.store, compute.compute, context.run.run_id, layers, observe)
         with (
             retried(context.retry_number, policy),
-            log_lines.forwarded_to(context.log),
+            log_lines.forwarded_to(context.log.log),
             progress.report_to(progress.LineReporter(context.log.info)),
         ):
             yield from _report(materialise(op, selected, partition, run), checked, op.checks, partition, store.store)

@@ -4,15 +4,14 @@ Only experiments with `automation: on` and their sources are made automatically.
 """
 
 # Without `from __future__ import annotations`: Dagster reads the annotations of sensors and ops at run time.
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 
 import dagster as dg
 from dagster import AutomationCondition as Condition
 
 from saeens_pipeline.assets.tables import listed
-from saeens_pipeline.orchestration.assets import layers_of
-from saeens_pipeline.orchestration.instance import declared_layers_name, end_dead_runs, layer_changes
+from saeens_pipeline.orchestration.instance import end_dead_runs, layer_changes
 from saeens_pipeline.orchestration.ops import Ops
 from saeens_pipeline.orchestration.retraining import retraining_schedule, retraining_sensor
 from saeens_pipeline.settings import ExperimentSettings, SourceSettings
@@ -117,19 +116,14 @@ def layers_sensor(sources: Mapping[str, SourceSettings]) -> dg.SensorDefinition:
     )
     def layers(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
         end_dead_runs(context.instance)
-        requests = []
+        requests: list[dg.AddDynamicPartitionsRequest | dg.DeleteDynamicPartitionsRequest] = []
         for source in sources.values():
-            changes = layer_changes(context.instance, source.name, source.layers)
-            requests += _partition_requests(layers_of(source.name), changes.new, changes.gone)
-            declared = dg.DynamicPartitionsDefinition(name=declared_layers_name(source.name))
-            requests += _partition_requests(declared, changes.newly_declared, changes.gone)
+            for name, added, gone in layer_changes(context.instance, source.name, source.layers):
+                partitions = dg.DynamicPartitionsDefinition(name=name)
+                requests += [partitions.build_add_request(added)] if added else []
+                requests += [partitions.build_delete_request(gone)] if gone else []
         if not requests:
             return dg.SkipReason("The partitions are the layers of the experiment files and those added in the UI.")
         return dg.SensorResult(dynamic_partitions_requests=requests)
 
     return layers
-
-
-def _partition_requests(partitions: dg.DynamicPartitionsDefinition, new: Sequence[str], gone: Sequence[str]) -> list:
-    added = [partitions.build_add_request(new)] if new else []
-    return added + ([partitions.build_delete_request(gone)] if gone else [])

@@ -38,8 +38,7 @@ from saeens_pipeline.orchestration.instance import (
     recorded_instance,
     register_layers,
 )
-from saeens_pipeline.orchestration.layers import recorded_layers
-from saeens_pipeline.orchestration.requested_layers import LAYERS_TAG
+from saeens_pipeline.orchestration.layers import LAYERS_TAG, recorded_layers
 from saeens_pipeline.report.asset import REPORT
 from saeens_pipeline.settings import ExperimentSettings, SourceSettings
 from saeens_pipeline.storage.names import Partition
@@ -340,7 +339,10 @@ def make_stages(
 @contextlib.contextmanager
 def _shown(console: Console) -> Iterator[None]:
     """Show progress and the packages' log lines on the console."""
-    with log_lines.written_with(partial(print_line, console)), progress.report_to(reporter_for(console)):
+    with (
+        log_lines.forwarded_to(lambda _level, message: print_line(console, " ".join(message.splitlines()))),
+        progress.report_to(reporter_for(console)),
+    ):
         yield
 
 
