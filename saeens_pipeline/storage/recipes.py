@@ -217,7 +217,7 @@ class Store:
             yield staging
             files = {name: (file.stat().st_size, _sha256(file)) for name, file in _files_below(staging)}
             version = digest([recipe.to_json(), {name: sha256 for name, (_, sha256) in files.items()} if versioned_content else None])
-            _write_record(staging / RECIPE_FILE, recipe, provenance, files, version)
+            (staging / RECIPE_FILE).write_text(json.dumps(_record(recipe, provenance, files, version), indent=1) + "\n")
             for _, file in _files_below(staging):
                 flush(file)
             _replace_folder(staging, final)
@@ -274,12 +274,6 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _record(recipe: Recipe, provenance: Mapping[str, Any], files: Mapping[str, tuple[int, str]], data_version: str) -> dict[str, Any]:
     return {"recipe": recipe.to_json(), "data_version": data_version, "provenance": dict(provenance), "files": dict(files)}
-
-
-def _write_record(
-    path: Path, recipe: Recipe, provenance: Mapping[str, Any], files: Mapping[str, tuple[int, str]], data_version: str
-) -> None:
-    path.write_text(json.dumps(_record(recipe, provenance, files, data_version), indent=1) + "\n")
 
 
 def read_artefact(path: Path) -> Artefact:
@@ -442,10 +436,8 @@ def is_alive(pid: int) -> bool:
     """Return whether a process with this number runs on this machine."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
+    except OSError as error:
+        return isinstance(error, PermissionError)
     return True
 
 
@@ -458,12 +450,10 @@ def _remove(path: Path) -> None:
 
 def _replace_folder(staging: Path, final: Path) -> None:
     if final.exists():
-        retired = _retired(final)
-        final.rename(retired)
-        staging.rename(final)
-        shutil.rmtree(retired)
-    else:
-        staging.rename(final)
+        final.rename(_retired(final))
+    staging.rename(final)
+    if _retired(final).exists():
+        shutil.rmtree(_retired(final))
     flush(final.parent)
 
 
