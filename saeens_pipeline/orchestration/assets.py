@@ -31,23 +31,17 @@ _ABOUT_HEALTH = (
 )
 
 
-def layers_of(source: str) -> dg.DynamicPartitionsDefinition:
-    """Return the layers of a source as partitions: one definition, shared by all its experiments."""
-    return dg.DynamicPartitionsDefinition(name=layers_name(source))
-
-
 def partitions_of(declaration: Declaration) -> dg.PartitionsDefinition | None:
-    """Return an artefact's partitions in Dagster."""
-    layers = layers_of(declaration.source)
+    """Return an artefact's partitions in Dagster. The layers of a source are one definition, shared by all its experiments."""
+    layers = dg.DynamicPartitionsDefinition(name=layers_name(declaration.source))
     match declaration.dimensions:
         case "none":
             return None
         case "layer":
             return layers
         case _:
-            return dg.MultiPartitionsDefinition(
-                {"layer": layers, "seed": dg.StaticPartitionsDefinition([str(seed) for seed in declaration.seeds])}
-            )
+            seeds = dg.StaticPartitionsDefinition([str(seed) for seed in declaration.seeds])
+            return dg.MultiPartitionsDefinition({"layer": layers, "seed": seeds})
 
 
 def partition_key(declaration: Declaration, partition: Partition) -> str | None:
@@ -90,7 +84,7 @@ def _build_asset(op: Op) -> dg.AssetsDefinition:
         with (
             retried(context.retry_number, policy),
             log_lines.forwarded_to(context.log.log),
-            progress.report_to(progress.LineReporter(context.log.info)),
+            progress.report_to(partial(progress.in_lines, context.log.info)),
         ):
             yield from _report(materialise(op, selected, partition, run), checked, op.checks, partition, store.store)
 
@@ -179,12 +173,9 @@ def _health_on_disk(declaration: Declaration, partition: Partition, thresholds: 
     """Check the health of one partition or, in a run without a partition, of all partitions on disk."""
     if declaration.dimensions == "none" or partition.layer is not None:
         return examine(declaration, partition, store.require(declaration.address, partition), thresholds)
-    all_of_them = Health()
-    for where in store.partitions(declaration.address, *DIMENSION_NAMES[declaration.dimensions]):
-        health = examine(declaration, where, store.require(declaration.address, where), thresholds)
-        all_of_them.errors += health.errors
-        all_of_them.warnings += health.warnings
-    return all_of_them
+    places = store.partitions(declaration.address, *DIMENSION_NAMES[declaration.dimensions])
+    each = [examine(declaration, where, store.require(declaration.address, where), thresholds) for where in places]
+    return Health([error for health in each for error in health.errors], [warning for health in each for warning in health.warnings])
 
 
 def _check_result(declaration: Declaration, health: Health) -> dg.AssetCheckResult:

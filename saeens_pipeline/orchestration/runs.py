@@ -72,9 +72,7 @@ class Outcome(NamedTuple):
 
 def reporter_for(console: Console) -> progress.Reporter:
     """Return bars for a terminal, plain lines elsewhere."""
-    if console.is_terminal:
-        return progress.BarReporter(console)
-    return progress.LineReporter(partial(print_line, console))
+    return partial(progress.in_bars, console) if console.is_terminal else partial(progress.in_lines, partial(print_line, console))
 
 
 def print_line(console: Console, line: str) -> None:
