@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from saeens_pipeline.assets.declarations import Op
 from saeens_pipeline.assets.sources import source_ops
-from saeens_pipeline.orchestration.assets import build_assets
+from saeens_pipeline.orchestration.assets import build_asset
 from saeens_pipeline.orchestration.ops import ops_of, tables_of
 from saeens_pipeline.report.asset import pareto_op
 from saeens_pipeline.settings.experiments import ExperimentSettings
@@ -39,7 +39,7 @@ class _FromFile(dg.Component):
         return cls(cls.settings_class.model_validate(attributes, context={FILE: Path(context.path) / "defs.yaml"}))
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
-        return dg.Definitions(assets=build_assets(self.ops()))
+        return dg.Definitions(assets=[build_asset(op) for op in self.ops()])
 
 
 class ActivationSource(_FromFile):

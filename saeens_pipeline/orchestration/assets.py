@@ -2,7 +2,7 @@
 
 # Without `from __future__ import annotations`: Dagster reads the annotations of ops at run time.
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -55,12 +55,8 @@ def partition_key(declaration: Declaration, partition: Partition) -> str | None:
             return dg.MultiPartitionKey({"layer": str(partition.layer), "seed": str(partition.seed)})
 
 
-def build_assets(ops: Iterable[Op]) -> list[dg.AssetsDefinition]:
-    """Return a Dagster multi-asset for each op."""
-    return [_build_asset(op) for op in ops]
-
-
-def _build_asset(op: Op) -> dg.AssetsDefinition:
+def build_asset(op: Op) -> dg.AssetsDefinition:
+    """Return the Dagster multi-asset of an op."""
     by_key = {dg.AssetKey(output.address.key): output for output in op.outputs}
     policy = killed_step_policy()
 

@@ -15,7 +15,6 @@ from saeens_pipeline.orchestration.instance import end_dead_runs, layer_changes
 from saeens_pipeline.orchestration.ops import Ops
 from saeens_pipeline.orchestration.retraining import retraining_schedule, retraining_sensor
 from saeens_pipeline.settings import ExperimentSettings, SourceSettings
-from saeens_pipeline.settings.experiments import FreshnessSettings
 from saeens_pipeline.storage.names import SOURCES_GROUP
 
 TICK_SECONDS = 15  # between two evaluations of conditions and layers
@@ -65,12 +64,6 @@ def leaderboard_condition() -> Condition:
     return (updated.since(Condition.newly_requested() & ~updated) & settled).with_label("a table that it shows was made")
 
 
-def freshness_policy(freshness: FreshnessSettings) -> dg.FreshnessPolicy:
-    """Return Dagster's policy for the days in an experiment's `freshness`."""
-    warn = timedelta(days=freshness.warn_days) if freshness.warn_days is not None else None
-    return dg.FreshnessPolicy.time_window(fail_window=timedelta(days=freshness.fail_days), warn_window=warn)
-
-
 def _with_policies(spec: dg.AssetSpec, experiments: Mapping[str, ExperimentSettings]) -> dg.AssetSpec:
     automated = [experiment for experiment in experiments.values() if experiment.automation == "on"]
     if spec.tags.get("table") in {table.name for table in listed(over_experiments=True)}:
@@ -85,7 +78,9 @@ def _with_policies(spec: dg.AssetSpec, experiments: Mapping[str, ExperimentSetti
     if experiment.automation == "on":
         spec = spec.replace_attributes(automation_condition=automation_condition())
     if experiment.freshness and "table" in spec.tags:
-        spec = spec.replace_attributes(freshness_policy=freshness_policy(experiment.freshness))
+        fail, warn = experiment.freshness.fail_days, experiment.freshness.warn_days
+        policy = dg.FreshnessPolicy.time_window(timedelta(days=fail), timedelta(days=warn) if warn is not None else None)
+        spec = spec.replace_attributes(freshness_policy=policy)
     return spec
 
 

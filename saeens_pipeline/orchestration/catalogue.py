@@ -9,7 +9,7 @@ from pathlib import Path
 import dagster as dg
 
 from saeens_pipeline.errors import ConfigurationError
-from saeens_pipeline.orchestration.assets import build_assets
+from saeens_pipeline.orchestration.assets import build_asset
 from saeens_pipeline.orchestration.automation import automate
 from saeens_pipeline.orchestration.byte_checks import build_byte_checks
 from saeens_pipeline.orchestration.ops import Ops
@@ -34,7 +34,7 @@ class Catalogue(Ops):
             resources={"store": StoreResource(), "compute": ComputeResource.from_environment()},
             executor=executor_from_environment(),
         )
-        return dg.Definitions.merge(automate(build_assets(ops), self), given)
+        return dg.Definitions.merge(automate(map(build_asset, ops), self), given)
 
 
 def load_catalogue() -> Catalogue:

@@ -89,16 +89,10 @@ def prepare_home() -> Path:
             f"{home} cannot be written ({error.strerror}): set DAGSTER_HOME or SAEENS_DATA to a folder that can be"
         ) from error
     os.environ["DAGSTER_HOME"] = str(home)
-    _set_up_database(home)
-    return home
-
-
-def _set_up_database(home: Path) -> None:
-    """Create the database once, in one process at a time: two at the same time would leave a database that cannot be opened."""
-    done = home / _DATABASE_MARK
-    if not done.exists():
+    if not (home / _DATABASE_MARK).exists():  # two processes that create the database at the same time leave one that cannot be opened
         with holding_one_of(home, ["database"]), DagsterInstance.from_config(str(home)):
-            done.touch()
+            (home / _DATABASE_MARK).touch()
+    return home
 
 
 def _is_ours(settings: str) -> bool:

@@ -104,12 +104,9 @@ def run_experiment(
             end_dead_runs(instance)
     experiment = catalogue.experiment(name)
     source = catalogue.sources[experiment.source]
-    if layers:
-        layers = sorted(set(layers))
-    else:
-        layers, impossible = recorded_layers(source)
-        if impossible:
-            console.print(f"left out, since the language model lacks them: layers {', '.join(impossible)}; remove them in the UI")
+    layers, impossible = (sorted(set(layers)), []) if layers else recorded_layers(source)
+    if impossible:
+        console.print(f"left out, since the language model lacks them: layers {', '.join(impossible)}; remove them in the UI")
     facts = _check(experiment, source, layers, seeds)
     store = Store(data_root())
     store.require_writable()
@@ -130,7 +127,11 @@ def run_experiment(
             for status in stage.statuses:
                 if status.state == "damaged" and status.declaration in declarations:
                     print_line(console, status.reason)
-        with _compiling(store, wanted), _shown(console):
+        with (
+            _compiling(store, wanted),
+            log_lines.forwarded_to(lambda _level, message: print_line(console, " ".join(message.splitlines()))),
+            progress.report_to(reporter_for(console)),
+        ):
             _execute(catalogue, {experiment.source: layers}, [(stage.partition, made) for stage, made in chosen if made])
     asked = [s for s in _statuses(_plan(catalogue, experiment, layers)) if not seeds or s.partition.seed in (None, *seeds)]
     reports = [store.path(*s.where) / INDEX for s in asked if s.declaration.address.kind == REPORT and s.state == "fresh"]
@@ -315,16 +316,6 @@ def _execute(catalogue: Catalogue, layers: Mapping[str, Sequence[int]], chosen: 
             except DagsterExecutionInterruptedError:
                 raise KeyboardInterrupt from None
         raise_interrupt()
-
-
-@contextlib.contextmanager
-def _shown(console: Console) -> Iterator[None]:
-    """Show progress and the packages' log lines on the console."""
-    with (
-        log_lines.forwarded_to(lambda _level, message: print_line(console, " ".join(message.splitlines()))),
-        progress.report_to(reporter_for(console)),
-    ):
-        yield
 
 
 @contextlib.contextmanager

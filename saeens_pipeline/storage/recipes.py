@@ -155,7 +155,16 @@ class Store:
         elif artefact:
             recorded_ns = _record_file(path).stat().st_mtime_ns
             for name, (size, sha256) in artefact.files.items():
-                _check_file(path / name, size, sha256, recorded_ns, address)
+                file = path / name
+                found = file.stat() if file.is_file() else None
+                if found is None or found.st_size != size:
+                    state = "is missing" if found is None else f"has {found.st_size} bytes"
+                    raise DamagedArtefactError(f"{address} is damaged: {file} {state}, its recipe says {size} bytes. {_MENDING}")
+                if found.st_mtime_ns > recorded_ns:
+                    if _sha256(file) != sha256:
+                        raise DamagedArtefactError(f"{address} is damaged: {file} was changed after it was made. {_MENDING}")
+                    with contextlib.suppress(OSError):  # files of a copied folder may be newer: the next check need not read them again
+                        os.utime(file, ns=(found.st_atime_ns, recorded_ns))
         return artefact
 
     def partitions(self, address: Address, *dimensions: str) -> list[Partition]:
@@ -282,7 +291,8 @@ def read_artefact(path: Path) -> Artefact:
         record = _read_record(path)
         files = {name: (size, sha256) for name, (size, sha256) in record["files"].items()}
         recipe = Recipe(**record["recipe"]).to_json()
-        if record["data_version"] not in _possible_versions(path, recipe, files):
+        contents = [files["rows"][1]] if path.suffix == ".parquet" else [{name: sha256 for name, (_, sha256) in files.items()}, None]
+        if record["data_version"] not in [digest([recipe, content]) for content in contents]:
             raise ValueError("its data version does not follow from its recipe and files: it was changed after it was made")
         return Artefact(path, recipe, record["provenance"], files, record["data_version"])
     except Exception as error:
@@ -311,13 +321,6 @@ def all_artefacts(root: Path) -> Iterator[Stored]:
         yield Stored(*found, artefact)
 
 
-def _possible_versions(path: Path, recipe: Mapping[str, Any], files: Mapping[str, tuple[int, str]]) -> tuple[str, ...]:
-    """Return the data version of a table, or the two of a folder, with and without its content."""
-    if path.suffix == ".parquet":
-        return (digest([recipe, files["rows"][1]]),)
-    return digest([recipe, {name: sha256 for name, (_, sha256) in files.items()}]), digest([recipe, None])
-
-
 def _record_file(path: Path) -> Path:
     return path if path.suffix == ".parquet" else path / RECIPE_FILE
 
@@ -328,19 +331,6 @@ def _read_record(path: Path) -> dict[str, Any]:
     import pyarrow.parquet as pq
 
     return json.loads(pq.read_metadata(path).metadata[FOOTER_KEY.encode()])
-
-
-def _check_file(file: Path, size: int, sha256: str, recorded_ns: int, address: Address) -> None:
-    """Raise DamagedArtefactError unless a file is as recorded. Its bytes are read only if it is newer than the record."""
-    found = file.stat() if file.is_file() else None
-    if found is None or found.st_size != size:
-        state = "is missing" if found is None else f"has {found.st_size} bytes"
-        raise DamagedArtefactError(f"{address} is damaged: {file} {state}, its recipe says {size} bytes. {_MENDING}")
-    if found.st_mtime_ns > recorded_ns:
-        if _sha256(file) != sha256:
-            raise DamagedArtefactError(f"{address} is damaged: {file} was changed after it was made. {_MENDING}")
-        with contextlib.suppress(OSError):  # files of a copied folder may be newer: the next check need not read them again
-            os.utime(file, ns=(found.st_atime_ns, recorded_ns))
 
 
 def _files_below(folder: Path) -> list[tuple[str, Path]]:
