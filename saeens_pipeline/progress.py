@@ -1,8 +1,9 @@
-"""Progress of long work: bars in a terminal, plain lines elsewhere, log lines in Dagster's UI."""
+"""Progress of long work: bars in a terminal, plain lines elsewhere, log lines in Dagster's UI; and log lines of the packages."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -13,6 +14,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 LINE_INTERVAL_SECONDS = 15.0  # between two lines about the same task
 PACE_SECONDS = 1.0  # shorter measurements give no usable rate
+_LOGGERS = ("saeens_models", "saeens_pipeline")
 
 
 class Advance(Protocol):
@@ -118,3 +120,21 @@ def differences(advance: Advance) -> Callable[[int, int], None]:
         before = done
 
     return report
+
+
+@contextlib.contextmanager
+def forward_log_lines(say: Callable[[int, str], None]) -> Iterator[None]:
+    """Call `say` with level and message of each log line from level INFO within this context."""
+    handler = logging.Handler(logging.INFO)
+    handler.emit = lambda record: say(record.levelno, record.getMessage())
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(min(logger.getEffectiveLevel(), logging.INFO))
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.removeHandler(handler)
+            logger.setLevel(level)

@@ -13,7 +13,6 @@ from saeens_pipeline.assets.declarations import DIMENSION_NAMES, Declaration, In
 from saeens_pipeline.assets.health import Health, examine, is_checked
 from saeens_pipeline.assets.materialise import Materialised, materialise, require_sound
 from saeens_pipeline.errors import ConfigurationError
-from saeens_pipeline.orchestration import log_lines
 from saeens_pipeline.orchestration.instance import layers_name
 from saeens_pipeline.orchestration.layers import requested_layers
 from saeens_pipeline.orchestration.metadata import describe_artefact, static_metadata
@@ -79,7 +78,7 @@ def build_asset(op: Op) -> dg.AssetsDefinition:
         run = RunContext(store.store, compute.compute, context.run.run_id, layers, observe)
         with (
             retried(context.retry_number, policy),
-            log_lines.forwarded_to(context.log.log),
+            progress.forward_log_lines(context.log.log),
             progress.report_to(partial(progress.in_lines, context.log.info)),
         ):
             yield from _report(materialise(op, selected, partition, run), checked, op.checks, partition, store.store)

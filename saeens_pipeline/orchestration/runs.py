@@ -27,7 +27,6 @@ from saeens_pipeline.assets.tables import evaluations_of
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models.descriptions import HOOKS, LanguageModelDescription
 from saeens_pipeline.language_models.models import validate_modules
-from saeens_pipeline.orchestration import log_lines
 from saeens_pipeline.orchestration.assets import partition_key
 from saeens_pipeline.orchestration.catalogue import Catalogue
 from saeens_pipeline.orchestration.instance import (
@@ -129,7 +128,7 @@ def run_experiment(
                     print_line(console, status.reason)
         with (
             _compiling(store, wanted),
-            log_lines.forwarded_to(lambda _level, message: print_line(console, " ".join(message.splitlines()))),
+            progress.forward_log_lines(lambda _level, message: print_line(console, " ".join(message.splitlines()))),
             progress.report_to(reporter_for(console)),
         ):
             _execute(catalogue, {experiment.source: layers}, [(stage.partition, made) for stage, made in chosen if made])

@@ -17,14 +17,13 @@ the same bits.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import chain, cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
@@ -155,8 +154,7 @@ class ActivationReader(ABC):
             raise ValueError(f"batch_tokens = {batch_tokens}, mixing_chunks = {mixing_chunks}: both are at least 1")
         batch, filled = torch.empty(batch_tokens, self.d_in, dtype=getattr(torch, self.dtype)), 0
         skipped_rows = skipped_batches * batch_tokens
-        mixed = _mix(self, split, seed=seed, epochs=epochs, mixing_chunks=mixing_chunks, skipped_rows=skipped_rows)
-        with closing(mixed):
+        with closing(_mix(self, split, seed=seed, epochs=epochs, mixing_chunks=mixing_chunks, skipped_rows=skipped_rows)) as mixed:
             for rows, order in mixed:
                 start = 0
                 while start < len(order):
@@ -168,14 +166,6 @@ class ActivationReader(ABC):
                         filled = 0
         if filled:
             yield batch[:filled].to(torch.float32, copy=True)
-
-
-class _Reading(NamedTuple):
-    """A buffer while the thread fills it: rows `[n, d_in]`, their shuffled order `[<= n]`, and the read of each chunk, a view of rows."""
-
-    rows: torch.Tensor
-    order: torch.Tensor
-    reads: list[tuple[torch.Tensor, Future[None]]]
 
 
 def _mix(
@@ -199,41 +189,35 @@ def _mix(
         # numpy copies on this thread only and releases the GIL; as bytes, since numpy has no bfloat16
         np.copyto(chunk.view(torch.uint8).numpy(), reader.stored_chunk(split, index).view(torch.uint8).numpy())
 
-    def finish(reading: _Reading) -> tuple[torch.Tensor, torch.Tensor]:
-        for chunk, read in reading.reads:
-            read.result()
-            chunk.copy_(reader.derive(chunk))  # without a residual, `derive` returns the chunk itself and this does nothing
-        return reading.rows, reading.order
+    def started() -> Iterator[tuple[torch.Tensor, torch.Tensor, list[tuple[torch.Tensor, Future[None]]]]]:
+        """Start to read the chunks that are shuffled together; yield their rows, the order of the rows, and chunks with their reads."""
+        to_skip = skipped_rows
+        for epoch in range(epochs):
+            generator = np.random.default_rng([seed, epoch])
+            chunk_order = generator.permutation(reader.n_chunks(split))
+            for first in range(0, len(chunk_order), mixing_chunks):
+                indices = chunk_order[first : first + mixing_chunks].tolist()
+                lengths = [min(chunk_rows, n_rows - index * chunk_rows) for index in indices]
+                order = generator.permutation(sum(lengths))
+                skipped = min(to_skip, len(order))
+                to_skip -= skipped
+                if skipped < len(order):
+                    rows = next(buffers)[: len(order)]
+                    reads = [(chunk, thread.submit(fill, chunk, i)) for chunk, i in zip(rows.split(lengths), indices, strict=True)]
+                    yield rows, torch.from_numpy(order[skipped:]), reads
 
-    started: deque[_Reading] = deque()
+    pending = None
     try:
-        for indices, lengths, order in _steps(n_rows, chunk_rows, seed=seed, epochs=epochs, mixing_chunks=mixing_chunks):
-            skipped = min(skipped_rows, len(order))
-            skipped_rows -= skipped
-            if skipped == len(order):
-                continue
-            rows = next(buffers)[: len(order)]
-            reads = [(chunk, thread.submit(fill, chunk, i)) for chunk, i in zip(rows.split(lengths), indices, strict=True)]
-            started.append(_Reading(rows, torch.from_numpy(order[skipped:]), reads))
-            if len(started) == len(memory):
-                yield finish(started.popleft())
-        yield from map(finish, started)
+        for reading in chain(started(), (None,)):  # the next one is started before the pending one is given
+            if pending:
+                rows, order, reads = pending
+                for chunk, read in reads:
+                    read.result()
+                    chunk.copy_(reader.derive(chunk))  # without a residual, `derive` returns the chunk itself and this does nothing
+                yield rows, order
+            pending = reading
     finally:
         thread.shutdown(cancel_futures=True)
-
-
-def _steps(
-    n_rows: int, chunk_rows: int, *, seed: int, epochs: int, mixing_chunks: int
-) -> Iterator[tuple[list[int], list[int], np.ndarray]]:
-    """Yield the indices and lengths of chunks that are shuffled together, and the order of all their rows."""
-    n_chunks = -(-n_rows // chunk_rows)
-    for epoch in range(epochs):
-        generator = np.random.default_rng([seed, epoch])
-        chunk_order = generator.permutation(n_chunks)
-        for first in range(0, n_chunks, mixing_chunks):
-            indices = chunk_order[first : first + mixing_chunks].tolist()
-            lengths = [min(chunk_rows, n_rows - index * chunk_rows) for index in indices]
-            yield indices, lengths, generator.permutation(sum(lengths))
 
 
 class ActivationStore(ActivationReader):
