@@ -24,9 +24,9 @@ from saeens_pipeline.assets.sae_recipes import START, sae_config
 from saeens_pipeline.assets.sources import activations_of, tokens_of
 from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.language_models.tokens import open_tokens
-from saeens_pipeline.storage.activations import ActivationReader, ActivationStatistics, ActivationStore, require_free_disk
+from saeens_pipeline.storage.activations import ActivationReader, ActivationStatistics, ActivationStore
 from saeens_pipeline.storage.checkpoints import checkpoint_file, checkpoint_seconds
-from saeens_pipeline.storage.disk import is_full_disk
+from saeens_pipeline.storage.disk import is_full_disk, require_free_disk
 from saeens_pipeline.storage.names import CURVE_FILE, Partition
 from saeens_pipeline.storage.recipes import Artefact, Store
 from saeens_pipeline.storage.selection import SelectedDocuments

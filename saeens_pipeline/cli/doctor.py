@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,6 +15,7 @@ from rich.text import Text
 from saeens_pipeline.cli.app import app
 from saeens_pipeline.cli.output import out
 from saeens_pipeline.errors import SaeensError
+from saeens_pipeline.storage.disk import free_bytes
 from saeens_pipeline.storage.recipes import Store, all_artefacts
 from saeens_pipeline.storage.root import data_root
 
@@ -84,7 +84,7 @@ def _root(root: Path) -> Iterator[Finding]:
     except SaeensError as error:
         yield Finding("data root", str(error), ok=False)
     else:
-        free = shutil.disk_usage(store.nearest_folder).free
+        free = free_bytes(store.root)
         yield Finding("data root", str(root))
         yield Finding("free disk", f"{free / 2**30:.1f} GiB", ok=free > LOW_DISK_BYTES)
     yield Finding("DAGSTER_HOME", os.environ.get("DAGSTER_HOME") or f"{root / 'dagster'} (default)")
