@@ -201,7 +201,7 @@ def open_tokens(path: Path) -> TokenStore:
         group = zarr.open_group(path, mode="r")
         return TokenStore(path, group)
     except (FileNotFoundError, KeyError) as error:
-        raise SaeensError(f"{path} holds no tokens, or only a part of them ({error}): make them again") from None
+        raise SaeensError(f"{path} holds no tokens, or only a part of them ({error}): compute them again") from None
 
 
 class TokenStore:

@@ -60,7 +60,7 @@ DIVERSITY = Metric(
 FLOPS = Metric(
     "train FLOPs", "cost", "total_flops", "training FLOPs", ".3g",
     "operations of training, dense equivalents: each feature counts for each token, so that they do not depend on the implementation. "
-    "Boosting's passes over the activations that make the residuals are counted in", log=True,
+    "Boosting's passes over the activations that compute the residuals are counted in", log=True,
 )  # fmt: skip
 METRICS = (
     EV, MSE, CE, L0, BITS, STABILITY, CONNECTIVITY,
