@@ -8,7 +8,7 @@ from saeens_models.kernels.team import Team
 
 
 class Weights(NamedTuple):
-    """The weights of an SAE, or their gradients, in the order of memory."""
+    """The weights of an SAE, or their gradients, in their order in memory: W_enc is transposed, `[d_sae, d_in]`."""
 
     W_enc: Tensor
     """`[d_sae, d_in]`: feature by feature."""

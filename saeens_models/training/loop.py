@@ -261,7 +261,7 @@ def _observations_due(n_steps: int, n_tokens: int, total_tokens: int | None) -> 
 
 
 def _scaled_input(batch: Tensor, d_in: int, scale: float, step: int) -> Tensor:
-    """Return the batch in float32, scaled. Always a new, contiguous tensor: results must not depend on the batch's memory layout."""
+    """Return the scaled batch in float32, as a new, contiguous tensor: results must not depend on the batch's memory layout."""
     if batch.ndim != 2 or batch.shape[1] != d_in or len(batch) == 0:
         raise ValueError(f"batch {step} has shape {list(batch.shape)}, expected [n, {d_in}] (d_in) with n > 0")
     if not batch.is_floating_point():

@@ -80,7 +80,7 @@ class Declaration(Reference):
         return digest([self.builder, self.version, dict(self.settings)])
 
     def input_partitions(self, partition: Partition, *, optional: bool = False) -> Iterator[tuple[str, Reference, Partition]]:
-        """Give name, artefact and partition of the recipe's inputs: the required ones or, with `optional`, the optional ones.
+        """Yield name, artefact and partition of the recipe's inputs: the required ones or, with `optional`, the optional ones.
 
         An artefact that compares seeds has one input for each seed.
         """
@@ -97,7 +97,7 @@ class Declaration(Reference):
                 yield ", ".join(filter(None, (each.name, label))), each.artefact, where
 
     def optional_inputs(self, store: Store, partition: Partition) -> Iterator[tuple[str, Declaration | Reference, Partition, Artefact]]:
-        """Give the optional inputs that are intact on disk: name, artefact, partition and record.
+        """Yield the optional inputs that are intact on disk: name, artefact, partition and record.
 
         An artefact without partitions has all partitions of its inputs as inputs, if their seeds are still declared.
         """

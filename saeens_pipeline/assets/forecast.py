@@ -93,7 +93,7 @@ def as_frame(lines: Sequence[Line]) -> pl.DataFrame:
 
 
 def readable(line: Line) -> str:
-    """Return the amount of a figure as text."""
+    """Return the amount of a line of the forecast as text, with a unit."""
     if line.amount is None:
         return "not known"
     match line.unit:
@@ -248,7 +248,7 @@ class _Plan:
 
 
 def _autointerp(experiment: ExperimentSettings, n_partitions: int) -> Iterator[Line]:
-    """Give requests, tokens and price of explaining features, if the experiment does."""
+    """Yield lines with the requests, tokens and price of `autointerp`, if the experiment has this table."""
     settings = experiment.autointerp
     if not fills(experiment, "autointerp") or settings is None:
         return

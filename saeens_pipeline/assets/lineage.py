@@ -45,7 +45,7 @@ class Ancestor:
     parents: tuple[Ancestor, ...] = ()
 
     def problems(self) -> Iterator[str]:
-        """Give every problem of this node and its ancestors."""
+        """Yield every problem of this node and its ancestors."""
         if self.problem:
             yield f"{self.title}: {self.problem}"
         for parent in self.parents:
@@ -214,7 +214,7 @@ def _measurements(row: Mapping[str, Any]) -> str:
 
 
 def _facts(artefact: Artefact) -> tuple[str, ...]:
-    """Return run, date, device and time of an artefact, its code, and the artefact that it is linked from."""
+    """Return lines about an artefact: run, date, device and seconds; code and versions; and the artefact of which it is a link."""
     made, recipe = artefact.provenance, artefact.recipe
     seconds = made.get("train_seconds", made.get("seconds"))
     by = [f"run {made.get('run_id', 'unknown')[:8]}", made.get("date"), made.get("device"), f"{seconds:.1f} s" if seconds else None]

@@ -36,7 +36,7 @@ def measurements(store: Store, over: Declaration, columns: Mapping[str, Sequence
 
 
 def over_seeds(measured: pl.DataFrame, metrics: Iterable[str], means: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Give a row for each experiment, layer, method and size: `metrics` with mean, interval and points, `means` without the last two."""
+    """Yield a row for each experiment, layer, method and size: `metrics` with mean, interval and points, `means` without the last two."""
     for of_seeds in measured.sort("seed").partition_by(_KEY, maintain_order=True):
         yield {
             **of_seeds.select(*_KEY, "language_model", "n_features").row(0, named=True),
@@ -49,7 +49,7 @@ def over_seeds(measured: pl.DataFrame, metrics: Iterable[str], means: Sequence[s
 
 
 def _statistics(name: str, points: Sequence[float | None]) -> Iterator[tuple[str, float | str | None]]:
-    """Give the columns of a metric. A seed without a value has an empty point, and is left out of mean and interval."""
+    """Yield (column, value) of a metric: mean, interval and points over seeds. Seeds without a value count in none; their point is empty."""
     from saeens_models.metrics import mean_interval
 
     there = [point for point in points if point is not None]

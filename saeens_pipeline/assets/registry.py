@@ -88,6 +88,7 @@ class Making:
 
     @property
     def store(self) -> Store:
+        """Return the store of the run."""
         return self.context.store
 
     @property
@@ -96,7 +97,7 @@ class Making:
 
     @property
     def device(self) -> str:
-        """Return the device of evaluations, which has float64."""
+        """Return the device for evaluations: one that supports float64."""
         return self.context.compute.resolve(float64=True)
 
     @property
@@ -115,7 +116,7 @@ class Making:
         return [self.store.require(artefact.address, where) for _, artefact, where in dictionary.input_partitions(self.partition)]
 
     def methods(self) -> Iterator[Measured]:
-        """Give every measured method and size."""
+        """Yield every measured method and size."""
         yield Measured("single", 1, self.subject.bagging, self.members(self.subject.bagging)[:1])
         for method, n_members, dictionary in self.subject.whole:
             saes = self.members(dictionary)
@@ -179,9 +180,9 @@ class Table:
     """True: it compares experiments. False: it belongs to one experiment."""
     may_be_empty: bool = False
     warnings: Callable[[pl.DataFrame, CheckSettings], Iterable[str]] = lambda table, checks: ()
-    """Give a sentence for every value below the thresholds of the experiment's `checks`."""
+    """Yield a sentence for every value below the thresholds of the experiment's `checks`."""
     summary: Callable[[pl.DataFrame, Artefact], Mapping[str, Any]] = lambda table, artefact: {}
-    """Return metadata for the UI, in addition to the headline."""
+    """Return metadata for the UI, in addition to the headlines."""
     is_large: bool = False
     """True: the UI shows only its number of rows."""
     note: Callable[[Store, str, Collection[int], int | None], str] = lambda store, experiment, seeds, layer: ""
@@ -271,7 +272,7 @@ def fills(experiment: ExperimentSettings, name: str) -> bool:
 
 
 def complaint_about(experiment: ExperimentSettings) -> tuple[int, str] | None:
-    """Return the index of the first wrong entry of `evaluations`, with an error message; None if all are right."""
+    """Return index and error message of the first wrong entry of `evaluations`; None if all entries are right."""
     for i, name in enumerate(experiment.evaluations or ()):
         if name not in TABLES or TABLES[name].over_experiments:
             known = ", ".join(table.name for table in listed(over_experiments=False))
@@ -296,7 +297,7 @@ class Subject:
 
     @property
     def tokens(self) -> Reference:
-        """Return the tokens of the source."""
+        """Return a reference to the tokens of the source."""
         return tokens_of(self.experiment.source)
 
     @property

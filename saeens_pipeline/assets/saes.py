@@ -81,7 +81,7 @@ def concurrent_rounds_op(name: str, experiment: ExperimentSettings, rounds: Sequ
 def _declare(
     experiment: ExperimentSettings, target: Target, given: Reference, *, after: Reference | None, before: Sequence[Target] = ()
 ) -> Declaration:
-    """Declare an SAE that is made after `after`; `before` are the earlier rounds that are trained concurrently."""
+    """Declare an SAE whose inputs include `after`; `before` are the earlier rounds that are trained concurrently."""
     settings: dict[str, Any] = {"sae": target.sae.to_json(), "training": {**experiment.complete_training, **target.training}}
     settings |= {"documents": target.documents} if target.documents else {}
     settings |= {"epochs": target.epochs} if target.epochs > 1 else {}

@@ -72,7 +72,7 @@ def measures_loss(experiment: ExperimentSettings, model: LanguageModelDescriptio
 
 
 def language_model_of(made: Artefact) -> LanguageModelDescription:
-    """Return the language model of activations or tokens, described from its files today.
+    """Return the description of the language model of activations or tokens, read from its present files.
 
     Raises ConfigurationError if the language model no longer exists, SaeensError if its files have changed.
     """

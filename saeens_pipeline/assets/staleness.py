@@ -29,6 +29,7 @@ class Status:
 
     @property
     def where(self) -> tuple[Address, Partition]:
+        """Return address and partition of the artefact."""
         return self.declaration.address, self.partition
 
 
@@ -41,6 +42,7 @@ class Stage:
 
     @property
     def to_make(self) -> list[Declaration]:
+        """Return the declarations of the artefacts that are not fresh."""
         return [status.declaration for status in self.statuses if status.state != "fresh"]
 
 

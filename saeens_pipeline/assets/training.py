@@ -91,7 +91,7 @@ def train_rounds(context: RunContext, tasks: Sequence[Task], given: Reference, r
 
 @contextlib.contextmanager
 def _checkpoints(context: RunContext, tasks: Sequence[Task], outputs: Sequence[Declaration], op_name: str) -> Iterator[Checkpoints | None]:
-    """Give the checkpoints of these SAEs, and remove them after success; None if checkpoints are switched off."""
+    """Yield the checkpoints of these SAEs, and remove them after success; None if checkpoints are switched off."""
     seconds = checkpoint_seconds()
     if seconds is None:
         yield None

@@ -158,7 +158,7 @@ def require_tokenizer(name: str, folder: ModelFolder) -> Path:
 
 
 def identity_of(name: str, revision: str, folder: ModelFolder) -> dict[str, object]:
-    """Return the identity for recipes: the commit of a model on the hub, otherwise hashes of the files."""
+    """Return the identity of a language model for recipes: its commit on the hub or, for a local folder, hashes of its files."""
     if folder.commit is not None:
         _require_hub_weights(name, folder.commit, folder.path)
         return {"name": name, "revision": folder.commit}

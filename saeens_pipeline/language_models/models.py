@@ -88,7 +88,7 @@ def validate_modules(description: LanguageModelDescription, hook: str, layers: C
 
 
 def block_parameters(description: LanguageModelDescription) -> list[int]:
-    """Return the number of parameters of each block, without embeddings. Raises as `validate_modules`."""
+    """Return the number of parameters of each block, without embeddings. Raises the errors of `validate_modules`."""
     of_blocks = [0] * description.n_layers
     for name, weights in _structure(description).model.named_parameters():
         found = re.search(r"\.(\d+)\.", name)

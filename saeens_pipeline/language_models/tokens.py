@@ -263,7 +263,10 @@ class TokenStore:
             yield waiting
 
     def around(self, split: Split, places: np.ndarray, radius: int) -> Surroundings:
-        """Return the tokens around places `[n]`, in ascending order and as from `places`. Memory: as `batches`, and the result."""
+        """Return the `2 * radius + 1` tokens around each place.
+
+        places: `[n]` ascending, as `places` yields them. Memory: that of `batches`, and the result.
+        """
         parts, first = [], 0
         offsets = np.arange(-radius, radius + 1)
         for batch in self.batches(split, _CHUNK_TOKENS // self.context_length + 1):
@@ -371,7 +374,7 @@ def _document_windows(encoded: Iterator[np.ndarray], context_length: int, limit:
 
 
 def _stream_windows(encoded: Iterator[np.ndarray], context_length: int) -> Iterator[_Window]:
-    """Cut all documents as one stream; only the last window may have less than `context_length` tokens."""
+    """Cut the concatenation of all documents into windows of `context_length` tokens. Only the last window may be shorter."""
     rest = _Window(*(np.empty(0, np.int64) for _ in _Window._fields))
     for index, ids in enumerate(encoded):
         document = _Window(ids, np.full(len(ids), index), np.arange(len(ids)))

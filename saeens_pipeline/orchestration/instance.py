@@ -113,7 +113,7 @@ def command_line_instance() -> DagsterInstance:
 
 
 def recorded_instance() -> contextlib.AbstractContextManager[DagsterInstance | None]:
-    """Give the instance of DAGSTER_HOME for commands that only read; None if it does not exist. None is created."""
+    """Return a context manager that yields the Dagster instance of DAGSTER_HOME, or None if there is none. It creates no instance."""
     return command_line_instance() if (home_folder() / "dagster.yaml").exists() else contextlib.nullcontext()
 
 
@@ -145,7 +145,7 @@ def end_dead_runs(instance: DagsterInstance) -> None:
 
 
 def _answers(server: dict[str, Any]) -> bool:
-    """Return True if the code server of a run's tag listens. One on another machine counts as listening."""
+    """Return True if the code server in a run's tag accepts connections. A server on another machine counts as alive."""
     if "socket" not in server:
         return True
     with socket.socket(socket.AF_UNIX) as probe:
@@ -192,6 +192,6 @@ def register_layers(instance: DagsterInstance, source: str, layers: Sequence[int
 
 
 def added_layers(instance: DagsterInstance, source: str) -> list[str]:
-    """Return the layers that were added by hand and not by the experiment file. In the UI any text can be added."""
+    """Return the partition keys that users added to a source's layers. They are unchecked: the UI accepts any text."""
     declared = set(instance.get_dynamic_partitions(declared_layers_name(source)))
     return [layer for layer in instance.get_dynamic_partitions(layers_name(source)) if layer not in declared]

@@ -32,7 +32,7 @@ def static_metadata(declaration: Declaration) -> dict[str, Any]:
 
 
 def describe_artefact(declaration: Declaration, partition: Partition, artefact: Artefact, *, is_hit: bool) -> dict[str, Any]:
-    """Return the metadata of one materialisation, in the order of the UI."""
+    """Return the metadata of one materialisation, by name, in the order in which the UI lists them."""
     made = artefact.provenance
     summary: dict[str, Any] = {}
     if declaration.builder == "sae":
@@ -119,7 +119,7 @@ def _links(declaration: Declaration, partition: Partition) -> dict[str, Any]:
 
 
 def _saes_below(declaration: Declaration) -> Iterator[tuple[str, list[Declaration]]]:
-    """Give label and SAEs: those of an ensemble, or a table's single SAEs and those of its ensembles."""
+    """Yield label and SAEs of each part of a declaration's inputs: single SAEs, and the SAEs of each ensemble."""
     below = [each.artefact for each in declaration.inputs if isinstance(each.artefact, Declaration)]
     single = [each for each in below if each.builder == "sae"]
     if single:
@@ -191,7 +191,7 @@ def _table_summary(declaration: Declaration, artefact: Artefact) -> dict[str, An
 
 
 def _pareto_summary(artefact: Artefact) -> dict[str, Any]:
-    """Return the summary with the picture, which the UI shows on a click if it is large."""
+    """Return the UI metadata of a Pareto table: number of rows, missing experiments, and the plot."""
     from saeens_pipeline.report.pictures import as_markdown
 
     drawn = (artefact.path / PICTURE_FILE).read_bytes()

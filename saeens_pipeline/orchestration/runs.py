@@ -75,7 +75,7 @@ def reporter_for(console: Console) -> progress.Reporter:
 
 
 def print_line(console: Console, line: str) -> None:
-    """Print text unchanged: without markup, colours and line breaks."""
+    """Print a line unchanged: rich adds no markup, colours or line breaks."""
     console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -217,7 +217,7 @@ def _layers_with_tables(catalogue: Catalogue, store: Store, experiment: Experime
 
 
 def _check(experiment: ExperimentSettings, source: SourceSettings, layers: Sequence[int], seeds: Sequence[int]) -> SourceFacts:
-    """Raise ConfigurationError or SaeensError, before any work, for settings that cannot work; return the source's facts."""
+    """Return the source's facts after checks of settings, seeds and layers. Raises ConfigurationError or SaeensError, before any work."""
     unknown = sorted(set(seeds) - set(experiment.ensemble.seeds))
     if unknown:
         raise ConfigurationError(
@@ -233,7 +233,10 @@ def _check(experiment: ExperimentSettings, source: SourceSettings, layers: Seque
 def _check_inputs(
     experiment: ExperimentSettings, source: SourceSettings, layers: Sequence[int], facts: SourceFacts, wanted: Sequence[Declaration]
 ) -> Iterator[str]:
-    """Yield announcements of tables. Raise SaeensError for missing modules and texts, and wrong settings, of these artefacts."""
+    """Check the inputs of the wanted artefacts, and yield the announcements of their tables.
+
+    Raises SaeensError for missing modules and texts, and for wrong settings.
+    """
     builders, names = {declaration.builder for declaration in wanted}, [declaration.address.name for declaration in wanted]
     if "activations" in builders:
         validate_modules(facts.model, source.hook, layers)
@@ -319,7 +322,7 @@ def _execute(catalogue: Catalogue, layers: Mapping[str, Sequence[int]], chosen: 
 
 @contextlib.contextmanager
 def _interrupts() -> Iterator[Callable[[], None]]:
-    """Give a function that raises KeyboardInterrupt if Ctrl-C was pressed inside this context and had no effect.
+    """Yield a function that raises KeyboardInterrupt if Ctrl-C was pressed inside this context and had no effect.
 
     Dagster loses an interrupt at the end of a run, and Python loses one during a weak reference's callback. The interpreter writes every
     signal to the wakeup descriptor, also if its handler ignores the signal.

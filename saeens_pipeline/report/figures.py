@@ -183,7 +183,7 @@ def _curves(rows: pl.DataFrame, column: str) -> Iterator[Series]:
 
 
 def features(results: Results) -> Iterator[Chart]:
-    """Yield histograms of the features' densities and of their cosines to features under other seeds."""
+    """Yield two charts: histograms of the features' densities, and of their largest cosines to features under other seeds."""
     table = results.tables.get("features")
     if table is None:
         return
@@ -242,7 +242,7 @@ def _by_count(rows: pl.DataFrame, x: str, y: str, group: str) -> list[Series]:
 
 
 def layer_profile(board: pl.DataFrame, experiment: str) -> Iterator[Chart]:
-    """Yield metrics of the leaderboard against the layer, of an experiment with several layers."""
+    """Yield charts of the leaderboard's metrics against the layer, for an experiment with several layers."""
     rows = board.filter(experiment=experiment)
     if rows["layer"].n_unique() < 2:
         return

@@ -162,7 +162,7 @@ def what_makes_contexts(experiment: ExperimentSettings, catalogue: Experiments) 
 
 
 def _control_hint(layer: int, control: ExperimentSettings | None, untrained: Results | None) -> str:
-    """Return how to get the control's figures."""
+    """Return a hint how to compute the control's figures; empty if the control has them."""
     if control and untrained and list(compare(untrained, untrained)):
         return ""  # it is this experiment that has nothing to compare
     if control:

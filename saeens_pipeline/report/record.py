@@ -65,6 +65,7 @@ class Record:
 
     @classmethod
     def read(cls, store: Store, experiment: str, source: str, layer: int) -> Record:
+        """Return the artefacts on disk of an experiment and of its source for one layer."""
         root = store.root
         folders = [root / "sources" / source, root / "experiments" / experiment / f"layer={layer}"]
         recipes = sorted(path.parent for folder in folders for path in folder.rglob(RECIPE_FILE))
@@ -209,7 +210,7 @@ def _value(value: object) -> str:
 
 @dataclass(frozen=True)
 class Node:
-    """A box: an asset with the data version of each seed, or an input from outside with the hash of its name or settings."""
+    """A box of the lineage diagram: an asset with a data version per seed, or an external input with the hash of its name or settings."""
 
     title: str
     versions: Sequence[tuple[str, str]]  # seed, or empty, and data version

@@ -42,7 +42,7 @@ class Spread:
 
     @classmethod
     def of(cls, points: Sequence[float]) -> Spread:
-        """Return the spread of points. Raises ValueError without points."""
+        """Return mean, interval and points of a number's values, one per seed. Raises ValueError without values."""
         return cls(*mean_interval(points), tuple(points))
 
     @property

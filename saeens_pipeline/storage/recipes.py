@@ -213,7 +213,7 @@ class Store:
         versioned_content: bool = True,
         resumable: bool = False,
     ) -> Iterator[Path]:
-        """Give an empty folder to write into; on leaving the context it becomes the artefact and replaces an earlier one.
+        """Yield an empty folder to write into; on leaving the context it becomes the artefact and replaces an earlier one.
 
         `provenance` is read on leaving, so that the caller can fill it meanwhile. An exception leaves the earlier artefact unchanged.
         `versioned_content=False`: the data version follows from the recipe alone, as for residuals, whose bytes may be dropped.

@@ -41,7 +41,7 @@ def _columns_read() -> dict[str, tuple[str, ...]]:
 
 
 def leaderboard_op(tables: Iterable[Declaration], controls: Mapping[str, str]) -> Op:
-    """Declare the leaderboard over some tables. It is computed from those on disk and waits for none.
+    """Declare the leaderboard, whose inputs are tables of all experiments. It reads the tables on disk and waits for none.
 
     `controls`: by experiment, the experiment with an untrained language model whose figures are shown next to it.
     """
