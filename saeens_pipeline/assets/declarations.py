@@ -1,4 +1,4 @@
-"""Declarations of artefacts and of the ops that make them. Recipes, cache hits, staleness, assets and lineage are derived from them."""
+"""Declarations of artefacts and of the ops that compute them. Recipes, cache hits, staleness, assets and lineage are derived from them."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ class Declaration(Reference):
     partition_settings: Callable[[Partition], Mapping[str, Any]] = field(default=lambda partition: {})
     """Settings that depend on the partition, such as seeds."""
     unavailable: Callable[[], Mapping[str, Any]] = field(default=dict)
-    """Return what this machine lacks, such as an endpoint, as settings of the recipe. An artefact made without it is stale once nothing is
-    lacking; an artefact made with everything stays a cache hit."""
+    """Return the missing parts of this machine, such as an endpoint, as settings of the recipe. An artefact computed without a part is
+    stale once no part is missing; an artefact computed with all parts stays a cache hit."""
     kinds: frozenset[str] = frozenset()
     tags: Mapping[str, str] = field(default_factory=dict)
     experiment_file: str = ""
@@ -145,7 +145,7 @@ class RunContext(NamedTuple):
     compute: Compute
     run_id: str
     requested_layers: Callable[[], Collection[int]]
-    """Return the layers that waiting runs request; an op may make them in the same pass."""
+    """Return the layers that waiting runs request; an op may compute them in the same pass."""
     observe: Callable[[Declaration, Partition, Mapping[str, Any]], None]
     """Show metadata in the UI while the op runs."""
 
@@ -155,7 +155,7 @@ class RunContext(NamedTuple):
 
 
 class Task(NamedTuple):
-    """One artefact to make, with its recipe."""
+    """One artefact to compute, with its recipe."""
 
     declaration: Declaration
     partition: Partition
@@ -179,9 +179,9 @@ class Op:
     preflight: Callable[[RunContext, Sequence[Task]], None] = field(default=lambda context, tasks: None)
     """Raise SaeensError, before any work, for settings or inputs with which these tasks, or later ones, would fail."""
     links: bool = False
-    """True: an existing artefact with an equal recipe, of any experiment, is linked instead of made again."""
+    """True: an existing artefact with an equal recipe, of any experiment, is linked instead of computed again."""
     twin: Reference | None = None
-    """An artefact made earlier whose recipe may be equal: the first candidate for a link."""
+    """An earlier artefact whose recipe may be equal: the first candidate for a link."""
     checks: CheckSettings = field(default_factory=CheckSettings)
     """Thresholds of health warnings."""
 

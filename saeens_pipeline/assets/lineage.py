@@ -1,6 +1,6 @@
-"""The lineage of a table row or an artefact: SAEs, activations, tokens, corpus and language model, with the run that made each.
+"""The lineage of a table row or an artefact: SAEs, activations, tokens, corpus and language model, with the run that computed each.
 
-Artefacts are identified by data version, not by name: the artefact of a name may have been made again since.
+Artefacts are identified by data version, not by name: the artefact of a name may have been computed again since.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def lineage(store: Store, declarations: Iterable[Declaration], argument: str) ->
 
     Examples: `reconstruction:layer=1,seed=42,method=bagging,n_members=3`, `quickstart/bagging/member_1:layer=1,seed=42`, `a1b2c3d4`.
     Raises ConfigurationError, with candidates, if nothing or more than one thing has this name; SaeensError for an asset that is declared
-    and not made yet.
+    and not computed yet.
     """
     genealogy = _Genealogy(store, declarations)
     name, filters = _parse(argument)

@@ -1,4 +1,4 @@
-"""The driver: finds cache hits, links equal artefacts, makes missing ones and checks their health. Every run goes through it."""
+"""The driver: finds cache hits, links equal artefacts, computes missing artefacts and checks their health. Every run goes through it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Materialised(NamedTuple):
 
 
 def materialise(op: Op, selection: Collection[Address], partition: Partition, context: RunContext) -> list[Materialised]:
-    """Return the selected outputs of an op for one partition; make those that are no cache hits.
+    """Return the selected outputs of an op for one partition; compute those that are no cache hits.
 
     For each output: compute the recipe, look for a cache hit, take the lock, link an equal artefact if the op allows links, run the op's
     preflight and `make`, and check health. An unsound artefact is returned with the errors in its `health`: see `require_sound`.

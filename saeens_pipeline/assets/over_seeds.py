@@ -49,7 +49,7 @@ def over_seeds(measured: pl.DataFrame, metrics: Iterable[str], means: Sequence[s
 
 
 def _statistics(name: str, points: Sequence[float | None]) -> Iterator[tuple[str, float | str | None]]:
-    """Yield (column, value) of a metric: mean, interval and points over seeds. Seeds without a value count in none; their point is empty."""
+    """Yield (column, value) of a metric: mean, interval and points over seeds. A seed without a value has an empty point."""
     from saeens_models.metrics import mean_interval
 
     there = [point for point in points if point is not None]

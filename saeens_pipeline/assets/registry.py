@@ -76,7 +76,7 @@ class Making:
     context: RunContext
     partition: Partition
     wanted: Collection[str]
-    """Names of the tables that are made together."""
+    """Names of the tables that are computed together."""
     run_shared_pass: Callable[[], Any]
     provenance: dict[str, Any] = field(default_factory=dict)
     """Fields that `rows` adds to the table's record, which also has run, device and time."""

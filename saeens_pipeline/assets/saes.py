@@ -46,7 +46,7 @@ def init_seed(ensemble_seed: int, index: int) -> int:
 def sae_op(name: str, experiment: ExperimentSettings, targets: Sequence[Target], given: Reference, *, twin: Reference | None = None) -> Op:
     """Declare SAEs that are trained together on one stream of `given` (activations or a residual).
 
-    `twin`: an SAE made earlier that may have the same recipe. If it has, or an SAE of another experiment has, its files are linked and
+    `twin`: an earlier SAE that may have the same recipe. If it has, or an SAE of another experiment has, its files are linked and
     nothing is trained. SAEs that are trained together have no `documents`, `epochs` or `training` of their own.
     """
     outputs = tuple(_declare(experiment, target, given, after=twin) for target in targets)
@@ -63,7 +63,7 @@ def concurrent_rounds_op(name: str, experiment: ExperimentSettings, rounds: Sequ
     """Declare boosting rounds that are trained in one pass over `given`, each on the residual of the earlier rounds.
 
     The recipe of a round has `given`, the settings, and the initial weights of the earlier rounds. Round 1 has the recipe of its `twin`,
-    and is linked if the twin exists. No round depends on later ones: missing rounds are made by training all rounds up to the last
+    and is linked if the twin exists. No round depends on later ones: missing rounds are trained together with all rounds up to the last
     missing one.
     """
     outputs: list[Declaration] = []

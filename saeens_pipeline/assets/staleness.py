@@ -1,4 +1,4 @@
-"""Staleness: the state of every artefact of an experiment, and the stages in which to make them."""
+"""Staleness: the state of every artefact of an experiment, and the stages in which to compute them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Status:
 
 @dataclass(frozen=True)
 class Stage:
-    """The artefacts of one run: all of one partition, inputs before the artefacts made from them."""
+    """The artefacts of one run: all of one partition, inputs before the artefacts computed from them."""
 
     partition: Partition
     statuses: tuple[Status, ...]

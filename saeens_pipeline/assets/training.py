@@ -113,7 +113,7 @@ def _checkpoints(context: RunContext, tasks: Sequence[Task], outputs: Sequence[D
 
 
 def _open_documents(store: Store, activations: Artefact, source: str, labels: Mapping[str, Sequence[str]]) -> SelectedDocuments:
-    """Open the training rows of the documents with these labels. Raises SaeensError for activations made from other tokens."""
+    """Open the training rows of the documents with these labels. Raises SaeensError for activations of other tokens."""
     tokens = tokens_of(source).require(store, Partition())
     if activations.recipe["inputs"]["tokens"] != tokens.data_version:  # the numbers of documents differ
         raise SaeensError(f"{activations.path} was computed from tokens of {source} that have changed since: compute the activations again")

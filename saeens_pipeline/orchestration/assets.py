@@ -1,4 +1,4 @@
-"""Dagster assets from declarations: one multi-asset per op, which makes its missing and stale outputs."""
+"""Dagster assets from declarations: one multi-asset per op, which computes its missing and stale outputs."""
 
 # Without `from __future__ import annotations`: Dagster reads the annotations of ops at run time.
 import warnings

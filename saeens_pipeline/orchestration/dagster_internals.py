@@ -15,7 +15,7 @@ NO_COMPUTE_LOGS = "dagster._core.storage.noop_compute_log_manager"
 
 
 def forget_partitions(instance: DagsterInstance, key: Sequence[str], partitions: Sequence[str]) -> None:
-    """Let Dagster count these partitions of an asset as never made and never tried; without partitions, all of the asset.
+    """Let Dagster count these partitions of an asset as never materialised and never tried; without partitions, all of the asset.
 
     Its SQL storages lack `wipe_asset_partitions`: in their index of asset events, these events are taken from the asset. They are not
     deleted: SQLite would give their numbers to new events, which the automation would take for old ones.

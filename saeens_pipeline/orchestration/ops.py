@@ -12,10 +12,10 @@ from saeens_pipeline.settings import ExperimentSettings
 
 
 class Ops(Experiments):
-    """Every source and experiment, and the ops that make their artefacts."""
+    """Every source and experiment, and the ops that compute their artefacts."""
 
     def ops(self, experiment: ExperimentSettings) -> list[Op]:
-        """Return the ops of an experiment and of its source, in the order in which artefacts are made."""
+        """Return the ops of an experiment and of its source, in the order in which artefacts are computed."""
         control = self.experiments.get(self.controls.get(experiment.name, ""))
         return [*source_ops(self.sources[experiment.source]), *ops_of(experiment, control)]
 

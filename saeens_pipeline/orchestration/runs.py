@@ -65,7 +65,7 @@ class Outcome(NamedTuple):
     reports: Sequence[Path]
     """Pages of the fresh reports."""
     renewed: Sequence[Path]
-    """Pages of other experiments' reports that show this one as their control and were made again."""
+    """Pages of other experiments' reports that show this one as their control and were written again."""
     seconds: float
 
 
@@ -80,7 +80,7 @@ def print_line(console: Console, line: str) -> None:
 
 
 def experiment_status(catalogue: Catalogue, name: str) -> list[Status]:
-    """Return the status of every artefact of an experiment, in the order in which they are made."""
+    """Return the status of every artefact of an experiment, in the order in which they are computed."""
     experiment = catalogue.experiment(name)
     return _statuses(_plan(catalogue, experiment, recorded_layers(catalogue.sources[experiment.source]).layers))
 
@@ -252,7 +252,7 @@ def _check_inputs(
 def _restricted(
     stages: Sequence[Stage], seeds: Sequence[int], select: Sequence[str], console: Console
 ) -> list[tuple[Stage, list[Declaration]]]:
-    """Return the artefacts that each stage makes, restricted to the selected seeds and assets."""
+    """Return the artefacts of each stage, restricted to the selected seeds and assets."""
     allowed = _selected(stages, select) if select else None
     chosen: list[tuple[Stage, list[Declaration]]] = []
     left_out = False

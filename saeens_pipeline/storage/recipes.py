@@ -1,4 +1,4 @@
-"""The cache of artefacts: each artefact on disk carries the recipe that made it.
+"""The cache of artefacts: each artefact on disk carries its recipe.
 
 A recipe holds everything that decides the content of an artefact: the builder and its version, the settings, and the data versions of
 the inputs. An artefact whose stored recipe has the hash of the requested recipe is a cache hit, for every experiment. Facts that do not
@@ -121,7 +121,7 @@ class MissingInputError(SaeensError):
 
 
 class DamagedArtefactError(SaeensError):
-    """The files of an artefact differ from those in its record, or the record cannot be read. The artefact has to be made again."""
+    """The files of an artefact differ from those in its record, or the record cannot be read. The artefact has to be computed again."""
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def answer(question: Question) -> str:
 
 
 def main(folder: Path) -> None:
-    """Make everything anew below `folder`."""
+    """Write all pages into `folder`, from the beginning."""
     shutil.rmtree(folder, ignore_errors=True)
     plain = Laboratory(write_tiny_model(folder / "model"), folder / "defs", folder / "plain")
     hostile = Laboratory(plain.model, plain.folder, folder / "hostile")

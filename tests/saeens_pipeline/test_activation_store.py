@@ -1,4 +1,4 @@
-"""The activation store: what is written is what is read, in order or shuffled, stored or computed on the fly."""
+"""The activation store: reads return the written rows, in order or shuffled, stored or computed on the fly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of explanations: made, not configured, and configured later; against dense codes of what is on disk."""
+"""The table of explanations: computed, not configured, and configured later; compared with dense codes of the stored SAEs."""
 
 from __future__ import annotations
 
@@ -224,7 +224,7 @@ def test_scores_are_those_of_the_rule_on_texts_of_the_right_kind(fake: FakeEndpo
 
 
 def _without(texts: list[str], some: list[str]) -> set[str]:
-    """What is left of texts, of which `some` are a part; all of them where they are not."""
+    """Return the texts without `some`; all texts if `some` is not a part of them."""
     rest = list(texts)
     for text in some:
         if text not in rest:

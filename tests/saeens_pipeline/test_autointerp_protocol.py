@@ -1,4 +1,4 @@
-"""What a language model is asked about features, and what its answers are taken for."""
+"""Requests to a language model about features, and the parsing of its answers."""
 
 from __future__ import annotations
 

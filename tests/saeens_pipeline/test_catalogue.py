@@ -1,4 +1,4 @@
-"""Experiment files: what is wrong with one is said with its path, line, field and what is allowed, and takes no other down."""
+"""Experiment files: an error names path, line, field and allowed values, and does not affect other files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def laboratory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Laboratory:
 
 
 def _message(laboratory: Laboratory, text: str) -> tuple[Path, str]:
-    """What is said of a file beside a sound one, which stays loaded."""
+    """Return the error message of a file. A correct file in another folder stays loaded."""
     file = laboratory.write(text)
     catalogue = laboratory.catalogue
     assert "sound" in catalogue.sources

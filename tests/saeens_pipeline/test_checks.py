@@ -1,4 +1,4 @@
-"""What the checks find, what they stop, and that whoever runs something is told."""
+"""Health checks: their findings, the runs that they stop, and the messages about them."""
 
 from __future__ import annotations
 

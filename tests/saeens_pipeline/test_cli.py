@@ -1,4 +1,4 @@
-"""The `saeens` command as a user meets it: what it prints where, its exit codes, and its messages."""
+"""The `saeens` command: its output on both streams, its exit codes, and its messages."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Outcome(NamedTuple):
 
     @property
     def message(self) -> str:
-        """What went to standard error, without line breaks."""
+        """Return the text on standard error, without line breaks."""
         return " ".join(self.err.split())
 
 
@@ -460,7 +460,7 @@ def run_interrupted(model: str, folder: str, root: str, interrupt: str, *argumen
 
 
 def _interrupted(laboratory: Laboratory, interrupt: str, *arguments: object) -> tuple[Outcome, list[str]]:
-    """What a child process told: the outcome, and exceptions that Python swallowed."""
+    """Report of a child process: the outcome, and exceptions that Python ignored."""
     child = child_process.start(run_interrupted, laboratory.model, laboratory.folder, laboratory.root, interrupt, *arguments)
     told = child_process.finish(child)
     return Outcome(told["code"], "", told["err"]), told["swallowed"]

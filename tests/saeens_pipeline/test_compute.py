@@ -1,4 +1,4 @@
-"""The device and what of it may be used: chosen by the environment, the same for every run, put back afterwards."""
+"""Device, threads and precision: set by the environment, equal in every run, restored after it."""
 
 from __future__ import annotations
 

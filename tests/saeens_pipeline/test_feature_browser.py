@@ -1,4 +1,4 @@
-"""The feature browser: its files hold what the tables say, no text in them can become script, and what is missing is left out or named."""
+"""The feature browser: its files equal the tables, no text in them can become script, and missing parts are left out or named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of features: one row for each of every ensemble, against codes, cosines and text worked out from what is on disk."""
+"""The table of features: a row per feature of each ensemble, compared with codes, cosines and texts computed from the stored SAEs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`saeens plan`: figures against what the same experiment then took, and against other counts of the same."""
+"""`saeens plan`: its figures, compared with the measured figures of the same experiment and with other counts."""
 
 from __future__ import annotations
 

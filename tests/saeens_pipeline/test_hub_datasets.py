@@ -1,4 +1,4 @@
-"""Data sets of the hub: read as a stream at one commit, and what is said of those that cannot be."""
+"""Data sets of the hub: read as a stream at one commit; errors for those that cannot be read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kernels are compiled by one process at a time, and beside what comes before training."""
+"""Kernels are compiled by one process at a time, while the steps before training run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where labelled texts come from: the builtin corpus, local files, SAEBench's data sets; and what is said where they are not enough."""
+"""Labelled texts of the builtin corpus, of local files and of SAEBench's data sets; errors for too few texts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layers that are added while it runs: which are refused, what is said, and that all experiments of the source get them."""
+"""Layers added by command or in the UI: refusals, messages, and that all experiments of the source get them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The leaderboard: what is there, side by side, with means and intervals that scipy gives, made again when a table changes."""
+"""The leaderboard: rows of all evaluated experiments, with means and intervals as scipy's, stale when a table changes."""
 
 from __future__ import annotations
 

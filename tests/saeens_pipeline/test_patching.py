@@ -1,4 +1,4 @@
-"""Replacing activations at a hook: what comes out, and what it costs, against whole runs of the model and its own loss."""
+"""Replacing activations at a hook: outputs and losses, compared with whole runs of the model and its own loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is fresh, stale and missing, and in what order things are made."""
+"""Staleness: fresh, stale and missing artefacts, and the order of the stages."""
 
 from __future__ import annotations
 

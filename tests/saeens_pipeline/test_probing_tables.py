@@ -1,4 +1,4 @@
-"""The tables of downstream tasks through a whole tiny experiment: their rows, their recipes, and what is refused before training."""
+"""The tables of downstream tasks in a whole tiny experiment: their rows, their recipes, and refusals before training."""
 
 from __future__ import annotations
 
@@ -230,7 +230,7 @@ def test_from_file_start_from_the_experiment_files_folder(
 
 
 def _texts(laboratory: Laboratory) -> dict[str, Any]:
-    """What decides the texts of each table, by its address."""
+    """Return the settings that decide the texts of each table, by its address."""
     catalogue = laboratory.catalogue
     experiments = [experiment for name, experiment in catalogue.experiments.items() if name.startswith(NAME)]
     declarations = [each for experiment in experiments for op in catalogue.ops(experiment) for each in op.outputs]

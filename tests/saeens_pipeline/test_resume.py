@@ -1,4 +1,4 @@
-"""What was killed or interrupted goes on where it was; who writes the same artefact waits; what may pass is tried again."""
+"""Resume after a kill or an interrupt, locks between writers of one artefact, and retries."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ TRAIN_ROWS, BATCH_TOKENS = 600, 64
 
 
 class PowerCutError(Exception):
-    """What stands for the end of a process where the test itself has to live on."""
+    """An exception in place of the end of the process, so that the test continues."""
 
 
 def _weights(laboratory: Laboratory, key: str) -> bytes:

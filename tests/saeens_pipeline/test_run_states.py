@@ -1,4 +1,4 @@
-"""What `saeens status` says of runs: at work, failed and why, and nothing that recipes know better."""
+"""Run states in `saeens status`: running, and failed with the reason; recipes decide everything else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Token windows: what is packed how, which positions become rows, and that every row leads back to its text."""
+"""Token windows: packing, the positions that become rows, and the origin of every row."""
 
 from __future__ import annotations
 

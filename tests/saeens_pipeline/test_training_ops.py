@@ -1,4 +1,4 @@
-"""What ops that train SAEs tell while they work, and what they do when the memory is not enough."""
+"""Training ops: their progress and training curves, and their smaller groups when memory runs out."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def probe(making: Making) -> dict[str, list[Row]]:
 def read_labelled_texts(experiment: ExperimentSettings, tables: Collection[str], facts: SourceFacts) -> None:
     """Read and tokenise the texts of these tables. Raises SaeensError for missing or unusable texts.
 
-    The texts stay in memory for the tables made in this process.
+    The texts stay in memory for the tables of this process.
     """
     for texts in _collections(experiment, tables):
         encode_texts(facts.model, list(dict.fromkeys(texts.texts())), context_length=texts.context_length, drop=facts.drop)
