@@ -21,7 +21,7 @@ class Weights(NamedTuple):
 
 
 class BatchLoss(NamedTuple):
-    """Loss of a batch, its gradients and its reconstruction."""
+    """Loss, gradients and reconstruction of a batch."""
 
     mse: Tensor
     """Scalar: squared error summed over d_in, mean over tokens."""

@@ -244,7 +244,7 @@ def _step_concurrent_rounds(trainers: Sequence[SAETrainer], x: Tensor) -> None:
 
 
 def _follow_norm(trainer: SAETrainer, x: Tensor, scale: float | Tensor) -> Tensor:
-    """Return the scale that brings this round's residual to mean norm sqrt(d_in), given the residual in another scale.
+    """Return the scale that gives this round's residual the mean norm sqrt(d_in). ``x`` is the residual times ``scale``.
 
     The result stays on the device.
     """

@@ -56,7 +56,7 @@ def experiment_ops(experiment: ExperimentSettings) -> list[Op]:
 
 
 def _preflight_of(op: Op, experiment: ExperimentSettings) -> Callable[[RunContext, Sequence[Task]], None]:
-    """Return the preflight of an op. Ops that train SAEs check the tables that follow."""
+    """Return the preflight of an op. An op that trains SAEs also runs the preflights of the tables that depend on them."""
     if op.outputs[0].builder != "sae":
         return op.preflight
     return partial(_check_tables_to_come, experiment, include_slow=op.outputs[0].address.kind == "bagging")

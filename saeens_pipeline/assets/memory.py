@@ -84,7 +84,7 @@ class TrainingMemory(NamedTuple):
 
 
 def training_memory(config: SAEConfig) -> TrainingMemory:
-    """Return the memory of training an SAE of this configuration."""
+    """Return the memory that training an SAE with this configuration takes, by part."""
     weights = 16 * (2 * config.d_in * config.d_sae + 2 * config.d_sae + config.d_in)
     return TrainingMemory(weights, token=4 * (config.d_sae + 8 * config.d_in))
 

@@ -118,5 +118,5 @@ def validate_targets(experiment: ExperimentSettings, d_in: int) -> None:
 
 
 def config_of(declaration: Declaration, d_in: int) -> SAEConfig:
-    """Return the configuration of a declared SAE for activations of this width, with seed 0. Raises as `validate_targets`."""
+    """Return the configuration of a declared SAE for activations of this width, with seed 0. Raises the errors of `validate_targets`."""
     return sae_config(declaration.settings["sae"], d_in, seed=0, name=str(declaration.address))

@@ -101,7 +101,7 @@ class ModelFolder(NamedTuple):
 
 
 def locate_model(name: str, revision: str, files: Sequence[str]) -> ModelFolder:
-    """Return the folder of a language model: embedded, local, or in the hub's cache, into which `files` are downloaded.
+    """Return the folder of a language model: embedded, local, or in the hub's cache. For a model on the hub, download `files` first.
 
     Raises ConfigurationError for a name that is none of these and for a revision of an embedded or local model, SaeensError if the
     embedded model is missing or the hub cannot be reached.

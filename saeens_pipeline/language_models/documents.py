@@ -61,7 +61,7 @@ class RecordCorpus(Generic[_Settings]):
 
     @property
     def settings_that_decide(self) -> dict[str, object]:
-        """The settings that recipes hold."""
+        """Settings of the corpus that are part of recipes."""
         return {name: getattr(self.settings, name) for name in RecordSettings.model_fields}
 
     @property

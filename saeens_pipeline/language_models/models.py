@@ -98,7 +98,7 @@ def block_parameters(description: LanguageModelDescription) -> list[int]:
 
 
 def _structure(description: LanguageModelDescription) -> LanguageModel:
-    """Return the model on the meta device, without memory for weights."""
+    """Return the language model without weights, on torch's meta device."""
     import torch
 
     with torch.device("meta"):

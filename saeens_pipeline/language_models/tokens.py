@@ -406,7 +406,7 @@ def _encode(
 
 
 def batched(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    """Yield documents in batches for a tokenizer."""
+    """Yield batches of consecutive documents, as tokenizers take them."""
     batch: list[Document] = []
     characters = 0
     for document in documents:

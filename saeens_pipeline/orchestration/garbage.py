@@ -59,7 +59,7 @@ class Inventory:
 
     @property
     def freed_bytes(self) -> int:
-        """Return the bytes that removal of the garbage frees. A file with several hard links, as of linked SAEs, is freed with the last."""
+        """Return the bytes that become free by removing the garbage. A file with several hard links becomes free with its last link."""
         found = [file.lstat() for finding in self.garbage for file in _files(finding.path)]
         names = Counter((status.st_dev, status.st_ino) for status in found)
         nodes = {(status.st_dev, status.st_ino): status for status in found}

@@ -109,7 +109,7 @@ def _report_summary(artefact: Artefact) -> dict[str, Any]:
 
 
 def _links(declaration: Declaration, partition: Partition) -> dict[str, Any]:
-    """Return links to the SAEs of a table or an ensemble, by the name of their group."""
+    """Return links to the SAEs of a table or an ensemble as UI metadata, by label."""
     query = "" if None in partition else f"?view=partitions&partition={quote('|'.join(map(str, partition)))}"  # SAEs have layer and seed
 
     def link(sae: Declaration) -> str:
@@ -145,7 +145,7 @@ def column_lineage(declaration: Declaration) -> dg.TableColumnLineage:
 
 
 def _part_read(upstream: Reference, table: Table, column: Column) -> str | None:
-    """Return the part of an upstream asset that a column is computed from; None for none."""
+    """Return the part of an upstream asset from which a column is computed; None if the column does not depend on the asset."""
     address, name = upstream.address, column.name.removeprefix("control_")
     if address.is_table:
         names = column.from_columns or (name,)

@@ -96,7 +96,7 @@ def _statuses(stages: Sequence[Stage]) -> list[Status]:
 def run_experiment(
     catalogue: Catalogue, name: str, *, layers: Sequence[int], seeds: Sequence[int], select: Sequence[str], console: Console
 ) -> Outcome:
-    """Make missing and stale artefacts, stage by stage, and show progress."""
+    """Compute the missing and stale artefacts of an experiment, stage by stage, and show progress."""
     began = time.monotonic()
     with recorded_instance() as instance:
         if instance:

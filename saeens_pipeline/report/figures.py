@@ -70,9 +70,9 @@ def marginal_gain(results: Results) -> Iterator[Chart]:
 
 
 def against_members(values: Mapping[Size, Spread], metric: Metric, suggested: Mapping[str, int] | None = None) -> Chart | None:
-    """Return a metric against the number of members, or None without ensembles of several.
+    """Return a chart of a metric against the number of members; None if no ensemble has several members.
 
-    Single SAEs are dotted levels, to compare with at every size. Gains start at the second member, and `suggested` numbers are marked.
+    Single SAEs are dotted levels, for comparison with every size. Gains start at the second member, and `suggested` numbers are marked.
     """
     if not any(size.n_members > 1 for size in values):
         return None
@@ -204,7 +204,7 @@ def features(results: Results) -> Iterator[Chart]:
 
 
 def _histograms(rows: pl.DataFrame, column: str, whole: pl.DataFrame, edges: np.ndarray, form: str) -> Iterator[Series]:
-    """Yield a histogram of each method in shares of its features in `whole`; values beyond the edges count to the last bin there."""
+    """Yield a histogram per method, as shares of the method's features in `whole`. Values beyond the edges count in the outer bins."""
     bins = [f"from {left:{form}} to {right:{form}}" for left, right in itertools.pairwise(edges)]
     for name in in_order(rows["method"]):
         values = rows.filter(method=name)[column].to_numpy().clip(edges[0], edges[-1])

@@ -77,7 +77,7 @@ class Record:
         return [each for each in self.found if each.address.kind == kind]
 
     def sae(self, version: str, method: str) -> Found | None:
-        """Return the SAE of a data version. Round 1 and member 1 can have the same: then the one that belongs to the method."""
+        """Return the SAE with a data version, or None. If member 1 and round 1 share the version, `method` decides between them."""
         found = self._saes_by_version.get(version, [])
         return next((each for each in found if each.address.kind == method), found[0] if found else None)
 

@@ -234,7 +234,7 @@ class ExperimentSettings(FromFile):
     @model_validator(mode="before")
     @classmethod
     def _swept_field(cls, given: Any) -> Any:
-        """Set the swept field of `sae` to its first value, so that `sae` need not have it."""
+        """Set the swept field of `sae` to the first value of the sweep: `sae` may leave it out."""
         match given:
             case {"sae": list(), "sweep": dict()}:
                 raise _wrong(

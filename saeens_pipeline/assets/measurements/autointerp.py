@@ -134,7 +134,7 @@ def _windows(making: Making, radius: int) -> _Windows:
 
 @dataclass(frozen=True)
 class _Windows:
-    """Random windows of the test text, as wide as contexts are, in the order of the text."""
+    """Random windows of the test text, each as wide as a context, in text order."""
 
     texts: Sequence[str]
     reader: ActivationReader

@@ -34,7 +34,7 @@ _SHOWN = {
 
 
 def _columns_read() -> dict[str, tuple[str, ...]]:
-    """Return the columns that are read of each table."""
+    """Return, by table, the columns that the leaderboard reads."""
     metrics = seed_metrics()
     names = dict.fromkeys([*_PLAIN, *(table for table, _ in metrics.values())])
     return {name: (*_PLAIN.get(name, ()), *(column for column, (table, _) in metrics.items() if table == name)) for name in names}
