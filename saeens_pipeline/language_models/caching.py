@@ -36,7 +36,8 @@ def cache_activations(
     """
     rows = {split: tokens.n_rows(split) for split in SPLITS}
     widths = model.widths(hook, list(outputs))
-    needed = sum(stored_bytes(width, dtype, rows) for width in widths.values()) - sum(map(_bytes_below, outputs.values()))
+    there = sum(file.stat().st_size for path in outputs.values() for file in path.rglob("*") if file.is_file())
+    needed = sum(stored_bytes(width, dtype, rows) for width in widths.values()) - there
     require_free_disk(next(iter(outputs.values())), needed, f"caching {hook} of layers {', '.join(map(str, outputs))}")
     done = 0
     with ExitStack() as stack:
@@ -48,16 +49,12 @@ def cache_activations(
             first = 0  # row of the split at which the batch starts
             for batch in tokens.batches(split, batch_windows):
                 document, position = batch.document[batch.kept], batch.position[batch.kept]
-                there = {layer: max(writer.resumed_rows[split] - first, 0) for layer, writer in writers.items()}
-                wanted = [layer for layer, n_there in there.items() if n_there < len(document)]
+                resumed = {layer: max(writer.resumed_rows[split] - first, 0) for layer, writer in writers.items()}
+                wanted = [layer for layer, n_resumed in resumed.items() if n_resumed < len(document)]
                 activations = model.activations(batch.tokens, hook, wanted) if wanted else {}
                 for layer, of_layer in activations.items():
-                    new = slice(there[layer], None)
+                    new = slice(resumed[layer], None)
                     writers[layer].append(split, of_layer[batch.kept.to(of_layer.device)][new], document[new], position[new])
                 first, done = first + len(document), done + len(document)
                 report(done, sum(rows.values()))
     return {layer: writer.statistics for layer, writer in writers.items()}
-
-
-def _bytes_below(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

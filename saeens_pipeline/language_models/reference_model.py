@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from saeens_pipeline.language_models.documents import Corpus, Document
 from saeens_pipeline.language_models.installed_packages import InstalledPackages
+from saeens_pipeline.language_models.tokens import batched
 
 END_OF_TEXT = "<|endoftext|>"  # token 0: separates documents
 
@@ -98,13 +99,13 @@ def train_reference_model(
         smoothed = loss.item() if smoothed is None else 0.99 * smoothed + 0.01 * loss.item()
         if not math.isfinite(smoothed):
             raise FloatingPointError(f"the reference model's loss is {smoothed} at step {step}: lower the learning rate")
+        status = TrainingStatus(step, step * tokens_per_step, time.monotonic() - began, smoothed)
         if step % evaluate_every == 0 or step == total_steps:
-            status = TrainingStatus(step, step * tokens_per_step, time.monotonic() - began, smoothed, _bits_per_byte(model, held_out))
+            status = replace(status, bits_per_byte=_bits_per_byte(model, held_out))
             log.append(status)
             _save(model, output, recipe, corpus, log)
+        if status.bits_per_byte is not None or step % 100 == 0:
             report(status)
-        elif step % 100 == 0:
-            report(TrainingStatus(step, step * tokens_per_step, time.monotonic() - began, smoothed))
     return log
 
 
@@ -131,15 +132,10 @@ def _train_tokenizer(corpus: Corpus, recipe: ReferenceModelRecipe) -> Tokenizer:
 
 
 def _encode(tokenizer: Tokenizer, documents: Iterator[Document]) -> Iterator[list[int]]:
-    """Yield the separator and the token ids of each document. Memory: a thousand documents."""
+    """Yield the separator and the token ids of each document."""
     separator = tokenizer.token_to_id(END_OF_TEXT)
-    pending: list[str] = []
-    for document in documents:
-        pending.append(document.text)
-        if len(pending) == 1000:
-            yield from ([separator, *encoding.ids] for encoding in tokenizer.encode_batch(pending))
-            pending = []
-    yield from ([separator, *encoding.ids] for encoding in tokenizer.encode_batch(pending))
+    for batch in batched(documents):
+        yield from ([separator, *encoding.ids] for encoding in tokenizer.encode_batch([document.text for document in batch]))
 
 
 def _held_out_windows(tokenizer: Tokenizer, corpus: Corpus, context_length: int, n_windows: int = 512) -> _HeldOut:
@@ -200,10 +196,8 @@ def _learning_rate(recipe: ReferenceModelRecipe, step: int, total_steps: int) ->
 
 def _bits_per_byte(model: GPTNeoXForCausalLM, held_out: _HeldOut) -> float:
     model.eval()
-    nats = 0.0
     with torch.no_grad():
-        for batch in held_out.windows.split(64):
-            nats += float(_loss(model, batch)) * batch[:, 1:].numel()
+        nats = sum(float(_loss(model, batch)) * batch[:, 1:].numel() for batch in held_out.windows.split(64))
     model.train()
     return nats / math.log(2) / held_out.predicted_bytes
 

@@ -116,7 +116,7 @@ class CodeCorpus(ListedCorpus):
 
 def test_embedded_tasks_have_labels_from_the_corpus_and_train_and_test_texts_of_other_documents():
     tasks = EmbeddedTasks(CodeCorpus([], []))
-    language = tasks.concepts("builtin/language", FEW, seed=1)
+    language = draw_concepts(tasks.labelled("builtin/language"), [], FEW, balance=False, seed=1)
     assert sorted(language.train) == ["cpp_header", "javascript", "python", "typescript"]
     assert all(
         f"{split}0" not in text
@@ -125,17 +125,19 @@ def test_embedded_tasks_have_labels_from_the_corpus_and_train_and_test_texts_of_
         for text in each
     )
     assert all(text.startswith("javascript train") for text in language.train["javascript"])
-    prose = tasks.concepts("builtin/code_or_prose", FEW, seed=1)
+    prose = draw_concepts(tasks.labelled("builtin/code_or_prose"), [], FEW, balance=False, seed=1)
     assert sorted(prose.test) == ["code", "prose"]
     assert all(text.startswith("prose test") for text in prose.test["prose"])
-    docstrings = tasks.concepts("builtin/docstring_or_code", FEW, seed=1)
+    docstrings = draw_concepts(tasks.labelled("builtin/docstring_or_code"), [], FEW, balance=False, seed=1)
     assert all(text.startswith("Docstring train") for text in docstrings.train["docstring"])
     assert all("call(" in text and "remark" not in text and '"""' not in text for text in docstrings.train["code"])
 
 
 def test_the_embedded_correlation_has_comments_without_marks_and_code_without_comments():
-    (task,) = EmbeddedTasks(CodeCorpus([], [])).correlations("builtin/language_and_documentation", FEW, seed=1)
-    assert (task.target, task.spurious) == (("python", "cpp_header"), ("documentation", "code"))
+    pieces = EmbeddedTasks(CodeCorpus([], [])).labelled("builtin/language_and_documentation")
+    ((name, (target, spurious)),) = pieces.pairs.items()
+    assert (target, spurious) == (("python", "cpp_header"), ("documentation", "code"))
+    task = draw_quadrants(pieces, name, target, spurious, FEW, seed=1)
     python_documentation, python_code, cpp_documentation, cpp_code = task.train
     assert all(text.startswith("Docstring") for text in python_documentation)
     assert all("call(" in text and "remark" not in text for text in (*python_code, *cpp_code))
