@@ -6,7 +6,6 @@ All figures are computed from the experiment file and the language model's confi
 
 from __future__ import annotations
 
-import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,8 @@ from saeens_pipeline.language_models.models import block_parameters, describe_la
 from saeens_pipeline.language_models.patching import LOGIT_BYTES
 from saeens_pipeline.language_models.tokens import position_bytes
 from saeens_pipeline.settings import ExperimentSettings, SourceSettings
-from saeens_pipeline.storage.activations import stored_bytes
+from saeens_pipeline.storage.activation_writer import stored_bytes
+from saeens_pipeline.storage.disk import free_bytes
 from saeens_pipeline.storage.names import Partition
 
 if TYPE_CHECKING:
@@ -337,7 +337,7 @@ def _weights_bytes(config: SAEConfig) -> int:
 def _fits(amounts: Mapping[tuple[str, str], float | None], store: Store, compute: Compute) -> Iterator[Line]:
     import torch
 
-    free, needed = shutil.disk_usage(store.nearest_folder).free, amounts["disk", "all"]
+    free, needed = free_bytes(store.root), amounts["disk", "all"]
     if needed is None:
         verdict = "not known whether that is enough"
     else:

@@ -22,9 +22,9 @@ from saeens_pipeline.assets.residuals import open_reader
 from saeens_pipeline.assets.sae_recipes import START, sae_config
 from saeens_pipeline.assets.specialised import open_documents
 from saeens_pipeline.errors import SaeensError
-from saeens_pipeline.storage.activations import ActivationReader, ActivationStatistics, require_free_disk
+from saeens_pipeline.storage.activations import ActivationReader, ActivationStatistics
 from saeens_pipeline.storage.checkpoints import checkpoint_file, checkpoint_seconds
-from saeens_pipeline.storage.disk import is_full_disk
+from saeens_pipeline.storage.disk import is_full_disk, require_free_disk
 from saeens_pipeline.storage.names import CURVE_FILE, Address, Partition
 from saeens_pipeline.storage.recipes import Store
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -80,6 +79,7 @@ def _devices() -> Iterator[Finding]:
 
 
 def _root(root: Path) -> Iterator[Finding]:
+    from saeens_pipeline.storage.disk import free_bytes
     from saeens_pipeline.storage.recipes import Store
 
     store = Store(root)
@@ -88,7 +88,7 @@ def _root(root: Path) -> Iterator[Finding]:
     except SaeensError as error:
         yield Finding("data root", str(error), ok=False)
     else:
-        free = shutil.disk_usage(store.nearest_folder).free
+        free = free_bytes(store.root)
         yield Finding("data root", str(root))
         yield Finding("free disk", f"{free / 2**30:.1f} GiB", ok=free > LOW_DISK_BYTES)
     yield Finding("DAGSTER_HOME", os.environ.get("DAGSTER_HOME") or f"{root / 'dagster'} (default)")

@@ -29,7 +29,7 @@ def train_reference_model(
 
     recipe = reference.ReferenceModelRecipe()
     recipe = replace(recipe, train_tokens=tokens) if tokens else recipe
-    with reporter_for(out).task("reference model", recipe.train_tokens, "tokens") as advance:
+    with reporter_for(out)("reference model", recipe.train_tokens, "tokens") as advance:
         done = 0
 
         def report(training: reference.TrainingStatus) -> None:

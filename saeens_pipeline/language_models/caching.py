@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from saeens_pipeline.language_models.tokens import SPLITS
-from saeens_pipeline.storage.activations import ActivationStatistics, ActivationWriter, StoredDtype, require_free_disk, stored_bytes
+from saeens_pipeline.storage.activation_writer import ActivationWriter, stored_bytes
+from saeens_pipeline.storage.activations import ActivationStatistics, StoredDtype
+from saeens_pipeline.storage.disk import require_free_disk
 
 if TYPE_CHECKING:
     from saeens_pipeline.language_models.language_model import LanguageModel

@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models.descriptions import LanguageModelDescription
 from saeens_pipeline.language_models.documents import Corpus, Document, Split
-from saeens_pipeline.storage.activations import require_free_disk
+from saeens_pipeline.storage.disk import require_free_disk
 
 if TYPE_CHECKING:
     import torch

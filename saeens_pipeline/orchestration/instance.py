@@ -9,10 +9,10 @@ import re
 import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
-from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
+from dagster import DagsterInstance, DagsterRun, DagsterRunStatus, RunsFilter
 
 from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.orchestration.dagster_internals import LOCAL_COMPUTE_LOGS, NO_COMPUTE_LOGS
@@ -89,16 +89,10 @@ def prepare_home() -> Path:
             f"{home} cannot be written ({error.strerror}): set DAGSTER_HOME or SAEENS_DATA to a folder that can be"
         ) from error
     os.environ["DAGSTER_HOME"] = str(home)
-    _set_up_database(home)
-    return home
-
-
-def _set_up_database(home: Path) -> None:
-    """Create the database once, in one process at a time: two at the same time would leave a database that cannot be opened."""
-    done = home / _DATABASE_MARK
-    if not done.exists():
+    if not (home / _DATABASE_MARK).exists():  # two processes that create the database at the same time leave one that cannot be opened
         with holding_one_of(home, ["database"]), DagsterInstance.from_config(str(home)):
-            done.touch()
+            (home / _DATABASE_MARK).touch()
+    return home
 
 
 def _is_ours(settings: str) -> bool:
@@ -134,6 +128,12 @@ def process_tag() -> dict[str, str]:
     return {PROCESS_TAG: f"{socket.gethostname()}:{os.getpid()}"}
 
 
+def process_is_dead(run: DagsterRun) -> bool:
+    """Return True if a run was executed by a process on this machine that has ended."""
+    host, _, pid = run.tags.get(PROCESS_TAG, "").rpartition(":")
+    return host == socket.gethostname() and not is_alive(int(pid))
+
+
 def end_dead_runs(instance: DagsterInstance) -> None:
     """Cancel runs whose process on this machine was killed, and free their GPU slots, which they would hold forever.
 
@@ -141,8 +141,7 @@ def end_dead_runs(instance: DagsterInstance) -> None:
     of the UI or the automation if its code server is.
     """
     for run in instance.get_runs(RunsFilter(statuses=[DagsterRunStatus.STARTED])):
-        host, _, pid = run.tags.get(PROCESS_TAG, "").rpartition(":")
-        if host == socket.gethostname() and not is_alive(int(pid)):
+        if process_is_dead(run):
             instance.report_run_canceled(run, "The process that executed this run was killed.")
         elif _SERVER_TAG in run.tags and not _answers(json.loads(run.tags[_SERVER_TAG])):
             instance.report_run_canceled(run, "The code server that executed this run is gone.")
@@ -159,14 +158,6 @@ def _answers(server: dict[str, Any]) -> bool:
         return probe.connect_ex(server["socket"]) == 0
 
 
-class LayerChanges(NamedTuple):
-    """Differences between the partitions of a source and the layers of its experiment file."""
-
-    new: list[str]  # without a partition, in numeric order
-    newly_declared: list[str]  # new in the file, with or without a partition
-    gone: list[str]  # removed from the file
-
-
 def layers_name(source: str) -> str:
     """Return the name of the dynamic partitions that hold the layers of a source."""
     return f"{source}_layers"
@@ -177,25 +168,23 @@ def declared_layers_name(source: str) -> str:
     return f"{source}/declared_layers"  # no source can have this name
 
 
-def layer_changes(instance: DagsterInstance, source: str, declared: Sequence[int]) -> LayerChanges:
-    """Compare the layers of an experiment file with the partitions. Layers added by hand stay."""
-    known = instance.get_dynamic_partitions(layers_name(source))
-    before = instance.get_dynamic_partitions(declared_layers_name(source))
-    now = [str(layer) for layer in sorted(declared)]
-    return LayerChanges(
-        new=[layer for layer in now if layer not in known],
-        newly_declared=[layer for layer in now if layer not in before],
-        gone=[layer for layer in before if layer not in now],
-    )
+def layer_changes(instance: DagsterInstance, source: str, declared: Sequence[int]) -> list[tuple[str, list[str], list[str]]]:
+    """Return the name of both dynamic partitions of a source, the layers to add in numeric order, and those that left its file.
+
+    Layers added by hand stay.
+    """
+    now, names = [str(layer) for layer in sorted(declared)], (layers_name(source), declared_layers_name(source))
+    known = {name: instance.get_dynamic_partitions(name) for name in names}
+    gone = [layer for layer in known[names[1]] if layer not in now]
+    return [(name, [layer for layer in now if layer not in known[name]], gone) for name in names]
 
 
 def declare_layers(instance: DagsterInstance, source: str, declared: Sequence[int]) -> None:
     """Update the partitions of a source to the layers of its experiment file."""
-    changes = layer_changes(instance, source, declared)
-    for name, added in ((layers_name(source), changes.new), (declared_layers_name(source), changes.newly_declared)):
+    for name, added, gone in layer_changes(instance, source, declared):
         if added:
             instance.add_dynamic_partitions(name, added)
-        for layer in changes.gone:
+        for layer in gone:
             instance.delete_dynamic_partition(name, layer)
 
 

@@ -25,7 +25,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from saeens_pipeline.errors import SaeensError
-from saeens_pipeline.storage.disk import flush, write_atomically
+from saeens_pipeline.storage.disk import flush, nearest_folder, write_atomically
 from saeens_pipeline.storage.names import Address, Partition, locate
 
 if TYPE_CHECKING:
@@ -134,15 +134,10 @@ class Store:
         """Return the path of an artefact, which need not exist."""
         return self.root / address.path(partition)
 
-    @property
-    def nearest_folder(self) -> Path:
-        """The root or, before it exists, its nearest existing parent."""
-        return next(folder for folder in (self.root, *self.root.parents) if folder.exists())
-
     def require_writable(self) -> None:
-        """Raise SaeensError unless files can be created in `nearest_folder`. Leaves no file behind."""
+        """Raise SaeensError unless files can be created in it. Leaves no file behind."""
         try:
-            with tempfile.TemporaryFile(dir=self.nearest_folder):
+            with tempfile.TemporaryFile(dir=nearest_folder(self.root)):
                 pass
         except OSError as error:
             raise _unwritable(self.root, error) from error
@@ -160,7 +155,16 @@ class Store:
         elif artefact:
             recorded_ns = _record_file(path).stat().st_mtime_ns
             for name, (size, sha256) in artefact.files.items():
-                _check_file(path / name, size, sha256, recorded_ns, address)
+                file = path / name
+                found = file.stat() if file.is_file() else None
+                if found is None or found.st_size != size:
+                    state = "is missing" if found is None else f"has {found.st_size} bytes"
+                    raise DamagedArtefactError(f"{address} is damaged: {file} {state}, its recipe says {size} bytes. {_MENDING}")
+                if found.st_mtime_ns > recorded_ns:
+                    if _sha256(file) != sha256:
+                        raise DamagedArtefactError(f"{address} is damaged: {file} was changed after it was made. {_MENDING}")
+                    with contextlib.suppress(OSError):  # files of a copied folder may be newer: the next check need not read them again
+                        os.utime(file, ns=(found.st_atime_ns, recorded_ns))
         return artefact
 
     def partitions(self, address: Address, *dimensions: str) -> list[Partition]:
@@ -222,7 +226,7 @@ class Store:
             yield staging
             files = {name: (file.stat().st_size, _sha256(file)) for name, file in _files_below(staging)}
             version = digest([recipe.to_json(), {name: sha256 for name, (_, sha256) in files.items()} if versioned_content else None])
-            _write_record(staging / RECIPE_FILE, recipe, provenance, files, version)
+            (staging / RECIPE_FILE).write_text(json.dumps(_record(recipe, provenance, files, version), indent=1) + "\n")
             for _, file in _files_below(staging):
                 flush(file)
             _replace_folder(staging, final)
@@ -281,19 +285,14 @@ def _record(recipe: Recipe, provenance: Mapping[str, Any], files: Mapping[str, t
     return {"recipe": recipe.to_json(), "data_version": data_version, "provenance": dict(provenance), "files": dict(files)}
 
 
-def _write_record(
-    path: Path, recipe: Recipe, provenance: Mapping[str, Any], files: Mapping[str, tuple[int, str]], data_version: str
-) -> None:
-    path.write_text(json.dumps(_record(recipe, provenance, files, data_version), indent=1) + "\n")
-
-
 def read_artefact(path: Path) -> Artefact:
     """Return the artefact at a path, as its record describes it. Raises DamagedArtefactError for a record that cannot be read."""
     try:
         record = _read_record(path)
         files = {name: (size, sha256) for name, (size, sha256) in record["files"].items()}
         recipe = Recipe(**record["recipe"]).to_json()
-        if record["data_version"] not in _possible_versions(path, recipe, files):
+        contents = [files["rows"][1]] if path.suffix == ".parquet" else [{name: sha256 for name, (_, sha256) in files.items()}, None]
+        if record["data_version"] not in [digest([recipe, content]) for content in contents]:
             raise ValueError("its data version does not follow from its recipe and files: it was changed after it was made")
         return Artefact(path, recipe, record["provenance"], files, record["data_version"])
     except Exception as error:
@@ -322,13 +321,6 @@ def all_artefacts(root: Path) -> Iterator[Stored]:
         yield Stored(*found, artefact)
 
 
-def _possible_versions(path: Path, recipe: Mapping[str, Any], files: Mapping[str, tuple[int, str]]) -> tuple[str, ...]:
-    """Return the data version of a table, or the two of a folder, with and without its content."""
-    if path.suffix == ".parquet":
-        return (digest([recipe, files["rows"][1]]),)
-    return digest([recipe, {name: sha256 for name, (_, sha256) in files.items()}]), digest([recipe, None])
-
-
 def _record_file(path: Path) -> Path:
     return path if path.suffix == ".parquet" else path / RECIPE_FILE
 
@@ -339,19 +331,6 @@ def _read_record(path: Path) -> dict[str, Any]:
     import pyarrow.parquet as pq
 
     return json.loads(pq.read_metadata(path).metadata[FOOTER_KEY.encode()])
-
-
-def _check_file(file: Path, size: int, sha256: str, recorded_ns: int, address: Address) -> None:
-    """Raise DamagedArtefactError unless a file is as recorded. Its bytes are read only if it is newer than the record."""
-    found = file.stat() if file.is_file() else None
-    if found is None or found.st_size != size:
-        state = "is missing" if found is None else f"has {found.st_size} bytes"
-        raise DamagedArtefactError(f"{address} is damaged: {file} {state}, its recipe says {size} bytes. {_MENDING}")
-    if found.st_mtime_ns > recorded_ns:
-        if _sha256(file) != sha256:
-            raise DamagedArtefactError(f"{address} is damaged: {file} was changed after it was made. {_MENDING}")
-        with contextlib.suppress(OSError):  # files of a copied folder may be newer: the next check need not read them again
-            os.utime(file, ns=(found.st_atime_ns, recorded_ns))
 
 
 def _files_below(folder: Path) -> list[tuple[str, Path]]:
@@ -447,10 +426,8 @@ def is_alive(pid: int) -> bool:
     """Return whether a process with this number runs on this machine."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
+    except OSError as error:
+        return isinstance(error, PermissionError)
     return True
 
 
@@ -463,12 +440,10 @@ def _remove(path: Path) -> None:
 
 def _replace_folder(staging: Path, final: Path) -> None:
     if final.exists():
-        retired = _retired(final)
-        final.rename(retired)
-        staging.rename(final)
-        shutil.rmtree(retired)
-    else:
-        staging.rename(final)
+        final.rename(_retired(final))
+    staging.rename(final)
+    if _retired(final).exists():
+        shutil.rmtree(_retired(final))
     flush(final.parent)
 
 

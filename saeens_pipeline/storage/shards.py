@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import mmap
 import os
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -54,23 +53,16 @@ class MappedShards:
         rows = min(self._chunk_rows, self._n_rows - index * self._chunk_rows)
         shard_index, chunk_index = divmod(index, self._chunks_per_shard)
         file = self._folder / self._chunk_key((shard_index, 0))
-        shard = self._shard(file)
-        offset = shard.offsets[chunk_index] if shard else _MISSING
-        if shard is None or offset == _MISSING:
+        mapping, offsets = self._shard(file)
+        if mapping is None or offsets[chunk_index] == _MISSING:
             return np.full((rows, self._d_in), self._fill_value, self._dtype)
-        if shard.mapping.size() < len(shard.mapping):  # access to a mapping beyond the end of the file kills the process
-            raise _damaged(file, f"it has been cut to {shard.mapping.size():,} bytes while it was read")
-        values = np.frombuffer(shard.mapping, self._dtype, rows * self._d_in, offset).reshape(rows, self._d_in)
+        if mapping.size() < len(mapping):  # access to a mapping beyond the end of the file kills the process
+            raise _damaged(file, f"it has been cut to {mapping.size():,} bytes while it was read")
+        values = np.frombuffer(mapping, self._dtype, rows * self._d_in, offsets[chunk_index]).reshape(rows, self._d_in)
         return np.require(values, requirements="A")  # torch requires alignment, which an offset need not have
 
 
-class _Shard(NamedTuple):
-    mapping: mmap.mmap
-    offsets: list[int]  # of the chunks in bytes; _MISSING for chunks that were never written
-
-
-@dataclass(frozen=True)
-class _ShardLayout:
+class _ShardLayout(NamedTuple):
     n_chunks: int
     chunk_bytes: int
     index_at: Literal["start", "end"]
@@ -80,25 +72,24 @@ class _ShardLayout:
     def index_bytes(self) -> int:
         return self.n_chunks * _ENTRY_BYTES + (_CHECKSUM_BYTES if self.has_checksum else 0)
 
-    def map(self, file: Path) -> _Shard | None:
-        """Map a shard; None if the file does not exist. Raises SaeensError for a file that is too short for its index."""
+    def map(self, file: Path) -> tuple[mmap.mmap | None, list[int]]:
+        """Map a shard, and return its chunks' offsets, _MISSING for those that were never written; None and [] without a file.
+
+        Checks every entry of the index, since single entries of a truncated shard may look valid.
+        """
         try:
             opened = file.open("rb")
         except FileNotFoundError:
-            return None
+            return None, []
         with opened:
             size = os.fstat(opened.fileno()).st_size
             if size < self.index_bytes:
                 raise _damaged(file, f"it has {size:,} bytes, its index alone takes {self.index_bytes:,}")
             mapping = mmap.mmap(opened.fileno(), size, access=mmap.ACCESS_COPY)
-        return _Shard(mapping, self._offsets(file, mapping))
-
-    def _offsets(self, file: Path, mapping: mmap.mmap) -> list[int]:
-        """Return the offsets of all chunks. Checks every entry, since single entries of a truncated shard may look valid."""
-        size = len(mapping)
         start = 0 if self.index_at == "start" else size - self.index_bytes
-        if self.has_checksum:
-            _verify_checksum(file, mapping[start : start + self.index_bytes])
+        index = mapping[start : start + self.index_bytes]
+        if self.has_checksum and google_crc32c.value(index[:-_CHECKSUM_BYTES]) != int.from_bytes(index[-_CHECKSUM_BYTES:], "little"):
+            raise _damaged(file, "the checksum of its index is wrong")
         entries = np.frombuffer(mapping, "<u8", 2 * self.n_chunks, start).reshape(-1, 2).tolist()
         first, end = (self.index_bytes, size) if self.index_at == "start" else (0, start)
         for offset, length in entries:
@@ -106,7 +97,7 @@ class _ShardLayout:
             if not is_missing and (length != self.chunk_bytes or not first <= offset <= end - length):
                 whole = self.index_bytes + self.n_chunks * self.chunk_bytes
                 raise _damaged(file, f"its index does not fit its {size:,} bytes ({whole:,} if it has all its chunks)")
-        return [offset for offset, _ in entries]
+        return mapping, [offset for offset, _ in entries]
 
 
 def map_shards(array: zarr.Array) -> MappedShards | None:
@@ -130,20 +121,11 @@ def map_shards(array: zarr.Array) -> MappedShards | None:
         case (ShardingCodec(codecs=(values,), index_codecs=(index, *checksum)) as sharding,) if is_plain(values) and is_plain(index):
             if checksum and checksum != [Crc32cCodec()]:
                 return None
-            layout = _ShardLayout(
-                n_chunks=array.shards[0] // array.chunks[0],
-                chunk_bytes=array.chunks[0] * array.chunks[1] * array.dtype.itemsize,
-                index_at=sharding.index_location.value,
-                has_checksum=bool(checksum),
-            )
+            n_chunks, chunk_bytes = array.shards[0] // array.chunks[0], array.chunks[0] * array.chunks[1] * array.dtype.itemsize
+            layout = _ShardLayout(n_chunks, chunk_bytes, sharding.index_location.value, bool(checksum))
             return MappedShards(array, store.root / array.path, layout)
         case _:
             return None
-
-
-def _verify_checksum(file: Path, index: bytes) -> None:
-    if google_crc32c.value(index[:-_CHECKSUM_BYTES]) != int.from_bytes(index[-_CHECKSUM_BYTES:], "little"):
-        raise _damaged(file, "the checksum of its index is wrong")
 
 
 def _damaged(file: Path, what: str) -> SaeensError:

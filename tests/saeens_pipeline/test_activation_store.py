@@ -16,14 +16,8 @@ from hypothesis import strategies as st
 from zarr.codecs import ZstdCodec
 
 from saeens_pipeline.errors import SaeensError
-from saeens_pipeline.storage.activations import (
-    ActivationReader,
-    ActivationStore,
-    ActivationWriter,
-    StoredDtype,
-    default_chunk_rows,
-    stored_bytes,
-)
+from saeens_pipeline.storage.activation_writer import ActivationWriter, default_chunk_rows, stored_bytes
+from saeens_pipeline.storage.activations import ActivationReader, ActivationStore, StoredDtype
 from saeens_pipeline.storage.residuals import ResidualView, write_residual
 
 D_IN = 6

@@ -12,8 +12,8 @@ import pytest
 from tiny_experiment import LAYER, NAME, SEEDS, Laboratory
 
 from saeens_pipeline.errors import ConfigurationError
-from saeens_pipeline.orchestration.executors import executor_from_environment
 from saeens_pipeline.orchestration.instance import register_layers
+from saeens_pipeline.orchestration.retries import executor_from_environment
 
 CHAIN = ("bagging/member_1", "boosting/round_1", "boosting/residual_1")
 # What other processes load: the laboratory's experiments, and a job that has a name.

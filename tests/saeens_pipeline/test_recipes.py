@@ -202,7 +202,7 @@ def test_a_table_that_cannot_be_written_leaves_what_was_there(store: Store, monk
 
 DEATHS = {
     "while files are written": "",
-    "before the recipe is written": "recipes._write_record = die",
+    "before the recipe is written": "recipes._record = die",
     "before the final name": "recipes._replace_folder = die",
     "between the two renames": "\n".join(
         [

@@ -11,7 +11,7 @@ from tiny_experiment import LAYER, NAME, Laboratory
 
 from saeens_pipeline.language_models.language_model import LanguageModel
 from saeens_pipeline.orchestration.instance import register_layers
-from saeens_pipeline.orchestration.requested_layers import LAYERS_TAG
+from saeens_pipeline.orchestration.layers import LAYERS_TAG
 from saeens_pipeline.storage.names import Partition
 
 KEY = dg.AssetKey([NAME, "activations"])

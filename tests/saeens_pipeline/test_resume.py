@@ -33,8 +33,9 @@ from saeens_pipeline.language_models.models import describe_language_model, load
 from saeens_pipeline.language_models.tokens import TokenStore, open_tokens
 from saeens_pipeline.orchestration import retries
 from saeens_pipeline.orchestration.instance import register_layers
-from saeens_pipeline.storage import activations
-from saeens_pipeline.storage.activations import ActivationReader, ActivationStore, ActivationWriter
+from saeens_pipeline.storage import activation_writer
+from saeens_pipeline.storage.activation_writer import ActivationWriter
+from saeens_pipeline.storage.activations import ActivationReader, ActivationStore
 from saeens_pipeline.storage.checkpoints import SECONDS_VARIABLE, checkpoint_seconds
 from saeens_pipeline.storage.locks import writing_alone, writing_if_free
 from saeens_pipeline.storage.names import CURVE_FILE, Address, Partition
@@ -309,8 +310,8 @@ CHUNK_ROWS, SHARD_ROWS = 16, 64
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(activations, "_CHUNKS_PER_SHARD", SHARD_ROWS // CHUNK_ROWS)
-    monkeypatch.setattr(activations, "default_chunk_rows", lambda d_in, dtype: CHUNK_ROWS)
+    monkeypatch.setattr(activation_writer, "_CHUNKS_PER_SHARD", SHARD_ROWS // CHUNK_ROWS)
+    monkeypatch.setattr(activation_writer, "default_chunk_rows", lambda d_in, dtype: CHUNK_ROWS)
 
 
 def _write_rows(path: Path, rows: torch.Tensor) -> Path:
@@ -382,9 +383,9 @@ def test_a_run_goes_on_with_the_activations_that_an_interrupted_one_left(
 ):
     whole = finished.artefact("activations")
     shutil.rmtree(whole.path)
-    finish = activations._SplitWriter.finish
+    finish = activation_writer._SplitWriter.finish
     with monkeypatch.context() as patch:
-        patch.setattr(activations._SplitWriter, "finish", lambda *_: _power_cut())
+        patch.setattr(activation_writer._SplitWriter, "finish", lambda *_: _power_cut())
         with pytest.raises(PowerCutError):
             finished.run(select=["activations"])
     (left,) = whole.path.parent.glob(".activations.zarr.*.partial")
@@ -395,9 +396,9 @@ def test_a_run_goes_on_with_the_activations_that_an_interrupted_one_left(
         written.append(self._filled)
         return finish(self, name)
 
-    monkeypatch.setattr(activations._SplitWriter, "finish", counted)
+    monkeypatch.setattr(activation_writer._SplitWriter, "finish", counted)
     with monkeypatch.context() as patch:
-        patch.setattr(activations._SplitWriter, "_flush", _only_the_last(activations._SplitWriter._flush))
+        patch.setattr(activation_writer._SplitWriter, "_flush", _only_the_last(activation_writer._SplitWriter._flush))
         finished.run(select=["activations"])
     assert written == [TRAIN_ROWS % SHARD_ROWS, 200 % SHARD_ROWS]
     assert [path.name for path in whole.path.parent.iterdir()] == ["activations.zarr"]
@@ -519,8 +520,8 @@ def kill_members(laboratory: Laboratory, kill_and_retry: KillAndRetry) -> None:
 
 def kill_a_writer(folder: Path, monkeypatch: pytest.MonkeyPatch, kill_and_retry: KillAndRetry) -> None:
     """Write a store of rows in processes that are killed; called in the server."""
-    monkeypatch.setattr(activations, "_CHUNKS_PER_SHARD", 2)
-    monkeypatch.setattr(activations, "default_chunk_rows", lambda d_in, dtype: CHUNK_ROWS)
+    monkeypatch.setattr(activation_writer, "_CHUNKS_PER_SHARD", 2)
+    monkeypatch.setattr(activation_writer, "default_chunk_rows", lambda d_in, dtype: CHUNK_ROWS)
     rows = torch.arange(200 * 3).view(200, 3).float()
     numbers = torch.arange(200, dtype=torch.int32)
     expected: list[dict[str, bytes]] = []

@@ -26,7 +26,8 @@ from saeens_pipeline.assets.lineage import lineage
 from saeens_pipeline.assets.saes import init_seed
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.orchestration.instance import register_layers
-from saeens_pipeline.storage.activations import ActivationStore, ActivationWriter, StoredDtype
+from saeens_pipeline.storage.activation_writer import ActivationWriter
+from saeens_pipeline.storage.activations import ActivationStore, StoredDtype
 from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.selection import SelectedDocuments
 from saeens_pipeline.storage.tables import read_table
