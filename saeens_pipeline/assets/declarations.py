@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from saeens_pipeline.assets.compute import Compute
-from saeens_pipeline.settings.experiments import CheckSettings
+from saeens_pipeline.settings.experiments import CheckSettings, ExperimentSettings
 from saeens_pipeline.settings.files import recorded_file
-from saeens_pipeline.storage.names import Address, Partition
+from saeens_pipeline.storage.names import Address, Kind, Partition
 from saeens_pipeline.storage.recipes import Artefact, DamagedArtefactError, Recipe, Store, digest
 
 Dimensions = Literal["none", "layer", "layer_and_seed"]
@@ -27,13 +27,12 @@ class Reference:
 
     def narrow(self, partition: Partition) -> Partition:
         """Return a partition without the dimensions that this artefact lacks: activations have no seed."""
-        match self.dimensions:
-            case "none":
-                return Partition()
-            case "layer":
-                return Partition(layer=partition.layer)
-            case _:
-                return partition
+        own = DIMENSION_NAMES[self.dimensions]
+        return Partition(**{name: value for name, value in partition._asdict().items() if name in own})
+
+    def require(self, store: Store, partition: Partition) -> Artefact:
+        """Return the artefact of a partition, narrowed. Raises MissingInputError if it does not exist."""
+        return store.require(self.address, self.narrow(partition))
 
 
 @dataclass(frozen=True)
@@ -124,6 +123,19 @@ class Declaration(Reference):
         if not unavailable or store.hit(self.address, partition, recipe):
             return recipe
         return replace(recipe, settings={**recipe.settings, **unavailable})
+
+
+def fields_of(
+    experiment: ExperimentSettings, kind: Kind, name: str, dimensions: Dimensions = "layer_and_seed", **tags: str
+) -> dict[str, Any]:
+    """Return the fields of a declaration that follow from its experiment."""
+    return {
+        "address": Address(experiment.name, kind, name),
+        "dimensions": dimensions,
+        "source": experiment.source,
+        "seeds": tuple(experiment.ensemble.seeds),
+        "tags": {"experiment": experiment.name, "source": experiment.source, **tags},
+    }
 
 
 class RunContext(NamedTuple):

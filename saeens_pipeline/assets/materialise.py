@@ -64,7 +64,9 @@ def require_sound(made: Iterable[Health | None]) -> None:
 def _make(op: Op, tasks: Sequence[Task], partition: Partition, context: RunContext) -> None:
     store = context.store
     inputs = {each.address: (each, where) for task in tasks for _, each, where in task.declaration.input_partitions(partition)}
-    _require_sound_activations(store, inputs.values())
+    sources = [(each, where) for each, where in inputs.values() if each.address.kind == "source"]
+    # A check of the inputs that failed in an earlier run stops this one too. SAEs need none: weights that are not finite cannot be loaded.
+    require_sound(examine(each, where, store.require(each.address, where)) for each, where in sources)
     op.preflight(context, tasks)
     try:
         with context.compute.in_use(store.root) if op.on_device else contextlib.nullcontext():
@@ -85,18 +87,6 @@ def _link(context: RunContext, task: Task, twin: Reference | None) -> bool:
         provenance = other.provenance | {"same_as": str(where), "experiment_file": task.declaration.experiment_file}
         store.link(*task.where, task.recipe, other, provenance)
     return other is not None
-
-
-def _require_sound_activations(store: Store, inputs: Iterable[tuple[Reference, Partition]]) -> None:
-    """Raise UnsoundArtefactError for tokens or activations with errors: a health check that failed in an earlier run stops this one too.
-
-    SAEs need no second check: weights that are not finite cannot be saved or loaded.
-    """
-    require_sound(
-        examine(reference, partition, store.require(reference.address, partition))
-        for reference, partition in inputs
-        if reference.address.kind == "source"
-    )
 
 
 def _hits(store: Store, tasks: Sequence[Task]) -> dict[tuple[Address, Partition], Artefact]:

@@ -48,8 +48,7 @@ class SourceFacts(NamedTuple):
 
 def recorded_facts(store: Store, source: str, layer: int | None) -> SourceFacts:
     """Return a source's facts from the records of its activations and tokens. Raises as `language_model_of`."""
-    activations = store.require(activations_of(source).address, Partition(layer))
-    tokens = store.require(tokens_of(source).address, Partition())
+    activations, tokens = (each.require(store, Partition(layer)) for each in (activations_of(source), tokens_of(source)))
     return SourceFacts(language_model_of(activations), activations.recipe["settings"]["hook"], tokens.recipe["settings"]["drop"])
 
 
@@ -87,7 +86,7 @@ def language_model_of(made: Artefact) -> LanguageModelDescription:
 
 def source_ops(settings: SourceSettings) -> list[Op]:
     """Declare the two ops of a source. Identities of language model and corpus are read when a recipe is computed."""
-    tags = {"source": settings.name}
+    tags, n_rows = {"source": settings.name}, settings.train_tokens + settings.test_tokens
     tokens = Declaration(
         **vars(tokens_of(settings.name)),
         builder="tokens",
@@ -119,12 +118,8 @@ def source_ops(settings: SourceSettings) -> list[Op]:
 
     def make_tokens(context: RunContext, tasks: Sequence[Task]) -> None:
         (task,) = tasks
-        provenance = context.provenance(task.declaration)
-        total = settings.train_tokens + settings.test_tokens
-        with (
-            context.store.write_folder(*task.where, task.recipe, provenance) as folder,
-            progress.task(str(tokens.address), total) as advance,
-        ):
+        provenance, writing = context.provenance(task.declaration), context.store.write_folder
+        with writing(*task.where, task.recipe, provenance) as folder, progress.task(str(tokens.address), n_rows) as advance:
             statistics = write_tokens(
                 folder,
                 open_corpus(settings.corpus),
@@ -138,7 +133,7 @@ def source_ops(settings: SourceSettings) -> list[Op]:
         store = context.store
         description = validate_source(settings, [task.partition.layer for task in tasks if task.partition.layer is not None])
         model = load_language_model(description, settings.weights, context.compute.resolve(), settings.language_model_dtype)
-        token_store = open_tokens(store.require(tokens.address, Partition()).path)
+        token_store = open_tokens(tokens.require(store, Partition()).path)
         with contextlib.ExitStack() as stack:
             tasks = [*tasks, *_other_requested_layers(context, tasks[0], range(description.n_layers), stack)]
             layers = {layer: (task, context.provenance(task.declaration)) for task in tasks if (layer := task.partition.layer) is not None}
@@ -147,8 +142,7 @@ def source_ops(settings: SourceSettings) -> list[Op]:
                 layer: stack.enter_context(store.write_folder(*task.where, task.recipe, provenance, resumable=True))
                 for layer, (task, provenance) in layers.items()
             }
-            total = settings.train_tokens + settings.test_tokens
-            with context.compute.measure() as measured, progress.task(label, total) as advance:
+            with context.compute.measure() as measured, progress.task(label, n_rows) as advance:
                 statistics = cache_activations(
                     model,
                     token_store,
@@ -171,11 +165,8 @@ def source_ops(settings: SourceSettings) -> list[Op]:
         free = [task for task in missing if stack.enter_context(writing_if_free(store.root, *task.where))]
         return [task for task in free if not store.hit(*task.where, task.recipe)]  # another process may have made them before the lock
 
-    ops = [
-        Op(tokens.address.op_name, (tokens,), make_tokens),
-        Op(activations.address.op_name, (activations,), make_activations, on_device=True),
-    ]
-    return with_file(ops, settings.file)
+    of_activations = Op(activations.address.op_name, (activations,), make_activations, on_device=True)
+    return with_file([Op(tokens.address.op_name, (tokens,), make_tokens), of_activations], settings.file)
 
 
 def validate_source(settings: SourceSettings, layers: Sequence[int]) -> LanguageModelDescription:

@@ -19,7 +19,7 @@ _NOTE_CHARACTERS = 60  # longer notes that several lines share are printed once,
 
 @app.command()
 def plan(experiment: ExperimentName, layer: LayerOption = None, format: FormatOption = TableFormat.table) -> None:
-    """Print the disk, memory, computation and time that an experiment will need, before it runs. For a sweep, each experiment's needs are
+    """Print the disk, memory and computation that an experiment will need, before it runs. For a sweep, each experiment's needs are
     printed as if it ran alone; artefacts that several share are made once.
     """
     import polars as pl

@@ -22,9 +22,8 @@ REFERENCE = Path(__file__).parents[2] / "docs" / "scripts" / "reference.py"
 
 
 def _rows(making: Making) -> Iterator[Row]:
-    for method, n, saes in making.subject.methods(making.store, making.partition):
-        row = making.subject.row(making.store, making.partition, method, n, [sae.data_version for sae in saes])
-        yield row | {"letters": len(method)}
+    for method, n, _, saes in making.methods():
+        yield making.row(method, n, saes) | {"letters": len(method)}
 
 
 @pytest.fixture

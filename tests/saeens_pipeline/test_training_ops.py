@@ -12,7 +12,7 @@ import torch
 from tiny_experiment import LAYER, NAME, SEEDS, Laboratory
 
 import saeens_models as sm
-from saeens_pipeline.assets import live_curves, memory
+from saeens_pipeline.assets import memory, training
 from saeens_pipeline.storage.names import Partition
 
 SEED = SEEDS[0]
@@ -84,14 +84,14 @@ def test_the_memory_budget_of_the_environment_decides_how_many_are_tried_first(
 
 
 def test_a_long_training_is_observed_a_few_times(untrained: Laboratory, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(live_curves, "INTERVAL_SECONDS", 0)
+    monkeypatch.setattr(training, "INTERVAL_SECONDS", 0)
     observed: list[dg.AssetObservation] = []
     log_event = dg.AssetExecutionContext.log_event
     monkeypatch.setattr(dg.AssetExecutionContext, "log_event", lambda self, event: (observed.append(event), log_event(self, event)))
     untrained.materialise(MEMBERS[:2], Partition(LAYER, SEED))
     per_sae = Counter(each.asset_key.to_user_string() for each in observed)
     assert set(per_sae) == set(MEMBERS[:2])
-    assert all(2 <= n <= live_curves.MOST_OBSERVATIONS for n in per_sae.values())
+    assert all(2 <= n <= training.MOST_OBSERVATIONS for n in per_sae.values())
     first, tokens = observed[0], [each.metadata["tokens"].value for each in observed]
     assert first.partition == dg.MultiPartitionKey({"layer": str(LAYER), "seed": str(SEED)})
     assert set(first.metadata) == {"tokens", "loss", "explained variance", "L0 [features per token]", "dead features", "learning rate"}

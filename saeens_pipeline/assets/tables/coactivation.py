@@ -35,6 +35,5 @@ register(
             "connectivity": "share of feature pairs that never fire together",
             "diversity": "features whose largest cosine to any other is below 0.7",
         },
-        source_parts={"activations": {"*": "test/activations"}},
     )
 )

@@ -13,10 +13,7 @@ from saeens_pipeline.settings.experiments import ExperimentSettings
 from saeens_pipeline.storage.names import Address
 from saeens_pipeline.storage.tables import Column
 
-TOTALS = {
-    "total_flops": ("train_flops", "residual_flops"),
-    "total_seconds": ("train_seconds", "residual_seconds"),
-}
+TOTALS = {"total_flops": ("train_flops", "residual_flops"), "total_seconds": ("train_seconds", "residual_seconds")}
 """Totals of training: the columns whose sum they are."""
 
 
@@ -27,19 +24,16 @@ def with_totals(rows: pl.DataFrame) -> pl.DataFrame:
 
 
 def _rows(making: Making) -> Iterator[Row]:
-    subject, store, partition = making.subject, making.store, making.partition
-    mode = subject.experiment.ensemble.boosting
-    n_residuals = 0 if mode == "concurrent" else subject.experiment.ensemble.members - 1
-    residuals = [
-        store.require(Address(subject.experiment.name, "boosting", f"residual_{j}"), partition).provenance
-        for j in range(1, n_residuals + 1)
-    ]
-    for method, n, saes in subject.methods(store, partition):
+    experiment, mode = making.experiment, making.experiment.ensemble.boosting
+    n_residuals = 0 if mode == "concurrent" else experiment.ensemble.members - 1
+    addresses = [Address(experiment.name, "boosting", f"residual_{j}") for j in range(1, n_residuals + 1)]
+    residuals = [making.store.require(address, making.partition).provenance for address in addresses]
+    for method, n, _, saes in making.methods():
         each = [sae.provenance for sae in saes]
         passes = residuals[: n - 1] if method == "boosting" else []
-        beside = [_is_trained_beside_others(subject.experiment, method, j) for j in range(1, len(each) + 1)]
-        joint, alone = ([made for made, is_joint in zip(each, beside, strict=True) if is_joint == wanted] for wanted in (True, False))
-        yield subject.row(store, partition, method, n, [sae.data_version for sae in saes]) | {
+        joint = [made for j, made in enumerate(each, start=1) if _is_trained_beside_others(experiment, method, j)]
+        alone = [made for j, made in enumerate(each, start=1) if not _is_trained_beside_others(experiment, method, j)]
+        yield making.row(method, n, saes) | {
             "train_tokens": sum(sae["train_tokens"] for sae in each),
             "train_flops": float(sum(sae["train_flops"] for sae in each)),
             "train_seconds": sum(sae["train_seconds"] for sae in each),

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import polars as pl
 
-from saeens_pipeline.assets.declarations import Reference, RunContext
+from saeens_pipeline.assets.declarations import Reference
 from saeens_pipeline.assets.registry import Headline, Making, Row, SharedPass, Subject, Table, register
 from saeens_pipeline.assets.sources import SourceFacts, measures_loss
 from saeens_pipeline.settings.experiments import CheckSettings, ExperimentSettings
-from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.recipes import Artefact
 from saeens_pipeline.storage.tables import Column
 
 
-def _evaluate(subject: Subject, context: RunContext, partition: Partition, wanted: Collection[str]) -> Any:
+def _evaluate(making: Making) -> Any:
     from saeens_pipeline.assets.measurements.dictionaries import evaluate
 
-    return evaluate(subject, context, partition, wanted)
+    return evaluate(making)
 
 
 EVALUATION = SharedPass("tables", _evaluate)
@@ -51,13 +50,9 @@ def _warnings(table: pl.DataFrame, checks: CheckSettings) -> Iterable[str]:
     least = checks.min_explained_variance
     if least is None:
         return
-    for row in table.filter(pl.col("n_members") == pl.col("n_members").max().over("method")).iter_rows(named=True):
-        value = row["explained_variance"]
-        if value is not None and value < least:
-            yield (
-                f"held-out explained variance of {row['method']} with n_members {row['n_members']} is {value}, "
-                f"below min_explained_variance: {least:g}"
-            )
+    whole = table.filter(pl.col("n_members") == pl.col("n_members").max().over("method"), pl.col("explained_variance") < least)
+    for method, n, value in whole.select("method", "n_members", "explained_variance").iter_rows():
+        yield f"held-out explained variance of {method} with n_members {n} is {value}, below min_explained_variance: {least:g}"
 
 
 def _summary(table: pl.DataFrame, artefact: Artefact) -> Mapping[str, Any]:
