@@ -5,8 +5,6 @@ concatenates their codes, each scaled by its alpha (Gadgil, Lin & Lee, Ensemblin
 Members may differ in architecture and in number of features, not in ``d_in``.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from itertools import accumulate

@@ -1,7 +1,5 @@
 """Evaluation of ensembles of every size in one pass over held-out activations."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -73,11 +71,11 @@ class LossEvaluation(NamedTuple):
 
     def fill_into(self, evaluations: Mapping[str, EnsembleEvaluation]) -> dict[str, EnsembleEvaluation]:
         """Return the evaluations of the same ensembles with ``ce_loss_recovered`` set."""
-        filled = {
-            name: [size._replace(ce_loss_recovered=value) for size, value in zip(evaluation.sizes, self.recovered[name], strict=True)]
-            for name, evaluation in evaluations.items()
-        }
-        return {name: evaluation._replace(sizes=filled[name]) for name, evaluation in evaluations.items()}
+        filled = {}
+        for name, evaluation in evaluations.items():
+            sizes = zip(evaluation.sizes, self.recovered[name], strict=True)
+            filled[name] = evaluation._replace(sizes=[size._replace(ce_loss_recovered=value) for size, value in sizes])
+        return filled
 
 
 def streaming_memory(ensembles: Iterable[Ensemble]) -> int:

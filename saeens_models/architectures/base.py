@@ -8,6 +8,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import reduce
+from operator import add
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -16,7 +18,7 @@ from torch.nn import functional as F
 
 from saeens_models.architectures.config import SAEConfig
 from saeens_models.kernels import Team
-from saeens_models.kernels.weights import Weights
+from saeens_models.kernels.weights import BatchLoss, Weights
 from saeens_models.sparse_code import SparseCode
 
 
@@ -31,6 +33,12 @@ class Objective(NamedTuple):
     """Reconstruction `[n, d_in]`, detached."""
     fire_counts: Tensor
     """Number of tokens of the batch on which each feature is active, `[d_sae]`."""
+
+    @classmethod
+    def of(cls, terms: dict[str, Tensor], x_hat: Tensor, fire_counts: Tensor) -> Objective:
+        """Return the objective of these terms, whose sum is the loss."""
+        detached = {name: term.detach() for name, term in terms.items()}
+        return cls(reduce(add, terms.values()), detached, x_hat.detach(), fire_counts)
 
     @property
     def l0(self) -> Tensor:
@@ -140,7 +148,6 @@ class SAE(nn.Module, ABC):
         Returns None, and changes nothing, if these SAEs cannot share launches. Up to rounding, the objective and the gradients of each
         SAE are the same as from its own :meth:`backpropagate`.
         """
-        del saes, x, dead_masks, sparsity_scale
         return None
 
     def batch_in_parts(self, parts: Sequence[Tensor]) -> AbstractContextManager[None]:
@@ -148,7 +155,6 @@ class SAE(nn.Module, ABC):
 
         An architecture whose objective depends on all tokens of the batch overrides it.
         """
-        del parts
         return nullcontext()
 
     @property
@@ -156,10 +162,11 @@ class SAE(nn.Module, ABC):
         """The four weights in the order of memory, without gradients."""
         return Weights(self.W_enc.detach().t(), self.b_enc.detach(), self.W_dec.detach(), self.b_dec.detach())
 
-    def set_gradients(self, gradients: Weights) -> None:
-        """Set the parameters' ``grad``."""
-        self.W_enc.grad = gradients.W_enc.t()
-        self.b_enc.grad, self.W_dec.grad, self.b_dec.grad = gradients.b_enc, gradients.W_dec, gradients.b_dec
+    def take_gradients(self, found: BatchLoss, second_term: str) -> Objective:
+        """Set the parameters' ``grad``, and return the objective of a compiled step with the name of its second term."""
+        W_enc, self.b_enc.grad, self.W_dec.grad, self.b_dec.grad = found.gradients
+        self.W_enc.grad = W_enc.t()
+        return Objective.of({"mse": found.mse, second_term: found.second_term}, found.x_hat, found.fire_counts)
 
     def pre_activations(self, x: Tensor) -> Tensor:
         """Return ``(x - b_dec) @ W_enc + b_enc`` `[..., d_sae]` of ``x`` `[..., d_in]`.
@@ -223,7 +230,6 @@ class SAE(nn.Module, ABC):
 
         Raises ``ValueError`` for a variant that cannot be represented.
         """
-        del cfg
         return {}, weights
 
 

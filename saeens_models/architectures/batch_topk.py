@@ -1,7 +1,5 @@
 """The BatchTopK SAE: the largest pre-activations of a whole batch are the code (Bussmann et al. 2024, arXiv 2412.06410)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, Self
@@ -85,12 +83,7 @@ class BatchTopKSAE(SAE):
             top = select_topk(of_dead, min(self.config.most_revived, len(dead)))
             error_hat = torch.zeros_like(of_dead).scatter(1, top.indices, top.values) @ self.W_dec[dead]
             auxiliary = self.config.auxiliary_weight(len(dead)) * (error_hat - error.detach()).square().sum(dim=-1).mean()
-        return Objective(
-            loss=mse + auxiliary,
-            terms={"mse": mse.detach(), "auxiliary": auxiliary.detach()},
-            x_hat=x_hat.detach(),
-            fire_counts=count_firings(z.detach()),
-        )
+        return Objective.of({"mse": mse, "auxiliary": auxiliary}, x_hat, count_firings(z))
 
     def backpropagate(self, x: Tensor, dead_mask: Tensor | None = None, sparsity_scale: float = 1.0, team: Team | None = None) -> Objective:
         objective = super().backpropagate(x, dead_mask, sparsity_scale, team)

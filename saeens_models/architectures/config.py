@@ -43,16 +43,35 @@ def validate_l0_multiple(architecture: str) -> None:
         )
 
 
-class SAEConfig(BaseModel, frozen=True):
-    """Configuration of one SAE. ``SAEConfig(architecture="topk", ...)`` returns an instance of that architecture's own class.
-
-    Unknown architectures, unknown fields and values out of range raise pydantic's ``ValidationError``.
-    """
+class OfArchitecture(BaseModel, frozen=True):
+    """Base of the configurations and of the settings: it gives instances of the architecture's own class."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     architecture: str
     """Name of the architecture: the discriminator."""
+
+    @classmethod
+    def _own_class(cls, architecture: object) -> type[Self]:
+        """Return the architecture's class; an architecture's own class returns itself."""
+        raise NotImplementedError
+
+    def __new__(cls, *_: Any, **fields: Any) -> Self:
+        return object.__new__(cls._own_class(fields.get("architecture")))
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _choose_class(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        own = cls._own_class(value.get("architecture")) if isinstance(value, Mapping) else cls
+        return handler(value) if own is cls else own.model_validate(value)
+
+
+class SAEConfig(OfArchitecture, frozen=True):
+    """Configuration of one SAE. ``SAEConfig(architecture="topk", ...)`` returns an instance of that architecture's own class.
+
+    Unknown architectures, unknown fields and values out of range raise pydantic's ``ValidationError``.
+    """
+
     d_in: PositiveInt
     """Size of the activations."""
     d_sae: PositiveInt
@@ -67,20 +86,12 @@ class SAEConfig(BaseModel, frozen=True):
     l0_field: ClassVar[str | None] = None
     """Name of the field that sets the number of active features; None if a sparsity coefficient sets it indirectly."""
 
-    def __new__(cls, *_: Any, **fields: Any) -> Self:
-        if cls is SAEConfig:
-            return object.__new__(config_class(fields.get("architecture")))  # pyright: ignore[reportReturnType]
-        return object.__new__(cls)
+    @classmethod
+    def _own_class(cls, architecture: object) -> type[Self]:
+        return config_class(architecture) if cls is SAEConfig else cls  # pyright: ignore[reportReturnType]
 
     def __init__(self, **fields: Any) -> None:  # for type checkers: the fields depend on the architecture
         super().__init__(**fields)
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _choose_class(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        if cls is SAEConfig and isinstance(value, Mapping):
-            return config_class(value.get("architecture")).model_validate(value)  # pyright: ignore[reportReturnType]
-        return handler(value)
 
     @property
     def inference_flops_per_token(self) -> int:

@@ -1,7 +1,5 @@
 """The gated SAE: one encoder with two biases, for which features are active and for how much (arXiv 2404.16014)."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch
@@ -70,9 +68,4 @@ class GatedSAE(SAE):
         mse = (x_hat - x).square().sum(dim=-1).mean()
         l1 = self.config.l1_coefficient * sparsity_scale * (gate @ self.W_dec.norm(dim=1)).mean()
         auxiliary = (self.decode(gate) - x).square().sum(dim=-1).mean()
-        return Objective(
-            loss=mse + l1 + auxiliary,
-            terms={"mse": mse.detach(), "l1": l1.detach(), "auxiliary": auxiliary.detach()},
-            x_hat=x_hat.detach(),
-            fire_counts=count_firings(z.detach()),
-        )
+        return Objective.of({"mse": mse, "l1": l1, "auxiliary": auxiliary}, x_hat, count_firings(z))

@@ -1,7 +1,5 @@
 """The JumpReLU SAE: a learned threshold per feature, trained with a straight-through estimator (arXiv 2407.14435)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -56,28 +54,17 @@ class JumpReLUSAE(SAE):
         x_hat = self.decode(z)
         mse = (x_hat - x).square().sum(dim=-1).mean()
         l0 = self.config.l0_coefficient * sparsity_scale * active.sum(dim=-1).mean()
-        return Objective(
-            loss=mse + l0,
-            terms={"mse": mse.detach(), "l0": l0.detach()},
-            x_hat=x_hat.detach(),
-            fire_counts=count_firings(z.detach()),
-        )
+        return Objective.of({"mse": mse, "l0": l0}, x_hat, count_firings(z))
 
     def backpropagate(self, x: Tensor, dead_mask: Tensor | None = None, sparsity_scale: float = 1.0, team: Team | None = None) -> Objective:
         if team is None:
             return super().backpropagate(x, dead_mask, sparsity_scale)
+        centres, l0, threshold = self.config.apply_b_dec_to_input, self.config.l0_coefficient * sparsity_scale, self.threshold.detach()
         found = jumprelu_gradients(
-            team,
-            x,
-            self.stored_weights,
-            self.threshold.detach(),
-            apply_b_dec_to_input=self.config.apply_b_dec_to_input,
-            l0_coefficient=self.config.l0_coefficient * sparsity_scale,
-            bandwidth=self.config.bandwidth,
+            team, x, self.stored_weights, threshold, apply_b_dec_to_input=centres, l0_coefficient=l0, bandwidth=self.config.bandwidth
         )
-        self.set_gradients(found.gradients)
         self.threshold.grad = found.threshold_gradient
-        return Objective(found.mse + found.sparsity, {"mse": found.mse, "l0": found.sparsity}, found.x_hat, found.fire_counts)
+        return self.take_gradients(found.of_weights, "l0")
 
     @torch.no_grad()
     def apply_constraints(self) -> None:

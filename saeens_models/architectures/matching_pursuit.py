@@ -1,7 +1,5 @@
 """The matching pursuit SAE (MP-SAE, arXiv 2506.03093): one dictionary, whose atoms are chosen one by one to fit the residual."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -13,7 +11,7 @@ from saeens_models.architectures.base import SAE, Objective, SparseReconstructio
 from saeens_models.architectures.config import SAEConfig
 from saeens_models.architectures.registry import register
 from saeens_models.kernels import Team, cpu_team
-from saeens_models.kernels.cpu_pursuit import MOST_ATOMS, Gram, Pursuit, gram, pursue, pursuit_gradients
+from saeens_models.kernels.cpu_pursuit import MOST_ATOMS, Gram, Limits, Pursuit, gram, pursue, pursuit_gradients
 from saeens_models.sparse_code import SparseCode
 
 
@@ -116,7 +114,7 @@ class MatchingPursuitSAE(SAE):
             if team is None or x.dtype != torch.float32 or self.config.d_sae > MOST_ATOMS:
                 code, residual = self._pursue(x)
                 return SparseReconstruction(SparseCode.from_dense(code), x - residual)
-            found = pursue(team, x - self._centre, self.W_dec.detach(), self._kept_gram(team), **self._limits)
+            found = pursue(team, x - self._centre, self.W_dec.detach(), self._kept_gram(team), self._limits)
         return SparseReconstruction(self._sparse_code(found), x - found.residual)
 
     def objective(self, x: Tensor, dead_mask: Tensor | None = None, sparsity_scale: float = 1.0) -> Objective:
@@ -130,16 +128,15 @@ class MatchingPursuitSAE(SAE):
     def backpropagate(self, x: Tensor, dead_mask: Tensor | None = None, sparsity_scale: float = 1.0, team: Team | None = None) -> Objective:
         if team is None or self.config.d_sae > MOST_ATOMS:
             return super().backpropagate(x, dead_mask, sparsity_scale, team)
-        found = pursuit_gradients(team, x - self._centre.detach(), self.W_dec.detach(), **self._limits)
+        found = pursuit_gradients(team, x - self._centre.detach(), self.W_dec.detach(), self._limits)
         self.W_dec.grad = found.W_dec
         self.b_dec.grad = found.centre if self.config.apply_b_dec_to_input else torch.zeros_like(found.centre)
         fire_counts = self._sparse_code(found.pursuit).feature.bincount(minlength=self.config.d_sae)
         return Objective(found.mse, {"mse": found.mse}, x - found.pursuit.residual, fire_counts)
 
     @property
-    def _limits(self) -> dict[str, Any]:
-        config = self.config
-        return {name: getattr(config, name) for name in ("max_iterations", "residual_threshold", "stop_on_duplicate_support")}
+    def _limits(self) -> Limits:
+        return Limits(self.config.max_iterations, self.config.residual_threshold, self.config.stop_on_duplicate_support)
 
     def _kept_gram(self, team: Team) -> Gram:
         """Return the atoms' inner products, computed anew if the weights have changed. Memory: ``2 * d_sae ** 2`` bytes."""
@@ -162,7 +159,7 @@ class MatchingPursuitSAE(SAE):
         self.config = self.config.model_copy(update={"residual_threshold": self.config.residual_threshold / scale})
 
     def saelens_fields(self) -> dict[str, Any]:
-        return self._limits
+        return self._limits._asdict()
 
     @classmethod
     def from_saelens(cls, cfg: Mapping[str, Any], weights: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:

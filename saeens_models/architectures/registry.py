@@ -1,7 +1,5 @@
 """The SAE classes by architecture name. An architecture registers its class in its own file; no other file names architectures."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import TypeVar
 

@@ -1,7 +1,5 @@
 """One SAE in a folder, in the format of SAELens 6: ``cfg.json`` and ``sae_weights.safetensors``."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -67,6 +65,9 @@ def load_sae(path: str | Path) -> SAE:
     unknown architecture, a variant that is not supported, missing, superfluous or misshapen weights, and weights that are not finite.
     """
     folder = Path(path)
+    for file in (folder / CONFIG_FILE, folder / WEIGHTS_FILE):
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing: an SAE is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
     cfg = _read_cfg(folder / CONFIG_FILE)
     weights = _read_weights(folder / WEIGHTS_FILE)
     try:
@@ -87,8 +88,6 @@ def load_sae(path: str | Path) -> SAE:
 
 
 def _read_cfg(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing: an SAE is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
     try:
         cfg = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -106,8 +105,6 @@ def _read_cfg(file: Path) -> dict[str, Any]:
 
 
 def _read_weights(file: Path) -> dict[str, Tensor]:
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing: an SAE is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
     try:
         weights = load_file(file)
     except SafetensorError as error:

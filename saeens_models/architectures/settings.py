@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveFloat, PositiveInt, ValidationInfo, create_model, model_validator
-from pydantic.functional_validators import ModelWrapValidatorHandler
+from pydantic import BeforeValidator, PositiveFloat, PositiveInt, ValidationInfo, create_model, model_validator
 from pydantic_core import PydanticCustomError
 
-from saeens_models.architectures.config import SAEConfig, config_class, validate_l0_multiple
+from saeens_models.architectures.config import OfArchitecture, SAEConfig, config_class, validate_l0_multiple
 
 _NOT_IN_SETTINGS = ("d_in", "d_sae", "init_seed")
 _SETTINGS_CLASSES: dict[str, type[SAESettings]] = {}
@@ -25,7 +24,7 @@ def _check_whole_number(value: object, info: ValidationInfo) -> object:
 Width = Annotated[PositiveInt | None, BeforeValidator(_check_whole_number)]
 
 
-class SAESettings(BaseModel, frozen=True):
+class SAESettings(OfArchitecture, frozen=True):
     """Settings of one SAE before the size of its activations is known: a configuration without ``d_in`` and ``init_seed``.
 
     Either ``expansion`` or ``d_sae`` sets the width. ``SAESettings(architecture="topk", ...)`` gives an instance of that architecture's
@@ -33,10 +32,6 @@ class SAESettings(BaseModel, frozen=True):
     widths raise pydantic's ``ValidationError``.
     """
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
-
-    architecture: str
-    """Name of the architecture: the discriminator."""
     expansion: Width = None
     """Features per dimension of the activations: ``d_sae = expansion * d_in``."""
     d_sae: Width = None
@@ -49,22 +44,19 @@ class SAESettings(BaseModel, frozen=True):
     config_class: ClassVar[type[SAEConfig]]
     """Configuration class of the architecture."""
 
-    def __new__(cls, *_: Any, **fields: Any) -> Self:
-        if cls is SAESettings:
-            return object.__new__(settings_class(fields.get("architecture")))  # pyright: ignore[reportReturnType]
-        return object.__new__(cls)
+    @classmethod
+    def _own_class(cls, architecture: object) -> type[Self]:
+        return settings_class(architecture) if cls is SAESettings else cls  # pyright: ignore[reportReturnType]
 
     def __init__(self, **fields: Any) -> None:  # for type checkers: the fields depend on the architecture
         super().__init__(**fields)
 
-    @model_validator(mode="wrap")
+    @model_validator(mode="before")
     @classmethod
-    def _choose_class(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        if cls is SAESettings and isinstance(value, Mapping):
-            return settings_class(value.get("architecture")).model_validate(value)  # pyright: ignore[reportReturnType]
-        if isinstance(value, Mapping) and (value.get("expansion") is None) == (value.get("d_sae") is None):
+    def _has_one_width(cls, value: Any) -> Any:
+        if cls is not SAESettings and isinstance(value, Mapping) and (value.get("expansion") is None) == (value.get("d_sae") is None):
             raise ValueError("give either expansion (d_sae = expansion * d_in) or d_sae")
-        return handler(value)
+        return value
 
     @classmethod
     def field_names(cls) -> tuple[str, ...]:

@@ -1,7 +1,5 @@
 """The standard SAE: ReLU, and an L1 penalty weighted by the decoder norms."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch
@@ -41,23 +39,11 @@ class StandardSAE(SAE):
         x_hat = self.decode(z)
         mse = (x_hat - x).square().sum(dim=-1).mean()
         l1 = self.config.l1_coefficient * sparsity_scale * (z @ self.W_dec.norm(dim=1)).mean()
-        return Objective(
-            loss=mse + l1,
-            terms={"mse": mse.detach(), "l1": l1.detach()},
-            x_hat=x_hat.detach(),
-            fire_counts=count_firings(z.detach()),
-        )
+        return Objective.of({"mse": mse, "l1": l1}, x_hat, count_firings(z))
 
     def backpropagate(self, x: Tensor, dead_mask: Tensor | None = None, sparsity_scale: float = 1.0, team: Team | None = None) -> Objective:
         if team is None:
             return super().backpropagate(x, dead_mask, sparsity_scale)
-        found = jumprelu_gradients(
-            team,
-            x,
-            self.stored_weights,
-            torch.zeros_like(self.b_enc),
-            apply_b_dec_to_input=self.config.apply_b_dec_to_input,
-            l1_coefficient=self.config.l1_coefficient * sparsity_scale,
-        )
-        self.set_gradients(found.gradients)
-        return Objective(found.mse + found.sparsity, {"mse": found.mse, "l1": found.sparsity}, found.x_hat, found.fire_counts)
+        centres, l1, threshold = self.config.apply_b_dec_to_input, self.config.l1_coefficient * sparsity_scale, torch.zeros_like(self.b_enc)
+        found = jumprelu_gradients(team, x, self.stored_weights, threshold, apply_b_dec_to_input=centres, l1_coefficient=l1)
+        return self.take_gradients(found.of_weights, "l1")

@@ -1,7 +1,5 @@
 """The TopK SAE: the k largest pre-activations are the code (Gao et al. 2024, arXiv 2406.04093)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
@@ -14,8 +12,8 @@ from saeens_models.architectures.config import SAEConfig
 from saeens_models.architectures.registry import register
 from saeens_models.kernels import Team, TopKReconstruction, cpu_team, select_topk, topk_reconstruction
 from saeens_models.kernels.cpu_topk import COMPILED_STEP_MAX_DENSITY, topk_gradients, topk_reconstruct
-from saeens_models.kernels.cuda_topk import topk_reconstructions
-from saeens_models.kernels.reference import marked_features
+from saeens_models.kernels.cuda_topk import FourWeights, topk_reconstructions
+from saeens_models.kernels.reference import TopKSettings, marked_features
 from saeens_models.sparse_code import SparseCode
 
 
@@ -92,74 +90,47 @@ class TopKSAE(SAE):
         return SparseReconstruction(SparseCode.from_topk(values, indices.long(), config.d_sae), x_hat)
 
     def objective(self, x: Tensor, dead_mask: Tensor | None = None, sparsity_scale: float = 1.0) -> Objective:
+        dead_mask = dead_mask if self.config.aux_loss_coefficient > 0 else None
+        return self._objective(x, topk_reconstruction(x, *self._weights, dead_mask=dead_mask, **self._selection))
+
+    @property
+    def _weights(self) -> FourWeights:
+        return self.W_enc, self.b_enc, self.W_dec, self.b_dec
+
+    @property
+    def _selection(self) -> TopKSettings:
         config = self.config
-        top = topk_reconstruction(
-            x,
-            self.W_enc,
-            self.b_enc,
-            self.W_dec,
-            self.b_dec,
-            k=config.k,
-            apply_b_dec_to_input=config.apply_b_dec_to_input,
-            dead_mask=dead_mask if config.aux_loss_coefficient > 0 else None,
-            k_aux=config.most_revived,
-        )
-        return self._objective(x, top)
+        return {"k": config.k, "apply_b_dec_to_input": config.apply_b_dec_to_input, "k_aux": config.most_revived}
 
     def _objective(self, x: Tensor, top: TopKReconstruction) -> Objective:
         error = x - top.x_hat
         mse = error.square().sum(dim=-1).mean()
-        loss = mse
-        auxiliary = mse.new_zeros(())
+        loss, auxiliary = mse, mse.new_zeros(())
         if top.error_hat is not None:
             auxiliary = self.config.auxiliary_weight(top.n_dead) * (top.error_hat - error.detach()).square().sum(dim=-1).mean()
             loss = mse + auxiliary
-        return Objective(
-            loss=loss,
-            terms={"mse": mse.detach(), "auxiliary": auxiliary.detach()},
-            x_hat=top.x_hat.detach(),
-            fire_counts=top.fire_counts,
-        )
+        return Objective(loss, {"mse": mse.detach(), "auxiliary": auxiliary.detach()}, top.x_hat.detach(), top.fire_counts)
 
     def backpropagate(self, x: Tensor, dead_mask: Tensor | None = None, sparsity_scale: float = 1.0, team: Team | None = None) -> Objective:
         config = self.config
         if team is None or config.k > COMPILED_STEP_MAX_DENSITY * config.d_sae:
             return super().backpropagate(x, dead_mask, sparsity_scale, team)
         dead = marked_features(dead_mask if config.aux_loss_coefficient > 0 else None)
-        result = topk_gradients(
-            team,
-            x,
-            self.stored_weights,
-            k=config.k,
-            apply_b_dec_to_input=config.apply_b_dec_to_input,
-            dead=dead,
-            k_aux=config.most_revived,
-            aux_coefficient=0.0 if dead is None else config.auxiliary_weight(len(dead)),
-        )
-        self.set_gradients(result.gradients)
-        return Objective(
-            loss=result.mse + result.auxiliary,
-            terms={"mse": result.mse, "auxiliary": result.auxiliary},
-            x_hat=result.x_hat,
-            fire_counts=result.fire_counts,
-        )
+        weight = 0.0 if dead is None else config.auxiliary_weight(len(dead))
+        found = topk_gradients(team, x, self.stored_weights, **self._selection, dead=dead, aux_coefficient=weight)
+        return self.take_gradients(found, "auxiliary")
 
     @classmethod
     def backpropagate_together(
         cls, saes: Sequence[SAE], x: Tensor, dead_masks: Sequence[Tensor | None], sparsity_scale: float = 1.0
     ) -> list[Objective] | None:
-        alike = [sae for sae in saes if isinstance(sae, cls) and _shape(sae.config) == _shape(saes[0].config)]
+        shapes = [sae.config.model_copy(update={"init_seed": 0}) for sae in saes]
+        alike = [sae for sae, shape in zip(saes, shapes, strict=True) if isinstance(sae, cls) and shape == shapes[0]]
         if len(alike) < len(saes):
             return None
-        first = alike[0]
-        tops = topk_reconstructions(
-            x,
-            [(sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec) for sae in alike],
-            k=first.config.k,
-            apply_b_dec_to_input=first.config.apply_b_dec_to_input,
-            dead_masks=dead_masks if first.config.aux_loss_coefficient > 0 else [None] * len(saes),
-            k_aux=first.config.most_revived,
-        )
+        if alike[0].config.aux_loss_coefficient == 0:
+            dead_masks = [None] * len(saes)
+        tops = topk_reconstructions(x, [sae._weights for sae in alike], dead_masks=dead_masks, **alike[0]._selection)
         if tops is None:
             return None
         objectives = [sae._objective(x, top) for sae, top in zip(alike, tops, strict=True)]
@@ -180,15 +151,6 @@ class TopKSAE(SAE):
             norms = weights["W_dec"].norm(dim=1)
             if not (norms > 0).all():
                 raise ValueError("rescale_acts_by_decoder_norm needs decoder rows other than zero")
-            weights = {
-                **weights,
-                "W_enc": weights["W_enc"] * norms,
-                "b_enc": weights["b_enc"] * norms,
-                "W_dec": weights["W_dec"] / norms[:, None],
-            }
+            encoder = {name: weights[name] * norms for name in ("W_enc", "b_enc")}
+            weights = {**weights, **encoder, "W_dec": weights["W_dec"] / norms[:, None]}
         return {"k": cfg["k"]}, weights
-
-
-def _shape(config: SAEConfig) -> SAEConfig:
-    """Return the configuration without its seed: SAEs that share kernel launches are equal in it."""
-    return config.model_copy(update={"init_seed": 0})

@@ -4,8 +4,6 @@ Every function processes a range of rows, tokens or features and releases the in
 data alone, so results have the same bits for any number of threads. No compiler flag assumes finite numbers.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numba

@@ -1,7 +1,5 @@
 """The inner loops of matching pursuit on the CPU, compiled as in `compiled`: a token's whole pursuit, and its backward pass."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from saeens_models.kernels.compiled import _add_scaled, _compile, _compile_with_memory, _copy, _dot, _fill, _maximum

@@ -4,8 +4,6 @@ Numbers are compared by keys, integers of the same order. Keys of bfloat16 take 
 takes few steps.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from saeens_models.kernels.compiled import _compile, _dot

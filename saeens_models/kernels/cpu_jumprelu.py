@@ -19,7 +19,7 @@ from torch import Tensor
 
 from saeens_models.kernels import products
 from saeens_models.kernels.team import Team, blocks_of_tokens
-from saeens_models.kernels.weights import Weights, gradients_of
+from saeens_models.kernels.weights import BatchLoss, Weights, gradients_of
 
 SPARSE_BLOCK_MAX_DENSITY = 0.1
 """Share of non-zero codes in a block below which its entries are processed one by one. Measured with d_in 384 and d_sae 4096 on two cores
@@ -29,18 +29,10 @@ _RANGE_FEATURES = 256, 2048
 
 
 class JumpReLULoss(NamedTuple):
-    """Loss of a batch, its gradients and its reconstruction."""
+    """Loss of a batch and its gradients, also those of the thresholds."""
 
-    mse: Tensor
-    """Scalar: squared error summed over d_in, mean over tokens."""
-    sparsity: Tensor
-    """Scalar: the sparsity term, with its coefficient."""
-    x_hat: Tensor
-    """Reconstruction `[n, d_in]`."""
-    fire_counts: Tensor
-    """Number of tokens on which each feature is active, `[d_sae]`."""
-    gradients: Weights
-    """Gradients of the weights, in memory of the team."""
+    of_weights: BatchLoss
+    """Loss and the gradients of the weights; the second term is the sparsity term."""
     threshold_gradient: Tensor
     """`[d_sae]`"""
 
@@ -65,9 +57,7 @@ def jumprelu_gradients(
     Memory beside the result: the codes of the batch and their gradients, ``2 n d_sae``; a copy of W_dec; three blocks of pre-activations
     per thread; and W_enc and W_dec in bfloat16 if products are in bfloat16.
     """
-    from saeens_models.kernels import compiled
-
-    n, d_in = x.shape
+    compiled, (n, d_in) = team.compiled, x.shape
     blocks = blocks_of_tokens(n)
     memory = _Memory.of(team, blocks, d_in, len(threshold))
     centred = team.scratch("centred", n, d_in) if apply_b_dec_to_input else x
@@ -83,81 +73,62 @@ def jumprelu_gradients(
     sparse: dict[int, _Entries] = {}  # by block
 
     def forward(i: int) -> float:
-        rows, block = blocks[i], memory.block(i)
+        rows = blocks[i]
+        z, of_pre, sums, fires, counts, starts, of_b_enc, of_threshold = memory.block(i)
         if apply_b_dec_to_input:
             torch.sub(x[rows], weights.b_dec, out=centred[rows])
         pre = linear(W_enc, centred[rows]).numpy()
-        z, of_pre = block.z.numpy(), block.of_pre.numpy()
-        n_entries = compiled.jumprelu(pre, b_enc, threshold.numpy(), half_bandwidth, z, block.sums, block.fires, block.counts)
+        n_entries = compiled.jumprelu(pre, b_enc, threshold.numpy(), half_bandwidth, z.numpy(), sums, fires, counts)
         error = memory.error[rows]
         compared = x[rows].numpy(), x_hat[rows].numpy(), error.numpy()
         if n_entries < SPARSE_BLOCK_MAX_DENSITY * pre.size:
-            sparse[i] = _Entries.within(block.of_pre, block.starts, n_entries)
-            starts, tokens, values, gradients = sparse[i]
-            compiled.list_entries(pre, z, threshold.numpy(), half_bandwidth, block.counts, starts, tokens, values)
+            sparse[i] = _Entries.within(of_pre, starts, n_entries)
+            _, tokens, values, gradients = sparse[i]
+            compiled.list_entries(pre, z.numpy(), threshold.numpy(), half_bandwidth, counts, starts, tokens, values)
             squares: float = compiled.decode_entries(starts, tokens, values, W_dec, b_dec, *compared)
             of_entries = starts, tokens, error.numpy(), W_dec
-            compiled.entry_gradients(pre, threshold.numpy(), *of_entries, *settings, gradients, block.of_b_enc, block.of_threshold)
+            compiled.entry_gradients(pre, threshold.numpy(), *of_entries, *settings, gradients, of_b_enc, of_threshold)
         else:
-            squares = compiled.compare(linear(by_dimension.matrix(), block.z.t()).numpy(), b_dec, *compared)
+            squares = compiled.compare(linear(by_dimension.matrix(), z.t()).numpy(), b_dec, *compared)
             of_z = linear(directions, error).numpy()
-            compiled.jumprelu_gradients(pre, threshold.numpy(), of_z, *settings, of_pre, block.of_b_enc, block.of_threshold)
+            compiled.jumprelu_gradients(pre, threshold.numpy(), of_z, *settings, of_pre.numpy(), of_b_enc, of_threshold)
         return squares
 
     mse = sum(team.run(forward, len(blocks))) / n
     sums = torch.from_numpy(memory.sums.sum(axis=0))
     of_norms = sums * (l1_coefficient / n) / norms.clamp_min(torch.finfo(norms.dtype).tiny)
-    gradients = _gradients(
-        team,
-        blocks,
-        memory,
-        sparse,
-        weights,
-        x=centred,
-        of_norms=of_norms if l1_coefficient else None,
-        scale=float(scale),
-        apply_b_dec_to_input=apply_b_dec_to_input,
-    )
+    gradients = _gradients(team, memory, sparse, weights, centred, of_norms if l1_coefficient else None, float(scale))
+    if apply_b_dec_to_input:
+        gradients.b_dec.addmv_(weights.W_enc.t(), gradients.b_enc, alpha=-1)
     fire_counts = torch.from_numpy(memory.fires.sum(axis=0))
     sparsity = l1_coefficient / n * float(sums @ norms) + l0_coefficient / n * int(fire_counts.sum())
-    return JumpReLULoss(
-        mse=torch.tensor(mse, dtype=torch.float32),
-        sparsity=torch.tensor(sparsity, dtype=torch.float32),
-        x_hat=x_hat,
-        fire_counts=fire_counts,
-        gradients=gradients,
-        threshold_gradient=torch.from_numpy(memory.of_threshold.sum(axis=0)),
-    )
+    terms = torch.tensor(mse, dtype=torch.float32), torch.tensor(sparsity, dtype=torch.float32)
+    return JumpReLULoss(BatchLoss(*terms, x_hat, fire_counts, gradients), torch.from_numpy(memory.of_threshold.sum(axis=0)))
 
 
-def _gradients(
-    team: Team,
-    blocks: Sequence[slice],
-    memory: _Memory,
-    sparse: Mapping[int, _Entries],
-    weights: Weights,
-    *,
-    x: Tensor,
-    of_norms: Tensor | None,
-    scale: float,
-    apply_b_dec_to_input: bool,
+def _gradients(  # noqa: PLR0917 - called once
+    team: Team, memory: _Memory, sparse: Mapping[int, _Entries], weights: Weights, x: Tensor, of_norms: Tensor | None, scale: float
 ) -> Weights:
-    """Compute the gradients of the weights from those of the pre-activations, from ``x`` and from the error.
+    """Compute the gradients of the weights from those of the pre-activations, from ``x`` and from the error; b_dec's only of the output.
 
     ``of_norms`` `[d_sae]`: gradients of W_dec's norms, divided by the norms; None without an L1 term.
     """
     gradients, d_sae = gradients_of(team, weights), len(weights.b_enc)
     gradients.b_enc.copy_(torch.from_numpy(memory.of_b_enc.sum(axis=0)))
+    whole_W_enc, whole_W_dec = gradients.W_enc.numpy(), gradients.W_dec.numpy()
     fewest, most = _RANGE_FEATURES
     size = min(max(-(-d_sae // 8), fewest), most)
 
     def backward(i: int) -> None:
         features = slice(i * size, min((i + 1) * size, d_sae))
         W_enc, W_dec = gradients.W_enc[features], gradients.W_dec[features]
-        for number, rows in enumerate(blocks):
+        for number, rows in enumerate(blocks_of_tokens(len(x))):
             per_token = x[rows], memory.error[rows]
             if number in sparse:
-                sparse[number].add_gradients(*per_token, features, gradients, memory.ignored, add=number > 0)
+                to = whole_W_enc, whole_W_enc, memory.ignored, whole_W_dec, np.empty(0, np.float32)
+                of_tokens = (each.numpy() for each in per_token)
+                add = number > 0
+                team.compiled.weight_gradients(*sparse[number], *of_tokens, np.float32(1), features.start, features.stop, add, *to)
                 continue
             for gradient, code, of_token in zip((W_enc, W_dec), (memory.of_pre[number], memory.z[number]), per_token, strict=True):
                 product = products.linear(code[features], of_token.t(), in_bfloat16=team.in_bfloat16)
@@ -168,33 +139,18 @@ def _gradients(
 
     team.run(backward, -(-d_sae // size))
     torch.sum(memory.error, dim=0, out=gradients.b_dec).mul_(scale)
-    if apply_b_dec_to_input:
-        gradients.b_dec.addmv_(weights.W_enc.t(), gradients.b_enc, alpha=-1)
     return gradients
 
 
-class _Block(NamedTuple):
-    """Memory for the results of a block of tokens."""
+class _Memory(NamedTuple):
+    """Memory for the results of a batch: all but the last two fields for every block of tokens."""
 
-    z: Tensor  # [d_sae, tokens]
-    of_pre: Tensor  # [d_sae, tokens]: gradients of pre-activations; in a sparse block memory for its entries
+    z: list[Tensor]  # [d_sae, tokens]
+    of_pre: list[Tensor]  # [d_sae, tokens]: gradients of pre-activations; in a sparse block memory for its entries
     sums: np.ndarray  # [d_sae], like all below: sums of z
     fires: np.ndarray  # int32: active tokens
     counts: np.ndarray  # int32: tokens that contribute to a gradient
     starts: np.ndarray  # int64 [d_sae + 1]: position of each feature's first entry, in a sparse block
-    of_b_enc: np.ndarray
-    of_threshold: np.ndarray
-
-
-class _Memory(NamedTuple):
-    """Memory for the results of a batch: the fields of `_Block` for every block, and arrays of the whole batch."""
-
-    z: list[Tensor]
-    of_pre: list[Tensor]
-    sums: np.ndarray
-    fires: np.ndarray
-    counts: np.ndarray
-    starts: np.ndarray
     of_b_enc: np.ndarray
     of_threshold: np.ndarray
     error: Tensor  # [n, d_in]
@@ -204,12 +160,16 @@ class _Memory(NamedTuple):
     def of(cls, team: Team, blocks: Sequence[slice], d_in: int, d_sae: int) -> _Memory:
         n = blocks[-1].stop
 
+        def by_block(name: str) -> list[Tensor]:
+            memory = team.scratch(name, n * d_sae)
+            return [memory[rows.start * d_sae : rows.stop * d_sae].view(d_sae, -1) for rows in blocks]
+
         def by_feature(name: str, size: int = d_sae, dtype: torch.dtype = torch.float32) -> np.ndarray:
             return team.scratch(name, len(blocks), size, dtype=dtype).numpy()
 
         return cls(
-            z=_by_block(team.scratch("z", n * d_sae), blocks, d_sae),
-            of_pre=_by_block(team.scratch("gradient of pre", n * d_sae), blocks, d_sae),
+            z=by_block("z"),
+            of_pre=by_block("gradient of pre"),
             sums=by_feature("sums"),
             fires=by_feature("fires", dtype=torch.int32),
             counts=by_feature("counts", dtype=torch.int32),
@@ -220,9 +180,8 @@ class _Memory(NamedTuple):
             ignored=team.scratch("gradients of b_enc that are known", d_sae).numpy(),
         )
 
-    def block(self, i: int) -> _Block:
-        of_block: tuple[Any, ...] = tuple(each[i] for each in self[:-2])
-        return _Block(*of_block)
+    def block(self, i: int) -> tuple[Any, ...]:
+        return tuple(each[i] for each in self[:-2])
 
 
 class _Entries(NamedTuple):
@@ -239,16 +198,6 @@ class _Entries(NamedTuple):
         tokens, values, gradients = memory.flatten()[: 3 * n].split(n) if n else (memory.flatten()[:0],) * 3
         return cls(starts, tokens.view(torch.int32).numpy(), values.numpy(), gradients.numpy())
 
-    def add_gradients(self, x: Tensor, error: Tensor, features: slice, to: Weights, of_b_enc: np.ndarray, *, add: bool) -> None:
-        """Write the block's gradients of the weights of some features, without the error's scale; ``add``: to the existing values."""
-        from saeens_models.kernels import compiled
-
-        W_enc, W_dec = to.W_enc.numpy(), to.W_dec.numpy()
-        compiled.weight_gradients(
-            self.starts, self.tokens, self.values, self.gradients, x.numpy(), error.numpy(), np.float32(1), features.start, features.stop,
-            add, W_enc, W_enc, of_b_enc, W_dec, np.empty(0, np.float32),
-        )  # fmt: skip
-
 
 class _Transposed:
     """W_dec by dimension, `[d_in, d_sae]`, copied when a block first needs it."""
@@ -263,8 +212,3 @@ class _Transposed:
                 self._memory.copy_(self._W_dec.t())
                 self._is_copied = True
         return self._memory
-
-
-def _by_block(memory: Tensor, blocks: Sequence[slice], d_sae: int) -> list[Tensor]:
-    """Return a matrix `[d_sae, tokens]` for each block of tokens."""
-    return [memory[rows.start * d_sae : rows.stop * d_sae].view(d_sae, -1) for rows in blocks]

@@ -5,8 +5,6 @@ instead of a matrix product. The inner products are rounded to int16, which halv
 leaves open are compared in float32, so that the choice follows the definition.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +19,14 @@ _BLOCK_TOKENS = 128
 _GRAM_ROWS = 256
 _MOST_SUMS = 4
 """Number of partial sums of gradients, each of the size of W_dec and computed by one thread."""
+
+
+class Limits(NamedTuple):
+    """When the pursuit of a token ends, as in the configuration of a matching pursuit SAE."""
+
+    max_iterations: int
+    residual_threshold: float
+    stop_on_duplicate_support: bool
 
 
 class Gram(NamedTuple):
@@ -63,12 +69,10 @@ def gram(team: Team, W_dec: Tensor) -> Gram:
 
     Memory: two bytes per product, and a block of rows per thread.
     """
-    from saeens_models.kernels import compiled_pursuit as compiled
-
-    d_sae = len(W_dec)
+    compiled, d_sae = team.compiled_pursuit, len(W_dec)
     largest = W_dec.norm(dim=1).max().square().clamp_min(torch.finfo(torch.float32).tiny)
     scale = np.float32(largest) * np.float32(1.0001) / compiled.STEPS
-    products = np.empty((d_sae, _padded(d_sae)), np.int16)
+    products = np.empty((d_sae, -(-d_sae // compiled.WIDTH) * compiled.WIDTH), np.int16)
 
     def fill(i: int) -> None:
         rows = slice(i * _GRAM_ROWS, min((i + 1) * _GRAM_ROWS, d_sae))
@@ -79,76 +83,36 @@ def gram(team: Team, W_dec: Tensor) -> Gram:
     return Gram(products, scale, np.float32(0.51) * scale)
 
 
-def pursue(
-    team: Team,
-    centred: Tensor,
-    W_dec: Tensor,
-    inner: Gram,
-    *,
-    max_iterations: int,
-    residual_threshold: float,
-    stop_on_duplicate_support: bool,
-) -> Pursuit:
+def pursue(team: Team, centred: Tensor, W_dec: Tensor, inner: Gram, limits: Limits) -> Pursuit:
     """Run matching pursuit on ``centred`` `[n, d_in]` (float32, contiguous).
 
     The definition is that of :class:`~saeens_models.architectures.matching_pursuit.MatchingPursuitSAE`. Memory beside the result: the
     correlations of `_BLOCK_TOKENS` tokens per thread, twice.
     """
-    from saeens_models.kernels import compiled_pursuit as compiled
-
-    n, d_sae = len(centred), len(W_dec)
-    indices, values = torch.empty(n, max_iterations, dtype=torch.int32), torch.empty(n, max_iterations)
-    residual = torch.empty_like(centred)
+    n, d_sae, n_iterations = len(centred), len(W_dec), limits.max_iterations
+    found = torch.empty(n, n_iterations, dtype=torch.int32), torch.empty(n, n_iterations), torch.empty_like(centred)
+    stops = np.float32(limits.residual_threshold), limits.stop_on_duplicate_support
 
     def take(i: int) -> None:
         rows = slice(i * _BLOCK_TOKENS, min((i + 1) * _BLOCK_TOKENS, n))
-        correlations = team.scratch("correlations", rows.stop - rows.start, _padded(d_sae))
+        correlations = team.scratch("correlations", rows.stop - rows.start, inner.products.shape[1])
         correlations[:, d_sae:] = -torch.inf
         correlations[:, :d_sae] = torch.mm(centred[rows], W_dec.t(), out=team.scratch("products", rows.stop - rows.start, d_sae))
-        compiled.pursue(
-            centred[rows].numpy(),
-            correlations.numpy(),
-            W_dec.numpy(),
-            inner.products,
-            inner.scale,
-            inner.rounding,
-            np.float32(residual_threshold),
-            stop_on_duplicate_support,
-            indices[rows].numpy(),
-            values[rows].numpy(),
-            residual[rows].numpy(),
-        )
+        given, to = (centred[rows].numpy(), correlations.numpy(), W_dec.numpy()), (each[rows].numpy() for each in found)
+        team.compiled_pursuit.pursue(*given, *inner, *stops, *to)
 
     team.run(take, -(-n // _BLOCK_TOKENS))
-    return Pursuit(indices, values, residual)
+    return Pursuit(*found)
 
 
-def pursuit_gradients(
-    team: Team,
-    centred: Tensor,
-    W_dec: Tensor,
-    *,
-    max_iterations: int,
-    residual_threshold: float,
-    stop_on_duplicate_support: bool,
-) -> PursuitGradients:
+def pursuit_gradients(team: Team, centred: Tensor, W_dec: Tensor, limits: Limits) -> PursuitGradients:
     """Compute the loss ``mean ||residual||^2`` of a batch ``centred`` `[n, d_in]` (float32, contiguous) and its gradients.
 
     Gradients flow through all choices. Memory beside the result: the inner products (:func:`gram`), and four tensors of the size of
     ``W_dec``, whose sums do not depend on the number of threads.
     """
-    from saeens_models.kernels import compiled_pursuit as compiled
-
     n = len(centred)
-    found = pursue(
-        team,
-        centred,
-        W_dec,
-        gram(team, W_dec),
-        max_iterations=max_iterations,
-        residual_threshold=residual_threshold,
-        stop_on_duplicate_support=stop_on_duplicate_support,
-    )
+    found = pursue(team, centred, W_dec, gram(team, W_dec), limits)
     mse = found.residual.square().sum(dim=1).mean()
     n_sums = min(_MOST_SUMS, -(-n // _BLOCK_TOKENS))
     size = -(-n // n_sums)
@@ -157,21 +121,9 @@ def pursuit_gradients(
 
     def back(i: int) -> None:
         rows = slice(i * size, min((i + 1) * size, n))
-        compiled.pursue_back(
-            W_dec.numpy(),
-            found.indices[rows].numpy(),
-            found.values[rows].numpy(),
-            left[rows].numpy(),
-            np.float32(2 / n),
-            of_W_dec[i].numpy(),
-            of_centre[i].numpy(),
-        )
+        indices, values, residual = (each[rows].numpy() for each in (found.indices, found.values, left))
+        to = of_W_dec[i].numpy(), of_centre[i].numpy()
+        team.compiled_pursuit.pursue_back(W_dec.numpy(), indices, values, residual, np.float32(2 / n), *to)
 
     team.run(back, n_sums)
     return PursuitGradients(mse, found, of_W_dec.sum(dim=0), of_centre.sum(dim=0))
-
-
-def _padded(n: int) -> int:
-    from saeens_models.kernels import compiled_pursuit as compiled
-
-    return -(-n // compiled.WIDTH) * compiled.WIDTH

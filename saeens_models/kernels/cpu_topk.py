@@ -4,19 +4,18 @@ A thread encodes a block of tokens, selects its features and decodes them while 
 pre-activations of a whole batch are never allocated. One thread sums a feature's gradients over the tokens on which it is active.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from saeens_models.kernels.cpu_topk_encoder import Encoder, bfloat16_pays, select_topk
+from saeens_models.kernels.reference import TopKSettings
 from saeens_models.kernels.team import Team, blocks_of_tokens
-from saeens_models.kernels.weights import Weights, gradients_of
+from saeens_models.kernels.weights import BatchLoss, Weights, gradients_of
 
 COMPILED_STEP_MAX_DENSITY = 0.35
 """Share k / d_sae up to which the compiled step is faster than autograd's dense step. Measured with d_sae 768 and 4096."""
@@ -24,21 +23,6 @@ _RANGE_PRODUCTS, _MOST_RANGES = 2**19, 64
 """Multiplications per range of features, so that a thread for it pays; and the largest number of ranges."""
 _OPERATIONS_PER_SORTED = 32
 """Cost of sorting one entry, in arithmetic operations on cached numbers."""
-
-
-class TopKLoss(NamedTuple):
-    """Loss of a batch, its gradients and its reconstruction."""
-
-    mse: Tensor
-    """Scalar: squared error summed over d_in, mean over tokens."""
-    auxiliary: Tensor
-    """Scalar: the auxiliary loss of the dead features, with its coefficient."""
-    x_hat: Tensor
-    """Reconstruction `[n, d_in]`."""
-    fire_counts: Tensor
-    """Number of tokens on which each feature is active, `[d_sae]`."""
-    gradients: Weights
-    """Gradients of the weights, in memory of the team."""
 
 
 class TopKCode(NamedTuple):
@@ -67,27 +51,9 @@ class _Entries(NamedTuple):
     gradients_by_feature: np.ndarray  # gradients, in the same order
 
 
-class _Revived(NamedTuple):
-    """The dead features of the auxiliary loss, and memory for their code."""
-
-    entries: _Entries
-    scale: np.float32  # of the error's gradient
-    features: np.ndarray  # int32 [n_dead]
-    W_enc: Tensor  # [n_dead, d_in]
-    b_enc: np.ndarray  # [n_dead]
-
-
 def topk_gradients(
-    team: Team,
-    x: Tensor,
-    weights: Weights,
-    *,
-    k: int,
-    apply_b_dec_to_input: bool,
-    dead: Tensor | None = None,
-    k_aux: int = 1,
-    aux_coefficient: float = 0.0,
-) -> TopKLoss:
+    team: Team, x: Tensor, weights: Weights, *, dead: Tensor | None = None, aux_coefficient: float = 0.0, **settings: Unpack[TopKSettings]
+) -> BatchLoss:
     """Compute the loss of a TopK SAE on ``x`` `[n, d_in]` (float32, contiguous) and its gradients.
 
     The loss is ``mean ||x_hat - x||^2 + aux_coefficient * mean ||e_hat - (x - x_hat)||^2``, where ``e_hat`` is decoded from the
@@ -98,25 +64,22 @@ def topk_gradients(
     and eight of the size of the code `[n, k]`, and as many more, with `[n, k_aux]`, for dead features; W_enc in bfloat16 if the encoder
     uses it.
     """
-    from saeens_models.kernels import compiled
-
-    n, d_in = x.shape
-    d_sae = len(weights.b_enc)
+    (n, d_in), d_sae, k, compiled = x.shape, len(weights.b_enc), settings["k"], team.compiled
+    apply_b_dec_to_input = settings.get("apply_b_dec_to_input", True)
     blocks = blocks_of_tokens(n)
     main = team.kept("entries", _entries, n, d_in, k, d_sae)
     scale = np.float32(2 / n)
     x_hat = torch.empty_like(x)
     x_rows, x_hat_rows, W_dec, b_enc, b_dec = (each.numpy() for each in (x, x_hat, weights.W_dec, weights.b_enc, weights.b_dec))
-    centred, error_sums = team.kept("sums", _sums, n, d_in)
-    if not apply_b_dec_to_input:
-        centred = x
+    centred = team.scratch("centred", n, d_in) if apply_b_dec_to_input else x
+    error_sums = team.scratch("sums of errors", len(blocks), d_in).numpy()
     centred_rows = centred.numpy()
     revived = None
     if dead is not None:
-        k_aux = min(k_aux, len(dead))
-        entries = team.kept("entries of dead features", _entries, n, d_in, k_aux, d_sae)
+        k_aux = min(settings.get("k_aux", 1), len(dead))
+        entries_of_dead = team.kept("entries of dead features", _entries, n, d_in, k_aux, d_sae)
         features = dead.to(torch.int32).numpy()
-        revived = _Revived(entries, np.float32(aux_coefficient * 2 / n), features, weights.W_enc[dead], b_enc[features])
+        revived = entries_of_dead, np.float32(aux_coefficient * 2 / n), features, weights.W_enc[dead], b_enc[features]
     encoder = Encoder(team, weights, rough=bfloat16_pays(n, weights))
 
     def forward(i: int) -> tuple[float, float]:
@@ -129,26 +92,18 @@ def topk_gradients(
         squares: float = compiled.reconstruct(indices, values, W_dec, b_dec, x_rows[rows], scale, *found)
         if revived is None:
             return squares, 0.0
-        code = (*(each[rows] for each in revived.entries[:4]), revived.entries.counts[i])
-        indices, values, error_of_dead, gradients, counts = code
-        select_topk(team, torch.mm(centred[rows], revived.W_enc.t()), revived.b_enc, indices, values)
-        squares_of_dead = compiled.reconstruct_error(
-            revived.features, W_dec, error, revived.scale, indices, values, error_of_dead, gradients, counts
-        )
-        return squares, squares_of_dead
+        entries, scale_of_dead, features, W_enc_of_dead, b_enc_of_dead = revived
+        code = (*(each[rows] for each in entries[:4]), entries.counts[i])
+        select_topk(team, torch.mm(centred[rows], W_enc_of_dead.t()), b_enc_of_dead, code[0], code[1])
+        return squares, compiled.reconstruct_error(features, W_dec, error, scale_of_dead, *code)
 
     sums = team.run(forward, len(blocks))
     mse, auxiliary = (sum(parts) / n for parts in zip(*sums, strict=True))
-    codes = [(main, scale)] if revived is None else [(main, scale), (revived.entries, revived.scale)]
-    gradients = _gradients(team, codes, blocks, centred_rows, weights, apply_b_dec_to_input=apply_b_dec_to_input)
+    codes = [(main, scale)] if revived is None else [(main, scale), revived[:2]]
+    gradients = _gradients(team, codes, blocks, centred_rows, weights, centres=apply_b_dec_to_input)
     gradients.b_dec.add_(torch.from_numpy(error_sums.sum(axis=0)), alpha=float(scale))
-    return TopKLoss(
-        mse=torch.tensor(mse, dtype=torch.float32),
-        auxiliary=torch.tensor(aux_coefficient * auxiliary, dtype=torch.float32),
-        x_hat=x_hat,
-        fire_counts=torch.from_numpy(main.counts.sum(axis=0)),
-        gradients=gradients,
-    )
+    terms = torch.tensor(mse, dtype=torch.float32), torch.tensor(aux_coefficient * auxiliary, dtype=torch.float32)
+    return BatchLoss(*terms, x_hat, torch.from_numpy(main.counts.sum(axis=0)), gradients)
 
 
 def topk_reconstruct(team: Team, x: Tensor, weights: Weights, *, k: int, apply_b_dec_to_input: bool) -> TopKCode:
@@ -156,8 +111,6 @@ def topk_reconstruct(team: Team, x: Tensor, weights: Weights, *, k: int, apply_b
 
     Memory beside the result: a block of pre-activations per thread.
     """
-    from saeens_models.kernels import compiled
-
     blocks = blocks_of_tokens(len(x))
     indices, values, x_hat = np.empty((len(x), k), np.int32), np.empty((len(x), k), np.float32), torch.empty_like(x)
     W_dec = weights.W_dec.numpy()
@@ -167,9 +120,9 @@ def topk_reconstruct(team: Team, x: Tensor, weights: Weights, *, k: int, apply_b
         rows = blocks[i]
         given = torch.sub(x[rows], weights.b_dec) if apply_b_dec_to_input else x[rows]
         encoder.encode(given, indices[rows], values[rows])
-        compiled.relu(values[rows], indices[rows])
+        team.compiled.relu(values[rows], indices[rows])
         x_hat[rows] = weights.b_dec
-        compiled.decode(indices[rows], values[rows], W_dec, x_hat[rows].numpy())
+        team.compiled.decode(indices[rows], values[rows], W_dec, x_hat[rows].numpy())
 
     team.run(forward, len(blocks))
     return TopKCode(torch.from_numpy(values), torch.from_numpy(indices), x_hat)
@@ -196,54 +149,38 @@ def _entries(team: Team, name: str, *shape: int) -> _Entries:
     )
 
 
-def _sums(team: Team, name: str, n: int, d_in: int) -> tuple[Tensor, np.ndarray]:
-    """Return memory for the centred input `[n, d_in]` and for the error's sum over each block of tokens `[n_blocks, d_in]`."""
-    n_blocks = len(blocks_of_tokens(n))
-    return team.scratch(f"{name}: input", n, d_in), team.scratch(f"{name} of errors", n_blocks, d_in).numpy()
-
-
 def _gradients(
-    team: Team,
-    codes: Sequence[tuple[_Entries, np.float32]],
-    blocks: Sequence[slice],
-    x: np.ndarray,
-    weights: Weights,
-    *,
-    apply_b_dec_to_input: bool,
+    team: Team, codes: Sequence[tuple[_Entries, np.float32]], blocks: Sequence[slice], x: np.ndarray, weights: Weights, *, centres: bool
 ) -> Weights:
     """Compute the gradients of the weights, summed over the entries of all codes; b_dec's only through the centred input."""
-    from saeens_models.kernels import compiled
-
     gradients = gradients_of(team, weights)
     W_enc, b_enc, W_dec, _ = (gradient.numpy() for gradient in gradients)
     W = weights.W_enc.numpy()
     for entries, _ in codes:
         _sort_by_feature(team, entries, blocks)
     ranges = _ranges(np.sum([entries.starts for entries, _ in codes], axis=0), x.shape[1])
-    of_mean = np.zeros((len(ranges), x.shape[1] if apply_b_dec_to_input else 0), np.float32)
+    of_mean = np.zeros((len(ranges), x.shape[1] if centres else 0), np.float32)
 
     def backward(i: int) -> None:
         first, last = ranges[i]
         for number, (each, scale) in enumerate(codes):
             add = number > 0
             sorted_entries = each.starts, each.tokens, each.by_feature, each.gradients_by_feature
-            compiled.weight_gradients(*sorted_entries, x, each.error, scale, first, last, add, W, W_enc, b_enc, W_dec, of_mean[i])
+            team.compiled.weight_gradients(*sorted_entries, x, each.error, scale, first, last, add, W, W_enc, b_enc, W_dec, of_mean[i])
 
     team.run(backward, len(ranges))
-    gradients.b_dec.copy_(torch.from_numpy(of_mean.sum(axis=0))) if apply_b_dec_to_input else gradients.b_dec.zero_()
+    gradients.b_dec.copy_(torch.from_numpy(of_mean.sum(axis=0))) if centres else gradients.b_dec.zero_()
     return gradients
 
 
 def _sort_by_feature(team: Team, code: _Entries, blocks: Sequence[slice]) -> None:
     """Sort the entries by feature, with a counting sort: counts of earlier blocks give the positions of a block's entries."""
-    from saeens_models.kernels import compiled
-
-    compiled.first_places(code.counts, code.starts, code.ends)
+    team.compiled.first_places(code.counts, code.starts, code.ends)
 
     def sort(i: int) -> None:
         rows = blocks[i]
         entries = code.indices[rows], code.values[rows], code.gradients[rows]
-        compiled.sort_by_feature(*entries, rows.start, code.ends[i], code.tokens, code.by_feature, code.gradients_by_feature)
+        team.compiled.sort_by_feature(*entries, rows.start, code.ends[i], code.tokens, code.by_feature, code.gradients_by_feature)
 
     team.run(sort, len(blocks), work=_OPERATIONS_PER_SORTED * code.indices.size)
 

@@ -1,9 +1,5 @@
 """The encoder of TopK SAEs on the CPU: the largest pre-activations of each token, in float32 or, if faster, first in bfloat16."""
 
-from __future__ import annotations
-
-from typing import NamedTuple
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -34,8 +30,6 @@ class Encoder:
         self._b_enc = weights.b_enc.numpy()
         self._W_rough: Tensor | None = None
         if rough:
-            from saeens_models.kernels import compiled_topk
-
             W_enc, (d_sae, d_in) = weights.W_enc, weights.W_enc.shape
             W_rough = self._W_rough = team.kept("rough W_enc", _rough_rows, d_sae, d_in)
             W_rough[:, d_in] = weights.b_enc
@@ -43,7 +37,7 @@ class Encoder:
 
             def round_some(i: int) -> None:
                 features = slice(i * _ROUNDED_FEATURES, (i + 1) * _ROUNDED_FEATURES)
-                compiled_topk.round_rows(rows[features], rounded[features], norms[0, features], norms[1, features])
+                team.compiled_topk.round_rows(rows[features], rounded[features], norms[0, features], norms[1, features])
 
             team.run(round_some, -(-d_sae // _ROUNDED_FEATURES), work=4 * W_enc.numel())
             norm, distance = norms.max(axis=1)
@@ -64,20 +58,20 @@ class Encoder:
         The weights are the first factor of the product, which then takes two thirds of the time. With x' and w' in bfloat16, the error
         of the computed ``x'.w'`` is at most ``|x - x'| |w| + |x'| (|w - w'| + summation |w|)``, plus the error of the bias.
         """
-        from saeens_models.kernels import compiled_topk
-
+        compiled_topk = self._team.compiled_topk
         (n, d_in), d_sae, k = x.shape, len(W_rough), indices.shape[1]
         memory = self._team.kept("selection of rough features", _exact_selection, n, d_sae, k)
-        x_rough = self._team.kept("rough x", _rough_input, n, d_in)
-        x_rows, (x_norms, off) = x.numpy(), self._team.kept("norms of x", _norms, n)
+        x_rough = self._team.kept("rough x", _rough_rows, n, d_in)
+        x_rough[:, d_in] = 1  # the column of the bias
+        x_rows, (x_norms, off) = x.numpy(), self._team.scratch("norms of x", 2, n).numpy()
         compiled_topk.round_rows(x_rows, _bits(x_rough), x_norms, off)
         errors = off * self._norm + (x_norms + off) * self._rounding + self._of_bias
         rough = self._team.scratch("rough pre-activations", d_sae, n, dtype=torch.bfloat16)
         torch.mm(W_rough, x_rough.t(), out=rough)
         W_enc = self._weights.W_enc.numpy()
-        n_left_out = compiled_topk.select_topk_exactly(_bits(rough), self._b_enc, x_rows, errors, W_enc, tuple(memory), indices, values)
+        n_left_out = compiled_topk.select_topk_exactly(_bits(rough), self._b_enc, x_rows, errors, W_enc, memory, indices, values)
         if n_left_out > 0:
-            tokens = memory.tokens[:n_left_out]
+            tokens = memory[10][:n_left_out]  # as the kernel unpacks it
             their_indices, their_values = indices[tokens], values[tokens]
             pre = linear(x[torch.from_numpy(tokens)], self._weights.W_enc)
             select_topk(self._team, pre, self._b_enc, their_indices, their_values)
@@ -86,74 +80,35 @@ class Encoder:
 
 def select_topk(team: Team, pre: Tensor, bias: np.ndarray, indices: np.ndarray, values: np.ndarray) -> None:
     """Select the k largest entries of each row of ``pre + bias`` `[n, m]`; the bias is added in place."""
-    from saeens_models.kernels import compiled_topk
-
     memory = team.kept("selection", _selection, len(bias))
-    compiled_topk.select_topk(pre.numpy(), pre.view(torch.int32).numpy(), bias, *memory, indices, values)
+    team.compiled_topk.select_topk(pre.numpy(), pre.view(torch.int32).numpy(), bias, *memory, indices, values)
 
 
-class _Selection(NamedTuple):
-    """Memory to select from a row of m entries."""
-
-    keys: np.ndarray  # int32 [m + STRIDE]
-    places: np.ndarray  # int32 [2 m]
-    scores: np.ndarray  # [m]
-
-
-def _selection(team: Team, name: str, m: int) -> _Selection:
-    from saeens_models.kernels import compiled_topk
-
-    def part(part: str, size: int, dtype: torch.dtype = torch.float32) -> np.ndarray:
-        return team.scratch(f"{part} of {name}", size, dtype=dtype).numpy()
-
-    return _Selection(
-        keys=part("keys", m + compiled_topk.STRIDE, torch.int32), places=part("places", 2 * m, torch.int32), scores=part("scores", m)
-    )
+def _selection(team: Team, name: str, m: int) -> tuple[np.ndarray, ...]:
+    """Return memory to select from a row of m entries: keys int32 `[m + STRIDE]`, places int32 `[2 m]`, scores `[m]`."""
+    sizes = {"keys": m + team.compiled_topk.STRIDE, "places": 2 * m}
+    integers = [team.scratch(f"{part} of {name}", size, dtype=torch.int32).numpy() for part, size in sizes.items()]
+    return *integers, team.scratch(f"scores of {name}", m).numpy()
 
 
-class _ExactSelection(NamedTuple):
-    """Memory to select features for n tokens, `[n]` unless a comment says otherwise.
-
-    The kernel gets a plain tuple: compiled code on disk refers to the types of arguments by name.
-    """
-
-    maxima: np.ndarray  # int16 [groups of features, n]
-    candidates: np.ndarray  # int32 [n, capacity]
-    scores: np.ndarray  # [n, capacity]
-    score_bits: np.ndarray  # the same memory as int32
-    n_candidates: np.ndarray  # int64
-    n_unsure: np.ndarray  # int64
-    sure: np.ndarray  # int16, like the next three
-    high: np.ndarray
-    least: np.ndarray
-    counts: np.ndarray
-    tokens: np.ndarray  # int64, like the next two
-    some: np.ndarray
-    reaching: np.ndarray
-    keys: np.ndarray  # int32 [capacity + STRIDE]
-
-
-def _exact_selection(team: Team, name: str, *shape: int) -> _ExactSelection:
-    from saeens_models.kernels import compiled_topk
-
-    def part(part: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return team.scratch(f"{part} of {name}", *shape, dtype=dtype)
-
+def _exact_selection(team: Team, name: str, *shape: int) -> tuple[np.ndarray, ...]:
+    """Return memory to select features for n tokens, in the kernel's order; compiled code on disk refers to named tuples by name."""
     n, d_sae, k = shape
     capacity = min(d_sae, max(d_sae // 8, 2 * k + _SPARE_CANDIDATES))
-    scores = part("scores", n, capacity)
-    return _ExactSelection(
-        maxima=part("maxima", compiled_topk.n_groups(d_sae, k), n, dtype=torch.int16).numpy(),
-        candidates=part("candidates", n, capacity, dtype=torch.int32).numpy(),
-        scores=scores.numpy(),
-        score_bits=scores.view(torch.int32).numpy(),
-        n_candidates=part("n_candidates", n, dtype=torch.int64).numpy(),
-        n_unsure=part("n_unsure", n, dtype=torch.int64).numpy(),
-        **{each: part(each, n, dtype=torch.int16).numpy() for each in ("sure", "high", "least", "counts")},
-        tokens=part("tokens", n, dtype=torch.int64).numpy(),
-        some=part("some", n, dtype=torch.int64).numpy(),
-        reaching=part("reaching", n, dtype=torch.int64).numpy(),
-        keys=part("keys", capacity + compiled_topk.STRIDE, dtype=torch.int32).numpy(),
+
+    def part(part: str, *shape: int, dtype: torch.dtype) -> np.ndarray:
+        return team.scratch(f"{part} of {name}", *shape, dtype=dtype).numpy()
+
+    scores = part("scores", n, capacity, dtype=torch.float32)
+    return (
+        part("maxima", team.compiled_topk.n_groups(d_sae, k), n, dtype=torch.int16),
+        part("candidates", n, capacity, dtype=torch.int32),
+        scores,
+        scores.view(np.int32),
+        *(part(each, n, dtype=torch.int64) for each in ("n_candidates", "n_unsure")),
+        *(part(each, n, dtype=torch.int16) for each in ("sure", "high", "least", "counts")),
+        *(part(each, n, dtype=torch.int64) for each in ("tokens", "some", "reaching")),
+        part("keys", capacity + team.compiled_topk.STRIDE, dtype=torch.int32),
     )
 
 
@@ -162,17 +117,6 @@ def _rough_rows(team: Team, name: str, n: int, d: int) -> Tensor:
     rows = team.scratch(name, n, d + _BIAS_COLUMNS, dtype=torch.bfloat16)
     rows[:, d:] = 0
     return rows
-
-
-def _rough_input(team: Team, name: str, n: int, d_in: int) -> Tensor:
-    """Return memory for the input in bfloat16, with a 1 in the column of the bias."""
-    x_rough = _rough_rows(team, name, n, d_in)
-    x_rough[:, d_in] = 1
-    return x_rough
-
-
-def _norms(team: Team, name: str, n: int) -> np.ndarray:
-    return team.scratch(name, 2, n).numpy()
 
 
 def _bits(rough: Tensor) -> np.ndarray:

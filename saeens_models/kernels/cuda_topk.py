@@ -9,18 +9,16 @@ one SAE. They share kernel launches, because launches of small SAEs take longer 
 Kernels are used on a device only after they agreed there with the reference on weights of the same shape.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from saeens_models.kernels import reference
-from saeens_models.kernels.reference import TopK, TopKReconstruction
+from saeens_models.kernels.reference import TopK, TopKReconstruction, TopKSettings
 
 FourWeights = tuple[Tensor, Tensor, Tensor, Tensor]
 """W_enc `[d_in, d_sae]`, b_enc, W_dec and b_dec of an SAE, as in :class:`~saeens_models.architectures.SAE`."""
@@ -34,61 +32,43 @@ _TOLERANCE = 5e-3  # relative to the largest entry: products in TF32, if torch u
 
 
 def topk_reconstruction(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    W_dec: Tensor,
-    b_dec: Tensor,
-    *,
-    k: int,
-    apply_b_dec_to_input: bool = True,
-    dead_mask: Tensor | None = None,
-    k_aux: int = 1,
+    x: Tensor, *weights: Tensor, dead_mask: Tensor | None = None, **settings: Unpack[TopKSettings]
 ) -> TopKReconstruction:
     """Compute :func:`saeens_models.kernels.reference.topk_reconstruction`, with the sparse step if it is faster and passed its check.
 
     Under ``torch.autocast`` the sparse step selects features by an encoder product in autocast's type; see
     :func:`sparse_topk_reconstructions`.
     """
-    weights = (W_enc, b_enc, W_dec, b_dec)
-    settings: dict[str, Any] = {"k": k, "apply_b_dec_to_input": apply_b_dec_to_input, "k_aux": k_aux}
-    sparse = topk_reconstructions(x, [weights], dead_masks=[dead_mask], **settings)
+    W_enc, b_enc, W_dec, b_dec = weights
+    sparse = topk_reconstructions(x, [(W_enc, b_enc, W_dec, b_dec)], dead_masks=[dead_mask], **settings)
     return reference.topk_reconstruction(x, *weights, dead_mask=dead_mask, **settings) if sparse is None else sparse[0]
 
 
 def topk_reconstructions(
-    x: Tensor,
-    weights: Sequence[FourWeights],
-    *,
-    k: int,
-    apply_b_dec_to_input: bool = True,
-    dead_masks: Sequence[Tensor | None],
-    k_aux: int = 1,
+    x: Tensor, weights: Sequence[FourWeights], *, dead_masks: Sequence[Tensor | None], **settings: Unpack[TopKSettings]
 ) -> list[TopKReconstruction] | None:
     """Compute :func:`topk_reconstruction` for several SAEs of one shape on the same tokens, in the kernel launches of one.
 
     Returns None if the sparse step is not faster or failed its check.
     """
-    d_sae, d_in = weights[0][2].shape
-    if not x.is_cuda or x.dtype != torch.float32 or k >= TRITON_STEP_MAX_DENSITY * d_sae or max(k, k_aux) > _MOST_SELECTED:
+    (d_sae, d_in), k = weights[0][2].shape, settings["k"]
+    most = max(k, settings.get("k_aux", 1))
+    if not x.is_cuda or x.dtype != torch.float32 or k >= TRITON_STEP_MAX_DENSITY * d_sae or most > _MOST_SELECTED:
         return None
     encoder_dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else torch.float32
-    settings: dict[str, Any] = {"k": k, "apply_b_dec_to_input": apply_b_dec_to_input, "dead_masks": dead_masks, "k_aux": k_aux}
     with torch.cuda.device(x.device), torch.autocast("cuda", enabled=False):
         if not agrees_with_reference(x.device, encoder_dtype, d_in, d_sae, k, n_saes=len(weights)):
             return None
-        return sparse_topk_reconstructions(x, weights, encoder_dtype=encoder_dtype, **settings)
+        return sparse_topk_reconstructions(x, weights, dead_masks=dead_masks, encoder_dtype=encoder_dtype, **settings)
 
 
 def sparse_topk_reconstructions(
     x: Tensor,
     weights: Sequence[FourWeights],
     *,
-    k: int,
-    apply_b_dec_to_input: bool = True,
     dead_masks: Sequence[Tensor | None],
-    k_aux: int = 1,
     encoder_dtype: torch.dtype = torch.float32,
+    **settings: Unpack[TopKSettings],
 ) -> list[TopKReconstruction]:
     """Compute the sparse step for float32 tensors on one CUDA device (or on any device if Triton interprets its kernels).
 
@@ -99,9 +79,7 @@ def sparse_topk_reconstructions(
     """
     dead = _marked_features(dead_masks)
     W_enc, b_enc, W_dec, b_dec = (_stacked(each) for each in zip(*((W.t(), *others) for W, *others in weights), strict=True))
-    x_hat, fire_counts, *error_hats = _SparseTopKReconstructions.apply(
-        x, W_enc, b_enc, W_dec, b_dec, k, apply_b_dec_to_input, dead, k_aux, encoder_dtype
-    )
+    x_hat, fire_counts, *error_hats = _SparseTopKReconstructions.apply(x, W_enc, b_enc, W_dec, b_dec, dead, encoder_dtype, settings)
     n_dead = [0 if features is None else len(features) for features in dead]
     return [TopKReconstruction(*each) for each in zip(_unstacked(x_hat), error_hats, n_dead, _unstacked(fire_counts), strict=True)]
 
@@ -135,18 +113,17 @@ class _SparseTopKReconstructions(torch.autograd.Function):
         b_enc: Tensor,
         W_dec: Tensor,
         b_dec: Tensor,
-        k: int,
-        apply_b_dec_to_input: bool,
         dead: Sequence[Tensor | None],
-        k_aux: int,
         encoder_dtype: torch.dtype,
+        settings: TopKSettings,
     ) -> tuple[Tensor | None, ...]:
         from saeens_models.kernels.triton_topk import sum_rows
 
+        k, apply_b_dec_to_input = settings["k"], settings.get("apply_b_dec_to_input", True)
         n_tokens, n_features = len(W_enc) * len(x), W_enc[..., 0].numel()
         x = x - b_dec[:, None] if apply_b_dec_to_input else x.expand(len(W_enc), *x.shape).contiguous()  # [J, n, d_in]
         W_enc, b_enc, W_dec = W_enc.contiguous(), b_enc.contiguous(), W_dec.contiguous()
-        code, dead_codes = _encode(x, W_enc, b_enc, k=k, dead=dead, k_aux=k_aux, dtype=encoder_dtype)
+        code, dead_codes = _encode(x, W_enc, b_enc, k=k, dead=dead, k_aux=settings.get("k_aux", 1), dtype=encoder_dtype)
         values = code.values.relu()
         first_entries = torch.arange(0, n_tokens * k + 1, k, device=x.device)
         x_hat = sum_rows(b_dec[:, None].repeat(1, x.shape[1], 1), W_dec, code.indices, values, first_entries)
@@ -192,7 +169,7 @@ class _SparseTopKReconstructions(torch.autograd.Function):
         grad_b_dec = grad_x_hat.sum(dim=1)
         if ctx.apply_b_dec_to_input:
             grad_b_dec.unsqueeze(1).baddbmm_(grad_b_enc.unsqueeze(1), W_enc, alpha=-1)
-        return None, grad_W_enc, grad_b_enc, grad_W_dec, grad_b_dec, None, None, None, None, None
+        return None, grad_W_enc, grad_b_enc, grad_W_dec, grad_b_dec, None, None, None
 
 
 def _encode(

@@ -3,8 +3,6 @@
 ``torch.mm`` calls MKL, which does not use 512-bit registers on AMD processors; oneDNN does.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import cache
 

@@ -7,7 +7,7 @@ over the tokens of a feature for the gradients. The order of all sums is indepen
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -27,6 +27,17 @@ class TopK(NamedTuple):
     """`[..., k]`"""
     indices: Tensor
     """`[..., k]`, int64."""
+
+
+class TopKSettings(TypedDict):
+    """Settings of a TopK SAE that decide its code."""
+
+    k: int
+    """Number of features that may be active per token."""
+    apply_b_dec_to_input: NotRequired[bool]
+    """Subtract b_dec from the input: the default."""
+    k_aux: NotRequired[int]
+    """Largest number of dead features per token in the auxiliary loss; 1 by default."""
 
 
 class TopKReconstruction(NamedTuple):
@@ -60,25 +71,16 @@ def select_topk(pre: Tensor, k: int) -> TopK:
 
 
 def topk_reconstruction(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    W_dec: Tensor,
-    b_dec: Tensor,
-    *,
-    k: int,
-    apply_b_dec_to_input: bool = True,
-    dead_mask: Tensor | None = None,
-    k_aux: int = 1,
+    x: Tensor, *weights: Tensor, dead_mask: Tensor | None = None, **settings: Unpack[TopKSettings]
 ) -> TopKReconstruction:
     """Encode and decode ``x`` `[n, d_in]` for training: ``x_hat = relu(topk(pre)) @ W_dec + b_dec``.
 
     If ``dead_mask`` `[d_sae]` marks features, ``error_hat = topk_aux(pre) @ W_dec`` over the ``k_aux`` largest pre-activations
-    among the marked features, without ReLU and b_dec. Differentiable in the four weights; ``x`` is held constant.
-    Weights have the shapes of :class:`~saeens_models.architectures.SAE`.
+    among the marked features, without ReLU and b_dec. Differentiable in the weights W_enc, b_enc, W_dec and b_dec, which have the shapes
+    of :class:`~saeens_models.architectures.SAE`; ``x`` is held constant.
     """
-    dead = marked_features(dead_mask)
-    x_hat, error_hat, fire_counts = _TopKReconstruction.apply(x, W_enc.t(), b_enc, W_dec, b_dec, k, apply_b_dec_to_input, dead, k_aux)
+    dead, (W_enc, *others) = marked_features(dead_mask), weights
+    x_hat, error_hat, fire_counts = _TopKReconstruction.apply(x, W_enc.t(), *others, dead, settings)
     return TopKReconstruction(x_hat, error_hat, 0 if dead is None else len(dead), fire_counts)
 
 
@@ -93,39 +95,29 @@ class _TopKReconstruction(torch.autograd.Function):
 
     @staticmethod
     def forward(  # noqa: PLR0917 - autograd functions take positional arguments
-        ctx: Any,
-        x: Tensor,
-        W_enc: Tensor,
-        b_enc: Tensor,
-        W_dec: Tensor,
-        b_dec: Tensor,
-        k: int,
-        apply_b_dec_to_input: bool,
-        dead: Tensor | None,
-        k_aux: int,
+        ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, dead: Tensor | None, settings: TopKSettings
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        if apply_b_dec_to_input:
+        ctx.centres = settings.get("apply_b_dec_to_input", True)
+        if ctx.centres:
             x = x - b_dec
         # In blocks of rows: the pre-activations stay in the cache, and blocks reuse the same memory.
         block = max(_ENCODER_BYTES // (W_enc.shape[0] * x.element_size()), 64)
         selected, of_dead = [], []
         for rows in x.split(block):
             pre = torch.mm(rows, W_enc.t()).add_(b_enc)  # addmm would copy b_enc into every row first
-            selected.append(select_topk(pre, k))
+            selected.append(select_topk(pre, settings["k"]))
             if dead is not None:
                 of_dead.append(pre.index_select(1, dead))
         code = code_of(TopK(*map(torch.cat, zip(*selected, strict=True))), W_enc.shape[0], relu=True)
         x_hat = code.decode(W_dec) + b_dec
         error_hat = None
         if dead is not None:
-            dead_code = code_of(select_topk(torch.cat(of_dead), min(k_aux, len(dead))), len(dead), relu=False)
+            dead_code = code_of(select_topk(torch.cat(of_dead), min(settings.get("k_aux", 1), len(dead))), len(dead), relu=False)
             dead_W_dec = W_dec.index_select(0, dead)
             error_hat = dead_code.decode(dead_W_dec)
             ctx.dead = (dead, dead_code, dead_W_dec)
         ctx.save_for_backward(x, W_enc, W_dec)
-        ctx.code = code
-        ctx.apply_b_dec_to_input = apply_b_dec_to_input
-        fire_counts = code.fire_counts()
+        ctx.code, fire_counts = code, code.fire_counts()
         ctx.mark_non_differentiable(fire_counts)
         return x_hat, error_hat, fire_counts
 
@@ -140,9 +132,9 @@ class _TopKReconstruction(torch.autograd.Function):
             for whole, part in zip(grads, dead_code.gradients(grad_error_hat, x, dead_W_dec), strict=True):
                 whole.index_add_(0, dead, part)
         grad_b_dec = grad_x_hat.sum(dim=0)
-        if ctx.apply_b_dec_to_input:
+        if ctx.centres:
             grad_b_dec = grad_b_dec - grads.b_enc @ W_enc
-        return None, grads.W_enc, grads.b_enc, grads.W_dec, grad_b_dec, None, None, None, None
+        return None, grads.W_enc, grads.b_enc, grads.W_dec, grad_b_dec, None, None
 
 
 class _Gradients(NamedTuple):
@@ -177,9 +169,10 @@ class _SparseCode(NamedTuple):
         return torch.bincount(torch.where(self.values > 0, self.indices, inactive).flatten(), minlength=inactive + 1)[:inactive]
 
     def gradients(self, grad_decoded: Tensor, x: Tensor, W_dec: Tensor) -> _Gradients:
-        k = self.indices.shape[1]
-        features = self.indices.flatten()
-        grad_values = _rowwise_dot(grad_decoded, W_dec, features, k)
+        (n, k), device = self.indices.shape, x.device
+        features, starts = self.indices.flatten(), torch.arange(0, n * k, k, device=device)
+        token_of = torch.arange(n, device=device).repeat_interleave(k)
+        grad_values = torch.ops.aten._embedding_bag_per_sample_weights_backward(grad_decoded, W_dec, features, starts, token_of, 0)
         if self.gate is not None:
             grad_values *= self.gate.flatten()
         by_feature = features.int().argsort(stable=True)
@@ -212,10 +205,3 @@ class _DenseCode(NamedTuple):
         if self.gate is not None:
             grad_pre *= self.gate
         return _Gradients(W_enc=grad_pre.t() @ x, b_enc=grad_pre.sum(dim=0), W_dec=self.z.t() @ grad_decoded)
-
-
-def _rowwise_dot(rows: Tensor, W_dec: Tensor, features: Tensor, k: int) -> Tensor:
-    """Return ``rows[i // k] . W_dec[features[i]]`` for each i of ``features`` `[n * k]`: the gradient of embedding_bag's weights."""
-    starts = torch.arange(0, len(features), k, device=features.device)
-    tokens = torch.arange(len(rows), device=features.device).repeat_interleave(k)
-    return torch.ops.aten._embedding_bag_per_sample_weights_backward(rows, W_dec, features, starts, tokens, 0)

@@ -1,7 +1,5 @@
 """A team of threads for compiled kernels, with scratch memory per thread."""
 
-from __future__ import annotations
-
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -10,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
 from itertools import count
 from math import prod
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,13 +34,16 @@ class Team:
     """
 
     def __init__(self) -> None:
+        from saeens_models.kernels import compiled, compiled_pursuit, compiled_topk  # need numba
+
+        self.compiled, self.compiled_pursuit, self.compiled_topk = compiled, compiled_pursuit, compiled_topk
         self.n_threads = torch.get_num_threads()
         self._precision = torch.get_float32_matmul_precision()
         self.in_bfloat16 = self._precision == "medium" and multiplies_bfloat16()
         """Products may be in bfloat16: torch's precision is "medium", and the processor multiplies bfloat16 faster."""
         self._memory = threading.local()  # scratch memory by name, and a flag: the thread is in a task
 
-    def __enter__(self) -> Team:
+    def __enter__(self) -> Self:
         torch.set_num_threads(1)
         torch.set_float32_matmul_precision("highest")
         self._executor = ThreadPoolExecutor(max(1, self.n_threads - 1), "saeens-team", initializer=torch.set_num_threads, initargs=(1,))

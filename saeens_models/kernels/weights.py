@@ -1,7 +1,5 @@
 """The weights of an SAE, or their gradients, in the form that kernels take."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from torch import Tensor
@@ -22,11 +20,21 @@ class Weights(NamedTuple):
     """`[d_in]`"""
 
 
+class BatchLoss(NamedTuple):
+    """Loss of a batch, its gradients and its reconstruction."""
+
+    mse: Tensor
+    """Scalar: squared error summed over d_in, mean over tokens."""
+    second_term: Tensor
+    """Scalar, with its coefficient: the sparsity term, or the auxiliary loss of the dead features."""
+    x_hat: Tensor
+    """Reconstruction `[n, d_in]`."""
+    fire_counts: Tensor
+    """Number of tokens on which each feature is active, `[d_sae]`."""
+    gradients: Weights
+    """Gradients of the weights, in memory of the team."""
+
+
 def gradients_of(team: Team, weights: Weights) -> Weights:
     """Return memory of the team for the gradients of all weights; its content is undefined, and the next call returns the same memory."""
-    return team.kept("gradients", _gradients_memory, *weights.W_enc.shape)
-
-
-def _gradients_memory(team: Team, name: str, d_sae: int, d_in: int) -> Weights:
-    shapes = {"W_enc": (d_sae, d_in), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
-    return Weights(**{weight: team.scratch(f"{name} of {weight}", *shape) for weight, shape in shapes.items()})
+    return Weights(*(team.scratch(f"gradients of {name}", *each.shape) for name, each in zip(Weights._fields, weights, strict=True)))

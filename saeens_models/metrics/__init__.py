@@ -4,8 +4,6 @@ Every metric over tokens has a function for data in memory and a class with ``up
 accumulate in float64 or in integers, and keep no activations longer than a batch.
 """
 
-from __future__ import annotations
-
 from saeens_models.metrics.coactivation import ConnectivityMetric, MemoryBudgetError, connectivity, streaming_memory
 from saeens_models.metrics.contexts import HISTOGRAM_BINS, FeatureContexts, FeatureContextsMetric
 from saeens_models.metrics.description_length import DescriptionLengthMetric, description_length

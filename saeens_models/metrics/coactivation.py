@@ -5,8 +5,6 @@ so a token costs l0 * m / 64 word operations instead of the m^2 operations of a 
 triangle is computed. Features are ordered from rare to frequent: a frequent feature, with many masks to OR, then has a short row.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -49,11 +47,6 @@ class _Codes(NamedTuple):
     """int32 [nnz], token by token."""
     start: np.ndarray
     """int64 [n_tokens + 1]: position of each token's first feature."""
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return self.feature.nbytes + self.start.nbytes
 
 
 class ConnectivityMetric:
@@ -118,7 +111,9 @@ class ConnectivityMetric:
         included = [self._order < size for size in sizes]
         n_pairs = [0] * len(sizes)
         for strip in self._strips:
-            bits = self._bits_of_held_codes(strip) if self._bits is None else self._bits
+            bits = self._no_bits(strip) if self._bits is None else self._bits
+            for codes in self._held:  # none if the bits were streamed
+                self._or_into(bits, strip, codes)
             for group, rows in zip(strip, _rows_of_groups(bits, strip, self._words), strict=True):
                 for i, prefix in enumerate(included):
                     n_pairs[i] += _n_cooccurring(rows, prefix, group)
@@ -139,18 +134,12 @@ class ConnectivityMetric:
             self._or_into(self._bits, self._strips[0], codes)
             return
         self._held.append(codes)
-        held_bytes = sum(codes.nbytes for codes in self._held)
+        held_bytes = sum(part.nbytes for codes in self._held for part in codes)
         if held_bytes > self.memory_budget // 2:
             raise MemoryBudgetError(
                 f"the codes of {self._tokens} tokens take {held_bytes} bytes, more than half of memory_budget = {self.memory_budget}; "
                 f"with {streaming_memory(self.n_features)} bytes any number of tokens can be streamed, otherwise give fewer tokens"
             )
-
-    def _bits_of_held_codes(self, strip: range) -> np.ndarray:
-        bits = self._no_bits(strip)
-        for codes in self._held:
-            self._or_into(bits, strip, codes)
-        return bits
 
     def _no_bits(self, strip: range) -> np.ndarray:
         """Return zeros, uint64: for each group of 64 features, 64 rows of co-occurrence bits from their own group onwards."""
@@ -164,10 +153,7 @@ class ConnectivityMetric:
         )
         by_feature = by_token.tocsc()
         masks = _token_masks(by_token.indices, by_token.indptr, len(rank))
-        if _compiled() is None:
-            _or_masks(bits, masks, by_feature, strip)
-        else:
-            _or_masks_compiled(bits, masks, by_feature, strip, self._tiles)
+        _or_masks(bits, masks, by_feature, strip, self._tiles)
 
 
 @cache
@@ -195,26 +181,23 @@ def _token_masks(feature: np.ndarray, start: np.ndarray, n_features: int) -> np.
     return masks.view(np.uint64)
 
 
-def _or_masks(bits: np.ndarray, masks: np.ndarray, by_feature: csc_array, strip: range) -> None:
+def _or_masks(bits: np.ndarray, masks: np.ndarray, by_feature: csc_array, strip: range, n_tiles: int) -> None:
+    compiled = _compiled()
+    if compiled is not None:
+        edges = np.linspace(strip.start, masks.shape[1], n_tiles + 1).astype(np.int64).tolist()
+
+        def work(tile: tuple[int, int]) -> None:
+            compiled.or_masks(bits, masks, by_feature.indices, by_feature.indptr, strip.start, strip.stop, *tile)
+
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # largest tasks first: the last columns have the most rows
+            list(pool.map(work, reversed(list(pairwise(edges)))))
+        return
     for group, rows in zip(strip, _rows_of_groups(bits, strip, masks.shape[1]), strict=True):
         masks_from_group = masks[:, group:]
         starts = by_feature.indptr[group * _WORD : (group + 1) * _WORD + 1]
         for i, (first, last) in enumerate(pairwise(starts)):
             if first < last:
                 rows[i] |= np.bitwise_or.reduce(masks_from_group[by_feature.indices[first:last]], axis=0)
-
-
-def _or_masks_compiled(bits: np.ndarray, masks: np.ndarray, by_feature: csc_array, strip: range, n_tiles: int) -> None:
-    compiled = _compiled()
-    assert compiled is not None
-    edges = np.linspace(strip.start, masks.shape[1], n_tiles + 1).astype(np.int64).tolist()
-
-    def work(tile: tuple[int, int]) -> None:
-        compiled.or_masks(bits, masks, by_feature.indices, by_feature.indptr, strip.start, strip.stop, *tile)
-
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for _ in pool.map(work, reversed(list(pairwise(edges)))):  # largest tasks first: the last columns have the most rows
-            pass
 
 
 def _rows_of_groups(bits: np.ndarray, strip: range, n_words: int) -> list[np.ndarray]:

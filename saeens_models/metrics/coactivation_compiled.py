@@ -1,7 +1,5 @@
 """The inner loops of connectivity, compiled by numba at the first call and cached on disk."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numba

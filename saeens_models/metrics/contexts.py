@@ -107,26 +107,16 @@ class FeatureContextsMetric:
         self._histogram.view(-1).index_add_(0, feature * HISTOGRAM_BINS + place, torch.ones_like(place))
 
     def _update_top(self, entries: _Entries) -> None:
-        n_contexts = self._top_values.shape[1]
         window = entries.place[entries.token] // self._window
         of_window = entries.feature * (window.max() + 1) + window
         best = most_active(of_window, entries.value, 1).entry  # one per feature and window
         best = best[entries.value[best] > self._top_values[entries.feature[best], -1]]
         if not len(best):
             return
-        features, entry, owner, rank = most_active(entries.feature[best], entries.value[best], n_contexts)
-        best = best[entry]
-        shape = (len(features), n_contexts)
-        values = self._top_values.new_full(shape, -torch.inf).index_put_((owner, rank), entries.value[best])
-        places = self._top_places.new_full(shape, -1).index_put_((owner, rank), entries.place[entries.token[best]])
-        around = self._top_contexts.new_zeros(*shape, self._top_contexts.shape[2])
-        around.index_put_((owner, rank), entries.around(best, self._radius, self._window))
-        merged = torch.cat([self._top_values[features], values], dim=1).sort(dim=1, descending=True, stable=True)
-        kept = merged.indices[:, :n_contexts]
-        self._top_values[features] = merged.values[:, :n_contexts]
-        self._top_places[features] = torch.cat([self._top_places[features], places], dim=1).gather(1, kept)
-        both = torch.cat([self._top_contexts[features], around], dim=1)
-        self._top_contexts[features] = both.gather(1, kept[:, :, None].expand(-1, -1, both.shape[2]))
+        most = most_active(entries.feature[best], entries.value[best], self._top_values.shape[1])
+        best = best[most.entry]
+        found = entries.value[best], entries.place[entries.token[best]], entries.around(best, self._radius, self._window)
+        most.merge_into([self._top_values, self._top_places, self._top_contexts], found)
 
 
 class _Text(NamedTuple):

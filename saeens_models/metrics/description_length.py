@@ -13,8 +13,6 @@ z is the unscaled code. An ensemble's weight 1/J scales all magnitudes alike and
 step.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 

@@ -1,7 +1,5 @@
 """Detection score: how well an explanation of a feature predicts the texts on which the feature fires."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

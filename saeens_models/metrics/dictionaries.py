@@ -5,9 +5,7 @@ zero or not finite raise ValueError. Cosines are float32, averages float64. Simi
 a whole, except by ``stability_matched``.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import combinations, islice
 from typing import NamedTuple
 
@@ -87,20 +85,13 @@ def stability_of_prefixes(runs: Sequence[Sequence[Tensor]]) -> list[Stability]:
     sizes = [len(run) for run in runs]
     if len(set(sizes)) > 1 or 0 in sizes:
         raise ValueError(f"runs must have equally many members, at least one; got {sizes}")
-    units = iter(_unit_dictionaries([W_dec for run in runs for W_dec in run]))
-    members = [list(islice(units, size)) for size in sizes]
-    best: list[list[_MemberMatches]] = [[] for _ in runs]  # by run, one for each other run
-    for a, b in combinations(range(len(runs)), 2):
-        of_a, of_b = _best_matches_of_members(members[a], members[b])
-        best[a].append(of_a)
-        best[b].append(of_b)
-    return [
-        Stability(
-            stability=[_mean_cosine(_prefix_matches(of_run, n).amax(0)) for of_run in best],
-            pairwise=[_mean_cosine(_prefix_matches(of_run, n)) for of_run in best],
-        )
-        for n in range(1, sizes[0] + 1)
-    ]
+    best = _best_of_pairs([W_dec for run in runs for W_dec in run], _pairs_of_runs(runs))
+    firsts = range(0, len(best), sizes[0])  # the first member of each run
+    found = []
+    for n in range(1, sizes[0] + 1):
+        of_runs = [torch.stack([_of_prefix(best[a:], n, b) for b in firsts if b != a]) for a in firsts]
+        found.append(Stability([_mean_cosine(cosines.amax(0)) for cosines in of_runs], [_mean_cosine(cosines) for cosines in of_runs]))
+    return found
 
 
 def stability_matched(W_decs: Sequence[Tensor]) -> list[float]:
@@ -143,11 +134,8 @@ def new_features(W_decs: Sequence[Tensor], threshold: float = 0.7) -> list[int]:
     A feature is new if its largest cosine to any feature of an earlier member is below the threshold; all features of the first member are
     new. W_decs: the members' dictionaries `[d_sae, d_in]`; sizes may differ. Similar features within one member all count.
     """
-    units = _unit_dictionaries(W_decs)
-    best = [unit.new_full((len(unit),), -torch.inf) for unit in units]
-    for i, j in combinations(range(len(units)), 2):
-        best[j] = torch.maximum(best[j], _best_matches(units[j], units[i])[0])
-    return [int((of_member < threshold).sum()) for of_member in best]
+    best = _best_of_pairs(W_decs, combinations(range(len(W_decs)), 2))
+    return [int((of_member[: j + 1].amax(0) < threshold).sum()) for j, of_member in enumerate(best)]
 
 
 class NearestFeatures(NamedTuple):
@@ -183,16 +171,7 @@ def matches_in_other_members(W_decs: Sequence[Tensor]) -> list[MemberMatches]:
     """
     if len(W_decs) < 2:
         raise ValueError(f"there is no other member to compare with: got {len(W_decs)} dictionaries")
-    units = _unit_dictionaries(W_decs)
-    found = [
-        MemberMatches(unit.new_full((len(units), len(unit)), -1, dtype=torch.int64), unit.new_full((len(units), len(unit)), -torch.inf))
-        for unit in units
-    ]
-    for i, j in combinations(range(len(units)), 2):
-        of_i, of_j = _nearest_rows(units[i], units[j])
-        found[i].row[j], found[i].cosine[j] = of_i
-        found[j].row[i], found[j].cosine[i] = of_j
-    return found
+    return _matches_of_pairs(W_decs, combinations(range(len(W_decs)), 2))
 
 
 class NearestInOtherRuns(NamedTuple):
@@ -211,21 +190,16 @@ class NearestInOtherRuns(NamedTuple):
 def nearest_in_other_runs(runs: Sequence[Sequence[Tensor]]) -> list[NearestInOtherRuns]:
     """Return, for each of at least two runs, the nearest feature of each of its features in the other runs; the first of equals.
 
-    runs: for each run the dictionaries of its members `[d_sae, d_in]` in order; sizes may differ. Two members are compared once. Memory:
-    28 bytes per feature, beside a block of cosines and the unit rows.
+    runs: for each run the dictionaries of its members `[d_sae, d_in]` in order; sizes may differ. Two members are compared once. Memory: 12
+    bytes per feature and member of any run, beside a block of cosines and the unit rows.
     """
     if len(runs) < 2:
         raise ValueError(f"there is no other run to compare with: got {len(runs)} dictionaries")
-    units = iter(_unit_dictionaries([W_dec for run in runs for W_dec in run]))
-    members = [list(islice(units, len(run))) for run in runs]
-    found = [[_nothing_found(unit) for unit in of_run] for of_run in members]
-    for a, b in combinations(range(len(runs)), 2):
-        for i, one in enumerate(members[a]):
-            for j, other in enumerate(members[b]):
-                of_one, of_other = _nearest_rows(one, other)
-                _keep_nearer(found[a][i], of_one, b, j)
-                _keep_nearer(found[b][j], of_other, a, i)
-    return [NearestInOtherRuns(*(torch.cat(column) for column in zip(*of_run, strict=True))) for of_run in found]
+    nearest = iter([found.nearest() for found in _matches_of_pairs([W_dec for run in runs for W_dec in run], _pairs_of_runs(runs))])
+    columns = [[torch.cat(column) for column in zip(*islice(nearest, len(run)), strict=True)] for run in runs]
+    origin = torch.tensor([(run, member) for run, members in enumerate(runs) for member in range(len(members))])
+    run, member = origin.unbind(1)
+    return [NearestInOtherRuns(run.to(which)[which], member.to(which)[which], row, cosine) for which, row, cosine in columns]
 
 
 class MemberComparison(NamedTuple):
@@ -242,12 +216,11 @@ def compare_members(W_decs: Sequence[Tensor], threshold: float = 0.7) -> MemberC
 
     W_decs: the members' dictionaries `[d_sae, d_in]` in order. Memory: J float32 numbers per feature, beside a block of cosines.
     """
-    units = _unit_dictionaries(W_decs)
-    best = _matches_between_members(units)
-    cosines = [of_member.amax(0).double().mean().item() for of_member in best] if len(units) > 1 else None
-    for j, unit in enumerate(units):
-        best[j][j] = _best_matches_within(unit)
-    diverse = [int((_prefix_matches([best], n) < threshold).sum()) for n in range(1, len(units) + 1)]
+    best = _best_of_pairs(W_decs, combinations(range(len(W_decs)), 2))
+    cosines = [of_member.amax(0).double().mean().item() for of_member in best] if len(best) > 1 else None
+    for j, W_dec in enumerate(W_decs):
+        best[j][j] = _best_matches_within(unit_rows(W_dec))
+    diverse = [int((_of_prefix(best, n) < threshold).sum()) for n in range(1, len(best) + 1)]
     return MemberComparison(diverse, cosines)
 
 
@@ -259,28 +232,34 @@ def _unit_dictionaries(W_decs: Sequence[Tensor]) -> list[Tensor]:
     return units
 
 
-_MemberMatches = list[Tensor]
-"""Per member, float32 `[J, d_sae]`: largest cosine of each of its features to those of each of J members of an ensemble."""
+def _pairs_of_runs(runs: Sequence[Sequence[Tensor]]) -> Iterator[tuple[int, int]]:
+    """Yield all pairs of members of different runs, as positions among the members of all runs."""
+    run_of = [run for run, members in enumerate(runs) for _ in members]
+    return ((i, j) for i, j in combinations(range(len(run_of)), 2) if run_of[i] != run_of[j])
 
 
-def _best_matches_of_members(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[_MemberMatches, _MemberMatches]:
-    pairs = [[_best_matches(one, other) for other in b] for one in a]
-    of_a = [torch.stack([of_one for of_one, _ in row]) for row in pairs]
-    of_b = [torch.stack([of_other for _, of_other in column]) for column in zip(*pairs, strict=True)]
-    return of_a, of_b
-
-
-def _matches_between_members(units: Sequence[Tensor]) -> _MemberMatches:
-    """Return the matches between dictionaries, each two compared once; -inf for a dictionary and itself."""
+def _best_of_pairs(W_decs: Sequence[Tensor], pairs: Iterable[tuple[int, int]]) -> list[Tensor]:
+    """Return, per dictionary, the largest cosine of its features to those of each dictionary, `[J, n_features]`; -inf if not paired."""
+    units = _unit_dictionaries(W_decs)
     best = [unit.new_full((len(units), len(unit)), -torch.inf) for unit in units]
-    for i, j in combinations(range(len(units)), 2):
+    for i, j in pairs:
         best[i][j], best[j][i] = _best_matches(units[i], units[j])
     return best
 
 
-def _prefix_matches(best: Sequence[_MemberMatches], n: int) -> Tensor:
-    """Return the largest cosines of the first n members' features to those of the first n members of each other ensemble."""
-    return torch.stack([torch.cat([of_member[:n].amax(0) for of_member in of_ensemble[:n]]) for of_ensemble in best])
+def _matches_of_pairs(W_decs: Sequence[Tensor], pairs: Iterable[tuple[int, int]]) -> list[MemberMatches]:
+    """Return, per dictionary, the nearest features in each dictionary; -1 and -inf if they are not paired."""
+    units = _unit_dictionaries(W_decs)
+    cosines = [unit.new_full((len(units), len(unit)), -torch.inf) for unit in units]
+    found = [MemberMatches(torch.full_like(cosine, -1, dtype=torch.int64), cosine) for cosine in cosines]
+    for i, j in pairs:
+        (found[i].row[j], found[i].cosine[j]), (found[j].row[i], found[j].cosine[i]) = _nearest_rows(units[i], units[j])
+    return found
+
+
+def _of_prefix(best: Sequence[Tensor], n: int, first: int = 0) -> Tensor:
+    """Return the largest cosines of the first n dictionaries' features to those of the n dictionaries from ``first`` on."""
+    return torch.cat([of_member[first : first + n].amax(0) for of_member in best[:n]])
 
 
 def _mean_cosine(cosines: Tensor) -> float:
@@ -296,36 +275,16 @@ def _best_matches(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return of_a, of_b
 
 
-class _NearestRows(NamedTuple):
-    row: Tensor
-    cosine: Tensor
-
-
-def _nearest_rows(a: Tensor, b: Tensor) -> tuple[_NearestRows, _NearestRows]:
-    """Return the row of b nearest to each row of a, and the row of a nearest to each row of b."""
-    of_a, of_b = (
-        _NearestRows(unit.new_full((len(unit),), -1, dtype=torch.int64), unit.new_full((len(unit),), -torch.inf)) for unit in (a, b)
-    )
+def _nearest_rows(a: Tensor, b: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Return the rows of b nearest to the rows of a, with their cosines, and the rows of a nearest to the rows of b."""
+    found = [(unit.new_full((len(unit),), -1, dtype=torch.int64), unit.new_full((len(unit),), -torch.inf)) for unit in (a, b)]
     for rows, columns, cosines in _cosine_blocks(a, b):
-        for found, mine, theirs, dim in ((of_a, rows, columns, 1), (of_b, columns, rows, 0)):
+        for (row, cosine), mine, theirs, dim in zip(found, (rows, columns), (columns, rows), (1, 0), strict=True):
             best = cosines.max(dim)
-            is_nearer = best.values > found.cosine[mine]
-            found.row[mine] = torch.where(is_nearer, best.indices + theirs.start, found.row[mine])
-            found.cosine[mine] = torch.where(is_nearer, best.values, found.cosine[mine])
-    return of_a, of_b
-
-
-def _nothing_found(unit: Tensor) -> NearestInOtherRuns:
-    run, member, row = (unit.new_full((len(unit),), -1, dtype=torch.int64) for _ in range(3))
-    return NearestInOtherRuns(run, member, row, unit.new_full((len(unit),), -torch.inf))
-
-
-def _keep_nearer(found: NearestInOtherRuns, candidates: _NearestRows, run: int, member: int) -> None:
-    is_nearer = candidates.cosine > found.cosine
-    found.run[is_nearer] = run
-    found.member[is_nearer] = member
-    found.row[is_nearer] = candidates.row[is_nearer]
-    found.cosine[is_nearer] = candidates.cosine[is_nearer]
+            is_nearer = best.values > cosine[mine]
+            row[mine] = torch.where(is_nearer, best.indices + theirs.start, row[mine])
+            cosine[mine] = torch.where(is_nearer, best.values, cosine[mine])
+    return found
 
 
 def _best_matches_within(a: Tensor) -> Tensor:

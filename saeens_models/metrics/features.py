@@ -1,7 +1,6 @@
 """Activity of each feature: density, mean activation, and its most active tokens."""
 
-from __future__ import annotations
-
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -62,12 +61,8 @@ class FeatureActivityMetric:
             return
         value, feature = code.value[entries].float(), code.feature[entries]
         token = torch.arange(code.n_tokens, device=value.device).repeat_interleave(code.start.diff())[entries] + self._tokens
-        features, entry, owner, rank = most_active(feature, value, n_top)
-        new_values = self._top_values.new_full((len(features), n_top), -torch.inf).index_put_((owner, rank), value[entry])
-        new_tokens = self._top_tokens.new_full((len(features), n_top), -1).index_put_((owner, rank), token[entry])
-        merged = torch.cat([self._top_values[features], new_values], dim=1).sort(dim=1, descending=True, stable=True)
-        self._top_values[features] = merged.values[:, :n_top]
-        self._top_tokens[features] = torch.cat([self._top_tokens[features], new_tokens], dim=1).gather(1, merged.indices[:, :n_top])
+        best = most_active(feature, value, n_top)
+        best.merge_into([self._top_values, self._top_tokens], [value[best.entry], token[best.entry]])
 
 
 class MostActive(NamedTuple):
@@ -81,6 +76,20 @@ class MostActive(NamedTuple):
     """int64 [e]: feature of each entry, as an index into ``features``."""
     rank: Tensor
     """int64 [e]: rank of each entry within its feature, the largest first; of equal entries the first."""
+
+    def merge_into(self, tops: Sequence[Tensor], entries: Sequence[Tensor]) -> None:
+        """Merge these entries into earlier ones, in place.
+
+        ``tops`` `[n_features, n_top, ...]` and ``entries`` `[e, ...]`: values, -inf where a feature has none, and what belongs to them.
+        """
+        both = []
+        for top, of_entries in zip(tops, entries, strict=True):
+            earlier = top[self.features]
+            later = torch.full_like(earlier, -torch.inf) if top is tops[0] else torch.zeros_like(earlier)
+            both.append(torch.cat([earlier, later.index_put_((self.owner, self.rank), of_entries)], dim=1))
+        kept = both[0].argsort(dim=1, descending=True, stable=True)[:, : tops[0].shape[1]]
+        for top, merged in zip(tops, both, strict=True):
+            top[self.features] = merged[torch.arange(len(merged), device=kept.device)[:, None], kept]
 
 
 def most_active(feature: Tensor, value: Tensor, n_top: int) -> MostActive:

@@ -1,9 +1,7 @@
 """Next-token loss of a language model whose activations are replaced by reconstructions."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -30,9 +28,9 @@ class NextTokenLoss(NamedTuple):
             raise ValueError("no token was predicted: windows need at least two tokens")
         return self.total / self.predictions
 
-    def plus(self, other: NextTokenLoss) -> NextTokenLoss:
+    def plus(self, other: Self) -> Self:
         """Return the loss over the predictions of both."""
-        return NextTokenLoss(self.total + other.total, self.predictions + other.predictions)
+        return type(self)(self.total + other.total, self.predictions + other.predictions)
 
 
 class LossBatch(NamedTuple):

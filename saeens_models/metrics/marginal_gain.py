@@ -1,7 +1,5 @@
 """Marginal gain of ensemble members, and the number of members after which no further one is worthwhile."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 

@@ -1,7 +1,5 @@
 """Next tokens that each feature promotes and suppresses through the unembedding."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

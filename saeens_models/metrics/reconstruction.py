@@ -1,7 +1,5 @@
 """Reconstruction quality: mean squared error, explained variance, fraction of variance unexplained."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator, Mapping
 

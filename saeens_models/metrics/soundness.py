@@ -1,7 +1,5 @@
 """Checks of activations: values that are not finite, values at the limit of their dtype, constant dimensions."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Sparsity of codes: L0, dead features, and the density of each feature."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import NamedTuple
 

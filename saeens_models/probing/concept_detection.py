@@ -139,16 +139,9 @@ class _Choice(NamedTuple):
         for scale in dict.fromkeys([1.0, dictionary.scale]):
             for n in _numbers_of_features(dictionary):
                 best, distinct = (features[:n] + dictionary.columns.start for features in (self.best, self.distinct))
-                found.append(
-                    ConceptScore(
-                        dictionary=dictionary,
-                        n_features=n,
-                        scaled=scale != 1.0,
-                        accuracy=trials.accuracy(best, scale),
-                        n_distinct=n - int(self.duplicate[:n].sum()),
-                        accuracy_distinct=trials.accuracy(distinct, scale) if len(distinct) == n else None,
-                    )
-                )
+                accuracy, n_distinct = trials.accuracy(best, scale), n - int(self.duplicate[:n].sum())
+                of_distinct = trials.accuracy(distinct, scale) if len(distinct) == n else None
+                found.append(ConceptScore(dictionary, n, scale != 1.0, accuracy, n_distinct, of_distinct))
         return found
 
 

@@ -9,8 +9,6 @@ Probes are linear in the mean of a text's activations, and the SAE's error term 
 ``sum_f scale * mean(z_f) * (W_dec[f] @ w)`` from a probe's logit, and no activation is reconstructed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 

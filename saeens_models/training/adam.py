@@ -1,10 +1,8 @@
 """The optimiser step: Adam with gradient clipping and unit-norm decoder rows."""
 
-from __future__ import annotations
-
 from functools import cached_property
 from math import isfinite, nan
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -59,7 +57,7 @@ class Adam:
             self.set_counts()
             self.move(learning_rate)
         else:
-            self._compiled_step(learning_rate, self._gradients(), team)
+            self._compiled_step(learning_rate, team)
 
     def set_counts(self) -> None:
         """Set the step number on the device, for :meth:`move`, to the last step in :attr:`steps`."""
@@ -84,31 +82,17 @@ class Adam:
         if training.gradient_clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self._parameters.values(), training.gradient_clip_norm)
         beta1, beta2 = training.adam_betas
-        adam(
-            list(self._weights.values()),
-            list(gradients.values()),
-            list(self.means.values()),
-            list(self.squares.values()),
-            [],
-            list(self._counts.unbind()),  # counted up by the call
-            fused=True,
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=learning_rate,
-            weight_decay=0.0,
-            eps=EPSILON,
-            maximize=False,
-        )
+        weights, of_weights, means, squares = (list(each.values()) for each in (self._weights, gradients, self.means, self.squares))
+        settings: dict[str, Any] = {"fused": True, "amsgrad": False, "maximize": False, "weight_decay": 0.0, "eps": EPSILON}
+        counts = list(self._counts.unbind())  # counted up by the call
+        adam(weights, of_weights, means, squares, [], counts, beta1=beta1, beta2=beta2, lr=learning_rate, **settings)
         if training.unit_norm_decoder:
             _normalise_rows(W_dec)
 
-    def _compiled_step(self, learning_rate: float, gradients: dict[str, Tensor], team: Team) -> None:
-        from saeens_models.kernels import compiled
-
-        training, t, tasks = self._training, self.steps, self._tasks
+    def _compiled_step(self, learning_rate: float, team: Team) -> None:
+        training, t, tasks, compiled = self._training, self.steps, self._tasks, team.compiled
         beta1, beta2 = training.adam_betas
-        arrays = {name: _as_rows(gradient).numpy() for name, gradient in gradients.items()}
+        arrays = {name: _as_rows(gradient).numpy() for name, gradient in self._gradients().items()}
         unit_norm = {name: training.unit_norm_decoder and name == "W_dec" for name in arrays}
 
         def prepare(i: int) -> float:
@@ -119,17 +103,8 @@ class Adam:
         norm = sum(team.run(prepare, len(tasks), self._work)) ** 0.5
         clip = training.gradient_clip_norm
         scale = 1.0 if clip is None else min(1.0, clip / (norm + 1e-6))
-        factors = np.array(
-            [
-                scale if isfinite(norm) else nan,  # one NaN gradient makes all weights NaN, so that the next loss shows it
-                learning_rate / (1 - beta1**t),
-                beta1,
-                beta2,
-                (1 - beta2**t) ** -0.5,
-                EPSILON,
-            ],
-            np.float32,
-        )
+        scale = scale if isfinite(norm) else nan  # one NaN gradient makes all weights NaN, so that the next loss shows it
+        factors = np.array([scale, learning_rate / (1 - beta1**t), beta1, beta2, (1 - beta2**t) ** -0.5, EPSILON], np.float32)
 
         def move(i: int) -> None:
             name, rows, weight, mean, square = tasks[i]
@@ -148,8 +123,10 @@ class Adam:
         tasks: list[_Rows] = []
         for name, weight in self._weights.items():
             arrays = [_as_rows(tensor).numpy() for tensor in (weight, self.means[name], self.squares[name])]
-            ranges = _row_ranges(weight) if shared else [slice(None)]
-            tasks += [_Rows(name, rows, *(array[rows] for array in arrays)) for rows in ranges]
+            n_rows, n_tasks = len(arrays[0]), min(max(weight.numel() // _TASK_ENTRIES, 1), _MOST_TASKS) if shared else 1
+            size = -(-n_rows // n_tasks)
+            for rows in (slice(first, min(first + size, n_rows)) for first in range(0, n_rows, size)):
+                tasks.append(_Rows(name, rows, *(array[rows] for array in arrays)))
         return tasks
 
 
@@ -160,12 +137,6 @@ def _as_in_memory(weight: Tensor) -> Tensor:
 
 def _as_rows(weight: Tensor) -> Tensor:
     return weight if weight.ndim == 2 else weight.view(1, -1)
-
-
-def _row_ranges(weight: Tensor) -> list[slice]:
-    n_rows = len(_as_rows(weight))
-    size = -(-n_rows // min(max(weight.numel() // _TASK_ENTRIES, 1), _MOST_TASKS))
-    return [slice(first, min(first + size, n_rows)) for first in range(0, n_rows, size)]
 
 
 @torch.no_grad()

@@ -6,8 +6,6 @@ the training curve so far, and a key of each SAE: the hash of everything that de
 random generator is used after the weights are drawn.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging
@@ -60,8 +58,8 @@ WriteIfDue = Callable[[Sequence[SAETrainer], int, Sequence[Sequence[CurvePoint]]
 """Called after every step with the trainers, the tokens of the largest batch, and the training curve so far."""
 
 
-class Position(NamedTuple):
-    """Position of a training in its stream, between two steps."""
+class TrainingState(NamedTuple):
+    """The state from which a training resumes, between two steps."""
 
     steps: int
     """Batches taken from the stream."""
@@ -71,13 +69,6 @@ class Position(NamedTuple):
     """Tokens in the largest of them."""
     points: list[list[CurvePoint]]
     """Training curve so far: one list per observation, one point per SAE."""
-
-
-class TrainingState(NamedTuple):
-    """The state from which a training resumes."""
-
-    position: Position
-    """Position in the stream."""
     last: list[CurvePoint]
     """Point of the curve after the last step, per SAE."""
     tensors: list[dict[str, Tensor]]
@@ -140,32 +131,26 @@ class Checkpoints:
             return None
         try:
             record, tensors = _read(self.file)
-            numbers = [record["keys"].index(key) if key in record["keys"] else None for key in self._keys]
-            chosen = [number for number in numbers if number is not None]
+            chosen = [record["keys"].index(key) for key in self._keys if key in record["keys"]]
             self._is_of_others = not set(self.others).isdisjoint(record.get("recipes", ()))
             if self._is_of_others:
                 logger.info("%s is kept for other SAEs that resume from it later; until then no other checkpoint is written", self.file)
-            if len(chosen) < len(numbers) and self._is_of_others:
+            if len(chosen) < len(self._keys):
+                if not self._is_of_others:
+                    logger.warning("%s is a checkpoint of other SAEs: it is removed, and training starts anew", self.file)
+                    self.remove()
                 return None
-            if len(chosen) < len(numbers):
-                logger.warning("%s is a checkpoint of other SAEs: it is removed, and training starts anew", self.file)
-                self.remove()
-                return None
-            points = [[CurvePoint(*observed[number]) for number in chosen] for observed in record["points"]]
-            position = Position(record["steps"], record["tokens"], record["largest_batch"], points)
-            state = TrainingState(
-                position,
-                last=[CurvePoint(*record["last"][number]) for number in chosen],
-                tensors=[_of_sae(tensors, number) for number in chosen],
-            )
-            self.resumed_at_tokens, self.seconds_before = [*record["resumed_at_tokens"], position.tokens], record["seconds"]
+            *points, last = [[CurvePoint(*observed[number]) for number in chosen] for observed in (*record["points"], record["last"])]
+            of_saes = [{name.removeprefix(f"{n}."): each for name, each in tensors.items() if name.startswith(f"{n}.")} for n in chosen]
+            state = TrainingState(record["steps"], record["tokens"], record["largest_batch"], points, last, of_saes)
+            self.resumed_at_tokens, self.seconds_before = [*record["resumed_at_tokens"], state.tokens], record["seconds"]
         except Exception as error:  # only this module writes the file: with any error in reading it is damaged
             logger.warning("%s is damaged: it is removed, and training starts anew (%s)", self.file, error)
             self._is_of_others = False
             self.remove()
             return None
-        self.tokens = position.tokens
-        logger.info("training goes on from %s, after step %d and %d tokens", self.file, position.steps, position.tokens)
+        self.tokens = state.tokens
+        logger.info("training goes on from %s, after step %d and %d tokens", self.file, state.steps, state.tokens)
         return state
 
     @property
@@ -257,11 +242,6 @@ def checkpoint_bytes(configs: Sequence[SAEConfig]) -> int:
 def _key(configs: Sequence[SAEConfig], training: TrainingConfig, recipe: str) -> str:
     decisive = [[config.model_dump(mode="json") for config in configs], training.model_dump(mode="json"), recipe]
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
-
-
-def _of_sae(tensors: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
-    prefix = f"{number}."
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _write(file: Path, record: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:

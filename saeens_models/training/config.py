@@ -1,7 +1,5 @@
 """The settings of a training: optimiser, schedules, constraints, and statistics of the input."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator

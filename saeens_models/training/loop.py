@@ -1,7 +1,5 @@
 """Train several SAEs on one stream of activations."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -66,19 +64,9 @@ def train(
     stream, for a batch of another shape, an empty stream, or an initial SAE that does not fit. Raises :class:`NonFiniteLossError` for a
     loss that is not finite, and :class:`CheckpointError` if a checkpoint cannot be written.
     """
-    decisive = [[config] for config in configs]
-    trainings = [training] * len(configs)
     _check_initial(configs, initial, training)
-    return _train(
-        decisive,
-        trainings,
-        batches,
-        initial=initial,
-        observe=observe,
-        checkpoints=checkpoints,
-        micro_batch_tokens=micro_batch_tokens,
-        step=_steps_side_by_side(),
-    )
+    decisive, trainings, step = [[config] for config in configs], [training] * len(configs), _steps_side_by_side()
+    return _train(decisive, trainings, batches, step, observe, checkpoints, micro_batch_tokens, initial)
 
 
 def train_boosting_concurrently(
@@ -107,27 +95,18 @@ def train_boosting_concurrently(
     later = training.model_copy(update={"input_mean": None})
     decisive = [configs[:number] for number in range(1, len(configs) + 1)]
     trainings = [training, *[later] * (len(configs) - 1)]
-    return _train(
-        decisive,
-        trainings,
-        batches,
-        observe=observe,
-        checkpoints=checkpoints,
-        micro_batch_tokens=micro_batch_tokens,
-        step=_step_concurrent_rounds,
-    )
+    return _train(decisive, trainings, batches, _step_concurrent_rounds, observe, checkpoints, micro_batch_tokens)
 
 
-def _train(
+def _train(  # noqa: PLR0917 - the arguments of `train`
     decisive: Sequence[Sequence[SAEConfig]],
     trainings: Sequence[TrainingConfig],
     batches: Iterable[Tensor],
-    *,
-    initial: Sequence[SAE | None] | None = None,
+    step: Step,
     observe: Callable[[Sequence[CurvePoint]], None] | None,
     checkpoints: Checkpoints | None,
     micro_batch_tokens: int | None,
-    step: Step,
+    initial: Sequence[SAE | None] | None = None,
 ) -> list[SAE]:
     """Train one SAE for each entry of ``decisive``: the configurations that decide its result, its own last.
 
@@ -136,7 +115,7 @@ def _train(
     configs = [each[-1] for each in decisive]
     training = _validated(configs, trainings)
     state = checkpoints.load(decisive, trainings) if checkpoints is not None else None
-    n_steps, n_tokens, largest_batch, points = state.position if state is not None else (0, 0, 0, [])
+    n_steps, n_tokens, largest_batch, points, *_ = state or (0, 0, 0, [])
     if observe is not None:
         for observation in points:
             observe(observation)

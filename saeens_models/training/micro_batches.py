@@ -1,7 +1,5 @@
 """Gradient accumulation over parts of a batch, for batches that do not fit into the device's memory."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Copies of batches to the training device, made while the device works on the batch before."""
 
-from __future__ import annotations
-
 from collections.abc import Generator, Iterable
 from contextlib import closing, nullcontext
 

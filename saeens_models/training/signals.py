@@ -1,7 +1,5 @@
 """Ctrl-C and SIGTERM, held back until a step is complete."""
 
-from __future__ import annotations
-
 import signal
 import threading
 from collections.abc import Iterator

@@ -3,8 +3,6 @@
 This has not been measured on a GPU. A graph is therefore used only after it has repeated a step that was taken without it.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Protocol

@@ -182,7 +182,7 @@ def test_loss_and_gradients_equal_dense_autograd_in_float64(*, n, d_in, d_sae, k
         x.double(), Weights(*(w.double() for w in weights)), k=k, centred=centred, dead=dead_features, k_aux=k_aux, coefficient=0.7
     )
     torch.testing.assert_close(found.mse.double(), expected[0], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(found.auxiliary.double(), expected[1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.second_term.double(), expected[1], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found.x_hat.double(), expected[2], rtol=1e-5, atol=1e-5)
     assert torch.equal(found.fire_counts.long(), expected[3])
     for name, gradient, true in zip(Weights._fields, gradients, expected[4], strict=True):

@@ -25,7 +25,7 @@ def feature_rows(making: Making) -> pl.DataFrame:
     """Return the rows of all features of a layer under all seeds.
 
     Memory, for any number of test tokens: one method's dictionaries of all seeds, twice; 136 bytes for each feature of one of them,
-    12 more for each member that it is compared with, and 28 for each feature of all seeds; and the rows, of about 300 bytes per feature
+    12 more for each member of all seeds that it is compared with; and the rows, of about 300 bytes per feature
     and seed, with 20 more for each other member.
     """
     tokens = TokenStrings(making.store, making.subject.tokens)
