@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
 
@@ -193,13 +194,17 @@ def validate_token_settings(
             raise ConfigurationError(f"{name}: {value} is not possible: at least 1")
 
 
-def open_tokens(path: Path) -> TokenStore:
-    """Open the tokens that `write_tokens` wrote. Raises SaeensError if they are missing or incomplete."""
+def open_tokens(path: Path, dropped: Mapping[Split, np.ndarray] | None = None) -> TokenStore:
+    """Open the tokens that `write_tokens` wrote. Raises SaeensError if they are missing or incomplete.
+
+    `dropped`: kept positions without an activation row, by their indices among the kept positions of a split, `[n]` ascending. They are
+    not `kept` in what is read.
+    """
     import zarr
 
     try:
         group = zarr.open_group(path, mode="r")
-        return TokenStore(path, group)
+        return TokenStore(path, group, dropped or {})
     except (FileNotFoundError, KeyError) as error:
         raise SaeensError(f"{path} holds no tokens, or only a part of them ({error}): make them again") from None
 
@@ -207,16 +212,16 @@ def open_tokens(path: Path) -> TokenStore:
 class TokenStore:
     """Token windows on disk, read in storage order."""
 
-    def __init__(self, path: Path, group: zarr.Group) -> None:
+    def __init__(self, path: Path, group: zarr.Group, dropped: Mapping[Split, np.ndarray]) -> None:
         attributes = cast("dict[str, Any]", group.attrs.asdict())
-        self.path = path
+        self.path, self._dropped = path, dropped
         self.context_length: int = attributes["context_length"]
         self.statistics = TokenStatistics(**{split: SplitTokens(**attributes["statistics"][split]) for split in SPLITS})
         self._group = group
 
     def n_rows(self, split: Split) -> int:
         """Return the number of activation rows of a split."""
-        return getattr(self.statistics, split).rows
+        return getattr(self.statistics, split).rows - len(self._dropped.get(split, ()))
 
     def batches(self, split: Split, batch_windows: int) -> Iterator[TokenBatch]:
         """Yield all windows in order, at most `batch_windows` at a time. Memory: one chunk of each array, about 5 MB."""
@@ -224,11 +229,15 @@ class TokenStore:
 
         arrays: list[Any] = [self._group[f"{split}/{name}"] for name in TokenBatch._fields]
         n_windows, chunk_windows = arrays[0].shape[0], arrays[0].chunks[0]
+        n_before = 0  # kept positions in earlier chunks
         for start in range(0, n_windows, chunk_windows):
-            tokens, *others = (torch.from_numpy(array[start : start + chunk_windows]) for array in arrays)
-            tokens = tokens.long()
+            tokens, kept, *others = (array[start : start + chunk_windows] for array in arrays)
+            n_kept = int(kept.sum())
+            columns = [torch.from_numpy(each) for each in (tokens, self._without_dropped(split, kept, n_before), *others)]
+            n_before += n_kept
+            columns[0] = columns[0].long()
             for first in range(0, len(tokens), batch_windows):
-                yield TokenBatch(*(values[first : first + batch_windows] for values in (tokens, *others)))
+                yield TokenBatch(*(values[first : first + batch_windows] for values in columns))
 
     def sample(self, split: Split, n_rows: int, batch_windows: int) -> Iterator[TokenBatch]:
         """Yield evenly spread windows of a split with about `n_rows` activation rows in total, or all windows, in batches as `batches`."""
@@ -239,8 +248,28 @@ class TokenStore:
         chosen = np.linspace(0, statistics.windows - 1, n_windows).round().astype(int)
         arrays: list[Any] = [self._group[f"{split}/{name}"] for name in TokenBatch._fields]
         for first in range(0, n_windows, batch_windows):
-            tokens, *others = (torch.from_numpy(array.oindex[chosen[first : first + batch_windows]]) for array in arrays)
-            yield TokenBatch(tokens.long(), *others)
+            windows = chosen[first : first + batch_windows]
+            tokens, kept, *others = (array.oindex[windows] for array in arrays)
+            for window, of_window in zip(windows, kept, strict=True) if split in self._dropped else ():
+                self._without_dropped(split, of_window, int(self._n_kept_before(split)[window]))
+            columns = [torch.from_numpy(each) for each in (tokens, kept, *others)]
+            yield TokenBatch(columns[0].long(), *columns[1:])
+
+    def _without_dropped(self, split: Split, kept: np.ndarray, n_before: int) -> np.ndarray:
+        """Clear the dropped positions in `kept`, the mask of consecutive windows that `n_before` kept positions precede; return it."""
+        places = np.flatnonzero(kept)
+        dropped = self._dropped.get(split, np.empty(0, np.int64))
+        begin, end = np.searchsorted(dropped, (n_before, n_before + len(places)))
+        kept.reshape(-1)[places[dropped[begin:end] - n_before]] = False
+        return kept
+
+    @cache  # noqa: B019  # a store is open for one pass
+    def _n_kept_before(self, split: Split) -> np.ndarray:
+        """Return the number of kept positions before each window of a split, `[n_windows]`."""
+        array: Any = self._group[f"{split}/kept"]
+        starts = range(0, array.shape[0], array.chunks[0])
+        counts = np.concatenate([[0], *(array[start : start + array.chunks[0]].sum(1) for start in starts)])
+        return np.cumsum(counts)[:-1]
 
     def token_ids(self, split: Split, rows: np.ndarray) -> np.ndarray:
         """Return the token id `[n]` of each activation row in `rows` `[n]`, which are in ascending order. Memory: as `batches`."""
