@@ -30,7 +30,7 @@ from saeens_pipeline.storage.names import Partition
 
 D_IN, N_TRAIN, N_TEST = 6, 500, 90
 PLANTED = {"train": [3, 64, 65, 130, 131, 132, 499], "test": [0, 50, 89]}
-SOURCE = {"train_tokens": 1400, "test_tokens": 1000}
+SOURCE = {"train_tokens": 1400, "test_tokens": 1100}
 
 
 def _planted(split: str, n_rows: int) -> torch.Tensor:
