@@ -15,15 +15,16 @@ from rich.text import Text
 from saeens_pipeline.cli.app import app
 from saeens_pipeline.cli.output import out
 from saeens_pipeline.errors import SaeensError
+from saeens_pipeline.storage.disk import free_bytes
+from saeens_pipeline.storage.recipes import Store, all_artefacts
+from saeens_pipeline.storage.root import data_root
 
 PACKAGES = ("saeens", "torch", "transformers", "tokenizers", "dagster", "zarr", "polars", "pyarrow", "safetensors", "pydantic")
 LOW_DISK_BYTES = 2 * 2**30
 
 
 @app.command()
-def doctor(
-    verify: Annotated[bool, typer.Option("--verify", help="Read every artefact and compare its hashes.")] = False,
-) -> None:
+def doctor(verify: Annotated[bool, typer.Option("--verify", help="Read every artefact and compare its hashes.")] = False) -> None:
     """Check this installation: versions, devices, data root and experiment files."""
     findings = list(diagnose(verify=verify))
     for finding in findings:
@@ -52,8 +53,6 @@ def diagnose(verify: bool = False) -> Iterator[Finding]:
             yield Finding(package, version(package))
         except PackageNotFoundError:
             yield Finding(package, "not installed: install the project again", ok=False)
-    from saeens_pipeline.storage.root import data_root
-
     yield from _devices()
     yield from _root(data_root())
     yield from _experiments()
@@ -79,9 +78,6 @@ def _devices() -> Iterator[Finding]:
 
 
 def _root(root: Path) -> Iterator[Finding]:
-    from saeens_pipeline.storage.disk import free_bytes
-    from saeens_pipeline.storage.recipes import Store
-
     store = Store(root)
     try:
         store.require_writable()
@@ -105,18 +101,14 @@ def _experiments() -> Iterator[Finding]:
 
 
 def _verify(root: Path) -> Iterator[Finding]:
-    from saeens_pipeline.storage.recipes import all_artefacts
-
     checked, wrong = 0, []
     for _, _, artefact in all_artefacts(root):
         checked += 1
         if isinstance(artefact, SaeensError):
             wrong.append(str(artefact))
-            continue
-        differences = artefact.verify()
-        if differences:
+        elif differences := artefact.verify():
             artefact.invalidate()
-        wrong += [f"{difference}. The next `saeens run` makes it again" for difference in differences]
+            wrong += [f"{difference}. The next `saeens run` makes it again" for difference in differences]
     for message in wrong:
         yield Finding("artefact", message, ok=False)
     yield Finding("artefacts", f"{checked} read, {len(wrong)} differences from what was written", ok=not wrong)

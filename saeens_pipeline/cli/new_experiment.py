@@ -45,7 +45,14 @@ def new_experiment(name: str, model: str, layers: Sequence[int], output: Path | 
     The file is `output`, or NAME.yaml in the first folder of SAEENS_EXPERIMENTS, or a file in the checkout. Nothing is overwritten.
     Raises ConfigurationError for a name in use or not allowed, an unknown model, and layers that the model does not have.
     """
-    _require_free(name)
+    try:
+        validate_name(name)
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from None
+    catalogue = Experiments.load()
+    for kind, taken in (("an experiment", catalogue.experiments), ("a source", catalogue.sources)):
+        if name in taken:
+            raise ConfigurationError(f"there already is {kind} called {name!r}: choose another name, or edit its file")
     path = (output or _default_path(name)).expanduser().absolute()
     if path.exists():
         raise ConfigurationError(f"{path} exists and is not overwritten: choose another name or --output")
@@ -88,11 +95,7 @@ def render(name: str, description: LanguageModelDescription, layers: Sequence[in
     experiment: dict[str, Any] = {
         "name": name,
         "source": name,
-        "sae": {
-            "architecture": "topk",
-            "expansion": EXPANSION,
-            "k": max(1, 2 ** round(math.log2(max(1.0, width / DIMENSIONS_PER_FEATURE)))),
-        },
+        "sae": {"architecture": "topk", "expansion": EXPANSION, "k": 2 ** round(math.log2(max(1.0, width / DIMENSIONS_PER_FEATURE)))},
         "training": {
             "learning_rate": 1.0e-3,
             "learning_rate_warmup_fraction": 0.05,
@@ -112,10 +115,9 @@ def render(name: str, description: LanguageModelDescription, layers: Sequence[in
         f"# `saeens run {name}` makes everything; `saeens experiments` reports a wrong file with its line.",
     ]
     nested = {"sae": settings_class("topk"), "training": TrainingConfig, "ensemble": EnsembleSettings}
-    documents = [[f"type: {kind}", "attributes:"] for kind in MODELS]
-    documents[0] += _fields(SourceSettings.model_fields, source)
-    documents[1] += _fields(ExperimentSettings.model_fields, experiment, nested)
-    return "\n---\n".join("\n".join(lines) for lines in ([*head, *documents[0]], documents[1])) + "\n"
+    fields = (_fields(SourceSettings.model_fields, source), _fields(ExperimentSettings.model_fields, experiment, nested))
+    documents = ("\n".join([f"type: {kind}", "attributes:", *lines]) for kind, lines in zip(MODELS, fields, strict=True))
+    return "\n".join([*head, "\n---\n".join(documents), ""])
 
 
 def _fields(
@@ -137,8 +139,7 @@ def _fields(
 
 
 def _alternatives(annotation: Any) -> str:
-    options = [str(each) for each in get_args(annotation)] if get_origin(annotation) is Literal else []
-    return f"one of {', '.join(options)}" if options else ""
+    return f"one of {', '.join(map(str, get_args(annotation)))}" if get_origin(annotation) is Literal else ""
 
 
 def _yaml(value: Any) -> str:
@@ -150,17 +151,6 @@ def _yaml(value: Any) -> str:
     if value in ("on", "off"):
         return value
     return yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True).removesuffix("...\n").strip()
-
-
-def _require_free(name: str) -> None:
-    try:
-        validate_name(name)
-    except ValueError as error:
-        raise ConfigurationError(str(error)) from None
-    catalogue = Experiments.load()
-    for kind, taken in (("an experiment", catalogue.experiments), ("a source", catalogue.sources)):
-        if name in taken:
-            raise ConfigurationError(f"there already is {kind} called {name!r}: choose another name, or edit its file")
 
 
 def _validate(text: str, description: LanguageModelDescription) -> None:

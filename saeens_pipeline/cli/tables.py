@@ -3,38 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from rich.text import Text
 from typer.core import TyperCommand
 
 from saeens_pipeline.cli.app import app
-from saeens_pipeline.cli.output import (
-    ExperimentName,
-    FormatOption,
-    LayerOption,
-    TableFormat,
-    complain,
-    out,
-    print_data,
-    print_line,
-    rich_table,
-)
+from saeens_pipeline.cli.output import ExperimentName, FormatOption, LayerOption, complain, grid, out, print_data, print_line, rich_table
 from saeens_pipeline.errors import ConfigurationError, SaeensError
+from saeens_pipeline.storage.recipes import Store
+from saeens_pipeline.storage.root import data_root
 
 if TYPE_CHECKING:
     from saeens_pipeline.orchestration.catalogue import Catalogue
 
 _SHOWN_ROWS = 1000  # of a table in the terminal
-
-
-class Sizes(StrEnum):
-    """Values of `--n`."""
-
-    full = "full"
-    all = "all"
 
 
 class _ListsTables(TyperCommand):
@@ -51,12 +36,9 @@ class _ListsTables(TyperCommand):
 @app.command()
 def tables() -> None:
     """List the tables that experiments can fill, with the question that each answers."""
-    from rich.table import Table
-    from rich.text import Text
-
     from saeens_pipeline.assets.tables import listed
 
-    shown = Table("table", "default", "question", box=None, pad_edge=False)
+    shown = grid("table", "default", "question")
     for table in listed(over_experiments=False):
         shown.add_row(table.name, "yes" if table.by_default else "", Text(table.question))
     out.print(shown)
@@ -66,7 +48,7 @@ def tables() -> None:
 def table(
     experiment: ExperimentName,
     name: Annotated[str, typer.Argument(metavar="TABLE", help="Name of a table; `saeens tables` lists them.")],
-    format: FormatOption = TableFormat.table,
+    format: FormatOption = "table",
 ) -> None:
     """Print an evaluation table: all layers on disk, and the experiment's seeds."""
     import polars as pl
@@ -74,8 +56,6 @@ def table(
     from saeens_pipeline.assets.tables import find_table
     from saeens_pipeline.orchestration.catalogue import load_catalogue
     from saeens_pipeline.orchestration.runs import experiment_status
-    from saeens_pipeline.storage.recipes import Store
-    from saeens_pipeline.storage.root import data_root
     from saeens_pipeline.storage.tables import read_table
 
     catalogue = load_catalogue()
@@ -84,9 +64,7 @@ def table(
     statuses = experiment_status(catalogue, experiment)
     if any(each.state != "fresh" for each in statuses if each.declaration.address.key == [experiment, "eval", name]):
         complain("note", f"parts of this table are missing, stale or damaged: see `saeens status {experiment}`")
-    if format != TableFormat.table:
-        print_data(frame, format)
-    else:
+    if not print_data(frame, format):
         out.print(rich_table(frame.drop("experiment", "sae_data_versions").head(_SHOWN_ROWS)))
         if len(frame) > _SHOWN_ROWS:
             complain("note", f"these are the first {_SHOWN_ROWS:,} of {len(frame):,} rows: --format csv or json prints all")
@@ -97,26 +75,23 @@ def table(
 @app.command()
 def leaderboard(
     sort: Annotated[str, typer.Option(help="Column to rank by, within each source and layer.")] = "explained_variance",
-    n: Annotated[Sizes, typer.Option(help="Ensembles with all their members, or with the first n for every n.")] = Sizes.full,
-    format: FormatOption = TableFormat.table,
+    n: Annotated[Literal["full", "all"], typer.Option(help="Ensembles with all their members, or with the first n for every n.")] = "full",
+    format: FormatOption = "table",
 ) -> None:
     """Rank every evaluated method of every experiment and layer."""
     from saeens_pipeline.assets.tables.leaderboard import for_reading, standings
     from saeens_pipeline.orchestration.catalogue import load_catalogue
     from saeens_pipeline.orchestration.runs import make_leaderboard
-    from saeens_pipeline.storage.recipes import Store
-    from saeens_pipeline.storage.root import data_root
 
     catalogue, store = load_catalogue(), Store(data_root())
     (declaration,) = catalogue.leaderboard().outputs
-    ranked = standings(store, declaration, sort, n.value)
+    ranked = standings(store, declaration, sort, n)
     if ranked.is_empty():
         complain("note", "nothing is evaluated yet: run `saeens run EXPERIMENT`; `saeens experiments` lists the experiments")
     else:
         make_leaderboard(catalogue)
     _note_outdated(catalogue, ranked["experiment"].unique(maintain_order=True))
-    if format != TableFormat.table:
-        print_data(ranked, format)
+    if print_data(ranked, format):
         return
     for (source, layer), rows in ranked.partition_by("source", "layer", as_dict=True, maintain_order=True).items():
         out.print(rich_table(for_reading(rows, sort), f"{source}, layer {layer}"), "")
@@ -143,26 +118,22 @@ def report(
 def pareto(
     sweep: Annotated[str, typer.Argument(help="Name of an experiment with a sweep.")],
     picture: Annotated[Path | None, typer.Option(help="PNG file to write the plot to.")] = None,
-    format: FormatOption = TableFormat.table,
+    format: FormatOption = "table",
 ) -> None:
     """Compare the experiments of a sweep: explained variance against L0 and description length, for each method."""
-    from saeens_pipeline.assets.tables.pareto import Sweep, for_reading, notes, pareto_rows
+    from saeens_pipeline.assets.tables.pareto import for_reading, notes, pareto_rows
     from saeens_pipeline.orchestration.catalogue import load_catalogue
-    from saeens_pipeline.report.pareto_picture import draw
-    from saeens_pipeline.storage.recipes import Store
-    from saeens_pipeline.storage.root import data_root
+    from saeens_pipeline.report.pictures import sweep_picture
 
     catalogue = load_catalogue()
     (declaration,) = catalogue.pareto(sweep).outputs
-    about = Sweep.of(catalogue.sweep(sweep))
-    rows = pareto_rows(Store(data_root()), declaration, about)
-    for note in notes(rows, about):
+    rows = pareto_rows(Store(data_root()), declaration)
+    for note in notes(rows, declaration):
         complain("note", note)
     _note_outdated(catalogue, rows["experiment"].unique(maintain_order=True))
     if picture:
-        picture.write_bytes(draw(rows, about))
-    if format != TableFormat.table:
-        print_data(rows, format)
+        picture.write_bytes(sweep_picture(rows, declaration))
+    if print_data(rows, format):
         return
     for (layer,), of_layer in rows.partition_by("layer", as_dict=True, maintain_order=True).items():
         out.print(rich_table(for_reading(of_layer), f"{sweep}, layer {layer}"), "")

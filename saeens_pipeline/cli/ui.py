@@ -12,19 +12,17 @@ import typer
 from saeens_pipeline.cli.app import app
 from saeens_pipeline.cli.output import out
 from saeens_pipeline.errors import SaeensError
+from saeens_pipeline.storage.root import data_root
 
 
 @app.command()
-def ui(
-    port: Annotated[int, typer.Option(help="Port on the loopback interface.", min=1, max=65535)] = 3000,
-) -> None:
+def ui(port: Annotated[int, typer.Option(help="Port on the loopback interface.", min=1, max=65535)] = 3000) -> None:
     """Start the Dagster UI on this machine, with the runs of the command line."""
     from dagster import DagsterInstance
 
     from saeens_pipeline.assets.catalogue import Experiments
     from saeens_pipeline.orchestration.instance import declare_layers, end_dead_runs, prepare_home
     from saeens_pipeline.settings.files import FOLDERS_VARIABLE, own_folders
-    from saeens_pipeline.storage.root import data_root
 
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

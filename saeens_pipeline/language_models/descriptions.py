@@ -180,11 +180,10 @@ def _require_hub_weights(name: str, commit: str, path: Path) -> None:
 
 def weight_files(name: str, path: Path) -> list[Path]:
     """Return the weight files. Raises ConfigurationError if one is missing."""
-    if (path / "model.safetensors.index.json").is_file():
-        index = json.loads((path / "model.safetensors.index.json").read_text(encoding="utf-8"))
-        weights = [path / file for file in sorted(set(index["weight_map"].values()))]
-    else:
-        weights = [path / "model.safetensors"]
+    index, names = path / "model.safetensors.index.json", {"model.safetensors"}
+    if index.is_file():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    weights = [path / name for name in sorted(names)]
     absent = [file.name for file in weights if not file.is_file()]
     if absent:
         pickled = sorted(file.name for file in path.glob("*.bin"))

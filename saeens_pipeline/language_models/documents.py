@@ -37,12 +37,15 @@ class Corpus(Protocol):
     @property
     def identity(self) -> dict[str, object]:
         """Values for recipes, which change when the documents may have changed. Cheap to compute."""
+        ...
 
     def require_readable(self) -> None:
         """Raise the errors of `documents` early, after reading as little as possible."""
+        ...
 
     def documents(self, split: Split) -> Iterator[Document]:
         """Yield the documents of a split."""
+        ...
 
 
 def rank(name: str) -> float:

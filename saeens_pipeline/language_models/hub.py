@@ -10,7 +10,7 @@ import contextlib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import huggingface_hub  # loads its parts at first use, which takes half a second
 from huggingface_hub import constants
@@ -51,7 +51,7 @@ def download(name: str, commit: str, files: Sequence[str], kind: Kind = "model")
     Raises as `resolve_commit`.
     """
     with explained(name, commit, kind):
-        wanted = {"allow_patterns": list(files), "ignore_patterns": _SUBFOLDERS}
+        wanted: dict[str, Any] = {"allow_patterns": list(files), "ignore_patterns": _SUBFOLDERS}
         return Path(huggingface_hub.snapshot_download(name, repo_type=kind, revision=commit, **wanted))
 
 
@@ -59,7 +59,7 @@ def sizes(name: str, commit: str, files: Sequence[str]) -> dict[str, int] | None
     """Return the bytes of a model's files that match a pattern, without downloading them; None if the hub cannot be reached."""
     with explained(name, commit, "model"):
         try:
-            wanted = {"allow_patterns": list(files), "ignore_patterns": _SUBFOLDERS}
+            wanted: dict[str, Any] = {"allow_patterns": list(files), "ignore_patterns": _SUBFOLDERS}
             found = huggingface_hub.snapshot_download(name, revision=commit, dry_run=True, **wanted)
         except DryRunError:
             return None

@@ -73,6 +73,8 @@ def train_reference_model(
     tokenizer.save(str(output / "tokenizer.json"))
     train_ids = torch.cat([torch.tensor(ids) for ids in _encode(tokenizer, corpus.documents("train"))])
     held_out = _held_out_windows(tokenizer, corpus, recipe.context_length)
+    predicted = tokenizer.decode_batch(held_out[:, 1:].tolist(), skip_special_tokens=False)
+    predicted_bytes = sum(len(text.encode()) for text in predicted)
 
     torch.manual_seed(recipe.seed)
     model = _new_model(recipe)
@@ -101,18 +103,12 @@ def train_reference_model(
             raise FloatingPointError(f"the reference model's loss is {smoothed} at step {step}: lower the learning rate")
         status = TrainingStatus(step, step * tokens_per_step, time.monotonic() - began, smoothed)
         if step % evaluate_every == 0 or step == total_steps:
-            status = replace(status, bits_per_byte=_bits_per_byte(model, held_out))
+            status = replace(status, bits_per_byte=_bits_per_byte(model, held_out, predicted_bytes))
             log.append(status)
             _save(model, output, recipe, corpus, log)
         if status.bits_per_byte is not None or step % 100 == 0:
             report(status)
     return log
-
-
-@dataclass(frozen=True)
-class _HeldOut:
-    windows: torch.Tensor  # [n, context_length] token ids
-    predicted_bytes: int  # UTF-8 bytes of the predicted tokens: all except the first of each window
 
 
 def _train_tokenizer(corpus: Corpus, recipe: ReferenceModelRecipe) -> Tokenizer:
@@ -138,16 +134,15 @@ def _encode(tokenizer: Tokenizer, documents: Iterator[Document]) -> Iterator[lis
         yield from ([separator, *encoding.ids] for encoding in tokenizer.encode_batch([document.text for document in batch]))
 
 
-def _held_out_windows(tokenizer: Tokenizer, corpus: Corpus, context_length: int, n_windows: int = 512) -> _HeldOut:
+def _held_out_windows(tokenizer: Tokenizer, corpus: Corpus, context_length: int, n_windows: int = 512) -> torch.Tensor:
+    """Return token ids `[n, context_length]` of random windows of the test split."""
     windows = [
         ids[start : start + context_length]
         for ids in _encode(tokenizer, corpus.documents("test"))
         for start in range(0, len(ids) - context_length + 1, context_length)
     ]
     chosen = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))[:n_windows].tolist()
-    kept = [windows[i] for i in chosen]
-    n_bytes = sum(len(text.encode()) for text in tokenizer.decode_batch([window[1:] for window in kept], skip_special_tokens=False))
-    return _HeldOut(torch.tensor(kept), n_bytes)
+    return torch.tensor([windows[i] for i in chosen])
 
 
 def _new_model(recipe: ReferenceModelRecipe) -> GPTNeoXForCausalLM:
@@ -194,12 +189,12 @@ def _learning_rate(recipe: ReferenceModelRecipe, step: int, total_steps: int) ->
     return decayed * min(1.0, step / recipe.warmup_steps)
 
 
-def _bits_per_byte(model: GPTNeoXForCausalLM, held_out: _HeldOut) -> float:
+def _bits_per_byte(model: GPTNeoXForCausalLM, windows: torch.Tensor, predicted_bytes: int) -> float:
     model.eval()
     with torch.no_grad():
-        nats = sum(float(_loss(model, batch)) * batch[:, 1:].numel() for batch in held_out.windows.split(64))
+        nats = sum(float(_loss(model, batch)) * batch[:, 1:].numel() for batch in windows.split(64))
     model.train()
-    return nats / math.log(2) / held_out.predicted_bytes
+    return nats / math.log(2) / predicted_bytes
 
 
 def _save(model: GPTNeoXForCausalLM, output: Path, recipe: ReferenceModelRecipe, corpus: Corpus, log: list[TrainingStatus]) -> None:

@@ -217,7 +217,7 @@ class TokenStore:
         self.path, self._dropped = path, dropped
         self.context_length: int = attributes["context_length"]
         self.statistics = TokenStatistics(**{split: SplitTokens(**attributes["statistics"][split]) for split in SPLITS})
-        self._group = group
+        self._arrays: dict[Split, list[Any]] = {split: [group[f"{split}/{name}"] for name in TokenBatch._fields] for split in SPLITS}
 
     def n_rows(self, split: Split) -> int:
         """Return the number of activation rows of a split."""
@@ -225,51 +225,43 @@ class TokenStore:
 
     def batches(self, split: Split, batch_windows: int) -> Iterator[TokenBatch]:
         """Yield all windows in order, at most `batch_windows` at a time. Memory: one chunk of each array, about 5 MB."""
-        import torch
-
-        arrays: list[Any] = [self._group[f"{split}/{name}"] for name in TokenBatch._fields]
-        n_windows, chunk_windows = arrays[0].shape[0], arrays[0].chunks[0]
-        n_before = 0  # kept positions in earlier chunks
+        n_windows, chunk_windows = self._arrays[split][0].shape[0], self._arrays[split][0].chunks[0]
         for start in range(0, n_windows, chunk_windows):
-            tokens, kept, *others = (array[start : start + chunk_windows] for array in arrays)
-            n_kept = int(kept.sum())
-            columns = [torch.from_numpy(each) for each in (tokens, self._without_dropped(split, kept, n_before), *others)]
-            n_before += n_kept
-            columns[0] = columns[0].long()
-            for first in range(0, len(tokens), batch_windows):
-                yield TokenBatch(*(values[first : first + batch_windows] for values in columns))
+            chunk = self._read(split, slice(start, start + chunk_windows))
+            for first in range(0, len(chunk.tokens), batch_windows):
+                yield TokenBatch(*(values[first : first + batch_windows] for values in chunk))
 
     def sample(self, split: Split, n_rows: int, batch_windows: int) -> Iterator[TokenBatch]:
         """Yield evenly spread windows of a split with about `n_rows` activation rows in total, or all windows, in batches as `batches`."""
-        import torch
-
         statistics: SplitTokens = getattr(self.statistics, split)
         n_windows = min(statistics.windows, -(-n_rows * statistics.windows // statistics.rows))
         chosen = np.linspace(0, statistics.windows - 1, n_windows).round().astype(int)
-        arrays: list[Any] = [self._group[f"{split}/{name}"] for name in TokenBatch._fields]
         for first in range(0, n_windows, batch_windows):
-            windows = chosen[first : first + batch_windows]
-            tokens, kept, *others = (array.oindex[windows] for array in arrays)
-            for window, of_window in zip(windows, kept, strict=True) if split in self._dropped else ():
-                self._without_dropped(split, of_window, int(self._n_kept_before(split)[window]))
-            columns = [torch.from_numpy(each) for each in (tokens, kept, *others)]
-            yield TokenBatch(columns[0].long(), *columns[1:])
+            yield self._read(split, chosen[first : first + batch_windows])
 
-    def _without_dropped(self, split: Split, kept: np.ndarray, n_before: int) -> np.ndarray:
-        """Clear the dropped positions in `kept`, the mask of consecutive windows that `n_before` kept positions precede; return it."""
-        places = np.flatnonzero(kept)
-        dropped = self._dropped.get(split, np.empty(0, np.int64))
-        begin, end = np.searchsorted(dropped, (n_before, n_before + len(places)))
-        kept.reshape(-1)[places[dropped[begin:end] - n_before]] = False
-        return kept
+    def _read(self, split: Split, windows: slice | np.ndarray) -> TokenBatch:
+        import torch
+
+        tokens, *others = (torch.from_numpy(array.oindex[windows]) for array in self._arrays[split])
+        batch = TokenBatch(tokens.long(), *others)
+        numbers = np.arange(windows.start, windows.start + len(tokens)) if isinstance(windows, slice) else windows
+        if len(dropped := self._dropped_places(split)):
+            window, column = np.divmod(dropped, self.context_length)
+            read = np.isin(window, numbers)
+            batch.kept[np.searchsorted(numbers, window[read]), column[read]] = False
+        return batch
 
     @cache  # noqa: B019  # a store is open for one pass
-    def _n_kept_before(self, split: Split) -> np.ndarray:
-        """Return the number of kept positions before each window of a split, `[n_windows]`."""
-        array: Any = self._group[f"{split}/kept"]
-        starts = range(0, array.shape[0], array.chunks[0])
-        counts = np.concatenate([[0], *(array[start : start + array.chunks[0]].sum(1) for start in starts)])
-        return np.cumsum(counts)[:-1]
+    def _dropped_places(self, split: Split) -> np.ndarray:
+        """Return the places of the dropped positions, `[n]` ascending, as `places`."""
+        dropped, kept = self._dropped.get(split, np.empty(0, np.int64)), self._arrays[split][TokenBatch._fields.index("kept")]
+        found, n_before = [np.empty(0, np.int64)], 0
+        for first in range(0, kept.shape[0], kept.chunks[0]) if len(dropped) else ():
+            places = np.flatnonzero(kept[first : first + kept.chunks[0]])
+            begin, end = np.searchsorted(dropped, (n_before, n_before + len(places)))
+            found.append(first * self.context_length + places[dropped[begin:end] - n_before])
+            n_before += len(places)
+        return np.concatenate(found)
 
     def token_ids(self, split: Split, rows: np.ndarray) -> np.ndarray:
         """Return the token id `[n]` of each activation row in `rows` `[n]`, which are in ascending order. Memory: as `batches`."""

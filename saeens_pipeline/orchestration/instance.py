@@ -7,7 +7,7 @@ import json
 import os
 import re
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +85,8 @@ def prepare_home() -> Path:
             if not file.exists() or (name == "dagster.yaml" and _is_ours(file.read_text())):
                 file.write_text(content)
     except OSError as error:
-        raise SaeensError(
-            f"{home} cannot be written ({error.strerror}): set DAGSTER_HOME or SAEENS_DATA to a folder that can be"
-        ) from error
+        way_out = "set DAGSTER_HOME or SAEENS_DATA to a folder that can be"
+        raise SaeensError(f"{home} cannot be written ({error.strerror}): {way_out}") from error
     os.environ["DAGSTER_HOME"] = str(home)
     if not (home / _DATABASE_MARK).exists():  # two processes that create the database at the same time leave one that cannot be opened
         with holding_one_of(home, ["database"]), DagsterInstance.from_config(str(home)):
@@ -113,14 +112,9 @@ def command_line_instance() -> DagsterInstance:
     return DagsterInstance.from_config(str(home), _COMMAND_LINE_FILE)
 
 
-@contextlib.contextmanager
-def recorded_instance() -> Iterator[DagsterInstance | None]:
+def recorded_instance() -> contextlib.AbstractContextManager[DagsterInstance | None]:
     """Give the instance of DAGSTER_HOME for commands that only read; None if it does not exist. None is created."""
-    if (home_folder() / "dagster.yaml").exists():
-        with command_line_instance() as instance:
-            yield instance
-    else:
-        yield None
+    return command_line_instance() if (home_folder() / "dagster.yaml").exists() else contextlib.nullcontext()
 
 
 def process_tag() -> dict[str, str]:
@@ -143,7 +137,7 @@ def end_dead_runs(instance: DagsterInstance) -> None:
     for run in instance.get_runs(RunsFilter(statuses=[DagsterRunStatus.STARTED])):
         if process_is_dead(run):
             instance.report_run_canceled(run, "The process that executed this run was killed.")
-        elif _SERVER_TAG in run.tags and not _answers(json.loads(run.tags[_SERVER_TAG])):
+        elif not _answers(json.loads(run.tags.get(_SERVER_TAG, "{}"))):
             instance.report_run_canceled(run, "The code server that executed this run is gone.")
         else:
             continue

@@ -19,9 +19,12 @@ MAX_RETRIES = 2
 DELAY_SECONDS = 10.0
 """Delay before the first retry; it doubles for the next."""
 
-_HUB = {"builtins": ("ConnectionError", "TimeoutError"), "requests": ("ConnectionError", "Timeout")} | dict.fromkeys(
-    ("httpx", "httpx2"), ("TransportError",)
-)
+_HUB = {
+    "builtins": ("ConnectionError", "TimeoutError"),
+    "httpx": ("TransportError",),
+    "httpx2": ("TransportError",),
+    "requests": ("ConnectionError", "Timeout"),
+}
 _MEMORY = {"builtins": ("MemoryError",), "torch": ("OutOfMemoryError",)}
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from saeens_pipeline.report.methods import Method, method
-from saeens_pipeline.report.metrics import CE, METRICS, STABILITY, Metric
+from saeens_pipeline.report.metrics import CE, METRICS, STABILITY, Metric, written
 from saeens_pipeline.report.record import Found, Record
 from saeens_pipeline.report.results import Results, Size, Spread
 
@@ -35,20 +35,9 @@ class Row:
     cells: Sequence[Cell]
     origins: Mapping[int, Sequence[tuple[str, Found | None]]]
 
-    @property
-    def n_saes(self) -> int:
-        """Return the number of SAEs behind the numbers, over all seeds."""
-        return sum(map(len, self.origins.values()))
 
-
-def metrics_of(results: Results) -> list[Metric]:
-    """Return the columns that have any number."""
-    return [metric for metric in METRICS if results.full(metric)]
-
-
-def main_table(results: Results, record: Record) -> list[Row]:
+def main_table(results: Results, record: Record, metrics: Sequence[Metric]) -> list[Row]:
     """Return a row for each method."""
-    metrics = metrics_of(results)
     return [
         Row(method(size.method), size.n_members, [_cell(results, metric, size) for metric in metrics], _origins(results, size, record))
         for size in results.full_sizes
@@ -70,7 +59,7 @@ def why_empty(metric: Metric, experiment: str, n_seeds: int) -> str:
 def cell_of(spread: Spread, metric: Metric, *, best: bool = False) -> Cell:
     """Return the mean, with the seeds' spread where they differ."""
     seeds = "" if len(set(spread.points)) == 1 and len(spread.points) > 1 else spread.around(metric.form)
-    return Cell(metric.written(spread.mean), spread.mean, seeds, best)
+    return Cell(written(spread.mean, metric.form), spread.mean, seeds, best)
 
 
 def _cell(results: Results, metric: Metric, size: Size) -> Cell:

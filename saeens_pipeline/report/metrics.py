@@ -20,10 +20,6 @@ class Metric:
     better: Literal["more", "less", ""] = ""
     log: bool = False
 
-    def written(self, value: float) -> str:
-        """Return the value as text."""
-        return written(value, self.form)
-
 
 def written(value: float, form: str) -> str:
     """Return a number in a format, powers of ten in short: `1.5e8`."""
@@ -32,32 +28,27 @@ def written(value: float, form: str) -> str:
 
 EV = Metric(
     "EV", "reconstruction", "explained_variance", "explained variance", ".4f",
-    "share of the held-out activations' variance that the reconstruction explains. 1 is perfect, 0 no better than the mean",
-    "more",
+    "share of the held-out activations' variance that the reconstruction explains. 1 is perfect, 0 no better than the mean", "more",
 )  # fmt: skip
 MSE = Metric(
     "MSE", "reconstruction", "mse", "mean squared error", ".4g",
     "squared error of the reconstruction, summed over dimensions, mean over held-out tokens. Its scale is the activations' own: compare it "
-    "within one language model and layer",
-    "less", True,
+    "within one language model and layer", "less", True,
 )  # fmt: skip
 CE = Metric(
     "CE rec.", "reconstruction", "ce_loss_recovered", "loss recovered", ".4f",
     "how well the language model predicts the next token (cross-entropy) with the reconstruction in place of the activations. 1: as well "
-    "as with the activations, 0: as badly as with zeros",
-    "more",
+    "as with the activations, 0: as badly as with zeros", "more",
 )  # fmt: skip
 L0 = Metric("L0", "reconstruction", "l0", "L0 (features per token)", ".1f", "features that fire (are not zero) per token", log=True)
 BITS = Metric(
     "bits", "reconstruction", "description_length_bits", "description length (bits per token)", ",.0f",
-    "bits per token that send the code: which features fire, and how strongly",
-    log=True,
+    "bits per token that send the code: which features fire, and how strongly", log=True,
 )  # fmt: skip
 STABILITY = Metric(
     "stability", "stability", "stability", "stability", ".4f",
     "do the same features come back under another seed? Mean over features of the largest cosine to a feature of any other run. 1: every "
-    "feature comes back",
-    "more",
+    "feature comes back", "more",
 )  # fmt: skip
 CONNECTIVITY = Metric(
     "connectivity", "coactivation", "connectivity", "connectivity", ".4f", "share of feature pairs that never fire on the same token"
@@ -69,8 +60,7 @@ DIVERSITY = Metric(
 FLOPS = Metric(
     "train FLOPs", "cost", "total_flops", "training FLOPs", ".3g",
     "operations of training, dense equivalents: each feature counts for each token, so that they do not depend on the implementation. "
-    "Boosting's passes over the activations that make the residuals are counted in",
-    log=True,
+    "Boosting's passes over the activations that make the residuals are counted in", log=True,
 )  # fmt: skip
 METRICS = (
     EV, MSE, CE, L0, BITS, STABILITY, CONNECTIVITY,

@@ -1,9 +1,9 @@
-"""The tables of one experiment and layer that are on disk, and their means and intervals over seeds."""
+"""The tables of one experiment and layer that are on disk, their means and intervals over seeds, and these beside the control's."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,8 +14,8 @@ import polars as pl
 from saeens_models.metrics import mean_interval
 from saeens_pipeline.assets.tables import listed as listed_tables
 from saeens_pipeline.assets.tables.cost import with_totals
-from saeens_pipeline.report.methods import in_order
-from saeens_pipeline.report.metrics import METRICS, Metric, written
+from saeens_pipeline.report.methods import Method, in_order, method
+from saeens_pipeline.report.metrics import CE, EV, METRICS, STABILITY, Metric, written
 from saeens_pipeline.storage.tables import has_table, read_table
 
 _LARGE = "contexts"  # text of single features; the feature browser alone reads it, one seed at a time
@@ -32,7 +32,7 @@ class Size(NamedTuple):
 class Spread:
     """A number over seeds: its mean, the 95% interval (Student's t), and the points.
 
-    With one seed there is no interval. With two it is so wide that the points say more: `has_interval` is for three and more.
+    With one seed there is no interval. With two it is so wide that the points say more: it is shown with three and more.
     """
 
     mean: float
@@ -46,20 +46,18 @@ class Spread:
         return cls(*mean_interval(points), tuple(points))
 
     @property
-    def has_interval(self) -> bool:
-        return len(self.points) > 2 and self.low is not None and self.high is not None
+    def _interval(self) -> tuple[float, float] | None:
+        return (self.low, self.high) if len(self.points) > 2 and self.low is not None and self.high is not None else None
 
     @property
     def bar(self) -> tuple[float, float]:
         """Return the interval or, with fewer than three seeds, the lowest and the highest point."""
-        if self.has_interval and self.low is not None and self.high is not None:
-            return self.low, self.high
-        return min(self.points), max(self.points)
+        return self._interval or (min(self.points), max(self.points))
 
     def around(self, form: str) -> str:
         """Return the half width of the interval or, with two seeds, the points: Student's interval of two is 12.7 standard errors wide."""
-        if self.has_interval and self.high is not None:
-            half_width = self.high - self.mean
+        if self._interval:
+            half_width = self._interval[1] - self.mean
             return f"±{half_width:.1%}" if form.endswith("%") else f"±{written(half_width, '.2g')}"
         points = dict.fromkeys(written(point, form) for point in self.points)
         return ", ".join(points) if len(self.points) == 2 else ""
@@ -149,3 +147,28 @@ def spread_of_points(points: str) -> Spread | None:
     """Return the spread of comma-separated points, as in tables over seeds; a point may be empty. None without a finite point."""
     finite = [value for point in points.split(",") if point and math.isfinite(value := float(point))]
     return Spread.of(finite) if finite else None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A metric of every method, on the trained language model and on the untrained control of the same shape."""
+
+    title: str
+    rows: Sequence[tuple[Method, Spread, Spread]]
+
+    def of(self, about: Method) -> tuple[Spread, Spread] | tuple[None, None]:
+        """Return both spreads of a method, or None twice where either is missing."""
+        return next(((ours, theirs) for each, ours, theirs in self.rows if each == about), (None, None))
+
+    @property
+    def same_order(self) -> bool:
+        """Return True if both models rank the methods alike."""
+        return sorted(self.rows, key=lambda row: -row[1].mean) == sorted(self.rows, key=lambda row: -row[2].mean)
+
+
+def compare(trained: Results, untrained: Results) -> Iterator[Comparison]:
+    """Yield each metric that both have, of the methods that both have."""
+    for metric in (EV, CE, STABILITY):
+        ours, theirs = trained.full(metric), untrained.full(metric)
+        if both := in_order(ours.keys() & theirs.keys()):
+            yield Comparison(metric.name, [(method(name), ours[name], theirs[name]) for name in both])

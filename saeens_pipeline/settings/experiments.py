@@ -177,13 +177,14 @@ class CheckSettings(Section):
     """`checks`: thresholds for warnings. They do not change results and do not stop runs."""
 
     min_explained_variance: Annotated[float, Field(le=1)] | None = Field(
-        None, description="least explained variance of methods on test tokens, and of SAEs on their last training batch; default: no check"
+        default=None,
+        description="least explained variance of methods on test tokens, and of SAEs on their last training batch; default: no check",
     )
-    max_dead_features: float = Field(0.2, ge=0, le=1, description="largest share of dead features of an SAE")
+    max_dead_features: float = Field(default=0.2, ge=0, le=1, description="largest share of dead features of an SAE")
     target_l0: float | None = Field(
-        None, gt=0, description="target L0 in features per token, for architectures without k; default: no check"
+        default=None, gt=0, description="target L0 in features per token, for architectures without k; default: no check"
     )
-    l0_tolerance: float = Field(0.1, ge=0, description="largest relative distance from the target L0")
+    l0_tolerance: float = Field(default=0.1, ge=0, description="largest relative distance from the target L0")
 
 
 class ExperimentSettings(FromFile):
@@ -217,10 +218,10 @@ class ExperimentSettings(FromFile):
     )
     ce_loss_tokens: int = Field(4096, ge=0, description="number of test tokens for ce_loss_recovered, evenly spread; 0: not measured")
     concept_detection: ConceptDetectionSettings = Field(
-        ConceptDetectionSettings(), description="texts for the table concept_detection, if evaluations includes it"
+        default=ConceptDetectionSettings(), description="texts for the table concept_detection, if evaluations includes it"
     )
     spurious_correlation: SpuriousCorrelationSettings = Field(
-        SpuriousCorrelationSettings(), description="texts for the table spurious_correlation, if evaluations includes it"
+        default=SpuriousCorrelationSettings(), description="texts for the table spurious_correlation, if evaluations includes it"
     )
     autointerp: AutoInterpSettings | None = Field(
         None, description="language model and requests for the table autointerp, if evaluations includes it"

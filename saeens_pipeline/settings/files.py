@@ -163,15 +163,14 @@ def _line(node: yaml.Node, location: Location) -> int:
     """Return the line of a field, from 1; of a missing field, the line of its innermost existing parent."""
     line = node.start_mark.line
     for part in location:
+        fields: dict[Any, tuple[yaml.Node, yaml.Node]] = {}  # the node of the key, or of the entry, and that of the value
         if isinstance(node, yaml.MappingNode):
-            found = next(((key, value) for key, value in node.value if key.value == part), None)
-        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
-            found = (node.value[part], node.value[part])
-        else:
-            found = None
-        if found is None:
+            fields = {key.value: (key, value) for key, value in node.value}
+        elif isinstance(node, yaml.SequenceNode):
+            fields = {i: (value, value) for i, value in enumerate(node.value)}
+        if part not in fields:
             break
-        line, node = found[0].start_mark.line, found[1]
+        line, node = fields[part][0].start_mark.line, fields[part][1]
     return line + 1
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import AfterValidator, BaseModel, PrivateAttr, ValidationInfo, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, PrivateAttr, ValidationInfo, model_validator
 
 FILE = "file"
 """Key of pydantic's validation context: the path of the experiment file."""
@@ -21,8 +21,10 @@ Distinct = AfterValidator(_distinct)
 """Refuses a list, if there is one, in which a value is given twice."""
 
 
-class Section(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
+class Section(BaseModel):
     """Base of the mappings of an experiment file: unknown keys and numbers that are not finite are refused, and values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class FromFile(Section):

@@ -27,12 +27,12 @@ class _DataSet(FromFile):
     hub_names: ClassVar[tuple[str, ...]]
 
     name: str = Field(min_length=1, description="name of a known data set, or a new name for local files")
-    revision: str = Field("main", description="branch, tag or commit on the hub")
-    path: str | None = Field(None, description="folder with a local copy of the hub's data set, readable by the package datasets")
-    train: str | None = Field(None, description="local training files, .jsonl, .parquet or .csv; the file name may have *")
-    test: str | None = Field(None, description="local test files; default: test texts are drawn from train, without overlap")
-    text_field: str = Field("text", description="column of the texts")
-    label_field: str = Field("label", description="column of the labels")
+    revision: str = Field(default="main", description="branch, tag or commit on the hub")
+    path: str | None = Field(default=None, description="folder with a local copy of the hub's data set, readable by the package datasets")
+    train: str | None = Field(default=None, description="local training files, .jsonl, .parquet or .csv; the file name may have *")
+    test: str | None = Field(default=None, description="local test files; default: test texts are drawn from train, without overlap")
+    text_field: str = Field(default="text", description="column of the texts")
+    label_field: str = Field(default="label", description="column of the labels")
 
     @property
     def local_files(self) -> dict[str, str]:
@@ -68,7 +68,7 @@ class ConceptDataSet(_DataSet):
     """An entry of `concept_detection.datasets`: a name, or a mapping with these fields."""
 
     embedded_names, hub_names = EMBEDDED_CONCEPTS, HUB_CONCEPTS
-    labels: Labels = Field([], description="labels with a probe each; default: all labels")
+    labels: Labels = Field(default=[], description="labels with a probe each; default: all labels")
 
     @field_validator("labels")
     @classmethod
@@ -82,10 +82,10 @@ class CorrelationDataSet(_DataSet):
     """An entry of `spurious_correlation.datasets`: a name, or a mapping with these fields."""
 
     embedded_names, hub_names = EMBEDDED_CORRELATIONS, HUB_CORRELATIONS
-    spurious_field: str = Field("spurious", description="column of the spurious attribute")
-    target: tuple[Label, Label] | None = Field(None, description="the two labels of the probe; for local files only")
+    spurious_field: str = Field(default="spurious", description="column of the spurious attribute")
+    target: tuple[Label, Label] | None = Field(default=None, description="the two labels of the probe; for local files only")
     spurious: tuple[Label, Label] | None = Field(
-        None, description="the two values of the spurious attribute that correlate with target, in the same order"
+        default=None, description="the two values of the spurious attribute that correlate with target, in the same order"
     )
 
     @model_validator(mode="after")
@@ -100,12 +100,12 @@ class CorrelationDataSet(_DataSet):
 
 class _TaskSettings(Section):
     train_texts: int | None = Field(
-        None, ge=8, multiple_of=4, description="number of training texts of a probe; default: 4000, fewer for embedded tasks"
+        default=None, ge=8, multiple_of=4, description="number of training texts of a probe; default: 4000, fewer for embedded tasks"
     )
     test_texts: int | None = Field(
-        None, ge=8, multiple_of=4, description="number of test texts of a probe; default: 1000, fewer for embedded tasks"
+        default=None, ge=8, multiple_of=4, description="number of test texts of a probe; default: 1000, fewer for embedded tasks"
     )
-    context_length: int = Field(128, ge=2, description="number of tokens of a text, counted from its start")
+    context_length: int = Field(default=128, ge=2, description="number of tokens of a text, counted from its start")
 
     @field_validator("datasets", mode="before", check_fields=False)
     @classmethod
@@ -129,7 +129,7 @@ class ConceptDetectionSettings(_TaskSettings):
     """`concept_detection`: probes for the labels of texts."""
 
     datasets: Annotated[list[ConceptDataSet], Field(min_length=1)] = Field(
-        [ConceptDataSet(name=name) for name in EMBEDDED_CONCEPTS], description="labelled data sets; default: the embedded tasks"
+        default=[ConceptDataSet(name=name) for name in EMBEDDED_CONCEPTS], description="labelled data sets; default: the embedded tasks"
     )
 
 
@@ -137,6 +137,6 @@ class SpuriousCorrelationSettings(_TaskSettings):
     """`spurious_correlation`: removal of a spurious attribute from probes."""
 
     datasets: Annotated[list[CorrelationDataSet], Field(min_length=1)] = Field(
-        [CorrelationDataSet(name=name) for name in EMBEDDED_CORRELATIONS],
+        default=[CorrelationDataSet(name=name) for name in EMBEDDED_CORRELATIONS],
         description="data sets with two attributes; default: the embedded task",
     )

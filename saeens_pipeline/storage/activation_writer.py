@@ -52,7 +52,8 @@ class ActivationWriter:
     ) -> None:
         import zarr
 
-        self.name, self.dtype = name, dtype
+        self.name = name
+        self.dtype: StoredDtype = dtype
         self.chunk_rows = chunk_rows or default_chunk_rows(d_in, dtype)
         kind = {"d_in": d_in, "dtype": dtype, "rows": dict(rows), "with_origin": with_origin, "chunk_rows": self.chunk_rows}
         kind["max_norm"] = self._max_norm = max_norm
@@ -118,7 +119,7 @@ class _SplitWriter:
         self._group = group = zarr.open_group(folder, mode="a", zarr_format=3)
         plain = {"chunks": (self._chunk_rows, d_in), "shards": (self._shard_rows, d_in), "compressors": None, "filters": None}
         plain["dtype"] = "uint16" if writer.dtype == "bfloat16" else writer.dtype
-        columns = {"activations": (getattr(torch, writer.dtype), (d_in,), plain)}
+        columns: dict[str, Any] = {"activations": (getattr(torch, writer.dtype), (d_in,), plain)}
         for name in ("document", "position") if with_origin else ():
             columns[name] = torch.int32, (), {"chunks": (self._shard_rows,), "dtype": "int32"}
         self._arrays: dict[str, Any] = {}

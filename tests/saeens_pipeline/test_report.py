@@ -37,14 +37,13 @@ from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.orchestration.catalogue import load_catalogue
 from saeens_pipeline.orchestration.runs import make_reports
 from saeens_pipeline.report.charts import Chart, as_plotly
-from saeens_pipeline.report.control import Comparison, compare
 from saeens_pipeline.report.figures import by_members, downstream, features, layer_profile, marginal_gain, trade_offs, training
 from saeens_pipeline.report.methods import in_order, method
 from saeens_pipeline.report.metrics import METRICS, written
 from saeens_pipeline.report.pages import write_leaderboard
 from saeens_pipeline.report.published import SETTINGS, setting_of
 from saeens_pipeline.report.record import Record
-from saeens_pipeline.report.results import Results, Size, Spread
+from saeens_pipeline.report.results import Comparison, Results, Size, Spread, compare
 from saeens_pipeline.storage.names import Address, Partition
 from saeens_pipeline.storage.recipes import read_artefact
 from saeens_pipeline.storage.tables import read_table

@@ -17,15 +17,16 @@ import pytest
 from tiny_experiment import EXPERIMENT, LAYER, NAME, SEEDS, Laboratory, experiment_file, experiment_settings, source_settings
 
 from saeens_pipeline import cli
+from saeens_pipeline.assets.declarations import Declaration
 from saeens_pipeline.assets.experiments import experiment_ops
 from saeens_pipeline.assets.tables import METHODS, columns_of, table_frame
-from saeens_pipeline.assets.tables.pareto import PARETO, PICTURE_FILE, TABLE_FILE, Sweep, notes, pareto_rows
+from saeens_pipeline.assets.tables.pareto import PARETO, PICTURE_FILE, TABLE_FILE, notes, pareto_rows
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.orchestration.catalogue import load_catalogue
 from saeens_pipeline.orchestration.garbage import declared, find_garbage
 from saeens_pipeline.orchestration.metadata import describe_artefact
 from saeens_pipeline.report import methods
-from saeens_pipeline.report.pareto_picture import draw
+from saeens_pipeline.report.pictures import sweep_picture
 from saeens_pipeline.settings import ExperimentSettings
 from saeens_pipeline.storage.names import Address, Partition
 from saeens_pipeline.storage.recipes import Recipe
@@ -232,17 +233,15 @@ def _write_points(laboratory: Laboratory) -> None:
                 )
 
 
-def _rows(laboratory: Laboratory) -> tuple[pl.DataFrame, Sweep]:
-    catalogue = laboratory.catalogue
-    sweep = Sweep.of(catalogue.sweep(SWEEP))
-    (declaration,) = catalogue.pareto(SWEEP).outputs
-    return pareto_rows(laboratory.store, declaration, sweep), sweep
+def _rows(laboratory: Laboratory) -> tuple[pl.DataFrame, Declaration]:
+    (declaration,) = laboratory.catalogue.pareto(SWEEP).outputs
+    return pareto_rows(laboratory.store, declaration), declaration
 
 
 def test_rows_are_means_and_points_of_the_tables_that_are_there(empty: Laboratory):
     _declare(empty)
     _write_points(empty)
-    table, sweep = _rows(empty)
+    table, pareto = _rows(empty)
     assert table.columns == [column.name for column in columns_of(PARETO)]
     assert table.select("method", "value", "n_members").rows() == [
         ("single", 4.0, 1),
@@ -263,7 +262,7 @@ def test_rows_are_means_and_points_of_the_tables_that_are_there(empty: Laborator
     # by L0: 4.0 -> 0.52, 8.5 -> 0.65, 8.25 -> 0.75, 16 -> 0.92; by bits: 41 -> 0.52, 85 -> 0.65, 105 -> 0.92
     assert table["on_l0_front"].to_list() == [1, 0, 1, 1]
     assert table["on_bits_front"].to_list() == [1, 1, None, 1]
-    assert list(notes(table, sweep)) == [
+    assert list(notes(table, pareto)) == [
         f"{SWEEP}__k_16 is not evaluated yet: run `saeens run {SWEEP}__k_16`",
         f"{SWEEP}__k_4: no description length was measured; left out of that picture",
     ]
@@ -271,10 +270,10 @@ def test_rows_are_means_and_points_of_the_tables_that_are_there(empty: Laborator
 
 def test_nothing_is_there_yet(empty: Laboratory):
     _declare(empty)
-    table, sweep = _rows(empty)
+    table, pareto = _rows(empty)
     assert table.is_empty()
-    assert len(list(notes(table, sweep))) == 3
-    assert _size(draw(table, sweep)) == _size(draw(table, sweep))
+    assert len(list(notes(table, pareto))) == 3
+    assert _size(sweep_picture(table, pareto)) == _size(sweep_picture(table, pareto))
 
 
 def _size(png: bytes) -> tuple[int, int]:
@@ -288,13 +287,13 @@ def test_every_method_has_its_own_colour_and_marker_and_every_layer_its_axes(emp
     assert len({each.colour for each in styles}) == len({each.marker for each in styles}) == len(METHODS)
     _declare(empty)
     _write_points(empty)
-    table, sweep = _rows(empty)
+    table, pareto = _rows(empty)
     monkeypatch.undo()  # pictures are no longer blank
     two_layers = pl.concat([table, table.with_columns(layer=pl.lit(7, pl.Int64))])
-    width, height = _size(draw(table, sweep))
-    assert _size(draw(two_layers, sweep)) == (width, 2 * height)
-    assert draw(table, sweep) == draw(table, sweep)
-    assert draw(table, sweep) != draw(table.filter(method="single"), sweep)
+    width, height = _size(sweep_picture(table, pareto))
+    assert _size(sweep_picture(two_layers, pareto)) == (width, 2 * height)
+    assert sweep_picture(table, pareto) == sweep_picture(table, pareto)
+    assert sweep_picture(table, pareto) != sweep_picture(table.filter(method="single"), pareto)
 
 
 @pytest.fixture

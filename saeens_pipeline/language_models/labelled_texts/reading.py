@@ -86,7 +86,8 @@ def _labelled(data_set: ConceptDataSet | CorrelationDataSet, count: TextCount) -
     fields = {"text": data_set.text_field, "label": data_set.label_field}
     if isinstance(data_set, CorrelationDataSet):
         fields["other"] = data_set.spurious_field
-    return Labelled(data_set.name, *(_read_columns(data_set.name, pattern, fields) for pattern in data_set.local_files.values()))
+    frames = {split: _read_columns(data_set.name, pattern, fields) for split, pattern in data_set.local_files.items()}
+    return Labelled(data_set.name, frames["train"], frames.get("test"))
 
 
 def _find_files(name: str, pattern: str) -> list[Path]:
