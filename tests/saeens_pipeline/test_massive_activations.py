@@ -19,9 +19,9 @@ from tiny_models import CONTEXT_LENGTH, ListedCorpus
 import saeens_models as sm
 from saeens_pipeline.assets import sources
 from saeens_pipeline.assets.health import examine, warnings_of
-from saeens_pipeline.assets.measurements.token_strings import open_tokens
 from saeens_pipeline.assets.sources import activations_of
-from saeens_pipeline.language_models.tokens import TokenStore
+from saeens_pipeline.language_models.tokens import TokenStore, open_tokens
+from saeens_pipeline.report.results import Results
 from saeens_pipeline.settings.experiments import CheckSettings
 from saeens_pipeline.storage import activation_writer
 from saeens_pipeline.storage.activation_writer import ActivationWriter
@@ -190,3 +190,11 @@ def test_explained_variance_is_that_of_the_other_rows(massive: Laboratory):
     assert (row["tokens"], row["test_rows_dropped"]) == (int(usual.sum()), int((~usual).sum()))
     assert row["train_rows_dropped"] == int((train.norm(dim=1) >= 300).sum())
     assert row["top_rows_variance"] < 0.1
+
+
+@pytest.mark.parametrize(("share", "said"), [(0.84, "84% of the variance"), (0.05, ""), (None, "")])
+def test_explained_variance_is_marked_where_few_rows_hold_the_variance(share, said):
+    rows = pl.DataFrame({"method": "single", "n_members": 1, "seed": [1, 2], "explained_variance": 0.5, "top_rows_variance": share})
+    caution = Results("tiny", 1, {"reconstruction": rows}).caution
+    assert said in caution
+    assert bool(said) == bool(caution)
