@@ -45,7 +45,8 @@ def _print_metrics(store: Store, outcome: Outcome, console: Console) -> None:
     controls = _fresh_tables(store, beside.name, beside.statuses, names) if beside else {}
     for layer, results in _fresh_tables(store, experiment.name, outcome.statuses, names).items():
         title = f"{experiment.name}, layer {layer}: mean over seeds {', '.join(map(str, results.seeds))}"
-        columns = [(each.title, each.form, results.spreads(table, each.column)) for table, each in headlines]
+        mark = {"explained_variance": " (!)"} if results.caution else {}
+        columns = [(each.title + mark.get(each.column, ""), each.form, results.spreads(table, each.column)) for table, each in headlines]
         if beside and layer in controls:
             name = beside.language_model
             title += f"; {name}: {beside.name}, the same experiment with {name} weights"
@@ -61,6 +62,8 @@ def _print_metrics(store: Store, outcome: Outcome, console: Console) -> None:
         if shown.rows:
             console.print()
             console.print(shown)
+        if results.caution:
+            print_line(console, f"(!) {results.caution}")
         _print_suggested(results, experiment.ensemble.members, console)
 
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import polars as pl
 
 from saeens_models.metrics import mean_interval
+from saeens_pipeline.assets.health import MAX_TOP_SHARE
 from saeens_pipeline.assets.tables import listed as listed_tables
 from saeens_pipeline.assets.tables.cost import with_totals
 from saeens_pipeline.report.methods import Method, in_order, method
@@ -95,6 +96,14 @@ class Results:
             rows = with_totals(self.tables[table]) if table in self.tables else None
             self._columns[table, column] = spreads(rows, column) if rows is not None and column in rows.columns else {}
         return self._columns[table, column]
+
+    @property
+    def caution(self) -> str:
+        """Return a sentence if a few rows hold so much of the variance that explained variance is about them; otherwise nothing."""
+        shares = [spread.mean for spread in self.spreads("reconstruction", "top_rows_variance").values()]
+        if max(shares, default=0.0) <= MAX_TOP_SHARE:
+            return ""
+        return f"0.1 % of the held-out rows hold {max(shares):.0%} of the variance: explained variance is mostly about these rows"
 
     def of(self, metric: Metric) -> dict[Size, Spread]:
         """Return a metric by method and size."""
