@@ -9,8 +9,18 @@ from typing import Any, NamedTuple
 
 import polars as pl
 
-from saeens_pipeline.assets.declarations import Declaration, Dimensions, Input, Op, Reference, RunContext, Task, fields_of
-from saeens_pipeline.assets.sources import SourceFacts, tokens_of
+from saeens_pipeline.assets.declarations import (
+    Declaration,
+    Dimensions,
+    Input,
+    Op,
+    Reference,
+    RunContext,
+    SourceFacts,
+    Task,
+    fields_of,
+)
+from saeens_pipeline.assets.sources import tokens_of
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.settings.experiments import CheckSettings, ExperimentSettings
 from saeens_pipeline.storage.names import Partition
@@ -356,5 +366,9 @@ def _table_op(subject: Subject, name: str, tables: Sequence[Table]) -> Op:
         for task, rows, provenance in made:
             context.store.write_table(*task.where, task.recipe, context.provenance(task.declaration) | vars(measured) | provenance, rows)
 
-    outputs = tuple(subject.table(table.name) for table in tables)
-    return Op(f"{subject.experiment.name}__eval__{name}", outputs, make, on_device=any(table.on_device for table in tables))
+    def check(store: Store, wanted: Sequence[tuple[Declaration, Partition]], facts: Callable[[], SourceFacts]) -> None:
+        for table in dict.fromkeys(declaration.address.name for declaration, _ in wanted):
+            TABLES[table].preflight(subject.experiment, facts)
+
+    outputs, on_device = tuple(subject.table(table.name) for table in tables), any(table.on_device for table in tables)
+    return Op(f"{subject.experiment.name}__eval__{name}", outputs, make, on_device, preflight=check)

@@ -20,13 +20,10 @@ from saeens_pipeline import progress
 from saeens_pipeline.assets.compute import Compute
 from saeens_pipeline.assets.declarations import Declaration
 from saeens_pipeline.assets.kernels import compiled_meanwhile
-from saeens_pipeline.assets.saes import validate_targets
-from saeens_pipeline.assets.sources import SourceFacts, measures_loss, validate_corpus, validate_source
+from saeens_pipeline.assets.sources import declared_facts
 from saeens_pipeline.assets.staleness import Stage, Status, plan
 from saeens_pipeline.assets.tables import evaluations_of
 from saeens_pipeline.errors import ConfigurationError, SaeensError
-from saeens_pipeline.language_models.descriptions import HOOKS, LanguageModelDescription
-from saeens_pipeline.language_models.models import validate_modules
 from saeens_pipeline.orchestration.assets import partition_key
 from saeens_pipeline.orchestration.catalogue import Catalogue
 from saeens_pipeline.orchestration.instance import (
@@ -39,7 +36,7 @@ from saeens_pipeline.orchestration.instance import (
 )
 from saeens_pipeline.orchestration.layers import LAYERS_TAG, recorded_layers
 from saeens_pipeline.report.asset import REPORT
-from saeens_pipeline.settings import ExperimentSettings, SourceSettings
+from saeens_pipeline.settings import ExperimentSettings
 from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.recipes import Store
 from saeens_pipeline.storage.root import data_root
@@ -106,7 +103,8 @@ def run_experiment(
     layers, impossible = (sorted(set(layers)), []) if layers else recorded_layers(source)
     if impossible:
         console.print(f"left out, since the language model lacks them: layers {', '.join(impossible)}; remove them in the UI")
-    facts = _check(experiment, source, layers, seeds)
+    if unknown := ", ".join(map(str, sorted(set(seeds) - set(experiment.ensemble.seeds)))):
+        raise ConfigurationError(f"{name} has no seed {unknown}; it has {', '.join(map(str, experiment.ensemble.seeds))}")
     store = Store(data_root())
     store.require_writable()
     stages = _plan(catalogue, experiment, layers)
@@ -119,7 +117,7 @@ def run_experiment(
         print_line(console, f"{name}: nothing to do: {n_fresh} artefacts are fresh (cache hits){others}; no training")
     else:
         wanted = [declaration for _, declarations in chosen for declaration in declarations]
-        for line in _check_inputs(experiment, source, layers, facts, wanted):
+        for line in _preflight(catalogue, experiment, store, chosen):
             print_line(console, line)
         print_line(console, f"{name}: {n_wanted} artefacts to make, {n_fresh} are fresh (cache hits){others}")
         for stage, declarations in chosen:
@@ -216,34 +214,19 @@ def _layers_with_tables(catalogue: Catalogue, store: Store, experiment: Experime
     return there
 
 
-def _check(experiment: ExperimentSettings, source: SourceSettings, layers: Sequence[int], seeds: Sequence[int]) -> SourceFacts:
-    """Raise ConfigurationError or SaeensError, before any work, for settings that cannot work; return the source's facts."""
-    unknown = sorted(set(seeds) - set(experiment.ensemble.seeds))
-    if unknown:
-        raise ConfigurationError(
-            f"{experiment.name} has no seed {', '.join(map(str, unknown))}; it has {', '.join(map(str, experiment.ensemble.seeds))}"
-        )
-    description: LanguageModelDescription = validate_source(source, layers)
-    measures_loss(experiment, description, source.hook)
-    if source.hook in HOOKS:  # the width of other modules is known only when the model runs
-        validate_targets(experiment, description.d_model)
-    return SourceFacts(description, source.hook, source.drop)
-
-
-def _check_inputs(
-    experiment: ExperimentSettings, source: SourceSettings, layers: Sequence[int], facts: SourceFacts, wanted: Sequence[Declaration]
+def _preflight(
+    catalogue: Catalogue, experiment: ExperimentSettings, store: Store, chosen: Sequence[tuple[Stage, list[Declaration]]]
 ) -> Iterator[str]:
-    """Yield announcements of tables. Raise SaeensError for missing modules and texts, and wrong settings, of these artefacts."""
-    builders, names = {declaration.builder for declaration in wanted}, [declaration.address.name for declaration in wanted]
-    if "activations" in builders:
-        validate_modules(facts.model, source.hook, layers)
-    if "tokens" in builders:
-        validate_corpus(source)
+    """Run the preflights of the ops of these artefacts, then yield the announcements of their tables."""
+    wanted = {(each.address, stage.partition): each for stage, declarations in chosen for each in declarations}
+    for op in catalogue.ops(experiment):
+        addresses = {output.address for output in op.outputs}
+        if of_op := [(each, partition) for (address, partition), each in wanted.items() if address in addresses]:
+            op.preflight(store, of_op, partial(declared_facts, catalogue.sources[experiment.source]))
     for table in evaluations_of(experiment):
-        if table.name in names:
-            table.preflight(experiment, lambda: facts)
-            if announced := table.announcement(experiment, names.count(table.name)):
-                yield f"{experiment.name}/eval/{table.name}: {announced}"
+        n_tables = sum(each.address.name == table.name for each in wanted.values())
+        if n_tables and (announced := table.announcement(experiment, n_tables)):
+            yield f"{experiment.name}/eval/{table.name}: {announced}"
 
 
 def _restricted(

@@ -7,9 +7,9 @@ from typing import Any
 
 import polars as pl
 
-from saeens_pipeline.assets.declarations import Reference
+from saeens_pipeline.assets.declarations import Reference, SourceFacts
 from saeens_pipeline.assets.registry import Headline, Making, Row, SharedPass, Subject, Table, register
-from saeens_pipeline.assets.sources import SourceFacts, measures_loss
+from saeens_pipeline.assets.sources import measures_loss
 from saeens_pipeline.settings.experiments import CheckSettings, ExperimentSettings
 from saeens_pipeline.storage.recipes import Artefact
 from saeens_pipeline.storage.tables import Column
@@ -43,7 +43,7 @@ def _inputs(subject: Subject) -> Sequence[Reference]:
 
 def _preflight(experiment: ExperimentSettings, facts: Callable[[], SourceFacts]) -> None:
     if experiment.ce_loss_tokens and "ce_loss_tokens" in experiment.model_fields_set:
-        measures_loss(experiment, facts().model, facts().hook)
+        measures_loss(experiment, facts().describe_model(), facts().hook)
 
 
 def _warnings(table: pl.DataFrame, checks: CheckSettings) -> Iterable[str]:
