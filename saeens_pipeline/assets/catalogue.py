@@ -83,6 +83,13 @@ class Experiments:
             raise ConfigurationError("\n".join([*own, f"experiment {name!r} is left out for this; {others}"]))
         raise ConfigurationError("\n".join([f"there is no experiment {name!r}; {others}", *self.broken.values()]))
 
+    def source(self, name: str) -> SourceSettings:
+        """Return the source of this name. Raises ConfigurationError, with the known names and the broken files, for another name."""
+        if name not in self.sources:
+            message = f"there is no source {name!r}; there are: {', '.join(sorted(self.sources)) or 'none'}"
+            raise ConfigurationError("\n".join([message, *self.broken.values()]))
+        return self.sources[name]
+
     def named(self, name: str) -> list[ExperimentSettings]:
         """Return the experiment of this name or, for a sweep, all its experiments. Raises as `experiment`."""
         return self.sweeps[name].experiments if name in self.sweeps else [self.experiment(name)]
