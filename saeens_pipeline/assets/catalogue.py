@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-from saeens_pipeline.assets.tables import complaint_about
+from saeens_pipeline.assets import tables  # noqa: F401  # registers them
+from saeens_pipeline.assets.registry import complaint_about
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.settings import ExperimentSettings, SourceSettings
 from saeens_pipeline.settings.controls import controls_of

@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 from saeens_pipeline.assets.baselines import baselines_of, shape_of
 from saeens_pipeline.assets.declarations import Declaration, Input, Op, Reference, RunContext, SourceFacts, Task, fields_of, with_file
+from saeens_pipeline.assets.registry import Subject, evaluations_of, table_ops
 from saeens_pipeline.assets.residuals import residual_op
 from saeens_pipeline.assets.saes import Target, concurrent_rounds_op, sae_op, validate_targets
 from saeens_pipeline.assets.sources import activations_of
-from saeens_pipeline.assets.tables import Subject, evaluations_of, table_ops
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.language_models.tokens import open_tokens
 from saeens_pipeline.settings.experiments import ExperimentSettings

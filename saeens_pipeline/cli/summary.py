@@ -8,8 +8,8 @@ import polars as pl
 from rich.console import Console
 
 from saeens_pipeline.assets.health import warnings_of
+from saeens_pipeline.assets.registry import METHODS, listed
 from saeens_pipeline.assets.staleness import Status
-from saeens_pipeline.assets.tables import METHODS, listed
 from saeens_pipeline.cli.output import grid
 from saeens_pipeline.orchestration.runs import Outcome, print_line
 from saeens_pipeline.report.results import Results, Size

@@ -26,7 +26,8 @@ class _ListsTables(TyperCommand):
     """A command whose help lists the registered tables. The registry is imported only for the help."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        from saeens_pipeline.assets.tables import listed
+        import saeens_pipeline.assets.tables  # noqa: F401  # registers them
+        from saeens_pipeline.assets.registry import listed
 
         argument = next(each for each in self.params if each.name == "name")
         argument.help = f"{', '.join(table.name for table in listed(over_experiments=False))}."  # pyright: ignore[reportAttributeAccessIssue]
@@ -36,7 +37,8 @@ class _ListsTables(TyperCommand):
 @app.command()
 def tables() -> None:
     """List the tables that experiments can fill, with the question that each answers."""
-    from saeens_pipeline.assets.tables import listed
+    import saeens_pipeline.assets.tables  # noqa: F401  # registers them
+    from saeens_pipeline.assets.registry import listed
 
     shown = grid("table", "default", "question")
     for table in listed(over_experiments=False):
@@ -53,7 +55,7 @@ def table(
     """Print an evaluation table: all layers on disk, and the experiment's seeds."""
     import polars as pl
 
-    from saeens_pipeline.assets.tables import find_table
+    from saeens_pipeline.assets.registry import find_table
     from saeens_pipeline.orchestration.catalogue import load_catalogue
     from saeens_pipeline.orchestration.runs import experiment_status
     from saeens_pipeline.storage.tables import read_table

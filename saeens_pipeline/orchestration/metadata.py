@@ -11,7 +11,7 @@ import dagster as dg
 import polars as pl
 
 from saeens_pipeline.assets.declarations import Declaration, Reference
-from saeens_pipeline.assets.tables import SUBJECT, TABLES, Markdown, Table
+from saeens_pipeline.assets.registry import SUBJECT, TABLES, Markdown, Table
 from saeens_pipeline.assets.tables.cost import with_totals
 from saeens_pipeline.assets.tables.pareto import PARETO, PICTURE_FILE, TABLE_FILE
 from saeens_pipeline.storage.names import CURVE_FILE, Partition

@@ -20,9 +20,9 @@ from saeens_pipeline import progress
 from saeens_pipeline.assets.compute import Compute
 from saeens_pipeline.assets.declarations import Declaration
 from saeens_pipeline.assets.kernels import compiled_meanwhile
+from saeens_pipeline.assets.registry import evaluations_of
 from saeens_pipeline.assets.sources import declared_facts
 from saeens_pipeline.assets.staleness import Stage, Status, plan
-from saeens_pipeline.assets.tables import evaluations_of
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.orchestration.assets import partition_key
 from saeens_pipeline.orchestration.catalogue import Catalogue

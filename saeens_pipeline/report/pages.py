@@ -13,7 +13,7 @@ import jinja2
 import polars as pl
 from markupsafe import Markup
 
-from saeens_pipeline.assets.tables import TABLES, fills
+from saeens_pipeline.assets.registry import TABLES, fills
 from saeens_pipeline.assets.tables.autointerp import outcome
 from saeens_pipeline.assets.tables.cost import with_totals
 from saeens_pipeline.report import figures, published

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import polars as pl
 
 from saeens_models.metrics import mean_interval
-from saeens_pipeline.assets.tables import listed as listed_tables
+from saeens_pipeline.assets.registry import listed as listed_tables
 from saeens_pipeline.assets.tables.cost import with_totals
 from saeens_pipeline.report.methods import Method, in_order, method
 from saeens_pipeline.report.metrics import CE, EV, METRICS, STABILITY, Metric, written

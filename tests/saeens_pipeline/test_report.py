@@ -30,7 +30,7 @@ from tiny_experiment import (
 
 from saeens_models import SAESettings
 from saeens_pipeline import cli
-from saeens_pipeline.assets.tables import TABLES, table_frame
+from saeens_pipeline.assets.registry import TABLES, table_frame
 from saeens_pipeline.assets.tables.cost import TOTALS
 from saeens_pipeline.assets.tables.leaderboard import for_reading, standings
 from saeens_pipeline.errors import SaeensError
