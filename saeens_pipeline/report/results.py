@@ -18,8 +18,6 @@ from saeens_pipeline.report.methods import Method, in_order, method
 from saeens_pipeline.report.metrics import CE, EV, METRICS, STABILITY, Metric, written
 from saeens_pipeline.storage.tables import has_table, read_table
 
-_LARGE = "contexts"  # text of single features; the feature browser alone reads it, one seed at a time
-
 
 class Size(NamedTuple):
     """A method and the number of SAEs it consists of, or is as wide as."""
@@ -67,7 +65,7 @@ class Spread:
 class Results:
     """The tables by name, with the rows of one layer and of the declared seeds. `missing`: names of tables that are not on disk.
 
-    The table of contexts is in neither.
+    Large tables, such as the text of single features, are in neither: the feature browser alone reads them, one seed at a time.
     """
 
     experiment: str
@@ -79,15 +77,14 @@ class Results:
     @classmethod
     def read(cls, root: Path, experiment: str, layer: int, seeds: Iterable[int]) -> Results:
         """Read the tables of one layer. Raises SaeensError for a table that cannot be read."""
-        declared, names = list(seeds), [table.name for table in listed_tables(over_experiments=False)]
+        declared, names = list(seeds), [table.name for table in listed_tables(over_experiments=False) if not table.is_large]
         tables = {
             name: rows
             for name in names
-            if name != _LARGE
-            and has_table(root, experiment, name, layer)
+            if has_table(root, experiment, name, layer)
             and len(rows := read_table(root, experiment, name, layer).filter(pl.col("seed").is_in(declared)))
         }
-        return cls(experiment, layer, tables, tuple(name for name in names if name not in {_LARGE, *tables}))
+        return cls(experiment, layer, tables, tuple(name for name in names if name not in tables))
 
     def spreads(self, table: str, column: str) -> dict[Size, Spread]:
         """Return a column, or one of the table's totals, by method and size; empty where it has no value."""

@@ -36,7 +36,7 @@ def toy() -> Iterator[Table]:
             columns=(Column("letters", "int", "letters of the method's name"),),
             rows=_rows,
             headlines=(Headline("letters", "letters", ".0f"),),
-            seed_metrics={"letters": "letters of the method's name"},
+            seed_metrics=("letters",),
         )
     )
     yield table

@@ -66,6 +66,33 @@ def _summary(table: pl.DataFrame, artefact: Artefact) -> Mapping[str, Any]:
     }
 
 
+_HEADLINES = (
+    Headline(
+        "EV", "explained_variance", ".4f", place=1, name="explained variance", better="more",
+        about="share of the held-out activations' variance that the reconstruction explains. 1 is perfect, 0 no better than the mean",
+    ),
+    Headline(
+        "MSE", "mse", ".4g", place=2, name="mean squared error", better="less", log=True,
+        about="squared error of the reconstruction, summed over dimensions, mean over held-out tokens. Its scale is the activations' own: "
+        "compare it within one language model and layer",
+    ),
+    Headline(
+        "CE rec.", "ce_loss_recovered", ".4f", place=3, name="loss recovered", better="more",
+        about="how well the language model predicts the next token (cross-entropy) with the reconstruction in place of the activations. 1: "
+        "as well as with the activations, 0: as badly as with zeros",
+    ),
+    Headline("bits", "description_length_bits", ".0f"),
+    Headline(
+        "bits", "description_length_bits", ",.0f", in_summary=False, place=5, name="description length (bits per token)", log=True,
+        about="bits per token that send the code: which features fire, and how strongly",
+    ),
+    Headline("L0", "l0", ".1f", place=4, name="L0 (features per token)", about="features that fire (are not zero) per token", log=True),
+    Headline("features", "n_features", ".0f"),
+    Headline("features", "n_features", ",.0f", in_summary=False, place=9),
+    Headline("dead", "dead_features", ".1%", in_summary=False, place=8, name="dead features", better="less"),
+)  # fmt: skip
+
+
 register(
     Table(
         name="reconstruction",
@@ -91,24 +118,11 @@ register(
         settings=lambda experiment: {"ce_loss_tokens": experiment.ce_loss_tokens},
         shared_pass=EVALUATION,
         preflight=_preflight,
-        headlines=(
-            Headline("EV", "explained_variance", ".4f"),
-            Headline("MSE", "mse", ".4g"),
-            Headline("CE rec.", "ce_loss_recovered", ".4f"),
-            Headline("bits", "description_length_bits", ".0f"),
-            Headline("L0", "l0", ".1f"),
-            Headline("features", "n_features", ".0f"),
+        headlines=_HEADLINES,
+        seed_metrics=(
+            *("explained_variance", "mse", "fvu", "ce_loss_recovered", "description_length_bits"),
+            *("l0", "relative_sparsity", "dead_features"),
         ),
-        seed_metrics={
-            "explained_variance": "on held-out tokens",
-            "mse": "squared error summed over d_in",
-            "fvu": "total squared error / total variance",
-            "ce_loss_recovered": "share of the next-token loss that zeros add and the reconstruction recovers",
-            "description_length_bits": "bits per token that send the code",
-            "l0": "features that fire per token",
-            "relative_sparsity": "l0 / n_features",
-            "dead_features": "share of features that never fire on the test tokens",
-        },
         warnings=_warnings,
         summary=_summary,
         source_parts={"tokens": {"ce_loss_recovered": "test/tokens"}, "activations": {"*": "test/activations"}},
