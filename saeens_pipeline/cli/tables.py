@@ -11,7 +11,7 @@ from rich.text import Text
 from typer.core import TyperCommand
 
 from saeens_pipeline.cli.app import app
-from saeens_pipeline.cli.output import ExperimentName, FormatOption, LayerOption, complain, grid, out, print_data, print_line, rich_table
+from saeens_pipeline.cli.output import ExperimentName, FormatOption, LayerOption, grid, notify, out, print_data, print_line, rich_table
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.storage.recipes import Store
 from saeens_pipeline.storage.root import data_root
@@ -65,13 +65,13 @@ def table(
     frame = read_table(root, experiment, name).filter(pl.col("seed").is_in(seeds))
     statuses = experiment_status(catalogue, experiment)
     if any(each.state != "fresh" for each in statuses if each.declaration.address.key == [experiment, "eval", name]):
-        complain("note", f"parts of this table are missing, stale or damaged: see `saeens status {experiment}`")
+        notify("note", f"parts of this table are missing, stale or damaged: see `saeens status {experiment}`")
     if not print_data(frame, format):
         out.print(rich_table(frame.drop("experiment", "sae_data_versions").head(_SHOWN_ROWS)))
         if len(frame) > _SHOWN_ROWS:
-            complain("note", f"these are the first {_SHOWN_ROWS:,} of {len(frame):,} rows: --format csv or json prints all")
+            notify("note", f"these are the first {_SHOWN_ROWS:,} of {len(frame):,} rows: --format csv or json prints all")
     if note := registered.note(Store(root), experiment, seeds, None):
-        complain("note", note)
+        notify("note", note)
 
 
 @app.command()
@@ -89,7 +89,7 @@ def leaderboard(
     (declaration,) = catalogue.leaderboard().outputs
     ranked = standings(store, declaration, sort, n)
     if ranked.is_empty():
-        complain("note", "nothing is evaluated yet: run `saeens run EXPERIMENT`; `saeens experiments` lists the experiments")
+        notify("note", "nothing is evaluated yet: run `saeens run EXPERIMENT`; `saeens experiments` lists the experiments")
     else:
         make_leaderboard(catalogue)
     _note_outdated(catalogue, ranked["experiment"].unique(maintain_order=True))
@@ -131,7 +131,7 @@ def pareto(
     (declaration,) = catalogue.pareto(sweep).outputs
     rows = pareto_rows(Store(data_root()), declaration)
     for note in notes(rows, declaration):
-        complain("note", note)
+        notify("note", note)
     _note_outdated(catalogue, rows["experiment"].unique(maintain_order=True))
     if picture:
         picture.write_bytes(sweep_picture(rows, declaration))
@@ -151,7 +151,7 @@ def _note_outdated(catalogue: Catalogue, experiments: Iterable[str]) -> None:
         try:
             made = [each for each in experiment_status(catalogue, name) if each.declaration.address.kind == "eval"]
         except SaeensError as error:
-            complain("note", f"figures of {name} may be outdated, which cannot be checked: {error}")
+            notify("note", f"figures of {name} may be outdated, which cannot be checked: {error}")
             continue
         if any(each.state in ("stale", "damaged") for each in made):
-            complain("note", f"figures of {name} are outdated: see `saeens status {name}`")
+            notify("note", f"figures of {name} are outdated: see `saeens status {name}`")

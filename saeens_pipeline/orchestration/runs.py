@@ -37,15 +37,13 @@ from saeens_pipeline.orchestration.instance import (
 from saeens_pipeline.orchestration.layers import LAYERS_TAG, recorded_layers
 from saeens_pipeline.report.asset import REPORT
 from saeens_pipeline.settings import ExperimentSettings
-from saeens_pipeline.storage.names import Partition
+from saeens_pipeline.storage.names import INDEX_FILE, Partition
 from saeens_pipeline.storage.recipes import Store
 from saeens_pipeline.storage.root import data_root
 from saeens_pipeline.storage.tables import has_table, layers_with_tables
 
-INDEX = "index.html"
 
-
-class Beside(NamedTuple):
+class Counterpart(NamedTuple):
     """The same experiment on a language model with other weights: the control, or the experiment that it controls."""
 
     name: str
@@ -58,7 +56,7 @@ class Outcome(NamedTuple):
 
     experiment: ExperimentSettings
     statuses: Sequence[Status]
-    beside: Beside | None
+    counterpart: Counterpart | None
     reports: Sequence[Path]
     """Pages of the fresh reports."""
     renewed: Sequence[Path]
@@ -131,11 +129,11 @@ def run_experiment(
         ):
             _execute(catalogue, {experiment.source: layers}, [(stage.partition, made) for stage, made in chosen if made])
     asked = [s for s in _statuses(_plan(catalogue, experiment, layers)) if not seeds or s.partition.seed in (None, *seeds)]
-    reports = [store.path(*s.where) / INDEX for s in asked if s.declaration.address.kind == REPORT and s.state == "fresh"]
-    renewed = _renew_reports_beside(catalogue, store, name, layers) if n_wanted else []
+    reports = [store.path(*s.where) / INDEX_FILE for s in asked if s.declaration.address.kind == REPORT and s.state == "fresh"]
+    renewed = _renew_reports_that_show(catalogue, store, name, layers) if n_wanted else []
     if reports or renewed:
         _renew_leaderboard_page(catalogue, store)
-    return Outcome(experiment, asked, _beside(catalogue, name, layers), reports, renewed, time.monotonic() - began)
+    return Outcome(experiment, asked, _counterpart(catalogue, name, layers), reports, renewed, time.monotonic() - began)
 
 
 def make_reports(catalogue: Catalogue, name: str | None, layers: Sequence[int]) -> list[Path]:
@@ -159,13 +157,13 @@ def make_leaderboard(catalogue: Catalogue) -> Declaration:
     return leaderboard
 
 
-def _beside(catalogue: Catalogue, name: str, layers: Sequence[int]) -> Beside | None:
+def _counterpart(catalogue: Catalogue, name: str, layers: Sequence[int]) -> Counterpart | None:
     """Return the status of an experiment's control, or of the experiment that it controls; None without either."""
     other = catalogue.counterpart(name)
     if other is None:
         return None
     experiment = catalogue.experiments[other]
-    return Beside(other, catalogue.sources[experiment.source].weights, _statuses(_plan(catalogue, experiment, layers)))
+    return Counterpart(other, catalogue.sources[experiment.source].weights, _statuses(_plan(catalogue, experiment, layers)))
 
 
 def _renew_leaderboard_page(catalogue: Catalogue, store: Store) -> Path:
@@ -173,16 +171,16 @@ def _renew_leaderboard_page(catalogue: Catalogue, store: Store) -> Path:
     (page,) = catalogue.leaderboard_page().outputs
     if not store.hit(page.address, Partition(), page.recipe(store, Partition())):
         _execute(catalogue, {}, [(Partition(), [page])])
-    return store.path(page.address, Partition()) / INDEX
+    return store.path(page.address, Partition()) / INDEX_FILE
 
 
-def _renew_reports_beside(catalogue: Catalogue, store: Store, control: str, layers: Sequence[int]) -> list[Path]:
+def _renew_reports_that_show(catalogue: Catalogue, store: Store, control: str, layers: Sequence[int]) -> list[Path]:
     """Make the reports that show this control again, where they are on disk and stale; return their pages."""
     pages: list[Path] = []
     for name in (name for name, each in catalogue.controls.items() if each == control):
         experiment = catalogue.experiments[name]
         report = _report_of(catalogue, experiment)
-        there = [layer for layer in layers if (store.path(report.address, Partition(layer)) / INDEX).exists()]
+        there = [layer for layer in layers if (store.path(report.address, Partition(layer)) / INDEX_FILE).exists()]
         is_fresh = {layer: store.hit(report.address, where := Partition(layer), report.recipe(store, where)) for layer in there}
         pages += _make_reports(catalogue, store, experiment, [layer for layer in there if not is_fresh[layer]])
     return pages
@@ -195,7 +193,7 @@ def _report_of(catalogue: Catalogue, experiment: ExperimentSettings) -> Declarat
 def _make_reports(catalogue: Catalogue, store: Store, experiment: ExperimentSettings, layers: Sequence[int]) -> list[Path]:
     report = _report_of(catalogue, experiment)
     _execute(catalogue, {experiment.source: layers}, [(Partition(layer), [report]) for layer in layers])
-    return [store.path(report.address, Partition(layer)) / INDEX for layer in layers]
+    return [store.path(report.address, Partition(layer)) / INDEX_FILE for layer in layers]
 
 
 def _layers_with_tables(catalogue: Catalogue, store: Store, experiment: ExperimentSettings, wanted: Sequence[int]) -> list[int]:

@@ -2,17 +2,8 @@
 
 from __future__ import annotations
 
-import re
-
 from saeens_pipeline.assets import tables  # noqa: F401  # registers them
-from saeens_pipeline.assets.registry import Headline as Metric
 from saeens_pipeline.assets.registry import listed
-
-
-def written(value: float, form: str) -> str:
-    """Return a number in a format, powers of ten in short: `1.5e8`."""
-    return re.sub(r"e\+?(-?)0*", r"e\1", format(value, form))
-
 
 _HEADLINES = [headline for table in listed(over_experiments=False) for headline in table.headlines]
 METRICS = tuple(sorted((each for each in _HEADLINES if each.place), key=lambda each: each.place))
@@ -22,5 +13,3 @@ _BY_COLUMN = {each.column: each for each in _HEADLINES}
 EV, MSE, CE, L0, BITS = (_BY_COLUMN[name] for name in ("explained_variance", "mse", "ce_loss_recovered", "l0", "description_length_bits"))
 STABILITY, CONNECTIVITY, DIVERSITY, FLOPS = (_BY_COLUMN[name] for name in ("stability", "connectivity", "diversity", "total_flops"))
 GAINS = tuple(_BY_COLUMN[name] for name in ("explained_variance_gain", "stability_gain", "new_features"))
-
-__all__ = ["BITS", "CE", "CONNECTIVITY", "DIVERSITY", "EV", "FLOPS", "GAINS", "L0", "METRICS", "MSE", "STABILITY", "Metric", "written"]

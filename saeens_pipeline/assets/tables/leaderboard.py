@@ -78,7 +78,7 @@ def standings(store: Store, leaderboard: Declaration, sort: str = "explained_var
         raise ConfigurationError(f"--sort {sort}: the leaderboard is sorted by one of {', '.join(sortable)}")
     rows = over_seeds(measurements(store, leaderboard, _columns_read(), sizes), seed_metrics(), _PLAIN["cost"])
     whole = ({**row, "train_tokens": None if row["train_tokens"] is None else round(row["train_tokens"])} for row in rows)
-    table = _beside_controls(table_frame(LEADERBOARD, whole), leaderboard.settings["controls"])
+    table = _with_controls(table_frame(LEADERBOARD, whole), leaderboard.settings["controls"])
     rank = pl.col(sort).rank("min", descending=sort not in _LESS_IS_BETTER).over(_RANKED_TOGETHER)
     order = [*_RANKED_TOGETHER, "rank", "experiment", "method", "n_members"]
     return with_totals(table).with_columns(rank=rank.cast(pl.Int64)).sort(order, nulls_last=True).drop(TOTALS)
@@ -107,7 +107,7 @@ def _interval(name: str) -> pl.Expr:
     return pl.when(pl.col("n_seeds") == 2).then(pl.concat_str(half_width, pl.lit(" ("), points, pl.lit(")"))).otherwise(half_width)
 
 
-def _beside_controls(table: pl.DataFrame, controls: Mapping[str, str]) -> pl.DataFrame:
+def _with_controls(table: pl.DataFrame, controls: Mapping[str, str]) -> pl.DataFrame:
     """Return the table with the figures of each experiment's control, for the same layer, method and size."""
     names = ("explained_variance", "stability")
     on = ["control", "layer", "method", "n_members"]
