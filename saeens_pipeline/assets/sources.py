@@ -159,7 +159,10 @@ def source_ops(settings: SourceSettings) -> list[Op]:
                 provenance["statistics"] = {split: each.to_json() for split, each in statistics[layer].items()}
 
     def _other_requested_layers(context: RunContext, first: Task, there_are: Collection[int], stack: contextlib.ExitStack) -> list[Task]:
-        """Return the tasks of other requested layers that are missing and that no other process makes: one forward pass serves them all."""
+        """Return the tasks of other requested layers that are missing and that no other process makes: one forward pass serves them all.
+
+        Their health is checked in their own runs, where they are cache hits.
+        """
         store = context.store
         others = [Partition(layer) for layer in context.requested_layers() if layer != first.partition.layer and layer in there_are]
         tasks = [Task(activations, partition, activations.recipe(store, partition)) for partition in others]

@@ -81,22 +81,22 @@ def leaderboard(
     format: FormatOption = "table",
 ) -> None:
     """Rank every evaluated method of every experiment and layer."""
-    from saeens_pipeline.assets.tables.leaderboard import for_reading, standings
+    from saeens_pipeline.assets.tables.leaderboard import for_reading, ranked, standings
     from saeens_pipeline.orchestration.catalogue import load_catalogue
-    from saeens_pipeline.orchestration.runs import make_leaderboard
+    from saeens_pipeline.orchestration.runs import make_alone
+    from saeens_pipeline.storage.tables import read_part
 
-    catalogue, store = load_catalogue(), Store(data_root())
-    (declaration,) = catalogue.leaderboard().outputs
-    ranked = standings(store, declaration, sort, n)
-    if ranked.is_empty():
+    catalogue = load_catalogue()
+    op = catalogue.leaderboard()
+    made = ranked(read_part(make_alone(catalogue, op, "saeens leaderboard")), sort)
+    rows = made if n == "full" else standings(Store(data_root()), op.outputs[0], sort, n)
+    if rows.is_empty():
         notify("note", "nothing is evaluated yet: run `saeens run EXPERIMENT`; `saeens experiments` lists the experiments")
-    else:
-        make_leaderboard(catalogue)
-    _note_outdated(catalogue, ranked["experiment"].unique(maintain_order=True))
-    if print_data(ranked, format):
+    _note_outdated(catalogue, rows["experiment"].unique(maintain_order=True))
+    if print_data(rows, format):
         return
-    for (source, layer), rows in ranked.partition_by("source", "layer", as_dict=True, maintain_order=True).items():
-        out.print(rich_table(for_reading(rows, sort), f"{source}, layer {layer}"), "")
+    for (source, layer), of_layer in rows.partition_by("source", "layer", as_dict=True, maintain_order=True).items():
+        out.print(rich_table(for_reading(of_layer, sort), f"{source}, layer {layer}"), "")
 
 
 @app.command()
@@ -123,18 +123,20 @@ def pareto(
     format: FormatOption = "table",
 ) -> None:
     """Compare the experiments of a sweep: explained variance against L0 and description length, for each method."""
-    from saeens_pipeline.assets.tables.pareto import for_reading, notes, pareto_rows
+    from saeens_pipeline.assets.tables.pareto import PICTURE_FILE, TABLE_FILE, for_reading, notes
     from saeens_pipeline.orchestration.catalogue import load_catalogue
-    from saeens_pipeline.report.pictures import sweep_picture
+    from saeens_pipeline.orchestration.runs import make_alone
+    from saeens_pipeline.storage.tables import read_part
 
     catalogue = load_catalogue()
-    (declaration,) = catalogue.pareto(sweep).outputs
-    rows = pareto_rows(Store(data_root()), declaration)
-    for note in notes(rows, declaration):
+    op = catalogue.pareto(sweep)
+    folder = make_alone(catalogue, op, "saeens pareto")
+    rows = read_part(folder / TABLE_FILE)
+    for note in notes(rows, op.outputs[0]):
         notify("note", note)
     _note_outdated(catalogue, rows["experiment"].unique(maintain_order=True))
     if picture:
-        picture.write_bytes(sweep_picture(rows, declaration))
+        picture.write_bytes((folder / PICTURE_FILE).read_bytes())
     if print_data(rows, format):
         return
     for (layer,), of_layer in rows.partition_by("layer", as_dict=True, maintain_order=True).items():

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from saeens_pipeline import progress
 from saeens_pipeline.assets.compute import Compute
-from saeens_pipeline.assets.declarations import Declaration
+from saeens_pipeline.assets.declarations import Declaration, Op
 from saeens_pipeline.assets.kernels import compiled_meanwhile
 from saeens_pipeline.assets.registry import evaluations_of
 from saeens_pipeline.assets.sources import declared_facts
@@ -41,6 +41,8 @@ from saeens_pipeline.storage.names import INDEX_FILE, Partition
 from saeens_pipeline.storage.recipes import Store
 from saeens_pipeline.storage.root import data_root
 from saeens_pipeline.storage.tables import has_table, layers_with_tables
+
+_RUN = "saeens run"
 
 
 class Counterpart(NamedTuple):
@@ -127,12 +129,12 @@ def run_experiment(
             progress.forward_log_lines(lambda _level, message: print_line(console, " ".join(message.splitlines()))),
             progress.report_to(reporter_for(console)),
         ):
-            _execute(catalogue, {experiment.source: layers}, [(stage.partition, made) for stage, made in chosen if made])
+            _execute(catalogue, {experiment.source: layers}, [(stage.partition, made) for stage, made in chosen if made], _RUN)
     asked = [s for s in _statuses(_plan(catalogue, experiment, layers)) if not seeds or s.partition.seed in (None, *seeds)]
     reports = [store.path(*s.where) / INDEX_FILE for s in asked if s.declaration.address.kind == REPORT and s.state == "fresh"]
     renewed = _renew_reports_that_show(catalogue, store, name, layers) if n_wanted else []
     if reports or renewed:
-        _renew_leaderboard_page(catalogue, store)
+        make_alone(catalogue, catalogue.leaderboard_page(), _RUN)
     return Outcome(experiment, asked, _counterpart(catalogue, name, layers), reports, renewed, time.monotonic() - began)
 
 
@@ -146,15 +148,16 @@ def make_reports(catalogue: Catalogue, name: str | None, layers: Sequence[int]) 
     pages: list[Path] = []
     if name:
         experiment = catalogue.experiment(name)
-        pages = _make_reports(catalogue, store, experiment, _layers_with_tables(catalogue, store, experiment, layers))
-    return [*pages, _renew_leaderboard_page(catalogue, store)]
+        pages = _make_reports(catalogue, store, experiment, _layers_with_tables(catalogue, store, experiment, layers), "saeens report")
+    return [*pages, make_alone(catalogue, catalogue.leaderboard_page(), "saeens report") / INDEX_FILE]
 
 
-def make_leaderboard(catalogue: Catalogue) -> Declaration:
-    """Materialise the leaderboard and return its declaration."""
-    (leaderboard,) = catalogue.leaderboard().outputs
-    _execute(catalogue, {}, [(Partition(), [leaderboard])])
-    return leaderboard
+def make_alone(catalogue: Catalogue, op: Op, command: str) -> Path:
+    """Materialise the output of an op without partitions, unless it is a cache hit; return its path. `command` is shown as the user."""
+    store, (declaration,) = Store(data_root()), op.outputs
+    if not store.hit(declaration.address, Partition(), declaration.recipe(store, Partition())):
+        _execute(catalogue, {}, [(Partition(), [declaration])], command)
+    return store.path(declaration.address, Partition())
 
 
 def _counterpart(catalogue: Catalogue, name: str, layers: Sequence[int]) -> Counterpart | None:
@@ -166,14 +169,6 @@ def _counterpart(catalogue: Catalogue, name: str, layers: Sequence[int]) -> Coun
     return Counterpart(other, catalogue.sources[experiment.source].weights, _statuses(_plan(catalogue, experiment, layers)))
 
 
-def _renew_leaderboard_page(catalogue: Catalogue, store: Store) -> Path:
-    """Materialise the page over all experiments: a cache hit unless tables have changed."""
-    (page,) = catalogue.leaderboard_page().outputs
-    if not store.hit(page.address, Partition(), page.recipe(store, Partition())):
-        _execute(catalogue, {}, [(Partition(), [page])])
-    return store.path(page.address, Partition()) / INDEX_FILE
-
-
 def _renew_reports_that_show(catalogue: Catalogue, store: Store, control: str, layers: Sequence[int]) -> list[Path]:
     """Make the reports that show this control again, where they are on disk and stale; return their pages."""
     pages: list[Path] = []
@@ -182,7 +177,7 @@ def _renew_reports_that_show(catalogue: Catalogue, store: Store, control: str, l
         report = _report_of(catalogue, experiment)
         there = [layer for layer in layers if (store.path(report.address, Partition(layer)) / INDEX_FILE).exists()]
         is_fresh = {layer: store.hit(report.address, where := Partition(layer), report.recipe(store, where)) for layer in there}
-        pages += _make_reports(catalogue, store, experiment, [layer for layer in there if not is_fresh[layer]])
+        pages += _make_reports(catalogue, store, experiment, [layer for layer in there if not is_fresh[layer]], _RUN)
     return pages
 
 
@@ -190,9 +185,9 @@ def _report_of(catalogue: Catalogue, experiment: ExperimentSettings) -> Declarat
     return next(output for op in catalogue.ops(experiment) for output in op.outputs if output.address.kind == REPORT)
 
 
-def _make_reports(catalogue: Catalogue, store: Store, experiment: ExperimentSettings, layers: Sequence[int]) -> list[Path]:
+def _make_reports(catalogue: Catalogue, store: Store, experiment: ExperimentSettings, layers: Sequence[int], command: str) -> list[Path]:
     report = _report_of(catalogue, experiment)
-    _execute(catalogue, {experiment.source: layers}, [(Partition(layer), [report]) for layer in layers])
+    _execute(catalogue, {experiment.source: layers}, [(Partition(layer), [report]) for layer in layers], command)
     return [store.path(report.address, Partition(layer)) / INDEX_FILE for layer in layers]
 
 
@@ -273,7 +268,9 @@ def _compiling(store: Store, wanted: Sequence[Declaration]) -> contextlib.Abstra
     return contextlib.nullcontext()
 
 
-def _execute(catalogue: Catalogue, layers: Mapping[str, Sequence[int]], chosen: Sequence[tuple[Partition, list[Declaration]]]) -> None:
+def _execute(
+    catalogue: Catalogue, layers: Mapping[str, Sequence[int]], chosen: Sequence[tuple[Partition, list[Declaration]]], command: str
+) -> None:
     """Execute a Dagster run in this process for each partition, and raise the error of a failed run. Registers `layers`, by source."""
     if not chosen:
         return
@@ -290,7 +287,7 @@ def _execute(catalogue: Catalogue, layers: Mapping[str, Sequence[int]], chosen: 
                     instance=instance,
                     partition_key=partition_key(declarations[0], partition),
                     asset_selection=[AssetKey(declaration.address.key) for declaration in declarations],
-                    tags={"user": "saeens run", LAYERS_TAG: ",".join(map(str, together)), **process_tag()},
+                    tags={"user": command, LAYERS_TAG: ",".join(map(str, together)), **process_tag()},
                     run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
                 )
             except DagsterExecutionInterruptedError:
