@@ -1,4 +1,4 @@
-"""The ops of all experiments, those of the report included."""
+"""The ops of all experiments, those of the report included. Dagster builds its assets from them in `assets` and `catalogue`."""
 
 from __future__ import annotations
 
