@@ -10,7 +10,7 @@ from rich.filesize import decimal
 from rich.text import Text
 
 from saeens_pipeline.cli.app import app
-from saeens_pipeline.cli.output import complain, grid, out, print_line
+from saeens_pipeline.cli.output import grid, notify, out, print_line
 from saeens_pipeline.storage.root import data_root
 
 
@@ -40,7 +40,7 @@ def gc(
     freed = f"{decimal(freed_bytes)} {'freed' if delete else 'would be freed by `saeens gc --delete`; nothing was changed'}"
     print_line(freed if garbage else f"nothing below {root} is unused")
     for message in experiments.broken.values():
-        complain("note", f"{message}\nartefacts of this file are listed as unused")
+        notify("note", f"{message}\nartefacts of this file are listed as unused")
     for folder in inventory.unread_folders:
         remedy = f"set {FOLDERS_VARIABLE}={folder}, or count them as unused with `saeens gc --forget-folder {folder}`"
-        complain("note", f"{folder}: artefacts here were made from its experiment files, which are not read now: {remedy}")
+        notify("note", f"{folder}: artefacts here were made from its experiment files, which are not read now: {remedy}")

@@ -27,7 +27,7 @@ from typer.core import TyperGroup
 
 from saeens_pipeline import cli
 from saeens_pipeline.assets import training
-from saeens_pipeline.assets.tables import listed
+from saeens_pipeline.assets.registry import listed
 from saeens_pipeline.cli import output
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.orchestration import runs

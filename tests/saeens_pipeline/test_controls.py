@@ -139,7 +139,7 @@ def test_figures_of_the_control_are_shown_beside_wherever_both_are_there(finishe
 
 
 def test_the_leaderboards_page_in_the_ui_names_the_controls_figure(finished: Laboratory):
-    from saeens_pipeline.assets.tables import table_frame
+    from saeens_pipeline.assets.registry import table_frame
     from saeens_pipeline.storage.names import LEADERBOARD_ADDRESS
     from saeens_pipeline.storage.recipes import Recipe
 

@@ -592,6 +592,19 @@ def test_a_member_without_activations_says_what_is_needed(empty: Laboratory):
     assert not (empty.root / "experiments").exists()
 
 
+def test_tokens_of_the_ui_are_refused_before_they_are_written(empty: Laboratory, monkeypatch: pytest.MonkeyPatch):
+    empty.declare({"context_length": 10**6})
+    monkeypatch.setattr(sources, "write_tokens", lambda *_, **__: pytest.fail("tokens are written"))
+    with pytest.raises(ConfigurationError, match="context_length: 1000000"):
+        empty.materialise([f"{NAME}/tokens"], Partition())
+
+
+def test_saes_of_the_ui_are_refused_for_a_baseline_that_cannot_be_built(finished: Laboratory):
+    finished.declare(sae=EXPERIMENT["sae"] | {"k": D_SAE + 1})
+    with pytest.raises(ConfigurationError, match=f"{NAME}: .*sae.*k = {D_SAE + 1} is larger than d_sae = {D_SAE}"):
+        finished.materialise([f"{NAME}/boosting/round_1"], HERE)
+
+
 def test_k_larger_than_d_sae_is_said_before_anything_is_made(empty: Laboratory):
     empty.declare(sae=EXPERIMENT["sae"] | {"k": D_SAE + 1})
     with pytest.raises(ConfigurationError, match=f"{NAME}: .*sae.*k = {D_SAE + 1} is larger than d_sae = {D_SAE}"):

@@ -17,7 +17,7 @@ import pytest
 from tiny_experiment import LAYER, MEMBERS, NAME, SEEDS, Laboratory, remake_reports
 from tiny_models import D_MODEL
 
-from saeens_pipeline.assets.tables import fills, table_frame
+from saeens_pipeline.assets.registry import fills, table_frame
 from saeens_pipeline.language_models.autointerp.endpoint import URL_VARIABLE
 from saeens_pipeline.orchestration.catalogue import load_catalogue
 from saeens_pipeline.report.pages import what_makes_contexts

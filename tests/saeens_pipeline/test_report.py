@@ -30,7 +30,8 @@ from tiny_experiment import (
 
 from saeens_models import SAESettings
 from saeens_pipeline import cli
-from saeens_pipeline.assets.tables import TABLES, table_frame
+from saeens_pipeline.assets.over_seeds import Spread, written
+from saeens_pipeline.assets.registry import TABLES, table_frame
 from saeens_pipeline.assets.tables.cost import TOTALS
 from saeens_pipeline.assets.tables.leaderboard import for_reading, standings
 from saeens_pipeline.errors import SaeensError
@@ -39,11 +40,11 @@ from saeens_pipeline.orchestration.runs import make_reports
 from saeens_pipeline.report.charts import Chart, as_plotly
 from saeens_pipeline.report.figures import by_members, downstream, features, layer_profile, marginal_gain, trade_offs, training
 from saeens_pipeline.report.methods import in_order, method
-from saeens_pipeline.report.metrics import METRICS, written
+from saeens_pipeline.report.metrics import METRICS
 from saeens_pipeline.report.pages import write_leaderboard
 from saeens_pipeline.report.published import SETTINGS, setting_of
 from saeens_pipeline.report.record import Record
-from saeens_pipeline.report.results import Comparison, Results, Size, Spread, compare
+from saeens_pipeline.report.results import Comparison, Results, Size, compare
 from saeens_pipeline.storage.names import Address, Partition
 from saeens_pipeline.storage.recipes import read_artefact
 from saeens_pipeline.storage.tables import read_table

@@ -19,7 +19,7 @@ from tiny_experiment import EXPERIMENT, LAYER, NAME, SEEDS, Laboratory, experime
 from saeens_pipeline import cli
 from saeens_pipeline.assets.declarations import Declaration
 from saeens_pipeline.assets.experiments import experiment_ops
-from saeens_pipeline.assets.tables import METHODS, columns_of, table_frame
+from saeens_pipeline.assets.registry import METHODS, columns_of, table_frame
 from saeens_pipeline.assets.tables.pareto import PARETO, PICTURE_FILE, TABLE_FILE, notes, pareto_rows
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.orchestration.catalogue import load_catalogue

@@ -7,7 +7,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from saeens_pipeline.assets.tables import TABLES, columns_of, listed, table_frame
+from saeens_pipeline.assets.registry import TABLES, columns_of, listed, table_frame
 from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.storage.names import Address, Partition
 from saeens_pipeline.storage.recipes import Recipe, Store

@@ -23,9 +23,10 @@ from saeens_models.probing import (
     texts_at_once,
 )
 from saeens_pipeline import progress
+from saeens_pipeline.assets.declarations import SourceFacts
 from saeens_pipeline.assets.measurements.dictionaries import load_dictionary
 from saeens_pipeline.assets.registry import Making, Row
-from saeens_pipeline.assets.sources import SourceFacts, language_model_of
+from saeens_pipeline.assets.sources import language_model_of
 from saeens_pipeline.language_models.labelled_texts.drawing import ConceptTexts, CorrelationTexts
 from saeens_pipeline.language_models.labelled_texts.reading import is_embedded, read_concepts, read_correlations
 from saeens_pipeline.language_models.language_model import LanguageModel
@@ -60,7 +61,7 @@ def read_labelled_texts(experiment: ExperimentSettings, tables: Collection[str],
     The texts stay in memory for the tables made in this process.
     """
     for texts in _collections(experiment, tables):
-        encode_texts(facts.model, list(dict.fromkeys(texts.texts())), context_length=texts.context_length, drop=facts.drop)
+        encode_texts(facts.describe_model(), list(dict.fromkeys(texts.texts())), context_length=texts.context_length, drop=facts.drop)
 
 
 class _Collection(NamedTuple):
