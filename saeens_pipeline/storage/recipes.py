@@ -19,7 +19,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -126,9 +126,13 @@ class DamagedArtefactError(SaeensError):
 
 @dataclass(frozen=True)
 class Store:
-    """The artefacts below a data root."""
+    """The artefacts below a data root.
+
+    `before_commit` is called when an artefact is complete and before it appears under its final name: an error discards it.
+    """
 
     root: Path
+    before_commit: Callable[[], None] = field(default=lambda: None, compare=False, repr=False)
 
     def path(self, address: Address, partition: Partition) -> Path:
         """Return the path of an artefact, which need not exist."""
@@ -166,6 +170,13 @@ class Store:
                     with contextlib.suppress(OSError):  # files of a copied folder may be newer: the next check need not read them again
                         os.utime(file, ns=(found.st_atime_ns, recorded_ns))
         return artefact
+
+    def data_version(self, address: Address, partition: Partition) -> str | None:
+        """Return the data version in the record at an address; None without a record that can be read. The files are not looked at."""
+        try:
+            return read_artefact(self.path(address, partition)).data_version
+        except DamagedArtefactError:
+            return None
 
     def partitions(self, address: Address, *dimensions: str) -> list[Partition]:
         """Return the partitions on disk of an address, in numeric order; `dimensions` are the names of its partition dimensions."""
@@ -229,6 +240,7 @@ class Store:
             (staging / RECIPE_FILE).write_text(json.dumps(_record(recipe, provenance, files, version), indent=1) + "\n")
             for _, file in _files_below(staging):
                 flush(file)
+            self.before_commit()
             _replace_folder(staging, final)
 
     def write_table(
@@ -248,6 +260,7 @@ class Store:
                 writer.add_key_value_metadata({FOOTER_KEY: json.dumps(record)})
             staging.write_bytes(contents.getvalue())
             flush(staging)
+            self.before_commit()
             staging.replace(final)
             flush(final.parent)
 
