@@ -121,7 +121,8 @@ class Declaration(Reference):
 
     def ancestors(self, partition: Partition) -> set[tuple[Address, Partition]]:
         """Return address and partition of all required inputs, and of theirs: an op may read the members of its input, an ensemble."""
-        found, pending = set[tuple[Address, Partition]](), [(self, partition)]
+        found: set[tuple[Address, Partition]] = set()
+        pending: list[tuple[Declaration, Partition]] = [(self, partition)]
         while pending:
             declaration, where = pending.pop()
             for _, artefact, of in declaration.input_partitions(where):

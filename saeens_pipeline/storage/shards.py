@@ -47,7 +47,7 @@ class MappedShards:
     def __init__(self, array: zarr.Array, folder: HeldFolder, layout: _ShardLayout) -> None:
         (self._n_rows, self._d_in), self._dtype, self._fill_value = array.shape, array.dtype, array.fill_value
         self._chunk_rows, self._chunks_per_shard = array.chunks[0], layout.n_chunks
-        self._files = _ShardFiles(array, folder, -(-self._n_rows // array.shards[0]))
+        self._files = _ShardFiles(array, folder, -(-self._n_rows // (self._chunk_rows * self._chunks_per_shard)))
         self._shard = lru_cache(_MAPPED_SHARDS)(layout.map)
 
     def chunk(self, index: int) -> np.ndarray:

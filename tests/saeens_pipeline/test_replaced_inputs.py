@@ -44,8 +44,8 @@ def _write(store: Store, value: float) -> Path:
 
 def _with_compressed_rows(folder: Path) -> None:
     """Store the rows anew as Zarr only can read them."""
-    group = zarr.open_group(folder / "train", mode="a")
-    rows = group["activations"][:]  # pyright: ignore[reportIndexIssue, reportArgumentType]
+    group: Any = zarr.open_group(folder / "train", mode="a")
+    rows = group["activations"][:]
     group.create_array("activations", data=rows, chunks=(CHUNK_ROWS, 4), compressors=[ZstdCodec()], overwrite=True)
 
 
