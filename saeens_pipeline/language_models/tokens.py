@@ -202,10 +202,12 @@ def open_tokens(path: Path, dropped: Mapping[Split, np.ndarray] | None = None) -
     """
     import zarr
 
+    from saeens_pipeline.storage.held_folders import HeldFolder
+
     try:
-        group = zarr.open_group(path, mode="r")
+        group = zarr.open_group(HeldFolder(path), mode="r")
         return TokenStore(path, group, dropped or {})
-    except (FileNotFoundError, KeyError) as error:
+    except (OSError, KeyError) as error:
         raise SaeensError(f"{path} holds no tokens, or only a part of them ({error}): make them again") from None
 
 

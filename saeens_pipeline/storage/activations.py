@@ -259,14 +259,19 @@ def _mix(
 
 
 class ActivationStore(ActivationReader):
-    """A store on disk, open for reading. Raises SaeensError if there is none, or only an incomplete one."""
+    """A store on disk, open for reading. Raises SaeensError if there is none, or only an incomplete one.
+
+    Rows are those of the store that was opened, or an error: see `HeldFolder` and `MappedShards`.
+    """
 
     def __init__(self, path: Path) -> None:
         import zarr
 
+        from saeens_pipeline.storage.held_folders import HeldFolder
+
         self.path = path
         try:
-            group = zarr.open_group(path, mode="r")
+            group = zarr.open_group(HeldFolder(path), mode="r")
             self.dtype = cast("StoredDtype", group.attrs["dtype"])
             self._arrays: dict[str, dict[str, Any]] = {}
             self._statistics = {}
@@ -278,7 +283,7 @@ class ActivationStore(ActivationReader):
                 self._statistics[split] = ActivationStatistics.from_json(cast("dict[str, Any]", members.attrs["statistics"]))
             activations = {split: arrays["activations"] for split, arrays in self._arrays.items()}
             self.d_in, self.chunk_rows = next((array.shape[1], array.chunks[0]) for array in activations.values())
-        except (FileNotFoundError, KeyError, StopIteration) as error:
+        except (OSError, KeyError, StopIteration) as error:
             raise SaeensError(f"{path} holds no activations, or only a part of them ({error}): make them again") from None
         self._shards = {split: map_shards(array) for split, array in activations.items() if array.chunks[0] == self.chunk_rows}
 

@@ -255,14 +255,14 @@ def test_a_killed_process_leaves_only_whole_artefacts_and_the_next_write_cleans_
 
 def test_a_failed_write_after_a_kill_between_the_renames_brings_the_old_artefact_back(store: Store):
     artefact = _write(store)
-    artefact.path.rename(artefact.path.parent / ".member_1.retired")
+    artefact.path.rename(artefact.path.parent / f".member_1.{digest('member_1')[:8]}.retired")
     with pytest.raises(ValueError, match="broken"), store.write_folder(MEMBER, WHERE, RECIPE, {}):
         raise ValueError("broken")
     assert store.require(MEMBER, WHERE).verify() == []
 
 
 def test_what_another_living_process_is_writing_is_left_alone(store: Store):
-    others = _write(store).path.parent / f".member_1.{os.getppid()}.partial"
+    others = _write(store).path.parent / f".member_1.{recipes.this_machine()}-{os.getppid()}.partial"
     others.mkdir()
     _write(store)
     assert others.is_dir()
