@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
 import socket
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 from dagster import DagsterInstance, DagsterRun, DagsterRunStatus, RunsFilter
@@ -23,6 +23,7 @@ from saeens_pipeline.storage.root import data_root
 _COMMAND_LINE_FILE = "command_line.yaml"
 _DATABASE_MARK = ".database_is_set_up"
 PROCESS_TAG = "saeens/process"
+LOCATION = "saeens"  # name of the code location
 _SERVER_TAG = ".dagster/grpc_info"  # Dagster's tag on runs that it launched: the socket of the code server
 
 _SETTINGS = """\
@@ -52,11 +53,11 @@ telemetry:
 nux:
   enabled: false
 """
-WORKSPACE = """\
+WORKSPACE = f"""\
 load_from:
   - python_module:
       module_name: saeens_pipeline.definitions
-      location_name: saeens
+      location_name: {LOCATION}
 """
 
 
@@ -117,39 +118,60 @@ def recorded_instance() -> contextlib.AbstractContextManager[DagsterInstance | N
     return command_line_instance() if (home_folder() / "dagster.yaml").exists() else contextlib.nullcontext()
 
 
+def this_host() -> str:
+    """Return a name of this machine since its last start, and of this container: each of them numbers processes anew.
+
+    The name is the host name and a hash of the host name, the boot id, and the namespace of process ids.
+    """
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):  # other systems than Linux
+        parts += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), str(Path("/proc/self/ns/pid").readlink())]
+    return f"{parts[0]}:{hashlib.sha256(' '.join(parts).encode()).hexdigest()[:16]}"
+
+
 def process_tag() -> dict[str, str]:
     """Return the tag with host and process of a run in this process, by which other processes find out if it is alive."""
-    return {PROCESS_TAG: f"{socket.gethostname()}:{os.getpid()}"}
+    return {PROCESS_TAG: f"{this_host()}:{os.getpid()}"}
 
 
-def process_is_dead(run: DagsterRun) -> bool:
-    """Return True if a run was executed by a process on this machine that has ended."""
-    host, _, pid = run.tags.get(PROCESS_TAG, "").rpartition(":")
-    return host == socket.gethostname() and not is_alive(int(pid))
+def servers_prefix() -> str:
+    """Return how the folder of the code servers' sockets is named: after this host and this process, the leader of their process group."""
+    return f"saeens-{this_host().rpartition(':')[2]}-{os.getpid()}-"
+
+
+def process_is_gone(run: DagsterRun) -> bool:
+    """Return True if this process can prove that no process executes a run: it was on this host, in this container, since its last start.
+
+    A run of the command line is tagged with its process. One that `saeens ui` started names the process group of the UI in the path of its
+    code server's socket. Nothing is known about processes elsewhere, and about those of other code locations.
+    """
+    if PROCESS_TAG in run.tags:
+        host, _, pid = run.tags[PROCESS_TAG].rpartition(":")
+        return host == this_host() and pid.isdecimal() and not is_alive(int(pid))
+    origin = run.remote_job_origin
+    if origin is None or origin.location_name != LOCATION:
+        return False
+    server = re.search(r"/saeens-([0-9a-f]{16})-(\d+)-", run.tags.get(_SERVER_TAG, ""))
+    return server is not None and server[1] == this_host().rpartition(":")[2] and not _group_is_alive(int(server[2]))
+
+
+def _group_is_alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except OSError as error:
+        return isinstance(error, PermissionError)
+    return True
 
 
 def end_dead_runs(instance: DagsterInstance) -> None:
-    """Cancel runs whose process on this machine was killed, and free their GPU slots, which they would hold forever.
+    """Cancel runs whose processes on this host were killed, and free their GPU slots, which they would hold forever.
 
-    They do not count as failed, so that the automation requests their artefacts again. A command-line run is dead if its process is, a run
-    of the UI or the automation if its code server is.
+    They do not count as failed, so that the automation requests their artefacts again. Runs whose end cannot be proved stay as they are.
     """
     for run in instance.get_runs(RunsFilter(statuses=[DagsterRunStatus.STARTED])):
-        if process_is_dead(run):
+        if process_is_gone(run):
             instance.report_run_canceled(run, "The process that executed this run was killed.")
-        elif not _answers(json.loads(run.tags.get(_SERVER_TAG, "{}"))):
-            instance.report_run_canceled(run, "The code server that executed this run is gone.")
-        else:
-            continue
-        instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
-
-
-def _answers(server: dict[str, Any]) -> bool:
-    """Return True if the code server of a run's tag listens. One on another machine counts as listening."""
-    if "socket" not in server:
-        return True
-    with socket.socket(socket.AF_UNIX) as probe:
-        return probe.connect_ex(server["socket"]) == 0
+            instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
 
 
 def layers_name(source: str) -> str:
