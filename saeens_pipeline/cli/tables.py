@@ -89,7 +89,12 @@ def leaderboard(
     if ranked.is_empty():
         complain("note", "nothing is evaluated yet: run `saeens run EXPERIMENT`; `saeens experiments` lists the experiments")
     else:
-        make_leaderboard(catalogue)
+        try:
+            store.require_writable()
+        except SaeensError as error:
+            complain("note", f"the table is printed and not stored: {error}")
+        else:
+            make_leaderboard(catalogue)
     _note_outdated(catalogue, ranked["experiment"].unique(maintain_order=True))
     if print_data(ranked, format):
         return

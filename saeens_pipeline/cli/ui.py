@@ -21,10 +21,8 @@ def ui(
     url: Annotated[str | None, typer.Option(help="Address of a reverse proxy with authentication that serves this UI to others.")] = None,
 ) -> None:
     """Start the Dagster UI on this machine, with the runs of the command line. Requests of foreign web pages are refused."""
-    from dagster import DagsterInstance
-
     from saeens_pipeline.assets.catalogue import Experiments
-    from saeens_pipeline.orchestration.instance import declare_layers, end_dead_runs, prepare_home
+    from saeens_pipeline.orchestration.instance import declare_layers, end_dead_runs, open_instance, prepare_home
     from saeens_pipeline.orchestration.webserver import HOST, run_servers
     from saeens_pipeline.settings.files import FOLDERS_VARIABLE, own_folders
 
@@ -36,7 +34,7 @@ def ui(
         except OSError as error:
             raise SaeensError(f"port {port} on {HOST} cannot be used ({error.strerror}): choose another with --port") from error
     home = prepare_home()
-    with DagsterInstance.get() as instance:
+    with open_instance(home) as instance:
         end_dead_runs(instance)
         for source in Experiments.load().sources.values():
             declare_layers(instance, source.name, source.layers)

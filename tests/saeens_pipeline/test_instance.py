@@ -25,10 +25,13 @@ from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.orchestration import runs as runs_module
 from saeens_pipeline.orchestration.instance import (
     PROCESS_TAG,
+    command_line_instance,
     end_dead_runs,
+    home_folder,
     instance_settings,
     prepare_home,
     process_tag,
+    recorded_instance,
     register_layers,
     servers_prefix,
     this_host,
@@ -81,6 +84,124 @@ def test_a_home_that_cannot_be_written_is_said_with_what_to_do(tmp_path: Path, m
     monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "file" / "home"))
     with pytest.raises(SaeensError, match=r"home cannot be written .*DAGSTER_HOME or SAEENS_DATA"):
         prepare_home()
+
+
+@pytest.fixture(scope="module")
+def home_with_a_layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home folder whose database has layer 2 of the quickstart; for copies."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("DAGSTER_HOME", str(home := tmp_path_factory.mktemp("homes") / "home"))
+        assert _layers(2) == ["2"]
+    return home
+
+
+@pytest.fixture
+def home(home_with_a_layer: Path) -> Path:
+    """A copy at the place where it is looked for."""
+    shutil.copytree(home_with_a_layer, home_folder())
+    return prepare_home()
+
+
+DATABASES = ["history/runs.db", "history/runs/index.db", "schedules/schedules.db"]
+
+
+def _layers(*added: int) -> list[str]:
+    """The layers of a source in the database, after these were added."""
+    with command_line_instance() as instance:
+        if added:
+            register_layers(instance, "quickstart", added)
+        return instance.get_dynamic_partitions("quickstart_layers")
+
+
+@pytest.mark.parametrize("damage", ["text", "empty", "cut", "overwritten"])
+@pytest.mark.parametrize("name", DATABASES)
+def test_a_damaged_database_is_named_with_the_way_out(home: Path, name: str, damage: str):
+    storage = home / "storage"
+    whole = (storage / name).read_bytes()
+    half = whole[: len(whole) // 2]
+    damaged = {"text": b"not a database" * 100, "empty": b"", "cut": half, "overwritten": whole[:4096] + b"\7" * (len(whole) - 4096)}
+    (storage / name).write_bytes(damaged[damage])
+    with (
+        pytest.raises(SaeensError, match=rf"{storage / name} is damaged .*: move {storage} away.*artefacts are not") as caught,
+        command_line_instance() as instance,
+    ):
+        instance.get_runs()
+        instance.get_dynamic_partitions("quickstart_layers")
+        instance.all_instigator_state()
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_database_that_was_moved_away_is_made_anew(home: Path):
+    (home / "storage").rename(home / "away")
+    assert _layers() == []
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe", b"[", b"a: b: c", b"storage: 5", b"- 1", b"nonsense: {}", b"run_monitoring: 2024-13-01"], ids=repr
+)
+def test_a_damaged_dagster_yaml_is_named_with_the_way_out(home: Path, content: bytes):
+    settings = home / "dagster.yaml"
+    settings.write_bytes(content)
+    with pytest.raises(SaeensError, match=rf"{settings} is wrong \(.*\): correct it, or remove it") as caught, command_line_instance():
+        pass
+    assert len(str(caught.value).splitlines()) == 1
+    assert len(str(caught.value)) < 700
+    settings.unlink()
+    prepare_home()
+    assert settings.read_text() == instance_settings(home.as_posix())
+
+
+def test_an_empty_dagster_yaml_is_written_again(home: Path):
+    settings = home / "dagster.yaml"
+    content = settings.read_text()
+    settings.write_text("")  # a killed process of an earlier version
+    prepare_home()
+    assert settings.read_text() == content
+
+
+@pytest.mark.parametrize("name", DATABASES)
+def test_a_database_that_an_interruption_left_unfinished_is_made_anew(home: Path, name: str):
+    (home / ".database_is_set_up").unlink()
+    (home / "storage" / name).write_bytes(b"")
+    assert _layers(3) == ["3"]
+    assert (home / "storage.unfinished" / name).exists()
+    assert _layers() == ["3"]
+
+
+def test_an_interruption_leaves_no_database_under_its_name(monkeypatch: pytest.MonkeyPatch):
+    made = dg.DagsterInstance.from_config
+
+    def interrupted(*arguments: str) -> dg.DagsterInstance:
+        made(*arguments).dispose()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(dg.DagsterInstance, "from_config", interrupted)
+        prepare_home()
+    assert not (home_folder() / "storage").exists()
+    assert _layers(1) == ["1"]
+    assert not (home_folder() / "storage.new").exists()
+
+
+def test_a_database_that_others_set_up_is_kept(home: Path):
+    (home / ".database_is_set_up").unlink()  # `dagster dev` writes no mark
+    assert _layers() == ["2"]
+
+
+def _times(folder: Path) -> dict[Path, int]:
+    """When its files were written, without those that SQLite shares among readers."""
+    return {file: file.stat().st_mtime_ns for file in folder.rglob("*") if not file.name.endswith(("-shm", "-wal")) and file.is_file()}
+
+
+def test_a_folder_that_cannot_be_written_is_read(home: Path, monkeypatch: pytest.MonkeyPatch):
+    (home / "command_line.yaml").unlink()
+    before = _times(home)
+    monkeypatch.setattr(os, "access", lambda path, _mode: Path(path) != home)
+    with recorded_instance() as instance:
+        assert instance
+        assert instance.get_dynamic_partitions("quickstart_layers") == ["2"]
+        assert instance.get_runs() == []
+    assert _times(home) == before
 
 
 def test_layers_are_registered_once_and_in_numeric_order():
