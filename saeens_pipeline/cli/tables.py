@@ -86,10 +86,16 @@ def leaderboard(
     from saeens_pipeline.orchestration.runs import make_alone
     from saeens_pipeline.storage.tables import read_part
 
-    catalogue = load_catalogue()
+    catalogue, store = load_catalogue(), Store(data_root())
     op = catalogue.leaderboard()
-    made = ranked(read_part(make_alone(catalogue, op, "saeens leaderboard")), sort)
-    rows = made if n == "full" else standings(Store(data_root()), op.outputs[0], sort, n)
+    try:
+        store.require_writable()
+    except SaeensError as error:
+        notify("note", f"the table is printed and not stored: {error}")
+        rows = standings(store, op.outputs[0], sort, n)
+    else:
+        made = ranked(read_part(make_alone(catalogue, op, "saeens leaderboard")), sort)
+        rows = made if n == "full" else standings(store, op.outputs[0], sort, n)
     if rows.is_empty():
         notify("note", "nothing is evaluated yet: run `saeens run EXPERIMENT`; `saeens experiments` lists the experiments")
     _note_outdated(catalogue, rows["experiment"].unique(maintain_order=True))
