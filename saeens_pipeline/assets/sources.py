@@ -82,7 +82,7 @@ def language_model_of(made: Artefact) -> LanguageModelDescription:
     identity = settings["tokenizer"] if "tokenizer" in settings else settings["language_model"]
     description = describe_language_model(identity["name"], identity["revision"])
     if description.identity != identity:
-        raise SaeensError(f"the files of {description.name} have changed since {made.path} was made from them: make that again first")
+        raise SaeensError(f"the files of {description.name} have changed since {made.path} was computed from them: compute it again first")
     return description
 
 

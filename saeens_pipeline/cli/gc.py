@@ -18,7 +18,7 @@ from saeens_pipeline.storage.root import data_root
 def gc(
     delete: Annotated[bool, typer.Option("--delete", help="Remove the listed files; without it nothing is changed.")] = False,
     forget_folder: Annotated[
-        list[Path] | None, typer.Option(help="A former folder of SAEENS_EXPERIMENTS: artefacts made from its files count as unused.")
+        list[Path] | None, typer.Option(help="A former folder of SAEENS_EXPERIMENTS: artefacts of its files count as unused.")
     ] = None,
 ) -> None:
     """List files below the data root that belong to no experiment or source any more."""
@@ -43,4 +43,4 @@ def gc(
         notify("note", f"{message}\nartefacts of this file are listed as unused")
     for folder in inventory.unread_folders:
         remedy = f"set {FOLDERS_VARIABLE}={folder}, or count them as unused with `saeens gc --forget-folder {folder}`"
-        notify("note", f"{folder}: artefacts here were made from its experiment files, which are not read now: {remedy}")
+        notify("note", f"{folder}: artefacts here are from its experiment files, which are not read now: {remedy}")

@@ -30,7 +30,7 @@ def print_outcome(outcome: Outcome, console: Console) -> None:
     _print_warnings(store, outcome.experiment, outcome.statuses, console)
     for pages, title in (
         (outcome.reports, "The report, to open in a browser"),
-        (outcome.renewed, "Reports that show this control, made again"),
+        (outcome.renewed, "Reports that show this control, written again"),
     ):
         if pages:
             print_line(console, "\n" + "\n".join([f"{title}:", *(f"  {page}" for page in pages)]))

@@ -30,7 +30,7 @@ class _ListsTables(TyperCommand):
         from saeens_pipeline.assets.registry import listed
 
         argument = next(each for each in self.params if each.name == "name")
-        argument.help = f"{', '.join(table.name for table in listed(over_experiments=False))}."  # pyright: ignore[reportAttributeAccessIssue]
+        argument.help = f"Name of a table, one of {', '.join(table.name for table in listed(over_experiments=False))}."  # pyright: ignore[reportAttributeAccessIssue]
         super().format_help(ctx, formatter)
 
 
@@ -108,7 +108,10 @@ def leaderboard(
 @app.command()
 def report(
     experiment: Annotated[
-        str | None, typer.Argument(help="Name of an experiment; `saeens experiments` lists them. Without it: the leaderboard's page only.")
+        str | None,
+        typer.Argument(
+            metavar="EXPERIMENT", help="Name of an experiment; `saeens experiments` lists them. Without it: the leaderboard's page only."
+        ),
     ] = None,
     layer: LayerOption = None,
 ) -> None:
@@ -124,7 +127,7 @@ def report(
 
 @app.command()
 def pareto(
-    sweep: Annotated[str, typer.Argument(help="Name of an experiment with a sweep.")],
+    sweep: Annotated[str, typer.Argument(metavar="SWEEP", help="Name of an experiment with a sweep.")],
     picture: Annotated[Path | None, typer.Option(help="PNG file to write the plot to.")] = None,
     format: FormatOption = "table",
 ) -> None:

@@ -208,7 +208,7 @@ def open_tokens(path: Path, dropped: Mapping[Split, np.ndarray] | None = None) -
         group = zarr.open_group(HeldFolder(path), mode="r")
         return TokenStore(path, group, dropped or {})
     except (OSError, KeyError) as error:
-        raise SaeensError(f"{path} holds no tokens, or only a part of them ({error}): make them again") from None
+        raise SaeensError(f"{path} holds no tokens, or only a part of them ({error}): compute them again") from None
 
 
 class TokenStore:

@@ -1,4 +1,4 @@
-"""The tables of one experiment and layer that are on disk, their means and intervals over seeds, and these beside the control's."""
+"""The tables of one experiment and layer that are on disk, their means and intervals over seeds, and the comparison with the control."""
 
 from __future__ import annotations
 

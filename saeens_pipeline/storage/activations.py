@@ -284,7 +284,7 @@ class ActivationStore(ActivationReader):
             activations = {split: arrays["activations"] for split, arrays in self._arrays.items()}
             self.d_in, self.chunk_rows = next((array.shape[1], array.chunks[0]) for array in activations.values())
         except (OSError, KeyError, StopIteration) as error:
-            raise SaeensError(f"{path} holds no activations, or only a part of them ({error}): make them again") from None
+            raise SaeensError(f"{path} holds no activations, or only a part of them ({error}): compute them again") from None
         self._shards = {split: map_shards(array) for split, array in activations.items() if array.chunks[0] == self.chunk_rows}
 
     @property

@@ -390,4 +390,4 @@ def test_log_records_come_from_the_package(tmp_path: Path, caplog: pytest.LogCap
     caplog.set_level(logging.INFO, "saeens_models")
     _interrupted(tmp_path / "state")
     sm.train(CONFIGS, _batches(), TRAINING, checkpoints=sm.Checkpoints(tmp_path / "state"))
-    assert f"training goes on from {tmp_path / 'state'}, after step 10 and {10 * BATCH_TOKENS} tokens" in caplog.text
+    assert f"training resumes from {tmp_path / 'state'}, after step 10 and {10 * BATCH_TOKENS} tokens" in caplog.text

@@ -360,7 +360,7 @@ def test_the_outcome_of_answers_on_disk_says_that_there_was_no_endpoint(
     monkeypatch.delenv(URL_VARIABLE)
     laboratory.run()
     found = outcome(laboratory.store, NAME, [SEED])
-    assert "are scored. No endpoint was configured: what is here was answered before. Set `SAEENS_LLM_BASE_URL`" in found
+    assert "are scored. No endpoint was configured: these answers are from earlier runs. Set `SAEENS_LLM_BASE_URL`" in found
 
 
 def test_an_experiment_of_which_no_answer_can_be_read_fails_and_keeps_its_table(fake: FakeEndpoint, laboratory: Laboratory):

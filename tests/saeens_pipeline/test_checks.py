@@ -303,7 +303,7 @@ def test_doctor_finds_a_byte_changed_without_a_trace_and_it_is_made_again(finish
     _flip_last_bit_without_a_trace(file)
     (finding,) = [each for each in diagnose(verify=True) if each.subject == "artefact"]
     assert not finding.ok
-    assert finding.detail == f"{file}: the bytes are not those that were written. The next `saeens run` makes it again"
+    assert finding.detail == f"{file}: the bytes are not those that were written. The next `saeens run` computes it again"
     assert _states()[f"{NAME}/bagging/member_3"] == "damaged"
     finished.run()
     assert file.read_bytes() == whole

@@ -90,7 +90,7 @@ def test_a_run_of_the_control_brings_it_into_the_report(empty: Laboratory):
     _declare_control(empty, **few)
     assert "Reports that show this control" not in _run(NAME)
     assert 'id="control-table"' not in page.read_text()
-    assert str(page) in _run(CONTROL).partition("Reports that show this control, made again:")[2]
+    assert str(page) in _run(CONTROL).partition("Reports that show this control, written again:")[2]
     assert 'id="control-table"' in page.read_text()
     assert "Reports that show this control" not in _run(CONTROL)
 

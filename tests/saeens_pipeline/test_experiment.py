@@ -341,7 +341,7 @@ def test_a_language_model_that_changed_since_is_not_measured_with(finished: Labo
     finished.run()
     write_tiny_model(model, seed=1)
     finished.artefact("eval/reconstruction", 1).path.unlink()
-    with pytest.raises(SaeensError, match=r"have changed since .*activations\.zarr was made from them"):
+    with pytest.raises(SaeensError, match=r"have changed since .*activations\.zarr was computed from them"):
         finished.materialise([f"{NAME}/eval/reconstruction"], HERE)
     finished.run()
     assert {status.state for status in status_of(NAME)} == {"fresh"}

@@ -187,7 +187,7 @@ def test_without_contexts_the_list_is_there_and_says_what_makes_them(laboratory:
     shutil.rmtree(laboratory.root / "tables" / NAME / "contexts")
     remake_reports(laboratory)
     header, columns = _list(laboratory)
-    said = f"Contexts are not there: `saeens run {NAME}` makes them."
+    said = f"Contexts are missing: `saeens run {NAME}` computes them."
     assert header["missingContexts"] == said
     assert said.replace(f"`saeens run {NAME}`", f"<code>saeens run {NAME}</code>") in (_report(laboratory) / "features.html").read_text()
     assert len(columns["density"]) == N
@@ -225,8 +225,8 @@ def test_who_has_contexts_of_the_same_saes_is_named():
     catalogue = load_catalogue()
     quickstart, full, other = map(catalogue.experiment, ("quickstart", "quickstart_full", "quickstart_random"))
     assert [fills(each, "contexts") for each in (quickstart, full, other)] == [False, True, False]
-    assert "`saeens run quickstart_full` makes them of the same SAEs and more; or add" in what_makes_contexts(quickstart, catalogue)
-    assert what_makes_contexts(full, catalogue) == "Contexts are not there: `saeens run quickstart_full` makes them."
+    assert "`saeens run quickstart_full` computes them for the same SAEs and more; or add" in what_makes_contexts(quickstart, catalogue)
+    assert what_makes_contexts(full, catalogue) == "Contexts are missing: `saeens run quickstart_full` computes them."
     assert "same SAEs" not in what_makes_contexts(other, catalogue)
 
 

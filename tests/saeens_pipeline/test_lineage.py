@@ -193,5 +193,5 @@ def test_a_table_of_two_experiments_has_to_be_named_whole(finished: Laboratory):
 def test_a_data_version_that_nothing_has_and_an_asset_that_is_not_made_yet_are_told(empty: Laboratory):
     with pytest.raises(SaeensError, match=r"no artefact .* has a data version that begins with abcd1234"):
         _trace(empty, "abcd1234")
-    with pytest.raises(SaeensError, match=f"{NAME}/eval/cost is not made yet: `saeens run {NAME}` makes it"):
+    with pytest.raises(SaeensError, match=f"{NAME}/eval/cost is not computed yet: `saeens run {NAME}` computes it"):
         _trace(empty, "cost:method=single")

@@ -317,7 +317,7 @@ PARTS: dict[str, Any] = {"provenance": {}, "files": {}, "data_version": "v"}  # 
 def test_a_recipe_that_cannot_be_read_is_named_with_what_to_do(store: Store, content: str):
     file = _write(store).path / RECIPE_FILE
     file.write_text(content)
-    with pytest.raises(DamagedArtefactError, match=f"{file} cannot be read.*The next `saeens run` makes it again"):
+    with pytest.raises(DamagedArtefactError, match=f"{file} cannot be read.*The next `saeens run` computes it again"):
         store.find(MEMBER, WHERE)
 
 
@@ -337,7 +337,7 @@ def test_bytes_that_were_changed_by_hand_are_no_hit(store: Store):
     file.write_bytes(contents)
     os.utime(file, ns=(2**62, 2**62))
     assert store.hit(MEMBER, WHERE, RECIPE) is None
-    with pytest.raises(DamagedArtefactError, match="was changed after it was made"):
+    with pytest.raises(DamagedArtefactError, match="was changed after it was written"):
         store.require(MEMBER, WHERE)
 
 
@@ -393,7 +393,7 @@ def test_a_damaged_table_is_no_hit_and_can_be_made_again(store: Store):
 def test_a_truncated_table_is_named_with_what_to_do(store: Store, n_bytes: int):
     path = _write_table(store).path
     path.write_bytes(path.read_bytes()[:n_bytes])
-    with pytest.raises(DamagedArtefactError, match=f"{path} cannot be read.*The next `saeens run` makes it again"):
+    with pytest.raises(DamagedArtefactError, match=f"{path} cannot be read.*The next `saeens run` computes it again"):
         store.find(TABLE, WHERE)
 
 

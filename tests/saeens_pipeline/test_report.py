@@ -191,7 +191,7 @@ def test_each_sae_is_counted_once_under_however_many_names_it_is_there(finished:
     n = (2 * MEMBERS - 1 + 2) * len(SEEDS)
     assert (len(saes), len(residuals)) == (n, (MEMBERS - 1) * len(SEEDS))
     flops = sum(each.provenance["train_flops"] for each in saes) + sum(each.provenance["flops"] for each in residuals)
-    assert re.fullmatch(rf"{n} SAEs: .* s, {re.escape(written(flops, '.3g'))} FLOPs, with the passes that make residuals", training())
+    assert re.fullmatch(rf"{n} SAEs: .* s, {re.escape(written(flops, '.3g'))} FLOPs, with the passes that compute residuals", training())
     for file in files:  # as if another experiment had made all that the baselines are
         contents = json.loads(file.read_text())
         if file.parent.parent.name == "baseline":
@@ -290,13 +290,13 @@ def test_a_missing_table_is_named_with_the_command_that_makes_it(finished: Labor
         part.unlink()
     remake_reports(finished)
     page = _page(finished)
-    assert f"saeens run {NAME} makes these tables, which are not there:" in page.text
+    assert f"saeens run {NAME} computes these missing tables:" in page.text
     assert page.source.count(f"<li><code>{table}</code>") == 1
 
 
 def test_a_table_that_is_not_asked_for_is_to_be_added_first(finished: Laboratory):
     page = _page(finished)
-    assert f"can be added to evaluations in the experiment file; then saeens run {NAME} makes them:" in page.text
+    assert f"can be added to evaluations in the experiment file; then saeens run {NAME} computes them:" in page.text
     assert page.source.count("<li><code>features</code>") == 1
 
 
@@ -307,7 +307,7 @@ def test_a_report_of_some_tables_is_stale_when_there_are_more(finished: Laborato
     remake_reports(finished)
     part.write_bytes(kept)
     printed = finished.run()
-    assert "1 artefacts to make" in printed
+    assert "1 artefacts to compute" in printed
     assert "<li><code>stability</code>" not in _page(finished).source
 
 
@@ -360,7 +360,7 @@ def test_the_control_is_the_same_experiment_on_random_weights(finished: Laborato
     documents = (("ActivationSource", source), ("EnsembleExperiment", other), ("EnsembleExperiment", alike))
     finished.write(experiment_file(*documents), "untrained")
     remake_reports(finished)
-    assert "saeens run control makes them" in _page(finished).text
+    assert "saeens run control computes them" in _page(finished).text
     for table in ("reconstruction", "stability"):
         for part in sorted((finished.root / "tables" / NAME / table).rglob("part.parquet")):
             rows = pl.read_parquet(part, hive_partitioning=False).with_columns(experiment=pl.lit("control"))
@@ -371,7 +371,7 @@ def test_the_control_is_the_same_experiment_on_random_weights(finished: Laborato
     page = _page(finished)
     beside = re.search('<table id="control-table".*?</table>', page.source, re.DOTALL)
     assert beside and beside[0].count(">the same</td>") == beside[0].count('scope="colgroup"') >= 2
-    assert "saeens run control makes them" not in page.text
+    assert "saeens run control computes them" not in page.text
     (link,) = (a for tag, a in page.elements if tag == "a" and "/control/" in str(a["href"]))
     assert "copied alone" in str(link["title"])
     assert "is-control" not in page.source

@@ -215,7 +215,7 @@ def test_a_run_says_from_where_it_goes_on_and_counts_only_its_own_tokens(untrain
             untrained.run(seeds=[SEED], select=["baseline/expanded"])
     (file,) = _checkpoints(untrained)
     printed = untrained.run(seeds=[SEED], select=["baseline/expanded"])
-    assert f"training goes on from {file}, after step 6 and 384 tokens\n" in printed
+    assert f"training resumes from {file}, after step 6 and 384 tokens\n" in printed
     assert f"{NAME}/baseline/expanded, layer {LAYER}, seed {SEED}: {TRAIN_ROWS - 384} tokens in" in printed
     assert "; 384 were done before\n" in printed
 
@@ -229,7 +229,7 @@ def test_a_run_says_that_a_checkpoint_is_damaged_in_one_line(untrained: Laborato
     file.write_bytes(file.read_bytes()[:-9])
     printed = untrained.run(seeds=[SEED], select=["baseline/expanded"])
     (line,) = [line for line in printed.splitlines() if "damaged" in line]
-    assert line.startswith(f"{file} is damaged: it is removed, and training starts anew (")
+    assert line.startswith(f"{file} is damaged: it is removed, and training starts from the beginning (")
     assert "Traceback" not in printed
 
 
@@ -581,7 +581,7 @@ def test_a_second_writer_waits_and_then_takes_what_the_first_has_made(
     finally:
         logger.removeHandler(handler)
     assert events[0][key].metadata["cache_hit"].value is True
-    assert f"{key}, layer {LAYER}, seed {SEED} is being made by process {os.getpid()} on" in caplog.text
+    assert f"{key}, layer {LAYER}, seed {SEED} is being computed by process {os.getpid()} on" in caplog.text
     assert not list((untrained.root / "locks").iterdir())
 
 

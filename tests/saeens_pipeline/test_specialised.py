@@ -290,7 +290,7 @@ def test_labels_that_no_document_has_together_are_said(finished: Laboratory):
 def test_activations_of_other_tokens_are_not_filtered_by_the_labels_of_these(finished: Laboratory):
     finished.declare(source={"train_tokens": 500}, ensemble=_ensemble({"member": 3, "documents": {"language": ["python"]}}))
     finished.materialise([f"{NAME}/tokens"], Partition())
-    with pytest.raises(SaeensError, match="made from tokens of tiny that have changed since"):
+    with pytest.raises(SaeensError, match="computed from tokens of tiny that have changed since"):
         finished.materialise([f"{NAME}/bagging/member_3"], Partition(LAYER, 1))
 
 

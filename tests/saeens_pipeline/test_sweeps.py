@@ -323,7 +323,7 @@ def saeens(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 
 def test_a_sweep_is_run_whole_and_shares_what_is_there(swept: Laboratory, saeens: Command, tmp_path: Path):
     out, _ = saeens("run", SWEEP)
-    assert out.count("artefacts to make") == 2
+    assert out.count("artefacts to compute") == 2
     same = swept.store.require(Address(f"{SWEEP}__k_4", "boosting", "round_3"), Partition(LAYER, SEEDS[0]))
     assert same.provenance["same_as"] == f"{NAME}/boosting/round_3"
     made = swept.store.require(Address(f"{SWEEP}__k_2", "bagging", "member_1"), Partition(LAYER, SEEDS[0]))

@@ -105,7 +105,7 @@ def test_one_scan_of_the_folder_reads_a_whole_table(root: Path):
 
 
 def test_a_table_that_is_not_there_is_named_with_what_makes_it(root: Path):
-    with pytest.raises(SaeensError, match=r"e has no table cost below .* yet: `saeens run e` makes it"):
+    with pytest.raises(SaeensError, match=r"e has no table cost below .* yet: `saeens run e` computes it"):
         read_table(root, "e", "cost")
 
 
