@@ -32,7 +32,7 @@ VIEWS = [(width, scheme) for width in (1280, 400) for scheme in ("light", "dark"
 
 @dataclass
 class Opened:
-    """A page, and what it complained of or asked for that is not on disk."""
+    """A page, its console errors, and its requests for files that are not on disk."""
 
     page: Page
     complaints: list[str] = field(default_factory=list)

@@ -306,7 +306,7 @@ print(signal.getsignal(signum) is end)
 
 
 def _signalled(signum: signal.Signals, file: Path, n_signals: int) -> list[str]:
-    """What a training that is sent signals in its seventh batch prints."""
+    """Return the output of a training that receives signals in its seventh batch."""
     command = [sys.executable, "-c", SIGNALLED, str(Path(__file__).parent), signum.name, str(file), str(n_signals)]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -33,7 +33,7 @@ current_streams = ["main"]
 
 
 class Batch:
-    """Of the numbered batches of a stream one, on the CPU, pinned, or on the device."""
+    """A numbered batch of a stream: on the CPU, pinned, or on the device."""
 
     def __init__(self, number: int, calls: list[str], place: str = "cpu") -> None:
         self.number, self.calls, self.place = number, calls, place

@@ -1,4 +1,4 @@
-"""The activation store: what is written is what is read, in order or shuffled, stored or computed on the fly."""
+"""The activation store: rows are read as written, in order or shuffled, stored or computed while reading."""
 
 from __future__ import annotations
 

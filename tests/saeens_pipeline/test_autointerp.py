@@ -1,4 +1,4 @@
-"""The table of explanations: made, not configured, and configured later; against dense codes of what is on disk."""
+"""The table of explanations: with an endpoint, without one, and with a later one; against dense codes of stored activations."""
 
 from __future__ import annotations
 
@@ -224,7 +224,7 @@ def test_scores_equal_the_rules_accuracy_on_active_and_silent_texts(fake: FakeEn
 
 
 def _without(texts: list[str], some: list[str]) -> set[str]:
-    """What is left of texts, of which `some` are a part; all of them where they are not."""
+    """Return texts without `some`, or all of them if `some` is not contained."""
     rest = list(texts)
     for text in some:
         if text not in rest:

@@ -1,4 +1,4 @@
-"""The client against a server that speaks OpenAI's protocol, with all that a server may do; and the interview, interrupted and resumed."""
+"""The client against a server with OpenAI's protocol and all of its failures; and the interview, interrupted and resumed."""
 
 from __future__ import annotations
 

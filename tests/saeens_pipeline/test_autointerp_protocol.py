@@ -1,4 +1,4 @@
-"""What a language model is asked about features, and what its answers are taken for."""
+"""Prompts about features for a language model, and parsing of its answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is made without anybody asking: each thing once, in order, when what it needs is there, and only where automation is on."""
+"""Automation: every asset is requested once, in order, after its inputs, and only if automation is on."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Requests = dict[str | None, set[str]]  # asset keys by partition
 
 @dataclass
 class Daemon:
-    """What Dagster's daemon does: evaluates the conditions, and makes what they ask for in one run for each partition."""
+    """Stands for Dagster's daemon: evaluates the conditions and materialises the requested assets in one run per partition."""
 
     laboratory: Laboratory
     instance: dg.DagsterInstance
@@ -46,7 +46,7 @@ class Daemon:
     asks_for_leaderboard: bool = False  # in the last tick
 
     def tick(self) -> Requests:
-        """What is asked for now. The leaderboard is left out."""
+        """Return the assets requested by one tick, without the leaderboard."""
         definitions = self.laboratory.catalogue.definitions()
         with pytest.MonkeyPatch.context() as monkeypatch:  # asked for thousands of times in a tick, in which none is added
             monkeypatch.setattr(self.instance, "get_dynamic_partitions", functools.cache(self.instance.get_dynamic_partitions))
@@ -60,7 +60,7 @@ class Daemon:
         return {partition: rest for partition, keys in requested.items() if (rest := keys - {"leaderboard"})}
 
     def next(self) -> Requests:
-        """What the next tick asks for, or the one after: what is new, or was in progress a moment ago, waits for one."""
+        """Return the requests of the next tick or the one after: new assets and those just in progress wait for one tick."""
         return self.tick() or self.tick()
 
     def make(self, requested: Requests) -> None:

@@ -1,4 +1,4 @@
-"""Experiment files: what is wrong with one is said with its path, line, field and what is allowed, and takes no other down."""
+"""Experiment files: errors give path, line, field and allowed values, and affect no other file."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def laboratory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Laboratory:
 
 
 def _message(laboratory: Laboratory, text: str) -> tuple[Path, str]:
-    """What is said of a file beside a sound one, which stays loaded."""
+    """Return the error of a file; a valid one next to it stays loaded."""
     file = laboratory.write(text)
     catalogue = laboratory.catalogue
     assert "sound" in catalogue.sources

@@ -1,4 +1,4 @@
-"""What the checks find, what they stop, and that whoever runs something is told."""
+"""Health checks: findings, stopped runs, and warnings to the user."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The `saeens` command as a user meets it: what it prints where, its exit codes, and its messages."""
+"""The `saeens` command: output, exit codes and messages."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Outcome(NamedTuple):
 
     @property
     def message(self) -> str:
-        """What went to standard error, without line breaks."""
+        """Text of standard error without line breaks."""
         return " ".join(self.err.split())
 
 
@@ -462,7 +462,7 @@ def run_interrupted(model: str, folder: str, root: str, interrupt: str, *argumen
 
 
 def _interrupted(laboratory: Laboratory, interrupt: str, *arguments: object) -> tuple[Outcome, list[str]]:
-    """What a child process told: the outcome, and exceptions that Python swallowed."""
+    """Return the output of a child process: the outcome, and exceptions that Python swallowed."""
     child = child_process.start(run_interrupted, laboratory.model, laboratory.folder, laboratory.root, interrupt, *arguments)
     told = child_process.finish(child)
     return Outcome(told["code"], "", told["err"]), told["swallowed"]

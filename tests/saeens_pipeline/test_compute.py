@@ -1,4 +1,4 @@
-"""The device and what of it may be used: chosen by the environment, the same for every run, put back afterwards."""
+"""Device, memory, threads and precision: set by the environment, the same for every run, restored afterwards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`boosting: concurrent`: all rounds in one pass over the activations, beside the sequential mode in everything else."""
+"""`boosting: concurrent`: all rounds in one pass over the activations, otherwise as in the sequential mode."""
 
 from __future__ import annotations
 

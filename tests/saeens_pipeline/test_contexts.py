@@ -1,4 +1,4 @@
-"""The table of contexts, against dense codes of what is on disk, the tokenizer's own decoding, and logits of the model's head."""
+"""The table of contexts, against dense codes of stored activations, the tokenizer's decoding, and logits of the model's head."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Controls: which experiments differ in `weights: random` alone, and that their figures are shown beside each other."""
+"""Controls: experiments that differ in `weights: random` alone, and the display of both sets of numbers."""
 
 from __future__ import annotations
 

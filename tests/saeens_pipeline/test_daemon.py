@@ -1,4 +1,4 @@
-"""The real webserver and daemon: somebody adds a layer in the UI, goes home, and finds its tables."""
+"""The real webserver and daemon: a layer added in the UI is trained and evaluated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Dagster is told of an experiment: ops, keys, groups, lineage, partitions, and code versions that follow the settings."""
+"""Dagster declarations of an experiment: ops, keys, groups, lineage, partitions, and code versions that follow the settings."""
 
 from __future__ import annotations
 

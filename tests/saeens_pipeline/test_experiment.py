@@ -1,4 +1,4 @@
-"""A whole experiment on a tiny language model, through Dagster: what is made, that its numbers are right, and what is not made twice."""
+"""A whole experiment on a tiny language model, through Dagster: its artefacts, its numbers, and its cache hits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The feature browser: its files hold what the tables say, no text in them can become script, and what is missing is left out or named."""
+"""The feature browser: its files have the tables' values, no text becomes script, and missing tables are left out or named."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _list(laboratory: Laboratory) -> tuple[dict[str, Any], dict[str, list[Any]]]
 
 
 def _details(laboratory: Laboratory) -> list[dict[str, Any]]:
-    """Of every feature, with tokens as text."""
+    """Return the details of every feature, with tokens as text."""
     found: list[dict[str, Any]] = []
     for number in range(len(list((_report(laboratory) / "features").glob("[0-9]*.js")))):
         shard = _unpacked(_report(laboratory) / "features" / f"{number}.js")

@@ -1,4 +1,4 @@
-"""The table of features: one row for each of every ensemble, against codes, cosines and text worked out from what is on disk."""
+"""The table of features: one row per feature of every ensemble, against codes, cosines and text computed from stored artefacts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`saeens plan`: figures against what the same experiment then took, and against other counts of the same."""
+"""`saeens plan`: forecasts against measurements of the same experiment and against independent counts."""
 
 from __future__ import annotations
 

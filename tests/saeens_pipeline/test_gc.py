@@ -1,4 +1,4 @@
-"""`saeens gc`: what nothing refers to any more is listed, and removed when asked; all else stays, whatever it is called."""
+"""`saeens gc`: unreferenced artefacts are listed, and removed on request; all other files are kept."""
 
 from __future__ import annotations
 

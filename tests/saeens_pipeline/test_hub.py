@@ -1,4 +1,4 @@
-"""Models of the hub: what is downloaded and when, what identifies them, and what is said when the hub does not give them."""
+"""Models of the hub: downloads, identity, and errors of unavailable models."""
 
 from __future__ import annotations
 

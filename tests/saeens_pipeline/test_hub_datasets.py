@@ -1,4 +1,4 @@
-"""Data sets of the hub: read as a stream at one commit, and what is said of those that cannot be."""
+"""Data sets of the hub: streams at one commit, and errors of unreadable ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Dagster instance: where it lies, how it is set up, and that runs of the command line are seen in it."""
+"""The Dagster instance: its folder, its settings, and its records of runs of the command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kernels are compiled by one process at a time, and beside what comes before training."""
+"""Kernels are compiled by one process at a time, during the stages before training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where labelled texts come from: the builtin corpus, local files, SAEBench's data sets; and what is said where they are not enough."""
+"""Labelled texts from the builtin corpus, local files and SAEBench's data sets; and errors of insufficient ones."""
 
 from __future__ import annotations
 

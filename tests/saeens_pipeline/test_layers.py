@@ -1,4 +1,4 @@
-"""Layers that are added while it runs: which are refused, what is said, and that all experiments of the source get them."""
+"""Layers added at run time: refusals, messages, and their effect on all experiments of the source."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The leaderboard: what is there, side by side, with means and intervals that scipy gives, made again when a table changes."""
+"""The leaderboard: all evaluated methods with means and scipy's intervals, rebuilt when a table changes."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def _measured(laboratory: Laboratory, method: str, n: int) -> dict[str, pl.DataF
 
 
 def test_the_leaderboard_covers_every_metric_of_every_table():
-    """But for what is counted, and for what two others say."""
+    """Counts, and metrics that follow from two others, are left out."""
     for table in ("reconstruction", "coactivation", "stability"):
         numbers = {column.name for column in TABLES[table].all_columns if column.type == "float" or column.name == "diversity"}
         assert numbers == {name for name, (its_table, _) in seed_metrics().items() if its_table == table}

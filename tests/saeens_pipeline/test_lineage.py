@@ -1,4 +1,4 @@
-"""The chain behind a number, against the recipes on disk; and what cannot be traced, with candidates."""
+"""The lineage of a number, against the recipes on disk; and errors with candidates."""
 
 from __future__ import annotations
 

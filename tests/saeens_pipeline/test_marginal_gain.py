@@ -1,4 +1,4 @@
-"""`eval/marginal_gain`: what each further member or round adds, from the tables and the dictionaries on disk."""
+"""`eval/marginal_gain`: the gain of each further member or round, from the tables and the dictionaries on disk."""
 
 from __future__ import annotations
 

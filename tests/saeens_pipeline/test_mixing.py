@@ -1,4 +1,4 @@
-"""Mixing and reading ahead: the order is that of the seed, and the thread that reads ends whatever happens."""
+"""Mixing and reading ahead: the seed determines the order, and the reading thread always ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From what an artefact is to its asset key, group, op name and path: the names that users and tests rely on."""
+"""Asset keys, groups, op names and paths of artefacts: the names that users and tests rely on."""
 
 from __future__ import annotations
 

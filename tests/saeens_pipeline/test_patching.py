@@ -1,4 +1,4 @@
-"""Replacing activations at a hook: what comes out, and what it costs, against whole runs of the model and its own loss."""
+"""Patching activations at a hook: outputs and cost, against full forward passes and the model's own loss."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ MLPS = {  # what the MLP adds, of what it reads
 @pytest.mark.parametrize("architecture", MLPS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_patching_between_attention_and_mlp_replaces_the_residual_stream(tmp_path: Path, windows, architecture, dtype):
-    """Both what the MLP reads and what it is added to, to the bit."""
+    """The patch replaces both the input of the MLP and the stream to which its output is added, bit for bit."""
     model = load_language_model(describe_language_model(str(write_tiny_model(tmp_path / "model", architecture))), dtype=dtype)
     generator = torch.Generator().manual_seed(2)
     stream = torch.randn(*windows.tokens.shape, D_MODEL, generator=generator).to(getattr(torch, dtype)) * 100

@@ -1,4 +1,4 @@
-"""What is fresh, stale and missing, and in what order things are made."""
+"""States of artefacts (fresh, stale, missing) and the order of a plan."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ _MAKING = ("train_", "_write", "evaluate", "_evaluate")
 def test_changed_code_without_a_changed_version_makes_nothing_stale(
     finished: Laboratory, monkeypatch: pytest.MonkeyPatch, module: ModuleType
 ):
-    """Functions of the builders are replaced, as by editing them; what they would make is not asked for."""
+    """Functions of the builders are replaced, as by editing them; their output is not used."""
     for name, function in vars(module).copy().items():
         if (
             inspect.isfunction(function)

@@ -1,4 +1,4 @@
-"""The tables of downstream tasks through a whole tiny experiment: their rows, their recipes, and what is refused before training."""
+"""The tables of downstream tasks through a whole tiny experiment: their rows, their recipes, and refusals before training."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def _difference_of_means(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _drawn(laboratory: Laboratory) -> tuple[Any, Any]:
-    """The texts that were drawn; which, test_labelled_texts holds."""
+    """Return the drawn texts; test_labelled_texts tests the drawing."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         laboratory.activate(monkeypatch)
         settings = laboratory.catalogue.experiment(NAME).concept_detection
@@ -228,7 +228,7 @@ def test_paths_of_texts_are_relative_to_the_experiment_file(
 
 
 def _texts(laboratory: Laboratory) -> dict[str, Any]:
-    """What decides the texts of each table, by its address."""
+    """Return the recipe entry of each table's texts, by address."""
     catalogue = laboratory.catalogue
     experiments = [experiment for name, experiment in catalogue.experiments.items() if name.startswith(NAME)]
     declarations = [each for experiment in experiments for op in catalogue.ops(experiment) for each in op.outputs]

@@ -1,4 +1,4 @@
-"""Recipes and the store: what is a hit, what survives a failure, and what damage is found."""
+"""Recipes and the store: cache hits, failed writes, and damage."""
 
 from __future__ import annotations
 

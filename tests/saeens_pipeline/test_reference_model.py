@@ -1,4 +1,4 @@
-"""The embedded language model: what ships works on held-out text, and the training command makes such a model again."""
+"""The embedded language model: its loss on held-out text, and the command that trains such a model."""
 
 from __future__ import annotations
 

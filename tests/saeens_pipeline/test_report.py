@@ -1,4 +1,4 @@
-"""The report: its numbers are the tables', what is foreign is escaped, what is missing is named, and nothing is loaded from elsewhere."""
+"""The report: its numbers equal the tables', foreign text is escaped, missing tables are named, and no external resource is loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layers that are asked for together, by whomever: the language model runs once for all of them."""
+"""Layers requested together by several runs: the language model runs once for all of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was killed or interrupted goes on where it was; who writes the same artefact waits; what may pass is tried again."""
+"""Killed and interrupted steps resume, writers of the same artefact wait, and temporary errors are retried."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ TRAIN_ROWS, BATCH_TOKENS = 600, 64
 
 
 class PowerCutError(Exception):
-    """What stands for the end of a process where the test itself has to live on."""
+    """Stands for the end of a process in tests that continue after it."""
 
 
 def _weights(laboratory: Laboratory, key: str) -> bytes:

@@ -1,4 +1,4 @@
-"""What `saeens status` says of runs: at work, failed and why, and nothing that recipes know better."""
+"""States of runs in `saeens status`: running, failed and the reason; recipes decide all other states."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The experiments that come with the project: the paper's hyperparameters, and nothing that disturbs a machine without a hub."""
+"""The shipped experiments: the paper's hyperparameters, and commands without a hub."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sweeps: one experiment per value, with recipes as if it had been written out; and their comparison."""
+"""Sweeps: one experiment per value, with the recipes of the written-out experiment; and their comparison."""
 
 from __future__ import annotations
 

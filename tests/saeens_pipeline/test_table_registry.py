@@ -1,4 +1,4 @@
-"""The registry of tables: one that is registered here appears everywhere without another line."""
+"""The registry of tables: a registered table appears everywhere without further code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table contract: which columns, in what types, and how partitions are read together."""
+"""The table contract: columns, types, and reading of partitions together."""
 
 from __future__ import annotations
 

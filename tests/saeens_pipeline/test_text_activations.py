@@ -1,4 +1,4 @@
-"""Activations of single texts: which tokens count, and that batches do not matter."""
+"""Activations of single texts: the counted tokens, for any batching."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Corpora of local files: every format, what becomes a document, which are held out, and what is said of files that are wrong."""
+"""Corpora of local files: formats, documents, held-out documents, and errors of wrong files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Token windows: what is packed how, which positions become rows, and that every row leads back to its text."""
+"""Token windows: packing, kept positions, and the text of every row."""
 
 from __future__ import annotations
 

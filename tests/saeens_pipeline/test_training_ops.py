@@ -1,4 +1,4 @@
-"""What ops that train SAEs tell while they work, and what they do when the memory is not enough."""
+"""Ops that train SAEs: observations during training, and smaller groups if memory is short."""
 
 from __future__ import annotations
 

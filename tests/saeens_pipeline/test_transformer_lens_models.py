@@ -182,7 +182,7 @@ def test_model_aliases_equal_those_of_transformer_lens():
 
 @pytest.mark.parametrize("architecture", ["gpt_neox", "llama", "gemma2"])
 def test_hooks_read_the_activations_of_transformer_lens(architecture: Architecture, tmp_path: Path, tokens: torch.Tensor):
-    """Of models of transformers, which TransformerLens computes in its own way: equal but for rounding."""
+    """Models of transformers, which TransformerLens computes in its own way: equal up to rounding."""
     from transformer_lens import loading_from_pretrained  # pyright: ignore[reportMissingImports]
 
     path = write_tiny_model(tmp_path / "model", architecture)

@@ -1,4 +1,4 @@
-"""The tutorial notebook: its cells run as they are, what they find is true, and its text says what its saved outputs show."""
+"""The tutorial notebook: its cells run unchanged, its results are correct, and its text agrees with its saved outputs."""
 
 from __future__ import annotations
 
