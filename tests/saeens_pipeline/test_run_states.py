@@ -1,4 +1,4 @@
-"""What `saeens status` says of runs: at work, failed and why, and nothing that recipes know better."""
+"""States of runs in `saeens status`: running, failed and the reason; recipes decide all other states."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_failure_is_shown_with_its_run_and_the_first_line_of_its_error(laborat
     assert statuses["tokens"].state == statuses["activations"].state == "fresh"
 
 
-def test_a_failure_that_was_followed_by_a_success_is_none(laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch):
+def test_a_failure_followed_by_a_success_is_not_shown(laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch):
     _fail_to_train(laboratory, monkeypatch, SaeensError("once"))
     laboratory.run(seeds=[SEED], select=["bagging/member_1"])
     assert _statuses(laboratory)["bagging/member_1"].state == "fresh"
@@ -110,7 +110,7 @@ def test_a_run_whose_process_is_dead_has_failed_at_what_it_was_at(laboratory: La
     assert statuses["boosting/residual_1"].state == "missing"
 
 
-def test_a_run_that_was_reported_dead_has_failed_at_what_it_was_at(laboratory: Laboratory):
+def test_a_run_reported_dead_has_failed_at_its_current_asset(laboratory: Laboratory):
     run = _unfinished_run(laboratory, "elsewhere:1")
     with command_line_instance() as instance:
         instance.report_run_failed(run, "The process that executed this run was killed.")
@@ -120,7 +120,7 @@ def test_a_run_that_was_reported_dead_has_failed_at_what_it_was_at(laboratory: L
     assert statuses["boosting/residual_1"].state == "missing"
 
 
-def test_the_command_counts_states_and_prints_json_alone(laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch):
+def test_the_status_command_counts_states_and_prints_json_alone(laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch):
     _fail_to_train(laboratory, monkeypatch, SaeensError("the moon is full"))
     printed = CliRunner().invoke(cli.app, ["status", NAME])
     assert printed.exit_code == 0
@@ -131,6 +131,6 @@ def test_the_command_counts_states_and_prints_json_alone(laboratory: Laboratory,
     assert "the moon is full" in failed["why"]
 
 
-def test_looking_makes_no_instance(empty: Laboratory):
+def test_status_creates_no_dagster_instance(empty: Laboratory):
     assert _statuses(empty)["tokens"].state == "missing"
     assert not empty.root.exists()
