@@ -138,7 +138,7 @@ def test_numbers_of_the_control_are_shown_with_those_of_the_experiment(finished:
     assert shown["EV untrained"].to_list() == table.filter(experiment=NAME)["control_explained_variance"].to_list()
 
 
-def test_the_leaderboards_page_in_the_ui_names_the_controls_figure(finished: Laboratory):
+def test_the_leaderboard_in_the_ui_has_the_explained_variance_of_the_control(finished: Laboratory):
     from saeens_pipeline.assets.registry import table_frame
     from saeens_pipeline.storage.names import LEADERBOARD_ADDRESS
     from saeens_pipeline.storage.recipes import Recipe

@@ -164,7 +164,7 @@ def test_the_leaderboard_is_kept_as_long_as_there_are_experiments(finished: Labo
 # what killed processes left
 
 
-def test_what_a_killed_process_left_is_unused_and_what_a_living_one_writes_is_not(finished: Laboratory, dead_pid: int):
+def test_partial_artefacts_of_killed_processes_are_unused_and_of_living_ones_are_not(finished: Laboratory, dead_pid: int):
     names = {pid: finished.root / SEED_1 / "bagging" / f".member_1.{HERE}-{pid}.partial" for pid in (dead_pid, os.getpid())}
     for folder in names.values():
         folder.mkdir()
@@ -211,7 +211,7 @@ def test_names_of_the_users_own_are_never_removed(finished: Laboratory, name: st
     assert len(_unknown(finished)) == 5
 
 
-def test_what_an_interrupted_write_goes_on_from_is_kept_until_the_artefact_is_there_or_not_declared(
+def test_partial_writes_are_kept_until_their_artefact_is_complete_or_undeclared(
     finished: Laboratory, dead_pid: int, registered: dict[str, list[int]]
 ):
     artefact = finished.artefact("activations")

@@ -249,7 +249,7 @@ def _ended(runs: dict[str, tuple[dict[str, str], str | None]]) -> set[str]:
     return {name for name, status in states.items() if status == dg.DagsterRunStatus.CANCELED}
 
 
-def test_runs_whose_process_was_killed_are_cancelled_and_others_are_not():
+def test_only_runs_of_killed_processes_are_cancelled():
     gone, host = _gone(), this_host()
     owners = {
         "gone": f"{host}:{gone}",

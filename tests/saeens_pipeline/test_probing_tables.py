@@ -270,7 +270,7 @@ def test_a_table_of_the_ui_is_refused_before_any_text_is_encoded(finished: Labor
         finished.materialise([f"{NAME}/eval/concept_detection"], Partition(LAYER, SEEDS[0]))
 
 
-def test_embedded_tasks_are_looked_at_before_training_too(empty: Laboratory, monkeypatch: pytest.MonkeyPatch):
+def test_embedded_tasks_are_checked_before_training(empty: Laboratory, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(reading, "open_corpus", lambda name: CodeCorpus([], []))
     few = {"train_texts": 8, "test_texts": 8}
     empty.declare(

@@ -261,7 +261,7 @@ def test_a_failed_write_after_a_kill_between_the_renames_brings_the_old_artefact
     assert store.require(MEMBER, WHERE).verify() == []
 
 
-def test_what_another_living_process_is_writing_is_left_alone(store: Store):
+def test_partial_artefacts_of_other_living_processes_are_kept(store: Store):
     others = _write(store).path.parent / f".member_1.{recipes.this_machine()}-{os.getppid()}.partial"
     others.mkdir()
     _write(store)

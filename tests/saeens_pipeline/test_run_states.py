@@ -88,7 +88,7 @@ def _unfinished_run(laboratory: Laboratory, process: str, seed: int = SEED) -> d
         return run
 
 
-def test_what_a_run_is_at_work_on_is_running(laboratory: Laboratory):
+def test_assets_of_an_active_run_are_running(laboratory: Laboratory):
     run = _unfinished_run(laboratory, f"{this_host()}:1")
     statuses = _statuses(laboratory)
     assert (statuses["boosting/round_1"].state, statuses["boosting/round_1"].reason) == ("running", f"run {run.run_id[:8]}")
@@ -97,12 +97,12 @@ def test_what_a_run_is_at_work_on_is_running(laboratory: Laboratory):
     assert statuses["boosting/round_2"].state == "missing"
 
 
-def test_a_run_of_another_seed_says_nothing(laboratory: Laboratory):
+def test_a_run_of_another_seed_does_not_change_the_state(laboratory: Laboratory):
     _unfinished_run(laboratory, f"{this_host()}:1", seed=SEEDS[1])
     assert _statuses(laboratory)["boosting/round_1"].state == "missing"
 
 
-def test_a_run_whose_process_is_dead_has_failed_at_what_it_was_at(laboratory: Laboratory):
+def test_a_run_of_a_dead_process_has_failed_at_its_current_asset(laboratory: Laboratory):
     run = _unfinished_run(laboratory, f"{this_host()}:{2**22 + 1}")  # above the largest process number
     statuses = _statuses(laboratory)
     assert statuses["boosting/round_1"].state == "failed"

@@ -104,7 +104,7 @@ def test_one_scan_of_the_folder_reads_all_partitions(root: Path):
     assert scanned.columns == SUBJECT + CONTRACT["coactivation"].split()
 
 
-def test_a_table_that_is_not_there_is_named_with_what_makes_it(root: Path):
+def test_an_absent_table_is_named_with_the_command_that_computes_it(root: Path):
     with pytest.raises(SaeensError, match=r"e has no table cost below .* yet: `saeens run e` computes it"):
         read_table(root, "e", "cost")
 
