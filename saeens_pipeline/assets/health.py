@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from saeens_pipeline.storage.activations import ActivationStore
 
 MAX_AT_LIMIT = 1e-5  # share of numbers at the end of their dtype
+MAX_TOP_SHARE = 0.1  # of the variance, in 0.1 % of the rows
 MIN_ROUND_GAIN = 0.01  # explained variance of the input of a boosting round
 
 
@@ -107,6 +108,9 @@ def _require_sound_activations(health: Health, name: str, artefact: Artefact) ->
         statistics, where = ActivationStatistics.from_json(recorded), f"{name}, {split} split,"
         shape, expected = (store.n_rows(split), store.d_in), (statistics.rows, len(statistics.mean))
         health.measured |= {f"{split} rows": statistics.rows, f"mean norm ({split})": statistics.mean_norm}
+        health.measured[f"rows dropped for their norm ({split})"] = statistics.dropped
+        if statistics.top_share is not None:
+            health.measured[f"share of the variance in 0.1 % of the rows ({split})"] = statistics.top_share
         health.require(shape == expected, f"{where} is of shape {list(shape)} and was written as {list(expected)}: compute it again")
         finite = all(map(isfinite, (statistics.mean_norm, float(statistics.mean.sum()), float(statistics.variance.sum()))))
         health.require(finite, f"{where} has means or variances that are not finite: the language model overflows; set dtype: bfloat16")
@@ -173,8 +177,29 @@ def _expect_quality(health: Health, address: Address, where: str, artefact: Arte
     if artefact.recipe["builder"] == "sae":
         later_round = address.name.startswith("round_") and address.name != "round_1"
         _expect_good_sae(health, where, artefact, settings, later_round=later_round)
+    elif artefact.recipe["builder"] == "activations":
+        _expect_spread_variance(health, where, artefact)
     elif address.is_table and not health.errors:
         health.warnings += [f"{where}: {each}" for each in TABLES[address.name].warnings(read_part(artefact.path), settings)]
+
+
+def _expect_spread_variance(health: Health, where: str, artefact: Artefact) -> None:
+    """Warn if a few rows (massive activations, Sun et al. 2024) decide every explained variance."""
+    from saeens_pipeline.storage.activations import ActivationStatistics, ActivationStore
+
+    for split, recorded in artefact.provenance["statistics"].items():
+        statistics = ActivationStatistics.from_json(recorded)
+        share = statistics.top_share or 0.0
+        if share > MAX_TOP_SHARE and not health.errors:
+            store, rows = ActivationStore(artefact.path), [row for row, _ in statistics.top_rows]
+            origin = zip(store.document(split)[rows], store.position(split)[rows], statistics.top_rows, strict=True)
+            places = "; ".join(f"document {document}, position {position}, norm {norm:,.0f}" for document, position, (_, norm) in origin)
+            limit = artefact.recipe["settings"].get("max_norm")
+            setting = "max_norm: 10" if limit is None else f"max_norm below {limit:g}"
+            health.warnings.append(
+                f"{where}, {split} split: 0.1 % of the rows hold {share:.0%} of the variance, and explained variance is mostly about them "
+                f"(mean norm {statistics.mean_norm:,.0f}; largest: {places}): set {setting} in the source, to drop such rows"
+            )
 
 
 def _expect_good_sae(health: Health, where: str, artefact: Artefact, settings: CheckSettings, *, later_round: bool) -> None:

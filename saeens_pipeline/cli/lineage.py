@@ -9,7 +9,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from saeens_pipeline.cli.app import app
-from saeens_pipeline.cli.output import complain, out
+from saeens_pipeline.cli.output import notify, out
 from saeens_pipeline.storage.recipes import Store
 from saeens_pipeline.storage.root import data_root
 
@@ -37,7 +37,7 @@ def lineage(
     out.print(_tree(found), soft_wrap=not out.is_terminal)
     problems = list(found.problems())
     if problems:
-        complain("note", "parts of it are no longer on disk in the versions that were used:\n" + "\n".join(problems))
+        notify("note", "parts of it are no longer on disk in the versions that were used:\n" + "\n".join(problems))
 
 
 def _tree(ancestor: Ancestor) -> Tree:

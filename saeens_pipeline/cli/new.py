@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from saeens_pipeline.cli.app import app
-from saeens_pipeline.cli.output import complain, out, print_line
+from saeens_pipeline.cli.output import notify, out, print_line
 
 layers = typer.Typer(no_args_is_help=True, help="The layers of a source.")
 app.add_typer(layers, name="layers")
@@ -35,7 +35,7 @@ def new(
     if written.is_read:
         print_line(f"edit it, then `saeens run {name}` or reload the code location in the UI")
     else:
-        complain("note", f"experiments are not read from there: set SAEENS_EXPERIMENTS={written.path.parent}")
+        notify("note", f"experiments are not read from there: set SAEENS_EXPERIMENTS={written.path.parent}")
 
 
 @layers.command("add")

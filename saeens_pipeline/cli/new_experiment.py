@@ -90,6 +90,7 @@ def render(name: str, description: LanguageModelDescription, layers: Sequence[in
         "drop": ["first"],
         "train_tokens": TRAIN_TOKENS,
         "test_tokens": TEST_TOKENS,
+        "max_norm": 10,
     }
     experiment: dict[str, Any] = {
         "name": name,

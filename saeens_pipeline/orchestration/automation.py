@@ -10,7 +10,7 @@ from datetime import timedelta
 import dagster as dg
 from dagster import AutomationCondition as Condition
 
-from saeens_pipeline.assets.tables import listed
+from saeens_pipeline.assets.registry import listed
 from saeens_pipeline.orchestration.instance import end_dead_runs, layer_changes
 from saeens_pipeline.orchestration.ops import Ops
 from saeens_pipeline.orchestration.retraining import retraining_schedule, retraining_sensor

@@ -9,8 +9,8 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from saeens_pipeline.assets.over_seeds import written
 from saeens_pipeline.report.methods import method
-from saeens_pipeline.report.metrics import written
 from saeens_pipeline.storage.names import Address, Partition, locate
 from saeens_pipeline.storage.recipes import RECIPE_FILE, Artefact, DamagedArtefactError, Store, digest, read_artefact
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import logging
 import os
 import socket
@@ -38,6 +39,22 @@ def writing_alone(root: Path, places: Iterable[tuple[Address, Partition]]) -> It
 def writing_if_free(root: Path, address: Address, partition: Partition) -> contextlib.AbstractContextManager[bool]:
     """Return a context manager that locks an artefact for writing, if it is free, and yields True if it is locked. Does not wait."""
     return _held(_file(root, address, partition), wait=False)
+
+
+def may_be_written(root: Path, address: Address, partition: Partition) -> bool:
+    """Return whether a process holds this artefact's lock, on any machine that shares the locks. Creates no file.
+
+    True also where a lock file cannot be opened, and on a file system without locks as long as there is a lock file.
+    """
+    file = _file(root, address, partition)
+    try:
+        with file.open("r+b") as opened:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
 
 
 @contextlib.contextmanager

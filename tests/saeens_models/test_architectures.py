@@ -147,7 +147,7 @@ def test_jumprelu_threshold_is_kept_at_or_above_zero():
     assert torch.equal(threshold[3:], untouched)
 
 
-def test_topk_keeps_at_most_k_features_and_no_negative_ones(golden):
+def test_topk_keeps_at_most_k_features_and_no_negative_values(golden):
     sae = random_sae("topk")
     with torch.no_grad():
         sae.b_enc.sub_(1.5)  # so that some of the k largest are negative
@@ -182,7 +182,7 @@ def test_batch_topk_keeps_the_largest_of_the_batch_and_decodes_them(golden):
     torch.testing.assert_close(objective.x_hat, (pre * kept) @ sae.W_dec.detach() + sae.b_dec.detach())
 
 
-def test_batch_topk_keeps_no_negative_ones(golden):
+def test_batch_topk_keeps_no_negative_values(golden):
     sae = random_sae("batch_topk", k=40)
     x = golden["training.batch"]
     assert torch.equal(sae.objective(x).fire_counts, (sae.pre_activations(x) > 0).sum(0))
@@ -203,7 +203,7 @@ def test_batch_topk_auxiliary_loss_is_that_of_topk(golden):
         torch.testing.assert_close(sae.objective(x, dead_mask).terms["auxiliary"], (e_hat - e).square().sum(1).mean().detach())
 
 
-def test_batch_topk_threshold_follows_the_smallest_that_batches_keep(golden):
+def test_batch_topk_threshold_follows_the_smallest_value_that_batches_keep(golden):
     sae = random_sae("batch_topk", threshold_rate=0.25)
     threshold, batches = 0.0, golden["training.batch"].split(64)
     for x in batches:
@@ -215,7 +215,7 @@ def test_batch_topk_threshold_follows_the_smallest_that_batches_keep(golden):
     assert torch.equal(sae.encode(batches[-1]), pre * (pre > threshold))
 
 
-def test_as_many_features_of_batch_topk_fire_after_few_batches_as_in_training():
+def test_batch_topk_has_the_l0_of_training_after_few_batches():
     x = torch.randn(5, 400, D_IN, generator=torch.Generator().manual_seed(4))
     (sae,) = sm.train([config("batch_topk")], x, sm.TrainingConfig(learning_rate=1e-6, unit_norm_decoder=False))
     assert sae.encode(x[0]).count_nonzero() / 400 == pytest.approx(K, rel=0.05)
@@ -235,7 +235,7 @@ def test_batch_topk_is_saved_as_a_jumprelu_sae_with_its_threshold(tmp_path, gold
     assert torch.equal(z, sae.encode(golden["activations"]))
 
 
-def test_gated_features_are_those_with_open_gates(golden):
+def test_gated_features_fire_if_their_gate_is_open(golden):
     sae = random_sae("gated")
     b_gate, b_mag, r_mag = (sae.get_parameter(name) for name in ("b_gate", "b_mag", "r_mag"))
     x = golden["activations"]
@@ -263,7 +263,7 @@ def test_b_dec_is_subtracted_from_the_input_if_configured(golden, architecture, 
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_leading_dimensions_are_kept(golden, architecture):
+def test_sae_outputs_keep_leading_dimensions(golden, architecture):
     sae = random_sae(architecture)
     x = golden["activations"]
     z = sae.encode(x.view(6, 100, D_IN))
@@ -297,7 +297,7 @@ def test_folding_the_input_scale_is_the_sae_of_the_scaled_input(golden, architec
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_initial_weights_follow_the_init_seed_and_nothing_else(architecture):
+def test_initial_weights_depend_on_the_init_seed_alone(architecture):
     global_state = torch.get_rng_state()
     sae, again, other = (sm.build_sae(config(architecture, init_seed=seed, decoder_init_norm=0.3)) for seed in (5, 5, 6))
     assert torch.equal(torch.get_rng_state(), global_state)
@@ -309,7 +309,7 @@ def test_initial_weights_follow_the_init_seed_and_nothing_else(architecture):
     assert all((bias == 0).all() for bias in biases)
 
 
-def test_given_b_dec_replaces_zero():
+def test_a_given_b_dec_replaces_the_zero_bias():
     b_dec = torch.arange(D_IN).float()
     assert torch.equal(sm.build_sae(config("topk"), b_dec=b_dec).b_dec, b_dec)
     with pytest.raises(ValueError, match=r"b_dec has shape \[3\]"):
@@ -317,13 +317,13 @@ def test_given_b_dec_replaces_zero():
 
 
 @pytest.mark.parametrize("architecture", ["batch_topk", "jumprelu", "standard", "topk"])
-def test_flops_are_two_and_five_matrix_products(architecture):
+def test_flops_count_two_matrix_products_for_encoding_and_decoding_and_five_for_training(architecture):
     product = 2 * D_IN * D_SAE
     assert config(architecture).inference_flops_per_token == 2 * product
     assert config(architecture).train_flops_per_token == 5 * product
 
 
-def test_flops_of_gated_and_matching_pursuit_count_what_they_compute():
+def test_flops_of_gated_and_matching_pursuit_count_their_own_products():
     product = 2 * D_IN * D_SAE
     assert (config("gated").inference_flops_per_token, config("gated").train_flops_per_token) == (2 * product, 8 * product)
     pursuit = config("matching_pursuit", max_iterations=10)
@@ -391,7 +391,7 @@ def test_only_some_architectures_set_their_l0_directly():
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_saved_sae_comes_back_with_its_configuration_and_bits(tmp_path, architecture):
+def test_saved_sae_loads_with_its_configuration_and_bits(tmp_path, architecture):
     sae = random_sae(architecture, init_seed=11, apply_b_dec_to_input=False)
     sm.save_sae(sae, tmp_path / "new" / "folder", metadata={"model_name": "m", "hook_name": "blocks.0.hook_resid_post"})
     loaded = sm.load_sae(tmp_path / "new" / "folder")

@@ -134,7 +134,7 @@ def test_width_and_l0_have_names_and_values():
     assert settings(architecture="standard", expansion=2).l0 is None
 
 
-def test_joined_settings_are_the_first_with_the_widths_added_up():
+def test_joined_settings_are_the_first_with_the_sum_of_the_widths():
     saes = [
         settings(**TOPK | {"expansion": expansion, "k": k, "k_aux": k_aux}) for expansion, k, k_aux in ((2, 4, 9), (4, 3, 8), (3, 6, 7))
     ]

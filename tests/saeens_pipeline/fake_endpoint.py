@@ -16,7 +16,7 @@ Rule = Callable[["Question"], str]
 
 
 class Question(NamedTuple):
-    """A request: to explain texts, or to name the texts that fit an explanation."""
+    """A question: explain texts, or detect which of them fit an explanation."""
 
     explanation: str | None
     """None where one is asked for"""
