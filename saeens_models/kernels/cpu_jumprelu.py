@@ -144,7 +144,7 @@ def _gradients(  # noqa: PLR0917 - called once
 
 
 class _Memory(NamedTuple):
-    """Memory for the results of a batch: all but the last two fields for every block of tokens."""
+    """Memory for the results of a batch. The last two fields exist once, the others once per block of tokens."""
 
     z: list[Tensor]  # [d_sae, tokens]
     of_pre: list[Tensor]  # [d_sae, tokens]: gradients of pre-activations; in a sparse block memory for its entries

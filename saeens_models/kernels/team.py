@@ -101,7 +101,7 @@ class Team:
 
     @contextmanager
     def resting(self) -> Iterator[None]:
-        """Give torch all threads within this context. Inside a task of the team torch keeps one thread."""
+        """Let torch use all threads within this context. Inside a task of the team torch keeps one thread."""
         if getattr(self._memory, "in_task", False):
             yield
             return

@@ -19,7 +19,7 @@ from saeens_pipeline.storage.recipes import Artefact, Store
 
 
 class ReplacedInputError(SaeensError):
-    """An input was replaced or removed while an artefact was made from it."""
+    """An input was replaced or removed while an artefact was computed from it."""
 
 
 class Materialised(NamedTuple):
@@ -49,7 +49,7 @@ def materialise(op: Op, selection: Collection[Address], partition: Partition, co
     hits = _hits(store, tasks)
     if len(hits) < len(tasks):
         with writing_alone(store.root, [task.where for task in tasks if task.where not in hits]):
-            hits = _hits(store, tasks)  # another process may have made them while this one waited for the lock
+            hits = _hits(store, tasks)  # another process may have computed them while this one waited for the lock
             missing = [task for task in tasks if task.where not in hits]
             if op.links:
                 missing = [task for task in missing if not _link(context, task, op.twin)]
@@ -105,8 +105,8 @@ def _inputs_of(store: Store, tasks: Sequence[Task]) -> Callable[[], None]:
         for each, version in known.items():
             if store.data_version(*each) != version:
                 raise ReplacedInputError(
-                    f"{place(*each)} was replaced or removed while {tasks[0].declaration.address.owner}: {made} was made from it: "
-                    "that is discarded; run again"
+                    f"{place(*each)} was replaced or removed while {tasks[0].declaration.address.owner}: {made} was computed from it: "
+                    "the result is discarded; run again"
                 )
 
     return require_unchanged

@@ -131,14 +131,14 @@ class Making:
         return reference.require(self.store, self.partition)
 
     def members(self, dictionary: Declaration) -> list[Artefact]:
-        """Return the SAEs of an ensemble, in member order, or a baseline alone. Raises SaeensError if the ensemble was made from others."""
+        """Return the SAEs of an ensemble, in member order, or a baseline alone. Raises SaeensError if the ensemble has other members."""
         if dictionary.builder != "ensemble":
             return [self.require(dictionary)]
         named = self.require(dictionary).recipe["inputs"]
         members = {name: self.store.require(each.address, where) for name, each, where in dictionary.input_partitions(self.partition)}
         for name, member in members.items():
             if member.data_version != named[name]:
-                raise SaeensError(f"{member.path} has changed since {dictionary.address} was made from it: make that again first")
+                raise SaeensError(f"{member.path} has changed since {dictionary.address} was computed from it: compute that again first")
         return list(members.values())
 
     def methods(self) -> Iterator[Measured]:
@@ -203,7 +203,7 @@ class Table:
     seed_metrics: tuple[str, ...] = ()
     """Metrics of the leaderboard: columns of which it has mean, interval and points over seeds."""
     forecast: Callable[[ExperimentSettings, int], Iterable[tuple[str, float | None, str, str]]] = lambda experiment, n_partitions: ()
-    """Give lines of `saeens plan` for that number of partitions of the table: item, amount or None if not known, unit and note."""
+    """Yield lines of `saeens plan` for that number of partitions of the table: item, amount or None if not known, unit and note."""
     over_experiments: bool = False
     """True: it compares experiments. False: it belongs to one experiment."""
     may_be_empty: bool = False

@@ -169,7 +169,7 @@ def source_ops(settings: SourceSettings) -> list[Op]:
         tasks = [Task(activations, partition, activations.recipe(store, partition)) for partition in others]
         missing = [task for task in tasks if not store.hit(*task.where, task.recipe)]
         free = [task for task in missing if stack.enter_context(writing_if_free(store.root, *task.where))]
-        return [task for task in free if not store.hit(*task.where, task.recipe)]  # another process may have made them before the lock
+        return [task for task in free if not store.hit(*task.where, task.recipe)]  # another process may have computed them before the lock
 
     def check_tokens(*_: Any) -> None:
         validate_token_settings(_language_model(settings), **settings.model_dump(include=set(_TOKEN_FIELDS)))

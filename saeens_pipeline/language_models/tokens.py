@@ -198,7 +198,7 @@ def open_tokens(path: Path, dropped: Mapping[Split, np.ndarray] | None = None) -
     """Open the tokens that `write_tokens` wrote. Raises SaeensError if they are missing or incomplete.
 
     `dropped`: kept positions without an activation row, by their indices among the kept positions of a split, `[n]` ascending. They are
-    not `kept` in what is read.
+    not `kept` in the read windows.
     """
     import zarr
 

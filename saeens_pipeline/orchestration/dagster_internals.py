@@ -60,7 +60,7 @@ def code_servers(instance: DagsterInstance, workspace: Path, prefix: str) -> Ite
 
 
 def webserver_context(instance: DagsterInstance, workspace: Path) -> AbstractContextManager[Any]:
-    """Return what Dagster's webserver serves: an instance and the code locations of a workspace file."""
+    """Return the context that Dagster's webserver serves: an instance and the code locations of a workspace file."""
     from dagster._core.workspace.context import WorkspaceProcessContext
     from dagster._core.workspace.load_target import WorkspaceFileTarget
 

@@ -45,7 +45,7 @@ class HeldFolder(LocalStore):
         except FileNotFoundError:
             is_same = False
         if not is_same:  # looked at after the file, which was that of the folder until then
-            raise SaeensError(f"{self.root} was replaced while it was read: run again with what is there now")
+            raise SaeensError(f"{self.root} was replaced while it was read: run again")
         return value
 
     def require_unwritten(self, name: str) -> None:
