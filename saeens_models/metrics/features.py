@@ -80,7 +80,7 @@ class MostActive(NamedTuple):
     def merge_into(self, tops: Sequence[Tensor], entries: Sequence[Tensor]) -> None:
         """Merge these entries into earlier ones, in place.
 
-        ``tops`` `[n_features, n_top, ...]` and ``entries`` `[e, ...]`: first the values, -inf where a feature has fewer than n_top, then other
+        ``tops`` `[n_features, n_top, ...]` and ``entries`` `[e, ...]`: first the values, -inf if a feature has fewer than n_top, then other
         fields of the same entries.
         """
         both = []
