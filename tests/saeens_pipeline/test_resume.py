@@ -228,7 +228,7 @@ def test_a_run_reports_a_damaged_checkpoint_in_one_line(untrained: Laboratory, m
     (file,) = _checkpoints(untrained)
     file.write_bytes(file.read_bytes()[:-9])
     printed = untrained.run(seeds=[SEED], select=["baseline/expanded"])
-    (line,) = [line for line in printed.splitlines() if "damaged" in line]
+    (line,) = [line for line in printed.splitlines() if "is damaged" in line]
     assert line.startswith(f"{file} is damaged: it is removed, and training starts from the beginning (")
     assert "Traceback" not in printed
 
