@@ -32,6 +32,13 @@ _BASELINES_OF_LISTS = ("expanded", "expanded_l0_matched", "matching_pursuit")  #
 _BASELINES_WITH_L0 = ("expanded_l0_matched", "matching_pursuit")  # with the sum of the members' L0
 
 
+def _models():
+    """Return saeens_models, which validates SAEs and training; it loads torch, which importing this module does not."""
+    import saeens_models.architectures
+
+    return saeens_models
+
+
 def _outside_groups(name: str) -> str:
     if name in RESERVED_GROUPS or name.endswith("_saes"):
         raise ValueError(
@@ -42,11 +49,10 @@ def _outside_groups(name: str) -> str:
 
 def _read_saes(given: object) -> SAESettings | list[SAESettings]:
     """Return one configuration, or one per member; the errors of a list name the entry."""
-    from saeens_models.architectures import SAESettings  # loads torch
-
+    settings = _models().SAESettings
     if not isinstance(given, list):
-        return SAESettings.model_validate(given)
-    saes = TypeAdapter(list[SAESettings]).validate_python(given)
+        return settings.model_validate(given)
+    saes: list[SAESettings] = TypeAdapter(list[settings]).validate_python(given)  # pyright: ignore[reportInvalidTypeForm]
     if len({sae.width_field for sae in saes}) > 1:
         raise ValueError("give expansion in every entry, or d_sae in every entry: widths of members are added up and compared")
     return saes
@@ -78,25 +84,19 @@ def _check_swept(sae: dict[str, Any], sweep: dict[str, list[Any]]) -> None:
 
 def allowed_sae_keys(sae: Mapping[str, Any]) -> list[str]:
     """Return the allowed keys of `sae`, which depend on its architecture. Raises ValidationError for an unknown architecture."""
-    from saeens_models.architectures import settings_class  # loads torch
-
-    return list(settings_class(sae.get("architecture")).field_names())
+    return list(_models().architectures.settings_class(sae.get("architecture")).field_names())
 
 
 def allowed_training_keys() -> list[str]:
     """Return the allowed keys of `training`."""
-    from saeens_models import TrainingConfig  # loads torch
-
-    return [name for name in TrainingConfig.model_fields if name not in _FOLLOWS_FROM_ACTIVATIONS]
+    return [name for name in _models().TrainingConfig.model_fields if name not in _FOLLOWS_FROM_ACTIVATIONS]
 
 
 def _validate_training(settings: dict[str, Any]) -> dict[str, Any]:
-    from saeens_models import TrainingConfig  # loads torch
-
     for name in _FOLLOWS_FROM_ACTIVATIONS:
         if name in settings:
             raise ValueError(f"{name} follows from the activations and cannot be set")
-    TrainingConfig(**settings, total_tokens=1)
+    _models().TrainingConfig(**settings, total_tokens=1)
     return settings
 
 
@@ -271,8 +271,6 @@ class ExperimentSettings(FromFile):
 
     def _check_baselines(self) -> None:
         """Raise ValidationError for a baseline that does not fit the SAEs, and for training that does not fit a baseline."""
-        from saeens_models.architectures import validate_l0_multiple  # loads torch
-
         for i, baseline in enumerate(self.baselines):
             if isinstance(self.sae, list) and baseline not in _BASELINES_OF_LISTS:
                 able = ", ".join(_BASELINES_OF_LISTS)
@@ -280,7 +278,7 @@ class ExperimentSettings(FromFile):
                 raise _wrong(["baselines", i], message)
             for number, sae in enumerate(self.saes if baseline in _BASELINES_WITH_L0 else [], start=1):
                 try:
-                    validate_l0_multiple(sae.architecture)
+                    _models().architectures.validate_l0_multiple(sae.architecture)
                 except ValueError as error:
                     of_list = f"has the L0 of all members added up; of member {number}, {error}: leave it out"
                     message = of_list if isinstance(self.sae, list) else f"has the L0 of all members: {error}"
@@ -331,20 +329,16 @@ class ExperimentSettings(FromFile):
     @property
     def pursuit_sae(self) -> SAESettings:
         """`sae` of the baseline matching_pursuit: the sum of all widths, and at most the sum of all L0 active features."""
-        from saeens_models.architectures import SAESettings  # loads torch
-
         joined = self.joined_sae(self.ensemble.members, l0_matched=True)
         if joined.architecture == "matching_pursuit" or joined.l0 is None:
             return joined
         fields = {joined.width_field: joined.width, "apply_b_dec_to_input": joined.apply_b_dec_to_input}
-        return SAESettings(architecture="matching_pursuit", max_iterations=round(joined.l0), **fields)
+        return _models().SAESettings(architecture="matching_pursuit", max_iterations=round(joined.l0), **fields)
 
     @property
     def complete_training(self) -> dict[str, Any]:
         """`training` with all defaults, as recipes hold it."""
-        from saeens_models import TrainingConfig  # loads torch
-
-        return TrainingConfig(**self.training).model_dump(mode="json", exclude=set(_FOLLOWS_FROM_ACTIVATIONS))
+        return _models().TrainingConfig(**self.training).model_dump(mode="json", exclude=set(_FOLLOWS_FROM_ACTIVATIONS))
 
     @property
     def expanded_widths(self) -> list[int]:
