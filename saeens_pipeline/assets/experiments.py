@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from saeens_pipeline.assets.baselines import baselines_of, shape_of
-from saeens_pipeline.assets.declarations import Declaration, Input, Op, Reference, RunContext, SourceFacts, Task, fields_of, with_file
+from saeens_pipeline.assets.declarations import Declaration, Facts, Input, Op, Reference, RunContext, Task, Wanted, fields_of, with_file
 from saeens_pipeline.assets.registry import Subject, evaluations_of, table_ops
 from saeens_pipeline.assets.residuals import residual_op
 from saeens_pipeline.assets.saes import Target, concurrent_rounds_op, sae_op, validate_targets
@@ -18,7 +18,6 @@ from saeens_pipeline.assets.sources import activations_of
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.language_models.tokens import open_tokens
 from saeens_pipeline.settings.experiments import ExperimentSettings
-from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.recipes import Store
 from saeens_pipeline.storage.tables import has_table
 
@@ -57,9 +56,7 @@ def experiment_ops(experiment: ExperimentSettings) -> list[Op]:
     return with_file(ops, experiment.file)
 
 
-def _check_saes(
-    experiment: ExperimentSettings, store: Store, wanted: Sequence[tuple[Declaration, Partition]], facts: Callable[[], SourceFacts]
-) -> None:
+def _check_saes(experiment: ExperimentSettings, store: Store, wanted: Wanted, facts: Facts) -> None:
     """Raise SaeensError for SAEs that cannot be built, for unknown labels, and for a missing table that would fail after training.
 
     Only the ops of members run slow preflights of tables.
