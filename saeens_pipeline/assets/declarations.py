@@ -115,6 +115,23 @@ class Declaration(Reference):
                     if artefact:
                         yield f"{each.name}, {where}", each.artefact, where, artefact
 
+    def all_inputs(self, store: Store, partition: Partition) -> Iterator[tuple[str, Reference, Partition]]:
+        """Give name, artefact and partition of the recipe's inputs, required ones and optional ones on disk."""
+        yield from self.input_partitions(partition)
+        yield from ((name, artefact, where) for name, artefact, where, _ in self.optional_inputs(store, partition))
+
+    def ancestors(self, partition: Partition) -> set[tuple[Address, Partition]]:
+        """Return address and partition of all required inputs, and of theirs: an op may read the members of its input, an ensemble."""
+        found: set[tuple[Address, Partition]] = set()
+        pending: list[tuple[Declaration, Partition]] = [(self, partition)]
+        while pending:
+            declaration, where = pending.pop()
+            for _, artefact, of in declaration.input_partitions(where):
+                if (artefact.address, of) not in found and isinstance(artefact, Declaration):
+                    pending.append((artefact, of))
+                found.add((artefact.address, of))
+        return found
+
     def recipe(self, store: Store, partition: Partition) -> Recipe:
         """Return the recipe of this artefact with the present settings and inputs. Raises MissingInputError for a missing input."""
         inputs = {name: store.require(artefact.address, where).data_version for name, artefact, where in self.input_partitions(partition)}

@@ -273,7 +273,7 @@ def _at_once(amounts: Mapping[tuple[str, str], float | None], memory: float) -> 
     """Return a note on how training fits into the memory of a device."""
     one, together = amounts["memory", "training, largest SAE"], amounts["memory", "training, largest group"]
     if one is None or together is None:
-        return "not known what fits"
+        return "unknown, because sizes are unknown"
     if together <= memory:
         training = "every group of SAEs at once"
     else:

@@ -11,7 +11,7 @@ import polars as pl
 
 from saeens_pipeline.assets.declarations import Declaration, Dimensions, Facts, Input, Op, Reference, RunContext, Task, Wanted, fields_of
 from saeens_pipeline.assets.sources import tokens_of
-from saeens_pipeline.errors import ConfigurationError
+from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.settings.experiments import CheckSettings, ExperimentSettings
 from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.recipes import Artefact, Store
@@ -120,10 +120,15 @@ class Making:
         return reference.require(self.store, self.partition)
 
     def members(self, dictionary: Declaration) -> list[Artefact]:
-        """Return the SAEs of an ensemble, in member order, or a baseline alone."""
+        """Return the SAEs of an ensemble, in member order, or a baseline alone. Raises SaeensError if the ensemble was made from others."""
         if dictionary.builder != "ensemble":
             return [self.require(dictionary)]
-        return [self.store.require(artefact.address, where) for _, artefact, where in dictionary.input_partitions(self.partition)]
+        named = self.require(dictionary).recipe["inputs"]
+        members = {name: self.store.require(each.address, where) for name, each, where in dictionary.input_partitions(self.partition)}
+        for name, member in members.items():
+            if member.data_version != named[name]:
+                raise SaeensError(f"{member.path} has changed since {dictionary.address} was made from it: make that again first")
+        return list(members.values())
 
     def methods(self) -> Iterator[Measured]:
         """Give every measured method and size."""

@@ -82,7 +82,7 @@ def language_model_of(made: Artefact) -> LanguageModelDescription:
     identity = settings["tokenizer"] if "tokenizer" in settings else settings["language_model"]
     description = describe_language_model(identity["name"], identity["revision"])
     if description.identity != identity:
-        raise SaeensError(f"the files of {description.name} have changed since {made.path} was made from them: make that again first")
+        raise SaeensError(f"the files of {description.name} have changed since {made.path} was computed from them: compute it again first")
     return description
 
 
@@ -151,6 +151,7 @@ def source_ops(settings: SourceSettings) -> list[Op]:
                     settings.hook,
                     folders,
                     settings.dtype,
+                    max_norm=settings.max_norm,
                     batch_windows=max(1, min(BATCH_WINDOWS, BATCH_TOKENS // settings.context_length)),
                     report=progress.differences(advance),
                 )
@@ -195,9 +196,9 @@ def validate_source(settings: SourceSettings, layers: Sequence[int]) -> Language
 
 
 def _settings_of_activations(settings: SourceSettings) -> dict[str, Any]:
-    """Return the settings of a recipe. The language model's dtype is left out if float32, so that older recipes stay valid."""
-    dtype = {} if settings.language_model_dtype == "float32" else {"language_model_dtype": settings.language_model_dtype}
-    return settings.model_dump(include={"language_model", "revision", "hook", "weights", "dtype"}) | dtype
+    """Return the settings of a recipe. Later fields are left out at their defaults, so that older recipes stay valid."""
+    later = settings.model_dump(include={"language_model_dtype", "max_norm"}, exclude_defaults=True)
+    return settings.model_dump(include={"language_model", "revision", "hook", "weights", "dtype"}) | later
 
 
 def _language_model(settings: SourceSettings) -> LanguageModelDescription:

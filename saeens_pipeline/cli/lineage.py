@@ -22,13 +22,13 @@ def lineage(
     subject: Annotated[
         str,
         typer.Argument(
-            metavar="TABLE:COLUMN=VALUE,...|ASSET:layer=L,seed=S|DATA_VERSION",
-            help="A row, such as reconstruction:layer=1,seed=42,method=bagging,n_members=3; an asset, such as "
-            "quickstart/bagging/member_1:layer=1,seed=42; or a data version or its beginning.",
+            metavar="SUBJECT",
+            help="A table row, TABLE:COLUMN=VALUE,..., such as reconstruction:layer=1,seed=42,method=bagging,n_members=3; an asset, "
+            "ASSET:layer=L,seed=S, such as quickstart/bagging/member_1:layer=1,seed=42; or a data version, at least its first 4 digits.",
         ),
     ],
 ) -> None:
-    """Print the inputs of a table row or an artefact, down to corpus and language model, and the runs that made them."""
+    """Print the inputs of a table row or an artefact, down to corpus and language model, and the runs that wrote them."""
     from saeens_pipeline.assets.lineage import lineage as trace
     from saeens_pipeline.orchestration.catalogue import load_catalogue
 

@@ -30,7 +30,7 @@ def print_outcome(outcome: Outcome, console: Console) -> None:
     _print_warnings(store, outcome.experiment, outcome.statuses, console)
     for pages, title in (
         (outcome.reports, "The report, to open in a browser"),
-        (outcome.renewed, "Reports that show this control, made again"),
+        (outcome.renewed, "Reports that show this control, written again"),
     ):
         if pages:
             print_line(console, "\n" + "\n".join([f"{title}:", *(f"  {page}" for page in pages)]))
@@ -45,7 +45,8 @@ def _print_metrics(store: Store, outcome: Outcome, console: Console) -> None:
     controls = _fresh_tables(store, counterpart.name, counterpart.statuses, names) if counterpart else {}
     for layer, results in _fresh_tables(store, experiment.name, outcome.statuses, names).items():
         title = f"{experiment.name}, layer {layer}: mean over seeds {', '.join(map(str, results.seeds))}"
-        columns = [(each.title, each.form, results.spreads(table, each.column)) for table, each in headlines]
+        mark = {"explained_variance": " (!)"} if results.caution else {}
+        columns = [(each.title + mark.get(each.column, ""), each.form, results.spreads(table, each.column)) for table, each in headlines]
         if counterpart and layer in controls:
             name = counterpart.language_model
             title += f"; {name}: {counterpart.name}, the same experiment with {name} weights"
@@ -61,6 +62,8 @@ def _print_metrics(store: Store, outcome: Outcome, console: Console) -> None:
         if shown.rows:
             console.print()
             console.print(shown)
+        if results.caution:
+            print_line(console, f"(!) {results.caution}")
         _print_suggested(results, experiment.ensemble.members, console)
 
 

@@ -30,7 +30,7 @@ class _ListsTables(TyperCommand):
         from saeens_pipeline.assets.registry import listed
 
         argument = next(each for each in self.params if each.name == "name")
-        argument.help = f"{', '.join(table.name for table in listed(over_experiments=False))}."  # pyright: ignore[reportAttributeAccessIssue]
+        argument.help = f"Name of a table, one of {', '.join(table.name for table in listed(over_experiments=False))}."  # pyright: ignore[reportAttributeAccessIssue]
         super().format_help(ctx, formatter)
 
 
@@ -86,10 +86,16 @@ def leaderboard(
     from saeens_pipeline.orchestration.runs import make_alone
     from saeens_pipeline.storage.tables import read_part
 
-    catalogue = load_catalogue()
+    catalogue, store = load_catalogue(), Store(data_root())
     op = catalogue.leaderboard()
-    made = ranked(read_part(make_alone(catalogue, op, "saeens leaderboard")), sort)
-    rows = made if n == "full" else standings(Store(data_root()), op.outputs[0], sort, n)
+    try:
+        store.require_writable()
+    except SaeensError as error:
+        notify("note", f"the table is printed and not stored: {error}")
+        rows = standings(store, op.outputs[0], sort, n)
+    else:
+        made = ranked(read_part(make_alone(catalogue, op, "saeens leaderboard")), sort)
+        rows = made if n == "full" else standings(store, op.outputs[0], sort, n)
     if rows.is_empty():
         notify("note", "nothing is evaluated yet: run `saeens run EXPERIMENT`; `saeens experiments` lists the experiments")
     _note_outdated(catalogue, rows["experiment"].unique(maintain_order=True))
@@ -102,7 +108,10 @@ def leaderboard(
 @app.command()
 def report(
     experiment: Annotated[
-        str | None, typer.Argument(help="Name of an experiment; `saeens experiments` lists them. Without it: the leaderboard's page only.")
+        str | None,
+        typer.Argument(
+            metavar="EXPERIMENT", help="Name of an experiment; `saeens experiments` lists them. Without it: the leaderboard's page only."
+        ),
     ] = None,
     layer: LayerOption = None,
 ) -> None:
@@ -118,7 +127,7 @@ def report(
 
 @app.command()
 def pareto(
-    sweep: Annotated[str, typer.Argument(help="Name of an experiment with a sweep.")],
+    sweep: Annotated[str, typer.Argument(metavar="SWEEP", help="Name of an experiment with a sweep.")],
     picture: Annotated[Path | None, typer.Option(help="PNG file to write the plot to.")] = None,
     format: FormatOption = "table",
 ) -> None:

@@ -61,7 +61,7 @@ def leaderboard_condition() -> Condition:
     """
     updated = Condition.any_deps_match(Condition.newly_updated())
     settled = ~Condition.any_deps_in_progress() & ~Condition.in_progress()
-    return (updated.since(Condition.newly_requested() & ~updated) & settled).with_label("a table that it shows was made")
+    return (updated.since(Condition.newly_requested() & ~updated) & settled).with_label("a table that it shows was computed")
 
 
 def _with_policies(spec: dg.AssetSpec, experiments: Mapping[str, ExperimentSettings]) -> dg.AssetSpec:

@@ -119,7 +119,7 @@ def run_experiment(
         wanted = [declaration for _, declarations in chosen for declaration in declarations]
         for line in _preflight(catalogue, experiment, store, chosen):
             print_line(console, line)
-        print_line(console, f"{name}: {n_wanted} artefacts to make, {n_fresh} are fresh (cache hits){others}")
+        print_line(console, f"{name}: {n_wanted} artefacts to compute, {n_fresh} are fresh (cache hits){others}")
         for stage, declarations in chosen:
             for status in stage.statuses:
                 if status.state == "damaged" and status.declaration in declarations:
@@ -203,7 +203,7 @@ def _layers_with_tables(catalogue: Catalogue, store: Store, experiment: Experime
     there = [layer for layer in wanted or known if any(has_table(root, name, table, layer) for table in tables)]
     if not there:
         which = f" of layer {', '.join(map(str, wanted))}" if wanted else ""
-        raise SaeensError(f"{name} has no table{which} below {root} yet, and a report is made from tables: run `saeens run {name}`")
+        raise SaeensError(f"{name} has no table{which} below {root} yet, and a report needs tables: run `saeens run {name}`")
     return there
 
 
@@ -300,7 +300,7 @@ def _interrupts() -> Iterator[Callable[[], None]]:
     """Give a function that raises KeyboardInterrupt if Ctrl-C was pressed inside this context and had no effect.
 
     Dagster loses an interrupt at the end of a run, and Python loses one during a weak reference's callback. The interpreter writes every
-    signal to the wakeup descriptor, whatever its handler does.
+    signal to the wakeup descriptor, also if its handler ignores the signal.
     """
     receiver, sender = os.pipe()
     for end in (receiver, sender):

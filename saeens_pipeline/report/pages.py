@@ -151,14 +151,14 @@ def what_makes_contexts(experiment: ExperimentSettings, catalogue: Experiments) 
 
     run = f"saeens run {experiment.name}"
     if fills(experiment, "contexts"):
-        return f"Contexts are not there: `{run}` makes them."
+        return f"Contexts are missing: `{run}` computes them."
     how = f"add contexts to `evaluations` in the experiment file, then `{run}`"
     for other in catalogue.experiments.values():
         if fills(other, "contexts") and other.ensemble.members >= members and saes(other) == saes(experiment):
             more = " and more" if other.ensemble.members > members else ""
-            how = f"`saeens run {other.name}` makes them of the same SAEs{more}; or {how}"
+            how = f"`saeens run {other.name}` computes them for the same SAEs{more}; or {how}"
             break
-    return f"Contexts are not there: {how}."
+    return f"Contexts are missing: {how}."
 
 
 def _control_hint(layer: int, control: ExperimentSettings | None, untrained: Results | None) -> str:
@@ -166,7 +166,7 @@ def _control_hint(layer: int, control: ExperimentSettings | None, untrained: Res
     if control and untrained and list(compare(untrained, untrained)):
         return ""  # it is this experiment that has nothing to compare
     if control:
-        return f"The control {control.name} has no numbers for layer {layer}: `saeens run {control.name}` makes them and shows them here."
+        return f"The control {control.name} has no numbers for layer {layer}: `saeens run {control.name}` computes them."
     return "There is no control: the same experiment on a source that differs by `weights: random` alone. `saeens run` shows it here."
 
 

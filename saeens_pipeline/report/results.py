@@ -1,4 +1,4 @@
-"""The tables of one experiment and layer that are on disk, their means and intervals over seeds, and these beside the control's."""
+"""The tables of one experiment and layer that are on disk, their means and intervals over seeds, and the comparison with the control."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import polars as pl
 
+from saeens_pipeline.assets.health import MAX_TOP_SHARE
 from saeens_pipeline.assets.over_seeds import Spread
 from saeens_pipeline.assets.registry import Headline, listed
 from saeens_pipeline.assets.tables.cost import with_totals
@@ -57,6 +58,14 @@ class Results:
             rows = with_totals(self.tables[table]) if table in self.tables else None
             self._columns[table, column] = spreads(rows, column) if rows is not None and column in rows.columns else {}
         return self._columns[table, column]
+
+    @property
+    def caution(self) -> str:
+        """Return a sentence if a few rows hold so much of the variance that explained variance is about them; otherwise nothing."""
+        shares = [spread.mean for spread in self.spreads("reconstruction", "top_rows_variance").values()]
+        if max(shares, default=0.0) <= MAX_TOP_SHARE:
+            return ""
+        return f"0.1 % of the held-out rows hold {max(shares):.0%} of the variance: explained variance is mostly about these rows"
 
     def of(self, metric: Headline) -> dict[Size, Spread]:
         """Return a metric by method and size."""

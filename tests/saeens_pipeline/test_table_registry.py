@@ -1,4 +1,4 @@
-"""The registry of tables: one that is registered here appears everywhere without another line."""
+"""The registry of tables: a registered table appears everywhere without further code."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     return capsys.readouterr().out
 
 
-def test_a_registered_table_is_an_asset_a_table_and_a_line_of_every_list(
+def test_a_registered_table_has_an_asset_a_file_and_an_entry_in_every_list(
     toy: Table, finished: Laboratory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ):
     finished.declare(evaluations=["reconstruction", TOY])
@@ -77,7 +77,7 @@ def test_a_registered_table_is_an_asset_a_table_and_a_line_of_every_list(
     assert {row["seed"] for row in rows.iter_rows(named=True)} == set(SEEDS)
 
 
-def test_a_name_can_be_registered_once(toy: Table):
+def test_a_table_name_can_be_registered_once(toy: Table):
     with pytest.raises(ValueError, match="registered twice"):
         register(toy)
 

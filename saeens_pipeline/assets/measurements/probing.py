@@ -101,7 +101,8 @@ def _scores(
     making: Making, ensembles: Mapping[str, Ensemble], model: LanguageModel, collection: _Collection
 ) -> Iterator[tuple[str, Dictionary, Row]]:
     """Give table, dictionary and columns of the rows of a collection."""
-    settings, experiment = making.require(making.subject.activations).recipe["settings"], making.experiment
+    source, experiment = making.require(making.subject.activations), making.experiment
+    settings = source.recipe["settings"]
     texts = list(dict.fromkeys(collection.texts()))
     with progress.task(f"{experiment.name}/eval, downstream tasks, {making.partition}", len(texts), "texts") as advance:
         activations = TextActivations(
@@ -112,6 +113,7 @@ def _scores(
             context_length=collection.context_length,
             drop=making.require(making.subject.tokens).recipe["settings"]["drop"],
             batch_texts=texts_at_once(ensembles),
+            norm_limit=source.provenance["statistics"]["train"].get("norm_limit"),
             report=advance,
         )
         pooled = PooledTexts(ensembles, activations, int(experiment.evaluation_memory_gb * 1e9))

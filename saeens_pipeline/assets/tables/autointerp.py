@@ -54,7 +54,7 @@ def outcome(store: Store, experiment: str, seeds: Collection[int], layer: int | 
     lacking = [where for where in there if _had_no_endpoint(store, address, where)]
     if lacking:
         which = "" if len(lacking) == len(there) else f" for {' and '.join(map(str, lacking))}"
-        kept = ": what is here was answered before" if len(rows) and not which else ""
+        kept = ": these answers are from earlier runs" if len(rows) and not which else ""
         sentences.append(
             f"No endpoint was configured{which}{kept}. Set `{URL_VARIABLE}` to the address of a language model, such as "
             f"`http://localhost:8080/v1`, and `{KEY_VARIABLE}` if it wants a key, then `saeens run {experiment}`."

@@ -30,10 +30,13 @@ def _rows(making: Making) -> Iterator[Row]:
 
     if losses := making.shared.losses:
         making.provenance["next_token_loss"] = {"clean": losses.clean, "ablated": losses.ablated, "tokens": losses.tokens}
+    statistics = making.require(making.subject.activations).provenance["statistics"]
+    rows_of_source = {f"{split}_rows_dropped": statistics[split].get("dropped", 0) for split in ("train", "test")}
+    rows_of_source["top_rows_variance"] = statistics["test"].get("top_share")
     for row, size in sizes(making):
         sparsity = {name: getattr(size.sparsity, name) for name in ("l0", "relative_sparsity", "dead_features")}
         others = {"description_length_bits": size.description_length, "ce_loss_recovered": size.ce_loss_recovered}
-        yield row | {"n_features": size.n_features} | dict(size.reconstruction) | sparsity | others
+        yield row | {"n_features": size.n_features} | dict(size.reconstruction) | sparsity | others | rows_of_source
 
 
 def _inputs(subject: Subject) -> Sequence[Reference]:
@@ -109,10 +112,17 @@ register(
             Column("description_length_bits", "float", "bits per token that send the code, magnitudes to 1/256 of the mean norm"),
             Column("ce_loss_recovered", "float", "share of the next-token loss that zeros add and the reconstruction recovers"),
             Column("tokens", "int", "test tokens"),
+            Column("train_rows_dropped", "int", "training rows dropped for their norm (max_norm)"),
+            Column("test_rows_dropped", "int", "test rows dropped for their norm (max_norm)"),
+            Column(
+                "top_rows_variance",
+                "float",
+                "share of the test rows' variance in 0.1 % of them; above 0.1, explained_variance describes these",
+            ),
         ),
         rows=_rows,
         inputs=_inputs,
-        version=2,
+        version=3,
         order=10,
         by_default=True,
         settings=lambda experiment: {"ce_loss_tokens": experiment.ce_loss_tokens},
