@@ -339,3 +339,10 @@ def test_concurrent_processes_create_one_database_that_all_can_open(tmp_path: Pa
         for _ in range(3)
     ]
     assert [process.communicate()[0].strip() for process in at_once] == ["0"] * 3
+
+
+def test_runs_for_reports_are_tagged_with_their_command(finished: Laboratory, monkeypatch: pytest.MonkeyPatch):
+    with dg.DagsterInstance.ephemeral() as instance:
+        monkeypatch.setattr(runs_module, "command_line_instance", lambda: contextlib.nullcontext(instance))
+        runs_module.make_reports(finished.catalogue, NAME, [])
+        assert {run.tags["user"] for run in instance.get_runs()} == {"saeens report"}
