@@ -493,3 +493,13 @@ def test_an_architecture_is_registered_once():
 
     with pytest.raises(ValueError, match="'topk' is registered twice"):
         register(TopKConfig)(TopKSAE)
+
+
+def test_topk_forward_is_decode_of_encode_where_pre_activations_are_equal():
+    sae = sm.build_sae(sm.SAEConfig(architecture="topk", d_in=4, d_sae=12, k=5))
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.tensor([1.0, 1.0, 2.0]).repeat(4).expand(4, 12))
+        x = torch.ones(3, 4)
+        assert sae.encode(x).nonzero()[:, 1].tolist() == [0, 2, 5, 8, 11] * 3
+        assert torch.equal(sae.reconstruct(x).code.feature.view(3, 5).sort().values, torch.tensor([[0, 2, 5, 8, 11]] * 3))
+        torch.testing.assert_close(sae(x), sae.decode(sae.encode(x)))
