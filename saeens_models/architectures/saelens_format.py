@@ -59,7 +59,9 @@ def save_sae(sae: SAE, path: str | Path, metadata: Mapping[str, Any] | None = No
 
 
 def load_sae(path: str | Path) -> SAE:
-    """Load the SAE in the folder ``path``, written by :func:`save_sae` or by SAELens, on the CPU in float32.
+    """Load the SAE in the folder ``path``, written by :func:`save_sae` or by SAELens 3 to 6, on the CPU in float32.
+
+    SAELens 3 to 5 name the activation function beside the architecture: TopK SAEs are standard ones with ``activation_fn_str: topk``.
 
     Raises ``FileNotFoundError`` if the folder or one of its files is missing. Raises ``ValueError`` for a file that cannot be read, an
     unknown architecture, a variant that is not supported, missing, superfluous or misshapen weights, and weights that are not finite.
@@ -94,13 +96,30 @@ def _read_cfg(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(cfg, dict):
         raise ValueError(f"{file}: expected an object, found {type(cfg).__name__}")
-    cfg = {"architecture": "standard", **cfg}  # SAELens' own default
+    cfg = _as_saelens_6({"architecture": "standard", **cfg}, file)  # SAELens' own default
     for name in ("d_in", "d_sae"):
         if not isinstance(cfg.get(name), int) or cfg[name] < 1:
             raise ValueError(f"{file}: {name} must be a positive integer, found {cfg.get(name)!r}")
     for name, supported in _UNSUPPORTED.items():
         if cfg.get(name, supported) not in (supported, None):
             raise ValueError(f"{file}: {name} is {cfg[name]!r}; only {supported!r} is supported: fold it into the weights first")
+    return cfg
+
+
+def _as_saelens_6(cfg: dict[str, Any], file: Path) -> dict[str, Any]:
+    """Return a ``cfg.json`` of SAELens 3 to 5 with the fields of SAELens 6; a file of SAELens 6 is returned as it is.
+
+    Raises ``ValueError`` for an activation function that the architecture does not have.
+    """
+    if isinstance(cfg.get("normalize_activations"), bool):
+        cfg["normalize_activations"] = "expected_average_only_in" if cfg["normalize_activations"] else "none"
+    activation = cfg.get("activation_fn_str") or cfg.get("activation_fn") or "relu"
+    if activation == "topk" and cfg["architecture"] in ("standard", "topk"):
+        of_function = cfg.get("activation_fn_kwargs")
+        k = of_function.get("k") if isinstance(of_function, dict) else None
+        return {"k": k, **cfg, "architecture": "topk"}
+    if activation not in ("relu", cfg["architecture"]):
+        raise ValueError(f"{file}: activation function {activation!r} of architecture {cfg['architecture']!r} is not supported")
     return cfg
 
 

@@ -434,6 +434,51 @@ def test_topk_rescaling_by_decoder_norm_is_folded_into_the_weights(tmp_path, gol
     torch.testing.assert_close(loaded(x), (z / norms) @ sae.W_dec + sae.b_dec, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("architecture", [{}, {"architecture": "standard"}, {"architecture": "topk"}])
+@pytest.mark.parametrize("field", ["activation_fn_str", "activation_fn"])
+def test_topk_folders_of_saelens_3_to_5_load_as_topk(tmp_path, golden, architecture, field):
+    sae = random_sae("standard")
+    save_old_folder(sae, tmp_path, **architecture, **{field: "topk", "activation_fn_kwargs": {"k": 3}, "normalize_activations": False})
+    x = golden["activations"]
+    pre = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
+    top = pre.topk(3)
+    loaded = sm.load_sae(tmp_path)
+    torch.testing.assert_close(loaded.encode(x), torch.zeros_like(pre).scatter(1, top.indices, top.values.relu()))
+    assert loaded.config.architecture == "topk"
+
+
+def test_relu_folders_of_saelens_3_to_5_load_as_they_are(tmp_path, golden):
+    sae = random_sae("standard")
+    save_old_folder(sae, tmp_path, activation_fn_str="relu", activation_fn_kwargs={}, apply_b_dec_to_input=False)
+    x = golden["activations"]
+    torch.testing.assert_close(sm.load_sae(tmp_path).encode(x), (x @ sae.W_enc + sae.b_enc).relu())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"activation_fn_str": "tanh-relu"}, "activation function 'tanh-relu' of architecture 'standard' is not supported"),
+        ({"activation_fn_str": "topk", "architecture": "gated"}, "'topk' of architecture 'gated'"),
+        ({"activation_fn": ["topk"]}, "activation function"),
+        ({"activation_fn_str": "topk"}, "no k"),
+        ({"activation_fn_str": "topk", "activation_fn_kwargs": {"k": "three"}}, "k: Input should be a valid integer"),
+        ({"activation_fn_str": "topk", "activation_fn_kwargs": 3}, "no k"),
+        ({"normalize_activations": True}, "normalize_activations is 'expected_average_only_in'"),
+    ],
+)
+def test_activation_functions_that_are_not_there_are_refused(tmp_path, fields, message):
+    save_old_folder(random_sae("standard"), tmp_path, **fields)
+    with pytest.raises(ValueError, match=message) as caught:
+        sm.load_sae(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def save_old_folder(sae: sm.SAE, folder: Path, **fields) -> None:
+    """Write a folder of SAELens 3 to 5, which has no `metadata`."""
+    sm.save_sae(sae, folder)
+    (folder / "cfg.json").write_text(json.dumps({"d_in": sae.config.d_in, "d_sae": sae.config.d_sae, "dtype": "torch.float32", **fields}))
+
+
 def edit_cfg(folder: Path, **fields) -> None:
     file = folder / "cfg.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
