@@ -80,9 +80,13 @@ class SAE(nn.Module, ABC):
     W_dec: nn.Parameter
     b_dec: nn.Parameter
 
+    metadata: dict[str, Any]
+    """Where the SAE comes from, as JSON values: model_name, hook_name, ... :func:`load_sae` reads them, :func:`save_sae` writes them."""
+
     def __init__(self, config: SAEConfig) -> None:
         super().__init__()
         self.config = config
+        self.metadata = {}
         weights = {
             "W_enc": torch.zeros(config.d_sae, config.d_in).t(),
             "b_enc": torch.zeros(config.d_sae),

@@ -22,6 +22,7 @@ from saeens_pipeline.assets.residuals import open_reader
 from saeens_pipeline.assets.sae_recipes import START, sae_config
 from saeens_pipeline.assets.specialised import open_documents
 from saeens_pipeline.errors import SaeensError
+from saeens_pipeline.language_models.descriptions import TRANSFORMER_LENS
 from saeens_pipeline.storage.activations import ActivationReader, ActivationStatistics, require_free_disk
 from saeens_pipeline.storage.checkpoints import checkpoint_file, checkpoint_seconds
 from saeens_pipeline.storage.disk import is_full_disk
@@ -233,12 +234,16 @@ def _write(context: RunContext, task: Task, trained: _Trained, trained_on: str) 
 
 
 def _saelens_metadata(store: Store, source: str, partition: Partition) -> dict[str, Any]:
-    """Return the metadata that SAELens and SAEBench read: language model, hook, layer, context size and data set."""
+    """Return the metadata that SAELens and SAEBench read: language model, hook, layer, context size and data set.
+
+    SAELens passes ``model_name`` to loaders and makes file names of it: it is a string. The model's hashes have a key of their own.
+    """
     activations = store.require(Address(source, "source", "activations"), Partition(partition.layer)).recipe["settings"]
     tokens = store.require(Address(source, "source", "tokens"), Partition()).recipe["settings"]
     hook, layer = activations["hook"], partition.layer
     return {
-        "model_name": activations["language_model"],
+        "model_name": activations["language_model"]["name"].removeprefix(TRANSFORMER_LENS),
+        "language_model": activations["language_model"],
         "hook_name": hook.format(layer=layer) if "{layer}" in hook else f"blocks.{layer}.hook_{hook}",
         "hook_layer": layer,
         "context_size": tokens["context_length"],

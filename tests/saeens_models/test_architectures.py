@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -506,6 +507,19 @@ def edit_weights(folder: Path, **weights: Tensor | None) -> None:
         (lambda folder: edit_weights(folder, scale=torch.ones(2)), r"scale \[2\] \(expected none\)"),
         (lambda folder: edit_weights(folder, b_dec=torch.full((16,), torch.nan)), "b_dec holds values that are not finite"),
         (lambda folder: (folder / "sae_weights.safetensors").write_bytes(b"\x10"), "not a whole safetensors file"),
+        (lambda folder: edit_weights(folder, b_dec=torch.ones(16, dtype=torch.int8)), "b_dec is torch.int8, expected floating point"),
+        (lambda folder: edit_weights(folder, b_dec=torch.ones(16, dtype=torch.complex64)), "b_dec is torch.complex64"),
+        (lambda folder: edit_cfg(folder, d_in=True), "d_in must be a positive integer, found True"),
+        (lambda folder: edit_cfg(folder, d_sae=10**30), "d_sae must be a positive integer"),
+        (lambda folder: edit_cfg(folder, metadata="none"), "metadata and its saeens_config must be objects"),
+        (lambda folder: edit_cfg(folder, metadata={"saeens_config": [1]}), "metadata and its saeens_config must be objects"),
+        (lambda folder: edit_cfg(folder, metadata={"saeens_config": {"self": 1, "cls": 2}}), "self: Extra inputs"),
+        (lambda folder: edit_cfg(folder, architecture=["topk"]), "architecture: .*is unknown"),
+        (lambda folder: edit_cfg(folder, k=[3]), "k: Input should be a valid integer"),
+        (lambda folder: edit_cfg(folder, k=float("nan")), "k: Input should be a finite number"),
+        (lambda folder: (folder / "cfg.json").write_text("[" * 100_000), "not JSON"),
+        (lambda folder: (folder / "cfg.json").write_text(f'{{"d_in": {"1" * 5000}}}'), "not JSON"),
+        (lambda folder: (folder / "cfg.json").write_bytes(b"\xff\xfe{"), "not JSON"),
     ],
 )
 def test_damaged_folder_is_refused_with_a_reason(tmp_path, damage, message):
@@ -548,3 +562,30 @@ def test_topk_forward_is_decode_of_encode_where_pre_activations_are_equal():
         assert sae.encode(x).nonzero()[:, 1].tolist() == [0, 2, 5, 8, 11] * 3
         assert torch.equal(sae.reconstruct(x).code.feature.view(3, 5).sort().values, torch.tensor([[0, 2, 5, 8, 11]] * 3))
         torch.testing.assert_close(sae(x), sae.decode(sae.encode(x)))
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_the_umask_decides_who_may_read_weights(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        sm.save_sae(random_sae("topk"), tmp_path)
+    finally:
+        os.umask(before)
+    assert {file.name: file.stat().st_mode & 0o777 for file in tmp_path.iterdir()} == {
+        "cfg.json": 0o666 & ~umask,
+        "sae_weights.safetensors": 0o666 & ~umask,
+    }
+
+
+def test_a_loaded_sae_keeps_the_metadata_of_its_folder_and_new_ones_are_added(tmp_path):
+    sm.save_sae(random_sae("batch_topk"), tmp_path / "a", metadata={"model_name": "m", "neuronpedia_id": "n"})
+    sae = sm.load_sae(tmp_path / "a")
+    sm.save_sae(sae, tmp_path / "b", metadata={"hook_layer": 3, "model_name": "other"})
+    before, after = (json.loads((tmp_path / name / "cfg.json").read_text())["metadata"] for name in "ab")
+    assert after == before | {"hook_layer": 3, "model_name": "other"}
+    assert after["saeens_trained_as"]["architecture"] == "batch_topk"
+
+
+def test_metadata_of_saelens_3_to_5_are_read(tmp_path):
+    save_old_folder(random_sae("standard"), tmp_path, model_name="gpt2", hook_point="blocks.8.hook_resid_pre", context_size=128, lr=1)
+    assert sm.load_sae(tmp_path).metadata == {"model_name": "gpt2", "hook_name": "blocks.8.hook_resid_pre", "context_size": 128}

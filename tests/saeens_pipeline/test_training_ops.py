@@ -104,3 +104,10 @@ def test_a_short_training_is_not_observed(untrained: Laboratory, monkeypatch: py
     monkeypatch.setattr(dg.AssetExecutionContext, "log_event", lambda self, event: observed.append(event))
     untrained.materialise(MEMBERS[:1], Partition(LAYER, SEED))
     assert observed == []
+
+
+def test_the_model_name_in_an_saes_folder_is_a_string_as_saelens_uses_it(finished_laboratory: Laboratory):
+    metadata = sm.load_sae(finished_laboratory.artefact("bagging/member_1", SEED).path).metadata
+    assert metadata["model_name"] == str(finished_laboratory.model)
+    assert metadata["model_name"] == metadata["language_model"]["name"]
+    assert "sha256" in metadata["language_model"]
