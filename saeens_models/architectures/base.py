@@ -73,6 +73,8 @@ class SAE(nn.Module, ABC):
     """Configuration class of the architecture; set by :func:`register`."""
     input_unit_weights: ClassVar[tuple[str, ...]] = ("b_enc", "b_dec")
     """Names of the weights in the unit of the activations: they scale with the input, other weights do not."""
+    calibrates: ClassVar[bool] = False
+    """Training ends with :meth:`calibrate`, on the last batches."""
     shared_weights: ClassVar[tuple[str, ...]] = ("W_enc", "b_enc", "W_dec", "b_dec")
     """Names of the weights of the table that the architecture has; W_dec and b_dec always."""
     W_enc: nn.Parameter
@@ -219,6 +221,13 @@ class SAE(nn.Module, ABC):
         """
         for name in self.input_unit_weights:
             self.get_parameter(name).div_(scale)
+
+    @torch.no_grad()
+    def calibrate(self, parts: Sequence[Tensor]) -> None:
+        """Set what inference needs and no gradient finds, at the end of training, from unscaled rows `[n_i, d_in]` of the training input.
+
+        Without effect unless ``calibrates`` is True.
+        """
 
     def inference_form(self) -> SAE:
         """Return the SAE to save: this one, unless the architecture is for training only."""

@@ -1,13 +1,15 @@
 """Train several SAEs on one stream of activations."""
 
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from itertools import islice
 
 import torch
 from torch import Tensor
 
-from saeens_models.architectures import SAE, SAEConfig
+from saeens_models.architectures import SAE, SAEConfig, sae_class
 from saeens_models.kernels import Team, cpu_team
 from saeens_models.training.checkpoints import Checkpoints, TrainingState, batches_from, writing
 from saeens_models.training.config import TrainingConfig
@@ -27,6 +29,10 @@ one SAE of this size takes an H200 about as long as its launches, a little under
 copy of their weights in every step."""
 _GRAPHS_ON = {"cuda"}
 """Device types on which steps of SAEs up to that size are launched as a graph."""
+
+
+_CALIBRATION_BATCHES, _ROWS_PER_CALIBRATION_BATCH = 16, 1024
+"""Batches at the end of the stream, and rows of each, on which SAEs are calibrated."""
 
 
 def train(
@@ -110,7 +116,8 @@ def _train(  # noqa: PLR0917 - the arguments of `train`
 ) -> list[SAE]:
     """Train one SAE for each entry of ``decisive``: the configurations that decide its result, its own last.
 
-    ``trainings`` differ in ``input_mean`` only.
+    ``trainings`` differ in ``input_mean`` only. A training that resumes reads the batches before the checkpoint again that SAEs are
+    calibrated on.
     """
     configs = [each[-1] for each in decisive]
     training = _validated(configs, trainings)
@@ -121,16 +128,18 @@ def _train(  # noqa: PLR0917 - the arguments of `train`
             observe(observation)
     observed = _observations_due(n_steps, n_tokens, training.total_tokens)
     finished = training.total_tokens is not None and n_tokens >= training.total_tokens
+    calibrates = any(sae_class(config.architecture).calibrates for config in configs)
+    n_again = min(n_steps, _CALIBRATION_BATCHES) if calibrates else 0
+    stream = iter(batches_from(batches, n_steps - n_again))
+    rows = deque(map(_calibration_rows, islice(stream, n_again)), maxlen=_CALIBRATION_BATCHES)
     trainers: list[SAETrainer] = []
     with writing(checkpoints) as write_if_due:
         with ExitStack() as stack:
-            for batch in () if finished else batches_from(batches, n_steps):
+            for batch in () if finished else stream:
                 n_steps += 1
                 x = _scaled_input(batch, configs[0].d_in, training.input_scale or 1.0, n_steps)
                 if not trainers:
-                    if x.is_cpu:
-                        for architecture in sorted({config.architecture for config in configs}):
-                            load_kernels(architecture)
+                    _load_kernels(configs, x)
                     team = stack.enter_context(cpu_team(x.device))
                     starts = initial or [None] * len(configs)
                     trainers = [
@@ -139,6 +148,8 @@ def _train(  # noqa: PLR0917 - the arguments of `train`
                     ]
                     _restore(trainers, state)
                 step(trainers, x)
+                if calibrates:
+                    rows.append(_calibration_rows(batch))
                 n_tokens += len(x)
                 largest_batch = max(largest_batch, len(x))
                 finished = training.total_tokens is not None and n_tokens >= training.total_tokens
@@ -160,7 +171,29 @@ def _train(  # noqa: PLR0917 - the arguments of `train`
             )
         if observe is not None:
             observe(_curve_points(trainers))
-        return [trainer.finish() for trainer in trainers]
+        saes = [trainer.finish() for trainer in trainers]
+        _calibrate(saes, rows, rounds=len(decisive[-1]) > 1)
+        return saes
+
+
+def _load_kernels(configs: Sequence[SAEConfig], x: Tensor) -> None:
+    if x.is_cpu:
+        for architecture in sorted({config.architecture for config in configs}):
+            load_kernels(architecture)
+
+
+def _calibration_rows(batch: Tensor) -> Tensor:
+    return batch[:_ROWS_PER_CALIBRATION_BATCH].to(torch.float32, copy=True)
+
+
+@torch.no_grad()
+def _calibrate(saes: Sequence[SAE], rows: Iterable[Tensor], rounds: bool) -> None:
+    """Calibrate finished SAEs on unscaled rows; boosting rounds on what the earlier rounds leave of them."""
+    parts = [part.to(saes[0].b_dec.device) for part in rows]
+    for number, sae in enumerate(saes):
+        sae.calibrate(parts)
+        if rounds and number + 1 < len(saes):
+            parts = [part - sae(part) for part in parts]
 
 
 def _validated(configs: Sequence[SAEConfig], trainings: Sequence[TrainingConfig]) -> TrainingConfig:

@@ -477,3 +477,25 @@ def test_contradictory_training_settings_are_refused():
         sm.TrainingConfig(learning_rate_warmup_fraction=0.6, learning_rate_decay_fraction=0.6)
     with pytest.raises(ValidationError, match="not used with normalize_activations = none"):
         sm.TrainingConfig(input_scale=2.0)
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_at_inference_as_many_features_of_batch_topk_fire_as_asked_for(rounds, tmp_path):
+    """The threshold's average lags while weights still move: without a calibration 3.2 fire."""
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(40, 16, generator=generator)
+
+    def rows(n: int) -> Tensor:
+        active = torch.rand(n, 40, generator=generator) * (torch.rand(n, 40, generator=generator) < 0.1)
+        return 3 * active @ directions
+
+    configs = [sm.SAEConfig(architecture="batch_topk", d_in=16, d_sae=48, k=4, init_seed=j) for j in range(rounds)]
+    batches = [rows(256) for _ in range(60)]
+    training = sm.TrainingConfig(learning_rate=1e-2)
+    saes = sm.train_boosting_concurrently(configs, batches, training) if rounds > 1 else sm.train(configs, batches, training)
+    residual = rows(20_000)
+    for sae in saes:
+        sm.save_sae(sae, tmp_path)
+        z = sm.load_sae(tmp_path).encode(residual).detach()
+        assert float((z > 0).sum(1).float().mean()) == pytest.approx(4, rel=0.05)
+        residual = residual - sae(residual).detach()
