@@ -211,6 +211,12 @@ def _expect_good_sae(health: Health, subject: _Examined, settings: CheckSettings
         f"{subject.place}: {dead:.0%} of its features are dead, more than {settings.max_dead_features:.0%}: "
         "train on more tokens, or set a smaller expansion or a larger aux_loss_coefficient",
     )
+    dead_after, n_tokens = subject.settings["training"]["dead_after_tokens"], subject.provenance["train_tokens"]
+    health.expect(
+        dead_after is None or dead_after < n_tokens,
+        f"{subject.place}: no feature can be called dead or be revived: training.dead_after_tokens is {dead_after}, and it trained on "
+        f"{n_tokens} tokens. Lower it, or leave it out for a tenth of the tokens",
+    )
     target = subject.settings["sae"].get("k", settings.target_l0)
     if target:
         health.expect(

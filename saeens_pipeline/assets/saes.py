@@ -16,7 +16,7 @@ from saeens_pipeline.storage.names import Address, Kind, Partition
 if TYPE_CHECKING:
     from saeens_models import SAEConfig, SAESettings
 
-SAE_VERSION = 1
+SAE_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class Target:
     """Labels of the documents that it is trained on; empty: all documents."""
     start_from: Reference | None = None
     """The SAE that provides its initial weights."""
+    boosting_scale: str | None = None
+    """Scale of the input of a boosting round after the first, if inputs are scaled."""
 
 
 def init_seed(ensemble_seed: int, index: int) -> int:
@@ -103,6 +105,7 @@ def _declare(
     training = {**experiment.complete_training, **target.training}
     every_sae = {"sae": target.sae.to_json(), "training": training}
     own = ({"documents": target.documents} if target.documents else {}) | ({"epochs": target.epochs} if target.epochs > 1 else {})
+    own |= {"boosting_scale": target.boosting_scale} if target.boosting_scale else {}
     inputs = [Input("activations", given)]
     inputs += [Input("tokens", tokens_of(experiment.source))] if target.documents else []
     inputs += [Input(START, target.start_from)] if target.start_from else []

@@ -72,7 +72,8 @@ def train_rounds(context: RunContext, tasks: Sequence[Task], given: Reference, r
 
     def train(_: Sequence[None], plan: MemoryPlan) -> None:
         with _checkpoints(context, trained_tasks, rounds, op_name) as checkpoints:
-            fitted = training.fit(trained_tasks, sm.train_boosting_concurrently, checkpoints, plan)
+            scale = trained_tasks[-1].recipe.settings.get("boosting_scale", "shared")
+            fitted = training.fit(trained_tasks, partial(sm.train_boosting_concurrently, boosting_scale=scale), checkpoints, plan)
             _require_room(context, trained_tasks, fitted)
             for number, (task, trained) in enumerate(zip(trained_tasks, fitted, strict=True)):
                 if task.declaration.address in asked:
@@ -152,12 +153,17 @@ class _Training:
         self._reader: ActivationReader = reader
         self._data_seed, self._epochs = fields["data_seed"], fields.get("epochs", 1)
         self._n_tokens = statistics.rows * self._epochs
+        mean_norm = statistics.mean_norm
+        if fields.get("boosting_scale") == "shared":
+            root = _activations_of(given)
+            recorded = store.require(root.address, root.narrow(partition)).provenance["statistics"]["train"]
+            mean_norm = ActivationStatistics.from_json(recorded).mean_norm
         normalised = fields["training"]["normalize_activations"] != "none"
         self.config = sm.TrainingConfig(
             **fields["training"],
             total_tokens=self._n_tokens,
             input_mean=tuple(statistics.mean.tolist()),
-            input_scale=reader.d_in**0.5 / statistics.mean_norm if normalised else None,
+            input_scale=reader.d_in**0.5 / mean_norm if normalised else None,
         )
 
     def first_portion(self) -> Portion:
@@ -216,6 +222,13 @@ class _Training:
             }
             fitted.append(_Trained(sae.cpu(), curve, of_all | own))
         return fitted
+
+
+def _activations_of(given: Reference) -> Reference:
+    """Return the activations that a residual is left of; activations themselves are returned as they are."""
+    while isinstance(given, Declaration) and given.builder == "residual":
+        given = next(each.artefact for each in given.inputs if each.name == "activations")
+    return given
 
 
 def _require_room(context: RunContext, tasks: Sequence[Task], fitted: Sequence[_Trained]) -> None:
