@@ -19,7 +19,8 @@ from benchmarks.report import Section
 from benchmarks.runner import Agreement, Contender, Stopwatch, compare
 from benchmarks.synthetic import SyntheticActivations
 from benchmarks.training import explained_variance
-from saeens_pipeline.storage.activations import ActivationReader, ActivationStore, ActivationWriter
+from saeens_pipeline.storage.activation_writer import ActivationWriter
+from saeens_pipeline.storage.activations import ActivationReader, ActivationStore
 from saeens_pipeline.storage.residuals import ResidualView, write_residual
 
 TITLE = "Boosting"

@@ -16,7 +16,8 @@ from torch import Tensor
 from benchmarks.options import Options
 from benchmarks.report import Section
 from benchmarks.runner import Contender, Stopwatch, compare
-from saeens_pipeline.storage.activations import ActivationStore, ActivationWriter
+from saeens_pipeline.storage.activation_writer import ActivationWriter
+from saeens_pipeline.storage.activations import ActivationStore
 
 TITLE = "Activation reading"
 _D_IN = 768

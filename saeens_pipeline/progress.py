@@ -1,8 +1,9 @@
-"""Progress of long work: bars in a terminal, plain lines elsewhere, log lines in Dagster's UI."""
+"""Progress of long work: bars in a terminal, plain lines elsewhere, log lines in Dagster's UI; and log lines of the packages."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -13,6 +14,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 LINE_INTERVAL_SECONDS = 15.0  # between two lines about the same task
 PACE_SECONDS = 1.0  # shorter measurements give no usable rate
+_LOGGERS = ("saeens_models", "saeens_pipeline")
 
 
 class Advance(Protocol):
@@ -21,10 +23,8 @@ class Advance(Protocol):
     def __call__(self, n: int, *, before: bool = False) -> None: ...
 
 
-class Reporter(Protocol):
-    """Shows the progress of tasks; `unit` names the counted units, for example tokens."""
-
-    def task(self, label: str, total: int, unit: str) -> contextlib.AbstractContextManager[Advance]: ...
+Reporter = Callable[[str, int, str], contextlib.AbstractContextManager[Advance]]
+"""Shows the progress of a task, given its label, total and unit, for example tokens: `in_lines` or `in_bars`, with their first argument."""
 
 
 class _Pace:
@@ -48,52 +48,41 @@ class _Pace:
         return (self.done - at_first) / (now - began) if now - began >= PACE_SECONDS else None
 
 
-class LineReporter:
-    """Plain lines: one at the end of each task, and one every 15 seconds before."""
+@contextlib.contextmanager
+def in_lines(write: Callable[[str], None], label: str, total: int, unit: str) -> Iterator[Advance]:
+    """Show a task in plain lines: one at its end, and one every 15 seconds before."""
+    began = said = time.monotonic()
+    pace = _Pace()
 
-    def __init__(self, write: Callable[[str], None]) -> None:
-        self._write = write
+    def advance(n: int, *, before: bool = False) -> None:
+        nonlocal said
+        rate = pace.advance(n, before=before)
+        if rate and time.monotonic() - said >= LINE_INTERVAL_SECONDS:
+            said = time.monotonic()
+            left = max(total - pace.done, 0) / rate  # a total may be an estimate
+            write(f"{label}: {pace.done:,} of {total:,} {unit}, {rate:,.0f}/s, {left:.0f} s left")
 
-    @contextlib.contextmanager
-    def task(self, label: str, total: int, unit: str) -> Iterator[Advance]:
-        began = said = time.monotonic()
-        pace = _Pace()
+    yield advance
+    seconds = time.monotonic() - began
+    done_now = pace.done - pace.done_before
+    others = f"; {pace.done_before:,} were done before" if pace.done_before else ""
+    write(f"{label}: {done_now:,} {unit} in {seconds:.1f} s ({done_now / max(seconds, 1e-9):,.0f}/s){others}")
+
+
+@contextlib.contextmanager
+def in_bars(console: Console, label: str, total: int, unit: str) -> Iterator[Advance]:
+    """Show a task as a bar with rate and time left, for a terminal. Other output of the same console appears above it."""
+    rate_column, label_column = TextColumn("{task.fields[rate]}", style="dim"), TextColumn("{task.description:<44}")
+    columns = (label_column, BarColumn(24), TaskProgressColumn(), rate_column, TimeElapsedColumn(), TimeRemainingColumn())
+    pace = _Pace()
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task(label, total=total, rate="")
 
         def advance(n: int, *, before: bool = False) -> None:
-            nonlocal said
             rate = pace.advance(n, before=before)
-            if rate and time.monotonic() - said >= LINE_INTERVAL_SECONDS:
-                said = time.monotonic()
-                left = max(total - pace.done, 0) / rate  # a total may be an estimate
-                self._write(f"{label}: {pace.done:,} of {total:,} {unit}, {rate:,.0f}/s, {left:.0f} s left")
+            progress.update(bar, advance=n, rate=f"{rate:,.0f} {unit}/s" if rate else "")
 
         yield advance
-        seconds = time.monotonic() - began
-        done_now = pace.done - pace.done_before
-        others = f"; {pace.done_before:,} were done before" if pace.done_before else ""
-        self._write(f"{label}: {done_now:,} {unit} in {seconds:.1f} s ({done_now / max(seconds, 1e-9):,.0f}/s){others}")
-
-
-class BarReporter:
-    """Progress bars with rate and time left, for a terminal. Other output of the same console appears above them."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-
-    @contextlib.contextmanager
-    def task(self, label: str, total: int, unit: str) -> Iterator[Advance]:
-        shown = TextColumn("{task.fields[rate]}", style="dim")
-        pace = _Pace()
-        label_column = TextColumn("{task.description:<44}")
-        columns = (label_column, BarColumn(24), TaskProgressColumn(), shown, TimeElapsedColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=self._console) as progress:
-            bar = progress.add_task(label, total=total, rate="")
-
-            def advance(n: int, *, before: bool = False) -> None:
-                rate = pace.advance(n, before=before)
-                progress.update(bar, advance=n, rate=f"{rate:,.0f} {unit}/s" if rate else "")
-
-            yield advance
 
 
 _reporter: ContextVar[Reporter | None] = ContextVar("reporter", default=None)
@@ -117,7 +106,7 @@ def task(label: str, total: int, unit: str = "tokens") -> Iterator[Advance]:
     if reporter is None:
         yield lambda n, before=False: None
     else:
-        with reporter.task(label, total, unit) as advance:
+        with reporter(label, total, unit) as advance:
             yield advance
 
 
@@ -131,3 +120,21 @@ def differences(advance: Advance) -> Callable[[int, int], None]:
         before = done
 
     return report
+
+
+@contextlib.contextmanager
+def forward_log_lines(say: Callable[[int, str], None]) -> Iterator[None]:
+    """Call `say` with level and message of each log line from level INFO within this context."""
+    handler = logging.Handler(logging.INFO)
+    handler.emit = lambda record: say(record.levelno, record.getMessage())
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(min(logger.getEffectiveLevel(), logging.INFO))
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.removeHandler(handler)
+            logger.setLevel(level)

@@ -48,12 +48,10 @@ class Compute:
     @classmethod
     def from_environment(cls) -> Compute:
         """Read SAEENS_DEVICE, SAEENS_PRECISION, SAEENS_MEMORY_GB and SAEENS_THREADS. Raises ConfigurationError for a wrong value."""
-        return cls(
-            device=os.environ.get("SAEENS_DEVICE") or "auto",
-            precision=_choice("SAEENS_PRECISION", tuple(_PRECISIONS)),
-            memory_gb=_number("SAEENS_MEMORY_GB", float),
-            threads=_number("SAEENS_THREADS", int),
-        )
+        device, precision = os.environ.get("SAEENS_DEVICE") or "auto", os.environ.get("SAEENS_PRECISION") or "float32"
+        if precision not in _PRECISIONS:
+            raise ConfigurationError(f"SAEENS_PRECISION is {precision!r}; it can be {', '.join(_PRECISIONS)}")
+        return cls(device, precision, _number("SAEENS_MEMORY_GB", float), _number("SAEENS_THREADS", int))
 
     def resolve(self, *, float64: bool = False) -> str:
         """Return the device's name in PyTorch; with `float64`, the CPU if the device lacks float64.
@@ -65,8 +63,7 @@ class Compute:
         if self.device == "auto":
             return "cuda" if torch.cuda.is_available() else "cpu"
         available = ["cpu", *(["cuda"] if torch.cuda.is_available() else []), *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        if torch.backends.mps.is_available():
-            available.append("mps")
+        available += ["mps"] if torch.backends.mps.is_available() else []
         if self.device not in available:
             raise ConfigurationError(f"device {self.device!r} is not available; available: auto, {', '.join(available)}")
         return "cpu" if float64 and self.device == "mps" else self.device
@@ -126,12 +123,9 @@ class Compute:
         """Return device, precision, versions and date, for records."""
         import torch
 
-        device = self.resolve()
-        name = (
-            torch.cuda.get_device_name(device)
-            if device.startswith("cuda")
-            else f"{platform.machine()}, {self.threads or torch.get_num_threads()} threads"
-        )
+        device, name = self.resolve(), f"{platform.machine()}, {self.threads or torch.get_num_threads()} threads"
+        if device.startswith("cuda"):
+            name = torch.cuda.get_device_name(device)
         return {
             "device": f"{device} ({name})",
             "precision": self.precision,
@@ -141,13 +135,6 @@ class Compute:
 
 
 _PRECISIONS = {"float32": "highest", "tf32": "high", "bfloat16": "medium"}  # PyTorch's names for the precision of float32 matrix products
-
-
-def _choice(name: str, allowed: tuple[str, ...]) -> str:
-    value = os.environ.get(name) or allowed[0]
-    if value not in allowed:
-        raise ConfigurationError(f"{name} is {value!r}; it can be {', '.join(allowed)}")
-    return value
 
 
 def _number(name: str, kind: type[int] | type[float]) -> Any:
@@ -180,9 +167,8 @@ def _energy_joules(device: str) -> float | None:
 @cache
 def _versions() -> dict[str, str]:
     packages = ("saeens", "torch", "transformers", "zarr", "dagster")
-    versions = {"python": platform.python_version()} | {package: version(package) for package in packages}
-    commit = _commit()
-    return versions | ({"commit": commit} if commit else {})
+    versions = {"python": platform.python_version(), **{package: version(package) for package in packages}, "commit": _commit()}
+    return {name: value for name, value in versions.items() if value}
 
 
 def _commit() -> str | None:

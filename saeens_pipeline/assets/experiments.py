@@ -1,21 +1,28 @@
-"""The ops of an experiment, declared from its settings in the order in which artefacts are made."""
+"""The ops of an experiment, declared from its settings in the order in which artefacts are made. The op of ensembles is here, too."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from typing import Any, Literal
 
 from saeens_pipeline.assets.baselines import baselines_of, shape_of
-from saeens_pipeline.assets.declarations import Declaration, Op, Reference, RunContext, Task, with_file
-from saeens_pipeline.assets.ensembles import ensemble_op
+from saeens_pipeline.assets.declarations import Declaration, Input, Op, Reference, RunContext, SourceFacts, Task, fields_of, with_file
+from saeens_pipeline.assets.registry import Subject, evaluations_of, table_ops
 from saeens_pipeline.assets.residuals import residual_op
-from saeens_pipeline.assets.saes import Target, concurrent_rounds_op, sae_op
-from saeens_pipeline.assets.sources import activations_of, recorded_facts
-from saeens_pipeline.assets.specialised import require_labels
-from saeens_pipeline.assets.tables import Subject, evaluations_of, table_ops
+from saeens_pipeline.assets.saes import Target, concurrent_rounds_op, sae_op, validate_targets
+from saeens_pipeline.assets.sources import activations_of
+from saeens_pipeline.errors import ConfigurationError
+from saeens_pipeline.language_models.tokens import open_tokens
 from saeens_pipeline.settings.experiments import ExperimentSettings
+from saeens_pipeline.storage.names import Partition
+from saeens_pipeline.storage.recipes import Store
 from saeens_pipeline.storage.tables import has_table
+
+ENSEMBLE_VERSION = 1
 
 
 def experiment_ops(experiment: ExperimentSettings) -> list[Op]:
@@ -41,67 +48,69 @@ def experiment_ops(experiment: ExperimentSettings) -> list[Op]:
         baselines.append((method, n, baseline_op.outputs[0]))
         alike.append((unnamed, baseline_op.outputs[0]))
 
-    bagging = ensemble_op(experiment, "bagging", members)
-    boosting = ensemble_op(experiment, "boosting", rounds)
+    bagging = _ensemble_op(experiment, "bagging", members)
+    boosting = _ensemble_op(experiment, "boosting", rounds)
     ops += [bagging, boosting]
     ops += table_ops(Subject(experiment, activations, bagging.outputs[0], boosting.outputs[0], baselines))
-    ops = [replace(op, checks=experiment.checks, preflight=_preflight_of(op, experiment)) for op in ops]
+    saes = [op for op in ops if op.outputs[0].builder == "sae"]
+    ops = [replace(op, checks=experiment.checks, preflight=partial(_check_saes, experiment) if op in saes else op.preflight) for op in ops]
     return with_file(ops, experiment.file)
 
 
-def _preflight_of(op: Op, experiment: ExperimentSettings) -> Callable[[RunContext, Sequence[Task]], None]:
-    """Return the preflight of an op. Ops that train SAEs check the tables that follow."""
-    if op.outputs[0].builder != "sae":
-        return op.preflight
-    return partial(_check_tables_to_come, experiment, include_slow=op.outputs[0].address.kind == "bagging")
+def _check_saes(
+    experiment: ExperimentSettings, store: Store, wanted: Sequence[tuple[Declaration, Partition]], facts: Callable[[], SourceFacts]
+) -> None:
+    """Raise SaeensError for SAEs that cannot be built, for unknown labels, and for a missing table that would fail after training.
 
-
-def _check_tables_to_come(experiment: ExperimentSettings, context: RunContext, tasks: Sequence[Task], *, include_slow: bool) -> None:
-    """Raise SaeensError for a missing table that would fail after training.
-
-    `saeens run` runs these preflights before its first stage; runs from the UI or a schedule do not. Only the ops of members run slow
-    preflights.
+    Only the ops of members run slow preflights of tables.
     """
-    store, layer = context.store, tasks[0].partition.layer
-    require_labels(store, experiment)
-    to_come = [table for table in evaluations_of(experiment) if not has_table(store.root, experiment.name, table.name, layer)]
-    for table in to_come:
-        if include_slow or not table.has_slow_preflight:
-            table.preflight(experiment, partial(recorded_facts, store, experiment.source, layer))
+    of_source = facts()
+    if of_source.d_in:
+        validate_targets(experiment, of_source.d_in)
+    if of_source.tokens:
+        _require_labels(of_source.tokens, experiment)
+    for table in evaluations_of(experiment):
+        is_missing = any(not has_table(store.root, experiment.name, table.name, partition.layer) for _, partition in wanted)
+        if is_missing and (wanted[0][0].address.kind == "bagging" or not table.has_slow_preflight):
+            table.preflight(experiment, facts)
+
+
+def _require_labels(path: Path, experiment: ExperimentSettings) -> None:
+    """Raise ConfigurationError, with the known labels, if a member is to be trained on a label that no document has."""
+    asking = [each for each in experiment.ensemble.specialised if each.documents]
+    if not asking:
+        return
+    tokens = open_tokens(path)
+    for each in asking:
+        try:
+            tokens.documents_with("train", each.documents)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{experiment.name}: ensemble.specialised, member {each.member}, documents: {error}") from None
 
 
 def _member_ops(experiment: ExperimentSettings, activations: Reference) -> list[Op]:
     """Declare the members: those on all rows are trained on one stream, each specialised one alone, after the SAE that it starts from."""
-    size = experiment.ensemble.members
-    targets = [
-        Target(
-            "bagging",
-            f"member_{j}",
-            f"Member {j} of {size}: own initial weights, same data\n\n{shape_of(sae)}. Trained on one stream with the other members.",
-            init_index=j,
-            sae=experiment.saes[j - 1],
-        )
-        for j, sae in enumerate(experiment.saes, start=1)
+
+    def target(j: int, what: str, how: str, **special: Any) -> Target:
+        sae = experiment.saes[j - 1]
+        about = f"Member {j} of {experiment.ensemble.members}: {what}\n\n{shape_of(sae)}. {how}"
+        return Target("bagging", f"member_{j}", about, init_index=j, sae=sae, **special)
+
+    together = [
+        target(j, "own initial weights, same data", "Trained on one stream with the other members.")
+        for j in range(1, experiment.ensemble.members + 1)
         if experiment.ensemble.specialisation(j) is None
     ]
-    ops = [sae_op(f"{experiment.name}__bagging__members", experiment, targets, activations)] if targets else []
+    ops = [sae_op(f"{experiment.name}__bagging__members", experiment, together, activations)] if together else []
     made = {output.address.name: output for op in ops for output in op.outputs}
     for special in sorted(experiment.ensemble.specialised, key=lambda each: each.member):
-        j, name = special.member, f"member_{special.member}"
         what = "some documents" if special.documents else "same data"
         what += f", from member {special.start_from}'s weights" if special.start_from else ", own initial weights"
         labels = "".join(f" Documents with {field} {' or '.join(values)}." for field, values in special.documents.items())
-        target = Target(
-            "bagging",
-            name,
-            f"Member {j} of {size}: {what}\n\n{shape_of(experiment.saes[j - 1])}. Trained alone.{labels}",
-            init_index=j,
-            sae=experiment.saes[j - 1],
-            documents=special.documents,
-            start_from=made[f"member_{special.start_from}"] if special.start_from else None,
-        )
-        ops.append(sae_op(f"{experiment.name}__bagging__{name}", experiment, [target], activations))
-        made[name] = ops[-1].outputs[0]
+        start_from = made[f"member_{special.start_from}"] if special.start_from else None
+        alone = target(special.member, what, f"Trained alone.{labels}", documents=special.documents, start_from=start_from)
+        ops.append(sae_op(f"{experiment.name}__bagging__{alone.name}", experiment, [alone], activations))
+        made[alone.name] = ops[-1].outputs[0]
     return ops
 
 
@@ -136,3 +145,27 @@ def _concurrent_boosting(experiment: ExperimentSettings, activations: Reference,
     """Declare boosting rounds that are trained in one pass over the activations. No residual is stored."""
     rounds = [_round_target(experiment, j) for j in range(1, experiment.ensemble.members + 1)]
     return [concurrent_rounds_op(f"{experiment.name}__boosting__rounds", experiment, rounds, activations, twin=member_1)]
+
+
+def _ensemble_op(experiment: ExperimentSettings, kind: Literal["bagging", "boosting"], members: Sequence[Declaration]) -> Op:
+    """Declare the ensemble of all members. `sm.load_ensemble` opens its folder; the members stay where they are."""
+    meaning = "Mean of the members" if kind == "bagging" else "Sum of the rounds, each trained on the residual"
+    architectures = {sae.architecture for sae in experiment.saes}
+    architecture = architectures.pop() if len(architectures) == 1 else "mixed"
+    ensemble = Declaration(
+        **fields_of(experiment, kind, f"{kind}_ensemble", method=kind, architecture=architecture),
+        builder="ensemble",
+        version=ENSEMBLE_VERSION,
+        settings={"kind": kind},
+        inputs=tuple(Input(member.address.name, member) for member in members),
+        kinds=frozenset({"pytorch"}),
+        description=f"{meaning}, as one dictionary\n\nHolds references to its SAEs: `sm.load_ensemble(path)` follows them.",
+    )
+
+    def make(context: RunContext, tasks: Sequence[Task]) -> None:
+        (task,) = tasks
+        contents = {"format_version": 1, "kind": kind, "members": [f"../{member.address.name}" for member in members]}
+        with context.store.write_folder(*task.where, task.recipe, context.provenance(task.declaration)) as folder:
+            (folder / "ensemble.json").write_text(json.dumps(contents, indent=2) + "\n")
+
+    return Op(ensemble.address.op_name, (ensemble,), make)

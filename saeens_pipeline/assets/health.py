@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import isfinite
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import polars as pl
 
 from saeens_pipeline.assets.declarations import Declaration, Reference
-from saeens_pipeline.assets.registry import TABLES
+from saeens_pipeline.assets.registry import TABLES, Table
 from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.settings.experiments import CheckSettings
-from saeens_pipeline.storage.names import Partition, place
+from saeens_pipeline.storage.names import Address, Partition, place
 from saeens_pipeline.storage.recipes import Artefact, DamagedArtefactError, Store
 from saeens_pipeline.storage.tables import read_part
 
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from saeens_pipeline.storage.activations import ActivationStore
 
 MAX_AT_LIMIT = 1e-5  # share of numbers at the end of their dtype
-MIN_ROUND_GAIN = 0.01  # explained variance of what a boosting round was given
+MAX_TOP_SHARE = 0.1  # of the variance, in 0.1 % of the rows
+MIN_ROUND_GAIN = 0.01  # explained variance of the input of a boosting round
 
 
 class UnsoundArtefactError(SaeensError):
@@ -59,20 +60,22 @@ def is_checked(declaration: Declaration) -> bool:
 
 def examine(declaration: Reference, partition: Partition, artefact: Artefact, settings: CheckSettings | None = None) -> Health:
     """Check the health of an artefact with the thresholds of its experiment."""
-    health, subject = Health(), _Examined.of(declaration, partition, artefact)
-    require_sound = _require_sound_table if declaration.address.is_table else _SOUNDNESS[artefact.recipe["builder"]]
+    health, where = Health(), place(declaration.address, partition)
     try:
-        require_sound(health, subject)
-        _expect_quality(health, subject, settings or CheckSettings())
+        if declaration.address.is_table:
+            _require_sound_table(health, where, artefact, TABLES[declaration.address.name])
+        else:
+            _SOUNDNESS[artefact.recipe["builder"]](health, where, artefact)
+        _expect_quality(health, declaration.address, where, artefact, settings or CheckSettings())
     except (KeyError, ValueError, SaeensError) as error:
-        health.errors.append(f"{subject.place} cannot be read ({error}): remove {artefact.path} and make it again")
+        health.errors.append(f"{where} cannot be read ({error}): remove {artefact.path} and compute it again")
     return health
 
 
 def warnings_of(declaration: Reference, partition: Partition, artefact: Artefact, settings: CheckSettings) -> list[str]:
     """Return only the warnings of `examine`, from the record: weights and activations are not read."""
     health = Health()
-    _expect_quality(health, _Examined.of(declaration, partition, artefact), settings)
+    _expect_quality(health, declaration.address, place(declaration.address, partition), artefact, settings)
     return health.warnings
 
 
@@ -85,60 +88,38 @@ def compare_bytes(store: Store, declaration: Reference, partition: Partition) ->
     differences = artefact.verify() if artefact else []
     if artefact and differences:
         artefact.invalidate()
-    return [f"{place(declaration.address, partition)}: {each}. The next run makes it again" for each in differences]
+    return [f"{place(declaration.address, partition)}: {each}. The next run computes it again" for each in differences]
 
 
-@dataclass(frozen=True)
-class _Examined:
-    """An artefact under examination: its place for messages, the last part of its key, and the artefact."""
-
-    place: str
-    name: str
-    is_table: bool
-    artefact: Artefact
-
-    @classmethod
-    def of(cls, reference: Reference, partition: Partition, artefact: Artefact) -> _Examined:
-        return cls(place(reference.address, partition), reference.address.name, reference.address.is_table, artefact)
-
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        return self.artefact.recipe["settings"]
-
-    @property
-    def provenance(self) -> Mapping[str, Any]:
-        return self.artefact.provenance
-
-
-def _require_sound_tokens(health: Health, subject: _Examined) -> None:
-    for split, statistics in subject.provenance["statistics"].items():
-        rows, wanted = statistics["rows"], subject.settings[f"{split}_tokens"]
+def _require_sound_tokens(health: Health, where: str, artefact: Artefact) -> None:
+    for split, statistics in artefact.provenance["statistics"].items():
+        rows, wanted = statistics["rows"], artefact.recipe["settings"][f"{split}_tokens"]
         health.measured[f"{split} rows"] = rows
-        health.require(
-            rows == wanted,
-            f"{subject.place} has {rows:,} {split} rows, and `{split}_tokens` is {wanted:,}: make it again, or lower that field",
-        )
+        message = f"{where} has {rows:,} {split} rows, and `{split}_tokens` is {wanted:,}: compute it again, or lower that field"
+        health.require(rows == wanted, message)
 
 
-def _require_sound_activations(health: Health, subject: _Examined) -> None:
+def _require_sound_activations(health: Health, name: str, artefact: Artefact) -> None:
     from saeens_models.metrics.soundness import constant_dimensions
     from saeens_pipeline.storage.activations import ActivationStatistics, ActivationStore
 
-    store = ActivationStore(subject.artefact.path)
-    for split, recorded in subject.provenance["statistics"].items():
-        statistics, where = ActivationStatistics.from_json(recorded), f"{subject.place}, {split} split,"
+    store = ActivationStore(artefact.path)
+    for split, recorded in artefact.provenance["statistics"].items():
+        statistics, where = ActivationStatistics.from_json(recorded), f"{name}, {split} split,"
         shape, expected = (store.n_rows(split), store.d_in), (statistics.rows, len(statistics.mean))
         health.measured |= {f"{split} rows": statistics.rows, f"mean norm ({split})": statistics.mean_norm}
-        health.require(shape == expected, f"{where} is of shape {list(shape)} and was written as {list(expected)}: make it again")
-        numbers = (statistics.mean_norm, float(statistics.mean.sum()), float(statistics.variance.sum()))
-        finite = all(map(isfinite, numbers))
+        health.measured[f"rows dropped for their norm ({split})"] = statistics.dropped
+        if statistics.top_share is not None:
+            health.measured[f"share of the variance in 0.1 % of the rows ({split})"] = statistics.top_share
+        health.require(shape == expected, f"{where} is of shape {list(shape)} and was written as {list(expected)}: compute it again")
+        finite = all(map(isfinite, (statistics.mean_norm, float(statistics.mean.sum()), float(statistics.variance.sum()))))
         health.require(finite, f"{where} has means or variances that are not finite: the language model overflows; set dtype: bfloat16")
         constant = constant_dimensions(statistics.mean, statistics.variance)
         health.measured[f"constant dimensions ({split})"] = constant
         health.require(
             constant < store.d_in,
             f"{where} is constant: all {store.d_in} dimensions are the same in every row. "
-            f"Check `hook: {subject.settings['hook']}` and the files of the language model",
+            f"Check `hook: {artefact.recipe['settings']['hook']}` and the files of the language model",
         )
         if shape == expected:
             _require_sound_chunks(health, store, split, where)
@@ -151,7 +132,7 @@ def _require_sound_chunks(health: Health, store: ActivationStore, split: str, wh
     counts = [count_values(store.read_chunk(split, index)) for index in {0, last // 2, last}]
     values, non_finite, at_limit = (sum(each) for each in zip(*counts, strict=True))
     health.measured[f"sampled values at the limit of {store.dtype} ({split})"] = at_limit
-    health.require(non_finite == 0, f"{where} has {non_finite:,} of {values:,} sampled values that are not finite: make it again")
+    health.require(non_finite == 0, f"{where} has {non_finite:,} of {values:,} sampled values that are not finite: compute it again")
     health.require(
         at_limit <= MAX_AT_LIMIT * values,
         f"{where} has {at_limit:,} of {values:,} sampled values at the limit of {store.dtype}, where they were cut off: "
@@ -159,87 +140,98 @@ def _require_sound_chunks(health: Health, store: ActivationStore, split: str, wh
     )
 
 
-def _require_sound_sae(health: Health, subject: _Examined) -> None:
+def _require_sound_sae(health: Health, where: str, artefact: Artefact) -> None:
     import saeens_models as sm
 
-    config = sm.load_sae(subject.artefact.path).config  # raises ValueError for wrong shapes, and for weights that are not finite
+    config = sm.load_sae(artefact.path).config  # raises ValueError for wrong shapes, and for weights that are not finite
     health.measured |= {"d_in": config.d_in, "features": config.d_sae}
-    last = subject.provenance["last_step"]
+    last = artefact.provenance["last_step"]
     for name in ("loss", "explained_variance", "l0"):
-        health.require(isfinite(last[name]), f"{subject.place}: {name} of the last step is {last[name]}: lower training.learning_rate")
+        health.require(isfinite(last[name]), f"{where}: {name} of the last step is {last[name]}: lower training.learning_rate")
 
 
-def _require_sound_table(health: Health, subject: _Examined) -> None:
-    table = read_part(subject.artefact.path)
-    registered = TABLES[subject.name]
+def _require_sound_table(health: Health, where: str, artefact: Artefact, registered: Table) -> None:
+    table = read_part(artefact.path)
     expected = [column.name for column in registered.all_columns]
     health.measured["rows"] = len(table)
-    health.require(table.columns == expected, f"{subject.place} has the columns {table.columns}, not {expected}: make it again")
-    health.require(len(table) > 0 or registered.may_be_empty, f"{subject.place} is empty: make it again")
+    health.require(table.columns == expected, f"{where} has the columns {table.columns}, not {expected}: compute it again")
+    health.require(len(table) > 0 or registered.may_be_empty, f"{where} is empty: compute it again")
     for name in (name for name, dtype in table.schema.items() if dtype.is_float()):
         wrong = table.filter(~pl.col(name).is_finite())
         first = next(wrong.iter_rows(named=True), {})
         health.require(
             wrong.is_empty(),
-            f"{subject.place}: {name} is {first.get(name)} in {len(wrong)} of {len(table)} rows, first for method {first.get('method')}, "
+            f"{where}: {name} is {first.get(name)} in {len(wrong)} of {len(table)} rows, first for method {first.get('method')}, "
             f"n_members {first.get('n_members')}: check the SAEs of that row",
         )
 
 
-_SOUNDNESS: Mapping[str, Callable[[Health, _Examined], None]] = {
+_SOUNDNESS: Mapping[str, Callable[[Health, str, Artefact], None]] = {
     "tokens": _require_sound_tokens,
     "activations": _require_sound_activations,
     "sae": _require_sound_sae,
 }
 
 
-def _expect_quality(health: Health, subject: _Examined, settings: CheckSettings) -> None:
-    if subject.artefact.recipe["builder"] == "sae":
-        _expect_good_sae(health, subject, settings)
-    elif subject.is_table and not health.errors:
-        table = read_part(subject.artefact.path)
-        for warning in TABLES[subject.name].warnings(table, settings):
-            health.warnings.append(f"{subject.place}: {warning}")
+def _expect_quality(health: Health, address: Address, where: str, artefact: Artefact, settings: CheckSettings) -> None:
+    if artefact.recipe["builder"] == "sae":
+        later_round = address.name.startswith("round_") and address.name != "round_1"
+        _expect_good_sae(health, where, artefact, settings, later_round=later_round)
+    elif artefact.recipe["builder"] == "activations":
+        _expect_spread_variance(health, where, artefact)
+    elif address.is_table and not health.errors:
+        health.warnings += [f"{where}: {each}" for each in TABLES[address.name].warnings(read_part(artefact.path), settings)]
 
 
-def _expect_good_sae(health: Health, subject: _Examined, settings: CheckSettings) -> None:
-    last = subject.provenance["last_step"]
+def _expect_spread_variance(health: Health, where: str, artefact: Artefact) -> None:
+    """Warn if a few rows (massive activations, Sun et al. 2024) decide every explained variance."""
+    from saeens_pipeline.storage.activations import ActivationStatistics, ActivationStore
+
+    for split, recorded in artefact.provenance["statistics"].items():
+        statistics = ActivationStatistics.from_json(recorded)
+        share = statistics.top_share or 0.0
+        if share > MAX_TOP_SHARE and not health.errors:
+            store, rows = ActivationStore(artefact.path), [row for row, _ in statistics.top_rows]
+            origin = zip(store.document(split)[rows], store.position(split)[rows], statistics.top_rows, strict=True)
+            places = "; ".join(f"document {document}, position {position}, norm {norm:,.0f}" for document, position, (_, norm) in origin)
+            limit = artefact.recipe["settings"].get("max_norm")
+            setting = "max_norm: 10" if limit is None else f"max_norm below {limit:g}"
+            health.warnings.append(
+                f"{where}, {split} split: 0.1 % of the rows hold {share:.0%} of the variance, and explained variance is mostly about them "
+                f"(mean norm {statistics.mean_norm:,.0f}; largest: {places}): set {setting} in the source, to drop such rows"
+            )
+
+
+def _expect_good_sae(health: Health, where: str, artefact: Artefact, settings: CheckSettings, *, later_round: bool) -> None:
+    sae, last, least = artefact.recipe["settings"]["sae"], artefact.provenance["last_step"], settings.min_explained_variance
     variance, l0, dead = last["explained_variance"], last["l0"], last["dead_features"]
     health.measured |= {"explained variance (last batch)": variance, "L0 [features per token]": l0, "dead features": dead}
     health.expect(
         dead <= settings.max_dead_features,
-        f"{subject.place}: {dead:.0%} of its features are dead, more than {settings.max_dead_features:.0%}: "
+        f"{where}: {dead:.0%} of its features are dead, more than {settings.max_dead_features:.0%}: "
         "train on more tokens, or set a smaller expansion or a larger aux_loss_coefficient",
     )
-    dead_after, n_tokens = subject.settings["training"]["dead_after_tokens"], subject.provenance["train_tokens"]
+    dead_after, n_tokens = artefact.recipe["settings"]["training"]["dead_after_tokens"], artefact.provenance["train_tokens"]
     health.expect(
         dead_after is None or dead_after < n_tokens,
-        f"{subject.place}: no feature can be called dead or be revived: training.dead_after_tokens is {dead_after}, and it trained on "
+        f"{where}: no feature can be called dead or be revived: training.dead_after_tokens is {dead_after}, and it trained on "
         f"{n_tokens} tokens. Lower it, or leave it out for a tenth of the tokens",
     )
-    target = subject.settings["sae"].get("k", settings.target_l0)
+    target = sae.get("k", settings.target_l0)
     if target:
-        health.expect(
-            abs(l0 - target) <= settings.l0_tolerance * target,
-            f"{subject.place}: {l0:.4g} features fire per token, and the target is {target:g} "
-            f"(+-{settings.l0_tolerance:.0%}): {_how_to_reach(target, l0, subject.settings['sae'])}",
-        )
-    later_round = subject.name.startswith("round_") and subject.name != "round_1"
+        coefficient = next((name for name in ("l1_coefficient", "l0_coefficient") if name in sae), None)
+        how = "fewer pre-activations than k are positive; is the learning rate too high?"
+        if coefficient:
+            how = f"{'lower' if l0 < target else 'raise'} sae.{coefficient}"
+        tolerance = settings.l0_tolerance
+        message = f"{where}: {l0:.4g} features fire per token, and the target is {target:g} (+-{tolerance:.0%}): {how}"
+        health.expect(abs(l0 - target) <= tolerance * target, message)
     if later_round:
         health.expect(
             variance >= MIN_ROUND_GAIN,
-            f"{subject.place} explains {variance:.2%} of the residual of the earlier rounds, too little to reduce it: "
+            f"{where} explains {variance:.2%} of the residual of the earlier rounds, too little to reduce it: "
             "use fewer members or a lower learning rate",
         )
-    elif settings.min_explained_variance is not None:
-        health.expect(
-            variance >= settings.min_explained_variance,
-            f"{subject.place}: explained variance {variance:.3f} on the last training batch is below {settings.min_explained_variance:g}",
-        )
-
-
-def _how_to_reach(target: float, l0: float, sae: Mapping[str, Any]) -> str:
-    coefficient = next((name for name in ("l1_coefficient", "l0_coefficient") if name in sae), None)
-    if coefficient:
-        return f"{'lower' if l0 < target else 'raise'} sae.{coefficient}"
-    return "fewer pre-activations than k are positive; is the learning rate too high?"
+    elif least is not None:
+        message = f"{where}: explained variance {variance:.3f} on the last training batch is below {least:g}"
+        health.expect(variance >= least, message)

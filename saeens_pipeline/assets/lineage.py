@@ -59,6 +59,10 @@ class Stored(NamedTuple):
     partition: Partition
     artefact: Artefact
 
+    @property
+    def place(self) -> str:
+        return place(self.address, self.partition)
+
 
 def lineage(store: Store, declarations: Iterable[Declaration], argument: str) -> Ancestor:
     """Return the lineage of a table row, an asset, or a data version, which may be shortened to a unique beginning.
@@ -69,7 +73,10 @@ def lineage(store: Store, declarations: Iterable[Declaration], argument: str) ->
     """
     genealogy = _Genealogy(store, declarations)
     name, filters = _parse(argument)
-    named = _one_address([each for each in genealogy.stored if _is_called(each.address, name)], argument)
+    named = [each for each in genealogy.stored if _is_called(each.address, name)]
+    addresses = list(dict.fromkeys(str(each.address) for each in named))
+    if len(addresses) > 1:
+        raise _refusal(f"{argument!r} can be any of several assets", addresses)
     if not named:
         return genealogy.trace(genealogy.of_version(argument))
     chosen = [each for each in named if _matches(each.partition, filters)]
@@ -89,9 +96,7 @@ class _Genealogy:
     def __init__(self, store: Store, declarations: Iterable[Declaration]) -> None:
         self._store = store
         self._declarations = {declaration.address: declaration for declaration in declarations}
-        self.stored = [
-            Stored(each.address, each.partition, each.artefact) for each in all_artefacts(store.root) if isinstance(each.artefact, Artefact)
-        ]
+        self.stored = [Stored(address, where, made) for address, where, made in all_artefacts(store.root) if isinstance(made, Artefact)]
         self._by_place = {(each.address, each.partition): each for each in self.stored}
         self._shown: set[str] = set()
 
@@ -99,34 +104,31 @@ class _Genealogy:
         """Return the artefact whose data version begins with `argument`."""
         found = [each for each in self.stored if each.artefact.data_version.startswith(argument)] if _VERSION.fullmatch(argument) else []
         if len({each.artefact.data_version for each in found}) > 1:
-            raise _refusal(
-                f"{argument!r} begins several data versions", [f"{each.artefact.data_version} ({_place(each)})" for each in found]
-            )
+            candidates = [f"{each.artefact.data_version} ({each.place})" for each in found]
+            raise _refusal(f"{argument!r} begins several data versions", candidates)
         if found:
             return next((each for each in found if "same_as" not in each.artefact.provenance), found[0])
         name, _ = _parse(argument)
         declared = [address for address in self._declarations if _is_called(address, name)]
         if declared:
-            maker = "it can be materialised in the UI" if declared[0].owner == LEADERBOARD else f"`saeens run {declared[0].owner}` makes it"
-            raise SaeensError(f"{declared[0]} is not made yet: {maker}")
+            remedy = "materialise it in the UI" if declared[0].owner == LEADERBOARD else f"`saeens run {declared[0].owner}` computes it"
+            raise SaeensError(f"{declared[0]} is not computed yet: {remedy}")
         if _VERSION.fullmatch(argument):
             raise SaeensError(f"no artefact below {self._store.root} has a data version that begins with {argument}")
         known = {*self._declarations, *(each.address for each in self.stored)}
         full_names = {name: str(address) for address in known for name in (address.name, str(address))}
         close = [full_names[match] for match in get_close_matches(name, full_names, n=MAX_CANDIDATES)]
-        candidates = list(dict.fromkeys(close)) or sorted(map(str, known))
-        raise _refusal(f"{argument!r} is no table, asset or data version", candidates)
+        lists = "" if close else ": `saeens tables` lists the tables, `saeens status EXPERIMENT` the assets"
+        raise _refusal(f"{argument!r} is no table, asset or data version{lists}", list(dict.fromkeys(close)))
 
     def trace(self, stored: Stored, role: str = "") -> Ancestor:
         """Return an artefact with its ancestors."""
         artefact = stored.artefact
         if artefact.data_version in self._shown:
-            return Ancestor(_place(stored), role, artefact.data_version, shown_before=True)
+            return Ancestor(stored.place, role, artefact.data_version, shown_before=True)
         self._shown.add(artefact.data_version)
-        parents = [self.trace_version(*each) for each in self.inputs(stored)]
-        return Ancestor(
-            _place(stored), role, artefact.data_version, _facts(artefact), self.damage(stored), parents=(*parents, *_origins(artefact))
-        )
+        parents = (*(self.trace_version(*each) for each in self.inputs(stored)), *_origins(artefact))
+        return Ancestor(stored.place, role, artefact.data_version, _facts(artefact), self.damage(stored), parents=parents)
 
     def damage(self, stored: Stored) -> str:
         """Return the error message for an artefact with damaged files; empty if they are intact."""
@@ -166,11 +168,8 @@ def _trace_row(genealogy: _Genealogy, tables: Sequence[Stored], filters: Mapping
         genealogy.trace_version(version, _expected_sae(row, number), f"SAE {number}")
         for number, version in enumerate(re.findall("[^,;]+", row["sae_data_versions"]), start=1)
     ]
-    sources = [  # the tokens are parents of the activations
-        (version, where)
-        for version, where, _ in genealogy.inputs(table)
-        if where and where[0].kind == "source" and where[0].name == "activations"
-    ]
+    # the tokens are parents of the activations
+    sources = [(version, where) for version, where, role in genealogy.inputs(table) if where and role == "activations"]
     shown = [f"{name} {row[name]}" for name in _ROW_NAMES if name != "experiment" and row.get(name) is not None]
     return Ancestor(
         ", ".join([str(table.address), *shown]),
@@ -228,14 +227,10 @@ def _facts(artefact: Artefact) -> tuple[str, ...]:
 
 def _origins(artefact: Artefact) -> list[Ancestor]:
     """Return inputs that are no artefacts: corpus and tokenizer of tokens, language model of activations."""
-    settings = artefact.recipe["settings"]
-    match artefact.recipe["builder"]:
-        case "tokens":
-            return [_origin("corpus", settings["corpus"]), _origin("tokenizer", settings["tokenizer"])]
-        case "activations":
-            return [_origin(f"language model, {settings['weights']} weights", settings["language_model"])]
-        case _:
-            return []
+    settings, builder = artefact.recipe["settings"], artefact.recipe["builder"]
+    if builder == "tokens":
+        return [_origin("corpus", settings["corpus"]), _origin("tokenizer", settings["tokenizer"])]
+    return [_origin(f"language model, {settings['weights']} weights", settings["language_model"])] if builder == "activations" else []
 
 
 def _origin(role: str, identity: Mapping[str, Any] | str) -> Ancestor:
@@ -247,15 +242,11 @@ def _origin(role: str, identity: Mapping[str, Any] | str) -> Ancestor:
     facts = []
     for key, value in others.items():
         if isinstance(value, dict):
-            entries = [f"{entry} {_short(each)}" for entry, each in value.items()]
+            entries = [f"{entry} {each[:16] if isinstance(each, str) else each}" for entry, each in value.items()]
             facts.append(f"{key}: {', '.join(entries) if len(entries) <= MAX_CANDIDATES else f'{len(entries)}, hash {digest(value)}'}")
         else:
             facts.append(f"{key} {value}")
     return Ancestor(str(name), role, digest(identity), tuple(facts))
-
-
-def _short(value: object) -> str:
-    return value[:16] if isinstance(value, str) else str(value)
 
 
 def _parse(argument: str) -> tuple[str, dict[str, str]]:
@@ -280,13 +271,6 @@ def _matches(partition: Partition, filters: Mapping[str, str]) -> bool:
     return all(own[name] == value for name, value in filters.items() if name in own)
 
 
-def _one_address(named: list[Stored], argument: str) -> list[Stored]:
-    addresses = list(dict.fromkeys(each.address for each in named))
-    if len(addresses) > 1:
-        raise _refusal(f"{argument!r} can be any of several assets", list(map(str, addresses)))
-    return named
-
-
 def _require_known(filters: Mapping[str, str], names: Sequence[str], argument: str) -> None:
     unknown = [name for name in filters if name not in names]
     if unknown:
@@ -298,10 +282,6 @@ def _written(address: Address, filters: Mapping[str, Any]) -> str:
     """Return an argument of `saeens lineage`: `quickstart/bagging/member_1:layer=1,seed=42`."""
     given = ",".join(f"{name}={value}" for name, value in filters.items() if value is not None)
     return f"{address}:{given}" if given else str(address)
-
-
-def _place(stored: Stored) -> str:
-    return place(stored.address, stored.partition)
 
 
 def _refusal(what: str, candidates: Sequence[str]) -> ConfigurationError:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from saeens_pipeline.errors import ConfigurationError
@@ -57,14 +56,22 @@ def train_in_portions(saes: Sequence[Item], batch_tokens: int, first: Portion, t
     while done < len(saes):
         group = saes[done : done + plan.portion.n_saes]
         tried = plan.portion._replace(n_saes=len(group))
-        with _smaller_if_out_of_memory(tried, batch_tokens) as smaller:
+        smaller = None
+        try:
             train(group, plan)
-        if smaller:
-            _free_memory()
-            logger.warning("out of memory with %s: going on with %s", tried, smaller[0])
-            plan = MemoryPlan(smaller[0], (*plan.too_much, tried))
-        else:
+        except Exception as error:
+            smaller = tried.half(batch_tokens) if is_out_of_memory(error) else None
+            if smaller is None:
+                raise
+        if smaller is None:
             done += len(group)
+            continue
+        gc.collect()  # after the error's end, because its traceback keeps the tensors alive
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        logger.warning("out of memory with %s: continuing with %s", tried, smaller)
+        plan = MemoryPlan(smaller, (*plan.too_much, tried))
 
 
 class TrainingMemory(NamedTuple):
@@ -111,26 +118,3 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-
-
-@contextlib.contextmanager
-def _smaller_if_out_of_memory(tried: Portion, batch_tokens: int) -> Iterator[list[Portion]]:
-    """Give a list to which the next portion to try is added when memory runs out inside. Other errors are raised.
-
-    The out-of-memory error ends here, because its traceback keeps the tensors alive.
-    """
-    smaller: list[Portion] = []
-    try:
-        yield smaller
-    except Exception as error:
-        half = tried.half(batch_tokens) if is_out_of_memory(error) else None
-        if half is None:
-            raise
-        smaller.append(half)
-
-
-def _free_memory() -> None:
-    gc.collect()
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any, Literal, NamedTuple
 
 import polars as pl
 
-from saeens_pipeline.assets.declarations import Declaration, Dimensions, Input, Op, Reference, RunContext, Task
-from saeens_pipeline.assets.sources import SourceFacts, tokens_of
-from saeens_pipeline.errors import ConfigurationError
+from saeens_pipeline.assets.declarations import (
+    Declaration,
+    Dimensions,
+    Input,
+    Op,
+    Reference,
+    RunContext,
+    SourceFacts,
+    Task,
+    fields_of,
+)
+from saeens_pipeline.assets.sources import tokens_of
+from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.settings.experiments import CheckSettings, ExperimentSettings
-from saeens_pipeline.storage.names import Address, Partition
+from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.recipes import Artefact, Store
 from saeens_pipeline.storage.tables import Column, frame
 
@@ -35,7 +45,7 @@ SUBJECT = (
 
 
 class Headline(NamedTuple):
-    """A column that stands for its table in summaries."""
+    """A column, or one of the table's totals, that stands for its table in summaries, on pages and in pictures."""
 
     title: str
     column: str
@@ -43,6 +53,17 @@ class Headline(NamedTuple):
     """Format specification."""
     in_summary: bool = True
     """True: `saeens run` prints it."""
+    place: int = 0
+    """Place among the columns of the main table of pages, from 1; 0: not one of them."""
+    name: str = ""
+    """Name on axes; empty: the title."""
+    about: str = ""
+    """Meaning on pages; empty: that of the column."""
+    better: Literal["more", "less", ""] = ""
+    log: bool = False
+    """True: axes are logarithmic."""
+    table: str = ""
+    """Name of the table, which `register` fills in."""
 
 
 class Markdown(str):
@@ -53,22 +74,33 @@ class SharedPass(NamedTuple):
     """Work that several tables share, such as one pass over the test activations: done once for the tables of one op."""
 
     name: str
-    run: Callable[[Subject, RunContext, Partition, Collection[str]], Any]
-    """Do the work for the tables of these names; its result is `Making.shared`."""
+    run: Callable[[Making], Any]
+    """Do the work for the tables `Making.wanted`; its result is `Making.shared`."""
 
 
-@dataclass
+class Measured(NamedTuple):
+    """A method and size of one partition."""
+
+    method: str
+    n_members: int
+    dictionary: Declaration
+    """The whole ensemble, or the baseline."""
+    saes: list[Artefact]
+    """The SAEs that are measured, in member order: the first ones of `dictionary`."""
+
+
+@dataclass(frozen=True)
 class Making:
-    """The arguments of a table's `rows`."""
+    """The arguments of a table's `rows`: the dictionaries, the run, and the partition."""
 
     subject: Subject
     context: RunContext
     partition: Partition
-    table: str
-    """Name of the table."""
-    provenance: dict[str, Any]
-    """Fields that `rows` adds to the table's record, which also has run, device and time."""
+    wanted: Collection[str]
+    """Names of the tables that are made together."""
     run_shared_pass: Callable[[], Any]
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """Fields that `rows` adds to the table's record, which also has run, device and time."""
 
     @property
     def shared(self) -> Any:
@@ -78,6 +110,55 @@ class Making:
     @property
     def store(self) -> Store:
         return self.context.store
+
+    @property
+    def experiment(self) -> ExperimentSettings:
+        return self.subject.experiment
+
+    @property
+    def device(self) -> str:
+        """Return the device of evaluations, which has float64."""
+        return self.context.compute.resolve(float64=True)
+
+    @property
+    def of_seeds(self) -> list[Making]:
+        """Return the same for each seed of the layer."""
+        return [replace(self, partition=Partition(self.partition.layer, seed)) for seed in self.experiment.ensemble.seeds]
+
+    def require(self, reference: Reference) -> Artefact:
+        """Return an artefact of this partition. Raises MissingInputError if it does not exist."""
+        return reference.require(self.store, self.partition)
+
+    def members(self, dictionary: Declaration) -> list[Artefact]:
+        """Return the SAEs of an ensemble, in member order, or a baseline alone. Raises SaeensError if the ensemble was made from others."""
+        if dictionary.builder != "ensemble":
+            return [self.require(dictionary)]
+        named = self.require(dictionary).recipe["inputs"]
+        members = {name: self.store.require(each.address, where) for name, each, where in dictionary.input_partitions(self.partition)}
+        for name, member in members.items():
+            if member.data_version != named[name]:
+                raise SaeensError(f"{member.path} has changed since {dictionary.address} was made from it: make that again first")
+        return list(members.values())
+
+    def methods(self) -> Iterator[Measured]:
+        """Give every measured method and size."""
+        yield Measured("single", 1, self.subject.bagging, self.members(self.subject.bagging)[:1])
+        for method, n_members, dictionary in self.subject.whole:
+            saes = self.members(dictionary)
+            sizes = range(1, len(saes) + 1) if dictionary.builder == "ensemble" else [n_members]
+            yield from (Measured(method, n, dictionary, saes[:n]) for n in sizes)
+
+    def row(self, method: str, n_members: int, saes: Iterable[Artefact]) -> Row:
+        """Return the columns `SUBJECT` of a row about these SAEs."""
+        return {
+            "experiment": self.experiment.name,
+            "layer": self.partition.layer,
+            "seed": self.partition.seed,
+            "language_model": self.require(self.subject.activations).recipe["settings"]["weights"],
+            "method": method,
+            "n_members": n_members,
+            "sae_data_versions": ",".join(sae.data_version for sae in saes),
+        }
 
 
 @dataclass(frozen=True)
@@ -118,8 +199,10 @@ class Table:
     announcement: Callable[[ExperimentSettings, int], str] = lambda experiment, n_partitions: ""
     """Return the text that `saeens run` prints before it computes that number of partitions of the table."""
     headlines: tuple[Headline, ...] = ()
-    seed_metrics: Mapping[str, str] = field(default_factory=dict)
-    """Metrics of the leaderboard, which has their mean, interval and points over seeds: meaning by column."""
+    seed_metrics: tuple[str, ...] = ()
+    """Metrics of the leaderboard: columns of which it has mean, interval and points over seeds."""
+    forecast: Callable[[ExperimentSettings, int], Iterable[tuple[str, float | None, str, str]]] = lambda experiment, n_partitions: ()
+    """Give lines of `saeens plan` for that number of partitions of the table: item, amount or None if not known, unit and note."""
     over_experiments: bool = False
     """True: it compares experiments. False: it belongs to one experiment."""
     may_be_empty: bool = False
@@ -133,7 +216,7 @@ class Table:
     """Return a note for readers of the table, given experiment, seeds, and one layer or None for all."""
     sae_part: str = "weights"
     """The part of an SAE that it reads, as named in the column lineage."""
-    source_parts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    source_parts: Mapping[str, Mapping[str, str]] = field(default_factory=lambda: {"activations": {"*": "test/activations"}})
     """The part of a source that a column reads, by asset and column; `*` stands for all columns that are not listed."""
 
     @property
@@ -151,8 +234,13 @@ def register(table: Table) -> Table:
     """Add a table to the registry. Raises ValueError for a name in use."""
     if table.name in TABLES:
         raise ValueError(f"table {table.name!r} is registered twice")
-    TABLES[table.name] = table
-    return table
+    about = {} if callable(table.columns) else {column.name: column.description for column in table.columns}
+    headlines = (
+        each._replace(name=each.name or each.title, about=each.about or about.get(each.column, ""), table=table.name)
+        for each in table.headlines
+    )
+    TABLES[table.name] = replace(table, headlines=tuple(headlines))
+    return TABLES[table.name]
 
 
 def listed(*, over_experiments: bool | None = None) -> list[Table]:
@@ -179,9 +267,20 @@ def table_frame(name: str, rows: Iterable[Mapping[str, Any]]) -> pl.DataFrame:
     return frame(name, columns_of(name), rows)
 
 
+def columns_frame(name: str, same: Row, columns: Mapping[str, Any]) -> pl.DataFrame:
+    """Return columns, with `same` in every row, as a data frame with exactly the table's columns; those that are not given are null."""
+    rows, empty = pl.DataFrame(columns).with_columns(pl.lit(value).alias(column) for column, value in same.items()), table_frame(name, [])
+    rows = pl.concat([empty, rows], how="diagonal_relaxed")
+    return rows.select(empty.columns).cast(empty.schema)  # pyright: ignore[reportArgumentType]  # a schema is what cast takes
+
+
 def seed_metrics() -> dict[str, tuple[str, str]]:
     """Return the metrics of the leaderboard: table and meaning by column, in order."""
-    return {column: (table.name, meaning) for table in listed(over_experiments=False) for column, meaning in table.seed_metrics.items()}
+    return {
+        name: (table.name, next(column.description for column in table.all_columns if column.name == name))
+        for table in listed(over_experiments=False)
+        for name in table.seed_metrics
+    }
 
 
 def evaluations_of(experiment: ExperimentSettings) -> list[Table]:
@@ -242,63 +341,23 @@ class Subject:
         """Return both ensembles and the baselines."""
         return [self.bagging, self.boosting, *(declaration for _, _, declaration in self.baselines)]
 
-    @cached_property
-    def tables(self) -> dict[str, Declaration]:
-        """Return the tables that the experiment fills, by name."""
-        return {table.name: self._declare(table) for table in evaluations_of(self.experiment)}
-
     def table(self, name: str) -> Declaration:
-        """Return the declaration of a table that another table requires."""
-        return self._declare(TABLES[name])
-
-    def _declare(self, table: Table) -> Declaration:
-        experiment = self.experiment
+        """Return the declaration of a table of the experiment."""
+        table, experiment = TABLES[name], self.experiment
         settings: dict[str, Any] = {"members": experiment.ensemble.members}
         if table.dimensions == "layer":
             settings["seeds"] = experiment.ensemble.seeds
         return Declaration(
-            address=Address(experiment.name, "eval", table.name),
-            dimensions=table.dimensions,
+            **fields_of(experiment, "eval", table.name, table.dimensions, table=table.name),
             builder=f"table {table.name}",
             version=table.version,
             settings={**settings, **table.settings(experiment)},
             partition_settings=lambda partition: table.partition_settings(experiment),
             unavailable=table.unavailable,
             inputs=tuple(Input(each.address.name, each) for each in table.inputs(self)),
-            source=experiment.source,
-            seeds=tuple(experiment.ensemble.seeds),
             kinds=frozenset({"parquet", "polars"}),
-            tags={"experiment": experiment.name, "source": experiment.source, "table": table.name},
             description=f"{table.question}\n\n`saeens table {experiment.name} {table.name}` prints it.",
         )
-
-    def row(self, store: Store, partition: Partition, method: str, n_members: int, saes: Sequence[str]) -> Row:
-        """Return the columns `SUBJECT`; `saes` are data versions."""
-        activations = store.require(self.activations.address, self.activations.narrow(partition))
-        return {
-            "experiment": self.experiment.name,
-            "layer": partition.layer,
-            "seed": partition.seed,
-            "language_model": activations.recipe["settings"]["weights"],
-            "method": method,
-            "n_members": n_members,
-            "sae_data_versions": ",".join(saes),
-        }
-
-    def members(self, store: Store, ensemble: Declaration, partition: Partition) -> list[Artefact]:
-        """Return the SAEs of an ensemble, in member order."""
-        return [store.require(artefact.address, where) for _, artefact, where in ensemble.input_partitions(partition)]
-
-    def methods(self, store: Store, partition: Partition) -> Iterator[tuple[str, int, list[Artefact]]]:
-        """Give every measured method and size: method, n_members, and SAEs."""
-        bagging, boosting = self.members(store, self.bagging, partition), self.members(store, self.boosting, partition)
-        yield "single", 1, bagging[:1]
-        for n in range(1, len(bagging) + 1):
-            yield "bagging", n, bagging[:n]
-        for n in range(1, len(boosting) + 1):
-            yield "boosting", n, boosting[:n]
-        for method, n, declaration in self.baselines:
-            yield method, n, [store.require(declaration.address, partition)]
 
     @property
     def whole(self) -> list[tuple[str, int, Declaration]]:
@@ -317,32 +376,26 @@ def table_ops(subject: Subject) -> list[Op]:
 
 def _table_op(subject: Subject, name: str, tables: Sequence[Table]) -> Op:
     def make(context: RunContext, tasks: Sequence[Task]) -> None:
-        partition, wanted = tasks[0].partition, {task.declaration.address.name for task in tasks}
-        shared = _Once(lambda shared_pass: shared_pass.run(subject, context, partition, wanted))
+        @cache
+        def run_shared_pass() -> Any:
+            assert tables[0].shared_pass is not None, "a table without a shared pass asks for its result"
+            return tables[0].shared_pass.run(making)
+
+        wanted = {task.declaration.address.name for task in tasks}
+        making = Making(subject, context, tasks[0].partition, wanted, run_shared_pass)
         made: list[tuple[Task, pl.DataFrame, dict[str, Any]]] = []
         with context.compute.measure() as measured:
             for task in tasks:
-                table = TABLES[task.declaration.address.name]
-                making = Making(subject, context, partition, table.name, {}, lambda table=table: shared(table.shared_pass))
+                table, of_table = TABLES[task.declaration.address.name], replace(making, provenance={})
                 assert table.rows is not None, "complaint_about refuses tables over experiments"
-                rows = table.rows(making)
-                made.append((task, rows if isinstance(rows, pl.DataFrame) else table_frame(table.name, rows), making.provenance))
+                rows = table.rows(of_table)
+                made.append((task, rows if isinstance(rows, pl.DataFrame) else table_frame(table.name, rows), of_table.provenance))
         for task, rows, provenance in made:
             context.store.write_table(*task.where, task.recipe, context.provenance(task.declaration) | vars(measured) | provenance, rows)
 
-    outputs = tuple(subject.tables[table.name] for table in tables)
-    return Op(f"{subject.experiment.name}__eval__{name}", outputs, make, on_device=any(table.on_device for table in tables))
+    def check(store: Store, wanted: Sequence[tuple[Declaration, Partition]], facts: Callable[[], SourceFacts]) -> None:
+        for table in dict.fromkeys(declaration.address.name for declaration, _ in wanted):
+            TABLES[table].preflight(subject.experiment, facts)
 
-
-class _Once:
-    """A cache: the function of a shared pass is called once, and its result is kept."""
-
-    def __init__(self, run: Callable[[SharedPass], Any]) -> None:
-        self._run = run
-        self._results: dict[str, Any] = {}
-
-    def __call__(self, shared_pass: SharedPass | None) -> Any:
-        assert shared_pass is not None, "a table without a shared pass asks for its result"
-        if shared_pass.name not in self._results:
-            self._results[shared_pass.name] = self._run(shared_pass)
-        return self._results[shared_pass.name]
+    outputs, on_device = tuple(subject.table(table.name) for table in tables), any(table.on_device for table in tables)
+    return Op(f"{subject.experiment.name}__eval__{name}", outputs, make, on_device, preflight=check)

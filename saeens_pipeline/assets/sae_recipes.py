@@ -16,17 +16,12 @@ START = "initial weights"
 """Name of the input that provides the initial weights of an SAE."""
 
 
-def sae_config(fields: Mapping[str, Any], d_in: int, *, seed: int, name: str) -> SAEConfig:
-    """Return the configuration that a recipe's `sae` describes for activations of width d_in. Raises ConfigurationError, with `name`."""
+def sae_config(sae: SAESettings | Mapping[str, Any], d_in: int, *, seed: int, name: str) -> SAEConfig:
+    """Return the configuration of settings or of a recipe's `sae` for activations of width d_in. Raises ConfigurationError, with `name`."""
     from saeens_models import SAESettings
 
-    return config_of_settings(SAESettings.model_validate(fields), d_in, seed=seed, name=name)
-
-
-def config_of_settings(sae: SAESettings, d_in: int, *, seed: int, name: str) -> SAEConfig:
-    """Return the configuration of settings for activations of width d_in. Raises ConfigurationError, with `name`."""
     try:
-        return sae.config(d_in, seed)
+        return SAESettings.model_validate(sae).config(d_in, seed)
     except ValidationError as error:
         reasons = "; ".join(each["msg"].removeprefix("Value error, ") for each in error.errors())
         raise ConfigurationError(f"{name}: attributes.sae cannot be built for activations of width {d_in}: {reasons}") from None

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from saeens_pipeline.assets.declarations import Declaration, Input, Op, Reference, RunContext, Task
-from saeens_pipeline.assets.sae_recipes import START, config_of_settings, sae_config
+from saeens_pipeline.assets.declarations import Declaration, Input, Op, Reference, RunContext, Task, fields_of
+from saeens_pipeline.assets.sae_recipes import START, sae_config
 from saeens_pipeline.assets.sources import tokens_of
 from saeens_pipeline.settings.experiments import MAX_MEMBERS, ExperimentSettings
-from saeens_pipeline.storage.names import Address, Kind, Partition
+from saeens_pipeline.storage.names import Kind, Partition
 
 if TYPE_CHECKING:
     from saeens_models import SAEConfig, SAESettings
@@ -46,20 +45,13 @@ def init_seed(ensemble_seed: int, index: int) -> int:
     return ensemble_seed * (MAX_MEMBERS + 1) + index
 
 
-def sae_op(
-    name: str,
-    experiment: ExperimentSettings,
-    targets: Sequence[Target],
-    given: Reference,
-    *,
-    twin: Reference | None = None,
-) -> Op:
+def sae_op(name: str, experiment: ExperimentSettings, targets: Sequence[Target], given: Reference, *, twin: Reference | None = None) -> Op:
     """Declare SAEs that are trained together on one stream of `given` (activations or a residual).
 
     `twin`: an SAE made earlier that may have the same recipe. If it has, or an SAE of another experiment has, its files are linked and
     nothing is trained. SAEs that are trained together have no `documents`, `epochs` or `training` of their own.
     """
-    outputs = tuple(_declare(experiment, target, given, partial(_seeds, target.init_index), after=twin) for target in targets)
+    outputs = tuple(_declare(experiment, target, given, after=twin) for target in targets)
 
     def make(context: RunContext, tasks: Sequence[Task]) -> None:
         from saeens_pipeline.assets.training import train_saes
@@ -76,14 +68,9 @@ def concurrent_rounds_op(name: str, experiment: ExperimentSettings, rounds: Sequ
     and is linked if the twin exists. No round depends on later ones: missing rounds are made by training all rounds up to the last
     missing one.
     """
-    first, *later = rounds
-    outputs = [_declare(experiment, first, given, partial(_seeds, first.init_index), after=twin)]
-    for number, target in enumerate(later, start=1):
-        seeds = partial(_seeds_after, tuple(each.init_index for each in rounds[:number]), target.init_index)
-        settings: dict[str, Any] = {"boosting": "concurrent"}
-        if isinstance(experiment.sae, list):
-            settings["saes_before"] = [each.sae.to_json() for each in rounds[:number]]
-        outputs.append(_declare(experiment, target, given, seeds, after=outputs[-1], settings=settings))
+    outputs: list[Declaration] = []
+    for number, target in enumerate(rounds):
+        outputs.append(_declare(experiment, target, given, after=outputs[-1] if outputs else twin, before=rounds[:number]))
 
     def make(context: RunContext, tasks: Sequence[Task]) -> None:
         from saeens_pipeline.assets.training import train_rounds
@@ -94,62 +81,45 @@ def concurrent_rounds_op(name: str, experiment: ExperimentSettings, rounds: Sequ
 
 
 def _declare(
-    experiment: ExperimentSettings,
-    target: Target,
-    given: Reference,
-    seeds: Callable[[Partition], Mapping[str, Any]],
-    *,
-    after: Reference | None,
-    settings: Mapping[str, Any] | None = None,
+    experiment: ExperimentSettings, target: Target, given: Reference, *, after: Reference | None, before: Sequence[Target] = ()
 ) -> Declaration:
-    training = {**experiment.complete_training, **target.training}
-    every_sae = {"sae": target.sae.to_json(), "training": training}
-    own = ({"documents": target.documents} if target.documents else {}) | ({"epochs": target.epochs} if target.epochs > 1 else {})
-    own |= {"boosting_scale": target.boosting_scale} if target.boosting_scale else {}
-    inputs = [Input("activations", given)]
+    """Declare an SAE that is made after `after`; `before` are the earlier rounds that are trained concurrently."""
+    settings: dict[str, Any] = {"sae": target.sae.to_json(), "training": {**experiment.complete_training, **target.training}}
+    settings |= {"documents": target.documents} if target.documents else {}
+    settings |= {"epochs": target.epochs} if target.epochs > 1 else {}
+    settings |= {"boosting_scale": target.boosting_scale} if target.boosting_scale else {}
+    settings |= {"boosting": "concurrent"} if before else {}
+    settings |= {"saes_before": [each.sae.to_json() for each in before]} if before and isinstance(experiment.sae, list) else {}
+    method, inputs = target.kind if target.kind != "baseline" else target.name, [Input("activations", given)]
     inputs += [Input("tokens", tokens_of(experiment.source))] if target.documents else []
     inputs += [Input(START, target.start_from)] if target.start_from else []
     inputs += [Input(after.address.name, after, decides=False)] if after else []
+
+    def seeds(partition: Partition) -> dict[str, Any]:
+        """Return the seeds of the SAE: those of an ensemble share the order of the data. Earlier concurrent rounds decide its input."""
+        assert partition.seed is not None, "SAEs are partitioned by layer and seed"
+        first, *others = (init_seed(partition.seed, each.init_index) for each in (target, *before))
+        return {"init_seed": first, "data_seed": partition.seed} | ({"init_seeds_before": others} if before else {})
+
     return Declaration(
-        address=Address(experiment.name, target.kind, target.name),
-        dimensions="layer_and_seed",
+        **fields_of(experiment, target.kind, target.name, method=method, architecture=target.sae.architecture),
         builder="sae",
         version=SAE_VERSION,
-        settings={**every_sae, **own, **(settings or {})},
+        settings=settings,
         partition_settings=seeds,
         inputs=tuple(inputs),
-        source=experiment.source,
-        seeds=tuple(experiment.ensemble.seeds),
         kinds=frozenset({"pytorch"}),
-        tags=_tags(experiment, target) | {"architecture": target.sae.architecture},
         description=target.description,
     )
-
-
-def _seeds(init_index: int, partition: Partition) -> dict[str, int]:
-    """Return the seeds of one SAE. SAEs of an ensemble share the order of the data and differ in their initial weights."""
-    assert partition.seed is not None, "SAEs are partitioned by layer and seed"
-    return {"init_seed": init_seed(partition.seed, init_index), "data_seed": partition.seed}
-
-
-def _seeds_after(init_indices_before: Sequence[int], init_index: int, partition: Partition) -> dict[str, Any]:
-    """Return the seeds of a concurrently trained round, with those of the earlier rounds, which decide its input."""
-    assert partition.seed is not None, "SAEs are partitioned by layer and seed"
-    return _seeds(init_index, partition) | {"init_seeds_before": [init_seed(partition.seed, index) for index in init_indices_before]}
 
 
 def validate_targets(experiment: ExperimentSettings, d_in: int) -> None:
     """Raise ConfigurationError if one of the experiment's SAEs cannot be built on activations of this width."""
     pursuit = [experiment.pursuit_sae] if "matching_pursuit" in experiment.baselines else []
     for sae in [*experiment.saes, *pursuit]:
-        config_of_settings(sae, d_in, seed=0, name=experiment.name)
+        sae_config(sae, d_in, seed=0, name=experiment.name)
 
 
 def config_of(declaration: Declaration, d_in: int) -> SAEConfig:
     """Return the configuration of a declared SAE for activations of this width, with seed 0. Raises as `validate_targets`."""
     return sae_config(declaration.settings["sae"], d_in, seed=0, name=str(declaration.address))
-
-
-def _tags(experiment: ExperimentSettings, target: Target) -> dict[str, str]:
-    method = target.kind if target.kind != "baseline" else target.name
-    return {"experiment": experiment.name, "source": experiment.source, "method": method}

@@ -54,12 +54,9 @@ def plan(store: Store, ops: Sequence[Op], layers: Sequence[int], seeds: Sequence
     known: dict[tuple[Address, Partition], Status] = {}
 
     def stage(partition: Partition, declarations: list[Declaration]) -> Stage:
-        statuses = []
-        for declaration in declarations:
-            status = _status(store, declaration, partition, known)
-            known[status.where] = status
-            statuses.append(status)
-        return Stage(partition, tuple(statuses))
+        for each in declarations:
+            known[each.address, partition] = _status(store, each, partition, known)
+        return Stage(partition, tuple(known[each.address, partition] for each in declarations))
 
     activations = [d for d in outputs if d.dimensions == "layer" and d.address.kind == "source"]
     per_seed = [d for d in outputs if d.dimensions == "layer_and_seed"]

@@ -1,9 +1,11 @@
-"""Training of SAEs: streams of activations, checkpoints, memory, files and records. Training steps are in `saeens_models`."""
+"""Training of SAEs: streams of activations, checkpoints, memory, files, records and live curves. Training steps are in `saeens_models`."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,18 +18,24 @@ from saeens_models.training import Checkpoints, CurvePoint, checkpoint_bytes, on
 from saeens_pipeline import progress
 from saeens_pipeline.assets.declarations import Declaration, Reference, RunContext, Task
 from saeens_pipeline.assets.kernels import load_kernels
-from saeens_pipeline.assets.live_curves import LiveCurves
 from saeens_pipeline.assets.memory import MemoryPlan, Portion, portion_within, train_in_portions
 from saeens_pipeline.assets.residuals import open_reader
 from saeens_pipeline.assets.sae_recipes import START, sae_config
-from saeens_pipeline.assets.specialised import open_documents
+from saeens_pipeline.assets.sources import activations_of, tokens_of
 from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.language_models.descriptions import TRANSFORMER_LENS
-from saeens_pipeline.storage.activations import ActivationReader, ActivationStatistics, require_free_disk
+from saeens_pipeline.language_models.tokens import open_tokens
+from saeens_pipeline.storage.activations import ActivationReader, ActivationStatistics, ActivationStore
 from saeens_pipeline.storage.checkpoints import checkpoint_file, checkpoint_seconds
-from saeens_pipeline.storage.disk import is_full_disk
-from saeens_pipeline.storage.names import CURVE_FILE, Address, Partition
-from saeens_pipeline.storage.recipes import Store
+from saeens_pipeline.storage.disk import is_full_disk, require_free_disk
+from saeens_pipeline.storage.names import CURVE_FILE, Partition
+from saeens_pipeline.storage.recipes import Artefact, Store
+from saeens_pipeline.storage.selection import SelectedDocuments
+
+MOST_OBSERVATIONS = 30
+"""Largest number of live observations of one SAE: those of an asset share one time axis and fill its page of events."""
+INTERVAL_SECONDS = 30.0
+"""Time between two: each costs about 0.04 s, and a training of less than a minute needs none."""
 
 
 class _Trained(NamedTuple):
@@ -56,7 +64,7 @@ def train_saes(context: RunContext, tasks: Sequence[Task], given: Reference, out
 def _initial(store: Store, task: Task) -> SAE | None:
     """Return the SAE that provides the initial weights, if the task has one."""
     start = next((each.artefact for each in task.declaration.inputs if each.name == START), None)
-    return sm.load_sae(store.require(start.address, task.partition).path) if start else None
+    return sm.load_sae(start.require(store, task.partition).path) if start else None
 
 
 def train_rounds(context: RunContext, tasks: Sequence[Task], given: Reference, rounds: Sequence[Declaration], op_name: str) -> None:
@@ -90,49 +98,76 @@ def _checkpoints(context: RunContext, tasks: Sequence[Task], outputs: Sequence[D
     if seconds is None:
         yield None
         return
-    file = checkpoint_file(context.store.root, op_name, tasks[0].partition)
-    recipes, others = [task.recipe.hash for task in tasks], _missing_beside(context.store, tasks, outputs)
-    checkpoints = Checkpoints(file, interval_seconds=seconds, recipes=recipes, others=others)
+    store, partition, of_tasks = context.store, tasks[0].partition, [task.declaration.address for task in tasks]
+    file = checkpoint_file(store.root, op_name, partition)
+    beside = {each.address: each.recipe(store, partition) for each in outputs if each.address not in of_tasks}
+    others = [recipe.hash for address, recipe in beside.items() if store.hit(address, partition, recipe) is None]  # may resume from it too
+    checkpoints = Checkpoints(file, interval_seconds=seconds, recipes=[task.recipe.hash for task in tasks], others=others)
     try:
         yield checkpoints
     except Exception as error:
         if is_full_disk(error):
-            kept = (
-                ""
-                if checkpoints.tokens is None
-                else f"; {file}, after {checkpoints.tokens:,} tokens, is kept, and training resumes from it"
-            )
-            raise SaeensError(f"the disk below {context.store.root} is full ({error}){kept}: free some space and run again") from error
+            done = checkpoints.tokens
+            kept = "" if done is None else f"; {file}, after {done:,} tokens, is kept, and training resumes from it"
+            raise SaeensError(f"the disk below {store.root} is full ({error}){kept}: free some space and run again") from error
         raise
     checkpoints.remove()
 
 
-def _missing_beside(store: Store, tasks: Sequence[Task], outputs: Sequence[Declaration]) -> list[str]:
-    """Return the recipes of the op's other missing outputs, which may resume from the same checkpoint."""
-    partition, of_tasks = tasks[0].partition, {task.declaration.address for task in tasks}
-    recipes = {each.address: each.recipe(store, partition) for each in outputs if each.address not in of_tasks}
-    return [recipe.hash for address, recipe in recipes.items() if store.hit(address, partition, recipe) is None]
+def _open_documents(store: Store, activations: Artefact, source: str, labels: Mapping[str, Sequence[str]]) -> SelectedDocuments:
+    """Open the training rows of the documents with these labels. Raises SaeensError for activations made from other tokens."""
+    tokens = tokens_of(source).require(store, Partition())
+    if activations.recipe["inputs"]["tokens"] != tokens.data_version:  # the numbers of documents differ
+        raise SaeensError(f"{activations.path} was computed from tokens of {source} that have changed since: compute the activations again")
+    return SelectedDocuments(ActivationStore(activations.path), "train", open_tokens(tokens.path).documents_with("train", labels))
 
 
+@dataclass(frozen=True)
 class _Stream:
     """The shuffled training rows of a reader, in batches on the device, with progress."""
 
-    def __init__(
-        self, reader: ActivationReader, batch_tokens: int, device: str, advance: progress.Advance, *, seed: int, epochs: int
-    ) -> None:
-        self._reader, self._batch_tokens, self._seed, self._epochs = reader, batch_tokens, seed, epochs
-        self._device, self._advance = device, advance
+    reader: ActivationReader
+    batch_tokens: int
+    device: str
+    advance: progress.Advance
+    seed: int
+    epochs: int
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         return self.starting_at(0)
 
     def starting_at(self, step: int) -> Iterator[torch.Tensor]:
         if step:
-            self._advance(min(step * self._batch_tokens, self._epochs * self._reader.n_rows("train")), before=True)
-        batches = self._reader.batches("train", self._batch_tokens, seed=self._seed, epochs=self._epochs, skipped_batches=step)
-        for batch in on_device(batches, self._device):  # this may read one batch ahead: progress counts batches of the training
-            self._advance(len(batch))
+            self.advance(min(step * self.batch_tokens, self.epochs * self.reader.n_rows("train")), before=True)
+        batches = self.reader.batches("train", self.batch_tokens, seed=self.seed, epochs=self.epochs, skipped_batches=step)
+        for batch in on_device(batches, self.device):  # this may read one batch ahead: progress counts batches of the training
+            self.advance(len(batch))
             yield batch
+
+
+class _LiveCurves:
+    """Observations in Dagster of the SAEs of some tasks, at most `MOST_OBSERVATIONS` over `n_tokens`."""
+
+    def __init__(self, context: RunContext, tasks: Sequence[Task], n_tokens: int) -> None:
+        self._context, self._tasks, self._n_tokens = context, tasks, n_tokens
+        self._told, self._told_at = 0, time.monotonic()
+
+    def tell(self, points: Sequence[CurvePoint]) -> None:
+        """Report one point for each SAE if an observation is due."""
+        due = points[0].tokens * MOST_OBSERVATIONS // self._n_tokens
+        if due <= self._told or time.monotonic() - self._told_at < INTERVAL_SECONDS:
+            return
+        for task, point in zip(self._tasks, points, strict=True):
+            values = {
+                "tokens": point.tokens,
+                "loss": point.loss,
+                "explained variance": round(point.explained_variance, 4),
+                "L0 [features per token]": round(point.l0, 2),
+                "dead features": round(point.dead_features, 4),
+                "learning rate": point.learning_rate,
+            }
+            self._context.observe(task.declaration, task.partition, values)
+        self._told, self._told_at = due, time.monotonic()
 
 
 class _Training:
@@ -141,11 +176,11 @@ class _Training:
     def __init__(self, context: RunContext, tasks: Sequence[Task], given: Reference) -> None:
         store, partition = context.store, tasks[0].partition
         self._context, self._tasks = context, tasks
-        artefact = store.require(given.address, given.narrow(partition))
+        artefact = given.require(store, partition)
         self._device = context.compute.resolve()
         fields = tasks[0].recipe.settings
         if "documents" in fields:
-            reader = open_documents(store, artefact, tasks[0].declaration.source, fields["documents"])
+            reader = _open_documents(store, artefact, tasks[0].declaration.source, fields["documents"])
             statistics = reader.statistics("train")
         else:
             reader = open_reader(store, given, partition, self._device)
@@ -155,9 +190,8 @@ class _Training:
         self._n_tokens = statistics.rows * self._epochs
         mean_norm = statistics.mean_norm
         if fields.get("boosting_scale") == "shared":
-            root = _activations_of(given)
-            recorded = store.require(root.address, root.narrow(partition)).provenance["statistics"]["train"]
-            mean_norm = ActivationStatistics.from_json(recorded).mean_norm
+            activations = activations_of(tasks[0].declaration.source).require(store, partition)
+            mean_norm = ActivationStatistics.from_json(activations.provenance["statistics"]["train"]).mean_norm
         normalised = fields["training"]["normalize_activations"] != "none"
         self.config = sm.TrainingConfig(
             **fields["training"],
@@ -179,7 +213,7 @@ class _Training:
         context, n_tokens = self._context, self._n_tokens
         configs = [_config(task, self._reader.d_in) for task in tasks]
         curves: list[list[CurvePoint]] = [[] for _ in tasks]
-        live = LiveCurves(context, tasks, n_tokens)
+        live = _LiveCurves(context, tasks, n_tokens)
         first, last = tasks[0].declaration.address, tasks[-1].declaration.address.name
         label = f"{first}, {tasks[0].partition}" if len(tasks) == 1 else f"{first} to {last}, {tasks[0].partition}"
         needed = sum(4 * (2 * config.d_in + 2) * config.d_sae for config in configs)
@@ -196,19 +230,19 @@ class _Training:
             load_kernels(context.store.root, (config.architecture for config in configs))  # not counted as training
         compute = context.compute
         with compute.measure() as measured, compute.training_precision(), progress.task(label, n_tokens) as advance:
-            stream = _Stream(self._reader, self.config.batch_tokens, self._device, advance, seed=self._data_seed, epochs=self._epochs)
+            stream = _Stream(self._reader, self.config.batch_tokens, self._device, advance, self._data_seed, self._epochs)
             micro_batch_tokens = plan.portion.micro_batch_tokens
             saes = train(configs, stream, self.config, observe, checkpoints=checkpoints, micro_batch_tokens=micro_batch_tokens)
 
         flops = [config.train_flops_per_token * n_tokens for config in configs]
         seconds = measured.seconds + (checkpoints.seconds_before if checkpoints else 0)
         of_all = context.provenance(tasks[0].declaration) | {"train_tokens": n_tokens, "trained_together": len(tasks), "dtype": "float32"}
-        if plan.portion.micro_batch_tokens:
-            of_all["micro_batch_tokens"] = plan.portion.micro_batch_tokens
-        if plan.too_much:
-            of_all["out_of_memory_with"] = [str(portion) for portion in plan.too_much]
-        if checkpoints and checkpoints.resumed_at_tokens:
-            of_all["resumed_at_tokens"] = checkpoints.resumed_at_tokens
+        others = {
+            "micro_batch_tokens": micro_batch_tokens,
+            "out_of_memory_with": [str(portion) for portion in plan.too_much],
+            "resumed_at_tokens": checkpoints and checkpoints.resumed_at_tokens,
+        }
+        of_all |= {name: value for name, value in others.items() if value}
         fitted: list[_Trained] = []
         for sae, curve, own_flops in zip(saes, curves, flops, strict=True):
             share = own_flops / sum(flops)
@@ -224,13 +258,6 @@ class _Training:
         return fitted
 
 
-def _activations_of(given: Reference) -> Reference:
-    """Return the activations that a residual is left of; activations themselves are returned as they are."""
-    while isinstance(given, Declaration) and given.builder == "residual":
-        given = next(each.artefact for each in given.inputs if each.name == "activations")
-    return given
-
-
 def _require_room(context: RunContext, tasks: Sequence[Task], fitted: Sequence[_Trained]) -> None:
     """Raise SaeensError, before the first SAE is written, if the disk has no room for all of them."""
     needed = sum(weight.nbytes for trained in fitted for weight in trained.sae.state_dict().values())
@@ -238,23 +265,14 @@ def _require_room(context: RunContext, tasks: Sequence[Task], fitted: Sequence[_
 
 
 def _write(context: RunContext, task: Task, trained: _Trained, trained_on: str) -> None:
-    metadata = _saelens_metadata(context.store, task.declaration.source, task.partition) | {"trained_on": trained_on}
-    if "documents" in task.recipe.settings:
-        metadata["documents"] = task.recipe.settings["documents"]
-    with context.store.write_folder(*task.where, task.recipe, trained.provenance) as folder:
-        sm.save_sae(trained.sae, folder, metadata)
-        pl.DataFrame([point._asdict() for point in trained.curve]).write_parquet(folder / CURVE_FILE)
-
-
-def _saelens_metadata(store: Store, source: str, partition: Partition) -> dict[str, Any]:
-    """Return the metadata that SAELens and SAEBench read: language model, hook, layer, context size and data set.
+    """Write an SAE with the metadata that SAELens and SAEBench read: language model, hook, layer, context size and data set.
 
     SAELens passes ``model_name`` to loaders and makes file names of it: it is a string. The model's hashes have a key of their own.
     """
-    activations = store.require(Address(source, "source", "activations"), Partition(partition.layer)).recipe["settings"]
-    tokens = store.require(Address(source, "source", "tokens"), Partition()).recipe["settings"]
-    hook, layer = activations["hook"], partition.layer
-    return {
+    source, layer = task.declaration.source, task.partition.layer
+    activations = activations_of(source).require(context.store, task.partition).recipe["settings"]
+    tokens, hook = tokens_of(source).require(context.store, task.partition).recipe["settings"], activations["hook"]
+    metadata = {
         "model_name": activations["language_model"]["name"].removeprefix(TRANSFORMER_LENS),
         "language_model": activations["language_model"],
         "hook_name": hook.format(layer=layer) if "{layer}" in hook else f"blocks.{layer}.hook_{hook}",
@@ -262,7 +280,13 @@ def _saelens_metadata(store: Store, source: str, partition: Partition) -> dict[s
         "context_size": tokens["context_length"],
         "dataset_path": tokens["corpus"]["corpus"],
         "weights": activations["weights"],
+        "trained_on": trained_on,
     }
+    if "documents" in task.recipe.settings:
+        metadata["documents"] = task.recipe.settings["documents"]
+    with context.store.write_folder(*task.where, task.recipe, trained.provenance) as folder:
+        sm.save_sae(trained.sae, folder, metadata)
+        pl.DataFrame([point._asdict() for point in trained.curve]).write_parquet(folder / CURVE_FILE)
 
 
 def _config(task: Task, d_in: int) -> SAEConfig:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from saeens_pipeline.cli.output import complain
+from saeens_pipeline.cli.output import notify
 from saeens_pipeline.errors import SaeensError
 
 app = typer.Typer(
@@ -25,16 +25,11 @@ def _options(debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = Fal
 
 def main() -> None:
     """Run the command line. Errors become one message, with --debug a traceback."""
-    debug = "--debug" in sys.argv
     try:
         app()
-    except SaeensError as error:
-        if debug:
-            raise
-        complain("error", str(error))
-        sys.exit(error.exit_code)
     except Exception as error:
-        if debug:
+        if "--debug" in sys.argv:
             raise
-        complain("error", f"{type(error).__name__}: {error}\n`saeens --debug ...` shows the traceback")
-        sys.exit(1)
+        is_known = isinstance(error, SaeensError)
+        notify("error", str(error) if is_known else f"{type(error).__name__}: {error}\n`saeens --debug ...` shows the traceback")
+        sys.exit(error.exit_code if is_known else 1)

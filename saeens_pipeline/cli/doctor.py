@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,15 +15,16 @@ from rich.text import Text
 from saeens_pipeline.cli.app import app
 from saeens_pipeline.cli.output import out
 from saeens_pipeline.errors import SaeensError
+from saeens_pipeline.storage.disk import free_bytes
+from saeens_pipeline.storage.recipes import Store, all_artefacts
+from saeens_pipeline.storage.root import data_root
 
 PACKAGES = ("saeens", "torch", "transformers", "tokenizers", "dagster", "zarr", "polars", "pyarrow", "safetensors", "pydantic")
 LOW_DISK_BYTES = 2 * 2**30
 
 
 @app.command()
-def doctor(
-    verify: Annotated[bool, typer.Option("--verify", help="Read every artefact and compare its hashes.")] = False,
-) -> None:
+def doctor(verify: Annotated[bool, typer.Option("--verify", help="Read every artefact and compare its hashes.")] = False) -> None:
     """Check this installation: versions, devices, data root and experiment files."""
     findings = list(diagnose(verify=verify))
     for finding in findings:
@@ -45,7 +45,7 @@ class Finding(NamedTuple):
 def diagnose(verify: bool = False) -> Iterator[Finding]:
     """Check versions, devices, data root, disk and experiment files; with `verify`, also the hashes of every artefact.
 
-    An artefact with differences is invalidated, and the next run makes it again.
+    An artefact with differences is invalidated, and the next run computes it again.
     """
     yield Finding("python", f"{platform.python_version()} on {platform.platform()}")
     for package in PACKAGES:
@@ -53,8 +53,6 @@ def diagnose(verify: bool = False) -> Iterator[Finding]:
             yield Finding(package, version(package))
         except PackageNotFoundError:
             yield Finding(package, "not installed: install the project again", ok=False)
-    from saeens_pipeline.storage.root import data_root
-
     yield from _devices()
     yield from _root(data_root())
     yield from _experiments()
@@ -80,15 +78,13 @@ def _devices() -> Iterator[Finding]:
 
 
 def _root(root: Path) -> Iterator[Finding]:
-    from saeens_pipeline.storage.recipes import Store
-
     store = Store(root)
     try:
         store.require_writable()
     except SaeensError as error:
         yield Finding("data root", str(error), ok=False)
     else:
-        free = shutil.disk_usage(store.nearest_folder).free
+        free = free_bytes(store.root)
         yield Finding("data root", str(root))
         yield Finding("free disk", f"{free / 2**30:.1f} GiB", ok=free > LOW_DISK_BYTES)
     yield Finding("DAGSTER_HOME", os.environ.get("DAGSTER_HOME") or f"{root / 'dagster'} (default)")
@@ -105,18 +101,14 @@ def _experiments() -> Iterator[Finding]:
 
 
 def _verify(root: Path) -> Iterator[Finding]:
-    from saeens_pipeline.storage.recipes import all_artefacts
-
     checked, wrong = 0, []
     for _, _, artefact in all_artefacts(root):
         checked += 1
         if isinstance(artefact, SaeensError):
             wrong.append(str(artefact))
-            continue
-        differences = artefact.verify()
-        if differences:
+        elif differences := artefact.verify():
             artefact.invalidate()
-        wrong += [f"{difference}. The next `saeens run` makes it again" for difference in differences]
+            wrong += [f"{difference}. The next `saeens run` computes it again" for difference in differences]
     for message in wrong:
         yield Finding("artefact", message, ok=False)
-    yield Finding("artefacts", f"{checked} read, {len(wrong)} differences from what was written", ok=not wrong)
+    yield Finding("artefacts", f"{checked} read, {len(wrong)} differences from the written bytes", ok=not wrong)

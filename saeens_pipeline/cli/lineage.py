@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.text import Text
+from rich.tree import Tree
 
 from saeens_pipeline.cli.app import app
-from saeens_pipeline.cli.output import complain, out
+from saeens_pipeline.cli.output import notify, out
+from saeens_pipeline.storage.recipes import Store
+from saeens_pipeline.storage.root import data_root
 
 if TYPE_CHECKING:
-    from rich.tree import Tree
-
     from saeens_pipeline.assets.lineage import Ancestor
 
 
@@ -20,31 +22,26 @@ def lineage(
     subject: Annotated[
         str,
         typer.Argument(
-            metavar="TABLE:COLUMN=VALUE,...|ASSET:layer=L,seed=S|DATA_VERSION",
-            help="A row, such as reconstruction:layer=1,seed=42,method=bagging,n_members=3; an asset, such as "
-            "quickstart/bagging/member_1:layer=1,seed=42; or a data version or its beginning.",
+            metavar="SUBJECT",
+            help="A table row, TABLE:COLUMN=VALUE,..., such as reconstruction:layer=1,seed=42,method=bagging,n_members=3; an asset, "
+            "ASSET:layer=L,seed=S, such as quickstart/bagging/member_1:layer=1,seed=42; or a data version, at least its first 4 digits.",
         ),
     ],
 ) -> None:
-    """Print the inputs of a table row or an artefact, down to corpus and language model, and the runs that made them."""
+    """Print the inputs of a table row or an artefact, down to corpus and language model, and the runs that wrote them."""
     from saeens_pipeline.assets.lineage import lineage as trace
     from saeens_pipeline.orchestration.catalogue import load_catalogue
-    from saeens_pipeline.storage.recipes import Store
-    from saeens_pipeline.storage.root import data_root
 
     declarations = [output for op in load_catalogue().all_ops() for output in op.outputs]
     found = trace(Store(data_root()), declarations, subject)
     out.print(_tree(found), soft_wrap=not out.is_terminal)
     problems = list(found.problems())
     if problems:
-        complain("note", "parts of it are no longer on disk in the versions that were used:\n" + "\n".join(problems))
+        notify("note", "parts of it are no longer on disk in the versions that were used:\n" + "\n".join(problems))
 
 
 def _tree(ancestor: Ancestor) -> Tree:
     """Return a lineage as a tree for the terminal."""
-    from rich.text import Text
-    from rich.tree import Tree
-
     label = Text.assemble(
         (f"{ancestor.role}: " if ancestor.role else "", "dim"),
         (ancestor.title, "bold"),
@@ -54,6 +51,5 @@ def _tree(ancestor: Ancestor) -> Tree:
         *(((f"\n{ancestor.problem}", "red"),) if ancestor.problem else ()),
     )
     tree = Tree(label)
-    for parent in ancestor.parents:
-        tree.children.append(_tree(parent))
+    tree.children = [_tree(parent) for parent in ancestor.parents]
     return tree

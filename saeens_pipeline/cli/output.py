@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import sys
-from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
     import polars as pl
-    from rich.table import Table
 
 _PIPE_WIDTH = 1000  # columns without a terminal, so that tables in files are not wrapped
 out = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
@@ -20,17 +19,8 @@ err = Console(stderr=True, width=None if sys.stderr.isatty() else _PIPE_WIDTH)
 
 ExperimentName = Annotated[str, typer.Argument(metavar="EXPERIMENT", help="Name of an experiment; `saeens experiments` lists them.")]
 LayerOption = Annotated[list[int] | None, typer.Option("--layer", help="Only this layer; may be given several times.")]
-
-
-class TableFormat(StrEnum):
-    """Values of `--format`."""
-
-    table = "table"
-    csv = "csv"
-    json = "json"
-
-
-FormatOption = Annotated[TableFormat, typer.Option("--format", help="csv and json print the table and nothing else.")]
+Format = Literal["table", "csv", "json"]
+FormatOption = Annotated[Format, typer.Option("--format", help="csv and json print the table and nothing else.")]
 
 
 def print_line(text: str) -> None:
@@ -38,21 +28,26 @@ def print_line(text: str) -> None:
     out.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def complain(label: str, message: str) -> None:
+def notify(label: str, message: str) -> None:
     """Print a message on standard error, without markup."""
     err.print(Text.assemble((f"{label}: ", "red"), message), soft_wrap=True)
 
 
-def print_data(frame: pl.DataFrame, format: TableFormat) -> None:
-    """Print a table as CSV or JSON, and nothing else."""
-    sys.stdout.write(frame.write_csv() if format == TableFormat.csv else frame.write_json() + "\n")
+def print_data(frame: pl.DataFrame, format: Format) -> bool:
+    """Print a table as CSV or JSON, and nothing else, if that is the format. Return whether it is."""
+    if format != "table":
+        sys.stdout.write(frame.write_csv() if format == "csv" else frame.write_json() + "\n")
+    return format != "table"
+
+
+def grid(*headings: str, **options: Any) -> Table:
+    """Return an empty table for the terminal, without lines; `options` are those of rich."""
+    return Table(*headings, box=None, pad_edge=False, title_justify="left", **options)
 
 
 def rich_table(frame: pl.DataFrame, title: str | None = None) -> Table:
     """Return a data frame as a table for the terminal, numbers to four digits."""
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, title=Text(title) if title else None, title_justify="left")
+    table = grid(title=Text(title) if title else None)
     for name, dtype in frame.schema.items():
         table.add_column(name, justify="right" if dtype.is_numeric() else "left", overflow="fold")
     for row in frame.iter_rows():

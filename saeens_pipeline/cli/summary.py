@@ -2,123 +2,104 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Sequence
 
 import polars as pl
 from rich.console import Console
-from rich.table import Table
 
 from saeens_pipeline.assets.health import warnings_of
+from saeens_pipeline.assets.registry import METHODS, listed
 from saeens_pipeline.assets.staleness import Status
-from saeens_pipeline.assets.tables import METHODS, TABLES, Headline, listed
-from saeens_pipeline.assets.tables.cost import with_totals
+from saeens_pipeline.cli.output import grid
 from saeens_pipeline.orchestration.runs import Outcome, print_line
+from saeens_pipeline.report.results import Results, Size
 from saeens_pipeline.settings import ExperimentSettings
 from saeens_pipeline.storage.recipes import Store
 from saeens_pipeline.storage.root import data_root
 from saeens_pipeline.storage.tables import read_part
 
 SHOWN_WARNINGS = 5
-_BESIDE = ("explained_variance", "stability")  # shown for the control, too, or for the experiment that this one controls
+_OF_COUNTERPART = ("explained_variance", "stability")  # shown for the control, too, or for the experiment that this one controls
+_GAIN = "marginal_gain"
 
 
 def print_outcome(outcome: Outcome, console: Console) -> None:
     """Print metrics, warnings, paths of report pages, and the time."""
     store = Store(data_root())
     _print_metrics(store, outcome, console)
-    print_warnings(store, outcome.experiment, outcome.statuses, console)
+    _print_warnings(store, outcome.experiment, outcome.statuses, console)
     for pages, title in (
         (outcome.reports, "The report, to open in a browser"),
-        (outcome.renewed, "Reports that show this control, made again"),
+        (outcome.renewed, "Reports that show this control, written again"),
     ):
         if pages:
             print_line(console, "\n" + "\n".join([f"{title}:", *(f"  {page}" for page in pages)]))
     print_line(console, f"\nTook {outcome.seconds:.0f} s. All artefacts are below {store.root}; `saeens ui` opens the Dagster UI.")
 
 
-def _headlines() -> Iterator[tuple[str, Headline]]:
-    """Give the columns of the summary, each with its table."""
-    for table in listed(over_experiments=False):
-        yield from ((table.name, headline) for headline in table.headlines if headline.in_summary)
-
-
 def _print_metrics(store: Store, outcome: Outcome, console: Console) -> None:
     """Print for each layer the metrics of each method at the full ensemble size, means over seeds, from fresh tables."""
-    experiment, beside = outcome.experiment, outcome.beside
-    for layer, of_layer in _fresh_tables(outcome.statuses).items():
-        values = {headline.title: _by_method(store, of_layer, table, headline.column) for table, headline in _headlines()}
-        forms = {headline.title: headline.form for _, headline in _headlines()}
-        seeds = ", ".join(sorted({str(s.partition.seed) for s in of_layer if s.partition.seed is not None}, key=int))
-        title = f"{experiment.name}, layer {layer}: mean over seeds {seeds}"
-        others = _fresh_tables(beside.statuses).get(layer) if beside else None
-        if beside and others:
-            title += f"; {beside.language_model}: {beside.name}, the same experiment with {beside.language_model} weights"
-            for table, headline in _headlines():
-                if headline.column in _BESIDE:
-                    values[f"{headline.title}, {beside.language_model}"] = _by_method(store, others, table, headline.column)
-                    forms[f"{headline.title}, {beside.language_model}"] = headline.form
-        shown = Table("method", "n", title=title, title_justify="left", box=None, pad_edge=False)
-        for name in values:
-            shown.add_column(name, justify="right")
-        sizes = {size for of_column in values.values() for size in of_column}
-        for method in METHODS:
-            for n in _sizes(experiment, method):
-                if (method, n) in sizes:
-                    shown.add_row(method, str(n), *(_cell(values[name].get((method, n)), form) for name, form in forms.items()))
+    experiment, counterpart = outcome.experiment, outcome.counterpart
+    headlines = [(table.name, each) for table in listed(over_experiments=False) for each in table.headlines if each.in_summary]
+    names = {_GAIN, *(table for table, _ in headlines)}
+    controls = _fresh_tables(store, counterpart.name, counterpart.statuses, names) if counterpart else {}
+    for layer, results in _fresh_tables(store, experiment.name, outcome.statuses, names).items():
+        title = f"{experiment.name}, layer {layer}: mean over seeds {', '.join(map(str, results.seeds))}"
+        mark = {"explained_variance": " (!)"} if results.caution else {}
+        columns = [(each.title + mark.get(each.column, ""), each.form, results.spreads(table, each.column)) for table, each in headlines]
+        if counterpart and layer in controls:
+            name = counterpart.language_model
+            title += f"; {name}: {counterpart.name}, the same experiment with {name} weights"
+            both = [(table, each) for table, each in headlines if each.column in _OF_COUNTERPART]
+            columns += [(f"{each.title}, {name}", each.form, controls[layer].spreads(table, each.column)) for table, each in both]
+        shown = grid("method", "n", title=title)
+        for heading, _, _ in columns:
+            shown.add_column(heading, justify="right")
+        for size in (Size(method, n) for method in METHODS for n in _sizes(experiment, method)):
+            if any(size in values for _, _, values in columns):
+                cells = (format(values[size].mean, form) if size in values else "" for _, form, values in columns)
+                shown.add_row(size.method, str(size.n_members), *cells)
         if shown.rows:
             console.print()
             console.print(shown)
-        _print_suggested(_by_method(store, of_layer, "marginal_gain", "suggested"), experiment.ensemble.members, console)
+        if results.caution:
+            print_line(console, f"(!) {results.caution}")
+        _print_suggested(results, experiment.ensemble.members, console)
 
 
-def _print_suggested(suggested: Mapping[tuple[str, int], float | None], members: int, console: Console) -> None:
-    """Print the suggested numbers of members, given by method and size."""
-    of_all = {method: size for (method, n), size in suggested.items() if n == members and size is not None}
+def _print_suggested(results: Results, members: int, console: Console) -> None:
+    suggested = results.spreads(_GAIN, "suggested")
+    of_all = {method: suggested[size].mean for method in METHODS if (size := Size(method, members)) in suggested}
     if of_all:
-        sizes = [
-            f"{method} {of_all[method]:.0f}{' or more' if of_all[method] == members else ''}" for method in METHODS if method in of_all
-        ]
-        print_line(console, f"suggested ensemble size: {', '.join(sizes)} (eval/marginal_gain has the gain of each member)")
+        sizes = ", ".join(f"{method} {size:.0f}{' or more' if size == members else ''}" for method, size in of_all.items())
+        print_line(console, f"suggested ensemble size: {sizes} (eval/marginal_gain has the gain of each member)")
 
 
-def _fresh_tables(statuses: Sequence[Status]) -> dict[int, list[Status]]:
-    """Return the fresh tables by layer."""
-    fresh = [s for s in statuses if s.state == "fresh" and s.declaration.address.kind == "eval"]
-    layers = sorted({s.partition.layer for s in fresh if s.partition.layer is not None})
-    return {layer: [s for s in fresh if s.partition.layer == layer] for layer in layers}
+def _fresh_tables(store: Store, experiment: str, statuses: Sequence[Status], names: Collection[str]) -> dict[int, Results]:
+    """Return the fresh tables of these names, by layer."""
+    parts: dict[int, dict[str, list[pl.DataFrame]]] = {}
+    for each in statuses:
+        layer, name = each.partition.layer, each.declaration.address.name
+        if each.state == "fresh" and each.declaration.address.kind == "eval" and layer is not None and name in names:
+            parts.setdefault(layer, {}).setdefault(name, []).append(read_part(store.path(*each.where)))
+    return {
+        layer: Results(experiment, layer, {name: pl.concat(found) for name, found in tables.items()})
+        for layer, tables in sorted(parts.items())
+    }
 
 
-def print_warnings(store: Store, experiment: ExperimentSettings, statuses: Sequence[Status], console: Console) -> None:
+def _print_warnings(store: Store, experiment: ExperimentSettings, statuses: Sequence[Status], console: Console) -> None:
     """Print the first warnings of health checks of fresh artefacts, and the number of others."""
-    warnings: list[str] = []
-    for status in statuses:
-        if status.state == "fresh":
-            warnings += warnings_of(status.declaration, status.partition, store.require(*status.where), experiment.checks)
+    fresh = [(each, store.require(*each.where)) for each in statuses if each.state == "fresh"]
+    warnings = [each for s, artefact in fresh for each in warnings_of(s.declaration, s.partition, artefact, experiment.checks)]
     for warning in warnings[:SHOWN_WARNINGS]:
         print_line(console, f"\nwarning: {warning}")
     if len(warnings) > SHOWN_WARNINGS:
-        n_more = len(warnings) - SHOWN_WARNINGS
-        print_line(console, f"\nand {n_more} more warnings: the health checks in the UI show them")
+        print_line(console, f"\nand {len(warnings) - SHOWN_WARNINGS} more warnings: the health checks in the UI show them")
 
 
 def _sizes(experiment: ExperimentSettings, method: str) -> list[int]:
-    match method:
-        case "bagging" | "boosting":
-            return [experiment.ensemble.members]
-        case "expanded" | "expanded_l0_matched":
-            return experiment.expanded_widths
-        case _:
-            return [1]
-
-
-def _by_method(store: Store, statuses: Sequence[Status], table: str, column: str) -> dict[tuple[str, int], float | None]:
-    parts = [store.path(s.declaration.address, s.partition) for s in statuses if s.declaration.address.name == table]
-    if not parts or table not in TABLES:
-        return {}
-    rows = with_totals(pl.concat([read_part(part) for part in parts]))
-    means = rows.group_by("method", "n_members").agg(pl.col(column).mean())
-    return {(row["method"], row["n_members"]): row[column] for row in means.iter_rows(named=True)}
-
-
-def _cell(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
+    """Return the sizes of a method that are shown."""
+    if method.startswith("expanded"):
+        return experiment.expanded_widths
+    return [experiment.ensemble.members if method in ("bagging", "boosting") else 1]

@@ -1,6 +1,58 @@
-"""The two Dagster components that experiment files name as `type`."""
+"""The two Dagster components that experiment files name as `type`. Their assets are those of the catalogue."""
 
-from saeens_pipeline.components.activation_source import ActivationSource
-from saeens_pipeline.components.ensemble_experiment import EnsembleExperiment
+from __future__ import annotations
 
-__all__ = ["ActivationSource", "EnsembleExperiment"]
+from typing import Any, ClassVar
+
+import dagster as dg
+from pydantic import BaseModel
+
+from saeens_pipeline.assets.declarations import Op
+from saeens_pipeline.assets.sources import source_ops
+from saeens_pipeline.orchestration.assets import build_asset
+from saeens_pipeline.orchestration.catalogue import Catalogue, load_catalogue
+from saeens_pipeline.settings.experiments import ExperimentSettings
+from saeens_pipeline.settings.sources import SourceSettings
+
+
+class _Declared(dg.Component):
+    """The assets of the source or experiment of this name in the catalogue."""
+
+    settings_class: ClassVar[type[BaseModel]]
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def ops(self, catalogue: Catalogue) -> list[Op]:
+        """Return the ops that make the assets."""
+        raise NotImplementedError
+
+    @classmethod
+    def get_model_cls(cls) -> type[BaseModel]:
+        return cls.settings_class
+
+    @classmethod
+    def load(cls, attributes: Any, context: dg.ComponentLoadContext) -> _Declared:
+        return cls(attributes.name)
+
+    def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
+        return dg.Definitions(assets=[build_asset(op) for op in self.ops(load_catalogue())])
+
+
+class ActivationSource(_Declared):
+    """A source: its tokens, and its activations at one hook, partitioned by layer."""
+
+    settings_class = SourceSettings
+
+    def ops(self, catalogue: Catalogue) -> list[Op]:
+        return source_ops(catalogue.source(self.name))
+
+
+class EnsembleExperiment(_Declared):
+    """An experiment: members, boosting rounds, residuals, baselines, ensembles and tables, partitioned by layer and seed."""
+
+    settings_class = ExperimentSettings
+
+    def ops(self, catalogue: Catalogue) -> list[Op]:
+        ops = [op for each in catalogue.named(self.name) for op in catalogue.own_ops(each)]
+        return [*ops, catalogue.pareto(self.name)] if self.name in catalogue.sweeps else ops

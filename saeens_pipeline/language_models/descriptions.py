@@ -106,18 +106,16 @@ def locate_model(name: str, revision: str, files: Sequence[str]) -> ModelFolder:
     Raises ConfigurationError for a name that is none of these and for a revision of an embedded or local model, SaeensError if the
     embedded model is missing or the hub cannot be reached.
     """
+    embedded = (_PACKAGED_REFERENCE_MODEL, _CHECKED_OUT_REFERENCE_MODEL)
+    for path in embedded if name == REFERENCE_MODEL else (Path(name).expanduser(),):
+        if path.is_dir():
+            if revision != "main":
+                raise ConfigurationError(f"revision {revision!r} of {name}: builtin and local models have no revisions; remove the field")
+            return ModelFolder(path)
     if name == REFERENCE_MODEL:
-        _refuse_revision(name, revision)
-        for path in (_PACKAGED_REFERENCE_MODEL, _CHECKED_OUT_REFERENCE_MODEL):
-            if path.is_dir():
-                return ModelFolder(path)
         raise SaeensError(
             f"the embedded model is not in {_CHECKED_OUT_REFERENCE_MODEL}: restore it, or train it with `saeens reference-model train`"
         )
-    path = Path(name).expanduser()
-    if path.is_dir():
-        _refuse_revision(name, revision)
-        return ModelFolder(path)
     if not is_hub_name(name) or name.startswith("builtin/"):
         raise ConfigurationError(
             f"language model {name!r}: there is no such folder. It can be {REFERENCE_MODEL}, a folder in transformers' format, the name of "
@@ -125,11 +123,6 @@ def locate_model(name: str, revision: str, files: Sequence[str]) -> ModelFolder:
         )
     commit = hub.resolve_commit(name, revision, "model")
     return ModelFolder(hub.download(name, commit, files), commit)
-
-
-def _refuse_revision(name: str, revision: str) -> None:
-    if revision != "main":
-        raise ConfigurationError(f"revision {revision!r} of {name}: builtin and local models have no revisions; remove the field")
 
 
 def read_config(name: str, path: Path) -> dict[str, Any]:
@@ -187,11 +180,10 @@ def _require_hub_weights(name: str, commit: str, path: Path) -> None:
 
 def weight_files(name: str, path: Path) -> list[Path]:
     """Return the weight files. Raises ConfigurationError if one is missing."""
-    if (path / "model.safetensors.index.json").is_file():
-        index = json.loads((path / "model.safetensors.index.json").read_text(encoding="utf-8"))
-        weights = [path / file for file in sorted(set(index["weight_map"].values()))]
-    else:
-        weights = [path / "model.safetensors"]
+    index, names = path / "model.safetensors.index.json", {"model.safetensors"}
+    if index.is_file():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    weights = [path / name for name in sorted(names)]
     absent = [file.name for file in weights if not file.is_file()]
     if absent:
         pickled = sorted(file.name for file in path.glob("*.bin"))

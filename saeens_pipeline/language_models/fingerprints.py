@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import sys
+from functools import lru_cache
 from pathlib import Path
 
 SAMPLES = 64
@@ -24,3 +26,13 @@ def fingerprint(file: Path, *, whole_bytes: int, sample_bytes: int, head: range 
             stream.seek((size - sample_bytes) * sample // (SAMPLES - 1))
             digest.update(stream.read(sample_bytes))
     return f"sampled-{digest.hexdigest()}"
+
+
+def fingerprint_once(file: Path, whole_bytes: int = sys.maxsize) -> str:
+    """Return the fingerprint of a file, which is read once per process unless its size or time changes."""
+    return _fingerprint_once(file, whole_bytes, file.stat().st_size, file.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=100_000)
+def _fingerprint_once(file: Path, whole_bytes: int, _size: int, _changed_at: int) -> str:
+    return fingerprint(file, whole_bytes=whole_bytes, sample_bytes=max(whole_bytes // 128, 1024))

@@ -10,7 +10,7 @@ import contextlib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import huggingface_hub  # loads its parts at first use, which takes half a second
 from huggingface_hub import constants
@@ -51,20 +51,16 @@ def download(name: str, commit: str, files: Sequence[str], kind: Kind = "model")
     Raises as `resolve_commit`.
     """
     with explained(name, commit, kind):
-        return Path(
-            huggingface_hub.snapshot_download(
-                name, repo_type=kind, revision=commit, allow_patterns=list(files), ignore_patterns=_SUBFOLDERS
-            )
-        )
+        wanted: dict[str, Any] = {"allow_patterns": list(files), "ignore_patterns": _SUBFOLDERS}
+        return Path(huggingface_hub.snapshot_download(name, repo_type=kind, revision=commit, **wanted))
 
 
 def sizes(name: str, commit: str, files: Sequence[str]) -> dict[str, int] | None:
     """Return the bytes of a model's files that match a pattern, without downloading them; None if the hub cannot be reached."""
     with explained(name, commit, "model"):
         try:
-            found = huggingface_hub.snapshot_download(
-                name, revision=commit, allow_patterns=list(files), ignore_patterns=_SUBFOLDERS, dry_run=True
-            )
+            wanted: dict[str, Any] = {"allow_patterns": list(files), "ignore_patterns": _SUBFOLDERS}
+            found = huggingface_hub.snapshot_download(name, revision=commit, dry_run=True, **wanted)
         except DryRunError:
             return None
     return {each.filename: each.file_size or 0 for each in found if isinstance(each, huggingface_hub.DryRunFileInfo)}
@@ -96,28 +92,22 @@ def explained(name: str, revision: str, kind: Kind) -> Iterator[None]:
             raise ConfigurationError(f"{what} {name!r} is refused by the hub: {_reason(error)} Log in with `hf auth login`") from error
         raise SaeensError(f"{what} {name!r}: the hub answered with an error: {_reason(error)}") from error
     except (OSError, RevisionResolutionError) as error:
+        cause: BaseException = error
+        while (before := cause.__cause__ or cause.__context__) is not None:
+            cause = before
+        ways_out = {
+            "model": f"On a machine that reaches it, run `hf download {name} --local-dir FOLDER`; copy FOLDER here and give it instead of "
+            "the name",
+            "dataset": "Run this where the hub can be reached, or copy the data set's files to this machine and give them as "
+            "`corpus: {files: ...}`, or as `path` for labelled texts",
+        }
         raise SaeensError(
             f"{what} {name!r}: there is no such folder here, it is not in the hub's cache ({constants.HF_HUB_CACHE}), "
-            f"and the hub cannot be reached ({_first_cause(error)}). {_way_out(name, kind)}"
+            f"and the hub cannot be reached ({type(cause).__name__}: {' '.join(str(cause).split())}). {ways_out[kind]}"
         ) from error
-
-
-def _way_out(name: str, kind: Kind) -> str:
-    if kind == "dataset":
-        return (
-            "Run this where the hub can be reached, or copy the data set's files to this machine and give them as `corpus: {files: ...}`, "
-            "or as `path` for labelled texts"
-        )
-    return f"On a machine that reaches it, run `hf download {name} --local-dir FOLDER`; copy FOLDER here and give it instead of the name"
 
 
 def _reason(error: Exception) -> str:
     """Return the message of the hub, on one line."""
     reason = " ".join(str(getattr(error, "server_message", None) or error).split())
     return reason if reason.endswith(".") else f"{reason}."
-
-
-def _first_cause(error: BaseException) -> str:
-    while (cause := error.__cause__ or error.__context__) is not None:
-        error = cause
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"

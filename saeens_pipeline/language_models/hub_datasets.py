@@ -14,8 +14,7 @@ import huggingface_hub
 
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models import hub
-from saeens_pipeline.language_models.documents import Document, Split
-from saeens_pipeline.language_models.records import READER_VERSION, RecordCorpus
+from saeens_pipeline.language_models.documents import READER_VERSION, Document, RecordCorpus, Split
 from saeens_pipeline.settings.corpora import HubDataset
 
 if TYPE_CHECKING:
@@ -24,12 +23,8 @@ if TYPE_CHECKING:
 _INSTALL = "install them with `pip install --constraint constraints.txt --editable '.[hub]'`"
 
 
-class HubCorpus(RecordCorpus):
+class HubCorpus(RecordCorpus[HubDataset]):
     """Documents of a data set on the hub."""
-
-    def __init__(self, settings: HubDataset) -> None:
-        super().__init__(settings)
-        self.settings = settings
 
     @property
     def identity(self) -> dict[str, object]:
@@ -75,7 +70,10 @@ class HubCorpus(RecordCorpus):
             try:
                 records = load(name=self.settings.subset)
             except ValueError as error:  # no such subset or split; the message lists the existing ones
-                files = self._files_called(split, commit) if self.settings.subset is None else []
+                files: list[str] = []
+                if self.settings.subset is None:  # next to a folder `train`, datasets finds no files such as `test.jsonl.zst` of the Pile
+                    there = huggingface_hub.HfApi().list_repo_files(self.settings.name, repo_type="dataset", revision=commit)
+                    files = [file for file in there if "/" not in file and file.split(".", 1)[0] == split]
                 if not files:
                     raise ConfigurationError(f"data set {self.settings.name!r}: {' '.join(str(error).split())}") from error
                 records = load(data_files={split: files})
@@ -83,8 +81,3 @@ class HubCorpus(RecordCorpus):
                 raise SaeensError(f"data set {self.settings.name!r} cannot be read by datasets: {error}") from error
         complete = set(self.columns) <= set(records.column_names or [])
         return records.select_columns(self.columns) if complete else records
-
-    def _files_called(self, split: str, commit: str) -> list[str]:
-        """Return top-level files such as `test.jsonl.zst` of the Pile: next to a folder `train`, datasets finds no other split."""
-        files = huggingface_hub.HfApi().list_repo_files(self.settings.name, repo_type="dataset", revision=commit)
-        return [file for file in files if "/" not in file and file.split(".", 1)[0] == split]

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import string
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from importlib import metadata
@@ -46,11 +47,7 @@ class InstalledPackages:
 
     @property
     def identity(self) -> dict[str, object]:
-        return {
-            "corpus": BUILTIN_CORPUS,
-            "reader": READER_VERSION,
-            "packages": {p: metadata.version(p).split("+")[0] for p in PACKAGES},
-        }
+        return {"corpus": BUILTIN_CORPUS, "reader": READER_VERSION, "packages": {p: metadata.version(p).split("+")[0] for p in PACKAGES}}
 
     def require_readable(self) -> None:
         """Do nothing: the packages are dependencies of this one and therefore installed."""
@@ -75,15 +72,15 @@ def _package_documents(package: str) -> Iterator[Document]:
     """Yield the documents of one installed package, at most MAX_PACKAGE_BYTES of each language."""
     distribution = metadata.distribution(package)
     files = sorted(distribution.files or [], key=lambda f: rank(f"{package}/{f.as_posix()}"))
-    taken: dict[str | None, int] = {}
+    taken = Counter[str | None]()
     for file in files:
         name = f"{package}/{file.as_posix()}"
-        if _is_platform_dependent(name) or taken.get(LANGUAGES.get(file.suffix), 0) >= MAX_PACKAGE_BYTES:
+        if _is_platform_dependent(name) or taken[LANGUAGES.get(file.suffix)] >= MAX_PACKAGE_BYTES:
             continue
         for document in _file_documents(name, Path(str(distribution.locate_file(file)))):
             language = document.labels["language"]
-            if taken.get(language, 0) < MAX_PACKAGE_BYTES:
-                taken[language] = taken.get(language, 0) + len(document.text)
+            if taken[language] < MAX_PACKAGE_BYTES:
+                taken[language] += len(document.text)
                 yield document
 
 
@@ -147,13 +144,11 @@ def _without_licence_header(text: str) -> str:
 
 
 def _without_duplicates(documents: Iterable[Document]) -> Iterator[Document]:
-    seen: set[bytes] = set()
-    names: set[str] = set()
+    seen: set[bytes | str] = set()
     for document in documents:
-        digest = hashlib.sha256("".join(document.text.split()).encode()).digest()
-        if digest not in seen and document.name not in names:
-            seen.add(digest)
-            names.add(document.name)
+        marks = {hashlib.sha256("".join(document.text.split()).encode()).digest(), document.name}
+        if seen.isdisjoint(marks):
+            seen |= marks
             yield document
 
 
@@ -172,16 +167,14 @@ def _without_near_duplicates(documents: list[Document], of: list[Document]) -> l
 
 
 def _summarise(documents: list[Document]) -> dict[str, object]:
-    digest = hashlib.sha256()
-    languages: dict[str, int] = {}
+    digest, languages = hashlib.sha256(), Counter[str]()
     for document in documents:
         encoded = document.text.encode()
         digest.update(document.name.encode() + b"\0" + encoded + b"\0")
-        language = str(document.labels["language"])
-        languages[language] = languages.get(language, 0) + len(encoded)
+        languages[str(document.labels["language"])] += len(encoded)
     return {
         "documents": len(documents),
-        "bytes": sum(languages.values()),
+        "bytes": languages.total(),
         "sha256": digest.hexdigest(),
         "bytes_by_language": dict(sorted(languages.items())),
     }

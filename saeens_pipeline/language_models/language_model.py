@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from saeens_pipeline.errors import ConfigurationError, SaeensError
@@ -11,11 +12,16 @@ from saeens_pipeline.language_models.descriptions import HOOKS, READ_AT_INPUT, L
 
 if TYPE_CHECKING:
     import torch
+    from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedModel
 
-_ATTENTION_NAMES = ("attention", "self_attn", "attn", "self_attention")
 _MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
-_MLP_NORM_NAMES = ("ln_2", "post_attention_layernorm", "ffn_norm", "norm_2")
+_PARTS = {
+    "attn_out": (("attention", "self_attn", "attn", "self_attention"), ("post_attention_layernorm",)),
+    "mlp_out": (_MLP_NAMES, ("post_feedforward_layernorm",)),
+    "resid_mid": (("ln_2", "post_attention_layernorm", "ffn_norm", "norm_2"), ("pre_feedforward_layernorm", *_MLP_NAMES)),
+}
+"""Names of the modules at hooks inside a block, and those in models that normalise before they add to the stream."""
 
 
 class LanguageModel:
@@ -46,8 +52,7 @@ class LanguageModel:
         validate_hook(self.description, hook, layers)
         captured: dict[int, torch.Tensor] = {}
 
-        def capture(layer: int, value: Any) -> None:
-            activations = value[0] if isinstance(value, tuple) else value
+        def capture(layer: int, activations: Any) -> None:
             if not isinstance(activations, torch.Tensor) or activations.shape[:-1] != tokens.shape:
                 raise ConfigurationError(f"hook {hook!r}, layer {layer}, does not give one vector per token: choose another module")
             captured[layer] = activations
@@ -56,7 +61,7 @@ class LanguageModel:
 
         with ExitStack() as hooks, torch.no_grad():
             for layer in set(layers):
-                hooks.enter_context(self._register(hook, layer, capture))
+                hooks.enter_context(self.hooked(hook, layer, partial(capture, layer)))
             try:
                 self.model(input_ids=tokens.to(self.model.device), use_cache=False)
             except _AllCaptured:
@@ -70,26 +75,36 @@ class LanguageModel:
 
         return {layer: found.shape[-1] for layer, found in self.activations(torch.zeros(1, 2, dtype=torch.long), hook, layers).items()}
 
-    @contextmanager
-    def _register(self, hook: str, layer: int, capture: Callable[[int, Any], None]) -> Iterator[None]:
+    def hooked(self, hook: str, layer: int, change: Callable[[Any], Any]) -> RemovableHandle:
+        """Call `change` with the activations at `hook` in every forward pass, and replace them by its result, unless that is None."""
+
+        def at_input(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            new = change(args[0] if args else kwargs["hidden_states"])
+            if new is None:
+                return None
+            return ((new, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": new})
+
+        def at_output(_: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            new = change(output[0] if isinstance(output, tuple) else output)
+            return (new, *output[1:]) if new is not None and isinstance(output, tuple) else new
+
         module = self.module(hook, layer)
         if hook in READ_AT_INPUT:
-            handle = module.register_forward_pre_hook(
-                lambda _, args, kwargs: capture(layer, args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-            )
-        else:
-            handle = module.register_forward_hook(lambda _, args, output: capture(layer, output))
-        try:
-            yield
-        finally:
-            handle.remove()
+            return module.register_forward_pre_hook(at_input, with_kwargs=True)
+        return module.register_forward_hook(at_output)
 
     def module(self, hook: str, layer: int) -> torch.nn.Module:
         """Return the module with `hook` at its input or output. Raises ConfigurationError for a module that does not exist."""
         if hook in ("resid_pre", "resid_post"):
             return self._blocks[layer]
         if hook in HOOKS:
-            return _part(self._blocks[layer], hook)
+            children = dict(self._blocks[layer].named_children())
+            norms_after = "post_feedforward_layernorm" in children  # Gemma 2 and 3, OLMo 2
+            for name in _PARTS[hook][norms_after]:
+                if name in children:
+                    return children[name]
+            there = ", ".join(children)
+            raise ConfigurationError(f"hook {hook!r} is not available in this model: give the path of one of its block's modules ({there})")
         path = hook.replace("{layer}", str(layer))
         try:
             return self.model.get_submodule(path)
@@ -135,22 +150,3 @@ class LanguageModel:
 
 class _AllCaptured(Exception):
     """Ends a forward pass once all requested activations are captured."""
-
-
-def _part(block: torch.nn.Module, hook: str) -> torch.nn.Module:
-    """Return the module of a block with `attn_out` or `mlp_out` at its output, or `resid_mid` at its input."""
-    children = dict(block.named_children())
-    norms_after = "post_feedforward_layernorm" in children  # Gemma 2 and 3, OLMo 2 normalise before they add to the stream
-    match hook:
-        case "attn_out":
-            names = ("post_attention_layernorm",) if norms_after else _ATTENTION_NAMES
-        case "mlp_out":
-            names = ("post_feedforward_layernorm",) if norms_after else _MLP_NAMES
-        case _:
-            names = ("pre_feedforward_layernorm", *_MLP_NAMES) if norms_after else _MLP_NORM_NAMES
-    for name in names:
-        if name in children:
-            return children[name]
-    raise ConfigurationError(
-        f"hook {hook!r} is not available in this model: give the path of one of its block's modules ({', '.join(children)})"
-    )

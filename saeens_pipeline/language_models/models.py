@@ -139,12 +139,7 @@ def _trained(description: LanguageModelDescription, dtype: torch.dtype) -> PreTr
     from transformers import AutoModelForCausalLM
 
     loaded = AutoModelForCausalLM.from_pretrained(
-        description.path,
-        dtype=dtype,
-        local_files_only=True,
-        trust_remote_code=False,
-        use_safetensors=True,
-        output_loading_info=True,
+        description.path, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True, output_loading_info=True
     )
     model, report = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
     head = model.get_output_embeddings()

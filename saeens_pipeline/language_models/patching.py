@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from saeens_models.metrics import LossBatch, NextTokenLoss, next_token_loss
-from saeens_pipeline.language_models.descriptions import READ_AT_INPUT, not_replaceable, validate_patch
+from saeens_pipeline.language_models.descriptions import LanguageModelDescription, not_replaceable, validate_patch
 from saeens_pipeline.language_models.language_model import LanguageModel
 from saeens_pipeline.language_models.tokens import TokenBatch, TokenStore
 
@@ -25,27 +25,16 @@ def patched(model: LanguageModel, hook: str, layer: int, replace: Callable[[torc
     Raises ConfigurationError for a module that does not exist, and as `validate_patch`.
     """
     validate_patch(model.description, hook)
+    changes = {hook: replace}
     if hook == "resid_mid" and not model.stream_passes_modules:
-        with _patched_between(model, layer, replace):
-            yield
-        return
-
-    def at_output(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return (replace(output[0]), *output[1:]) if isinstance(output, tuple) else replace(output)
-
-    module = model.module(hook, layer)
-    if hook in READ_AT_INPUT:
-        handle = module.register_forward_pre_hook(_replacing_input(replace), with_kwargs=True)
-    else:
-        handle = module.register_forward_hook(at_output)
-    try:
+        changes = _changes_around(model.description, replace)
+    with ExitStack() as hooks:
+        for changed, change in changes.items():
+            hooks.enter_context(model.hooked(changed, layer, change))
         yield
-    finally:
-        handle.remove()
 
 
-@contextmanager
-def _patched_between(model: LanguageModel, layer: int, replace: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+def _changes_around(description: LanguageModelDescription, replace: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Callable]:
     """Patch the stream between attention and MLP, which no module returns: as the input of the MLP and as the other term of its sum."""
     stream: list[torch.Tensor] = []  # the activations and their replacement
     added: list[torch.Tensor] = []
@@ -54,37 +43,15 @@ def _patched_between(model: LanguageModel, layer: int, replace: Callable[[torch.
         stream[:] = [activations, replace(activations)]
         return stream[1]
 
-    def remember(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        added[:] = [output[0] if isinstance(output, tuple) else output]
+    def remember(output: torch.Tensor) -> None:
+        added[:] = [output]
 
-    def add_again(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        value = output[0] if isinstance(output, tuple) else output
-        if not torch.equal(value, stream[0] + added[0]):
-            raise not_replaceable(model.description)
-        value = stream[1] + added[0]
-        return (value, *output[1:]) if isinstance(output, tuple) else value
+    def add_again(output: torch.Tensor) -> torch.Tensor:
+        if not torch.equal(output, stream[0] + added[0]):
+            raise not_replaceable(description)
+        return stream[1] + added[0]
 
-    handles = [
-        model.module("resid_mid", layer).register_forward_pre_hook(_replacing_input(replace_and_remember), with_kwargs=True),
-        model.module("mlp_out", layer).register_forward_hook(remember),
-        model.module("resid_post", layer).register_forward_hook(add_again),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _replacing_input(replace: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Return a forward pre-hook that applies `replace` to the input of a module."""
-
-    def at_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if args:
-            return (replace(args[0]), *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": replace(kwargs["hidden_states"])}
-
-    return at_input
+    return {"resid_mid": replace_and_remember, "mlp_out": remember, "resid_post": add_again}
 
 
 class PatchedWindows:
@@ -102,8 +69,7 @@ class PatchedWindows:
         self._outputs: dict[nn.Module, Any] = {}
         with ExitStack() as hooks:
             for block in model.blocks_before(hook, layer):
-                handle = block.register_forward_hook(lambda block, _, output: self._outputs.update({block: output}))
-                hooks.callback(handle.remove)
+                hooks.enter_context(block.register_forward_hook(lambda block, _, output: self._outputs.update({block: output})))
             self.activations = model.activations(self._tokens, hook, [layer])[layer]
 
     @property

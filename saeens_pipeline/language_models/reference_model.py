@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from saeens_models.architectures.saelens_format import write_safetensors
 from saeens_pipeline.language_models.documents import Corpus, Document
 from saeens_pipeline.language_models.installed_packages import InstalledPackages
+from saeens_pipeline.language_models.tokens import batched
 
 END_OF_TEXT = "<|endoftext|>"  # token 0: separates documents
 
@@ -64,7 +65,8 @@ def train_reference_model(
     """Train tokenizer and model on the corpus' training split, write them to `output` in transformers' format, and return the log.
 
     Also writes `training.json`: the recipe, the corpus (packages, documents, bytes, hash), versions and the log. Weights are stored in
-    float16. `compile_model` needs a C++ compiler and is about a third faster. Raises FloatingPointError for a loss that is not finite.
+    float16. `compile_model` needs a C++ compiler; training is then about a third faster. Raises FloatingPointError for a loss that is not
+    finite.
     """
     recipe, corpus = recipe or ReferenceModelRecipe(), corpus or InstalledPackages()
     output.mkdir(parents=True, exist_ok=True)
@@ -72,6 +74,8 @@ def train_reference_model(
     tokenizer.save(str(output / "tokenizer.json"))
     train_ids = torch.cat([torch.tensor(ids) for ids in _encode(tokenizer, corpus.documents("train"))])
     held_out = _held_out_windows(tokenizer, corpus, recipe.context_length)
+    predicted = tokenizer.decode_batch(held_out[:, 1:].tolist(), skip_special_tokens=False)
+    predicted_bytes = sum(len(text.encode()) for text in predicted)
 
     torch.manual_seed(recipe.seed)
     model = _new_model(recipe)
@@ -98,20 +102,14 @@ def train_reference_model(
         smoothed = loss.item() if smoothed is None else 0.99 * smoothed + 0.01 * loss.item()
         if not math.isfinite(smoothed):
             raise FloatingPointError(f"the reference model's loss is {smoothed} at step {step}: lower the learning rate")
+        status = TrainingStatus(step, step * tokens_per_step, time.monotonic() - began, smoothed)
         if step % evaluate_every == 0 or step == total_steps:
-            status = TrainingStatus(step, step * tokens_per_step, time.monotonic() - began, smoothed, _bits_per_byte(model, held_out))
+            status = replace(status, bits_per_byte=_bits_per_byte(model, held_out, predicted_bytes))
             log.append(status)
             _save(model, output, recipe, corpus, log)
+        if status.bits_per_byte is not None or step % 100 == 0:
             report(status)
-        elif step % 100 == 0:
-            report(TrainingStatus(step, step * tokens_per_step, time.monotonic() - began, smoothed))
     return log
-
-
-@dataclass(frozen=True)
-class _HeldOut:
-    windows: torch.Tensor  # [n, context_length] token ids
-    predicted_bytes: int  # UTF-8 bytes of the predicted tokens: all except the first of each window
 
 
 def _train_tokenizer(corpus: Corpus, recipe: ReferenceModelRecipe) -> Tokenizer:
@@ -131,27 +129,21 @@ def _train_tokenizer(corpus: Corpus, recipe: ReferenceModelRecipe) -> Tokenizer:
 
 
 def _encode(tokenizer: Tokenizer, documents: Iterator[Document]) -> Iterator[list[int]]:
-    """Yield the separator and the token ids of each document. Memory: a thousand documents."""
+    """Yield the separator and the token ids of each document."""
     separator = tokenizer.token_to_id(END_OF_TEXT)
-    pending: list[str] = []
-    for document in documents:
-        pending.append(document.text)
-        if len(pending) == 1000:
-            yield from ([separator, *encoding.ids] for encoding in tokenizer.encode_batch(pending))
-            pending = []
-    yield from ([separator, *encoding.ids] for encoding in tokenizer.encode_batch(pending))
+    for batch in batched(documents):
+        yield from ([separator, *encoding.ids] for encoding in tokenizer.encode_batch([document.text for document in batch]))
 
 
-def _held_out_windows(tokenizer: Tokenizer, corpus: Corpus, context_length: int, n_windows: int = 512) -> _HeldOut:
+def _held_out_windows(tokenizer: Tokenizer, corpus: Corpus, context_length: int, n_windows: int = 512) -> torch.Tensor:
+    """Return token ids `[n, context_length]` of random windows of the test split."""
     windows = [
         ids[start : start + context_length]
         for ids in _encode(tokenizer, corpus.documents("test"))
         for start in range(0, len(ids) - context_length + 1, context_length)
     ]
     chosen = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))[:n_windows].tolist()
-    kept = [windows[i] for i in chosen]
-    n_bytes = sum(len(text.encode()) for text in tokenizer.decode_batch([window[1:] for window in kept], skip_special_tokens=False))
-    return _HeldOut(torch.tensor(kept), n_bytes)
+    return torch.tensor([windows[i] for i in chosen])
 
 
 def _new_model(recipe: ReferenceModelRecipe) -> GPTNeoXForCausalLM:
@@ -198,14 +190,12 @@ def _learning_rate(recipe: ReferenceModelRecipe, step: int, total_steps: int) ->
     return decayed * min(1.0, step / recipe.warmup_steps)
 
 
-def _bits_per_byte(model: GPTNeoXForCausalLM, held_out: _HeldOut) -> float:
+def _bits_per_byte(model: GPTNeoXForCausalLM, windows: torch.Tensor, predicted_bytes: int) -> float:
     model.eval()
-    nats = 0.0
     with torch.no_grad():
-        for batch in held_out.windows.split(64):
-            nats += float(_loss(model, batch)) * batch[:, 1:].numel()
+        nats = sum(float(_loss(model, batch)) * batch[:, 1:].numel() for batch in windows.split(64))
     model.train()
-    return nats / math.log(2) / held_out.predicted_bytes
+    return nats / math.log(2) / predicted_bytes
 
 
 def _save(model: GPTNeoXForCausalLM, output: Path, recipe: ReferenceModelRecipe, corpus: Corpus, log: list[TrainingStatus]) -> None:

@@ -12,14 +12,12 @@ import io
 import json
 import os
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from saeens_pipeline.errors import ConfigurationError, SaeensError
-from saeens_pipeline.language_models.documents import Document, Split
-from saeens_pipeline.language_models.fingerprints import fingerprint
-from saeens_pipeline.language_models.records import READER_VERSION, RecordCorpus
+from saeens_pipeline.language_models.documents import READER_VERSION, Document, RecordCorpus, Split
+from saeens_pipeline.language_models.fingerprints import fingerprint_once
 from saeens_pipeline.settings.corpora import TextFiles
 
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
@@ -29,31 +27,26 @@ _HASHED_BYTES, _LEAST_HASHED_BYTES = 256 * 2**20, 64 * 2**10  # limit for all fi
 _BATCH_ROWS = 1000
 
 
-class TextFileCorpus(RecordCorpus):
+class TextFileCorpus(RecordCorpus[TextFiles]):
     """Documents of local files."""
-
-    def __init__(self, settings: TextFiles) -> None:
-        super().__init__(settings)
-        self.settings = settings
 
     @property
     def identity(self) -> dict[str, object]:
-        chosen = self._chosen()
-        budget = max(_HASHED_BYTES // (len(chosen.train) + len(chosen.test)), _LEAST_HASHED_BYTES)
-        files = {name: _fingerprint(path, budget, *_state(path)) for name, path in (chosen.train | chosen.test).items()}
-        return self.settings_that_decide | {"corpus": "files", "reader": READER_VERSION, "test_files": sorted(chosen.test), "files": files}
+        train, test = self._chosen()
+        budget = max(_HASHED_BYTES // (len(train) + len(test)), _LEAST_HASHED_BYTES)
+        files = {name: fingerprint_once(path, budget) for name, path in (train | test).items()}
+        return self.settings_that_decide | {"corpus": "files", "reader": READER_VERSION, "test_files": sorted(test), "files": files}
 
     def require_readable(self) -> None:
         """Raise ConfigurationError for missing files and unknown formats, SaeensError for an invalid first document of a split."""
-        chosen = self._chosen()
-        for files in filter(None, chosen):
+        for files in filter(None, self._chosen()):
             next(self._documents(files), None)
 
     def documents(self, split: Split) -> Iterator[Document]:
-        chosen = self._chosen()
-        if chosen.test:
-            return self._documents(chosen.test if split == "test" else chosen.train)
-        return self.held_out(self._documents(chosen.train), split)
+        train, test = self._chosen()
+        if test:
+            return self._documents(test if split == "test" else train)
+        return self.held_out(self._documents(train), split)
 
     def _documents(self, files: Mapping[str, Path]) -> Iterator[Document]:
         for name, path in files.items():
@@ -68,19 +61,23 @@ class TextFileCorpus(RecordCorpus):
                 if document.text:
                     yield document
 
-    def _chosen(self) -> _Chosen:
-        """Return the files of each split by the name for documents: the path relative to the innermost common folder."""
+    def _chosen(self) -> tuple[dict[str, Path], dict[str, Path]]:
+        """Return train and test files by the name for documents: the path relative to the innermost common folder.
+
+        There are no test files if test documents are held out by a hash.
+        """
         train = self._found(self.settings.files)
         test = self._found(self.settings.test_files) if self.settings.test_files is not None else []
         both = sorted(set(train) & set(test))
         if both:
             raise ConfigurationError(f"corpus: {both[0]} is among files and among test_files: no document may be in both splits")
         root = Path(os.path.commonpath([path.parent for path in (*train, *test)]))
-        return _Chosen(*({path.relative_to(root).as_posix(): path for path in files} for files in (train, test)))
+        train_files, test_files = ({path.relative_to(root).as_posix(): path for path in files} for files in (train, test))
+        return train_files, test_files
 
     def _found(self, files: str | list[str]) -> list[Path]:
         found: set[Path] = set()
-        for pattern in _patterns(files):
+        for pattern in [files] if isinstance(files, str) else files:
             paths = glob.glob(self.settings.absolute(pattern), recursive=True)  # noqa: PTH207  # Path.glob takes no absolute pattern
             matching = {Path(path).absolute() for path in paths if Path(path).is_file()}
             if not matching:
@@ -93,34 +90,12 @@ class TextFileCorpus(RecordCorpus):
         return sorted(found)
 
 
-class _Chosen(NamedTuple):
-    """Files by name; `test` is empty if test documents are held out by a hash."""
-
-    train: dict[str, Path]
-    test: dict[str, Path]
-
-
-def _patterns(files: str | list[str]) -> list[str]:
-    return [files] if isinstance(files, str) else files
-
-
 def _format(path: Path) -> str:
     """Return the format of a file, `.jsonl` for `a.jsonl.zst`; empty for a Parquet file that is compressed as a whole."""
     suffixes = path.suffixes
     if suffixes[-1:] and suffixes[-1] in _COMPRESSIONS:
         return "" if suffixes[-2:-1] == [".parquet"] else "".join(suffixes[-2:-1])
     return path.suffix
-
-
-def _state(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
-
-
-@lru_cache(maxsize=100_000)
-def _fingerprint(path: Path, whole_bytes: int, size: int, changed_at: int) -> str:
-    """Return the fingerprint of a file, which is read once per process unless its size or time changes."""
-    return fingerprint(path, whole_bytes=whole_bytes, sample_bytes=max(whole_bytes // 128, 1024))
 
 
 def _open(path: Path) -> io.BufferedReader:
@@ -147,14 +122,9 @@ def _lines(path: Path) -> Iterator[tuple[int, Any]]:
         with _open(path) as stream:
             for number, line in enumerate(stream, start=1):
                 if line.strip():
-                    yield number, _parsed(line, path, number)
+                    yield number, json.loads(line)
     except OSError as error:
         raise SaeensError(f"{path}:{number + 1}: cannot be read further ({error}): check that the file is complete") from error
-
-
-def _parsed(line: bytes, path: Path, number: int) -> Any:
-    try:
-        return json.loads(line)
     except ValueError as error:
         reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else f"not valid JSON: {error}"
         raise SaeensError(f"{path}:{number}: {reason}") from None
@@ -169,12 +139,8 @@ def _rows(path: Path, columns: list[str]) -> Iterator[tuple[int, dict[str, Any]]
         with parquet.ParquetFile(path) as file:
             missing = [column for column in columns if column not in file.schema_arrow.names]
             if missing:
-                there = ", ".join(file.schema_arrow.names)
-                raise SaeensError(f"{path}: there is no column {missing[0]!r}; there are: {there}")
-            number = 0
-            for batch in file.iter_batches(_BATCH_ROWS, columns=columns):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
+                raise SaeensError(f"{path}: there is no column {missing[0]!r}; there are: {', '.join(file.schema_arrow.names)}")
+            batches = file.iter_batches(_BATCH_ROWS, columns=columns)
+            yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
     except (OSError, pyarrow.ArrowException) as error:
         raise SaeensError(f"{path}: cannot be read as a Parquet file ({error})") from error

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
 
@@ -26,7 +27,7 @@ from tokenizers import Tokenizer
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models.descriptions import LanguageModelDescription
 from saeens_pipeline.language_models.documents import Corpus, Document, Split
-from saeens_pipeline.storage.activations import require_free_disk
+from saeens_pipeline.storage.disk import require_free_disk
 
 if TYPE_CHECKING:
     import torch
@@ -113,32 +114,25 @@ def write_tokens(
     """
     import zarr
 
+    wanted: dict[Split, int] = {"train": train_tokens, "test": test_tokens}
+    settings: dict[str, Any] = {"context_length": context_length, "packing": packing, "drop": sorted(drop)}
     validate_token_settings(
-        description,
-        context_length=context_length,
-        packing=packing,
-        windows_per_document=windows_per_document,
-        drop=drop,
-        train_tokens=train_tokens,
-        test_tokens=test_tokens,
+        description, **settings, windows_per_document=windows_per_document, train_tokens=train_tokens, test_tokens=test_tokens
     )
     require_free_disk(path, (train_tokens + test_tokens) * position_bytes(description.vocab_size), "writing tokens")
     tokenizer = load_tokenizer(description)
-    separator = _separator(description) if packing == "concatenate" else None
+    separator = description.end_of_text if packing == "concatenate" else None
     never_kept = special_ids(tokenizer, description) if "special" in drop else np.empty(0, np.int64)
     group = zarr.open_group(path, mode="w", zarr_format=3)
     statistics: dict[Split, SplitTokens] = {}
     documents: list[pl.DataFrame] = []
-    wanted: dict[Split, int] = {"train": train_tokens, "test": test_tokens}
     for split in SPLITS:
         used: list[Document] = []
         encoded = _encode(tokenizer, corpus.documents(split), description, separator, used)
         writer = _SplitWriter(group.create_group(split), context_length, description.vocab_size, padding=separator or 0)
-        if packing == "document":
-            windows = _document_windows(encoded, context_length, windows_per_document)
-        else:
-            windows = _stream_windows(encoded, context_length)
-        for window in windows:
+        is_stream = packing == "concatenate"
+        cut = _stream_windows(encoded, context_length) if is_stream else _document_windows(encoded, context_length, windows_per_document)
+        for window in cut:
             kept = ~np.isin(window.tokens, never_kept)
             if "first" in drop:
                 kept[0] = False
@@ -149,13 +143,12 @@ def write_tokens(
             if writer.rows == wanted[split]:
                 break
         if writer.rows < wanted[split]:
-            limit, way_out = "", ""
-            if windows_per_document is not None:
-                limit, way_out = f", windows_per_document: {windows_per_document}", ", or raise `windows_per_document`"
+            is_limited = windows_per_document is not None
+            limit = f", windows_per_document: {windows_per_document}" if is_limited else ""
             raise SaeensError(
                 f"the corpus' {split} split has {writer.rows:,} activation rows in {len(used):,} documents with packing: {packing}{limit} "
                 f"and drop: [{', '.join(drop)}], but {wanted[split]:,} were asked for: "
-                f"lower `{split}_tokens` to at most {writer.rows:,}{way_out}"
+                f"lower `{split}_tokens` to at most {writer.rows:,}{', or raise `windows_per_document`' if is_limited else ''}"
             )
         statistics[split] = writer.finish()
         of_split = used[: statistics[split].documents]
@@ -165,7 +158,7 @@ def write_tokens(
         documents.append(pl.DataFrame(columns | labels, schema))
     pl.concat(documents).write_parquet(path / "documents.parquet")
     result = TokenStatistics(**statistics)
-    group.attrs.update({"context_length": context_length, "packing": packing, "drop": sorted(drop), "statistics": asdict(result)})
+    group.attrs.update({**settings, "statistics": asdict(result)})
     return result
 
 
@@ -182,8 +175,11 @@ def validate_token_settings(
     """Raise ConfigurationError for settings of `write_tokens` that are invalid, in general or for this language model."""
     if packing not in get_args(Packing):
         raise ConfigurationError(f"packing: {packing!r} is not known; allowed: {', '.join(get_args(Packing))}")
-    if packing == "concatenate":
-        _separator(description)
+    if packing == "concatenate" and description.end_of_text is None:
+        raise ConfigurationError(
+            f"packing: concatenate needs an end-of-text token, and {description.path / 'config.json'} names none (eos_token_id): "
+            "add it there, or use packing: document"
+        )
     unknown = sorted(set(drop) - set(get_args(Drop)))
     if unknown:
         raise ConfigurationError(f"drop: {', '.join(map(repr, unknown))} is not known; allowed: {', '.join(get_args(Drop))}")
@@ -198,54 +194,76 @@ def validate_token_settings(
             raise ConfigurationError(f"{name}: {value} is not possible: at least 1")
 
 
-def open_tokens(path: Path) -> TokenStore:
-    """Open the tokens that `write_tokens` wrote. Raises SaeensError if they are missing or incomplete."""
+def open_tokens(path: Path, dropped: Mapping[Split, np.ndarray] | None = None) -> TokenStore:
+    """Open the tokens that `write_tokens` wrote. Raises SaeensError if they are missing or incomplete.
+
+    `dropped`: kept positions without an activation row, by their indices among the kept positions of a split, `[n]` ascending. They are
+    not `kept` in what is read.
+    """
     import zarr
 
+    from saeens_pipeline.storage.held_folders import HeldFolder
+
     try:
-        group = zarr.open_group(path, mode="r")
-        return TokenStore(path, group)
-    except (FileNotFoundError, KeyError) as error:
-        raise SaeensError(f"{path} holds no tokens, or only a part of them ({error}): make them again") from None
+        group = zarr.open_group(HeldFolder(path), mode="r")
+        return TokenStore(path, group, dropped or {})
+    except (OSError, KeyError) as error:
+        raise SaeensError(f"{path} holds no tokens, or only a part of them ({error}): compute them again") from None
 
 
 class TokenStore:
     """Token windows on disk, read in storage order."""
 
-    def __init__(self, path: Path, group: zarr.Group) -> None:
+    def __init__(self, path: Path, group: zarr.Group, dropped: Mapping[Split, np.ndarray]) -> None:
         attributes = cast("dict[str, Any]", group.attrs.asdict())
-        self.path = path
+        self.path, self._dropped = path, dropped
         self.context_length: int = attributes["context_length"]
         self.statistics = TokenStatistics(**{split: SplitTokens(**attributes["statistics"][split]) for split in SPLITS})
-        self._group = group
+        self._arrays: dict[Split, list[Any]] = {split: [group[f"{split}/{name}"] for name in TokenBatch._fields] for split in SPLITS}
 
     def n_rows(self, split: Split) -> int:
         """Return the number of activation rows of a split."""
-        return getattr(self.statistics, split).rows
+        return getattr(self.statistics, split).rows - len(self._dropped.get(split, ()))
 
     def batches(self, split: Split, batch_windows: int) -> Iterator[TokenBatch]:
         """Yield all windows in order, at most `batch_windows` at a time. Memory: one chunk of each array, about 5 MB."""
-        import torch
-
-        arrays: list[Any] = [self._group[f"{split}/{name}"] for name in ("tokens", "kept", "document", "position")]
-        n_windows, chunk_windows = arrays[0].shape[0], arrays[0].chunks[0]
+        n_windows, chunk_windows = self._arrays[split][0].shape[0], self._arrays[split][0].chunks[0]
         for start in range(0, n_windows, chunk_windows):
-            tokens, *others = (torch.from_numpy(array[start : start + chunk_windows]) for array in arrays)
-            tokens = tokens.long()
-            for first in range(0, len(tokens), batch_windows):
-                yield TokenBatch(*(values[first : first + batch_windows] for values in (tokens, *others)))
+            chunk = self._read(split, slice(start, start + chunk_windows))
+            for first in range(0, len(chunk.tokens), batch_windows):
+                yield TokenBatch(*(values[first : first + batch_windows] for values in chunk))
 
     def sample(self, split: Split, n_rows: int, batch_windows: int) -> Iterator[TokenBatch]:
         """Yield evenly spread windows of a split with about `n_rows` activation rows in total, or all windows, in batches as `batches`."""
-        import torch
-
         statistics: SplitTokens = getattr(self.statistics, split)
         n_windows = min(statistics.windows, -(-n_rows * statistics.windows // statistics.rows))
         chosen = np.linspace(0, statistics.windows - 1, n_windows).round().astype(int)
-        arrays: list[Any] = [self._group[f"{split}/{name}"] for name in ("tokens", "kept", "document", "position")]
         for first in range(0, n_windows, batch_windows):
-            tokens, *others = (torch.from_numpy(array.oindex[chosen[first : first + batch_windows]]) for array in arrays)
-            yield TokenBatch(tokens.long(), *others)
+            yield self._read(split, chosen[first : first + batch_windows])
+
+    def _read(self, split: Split, windows: slice | np.ndarray) -> TokenBatch:
+        import torch
+
+        tokens, *others = (torch.from_numpy(array.oindex[windows]) for array in self._arrays[split])
+        batch = TokenBatch(tokens.long(), *others)
+        numbers = np.arange(windows.start, windows.start + len(tokens)) if isinstance(windows, slice) else windows
+        if len(dropped := self._dropped_places(split)):
+            window, column = np.divmod(dropped, self.context_length)
+            read = np.isin(window, numbers)
+            batch.kept[np.searchsorted(numbers, window[read]), column[read]] = False
+        return batch
+
+    @cache  # noqa: B019  # a store is open for one pass
+    def _dropped_places(self, split: Split) -> np.ndarray:
+        """Return the places of the dropped positions, `[n]` ascending, as `places`."""
+        dropped, kept = self._dropped.get(split, np.empty(0, np.int64)), self._arrays[split][TokenBatch._fields.index("kept")]
+        found, n_before = [np.empty(0, np.int64)], 0
+        for first in range(0, kept.shape[0], kept.chunks[0]) if len(dropped) else ():
+            places = np.flatnonzero(kept[first : first + kept.chunks[0]])
+            begin, end = np.searchsorted(dropped, (n_before, n_before + len(places)))
+            found.append(first * self.context_length + places[dropped[begin:end] - n_before])
+            n_before += len(places)
+        return np.concatenate(found)
 
     def token_ids(self, split: Split, rows: np.ndarray) -> np.ndarray:
         """Return the token id `[n]` of each activation row in `rows` `[n]`, which are in ascending order. Memory: as `batches`."""
@@ -321,18 +339,14 @@ class _Window(NamedTuple):
     position: np.ndarray
 
 
-def _dtypes(vocab_size: int) -> dict[str, np.dtype[Any]]:
-    return {
-        "tokens": np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32),
-        "kept": np.dtype(np.bool_),
-        "document": np.dtype(np.int32),
-        "position": np.dtype(np.int32),
-    }
+def _dtypes(vocab_size: int) -> list[np.dtype[Any]]:
+    """Return the dtypes of the arrays of TokenBatch on disk."""
+    return [np.dtype(dtype) for dtype in (np.uint16 if vocab_size <= 2**16 else np.uint32, np.bool_, np.int32, np.int32)]
 
 
 def position_bytes(vocab_size: int) -> int:
     """Return the bytes of one position before compression, which saves more than padding and dropped positions add."""
-    return sum(dtype.itemsize for dtype in _dtypes(vocab_size).values())
+    return sum(dtype.itemsize for dtype in _dtypes(vocab_size))
 
 
 class _SplitWriter:
@@ -340,25 +354,24 @@ class _SplitWriter:
 
     def __init__(self, group: zarr.Group, context_length: int, vocab_size: int, padding: int) -> None:
         self.rows = self._tokens = self._windows = self._documents = self._filled = 0
-        chunk_windows = max(1, _CHUNK_TOKENS // context_length)
-        self._padding = {"tokens": padding, "kept": False, "document": _PADDING, "position": 0}
-        self._buffers = {
-            name: np.full((chunk_windows, context_length), self._padding[name], dtype) for name, dtype in _dtypes(vocab_size).items()
-        }
-        self._arrays = {
-            name: group.create_array(name, shape=(0, context_length), chunks=buffer.shape, dtype=buffer.dtype)
-            for name, buffer in self._buffers.items()
-        }
+        shape = max(1, _CHUNK_TOKENS // context_length), context_length
+        self._padding = padding, False, _PADDING, 0
+        self._buffers = [np.empty(shape, dtype) for dtype in _dtypes(vocab_size)]
+        self._arrays = [
+            group.create_array(name, shape=(0, context_length), chunks=shape, dtype=buffer.dtype)
+            for name, buffer in zip(TokenBatch._fields, self._buffers, strict=True)
+        ]
 
     def append(self, window: _Window, kept: np.ndarray) -> None:
-        for name, values in zip(self._buffers, (window.tokens, kept, window.document, window.position), strict=True):
-            self._buffers[name][self._filled] = self._padding[name]
-            self._buffers[name][self._filled, : len(values)] = values
+        values_of = window.tokens, kept, window.document, window.position
+        for buffer, padding, values in zip(self._buffers, self._padding, values_of, strict=True):
+            buffer[self._filled] = padding
+            buffer[self._filled, : len(values)] = values
         self._filled += 1
         self.rows += int(kept.sum())
         self._tokens += len(kept)
         self._documents = int(window.document[-1]) + 1
-        if self._filled == len(self._buffers["tokens"]):
+        if self._filled == len(self._buffers[0]):
             self._flush()
 
     def finish(self) -> SplitTokens:
@@ -366,11 +379,9 @@ class _SplitWriter:
         return SplitTokens(self.rows, self._tokens, self._windows, self._documents)
 
     def _flush(self) -> None:
-        start, self._windows = self._windows, self._windows + self._filled
-        for name, array in self._arrays.items():
-            array.resize((self._windows, array.shape[1]))
-            array[start:] = self._buffers[name][: self._filled]
-        self._filled = 0
+        for array, buffer in zip(self._arrays, self._buffers, strict=True):
+            array.append(buffer[: self._filled])
+        self._windows, self._filled = self._windows + self._filled, 0
 
 
 def _document_windows(encoded: Iterator[np.ndarray], context_length: int, limit: int | None) -> Iterator[_Window]:
@@ -402,7 +413,7 @@ def _encode(
     tokenizer: Tokenizer, documents: Iterator[Document], description: LanguageModelDescription, separator: int | None, used: list[Document]
 ) -> Iterator[np.ndarray]:
     """Yield the token ids of each document, after the separator if there is one; append the documents without text to `used`."""
-    for batch in _batched(documents):
+    for batch in batched(documents):
         for document, encoding in zip(batch, tokenizer.encode_batch_fast([d.text for d in batch]), strict=True):
             ids = np.asarray(encoding.ids, np.int64)
             if separator is not None and (len(ids) == 0 or ids[0] != separator):
@@ -416,7 +427,8 @@ def _encode(
             yield ids
 
 
-def _batched(documents: Iterator[Document]) -> Iterator[list[Document]]:
+def batched(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    """Yield documents in batches for a tokenizer."""
     batch: list[Document] = []
     characters = 0
     for document in documents:
@@ -439,15 +451,6 @@ def load_tokenizer(description: LanguageModelDescription) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
-
-
-def _separator(description: LanguageModelDescription) -> int:
-    if description.end_of_text is None:
-        raise ConfigurationError(
-            f"packing: concatenate needs an end-of-text token, and {description.path / 'config.json'} names none (eos_token_id): "
-            "add it there, or use packing: document"
-        )
-    return description.end_of_text
 
 
 def special_ids(tokenizer: Tokenizer, description: LanguageModelDescription) -> np.ndarray:

@@ -21,7 +21,6 @@ from saeens_pipeline.language_models import hub
 from saeens_pipeline.language_models.descriptions import (
     TRANSFORMER_LENS,
     LanguageModelDescription,
-    ModelFolder,
     Weights,
     locate_model,
     read_config,
@@ -36,9 +35,9 @@ if TYPE_CHECKING:
     from transformer_lens import HookedTransformer  # pyright: ignore[reportMissingImports]
 
 REPOSITORIES = {
-    **{f"gelu-{n}l": f"NeelNanda/GELU_{n}L512W_C4_Code" for n in (1, 2, 3, 4)},
-    **{f"solu-{n}l": f"NeelNanda/SoLU_{n}L512W_C4_Code" for n in (1, 2, 3, 4)},
-    **{f"attn-only-{n}l": f"NeelNanda/Attn_Only_{n}L512W_C4_Code" for n in (1, 2, 3, 4)},
+    f"{name.lower().replace('_', '-')}-{n}l": f"NeelNanda/{name}_{n}L512W_C4_Code"
+    for name in ("GELU", "SoLU", "Attn_Only")
+    for n in (1, 2, 3, 4)
 }
 """Repositories on the hub, by TransformerLens' name of the model."""
 
@@ -54,8 +53,7 @@ def describe_transformer_lens_model(name: str, revision: str) -> LanguageModelDe
     Does not need TransformerLens. Documents are separated by the beginning-of-text token, if the tokenizer has one, as in the training of
     these models. Raises as `describe_language_model`.
     """
-    place = name.removeprefix(TRANSFORMER_LENS)
-    repository = REPOSITORIES.get(place, place)
+    repository = _repository(name)
     folder = locate_model(repository, revision, [_CONFIG, *_TOKENIZER_FILES])
     config = read_config(name, folder.path)
     if "model_type" in config:
@@ -64,7 +62,11 @@ def describe_transformer_lens_model(name: str, revision: str) -> LanguageModelDe
         raise ConfigurationError(
             f"language model {name!r} has an unsupported, older version of TransformerLens' format; supported: {', '.join(REPOSITORIES)}"
         )
-    tokenizer = _tokenizer_folder(name, folder, config)
+    tokenizer = folder
+    if not (folder.path / "tokenizer.json").is_file():
+        if not isinstance(config.get("tokenizer_name"), str):
+            raise ConfigurationError(f"language model {name!r}: {folder.path} has no tokenizer.json, and config.json no tokenizer_name")
+        tokenizer = locate_model(config["tokenizer_name"], "main", _TOKENIZER_FILES)
     tokenizer_file = require_tokenizer(name, tokenizer)
     identity: dict[str, object] = {"name": name, "revision": folder.commit or revision}
     if tokenizer.commit:
@@ -125,12 +127,19 @@ def load_transformer_lens_model(
 
 
 class _HookedLanguageModel(LanguageModel):
-    """A HookedTransformer: its hooks have the same names, and those inside a block are modules."""
+    """A HookedTransformer, called as transformers' models are: its hooks have the same names, and those inside a block are modules."""
 
     stream_passes_modules = True
 
     def __init__(self, description: LanguageModelDescription, hooked: HookedTransformer) -> None:
-        super().__init__(description, cast("Any", _called_as_transformers(hooked)))
+        forward = hooked.forward
+
+        def call(*args: Any, input_ids: torch.Tensor | None = None, use_cache: bool = False, **kwargs: Any) -> Any:
+            return forward(*args, **kwargs) if input_ids is None else SimpleNamespace(logits=forward(input_ids))
+
+        hooked.forward = call
+        hooked.device = hooked.W_E.device
+        super().__init__(description, cast("Any", hooked))
 
     def module(self, hook: str, layer: int) -> torch.nn.Module:
         inside = hook not in ("resid_pre", "resid_post") and "{layer}" not in hook
@@ -140,24 +149,12 @@ class _HookedLanguageModel(LanguageModel):
         return cast("Any", self.model).W_U.detach().T
 
 
-def _called_as_transformers(hooked: HookedTransformer) -> torch.nn.Module:
-    """Give the model the call signature and the `device` of transformers' models."""
-    forward = hooked.forward
-
-    def call(*args: Any, input_ids: torch.Tensor | None = None, use_cache: bool = False, **kwargs: Any) -> Any:
-        return forward(*args, **kwargs) if input_ids is None else SimpleNamespace(logits=forward(input_ids))
-
-    hooked.forward = call
-    hooked.device = hooked.W_E.device
-    return hooked
-
-
 def _load_weights(description: LanguageModelDescription, hooked: HookedTransformer, dtype: torch.dtype) -> None:
     import torch
     from safetensors.torch import load_file
 
     if description.commit:
-        hub.download(_repository(description), description.commit, [_CONFIG, _SAFETENSORS, _PICKLE])
+        hub.download(_repository(description.name), description.commit, [_CONFIG, _SAFETENSORS, _PICKLE])
     file = _weights_file(description.name, description.path)
     try:
         state = load_file(file) if file.name == _SAFETENSORS else torch.load(file, map_location="cpu", weights_only=True)
@@ -175,8 +172,8 @@ def _load_weights(description: LanguageModelDescription, hooked: HookedTransform
     hooked.load_state_dict({name: state[name].to(dtype) for name in own.keys() - constants}, strict=False)
 
 
-def _repository(description: LanguageModelDescription) -> str:
-    place = description.name.removeprefix(TRANSFORMER_LENS)
+def _repository(name: str) -> str:
+    place = name.removeprefix(TRANSFORMER_LENS)
     return REPOSITORIES.get(place, place)
 
 
@@ -185,16 +182,6 @@ def _weights_file(name: str, path: Path) -> Path:
         if file.is_file():
             return file
     raise ConfigurationError(f"language model {name!r}: {path} lacks its weights, {_SAFETENSORS} or {_PICKLE}")
-
-
-def _tokenizer_folder(name: str, folder: ModelFolder, config: dict[str, Any]) -> ModelFolder:
-    """Return the folder of the model, or that of its `tokenizer_name`, with the tokenizer."""
-    if (folder.path / "tokenizer.json").is_file():
-        return folder
-    repository = config.get("tokenizer_name")
-    if not isinstance(repository, str):
-        raise ConfigurationError(f"language model {name!r}: {folder.path} has no tokenizer.json, and config.json no tokenizer_name")
-    return locate_model(repository, "main", _TOKENIZER_FILES)
 
 
 def _token_id(folder: Path, role: str) -> int | None:

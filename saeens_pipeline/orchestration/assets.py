@@ -2,7 +2,7 @@
 
 # Without `from __future__ import annotations`: Dagster reads the annotations of ops at run time.
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,10 +13,9 @@ from saeens_pipeline.assets.declarations import DIMENSION_NAMES, Declaration, In
 from saeens_pipeline.assets.health import Health, examine, is_checked
 from saeens_pipeline.assets.materialise import Materialised, materialise, require_sound
 from saeens_pipeline.errors import ConfigurationError
-from saeens_pipeline.orchestration import log_lines
 from saeens_pipeline.orchestration.instance import layers_name
+from saeens_pipeline.orchestration.layers import requested_layers
 from saeens_pipeline.orchestration.metadata import describe_artefact, static_metadata
-from saeens_pipeline.orchestration.requested_layers import requested_layers
 from saeens_pipeline.orchestration.resources import ComputeResource, StoreResource
 from saeens_pipeline.orchestration.retries import killed_step_policy, retried
 from saeens_pipeline.settings.experiments import CheckSettings
@@ -26,28 +25,22 @@ from saeens_pipeline.storage.recipes import Store
 OWNERS = ["team:interpretability"]
 HEALTH = "health"
 _ABOUT_HEALTH = (
-    "Error: numbers that are not finite, constant or beyond their dtype, and wrong shapes; nothing is made from such an artefact. "
+    "Error: numbers that are not finite, constant or beyond their dtype, and wrong shapes; nothing is computed from such an artefact. "
     "Warning: dead features, L0 or explained variance outside the thresholds of the experiment."
 )
 
 
-def layers_of(source: str) -> dg.DynamicPartitionsDefinition:
-    """Return the layers of a source as partitions: one definition, shared by all its experiments."""
-    return dg.DynamicPartitionsDefinition(name=layers_name(source))
-
-
 def partitions_of(declaration: Declaration) -> dg.PartitionsDefinition | None:
-    """Return an artefact's partitions in Dagster."""
-    layers = layers_of(declaration.source)
+    """Return an artefact's partitions in Dagster. The layers of a source are one definition, shared by all its experiments."""
+    layers = dg.DynamicPartitionsDefinition(name=layers_name(declaration.source))
     match declaration.dimensions:
         case "none":
             return None
         case "layer":
             return layers
         case _:
-            return dg.MultiPartitionsDefinition(
-                {"layer": layers, "seed": dg.StaticPartitionsDefinition([str(seed) for seed in declaration.seeds])}
-            )
+            seeds = dg.StaticPartitionsDefinition([str(seed) for seed in declaration.seeds])
+            return dg.MultiPartitionsDefinition({"layer": layers, "seed": seeds})
 
 
 def partition_key(declaration: Declaration, partition: Partition) -> str | None:
@@ -61,12 +54,8 @@ def partition_key(declaration: Declaration, partition: Partition) -> str | None:
             return dg.MultiPartitionKey({"layer": str(partition.layer), "seed": str(partition.seed)})
 
 
-def build_assets(ops: Iterable[Op]) -> list[dg.AssetsDefinition]:
-    """Return a Dagster multi-asset for each op."""
-    return [_build_asset(op) for op in ops]
-
-
-def _build_asset(op: Op) -> dg.AssetsDefinition:
+def build_asset(op: Op) -> dg.AssetsDefinition:
+    """Return the Dagster multi-asset of an op."""
     by_key = {dg.AssetKey(output.address.key): output for output in op.outputs}
     policy = killed_step_policy()
 
@@ -89,8 +78,8 @@ def _build_asset(op: Op) -> dg.AssetsDefinition:
         run = RunContext(store.store, compute.compute, context.run.run_id, layers, observe)
         with (
             retried(context.retry_number, policy),
-            log_lines.forwarded_to(context.log),
-            progress.report_to(progress.LineReporter(context.log.info)),
+            progress.forward_log_lines(context.log.log),
+            progress.report_to(partial(progress.in_lines, context.log.info)),
         ):
             yield from _report(materialise(op, selected, partition, run), checked, op.checks, partition, store.store)
 
@@ -179,12 +168,9 @@ def _health_on_disk(declaration: Declaration, partition: Partition, thresholds: 
     """Check the health of one partition or, in a run without a partition, of all partitions on disk."""
     if declaration.dimensions == "none" or partition.layer is not None:
         return examine(declaration, partition, store.require(declaration.address, partition), thresholds)
-    all_of_them = Health()
-    for where in store.partitions(declaration.address, *DIMENSION_NAMES[declaration.dimensions]):
-        health = examine(declaration, where, store.require(declaration.address, where), thresholds)
-        all_of_them.errors += health.errors
-        all_of_them.warnings += health.warnings
-    return all_of_them
+    places = store.partitions(declaration.address, *DIMENSION_NAMES[declaration.dimensions])
+    each = [examine(declaration, where, store.require(declaration.address, where), thresholds) for where in places]
+    return Health([error for health in each for error in health.errors], [warning for health in each for warning in health.warnings])
 
 
 def _check_result(declaration: Declaration, health: Health) -> dg.AssetCheckResult:

@@ -4,19 +4,17 @@ Only experiments with `automation: on` and their sources are made automatically.
 """
 
 # Without `from __future__ import annotations`: Dagster reads the annotations of sensors and ops at run time.
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 
 import dagster as dg
 from dagster import AutomationCondition as Condition
 
-from saeens_pipeline.assets.tables import listed
-from saeens_pipeline.orchestration.assets import layers_of
-from saeens_pipeline.orchestration.instance import declared_layers_name, end_dead_runs, layer_changes
+from saeens_pipeline.assets.registry import listed
+from saeens_pipeline.orchestration.instance import end_dead_runs, layer_changes
 from saeens_pipeline.orchestration.ops import Ops
 from saeens_pipeline.orchestration.retraining import retraining_schedule, retraining_sensor
 from saeens_pipeline.settings import ExperimentSettings, SourceSettings
-from saeens_pipeline.settings.experiments import FreshnessSettings
 from saeens_pipeline.storage.names import SOURCES_GROUP
 
 TICK_SECONDS = 15  # between two evaluations of conditions and layers
@@ -63,13 +61,7 @@ def leaderboard_condition() -> Condition:
     """
     updated = Condition.any_deps_match(Condition.newly_updated())
     settled = ~Condition.any_deps_in_progress() & ~Condition.in_progress()
-    return (updated.since(Condition.newly_requested() & ~updated) & settled).with_label("a table that it shows was made")
-
-
-def freshness_policy(freshness: FreshnessSettings) -> dg.FreshnessPolicy:
-    """Return Dagster's policy for the days in an experiment's `freshness`."""
-    warn = timedelta(days=freshness.warn_days) if freshness.warn_days is not None else None
-    return dg.FreshnessPolicy.time_window(fail_window=timedelta(days=freshness.fail_days), warn_window=warn)
+    return (updated.since(Condition.newly_requested() & ~updated) & settled).with_label("a table that it shows was computed")
 
 
 def _with_policies(spec: dg.AssetSpec, experiments: Mapping[str, ExperimentSettings]) -> dg.AssetSpec:
@@ -86,7 +78,9 @@ def _with_policies(spec: dg.AssetSpec, experiments: Mapping[str, ExperimentSetti
     if experiment.automation == "on":
         spec = spec.replace_attributes(automation_condition=automation_condition())
     if experiment.freshness and "table" in spec.tags:
-        spec = spec.replace_attributes(freshness_policy=freshness_policy(experiment.freshness))
+        fail, warn = experiment.freshness.fail_days, experiment.freshness.warn_days
+        policy = dg.FreshnessPolicy.time_window(timedelta(days=fail), timedelta(days=warn) if warn is not None else None)
+        spec = spec.replace_attributes(freshness_policy=policy)
     return spec
 
 
@@ -117,19 +111,14 @@ def layers_sensor(sources: Mapping[str, SourceSettings]) -> dg.SensorDefinition:
     )
     def layers(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
         end_dead_runs(context.instance)
-        requests = []
+        requests: list[dg.AddDynamicPartitionsRequest | dg.DeleteDynamicPartitionsRequest] = []
         for source in sources.values():
-            changes = layer_changes(context.instance, source.name, source.layers)
-            requests += _partition_requests(layers_of(source.name), changes.new, changes.gone)
-            declared = dg.DynamicPartitionsDefinition(name=declared_layers_name(source.name))
-            requests += _partition_requests(declared, changes.newly_declared, changes.gone)
+            for name, added, gone in layer_changes(context.instance, source.name, source.layers):
+                partitions = dg.DynamicPartitionsDefinition(name=name)
+                requests += [partitions.build_add_request(added)] if added else []
+                requests += [partitions.build_delete_request(gone)] if gone else []
         if not requests:
             return dg.SkipReason("The partitions are the layers of the experiment files and those added in the UI.")
         return dg.SensorResult(dynamic_partitions_requests=requests)
 
     return layers
-
-
-def _partition_requests(partitions: dg.DynamicPartitionsDefinition, new: Sequence[str], gone: Sequence[str]) -> list:
-    added = [partitions.build_add_request(new)] if new else []
-    return added + ([partitions.build_delete_request(gone)] if gone else [])

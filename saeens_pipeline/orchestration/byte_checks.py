@@ -16,7 +16,7 @@ from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.recipes import DamagedArtefactError, Store
 
 BYTES = "bytes"
-_ABOUT = "All files have the hashes in the record. An artefact with changed files is invalidated, and the next run makes it again."
+_ABOUT = "All files have the hashes in the record. An artefact with changed files is invalidated, and the next run computes it again."
 
 
 def build_byte_checks(ops: Iterable[Op]) -> list[dg.AssetChecksDefinition]:
@@ -49,7 +49,11 @@ def _compare(store: Store, declaration: Declaration, partition: Partition | None
     on_disk = store.partitions(declaration.address, *DIMENSION_NAMES[declaration.dimensions])
     to_read = on_disk if partition is None else [each for each in on_disk if each == declaration.narrow(partition)]
     differences = [difference for each in to_read for difference in compare_bytes(store, declaration, each)]
-    differences += [damage for each in on_disk if each not in to_read for damage in _known_damage(store, declaration, each)]
+    for each in (each for each in on_disk if each not in to_read):
+        try:
+            store.find(declaration.address, each)
+        except DamagedArtefactError as error:
+            differences.append(str(error))
     description = list(differences)
     if not to_read:
         description.append("There is nothing to read: materialise the asset first.")
@@ -63,12 +67,3 @@ def _compare(store: Store, declaration: Declaration, partition: Partition | None
         description="\n".join(description) or None,
         metadata={"partitions read": len(to_read), "partitions on disk": len(on_disk)},
     )
-
-
-def _known_damage(store: Store, declaration: Declaration, partition: Partition) -> list[str]:
-    """Return damage that is visible without reading all bytes, including that found by an earlier comparison."""
-    try:
-        store.find(declaration.address, partition)
-    except DamagedArtefactError as error:
-        return [str(error)]
-    return []

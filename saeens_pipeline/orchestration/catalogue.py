@@ -1,16 +1,22 @@
-"""All experiments as Dagster definitions."""
+"""All experiments as Dagster definitions. Broken experiment files are assets too, so that the asset graph shows their error messages."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
 import dagster as dg
 
-from saeens_pipeline.orchestration.assets import build_assets
+from saeens_pipeline.errors import ConfigurationError
+from saeens_pipeline.orchestration.assets import build_asset
 from saeens_pipeline.orchestration.automation import automate
-from saeens_pipeline.orchestration.broken_files import broken_assets
 from saeens_pipeline.orchestration.byte_checks import build_byte_checks
-from saeens_pipeline.orchestration.executors import executor_from_environment
 from saeens_pipeline.orchestration.ops import Ops
 from saeens_pipeline.orchestration.resources import ComputeResource, StoreResource
+from saeens_pipeline.orchestration.retries import executor_from_environment
+from saeens_pipeline.settings.files import experiment_name
+from saeens_pipeline.storage.names import BROKEN_GROUP
 
 
 class Catalogue(Ops):
@@ -23,14 +29,42 @@ class Catalogue(Ops):
         """
         ops = self.all_ops()
         given = dg.Definitions(
-            assets=broken_assets(self.broken),
+            assets=_broken_assets(self.broken),
             asset_checks=build_byte_checks(ops) if byte_checks else [],
             resources={"store": StoreResource(), "compute": ComputeResource.from_environment()},
             executor=executor_from_environment(),
         )
-        return dg.Definitions.merge(automate(build_assets(ops), self), given)
+        return dg.Definitions.merge(automate(map(build_asset, ops), self), given)
 
 
 def load_catalogue() -> Catalogue:
     """Read every experiment file. Raises as `Experiments.load`."""
     return Catalogue.load()
+
+
+def _broken_assets(broken: Mapping[Path, str]) -> list[dg.AssetsDefinition]:
+    """Return an asset for each broken file, in a group of their own. The error message is its description and its error.
+
+    It has the name of the file, with characters replaced that asset keys do not allow; files of one name are numbered.
+    """
+    taken: dict[str, int] = {}
+    assets: list[dg.AssetsDefinition] = []
+    for path, message in broken.items():
+        name = re.sub(r"[^a-z0-9_]", "_", experiment_name(path).lower())
+        taken[name] = taken.get(name, 0) + 1
+        assets.append(_broken_asset(name if taken[name] == 1 else f"{name}__{taken[name]}", path, message))
+    return assets
+
+
+def _broken_asset(name: str, path: Path, message: str) -> dg.AssetsDefinition:
+    @dg.asset(
+        name=name,
+        key_prefix=BROKEN_GROUP,
+        group_name=BROKEN_GROUP,
+        description=f"Left out: its file is wrong\n\n```\n{message}\n```\n\nCorrect the file and reload the code location.",
+        metadata={"file": dg.MetadataValue.path(str(path))},
+    )
+    def broken() -> None:
+        raise ConfigurationError(f"{message}\nCorrect the file and reload the code location")
+
+    return broken

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -60,40 +60,24 @@ class Inventory:
     @property
     def freed_bytes(self) -> int:
         """Return the bytes that removal of the garbage frees. A file with several hard links, as of linked SAEs, is freed with the last."""
-        names: dict[tuple[int, int], int] = {}
-        freed = 0
-        for file in (file for finding in self.garbage for file in _files(finding.path)):
-            status = file.lstat()
-            node = (status.st_dev, status.st_ino)
-            names[node] = names.get(node, 0) + 1
-            freed += status.st_size if names[node] == status.st_nlink else 0
-        return freed
+        found = [file.lstat() for finding in self.garbage for file in _files(finding.path)]
+        names = Counter((status.st_dev, status.st_ino) for status in found)
+        nodes = {(status.st_dev, status.st_ino): status for status in found}
+        return sum(status.st_size for node, status in nodes.items() if names[node] == status.st_nlink)
 
 
 @dataclass(frozen=True)
 class Declared:
     """References of experiments and sources: artefacts by address, the first output of each op by the op's name, layers by source."""
 
-    artefacts: Mapping[Address, Declaration]
-    ops: Mapping[str, Declaration]
+    outputs: Mapping[Address | str, Declaration]
     layers: Mapping[str, frozenset[int]]
 
-    def objection(self, address: Address, partition: Partition) -> str:
-        """Return the reason why an artefact is unused; empty if something refers to it."""
-        if address in self.artefacts:
-            return self._objection_to_partition(self.artefacts[address], partition)
-        owners = {each.owner for each in self.artefacts if (each.kind == "source") == (address.kind == "source")}
-        if address.owner in owners:
-            return f"{address} is not declared any more"
-        return f"there is no {'source' if address.kind == 'source' else 'experiment'} {address.owner} any more"
-
-    def objection_to_checkpoint(self, op_name: str, partition: Partition) -> str:
-        """Return the reason why no training resumes from a checkpoint; empty if one does."""
-        if op_name in self.ops:
-            return self._objection_to_partition(self.ops[op_name], partition)
-        return f"nothing is trained under the name {op_name} any more"
-
-    def _objection_to_partition(self, declaration: Declaration, partition: Partition) -> str:
+    def objection(self, to: Address | str, partition: Partition) -> str:
+        """Return the reason why an artefact, or the checkpoint of an op of this name, is unused; empty if something refers to it."""
+        declaration = self.outputs.get(to)
+        if declaration is None:
+            return self._objection_to_name(to)
         if declaration.narrow(partition) != partition:
             return f"{declaration.address} has no such partitions any more"
         if partition.layer is not None and partition.layer not in self.layers[declaration.source]:
@@ -101,6 +85,15 @@ class Declared:
         if partition.seed is not None and partition.seed not in declaration.seeds:
             return f"seed {partition.seed} is not declared any more"
         return ""
+
+    def _objection_to_name(self, to: Address | str) -> str:
+        if isinstance(to, str):
+            return f"nothing is trained under the name {to} any more"
+        owner = "source" if to.kind == "source" else "experiment"
+        addresses = [each.address for each in self.outputs.values()]
+        if any(each.owner == to.owner and (each.kind == "source") == (to.kind == "source") for each in addresses):
+            return f"{to} is not declared any more"
+        return f"there is no {owner} {to.owner} any more"
 
 
 def declared(catalogue: Ops) -> Declared:
@@ -112,7 +105,7 @@ def declared(catalogue: Ops) -> Declared:
         for name, source in catalogue.sources.items()
     }
     ops = catalogue.all_ops()
-    return Declared({output.address: output for op in ops for output in op.outputs}, {op.name: op.outputs[0] for op in ops}, layers)
+    return Declared({output.address: output for op in ops for output in op.outputs} | {op.name: op.outputs[0] for op in ops}, layers)
 
 
 def find_garbage(root: Path, references: Declared, given_up: Sequence[Path] = ()) -> Inventory:
@@ -129,7 +122,7 @@ def find_garbage(root: Path, references: Declared, given_up: Sequence[Path] = ()
         if not any(each.is_relative_to(folder) for each in unread):
             known = ", ".join(map(str, sorted(unread))) or "none"
             raise ConfigurationError(
-                f"--forget-folder {folder}: nothing here was made from files of this folder, or it is read now; there are: {known}"
+                f"--forget-folder {folder}: no artefact here is from files of this folder, or it is read now; there are: {known}"
             )
     kept = sorted(each for each in unread if not any(each.is_relative_to(folder) for folder in given_up))
     inventory = Inventory(unread_folders=kept)
@@ -163,24 +156,33 @@ def remove_garbage(catalogue: Experiments, inventory: Inventory, root: Path) -> 
     """
     if catalogue.broken:
         broken = "\n".join(catalogue.broken.values())
-        raise ConfigurationError(f"{broken}\nnothing is removed: what belongs to a file that cannot be read looks unused; mend it first")
+        raise ConfigurationError(f"{broken}\nnothing is removed: the artefacts of a broken file look unused; correct the file first")
     _forget(inventory.garbage, root.resolve())  # first: after an interruption, removed files could not be found again
     for finding in inventory.garbage:
-        remove_whole(finding.path)
+        if not _remove(finding.path, root.resolve()):
+            logger.warning("%s is being written by another process: it is kept", finding.path)
+            continue
         with contextlib.suppress(OSError):  # ends at the first folder that is not empty
             for folder in finding.path.relative_to(root.resolve()).parents[:-1]:
                 (root / folder).rmdir()
 
 
+def _remove(path: Path, root: Path) -> bool:
+    """Remove an artefact, a checkpoint or a temporary path. Return False if its artefact is being written."""
+    temporary = read_temporary(path)
+    final = locate(PurePosixPath((temporary.final if temporary else path).relative_to(root).as_posix()))
+    with locks.writing_if_free(root, *final) if final else contextlib.nullcontext(True) as is_free:
+        if is_free and path.exists():
+            remove_whole(path)
+        return is_free
+
+
 def _forget(findings: Sequence[Finding], root: Path) -> None:
     """Mark the artefacts among the findings as missing in Dagster, so that the automation makes them if they are declared again."""
     partitions: dict[Address, list[str]] = {}
-    for finding in findings:
-        if found := locate(PurePosixPath(finding.path.relative_to(root).as_posix())):
-            address, partition = found
-            keys = partitions.setdefault(address, [])
-            if partition != Partition():
-                keys.append("|".join(str(value) for value in partition if value is not None))  # as Dagster writes it
+    for address, partition in filter(None, (locate(PurePosixPath(each.path.relative_to(root).as_posix())) for each in findings)):
+        key = "|".join(str(value) for value in partition if value is not None)  # as Dagster writes it
+        partitions.setdefault(address, []).extend([key] if key else [])
     try:
         with recorded_instance() as instance:
             if instance:
@@ -197,27 +199,31 @@ def _look_at(path: Path, root: Path, references: Declared, inventory: Inventory)
     elif path.is_dir() and is_above_artefacts(relative):
         for entry in _entries(path):
             _look_at(entry, root, references, inventory)
-    elif is_above_artefacts(relative.parent) and (temporary := read_temporary(path)):
-        final = locate(relative.with_name(temporary.final.name))
-        is_awaited = temporary.is_needed and final is not None and not references.objection(*final)
-        if not temporary.in_use and not is_awaited:
+    elif (temporary := read_temporary(path)) and (final := _located(relative.with_name(temporary.final.name))):
+        is_awaited = temporary.is_needed and isinstance(final[0], Address) and not references.objection(*final)
+        if not (temporary.in_use or is_awaited or _may_be_written(root, *final)):
             inventory.garbage.append(Finding(path, _size(path), "left behind by a process that was killed"))
-    elif checkpoint := locate_checkpoint(relative):
-        if objection := references.objection_to_checkpoint(*checkpoint):
-            doubt = "it may be one of a folder that is not read now" if inventory.unread_folders else ""
-            findings, reason = (inventory.unknown, f"{objection}, but {doubt}") if doubt else (inventory.garbage, objection)
-            findings.append(Finding(path, _size(path), reason))
-    elif found := locate(relative):
+    elif found := _located(relative):
         if objection := references.objection(*found):
-            doubt = _doubt(path, inventory.unread_folders)
+            doubt = _doubt(path, inventory.unread_folders, is_checkpoint=isinstance(found[0], str))
             findings, reason = (inventory.unknown, f"{objection}, but {doubt}") if doubt else (inventory.garbage, objection)
             findings.append(Finding(path, _size(path), reason))
     else:
-        inventory.unknown.append(Finding(path, _size(path), "not made by saeens"))
+        inventory.unknown.append(Finding(path, _size(path), "not written by saeens"))
 
 
-def _doubt(path: Path, unread: Sequence[Path]) -> str:
-    """Return why something at an artefact's place may not be garbage; empty if it is."""
+def _located(path: PurePosixPath) -> tuple[Address | str, Partition] | None:
+    return locate_checkpoint(path) or locate(path)
+
+
+def _may_be_written(root: Path, to: Address | str, partition: Partition) -> bool:
+    return isinstance(to, Address) and locks.may_be_written(root, to, partition)
+
+
+def _doubt(path: Path, unread: Sequence[Path], *, is_checkpoint: bool) -> str:
+    """Return why something at the place of an artefact or a checkpoint may not be garbage; empty if it is."""
+    if is_checkpoint:
+        return "it may be one of a folder that is not read now" if unread else ""
     try:
         artefact = read_artefact(path)
     except DamagedArtefactError:
@@ -226,8 +232,8 @@ def _doubt(path: Path, unread: Sequence[Path]) -> str:
         return f"it holds {', '.join(foreign[:3])}, which saeens did not write"
     file = artefact.provenance.get("experiment_file")
     if file is None:
-        return "its record names no experiment file: it was made by an earlier version"
-    return f"it was made from {file}, whose folder is not read now" if unread_folder(file) in unread else ""
+        return "its record names no experiment file: it was written by an earlier version"
+    return f"its experiment file is {file}, whose folder is not read now" if unread_folder(file) in unread else ""
 
 
 def _entries(folder: Path) -> Sequence[Path]:
@@ -240,12 +246,8 @@ def _natural(name: str) -> tuple[str, int]:
     return stem, int(name.removeprefix(stem) or -1)
 
 
-def _files(path: Path) -> Iterator[Path]:
-    if path.is_symlink() or not path.is_dir():
-        yield path
-        return
-    for folder, _, names in os.walk(path):
-        yield from (Path(folder) / name for name in names)
+def _files(path: Path) -> list[Path]:
+    return [each for each in (path, *path.rglob("*")) if not each.is_dir()]
 
 
 def _size(path: Path) -> int:

@@ -1,24 +1,23 @@
-"""The layers of a source: those of its experiment file and those added by hand. Its experiments get all of them."""
+"""The layers of a source: those of its experiment file, those added by hand, and those that runs request together.
+
+Its experiments get all layers.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from dagster import DagsterInstance
+import dagster as dg
+from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
 
 from saeens_pipeline.assets.catalogue import Experiments
 from saeens_pipeline.assets.sources import validate_source
-from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.language_models.models import describe_language_model
-from saeens_pipeline.orchestration.instance import (
-    added_layers,
-    command_line_instance,
-    declare_layers,
-    recorded_instance,
-    register_layers,
-)
+from saeens_pipeline.orchestration.instance import added_layers, command_line_instance, declare_layers, recorded_instance, register_layers
 from saeens_pipeline.settings import SourceSettings
+
+LAYERS_TAG = "saeens/layers"  # tag of command-line runs: all layers of the command's stages
 
 
 class Layers(NamedTuple):
@@ -56,10 +55,7 @@ class AddedLayers(NamedTuple):
 
 def add_layers(catalogue: Experiments, name: str, layers: Sequence[int]) -> AddedLayers:
     """Add layers to the source of this name. Raises ConfigurationError, before anything is added, for layers that the model lacks."""
-    source = catalogue.sources.get(name)
-    if source is None:
-        message = f"there is no source {name!r}; there are: {', '.join(sorted(catalogue.sources)) or 'none'}"
-        raise ConfigurationError("\n".join([message, *catalogue.broken.values()]))
+    source = catalogue.source(name)
     validate_source(source, layers)
     with command_line_instance() as instance:
         declare_layers(instance, name, source.layers)
@@ -71,3 +67,17 @@ def add_layers(catalogue: Experiments, name: str, layers: Sequence[int]) -> Adde
         automated=[experiment.name for experiment in experiments if experiment.automation == "on"],
         on_request=[experiment.name for experiment in experiments if experiment.automation == "off"],
     )
+
+
+def requested_layers(context: dg.AssetExecutionContext) -> tuple[int, ...]:
+    """Return the layers that this run's command requests, or that unfinished runs request of the same assets.
+
+    A backfill, an automation tick or the choice of several partitions in the UI starts a run for each layer; one forward pass serves them
+    all. Runs that are queued or wait for the device count. Registered layers without a request do not: activations take disk space.
+    """
+    if LAYERS_TAG in context.run.tags:
+        return tuple(int(layer) for layer in context.run.tags[LAYERS_TAG].split(",") if layer)
+    waiting = [DagsterRunStatus.QUEUED, DagsterRunStatus.NOT_STARTED, DagsterRunStatus.STARTING, DagsterRunStatus.STARTED]
+    runs = context.instance.get_runs(RunsFilter(statuses=waiting))
+    keys = {run.tags.get("dagster/partition", "") for run in runs if context.selected_asset_keys <= (run.asset_selection or set())}
+    return tuple(sorted(int(key) for key in keys if key.isdecimal()))

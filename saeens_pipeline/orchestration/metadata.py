@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,10 +11,10 @@ import dagster as dg
 import polars as pl
 
 from saeens_pipeline.assets.declarations import Declaration, Reference
-from saeens_pipeline.assets.tables import SUBJECT, TABLES, Markdown, Table
+from saeens_pipeline.assets.registry import SUBJECT, TABLES, Markdown, Table
 from saeens_pipeline.assets.tables.cost import with_totals
 from saeens_pipeline.assets.tables.pareto import PARETO, PICTURE_FILE, TABLE_FILE
-from saeens_pipeline.storage.names import CURVE_FILE, Partition
+from saeens_pipeline.storage.names import CURVE_FILE, INDEX_FILE, Partition
 from saeens_pipeline.storage.recipes import Artefact, read_artefact
 from saeens_pipeline.storage.tables import Column, read_part
 
@@ -27,10 +26,9 @@ def static_metadata(declaration: Declaration) -> dict[str, Any]:
     """Return the metadata of a declaration: a table's columns."""
     if declaration.address.name not in TABLES:
         return {}
-    columns = [
-        dg.TableColumn(c.name, _DAGSTER_TYPES[c.type], description=c.description) for c in TABLES[declaration.address.name].all_columns
-    ]
-    return {"dagster/column_schema": dg.TableSchema(columns=columns)}
+    columns = TABLES[declaration.address.name].all_columns
+    shown = [dg.TableColumn(column.name, _DAGSTER_TYPES[column.type], description=column.description) for column in columns]
+    return {"dagster/column_schema": dg.TableSchema(shown)}
 
 
 def describe_artefact(declaration: Declaration, partition: Partition, artefact: Artefact, *, is_hit: bool) -> dict[str, Any]:
@@ -100,24 +98,24 @@ def _ensemble_summary(declaration: Declaration, artefact: Artefact) -> dict[str,
 
 
 def _report_summary(artefact: Artefact) -> dict[str, Any]:
-
-    from saeens_pipeline.report.pages import INDEX, PICTURES
+    from saeens_pipeline.report.pages import PICTURES
     from saeens_pipeline.report.pictures import as_markdown
 
     pictures = {path.stem.replace("_", " "): path for path in sorted((artefact.path / PICTURES).glob("*.png"))}
     return {
-        "open in a browser": dg.MetadataValue.path(str(artefact.path / INDEX)),
+        "open in a browser": dg.MetadataValue.path(str(artefact.path / INDEX_FILE)),
         **{title: dg.MetadataValue.md(as_markdown(path.read_bytes(), title)) for title, path in pictures.items()},
     }
 
 
 def _links(declaration: Declaration, partition: Partition) -> dict[str, Any]:
     """Return links to the SAEs of a table or an ensemble, by the name of their group."""
-    links: dict[str, Any] = {}
-    for label, saes in _saes_below(declaration):
-        of_each = [f"[{each.address.name}]({_page(each, each.narrow(partition))})" for each in saes]
-        links[label] = dg.MetadataValue.md(" ".join(of_each))
-    return links
+    query = "" if None in partition else f"?view=partitions&partition={quote('|'.join(map(str, partition)))}"  # SAEs have layer and seed
+
+    def link(sae: Declaration) -> str:
+        return f"[{sae.address.name}](/assets/{'/'.join(sae.address.key)}{query})"
+
+    return {label: dg.MetadataValue.md(" ".join(map(link, saes))) for label, saes in _saes_below(declaration)}
 
 
 def _saes_below(declaration: Declaration) -> Iterator[tuple[str, list[Declaration]]]:
@@ -131,14 +129,6 @@ def _saes_below(declaration: Declaration) -> Iterator[tuple[str, list[Declaratio
             yield f"SAEs of {each.address.name}", [sae for _, saes in _saes_below(each) for sae in saes]
 
 
-def _page(asset: Reference, partition: Partition) -> str:
-    """Return the address of an asset's page in the UI, with the partition if all its dimensions are known."""
-    chosen = [str(value) for value in partition if value is not None]
-    whole = len(chosen) == {"none": 0, "layer": 1, "layer_and_seed": 2}[asset.dimensions]
-    query = f"?view=partitions&partition={quote('|'.join(chosen))}" if chosen and whole else ""
-    return f"/assets/{'/'.join(asset.address.key)}{query}"
-
-
 def column_lineage(declaration: Declaration) -> dg.TableColumnLineage:
     """Return the upstream assets that each column of a table is computed from, with the part that is read.
 
@@ -149,8 +139,7 @@ def column_lineage(declaration: Declaration) -> dg.TableColumnLineage:
     deps: dict[str, list[dg.TableColumnDep]] = {}
     for column in table.all_columns:
         for upstream in (each.artefact for each in declaration.inputs if each.in_graph):
-            part = _part_read(upstream, table, column)
-            if part:
+            if part := _part_read(upstream, table, column):
                 deps.setdefault(column.name, []).append(dg.TableColumnDep(dg.AssetKey(upstream.address.key), part))
     return dg.TableColumnLineage(deps)
 
@@ -203,12 +192,13 @@ def _table_summary(declaration: Declaration, artefact: Artefact) -> dict[str, An
 
 def _pareto_summary(artefact: Artefact) -> dict[str, Any]:
     """Return the summary with the picture, which the UI shows on a click if it is large."""
-    missing = artefact.provenance["not_evaluated"]
-    drawn = base64.b64encode((artefact.path / PICTURE_FILE).read_bytes()).decode()
+    from saeens_pipeline.report.pictures import as_markdown
+
+    drawn = (artefact.path / PICTURE_FILE).read_bytes()
     return {
         "dagster/row_count": len(pl.read_parquet(artefact.path / TABLE_FILE)),
-        "not evaluated yet": ", ".join(missing) or None,
-        "picture": dg.MetadataValue.md(f"![explained variance by L0 and by bits](data:image/png;base64,{drawn})"),
+        "not evaluated yet": ", ".join(artefact.provenance["not_evaluated"]) or None,
+        "picture": dg.MetadataValue.md(as_markdown(drawn, "explained variance by L0 and by bits")),
     }
 
 

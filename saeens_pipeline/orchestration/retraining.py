@@ -5,13 +5,11 @@ one tick do not wait for each other: so one stage is requested at a time.
 """
 
 # Without `from __future__ import annotations`: Dagster reads the annotations of sensors and ops at run time.
-from collections.abc import Sequence
 from datetime import UTC, datetime
 
 import dagster as dg
 
-from saeens_pipeline.assets.declarations import Declaration
-from saeens_pipeline.assets.staleness import Stage, Status, plan
+from saeens_pipeline.assets.staleness import plan
 from saeens_pipeline.orchestration.assets import partition_key
 from saeens_pipeline.orchestration.instance import declare_layers
 from saeens_pipeline.orchestration.layers import layers_of_source
@@ -42,7 +40,7 @@ def retraining_schedule(ops: Ops, experiment: ExperimentSettings) -> dg.Schedule
 
     @dg.job(
         name=name,
-        description=f"Marks {experiment.name} for retraining: missing and stale artefacts are made, a run for each stage.",
+        description=f"Marks {experiment.name} for retraining: missing and stale artefacts are computed, a run for each stage.",
         executor_def=dg.in_process_executor,
     )
     def retraining() -> None:
@@ -102,34 +100,22 @@ def next_request(ops: Ops, experiment: ExperimentSettings, instance: dg.DagsterI
     layers = layers_of_source(source, instance).layers
     stages = plan(Store(data_root()), ops.ops(experiment), layers, experiment.ensemble.seeds)
     for number, stage in enumerate(stages):
-        wanted = _wanted(stage, experiment)
+        wanted = [
+            each for each in stage.statuses if each.state != "fresh" or (experiment.freshness and each.declaration.address.kind == "eval")
+        ]
         key = f"{experiment.name}:{mark}:{number}:{stage.partition}"
         run = _run_of(instance, key)
         if run and run.is_failure:
             return None
         if wanted and not (run and run.is_success):
-            return _request(experiment, stage.partition, wanted, key, mark)
+            reasons = [each.reason or each.state for each in wanted if each.state != "fresh"] or ["confirmed by a cache hit"]
+            return dg.RunRequest(
+                run_key=key,
+                partition_key=partition_key(wanted[0].declaration, wanted[0].partition),
+                asset_selection=[dg.AssetKey(each.declaration.address.key) for each in wanted],
+                tags={"user": f"{experiment.name}_retraining", _MARK_TAG: mark, WHY_TAG: reasons[0][:_MOST_TAG_CHARACTERS]},
+            )
     return None
-
-
-def _wanted(stage: Stage, experiment: ExperimentSettings) -> list[Status]:
-    watched = "eval" if experiment.freshness else None
-    return [status for status in stage.statuses if status.state != "fresh" or status.declaration.address.kind == watched]
-
-
-def _request(experiment: ExperimentSettings, partition: object, wanted: Sequence[Status], key: str, mark: str) -> dg.RunRequest:
-    first: Declaration = wanted[0].declaration
-    reasons = [status.reason or status.state for status in wanted if status.state != "fresh"] or ["confirmed by a cache hit"]
-    return dg.RunRequest(
-        run_key=key,
-        partition_key=partition_key(first, wanted[0].partition),
-        asset_selection=[dg.AssetKey(status.declaration.address.key) for status in wanted],
-        tags={
-            "user": f"{experiment.name}_retraining",
-            _MARK_TAG: mark,
-            WHY_TAG: reasons[0][:_MOST_TAG_CHARACTERS],
-        },
-    )
 
 
 def _run_of(instance: dg.DagsterInstance, key: str) -> dg.DagsterRun | None:

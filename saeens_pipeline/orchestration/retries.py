@@ -1,4 +1,4 @@
-"""Retries of steps after transient failures: a hub that does not answer, memory that ran out, a killed step.
+"""The executor of steps, and retries after transient failures: a hub that does not answer, memory that ran out, a killed step.
 
 Wrong settings, wrong input and losses that are not finite would fail again: they are not retried.
 """
@@ -8,26 +8,39 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import dagster as dg
 
 from saeens_pipeline.errors import ConfigurationError
-from saeens_pipeline.orchestration.executors import VARIABLE
 
+VARIABLE = "SAEENS_EXECUTOR"
 MAX_RETRIES = 2
 DELAY_SECONDS = 10.0
 """Delay before the first retry; it doubles for the next."""
 
-_HUB = (
-    ("builtins", "ConnectionError"),
-    ("builtins", "TimeoutError"),
-    ("httpx", "TransportError"),
-    ("httpx2", "TransportError"),
-    ("requests", "ConnectionError"),
-    ("requests", "Timeout"),
-)
-_MEMORY = (("builtins", "MemoryError"), ("torch", "OutOfMemoryError"))
+_HUB = {
+    "builtins": ("ConnectionError", "TimeoutError"),
+    "httpx": ("TransportError",),
+    "httpx2": ("TransportError",),
+    "requests": ("ConnectionError", "Timeout"),
+}
+_MEMORY = {"builtins": ("MemoryError",), "torch": ("OutOfMemoryError",)}
+
+
+def executor_from_environment() -> dg.ExecutorDefinition:
+    """Return the executor of runs from the UI, the automation and backfills: SAEENS_EXECUTOR, `in_process` (default) or `multiprocess`.
+
+    In one process a step costs 0.1 s. A process per step costs over a second and frees all memory of the step. Such processes are forked
+    from a server that has imported torch, which takes seconds, and has used neither threads nor CUDA. Raises ConfigurationError.
+    """
+    match os.environ.get(VARIABLE) or "in_process":
+        case "in_process":
+            return dg.in_process_executor
+        case "multiprocess":
+            return dg.multiprocess_executor.configured({"start_method": {"forkserver": {"preload_modules": ["torch"]}}})
+        case other:
+            raise ConfigurationError(f"{VARIABLE}={other}: there are in_process and multiprocess")
 
 
 def killed_step_policy() -> dg.RetryPolicy | None:
@@ -66,6 +79,7 @@ def retried(attempt: int, policy: dg.RetryPolicy | None) -> Iterator[None]:
         raise
 
 
-def _loaded(names: Iterable[tuple[str, str]]) -> tuple[type[BaseException], ...]:
+def _loaded(names: Mapping[str, Sequence[str]]) -> tuple[type[BaseException], ...]:
     """Return the error classes of imported packages; other packages cannot have raised."""
-    return tuple(getattr(sys.modules[module], name) for module, name in names if hasattr(sys.modules.get(module), name))
+    loaded = [(sys.modules[module], name) for module in names.keys() & sys.modules.keys() for name in names[module]]
+    return tuple(getattr(module, name) for module, name in loaded if hasattr(module, name))

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from saeens_pipeline.assets.declarations import Declaration, Input, Op, RunContext, Task, with_file
-from saeens_pipeline.assets.tables.pareto import PICTURE_FILE, TABLE_FILE, Sweep, not_evaluated, pareto_declaration, pareto_rows
+from saeens_pipeline.assets.tables.pareto import PICTURE_FILE, TABLE_FILE, not_evaluated, pareto_declaration, pareto_rows
 from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.settings.experiments import ExperimentSettings
 from saeens_pipeline.storage.names import LEADERBOARD, Address
 from saeens_pipeline.storage.recipes import Store
 
-REPORT_VERSION = 4
+REPORT_VERSION = 5
 REPORT = "report"
 
 
@@ -34,7 +35,7 @@ def report_op(experiment: ExperimentSettings, tables: Sequence[Declaration], con
         seeds=tuple(experiment.ensemble.seeds),
         kinds=frozenset({"html", "plotly"}),
         tags={"experiment": experiment.name, "source": experiment.source},
-        description=f"Results of {experiment.name}: pages that open from disk\n\n`saeens report {experiment.name}` makes and names them.",
+        description=f"Results of {experiment.name}: pages that open from disk\n\n`saeens report {experiment.name}` writes them.",
     )
 
     def make(context: RunContext, tasks: Sequence[Task]) -> None:
@@ -43,9 +44,9 @@ def report_op(experiment: ExperimentSettings, tables: Sequence[Declaration], con
 
         (task,) = tasks
         assert task.partition.layer is not None
-        if not any(not name.startswith("control ") for name in task.recipe.inputs):
+        if all(name.startswith("control ") for name in task.recipe.inputs):
             raise SaeensError(
-                f"{experiment.name} has no table of {task.partition} below {context.store.root} yet, and a report is made from tables: "
+                f"{experiment.name} has no table of {task.partition} below {context.store.root} yet, and a report needs tables: "
                 f"run `saeens run {experiment.name}`"
             )
         provenance = context.provenance(task.declaration)
@@ -58,17 +59,14 @@ def report_op(experiment: ExperimentSettings, tables: Sequence[Declaration], con
 
 def leaderboard_page_op(leaderboard: Declaration) -> Op:
     """Declare the page over all experiments, with the inputs of the leaderboard."""
-    page = Declaration(
+    page = replace(
+        leaderboard,
         address=Address(LEADERBOARD, REPORT, REPORT),
-        dimensions="none",
         builder="leaderboard page",
         version=REPORT_VERSION,
-        settings=leaderboard.settings,
-        inputs=leaderboard.inputs,
-        source="",
         kinds=frozenset({"html", "plotly"}),
         tags={},
-        description="All experiments side by side: a page that opens from disk\n\n`saeens report` makes and names it.",
+        description="All experiments side by side: a page that opens from disk\n\n`saeens report` writes it.",
     )
 
     def make(context: RunContext, tasks: Sequence[Task]) -> None:
@@ -84,29 +82,27 @@ def leaderboard_page_op(leaderboard: Declaration) -> Op:
 
 def pareto_op(settings: ExperimentSettings, outputs: Iterable[Declaration]) -> Op:
     """Declare the comparison of a sweep's experiments: a table and a picture."""
-    pareto, sweep = pareto_declaration(settings, outputs), Sweep.of(settings)
+    pareto = pareto_declaration(settings, outputs)
 
     def make(context: RunContext, tasks: Sequence[Task]) -> None:
-        from saeens_pipeline.report.pareto_picture import draw
+        from saeens_pipeline.report.pictures import sweep_picture
 
         (task,) = tasks
         provenance = context.provenance(task.declaration)
         with context.store.write_folder(*task.where, task.recipe, provenance) as folder:
             with context.compute.measure() as measurement:
-                table = pareto_rows(context.store, pareto, sweep)
+                table = pareto_rows(context.store, pareto)
                 table.write_parquet(folder / TABLE_FILE)
-                (folder / PICTURE_FILE).write_bytes(draw(table, sweep))
-            provenance |= vars(measurement) | {"not_evaluated": not_evaluated(table, sweep)}
+                (folder / PICTURE_FILE).write_bytes(sweep_picture(table, pareto))
+            provenance |= vars(measurement) | {"not_evaluated": not_evaluated(table, pareto)}
 
     return with_file([Op(pareto.address.op_name, (pareto,), make)], settings.file)[0]
 
 
 def _reports(store: Store) -> dict[tuple[str, int], str]:
     """Return links from the leaderboard's folder to the reports on disk."""
-    found = sorted((store.root / "reports").glob("*/layer=*/index.html"))
-    layers = {path: path.parent.name.removeprefix("layer=") for path in found}
     return {
-        (path.parent.parent.name, int(layer)): f"../{path.parent.parent.name}/{path.parent.name}/index.html"
-        for path, layer in layers.items()
-        if layer.isdecimal()
+        (path.parts[-3], int(layer)): "/".join(["..", *path.parts[-3:]])
+        for path in sorted((store.root / "reports").glob("*/layer=*/index.html"))
+        if (layer := path.parts[-2].removeprefix("layer=")).isdecimal()
     }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from saeens_pipeline.report.methods import Method
@@ -63,6 +63,19 @@ class Series:
     text: str | Sequence[str] = ""
     label: str = ""
 
+    @property
+    def errors(self) -> dict[str, tuple[list[float], list[float]]]:
+        """Return by axis the lengths of its bars, down and up."""
+        bars = {"x": (self.x, self.x_bars), "y": (self.y, self.y_bars)}
+        return {
+            axis: (
+                [m - low for m, (low, _) in zip(middles, ends, strict=True)],
+                [high - m for m, (_, high) in zip(middles, ends, strict=True)],
+            )
+            for axis, (middles, ends) in bars.items()
+            if ends
+        }
+
 
 @dataclass(frozen=True)
 class Chart:
@@ -74,7 +87,7 @@ class Chart:
     x: Axis
     y: Axis
     series: Sequence[Series]
-    marks: Sequence[tuple[Method, float]] = field(default=())
+    marks: Sequence[tuple[Method, float]] = ()
 
 
 def as_plotly(chart: Chart) -> dict[str, Any]:
@@ -133,17 +146,13 @@ def _trace(series: Series) -> dict[str, Any]:
         trace["line"] = {"color": about.colour, "width": style.line}
         trace["line"] |= ({"dash": "dot"} if style.dotted else {}) | ({"shape": "hv"} if style.steps else {})
     if style.symbol:
-        sizes = [style.symbol] * (len(series.x) - 1) + [style.last]
-        size = sizes if style.last else style.symbol
+        size = [style.symbol] * (len(series.x) - 1) + [style.last] if style.last else style.symbol
         trace["marker"] = {"color": about.colour, "symbol": about.symbol, "size": size, "opacity": 1, "line": {"width": 0}}
     if style.opacity < 1:
         trace["opacity"] = style.opacity
-    for name, middles, bars in (("error_x", series.x, series.x_bars), ("error_y", series.y, series.y_bars)):
-        if bars:
-            ups = [high - middle for middle, (_, high) in zip(middles, bars, strict=True)]
-            downs = [middle - low for middle, (low, _) in zip(middles, bars, strict=True)]
-            ends = {"type": "data", "array": ups, "arrayminus": downs, "symmetric": False}
-            trace[name] = ends | {"color": about.colour, "thickness": 1.2, "width": 3}
+    for axis, (downs, ups) in series.errors.items():
+        ends = {"type": "data", "array": ups, "arrayminus": downs, "symmetric": False}
+        trace[f"error_{axis}"] = ends | {"color": about.colour, "thickness": 1.2, "width": 3}
     if not series.text:
         return trace | {"hoverinfo": "skip"}
     if not isinstance(series.text, str):

@@ -17,7 +17,7 @@ from typing import Any
 
 import polars as pl
 
-from saeens_pipeline.assets.tables import TABLES
+from saeens_pipeline.assets.registry import TABLES
 from saeens_pipeline.assets.tables.autointerp import WHY, outcome
 from saeens_pipeline.report.methods import method
 from saeens_pipeline.report.results import Results
@@ -33,17 +33,10 @@ DIGITS = 3  # of activations and logits
 COMPRESSION = 4  # gzip's level; 6 takes three times as long for 6% less
 _KEY = ["method", "member", "index"]
 _LISTED = {  # column of the page: column of the table
-    "member": "member",
-    "index": "index",
-    "density": "density",
-    "mean": "mean_activation",
-    "near": "nearest_cosine",
-    "nearMember": "nearest_member",
-    "seed": "nearest_other_seed_cosine",
-    "otherSeed": "nearest_other_seed",
-    "seedMember": "nearest_other_seed_member",
-    "seedIndex": "nearest_other_seed_index",
-}
+    "member": "member", "index": "index", "density": "density", "mean": "mean_activation", "near": "nearest_cosine",
+    "nearMember": "nearest_member", "seed": "nearest_other_seed_cosine", "otherSeed": "nearest_other_seed",
+    "seedMember": "nearest_other_seed_member", "seedIndex": "nearest_other_seed_index",
+}  # fmt: skip
 _EXPLAINED = {"explanation": "explanation", "score": "detection_score", "control": "control_score", "status": "status"}
 
 
@@ -95,31 +88,23 @@ class FeatureBrowser:
 
         Raises SaeensError for a table that cannot be read.
         """
-        table = results.tables.get("features")
+        experiment, layer, table = results.experiment, results.layer, results.tables.get("features")
         if table is None or "matches" not in table.columns:
             return None
-        table = table.filter(pl.col("method").is_in(list(ENSEMBLES)))
-        there = set(table["seed"])
-        seed = next((seed for seed in seeds if seed in there), None)
+        seeds_there, table = set(table["seed"]), table.filter(pl.col("method").is_in(list(ENSEMBLES)))
+        seed = next((seed for seed in seeds if seed in set(table["seed"])), None)
         if seed is None:
             return None
 
         def of_seed(name: str) -> pl.DataFrame | None:
-            if name not in TABLES or not has_table(store.root, results.experiment, name, results.layer):
+            if name not in TABLES or not has_table(store.root, experiment, name, layer):
                 return None
-            rows = read_table(store.root, results.experiment, name, results.layer).filter(seed=seed)
+            rows = read_table(store.root, experiment, name, layer).filter(seed=seed)
             return rows if len(rows) else None
 
-        return cls(
-            results.experiment,
-            results.layer,
-            seed,
-            sorted(set(results.tables["features"]["seed"]) - {seed}),
-            table.filter(seed=seed).sort(_KEY),
-            of_seed("contexts"),
-            of_seed("autointerp"),
-            outcome(store, results.experiment, [seed], results.layer),
-        )
+        rows, explained = table.filter(seed=seed).sort(_KEY), outcome(store, experiment, [seed], layer)
+        others = sorted(seeds_there - {seed})
+        return cls(experiment, layer, seed, others, rows, of_seed("contexts"), of_seed("autointerp"), explained)
 
     @property
     def statuses(self) -> list[str]:
@@ -131,10 +116,15 @@ class FeatureBrowser:
     @property
     def columns(self) -> list[Column]:
         """Return the columns that have any value."""
-        lacking = set() if self.other_seeds else {"seed"}
-        lacking |= set() if self.explanations is not None else {"score", "explanation"}
-        lacking |= {"near", "nearest"} if self.rows["nearest_member"].null_count() == len(self.rows) else set()
-        return [column for column in COLUMNS if column.key not in lacking]
+        is_explained, has_others = self.explanations is not None, self.rows["nearest_member"].null_count() < len(self.rows)
+        there = {
+            "seed": bool(self.other_seeds),
+            "score": is_explained,
+            "explanation": is_explained,
+            "near": has_others,
+            "nearest": has_others,
+        }
+        return [column for column in COLUMNS if there.get(column.key, True)]
 
     def write(self, folder: Path, missing_contexts: str) -> None:
         """Write the list and the shards; `missing_contexts` says on a feature's page why it has no contexts.
@@ -196,26 +186,20 @@ def _columns(rows: pl.DataFrame, names: Mapping[str, str]) -> dict[str, list[Any
 
 def _details(row: Mapping[str, Any], ids: dict[str, int]) -> dict[str, Any]:
     """Return the details of a feature that are not in its row; `ids` numbers the tokens."""
-    details: dict[str, Any] = {"matches": json.loads(row["matches"] or "[]")}
-    if row.get("contexts") is None:
-        return details
 
     def number(token: str) -> int:
         return ids.setdefault(token, len(ids))
 
-    return details | {
-        "contexts": [
-            context | {"tokens": [number(token) for token in context["tokens"]], "activations": list(map(_rounded, context["activations"]))}
-            for context in json.loads(row["contexts"])
-        ],
-        "max": _rounded(row["max_activation"]),
-        "histogram": json.loads(row["histogram"]),
-        "binWidth": row["bin_width"],
-        **{
-            name: [[number(token), _rounded(logit)] for token, logit in json.loads(row[f"{name}_tokens"])]
-            for name in ("promoted", "suppressed")
-        },
-    }
+    details: dict[str, Any] = {"matches": json.loads(row["matches"] or "[]")}
+    if row.get("contexts") is None:
+        return details
+    contexts = json.loads(row["contexts"])
+    for each in contexts:
+        each |= {"tokens": list(map(number, each["tokens"])), "activations": list(map(_rounded, each["activations"]))}
+    for name in ("promoted", "suppressed"):
+        details[name] = [[number(token), _rounded(logit)] for token, logit in json.loads(row[f"{name}_tokens"])]
+    histogram = {"histogram": json.loads(row["histogram"]), "binWidth": row["bin_width"]}
+    return details | histogram | {"contexts": contexts, "max": _rounded(row["max_activation"])}
 
 
 def _rounded(value: float | None) -> float | None:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import polars as pl
 
+from saeens_pipeline.assets.over_seeds import Spread, written
+from saeens_pipeline.assets.registry import Headline
 from saeens_pipeline.report.charts import CURVE, FRONT, LEVEL, LINE, PATH, POINTS, STEPS, Axis, Chart, Series
 from saeens_pipeline.report.methods import ENSEMBLES, Method, in_order, method
-from saeens_pipeline.report.metrics import BITS, CE, CONNECTIVITY, DIVERSITY, EV, FLOPS, GAINS, L0, MSE, STABILITY, Metric, written
-from saeens_pipeline.report.results import Results, Size, Spread, spread_of_points, spreads
+from saeens_pipeline.report.metrics import BITS, CE, CONNECTIVITY, DIVERSITY, EV, FLOPS, GAINS, L0, MSE, STABILITY
+from saeens_pipeline.report.results import Results, Size, spread_of_points, spreads
 
 MAX_CURVE_POINTS = 120
 BINS = 30
@@ -31,53 +34,50 @@ _TRADE_OFFS = (
 )
 _REVIVAL = "Training of TopK SAEs revives dead features, which can lower explained variance and raise the loss for a while."
 _CURVES = (
-    (
-        "explained_variance",
-        f"Of the SAE's input, on the training batch: for later rounds of boosting, the residual. {_REVIVAL}",
-        Axis("explained variance", range=(-0.1, 1.02)),  # the first steps can be far below
-    ),
-    (
-        "loss",
-        "The training objective, mean over the batch. A round of boosting has the loss of its residual. Scaled to the activations' "
-        "size (normalize_activations), it can be larger in later rounds though less is left over.",
-        Axis("loss", log=True),
-    ),
+    ("explained_variance", f"Of the SAE's input, on the training batch: for later rounds of boosting, the residual. {_REVIVAL}",
+     Axis("explained variance", range=(-0.1, 1.02))),  # the first steps can be far below
+    ("loss",
+     "The training objective, mean over the batch. A round of boosting has the loss of its residual. Scaled to the activations' size "
+     "(normalize_activations), it can be larger in later rounds though less is left over.", Axis("loss", log=True)),
     ("dead_features", "Share of features that have not fired for dead_after_tokens tokens.", Axis("dead features")),
-)
+)  # fmt: skip
 _OF_MEMBERS = (
     ("explained_variance", "Explained variance of each SAE's input", "The input of a round is the residual.", False),
     ("median_density", "Density of features", "Median share of test tokens on which a feature of that member or round fires.", True),
 )
+_BY_COUNT = (  # table, title, caption, axes, and the columns of x, y and groups
+    ("concept_detection", "Concept detection",
+     "Accuracy of a probe on the n features that tell a label best: mean over labels, then over data sets.",
+     ("features of the probe", "accuracy"), ("n_probe_features", "accuracy", "dataset")),
+    ("spurious_correlation", "Removal of spurious correlations",
+     "Share of a biased probe's lost accuracy that comes back when n features are zeroed (SCR), mean over tasks. 0: nothing.",
+     ("features zeroed", "scr"), ("n_ablated", "scr_metric", "task")),
+)  # fmt: skip
 
 
 def by_members(results: Results) -> Iterator[Chart]:
     """Yield each metric against the number of members."""
     for metric in BY_MEMBERS:
-        values = results.of(metric)
-        if any(size.n_members > 1 for size in values):
-            yield against_members(values, metric)
+        if chart := against_members(results.of(metric), metric):
+            yield chart
 
 
 def marginal_gain(results: Results) -> Iterator[Chart]:
     """Yield the gains of each further member, with the suggested number of members marked."""
+    table = results.tables.get(GAINS[0].table)
+    suggested = {} if table is None else dict(table.drop_nulls("suggested").select("method", "suggested").iter_rows())
     for metric in GAINS:
-        values = results.of(metric)
-        if any(size.n_members > 1 for size in values):
-            yield against_members(values, metric, suggested_sizes(results.tables[metric.table]))
+        if chart := against_members(results.of(metric), metric, suggested):
+            yield chart
 
 
-def suggested_sizes(marginal_gain: pl.DataFrame) -> dict[str, int]:
-    """Return the suggested number of members by method."""
-    rows = marginal_gain.drop_nulls("suggested").unique("method", keep="first")
-    sizes = dict(rows.select("method", "suggested").iter_rows())
-    return {name: sizes[name] for name in in_order(sizes)}
+def against_members(values: Mapping[Size, Spread], metric: Headline, suggested: Mapping[str, int] | None = None) -> Chart | None:
+    """Return a metric against the number of members, or None without ensembles of several.
 
-
-def against_members(values: Mapping[Size, Spread], metric: Metric, suggested: Mapping[str, int] | None = None) -> Chart:
-    """Return a metric against the number of members; single SAEs are dotted levels, to compare with at every size.
-
-    Gains start at the second member, and `suggested` numbers of members are marked.
+    Single SAEs are dotted levels, to compare with at every size. Gains start at the second member, and `suggested` numbers are marked.
     """
+    if not any(size.n_members > 1 for size in values):
+        return None
     start = 2 if metric in GAINS else 1
     values = {size: spread for size, spread in values.items() if metric not in GAINS or size.n_members >= start}
     most = max(size.n_members for size in values)
@@ -95,7 +95,7 @@ def against_members(values: Mapping[Size, Spread], metric: Metric, suggested: Ma
             series.append(_points(name, [most * (1 - SYMBOL_STEP * places[name])], chosen, whats, metric.form))
         else:
             series.append(_points(name, [size.n_members for size in sizes], chosen, whats, metric.form))
-    marks = [(method(name), n) for name, n in (suggested or {}).items() if n < most]
+    marks = [(method(name), suggested[name]) for name in in_order(suggested or ()) if suggested and suggested[name] < most]
     dotted = " Dotted: a number of members that is enough; without a dotted line, none is." if suggested is not None else ""
     return Chart(
         metric.column if metric in GAINS else f"{metric.column}_by_members",
@@ -158,8 +158,7 @@ def training(results: Results) -> Iterator[Chart]:
         rows = curves.filter(_is_largest().over("method"), seed=seed)
         for column, about, axis in _CURVES:
             caption = f"{about} Seed {seed}, a line for each SAE; single is the first member of bagging."
-            # some SAEs are trained many times as long as others
-            x = Axis("training tokens of the SAE", log=True)
+            x = Axis("training tokens of the SAE", log=True)  # some SAEs are trained many times as long as others
             yield Chart(f"training_{column}", f"{_capital(axis.title)} in training", caption, x, axis, list(_curves(rows, column)))
     norms = {}
     if "reconstruction" in results.tables:
@@ -194,43 +193,34 @@ def features(results: Results) -> Iterator[Chart]:
     fires = table.filter(pl.col("density") > 0)
     if len(fires):
         low = math.floor(np.log10(fires["density"].to_numpy().min()) * 2) / 2
-        edges = np.logspace(low, 0, BINS + 1)
-        series = [_steps(name, rows["density"], edges, len(table.filter(method=name)), ".2g") for name, rows in _by_method(fires)]
         caption = "Share of the test tokens on which a feature fires. Features that never fire (dead) are left out."
         x = Axis("share of tokens on which it fires", log=True, range=(10**low, 1))
+        series = list(_histograms(fires, "density", table, np.logspace(low, 0, BINS + 1), ".2g"))
         yield Chart("density", "Density of features", caption, x, y, series)
-    there = table.drop_nulls("nearest_other_seed_cosine").rename({"nearest_other_seed_cosine": "cosine"})
+    there = table.drop_nulls("nearest_other_seed_cosine")
     if len(there):
-        low = min(0.0, math.floor(there["cosine"].to_numpy().min() * 10) / 10)
-        edges = np.linspace(low, 1, BINS + 1)
-        series = [_steps(name, rows["cosine"], edges, len(rows), ".2f") for name, rows in _by_method(there)]
+        low = min(0.0, math.floor(there["nearest_other_seed_cosine"].to_numpy().min() * 10) / 10)
         caption = "Largest cosine of each feature to any feature under another seed. 1: the same direction again."
+        series = list(_histograms(there, "nearest_other_seed_cosine", there, np.linspace(low, 1, BINS + 1), ".2f"))
         yield Chart("other_seed_cosine", "Stability of features", caption, Axis("largest cosine", range=(low, 1.0)), y, series)
 
 
-def _steps(name: str, values: pl.Series, edges: np.ndarray, total: int, form: str) -> Series:
-    """Return a histogram in shares of `total`, drawn up to the last edge; values beyond the edges count to the last bin there."""
-    shares = np.histogram(values.to_numpy().clip(edges[0], edges[-1]), edges)[0] / total
+def _histograms(rows: pl.DataFrame, column: str, whole: pl.DataFrame, edges: np.ndarray, form: str) -> Iterator[Series]:
+    """Yield a histogram of each method in shares of its features in `whole`; values beyond the edges count to the last bin there."""
     bins = [f"from {left:{form}} to {right:{form}}" for left, right in itertools.pairwise(edges)]
-    texts = [f"{bin_}: {share:.2%} of the features" for bin_, share in zip(bins, shares, strict=True)]
-    x, y = ([float(f"{value:.4g}") for value in each] for each in (edges, [*shares, shares[-1]]))
-    return Series(method(name), x, y, STEPS, text=[*texts, texts[-1]])
+    for name in in_order(rows["method"]):
+        values = rows.filter(method=name)[column].to_numpy().clip(edges[0], edges[-1])
+        shares = np.histogram(values, edges)[0] / len(whole.filter(method=name))
+        texts = [f"{bin_}: {share:.2%} of the features" for bin_, share in zip(bins, shares, strict=True)]
+        x, y = ([float(f"{value:.4g}") for value in each] for each in (edges, [*shares, shares[-1]]))  # drawn up to the last edge
+        yield Series(method(name), x, y, STEPS, text=[*texts, texts[-1]])
 
 
 def downstream(results: Results) -> Iterator[Chart]:
     """Yield concept detection and spurious correlations by the number of features used, and scores of explanations."""
-    concepts, correlations = (results.tables.get(name) for name in ("concept_detection", "spurious_correlation"))
-    if concepts is not None:
-        caption = "Accuracy of a probe on the n features that tell a label best: mean over labels, then over data sets."
-        rows = concepts.filter(code_scale="unscaled")
-        x, y = Axis("features of the probe", log=True), Axis("accuracy")
-        series = _by_count(rows, "n_probe_features", "accuracy", "dataset")
-        yield Chart("concept_detection", "Concept detection", caption, x, y, series)
-    if correlations is not None:
-        caption = "Share of a biased probe's lost accuracy that comes back when n features are zeroed (SCR), mean over tasks. 0: nothing."
-        x, y = Axis("features zeroed", log=True), Axis("scr")
-        series = _by_count(correlations, "n_ablated", "scr_metric", "task")
-        yield Chart("spurious_correlation", "Removal of spurious correlations", caption, x, y, series)
+    for name, title, caption, (x, y), columns in _BY_COUNT:
+        if name in results.tables:
+            yield Chart(name, title, caption, Axis(x, log=True), Axis(y), _by_count(results.tables[name], *columns))
     scores = {"own explanation": "detection_score", "another's": "control_score"}
     of_column = {title: results.spreads("autointerp", column) for title, column in scores.items()}
     if of_column["own explanation"]:
@@ -241,14 +231,13 @@ def downstream(results: Results) -> Iterator[Chart]:
         series: list[Series] = []
         for name in in_order(size.method for found in of_column.values() for size in found):
             chosen = {title: s for title, found in of_column.items() for size, s in found.items() if size.method == name}
-            texts = [f"{title}<br>{_in_words(spread, '.3f')}" for title, spread in chosen.items()]
-            spread = list(chosen.values())
-            series.append(Series(method(name), list(chosen), _means(spread), LINE, y_bars=_bars(spread), text=texts))
+            series.append(_points(name, list(chosen), list(chosen.values()), list(chosen), ".3f"))
         yield Chart("autointerp", "Explanations", caption, Axis(""), Axis("balanced accuracy"), series)
 
 
 def _by_count(rows: pl.DataFrame, x: str, y: str, group: str) -> list[Series]:
     """Return, of whole ensembles, the mean within each group, then over groups, for every seed."""
+    rows = rows.filter(code_scale="unscaled") if "code_scale" in rows.columns else rows
     chosen = rows.filter(_is_largest().over("method"), pl.col(x) > 0).drop_nulls(y)
     of_groups = chosen.group_by("method", "seed", x, group).agg(pl.col(y).mean())
     return list(_of_methods(spreads(of_groups, y, by=x), lambda _, n: f"{n} features"))
@@ -267,9 +256,26 @@ def layer_profile(board: pl.DataFrame, experiment: str) -> Iterator[Chart]:
             if (spread := spread_of_points(row[f"{metric.column}_by_seed"]))
         }
         if values:
-            title, caption = f"{experiment}: {metric.name} by layer", "Every method at its full size."
+            name, title = f"{experiment}_{metric.column}_by_layer", f"{experiment}: {metric.name} by layer"
             series = list(_of_methods(values, lambda _, layer: f"layer {layer}"))
-            yield Chart(f"{experiment}_{metric.column}_by_layer", title, caption, Axis("layer", whole=True), Axis(metric.name), series)
+            yield Chart(name, title, "Every method at its full size.", Axis("layer", whole=True), Axis(metric.name), series)
+
+
+def sweep(table: pl.DataFrame) -> list[list[Chart]]:
+    """Return for each layer of the table `pareto` explained variance against L0 and against bits; without rows, both without points."""
+    layers = [(f"layer {layer}", table.filter(layer=layer)) for layer in sorted(set(table["layer"]))] or [("", table)]
+    return [[_of_sweep(rows, spent, title) for spent in (L0, BITS)] for title, rows in layers]
+
+
+def _of_sweep(table: pl.DataFrame, spent: Headline, title: str) -> Chart:
+    """Return a line for each method and size: means over seeds, joined in the order of the sweep's values, with bars for the seeds."""
+    known = table.filter(pl.col(spent.column).is_finite())
+    series: list[Series] = []
+    for (name, n), rows in known.sort("value").partition_by("method", "n_members", as_dict=True, maintain_order=True).items():
+        label = f"{method(name).label} ({n})" if known.filter(method=name)["n_members"].n_unique() > 1 else ""
+        x, y = ([spread for points in rows[f"{metric.column}_by_seed"] if (spread := spread_of_points(points))] for metric in (spent, EV))
+        series.append(Series(method(name), _means(x), _means(y), LINE, [each.bar for each in x], [each.bar for each in y], label=label))
+    return Chart(spent.column, title, "", Axis(spent.name, log=spent.log), Axis(EV.name), series)
 
 
 def _of_methods(values: Mapping[Size, Spread], what: Callable[[str, int], str]) -> Iterator[Series]:
@@ -279,7 +285,7 @@ def _of_methods(values: Mapping[Size, Spread], what: Callable[[str, int], str]) 
         yield _points(name, sizes, [values[Size(name, n)] for n in sizes], [what(name, n) for n in sizes])
 
 
-def _points(name: str, xs: Sequence[float], chosen: Sequence[Spread], whats: Sequence[str], form: str = ".4g") -> Series:
+def _points(name: str, xs: Sequence[Any], chosen: Sequence[Spread], whats: Sequence[str], form: str = ".4g") -> Series:
     texts = [f"{what}<br>{_in_words(spread, form)}" for what, spread in zip(whats, chosen, strict=True)]
     return Series(method(name), xs, _means(chosen), LINE if len(xs) > 1 else POINTS, y_bars=_bars(chosen), text=texts)
 
@@ -295,11 +301,6 @@ def _bars(chosen: Sequence[Spread]) -> list[tuple[float, float]]:
 def _in_words(spread: Spread, form: str) -> str:
     around = spread.around(form)
     return f"{written(spread.mean, form)} ({around})" if around else written(spread.mean, form)
-
-
-def _by_method(rows: pl.DataFrame) -> Iterator[tuple[str, pl.DataFrame]]:
-    for name in in_order(rows["method"]):
-        yield name, rows.filter(method=name)
 
 
 def _sae_of(name: str, number: int) -> str:

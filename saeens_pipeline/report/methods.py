@@ -30,40 +30,27 @@ class Method:
 
 
 _KNOWN = {
-    each.name: each
-    for each in (
-        Method("single", "single", "One SAE: the first member of bagging.", "#7f7f7f", "circle", "o", "●", "one SAE"),
-        Method(
-            "bagging", "bagging",
-            "An ensemble: the mean of SAEs that are trained on the same activations and differ in their random initial weights only.",
-            "#0072b2", "square", "s", "■",
-        ),
-        Method(
-            "boosting", "boosting",
-            "An ensemble: the sum of SAEs. Each (a round) is trained on the residual of the rounds before it.",
-            "#d55e00", "diamond", "D", "◆",
-        ),
-        Method(
-            "expanded", "expanded",
-            "One SAE with as many features as the whole ensemble. As many features fire per token as in a single SAE.",
-            "#e69f00", "triangle-up", "^", "▲", "one SAE with as many features as {n} members",
-        ),
-        Method(
-            "expanded_l0_matched", "expanded (L0 matched)",
-            "One SAE with as many features as the whole ensemble. As many features fire per token as in the ensemble.",
-            "#009e73", "triangle-down", "v", "▼", "one SAE with as many features as {n} members, and as many that fire",
-        ),
-        Method(
-            "compute_matched", "compute matched",
-            "One SAE with as many features as a member, trained for as many steps as all members together.",
-            "#cc79a7", "cross", "P", "✚", "one SAE, trained as long as {n} members together",
-        ),
-        Method(
-            "matching_pursuit", "matching pursuit",
-            "One SAE with as many features as the whole ensemble. It chooses them one by one, each for the residual of those before.",
-            "#56b4e9", "star", "*", "★", "one SAE with as many features as {n} members",
-        ),
-        Method("raw", "activations", "The activations themselves, without any dictionary.", "#b8a500", "x", "X", "✖"),
+    name: Method(name, *about)
+    for name, *about in (
+        ("single", "single", "One SAE: the first member of bagging.", "#7f7f7f", "circle", "o", "●", "one SAE"),
+        ("bagging", "bagging",
+         "An ensemble: the mean of SAEs that are trained on the same activations and differ in their random initial weights only.",
+         "#0072b2", "square", "s", "■"),
+        ("boosting", "boosting", "An ensemble: the sum of SAEs. Each (a round) is trained on the residual of the rounds before it.",
+         "#d55e00", "diamond", "D", "◆"),
+        ("expanded", "expanded",
+         "One SAE with as many features as the whole ensemble. As many features fire per token as in a single SAE.",
+         "#e69f00", "triangle-up", "^", "▲", "one SAE with as many features as {n} members"),
+        ("expanded_l0_matched", "expanded (L0 matched)",
+         "One SAE with as many features as the whole ensemble. As many features fire per token as in the ensemble.",
+         "#009e73", "triangle-down", "v", "▼", "one SAE with as many features as {n} members, and as many that fire"),
+        ("compute_matched", "compute matched",
+         "One SAE with as many features as a member, trained for as many steps as all members together.",
+         "#cc79a7", "cross", "P", "✚", "one SAE, trained as long as {n} members together"),
+        ("matching_pursuit", "matching pursuit",
+         "One SAE with as many features as the whole ensemble. It chooses them one by one, each for the residual of those before.",
+         "#56b4e9", "star", "*", "★", "one SAE with as many features as {n} members"),
+        ("raw", "activations", "The activations themselves, without any dictionary.", "#b8a500", "x", "X", "✖"),
     )
 }  # fmt: skip
 ENSEMBLES = ("bagging", "boosting")

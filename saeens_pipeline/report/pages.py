@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,20 +13,20 @@ import jinja2
 import polars as pl
 from markupsafe import Markup
 
-from saeens_pipeline.assets.tables import TABLES, fills
+from saeens_pipeline.assets.over_seeds import written
+from saeens_pipeline.assets.registry import TABLES, Headline, fills
 from saeens_pipeline.assets.tables.autointerp import outcome
 from saeens_pipeline.assets.tables.cost import with_totals
 from saeens_pipeline.report import figures, published
 from saeens_pipeline.report.charts import Chart, as_plotly
-from saeens_pipeline.report.control import compare
 from saeens_pipeline.report.feature_browser import NEAR_DUPLICATE, PAGE, FeatureBrowser
-from saeens_pipeline.report.lineage_diagram import diagram
-from saeens_pipeline.report.main_table import N_MEMBERS, Cell, cell_of, main_table, metrics_of, why_empty
+from saeens_pipeline.report.main_table import N_MEMBERS, Cell, cell_of, main_table, why_empty
 from saeens_pipeline.report.methods import in_order, listed, method
-from saeens_pipeline.report.metrics import METRICS, Metric
+from saeens_pipeline.report.metrics import METRICS
 from saeens_pipeline.report.pictures import report_pictures
-from saeens_pipeline.report.record import UI, Record
-from saeens_pipeline.report.results import Results, spread_of_points
+from saeens_pipeline.report.record import UI, Record, diagram
+from saeens_pipeline.report.results import Results, compare, spread_of_points
+from saeens_pipeline.storage.names import INDEX_FILE
 from saeens_pipeline.storage.recipes import Store
 from saeens_pipeline.storage.tables import layers_with_tables
 
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
     from saeens_pipeline.assets.catalogue import Experiments
     from saeens_pipeline.settings import ExperimentSettings
 
-INDEX = "index.html"
 PICTURES = "pictures"
 _HERE = Path(__file__).parent
 _WEIGHTS = {"random": "untrained (control)"}
@@ -46,34 +44,16 @@ _COLUMNS = {  # of the leaderboard's page, in addition to the metrics
 }
 _SECTIONS = (
     ("members", "More members", "Each metric against the number of members or rounds. Dotted: single SAEs.", figures.by_members),
-    (
-        "trade-offs",
-        "Trade-offs",
-        "Every method at every size; large symbols are whole ensembles. The dotted line is the front: no point is better in both.",
-        figures.trade_offs,
-    ),
-    (
-        "gain",
-        "Marginal gain",
-        "Gain of one more member. A number of members is enough where each further one closes less than 5% of the gap to 1 that explained "
-        "variance and stability still have.",
-        figures.marginal_gain,
-    ),
+    ("trade-offs", "Trade-offs",
+     "Every method at every size; large symbols are whole ensembles. The dotted line is the front: no point is better in both.",
+     figures.trade_offs),
+    ("gain", "Marginal gain",
+     "Gain of one more member. A number of members is enough where each further one closes less than 5% of the gap to 1 that explained "
+     "variance and stability still have.", figures.marginal_gain),
     ("training", "Training and rounds", "Training curves, and each SAE on its own input.", figures.training),
     ("features", "Features", "How often features fire, and whether they come back.", figures.features),
     ("downstream", "Downstream", "Uses of features: probes, and explanations by a language model.", figures.downstream),
-)
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of the page: its anchor, heading, introduction, charts and a note; code in the note stands in backticks."""
-
-    anchor: str
-    title: str
-    about: str
-    charts: Sequence[Chart]
-    note: str = ""
+)  # fmt: skip
 
 
 def write_report(folder: Path, store: Store, catalogue: Experiments, experiment: ExperimentSettings, layer: int) -> None:
@@ -92,9 +72,13 @@ def write_report(folder: Path, store: Store, catalogue: Experiments, experiment:
     notes = {"downstream": f"Explanations by a language model. {explained}" if explained else ""}
     if "features" in results.tables and not browser:
         notes["features"] = f"The table features is of an earlier version: `saeens run {experiment.name}` computes it again."
-    sections = list(_sections(results, notes))
-    metrics = metrics_of(results)
-    rows = main_table(results, record)
+    sections = [
+        {"anchor": anchor, "title": title, "about": about, "charts": list(draw(results)), "note": notes.get(anchor, "")}
+        for anchor, title, about, draw in _SECTIONS
+    ]
+    sections = [section for section in sections if section["charts"] or section["note"]]
+    metrics = [metric for metric in METRICS if results.full(metric)]
+    rows = main_table(results, record, metrics)
     page = {
         "experiment": experiment.name,
         "layer": layer,
@@ -119,12 +103,12 @@ def write_report(folder: Path, store: Store, catalogue: Experiments, experiment:
         "browser": browser,
         "diagram": diagram(record),
         "tables": [(name, TABLES[name].question, len(table)) for name, table in results.tables.items()],
-        "missing": _questions(results, experiment, asked=True),
-        "could_be": _questions(results, experiment, asked=False),
+        "missing": [(name, TABLES[name].question) for name in results.missing if fills(experiment, name)],
+        "could_be": [(name, TABLES[name].question) for name in results.missing if not fills(experiment, name)],
         "ui": UI,
         "methods": [method(name) for name in results.methods],
     }
-    _write(folder, "report.html", page, [chart for section in sections for chart in section.charts])
+    _write(folder, "report.html", page, [chart for section in sections for chart in section["charts"]])
     if browser:
         missing = "" if browser.contexts is not None else what_makes_contexts(experiment, catalogue)
         _write_features(folder, browser, missing)
@@ -138,15 +122,12 @@ def write_leaderboard(folder: Path, board: pl.DataFrame, reports: Mapping[tuple[
     board = with_totals(board)
     metrics = [metric for metric in METRICS if metric.column in board.columns and board[metric.column].null_count() < len(board)]
     profiles = [chart for name in sorted(set(board["experiment"])) for chart in figures.layer_profile(board, name)]
-    rows = [
-        row
-        | {"about": method(row["method"]), "report": reports.get((row["experiment"], row["layer"]), "")}
-        | {"cells": [_cell_of_board(row, metric) for metric in metrics]}
-        for row in board.to_dicts()
-    ]
-    filters = ["experiment", "source", "layer"]
-    if board["source"].n_unique() == board["experiment"].n_unique():  # one says the other
-        filters.remove("source")
+    rows = board.to_dicts()
+    for row in rows:
+        row |= {"about": method(row["method"]), "report": reports.get((row["experiment"], row["layer"]), "")}
+        row["cells"] = [_cell_of_board(row, metric) for metric in metrics]
+    one_says_the_other = board["source"].n_unique() == board["experiment"].n_unique()
+    filters = ["experiment", "layer"] if one_says_the_other else ["experiment", "source", "layer"]
     methods = [method(name) for name in in_order(board["method"])]
     page = {
         "rows": rows,
@@ -171,26 +152,14 @@ def what_makes_contexts(experiment: ExperimentSettings, catalogue: Experiments) 
 
     run = f"saeens run {experiment.name}"
     if fills(experiment, "contexts"):
-        return f"Contexts are not there: `{run}` makes them."
+        return f"Contexts are missing: `{run}` computes them."
     how = f"add contexts to `evaluations` in the experiment file, then `{run}`"
     for other in catalogue.experiments.values():
         if fills(other, "contexts") and other.ensemble.members >= members and saes(other) == saes(experiment):
             more = " and more" if other.ensemble.members > members else ""
-            how = f"`saeens run {other.name}` makes them of the same SAEs{more}; or {how}"
+            how = f"`saeens run {other.name}` computes them for the same SAEs{more}; or {how}"
             break
-    return f"Contexts are not there: {how}."
-
-
-def _sections(results: Results, notes: Mapping[str, str]) -> Iterator[Section]:
-    for anchor, title, about, draw in _SECTIONS:
-        section = Section(anchor, title, about, list(draw(results)), notes.get(anchor, ""))
-        if section.charts or section.note:
-            yield section
-
-
-def _questions(results: Results, experiment: ExperimentSettings, *, asked: bool) -> list[tuple[str, str]]:
-    """Return missing tables with their questions: those of the experiment's `evaluations`, or the others."""
-    return [(name, TABLES[name].question) for name in results.missing if fills(experiment, name) == asked]
+    return f"Contexts are missing: {how}."
 
 
 def _control_hint(layer: int, control: ExperimentSettings | None, untrained: Results | None) -> str:
@@ -198,20 +167,20 @@ def _control_hint(layer: int, control: ExperimentSettings | None, untrained: Res
     if control and untrained and list(compare(untrained, untrained)):
         return ""  # it is this experiment that has nothing to compare
     if control:
-        return f"The control {control.name} has no numbers for layer {layer}: `saeens run {control.name}` makes them and shows them here."
+        return f"The control {control.name} has no numbers for layer {layer}: `saeens run {control.name}` computes them."
     return "There is no control: the same experiment on a source that differs by `weights: random` alone. `saeens run` shows it here."
 
 
-def _cell_of_board(row: Mapping[str, Any], metric: Metric) -> Cell:
+def _cell_of_board(row: Mapping[str, Any], metric: Headline) -> Cell:
     """Return a mean of the leaderboard, with its interval or points where the board has them."""
     if row[metric.column] is None:
         return Cell(why=why_empty(metric, row["experiment"], row["n_seeds"]))
     points = row.get(f"{metric.column}_by_seed")
     spread = spread_of_points(points) if points else None
-    return cell_of(spread, metric) if spread else Cell(metric.written(row[metric.column]), row[metric.column])
+    return cell_of(spread, metric) if spread else Cell(written(row[metric.column], metric.form), row[metric.column])
 
 
-def _reasons(metrics: Sequence[Metric], rows: Sequence[Sequence[Cell]]) -> list[tuple[str, str]]:
+def _reasons(metrics: Sequence[Headline], rows: Sequence[Sequence[Cell]]) -> list[tuple[str, str]]:
     """Return the columns that have empty cells for each reason, and the reason."""
     columns: dict[str, dict[str, None]] = {}
     for metric, cell in ((metric, cell) for cells in rows for metric, cell in zip(metrics, cells, strict=True)):
@@ -231,17 +200,13 @@ def _write_features(folder: Path, browser: FeatureBrowser, missing_contexts: str
         "explained_choices": [("yes", "yes"), ("no", "no"), *((status, f"asked: {status}") for status in browser.statuses)],
         "shared": NEAR_DUPLICATE,
         "missing_contexts": missing_contexts,
-        "figure_data": "{}",
     }
-    (folder / PAGE).write_text(_environment().get_template(PAGE).render(page))
+    _render(folder / PAGE, PAGE, page)
     browser.write(folder, missing_contexts)
 
 
 def _write(folder: Path, template: str, page: Mapping[str, Any], charts: Sequence[Chart]) -> None:
-    data = json.dumps({chart.name: as_plotly(chart) for chart in charts}, separators=(",", ":"), allow_nan=False)
-    for character in "<>&":  # inside a script element nothing else could end it
-        data = data.replace(character, f"\\u{ord(character):04x}")
-    (folder / INDEX).write_text(_environment().get_template(template).render(page, figure_data=Markup(data)))
+    _render(folder / INDEX_FILE, template, page, charts)
     static = folder / "static"
     static.mkdir()
     for file in sorted((_HERE / "static").iterdir()):
@@ -250,17 +215,15 @@ def _write(folder: Path, template: str, page: Mapping[str, Any], charts: Sequenc
         (static / "plotly.min.js").write_bytes(files("plotly").joinpath("package_data", "plotly.min.js").read_bytes())
 
 
-def _environment() -> jinja2.Environment:
-    """Return an environment that escapes all text; an unknown name in a template is an error."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_HERE / "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+def _render(file: Path, template: str, page: Mapping[str, Any], charts: Sequence[Chart] = ()) -> None:
+    """Write a page. All text is escaped; an unknown name in a template is an error."""
+    data = json.dumps({chart.name: as_plotly(chart) for chart in charts}, separators=(",", ":"), allow_nan=False)
+    for character in "<>&":  # inside a script element nothing else could end it
+        data = data.replace(character, f"\\u{ord(character):04x}")
+    loader, undefined = jinja2.FileSystemLoader(_HERE / "templates"), jinja2.StrictUndefined
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=undefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["prose"] = _prose
-    return environment
+    file.write_text(environment.get_template(template).render(page, figure_data=Markup(data)))
 
 
 def _prose(sentence: str) -> Markup:

@@ -12,8 +12,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
+from saeens_pipeline.assets.declarations import Declaration
 from saeens_pipeline.report.charts import Axis, Chart
-from saeens_pipeline.report.figures import BY_MEMBERS, against_members, by_members, trade_offs
+from saeens_pipeline.report.figures import BY_MEMBERS, against_members, by_members, sweep, trade_offs
 from saeens_pipeline.report.metrics import GAINS
 from saeens_pipeline.report.results import Results, spreads
 
@@ -33,8 +34,14 @@ def report_pictures(results: Results) -> Iterator[tuple[str, bytes]]:
 def table_picture(table: str, rows: pl.DataFrame) -> bytes | None:
     """Return the key chart of one table as PNG: its first metric by the number of members. None without a chart or values."""
     metric = next((each for each in (*BY_MEMBERS, *GAINS) if each.table == table), None)
-    values = spreads(rows, metric.column) if metric else {}
-    return as_png([[against_members(values, metric)]]) if metric and any(size.n_members > 1 for size in values) else None
+    chart = against_members(spreads(rows, metric.column), metric) if metric else None
+    return as_png([[chart]]) if chart else None
+
+
+def sweep_picture(table: pl.DataFrame, pareto: Declaration) -> bytes:
+    """Return the charts of a sweep as PNG."""
+    values = ", ".join(f"{value:g}" for value in pareto.settings["values"].values())
+    return as_png(sweep(table), (5, 4), f"{pareto.address.owner}: {pareto.settings['field']} {values}")
 
 
 def as_markdown(png: bytes, title: str) -> str:
@@ -72,15 +79,7 @@ def _draw(axes: Axes, chart: Chart) -> None:
         return
     for each in chart.series:
         about, style = each.method, each.style
-        ends = {"xerr": (each.x, each.x_bars), "yerr": (each.y, each.y_bars)}
-        errors = {
-            name: [
-                [m - low for m, (low, _) in zip(middles, bars, strict=True)],
-                [high - m for m, (_, high) in zip(middles, bars, strict=True)],
-            ]
-            for name, (middles, bars) in ends.items()
-            if bars
-        }
+        errors = {f"{axis}err": ends for axis, ends in each.errors.items()}
         line = {"linestyle": ":" if style.dotted else "-" if style.line else "none", "linewidth": style.line * SCALE}
         sizes = {"marker": about.marker if style.symbol else "", "markersize": style.symbol * SCALE, "capsize": 2}
         drawn = axes.errorbar(

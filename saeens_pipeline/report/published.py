@@ -9,6 +9,7 @@ from saeens_models import SAESettings
 from saeens_pipeline.report.metrics import CONNECTIVITY, EV, MSE, STABILITY
 
 METRICS = (EV, MSE, CONNECTIVITY, STABILITY)
+MEMBERS, SEEDS, TRAIN_TOKENS = 8, 4, 800_000_000
 PAPER = "Gadgil, Lin & Lee, Ensembling Sparse Autoencoders, ICML 2026 (arXiv 2505.16077)"
 
 
@@ -22,7 +23,6 @@ class Setting:
     architecture: str
     expansion: int
     sparsity: tuple[str, float]
-    train_tokens: int
     rows: Mapping[str, tuple[float, ...]]
     """by method, with eight SAEs: the figures in the order of METRICS"""
 
@@ -33,38 +33,23 @@ class Setting:
             ("architecture", sae.architecture, self.architecture),
             ("expansion", sae.width, self.expansion),
             (name, getattr(sae, name, None), value),
-            ("members", members, 8),
-            ("seeds", seeds, 4),
-            ("training tokens of an SAE", train_tokens, self.train_tokens),
+            ("members", members, MEMBERS),
+            ("seeds", seeds, SEEDS),
+            ("training tokens of an SAE", train_tokens, TRAIN_TOKENS),
         )
         return [f"{what} {_written(ours)} here, {_written(theirs)} in the paper" for what, ours, theirs in compared if ours != theirs]
 
 
 SETTINGS = (
-    Setting(
-        "GELU-1L", "gelu1l", 0, "standard", 32, ("l1_coefficient", 0.75), 800_000_000,
-        {
-            "bagging": (0.895, 35.147, 0.307, 0.745),
-            "boosting": (0.961, 12.542, 0.945, 0.707),
-            "expanded": (0.946, 17.893, 0.959, 0.372),
-        },
-    ),
-    Setting(
-        "Pythia-160M", "pythia160m", 8, "topk", 21, ("k", 128), 800_000_000,
-        {
-            "bagging": (0.929, 24.704, 0.912, 0.731),
-            "boosting": (0.998, 0.845, 0.986, 0.680),
-            "expanded": (0.987, 4.387, 0.978, 0.204),
-        },
-    ),
-    Setting(
-        "Gemma 2-2B", "gemma22b", 12, "jumprelu", 7, ("l0_coefficient", 0.75), 800_000_000,
-        {
-            "bagging": (0.974, 234.128, 0.769, 0.633),
-            "boosting": (0.995, 46.538, 0.989, 0.583),
-            "expanded": (0.948, 472.330, 0.993, 0.268),
-        },
-    ),
+    Setting("GELU-1L", "gelu1l", 0, "standard", 32, ("l1_coefficient", 0.75), {
+        "bagging": (0.895, 35.147, 0.307, 0.745), "boosting": (0.961, 12.542, 0.945, 0.707), "expanded": (0.946, 17.893, 0.959, 0.372),
+    }),
+    Setting("Pythia-160M", "pythia160m", 8, "topk", 21, ("k", 128), {
+        "bagging": (0.929, 24.704, 0.912, 0.731), "boosting": (0.998, 0.845, 0.986, 0.680), "expanded": (0.987, 4.387, 0.978, 0.204),
+    }),
+    Setting("Gemma 2-2B", "gemma22b", 12, "jumprelu", 7, ("l0_coefficient", 0.75), {
+        "bagging": (0.974, 234.128, 0.769, 0.633), "boosting": (0.995, 46.538, 0.989, 0.583), "expanded": (0.948, 472.330, 0.993, 0.268),
+    }),
 )  # fmt: skip
 
 

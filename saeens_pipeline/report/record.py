@@ -1,17 +1,18 @@
-"""The record of an experiment: its settings, versions and artefacts, read from the recipes on disk."""
+"""The record of an experiment: its settings, versions and artefacts, read from the recipes on disk, and the diagram of their lineage."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from saeens_pipeline.assets.over_seeds import written
 from saeens_pipeline.report.methods import method
-from saeens_pipeline.report.metrics import written
 from saeens_pipeline.storage.names import Address, Partition, locate
-from saeens_pipeline.storage.recipes import RECIPE_FILE, Artefact, DamagedArtefactError, Store, read_artefact
+from saeens_pipeline.storage.recipes import RECIPE_FILE, Artefact, DamagedArtefactError, Store, digest, read_artefact
 
 UI = "http://127.0.0.1:3000"  # the address of `saeens ui`
 
@@ -37,6 +38,10 @@ class Found:
         return self.artefact.data_version
 
     @property
+    def settings(self) -> Mapping[str, Any]:
+        return self.artefact.recipe["settings"]
+
+    @property
     def title(self) -> str:
         """Return its name on pages: `round 2`, or the label of a method that consists of this SAE."""
         name = self.address.name
@@ -55,8 +60,6 @@ class Found:
 class Record:
     """The artefacts of one experiment and layer, and of its source, that can be read."""
 
-    experiment: str
-    source: str
     layer: int
     found: Sequence[Found]
 
@@ -66,11 +69,11 @@ class Record:
         folders = [root / "sources" / source, root / "experiments" / experiment / f"layer={layer}"]
         recipes = sorted(path.parent for folder in folders for path in folder.rglob(RECIPE_FILE))
         tables = sorted((root / "tables" / experiment).glob(f"*/layer={layer}/**/part.parquet"))
-        return cls(experiment, source, layer, list(_readable(root, [*recipes, *tables], layer)))
+        return cls(layer, list(_readable(root, [*recipes, *tables], layer)))
 
-    def of(self, kind: str, name: str = "") -> list[Found]:
-        """Return the artefacts of a kind, and of a name where one is given: one for each seed."""
-        return [each for each in self.found if each.address.kind == kind and name in ("", each.address.name)]
+    def of(self, kind: str) -> list[Found]:
+        """Return the artefacts of a kind, one for each seed."""
+        return [each for each in self.found if each.address.kind == kind]
 
     def sae(self, version: str, method: str) -> Found | None:
         """Return the SAE of a data version. Round 1 and member 1 can have the same: then the one that belongs to the method."""
@@ -85,20 +88,18 @@ class Record:
                 by_version.setdefault(each.version, []).append(each)
         return by_version
 
-    @property
+    @cached_property
     def tokens(self) -> Found | None:
-        return next(iter(self.of("source", "tokens")), None)
+        return next((each for each in self.of("source") if each.address.name == "tokens"), None)
 
-    @property
+    @cached_property
     def activations(self) -> Found | None:
-        return next(iter(self.of("source", "activations")), None)
+        return next((each for each in self.of("source") if each.address.name == "activations"), None)
 
     def setting(self, name: str, default: object = None) -> Any:
         """Return a setting of the activations or, where they have none of that name, of the tokens."""
-        for each in (self.activations, self.tokens):
-            if each and name in each.artefact.recipe["settings"]:
-                return each.artefact.recipe["settings"][name]
-        return default
+        settings = {key: value for each in (self.tokens, self.activations) if each for key, value in each.settings.items()}
+        return settings.get(name, default)
 
     @property
     def language_model(self) -> str:
@@ -126,7 +127,7 @@ class Record:
     def _text_facts(self) -> Iterator[Fact]:
         if self.tokens is None:
             return
-        settings = self.tokens.artefact.recipe["settings"]
+        settings = self.tokens.settings
         yield Fact("corpus", named(settings["corpus"]))
         for split, purpose in (("train", "for training"), ("test", "held out")):
             statistics = self.tokens.artefact.provenance.get("statistics", {}).get(split, {})
@@ -143,9 +144,9 @@ class Record:
         members = [each for each in self.of("bagging") if each.artefact.recipe["builder"] == "sae"]
         if not members:
             return
-        saes = list(dict.fromkeys(_in_words(each.artefact.recipe["settings"]["sae"]) for each in members))
+        saes = list(dict.fromkeys(_in_words(each.settings["sae"]) for each in members))
         yield Fact("SAE" if len(saes) == 1 else "SAEs, by member", "; ".join(saes))
-        yield Fact("training", _in_words(members[0].artefact.recipe["settings"]["training"]))
+        yield Fact("training", _in_words(members[0].settings["training"]))
         yield Fact("members", str(len({each.address.name for each in members})))
         yield Fact("ensemble seeds", ", ".join(map(str, sorted({seed for each in members if (seed := each.partition.seed) is not None}))))
 
@@ -165,16 +166,14 @@ class Record:
 
     def _training_facts(self) -> Iterator[Fact]:
         """Yield training totals. Linked SAEs count once: a link has the totals of the SAE that it links to."""
-        saes = self._saes_by_version.values()
-        trained = [found[0].artefact.provenance for found in saes]
-        passes = [each.artefact.provenance for each in self.found if each.artefact.recipe["builder"] == "residual"]
-        if trained:
-            seconds = sum(each.get("train_seconds") or 0 for each in trained) + sum(each.get("seconds") or 0 for each in passes)
-            flops = sum(each.get("train_flops") or 0 for each in trained) + sum(each.get("flops") or 0 for each in passes)
+        if saes := self._saes_by_version.values():
+            passes = [each.artefact.provenance for each in self.found if each.artefact.recipe["builder"] == "residual"]
+            spent = [(found[0].artefact.provenance, "train_") for found in saes] + [(each, "") for each in passes]
+            seconds, flops = (sum(each.get(f"{prefix}{unit}") or 0 for each, prefix in spent) for unit in ("seconds", "flops"))
             linked = sum(all(each.artefact.provenance.get("same_as") for each in found) for found in saes)
             elsewhere = f", {linked} of them linked from another experiment" if linked else ""
-            took = f"{seconds:,.0f} s, {written(flops, '.3g')} FLOPs, with the passes that make residuals"
-            yield Fact("training in all", f"{len(trained)} SAEs{elsewhere}: {took}")
+            took = f"{seconds:,.0f} s, {written(flops, '.3g')} FLOPs, with the passes that compute residuals"
+            yield Fact("training in all", f"{len(saes)} SAEs{elsewhere}: {took}")
 
 
 def named(identity: object) -> str:
@@ -206,3 +205,69 @@ def _value(value: object) -> str:
     if isinstance(value, list):
         return " and ".join(map(_value, value))
     return f"{value:,}" if isinstance(value, int) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+@dataclass(frozen=True)
+class Node:
+    """A box: an asset with the data version of each seed, or an input from outside with the hash of its name or settings."""
+
+    title: str
+    versions: Sequence[tuple[str, str]]  # seed, or empty, and data version
+    link: str = ""
+    about: str = ""
+
+
+@dataclass(frozen=True)
+class Lane:
+    """One way from activations to a dictionary: SAEs, in a chain or side by side, and their ensemble."""
+
+    title: str
+    about: str
+    nodes: Sequence[Node]
+    becomes: Node | None
+    chained: bool = False
+
+
+def diagram(record: Record) -> dict[str, Sequence[Node | Lane]]:
+    """Return the boxes of artefacts on disk, from top to bottom."""
+    lanes = [
+        Lane("Bagging", "members differ in their initial weights only", *_ensemble(record, "bagging")),
+        Lane("Boosting", "each round is trained on the residual of those before it", *_ensemble(record, "boosting"), chained=True),
+        Lane("Baselines", "single SAEs to compare with", *_ensemble(record, "baseline")),
+    ]
+    source = [node for found in (record.tokens, record.activations) if found for node in _nodes([found])]
+    lanes = [lane for lane in lanes if lane.nodes]
+    return {"outside": list(_outside(record)), "source": source, "lanes": lanes, "tables": _nodes(record.of("eval"))}
+
+
+def _outside(record: Record) -> Iterator[Node]:
+    if record.tokens:
+        corpus = record.tokens.settings["corpus"]
+        yield Node("corpus", [("", digest(corpus))], about=named(corpus))
+    if record.activations:
+        identity = record.setting("language_model")
+        yield Node("language model", [("", digest(identity))], about=f"{record.language_model}, {record.setting('weights')}")
+
+
+def _ensemble(record: Record, kind: str) -> tuple[list[Node], Node | None]:
+    parts, whole = (
+        _nodes([each for each in record.of(kind) if (each.artefact.recipe["builder"] == "ensemble") == is_whole])
+        for is_whole in (False, True)
+    )
+    return parts, whole[0] if whole else None
+
+
+def _nodes(found: Sequence[Found]) -> list[Node]:
+    """Return one box for each asset; a round is followed by its residual."""
+    by_asset: dict[str, list[Found]] = {}
+    for each in sorted(found, key=lambda each: (*_place(each.address.name), each.partition.seed or 0)):
+        by_asset.setdefault(each.address.name, []).append(each)
+    return [
+        Node(of[0].title, [("" if (seed := each.partition.seed) is None else f"seed {seed}", each.version) for each in of], of[0].link)
+        for of in by_asset.values()
+    ]
+
+
+def _place(name: str) -> tuple[str, int, str]:
+    number = re.search(r"^(?:member|round|residual)_(\d+)$", name)
+    return ("", int(number[1]), "0" if name.startswith("round") else "1") if number else (name, 0, "")

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
+from pydantic import Field, PositiveInt, field_validator
+
+from saeens_pipeline.settings.from_file import Section
 
 _RESERVED = ("model", "messages", "n", "stream")  # request fields that the pipeline sets
-_Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_Price = Annotated[float, Field(ge=0)]
 
 
-class Prices(BaseModel):
+class Prices(Section):
     """`autointerp.prices`: prices per million tokens, in any currency."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     input: _Price = Field(description="price of a million tokens sent")
     output: _Price = Field(description="price of a million tokens received")
 
 
-class AutoInterpSettings(BaseModel):
+class AutoInterpSettings(Section):
     """`autointerp`: explanations of features by a language model. The first four fields decide the table, the others do not."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str = Field(min_length=1, description="name of the model at the endpoint, such as gpt-4o-mini")
     features: PositiveInt = Field(200, description="number of features per ensemble, layer and seed, drawn from those that fire")
@@ -31,7 +29,7 @@ class AutoInterpSettings(BaseModel):
         {"temperature": 0, "max_tokens": 500}, description="fields of a chat completion in every request; replace the default fields"
     )
     requests_at_once: int = Field(8, ge=1, le=1024, description="number of concurrent requests")
-    timeout_seconds: float = Field(120, gt=0, allow_inf_nan=False, description="longest time to wait for an answer, in seconds")
+    timeout_seconds: float = Field(120, gt=0, description="longest time to wait for an answer, in seconds")
     retries: int = Field(8, ge=0, le=100, description="number of retries of a request after a temporary failure, such as status 429")
     prices: Prices | None = Field(None, description="prices per million tokens, for cost estimates; default: estimates in tokens only")
 

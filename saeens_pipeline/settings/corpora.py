@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
 
-from saeens_pipeline.settings.from_file import FromFile
+from saeens_pipeline.settings.from_file import Distinct, FromFile, Section
 
 BUILTIN_CORPUS = "builtin/installed_packages"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -20,19 +20,16 @@ def is_hub_name(name: str) -> bool:
 
 
 def _label_names(fields: list[str]) -> list[str]:
-    taken = sorted(set(fields) & set(_COLUMNS_OF_DOCUMENTS))
-    if taken or len(set(fields)) < len(fields):
-        raise ValueError(f"{taken[0]!r} is the name of another column" if taken else f"{fields} has duplicates")
+    for taken in sorted(set(fields) & set(_COLUMNS_OF_DOCUMENTS)):
+        raise ValueError(f"{taken!r} is the name of another column")
     return fields
 
 
-class RecordSettings(BaseModel):
+class RecordSettings(Section):
     """Fields of a corpus of records. A dot selects a nested field: `meta.pile_set_name`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     text_field: str = Field("text", min_length=1, description="record field of the text")
-    label_fields: Annotated[list[str], AfterValidator(_label_names)] = Field([], description="record fields of the labels")
+    label_fields: Annotated[list[str], AfterValidator(_label_names), Distinct] = Field([], description="record fields of the labels")
     test_share: float = Field(
         0.05, gt=0, lt=1, description="share of documents held out by a hash of their names, if there is no test split"
     )
@@ -97,7 +94,7 @@ def _kind_of_corpus(corpus: Any) -> str:
     return next((kind for kind, model in CORPORA.items() if isinstance(corpus, model)), "builtin")
 
 
-CORPORA: dict[str, type[BaseModel]] = {"files": TextFiles, "dataset": HubDataset}
+CORPORA: dict[str, type[Section]] = {"files": TextFiles, "dataset": HubDataset}
 """Models of the corpora with fields, by the tag that pydantic adds to the location of an error."""
 
 Corpus = Annotated[

@@ -3,34 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from croniter import croniter
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PositiveInt,
-    TypeAdapter,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt, TypeAdapter, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from saeens_pipeline.settings.autointerp import AutoInterpSettings
-from saeens_pipeline.settings.from_file import FILE, FromFile
-from saeens_pipeline.settings.labels import Labels
+from saeens_pipeline.settings.from_file import FILE, Distinct, FromFile, Section
+from saeens_pipeline.settings.labelled_data_sets import Labels
 from saeens_pipeline.settings.probing import ConceptDetectionSettings, SpuriousCorrelationSettings
 from saeens_pipeline.settings.sources import Name
 from saeens_pipeline.settings.sweeps import name_of_value, swept, validate_sweep
 from saeens_pipeline.storage.names import RESERVED_GROUPS
 
 if TYPE_CHECKING:
-    from saeens_models import SAESettings, TrainingConfig
+    from saeens_models import SAESettings
 
 MAX_MEMBERS = 999  # the initialisation seeds of two ensemble seeds are a thousand apart
 MIN_FRESHNESS_DAYS = 1 / (24 * 60)  # the resolution of Dagster's freshness policies is a minute
@@ -52,45 +40,16 @@ def _outside_groups(name: str) -> str:
     return name
 
 
-@cache
-def _sae_lists() -> TypeAdapter[list[SAESettings]]:
-    from saeens_models.architectures import SAESettings  # loads torch
-
-    return TypeAdapter(list[SAESettings])
-
-
-@cache
-def _training_config() -> type[TrainingConfig]:
-    from saeens_models import TrainingConfig  # loads torch
-
-    return TrainingConfig
-
-
-def _read_sae(given: object) -> SAESettings:
-    from saeens_models.architectures import SAESettings  # loads torch
-
-    return SAESettings.model_validate(given)
-
-
 def _read_saes(given: object) -> SAESettings | list[SAESettings]:
     """Return one configuration, or one per member; the errors of a list name the entry."""
+    from saeens_models.architectures import SAESettings  # loads torch
+
     if not isinstance(given, list):
-        return _read_sae(given)
-    saes = _sae_lists().validate_python(given)
+        return SAESettings.model_validate(given)
+    saes = TypeAdapter(list[SAESettings]).validate_python(given)
     if len({sae.width_field for sae in saes}) > 1:
         raise ValueError("give expansion in every entry, or d_sae in every entry: widths of members are added up and compared")
     return saes
-
-
-def _l0_error(sae: SAESettings) -> str | None:
-    """Return the reason why an architecture has no multiple of its L0; None if it has."""
-    from saeens_models.architectures import validate_l0_multiple  # loads torch
-
-    try:
-        validate_l0_multiple(sae.architecture)
-    except ValueError as error:
-        return str(error)
-    return None
 
 
 def _wrong(field: Sequence[int | str], message: str) -> ValidationError:
@@ -110,7 +69,7 @@ def _check_swept(sae: dict[str, Any], sweep: dict[str, list[Any]]) -> None:
         raise _wrong(["sweep", field], f"unknown field of sae; one of: {', '.join(key for key in allowed if key != 'architecture')}")
     for i, value in enumerate(values):
         try:
-            _read_sae(sae | {field: value})
+            _read_saes(sae | {field: value})
         except ValidationError as error:
             for each in error.errors():
                 if each["loc"][:1] == (field,) or (field in ("expansion", "d_sae") and not each["loc"]):
@@ -126,15 +85,22 @@ def allowed_sae_keys(sae: Mapping[str, Any]) -> list[str]:
 
 def allowed_training_keys() -> list[str]:
     """Return the allowed keys of `training`."""
-    return [name for name in _training_config().model_fields if name not in _FOLLOWS_FROM_ACTIVATIONS]
+    from saeens_models import TrainingConfig  # loads torch
+
+    return [name for name in TrainingConfig.model_fields if name not in _FOLLOWS_FROM_ACTIVATIONS]
 
 
 def _validate_training(settings: dict[str, Any]) -> dict[str, Any]:
+    from saeens_models import TrainingConfig  # loads torch
+
     for name in _FOLLOWS_FROM_ACTIVATIONS:
         if name in settings:
             raise ValueError(f"{name} follows from the activations and cannot be set")
-    _training_config()(**settings, total_tokens=1)
+    TrainingConfig(**settings, total_tokens=1)
     return settings
+
+
+_Training = Annotated[dict[str, Any], AfterValidator(_validate_training)]
 
 
 def _on_or_off(value: object) -> object:
@@ -142,22 +108,13 @@ def _on_or_off(value: object) -> object:
 
 
 def _validate_cron(cron: str) -> str:
-    is_short_form = cron.startswith("@")
-    if not croniter.is_valid(cron) or (len(cron.split()) != _CRON_FIELDS and not is_short_form):
+    if not croniter.is_valid(cron) or (len(cron.split()) != _CRON_FIELDS and not cron.startswith("@")):
         raise ValueError("not a cron expression: give minute, hour, day of month, month and day of week, such as '0 3 * * 0'")
     return cron
 
 
-def _no_repetition(values: list | None) -> list | None:
-    if values and len(set(values)) < len(values):
-        raise ValueError(f"{values} has duplicates")
-    return values
-
-
-class SpecialisedMember(BaseModel):
+class SpecialisedMember(Section):
     """An entry of `ensemble.specialised`: a bagging member with its own documents, or with the starting weights of another member."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     member: PositiveInt = Field(description="number of the member, from 1")
     documents: dict[str, Annotated[Labels, Field(min_length=1), AfterValidator(sorted)]] = Field(
@@ -176,13 +133,11 @@ class SpecialisedMember(BaseModel):
         return self
 
 
-class EnsembleSettings(BaseModel):
+class EnsembleSettings(Section):
     """`ensemble`: number of SAEs, seeds, and the order of training."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     members: int = Field(ge=1, le=MAX_MEMBERS, description="number of SAEs per ensemble, J")
-    seeds: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field(
+    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Distinct] = Field(
         min_length=1, description="ensemble seeds, each for a repetition of all SAEs; stability compares them"
     )
     boosting: Literal["sequential", "concurrent"] = Field(
@@ -194,8 +149,6 @@ class EnsembleSettings(BaseModel):
         "an L1 or L0 coefficient means less in later rounds",
     )
     specialised: list[SpecialisedMember] = Field([], description="bagging members with their own documents or starting weights")
-
-    _seeds_differ = field_validator("seeds")(_no_repetition)
 
     @model_validator(mode="after")
     def _members_exist(self) -> EnsembleSettings:
@@ -212,15 +165,11 @@ class EnsembleSettings(BaseModel):
         return next((each for each in self.specialised if each.member == member), None)
 
 
-class FreshnessSettings(BaseModel):
+class FreshnessSettings(Section):
     """`freshness`: largest age of the tables since they were last made or confirmed."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    fail_days: float = Field(ge=MIN_FRESHNESS_DAYS, allow_inf_nan=False, description="age in days from which tables are overdue")
-    warn_days: float | None = Field(
-        None, ge=MIN_FRESHNESS_DAYS, allow_inf_nan=False, description="age in days from which to warn; less than fail_days"
-    )
+    fail_days: float = Field(ge=MIN_FRESHNESS_DAYS, description="age in days from which tables are overdue")
+    warn_days: float | None = Field(None, ge=MIN_FRESHNESS_DAYS, description="age in days from which to warn; less than fail_days")
 
     @model_validator(mode="after")
     def _warned_before(self) -> FreshnessSettings:
@@ -229,31 +178,22 @@ class FreshnessSettings(BaseModel):
         return self
 
 
-class CheckSettings(BaseModel):
+class CheckSettings(Section):
     """`checks`: thresholds for warnings. They do not change results and do not stop runs."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    min_explained_variance: float | None = Field(
+    min_explained_variance: Annotated[float, Field(le=1)] | None = Field(
         default=None,
-        le=1,
-        allow_inf_nan=False,
         description="least explained variance of methods on test tokens, and of SAEs on their last training batch; default: no check",
     )
     max_dead_features: float = Field(default=0.2, ge=0, le=1, description="largest share of dead features of an SAE")
     target_l0: float | None = Field(
-        default=None,
-        gt=0,
-        allow_inf_nan=False,
-        description="target L0 in features per token, for architectures without k; default: no check",
+        default=None, gt=0, description="target L0 in features per token, for architectures without k; default: no check"
     )
-    l0_tolerance: float = Field(default=0.1, ge=0, allow_inf_nan=False, description="largest relative distance from the target L0")
+    l0_tolerance: float = Field(default=0.1, ge=0, description="largest relative distance from the target L0")
 
 
 class ExperimentSettings(FromFile):
     """Fields of an EnsembleExperiment: ensembles of SAEs, baselines and evaluation tables."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: Annotated[Name, AfterValidator(_outside_groups)] = Field(description="name of the experiment: lower-case letters, digits and _")
     source: Name = Field(description="name of an ActivationSource")
@@ -263,14 +203,10 @@ class ExperimentSettings(FromFile):
     sweep: Annotated[dict[str, list[int | float]], BeforeValidator(validate_sweep)] | None = Field(
         None, description="one field of sae with a list of values, each for an experiment of its own"
     )
-    training: Annotated[dict[str, Any], AfterValidator(_validate_training)] = Field(
-        {}, description="fields of saeens_models.TrainingConfig"
-    )
+    training: _Training = Field({}, description="fields of saeens_models.TrainingConfig")
     ensemble: EnsembleSettings = Field(description="number of SAEs, seeds, and the order of training")
-    baselines: list[Baseline] = Field(["expanded", "expanded_l0_matched"], description="single SAEs for comparison")
-    baseline_training: dict[Baseline, Annotated[dict[str, Any], AfterValidator(_validate_training)]] = Field(
-        {}, description="fields of training that differ for a baseline, by baseline"
-    )
+    baselines: Annotated[list[Baseline], Distinct] = Field(["expanded", "expanded_l0_matched"], description="single SAEs for comparison")
+    baseline_training: dict[Baseline, _Training] = Field({}, description="fields of training that differ for a baseline, by baseline")
     expanded_sizes: list[PositiveInt] | Literal["all"] | None = Field(
         None, description="widths of the expanded SAEs, in members: a list, or all sizes from 1; default: the width of all members"
     )
@@ -282,7 +218,9 @@ class ExperimentSettings(FromFile):
         "0 3 * * 0", description="cron expression, in UTC, of the retraining schedule; switched on in the UI"
     )
     freshness: FreshnessSettings | None = Field(None, description="largest age of tables, in days; default: no limit")
-    evaluations: list[Name] | None = Field(None, description="evaluation tables; default: those that `saeens tables` marks as default")
+    evaluations: Annotated[list[Name] | None, Distinct] = Field(
+        None, description="evaluation tables; default: those that `saeens tables` marks as default"
+    )
     ce_loss_tokens: int = Field(4096, ge=0, description="number of test tokens for ce_loss_recovered, evenly spread; 0: not measured")
     concept_detection: ConceptDetectionSettings = Field(
         default=ConceptDetectionSettings(), description="texts for the table concept_detection, if evaluations includes it"
@@ -294,11 +232,9 @@ class ExperimentSettings(FromFile):
         None, description="language model and requests for the table autointerp, if evaluations includes it"
     )
     checks: CheckSettings = Field(CheckSettings(), description="thresholds for warnings: explained variance, dead features, L0")
-    evaluation_memory_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
-        8.0, description="memory limit for connectivity and pooled codes, in GB of 10^9 bytes; does not change results"
+    evaluation_memory_gb: float = Field(
+        8.0, gt=0, description="memory limit for connectivity and pooled codes, in GB of 10^9 bytes; does not change results"
     )
-
-    _no_repetition = field_validator("baselines", "evaluations")(_no_repetition)
 
     @model_validator(mode="before")
     @classmethod
@@ -331,17 +267,29 @@ class ExperimentSettings(FromFile):
         if isinstance(self.expanded_sizes, list) and max(self.expanded_sizes) > self.ensemble.members:
             raise ValueError(f"expanded_sizes: {max(self.expanded_sizes)} is more than the ensemble's {self.ensemble.members} members")
         if self.keep_residuals == "all" and self.ensemble.boosting == "concurrent":
-            raise ValueError("keep_residuals: all, but ensemble.boosting: concurrent makes no residuals; write none, or leave it out")
-        if isinstance(self.sae, list):
-            self._check_list(self.sae)
-        self._check_specialised()
+            raise ValueError("keep_residuals: all, but ensemble.boosting: concurrent has no residuals; write none, or leave it out")
+        if isinstance(self.sae, list) and len(self.sae) != (members := self.ensemble.members):
+            raise _wrong(["sae"], f"a list has one entry per member: {len(self.sae)} given, and ensemble.members is {members}")
         self._check_baselines()
+        self._check_specialised()
         return self
 
     def _check_baselines(self) -> None:
+        """Raise ValidationError for a baseline that does not fit the SAEs, and for training that does not fit a baseline."""
+        from saeens_models.architectures import validate_l0_multiple  # loads torch
+
         for i, baseline in enumerate(self.baselines):
-            if baseline in _BASELINES_WITH_L0 and (error := _l0_error(self.saes[0])):
-                raise _wrong(["baselines", i], f"{baseline} has the L0 of all members: {error}")
+            if isinstance(self.sae, list) and baseline not in _BASELINES_OF_LISTS:
+                able = ", ".join(_BASELINES_OF_LISTS)
+                message = f"{baseline} is not defined where sae is a list, one per member: leave it out ({able} are), or give one sae"
+                raise _wrong(["baselines", i], message)
+            for number, sae in enumerate(self.saes if baseline in _BASELINES_WITH_L0 else [], start=1):
+                try:
+                    validate_l0_multiple(sae.architecture)
+                except ValueError as error:
+                    of_list = f"has the L0 of all members added up; of member {number}, {error}: leave it out"
+                    message = of_list if isinstance(self.sae, list) else f"has the L0 of all members: {error}"
+                    raise _wrong(["baselines", i], f"{baseline} {message}") from None
             if baseline == "compute_matched" and any(each.documents for each in self.ensemble.specialised):
                 message = "compute_matched sees every row once per member, and specialised members with documents see fewer: leave it out"
                 raise _wrong(["baselines", i], message)
@@ -357,27 +305,11 @@ class ExperimentSettings(FromFile):
         """Raise ValidationError for a member whose starting weights do not fit its SAE."""
         for i, each in enumerate(self.ensemble.specialised):
             if each.start_from is not None:
-                own, start = (
-                    f"{sae.architecture}, {sae.width_field} {sae.width}"
-                    for sae in (self.saes[number - 1] for number in (each.member, each.start_from))
-                )
+                saes = self.saes[each.member - 1], self.saes[each.start_from - 1]
+                own, start = (f"{sae.architecture}, {sae.width_field} {sae.width}" for sae in saes)
                 if own != start:
                     message = f"member {each.member} ({own}) cannot start from member {each.start_from} ({start}): these have to be equal"
                     raise _wrong(["ensemble", "specialised", i, "start_from"], message)
-
-    def _check_list(self, saes: Sequence[SAESettings]) -> None:
-        """Raise ValidationError unless a list of SAEs has one entry per member and fits the baselines."""
-        if len(saes) != self.ensemble.members:
-            raise _wrong(["sae"], f"a list has one entry per member: {len(saes)} given, and ensemble.members is {self.ensemble.members}")
-        for i, baseline in enumerate(self.baselines):
-            if baseline not in _BASELINES_OF_LISTS:
-                able = ", ".join(_BASELINES_OF_LISTS)
-                message = f"{baseline} is not defined where sae is a list, one per member: leave it out ({able} are), or give one sae"
-                raise _wrong(["baselines", i], message)
-            for number, sae in enumerate(saes, start=1):
-                if baseline in _BASELINES_WITH_L0 and (error := _l0_error(sae)):
-                    message = f"{baseline} has the L0 of all members added up; of member {number}, {error}: leave it out"
-                    raise _wrong(["baselines", i], message)
 
     @property
     def experiments(self) -> list[ExperimentSettings]:
@@ -387,8 +319,7 @@ class ExperimentSettings(FromFile):
         (field, values), given = swept(self.sweep), self.model_dump(exclude_unset=True, exclude={"sweep"})
         return [
             ExperimentSettings.model_validate(
-                {**given, "name": name_of_value(self.name, field, value), "sae": {**given["sae"], field: value}},
-                context={FILE: self.file},
+                {**given, "name": name_of_value(self.name, field, value), "sae": {**given["sae"], field: value}}, context={FILE: self.file}
             )
             for value in values
         ]
@@ -405,22 +336,20 @@ class ExperimentSettings(FromFile):
     @property
     def pursuit_sae(self) -> SAESettings:
         """`sae` of the baseline matching_pursuit: the sum of all widths, and at most the sum of all L0 active features."""
+        from saeens_models.architectures import SAESettings  # loads torch
+
         joined = self.joined_sae(self.ensemble.members, l0_matched=True)
         if joined.architecture == "matching_pursuit" or joined.l0 is None:
             return joined
-        return _read_sae(
-            {
-                "architecture": "matching_pursuit",
-                joined.width_field: joined.width,
-                "max_iterations": round(joined.l0),
-                "apply_b_dec_to_input": joined.apply_b_dec_to_input,
-            }
-        )
+        fields = {joined.width_field: joined.width, "apply_b_dec_to_input": joined.apply_b_dec_to_input}
+        return SAESettings(architecture="matching_pursuit", max_iterations=round(joined.l0), **fields)
 
     @property
     def complete_training(self) -> dict[str, Any]:
         """`training` with all defaults, as recipes hold it."""
-        return _training_config()(**self.training).model_dump(mode="json", exclude=set(_FOLLOWS_FROM_ACTIVATIONS))
+        from saeens_models import TrainingConfig  # loads torch
+
+        return TrainingConfig(**self.training).model_dump(mode="json", exclude=set(_FOLLOWS_FROM_ACTIVATIONS))
 
     @property
     def expanded_widths(self) -> list[int]:

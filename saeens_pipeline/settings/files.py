@@ -74,8 +74,8 @@ class ExperimentFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._documents = [node for node in yaml.compose_all(path.read_text(encoding="utf-8"), yaml.SafeLoader) if node is not None]
-            self._contents = [_construct(node) for node in self._documents]
+            nodes = yaml.compose_all(path.read_text(encoding="utf-8"), yaml.SafeLoader)
+            self._documents = [(node, _construct(node)) for node in nodes if node is not None]
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             began = f", {error.context}, line {error.context_mark.line + 1}" if error.context and error.context_mark else ""
@@ -91,7 +91,7 @@ class ExperimentFile:
         """Return the settings of all documents. Raises ConfigurationError with one line for each invalid field of each document."""
         read: list[Settings] = []
         wrong: list[str] = []
-        for document, content in zip(self._documents, self._contents, strict=True):
+        for document, content in self._documents:
             try:
                 read.append(self._settings(document, content))
             except ConfigurationError as error:
@@ -102,14 +102,17 @@ class ExperimentFile:
 
     def complaint(self, settings: Settings, field: str | Location, message: str) -> str:
         """Return a message with path and line about one field of settings that were read from this file."""
-        for document, content in zip(self._documents, self._contents, strict=True):
+        for document, content in self._documents:
             if content["attributes"].get("name") == settings.name and MODELS[content["type"]] is type(settings):
                 return self._message(document, ("attributes", *([field] if isinstance(field, str) else field)), message)
         raise KeyError(settings.name)
 
     def _settings(self, document: yaml.Node, content: Any) -> Settings:
-        for node, key in _repeated_keys(document):
-            raise ConfigurationError(f"{self.path}:{node.start_mark.line + 1}: {key} is given twice")
+        for mapping in _mappings(document):
+            keys = [key.value for key, _ in mapping.value]
+            for i, (key, _) in enumerate(mapping.value):
+                if key.value in keys[:i]:
+                    raise ConfigurationError(f"{self.path}:{key.start_mark.line + 1}: {key.value} is given twice")
         if not isinstance(content, dict) or not isinstance(content.get("attributes"), dict):
             raise ConfigurationError(self._message(document, (), "a document needs type: and attributes: with fields below it"))
         model = MODELS.get(str(content.get("type")))
@@ -130,7 +133,8 @@ class ExperimentFile:
             message = f"unknown key; one of: {', '.join(_allowed_keys(model, attributes, error['loc'][:-1]))}"
         if error["type"] != "missing" and not isinstance(error["input"], dict):
             message += f" (found: {error['input']!r})"
-        return self._message(document, ("attributes", *_without_kind(error["loc"])), message)
+        location = ("corpus", *error["loc"][2:]) if error["loc"][:1] == ("corpus",) else error["loc"]  # without pydantic's tag of its kind
+        return self._message(document, ("attributes", *location), message)
 
     def _message(self, document: yaml.Node, location: Location, message: str) -> str:
         field = f" {'.'.join(map(str, location))}:" if location else ""
@@ -139,56 +143,35 @@ class ExperimentFile:
 
 def _construct(node: yaml.Node) -> Any:
     """Return the content of a document. Raises yaml.YAMLError for tags and keys that are not plain YAML, RecursionError for loops."""
-    _check_plain(node)
+    for mapping in _mappings(node):
+        for key, _ in mapping.value:
+            if key.tag != "tag:yaml.org,2002:str":
+                raise yaml.MarkedYAMLError(problem="a key has to be a plain word", problem_mark=key.start_mark)
     return yaml.SafeLoader("").construct_document(node)
 
 
-def _check_plain(node: yaml.Node) -> None:
+def _mappings(node: yaml.Node) -> Iterator[yaml.MappingNode]:
+    """Yield the mappings of a document, outer ones first. Raises RecursionError for loops."""
     if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            if key.tag != "tag:yaml.org,2002:str":
-                raise yaml.MarkedYAMLError(problem="a key has to be a plain word", problem_mark=key.start_mark)
-            _check_plain(value)
-    elif isinstance(node, yaml.SequenceNode):
-        for value in node.value:
-            _check_plain(value)
+        yield node
+    if isinstance(node, yaml.CollectionNode):
+        for child in node.value:
+            yield from _mappings(child[1] if isinstance(node, yaml.MappingNode) else child)
 
 
 def _line(node: yaml.Node, location: Location) -> int:
     """Return the line of a field, from 1; of a missing field, the line of its innermost existing parent."""
     line = node.start_mark.line
     for part in location:
+        fields: dict[Any, tuple[yaml.Node, yaml.Node]] = {}  # the node of the key, or of the entry, and that of the value
         if isinstance(node, yaml.MappingNode):
-            found = next(((key, value) for key, value in node.value if key.value == part), None)
-        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
-            found = (node.value[part], node.value[part])
-        else:
-            found = None
-        if found is None:
+            fields = {key.value: (key, value) for key, value in node.value}
+        elif isinstance(node, yaml.SequenceNode):
+            fields = {i: (value, value) for i, value in enumerate(node.value)}
+        if part not in fields:
             break
-        line, node = found[0].start_mark.line, found[1]
+        line, node = fields[part][0].start_mark.line, fields[part][1]
     return line + 1
-
-
-def _repeated_keys(node: yaml.Node) -> Iterator[tuple[yaml.Node, str]]:
-    if isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
-        for key, value in node.value:
-            if key.value in seen:
-                yield key, key.value
-            seen.add(key.value)
-            yield from _repeated_keys(value)
-    elif isinstance(node, yaml.SequenceNode):
-        for value in node.value:
-            yield from _repeated_keys(value)
-
-
-def _without_kind(location: Location) -> Location:
-    """Return a location in the file: without the tag that pydantic adds for the kind of corpus."""
-    match list(location):
-        case ["corpus", "builtin" | "files" | "dataset", *rest]:
-            return ["corpus", *rest]
-    return location
 
 
 def _allowed_keys(model: type[BaseModel], attributes: dict[str, Any], location: Location) -> list[str]:

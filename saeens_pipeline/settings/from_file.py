@@ -1,17 +1,33 @@
-"""Base of settings with relative paths, which start from the folder of the experiment file."""
+"""Bases of the models of experiment files, with relative paths that start from the folder of the file."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
-from pydantic import BaseModel, PrivateAttr, ValidationInfo, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, PrivateAttr, ValidationInfo, model_validator
 
 FILE = "file"
 """Key of pydantic's validation context: the path of the experiment file."""
 
 
-class FromFile(BaseModel):
+def _distinct(values: Any) -> Any:
+    if values and len(set(values)) < len(values):
+        raise ValueError(f"{values} has duplicates")
+    return values
+
+
+Distinct = AfterValidator(_distinct)
+"""Refuses a list, if there is one, in which a value is given twice."""
+
+
+class Section(BaseModel):
+    """Base of the mappings of an experiment file: unknown keys and numbers that are not finite are refused, and values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class FromFile(Section):
     """Base of settings with paths. Without a validation context, relative paths start from the current folder."""
 
     _file: Path | None = PrivateAttr(default=None)

@@ -1,10 +1,22 @@
-"""Known labelled data sets: embedded tasks, and the data sets of SAEBench on the Hugging Face hub."""
+"""Labels in experiment files, and known labelled data sets: embedded tasks, and those of SAEBench on the Hugging Face hub."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import BeforeValidator
+
+
+def _as_text(value: Any) -> Any:
+    """Return an integer as text, as columns of numbers are read. Booleans stay, so that validation rejects them."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Label = Annotated[str, BeforeValidator(_as_text)]
+Labels = Annotated[list[Label], BeforeValidator(lambda value: [value] if isinstance(value, str | int) else value)]
+"""A list of labels; a single label may be given without a list."""
 
 
 class TextCount(NamedTuple):
@@ -16,7 +28,8 @@ class TextCount(NamedTuple):
 
 LANGUAGE, CODE_OR_PROSE, DOCSTRING_OR_CODE = "builtin/language", "builtin/code_or_prose", "builtin/docstring_or_code"
 EMBEDDED_CONCEPTS = (LANGUAGE, CODE_OR_PROSE, DOCSTRING_OR_CODE)
-EMBEDDED_CORRELATIONS = ("builtin/language_and_documentation",)
+LANGUAGE_AND_DOCUMENTATION = "builtin/language_and_documentation"
+EMBEDDED_CORRELATIONS = (LANGUAGE_AND_DOCUMENTATION,)
 
 _BIOS, _AMAZON = "LabHC/bias_in_bios", "canrager/amazon_reviews_mcauley_1and5"
 Values = Mapping[str, str]
@@ -70,7 +83,7 @@ def _amazon(*labels: str) -> HubSet:
 GITHUB_CODE, EUROPARL = "codeparrot/github-code", "Helsinki-NLP/europarl"
 STREAMED = {GITHUB_CODE: ("C", "Python", "HTML", "Java", "PHP"), EUROPARL: ("en", "fr", "de", "es", "nl")}
 EUROPARL_PAIRS = {"en": "en-fr", "fr": "fr-it", "de": "de-en", "es": "es-fr", "nl": "nl-pt"}
-WHOLE = {
+_WHOLE = {
     "LabHC/bias_in_bios_class_set1": _bios("accountant", "architect", "attorney", "dentist", "filmmaker"),
     "LabHC/bias_in_bios_class_set2": _bios("journalist", "nurse", "painter", "photographer", "physician"),
     "LabHC/bias_in_bios_class_set3": _bios("poet", "professor", "psychologist", "surgeon", "teacher"),
@@ -78,7 +91,7 @@ WHOLE = {
     f"{_AMAZON}_sentiment": HubSet(_AMAZON, "text", "rating", _RATINGS, ("1.0", "5.0")),
     "fancyzhx/ag_news": HubSet("fancyzhx/ag_news", "text", "label", _NEWS, tuple(_NEWS.values())),
 }
-PAIRED = {_BIOS: _bios(), _AMAZON: _amazon()}
+HUB_SETS = _WHOLE | {_BIOS: _bios()}
 
-HUB_CONCEPTS = (*WHOLE, *STREAMED)
-HUB_CORRELATIONS = tuple(PAIRED)
+HUB_CONCEPTS = (*_WHOLE, *STREAMED)
+HUB_CORRELATIONS = (_BIOS, _AMAZON)

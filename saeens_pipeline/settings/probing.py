@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from saeens_pipeline.settings.from_file import FromFile
+from saeens_pipeline.settings.from_file import FromFile, Section
 from saeens_pipeline.settings.labelled_data_sets import (
     EMBEDDED_CONCEPTS,
     EMBEDDED_CORRELATIONS,
     HUB_CONCEPTS,
     HUB_CORRELATIONS,
+    Label,
+    Labels,
     TextCount,
 )
-from saeens_pipeline.settings.labels import Label, Labels
 
 PROBE_SEED = 42  # as in SAEBench: drawing of texts, choice of negatives, initial weights of probes
 
@@ -22,7 +23,8 @@ PROBE_SEED = 42  # as in SAEBench: drawing of texts, choice of negatives, initia
 class _DataSet(FromFile):
     """Common fields of the data sets of both tables. Relative paths start from the folder of the experiment file."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    embedded_names: ClassVar[tuple[str, ...]]
+    hub_names: ClassVar[tuple[str, ...]]
 
     name: str = Field(min_length=1, description="name of a known data set, or a new name for local files")
     revision: str = Field(default="main", description="branch, tag or commit on the hub")
@@ -43,34 +45,30 @@ class _DataSet(FromFile):
         """`path` as an absolute path."""
         return self.absolute(self.path) if self.path else None
 
-    def _check_known(self, embedded_names: tuple[str, ...], hub_names: tuple[str, ...]) -> None:
-        """Raise ValueError for an unknown data set without files, and for fields that do not apply to this kind of data set."""
-        if self.name in embedded_names:
-            self._check_unused("is read from the installed packages", {"labels"})
-        elif self.name in hub_names:
-            self._check_unused("is a known data set of the hub; choose another name for local files", {"labels", "revision", "path"})
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        """Refuse an unknown data set without files, and fields that do not apply to this kind of data set."""
+        fields = type(self).model_fields
+        if self.name in self.embedded_names:
+            what, allowed = "is read from the installed packages", {"labels"}
+        elif self.name in self.hub_names:
+            what, allowed = "is a known data set of the hub; choose another name for local files", {"labels", "revision", "path"}
         elif self.train is None:
-            known = ", ".join((*embedded_names, *hub_names))
+            known = ", ".join((*self.embedded_names, *self.hub_names))
             raise ValueError(f"{self.name!r} is not known; known are {known}; for local files give train, and optionally test")
         else:
-            self._check_unused("is read from local files", set(type(self).model_fields) - {"revision", "path"})
-
-    def _check_unused(self, what: str, allowed: set[str]) -> None:
-        fields = type(self).model_fields.items()
-        unused = [name for name, field in fields if name not in {"name", *allowed} and getattr(self, name) != field.default]
+            what, allowed = "is read from local files", fields.keys() - {"revision", "path"}
+        unused = [name for name in fields if name not in {"name", *allowed} and getattr(self, name) != fields[name].default]
         if unused:
             raise ValueError(f"{self.name!r} {what}: leave {', '.join(unused)} out")
+        return self
 
 
 class ConceptDataSet(_DataSet):
     """An entry of `concept_detection.datasets`: a name, or a mapping with these fields."""
 
+    embedded_names, hub_names = EMBEDDED_CONCEPTS, HUB_CONCEPTS
     labels: Labels = Field(default=[], description="labels with a probe each; default: all labels")
-
-    @model_validator(mode="after")
-    def _known(self) -> Self:
-        self._check_known(EMBEDDED_CONCEPTS, HUB_CONCEPTS)
-        return self
 
     @field_validator("labels")
     @classmethod
@@ -83,6 +81,7 @@ class ConceptDataSet(_DataSet):
 class CorrelationDataSet(_DataSet):
     """An entry of `spurious_correlation.datasets`: a name, or a mapping with these fields."""
 
+    embedded_names, hub_names = EMBEDDED_CORRELATIONS, HUB_CORRELATIONS
     spurious_field: str = Field(default="spurious", description="column of the spurious attribute")
     target: tuple[Label, Label] | None = Field(default=None, description="the two labels of the probe; for local files only")
     spurious: tuple[Label, Label] | None = Field(
@@ -90,8 +89,7 @@ class CorrelationDataSet(_DataSet):
     )
 
     @model_validator(mode="after")
-    def _known(self) -> Self:
-        self._check_known(EMBEDDED_CORRELATIONS, HUB_CORRELATIONS)
+    def _attributes(self) -> Self:
         if self.train and (self.target is None or self.spurious is None):
             raise ValueError("for local files give target and spurious, two values each; values at the same place correlate")
         for values in (self.target, self.spurious):
@@ -100,14 +98,9 @@ class CorrelationDataSet(_DataSet):
         return self
 
 
-class _TaskSettings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
+class _TaskSettings(Section):
     train_texts: int | None = Field(
-        default=None,
-        ge=8,
-        multiple_of=4,
-        description="number of training texts of a probe; default: 4000, fewer for embedded tasks",
+        default=None, ge=8, multiple_of=4, description="number of training texts of a probe; default: 4000, fewer for embedded tasks"
     )
     test_texts: int | None = Field(
         default=None, ge=8, multiple_of=4, description="number of test texts of a probe; default: 1000, fewer for embedded tasks"
@@ -116,11 +109,9 @@ class _TaskSettings(BaseModel):
 
     @field_validator("datasets", mode="before", check_fields=False)
     @classmethod
-    def _named(cls, datasets: Any) -> Any:
+    def _named(cls, given: Any) -> Any:
         """Return entries as mappings; a name stands for a mapping with this name."""
-        if not isinstance(datasets, list):
-            return datasets
-        return [{"name": entry} if isinstance(entry, str) else entry for entry in datasets]
+        return [{"name": each} if isinstance(each, str) else each for each in given] if isinstance(given, list) else given
 
     @model_validator(mode="after")
     def _both_or_none(self) -> Self:
@@ -137,18 +128,15 @@ class _TaskSettings(BaseModel):
 class ConceptDetectionSettings(_TaskSettings):
     """`concept_detection`: probes for the labels of texts."""
 
-    datasets: list[ConceptDataSet] = Field(
-        min_length=1,
-        default=[ConceptDataSet(name=name) for name in EMBEDDED_CONCEPTS],
-        description="labelled data sets; default: the embedded tasks",
+    datasets: Annotated[list[ConceptDataSet], Field(min_length=1)] = Field(
+        default=[ConceptDataSet(name=name) for name in EMBEDDED_CONCEPTS], description="labelled data sets; default: the embedded tasks"
     )
 
 
 class SpuriousCorrelationSettings(_TaskSettings):
     """`spurious_correlation`: removal of a spurious attribute from probes."""
 
-    datasets: list[CorrelationDataSet] = Field(
-        min_length=1,
+    datasets: Annotated[list[CorrelationDataSet], Field(min_length=1)] = Field(
         default=[CorrelationDataSet(name=name) for name in EMBEDDED_CORRELATIONS],
         description="data sets with two attributes; default: the embedded task",
     )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, PositiveInt, ValidationInfo, field_validator
+from pydantic import AfterValidator, Field, PositiveInt, ValidationInfo, field_validator
 
 from saeens_pipeline.settings.corpora import BUILTIN_CORPUS, Corpus
-from saeens_pipeline.settings.from_file import FromFile
+from saeens_pipeline.settings.from_file import Distinct, FromFile
 from saeens_pipeline.storage.names import validate_name
 
 Name = Annotated[str, AfterValidator(validate_name)]
@@ -15,8 +15,6 @@ Name = Annotated[str, AfterValidator(validate_name)]
 
 class SourceSettings(FromFile):
     """Fields of an ActivationSource: activations of a language model on a corpus."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: Name = Field(description="name of the source: lower-case letters, digits and _")
     language_model: str = Field(
@@ -29,7 +27,7 @@ class SourceSettings(FromFile):
     weights: Literal["trained", "random"] = Field("trained", description="weights of the language model; random: an untrained control")
     corpus: Corpus = Field(BUILTIN_CORPUS, description="texts: builtin/installed_packages, {name: DATASET} on the hub, or {files: PATTERN}")
     hook: str = Field("resid_post", description="resid_pre, resid_mid, resid_post, mlp_out, attn_out, or a module path with {layer}")
-    layers: list[Annotated[int, Field(ge=0)]] = Field(min_length=1, description="layers of the language model, from 0")
+    layers: Annotated[list[Annotated[int, Field(ge=0)]], Distinct] = Field(min_length=1, description="layers of the language model, from 0")
     context_length: PositiveInt = Field(description="length of a window, in tokens")
     packing: Literal["concatenate", "document"] = Field(
         "concatenate", description="windows from one stream of all documents (concatenate), or from each document alone (document)"
@@ -37,11 +35,16 @@ class SourceSettings(FromFile):
     windows_per_document: PositiveInt | None = Field(
         None, description="largest number of windows per document, evenly spread; needs packing: document; default: all"
     )
-    drop: list[Literal["special", "padding", "first"]] = Field(
+    drop: Annotated[list[Literal["special", "padding", "first"]], Distinct] = Field(
         [], description="positions without activation rows: special tokens, padding, or the first position of a window"
     )
-    train_tokens: PositiveInt = Field(description="number of activation rows for training")
-    test_tokens: PositiveInt = Field(description="number of activation rows for evaluation")
+    train_tokens: PositiveInt = Field(description="number of activation rows for training, before rows are dropped for their norm")
+    test_tokens: PositiveInt = Field(description="number of activation rows for evaluation, before rows are dropped for their norm")
+    max_norm: Annotated[float, Field(ge=2, allow_inf_nan=False)] | None = Field(
+        None,
+        description="largest norm of a row, in multiples of the median norm of training rows; "
+        "rows above it (massive activations) are dropped; default: all rows stay",
+    )
     dtype: Literal["float16", "bfloat16", "float32"] = Field("float16", description="dtype of stored activations")
 
     @field_validator("windows_per_document")
@@ -50,10 +53,3 @@ class SourceSettings(FromFile):
         if windows is not None and info.data.get("packing", "document") != "document":
             raise ValueError("windows_per_document needs packing: document")
         return windows
-
-    @field_validator("layers", "drop")
-    @classmethod
-    def _no_repetition(cls, values: list) -> list:
-        if len(set(values)) < len(values):
-            raise ValueError(f"{values} has duplicates")
-        return values

@@ -6,7 +6,8 @@ A store is a Zarr v3 group. It has a group for each split, with
   the store is the dtype of the numbers; Zarr has no bfloat16, so its bits are stored as uint16.
 * `document`, `position` `[n]` int32: the token of each row, as in `tokens.zarr`. A residual has neither: its rows correspond to
   those of its activations.
-* the attribute `statistics` of the stored rows: rows, mean, variance, mean_norm.
+* `dropped` `[n]` int64, if rows were dropped for their norm: their indices among the kept positions of `tokens.zarr`.
+* the attribute `statistics` of the stored rows, as ActivationStatistics.
 
 A local store of this layout is read memory-mapped, any other layout through Zarr.
 
@@ -16,20 +17,20 @@ the same bits.
 
 from __future__ import annotations
 
-import shutil
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain, cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
 from saeens_pipeline.errors import SaeensError
-from saeens_pipeline.storage.mixing import mix_chunks
 from saeens_pipeline.storage.shards import map_shards
-from saeens_pipeline.storage.writing_progress import WritingProgress, remove_chunks_from
 
 if TYPE_CHECKING:
     import torch
@@ -37,67 +38,91 @@ if TYPE_CHECKING:
 
 StoredDtype = Literal["float16", "bfloat16", "float32"]
 
-_BYTES: Mapping[StoredDtype, int] = {"float16": 2, "bfloat16": 2, "float32": 4}
-_MAX_CHUNK_BYTES = 2**21
-_CHUNKS_PER_SHARD = 16
+_OCTAVES, _BINS_PER_OCTAVE = 64, 4  # of the histogram of squared deviations: from 2**-64 to 2**64
+_BINS = 2 * _OCTAVES * _BINS_PER_OCTAVE
+_TOP_FRACTION, _TOP_ROWS, _LEAST_ROWS = 0.001, 5, 1000
 
 
 @dataclass(frozen=True)
 class ActivationStatistics:
-    """Moments of n rows x: `mean` and (population) `variance` per dimension, `[d_in]` float64, and `mean_norm` = mean of ||x||_2."""
+    """Moments of n rows x: `mean` and (population) `variance` per dimension, `[d_in]` float64, and `mean_norm` = mean of ||x||_2.
+
+    `top_share` is the share of the variance (squared deviations from the mean, summed over dimensions) in the 0.1 % of the rows that hold
+    most of it, to about 1 %; None for fewer than 1,000 rows. `top_rows` are the first of these: row and norm. `norm_limit` is the largest
+    norm of a stored row, None without a limit, and `dropped` the number of rows above it, which no other number counts.
+    """
 
     rows: int
     mean: np.ndarray
     variance: np.ndarray
     mean_norm: float
+    top_share: float | None = None
+    top_rows: Sequence[tuple[int, float]] = ()
+    norm_limit: float | None = None
+    dropped: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Return the statistics as JSON values; `from_json` restores the same bits."""
-        return {"rows": self.rows, "mean": self.mean.tolist(), "variance": self.variance.tolist(), "mean_norm": self.mean_norm}
+        return vars(self) | {"mean": self.mean.tolist(), "variance": self.variance.tolist()}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ActivationStatistics:
         """Return statistics from the values of `to_json`."""
-        return cls(values["rows"], np.array(values["mean"]), np.array(values["variance"]), values["mean_norm"])
+        return cls(**{**values, "mean": np.array(values["mean"]), "variance": np.array(values["variance"])})
 
 
 class StreamingStatistics:
-    """Accumulates ActivationStatistics over chunks of rows, in float64 (Chan, Golub and LeVeque 1979)."""
+    """Accumulates ActivationStatistics over chunks of rows, in float64 (Chan, Golub and LeVeque 1979).
+
+    `top_share` comes from a histogram of squared deviations from the running mean, with four bins per factor of two.
+    """
 
     def __init__(self, d_in: int) -> None:
-        self._rows, self._norms = 0, 0.0
+        self.rows, self._norms = 0, 0.0
         self._mean, self._squares = np.zeros(d_in), np.zeros(d_in)  # squares of deviations from the mean
+        self._histogram = np.zeros((2, _BINS))  # numbers of rows, and sums of their squared deviations
+        self._top: list[tuple[float, int, float]] = []  # squared deviation, row, norm
 
     def update(self, chunk: torch.Tensor) -> None:
-        """Add rows `[n, d_in]`."""
-        if not len(chunk):
-            return
+        """Add rows `[n, d_in]`, n >= 1."""
         x = chunk.double().numpy()
-        mean, rows = x.mean(axis=0), self._rows + len(x)
+        mean, rows = x.mean(axis=0), self.rows + len(x)
         step = mean - self._mean
-        self._squares += ((x - mean) ** 2).sum(axis=0) + step**2 * (self._rows * len(x) / rows)
+        self._squares += ((x - mean) ** 2).sum(axis=0) + step**2 * (self.rows * len(x) / rows)
         self._mean = self._mean + step * (len(x) / rows)
-        self._norms += float(np.sqrt((x**2).sum(axis=1)).sum())
-        self._rows = rows
-
-    @property
-    def rows(self) -> int:
-        """The number of rows so far."""
-        return self._rows
+        norms = np.sqrt((x**2).sum(axis=1))
+        self._norms += float(norms.sum())
+        deviations = ((x - self._mean) ** 2).sum(axis=1)
+        bins = (np.log2(np.maximum(deviations, 2.0**-_OCTAVES)) * _BINS_PER_OCTAVE).astype(int).clip(1 - _BINS // 2, _BINS // 2 - 1)
+        self._histogram += [np.bincount(bins + _BINS // 2, weights, _BINS) for weights in (None, deviations)]
+        largest = np.argsort(-deviations, kind="stable")[:_TOP_ROWS]
+        self._top += zip(deviations[largest].tolist(), (self.rows + largest).tolist(), norms[largest].tolist(), strict=True)
+        self._top = sorted(self._top, key=lambda each: (-each[0], each[1]))[:_TOP_ROWS]
+        self.rows = rows
 
     def state(self) -> dict[str, Any]:
-        """Return the state as JSON values, for `restore`."""
-        return {"rows": self._rows, "norms": self._norms, "mean": self._mean.tolist(), "squares": self._squares.tolist()}
+        """Return the state as JSON values; `restore` sets it, with the same bits."""
+        moments = {"rows": self.rows, "norms": self._norms, "mean": self._mean.tolist(), "squares": self._squares.tolist()}
+        return moments | {"histogram": self._histogram.tolist(), "top": self._top}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Set the state that `state` returned, with the same bits."""
-        self._rows, self._norms = state["rows"], state["norms"]
-        self._mean, self._squares = np.array(state["mean"]), np.array(state["squares"])
+        self.rows, self._norms = state["rows"], state["norms"]
+        self._mean, self._squares, self._histogram = (np.array(state[name]) for name in ("mean", "squares", "histogram"))
+        self._top = [(deviation, row, norm) for deviation, row, norm in state["top"]]
 
     def compute(self) -> ActivationStatistics:
         """Return the statistics of all rows so far."""
-        rows = max(1, self._rows)
-        return ActivationStatistics(self._rows, self._mean, self._squares / rows, self._norms / rows)
+        rows = max(1, self.rows)
+        top_rows = [(row, norm) for _, row, norm in self._top]
+        return ActivationStatistics(self.rows, self._mean, self._squares / rows, self._norms / rows, self._top_share(), top_rows)
+
+    def _top_share(self) -> float | None:
+        """Return the share of the squared deviations in the 0.1 % largest; in the last bin the rows count with their mean."""
+        counts, sums = self._histogram[:, ::-1]
+        if self.rows < _LEAST_ROWS or not sums.any():
+            return None
+        taken = np.diff(np.minimum(np.cumsum(counts), math.ceil(_TOP_FRACTION * self.rows)), prepend=0)
+        return float((taken * sums / np.maximum(counts, 1)).sum() / sums.sum())
 
 
 class ActivationReader(ABC):
@@ -106,14 +131,11 @@ class ActivationReader(ABC):
     d_in: int
     dtype: StoredDtype  # of the numbers on disk; reading gives float32
     chunk_rows: int
+    _statistics: dict[str, ActivationStatistics]  # of the splits for which they are known
 
     @abstractmethod
     def n_rows(self, split: str) -> int:
         """Return the number of rows. Raises SaeensError for a split that does not exist, as all methods do."""
-
-    @abstractmethod
-    def statistics(self, split: str) -> ActivationStatistics:
-        """Return the statistics of the rows of a split, as they are read."""
 
     @abstractmethod
     def stored_chunk(self, split: str, index: int) -> torch.Tensor:
@@ -134,6 +156,15 @@ class ActivationReader(ABC):
     def n_chunks(self, split: str) -> int:
         """Return the number of chunks of a split; the last one may be shorter."""
         return -(-self.n_rows(split) // self.chunk_rows)
+
+    def statistics(self, split: str) -> ActivationStatistics:
+        """Return the statistics of the rows of a split, as they are read. Unless they are stored, the first call reads all rows."""
+        if split not in self._statistics:
+            statistics = StreamingStatistics(self.d_in)
+            for index in range(self.n_chunks(split)):
+                statistics.update(self.read_chunk(split, index))
+            self._statistics[split] = statistics.compute()
+        return self._statistics[split]
 
     def chunks(self, split: str) -> Iterator[torch.Tensor]:
         """Yield all rows in storage order, as float32 `[<= chunk_rows, d_in]`. Memory: one chunk."""
@@ -161,8 +192,7 @@ class ActivationReader(ABC):
             raise ValueError(f"batch_tokens = {batch_tokens}, mixing_chunks = {mixing_chunks}: both are at least 1")
         batch, filled = torch.empty(batch_tokens, self.d_in, dtype=getattr(torch, self.dtype)), 0
         skipped_rows = skipped_batches * batch_tokens
-        stream = mix_chunks(self, split, seed=seed, epochs=epochs, mixing_chunks=mixing_chunks, skipped_rows=skipped_rows)
-        with closing(stream) as mixed:
+        with closing(_mix(self, split, seed=seed, epochs=epochs, mixing_chunks=mixing_chunks, skipped_rows=skipped_rows)) as mixed:
             for rows, order in mixed:
                 start = 0
                 while start < len(order):
@@ -176,26 +206,75 @@ class ActivationReader(ABC):
             yield batch[:filled].to(torch.float32, copy=True)
 
 
-def compute_statistics(reader: ActivationReader, split: str) -> ActivationStatistics:
-    """Return the statistics of a split, computed in a pass over its rows."""
-    statistics = StreamingStatistics(reader.d_in)
-    for index in range(reader.n_chunks(split)):
-        statistics.update(reader.read_chunk(split, index))
-    return statistics.compute()
+def _mix(
+    reader: ActivationReader, split: str, *, seed: int, epochs: int, mixing_chunks: int, skipped_rows: int
+) -> Generator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield the rows `[n, d_in]` of `mixing_chunks` chunks, in the stored dtype, and their order `[<= n]`; the arguments alone decide it.
+
+    Two buffers alternate: rows are valid until the next ones are requested, and a thread meanwhile fills the other buffer with stored
+    bytes. Residuals are derived here and not in the thread, since training needs the cores. The thread ends with this iterator
+    (exhausted, closed or collected), after at most the chunk that it is reading; its errors are raised here, in the order of chunks.
+    """
+    import torch
+
+    n_rows, chunk_rows, dtype = reader.n_rows(split), reader.chunk_rows, getattr(torch, reader.dtype)
+    # numpy allocates huge pages where possible, which makes the first write several times faster
+    memory = [np.empty((min(n_rows, mixing_chunks * chunk_rows), reader.d_in * dtype.itemsize), np.uint8) for _ in range(2)]
+    buffers = cycle([torch.from_numpy(each).view(dtype) for each in memory])
+    thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
+
+    def fill(chunk: torch.Tensor, index: int) -> None:
+        # numpy copies on this thread only and releases the GIL; as bytes, since numpy has no bfloat16
+        np.copyto(chunk.view(torch.uint8).numpy(), reader.stored_chunk(split, index).view(torch.uint8).numpy())
+
+    def started() -> Iterator[tuple[torch.Tensor, torch.Tensor, list[tuple[torch.Tensor, Future[None]]]]]:
+        """Start to read the chunks that are shuffled together; yield their rows, the order of the rows, and chunks with their reads."""
+        to_skip = skipped_rows
+        for epoch in range(epochs):
+            generator = np.random.default_rng([seed, epoch])
+            chunk_order = generator.permutation(reader.n_chunks(split))
+            for first in range(0, len(chunk_order), mixing_chunks):
+                indices = chunk_order[first : first + mixing_chunks].tolist()
+                lengths = [min(chunk_rows, n_rows - index * chunk_rows) for index in indices]
+                order = generator.permutation(sum(lengths))
+                skipped = min(to_skip, len(order))
+                to_skip -= skipped
+                if skipped < len(order):
+                    rows = next(buffers)[: len(order)]
+                    reads = [(chunk, thread.submit(fill, chunk, i)) for chunk, i in zip(rows.split(lengths), indices, strict=True)]
+                    yield rows, torch.from_numpy(order[skipped:]), reads
+
+    pending = None
+    try:
+        for reading in chain(started(), (None,)):  # the next one is started before the pending one is given
+            if pending:
+                rows, order, reads = pending
+                for chunk, read in reads:
+                    read.result()
+                    chunk.copy_(reader.derive(chunk))  # without a residual, `derive` returns the chunk itself and this does nothing
+                yield rows, order
+            pending = reading
+    finally:
+        thread.shutdown(cancel_futures=True)
 
 
 class ActivationStore(ActivationReader):
-    """A store on disk, open for reading. Raises SaeensError if there is none, or only an incomplete one."""
+    """A store on disk, open for reading. Raises SaeensError if there is none, or only an incomplete one.
+
+    Rows are those of the store that was opened, or an error: see `HeldFolder` and `MappedShards`.
+    """
 
     def __init__(self, path: Path) -> None:
         import zarr
 
+        from saeens_pipeline.storage.held_folders import HeldFolder
+
         self.path = path
         try:
-            group = zarr.open_group(path, mode="r")
+            group = zarr.open_group(HeldFolder(path), mode="r")
             self.dtype = cast("StoredDtype", group.attrs["dtype"])
             self._arrays: dict[str, dict[str, Any]] = {}
-            self._statistics: dict[str, ActivationStatistics] = {}
+            self._statistics = {}
             for split in ("train", "test"):
                 if split not in group:  # residuals have no test split
                     continue
@@ -204,8 +283,8 @@ class ActivationStore(ActivationReader):
                 self._statistics[split] = ActivationStatistics.from_json(cast("dict[str, Any]", members.attrs["statistics"]))
             activations = {split: arrays["activations"] for split, arrays in self._arrays.items()}
             self.d_in, self.chunk_rows = next((array.shape[1], array.chunks[0]) for array in activations.values())
-        except (FileNotFoundError, KeyError, StopIteration) as error:
-            raise SaeensError(f"{path} holds no activations, or only a part of them ({error}): make them again") from None
+        except (OSError, KeyError, StopIteration) as error:
+            raise SaeensError(f"{path} holds no activations, or only a part of them ({error}): compute them again") from None
         self._shards = {split: map_shards(array) for split, array in activations.items() if array.chunks[0] == self.chunk_rows}
 
     @property
@@ -215,10 +294,6 @@ class ActivationStore(ActivationReader):
 
     def n_rows(self, split: str) -> int:
         return self._array(split, "activations").shape[0]
-
-    def statistics(self, split: str) -> ActivationStatistics:
-        self._array(split, "activations")
-        return self._statistics[split]
 
     def document(self, split: str) -> np.ndarray:
         """Return the document of each row, `[n]` int32."""
@@ -234,6 +309,10 @@ class ActivationStore(ActivationReader):
         """Return the position of each row in its document, in tokens, `[n]` int32."""
         return self._array(split, "position")[:]
 
+    def dropped(self, split: str) -> np.ndarray:
+        """Return the rows that were dropped for their norm, int64 `[n]`, ascending: indices among the kept positions of the tokens."""
+        return self._arrays[split]["dropped"][:] if "dropped" in self._arrays[split] else np.empty(0, np.int64)
+
     def stored_chunk(self, split: str, index: int) -> torch.Tensor:
         import torch
 
@@ -248,196 +327,3 @@ class ActivationStore(ActivationReader):
         except KeyError:
             held = ", ".join(f"{s}/{n}" for s, arrays in self._arrays.items() for n in arrays)
             raise SaeensError(f"{self.path} has no {split}/{name}; it has {held}") from None
-
-
-class ActivationWriter:
-    """Writes a store, batch by batch; use it as a context manager, then read `statistics`.
-
-    `rows` is the number of rows of each split; more or fewer are an error. `name` names the rows in messages. `with_origin`: also store
-    document and position of every row. Raises SaeensError before writing if the disk has too little space.
-    Memory: one shard of each split (up to 32 MiB). The store can be opened once the writer is closed.
-    `resume`: keep a record of the complete shards in `path`. If such a record of the same kind exists, the writer resumes after those
-    shards: `resumed_rows` is the number of rows on disk of each split, and the caller appends the rows after them.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        d_in: int,
-        dtype: StoredDtype,
-        rows: Mapping[str, int],
-        *,
-        name: str,
-        with_origin: bool = True,
-        chunk_rows: int | None = None,
-        resume: bool = False,
-    ) -> None:
-        import zarr
-
-        self.name = name
-        self.dtype: StoredDtype = dtype
-        chunk_rows = chunk_rows or default_chunk_rows(d_in, dtype)
-        kind = {"d_in": d_in, "dtype": dtype, "rows": dict(rows), "with_origin": with_origin, "chunk_rows": chunk_rows}
-        self._progress = WritingProgress(path, kind) if resume else None
-        done = self._progress.read() if self._progress else {}
-        self.resumed_rows = {split: done[split]["rows"] if split in done else 0 for split in rows}
-        left = {split: n - self.resumed_rows[split] for split, n in rows.items()}
-        require_free_disk(path, stored_bytes(d_in, dtype, left, with_origin), name)
-        if not done:
-            zarr.open_group(path, mode="w", zarr_format=3, attributes={"dtype": dtype})
-        self._splits = {
-            split: _SplitWriter(path / split, n, d_in, dtype, chunk_rows=chunk_rows, with_origin=with_origin, progress=self._progress)
-            for split, n in rows.items()
-        }
-        self.statistics: dict[str, ActivationStatistics] = {}
-
-    def __enter__(self) -> ActivationWriter:
-        return self
-
-    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
-        if error_type is None:
-            self.close()
-        elif self._progress:
-            self._progress.stop()
-
-    def append(self, split: str, rows: torch.Tensor, document: torch.Tensor | None = None, position: torch.Tensor | None = None) -> None:
-        """Add rows `[n, d_in]` of any float dtype and device; with `with_origin`, also their `document` and `position` `[n]`.
-
-        Raises SaeensError for values that are not finite or too large for the stored dtype.
-        """
-        columns = {"activations": to_stored_dtype(rows, self.dtype, self.name).cpu()}
-        if document is not None and position is not None:
-            columns |= {"document": document.cpu(), "position": position.cpu()}
-        self._splits[split].append(columns)
-
-    def close(self) -> None:
-        """Write the buffered rows and the statistics. Raises SaeensError if rows of a split are missing."""
-        self.statistics = {split: writer.finish(f"{self.name}, {split} split") for split, writer in self._splits.items()}
-        if self._progress:
-            self._progress.remove()
-
-
-class _SplitWriter:
-    """Buffer of the rows of one split, which writes each shard once."""
-
-    def __init__(
-        self,
-        folder: Path,
-        n_rows: int,
-        d_in: int,
-        dtype: StoredDtype,
-        *,
-        chunk_rows: int,
-        with_origin: bool,
-        progress: WritingProgress | None,
-    ) -> None:
-        import torch
-        import zarr
-
-        self._folder, self._n_rows, self._chunk_rows, self._progress = folder, n_rows, chunk_rows, progress
-        self._group = group = zarr.open_group(folder, mode="a", zarr_format=3)
-        self._shard_rows = chunk_rows * min(_CHUNKS_PER_SHARD, max(1, -(-n_rows // chunk_rows)))
-        self._arrays: dict[str, Any] = {
-            "activations": _require_array(
-                group,
-                "activations",
-                shape=(n_rows, d_in),
-                chunks=(chunk_rows, d_in),
-                shards=(self._shard_rows, d_in),
-                dtype="uint16" if dtype == "bfloat16" else dtype,
-                compressors=None,
-                filters=None,
-            )
-        }
-        self._buffers = {"activations": torch.empty(self._shard_rows, d_in, dtype=getattr(torch, dtype))}
-        for name in ("document", "position") if with_origin else ():
-            self._arrays[name] = _require_array(group, name, shape=(n_rows,), chunks=(self._shard_rows,), dtype="int32")
-            self._buffers[name] = torch.empty(self._shard_rows, dtype=torch.int32)
-        self._statistics = StreamingStatistics(d_in)
-        done = progress.read().get(folder.name) if progress else None
-        if done is not None:
-            self._statistics.restore(done)
-        self._written, self._filled = self._statistics.rows, 0
-        for name in self._arrays if progress else ():
-            remove_chunks_from(folder / name, self._written // self._shard_rows)
-
-    def append(self, columns: Mapping[str, torch.Tensor]) -> None:
-        if columns.keys() != self._buffers.keys():
-            raise ValueError(f"got columns {', '.join(columns)}; this store has {', '.join(self._buffers)}")
-        n_rows, start = len(columns["activations"]), 0
-        while start < n_rows:
-            taken = min(n_rows - start, self._shard_rows - self._filled)
-            for name, values in columns.items():
-                self._buffers[name][self._filled : self._filled + taken] = values[start : start + taken]
-            start, self._filled = start + taken, self._filled + taken
-            if self._filled == self._shard_rows:
-                self._flush()
-                if self._progress:
-                    last = self._written // self._shard_rows - 1
-                    shards = [self._folder / name / "c" / f"{last}{'/0' if name == 'activations' else ''}" for name in self._arrays]
-                    self._progress.record(self._folder.name, self._statistics.state(), shards)
-
-    def finish(self, name: str) -> ActivationStatistics:
-        self._flush()
-        if self._written != self._n_rows:
-            raise SaeensError(f"{name}: expected {self._n_rows:,} rows, got {self._written:,}")
-        statistics = self._statistics.compute()
-        self._group.attrs["statistics"] = statistics.to_json()
-        return statistics
-
-    def _flush(self) -> None:
-        """Write the buffered rows. Statistics are updated chunk by chunk, so that they do not depend on the sizes of appended batches."""
-        rows = self._buffers["activations"][: self._filled]
-        for chunk in rows.split(self._chunk_rows) if len(rows) else ():
-            self._statistics.update(chunk)
-        end = self._written + self._filled
-        if end <= self._n_rows:  # `finish` raises the error for too many rows
-            for name, buffer in self._buffers.items():
-                self._arrays[name][self._written : end] = _as_numpy(buffer[: self._filled])
-        self._written, self._filled = end, 0
-
-
-def _require_array(group: zarr.Group, name: str, **how: Any) -> Any:
-    return group[name] if name in group else group.create_array(name, **how)
-
-
-def to_stored_dtype(rows: torch.Tensor, dtype: StoredDtype, name: str) -> torch.Tensor:
-    """Round rows to the dtype of a store. Raises SaeensError for NaN, infinity, and values outside the range of the dtype."""
-    import torch
-
-    stored = rows.to(getattr(torch, dtype))
-    if bool(torch.isfinite(stored).all()):
-        return stored
-    if not bool(torch.isfinite(rows).all()):
-        raise SaeensError(f"{name} has values that are NaN or infinite: an overflow, or an error where they are computed")
-    largest, limit = float(rows.abs().max()), torch.finfo(getattr(torch, dtype)).max
-    raise SaeensError(f"{name} has values up to {largest:,.0f}, and {dtype} ends at {limit:,.0f}: set dtype: bfloat16, or float32")
-
-
-def default_chunk_rows(d_in: int, dtype: StoredDtype) -> int:
-    """Return the rows of a chunk: the largest power of two that gives at most 2 MiB."""
-    return 1 << max(0, (_MAX_CHUNK_BYTES // (d_in * _BYTES[dtype])).bit_length() - 1)
-
-
-def stored_bytes(d_in: int, dtype: StoredDtype, rows: Mapping[str, int], with_origin: bool = True) -> int:
-    """Return an upper limit of the bytes of a store on disk, without a few kB of metadata and before compression of the two columns."""
-    return sum(rows.values()) * (d_in * _BYTES[dtype] + (8 if with_origin else 0))
-
-
-def require_free_disk(path: Path, n_bytes: int, name: str) -> None:
-    """Raise SaeensError unless the disk of `path`, which need not exist, has `n_bytes` free."""
-    folder = path.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if free < n_bytes:
-        raise SaeensError(
-            f"{name} needs {n_bytes:,} bytes in {path}, where {free:,} bytes are free: "
-            "make room, ask for fewer tokens or layers, or set SAEENS_DATA to a larger disk"
-        )
-
-
-def _as_numpy(values: torch.Tensor) -> np.ndarray:
-    import torch
-
-    return values.view(torch.uint16).numpy() if values.dtype == torch.bfloat16 else values.numpy()

@@ -1,10 +1,13 @@
-"""Durable writes, and the detection of full disks."""
+"""Durable writes, free space, and the detection of full disks."""
 
 from __future__ import annotations
 
 import errno
 import os
+import shutil
 from pathlib import Path
+
+from saeens_pipeline.errors import SaeensError
 
 
 def is_full_disk(error: BaseException | None) -> bool:
@@ -31,3 +34,23 @@ def write_atomically(path: Path, text: str, aside: str) -> None:
     beside.write_text(text, "utf-8")
     flush(beside)
     beside.replace(path)
+
+
+def nearest_folder(path: Path) -> Path:
+    """Return a path or, before it exists, its nearest existing parent."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+
+
+def free_bytes(path: Path) -> int:
+    """Return the free bytes of the disk of `path`, which need not exist."""
+    return shutil.disk_usage(nearest_folder(path)).free
+
+
+def require_free_disk(path: Path, n_bytes: int, name: str) -> None:
+    """Raise SaeensError unless the disk of `path`, which need not exist, has `n_bytes` free."""
+    free = free_bytes(path)
+    if free < n_bytes:
+        raise SaeensError(
+            f"{name} needs {n_bytes:,} bytes in {path}, where {free:,} bytes are free: "
+            "make room, ask for fewer tokens or layers, or set SAEENS_DATA to a larger disk"
+        )

@@ -14,6 +14,8 @@ import socket
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from saeens_pipeline.storage.names import Address, Partition, place
 
 logger = logging.getLogger(__name__)
@@ -29,39 +31,43 @@ def writing_alone(root: Path, places: Iterable[tuple[Address, Partition]]) -> It
     On a file system without locks nothing is locked: two writers may do the same work, each into a folder of its own.
     """
     with contextlib.ExitStack() as stack:
-        for address, partition in sorted(places, key=lambda each: (str(each[0]), str(each[1]))):  # one order for all avoids deadlocks
-            file = _file(root, address, partition)
-            if not stack.enter_context(_held(file, wait=False)):
-                logger.warning("%s is being made by %s: waiting for it", place(address, partition), _holder(file))
-                stack.enter_context(_held(file, wait=True))
+        for each in sorted(places, key=lambda each: (str(each[0]), str(each[1]))):  # one order for all avoids deadlocks
+            stack.enter_context(_first_free([_file(root, *each)], f"{place(*each)} is being computed by %s: waiting for it"))
         yield
 
 
-@contextlib.contextmanager
-def writing_if_free(root: Path, address: Address, partition: Partition) -> Iterator[bool]:
+def writing_if_free(root: Path, address: Address, partition: Partition) -> contextlib.AbstractContextManager[bool]:
     """Lock this artefact for writing unless another process holds it, and give whether it is locked. Does not wait."""
-    with _held(_file(root, address, partition), wait=False) as is_held:
-        yield is_held
+    return _held(_file(root, address, partition), wait=False)
+
+
+def may_be_written(root: Path, address: Address, partition: Partition) -> bool:
+    """Return whether a process holds this artefact's lock, on any machine that shares the locks. Creates no file.
+
+    True also where a lock file cannot be opened, and on a file system without locks as long as there is a lock file.
+    """
+    file = _file(root, address, partition)
+    try:
+        with file.open("r+b") as opened:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
 
 
 @contextlib.contextmanager
 def holding_one_of(root: Path, names: Sequence[str]) -> Iterator[str]:
     """Lock the first free name and give it. If no name is free, wait for the first; the log names its holder."""
-    files = {name: root / FOLDER / f"{name}.lock" for name in names}
-    with contextlib.ExitStack() as stack:
-        name = next((name for name, file in files.items() if stack.enter_context(_held(file, wait=False))), None)
-        if name is None:
-            name = names[0]
-            logger.warning("%s: all in use by other processes; waiting for %s, held by %s", ", ".join(names), name, _holder(files[name]))
-            stack.enter_context(_held(files[name], wait=True))
-        yield name
+    files = [root / FOLDER / f"{name}.lock" for name in names]
+    with _first_free(files, f"{', '.join(names)}: all in use by other processes; waiting for {names[0]}, held by %s") as file:
+        yield file.stem
 
 
-@contextlib.contextmanager
-def holding(root: Path, name: str) -> Iterator[None]:
+def holding(root: Path, name: str) -> contextlib.AbstractContextManager[bool]:
     """Lock a name, and wait for its holder without a log message."""
-    with _held(root / FOLDER / f"{name}.lock", wait=True):
-        yield
+    return _held(root / FOLDER / f"{name}.lock", wait=True)
 
 
 def _file(root: Path, address: Address, partition: Partition) -> Path:
@@ -69,43 +75,35 @@ def _file(root: Path, address: Address, partition: Partition) -> Path:
 
 
 @contextlib.contextmanager
+def _first_free(files: Sequence[Path], message: str) -> Iterator[Path]:
+    """Lock the first free file and give it. If no file is free, log the message with the holder of the first, and wait for it."""
+    with contextlib.ExitStack() as stack:
+        file = next((file for file in files if stack.enter_context(_held(file, wait=False))), None)
+        if file is None:
+            file, holder = files[0], ""
+            with contextlib.suppress(OSError):
+                holder = file.read_text()
+            logger.warning(message, holder or "another process")
+            stack.enter_context(_held(file, wait=True))
+        yield file
+
+
+@contextlib.contextmanager
 def _held(file: Path, *, wait: bool) -> Iterator[bool]:
-    descriptor = _take(file, wait=wait)
-    try:
-        yield descriptor is not None
-    finally:
-        if descriptor is not None:
-            file.unlink(missing_ok=True)
-            os.close(descriptor)
-
-
-def _take(file: Path, *, wait: bool) -> int | None:
-    """Return the descriptor of a locked file; None if another process holds it."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            os.close(descriptor)
-            return None
-        except OSError as error:
-            if error.errno in _NO_LOCKS_HERE:
-                return descriptor
-            os.close(descriptor)
+    lock, is_held = FileLock(file, fallback_to_soft=False), True
+    try:
+        lock.acquire(blocking=wait)
+    except Timeout:
+        is_held = False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS_HERE:
             raise
-        except BaseException:
-            os.close(descriptor)
-            raise
-        with contextlib.suppress(FileNotFoundError):
-            if os.fstat(descriptor).st_ino == file.stat().st_ino:
-                os.truncate(descriptor, 0)
-                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
-                return descriptor
-        os.close(descriptor)  # the previous holder has removed this file: lock the one that has its name now
-
-
-def _holder(file: Path) -> str:
-    with contextlib.suppress(OSError):
-        return file.read_text() or "another process"
-    return "another process"
+    try:
+        if is_held:
+            file.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        yield is_held
+    finally:
+        if is_held:
+            file.unlink(missing_ok=True)  # while it is locked: a process that waits notices, and locks the file that has its name then
+            lock.release()

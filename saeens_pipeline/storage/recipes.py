@@ -11,21 +11,23 @@ same folder, flushed to disk, and renamed, so that its final name never shows an
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
 import os
 import re
 import shutil
+import socket
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from saeens_pipeline.errors import SaeensError
-from saeens_pipeline.storage.disk import flush, write_atomically
+from saeens_pipeline.storage.disk import flush, nearest_folder, write_atomically
 from saeens_pipeline.storage.names import Address, Partition, locate
 
 if TYPE_CHECKING:
@@ -33,10 +35,11 @@ if TYPE_CHECKING:
 
 RECIPE_FILE = "recipe.json"
 FOOTER_KEY = "saeens"
-_PARTIAL = re.compile(r"\.(.+?)(?:\.([0-9a-f]{16}))?\.(\d+)\.partial")  # final name, recipe hash of a resumable write, process
-_REPLACED = re.compile(r"\.(.+)\.retired")
+# final name, recipe hash of a resumable write, machine, process
+_PARTIAL = re.compile(r"\.(.+?)(?:\.([0-9a-f]{16}))?\.([0-9a-f]{8})-(\d+)\.partial")
+_REPLACED = re.compile(r"\.(.+)\.([0-9a-f]{8})\.retired")  # final name, first digits of its hash
 _REPLACING_SECONDS = 3600
-_MENDING = "The next `saeens run` makes it again"
+_MENDING = "The next `saeens run` computes it again"
 
 
 def digest(value: object) -> str:
@@ -126,23 +129,22 @@ class DamagedArtefactError(SaeensError):
 
 @dataclass(frozen=True)
 class Store:
-    """The artefacts below a data root."""
+    """The artefacts below a data root.
+
+    `before_commit` is called when an artefact is complete and before it appears under its final name: an error discards it.
+    """
 
     root: Path
+    before_commit: Callable[[], None] = field(default=lambda: None, compare=False, repr=False)
 
     def path(self, address: Address, partition: Partition) -> Path:
         """Return the path of an artefact, which need not exist."""
         return self.root / address.path(partition)
 
-    @property
-    def nearest_folder(self) -> Path:
-        """The root or, before it exists, its nearest existing parent."""
-        return next(folder for folder in (self.root, *self.root.parents) if folder.exists())
-
     def require_writable(self) -> None:
-        """Raise SaeensError unless files can be created in `nearest_folder`. Leaves no file behind."""
+        """Raise SaeensError unless files can be created in it. Leaves no file behind."""
         try:
-            with tempfile.TemporaryFile(dir=self.nearest_folder):
+            with tempfile.TemporaryFile(dir=nearest_folder(self.root)):
                 pass
         except OSError as error:
             raise _unwritable(self.root, error) from error
@@ -160,8 +162,24 @@ class Store:
         elif artefact:
             recorded_ns = _record_file(path).stat().st_mtime_ns
             for name, (size, sha256) in artefact.files.items():
-                _check_file(path / name, size, sha256, recorded_ns, address)
+                file = path / name
+                found = file.stat() if file.is_file() else None
+                if found is None or found.st_size != size:
+                    state = "is missing" if found is None else f"has {found.st_size} bytes"
+                    raise DamagedArtefactError(f"{address} is damaged: {file} {state}, its recipe says {size} bytes. {_MENDING}")
+                if found.st_mtime_ns > recorded_ns:
+                    if _sha256(file) != sha256:
+                        raise DamagedArtefactError(f"{address} is damaged: {file} was changed after it was written. {_MENDING}")
+                    with contextlib.suppress(OSError):  # files of a copied folder may be newer: the next check need not read them again
+                        os.utime(file, ns=(found.st_atime_ns, recorded_ns))
         return artefact
+
+    def data_version(self, address: Address, partition: Partition) -> str | None:
+        """Return the data version in the record at an address; None without a record that can be read. The files are not looked at."""
+        try:
+            return read_artefact(self.path(address, partition)).data_version
+        except DamagedArtefactError:
+            return None
 
     def partitions(self, address: Address, *dimensions: str) -> list[Partition]:
         """Return the partitions on disk of an address, in numeric order; `dimensions` are the names of its partition dimensions."""
@@ -194,7 +212,7 @@ class Store:
         if artefact is None:
             where = f" ({partition})" if str(partition) else ""
             raise MissingInputError(
-                f"{address}{where} is needed first: materialise it, or let `saeens run` make everything that is missing"
+                f"{address}{where} is needed first: materialise it, or run `saeens run`, which computes all missing inputs"
             )
         return artefact
 
@@ -222,9 +240,10 @@ class Store:
             yield staging
             files = {name: (file.stat().st_size, _sha256(file)) for name, file in _files_below(staging)}
             version = digest([recipe.to_json(), {name: sha256 for name, (_, sha256) in files.items()} if versioned_content else None])
-            _write_record(staging / RECIPE_FILE, recipe, provenance, files, version)
+            (staging / RECIPE_FILE).write_text(json.dumps(_record(recipe, provenance, files, version), indent=1) + "\n")
             for _, file in _files_below(staging):
                 flush(file)
+            self.before_commit()
             _replace_folder(staging, final)
 
     def write_table(
@@ -244,6 +263,7 @@ class Store:
                 writer.add_key_value_metadata({FOOTER_KEY: json.dumps(record)})
             staging.write_bytes(contents.getvalue())
             flush(staging)
+            self.before_commit()
             staging.replace(final)
             flush(final.parent)
 
@@ -281,20 +301,15 @@ def _record(recipe: Recipe, provenance: Mapping[str, Any], files: Mapping[str, t
     return {"recipe": recipe.to_json(), "data_version": data_version, "provenance": dict(provenance), "files": dict(files)}
 
 
-def _write_record(
-    path: Path, recipe: Recipe, provenance: Mapping[str, Any], files: Mapping[str, tuple[int, str]], data_version: str
-) -> None:
-    path.write_text(json.dumps(_record(recipe, provenance, files, data_version), indent=1) + "\n")
-
-
 def read_artefact(path: Path) -> Artefact:
     """Return the artefact at a path, as its record describes it. Raises DamagedArtefactError for a record that cannot be read."""
     try:
         record = _read_record(path)
         files = {name: (size, sha256) for name, (size, sha256) in record["files"].items()}
         recipe = Recipe(**record["recipe"]).to_json()
-        if record["data_version"] not in _possible_versions(path, recipe, files):
-            raise ValueError("its data version does not follow from its recipe and files: it was changed after it was made")
+        contents = [files["rows"][1]] if path.suffix == ".parquet" else [{name: sha256 for name, (_, sha256) in files.items()}, None]
+        if record["data_version"] not in [digest([recipe, content]) for content in contents]:
+            raise ValueError("its data version does not follow from its recipe and files: it was changed after it was written")
         return Artefact(path, recipe, record["provenance"], files, record["data_version"])
     except Exception as error:
         raise DamagedArtefactError(f"{_record_file(path)} cannot be read ({error}). {_MENDING}") from error
@@ -322,13 +337,6 @@ def all_artefacts(root: Path) -> Iterator[Stored]:
         yield Stored(*found, artefact)
 
 
-def _possible_versions(path: Path, recipe: Mapping[str, Any], files: Mapping[str, tuple[int, str]]) -> tuple[str, ...]:
-    """Return the data version of a table, or the two of a folder, with and without its content."""
-    if path.suffix == ".parquet":
-        return (digest([recipe, files["rows"][1]]),)
-    return digest([recipe, {name: sha256 for name, (_, sha256) in files.items()}]), digest([recipe, None])
-
-
 def _record_file(path: Path) -> Path:
     return path if path.suffix == ".parquet" else path / RECIPE_FILE
 
@@ -339,19 +347,6 @@ def _read_record(path: Path) -> dict[str, Any]:
     import pyarrow.parquet as pq
 
     return json.loads(pq.read_metadata(path).metadata[FOOTER_KEY.encode()])
-
-
-def _check_file(file: Path, size: int, sha256: str, recorded_ns: int, address: Address) -> None:
-    """Raise DamagedArtefactError unless a file is as recorded. Its bytes are read only if it is newer than the record."""
-    found = file.stat() if file.is_file() else None
-    if found is None or found.st_size != size:
-        state = "is missing" if found is None else f"has {found.st_size} bytes"
-        raise DamagedArtefactError(f"{address} is damaged: {file} {state}, its recipe says {size} bytes. {_MENDING}")
-    if found.st_mtime_ns > recorded_ns:
-        if _sha256(file) != sha256:
-            raise DamagedArtefactError(f"{address} is damaged: {file} was changed after it was made. {_MENDING}")
-        with contextlib.suppress(OSError):  # files of a copied folder may be newer: the next check need not read them again
-            os.utime(file, ns=(found.st_atime_ns, recorded_ns))
 
 
 def _files_below(folder: Path) -> list[tuple[str, Path]]:
@@ -365,20 +360,20 @@ def _sha256(file: Path) -> str:
 
 @contextlib.contextmanager
 def _staging(final: Path, kept_for: str | None = None) -> Iterator[Path]:
-    """Give a temporary path beside `final`. Leftovers of killed processes are removed first, and those of this write if it fails.
+    """Yield a temporary path in the folder of `final`. Remove leftovers of killed processes first, and those of this write if it fails.
 
     With `kept_for`, a recipe's hash, a leftover for this hash is given instead of a free path.
     """
-    staging = final.parent / f".{'.'.join(filter(None, (final.name, kept_for, str(os.getpid()), 'partial')))}"
+    staging = _temporary_name(final, kept_for)
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         for leftover in final.parent.glob(f".{final.name}.*.partial"):
-            *_, left_for, pid, _suffix = leftover.name.split(".")
-            if int(pid) != os.getpid() and is_alive(int(pid)):
+            found = read_temporary(leftover)
+            if found is None or found.final != final or (found.in_use and not leftover.match(f"*.{_process()}.partial")):
                 continue
-            if left_for == kept_for and not staging.exists():
+            if kept_for and found.recipe_hash == kept_for and not staging.exists():
                 leftover.rename(staging)
-            elif left_for != kept_for or leftover != staging:
+            elif not kept_for or leftover != staging:
                 _remove(leftover)
         if _retired(final).exists():  # a process was killed between the two renames of `_replace_folder`
             _remove(_retired(final)) if final.exists() else _retired(final).rename(final)
@@ -404,7 +399,7 @@ class Temporary(NamedTuple):
 
     final: Path
     recipe_hash: str | None  # of a resumable write
-    in_use: bool  # its process is alive, or it was replaced within the last hour
+    in_use: bool  # its process is alive on this machine, or it was replaced within the last hour
 
     @property
     def is_needed(self) -> bool:
@@ -419,9 +414,9 @@ class Temporary(NamedTuple):
 def read_temporary(path: Path) -> Temporary | None:
     """Return the description of a temporary file or folder; None for paths that no writer has named."""
     if partial := _PARTIAL.fullmatch(path.name):
-        final, recipe_hash, pid = partial.groups()
-        return Temporary(path.with_name(final), recipe_hash, is_alive(int(pid)))
-    if replaced := _REPLACED.fullmatch(path.name):
+        final, recipe_hash, machine, pid = partial.groups()
+        return Temporary(path.with_name(final), recipe_hash, machine == this_machine() and is_alive(int(pid)))
+    if (replaced := _REPLACED.fullmatch(path.name)) and path == _retired(path.with_name(replaced[1])):
         return Temporary(path.with_name(replaced[1]), None, time.time() - path.lstat().st_ctime < _REPLACING_SECONDS)
     return None
 
@@ -437,20 +432,35 @@ def foreign_files(artefact: Artefact) -> list[str]:
 def remove_whole(path: Path) -> None:
     """Remove an artefact or a temporary path. It is renamed first, so that an interrupted removal leaves a temporary path only."""
     try:
-        beside = path if read_temporary(path) else path.rename(path.with_name(f".{path.name}.{os.getpid()}.partial"))
+        beside = path if read_temporary(path) else path.rename(_temporary_name(path))
         shutil.rmtree(beside) if beside.is_dir() else beside.unlink()
     except OSError as error:
         raise SaeensError(f"{path} cannot be removed ({error.strerror}): fix its permissions") from error
+
+
+@functools.cache
+def this_machine() -> str:
+    """Return 8 hexadecimal digits of the host, its boot, and the namespace of process numbers, which a container has of its own."""
+    identity = [socket.gethostname()]
+    with contextlib.suppress(OSError):  # Linux only
+        identity += [Path("/proc/sys/kernel/random/boot_id").read_text(), str(Path("/proc/self/ns/pid").readlink())]
+    return digest(identity)[:8]
+
+
+def _process() -> str:
+    return f"{this_machine()}-{os.getpid()}"
+
+
+def _temporary_name(final: Path, kept_for: str | None = None) -> Path:
+    return final.with_name(f".{'.'.join(filter(None, (final.name, kept_for, _process(), 'partial')))}")
 
 
 def is_alive(pid: int) -> bool:
     """Return whether a process with this number runs on this machine."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
+    except OSError as error:
+        return isinstance(error, PermissionError)
     return True
 
 
@@ -463,14 +473,12 @@ def _remove(path: Path) -> None:
 
 def _replace_folder(staging: Path, final: Path) -> None:
     if final.exists():
-        retired = _retired(final)
-        final.rename(retired)
-        staging.rename(final)
-        shutil.rmtree(retired)
-    else:
-        staging.rename(final)
+        final.rename(_retired(final))
+    staging.rename(final)
+    if _retired(final).exists():
+        shutil.rmtree(_retired(final))
     flush(final.parent)
 
 
 def _retired(final: Path) -> Path:
-    return final.parent / f".{final.name}.retired"
+    return final.with_name(f".{final.name}.{digest(final.name)[:8]}.retired")

@@ -9,13 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from saeens_pipeline.storage.activations import (
-    ActivationReader,
-    ActivationStatistics,
-    ActivationWriter,
-    compute_statistics,
-    to_stored_dtype,
-)
+from saeens_pipeline.storage.activation_writer import ActivationWriter, to_stored_dtype
+from saeens_pipeline.storage.activations import ActivationReader, ActivationStatistics
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +25,7 @@ class ResidualView(ActivationReader):
     def __init__(self, origin: ActivationReader, rounds: Sequence[Round], *, name: str = "residual") -> None:
         self.origin, self.rounds, self.name = origin, tuple(rounds), name
         self.d_in, self.dtype, self.chunk_rows = origin.d_in, origin.dtype, origin.chunk_rows
-        self._statistics: dict[str, ActivationStatistics] = {}
+        self._statistics = {}
 
     def n_rows(self, split: str) -> int:
         return self.origin.n_rows(split)
@@ -47,12 +42,6 @@ class ResidualView(ActivationReader):
                 name = f"{self.name}, round {number} of {len(self.rounds)} on the fly,"
                 rows = to_stored_dtype(apply_round(rows.float()), self.dtype, name)
         return rows
-
-    def statistics(self, split: str) -> ActivationStatistics:
-        """Return the statistics of the residual. The first call reads all rows of the split."""
-        if split not in self._statistics:
-            self._statistics[split] = compute_statistics(self, split)
-        return self._statistics[split]
 
 
 def write_residual(

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from saeens_pipeline.errors import SaeensError
-from saeens_pipeline.storage.activations import ActivationReader, ActivationStatistics, ActivationStore, compute_statistics
+from saeens_pipeline.storage.activations import ActivationReader, ActivationStore
 
 
 class SelectedDocuments(ActivationReader):
@@ -23,24 +23,18 @@ class SelectedDocuments(ActivationReader):
         self.d_in, self.dtype, self.chunk_rows = origin.d_in, origin.dtype, origin.chunk_rows
         self._starts, ends = _runs(origin.document_blocks(split), documents)
         self._selected = np.concatenate([[0], np.cumsum(ends - self._starts)])  # selected rows before each run, then their total
-        self._statistics: ActivationStatistics | None = None
+        self._statistics = {}
         if not self._selected[-1]:
             raise SaeensError(f"{origin.path} has no {split} rows of the {len(documents):,} selected documents")
 
     def n_rows(self, split: str) -> int:
-        self._require(split)
+        if split != self.split:
+            raise SaeensError(f"documents were selected from the {self.split} split of {self.origin.path}, not from {split}")
         return int(self._selected[-1])
 
     def stored_chunk(self, split: str, index: int) -> torch.Tensor:
         first = index * self.chunk_rows
         return torch.cat(list(self._pieces(first, min(first + self.chunk_rows, self.n_rows(split)))))
-
-    def statistics(self, split: str) -> ActivationStatistics:
-        """Return the statistics of the selected rows. The first call reads them all."""
-        self._require(split)
-        if self._statistics is None:
-            self._statistics = compute_statistics(self, split)
-        return self._statistics
 
     def _pieces(self, first: int, end: int) -> Iterator[torch.Tensor]:
         """Yield the selected rows from `first` to `end`, cut at the ends of runs and of the origin's chunks."""
@@ -55,10 +49,6 @@ class SelectedDocuments(ActivationReader):
             yield piece
             first += len(piece)
             run += first == self._selected[run + 1]
-
-    def _require(self, split: str) -> None:
-        if split != self.split:
-            raise SaeensError(f"documents were selected from the {self.split} split of {self.origin.path}, not from {split}")
 
 
 def _runs(blocks: Iterator[np.ndarray], documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

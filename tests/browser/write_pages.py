@@ -2,7 +2,7 @@
 
     python tests/browser/write_pages.py FOLDER
 
-`FOLDER/expected.json` has what the tables say, computed from the Parquet files alone, `features.ndjson` and `autointerp.ndjson` the rows of
+`FOLDER/expected.json` has values of tables, computed from the Parquet files alone, `features.ndjson` and `autointerp.ndjson` the rows of
 these tables.
 """
 
@@ -18,7 +18,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "saeens_pipeline"))
 from fake_endpoint import FakeEndpoint, Question, serving
-from tiny_experiment import NAME, Laboratory
+from tiny_experiment import NAME, Laboratory, write_rows
 from tiny_models import write_tiny_model
 
 from saeens_pipeline.language_models.autointerp.endpoint import URL_VARIABLE
@@ -44,7 +44,7 @@ def answer(question: Question) -> str:
 
 
 def main(folder: Path) -> None:
-    """Make everything anew below `folder`."""
+    """Write all pages below `folder`."""
     shutil.rmtree(folder, ignore_errors=True)
     plain = Laboratory(write_tiny_model(folder / "model"), folder / "defs", folder / "plain")
     hostile = Laboratory(plain.model, plain.folder, folder / "hostile")
@@ -59,7 +59,7 @@ def main(folder: Path) -> None:
         hostile.activate(monkeypatch)
         for part in (hostile.root / "tables").rglob("part.parquet"):
             rows = pl.read_parquet(part, hive_partitioning=False).with_columns(method=pl.col("method").replace("expanded", HOSTILE))
-            _with_hostile_tokens(rows).write_parquet(part)
+            write_rows(hostile.store, part, _with_hostile_tokens(rows))
         make_reports(load_catalogue(), NAME, [])
     (folder / "expected.json").write_text(json.dumps({str(layer): _expected(plain.root, layer) for layer in LAYERS}, indent=1))
     for table in ("features", "autointerp"):

@@ -1,4 +1,4 @@
-"""Sweeps: one experiment per value, with recipes as if it had been written out; and their comparison."""
+"""Sweeps: one experiment per value, with the recipes of the written-out experiment; and their comparison."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ import pytest
 from tiny_experiment import EXPERIMENT, LAYER, NAME, SEEDS, Laboratory, experiment_file, experiment_settings, source_settings
 
 from saeens_pipeline import cli
+from saeens_pipeline.assets.declarations import Declaration
 from saeens_pipeline.assets.experiments import experiment_ops
-from saeens_pipeline.assets.tables import METHODS, columns_of, table_frame
-from saeens_pipeline.assets.tables.pareto import PARETO, PICTURE_FILE, TABLE_FILE, Sweep, notes, pareto_rows
+from saeens_pipeline.assets.registry import METHODS, columns_of, table_frame
+from saeens_pipeline.assets.tables.pareto import PARETO, PICTURE_FILE, TABLE_FILE, notes, pareto_rows
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.orchestration.catalogue import load_catalogue
 from saeens_pipeline.orchestration.garbage import declared, find_garbage
 from saeens_pipeline.orchestration.metadata import describe_artefact
 from saeens_pipeline.report import methods
-from saeens_pipeline.report.pareto_picture import draw
+from saeens_pipeline.report.pictures import sweep_picture
 from saeens_pipeline.settings import ExperimentSettings
 from saeens_pipeline.storage.names import Address, Partition
 from saeens_pipeline.storage.recipes import Recipe
@@ -58,7 +59,7 @@ def _experiments(**changes: Any) -> list[ExperimentSettings]:
         (SAE | {"k": 3}, {"aux_loss_coefficient": [0.25]}, ["aux_loss_0p25"], [0.25]),
     ],
 )
-def test_there_is_one_experiment_per_value(sae: dict[str, Any], sweep: dict[str, Any], names: list[str], values: list[float]):
+def test_a_sweep_has_one_experiment_per_value(sae: dict[str, Any], sweep: dict[str, Any], names: list[str], values: list[float]):
     made = _experiments(sae=sae, sweep=sweep, baselines=["expanded"])
     (field,) = sweep
     assert [each.name for each in made] == [f"{SWEEP}__{name}" for name in names]
@@ -66,7 +67,7 @@ def test_there_is_one_experiment_per_value(sae: dict[str, Any], sweep: dict[str,
     assert [each.sweep for each in made] == [None] * len(values)
 
 
-def test_each_is_the_experiment_that_would_have_been_written_out():
+def test_experiments_of_a_sweep_equal_those_written_out():
     (first, second) = _experiments(sae=SAE, sweep={"k": [4, 8]}, expanded_sizes="all", evaluations=["cost"])
     for made, k in ((first, 4), (second, 8)):
         changes = {"sae": SAE | {"k": k}, "expanded_sizes": "all", "evaluations": ["cost"]}
@@ -115,7 +116,7 @@ WRONG: list[tuple[dict[str, Any], str, str, str]] = [
 
 
 @pytest.mark.parametrize(("changes", "line", "field", "said"), WRONG)
-def test_what_is_wrong_with_a_sweep_is_said_with_line_and_field(
+def test_errors_of_a_sweep_are_reported_with_line_and_field(
     laboratory: Laboratory, changes: dict[str, Any], line: str, field: str, said: str
 ):
     text = _text(**changes)
@@ -127,7 +128,7 @@ def test_what_is_wrong_with_a_sweep_is_said_with_line_and_field(
     assert message.startswith(f"{file}:{number}: attributes.{field}: {said}")
 
 
-def test_a_name_that_is_taken_is_said(laboratory: Laboratory):
+def test_an_experiment_name_of_a_sweep_that_exists_is_refused(laboratory: Laboratory):
     other = experiment_settings(name=f"{SWEEP}__k_8", source=SWEEP)
     file = laboratory.write(_text(sweep={"k": [4, 8]}), "second")
     laboratory.write(experiment_file(("EnsembleExperiment", other)), "first")
@@ -143,7 +144,7 @@ def test_a_sweep_and_an_experiment_do_not_share_a_name(laboratory: Laboratory):
     assert f"there already is an experiment called '{SWEEP}'" in message
 
 
-def test_a_sweep_without_its_source_is_left_out_whole(laboratory: Laboratory):
+def test_a_sweep_without_its_source_is_left_out(laboratory: Laboratory):
     laboratory.write(experiment_file(("EnsembleExperiment", experiment_settings(name=SWEEP, source="nowhere", sweep={"k": [4, 8]}))))
     catalogue = laboratory.catalogue
     assert catalogue.experiments == catalogue.sweeps == {}
@@ -177,7 +178,7 @@ def test_the_plan_of_a_sweep_has_every_experiment(
 
 
 @pytest.mark.filterwarnings("ignore")  # what is beta or deprecated inside Dagster
-def test_dagsters_own_component_loader_makes_the_assets_of_a_sweep(laboratory: Laboratory):
+def test_dagsters_component_loader_builds_the_assets_of_a_sweep(laboratory: Laboratory):
     import importlib
 
     from saeens_pipeline import defs
@@ -232,17 +233,15 @@ def _write_points(laboratory: Laboratory) -> None:
                 )
 
 
-def _rows(laboratory: Laboratory) -> tuple[pl.DataFrame, Sweep]:
-    catalogue = laboratory.catalogue
-    sweep = Sweep.of(catalogue.sweep(SWEEP))
-    (declaration,) = catalogue.pareto(SWEEP).outputs
-    return pareto_rows(laboratory.store, declaration, sweep), sweep
+def _rows(laboratory: Laboratory) -> tuple[pl.DataFrame, Declaration]:
+    (declaration,) = laboratory.catalogue.pareto(SWEEP).outputs
+    return pareto_rows(laboratory.store, declaration), declaration
 
 
-def test_rows_are_means_and_points_of_the_tables_that_are_there(empty: Laboratory):
+def test_rows_of_a_sweep_are_means_and_points_of_the_existing_tables(empty: Laboratory):
     _declare(empty)
     _write_points(empty)
-    table, sweep = _rows(empty)
+    table, pareto = _rows(empty)
     assert table.columns == [column.name for column in columns_of(PARETO)]
     assert table.select("method", "value", "n_members").rows() == [
         ("single", 4.0, 1),
@@ -263,18 +262,18 @@ def test_rows_are_means_and_points_of_the_tables_that_are_there(empty: Laborator
     # by L0: 4.0 -> 0.52, 8.5 -> 0.65, 8.25 -> 0.75, 16 -> 0.92; by bits: 41 -> 0.52, 85 -> 0.65, 105 -> 0.92
     assert table["on_l0_front"].to_list() == [1, 0, 1, 1]
     assert table["on_bits_front"].to_list() == [1, 1, None, 1]
-    assert list(notes(table, sweep)) == [
+    assert list(notes(table, pareto)) == [
         f"{SWEEP}__k_16 is not evaluated yet: run `saeens run {SWEEP}__k_16`",
         f"{SWEEP}__k_4: no description length was measured; left out of that picture",
     ]
 
 
-def test_nothing_is_there_yet(empty: Laboratory):
+def test_a_sweep_without_results_has_an_empty_table_and_a_picture(empty: Laboratory):
     _declare(empty)
-    table, sweep = _rows(empty)
+    table, pareto = _rows(empty)
     assert table.is_empty()
-    assert len(list(notes(table, sweep))) == 3
-    assert _size(draw(table, sweep)) == _size(draw(table, sweep))
+    assert len(list(notes(table, pareto))) == 3
+    assert _size(sweep_picture(table, pareto)) == _size(sweep_picture(table, pareto))
 
 
 def _size(png: bytes) -> tuple[int, int]:
@@ -288,13 +287,13 @@ def test_every_method_has_its_own_colour_and_marker_and_every_layer_its_axes(emp
     assert len({each.colour for each in styles}) == len({each.marker for each in styles}) == len(METHODS)
     _declare(empty)
     _write_points(empty)
-    table, sweep = _rows(empty)
+    table, pareto = _rows(empty)
     monkeypatch.undo()  # pictures are no longer blank
     two_layers = pl.concat([table, table.with_columns(layer=pl.lit(7, pl.Int64))])
-    width, height = _size(draw(table, sweep))
-    assert _size(draw(two_layers, sweep)) == (width, 2 * height)
-    assert draw(table, sweep) == draw(table, sweep)
-    assert draw(table, sweep) != draw(table.filter(method="single"), sweep)
+    width, height = _size(sweep_picture(table, pareto))
+    assert _size(sweep_picture(two_layers, pareto)) == (width, 2 * height)
+    assert sweep_picture(table, pareto) == sweep_picture(table, pareto)
+    assert sweep_picture(table, pareto) != sweep_picture(table.filter(method="single"), pareto)
 
 
 @pytest.fixture
@@ -322,9 +321,9 @@ def saeens(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
     return call
 
 
-def test_a_sweep_is_run_whole_and_shares_what_is_there(swept: Laboratory, saeens: Command, tmp_path: Path):
+def test_a_sweep_runs_all_experiments_and_shares_existing_artefacts(swept: Laboratory, saeens: Command, tmp_path: Path):
     out, _ = saeens("run", SWEEP)
-    assert out.count("artefacts to make") == 2
+    assert out.count("artefacts to compute") == 2
     same = swept.store.require(Address(f"{SWEEP}__k_4", "boosting", "round_3"), Partition(LAYER, SEEDS[0]))
     assert same.provenance["same_as"] == f"{NAME}/boosting/round_3"
     made = swept.store.require(Address(f"{SWEEP}__k_2", "bagging", "member_1"), Partition(LAYER, SEEDS[0]))
@@ -355,7 +354,7 @@ def test_a_sweep_is_run_whole_and_shares_what_is_there(swept: Laboratory, saeens
     assert f"{SWEEP}__k_2/eval/reconstruction" in out
 
 
-def test_the_picture_names_what_was_not_evaluated(swept: Laboratory):
+def test_the_picture_of_a_sweep_names_missing_evaluations(swept: Laboratory):
     (declaration,) = swept.catalogue.pareto(SWEEP).outputs
     job = swept.catalogue.definitions().resolve_implicit_global_asset_job_def()
     with dg.DagsterInstance.ephemeral() as instance:

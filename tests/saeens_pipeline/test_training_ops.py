@@ -1,4 +1,4 @@
-"""What ops that train SAEs tell while they work, and what they do when the memory is not enough."""
+"""Ops that train SAEs: observations during training, and smaller groups if memory is short."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import zarr
 from tiny_experiment import LAYER, NAME, SEEDS, Laboratory
 
 import saeens_models as sm
-from saeens_pipeline.assets import live_curves, memory
+from saeens_pipeline.assets import memory, training
 from saeens_pipeline.storage.names import Partition
 
 SEED = SEEDS[0]
@@ -32,7 +32,7 @@ def _weights(laboratory: Laboratory) -> list[dict[str, torch.Tensor]]:
     return [sm.load_sae(laboratory.artefact(f"bagging/member_{j}", SEED).path).state_dict() for j in (1, 2, 3)]
 
 
-def test_members_that_do_not_fit_together_are_trained_in_smaller_groups(
+def test_members_that_exceed_memory_are_trained_in_smaller_groups(
     untrained: Laboratory, finished_laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch
 ):
     train, together = sm.train, []
@@ -52,7 +52,7 @@ def test_members_that_do_not_fit_together_are_trained_in_smaller_groups(
     assert untrained.artefact("bagging/member_3", SEED).provenance["trained_together"] == 1
 
 
-def test_one_sae_that_does_not_fit_is_trained_in_micro_batches_and_says_so(
+def test_one_sae_that_does_not_fit_is_trained_in_micro_batches_with_a_log_message(
     untrained: Laboratory, finished_laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(memory, "FEWEST_TOKENS", 8)
@@ -72,7 +72,7 @@ def test_one_sae_that_does_not_fit_is_trained_in_micro_batches_and_says_so(
         torch.testing.assert_close(weight, sm.load_sae(theirs).state_dict()[name], rtol=1e-2, atol=1e-3)
 
 
-def test_the_memory_budget_of_the_environment_decides_how_many_are_tried_first(
+def test_the_memory_budget_of_the_environment_limits_the_first_group(
     untrained: Laboratory, finished_laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch
 ):
     config = sm.load_sae(finished_laboratory.artefact("bagging/member_1", SEED).path).config
@@ -85,15 +85,15 @@ def test_the_memory_budget_of_the_environment_decides_how_many_are_tried_first(
     assert together == [1, 1, 1]
 
 
-def test_a_long_training_is_observed_a_few_times(untrained: Laboratory, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(live_curves, "INTERVAL_SECONDS", 0)
+def test_a_long_training_logs_a_few_asset_observations(untrained: Laboratory, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(training, "INTERVAL_SECONDS", 0)
     observed: list[dg.AssetObservation] = []
     log_event = dg.AssetExecutionContext.log_event
     monkeypatch.setattr(dg.AssetExecutionContext, "log_event", lambda self, event: (observed.append(event), log_event(self, event)))
     untrained.materialise(MEMBERS[:2], Partition(LAYER, SEED))
     per_sae = Counter(each.asset_key.to_user_string() for each in observed)
     assert set(per_sae) == set(MEMBERS[:2])
-    assert all(2 <= n <= live_curves.MOST_OBSERVATIONS for n in per_sae.values())
+    assert all(2 <= n <= training.MOST_OBSERVATIONS for n in per_sae.values())
     first, tokens = observed[0], [each.metadata["tokens"].value for each in observed]
     assert first.partition == dg.MultiPartitionKey({"layer": str(LAYER), "seed": str(SEED)})
     assert set(first.metadata) == {"tokens", "loss", "explained variance", "L0 [features per token]", "dead features", "learning rate"}
@@ -101,7 +101,7 @@ def test_a_long_training_is_observed_a_few_times(untrained: Laboratory, monkeypa
     assert tokens[0] != tokens[-1]
 
 
-def test_a_short_training_is_not_observed(untrained: Laboratory, monkeypatch: pytest.MonkeyPatch):
+def test_a_short_training_logs_no_asset_observations(untrained: Laboratory, monkeypatch: pytest.MonkeyPatch):
     observed: list[Any] = []
     monkeypatch.setattr(dg.AssetExecutionContext, "log_event", lambda self, event: observed.append(event))
     untrained.materialise(MEMBERS[:1], Partition(LAYER, SEED))

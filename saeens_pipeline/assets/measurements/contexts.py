@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,17 +11,16 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from saeens_models.ensembles import Ensemble
 from saeens_models.evaluation import feature_contexts
 from saeens_models.metrics import FeatureContexts, output_tokens
-from saeens_pipeline import progress
-from saeens_pipeline.assets.measurements.dictionaries import load_dictionary
+from saeens_pipeline.assets.declarations import Declaration
+from saeens_pipeline.assets.measurements.dictionaries import load_dictionary, load_model, pass_over
 from saeens_pipeline.assets.measurements.token_strings import TokenStrings
-from saeens_pipeline.assets.registry import Making, table_frame
+from saeens_pipeline.assets.registry import Making, columns_frame
 from saeens_pipeline.assets.residuals import open_reader
 from saeens_pipeline.assets.sources import language_model_of
 from saeens_pipeline.language_models.descriptions import HOOKS
-from saeens_pipeline.language_models.models import load_language_model
+from saeens_pipeline.storage.activations import ActivationStore
 
 OUTPUT_TOKENS = 10
 
@@ -34,9 +32,11 @@ def context_rows(making: Making, n_contexts: int, radius: int) -> pl.DataFrame:
     contexts at a time, and the rows, about 3 kB for each feature of both; in addition one window of codes, at the start the language
     model, and afterwards its unembedding.
     """
-    tokens = TokenStrings(making.store, making.subject.tokens)
-    found = _Contexts(making, tokens, _unembedding(making, tokens), n_contexts, radius)
-    return pl.concat([part for method in ("bagging", "boosting") for part in found.rows(method)])
+    tokens = TokenStrings(making)
+    unembedding = _unembedding(making, tokens)
+    ensembles = {"bagging": making.subject.bagging, "boosting": making.subject.boosting}
+    rows = [_rows(making, *each, tokens, unembedding, n_contexts=n_contexts, radius=radius) for each in ensembles.items()]
+    return pl.concat([part for of_ensemble in rows for part in of_ensemble])
 
 
 def _unembedding(making: Making, tokens: TokenStrings) -> Tensor | None:
@@ -44,62 +44,36 @@ def _unembedding(making: Making, tokens: TokenStrings) -> Tensor | None:
 
     It can for hooks at the residual stream or at an output added to it. A module path may be anywhere.
     """
-    reference = making.subject.activations
-    activations = making.store.require(reference.address, reference.narrow(making.partition))
-    settings, description = activations.recipe["settings"], language_model_of(activations)
-    if settings["hook"] not in HOOKS or not description.has_head:
+    activations = making.require(making.subject.activations)
+    model = language_model_of(activations)
+    if activations.recipe["settings"]["hook"] not in HOOKS or not model.has_head:
         return None
-    device, dtype = making.context.compute.resolve(float64=True), settings.get("language_model_dtype", "float32")
-    unembedding = load_language_model(description, settings["weights"], device, dtype).unembedding()
-    d_in = open_reader(making.store, reference, making.partition).d_in
+    unembedding, d_in = load_model(making, model).unembedding(), ActivationStore(activations.path).d_in
     return None if unembedding is None or unembedding.shape[1] != d_in else unembedding[: tokens.vocab_size].clone()
 
 
-@dataclass(frozen=True)
-class _Contexts:
-    """The computation of the rows of one partition."""
-
-    making: Making
-    tokens: TokenStrings
-    unembedding: Tensor | None
-    n_contexts: int
-    radius: int
-
-    def rows(self, method: str) -> Iterator[pl.DataFrame]:
-        """Give the rows of an ensemble, member by member."""
-        store, declaration = self.making.store, self.making.subject.bagging if method == "bagging" else self.making.subject.boosting
-        ensemble = load_dictionary(self.making.context, declaration, self.making.partition)
-        saes = self.making.subject.members(store, declaration, self.making.partition)
-        found, empty = self._found(method, ensemble), table_frame("contexts", [])
-        for number, (artefact, sae, of_member) in enumerate(zip(saes, ensemble, found, strict=True), start=1):
-            promoted, suppressed = ("[]", "[]") if self.unembedding is None else _output_tokens(sae.W_dec, self.unembedding, self.tokens)
-            peaks, widths = of_member.activations[:, 0, self.radius].double(), of_member.bin_width
-            columns: dict[str, Any] = {
-                "index": range(len(peaks)),
-                "max_activation": pl.Series(peaks.cpu().numpy()).replace(0.0, None),
-                "contexts": _texts(of_member, self.tokens, self.radius),
-                "histogram": [json.dumps(counts) for counts in of_member.histogram.tolist()],
-                "bin_width": pl.Series(widths.cpu().numpy()).replace(0.0, None),
-                "promoted_tokens": promoted,
-                "suppressed_tokens": suppressed,
-            }
-            subject, partition = self.making.subject, self.making.partition
-            same = subject.row(store, partition, method, len(ensemble), [artefact.data_version]) | {"member": number}
-            rows = pl.DataFrame(columns).with_columns(pl.lit(value).alias(column) for column, value in same.items())
-            yield rows.select(empty.columns).cast(empty.schema)  # pyright: ignore[reportArgumentType]  # a schema is what cast takes
-
-    def _found(self, method: str, ensemble: Ensemble) -> list[FeatureContexts]:
-        """Return the contexts of every member, from one pass over the test activations."""
-        reader, device = open_reader(self.making.store, self.making.subject.activations, self.making.partition), ensemble[0].W_dec.device
-        label = f"{self.making.subject.experiment.name}/eval/contexts of {method}, {self.making.partition}"
-        with progress.task(label, reader.n_rows("test")) as advance:
-
-            def chunks() -> Iterator[tuple[Tensor, Tensor]]:
-                for chunk, place in zip(reader.chunks("test"), self.tokens.store.places("test", reader.chunk_rows), strict=True):
-                    yield chunk.to(device), torch.from_numpy(place).to(device)
-                    advance(len(chunk))
-
-            return feature_contexts(ensemble, chunks(), self.tokens.store.context_length, self.n_contexts, self.radius)
+def _rows(
+    making: Making, method: str, declaration: Declaration, tokens: TokenStrings, unembedding: Tensor | None, *, n_contexts: int, radius: int
+) -> Iterator[pl.DataFrame]:
+    """Give the rows of an ensemble, member by member, from one pass over the test activations."""
+    ensemble = load_dictionary(making, declaration)
+    reader = open_reader(making.store, making.subject.activations, making.partition)
+    with pass_over(making, reader, f"/contexts of {method}") as chunks:
+        places = (torch.from_numpy(of_chunk).to(making.device) for of_chunk in tokens.store.places("test", reader.chunk_rows))
+        found = feature_contexts(ensemble, zip(chunks, places, strict=True), tokens.store.context_length, n_contexts, radius)
+    for number, (artefact, sae, of_member) in enumerate(zip(making.members(declaration), ensemble, found, strict=True), start=1):
+        promoted, suppressed = ("[]", "[]") if unembedding is None else _output_tokens(sae.W_dec, unembedding, tokens)
+        peaks, widths = of_member.activations[:, 0, radius].double(), of_member.bin_width
+        columns: dict[str, Any] = {
+            "index": range(len(peaks)),
+            "max_activation": pl.Series(peaks.cpu().numpy()).replace(0.0, None),
+            "contexts": _texts(of_member, tokens, radius),
+            "histogram": [json.dumps(counts) for counts in of_member.histogram.tolist()],
+            "bin_width": pl.Series(widths.cpu().numpy()).replace(0.0, None),
+            "promoted_tokens": promoted,
+            "suppressed_tokens": suppressed,
+        }
+        yield columns_frame("contexts", making.row(method, len(ensemble), [artefact]) | {"member": number}, columns)
 
 
 def _texts(found: FeatureContexts, tokens: TokenStrings, radius: int) -> list[str]:

@@ -8,7 +8,7 @@ with an endpoint stays a cache hit without one. All answers are kept on disk (`A
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import polars as pl
@@ -18,7 +18,7 @@ from saeens_pipeline.assets.registry import Making, Markdown, Subject, Table, re
 from saeens_pipeline.assets.tables.contexts import CONTEXTS, RADIUS
 from saeens_pipeline.language_models.autointerp.answers import Answers
 from saeens_pipeline.language_models.autointerp.endpoint import KEY_VARIABLE, URL_VARIABLE, Endpoint
-from saeens_pipeline.language_models.autointerp.interview import MALFORMED, REFUSED, SCORED, Estimate, Interviewer
+from saeens_pipeline.language_models.autointerp.interview import CHARACTERS_PER_TOKEN, MALFORMED, REFUSED, SCORED, Estimate, Interviewer
 from saeens_pipeline.language_models.autointerp.protocol import SEED
 from saeens_pipeline.settings.experiments import ExperimentSettings
 from saeens_pipeline.storage.names import Address, Partition, place
@@ -46,9 +46,7 @@ def outcome(store: Store, experiment: str, seeds: Collection[int], layer: int | 
     read.
     """
     address = Address(experiment, "eval", AUTOINTERP)
-    there = [
-        where for where in store.partitions(address, "layer", "seed") if where.seed in seeds and (layer is None or where.layer == layer)
-    ]
+    there = [each for each in store.partitions(address, "layer", "seed") if each.seed in seeds and layer in (None, each.layer)]
     if not there:
         return ""
     rows = read_table(store.root, experiment, AUTOINTERP, layer).filter(pl.col("seed").is_in(list(seeds)))
@@ -56,7 +54,7 @@ def outcome(store: Store, experiment: str, seeds: Collection[int], layer: int | 
     lacking = [where for where in there if _had_no_endpoint(store, address, where)]
     if lacking:
         which = "" if len(lacking) == len(there) else f" for {' and '.join(map(str, lacking))}"
-        kept = ": what is here was answered before" if len(rows) and not which else ""
+        kept = ": these answers are from earlier runs" if len(rows) and not which else ""
         sentences.append(
             f"No endpoint was configured{which}{kept}. Set `{URL_VARIABLE}` to the address of a language model, such as "
             f"`http://localhost:8080/v1`, and `{KEY_VARIABLE}` if it wants a key, then `saeens run {experiment}`."
@@ -95,23 +93,17 @@ def expected(experiment: ExperimentSettings, n_partitions: int) -> Estimate:
     return Estimate.beforehand(experiment.autointerp, n_features, CONTEXTS, 2 * RADIUS + 1)
 
 
-def expected_requests(experiment: ExperimentSettings, n_partitions: int) -> str:
-    """Return the same as text."""
-    assert experiment.autointerp is not None, "checked where the experiment is read"
-    return f"at most {expected(experiment, n_partitions).in_words(experiment.autointerp)}, to {experiment.autointerp.model}"
-
-
 def _rows(making: Making) -> pl.DataFrame:
     from saeens_pipeline.assets.measurements.autointerp import explained_rows
 
-    settings = making.subject.experiment.autointerp
+    settings = making.experiment.autointerp
     assert settings is not None, "checked where the experiment is read"
     answers, endpoint = Answers(making.store.root), Endpoint.from_environment()
-    label = place(making.subject.tables[AUTOINTERP].address, making.partition)
+    label = place(making.subject.table(AUTOINTERP).address, making.partition)
     if endpoint is None:
         logger.warning("%s: not configured: set %s to the address of a language model and run again", label, URL_VARIABLE)
     interviewer = Interviewer(settings, answers, endpoint)
-    rows = explained_rows(making, interviewer, ENSEMBLES, RADIUS) if endpoint or not answers.is_empty else []
+    rows = explained_rows(making, interviewer, label, ENSEMBLES, RADIUS) if endpoint or not answers.is_empty else []
     making.provenance[AUTOINTERP] = {
         "status": MADE if endpoint else NOT_CONFIGURED,
         "requests": interviewer.asked,
@@ -140,8 +132,21 @@ def _complaint(experiment: ExperimentSettings) -> str:
 
 
 def _announcement(experiment: ExperimentSettings, n_partitions: int) -> str:
-    endpoint = Endpoint.from_environment()
-    return f"{expected_requests(experiment, n_partitions)} at {endpoint.host}" if endpoint else ""
+    endpoint, settings = Endpoint.from_environment(), experiment.autointerp
+    if endpoint is None or settings is None:
+        return ""
+    return f"at most {expected(experiment, n_partitions).in_words(settings)}, to {settings.model} at {endpoint.host}"
+
+
+def _forecast(experiment: ExperimentSettings, n_partitions: int) -> Iterator[tuple[str, float | None, str, str]]:
+    """Give requests, tokens and price of explaining features."""
+    settings, estimate = experiment.autointerp, expected(experiment, n_partitions)
+    assert settings is not None, "checked where the experiment is read"
+    price = estimate.price(settings)
+    yield "requests", estimate.requests, "", f"to {settings.model}, at most; stored answers are not requested again"
+    yield "tokens in", estimate.tokens_in, "tokens", f"at {CHARACTERS_PER_TOKEN} characters a token"
+    yield "tokens out", estimate.tokens_out, "tokens", "without reasoning tokens"
+    yield "price", price, "money", "" if price is not None else "autointerp.prices: prices of a million tokens"
 
 
 def _summary(table: pl.DataFrame, artefact: Artefact) -> Mapping[str, Any]:
@@ -150,9 +155,8 @@ def _summary(table: pl.DataFrame, artefact: Artefact) -> Mapping[str, Any]:
     scored = table.drop_nulls("detection_score").group_by("method", maintain_order=True)
     means = scored.agg(pl.len(), pl.col("detection_score", "control_score").mean())
     rows = [
-        f"| {row['method']} | {row['len']} | {row['detection_score']:.3f} "
-        f"| {'' if row['control_score'] is None else format(row['control_score'], '.3f')} |"
-        for row in means.iter_rows(named=True)
+        f"| {method} | {n} | {score:.3f} | {'' if control is None else format(control, '.3f')} |"
+        for method, n, score, control in means.iter_rows()
     ]
     others = table.filter(pl.col("status") != SCORED).group_by("status", maintain_order=True).len()
     head = ["| method | features scored | mean detection score | with another feature's explanation |", "|---|---|---|---|"]
@@ -193,9 +197,9 @@ register(
         requires=("contexts",),
         complaint=_complaint,
         announcement=_announcement,
+        forecast=_forecast,
         may_be_empty=True,
         summary=_summary,
         note=outcome,
-        source_parts={"activations": {"*": "test/activations"}},
     )
 )

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import polars as pl
 
-from saeens_pipeline.assets.declarations import RunContext
-from saeens_pipeline.assets.registry import Making, Markdown, Row, SharedPass, Subject, Table, register
-from saeens_pipeline.assets.sources import SourceFacts
+from saeens_pipeline.assets.declarations import SourceFacts
+from saeens_pipeline.assets.registry import Making, Markdown, SharedPass, Table, register
 from saeens_pipeline.language_models.labelled_texts.reading import identity
 from saeens_pipeline.settings.experiments import ExperimentSettings
 from saeens_pipeline.settings.probing import PROBE_SEED
-from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.recipes import Artefact
 from saeens_pipeline.storage.tables import Column
 
 
-def _probe(subject: Subject, context: RunContext, partition: Partition, wanted: Collection[str]) -> Any:
+def _probe(making: Making) -> Any:
     from saeens_pipeline.assets.measurements.probing import probe
 
-    return probe(subject, context, partition, wanted)
+    return probe(making)
 
 
 _PROBING = SharedPass("downstream", _probe)
@@ -30,9 +28,6 @@ _PROBING = SharedPass("downstream", _probe)
 def probe_table(name: str, **fields: Any) -> Table:
     """Return a table of probes whose texts are the experiment's settings of the same name."""
 
-    def rows(making: Making) -> Iterable[Row]:
-        return making.shared[name]
-
     def preflight(experiment: ExperimentSettings, facts: Callable[[], SourceFacts]) -> None:
         from saeens_pipeline.assets.measurements.probing import read_labelled_texts
 
@@ -40,7 +35,7 @@ def probe_table(name: str, **fields: Any) -> Table:
 
     return Table(
         name=name,
-        rows=rows,
+        rows=lambda making: making.shared[name],
         inputs=lambda subject: [subject.tokens, subject.activations, *subject.dictionaries],
         settings=lambda experiment: {**getattr(experiment, name).model_dump(mode="json"), "seed": PROBE_SEED},
         partition_settings=lambda experiment: {"texts": [identity(data_set) for data_set in getattr(experiment, name).datasets]},

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import polars as pl
 
 from saeens_pipeline.assets.registry import Making, Table, register
 from saeens_pipeline.storage.tables import Column
-
-if TYPE_CHECKING:
-    import polars as pl
 
 CONTEXTS = 8  # of each feature
 RADIUS = 12  # tokens on either side of the token on which it is most active

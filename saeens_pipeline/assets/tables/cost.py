@@ -13,10 +13,7 @@ from saeens_pipeline.settings.experiments import ExperimentSettings
 from saeens_pipeline.storage.names import Address
 from saeens_pipeline.storage.tables import Column
 
-TOTALS = {
-    "total_flops": ("train_flops", "residual_flops"),
-    "total_seconds": ("train_seconds", "residual_seconds"),
-}
+TOTALS = {"total_flops": ("train_flops", "residual_flops"), "total_seconds": ("train_seconds", "residual_seconds")}
 """Totals of training: the columns whose sum they are."""
 
 
@@ -27,19 +24,16 @@ def with_totals(rows: pl.DataFrame) -> pl.DataFrame:
 
 
 def _rows(making: Making) -> Iterator[Row]:
-    subject, store, partition = making.subject, making.store, making.partition
-    mode = subject.experiment.ensemble.boosting
-    n_residuals = 0 if mode == "concurrent" else subject.experiment.ensemble.members - 1
-    residuals = [
-        store.require(Address(subject.experiment.name, "boosting", f"residual_{j}"), partition).provenance
-        for j in range(1, n_residuals + 1)
-    ]
-    for method, n, saes in subject.methods(store, partition):
+    experiment, mode = making.experiment, making.experiment.ensemble.boosting
+    n_residuals = 0 if mode == "concurrent" else experiment.ensemble.members - 1
+    addresses = [Address(experiment.name, "boosting", f"residual_{j}") for j in range(1, n_residuals + 1)]
+    residuals = [making.store.require(address, making.partition).provenance for address in addresses]
+    for method, n, _, saes in making.methods():
         each = [sae.provenance for sae in saes]
         passes = residuals[: n - 1] if method == "boosting" else []
-        beside = [_is_trained_beside_others(subject.experiment, method, j) for j in range(1, len(each) + 1)]
-        joint, alone = ([made for made, is_joint in zip(each, beside, strict=True) if is_joint == wanted] for wanted in (True, False))
-        yield subject.row(store, partition, method, n, [sae.data_version for sae in saes]) | {
+        joint = [made for j, made in enumerate(each, start=1) if _is_trained_beside_others(experiment, method, j)]
+        alone = [made for j, made in enumerate(each, start=1) if not _is_trained_beside_others(experiment, method, j)]
+        yield making.row(method, n, saes) | {
             "train_tokens": sum(sae["train_tokens"] for sae in each),
             "train_flops": float(sum(sae["train_flops"] for sae in each)),
             "train_seconds": sum(sae["train_seconds"] for sae in each),
@@ -63,6 +57,25 @@ def _peak_memory(joint: Sequence[Mapping[str, Any]], alone: Sequence[Mapping[str
     """Return the largest peak: SAEs trained together share one peak, the others are trained one after another."""
     of_joint, of_others = ([made["peak_memory_bytes"] or 0 for made in group] for group in (joint, alone))
     return max([sum(of_joint), *of_others]) or None
+
+
+_HEADLINES = (
+    Headline("FLOPs", "total_flops", ".2g"),
+    Headline(
+        "train FLOPs", "total_flops", ".3g", in_summary=False, place=10, name="training FLOPs", log=True,
+        about="operations of training, dense equivalents: each feature counts for each token, so that they do not depend on the "
+        "implementation. Boosting's passes over the activations that make the residuals are counted in",
+    ),
+    Headline("seconds", "total_seconds", ".1f"),
+    Headline(
+        "seconds", "total_seconds", ",.1f", in_summary=False, place=11, name="training seconds",
+        about="seconds of training on this machine, with boosting's passes",
+    ),
+    Headline(
+        "use FLOPs", "inference_flops_per_token", ".3g", in_summary=False, place=12, name="FLOPs per token",
+        about="operations to encode and decode one token with the trained dictionary, dense equivalents",
+    ),
+)  # fmt: skip
 
 
 register(
@@ -91,7 +104,7 @@ register(
         by_default=True,
         settings=lambda experiment: {"boosting": experiment.ensemble.boosting},
         shared_pass=EVALUATION,
-        headlines=(Headline("FLOPs", "total_flops", ".2g"), Headline("seconds", "total_seconds", ".1f")),
+        headlines=_HEADLINES,
         sae_part="provenance",
     )
 )

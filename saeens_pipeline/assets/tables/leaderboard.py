@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import polars as pl
 
 from saeens_pipeline.assets.declarations import Declaration, Input, Op, RunContext, Task
+from saeens_pipeline.assets.over_seeds import Sizes, measurements, over_seeds
 from saeens_pipeline.assets.registry import METHODS, Markdown, Table, register, seed_metrics, table_frame
 from saeens_pipeline.assets.tables.cost import TOTALS, with_totals
 from saeens_pipeline.errors import ConfigurationError
-from saeens_pipeline.storage.names import LEADERBOARD, LEADERBOARD_ADDRESS, Partition
+from saeens_pipeline.storage.names import LEADERBOARD, LEADERBOARD_ADDRESS
 from saeens_pipeline.storage.recipes import Artefact, Store
-from saeens_pipeline.storage.tables import Column, read_part
-
-Sizes = Literal["full", "all"]
+from saeens_pipeline.storage.tables import Column
 
 LEADERBOARD_VERSION = 4
 _QUESTION = "Which method is best, over all experiments?"
@@ -23,7 +22,6 @@ _PLAIN = {  # by table: columns that vary little or not at all over seeds
     "reconstruction": ("language_model", "sae_data_versions", "n_features"),
     "cost": ("train_tokens", "train_flops", "train_seconds", "residual_flops", "residual_seconds"),
 }
-_MEASURED = ("experiment", "source", "layer", "seed", "method", "n_members")
 _RANKED_TOGETHER = ["source", "layer"]
 _LESS_IS_BETTER = (
     *("n_features", "n_members", "l0", "relative_sparsity", *_PLAIN["cost"], *TOTALS),
@@ -38,10 +36,8 @@ _SHOWN = {
 def _columns_read() -> dict[str, tuple[str, ...]]:
     """Return the columns that are read of each table."""
     metrics = seed_metrics()
-    tables = dict.fromkeys([*_PLAIN, *(table for table, _ in metrics.values())])
-    return {
-        table: (*_PLAIN.get(table, ()), *(column for column, (its_table, _) in metrics.items() if its_table == table)) for table in tables
-    }
+    names = dict.fromkeys([*_PLAIN, *(table for table, _ in metrics.values())])
+    return {name: (*_PLAIN.get(name, ()), *(column for column, (table, _) in metrics.items() if table == name)) for name in names}
 
 
 def leaderboard_op(tables: Iterable[Declaration], controls: Mapping[str, str]) -> Op:
@@ -73,16 +69,20 @@ def leaderboard_op(tables: Iterable[Declaration], controls: Mapping[str, str]) -
 
 
 def standings(store: Store, leaderboard: Declaration, sort: str = "explained_variance", sizes: Sizes = "full") -> pl.DataFrame:
-    """Return the leaderboard of the tables on disk, in the order of source, layer and rank by `sort`.
+    """Return the leaderboard of the tables on disk, in the order of source, layer and rank by `sort`; `sizes` as for `measurements`.
 
-    Ensembles have one row with all their members or, with `sizes="all"`, a row for the first n with every n; expanded SAEs have a row for
-    each width. Raises ConfigurationError if `sort` is not a numeric column.
+    Raises as `ranked`.
     """
+    rows = over_seeds(measurements(store, leaderboard, _columns_read(), sizes), seed_metrics(), _PLAIN["cost"])
+    whole = ({**row, "train_tokens": None if row["train_tokens"] is None else round(row["train_tokens"])} for row in rows)
+    return ranked(_with_controls(table_frame(LEADERBOARD, whole), leaderboard.settings["controls"]), sort)
+
+
+def ranked(table: pl.DataFrame, sort: str) -> pl.DataFrame:
+    """Return a leaderboard ranked by a column. Raises ConfigurationError if it is not a numeric column."""
     sortable = ["n_members", "n_seeds", "n_features", *seed_metrics(), *_PLAIN["cost"], *TOTALS]
     if sort not in sortable:
         raise ConfigurationError(f"--sort {sort}: the leaderboard is sorted by one of {', '.join(sortable)}")
-    table = table_frame(LEADERBOARD, _rows(_measurements(store, leaderboard, sizes)))
-    table = _beside_controls(table, leaderboard.settings["controls"])
     rank = pl.col(sort).rank("min", descending=sort not in _LESS_IS_BETTER).over(_RANKED_TOGETHER)
     order = [*_RANKED_TOGETHER, "rank", "experiment", "method", "n_members"]
     return with_totals(table).with_columns(rank=rank.cast(pl.Int64)).sort(order, nulls_last=True).drop(TOTALS)
@@ -111,7 +111,7 @@ def _interval(name: str) -> pl.Expr:
     return pl.when(pl.col("n_seeds") == 2).then(pl.concat_str(half_width, pl.lit(" ("), points, pl.lit(")"))).otherwise(half_width)
 
 
-def _beside_controls(table: pl.DataFrame, controls: Mapping[str, str]) -> pl.DataFrame:
+def _with_controls(table: pl.DataFrame, controls: Mapping[str, str]) -> pl.DataFrame:
     """Return the table with the figures of each experiment's control, for the same layer, method and size."""
     names = ("explained_variance", "stability")
     on = ["control", "layer", "method", "n_members"]
@@ -125,48 +125,6 @@ def _beside_controls(table: pl.DataFrame, controls: Mapping[str, str]) -> pl.Dat
 def _rounded(points: str) -> str:
     values = [float(point) for point in points.split(",") if point]
     return ", ".join(f"{value:.4f}" if 0.1 <= abs(value) < 10 else f"{value:.4g}" for value in values)
-
-
-def _measurements(store: Store, leaderboard: Declaration, sizes: Sizes) -> pl.DataFrame:
-    """Return a row for each experiment, layer, seed, method and size; null for missing tables."""
-    columns = _columns_read()
-    parts = {name: [table_frame(name, []).select(pl.lit("").alias("source"), pl.all())] for name in columns}
-    for _, table, _, artefact in leaderboard.optional_inputs(store, Partition()):
-        assert isinstance(table, Declaration)
-        parts[table.address.name].append(read_part(artefact.path).select(pl.lit(table.source).alias("source"), pl.all()))
-    tables = {name: pl.concat(found).select(*_MEASURED, *columns[name]) for name, found in parts.items()}
-    measured = tables.pop("reconstruction")
-    for table in tables.values():
-        measured = measured.join(table, on=_MEASURED, how="left")
-    measured = measured.filter(pl.col("explained_variance").is_not_nan())  # also drops null, of activations without variance
-    if sizes == "all":
-        return measured
-    of_all_members = pl.col("n_members") == pl.col("n_members").max().over("experiment", "layer", "method")
-    return measured.filter(of_all_members | ~pl.col("method").is_in(["bagging", "boosting"]))
-
-
-def _rows(measured: pl.DataFrame) -> Iterator[dict[str, Any]]:
-    for of_seeds in measured.sort("seed").partition_by("experiment", "source", "layer", "method", "n_members", maintain_order=True):
-        cost = of_seeds.select(*_PLAIN["cost"]).mean().row(0, named=True)
-        yield {
-            **of_seeds.select("experiment", "source", "layer", "language_model", "method", "n_members", "n_features").row(0, named=True),
-            "n_seeds": len(of_seeds),
-            "seeds": ",".join(map(str, of_seeds["seed"])),
-            **{column: value for name in seed_metrics() for column, value in _statistics(name, of_seeds[name].to_list())},
-            **cost,
-            "train_tokens": None if cost["train_tokens"] is None else round(cost["train_tokens"]),
-            "sae_data_versions": ";".join(of_seeds["sae_data_versions"]),
-        }
-
-
-def _statistics(name: str, points: Sequence[float | None]) -> Iterator[tuple[str, float | str | None]]:
-    """Give the columns of a metric. A seed without a value has an empty point, and is left out of mean and interval."""
-    from saeens_models.metrics import mean_interval
-
-    there = [point for point in points if point is not None]
-    mean, low, high = mean_interval(there) if there else (None, None, None)
-    yield from ((name, mean), (f"{name}_low", low), (f"{name}_high", high))
-    yield f"{name}_by_seed", ",".join("" if point is None else str(point) for point in points) if there else None
 
 
 def _columns() -> tuple[Column, ...]:

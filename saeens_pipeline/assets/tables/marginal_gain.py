@@ -10,8 +10,6 @@ import polars as pl
 
 from saeens_pipeline.assets.declarations import Declaration, Reference
 from saeens_pipeline.assets.registry import Headline, Making, Row, Subject, Table, fills, register
-from saeens_pipeline.storage.names import Partition
-from saeens_pipeline.storage.recipes import Store
 from saeens_pipeline.storage.tables import Column
 
 _MEASURES = {"reconstruction": "explained_variance", "stability": "stability"}  # table and column; both are 1 at best
@@ -25,31 +23,28 @@ def _inputs(subject: Subject) -> Sequence[Reference]:
     return [*_used(subject).values(), subject.bagging, subject.boosting]
 
 
-def _read(store: Store, table: Declaration, partition: Partition) -> pl.DataFrame:
+def _read(making: Making, table: Declaration) -> pl.DataFrame:
     """Return a layer's part of a table, or its parts of all seeds."""
-    seeds = [None] if table.dimensions == "layer" else table.seeds
-    paths = [store.require(table.address, Partition(partition.layer, seed)).path for seed in seeds]
+    paths = dict.fromkeys(of_seed.require(table).path for of_seed in making.of_seeds)
     return pl.concat([pl.read_parquet(path, hive_partitioning=False) for path in paths])
 
 
 def _rows(making: Making) -> Iterator[Row]:
     import saeens_models as sm
 
-    subject, store, partition = making.subject, making.store, making.partition
-    measured = {_MEASURES[name]: _read(store, each, partition) for name, each in _used(subject).items()}
-    device = making.context.compute.resolve(float64=True)
+    subject = making.subject
+    measured = {_MEASURES[name]: _read(making, each) for name, each in _used(subject).items()}
     for method, ensemble in (("bagging", subject.bagging), ("boosting", subject.boosting)):
         values = {column: _by_seed(table, method, column) for column, table in measured.items()}
         suggested = sm.metrics.suggested_size(
             [[fmean(of_seeds) for of_seeds in zip(*each.values(), strict=True)] for each in values.values() if each]
         )
-        for seed in subject.experiment.ensemble.seeds:
-            where = Partition(partition.layer, seed)
-            saes = subject.members(store, ensemble, where)
-            new_features = sm.metrics.new_features([sm.load_sae(sae.path).W_dec.detach().to(device) for sae in saes])
-            gains: dict[str, Any] = {column: sm.metrics.gains(each[seed]) for column, each in values.items() if each}
+        for of_seed in making.of_seeds:
+            saes = of_seed.members(ensemble)
+            new_features = sm.metrics.new_features([sm.load_sae(sae.path).W_dec.detach().to(making.device) for sae in saes])
+            gains: dict[str, Any] = {column: sm.metrics.gains(each[of_seed.partition.seed]) for column, each in values.items() if each}
             for n in range(1, len(saes) + 1):
-                yield subject.row(store, where, method, n, [sae.data_version for sae in saes[:n]]) | {
+                yield of_seed.row(method, n, saes[:n]) | {
                     "explained_variance_gain": gains["explained_variance"][n - 1],
                     "stability_gain": gains["stability"][n - 1] if "stability" in gains and n > 1 else None,
                     "new_features": new_features[n - 1],
@@ -57,7 +52,7 @@ def _rows(making: Making) -> Iterator[Row]:
                 }
 
 
-def _by_seed(table: pl.DataFrame, method: str, column: str) -> dict[int, list[float]]:
+def _by_seed(table: pl.DataFrame, method: str, column: str) -> dict[int | None, list[float]]:
     """Return by seed the values of the ensembles of 1 .. J members; empty if the column is null, like stability with one seed."""
     of_method = table.filter(method=method).drop_nulls(column).sort("n_members")
     return {seed: of_seed[column].to_list() for (seed,), of_seed in of_method.partition_by("seed", as_dict=True).items()}
@@ -95,6 +90,13 @@ register(
         order=50,
         by_default=True,
         requires=("reconstruction",),
-        headlines=(Headline("new features", "new_features", ".4g", in_summary=False),),
+        headlines=tuple(
+            Headline(name, column, ".4g", in_summary=False, about=about)
+            for column, name, about in (
+                ("new_features", "new features of a member", ""),
+                ("explained_variance_gain", "explained variance that a member adds", "over that of one member less"),
+                ("stability_gain", "stability that a member adds", "over that of one member less. Below 0: it takes away"),
+            )
+        ),
     )
 )

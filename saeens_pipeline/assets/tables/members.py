@@ -13,11 +13,10 @@ from saeens_pipeline.storage.tables import Column
 
 
 def _rows(making: Making) -> Iterator[Row]:
-    subject, store, partition = making.subject, making.store, making.partition
-    for method, ensemble in (("bagging", subject.bagging), ("boosting", subject.boosting)):
+    for method, ensemble in (("bagging", making.subject.bagging), ("boosting", making.subject.boosting)):
         members = making.shared.evaluations[ensemble.address.name].members
-        for number, (artefact, member) in enumerate(zip(subject.members(store, ensemble, partition), members, strict=True), start=1):
-            yield subject.row(store, partition, method, len(members), [artefact.data_version]) | {
+        for number, (sae, member) in enumerate(zip(making.members(ensemble), members, strict=True), start=1):
+            yield making.row(method, len(members), [sae]) | {
                 "member": number,
                 "mse": member.reconstruction.mse,
                 "explained_variance": member.reconstruction.explained_variance,
@@ -55,6 +54,5 @@ register(
         order=20,
         by_default=True,
         shared_pass=EVALUATION,
-        source_parts={"activations": {"*": "test/activations"}},
     )
 )

@@ -2,90 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator
 
 import polars as pl
 
 from saeens_pipeline.assets.declarations import Declaration, Input
-from saeens_pipeline.assets.registry import METHODS, Table, register, table_frame
+from saeens_pipeline.assets.over_seeds import measurements, over_seeds
+from saeens_pipeline.assets.registry import METHODS, Table, columns_of, register, table_frame
 from saeens_pipeline.assets.tables.cost import with_totals
 from saeens_pipeline.settings.experiments import ExperimentSettings
 from saeens_pipeline.settings.sweeps import swept
-from saeens_pipeline.storage.names import Address, Partition
+from saeens_pipeline.storage.names import Address
 from saeens_pipeline.storage.recipes import Store
-from saeens_pipeline.storage.tables import Column, read_part
+from saeens_pipeline.storage.tables import Column
 
 PARETO = "pareto"
 PARETO_VERSION = 2
 _QUESTION = "Which method explains most for its L0 and for its bits?"
 TABLE_FILE, PICTURE_FILE = "pareto.parquet", "pareto.png"
 _MEASURED = ("l0", "description_length_bits", "explained_variance")
-_KEY = ("experiment", "layer", "seed", "method", "n_members")
-
-
-class Sweep(NamedTuple):
-    """A sweep of an experiment file: its name, the varied field, and the value of each experiment."""
-
-    name: str
-    field: str
-    values: Mapping[str, float]
-
-    @classmethod
-    def of(cls, settings: ExperimentSettings) -> Sweep:
-        assert settings.sweep is not None, "not a sweep"
-        field, values = swept(settings.sweep)
-        names = [experiment.name for experiment in settings.experiments]
-        return cls(settings.name, field, dict(zip(names, values, strict=True)))
+_READ = {"reconstruction": ("language_model", "sae_data_versions", "n_features", *_MEASURED), "cost": ("train_flops", "residual_flops")}
 
 
 def pareto_declaration(settings: ExperimentSettings, outputs: Iterable[Declaration]) -> Declaration:
     """Declare the comparison of a sweep. It is computed from the tables on disk and waits for none."""
-    sweep = Sweep.of(settings)
-    tables = [each for each in outputs if each.address.kind == "eval" and each.address.name in ("reconstruction", "cost")]
+    assert settings.sweep is not None, "not a sweep"
+    field, values = swept(settings.sweep)
+    tables = [each for each in outputs if each.address.kind == "eval" and each.address.name in _READ]
     return Declaration(
-        address=Address(sweep.name, "report", PARETO),
+        address=Address(settings.name, "report", PARETO),
         dimensions="none",
         builder=PARETO,
         version=PARETO_VERSION,
-        settings={"field": sweep.field, "values": dict(sweep.values)},
+        settings={"field": field, "values": dict(zip((each.name for each in settings.experiments), values, strict=True))},
         inputs=tuple(Input(str(table.address), table, optional=True) for table in tables),
         source=settings.source,
         kinds=frozenset({"parquet", "polars"}),
-        tags={"experiment": sweep.name, "source": settings.source, "table": PARETO},
-        description=f"{_QUESTION}\n\n`saeens pareto {sweep.name}` prints it, computed from the tables on disk.",
+        tags={"experiment": settings.name, "source": settings.source, "table": PARETO},
+        description=f"{_QUESTION}\n\n`saeens pareto {settings.name}` prints it, computed from the tables on disk.",
     )
 
 
-def pareto_rows(store: Store, pareto: Declaration, sweep: Sweep) -> pl.DataFrame:
+def pareto_rows(store: Store, pareto: Declaration) -> pl.DataFrame:
     """Return a row for each evaluated layer, method and value: means over seeds, with the points.
 
     Ensembles have rows with all their members, expanded SAEs a row for each width.
     """
-    parts: dict[str, list[pl.DataFrame]] = {name: [table_frame(name, [])] for name in ("reconstruction", "cost")}
-    for _, table, _, artefact in pareto.optional_inputs(store, Partition()):
-        parts[table.address.name].append(read_part(artefact.path))
-    measured, cost = (pl.concat(found) for found in parts.values())
-    measured = measured.join(with_totals(cost).select(*_KEY, "total_flops"), on=_KEY, how="left")
-    of_all_members = pl.col("n_members") == pl.col("n_members").max().over("experiment", "layer", "method")
-    measured = measured.filter(pl.col("explained_variance").is_not_nan())  # also drops null, of activations without variance
-    measured = measured.filter(of_all_members | ~pl.col("method").is_in(["bagging", "boosting"]))
-    table = table_frame(PARETO, _means(measured, sweep))
-    for front, spent in (("on_l0_front", "l0"), ("on_bits_front", "description_length_bits")):
-        table = table.with_columns(_front(table, spent).alias(front))
+    sweep = {"sweep": pareto.address.owner, "field": pareto.settings["field"]}
+    values, columns = pareto.settings["values"], {column.name for column in columns_of(PARETO)}
+    measured = with_totals(measurements(store, pareto, _READ))
+    rows = [
+        {name: value for name, value in row.items() if name in columns} | sweep | {"value": float(values[row["experiment"]])}
+        for row in over_seeds(measured, _MEASURED, ["total_flops"])
+    ]
+    table = table_frame(PARETO, rows)
+    table = table.with_columns(on_l0_front=_front(table, "l0"), on_bits_front=_front(table, "description_length_bits"))
     order = pl.col("method").replace_strict({method: i for i, method in enumerate(METHODS)}, return_dtype=pl.Int64)
     return table.sort("layer", order, "n_members", "value")
 
 
-def not_evaluated(table: pl.DataFrame, sweep: Sweep) -> list[str]:
+def not_evaluated(table: pl.DataFrame, pareto: Declaration) -> list[str]:
     """Return the experiments of the sweep without a row."""
-    there = set(table["experiment"])
-    return [name for name in sweep.values if name not in there]
+    return [name for name in pareto.settings["values"] if name not in set(table["experiment"])]
 
 
-def notes(table: pl.DataFrame, sweep: Sweep) -> Iterator[str]:
+def notes(table: pl.DataFrame, pareto: Declaration) -> Iterator[str]:
     """Give a sentence for each missing experiment and for missing description lengths."""
-    for name in not_evaluated(table, sweep):
+    for name in not_evaluated(table, pareto):
         yield f"{name} is not evaluated yet: run `saeens run {name}`"
     without = table.filter(table["description_length_bits"].is_null())["experiment"].unique(maintain_order=True)
     if len(without):
@@ -94,41 +77,12 @@ def notes(table: pl.DataFrame, sweep: Sweep) -> Iterator[str]:
 
 def for_reading(table: pl.DataFrame) -> pl.DataFrame:
     """Return the columns for the terminal of rows of one layer."""
-    fronts = [pl.when(pl.col(f"on_{name}_front") == 1).then(pl.lit("*")).otherwise(None) for name in ("l0", "bits")]
-    return table.select(
-        "method",
-        pl.col("n_members").alias("n"),
-        pl.col("value").alias(table["field"][0]),
-        pl.col("l0").alias("L0"),
-        pl.col("description_length_bits").alias("bits"),
-        pl.col("explained_variance").alias("EV"),
-        pl.col("n_features").alias("features"),
-        pl.col("total_flops").alias("FLOPs"),
-        pl.col("n_seeds").alias("seeds"),
-        fronts[0].alias("front by L0"),
-        fronts[1].alias("front by bits"),
-    )
-
-
-def _means(measured: pl.DataFrame, sweep: Sweep) -> Iterator[dict[str, Any]]:
-    for of_seeds in measured.sort("seed").partition_by("experiment", "layer", "method", "n_members", maintain_order=True):
-        first = of_seeds.row(0, named=True)
-        yield {
-            **{name: first[name] for name in ("experiment", "layer", "language_model", "method", "n_members", "n_features")},
-            "sweep": sweep.name,
-            "field": sweep.field,
-            "value": float(sweep.values[first["experiment"]]),
-            "n_seeds": len(of_seeds),
-            "seeds": ",".join(map(str, of_seeds["seed"])),
-            **{name: of_seeds[name].mean() for name in (*_MEASURED, "total_flops")},
-            **{f"{name}_by_seed": _points(of_seeds[name]) for name in _MEASURED},
-            "sae_data_versions": ";".join(of_seeds["sae_data_versions"]),
-        }
-
-
-def _points(values: pl.Series) -> str | None:
-    """Return the seeds' points, comma-separated; empty for a seed without a value."""
-    return None if values.null_count() == len(values) else ",".join("" if value is None else str(value) for value in values)
+    named = {
+        "n": "n_members", table["field"][0]: "value", "L0": "l0", "bits": "description_length_bits", "EV": "explained_variance",
+        "features": "n_features", "FLOPs": "total_flops", "seeds": "n_seeds",
+    }  # fmt: skip
+    fronts = {f"front by {name}": pl.when(pl.col(f"on_{name.lower()}_front") == 1).then(pl.lit("*")) for name in ("L0", "bits")}
+    return table.select("method", **{title: pl.col(column) for title, column in named.items()}, **fronts)
 
 
 def _front(table: pl.DataFrame, spent: str) -> pl.Series:

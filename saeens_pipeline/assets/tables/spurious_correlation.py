@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import polars as pl
 
 from saeens_pipeline.assets.registry import register
 from saeens_pipeline.assets.tables.concept_detection import by_number_of_features, probe_table
 from saeens_pipeline.storage.recipes import Artefact
 from saeens_pipeline.storage.tables import Column
-
-if TYPE_CHECKING:
-    import polars as pl
 
 
 def _summary(table: pl.DataFrame, artefact: Artefact) -> Mapping[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from saeens_pipeline.assets.registry import Headline, Making, Row, Table, register
-from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.recipes import Artefact
 from saeens_pipeline.storage.tables import Column
 
@@ -13,20 +12,12 @@ MATCHED_UP_TO = 2048  # features; the time of the one-to-one matching grows with
 
 
 def _rows(making: Making) -> Iterator[Row]:
-    subject, store = making.subject, making.store
-    device = making.context.compute.resolve(float64=True)
-    seeds = [Partition(making.partition.layer, seed) for seed in subject.experiment.ensemble.seeds]
-    bagging, boosting = (
-        _stability_of_sizes([subject.members(store, ensemble, where) for where in seeds], device)
-        for ensemble in (subject.bagging, subject.boosting)
-    )
-    for of_seeds in zip(*(subject.methods(store, where) for where in seeds), strict=True):
-        method, n, _ = of_seeds[0]
-        sizes = {"single": bagging, "bagging": bagging, "boosting": boosting}.get(method)
-        (values,) = sizes[n - 1 : n] if sizes else _stability_of_sizes([saes for _, _, saes in of_seeds], device)
-        for i, (where, (_, _, saes)) in enumerate(zip(seeds, of_seeds, strict=True)):
-            row = subject.row(store, where, method, n, [sae.data_version for sae in saes])
-            yield row | {"n_runs": len(seeds)} | {name: value[i] for name, value in values.items()}
+    runs = making.of_seeds
+    sizes = {each.address: _stability_of_sizes([run.members(each) for run in runs], making.device) for each in making.subject.dictionaries}
+    for of_runs in zip(*(run.methods() for run in runs), strict=True):
+        for i, (run, (method, n, dictionary, saes)) in enumerate(zip(runs, of_runs, strict=True)):
+            values = {name: value[i] for name, value in sizes[dictionary.address][len(saes) - 1].items()}
+            yield run.row(method, n, saes) | {"n_runs": len(runs)} | values
 
 
 def _stability_of_sizes(runs: Sequence[Sequence[Artefact]], device: str) -> list[dict[str, Sequence[float | None]]]:
@@ -50,6 +41,15 @@ def _stability_of_sizes(runs: Sequence[Sequence[Artefact]], device: str) -> list
     ]
 
 
+_HEADLINES = (
+    Headline(
+        "stability", "stability", ".4f", place=6, better="more",
+        about="do the same features come back under another seed? Mean over features of the largest cosine to a feature of any other run. "
+        "1: every feature comes back",
+    ),
+)  # fmt: skip
+
+
 register(
     Table(
         name="stability",
@@ -64,11 +64,7 @@ register(
         dimensions="layer",
         order=40,
         by_default=True,
-        headlines=(Headline("stability", "stability", ".4f"),),
-        seed_metrics={
-            "stability": "mean over features of the largest cosine to any feature of any other seed",
-            "stability_pairwise": "the same with each other seed alone, averaged",
-            "stability_matched": "mean cosine of the one-to-one matching",
-        },
+        headlines=_HEADLINES,
+        seed_metrics=("stability", "stability_pairwise", "stability_matched"),
     )
 )

@@ -13,12 +13,9 @@ from saeens_pipeline.storage.tables import Column
 
 
 def _rows(making: Making) -> Iterator[Row]:
-    subject, store, partition = making.subject, making.store, making.partition
-    for method, n, declaration in subject.whole:
-        is_ensemble = declaration.builder == "ensemble"
-        saes = subject.members(store, declaration, partition) if is_ensemble else [store.require(declaration.address, partition)]
-        for member, sae in enumerate(saes, start=1):
-            row = subject.row(store, partition, method, n, [sae.data_version]) | {"member": member}
+    for method, n, dictionary in making.subject.whole:
+        for member, sae in enumerate(making.members(dictionary), start=1):
+            row = making.row(method, n, [sae]) | {"member": member}
             yield from (row | point for point in pl.read_parquet(sae.path / CURVE_FILE).iter_rows(named=True))
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from concurrent import futures
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from anyio.from_thread import start_blocking_portal
 
@@ -17,13 +16,13 @@ from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.language_models.autointerp.answers import Answers
 from saeens_pipeline.language_models.autointerp.endpoint import SHOWN_CHARACTERS, Client, Endpoint, RefusedError, Reply
 from saeens_pipeline.language_models.autointerp.protocol import (
+    EXPLANATION_TOKENS,
     Examples,
     Messages,
+    Question,
     ask_again,
     ask_to_detect,
     ask_to_explain,
-    read_detection,
-    read_explanation,
 )
 
 if TYPE_CHECKING:
@@ -37,8 +36,6 @@ ATTEMPTS = 3  # per question, to get a readable answer
 MALFORMED_AT_FIRST = 20  # unreadable answers to one kind of question, without a readable one, after which the run fails
 CHARACTERS_PER_TOKEN = 3  # most tokenizers have more, so that estimates of tokens are high rather than low
 _WAKE_SECONDS = 0.25  # the system may deliver a signal to another thread; the main thread handles it when it wakes
-EXPLANATION_TOKENS = 60
-TOKENS_PER_NUMBER = 3  # in the list that answers a detection
 
 _S = TypeVar("_S")
 _T = TypeVar("_T")
@@ -73,18 +70,17 @@ class Estimate(NamedTuple):
     known: int
 
     @classmethod
-    def of(cls, pending: Sequence[tuple[Messages, int]], known: int) -> Estimate:
-        """Return the estimate for `pending` messages, each with the expected tokens of its answer."""
-        characters = sum(len(message["content"]) for messages, _ in pending for message in messages)
-        return cls(len(pending), characters // CHARACTERS_PER_TOKEN, sum(tokens for _, tokens in pending), known)
+    def of(cls, pending: Collection[Question[Any]], known: int) -> Estimate:
+        """Return the estimate for `pending` questions."""
+        characters = sum(len(message["content"]) for question in pending for message in question.messages)
+        return cls(len(pending), characters // CHARACTERS_PER_TOKEN, sum(question.tokens for question in pending), known)
 
     @classmethod
     def beforehand(cls, settings: AutoInterpSettings, n_features: int, n_contexts: int, context_tokens: int) -> Estimate:
         """Return the estimate for features with all their contexts, before the contexts exist."""
         texts = ["x" * (context_tokens * CHARACTERS_PER_TOKEN)] * (n_contexts // 2)
-        detect = (ask_to_detect(_EXAMPLE_EXPLANATION, 2 * texts), 2 * len(texts) * TOKENS_PER_NUMBER)
-        pending = [(ask_to_explain(texts), EXPLANATION_TOKENS), detect, *([detect] if settings.control else [])]
-        one = cls.of(pending, known=0)
+        detect = ask_to_detect(_EXAMPLE_EXPLANATION, 2 * texts)
+        one = cls.of([ask_to_explain(texts), *[detect] * (2 if settings.control else 1)], known=0)
         return cls(*(amount * n_features for amount in one))
 
     def price(self, settings: AutoInterpSettings) -> float | None:
@@ -100,20 +96,8 @@ class Estimate(NamedTuple):
         return f"{self.requests:,} requests, about {sent} tokens sent and {received} received{costs}"
 
 
-class _Question(NamedTuple, Generic[_T]):
-    """A question: its messages, the parser of answers (None: unreadable), the reply to an unreadable one, and the kind, in the plural."""
-
-    messages: Messages
-    read: Callable[[str], _T | None]
-    complaint: str
-    kind: str
-
-
-@dataclass(frozen=True)
-class _Unanswered:
+class _Unanswered(str):
     """The reason for a missing answer."""
-
-    status: str
 
 
 @dataclass
@@ -124,7 +108,6 @@ class Interviewer:
     answers: Answers
     endpoint: Endpoint | None
     asked: int = 0
-    answered: int = 0
     from_disk: int = 0
     malformed: int = 0
     tokens_in: int = 0
@@ -136,23 +119,23 @@ class Interviewer:
 
     def estimate(self, subjects: Sequence[FeatureTexts]) -> Estimate:
         """Return the estimate for these subjects; subjects with equal texts, as in member 1 and round 1, count once."""
-        explanations = [self._find(ask_to_explain(each.examples.shown), read_explanation) for each in subjects]
-        pending: dict[object, tuple[Messages, int]] = {}
+        explanations = [self._find(ask_to_explain(each.examples.shown)) for each in subjects]
+        pending: dict[object, Question[Any]] = {}
         known: set[object] = set()
         for number, subject in enumerate(subjects):
             shown, texts, _ = subject.examples
             if explanations[number] is None:
-                pending[shown] = ask_to_explain(shown), EXPLANATION_TOKENS
+                pending[shown] = ask_to_explain(shown)
             else:
                 known.add(shown)
             for explained in [number] if subject.other is None else [number, subject.other]:
-                explanation, question = explanations[explained], (subjects[explained].examples.shown, texts)
-                messages = ask_to_detect(explanation or _EXAMPLE_EXPLANATION, texts)
-                if explanation and self._find(messages, partial(read_detection, n_texts=len(texts))) is not None:
-                    known.add(question)
+                explanation, asked = explanations[explained], (subjects[explained].examples.shown, texts)
+                question = ask_to_detect(explanation or _EXAMPLE_EXPLANATION, texts)
+                if explanation and self._find(question) is not None:
+                    known.add(asked)
                 else:
-                    pending[question] = messages, len(texts) * TOKENS_PER_NUMBER
-        return Estimate.of(list(pending.values()), len(known))
+                    pending[asked] = question
+        return Estimate.of(pending.values(), len(known))
 
     def interview(self, subjects: Sequence[FeatureTexts], advance: Advance) -> list[Verdict | None]:
         """Return the verdict on each subject; None if an answer is missing and there is no endpoint. `advance` counts questions.
@@ -176,21 +159,16 @@ class Interviewer:
         self._client = Client(self.endpoint, self.settings.timeout_seconds, self.settings.retries) if self.endpoint else None
 
         async def explain(subject: FeatureTexts) -> str | _Unanswered:
-            messages = ask_to_explain(subject.examples.shown)
-            return await self._attempt(_Question(messages, read_explanation, "Answer with one short sentence.", "explanations"), advance)
+            return await self._attempt(ask_to_explain(subject.examples.shown), advance)
 
         async def detect(subject: FeatureTexts, explanation: str | _Unanswered) -> DetectionScore | _Unanswered:
             from saeens_models.metrics import detection_score
 
-            _, texts, fires = subject.examples
             if isinstance(explanation, _Unanswered):
                 advance(1, before=self._client is None)
                 return explanation
-            read = partial(read_detection, n_texts=len(texts))
-            complaint = f"Answer with a JSON list of {len(texts)} numbers, each 1 or 0, and with nothing else."
-            question = _Question(ask_to_detect(explanation, texts), read, complaint, "lists of which texts fit")
-            said = await self._attempt(question, advance)
-            return said if isinstance(said, _Unanswered) else detection_score(said, fires)
+            said = await self._attempt(ask_to_detect(explanation, subject.examples.texts), advance)
+            return said if isinstance(said, _Unanswered) else detection_score(said, subject.examples.fires)
 
         async def judge(number: int) -> Verdict | None:
             subject, own = subjects[number], explanations[number]
@@ -201,10 +179,10 @@ class Interviewer:
             else:
                 control = await detect(subject, explanations[subject.other])
             failure = next((each for each in (own, score, control) if isinstance(each, _Unanswered)), None)
-            if failure and failure.status == _NOT_ASKED:
+            if failure == _NOT_ASKED:
                 return None
             return Verdict(
-                score.status if isinstance(score, _Unanswered) else SCORED,
+                str(score) if isinstance(score, _Unanswered) else SCORED,
                 None if isinstance(own, _Unanswered) else own,
                 None if isinstance(score, _Unanswered) else score,
                 None if isinstance(control, _Unanswered) else control,
@@ -217,9 +195,9 @@ class Interviewer:
             if self._client:
                 await self._client.close()
 
-    async def _attempt(self, question: _Question[_T], advance: Advance) -> _T | _Unanswered:
+    async def _attempt(self, question: Question[_T], advance: Advance) -> _T | _Unanswered:
         """Return the parsed answer, from disk or from the endpoint, or the reason for a missing one."""
-        known = self._find(question.messages, question.read)
+        known = self._find(question)
         if known is not None:
             self.from_disk += 1
         elif self._client is None:
@@ -231,14 +209,14 @@ class Interviewer:
         advance(1, before=True)
         return known
 
-    async def _ask(self, client: Client, question: _Question[_T]) -> _T | _Unanswered:
+    async def _ask(self, client: Client, question: Question[_T]) -> _T | _Unanswered:
         """Ask until an answer is readable, at most ATTEMPTS times; complain about unreadable ones. Keeps a readable answer."""
         request = original = self._request(question.messages)
         for _ in range(ATTEMPTS):
             try:
                 reply = await client.ask(request)
             except RefusedError:
-                if self.answered + self.from_disk == 0:
+                if self._read.total() + self.from_disk == 0:
                     raise
                 return _Unanswered(REFUSED)
             self.asked += 1
@@ -246,21 +224,17 @@ class Interviewer:
             self.tokens_out += reply.tokens_out
             value = None if reply.text is None or reply.is_cut_off else question.read(reply.text)
             if reply.text is not None and value is not None:
-                self.answered += 1
                 self._read[question.kind] += 1
                 date = datetime.now(UTC).isoformat(timespec="seconds")
                 self.answers.keep(original, reply.text, tokens_in=reply.tokens_in, tokens_out=reply.tokens_out, date=date)
                 return value
-            self._count_malformed(question.kind, reply)
+            self.malformed += 1
+            self._unread[question.kind] += 1
+            self._last_unread[question.kind] = reply
+            if self._unread[question.kind] >= MALFORMED_AT_FIRST and not self._read[question.kind]:
+                raise self._unreadable(question.kind)
             request = self._request(ask_again(question.messages, reply.text, question.complaint))
         return _Unanswered(MALFORMED)
-
-    def _count_malformed(self, kind: str, reply: Reply) -> None:
-        self.malformed += 1
-        self._unread[kind] += 1
-        self._last_unread[kind] = reply
-        if self._unread[kind] >= MALFORMED_AT_FIRST and not self._read[kind]:
-            raise self._unreadable(kind)
 
     def _unreadable(self, kind: str, why: str = "") -> SaeensError:
         reply, unread, read = self._last_unread[kind], self._unread[kind], self._read[kind]
@@ -280,24 +254,21 @@ class Interviewer:
     def _request(self, messages: Messages) -> dict[str, Any]:
         return {"model": self.settings.model, "messages": messages, **self.settings.parameters}
 
-    def _find(self, messages: Messages, read: Callable[[str], _T | None]) -> _T | None:
-        answer = self.answers.find(self._request(messages))
-        return None if answer is None else read(answer)
+    def _find(self, question: Question[_T]) -> _T | None:
+        answer = self.answers.find(self._request(question.messages))
+        return None if answer is None else question.read(answer)
 
     async def _in_turns(self, work: Callable[[_S], Awaitable[_T]], items: Sequence[_S]) -> list[_T]:
         """Return the results of `work` for all items, `requests_at_once` at a time. The first failure cancels the others."""
-        results: dict[int, _T] = {}
-        waiting = iter(enumerate(items))
+        free = asyncio.Semaphore(self.settings.requests_at_once)
 
-        async def take() -> None:
-            for number, item in waiting:
-                results[number] = await work(item)
+        async def take(item: _S) -> _T:
+            async with free:
+                return await work(item)
 
-        takers = [asyncio.create_task(take()) for _ in range(self.settings.requests_at_once)]
         try:
-            await asyncio.gather(*takers)
-        finally:
-            for taker in takers:
-                taker.cancel()
-            await asyncio.gather(*takers, return_exceptions=True)
-        return [results[number] for number in range(len(items))]
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(take(item)) for item in items]
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+        return [task.result() for task in tasks]

@@ -11,15 +11,19 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import groupby
-from typing import Any, Literal, NamedTuple
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 SEED = 42
 MARKED_SHARE = 0.3  # least activation of marked tokens, as a share of the largest activation in the text
 OPEN, CLOSE = "⟦", "⟧"  # rare in code, unlike << and {{
 MIN_TEXTS = 2  # of each kind: for explanation, for detection, silent
+EXPLANATION_TOKENS = 60
+TOKENS_PER_NUMBER = 3  # in the list that answers a detection
 
+_T = TypeVar("_T")
 Messages = list[dict[str, str]]
 Flaw = Literal["too few contexts", "too few silent windows"]
 
@@ -52,6 +56,16 @@ class Examples(NamedTuple):
     """texts for detection"""
     fires: tuple[bool, ...]
     """for each of `texts`, whether the feature fires on it"""
+
+
+class Question(NamedTuple, Generic[_T]):
+    """A question: `read` parses an answer and returns None for an unreadable one, to which `complaint` replies."""
+
+    messages: Messages
+    read: Callable[[str], _T | None]
+    complaint: str
+    kind: str  # of the answers, in the plural
+    tokens: int  # expected in the answer
 
 
 def choose_examples(contexts: Sequence[Mapping[str, Any]], silent: Sequence[str], number: str) -> Examples | Flaw:
@@ -96,14 +110,18 @@ def _decoded(written: str) -> str:
         return written
 
 
-def ask_to_explain(shown: Sequence[str]) -> Messages:
-    """Return the messages that ask for an explanation."""
-    return _messages(_EXPLAIN, _numbered(shown))
+def ask_to_explain(shown: Sequence[str]) -> Question[str]:
+    """Return the question for an explanation."""
+    messages = _messages(_EXPLAIN, _numbered(shown))
+    return Question(messages, read_explanation, "Answer with one short sentence.", "explanations", EXPLANATION_TOKENS)
 
 
-def ask_to_detect(explanation: str, texts: Sequence[str]) -> Messages:
-    """Return the messages that ask which texts fit an explanation."""
-    return _messages(_DETECT, f"Explanation: {explanation}\n\n{_numbered(texts)}\n\nAnswer with a JSON list of {len(texts)} numbers.")
+def ask_to_detect(explanation: str, texts: Sequence[str]) -> Question[list[bool]]:
+    """Return the question which texts fit an explanation."""
+    n = len(texts)
+    messages = _messages(_DETECT, f"Explanation: {explanation}\n\n{_numbered(texts)}\n\nAnswer with a JSON list of {n} numbers.")
+    complaint = f"Answer with a JSON list of {n} numbers, each 1 or 0, and with nothing else."
+    return Question(messages, partial(read_detection, n_texts=n), complaint, "lists of which texts fit", n * TOKENS_PER_NUMBER)
 
 
 def ask_again(messages: Messages, answer: str | None, complaint: str) -> Messages:

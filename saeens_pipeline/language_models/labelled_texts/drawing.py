@@ -56,6 +56,22 @@ class Labelled(NamedTuple):
     name: str
     train: pl.DataFrame
     test: pl.DataFrame | None = None
+    labels: Sequence[str] = ()
+    """labels to draw if the settings name none; empty: all labels"""
+    pairs: Mapping[str, tuple[tuple[str, str], tuple[str, str]]] = {}
+    """tasks of spurious correlation removal: target and spurious values by name"""
+
+
+def select_fields(what: str, frame: pl.LazyFrame, fields: Mapping[str, str]) -> pl.LazyFrame:
+    """Return columns of a frame as strings, without rows that have a null. `fields` maps new names to columns of the frame.
+
+    Raises ConfigurationError for a missing column, with the existing ones.
+    """
+    there_are = frame.collect_schema().names()
+    missing = [column for column in fields.values() if column not in there_are]
+    if missing:
+        raise ConfigurationError(f"{what} has no column {', '.join(map(repr, missing))}; its columns are {', '.join(map(repr, there_are))}")
+    return frame.select(pl.col(column).cast(pl.String).alias(new) for new, column in fields.items()).drop_nulls()
 
 
 def draw_concepts(data: Labelled, labels: Sequence[str], count: TextCount, *, balance: bool, seed: int) -> ConceptTexts:
@@ -95,13 +111,10 @@ def draw_quadrants(
 
 def _draw(data: Labelled, labels: tuple[str, str | None], wanted: TextCount, seed: int) -> tuple[list[str], list[str]]:
     """Return train and test texts of a label and, unless None, a value of the other attribute, in an order that seed and text decide."""
-    train = _pool(data, "train", labels, seed)
-    if data.test is None:
-        found = train[: wanted.train], train[wanted.train : sum(wanted)]
-    else:
-        chosen = set(train[: wanted.train])
-        test = [text for text in _pool(data, "test", labels, seed) if text not in chosen]
-        found = train[: wanted.train], test[: wanted.test]
+    pool = _pool(data, "train", labels, seed)
+    train = dict.fromkeys(pool[: wanted.train])
+    test = [text for text in (pool if data.test is None else _pool(data, "test", labels, seed)) if text not in train]
+    found = [*train], test[: wanted.test]
     for split, texts, asked in zip(SPLITS, found, wanted, strict=True):
         if len(texts) < asked:
             what = " and ".join(repr(shorten(label, _LABEL_CHARACTERS, placeholder=" ...")) for label in labels if label is not None)

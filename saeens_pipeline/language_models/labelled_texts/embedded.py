@@ -8,20 +8,14 @@ from __future__ import annotations
 import ast
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections import Counter
+from collections.abc import Iterator
 
 import polars as pl
 
 from saeens_pipeline.language_models.documents import Corpus, Split
-from saeens_pipeline.language_models.labelled_texts.drawing import (
-    ConceptTexts,
-    CorrelationTexts,
-    Labelled,
-    draw_concepts,
-    draw_quadrants,
-)
-from saeens_pipeline.settings.labelled_data_sets import CODE_OR_PROSE, DOCSTRING_OR_CODE, LANGUAGE, TextCount
+from saeens_pipeline.language_models.labelled_texts.drawing import Labelled
+from saeens_pipeline.settings.labelled_data_sets import CODE_OR_PROSE, DOCSTRING_OR_CODE, LANGUAGE, LANGUAGE_AND_DOCUMENTATION, TextCount
 
 READER_VERSION = 1  # increased with every change of the drawn texts
 PIECE_CHARACTERS, MIN_PIECE_CHARACTERS = 200, 100
@@ -34,63 +28,39 @@ _COMMENT = re.compile(r"/\*.*?\*/|(?:^[ \t]*//.*\n?)+", re.S | re.M)
 _COMMENT_MARKS = re.compile(r"^[ \t]*(?://+!?|/?\*+[/!]?)[ \t]?", re.M)
 
 
-class _Piece(NamedTuple):
-    text: str
-    language: str
-    kind: str
-    """`code` or `documentation`; `any` for pieces of whole texts"""
-
-
 class EmbeddedTasks:
     """The embedded tasks of a corpus. Reads the corpus once. Memory: a few million characters of pieces."""
 
     def __init__(self, corpus: Corpus) -> None:
         self._pieces = {split: _pieces(corpus, split) for split in ("train", "test")}
 
-    def concepts(self, name: str, count: TextCount | None, seed: int, labels: Sequence[str] = ()) -> ConceptTexts:
-        """Return the texts of a task in `EMBEDDED_CONCEPTS`. Raises SaeensError if the corpus has too few."""
-        columns = {
-            LANGUAGE: (pl.col("kind") == "any") & pl.col("language").is_in(_LANGUAGES),
-            CODE_OR_PROSE: (pl.col("kind") == "any") & pl.col("language").is_in([*_LANGUAGES, "prose"]),
-            DOCSTRING_OR_CODE: (pl.col("kind") != "any") & (pl.col("language") == "python"),
-        }
-        label = {
-            LANGUAGE: pl.col("language"),
-            CODE_OR_PROSE: pl.when(pl.col("language") == "prose").then(pl.lit("prose")).otherwise(pl.lit("code")),
-            DOCSTRING_OR_CODE: pl.when(pl.col("kind") == "code").then(pl.lit("code")).otherwise(pl.lit("docstring")),
-        }
-        train, test = (pieces.filter(columns[name]).with_columns(label=label[name]) for pieces in self._pieces.values())
-        return draw_concepts(Labelled(name, train, test), labels, count or CONCEPT_COUNT, balance=False, seed=seed)
-
-    def correlations(self, name: str, count: TextCount | None, seed: int) -> list[CorrelationTexts]:
-        """Return the texts of Python or C++ headers, correlated with documentation or code. Raises SaeensError if there are too few."""
-        train, test = (
-            pieces.filter(pl.col("kind") != "any").with_columns(label=pl.col("language"), other=pl.col("kind"))
-            for pieces in self._pieces.values()
-        )
-        attributes = ("python", "cpp_header"), ("documentation", "code")
-        return [draw_quadrants(Labelled(name, train, test), name, *attributes, count or CORRELATION_COUNT, seed=seed)]
+    def labelled(self, name: str) -> Labelled:
+        """Return the pieces of a task in EMBEDDED_CONCEPTS or EMBEDDED_CORRELATIONS."""
+        language, kind = pl.col("language"), pl.col("kind")
+        chosen, columns = {
+            LANGUAGE: ((kind == "any") & language.is_in(_LANGUAGES), [language.alias("label")]),
+            CODE_OR_PROSE: (
+                (kind == "any") & language.is_in([*_LANGUAGES, "prose"]),
+                [pl.when(language == "prose").then(language).otherwise(pl.lit("code")).alias("label")],
+            ),
+            DOCSTRING_OR_CODE: ((kind != "any") & (language == "python"), [kind.replace("documentation", "docstring").alias("label")]),
+            LANGUAGE_AND_DOCUMENTATION: (kind != "any", [language.alias("label"), kind.alias("other")]),
+        }[name]
+        train, test = (pieces.filter(chosen).with_columns(columns) for pieces in self._pieces.values())
+        return Labelled(name, train, test, pairs={name: (("python", "cpp_header"), ("documentation", "code"))})
 
 
 def _pieces(corpus: Corpus, split: Split) -> pl.DataFrame:
-    taken: dict[str, int] = {}
-    rows: list[_Piece] = []
+    """Return text, language and kind of each piece: `code`, `documentation`, or `any` for pieces of whole texts."""
+    taken = Counter[str]()
+    rows: list[tuple[str, str, str]] = []
     for document in corpus.documents(split):
         language = str(document.labels["language"])
-        taken[language] = taken.get(language, 0) + 1
+        taken[language] += 1
         if taken[language] <= MAX_DOCUMENTS:
-            rows += _pieces_of(document.text, language)
-    return pl.DataFrame(rows, schema=dict.fromkeys(_Piece._fields, pl.String), orient="row")
-
-
-def _pieces_of(text: str, language: str) -> Iterator[_Piece]:
-    parts = [("any", text)]
-    if language == "python":
-        parts += _python_parts(text)
-    elif language == "cpp_header":
-        parts += _cpp_parts(text)
-    for kind, part in parts:
-        yield from (_Piece(piece, language, kind) for piece in cut(part))
+            parts = _PARTS[language](document.text) if language in _PARTS else ()
+            rows += [(piece, language, kind) for kind, part in [("any", document.text), *parts] for piece in cut(part)]
+    return pl.DataFrame(rows, schema=dict.fromkeys(("text", "language", "kind"), pl.String), orient="row")
 
 
 def cut(text: str) -> Iterator[str]:
@@ -128,3 +98,6 @@ def _cpp_parts(text: str) -> Iterator[tuple[str, str]]:
     """Yield the comments of a header, without their marks, and the header without its comments."""
     yield "documentation", "".join(_COMMENT_MARKS.sub("", comment).rstrip() + "\n" for comment in _COMMENT.findall(text))
     yield "code", re.sub(r"\n\s*\n+", "\n", re.sub(r"/\*.*?\*/|//[^\n]*", "", text, flags=re.S))
+
+
+_PARTS = {"python": _python_parts, "cpp_header": _cpp_parts}

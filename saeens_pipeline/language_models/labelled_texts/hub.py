@@ -5,7 +5,7 @@ Code of data sets is not run. `datasets` keeps downloaded data in its cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -15,33 +15,13 @@ import polars as pl
 
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models.hub import resolve_commit
-from saeens_pipeline.language_models.labelled_texts.drawing import (
-    SPLITS,
-    ConceptTexts,
-    CorrelationTexts,
-    Labelled,
-    draw_concepts,
-    draw_quadrants,
-)
-from saeens_pipeline.language_models.labelled_texts.files import select_fields
-from saeens_pipeline.settings.labelled_data_sets import (
-    EUROPARL,
-    EUROPARL_PAIRS,
-    GITHUB_CODE,
-    PAIRED,
-    STREAMED,
-    WHOLE,
-    HubSet,
-    TextCount,
-)
+from saeens_pipeline.language_models.labelled_texts.drawing import SPLITS, Labelled, select_fields
+from saeens_pipeline.settings.labelled_data_sets import EUROPARL, EUROPARL_PAIRS, GITHUB_CODE, HUB_SETS, STREAMED, TextCount
 
 READER_VERSION = 1  # increased with every change of the drawn texts
 COUNT = TextCount(4000, 1000)
 _SPARE = 1.25  # texts that are read from a stream, per text that is drawn from them
 _GIVE_UP_AFTER = 2_000_000  # rows of a stream
-
-_HasEnough = Callable[[str], bool]
-"""Function that returns whether there are enough texts of a label."""
 
 _CODE_SUFFIXES = {
     ".c": "C", ".h": "C", ".py": "Python", ".html": "HTML", ".htm": "HTML", ".xht": "HTML", ".xhtml": "HTML", ".java": "Java",
@@ -56,7 +36,7 @@ def commit(name: str, revision: str) -> str:
     Raises ConfigurationError without the package datasets, and as `resolve_commit`.
     """
     _load_dataset(name)
-    return resolve_commit(_repository(name), revision, "dataset")
+    return resolve_commit(HUB_SETS[name].path if name in HUB_SETS else name, revision, "dataset")
 
 
 def _load_dataset(name: str) -> Callable[..., Any]:
@@ -67,11 +47,6 @@ def _load_dataset(name: str) -> Callable[..., Any]:
     return load_dataset
 
 
-def _repository(name: str) -> str:
-    known = WHOLE.get(name) or PAIRED.get(name)
-    return known.path if known else name
-
-
 @dataclass(frozen=True)
 class HubReader:
     """Reader of one revision or of `path`, a local copy: a folder of files with the same columns that `datasets` can load."""
@@ -79,43 +54,32 @@ class HubReader:
     revision: str = "main"
     path: str | None = None
 
-    def concepts(self, name: str, count: TextCount | None, seed: int, labels: Sequence[str] = ()) -> ConceptTexts:
-        """Return the texts of a data set for concept detection. Raises SaeensError if it cannot be read or has too few texts."""
-        count = count or COUNT
+    def labelled(self, name: str, count: TextCount) -> Labelled:
+        """Return the texts of a data set, with its labels or pairs of labels. Raises SaeensError if it cannot be read.
+
+        Memory: the texts and labels; of a data set that is read as a stream, `count` texts and some more.
+        """
         if name in STREAMED:
-            streamed = Labelled(name, self._stream(name, count))
-            return draw_concepts(streamed, labels or STREAMED[name], count, balance=False, seed=seed)
-        hub_set = WHOLE[name]
-        return draw_concepts(self._whole(name, hub_set), labels or hub_set.labels, count, balance=hub_set.other is not None, seed=seed)
-
-    def correlations(self, name: str, count: TextCount | None, seed: int) -> list[CorrelationTexts]:
-        """Return the texts of every pair of a data set for spurious correlation. Raises as `concepts`."""
-        hub_set = PAIRED[name]
-        data = self._whole(name, hub_set)
-        return [
-            draw_quadrants(data, f"{name}: {pair[0]} or {pair[1]}", pair, hub_set.spurious, count or COUNT, seed=seed)
-            for pair in hub_set.pairs
-        ]
-
-    def _whole(self, name: str, hub_set: HubSet) -> Labelled:
-        """Return both splits. Memory: their texts and labels."""
+            return Labelled(name, self._stream(name, count), labels=STREAMED[name])
+        hub_set = HUB_SETS[name]
         fields = {"text": hub_set.text, "label": hub_set.label} | ({"other": hub_set.other} if hub_set.other else {})
+        names = {"label": hub_set.names, "other": hub_set.other_names}
         frames = []
         for split in SPLITS:
-            loaded = self._load(name, hub_set.path, split=split)
-            frame = pl.from_arrow(loaded.with_format("arrow")[:])
+            frame = pl.from_arrow(self._load(name, hub_set.path, split=split).with_format("arrow")[:])
             assert isinstance(frame, pl.DataFrame)
             selected = select_fields(f"{name}, {split} split,", frame.lazy(), fields)
-            named = {"label": hub_set.names} | ({"other": hub_set.other_names} if hub_set.other else {})
-            frames.append(selected.with_columns(pl.col(column).replace(values) for column, values in named.items()).collect())
-        return Labelled(name, *frames)
+            frames.append(selected.with_columns(pl.col(column).replace(names[column]) for column in names if column in fields).collect())
+        pairs = {f"{name}: {pair[0]} or {pair[1]}": (pair, hub_set.spurious) for pair in hub_set.pairs}
+        return Labelled(name, *frames, labels=hub_set.labels, pairs=pairs)
 
     def _stream(self, name: str, count: TextCount) -> pl.DataFrame:
         """Return the first texts of each label. Memory: these texts."""
         wanted = int(sum(count) / 2 * _SPARE)
         found: dict[str, dict[str, None]] = {label: {} for label in STREAMED[name]}  # in order, none twice
         with self._explained(name, name):  # a stream is read during iteration
-            for label, text in _STREAMS[name](self, lambda label: len(found[label]) == wanted):
+            texts_of = self._github_code() if name == GITHUB_CODE else self._europarl(lambda label: len(found[label]) == wanted)
+            for label, text in texts_of:
                 if label in found and len(found[label]) < wanted and text.strip():
                     found[label][text] = None
                     if all(len(texts) == wanted for texts in found.values()):
@@ -123,7 +87,7 @@ class HubReader:
         rows = [(text, label) for label, texts in found.items() for text in texts]
         return pl.DataFrame(rows, schema={"text": pl.String, "label": pl.String}, orient="row")
 
-    def _github_code(self, _has_enough: _HasEnough) -> Iterator[tuple[str, str]]:
+    def _github_code(self) -> Iterator[tuple[str, str]]:
         """Yield files without their first characters, as in SAEBench. Reads the Parquet files, since the hub's reader is a script."""
         files = {} if self.path else {"data_files": f"hf://datasets/{GITHUB_CODE}@{commit(GITHUB_CODE, self.revision)}/data/*.parquet"}
         loaded = self._load(GITHUB_CODE, GITHUB_CODE if self.path else "parquet", split="train", streaming=True, **files)
@@ -135,8 +99,8 @@ class HubReader:
             if number == _GIVE_UP_AFTER:
                 return
 
-    def _europarl(self, has_enough: _HasEnough) -> Iterator[tuple[str, str]]:
-        """Yield sentences of each language, one language after another."""
+    def _europarl(self, has_enough: Callable[[str], bool]) -> Iterator[tuple[str, str]]:
+        """Yield sentences of each language, one language after another, until it `has_enough`."""
         for language, pair in EUROPARL_PAIRS.items():
             for number, row in enumerate(self._load(EUROPARL, EUROPARL, config=pair, split="train", streaming=True)):
                 translation = _field(EUROPARL, row, "translation")
@@ -162,12 +126,6 @@ class HubReader:
                 f"{name} cannot be read from {where}: {error}. Without a connection give `path: FOLDER`, a local copy; where the hub asks "
                 "for a login, `hf auth login`"
             ) from error
-
-
-_STREAMS: Mapping[str, Callable[[HubReader, _HasEnough], Iterator[tuple[str, str]]]] = {
-    GITHUB_CODE: HubReader._github_code,
-    EUROPARL: HubReader._europarl,
-}
 
 
 def _field(name: str, row: Mapping[str, Any], *columns: str) -> Any:

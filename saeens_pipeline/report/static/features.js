@@ -8,16 +8,14 @@
   const pageTitle = document.title;
   const byId = (id) => document.getElementById(id);
 
-  const make = (tag, className = "", ...children) => {
-    const element = document.createElement(tag);
-    if (className) element.className = className;
+  // An element of HTML, or one of a histogram; `given`: its class, or its attributes.
+  const SVG = ["svg", "rect", "title"];
+  const make = (tag, given = "", ...children) => {
+    const element = document.createElementNS(`http://www.w3.org/${SVG.includes(tag) ? "2000/svg" : "1999/xhtml"}`, tag);
+    const attributes = Object.entries(typeof given === "string" ? { class: given } : given);
+    for (const [name, value] of attributes) if (value !== "") element.setAttribute(name, value);
     element.append(...children);
     return element;
-  };
-  const link = (href, text) => {
-    const made = make("a", "", text);
-    made.href = href;
-    return made;
   };
   const prose = (sentence) => sentence.split("`").map((part, i) => (i % 2 ? make("code", "", part) : part));
 
@@ -40,9 +38,8 @@
 
   const load = (name) =>
     new Promise((resolve, reject) => {
-      const script = make("script");
+      const script = make("script", { src: `features/${name}.js` });
       waiting.set(name, resolve);
-      script.src = `features/${name}.js`;
       script.onload = () => script.remove();
       script.onerror = () => reject(new Error(`features/${name}.js cannot be read: write the report again`));
       document.head.append(script);
@@ -73,14 +70,13 @@
   const EMPTY = "∅";
   const glyph = (found) => (found.length > 1 ? found : GLYPHS[found] ?? `U+${found.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`);
   const searched = (text) => (text.split(INVISIBLE).map((part, i) => (i % 2 ? glyph(part) : part)).join("") || EMPTY).toLowerCase();
-  const token = (text, className = "token") => {
+  const token = (text, given = "token") => {
     const parts = text.split(INVISIBLE).map((part, i) => {
       if (i % 2 === 0) return part;
-      const found = make("span", part.length > 1 ? "byte" : "space", glyph(part));
-      if (part.length > 1) found.title = `the byte ${part.slice(3, 5)}, a part of a character that is more than one token`;
-      return found;
+      const title = `the byte ${part.slice(3, 5)}, a part of a character that is more than one token`;
+      return make("span", part.length > 1 ? { class: "byte", title } : "space", glyph(part));
     });
-    return make("span", className, ...(text ? parts.filter(Boolean) : [make("span", "space", EMPTY)]));
+    return make("span", given, ...(text ? parts.filter(Boolean) : [make("span", "space", EMPTY)]));
   };
 
   const start = (data) => {
@@ -103,16 +99,11 @@
     };
     const addressOf = (row) => `#${row.ensemble.name}/${row.member}/${row.index}`;
     const placeOf = (row) => `${row.ensemble.unit} ${row.member} · ${row.index}`;
-    const linkTo = (row, text = placeOf(row)) => link(addressOf(row), text);
+    const linkTo = (row, text = placeOf(row), attributes = {}) => make("a", { href: addressOf(row), ...attributes }, text);
     const nearestTo = (row) => (row.nearMember ? rowOf(row.ensemble.name, row.nearMember, row.nearIndex) : undefined);
     const chips = (row) => row.tokens.map((id) => token(data.vocabulary[id]));
     const isShared = (value) => value !== null && value >= data.shared;
-    const mark = (ensemble) => {
-      const made = make("span", "mark", ensemble.glyph);
-      made.style.color = ensemble.colour;
-      made.setAttribute("aria-hidden", "true");
-      return made;
-    };
+    const mark = ({ glyph, colour }) => make("span", { class: "mark", style: `color: ${colour}`, "aria-hidden": "true" }, glyph);
 
     // The table.
 
@@ -170,14 +161,15 @@
       arrange();
     };
 
+    const inCell = { tabindex: -1 }; // the keyboard goes by rows
     const CELLS = {
-      method: (row) => [mark(row.ensemble), linkTo(row, narrow.matches ? placeOf(row) : row.ensemble.label)],
+      method: (row) => [mark(row.ensemble), linkTo(row, narrow.matches ? placeOf(row) : row.ensemble.label, inCell)],
       member: (row) => [String(row.member)],
       index: (row) => [String(row.index)],
       density: (row) => [percent(row.density)],
       mean: (row) => [number(row.mean)],
       near: (row) => [cosine(row.near)],
-      nearest: (row) => [nearestTo(row) ? linkTo(nearestTo(row)) : "–"],
+      nearest: (row) => [nearestTo(row) ? linkTo(nearestTo(row), placeOf(nearestTo(row)), inCell) : "–"],
       seed: (row) => [cosine(row.seed)],
       tokens: chips,
       score: (row) => [number(row.score)],
@@ -199,31 +191,19 @@
     };
 
     const line = (row, place) => {
-      const made = make("tr", place === position ? "current" : "");
-      made.id = `row-${place}`;
-      made.dataset.row = row.at;
-      made.setAttribute("aria-rowindex", place + 2);
-      for (const button of shownColumns) {
+      const cells = shownColumns.map((button) => {
         const name = button.dataset.sort;
-        const cell = make("td", button.closest("th").className, ...CELLS[name](row));
-        if (name === "explanation" || name === "score") cell.title = row.explanation || row.status || "";
-        for (const each of cell.querySelectorAll("a")) each.tabIndex = -1; // the keyboard goes by rows
-        made.append(cell);
-      }
-      return made;
+        const title = ["explanation", "score"].includes(name) ? row.explanation || row.status || "" : "";
+        return make("td", { class: button.closest("th").className, title }, ...CELLS[name](row));
+      });
+      const current = place === position ? "current" : "";
+      return make("tr", { id: `row-${place}`, class: current, "data-row": row.at, "aria-rowindex": place + 2 }, ...cells);
     };
-    const spacer = (count) => {
-      const made = make("tr", "spacer", make("td"));
-      made.style.height = `${count * ROW_HEIGHT}px`;
-      made.setAttribute("aria-hidden", "true");
-      return made;
-    };
+    const spacer = (count) => make("tr", { class: "spacer", style: `height: ${count * ROW_HEIGHT}px`, "aria-hidden": "true" }, make("td"));
     const drawRows = (first, last) => {
       const lines = order.slice(first, last).map((row, i) => line(row, first + i));
       body.replaceChildren(spacer(first), ...lines, spacer(order.length - last));
-      const current = byId(`row-${position}`);
-      if (current) frame.setAttribute("aria-activedescendant", current.id);
-      else frame.removeAttribute("aria-activedescendant");
+      frame.setAttribute("aria-activedescendant", byId(`row-${position}`)?.id ?? "");
     };
     const drawView = () => {
       const first = Math.min(order.length, Math.max(0, Math.floor(frame.scrollTop / ROW_HEIGHT) - 4));
@@ -246,7 +226,6 @@
     };
     frame.addEventListener("scroll", () => requestAnimationFrame(drawView), { passive: true });
     form.addEventListener("input", soon(filter));
-    form.addEventListener("submit", (event) => event.preventDefault());
     byId("no-feature").querySelector("button").addEventListener("click", () => {
       form.reset();
       filter();
@@ -292,29 +271,21 @@
     // The page of a feature.
 
     const one = byId("one");
-    const fact = (name, ...values) => [make("dt", "", name), make("dd", "", ...values)];
-
-    const svg = (tag, attributes, ...children) => {
-      const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
-      for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-      made.append(...children);
-      return made;
-    };
     const histogram = (counts, width) => {
       const bins = counts.slice(0, counts.findLastIndex((count) => count > 0) + 1);
       const top = Math.max(...bins);
       const across = 100 / bins.length;
       const bars = bins.map((count, i) => {
         const height = count ? Math.max(1, (count / top) * 100) : 0;
-        const title = svg("title", {}, `${number(i * width)} to ${number((i + 1) * width)}: ${grouped(count)} tokens`);
-        return svg("rect", { x: (i + 0.06) * across, y: 100 - height, width: across * 0.88, height }, title);
+        const title = make("title", "", `${number(i * width)} to ${number((i + 1) * width)}: ${grouped(count)} tokens`);
+        return make("rect", { x: (i + 0.06) * across, y: 100 - height, width: across * 0.88, height }, title);
       });
       const label = `histogram of ${bins.length} bins of width ${width}, the fullest with ${grouped(top)} tokens`;
-      const drawing = svg("svg", { viewBox: "0 0 100 100", preserveAspectRatio: "none", role: "img", "aria-label": label }, ...bars);
+      const drawing = make("svg", { viewBox: "0 0 100 100", preserveAspectRatio: "none", role: "img", "aria-label": label }, ...bars);
       const axis = (name, from, title, to) => make("div", name, make("span", "", from), make("span", "of-axis", title), make("span", "", to));
-      const axes = make("div", "axes", axis("counts", grouped(top), "test tokens", "0"), drawing, axis("ends", "0", "activation", number(bins.length * width)));
+      const [left, below] = [axis("counts", grouped(top), "test tokens", "0"), axis("ends", "0", "activation", number(bins.length * width))];
       const caption = make("figcaption", "", "Test tokens by activation. Those on which the feature is silent are left out.");
-      return make("figure", "histogram", make("h3", "", "Activations"), axes, caption);
+      return make("figure", "histogram", make("h3", "", "Activations"), make("div", "axes", left, drawing, below), caption);
     };
 
     const logits = (title, of, tokens) => {
@@ -328,9 +299,9 @@
       found.tokens.forEach((id, i) => {
         if (Math.abs(i - found.centre) > around) return;
         const value = found.activations[i];
-        const piece = token(tokens[id], i === found.centre ? "token peak" : value === null ? "token dropped" : "token");
-        piece.title = value === null ? "dropped by the source: no activation" : number(value);
-        if (value) piece.style.setProperty("--heat", Math.min(1, value / max).toFixed(3));
+        const kind = i === found.centre ? "token peak" : value === null ? "token dropped" : "token";
+        const title = value === null ? "dropped by the source: no activation" : number(value);
+        const piece = token(tokens[id], { class: kind, title, style: value ? `--heat: ${Math.min(1, value / max).toFixed(3)}` : "" });
         for (const space of piece.querySelectorAll(".space")) space.after(make("wbr")); // lines break there, as at spaces
         text.append(piece);
       });
@@ -345,22 +316,21 @@
     const matchCard = (row, similarity) => {
       const tokens = make("p", "tokens", ...chips(row));
       const value = make("p", "value", `cosine ${cosine(similarity)}, fires on ${percent(row.density)}`);
-      const card = make("div", `match ${isShared(similarity) ? "shared" : "unique"}`, make("h3", "", linkTo(row)), value, tokens);
-      card.style.borderTopColor = row.ensemble.colour;
+      const given = { class: `match ${isShared(similarity) ? "shared" : "unique"}`, style: `border-top-color: ${row.ensemble.colour}` };
       detailsOf(row).then((details) => {
         const texts = (details.contexts ?? []).slice(0, 3).map((each) => context(each, details, 6));
         if (texts.length) tokens.replaceWith(...texts);
       }, complain);
-      return card;
+      return make("div", given, make("h3", "", linkTo(row)), value, tokens);
     };
 
-    const explained = (row) => {
-      if (!row.status) return fact("explanation", "none: the feature is not among those that were drawn to be explained");
+    const explained = ({ status, explanation, score, control }) => {
+      if (!status) return [["explanation", "none: the feature is not among those that were drawn to be explained"]];
       return [
-        ...fact("explanation", row.explanation || "none"),
-        ...(row.score === null ? [] : fact("detection score", `${number(row.score)} balanced accuracy; 0.5 is chance`)),
-        ...(row.control === null ? [] : fact("control score", `${number(row.control)} with the explanation of another feature`)),
-        ...fact("status", data.why[row.status] ? `${row.status}: ${data.why[row.status]}` : row.status),
+        ["explanation", explanation || "none"],
+        score !== null && ["detection score", `${number(score)} balanced accuracy; 0.5 is chance`],
+        control !== null && ["control score", `${number(control)} with the explanation of another feature`],
+        ["status", data.why[status] ? `${status}: ${data.why[status]}` : status],
       ];
     };
 
@@ -368,28 +338,28 @@
       const { unit } = row.ensemble;
       const nearest = nearestTo(row);
       const verdict = (value, yes, no) => `cosine ${cosine(value)}: ${isShared(value) ? yes : no}; nearest `;
-      const facts = fact("density", row.density ? `${percent(row.density)} of the test tokens` : "0: it never fires on the test tokens");
-      if (max) facts.push(...fact("largest activation", number(max, 4)));
-      if (row.density) facts.push(...fact("mean activation", number(row.mean, 4)));
-      if (nearest) facts.push(...fact(`in other ${unit}s`, verdict(row.near, "shared", "unique"), linkTo(nearest)));
-      if (row.seed !== null) {
-        const where = make("span", "", `${unit} ${row.seedMember} · ${row.seedIndex} of seed ${row.otherSeed}`);
-        where.title = `features have pages under seed ${data.seed} alone`;
-        facts.push(...fact("stability", verdict(row.seed, "comes back under another seed", "does not come back under another seed"), where));
-      }
-      if (data.why) facts.push(...explained(row));
-      return make("dl", "facts-of-one", ...facts, ...fact("most active on", ...(row.density ? chips(row) : ["–"])));
+      const comesBack = verdict(row.seed, "comes back under another seed", "does not come back under another seed");
+      const title = `features have pages under seed ${data.seed} alone`;
+      const where = make("span", { title }, `${unit} ${row.seedMember} · ${row.seedIndex} of seed ${row.otherSeed}`);
+      const facts = [
+        ["density", row.density ? `${percent(row.density)} of the test tokens` : "0: it never fires on the test tokens"],
+        max && ["largest activation", number(max, 4)],
+        row.density && ["mean activation", number(row.mean, 4)],
+        nearest && [`in other ${unit}s`, verdict(row.near, "shared", "unique"), linkTo(nearest)],
+        row.seed !== null && ["stability", comesBack, where],
+        ...(data.why ? explained(row) : []),
+        ["most active on", ...(row.density ? chips(row) : ["–"])],
+      ];
+      const lines = facts.filter(Boolean).map(([name, ...values]) => [make("dt", "", name), make("dd", "", ...values)]);
+      return make("dl", "facts-of-one", ...lines.flat());
     };
 
     const contextsOf = (details) => {
       if (!details.contexts) return [make("p", "missing", ...prose(data.missingContexts || "The table contexts has no row of this feature."))];
-      const beside = make("div", "beside");
-      if (details.contexts.length) beside.append(histogram(details.histogram, details.binWidth));
-      if (details.promoted.length) {
-        beside.append(logits("Output tokens promoted", details.promoted, details.tokens), logits("Output tokens suppressed", details.suppressed, details.tokens));
-      } else {
-        beside.append(make("p", "note", "Output tokens: the language model has no unembedding to apply to this feature's direction."));
-      }
+      const none = "Output tokens: the language model has no unembedding to apply to this feature's direction.";
+      const outputs = ["promoted", "suppressed"].map((name) => logits(`Output tokens ${name}`, details[name], details.tokens));
+      const beside = make("div", "beside", ...(details.promoted.length ? outputs : [make("p", "note", none)]));
+      if (details.contexts.length) beside.prepend(histogram(details.histogram, details.binWidth));
       const texts = details.contexts.map((each) => {
         const where = `document ${grouped(each.document)}, token ${grouped(each.position)}: ${number(each.activations[each.centre])}`;
         return make("li", "", context(each, details), make("small", "", where));
@@ -407,10 +377,7 @@
     const step = (row, by, text) => {
       const place = order.indexOf(row);
       const other = place < 0 ? undefined : order[place + by];
-      if (!other) return make("span", "off", text);
-      const made = linkTo(other, text);
-      made.rel = by > 0 ? "next" : "prev";
-      return made;
+      return other ? linkTo(other, text, { rel: by > 0 ? "next" : "prev" }) : make("span", "off", text);
     };
 
     const show = (isOne) => {
@@ -426,11 +393,10 @@
       const call = ++opened;
       const details = await detailsOf(row);
       if (call !== opened) return; // another was opened in the meantime
-      const title = make("h1", "", mark(row.ensemble), name);
-      title.tabIndex = -1;
-      const steps = make("nav", "steps", link("#table", "‹ all features"), step(row, -1, "previous in the table"), step(row, 1, "next in the table"));
-      steps.setAttribute("aria-label", "features");
-      one.replaceChildren(steps, title, factsOf(row, details), ...contextsOf(details), ...matchesOf(row, details));
+      const title = make("h1", { tabindex: -1 }, mark(row.ensemble), name);
+      const steps = [make("a", { href: "#table" }, "‹ all features"), step(row, -1, "previous in the table"), step(row, 1, "next in the table")];
+      const nav = make("nav", { class: "steps", "aria-label": "features" }, ...steps);
+      one.replaceChildren(nav, title, factsOf(row, details), ...contextsOf(details), ...matchesOf(row, details));
       show(true);
       scrollTo({ top: 0, behavior: "instant" });
       title.focus({ preventScroll: true });

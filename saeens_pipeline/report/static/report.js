@@ -6,9 +6,7 @@
   const plots = [...document.querySelectorAll(".plot")];
   const hidden = new Set(); // methods
 
-  // Plots.
-
-  // The part of the layout that follows the theme.
+  // The part of a plot's layout that follows the theme.
   const themed = () => {
     const style = getComputedStyle(root);
     const [text, muted, line, grid, surface] = ["text", "muted", "line", "grid", "surface"].map((name) => style.getPropertyValue(`--${name}`).trim());
@@ -63,10 +61,11 @@
     });
   }
 
-  const seen = new IntersectionObserver((entries) => entries.filter((entry) => entry.isIntersecting).forEach((entry) => draw(entry.target)), { rootMargin: "600px" });
+  const drawSeen = (entries) => entries.filter((entry) => entry.isIntersecting).forEach((entry) => draw(entry.target));
+  const seen = new IntersectionObserver(drawSeen, { rootMargin: "600px" });
   for (const plot of plots) seen.observe(plot);
 
-  // On paper: every plot, in light colours, two beside each other.
+  // On paper: every plot, in light colours, two in a row.
   let before = null;
   addEventListener("beforeprint", () => {
     before = root.dataset.theme;
@@ -79,38 +78,36 @@
     relayout({ width: null, height: null, autosize: true, "xaxis.tickfont.size": null, "yaxis.tickfont.size": null });
   });
 
-  // Tables that a press on a heading sorts.
+  // The leaderboard: a press on a heading sorts it, fields above it filter it.
 
-  for (const table of document.querySelectorAll("table.sortable")) {
+  const table = document.getElementById("leaderboard");
+  if (table) {
     const body = table.tBodies[0];
+    const rows = [...body.rows];
     const buttons = [...table.querySelectorAll("thead button")];
     const compare = (one, other) => (isNaN(one) || isNaN(other) ? one.localeCompare(other) : one - other);
-    for (const button of buttons) {
-      button.addEventListener("click", () => {
-        const isNumber = button.closest("th").classList.contains("number");
-        const first = button.dataset.first ?? (isNumber ? "descending" : "ascending"); // the best, where one end is better
-        const second = first === "ascending" ? "descending" : "ascending";
-        const order = button.dataset.order === first ? second : first;
-        for (const each of buttons) {
-          delete each.dataset.order;
-          each.closest("th").removeAttribute("aria-sort");
-        }
-        button.dataset.order = order;
-        button.closest("th").setAttribute("aria-sort", order);
-        const valueOf = (row) => row.querySelector(`[data-key="${button.dataset.sort}"]`).dataset.value;
-        const rows = [...body.rows].sort((a, b) => {
-          const [one, other] = [valueOf(a), valueOf(b)];
-          if (one === "" || other === "") return (one === "") - (other === ""); // rows without a value stay last
-          return order === "ascending" ? compare(one, other) : compare(other, one);
-        });
-        body.append(...rows);
+    const sort = (button) => {
+      const isNumber = button.closest("th").classList.contains("number");
+      const first = button.dataset.first ?? (isNumber ? "descending" : "ascending"); // the best, where one end is better
+      const second = first === "ascending" ? "descending" : "ascending";
+      const order = button.dataset.order === first ? second : first;
+      for (const each of buttons) {
+        delete each.dataset.order;
+        each.closest("th").removeAttribute("aria-sort");
+      }
+      button.dataset.order = order;
+      button.closest("th").setAttribute("aria-sort", order);
+      const valueOf = (row) => row.querySelector(`[data-key="${button.dataset.sort}"]`).dataset.value;
+      const sorted = [...body.rows].sort((a, b) => {
+        const [one, other] = [valueOf(a), valueOf(b)];
+        if (one === "" || other === "") return (one === "") - (other === ""); // rows without a value stay last
+        return order === "ascending" ? compare(one, other) : compare(other, one);
       });
-    }
-  }
+      body.append(...sorted);
+    };
+    for (const button of buttons) button.addEventListener("click", () => sort(button));
 
-  const filters = document.getElementById("filters");
-  if (filters) {
-    const rows = [...document.querySelectorAll("#leaderboard tbody tr")];
+    const filters = document.getElementById("filters");
     const find = filters.querySelector("[data-find]");
     const filter = () => {
       const words = find.value.toLowerCase().split(/\s+/).filter(Boolean);
@@ -125,7 +122,6 @@
       document.getElementById("no-row").hidden = shown > 0;
     };
     filters.addEventListener("input", filter);
-    filters.addEventListener("submit", (event) => event.preventDefault());
     document.querySelector("#no-row button").addEventListener("click", () => {
       filters.reset();
       filter();
@@ -157,6 +153,5 @@
     field.addEventListener("change", () => {
       if (!field.value) field.value = standard;
     });
-    form.addEventListener("submit", (event) => event.preventDefault());
   }
 })();
