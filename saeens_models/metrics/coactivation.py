@@ -229,7 +229,8 @@ def connectivity(z: Tensor | SparseCode | Iterable[Tensor | SparseCode], memory_
     ``ConnectivityMetric`` for ``memory_budget`` (bytes). A pair of features fires together if both are non-zero on at least one token; a
     feature that fires at all forms a pair with itself.
 
-    Raises ValueError for no tokens or batches of different widths, MemoryBudgetError for a budget that is too small.
+    Raises ValueError for no tokens, batches of different widths and values that are not finite, MemoryBudgetError for a budget that is
+    too small.
     """
     metric: ConnectivityMetric | None = None
     for batch in [z] if isinstance(z, Tensor | SparseCode) else z:

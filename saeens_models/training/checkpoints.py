@@ -20,10 +20,10 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from saeens_models.architectures import SAEConfig
+from saeens_models.architectures.saelens_format import write_safetensors
 from saeens_models.training.config import TrainingConfig
 from saeens_models.training.signals import hold_signals
 from saeens_models.training.trainer import CurvePoint, NonFiniteLossError, SAETrainer
@@ -250,7 +250,7 @@ def _write(file: Path, record: Mapping[str, Any], tensors: dict[str, Tensor]) ->
     aside = _aside(file)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, aside, {_METADATA: text, _CHECKSUM: str(_checksum(text, tensors))})
+        write_safetensors(tensors, aside, {_METADATA: text, _CHECKSUM: str(_checksum(text, tensors))})
         _flush(aside)
         aside.replace(file)
         _flush(file.parent)

@@ -118,7 +118,9 @@ def _round_target(experiment: ExperimentSettings, j: int) -> Target:
         together = ", concurrently" if experiment.ensemble.boosting == "concurrent" else ""
         what = f"Round {j} of {experiment.ensemble.members}: residual of rounds 1 to {j - 1}{together}"
     about = f"{what}\n\n{shape_of(experiment.saes[j - 1])}."
-    return Target("boosting", f"round_{j}", about, init_index=j, sae=experiment.saes[j - 1])
+    scaled = j > 1 and experiment.complete_training["normalize_activations"] != "none"
+    scale = experiment.ensemble.boosting_scale if scaled else None
+    return Target("boosting", f"round_{j}", about, init_index=j, sae=experiment.saes[j - 1], boosting_scale=scale)
 
 
 def _sequential_boosting(experiment: ExperimentSettings, activations: Reference, member_1: Declaration) -> list[Op]:

@@ -208,6 +208,12 @@ def _expect_good_sae(health: Health, where: str, artefact: Artefact, settings: C
         f"{where}: {dead:.0%} of its features are dead, more than {settings.max_dead_features:.0%}: "
         "train on more tokens, or set a smaller expansion or a larger aux_loss_coefficient",
     )
+    dead_after, n_tokens = artefact.recipe["settings"]["training"]["dead_after_tokens"], artefact.provenance["train_tokens"]
+    health.expect(
+        dead_after is None or dead_after < n_tokens,
+        f"{where}: no feature can be called dead or be revived: training.dead_after_tokens is {dead_after}, and it trained on "
+        f"{n_tokens} tokens. Lower it, or leave it out for a tenth of the tokens",
+    )
     target = sae.get("k", settings.target_l0)
     if target:
         coefficient = next((name for name in ("l1_coefficient", "l0_coefficient") if name in sae), None)

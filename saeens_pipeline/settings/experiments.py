@@ -143,6 +143,11 @@ class EnsembleSettings(Section):
     boosting: Literal["sequential", "concurrent"] = Field(
         "sequential", description="training of boosting rounds one after another, or all in one pass over the activations"
     )
+    boosting_scale: Literal["shared", "per_round"] = Field(
+        "shared",
+        description="with normalize_activations, one scale for all boosting rounds, or for each the scale of its own input; with per_round "
+        "an L1 or L0 coefficient means less in later rounds",
+    )
     specialised: list[SpecialisedMember] = Field([], description="bagging members with their own documents or starting weights")
 
     @model_validator(mode="after")

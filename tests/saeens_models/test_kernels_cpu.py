@@ -51,6 +51,7 @@ def test_the_k_largest_entries_are_selected_each_once(case):
     assert np.array_equal(np.sort(values)[:, ::-1], np.sort(pre)[:, ::-1][:, :k])
     assert np.array_equal(np.take_along_axis(pre, indices, 1), values)
     assert all(len(set(row)) == k for row in indices.tolist())
+    assert np.array_equal(np.sort(indices), np.sort(np.argsort(-pre, axis=1, kind="stable")[:, :k]))  # of equal ones the first
 
 
 @pytest.mark.parametrize(("m", "k"), [(300, 1), (600, 1), (1500, 3), (5003, 9), (5003, 5000), (64, 64)])
@@ -246,6 +247,22 @@ def test_near_ties_of_a_low_precision_encoder_are_decided_in_float32(monkeypatch
     assert (ours.indices[:40].sort().values == theirs.indices[:40].sort().values).all()
     torch.testing.assert_close(ours.x_hat, theirs.x_hat, rtol=1e-5, atol=1e-4)
     assert not ours.values[40:80].any()
+
+
+@pytest.mark.parametrize("rough", [True, False])
+def test_of_equal_pre_activations_those_of_the_lowest_index_are_selected(monkeypatch, rough):
+    """Features differ, and have equal pre-activations: whole numbers, exact in float32, that bfloat16 rounds in different ways."""
+    generator = torch.Generator().manual_seed(2)
+    moved = torch.randint(-400, 401, (300, 8), generator=generator).float()
+    W = torch.cat([1000 + moved, 1000 - moved], 1) + torch.randint(3, (300, 1), generator=generator)
+    weights = Weights(W, torch.zeros(300), W, torch.zeros(16))
+    x = torch.randint(1, 9, (80, 1), generator=generator).float().expand(80, 16).contiguous()
+    monkeypatch.setattr("saeens_models.kernels.cpu_topk.bfloat16_pays", lambda *_: rough)
+    monkeypatch.setattr(cpu_topk_encoder, "_SPARE_CANDIDATES", 300)  # no token is left to float32
+    with Team() as team:
+        indices = topk_reconstruct(team, x, weights, k=7, apply_b_dec_to_input=False).indices
+    expected = (x @ W.t()).double().sort(dim=1, descending=True, stable=True).indices[:, :7]
+    assert torch.equal(indices.sort().values.long(), expected.sort().values)
 
 
 @pytest.mark.parametrize(("n", "d_sae", "k"), [(1, 100, 3), (3, 40, 40), (5, 1, 1), (300, 64, 63)])

@@ -144,6 +144,15 @@ def test_selection_takes_the_k_largest_and_the_first_among_ties(*, d_sae, share,
     assert torch.equal(top.values, candidates.gather(1, expected))
 
 
+@needs_gpu
+@pytest.mark.parametrize(("n", "d_sae", "k"), [(500, 768, 8), (64, 4096, 100), (4, 200_000, 50), (1000, 16_384, 512)])
+def test_torchs_selection_on_a_gpu_takes_the_first_of_equal_ones(n, d_sae, k):
+    pre = draw(n, d_sae).round()
+    top = reference.select_topk(pre, k)
+    expected = pre.argsort(dim=1, descending=True, stable=True)[:, :k]
+    assert torch.equal(top.indices.sort().values, expected.sort().values)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("d_sae", [53, 241])  # 241: the last part holds 1, fewer than are selected
 def test_selection_from_parts_of_rows_equals_selection_from_whole_rows(monkeypatch, tied, d_sae):

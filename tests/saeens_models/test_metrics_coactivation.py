@@ -160,3 +160,14 @@ def test_connectivity_refuses_missing_tokens_and_wrong_shapes() -> None:
         connectivity([torch.zeros(2, 4), torch.zeros(2, 3)])
     with pytest.raises(MemoryBudgetError, match="memory_budget must be at least 65536"):
         ConnectivityMetric(2048, memory_budget=1000)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("as_sparse", [False, True])
+@pytest.mark.parametrize("metric", [connectivity, metrics.sparsity])
+def test_codes_that_are_not_finite_are_refused(metric, as_sparse: bool, value: float) -> None:
+    z = torch.eye(5)
+    z[3, 3] = value
+    with pytest.raises(ValueError, match="not finite"):
+        metric(SparseCode.from_dense(z) if as_sparse else z)
+    assert connectivity(torch.eye(5, dtype=torch.bool)) == pytest.approx(1 - 5 / 25)
