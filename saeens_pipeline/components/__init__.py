@@ -18,8 +18,8 @@ from saeens_pipeline.settings.from_file import FILE
 from saeens_pipeline.settings.sources import SourceSettings
 
 
-class _FromFile(dg.Component):
-    """The assets of a document of an experiment file."""
+class _FromFile:
+    """The assets of a document of an experiment file. Not a component itself: `dg check` asks every component for its settings."""
 
     settings_class: ClassVar[type[BaseModel]]
 
@@ -42,7 +42,7 @@ class _FromFile(dg.Component):
         return dg.Definitions(assets=[build_asset(op) for op in self.ops()])
 
 
-class ActivationSource(_FromFile):
+class ActivationSource(_FromFile, dg.Component):
     """A source: its tokens, and its activations at one hook, partitioned by layer."""
 
     settings_class = SourceSettings
@@ -51,7 +51,7 @@ class ActivationSource(_FromFile):
         return source_ops(self.settings)
 
 
-class EnsembleExperiment(_FromFile):
+class EnsembleExperiment(_FromFile, dg.Component):
     """An experiment: members, boosting rounds, residuals, baselines, ensembles and tables, partitioned by layer and seed."""
 
     settings_class = ExperimentSettings
