@@ -30,7 +30,7 @@ def print_line(text: str) -> None:
     out.print(printable(text), highlight=False, markup=False, soft_wrap=True)
 
 
-def complain(label: str, message: str) -> None:
+def notify(label: str, message: str) -> None:
     """Print a message on standard error, without markup and escape sequences."""
     err.print(Text.assemble((f"{label}: ", "red"), printable(message)), soft_wrap=True)
 

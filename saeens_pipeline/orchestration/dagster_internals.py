@@ -16,7 +16,7 @@ from dagster._core.storage.event_log.schema import SqlEventLogStorageTable as Ev
 from dagster._core.storage.event_log.sql_event_log import SqlEventLogStorage
 
 LOCAL_COMPUTE_LOGS = "dagster._core.storage.local_compute_log_manager"
-"""Module of the default capture of what steps print; `dagster.yaml` has to name it to choose its folder."""
+"""Module of the default capture of the steps' output; `dagster.yaml` has to name it to choose its folder."""
 NO_COMPUTE_LOGS = "dagster._core.storage.noop_compute_log_manager"
 """Module that captures nothing. The default capture runs helper processes between a terminal and its progress bars."""
 

@@ -35,7 +35,7 @@ _SERVER_TAG = ".dagster/grpc_info"  # Dagster's tag on runs that it launched: th
 
 _SETTINGS = """\
 # Where Dagster keeps runs and events, one op at a time on the GPU, runs tried again whose process was killed, and no telemetry.
-# `saeens` writes this file into DAGSTER_HOME; the one beside workspace.yaml serves a plain `dagster dev -w workspace.yaml`.
+# `saeens` writes this file into DAGSTER_HOME; the file next to workspace.yaml serves a plain `dagster dev -w workspace.yaml`.
 storage:
   sqlite:
     base_dir: {storage}

@@ -1,4 +1,4 @@
-"""The Dagster instance: where it lies, how it is set up, and that runs of the command line are seen in it."""
+"""The Dagster instance: its folder, its settings, and its records of runs of the command line."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DAGSTER_HOME", "")
 
 
-def test_a_plain_dagster_dev_is_set_up_like_saeens_does():
+def test_a_plain_dagster_dev_has_the_instance_settings_of_saeens():
     assert (CHECKOUT / "dagster.yaml").read_text() == instance_settings("data/dagster")
 
 
-def test_home_lies_below_the_data_root_where_it_is_not_set(tmp_path: Path):
+def test_dagster_home_is_below_the_data_root_by_default(tmp_path: Path):
     home = prepare_home()
     assert home == tmp_path / "data" / "dagster"
     assert os.environ["DAGSTER_HOME"] == str(home)
@@ -61,7 +61,7 @@ def test_home_lies_below_the_data_root_where_it_is_not_set(tmp_path: Path):
     assert settings["concurrency"]["pools"] == {"default_limit": 1, "granularity": "op"}
 
 
-def test_a_home_that_is_set_is_used_and_its_settings_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_given_dagster_home_is_used_and_its_settings_are_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "home"))
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "dagster.yaml").write_text("telemetry: {enabled: true}\n")
@@ -70,7 +70,7 @@ def test_a_home_that_is_set_is_used_and_its_settings_are_left_alone(tmp_path: Pa
     assert not (tmp_path / "data").exists()
 
 
-def test_a_copied_home_keeps_to_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_copied_dagster_home_uses_its_own_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "first"))
     shutil.copytree(prepare_home(), tmp_path / "odd: #copy")
     monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "odd: #copy"))
@@ -79,7 +79,7 @@ def test_a_copied_home_keeps_to_itself(tmp_path: Path, monkeypatch: pytest.Monke
     assert settings["compute_logs"]["config"]["base_dir"] == f"{tmp_path}/odd: #copy/compute_logs"
 
 
-def test_a_home_that_cannot_be_written_is_said_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_read_only_dagster_home_is_reported_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "file" / "home"))
     with pytest.raises(SaeensError, match=r"home cannot be written .*DAGSTER_HOME or SAEENS_DATA"):
@@ -249,7 +249,7 @@ def _ended(runs: dict[str, tuple[dict[str, str], str | None]]) -> set[str]:
     return {name for name, status in states.items() if status == dg.DagsterRunStatus.CANCELED}
 
 
-def test_runs_whose_process_was_killed_are_cancelled_and_others_are_not():
+def test_only_runs_of_killed_processes_are_cancelled():
     gone, host = _gone(), this_host()
     owners = {
         "gone": f"{host}:{gone}",
@@ -294,7 +294,7 @@ def test_the_folder_of_the_code_servers_names_its_processes():
     assert (match[1], int(match[2])) == (this_host().rpartition(":")[2], os.getpid())
 
 
-def test_a_run_with_nothing_to_do_ends_those_that_were_killed(finished: Laboratory, monkeypatch: pytest.MonkeyPatch):
+def test_a_run_with_nothing_to_do_cancels_killed_runs(finished: Laboratory, monkeypatch: pytest.MonkeyPatch):
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     owner = process_tag()[PROCESS_TAG].replace(f":{os.getpid()}", f":{gone.pid}")
@@ -308,7 +308,7 @@ def test_a_run_with_nothing_to_do_ends_those_that_were_killed(finished: Laborato
     assert ended.status == dg.DagsterRunStatus.CANCELED
 
 
-def test_runs_of_the_command_line_are_seen_by_dagster(finished_laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch):
+def test_runs_of_the_command_line_are_recorded_by_dagster(finished_laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("DAGSTER_HOME", str(finished_laboratory.root / "dagster"))
     with dg.DagsterInstance.get() as instance:
         runs = instance.get_runs()
@@ -328,7 +328,7 @@ def test_runs_of_the_command_line_are_seen_by_dagster(finished_laboratory: Labor
         assert materialisation.metadata["cache_hit"].value is False
 
 
-def test_processes_that_come_at_once_set_up_one_database_that_all_can_open(tmp_path: Path):
+def test_concurrent_processes_create_one_database_that_all_can_open(tmp_path: Path):
     script = (
         "from saeens_pipeline.orchestration.instance import command_line_instance\n"
         "with command_line_instance() as i: print(len(i.get_runs()))"
