@@ -115,8 +115,9 @@ def _round_target(experiment: ExperimentSettings, j: int) -> Target:
     if j == 1:
         what = f"Round 1: the activations{'' if experiment.ensemble.specialisation(1) else '; equals member 1'}"
     else:
+        before = "round 1" if j == 2 else f"rounds 1 to {j - 1}"
         together = ", concurrently" if experiment.ensemble.boosting == "concurrent" else ""
-        what = f"Round {j} of {experiment.ensemble.members}: residual of rounds 1 to {j - 1}{together}"
+        what = f"Round {j} of {experiment.ensemble.members}: residual of {before}{together}"
     about = f"{what}\n\n{shape_of(experiment.saes[j - 1])}."
     scaled = j > 1 and experiment.complete_training["normalize_activations"] != "none"
     scale = experiment.ensemble.boosting_scale if scaled else None

@@ -6,7 +6,17 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from croniter import croniter
-from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from saeens_pipeline.settings.autointerp import AutoInterpSettings
@@ -101,6 +111,9 @@ def _validate_training(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 _Training = Annotated[dict[str, Any], AfterValidator(_validate_training)]
+
+
+_ON_OR_OFF = {"enum": ["on", "off", True, False]}  # `dg check yaml` reads YAML 1.1, too, and compares with the schema
 
 
 def _on_or_off(value: object) -> object:
@@ -211,7 +224,7 @@ class ExperimentSettings(FromFile):
         None, description="widths of the expanded SAEs, in members: a list, or all sizes from 1; default: the width of all members"
     )
     keep_residuals: Literal["last", "all", "none"] = Field("last", description="residuals whose bytes stay on disk")
-    automation: Annotated[Literal["on", "off"], BeforeValidator(_on_or_off)] = Field(
+    automation: Annotated[Literal["on", "off"], BeforeValidator(_on_or_off), WithJsonSchema(_ON_OR_OFF)] = Field(
         "off", description="automatic runs for missing artefacts and for changed settings or inputs"
     )
     schedule: Annotated[str, AfterValidator(_validate_cron)] = Field(

@@ -228,6 +228,19 @@ def test_an_unknown_experiment_exits_with_2_and_lists_the_known_ones(empty: Labo
     _assert_one_message(saeens(*command), 2, command[1], f"there are: {NAME}")
 
 
+@pytest.mark.parametrize(
+    "escapes", ["\x1b[2J{}\x1b[31m", "\x1b]0;title\x07{}", "\x1b]8;;http://evil.example\x1b\\{}", "\x9b2J{}\x7f", "\x1bc\x08{}\r"]
+)
+@pytest.mark.parametrize("command", [["status", "{}"], ["run", "{}"], ["{}"], ["--{}"], ["report", "--layer", "1", "{}"]])
+def test_escape_sequences_of_arguments_do_not_reach_the_terminal(empty: Laboratory, saeens: Saeens, command: list[str], escapes: str):
+    outcome = saeens(*(part.format(escapes.format("other")) for part in command))
+    assert outcome.code == 2
+    said = outcome.out + outcome.err
+    assert "other" in said
+    assert "evil.example" not in said
+    assert said.replace("\n", "").isprintable()
+
+
 @pytest.mark.parametrize("table", ["speed", "../reconstruction"])
 def test_an_unknown_table_exits_with_2_and_lists_the_known_ones(finished: Laboratory, saeens: Saeens, table: str):
     _assert_one_message(saeens("table", NAME, table), 2, table, *(each.name for each in listed(over_experiments=False)))
