@@ -229,7 +229,7 @@ class Boosting(Ensemble):
 
 
 class _Manifest(BaseModel):
-    """Content of ``ensemble.json``."""
+    """Content of ``ensemble.json``: kind of ensemble and folders of its members."""
 
     model_config = ConfigDict(extra="forbid")
 

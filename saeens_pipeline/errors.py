@@ -1,4 +1,4 @@
-"""Errors that a user can fix. The message says what is wrong, where, and what to do; the command line prints no traceback."""
+"""Errors that a user can fix. The message names the mistake, its place, and the remedy; the command line prints no traceback."""
 
 import re
 

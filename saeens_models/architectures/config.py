@@ -44,7 +44,7 @@ def validate_l0_multiple(architecture: str) -> None:
 
 
 class OfArchitecture(BaseModel, frozen=True):
-    """Base of the configurations and of the settings: it gives instances of the architecture's own class."""
+    """Base class of configurations and settings. Validation returns an instance of the class of the named architecture."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 

@@ -65,7 +65,7 @@ class SAESettings(OfArchitecture, frozen=True):
 
     @property
     def width_field(self) -> Literal["expansion", "d_sae"]:
-        """The field that sets the width."""
+        """Name of the field that sets the width."""
         return "d_sae" if self.expansion is None else "expansion"
 
     @property

@@ -171,7 +171,7 @@ class _Gradients(NamedTuple):
 
 
 def code_of(top: TopK, n_features: int, relu: bool) -> _SparseCode | _DenseCode:
-    """Return the code of selected pre-activations in the faster form, sparse or dense. ``relu``: entries that are not positive are 0."""
+    """Return the code for selected pre-activations, sparse or dense, in the faster form. ``relu``: negative entries become 0."""
     values = top.values.relu() if relu else top.values
     density = top.indices.shape[-1] / n_features
     if density < SPARSE_CODE_MAX_DENSITY.get(values.device.type, 0.0):

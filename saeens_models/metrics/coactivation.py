@@ -142,7 +142,10 @@ class ConnectivityMetric:
             )
 
     def _no_bits(self, strip: range) -> np.ndarray:
-        """Return zeros, uint64: for each group of 64 features, 64 rows of co-occurrence bits from their own group onwards."""
+        """Return co-occurrence bits of a strip of the matrix, all 0, as uint64.
+
+        Each group of 64 features has 64 rows, from its own group to the last: the matrix is symmetric.
+        """
         return np.zeros(sum(_WORD * (self._words - group) for group in strip), dtype=np.uint64)
 
     def _or_into(self, bits: np.ndarray, strip: range, codes: _Codes) -> None:

@@ -233,7 +233,7 @@ def _unit_dictionaries(W_decs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _pairs_of_runs(runs: Sequence[Sequence[Tensor]]) -> Iterator[tuple[int, int]]:
-    """Yield all pairs of members of different runs, as positions among the members of all runs."""
+    """Yield the pairs of members of different runs. A member is a position in the concatenated list of all runs' members."""
     run_of = [run for run, members in enumerate(runs) for _ in members]
     return ((i, j) for i, j in combinations(range(len(run_of)), 2) if run_of[i] != run_of[j])
 

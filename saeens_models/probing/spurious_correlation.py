@@ -190,7 +190,7 @@ class _Ablation(NamedTuple):
 
 
 class _Ablations:
-    """All ablations of one task.
+    """The ablations of one task: codes with features zeroed, and their scores.
 
     means: float64 `[4, n_columns]`, of the balanced training texts by quadrant; x: `[6 q, d_in]` of the training and of the test texts.
     """

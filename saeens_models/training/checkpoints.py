@@ -50,7 +50,7 @@ class SeekableBatches(Protocol):
         ...
 
     def starting_at(self, step: int) -> Iterator[Tensor]:
-        """Yield all but the first ``step`` batches, with the same values as from ``__iter__``."""
+        """Yield the batches after the first ``step``, with the same values as from ``__iter__``."""
         ...
 
 
@@ -228,7 +228,7 @@ def writing(checkpoints: Checkpoints | None) -> Iterator[WriteIfDue]:
 
 
 def batches_from(batches: Iterable[Tensor], step: int) -> Iterator[Tensor]:
-    """Return all but the first ``step`` batches: a seekable stream skips them, another one is read and dropped."""
+    """Return the batches after the first ``step``: a seekable stream skips them, another one is read and dropped."""
     if step and isinstance(batches, SeekableBatches):
         return batches.starting_at(step)
     return islice(batches, step, None)

@@ -291,7 +291,7 @@ def _step_concurrent_rounds(trainers: Sequence[SAETrainer], x: Tensor) -> None:
 
 
 def _follow_norm(trainer: SAETrainer, x: Tensor, scale: float | Tensor) -> Tensor:
-    """Return the scale that brings this round's residual to mean norm sqrt(d_in), given the residual in another scale.
+    """Return the scale that gives this round's residual the mean norm sqrt(d_in). ``x`` is the residual times ``scale``.
 
     The result stays on the device.
     """
@@ -308,7 +308,7 @@ def _observations_due(n_steps: int, n_tokens: int, total_tokens: int | None) -> 
 
 
 def _scaled_input(batch: Tensor, d_in: int, scale: float, step: int) -> Tensor:
-    """Return the batch in float32, scaled. Always a new, contiguous tensor: results must not depend on the batch's memory layout."""
+    """Return the scaled batch in float32, as a new, contiguous tensor: results must not depend on the batch's memory layout."""
     if batch.ndim != 2 or batch.shape[1] != d_in or len(batch) == 0:
         raise ValueError(f"batch {step} has shape {list(batch.shape)}, expected [n, {d_in}] (d_in) with n > 0")
     if not batch.is_floating_point():

@@ -114,7 +114,7 @@ class _RecordedStep:
             trainer.sae.apply_constraints()
 
     def replay(self, x: Tensor) -> None:
-        """Repeat the work for the last counted step, on ``x``."""
+        """Run the recorded training step on ``x``, with the trainers' learning rate and step number."""
         self.x.copy_(x)
         self._learning_rate.fill_(self._trainers[0].learning_rate)
         for trainer in self._trainers:

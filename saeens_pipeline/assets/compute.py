@@ -98,7 +98,7 @@ class Compute:
 
     @contextlib.contextmanager
     def measure(self) -> Iterator[Measurement]:
-        """Measure time, peak memory and energy of the work inside. Memory is that of the GPU or, without one, of this process (Linux)."""
+        """Measure time, peak memory and energy of the `with` block. Memory is that of the GPU or, without one, of this process (Linux)."""
         torch = _torch()
         device = self.resolve()
         on_gpu = device.startswith("cuda")

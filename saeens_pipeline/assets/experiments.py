@@ -1,4 +1,4 @@
-"""The ops of an experiment, declared from its settings in the order in which artefacts are made. The op of ensembles is here, too."""
+"""The ops of an experiment, declared from its settings in the order in which artefacts are computed. The op of ensembles is here, too."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def as_frame(lines: Sequence[Line]) -> pl.DataFrame:
 
 
 def readable(line: Line) -> str:
-    """Return the amount of a figure as text."""
+    """Return the amount of a line of the forecast as text, with a unit."""
     if line.amount is None:
         return "not known"
     match line.unit:

@@ -1,4 +1,4 @@
-"""The driver: finds cache hits, links equal artefacts, makes missing ones and checks their health. Every run goes through it."""
+"""The driver: finds cache hits, links equal artefacts, computes missing artefacts and checks their health. Every run goes through it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from saeens_pipeline.storage.recipes import Artefact, Store
 
 
 class ReplacedInputError(SaeensError):
-    """An input was replaced or removed while an artefact was made from it."""
+    """An input was replaced or removed while an artefact was computed from it."""
 
 
 class Materialised(NamedTuple):
@@ -33,7 +33,7 @@ class Materialised(NamedTuple):
 
 
 def materialise(op: Op, selection: Collection[Address], partition: Partition, context: RunContext) -> list[Materialised]:
-    """Return the selected outputs of an op for one partition; make those that are no cache hits.
+    """Return the selected outputs of an op for one partition; compute those that are no cache hits.
 
     For each output: compute the recipe, look for a cache hit, take the lock, link an equal artefact if the op allows links, run the op's
     preflight and `make`, and check health. An unsound artefact is returned with the errors in its `health`: see `require_sound`.
@@ -49,7 +49,7 @@ def materialise(op: Op, selection: Collection[Address], partition: Partition, co
     hits = _hits(store, tasks)
     if len(hits) < len(tasks):
         with writing_alone(store.root, [task.where for task in tasks if task.where not in hits]):
-            hits = _hits(store, tasks)  # another process may have made them while this one waited for the lock
+            hits = _hits(store, tasks)  # another process may have computed them while this one waited for the lock
             missing = [task for task in tasks if task.where not in hits]
             if op.links:
                 missing = [task for task in missing if not _link(context, task, op.twin)]
@@ -105,8 +105,8 @@ def _inputs_of(store: Store, tasks: Sequence[Task]) -> Callable[[], None]:
         for each, version in known.items():
             if store.data_version(*each) != version:
                 raise ReplacedInputError(
-                    f"{place(*each)} was replaced or removed while {tasks[0].declaration.address.owner}: {made} was made from it: "
-                    "that is discarded; run again"
+                    f"{place(*each)} was replaced or removed while {tasks[0].declaration.address.owner}: {made} was computed from it: "
+                    "the result is discarded; run again"
                 )
 
     return require_unchanged

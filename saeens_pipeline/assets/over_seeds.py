@@ -39,7 +39,7 @@ class Spread:
 
     @classmethod
     def of(cls, points: Sequence[float]) -> Spread:
-        """Return the spread of points. Raises ValueError without points."""
+        """Return mean, interval and points of a number's values, one per seed. Raises ValueError without values."""
         from saeens_models.metrics import mean_interval
 
         return cls(*mean_interval(points), tuple(points))
@@ -80,7 +80,7 @@ def measurements(store: Store, over: Declaration, columns: Mapping[str, Sequence
 
 
 def over_seeds(measured: pl.DataFrame, metrics: Iterable[str], means: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Give a row for each experiment, layer, method and size: `metrics` with mean, interval and points, `means` without the last two."""
+    """Yield a row for each experiment, layer, method and size: `metrics` with mean, interval and points, `means` without the last two."""
     for of_seeds in measured.sort("seed").partition_by(_KEY, maintain_order=True):
         yield {
             **of_seeds.select(*_KEY, "language_model", "n_features").row(0, named=True),
@@ -93,7 +93,7 @@ def over_seeds(measured: pl.DataFrame, metrics: Iterable[str], means: Sequence[s
 
 
 def _statistics(name: str, points: Sequence[float | None]) -> Iterator[tuple[str, float | str | None]]:
-    """Give the columns of a metric. A seed without a value has an empty point, and is left out of mean and interval."""
+    """Yield (column, value) of a metric: mean, interval and points over seeds. A seed without a value has an empty point."""
     there = [point for point in points if point is not None]
     spread = Spread.of(there) if there else None
     yield from {name: spread and spread.mean, f"{name}_low": spread and spread.low, f"{name}_high": spread and spread.high}.items()

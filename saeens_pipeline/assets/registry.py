@@ -87,7 +87,7 @@ class Making:
     context: RunContext
     partition: Partition
     wanted: Collection[str]
-    """Names of the tables that are made together."""
+    """Names of the tables that are computed together."""
     run_shared_pass: Callable[[], Any]
     provenance: dict[str, Any] = field(default_factory=dict)
     """Fields that `rows` adds to the table's record, which also has run, device and time."""
@@ -99,6 +99,7 @@ class Making:
 
     @property
     def store(self) -> Store:
+        """Return the store of the run."""
         return self.context.store
 
     @property
@@ -107,7 +108,7 @@ class Making:
 
     @property
     def device(self) -> str:
-        """Return the device of evaluations, which has float64."""
+        """Return the device for evaluations: one that supports float64."""
         return self.context.compute.resolve(float64=True)
 
     @property
@@ -120,18 +121,18 @@ class Making:
         return reference.require(self.store, self.partition)
 
     def members(self, dictionary: Declaration) -> list[Artefact]:
-        """Return the SAEs of an ensemble, in member order, or a baseline alone. Raises SaeensError if the ensemble was made from others."""
+        """Return the SAEs of an ensemble, in member order, or a baseline alone. Raises SaeensError if the ensemble has other members."""
         if dictionary.builder != "ensemble":
             return [self.require(dictionary)]
         named = self.require(dictionary).recipe["inputs"]
         members = {name: self.store.require(each.address, where) for name, each, where in dictionary.input_partitions(self.partition)}
         for name, member in members.items():
             if member.data_version != named[name]:
-                raise SaeensError(f"{member.path} has changed since {dictionary.address} was made from it: make that again first")
+                raise SaeensError(f"{member.path} has changed since {dictionary.address} was computed from it: compute that again first")
         return list(members.values())
 
     def methods(self) -> Iterator[Measured]:
-        """Give every measured method and size."""
+        """Yield every measured method and size."""
         yield Measured("single", 1, self.subject.bagging, self.members(self.subject.bagging)[:1])
         for method, n_members, dictionary in self.subject.whole:
             saes = self.members(dictionary)
@@ -192,14 +193,14 @@ class Table:
     seed_metrics: tuple[str, ...] = ()
     """Metrics of the leaderboard: columns of which it has mean, interval and points over seeds."""
     forecast: Callable[[ExperimentSettings, int], Iterable[tuple[str, float | None, str, str]]] = lambda experiment, n_partitions: ()
-    """Give lines of `saeens plan` for that number of partitions of the table: item, amount or None if not known, unit and note."""
+    """Yield lines of `saeens plan` for that number of partitions of the table: item, amount or None if not known, unit and note."""
     over_experiments: bool = False
     """True: it compares experiments. False: it belongs to one experiment."""
     may_be_empty: bool = False
     warnings: Callable[[pl.DataFrame, CheckSettings], Iterable[str]] = lambda table, checks: ()
-    """Give a sentence for every value below the thresholds of the experiment's `checks`."""
+    """Yield a sentence for every value below the thresholds of the experiment's `checks`."""
     summary: Callable[[pl.DataFrame, Artefact], Mapping[str, Any]] = lambda table, artefact: {}
-    """Return metadata for the UI, in addition to the headline."""
+    """Return metadata for the UI, in addition to the headlines."""
     is_large: bool = False
     """True: the UI shows only its number of rows."""
     note: Callable[[Store, str, Collection[int], int | None], str] = lambda store, experiment, seeds, layer: ""
@@ -298,7 +299,7 @@ def fills(experiment: ExperimentSettings, name: str) -> bool:
 
 
 def complaint_about(experiment: ExperimentSettings) -> tuple[int, str] | None:
-    """Return the index of the first wrong entry of `evaluations`, with an error message; None if all are right."""
+    """Return index and error message of the first wrong entry of `evaluations`; None if all entries are right."""
     for i, name in enumerate(experiment.evaluations or ()):
         if name not in TABLES or TABLES[name].over_experiments:
             known = ", ".join(table.name for table in listed(over_experiments=False))
@@ -323,7 +324,7 @@ class Subject:
 
     @property
     def tokens(self) -> Reference:
-        """Return the tokens of the source."""
+        """Return a reference to the tokens of the source."""
         return tokens_of(self.experiment.source)
 
     @property

@@ -19,7 +19,7 @@ RESIDUAL_VERSION = 1
 def open_reader(store: Store, given: Reference, partition: Partition, device: str = "cpu") -> ActivationReader:
     """Open activations or a residual. A residual without bytes is computed from its nearest stored ancestor.
 
-    Raises SaeensError if such a residual was made from other activations, or by another round, than those that are there now.
+    Raises SaeensError if such a residual was computed from other activations, or by another round, than the present ones.
     """
     artefact = given.require(store, partition)
     if artefact.files or not isinstance(given, Declaration):
@@ -28,7 +28,7 @@ def open_reader(store: Store, given: Reference, partition: Partition, device: st
     view = _view(store, inputs["activations"], inputs["round"], partition, device)
     for name, each in inputs.items():  # now that they are open
         if each.require(store, partition).data_version != artefact.recipe["inputs"][name]:
-            raise SaeensError(f"{each.address} has changed since {place(given.address, partition)} was made: make that again first")
+            raise SaeensError(f"{each.address} has changed since {place(given.address, partition)} was computed: compute that again first")
     return view
 
 

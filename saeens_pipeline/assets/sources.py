@@ -74,7 +74,7 @@ def measures_loss(experiment: ExperimentSettings, model: LanguageModelDescriptio
 
 
 def language_model_of(made: Artefact) -> LanguageModelDescription:
-    """Return the language model of activations or tokens, described from its files today.
+    """Return the description of the language model of activations or tokens, read from its present files.
 
     Raises ConfigurationError if the language model no longer exists, SaeensError if its files have changed.
     """
@@ -160,7 +160,7 @@ def source_ops(settings: SourceSettings) -> list[Op]:
                 provenance["statistics"] = {split: each.to_json() for split, each in statistics[layer].items()}
 
     def _other_requested_layers(context: RunContext, first: Task, there_are: Collection[int], stack: contextlib.ExitStack) -> list[Task]:
-        """Return the tasks of other requested layers that are missing and that no other process makes: one forward pass serves them all.
+        """Return the tasks of other requested layers that are missing and not in another process: one forward pass serves all layers.
 
         Their health is checked in their own runs, where they are cache hits.
         """
@@ -169,7 +169,7 @@ def source_ops(settings: SourceSettings) -> list[Op]:
         tasks = [Task(activations, partition, activations.recipe(store, partition)) for partition in others]
         missing = [task for task in tasks if not store.hit(*task.where, task.recipe)]
         free = [task for task in missing if stack.enter_context(writing_if_free(store.root, *task.where))]
-        return [task for task in free if not store.hit(*task.where, task.recipe)]  # another process may have made them before the lock
+        return [task for task in free if not store.hit(*task.where, task.recipe)]  # another process may have computed them before the lock
 
     def check_tokens(*_: Any) -> None:
         validate_token_settings(_language_model(settings), **settings.model_dump(include=set(_TOKEN_FIELDS)))

@@ -93,7 +93,7 @@ def train_rounds(context: RunContext, tasks: Sequence[Task], given: Reference, r
 
 @contextlib.contextmanager
 def _checkpoints(context: RunContext, tasks: Sequence[Task], outputs: Sequence[Declaration], op_name: str) -> Iterator[Checkpoints | None]:
-    """Give the checkpoints of these SAEs, and remove them after success; None if checkpoints are switched off."""
+    """Yield the checkpoints of these SAEs, and remove them after success; None if checkpoints are switched off."""
     seconds = checkpoint_seconds()
     if seconds is None:
         yield None
@@ -115,7 +115,7 @@ def _checkpoints(context: RunContext, tasks: Sequence[Task], outputs: Sequence[D
 
 
 def _open_documents(store: Store, activations: Artefact, source: str, labels: Mapping[str, Sequence[str]]) -> SelectedDocuments:
-    """Open the training rows of the documents with these labels. Raises SaeensError for activations made from other tokens."""
+    """Open the training rows of the documents with these labels. Raises SaeensError for activations of other tokens."""
     tokens = tokens_of(source).require(store, Partition())
     if activations.recipe["inputs"]["tokens"] != tokens.data_version:  # the numbers of documents differ
         raise SaeensError(f"{activations.path} was computed from tokens of {source} that have changed since: compute the activations again")

@@ -21,7 +21,7 @@ def gc(
         list[Path] | None, typer.Option(help="A former folder of SAEENS_EXPERIMENTS: artefacts of its files count as unused.")
     ] = None,
 ) -> None:
-    """List files below the data root that belong to no experiment or source any more."""
+    """List files below the data root that belong to no present experiment or source."""
     from saeens_pipeline.orchestration.garbage import by_folder, declared, find_garbage, remove_garbage
     from saeens_pipeline.orchestration.ops import Ops
     from saeens_pipeline.settings.files import FOLDERS_VARIABLE

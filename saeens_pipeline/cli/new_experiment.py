@@ -33,7 +33,7 @@ DIMENSIONS_PER_FEATURE = 24  # d_in / k, about that of the quickstart; k is roun
 
 
 class NewExperiment(NamedTuple):
-    """The path of a new experiment file. `is_read`: it is in a folder of experiment files."""
+    """The path of a new experiment file. `is_read`: the file is in a folder from which experiments are read."""
 
     path: Path
     is_read: bool
@@ -123,7 +123,7 @@ def render(name: str, description: LanguageModelDescription, layers: Sequence[in
 def _fields(
     fields: Mapping[str, FieldInfo], values: Mapping[str, Any], nested: Mapping[str, type[BaseModel]] | None = None, indent: str = "  "
 ) -> Iterator[str]:
-    """Give a line for each field with its meaning: those with a value, and others as comments that hold their default."""
+    """Yield a line of YAML for each field, with its meaning. A field without a value is a comment with its default."""
     for name, field in fields.items():
         about = "; ".join(filter(None, [(field.description or "").rstrip("."), _alternatives(name, field.annotation)]))
         about = about.replace("``", "`")  # descriptions are reStructuredText

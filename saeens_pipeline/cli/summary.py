@@ -89,7 +89,7 @@ def _fresh_tables(store: Store, experiment: str, statuses: Sequence[Status], nam
 
 
 def _print_warnings(store: Store, experiment: ExperimentSettings, statuses: Sequence[Status], console: Console) -> None:
-    """Print the first warnings of health checks of fresh artefacts, and the number of others."""
+    """Print the first warnings of the health checks of fresh artefacts, and the number of further warnings."""
     fresh = [(each, store.require(*each.where)) for each in statuses if each.state == "fresh"]
     warnings = [each for s, artefact in fresh for each in warnings_of(s.declaration, s.partition, artefact, experiment.checks)]
     for warning in warnings[:SHOWN_WARNINGS]:

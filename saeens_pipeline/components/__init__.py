@@ -24,7 +24,7 @@ class _Declared:
         self.name = name
 
     def ops(self, catalogue: Catalogue) -> list[Op]:
-        """Return the ops that make the assets."""
+        """Return the ops that compute the assets."""
         raise NotImplementedError
 
     @classmethod

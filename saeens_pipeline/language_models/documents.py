@@ -61,7 +61,7 @@ class RecordCorpus(Generic[_Settings]):
 
     @property
     def settings_that_decide(self) -> dict[str, object]:
-        """The settings that recipes hold."""
+        """Settings of the corpus that are part of recipes."""
         return {name: getattr(self.settings, name) for name in RecordSettings.model_fields}
 
     @property
@@ -80,7 +80,7 @@ class RecordCorpus(Generic[_Settings]):
         return Document(name, text, {field: None if value is None else str(value) for field, value in labels.items()})
 
     def held_out(self, documents: Iterator[Document], split: Split) -> Iterator[Document]:
-        """Return the documents of a split, which a hash of their names decides."""
+        """Return the documents of one split, training or test. A hash of a document's name decides its split."""
         return (document for document in documents if (rank(document.name) < self.settings.test_share) == (split == "test"))
 
 

@@ -28,7 +28,7 @@ _BATCH_ROWS = 1000
 
 
 class TextFileCorpus(RecordCorpus[TextFiles]):
-    """Documents of local files."""
+    """Corpus of local text files: one document per line, row or file, by format."""
 
     @property
     def identity(self) -> dict[str, object]:

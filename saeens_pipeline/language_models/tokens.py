@@ -198,7 +198,7 @@ def open_tokens(path: Path, dropped: Mapping[Split, np.ndarray] | None = None) -
     """Open the tokens that `write_tokens` wrote. Raises SaeensError if they are missing or incomplete.
 
     `dropped`: kept positions without an activation row, by their indices among the kept positions of a split, `[n]` ascending. They are
-    not `kept` in what is read.
+    not `kept` in the read windows.
     """
     import zarr
 
@@ -288,7 +288,10 @@ class TokenStore:
             yield waiting
 
     def around(self, split: Split, places: np.ndarray, radius: int) -> Surroundings:
-        """Return the tokens around places `[n]`, in ascending order and as from `places`. Memory: as `batches`, and the result."""
+        """Return the `2 * radius + 1` tokens around each place.
+
+        places: `[n]` ascending, as `places` yields them. Memory: that of `batches`, and the result.
+        """
         parts, first = [], 0
         offsets = np.arange(-radius, radius + 1)
         for batch in self.batches(split, _CHUNK_TOKENS // self.context_length + 1):
@@ -396,7 +399,7 @@ def _document_windows(encoded: Iterator[np.ndarray], context_length: int, limit:
 
 
 def _stream_windows(encoded: Iterator[np.ndarray], context_length: int) -> Iterator[_Window]:
-    """Cut all documents as one stream; only the last window may have less than `context_length` tokens."""
+    """Cut the concatenation of all documents into windows of `context_length` tokens. Only the last window may be shorter."""
     rest = _Window(*(np.empty(0, np.int64) for _ in _Window._fields))
     for index, ids in enumerate(encoded):
         document = _Window(ids, np.full(len(ids), index), np.arange(len(ids)))
@@ -428,7 +431,7 @@ def _encode(
 
 
 def batched(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    """Yield documents in batches for a tokenizer."""
+    """Yield batches of consecutive documents, as tokenizers take them."""
     batch: list[Document] = []
     characters = 0
     for document in documents:

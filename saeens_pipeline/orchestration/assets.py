@@ -1,4 +1,4 @@
-"""Dagster assets from declarations: one multi-asset per op, which makes its missing and stale outputs."""
+"""Dagster assets from declarations: one multi-asset per op, which computes its missing and stale outputs."""
 
 # Without `from __future__ import annotations`: Dagster reads the annotations of ops at run time.
 import warnings
@@ -110,7 +110,11 @@ def _health_spec(declaration: Declaration) -> dg.AssetCheckSpec:
 
 
 def _dependency(declaration: Declaration, upstream: Input) -> dg.AssetDep:
-    """Return a dependency. Between (layer, seed) and (layer) the layers correspond; an asset without partitions serves all."""
+    """Return the Dagster dependency of an asset on an input.
+
+    Partitions with the same layer depend on each other if only one of the two assets has seeds. An input without partitions is an input of
+    every partition.
+    """
     across = {declaration.dimensions, upstream.artefact.dimensions} == {"layer", "layer_and_seed"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", dg.BetaWarning)

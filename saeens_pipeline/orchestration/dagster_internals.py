@@ -22,7 +22,7 @@ NO_COMPUTE_LOGS = "dagster._core.storage.noop_compute_log_manager"
 
 
 def forget_partitions(instance: DagsterInstance, key: Sequence[str], partitions: Sequence[str]) -> None:
-    """Let Dagster count these partitions of an asset as never made and never tried; without partitions, all of the asset.
+    """Let Dagster count these partitions of an asset as never materialised and never tried; without partitions, all of the asset.
 
     Its SQL storages lack `wipe_asset_partitions`: in their index of asset events, these events are taken from the asset. They are not
     deleted: SQLite would give their numbers to new events, which the automation would take for old ones.
@@ -60,7 +60,7 @@ def code_servers(instance: DagsterInstance, workspace: Path, prefix: str) -> Ite
 
 
 def webserver_context(instance: DagsterInstance, workspace: Path) -> AbstractContextManager[Any]:
-    """Return what Dagster's webserver serves: an instance and the code locations of a workspace file."""
+    """Return the context that Dagster's webserver serves: an instance and the code locations of a workspace file."""
     from dagster._core.workspace.context import WorkspaceProcessContext
     from dagster._core.workspace.load_target import WorkspaceFileTarget
 

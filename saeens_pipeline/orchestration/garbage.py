@@ -1,4 +1,4 @@
-"""Garbage collection: files below the data root that belong to no experiment or source any more.
+"""Garbage collection: files below the data root that belong to no present experiment or source.
 
 A path counts as an artefact only if it is at an artefact's place and has a record. All other unknown files are listed and never removed,
 and so are artefacts with files that are not in their record. Symbolic links are not followed.
@@ -55,11 +55,11 @@ class Inventory:
     garbage: list[Finding] = field(default_factory=list)
     unknown: list[Finding] = field(default_factory=list)
     unread_folders: list[Path] = field(default_factory=list)
-    """Folders of experiment files that made artefacts here and are not read now."""
+    """Folders of experiment files of artefacts here that are not read now."""
 
     @property
     def freed_bytes(self) -> int:
-        """Return the bytes that removal of the garbage frees. A file with several hard links, as of linked SAEs, is freed with the last."""
+        """Return the bytes that become free by removing the garbage. A file with several hard links becomes free with its last link."""
         found = [file.lstat() for finding in self.garbage for file in _files(finding.path)]
         names = Counter((status.st_dev, status.st_ino) for status in found)
         nodes = {(status.st_dev, status.st_ino): status for status in found}
@@ -178,7 +178,7 @@ def _remove(path: Path, root: Path) -> bool:
 
 
 def _forget(findings: Sequence[Finding], root: Path) -> None:
-    """Mark the artefacts among the findings as missing in Dagster, so that the automation makes them if they are declared again."""
+    """Mark the artefacts among the findings as missing in Dagster, so that the automation computes them if they are declared again."""
     partitions: dict[Address, list[str]] = {}
     for address, partition in filter(None, (locate(PurePosixPath(each.path.relative_to(root).as_posix())) for each in findings)):
         key = "|".join(str(value) for value in partition if value is not None)  # as Dagster writes it

@@ -17,7 +17,7 @@ _LOOPBACK = re.compile(r"(?:127\.0\.0\.1|localhost|\[::1\])(?::\d{1,5})?")
 
 
 class Guard:
-    """Gives only those requests to `app` that its own pages and programs make. Every other request is answered with 403 and the reason.
+    """ASGI middleware: passes requests of the UI's own pages and programs to `app`. Other requests are answered with 403 and the reason.
 
     Dagster's webserver takes queries and mutations from GET requests and forms, with any Host and any Origin. Without a guard every page
     that a browser on this machine opens could start runs, and after DNS rebinding also read. Accepted is:

@@ -161,7 +161,7 @@ def _damaged(file: Path, damage: str, storage: Path) -> SaeensError:
 
 @contextlib.contextmanager
 def open_instance(home: Path, settings: str = _SETTINGS_FILE) -> Iterator[DagsterInstance]:
-    """Give the instance with the settings of a file in `home`. Raises SaeensError for wrong settings and a damaged database."""
+    """Yield the instance with the settings of a file in `home`. Raises SaeensError for wrong settings and a damaged database."""
     try:
         instance = DagsterInstance.from_config(str(home), settings)
     except (DagsterError, yaml.YAMLError, TypeError, ValueError, KeyError) as error:
@@ -211,7 +211,7 @@ def _is_ours(settings: str) -> bool:
 
 @contextlib.contextmanager
 def command_line_instance() -> Iterator[DagsterInstance]:
-    """Give the instance of DAGSTER_HOME for runs in this process, without Dagster's capture of the output of steps.
+    """Yield the instance of DAGSTER_HOME for runs in this process, without Dagster's capture of the output of steps.
 
     The capture's helper processes would break progress bars and print tracebacks after Ctrl-C. Raises as `prepare_home`.
     """
@@ -232,7 +232,7 @@ def _write_command_line_settings(home: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def recorded_instance() -> Iterator[DagsterInstance | None]:
-    """Give the instance of DAGSTER_HOME for commands that only read; None if it does not exist. None is created.
+    """Yield the instance of DAGSTER_HOME for commands that only read; None if it does not exist. None is created.
 
     Where the folder cannot be written, the instance is a copy, because Dagster opens databases for writing only.
     """
@@ -254,7 +254,7 @@ def recorded_instance() -> Iterator[DagsterInstance | None]:
 
 
 def this_host() -> str:
-    """Return a name of this machine since its last start, and of this container: each of them numbers processes anew.
+    """Return a name of this machine since its last start, and of this container: each of them has its own numbers of processes.
 
     The name is the host name and a hash of the host name, the boot id, and the namespace of process ids.
     """
@@ -349,6 +349,6 @@ def register_layers(instance: DagsterInstance, source: str, layers: Sequence[int
 
 
 def added_layers(instance: DagsterInstance, source: str) -> list[str]:
-    """Return the layers that were added by hand and not by the experiment file. In the UI any text can be added."""
+    """Return the partition keys that users added to a source's layers. They are unchecked: the UI accepts any text."""
     declared = set(instance.get_dynamic_partitions(declared_layers_name(source)))
     return [layer for layer in instance.get_dynamic_partitions(layers_name(source)) if layer not in declared]

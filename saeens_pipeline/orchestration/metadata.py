@@ -33,7 +33,7 @@ def static_metadata(declaration: Declaration) -> dict[str, Any]:
 
 
 def describe_artefact(declaration: Declaration, partition: Partition, artefact: Artefact, *, is_hit: bool) -> dict[str, Any]:
-    """Return the metadata of one materialisation, in the order of the UI."""
+    """Return the metadata of one materialisation, by name, in the order in which the UI lists them."""
     made = artefact.provenance
     summary: dict[str, Any] = {}
     if declaration.builder == "sae":
@@ -107,7 +107,7 @@ def _report_summary(artefact: Artefact) -> dict[str, Any]:
 
 
 def _links(declaration: Declaration, partition: Partition) -> dict[str, Any]:
-    """Return links to the SAEs of a table or an ensemble, by the name of their group."""
+    """Return links to the SAEs of a table or an ensemble as UI metadata, by label."""
     query = "" if None in partition else f"?view=partitions&partition={quote('|'.join(map(str, partition)))}"  # SAEs have layer and seed
 
     def link(sae: Declaration) -> str:
@@ -117,7 +117,7 @@ def _links(declaration: Declaration, partition: Partition) -> dict[str, Any]:
 
 
 def _saes_below(declaration: Declaration) -> Iterator[tuple[str, list[Declaration]]]:
-    """Give label and SAEs: those of an ensemble, or a table's single SAEs and those of its ensembles."""
+    """Yield label and SAEs of each part of a declaration's inputs: single SAEs, and the SAEs of each ensemble."""
     below = [each.artefact for each in declaration.inputs if isinstance(each.artefact, Declaration)]
     single = [each for each in below if each.builder == "sae"]
     if single:
@@ -143,7 +143,7 @@ def column_lineage(declaration: Declaration) -> dg.TableColumnLineage:
 
 
 def _part_read(upstream: Reference, table: Table, column: Column) -> str | None:
-    """Return the part of an upstream asset that a column is computed from; None for none."""
+    """Return the part of an upstream asset from which a column is computed; None if the column does not depend on the asset."""
     address, name = upstream.address, column.name.removeprefix("control_")
     if address.is_table:
         names = column.from_columns or (name,)
@@ -189,7 +189,7 @@ def _table_summary(declaration: Declaration, artefact: Artefact) -> dict[str, An
 
 
 def _pareto_summary(artefact: Artefact) -> dict[str, Any]:
-    """Return the summary with the picture, which the UI shows on a click if it is large."""
+    """Return the UI metadata of a Pareto table: number of rows, missing experiments, and the plot."""
     return {
         "dagster/row_count": len(pl.read_parquet(artefact.path / TABLE_FILE)),
         "not evaluated yet": ", ".join(artefact.provenance["not_evaluated"]) or None,

@@ -14,10 +14,10 @@ from saeens_pipeline.settings import ExperimentSettings
 
 
 class Ops(Experiments):
-    """Every source and experiment, and the ops that make their artefacts."""
+    """Every source and experiment, and the ops that compute their artefacts."""
 
     def ops(self, experiment: ExperimentSettings) -> list[Op]:
-        """Return the ops of an experiment and of its source, in the order in which artefacts are made."""
+        """Return the ops of an experiment and of its source, in the order in which artefacts are computed."""
         return [*source_ops(self.sources[experiment.source]), *self.own_ops(experiment)]
 
     def own_ops(self, experiment: ExperimentSettings) -> list[Op]:

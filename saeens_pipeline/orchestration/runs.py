@@ -62,7 +62,7 @@ class Outcome(NamedTuple):
     reports: Sequence[Path]
     """Pages of the fresh reports."""
     renewed: Sequence[Path]
-    """Pages of other experiments' reports that show this one as their control and were made again."""
+    """Pages of other experiments' reports that show this one as their control and were written again."""
     seconds: float
 
 
@@ -72,12 +72,12 @@ def reporter_for(console: Console) -> progress.Reporter:
 
 
 def print_line(console: Console, line: str) -> None:
-    """Print text unchanged: without markup, colours and line breaks."""
+    """Print a line unchanged: rich adds no markup, colours or line breaks."""
     console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def experiment_status(catalogue: Catalogue, name: str) -> list[Status]:
-    """Return the status of every artefact of an experiment, in the order in which they are made."""
+    """Return the status of every artefact of an experiment, in the order in which they are computed."""
     experiment = catalogue.experiment(name)
     return _statuses(_plan(catalogue, experiment, recorded_layers(catalogue.sources[experiment.source]).layers))
 
@@ -93,7 +93,7 @@ def _statuses(stages: Sequence[Stage]) -> list[Status]:
 def run_experiment(
     catalogue: Catalogue, name: str, *, layers: Sequence[int], seeds: Sequence[int], select: Sequence[str], console: Console
 ) -> Outcome:
-    """Make missing and stale artefacts, stage by stage, and show progress."""
+    """Compute the missing and stale artefacts of an experiment, stage by stage, and show progress."""
     began = time.monotonic()
     with recorded_instance() as instance:
         if instance:
@@ -226,7 +226,7 @@ def _preflight(
 def _restricted(
     stages: Sequence[Stage], seeds: Sequence[int], select: Sequence[str], console: Console
 ) -> list[tuple[Stage, list[Declaration]]]:
-    """Return the artefacts that each stage makes, restricted to the selected seeds and assets."""
+    """Return the artefacts of each stage, restricted to the selected seeds and assets."""
     allowed = _selected(stages, select) if select else None
     chosen: list[tuple[Stage, list[Declaration]]] = []
     left_out = False
@@ -298,7 +298,7 @@ def _execute(
 
 @contextlib.contextmanager
 def _interrupts() -> Iterator[Callable[[], None]]:
-    """Give a function that raises KeyboardInterrupt if Ctrl-C was pressed inside this context and had no effect.
+    """Yield a function that raises KeyboardInterrupt if Ctrl-C was pressed inside this context and had no effect.
 
     Dagster loses an interrupt at the end of a run, and Python loses one during a weak reference's callback. The interpreter writes every
     signal to the wakeup descriptor, also if its handler ignores the signal.

@@ -19,7 +19,7 @@ REPORT = "report"
 def report_op(experiment: ExperimentSettings, tables: Sequence[Declaration], control_tables: Sequence[Declaration]) -> Op:
     """Declare the report of an experiment's tables and those of its control on an untrained language model.
 
-    The report is made from the tables on disk and waits for none; tables made later make it stale.
+    The report is computed from the tables on disk and waits for none; later tables make it stale.
     """
     report = Declaration(
         address=Address(experiment.name, REPORT, REPORT),

@@ -74,7 +74,7 @@ def marginal_gain(results: Results) -> Iterator[Chart]:
 def against_members(values: Mapping[Size, Spread], metric: Headline, suggested: Mapping[str, int] | None = None) -> Chart | None:
     """Return a metric against the number of members, or None without ensembles of several.
 
-    Single SAEs are dotted levels, to compare with at every size. Gains start at the second member, and `suggested` numbers are marked.
+    Single SAEs are dotted levels, for comparison with every size. Gains start at the second member, and `suggested` numbers are marked.
     """
     if not any(size.n_members > 1 for size in values):
         return None
@@ -185,7 +185,7 @@ def _curves(rows: pl.DataFrame, column: str) -> Iterator[Series]:
 
 
 def features(results: Results) -> Iterator[Chart]:
-    """Yield histograms of the features' densities and of their cosines to features under other seeds."""
+    """Yield two charts: histograms of the features' densities, and of their largest cosines to features under other seeds."""
     table = results.tables.get("features")
     if table is None:
         return
@@ -206,7 +206,7 @@ def features(results: Results) -> Iterator[Chart]:
 
 
 def _histograms(rows: pl.DataFrame, column: str, whole: pl.DataFrame, edges: np.ndarray, form: str) -> Iterator[Series]:
-    """Yield a histogram of each method in shares of its features in `whole`; values beyond the edges count to the last bin there."""
+    """Yield a histogram per method, as shares of the method's features in `whole`. Values beyond the edges count in the outer bins."""
     bins = [f"from {left:{form}} to {right:{form}}" for left, right in itertools.pairwise(edges)]
     for name in in_order(rows["method"]):
         values = rows.filter(method=name)[column].to_numpy().clip(edges[0], edges[-1])
@@ -244,7 +244,7 @@ def _by_count(rows: pl.DataFrame, x: str, y: str, group: str) -> list[Series]:
 
 
 def layer_profile(board: pl.DataFrame, experiment: str) -> Iterator[Chart]:
-    """Yield metrics of the leaderboard against the layer, of an experiment with several layers."""
+    """Yield charts of the leaderboard's metrics against the layer, for an experiment with several layers."""
     rows = board.filter(experiment=experiment)
     if rows["layer"].n_unique() < 2:
         return

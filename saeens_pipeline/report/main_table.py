@@ -47,7 +47,7 @@ def main_table(results: Results, record: Record, metrics: Sequence[Headline]) ->
 
 
 def why_empty(metric: Headline, experiment: str, n_seeds: int) -> str:
-    """Return the reason why an evaluated method has no number."""
+    """Return the reason for an empty cell: an evaluated method has no value of this metric."""
     if metric == STABILITY and n_seeds < 2:
         return "there is one seed, and stability compares seeds"
     if metric == CE:

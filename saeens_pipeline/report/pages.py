@@ -143,7 +143,7 @@ def write_leaderboard(folder: Path, board: pl.DataFrame, reports: Mapping[tuple[
 
 
 def what_makes_contexts(experiment: ExperimentSettings, catalogue: Experiments) -> str:
-    """Return how to get missing contexts: from this experiment, or from another one that has them and the same SAEs, or more."""
+    """Return a hint how to compute missing contexts: in this experiment, or in another one that has the same SAEs and the table."""
     members = experiment.ensemble.members
 
     def saes(of: ExperimentSettings) -> tuple[object, ...]:
@@ -162,7 +162,7 @@ def what_makes_contexts(experiment: ExperimentSettings, catalogue: Experiments) 
 
 
 def _control_hint(layer: int, control: ExperimentSettings | None, untrained: Results | None) -> str:
-    """Return how to get the control's figures."""
+    """Return a hint how to compute the control's figures; empty if the control has them."""
     if control and untrained and list(compare(untrained, untrained)):
         return ""  # it is this experiment that has nothing to compare
     if control:
@@ -171,7 +171,7 @@ def _control_hint(layer: int, control: ExperimentSettings | None, untrained: Res
 
 
 def _cell_of_board(row: Mapping[str, Any], metric: Headline) -> Cell:
-    """Return a mean of the leaderboard, with its interval or points where the board has them."""
+    """Return a cell of the leaderboard page: mean, and the interval or points over seeds if the leaderboard has them."""
     if row[metric.column] is None:
         return Cell(why=why_empty(metric, row["experiment"], row["n_seeds"]))
     points = row.get(f"{metric.column}_by_seed")

@@ -21,7 +21,7 @@ from saeens_pipeline.storage.tables import has_table, read_table
 
 
 class Size(NamedTuple):
-    """A method and the number of SAEs it consists of, or is as wide as."""
+    """A method and its size: the number of members of an ensemble, or the number of members whose width an expanded SAE has."""
 
     method: str
     n_members: int

@@ -179,7 +179,7 @@ class EnsembleSettings(Section):
 
 
 class FreshnessSettings(Section):
-    """`freshness`: largest age of the tables since they were last made or confirmed."""
+    """`freshness`: largest age of the tables, counted from the last run that computed or confirmed them."""
 
     fail_days: float = Field(ge=MIN_FRESHNESS_DAYS, description="age in days from which tables are overdue")
     warn_days: float | None = Field(None, ge=MIN_FRESHNESS_DAYS, description="age in days from which to warn; less than fail_days")
@@ -252,7 +252,7 @@ class ExperimentSettings(FromFile):
     @model_validator(mode="before")
     @classmethod
     def _swept_field(cls, given: Any) -> Any:
-        """Set the swept field of `sae` to its first value, so that `sae` need not have it."""
+        """Set the swept field of `sae` to the first value of the sweep: `sae` may leave it out."""
         match given:
             case {"sae": list(), "sweep": dict()}:
                 raise _wrong(
@@ -346,7 +346,7 @@ class ExperimentSettings(FromFile):
 
     @property
     def pursuit_sae(self) -> SAESettings:
-        """`sae` of the baseline matching_pursuit: the sum of all widths, and at most the sum of all L0 active features."""
+        """Settings of the SAE of the baseline matching_pursuit: as wide as all members together, and at most the sum of their L0."""
         joined = self.joined_sae(self.ensemble.members, l0_matched=True)
         if joined.architecture == "matching_pursuit" or joined.l0 is None:
             return joined

@@ -100,7 +100,7 @@ class ActivationWriter:
         return ~(norms > self.norm_limit) | ~norms.isfinite()
 
     def close(self) -> None:
-        """Write the buffered rows and the statistics. Raises SaeensError if rows of a split are missing."""
+        """Finish the store: write the buffered rows and the statistics. Raises SaeensError if a split has fewer rows than declared."""
         self.statistics = {split: writer.finish(f"{self.name}, {split} split") for split, writer in self._splits.items()}
         if self.progress:
             self.progress.remove()
@@ -214,7 +214,7 @@ class _Progress:
         self._last = self._thread.submit(self._write, json.dumps({"kind": self._kind, "done": self.done}), list(files))
 
     def stop(self) -> None:
-        """Wait until the record of the last shard is written. The record stays."""
+        """Stop the writing thread, after the record of the last shard is written. The record stays on disk."""
         self._thread.shutdown()
 
     def remove(self) -> None:

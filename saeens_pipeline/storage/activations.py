@@ -135,7 +135,7 @@ class ActivationReader(ABC):
 
     @abstractmethod
     def n_rows(self, split: str) -> int:
-        """Return the number of rows. Raises SaeensError for a split that does not exist, as all methods do."""
+        """Return the number of rows of a split. Raises SaeensError for a split that does not exist; the other methods do, too."""
 
     @abstractmethod
     def stored_chunk(self, split: str, index: int) -> torch.Tensor:
@@ -158,7 +158,7 @@ class ActivationReader(ABC):
         return -(-self.n_rows(split) // self.chunk_rows)
 
     def statistics(self, split: str) -> ActivationStatistics:
-        """Return the statistics of the rows of a split, as they are read. Unless they are stored, the first call reads all rows."""
+        """Return the statistics of the rows of a split. If they are not stored, the first call reads all rows."""
         if split not in self._statistics:
             statistics = StreamingStatistics(self.d_in)
             for index in range(self.n_chunks(split)):

@@ -45,10 +45,10 @@ class HeldFolder(LocalStore):
         except FileNotFoundError:
             is_same = False
         if not is_same:  # looked at after the file, which was that of the folder until then
-            raise SaeensError(f"{self.root} was replaced while it was read: run again with what is there now")
+            raise SaeensError(f"{self.root} was replaced while it was read: run again")
         return value
 
     def require_unwritten(self, name: str) -> None:
         """Raise SaeensError for a file that is missing although it was written."""
         if name in self.files:
-            raise SaeensError(f"{self.root / name} is missing: it was removed or replaced. `saeens run` makes it again")
+            raise SaeensError(f"{self.root / name} is missing: it was removed or replaced. `saeens run` computes it again")

@@ -37,7 +37,7 @@ def writing_alone(root: Path, places: Iterable[tuple[Address, Partition]]) -> It
 
 
 def writing_if_free(root: Path, address: Address, partition: Partition) -> contextlib.AbstractContextManager[bool]:
-    """Lock this artefact for writing unless another process holds it, and give whether it is locked. Does not wait."""
+    """Return a context manager that locks an artefact for writing, if it is free, and yields True if it is locked. Does not wait."""
     return _held(_file(root, address, partition), wait=False)
 
 

@@ -99,7 +99,7 @@ class Address:
         return self._path([f"{name}={value}" for name, value in partition._asdict().items() if value is not None])
 
     def glob(self, *dimensions: str) -> str:
-        """Return the pattern of the paths of all partitions; `dimensions` are the names of the partition dimensions."""
+        """Return a glob pattern that matches the paths of all partitions. `dimensions` names the partition dimensions, such as layer."""
         return str(self._path([f"{name}=*" for name in dimensions]))
 
     def _path(self, dimensions: Sequence[str]) -> PurePosixPath:

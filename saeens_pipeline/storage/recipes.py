@@ -1,4 +1,4 @@
-"""The cache of artefacts: each artefact on disk carries the recipe that made it.
+"""The cache of artefacts: each artefact on disk carries its recipe.
 
 A recipe holds everything that decides the content of an artefact: the builder and its version, the settings, and the data versions of
 the inputs. An artefact whose stored recipe has the hash of the requested recipe is a cache hit, for every experiment. Facts that do not
@@ -124,7 +124,7 @@ class MissingInputError(SaeensError):
 
 
 class DamagedArtefactError(SaeensError):
-    """The files of an artefact differ from those in its record, or the record cannot be read. The artefact has to be made again."""
+    """The files of an artefact differ from those in its record, or the record cannot be read. The artefact has to be computed again."""
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ class Store:
         versioned_content: bool = True,
         resumable: bool = False,
     ) -> Iterator[Path]:
-        """Give an empty folder to write into; on leaving the context it becomes the artefact and replaces an earlier one.
+        """Yield an empty folder to write into; on leaving the context it becomes the artefact and replaces an earlier one.
 
         `provenance` is read on leaving, so that the caller can fill it meanwhile. An exception leaves the earlier artefact unchanged.
         `versioned_content=False`: the data version follows from the recipe alone, as for residuals, whose bytes may be dropped.

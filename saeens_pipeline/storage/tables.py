@@ -41,7 +41,7 @@ def frame(table: str, columns: Sequence[Column], rows: Iterable[Mapping[str, Any
 
 
 def has_table(root: Path, experiment: str, table: str, layer: int | None = None) -> bool:
-    """Return whether a table has any partition on disk, or any of one layer."""
+    """Return True if at least one partition of a table is on disk; with `layer`, at least one of that layer."""
     return bool(_parts(root, experiment, table, layer))
 
 

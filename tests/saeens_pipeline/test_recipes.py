@@ -310,7 +310,7 @@ def test_a_missing_file_is_an_error_with_its_name_and_size(store: Store, name: s
         store.find(MEMBER, WHERE)
 
 
-PARTS: dict[str, Any] = {"provenance": {}, "files": {}, "data_version": "v"}  # of a record, beside the recipe
+PARTS: dict[str, Any] = {"provenance": {}, "files": {}, "data_version": "v"}  # of a record, without the recipe
 
 
 @pytest.mark.parametrize("content", ["", '{"recipe": {', "[]", '{"recipe": {}}', json.dumps({"recipe": {"builder": "sae"}} | PARTS)])

@@ -43,7 +43,7 @@ def _write(store: Store, value: float) -> Path:
 
 
 def _with_compressed_rows(folder: Path) -> None:
-    """Store the rows anew as Zarr only can read them."""
+    """Store the rows again in a layout that only Zarr can read."""
     group: Any = zarr.open_group(folder / "train", mode="a")
     rows = group["activations"][:]
     group.create_array("activations", data=rows, chunks=(CHUNK_ROWS, 4), compressors=[ZstdCodec()], overwrite=True)
@@ -252,14 +252,14 @@ def test_a_residual_without_bytes_is_not_read_from_other_activations(finished: L
     assert not finished.store.require(residual.address, where).files
     assert open_reader(finished.store, residual, where).n_rows("train")
     _change(finished, "boosting", "round_1")
-    with pytest.raises(SaeensError, match="round_1 has changed since tiny/boosting/residual_1, layer 1, seed 1 was made"):
+    with pytest.raises(SaeensError, match="round_1 has changed since tiny/boosting/residual_1, layer 1, seed 1 was computed"):
         open_reader(finished.store, residual, where)
 
 
 def test_an_ensemble_is_not_measured_with_other_members(finished: Laboratory):
     _change(finished, "bagging", "member_2")
     shutil.rmtree(finished.root / "tables")
-    with pytest.raises(SaeensError, match="member_2 has changed since tiny/bagging/bagging_ensemble was made from it"):
+    with pytest.raises(SaeensError, match="member_2 has changed since tiny/bagging/bagging_ensemble was computed from it"):
         finished.materialise([f"{NAME}/eval/cost"], Partition(LAYER, 1))
 
 

@@ -1,4 +1,4 @@
-"""Memory-mapped shards: byte for byte what zarr-python reads, or left to it, or an error that names the damaged file."""
+"""Memory-mapped shards: equal to the bytes that zarr-python reads, or left to zarr-python, or an error that names the damaged file."""
 
 from __future__ import annotations
 

@@ -155,7 +155,7 @@ class Laboratory:
     def materialise(
         self, keys: Sequence[str], partition: Partition, tags: Mapping[str, str] | None = None
     ) -> dict[str, dg.AssetMaterialization]:
-        """Make assets as the UI does, whatever is there already; gives the events by asset key."""
+        """Materialise assets as the UI does, also those that exist; return the events by asset key."""
         catalogue, declarations = self.catalogue, self.declarations()
         job = catalogue.definitions().resolve_implicit_global_asset_job_def()
         with dg.DagsterInstance.ephemeral() as instance:

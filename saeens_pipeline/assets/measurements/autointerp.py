@@ -82,7 +82,7 @@ def _columns(verdict: Verdict, n_texts: int) -> Row:
 
 
 def _of_ensembles(making: Making, settings: AutoInterpSettings, ensembles: Sequence[str], radius: int) -> Iterator[list[_Drawn]]:
-    """Give the drawn features of each ensemble, in the order in which they are drawn."""
+    """Yield the drawn features of each ensemble, in the order in which they are drawn."""
     windows = _windows(making, radius)
     for method in ensembles:
         ensemble = sm.load_ensemble(making.require(getattr(making.subject, method)).path)
@@ -134,14 +134,14 @@ def _windows(making: Making, radius: int) -> _Windows:
 
 @dataclass(frozen=True)
 class _Windows:
-    """Random windows of the test text, as wide as contexts are, in the order of the text."""
+    """Random windows of the test text, each as wide as a context, in text order."""
 
     texts: Sequence[str]
     reader: ActivationReader
     spans: Sequence[tuple[int, int]]  # their activation rows
 
     def activations(self) -> Iterator[Tensor]:
-        """Give the activations of each window, `[n_rows, d_in]` float32."""
+        """Yield the activations of each window, `[n_rows, d_in]` float32."""
         size = self.reader.chunk_rows
         held: dict[int, Tensor] = {}
         for begin, end in self.spans:

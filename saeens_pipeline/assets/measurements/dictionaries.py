@@ -44,7 +44,7 @@ def load_dictionary(making: Making, dictionary: Declaration) -> Ensemble:
 
 @contextlib.contextmanager
 def pass_over(making: Making, reader: ActivationReader, label: str = "") -> Iterator[Iterator[Tensor]]:
-    """Give the chunks of the test activations on the device, `[n, d_in]`, with progress."""
+    """Yield the chunks of the test activations on the device, `[n, d_in]`, with progress."""
     device = making.device
     with progress.task(f"{making.experiment.name}/eval{label}, {making.partition}", reader.n_rows("test")) as advance:
 
@@ -65,7 +65,10 @@ def load_model(making: Making, model: LanguageModelDescription | None = None) ->
 
 
 def evaluate(making: Making) -> Evaluated:
-    """Evaluate all dictionaries on the test activations; for the table `reconstruction` also the loss with them in the model."""
+    """Evaluate all dictionaries on the test activations.
+
+    For the table `reconstruction`, also evaluate the language model's loss with the reconstructions in place of the activations.
+    """
     ensembles = {each.address.name: load_dictionary(making, each) for each in making.subject.dictionaries}
     model = _model_with_loss(making) if "reconstruction" in making.wanted else None
     evaluations = _evaluate(making, ensembles)
@@ -76,7 +79,7 @@ def evaluate(making: Making) -> Evaluated:
 
 
 def sizes(making: Making) -> Iterator[tuple[Row, Any]]:
-    """Give each method and size of the shared pass with its evaluation."""
+    """Yield the row columns and the evaluation of each method and ensemble size, from the shared pass."""
     for method, n, dictionary, saes in making.methods():
         yield making.row(method, n, saes), making.shared.evaluations[dictionary.address.name].sizes[len(saes) - 1]
 

@@ -58,7 +58,7 @@ def probe(making: Making) -> dict[str, list[Row]]:
 def read_labelled_texts(experiment: ExperimentSettings, tables: Collection[str], facts: SourceFacts) -> None:
     """Read and tokenise the texts of these tables. Raises SaeensError for missing or unusable texts.
 
-    The texts stay in memory for the tables made in this process.
+    The texts stay in memory for the tables of this process.
     """
     for texts in _collections(experiment, tables):
         encode_texts(facts.describe_model(), list(dict.fromkeys(texts.texts())), context_length=texts.context_length, drop=facts.drop)
@@ -72,7 +72,7 @@ class _Collection(NamedTuple):
     context_length: int
 
     def texts(self) -> Iterator[str]:
-        """Give all texts, with repetitions."""
+        """Yield all texts of the tasks. A text of several tasks occurs several times."""
         for concept in self.concepts:
             yield from chain(*concept.train.values(), *concept.test.values())
         for correlation in self.correlations:
@@ -80,7 +80,7 @@ class _Collection(NamedTuple):
 
 
 def _collections(experiment: ExperimentSettings, tables: Collection[str]) -> Iterator[_Collection]:
-    """Give the embedded tasks together, because they share texts, and every other data set alone."""
+    """Yield groups of tasks: all embedded tasks in one group, because they share texts, and every other data set alone."""
     together: dict[int, _Collection] = {}
     for table in sorted(tables):
         of_table = getattr(experiment, table)
@@ -100,7 +100,7 @@ def _collections(experiment: ExperimentSettings, tables: Collection[str]) -> Ite
 def _scores(
     making: Making, ensembles: Mapping[str, Ensemble], model: LanguageModel, collection: _Collection
 ) -> Iterator[tuple[str, Dictionary, Row]]:
-    """Give table, dictionary and columns of the rows of a collection."""
+    """Yield table, dictionary and columns of the rows of a collection."""
     source, experiment = making.require(making.subject.activations), making.experiment
     settings = source.recipe["settings"]
     texts = list(dict.fromkeys(collection.texts()))
@@ -125,7 +125,7 @@ def _scores(
 
 
 def _concept_columns(concepts: Sequence[ConceptTexts], numbers: Mapping[str, int], pooled: PooledTexts) -> Iterator[tuple[Dictionary, Row]]:
-    """Give each dictionary and the columns of its rows about each data set and label."""
+    """Yield pairs of a dictionary and a row of `concept_detection`, without `SUBJECT`, for each data set and label."""
     probes: dict[tuple[str, str], ConceptProbe] = {}
     for concept in concepts:
         train, test = ({label: _numbers(texts, numbers) for label, texts in of_split.items()} for of_split in (concept.train, concept.test))
@@ -150,7 +150,7 @@ def _concept_columns(concepts: Sequence[ConceptTexts], numbers: Mapping[str, int
 def _correlation_columns(
     correlations: Sequence[CorrelationTexts], numbers: Mapping[str, int], pooled: PooledTexts
 ) -> Iterator[tuple[Dictionary, Row]]:
-    """Give each dictionary and the columns of its rows about each task."""
+    """Yield pairs of a dictionary and a row of `spurious_correlation`, without `SUBJECT`, for each task."""
     tasks = [
         CorrelationTask(*(Quadrants(*(_numbers(each, numbers) for each in of_split)) for of_split in (texts.train, texts.test)))
         for texts in correlations

@@ -139,7 +139,7 @@ def _announcement(experiment: ExperimentSettings, n_partitions: int) -> str:
 
 
 def _forecast(experiment: ExperimentSettings, n_partitions: int) -> Iterator[tuple[str, float | None, str, str]]:
-    """Give requests, tokens and price of explaining features."""
+    """Yield requests, tokens and price of explaining features."""
     settings, estimate = experiment.autointerp, expected(experiment, n_partitions)
     assert settings is not None, "checked where the experiment is read"
     price = estimate.price(settings)

@@ -64,7 +64,7 @@ _HEADLINES = (
     Headline(
         "train FLOPs", "total_flops", ".3g", in_summary=False, place=10, name="training FLOPs", log=True,
         about="operations of training, dense equivalents: each feature counts for each token, so that they do not depend on the "
-        "implementation. Boosting's passes over the activations that make the residuals are counted in",
+        "implementation. Boosting's passes over the activations that compute the residuals are counted in",
     ),
     Headline("seconds", "total_seconds", ".1f"),
     Headline(

@@ -34,14 +34,14 @@ _SHOWN = {
 
 
 def _columns_read() -> dict[str, tuple[str, ...]]:
-    """Return the columns that are read of each table."""
+    """Return, by table, the columns that the leaderboard reads."""
     metrics = seed_metrics()
     names = dict.fromkeys([*_PLAIN, *(table for table, _ in metrics.values())])
     return {name: (*_PLAIN.get(name, ()), *(column for column, (table, _) in metrics.items() if table == name)) for name in names}
 
 
 def leaderboard_op(tables: Iterable[Declaration], controls: Mapping[str, str]) -> Op:
-    """Declare the leaderboard over some tables. It is computed from those on disk and waits for none.
+    """Declare the leaderboard, whose inputs are tables of all experiments. It reads the tables on disk and waits for none.
 
     `controls`: by experiment, the experiment with an untrained language model whose figures are shown next to it.
     """

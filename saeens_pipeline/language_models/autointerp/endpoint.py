@@ -44,7 +44,7 @@ class RefusedError(SaeensError):
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Address and credentials of the language model. `str` and `repr` show the host only."""
+    """Address and credentials of the endpoint of a language model. `str` and `repr` show the host only."""
 
     base_url: str = field(repr=False)
     host: str
