@@ -49,7 +49,7 @@ def _migrations_are_read_once() -> Iterator[None]:
 @pytest.fixture
 def fresh_forkserver() -> None:
     """Processes are forked from a server that starts anew: one that an earlier test has started has that test's environment."""
-    forkserver._forkserver._stop()  # pyright: ignore[reportAttributeAccessIssue]
+    forkserver._forkserver._stop()  # pyright: ignore[reportAttributeAccessIssue]  # no public way to stop it; Python's own tests use this
 
 
 @pytest.fixture

@@ -35,8 +35,8 @@ files.__path__ = [{folder!r}]
 automation.TICK_SECONDS = retraining.TICK_SECONDS = 1
 from saeens_pipeline.definitions import defs
 """
-# Runs start soon: by default, the queue is checked every five seconds.
-SHORT_QUEUE = "run_coordinator: {module: dagster, class: QueuedRunCoordinator, config: {dequeue_interval_seconds: 1}}\n"
+# Runs start at once: the queue is checked every few seconds only. The class has no public module.
+UNQUEUED = "run_coordinator: {module: dagster._core.run_coordinator, class: DefaultRunCoordinator}\n"
 ADD_PARTITION = """
 mutation ($name: String!, $key: String!, $repository: RepositorySelector!) {
   addDynamicPartition(partitionsDefName: $name, partitionKey: $key, repositorySelector: $repository) { __typename }
@@ -51,7 +51,7 @@ class Server:
         (home / "tiny_location.py").write_text(LOCATION.format(folder=str(laboratory.folder)))
         (home / "workspace.yaml").write_text(WORKSPACE.replace("saeens_pipeline.definitions", "tiny_location"))
         with (home / "dagster.yaml").open("a") as settings:
-            settings.write(SHORT_QUEUE)
+            settings.write(UNQUEUED)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
