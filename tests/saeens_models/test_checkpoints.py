@@ -390,4 +390,4 @@ def test_a_resumed_training_is_logged_by_the_package(tmp_path: Path, caplog: pyt
     caplog.set_level(logging.INFO, "saeens_models")
     _interrupted(tmp_path / "state")
     sm.train(CONFIGS, _batches(), TRAINING, checkpoints=sm.Checkpoints(tmp_path / "state"))
-    assert f"training goes on from {tmp_path / 'state'}, after step 10 and {10 * BATCH_TOKENS} tokens" in caplog.text
+    assert f"training resumes from {tmp_path / 'state'}, after step 10 and {10 * BATCH_TOKENS} tokens" in caplog.text

@@ -8,7 +8,7 @@ import pytest
 from pydantic import BaseModel, SerializeAsAny, ValidationError
 
 import saeens_models as sm
-from saeens_models.architectures import settings_class
+from saeens_models.architectures import architectures, settings_class
 from saeens_models.architectures.topk import TopKConfig
 
 TOPK = {"architecture": "topk", "expansion": 2, "k": 4}
@@ -100,9 +100,9 @@ def test_exactly_one_width_is_given(widths):
         (
             {"architecture": "top_k"},
             ("architecture",),
-            "'top_k' is unknown; one of: batch_topk, gated, jumprelu, matching_pursuit, standard",
+            f"'top_k' is unknown; one of: {', '.join(architectures())}",
         ),
-        ({"architecture": None}, ("architecture",), "is missing; one of: batch_topk, gated"),
+        ({"architecture": None}, ("architecture",), f"is missing; one of: {', '.join(architectures())}"),
         ({"architecture": "standard"}, ("k",), "not permitted"),
     ],
 )

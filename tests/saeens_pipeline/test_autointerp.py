@@ -360,7 +360,7 @@ def test_the_outcome_from_stored_answers_reports_the_missing_endpoint(
     monkeypatch.delenv(URL_VARIABLE)
     laboratory.run()
     found = outcome(laboratory.store, NAME, [SEED])
-    assert "are scored. No endpoint was configured: what is here was answered before. Set `SAEENS_LLM_BASE_URL`" in found
+    assert "are scored. No endpoint was configured: these answers are from earlier runs. Set `SAEENS_LLM_BASE_URL`" in found
 
 
 def test_a_run_without_a_readable_answer_fails_and_keeps_the_earlier_table(fake: FakeEndpoint, laboratory: Laboratory):

@@ -16,7 +16,7 @@ import dagster as dg
 import pytest
 from tiny_experiment import EXPERIMENT, LAYER, NAME, SEEDS, Laboratory, experiment_file, experiment_settings, source_settings
 
-from saeens_pipeline.assets.tables import listed
+from saeens_pipeline.assets.registry import listed
 from saeens_pipeline.orchestration.automation import layers_sensor
 from saeens_pipeline.orchestration.dagster_internals import forget_partitions
 from saeens_pipeline.orchestration.instance import PROCESS_TAG, declare_layers, layers_name, process_tag, register_layers

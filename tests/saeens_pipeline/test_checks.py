@@ -305,7 +305,7 @@ def test_a_byte_changed_at_the_same_size_and_time_is_found_by_doctor_and_rebuilt
     _flip_last_bit_without_a_trace(file)
     (finding,) = [each for each in diagnose(verify=True) if each.subject == "artefact"]
     assert not finding.ok
-    assert finding.detail == f"{file}: the bytes are not those that were written. The next `saeens run` makes it again"
+    assert finding.detail == f"{file}: the bytes are not those that were written. The next `saeens run` computes it again"
     assert _states()[f"{NAME}/bagging/member_3"] == "damaged"
     finished.run()
     assert file.read_bytes() == whole

@@ -26,7 +26,7 @@ from typer.core import TyperGroup
 
 from saeens_pipeline import cli
 from saeens_pipeline.assets import training
-from saeens_pipeline.assets.tables import listed
+from saeens_pipeline.assets.registry import listed
 from saeens_pipeline.cli import output
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.orchestration import runs
@@ -114,7 +114,7 @@ def test_experiments_are_listed(empty: Laboratory, saeens: Saeens):
 def test_run_materialises_the_selection_and_prints_plain_lines(empty: Laboratory, saeens: Saeens):
     outcome = saeens("run", NAME, "--select", "bagging/member_1", "--seed", SEEDS[1])
     assert (outcome.code, outcome.err) == (0, "")
-    assert f"{NAME}: 3 artefacts to make" in outcome.out
+    assert f"{NAME}: 3 artefacts to compute" in outcome.out
     assert f"{NAME}/tokens: 800 tokens in" in outcome.out
     assert f"{NAME}/bagging/member_1, layer {LAYER}, seed {SEEDS[1]}: 600 tokens in" in outcome.out
     assert "\x1b" not in outcome.out

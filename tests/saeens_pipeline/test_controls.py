@@ -90,7 +90,7 @@ def test_a_run_of_the_control_adds_it_to_the_report(empty: Laboratory):
     _declare_control(empty, **few)
     assert "Reports that show this control" not in _run(NAME)
     assert 'id="control-table"' not in page.read_text()
-    assert str(page) in _run(CONTROL).partition("Reports that show this control, made again:")[2]
+    assert str(page) in _run(CONTROL).partition("Reports that show this control, written again:")[2]
     assert 'id="control-table"' in page.read_text()
     assert "Reports that show this control" not in _run(CONTROL)
 
@@ -139,7 +139,7 @@ def test_numbers_of_the_control_are_shown_with_those_of_the_experiment(finished:
 
 
 def test_the_leaderboard_in_the_ui_has_the_explained_variance_of_the_control(finished: Laboratory):
-    from saeens_pipeline.assets.tables import table_frame
+    from saeens_pipeline.assets.registry import table_frame
     from saeens_pipeline.storage.names import LEADERBOARD_ADDRESS
     from saeens_pipeline.storage.recipes import Recipe
 

@@ -14,7 +14,7 @@ import typer
 
 from saeens_models.architectures.config import architectures
 from saeens_models.architectures.settings import settings_class
-from saeens_pipeline.assets.tables import TABLES
+from saeens_pipeline.assets.registry import TABLES
 from saeens_pipeline.cli import app
 from saeens_pipeline.settings.files import MODELS, ExperimentFile
 

@@ -341,7 +341,7 @@ def test_a_changed_language_model_is_refused_for_measuring_ce_loss(finished: Lab
     finished.run()
     write_tiny_model(model, seed=1)
     finished.artefact("eval/reconstruction", 1).path.unlink()
-    with pytest.raises(SaeensError, match=r"have changed since .*activations\.zarr was made from them"):
+    with pytest.raises(SaeensError, match=r"have changed since .*activations\.zarr was computed from them"):
         finished.materialise([f"{NAME}/eval/reconstruction"], HERE)
     finished.run()
     assert {status.state for status in status_of(NAME)} == {"fresh"}
@@ -590,6 +590,19 @@ def test_a_member_without_activations_names_its_missing_input(empty: Laboratory)
     with pytest.raises(MissingInputError, match=rf"{NAME}/activations \(layer {LAYER}\) is needed first.*saeens run"):
         empty.materialise([f"{NAME}/bagging/member_1"], HERE)
     assert not (empty.root / "experiments").exists()
+
+
+def test_tokens_of_the_ui_are_refused_before_they_are_written(empty: Laboratory, monkeypatch: pytest.MonkeyPatch):
+    empty.declare({"context_length": 10**6})
+    monkeypatch.setattr(sources, "write_tokens", lambda *_, **__: pytest.fail("tokens are written"))
+    with pytest.raises(ConfigurationError, match="context_length: 1000000"):
+        empty.materialise([f"{NAME}/tokens"], Partition())
+
+
+def test_saes_of_the_ui_are_refused_for_a_baseline_that_cannot_be_built(finished: Laboratory):
+    finished.declare(sae=EXPERIMENT["sae"] | {"k": D_SAE + 1})
+    with pytest.raises(ConfigurationError, match=f"{NAME}: .*sae.*k = {D_SAE + 1} is larger than d_sae = {D_SAE}"):
+        finished.materialise([f"{NAME}/boosting/round_1"], HERE)
 
 
 def test_k_larger_than_d_sae_is_refused_before_anything_is_computed(empty: Laboratory):

@@ -17,7 +17,7 @@ import pytest
 from tiny_experiment import LAYER, MEMBERS, NAME, SEEDS, Laboratory, remake_reports
 from tiny_models import D_MODEL
 
-from saeens_pipeline.assets.tables import fills, table_frame
+from saeens_pipeline.assets.registry import fills, table_frame
 from saeens_pipeline.language_models.autointerp.endpoint import URL_VARIABLE
 from saeens_pipeline.orchestration.catalogue import load_catalogue
 from saeens_pipeline.report.pages import what_makes_contexts
@@ -187,7 +187,7 @@ def test_without_contexts_the_list_names_the_command_that_computes_them(laborato
     shutil.rmtree(laboratory.root / "tables" / NAME / "contexts")
     remake_reports(laboratory)
     header, columns = _list(laboratory)
-    said = f"Contexts are not there: `saeens run {NAME}` makes them."
+    said = f"Contexts are missing: `saeens run {NAME}` computes them."
     assert header["missingContexts"] == said
     assert said.replace(f"`saeens run {NAME}`", f"<code>saeens run {NAME}</code>") in (_report(laboratory) / "features.html").read_text()
     assert len(columns["density"]) == N
@@ -225,8 +225,8 @@ def test_the_experiment_with_contexts_of_the_same_saes_is_named():
     catalogue = load_catalogue()
     quickstart, full, other = map(catalogue.experiment, ("quickstart", "quickstart_full", "quickstart_random"))
     assert [fills(each, "contexts") for each in (quickstart, full, other)] == [False, True, False]
-    assert "`saeens run quickstart_full` makes them of the same SAEs and more; or add" in what_makes_contexts(quickstart, catalogue)
-    assert what_makes_contexts(full, catalogue) == "Contexts are not there: `saeens run quickstart_full` makes them."
+    assert "`saeens run quickstart_full` computes them for the same SAEs and more; or add" in what_makes_contexts(quickstart, catalogue)
+    assert what_makes_contexts(full, catalogue) == "Contexts are missing: `saeens run quickstart_full` computes them."
     assert "same SAEs" not in what_makes_contexts(other, catalogue)
 
 

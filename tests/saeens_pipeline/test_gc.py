@@ -23,8 +23,11 @@ from saeens_pipeline.orchestration.instance import register_layers
 from saeens_pipeline.settings.files import FOLDERS_VARIABLE
 from saeens_pipeline.storage import recipes
 from saeens_pipeline.storage.checkpoints import checkpoint_file
-from saeens_pipeline.storage.names import Partition
+from saeens_pipeline.storage.locks import writing_alone
+from saeens_pipeline.storage.names import Address, Partition
+from saeens_pipeline.storage.recipes import digest
 
+HERE, ELSEWHERE = recipes.this_machine(), "0123abcd"
 SEED_1 = f"experiments/{NAME}/layer={LAYER}/seed=1"
 
 
@@ -162,38 +165,75 @@ def test_the_leaderboard_is_kept_as_long_as_there_are_experiments(finished: Labo
 
 
 def test_partial_artefacts_of_killed_processes_are_unused_and_of_living_ones_are_not(finished: Laboratory, dead_pid: int):
-    names = {pid: finished.root / SEED_1 / "bagging" / f".member_1.{pid}.partial" for pid in (dead_pid, os.getpid())}
+    names = {pid: finished.root / SEED_1 / "bagging" / f".member_1.{HERE}-{pid}.partial" for pid in (dead_pid, os.getpid())}
     for folder in names.values():
         folder.mkdir()
-    table = finished.root / "tables" / NAME / "cost" / f"layer={LAYER}" / "seed=1" / f".part.parquet.{dead_pid}.partial"
+    table = finished.root / "tables" / NAME / "cost" / f"layer={LAYER}" / "seed=1" / f".part.parquet.{HERE}-{dead_pid}.partial"
     table.write_text("half")
     left = [names[dead_pid], table]
     assert set(_listed(finished)) == {path.relative_to(finished.root).as_posix() for path in left}
     assert set(_listed(finished).values()) == {"left behind by a process that was killed"}
 
 
+def test_what_another_machine_is_writing_is_not_unused_as_long_as_it_holds_the_lock(finished: Laboratory, dead_pid: int):
+    left = finished.root / SEED_1 / "bagging" / f".member_1.{ELSEWHERE}-{dead_pid}.partial"
+    left.mkdir()
+    relative = left.relative_to(finished.root).as_posix()
+    inventory = _look(finished)
+    assert [finding.path for finding in inventory.garbage] == [left]
+    with writing_alone(finished.root, [(Address(NAME, "bagging", "member_1"), Partition(LAYER, 1))]):
+        assert _listed(finished) == {}
+        remove_garbage(finished.catalogue, inventory, finished.root)  # the other machine began after the listing
+        assert left.exists()
+    assert list(_listed(finished)) == [relative]
+    remove_garbage(finished.catalogue, inventory, finished.root)
+    assert not left.exists()
+
+
+def test_an_artefact_that_is_being_written_is_not_removed(finished: Laboratory):
+    _declare_only_source(finished)
+    inventory = _look(finished)
+    with writing_alone(finished.root, [(Address(NAME, "bagging", "member_1"), Partition(LAYER, 1))]):
+        remove_garbage(finished.catalogue, inventory, finished.root)
+    assert [path.parent.name for path in (finished.root / "experiments").rglob("recipe.json")] == ["member_1"]
+
+
+@pytest.mark.parametrize(
+    "name", [".thesis.999999.partial", ".member_1.999999.partial", ".thesis.retired", ".member_1.retired", ".thesis.tmp"]
+)
+def test_names_of_the_users_own_are_never_removed(finished: Laboratory, name: str, monkeypatch: pytest.MonkeyPatch):
+    in_two_hours = time.time() + 7200
+    monkeypatch.setattr(recipes.time, "time", lambda: in_two_hours)
+    for folder in ("", f"{SEED_1}/bagging", f"tables/{NAME}", f"sources/{NAME}", "checkpoints"):
+        (finished.root / folder).mkdir(exist_ok=True)
+        (finished.root / folder / name).write_text("mine")
+    assert _listed(finished) == {}
+    assert len(_unknown(finished)) == 5
+
+
 def test_partial_writes_are_kept_until_their_artefact_is_complete_or_undeclared(
     finished: Laboratory, dead_pid: int, registered: dict[str, list[int]]
 ):
     artefact = finished.artefact("activations")
-    left = artefact.path.parent / f".activations.zarr.{'0123456789abcdef'}.{dead_pid}.partial"
+    left = artefact.path.parent / f".activations.zarr.{'0123456789abcdef'}.{HERE}-{dead_pid}.partial"
     left.mkdir()
     relative = left.relative_to(finished.root).as_posix()
     assert _listed(finished) == {}
-    left.rename(left.with_name(f".activations.zarr.{artefact.recipe_hash}.{dead_pid}.partial"))
+    left.rename(left.with_name(f".activations.zarr.{artefact.recipe_hash}.{HERE}-{dead_pid}.partial"))
     assert list(_listed(finished)) == [relative.replace("0123456789abcdef", artefact.recipe_hash)]
-    left.with_name(f".activations.zarr.{artefact.recipe_hash}.{dead_pid}.partial").rename(left)
+    left.with_name(f".activations.zarr.{artefact.recipe_hash}.{HERE}-{dead_pid}.partial").rename(left)
     finished.declare(source={"layers": [0]})
     assert relative in _listed(finished)
 
 
 def test_a_replaced_artefact_is_unused_after_an_hour_unless_it_is_the_only_copy(finished: Laboratory, monkeypatch: pytest.MonkeyPatch):
     folder = finished.root / SEED_1 / "bagging"
-    shutil.copytree(folder / "member_1", folder / ".member_1.retired")
+    retired = f".member_1.{digest('member_1')[:8]}.retired"
+    shutil.copytree(folder / "member_1", folder / retired)
     assert _listed(finished) == {}
     in_two_hours = time.time() + 7200
     monkeypatch.setattr(recipes.time, "time", lambda: in_two_hours)
-    assert list(_listed(finished)) == [f"{SEED_1}/bagging/.member_1.retired"]
+    assert list(_listed(finished)) == [f"{SEED_1}/bagging/{retired}"]
     shutil.rmtree(folder / "member_1")
     assert _listed(finished) == {}
 
@@ -408,7 +448,7 @@ def test_removal_is_atomic_and_the_rest_of_an_interrupted_one_is_unused(
     with pytest.raises(KeyboardInterrupt):
         remove_garbage(finished.catalogue, inventory, finished.root)
     assert not inventory.garbage[0].path.exists()
-    left = inventory.garbage[0].path.with_name(f".member_1.{dead_pid}.partial")
+    left = inventory.garbage[0].path.with_name(f".member_1.{HERE}-{dead_pid}.partial")
     assert _listed(finished)[left.relative_to(finished.root).as_posix()] == "left behind by a process that was killed"
 
 

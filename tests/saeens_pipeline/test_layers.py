@@ -38,7 +38,7 @@ def test_adding_layers_prints_the_next_step(recorded: Laboratory):
     code, said = _add(2, 0)
     assert code == 0
     assert "tiny: added layers 0, 2" in said
-    assert "`saeens run tiny` makes missing artefacts" in said
+    assert "`saeens run tiny` computes missing artefacts" in said
     assert _partitions() == [str(LAYER), "0", "2"]
     _, said = _add(2, LAYER)
     assert "already had layers 1, 2" in said

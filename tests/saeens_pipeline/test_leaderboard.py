@@ -18,7 +18,7 @@ from tiny_experiment import EXPERIMENT, LAYER, MEMBERS, NAME, SEEDS, Laboratory,
 
 from saeens_pipeline import cli
 from saeens_pipeline.assets.declarations import Declaration
-from saeens_pipeline.assets.tables import TABLES, columns_of, seed_metrics, table_frame
+from saeens_pipeline.assets.registry import TABLES, columns_of, seed_metrics, table_frame
 from saeens_pipeline.assets.tables.cost import with_totals
 from saeens_pipeline.assets.tables.leaderboard import standings
 from saeens_pipeline.errors import ConfigurationError

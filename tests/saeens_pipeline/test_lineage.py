@@ -193,5 +193,5 @@ def test_a_table_of_two_experiments_needs_its_full_name(finished: Laboratory):
 def test_an_unknown_data_version_and_a_missing_asset_are_reported(empty: Laboratory):
     with pytest.raises(SaeensError, match=r"no artefact .* has a data version that begins with abcd1234"):
         _trace(empty, "abcd1234")
-    with pytest.raises(SaeensError, match=f"{NAME}/eval/cost is not made yet: `saeens run {NAME}` makes it"):
+    with pytest.raises(SaeensError, match=f"{NAME}/eval/cost is not computed yet: `saeens run {NAME}` computes it"):
         _trace(empty, "cost:method=single")

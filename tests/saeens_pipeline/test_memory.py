@@ -42,7 +42,7 @@ def test_out_of_memory_halves_the_group_and_each_sae_is_trained_once(caplog):
     assert [saes for saes, *_ in device.trained] == [("a", "b"), ("c", "d"), ("e", "f"), ("g",)]
     assert {tokens for _, tokens, _ in device.trained} == {None}
     assert {n_tried for *_, n_tried in device.trained} == {2}  # 7 and 4 together were too much
-    assert "out of memory with 7 SAEs at once, whole batches: going on with 4 SAEs at once" in caplog.text
+    assert "out of memory with 7 SAEs at once, whole batches: continuing with 4 SAEs at once" in caplog.text
 
 
 def test_one_sae_that_does_not_fit_is_trained_in_micro_batches():

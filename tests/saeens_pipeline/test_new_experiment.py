@@ -12,6 +12,7 @@ import yaml
 from tiny_experiment import NAME, Laboratory
 from tiny_models import CONTEXT_LENGTH, D_MODEL, N_LAYERS, edit_config
 
+from saeens_models.architectures import architectures
 from saeens_pipeline import cli
 from saeens_pipeline.cli.new_experiment import new_experiment, parse_layers
 from saeens_pipeline.errors import ConfigurationError
@@ -45,6 +46,8 @@ def test_the_written_file_is_valid_and_fits_the_models_dimensions(empty: Laborat
     text = written.path.read_text()
     assert f"gpt_neox, {N_LAYERS} layers, d_in {D_MODEL}, context {CONTEXT_LENGTH}" in text
     assert f"of 0 to {N_LAYERS - 1}" in text
+    assert f"architecture: topk # one of {', '.join(architectures())}\n" in text
+    assert "``" not in text
 
 
 def test_the_written_file_runs_at_a_smaller_size(empty: Laboratory, tmp_path: Path):

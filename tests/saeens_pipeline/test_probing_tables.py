@@ -21,6 +21,7 @@ from tiny_models import CONTEXT_LENGTH
 from tokenizers import Tokenizer
 
 from saeens_pipeline.assets.lineage import lineage
+from saeens_pipeline.assets.measurements import probing
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models.labelled_texts import reading
 from saeens_pipeline.language_models.models import describe_language_model, load_language_model
@@ -259,6 +260,14 @@ def test_a_run_of_the_ui_refuses_unsuitable_texts_before_training(empty: Laborat
     assert not (empty.root / "experiments").exists()
     empty.declare()
     assert member in empty.materialise([member], where)
+
+
+def test_a_table_of_the_ui_is_refused_before_any_text_is_encoded(finished: Laboratory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    finished.declare(evaluations=TABLES, **_write_texts(tmp_path / "texts"))
+    (tmp_path / "texts" / "train.jsonl").write_text('{"text": "a", "label": "de"}\n')
+    monkeypatch.setattr(probing, "probe", lambda making: pytest.fail("the rows are computed"))
+    with pytest.raises(SaeensError, match="mine: the only label is 'de'"):
+        finished.materialise([f"{NAME}/eval/concept_detection"], Partition(LAYER, SEEDS[0]))
 
 
 def test_embedded_tasks_are_checked_before_training(empty: Laboratory, monkeypatch: pytest.MonkeyPatch):

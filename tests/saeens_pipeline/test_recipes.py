@@ -263,14 +263,14 @@ def test_a_killed_process_leaves_only_whole_artefacts_and_the_next_write_cleans_
 
 def test_a_failed_write_after_a_kill_between_the_renames_brings_the_old_artefact_back(store: Store):
     artefact = _write(store)
-    artefact.path.rename(artefact.path.parent / ".member_1.retired")
+    artefact.path.rename(artefact.path.parent / f".member_1.{digest('member_1')[:8]}.retired")
     with pytest.raises(ValueError, match="broken"), store.write_folder(MEMBER, WHERE, RECIPE, {}):
         raise ValueError("broken")
     assert store.require(MEMBER, WHERE).verify() == []
 
 
 def test_partial_artefacts_of_other_living_processes_are_kept(store: Store):
-    others = _write(store).path.parent / f".member_1.{os.getppid()}.partial"
+    others = _write(store).path.parent / f".member_1.{recipes.this_machine()}-{os.getppid()}.partial"
     others.mkdir()
     _write(store)
     assert others.is_dir()
@@ -325,7 +325,7 @@ PARTS: dict[str, Any] = {"provenance": {}, "files": {}, "data_version": "v"}  # 
 def test_an_unreadable_recipe_is_named_with_a_remedy(store: Store, content: str):
     file = _write(store).path / RECIPE_FILE
     file.write_text(content)
-    with pytest.raises(DamagedArtefactError, match=f"{file} cannot be read.*The next `saeens run` makes it again"):
+    with pytest.raises(DamagedArtefactError, match=f"{file} cannot be read.*The next `saeens run` computes it again"):
         store.find(MEMBER, WHERE)
 
 
@@ -345,7 +345,7 @@ def test_a_modified_artefact_is_no_hit(store: Store):
     file.write_bytes(contents)
     os.utime(file, ns=(2**62, 2**62))
     assert store.hit(MEMBER, WHERE, RECIPE) is None
-    with pytest.raises(DamagedArtefactError, match="was changed after it was made"):
+    with pytest.raises(DamagedArtefactError, match="was changed after it was written"):
         store.require(MEMBER, WHERE)
 
 
@@ -405,7 +405,7 @@ def test_a_damaged_table_is_no_hit_and_can_be_rewritten(store: Store):
 def test_a_truncated_table_is_named_with_a_remedy(store: Store, n_bytes: int):
     path = _write_table(store).path
     path.write_bytes(path.read_bytes()[:n_bytes])
-    with pytest.raises(DamagedArtefactError, match=f"{path} cannot be read.*The next `saeens run` makes it again"):
+    with pytest.raises(DamagedArtefactError, match=f"{path} cannot be read.*The next `saeens run` computes it again"):
         store.find(TABLE, WHERE)
 
 

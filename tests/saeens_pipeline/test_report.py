@@ -30,7 +30,8 @@ from tiny_experiment import (
 
 from saeens_models import SAESettings
 from saeens_pipeline import cli
-from saeens_pipeline.assets.tables import TABLES, table_frame
+from saeens_pipeline.assets.over_seeds import Spread, written
+from saeens_pipeline.assets.registry import TABLES, table_frame
 from saeens_pipeline.assets.tables.cost import TOTALS
 from saeens_pipeline.assets.tables.leaderboard import for_reading, standings
 from saeens_pipeline.errors import SaeensError
@@ -39,11 +40,11 @@ from saeens_pipeline.orchestration.runs import make_reports
 from saeens_pipeline.report.charts import Chart, as_plotly
 from saeens_pipeline.report.figures import by_members, downstream, features, layer_profile, marginal_gain, trade_offs, training
 from saeens_pipeline.report.methods import in_order, method
-from saeens_pipeline.report.metrics import METRICS, written
+from saeens_pipeline.report.metrics import METRICS
 from saeens_pipeline.report.pages import write_leaderboard
 from saeens_pipeline.report.published import SETTINGS, setting_of
 from saeens_pipeline.report.record import Record
-from saeens_pipeline.report.results import Comparison, Results, Size, Spread, compare
+from saeens_pipeline.report.results import Comparison, Results, Size, compare
 from saeens_pipeline.storage.names import Address, Partition
 from saeens_pipeline.storage.recipes import read_artefact
 from saeens_pipeline.storage.tables import read_table
@@ -190,7 +191,7 @@ def test_linked_saes_are_counted_once(finished: Laboratory):
     n = (2 * MEMBERS - 1 + 2) * len(SEEDS)
     assert (len(saes), len(residuals)) == (n, (MEMBERS - 1) * len(SEEDS))
     flops = sum(each.provenance["train_flops"] for each in saes) + sum(each.provenance["flops"] for each in residuals)
-    assert re.fullmatch(rf"{n} SAEs: .* s, {re.escape(written(flops, '.3g'))} FLOPs, with the passes that make residuals", training())
+    assert re.fullmatch(rf"{n} SAEs: .* s, {re.escape(written(flops, '.3g'))} FLOPs, with the passes that compute residuals", training())
     for file in files:  # as if another experiment had made all that the baselines are
         contents = json.loads(file.read_text())
         if file.parent.parent.name == "baseline":
@@ -289,13 +290,13 @@ def test_a_missing_table_is_named_with_the_command_that_computes_it(finished: La
         part.unlink()
     remake_reports(finished)
     page = _page(finished)
-    assert f"saeens run {NAME} makes these tables, which are not there:" in page.text
+    assert f"saeens run {NAME} computes these missing tables:" in page.text
     assert page.source.count(f"<li><code>{table}</code>") == 1
 
 
 def test_an_undeclared_table_is_named_with_the_field_that_adds_it(finished: Laboratory):
     page = _page(finished)
-    assert f"can be added to evaluations in the experiment file; then saeens run {NAME} makes them:" in page.text
+    assert f"can be added to evaluations in the experiment file; then saeens run {NAME} computes them:" in page.text
     assert page.source.count("<li><code>features</code>") == 1
 
 
@@ -306,7 +307,7 @@ def test_a_report_becomes_stale_when_tables_are_added(finished: Laboratory):
     remake_reports(finished)
     part.write_bytes(kept)
     printed = finished.run()
-    assert "1 artefacts to make" in printed
+    assert "1 artefacts to compute" in printed
     assert "<li><code>stability</code>" not in _page(finished).source
 
 
@@ -359,7 +360,7 @@ def test_the_control_is_the_same_experiment_on_random_weights(finished: Laborato
     documents = (("ActivationSource", source), ("EnsembleExperiment", other), ("EnsembleExperiment", alike))
     finished.write(experiment_file(*documents), "untrained")
     remake_reports(finished)
-    assert "saeens run control makes them" in _page(finished).text
+    assert "saeens run control computes them" in _page(finished).text
     for table in ("reconstruction", "stability"):
         for part in sorted((finished.root / "tables" / NAME / table).rglob("part.parquet")):
             rows = pl.read_parquet(part, hive_partitioning=False).with_columns(experiment=pl.lit("control"))
@@ -370,7 +371,7 @@ def test_the_control_is_the_same_experiment_on_random_weights(finished: Laborato
     page = _page(finished)
     beside = re.search('<table id="control-table".*?</table>', page.source, re.DOTALL)
     assert beside and beside[0].count(">the same</td>") == beside[0].count('scope="colgroup"') >= 2
-    assert "saeens run control makes them" not in page.text
+    assert "saeens run control computes them" not in page.text
     (link,) = (a for tag, a in page.elements if tag == "a" and "/control/" in str(a["href"]))
     assert "copied alone" in str(link["title"])
     assert "is-control" not in page.source

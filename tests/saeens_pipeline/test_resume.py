@@ -218,7 +218,7 @@ def test_a_resumed_run_prints_its_start_and_counts_only_its_own_tokens(untrained
             untrained.run(seeds=[SEED], select=["baseline/expanded"])
     (file,) = _checkpoints(untrained)
     printed = untrained.run(seeds=[SEED], select=["baseline/expanded"])
-    assert f"training goes on from {file}, after step 6 and 384 tokens\n" in printed
+    assert f"training resumes from {file}, after step 6 and 384 tokens\n" in printed
     assert f"{NAME}/baseline/expanded, layer {LAYER}, seed {SEED}: {TRAIN_ROWS - 384} tokens in" in printed
     assert "; 384 were done before\n" in printed
 
@@ -232,7 +232,7 @@ def test_a_run_reports_a_damaged_checkpoint_in_one_line(untrained: Laboratory, m
     file.write_bytes(file.read_bytes()[:-9])
     printed = untrained.run(seeds=[SEED], select=["baseline/expanded"])
     (line,) = [line for line in printed.splitlines() if "damaged" in line]
-    assert line.startswith(f"{file} is damaged: it is removed, and training starts anew (")
+    assert line.startswith(f"{file} is damaged: it is removed, and training starts from the beginning (")
     assert "Traceback" not in printed
 
 
@@ -573,7 +573,7 @@ def test_a_second_writer_waits_and_reuses_the_artefact_of_the_first(
     finally:
         logger.removeHandler(handler)
     assert events[0][key].metadata["cache_hit"].value is True
-    assert f"{key}, layer {LAYER}, seed {SEED} is being made by process {os.getpid()} on" in caplog.text
+    assert f"{key}, layer {LAYER}, seed {SEED} is being computed by process {os.getpid()} on" in caplog.text
     assert not list((untrained.root / "locks").iterdir())
 
 

@@ -147,7 +147,7 @@ def test_a_shard_truncated_at_any_point_is_an_error_that_names_it(tmp_path, inde
             with pytest.raises(SaeensError, match="truncated or damaged") as error:
                 _mapped(array).chunk(index)
             assert str(_file(array)) in str(error.value)
-            assert "`saeens run` makes it again" in str(error.value)
+            assert "`saeens run` computes it again" in str(error.value)
 
 
 def test_a_shard_truncated_while_it_is_open_is_an_error(tmp_path):

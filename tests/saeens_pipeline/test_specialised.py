@@ -290,7 +290,7 @@ def test_combinations_of_labels_without_documents_are_refused(finished: Laborato
 def test_labels_cannot_filter_activations_of_earlier_tokens(finished: Laboratory):
     finished.declare(source={"train_tokens": 500}, ensemble=_ensemble({"member": 3, "documents": {"language": ["python"]}}))
     finished.materialise([f"{NAME}/tokens"], Partition())
-    with pytest.raises(SaeensError, match="made from tokens of tiny that have changed since"):
+    with pytest.raises(SaeensError, match="computed from tokens of tiny that have changed since"):
         finished.materialise([f"{NAME}/bagging/member_3"], Partition(LAYER, 1))
 
 

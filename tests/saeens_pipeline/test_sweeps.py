@@ -19,7 +19,7 @@ from tiny_experiment import EXPERIMENT, LAYER, NAME, SEEDS, Laboratory, experime
 from saeens_pipeline import cli
 from saeens_pipeline.assets.declarations import Declaration
 from saeens_pipeline.assets.experiments import experiment_ops
-from saeens_pipeline.assets.tables import METHODS, columns_of, table_frame
+from saeens_pipeline.assets.registry import METHODS, columns_of, table_frame
 from saeens_pipeline.assets.tables.pareto import PARETO, PICTURE_FILE, TABLE_FILE, notes, pareto_rows
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.orchestration.catalogue import load_catalogue
@@ -323,7 +323,7 @@ def saeens(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 
 def test_a_sweep_runs_all_experiments_and_shares_existing_artefacts(swept: Laboratory, saeens: Command, tmp_path: Path):
     out, _ = saeens("run", SWEEP)
-    assert out.count("artefacts to make") == 2
+    assert out.count("artefacts to compute") == 2
     same = swept.store.require(Address(f"{SWEEP}__k_4", "boosting", "round_3"), Partition(LAYER, SEEDS[0]))
     assert same.provenance["same_as"] == f"{NAME}/boosting/round_3"
     made = swept.store.require(Address(f"{SWEEP}__k_2", "bagging", "member_1"), Partition(LAYER, SEEDS[0]))

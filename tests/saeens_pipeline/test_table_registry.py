@@ -12,7 +12,7 @@ import pytest
 from tiny_experiment import LAYER, NAME, SEEDS, Laboratory, experiment_settings
 
 from saeens_pipeline import cli
-from saeens_pipeline.assets.tables import TABLES, Headline, Making, Row, Table, complaint_about, listed, register
+from saeens_pipeline.assets.registry import TABLES, Headline, Making, Row, Table, complaint_about, listed, register
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.settings import ExperimentSettings
 from saeens_pipeline.storage.tables import Column, read_table
@@ -36,7 +36,7 @@ def toy() -> Iterator[Table]:
             columns=(Column("letters", "int", "letters of the method's name"),),
             rows=_rows,
             headlines=(Headline("letters", "letters", ".0f"),),
-            seed_metrics={"letters": "letters of the method's name"},
+            seed_metrics=("letters",),
         )
     )
     yield table

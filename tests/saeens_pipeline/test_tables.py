@@ -7,7 +7,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from saeens_pipeline.assets.tables import TABLES, columns_of, listed, table_frame
+from saeens_pipeline.assets.registry import TABLES, columns_of, listed, table_frame
 from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.storage.names import Address, Partition
 from saeens_pipeline.storage.recipes import Recipe, Store
@@ -105,7 +105,7 @@ def test_one_scan_of_the_folder_reads_all_partitions(root: Path):
 
 
 def test_an_absent_table_is_named_with_the_command_that_computes_it(root: Path):
-    with pytest.raises(SaeensError, match=r"e has no table cost below .* yet: `saeens run e` makes it"):
+    with pytest.raises(SaeensError, match=r"e has no table cost below .* yet: `saeens run e` computes it"):
         read_table(root, "e", "cost")
 
 
