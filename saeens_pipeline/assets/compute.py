@@ -173,17 +173,21 @@ def _energy_joules(device: str) -> float | None:
 @cache
 def _versions() -> dict[str, str]:
     packages = ("saeens", "torch", "transformers", "zarr", "dagster")
-    versions = {"python": platform.python_version(), **{package: version(package) for package in packages}, "commit": _commit()}
+    versions = {
+        "python": platform.python_version(),
+        **{package: version(package) for package in packages},
+        "commit": checked_out_commit(PROJECT_ROOT),
+    }
     return {name: value for name, value in versions.items() if value}
 
 
-def _commit() -> str | None:
-    """Return the git commit of this checkout, with `+` for changed files; None without a checkout or git."""
+def checked_out_commit(folder: Path) -> str | None:
+    """Return the git commit of the checkout in a folder, with `+` for changed files; None without a checkout or git."""
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", str(PROJECT_ROOT), *arguments], check=True, capture_output=True, text=True, timeout=10).stdout
+        return subprocess.run(["git", "-C", str(folder), *arguments], check=True, capture_output=True, text=True, timeout=10).stdout
 
-    if not (PROJECT_ROOT / ".git").exists():
+    if not (folder / ".git").exists():
         return None
     try:
         changed = git("status", "--porcelain", "--untracked-files=no")

@@ -125,7 +125,7 @@ def run_experiment(
                 if status.state == "damaged" and status.declaration in declarations:
                     print_line(console, status.reason)
         with (
-            _compiling(store, wanted),
+            compiling_ahead(store, wanted),
             progress.forward_log_lines(lambda _level, message: print_line(console, " ".join(message.splitlines()))),
             progress.report_to(reporter_for(console)),
         ):
@@ -260,7 +260,7 @@ def _selected(stages: Sequence[Stage], select: Sequence[str]) -> list[Declaratio
     return found
 
 
-def _compiling(store: Store, wanted: Sequence[Declaration]) -> contextlib.AbstractContextManager[object]:
+def compiling_ahead(store: Store, wanted: Sequence[Declaration]) -> contextlib.AbstractContextManager[object]:
     """Compile the kernels of CPU training in another process during the steps before training, if there are any."""
     architectures = {declaration.tags["architecture"] for declaration in wanted if declaration.builder == "sae"}
     comes_first = any(declaration.builder in {"tokens", "activations"} for declaration in wanted)

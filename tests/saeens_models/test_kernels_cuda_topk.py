@@ -432,12 +432,12 @@ def compile_for_hopper(kernel, arguments, **constants):
 floats, integers = "*fp32", "*i64"
 selection = {"pre": "*bf16", "values": floats, "places": integers, "k": "i32", "width": "i32"}
 selection |= {"row_stride": "i32", "n_rows": "i32", "n_columns": "i32", "n_candidates": "i32"}
-compile_for_hopper(triton_topk._select_topk, selection | {"bias": floats, "columns": integers}, BLOCK=64)
-compile_for_hopper(triton_topk._select_topk, selection | {"pre": floats}, BLOCK=64, bias=None, columns=None)
+compile_for_hopper(triton_topk.select_topk_kernel, selection | {"bias": floats, "columns": integers}, BLOCK=64)
+compile_for_hopper(triton_topk.select_topk_kernel, selection | {"pre": floats}, BLOCK=64, bias=None, columns=None)
 sums = {"sums": floats, "totals": floats, "rows": floats, "which": integers, "weights": floats, "starts": integers, "d": "i32"}
-compile_for_hopper(triton_topk._sum_rows, sums, ROWS=16, COLUMNS=128)
+compile_for_hopper(triton_topk.sum_rows_kernel, sums, ROWS=16, COLUMNS=128)
 products = {"products": floats, "left": floats, "right": floats, "which": integers, "k": "i32", "d": "i32"}
-compile_for_hopper(triton_topk._multiply_rows, products, ROWS=16, COLUMNS=128)
+compile_for_hopper(triton_topk.multiply_rows_kernel, products, ROWS=16, COLUMNS=128)
 """
 
 

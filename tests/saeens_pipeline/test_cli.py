@@ -20,7 +20,6 @@ import dagster as dg
 import polars as pl
 import pytest
 import typer
-from dagster._utils.interrupts import capture_interrupts
 from rich.console import Console
 from tiny_experiment import EXPERIMENT, LAYER, NAME, SEEDS, Laboratory, run_and_print
 from typer.core import TyperGroup
@@ -441,16 +440,16 @@ def _interrupt_in_a_callback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _interrupt_at_the_end_of_a_stage(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dagster forgets an interrupt there."""
-    execute = dg.JobDefinition.execute_in_process
+    """Dagster's own handler of signals records an interrupt there, and nothing reads the record."""
+    handle, handler = dg.DagsterInstance.handle_new_event, signal.getsignal(signal.SIGINT)
 
-    def interrupt(*arguments: Any, **options: Any) -> dg.ExecuteInProcessResult:
-        with capture_interrupts():
-            result = execute(*arguments, **options)
+    def interrupt(self: dg.DagsterInstance, event: dg.EventLogEntry, *options: Any, **named: Any) -> None:
+        handle(self, event, *options, **named)
+        if event.is_dagster_event and event.dagster_event_type == dg.DagsterEventType.RUN_SUCCESS:
+            assert signal.getsignal(signal.SIGINT) != handler
             signal.raise_signal(signal.SIGINT)
-        return result
 
-    monkeypatch.setattr(dg.JobDefinition, "execute_in_process", interrupt)
+    monkeypatch.setattr(dg.DagsterInstance, "handle_new_event", interrupt)
 
 
 INTERRUPTS = {

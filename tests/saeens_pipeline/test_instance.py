@@ -328,6 +328,7 @@ def test_runs_of_the_command_line_are_recorded_by_dagster(finished_laboratory: L
         assert materialisation.metadata["cache_hit"].value is False
 
 
+@pytest.mark.slow
 def test_concurrent_processes_create_one_database_that_all_can_open(tmp_path: Path):
     script = (
         "from saeens_pipeline.orchestration.instance import command_line_instance\n"

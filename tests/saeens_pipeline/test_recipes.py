@@ -202,8 +202,16 @@ def test_a_failed_write_of_a_table_keeps_the_earlier_one(store: Store, monkeypat
 
 DEATHS = {
     "while files are written": "",
-    "before the recipe is written": "recipes._record = die",
-    "before the final name": "recipes._replace_folder = die",
+    "before the recipe is written": "\n".join(
+        [
+            "write_text = Path.write_text",
+            "def once(self, *given):",
+            "    if self.name == recipes.RECIPE_FILE: die()",
+            "    return write_text(self, *given)",
+            "Path.write_text = once",
+        ]
+    ),
+    "before the final name": "Path.rename = die",
     "between the two renames": "\n".join(
         [
             "rename = Path.rename",
@@ -376,9 +384,13 @@ def test_a_modified_recipe_file_is_damaged(store: Store, part: str):
 def test_a_copied_artefact_is_a_hit_and_its_bytes_are_read_once(store: Store, monkeypatch: pytest.MonkeyPatch):
     file = _write(store).path / min(FILES)
     os.utime(file, ns=(2**62, 2**62))
+    read: list[str] = []
+    hash_file = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda stream, algorithm: (read.append(stream.name), hash_file(stream, algorithm))[1])
     assert store.hit(MEMBER, WHERE, RECIPE)
-    monkeypatch.setattr("saeens_pipeline.storage.recipes._sha256", lambda file: pytest.fail(f"{file} is read again"))
+    assert read == [str(file)]
     assert store.hit(MEMBER, WHERE, RECIPE)
+    assert read == [str(file)]
 
 
 def test_a_damaged_table_is_no_hit_and_can_be_rewritten(store: Store):
