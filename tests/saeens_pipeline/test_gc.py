@@ -175,7 +175,7 @@ def test_partial_artefacts_of_killed_processes_are_unused_and_of_living_ones_are
     assert set(_listed(finished).values()) == {"left behind by a process that was killed"}
 
 
-def test_what_another_machine_is_writing_is_not_unused_as_long_as_it_holds_the_lock(finished: Laboratory, dead_pid: int):
+def test_partial_artefacts_of_another_machine_are_kept_while_it_holds_the_lock(finished: Laboratory, dead_pid: int):
     left = finished.root / SEED_1 / "bagging" / f".member_1.{ELSEWHERE}-{dead_pid}.partial"
     left.mkdir()
     relative = left.relative_to(finished.root).as_posix()
@@ -190,7 +190,7 @@ def test_what_another_machine_is_writing_is_not_unused_as_long_as_it_holds_the_l
     assert not left.exists()
 
 
-def test_an_artefact_that_is_being_written_is_not_removed(finished: Laboratory):
+def test_an_artefact_in_writing_is_not_removed(finished: Laboratory):
     _declare_only_source(finished)
     inventory = _look(finished)
     with writing_alone(finished.root, [(Address(NAME, "bagging", "member_1"), Partition(LAYER, 1))]):
@@ -201,7 +201,7 @@ def test_an_artefact_that_is_being_written_is_not_removed(finished: Laboratory):
 @pytest.mark.parametrize(
     "name", [".thesis.999999.partial", ".member_1.999999.partial", ".thesis.retired", ".member_1.retired", ".thesis.tmp"]
 )
-def test_names_of_the_users_own_are_never_removed(finished: Laboratory, name: str, monkeypatch: pytest.MonkeyPatch):
+def test_foreign_files_of_similar_names_are_never_removed(finished: Laboratory, name: str, monkeypatch: pytest.MonkeyPatch):
     in_two_hours = time.time() + 7200
     monkeypatch.setattr(recipes.time, "time", lambda: in_two_hours)
     for folder in ("", f"{SEED_1}/bagging", f"tables/{NAME}", f"sources/{NAME}", "checkpoints"):
