@@ -197,6 +197,10 @@ class Op:
     """Raise SaeensError, before any work, for settings or inputs with which these tasks, or later ones, would fail."""
     links: bool = False
     """True: an existing artefact with an equal recipe, of any experiment, is linked instead of made again."""
+    needs_bytes: bool = False
+    """True: an artefact whose bytes were dropped is not linked."""
+    settle: Callable[[RunContext, Task], None] = field(default=lambda context, task: None)
+    """Drop the bytes that are not kept, once an artefact was made or linked."""
     twin: Reference | None = None
     """An artefact made earlier whose recipe may be equal: the first candidate for a link."""
     checks: CheckSettings = field(default_factory=CheckSettings)
