@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from saeens_pipeline.assets.compute import Compute
+from saeens_pipeline.language_models.descriptions import LanguageModelDescription
 from saeens_pipeline.settings.experiments import CheckSettings, ExperimentSettings
 from saeens_pipeline.settings.files import recorded_file
 from saeens_pipeline.storage.names import Address, Kind, Partition
@@ -184,6 +185,19 @@ class Task(NamedTuple):
         return self.declaration.address, self.partition
 
 
+class SourceFacts(NamedTuple):
+    """Facts about a source that preflights need, from its settings or from the records of its activations and tokens."""
+
+    describe_model: Callable[[], LanguageModelDescription]
+    hook: str
+    drop: Sequence[Any]
+    """Dropped positions."""
+    d_in: int | None
+    """Width of the activations; None if it is known only when the language model runs."""
+    tokens: Path | None
+    """Folder of the tokens; None before a run that may write them."""
+
+
 @dataclass(frozen=True)
 class Op:
     """A builder of one artefact, or of several together."""
@@ -193,8 +207,10 @@ class Op:
     make: Callable[[RunContext, Sequence[Task]], None]
     """Write the artefact of every task; tasks are cache misses only."""
     on_device: bool = False
-    preflight: Callable[[RunContext, Sequence[Task]], None] = field(default=lambda context, tasks: None)
-    """Raise SaeensError, before any work, for settings or inputs with which these tasks, or later ones, would fail."""
+    preflight: Callable[[Store, Sequence[tuple[Declaration, Partition]], Callable[[], SourceFacts]], None] = field(default=lambda *_: None)
+    """Raise SaeensError, before any work, for settings or inputs with which these artefacts, or later ones, would fail.
+
+    `saeens run` calls it before its first stage, and the driver before `make`. The facts are read on demand."""
     links: bool = False
     """True: an existing artefact with an equal recipe, of any experiment, is linked instead of made again."""
     needs_bytes: bool = False

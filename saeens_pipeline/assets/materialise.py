@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 from saeens_pipeline.assets.declarations import Declaration, Op, RunContext, Task
 from saeens_pipeline.assets.health import Health, UnsoundArtefactError, examine, is_checked
+from saeens_pipeline.assets.sources import recorded_facts
 from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.storage.disk import is_full_disk
 from saeens_pipeline.storage.locks import writing_alone
@@ -80,7 +82,8 @@ def _make(op: Op, tasks: Sequence[Task], partition: Partition, context: RunConte
     sources = [(each, where) for each, where in inputs.values() if each.address.kind == "source"]
     # A check of the inputs that failed in an earlier run stops this one too. SAEs need none: weights that are not finite cannot be loaded.
     require_sound(examine(each, where, store.require(each.address, where)) for each, where in sources)
-    op.preflight(context, tasks)
+    facts = partial(recorded_facts, store, op.outputs[0].source, partition.layer)
+    op.preflight(store, [(task.declaration, partition) for task in tasks], facts)
     try:
         with context.compute.in_use(store.root) if op.on_device else contextlib.nullcontext():
             op.make(context, tasks)

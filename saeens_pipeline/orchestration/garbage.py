@@ -126,7 +126,7 @@ def find_garbage(root: Path, references: Declared, given_up: Sequence[Path] = ()
         if not any(each.is_relative_to(folder) for each in unread):
             known = ", ".join(map(str, sorted(unread))) or "none"
             raise ConfigurationError(
-                f"--forget-folder {folder}: nothing here was made from files of this folder, or it is read now; there are: {known}"
+                f"--forget-folder {folder}: no artefact here is from files of this folder, or it is read now; there are: {known}"
             )
     kept = sorted(each for each in unread if not any(each.is_relative_to(folder) for folder in given_up))
     inventory = Inventory(unread_folders=kept)
@@ -160,7 +160,7 @@ def remove_garbage(catalogue: Experiments, inventory: Inventory, root: Path) -> 
     """
     if catalogue.broken:
         broken = "\n".join(catalogue.broken.values())
-        raise ConfigurationError(f"{broken}\nnothing is removed: what belongs to a file that cannot be read looks unused; mend it first")
+        raise ConfigurationError(f"{broken}\nnothing is removed: the artefacts of a broken file look unused; correct the file first")
     _forget(inventory.garbage, root.resolve())  # first: after an interruption, removed files could not be found again
     for finding in inventory.garbage:
         if not _remove(finding.path, root.resolve()):
@@ -218,7 +218,7 @@ def _look_at(path: Path, root: Path, references: Declared, inventory: Inventory)
         if not locks.may_be_training(root):
             inventory.garbage.append(Finding(path, _size(path), "left behind by a process that was killed"))
     else:
-        inventory.unknown.append(Finding(path, _size(path), "not made by saeens"))
+        inventory.unknown.append(Finding(path, _size(path), "not written by saeens"))
 
 
 def _located(path: PurePosixPath) -> tuple[Address | str, Partition] | None:
@@ -256,8 +256,8 @@ def _doubt(path: Path, unread: Sequence[Path], *, is_checkpoint: bool) -> str:
         return f"it holds {', '.join(foreign[:3])}, which saeens did not write"
     file = artefact.provenance.get("experiment_file")
     if file is None:
-        return "its record names no experiment file: it was made by an earlier version"
-    return f"it was made from {file}, whose folder is not read now" if unread_folder(file) in unread else ""
+        return "its record names no experiment file: it was written by an earlier version"
+    return f"its experiment file is {file}, whose folder is not read now" if unread_folder(file) in unread else ""
 
 
 def _entries(folder: Path) -> Sequence[Path]:

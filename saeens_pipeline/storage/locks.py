@@ -32,7 +32,7 @@ def writing_alone(root: Path, places: Iterable[tuple[Address, Partition]]) -> It
     """
     with contextlib.ExitStack() as stack:
         for each in sorted(places, key=lambda each: (str(each[0]), str(each[1]))):  # one order for all avoids deadlocks
-            stack.enter_context(_first_free([_file(root, *each)], f"{place(*each)} is being made by %s: waiting for it"))
+            stack.enter_context(_first_free([_file(root, *each)], f"{place(*each)} is being computed by %s: waiting for it"))
         yield
 
 

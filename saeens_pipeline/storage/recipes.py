@@ -41,7 +41,7 @@ _REPLACED = re.compile(r"\.(.+)\.([0-9a-f]{8})\.retired")  # final name, first d
 _FILE_HASH = re.compile(rb'"file_sha256": "([0-9a-f]{64})"')  # in the footer of a table
 _NO_HASH = "0" * 64
 _REPLACING_SECONDS = 3600
-_MENDING = "The next `saeens run` makes it again"
+_MENDING = "The next `saeens run` computes it again"
 
 
 def digest(value: object) -> str:
@@ -173,7 +173,7 @@ class Store:
                     raise DamagedArtefactError(f"{address} is damaged: {file} {state}, its recipe says {size} bytes. {_MENDING}")
                 if found.st_mtime_ns > recorded_ns:
                     if _sha256(file) != sha256:
-                        raise DamagedArtefactError(f"{address} is damaged: {file} was changed after it was made. {_MENDING}")
+                        raise DamagedArtefactError(f"{address} is damaged: {file} was changed after it was written. {_MENDING}")
                     with contextlib.suppress(OSError):  # files of a copied folder may be newer: the next check need not read them again
                         os.utime(file, ns=(found.st_atime_ns, recorded_ns))
         return artefact
@@ -220,7 +220,7 @@ class Store:
         if artefact is None:
             where = f" ({partition})" if str(partition) else ""
             raise MissingInputError(
-                f"{address}{where} is needed first: materialise it, or let `saeens run` make everything that is missing"
+                f"{address}{where} is needed first: materialise it, or run `saeens run`, which computes all missing inputs"
             )
         return artefact
 
@@ -321,7 +321,7 @@ def read_artefact(path: Path) -> Artefact:
         recipe = Recipe(**record["recipe"]).to_json()
         contents = [files["rows"][1]] if path.suffix == ".parquet" else [{name: sha256 for name, (_, sha256) in files.items()}, None]
         if record["data_version"] not in [digest([recipe, content]) for content in contents]:
-            raise ValueError("its data version does not follow from its recipe and files: it was changed after it was made")
+            raise ValueError("its data version does not follow from its recipe and files: it was changed after it was written")
         return Artefact(path, recipe, record["provenance"], files, record["data_version"])
     except Exception as error:
         raise DamagedArtefactError(f"{_record_file(path)} cannot be read ({error}). {_MENDING}") from error
@@ -386,7 +386,7 @@ def _has_its_hash(table: bytes) -> bool:
 
 @contextlib.contextmanager
 def _staging(final: Path, kept_for: str | None = None) -> Iterator[Path]:
-    """Give a temporary path beside `final`. Leftovers of killed processes are removed first, and those of this write if it fails.
+    """Yield a temporary path in the folder of `final`. Remove leftovers of killed processes first, and those of this write if it fails.
 
     With `kept_for`, a recipe's hash, a leftover for this hash is given instead of a free path.
     """

@@ -179,4 +179,4 @@ def map_shards(array: zarr.Array) -> MappedShards | None:
 
 
 def _damaged(file: Path, what: str) -> SaeensError:
-    return SaeensError(f"{file} is truncated or damaged: {what}. `saeens run` makes it again; or restore the file")
+    return SaeensError(f"{file} is truncated or damaged: {what}. `saeens run` computes it again; or restore the file")
