@@ -199,6 +199,15 @@ class Checkpoints:
         self.tokens = None
 
 
+def recipes_in(file: str | Path) -> list[str]:
+    """Return the recipes of the SAEs in a checkpoint file; empty if it was written without them or cannot be read."""
+    try:
+        with safe_open(file, "pt") as opened:
+            return json.loads(opened.metadata()[_METADATA])["recipes"]
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        return []
+
+
 @contextmanager
 def writing(checkpoints: Checkpoints | None) -> Iterator[WriteIfDue]:
     """Return a context with a function that writes a checkpoint when it is due, or on a pending signal, which it then delivers.

@@ -217,6 +217,10 @@ class Op:
     `saeens run` calls it before its first stage, and the driver before `make`. The facts are read on demand."""
     links: bool = False
     """True: an existing artefact with an equal recipe, of any experiment, is linked instead of computed again."""
+    needs_bytes: bool = False
+    """True: an artefact whose bytes were dropped is not linked."""
+    settle: Callable[[RunContext, Task], None] = field(default=lambda context, task: None)
+    """Drop the bytes that are not kept, once an artefact is computed or linked."""
     twin: Reference | None = None
     """An earlier artefact whose recipe may be equal: the first candidate for a link."""
     checks: CheckSettings = field(default_factory=CheckSettings)

@@ -13,8 +13,11 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
+import torch
 from tiny_experiment import EXPERIMENT, LAYER, NAME, Laboratory, experiment_file, source_settings
 
+import saeens_models as sm
+from saeens_models.training import Checkpoints, SAETrainer
 from saeens_pipeline import cli
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.orchestration import garbage
@@ -254,9 +257,55 @@ def test_checkpoints_are_kept_while_their_training_is_incomplete(finished: Labor
         file.write_bytes(b"state")
     aside = files["of no op"].with_name(f".{files['of no op'].name}.partial")
     aside.write_bytes(b"half")
+    shutil.rmtree(finished.root / SEED_1 / "bagging" / "member_2")
     unused = [file for name, file in files.items() if name != "needed"] + [aside]
     assert set(_listed(finished)) == {file.relative_to(finished.root).as_posix() for file in unused}
     assert _unknown(finished) == {}
+
+
+def _checkpoint(laboratory: Laboratory, recipes: Sequence[str]) -> Path:
+    """Write a checkpoint of the members of seed 1."""
+    file = checkpoint_file(laboratory.root, f"{NAME}__bagging__members", Partition(LAYER, 1))
+    config, training = sm.SAEConfig(architecture="topk", d_in=4, d_sae=8, k=2), sm.TrainingConfig()
+    checkpoints = Checkpoints(file, recipes=recipes)
+    checkpoints.load([[config]] * len(recipes), [training] * len(recipes))
+    trainers = [SAETrainer(config, training) for _ in recipes]
+    for trainer in trainers:
+        trainer.step(torch.ones(8, 4))
+    checkpoints.save(trainers, 8, [])
+    return file
+
+
+def test_a_checkpoint_is_unused_once_all_its_saes_are_finished(finished: Laboratory):
+    members = [finished.artefact(f"bagging/member_{j}", 1) for j in (1, 2, 3)]
+    file = _checkpoint(finished, [each.recipe_hash for each in members])
+    relative = file.relative_to(finished.root).as_posix()
+    inventory = _look(finished)
+    assert [(finding.path, finding.reason) for finding in inventory.garbage] == [(file, "its SAEs are finished")]
+    with writing_alone(finished.root, [(Address(NAME, "bagging", "member_2"), Partition(LAYER, 1))]):
+        assert _listed(finished) == {}
+    shutil.rmtree(members[2].path)
+    assert _listed(finished) == {}
+    _checkpoint(finished, [each.recipe_hash for each in members[:2]])
+    assert list(_listed(finished)) == [relative]
+    _checkpoint(finished, [members[0].recipe_hash, "of other settings"])
+    assert _listed(finished) == {}
+    remove_garbage(finished.catalogue, inventory, finished.root)
+    assert not (finished.root / "checkpoints").exists()
+
+
+def test_what_safetensors_had_begun_when_it_was_killed_is_unused(finished: Laboratory):
+    folder = finished.root / "checkpoints" / f"{NAME}__bagging__members" / f"layer={LAYER}"
+    folder.mkdir(parents=True)
+    left, own = folder / ".tmps4Pbu2", folder / "notes.tmp"
+    left.write_bytes(b"half")
+    own.write_text("mine")
+    with writing_alone(finished.root, [(Address(NAME, "bagging", "member_2"), Partition(LAYER, 1))]):
+        assert _listed(finished) == {}
+    inventory = _look(finished)
+    assert [finding.path for finding in inventory.garbage] == [left]
+    remove_garbage(finished.catalogue, inventory, finished.root)
+    assert list(folder.iterdir()) == [own]
 
 
 # what is not known
