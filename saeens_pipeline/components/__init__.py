@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import dagster as dg
 from pydantic import BaseModel
@@ -32,7 +32,7 @@ class _Declared:
         return cls.settings_class
 
     @classmethod
-    def load(cls, attributes: Any, context: dg.ComponentLoadContext) -> _Declared:
+    def load(cls, attributes: Any, context: dg.ComponentLoadContext) -> Self:
         return cls(attributes.name)
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:

@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import dagster as dg
@@ -110,7 +111,7 @@ def _layers(*added: int) -> list[str]:
     with command_line_instance() as instance:
         if added:
             register_layers(instance, "quickstart", added)
-        return instance.get_dynamic_partitions("quickstart_layers")
+        return list(instance.get_dynamic_partitions("quickstart_layers"))
 
 
 @pytest.mark.parametrize("damage", ["text", "empty", "cut", "overwritten"])
@@ -234,7 +235,7 @@ def _origin(location: str) -> RemoteJobOrigin:
     return RemoteJobOrigin(RemoteRepositoryOrigin(ManagedGrpcPythonEnvCodeLocationOrigin(target, location), "a_repository"), "a_job")
 
 
-def _ended(runs: dict[str, tuple[dict[str, str], str | None]]) -> set[str]:
+def _ended(runs: Mapping[str, tuple[dict[str, str], str | None]]) -> set[str]:
     """The runs, given by tags and code location, that are cancelled as dead."""
     with dg.DagsterInstance.ephemeral() as instance:
         made = {
