@@ -164,7 +164,7 @@ def _type(field: Mapping[str, Any]) -> str:
         case {"anyOf": choices} | {"oneOf": choices}:
             text = " or ".join(_type(choice) for choice in choices)
         case {"enum": values}:
-            text = ", ".join(f"`{value}`" for value in values)
+            text = ", ".join(f"`{value}`" for value in values if not isinstance(value, bool))
         case {"const": value}:
             text = f"`{value}`"
         case {"type": "array", "prefixItems": items}:

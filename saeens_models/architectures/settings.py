@@ -48,7 +48,7 @@ class SAESettings(OfArchitecture, frozen=True):
     def _own_class(cls, architecture: object) -> type[Self]:
         return settings_class(architecture) if cls is SAESettings else cls  # pyright: ignore[reportReturnType]
 
-    def __init__(self, **fields: Any) -> None:  # for type checkers: the fields depend on the architecture
+    def __init__(self, /, **fields: Any) -> None:  # for type checkers: the fields depend on the architecture
         super().__init__(**fields)
 
     @model_validator(mode="before")

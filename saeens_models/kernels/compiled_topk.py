@@ -156,8 +156,11 @@ def _select_nothing(first, indices, values):
 
 @_compile
 def _select(candidates, scores, keys, k, indices, values):
-    """Select the k candidates with the largest scores, whose keys are given; of equal ones the first."""
-    n, n_selected = len(candidates), 0
+    """Select the k candidates with the largest scores, whose keys are given; of equal ones those of the lowest index.
+
+    Overwrites the keys.
+    """
+    n, n_selected, n_equal = len(candidates), 0, 0
     if n >= k:
         low, high = _bounds(keys, n, k, np.int64(0), np.int64(0))
         for i in range(n):
@@ -166,7 +169,14 @@ def _select(candidates, scores, keys, k, indices, values):
                 values[n_selected] = scores[i]
                 n_selected += 1
         for i in range(n):
-            if low <= keys[i] < high and n_selected < k:
+            if low <= keys[i] < high:
+                keys[n_equal] = -np.int32(candidates[i])
+                n_equal += 1
+        least = np.int64(_LEAST_KEY)
+        if n_equal > k - n_selected:  # candidates may be in any order
+            least, _ = _bounds(keys, n_equal, k - n_selected, np.int64(0), np.int64(0))
+        for i in range(n):
+            if low <= _key(scores[i]) < high and -candidates[i] >= least:
                 indices[n_selected] = candidates[i]
                 values[n_selected] = scores[i]
                 n_selected += 1
@@ -333,7 +343,7 @@ def select_topk_exactly(rough, bias, x, errors, W_enc, memory, indices, values):
 
     Before they were rounded, their errors were at most errors `[n]`. At least k of the largest are computed again in float32, then all
     others that may be larger than the k-th of these. The selection is therefore that of float32 pre-activations, summed in the order of
-    `_dot`; ties are broken arbitrarily.
+    `_dot`; of equal ones those of the lowest index are selected.
 
     Returns the number of tokens with more candidates than the memory holds; they are the first entries of the memory's ``tokens``.
     """

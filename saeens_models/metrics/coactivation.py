@@ -160,10 +160,11 @@ class ConnectivityMetric:
 
 
 @cache
-def _compiled() -> ModuleType | None:
+def compiled_loops() -> ModuleType | None:
+    """Return the module of compiled loops; None without numba, or without a numba for this Python or numpy."""
     try:
         from saeens_models.metrics import coactivation_compiled
-    except ImportError:  # no numba, or none for this Python or numpy
+    except ImportError:
         return None
     return coactivation_compiled
 
@@ -171,7 +172,7 @@ def _compiled() -> ModuleType | None:
 def _token_masks(feature: np.ndarray, start: np.ndarray, n_features: int) -> np.ndarray:
     """Return the features of each token as bits, uint64 [n_tokens, n_features / 64]."""
     masks = np.zeros((len(start) - 1, n_features // 8), dtype=np.uint8)
-    compiled = _compiled()
+    compiled = compiled_loops()
     if compiled is not None:
         compiled.set_bits(masks, feature, start)
         return masks.view(np.uint64)
@@ -185,7 +186,7 @@ def _token_masks(feature: np.ndarray, start: np.ndarray, n_features: int) -> np.
 
 
 def _or_masks(bits: np.ndarray, masks: np.ndarray, by_feature: csc_array, strip: range, n_tiles: int) -> None:
-    compiled = _compiled()
+    compiled = compiled_loops()
     if compiled is not None:
         edges = np.linspace(strip.start, masks.shape[1], n_tiles + 1).astype(np.int64).tolist()
 
@@ -232,7 +233,8 @@ def connectivity(z: Tensor | SparseCode | Iterable[Tensor | SparseCode], memory_
     ``ConnectivityMetric`` for ``memory_budget`` (bytes). A pair of features fires together if both are non-zero on at least one token; a
     feature that fires at all forms a pair with itself.
 
-    Raises ValueError for no tokens or batches of different widths, MemoryBudgetError for a budget that is too small.
+    Raises ValueError for no tokens, batches of different widths and values that are not finite, MemoryBudgetError for a budget that is
+    too small.
     """
     metric: ConnectivityMetric | None = None
     for batch in [z] if isinstance(z, Tensor | SparseCode) else z:

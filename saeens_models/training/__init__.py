@@ -1,6 +1,6 @@
 """Training of SAEs on a stream of activations."""
 
-from saeens_models.training.checkpoints import CheckpointError, Checkpoints, SeekableBatches, checkpoint_bytes
+from saeens_models.training.checkpoints import CheckpointError, Checkpoints, SeekableBatches, checkpoint_bytes, recipes_in
 from saeens_models.training.config import TrainingConfig
 from saeens_models.training.loop import train, train_boosting_concurrently
 from saeens_models.training.prefetch import on_device
@@ -17,6 +17,7 @@ __all__ = [
     "checkpoint_bytes",
     "load_kernels",
     "on_device",
+    "recipes_in",
     "train",
     "train_boosting_concurrently",
 ]

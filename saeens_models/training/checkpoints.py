@@ -20,10 +20,10 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from saeens_models.architectures import SAEConfig
+from saeens_models.architectures.saelens_format import write_safetensors
 from saeens_models.training.config import TrainingConfig
 from saeens_models.training.signals import hold_signals
 from saeens_models.training.trainer import CurvePoint, NonFiniteLossError, SAETrainer
@@ -199,6 +199,15 @@ class Checkpoints:
         self.tokens = None
 
 
+def recipes_in(file: str | Path) -> list[str]:
+    """Return the recipes of the SAEs in a checkpoint file; empty if it was written without them or cannot be read."""
+    try:
+        with safe_open(file, "pt") as opened:
+            return json.loads(opened.metadata()[_METADATA])["recipes"]
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        return []
+
+
 @contextmanager
 def writing(checkpoints: Checkpoints | None) -> Iterator[WriteIfDue]:
     """Return a context with a function that writes a checkpoint when it is due, or on a pending signal, which it then delivers.
@@ -250,7 +259,7 @@ def _write(file: Path, record: Mapping[str, Any], tensors: dict[str, Tensor]) ->
     aside = _aside(file)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, aside, {_METADATA: text, _CHECKSUM: str(_checksum(text, tensors))})
+        write_safetensors(tensors, aside, {_METADATA: text, _CHECKSUM: str(_checksum(text, tensors))})
         _flush(aside)
         aside.replace(file)
         _flush(file.parent)

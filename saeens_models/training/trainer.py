@@ -118,8 +118,8 @@ class SAETrainer:
 
     @property
     def dead_mask(self) -> Tensor:
-        """Mask of the features that have not fired for more than ``dead_after_tokens`` tokens, `[d_sae]`."""
-        return self.tokens - self.last_fired > self.training.dead_after_tokens
+        """Mask of the features that have not fired for more than ``training.dead_after`` tokens, `[d_sae]`."""
+        return self.tokens - self.last_fired > self.training.dead_after
 
     def step(self, x: Tensor) -> Objective:
         """Train on one batch of scaled activations `[n, d_in]`, and return the objective of the weights before the step.

@@ -198,6 +198,10 @@ class SourceFacts(NamedTuple):
     """Folder of the tokens; None before a run that may write them."""
 
 
+Facts = Callable[[], SourceFacts]
+Wanted = Sequence[tuple[Declaration, Partition]]
+
+
 @dataclass(frozen=True)
 class Op:
     """A builder of one artefact, or of several together."""
@@ -207,12 +211,16 @@ class Op:
     make: Callable[[RunContext, Sequence[Task]], None]
     """Write the artefact of every task; tasks are cache misses only."""
     on_device: bool = False
-    preflight: Callable[[Store, Sequence[tuple[Declaration, Partition]], Callable[[], SourceFacts]], None] = field(default=lambda *_: None)
+    preflight: Callable[[Store, Wanted, Facts], None] = field(default=lambda *_: None)
     """Raise SaeensError, before any work, for settings or inputs with which these artefacts, or later ones, would fail.
 
     `saeens run` calls it before its first stage, and the driver before `make`. The facts are read on demand."""
     links: bool = False
     """True: an existing artefact with an equal recipe, of any experiment, is linked instead of computed again."""
+    needs_bytes: bool = False
+    """True: an artefact whose bytes were dropped is not linked."""
+    settle: Callable[[RunContext, Task], None] = field(default=lambda context, task: None)
+    """Drop the bytes that are not kept, once an artefact is computed or linked."""
     twin: Reference | None = None
     """An earlier artefact whose recipe may be equal: the first candidate for a link."""
     checks: CheckSettings = field(default_factory=CheckSettings)

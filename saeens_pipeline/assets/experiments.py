@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from saeens_pipeline.assets.baselines import baselines_of, shape_of
-from saeens_pipeline.assets.declarations import Declaration, Input, Op, Reference, RunContext, SourceFacts, Task, fields_of, with_file
+from saeens_pipeline.assets.declarations import Declaration, Facts, Input, Op, Reference, RunContext, Task, Wanted, fields_of, with_file
 from saeens_pipeline.assets.registry import Subject, evaluations_of, table_ops
 from saeens_pipeline.assets.residuals import residual_op
 from saeens_pipeline.assets.saes import Target, concurrent_rounds_op, sae_op, validate_targets
@@ -18,7 +18,6 @@ from saeens_pipeline.assets.sources import activations_of
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.language_models.tokens import open_tokens
 from saeens_pipeline.settings.experiments import ExperimentSettings
-from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.recipes import Store
 from saeens_pipeline.storage.tables import has_table
 
@@ -57,9 +56,7 @@ def experiment_ops(experiment: ExperimentSettings) -> list[Op]:
     return with_file(ops, experiment.file)
 
 
-def _check_saes(
-    experiment: ExperimentSettings, store: Store, wanted: Sequence[tuple[Declaration, Partition]], facts: Callable[[], SourceFacts]
-) -> None:
+def _check_saes(experiment: ExperimentSettings, store: Store, wanted: Wanted, facts: Facts) -> None:
     """Raise SaeensError for SAEs that cannot be built, for unknown labels, and for a missing table that would fail after training.
 
     Only the ops of members run slow preflights of tables.
@@ -118,10 +115,13 @@ def _round_target(experiment: ExperimentSettings, j: int) -> Target:
     if j == 1:
         what = f"Round 1: the activations{'' if experiment.ensemble.specialisation(1) else '; equals member 1'}"
     else:
+        before = "round 1" if j == 2 else f"rounds 1 to {j - 1}"
         together = ", concurrently" if experiment.ensemble.boosting == "concurrent" else ""
-        what = f"Round {j} of {experiment.ensemble.members}: residual of rounds 1 to {j - 1}{together}"
+        what = f"Round {j} of {experiment.ensemble.members}: residual of {before}{together}"
     about = f"{what}\n\n{shape_of(experiment.saes[j - 1])}."
-    return Target("boosting", f"round_{j}", about, init_index=j, sae=experiment.saes[j - 1])
+    scaled = j > 1 and experiment.complete_training["normalize_activations"] != "none"
+    scale = experiment.ensemble.boosting_scale if scaled else None
+    return Target("boosting", f"round_{j}", about, init_index=j, sae=experiment.saes[j - 1], boosting_scale=scale)
 
 
 def _sequential_boosting(experiment: ExperimentSettings, activations: Reference, member_1: Declaration) -> list[Op]:

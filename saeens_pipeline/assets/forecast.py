@@ -258,18 +258,15 @@ def _weights_bytes(config: SAEConfig) -> int:
 
 
 def _fits(amounts: Mapping[tuple[str, str], float | None], store: Store, compute: Compute) -> Iterator[Line]:
-    import torch
-
     free, needed = free_bytes(store.root), amounts["disk", "all"]
     if needed is None:
         verdict = "not known whether that is enough"
     else:
         verdict = "enough" if needed <= free else f"{_bytes(needed - free)} too little"
     yield Line("fits", "free disk", free, "bytes", f"{verdict}, below {store.root}")
-    device = compute.resolve()
-    if device.startswith("cuda"):
-        memory = torch.cuda.get_device_properties(device).total_memory
-        yield Line("fits", torch.cuda.get_device_name(device), memory, "bytes", _at_once(amounts, memory))
+    if gpu := compute.gpu():
+        name, memory = gpu
+        yield Line("fits", name, memory, "bytes", _at_once(amounts, memory))
 
 
 def _at_once(amounts: Mapping[tuple[str, str], float | None], memory: float) -> str:

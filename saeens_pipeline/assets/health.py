@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import isfinite
-from typing import TYPE_CHECKING
 
 import polars as pl
 
@@ -18,12 +17,10 @@ from saeens_pipeline.assets.declarations import Declaration, Reference
 from saeens_pipeline.assets.registry import TABLES, Table
 from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.settings.experiments import CheckSettings
+from saeens_pipeline.storage.activations import ActivationStatistics, ActivationStore
 from saeens_pipeline.storage.names import Address, Partition, place
 from saeens_pipeline.storage.recipes import Artefact, DamagedArtefactError, Store
 from saeens_pipeline.storage.tables import read_part
-
-if TYPE_CHECKING:
-    from saeens_pipeline.storage.activations import ActivationStore
 
 MAX_AT_LIMIT = 1e-5  # share of numbers at the end of their dtype
 MAX_TOP_SHARE = 0.1  # of the variance, in 0.1 % of the rows
@@ -91,6 +88,13 @@ def compare_bytes(store: Store, declaration: Reference, partition: Partition) ->
     return [f"{place(declaration.address, partition)}: {each}. The next run computes it again" for each in differences]
 
 
+def _models():
+    """Return saeens_models, which declarations must not load."""
+    import saeens_models.metrics.soundness
+
+    return saeens_models
+
+
 def _require_sound_tokens(health: Health, where: str, artefact: Artefact) -> None:
     for split, statistics in artefact.provenance["statistics"].items():
         rows, wanted = statistics["rows"], artefact.recipe["settings"][f"{split}_tokens"]
@@ -100,9 +104,6 @@ def _require_sound_tokens(health: Health, where: str, artefact: Artefact) -> Non
 
 
 def _require_sound_activations(health: Health, name: str, artefact: Artefact) -> None:
-    from saeens_models.metrics.soundness import constant_dimensions
-    from saeens_pipeline.storage.activations import ActivationStatistics, ActivationStore
-
     store = ActivationStore(artefact.path)
     for split, recorded in artefact.provenance["statistics"].items():
         statistics, where = ActivationStatistics.from_json(recorded), f"{name}, {split} split,"
@@ -114,7 +115,7 @@ def _require_sound_activations(health: Health, name: str, artefact: Artefact) ->
         health.require(shape == expected, f"{where} is of shape {list(shape)} and was written as {list(expected)}: compute it again")
         finite = all(map(isfinite, (statistics.mean_norm, float(statistics.mean.sum()), float(statistics.variance.sum()))))
         health.require(finite, f"{where} has means or variances that are not finite: the language model overflows; set dtype: bfloat16")
-        constant = constant_dimensions(statistics.mean, statistics.variance)
+        constant = _models().metrics.soundness.constant_dimensions(statistics.mean, statistics.variance)
         health.measured[f"constant dimensions ({split})"] = constant
         health.require(
             constant < store.d_in,
@@ -126,10 +127,8 @@ def _require_sound_activations(health: Health, name: str, artefact: Artefact) ->
 
 
 def _require_sound_chunks(health: Health, store: ActivationStore, split: str, where: str) -> None:
-    from saeens_models.metrics.soundness import count_values
-
     last = store.n_chunks(split) - 1
-    counts = [count_values(store.read_chunk(split, index)) for index in {0, last // 2, last}]
+    counts = [_models().metrics.soundness.count_values(store.read_chunk(split, index)) for index in {0, last // 2, last}]
     values, non_finite, at_limit = (sum(each) for each in zip(*counts, strict=True))
     health.measured[f"sampled values at the limit of {store.dtype} ({split})"] = at_limit
     health.require(non_finite == 0, f"{where} has {non_finite:,} of {values:,} sampled values that are not finite: compute it again")
@@ -141,9 +140,7 @@ def _require_sound_chunks(health: Health, store: ActivationStore, split: str, wh
 
 
 def _require_sound_sae(health: Health, where: str, artefact: Artefact) -> None:
-    import saeens_models as sm
-
-    config = sm.load_sae(artefact.path).config  # raises ValueError for wrong shapes, and for weights that are not finite
+    config = _models().load_sae(artefact.path).config  # raises ValueError for wrong shapes, and for weights that are not finite
     health.measured |= {"d_in": config.d_in, "features": config.d_sae}
     last = artefact.provenance["last_step"]
     for name in ("loss", "explained_variance", "l0"):
@@ -210,6 +207,12 @@ def _expect_good_sae(health: Health, where: str, artefact: Artefact, settings: C
         dead <= settings.max_dead_features,
         f"{where}: {dead:.0%} of its features are dead, more than {settings.max_dead_features:.0%}: "
         "train on more tokens, or set a smaller expansion or a larger aux_loss_coefficient",
+    )
+    dead_after, n_tokens = artefact.recipe["settings"]["training"]["dead_after_tokens"], artefact.provenance["train_tokens"]
+    health.expect(
+        dead_after is None or dead_after < n_tokens,
+        f"{where}: no feature can be called dead or be revived: training.dead_after_tokens is {dead_after}, and it trained on "
+        f"{n_tokens} tokens. Lower it, or leave it out for a tenth of the tokens",
     )
     target = sae.get("k", settings.target_l0)
     if target:

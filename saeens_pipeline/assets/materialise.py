@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
-from saeens_pipeline.assets.declarations import Declaration, Op, Reference, RunContext, Task
+from saeens_pipeline.assets.declarations import Declaration, Op, RunContext, Task
 from saeens_pipeline.assets.health import Health, UnsoundArtefactError, examine, is_checked
 from saeens_pipeline.assets.sources import recorded_facts
 from saeens_pipeline.errors import SaeensError
@@ -52,9 +52,12 @@ def materialise(op: Op, selection: Collection[Address], partition: Partition, co
             hits = _hits(store, tasks)  # another process may have computed them while this one waited for the lock
             missing = [task for task in tasks if task.where not in hits]
             if op.links:
-                missing = [task for task in missing if not _link(context, task, op.twin)]
+                missing = [task for task in missing if not _link(context, task, op)]
             if missing:
                 _make(op, missing, partition, context)
+            for task in tasks:
+                if task.where not in hits:
+                    op.settle(context, task)
     made = []
     for task in tasks:
         artefact = hits.get(task.where) or store.require(*task.where)
@@ -112,14 +115,19 @@ def _inputs_of(store: Store, tasks: Sequence[Task]) -> Callable[[], None]:
     return require_unchanged
 
 
-def _link(context: RunContext, task: Task, twin: Reference | None) -> bool:
+def _link(context: RunContext, task: Task, op: Op) -> bool:
     """Link an artefact with an equal recipe: the twin, or else one of any experiment. Return False if there is none."""
-    store, partition = context.store, task.partition
+    store, partition, twin = context.store, task.partition, op.twin
     other = store.hit(twin.address, partition, task.recipe) if twin else None
     where, other = (twin.address, other) if twin and other else store.made_alike(*task.where, task.recipe)
+    if other and op.needs_bytes and not other.files:
+        return False
     if other:
         provenance = other.provenance | {"same_as": str(where), "experiment_file": task.declaration.experiment_file}
-        store.link(*task.where, task.recipe, other, provenance)
+        try:
+            store.link(*task.where, task.recipe, other, provenance)
+        except FileNotFoundError:  # it was replaced, or its bytes were dropped, meanwhile
+            return False
     return other is not None
 
 

@@ -54,7 +54,7 @@ class Spread:
         return self._interval or (min(self.points), max(self.points))
 
     def around(self, form: str) -> str:
-        """Return the half width of the interval or, with two seeds, the points: Student's interval of two is 12.7 standard errors wide."""
+        """Return the half width of the interval or, with two seeds, the points: Student's t of two is 12.7 standard errors to each side."""
         if self._interval:
             half_width = self._interval[1] - self.mean
             return f"±{half_width:.1%}" if form.endswith("%") else f"±{written(half_width, '.2g')}"

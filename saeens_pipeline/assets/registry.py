@@ -9,17 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import polars as pl
 
-from saeens_pipeline.assets.declarations import (
-    Declaration,
-    Dimensions,
-    Input,
-    Op,
-    Reference,
-    RunContext,
-    SourceFacts,
-    Task,
-    fields_of,
-)
+from saeens_pipeline.assets.declarations import Declaration, Dimensions, Facts, Input, Op, Reference, RunContext, Task, Wanted, fields_of
 from saeens_pipeline.assets.sources import tokens_of
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.settings.experiments import CheckSettings, ExperimentSettings
@@ -193,7 +183,7 @@ class Table:
     """Tables among its inputs."""
     complaint: Callable[[ExperimentSettings], str] = lambda experiment: ""
     """Return the reason why an experiment cannot have this table; empty if it can."""
-    preflight: Callable[[ExperimentSettings, Callable[[], SourceFacts]], None] = lambda experiment, facts: None
+    preflight: Callable[[ExperimentSettings, Facts], None] = lambda experiment, facts: None
     """Raise SaeensError, before any training, for settings or data with which the table would fail. The facts are read on demand."""
     has_slow_preflight: bool = False
     """True: the preflight takes seconds in every process."""
@@ -394,7 +384,7 @@ def _table_op(subject: Subject, name: str, tables: Sequence[Table]) -> Op:
         for task, rows, provenance in made:
             context.store.write_table(*task.where, task.recipe, context.provenance(task.declaration) | vars(measured) | provenance, rows)
 
-    def check(store: Store, wanted: Sequence[tuple[Declaration, Partition]], facts: Callable[[], SourceFacts]) -> None:
+    def check(store: Store, wanted: Wanted, facts: Facts) -> None:
         for table in dict.fromkeys(declaration.address.name for declaration, _ in wanted):
             TABLES[table].preflight(subject.experiment, facts)
 

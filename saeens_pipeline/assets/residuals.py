@@ -70,7 +70,11 @@ def residual_op(experiment: ExperimentSettings, number: int, given: Reference, b
                 "peak_memory_bytes": measured.peak_memory_bytes,
                 "flops": n_rows * flops_per_token,
             }
-        if experiment.keep_residuals == "last" and number > 1:
-            store.drop_bytes(given.require(store, task.partition))
 
-    return Op(residual.address.op_name, (residual,), make, on_device=True)
+    def settle(context: RunContext, task: Task) -> None:
+        dropped = {"last": given if number > 1 else None, "none": residual, "all": None}[experiment.keep_residuals]
+        if dropped and (artefact := dropped.require(context.store, task.partition)).files:
+            context.store.drop_bytes(artefact)
+
+    needs_bytes = experiment.keep_residuals == "all"
+    return Op(residual.address.op_name, (residual,), make, on_device=True, links=True, needs_bytes=needs_bytes, settle=settle)

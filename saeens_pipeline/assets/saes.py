@@ -15,7 +15,7 @@ from saeens_pipeline.storage.names import Kind, Partition
 if TYPE_CHECKING:
     from saeens_models import SAEConfig, SAESettings
 
-SAE_VERSION = 1
+SAE_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class Target:
     """Labels of the documents that it is trained on; empty: all documents."""
     start_from: Reference | None = None
     """The SAE that provides its initial weights."""
+    boosting_scale: str | None = None
+    """Scale of the input of a boosting round after the first, if inputs are scaled."""
 
 
 def init_seed(ensemble_seed: int, index: int) -> int:
@@ -85,6 +87,7 @@ def _declare(
     settings: dict[str, Any] = {"sae": target.sae.to_json(), "training": {**experiment.complete_training, **target.training}}
     settings |= {"documents": target.documents} if target.documents else {}
     settings |= {"epochs": target.epochs} if target.epochs > 1 else {}
+    settings |= {"boosting_scale": target.boosting_scale} if target.boosting_scale else {}
     settings |= {"boosting": "concurrent"} if before else {}
     settings |= {"saes_before": [each.sae.to_json() for each in before]} if before and isinstance(experiment.sae, list) else {}
     method, inputs = target.kind if target.kind != "baseline" else target.name, [Input("activations", given)]

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from saeens_pipeline import progress
-from saeens_pipeline.assets.declarations import Declaration, Input, Op, Reference, RunContext, SourceFacts, Task, with_file
+from saeens_pipeline.assets.declarations import Declaration, Input, Op, Reference, RunContext, SourceFacts, Task, Wanted, with_file
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models.caching import cache_activations
 from saeens_pipeline.language_models.corpora import open_corpus
@@ -175,7 +175,7 @@ def source_ops(settings: SourceSettings) -> list[Op]:
         validate_token_settings(_language_model(settings), **settings.model_dump(include=set(_TOKEN_FIELDS)))
         open_corpus(settings.corpus).require_readable()  # for a data set of the hub, if the hub can be reached
 
-    def check_activations(_: Store, wanted: Sequence[tuple[Declaration, Partition]], *_facts: Any) -> None:
+    def check_activations(_: Store, wanted: Wanted, *_facts: Any) -> None:
         layers = [partition.layer for _, partition in wanted if partition.layer is not None]
         validate_modules(validate_source(settings, layers), settings.hook, layers)
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from saeens_pipeline.cli.output import notify
-from saeens_pipeline.errors import SaeensError
+from saeens_pipeline.errors import SaeensError, printable
 
 app = typer.Typer(
     add_completion=False,
@@ -25,6 +25,7 @@ def _options(debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = Fal
 
 def main() -> None:
     """Run the command line. Errors become one message, with --debug a traceback."""
+    sys.argv[1:] = map(printable, sys.argv[1:])  # messages of typer and of Dagster repeat them
     try:
         app()
     except Exception as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import dagster as dg
 from pydantic import BaseModel
@@ -15,8 +15,8 @@ from saeens_pipeline.settings.experiments import ExperimentSettings
 from saeens_pipeline.settings.sources import SourceSettings
 
 
-class _Declared(dg.Component):
-    """The assets of the source or experiment of this name in the catalogue."""
+class _Declared:
+    """The assets of the source or experiment of this name in the catalogue. No component itself: `dg check` asks each for its settings."""
 
     settings_class: ClassVar[type[BaseModel]]
 
@@ -32,14 +32,14 @@ class _Declared(dg.Component):
         return cls.settings_class
 
     @classmethod
-    def load(cls, attributes: Any, context: dg.ComponentLoadContext) -> _Declared:
+    def load(cls, attributes: Any, context: dg.ComponentLoadContext) -> Self:
         return cls(attributes.name)
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
         return dg.Definitions(assets=[build_asset(op) for op in self.ops(load_catalogue())])
 
 
-class ActivationSource(_Declared):
+class ActivationSource(_Declared, dg.Component):
     """A source: its tokens, and its activations at one hook, partitioned by layer."""
 
     settings_class = SourceSettings
@@ -48,7 +48,7 @@ class ActivationSource(_Declared):
         return source_ops(catalogue.source(self.name))
 
 
-class EnsembleExperiment(_Declared):
+class EnsembleExperiment(_Declared, dg.Component):
     """An experiment: members, boosting rounds, residuals, baselines, ensembles and tables, partitioned by layer and seed."""
 
     settings_class = ExperimentSettings

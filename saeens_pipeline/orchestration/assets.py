@@ -32,26 +32,17 @@ _ABOUT_HEALTH = (
 
 def partitions_of(declaration: Declaration) -> dg.PartitionsDefinition | None:
     """Return an artefact's partitions in Dagster. The layers of a source are one definition, shared by all its experiments."""
+    if declaration.dimensions == "none":
+        return None
     layers = dg.DynamicPartitionsDefinition(name=layers_name(declaration.source))
-    match declaration.dimensions:
-        case "none":
-            return None
-        case "layer":
-            return layers
-        case _:
-            seeds = dg.StaticPartitionsDefinition([str(seed) for seed in declaration.seeds])
-            return dg.MultiPartitionsDefinition({"layer": layers, "seed": seeds})
+    seeds = dg.StaticPartitionsDefinition([str(seed) for seed in declaration.seeds])
+    return layers if declaration.dimensions == "layer" else dg.MultiPartitionsDefinition({"layer": layers, "seed": seeds})
 
 
 def partition_key(declaration: Declaration, partition: Partition) -> str | None:
     """Return the key of a partition in Dagster."""
-    match declaration.dimensions:
-        case "none":
-            return None
-        case "layer":
-            return str(partition.layer)
-        case _:
-            return dg.MultiPartitionKey({"layer": str(partition.layer), "seed": str(partition.seed)})
+    keys = {name: str(getattr(partition, name)) for name in DIMENSION_NAMES[declaration.dimensions]}
+    return dg.MultiPartitionKey(keys) if len(keys) > 1 else keys.get("layer")
 
 
 def build_asset(op: Op) -> dg.AssetsDefinition:

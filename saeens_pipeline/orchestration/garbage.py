@@ -25,11 +25,12 @@ from saeens_pipeline.orchestration.instance import home_folder, layers_name, rec
 from saeens_pipeline.orchestration.ops import Ops
 from saeens_pipeline.settings.files import unread_folder
 from saeens_pipeline.storage import locks
-from saeens_pipeline.storage.checkpoints import locate_checkpoint
+from saeens_pipeline.storage.checkpoints import is_unfinished_checkpoint, locate_checkpoint
 from saeens_pipeline.storage.names import Address, Partition, is_above_artefacts, locate
 from saeens_pipeline.storage.recipes import (
     Artefact,
     DamagedArtefactError,
+    Store,
     all_artefacts,
     foreign_files,
     read_artefact,
@@ -72,6 +73,8 @@ class Declared:
 
     outputs: Mapping[Address | str, Declaration]
     layers: Mapping[str, frozenset[int]]
+    of_op: Mapping[str, Sequence[Declaration]]
+    """All outputs of each op by the op's name."""
 
     def objection(self, to: Address | str, partition: Partition) -> str:
         """Return the reason why an artefact, or the checkpoint of an op of this name, is unused; empty if something refers to it."""
@@ -105,7 +108,8 @@ def declared(catalogue: Ops) -> Declared:
         for name, source in catalogue.sources.items()
     }
     ops = catalogue.all_ops()
-    return Declared({output.address: output for op in ops for output in op.outputs} | {op.name: op.outputs[0] for op in ops}, layers)
+    outputs = {output.address: output for op in ops for output in op.outputs} | {op.name: op.outputs[0] for op in ops}
+    return Declared(outputs, layers, {op.name: op.outputs for op in ops})
 
 
 def find_garbage(root: Path, references: Declared, given_up: Sequence[Path] = ()) -> Inventory:
@@ -208,6 +212,11 @@ def _look_at(path: Path, root: Path, references: Declared, inventory: Inventory)
             doubt = _doubt(path, inventory.unread_folders, is_checkpoint=isinstance(found[0], str))
             findings, reason = (inventory.unknown, f"{objection}, but {doubt}") if doubt else (inventory.garbage, objection)
             findings.append(Finding(path, _size(path), reason))
+        elif isinstance(found[0], str) and _is_finished(path, root, references.of_op[found[0]], found[1]):
+            inventory.garbage.append(Finding(path, _size(path), "its SAEs are finished"))
+    elif is_unfinished_checkpoint(relative):
+        if not locks.may_be_training(root):
+            inventory.garbage.append(Finding(path, _size(path), "left behind by a process that was killed"))
     else:
         inventory.unknown.append(Finding(path, _size(path), "not written by saeens"))
 
@@ -218,6 +227,21 @@ def _located(path: PurePosixPath) -> tuple[Address | str, Partition] | None:
 
 def _may_be_written(root: Path, to: Address | str, partition: Partition) -> bool:
     return isinstance(to, Address) and locks.may_be_written(root, to, partition)
+
+
+def _is_finished(checkpoint: Path, root: Path, outputs: Sequence[Declaration], partition: Partition) -> bool:
+    """Return whether every SAE in a checkpoint is on disk; of one that cannot be read, whether every SAE of its op is."""
+    from saeens_models.training import recipes_in
+
+    if any(locks.may_be_written(root, each.address, partition) for each in outputs):
+        return False
+    finished: list[str | None] = []
+    for each in outputs:
+        with contextlib.suppress(DamagedArtefactError):
+            artefact = Store(root).find(each.address, partition)
+            finished.append(artefact.recipe_hash if artefact else None)
+    recipes = recipes_in(checkpoint)
+    return set(recipes) <= set(finished) if recipes else len(finished) == len(outputs) and None not in finished
 
 
 def _doubt(path: Path, unread: Sequence[Path], *, is_checkpoint: bool) -> str:

@@ -40,6 +40,7 @@ storage:
   sqlite:
     base_dir: {storage}
 compute_logs:
+  # Dagster's default; the class has no public module, and has to be named to choose its folder
   module: {compute_log_module}
   class: LocalComputeLogManager
   config:

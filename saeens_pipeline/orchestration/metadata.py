@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from saeens_pipeline.assets.declarations import Declaration, Reference
 from saeens_pipeline.assets.registry import SUBJECT, TABLES, Markdown, Table
 from saeens_pipeline.assets.tables.cost import with_totals
 from saeens_pipeline.assets.tables.pareto import PARETO, PICTURE_FILE, TABLE_FILE
-from saeens_pipeline.storage.names import CURVE_FILE, INDEX_FILE, Partition
+from saeens_pipeline.storage.names import CURVE_FILE, INDEX_FILE, PICTURES_FOLDER, Partition
 from saeens_pipeline.storage.recipes import Artefact, read_artefact
 from saeens_pipeline.storage.tables import Column, read_part
 
@@ -98,13 +99,10 @@ def _ensemble_summary(declaration: Declaration, artefact: Artefact) -> dict[str,
 
 
 def _report_summary(artefact: Artefact) -> dict[str, Any]:
-    from saeens_pipeline.report.pages import PICTURES
-    from saeens_pipeline.report.pictures import as_markdown
-
-    pictures = {path.stem.replace("_", " "): path for path in sorted((artefact.path / PICTURES).glob("*.png"))}
+    pictures = {path.stem.replace("_", " "): path for path in sorted((artefact.path / PICTURES_FOLDER).glob("*.png"))}
     return {
         "open in a browser": dg.MetadataValue.path(str(artefact.path / INDEX_FILE)),
-        **{title: dg.MetadataValue.md(as_markdown(path.read_bytes(), title)) for title, path in pictures.items()},
+        **{title: _png(path.read_bytes(), title) for title, path in pictures.items()},
     }
 
 
@@ -167,7 +165,7 @@ def _table_summary(declaration: Declaration, artefact: Artefact) -> dict[str, An
     registered = TABLES[declaration.address.name]
     if registered.is_large:
         return {"dagster/row_count": pl.scan_parquet(artefact.path, hive_partitioning=False).select(pl.len()).collect().item()}
-    from saeens_pipeline.report.pictures import as_markdown, table_picture
+    from saeens_pipeline.report.pictures import table_picture
 
     table = with_totals(read_part(artefact.path))
     summary: dict[str, Any] = {"dagster/row_count": len(table)}
@@ -186,20 +184,22 @@ def _table_summary(declaration: Declaration, artefact: Artefact) -> dict[str, An
             summary[f"{shown.replace('_', ' ')} by number of members"] = picture(curves, "members")
     png = table_picture(registered.name, table)
     if png:
-        summary["plot"] = dg.MetadataValue.md(as_markdown(png, registered.name.replace("_", " ")))
+        summary["plot"] = _png(png, registered.name.replace("_", " "))
     return summary
 
 
 def _pareto_summary(artefact: Artefact) -> dict[str, Any]:
     """Return the UI metadata of a Pareto table: number of rows, missing experiments, and the plot."""
-    from saeens_pipeline.report.pictures import as_markdown
-
-    drawn = (artefact.path / PICTURE_FILE).read_bytes()
     return {
         "dagster/row_count": len(pl.read_parquet(artefact.path / TABLE_FILE)),
         "not evaluated yet": ", ".join(artefact.provenance["not_evaluated"]) or None,
-        "picture": dg.MetadataValue.md(as_markdown(drawn, "explained variance by L0 and by bits")),
+        "picture": _png((artefact.path / PICTURE_FILE).read_bytes(), "explained variance by L0 and by bits"),
     }
+
+
+def _png(png: bytes, title: str) -> dg.MarkdownMetadataValue:
+    """Return a picture as Markdown that holds the bytes."""
+    return dg.MetadataValue.md(f"![{title}](data:image/png;base64,{base64.b64encode(png).decode()})")
 
 
 def _statistics_summary(statistics: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -125,7 +125,7 @@ def run_experiment(
                 if status.state == "damaged" and status.declaration in declarations:
                     print_line(console, status.reason)
         with (
-            _compiling(store, wanted),
+            compiling_ahead(store, wanted),
             progress.forward_log_lines(lambda _level, message: print_line(console, " ".join(message.splitlines()))),
             progress.report_to(reporter_for(console)),
         ):
@@ -211,11 +211,12 @@ def _preflight(
     catalogue: Catalogue, experiment: ExperimentSettings, store: Store, chosen: Sequence[tuple[Stage, list[Declaration]]]
 ) -> Iterator[str]:
     """Run the preflights of the ops of these artefacts, then yield the announcements of their tables."""
+    facts = cache(partial(declared_facts, catalogue.sources[experiment.source]))
     wanted = {(each.address, stage.partition): each for stage, declarations in chosen for each in declarations}
     for op in catalogue.ops(experiment):
         addresses = {output.address for output in op.outputs}
         if of_op := [(each, partition) for (address, partition), each in wanted.items() if address in addresses]:
-            op.preflight(store, of_op, partial(declared_facts, catalogue.sources[experiment.source]))
+            op.preflight(store, of_op, facts)
     for table in evaluations_of(experiment):
         n_tables = sum(each.address.name == table.name for each in wanted.values())
         if n_tables and (announced := table.announcement(experiment, n_tables)):
@@ -259,7 +260,7 @@ def _selected(stages: Sequence[Stage], select: Sequence[str]) -> list[Declaratio
     return found
 
 
-def _compiling(store: Store, wanted: Sequence[Declaration]) -> contextlib.AbstractContextManager[object]:
+def compiling_ahead(store: Store, wanted: Sequence[Declaration]) -> contextlib.AbstractContextManager[object]:
     """Compile the kernels of CPU training in another process during the steps before training, if there are any."""
     architectures = {declaration.tags["architecture"] for declaration in wanted if declaration.builder == "sae"}
     comes_first = any(declaration.builder in {"tokens", "activations"} for declaration in wanted)

@@ -26,7 +26,7 @@ from saeens_pipeline.report.metrics import METRICS
 from saeens_pipeline.report.pictures import report_pictures
 from saeens_pipeline.report.record import UI, Record, diagram
 from saeens_pipeline.report.results import Results, compare, spread_of_points
-from saeens_pipeline.storage.names import INDEX_FILE
+from saeens_pipeline.storage.names import INDEX_FILE, PICTURES_FOLDER
 from saeens_pipeline.storage.recipes import Store
 from saeens_pipeline.storage.tables import layers_with_tables
 
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from saeens_pipeline.assets.catalogue import Experiments
     from saeens_pipeline.settings import ExperimentSettings
 
-PICTURES = "pictures"
 _HERE = Path(__file__).parent
 _WEIGHTS = {"random": "untrained (control)"}
 _COLUMNS = {  # of the leaderboard's page, in addition to the metrics
@@ -113,8 +112,8 @@ def write_report(folder: Path, store: Store, catalogue: Experiments, experiment:
         missing = "" if browser.contexts is not None else what_makes_contexts(experiment, catalogue)
         _write_features(folder, browser, missing)
     for name, png in report_pictures(results):
-        (folder / PICTURES).mkdir(exist_ok=True)
-        (folder / PICTURES / f"{name}.png").write_bytes(png)
+        (folder / PICTURES_FOLDER).mkdir(exist_ok=True)
+        (folder / PICTURES_FOLDER / f"{name}.png").write_bytes(png)
 
 
 def write_leaderboard(folder: Path, board: pl.DataFrame, reports: Mapping[tuple[str, int], str]) -> None:

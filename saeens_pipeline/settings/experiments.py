@@ -6,7 +6,17 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from croniter import croniter
-from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from saeens_pipeline.settings.autointerp import AutoInterpSettings
@@ -32,6 +42,13 @@ _BASELINES_OF_LISTS = ("expanded", "expanded_l0_matched", "matching_pursuit")  #
 _BASELINES_WITH_L0 = ("expanded_l0_matched", "matching_pursuit")  # with the sum of the members' L0
 
 
+def _models():
+    """Return saeens_models, which validates SAEs and training; it loads torch, which importing this module does not."""
+    import saeens_models.architectures
+
+    return saeens_models
+
+
 def _outside_groups(name: str) -> str:
     if name in RESERVED_GROUPS or name.endswith("_saes"):
         raise ValueError(
@@ -42,11 +59,10 @@ def _outside_groups(name: str) -> str:
 
 def _read_saes(given: object) -> SAESettings | list[SAESettings]:
     """Return one configuration, or one per member; the errors of a list name the entry."""
-    from saeens_models.architectures import SAESettings  # loads torch
-
+    settings = _models().SAESettings
     if not isinstance(given, list):
-        return SAESettings.model_validate(given)
-    saes = TypeAdapter(list[SAESettings]).validate_python(given)
+        return settings.model_validate(given)
+    saes: list[SAESettings] = TypeAdapter(list[settings]).validate_python(given)  # pyright: ignore[reportInvalidTypeForm]
     if len({sae.width_field for sae in saes}) > 1:
         raise ValueError("give expansion in every entry, or d_sae in every entry: widths of members are added up and compared")
     return saes
@@ -78,29 +94,26 @@ def _check_swept(sae: dict[str, Any], sweep: dict[str, list[Any]]) -> None:
 
 def allowed_sae_keys(sae: Mapping[str, Any]) -> list[str]:
     """Return the allowed keys of `sae`, which depend on its architecture. Raises ValidationError for an unknown architecture."""
-    from saeens_models.architectures import settings_class  # loads torch
-
-    return list(settings_class(sae.get("architecture")).field_names())
+    return list(_models().architectures.settings_class(sae.get("architecture")).field_names())
 
 
 def allowed_training_keys() -> list[str]:
     """Return the allowed keys of `training`."""
-    from saeens_models import TrainingConfig  # loads torch
-
-    return [name for name in TrainingConfig.model_fields if name not in _FOLLOWS_FROM_ACTIVATIONS]
+    return [name for name in _models().TrainingConfig.model_fields if name not in _FOLLOWS_FROM_ACTIVATIONS]
 
 
 def _validate_training(settings: dict[str, Any]) -> dict[str, Any]:
-    from saeens_models import TrainingConfig  # loads torch
-
     for name in _FOLLOWS_FROM_ACTIVATIONS:
         if name in settings:
             raise ValueError(f"{name} follows from the activations and cannot be set")
-    TrainingConfig(**settings, total_tokens=1)
+    _models().TrainingConfig(**settings, total_tokens=1)
     return settings
 
 
 _Training = Annotated[dict[str, Any], AfterValidator(_validate_training)]
+
+
+_ON_OR_OFF = {"enum": ["on", "off", True, False]}  # `dg check yaml` reads YAML 1.1, too, and compares with the schema
 
 
 def _on_or_off(value: object) -> object:
@@ -142,6 +155,11 @@ class EnsembleSettings(Section):
     )
     boosting: Literal["sequential", "concurrent"] = Field(
         "sequential", description="training of boosting rounds one after another, or all in one pass over the activations"
+    )
+    boosting_scale: Literal["shared", "per_round"] = Field(
+        "shared",
+        description="with normalize_activations, one scale for all boosting rounds, or for each the scale of its own input; with per_round "
+        "an L1 or L0 coefficient means less in later rounds",
     )
     specialised: list[SpecialisedMember] = Field([], description="bagging members with their own documents or starting weights")
 
@@ -206,7 +224,7 @@ class ExperimentSettings(FromFile):
         None, description="widths of the expanded SAEs, in members: a list, or all sizes from 1; default: the width of all members"
     )
     keep_residuals: Literal["last", "all", "none"] = Field("last", description="residuals whose bytes stay on disk")
-    automation: Annotated[Literal["on", "off"], BeforeValidator(_on_or_off)] = Field(
+    automation: Annotated[Literal["on", "off"], BeforeValidator(_on_or_off), WithJsonSchema(_ON_OR_OFF)] = Field(
         "off", description="automatic runs for missing artefacts and for changed settings or inputs"
     )
     schedule: Annotated[str, AfterValidator(_validate_cron)] = Field(
@@ -271,8 +289,6 @@ class ExperimentSettings(FromFile):
 
     def _check_baselines(self) -> None:
         """Raise ValidationError for a baseline that does not fit the SAEs, and for training that does not fit a baseline."""
-        from saeens_models.architectures import validate_l0_multiple  # loads torch
-
         for i, baseline in enumerate(self.baselines):
             if isinstance(self.sae, list) and baseline not in _BASELINES_OF_LISTS:
                 able = ", ".join(_BASELINES_OF_LISTS)
@@ -280,7 +296,7 @@ class ExperimentSettings(FromFile):
                 raise _wrong(["baselines", i], message)
             for number, sae in enumerate(self.saes if baseline in _BASELINES_WITH_L0 else [], start=1):
                 try:
-                    validate_l0_multiple(sae.architecture)
+                    _models().architectures.validate_l0_multiple(sae.architecture)
                 except ValueError as error:
                     of_list = f"has the L0 of all members added up; of member {number}, {error}: leave it out"
                     message = of_list if isinstance(self.sae, list) else f"has the L0 of all members: {error}"
@@ -331,20 +347,16 @@ class ExperimentSettings(FromFile):
     @property
     def pursuit_sae(self) -> SAESettings:
         """Settings of the SAE of the baseline matching_pursuit: as wide as all members together, and at most the sum of their L0."""
-        from saeens_models.architectures import SAESettings  # loads torch
-
         joined = self.joined_sae(self.ensemble.members, l0_matched=True)
         if joined.architecture == "matching_pursuit" or joined.l0 is None:
             return joined
         fields = {joined.width_field: joined.width, "apply_b_dec_to_input": joined.apply_b_dec_to_input}
-        return SAESettings(architecture="matching_pursuit", max_iterations=round(joined.l0), **fields)
+        return _models().SAESettings(architecture="matching_pursuit", max_iterations=round(joined.l0), **fields)
 
     @property
     def complete_training(self) -> dict[str, Any]:
         """`training` with all defaults, as recipes hold it."""
-        from saeens_models import TrainingConfig  # loads torch
-
-        return TrainingConfig(**self.training).model_dump(mode="json", exclude=set(_FOLLOWS_FROM_ACTIVATIONS))
+        return _models().TrainingConfig(**self.training).model_dump(mode="json", exclude=set(_FOLLOWS_FROM_ACTIVATIONS))
 
     @property
     def expanded_widths(self) -> list[int]:

@@ -17,6 +17,7 @@ FOLDER = "checkpoints"
 SECONDS_VARIABLE = "SAEENS_CHECKPOINT_SECONDS"
 _DEFAULT_SECONDS = 300.0
 _FILE = re.compile(rf"{FOLDER}/(?P<op>\w+)/(?:layer=(?P<layer>\d+)/)?\.?seed=(?P<seed>\d+)\.safetensors(?:\.partial)?")
+_UNFINISHED = re.compile(rf"{FOLDER}/\w+/(layer=\d+/)?\.tmp\w{{6}}")  # safetensors writes it before the file has a name
 
 
 def checkpoint_file(root: Path, op_name: str, partition: Partition) -> Path:
@@ -32,6 +33,11 @@ def locate_checkpoint(path: PurePosixPath) -> tuple[str, Partition] | None:
         return None
     layer, seed = (int(number) if number else None for number in found.group("layer", "seed"))
     return found["op"], Partition(layer, seed)
+
+
+def is_unfinished_checkpoint(path: PurePosixPath) -> bool:
+    """Return whether a path relative to the data root is that of a checkpoint while safetensors writes it."""
+    return _UNFINISHED.fullmatch(str(path)) is not None
 
 
 def checkpoint_seconds() -> float | None:

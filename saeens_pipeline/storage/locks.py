@@ -46,7 +46,15 @@ def may_be_written(root: Path, address: Address, partition: Partition) -> bool:
 
     True also where a lock file cannot be opened, and on a file system without locks as long as there is a lock file.
     """
-    file = _file(root, address, partition)
+    return _may_be_held(_file(root, address, partition))
+
+
+def may_be_training(root: Path) -> bool:
+    """Return whether a process holds the lock of any SAE or residual, as `may_be_written`."""
+    return any(_may_be_held(file) for file in (root / FOLDER).glob("experiments__*.lock"))
+
+
+def _may_be_held(file: Path) -> bool:
     try:
         with file.open("r+b") as opened:
             fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -38,6 +38,8 @@ FOOTER_KEY = "saeens"
 # final name, recipe hash of a resumable write, machine, process
 _PARTIAL = re.compile(r"\.(.+?)(?:\.([0-9a-f]{16}))?\.([0-9a-f]{8})-(\d+)\.partial")
 _REPLACED = re.compile(r"\.(.+)\.([0-9a-f]{8})\.retired")  # final name, first digits of its hash
+_FILE_HASH = re.compile(rb'"file_sha256": "([0-9a-f]{64})"')  # in the footer of a table
+_NO_HASH = "0" * 64
 _REPLACING_SECONDS = 3600
 _MENDING = "The next `saeens run` computes it again"
 
@@ -70,7 +72,8 @@ class Recipe:
 class Artefact:
     """An artefact on disk, as its record describes it.
 
-    `files` maps relative names to (bytes, SHA-256); for a table, `rows` to size and hash of the file without its footer.
+    `files` maps relative names to (bytes, SHA-256); for a table, `rows` to size and hash of the file without its footer. The footer
+    has the hash of the whole file, which `verify` reads there.
     """
 
     path: Path
@@ -99,9 +102,10 @@ class Artefact:
     def verify(self) -> list[str]:
         """Return the differences between the bytes on disk and the recorded hashes, in words; empty if all agree."""
         if self.path.suffix == ".parquet":
-            size, sha256 = self.files["rows"]
-            same = hashlib.sha256(self.path.read_bytes()[:size]).hexdigest() == sha256
-            return [] if same else [f"{self.path}: the rows are not those that were written"]
+            contents, (size, sha256) = self.path.read_bytes(), self.files["rows"]
+            if hashlib.sha256(contents[:size]).hexdigest() != sha256:
+                return [f"{self.path}: the rows are not those that were written"]
+            return [] if _has_its_hash(contents) else [f"{self.path}: the footer is not the one that was written"]
         wrong = []
         for name, (_, sha256) in self.files.items():
             file = self.path / name
@@ -195,16 +199,20 @@ class Store:
         return artefact if artefact and artefact.recipe_hash == recipe.hash else None
 
     def made_alike(self, address: Address, partition: Partition, recipe: Recipe) -> tuple[Address, Artefact] | tuple[None, None]:
-        """Return an undamaged artefact of any experiment with this partition and recipe, and its address; (None, None) without one."""
-        folders = address.path(partition).parts
+        """Return an undamaged artefact of any experiment with this partition and recipe, and its address; (None, None) without one.
+
+        One whose bytes were dropped is returned only if there is no other.
+        """
+        folders, without_bytes = address.path(partition).parts, (None, None)
         for file in sorted(self.root.glob("/".join([folders[0], "*", *folders[2:-2], "*", "*", RECIPE_FILE]))):
             found = locate(PurePosixPath(file.parent.relative_to(self.root).as_posix()))
             with contextlib.suppress(OSError, ValueError, KeyError):  # an unreadable record is no match
                 if found and digest(json.loads(file.read_text())["recipe"]) == recipe.hash:
                     artefact = self.hit(found[0], partition, recipe)
-                    if artefact:
+                    if artefact and artefact.files:
                         return found[0], artefact
-        return None, None
+                    without_bytes = (found[0], artefact) if artefact else without_bytes
+        return without_bytes
 
     def require(self, address: Address, partition: Partition) -> Artefact:
         """Return the artefact at an address. Raises MissingInputError if it does not exist."""
@@ -249,7 +257,10 @@ class Store:
     def write_table(
         self, address: Address, partition: Partition, recipe: Recipe, provenance: Mapping[str, Any], table: pl.DataFrame
     ) -> None:
-        """Write a Parquet table with its record in the footer."""
+        """Write a Parquet table with its record in the footer.
+
+        The record has the hash of the whole file, computed with zeros in its own place.
+        """
         import pyarrow.parquet as pq
 
         final, rows = self.path(address, partition), table.to_arrow()
@@ -259,9 +270,9 @@ class Store:
                 writer.write_table(rows)
                 content = hashlib.sha256(contents.getvalue()).hexdigest()  # without the footer, which holds this hash
                 files = {"rows": (contents.tell(), content)}
-                record = _record(recipe, provenance, files, digest([recipe.to_json(), content]))
+                record = _record(recipe, provenance, files, digest([recipe.to_json(), content])) | {"file_sha256": _NO_HASH}
                 writer.add_key_value_metadata({FOOTER_KEY: json.dumps(record)})
-            staging.write_bytes(contents.getvalue())
+            staging.write_bytes(_with_its_hash(contents.getvalue()))
             flush(staging)
             self.before_commit()
             staging.replace(final)
@@ -269,7 +280,8 @@ class Store:
 
     def link(self, address: Address, partition: Partition, recipe: Recipe, other: Artefact, provenance: dict[str, Any]) -> None:
         """Make an artefact from another one with an equal recipe by hard links to its files, or copies where links are impossible."""
-        with self.write_folder(address, partition, recipe, provenance) as folder:
+        versioned = other.data_version != digest([recipe.to_json(), None])
+        with self.write_folder(address, partition, recipe, provenance, versioned_content=versioned) as folder:
             for name in other.files:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 try:
@@ -358,6 +370,20 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def _with_its_hash(table: bytes) -> bytes:
+    """Return a table with the hash of the whole file in its record, which has zeros there."""
+    start = table.rindex(b'"file_sha256": "') + len(b'"file_sha256": "')
+    return table[:start] + hashlib.sha256(table).hexdigest().encode() + table[start + len(_NO_HASH) :]
+
+
+def _has_its_hash(table: bytes) -> bool:
+    found = list(_FILE_HASH.finditer(table))
+    if not found:
+        return False
+    start, end = found[-1].span(1)  # the footer is at the end
+    return hashlib.sha256(table[:start] + _NO_HASH.encode() + table[end:]).hexdigest().encode() == found[-1][1]
+
+
 @contextlib.contextmanager
 def _staging(final: Path, kept_for: str | None = None) -> Iterator[Path]:
     """Yield a temporary path in the folder of `final`. Remove leftovers of killed processes first, and those of this write if it fails.
@@ -430,10 +456,12 @@ def foreign_files(artefact: Artefact) -> list[str]:
 
 
 def remove_whole(path: Path) -> None:
-    """Remove an artefact or a temporary path. It is renamed first, so that an interrupted removal leaves a temporary path only."""
+    """Remove a file, an artefact or a temporary path. A folder is renamed first, so that an interruption leaves a temporary path only."""
     try:
-        beside = path if read_temporary(path) else path.rename(_temporary_name(path))
-        shutil.rmtree(beside) if beside.is_dir() else beside.unlink()
+        if path.is_dir():
+            shutil.rmtree(path if read_temporary(path) else path.rename(_temporary_name(path)))
+        else:
+            path.unlink()
     except OSError as error:
         raise SaeensError(f"{path} cannot be removed ({error.strerror}): fix its permissions") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -429,6 +430,51 @@ def test_topk_rescaling_by_decoder_norm_is_folded_into_the_weights(tmp_path, gol
     torch.testing.assert_close(loaded(x), (z / norms) @ sae.W_dec + sae.b_dec, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("architecture", [{}, {"architecture": "standard"}, {"architecture": "topk"}])
+@pytest.mark.parametrize("field", ["activation_fn_str", "activation_fn"])
+def test_topk_folders_of_saelens_3_to_5_load_as_topk(tmp_path, golden, architecture, field):
+    sae = random_sae("standard")
+    save_old_folder(sae, tmp_path, **architecture, **{field: "topk", "activation_fn_kwargs": {"k": 3}, "normalize_activations": False})
+    x = golden["activations"]
+    pre = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
+    top = pre.topk(3)
+    loaded = sm.load_sae(tmp_path)
+    torch.testing.assert_close(loaded.encode(x), torch.zeros_like(pre).scatter(1, top.indices, top.values.relu()))
+    assert loaded.config.architecture == "topk"
+
+
+def test_relu_folders_of_saelens_3_to_5_load_as_they_are(tmp_path, golden):
+    sae = random_sae("standard")
+    save_old_folder(sae, tmp_path, activation_fn_str="relu", activation_fn_kwargs={}, apply_b_dec_to_input=False)
+    x = golden["activations"]
+    torch.testing.assert_close(sm.load_sae(tmp_path).encode(x), (x @ sae.W_enc + sae.b_enc).relu())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"activation_fn_str": "tanh-relu"}, "activation function 'tanh-relu' of architecture 'standard' is not supported"),
+        ({"activation_fn_str": "topk", "architecture": "gated"}, "'topk' of architecture 'gated'"),
+        ({"activation_fn": ["topk"]}, "activation function"),
+        ({"activation_fn_str": "topk"}, "no k"),
+        ({"activation_fn_str": "topk", "activation_fn_kwargs": {"k": "three"}}, "k: Input should be a valid integer"),
+        ({"activation_fn_str": "topk", "activation_fn_kwargs": 3}, "no k"),
+        ({"normalize_activations": True}, "normalize_activations is 'expected_average_only_in'"),
+    ],
+)
+def test_activation_functions_that_are_not_there_are_refused(tmp_path, fields, message):
+    save_old_folder(random_sae("standard"), tmp_path, **fields)
+    with pytest.raises(ValueError, match=message) as caught:
+        sm.load_sae(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def save_old_folder(sae: sm.SAE, folder: Path, **fields) -> None:
+    """Write a folder of SAELens 3 to 5, which has no `metadata`."""
+    sm.save_sae(sae, folder)
+    (folder / "cfg.json").write_text(json.dumps({"d_in": sae.config.d_in, "d_sae": sae.config.d_sae, "dtype": "torch.float32", **fields}))
+
+
 def edit_cfg(folder: Path, **fields) -> None:
     file = folder / "cfg.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
@@ -456,6 +502,19 @@ def edit_weights(folder: Path, **weights: Tensor | None) -> None:
         (lambda folder: edit_weights(folder, scale=torch.ones(2)), r"scale \[2\] \(expected none\)"),
         (lambda folder: edit_weights(folder, b_dec=torch.full((16,), torch.nan)), "b_dec holds values that are not finite"),
         (lambda folder: (folder / "sae_weights.safetensors").write_bytes(b"\x10"), "not a whole safetensors file"),
+        (lambda folder: edit_weights(folder, b_dec=torch.ones(16, dtype=torch.int8)), "b_dec is torch.int8, expected floating point"),
+        (lambda folder: edit_weights(folder, b_dec=torch.ones(16, dtype=torch.complex64)), "b_dec is torch.complex64"),
+        (lambda folder: edit_cfg(folder, d_in=True), "d_in must be a positive integer, found True"),
+        (lambda folder: edit_cfg(folder, d_sae=10**30), "d_sae must be a positive integer"),
+        (lambda folder: edit_cfg(folder, metadata="none"), "metadata and its saeens_config must be objects"),
+        (lambda folder: edit_cfg(folder, metadata={"saeens_config": [1]}), "metadata and its saeens_config must be objects"),
+        (lambda folder: edit_cfg(folder, metadata={"saeens_config": {"self": 1, "cls": 2}}), "self: Extra inputs"),
+        (lambda folder: edit_cfg(folder, architecture=["topk"]), "architecture: .*is unknown"),
+        (lambda folder: edit_cfg(folder, k=[3]), "k: Input should be a valid integer"),
+        (lambda folder: edit_cfg(folder, k=float("nan")), "k: Input should be a finite number"),
+        (lambda folder: (folder / "cfg.json").write_text("[" * 100_000), "not JSON"),
+        (lambda folder: (folder / "cfg.json").write_text(f'{{"d_in": {"1" * 5000}}}'), "not JSON"),
+        (lambda folder: (folder / "cfg.json").write_bytes(b"\xff\xfe{"), "not JSON"),
     ],
 )
 def test_damaged_folder_is_refused_with_a_reason(tmp_path, damage, message):
@@ -488,3 +547,40 @@ def test_an_architecture_is_registered_once():
 
     with pytest.raises(ValueError, match="'topk' is registered twice"):
         register(TopKConfig)(TopKSAE)
+
+
+def test_topk_forward_is_decode_of_encode_where_pre_activations_are_equal():
+    sae = sm.build_sae(sm.SAEConfig(architecture="topk", d_in=4, d_sae=12, k=5))
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.tensor([1.0, 1.0, 2.0]).repeat(4).expand(4, 12))
+        x = torch.ones(3, 4)
+        assert sae.encode(x).nonzero()[:, 1].tolist() == [0, 2, 5, 8, 11] * 3
+        assert torch.equal(sae.reconstruct(x).code.feature.view(3, 5).sort().values, torch.tensor([[0, 2, 5, 8, 11]] * 3))
+        torch.testing.assert_close(sae(x), sae.decode(sae.encode(x)))
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_the_umask_decides_who_may_read_weights(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        sm.save_sae(random_sae("topk"), tmp_path)
+    finally:
+        os.umask(before)
+    assert {file.name: file.stat().st_mode & 0o777 for file in tmp_path.iterdir()} == {
+        "cfg.json": 0o666 & ~umask,
+        "sae_weights.safetensors": 0o666 & ~umask,
+    }
+
+
+def test_a_loaded_sae_keeps_the_metadata_of_its_folder_and_new_ones_are_added(tmp_path):
+    sm.save_sae(random_sae("batch_topk"), tmp_path / "a", metadata={"model_name": "m", "neuronpedia_id": "n"})
+    sae = sm.load_sae(tmp_path / "a")
+    sm.save_sae(sae, tmp_path / "b", metadata={"hook_layer": 3, "model_name": "other"})
+    before, after = (json.loads((tmp_path / name / "cfg.json").read_text())["metadata"] for name in "ab")
+    assert after == before | {"hook_layer": 3, "model_name": "other"}
+    assert after["saeens_trained_as"]["architecture"] == "batch_topk"
+
+
+def test_metadata_of_saelens_3_to_5_are_read(tmp_path):
+    save_old_folder(random_sae("standard"), tmp_path, model_name="gpt2", hook_point="blocks.8.hook_resid_pre", context_size=128, lr=1)
+    assert sm.load_sae(tmp_path).metadata == {"model_name": "gpt2", "hook_name": "blocks.8.hook_resid_pre", "context_size": 128}

@@ -222,7 +222,7 @@ def test_a_full_disk_names_the_required_bytes_and_keeps_the_earlier_checkpoint(t
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "save_file", half)
+        patch.setattr(checkpoints, "write_safetensors", half)
         with pytest.raises(
             CheckpointError, match=r"a checkpoint of [\d,]+ bytes cannot be written.*No space left.*the one before, is kept"
         ):

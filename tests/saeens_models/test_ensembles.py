@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from saeens_models.architectures import SAE, SAEConfig, build_sae, load_sae
+from saeens_models.architectures import SAE, SAEConfig, build_sae, load_sae, save_sae
 from saeens_models.ensembles import Bagging, Boosting, Ensemble, load_ensemble, save_ensemble
 from saeens_models.metrics import connectivity, reconstruction, sparsity
 from saeens_models.sparse_code import SparseCode
@@ -276,11 +276,18 @@ def test_saving_a_smaller_ensemble_over_a_larger_one_loads_the_smaller(tmp_path:
         ('{"format_version": 1, "kind": "bagging", "members": ["../../member_1"]}', "members.0: String should match pattern"),
         ('{"format_version": 1, "kind": "bagging", "members": ["/member_1"]}', "members.0: String should match pattern"),
         ('{"format_version": 1, "kind": "bagging"}', "members: Field required"),
+        (
+            json.dumps({"format_version": 1, "kind": "bagging", "members": ["member_1"] * 1001}),
+            "members: List should have at most 1000 items",
+        ),
+        (json.dumps({"format_version": 1, "kind": "bagging", "members": ["m" * 300]}), "members.0: String should match pattern"),
+        ("[" * 100_000, "Invalid JSON"),
+        ("\udcff", "Invalid JSON"),
     ],
 )
 def test_an_invalid_manifest_is_refused(manifest: str, message: str, tmp_path: Path) -> None:
     save_ensemble(Bagging(heterogeneous_members()), tmp_path)
-    (tmp_path / "ensemble.json").write_text(manifest)
+    (tmp_path / "ensemble.json").write_text(manifest, errors="surrogateescape")
     with pytest.raises(ValueError, match=message) as error:
         load_ensemble(tmp_path)
     assert str(tmp_path / "ensemble.json") in str(error.value)
@@ -297,3 +304,26 @@ def test_missing_or_inconsistent_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "narrow" / "member_1").rename(tmp_path / "member_3")
     with pytest.raises(ValueError, match=r"one d_in; got \[16, 16, 8\]"):
         load_ensemble(tmp_path)
+
+
+def test_metadata_survive_saving_and_loading_an_ensemble(tmp_path: Path) -> None:
+    members = heterogeneous_members()
+    save_sae(members[0], tmp_path / "one", metadata={"model_name": "m", "hook_name": "blocks.3.hook_resid_post", "own": {"a": [1]}})
+    members[0] = load_sae(tmp_path / "one")
+    save_ensemble(Bagging(members), tmp_path / "bag")
+    loaded = load_ensemble(tmp_path / "bag")
+    expected = {"model_name": "m", "hook_name": "blocks.3.hook_resid_post", "own": {"a": [1]}, "sae_lens_training_version": None}
+    assert loaded[0].metadata == expected
+    assert "model_name" not in loaded[1].metadata
+    ours, before = (json.loads((tmp_path / name / "cfg.json").read_text()) for name in ("bag/member_1", "one"))
+    assert ours == before
+
+
+def test_a_member_that_is_named_twice_is_loaded_once(tmp_path: Path) -> None:
+    bag = Bagging(heterogeneous_members())
+    save_ensemble(bag, tmp_path)
+    manifest = {"format_version": 1, "kind": "bagging", "members": ["member_1", "member_2", "member_1"]}
+    (tmp_path / "ensemble.json").write_text(json.dumps(manifest))
+    loaded = load_ensemble(tmp_path)
+    assert loaded[0] is loaded[2]
+    torch.testing.assert_close(loaded(X), (2 * bag[0](X) + bag[1](X)) / 3)

@@ -6,6 +6,8 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec, module_from_spec
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -51,6 +53,7 @@ def test_the_k_largest_entries_are_selected_each_once(case):
     assert np.array_equal(np.sort(values)[:, ::-1], np.sort(pre)[:, ::-1][:, :k])
     assert np.array_equal(np.take_along_axis(pre, indices, 1), values)
     assert all(len(set(row)) == k for row in indices.tolist())
+    assert np.array_equal(np.sort(indices), np.sort(np.argsort(-pre, axis=1, kind="stable")[:, :k]))  # of equal ones the first
 
 
 @pytest.mark.parametrize(("m", "k"), [(300, 1), (600, 1), (1500, 3), (5003, 9), (5003, 5000), (64, 64)])
@@ -63,23 +66,31 @@ def test_the_k_largest_of_long_rows_are_selected(m, k):
     assert all(len(set(row)) == k for row in indices.tolist())
 
 
+def _fresh_products() -> ModuleType:
+    """Load the module once more: it remembers which library is faster on this processor."""
+    spec = find_spec(products.__name__)
+    assert spec and spec.loader
+    fresh = module_from_spec(spec)
+    spec.loader.exec_module(fresh)
+    return fresh
+
+
+@pytest.mark.parametrize("use_onednn", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_products_of_either_library_equal_those_in_float64(transposed):
+def test_products_of_either_library_equal_those_in_float64(monkeypatch, transposed, use_onednn):
     x, W = torch.randn(37, 50, generator=torch.Generator().manual_seed(0)), torch.randn(70, 50, generator=torch.Generator().manual_seed(1))
     factor = W.t().contiguous().t() if transposed else W
-    for product in (products.linear, products._by_mm):
-        torch.testing.assert_close(product(x, factor).double(), x.double() @ W.double().t(), rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": use_onednn, "cpu_name": "AMD EPYC"})
+    product = _fresh_products().linear(x, factor)
+    torch.testing.assert_close(product.double(), x.double() @ W.double().t(), rtol=1e-5, atol=1e-5)
 
 
 def test_products_use_mkl_if_torch_has_no_onednn_operator(monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True, "cpu_name": "AMD EPYC"})
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-
-    def gone(*_):
-        raise AttributeError("_linear_pointwise")
-
-    monkeypatch.setattr(products, "_by_onednn", gone)
-    assert products._linear.__wrapped__() is products._by_mm
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
+    x, W = torch.randn(37, 50, generator=torch.Generator().manual_seed(0)), torch.randn(70, 50, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(_fresh_products().linear(x, W), torch.mm(x, W.t()))
 
 
 def test_products_in_bfloat16_equal_products_of_rounded_factors():
@@ -246,6 +257,22 @@ def test_near_ties_of_a_low_precision_encoder_are_decided_in_float32(monkeypatch
     assert (ours.indices[:40].sort().values == theirs.indices[:40].sort().values).all()
     torch.testing.assert_close(ours.x_hat, theirs.x_hat, rtol=1e-5, atol=1e-4)
     assert not ours.values[40:80].any()
+
+
+@pytest.mark.parametrize("rough", [True, False])
+def test_of_equal_pre_activations_those_of_the_lowest_index_are_selected(monkeypatch, rough):
+    """Features differ, and have equal pre-activations: whole numbers, exact in float32, that bfloat16 rounds in different ways."""
+    generator = torch.Generator().manual_seed(2)
+    moved = torch.randint(-400, 401, (300, 8), generator=generator).float()
+    W = torch.cat([1000 + moved, 1000 - moved], 1) + torch.randint(3, (300, 1), generator=generator)
+    weights = Weights(W, torch.zeros(300), W, torch.zeros(16))
+    x = torch.randint(1, 9, (80, 1), generator=generator).float().expand(80, 16).contiguous()
+    monkeypatch.setattr("saeens_models.kernels.cpu_topk.bfloat16_pays", lambda *_: rough)
+    monkeypatch.setattr(cpu_topk_encoder, "_SPARE_CANDIDATES", 300)  # no token is left to float32
+    with Team() as team:
+        indices = topk_reconstruct(team, x, weights, k=7, apply_b_dec_to_input=False).indices
+    expected = (x @ W.t()).double().sort(dim=1, descending=True, stable=True).indices[:, :7]
+    assert torch.equal(indices.sort().values.long(), expected.sort().values)
 
 
 @pytest.mark.parametrize(("n", "d_sae", "k"), [(1, 100, 3), (3, 40, 40), (5, 1, 1), (300, 64, 63)])
@@ -491,8 +518,16 @@ def test_the_memory_of_a_step_is_bounded_by_its_sizes(architecture):
     sizes = {"n": 600, "d_in": 24, "d_sae": 900, "k": 5}
     own = {"k": sizes["k"]} if architecture == "topk" else {}
     sae = build_sae(sm.SAEConfig(architecture=architecture, d_in=sizes["d_in"], d_sae=sizes["d_sae"], **own))
-    with Team() as team:
+    kept: dict[str, int] = {}  # bytes of the calling thread
+
+    class RecordingTeam(Team):
+        def scratch(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            memory = super().scratch(name, *shape, dtype=dtype)
+            if threading.current_thread() is threading.main_thread():
+                kept[name] = memory.untyped_storage().nbytes()
+            return memory
+
+    with RecordingTeam() as team:
         sae.backpropagate(torch.randn(sizes["n"], sizes["d_in"]), torch.arange(sizes["d_sae"]) % 2 == 0, team=team)
-        kept = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in vars(team._memory).values() if torch.is_tensor(t)}
     assert 0 < sum(kept.values()) < _largest_step_memory(architecture, **sizes, n_threads=1)
     assert _largest_step_memory(architecture, n=4096, d_in=768, d_sae=16128, k=64, n_threads=2) < 1.5e9

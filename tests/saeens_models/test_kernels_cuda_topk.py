@@ -144,6 +144,15 @@ def test_selection_takes_the_k_largest_and_the_first_among_ties(*, d_sae, share,
     assert torch.equal(top.values, candidates.gather(1, expected))
 
 
+@needs_gpu
+@pytest.mark.parametrize(("n", "d_sae", "k"), [(500, 768, 8), (64, 4096, 100), (4, 200_000, 50), (1000, 16_384, 512)])
+def test_torchs_selection_on_a_gpu_takes_the_first_of_equal_ones(n, d_sae, k):
+    pre = draw(n, d_sae).round()
+    top = reference.select_topk(pre, k)
+    expected = pre.argsort(dim=1, descending=True, stable=True)[:, :k]
+    assert torch.equal(top.indices.sort().values, expected.sort().values)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("d_sae", [53, 241])  # 241: the last part holds 1, fewer than are selected
 def test_selection_from_parts_of_rows_equals_selection_from_whole_rows(monkeypatch, tied, d_sae):
@@ -423,12 +432,12 @@ def compile_for_hopper(kernel, arguments, **constants):
 floats, integers = "*fp32", "*i64"
 selection = {"pre": "*bf16", "values": floats, "places": integers, "k": "i32", "width": "i32"}
 selection |= {"row_stride": "i32", "n_rows": "i32", "n_columns": "i32", "n_candidates": "i32"}
-compile_for_hopper(triton_topk._select_topk, selection | {"bias": floats, "columns": integers}, BLOCK=64)
-compile_for_hopper(triton_topk._select_topk, selection | {"pre": floats}, BLOCK=64, bias=None, columns=None)
+compile_for_hopper(triton_topk.select_topk_kernel, selection | {"bias": floats, "columns": integers}, BLOCK=64)
+compile_for_hopper(triton_topk.select_topk_kernel, selection | {"pre": floats}, BLOCK=64, bias=None, columns=None)
 sums = {"sums": floats, "totals": floats, "rows": floats, "which": integers, "weights": floats, "starts": integers, "d": "i32"}
-compile_for_hopper(triton_topk._sum_rows, sums, ROWS=16, COLUMNS=128)
+compile_for_hopper(triton_topk.sum_rows_kernel, sums, ROWS=16, COLUMNS=128)
 products = {"products": floats, "left": floats, "right": floats, "which": integers, "k": "i32", "d": "i32"}
-compile_for_hopper(triton_topk._multiply_rows, products, ROWS=16, COLUMNS=128)
+compile_for_hopper(triton_topk.multiply_rows_kernel, products, ROWS=16, COLUMNS=128)
 """
 
 

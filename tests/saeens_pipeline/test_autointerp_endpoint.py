@@ -200,6 +200,8 @@ def test_a_timed_out_request_is_retried(fake: FakeEndpoint):
         (failure(429, f"out of quota, {KEY}", **SOON), SaeensError, r"out of quota, \*\*\*"),
         (failure(500, "on fire", **SOON), SaeensError, "on fire.*its answers so far are kept"),
         (Canned(200, completion("late"), delay_seconds=1.5), SaeensError, "timeout_seconds"),
+        (Canned(200, completion("late"), trickle_seconds=0.1), SaeensError, "timeout_seconds"),
+        (failure(400, "\x1b]0;title\x07\x1b[31mred\x1b[0m \x9b2Jcleared"), RefusedError, r"\(.*red cleared.*\)"),
     ],
 )
 def test_permanent_endpoint_errors_are_one_sentence_without_the_key(
@@ -207,10 +209,16 @@ def test_permanent_endpoint_errors_are_one_sentence_without_the_key(
 ):
     fake.always = canned
     with pytest.raises(error, match=message) as caught:
-        _ask(timeout_seconds=0.5 if canned.delay_seconds else 30, retries=0)
+        _ask(timeout_seconds=0.5 if canned.delay_seconds or canned.trickle_seconds else 30, retries=0)
     assert type(caught.value) is error
+    assert str(caught.value).isprintable()
     assert KEY not in str(caught.value) and KEY[-4:] not in str(caught.value)
     assert caught.value.__cause__ is caught.value.__context__ is None  # which Dagster would record
+
+
+def test_an_answer_is_kept_without_what_a_terminal_would_execute(fake: FakeEndpoint):
+    fake.always = Canned(200, completion("a\x1b[2J\x1b]8;;http://evil.example\x1b\\b\tc\n\x00\x1b"))
+    assert _ask().text == "ab\tc\n"
 
 
 def test_permanent_endpoint_errors_are_not_retried(fake: FakeEndpoint):

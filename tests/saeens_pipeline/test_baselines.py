@@ -17,7 +17,7 @@ from tiny_experiment import EXPERIMENT, LAYER, MEMBERS, NAME, SEEDS, Laboratory,
 from tiny_models import D_MODEL
 
 import saeens_models as sm
-from saeens_pipeline.assets import training
+from saeens_pipeline.assets import residuals, training
 from saeens_pipeline.assets.saes import init_seed
 from saeens_pipeline.storage.activations import ActivationReader, ActivationStatistics
 from saeens_pipeline.storage.checkpoints import SECONDS_VARIABLE
@@ -225,6 +225,27 @@ def test_saes_of_another_experiment_with_the_same_recipe_are_linked(finished: La
         assert mine.data_version == theirs.data_version
         assert (mine.path / "sae_weights.safetensors").samefile(theirs.path / "sae_weights.safetensors")
         assert mine.provenance["train_seconds"] == theirs.provenance["train_seconds"]
+
+
+@pytest.mark.parametrize(("keep", "stored"), [("last", [2]), ("all", [1, 2]), ("none", [])])
+def test_residuals_that_another_experiment_has_made_by_the_same_recipe_are_linked(
+    finished: Laboratory, keep: str, stored: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    write, written = residuals.write_residual, []
+    monkeypatch.setattr(residuals, "write_residual", lambda *a, name, **o: (written.append(name), write(*a, name=name, **o))[1])
+    finished.write(experiment_file(("EnsembleExperiment", experiment_settings(name=OTHER, keep_residuals=keep))), OTHER)
+    _run(OTHER, seeds=[SEED], select=["boosting/round_3"])
+    assert written == ([f"{OTHER}/boosting/residual_1"] if keep == "all" else [])  # of the other experiment's, these bytes were dropped
+    found = {
+        j: [finished.store.require(Address(n, "boosting", f"residual_{j}"), Partition(LAYER, SEED)) for n in (OTHER, NAME)] for j in (1, 2)
+    }
+    for mine, theirs in found.values():
+        assert (mine.data_version, mine.provenance["statistics"]) == (theirs.data_version, theirs.provenance["statistics"])
+    mine, theirs = found[2]
+    assert mine.provenance["same_as"] == f"{NAME}/boosting/residual_2"
+    assert [j for j, (mine, _) in found.items() if mine.files] == stored
+    assert theirs.verify() == []
+    assert all((mine.path / name).samefile(theirs.path / name) for name in mine.files)
 
 
 def test_a_damaged_sae_of_another_experiment_is_not_linked(finished: Laboratory, trained: list[str]):

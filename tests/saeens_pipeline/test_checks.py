@@ -206,6 +206,34 @@ def test_explained_variance_below_the_threshold_gives_a_warning_for_each_method(
     assert _examine(finished, "eval/reconstruction").warnings == []
 
 
+def test_features_that_never_fire_on_held_out_tokens_are_warned_of_by_member(finished: Laboratory):
+    table = pl.read_parquet(finished.artefact("eval/members", SEEDS[0]).path, hive_partitioning=False)
+    threshold = table["dead_features"].median()
+    assert isinstance(threshold, float)
+    above = table.filter(pl.col("dead_features") > threshold)
+    warnings = _examine(finished, "eval/members", max_dead_features=threshold).warnings
+    assert len(warnings) == len(above)
+    for row, warning in zip(above.iter_rows(named=True), warnings, strict=True):
+        assert f"{row['dead_features']:.0%} of the features of {row['method']} {row['member']} never fire on the test tokens" in warning
+
+
+def test_a_training_in_which_no_feature_can_be_called_dead_is_warned_of(finished: Laboratory):
+    def with_dead_after(tokens: int | None) -> Callable[[Artefact], Artefact]:
+        def change(artefact: Artefact) -> Artefact:
+            artefact = _last_step(dead_features=0.0, explained_variance=0.5, l0=4.0)(artefact)
+            settings = artefact.recipe["settings"]
+            changed = {**settings, "training": {**settings["training"], "dead_after_tokens": tokens}}
+            return replace(artefact, recipe={**artefact.recipe, "settings": changed})
+
+        return change
+
+    n_tokens = finished.artefact("bagging/member_1", SEEDS[0]).provenance["train_tokens"]
+    (warning,) = _examine(finished, "bagging/member_1", with_dead_after(n_tokens)).warnings
+    assert f"dead_after_tokens is {n_tokens}, and it trained on {n_tokens} tokens" in warning
+    for tokens in (None, n_tokens - 1):
+        assert _examine(finished, "bagging/member_1", with_dead_after(tokens)).warnings == []
+
+
 def test_thresholds_of_the_experiment_file_apply_and_make_nothing_stale(finished: Laboratory):
     finished.declare(checks={"min_explained_variance": 1.0, "max_dead_features": 1.0})
     assert set(_states().values()) == {"fresh"}

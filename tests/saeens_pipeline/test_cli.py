@@ -20,7 +20,6 @@ import dagster as dg
 import polars as pl
 import pytest
 import typer
-from dagster._utils.interrupts import capture_interrupts
 from rich.console import Console
 from tiny_experiment import EXPERIMENT, LAYER, NAME, SEEDS, Laboratory, run_and_print
 from typer.core import TyperGroup
@@ -228,6 +227,19 @@ def test_an_unknown_experiment_exits_with_2_and_lists_the_known_ones(empty: Labo
     _assert_one_message(saeens(*command), 2, command[1], f"there are: {NAME}")
 
 
+@pytest.mark.parametrize(
+    "escapes", ["\x1b[2J{}\x1b[31m", "\x1b]0;title\x07{}", "\x1b]8;;http://evil.example\x1b\\{}", "\x9b2J{}\x7f", "\x1bc\x08{}\r"]
+)
+@pytest.mark.parametrize("command", [["status", "{}"], ["run", "{}"], ["{}"], ["--{}"], ["report", "--layer", "1", "{}"]])
+def test_escape_sequences_of_arguments_do_not_reach_the_terminal(empty: Laboratory, saeens: Saeens, command: list[str], escapes: str):
+    outcome = saeens(*(part.format(escapes.format("other")) for part in command))
+    assert outcome.code == 2
+    said = outcome.out + outcome.err
+    assert "other" in said
+    assert "evil.example" not in said
+    assert said.replace("\n", "").isprintable()
+
+
 @pytest.mark.parametrize("table", ["speed", "../reconstruction"])
 def test_an_unknown_table_exits_with_2_and_lists_the_known_ones(finished: Laboratory, saeens: Saeens, table: str):
     _assert_one_message(saeens("table", NAME, table), 2, table, *(each.name for each in listed(over_experiments=False)))
@@ -428,16 +440,16 @@ def _interrupt_in_a_callback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _interrupt_at_the_end_of_a_stage(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dagster forgets an interrupt there."""
-    execute = dg.JobDefinition.execute_in_process
+    """Dagster's own handler of signals records an interrupt there, and nothing reads the record."""
+    handle, handler = dg.DagsterInstance.handle_new_event, signal.getsignal(signal.SIGINT)
 
-    def interrupt(*arguments: Any, **options: Any) -> dg.ExecuteInProcessResult:
-        with capture_interrupts():
-            result = execute(*arguments, **options)
+    def interrupt(self: dg.DagsterInstance, event: dg.EventLogEntry, *options: Any, **named: Any) -> None:
+        handle(self, event, *options, **named)
+        if event.is_dagster_event and event.dagster_event_type == dg.DagsterEventType.RUN_SUCCESS:
+            assert signal.getsignal(signal.SIGINT) != handler
             signal.raise_signal(signal.SIGINT)
-        return result
 
-    monkeypatch.setattr(dg.JobDefinition, "execute_in_process", interrupt)
+    monkeypatch.setattr(dg.DagsterInstance, "handle_new_event", interrupt)
 
 
 INTERRUPTS = {

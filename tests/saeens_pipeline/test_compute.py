@@ -9,8 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from saeens_pipeline.assets import compute as resources
-from saeens_pipeline.assets.compute import Compute
+from saeens_pipeline.assets.compute import Compute, checked_out_commit
 from saeens_pipeline.errors import ConfigurationError
 
 
@@ -112,18 +111,17 @@ def test_energy_is_none_if_the_device_reports_none():
     assert measured.seconds > 0
 
 
-def test_provenance_has_the_commit_of_the_checkout_and_whether_it_is_modified(monkeypatch, tmp_path):
+def test_provenance_has_the_commit_of_the_checkout_and_whether_it_is_modified(tmp_path):
     def git(*arguments: str) -> str:
         who = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
         return subprocess.run(["git", "-C", str(tmp_path), *who, *arguments], check=True, capture_output=True, text=True).stdout.strip()
 
-    monkeypatch.setattr(resources, "PROJECT_ROOT", tmp_path)
-    assert resources._commit() is None
+    assert checked_out_commit(tmp_path) is None
     git("init", "--quiet")
     (tmp_path / "code.py").write_text("1")
     git("add", "code.py")
     git("commit", "--quiet", "--message", "one")
     commit = git("rev-parse", "HEAD")[:12]
-    assert resources._commit() == commit
+    assert checked_out_commit(tmp_path) == commit
     (tmp_path / "code.py").write_text("2")
-    assert resources._commit() == f"{commit}+"
+    assert checked_out_commit(tmp_path) == f"{commit}+"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from test_experiment import D_SAE, TEST, TRAIN, _activations, _boosting, _explained_variance, _plain_saes
+from test_experiment import D_SAE, TEST, TRAIN, plain_boosting, plain_explained_variance, plain_saes, stored_activations
 from tiny_experiment import LAYER, MEMBERS, NAME, SEEDS, Laboratory, status_of
 from tiny_models import D_MODEL
 
@@ -158,13 +158,13 @@ def test_every_stale_round_names_the_changed_settings(switched: Laboratory):
 
 
 def test_concurrent_rounds_reconstruct_the_residual_of_earlier_rounds(switched_laboratory: Laboratory):
-    x = _activations(switched_laboratory, "test")
+    x = stored_activations(switched_laboratory, "test")
     table = read_table(switched_laboratory.root, NAME, "reconstruction")
     for n in range(1, MEMBERS + 1):
         (row,) = table.filter(method="boosting", n_members=n, seed=1).iter_rows(named=True)
-        x_hat, _ = _boosting(_plain_saes(switched_laboratory, "boosting/round", 1, n), x)
+        x_hat, _ = plain_boosting(plain_saes(switched_laboratory, "boosting/round", 1, n), x)
         assert row["tokens"] == TEST
-        assert row["explained_variance"] == pytest.approx(_explained_variance(x, x_hat), abs=1e-4)
+        assert row["explained_variance"] == pytest.approx(plain_explained_variance(x, x_hat), abs=1e-4)
 
 
 def test_concurrent_rounds_explain_about_as_much_as_sequential_ones(finished_laboratory: Laboratory, switched_laboratory: Laboratory):

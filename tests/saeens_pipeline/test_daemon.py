@@ -35,7 +35,7 @@ files.__path__ = [{folder!r}]
 automation.TICK_SECONDS = retraining.TICK_SECONDS = 1
 from saeens_pipeline.definitions import defs
 """
-# Runs start at once: the queue is looked at every few seconds only.
+# Runs start at once: the queue is checked every few seconds only. The class has no public module.
 UNQUEUED = "run_coordinator: {module: dagster._core.run_coordinator, class: DefaultRunCoordinator}\n"
 ADD_PARTITION = """
 mutation ($name: String!, $key: String!, $repository: RepositorySelector!) {

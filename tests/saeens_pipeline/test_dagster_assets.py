@@ -77,6 +77,16 @@ def test_dependencies_of_assets_are_their_inputs(empty: Laboratory):
     assert found == {key: sorted(upstream) for key, upstream in LINEAGE.items()}
 
 
+def test_rounds_name_those_whose_residual_they_fit(empty: Laboratory):
+    specs = _specs(empty)
+    said = [(specs[f"boosting/round_{j}"].description or "").splitlines()[0] for j in (1, 2, 3)]
+    assert said == [
+        "Round 1: the activations; equals member 1",
+        "Round 2 of 3: residual of round 1",
+        "Round 3 of 3: residual of rounds 1 to 2",
+    ]
+
+
 def test_assets_have_the_expected_partitions_and_partition_mappings(empty: Laboratory):
     for key, spec in _specs(empty).items():
         partitions = spec.partitions_def

@@ -62,11 +62,11 @@ class PlainTopK:
         return z @ self.W_dec + self.b_dec
 
 
-def _activations(laboratory: Laboratory, split: str) -> np.ndarray:
+def stored_activations(laboratory: Laboratory, split: str) -> np.ndarray:
     return np.asarray(zarr.open_group(laboratory.artefact("activations").path, mode="r")[f"{split}/activations"][:], dtype=np.float64)  # pyright: ignore
 
 
-def _plain_saes(laboratory: Laboratory, prefix: str, seed: int, n: int) -> list[PlainTopK]:
+def plain_saes(laboratory: Laboratory, prefix: str, seed: int, n: int) -> list[PlainTopK]:
     return [PlainTopK(laboratory.artefact(f"{prefix}_{j}", seed).path) for j in range(1, n + 1)]
 
 
@@ -76,7 +76,7 @@ def _bagging(saes: list[PlainTopK], x: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return np.mean([sae.decode(z) for sae, z in zip(saes, codes, strict=True)], axis=0), np.concatenate(codes, axis=1)
 
 
-def _boosting(saes: list[PlainTopK], x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def plain_boosting(saes: list[PlainTopK], x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     residual, codes = x, []
     for sae in saes:
         codes.append(sae.encode(residual))
@@ -88,7 +88,7 @@ def _mse(x: np.ndarray, x_hat: np.ndarray) -> float:
     return float(((x - x_hat) ** 2).sum(axis=1).mean())
 
 
-def _explained_variance(x: np.ndarray, x_hat: np.ndarray) -> float:
+def plain_explained_variance(x: np.ndarray, x_hat: np.ndarray) -> float:
     return float((1 - ((x - x_hat) ** 2).sum(axis=0) / ((x - x.mean(axis=0)) ** 2).sum(axis=0)).mean())
 
 
@@ -162,18 +162,18 @@ def test_rows_reference_the_saes_that_they_measure(finished_laboratory: Laborato
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize(("method", "n"), sorted(METHODS))
 def test_reconstruction_and_coactivation_agree_with_a_dense_computation(finished_laboratory: Laboratory, seed: int, method: str, n: int):
-    x = _activations(finished_laboratory, "test")
+    x = stored_activations(finished_laboratory, "test")
     assert x.shape == (TEST, D_MODEL)
     if method.startswith("expanded"):
         saes = [PlainTopK(finished_laboratory.artefact(f"baseline/{method}", seed).path, k=K * MEMBERS if "l0" in method else K)]
     else:
-        saes = _plain_saes(finished_laboratory, "boosting/round" if method == "boosting" else "bagging/member", seed, n)
-    x_hat, z = _boosting(saes, x) if method == "boosting" else _bagging(saes, x)
+        saes = plain_saes(finished_laboratory, "boosting/round" if method == "boosting" else "bagging/member", seed, n)
+    x_hat, z = plain_boosting(saes, x) if method == "boosting" else _bagging(saes, x)
     row = _row(finished_laboratory, "reconstruction", method=method, n_members=n, seed=seed)
     assert row["n_features"] == z.shape[1] == n * D_SAE
     assert row["tokens"] == TEST
     assert row["mse"] == pytest.approx(_mse(x, x_hat), rel=1e-5)
-    assert row["explained_variance"] == pytest.approx(_explained_variance(x, x_hat), abs=1e-5)
+    assert row["explained_variance"] == pytest.approx(plain_explained_variance(x, x_hat), abs=1e-5)
     assert row["fvu"] == pytest.approx(((x - x_hat) ** 2).sum() / ((x - x.mean(axis=0)) ** 2).sum(), rel=1e-5)
     assert row["l0"] == pytest.approx(np.count_nonzero(z) / TEST)
     assert row["relative_sparsity"] == pytest.approx(np.count_nonzero(z) / TEST / z.shape[1])
@@ -195,8 +195,8 @@ def test_ce_loss_recovered_equals_that_of_the_models_own_loss(finished_laborator
     if method.startswith("expanded"):
         saes = [PlainTopK(finished_laboratory.artefact(f"baseline/{method}", 1).path, k=K * MEMBERS if "l0" in method else K)]
     else:
-        saes = _plain_saes(finished_laboratory, "boosting/round" if method == "boosting" else "bagging/member", 1, n)
-    x_hat, _ = _boosting(saes, x) if method == "boosting" else _bagging(saes, x)
+        saes = plain_saes(finished_laboratory, "boosting/round" if method == "boosting" else "bagging/member", 1, n)
+    x_hat, _ = plain_boosting(saes, x) if method == "boosting" else _bagging(saes, x)
 
     def loss(rows: np.ndarray) -> float:
         """The model's own, with rows in the place of the activations of kept positions."""
@@ -223,7 +223,7 @@ def test_stability_of_all_methods_equals_scikit_learn(finished_laboratory: Labor
         if method.startswith("expanded"):
             return PlainTopK(finished_laboratory.artefact(f"baseline/{method}", seed).path).W_dec
         prefix = "boosting/round" if method == "boosting" else "bagging/member"
-        return np.concatenate([sae.W_dec for sae in _plain_saes(finished_laboratory, prefix, seed, n)])
+        return np.concatenate([sae.W_dec for sae in plain_saes(finished_laboratory, prefix, seed, n)])
 
     cosines = cosine_similarity(dictionary(SEEDS[0]), dictionary(SEEDS[1]))
     for seed, axis in ((SEEDS[0], 1), (SEEDS[1], 0)):
@@ -235,8 +235,8 @@ def test_stability_of_all_methods_equals_scikit_learn(finished_laboratory: Labor
 
 
 def test_the_table_of_members_measures_them_on_their_own_input(finished_laboratory: Laboratory):
-    x = _activations(finished_laboratory, "test")
-    members, rounds = (_plain_saes(finished_laboratory, prefix, 1, MEMBERS) for prefix in ("bagging/member", "boosting/round"))
+    x = stored_activations(finished_laboratory, "test")
+    members, rounds = (plain_saes(finished_laboratory, prefix, 1, MEMBERS) for prefix in ("bagging/member", "boosting/round"))
     for method, of_method in (("bagging", members), ("boosting", rounds)):
         given = x
         for number, sae in enumerate(of_method, start=1):
@@ -244,7 +244,7 @@ def test_the_table_of_members_measures_them_on_their_own_input(finished_laborato
             z = sae.encode(given)
             assert row["n_members"] == MEMBERS
             assert row["mse"] == pytest.approx(_mse(given, sae.decode(z)), rel=1e-4)
-            assert row["explained_variance"] == pytest.approx(_explained_variance(given, sae.decode(z)), abs=1e-4)
+            assert row["explained_variance"] == pytest.approx(plain_explained_variance(given, sae.decode(z)), abs=1e-4)
             assert row["l0"] == pytest.approx(np.count_nonzero(z) / TEST)
             assert row["median_density"] == pytest.approx(_lower_median((z != 0).mean(axis=0)))
             others = np.concatenate([other.W_dec for other in of_method if other is not sae])
@@ -359,13 +359,13 @@ def test_init_seeds_are_all_different_and_data_seeds_shared(finished_laboratory:
 
 
 def test_ensembles_open_from_their_folder(finished_laboratory: Laboratory):
-    x = _activations(finished_laboratory, "test")
-    for kind, prefix, reconstruct in (("bagging", "bagging/member", _bagging), ("boosting", "boosting/round", _boosting)):
+    x = stored_activations(finished_laboratory, "test")
+    for kind, prefix, reconstruct in (("bagging", "bagging/member", _bagging), ("boosting", "boosting/round", plain_boosting)):
         ensemble = sm.load_ensemble(finished_laboratory.artefact(f"{kind}/{kind}_ensemble", 1).path)
         assert (ensemble.kind, len(ensemble)) == (kind, MEMBERS)
         with torch.no_grad():
             x_hat = ensemble(torch.from_numpy(x).float()).numpy()
-        np.testing.assert_allclose(x_hat, reconstruct(_plain_saes(finished_laboratory, prefix, 1, MEMBERS), x)[0], atol=1e-4)
+        np.testing.assert_allclose(x_hat, reconstruct(plain_saes(finished_laboratory, prefix, 1, MEMBERS), x)[0], atol=1e-4)
 
 
 def test_round_1_links_to_member_1(finished_laboratory: Laboratory):
@@ -378,8 +378,8 @@ def test_round_1_links_to_member_1(finished_laboratory: Laboratory):
 
 
 def test_residuals_equal_activations_minus_reconstructions_in_the_stored_dtype(finished_laboratory: Laboratory):
-    x = _activations(finished_laboratory, "train")
-    (first, second) = _plain_saes(finished_laboratory, "boosting/round", 1, 2)
+    x = stored_activations(finished_laboratory, "train")
+    (first, second) = plain_saes(finished_laboratory, "boosting/round", 1, 2)
     residual = (x - first.decode(first.encode(x))).astype(np.float16).astype(np.float64)
     residual = residual - second.decode(second.encode(residual))
     group = zarr.open_group(finished_laboratory.artefact("boosting/residual_2", 1).path, mode="r")

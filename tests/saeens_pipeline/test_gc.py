@@ -13,8 +13,11 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
+import torch
 from tiny_experiment import EXPERIMENT, LAYER, NAME, Laboratory, experiment_file, source_settings
 
+import saeens_models as sm
+from saeens_models.training import Checkpoints, SAETrainer
 from saeens_pipeline import cli
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.orchestration import garbage
@@ -175,7 +178,7 @@ def test_partial_artefacts_of_killed_processes_are_unused_and_of_living_ones_are
     assert set(_listed(finished).values()) == {"left behind by a process that was killed"}
 
 
-def test_what_another_machine_is_writing_is_not_unused_as_long_as_it_holds_the_lock(finished: Laboratory, dead_pid: int):
+def test_partial_artefacts_of_another_machine_are_kept_while_it_holds_the_lock(finished: Laboratory, dead_pid: int):
     left = finished.root / SEED_1 / "bagging" / f".member_1.{ELSEWHERE}-{dead_pid}.partial"
     left.mkdir()
     relative = left.relative_to(finished.root).as_posix()
@@ -190,7 +193,7 @@ def test_what_another_machine_is_writing_is_not_unused_as_long_as_it_holds_the_l
     assert not left.exists()
 
 
-def test_an_artefact_that_is_being_written_is_not_removed(finished: Laboratory):
+def test_an_artefact_in_writing_is_not_removed(finished: Laboratory):
     _declare_only_source(finished)
     inventory = _look(finished)
     with writing_alone(finished.root, [(Address(NAME, "bagging", "member_1"), Partition(LAYER, 1))]):
@@ -201,7 +204,7 @@ def test_an_artefact_that_is_being_written_is_not_removed(finished: Laboratory):
 @pytest.mark.parametrize(
     "name", [".thesis.999999.partial", ".member_1.999999.partial", ".thesis.retired", ".member_1.retired", ".thesis.tmp"]
 )
-def test_names_of_the_users_own_are_never_removed(finished: Laboratory, name: str, monkeypatch: pytest.MonkeyPatch):
+def test_foreign_files_of_similar_names_are_never_removed(finished: Laboratory, name: str, monkeypatch: pytest.MonkeyPatch):
     in_two_hours = time.time() + 7200
     monkeypatch.setattr(recipes.time, "time", lambda: in_two_hours)
     for folder in ("", f"{SEED_1}/bagging", f"tables/{NAME}", f"sources/{NAME}", "checkpoints"):
@@ -254,9 +257,55 @@ def test_checkpoints_are_kept_while_their_training_is_incomplete(finished: Labor
         file.write_bytes(b"state")
     aside = files["of no op"].with_name(f".{files['of no op'].name}.partial")
     aside.write_bytes(b"half")
+    shutil.rmtree(finished.root / SEED_1 / "bagging" / "member_2")
     unused = [file for name, file in files.items() if name != "needed"] + [aside]
     assert set(_listed(finished)) == {file.relative_to(finished.root).as_posix() for file in unused}
     assert _unknown(finished) == {}
+
+
+def _checkpoint(laboratory: Laboratory, recipes: Sequence[str]) -> Path:
+    """Write a checkpoint of the members of seed 1."""
+    file = checkpoint_file(laboratory.root, f"{NAME}__bagging__members", Partition(LAYER, 1))
+    config, training = sm.SAEConfig(architecture="topk", d_in=4, d_sae=8, k=2), sm.TrainingConfig()
+    checkpoints = Checkpoints(file, recipes=recipes)
+    checkpoints.load([[config]] * len(recipes), [training] * len(recipes))
+    trainers = [SAETrainer(config, training) for _ in recipes]
+    for trainer in trainers:
+        trainer.step(torch.ones(8, 4))
+    checkpoints.save(trainers, 8, [])
+    return file
+
+
+def test_a_checkpoint_is_unused_once_all_its_saes_are_finished(finished: Laboratory):
+    members = [finished.artefact(f"bagging/member_{j}", 1) for j in (1, 2, 3)]
+    file = _checkpoint(finished, [each.recipe_hash for each in members])
+    relative = file.relative_to(finished.root).as_posix()
+    inventory = _look(finished)
+    assert [(finding.path, finding.reason) for finding in inventory.garbage] == [(file, "its SAEs are finished")]
+    with writing_alone(finished.root, [(Address(NAME, "bagging", "member_2"), Partition(LAYER, 1))]):
+        assert _listed(finished) == {}
+    shutil.rmtree(members[2].path)
+    assert _listed(finished) == {}
+    _checkpoint(finished, [each.recipe_hash for each in members[:2]])
+    assert list(_listed(finished)) == [relative]
+    _checkpoint(finished, [members[0].recipe_hash, "of other settings"])
+    assert _listed(finished) == {}
+    remove_garbage(finished.catalogue, inventory, finished.root)
+    assert not (finished.root / "checkpoints").exists()
+
+
+def test_what_safetensors_had_begun_when_it_was_killed_is_unused(finished: Laboratory):
+    folder = finished.root / "checkpoints" / f"{NAME}__bagging__members" / f"layer={LAYER}"
+    folder.mkdir(parents=True)
+    left, own = folder / ".tmps4Pbu2", folder / "notes.tmp"
+    left.write_bytes(b"half")
+    own.write_text("mine")
+    with writing_alone(finished.root, [(Address(NAME, "bagging", "member_2"), Partition(LAYER, 1))]):
+        assert _listed(finished) == {}
+    inventory = _look(finished)
+    assert [finding.path for finding in inventory.garbage] == [left]
+    remove_garbage(finished.catalogue, inventory, finished.root)
+    assert list(folder.iterdir()) == [own]
 
 
 # what is not known

@@ -68,7 +68,7 @@ def _answer(method: str, url: str, **headers: str | list[str]) -> int:
         ("POST", "/report_asset_materialization/a", {"content_type": JSON}),
     ],
 )
-def test_requests_of_its_own_pages_and_of_programs_pass(method: str, url: str, headers: dict[str, str]):
+def test_requests_of_the_uis_own_pages_and_of_programs_pass(method: str, url: str, headers: dict[str, str]):
     assert _answer(method, url, **{"host": UI} | headers) == 200
 
 

@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import dagster as dg
@@ -110,12 +111,12 @@ def _layers(*added: int) -> list[str]:
     with command_line_instance() as instance:
         if added:
             register_layers(instance, "quickstart", added)
-        return instance.get_dynamic_partitions("quickstart_layers")
+        return list(instance.get_dynamic_partitions("quickstart_layers"))
 
 
 @pytest.mark.parametrize("damage", ["text", "empty", "cut", "overwritten"])
 @pytest.mark.parametrize("name", DATABASES)
-def test_a_damaged_database_is_named_with_the_way_out(home: Path, name: str, damage: str):
+def test_a_damaged_database_is_named_with_a_remedy(home: Path, name: str, damage: str):
     storage = home / "storage"
     whole = (storage / name).read_bytes()
     half = whole[: len(whole) // 2]
@@ -131,7 +132,7 @@ def test_a_damaged_database_is_named_with_the_way_out(home: Path, name: str, dam
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_a_database_that_was_moved_away_is_made_anew(home: Path):
+def test_a_missing_database_is_created_again(home: Path):
     (home / "storage").rename(home / "away")
     assert _layers() == []
 
@@ -139,7 +140,7 @@ def test_a_database_that_was_moved_away_is_made_anew(home: Path):
 @pytest.mark.parametrize(
     "content", [b"\xff\xfe", b"[", b"a: b: c", b"storage: 5", b"- 1", b"nonsense: {}", b"run_monitoring: 2024-13-01"], ids=repr
 )
-def test_a_damaged_dagster_yaml_is_named_with_the_way_out(home: Path, content: bytes):
+def test_a_damaged_dagster_yaml_is_named_with_a_remedy(home: Path, content: bytes):
     settings = home / "dagster.yaml"
     settings.write_bytes(content)
     with pytest.raises(SaeensError, match=rf"{settings} is wrong \(.*\): correct it, or remove it") as caught, command_line_instance():
@@ -160,7 +161,7 @@ def test_an_empty_dagster_yaml_is_written_again(home: Path):
 
 
 @pytest.mark.parametrize("name", DATABASES)
-def test_a_database_that_an_interruption_left_unfinished_is_made_anew(home: Path, name: str):
+def test_an_unfinished_database_of_an_interrupted_start_is_created_again(home: Path, name: str):
     (home / ".database_is_set_up").unlink()
     (home / "storage" / name).write_bytes(b"")
     assert _layers(3) == ["3"]
@@ -183,7 +184,7 @@ def test_an_interruption_leaves_no_database_under_its_name(monkeypatch: pytest.M
     assert not (home_folder() / "storage.new").exists()
 
 
-def test_a_database_that_others_set_up_is_kept(home: Path):
+def test_a_database_created_by_other_programs_is_kept(home: Path):
     (home / ".database_is_set_up").unlink()  # `dagster dev` writes no mark
     assert _layers() == ["2"]
 
@@ -234,7 +235,7 @@ def _origin(location: str) -> RemoteJobOrigin:
     return RemoteJobOrigin(RemoteRepositoryOrigin(ManagedGrpcPythonEnvCodeLocationOrigin(target, location), "a_repository"), "a_job")
 
 
-def _ended(runs: dict[str, tuple[dict[str, str], str | None]]) -> set[str]:
+def _ended(runs: Mapping[str, tuple[dict[str, str], str | None]]) -> set[str]:
     """The runs, given by tags and code location, that are cancelled as dead."""
     with dg.DagsterInstance.ephemeral() as instance:
         made = {
@@ -273,7 +274,7 @@ def test_this_host_is_another_after_a_restart_and_in_another_container(monkeypat
     assert this_host() != here
 
 
-def test_runs_of_a_ui_that_is_gone_are_cancelled_and_others_are_not():
+def test_only_runs_of_a_missing_ui_are_cancelled():
     """None of the sockets can be seen from here, as in a container or with a temporary folder of one's own."""
     gone, alive, host = _gone(), os.getpgid(0), this_host().rpartition(":")[2]
     sockets = {
@@ -328,6 +329,7 @@ def test_runs_of_the_command_line_are_recorded_by_dagster(finished_laboratory: L
         assert materialisation.metadata["cache_hit"].value is False
 
 
+@pytest.mark.slow
 def test_concurrent_processes_create_one_database_that_all_can_open(tmp_path: Path):
     script = (
         "from saeens_pipeline.orchestration.instance import command_line_instance\n"
@@ -339,3 +341,10 @@ def test_concurrent_processes_create_one_database_that_all_can_open(tmp_path: Pa
         for _ in range(3)
     ]
     assert [process.communicate()[0].strip() for process in at_once] == ["0"] * 3
+
+
+def test_runs_for_reports_are_tagged_with_their_command(finished: Laboratory, monkeypatch: pytest.MonkeyPatch):
+    with dg.DagsterInstance.ephemeral() as instance:
+        monkeypatch.setattr(runs_module, "command_line_instance", lambda: contextlib.nullcontext(instance))
+        runs_module.make_reports(finished.catalogue, NAME, [])
+        assert {run.tags["user"] for run in instance.get_runs()} == {"saeens report"}

@@ -64,7 +64,7 @@ def test_kernels_are_compiled_ahead_only_during_the_stages_before_training(
     monkeypatch.setattr("saeens_pipeline.orchestration.runs.compiled_meanwhile", compiled_instead)
     monkeypatch.setattr("saeens_pipeline.assets.compute.Compute.resolve", lambda self: device)
     wanted: Any = [SimpleNamespace(builder=builder, tags={"architecture": "topk"} if builder == "sae" else {}) for builder in builders]
-    with runs._compiling(Store(tmp_path), wanted):
+    with runs.compiling_ahead(Store(tmp_path), wanted):
         pass
     assert asked == ([compiled] if compiled else [])
 

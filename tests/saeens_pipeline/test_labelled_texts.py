@@ -74,7 +74,7 @@ def test_repeated_and_empty_texts_are_not_counted():
         draw_concepts(Labelled("set", repeated), [], FEW, balance=False, seed=1)
 
 
-def test_quadrants_of_wrong_sizes_are_refused():
+def test_quadrants_have_twice_as_many_texts_where_the_attributes_agree():
     sizes = {"python__doc": 7, "python__code": 4, "cpp__doc": 4, "cpp__code": 7}
     drawn = draw_quadrants(Labelled("set", _frame(**sizes)), "task", ("python", "cpp"), ("doc", "code"), FEW, seed=1)
     assert [len(texts) for texts in drawn.train] == [4, 2, 2, 4]

@@ -239,7 +239,8 @@ def test_layers_read_one_by_one_equal_those_of_one_forward_pass(model, tokens):
 
 def test_the_forward_pass_stops_after_the_deepest_requested_layer(model, tokens):
     ran: list[int] = []
-    handles = [block.register_forward_hook(lambda *_, layer=layer: ran.append(layer)) for layer, block in enumerate(model._blocks)]
+    blocks = [model.module("resid_post", layer) for layer in LAYERS]
+    handles = [block.register_forward_hook(lambda *_, layer=layer: ran.append(layer)) for layer, block in enumerate(blocks)]
     model.activations(tokens, "resid_post", [1, 0])
     for handle in handles:
         handle.remove()

@@ -117,7 +117,7 @@ def _masked(tokens: TokenStore, split: Any, dropped: np.ndarray) -> tuple[np.nda
     return ids, kept
 
 
-def test_tokens_without_a_row_are_not_kept_wherever_tokens_are_read(finished: Laboratory):
+def test_tokens_without_a_row_are_not_kept_by_any_reader_of_tokens(finished: Laboratory):
     path = finished.artefact("tokens", layer=None).path
     dropped = np.array([0, 5, 6, 90, 199])
     ids, kept = _masked(open_tokens(path), "test", dropped)
@@ -161,7 +161,7 @@ def _explained_variance(x: np.ndarray, x_hat: np.ndarray) -> float:
     return float((1 - ((x - x_hat) ** 2).sum(0) / ((x - x.mean(0)) ** 2).sum(0)).mean())
 
 
-def test_explained_variance_is_that_of_the_other_rows(massive: Laboratory):
+def test_explained_variance_is_computed_on_the_other_rows(massive: Laboratory):
     massive.declare(source=SOURCE)
     massive.run(select=["activations"])
     unlimited = ActivationStore(massive.artefact("activations").path)

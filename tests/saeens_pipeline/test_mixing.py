@@ -147,6 +147,7 @@ def consume_until_interrupted() -> None:
         child_process.tell(interrupted=True, reading_threads=_reading_threads())
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_waiting_for_the_disk_ends_the_reading_thread():
     observed = child_process.finish(child_process.start(consume_until_interrupted))
     assert observed == {"interrupted": True, "reading_threads": []}

@@ -202,8 +202,16 @@ def test_a_failed_write_of_a_table_keeps_the_earlier_one(store: Store, monkeypat
 
 DEATHS = {
     "while files are written": "",
-    "before the recipe is written": "recipes._record = die",
-    "before the final name": "recipes._replace_folder = die",
+    "before the recipe is written": "\n".join(
+        [
+            "write_text = Path.write_text",
+            "def once(self, *given):",
+            "    if self.name == recipes.RECIPE_FILE: die()",
+            "    return write_text(self, *given)",
+            "Path.write_text = once",
+        ]
+    ),
+    "before the final name": "Path.rename = die",
     "between the two renames": "\n".join(
         [
             "rename = Path.rename",
@@ -376,9 +384,13 @@ def test_a_modified_recipe_file_is_damaged(store: Store, part: str):
 def test_a_copied_artefact_is_a_hit_and_its_bytes_are_read_once(store: Store, monkeypatch: pytest.MonkeyPatch):
     file = _write(store).path / min(FILES)
     os.utime(file, ns=(2**62, 2**62))
+    read: list[str] = []
+    hash_file = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda stream, algorithm: (read.append(stream.name), hash_file(stream, algorithm))[1])
     assert store.hit(MEMBER, WHERE, RECIPE)
-    monkeypatch.setattr("saeens_pipeline.storage.recipes._sha256", lambda file: pytest.fail(f"{file} is read again"))
+    assert read == [str(file)]
     assert store.hit(MEMBER, WHERE, RECIPE)
+    assert read == [str(file)]
 
 
 def test_a_damaged_table_is_no_hit_and_can_be_rewritten(store: Store):
@@ -439,6 +451,27 @@ def test_a_flipped_byte_in_the_values_of_a_table_is_found(store: Store):
         assert store.hit(TABLE, WHERE, RECIPE) is None, position
 
 
+def test_a_flipped_bit_anywhere_in_the_footer_of_a_table_is_found(store: Store):
+    artefact = _write_table(store)
+    whole = artefact.path.read_bytes()
+    positions, n_found = range(artefact.files["rows"][0], len(whole), 7), 0
+    for position in positions:
+        content = bytearray(whole)
+        content[position] ^= 1 << position % 8
+        artefact.path.write_bytes(content)
+        n_found += store.hit(TABLE, WHERE, RECIPE) is None
+    assert n_found == len(positions) > 150
+    artefact.path.write_bytes(whole)
+    assert store.hit(TABLE, WHERE, RECIPE)
+
+
+def test_a_table_has_the_hash_of_its_whole_file_with_zeros_in_its_place(store: Store):
+    whole = _write_table(store).path.read_bytes()
+    recorded = json.loads(pq.read_metadata(store.path(TABLE, WHERE)).metadata[recipes.FOOTER_KEY.encode()])["file_sha256"]
+    assert whole.count(recorded.encode()) == 1
+    assert hashlib.sha256(whole.replace(recorded.encode(), b"0" * 64)).hexdigest() == recorded
+
+
 def test_rows_written_by_another_program_are_found(store: Store):
     artefact = _write_table(store)
     footer = pq.read_metadata(artefact.path).metadata[recipes.FOOTER_KEY.encode()].decode()
@@ -472,6 +505,17 @@ def test_linking_copies_files_if_hard_links_are_unavailable(store: Store, monkey
     adopted = store.require(ROUND, WHERE)
     assert {name: (adopted.path / name).read_bytes() for name in FILES} == FILES
     assert adopted.data_version == member.data_version
+
+
+def test_a_linked_artefact_whose_data_version_follows_from_its_recipe_keeps_it(store: Store):
+    first = _write(store, versioned_content=False)
+    store.link(ROUND, WHERE, RECIPE, first, {})
+    assert store.require(ROUND, WHERE).data_version == first.data_version
+    store.drop_bytes(first)
+    assert store.require(ROUND, WHERE).verify() == []
+    assert store.made_alike(Address("other", "bagging", "member_1"), WHERE, RECIPE) == (ROUND, store.require(ROUND, WHERE))
+    store.drop_bytes(store.require(ROUND, WHERE))
+    assert store.made_alike(Address("other", "bagging", "member_1"), WHERE, RECIPE)[1] is not None
 
 
 def test_replacing_an_artefact_does_not_change_a_linked_one(store: Store):

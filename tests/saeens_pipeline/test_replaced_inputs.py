@@ -76,7 +76,7 @@ def _values(store: ActivationStore, change: Callable[[], object]) -> set[float]:
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
-def test_all_rows_are_those_of_the_store_that_was_opened(tmp_path: Path, change: Callable[[Store], None]):
+def test_all_rows_come_from_the_store_that_was_opened(tmp_path: Path, change: Callable[[Store], None]):
     store = Store(tmp_path)
     assert _values(ActivationStore(_write(store, 1.0)), lambda: change(store)) == {1.0}
 
@@ -196,7 +196,7 @@ OUTPUTS = {
 
 @pytest.mark.parametrize("output", OUTPUTS.values(), ids=OUTPUTS.keys())
 @pytest.mark.parametrize("how", ["replaced", "removed"])
-def test_what_was_made_from_a_replaced_input_is_discarded(context: RunContext, output: Declaration, how: str):
+def test_artefacts_computed_from_a_replaced_input_are_discarded(context: RunContext, output: Declaration, how: str):
     store = context.store
     _make_input(store, SAE, "one")
     _make_input(store, ENSEMBLE, "ensemble")
@@ -215,7 +215,7 @@ def test_what_was_made_from_a_replaced_input_is_discarded(context: RunContext, o
 
 
 @pytest.mark.parametrize("output", OUTPUTS.values(), ids=OUTPUTS.keys())
-def test_an_input_that_is_made_again_with_the_same_bytes_changes_nothing(context: RunContext, output: Declaration):
+def test_an_input_rebuilt_with_the_same_bytes_does_not_discard_the_output(context: RunContext, output: Declaration):
     _make_input(context.store, SAE, "one")
     _make_input(context.store, ENSEMBLE, "ensemble")
     made = materialise(_op(output, lambda store: _make_input(store, SAE, "one")), [output.address], PARTITION, context)

@@ -401,6 +401,11 @@ def test_spreads_are_students_t_intervals_and_the_points_for_two_seeds():
     assert Spread.of([0.7, 0.5]).bar == (0.5, 0.7)
 
 
+def test_a_report_of_two_seeds_says_how_far_their_interval_would_reach(finished: Laboratory):
+    _, high = scipy.stats.t.interval(0.95, 1, loc=0, scale=1)  # of two, in standard errors from the middle
+    assert f"would reach {high:.1f} standard errors to each side" in " ".join(_page(finished).text.split())
+
+
 def _reconstruction(values: Mapping[str, tuple[float, float, int]]) -> list[dict[str, Any]]:
     return [
         {"seed": seed, "method": name, "n_members": n, "explained_variance": ev, "l0": l0, "n_features": 10}

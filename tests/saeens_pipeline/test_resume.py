@@ -11,10 +11,12 @@ import signal
 import subprocess
 import sys
 import threading
-from collections import namedtuple
+import time
+from collections import Counter, namedtuple
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import child_process
@@ -122,7 +124,7 @@ def test_an_interrupted_training_resumes_and_writes_the_same_files(
 
 
 def test_seconds_of_training_add_up_over_the_attempts(untrained: Laboratory, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("saeens_models.training.checkpoints.Checkpoints.save", _with_seconds(1000.0))
+    _pass_before_the_first_checkpoint(monkeypatch, 1000.0)
     with monkeypatch.context() as patch:
         _interrupt_at_batch(patch, 6, _power_cut)
         with pytest.raises(PowerCutError):
@@ -131,14 +133,15 @@ def test_seconds_of_training_add_up_over_the_attempts(untrained: Laboratory, mon
     assert 1000 < untrained.artefact("baseline/expanded", SEED).provenance["train_seconds"] < 1500
 
 
-def _with_seconds(seconds: float) -> Callable[..., None]:
-    save = sm.Checkpoints.save
+def _pass_before_the_first_checkpoint(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    passed, save = [0.0], sm.Checkpoints.save
 
-    def took_so_long(self: sm.Checkpoints, *state: Any) -> None:
-        self._began -= seconds - self.seconds_before if self.tokens is None else 0
+    def late(self: sm.Checkpoints, *state: Any) -> None:
+        passed[0] = seconds
         save(self, *state)
 
-    return took_so_long
+    monkeypatch.setattr("saeens_models.training.checkpoints.time", SimpleNamespace(monotonic=lambda: time.monotonic() + passed[0]))
+    monkeypatch.setattr(sm.Checkpoints, "save", late)
 
 
 def train_until_interrupted(model: str, folder: str, root: str) -> None:
@@ -381,35 +384,26 @@ def test_a_run_resumes_the_activations_of_an_interrupted_one(
 ):
     whole = finished.artefact("activations")
     shutil.rmtree(whole.path)
-    finish = activation_writer._SplitWriter.finish
     with monkeypatch.context() as patch:
-        patch.setattr(activation_writer._SplitWriter, "finish", lambda *_: _power_cut())
+        patch.setattr(ActivationWriter, "close", lambda _: _power_cut())
         with pytest.raises(PowerCutError):
             finished.run(select=["activations"])
     (left,) = whole.path.parent.glob(".activations.zarr.*.partial")
     assert (left / ".progress.json").exists()
-    written: list[int] = []
+    appended: Counter[str] = Counter()
+    append = ActivationWriter.append
 
-    def counted(self: Any, name: str) -> Any:
-        written.append(self._filled)
-        return finish(self, name)
+    def counted(self: ActivationWriter, split: str, rows: torch.Tensor, *origin: torch.Tensor) -> None:
+        appended[split] += len(rows)
+        append(self, split, rows, *origin)
 
-    monkeypatch.setattr(activation_writer._SplitWriter, "finish", counted)
     with monkeypatch.context() as patch:
-        patch.setattr(activation_writer._SplitWriter, "_flush", _only_the_last(activation_writer._SplitWriter._flush))
+        patch.setattr(ActivationWriter, "append", counted)
         finished.run(select=["activations"])
-    assert written == [TRAIN_ROWS % SHARD_ROWS, 200 % SHARD_ROWS]
+    assert appended == {"train": TRAIN_ROWS % SHARD_ROWS, "test": 200 % SHARD_ROWS}
     assert [path.name for path in whole.path.parent.iterdir()] == ["activations.zarr"]
     rows = [torch.cat(list(ActivationStore(each.artefact("activations").path).chunks("train"))) for each in (finished, finished_laboratory)]
     assert torch.equal(*rows)
-
-
-def _only_the_last(flush: Callable[[Any], None]) -> Callable[[Any], None]:
-    def checked(self: Any) -> None:
-        assert self._filled < SHARD_ROWS, "a whole shard is written again"
-        flush(self)
-
-    return checked
 
 
 def test_partial_writes_of_another_recipe_are_not_resumed(tmp_path: Path):

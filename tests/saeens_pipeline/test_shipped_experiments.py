@@ -10,16 +10,19 @@ from typing import Any
 import dagster as dg
 import polars as pl
 import pytest
+import yaml
 from fake_hub import FakeHub
 from tiny_experiment import LAYER, NAME, Laboratory
 from tiny_models import CONTEXT_LENGTH, Architecture, write_tiny_model, write_tiny_tokenizer
 from tiny_transformer_lens import tiny_hooked, write_hooked
 
-from saeens_pipeline import cli
+from saeens_pipeline import cli, components
+from saeens_pipeline import defs as shipped_files
 from saeens_pipeline.assets.compute import Compute
 from saeens_pipeline.assets.forecast import forecast
 from saeens_pipeline.orchestration.catalogue import Catalogue, load_catalogue
 from saeens_pipeline.settings.corpora import HubDataset
+from saeens_pipeline.settings.files import MODELS
 from saeens_pipeline.storage.recipes import Store
 from saeens_pipeline.storage.root import data_root
 
@@ -196,3 +199,18 @@ def _run_in_small(
     assert table["explained_variance"].is_finite().all()
     assert table["ce_loss_recovered"].is_finite().all()
     assert "nothing to do" in laboratory.run()
+
+
+def test_dagsters_own_check_of_the_files_accepts_them():
+    """`dg check yaml` compares what YAML 1.1 reads with the JSON schema: `off` is false there."""
+    for file in Path(next(iter(shipped_files.__path__))).glob("*/defs.yaml"):
+        for document in yaml.safe_load_all(file.read_text()):
+            properties = MODELS[document["type"]].model_json_schema()["properties"]
+            values = {name: value for name, value in document["attributes"].items() if "enum" in properties[name]}
+            assert [name for name, value in values.items() if value not in properties[name]["enum"]] == []
+            assert "automation" in values or document["type"].endswith("ActivationSource")
+
+
+def test_dagsters_own_check_of_the_components_finds_only_those_with_settings():
+    classes = [each for each in vars(components).values() if isinstance(each, type) and issubclass(each, dg.Component)]
+    assert {each.__name__: each.get_model_cls() for each in classes} == {name.rpartition(".")[2]: model for name, model in MODELS.items()}

@@ -282,7 +282,7 @@ def test_wrong_files_are_refused_before_anything_is_computed(empty: Laboratory, 
 
 def test_too_few_documents_are_counted_before_the_model_is_loaded(empty: Laboratory, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sources, "open_corpus", corpora.open_corpus)
-    monkeypatch.setattr("saeens_pipeline.language_models.models._trained", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("the model was loaded"))
     file = empty.declare({"corpus": {"files": "a.jsonl", "test_share": 0.4}})
     (file.parent / "a.jsonl").write_bytes(_lines(RECORDS[:10]))
     with pytest.raises(SaeensError, match=r"train split has \d+ activation rows in \d documents .* but 600 were asked for"):

@@ -7,8 +7,10 @@ from collections import Counter
 from typing import Any
 
 import dagster as dg
+import numpy as np
 import pytest
 import torch
+import zarr
 from tiny_experiment import LAYER, NAME, SEEDS, Laboratory
 
 import saeens_models as sm
@@ -104,3 +106,38 @@ def test_a_short_training_logs_no_asset_observations(untrained: Laboratory, monk
     monkeypatch.setattr(dg.AssetExecutionContext, "log_event", lambda self, event: observed.append(event))
     untrained.materialise(MEMBERS[:1], Partition(LAYER, SEED))
     assert observed == []
+
+
+def test_the_model_name_in_an_saes_folder_is_a_string_as_saelens_uses_it(finished_laboratory: Laboratory):
+    metadata = sm.load_sae(finished_laboratory.artefact("bagging/member_1", SEED).path).metadata
+    assert metadata["model_name"] == str(finished_laboratory.model)
+    assert metadata["model_name"] == metadata["language_model"]["name"]
+    assert "sha256" in metadata["language_model"]
+
+
+@pytest.mark.parametrize("boosting_scale", ["shared", "per_round"])
+def test_rounds_are_trained_in_the_scale_of_the_activations_or_each_in_its_own(
+    untrained: Laboratory, monkeypatch: pytest.MonkeyPatch, boosting_scale: str
+):
+    untrained.declare(ensemble={"members": 3, "seeds": SEEDS, "boosting_scale": boosting_scale}, keep_residuals="all")
+    train, scales = sm.train, []
+
+    def recorded(configs: Any, batches: Any, training: sm.TrainingConfig, *arguments: Any, **options: Any) -> Any:
+        scales.append(training.input_scale)
+        return train(configs, batches, training, *arguments, **options)
+
+    monkeypatch.setattr(sm, "train", recorded)
+    untrained.materialise([f"{NAME}/boosting/{key}" for key in ("round_1", "residual_1", "round_2")], Partition(LAYER, SEED))
+    folders = [untrained.root / f"sources/{NAME}/layer={LAYER}/activations.zarr", untrained.artefact("boosting/residual_1", SEED).path]
+    rows = [np.asarray(zarr.open_array(folder / "train" / "activations", mode="r")[:], np.float64) for folder in folders]
+    own = [each.shape[1] ** 0.5 / np.linalg.norm(each, axis=1).mean() for each in rows]
+    assert own[1] > 1.1 * own[0]
+    assert scales == pytest.approx([own[0], own[0] if boosting_scale == "shared" else own[1]], rel=1e-4)
+
+
+def test_only_later_rounds_of_scaled_inputs_have_the_boosting_scale_in_their_recipes(finished_laboratory: Laboratory):
+    scales = {
+        key: finished_laboratory.artefact(key, SEED).recipe["settings"].get("boosting_scale")
+        for key in ("bagging/member_2", "boosting/round_1", "boosting/round_2", "boosting/round_3")
+    }
+    assert scales == {"bagging/member_2": None, "boosting/round_1": None, "boosting/round_2": "shared", "boosting/round_3": "shared"}

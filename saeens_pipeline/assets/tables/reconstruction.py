@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import polars as pl
 
-from saeens_pipeline.assets.declarations import Reference, SourceFacts
+from saeens_pipeline.assets.declarations import Facts, Reference
 from saeens_pipeline.assets.registry import Headline, Making, Row, SharedPass, Subject, Table, register
 from saeens_pipeline.assets.sources import measures_loss
 from saeens_pipeline.settings.experiments import CheckSettings, ExperimentSettings
@@ -44,7 +44,7 @@ def _inputs(subject: Subject) -> Sequence[Reference]:
     return [*sources, *subject.dictionaries]
 
 
-def _preflight(experiment: ExperimentSettings, facts: Callable[[], SourceFacts]) -> None:
+def _preflight(experiment: ExperimentSettings, facts: Facts) -> None:
     if experiment.ce_loss_tokens and "ce_loss_tokens" in experiment.model_fields_set:
         measures_loss(experiment, facts().describe_model(), facts().hook)
 
