@@ -12,7 +12,7 @@ from saeens_pipeline.assets.declarations import Declaration, Input, Op, Referenc
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models.caching import cache_activations
 from saeens_pipeline.language_models.corpora import open_corpus
-from saeens_pipeline.language_models.descriptions import LanguageModelDescription, validate_hook, validate_patch
+from saeens_pipeline.language_models.descriptions import LanguageModelDescription, validate_hook
 from saeens_pipeline.language_models.models import describe_language_model, load_language_model
 from saeens_pipeline.language_models.tokens import open_tokens, validate_token_settings, write_tokens
 from saeens_pipeline.settings.experiments import ExperimentSettings
@@ -44,16 +44,24 @@ class SourceFacts(NamedTuple):
     model: LanguageModelDescription
     hook: str
     drop: Sequence[Any]
+    patching_problem: str = ""
+    """Why activations at the hook cannot be replaced, which was tested when they were computed; empty if they can."""
 
 
 def recorded_facts(store: Store, source: str, layer: int | None) -> SourceFacts:
     """Return a source's facts from the records of its activations and tokens. Raises as `language_model_of`."""
     activations, tokens = (each.require(store, Partition(layer)) for each in (activations_of(source), tokens_of(source)))
-    return SourceFacts(language_model_of(activations), activations.recipe["settings"]["hook"], tokens.recipe["settings"]["drop"])
+    settings, problem = activations.recipe["settings"], recorded_patching_problem(activations)
+    return SourceFacts(language_model_of(activations), settings["hook"], tokens.recipe["settings"]["drop"], problem)
 
 
-def measures_loss(experiment: ExperimentSettings, model: LanguageModelDescription, hook: str) -> bool:
-    """Return True if the next-token loss of the language model can be measured with a reconstruction at this hook.
+def recorded_patching_problem(activations: Artefact) -> str:
+    """Return why these activations cannot be replaced in the language model; empty if they can, or if it was not recorded."""
+    return activations.provenance.get("patching_problem", "")
+
+
+def measures_loss(experiment: ExperimentSettings, model: LanguageModelDescription, patching_problem: str = "") -> bool:
+    """Return True if the next-token loss of the language model can be measured with a reconstruction in place of the activations.
 
     Raises ConfigurationError if it cannot and the experiment file sets `ce_loss_tokens` to more than 0.
     """
@@ -63,7 +71,10 @@ def measures_loss(experiment: ExperimentSettings, model: LanguageModelDescriptio
                 f"ce_loss_tokens: {experiment.ce_loss_tokens}, but {model.name} has no language-modelling head, which predicts tokens: "
                 "set it to 0, or take the model's files with a head, those of a class that ends in ForCausalLM"
             )
-        validate_patch(model, hook)
+        if patching_problem:
+            raise ConfigurationError(
+                f"ce_loss_tokens: {experiment.ce_loss_tokens}, but {patching_problem}. Set it to 0, or take another hook"
+            )
     except ConfigurationError:
         if experiment.ce_loss_tokens and "ce_loss_tokens" in experiment.model_fields_set:
             raise
@@ -78,7 +89,7 @@ def language_model_of(made: Artefact) -> LanguageModelDescription:
     """
     settings = made.recipe["settings"]
     identity = settings["tokenizer"] if "tokenizer" in settings else settings["language_model"]
-    description = describe_language_model(identity["name"], identity["revision"])
+    description = describe_language_model(identity["name"], identity["revision"], "random")  # changed weights change the identity
     if description.identity != identity:
         raise SaeensError(f"the files of {description.name} have changed since {made.path} was made from them: make that again first")
     return description
@@ -130,6 +141,8 @@ def source_ops(settings: SourceSettings) -> list[Op]:
             provenance["statistics"] = asdict(statistics)
 
     def make_activations(context: RunContext, tasks: Sequence[Task]) -> None:
+        from saeens_pipeline.language_models.patching import patching_problem
+
         store = context.store
         description = validate_source(settings, [task.partition.layer for task in tasks if task.partition.layer is not None])
         model = load_language_model(description, settings.weights, context.compute.resolve(), settings.language_model_dtype)
@@ -152,7 +165,9 @@ def source_ops(settings: SourceSettings) -> list[Op]:
                     batch_windows=max(1, min(BATCH_WINDOWS, BATCH_TOKENS // settings.context_length)),
                     report=progress.differences(advance),
                 )
+            problem = patching_problem(model, settings.hook, list(layers)) if description.has_head else ""
             for layer, (_, provenance) in layers.items():
+                provenance.update({"patching_problem": problem} if problem else {})
                 provenance.update(vars(measured), layers_in_one_pass=len(layers))
                 provenance["statistics"] = {split: each.to_json() for split, each in statistics[layer].items()}
 
@@ -192,4 +207,4 @@ def _settings_of_activations(settings: SourceSettings) -> dict[str, Any]:
 
 
 def _language_model(settings: SourceSettings) -> LanguageModelDescription:
-    return describe_language_model(settings.language_model, settings.revision)
+    return describe_language_model(settings.language_model, settings.revision, settings.weights)

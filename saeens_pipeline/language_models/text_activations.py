@@ -28,7 +28,7 @@ def encode_texts(
 ) -> list[EncodedText]:
     """Return the tokens of texts, cut to `context_length`. Raises SaeensError for a text without a kept token."""
     tokenizer = load_tokenizer(description)
-    tokenizer.enable_truncation(min(context_length, description.context_length))
+    tokenizer.enable_truncation(min(context_length, description.context_length or context_length))
     never = set(special_ids(tokenizer, description).tolist())
     encoded: list[EncodedText] = []
     for first in range(0, len(texts), _TOKENISED_AT_ONCE):

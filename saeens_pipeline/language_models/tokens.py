@@ -182,10 +182,10 @@ def validate_token_settings(
     unknown = sorted(set(drop) - set(get_args(Drop)))
     if unknown:
         raise ConfigurationError(f"drop: {', '.join(map(repr, unknown))} is not known; allowed: {', '.join(get_args(Drop))}")
-    if not MIN_WINDOW <= context_length <= description.context_length:
-        raise ConfigurationError(
-            f"context_length: {context_length} is not possible: {description.name} takes {MIN_WINDOW} to {description.context_length}"
-        )
+    most = description.context_length
+    if context_length < MIN_WINDOW or (most is not None and context_length > most):
+        allowed = f"{MIN_WINDOW} to {most}" if most is not None else f"at least {MIN_WINDOW}"
+        raise ConfigurationError(f"context_length: {context_length} is not possible: {description.name} takes {allowed}")
     if windows_per_document is not None and packing != "document":
         raise ConfigurationError(f"windows_per_document: {windows_per_document} is for packing: document, and packing is {packing}")
     for name, value in (("windows_per_document", windows_per_document), ("train_tokens", train_tokens), ("test_tokens", test_tokens)):

@@ -224,7 +224,7 @@ def _check(experiment: ExperimentSettings, source: SourceSettings, layers: Seque
             f"{experiment.name} has no seed {', '.join(map(str, unknown))}; it has {', '.join(map(str, experiment.ensemble.seeds))}"
         )
     description: LanguageModelDescription = validate_source(source, layers)
-    measures_loss(experiment, description, source.hook)
+    measures_loss(experiment, description)
     if source.hook in HOOKS:  # the width of other modules is known only when the model runs
         validate_targets(experiment, description.d_model)
     return SourceFacts(description, source.hook, source.drop)
@@ -236,7 +236,7 @@ def _check_inputs(
     """Yield announcements of tables. Raise SaeensError for missing modules and texts, and wrong settings, of these artefacts."""
     builders, names = {declaration.builder for declaration in wanted}, [declaration.address.name for declaration in wanted]
     if "activations" in builders:
-        validate_modules(facts.model, source.hook, layers)
+        validate_modules(facts.model, source.hook, layers, source.weights)
     if "tokens" in builders:
         validate_corpus(source)
     for table in evaluations_of(experiment):

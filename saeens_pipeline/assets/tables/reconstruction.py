@@ -43,7 +43,7 @@ def _inputs(subject: Subject) -> Sequence[Reference]:
 
 def _preflight(experiment: ExperimentSettings, facts: Callable[[], SourceFacts]) -> None:
     if experiment.ce_loss_tokens and "ce_loss_tokens" in experiment.model_fields_set:
-        measures_loss(experiment, facts().model, facts().hook)
+        measures_loss(experiment, facts().model, facts().patching_problem)
 
 
 def _warnings(table: pl.DataFrame, checks: CheckSettings) -> Iterable[str]:
