@@ -46,13 +46,15 @@ class SourceFacts(NamedTuple):
     drop: Sequence[Any]
     patching_problem: str = ""
     """Why activations at the hook cannot be replaced, which was tested when they were computed; empty if they can."""
+    prepend_bos: bool = False
 
 
 def recorded_facts(store: Store, source: str, layer: int | None) -> SourceFacts:
     """Return a source's facts from the records of its activations and tokens. Raises as `language_model_of`."""
     activations, tokens = (each.require(store, Partition(layer)) for each in (activations_of(source), tokens_of(source)))
     settings, problem = activations.recipe["settings"], recorded_patching_problem(activations)
-    return SourceFacts(language_model_of(activations), settings["hook"], tokens.recipe["settings"]["drop"], problem)
+    windows = tokens.recipe["settings"]
+    return SourceFacts(language_model_of(activations), settings["hook"], windows["drop"], problem, windows.get("prepend_bos", False))
 
 
 def recorded_patching_problem(activations: Artefact) -> str:
@@ -102,7 +104,7 @@ def source_ops(settings: SourceSettings) -> list[Op]:
         **vars(tokens_of(settings.name)),
         builder="tokens",
         version=TOKENS_VERSION,
-        settings=settings.model_dump(include={"corpus", "language_model", "revision", *_TOKEN_FIELDS}),
+        settings=settings.model_dump(include={"corpus", "language_model", "revision"}) | _token_settings(settings),
         partition_settings=lambda partition: {
             "corpus": open_corpus(settings.corpus).identity,
             "tokenizer": _language_model(settings).identity,
@@ -135,7 +137,7 @@ def source_ops(settings: SourceSettings) -> list[Op]:
                 folder,
                 open_corpus(settings.corpus),
                 _language_model(settings),
-                **settings.model_dump(include=set(_TOKEN_FIELDS)),
+                **_token_settings(settings),
                 report=progress.differences(advance),
             )
             provenance["statistics"] = asdict(statistics)
@@ -191,13 +193,18 @@ def validate_source(settings: SourceSettings, layers: Sequence[int]) -> Language
     """
     description = _language_model(settings)
     validate_hook(description, settings.hook, layers)
-    validate_token_settings(description, **settings.model_dump(include=set(_TOKEN_FIELDS)))
+    validate_token_settings(description, **_token_settings(settings))
     return description
 
 
 def validate_corpus(settings: SourceSettings) -> None:
     """Check, before any work, that the corpus can be read; for a data set of the hub, if the hub can be reached."""
     open_corpus(settings.corpus).require_readable()
+
+
+def _token_settings(settings: SourceSettings) -> dict[str, Any]:
+    """Return the settings of windows of tokens. `prepend_bos` is left out if false, so that older recipes stay valid."""
+    return settings.model_dump(include=set(_TOKEN_FIELDS)) | ({"prepend_bos": True} if settings.prepend_bos else {})
 
 
 def _settings_of_activations(settings: SourceSettings) -> dict[str, Any]:

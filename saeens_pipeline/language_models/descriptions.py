@@ -51,6 +51,7 @@ class LanguageModelDescription:
     identity: dict[str, object] = field(hash=False)
     commit: str | None = None  # of a model on the hub
     tokenizer_file: Path = field(default=Path(), kw_only=True)
+    begin_of_text: int | None = field(default=None, kw_only=True)  # token id that `prepend_bos` puts before a window
     without: tuple[str, ...] = field(default=(), kw_only=True)  # hooks that the blocks do not have
     has_head: bool = field(default=True, kw_only=True)  # a language-modelling head, which gives next-token predictions
 

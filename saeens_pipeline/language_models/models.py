@@ -60,6 +60,7 @@ def describe_language_model(name: str, revision: str = "main", weights: Weights 
     if any(find_size(text, *keys) is None for keys in _SIZES.values()):
         text = _with_defaults(folder.path, text)
     end_of_text = text.get("eos_token_id", config.get("eos_token_id"))
+    begin_of_text = text.get("bos_token_id", config.get("bos_token_id"))
     classes = [str(each) for each in config.get("architectures") or []]
     parallel = bool(text.get("use_parallel_residual", text.get("parallel_attn", model_type in _PARALLEL_RESIDUAL_TYPES)))
     return LanguageModelDescription(
@@ -76,6 +77,7 @@ def describe_language_model(name: str, revision: str = "main", weights: Weights 
         identity=identity_of(name, revision, folder, weights),
         commit=folder.commit,
         tokenizer_file=require_tokenizer(name, folder),
+        begin_of_text=begin_of_text if isinstance(begin_of_text, int) else None,
         has_head=not classes or not all(_WITHOUT_HEAD.search(each) for each in classes),
     )
 

@@ -93,6 +93,7 @@ def describe_transformer_lens_model(name: str, revision: str, weights: Weights =
         identity=identity,
         commit=folder.commit,
         tokenizer_file=tokenizer_file,
+        begin_of_text=_token_id(tokenizer.path, "bos_token"),
         without=("resid_mid", "mlp_out") if config.get("attn_only") else (),
     )
 

@@ -227,7 +227,7 @@ def _check(experiment: ExperimentSettings, source: SourceSettings, layers: Seque
     measures_loss(experiment, description)
     if source.hook in HOOKS:  # the width of other modules is known only when the model runs
         validate_targets(experiment, description.d_model)
-    return SourceFacts(description, source.hook, source.drop)
+    return SourceFacts(description, source.hook, source.drop, prepend_bos=source.prepend_bos)
 
 
 def _check_inputs(

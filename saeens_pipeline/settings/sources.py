@@ -38,6 +38,9 @@ class SourceSettings(FromFile):
     drop: Annotated[list[Literal["special", "padding", "first"]], Distinct] = Field(
         [], description="positions without activation rows: special tokens, padding, or the first position of a window"
     )
+    prepend_bos: bool = Field(
+        False, description="put the model's beginning-of-sequence token before every window, as its first position, which is never a row"
+    )
     train_tokens: PositiveInt = Field(description="number of activation rows for training")
     test_tokens: PositiveInt = Field(description="number of activation rows for evaluation")
     dtype: Literal["float16", "bfloat16", "float32"] = Field("float16", description="dtype of stored activations")

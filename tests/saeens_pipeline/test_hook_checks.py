@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_experiment import Laboratory
-from tiny_models import D_MODEL, SIZES, VOCAB_SIZE, edit_config, write_random_model, write_tiny_model
+from tiny_models import D_MODEL, END_OF_TEXT, SIZES, VOCAB_SIZE, edit_config, write_random_model, write_tiny_model
 
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.language_models.descriptions import HOOKS
@@ -18,7 +18,8 @@ from saeens_pipeline.language_models.hook_checks import term_errors
 from saeens_pipeline.language_models.language_model import LanguageModel
 from saeens_pipeline.language_models.models import describe_language_model, load_language_model, validate_modules
 from saeens_pipeline.language_models.patching import PatchedWindows, patching_problem
-from saeens_pipeline.language_models.tokens import TokenBatch
+from saeens_pipeline.language_models.tokens import TokenBatch, open_tokens
+from saeens_pipeline.storage.names import Address, Partition
 
 BLOOM = {"vocab_size": VOCAB_SIZE, "hidden_size": D_MODEL, "n_layer": 3, "n_head": 4, "initializer_range": 0.2}
 GQA = {**SIZES, "num_key_value_heads": 2}
@@ -266,6 +267,16 @@ def test_quantised_weights_without_their_library_are_refused_before_any_work(tmp
             refuse()
         assert "\n" not in str(refused.value)
     validate_modules(description, "resid_post", [0], "random")
+
+
+def test_recipes_hold_a_beginning_of_sequence_token_only_where_there_is_one(empty: Laboratory):
+    empty.declare()
+    assert "prepend_bos" not in empty.declarations()["tiny/tokens"].settings
+    empty.declare({"prepend_bos": True})
+    assert empty.declarations()["tiny/tokens"].settings["prepend_bos"] is True
+    empty.run(select=["activations"])
+    tokens = open_tokens(empty.store.require(Address("tiny", "source", "tokens"), Partition()).path)
+    assert next(tokens.batches("train", 2)).tokens[:, 0].tolist() == [END_OF_TEXT] * 2
 
 
 def test_random_weights_need_no_weights_file(empty: Laboratory, tmp_path: Path):
