@@ -235,7 +235,7 @@ class _Manifest(BaseModel):
     format_version: Literal[1]
     kind: Literal["bagging", "boosting"]
     members: Annotated[list[Annotated[str, Field(pattern=r"^(\.\./)?[a-z0-9_]+$")]], Field(min_length=1)]
-    """Folders inside this one, or beside it: several ensembles may refer to the same SAEs."""
+    """Folders inside this one, or next to it: several ensembles may refer to the same SAEs."""
 
 
 def save_ensemble(ensemble: Ensemble, path: str | Path) -> None:
@@ -256,7 +256,7 @@ def save_ensemble(ensemble: Ensemble, path: str | Path) -> None:
 
 
 def load_ensemble(path: str | Path) -> Bagging | Boosting:
-    """Load the ensemble in the folder ``path`` on the CPU, with members inside the folder or beside it (``../NAME``).
+    """Load the ensemble in the folder ``path`` on the CPU, with members inside the folder or next to it (``../NAME``).
 
     Raises ``FileNotFoundError`` if the folder or a member is missing. Raises ``ValueError`` for an invalid manifest, and for members that
     do not fit together or cannot be read.

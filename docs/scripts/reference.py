@@ -19,9 +19,10 @@ from typer.cli import get_docs_for_click
 
 import saeens_models
 import saeens_pipeline
+import saeens_pipeline.assets.tables
 from saeens_models.architectures.config import architectures
 from saeens_models.architectures.settings import settings_class
-from saeens_pipeline.assets.tables import SUBJECT, listed
+from saeens_pipeline.assets.registry import SUBJECT, listed
 from saeens_pipeline.cli import app, main
 from saeens_pipeline.settings.experiments import allowed_training_keys
 from saeens_pipeline.settings.files import MODELS

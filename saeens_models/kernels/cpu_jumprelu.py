@@ -54,8 +54,8 @@ def jumprelu_gradients(
     ``threshold`` `[d_sae]` learns from pre-activations within half a ``bandwidth`` of it, as in
     :class:`~saeens_models.architectures.jumprelu.JumpReLUSAE`.
 
-    Memory beside the result: the codes of the batch and their gradients, ``2 n d_sae``; a copy of W_dec; three blocks of pre-activations
-    per thread; and W_enc and W_dec in bfloat16 if products are in bfloat16.
+    Memory in addition to the result: the codes of the batch and their gradients, ``2 n d_sae``; a copy of W_dec; three blocks of
+    pre-activations per thread; and W_enc and W_dec in bfloat16 if products are in bfloat16.
     """
     compiled, (n, d_in) = team.compiled, x.shape
     blocks = blocks_of_tokens(n)

@@ -52,7 +52,7 @@ class _Codes(NamedTuple):
 class ConnectivityMetric:
     """Streaming metric for ``connectivity``: ``update(z)`` for each batch of codes, then ``compute()``.
 
-    Memory stays below ``memory_budget`` bytes, beside the batches themselves and some tens of megabytes of scratch memory:
+    Memory stays below ``memory_budget`` bytes, not counting the batches and some tens of megabytes of scratch memory:
 
     * The co-occurrence bits take ``m^2 / 16`` bytes (1.1 GB at m = 131072). If that is at most three quarters of the budget
       (``streaming_memory``), any number of tokens can be streamed; the rest is for a block of tokens, 64 MiB at m = 131072.

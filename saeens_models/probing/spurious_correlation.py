@@ -109,7 +109,7 @@ def remove_correlations(pooled: PooledTexts, tasks: Sequence[CorrelationTask], s
     """Return the scores of every dictionary for each task, in both directions.
 
     ``N_ABLATED`` features are zeroed, and for ensembles also n_members times as many, up to the number of features. Codes are scaled as in
-    the ensemble's reconstruction. ``seed`` decides the probes' initial weights and the order of texts. Memory beside that of ``pooled``:
+    the ensemble's reconstruction. ``seed`` decides the probes' initial weights and the order of texts. Memory in addition to ``pooled``:
     eight numbers per column and task, and a logit per test text and score.
     """
     if not tasks:

@@ -84,8 +84,8 @@ class Checkpoints:
 
     An SAE resumes only with the same configuration, training and entry of ``recipes``, one per SAE: a string for everything else that
     decides its result, above all the stream, which is not in the file. SAEs do not depend on those that are trained with them, so some of
-    the SAEs in the file can resume alone; if one SAE is not in the file, all start anew. A file that does not fit, or is damaged, is
-    logged and removed.
+    the SAEs in the file can resume alone; if one SAE is not in the file, all start from the beginning. A file that does not
+    fit, or is damaged, is logged and removed.
 
     ``others``: recipes of SAEs that are not trained now and may resume later. While the file holds one of them, it is neither written nor
     removed, and this training writes no checkpoint.
@@ -137,7 +137,7 @@ class Checkpoints:
                 logger.info("%s is kept for other SAEs that resume from it later; until then no other checkpoint is written", self.file)
             if len(chosen) < len(self._keys):
                 if not self._is_of_others:
-                    logger.warning("%s is a checkpoint of other SAEs: it is removed, and training starts anew", self.file)
+                    logger.warning("%s is a checkpoint of other SAEs: it is removed, and training starts from the beginning", self.file)
                     self.remove()
                 return None
             *points, last = [[CurvePoint(*observed[number]) for number in chosen] for observed in (*record["points"], record["last"])]
@@ -145,12 +145,12 @@ class Checkpoints:
             state = TrainingState(record["steps"], record["tokens"], record["largest_batch"], points, last, of_saes)
             self.resumed_at_tokens, self.seconds_before = [*record["resumed_at_tokens"], state.tokens], record["seconds"]
         except Exception as error:  # only this module writes the file: with any error in reading it is damaged
-            logger.warning("%s is damaged: it is removed, and training starts anew (%s)", self.file, error)
+            logger.warning("%s is damaged: it is removed, and training starts from the beginning (%s)", self.file, error)
             self._is_of_others = False
             self.remove()
             return None
         self.tokens = state.tokens
-        logger.info("training goes on from %s, after step %d and %d tokens", self.file, state.steps, state.tokens)
+        logger.info("training resumes from %s, after step %d and %d tokens", self.file, state.steps, state.tokens)
         return state
 
     @property

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from saeens_pipeline.assets.compute import Compute
+from saeens_pipeline.language_models.descriptions import LanguageModelDescription
 from saeens_pipeline.settings.experiments import CheckSettings, ExperimentSettings
 from saeens_pipeline.settings.files import recorded_file
 from saeens_pipeline.storage.names import Address, Kind, Partition
@@ -114,6 +115,23 @@ class Declaration(Reference):
                     if artefact:
                         yield f"{each.name}, {where}", each.artefact, where, artefact
 
+    def all_inputs(self, store: Store, partition: Partition) -> Iterator[tuple[str, Reference, Partition]]:
+        """Give name, artefact and partition of the recipe's inputs, required ones and optional ones on disk."""
+        yield from self.input_partitions(partition)
+        yield from ((name, artefact, where) for name, artefact, where, _ in self.optional_inputs(store, partition))
+
+    def ancestors(self, partition: Partition) -> set[tuple[Address, Partition]]:
+        """Return address and partition of all required inputs, and of theirs: an op may read the members of its input, an ensemble."""
+        found: set[tuple[Address, Partition]] = set()
+        pending: list[tuple[Declaration, Partition]] = [(self, partition)]
+        while pending:
+            declaration, where = pending.pop()
+            for _, artefact, of in declaration.input_partitions(where):
+                if (artefact.address, of) not in found and isinstance(artefact, Declaration):
+                    pending.append((artefact, of))
+                found.add((artefact.address, of))
+        return found
+
     def recipe(self, store: Store, partition: Partition) -> Recipe:
         """Return the recipe of this artefact with the present settings and inputs. Raises MissingInputError for a missing input."""
         inputs = {name: store.require(artefact.address, where).data_version for name, artefact, where in self.input_partitions(partition)}
@@ -167,6 +185,22 @@ class Task(NamedTuple):
         return self.declaration.address, self.partition
 
 
+class SourceFacts(NamedTuple):
+    """Facts about a source that preflights need, from its settings or from the records of its activations and tokens."""
+
+    describe_model: Callable[[], LanguageModelDescription]
+    hook: str
+    drop: Sequence[Any]
+    """Dropped positions."""
+    d_in: int | None
+    """Width of the activations; None if it is known only when the language model runs."""
+    tokens: Path | None
+    """Folder of the tokens; None before a run that may write them."""
+    prepend_bos: bool = False
+    patching_problem: str = ""
+    """Why activations at the hook cannot be replaced, which was tested when they were computed; empty if they can, and before that."""
+
+
 @dataclass(frozen=True)
 class Op:
     """A builder of one artefact, or of several together."""
@@ -176,8 +210,10 @@ class Op:
     make: Callable[[RunContext, Sequence[Task]], None]
     """Write the artefact of every task; tasks are cache misses only."""
     on_device: bool = False
-    preflight: Callable[[RunContext, Sequence[Task]], None] = field(default=lambda context, tasks: None)
-    """Raise SaeensError, before any work, for settings or inputs with which these tasks, or later ones, would fail."""
+    preflight: Callable[[Store, Sequence[tuple[Declaration, Partition]], Callable[[], SourceFacts]], None] = field(default=lambda *_: None)
+    """Raise SaeensError, before any work, for settings or inputs with which these artefacts, or later ones, would fail.
+
+    `saeens run` calls it before its first stage, and the driver before `make`. The facts are read on demand."""
     links: bool = False
     """True: an existing artefact with an equal recipe, of any experiment, is linked instead of made again."""
     twin: Reference | None = None

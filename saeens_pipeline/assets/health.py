@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from saeens_pipeline.storage.activations import ActivationStore
 
 MAX_AT_LIMIT = 1e-5  # share of numbers at the end of their dtype
-MIN_ROUND_GAIN = 0.01  # explained variance of what a boosting round was given
+MAX_TOP_SHARE = 0.1  # of the variance, in 0.1 % of the rows
+MIN_ROUND_GAIN = 0.01  # explained variance of the input of a boosting round
 
 
 class UnsoundArtefactError(SaeensError):
@@ -67,7 +68,7 @@ def examine(declaration: Reference, partition: Partition, artefact: Artefact, se
             _SOUNDNESS[artefact.recipe["builder"]](health, where, artefact)
         _expect_quality(health, declaration.address, where, artefact, settings or CheckSettings())
     except (KeyError, ValueError, SaeensError) as error:
-        health.errors.append(f"{where} cannot be read ({error}): remove {artefact.path} and make it again")
+        health.errors.append(f"{where} cannot be read ({error}): remove {artefact.path} and compute it again")
     return health
 
 
@@ -87,14 +88,14 @@ def compare_bytes(store: Store, declaration: Reference, partition: Partition) ->
     differences = artefact.verify() if artefact else []
     if artefact and differences:
         artefact.invalidate()
-    return [f"{place(declaration.address, partition)}: {each}. The next run makes it again" for each in differences]
+    return [f"{place(declaration.address, partition)}: {each}. The next run computes it again" for each in differences]
 
 
 def _require_sound_tokens(health: Health, where: str, artefact: Artefact) -> None:
     for split, statistics in artefact.provenance["statistics"].items():
         rows, wanted = statistics["rows"], artefact.recipe["settings"][f"{split}_tokens"]
         health.measured[f"{split} rows"] = rows
-        message = f"{where} has {rows:,} {split} rows, and `{split}_tokens` is {wanted:,}: make it again, or lower that field"
+        message = f"{where} has {rows:,} {split} rows, and `{split}_tokens` is {wanted:,}: compute it again, or lower that field"
         health.require(rows == wanted, message)
 
 
@@ -107,7 +108,10 @@ def _require_sound_activations(health: Health, name: str, artefact: Artefact) ->
         statistics, where = ActivationStatistics.from_json(recorded), f"{name}, {split} split,"
         shape, expected = (store.n_rows(split), store.d_in), (statistics.rows, len(statistics.mean))
         health.measured |= {f"{split} rows": statistics.rows, f"mean norm ({split})": statistics.mean_norm}
-        health.require(shape == expected, f"{where} is of shape {list(shape)} and was written as {list(expected)}: make it again")
+        health.measured[f"rows dropped for their norm ({split})"] = statistics.dropped
+        if statistics.top_share is not None:
+            health.measured[f"share of the variance in 0.1 % of the rows ({split})"] = statistics.top_share
+        health.require(shape == expected, f"{where} is of shape {list(shape)} and was written as {list(expected)}: compute it again")
         finite = all(map(isfinite, (statistics.mean_norm, float(statistics.mean.sum()), float(statistics.variance.sum()))))
         health.require(finite, f"{where} has means or variances that are not finite: the language model overflows; set dtype: bfloat16")
         constant = constant_dimensions(statistics.mean, statistics.variance)
@@ -128,7 +132,7 @@ def _require_sound_chunks(health: Health, store: ActivationStore, split: str, wh
     counts = [count_values(store.read_chunk(split, index)) for index in {0, last // 2, last}]
     values, non_finite, at_limit = (sum(each) for each in zip(*counts, strict=True))
     health.measured[f"sampled values at the limit of {store.dtype} ({split})"] = at_limit
-    health.require(non_finite == 0, f"{where} has {non_finite:,} of {values:,} sampled values that are not finite: make it again")
+    health.require(non_finite == 0, f"{where} has {non_finite:,} of {values:,} sampled values that are not finite: compute it again")
     health.require(
         at_limit <= MAX_AT_LIMIT * values,
         f"{where} has {at_limit:,} of {values:,} sampled values at the limit of {store.dtype}, where they were cut off: "
@@ -150,8 +154,8 @@ def _require_sound_table(health: Health, where: str, artefact: Artefact, registe
     table = read_part(artefact.path)
     expected = [column.name for column in registered.all_columns]
     health.measured["rows"] = len(table)
-    health.require(table.columns == expected, f"{where} has the columns {table.columns}, not {expected}: make it again")
-    health.require(len(table) > 0 or registered.may_be_empty, f"{where} is empty: make it again")
+    health.require(table.columns == expected, f"{where} has the columns {table.columns}, not {expected}: compute it again")
+    health.require(len(table) > 0 or registered.may_be_empty, f"{where} is empty: compute it again")
     for name in (name for name, dtype in table.schema.items() if dtype.is_float()):
         wrong = table.filter(~pl.col(name).is_finite())
         first = next(wrong.iter_rows(named=True), {})
@@ -173,8 +177,29 @@ def _expect_quality(health: Health, address: Address, where: str, artefact: Arte
     if artefact.recipe["builder"] == "sae":
         later_round = address.name.startswith("round_") and address.name != "round_1"
         _expect_good_sae(health, where, artefact, settings, later_round=later_round)
+    elif artefact.recipe["builder"] == "activations":
+        _expect_spread_variance(health, where, artefact)
     elif address.is_table and not health.errors:
         health.warnings += [f"{where}: {each}" for each in TABLES[address.name].warnings(read_part(artefact.path), settings)]
+
+
+def _expect_spread_variance(health: Health, where: str, artefact: Artefact) -> None:
+    """Warn if a few rows (massive activations, Sun et al. 2024) decide every explained variance."""
+    from saeens_pipeline.storage.activations import ActivationStatistics, ActivationStore
+
+    for split, recorded in artefact.provenance["statistics"].items():
+        statistics = ActivationStatistics.from_json(recorded)
+        share = statistics.top_share or 0.0
+        if share > MAX_TOP_SHARE and not health.errors:
+            store, rows = ActivationStore(artefact.path), [row for row, _ in statistics.top_rows]
+            origin = zip(store.document(split)[rows], store.position(split)[rows], statistics.top_rows, strict=True)
+            places = "; ".join(f"document {document}, position {position}, norm {norm:,.0f}" for document, position, (_, norm) in origin)
+            limit = artefact.recipe["settings"].get("max_norm")
+            setting = "max_norm: 10" if limit is None else f"max_norm below {limit:g}"
+            health.warnings.append(
+                f"{where}, {split} split: 0.1 % of the rows hold {share:.0%} of the variance, and explained variance is mostly about them "
+                f"(mean norm {statistics.mean_norm:,.0f}; largest: {places}): set {setting} in the source, to drop such rows"
+            )
 
 
 def _expect_good_sae(health: Health, where: str, artefact: Artefact, settings: CheckSettings, *, later_round: bool) -> None:

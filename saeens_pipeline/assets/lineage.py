@@ -111,15 +111,15 @@ class _Genealogy:
         name, _ = _parse(argument)
         declared = [address for address in self._declarations if _is_called(address, name)]
         if declared:
-            maker = "it can be materialised in the UI" if declared[0].owner == LEADERBOARD else f"`saeens run {declared[0].owner}` makes it"
-            raise SaeensError(f"{declared[0]} is not made yet: {maker}")
+            remedy = "materialise it in the UI" if declared[0].owner == LEADERBOARD else f"`saeens run {declared[0].owner}` computes it"
+            raise SaeensError(f"{declared[0]} is not computed yet: {remedy}")
         if _VERSION.fullmatch(argument):
             raise SaeensError(f"no artefact below {self._store.root} has a data version that begins with {argument}")
         known = {*self._declarations, *(each.address for each in self.stored)}
         full_names = {name: str(address) for address in known for name in (address.name, str(address))}
         close = [full_names[match] for match in get_close_matches(name, full_names, n=MAX_CANDIDATES)]
-        candidates = list(dict.fromkeys(close)) or sorted(map(str, known))
-        raise _refusal(f"{argument!r} is no table, asset or data version", candidates)
+        lists = "" if close else ": `saeens tables` lists the tables, `saeens status EXPERIMENT` the assets"
+        raise _refusal(f"{argument!r} is no table, asset or data version{lists}", list(dict.fromkeys(close)))
 
     def trace(self, stored: Stored, role: str = "") -> Ancestor:
         """Return an artefact with its ancestors."""

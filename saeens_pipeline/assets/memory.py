@@ -70,7 +70,7 @@ def train_in_portions(saes: Sequence[Item], batch_tokens: int, first: Portion, t
         torch = sys.modules.get("torch")
         if torch is not None and torch.cuda.is_available():
             torch.cuda.empty_cache()
-        logger.warning("out of memory with %s: going on with %s", tried, smaller)
+        logger.warning("out of memory with %s: continuing with %s", tried, smaller)
         plan = MemoryPlan(smaller, (*plan.too_much, tried))
 
 

@@ -5,13 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import polars as pl
 
-from saeens_pipeline.assets.declarations import Declaration, Dimensions, Input, Op, Reference, RunContext, Task, fields_of
-from saeens_pipeline.assets.sources import SourceFacts, tokens_of
-from saeens_pipeline.errors import ConfigurationError
+from saeens_pipeline.assets.declarations import (
+    Declaration,
+    Dimensions,
+    Input,
+    Op,
+    Reference,
+    RunContext,
+    SourceFacts,
+    Task,
+    fields_of,
+)
+from saeens_pipeline.assets.sources import tokens_of
+from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.settings.experiments import CheckSettings, ExperimentSettings
 from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.recipes import Artefact, Store
@@ -35,7 +45,7 @@ SUBJECT = (
 
 
 class Headline(NamedTuple):
-    """A column that stands for its table in summaries."""
+    """A column, or one of the table's totals, that stands for its table in summaries, on pages and in pictures."""
 
     title: str
     column: str
@@ -43,6 +53,17 @@ class Headline(NamedTuple):
     """Format specification."""
     in_summary: bool = True
     """True: `saeens run` prints it."""
+    place: int = 0
+    """Place among the columns of the main table of pages, from 1; 0: not one of them."""
+    name: str = ""
+    """Name on axes; empty: the title."""
+    about: str = ""
+    """Meaning on pages; empty: that of the column."""
+    better: Literal["more", "less", ""] = ""
+    log: bool = False
+    """True: axes are logarithmic."""
+    table: str = ""
+    """Name of the table, which `register` fills in."""
 
 
 class Markdown(str):
@@ -109,10 +130,15 @@ class Making:
         return reference.require(self.store, self.partition)
 
     def members(self, dictionary: Declaration) -> list[Artefact]:
-        """Return the SAEs of an ensemble, in member order, or a baseline alone."""
+        """Return the SAEs of an ensemble, in member order, or a baseline alone. Raises SaeensError if the ensemble was made from others."""
         if dictionary.builder != "ensemble":
             return [self.require(dictionary)]
-        return [self.store.require(artefact.address, where) for _, artefact, where in dictionary.input_partitions(self.partition)]
+        named = self.require(dictionary).recipe["inputs"]
+        members = {name: self.store.require(each.address, where) for name, each, where in dictionary.input_partitions(self.partition)}
+        for name, member in members.items():
+            if member.data_version != named[name]:
+                raise SaeensError(f"{member.path} has changed since {dictionary.address} was made from it: make that again first")
+        return list(members.values())
 
     def methods(self) -> Iterator[Measured]:
         """Give every measured method and size."""
@@ -173,8 +199,10 @@ class Table:
     announcement: Callable[[ExperimentSettings, int], str] = lambda experiment, n_partitions: ""
     """Return the text that `saeens run` prints before it computes that number of partitions of the table."""
     headlines: tuple[Headline, ...] = ()
-    seed_metrics: Mapping[str, str] = field(default_factory=dict)
-    """Metrics of the leaderboard, which has their mean, interval and points over seeds: meaning by column."""
+    seed_metrics: tuple[str, ...] = ()
+    """Metrics of the leaderboard: columns of which it has mean, interval and points over seeds."""
+    forecast: Callable[[ExperimentSettings, int], Iterable[tuple[str, float | None, str, str]]] = lambda experiment, n_partitions: ()
+    """Give lines of `saeens plan` for that number of partitions of the table: item, amount or None if not known, unit and note."""
     over_experiments: bool = False
     """True: it compares experiments. False: it belongs to one experiment."""
     may_be_empty: bool = False
@@ -206,8 +234,13 @@ def register(table: Table) -> Table:
     """Add a table to the registry. Raises ValueError for a name in use."""
     if table.name in TABLES:
         raise ValueError(f"table {table.name!r} is registered twice")
-    TABLES[table.name] = table
-    return table
+    about = {} if callable(table.columns) else {column.name: column.description for column in table.columns}
+    headlines = (
+        each._replace(name=each.name or each.title, about=each.about or about.get(each.column, ""), table=table.name)
+        for each in table.headlines
+    )
+    TABLES[table.name] = replace(table, headlines=tuple(headlines))
+    return TABLES[table.name]
 
 
 def listed(*, over_experiments: bool | None = None) -> list[Table]:
@@ -243,7 +276,11 @@ def columns_frame(name: str, same: Row, columns: Mapping[str, Any]) -> pl.DataFr
 
 def seed_metrics() -> dict[str, tuple[str, str]]:
     """Return the metrics of the leaderboard: table and meaning by column, in order."""
-    return {column: (table.name, meaning) for table in listed(over_experiments=False) for column, meaning in table.seed_metrics.items()}
+    return {
+        name: (table.name, next(column.description for column in table.all_columns if column.name == name))
+        for table in listed(over_experiments=False)
+        for name in table.seed_metrics
+    }
 
 
 def evaluations_of(experiment: ExperimentSettings) -> list[Table]:
@@ -356,5 +393,9 @@ def _table_op(subject: Subject, name: str, tables: Sequence[Table]) -> Op:
         for task, rows, provenance in made:
             context.store.write_table(*task.where, task.recipe, context.provenance(task.declaration) | vars(measured) | provenance, rows)
 
-    outputs = tuple(subject.table(table.name) for table in tables)
-    return Op(f"{subject.experiment.name}__eval__{name}", outputs, make, on_device=any(table.on_device for table in tables))
+    def check(store: Store, wanted: Sequence[tuple[Declaration, Partition]], facts: Callable[[], SourceFacts]) -> None:
+        for table in dict.fromkeys(declaration.address.name for declaration, _ in wanted):
+            TABLES[table].preflight(subject.experiment, facts)
+
+    outputs, on_device = tuple(subject.table(table.name) for table in tables), any(table.on_device for table in tables)
+    return Op(f"{subject.experiment.name}__eval__{name}", outputs, make, on_device, preflight=check)

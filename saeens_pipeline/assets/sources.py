@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Collection, Sequence
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 from saeens_pipeline import progress
-from saeens_pipeline.assets.declarations import Declaration, Input, Op, Reference, RunContext, Task, with_file
+from saeens_pipeline.assets.declarations import Declaration, Input, Op, Reference, RunContext, SourceFacts, Task, with_file
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models.caching import cache_activations
 from saeens_pipeline.language_models.corpora import open_corpus
-from saeens_pipeline.language_models.descriptions import LanguageModelDescription, validate_hook
-from saeens_pipeline.language_models.models import describe_language_model, load_language_model
+from saeens_pipeline.language_models.descriptions import HOOKS, LanguageModelDescription, validate_hook
+from saeens_pipeline.language_models.models import describe_language_model, load_language_model, validate_modules
 from saeens_pipeline.language_models.tokens import open_tokens, validate_token_settings, write_tokens
 from saeens_pipeline.settings.experiments import ExperimentSettings
 from saeens_pipeline.settings.sources import SourceSettings
@@ -38,23 +39,27 @@ def tokens_of(source: str) -> Reference:
     return Reference(Address(source, "source", "tokens"), "none")
 
 
-class SourceFacts(NamedTuple):
-    """Facts about a source that preflights need: its language model, hook, and dropped positions."""
-
-    model: LanguageModelDescription
-    hook: str
-    drop: Sequence[Any]
-    patching_problem: str = ""
-    """Why activations at the hook cannot be replaced, which was tested when they were computed; empty if they can."""
-    prepend_bos: bool = False
+def declared_facts(settings: SourceSettings) -> SourceFacts:
+    """Return a source's facts from its settings. Raises as `describe_language_model`."""
+    description = _language_model(settings)
+    d_in = description.d_model if settings.hook in HOOKS else None
+    return SourceFacts(lambda: description, settings.hook, settings.drop, d_in, tokens=None, prepend_bos=settings.prepend_bos)
 
 
 def recorded_facts(store: Store, source: str, layer: int | None) -> SourceFacts:
-    """Return a source's facts from the records of its activations and tokens. Raises as `language_model_of`."""
+    """Return a source's facts from the records of its activations and tokens. `describe_model` raises as `language_model_of`."""
     activations, tokens = (each.require(store, Partition(layer)) for each in (activations_of(source), tokens_of(source)))
-    settings, problem = activations.recipe["settings"], recorded_patching_problem(activations)
-    windows = tokens.recipe["settings"]
-    return SourceFacts(language_model_of(activations), settings["hook"], windows["drop"], problem, windows.get("prepend_bos", False))
+    hook, windows = activations.recipe["settings"]["hook"], tokens.recipe["settings"]
+    d_in = len(activations.provenance["statistics"]["train"]["mean"])
+    return SourceFacts(
+        partial(language_model_of, activations),
+        hook,
+        windows["drop"],
+        d_in,
+        tokens.path,
+        prepend_bos=windows.get("prepend_bos", False),
+        patching_problem=recorded_patching_problem(activations),
+    )
 
 
 def recorded_patching_problem(activations: Artefact) -> str:
@@ -93,7 +98,7 @@ def language_model_of(made: Artefact) -> LanguageModelDescription:
     identity = settings["tokenizer"] if "tokenizer" in settings else settings["language_model"]
     description = describe_language_model(identity["name"], identity["revision"], "random")  # changed weights change the identity
     if description.identity != identity:
-        raise SaeensError(f"the files of {description.name} have changed since {made.path} was made from them: make that again first")
+        raise SaeensError(f"the files of {description.name} have changed since {made.path} was computed from them: compute it again first")
     return description
 
 
@@ -146,7 +151,7 @@ def source_ops(settings: SourceSettings) -> list[Op]:
         from saeens_pipeline.language_models.patching import patching_problem
 
         store = context.store
-        description = validate_source(settings, [task.partition.layer for task in tasks if task.partition.layer is not None])
+        description = _language_model(settings)
         model = load_language_model(description, settings.weights, context.compute.resolve(), settings.language_model_dtype)
         token_store = open_tokens(tokens.require(store, Partition()).path)
         with contextlib.ExitStack() as stack:
@@ -164,6 +169,7 @@ def source_ops(settings: SourceSettings) -> list[Op]:
                     settings.hook,
                     folders,
                     settings.dtype,
+                    max_norm=settings.max_norm,
                     batch_windows=max(1, min(BATCH_WINDOWS, BATCH_TOKENS // settings.context_length)),
                     report=progress.differences(advance),
                 )
@@ -174,7 +180,10 @@ def source_ops(settings: SourceSettings) -> list[Op]:
                 provenance["statistics"] = {split: each.to_json() for split, each in statistics[layer].items()}
 
     def _other_requested_layers(context: RunContext, first: Task, there_are: Collection[int], stack: contextlib.ExitStack) -> list[Task]:
-        """Return the tasks of other requested layers that are missing and that no other process makes: one forward pass serves them all."""
+        """Return the tasks of other requested layers that are missing and that no other process makes: one forward pass serves them all.
+
+        Their health is checked in their own runs, where they are cache hits.
+        """
         store = context.store
         others = [Partition(layer) for layer in context.requested_layers() if layer != first.partition.layer and layer in there_are]
         tasks = [Task(activations, partition, activations.recipe(store, partition)) for partition in others]
@@ -182,8 +191,17 @@ def source_ops(settings: SourceSettings) -> list[Op]:
         free = [task for task in missing if stack.enter_context(writing_if_free(store.root, *task.where))]
         return [task for task in free if not store.hit(*task.where, task.recipe)]  # another process may have made them before the lock
 
-    of_activations = Op(activations.address.op_name, (activations,), make_activations, on_device=True)
-    return with_file([Op(tokens.address.op_name, (tokens,), make_tokens), of_activations], settings.file)
+    def check_tokens(*_: Any) -> None:
+        validate_token_settings(_language_model(settings), **_token_settings(settings))
+        open_corpus(settings.corpus).require_readable()  # for a data set of the hub, if the hub can be reached
+
+    def check_activations(_: Store, wanted: Sequence[tuple[Declaration, Partition]], *_facts: Any) -> None:
+        layers = [partition.layer for _, partition in wanted if partition.layer is not None]
+        validate_modules(validate_source(settings, layers), settings.hook, layers, settings.weights)
+
+    of_tokens = Op(tokens.address.op_name, (tokens,), make_tokens, preflight=check_tokens)
+    of_activations = Op(activations.address.op_name, (activations,), make_activations, on_device=True, preflight=check_activations)
+    return with_file([of_tokens, of_activations], settings.file)
 
 
 def validate_source(settings: SourceSettings, layers: Sequence[int]) -> LanguageModelDescription:
@@ -197,20 +215,15 @@ def validate_source(settings: SourceSettings, layers: Sequence[int]) -> Language
     return description
 
 
-def validate_corpus(settings: SourceSettings) -> None:
-    """Check, before any work, that the corpus can be read; for a data set of the hub, if the hub can be reached."""
-    open_corpus(settings.corpus).require_readable()
-
-
 def _token_settings(settings: SourceSettings) -> dict[str, Any]:
     """Return the settings of windows of tokens. `prepend_bos` is left out if false, so that older recipes stay valid."""
     return settings.model_dump(include=set(_TOKEN_FIELDS)) | ({"prepend_bos": True} if settings.prepend_bos else {})
 
 
 def _settings_of_activations(settings: SourceSettings) -> dict[str, Any]:
-    """Return the settings of a recipe. The language model's dtype is left out if float32, so that older recipes stay valid."""
-    dtype = {} if settings.language_model_dtype == "float32" else {"language_model_dtype": settings.language_model_dtype}
-    return settings.model_dump(include={"language_model", "revision", "hook", "weights", "dtype"}) | dtype
+    """Return the settings of a recipe. Later fields are left out at their defaults, so that older recipes stay valid."""
+    later = settings.model_dump(include={"language_model_dtype", "max_norm"}, exclude_defaults=True)
+    return settings.model_dump(include={"language_model", "revision", "hook", "weights", "dtype"}) | later
 
 
 def _language_model(settings: SourceSettings) -> LanguageModelDescription:

@@ -116,7 +116,7 @@ def _open_documents(store: Store, activations: Artefact, source: str, labels: Ma
     """Open the training rows of the documents with these labels. Raises SaeensError for activations made from other tokens."""
     tokens = tokens_of(source).require(store, Partition())
     if activations.recipe["inputs"]["tokens"] != tokens.data_version:  # the numbers of documents differ
-        raise SaeensError(f"{activations.path} was made from tokens of {source} that have changed since: make the activations again")
+        raise SaeensError(f"{activations.path} was computed from tokens of {source} that have changed since: compute the activations again")
     return SelectedDocuments(ActivationStore(activations.path), "train", open_tokens(tokens.path).documents_with("train", labels))
 
 

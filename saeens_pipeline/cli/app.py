@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from saeens_pipeline.cli.output import complain
+from saeens_pipeline.cli.output import notify
 from saeens_pipeline.errors import SaeensError
 
 app = typer.Typer(
@@ -31,5 +31,5 @@ def main() -> None:
         if "--debug" in sys.argv:
             raise
         is_known = isinstance(error, SaeensError)
-        complain("error", str(error) if is_known else f"{type(error).__name__}: {error}\n`saeens --debug ...` shows the traceback")
+        notify("error", str(error) if is_known else f"{type(error).__name__}: {error}\n`saeens --debug ...` shows the traceback")
         sys.exit(error.exit_code if is_known else 1)

@@ -28,7 +28,7 @@ def print_line(text: str) -> None:
     out.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def complain(label: str, message: str) -> None:
+def notify(label: str, message: str) -> None:
     """Print a message on standard error, without markup."""
     err.print(Text.assemble((f"{label}: ", "red"), message), soft_wrap=True)
 

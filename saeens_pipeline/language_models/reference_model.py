@@ -65,7 +65,8 @@ def train_reference_model(
     """Train tokenizer and model on the corpus' training split, write them to `output` in transformers' format, and return the log.
 
     Also writes `training.json`: the recipe, the corpus (packages, documents, bytes, hash), versions and the log. Weights are stored in
-    float16. `compile_model` needs a C++ compiler and is about a third faster. Raises FloatingPointError for a loss that is not finite.
+    float16. `compile_model` needs a C++ compiler; training is then about a third faster. Raises FloatingPointError for a loss that is not
+    finite.
     """
     recipe, corpus = recipe or ReferenceModelRecipe(), corpus or InstalledPackages()
     output.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ from saeens_pipeline.storage.recipes import Store
 OWNERS = ["team:interpretability"]
 HEALTH = "health"
 _ABOUT_HEALTH = (
-    "Error: numbers that are not finite, constant or beyond their dtype, and wrong shapes; nothing is made from such an artefact. "
+    "Error: numbers that are not finite, constant or beyond their dtype, and wrong shapes; nothing is computed from such an artefact. "
     "Warning: dead features, L0 or explained variance outside the thresholds of the experiment."
 )
 

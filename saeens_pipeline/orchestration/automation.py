@@ -10,7 +10,7 @@ from datetime import timedelta
 import dagster as dg
 from dagster import AutomationCondition as Condition
 
-from saeens_pipeline.assets.tables import listed
+from saeens_pipeline.assets.registry import listed
 from saeens_pipeline.orchestration.instance import end_dead_runs, layer_changes
 from saeens_pipeline.orchestration.ops import Ops
 from saeens_pipeline.orchestration.retraining import retraining_schedule, retraining_sensor
@@ -61,7 +61,7 @@ def leaderboard_condition() -> Condition:
     """
     updated = Condition.any_deps_match(Condition.newly_updated())
     settled = ~Condition.any_deps_in_progress() & ~Condition.in_progress()
-    return (updated.since(Condition.newly_requested() & ~updated) & settled).with_label("a table that it shows was made")
+    return (updated.since(Condition.newly_requested() & ~updated) & settled).with_label("a table that it shows was computed")
 
 
 def _with_policies(spec: dg.AssetSpec, experiments: Mapping[str, ExperimentSettings]) -> dg.AssetSpec:

@@ -16,7 +16,7 @@ from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.recipes import DamagedArtefactError, Store
 
 BYTES = "bytes"
-_ABOUT = "All files have the hashes in the record. An artefact with changed files is invalidated, and the next run makes it again."
+_ABOUT = "All files have the hashes in the record. An artefact with changed files is invalidated, and the next run computes it again."
 
 
 def build_byte_checks(ops: Iterable[Op]) -> list[dg.AssetChecksDefinition]:

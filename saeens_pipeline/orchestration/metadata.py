@@ -11,10 +11,10 @@ import dagster as dg
 import polars as pl
 
 from saeens_pipeline.assets.declarations import Declaration, Reference
-from saeens_pipeline.assets.tables import SUBJECT, TABLES, Markdown, Table
+from saeens_pipeline.assets.registry import SUBJECT, TABLES, Markdown, Table
 from saeens_pipeline.assets.tables.cost import with_totals
 from saeens_pipeline.assets.tables.pareto import PARETO, PICTURE_FILE, TABLE_FILE
-from saeens_pipeline.storage.names import CURVE_FILE, Partition
+from saeens_pipeline.storage.names import CURVE_FILE, INDEX_FILE, Partition
 from saeens_pipeline.storage.recipes import Artefact, read_artefact
 from saeens_pipeline.storage.tables import Column, read_part
 
@@ -98,12 +98,12 @@ def _ensemble_summary(declaration: Declaration, artefact: Artefact) -> dict[str,
 
 
 def _report_summary(artefact: Artefact) -> dict[str, Any]:
-    from saeens_pipeline.report.pages import INDEX, PICTURES
+    from saeens_pipeline.report.pages import PICTURES
     from saeens_pipeline.report.pictures import as_markdown
 
     pictures = {path.stem.replace("_", " "): path for path in sorted((artefact.path / PICTURES).glob("*.png"))}
     return {
-        "open in a browser": dg.MetadataValue.path(str(artefact.path / INDEX)),
+        "open in a browser": dg.MetadataValue.path(str(artefact.path / INDEX_FILE)),
         **{title: dg.MetadataValue.md(as_markdown(path.read_bytes(), title)) for title, path in pictures.items()},
     }
 

@@ -40,7 +40,7 @@ def retraining_schedule(ops: Ops, experiment: ExperimentSettings) -> dg.Schedule
 
     @dg.job(
         name=name,
-        description=f"Marks {experiment.name} for retraining: missing and stale artefacts are made, a run for each stage.",
+        description=f"Marks {experiment.name} for retraining: missing and stale artefacts are computed, a run for each stage.",
         executor_def=dg.in_process_executor,
     )
     def retraining() -> None:

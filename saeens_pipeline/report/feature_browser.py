@@ -17,7 +17,7 @@ from typing import Any
 
 import polars as pl
 
-from saeens_pipeline.assets.tables import TABLES
+from saeens_pipeline.assets.registry import TABLES
 from saeens_pipeline.assets.tables.autointerp import WHY, outcome
 from saeens_pipeline.report.methods import method
 from saeens_pipeline.report.results import Results

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from saeens_pipeline.assets.over_seeds import Spread, written
+from saeens_pipeline.assets.registry import Headline
 from saeens_pipeline.report.charts import CURVE, FRONT, LEVEL, LINE, PATH, POINTS, STEPS, Axis, Chart, Series
 from saeens_pipeline.report.methods import ENSEMBLES, Method, in_order, method
-from saeens_pipeline.report.metrics import BITS, CE, CONNECTIVITY, DIVERSITY, EV, FLOPS, GAINS, L0, MSE, STABILITY, Metric, written
-from saeens_pipeline.report.results import Results, Size, Spread, spread_of_points, spreads
+from saeens_pipeline.report.metrics import BITS, CE, CONNECTIVITY, DIVERSITY, EV, FLOPS, GAINS, L0, MSE, STABILITY
+from saeens_pipeline.report.results import Results, Size, spread_of_points, spreads
 
 MAX_CURVE_POINTS = 120
 BINS = 30
@@ -69,7 +71,7 @@ def marginal_gain(results: Results) -> Iterator[Chart]:
             yield chart
 
 
-def against_members(values: Mapping[Size, Spread], metric: Metric, suggested: Mapping[str, int] | None = None) -> Chart | None:
+def against_members(values: Mapping[Size, Spread], metric: Headline, suggested: Mapping[str, int] | None = None) -> Chart | None:
     """Return a metric against the number of members, or None without ensembles of several.
 
     Single SAEs are dotted levels, to compare with at every size. Gains start at the second member, and `suggested` numbers are marked.
@@ -265,7 +267,7 @@ def sweep(table: pl.DataFrame) -> list[list[Chart]]:
     return [[_of_sweep(rows, spent, title) for spent in (L0, BITS)] for title, rows in layers]
 
 
-def _of_sweep(table: pl.DataFrame, spent: Metric, title: str) -> Chart:
+def _of_sweep(table: pl.DataFrame, spent: Headline, title: str) -> Chart:
     """Return a line for each method and size: means over seeds, joined in the order of the sweep's values, with bars for the seeds."""
     known = table.filter(pl.col(spent.column).is_finite())
     series: list[Series] = []

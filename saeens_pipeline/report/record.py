@@ -9,8 +9,8 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from saeens_pipeline.assets.over_seeds import written
 from saeens_pipeline.report.methods import method
-from saeens_pipeline.report.metrics import written
 from saeens_pipeline.storage.names import Address, Partition, locate
 from saeens_pipeline.storage.recipes import RECIPE_FILE, Artefact, DamagedArtefactError, Store, digest, read_artefact
 
@@ -172,7 +172,7 @@ class Record:
             seconds, flops = (sum(each.get(f"{prefix}{unit}") or 0 for each, prefix in spent) for unit in ("seconds", "flops"))
             linked = sum(all(each.artefact.provenance.get("same_as") for each in found) for found in saes)
             elsewhere = f", {linked} of them linked from another experiment" if linked else ""
-            took = f"{seconds:,.0f} s, {written(flops, '.3g')} FLOPs, with the passes that make residuals"
+            took = f"{seconds:,.0f} s, {written(flops, '.3g')} FLOPs, with the passes that compute residuals"
             yield Fact("training in all", f"{len(saes)} SAEs{elsewhere}: {took}")
 
 

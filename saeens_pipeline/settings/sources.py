@@ -41,8 +41,13 @@ class SourceSettings(FromFile):
     prepend_bos: bool = Field(
         False, description="put the model's beginning-of-sequence token before every window, as its first position, which is never a row"
     )
-    train_tokens: PositiveInt = Field(description="number of activation rows for training")
-    test_tokens: PositiveInt = Field(description="number of activation rows for evaluation")
+    train_tokens: PositiveInt = Field(description="number of activation rows for training, before rows are dropped for their norm")
+    test_tokens: PositiveInt = Field(description="number of activation rows for evaluation, before rows are dropped for their norm")
+    max_norm: Annotated[float, Field(ge=2, allow_inf_nan=False)] | None = Field(
+        None,
+        description="largest norm of a row, in multiples of the median norm of training rows; "
+        "rows above it (massive activations) are dropped; default: all rows stay",
+    )
     dtype: Literal["float16", "bfloat16", "float32"] = Field("float16", description="dtype of stored activations")
 
     @field_validator("windows_per_document")

@@ -20,6 +20,7 @@ LEADERBOARD = "leaderboard"
 BROKEN_GROUP = "broken_experiments"  # asset nodes of unreadable experiment files
 RESERVED_GROUPS = (SOURCES_GROUP, LEADERBOARD, BROKEN_GROUP)
 CURVE_FILE = "training_curve.parquet"  # in the folder of an SAE
+INDEX_FILE = "index.html"  # in the folder of a report
 _NAME = re.compile(r"[a-z0-9_]+")
 _FOLDER_ABOVE_ARTEFACTS = re.compile(
     "|".join(

@@ -152,7 +152,7 @@ def test_ties_select_k_features_and_give_the_gradients_of_that_selection(path):
         torch.testing.assert_close(pairs, expected_pairs, rtol=1e-4, atol=1e-5)
 
 
-def test_blocks_of_rows_change_nothing(monkeypatch):
+def test_blocks_of_rows_do_not_change_the_result(monkeypatch):
     weights, x = weights_and_batch(200, 12, 48, seed=8)
     dead_mask = torch.arange(48) % 5 == 0
     whole = reconstruct(x, weights, k=5, dead_mask=dead_mask, k_aux=3)
@@ -164,7 +164,7 @@ def test_blocks_of_rows_change_nothing(monkeypatch):
     assert torch.equal(blocks.fire_counts, whole.fire_counts)
 
 
-def test_the_same_input_gives_the_same_bits():
+def test_gradients_of_the_same_input_have_the_same_bits():
     weights, x = weights_and_batch(300, 24, 256, seed=9)
 
     def gradients() -> list[Tensor]:

@@ -64,7 +64,7 @@ def test_the_k_largest_of_long_rows_are_selected(m, k):
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_products_of_either_library_are_products(transposed):
+def test_products_of_either_library_equal_those_in_float64(transposed):
     x, W = torch.randn(37, 50, generator=torch.Generator().manual_seed(0)), torch.randn(70, 50, generator=torch.Generator().manual_seed(1))
     factor = W.t().contiguous().t() if transposed else W
     for product in (products.linear, products._by_mm):
@@ -82,7 +82,7 @@ def test_products_use_mkl_if_torch_has_no_onednn_operator(monkeypatch):
     assert products._linear.__wrapped__() is products._by_mm
 
 
-def test_products_in_bfloat16_are_those_of_rounded_factors():
+def test_products_in_bfloat16_equal_products_of_rounded_factors():
     x, W = torch.randn(40, 30, generator=torch.Generator().manual_seed(0)), torch.randn(50, 30, generator=torch.Generator().manual_seed(1))
     rounded = x.bfloat16().double() @ W.bfloat16().double().t()
     product = products.linear(x, W, in_bfloat16=True)
@@ -141,7 +141,7 @@ def test_the_bias_is_added_before_selecting():
 @pytest.mark.parametrize("m", [3, 10, 1000])
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("all_of_them", [True, False])
-def test_a_row_with_nan_gives_nan(m, sign, all_of_them):
+def test_a_row_with_nan_selects_nan(m, sign, all_of_them):
     pre = np.ones((2, m), np.float32)
     pre[0, :: 1 if all_of_them else m] = np.copysign(np.float32(np.nan), sign)  # NaN from a processor has the sign bit
     _, values = _select(pre, 3)
@@ -207,7 +207,7 @@ def _dense(x: Tensor, given: Weights, *, k: int, centred: bool, dead: Tensor | N
 
 
 @pytest.mark.parametrize("shape", [(300, 64, 3), (512, 37, 9), (2000, 24, 60)])
-def test_a_rough_encoder_finds_the_features_that_float32_finds(monkeypatch, shape):
+def test_a_low_precision_encoder_selects_the_features_that_float32_selects(monkeypatch, shape):
     d_sae, d_in, k = shape
     generator = torch.Generator().manual_seed(d_sae)
     weights = Weights(*(torch.randn(shape, generator=generator) for shape in ((d_sae, d_in), (d_sae,), (d_sae, d_in), (d_in,))))
@@ -225,7 +225,7 @@ def test_a_rough_encoder_finds_the_features_that_float32_finds(monkeypatch, shap
     assert ((ours - theirs).norm(dim=1) < 1e-5 * theirs.norm(dim=1)).all()
 
 
-def test_a_rough_encoder_that_cannot_tell_features_apart_asks_float32(monkeypatch):
+def test_near_ties_of_a_low_precision_encoder_are_decided_in_float32(monkeypatch):
     generator = torch.Generator().manual_seed(3)
     d_sae, d_in, k = 3000, 24, 5
     W_enc, W_dec = torch.randn(2, d_sae, d_in, generator=generator)
@@ -249,7 +249,7 @@ def test_a_rough_encoder_that_cannot_tell_features_apart_asks_float32(monkeypatc
 
 
 @pytest.mark.parametrize(("n", "d_sae", "k"), [(1, 100, 3), (3, 40, 40), (5, 1, 1), (300, 64, 63)])
-def test_a_rough_encoder_takes_any_sizes(monkeypatch, n, d_sae, k):
+def test_a_low_precision_encoder_takes_all_sizes(monkeypatch, n, d_sae, k):
     generator = torch.Generator().manual_seed(n)
     weights = Weights(*(torch.randn(shape, generator=generator) for shape in ((d_sae, 9), (d_sae,), (d_sae, 9), (9,))))
     monkeypatch.setattr("saeens_models.kernels.cpu_topk.bfloat16_pays", lambda *_: True)
@@ -261,7 +261,7 @@ def test_a_rough_encoder_takes_any_sizes(monkeypatch, n, d_sae, k):
     torch.testing.assert_close(x_hat, z @ weights.W_dec + weights.b_dec, rtol=1e-5, atol=1e-4)
 
 
-def test_equal_tokens_have_equal_codes_wherever_they_are(monkeypatch):
+def test_equal_tokens_have_equal_codes_in_every_position(monkeypatch):
     generator = torch.Generator().manual_seed(6)
     weights = Weights(*(torch.randn(shape, generator=generator) for shape in ((400, 50), (400,), (400, 50), (50,))))
     x = torch.randn(300, 50, generator=generator)
@@ -273,7 +273,7 @@ def test_equal_tokens_have_equal_codes_wherever_they_are(monkeypatch):
     assert torch.equal(x_hat, x_hat[first_of_equal])
 
 
-def test_a_rough_encoder_tells_the_smallest_numbers_apart(monkeypatch):
+def test_a_low_precision_encoder_distinguishes_the_smallest_numbers(monkeypatch):
     generator = torch.Generator().manual_seed(5)
     W_enc, W_dec = torch.randn(2, 500, 16, generator=generator)
     weights = Weights(W_enc + 100, torch.zeros(500), W_dec, torch.zeros(16))
@@ -286,7 +286,7 @@ def test_a_rough_encoder_tells_the_smallest_numbers_apart(monkeypatch):
     assert (indices.sort().values == expected.sort().values).all()
 
 
-def test_a_rough_encoder_does_not_hide_nan(monkeypatch):
+def test_a_low_precision_encoder_propagates_nan(monkeypatch):
     generator = torch.Generator().manual_seed(4)
     weights = Weights(*(torch.randn(shape, generator=generator) for shape in ((600, 16), (600,), (600, 16), (16,))))
     x = torch.randn(300, 16, generator=generator)
@@ -300,7 +300,7 @@ def test_a_rough_encoder_does_not_hide_nan(monkeypatch):
     assert x_hat.isfinite().all(dim=1).sum() == len(x) - 2
 
 
-def test_encoding_and_decoding_equals_the_dense_code():
+def test_encoding_and_decoding_equal_the_dense_code():
     generator = torch.Generator().manual_seed(0)
     weights = Weights(*(torch.randn(shape, generator=generator) for shape in ((300, 16), (300,), (300, 16), (16,))))
     x = torch.randn(700, 16, generator=generator)
@@ -367,7 +367,7 @@ def test_gradients_of_blocks_with_few_active_features_equal_autograd(
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_a_nan_pre_activation_is_seen_among_few_active_features(value: float):
+def test_a_nan_pre_activation_is_detected_among_few_active_features(value: float):
     sae = build_sae(sm.SAEConfig(architecture="standard", d_in=8, d_sae=300, init_seed=1))
     with torch.no_grad():
         sae.b_enc.fill_(-50.0)
@@ -378,7 +378,7 @@ def test_a_nan_pre_activation_is_seen_among_few_active_features(value: float):
 
 @pytest.mark.parametrize("clip", [None, 0.5])
 @pytest.mark.parametrize("unit_norm", [False, True])
-def test_the_compiled_optimiser_moves_the_weights_as_torch_does(unit_norm, clip):
+def test_compiled_adam_steps_equal_those_of_torch(unit_norm, clip):
     config = sm.SAEConfig(architecture="jumprelu", d_in=24, d_sae=90, init_seed=3)
     training = sm.TrainingConfig(learning_rate=1e-2, unit_norm_decoder=unit_norm, gradient_clip_norm=clip)
     ours, torchs = build_sae(config), build_sae(config)
@@ -427,7 +427,7 @@ def test_weights_have_the_same_bits_for_any_number_of_threads(architecture):
                 assert torch.equal(weight, of_one_thread.state_dict()[name]), name
 
 
-def test_a_team_has_torchs_threads_and_gives_them_back():
+def test_a_team_uses_torchs_threads_and_restores_them():
     threads = torch.get_num_threads()
     with Team() as team:
         assert team.n_threads == threads
@@ -446,7 +446,7 @@ def test_kernels_are_compiled_on_another_thread():
     assert torch.get_num_threads() == threads
 
 
-def test_an_error_in_a_task_ends_the_run_of_all():
+def test_an_error_in_one_task_ends_all_tasks():
     started: list[int] = []
 
     def task(i: int) -> None:
@@ -460,7 +460,7 @@ def test_an_error_in_a_task_ends_the_run_of_all():
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("saeens-team")]
 
 
-def test_a_broken_numba_gives_a_warning_and_is_not_used(monkeypatch):
+def test_a_broken_numba_is_warned_about_and_not_used(monkeypatch):
     def refuse(name: str):
         raise ImportError("Numba needs NumPy 2.3 or less", name="numpy")
 

@@ -34,7 +34,7 @@ def _implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
         assert coactivation._compiled() is not None
 
 
-def test_numba_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connectivity_without_numba_equals_a_dense_computation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(metrics, "coactivation_compiled", raising=False)
     monkeypatch.setitem(sys.modules, "saeens_models.metrics.coactivation_compiled", None)  # importing it raises ImportError
     monkeypatch.setattr(coactivation, "_compiled", cache(COMPILED.__wrapped__))
@@ -71,12 +71,12 @@ def test_connectivity_equals_scipy_sparse(n: int, m: int, l0: int) -> None:
 
 @given(cuts=st.lists(st.integers(0, 600), max_size=10))
 @settings(max_examples=25, deadline=None)
-def test_streaming_any_batching_equals_the_whole(cuts: list[int]) -> None:
+def test_connectivity_does_not_depend_on_batching(cuts: list[int]) -> None:
     z = TENSORS["jumprelu.boosting.codes"]
     assert connectivity(iter(z.tensor_split(sorted(cuts)))) == dense_connectivity(z)
 
 
-def test_only_whether_an_entry_is_zero_matters() -> None:
+def test_connectivity_depends_only_on_nonzero_entries() -> None:
     assert connectivity(torch.tensor([[1e-30, 0.0, 5.0], [0.0, 0.0, 1.0]])) == 1 - 4 / 9
 
 
@@ -93,13 +93,13 @@ def batches(z: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
     yield from z.split(size)
 
 
-def test_many_blocks_give_the_value_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connectivity_does_not_depend_on_the_number_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     z = random_codes(4000, 700, 9)
     small_blocks(monkeypatch)
     assert connectivity(batches(z, 100)) == dense_connectivity(z)
 
 
-def test_below_the_size_of_the_bit_matrix_codes_are_held_and_strips_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connectivity_is_exact_in_a_budget_below_the_bit_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     z = random_codes(2000, 2048, 6)
     small_blocks(monkeypatch)
     budget = 200_000
@@ -114,7 +114,7 @@ def test_below_the_size_of_the_bit_matrix_codes_are_held_and_strips_passed(monke
     assert metric.compute() == 0.0
 
 
-def test_codes_beyond_the_budget_say_which_budget_would_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_codes_beyond_the_memory_budget_name_a_sufficient_one(monkeypatch: pytest.MonkeyPatch) -> None:
     small_blocks(monkeypatch)
     with pytest.raises(MemoryBudgetError, match="with 360448 bytes any number of tokens can be streamed") as error:
         connectivity(batches(random_codes(4000, 2048, 8), 100), memory_budget=200_000)
@@ -123,7 +123,7 @@ def test_codes_beyond_the_budget_say_which_budget_would_do(monkeypatch: pytest.M
     assert connectivity(batches(z, 100), memory_budget=360_448) == dense_connectivity(z)
 
 
-def test_sparse_codes_give_the_value_of_dense_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connectivity_of_sparse_codes_equals_that_of_dense_codes(monkeypatch: pytest.MonkeyPatch) -> None:
     z = random_codes(900, 2048, 12)
     small_blocks(monkeypatch)
     assert connectivity(SparseCode.from_dense(z)) == dense_connectivity(z)
@@ -131,7 +131,7 @@ def test_sparse_codes_give_the_value_of_dense_ones(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("threads", [1, 5])
-def test_the_number_of_threads_does_not_matter(threads: int) -> None:
+def test_connectivity_does_not_depend_on_the_number_of_threads(threads: int) -> None:
     z, before = random_codes(500, 1500, 20), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -151,7 +151,7 @@ def test_prefixes_are_the_connectivity_of_the_first_columns(monkeypatch: pytest.
     assert metric.compute_prefixes(sizes) == [dense_connectivity(z[:, :size]) for size in sizes]
 
 
-def test_bad_input_is_refused() -> None:
+def test_connectivity_refuses_missing_tokens_and_wrong_shapes() -> None:
     with pytest.raises(ValueError, match="no batches"):
         connectivity([])
     with pytest.raises(ValueError, match="no tokens"):

@@ -128,7 +128,7 @@ def test_jumprelu_thresholds_learn_and_stay_at_or_above_zero():
 # Many SAEs on one stream
 
 
-def test_an_sae_is_the_same_alone_and_beside_others():
+def test_an_sae_trained_alone_equals_the_same_sae_trained_with_others():
     configs = [config("topk", seed) for seed in range(3)] + [config("standard"), config("jumprelu", d_sae=24)]
     together = sm.train(configs, stream().split(64), quick())
     for own_config, sae in zip(configs, together, strict=True):
@@ -138,13 +138,13 @@ def test_an_sae_is_the_same_alone_and_beside_others():
     assert not same_bits(together[0], together[1])
 
 
-def test_the_same_run_twice_gives_the_same_bits():
+def test_training_twice_gives_the_same_bits():
     training = quick(normalize_activations="expected_average_only_in", input_scale=1.7)
     first, second = (sm.train([config(a) for a in ARCHITECTURES], stream().split(64), training) for _ in range(2))
     assert all(same_bits(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_batches_are_read_once_and_not_written_to():
+def test_batches_are_read_once_and_never_modified():
     x = stream(512)
     kept = x.clone()
     sm.train(
@@ -188,7 +188,7 @@ NORMALISED = {"normalize_activations": "expected_average_only_in", "input_scale"
 
 
 @pytest.mark.parametrize("fields", [{}, NORMALISED], ids=["not normalised", "normalised"])
-def test_concurrent_rounds_depend_on_none_after_them_and_the_first_is_trained_as_any_sae(fields):
+def test_concurrent_rounds_do_not_depend_on_later_ones_and_the_first_equals_a_plain_sae(fields):
     x = stream()
     configs, training = [config("topk", seed) for seed in range(3)], quick(input_mean=x.mean(0), **fields)
     rounds = sm.train_boosting_concurrently(configs, x.split(64), training)
@@ -199,7 +199,7 @@ def test_concurrent_rounds_depend_on_none_after_them_and_the_first_is_trained_as
     assert not same_bits(rounds[1], sm.train(configs, x.split(64), training)[1])
 
 
-def test_concurrent_rounds_see_residuals_at_the_norm_of_the_input(monkeypatch):
+def test_concurrent_rounds_train_on_residuals_at_the_norm_of_the_input(monkeypatch):
     norms: dict[int, list[float]] = {0: [], 1: [], 2: []}
     step = SAETrainer.step
 
@@ -254,7 +254,7 @@ def test_concurrent_rounds_explain_nearly_as_much_as_sequential_rounds():
     assert together == pytest.approx(sequential, abs=0.02)
 
 
-def test_concurrent_rounds_are_observed_side_by_side():
+def test_concurrent_rounds_have_one_training_curve_each():
     seen: list[list[CurvePoint]] = []
     x = stream(512)
     sm.train_boosting_concurrently(
@@ -264,7 +264,7 @@ def test_concurrent_rounds_are_observed_side_by_side():
     assert [points[1].tokens for points in seen] == [4 * 64, 8 * 64]
 
 
-def test_concurrent_rounds_refuse_the_same_arguments_as_training():
+def test_concurrent_rounds_refuse_the_arguments_that_training_refuses():
     with pytest.raises(ValueError, match="configs is empty"):
         sm.train_boosting_concurrently([], [stream(64)], quick())
     x = stream(256)
@@ -353,7 +353,7 @@ def test_without_schedules_the_rates_are_constant():
 # What is observed
 
 
-def test_observations_come_about_two_hundred_times_and_after_the_last_step():
+def test_curves_have_about_two_hundred_points_and_one_after_the_last_step():
     seen: list[list[CurvePoint]] = []
     x = stream(1640)
     sm.train([config("topk"), config("standard")], x.split(2), quick(total_tokens=1640), lambda points: seen.append(list(points)))
@@ -363,13 +363,13 @@ def test_observations_come_about_two_hundred_times_and_after_the_last_step():
     assert [points[0].tokens for points in seen] == sorted({points[0].tokens for points in seen})
 
 
-def test_there_are_four_steps_between_two_observations_of_a_short_training():
+def test_curves_of_short_trainings_have_a_point_every_four_steps():
     steps: list[int] = []
     sm.train([config("topk")], stream(100).split(10), quick(total_tokens=100), lambda points: steps.append(points[0].step))
     assert steps == [4, 8, 10]
 
 
-def test_dimensions_that_do_not_vary_have_no_part_in_the_explained_variance_of_a_curve():
+def test_constant_dimensions_are_left_out_of_the_explained_variance_of_a_curve():
     trainer, x = SAETrainer(config("topk"), quick()), stream(100)
     x[:, 3] = 0.1  # no binary fraction: its mean is rounded
     trainer.step(x)
@@ -411,14 +411,14 @@ def test_a_stream_shorter_than_total_tokens_is_warned_about():
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_loss_that_is_not_finite_stops_and_says_where(architecture):
+def test_a_non_finite_loss_stops_training_and_names_its_step(architecture):
     x = stream(256)
     x[130, 3] = torch.nan
     with pytest.raises(NonFiniteLossError, match=rf"SAE 0 \({architecture}, init_seed 7\): loss nan at step 3, after 192 tokens"):
         sm.train([config(architecture, init_seed=7), config("topk")], x.split(64), quick())
 
 
-def test_losses_that_are_checked_late_still_name_their_step(monkeypatch):
+def test_losses_checked_late_name_their_step(monkeypatch):
     monkeypatch.setattr("saeens_models.training.trainer._LOSSES_PER_CHECK", {"cpu": 100})
     x = stream(256)
     x[70] = torch.inf
@@ -436,7 +436,7 @@ def test_losses_that_are_checked_late_still_name_their_step(monkeypatch):
         ([], "batches is empty"),
     ],
 )
-def test_batches_that_cannot_be_trained_on_are_refused(batches, message):
+def test_unusable_training_batches_are_refused(batches, message):
     with pytest.raises(ValueError, match=message):
         sm.train([config("topk")], batches, quick())
 

@@ -16,7 +16,7 @@ Rule = Callable[["Question"], str]
 
 
 class Question(NamedTuple):
-    """What was asked: to explain texts, or which of them fit an explanation."""
+    """A question: explain texts, or detect which of them fit an explanation."""
 
     explanation: str | None
     """None where one is asked for"""

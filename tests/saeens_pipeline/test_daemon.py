@@ -1,4 +1,4 @@
-"""The real webserver and daemon: somebody adds a layer in the UI, goes home, and finds its tables."""
+"""The real webserver and daemon: a layer added in the UI is trained and evaluated."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def server(finished_laboratory: Laboratory, empty: Laboratory, monkeypatch: pyte
 
 
 @pytest.mark.slow
-def test_a_layer_that_is_added_in_the_ui_is_trained_and_evaluated(server: Server, empty: Laboratory):
+def test_a_layer_added_in_the_ui_is_trained_and_evaluated(server: Server, empty: Laboratory):
     before = {key: empty.store.require(d.address, d.narrow(Partition(LAYER, SEEDS[0]))) for key, d in empty.declarations().items()}
     repository = {"repositoryLocationName": "saeens", "repositoryName": "__repository__"}
     wanted = {"name": f"{NAME}_layers", "key": str(NEW_LAYER), "repository": repository}

@@ -1,4 +1,4 @@
-"""The experiments that come with the project: the paper's hyperparameters, and nothing that disturbs a machine without a hub."""
+"""The shipped experiments: the paper's hyperparameters, and commands without a hub."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def catalogue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Catalogue:
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_hyperparameters_are_the_papers(catalogue: Catalogue, name: str):
+def test_hyperparameters_equal_those_of_the_paper(catalogue: Catalogue, name: str):
     paper, is_small = PAPER[name.removesuffix("_small")], name.endswith("_small")
     experiment = catalogue.experiment(name)
     source = catalogue.sources[experiment.source]
@@ -87,7 +87,7 @@ def test_hyperparameters_are_the_papers(catalogue: Catalogue, name: str):
     assert (source.corpus.name, source.corpus.split, source.corpus.test_split) == ("monology/pile-uncopyrighted", "train", "test")
 
 
-def test_they_load_and_make_nothing_by_themselves(catalogue: Catalogue):
+def test_shipped_experiments_load_without_automation(catalogue: Catalogue):
     assert catalogue.broken == {}
     assert set(SHIPPED) | {"quickstart"} <= set(catalogue.experiments)
     definitions = catalogue.definitions()
@@ -100,7 +100,7 @@ def test_they_load_and_make_nothing_by_themselves(catalogue: Catalogue):
 
 
 @pytest.mark.parametrize("arguments", [("experiments",), ("status", "{}"), ("gc",), ("leaderboard",), ("doctor",), ("plan", "{}")])
-def test_commands_work_without_a_hub(
+def test_commands_on_shipped_experiments_work_without_a_hub(
     catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
 ):
     for name in SHIPPED if "{}" in arguments else [""]:
@@ -112,7 +112,7 @@ def test_commands_work_without_a_hub(
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_running_one_without_a_hub_fails_at_once_with_what_to_do(
+def test_a_run_without_a_hub_fails_at_once_with_a_remedy(
     catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, tmp_path: Path
 ):
     monkeypatch.setattr(sys, "argv", ["saeens", "run", name])
@@ -124,7 +124,9 @@ def test_running_one_without_a_hub_fails_at_once_with_what_to_do(
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_a_plan_needs_their_models_configurations_only(catalogue: Catalogue, fake_hub: FakeHub, tmp_path: Path, name: str):
+def test_a_plan_of_a_shipped_experiment_needs_only_the_models_configuration(
+    catalogue: Catalogue, fake_hub: FakeHub, tmp_path: Path, name: str
+):
     for repository, configuration in CONFIGURATIONS.items():
         _publish(fake_hub, tmp_path / repository, repository, configuration)
     _publish(fake_hub, tmp_path / "tokenizer", "NeelNanda/gpt-neox-tokenizer-digits", None)
@@ -157,14 +159,14 @@ FAMILIES: dict[str, Architecture] = {"pythia_160m": "gpt_neox", "gemma_2_2b": "g
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_same_experiment_runs_on_a_tiny_model_of_the_family(
+def test_shipped_experiments_run_on_a_tiny_model_of_the_family(
     catalogue: Catalogue, empty: Laboratory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
 ):
     _run_in_small(catalogue, empty, monkeypatch, name, str(write_tiny_model(tmp_path / "family", FAMILIES[name])))
 
 
 @pytest.mark.transformer_lens
-def test_the_same_experiment_runs_on_a_tiny_model_of_gelu_1ls_architecture(
+def test_the_gelu_1l_experiment_runs_on_a_tiny_model_of_its_architecture(
     catalogue: Catalogue, empty: Laboratory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     pytest.importorskip("transformer_lens", reason="the optional extra transformer_lens is not installed")

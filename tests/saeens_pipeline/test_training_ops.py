@@ -1,4 +1,4 @@
-"""What ops that train SAEs tell while they work, and what they do when the memory is not enough."""
+"""Ops that train SAEs: observations during training, and smaller groups if memory is short."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _weights(laboratory: Laboratory) -> list[dict[str, torch.Tensor]]:
     return [sm.load_sae(laboratory.artefact(f"bagging/member_{j}", SEED).path).state_dict() for j in (1, 2, 3)]
 
 
-def test_members_that_do_not_fit_together_are_trained_in_smaller_groups(
+def test_members_that_exceed_memory_are_trained_in_smaller_groups(
     untrained: Laboratory, finished_laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch
 ):
     train, together = sm.train, []
@@ -50,7 +50,7 @@ def test_members_that_do_not_fit_together_are_trained_in_smaller_groups(
     assert untrained.artefact("bagging/member_3", SEED).provenance["trained_together"] == 1
 
 
-def test_one_sae_that_does_not_fit_is_trained_in_micro_batches_and_says_so(
+def test_one_sae_that_does_not_fit_is_trained_in_micro_batches_with_a_log_message(
     untrained: Laboratory, finished_laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(memory, "FEWEST_TOKENS", 8)
@@ -70,7 +70,7 @@ def test_one_sae_that_does_not_fit_is_trained_in_micro_batches_and_says_so(
         torch.testing.assert_close(weight, sm.load_sae(theirs).state_dict()[name], rtol=1e-2, atol=1e-3)
 
 
-def test_the_memory_budget_of_the_environment_decides_how_many_are_tried_first(
+def test_the_memory_budget_of_the_environment_limits_the_first_group(
     untrained: Laboratory, finished_laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch
 ):
     config = sm.load_sae(finished_laboratory.artefact("bagging/member_1", SEED).path).config
@@ -83,7 +83,7 @@ def test_the_memory_budget_of_the_environment_decides_how_many_are_tried_first(
     assert together == [1, 1, 1]
 
 
-def test_a_long_training_is_observed_a_few_times(untrained: Laboratory, monkeypatch: pytest.MonkeyPatch):
+def test_a_long_training_logs_a_few_asset_observations(untrained: Laboratory, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(training, "INTERVAL_SECONDS", 0)
     observed: list[dg.AssetObservation] = []
     log_event = dg.AssetExecutionContext.log_event
@@ -99,7 +99,7 @@ def test_a_long_training_is_observed_a_few_times(untrained: Laboratory, monkeypa
     assert tokens[0] != tokens[-1]
 
 
-def test_a_short_training_is_not_observed(untrained: Laboratory, monkeypatch: pytest.MonkeyPatch):
+def test_a_short_training_logs_no_asset_observations(untrained: Laboratory, monkeypatch: pytest.MonkeyPatch):
     observed: list[Any] = []
     monkeypatch.setattr(dg.AssetExecutionContext, "log_event", lambda self, event: observed.append(event))
     untrained.materialise(MEMBERS[:1], Partition(LAYER, SEED))

@@ -1,4 +1,4 @@
-"""A tiny source and experiment, and all that it takes to run them: files, a corpus, a data root, Dagster."""
+"""A tiny source and experiment, and their environment: files, a corpus, a data root, Dagster."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ class Laboratory:
         return {str(d.address): d for op in catalogue.ops(catalogue.experiment(NAME)) for d in op.outputs}
 
     def artefact(self, key: str, seed: int | None = None, layer: int | None = LAYER) -> Artefact:
-        """What lies at `bagging/member_1`, or for a source at `activations`."""
+        """Return the artefact at `bagging/member_1`, or for a source at `activations`."""
         kind, _, name = key.rpartition("/")
         address = Address(NAME, kind or "source", name)  # pyright: ignore[reportArgumentType]
         return self.store.require(address, Partition(layer, seed))

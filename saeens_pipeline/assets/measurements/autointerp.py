@@ -117,7 +117,7 @@ def _draw(making: Making, method: str, n_features: int) -> list[Row]:
 
 def _windows(making: Making, radius: int) -> _Windows:
     store, subject = making.store, making.subject
-    reader, tokens = open_reader(store, subject.activations, making.partition), TokenStrings(store, subject.tokens)
+    reader, tokens = open_reader(store, subject.activations, making.partition), TokenStrings(making)
     n_rows = reader.n_rows("test")
     rows = np.sort(np.random.default_rng(SEED).choice(n_rows, min(WINDOWS, n_rows), replace=False))
     chunks = zip(range(0, n_rows, reader.chunk_rows), tokens.store.places("test", reader.chunk_rows), strict=True)

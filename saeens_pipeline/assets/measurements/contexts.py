@@ -32,7 +32,7 @@ def context_rows(making: Making, n_contexts: int, radius: int) -> pl.DataFrame:
     contexts at a time, and the rows, about 3 kB for each feature of both; in addition one window of codes, at the start the language
     model, and afterwards its unembedding.
     """
-    tokens = TokenStrings(making.store, making.subject.tokens)
+    tokens = TokenStrings(making)
     unembedding = _unembedding(making, tokens)
     ensembles = {"bagging": making.subject.bagging, "boosting": making.subject.boosting}
     rows = [_rows(making, *each, tokens, unembedding, n_contexts=n_contexts, radius=radius) for each in ensembles.items()]

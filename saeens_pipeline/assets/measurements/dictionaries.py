@@ -16,6 +16,7 @@ from saeens_models.metrics import LossBatch, MemoryBudgetError
 from saeens_models.metrics.description_length import DEFAULT_PRECISION
 from saeens_pipeline import progress
 from saeens_pipeline.assets.declarations import Declaration
+from saeens_pipeline.assets.measurements.token_strings import open_test_tokens
 from saeens_pipeline.assets.registry import Making, Row
 from saeens_pipeline.assets.residuals import open_reader
 from saeens_pipeline.assets.sources import language_model_of, measures_loss, recorded_patching_problem
@@ -24,7 +25,6 @@ from saeens_pipeline.language_models.descriptions import LanguageModelDescriptio
 from saeens_pipeline.language_models.language_model import LanguageModel
 from saeens_pipeline.language_models.models import load_language_model
 from saeens_pipeline.language_models.patching import loss_batches, patching_problem
-from saeens_pipeline.language_models.tokens import open_tokens
 from saeens_pipeline.storage.activations import ActivationReader
 
 
@@ -106,7 +106,7 @@ def _model_with_loss(making: Making) -> LanguageModelDescription | None:
 def _evaluate_losses(making: Making, ensembles: Mapping[str, Ensemble], model: LanguageModelDescription) -> LossEvaluation | None:
     """Measure the next-token loss with reconstructions at the hook, on `ce_loss_tokens` of the test tokens; None if it cannot be."""
     activations = making.require(making.subject.activations).recipe["settings"]
-    tokens, loaded = open_tokens(making.require(making.subject.tokens).path), load_model(making, model)
+    tokens, loaded = open_test_tokens(making), load_model(making, model)
     if not measures_loss(making.experiment, model, patching_problem(loaded, activations["hook"], [activations["layer"]])):
         return None  # older records do not say it
     n_rows = min(making.experiment.ce_loss_tokens, tokens.n_rows("test"))

@@ -28,7 +28,7 @@ def feature_rows(making: Making) -> pl.DataFrame:
     12 more for each member of all seeds that it is compared with; and the rows, of about 300 bytes per feature
     and seed, with 20 more for each other member.
     """
-    tokens = TokenStrings(making.store, making.subject.tokens)
+    tokens = TokenStrings(making)
     return pl.concat([_rows(making, tokens, whole) for whole in making.subject.whole])
 
 

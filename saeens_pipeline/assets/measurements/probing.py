@@ -23,9 +23,10 @@ from saeens_models.probing import (
     texts_at_once,
 )
 from saeens_pipeline import progress
+from saeens_pipeline.assets.declarations import SourceFacts
 from saeens_pipeline.assets.measurements.dictionaries import load_dictionary
 from saeens_pipeline.assets.registry import Making, Row
-from saeens_pipeline.assets.sources import SourceFacts, language_model_of
+from saeens_pipeline.assets.sources import language_model_of
 from saeens_pipeline.language_models.labelled_texts.drawing import ConceptTexts, CorrelationTexts
 from saeens_pipeline.language_models.labelled_texts.reading import is_embedded, read_concepts, read_correlations
 from saeens_pipeline.language_models.language_model import LanguageModel
@@ -61,7 +62,7 @@ def read_labelled_texts(experiment: ExperimentSettings, tables: Collection[str],
     """
     for texts in _collections(experiment, tables):
         encode_texts(
-            facts.model,
+            facts.describe_model(),
             list(dict.fromkeys(texts.texts())),
             context_length=texts.context_length,
             drop=facts.drop,
@@ -106,7 +107,8 @@ def _scores(
     making: Making, ensembles: Mapping[str, Ensemble], model: LanguageModel, collection: _Collection
 ) -> Iterator[tuple[str, Dictionary, Row]]:
     """Give table, dictionary and columns of the rows of a collection."""
-    settings, experiment = making.require(making.subject.activations).recipe["settings"], making.experiment
+    source, experiment = making.require(making.subject.activations), making.experiment
+    settings = source.recipe["settings"]
     windows = making.require(making.subject.tokens).recipe["settings"]
     texts = list(dict.fromkeys(collection.texts()))
     with progress.task(f"{experiment.name}/eval, downstream tasks, {making.partition}", len(texts), "texts") as advance:
@@ -119,6 +121,7 @@ def _scores(
             drop=windows["drop"],
             prepend_bos=windows.get("prepend_bos", False),
             batch_texts=texts_at_once(ensembles),
+            norm_limit=source.provenance["statistics"]["train"].get("norm_limit"),
             report=advance,
         )
         pooled = PooledTexts(ensembles, activations, int(experiment.evaluation_memory_gb * 1e9))

@@ -7,8 +7,8 @@ from typing import Any
 
 import polars as pl
 
+from saeens_pipeline.assets.declarations import SourceFacts
 from saeens_pipeline.assets.registry import Making, Markdown, SharedPass, Table, register
-from saeens_pipeline.assets.sources import SourceFacts
 from saeens_pipeline.language_models.labelled_texts.reading import identity
 from saeens_pipeline.settings.experiments import ExperimentSettings
 from saeens_pipeline.settings.probing import PROBE_SEED

@@ -90,6 +90,13 @@ register(
         order=50,
         by_default=True,
         requires=("reconstruction",),
-        headlines=(Headline("new features", "new_features", ".4g", in_summary=False),),
+        headlines=tuple(
+            Headline(name, column, ".4g", in_summary=False, about=about)
+            for column, name, about in (
+                ("new_features", "new features of a member", ""),
+                ("explained_variance_gain", "explained variance that a member adds", "over that of one member less"),
+                ("stability_gain", "stability that a member adds", "over that of one member less. Below 0: it takes away"),
+            )
+        ),
     )
 )

@@ -152,7 +152,7 @@ class Client:
                 )
             case 400 | 413 | 422:
                 return RefusedError(f"{host} refuses a request ({said}): autointerp.parameters holds the fields next to the messages")
-        return SaeensError(f"{host} goes on failing ({said}): its answers so far are kept; run again when it works")
+        return SaeensError(f"{host} keeps failing ({said}): its answers so far are kept; run again when it works")
 
     def _shown(self, text: str) -> str:
         return " ".join(self.endpoint.without_secrets(text).split())[:SHOWN_CHARACTERS]
