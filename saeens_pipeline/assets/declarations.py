@@ -196,6 +196,9 @@ class SourceFacts(NamedTuple):
     """Width of the activations; None if it is known only when the language model runs."""
     tokens: Path | None
     """Folder of the tokens; None before a run that may write them."""
+    prepend_bos: bool = False
+    patching_problem: str = ""
+    """Why activations at the hook cannot be replaced, which was tested when they were computed; empty if they can, and before that."""
 
 
 Facts = Callable[[], SourceFacts]

@@ -68,9 +68,10 @@ def forecast(
     tokens = (source.train_tokens + source.test_tokens) * position_bytes(vocabulary)
     if description:
         validate_hook(description, source.hook, layers)
-        loss = measures_loss(experiment, description, source.hook) and experiment.ce_loss_tokens > 0 and fills(experiment, "reconstruction")
+        loss = measures_loss(experiment, description) and experiment.ce_loss_tokens > 0 and fills(experiment, "reconstruction")
         plan = _Plan(source, experiment, ops, layers, description, parameters, problem, loss)
-        sizes = f"{description.model_type}, {description.n_layers} layers, context {description.context_length:,}"
+        context = f"{description.context_length:,}" if description.context_length else "without limit"
+        sizes = f"{description.model_type}, {description.n_layers} layers, context {context}"
         note = "" if "{layer}" not in source.hook else "; the hook is assumed to have as many dimensions as the stream"
         lines = [Line("model", source.language_model, description.d_model, "dimensions", f"{sizes}, {source.weights} weights{note}")]
         figures = {"disk": [*plan.disk(tokens)], "memory": [*plan.memory()], "computation": [*plan.computation()]}
@@ -117,7 +118,7 @@ def _describe(source: SourceSettings) -> tuple[LanguageModelDescription | None, 
     """Return the language model, the parameters of each block, and the reason if either is not known; unknown parameters are NaN."""
     description = None
     try:
-        description = describe_language_model(source.language_model, source.revision)
+        description = describe_language_model(source.language_model, source.revision, source.weights)
         return description, block_parameters(description), ""
     except SaeensError as error:
         return description, [math.nan] * (description.n_layers if description else 0), str(error)

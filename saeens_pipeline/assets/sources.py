@@ -13,7 +13,7 @@ from saeens_pipeline.assets.declarations import Declaration, Input, Op, Referenc
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models.caching import cache_activations
 from saeens_pipeline.language_models.corpora import open_corpus
-from saeens_pipeline.language_models.descriptions import HOOKS, LanguageModelDescription, validate_hook, validate_patch
+from saeens_pipeline.language_models.descriptions import HOOKS, LanguageModelDescription, validate_hook
 from saeens_pipeline.language_models.models import describe_language_model, load_language_model, validate_modules
 from saeens_pipeline.language_models.tokens import open_tokens, validate_token_settings, write_tokens
 from saeens_pipeline.settings.experiments import ExperimentSettings
@@ -43,19 +43,32 @@ def declared_facts(settings: SourceSettings) -> SourceFacts:
     """Return a source's facts from its settings. Raises as `describe_language_model`."""
     description = _language_model(settings)
     d_in = description.d_model if settings.hook in HOOKS else None
-    return SourceFacts(lambda: description, settings.hook, settings.drop, d_in, tokens=None)
+    return SourceFacts(lambda: description, settings.hook, settings.drop, d_in, tokens=None, prepend_bos=settings.prepend_bos)
 
 
 def recorded_facts(store: Store, source: str, layer: int | None) -> SourceFacts:
     """Return a source's facts from the records of its activations and tokens. `describe_model` raises as `language_model_of`."""
     activations, tokens = (each.require(store, Partition(layer)) for each in (activations_of(source), tokens_of(source)))
-    hook, drop = activations.recipe["settings"]["hook"], tokens.recipe["settings"]["drop"]
+    hook, windows = activations.recipe["settings"]["hook"], tokens.recipe["settings"]
     d_in = len(activations.provenance["statistics"]["train"]["mean"])
-    return SourceFacts(partial(language_model_of, activations), hook, drop, d_in, tokens.path)
+    return SourceFacts(
+        partial(language_model_of, activations),
+        hook,
+        windows["drop"],
+        d_in,
+        tokens.path,
+        prepend_bos=windows.get("prepend_bos", False),
+        patching_problem=recorded_patching_problem(activations),
+    )
 
 
-def measures_loss(experiment: ExperimentSettings, model: LanguageModelDescription, hook: str) -> bool:
-    """Return True if the next-token loss of the language model can be measured with a reconstruction at this hook.
+def recorded_patching_problem(activations: Artefact) -> str:
+    """Return why these activations cannot be replaced in the language model; empty if they can, or if it was not recorded."""
+    return activations.provenance.get("patching_problem", "")
+
+
+def measures_loss(experiment: ExperimentSettings, model: LanguageModelDescription, patching_problem: str = "") -> bool:
+    """Return True if the next-token loss of the language model can be measured with a reconstruction in place of the activations.
 
     Raises ConfigurationError if it cannot and the experiment file sets `ce_loss_tokens` to more than 0.
     """
@@ -65,7 +78,10 @@ def measures_loss(experiment: ExperimentSettings, model: LanguageModelDescriptio
                 f"ce_loss_tokens: {experiment.ce_loss_tokens}, but {model.name} has no language-modelling head, which predicts tokens: "
                 "set it to 0, or take the model's files with a head, those of a class that ends in ForCausalLM"
             )
-        validate_patch(model, hook)
+        if patching_problem:
+            raise ConfigurationError(
+                f"ce_loss_tokens: {experiment.ce_loss_tokens}, but {patching_problem}. Set it to 0, or take another hook"
+            )
     except ConfigurationError:
         if experiment.ce_loss_tokens and "ce_loss_tokens" in experiment.model_fields_set:
             raise
@@ -80,7 +96,7 @@ def language_model_of(made: Artefact) -> LanguageModelDescription:
     """
     settings = made.recipe["settings"]
     identity = settings["tokenizer"] if "tokenizer" in settings else settings["language_model"]
-    description = describe_language_model(identity["name"], identity["revision"])
+    description = describe_language_model(identity["name"], identity["revision"], "random")  # changed weights change the identity
     if description.identity != identity:
         raise SaeensError(f"the files of {description.name} have changed since {made.path} was computed from them: compute it again first")
     return description
@@ -93,7 +109,7 @@ def source_ops(settings: SourceSettings) -> list[Op]:
         **vars(tokens_of(settings.name)),
         builder="tokens",
         version=TOKENS_VERSION,
-        settings=settings.model_dump(include={"corpus", "language_model", "revision", *_TOKEN_FIELDS}),
+        settings=settings.model_dump(include={"corpus", "language_model", "revision"}) | _token_settings(settings),
         partition_settings=lambda partition: {
             "corpus": open_corpus(settings.corpus).identity,
             "tokenizer": _language_model(settings).identity,
@@ -126,12 +142,14 @@ def source_ops(settings: SourceSettings) -> list[Op]:
                 folder,
                 open_corpus(settings.corpus),
                 _language_model(settings),
-                **settings.model_dump(include=set(_TOKEN_FIELDS)),
+                **_token_settings(settings),
                 report=progress.differences(advance),
             )
             provenance["statistics"] = asdict(statistics)
 
     def make_activations(context: RunContext, tasks: Sequence[Task]) -> None:
+        from saeens_pipeline.language_models.patching import patching_problem
+
         store = context.store
         description = _language_model(settings)
         model = load_language_model(description, settings.weights, context.compute.resolve(), settings.language_model_dtype)
@@ -155,7 +173,9 @@ def source_ops(settings: SourceSettings) -> list[Op]:
                     batch_windows=max(1, min(BATCH_WINDOWS, BATCH_TOKENS // settings.context_length)),
                     report=progress.differences(advance),
                 )
+            problem = patching_problem(model, settings.hook, list(layers)) if description.has_head else ""
             for layer, (_, provenance) in layers.items():
+                provenance.update({"patching_problem": problem} if problem else {})
                 provenance.update(vars(measured), layers_in_one_pass=len(layers))
                 provenance["statistics"] = {split: each.to_json() for split, each in statistics[layer].items()}
 
@@ -172,12 +192,12 @@ def source_ops(settings: SourceSettings) -> list[Op]:
         return [task for task in free if not store.hit(*task.where, task.recipe)]  # another process may have computed them before the lock
 
     def check_tokens(*_: Any) -> None:
-        validate_token_settings(_language_model(settings), **settings.model_dump(include=set(_TOKEN_FIELDS)))
+        validate_token_settings(_language_model(settings), **_token_settings(settings))
         open_corpus(settings.corpus).require_readable()  # for a data set of the hub, if the hub can be reached
 
     def check_activations(_: Store, wanted: Wanted, *_facts: Any) -> None:
         layers = [partition.layer for _, partition in wanted if partition.layer is not None]
-        validate_modules(validate_source(settings, layers), settings.hook, layers)
+        validate_modules(validate_source(settings, layers), settings.hook, layers, settings.weights)
 
     of_tokens = Op(tokens.address.op_name, (tokens,), make_tokens, preflight=check_tokens)
     of_activations = Op(activations.address.op_name, (activations,), make_activations, on_device=True, preflight=check_activations)
@@ -191,8 +211,13 @@ def validate_source(settings: SourceSettings, layers: Sequence[int]) -> Language
     """
     description = _language_model(settings)
     validate_hook(description, settings.hook, layers)
-    validate_token_settings(description, **settings.model_dump(include=set(_TOKEN_FIELDS)))
+    validate_token_settings(description, **_token_settings(settings))
     return description
+
+
+def _token_settings(settings: SourceSettings) -> dict[str, Any]:
+    """Return the settings of windows of tokens. `prepend_bos` is left out if false, so that older recipes stay valid."""
+    return settings.model_dump(include=set(_TOKEN_FIELDS)) | ({"prepend_bos": True} if settings.prepend_bos else {})
 
 
 def _settings_of_activations(settings: SourceSettings) -> dict[str, Any]:
@@ -202,4 +227,4 @@ def _settings_of_activations(settings: SourceSettings) -> dict[str, Any]:
 
 
 def _language_model(settings: SourceSettings) -> LanguageModelDescription:
-    return describe_language_model(settings.language_model, settings.revision)
+    return describe_language_model(settings.language_model, settings.revision, settings.weights)

@@ -80,12 +80,12 @@ def parse_layers(given: Sequence[str]) -> list[int]:
 
 def render(name: str, description: LanguageModelDescription, layers: Sequence[int]) -> str:
     """Return the text of the file: the model's own sizes, sensible values for the rest, and the meaning of every field."""
-    width = description.d_model
+    width, context = description.d_model, description.context_length
     source: dict[str, Any] = {
         "name": name,
         "language_model": description.name,
         "layers": sorted(layers),
-        "context_length": min(description.context_length, MAX_CONTEXT_LENGTH),
+        "context_length": min(context or MAX_CONTEXT_LENGTH, MAX_CONTEXT_LENGTH),
         "packing": "document" if description.end_of_text is None else "concatenate",  # windows across documents need a separator
         "drop": ["first"],
         "train_tokens": TRAIN_TOKENS,
@@ -109,7 +109,7 @@ def render(name: str, description: LanguageModelDescription, layers: Sequence[in
     head = [
         f"# {name}: ensembles of SAEs on {' '.join(description.name.split())}",
         f"# {description.model_type}, {description.n_layers} layers, d_in {width:_}, "
-        f"context {description.context_length:_}, vocabulary {description.vocab_size:_}.",
+        f"context {f'{context:_}' if context else 'without limit'}, vocabulary {description.vocab_size:_}.",
         f"# Layers of 0 to {description.n_layers - 1}; d_sae = {EXPANSION} * {width} = {EXPANSION * width:_}; "
         f"{(TRAIN_TOKENS + TEST_TOKENS) * width * 2 / 1e9:.2g} GB of disk for the activations of each layer.",
         f"# `saeens run {name}` computes everything; `saeens experiments` reports a wrong file with its line.",

@@ -44,13 +44,14 @@ class LanguageModelDescription:
     model_type: str
     d_model: int
     n_layers: int
-    context_length: int  # tokens
+    context_length: int | None  # tokens; None if the configuration sets no limit
     vocab_size: int
     end_of_text: int | None  # token id that separates documents
     parallel_residual: bool  # attention and MLP of a block both read the block's input
     identity: dict[str, object] = field(hash=False)
     commit: str | None = None  # of a model on the hub
     tokenizer_file: Path = field(default=Path(), kw_only=True)
+    begin_of_text: int | None = field(default=None, kw_only=True)  # token id that `prepend_bos` puts before a window
     without: tuple[str, ...] = field(default=(), kw_only=True)  # hooks that the blocks do not have
     has_head: bool = field(default=True, kw_only=True)  # a language-modelling head, which gives next-token predictions
 
@@ -58,7 +59,7 @@ class LanguageModelDescription:
 def validate_hook(description: LanguageModelDescription, hook: str, layers: Collection[int]) -> None:
     """Raise ConfigurationError for a layer or a named hook that the model does not have, without loading weights.
 
-    `validate_modules` also checks that the module of the hook exists.
+    `validate_modules` also checks that the module of the hook exists, `LanguageModel.activations` that it is what the hook says.
     """
     if not layers:
         raise ConfigurationError(f"no layers given: {description.name} has layers 0 to {description.n_layers - 1}")
@@ -77,20 +78,6 @@ def validate_hook(description: LanguageModelDescription, hook: str, layers: Coll
         raise ConfigurationError(f"hook {hook!r} is not available in {description.name} ({description.model_type}); {others}")
     if hook not in HOOKS:
         raise ConfigurationError(f"hook {hook!r} is not known; {others}, such as 'model.layers.{{layer}}.mlp'")
-
-
-def validate_patch(description: LanguageModelDescription, hook: str) -> None:
-    """Raise ConfigurationError for a hook whose activations can be read but not replaced."""
-    if hook == "resid_mid" and "mlp_out" in description.without:
-        raise not_replaceable(description)
-
-
-def not_replaceable(description: LanguageModelDescription) -> ConfigurationError:
-    """Return the error of a model whose stream between attention and MLP cannot be replaced."""
-    return ConfigurationError(
-        f"hook 'resid_mid' of {description.name} ({description.model_type}) can be read, but nothing can be put in its place: "
-        "the output of its MLP is not simply added to this stream. Set ce_loss_tokens: 0, or choose another hook"
-    )
 
 
 class ModelFolder(NamedTuple):
@@ -142,10 +129,15 @@ def read_config(name: str, path: Path) -> dict[str, Any]:
 
 def read_size(config: Mapping[str, Any], path: Path, *keys: str) -> int:
     """Return the integer under the first of `keys` that a configuration has. Raises ConfigurationError if it has none of them."""
-    for key in keys:
-        if isinstance(config.get(key), int):
-            return config[key]
-    raise ConfigurationError(f"{path / 'config.json'} gives none of {', '.join(keys)}: add one of them")
+    found = find_size(config, *keys)
+    if found is None:
+        raise ConfigurationError(f"{path / 'config.json'} gives none of {', '.join(keys)}: add one of them")
+    return found
+
+
+def find_size(config: Mapping[str, Any], *keys: str) -> int | None:
+    """Return the integer under the first of `keys` that a configuration has, if there is one."""
+    return next((config[key] for key in keys if isinstance(config.get(key), int)), None)
 
 
 def require_tokenizer(name: str, folder: ModelFolder) -> Path:
@@ -157,12 +149,21 @@ def require_tokenizer(name: str, folder: ModelFolder) -> Path:
     return file
 
 
-def identity_of(name: str, revision: str, folder: ModelFolder) -> dict[str, object]:
-    """Return the identity of a language model for recipes: its commit on the hub or, for a local folder, hashes of its files."""
+def identity_of(name: str, revision: str, folder: ModelFolder, weights: Weights) -> dict[str, object]:
+    """Return the identity for recipes: the commit of a model on the hub, otherwise hashes of the files.
+
+    Raises ConfigurationError for missing weights, unless `weights` are random. Weights that exist are part of the identity in any case.
+    """
     if folder.commit is not None:
-        _require_hub_weights(name, folder.commit, folder.path)
+        if weights == "trained":
+            _require_hub_weights(name, folder.commit, folder.path)
         return {"name": name, "revision": folder.commit}
-    files = [folder.path / "config.json", require_tokenizer(name, folder), *weight_files(name, folder.path)]
+    files = [folder.path / "config.json", require_tokenizer(name, folder)]
+    try:
+        files += weight_files(name, folder.path)
+    except ConfigurationError:
+        if weights == "trained":
+            raise
     return {"name": name, "revision": revision, "sha256": {file.name: weights_fingerprint(file) for file in files}}
 
 
@@ -179,9 +180,9 @@ def _require_hub_weights(name: str, commit: str, path: Path) -> None:
 
 
 def weight_files(name: str, path: Path) -> list[Path]:
-    """Return the weight files. Raises ConfigurationError if one is missing."""
+    """Return the weight files that transformers loads. Raises ConfigurationError if one is missing."""
     index, names = path / "model.safetensors.index.json", {"model.safetensors"}
-    if index.is_file():
+    if index.is_file() and not (path / "model.safetensors").is_file():  # transformers looks in this order
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     weights = [path / name for name in sorted(names)]
     absent = [file.name for file in weights if not file.is_file()]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models.descriptions import HOOKS, READ_AT_INPUT, LanguageModelDescription, validate_hook
+from saeens_pipeline.language_models.hook_checks import check_causal, check_hook
 
 if TYPE_CHECKING:
     import torch
@@ -39,35 +40,82 @@ class LanguageModel:
     def __init__(self, description: LanguageModelDescription, model: PreTrainedModel) -> None:
         self.description = description
         self.model = model
+        self._checked: set[tuple[str, int]] = set()
 
     def activations(self, tokens: torch.Tensor, hook: str, layers: Collection[int]) -> dict[int, torch.Tensor]:
         """Return the activations `[b, L, d]` of token ids `[b, L]` at `hook` of each layer, from one forward pass.
 
         The pass stops after the deepest of the layers. Attention is causal, so padding at the end of a window does not change earlier
-        positions. Raises ConfigurationError as `validate_hook`, for a module that does not exist and for one without a vector per token;
-        SaeensError for a module that takes no part in the forward pass.
+        positions. The first call for a hook and layer checks that on a few random tokens, and that the terms of the residual stream add up.
+        Raises ConfigurationError as `validate_hook` and `check_hook`, for a module that does not exist and for one without a vector per
+        token; SaeensError for a module that takes no part in the forward pass, or runs more than once.
+        """
+        validate_hook(self.description, hook, layers)
+        unchecked = sorted({layer for layer in layers if (hook, layer) not in self._checked})
+        if unchecked:
+            check_hook(self.description, hook, unchecked, self._read)
+        found = self._read(tokens, {(hook, layer) for layer in layers}, stop=True)
+        self._checked.update((hook, layer) for layer in layers)
+        return {layer: found[hook, layer] for layer in layers}
+
+    def require_causal(self) -> None:
+        """Raise ConfigurationError for a model whose blocks attend to later tokens, or that cannot be run on token ids alone."""
+        import torch
+
+        try:
+            check_causal(self.description, "resid_post", range(self.description.n_layers), self._read, strict=False)
+        except (SaeensError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # code of the model
+            raise ConfigurationError(
+                f"{self.description.name} ({self.description.model_type}) cannot be run on token ids alone "
+                f"({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+            ) from error
+
+    def _read(
+        self, tokens: torch.Tensor, wanted: Collection[tuple[str, int]], *, strict: bool = True, stop: bool = False
+    ) -> dict[tuple[str, int], torch.Tensor]:
+        """Return activations by hook and layer, from one forward pass. What cannot be read is an error or, unless `strict`, left out.
+
+        stop: end the pass once all are captured, so that a module that runs again later is not noticed.
         """
         import torch
 
-        validate_hook(self.description, hook, layers)
-        captured: dict[int, torch.Tensor] = {}
+        captured: dict[tuple[str, int], torch.Tensor] = {}
+        problems: dict[tuple[str, int], SaeensError] = {}
+        n_hooked = 0
 
-        def capture(layer: int, activations: Any) -> None:
-            if not isinstance(activations, torch.Tensor) or activations.shape[:-1] != tokens.shape:
-                raise ConfigurationError(f"hook {hook!r}, layer {layer}, does not give one vector per token: choose another module")
-            captured[layer] = activations
-            if len(captured) == len(set(layers)):
+        def capture(place: tuple[str, int], activations: Any) -> None:
+            if place in captured or place in problems:
+                captured.pop(place, None)
+                problems[place] = SaeensError(f"hook {place[0]!r}, layer {place[1]}: its module runs more than once in a forward pass")
+            elif not isinstance(activations, torch.Tensor) or activations.shape[:-1] != tokens.shape or not activations.is_floating_point():
+                problems[place] = ConfigurationError(
+                    f"hook {place[0]!r}, layer {place[1]}, does not give one vector per token: choose another module"
+                )
+            else:
+                captured[place] = activations.clone()  # later modules may write in place
+            if stop and len(captured) + len(problems) == n_hooked:
                 raise _AllCaptured
 
         with ExitStack() as hooks, torch.no_grad():
-            for layer in set(layers):
-                hooks.enter_context(self.hooked(hook, layer, partial(capture, layer)))
-            try:
+            for place in set(wanted):
+                try:
+                    hooks.enter_context(self.hooked(*place, partial(capture, place)))
+                    n_hooked += 1
+                except ConfigurationError:
+                    if strict:
+                        raise
+            with suppress(_AllCaptured):
                 self.model(input_ids=tokens.to(self.model.device), use_cache=False)
-            except _AllCaptured:
-                return {layer: captured[layer] for layer in layers}
-        never_run = sorted(set(layers) - set(captured))
-        raise SaeensError(f"hook {hook!r} was not reached in layers {never_run}: its module takes no part in the forward pass")
+        if strict:
+            for problem in problems.values():
+                raise problem
+            never_run = sorted(set(wanted) - set(captured))
+            if never_run:
+                hook, layers = never_run[0][0], [layer for _, layer in never_run]
+                raise SaeensError(f"hook {hook!r} was not reached in layers {layers}: its module takes no part in the forward pass")
+        return captured
 
     def widths(self, hook: str, layers: Collection[int]) -> dict[int, int]:
         """Return the size of an activation vector at `hook`, by layer: d_model, except for some module paths."""
@@ -79,7 +127,7 @@ class LanguageModel:
         """Call `change` with the activations at `hook` in every forward pass, and replace them by its result, unless that is None."""
 
         def at_input(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            new = change(args[0] if args else kwargs["hidden_states"])
+            new = change(args[0] if args else kwargs.get("hidden_states"))
             if new is None:
                 return None
             return ((new, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": new})

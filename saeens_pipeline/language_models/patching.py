@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from saeens_models.metrics import LossBatch, NextTokenLoss, next_token_loss
-from saeens_pipeline.language_models.descriptions import LanguageModelDescription, not_replaceable, validate_patch
+from saeens_pipeline.errors import ConfigurationError
+from saeens_pipeline.language_models.descriptions import LanguageModelDescription
+from saeens_pipeline.language_models.hook_checks import random_windows, relative_error, tolerance
 from saeens_pipeline.language_models.language_model import LanguageModel
 from saeens_pipeline.language_models.tokens import TokenBatch, TokenStore
 
@@ -22,9 +24,9 @@ LOGIT_BYTES = 2**24
 def patched(model: LanguageModel, hook: str, layer: int, replace: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
     """Replace the activations at `hook` of `layer` by `replace(activations)`, `[b, L, d]`, in every forward pass inside this context.
 
-    Raises ConfigurationError for a module that does not exist, and as `validate_patch`.
+    Raises ConfigurationError for a module that does not exist, and in the forward pass for a stream between attention and MLP to which the
+    output of the MLP is not simply added.
     """
-    validate_patch(model.description, hook)
     changes = {hook: replace}
     if hook == "resid_mid" and not model.stream_passes_modules:
         changes = _changes_around(model.description, replace)
@@ -40,15 +42,18 @@ def _changes_around(description: LanguageModelDescription, replace: Callable[[to
     added: list[torch.Tensor] = []
 
     def replace_and_remember(activations: torch.Tensor) -> torch.Tensor:
-        stream[:] = [activations, replace(activations)]
+        stream[:] = [activations.clone(), replace(activations).clone()]  # later modules may write in place, here and below
         return stream[1]
 
     def remember(output: torch.Tensor) -> None:
-        added[:] = [output]
+        added[:] = [output.clone()]
 
     def add_again(output: torch.Tensor) -> torch.Tensor:
         if not torch.equal(output, stream[0] + added[0]):
-            raise not_replaceable(description)
+            raise ConfigurationError(
+                f"hook 'resid_mid' of {description.name} ({description.model_type}) can be read, but nothing can be put in its place: "
+                "the output of its MLP is not simply added to this stream"
+            )
         return stream[1] + added[0]
 
     return {"resid_mid": replace_and_remember, "mlp_out": remember, "resid_post": add_again}
@@ -69,7 +74,7 @@ class PatchedWindows:
         self._outputs: dict[nn.Module, Any] = {}
         with ExitStack() as hooks:
             for block in model.blocks_before(hook, layer):
-                hooks.enter_context(block.register_forward_hook(lambda block, _, output: self._outputs.update({block: output})))
+                hooks.enter_context(block.register_forward_hook(lambda block, _, output: self._outputs.update({block: _copy(output)})))
             self.activations = model.activations(self._tokens, hook, [layer])[layer]
 
     @property
@@ -79,7 +84,7 @@ class PatchedWindows:
 
     def logits(self, replacement: torch.Tensor) -> torch.Tensor:
         """Return the logits `[b, L, vocabulary]` with `replacement` `[b, L, d]` instead of the activations."""
-        with torch.no_grad(), _returning(self._outputs), patched(self._model, self._hook, self._layer, lambda _: replacement):
+        with torch.no_grad(), _returning(self._outputs), patched(self._model, self._hook, self._layer, lambda _: replacement.clone()):
             return self._model.model(input_ids=self._tokens, use_cache=False).logits
 
     def loss(self, rows: torch.Tensor) -> NextTokenLoss:
@@ -100,11 +105,45 @@ def loss_batches(model: LanguageModel, tokens: TokenStore, hook: str, layer: int
         yield LossBatch(windows.rows, windows.loss)
 
 
+def patching_problem(model: LanguageModel, hook: str, layers: Collection[int]) -> str:
+    """Return why the next-token loss cannot be measured with replaced activations at `hook`; empty if it can at every layer.
+
+    On a few random tokens, with padding, the activations that were there have to give the logits of the model without a patch.
+    """
+    description = model.description
+    if not description.has_head:
+        return f"{description.name} has no language-modelling head, which predicts tokens"
+    tokens = random_windows(description)
+    everywhere = torch.ones(tokens.shape, dtype=torch.bool)
+    windows = TokenBatch(tokens, everywhere, torch.zeros(tokens.shape, dtype=torch.int32), torch.zeros(tokens.shape, dtype=torch.int32))
+    where = f"hook {hook!r} of {description.name} ({description.model_type})"
+    try:
+        with torch.no_grad():
+            expected = model.model(input_ids=tokens.to(model.model.device), use_cache=False).logits
+        for layer in layers:
+            found = PatchedWindows(model, windows, hook, layer)
+            error = relative_error(found.logits(found.activations), expected)
+            if error > tolerance(expected):
+                return f"{where}, layer {layer}: the activations that were there, put back, change the logits (relative error {error:.2g})"
+    except ConfigurationError as error:
+        return str(error)
+    except Exception as error:  # code of the model, on a path that its authors may not have foreseen
+        return f"{where}: the model fails with replaced activations ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+    return ""
+
+
+def _copy(output: Any) -> Any:
+    """Return a module's output with copies of its tensors, since later modules may write in place."""
+    if isinstance(output, torch.Tensor):
+        return output.clone()
+    return type(output)(map(_copy, output)) if type(output) in (tuple, list) else output
+
+
 @contextmanager
 def _returning(outputs: Mapping[nn.Module, Any]) -> Iterator[None]:
-    """Replace the computation of these modules by the given outputs within this context."""
+    """Replace the computation of these modules by copies of the given outputs within this context."""
     for module, output in outputs.items():
-        module.forward = lambda *_, output=output, **__: output
+        module.forward = lambda *_, output=output, **__: _copy(output)
     try:
         yield
     finally:

@@ -24,17 +24,21 @@ class EncodedText(NamedTuple):
 
 
 def encode_texts(
-    description: LanguageModelDescription, texts: Sequence[str], *, context_length: int, drop: Collection[Drop]
+    description: LanguageModelDescription, texts: Sequence[str], *, context_length: int, drop: Collection[Drop], prepend_bos: bool = False
 ) -> list[EncodedText]:
-    """Return the tokens of texts, cut to `context_length`. Raises SaeensError for a text without a kept token."""
+    """Return the tokens of texts, cut to `context_length`, with the source's BOS. Raises SaeensError for a text without a kept token."""
     tokenizer = load_tokenizer(description)
-    tokenizer.enable_truncation(min(context_length, description.context_length))
+    length = min(context_length, description.context_length or context_length)
+    tokenizer.enable_truncation(length)
     never = set(special_ids(tokenizer, description).tolist())
     encoded: list[EncodedText] = []
     for first in range(0, len(texts), _TOKENISED_AT_ONCE):
         for encoding in tokenizer.encode_batch_fast(list(texts[first : first + _TOKENISED_AT_ONCE])):
-            kept = [token not in never and not (place == 0 and "first" in drop) for place, token in enumerate(encoding.ids)]
-            encoded.append(EncodedText(encoding.ids, kept))
+            ids = encoding.ids
+            if prepend_bos and description.begin_of_text is not None and ids[:1] != [description.begin_of_text]:
+                ids = [description.begin_of_text, *ids][:length]
+            kept = [token not in never and not (place == 0 and ("first" in drop or prepend_bos)) for place, token in enumerate(ids)]
+            encoded.append(EncodedText(ids, kept))
     empty = next((text for text, each in zip(texts, encoded, strict=True) if not any(each.kept)), None)
     if empty is not None:
         raise SaeensError(f"the text {empty[:60]!r} has no token that counts for {description.name}: leave such short texts out")
@@ -60,12 +64,13 @@ class TextActivations:
         *,
         context_length: int,
         drop: Collection[Drop],
+        prepend_bos: bool = False,
         batch_texts: int,
         norm_limit: float | None = None,
         report: Callable[[int], object] = lambda n_texts: None,
     ) -> None:
         self._model, self._hook, self._layer, self._norm_limit, self._report = model, hook, layer, norm_limit, report
-        encoded = encode_texts(model.description, texts, context_length=context_length, drop=drop)
+        encoded = encode_texts(model.description, texts, context_length=context_length, drop=drop, prepend_bos=prepend_bos)
         self.order = sorted(range(len(texts)), key=lambda number: len(encoded[number].tokens))
         in_order = [encoded[number] for number in self.order]
         self._batches = [in_order[first : first + batch_texts] for first in range(0, len(in_order), batch_texts)]

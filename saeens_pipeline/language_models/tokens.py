@@ -97,6 +97,7 @@ def write_tokens(
     train_tokens: int,
     test_tokens: int,
     windows_per_document: int | None = None,
+    prepend_bos: bool = False,
     report: Callable[[int, int], None] = lambda rows, total_rows: None,
 ) -> TokenStatistics:
     """Tokenise documents until there are exactly `train_tokens` and `test_tokens` kept positions, and write them to `path`.
@@ -107,6 +108,8 @@ def write_tokens(
     attention sink), `padding` (never a row; allowed for clarity). Documents are encoded with the special tokens that the tokenizer adds.
     windows_per_document: with packing `document`, the largest number of windows per document, evenly spread, so that the rows come from
     more documents; None takes all.
+    prepend_bos: the first position of every window is the beginning-of-sequence token, not twice where the text begins with it. It counts
+    as position 0 for `drop: first` and is never a row; windows hold one token of text less.
 
     Memory: about a million characters of documents, one chunk of windows, and the names of the documents.
     Raises ConfigurationError as `validate_token_settings`, SaeensError if the disk is too small (before anything is written) or the corpus
@@ -116,9 +119,12 @@ def write_tokens(
 
     wanted: dict[Split, int] = {"train": train_tokens, "test": test_tokens}
     settings: dict[str, Any] = {"context_length": context_length, "packing": packing, "drop": sorted(drop)}
+    settings |= {"prepend_bos": True} if prepend_bos else {}
     validate_token_settings(
         description, **settings, windows_per_document=windows_per_document, train_tokens=train_tokens, test_tokens=test_tokens
     )
+    bos = description.begin_of_text if prepend_bos else None
+    text_length = context_length - prepend_bos
     require_free_disk(path, (train_tokens + test_tokens) * position_bytes(description.vocab_size), "writing tokens")
     tokenizer = load_tokenizer(description)
     separator = description.end_of_text if packing == "concatenate" else None
@@ -131,10 +137,11 @@ def write_tokens(
         encoded = _encode(tokenizer, corpus.documents(split), description, separator, used)
         writer = _SplitWriter(group.create_group(split), context_length, description.vocab_size, padding=separator or 0)
         is_stream = packing == "concatenate"
-        cut = _stream_windows(encoded, context_length) if is_stream else _document_windows(encoded, context_length, windows_per_document)
-        for window in cut:
+        cut = _stream_windows(encoded, text_length) if is_stream else _document_windows(encoded, text_length, windows_per_document)
+        for text in cut:
+            window = text if bos is None else _after_bos(text, bos)
             kept = ~np.isin(window.tokens, never_kept)
-            if "first" in drop:
+            if "first" in drop or bos is not None:
                 kept[0] = False
             missing = wanted[split] - writer.rows
             end = int(np.flatnonzero(kept)[missing - 1]) + 1 if kept.sum() >= missing else len(kept)
@@ -171,6 +178,7 @@ def validate_token_settings(
     drop: Collection[str],
     train_tokens: int,
     test_tokens: int,
+    prepend_bos: bool = False,
 ) -> None:
     """Raise ConfigurationError for settings of `write_tokens` that are invalid, in general or for this language model."""
     if packing not in get_args(Packing):
@@ -183,10 +191,15 @@ def validate_token_settings(
     unknown = sorted(set(drop) - set(get_args(Drop)))
     if unknown:
         raise ConfigurationError(f"drop: {', '.join(map(repr, unknown))} is not known; allowed: {', '.join(get_args(Drop))}")
-    if not MIN_WINDOW <= context_length <= description.context_length:
+    if prepend_bos and description.begin_of_text is None:
         raise ConfigurationError(
-            f"context_length: {context_length} is not possible: {description.name} takes {MIN_WINDOW} to {description.context_length}"
+            f"prepend_bos: true needs a beginning-of-sequence token, and {description.path / 'config.json'} names none (bos_token_id): "
+            "add it there, or remove prepend_bos"
         )
+    least, most = MIN_WINDOW + prepend_bos, description.context_length
+    if context_length < least or (most is not None and context_length > most):
+        allowed = f"{least} to {most}" if most is not None else f"at least {least}"
+        raise ConfigurationError(f"context_length: {context_length} is not possible: {description.name} takes {allowed}")
     if windows_per_document is not None and packing != "document":
         raise ConfigurationError(f"windows_per_document: {windows_per_document} is for packing: document, and packing is {packing}")
     for name, value in (("windows_per_document", windows_per_document), ("train_tokens", train_tokens), ("test_tokens", test_tokens)):
@@ -385,6 +398,15 @@ class _SplitWriter:
         for array, buffer in zip(self._arrays, self._buffers, strict=True):
             array.append(buffer[: self._filled])
         self._windows, self._filled = self._windows + self._filled, 0
+
+
+def _after_bos(text: _Window, bos: int) -> _Window:
+    """Return a window with the beginning-of-sequence token first, in the document and at the position of the token after it."""
+    if text.tokens[0] == bos:
+        return text
+    return _Window(
+        *(np.concatenate([[first], values]) for first, values in zip((bos, text.document[0], text.position[0]), text, strict=True))
+    )
 
 
 def _document_windows(encoded: Iterator[np.ndarray], context_length: int, limit: int | None) -> Iterator[_Window]:

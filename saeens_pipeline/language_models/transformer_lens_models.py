@@ -47,7 +47,7 @@ _FIELDS = ("d_model", "n_layers", "n_ctx", "d_vocab", "d_head", "n_heads", "d_ml
 _INSTALL = "install it with `pip install --constraint constraints.txt --editable '.[transformer_lens]'`"
 
 
-def describe_transformer_lens_model(name: str, revision: str) -> LanguageModelDescription:
+def describe_transformer_lens_model(name: str, revision: str, weights: Weights = "trained") -> LanguageModelDescription:
     """Return the description of `transformer_lens:NAME`: one of REPOSITORIES, another repository in that format, or a folder.
 
     Does not need TransformerLens. Documents are separated by the beginning-of-text token, if the tokenizer has one, as in the training of
@@ -72,7 +72,12 @@ def describe_transformer_lens_model(name: str, revision: str) -> LanguageModelDe
     if tokenizer.commit:
         identity["tokenizer"] = {"name": config["tokenizer_name"], "revision": tokenizer.commit}
     if not folder.commit:
-        files = [folder.path / _CONFIG, tokenizer_file, _weights_file(name, folder.path)]
+        files = [folder.path / _CONFIG, tokenizer_file]
+        try:
+            files.append(_weights_file(name, folder.path))
+        except ConfigurationError:
+            if weights == "trained":
+                raise
         identity["sha256"] = {file.name: weights_fingerprint(file) for file in files}
     return LanguageModelDescription(
         name=name,
@@ -88,6 +93,7 @@ def describe_transformer_lens_model(name: str, revision: str) -> LanguageModelDe
         identity=identity,
         commit=folder.commit,
         tokenizer_file=tokenizer_file,
+        begin_of_text=_token_id(tokenizer.path, "bos_token"),
         without=("resid_mid", "mlp_out") if config.get("attn_only") else (),
     )
 

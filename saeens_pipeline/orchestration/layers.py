@@ -39,7 +39,7 @@ def layers_of_source(source: SourceSettings, instance: DagsterInstance) -> Layer
     others = [layer for layer in added if layer not in map(str, source.layers)]
     if not others:
         return Layers(sorted(source.layers), [])
-    there = range(describe_language_model(source.language_model, source.revision).n_layers)
+    there = range(describe_language_model(source.language_model, source.revision, source.weights).n_layers)
     possible = {layer: int(layer) for layer in others if layer.isdecimal() and int(layer) in there}
     return Layers(sorted({*source.layers, *possible.values()}), [layer for layer in others if layer not in possible])
 

@@ -38,6 +38,9 @@ class SourceSettings(FromFile):
     drop: Annotated[list[Literal["special", "padding", "first"]], Distinct] = Field(
         [], description="positions without activation rows: special tokens, padding, or the first position of a window"
     )
+    prepend_bos: bool = Field(
+        False, description="put the model's beginning-of-sequence token before every window, as its first position, which is never a row"
+    )
     train_tokens: PositiveInt = Field(description="number of activation rows for training, before rows are dropped for their norm")
     test_tokens: PositiveInt = Field(description="number of activation rows for evaluation, before rows are dropped for their norm")
     max_norm: Annotated[float, Field(ge=2, allow_inf_nan=False)] | None = Field(

@@ -70,6 +70,7 @@ def test_stored_rows_equal_the_activations_of_the_kept_positions(model, tokens, 
 
 def test_one_forward_pass_caches_all_layers(model, tokens, tmp_path):
     runs: list[int] = []
+    model.widths("resid_post", range(3))  # checks the hook
     handle = model.model.get_submodule("gpt_neox.embed_in").register_forward_hook(lambda *_: runs.append(1))
     cache_activations(model, tokens, "resid_post", {layer: tmp_path / str(layer) for layer in range(3)}, "float16", batch_windows=100)
     handle.remove()

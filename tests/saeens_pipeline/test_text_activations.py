@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,6 +38,14 @@ def test_a_text_has_the_activations_of_its_counted_tokens(model: LanguageModel, 
     assert sorted(batches.order) == [0, 1, 2, 3]
     for number, x in zip(batches.order, found, strict=True):
         torch.testing.assert_close(x, _alone(model, texts[number], slice(first, None)))
+
+
+def test_texts_get_the_token_that_the_source_puts_before_its_windows(model: LanguageModel):
+    settings: dict[str, Any] = {"context_length": 6, "drop": (), "batch_texts": 3, "prepend_bos": True}
+    batches = TextActivations(model, "resid_post", 1, ["a longer text", TEXTS[4]], **settings)
+    assert batches[0].lengths.tolist() == [5, 5]
+    expected = [_alone(model, text, slice(1, 6)) for text in ("<|endoftext|>a longer text", TEXTS[4])]  # the second has it already
+    torch.testing.assert_close(batches[0].x, torch.cat([expected[number] for number in batches.order]))
 
 
 def test_special_tokens_are_never_counted(model: LanguageModel):

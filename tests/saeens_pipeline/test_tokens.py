@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections import namedtuple
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,37 @@ def test_document_packing_cuts_each_document_into_windows_of_its_own(description
     assert read.document.tolist() == [[0, 0, 0, 0], [0, 0, -1, -1], [1, 1, 1, -1], [2, 2, 2, 2]]
     assert read.position.tolist() == [[0, 1, 2, 3], [4, 5, 0, 0], [0, 1, 2, 0], [0, 1, 2, 3]]
     assert read.kept.tolist() == [[True] * 4, [True, True, False, False], [True] * 3 + [False], [True] * 4]
+
+
+def test_a_beginning_of_sequence_token_comes_before_every_window_and_is_never_a_row(description, tmp_path):
+    bos = 200
+    description = replace(description, begin_of_text=bos)
+    a, b, c, d, e, f = _encode(description, "abcdef")
+    write_tokens(tmp_path / "t", CORPUS, description, **_settings(train_tokens=9, prepend_bos=True))
+    read = _read(open_tokens(tmp_path / "t"))
+    assert read.tokens[:2].tolist() == [[bos, a, b, c], [bos, d, e, f]]
+    assert read.kept.tolist() == [[False, True, True, True]] * 3
+    assert read.document.tolist() == [[0] * 4, [0] * 4, [1] * 4]
+    assert read.position[:2].tolist() == [[0, 0, 1, 2], [3, 3, 4, 5]]
+    write_tokens(tmp_path / "first", CORPUS, description, **_settings(train_tokens=9, prepend_bos=True, drop=["first"]))
+    assert _read(open_tokens(tmp_path / "first")).kept.tolist() == read.kept.tolist()  # position 0 is the token that was put there
+
+
+def test_a_window_that_begins_with_the_token_gets_no_second_one(description, tmp_path):
+    description = replace(description, begin_of_text=END_OF_TEXT)
+    write_tokens(tmp_path / "t", CORPUS, description, **_settings(train_tokens=9, prepend_bos=True, packing="concatenate"))
+    read = _read(open_tokens(tmp_path / "t"))
+    a, b, c, d, _, f = _encode(description, "abcdef")
+    assert read.tokens[:3, :3].tolist() == [[END_OF_TEXT, a, b], [END_OF_TEXT, c, d], [END_OF_TEXT, f, END_OF_TEXT]]
+    assert not read.kept[:, 0].any()
+
+
+def test_a_token_that_the_model_does_not_have_cannot_be_put_first(description, tmp_path):
+    without = replace(description, begin_of_text=None)
+    with pytest.raises(ConfigurationError, match=r"prepend_bos: true needs .* names none \(bos_token_id\)"):
+        write_tokens(tmp_path / "t", CORPUS, without, **_settings(prepend_bos=True))
+    with pytest.raises(ConfigurationError, match=r"context_length: 2 is not possible: .* takes 3 to"):
+        write_tokens(tmp_path / "t", CORPUS, description, **_settings(prepend_bos=True, context_length=2))
 
 
 def test_concatenate_packing_cuts_through_documents_that_follow_an_end_of_text_token(description, tmp_path):

@@ -77,6 +77,37 @@ def tiny_model(architecture: Architecture) -> PreTrainedModel:
             return model
 
 
+SIZES = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": D_MODEL,
+    "num_hidden_layers": N_LAYERS,
+    "num_attention_heads": 4,
+    "intermediate_size": 32,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "bos_token_id": END_OF_TEXT,
+    "eos_token_id": END_OF_TEXT,
+}
+"""Sizes by the names that most configurations of transformers give them."""
+
+
+def write_random_model(path: Path, name: str, **settings: object) -> Path:
+    """A class of transformers, such as `Falcon` (`FalconForCausalLM`), with these settings and random norms, and a tokenizer."""
+    import transformers
+
+    name, _, kind = name.partition("For")
+    config = getattr(transformers, f"{name}Config")(**settings)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = getattr(transformers, f"{name}For{kind or 'CausalLM'}")(config)
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.data += 0.3 * torch.randn(parameter.shape)
+    model.save_pretrained(path)
+    write_tiny_tokenizer(path)
+    return path
+
+
 def write_tiny_tokenizer(path: Path) -> None:
     """A tokenizer of one token per byte, and one between documents."""
     tokenizer = Tokenizer(models.BPE())

@@ -19,12 +19,12 @@ from saeens_pipeline.assets.declarations import Declaration
 from saeens_pipeline.assets.measurements.token_strings import open_test_tokens
 from saeens_pipeline.assets.registry import Making, Row
 from saeens_pipeline.assets.residuals import open_reader
-from saeens_pipeline.assets.sources import language_model_of, measures_loss
+from saeens_pipeline.assets.sources import language_model_of, measures_loss, recorded_patching_problem
 from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.language_models.descriptions import LanguageModelDescription
 from saeens_pipeline.language_models.language_model import LanguageModel
 from saeens_pipeline.language_models.models import load_language_model
-from saeens_pipeline.language_models.patching import loss_batches
+from saeens_pipeline.language_models.patching import loss_batches, patching_problem
 from saeens_pipeline.storage.activations import ActivationReader
 
 
@@ -75,7 +75,7 @@ def evaluate(making: Making) -> Evaluated:
     if model is None:
         return Evaluated(evaluations, None)
     losses = _evaluate_losses(making, ensembles, model)
-    return Evaluated(losses.fill_into(evaluations), losses)
+    return Evaluated(losses.fill_into(evaluations) if losses else evaluations, losses)
 
 
 def sizes(making: Making) -> Iterator[tuple[Row, Any]]:
@@ -103,13 +103,15 @@ def _model_with_loss(making: Making) -> LanguageModelDescription | None:
         return None
     activations = making.require(making.subject.activations)
     model = language_model_of(activations)
-    return model if measures_loss(making.experiment, model, activations.recipe["settings"]["hook"]) else None
+    return model if measures_loss(making.experiment, model, recorded_patching_problem(activations)) else None
 
 
-def _evaluate_losses(making: Making, ensembles: Mapping[str, Ensemble], model: LanguageModelDescription) -> LossEvaluation:
-    """Measure the next-token loss with reconstructions at the hook, on `ce_loss_tokens` of the test tokens."""
+def _evaluate_losses(making: Making, ensembles: Mapping[str, Ensemble], model: LanguageModelDescription) -> LossEvaluation | None:
+    """Measure the next-token loss with reconstructions at the hook, on `ce_loss_tokens` of the test tokens; None if it cannot be."""
     activations = making.require(making.subject.activations).recipe["settings"]
     tokens, loaded = open_test_tokens(making), load_model(making, model)
+    if not measures_loss(making.experiment, model, patching_problem(loaded, activations["hook"], [activations["layer"]])):
+        return None  # older records do not say it
     n_rows = min(making.experiment.ce_loss_tokens, tokens.n_rows("test"))
     with progress.task(f"{making.experiment.name}/eval, next-token loss, {making.partition}", n_rows) as advance:
 

@@ -61,7 +61,13 @@ def read_labelled_texts(experiment: ExperimentSettings, tables: Collection[str],
     The texts stay in memory for the tables of this process.
     """
     for texts in _collections(experiment, tables):
-        encode_texts(facts.describe_model(), list(dict.fromkeys(texts.texts())), context_length=texts.context_length, drop=facts.drop)
+        encode_texts(
+            facts.describe_model(),
+            list(dict.fromkeys(texts.texts())),
+            context_length=texts.context_length,
+            drop=facts.drop,
+            prepend_bos=facts.prepend_bos,
+        )
 
 
 class _Collection(NamedTuple):
@@ -103,6 +109,7 @@ def _scores(
     """Yield table, dictionary and columns of the rows of a collection."""
     source, experiment = making.require(making.subject.activations), making.experiment
     settings = source.recipe["settings"]
+    windows = making.require(making.subject.tokens).recipe["settings"]
     texts = list(dict.fromkeys(collection.texts()))
     with progress.task(f"{experiment.name}/eval, downstream tasks, {making.partition}", len(texts), "texts") as advance:
         activations = TextActivations(
@@ -111,7 +118,8 @@ def _scores(
             settings["layer"],
             texts,
             context_length=collection.context_length,
-            drop=making.require(making.subject.tokens).recipe["settings"]["drop"],
+            drop=windows["drop"],
+            prepend_bos=windows.get("prepend_bos", False),
             batch_texts=texts_at_once(ensembles),
             norm_limit=source.provenance["statistics"]["train"].get("norm_limit"),
             report=advance,

@@ -46,7 +46,7 @@ def _inputs(subject: Subject) -> Sequence[Reference]:
 
 def _preflight(experiment: ExperimentSettings, facts: Facts) -> None:
     if experiment.ce_loss_tokens and "ce_loss_tokens" in experiment.model_fields_set:
-        measures_loss(experiment, facts().describe_model(), facts().hook)
+        measures_loss(experiment, facts().describe_model(), facts().patching_problem)
 
 
 def _warnings(table: pl.DataFrame, checks: CheckSettings) -> Iterable[str]:
