@@ -65,7 +65,8 @@ def batches(*sizes: int) -> Sequence[Tensor]:
 
 def train(on: Sequence[Tensor], saes: Sequence[sm.SAEConfig] | None = None, **settings: Any) -> tuple[list[sm.SAE], list[Any]]:
     points: list[Any] = []
-    training = sm.TrainingConfig(**TRAINING | settings, total_tokens=sum(map(len, on)))
+    total_tokens = sum(map(len, on))  # no feature is dead before the last token
+    training = sm.TrainingConfig(**TRAINING | {"dead_after_tokens": total_tokens - 1} | settings, total_tokens=total_tokens)
     return sm.train(saes or configs(), on, training, points.append), points
 
 
