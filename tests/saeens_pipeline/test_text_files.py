@@ -240,7 +240,7 @@ FILE_ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "no file": ({"files": []}, r"attributes.corpus.files: expected at least one file"),
     "one split": ({"name": "a/b", "test_split": "train"}, r"attributes.corpus: split and test_split are both train"),
     "no name": ({"name": "../b"}, r"attributes.corpus.name: not a valid name of a data set on the hub"),
-    "neither": ({"split": "train"}, r"attributes.corpus.name: Field required"),
+    "neither": ({"split": "train"}, r"attributes.corpus.name: required"),
 }
 
 
