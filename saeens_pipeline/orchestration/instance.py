@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from dagster import DagsterInstance, DagsterRun, DagsterRunStatus, RunsFilter
 
-from saeens_pipeline.errors import SaeensError
+from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.orchestration.dagster_internals import LOCAL_COMPUTE_LOGS, NO_COMPUTE_LOGS
 from saeens_pipeline.storage.locks import holding_one_of
 from saeens_pipeline.storage.recipes import is_alive
@@ -75,9 +75,11 @@ def prepare_home() -> Path:
     """Create and set up the home folder if necessary, set DAGSTER_HOME for this process and its children, and return the folder.
 
     Existing files stay unchanged, except for a `dagster.yaml` written by `saeens` that names another folder, after a copy or a move.
-    Raises SaeensError for a folder that cannot be written.
+    Raises SaeensError for a folder that cannot be written, ConfigurationError for a path that Dagster cannot use.
     """
     home = home_folder()
+    if re.search(r"\?|%[0-9a-fA-F]{2}", str(home)):  # Dagster puts the path into a URL as it is
+        raise ConfigurationError(f"{home}: Dagster cannot keep its databases in a path with ? or %20: set DAGSTER_HOME to another")
     try:
         home.mkdir(parents=True, exist_ok=True)
         for name, content in (("dagster.yaml", instance_settings(home.as_posix())), ("workspace.yaml", WORKSPACE)):

@@ -22,7 +22,7 @@ class SourceSettings(FromFile):
 
     name: Name = Field(description="name of the source: lower-case letters, digits and _")
     language_model: str = Field(
-        description="language model: builtin/reference, a folder in transformers' format (a relative path starts from the experiment file's "
+        description="language model: builtin/reference, a folder in transformers' format (relative paths start from the experiment file's "
         "folder), a name on the hub, or transformer_lens:NAME"
     )
     revision: str = Field("main", description="branch, tag or commit of a model on the hub")
