@@ -99,6 +99,8 @@ def _require_sound_tokens(health: Health, where: str, artefact: Artefact) -> Non
     for split, statistics in artefact.provenance["statistics"].items():
         rows, wanted = statistics["rows"], artefact.recipe["settings"][f"{split}_tokens"]
         health.measured[f"{split} rows"] = rows
+        if skipped := artefact.provenance.get("records_without_text", {}).get(split):
+            health.measured[f"{split} records without text"] = skipped
         message = f"{where} has {rows:,} {split} rows, and `{split}_tokens` is {wanted:,}: compute it again, or lower that field"
         health.require(rows == wanted, message)
 

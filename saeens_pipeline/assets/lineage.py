@@ -183,7 +183,7 @@ def _trace_row(genealogy: _Genealogy, tables: Sequence[Stored], filters: Mapping
 def _one_row(tables: Sequence[Stored], filters: Mapping[str, str]) -> tuple[dict[str, Any], Stored]:
     """Return the one row that the filters select, and the part of the table that has it. Raises ConfigurationError for none or several."""
     address = tables[0].address
-    parts = [pl.read_parquet(each.artefact.path, hive_partitioning=False) for each in tables]
+    parts = [pl.read_parquet(each.artefact.path, hive_partitioning=False, glob=False) for each in tables]
     _require_known(filters, parts[0].columns, str(address))
     rows = pl.concat([part.with_columns(part=pl.lit(i)) for i, part in enumerate(parts)])
     found = rows.filter([pl.col(name).cast(pl.String) == value for name, value in filters.items()])

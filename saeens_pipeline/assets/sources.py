@@ -14,6 +14,7 @@ from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models.caching import cache_activations
 from saeens_pipeline.language_models.corpora import open_corpus
 from saeens_pipeline.language_models.descriptions import HOOKS, LanguageModelDescription, validate_hook
+from saeens_pipeline.language_models.documents import RecordCorpus
 from saeens_pipeline.language_models.models import describe_language_model, load_language_model, validate_modules
 from saeens_pipeline.language_models.tokens import open_tokens, validate_token_settings, write_tokens
 from saeens_pipeline.settings.experiments import ExperimentSettings
@@ -138,14 +139,17 @@ def source_ops(settings: SourceSettings) -> list[Op]:
         (task,) = tasks
         provenance, writing = context.provenance(task.declaration), context.store.write_folder
         with writing(*task.where, task.recipe, provenance) as folder, progress.task(str(tokens.address), n_rows) as advance:
+            corpus = open_corpus(settings.corpus)
             statistics = write_tokens(
                 folder,
-                open_corpus(settings.corpus),
+                corpus,
                 _language_model(settings),
                 **_token_settings(settings),
                 report=progress.differences(advance),
             )
             provenance["statistics"] = asdict(statistics)
+            if isinstance(corpus, RecordCorpus) and corpus.skipped:
+                provenance["records_without_text"] = dict(corpus.skipped)
 
     def make_activations(context: RunContext, tasks: Sequence[Task]) -> None:
         from saeens_pipeline.language_models.patching import patching_problem

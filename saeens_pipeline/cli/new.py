@@ -22,6 +22,10 @@ def new(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the new source and experiment.")],
     model: Annotated[str, typer.Option(help="builtin/reference, a folder in transformers' format, or a model's name on the hub.")],
     layers: Annotated[list[str], typer.Option(help="Layers of the model, from 0, such as 2,4,6; may be given several times.")],
+    corpus: Annotated[
+        str | None,
+        typer.Option(help="Texts: builtin/installed_packages, a data set on the hub, or a file or pattern such as 'texts/*.jsonl'."),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(help="File to write; default: NAME.yaml in the first folder of SAEENS_EXPERIMENTS. Nothing is overwritten."),
@@ -30,7 +34,7 @@ def new(
     """Write an experiment file for a language model, with every field explained."""
     from saeens_pipeline.cli.new_experiment import new_experiment, parse_layers
 
-    written = new_experiment(name, model, parse_layers(layers), output)
+    written = new_experiment(name, model, parse_layers(layers), output, corpus)
     print_line(f"written to {written.path}")
     if written.is_read:
         print_line(f"edit it, then `saeens run {name}` or reload the code location in the UI")

@@ -18,11 +18,13 @@ from saeens_pipeline.assets.catalogue import Experiments
 from saeens_pipeline.assets.saes import validate_targets
 from saeens_pipeline.assets.sources import validate_source
 from saeens_pipeline.errors import ConfigurationError, SaeensError
-from saeens_pipeline.language_models.descriptions import LanguageModelDescription, validate_hook
+from saeens_pipeline.language_models.descriptions import REFERENCE_MODEL, LanguageModelDescription, validate_hook
 from saeens_pipeline.language_models.models import describe_language_model
 from saeens_pipeline.settings import ExperimentSettings, SourceSettings
+from saeens_pipeline.settings.corpora import BUILTIN_CORPUS, is_hub_name
 from saeens_pipeline.settings.experiments import EnsembleSettings
 from saeens_pipeline.settings.files import FOLDERS_VARIABLE, MODELS, find_files, own_folders
+from saeens_pipeline.settings.messages import in_words
 from saeens_pipeline.storage.names import validate_name
 
 HOOK = "resid_post"
@@ -39,10 +41,12 @@ class NewExperiment(NamedTuple):
     is_read: bool
 
 
-def new_experiment(name: str, model: str, layers: Sequence[int], output: Path | None = None) -> NewExperiment:
+def new_experiment(name: str, model: str, layers: Sequence[int], output: Path | None = None, corpus: str | None = None) -> NewExperiment:
     """Write an experiment file for `model`, a value of `language_model`. For a model on the hub, download its configuration, no weights.
 
-    The file is `output`, or NAME.yaml in the first folder of SAEENS_EXPERIMENTS, or a file in the checkout. Nothing is overwritten.
+    `corpus` is the builtin one, a data set on the hub, or files. Without it, the builtin corpus is proposed for the embedded model, and
+    for other models a pattern of files to replace. The file is `output`, or NAME.yaml in the first folder of SAEENS_EXPERIMENTS, or a file
+    in the checkout. Nothing is overwritten.
     Raises ConfigurationError for a name in use or not allowed, an unknown model, and layers that the model does not have.
     """
     try:
@@ -58,7 +62,7 @@ def new_experiment(name: str, model: str, layers: Sequence[int], output: Path | 
         raise ConfigurationError(f"{path} exists and is not overwritten: choose another name or --output")
     description = describe_language_model(str(Path(model).expanduser().absolute()) if Path(model).expanduser().is_dir() else model)
     validate_hook(description, HOOK, layers)
-    text = render(name, description, layers)
+    text = render(name, description, layers, _corpus(corpus, description.name))
     _validate(text, description)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,12 +82,25 @@ def parse_layers(given: Sequence[str]) -> list[int]:
     return [int(part) for part in parts]
 
 
-def render(name: str, description: LanguageModelDescription, layers: Sequence[int]) -> str:
+def _corpus(given: str | None, model: str) -> str | dict[str, str]:
+    """Return the field `corpus`. Files are absolute: the new file may be in another folder than the shell."""
+    if given is None:
+        return BUILTIN_CORPUS if model == REFERENCE_MODEL else {"files": "texts/*.jsonl", "text_field": "text"}
+    if given == BUILTIN_CORPUS:
+        return given
+    path = Path(given).expanduser()
+    if is_hub_name(given) and "/" in given and not path.suffix and not path.exists():
+        return {"name": given, "split": "train"}
+    return {"files": str(path.absolute())}
+
+
+def render(name: str, description: LanguageModelDescription, layers: Sequence[int], corpus: str | dict[str, str] = BUILTIN_CORPUS) -> str:
     """Return the text of the file: the model's own sizes, sensible values for the rest, and the meaning of every field."""
     width, context = description.d_model, description.context_length
     source: dict[str, Any] = {
         "name": name,
         "language_model": description.name,
+        "corpus": corpus,
         "layers": sorted(layers),
         "context_length": min(context or MAX_CONTEXT_LENGTH, MAX_CONTEXT_LENGTH),
         "packing": "document" if description.end_of_text is None else "concatenate",  # windows across documents need a separator
@@ -163,7 +180,7 @@ def _validate(text: str, description: LanguageModelDescription) -> None:
         settings = SourceSettings.model_validate(source)
         validate_targets(ExperimentSettings.model_validate(experiment), description.d_model)
     except ValidationError as error:
-        reasons = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg'].removeprefix('Value error, ')}" for each in error.errors())
+        reasons = "; ".join(f"{'.'.join(map(str, each['loc']))}: {in_words(dict(each))}" for each in error.errors())
         raise ConfigurationError(reasons) from None
     validate_source(settings, settings.layers)
 

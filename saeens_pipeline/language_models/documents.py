@@ -6,14 +6,16 @@ The corpus decides the split, so that the embedded language model and the SAEs h
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Generic, Literal, Protocol, TypeVar
 
 from saeens_pipeline.errors import SaeensError
+from saeens_pipeline.language_models.records import as_text, field_value
 from saeens_pipeline.settings.corpora import RecordSettings
 
-READER_VERSION = 1  # increased with every change of the documents of given records
+READER_VERSION = 2  # increased with every change of the documents of given records
 Split = Literal["train", "test"]
 _SHOWN_FIELDS = 12
 _Settings = TypeVar("_Settings", bound=RecordSettings)
@@ -55,9 +57,14 @@ def rank(name: str) -> float:
 
 @dataclass(frozen=True)
 class RecordCorpus(Generic[_Settings]):
-    """Base of corpora of records."""
+    """Base of corpora of records.
+
+    A record with an empty text, a null, or no text is skipped and counted; the first one has to have the fields that the settings name.
+    """
 
     settings: _Settings
+    skipped: Counter[Split] = field(default_factory=Counter, compare=False)
+    """Numbers of records without a text, of those that have been read."""
 
     @property
     def settings_that_decide(self) -> dict[str, object]:
@@ -65,37 +72,55 @@ class RecordCorpus(Generic[_Settings]):
         return {name: getattr(self.settings, name) for name in RecordSettings.model_fields}
 
     @property
-    def columns(self) -> list[str]:
-        """The top-level fields of a record that are read."""
-        return list(dict.fromkeys(field.split(".", 1)[0] for field in (self.settings.text_field, *self.settings.label_fields)))
+    def fields(self) -> list[str]:
+        """The fields of a record that are read."""
+        return [self.settings.text_field, *self.settings.label_fields]
 
-    def document(self, name: str, record: object, place: str) -> Document:
-        """Return the document of a record. Raises SaeensError, with `place`, for a missing field and for a text that is not a string."""
+    def documents_of(self, numbered: Iterable[tuple[int, object]], name: str, place: str) -> Iterator[Document]:
+        """Yield the documents of records, `NAME:NUMBER`. Raises as `document`, with `place` and the number."""
+        for i, (number, record) in enumerate(numbered):
+            yield self.document(f"{name}:{number}", record, f"{place}{number}", is_first=i == 0)
+
+    def document(self, name: str, record: object, place: str, *, is_first: bool = True) -> Document:
+        """Return the document of a record; its text is empty for a null, and where a later record has no text.
+
+        Raises SaeensError, with `place`, for a record and a text of another type, and for fields that the first record does not have.
+        """
         if not isinstance(record, Mapping):
             raise SaeensError(f"{place}: a record has to be an object with fields, and this is {_kind(record)}")
-        text = _value(record, self.settings.text_field, place)
+        values = {}
+        for each in self.fields:
+            try:
+                values[each] = field_value(record, each)
+            except KeyError as error:
+                if is_first:
+                    raise SaeensError(_missing(place, record, each, *error.args)) from None
+                values[each] = None
+        text = as_text(values[self.settings.text_field])
+        text = "" if text is None else text
         if not isinstance(text, str):
             raise SaeensError(f"{place}: field {self.settings.text_field!r} is {_kind(text)}, and it has to be a text")
-        labels = {field: _value(record, field, place) for field in self.settings.label_fields}
-        return Document(name, text, {field: None if value is None else str(value) for field, value in labels.items()})
+        labels = {each: as_text(values[each]) for each in self.settings.label_fields}
+        return Document(name, text, {each: None if value is None else str(value) for each, value in labels.items()})
+
+    def with_text(self, documents: Iterator[Document], split: Split) -> Iterator[Document]:
+        """Yield the documents that have a text, and count the others."""
+        for document in documents:
+            if document.text:
+                yield document
+            else:
+                self.skipped[split] += 1
 
     def held_out(self, documents: Iterator[Document], split: Split) -> Iterator[Document]:
         """Return the documents of one split, training or test. A hash of a document's name decides its split."""
         return (document for document in documents if (rank(document.name) < self.settings.test_share) == (split == "test"))
 
 
-def _value(record: Mapping[str, Any], field: str, place: str) -> Any:
-    if field in record:
-        return record[field]
-    found: Any = record
-    for part in field.split("."):
-        if not isinstance(found, Mapping) or part not in found:
-            there = sorted(map(str, found)) if isinstance(found, Mapping) else []
-            inside = "" if found is record else f" inside {field.rsplit(f'.{part}', 1)[0]!r}"
-            names = ", ".join(there[:_SHOWN_FIELDS]) + (", ..." if len(there) > _SHOWN_FIELDS else "")
-            raise SaeensError(f"{place}: there is no field {part!r}{inside}; there are: {names or 'none'}")
-        found = found[part]
-    return found
+def _missing(place: str, record: object, field_name: str, part: str, inside: object) -> str:
+    there = sorted(map(str, inside)) if isinstance(inside, Mapping) else []
+    where = "" if inside is record else f" inside {field_name.rsplit(f'.{part}', 1)[0]!r}"
+    names = ", ".join(there[:_SHOWN_FIELDS]) + (", ..." if len(there) > _SHOWN_FIELDS else "")
+    return f"{place}: there is no field {part!r}{where}; there are: {names or 'none'}"
 
 
 def _kind(value: object) -> str:

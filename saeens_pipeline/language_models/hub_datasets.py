@@ -42,18 +42,14 @@ class HubCorpus(RecordCorpus[HubDataset]):
 
     def documents(self, split: Split) -> Iterator[Document]:
         if self.settings.test_split is not None:
-            return self._documents(self.settings.test_split if split == "test" else self.settings.split)
-        return self.held_out(self._documents(self.settings.split), split)
+            return self.with_text(self._documents(self.settings.test_split if split == "test" else self.settings.split), split)
+        return self.with_text(self.held_out(self._documents(self.settings.split), split), split)
 
     def _documents(self, split: str) -> Iterator[Document]:
         records = self._records(split)
         with hub.explained(self.settings.name, self.settings.revision, "dataset"):
-            for number, record in enumerate(records, start=1):
-                document = self.document(
-                    f"{self.settings.name}/{split}:{number}", record, f"data set {self.settings.name}, {split}, record {number}"
-                )
-                if document.text:
-                    yield document
+            place = f"data set {self.settings.name}, {split}, record "
+            yield from self.documents_of(enumerate(records, start=1), f"{self.settings.name}/{split}", place)
 
     def _records(self, split: str) -> IterableDataset:
         try:
@@ -79,5 +75,6 @@ class HubCorpus(RecordCorpus[HubDataset]):
                 records = load(data_files={split: files})
             except (DatasetsError, RuntimeError) as error:  # for example, a data set that is a script
                 raise SaeensError(f"data set {self.settings.name!r} cannot be read by datasets: {error}") from error
-        complete = set(self.columns) <= set(records.column_names or [])
-        return records.select_columns(self.columns) if complete else records
+        names = records.column_names or []
+        columns = list(dict.fromkeys(field if field in names else field.split(".", 1)[0] for field in self.fields))
+        return records.select_columns(columns) if set(columns) <= set(names) else records

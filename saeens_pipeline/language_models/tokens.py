@@ -321,7 +321,7 @@ class TokenStore:
 
     def documents(self, split: Split) -> pl.DataFrame:
         """Return the documents of a split: document (as in the `document` array), name, and a column for each label."""
-        return pl.scan_parquet(self.path / "documents.parquet").filter(pl.col("split") == split).drop("split").collect()
+        return pl.scan_parquet(self.path / "documents.parquet", glob=False).filter(pl.col("split") == split).drop("split").collect()
 
     def documents_with(self, split: Split, labels: Mapping[str, Sequence[str]]) -> np.ndarray:
         """Return the documents of a split, `[n]` int32, that have one of the given values in every field of `labels`.

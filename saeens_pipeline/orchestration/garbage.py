@@ -20,6 +20,7 @@ from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.language_models.autointerp.answers import FOLDER as ANSWERS_FOLDER
 from saeens_pipeline.language_models.descriptions import REFERENCE_MODEL
 from saeens_pipeline.language_models.models import describe_language_model
+from saeens_pipeline.language_models.pinned_packages import FOLDER as CORPORA_FOLDER
 from saeens_pipeline.orchestration.dagster_internals import forget_partitions
 from saeens_pipeline.orchestration.instance import home_folder, layers_name, recorded_instance
 from saeens_pipeline.orchestration.ops import Ops
@@ -130,7 +131,12 @@ def find_garbage(root: Path, references: Declared, given_up: Sequence[Path] = ()
             )
     kept = sorted(each for each in unread if not any(each.is_relative_to(folder) for folder in given_up))
     inventory = Inventory(unread_folders=kept)
-    own = (root / "dagster", root / locks.FOLDER, root / ANSWERS_FOLDER)  # answers cost money and serve all experiments
+    own = (
+        root / "dagster",
+        root / locks.FOLDER,
+        root / CORPORA_FOLDER,
+        root / ANSWERS_FOLDER,
+    )  # answers cost money and serve all experiments
     others = (*own, home_folder().resolve(), describe_language_model(REFERENCE_MODEL).path.resolve())
     for path in _entries(root):
         if path not in others and path.resolve() not in others:

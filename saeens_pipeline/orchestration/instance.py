@@ -18,7 +18,7 @@ import yaml
 from dagster import DagsterError, DagsterInstance, DagsterRun, DagsterRunStatus, RunsFilter
 from sqlalchemy.exc import DatabaseError
 
-from saeens_pipeline.errors import SaeensError
+from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.orchestration.dagster_internals import LOCAL_COMPUTE_LOGS, NO_COMPUTE_LOGS
 from saeens_pipeline.storage.locks import holding_one_of
 from saeens_pipeline.storage.recipes import is_alive
@@ -84,9 +84,12 @@ def prepare_home() -> Path:
     """Create and set up the home folder if necessary, set DAGSTER_HOME for this process and its children, and return the folder.
 
     Existing files stay unchanged, except for a `dagster.yaml` written by `saeens` that names another folder, after a copy or a move, or an
-    empty one. Raises SaeensError for a folder that cannot be written, and for damaged files.
+    empty one. Raises SaeensError for a folder that cannot be written, and for damaged files;
+    ConfigurationError for a path that Dagster cannot use.
     """
     home = home_folder()
+    if re.search(r"\?|%[0-9a-fA-F]{2}", str(home)):  # Dagster puts the path into a URL as it is
+        raise ConfigurationError(f"{home}: Dagster cannot keep its databases in a path with ? or %20: set DAGSTER_HOME to another")
     settings = home / _SETTINGS_FILE
     try:
         home.mkdir(parents=True, exist_ok=True)

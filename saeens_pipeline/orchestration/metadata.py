@@ -68,7 +68,7 @@ def describe_artefact(declaration: Declaration, partition: Partition, artefact: 
 def _sae_summary(artefact: Artefact) -> dict[str, Any]:
     made = artefact.provenance
     last = made["last_step"]
-    curve = pl.read_parquet(artefact.path / CURVE_FILE)
+    curve = pl.read_parquet(artefact.path / CURVE_FILE, glob=False)
     seconds = made["train_seconds"]
     return {
         "explained variance": round(last["explained_variance"], 4),
@@ -164,7 +164,7 @@ def _part_read(upstream: Reference, table: Table, column: Column) -> str | None:
 def _table_summary(declaration: Declaration, artefact: Artefact) -> dict[str, Any]:
     registered = TABLES[declaration.address.name]
     if registered.is_large:
-        return {"dagster/row_count": pl.scan_parquet(artefact.path, hive_partitioning=False).select(pl.len()).collect().item()}
+        return {"dagster/row_count": pl.scan_parquet(artefact.path, hive_partitioning=False, glob=False).select(pl.len()).collect().item()}
     from saeens_pipeline.report.pictures import table_picture
 
     table = with_totals(read_part(artefact.path))
@@ -191,7 +191,7 @@ def _table_summary(declaration: Declaration, artefact: Artefact) -> dict[str, An
 def _pareto_summary(artefact: Artefact) -> dict[str, Any]:
     """Return the UI metadata of a Pareto table: number of rows, missing experiments, and the plot."""
     return {
-        "dagster/row_count": len(pl.read_parquet(artefact.path / TABLE_FILE)),
+        "dagster/row_count": len(pl.read_parquet(artefact.path / TABLE_FILE, glob=False)),
         "not evaluated yet": ", ".join(artefact.provenance["not_evaluated"]) or None,
         "picture": _png((artefact.path / PICTURE_FILE).read_bytes(), "explained variance by L0 and by bits"),
     }

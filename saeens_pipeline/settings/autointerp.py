@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any
 
 from pydantic import Field, PositiveInt, field_validator
@@ -39,6 +40,10 @@ class AutoInterpSettings(Section):
         taken = [name for name in parameters if name in _RESERVED or "key" in name.lower()]
         if taken:
             raise ValueError(f"{', '.join(taken)}: cannot be set here; the key is read from SAEENS_LLM_API_KEY")
+        try:
+            json.dumps(parameters, allow_nan=False)
+        except ValueError:
+            raise ValueError("a number is not finite, and JSON has none such") from None
         return parameters
 
     @property

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from croniter import croniter
+from croniter import CroniterError, croniter
 from pydantic import (
     AfterValidator,
     BeforeValidator,
@@ -13,6 +14,7 @@ from pydantic import (
     PositiveInt,
     TypeAdapter,
     ValidationError,
+    ValidationInfo,
     WithJsonSchema,
     field_validator,
     model_validator,
@@ -22,6 +24,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from saeens_pipeline.settings.autointerp import AutoInterpSettings
 from saeens_pipeline.settings.from_file import FILE, Distinct, FromFile, Section
 from saeens_pipeline.settings.labelled_data_sets import Labels
+from saeens_pipeline.settings.messages import in_words, shown
 from saeens_pipeline.settings.probing import ConceptDetectionSettings, SpuriousCorrelationSettings
 from saeens_pipeline.settings.sources import Name
 from saeens_pipeline.settings.sweeps import name_of_value, swept, validate_sweep
@@ -33,7 +36,7 @@ if TYPE_CHECKING:
 MAX_MEMBERS = 999  # the initialisation seeds of two ensemble seeds are a thousand apart
 MIN_FRESHNESS_DAYS = 1 / (24 * 60)  # the resolution of Dagster's freshness policies is a minute
 
-_CRON_FIELDS = 5
+_CRON_FIELDS, _CRON_CHARACTERS = 5, 200
 _FOLLOWS_FROM_ACTIVATIONS = ("total_tokens", "input_scale", "input_mean")
 
 Baseline = Literal["expanded", "expanded_l0_matched", "compute_matched", "matching_pursuit"]
@@ -76,11 +79,7 @@ def _wrong(field: Sequence[int | str], message: str) -> ValidationError:
 
 def _check_swept(sae: dict[str, Any], sweep: dict[str, list[Any]]) -> None:
     """Raise ValidationError for an unknown field of a sweep, and for a value that is invalid with the other settings of `sae`."""
-    field, values = swept(sweep)
-    try:
-        allowed = allowed_sae_keys(sae)
-    except ValidationError:  # an unknown architecture, which is reported for `sae` itself
-        return
+    (field, values), allowed = swept(sweep), allowed_sae_keys(sae)
     if field not in allowed or field == "architecture":
         raise _wrong(["sweep", field], f"unknown field of sae; one of: {', '.join(key for key in allowed if key != 'architecture')}")
     for i, value in enumerate(values):
@@ -89,12 +88,15 @@ def _check_swept(sae: dict[str, Any], sweep: dict[str, list[Any]]) -> None:
         except ValidationError as error:
             for each in error.errors():
                 if each["loc"][:1] == (field,) or (field in ("expansion", "d_sae") and not each["loc"]):
-                    raise _wrong(["sweep", field, i], f"{each['msg'].removeprefix('Value error, ')} (found: {value!r})") from None
+                    raise _wrong(["sweep", field, i], f"{in_words(dict(each))} (found: {shown(value)})") from None
 
 
 def allowed_sae_keys(sae: Mapping[str, Any]) -> list[str]:
-    """Return the allowed keys of `sae`, which depend on its architecture. Raises ValidationError for an unknown architecture."""
-    return list(_models().architectures.settings_class(sae.get("architecture")).field_names())
+    """Return the allowed keys of `sae`, which depend on its architecture; for an unknown one, the keys of all architectures."""
+    known_classes = _models().architectures
+    named = sae.get("architecture")
+    known = [named] if named in known_classes.architectures() else known_classes.architectures()
+    return list(dict.fromkeys(key for name in known for key in known_classes.settings_class(name).field_names()))
 
 
 def allowed_training_keys() -> list[str]:
@@ -121,7 +123,13 @@ def _on_or_off(value: object) -> object:
 
 
 def _validate_cron(cron: str) -> str:
-    if not croniter.is_valid(cron) or (len(cron.split()) != _CRON_FIELDS and not cron.startswith("@")):
+    try:
+        valid = len(cron) <= _CRON_CHARACTERS and (len(cron.split()) == _CRON_FIELDS or cron.startswith("@")) and croniter.is_valid(cron)
+        if valid:
+            croniter(cron, datetime.now(UTC)).get_next()  # not for a date that does not exist, such as 30 February
+    except (CroniterError, ValueError, KeyError, OverflowError):
+        valid = False
+    if not valid:
         raise ValueError("not a cron expression: give minute, hour, day of month, month and day of week, such as '0 3 * * 0'")
     return cron
 
@@ -218,7 +226,11 @@ class ExperimentSettings(FromFile):
     )
     training: _Training = Field({}, description="fields of saeens_models.TrainingConfig")
     ensemble: EnsembleSettings = Field(description="number of SAEs, seeds, and the order of training")
-    baselines: Annotated[list[Baseline], Distinct] = Field(["expanded", "expanded_l0_matched"], description="single SAEs for comparison")
+    baselines: Annotated[list[Baseline], Distinct] = Field(
+        default=None,
+        validate_default=True,
+        description="single SAEs for comparison; default: expanded, and expanded_l0_matched for architectures that set their L0 directly",
+    )
     baseline_training: dict[Baseline, _Training] = Field({}, description="fields of training that differ for a baseline, by baseline")
     expanded_sizes: list[PositiveInt] | Literal["all"] | None = Field(
         None, description="widths of the expanded SAEs, in members: a list, or all sizes from 1; default: the width of all members"
@@ -268,6 +280,16 @@ class ExperimentSettings(FromFile):
                 return {**given, "sae": {**sae, field: values[0]}}
         return given
 
+    @field_validator("baselines", mode="before")
+    @classmethod
+    def _default_baselines(cls, given: Any, info: ValidationInfo) -> Any:
+        """Return, for None, the expanded SAEs: with a matched L0 only for architectures that set their L0 directly."""
+        if given is not None:
+            return given
+        sae = info.data.get("sae")
+        saes: list[SAESettings] = sae if isinstance(sae, list) else [sae] if sae is not None else []
+        return ["expanded", "expanded_l0_matched"] if all(each.config_class.l0_field for each in saes) else ["expanded"]
+
     @field_validator("expanded_sizes")
     @classmethod
     def _some_size(cls, sizes: list[int] | str | None) -> list[int] | str | None:
@@ -285,6 +307,7 @@ class ExperimentSettings(FromFile):
             raise _wrong(["sae"], f"a list has one entry per member: {len(self.sae)} given, and ensemble.members is {members}")
         self._check_baselines()
         self._check_specialised()
+        self._check_sweep()
         return self
 
     def _check_baselines(self) -> None:
@@ -310,7 +333,16 @@ class ExperimentSettings(FromFile):
             try:
                 _validate_training({**self.training, **own})
             except ValidationError as error:
-                raise _wrong(["baseline_training", baseline], f"together with training: {error.errors()[0]['msg']}") from None
+                raise _wrong(["baseline_training", baseline], f"together with training: {in_words(dict(error.errors()[0]))}") from None
+
+    def _check_sweep(self) -> None:
+        """Raise ValidationError for a value whose experiment has no valid name or settings."""
+        for i, value in enumerate(swept(self.sweep)[1] if self.sweep else []):
+            field = swept(self.sweep or {})[0]
+            try:
+                self._experiment_of(field, value)
+            except ValidationError as error:
+                raise _wrong(["sweep", field, i], f"{in_words(dict(error.errors()[0]))} (found: {shown(value)})") from None
 
     def _check_specialised(self) -> None:
         """Raise ValidationError for a member whose starting weights do not fit its SAE."""
@@ -327,13 +359,13 @@ class ExperimentSettings(FromFile):
         """The declared experiments: this one, or one for each value of its sweep."""
         if self.sweep is None:
             return [self]
-        (field, values), given = swept(self.sweep), self.model_dump(exclude_unset=True, exclude={"sweep"})
-        return [
-            ExperimentSettings.model_validate(
-                {**given, "name": name_of_value(self.name, field, value), "sae": {**given["sae"], field: value}}, context={FILE: self.file}
-            )
-            for value in values
-        ]
+        field, values = swept(self.sweep)
+        return [self._experiment_of(field, value) for value in values]
+
+    def _experiment_of(self, field: str, value: float) -> ExperimentSettings:
+        given = self.model_dump(exclude_unset=True, exclude={"sweep"})
+        own = {"name": name_of_value(self.name, field, value), "sae": {**given["sae"], field: value}}
+        return ExperimentSettings.model_validate(given | own, context={FILE: self.file})
 
     @property
     def saes(self) -> list[SAESettings]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -15,10 +17,15 @@ from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.settings.corpora import CORPORA
 from saeens_pipeline.settings.experiments import ExperimentSettings, allowed_sae_keys, allowed_training_keys
 from saeens_pipeline.settings.from_file import FILE
+from saeens_pipeline.settings.messages import in_words, on_one_line, shown
 from saeens_pipeline.settings.sources import SourceSettings
 
 FOLDERS_VARIABLE = "SAEENS_EXPERIMENTS"
 _SHIPPED = "shipped/"
+_PATTERNS = ("*.yaml", "*.yml", "*/defs.yaml", "*/defs.yml")
+_FILES_OF_FOLDERS = ("defs.yaml", "defs.yml")
+_MAX_BYTES, _MAX_VALUES, _MAX_DEPTH, _MAX_DIGITS = 200_000, 20_000, 30, 18  # of a file, a document, a value, a whole number
+_PLAIN_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "map", "seq")}
 Settings = SourceSettings | ExperimentSettings
 MODELS: dict[str, type[Settings]] = {
     "saeens_pipeline.components.ActivationSource": SourceSettings,
@@ -38,10 +45,14 @@ def own_folders() -> list[Path]:
 
 
 def find_files() -> list[Path]:
-    """Return every experiment file: the shipped `*/defs.yaml`, then `*.yaml` and `*/defs.yaml` of each folder in SAEENS_EXPERIMENTS."""
+    """Return every experiment file: the shipped `*/defs.yaml`, then the YAML files of each folder in SAEENS_EXPERIMENTS.
+
+    These are `*.yaml`, `*.yml`, `*/defs.yaml` and `*/defs.yml`.
+    """
     files = [file for root in defs.__path__ for file in sorted(Path(root).glob("*/defs.yaml"))]
-    files += [file for folder in own_folders() for file in sorted([*folder.glob("*.yaml"), *folder.glob("*/defs.yaml")])]
-    return list({file.resolve(): file for file in reversed(files)}.values())[::-1]  # a folder may be listed twice
+    for folder in own_folders():
+        files += sorted(file for pattern in _PATTERNS for file in folder.glob(pattern))
+    return list({os.path.realpath(file): file for file in reversed(files)}.values())[::-1]  # a folder may be listed twice
 
 
 def recorded_file(path: Path | None) -> str:
@@ -59,13 +70,35 @@ def unread_folder(recorded: str) -> Path | None:
     if not recorded or recorded.startswith(_SHIPPED):
         return None
     file = Path(recorded)
-    folders = {file.parent, file.parent.parent} if file.name == "defs.yaml" else {file.parent}  # as find_files looks
+    folders = {file.parent, file.parent.parent} if file.name in _FILES_OF_FOLDERS else {file.parent}  # as find_files looks
     return None if folders.intersection(each.resolve() for each in own_folders()) else file.parent
 
 
 def experiment_name(path: Path) -> str:
     """Return the name of an experiment file: of `defs.yaml` its folder's name, of others the file name without suffix."""
-    return path.parent.name if path.name == "defs.yaml" else path.stem
+    return path.parent.name if path.name in _FILES_OF_FOLDERS else path.stem
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader with a limit of depth; dates stay text, and so do octal numbers and numbers to base 60 (`012`, `1:30`)."""
+
+    _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self._depth += 1
+        if self._depth > _MAX_DEPTH:
+            raise yaml.MarkedYAMLError(problem=f"more than {_MAX_DEPTH} levels of nesting", problem_mark=self.peek_event().start_mark)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def resolve(self, kind: type[yaml.Node], value: Any, implicit: Any) -> Any:
+        tag = super().resolve(kind, value, implicit)
+        is_text = tag == "tag:yaml.org,2002:timestamp" or (
+            tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+            and (":" in value or (tag.endswith("int") and value.lstrip("+-")[:1] == "0" and value.lstrip("+-")[1:2].isdecimal()))
+        )
+        return "tag:yaml.org,2002:str" if kind is yaml.ScalarNode and implicit[0] and is_text else tag
 
 
 class ExperimentFile:
@@ -74,18 +107,18 @@ class ExperimentFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            nodes = yaml.compose_all(path.read_text(encoding="utf-8"), yaml.SafeLoader)
+            nodes = yaml.compose_all(_read(path), _Loader)
             self._documents = [(node, _construct(node)) for node in nodes if node is not None]
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             began = f", {error.context}, line {error.context_mark.line + 1}" if error.context and error.context_mark else ""
-            raise ConfigurationError(f"{path}:{mark.line + 1 if mark else 1}: {error.problem}{began}") from None
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigurationError(f"{path}: {error}") from None
-        except RecursionError:
-            raise ConfigurationError(f"{path}: a value contains itself: write it out instead of using & and *") from None
+            raise ConfigurationError(on_one_line(f"{path}:{mark.line + 1 if mark else 1}: {error.problem}{began}")) from None
+        except _NotTextError as error:
+            raise ConfigurationError(f"{path}:{error.line}: {error}") from None
+        except OSError as error:
+            raise ConfigurationError(f"{path}:1: cannot be read ({error.strerror})") from None
         if not self._documents:
-            raise ConfigurationError(f"{path}: the file is empty; it needs type: and attributes:")
+            raise ConfigurationError(f"{path}:1: the file is empty; it needs type: and attributes:")
 
     def settings(self) -> list[Settings]:
         """Return the settings of all documents. Raises ConfigurationError with one line for each invalid field of each document."""
@@ -108,55 +141,150 @@ class ExperimentFile:
         raise KeyError(settings.name)
 
     def _settings(self, document: yaml.Node, content: Any) -> Settings:
-        for mapping in _mappings(document):
-            keys = [key.value for key, _ in mapping.value]
-            for i, (key, _) in enumerate(mapping.value):
-                if key.value in keys[:i]:
-                    raise ConfigurationError(f"{self.path}:{key.start_mark.line + 1}: {key.value} is given twice")
-        if not isinstance(content, dict) or not isinstance(content.get("attributes"), dict):
-            raise ConfigurationError(self._message(document, (), "a document needs type: and attributes: with fields below it"))
-        model = MODELS.get(str(content.get("type")))
+        twice = [
+            f"{self.path}:{key.start_mark.line + 1}: {shown(key.value)} is given twice"
+            for mapping in _mappings(document)
+            for i, (key, _) in enumerate(mapping.value)
+            if key.value in [before.value for before, _ in mapping.value[:i]]
+        ]
+        if twice:
+            raise ConfigurationError("\n".join(twice))
+        given = content if isinstance(content, dict) else {}
+        unknown = [
+            self._message(document, (key,), f"unknown key; one of: type, attributes{_similar(key, ['type', 'attributes'])}")
+            for key in given
+            if key not in ("type", "attributes")
+        ]
+        model = MODELS.get(str(given.get("type")))
+        if not isinstance(given.get("attributes"), dict):
+            message = self._message(document, (), "a document needs type: and attributes: with fields below it")
+            raise ConfigurationError("\n".join([*unknown, message]))
         if model is None:
-            found = f"{content['type']!r} is unknown" if "type" in content else "missing"
-            raise ConfigurationError(self._message(document, ("type",), f"{found}; one of: {', '.join(MODELS)}"))
-        for key in content.keys() - {"type", "attributes"}:
-            raise ConfigurationError(self._message(document, (key,), "unknown key; one of: type, attributes"))
+            found = f"{shown(given['type'])} is unknown" if "type" in given else "missing"
+            unknown.append(self._message(document, ("type",), f"{found}; one of: {', '.join(MODELS)}"))
+        if unknown or model is None:
+            raise ConfigurationError("\n".join(unknown))
         try:
-            return model.model_validate(content["attributes"], context={FILE: self.path.absolute()})
+            return model.model_validate(given["attributes"], context={FILE: self.path.absolute()})
         except ValidationError as error:
-            lines = [self._explain(document, model, content["attributes"], dict(each)) for each in error.errors()]
-            raise ConfigurationError("\n".join(lines)) from None
+            raise ConfigurationError("\n".join(self._explain(document, model, given["attributes"], error))) from None
 
-    def _explain(self, document: yaml.Node, model: type[BaseModel], attributes: dict[str, Any], error: dict[str, Any]) -> str:
-        message = error["msg"].removeprefix("Value error, ")
-        if error["type"] == "extra_forbidden":
-            message = f"unknown key; one of: {', '.join(_allowed_keys(model, attributes, error['loc'][:-1]))}"
-        if error["type"] != "missing" and not isinstance(error["input"], dict):
-            message += f" (found: {error['input']!r})"
-        location = ("corpus", *error["loc"][2:]) if error["loc"][:1] == ("corpus",) else error["loc"]  # without pydantic's tag of its kind
-        return self._message(document, ("attributes", *location), message)
+    def _explain(self, document: yaml.Node, model: type[BaseModel], attributes: dict[str, Any], error: ValidationError) -> list[str]:
+        """Return a message for each wrong field: unknown keys first, since other fields may be missing because of them."""
+        messages: dict[Location, list[str]] = {}
+        for location, allowed in _unknown_keys(model, attributes):
+            value = _value(attributes, location)
+            found = "" if isinstance(value, dict) else f" (found: {shown(value)})"
+            similar = _similar(str(location[-1]), allowed)
+            messages[location] = [f"unknown key; one of: {', '.join(allowed)}{similar}{found}"]
+        for each in error.errors():
+            loc = ("corpus", *each["loc"][2:]) if each["loc"][:1] == ("corpus",) else each["loc"]  # without the tag of its kind
+            location = _location(attributes, loc, is_missing=each["type"] == "missing")
+            if location in messages and messages[location][0].startswith("unknown key"):
+                continue
+            message = in_words(cast("dict[str, Any]", each))
+            if each["type"] != "missing" and not isinstance(each["input"], dict):
+                message += f" (found: {shown(each['input'])})"
+            messages.setdefault(location, []).append(message)
+        return [
+            self._message(document, ("attributes", *location), " or: ".join(dict.fromkeys(found))) for location, found in messages.items()
+        ]
 
     def _message(self, document: yaml.Node, location: Location, message: str) -> str:
-        field = f" {'.'.join(map(str, location))}:" if location else ""
-        return f"{self.path}:{_line(document, location)}:{field} {message}"
+        field = f" {'.'.join(str(part)[:60] for part in location)}:" if location else ""
+        return f"{self.path}:{_line(document, location)}:{on_one_line(f'{field} {message}')}"
+
+
+class _NotTextError(Exception):
+    """A file that is not text of an experiment, with the line."""
+
+    def __init__(self, line: int, message: str) -> None:
+        super().__init__(message)
+        self.line = line
+
+
+def _read(path: Path) -> str:
+    """Return the text of a file. Raises OSError, and _NotTextError for one that is too large, not UTF-8 or has control characters."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait
+        raise _NotTextError(1, "this is not a file")
+    if status.st_size > _MAX_BYTES:
+        raise _NotTextError(1, f"the file has {status.st_size:,} bytes, and an experiment file has at most {_MAX_BYTES:,}")
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise _NotTextError(line, f"byte {error.start} is not UTF-8: save the file as UTF-8") from None
+    wrong = yaml.reader.Reader.NON_PRINTABLE.search(text)
+    if wrong:
+        raise _NotTextError(text.count("\n", 0, wrong.start()) + 1, f"the control character {wrong.group()!a} is not allowed in YAML")
+    return text
 
 
 def _construct(node: yaml.Node) -> Any:
-    """Return the content of a document. Raises yaml.YAMLError for tags and keys that are not plain YAML, RecursionError for loops."""
-    for mapping in _mappings(node):
-        for key, _ in mapping.value:
-            if key.tag != "tag:yaml.org,2002:str":
-                raise yaml.MarkedYAMLError(problem="a key has to be a plain word", problem_mark=key.start_mark)
-    return yaml.SafeLoader("").construct_document(node)
+    """Return the content of a document. Raises MarkedYAMLError for what is not plain YAML, for loops, and for too many values."""
+    _count_values(node, {})
+    for each in _nodes(node):
+        if each.tag not in _PLAIN_TAGS:
+            problem = f"the tag {each.tag.removeprefix('tag:yaml.org,2002:')!r} is not plain YAML: remove it"
+            raise yaml.MarkedYAMLError(problem=on_one_line(problem), problem_mark=each.start_mark)
+        if isinstance(each, yaml.MappingNode):
+            for key, _ in each.value:
+                if key.tag != "tag:yaml.org,2002:str" or not isinstance(key, yaml.ScalarNode):
+                    raise yaml.MarkedYAMLError(problem="a key has to be a plain word", problem_mark=key.start_mark)
+        elif isinstance(each, yaml.ScalarNode):
+            if each.tag.endswith(":int") and len(each.value.replace("_", "")) > _MAX_DIGITS:
+                problem = f"the number {shown(each.value)} has more than {_MAX_DIGITS} digits"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=each.start_mark)
+            _construct_one(each)
+    return _construct_one(node)
+
+
+def _construct_one(node: yaml.Node) -> Any:
+    try:
+        return yaml.SafeLoader("").construct_document(node)
+    except (ValueError, KeyError, OverflowError, TypeError, AttributeError):  # such as `!!bool maybe` and `!!int x`
+        tag, value = node.tag.removeprefix("tag:yaml.org,2002:"), shown(node.value) if isinstance(node, yaml.ScalarNode) else "this value"
+        raise yaml.MarkedYAMLError(problem=f"{value} cannot be read as {tag}", problem_mark=node.start_mark) from None
+
+
+def _count_values(node: yaml.Node, counted: dict[int, int | None]) -> int:
+    """Return the number of values of a node with its aliases written out."""
+    if id(node) in counted:
+        known = counted[id(node)]
+        if known is None:
+            problem = "a value contains itself: write it out instead of using & and *"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        return known
+    counted[id(node)] = None
+    total = 1
+    if isinstance(node, yaml.CollectionNode):
+        for child in node.value:
+            for each in child if isinstance(child, tuple) else (child,):
+                total += _count_values(each, counted)
+                if total > _MAX_VALUES:
+                    problem = f"more than {_MAX_VALUES:,} values, with aliases written out"
+                    raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+    counted[id(node)] = total
+    return total
+
+
+def _nodes(node: yaml.Node) -> Iterator[yaml.Node]:
+    """Yield the nodes of a document, each once, outer ones first, without keys."""
+    waiting, seen = [node], set[int]()
+    while waiting:
+        node = waiting.pop()
+        if id(node) not in seen:
+            seen.add(id(node))
+            yield node
+            if isinstance(node, yaml.CollectionNode):
+                waiting += [child[1] if isinstance(child, tuple) else child for child in reversed(node.value)]
 
 
 def _mappings(node: yaml.Node) -> Iterator[yaml.MappingNode]:
-    """Yield the mappings of a document, outer ones first. Raises RecursionError for loops."""
-    if isinstance(node, yaml.MappingNode):
-        yield node
-    if isinstance(node, yaml.CollectionNode):
-        for child in node.value:
-            yield from _mappings(child[1] if isinstance(node, yaml.MappingNode) else child)
+    """Yield the mappings of a document, each once, outer ones first."""
+    return (each for each in _nodes(node) if isinstance(each, yaml.MappingNode))
 
 
 def _line(node: yaml.Node, location: Location) -> int:
@@ -174,19 +302,70 @@ def _line(node: yaml.Node, location: Location) -> int:
     return line + 1
 
 
-def _allowed_keys(model: type[BaseModel], attributes: dict[str, Any], location: Location) -> list[str]:
-    """Return the allowed keys at a location in the attributes."""
-    match list(location):
-        case ["sae"]:
-            return allowed_sae_keys(attributes["sae"])
-        case ["sae", int(number)]:
-            return allowed_sae_keys(attributes["sae"][number])
-        case ["training"] | ["baseline_training", _]:
-            return allowed_training_keys()
-        case ["corpus", kind]:
-            return list(CORPORA[str(kind)].model_fields)
+def _similar(key: str, allowed: Sequence[str]) -> str:
+    """Return a question for the allowed key that was probably meant, or nothing."""
+    close = difflib.get_close_matches(key[:60], allowed, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _value(attributes: Any, location: Location) -> Any:
     for part in location:
-        if isinstance(part, str):  # a number is an entry of a list
-            annotation = model.model_fields[part].annotation
-            model = next(each for each in (annotation, *get_args(annotation)) if isinstance(each, type) and issubclass(each, BaseModel))
-    return list(model.model_fields)
+        attributes = attributes[part]
+    return attributes
+
+
+def _location(attributes: Any, location: Location, *, is_missing: bool) -> tuple[int | str, ...]:
+    """Return the location of an error in the attributes, without the names of types that pydantic adds."""
+    found: list[int | str] = []
+    for i, part in enumerate(location):
+        if isinstance(attributes, dict) and part in attributes:
+            attributes = attributes[part]
+        elif isinstance(attributes, list) and part in range(len(attributes)):
+            attributes = attributes[cast("int", part)]
+        elif not (is_missing and i == len(location) - 1) and not (part == "architecture" and isinstance(attributes, dict)):
+            continue
+        found.append(part)
+    return tuple(found)
+
+
+def _unknown_keys(model: type[BaseModel], attributes: dict[str, Any]) -> Iterator[tuple[Location, list[str]]]:
+    """Yield the location of every key that is not allowed, with the allowed ones."""
+
+    def look(value: Any, allowed: list[str], *location: int | str) -> Iterator[tuple[Location, list[str]]]:
+        if isinstance(value, dict):
+            for key in value:
+                if key not in allowed:
+                    yield (*location, key), allowed
+
+    def walk(model: type[BaseModel], value: Any, *location: int | str) -> Iterator[tuple[Location, list[str]]]:
+        if isinstance(value, list):
+            for i, each in enumerate(value):
+                yield from walk(model, each, *location, i)
+        if not isinstance(value, dict):
+            return
+        yield from look(value, list(model.model_fields), *location)
+        for name, field in model.model_fields.items():
+            found = value.get(name)
+            if name == "corpus":
+                kind = CORPORA["files" if isinstance(found, dict) and "files" in found else "dataset"]
+                yield from look(found, list(kind.model_fields), *location, name)
+            elif name == "sae":
+                for i, sae in enumerate(found) if isinstance(found, list) else [(None, found)]:
+                    if isinstance(sae, dict):
+                        yield from look(sae, allowed_sae_keys(sae), *location, name, *([] if i is None else [i]))
+            elif name == "training":
+                yield from look(found, allowed_training_keys(), *location, name)
+            elif name == "baseline_training":
+                for baseline, training in found.items() if isinstance(found, dict) else ():
+                    yield from look(training, allowed_training_keys(), *location, name, baseline)
+            elif nested := _nested_model(field.annotation):
+                yield from walk(nested, found, *location, name)
+
+    return walk(model, attributes)
+
+
+def _nested_model(annotation: Any) -> type[BaseModel] | None:
+    """Return the model in an annotation such as `Model | None` or `list[Model]`; None without one."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for each in get_args(annotation) if (found := _nested_model(each))), None)

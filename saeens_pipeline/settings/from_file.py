@@ -7,13 +7,15 @@ from typing import Any, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, PrivateAttr, ValidationInfo, model_validator
 
+from saeens_pipeline.settings.messages import shown
+
 FILE = "file"
 """Key of pydantic's validation context: the path of the experiment file."""
 
 
 def _distinct(values: Any) -> Any:
     if values and len(set(values)) < len(values):
-        raise ValueError(f"{values} has duplicates")
+        raise ValueError(f"{shown(values)} has duplicates")
     return values
 
 

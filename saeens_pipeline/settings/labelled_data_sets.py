@@ -10,8 +10,10 @@ from pydantic import BeforeValidator
 
 
 def _as_text(value: Any) -> Any:
-    """Return an integer as text, as columns of numbers are read. Booleans stay, so that validation rejects them."""
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    """Return an integer as text, as columns of numbers are read. Raises ValueError for a boolean, whose spelling YAML does not keep."""
+    if isinstance(value, bool):
+        raise ValueError("YAML reads this label as true or false: put it in quotes, as the texts have it, such as 'True'")
+    return str(value) if isinstance(value, int) else value
 
 
 Label = Annotated[str, BeforeValidator(_as_text)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -29,16 +29,15 @@ class _DataSet(FromFile):
     name: str = Field(min_length=1, description="name of a known data set, or a new name for local files")
     revision: str = Field(default="main", description="branch, tag or commit on the hub")
     path: str | None = Field(default=None, description="folder with a local copy of the hub's data set, readable by the package datasets")
-    train: str | None = Field(default=None, description="local training files, .jsonl, .parquet or .csv; the file name may have *")
+    train: str | None = Field(default=None, description="local training files, .jsonl, .csv or .parquet; a path or a pattern with * and **")
     test: str | None = Field(default=None, description="local test files; default: test texts are drawn from train, without overlap")
     text_field: str = Field(default="text", description="column of the texts")
     label_field: str = Field(default="label", description="column of the labels")
 
     @property
-    def local_files(self) -> dict[str, str]:
-        """Absolute patterns of the local files, by split; empty for other data sets."""
-        patterns = {"train": self.train, "test": self.test}
-        return {split: self.absolute(pattern) for split, pattern in patterns.items() if pattern}
+    def local_files(self) -> dict[Literal["train", "test"], str]:
+        """Patterns of the local files, relative to `folder`, by split; empty for other data sets."""
+        return {split: pattern for split, pattern in (("train", self.train), ("test", self.test)) if pattern}
 
     @property
     def local_copy(self) -> str | None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, PositiveInt, ValidationInfo, field_validator
 
 from saeens_pipeline.settings.corpora import BUILTIN_CORPUS, Corpus
-from saeens_pipeline.settings.from_file import Distinct, FromFile
+from saeens_pipeline.settings.from_file import FILE, Distinct, FromFile
 from saeens_pipeline.storage.names import validate_name
+
+_TRANSFORMER_LENS = "transformer_lens:"
 
 Name = Annotated[str, AfterValidator(validate_name)]
 
@@ -18,7 +22,8 @@ class SourceSettings(FromFile):
 
     name: Name = Field(description="name of the source: lower-case letters, digits and _")
     language_model: str = Field(
-        description="language model: builtin/reference, a folder in transformers' format, a name on the hub, or transformer_lens:NAME"
+        description="language model: builtin/reference, a folder in transformers' format (relative paths start from the experiment file's "
+        "folder), a name on the hub, or transformer_lens:NAME"
     )
     revision: str = Field("main", description="branch, tag or commit of a model on the hub")
     language_model_dtype: Literal["float32", "bfloat16", "float16"] = Field(
@@ -49,6 +54,17 @@ class SourceSettings(FromFile):
         "rows above it (massive activations) are dropped; default: all rows stay",
     )
     dtype: Literal["float16", "bfloat16", "float32"] = Field("float16", description="dtype of stored activations")
+
+    @field_validator("language_model")
+    @classmethod
+    def _from_folder_of_file(cls, name: str, info: ValidationInfo) -> str:
+        """Return a folder as an absolute path: one that is written as a path, or that exists beside the experiment file."""
+        file = (info.context or {}).get(FILE)
+        kind, colon, path = name.rpartition(":") if name.startswith(_TRANSFORMER_LENS) else ("", "", name)
+        if not file or path.startswith(("~", "builtin/")) or Path(path).is_absolute():
+            return name
+        folder = Path(os.path.normpath(Path(file).parent / path))
+        return f"{kind}{colon}{folder}" if path.startswith(".") or folder.is_dir() else name
 
     @field_validator("windows_per_document")
     @classmethod

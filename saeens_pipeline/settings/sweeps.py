@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from saeens_pipeline.settings.messages import shown
+
 
 def validate_sweep(sweep: object) -> object:
     """Return a sweep unchanged. Raises ValueError unless it is one field with a list of different finite numbers."""
@@ -16,9 +18,9 @@ def validate_sweep(sweep: object) -> object:
     for i, value in enumerate(values):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             hint = ": YAML reads 1e-5 as text, and 1.0e-5 as a number" if isinstance(value, str) else ""
-            raise ValueError(f"{field}: {value!r} is not a number{hint}")
+            raise ValueError(f"{field}: {shown(value)} is not a number{hint}")
         if value in values[:i]:
-            raise ValueError(f"{field}: {value} is given twice")
+            raise ValueError(f"{field}: {shown(value)} is given twice")
     return sweep
 
 

@@ -21,6 +21,7 @@ BROKEN_GROUP = "broken_experiments"  # asset nodes of unreadable experiment file
 RESERVED_GROUPS = (SOURCES_GROUP, LEADERBOARD, BROKEN_GROUP)
 CURVE_FILE = "training_curve.parquet"  # in the folder of an SAE
 INDEX_FILE, PICTURES_FOLDER = "index.html", "pictures"  # in the folder of a report
+MAX_NAME = 63  # characters; Dagster takes no longer values of tags
 _NAME = re.compile(r"[a-z0-9_]+")
 _FOLDER_ABOVE_ARTEFACTS = re.compile(
     "|".join(
@@ -50,7 +51,10 @@ class Partition(NamedTuple):
 def validate_name(name: str) -> str:
     """Return a name unchanged. Raises ValueError unless it can be part of asset keys, op names and paths."""
     if not _NAME.fullmatch(name):
-        raise ValueError(f"the name {name!r} may hold lower-case letters, digits and _ only, and not be empty")
+        shown = name if len(name) <= MAX_NAME else f"{name[:MAX_NAME]} ..."
+        raise ValueError(f"the name {shown!r} may hold lower-case letters, digits and _ only, and not be empty")
+    if len(name) > MAX_NAME:
+        raise ValueError(f"the name {name[:MAX_NAME]!r}... has {len(name)} characters, and at most {MAX_NAME} are possible")
     return name
 
 
@@ -148,7 +152,7 @@ def locate(path: PurePosixPath) -> tuple[Address, Partition] | None:
         case _:
             return None
     owner, kind, name = candidate
-    if kind not in get_args(Kind) or not (_NAME.fullmatch(owner) and _NAME.fullmatch(name)):
+    if kind not in get_args(Kind) or not all(_NAME.fullmatch(each) and len(each) <= MAX_NAME for each in (owner, name)):
         return None
     address = Address(owner, cast("Kind", kind), name)
     return (address, partition) if address.path(partition) == path else None

@@ -67,6 +67,6 @@ def _parts(root: Path, experiment: str, table: str, layer: int | None) -> list[P
 def read_part(part: Path) -> pl.DataFrame:
     """Return one partition of a table. Raises SaeensError for a file that cannot be read."""
     try:
-        return pl.read_parquet(part, hive_partitioning=False)
+        return pl.read_parquet(part, hive_partitioning=False, glob=False)
     except (pl.exceptions.PolarsError, OSError) as error:
         raise SaeensError(f"{part} cannot be read ({error}): remove it and run again") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -13,10 +14,12 @@ from pathlib import Path
 import pytest
 from pydantic import TypeAdapter
 
+from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.language_models import installed_packages as corpora
 from saeens_pipeline.language_models.corpora import open_corpus
 from saeens_pipeline.language_models.documents import Document, Split
 from saeens_pipeline.language_models.installed_packages import InstalledPackages
+from saeens_pipeline.language_models.pinned_packages import PinnedPackages
 from saeens_pipeline.settings.corpora import Corpus
 
 SMALL = ("click", "filelock", "humanfriendly", "mako", "packaging", "tqdm", "uvicorn")
@@ -125,8 +128,42 @@ def test_identity_changes_with_the_reader(small: InstalledPackages, monkeypatch:
     assert small.identity != before
 
 
+def test_texts_are_kept_at_their_first_use_and_an_upgrade_changes_nothing(
+    small: InstalledPackages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    pinned = PinnedPackages(tmp_path)
+    assert pinned.identity == small.identity
+    expected = {split: list(small.documents(split)) for split in SPLITS}
+    assert {split: list(pinned.documents(split)) for split in SPLITS} == expected
+    before, version = pinned.identity, metadata.version
+    monkeypatch.setattr(corpora.metadata, "version", lambda package: "99" if package == "mako" else version(package))
+    monkeypatch.setattr(corpora, "_package_documents", lambda package: pytest.fail("the packages were read again"))
+    assert InstalledPackages().identity != before
+    again = PinnedPackages(tmp_path)
+    assert again.identity == before
+    assert {split: list(again.documents(split)) for split in SPLITS} == expected
+    assert PinnedPackages(tmp_path / "new").identity != before
+
+
+def test_kept_texts_that_were_changed_are_named_with_the_way_out(small: InstalledPackages, tmp_path: Path):
+    list(PinnedPackages(tmp_path).documents("test"))
+    (file,) = tmp_path.rglob("documents.parquet")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(SaeensError, match=r"documents.parquet has been changed .*: restore it, or delete .*corpora/installed_packages"):
+        next(PinnedPackages(tmp_path).documents("train"))
+    shutil.rmtree(file.parent)
+    assert list(PinnedPackages(tmp_path).documents("train")) == list(small.documents("train"))
+
+
+def test_texts_of_a_root_that_cannot_be_written_are_read_from_the_packages(small: InstalledPackages, tmp_path: Path):
+    (tmp_path / "corpora").write_text("no folder")
+    assert list(PinnedPackages(tmp_path).documents("test")) == list(small.documents("test"))
+
+
 def test_an_unknown_corpus_is_refused_with_the_known_ones():
-    assert isinstance(open_corpus("builtin/installed_packages"), InstalledPackages)
+    assert isinstance(open_corpus("builtin/installed_packages"), PinnedPackages)
     with pytest.raises(ValueError, match=r"'wikipedia' is not known; it can be builtin/installed_packages, \{name: DATASET"):
         TypeAdapter(Corpus).validate_python("wikipedia")
 

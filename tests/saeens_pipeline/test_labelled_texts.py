@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from saeens_pipeline.language_models.labelled_texts.drawing import Labelled, Tex
 from saeens_pipeline.language_models.labelled_texts.embedded import EmbeddedTasks, cut
 from saeens_pipeline.language_models.labelled_texts.reading import identity, read_concepts, read_correlations
 from saeens_pipeline.settings import labelled_data_sets
+from saeens_pipeline.settings.from_file import FILE
 from saeens_pipeline.settings.probing import (
     ConceptDataSet,
     ConceptDetectionSettings,
@@ -191,6 +193,79 @@ def test_numbers_are_labels_and_rows_without_a_label_are_left_out(tmp_path: Path
     assert sorted(read_concepts(data_set, FEW, seed=1).test) == ["0", "1"]
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".ndjson"])
+def test_labels_and_texts_are_strings_with_their_spelling(tmp_path: Path, suffix: str):
+    labels = ["01", "1", "00241e5", "True", "1.0"]
+    rows = [(f"0{i}" if label == "1" else f"{label} {i}", label) for i in range(10, 18) for label in labels]
+    if suffix == ".csv":
+        content = "text,label\n" + "".join(f"{text},{label}\n" for text, label in rows)
+    else:
+        content = "".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows)
+    (tmp_path / f"a{suffix}").write_text(content)
+    file = str(tmp_path / f"a{suffix}")
+    drawn = read_concepts(ConceptDataSet(name="mine", train=file, labels=labels), FEW, seed=1)
+    for label in labels:
+        assert {*drawn.train[label], *drawn.test[label]} <= {text for text, other in rows if other == label}
+    assert sorted(read_concepts(ConceptDataSet(name="mine", train=file), FEW, seed=1).train) == sorted(labels)
+
+
+def test_a_type_that_the_first_rows_suggest_is_not_guessed(tmp_path: Path):
+    rows = "".join(f"text {i},{i % 2}\n" for i in range(300)) + "".join(f"late {i},word\n" for i in range(8))
+    (tmp_path / "a.csv").write_text("text,label\n" + rows)
+    drawn = read_concepts(ConceptDataSet(name="mine", train=str(tmp_path / "a.csv")), FEW, seed=1)
+    assert sorted(drawn.train) == ["0", "1", "word"]
+
+
+def _with_labels(*rows: tuple[str, ...]) -> pl.DataFrame:
+    return pl.DataFrame(rows, schema=["text", "label", "other"][: len(rows[0])], orient="row")
+
+
+def _drawn_texts(*splits: Any) -> list[str]:
+    return [text for split in splits for texts in (split.values() if isinstance(split, Mapping) else split) for text in texts]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_text_with_two_labels_is_of_no_probe_and_in_no_split(seed: int):
+    single = [(f"{label} {i}", label) for label in "ab" for i in range(6)]
+    concepts = draw_concepts(Labelled("set", _with_labels(("both", "a"), ("both", "b"), *single)), [], FEW, balance=False, seed=seed)
+    texts = _drawn_texts(concepts.train, concepts.test)
+    assert "both" not in texts
+    assert len(texts) == len(set(texts)) == 12
+    single = [(f"{a}{b} {i}", a, b) for a in "pq" for b in "xy" for i in range(6)]
+    frame = _with_labels(("both", "p", "x"), ("both", "p", "y"), ("two", "q", "x"), ("two", "p", "x"), *single)
+    task = draw_quadrants(Labelled("set", frame), "t", ("p", "q"), ("x", "y"), FEW, seed=seed)
+    balanced = draw_concepts(Labelled("set", frame), [], FEW, balance=True, seed=seed)
+    for texts in (_drawn_texts(task.train, task.test), _drawn_texts(balanced.train, balanced.test)):
+        assert not {"both", "two"} & set(texts)
+        assert len(texts) == len(set(texts))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_text_with_one_label_in_train_and_another_in_test_is_left_out(seed: int):
+    train = _with_labels(("both", "a"), *((f"{label} {i}", label) for label in "ab" for i in range(4)))
+    test = _with_labels(("both", "b"), *((f"{label} t{i}", label) for label in "ab" for i in range(2)))
+    drawn = draw_concepts(Labelled("set", train, test), [], FEW, balance=False, seed=seed)
+    assert "both" not in _drawn_texts(drawn.train, drawn.test)
+
+
+def test_a_file_in_both_splits_is_refused(tmp_path: Path):
+    file = Path(_write(tmp_path, "a.jsonl", _rows(sport=6, news=6)))
+    (tmp_path / "b.jsonl").hardlink_to(file)
+    data_set = ConceptDataSet(name="mine", train=str(file), test=str(tmp_path / "b.jsonl"), text_field="body", label_field="topic")
+    with pytest.raises(ConfigurationError, match=r"mine: .*a\.jsonl is among the files of train and of test"):
+        read_concepts(data_set, FEW, seed=1)
+
+
+def test_labelled_texts_may_be_compressed_nested_and_below_folders_of_any_name(tmp_path: Path):
+    folder = tmp_path / "a[1]" / "b"
+    folder.mkdir(parents=True)
+    lines = "".join(json.dumps({"meta": {"text": f"{label} {i}", "label": label}}) + "\n" for label in "ab" for i in range(6))
+    (folder / "x.JSONL.gz").write_bytes(gzip.compress(lines.encode()))
+    fields = {"name": "mine", "train": "**/*.gz", "text_field": "meta.text", "label_field": "meta.label"}
+    data_set = ConceptDataSet.model_validate(fields, context={FILE: tmp_path / "a[1]" / "defs.yaml"})
+    assert sorted(read_concepts(data_set, FEW, seed=1).train) == ["a", "b"]
+
+
 def test_local_files_with_two_attributes_give_quadrants(tmp_path: Path):
     rows = [{"text": f"{a}{b} {i}", "label": a, "spurious": b} for a in "pq" for b in "xy" for i in range(7)]
     data_set = CorrelationDataSet(name="mine", train=_write(tmp_path, "a.jsonl", rows), target=("p", "q"), spurious=("x", "y"))
@@ -200,14 +275,14 @@ def test_local_files_with_two_attributes_give_quadrants(tmp_path: Path):
 
 def test_errors_of_files_name_the_file_and_its_columns(tmp_path: Path):
     file = _write(tmp_path, "a.jsonl", _rows(sport=6, news=6))
-    with pytest.raises(SaeensError, match=rf"mine: {file} has no column 'text', 'label'; its columns are 'body', 'topic', 'more'"):
+    with pytest.raises(SaeensError, match=rf"mine: {file}:1: there is no column 'text'; the columns are 'body', 'topic', 'more'"):
         read_concepts(ConceptDataSet(name="mine", train=file), FEW, seed=1)
     with pytest.raises(SaeensError, match=r"mine: there is no file .*b\.jsonl"):
         read_concepts(ConceptDataSet(name="mine", train=str(tmp_path / "b.jsonl")), FEW, seed=1)
-    with pytest.raises(SaeensError, match=r"a\.txt is of no format that is read: \.jsonl, \.ndjson, \.parquet, \.csv"):
+    with pytest.raises(SaeensError, match=r"a\.txt is of a format that is not read; names end in \.jsonl, \.ndjson, \.csv, \.parquet"):
         (tmp_path / "a.txt").write_text("text")
         read_concepts(ConceptDataSet(name="mine", train=str(tmp_path / "a.txt")), FEW, seed=1)
-    with pytest.raises(SaeensError, match=r"c\.parquet cannot be read: "):
+    with pytest.raises(SaeensError, match=r"c\.parquet: cannot be read as a Parquet file"):
         (tmp_path / "c.parquet").write_text("no parquet")
         read_concepts(ConceptDataSet(name="mine", train=str(tmp_path / "c.parquet")), FEW, seed=1)
 
@@ -347,7 +422,7 @@ def test_ag_news_github_code_and_europarl_have_topics_languages_and_no_duplicate
 
 def test_a_broken_line_of_a_file_is_named(tmp_path: Path):
     (tmp_path / "texts.jsonl").write_text('{"text": "a", "label": "x"}\n\nnot json\n')
-    with pytest.raises(SaeensError, match=r"mine: .*texts\.jsonl:3 cannot be read"):
+    with pytest.raises(SaeensError, match=r".*texts\.jsonl:3: not valid JSON"):
         read_concepts(ConceptDataSet(name="mine", train=str(tmp_path / "texts.jsonl")), FEW, seed=1)
 
 
@@ -358,7 +433,7 @@ def test_labels_in_the_settings_can_be_numbers(tmp_path: Path):
         ConceptDataSet.model_validate({"name": "mine", "train": str(tmp_path / "texts.parquet"), "labels": [0, 2]}), FEW, 1
     )
     assert list(drawn.train) == ["0", "2"]
-    with pytest.raises(ValidationError, match="valid string"):
+    with pytest.raises(ValidationError, match="put it in quotes"):
         ConceptDataSet.model_validate({"name": "mine", "train": "texts.parquet", "labels": [True, False]})
 
 

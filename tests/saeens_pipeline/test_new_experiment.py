@@ -59,6 +59,26 @@ def test_the_written_file_runs_at_a_smaller_size(empty: Laboratory, tmp_path: Pa
     assert empty.artefact("activations", layer=1).provenance["statistics"]["train"]["rows"] == 300
 
 
+@pytest.mark.parametrize(
+    ("model", "corpus", "expected"),
+    [
+        ("builtin/reference", None, "builtin/installed_packages"),
+        (None, None, {"files": "texts/*.jsonl", "text_field": "text"}),
+        (None, "builtin/installed_packages", "builtin/installed_packages"),
+        (None, "monology/pile-uncopyrighted", {"name": "monology/pile-uncopyrighted", "split": "train"}),
+        (None, "texts/*.jsonl.zst", {"files": str(Path.cwd() / "texts/*.jsonl.zst")}),
+        (None, "texts/a.parquet", {"files": str(Path.cwd() / "texts/a.parquet")}),
+    ],
+)
+def test_the_corpus_is_the_one_given_and_the_builtin_one_is_proposed_for_the_embedded_model_only(
+    empty: Laboratory, own: Path, model: str | None, corpus: str | None, expected: Any
+):
+    written = new_experiment("mine", model or str(empty.model), [1], None, corpus)
+    source = next(yaml.safe_load_all(written.path.read_text()))["attributes"]
+    assert source["corpus"] == expected
+    assert empty.catalogue.broken == {}
+
+
 def test_every_field_is_set_or_named_in_a_comment(empty: Laboratory, own: Path):
     text = new_experiment("mine", "builtin/reference", [1]).path.read_text()
     for settings in (SourceSettings, ExperimentSettings, EnsembleSettings):

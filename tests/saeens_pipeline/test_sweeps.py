@@ -106,7 +106,7 @@ WRONG: list[tuple[dict[str, Any], str, str, str]] = [
     ({"sweep": [4]}, "sweep:", "sweep", "name exactly one field of sae"),
     ({"sweep": {"k": ["1e-5"]}}, "sweep:", "sweep", "k: '1e-5' is not a number: YAML reads 1e-5 as text, and 1.0e-5 as a number"),
     ({"sweep": {"k": [True]}}, "sweep:", "sweep", "k: True is not a number"),
-    ({"sweep": {"k": [4, 0]}}, "- 0", "sweep.k.1", "Input should be greater than 0 (found: 0)"),
+    ({"sweep": {"k": [4, 0]}}, "- 0", "sweep.k.1", "has to be greater than 0 (found: 0)"),
     ({"sweep": {"expansion": [2, 0.5]}}, "- 0.5", "sweep.expansion.1", "expansion is a positive whole number, not 0.5"),
     ({"sweep": {"d_sae": [64]}}, "- 64", "sweep.d_sae.0", "give either expansion (d_sae = expansion * d_in) or d_sae"),
     ({"sae": {"architecture": "topk"}, "sweep": {"k": [4]}}, "sae:", "sae", "give either expansion"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from tiny_experiment import Laboratory
 
 from saeens_pipeline.assets import sources
 from saeens_pipeline.errors import ConfigurationError, SaeensError
-from saeens_pipeline.language_models import corpora
+from saeens_pipeline.language_models import corpora, records
 from saeens_pipeline.language_models.documents import Document, Split
+from saeens_pipeline.language_models.models import describe_language_model
 from saeens_pipeline.language_models.text_files import TextFileCorpus
 from saeens_pipeline.language_models.tokens import open_tokens
 from saeens_pipeline.settings.corpora import TextFiles
@@ -136,6 +138,139 @@ def test_relative_paths_start_from_the_experiment_file(empty: Laboratory, monkey
     assert len(_texts(TextFileCorpus(corpus))) == len(RECORDS)
 
 
+def test_a_language_model_beside_the_experiment_file_is_found_from_any_folder(
+    empty: Laboratory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    (empty.folder / "model").symlink_to(empty.model)
+    (empty.folder / "tiny" / "owner").mkdir(parents=True)
+    (empty.folder / "tiny" / "owner" / "model").symlink_to(empty.model)
+    monkeypatch.chdir(tmp_path)
+    for name in ("../model", "./../model", "owner/model", str(empty.model)):
+        empty.declare({"language_model": name})
+        found = empty.catalogue.sources["tiny"].language_model
+        assert describe_language_model(found).d_model == describe_language_model(str(empty.model)).d_model
+    for name in ("owner/other", "builtin/reference", "transformer_lens:gelu-1l"):
+        empty.declare({"language_model": name})
+        assert empty.catalogue.sources["tiny"].language_model == name
+    empty.declare({"language_model": "./missing"})
+    with pytest.raises(ConfigurationError, match=r"defs/tiny/missing': there is no such folder"):
+        describe_language_model(empty.catalogue.sources["tiny"].language_model)
+
+
+# files with several names
+
+
+def test_a_file_of_many_names_is_read_once_and_is_in_one_split(tmp_path: Path):
+    texts = tmp_path / "texts"
+    (texts / "a").mkdir(parents=True)
+    for i in range(400):
+        (texts / "a" / f"{i:03}.txt").write_text(f"Text {i}")
+    (texts / "link").symlink_to("a")
+    (texts / "a" / "loop").symlink_to("..")
+    (texts / "a" / "second_loop").symlink_to("../..")
+    (texts / "same.txt").symlink_to("a/000.txt")
+    (texts / "hard.txt").hardlink_to(texts / "a" / "001.txt")
+    corpus = _corpus(tmp_path, files=["texts/**/*.txt", "texts/a/../a/*.txt", "texts/link/*.txt", str(texts / "a" / "*.txt")])
+    train, test = ([document.text for document in corpus.documents(split)] for split in SPLITS)
+    assert sorted([*train, *test]) == sorted(f"Text {i}" for i in range(400))
+    assert not set(train) & set(test)
+    with pytest.raises(ConfigurationError, match=r"\d\d\d.txt is among files and among test_files"):
+        _corpus(tmp_path, files="texts/a/*.txt", test_files="texts/link/*.txt").require_readable()
+    with pytest.raises(ConfigurationError, match=r"is among files and among test_files"):
+        _corpus(tmp_path, files="texts/a/001.txt", test_files="texts/hard.txt").require_readable()
+
+
+@pytest.mark.parametrize("folder", ["a[1]", "a*b", "a?b", "a{b,c}", "a#b%20c", "a b", "~", "a\\b", "\u00fc:\u65e5"])
+def test_a_folder_and_a_file_may_have_any_name(tmp_path: Path, folder: str):
+    (tmp_path / folder / folder).mkdir(parents=True)
+    (tmp_path / folder / folder / f"{folder}.txt").write_text("kept")
+    (tmp_path / folder / "1.txt").write_text("not this")
+    for pattern in (f"./{folder}/{folder}.txt", str(tmp_path / folder / folder / f"{folder}.txt")):
+        assert _texts(_corpus(tmp_path / folder, files=pattern)) == ["kept"]
+    assert _texts(_corpus(tmp_path / folder / folder, files="*.txt")) == ["kept"]
+
+
+def test_a_name_that_is_not_utf8_is_read_and_can_be_printed_and_stored(tmp_path: Path):
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jsonl")).write_bytes(_lines([{"text": "x"}]) + b"wrong\n")
+    documents = _corpus(tmp_path, files="*.jsonl", test_share=1e-9).documents("train")
+    assert next(documents).name.encode() == b"caf\\xe9.jsonl:1"
+    with pytest.raises(SaeensError, match=r"caf\\xe9.jsonl:2: not valid JSON") as caught:
+        next(documents)
+    str(caught.value).encode()
+
+
+# what texts may hold
+
+
+def _only(folder: Path, content: bytes, file: str = "a.jsonl", **fields: Any) -> list[str]:
+    (folder / file).write_bytes(content)
+    return [document.text for document in _corpus(folder, files=file, test_share=1e-9, **fields).documents("train")]
+
+
+def test_half_a_surrogate_pair_is_replaced(tmp_path: Path):
+    (text,) = _only(tmp_path, rb'{"text": "a \ud83d b \ud83d\ude00 c"}')
+    assert text == "a \ufffd b \U0001f600 c"
+
+
+def test_later_records_without_a_text_are_skipped_and_counted(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_bytes(_lines([{"text": "one"}, {"text": None}, {"url": "x"}, {"text": ""}, {"text": "two"}]))
+    corpus = _corpus(tmp_path, files="a.jsonl", test_share=1e-9)
+    assert _texts(corpus) == ["one", "two"]
+    assert corpus.skipped == {"train": 3}
+
+
+@pytest.mark.parametrize("file", ["a.jsonl", "a.csv", "a.txt"])
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, file: str):
+    content = {"a.jsonl": b'{"text": "x"}\n', "a.csv": b"text,label\nx,1\n", "a.txt": b"x"}[file]
+    assert _only(tmp_path, b"\xef\xbb\xbf" + content, file) == ["x"]
+
+
+@pytest.mark.parametrize("file", ["a.ndjson", "A.JSONL", "a.Ndjson.GZ", "a.TXT", "a.MD", "a.CSV"])
+def test_formats_are_known_by_other_names(tmp_path: Path, file: str):
+    content = b"text\nx\n" if "CSV" in file else b'{"text": "x"}\n' if "json" in file.lower() else b"x"
+    assert _only(tmp_path, gzip.compress(content) if "GZ" in file else content, file) == ["x"]
+
+
+def test_numbers_keep_their_spelling_and_booleans_are_words(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": 1.50, "kind": 1e5}\n{"text": true, "kind": false}\n')
+    documents = list(_corpus(tmp_path, files="a.jsonl", label_fields=["kind"], test_share=1e-9).documents("train"))
+    assert [(each.text, each.labels["kind"]) for each in documents] == [("1.50", "1e5"), ("true", "false")]
+
+
+def test_a_window_too_large_for_memory_is_named(tmp_path: Path):
+    frame = bytes([0x28, 0xB5, 0x2F, 0xFD, 0, (31 - 10) << 3, *(1 | 5 << 3).to_bytes(3, "little")]) + b"12345"  # as zstd --long=31
+    with pytest.raises(SaeensError, match=r"a.jsonl.zst:1: cannot be read further .*: compress it without --long"):
+        _only(tmp_path, frame, "a.jsonl.zst")
+
+
+@pytest.mark.parametrize("file", ["a.jsonl.gz", "a.txt.gz"])
+def test_a_line_or_text_that_is_too_long_is_named(tmp_path: Path, file: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(records, "MAX_BYTES", 1000)
+    with pytest.raises(SaeensError, match=rf"{file}(:2)?: a (line|text) of more than 1,000 bytes"):
+        _only(tmp_path, gzip.compress(b'{"text": "x"}\n' + b" " * 10**7), file)
+
+
+def test_columns_of_parquet_may_have_dots(tmp_path: Path):
+    rows = [{"my.text": "x", "meta.set": "outer", "meta": {"set": "inner", "kind": "y"}}]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    fields = {"text_field": "my.text", "label_fields": ["meta.set", "meta.kind"]}
+    (document,) = _corpus(tmp_path, files="a.parquet", test_share=1e-9, **fields).documents("train")
+    assert (document.text, document.labels) == ("x", {"meta.set": "outer", "meta.kind": "y"})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"text,label\nx\n", r"a.csv:2: 1 fields, and the first line has 2"),
+        (b'text,label\n"a\nb",1\n"x"y,2\n', r"a.csv:4: not valid CSV"),
+        (b"text,label\nx,caf\xe9\n", r"a.csv:2: not UTF-8"),
+    ],
+)
+def test_a_wrong_row_of_a_csv_file_is_named_by_its_line(tmp_path: Path, content: bytes, message: str):
+    with pytest.raises(SaeensError, match=message):
+        _only(tmp_path, content, "a.csv")
+
+
 # what identifies it
 
 
@@ -183,7 +318,7 @@ RECORD_ERRORS: dict[str, tuple[bytes, str]] = {
     "no such field": (_lines([{"body": "x", "id": 1}]), r"a.jsonl:1: there is no field 'text'; there are: body, id"),
     "no field inside": (_lines([{"text": "x", "meta": {"kind": 1}}]), r"a.jsonl:1: there is no field 'set' inside 'meta'; there are: kind"),
     "no text": (_lines([{"text": ["x"], "meta": {"set": 1}}]), r"a.jsonl:1: field 'text' is of type list, and it has to be a text"),
-    "null": (_lines([{"text": None}]), r"a.jsonl:1: field 'text' is null"),
+    "deep JSON": (_lines(RECORDS[:1]) + b'{"text": ' + b"[" * 100_000, r"a.jsonl:2: the JSON has too many levels"),
     "no object": (b'["x"]\n', r"a.jsonl:1: a record has to be an object with fields, and this is of type list"),
 }
 
@@ -217,9 +352,11 @@ def test_a_missing_column_and_a_file_that_is_no_parquet_are_named(tmp_path: Path
 def test_missing_files_and_unknown_formats_are_refused(tmp_path: Path):
     with pytest.raises(ConfigurationError, match=rf"there is no file texts/\*.jsonl in {tmp_path}"):
         _corpus(tmp_path, files="texts/*.jsonl").require_readable()
-    for name in ("a.csv", "a.parquet.zst", "a.csv.gz"):
+    for name in ("a.json", "a.parquet.zst", "a.tsv.gz"):
         (tmp_path / name).write_bytes(b"x")
-        with pytest.raises(ConfigurationError, match=rf"{name} is of a format that is not read; names end in .jsonl, .parquet, .txt, .md"):
+        with pytest.raises(
+            ConfigurationError, match=rf"{name} is of a format that is not read; names end in .jsonl, .ndjson, .csv, .parquet, .txt, .md"
+        ):
             _corpus(tmp_path, files=name).require_readable()
 
 
@@ -240,7 +377,7 @@ FILE_ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "no file": ({"files": []}, r"attributes.corpus.files: expected at least one file"),
     "one split": ({"name": "a/b", "test_split": "train"}, r"attributes.corpus: split and test_split are both train"),
     "no name": ({"name": "../b"}, r"attributes.corpus.name: not a valid name of a data set on the hub"),
-    "neither": ({"split": "train"}, r"attributes.corpus.name: Field required"),
+    "neither": ({"split": "train"}, r"attributes.corpus.name: required"),
 }
 
 

@@ -106,7 +106,9 @@ def _of_ensembles(making: Making, settings: AutoInterpSettings, ensembles: Seque
 def _draw(making: Making, method: str, n_features: int) -> list[Row]:
     """Return the rows of the table `contexts` of random features that fire. A larger `features` draws the same ones and more."""
     path = making.require(making.subject.table("contexts")).path
-    fire = pl.scan_parquet(path, hive_partitioning=False).filter(pl.col("method") == method, pl.col("max_activation").is_not_null())
+    fire = pl.scan_parquet(path, hive_partitioning=False, glob=False).filter(
+        pl.col("method") == method, pl.col("max_activation").is_not_null()
+    )
     drawn = fire.select("member", "index").collect().rows()
     random.Random(SEED).shuffle(drawn)
     drawn = drawn[:n_features]

@@ -26,7 +26,7 @@ def _inputs(subject: Subject) -> Sequence[Reference]:
 def _read(making: Making, table: Declaration) -> pl.DataFrame:
     """Return a layer's part of a table, or its parts of all seeds."""
     paths = dict.fromkeys(of_seed.require(table).path for of_seed in making.of_seeds)
-    return pl.concat([pl.read_parquet(path, hive_partitioning=False) for path in paths])
+    return pl.concat([pl.read_parquet(path, hive_partitioning=False, glob=False) for path in paths])
 
 
 def _rows(making: Making) -> Iterator[Row]:

@@ -16,7 +16,7 @@ def _rows(making: Making) -> Iterator[Row]:
     for method, n, dictionary in making.subject.whole:
         for member, sae in enumerate(making.members(dictionary), start=1):
             row = making.row(method, n, [sae]) | {"member": member}
-            yield from (row | point for point in pl.read_parquet(sae.path / CURVE_FILE).iter_rows(named=True))
+            yield from (row | point for point in pl.read_parquet(sae.path / CURVE_FILE, glob=False).iter_rows(named=True))
 
 
 register(

@@ -77,10 +77,12 @@ def select_fields(what: str, frame: pl.LazyFrame, fields: Mapping[str, str]) -> 
 def draw_concepts(data: Labelled, labels: Sequence[str], count: TextCount, *, balance: bool, seed: int) -> ConceptTexts:
     """Draw half of `count` for each label (for all labels if `labels` is empty), with `balance` evenly from each value of `other`.
 
-    Raises ConfigurationError for a single label, a label without texts, or too few texts.
+    Texts that have several labels anywhere in the data set are left out. Raises ConfigurationError for a single label, a label without
+    texts, or too few texts.
     """
     there_are = sorted(data.train["label"].unique())
     labels = labels or there_are
+    data = _without_ambiguous(data, ["label", "other"] if balance else ["label"])
     if len(labels) < 2:
         there_is = f"the only label is {labels[0]!r}" if labels else "no text has a label"
         raise ConfigurationError(f"{data.name}: {there_is}; a probe needs texts of at least two labels")
@@ -98,6 +100,7 @@ def draw_quadrants(
 
     Raises ConfigurationError as `draw_concepts`.
     """
+    data = _without_ambiguous(data, ["label", "other"])
     quarter = TextCount(*(n // 4 for n in count))
     half = TextCount(*(2 * n for n in quarter))
     drawn = [
@@ -107,6 +110,15 @@ def draw_quadrants(
     ]
     train, test = (QuadrantTexts(*(parts[i] for parts in drawn)) for i in (0, 1))
     return CorrelationTexts(name, target, spurious, train, test)
+
+
+def _without_ambiguous(data: Labelled, columns: Sequence[str]) -> Labelled:
+    """Leave out texts with several labels: they would be positive and negative texts of a probe, or in train and in test."""
+    frames = [frame.select("text", *columns) for frame in (data.train, data.test) if frame is not None]
+    several = pl.concat(frames).unique().group_by("text").len().filter(pl.col("len") > 1)
+    train = data.train.join(several, on="text", how="anti", maintain_order="left")
+    test = None if data.test is None else data.test.join(several, on="text", how="anti", maintain_order="left")
+    return data._replace(train=train, test=test)
 
 
 def _draw(data: Labelled, labels: tuple[str, str | None], wanted: TextCount, seed: int) -> tuple[list[str], list[str]]:

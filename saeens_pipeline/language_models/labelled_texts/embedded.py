@@ -17,7 +17,7 @@ from saeens_pipeline.language_models.documents import Corpus, Split
 from saeens_pipeline.language_models.labelled_texts.drawing import Labelled
 from saeens_pipeline.settings.labelled_data_sets import CODE_OR_PROSE, DOCSTRING_OR_CODE, LANGUAGE, LANGUAGE_AND_DOCUMENTATION, TextCount
 
-READER_VERSION = 1  # increased with every change of the drawn texts
+READER_VERSION = 2  # increased with every change of the drawn texts
 PIECE_CHARACTERS, MIN_PIECE_CHARACTERS = 200, 100
 MAX_DOCUMENTS = 400  # of each language and split, the first ones of the corpus; enough for the counts
 

@@ -18,7 +18,7 @@ from saeens_pipeline.language_models.hub import resolve_commit
 from saeens_pipeline.language_models.labelled_texts.drawing import SPLITS, Labelled, select_fields
 from saeens_pipeline.settings.labelled_data_sets import EUROPARL, EUROPARL_PAIRS, GITHUB_CODE, HUB_SETS, STREAMED, TextCount
 
-READER_VERSION = 1  # increased with every change of the drawn texts
+READER_VERSION = 2  # increased with every change of the drawn texts
 COUNT = TextCount(4000, 1000)
 _SPARE = 1.25  # texts that are read from a stream, per text that is drawn from them
 _GIVE_UP_AFTER = 2_000_000  # rows of a stream

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,9 @@ from typing import Any
 import polars as pl
 
 from saeens_pipeline.errors import ConfigurationError, SaeensError
+from saeens_pipeline.language_models import records
 from saeens_pipeline.language_models.corpora import open_corpus
+from saeens_pipeline.language_models.documents import Split
 from saeens_pipeline.language_models.fingerprints import fingerprint_once
 from saeens_pipeline.language_models.labelled_texts import drawing, embedded, hub
 from saeens_pipeline.language_models.labelled_texts.drawing import ConceptTexts, CorrelationTexts, Labelled
@@ -21,7 +22,7 @@ from saeens_pipeline.settings.from_file import FILE
 from saeens_pipeline.settings.labelled_data_sets import EMBEDDED_CONCEPTS, EMBEDDED_CORRELATIONS, TextCount
 from saeens_pipeline.settings.probing import ConceptDataSet, CorrelationDataSet
 
-_SCANNERS = {".jsonl": pl.scan_ndjson, ".ndjson": pl.scan_ndjson, ".parquet": pl.scan_parquet, ".csv": pl.scan_csv}
+READER_VERSION = 1  # of local files; increased with every change of the drawn texts
 _DATA_SETS_KEPT = 32
 """Data sets whose drawn texts stay in memory, some megabytes each, for other seeds and layers of the process."""
 
@@ -34,9 +35,10 @@ def identity(data_set: ConceptDataSet | CorrelationDataSet) -> dict[str, Any]:
     if is_embedded(data_set):
         return {"name": data_set.name, "reader": embedded.READER_VERSION, "corpus": open_corpus(BUILTIN_CORPUS).identity}
     if data_set.local_files:
-        files = {split: _find_files(data_set.name, pattern) for split, pattern in data_set.local_files.items()}
-        hashes = {split: {file.name: fingerprint_once(file) for file in of_split} for split, of_split in files.items()}
-        return {"name": data_set.name, "sha256": hashes}
+        hashes = {
+            split: [[records.shown(file.name), fingerprint_once(file)] for file in found] for split, found in _files(data_set).items()
+        }
+        return {"name": data_set.name, "reader": READER_VERSION, "sha256": hashes}
     hub_set = {"name": data_set.name, "reader": hub.READER_VERSION}
     if data_set.local_copy:
         root = Path(data_set.local_copy)
@@ -86,43 +88,56 @@ def _labelled(data_set: ConceptDataSet | CorrelationDataSet, count: TextCount) -
     fields = {"text": data_set.text_field, "label": data_set.label_field}
     if isinstance(data_set, CorrelationDataSet):
         fields["other"] = data_set.spurious_field
-    frames = {split: _read_columns(data_set.name, pattern, fields) for split, pattern in data_set.local_files.items()}
+    frames = {split: _read_columns(data_set.name, files, fields) for split, files in _files(data_set).items()}
     return Labelled(data_set.name, frames["train"], frames.get("test"))
 
 
-def _find_files(name: str, pattern: str) -> list[Path]:
-    """Return the files of a data set, sorted. Raises ConfigurationError if there are none, or for one of an unknown format."""
-    files = sorted(Path(pattern).parent.glob(Path(pattern).name))
-    if not files:
-        raise ConfigurationError(f"{name}: there is no file {pattern}")
-    for file in files:
-        if file.suffix not in _SCANNERS:
-            raise ConfigurationError(f"{name}: {file} is of no format that is read: {', '.join(_SCANNERS)}")
-    return files
-
-
-def _read_columns(name: str, pattern: str, fields: Mapping[str, str]) -> pl.DataFrame:
-    """Return columns of local files as `select_fields`. Raises SaeensError for a file that cannot be read."""
-    parts = []
-    for file in _find_files(name, pattern):
-        try:
-            parts.append(drawing.select_fields(f"{name}: {file}", _SCANNERS[file.suffix](file), fields).collect())
-        except (pl.exceptions.PolarsError, OSError) as error:
-            line = "" if file.suffix in (".parquet", ".csv") else _first_broken_line(file)
-            raise SaeensError(f"{name}: {file}{line} cannot be read: {error}") from error
-    return pl.concat(parts)
-
-
-def _first_broken_line(file: Path) -> str:
-    """Return the first invalid line of JSON lines, as `:12`; empty if each line is valid, or the file cannot be opened."""
-    with contextlib.suppress(OSError), file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
+def _files(data_set: ConceptDataSet | CorrelationDataSet) -> dict[Split, list[Path]]:
+    """Return the local files by split, sorted. Raises ConfigurationError for missing files, unknown formats, and a file in both splits."""
+    files: dict[Split, dict[tuple[int, int], Path]] = {}
+    for split, pattern in data_set.local_files.items():
+        files[split] = records.find_files(pattern, data_set.folder)
+        if not files[split]:
+            raise ConfigurationError(f"{data_set.name}: there is no file {records.shown(data_set.absolute(pattern))}")
+        for file in files[split].values():
             try:
-                json.loads(line or "null")
-            except ValueError:
-                if line.strip():
-                    return f":{number}"
-    return ""
+                records.file_format(file, records.ROWS)
+            except ConfigurationError as error:
+                raise ConfigurationError(f"{data_set.name}: {error}") from None
+    both = files["train"].keys() & files.get("test", {}).keys()
+    if both:
+        raise ConfigurationError(f"{data_set.name}: {records.shown(files['train'][both.pop()])} is among the files of train and of test")
+    return {split: list(of_split.values()) for split, of_split in files.items()}
+
+
+def _read_columns(name: str, files: Sequence[Path], fields: Mapping[str, str]) -> pl.DataFrame:
+    """Return fields of files as strings, without rows that have a null. `fields` maps new names to fields of the files.
+
+    Raises SaeensError, with file and line, for what cannot be read, and for a field that the first row of a file does not have.
+    """
+    rows: list[list[str]] = []
+    for file in files:
+        for i, (number, record) in enumerate(records.read_records(file, list(fields.values()))):
+            place = f"{name}: {records.shown(file)}:{number}"
+            if not isinstance(record, Mapping):
+                raise SaeensError(f"{place}: a record has to be an object with fields, and this is of type {type(record).__name__}")
+            values = [_value(record, field, place, is_first=i == 0) for field in fields.values()]
+            if None not in values:
+                rows.append(values)
+    return pl.DataFrame(rows, schema=dict.fromkeys(fields, pl.String), orient="row")
+
+
+def _value(record: Mapping[str, Any], field: str, place: str, *, is_first: bool) -> Any:
+    try:
+        value = records.as_text(records.field_value(record, field))
+    except KeyError:
+        if is_first:
+            there = ", ".join(map(repr, record))
+            raise ConfigurationError(f"{place}: there is no column {field!r}; the columns are {there}") from None
+        return None
+    if value is not None and not isinstance(value, str):
+        raise SaeensError(f"{place}: field {field!r} is of type {type(value).__name__}, and it has to be a text")
+    return value
 
 
 @lru_cache(maxsize=1)

@@ -1,0 +1,116 @@
+"""The builtin corpus of a data root: its texts are kept at their first use, so that an upgrade of a package changes nothing.
+
+`corpora/installed_packages` in the data root has `documents.parquet`, the texts in order, and `pin.json`: the versions of the packages at
+the first use, which recipes hold, and the hash of the texts. Without the folder, the next use keeps the texts of that day.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from saeens_pipeline.errors import SaeensError
+from saeens_pipeline.language_models.documents import Document, Split
+from saeens_pipeline.language_models.installed_packages import READER_VERSION, InstalledPackages
+from saeens_pipeline.storage.disk import write_atomically
+
+SPLITS: tuple[Split, ...] = ("train", "test")
+FOLDER = "corpora"  # in the data root
+_BATCH_ROWS = 500
+
+
+@dataclass(frozen=True)
+class PinnedPackages:
+    """Source code and prose of the packages as they were installed at the first use in a data root."""
+
+    root: Path
+
+    @property
+    def identity(self) -> dict[str, object]:
+        pin = self._pin()
+        return InstalledPackages().identity | ({"packages": pin["packages"]} if pin else {})
+
+    def require_readable(self) -> None:
+        """Raise SaeensError for kept texts that have been changed."""
+        pin = self._pin()
+        if pin:
+            status = self._texts.stat()
+            if _sha256(self._texts, status.st_size, status.st_mtime_ns) != pin["sha256"]:
+                raise SaeensError(
+                    f"{self._texts} has been changed since it was written: restore it, or delete {self._folder}, and the next use keeps "
+                    "the texts of the packages as they are installed now"
+                )
+
+    def documents(self, split: Split) -> Iterator[Document]:
+        if not self._pin() and not self._write():
+            yield from InstalledPackages().documents(split)
+            return
+        self.require_readable()
+        from pyarrow import parquet
+
+        with self._texts.open("rb") as stream, parquet.ParquetFile(stream) as file:
+            for batch in file.iter_batches(_BATCH_ROWS):
+                for row in batch.to_pylist():
+                    if row["split"] == split:
+                        yield Document(row["name"], row["text"], {"language": row["language"]})
+
+    @property
+    def _folder(self) -> Path:
+        return self.root / FOLDER / "installed_packages"
+
+    @property
+    def _texts(self) -> Path:
+        return self._folder / "documents.parquet"
+
+    def _pin(self) -> dict[str, Any] | None:
+        """Return the content of pin.json; None without one, and for one of another version of the reader."""
+        try:
+            pin = json.loads((self._folder / "pin.json").read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, ValueError) as error:
+            raise SaeensError(f"{self._folder / 'pin.json'} cannot be read ({error}): restore it, or delete {self._folder}") from None
+        return pin if pin.get("reader") == READER_VERSION and self._texts.is_file() else None
+
+    def _write(self) -> bool:
+        """Keep the texts of the installed packages; return False for a root that cannot be written."""
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        packages = InstalledPackages()
+        rows = [
+            {"split": split, "name": each.name, "language": each.labels["language"], "text": each.text}
+            for split in SPLITS
+            for each in packages.documents(split)
+        ]
+        aside = self._folder / f".documents.{os.getpid()}.parquet"
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with aside.open("wb") as stream:
+                parquet.write_table(pa.Table.from_pylist(rows), stream, compression="zstd", row_group_size=_BATCH_ROWS)
+                stream.flush()
+                os.fsync(stream.fileno())
+            status = aside.stat()
+            pin = {
+                "packages": packages.identity["packages"],
+                "reader": READER_VERSION,
+                "documents": len(rows),
+                "sha256": _sha256(aside, status.st_size, status.st_mtime_ns),
+            }
+            aside.replace(self._texts)
+            write_atomically(self._folder / "pin.json", json.dumps(pin, indent=2) + "\n", f".pin.{os.getpid()}.json")
+        except OSError:
+            return False
+        return True
+
+
+@lru_cache(maxsize=8)
+def _sha256(file: Path, _size: int, _changed_at: int) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
