@@ -13,7 +13,7 @@ PIP_INSTALL := python -m pip install --quiet --quiet --disable-pip-version-check
 
 .PHONY: help quickstart ui test test-all check test-interop test-transformer-lens browser-test bench docs clean
 
-help:  ## what there is to make
+help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-22s %s\n", $$1, $$2 }' Makefile
 
 quickstart: $(VENV)/.installed  ## train, ensemble and evaluate SAEs on the embedded language model
@@ -22,7 +22,7 @@ quickstart: $(VENV)/.installed  ## train, ensemble and evaluate SAEs on the embe
 ui: $(VENV)/.installed  ## the Dagster UI, on this machine only
 	$(VENV)/bin/saeens ui
 
-test: $(VENV)/.installed-dev  ## the tests but for the slow ones, in two processes
+test: $(VENV)/.installed-dev  ## the tests that are not marked slow, in two processes
 	$(VENV)/bin/$(PYTEST) -m "not slow"
 
 test-all: $(VENV)/.installed-dev  ## all tests, in two processes
@@ -34,10 +34,10 @@ check: $(VENV)/.installed-dev  ## style, floors and types
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
-test-interop: $(VENV_INTEROP)/.installed  ## does SAELens read our files as we do, and we its?
+test-interop: $(VENV_INTEROP)/.installed  ## SAE folders to and from SAELens
 	$(VENV_INTEROP)/bin/python -m pytest tests/interop
 
-test-transformer-lens: $(VENV_TL)/.installed  ## models in TransformerLens' own format, and what hooks mean there
+test-transformer-lens: $(VENV_TL)/.installed  ## models in TransformerLens' own format, and the meaning of hooks there
 	$(VENV_TL)/bin/python -m pytest tests/saeens_pipeline -m transformer_lens
 
 browser-test: $(VENV)/.installed-dev $(VENV_BROWSER)/.installed  ## the report's pages in Chromium, which is installed where it is missing (Debian)
@@ -45,7 +45,7 @@ browser-test: $(VENV)/.installed-dev $(VENV_BROWSER)/.installed  ## the report's
 	$(VENV)/bin/python tests/browser/write_pages.py $(BROWSER_PAGES)
 	SAEENS_TEST_PAGES=$(CURDIR)/$(BROWSER_PAGES) $(VENV_BROWSER)/bin/python -m pytest tests/browser
 
-bench: $(VENV_BENCH)/.installed  ## speed and memory beside the peers; over an hour. BENCH="training --quick" for a part
+bench: $(VENV_BENCH)/.installed  ## speed and memory compared with other libraries; over an hour. BENCH="training --quick" for a part
 	$(VENV_BENCH)/bin/python -m benchmarks $(BENCH)
 
 docs: $(VENV)/.installed-dev $(VENV_DOCS)/.installed  ## the documentation, into site/
@@ -53,10 +53,10 @@ docs: $(VENV)/.installed-dev $(VENV_DOCS)/.installed  ## the documentation, into
 	$(VENV_DOCS)/bin/jupyter-nbconvert --log-level WARN --to markdown docs/tutorial.ipynb
 	NO_MKDOCS_2_WARNING=1 $(VENV_DOCS)/bin/mkdocs build --quiet --strict
 
-clean:  ## remove the virtual environments; what runs made stays in data/
+clean:  ## remove the virtual environments; results stay in data/
 	rm -rf $(VENV) $(VENV_INTEROP) $(VENV_BENCH) $(VENV_TL) $(VENV_BROWSER) $(BROWSER_PAGES) $(VENV_DOCS) site
 
-# A stamp file says what an environment holds; a changed version or dependency installs again. The install is editable: a changed
+# A stamp file names the contents of an environment; a changed version or dependency installs again. The install is editable: a changed
 # experiment file takes effect at once.
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/.created
 	@echo "installing into $(VENV); the first time this takes minutes, most of them for PyTorch"
@@ -91,7 +91,7 @@ $(VENV_DOCS)/.installed: pyproject.toml constraints-docs.txt | $(VENV_DOCS)/.cre
 	@touch $@
 
 # dictionary-learning comes without its dependencies: by way of nnsight it asks for torchvision, whose build has to be of the same kind
-# (CPU or CUDA) as torch's, or transformers cannot be imported any more. The group `bench` has what it does import.
+# (CPU or CUDA) as torch's, or transformers cannot be imported any more. The group `bench` has the modules that it imports.
 $(VENV_BENCH)/.installed: pyproject.toml constraints-bench.txt | $(VENV_BENCH)/.created
 	@echo "installing the peers into $(VENV_BENCH)"
 	@$(VENV_BENCH)/bin/$(PIP_INSTALL) --constraint constraints-bench.txt --upgrade pip

@@ -68,7 +68,7 @@ def run(options: Options) -> Section:
         rows += [compare(case, ours, peer, options.effort, tokens=n_windows * _CONTEXT) for peer in peers]
     about = f"The embedded language model in float32, output of block {_LAYER}, windows of {_CONTEXT} tokens, {_BATCH_WINDOWS} at a time."
     notes = [
-        "Beside the activations ours writes the origin of every row and statistics, SAELens the token ids; both stop the forward pass "
+        "Ours also writes the origin of every row and statistics, SAELens the token ids; both stop the forward pass "
         "after the block. Loading the model does not count."
     ]
     return Section(TITLE, about, rows, list(left_out), notes)

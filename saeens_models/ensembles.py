@@ -19,6 +19,7 @@ from saeens_models.architectures import SAE, load_sae, save_sae
 from saeens_models.sparse_code import SparseCode
 
 ENSEMBLE_FILE = "ensemble.json"
+_MOST_MEMBERS = 1000
 
 
 class FeatureOrigin(NamedTuple):
@@ -228,14 +229,14 @@ class Boosting(Ensemble):
 
 
 class _Manifest(BaseModel):
-    """Content of ``ensemble.json``."""
+    """Content of ``ensemble.json``: kind of ensemble and folders of its members."""
 
     model_config = ConfigDict(extra="forbid")
 
     format_version: Literal[1]
     kind: Literal["bagging", "boosting"]
-    members: Annotated[list[Annotated[str, Field(pattern=r"^(\.\./)?[a-z0-9_]+$")]], Field(min_length=1)]
-    """Folders inside this one, or beside it: several ensembles may refer to the same SAEs."""
+    members: Annotated[list[Annotated[str, Field(pattern=r"^(\.\./)?[a-z0-9_]{1,200}$")]], Field(min_length=1, max_length=_MOST_MEMBERS)]
+    """Folders inside this one, or next to it: several ensembles may refer to the same SAEs."""
 
 
 def save_ensemble(ensemble: Ensemble, path: str | Path) -> None:
@@ -256,21 +257,22 @@ def save_ensemble(ensemble: Ensemble, path: str | Path) -> None:
 
 
 def load_ensemble(path: str | Path) -> Bagging | Boosting:
-    """Load the ensemble in the folder ``path`` on the CPU, with members inside the folder or beside it (``../NAME``).
+    """Load the ensemble in the folder ``path`` on the CPU, with members inside the folder or next to it (``../NAME``).
 
-    Raises ``FileNotFoundError`` if the folder or a member is missing. Raises ``ValueError`` for an invalid manifest, and for members that
-    do not fit together or cannot be read.
+    A member that the manifest names twice is loaded once. Raises ``FileNotFoundError`` if the folder or a member is missing. Raises
+    ``ValueError`` for an invalid manifest, and for members that do not fit together or cannot be read.
     """
     folder = Path(path)
     file = folder / ENSEMBLE_FILE
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing: an ensemble is a folder with {ENSEMBLE_FILE} and one folder per member")
     try:
-        manifest = _Manifest.model_validate_json(file.read_text(encoding="utf-8"))
+        manifest = _Manifest.model_validate_json(file.read_bytes())
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())
         raise ValueError(f"{file}: {problems}") from error
-    saes = [load_sae(folder / name) for name in manifest.members]
+    loaded = {name: load_sae(folder / name) for name in dict.fromkeys(manifest.members)}
+    saes = [loaded[name] for name in manifest.members]
     try:
         return Bagging(saes) if manifest.kind == "bagging" else Boosting(saes)
     except ValueError as error:

@@ -38,7 +38,7 @@ class SparseCode(NamedTuple):
 
     @classmethod
     def from_dense(cls, z: Tensor) -> SparseCode:
-        """Return the sparse form of a dense code z `[n, n_features]`. Memory: one byte per element of z, beside the result."""
+        """Return the sparse form of a dense code z `[n, n_features]`. Memory in addition to the result: one byte per element of z."""
         _check_dense(z)
         nonzero = z.detach() != 0
         # numpy finds the set entries of a sparse mask about four times faster than torch does on a CPU

@@ -1,4 +1,14 @@
-"""Errors that a user can fix. The message says what is wrong, where, and what to do; the command line prints no traceback."""
+"""Errors that a user can fix. The message names the mistake, its place, and the remedy; the command line prints no traceback."""
+
+import re
+
+# Sequences that a terminal executes: CSI, such as colours; OSC and the like, up to their end; two characters; then single characters.
+_ESCAPES = re.compile(
+    r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"
+    r"|(?:\x1b[\]PX^_]|[\x9d\x90\x98\x9e\x9f])[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c|$)"
+    r"|\x1b[ -/]*[0-~]?"
+    r"|[\x00-\x08\x0b-\x1f\x7f-\x9f]"
+)
 
 
 class SaeensError(Exception):
@@ -11,3 +21,8 @@ class ConfigurationError(SaeensError):
     """An invalid request: a wrong experiment file, an unknown name, a layer that does not exist. Exit code 2."""
 
     exit_code = 2
+
+
+def printable(text: str) -> str:
+    """Return text from outside without the escape sequences and control characters that a terminal would execute; lines and tabs stay."""
+    return _ESCAPES.sub("", text)

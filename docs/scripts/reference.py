@@ -19,9 +19,10 @@ from typer.cli import get_docs_for_click
 
 import saeens_models
 import saeens_pipeline
+import saeens_pipeline.assets.tables
 from saeens_models.architectures.config import architectures
 from saeens_models.architectures.settings import settings_class
-from saeens_pipeline.assets.tables import SUBJECT, listed
+from saeens_pipeline.assets.registry import SUBJECT, listed
 from saeens_pipeline.cli import app, main
 from saeens_pipeline.settings.experiments import allowed_training_keys
 from saeens_pipeline.settings.files import MODELS
@@ -163,7 +164,7 @@ def _type(field: Mapping[str, Any]) -> str:
         case {"anyOf": choices} | {"oneOf": choices}:
             text = " or ".join(_type(choice) for choice in choices)
         case {"enum": values}:
-            text = ", ".join(f"`{value}`" for value in values)
+            text = ", ".join(f"`{value}`" for value in values if not isinstance(value, bool))
         case {"const": value}:
             text = f"`{value}`"
         case {"type": "array", "prefixItems": items}:

@@ -73,6 +73,8 @@ class SAE(nn.Module, ABC):
     """Configuration class of the architecture; set by :func:`register`."""
     input_unit_weights: ClassVar[tuple[str, ...]] = ("b_enc", "b_dec")
     """Names of the weights in the unit of the activations: they scale with the input, other weights do not."""
+    calibrates: ClassVar[bool] = False
+    """Training ends with :meth:`calibrate`, on the last batches."""
     shared_weights: ClassVar[tuple[str, ...]] = ("W_enc", "b_enc", "W_dec", "b_dec")
     """Names of the weights of the table that the architecture has; W_dec and b_dec always."""
     W_enc: nn.Parameter
@@ -80,9 +82,13 @@ class SAE(nn.Module, ABC):
     W_dec: nn.Parameter
     b_dec: nn.Parameter
 
+    metadata: dict[str, Any]
+    """Where the SAE comes from, as JSON values: model_name, hook_name, ... :func:`load_sae` reads them, :func:`save_sae` writes them."""
+
     def __init__(self, config: SAEConfig) -> None:
         super().__init__()
         self.config = config
+        self.metadata = {}
         weights = {
             "W_enc": torch.zeros(config.d_sae, config.d_in).t(),
             "b_enc": torch.zeros(config.d_sae),
@@ -215,6 +221,13 @@ class SAE(nn.Module, ABC):
         """
         for name in self.input_unit_weights:
             self.get_parameter(name).div_(scale)
+
+    @torch.no_grad()
+    def calibrate(self, parts: Sequence[Tensor]) -> None:
+        """Set what inference needs and no gradient finds, at the end of training, from unscaled rows `[n_i, d_in]` of the training input.
+
+        Without effect unless ``calibrates`` is True.
+        """
 
     def inference_form(self) -> SAE:
         """Return the SAE to save: this one, unless the architecture is for training only."""

@@ -37,12 +37,15 @@ class BatchTopKSAE(SAE):
     """In training ``z = pre`` on the ``k * n`` largest positive pre-activations of a batch of n tokens, and 0 elsewhere; ties are kept.
 
     The loss is TopK's, over this code. At inference a token has no batch: the SAE is a JumpReLU SAE, ``z = pre * (pre > threshold)``, and
-    is saved as one. All features share the threshold. It starts at 0 and follows the smallest kept pre-activation,
+    is saved as one. All features share the threshold. During training it starts at 0 and follows the smallest kept pre-activation,
     ``threshold += threshold_rate * (smallest - threshold)`` after each batch (SAELens 6). Unlike SAELens, inference divides it by
     ``1 - (1 - threshold_rate) ** n_batches``, the bias correction of Adam: otherwise far too many features fire after few batches.
+    Such an average lags behind the weights. Training therefore ends with a calibration: the threshold becomes the one that keeps ``k``
+    pre-activations per token, on average over rows of the last batches.
     """
 
     config: BatchTopKConfig
+    calibrates = True
     threshold: Tensor
     """Scalar, float64: a buffer; saved in checkpoints."""
     threshold_share: Tensor
@@ -125,6 +128,13 @@ class BatchTopKSAE(SAE):
         for kept, target in ((self.threshold, smallest), (self.threshold_share, torch.ones_like(smallest))):
             moved = kept + self.config.threshold_rate * (target - kept)
             kept.copy_(torch.where(smallest.isfinite(), moved, kept))
+
+    @torch.no_grad()
+    def calibrate(self, parts: Sequence[Tensor]) -> None:
+        smallest = self._smallest_kept(parts)
+        if smallest.isfinite():
+            self.threshold.copy_(smallest.nextafter(torch.zeros_like(smallest)))  # the smallest one is above the threshold
+            self.threshold_share.fill_(1)
 
     @torch.no_grad()
     def fold_input_scale(self, scale: float) -> None:

@@ -44,7 +44,7 @@ def validate_l0_multiple(architecture: str) -> None:
 
 
 class OfArchitecture(BaseModel, frozen=True):
-    """Base of the configurations and of the settings: it gives instances of the architecture's own class."""
+    """Base class of configurations and settings. Validation returns an instance of the class of the named architecture."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
@@ -56,7 +56,7 @@ class OfArchitecture(BaseModel, frozen=True):
         """Return the architecture's class; an architecture's own class returns itself."""
         raise NotImplementedError
 
-    def __new__(cls, *_: Any, **fields: Any) -> Self:
+    def __new__(cls, /, *_: Any, **fields: Any) -> Self:
         return object.__new__(cls._own_class(fields.get("architecture")))
 
     @model_validator(mode="wrap")
@@ -90,7 +90,7 @@ class SAEConfig(OfArchitecture, frozen=True):
     def _own_class(cls, architecture: object) -> type[Self]:
         return config_class(architecture) if cls is SAEConfig else cls  # pyright: ignore[reportReturnType]
 
-    def __init__(self, **fields: Any) -> None:  # for type checkers: the fields depend on the architecture
+    def __init__(self, /, **fields: Any) -> None:  # for type checkers: the fields depend on the architecture
         super().__init__(**fields)
 
     @property

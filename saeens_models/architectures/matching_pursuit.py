@@ -139,7 +139,7 @@ class MatchingPursuitSAE(SAE):
         return Limits(self.config.max_iterations, self.config.residual_threshold, self.config.stop_on_duplicate_support)
 
     def _kept_gram(self, team: Team) -> Gram:
-        """Return the atoms' inner products, computed anew if the weights have changed. Memory: ``2 * d_sae ** 2`` bytes."""
+        """Return the atoms' inner products, computed again if the weights have changed. Memory: ``2 * d_sae ** 2`` bytes."""
         version = self.W_dec._version
         if self._gram is None or self._gram[0] != version:
             self._gram = version, gram(team, self.W_dec.detach())

@@ -48,7 +48,7 @@ class SAESettings(OfArchitecture, frozen=True):
     def _own_class(cls, architecture: object) -> type[Self]:
         return settings_class(architecture) if cls is SAESettings else cls  # pyright: ignore[reportReturnType]
 
-    def __init__(self, **fields: Any) -> None:  # for type checkers: the fields depend on the architecture
+    def __init__(self, /, **fields: Any) -> None:  # for type checkers: the fields depend on the architecture
         super().__init__(**fields)
 
     @model_validator(mode="before")
@@ -65,7 +65,7 @@ class SAESettings(OfArchitecture, frozen=True):
 
     @property
     def width_field(self) -> Literal["expansion", "d_sae"]:
-        """The field that sets the width."""
+        """Name of the field that sets the width."""
         return "d_sae" if self.expansion is None else "expansion"
 
     @property

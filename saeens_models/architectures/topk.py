@@ -144,7 +144,7 @@ class TopKSAE(SAE):
 
     @classmethod
     def from_saelens(cls, cfg: Mapping[str, Any], weights: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        if "k" not in cfg:
+        if cfg.get("k") is None:
             raise ValueError("cfg.json has no k")
         if cfg.get("rescale_acts_by_decoder_norm", False):
             # SAELens multiplies pre-activations by the decoder norms and divides codes by them: equivalent to unit decoder rows.

@@ -1,6 +1,6 @@
 """Fast training steps: plain torch (`reference`), compiled loops on a `Team` of CPU threads (`cpu_*`), Triton kernels (`cuda_topk`).
 
-All compute what the architectures define. `topk_reconstruction` uses the Triton kernels if they are faster and passed their check on
+All compute the architectures' functions. `topk_reconstruction` uses the Triton kernels if they are faster and passed their check on
 this device, else the reference.
 """
 

@@ -48,7 +48,7 @@ def _add_scaled(total, row, factor):
 
 @_compile
 def _add_four_scaled(total, a, b, c, d, of_a, of_b, of_c, of_d):
-    """Add four scaled rows at once: the sum is loaded once, and the rows are fetched from memory together."""
+    """Add four scaled rows to `total` in one pass: `total` is loaded once, and the four rows are fetched from memory together."""
     for i in range(len(total)):
         total[i] += of_a * a[i] + of_b * b[i] + of_c * c[i] + of_d * d[i]
 
@@ -183,7 +183,7 @@ def first_places(counts, starts, ends):
 
 @_compile
 def sort_by_feature(indices, values, value_gradients, first_token, ends, tokens, by_feature, gradients_by_feature):
-    """Write the entries of some tokens feature by feature. `ends` `[m]`: position of each feature's next entry, which advances."""
+    """Sort the entries of some tokens by feature. `ends` `[m]`: output position of each feature's next entry; it is advanced."""
     n, k = values.shape
     for b in range(n):
         for i in range(k):

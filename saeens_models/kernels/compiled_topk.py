@@ -64,7 +64,7 @@ def _count(keys, threshold):
 
 @_compile
 def _bounds(memory, n, k, slack, guess):
-    """Return a key that at least k of the first n keys in memory (int32) reach, and a larger one that fewer reach.
+    """Return two thresholds for the first n keys in memory (int32): at least k keys reach the lower one, fewer than k the upper one.
 
     Bisects from a guess until at most k + slack keys reach the lower bound, or until no integer lies between the bounds: keys between
     them are then equal. Fewer than `STRIDE` keys after the first n are overwritten.
@@ -119,9 +119,9 @@ def n_groups(n, k):
 
 @_compile
 def _candidates(bits, k, guess, keys, places):
-    """Return the positions, ascending, of entries that may be among the k largest of a row, and a key that at least k of them reach.
+    """Return a row's candidates for its k largest entries, as ascending positions, and a key that at least k candidates reach.
 
-    The row is float32, given as in `_to_keys`. The entries reach a key that at least k maxima of groups reach.
+    The row is float32, given as in `_to_keys`. Candidates reach a key that the maxima of at least k groups reach.
     """
     but_sign = np.int32(0x7FFFFFFF)
     size = n_groups(len(bits), k)
@@ -148,7 +148,7 @@ def _candidates(bits, k, guess, keys, places):
 
 @_compile
 def _select_nothing(first, indices, values):
-    """Write NaN entries from `first` on, so that the loss shows the failure."""
+    """Fill the entries of a selection from position `first` on with NaN, if fewer than k entries were selected. The loss is then NaN."""
     for i in range(first, len(indices)):
         indices[i] = i
         values[i] = np.nan
@@ -156,8 +156,11 @@ def _select_nothing(first, indices, values):
 
 @_compile
 def _select(candidates, scores, keys, k, indices, values):
-    """Select the k candidates with the largest scores, whose keys are given; of equal ones the first."""
-    n, n_selected = len(candidates), 0
+    """Select the k candidates with the largest scores, whose keys are given; of equal ones those of the lowest index.
+
+    Overwrites the keys.
+    """
+    n, n_selected, n_equal = len(candidates), 0, 0
     if n >= k:
         low, high = _bounds(keys, n, k, np.int64(0), np.int64(0))
         for i in range(n):
@@ -166,7 +169,14 @@ def _select(candidates, scores, keys, k, indices, values):
                 values[n_selected] = scores[i]
                 n_selected += 1
         for i in range(n):
-            if low <= keys[i] < high and n_selected < k:
+            if low <= keys[i] < high:
+                keys[n_equal] = -np.int32(candidates[i])
+                n_equal += 1
+        least = np.int64(_LEAST_KEY)
+        if n_equal > k - n_selected:  # candidates may be in any order
+            least, _ = _bounds(keys, n_equal, k - n_selected, np.int64(0), np.int64(0))
+        for i in range(n):
+            if low <= _key(scores[i]) < high and -candidates[i] >= least:
                 indices[n_selected] = candidates[i]
                 values[n_selected] = scores[i]
                 n_selected += 1
@@ -308,7 +318,10 @@ def _reaching_among(bits, thresholds, tokens, reaching):
 
 @_compile
 def _add_candidates(feature, bits, sure, tokens, x, weights, bias, candidates, scores, n_candidates, n_unsure):
-    """Add a feature to the candidates of tokens: with its pre-activation if its key reaches `sure`, else with its key, at the end."""
+    """Append a feature to the candidates of each token.
+
+    A feature whose key reaches `sure` is stored at the front, with its pre-activation. Others are stored from the end, with their key.
+    """
     capacity = candidates.shape[1]
     for i in range(len(tokens)):
         token = tokens[i]
@@ -330,7 +343,7 @@ def select_topk_exactly(rough, bias, x, errors, W_enc, memory, indices, values):
 
     Before they were rounded, their errors were at most errors `[n]`. At least k of the largest are computed again in float32, then all
     others that may be larger than the k-th of these. The selection is therefore that of float32 pre-activations, summed in the order of
-    `_dot`; ties are broken arbitrarily.
+    `_dot`; of equal ones those of the lowest index are selected.
 
     Returns the number of tokens with more candidates than the memory holds; they are the first entries of the memory's ``tokens``.
     """

@@ -54,8 +54,8 @@ def jumprelu_gradients(
     ``threshold`` `[d_sae]` learns from pre-activations within half a ``bandwidth`` of it, as in
     :class:`~saeens_models.architectures.jumprelu.JumpReLUSAE`.
 
-    Memory beside the result: the codes of the batch and their gradients, ``2 n d_sae``; a copy of W_dec; three blocks of pre-activations
-    per thread; and W_enc and W_dec in bfloat16 if products are in bfloat16.
+    Memory in addition to the result: the codes of the batch and their gradients, ``2 n d_sae``; a copy of W_dec; three blocks of
+    pre-activations per thread; and W_enc and W_dec in bfloat16 if products are in bfloat16.
     """
     compiled, (n, d_in) = team.compiled, x.shape
     blocks = blocks_of_tokens(n)
@@ -109,8 +109,9 @@ def jumprelu_gradients(
 def _gradients(  # noqa: PLR0917 - called once
     team: Team, memory: _Memory, sparse: Mapping[int, _Entries], weights: Weights, x: Tensor, of_norms: Tensor | None, scale: float
 ) -> Weights:
-    """Compute the gradients of the weights from those of the pre-activations, from ``x`` and from the error; b_dec's only of the output.
+    """Compute the gradients of the weights from the gradients of the pre-activations, from ``x`` and from the error.
 
+    The gradient of b_dec has its decoder part, and with ``apply_b_dec_to_input`` not yet its part through the encoder.
     ``of_norms`` `[d_sae]`: gradients of W_dec's norms, divided by the norms; None without an L1 term.
     """
     gradients, d_sae = gradients_of(team, weights), len(weights.b_enc)
@@ -143,7 +144,7 @@ def _gradients(  # noqa: PLR0917 - called once
 
 
 class _Memory(NamedTuple):
-    """Memory for the results of a batch: all but the last two fields for every block of tokens."""
+    """Memory for the results of a batch. The last two fields exist once, the others once per block of tokens."""
 
     z: list[Tensor]  # [d_sae, tokens]
     of_pre: list[Tensor]  # [d_sae, tokens]: gradients of pre-activations; in a sparse block memory for its entries
@@ -194,7 +195,7 @@ class _Entries(NamedTuple):
 
     @classmethod
     def within(cls, memory: Tensor, starts: np.ndarray, n: int) -> _Entries:
-        """Return n entries in the block's memory for gradients of pre-activations, of which they take less than a third."""
+        """Return n entries as views of ``memory``, the block's memory for gradients of pre-activations. They need at most a third."""
         tokens, values, gradients = memory.flatten()[: 3 * n].split(n) if n else (memory.flatten()[:0],) * 3
         return cls(starts, tokens.view(torch.int32).numpy(), values.numpy(), gradients.numpy())
 

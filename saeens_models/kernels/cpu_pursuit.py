@@ -86,8 +86,8 @@ def gram(team: Team, W_dec: Tensor) -> Gram:
 def pursue(team: Team, centred: Tensor, W_dec: Tensor, inner: Gram, limits: Limits) -> Pursuit:
     """Run matching pursuit on ``centred`` `[n, d_in]` (float32, contiguous).
 
-    The definition is that of :class:`~saeens_models.architectures.matching_pursuit.MatchingPursuitSAE`. Memory beside the result: the
-    correlations of `_BLOCK_TOKENS` tokens per thread, twice.
+    The definition is that of :class:`~saeens_models.architectures.matching_pursuit.MatchingPursuitSAE`. Memory in addition to the
+    result: the correlations of `_BLOCK_TOKENS` tokens per thread, twice.
     """
     n, d_sae, n_iterations = len(centred), len(W_dec), limits.max_iterations
     found = torch.empty(n, n_iterations, dtype=torch.int32), torch.empty(n, n_iterations), torch.empty_like(centred)
@@ -108,7 +108,7 @@ def pursue(team: Team, centred: Tensor, W_dec: Tensor, inner: Gram, limits: Limi
 def pursuit_gradients(team: Team, centred: Tensor, W_dec: Tensor, limits: Limits) -> PursuitGradients:
     """Compute the loss ``mean ||residual||^2`` of a batch ``centred`` `[n, d_in]` (float32, contiguous) and its gradients.
 
-    Gradients flow through all choices. Memory beside the result: the inner products (:func:`gram`), and four tensors of the size of
+    Gradients flow through all choices. Memory in addition to the result: the inner products (:func:`gram`), and four tensors of the size of
     ``W_dec``, whose sums do not depend on the number of threads.
     """
     n = len(centred)

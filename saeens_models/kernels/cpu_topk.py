@@ -60,9 +60,9 @@ def topk_gradients(
     ``k_aux`` largest pre-activations among the features ``dead`` (indices, at least one, or None), as in
     :class:`~saeens_models.architectures.topk.TopKSAE`.
 
-    Memory beside the result: per thread a block of pre-activations and at most as much for selection; three tensors of the size of ``x``
-    and eight of the size of the code `[n, k]`, and as many more, with `[n, k_aux]`, for dead features; W_enc in bfloat16 if the encoder
-    uses it.
+    Memory in addition to the result: per thread a block of pre-activations and at most as much for selection; three tensors of the size
+    of ``x`` and eight of the size of the code `[n, k]`, and as many more, with `[n, k_aux]`, for dead features; W_enc in bfloat16 if the
+    encoder uses it.
     """
     (n, d_in), d_sae, k, compiled = x.shape, len(weights.b_enc), settings["k"], team.compiled
     apply_b_dec_to_input = settings.get("apply_b_dec_to_input", True)
@@ -109,7 +109,7 @@ def topk_gradients(
 def topk_reconstruct(team: Team, x: Tensor, weights: Weights, *, k: int, apply_b_dec_to_input: bool) -> TopKCode:
     """Encode and decode ``x`` `[n, d_in]` (float32, contiguous) with a TopK SAE.
 
-    Memory beside the result: a block of pre-activations per thread.
+    Memory in addition to the result: a block of pre-activations per thread.
     """
     blocks = blocks_of_tokens(len(x))
     indices, values, x_hat = np.empty((len(x), k), np.int32), np.empty((len(x), k), np.float32), torch.empty_like(x)

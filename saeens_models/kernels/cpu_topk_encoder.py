@@ -79,7 +79,7 @@ class Encoder:
 
 
 def select_topk(team: Team, pre: Tensor, bias: np.ndarray, indices: np.ndarray, values: np.ndarray) -> None:
-    """Select the k largest entries of each row of ``pre + bias`` `[n, m]`; the bias is added in place."""
+    """Write the k largest entries of each row of ``pre + bias`` `[n, m]` to ``indices`` and ``values`` `[n, k]`. ``pre`` is overwritten."""
     memory = team.kept("selection", _selection, len(bias))
     team.compiled_topk.select_topk(pre.numpy(), pre.view(torch.int32).numpy(), bias, *memory, indices, values)
 

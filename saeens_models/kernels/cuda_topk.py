@@ -204,7 +204,7 @@ def _encode(
 
 
 def _in_float32(top: TopK, features: Tensor, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> TopK:
-    """Return a selection by rounded pre-activations with values computed in float32."""
+    """Return a selection with its values computed again in float32. The selection was computed in reduced precision."""
     from saeens_models.kernels.triton_topk import multiply_rows
 
     return TopK(multiply_rows(x, W_enc, features) + b_enc.flatten()[features], top.indices)

@@ -21,7 +21,7 @@ _ENCODER_BYTES = 16 << 20
 
 
 class TopK(NamedTuple):
-    """The k largest entries of each row, in no particular order."""
+    """The k largest entries of each row, in no particular order. Of equal entries those of the lowest index are among them."""
 
     values: Tensor
     """`[..., k]`"""
@@ -54,7 +54,27 @@ class TopKReconstruction(NamedTuple):
 
 
 def select_topk(pre: Tensor, k: int) -> TopK:
-    """Return exactly the k largest entries along the last dimension of ``pre`` `[..., d_sae]`; ties are broken arbitrarily.
+    """Return exactly the k largest entries along the last dimension of ``pre`` `[..., d_sae]`; of equal ones those of the lowest index.
+
+    CUDA's topk keeps this rule. On other devices topk takes any of equal entries: one more entry is selected there, and rows in which it
+    equals the k-th are selected again.
+    """
+    if pre.is_cuda or k == pre.shape[-1]:
+        return TopK(*pre.topk(k, dim=-1, sorted=False))
+    values, indices = _largest(pre, k + 1)
+    next_value, place = torch.where(values.isnan(), torch.inf, values).min(-1, keepdim=True)  # NaN stays: the loss has to show it
+    # The last one takes the place of the smallest: selecting k + 1 and dropping one is faster than sorting.
+    values, indices = (each.scatter(-1, place, each[..., k:])[..., :k].contiguous() for each in (values, indices))
+    least = values.amin(-1, keepdim=True)
+    tied = (least == next_value).squeeze(-1)
+    if tied.any():
+        indices[tied] = _first_of_equal(pre[tied], least[tied], k)
+        values = pre.gather(-1, indices)
+    return TopK(values, indices)
+
+
+def _largest(pre: Tensor, k: int) -> TopK:
+    """Return the k largest entries of each row; of equal ones any.
 
     In long rows the maxima of groups of 8 entries are compared first. The k largest entries lie in the k groups with the largest maxima,
     because every entry of another group is at most as large as those k maxima. That leaves ``8 k`` candidates.
@@ -68,6 +88,13 @@ def select_topk(pre: Tensor, k: int) -> TopK:
     candidates = grouped.gather(-1, groups.unsqueeze(-2).expand(*groups.shape[:-1], _GROUP_SIZE, k)).flatten(-2)
     values, chosen = candidates.topk(k, dim=-1, sorted=False)
     return TopK(values, (chosen // k) * n_groups + groups.gather(-1, chosen % k))
+
+
+def _first_of_equal(pre: Tensor, least: Tensor, k: int) -> Tensor:
+    """Return the indices `[n, k]`, ascending, of the k largest entries of rows `[n, d_sae]`, whose k-th largest is ``least`` `[n, 1]`."""
+    equal, larger = pre == least, ~(pre <= least)  # NaN is larger, as for topk
+    wanted = k - larger.sum(-1, keepdim=True)
+    return (larger | (equal & (equal.cumsum(-1, dtype=torch.int32) <= wanted))).nonzero()[:, 1].view(-1, k)
 
 
 def topk_reconstruction(
@@ -144,7 +171,7 @@ class _Gradients(NamedTuple):
 
 
 def code_of(top: TopK, n_features: int, relu: bool) -> _SparseCode | _DenseCode:
-    """Return the code of selected pre-activations in the faster form, sparse or dense. ``relu``: entries that are not positive are 0."""
+    """Return the code for selected pre-activations, sparse or dense, in the faster form. ``relu``: negative entries become 0."""
     values = top.values.relu() if relu else top.values
     density = top.indices.shape[-1] / n_features
     if density < SPARSE_CODE_MAX_DENSITY.get(values.device.type, 0.0):

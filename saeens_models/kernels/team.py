@@ -101,7 +101,7 @@ class Team:
 
     @contextmanager
     def resting(self) -> Iterator[None]:
-        """Return a context in which torch has all its threads; within a task it stays on one."""
+        """Let torch use all threads within this context. Inside a task of the team torch keeps one thread."""
         if getattr(self._memory, "in_task", False):
             yield
             return
@@ -133,7 +133,7 @@ class Team:
 
 
 def cpu_team(device: torch.device | str) -> AbstractContextManager[Team | None]:
-    """Return a context with a team for work on this device, or with None on accelerators and without numba."""
+    """Return a context manager that yields a team of CPU threads, or None on accelerators and without numba."""
     return Team() if torch.device(device).type == "cpu" and _has_numba() else nullcontext()
 
 

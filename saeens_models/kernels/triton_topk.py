@@ -30,7 +30,7 @@ def _order_preserving(bits):
 
 
 @triton.jit(do_not_specialize=["k", "n_rows"])
-def _select_topk(pre, bias, columns, values, places, row_stride, n_rows, n_columns, n_candidates, k, width, BLOCK: tl.constexpr):
+def select_topk_kernel(pre, bias, columns, values, places, row_stride, n_rows, n_columns, n_candidates, k, width, BLOCK: tl.constexpr):
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     first_column = row // n_rows * n_columns
     offsets = tl.arange(0, BLOCK)
@@ -65,7 +65,7 @@ def _select_topk(pre, bias, columns, values, places, row_stride, n_rows, n_colum
 
 
 @triton.jit
-def _sum_rows(sums, totals, rows, which, weights, starts, d, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def sum_rows_kernel(sums, totals, rows, which, weights, starts, d, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     segment = tl.program_id(0).to(tl.int64)
     first, last = tl.load(starts + segment), tl.load(starts + segment + 1)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -87,7 +87,7 @@ def _sum_rows(sums, totals, rows, which, weights, starts, d, ROWS: tl.constexpr,
 
 
 @triton.jit(do_not_specialize=["k"])
-def _multiply_rows(products, left, right, which, k, d, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def multiply_rows_kernel(products, left, right, which, k, d, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     entry = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     inside = entry < k
@@ -118,7 +118,7 @@ def select_topk(pre: Tensor, k: int, bias: Tensor | None = None, columns: Tensor
     block = triton.next_power_of_2(max(width, k))
     n_warps = min(max(block // _WARP_ENTRIES, 4), 32)
     sizes = pre.stride(-2), n_rows, n_columns, n_candidates, k, width
-    _select_topk[n, n_parts](pre, bias, columns, values, places, *sizes, BLOCK=block, num_warps=n_warps)
+    select_topk_kernel[n, n_parts](pre, bias, columns, values, places, *sizes, BLOCK=block, num_warps=n_warps)
     if n_parts == 1:
         return TopK(values, places)
     chosen = select_topk(values.view(n, -1), k)
@@ -133,7 +133,7 @@ def sum_rows(sums: Tensor, rows: Tensor, which: Tensor, weights: Tensor, starts:
     """
     d = rows.shape[-1]
     grid = (len(starts) - 1, triton.cdiv(d, _TILE_COLUMNS))
-    _sum_rows[grid](sums, totals, rows, which, weights, starts, d, ROWS=_TILE_ROWS, COLUMNS=_TILE_COLUMNS)
+    sum_rows_kernel[grid](sums, totals, rows, which, weights, starts, d, ROWS=_TILE_ROWS, COLUMNS=_TILE_COLUMNS)
     return sums
 
 
@@ -145,5 +145,5 @@ def multiply_rows(left: Tensor, right: Tensor, which: Tensor) -> Tensor:
     k, d = which.shape[-1], left.shape[-1]
     products = torch.empty(which.shape, dtype=torch.float32, device=left.device)
     grid = (which.numel() // k, triton.cdiv(k, _TILE_ROWS))
-    _multiply_rows[grid](products, left, right, which, k, d, ROWS=_TILE_ROWS, COLUMNS=_TILE_COLUMNS)
+    multiply_rows_kernel[grid](products, left, right, which, k, d, ROWS=_TILE_ROWS, COLUMNS=_TILE_COLUMNS)
     return products

@@ -8,7 +8,7 @@ from saeens_models.kernels.team import Team
 
 
 class Weights(NamedTuple):
-    """The weights of an SAE, or their gradients, in the order of memory."""
+    """The weights of an SAE, or their gradients, in their order in memory: W_enc is transposed, `[d_sae, d_in]`."""
 
     W_enc: Tensor
     """`[d_sae, d_in]`: feature by feature."""
@@ -21,7 +21,7 @@ class Weights(NamedTuple):
 
 
 class BatchLoss(NamedTuple):
-    """Loss of a batch, its gradients and its reconstruction."""
+    """Loss, gradients and reconstruction of a batch."""
 
     mse: Tensor
     """Scalar: squared error summed over d_in, mean over tokens."""

@@ -52,7 +52,7 @@ class _Codes(NamedTuple):
 class ConnectivityMetric:
     """Streaming metric for ``connectivity``: ``update(z)`` for each batch of codes, then ``compute()``.
 
-    Memory stays below ``memory_budget`` bytes, beside the batches themselves and some tens of megabytes of scratch memory:
+    Memory stays below ``memory_budget`` bytes, not counting the batches and some tens of megabytes of scratch memory:
 
     * The co-occurrence bits take ``m^2 / 16`` bytes (1.1 GB at m = 131072). If that is at most three quarters of the budget
       (``streaming_memory``), any number of tokens can be streamed; the rest is for a block of tokens, 64 MiB at m = 131072.
@@ -142,7 +142,10 @@ class ConnectivityMetric:
             )
 
     def _no_bits(self, strip: range) -> np.ndarray:
-        """Return zeros, uint64: for each group of 64 features, 64 rows of co-occurrence bits from their own group onwards."""
+        """Return co-occurrence bits of a strip of the matrix, all 0, as uint64.
+
+        Each group of 64 features has 64 rows, from its own group to the last: the matrix is symmetric.
+        """
         return np.zeros(sum(_WORD * (self._words - group) for group in strip), dtype=np.uint64)
 
     def _or_into(self, bits: np.ndarray, strip: range, codes: _Codes) -> None:
@@ -157,10 +160,11 @@ class ConnectivityMetric:
 
 
 @cache
-def _compiled() -> ModuleType | None:
+def compiled_loops() -> ModuleType | None:
+    """Return the module of compiled loops; None without numba, or without a numba for this Python or numpy."""
     try:
         from saeens_models.metrics import coactivation_compiled
-    except ImportError:  # no numba, or none for this Python or numpy
+    except ImportError:
         return None
     return coactivation_compiled
 
@@ -168,7 +172,7 @@ def _compiled() -> ModuleType | None:
 def _token_masks(feature: np.ndarray, start: np.ndarray, n_features: int) -> np.ndarray:
     """Return the features of each token as bits, uint64 [n_tokens, n_features / 64]."""
     masks = np.zeros((len(start) - 1, n_features // 8), dtype=np.uint8)
-    compiled = _compiled()
+    compiled = compiled_loops()
     if compiled is not None:
         compiled.set_bits(masks, feature, start)
         return masks.view(np.uint64)
@@ -182,7 +186,7 @@ def _token_masks(feature: np.ndarray, start: np.ndarray, n_features: int) -> np.
 
 
 def _or_masks(bits: np.ndarray, masks: np.ndarray, by_feature: csc_array, strip: range, n_tiles: int) -> None:
-    compiled = _compiled()
+    compiled = compiled_loops()
     if compiled is not None:
         edges = np.linspace(strip.start, masks.shape[1], n_tiles + 1).astype(np.int64).tolist()
 
@@ -229,7 +233,8 @@ def connectivity(z: Tensor | SparseCode | Iterable[Tensor | SparseCode], memory_
     ``ConnectivityMetric`` for ``memory_budget`` (bytes). A pair of features fires together if both are non-zero on at least one token; a
     feature that fires at all forms a pair with itself.
 
-    Raises ValueError for no tokens or batches of different widths, MemoryBudgetError for a budget that is too small.
+    Raises ValueError for no tokens, batches of different widths and values that are not finite, MemoryBudgetError for a budget that is
+    too small.
     """
     metric: ConnectivityMetric | None = None
     for batch in [z] if isinstance(z, Tensor | SparseCode) else z:

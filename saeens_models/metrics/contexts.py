@@ -18,7 +18,7 @@ _NEVER = -(2**30)  # the exponent of a feature that has not fired
 
 
 class FeatureContexts(NamedTuple):
-    """Contexts of every feature of a dictionary, in a text that is cut into windows."""
+    """Contexts of every feature of a dictionary: the places of a windowed text on which the feature is most active."""
 
     place: Tensor
     """int64 [n_features, n_contexts]: places of the largest activations, largest first; -1 if the feature fires in fewer windows."""

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 
 class DetectionScore(NamedTuple):
-    """Accuracy of predictions of a feature's activity on texts."""
+    """Accuracy of a language model's predictions: on which texts is a feature active?"""
 
     balanced_accuracy: float
     """Mean of the true positive rate and of 1 - false positive rate; 0.5 is chance, for any share of positive predictions."""

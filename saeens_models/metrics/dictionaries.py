@@ -78,7 +78,7 @@ def stability_of_prefixes(runs: Sequence[Sequence[Tensor]]) -> list[Stability]:
     """Return ``stability`` and ``stability_pairwise`` of the ensembles of the first n members, for n = 1 .. J.
 
     runs: at least two, each the dictionaries of its J members in order. Two members are compared once for all sizes.
-    Memory: J float32 numbers per feature and other run, beside a block of cosines.
+    Memory: J float32 numbers per feature and other run, and a block of cosines.
     """
     if len(runs) < 2:
         raise ValueError(f"stability compares runs and needs at least 2 dictionaries; got {len(runs)}")
@@ -166,8 +166,8 @@ class MemberMatches(NamedTuple):
 def matches_in_other_members(W_decs: Sequence[Tensor]) -> list[MemberMatches]:
     """Return, for each of at least two members, the nearest feature of each of its features in each other member.
 
-    W_decs: the members' dictionaries `[d_sae, d_in]` in order. Two members are compared once. Memory: 12 J bytes per feature, beside a
-    block of cosines and the unit rows.
+    W_decs: the members' dictionaries `[d_sae, d_in]` in order. Two members are compared once. Memory: 12 J bytes per feature, a block
+    of cosines, and the unit rows.
     """
     if len(W_decs) < 2:
         raise ValueError(f"there is no other member to compare with: got {len(W_decs)} dictionaries")
@@ -191,7 +191,7 @@ def nearest_in_other_runs(runs: Sequence[Sequence[Tensor]]) -> list[NearestInOth
     """Return, for each of at least two runs, the nearest feature of each of its features in the other runs; the first of equals.
 
     runs: for each run the dictionaries of its members `[d_sae, d_in]` in order; sizes may differ. Two members are compared once. Memory: 12
-    bytes per feature and member of any run, beside a block of cosines and the unit rows.
+    bytes per feature and member of any run, a block of cosines, and the unit rows.
     """
     if len(runs) < 2:
         raise ValueError(f"there is no other run to compare with: got {len(runs)} dictionaries")
@@ -214,7 +214,7 @@ class MemberComparison(NamedTuple):
 def compare_members(W_decs: Sequence[Tensor], threshold: float = 0.7) -> MemberComparison:
     """Compute ``diversity`` at every size and ``mean_max_cosine`` of every member, comparing each two members once.
 
-    W_decs: the members' dictionaries `[d_sae, d_in]` in order. Memory: J float32 numbers per feature, beside a block of cosines.
+    W_decs: the members' dictionaries `[d_sae, d_in]` in order. Memory: J float32 numbers per feature, and a block of cosines.
     """
     best = _best_of_pairs(W_decs, combinations(range(len(W_decs)), 2))
     cosines = [of_member.amax(0).double().mean().item() for of_member in best] if len(best) > 1 else None
@@ -233,7 +233,7 @@ def _unit_dictionaries(W_decs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _pairs_of_runs(runs: Sequence[Sequence[Tensor]]) -> Iterator[tuple[int, int]]:
-    """Yield all pairs of members of different runs, as positions among the members of all runs."""
+    """Yield the pairs of members of different runs. A member is a position in the concatenated list of all runs' members."""
     run_of = [run for run, members in enumerate(runs) for _ in members]
     return ((i, j) for i, j in combinations(range(len(run_of)), 2) if run_of[i] != run_of[j])
 

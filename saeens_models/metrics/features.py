@@ -80,7 +80,8 @@ class MostActive(NamedTuple):
     def merge_into(self, tops: Sequence[Tensor], entries: Sequence[Tensor]) -> None:
         """Merge these entries into earlier ones, in place.
 
-        ``tops`` `[n_features, n_top, ...]` and ``entries`` `[e, ...]`: values, -inf where a feature has none, and what belongs to them.
+        ``tops`` `[n_features, n_top, ...]` and ``entries`` `[e, ...]`: first the values, -inf if a feature has fewer than n_top, then other
+        fields of the same entries.
         """
         both = []
         for top, of_entries in zip(tops, entries, strict=True):

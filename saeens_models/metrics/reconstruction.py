@@ -82,7 +82,7 @@ class Moments:
 class ReconstructionMetric:
     """Streaming metric for ``reconstruction``: ``update(x, x_hat)`` for each batch, then ``compute()``.
 
-    Keeps one float64 vector of length d_in beside the ``Moments`` of x, for any number of tokens. Metrics of several reconstructions of
+    Keeps one float64 vector of length d_in and the ``Moments`` of x, for any number of tokens. Metrics of several reconstructions of
     the same x can share ``moments``: the caller then updates the moments with each batch of x, once and before the metrics.
     """
 

@@ -59,9 +59,12 @@ class SparsityMetric:
 
 
 def check_code(z: Tensor | SparseCode, n_features: int) -> None:
-    """Raise ValueError unless z is a code `[n, n_features]`."""
+    """Raise ValueError unless z is a code `[n, n_features]` of finite values: NaN is neither active nor inactive."""
     if len(z.shape) != 2 or z.shape[1] != n_features:
         raise ValueError(f"feature activations must be [n, {n_features}]; got {list(z.shape)}")
+    values = z.value if isinstance(z, SparseCode) else z
+    if values.is_floating_point() and values.numel() and not all(extreme.isfinite() for extreme in values.detach().aminmax()):
+        raise ValueError("feature activations hold values that are not finite: check the SAE's weights and the activations")
 
 
 def sparsity(z: Tensor | SparseCode | Iterable[Tensor | SparseCode]) -> Sparsity:

@@ -81,7 +81,7 @@ def detect_concepts(pooled: PooledTexts, probes: Sequence[ConceptProbe]) -> list
     """Return the scores of every dictionary for each probe.
 
     Probes have 1, 2 and 5 features, and for n members also n times as many, up to the number of features; for the activations also all
-    dimensions. Bagging is also scored with scaled codes. Memory beside that of ``pooled``: two numbers per column and probe, and the
+    dimensions. Bagging is also scored with scaled codes. Memory in addition to ``pooled``: two numbers per column and probe, and the
     values of the probes' features.
     """
     if not probes:

@@ -110,7 +110,7 @@ class PooledTexts:
         return sums.cpu() / torch.tensor([[len(group)] for group in groups])
 
     def select(self, wanted: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
-        """Return, for each pair of texts int64 `[n]` and columns int64 `[m]`, their values, float32 `[n, m]` on the CPU."""
+        """Return pooled values, float32 `[n, m]` on the CPU, for each pair of text numbers int64 `[n]` and columns int64 `[m]`."""
         found = [torch.empty(len(texts), len(columns)) for texts, columns in wanted]
         for first, values in self:
             for result, (texts, columns) in zip(found, wanted, strict=True):

@@ -109,7 +109,7 @@ def remove_correlations(pooled: PooledTexts, tasks: Sequence[CorrelationTask], s
     """Return the scores of every dictionary for each task, in both directions.
 
     ``N_ABLATED`` features are zeroed, and for ensembles also n_members times as many, up to the number of features. Codes are scaled as in
-    the ensemble's reconstruction. ``seed`` decides the probes' initial weights and the order of texts. Memory beside that of ``pooled``:
+    the ensemble's reconstruction. ``seed`` decides the probes' initial weights and the order of texts. Memory in addition to ``pooled``:
     eight numbers per column and task, and a logit per test text and score.
     """
     if not tasks:
@@ -190,7 +190,7 @@ class _Ablation(NamedTuple):
 
 
 class _Ablations:
-    """All ablations of one task.
+    """The ablations of one task: codes with features zeroed, and their scores.
 
     means: float64 `[4, n_columns]`, of the balanced training texts by quadrant; x: `[6 q, d_in]` of the training and of the test texts.
     """

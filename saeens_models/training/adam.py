@@ -51,7 +51,10 @@ class Adam:
             _normalise_rows(sae.W_dec)
 
     def step(self, learning_rate: float, team: Team | None = None) -> None:
-        """Move the weights along their gradients, the parameters' ``grad``."""
+        """Update the weights with their gradients, which are in the parameters' ``grad``.
+
+        ``team``: CPU threads for a compiled step; None: a step in torch.
+        """
         self.steps += 1
         if team is None:
             self.set_counts()
@@ -73,7 +76,11 @@ class Adam:
 
     @torch.no_grad()
     def move(self, learning_rate: float | Tensor) -> None:
-        """Move the weights with torch. With a learning rate on the device, all that varies between steps is read from device memory."""
+        """Update the weights with torch, without a new step number.
+
+        A CUDA graph can record the update if the learning rate is a tensor on the device: all values that change from step to step are
+        then in device memory.
+        """
         gradients = self._gradients()
         W_dec, training = self._weights["W_dec"], self._training
         if training.unit_norm_decoder:

@@ -20,10 +20,10 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from saeens_models.architectures import SAEConfig
+from saeens_models.architectures.saelens_format import write_safetensors
 from saeens_models.training.config import TrainingConfig
 from saeens_models.training.signals import hold_signals
 from saeens_models.training.trainer import CurvePoint, NonFiniteLossError, SAETrainer
@@ -50,7 +50,7 @@ class SeekableBatches(Protocol):
         ...
 
     def starting_at(self, step: int) -> Iterator[Tensor]:
-        """Yield all but the first ``step`` batches, with the same values as from ``__iter__``."""
+        """Yield the batches after the first ``step``, with the same values as from ``__iter__``."""
         ...
 
 
@@ -84,8 +84,8 @@ class Checkpoints:
 
     An SAE resumes only with the same configuration, training and entry of ``recipes``, one per SAE: a string for everything else that
     decides its result, above all the stream, which is not in the file. SAEs do not depend on those that are trained with them, so some of
-    the SAEs in the file can resume alone; if one SAE is not in the file, all start anew. A file that does not fit, or is damaged, is
-    logged and removed.
+    the SAEs in the file can resume alone; if one SAE is not in the file, all start from the beginning. A file that does not
+    fit, or is damaged, is logged and removed.
 
     ``others``: recipes of SAEs that are not trained now and may resume later. While the file holds one of them, it is neither written nor
     removed, and this training writes no checkpoint.
@@ -137,7 +137,7 @@ class Checkpoints:
                 logger.info("%s is kept for other SAEs that resume from it later; until then no other checkpoint is written", self.file)
             if len(chosen) < len(self._keys):
                 if not self._is_of_others:
-                    logger.warning("%s is a checkpoint of other SAEs: it is removed, and training starts anew", self.file)
+                    logger.warning("%s is a checkpoint of other SAEs: it is removed, and training starts from the beginning", self.file)
                     self.remove()
                 return None
             *points, last = [[CurvePoint(*observed[number]) for number in chosen] for observed in (*record["points"], record["last"])]
@@ -145,12 +145,12 @@ class Checkpoints:
             state = TrainingState(record["steps"], record["tokens"], record["largest_batch"], points, last, of_saes)
             self.resumed_at_tokens, self.seconds_before = [*record["resumed_at_tokens"], state.tokens], record["seconds"]
         except Exception as error:  # only this module writes the file: with any error in reading it is damaged
-            logger.warning("%s is damaged: it is removed, and training starts anew (%s)", self.file, error)
+            logger.warning("%s is damaged: it is removed, and training starts from the beginning (%s)", self.file, error)
             self._is_of_others = False
             self.remove()
             return None
         self.tokens = state.tokens
-        logger.info("training goes on from %s, after step %d and %d tokens", self.file, state.steps, state.tokens)
+        logger.info("training resumes from %s, after step %d and %d tokens", self.file, state.steps, state.tokens)
         return state
 
     @property
@@ -228,7 +228,7 @@ def writing(checkpoints: Checkpoints | None) -> Iterator[WriteIfDue]:
 
 
 def batches_from(batches: Iterable[Tensor], step: int) -> Iterator[Tensor]:
-    """Return all but the first ``step`` batches: a seekable stream skips them, another one is read and dropped."""
+    """Return the batches after the first ``step``: a seekable stream skips them, another one is read and dropped."""
     if step and isinstance(batches, SeekableBatches):
         return batches.starting_at(step)
     return islice(batches, step, None)
@@ -250,7 +250,7 @@ def _write(file: Path, record: Mapping[str, Any], tensors: dict[str, Tensor]) ->
     aside = _aside(file)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, aside, {_METADATA: text, _CHECKSUM: str(_checksum(text, tensors))})
+        write_safetensors(tensors, aside, {_METADATA: text, _CHECKSUM: str(_checksum(text, tensors))})
         _flush(aside)
         aside.replace(file)
         _flush(file.parent)

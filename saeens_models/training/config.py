@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
+MOST_TOKENS_UNTIL_DEAD = 10_000_000
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -37,8 +38,9 @@ class TrainingConfig(BaseModel):
     """Largest norm of all gradients of an SAE together; None does not clip."""
     unit_norm_decoder: bool = True
     """Keep decoder rows at norm 1: rows are normalised after each step, and the gradient's part along a row is removed before it."""
-    dead_after_tokens: PositiveInt = 10_000_000
-    """A feature that has not fired for more tokens than this is dead (Gao et al. 2024)."""
+    dead_after_tokens: PositiveInt | None = None
+    """A feature that has not fired for more tokens than this is dead. None: a tenth of ``total_tokens``, at most 10 million (Gao et al.
+    2024), and 10 million without ``total_tokens``."""
     normalize_activations: Literal["none", "expected_average_only_in"] = "none"
     """``expected_average_only_in``: train on ``input_scale * x``, whose mean norm is sqrt(d_in). Trained SAEs take ``x`` in both cases."""
     input_scale: PositiveFloat | None = None
@@ -53,6 +55,13 @@ class TrainingConfig(BaseModel):
         if self.normalize_activations == "none" and self.input_scale not in (None, 1.0):
             raise ValueError(f"input_scale = {self.input_scale} is not used with normalize_activations = none")
         return self
+
+    @property
+    def dead_after(self) -> int:
+        """Value of ``dead_after_tokens``, or its default for this length of training."""
+        if self.dead_after_tokens is not None:
+            return self.dead_after_tokens
+        return MOST_TOKENS_UNTIL_DEAD if self.total_tokens is None else min(max(self.total_tokens // 10, 1), MOST_TOKENS_UNTIL_DEAD)
 
     def check_input_is_known(self, d_in: int) -> None:
         """Raise ``ValueError`` if a required ``total_tokens`` or ``input_scale`` is missing, or if ``input_mean`` is not `[d_in]`."""

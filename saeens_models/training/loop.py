@@ -1,13 +1,16 @@
 """Train several SAEs on one stream of activations."""
 
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from itertools import islice
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from saeens_models.architectures import SAE, SAEConfig
+from saeens_models.architectures import SAE, SAEConfig, sae_class
 from saeens_models.kernels import Team, cpu_team
 from saeens_models.training.checkpoints import Checkpoints, TrainingState, batches_from, writing
 from saeens_models.training.config import TrainingConfig
@@ -18,6 +21,7 @@ _OBSERVATIONS, _STEPS_PER_OBSERVATION = 200, 4
 """Observations per training, and fewest steps between two: an observation of a small SAE takes a tenth of the time of a step."""
 _STEPS_PER_OBSERVATION_OF_UNKNOWN_LENGTH = 100
 _KEPT_OF_MEAN_NORM = 0.9
+_TOO_LATE = "it would have to be silent for {:,} tokens, and training takes {:,}; lower dead_after_tokens, or give total_tokens alone"
 _UNIT_NORM_TOLERANCE = 1e-3
 _ENTRIES_FOR_ONE_THREAD = 2**20
 """Entries of W_enc up to which one SAE per thread is faster than one SAE on all threads."""
@@ -27,6 +31,10 @@ one SAE of this size takes an H200 about as long as its launches, a little under
 copy of their weights in every step."""
 _GRAPHS_ON = {"cuda"}
 """Device types on which steps of SAEs up to that size are launched as a graph."""
+
+
+_CALIBRATION_BATCHES, _ROWS_PER_CALIBRATION_BATCH = 16, 1024
+"""Batches at the end of the stream, and rows of each, on which SAEs are calibrated."""
 
 
 def train(
@@ -75,6 +83,7 @@ def train_boosting_concurrently(
     training: TrainingConfig,
     observe: Callable[[Sequence[CurvePoint]], None] | None = None,
     *,
+    boosting_scale: Literal["shared", "per_round"] = "shared",
     checkpoints: Checkpoints | None = None,
     micro_batch_tokens: int | None = None,
 ) -> list[SAE]:
@@ -85,14 +94,15 @@ def train_boosting_concurrently(
     :func:`train` on the residuals of finished rounds. Here later rounds start on residuals that still change: this costs a little
     explained variance, and saves storing or recomputing the residuals.
 
-    ``training.input_scale`` and ``input_mean`` describe the input of round 1. Those of the residuals are not known in advance: in later
-    rounds b_dec starts at 0, and with normalisation the input is scaled by ``sqrt(d_in)`` over a running mean of the residual's norm, to
-    which each batch contributes 0.1. The last scale is folded into the SAE.
+    ``training.input_scale`` and ``input_mean`` describe the input of round 1. The mean of the residuals is not known in advance: in later
+    rounds b_dec starts at 0. With normalisation all rounds share ``input_scale``, so that a sparsity coefficient means the same in each.
+    With ``boosting_scale="per_round"`` the input of later rounds is scaled by ``sqrt(d_in)`` over a running mean of the residual's norm,
+    to which each batch contributes 0.1; the last scale is folded into the SAE.
 
     A round depends on earlier rounds only; the first is bit for bit the SAE that :func:`train` returns. Other arguments and errors are
     those of :func:`train`.
     """
-    later = training.model_copy(update={"input_mean": None})
+    later = training.model_copy(update={"input_mean": None} | ({"input_scale": None} if boosting_scale == "per_round" else {}))
     decisive = [configs[:number] for number in range(1, len(configs) + 1)]
     trainings = [training, *[later] * (len(configs) - 1)]
     return _train(decisive, trainings, batches, _step_concurrent_rounds, observe, checkpoints, micro_batch_tokens)
@@ -110,7 +120,8 @@ def _train(  # noqa: PLR0917 - the arguments of `train`
 ) -> list[SAE]:
     """Train one SAE for each entry of ``decisive``: the configurations that decide its result, its own last.
 
-    ``trainings`` differ in ``input_mean`` only.
+    ``trainings`` differ in ``input_mean`` and ``input_scale`` only. A training that resumes reads the batches before the checkpoint again
+    that SAEs are calibrated on.
     """
     configs = [each[-1] for each in decisive]
     training = _validated(configs, trainings)
@@ -121,16 +132,18 @@ def _train(  # noqa: PLR0917 - the arguments of `train`
             observe(observation)
     observed = _observations_due(n_steps, n_tokens, training.total_tokens)
     finished = training.total_tokens is not None and n_tokens >= training.total_tokens
+    calibrates = any(sae_class(config.architecture).calibrates for config in configs)
+    n_again = min(n_steps, _CALIBRATION_BATCHES) if calibrates else 0
+    stream = iter(batches_from(batches, n_steps - n_again))
+    rows = deque(map(_calibration_rows, islice(stream, n_again)), maxlen=_CALIBRATION_BATCHES)
     trainers: list[SAETrainer] = []
     with writing(checkpoints) as write_if_due:
         with ExitStack() as stack:
-            for batch in () if finished else batches_from(batches, n_steps):
+            for batch in () if finished else stream:
                 n_steps += 1
                 x = _scaled_input(batch, configs[0].d_in, training.input_scale or 1.0, n_steps)
                 if not trainers:
-                    if x.is_cpu:
-                        for architecture in sorted({config.architecture for config in configs}):
-                            load_kernels(architecture)
+                    _load_kernels(configs, x)
                     team = stack.enter_context(cpu_team(x.device))
                     starts = initial or [None] * len(configs)
                     trainers = [
@@ -139,6 +152,8 @@ def _train(  # noqa: PLR0917 - the arguments of `train`
                     ]
                     _restore(trainers, state)
                 step(trainers, x)
+                if calibrates:
+                    rows.append(_calibration_rows(batch))
                 n_tokens += len(x)
                 largest_batch = max(largest_batch, len(x))
                 finished = training.total_tokens is not None and n_tokens >= training.total_tokens
@@ -154,13 +169,32 @@ def _train(  # noqa: PLR0917 - the arguments of `train`
             _restore(trainers, state)
         if not trainers:
             raise ValueError("nothing to train on: batches is empty")
-        if training.total_tokens is not None and n_tokens + largest_batch <= training.total_tokens:
-            warnings.warn(
-                f"the stream ended after {n_tokens} of total_tokens = {training.total_tokens}: schedules did not finish", stacklevel=3
-            )
+        _check_length(configs, training, n_tokens, largest_batch)
         if observe is not None:
             observe(_curve_points(trainers))
-        return [trainer.finish() for trainer in trainers]
+        saes = [trainer.finish() for trainer in trainers]
+        _calibrate(saes, rows, rounds=len(decisive[-1]) > 1)
+        return saes
+
+
+def _load_kernels(configs: Sequence[SAEConfig], x: Tensor) -> None:
+    if x.is_cpu:
+        for architecture in sorted({config.architecture for config in configs}):
+            load_kernels(architecture)
+
+
+def _calibration_rows(batch: Tensor) -> Tensor:
+    return batch[:_ROWS_PER_CALIBRATION_BATCH].to(torch.float32, copy=True)
+
+
+@torch.no_grad()
+def _calibrate(saes: Sequence[SAE], rows: Iterable[Tensor], rounds: bool) -> None:
+    """Calibrate finished SAEs on unscaled rows; boosting rounds on what the earlier rounds leave of them."""
+    parts = [part.to(saes[0].b_dec.device) for part in rows]
+    for number, sae in enumerate(saes):
+        sae.calibrate(parts)
+        if rounds and number + 1 < len(saes):
+            parts = [part - sae(part) for part in parts]
 
 
 def _validated(configs: Sequence[SAEConfig], trainings: Sequence[TrainingConfig]) -> TrainingConfig:
@@ -170,7 +204,21 @@ def _validated(configs: Sequence[SAEConfig], trainings: Sequence[TrainingConfig]
     if any(config.d_in != configs[0].d_in for config in configs):
         raise ValueError(f"SAEs on one stream have one d_in; found {sorted({config.d_in for config in configs})}")
     trainings[0].check_input_is_known(configs[0].d_in)
+    total_tokens, dead_after = trainings[0].total_tokens, trainings[0].dead_after
+    if total_tokens is not None and dead_after >= total_tokens:
+        warnings.warn(f"no feature can be called dead or be revived: {_TOO_LATE.format(dead_after, total_tokens)}", stacklevel=4)
     return trainings[0]
+
+
+def _check_length(configs: Sequence[SAEConfig], training: TrainingConfig, n_tokens: int, largest_batch: int) -> None:
+    """Warn if the stream was too short for the schedules, or for a feature to be called dead."""
+    if training.total_tokens is not None and n_tokens + largest_batch <= training.total_tokens:
+        warnings.warn(
+            f"the stream ended after {n_tokens} of total_tokens = {training.total_tokens}: schedules did not finish", stacklevel=4
+        )
+    revives = any(getattr(config, "aux_loss_coefficient", 0) > 0 for config in configs)
+    if training.total_tokens is None and revives and n_tokens <= training.dead_after:
+        warnings.warn(f"no feature was called dead or revived: {_TOO_LATE.format(training.dead_after, n_tokens)}", stacklevel=4)
 
 
 def _check_initial(configs: Sequence[SAEConfig], initial: Sequence[SAE | None] | None, training: TrainingConfig) -> None:
@@ -233,18 +281,17 @@ def _curve_points(trainers: Sequence[SAETrainer], team: Team | None = None) -> l
 
 
 def _step_concurrent_rounds(trainers: Sequence[SAETrainer], x: Tensor) -> None:
-    """Take the steps of boosting rounds, each on the residual of the round before."""
-    normalises = trainers[0].training.normalize_activations != "none"
+    """Take the steps of boosting rounds, each on the residual of the round before, in the scale of the first or in one of its own."""
     scale: float | Tensor = trainers[0].input_scale
-    for number, trainer in enumerate(trainers):
-        if number > 0 and normalises:
+    for trainer in trainers:
+        if trainer.training.normalize_activations != "none" and trainer.training.input_scale is None:
             before, scale = scale, _follow_norm(trainer, x, scale)
             x = x * (scale / before)
         x = x - trainer.step(x).x_hat
 
 
 def _follow_norm(trainer: SAETrainer, x: Tensor, scale: float | Tensor) -> Tensor:
-    """Return the scale that brings this round's residual to mean norm sqrt(d_in), given the residual in another scale.
+    """Return the scale that gives this round's residual the mean norm sqrt(d_in). ``x`` is the residual times ``scale``.
 
     The result stays on the device.
     """
@@ -261,7 +308,7 @@ def _observations_due(n_steps: int, n_tokens: int, total_tokens: int | None) -> 
 
 
 def _scaled_input(batch: Tensor, d_in: int, scale: float, step: int) -> Tensor:
-    """Return the batch in float32, scaled. Always a new, contiguous tensor: results must not depend on the batch's memory layout."""
+    """Return the scaled batch in float32, as a new, contiguous tensor: results must not depend on the batch's memory layout."""
     if batch.ndim != 2 or batch.shape[1] != d_in or len(batch) == 0:
         raise ValueError(f"batch {step} has shape {list(batch.shape)}, expected [n, {d_in}] (d_in) with n > 0")
     if not batch.is_floating_point():

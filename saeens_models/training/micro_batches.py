@@ -14,7 +14,7 @@ def backpropagate(
 
     The objective is the same up to rounding. Losses are means over tokens, so losses and gradients of the parts are weighted by their
     tokens. If a token's loss depends on the rest of the batch, as BatchTopK's does, the architecture sees all parts first
-    (``batch_in_parts``). Memory beside that of a part: one tensor of the size of each weight.
+    (``batch_in_parts``). Memory in addition to that of a part: one tensor of the size of each weight.
     """
     if micro_batch_tokens is None or len(x) <= micro_batch_tokens:
         return sae.backpropagate(x, dead_mask, sparsity_scale, team)

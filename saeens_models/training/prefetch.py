@@ -1,4 +1,4 @@
-"""Copies of batches to the training device, made while the device works on the batch before."""
+"""Copies of batches to the training device, concurrent with the work on the batch before."""
 
 from collections.abc import Generator, Iterable
 from contextlib import closing, nullcontext

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, held back until a step is complete."""
+"""Delayed delivery of Ctrl-C and SIGTERM: signals wait until a step is complete."""
 
 import signal
 import threading
@@ -11,7 +11,7 @@ _ENDING = (signal.SIGINT, signal.SIGTERM)
 
 
 class HeldSignals:
-    """The signals that :func:`hold_signals` holds back."""
+    """Signals that :func:`hold_signals` delays."""
 
     def __init__(self) -> None:
         self._handlers: dict[int, Any] = {}
@@ -19,7 +19,7 @@ class HeldSignals:
 
     @property
     def pending(self) -> bool:
-        """A signal was received and not delivered yet."""
+        """True if a signal was received and is not delivered yet."""
         return self._came is not None
 
     def deliver(self) -> None:
@@ -48,7 +48,7 @@ class HeldSignals:
 
 @contextmanager
 def hold_signals() -> Iterator[HeldSignals]:
-    """Hold Ctrl-C and SIGTERM back until ``deliver`` is called or the context ends without an error.
+    """Delay Ctrl-C and SIGTERM until ``deliver`` is called or the context ends without an error.
 
     A second signal is delivered at once. Python handles signals on the main thread only: on other threads this does nothing.
     """

@@ -114,7 +114,7 @@ class _RecordedStep:
             trainer.sae.apply_constraints()
 
     def replay(self, x: Tensor) -> None:
-        """Repeat the work for the last counted step, on ``x``."""
+        """Run the recorded training step on ``x``, with the trainers' learning rate and step number."""
         self.x.copy_(x)
         self._learning_rate.fill_(self._trainers[0].learning_rate)
         for trainer in self._trainers:
@@ -131,7 +131,7 @@ class _RecordedStep:
 
 def _any_dead(trainers: Sequence[SAETrainer]) -> bool:
     """Return True if a feature of any SAE is dead. Waits for the device only if enough tokens were seen for that."""
-    if all(trainer.tokens <= trainer.training.dead_after_tokens for trainer in trainers):
+    if all(trainer.tokens <= trainer.training.dead_after for trainer in trainers):
         return False
     return bool(torch.stack([trainer.dead_mask.any() for trainer in trainers]).any())
 

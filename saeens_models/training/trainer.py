@@ -118,8 +118,8 @@ class SAETrainer:
 
     @property
     def dead_mask(self) -> Tensor:
-        """Mask of the features that have not fired for more than ``dead_after_tokens`` tokens, `[d_sae]`."""
-        return self.tokens - self.last_fired > self.training.dead_after_tokens
+        """Mask of the features that have not fired for more than ``training.dead_after`` tokens, `[d_sae]`."""
+        return self.tokens - self.last_fired > self.training.dead_after
 
     def step(self, x: Tensor) -> Objective:
         """Train on one batch of scaled activations `[n, d_in]`, and return the objective of the weights before the step.
@@ -193,7 +193,7 @@ class SAETrainer:
             self.check_losses()
 
     def state(self) -> dict[str, Tensor]:
-        """Return the tensors that a step changes, by name, without copying. The rest of the state is in :meth:`curve_point`."""
+        """Return the tensors of the training state by name, without copies: weights, moments, last firing. Numbers: :meth:`curve_point`."""
         adam = self.optimiser
         groups = {"weight": self.sae.state_dict(), "mean": adam.means, "square": adam.squares}
         state = {f"{group}.{name}": tensor.detach() for group, tensors in groups.items() for name, tensor in tensors.items()}

@@ -23,7 +23,7 @@ class Baseline(NamedTuple):
 
 
 def baselines_of(experiment: ExperimentSettings) -> Iterator[Baseline]:
-    """Give the baselines of an experiment in the order of its file. Baselines with equal targets are the same SAE."""
+    """Yield the baselines of an experiment in the order of its file. Baselines with equal targets are the same SAE."""
     size = experiment.ensemble.members
     for method in experiment.baselines:
         target = partial(Target, "baseline", training=experiment.baseline_training.get(method, {}))

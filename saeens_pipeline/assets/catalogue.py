@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-from saeens_pipeline.assets.tables import complaint_about
+from saeens_pipeline.assets import tables  # noqa: F401  # registers them
+from saeens_pipeline.assets.registry import complaint_about
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.settings import ExperimentSettings, SourceSettings
 from saeens_pipeline.settings.controls import controls_of
@@ -82,6 +83,13 @@ class Experiments:
         if own:
             raise ConfigurationError("\n".join([*own, f"experiment {name!r} is left out for this; {others}"]))
         raise ConfigurationError("\n".join([f"there is no experiment {name!r}; {others}", *self.broken.values()]))
+
+    def source(self, name: str) -> SourceSettings:
+        """Return the source of this name. Raises ConfigurationError, with the known names and the broken files, for another name."""
+        if name not in self.sources:
+            message = f"there is no source {name!r}; there are: {', '.join(sorted(self.sources)) or 'none'}"
+            raise ConfigurationError("\n".join([message, *self.broken.values()]))
+        return self.sources[name]
 
     def named(self, name: str) -> list[ExperimentSettings]:
         """Return the experiment of this name or, for a sweep, all its experiments. Raises as `experiment`."""

@@ -58,8 +58,7 @@ class Compute:
 
         Raises ConfigurationError for a device that this machine does not have.
         """
-        import torch
-
+        torch = _torch()
         if self.device == "auto":
             return "cuda" if torch.cuda.is_available() else "cpu"
         available = ["cpu", *(["cuda"] if torch.cuda.is_available() else []), *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
@@ -71,8 +70,7 @@ class Compute:
     @contextlib.contextmanager
     def in_use(self, root: Path) -> Iterator[None]:
         """Set the number of threads inside and, with several GPUs, use one that no other process below `root` uses."""
-        import torch
-
+        torch = _torch()
         threads = torch.get_num_threads()
         torch.set_num_threads(self.threads or threads)
         try:
@@ -88,8 +86,7 @@ class Compute:
     @contextlib.contextmanager
     def training_precision(self) -> Iterator[None]:
         """Set the precision of float32 matrix products inside. For training only: residuals and evaluations stay exact."""
-        import torch
-
+        torch = _torch()
         before, device = torch.get_float32_matmul_precision(), self.resolve()
         in_bfloat16 = self.precision == "bfloat16" and device.startswith("cuda")  # on CUDA, torch's own setting stops at TF32
         torch.set_float32_matmul_precision(_PRECISIONS[self.precision])
@@ -101,9 +98,8 @@ class Compute:
 
     @contextlib.contextmanager
     def measure(self) -> Iterator[Measurement]:
-        """Measure time, peak memory and energy of the work inside. Memory is that of the GPU or, without one, of this process (Linux)."""
-        import torch
-
+        """Measure time, peak memory and energy of the `with` block. Memory is that of the GPU or, without one, of this process (Linux)."""
+        torch = _torch()
         device = self.resolve()
         on_gpu = device.startswith("cuda")
         if on_gpu:
@@ -121,8 +117,7 @@ class Compute:
 
     def describe(self) -> dict[str, Any]:
         """Return device, precision, versions and date, for records."""
-        import torch
-
+        torch = _torch()
         device, name = self.resolve(), f"{platform.machine()}, {self.threads or torch.get_num_threads()} threads"
         if device.startswith("cuda"):
             name = torch.cuda.get_device_name(device)
@@ -133,8 +128,20 @@ class Compute:
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         }
 
+    def gpu(self) -> tuple[str, int] | None:
+        """Return name and bytes of memory of the GPU in use; None without one."""
+        cuda, device = _torch().cuda, self.resolve()
+        return (cuda.get_device_name(device), cuda.get_device_properties(device).total_memory) if device.startswith("cuda") else None
+
 
 _PRECISIONS = {"float32": "highest", "tf32": "high", "bfloat16": "medium"}  # PyTorch's names for the precision of float32 matrix products
+
+
+def _torch():
+    """Return torch, which declarations must not load."""
+    import torch
+
+    return torch
 
 
 def _number(name: str, kind: type[int] | type[float]) -> Any:
@@ -152,8 +159,7 @@ def _energy_joules(device: str) -> float | None:
     """Return the energy that an NVIDIA GPU has used since its driver was loaded; None without NVML or its Python binding."""
     if not device.startswith("cuda"):
         return None
-    import torch
-
+    torch = _torch()
     try:
         import pynvml  # pyright: ignore[reportMissingImports]
 
@@ -167,17 +173,21 @@ def _energy_joules(device: str) -> float | None:
 @cache
 def _versions() -> dict[str, str]:
     packages = ("saeens", "torch", "transformers", "zarr", "dagster")
-    versions = {"python": platform.python_version(), **{package: version(package) for package in packages}, "commit": _commit()}
+    versions = {
+        "python": platform.python_version(),
+        **{package: version(package) for package in packages},
+        "commit": checked_out_commit(PROJECT_ROOT),
+    }
     return {name: value for name, value in versions.items() if value}
 
 
-def _commit() -> str | None:
-    """Return the git commit of this checkout, with `+` for changed files; None without a checkout or git."""
+def checked_out_commit(folder: Path) -> str | None:
+    """Return the git commit of the checkout in a folder, with `+` for changed files; None without a checkout or git."""
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", str(PROJECT_ROOT), *arguments], check=True, capture_output=True, text=True, timeout=10).stdout
+        return subprocess.run(["git", "-C", str(folder), *arguments], check=True, capture_output=True, text=True, timeout=10).stdout
 
-    if not (PROJECT_ROOT / ".git").exists():
+    if not (folder / ".git").exists():
         return None
     try:
         changed = git("status", "--porcelain", "--untracked-files=no")

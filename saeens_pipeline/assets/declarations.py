@@ -1,4 +1,4 @@
-"""Declarations of artefacts and of the ops that make them. Recipes, cache hits, staleness, assets and lineage are derived from them."""
+"""Declarations of artefacts and of the ops that compute them. Recipes, cache hits, staleness, assets and lineage are derived from them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from saeens_pipeline.assets.compute import Compute
+from saeens_pipeline.language_models.descriptions import LanguageModelDescription
 from saeens_pipeline.settings.experiments import CheckSettings, ExperimentSettings
 from saeens_pipeline.settings.files import recorded_file
 from saeens_pipeline.storage.names import Address, Kind, Partition
@@ -67,8 +68,8 @@ class Declaration(Reference):
     partition_settings: Callable[[Partition], Mapping[str, Any]] = field(default=lambda partition: {})
     """Settings that depend on the partition, such as seeds."""
     unavailable: Callable[[], Mapping[str, Any]] = field(default=dict)
-    """Return what this machine lacks, such as an endpoint, as settings of the recipe. An artefact made without it is stale once nothing is
-    lacking; an artefact made with everything stays a cache hit."""
+    """Return the missing parts of this machine, such as an endpoint, as settings of the recipe. An artefact computed without a part is
+    stale once no part is missing; an artefact computed with all parts stays a cache hit."""
     kinds: frozenset[str] = frozenset()
     tags: Mapping[str, str] = field(default_factory=dict)
     experiment_file: str = ""
@@ -80,7 +81,7 @@ class Declaration(Reference):
         return digest([self.builder, self.version, dict(self.settings)])
 
     def input_partitions(self, partition: Partition, *, optional: bool = False) -> Iterator[tuple[str, Reference, Partition]]:
-        """Give name, artefact and partition of the recipe's inputs: the required ones or, with `optional`, the optional ones.
+        """Yield name, artefact and partition of the recipe's inputs: the required ones or, with `optional`, the optional ones.
 
         An artefact that compares seeds has one input for each seed.
         """
@@ -97,7 +98,7 @@ class Declaration(Reference):
                 yield ", ".join(filter(None, (each.name, label))), each.artefact, where
 
     def optional_inputs(self, store: Store, partition: Partition) -> Iterator[tuple[str, Declaration | Reference, Partition, Artefact]]:
-        """Give the optional inputs that are intact on disk: name, artefact, partition and record.
+        """Yield the optional inputs that are intact on disk: name, artefact, partition and record.
 
         An artefact without partitions has all partitions of its inputs as inputs, if their seeds are still declared.
         """
@@ -113,6 +114,23 @@ class Declaration(Reference):
                     artefact = store.find(each.artefact.address, where)
                     if artefact:
                         yield f"{each.name}, {where}", each.artefact, where, artefact
+
+    def all_inputs(self, store: Store, partition: Partition) -> Iterator[tuple[str, Reference, Partition]]:
+        """Yield name, artefact and partition of the recipe's inputs, required ones and optional ones on disk."""
+        yield from self.input_partitions(partition)
+        yield from ((name, artefact, where) for name, artefact, where, _ in self.optional_inputs(store, partition))
+
+    def ancestors(self, partition: Partition) -> set[tuple[Address, Partition]]:
+        """Return address and partition of all required inputs, and of theirs: an op may read the members of its input, an ensemble."""
+        found: set[tuple[Address, Partition]] = set()
+        pending: list[tuple[Declaration, Partition]] = [(self, partition)]
+        while pending:
+            declaration, where = pending.pop()
+            for _, artefact, of in declaration.input_partitions(where):
+                if (artefact.address, of) not in found and isinstance(artefact, Declaration):
+                    pending.append((artefact, of))
+                found.add((artefact.address, of))
+        return found
 
     def recipe(self, store: Store, partition: Partition) -> Recipe:
         """Return the recipe of this artefact with the present settings and inputs. Raises MissingInputError for a missing input."""
@@ -145,7 +163,7 @@ class RunContext(NamedTuple):
     compute: Compute
     run_id: str
     requested_layers: Callable[[], Collection[int]]
-    """Return the layers that waiting runs request; an op may make them in the same pass."""
+    """Return the layers that waiting runs request; an op may compute them in the same pass."""
     observe: Callable[[Declaration, Partition, Mapping[str, Any]], None]
     """Show metadata in the UI while the op runs."""
 
@@ -155,7 +173,7 @@ class RunContext(NamedTuple):
 
 
 class Task(NamedTuple):
-    """One artefact to make, with its recipe."""
+    """One artefact to compute, with its recipe."""
 
     declaration: Declaration
     partition: Partition
@@ -167,6 +185,23 @@ class Task(NamedTuple):
         return self.declaration.address, self.partition
 
 
+class SourceFacts(NamedTuple):
+    """Facts about a source that preflights need, from its settings or from the records of its activations and tokens."""
+
+    describe_model: Callable[[], LanguageModelDescription]
+    hook: str
+    drop: Sequence[Any]
+    """Dropped positions."""
+    d_in: int | None
+    """Width of the activations; None if it is known only when the language model runs."""
+    tokens: Path | None
+    """Folder of the tokens; None before a run that may write them."""
+
+
+Facts = Callable[[], SourceFacts]
+Wanted = Sequence[tuple[Declaration, Partition]]
+
+
 @dataclass(frozen=True)
 class Op:
     """A builder of one artefact, or of several together."""
@@ -176,12 +211,14 @@ class Op:
     make: Callable[[RunContext, Sequence[Task]], None]
     """Write the artefact of every task; tasks are cache misses only."""
     on_device: bool = False
-    preflight: Callable[[RunContext, Sequence[Task]], None] = field(default=lambda context, tasks: None)
-    """Raise SaeensError, before any work, for settings or inputs with which these tasks, or later ones, would fail."""
+    preflight: Callable[[Store, Wanted, Facts], None] = field(default=lambda *_: None)
+    """Raise SaeensError, before any work, for settings or inputs with which these artefacts, or later ones, would fail.
+
+    `saeens run` calls it before its first stage, and the driver before `make`. The facts are read on demand."""
     links: bool = False
-    """True: an existing artefact with an equal recipe, of any experiment, is linked instead of made again."""
+    """True: an existing artefact with an equal recipe, of any experiment, is linked instead of computed again."""
     twin: Reference | None = None
-    """An artefact made earlier whose recipe may be equal: the first candidate for a link."""
+    """An earlier artefact whose recipe may be equal: the first candidate for a link."""
     checks: CheckSettings = field(default_factory=CheckSettings)
     """Thresholds of health warnings."""
 

@@ -1,23 +1,23 @@
-"""The ops of an experiment, declared from its settings in the order in which artefacts are made."""
+"""The ops of an experiment, declared from its settings in the order in which artefacts are computed. The op of ensembles is here, too."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 from saeens_pipeline.assets.baselines import baselines_of, shape_of
-from saeens_pipeline.assets.declarations import Declaration, Input, Op, Reference, RunContext, Task, fields_of, with_file
+from saeens_pipeline.assets.declarations import Declaration, Facts, Input, Op, Reference, RunContext, Task, Wanted, fields_of, with_file
+from saeens_pipeline.assets.registry import Subject, evaluations_of, table_ops
 from saeens_pipeline.assets.residuals import residual_op
-from saeens_pipeline.assets.saes import Target, concurrent_rounds_op, sae_op
-from saeens_pipeline.assets.sources import activations_of, recorded_facts, tokens_of
-from saeens_pipeline.assets.tables import Subject, evaluations_of, table_ops
+from saeens_pipeline.assets.saes import Target, concurrent_rounds_op, sae_op, validate_targets
+from saeens_pipeline.assets.sources import activations_of
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.language_models.tokens import open_tokens
 from saeens_pipeline.settings.experiments import ExperimentSettings
-from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.recipes import Store
 from saeens_pipeline.storage.tables import has_table
 
@@ -51,37 +51,33 @@ def experiment_ops(experiment: ExperimentSettings) -> list[Op]:
     boosting = _ensemble_op(experiment, "boosting", rounds)
     ops += [bagging, boosting]
     ops += table_ops(Subject(experiment, activations, bagging.outputs[0], boosting.outputs[0], baselines))
-    ops = [replace(op, checks=experiment.checks, preflight=_preflight_of(op, experiment)) for op in ops]
+    saes = [op for op in ops if op.outputs[0].builder == "sae"]
+    ops = [replace(op, checks=experiment.checks, preflight=partial(_check_saes, experiment) if op in saes else op.preflight) for op in ops]
     return with_file(ops, experiment.file)
 
 
-def _preflight_of(op: Op, experiment: ExperimentSettings) -> Callable[[RunContext, Sequence[Task]], None]:
-    """Return the preflight of an op. Ops that train SAEs check the tables that follow."""
-    if op.outputs[0].builder != "sae":
-        return op.preflight
-    return partial(_check_tables_to_come, experiment, include_slow=op.outputs[0].address.kind == "bagging")
+def _check_saes(experiment: ExperimentSettings, store: Store, wanted: Wanted, facts: Facts) -> None:
+    """Raise SaeensError for SAEs that cannot be built, for unknown labels, and for a missing table that would fail after training.
 
-
-def _check_tables_to_come(experiment: ExperimentSettings, context: RunContext, tasks: Sequence[Task], *, include_slow: bool) -> None:
-    """Raise SaeensError for a missing table that would fail after training.
-
-    `saeens run` runs these preflights before its first stage; runs from the UI or a schedule do not. Only the ops of members run slow
-    preflights.
+    Only the ops of members run slow preflights of tables.
     """
-    store, layer = context.store, tasks[0].partition.layer
-    _require_labels(store, experiment)
-    to_come = [table for table in evaluations_of(experiment) if not has_table(store.root, experiment.name, table.name, layer)]
-    for table in to_come:
-        if include_slow or not table.has_slow_preflight:
-            table.preflight(experiment, partial(recorded_facts, store, experiment.source, layer))
+    of_source = facts()
+    if of_source.d_in:
+        validate_targets(experiment, of_source.d_in)
+    if of_source.tokens:
+        _require_labels(of_source.tokens, experiment)
+    for table in evaluations_of(experiment):
+        is_missing = any(not has_table(store.root, experiment.name, table.name, partition.layer) for _, partition in wanted)
+        if is_missing and (wanted[0][0].address.kind == "bagging" or not table.has_slow_preflight):
+            table.preflight(experiment, facts)
 
 
-def _require_labels(store: Store, experiment: ExperimentSettings) -> None:
+def _require_labels(path: Path, experiment: ExperimentSettings) -> None:
     """Raise ConfigurationError, with the known labels, if a member is to be trained on a label that no document has."""
     asking = [each for each in experiment.ensemble.specialised if each.documents]
     if not asking:
         return
-    tokens = open_tokens(tokens_of(experiment.source).require(store, Partition()).path)
+    tokens = open_tokens(path)
     for each in asking:
         try:
             tokens.documents_with("train", each.documents)
@@ -119,10 +115,13 @@ def _round_target(experiment: ExperimentSettings, j: int) -> Target:
     if j == 1:
         what = f"Round 1: the activations{'' if experiment.ensemble.specialisation(1) else '; equals member 1'}"
     else:
+        before = "round 1" if j == 2 else f"rounds 1 to {j - 1}"
         together = ", concurrently" if experiment.ensemble.boosting == "concurrent" else ""
-        what = f"Round {j} of {experiment.ensemble.members}: residual of rounds 1 to {j - 1}{together}"
+        what = f"Round {j} of {experiment.ensemble.members}: residual of {before}{together}"
     about = f"{what}\n\n{shape_of(experiment.saes[j - 1])}."
-    return Target("boosting", f"round_{j}", about, init_index=j, sae=experiment.saes[j - 1])
+    scaled = j > 1 and experiment.complete_training["normalize_activations"] != "none"
+    scale = experiment.ensemble.boosting_scale if scaled else None
+    return Target("boosting", f"round_{j}", about, init_index=j, sae=experiment.saes[j - 1], boosting_scale=scale)
 
 
 def _sequential_boosting(experiment: ExperimentSettings, activations: Reference, member_1: Declaration) -> list[Op]:

@@ -17,12 +17,10 @@ import polars as pl
 from saeens_pipeline.assets.compute import Compute
 from saeens_pipeline.assets.declarations import Declaration, Op
 from saeens_pipeline.assets.memory import training_memory
-from saeens_pipeline.assets.registry import fills
+from saeens_pipeline.assets.registry import evaluations_of, fills
 from saeens_pipeline.assets.saes import config_of
 from saeens_pipeline.assets.sources import measures_loss
-from saeens_pipeline.assets.tables.autointerp import expected
 from saeens_pipeline.errors import SaeensError
-from saeens_pipeline.language_models.autointerp.interview import CHARACTERS_PER_TOKEN
 from saeens_pipeline.language_models.descriptions import LanguageModelDescription, validate_hook
 from saeens_pipeline.language_models.models import block_parameters, describe_language_model
 from saeens_pipeline.language_models.patching import LOGIT_BYTES
@@ -84,7 +82,8 @@ def forecast(
         lines += [Line(section, item, None if math.isnan(n) else n, _UNITS[section], note) for item, n, note in of_section]
     n_partitions = len(layers) * len(experiment.ensemble.seeds)
     amounts = {(line.section, line.item): line.amount for line in lines}
-    return [*lines, *_autointerp(experiment, n_partitions), *_fits(amounts, store, compute)]
+    lines += [Line(table.name, *line) for table in evaluations_of(experiment) for line in table.forecast(experiment, n_partitions)]
+    return [*lines, *_fits(amounts, store, compute)]
 
 
 def as_frame(lines: Sequence[Line]) -> pl.DataFrame:
@@ -93,7 +92,7 @@ def as_frame(lines: Sequence[Line]) -> pl.DataFrame:
 
 
 def readable(line: Line) -> str:
-    """Return the amount of a figure as text."""
+    """Return the amount of a line of the forecast as text, with a unit."""
     if line.amount is None:
         return "not known"
     match line.unit:
@@ -247,20 +246,6 @@ class _Plan:
         yield "all", everything, "; ".join(notes)
 
 
-def _autointerp(experiment: ExperimentSettings, n_partitions: int) -> Iterator[Line]:
-    """Give requests, tokens and price of explaining features, if the experiment does."""
-    settings = experiment.autointerp
-    if not fills(experiment, "autointerp") or settings is None:
-        return
-    estimate = expected(experiment, n_partitions)
-    price = estimate.price(settings)
-    note = f"to {settings.model}, at most; stored answers are not requested again"
-    yield Line("autointerp", "requests", estimate.requests, "", note)
-    yield Line("autointerp", "tokens in", estimate.tokens_in, "tokens", f"at {CHARACTERS_PER_TOKEN} characters a token")
-    yield Line("autointerp", "tokens out", estimate.tokens_out, "tokens", "without reasoning tokens")
-    yield Line("autointerp", "price", price, "money", "" if price is not None else "autointerp.prices: prices of a million tokens")
-
-
 def _weights_bytes(config: SAEConfig) -> int:
     """Return the bytes of a saved SAE, without its configuration and curve."""
     import torch
@@ -273,25 +258,22 @@ def _weights_bytes(config: SAEConfig) -> int:
 
 
 def _fits(amounts: Mapping[tuple[str, str], float | None], store: Store, compute: Compute) -> Iterator[Line]:
-    import torch
-
     free, needed = free_bytes(store.root), amounts["disk", "all"]
     if needed is None:
         verdict = "not known whether that is enough"
     else:
         verdict = "enough" if needed <= free else f"{_bytes(needed - free)} too little"
     yield Line("fits", "free disk", free, "bytes", f"{verdict}, below {store.root}")
-    device = compute.resolve()
-    if device.startswith("cuda"):
-        memory = torch.cuda.get_device_properties(device).total_memory
-        yield Line("fits", torch.cuda.get_device_name(device), memory, "bytes", _at_once(amounts, memory))
+    if gpu := compute.gpu():
+        name, memory = gpu
+        yield Line("fits", name, memory, "bytes", _at_once(amounts, memory))
 
 
 def _at_once(amounts: Mapping[tuple[str, str], float | None], memory: float) -> str:
     """Return a note on how training fits into the memory of a device."""
     one, together = amounts["memory", "training, largest SAE"], amounts["memory", "training, largest group"]
     if one is None or together is None:
-        return "not known what fits"
+        return "unknown, because sizes are unknown"
     if together <= memory:
         training = "every group of SAEs at once"
     else:

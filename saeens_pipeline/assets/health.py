@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import isfinite
-from typing import TYPE_CHECKING
 
 import polars as pl
 
@@ -18,15 +17,14 @@ from saeens_pipeline.assets.declarations import Declaration, Reference
 from saeens_pipeline.assets.registry import TABLES, Table
 from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.settings.experiments import CheckSettings
+from saeens_pipeline.storage.activations import ActivationStatistics, ActivationStore
 from saeens_pipeline.storage.names import Address, Partition, place
 from saeens_pipeline.storage.recipes import Artefact, DamagedArtefactError, Store
 from saeens_pipeline.storage.tables import read_part
 
-if TYPE_CHECKING:
-    from saeens_pipeline.storage.activations import ActivationStore
-
 MAX_AT_LIMIT = 1e-5  # share of numbers at the end of their dtype
-MIN_ROUND_GAIN = 0.01  # explained variance of what a boosting round was given
+MAX_TOP_SHARE = 0.1  # of the variance, in 0.1 % of the rows
+MIN_ROUND_GAIN = 0.01  # explained variance of the input of a boosting round
 
 
 class UnsoundArtefactError(SaeensError):
@@ -67,7 +65,7 @@ def examine(declaration: Reference, partition: Partition, artefact: Artefact, se
             _SOUNDNESS[artefact.recipe["builder"]](health, where, artefact)
         _expect_quality(health, declaration.address, where, artefact, settings or CheckSettings())
     except (KeyError, ValueError, SaeensError) as error:
-        health.errors.append(f"{where} cannot be read ({error}): remove {artefact.path} and make it again")
+        health.errors.append(f"{where} cannot be read ({error}): remove {artefact.path} and compute it again")
     return health
 
 
@@ -87,7 +85,14 @@ def compare_bytes(store: Store, declaration: Reference, partition: Partition) ->
     differences = artefact.verify() if artefact else []
     if artefact and differences:
         artefact.invalidate()
-    return [f"{place(declaration.address, partition)}: {each}. The next run makes it again" for each in differences]
+    return [f"{place(declaration.address, partition)}: {each}. The next run computes it again" for each in differences]
+
+
+def _models():
+    """Return saeens_models, which declarations must not load."""
+    import saeens_models.metrics.soundness
+
+    return saeens_models
 
 
 def _require_sound_tokens(health: Health, where: str, artefact: Artefact) -> None:
@@ -96,23 +101,23 @@ def _require_sound_tokens(health: Health, where: str, artefact: Artefact) -> Non
         health.measured[f"{split} rows"] = rows
         if skipped := artefact.provenance.get("records_without_text", {}).get(split):
             health.measured[f"{split} records without text"] = skipped
-        message = f"{where} has {rows:,} {split} rows, and `{split}_tokens` is {wanted:,}: make it again, or lower that field"
+        message = f"{where} has {rows:,} {split} rows, and `{split}_tokens` is {wanted:,}: compute it again, or lower that field"
         health.require(rows == wanted, message)
 
 
 def _require_sound_activations(health: Health, name: str, artefact: Artefact) -> None:
-    from saeens_models.metrics.soundness import constant_dimensions
-    from saeens_pipeline.storage.activations import ActivationStatistics, ActivationStore
-
     store = ActivationStore(artefact.path)
     for split, recorded in artefact.provenance["statistics"].items():
         statistics, where = ActivationStatistics.from_json(recorded), f"{name}, {split} split,"
         shape, expected = (store.n_rows(split), store.d_in), (statistics.rows, len(statistics.mean))
         health.measured |= {f"{split} rows": statistics.rows, f"mean norm ({split})": statistics.mean_norm}
-        health.require(shape == expected, f"{where} is of shape {list(shape)} and was written as {list(expected)}: make it again")
+        health.measured[f"rows dropped for their norm ({split})"] = statistics.dropped
+        if statistics.top_share is not None:
+            health.measured[f"share of the variance in 0.1 % of the rows ({split})"] = statistics.top_share
+        health.require(shape == expected, f"{where} is of shape {list(shape)} and was written as {list(expected)}: compute it again")
         finite = all(map(isfinite, (statistics.mean_norm, float(statistics.mean.sum()), float(statistics.variance.sum()))))
         health.require(finite, f"{where} has means or variances that are not finite: the language model overflows; set dtype: bfloat16")
-        constant = constant_dimensions(statistics.mean, statistics.variance)
+        constant = _models().metrics.soundness.constant_dimensions(statistics.mean, statistics.variance)
         health.measured[f"constant dimensions ({split})"] = constant
         health.require(
             constant < store.d_in,
@@ -124,13 +129,11 @@ def _require_sound_activations(health: Health, name: str, artefact: Artefact) ->
 
 
 def _require_sound_chunks(health: Health, store: ActivationStore, split: str, where: str) -> None:
-    from saeens_models.metrics.soundness import count_values
-
     last = store.n_chunks(split) - 1
-    counts = [count_values(store.read_chunk(split, index)) for index in {0, last // 2, last}]
+    counts = [_models().metrics.soundness.count_values(store.read_chunk(split, index)) for index in {0, last // 2, last}]
     values, non_finite, at_limit = (sum(each) for each in zip(*counts, strict=True))
     health.measured[f"sampled values at the limit of {store.dtype} ({split})"] = at_limit
-    health.require(non_finite == 0, f"{where} has {non_finite:,} of {values:,} sampled values that are not finite: make it again")
+    health.require(non_finite == 0, f"{where} has {non_finite:,} of {values:,} sampled values that are not finite: compute it again")
     health.require(
         at_limit <= MAX_AT_LIMIT * values,
         f"{where} has {at_limit:,} of {values:,} sampled values at the limit of {store.dtype}, where they were cut off: "
@@ -139,9 +142,7 @@ def _require_sound_chunks(health: Health, store: ActivationStore, split: str, wh
 
 
 def _require_sound_sae(health: Health, where: str, artefact: Artefact) -> None:
-    import saeens_models as sm
-
-    config = sm.load_sae(artefact.path).config  # raises ValueError for wrong shapes, and for weights that are not finite
+    config = _models().load_sae(artefact.path).config  # raises ValueError for wrong shapes, and for weights that are not finite
     health.measured |= {"d_in": config.d_in, "features": config.d_sae}
     last = artefact.provenance["last_step"]
     for name in ("loss", "explained_variance", "l0"):
@@ -152,8 +153,8 @@ def _require_sound_table(health: Health, where: str, artefact: Artefact, registe
     table = read_part(artefact.path)
     expected = [column.name for column in registered.all_columns]
     health.measured["rows"] = len(table)
-    health.require(table.columns == expected, f"{where} has the columns {table.columns}, not {expected}: make it again")
-    health.require(len(table) > 0 or registered.may_be_empty, f"{where} is empty: make it again")
+    health.require(table.columns == expected, f"{where} has the columns {table.columns}, not {expected}: compute it again")
+    health.require(len(table) > 0 or registered.may_be_empty, f"{where} is empty: compute it again")
     for name in (name for name, dtype in table.schema.items() if dtype.is_float()):
         wrong = table.filter(~pl.col(name).is_finite())
         first = next(wrong.iter_rows(named=True), {})
@@ -175,8 +176,29 @@ def _expect_quality(health: Health, address: Address, where: str, artefact: Arte
     if artefact.recipe["builder"] == "sae":
         later_round = address.name.startswith("round_") and address.name != "round_1"
         _expect_good_sae(health, where, artefact, settings, later_round=later_round)
+    elif artefact.recipe["builder"] == "activations":
+        _expect_spread_variance(health, where, artefact)
     elif address.is_table and not health.errors:
         health.warnings += [f"{where}: {each}" for each in TABLES[address.name].warnings(read_part(artefact.path), settings)]
+
+
+def _expect_spread_variance(health: Health, where: str, artefact: Artefact) -> None:
+    """Warn if a few rows (massive activations, Sun et al. 2024) decide every explained variance."""
+    from saeens_pipeline.storage.activations import ActivationStatistics, ActivationStore
+
+    for split, recorded in artefact.provenance["statistics"].items():
+        statistics = ActivationStatistics.from_json(recorded)
+        share = statistics.top_share or 0.0
+        if share > MAX_TOP_SHARE and not health.errors:
+            store, rows = ActivationStore(artefact.path), [row for row, _ in statistics.top_rows]
+            origin = zip(store.document(split)[rows], store.position(split)[rows], statistics.top_rows, strict=True)
+            places = "; ".join(f"document {document}, position {position}, norm {norm:,.0f}" for document, position, (_, norm) in origin)
+            limit = artefact.recipe["settings"].get("max_norm")
+            setting = "max_norm: 10" if limit is None else f"max_norm below {limit:g}"
+            health.warnings.append(
+                f"{where}, {split} split: 0.1 % of the rows hold {share:.0%} of the variance, and explained variance is mostly about them "
+                f"(mean norm {statistics.mean_norm:,.0f}; largest: {places}): set {setting} in the source, to drop such rows"
+            )
 
 
 def _expect_good_sae(health: Health, where: str, artefact: Artefact, settings: CheckSettings, *, later_round: bool) -> None:
@@ -187,6 +209,12 @@ def _expect_good_sae(health: Health, where: str, artefact: Artefact, settings: C
         dead <= settings.max_dead_features,
         f"{where}: {dead:.0%} of its features are dead, more than {settings.max_dead_features:.0%}: "
         "train on more tokens, or set a smaller expansion or a larger aux_loss_coefficient",
+    )
+    dead_after, n_tokens = artefact.recipe["settings"]["training"]["dead_after_tokens"], artefact.provenance["train_tokens"]
+    health.expect(
+        dead_after is None or dead_after < n_tokens,
+        f"{where}: no feature can be called dead or be revived: training.dead_after_tokens is {dead_after}, and it trained on "
+        f"{n_tokens} tokens. Lower it, or leave it out for a tenth of the tokens",
     )
     target = sae.get("k", settings.target_l0)
     if target:

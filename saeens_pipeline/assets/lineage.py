@@ -1,6 +1,6 @@
-"""The lineage of a table row or an artefact: SAEs, activations, tokens, corpus and language model, with the run that made each.
+"""The lineage of a table row or an artefact: SAEs, activations, tokens, corpus and language model, with the run that computed each.
 
-Artefacts are identified by data version, not by name: the artefact of a name may have been made again since.
+Artefacts are identified by data version, not by name: the artefact of a name may have been computed again since.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Ancestor:
     parents: tuple[Ancestor, ...] = ()
 
     def problems(self) -> Iterator[str]:
-        """Give every problem of this node and its ancestors."""
+        """Yield every problem of this node and its ancestors."""
         if self.problem:
             yield f"{self.title}: {self.problem}"
         for parent in self.parents:
@@ -69,7 +69,7 @@ def lineage(store: Store, declarations: Iterable[Declaration], argument: str) ->
 
     Examples: `reconstruction:layer=1,seed=42,method=bagging,n_members=3`, `quickstart/bagging/member_1:layer=1,seed=42`, `a1b2c3d4`.
     Raises ConfigurationError, with candidates, if nothing or more than one thing has this name; SaeensError for an asset that is declared
-    and not made yet.
+    and not computed yet.
     """
     genealogy = _Genealogy(store, declarations)
     name, filters = _parse(argument)
@@ -111,15 +111,15 @@ class _Genealogy:
         name, _ = _parse(argument)
         declared = [address for address in self._declarations if _is_called(address, name)]
         if declared:
-            maker = "it can be materialised in the UI" if declared[0].owner == LEADERBOARD else f"`saeens run {declared[0].owner}` makes it"
-            raise SaeensError(f"{declared[0]} is not made yet: {maker}")
+            remedy = "materialise it in the UI" if declared[0].owner == LEADERBOARD else f"`saeens run {declared[0].owner}` computes it"
+            raise SaeensError(f"{declared[0]} is not computed yet: {remedy}")
         if _VERSION.fullmatch(argument):
             raise SaeensError(f"no artefact below {self._store.root} has a data version that begins with {argument}")
         known = {*self._declarations, *(each.address for each in self.stored)}
         full_names = {name: str(address) for address in known for name in (address.name, str(address))}
         close = [full_names[match] for match in get_close_matches(name, full_names, n=MAX_CANDIDATES)]
-        candidates = list(dict.fromkeys(close)) or sorted(map(str, known))
-        raise _refusal(f"{argument!r} is no table, asset or data version", candidates)
+        lists = "" if close else ": `saeens tables` lists the tables, `saeens status EXPERIMENT` the assets"
+        raise _refusal(f"{argument!r} is no table, asset or data version{lists}", list(dict.fromkeys(close)))
 
     def trace(self, stored: Stored, role: str = "") -> Ancestor:
         """Return an artefact with its ancestors."""
@@ -214,7 +214,7 @@ def _measurements(row: Mapping[str, Any]) -> str:
 
 
 def _facts(artefact: Artefact) -> tuple[str, ...]:
-    """Return run, date, device and time of an artefact, its code, and the artefact that it is linked from."""
+    """Return lines about an artefact: run, date, device and seconds; code and versions; and the artefact of which it is a link."""
     made, recipe = artefact.provenance, artefact.recipe
     seconds = made.get("train_seconds", made.get("seconds"))
     by = [f"run {made.get('run_id', 'unknown')[:8]}", made.get("date"), made.get("device"), f"{seconds:.1f} s" if seconds else None]

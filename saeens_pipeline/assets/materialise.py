@@ -1,18 +1,25 @@
-"""The driver: finds cache hits, links equal artefacts, makes missing ones and checks their health. Every run goes through it."""
+"""The driver: finds cache hits, links equal artefacts, computes missing artefacts and checks their health. Every run goes through it."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 from saeens_pipeline.assets.declarations import Declaration, Op, Reference, RunContext, Task
 from saeens_pipeline.assets.health import Health, UnsoundArtefactError, examine, is_checked
+from saeens_pipeline.assets.sources import recorded_facts
 from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.storage.disk import is_full_disk
 from saeens_pipeline.storage.locks import writing_alone
-from saeens_pipeline.storage.names import Address, Partition
+from saeens_pipeline.storage.names import Address, Partition, place
 from saeens_pipeline.storage.recipes import Artefact, Store
+
+
+class ReplacedInputError(SaeensError):
+    """An input was replaced or removed while an artefact was computed from it."""
 
 
 class Materialised(NamedTuple):
@@ -26,12 +33,14 @@ class Materialised(NamedTuple):
 
 
 def materialise(op: Op, selection: Collection[Address], partition: Partition, context: RunContext) -> list[Materialised]:
-    """Return the selected outputs of an op for one partition; make those that are no cache hits.
+    """Return the selected outputs of an op for one partition; compute those that are no cache hits.
 
     For each output: compute the recipe, look for a cache hit, take the lock, link an equal artefact if the op allows links, run the op's
     preflight and `make`, and check health. An unsound artefact is returned with the errors in its `health`: see `require_sound`.
+    Before an artefact gets its final name, the data versions of all inputs are compared with those in its recipe.
 
-    Raises MissingInputError for a missing input, UnsoundArtefactError for unsound inputs, and the errors of preflight and `make`.
+    Raises MissingInputError for a missing input, UnsoundArtefactError for unsound inputs, ReplacedInputError, and the errors of preflight
+    and `make`.
     """
     store = context.store
     tasks = [
@@ -40,7 +49,7 @@ def materialise(op: Op, selection: Collection[Address], partition: Partition, co
     hits = _hits(store, tasks)
     if len(hits) < len(tasks):
         with writing_alone(store.root, [task.where for task in tasks if task.where not in hits]):
-            hits = _hits(store, tasks)  # another process may have made them while this one waited for the lock
+            hits = _hits(store, tasks)  # another process may have computed them while this one waited for the lock
             missing = [task for task in tasks if task.where not in hits]
             if op.links:
                 missing = [task for task in missing if not _link(context, task, op.twin)]
@@ -62,12 +71,16 @@ def require_sound(made: Iterable[Health | None]) -> None:
 
 
 def _make(op: Op, tasks: Sequence[Task], partition: Partition, context: RunContext) -> None:
-    store = context.store
+    require_unchanged = _inputs_of(context.store, tasks)
+    require_unchanged()  # the tasks may have waited for the lock
+    store = replace(context.store, before_commit=require_unchanged)
+    context = context._replace(store=store)
     inputs = {each.address: (each, where) for task in tasks for _, each, where in task.declaration.input_partitions(partition)}
     sources = [(each, where) for each, where in inputs.values() if each.address.kind == "source"]
     # A check of the inputs that failed in an earlier run stops this one too. SAEs need none: weights that are not finite cannot be loaded.
     require_sound(examine(each, where, store.require(each.address, where)) for each, where in sources)
-    op.preflight(context, tasks)
+    facts = partial(recorded_facts, store, op.outputs[0].source, partition.layer)
+    op.preflight(store, [(task.declaration, partition) for task in tasks], facts)
     try:
         with context.compute.in_use(store.root) if op.on_device else contextlib.nullcontext():
             op.make(context, tasks)
@@ -76,6 +89,27 @@ def _make(op: Op, tasks: Sequence[Task], partition: Partition, context: RunConte
             message = f"the disk below {store.root} is full: free some space and run again; finished artefacts are kept"
             raise SaeensError(message) from error
         raise
+
+
+def _inputs_of(store: Store, tasks: Sequence[Task]) -> Callable[[], None]:
+    """Return a function that raises ReplacedInputError if an input of these tasks is not the one in the recipe, or if an input of an
+    input is not the one that is there now."""
+    known: dict[tuple[Address, Partition], str | None] = {}
+    for task in tasks:
+        known |= {each: store.data_version(*each) for each in task.declaration.ancestors(task.partition) - known.keys()}
+        direct = task.declaration.all_inputs(store, task.partition)
+        known |= {(each.address, where): task.recipe.inputs[name] for name, each, where in direct if name in task.recipe.inputs}
+    made = ", ".join(task.declaration.address.name for task in tasks)
+
+    def require_unchanged() -> None:
+        for each, version in known.items():
+            if store.data_version(*each) != version:
+                raise ReplacedInputError(
+                    f"{place(*each)} was replaced or removed while {tasks[0].declaration.address.owner}: {made} was computed from it: "
+                    "the result is discarded; run again"
+                )
+
+    return require_unchanged
 
 
 def _link(context: RunContext, task: Task, twin: Reference | None) -> bool:

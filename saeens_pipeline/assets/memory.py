@@ -28,7 +28,7 @@ class Portion(NamedTuple):
     """None: whole batches."""
 
     def half(self, batch_tokens: int) -> Portion | None:
-        """Return half of the SAEs or, for one SAE, half of the tokens; None if that is too few."""
+        """Return a portion with half as many SAEs or, for one SAE, half as many tokens per micro-batch; None below FEWEST_TOKENS."""
         if self.n_saes > 1:
             return self._replace(n_saes=(self.n_saes + 1) // 2)
         tokens = (self.micro_batch_tokens or batch_tokens) // 2
@@ -70,7 +70,7 @@ def train_in_portions(saes: Sequence[Item], batch_tokens: int, first: Portion, t
         torch = sys.modules.get("torch")
         if torch is not None and torch.cuda.is_available():
             torch.cuda.empty_cache()
-        logger.warning("out of memory with %s: going on with %s", tried, smaller)
+        logger.warning("out of memory with %s: continuing with %s", tried, smaller)
         plan = MemoryPlan(smaller, (*plan.too_much, tried))
 
 
@@ -84,7 +84,7 @@ class TrainingMemory(NamedTuple):
 
 
 def training_memory(config: SAEConfig) -> TrainingMemory:
-    """Return the memory of training an SAE of this configuration."""
+    """Return the memory that training an SAE with this configuration takes, by part."""
     weights = 16 * (2 * config.d_in * config.d_sae + 2 * config.d_sae + config.d_in)
     return TrainingMemory(weights, token=4 * (config.d_sae + 8 * config.d_in))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import reduce
 from typing import Any, Literal
 
@@ -16,6 +18,48 @@ from saeens_pipeline.storage.tables import read_part
 
 Sizes = Literal["full", "all"]
 _KEY = ["experiment", "source", "layer", "method", "n_members"]
+
+
+def written(value: float, form: str) -> str:
+    """Return a number in a format, powers of ten in short: `1.5e8`."""
+    return re.sub(r"e\+?(-?)0*", r"e\1", format(value, form))
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A number over seeds: its mean, the 95% interval (Student's t), and the points.
+
+    With one seed there is no interval. With two it is so wide that the points say more: it is shown with three and more.
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+    points: tuple[float, ...]
+
+    @classmethod
+    def of(cls, points: Sequence[float]) -> Spread:
+        """Return mean, interval and points of a number's values, one per seed. Raises ValueError without values."""
+        from saeens_models.metrics import mean_interval
+
+        return cls(*mean_interval(points), tuple(points))
+
+    @property
+    def _interval(self) -> tuple[float, float] | None:
+        return (self.low, self.high) if len(self.points) > 2 and self.low is not None and self.high is not None else None
+
+    @property
+    def bar(self) -> tuple[float, float]:
+        """Return the interval or, with fewer than three seeds, the lowest and the highest point."""
+        return self._interval or (min(self.points), max(self.points))
+
+    def around(self, form: str) -> str:
+        """Return the half width of the interval or, with two seeds, the points: Student's t of two is 12.7 standard errors to each side."""
+        if self._interval:
+            half_width = self._interval[1] - self.mean
+            return f"±{half_width:.1%}" if form.endswith("%") else f"±{written(half_width, '.2g')}"
+        points = dict.fromkeys(written(point, form) for point in self.points)
+        return ", ".join(points) if len(self.points) == 2 else ""
 
 
 def measurements(store: Store, over: Declaration, columns: Mapping[str, Sequence[str]], sizes: Sizes = "full") -> pl.DataFrame:
@@ -36,7 +80,7 @@ def measurements(store: Store, over: Declaration, columns: Mapping[str, Sequence
 
 
 def over_seeds(measured: pl.DataFrame, metrics: Iterable[str], means: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Give a row for each experiment, layer, method and size: `metrics` with mean, interval and points, `means` without the last two."""
+    """Yield a row for each experiment, layer, method and size: `metrics` with mean, interval and points, `means` without the last two."""
     for of_seeds in measured.sort("seed").partition_by(_KEY, maintain_order=True):
         yield {
             **of_seeds.select(*_KEY, "language_model", "n_features").row(0, named=True),
@@ -49,9 +93,8 @@ def over_seeds(measured: pl.DataFrame, metrics: Iterable[str], means: Sequence[s
 
 
 def _statistics(name: str, points: Sequence[float | None]) -> Iterator[tuple[str, float | str | None]]:
-    """Give the columns of a metric. A seed without a value has an empty point, and is left out of mean and interval."""
-    from saeens_models.metrics import mean_interval
-
+    """Yield (column, value) of a metric: mean, interval and points over seeds. A seed without a value has an empty point."""
     there = [point for point in points if point is not None]
-    yield from zip((name, f"{name}_low", f"{name}_high"), mean_interval(there) if there else (None, None, None), strict=True)
+    spread = Spread.of(there) if there else None
+    yield from {name: spread and spread.mean, f"{name}_low": spread and spread.low, f"{name}_high": spread and spread.high}.items()
     yield f"{name}_by_seed", ",".join("" if point is None else str(point) for point in points) if there else None

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import polars as pl
 
-from saeens_pipeline.assets.declarations import Declaration, Dimensions, Input, Op, Reference, RunContext, Task, fields_of
-from saeens_pipeline.assets.sources import SourceFacts, tokens_of
-from saeens_pipeline.errors import ConfigurationError
+from saeens_pipeline.assets.declarations import Declaration, Dimensions, Facts, Input, Op, Reference, RunContext, Task, Wanted, fields_of
+from saeens_pipeline.assets.sources import tokens_of
+from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.settings.experiments import CheckSettings, ExperimentSettings
 from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.recipes import Artefact, Store
@@ -35,7 +35,7 @@ SUBJECT = (
 
 
 class Headline(NamedTuple):
-    """A column that stands for its table in summaries."""
+    """A column, or one of the table's totals, that stands for its table in summaries, on pages and in pictures."""
 
     title: str
     column: str
@@ -43,6 +43,17 @@ class Headline(NamedTuple):
     """Format specification."""
     in_summary: bool = True
     """True: `saeens run` prints it."""
+    place: int = 0
+    """Place among the columns of the main table of pages, from 1; 0: not one of them."""
+    name: str = ""
+    """Name on axes; empty: the title."""
+    about: str = ""
+    """Meaning on pages; empty: that of the column."""
+    better: Literal["more", "less", ""] = ""
+    log: bool = False
+    """True: axes are logarithmic."""
+    table: str = ""
+    """Name of the table, which `register` fills in."""
 
 
 class Markdown(str):
@@ -76,7 +87,7 @@ class Making:
     context: RunContext
     partition: Partition
     wanted: Collection[str]
-    """Names of the tables that are made together."""
+    """Names of the tables that are computed together."""
     run_shared_pass: Callable[[], Any]
     provenance: dict[str, Any] = field(default_factory=dict)
     """Fields that `rows` adds to the table's record, which also has run, device and time."""
@@ -88,6 +99,7 @@ class Making:
 
     @property
     def store(self) -> Store:
+        """Return the store of the run."""
         return self.context.store
 
     @property
@@ -96,7 +108,7 @@ class Making:
 
     @property
     def device(self) -> str:
-        """Return the device of evaluations, which has float64."""
+        """Return the device for evaluations: one that supports float64."""
         return self.context.compute.resolve(float64=True)
 
     @property
@@ -109,13 +121,18 @@ class Making:
         return reference.require(self.store, self.partition)
 
     def members(self, dictionary: Declaration) -> list[Artefact]:
-        """Return the SAEs of an ensemble, in member order, or a baseline alone."""
+        """Return the SAEs of an ensemble, in member order, or a baseline alone. Raises SaeensError if the ensemble has other members."""
         if dictionary.builder != "ensemble":
             return [self.require(dictionary)]
-        return [self.store.require(artefact.address, where) for _, artefact, where in dictionary.input_partitions(self.partition)]
+        named = self.require(dictionary).recipe["inputs"]
+        members = {name: self.store.require(each.address, where) for name, each, where in dictionary.input_partitions(self.partition)}
+        for name, member in members.items():
+            if member.data_version != named[name]:
+                raise SaeensError(f"{member.path} has changed since {dictionary.address} was computed from it: compute that again first")
+        return list(members.values())
 
     def methods(self) -> Iterator[Measured]:
-        """Give every measured method and size."""
+        """Yield every measured method and size."""
         yield Measured("single", 1, self.subject.bagging, self.members(self.subject.bagging)[:1])
         for method, n_members, dictionary in self.subject.whole:
             saes = self.members(dictionary)
@@ -166,22 +183,24 @@ class Table:
     """Tables among its inputs."""
     complaint: Callable[[ExperimentSettings], str] = lambda experiment: ""
     """Return the reason why an experiment cannot have this table; empty if it can."""
-    preflight: Callable[[ExperimentSettings, Callable[[], SourceFacts]], None] = lambda experiment, facts: None
+    preflight: Callable[[ExperimentSettings, Facts], None] = lambda experiment, facts: None
     """Raise SaeensError, before any training, for settings or data with which the table would fail. The facts are read on demand."""
     has_slow_preflight: bool = False
     """True: the preflight takes seconds in every process."""
     announcement: Callable[[ExperimentSettings, int], str] = lambda experiment, n_partitions: ""
     """Return the text that `saeens run` prints before it computes that number of partitions of the table."""
     headlines: tuple[Headline, ...] = ()
-    seed_metrics: Mapping[str, str] = field(default_factory=dict)
-    """Metrics of the leaderboard, which has their mean, interval and points over seeds: meaning by column."""
+    seed_metrics: tuple[str, ...] = ()
+    """Metrics of the leaderboard: columns of which it has mean, interval and points over seeds."""
+    forecast: Callable[[ExperimentSettings, int], Iterable[tuple[str, float | None, str, str]]] = lambda experiment, n_partitions: ()
+    """Yield lines of `saeens plan` for that number of partitions of the table: item, amount or None if not known, unit and note."""
     over_experiments: bool = False
     """True: it compares experiments. False: it belongs to one experiment."""
     may_be_empty: bool = False
     warnings: Callable[[pl.DataFrame, CheckSettings], Iterable[str]] = lambda table, checks: ()
-    """Give a sentence for every value below the thresholds of the experiment's `checks`."""
+    """Yield a sentence for every value below the thresholds of the experiment's `checks`."""
     summary: Callable[[pl.DataFrame, Artefact], Mapping[str, Any]] = lambda table, artefact: {}
-    """Return metadata for the UI, in addition to the headline."""
+    """Return metadata for the UI, in addition to the headlines."""
     is_large: bool = False
     """True: the UI shows only its number of rows."""
     note: Callable[[Store, str, Collection[int], int | None], str] = lambda store, experiment, seeds, layer: ""
@@ -206,8 +225,13 @@ def register(table: Table) -> Table:
     """Add a table to the registry. Raises ValueError for a name in use."""
     if table.name in TABLES:
         raise ValueError(f"table {table.name!r} is registered twice")
-    TABLES[table.name] = table
-    return table
+    about = {} if callable(table.columns) else {column.name: column.description for column in table.columns}
+    headlines = (
+        each._replace(name=each.name or each.title, about=each.about or about.get(each.column, ""), table=table.name)
+        for each in table.headlines
+    )
+    TABLES[table.name] = replace(table, headlines=tuple(headlines))
+    return TABLES[table.name]
 
 
 def listed(*, over_experiments: bool | None = None) -> list[Table]:
@@ -243,7 +267,11 @@ def columns_frame(name: str, same: Row, columns: Mapping[str, Any]) -> pl.DataFr
 
 def seed_metrics() -> dict[str, tuple[str, str]]:
     """Return the metrics of the leaderboard: table and meaning by column, in order."""
-    return {column: (table.name, meaning) for table in listed(over_experiments=False) for column, meaning in table.seed_metrics.items()}
+    return {
+        name: (table.name, next(column.description for column in table.all_columns if column.name == name))
+        for table in listed(over_experiments=False)
+        for name in table.seed_metrics
+    }
 
 
 def evaluations_of(experiment: ExperimentSettings) -> list[Table]:
@@ -271,7 +299,7 @@ def fills(experiment: ExperimentSettings, name: str) -> bool:
 
 
 def complaint_about(experiment: ExperimentSettings) -> tuple[int, str] | None:
-    """Return the index of the first wrong entry of `evaluations`, with an error message; None if all are right."""
+    """Return index and error message of the first wrong entry of `evaluations`; None if all entries are right."""
     for i, name in enumerate(experiment.evaluations or ()):
         if name not in TABLES or TABLES[name].over_experiments:
             known = ", ".join(table.name for table in listed(over_experiments=False))
@@ -296,7 +324,7 @@ class Subject:
 
     @property
     def tokens(self) -> Reference:
-        """Return the tokens of the source."""
+        """Return a reference to the tokens of the source."""
         return tokens_of(self.experiment.source)
 
     @property
@@ -356,5 +384,9 @@ def _table_op(subject: Subject, name: str, tables: Sequence[Table]) -> Op:
         for task, rows, provenance in made:
             context.store.write_table(*task.where, task.recipe, context.provenance(task.declaration) | vars(measured) | provenance, rows)
 
-    outputs = tuple(subject.table(table.name) for table in tables)
-    return Op(f"{subject.experiment.name}__eval__{name}", outputs, make, on_device=any(table.on_device for table in tables))
+    def check(store: Store, wanted: Wanted, facts: Facts) -> None:
+        for table in dict.fromkeys(declaration.address.name for declaration, _ in wanted):
+            TABLES[table].preflight(subject.experiment, facts)
+
+    outputs, on_device = tuple(subject.table(table.name) for table in tables), any(table.on_device for table in tables)
+    return Op(f"{subject.experiment.name}__eval__{name}", outputs, make, on_device, preflight=check)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from saeens_pipeline import progress
 from saeens_pipeline.assets.declarations import Declaration, Input, Op, Reference, RunContext, Task, fields_of
+from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.settings.experiments import ExperimentSettings
 from saeens_pipeline.storage.activations import ActivationReader, ActivationStore
 from saeens_pipeline.storage.names import Partition, place
@@ -16,12 +17,19 @@ RESIDUAL_VERSION = 1
 
 
 def open_reader(store: Store, given: Reference, partition: Partition, device: str = "cpu") -> ActivationReader:
-    """Open activations or a residual. A residual without bytes is computed from its nearest stored ancestor."""
+    """Open activations or a residual. A residual without bytes is computed from its nearest stored ancestor.
+
+    Raises SaeensError if such a residual was computed from other activations, or by another round, than the present ones.
+    """
     artefact = given.require(store, partition)
     if artefact.files or not isinstance(given, Declaration):
         return ActivationStore(artefact.path)
     inputs = {each.name: each.artefact for each in given.inputs}
-    return _view(store, inputs["activations"], inputs["round"], partition, device)
+    view = _view(store, inputs["activations"], inputs["round"], partition, device)
+    for name, each in inputs.items():  # now that they are open
+        if each.require(store, partition).data_version != artefact.recipe["inputs"][name]:
+            raise SaeensError(f"{each.address} has changed since {place(given.address, partition)} was computed: compute that again first")
+    return view
 
 
 def _view(store: Store, activations: Reference, boosting_round: Reference, partition: Partition, device: str) -> ResidualView:

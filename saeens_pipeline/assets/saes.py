@@ -15,7 +15,7 @@ from saeens_pipeline.storage.names import Kind, Partition
 if TYPE_CHECKING:
     from saeens_models import SAEConfig, SAESettings
 
-SAE_VERSION = 1
+SAE_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class Target:
     """Labels of the documents that it is trained on; empty: all documents."""
     start_from: Reference | None = None
     """The SAE that provides its initial weights."""
+    boosting_scale: str | None = None
+    """Scale of the input of a boosting round after the first, if inputs are scaled."""
 
 
 def init_seed(ensemble_seed: int, index: int) -> int:
@@ -46,7 +48,7 @@ def init_seed(ensemble_seed: int, index: int) -> int:
 def sae_op(name: str, experiment: ExperimentSettings, targets: Sequence[Target], given: Reference, *, twin: Reference | None = None) -> Op:
     """Declare SAEs that are trained together on one stream of `given` (activations or a residual).
 
-    `twin`: an SAE made earlier that may have the same recipe. If it has, or an SAE of another experiment has, its files are linked and
+    `twin`: an earlier SAE that may have the same recipe. If it has, or an SAE of another experiment has, its files are linked and
     nothing is trained. SAEs that are trained together have no `documents`, `epochs` or `training` of their own.
     """
     outputs = tuple(_declare(experiment, target, given, after=twin) for target in targets)
@@ -63,7 +65,7 @@ def concurrent_rounds_op(name: str, experiment: ExperimentSettings, rounds: Sequ
     """Declare boosting rounds that are trained in one pass over `given`, each on the residual of the earlier rounds.
 
     The recipe of a round has `given`, the settings, and the initial weights of the earlier rounds. Round 1 has the recipe of its `twin`,
-    and is linked if the twin exists. No round depends on later ones: missing rounds are made by training all rounds up to the last
+    and is linked if the twin exists. No round depends on later ones: missing rounds are trained together with all rounds up to the last
     missing one.
     """
     outputs: list[Declaration] = []
@@ -81,10 +83,11 @@ def concurrent_rounds_op(name: str, experiment: ExperimentSettings, rounds: Sequ
 def _declare(
     experiment: ExperimentSettings, target: Target, given: Reference, *, after: Reference | None, before: Sequence[Target] = ()
 ) -> Declaration:
-    """Declare an SAE that is made after `after`; `before` are the earlier rounds that are trained concurrently."""
+    """Declare an SAE whose inputs include `after`; `before` are the earlier rounds that are trained concurrently."""
     settings: dict[str, Any] = {"sae": target.sae.to_json(), "training": {**experiment.complete_training, **target.training}}
     settings |= {"documents": target.documents} if target.documents else {}
     settings |= {"epochs": target.epochs} if target.epochs > 1 else {}
+    settings |= {"boosting_scale": target.boosting_scale} if target.boosting_scale else {}
     settings |= {"boosting": "concurrent"} if before else {}
     settings |= {"saes_before": [each.sae.to_json() for each in before]} if before and isinstance(experiment.sae, list) else {}
     method, inputs = target.kind if target.kind != "baseline" else target.name, [Input("activations", given)]
@@ -118,5 +121,5 @@ def validate_targets(experiment: ExperimentSettings, d_in: int) -> None:
 
 
 def config_of(declaration: Declaration, d_in: int) -> SAEConfig:
-    """Return the configuration of a declared SAE for activations of this width, with seed 0. Raises as `validate_targets`."""
+    """Return the configuration of a declared SAE for activations of this width, with seed 0. Raises the errors of `validate_targets`."""
     return sae_config(declaration.settings["sae"], d_in, seed=0, name=str(declaration.address))

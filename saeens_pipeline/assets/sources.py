@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Collection, Sequence
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 from saeens_pipeline import progress
-from saeens_pipeline.assets.declarations import Declaration, Input, Op, Reference, RunContext, Task, with_file
+from saeens_pipeline.assets.declarations import Declaration, Input, Op, Reference, RunContext, SourceFacts, Task, Wanted, with_file
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models.caching import cache_activations
 from saeens_pipeline.language_models.corpora import open_corpus
-from saeens_pipeline.language_models.descriptions import LanguageModelDescription, validate_hook, validate_patch
+from saeens_pipeline.language_models.descriptions import HOOKS, LanguageModelDescription, validate_hook, validate_patch
 from saeens_pipeline.language_models.documents import RecordCorpus
-from saeens_pipeline.language_models.models import describe_language_model, load_language_model
+from saeens_pipeline.language_models.models import describe_language_model, load_language_model, validate_modules
 from saeens_pipeline.language_models.tokens import open_tokens, validate_token_settings, write_tokens
 from saeens_pipeline.settings.experiments import ExperimentSettings
 from saeens_pipeline.settings.sources import SourceSettings
@@ -39,18 +40,19 @@ def tokens_of(source: str) -> Reference:
     return Reference(Address(source, "source", "tokens"), "none")
 
 
-class SourceFacts(NamedTuple):
-    """Facts about a source that preflights need: its language model, hook, and dropped positions."""
-
-    model: LanguageModelDescription
-    hook: str
-    drop: Sequence[Any]
+def declared_facts(settings: SourceSettings) -> SourceFacts:
+    """Return a source's facts from its settings. Raises as `describe_language_model`."""
+    description = _language_model(settings)
+    d_in = description.d_model if settings.hook in HOOKS else None
+    return SourceFacts(lambda: description, settings.hook, settings.drop, d_in, tokens=None)
 
 
 def recorded_facts(store: Store, source: str, layer: int | None) -> SourceFacts:
-    """Return a source's facts from the records of its activations and tokens. Raises as `language_model_of`."""
+    """Return a source's facts from the records of its activations and tokens. `describe_model` raises as `language_model_of`."""
     activations, tokens = (each.require(store, Partition(layer)) for each in (activations_of(source), tokens_of(source)))
-    return SourceFacts(language_model_of(activations), activations.recipe["settings"]["hook"], tokens.recipe["settings"]["drop"])
+    hook, drop = activations.recipe["settings"]["hook"], tokens.recipe["settings"]["drop"]
+    d_in = len(activations.provenance["statistics"]["train"]["mean"])
+    return SourceFacts(partial(language_model_of, activations), hook, drop, d_in, tokens.path)
 
 
 def measures_loss(experiment: ExperimentSettings, model: LanguageModelDescription, hook: str) -> bool:
@@ -73,7 +75,7 @@ def measures_loss(experiment: ExperimentSettings, model: LanguageModelDescriptio
 
 
 def language_model_of(made: Artefact) -> LanguageModelDescription:
-    """Return the language model of activations or tokens, described from its files today.
+    """Return the description of the language model of activations or tokens, read from its present files.
 
     Raises ConfigurationError if the language model no longer exists, SaeensError if its files have changed.
     """
@@ -81,7 +83,7 @@ def language_model_of(made: Artefact) -> LanguageModelDescription:
     identity = settings["tokenizer"] if "tokenizer" in settings else settings["language_model"]
     description = describe_language_model(identity["name"], identity["revision"])
     if description.identity != identity:
-        raise SaeensError(f"the files of {description.name} have changed since {made.path} was made from them: make that again first")
+        raise SaeensError(f"the files of {description.name} have changed since {made.path} was computed from them: compute it again first")
     return description
 
 
@@ -135,7 +137,7 @@ def source_ops(settings: SourceSettings) -> list[Op]:
 
     def make_activations(context: RunContext, tasks: Sequence[Task]) -> None:
         store = context.store
-        description = validate_source(settings, [task.partition.layer for task in tasks if task.partition.layer is not None])
+        description = _language_model(settings)
         model = load_language_model(description, settings.weights, context.compute.resolve(), settings.language_model_dtype)
         token_store = open_tokens(tokens.require(store, Partition()).path)
         with contextlib.ExitStack() as stack:
@@ -153,6 +155,7 @@ def source_ops(settings: SourceSettings) -> list[Op]:
                     settings.hook,
                     folders,
                     settings.dtype,
+                    max_norm=settings.max_norm,
                     batch_windows=max(1, min(BATCH_WINDOWS, BATCH_TOKENS // settings.context_length)),
                     report=progress.differences(advance),
                 )
@@ -161,16 +164,28 @@ def source_ops(settings: SourceSettings) -> list[Op]:
                 provenance["statistics"] = {split: each.to_json() for split, each in statistics[layer].items()}
 
     def _other_requested_layers(context: RunContext, first: Task, there_are: Collection[int], stack: contextlib.ExitStack) -> list[Task]:
-        """Return the tasks of other requested layers that are missing and that no other process makes: one forward pass serves them all."""
+        """Return the tasks of other requested layers that are missing and not in another process: one forward pass serves all layers.
+
+        Their health is checked in their own runs, where they are cache hits.
+        """
         store = context.store
         others = [Partition(layer) for layer in context.requested_layers() if layer != first.partition.layer and layer in there_are]
         tasks = [Task(activations, partition, activations.recipe(store, partition)) for partition in others]
         missing = [task for task in tasks if not store.hit(*task.where, task.recipe)]
         free = [task for task in missing if stack.enter_context(writing_if_free(store.root, *task.where))]
-        return [task for task in free if not store.hit(*task.where, task.recipe)]  # another process may have made them before the lock
+        return [task for task in free if not store.hit(*task.where, task.recipe)]  # another process may have computed them before the lock
 
-    of_activations = Op(activations.address.op_name, (activations,), make_activations, on_device=True)
-    return with_file([Op(tokens.address.op_name, (tokens,), make_tokens), of_activations], settings.file)
+    def check_tokens(*_: Any) -> None:
+        validate_token_settings(_language_model(settings), **settings.model_dump(include=set(_TOKEN_FIELDS)))
+        open_corpus(settings.corpus).require_readable()  # for a data set of the hub, if the hub can be reached
+
+    def check_activations(_: Store, wanted: Wanted, *_facts: Any) -> None:
+        layers = [partition.layer for _, partition in wanted if partition.layer is not None]
+        validate_modules(validate_source(settings, layers), settings.hook, layers)
+
+    of_tokens = Op(tokens.address.op_name, (tokens,), make_tokens, preflight=check_tokens)
+    of_activations = Op(activations.address.op_name, (activations,), make_activations, on_device=True, preflight=check_activations)
+    return with_file([of_tokens, of_activations], settings.file)
 
 
 def validate_source(settings: SourceSettings, layers: Sequence[int]) -> LanguageModelDescription:
@@ -184,15 +199,10 @@ def validate_source(settings: SourceSettings, layers: Sequence[int]) -> Language
     return description
 
 
-def validate_corpus(settings: SourceSettings) -> None:
-    """Check, before any work, that the corpus can be read; for a data set of the hub, if the hub can be reached."""
-    open_corpus(settings.corpus).require_readable()
-
-
 def _settings_of_activations(settings: SourceSettings) -> dict[str, Any]:
-    """Return the settings of a recipe. The language model's dtype is left out if float32, so that older recipes stay valid."""
-    dtype = {} if settings.language_model_dtype == "float32" else {"language_model_dtype": settings.language_model_dtype}
-    return settings.model_dump(include={"language_model", "revision", "hook", "weights", "dtype"}) | dtype
+    """Return the settings of a recipe. Later fields are left out at their defaults, so that older recipes stay valid."""
+    later = settings.model_dump(include={"language_model_dtype", "max_norm"}, exclude_defaults=True)
+    return settings.model_dump(include={"language_model", "revision", "hook", "weights", "dtype"}) | later
 
 
 def _language_model(settings: SourceSettings) -> LanguageModelDescription:

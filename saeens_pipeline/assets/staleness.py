@@ -1,4 +1,4 @@
-"""Staleness: the state of every artefact of an experiment, and the stages in which to make them."""
+"""Staleness: the state of every artefact of an experiment, and the stages in which to compute them."""
 
 from __future__ import annotations
 
@@ -29,18 +29,20 @@ class Status:
 
     @property
     def where(self) -> tuple[Address, Partition]:
+        """Return address and partition of the artefact."""
         return self.declaration.address, self.partition
 
 
 @dataclass(frozen=True)
 class Stage:
-    """The artefacts of one run: all of one partition, inputs before the artefacts made from them."""
+    """The artefacts of one run: all of one partition, inputs before the artefacts computed from them."""
 
     partition: Partition
     statuses: tuple[Status, ...]
 
     @property
     def to_make(self) -> list[Declaration]:
+        """Return the declarations of the artefacts that are not fresh."""
         return [status.declaration for status in self.statuses if status.state != "fresh"]
 
 

@@ -23,6 +23,7 @@ from saeens_pipeline.assets.residuals import open_reader
 from saeens_pipeline.assets.sae_recipes import START, sae_config
 from saeens_pipeline.assets.sources import activations_of, tokens_of
 from saeens_pipeline.errors import SaeensError
+from saeens_pipeline.language_models.descriptions import TRANSFORMER_LENS
 from saeens_pipeline.language_models.tokens import open_tokens
 from saeens_pipeline.storage.activations import ActivationReader, ActivationStatistics, ActivationStore
 from saeens_pipeline.storage.checkpoints import checkpoint_file, checkpoint_seconds
@@ -79,7 +80,8 @@ def train_rounds(context: RunContext, tasks: Sequence[Task], given: Reference, r
 
     def train(_: Sequence[None], plan: MemoryPlan) -> None:
         with _checkpoints(context, trained_tasks, rounds, op_name) as checkpoints:
-            fitted = training.fit(trained_tasks, sm.train_boosting_concurrently, checkpoints, plan)
+            scale = trained_tasks[-1].recipe.settings.get("boosting_scale", "shared")
+            fitted = training.fit(trained_tasks, partial(sm.train_boosting_concurrently, boosting_scale=scale), checkpoints, plan)
             _require_room(context, trained_tasks, fitted)
             for number, (task, trained) in enumerate(zip(trained_tasks, fitted, strict=True)):
                 if task.declaration.address in asked:
@@ -91,7 +93,7 @@ def train_rounds(context: RunContext, tasks: Sequence[Task], given: Reference, r
 
 @contextlib.contextmanager
 def _checkpoints(context: RunContext, tasks: Sequence[Task], outputs: Sequence[Declaration], op_name: str) -> Iterator[Checkpoints | None]:
-    """Give the checkpoints of these SAEs, and remove them after success; None if checkpoints are switched off."""
+    """Yield the checkpoints of these SAEs, and remove them after success; None if checkpoints are switched off."""
     seconds = checkpoint_seconds()
     if seconds is None:
         yield None
@@ -113,10 +115,10 @@ def _checkpoints(context: RunContext, tasks: Sequence[Task], outputs: Sequence[D
 
 
 def _open_documents(store: Store, activations: Artefact, source: str, labels: Mapping[str, Sequence[str]]) -> SelectedDocuments:
-    """Open the training rows of the documents with these labels. Raises SaeensError for activations made from other tokens."""
+    """Open the training rows of the documents with these labels. Raises SaeensError for activations of other tokens."""
     tokens = tokens_of(source).require(store, Partition())
     if activations.recipe["inputs"]["tokens"] != tokens.data_version:  # the numbers of documents differ
-        raise SaeensError(f"{activations.path} was made from tokens of {source} that have changed since: make the activations again")
+        raise SaeensError(f"{activations.path} was computed from tokens of {source} that have changed since: compute the activations again")
     return SelectedDocuments(ActivationStore(activations.path), "train", open_tokens(tokens.path).documents_with("train", labels))
 
 
@@ -186,12 +188,16 @@ class _Training:
         self._reader: ActivationReader = reader
         self._data_seed, self._epochs = fields["data_seed"], fields.get("epochs", 1)
         self._n_tokens = statistics.rows * self._epochs
+        mean_norm = statistics.mean_norm
+        if fields.get("boosting_scale") == "shared":
+            activations = activations_of(tasks[0].declaration.source).require(store, partition)
+            mean_norm = ActivationStatistics.from_json(activations.provenance["statistics"]["train"]).mean_norm
         normalised = fields["training"]["normalize_activations"] != "none"
         self.config = sm.TrainingConfig(
             **fields["training"],
             total_tokens=self._n_tokens,
             input_mean=tuple(statistics.mean.tolist()),
-            input_scale=reader.d_in**0.5 / statistics.mean_norm if normalised else None,
+            input_scale=reader.d_in**0.5 / mean_norm if normalised else None,
         )
 
     def first_portion(self) -> Portion:
@@ -259,12 +265,16 @@ def _require_room(context: RunContext, tasks: Sequence[Task], fitted: Sequence[_
 
 
 def _write(context: RunContext, task: Task, trained: _Trained, trained_on: str) -> None:
-    """Write an SAE with the metadata that SAELens and SAEBench read: language model, hook, layer, context size and data set."""
+    """Write an SAE with the metadata that SAELens and SAEBench read: language model, hook, layer, context size and data set.
+
+    SAELens passes ``model_name`` to loaders and makes file names of it: it is a string. The model's hashes have a key of their own.
+    """
     source, layer = task.declaration.source, task.partition.layer
     activations = activations_of(source).require(context.store, task.partition).recipe["settings"]
     tokens, hook = tokens_of(source).require(context.store, task.partition).recipe["settings"], activations["hook"]
     metadata = {
-        "model_name": activations["language_model"],
+        "model_name": activations["language_model"]["name"].removeprefix(TRANSFORMER_LENS),
+        "language_model": activations["language_model"],
         "hook_name": hook.format(layer=layer) if "{layer}" in hook else f"blocks.{layer}.hook_{hook}",
         "hook_layer": layer,
         "context_size": tokens["context_length"],

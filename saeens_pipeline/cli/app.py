@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from saeens_pipeline.cli.output import complain
-from saeens_pipeline.errors import SaeensError
+from saeens_pipeline.cli.output import notify
+from saeens_pipeline.errors import SaeensError, printable
 
 app = typer.Typer(
     add_completion=False,
@@ -25,11 +25,12 @@ def _options(debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = Fal
 
 def main() -> None:
     """Run the command line. Errors become one message, with --debug a traceback."""
+    sys.argv[1:] = map(printable, sys.argv[1:])  # messages of typer and of Dagster repeat them
     try:
         app()
     except Exception as error:
         if "--debug" in sys.argv:
             raise
         is_known = isinstance(error, SaeensError)
-        complain("error", str(error) if is_known else f"{type(error).__name__}: {error}\n`saeens --debug ...` shows the traceback")
+        notify("error", str(error) if is_known else f"{type(error).__name__}: {error}\n`saeens --debug ...` shows the traceback")
         sys.exit(error.exit_code if is_known else 1)

@@ -45,7 +45,7 @@ class Finding(NamedTuple):
 def diagnose(verify: bool = False) -> Iterator[Finding]:
     """Check versions, devices, data root, disk and experiment files; with `verify`, also the hashes of every artefact.
 
-    An artefact with differences is invalidated, and the next run makes it again.
+    An artefact with differences is invalidated, and the next run computes it again.
     """
     yield Finding("python", f"{platform.python_version()} on {platform.platform()}")
     for package in PACKAGES:
@@ -108,7 +108,7 @@ def _verify(root: Path) -> Iterator[Finding]:
             wrong.append(str(artefact))
         elif differences := artefact.verify():
             artefact.invalidate()
-            wrong += [f"{difference}. The next `saeens run` makes it again" for difference in differences]
+            wrong += [f"{difference}. The next `saeens run` computes it again" for difference in differences]
     for message in wrong:
         yield Finding("artefact", message, ok=False)
-    yield Finding("artefacts", f"{checked} read, {len(wrong)} differences from what was written", ok=not wrong)
+    yield Finding("artefacts", f"{checked} read, {len(wrong)} differences from the written bytes", ok=not wrong)

@@ -10,7 +10,7 @@ from rich.filesize import decimal
 from rich.text import Text
 
 from saeens_pipeline.cli.app import app
-from saeens_pipeline.cli.output import complain, grid, out, print_line
+from saeens_pipeline.cli.output import grid, notify, out, print_line
 from saeens_pipeline.storage.root import data_root
 
 
@@ -18,17 +18,17 @@ from saeens_pipeline.storage.root import data_root
 def gc(
     delete: Annotated[bool, typer.Option("--delete", help="Remove the listed files; without it nothing is changed.")] = False,
     forget_folder: Annotated[
-        list[Path] | None, typer.Option(help="A former folder of SAEENS_EXPERIMENTS: artefacts made from its files count as unused.")
+        list[Path] | None, typer.Option(help="A former folder of SAEENS_EXPERIMENTS: artefacts of its files count as unused.")
     ] = None,
 ) -> None:
-    """List files below the data root that belong to no experiment or source any more."""
+    """List files below the data root that belong to no present experiment or source."""
     from saeens_pipeline.orchestration.garbage import by_folder, declared, find_garbage, remove_garbage
     from saeens_pipeline.orchestration.ops import Ops
     from saeens_pipeline.settings.files import FOLDERS_VARIABLE
 
     experiments, root = Ops.load(), data_root().resolve()
     inventory = find_garbage(root, declared(experiments), forget_folder or [])
-    garbage = by_folder(inventory.garbage, root)
+    garbage, freed_bytes = by_folder(inventory.garbage, root), inventory.freed_bytes
     if delete:
         remove_garbage(experiments, inventory, root)
     table = grid(show_header=False)
@@ -37,10 +37,10 @@ def gc(
             table.add_row(mark, Text(decimal(n_bytes), justify="right"), Text(str(path.relative_to(root)), overflow="fold"), Text(reason))
     if table.rows:
         out.print(table)
-    freed = f"{decimal(inventory.freed_bytes)} {'freed' if delete else 'would be freed by `saeens gc --delete`; nothing was changed'}"
+    freed = f"{decimal(freed_bytes)} {'freed' if delete else 'would be freed by `saeens gc --delete`; nothing was changed'}"
     print_line(freed if garbage else f"nothing below {root} is unused")
     for message in experiments.broken.values():
-        complain("note", f"{message}\nartefacts of this file are listed as unused")
+        notify("note", f"{message}\nartefacts of this file are listed as unused")
     for folder in inventory.unread_folders:
         remedy = f"set {FOLDERS_VARIABLE}={folder}, or count them as unused with `saeens gc --forget-folder {folder}`"
-        complain("note", f"{folder}: artefacts here were made from its experiment files, which are not read now: {remedy}")
+        notify("note", f"{folder}: artefacts here are from its experiment files, which are not read now: {remedy}")

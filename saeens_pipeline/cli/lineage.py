@@ -9,7 +9,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from saeens_pipeline.cli.app import app
-from saeens_pipeline.cli.output import complain, out
+from saeens_pipeline.cli.output import notify, out
 from saeens_pipeline.storage.recipes import Store
 from saeens_pipeline.storage.root import data_root
 
@@ -22,13 +22,13 @@ def lineage(
     subject: Annotated[
         str,
         typer.Argument(
-            metavar="TABLE:COLUMN=VALUE,...|ASSET:layer=L,seed=S|DATA_VERSION",
-            help="A row, such as reconstruction:layer=1,seed=42,method=bagging,n_members=3; an asset, such as "
-            "quickstart/bagging/member_1:layer=1,seed=42; or a data version or its beginning.",
+            metavar="SUBJECT",
+            help="A table row, TABLE:COLUMN=VALUE,..., such as reconstruction:layer=1,seed=42,method=bagging,n_members=3; an asset, "
+            "ASSET:layer=L,seed=S, such as quickstart/bagging/member_1:layer=1,seed=42; or a data version, at least its first 4 digits.",
         ),
     ],
 ) -> None:
-    """Print the inputs of a table row or an artefact, down to corpus and language model, and the runs that made them."""
+    """Print the inputs of a table row or an artefact, down to corpus and language model, and the runs that wrote them."""
     from saeens_pipeline.assets.lineage import lineage as trace
     from saeens_pipeline.orchestration.catalogue import load_catalogue
 
@@ -37,7 +37,7 @@ def lineage(
     out.print(_tree(found), soft_wrap=not out.is_terminal)
     problems = list(found.problems())
     if problems:
-        complain("note", "parts of it are no longer on disk in the versions that were used:\n" + "\n".join(problems))
+        notify("note", "parts of it are no longer on disk in the versions that were used:\n" + "\n".join(problems))
 
 
 def _tree(ancestor: Ancestor) -> Tree:

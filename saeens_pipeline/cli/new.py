@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from saeens_pipeline.cli.app import app
-from saeens_pipeline.cli.output import complain, out, print_line
+from saeens_pipeline.cli.output import notify, out, print_line
 
 layers = typer.Typer(no_args_is_help=True, help="The layers of a source.")
 app.add_typer(layers, name="layers")
@@ -19,7 +19,7 @@ app.add_typer(reference_model, name="reference-model")
 
 @app.command()
 def new(
-    name: Annotated[str, typer.Argument(help="Name of the new source and experiment.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the new source and experiment.")],
     model: Annotated[str, typer.Option(help="builtin/reference, a folder in transformers' format, or a model's name on the hub.")],
     layers: Annotated[list[str], typer.Option(help="Layers of the model, from 0, such as 2,4,6; may be given several times.")],
     corpus: Annotated[
@@ -27,7 +27,8 @@ def new(
         typer.Option(help="Texts: builtin/installed_packages, a data set on the hub, or a file or pattern such as 'texts/*.jsonl'."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="File to write; by default in a folder of experiment files. Nothing is overwritten.")
+        Path | None,
+        typer.Option(help="File to write; default: NAME.yaml in the first folder of SAEENS_EXPERIMENTS. Nothing is overwritten."),
     ] = None,
 ) -> None:
     """Write an experiment file for a language model, with every field explained."""
@@ -38,13 +39,13 @@ def new(
     if written.is_read:
         print_line(f"edit it, then `saeens run {name}` or reload the code location in the UI")
     else:
-        complain("note", f"experiments are not read from there: set SAEENS_EXPERIMENTS={written.path.parent}")
+        notify("note", f"experiments are not read from there: set SAEENS_EXPERIMENTS={written.path.parent}")
 
 
 @layers.command("add")
 def add_layers(
-    source: Annotated[str, typer.Argument(help="Name of a source, as its experiment file gives it.")],
-    layer: Annotated[list[int], typer.Argument(min=0, metavar="L...", help="Layers of the language model, from 0.")],
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Name of a source, as its experiment file gives it.")],
+    layer: Annotated[list[int], typer.Argument(min=0, metavar="LAYER", help="Layers of the language model, from 0.")],
 ) -> None:
     """Add layers to a source. All its experiments get them."""
     from saeens_pipeline.assets.catalogue import Experiments
@@ -55,9 +56,9 @@ def add_layers(
         if which:
             print_line(f"{source}: {done} {'layers' if len(which) > 1 else 'layer'} {', '.join(map(str, which))}")
     for name in added.automated:
-        print_line(f"{name}: missing artefacts are made automatically while `saeens ui` is running")
+        print_line(f"{name}: missing artefacts are computed automatically while `saeens ui` is running")
     for name in added.on_request:
-        print_line(f"{name}: `saeens run {name}` makes missing artefacts")
+        print_line(f"{name}: `saeens run {name}` computes missing artefacts")
     if not added.automated and not added.on_request:
         print_line(f"no experiment uses {source} yet")
 
@@ -68,7 +69,9 @@ def train_reference_model(
         "reference_model"
     ),
     tokens: Annotated[int | None, typer.Option(min=2048, help="Training tokens; by default those of the shipped model.")] = None,
-    compile: Annotated[bool, typer.Option("--compile", help="A third faster; needs a C++ compiler.")] = False,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compile the model: trains about a third faster, needs a C++ compiler.")
+    ] = False,
 ) -> None:
     """Train the embedded language model again on text of the installed packages: about an hour and a half on two cores."""
     from saeens_pipeline.language_models import reference_model as reference

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from saeens_models import TrainingConfig
-from saeens_models.architectures import settings_class
+from saeens_models.architectures import architectures, settings_class
 from saeens_pipeline import defs
 from saeens_pipeline.assets.catalogue import Experiments
 from saeens_pipeline.assets.saes import validate_targets
@@ -35,14 +35,14 @@ DIMENSIONS_PER_FEATURE = 24  # d_in / k, about that of the quickstart; k is roun
 
 
 class NewExperiment(NamedTuple):
-    """The path of a new experiment file. `is_read`: it is in a folder of experiment files."""
+    """The path of a new experiment file. `is_read`: the file is in a folder from which experiments are read."""
 
     path: Path
     is_read: bool
 
 
 def new_experiment(name: str, model: str, layers: Sequence[int], output: Path | None = None, corpus: str | None = None) -> NewExperiment:
-    """Write an experiment file for `model`, a value of `language_model`. Of a model on the hub only the configuration is downloaded.
+    """Write an experiment file for `model`, a value of `language_model`. For a model on the hub, download its configuration, no weights.
 
     `corpus` is the builtin one, a data set on the hub, or files. Without it, the builtin corpus is proposed for the embedded model, and
     for other models a pattern of files to replace. The file is `output`, or NAME.yaml in the first folder of SAEENS_EXPERIMENTS, or a file
@@ -107,6 +107,7 @@ def render(name: str, description: LanguageModelDescription, layers: Sequence[in
         "drop": ["first"],
         "train_tokens": TRAIN_TOKENS,
         "test_tokens": TEST_TOKENS,
+        "max_norm": 10,
     }
     experiment: dict[str, Any] = {
         "name": name,
@@ -128,7 +129,7 @@ def render(name: str, description: LanguageModelDescription, layers: Sequence[in
         f"context {description.context_length:_}, vocabulary {description.vocab_size:_}.",
         f"# Layers of 0 to {description.n_layers - 1}; d_sae = {EXPANSION} * {width} = {EXPANSION * width:_}; "
         f"{(TRAIN_TOKENS + TEST_TOKENS) * width * 2 / 1e9:.2g} GB of disk for the activations of each layer.",
-        f"# `saeens run {name}` makes everything; `saeens experiments` reports a wrong file with its line.",
+        f"# `saeens run {name}` computes everything; `saeens experiments` reports a wrong file with its line.",
     ]
     nested = {"sae": settings_class("topk"), "training": TrainingConfig, "ensemble": EnsembleSettings}
     fields = (_fields(SourceSettings.model_fields, source), _fields(ExperimentSettings.model_fields, experiment, nested))
@@ -139,9 +140,10 @@ def render(name: str, description: LanguageModelDescription, layers: Sequence[in
 def _fields(
     fields: Mapping[str, FieldInfo], values: Mapping[str, Any], nested: Mapping[str, type[BaseModel]] | None = None, indent: str = "  "
 ) -> Iterator[str]:
-    """Give a line for each field with its meaning: those with a value, and others as comments that hold their default."""
+    """Yield a line of YAML for each field, with its meaning. A field without a value is a comment with its default."""
     for name, field in fields.items():
-        about = "; ".join(filter(None, [(field.description or "").rstrip("."), _alternatives(field.annotation)]))
+        about = "; ".join(filter(None, [(field.description or "").rstrip("."), _alternatives(name, field.annotation)]))
+        about = about.replace("``", "`")  # descriptions are reStructuredText
         meaning = f" # {' '.join(about.split())}" if about else ""
         value = values.get(name)
         if isinstance(value, dict) and nested:
@@ -154,8 +156,10 @@ def _fields(
             yield f"{indent}# {name}: {_yaml(field.get_default(call_default_factory=True))}{meaning}"
 
 
-def _alternatives(annotation: Any) -> str:
-    return f"one of {', '.join(map(str, get_args(annotation)))}" if get_origin(annotation) is Literal else ""
+def _alternatives(name: str, annotation: Any) -> str:
+    # the annotation of `architecture` has its own name only: each architecture has its own fields
+    allowed = architectures() if name == "architecture" else get_args(annotation) if get_origin(annotation) is Literal else ()
+    return f"one of {', '.join(map(str, allowed))}" if allowed else ""
 
 
 def _yaml(value: Any) -> str:

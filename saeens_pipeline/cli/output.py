@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from saeens_pipeline.errors import printable
+
 if TYPE_CHECKING:
     import polars as pl
 
@@ -24,13 +26,13 @@ FormatOption = Annotated[Format, typer.Option("--format", help="csv and json pri
 
 
 def print_line(text: str) -> None:
-    """Print a line on standard output unchanged."""
-    out.print(text, highlight=False, markup=False, soft_wrap=True)
+    """Print a line on standard output unchanged, without escape sequences."""
+    out.print(printable(text), highlight=False, markup=False, soft_wrap=True)
 
 
-def complain(label: str, message: str) -> None:
-    """Print a message on standard error, without markup."""
-    err.print(Text.assemble((f"{label}: ", "red"), message), soft_wrap=True)
+def notify(label: str, message: str) -> None:
+    """Print a message on standard error, without markup and escape sequences."""
+    err.print(Text.assemble((f"{label}: ", "red"), printable(message)), soft_wrap=True)
 
 
 def print_data(frame: pl.DataFrame, format: Format) -> bool:
@@ -51,5 +53,5 @@ def rich_table(frame: pl.DataFrame, title: str | None = None) -> Table:
     for name, dtype in frame.schema.items():
         table.add_column(name, justify="right" if dtype.is_numeric() else "left", overflow="fold")
     for row in frame.iter_rows():
-        table.add_row(*("" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value) for value in row))
+        table.add_row(*("" if value is None else f"{value:.4g}" if isinstance(value, float) else printable(str(value)) for value in row))
     return table

@@ -9,7 +9,7 @@ import typer
 from rich.text import Text
 
 from saeens_pipeline.cli.app import app
-from saeens_pipeline.cli.output import ExperimentName, FormatOption, LayerOption, complain, err, grid, out, print_data, print_line
+from saeens_pipeline.cli.output import ExperimentName, FormatOption, LayerOption, err, grid, notify, out, print_data, print_line
 from saeens_pipeline.storage.recipes import Store
 from saeens_pipeline.storage.root import data_root
 
@@ -23,7 +23,7 @@ _STATE_COLOURS = {"fresh": "green", "stale": "yellow", "damaged": "red", "missin
 @app.command()
 def plan(experiment: ExperimentName, layer: LayerOption = None, format: FormatOption = "table") -> None:
     """Print the disk, memory and computation that an experiment will need, before it runs. For a sweep, each experiment's needs are
-    printed as if it ran alone; artefacts that several share are made once.
+    printed as if it ran alone; artefacts that several share are computed once.
     """
     import polars as pl
 
@@ -92,7 +92,7 @@ def experiments() -> None:
         table.add_row(name, settings.source, source.language_model, layers, sae, str(settings.ensemble.members), seeds)
     out.print(table)
     for message in found.broken.values():
-        complain("left out", message)
+        notify("left out", message)
     if found.broken:
         raise typer.Exit(2)
 

@@ -8,8 +8,8 @@ import polars as pl
 from rich.console import Console
 
 from saeens_pipeline.assets.health import warnings_of
+from saeens_pipeline.assets.registry import METHODS, listed
 from saeens_pipeline.assets.staleness import Status
-from saeens_pipeline.assets.tables import METHODS, listed
 from saeens_pipeline.cli.output import grid
 from saeens_pipeline.orchestration.runs import Outcome, print_line
 from saeens_pipeline.report.results import Results, Size
@@ -19,7 +19,7 @@ from saeens_pipeline.storage.root import data_root
 from saeens_pipeline.storage.tables import read_part
 
 SHOWN_WARNINGS = 5
-_BESIDE = ("explained_variance", "stability")  # shown for the control, too, or for the experiment that this one controls
+_OF_COUNTERPART = ("explained_variance", "stability")  # shown for the control, too, or for the experiment that this one controls
 _GAIN = "marginal_gain"
 
 
@@ -30,7 +30,7 @@ def print_outcome(outcome: Outcome, console: Console) -> None:
     _print_warnings(store, outcome.experiment, outcome.statuses, console)
     for pages, title in (
         (outcome.reports, "The report, to open in a browser"),
-        (outcome.renewed, "Reports that show this control, made again"),
+        (outcome.renewed, "Reports that show this control, written again"),
     ):
         if pages:
             print_line(console, "\n" + "\n".join([f"{title}:", *(f"  {page}" for page in pages)]))
@@ -39,17 +39,18 @@ def print_outcome(outcome: Outcome, console: Console) -> None:
 
 def _print_metrics(store: Store, outcome: Outcome, console: Console) -> None:
     """Print for each layer the metrics of each method at the full ensemble size, means over seeds, from fresh tables."""
-    experiment, beside = outcome.experiment, outcome.beside
+    experiment, counterpart = outcome.experiment, outcome.counterpart
     headlines = [(table.name, each) for table in listed(over_experiments=False) for each in table.headlines if each.in_summary]
     names = {_GAIN, *(table for table, _ in headlines)}
-    controls = _fresh_tables(store, beside.name, beside.statuses, names) if beside else {}
+    controls = _fresh_tables(store, counterpart.name, counterpart.statuses, names) if counterpart else {}
     for layer, results in _fresh_tables(store, experiment.name, outcome.statuses, names).items():
         title = f"{experiment.name}, layer {layer}: mean over seeds {', '.join(map(str, results.seeds))}"
-        columns = [(each.title, each.form, results.spreads(table, each.column)) for table, each in headlines]
-        if beside and layer in controls:
-            name = beside.language_model
-            title += f"; {name}: {beside.name}, the same experiment with {name} weights"
-            both = [(table, each) for table, each in headlines if each.column in _BESIDE]
+        mark = {"explained_variance": " (!)"} if results.caution else {}
+        columns = [(each.title + mark.get(each.column, ""), each.form, results.spreads(table, each.column)) for table, each in headlines]
+        if counterpart and layer in controls:
+            name = counterpart.language_model
+            title += f"; {name}: {counterpart.name}, the same experiment with {name} weights"
+            both = [(table, each) for table, each in headlines if each.column in _OF_COUNTERPART]
             columns += [(f"{each.title}, {name}", each.form, controls[layer].spreads(table, each.column)) for table, each in both]
         shown = grid("method", "n", title=title)
         for heading, _, _ in columns:
@@ -61,6 +62,8 @@ def _print_metrics(store: Store, outcome: Outcome, console: Console) -> None:
         if shown.rows:
             console.print()
             console.print(shown)
+        if results.caution:
+            print_line(console, f"(!) {results.caution}")
         _print_suggested(results, experiment.ensemble.members, console)
 
 
@@ -86,7 +89,7 @@ def _fresh_tables(store: Store, experiment: str, statuses: Sequence[Status], nam
 
 
 def _print_warnings(store: Store, experiment: ExperimentSettings, statuses: Sequence[Status], console: Console) -> None:
-    """Print the first warnings of health checks of fresh artefacts, and the number of others."""
+    """Print the first warnings of the health checks of fresh artefacts, and the number of further warnings."""
     fresh = [(each, store.require(*each.where)) for each in statuses if each.state == "fresh"]
     warnings = [each for s, artefact in fresh for each in warnings_of(s.declaration, s.partition, artefact, experiment.checks)]
     for warning in warnings[:SHOWN_WARNINGS]:

@@ -11,7 +11,7 @@ from rich.text import Text
 from typer.core import TyperCommand
 
 from saeens_pipeline.cli.app import app
-from saeens_pipeline.cli.output import ExperimentName, FormatOption, LayerOption, complain, grid, out, print_data, print_line, rich_table
+from saeens_pipeline.cli.output import ExperimentName, FormatOption, LayerOption, grid, notify, out, print_data, print_line, rich_table
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.storage.recipes import Store
 from saeens_pipeline.storage.root import data_root
@@ -26,17 +26,19 @@ class _ListsTables(TyperCommand):
     """A command whose help lists the registered tables. The registry is imported only for the help."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        from saeens_pipeline.assets.tables import listed
+        import saeens_pipeline.assets.tables  # noqa: F401  # registers them
+        from saeens_pipeline.assets.registry import listed
 
         argument = next(each for each in self.params if each.name == "name")
-        argument.help = f"{', '.join(table.name for table in listed(over_experiments=False))}."  # pyright: ignore[reportAttributeAccessIssue]
+        argument.help = f"Name of a table, one of {', '.join(table.name for table in listed(over_experiments=False))}."  # pyright: ignore[reportAttributeAccessIssue]
         super().format_help(ctx, formatter)
 
 
 @app.command()
 def tables() -> None:
     """List the tables that experiments can fill, with the question that each answers."""
-    from saeens_pipeline.assets.tables import listed
+    import saeens_pipeline.assets.tables  # noqa: F401  # registers them
+    from saeens_pipeline.assets.registry import listed
 
     shown = grid("table", "default", "question")
     for table in listed(over_experiments=False):
@@ -53,7 +55,7 @@ def table(
     """Print an evaluation table: all layers on disk, and the experiment's seeds."""
     import polars as pl
 
-    from saeens_pipeline.assets.tables import find_table
+    from saeens_pipeline.assets.registry import find_table
     from saeens_pipeline.orchestration.catalogue import load_catalogue
     from saeens_pipeline.orchestration.runs import experiment_status
     from saeens_pipeline.storage.tables import read_table
@@ -63,13 +65,13 @@ def table(
     frame = read_table(root, experiment, name).filter(pl.col("seed").is_in(seeds))
     statuses = experiment_status(catalogue, experiment)
     if any(each.state != "fresh" for each in statuses if each.declaration.address.key == [experiment, "eval", name]):
-        complain("note", f"parts of this table are missing, stale or damaged: see `saeens status {experiment}`")
+        notify("note", f"parts of this table are missing, stale or damaged: see `saeens status {experiment}`")
     if not print_data(frame, format):
         out.print(rich_table(frame.drop("experiment", "sae_data_versions").head(_SHOWN_ROWS)))
         if len(frame) > _SHOWN_ROWS:
-            complain("note", f"these are the first {_SHOWN_ROWS:,} of {len(frame):,} rows: --format csv or json prints all")
+            notify("note", f"these are the first {_SHOWN_ROWS:,} of {len(frame):,} rows: --format csv or json prints all")
     if note := registered.note(Store(root), experiment, seeds, None):
-        complain("note", note)
+        notify("note", note)
 
 
 @app.command()
@@ -79,28 +81,37 @@ def leaderboard(
     format: FormatOption = "table",
 ) -> None:
     """Rank every evaluated method of every experiment and layer."""
-    from saeens_pipeline.assets.tables.leaderboard import for_reading, standings
+    from saeens_pipeline.assets.tables.leaderboard import for_reading, ranked, standings
     from saeens_pipeline.orchestration.catalogue import load_catalogue
-    from saeens_pipeline.orchestration.runs import make_leaderboard
+    from saeens_pipeline.orchestration.runs import make_alone
+    from saeens_pipeline.storage.tables import read_part
 
     catalogue, store = load_catalogue(), Store(data_root())
-    (declaration,) = catalogue.leaderboard().outputs
-    ranked = standings(store, declaration, sort, n)
-    if ranked.is_empty():
-        complain("note", "nothing is evaluated yet: run `saeens run EXPERIMENT`; `saeens experiments` lists the experiments")
+    op = catalogue.leaderboard()
+    try:
+        store.require_writable()
+    except SaeensError as error:
+        notify("note", f"the table is printed and not stored: {error}")
+        rows = standings(store, op.outputs[0], sort, n)
     else:
-        make_leaderboard(catalogue)
-    _note_outdated(catalogue, ranked["experiment"].unique(maintain_order=True))
-    if print_data(ranked, format):
+        made = ranked(read_part(make_alone(catalogue, op, "saeens leaderboard")), sort)
+        rows = made if n == "full" else standings(store, op.outputs[0], sort, n)
+    if rows.is_empty():
+        notify("note", "nothing is evaluated yet: run `saeens run EXPERIMENT`; `saeens experiments` lists the experiments")
+    _note_outdated(catalogue, rows["experiment"].unique(maintain_order=True))
+    if print_data(rows, format):
         return
-    for (source, layer), rows in ranked.partition_by("source", "layer", as_dict=True, maintain_order=True).items():
-        out.print(rich_table(for_reading(rows, sort), f"{source}, layer {layer}"), "")
+    for (source, layer), of_layer in rows.partition_by("source", "layer", as_dict=True, maintain_order=True).items():
+        out.print(rich_table(for_reading(of_layer, sort), f"{source}, layer {layer}"), "")
 
 
 @app.command()
 def report(
     experiment: Annotated[
-        str | None, typer.Argument(help="Name of an experiment; `saeens experiments` lists them. Without it: the leaderboard's page only.")
+        str | None,
+        typer.Argument(
+            metavar="EXPERIMENT", help="Name of an experiment; `saeens experiments` lists them. Without it: the leaderboard's page only."
+        ),
     ] = None,
     layer: LayerOption = None,
 ) -> None:
@@ -116,23 +127,25 @@ def report(
 
 @app.command()
 def pareto(
-    sweep: Annotated[str, typer.Argument(help="Name of an experiment with a sweep.")],
+    sweep: Annotated[str, typer.Argument(metavar="SWEEP", help="Name of an experiment with a sweep.")],
     picture: Annotated[Path | None, typer.Option(help="PNG file to write the plot to.")] = None,
     format: FormatOption = "table",
 ) -> None:
     """Compare the experiments of a sweep: explained variance against L0 and description length, for each method."""
-    from saeens_pipeline.assets.tables.pareto import for_reading, notes, pareto_rows
+    from saeens_pipeline.assets.tables.pareto import PICTURE_FILE, TABLE_FILE, for_reading, notes
     from saeens_pipeline.orchestration.catalogue import load_catalogue
-    from saeens_pipeline.report.pictures import sweep_picture
+    from saeens_pipeline.orchestration.runs import make_alone
+    from saeens_pipeline.storage.tables import read_part
 
     catalogue = load_catalogue()
-    (declaration,) = catalogue.pareto(sweep).outputs
-    rows = pareto_rows(Store(data_root()), declaration)
-    for note in notes(rows, declaration):
-        complain("note", note)
+    op = catalogue.pareto(sweep)
+    folder = make_alone(catalogue, op, "saeens pareto")
+    rows = read_part(folder / TABLE_FILE)
+    for note in notes(rows, op.outputs[0]):
+        notify("note", note)
     _note_outdated(catalogue, rows["experiment"].unique(maintain_order=True))
     if picture:
-        picture.write_bytes(sweep_picture(rows, declaration))
+        picture.write_bytes((folder / PICTURE_FILE).read_bytes())
     if print_data(rows, format):
         return
     for (layer,), of_layer in rows.partition_by("layer", as_dict=True, maintain_order=True).items():
@@ -149,7 +162,7 @@ def _note_outdated(catalogue: Catalogue, experiments: Iterable[str]) -> None:
         try:
             made = [each for each in experiment_status(catalogue, name) if each.declaration.address.kind == "eval"]
         except SaeensError as error:
-            complain("note", f"figures of {name} may be outdated, which cannot be checked: {error}")
+            notify("note", f"figures of {name} may be outdated, which cannot be checked: {error}")
             continue
         if any(each.state in ("stale", "damaged") for each in made):
-            complain("note", f"figures of {name} are outdated: see `saeens status {name}`")
+            notify("note", f"figures of {name} are outdated: see `saeens status {name}`")

@@ -1,8 +1,7 @@
-"""The two Dagster components that experiment files name as `type`."""
+"""The two Dagster components that experiment files name as `type`. Their assets are those of the catalogue."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, ClassVar
 
 import dagster as dg
@@ -11,23 +10,21 @@ from pydantic import BaseModel
 from saeens_pipeline.assets.declarations import Op
 from saeens_pipeline.assets.sources import source_ops
 from saeens_pipeline.orchestration.assets import build_asset
-from saeens_pipeline.orchestration.ops import ops_of, tables_of
-from saeens_pipeline.report.asset import pareto_op
+from saeens_pipeline.orchestration.catalogue import Catalogue, load_catalogue
 from saeens_pipeline.settings.experiments import ExperimentSettings
-from saeens_pipeline.settings.from_file import FILE
 from saeens_pipeline.settings.sources import SourceSettings
 
 
-class _FromFile(dg.Component):
-    """The assets of a document of an experiment file."""
+class _Declared:
+    """The assets of the source or experiment of this name in the catalogue. No component itself: `dg check` asks each for its settings."""
 
     settings_class: ClassVar[type[BaseModel]]
 
-    def __init__(self, settings: Any) -> None:
-        self.settings = settings
+    def __init__(self, name: str) -> None:
+        self.name = name
 
-    def ops(self) -> list[Op]:
-        """Return the ops that make the assets."""
+    def ops(self, catalogue: Catalogue) -> list[Op]:
+        """Return the ops that compute the assets."""
         raise NotImplementedError
 
     @classmethod
@@ -35,30 +32,27 @@ class _FromFile(dg.Component):
         return cls.settings_class
 
     @classmethod
-    def load(cls, attributes: BaseModel | None, context: dg.ComponentLoadContext) -> _FromFile:
-        return cls(cls.settings_class.model_validate(attributes, context={FILE: Path(context.path) / "defs.yaml"}))
+    def load(cls, attributes: Any, context: dg.ComponentLoadContext) -> _Declared:
+        return cls(attributes.name)
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
-        return dg.Definitions(assets=[build_asset(op) for op in self.ops()])
+        return dg.Definitions(assets=[build_asset(op) for op in self.ops(load_catalogue())])
 
 
-class ActivationSource(_FromFile):
+class ActivationSource(_Declared, dg.Component):
     """A source: its tokens, and its activations at one hook, partitioned by layer."""
 
     settings_class = SourceSettings
 
-    def ops(self) -> list[Op]:
-        return source_ops(self.settings)
+    def ops(self, catalogue: Catalogue) -> list[Op]:
+        return source_ops(catalogue.source(self.name))
 
 
-class EnsembleExperiment(_FromFile):
+class EnsembleExperiment(_Declared, dg.Component):
     """An experiment: members, boosting rounds, residuals, baselines, ensembles and tables, partitioned by layer and seed."""
 
     settings_class = ExperimentSettings
 
-    def ops(self) -> list[Op]:
-        experiments: list[ExperimentSettings] = self.settings.experiments
-        ops = [op for each in experiments for op in ops_of(each)]
-        if self.settings.sweep:
-            ops.append(pareto_op(self.settings, [table for each in experiments for table in tables_of(each)]))
-        return ops
+    def ops(self, catalogue: Catalogue) -> list[Op]:
+        ops = [op for each in catalogue.named(self.name) for op in catalogue.own_ops(each)]
+        return [*ops, catalogue.pareto(self.name)] if self.name in catalogue.sweeps else ops

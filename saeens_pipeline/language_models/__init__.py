@@ -1,0 +1,1 @@
+"""Language models, hooks, tokens, corpora and labelled texts. Recipes and artefacts are in `storage` and `assets`."""

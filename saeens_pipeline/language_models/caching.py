@@ -24,15 +24,17 @@ def cache_activations(
     outputs: Mapping[int, Path],
     dtype: StoredDtype,
     *,
+    max_norm: float | None = None,
     batch_windows: int = 32,
     report: Callable[[int, int], None] = lambda rows, total_rows: None,
 ) -> dict[int, dict[str, ActivationStatistics]]:
     """Write the activations of every kept position at `hook` of each layer to `outputs[layer]`; return statistics by layer and split.
 
-    Rows have the order of `tokens`. Both splits pass through the model once for all layers. `report` gets the numbers of finished and of
-    all rows of one layer. A killed call with the same arguments is resumed: its complete shards are kept, and the model continues with
-    the batch of windows that holds the first missing row. Memory: one batch of `batch_windows` windows in the model and, for each layer,
-    two shards (up to 32 MiB each), for any number of tokens.
+    Rows have the order of `tokens`. `max_norm` drops rows, as ActivationWriter says; the median is that of the first batch. Both splits
+    pass through the model once for all layers. `report` gets the numbers of finished and of all rows of one layer. A killed call with the
+    same arguments is resumed: its complete shards are kept, and the model continues with the batch of windows that holds the first missing
+    row. Memory: one batch of `batch_windows` windows in the model and, for each layer, two shards (up to 32 MiB each), for any number of
+    tokens.
     Raises SaeensError if the disk is too small for all layers (before anything is written), and for values that are not finite or too
     large for `dtype`, with the layer and the largest value; ConfigurationError for a hook or layer that the model does not have.
     """
@@ -44,7 +46,9 @@ def cache_activations(
     done = 0
     with ExitStack() as stack:
         writers = {
-            layer: stack.enter_context(ActivationWriter(path, widths[layer], dtype, rows, name=f"{hook} of layer {layer}", resume=True))
+            layer: stack.enter_context(
+                ActivationWriter(path, widths[layer], dtype, rows, name=f"{hook} of layer {layer}", max_norm=max_norm, resume=True)
+            )
             for layer, path in outputs.items()
         }
         for split in SPLITS:

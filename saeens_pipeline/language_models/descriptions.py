@@ -101,7 +101,7 @@ class ModelFolder(NamedTuple):
 
 
 def locate_model(name: str, revision: str, files: Sequence[str]) -> ModelFolder:
-    """Return the folder of a language model: embedded, local, or in the hub's cache, into which `files` are downloaded.
+    """Return the folder of a language model: embedded, local, or in the hub's cache. For a model on the hub, download `files` first.
 
     Raises ConfigurationError for a name that is none of these and for a revision of an embedded or local model, SaeensError if the
     embedded model is missing or the hub cannot be reached.
@@ -158,7 +158,7 @@ def require_tokenizer(name: str, folder: ModelFolder) -> Path:
 
 
 def identity_of(name: str, revision: str, folder: ModelFolder) -> dict[str, object]:
-    """Return the identity for recipes: the commit of a model on the hub, otherwise hashes of the files."""
+    """Return the identity of a language model for recipes: its commit on the hub or, for a local folder, hashes of its files."""
     if folder.commit is not None:
         _require_hub_weights(name, folder.commit, folder.path)
         return {"name": name, "revision": folder.commit}

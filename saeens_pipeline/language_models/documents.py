@@ -68,7 +68,7 @@ class RecordCorpus(Generic[_Settings]):
 
     @property
     def settings_that_decide(self) -> dict[str, object]:
-        """The settings that recipes hold."""
+        """Settings of the corpus that are part of recipes."""
         return {name: getattr(self.settings, name) for name in RecordSettings.model_fields}
 
     @property
@@ -112,7 +112,7 @@ class RecordCorpus(Generic[_Settings]):
                 self.skipped[split] += 1
 
     def held_out(self, documents: Iterator[Document], split: Split) -> Iterator[Document]:
-        """Return the documents of a split, which a hash of their names decides."""
+        """Return the documents of one split, training or test. A hash of a document's name decides its split."""
         return (document for document in documents if (rank(document.name) < self.settings.test_share) == (split == "test"))
 
 

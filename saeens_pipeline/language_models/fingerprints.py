@@ -29,7 +29,7 @@ def fingerprint(file: Path, *, whole_bytes: int, sample_bytes: int, head: range 
 
 
 def fingerprint_once(file: Path, whole_bytes: int = sys.maxsize) -> str:
-    """Return the fingerprint of a file, which is read once per process unless its size or time changes."""
+    """Return the fingerprint of a file. It is cached per process until the size or the modification time of the file changes."""
     return _fingerprint_once(file, whole_bytes, file.stat().st_size, file.stat().st_mtime_ns)
 
 

@@ -1,7 +1,7 @@
 """The Hugging Face hub: commits of revisions, and files of a commit in the hub's cache.
 
 The cache is used before the hub. A revision such as `main` therefore keeps the commit of its first use; `hf download` updates it.
-Errors quote the message of the hub and say what to do. `huggingface_hub` reads and sends the access token.
+Errors quote the message of the hub and name the remedy. `huggingface_hub` reads and sends the access token.
 """
 
 from __future__ import annotations

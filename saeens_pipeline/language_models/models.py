@@ -88,7 +88,7 @@ def validate_modules(description: LanguageModelDescription, hook: str, layers: C
 
 
 def block_parameters(description: LanguageModelDescription) -> list[int]:
-    """Return the number of parameters of each block, without embeddings. Raises as `validate_modules`."""
+    """Return the number of parameters of each block, without embeddings. Raises the errors of `validate_modules`."""
     of_blocks = [0] * description.n_layers
     for name, weights in _structure(description).model.named_parameters():
         found = re.search(r"\.(\d+)\.", name)
@@ -98,7 +98,7 @@ def block_parameters(description: LanguageModelDescription) -> list[int]:
 
 
 def _structure(description: LanguageModelDescription) -> LanguageModel:
-    """Return the model on the meta device, without memory for weights."""
+    """Return the language model without weights, on torch's meta device."""
     import torch
 
     with torch.device("meta"):

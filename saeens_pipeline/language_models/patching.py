@@ -102,7 +102,7 @@ def loss_batches(model: LanguageModel, tokens: TokenStore, hook: str, layer: int
 
 @contextmanager
 def _returning(outputs: Mapping[nn.Module, Any]) -> Iterator[None]:
-    """Make these modules return the given outputs, without computation, inside this context."""
+    """Replace the computation of these modules by the given outputs within this context."""
     for module, output in outputs.items():
         module.forward = lambda *_, output=output, **__: output
     try:

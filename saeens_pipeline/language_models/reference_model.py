@@ -15,10 +15,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+from saeens_models.architectures.saelens_format import write_safetensors
 from saeens_pipeline.language_models.documents import Corpus, Document
 from saeens_pipeline.language_models.installed_packages import InstalledPackages
 from saeens_pipeline.language_models.tokens import batched
@@ -65,7 +65,8 @@ def train_reference_model(
     """Train tokenizer and model on the corpus' training split, write them to `output` in transformers' format, and return the log.
 
     Also writes `training.json`: the recipe, the corpus (packages, documents, bytes, hash), versions and the log. Weights are stored in
-    float16. `compile_model` needs a C++ compiler and is about a third faster. Raises FloatingPointError for a loss that is not finite.
+    float16. `compile_model` needs a C++ compiler; training is then about a third faster. Raises FloatingPointError for a loss that is not
+    finite.
     """
     recipe, corpus = recipe or ReferenceModelRecipe(), corpus or InstalledPackages()
     output.mkdir(parents=True, exist_ok=True)
@@ -201,7 +202,7 @@ def _save(model: GPTNeoXForCausalLM, output: Path, recipe: ReferenceModelRecipe,
     model.config.save_pretrained(output)
     tied = {"embed_out.weight", "lm_head.weight"}
     weights = {name: value.detach().half().contiguous() for name, value in model.state_dict().items() if name not in tied}
-    save_file(weights, output / "model.safetensors", metadata={"format": "pt"})
+    write_safetensors(weights, output / "model.safetensors", metadata={"format": "pt"})
     record = {
         "recipe": asdict(recipe),
         "parameters": sum(p.numel() for p in model.parameters()),

@@ -45,9 +45,10 @@ class TextActivations:
     """Batches of texts with the activations of their kept tokens at `hook` of one layer.
 
     A text is cut to its first `context_length` tokens, including the special tokens that the tokenizer adds. Special tokens, padding and
-    the positions that the source of the SAEs drops are not kept. Batches have texts of similar length, to limit padding: `order` holds
-    the indices of the texts, batch after batch. Memory: token ids of all texts, and one batch in the model. `report` gets the number of
-    texts of each batch. Raises SaeensError for a text without a kept token.
+    the positions that the source of the SAEs drops are not kept. Tokens with a norm above `norm_limit` are not kept either, unless a text
+    has no others. Batches have texts of similar length, to limit padding: `order` holds the indices of the texts, batch after batch.
+    Memory: token ids of all texts, and one batch in the model. `report` gets the number of texts of each batch. Raises SaeensError for a
+    text without a kept token.
     """
 
     def __init__(
@@ -60,9 +61,10 @@ class TextActivations:
         context_length: int,
         drop: Collection[Drop],
         batch_texts: int,
+        norm_limit: float | None = None,
         report: Callable[[int], object] = lambda n_texts: None,
     ) -> None:
-        self._model, self._hook, self._layer, self._report = model, hook, layer, report
+        self._model, self._hook, self._layer, self._norm_limit, self._report = model, hook, layer, norm_limit, report
         encoded = encode_texts(model.description, texts, context_length=context_length, drop=drop)
         self.order = sorted(range(len(texts)), key=lambda number: len(encoded[number].tokens))
         in_order = [encoded[number] for number in self.order]
@@ -79,5 +81,9 @@ class TextActivations:
             tokens[row, : len(each.tokens)] = torch.tensor(each.tokens)
             kept[row, : len(each.kept)] = torch.tensor(each.kept)
         activations = self._model.activations(tokens, self._hook, [self._layer])[self._layer]
+        kept = kept.to(activations.device)
+        if self._norm_limit is not None:
+            within = kept & (torch.linalg.vector_norm(activations.float(), dim=-1) <= self._norm_limit)
+            kept = torch.where(within.any(1, keepdim=True), within, kept)
         self._report(len(batch))
-        return TextBatch(activations[kept.to(activations.device)].float(), kept.sum(1))
+        return TextBatch(activations[kept].float(), kept.sum(1).cpu())

@@ -23,7 +23,7 @@ _HASHED_BYTES, _LEAST_HASHED_BYTES = 256 * 2**20, 64 * 2**10  # limit for all fi
 
 
 class TextFileCorpus(RecordCorpus[TextFiles]):
-    """Documents of local files."""
+    """Corpus of local text files: one document per line, row or file, by format."""
 
     @property
     def identity(self) -> dict[str, object]:

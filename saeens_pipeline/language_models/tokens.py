@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
 
@@ -193,30 +194,36 @@ def validate_token_settings(
             raise ConfigurationError(f"{name}: {value} is not possible: at least 1")
 
 
-def open_tokens(path: Path) -> TokenStore:
-    """Open the tokens that `write_tokens` wrote. Raises SaeensError if they are missing or incomplete."""
+def open_tokens(path: Path, dropped: Mapping[Split, np.ndarray] | None = None) -> TokenStore:
+    """Open the tokens that `write_tokens` wrote. Raises SaeensError if they are missing or incomplete.
+
+    `dropped`: kept positions without an activation row, by their indices among the kept positions of a split, `[n]` ascending. They are
+    not `kept` in the read windows.
+    """
     import zarr
 
+    from saeens_pipeline.storage.held_folders import HeldFolder
+
     try:
-        group = zarr.open_group(path, mode="r")
-        return TokenStore(path, group)
-    except (FileNotFoundError, KeyError) as error:
-        raise SaeensError(f"{path} holds no tokens, or only a part of them ({error}): make them again") from None
+        group = zarr.open_group(HeldFolder(path), mode="r")
+        return TokenStore(path, group, dropped or {})
+    except (OSError, KeyError) as error:
+        raise SaeensError(f"{path} holds no tokens, or only a part of them ({error}): compute them again") from None
 
 
 class TokenStore:
     """Token windows on disk, read in storage order."""
 
-    def __init__(self, path: Path, group: zarr.Group) -> None:
+    def __init__(self, path: Path, group: zarr.Group, dropped: Mapping[Split, np.ndarray]) -> None:
         attributes = cast("dict[str, Any]", group.attrs.asdict())
-        self.path = path
+        self.path, self._dropped = path, dropped
         self.context_length: int = attributes["context_length"]
         self.statistics = TokenStatistics(**{split: SplitTokens(**attributes["statistics"][split]) for split in SPLITS})
         self._arrays: dict[Split, list[Any]] = {split: [group[f"{split}/{name}"] for name in TokenBatch._fields] for split in SPLITS}
 
     def n_rows(self, split: Split) -> int:
         """Return the number of activation rows of a split."""
-        return getattr(self.statistics, split).rows
+        return getattr(self.statistics, split).rows - len(self._dropped.get(split, ()))
 
     def batches(self, split: Split, batch_windows: int) -> Iterator[TokenBatch]:
         """Yield all windows in order, at most `batch_windows` at a time. Memory: one chunk of each array, about 5 MB."""
@@ -238,7 +245,25 @@ class TokenStore:
         import torch
 
         tokens, *others = (torch.from_numpy(array.oindex[windows]) for array in self._arrays[split])
-        return TokenBatch(tokens.long(), *others)
+        batch = TokenBatch(tokens.long(), *others)
+        numbers = np.arange(windows.start, windows.start + len(tokens)) if isinstance(windows, slice) else windows
+        if len(dropped := self._dropped_places(split)):
+            window, column = np.divmod(dropped, self.context_length)
+            read = np.isin(window, numbers)
+            batch.kept[np.searchsorted(numbers, window[read]), column[read]] = False
+        return batch
+
+    @cache  # noqa: B019  # a store is open for one pass
+    def _dropped_places(self, split: Split) -> np.ndarray:
+        """Return the places of the dropped positions, `[n]` ascending, as `places`."""
+        dropped, kept = self._dropped.get(split, np.empty(0, np.int64)), self._arrays[split][TokenBatch._fields.index("kept")]
+        found, n_before = [np.empty(0, np.int64)], 0
+        for first in range(0, kept.shape[0], kept.chunks[0]) if len(dropped) else ():
+            places = np.flatnonzero(kept[first : first + kept.chunks[0]])
+            begin, end = np.searchsorted(dropped, (n_before, n_before + len(places)))
+            found.append(first * self.context_length + places[dropped[begin:end] - n_before])
+            n_before += len(places)
+        return np.concatenate(found)
 
     def token_ids(self, split: Split, rows: np.ndarray) -> np.ndarray:
         """Return the token id `[n]` of each activation row in `rows` `[n]`, which are in ascending order. Memory: as `batches`."""
@@ -263,7 +288,10 @@ class TokenStore:
             yield waiting
 
     def around(self, split: Split, places: np.ndarray, radius: int) -> Surroundings:
-        """Return the tokens around places `[n]`, in ascending order and as from `places`. Memory: as `batches`, and the result."""
+        """Return the `2 * radius + 1` tokens around each place.
+
+        places: `[n]` ascending, as `places` yields them. Memory: that of `batches`, and the result.
+        """
         parts, first = [], 0
         offsets = np.arange(-radius, radius + 1)
         for batch in self.batches(split, _CHUNK_TOKENS // self.context_length + 1):
@@ -371,7 +399,7 @@ def _document_windows(encoded: Iterator[np.ndarray], context_length: int, limit:
 
 
 def _stream_windows(encoded: Iterator[np.ndarray], context_length: int) -> Iterator[_Window]:
-    """Cut all documents as one stream; only the last window may have less than `context_length` tokens."""
+    """Cut the concatenation of all documents into windows of `context_length` tokens. Only the last window may be shorter."""
     rest = _Window(*(np.empty(0, np.int64) for _ in _Window._fields))
     for index, ids in enumerate(encoded):
         document = _Window(ids, np.full(len(ids), index), np.arange(len(ids)))
@@ -403,7 +431,7 @@ def _encode(
 
 
 def batched(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    """Yield documents in batches for a tokenizer."""
+    """Yield batches of consecutive documents, as tokenizers take them."""
     batch: list[Document] = []
     characters = 0
     for document in documents:

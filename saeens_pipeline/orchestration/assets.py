@@ -1,4 +1,4 @@
-"""Dagster assets from declarations: one multi-asset per op, which makes its missing and stale outputs."""
+"""Dagster assets from declarations: one multi-asset per op, which computes its missing and stale outputs."""
 
 # Without `from __future__ import annotations`: Dagster reads the annotations of ops at run time.
 import warnings
@@ -25,33 +25,24 @@ from saeens_pipeline.storage.recipes import Store
 OWNERS = ["team:interpretability"]
 HEALTH = "health"
 _ABOUT_HEALTH = (
-    "Error: numbers that are not finite, constant or beyond their dtype, and wrong shapes; nothing is made from such an artefact. "
+    "Error: numbers that are not finite, constant or beyond their dtype, and wrong shapes; nothing is computed from such an artefact. "
     "Warning: dead features, L0 or explained variance outside the thresholds of the experiment."
 )
 
 
 def partitions_of(declaration: Declaration) -> dg.PartitionsDefinition | None:
     """Return an artefact's partitions in Dagster. The layers of a source are one definition, shared by all its experiments."""
+    if declaration.dimensions == "none":
+        return None
     layers = dg.DynamicPartitionsDefinition(name=layers_name(declaration.source))
-    match declaration.dimensions:
-        case "none":
-            return None
-        case "layer":
-            return layers
-        case _:
-            seeds = dg.StaticPartitionsDefinition([str(seed) for seed in declaration.seeds])
-            return dg.MultiPartitionsDefinition({"layer": layers, "seed": seeds})
+    seeds = dg.StaticPartitionsDefinition([str(seed) for seed in declaration.seeds])
+    return layers if declaration.dimensions == "layer" else dg.MultiPartitionsDefinition({"layer": layers, "seed": seeds})
 
 
 def partition_key(declaration: Declaration, partition: Partition) -> str | None:
     """Return the key of a partition in Dagster."""
-    match declaration.dimensions:
-        case "none":
-            return None
-        case "layer":
-            return str(partition.layer)
-        case _:
-            return dg.MultiPartitionKey({"layer": str(partition.layer), "seed": str(partition.seed)})
+    keys = {name: str(getattr(partition, name)) for name in DIMENSION_NAMES[declaration.dimensions]}
+    return dg.MultiPartitionKey(keys) if len(keys) > 1 else keys.get("layer")
 
 
 def build_asset(op: Op) -> dg.AssetsDefinition:
@@ -119,7 +110,11 @@ def _health_spec(declaration: Declaration) -> dg.AssetCheckSpec:
 
 
 def _dependency(declaration: Declaration, upstream: Input) -> dg.AssetDep:
-    """Return a dependency. Between (layer, seed) and (layer) the layers correspond; an asset without partitions serves all."""
+    """Return the Dagster dependency of an asset on an input.
+
+    Partitions with the same layer depend on each other if only one of the two assets has seeds. An input without partitions is an input of
+    every partition.
+    """
     across = {declaration.dimensions, upstream.artefact.dimensions} == {"layer", "layer_and_seed"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", dg.BetaWarning)

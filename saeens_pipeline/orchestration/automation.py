@@ -1,6 +1,6 @@
-"""Automation: layers of experiment files become partitions, missing and stale artefacts are made, schedules retrain.
+"""Automation: layers of experiment files become partitions, missing and stale artefacts are computed, schedules retrain.
 
-Only experiments with `automation: on` and their sources are made automatically.
+Only experiments with `automation: on` and their sources are computed automatically.
 """
 
 # Without `from __future__ import annotations`: Dagster reads the annotations of sensors and ops at run time.
@@ -10,7 +10,7 @@ from datetime import timedelta
 import dagster as dg
 from dagster import AutomationCondition as Condition
 
-from saeens_pipeline.assets.tables import listed
+from saeens_pipeline.assets.registry import listed
 from saeens_pipeline.orchestration.instance import end_dead_runs, layer_changes
 from saeens_pipeline.orchestration.ops import Ops
 from saeens_pipeline.orchestration.retraining import retraining_schedule, retraining_sensor
@@ -35,9 +35,9 @@ def automate(assets: Iterable[dg.AssetsDefinition], catalogue: Ops) -> dg.Defini
 def automation_condition() -> Condition:
     """Return the condition that requests a missing or changed partition, once, when its inputs are settled.
 
-    A partition that failed is requested again when its settings or inputs change. Assets with the same partitions as an input are made in
+    A failed partition is requested again when its settings or inputs change. Assets with the same partitions as an input are computed in
     the same run, in order. Inputs from other runs, such as activations, have to be up to date first, and so do the inputs of arrays: SAEs
-    wait while the tokens of their activations are made again, and round 2 waits for the new round 1 behind its residual.
+    wait while the tokens of their activations are computed again, and round 2 waits for the new round 1 behind its residual.
     """
     handled = Condition.newly_updated() | Condition.newly_requested()
     changed = (Condition.code_version_changed() | Condition.any_deps_match(Condition.data_version_changed())).since(handled)
@@ -47,21 +47,21 @@ def automation_condition() -> Condition:
     waits = (changed & ~Condition.will_be_requested()) | Condition.in_progress()
     behind_arrays = Condition.any_deps_match(Condition.any_deps_match(waits)).allow(dg.AssetSelection.kind(ARRAY_KIND))
     settled = (~Condition.any_deps_match(waits) & ~behind_arrays).with_label("no input is about to change")
-    # For a moment at its end a partition counts neither as in progress nor as made, and would be requested a second time.
+    # At its end a partition briefly counts as not in progress and not computed: it would be requested a second time.
     just_ended = ((~Condition.in_progress()).newly_true() | Condition.newly_requested()).with_label("in progress a moment ago")
     idle = ~Condition.in_progress() & ~just_ended
     return (wanted & idle & ~Condition.any_deps_missing() & settled).with_label("missing or outdated, inputs settled")
 
 
 def leaderboard_condition() -> Condition:
-    """Return the condition that requests the leaderboard when one of its tables was made. It does not wait for missing tables.
+    """Return the condition that requests the leaderboard when one of its tables was computed. It does not wait for missing tables.
 
-    Tables made after the request may not be in the leaderboard, so it is requested again. Waiting for tables that are requested at the
+    Tables computed after the request may not be in the leaderboard, so it is requested again. Waiting for tables that are requested at the
     same time is not possible: Dagster knows of such requests for equal partitions only.
     """
     updated = Condition.any_deps_match(Condition.newly_updated())
     settled = ~Condition.any_deps_in_progress() & ~Condition.in_progress()
-    return (updated.since(Condition.newly_requested() & ~updated) & settled).with_label("a table that it shows was made")
+    return (updated.since(Condition.newly_requested() & ~updated) & settled).with_label("a table that it shows was computed")
 
 
 def _with_policies(spec: dg.AssetSpec, experiments: Mapping[str, ExperimentSettings]) -> dg.AssetSpec:

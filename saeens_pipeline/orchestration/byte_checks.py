@@ -16,7 +16,7 @@ from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.recipes import DamagedArtefactError, Store
 
 BYTES = "bytes"
-_ABOUT = "All files have the hashes in the record. An artefact with changed files is invalidated, and the next run makes it again."
+_ABOUT = "All files have the hashes in the record. An artefact with changed files is invalidated, and the next run computes it again."
 
 
 def build_byte_checks(ops: Iterable[Op]) -> list[dg.AssetChecksDefinition]:
@@ -44,7 +44,7 @@ def _build_check(name: str, declarations: Sequence[Declaration]) -> dg.AssetChec
 def _compare(store: Store, declaration: Declaration, partition: Partition | None) -> dg.AssetCheckResult:
     """Compare one partition or, in a run without a partition, all that are on disk.
 
-    The result is that of the whole asset: damage found earlier in other partitions is reported until they are made again.
+    The result is that of the whole asset: damage found earlier in other partitions is reported until they are computed again.
     """
     on_disk = store.partitions(declaration.address, *DIMENSION_NAMES[declaration.dimensions])
     to_read = on_disk if partition is None else [each for each in on_disk if each == declaration.narrow(partition)]

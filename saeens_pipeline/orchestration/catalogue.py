@@ -61,10 +61,10 @@ def _broken_asset(name: str, path: Path, message: str) -> dg.AssetsDefinition:
         name=name,
         key_prefix=BROKEN_GROUP,
         group_name=BROKEN_GROUP,
-        description=f"Left out: its file is wrong\n\n```\n{message}\n```\n\nMend the file and reload the code location.",
+        description=f"Left out: its file is wrong\n\n```\n{message}\n```\n\nCorrect the file and reload the code location.",
         metadata={"file": dg.MetadataValue.path(str(path))},
     )
     def broken() -> None:
-        raise ConfigurationError(f"{message}\nMend the file and reload the code location")
+        raise ConfigurationError(f"{message}\nCorrect the file and reload the code location")
 
     return broken

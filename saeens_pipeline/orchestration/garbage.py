@@ -1,4 +1,4 @@
-"""Garbage collection: files below the data root that belong to no experiment or source any more.
+"""Garbage collection: files below the data root that belong to no present experiment or source.
 
 A path counts as an artefact only if it is at an artefact's place and has a record. All other unknown files are listed and never removed,
 and so are artefacts with files that are not in their record. Symbolic links are not followed.
@@ -56,11 +56,11 @@ class Inventory:
     garbage: list[Finding] = field(default_factory=list)
     unknown: list[Finding] = field(default_factory=list)
     unread_folders: list[Path] = field(default_factory=list)
-    """Folders of experiment files that made artefacts here and are not read now."""
+    """Folders of experiment files of artefacts here that are not read now."""
 
     @property
     def freed_bytes(self) -> int:
-        """Return the bytes that removal of the garbage frees. A file with several hard links, as of linked SAEs, is freed with the last."""
+        """Return the bytes that become free by removing the garbage. A file with several hard links becomes free with its last link."""
         found = [file.lstat() for finding in self.garbage for file in _files(finding.path)]
         names = Counter((status.st_dev, status.st_ino) for status in found)
         nodes = {(status.st_dev, status.st_ino): status for status in found}
@@ -123,7 +123,7 @@ def find_garbage(root: Path, references: Declared, given_up: Sequence[Path] = ()
         if not any(each.is_relative_to(folder) for each in unread):
             known = ", ".join(map(str, sorted(unread))) or "none"
             raise ConfigurationError(
-                f"--forget-folder {folder}: nothing here was made from files of this folder, or it is read now; there are: {known}"
+                f"--forget-folder {folder}: no artefact here is from files of this folder, or it is read now; there are: {known}"
             )
     kept = sorted(each for each in unread if not any(each.is_relative_to(folder) for folder in given_up))
     inventory = Inventory(unread_folders=kept)
@@ -162,17 +162,29 @@ def remove_garbage(catalogue: Experiments, inventory: Inventory, root: Path) -> 
     """
     if catalogue.broken:
         broken = "\n".join(catalogue.broken.values())
-        raise ConfigurationError(f"{broken}\nnothing is removed: what belongs to a file that cannot be read looks unused; mend it first")
+        raise ConfigurationError(f"{broken}\nnothing is removed: the artefacts of a broken file look unused; correct the file first")
     _forget(inventory.garbage, root.resolve())  # first: after an interruption, removed files could not be found again
     for finding in inventory.garbage:
-        remove_whole(finding.path)
+        if not _remove(finding.path, root.resolve()):
+            logger.warning("%s is being written by another process: it is kept", finding.path)
+            continue
         with contextlib.suppress(OSError):  # ends at the first folder that is not empty
             for folder in finding.path.relative_to(root.resolve()).parents[:-1]:
                 (root / folder).rmdir()
 
 
+def _remove(path: Path, root: Path) -> bool:
+    """Remove an artefact, a checkpoint or a temporary path. Return False if its artefact is being written."""
+    temporary = read_temporary(path)
+    final = locate(PurePosixPath((temporary.final if temporary else path).relative_to(root).as_posix()))
+    with locks.writing_if_free(root, *final) if final else contextlib.nullcontext(True) as is_free:
+        if is_free and path.exists():
+            remove_whole(path)
+        return is_free
+
+
 def _forget(findings: Sequence[Finding], root: Path) -> None:
-    """Mark the artefacts among the findings as missing in Dagster, so that the automation makes them if they are declared again."""
+    """Mark the artefacts among the findings as missing in Dagster, so that the automation computes them if they are declared again."""
     partitions: dict[Address, list[str]] = {}
     for address, partition in filter(None, (locate(PurePosixPath(each.path.relative_to(root).as_posix())) for each in findings)):
         key = "|".join(str(value) for value in partition if value is not None)  # as Dagster writes it
@@ -193,18 +205,25 @@ def _look_at(path: Path, root: Path, references: Declared, inventory: Inventory)
     elif path.is_dir() and is_above_artefacts(relative):
         for entry in _entries(path):
             _look_at(entry, root, references, inventory)
-    elif is_above_artefacts(relative.parent) and (temporary := read_temporary(path)):
-        final = locate(relative.with_name(temporary.final.name))
-        is_awaited = temporary.is_needed and final is not None and not references.objection(*final)
-        if not temporary.in_use and not is_awaited:
+    elif (temporary := read_temporary(path)) and (final := _located(relative.with_name(temporary.final.name))):
+        is_awaited = temporary.is_needed and isinstance(final[0], Address) and not references.objection(*final)
+        if not (temporary.in_use or is_awaited or _may_be_written(root, *final)):
             inventory.garbage.append(Finding(path, _size(path), "left behind by a process that was killed"))
-    elif found := locate_checkpoint(relative) or locate(relative):
+    elif found := _located(relative):
         if objection := references.objection(*found):
             doubt = _doubt(path, inventory.unread_folders, is_checkpoint=isinstance(found[0], str))
             findings, reason = (inventory.unknown, f"{objection}, but {doubt}") if doubt else (inventory.garbage, objection)
             findings.append(Finding(path, _size(path), reason))
     else:
-        inventory.unknown.append(Finding(path, _size(path), "not made by saeens"))
+        inventory.unknown.append(Finding(path, _size(path), "not written by saeens"))
+
+
+def _located(path: PurePosixPath) -> tuple[Address | str, Partition] | None:
+    return locate_checkpoint(path) or locate(path)
+
+
+def _may_be_written(root: Path, to: Address | str, partition: Partition) -> bool:
+    return isinstance(to, Address) and locks.may_be_written(root, to, partition)
 
 
 def _doubt(path: Path, unread: Sequence[Path], *, is_checkpoint: bool) -> str:
@@ -219,8 +238,8 @@ def _doubt(path: Path, unread: Sequence[Path], *, is_checkpoint: bool) -> str:
         return f"it holds {', '.join(foreign[:3])}, which saeens did not write"
     file = artefact.provenance.get("experiment_file")
     if file is None:
-        return "its record names no experiment file: it was made by an earlier version"
-    return f"it was made from {file}, whose folder is not read now" if unread_folder(file) in unread else ""
+        return "its record names no experiment file: it was written by an earlier version"
+    return f"its experiment file is {file}, whose folder is not read now" if unread_folder(file) in unread else ""
 
 
 def _entries(folder: Path) -> Sequence[Path]:

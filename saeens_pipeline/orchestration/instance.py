@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
+import shutil
 import socket
-from collections.abc import Sequence
+import sqlite3
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
-from dagster import DagsterInstance, DagsterRun, DagsterRunStatus, RunsFilter
+from dagster import DagsterError, DagsterInstance, DagsterRun, DagsterRunStatus, RunsFilter
+from sqlalchemy.exc import DatabaseError
 
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.orchestration.dagster_internals import LOCAL_COMPUTE_LOGS, NO_COMPUTE_LOGS
@@ -20,18 +24,23 @@ from saeens_pipeline.storage.locks import holding_one_of
 from saeens_pipeline.storage.recipes import is_alive
 from saeens_pipeline.storage.root import data_root
 
+_SETTINGS_FILE = "dagster.yaml"
 _COMMAND_LINE_FILE = "command_line.yaml"
 _DATABASE_MARK = ".database_is_set_up"
+_HAS_NO_TABLES = "SELECT 'it holds no tables' WHERE NOT EXISTS (SELECT 1 FROM sqlite_master)"
+_MESSAGE_CHARACTERS = 300  # of Dagster's own messages
 PROCESS_TAG = "saeens/process"
+LOCATION = "saeens"  # name of the code location
 _SERVER_TAG = ".dagster/grpc_info"  # Dagster's tag on runs that it launched: the socket of the code server
 
 _SETTINGS = """\
 # Where Dagster keeps runs and events, one op at a time on the GPU, runs tried again whose process was killed, and no telemetry.
-# `saeens` writes this file into DAGSTER_HOME; the one beside workspace.yaml serves a plain `dagster dev -w workspace.yaml`.
+# `saeens` writes this file into DAGSTER_HOME; the file next to workspace.yaml serves a plain `dagster dev -w workspace.yaml`.
 storage:
   sqlite:
     base_dir: {storage}
 compute_logs:
+  # Dagster's default; the class has no public module, and has to be named to choose its folder
   module: {compute_log_module}
   class: LocalComputeLogManager
   config:
@@ -52,11 +61,11 @@ telemetry:
 nux:
   enabled: false
 """
-WORKSPACE = """\
+WORKSPACE = f"""\
 load_from:
   - python_module:
       module_name: saeens_pipeline.definitions
-      location_name: saeens
+      location_name: {LOCATION}
 """
 
 
@@ -74,26 +83,128 @@ def home_folder() -> Path:
 def prepare_home() -> Path:
     """Create and set up the home folder if necessary, set DAGSTER_HOME for this process and its children, and return the folder.
 
-    Existing files stay unchanged, except for a `dagster.yaml` written by `saeens` that names another folder, after a copy or a move.
-    Raises SaeensError for a folder that cannot be written, ConfigurationError for a path that Dagster cannot use.
+    Existing files stay unchanged, except for a `dagster.yaml` written by `saeens` that names another folder, after a copy or a move, or an
+    empty one. Raises SaeensError for a folder that cannot be written, and for damaged files;
+    ConfigurationError for a path that Dagster cannot use.
     """
     home = home_folder()
     if re.search(r"\?|%[0-9a-fA-F]{2}", str(home)):  # Dagster puts the path into a URL as it is
         raise ConfigurationError(f"{home}: Dagster cannot keep its databases in a path with ? or %20: set DAGSTER_HOME to another")
+    settings = home / _SETTINGS_FILE
     try:
         home.mkdir(parents=True, exist_ok=True)
-        for name, content in (("dagster.yaml", instance_settings(home.as_posix())), ("workspace.yaml", WORKSPACE)):
-            file = home / name
-            if not file.exists() or (name == "dagster.yaml" and _is_ours(file.read_text())):
-                file.write_text(content)
+        if not settings.exists() or not (text := _read(settings)).strip() or _is_ours(text):
+            _write(settings, instance_settings(home.as_posix()))
+        if not (home / "workspace.yaml").exists():
+            _write(home / "workspace.yaml", WORKSPACE)
     except OSError as error:
         way_out = "set DAGSTER_HOME or SAEENS_DATA to a folder that can be"
         raise SaeensError(f"{home} cannot be written ({error.strerror}): {way_out}") from error
     os.environ["DAGSTER_HOME"] = str(home)
-    if not (home / _DATABASE_MARK).exists():  # two processes that create the database at the same time leave one that cannot be opened
-        with holding_one_of(home, ["database"]), DagsterInstance.from_config(str(home)):
+    if _is_ours(_read(settings)):
+        _create_database(home)
+        _check_database(home / "storage")
+    elif not (home / _DATABASE_MARK).exists():  # two processes that create a database at the same time leave one that cannot be opened
+        with holding_one_of(home, ["database"]), open_instance(home):
             (home / _DATABASE_MARK).touch()
     return home
+
+
+def _create_database(home: Path) -> None:
+    """Create the database in a folder aside, which gets its name when it is whole. One that an interruption left half is moved away."""
+    storage, mark = home / "storage", home / _DATABASE_MARK
+    if mark.exists() and storage.exists():
+        return
+    with holding_one_of(home, ["database"]):
+        if mark.exists() and storage.exists():  # by the process that held the lock
+            return
+        if storage.exists():
+            try:  # it may have been created by `dagster dev`
+                _check_database(storage)
+                with open_instance(home) as instance:
+                    instance.get_dynamic_partitions("any")
+            except Exception:
+                away = home / "storage.unfinished"
+                shutil.rmtree(away, ignore_errors=True)
+                storage.rename(away)
+        if not storage.exists():
+            aside = home / "storage.new"
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+            _write(aside / _SETTINGS_FILE, instance_settings(aside.as_posix()))
+            with DagsterInstance.from_config(str(aside)):
+                pass
+            if (aside / "storage").exists():  # not for an instance in memory
+                (aside / "storage").rename(storage)
+            shutil.rmtree(aside, ignore_errors=True)
+        mark.touch()
+
+
+def _check_database(storage: Path) -> None:
+    """Raise SaeensError for a database file that holds no tables. Damage further inside is found when it is read."""
+    for name in ("history/runs.db", "history/runs/index.db", "schedules/schedules.db"):
+        if (storage / name).exists() and (damage := _damage(storage / name, _HAS_NO_TABLES)):
+            raise _damaged(storage / name, damage, storage)
+
+
+def _damage(file: Path, question: str) -> str:
+    """Return the first answer of a database to a question about itself, or its error; empty for none."""
+    try:
+        with contextlib.closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)) as connection:
+            return str((connection.execute(question).fetchone() or [""])[0])
+    except sqlite3.OperationalError:  # locked, or not readable: not damaged
+        return ""
+    except sqlite3.DatabaseError as error:
+        return str(error)
+
+
+def _damaged(file: Path, damage: str, storage: Path) -> SaeensError:
+    way_out = f"move {storage} away. Dagster's list of runs is lost with it; artefacts are not, and are found again"
+    return SaeensError(f"{file} is damaged ({damage}): {way_out}")
+
+
+@contextlib.contextmanager
+def open_instance(home: Path, settings: str = _SETTINGS_FILE) -> Iterator[DagsterInstance]:
+    """Yield the instance with the settings of a file in `home`. Raises SaeensError for wrong settings and a damaged database."""
+    try:
+        instance = DagsterInstance.from_config(str(home), settings)
+    except (DagsterError, yaml.YAMLError, TypeError, ValueError, KeyError) as error:
+        raise _wrong_settings(error) from error
+    except DatabaseError as error:
+        raise _explained(home, error) from error
+    with instance:
+        try:
+            yield instance
+        except DatabaseError as error:
+            raise _explained(home, error) from error
+
+
+def _explained(home: Path, error: DatabaseError) -> Exception:
+    """Return an error that names the damaged file, also if it was found in a copy; or the error itself if none is damaged."""
+    storage = home_folder() / "storage"
+    for file in sorted((home / "storage").rglob("*.db")):
+        if (damage := _damage(file, "PRAGMA quick_check(1)")) not in ("", "ok"):
+            return _damaged(storage / file.relative_to(home / "storage"), damage.splitlines()[-1], storage)
+    return error
+
+
+def _wrong_settings(error: Exception) -> SaeensError:
+    found = " ".join(str(error).split())[:_MESSAGE_CHARACTERS]
+    return SaeensError(f"{home_folder() / _SETTINGS_FILE} is wrong ({found}): correct it, or remove it, and `saeens` writes it again")
+
+
+def _read(settings: Path) -> str:
+    try:
+        return settings.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise _wrong_settings(error) from error
+
+
+def _write(file: Path, content: str) -> None:
+    """Write a file aside and rename it, so that a killed process leaves none that is cut, and other processes read none."""
+    aside = file.with_name(f".{file.name}.{os.getpid()}")
+    aside.write_text(content, encoding="utf-8")
+    aside.replace(file)
 
 
 def _is_ours(settings: str) -> bool:
@@ -102,56 +213,104 @@ def _is_ours(settings: str) -> bool:
     return named is not None and settings.replace('"', "") == instance_settings(named[1]).replace('"', "")
 
 
-def command_line_instance() -> DagsterInstance:
-    """Return the instance of DAGSTER_HOME for runs in this process, without Dagster's capture of the output of steps.
+@contextlib.contextmanager
+def command_line_instance() -> Iterator[DagsterInstance]:
+    """Yield the instance of DAGSTER_HOME for runs in this process, without Dagster's capture of the output of steps.
 
-    The capture's helper processes would break progress bars and print tracebacks after Ctrl-C.
+    The capture's helper processes would break progress bars and print tracebacks after Ctrl-C. Raises as `prepare_home`.
     """
     home = prepare_home()
-    settings = yaml.safe_load((home / "dagster.yaml").read_text()) or {}
+    _write_command_line_settings(home, _read(home / _SETTINGS_FILE))
+    with open_instance(home, _COMMAND_LINE_FILE) as instance:
+        yield instance
+
+
+def _write_command_line_settings(home: Path, text: str) -> None:
+    try:
+        settings = dict(yaml.safe_load(text) or {})
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        raise _wrong_settings(error) from error
     settings["compute_logs"] = {"module": NO_COMPUTE_LOGS, "class": "NoOpComputeLogManager"}
-    (home / _COMMAND_LINE_FILE).write_text("# Written from dagster.yaml by every `saeens run`.\n" + yaml.safe_dump(settings))
-    return DagsterInstance.from_config(str(home), _COMMAND_LINE_FILE)
+    _write(home / _COMMAND_LINE_FILE, "# Written from dagster.yaml by every `saeens run`.\n" + yaml.safe_dump(settings))
 
 
-def recorded_instance() -> contextlib.AbstractContextManager[DagsterInstance | None]:
-    """Give the instance of DAGSTER_HOME for commands that only read; None if it does not exist. None is created."""
-    return command_line_instance() if (home_folder() / "dagster.yaml").exists() else contextlib.nullcontext()
+@contextlib.contextmanager
+def recorded_instance() -> Iterator[DagsterInstance | None]:
+    """Yield the instance of DAGSTER_HOME for commands that only read; None if it does not exist. None is created.
+
+    Where the folder cannot be written, the instance is a copy, because Dagster opens databases for writing only.
+    """
+    home = home_folder()
+    if not (home / _SETTINGS_FILE).exists():
+        yield None
+    elif os.access(home, os.W_OK):
+        with command_line_instance() as instance:
+            yield instance
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            copy, text = Path(folder), _read(home / _SETTINGS_FILE)
+            if is_ours := _is_ours(text):
+                _check_database(home / "storage")
+                shutil.copytree(home / "storage", copy / "storage", copy_function=shutil.copyfile)
+            _write_command_line_settings(copy, instance_settings(copy.as_posix()) if is_ours else text)
+            with open_instance(copy, _COMMAND_LINE_FILE) as instance:
+                yield instance
+
+
+def this_host() -> str:
+    """Return a name of this machine since its last start, and of this container: each of them has its own numbers of processes.
+
+    The name is the host name and a hash of the host name, the boot id, and the namespace of process ids.
+    """
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):  # other systems than Linux
+        parts += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), str(Path("/proc/self/ns/pid").readlink())]
+    return f"{parts[0]}:{hashlib.sha256(' '.join(parts).encode()).hexdigest()[:16]}"
 
 
 def process_tag() -> dict[str, str]:
     """Return the tag with host and process of a run in this process, by which other processes find out if it is alive."""
-    return {PROCESS_TAG: f"{socket.gethostname()}:{os.getpid()}"}
+    return {PROCESS_TAG: f"{this_host()}:{os.getpid()}"}
 
 
-def process_is_dead(run: DagsterRun) -> bool:
-    """Return True if a run was executed by a process on this machine that has ended."""
-    host, _, pid = run.tags.get(PROCESS_TAG, "").rpartition(":")
-    return host == socket.gethostname() and not is_alive(int(pid))
+def servers_prefix() -> str:
+    """Return how the folder of the code servers' sockets is named: after this host and this process, the leader of their process group."""
+    return f"saeens-{this_host().rpartition(':')[2]}-{os.getpid()}-"
+
+
+def process_is_gone(run: DagsterRun) -> bool:
+    """Return True if this process can prove that no process executes a run: it was on this host, in this container, since its last start.
+
+    A run of the command line is tagged with its process. One that `saeens ui` started names the process group of the UI in the path of its
+    code server's socket. Nothing is known about processes elsewhere, and about those of other code locations.
+    """
+    if PROCESS_TAG in run.tags:
+        host, _, pid = run.tags[PROCESS_TAG].rpartition(":")
+        return host == this_host() and pid.isdecimal() and not is_alive(int(pid))
+    origin = run.remote_job_origin
+    if origin is None or origin.location_name != LOCATION:
+        return False
+    server = re.search(r"/saeens-([0-9a-f]{16})-(\d+)-", run.tags.get(_SERVER_TAG, ""))
+    return server is not None and server[1] == this_host().rpartition(":")[2] and not _group_is_alive(int(server[2]))
+
+
+def _group_is_alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except OSError as error:
+        return isinstance(error, PermissionError)
+    return True
 
 
 def end_dead_runs(instance: DagsterInstance) -> None:
-    """Cancel runs whose process on this machine was killed, and free their GPU slots, which they would hold forever.
+    """Cancel runs whose processes on this host were killed, and free their GPU slots, which they would hold forever.
 
-    They do not count as failed, so that the automation requests their artefacts again. A command-line run is dead if its process is, a run
-    of the UI or the automation if its code server is.
+    They do not count as failed, so that the automation requests their artefacts again. Runs whose end cannot be proved stay as they are.
     """
     for run in instance.get_runs(RunsFilter(statuses=[DagsterRunStatus.STARTED])):
-        if process_is_dead(run):
+        if process_is_gone(run):
             instance.report_run_canceled(run, "The process that executed this run was killed.")
-        elif not _answers(json.loads(run.tags.get(_SERVER_TAG, "{}"))):
-            instance.report_run_canceled(run, "The code server that executed this run is gone.")
-        else:
-            continue
-        instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
-
-
-def _answers(server: dict[str, Any]) -> bool:
-    """Return True if the code server of a run's tag listens. One on another machine counts as listening."""
-    if "socket" not in server:
-        return True
-    with socket.socket(socket.AF_UNIX) as probe:
-        return probe.connect_ex(server["socket"]) == 0
+            instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
 
 
 def layers_name(source: str) -> str:
@@ -194,6 +353,6 @@ def register_layers(instance: DagsterInstance, source: str, layers: Sequence[int
 
 
 def added_layers(instance: DagsterInstance, source: str) -> list[str]:
-    """Return the layers that were added by hand and not by the experiment file. In the UI any text can be added."""
+    """Return the partition keys that users added to a source's layers. They are unchecked: the UI accepts any text."""
     declared = set(instance.get_dynamic_partitions(declared_layers_name(source)))
     return [layer for layer in instance.get_dynamic_partitions(layers_name(source)) if layer not in declared]

@@ -13,7 +13,6 @@ from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
 
 from saeens_pipeline.assets.catalogue import Experiments
 from saeens_pipeline.assets.sources import validate_source
-from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.language_models.models import describe_language_model
 from saeens_pipeline.orchestration.instance import added_layers, command_line_instance, declare_layers, recorded_instance, register_layers
 from saeens_pipeline.settings import SourceSettings
@@ -56,10 +55,7 @@ class AddedLayers(NamedTuple):
 
 def add_layers(catalogue: Experiments, name: str, layers: Sequence[int]) -> AddedLayers:
     """Add layers to the source of this name. Raises ConfigurationError, before anything is added, for layers that the model lacks."""
-    source = catalogue.sources.get(name)
-    if source is None:
-        message = f"there is no source {name!r}; there are: {', '.join(sorted(catalogue.sources)) or 'none'}"
-        raise ConfigurationError("\n".join([message, *catalogue.broken.values()]))
+    source = catalogue.source(name)
     validate_source(source, layers)
     with command_line_instance() as instance:
         declare_layers(instance, name, source.layers)

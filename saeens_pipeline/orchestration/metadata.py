@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,10 +12,10 @@ import dagster as dg
 import polars as pl
 
 from saeens_pipeline.assets.declarations import Declaration, Reference
-from saeens_pipeline.assets.tables import SUBJECT, TABLES, Markdown, Table
+from saeens_pipeline.assets.registry import SUBJECT, TABLES, Markdown, Table
 from saeens_pipeline.assets.tables.cost import with_totals
 from saeens_pipeline.assets.tables.pareto import PARETO, PICTURE_FILE, TABLE_FILE
-from saeens_pipeline.storage.names import CURVE_FILE, Partition
+from saeens_pipeline.storage.names import CURVE_FILE, INDEX_FILE, PICTURES_FOLDER, Partition
 from saeens_pipeline.storage.recipes import Artefact, read_artefact
 from saeens_pipeline.storage.tables import Column, read_part
 
@@ -32,7 +33,7 @@ def static_metadata(declaration: Declaration) -> dict[str, Any]:
 
 
 def describe_artefact(declaration: Declaration, partition: Partition, artefact: Artefact, *, is_hit: bool) -> dict[str, Any]:
-    """Return the metadata of one materialisation, in the order of the UI."""
+    """Return the metadata of one materialisation, by name, in the order in which the UI lists them."""
     made = artefact.provenance
     summary: dict[str, Any] = {}
     if declaration.builder == "sae":
@@ -98,18 +99,15 @@ def _ensemble_summary(declaration: Declaration, artefact: Artefact) -> dict[str,
 
 
 def _report_summary(artefact: Artefact) -> dict[str, Any]:
-    from saeens_pipeline.report.pages import INDEX, PICTURES
-    from saeens_pipeline.report.pictures import as_markdown
-
-    pictures = {path.stem.replace("_", " "): path for path in sorted((artefact.path / PICTURES).glob("*.png"))}
+    pictures = {path.stem.replace("_", " "): path for path in sorted((artefact.path / PICTURES_FOLDER).glob("*.png"))}
     return {
-        "open in a browser": dg.MetadataValue.path(str(artefact.path / INDEX)),
-        **{title: dg.MetadataValue.md(as_markdown(path.read_bytes(), title)) for title, path in pictures.items()},
+        "open in a browser": dg.MetadataValue.path(str(artefact.path / INDEX_FILE)),
+        **{title: _png(path.read_bytes(), title) for title, path in pictures.items()},
     }
 
 
 def _links(declaration: Declaration, partition: Partition) -> dict[str, Any]:
-    """Return links to the SAEs of a table or an ensemble, by the name of their group."""
+    """Return links to the SAEs of a table or an ensemble as UI metadata, by label."""
     query = "" if None in partition else f"?view=partitions&partition={quote('|'.join(map(str, partition)))}"  # SAEs have layer and seed
 
     def link(sae: Declaration) -> str:
@@ -119,7 +117,7 @@ def _links(declaration: Declaration, partition: Partition) -> dict[str, Any]:
 
 
 def _saes_below(declaration: Declaration) -> Iterator[tuple[str, list[Declaration]]]:
-    """Give label and SAEs: those of an ensemble, or a table's single SAEs and those of its ensembles."""
+    """Yield label and SAEs of each part of a declaration's inputs: single SAEs, and the SAEs of each ensemble."""
     below = [each.artefact for each in declaration.inputs if isinstance(each.artefact, Declaration)]
     single = [each for each in below if each.builder == "sae"]
     if single:
@@ -145,7 +143,7 @@ def column_lineage(declaration: Declaration) -> dg.TableColumnLineage:
 
 
 def _part_read(upstream: Reference, table: Table, column: Column) -> str | None:
-    """Return the part of an upstream asset that a column is computed from; None for none."""
+    """Return the part of an upstream asset from which a column is computed; None if the column does not depend on the asset."""
     address, name = upstream.address, column.name.removeprefix("control_")
     if address.is_table:
         names = column.from_columns or (name,)
@@ -167,7 +165,7 @@ def _table_summary(declaration: Declaration, artefact: Artefact) -> dict[str, An
     registered = TABLES[declaration.address.name]
     if registered.is_large:
         return {"dagster/row_count": pl.scan_parquet(artefact.path, hive_partitioning=False, glob=False).select(pl.len()).collect().item()}
-    from saeens_pipeline.report.pictures import as_markdown, table_picture
+    from saeens_pipeline.report.pictures import table_picture
 
     table = with_totals(read_part(artefact.path))
     summary: dict[str, Any] = {"dagster/row_count": len(table)}
@@ -186,20 +184,22 @@ def _table_summary(declaration: Declaration, artefact: Artefact) -> dict[str, An
             summary[f"{shown.replace('_', ' ')} by number of members"] = picture(curves, "members")
     png = table_picture(registered.name, table)
     if png:
-        summary["plot"] = dg.MetadataValue.md(as_markdown(png, registered.name.replace("_", " ")))
+        summary["plot"] = _png(png, registered.name.replace("_", " "))
     return summary
 
 
 def _pareto_summary(artefact: Artefact) -> dict[str, Any]:
-    """Return the summary with the picture, which the UI shows on a click if it is large."""
-    from saeens_pipeline.report.pictures import as_markdown
-
-    drawn = (artefact.path / PICTURE_FILE).read_bytes()
+    """Return the UI metadata of a Pareto table: number of rows, missing experiments, and the plot."""
     return {
         "dagster/row_count": len(pl.read_parquet(artefact.path / TABLE_FILE, glob=False)),
         "not evaluated yet": ", ".join(artefact.provenance["not_evaluated"]) or None,
-        "picture": dg.MetadataValue.md(as_markdown(drawn, "explained variance by L0 and by bits")),
+        "picture": _png((artefact.path / PICTURE_FILE).read_bytes(), "explained variance by L0 and by bits"),
     }
+
+
+def _png(png: bytes, title: str) -> dg.MarkdownMetadataValue:
+    """Return a picture as Markdown that holds the bytes."""
+    return dg.MetadataValue.md(f"![{title}](data:image/png;base64,{base64.b64encode(png).decode()})")
 
 
 def _statistics_summary(statistics: dict[str, Any]) -> dict[str, Any]:

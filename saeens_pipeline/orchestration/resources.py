@@ -37,5 +37,5 @@ class ComputeResource(dg.ConfigurableResource):
 
     @property
     def compute(self) -> Compute:
-        """Return the device."""
+        """Return the device and limits of this process."""
         return Compute(self.device, self.precision, self.memory_gb, self.threads)

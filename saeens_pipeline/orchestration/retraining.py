@@ -40,7 +40,7 @@ def retraining_schedule(ops: Ops, experiment: ExperimentSettings) -> dg.Schedule
 
     @dg.job(
         name=name,
-        description=f"Marks {experiment.name} for retraining: missing and stale artefacts are made, a run for each stage.",
+        description=f"Marks {experiment.name} for retraining: missing and stale artefacts are computed, a run for each stage.",
         executor_def=dg.in_process_executor,
     )
     def retraining() -> None:
@@ -50,7 +50,7 @@ def retraining_schedule(ops: Ops, experiment: ExperimentSettings) -> dg.Schedule
         name=f"{name}_schedule",
         job=retraining,
         cron_schedule=experiment.schedule,
-        description=f"Retrains what changed for {experiment.name}: settings, code versions, the language model's revision, the corpus.",
+        description=f"Retrains {experiment.name} after changes of settings, code versions, the language model's revision or the corpus.",
         default_status=dg.DefaultScheduleStatus.STOPPED,
     )
     def schedule(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:

@@ -15,7 +15,7 @@ from dagster import DagsterEventType as Type
 from saeens_pipeline.assets.declarations import Op
 from saeens_pipeline.assets.staleness import Status
 from saeens_pipeline.orchestration.assets import partition_key
-from saeens_pipeline.orchestration.instance import process_is_dead, recorded_instance
+from saeens_pipeline.orchestration.instance import process_is_gone, recorded_instance
 
 RECENT_RUNS = 300  # older runs are not read, to save time
 _PARTITION_TAG = "dagster/partition"
@@ -59,7 +59,7 @@ def _outcome(run: DagsterRun, step: str, events: Sequence[EventLogEntry]) -> tup
         return "failed", f": {_first_line(failure)}".replace(_INTERRUPTED, "it was interrupted")
     if run.status == DagsterRunStatus.SUCCESS or Type.STEP_SUCCESS in of_step:
         return nothing
-    if not run.is_finished and not process_is_dead(run):
+    if not run.is_finished and not process_is_gone(run):
         return "running", "" if began else ", which has not reached it yet"
     if not run.is_finished or run.status == DagsterRunStatus.CANCELED:
         reason = ": its process was killed, or it was cancelled" if run.is_finished else ": its process was killed"

@@ -9,7 +9,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,15 +18,12 @@ from rich.console import Console
 
 from saeens_pipeline import progress
 from saeens_pipeline.assets.compute import Compute
-from saeens_pipeline.assets.declarations import Declaration
+from saeens_pipeline.assets.declarations import Declaration, Op
 from saeens_pipeline.assets.kernels import compiled_meanwhile
-from saeens_pipeline.assets.saes import validate_targets
-from saeens_pipeline.assets.sources import SourceFacts, measures_loss, validate_corpus, validate_source
+from saeens_pipeline.assets.registry import evaluations_of
+from saeens_pipeline.assets.sources import declared_facts
 from saeens_pipeline.assets.staleness import Stage, Status, plan
-from saeens_pipeline.assets.tables import evaluations_of
 from saeens_pipeline.errors import ConfigurationError, SaeensError
-from saeens_pipeline.language_models.descriptions import HOOKS, LanguageModelDescription
-from saeens_pipeline.language_models.models import validate_modules
 from saeens_pipeline.orchestration.assets import partition_key
 from saeens_pipeline.orchestration.catalogue import Catalogue
 from saeens_pipeline.orchestration.instance import (
@@ -39,16 +36,16 @@ from saeens_pipeline.orchestration.instance import (
 )
 from saeens_pipeline.orchestration.layers import LAYERS_TAG, recorded_layers
 from saeens_pipeline.report.asset import REPORT
-from saeens_pipeline.settings import ExperimentSettings, SourceSettings
-from saeens_pipeline.storage.names import Partition
+from saeens_pipeline.settings import ExperimentSettings
+from saeens_pipeline.storage.names import INDEX_FILE, Partition
 from saeens_pipeline.storage.recipes import Store
 from saeens_pipeline.storage.root import data_root
 from saeens_pipeline.storage.tables import has_table, layers_with_tables
 
-INDEX = "index.html"
+_RUN = "saeens run"
 
 
-class Beside(NamedTuple):
+class Counterpart(NamedTuple):
     """The same experiment on a language model with other weights: the control, or the experiment that it controls."""
 
     name: str
@@ -61,11 +58,11 @@ class Outcome(NamedTuple):
 
     experiment: ExperimentSettings
     statuses: Sequence[Status]
-    beside: Beside | None
+    counterpart: Counterpart | None
     reports: Sequence[Path]
     """Pages of the fresh reports."""
     renewed: Sequence[Path]
-    """Pages of other experiments' reports that show this one as their control and were made again."""
+    """Pages of other experiments' reports that show this one as their control and were written again."""
     seconds: float
 
 
@@ -75,12 +72,12 @@ def reporter_for(console: Console) -> progress.Reporter:
 
 
 def print_line(console: Console, line: str) -> None:
-    """Print text unchanged: without markup, colours and line breaks."""
+    """Print a line unchanged: rich adds no markup, colours or line breaks."""
     console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def experiment_status(catalogue: Catalogue, name: str) -> list[Status]:
-    """Return the status of every artefact of an experiment, in the order in which they are made."""
+    """Return the status of every artefact of an experiment, in the order in which they are computed."""
     experiment = catalogue.experiment(name)
     return _statuses(_plan(catalogue, experiment, recorded_layers(catalogue.sources[experiment.source]).layers))
 
@@ -96,7 +93,7 @@ def _statuses(stages: Sequence[Stage]) -> list[Status]:
 def run_experiment(
     catalogue: Catalogue, name: str, *, layers: Sequence[int], seeds: Sequence[int], select: Sequence[str], console: Console
 ) -> Outcome:
-    """Make missing and stale artefacts, stage by stage, and show progress."""
+    """Compute the missing and stale artefacts of an experiment, stage by stage, and show progress."""
     began = time.monotonic()
     with recorded_instance() as instance:
         if instance:
@@ -106,7 +103,8 @@ def run_experiment(
     layers, impossible = (sorted(set(layers)), []) if layers else recorded_layers(source)
     if impossible:
         console.print(f"left out, since the language model lacks them: layers {', '.join(impossible)}; remove them in the UI")
-    facts = _check(experiment, source, layers, seeds)
+    if unknown := ", ".join(map(str, sorted(set(seeds) - set(experiment.ensemble.seeds)))):
+        raise ConfigurationError(f"{name} has no seed {unknown}; it has {', '.join(map(str, experiment.ensemble.seeds))}")
     store = Store(data_root())
     store.require_writable()
     stages = _plan(catalogue, experiment, layers)
@@ -119,25 +117,25 @@ def run_experiment(
         print_line(console, f"{name}: nothing to do: {n_fresh} artefacts are fresh (cache hits){others}; no training")
     else:
         wanted = [declaration for _, declarations in chosen for declaration in declarations]
-        for line in _check_inputs(experiment, source, layers, facts, wanted):
+        for line in _preflight(catalogue, experiment, store, chosen):
             print_line(console, line)
-        print_line(console, f"{name}: {n_wanted} artefacts to make, {n_fresh} are fresh (cache hits){others}")
+        print_line(console, f"{name}: {n_wanted} artefacts to compute, {n_fresh} are fresh (cache hits){others}")
         for stage, declarations in chosen:
             for status in stage.statuses:
                 if status.state == "damaged" and status.declaration in declarations:
                     print_line(console, status.reason)
         with (
-            _compiling(store, wanted),
+            compiling_ahead(store, wanted),
             progress.forward_log_lines(lambda _level, message: print_line(console, " ".join(message.splitlines()))),
             progress.report_to(reporter_for(console)),
         ):
-            _execute(catalogue, {experiment.source: layers}, [(stage.partition, made) for stage, made in chosen if made])
+            _execute(catalogue, {experiment.source: layers}, [(stage.partition, made) for stage, made in chosen if made], _RUN)
     asked = [s for s in _statuses(_plan(catalogue, experiment, layers)) if not seeds or s.partition.seed in (None, *seeds)]
-    reports = [store.path(*s.where) / INDEX for s in asked if s.declaration.address.kind == REPORT and s.state == "fresh"]
-    renewed = _renew_reports_beside(catalogue, store, name, layers) if n_wanted else []
+    reports = [store.path(*s.where) / INDEX_FILE for s in asked if s.declaration.address.kind == REPORT and s.state == "fresh"]
+    renewed = _renew_reports_that_show(catalogue, store, name, layers) if n_wanted else []
     if reports or renewed:
-        _renew_leaderboard_page(catalogue, store)
-    return Outcome(experiment, asked, _beside(catalogue, name, layers), reports, renewed, time.monotonic() - began)
+        make_alone(catalogue, catalogue.leaderboard_page(), _RUN)
+    return Outcome(experiment, asked, _counterpart(catalogue, name, layers), reports, renewed, time.monotonic() - began)
 
 
 def make_reports(catalogue: Catalogue, name: str | None, layers: Sequence[int]) -> list[Path]:
@@ -150,43 +148,36 @@ def make_reports(catalogue: Catalogue, name: str | None, layers: Sequence[int]) 
     pages: list[Path] = []
     if name:
         experiment = catalogue.experiment(name)
-        pages = _make_reports(catalogue, store, experiment, _layers_with_tables(catalogue, store, experiment, layers))
-    return [*pages, _renew_leaderboard_page(catalogue, store)]
+        pages = _make_reports(catalogue, store, experiment, _layers_with_tables(catalogue, store, experiment, layers), "saeens report")
+    return [*pages, make_alone(catalogue, catalogue.leaderboard_page(), "saeens report") / INDEX_FILE]
 
 
-def make_leaderboard(catalogue: Catalogue) -> Declaration:
-    """Materialise the leaderboard and return its declaration."""
-    (leaderboard,) = catalogue.leaderboard().outputs
-    _execute(catalogue, {}, [(Partition(), [leaderboard])])
-    return leaderboard
+def make_alone(catalogue: Catalogue, op: Op, command: str) -> Path:
+    """Materialise the output of an op without partitions, unless it is a cache hit; return its path. `command` is shown as the user."""
+    store, (declaration,) = Store(data_root()), op.outputs
+    if not store.hit(declaration.address, Partition(), declaration.recipe(store, Partition())):
+        _execute(catalogue, {}, [(Partition(), [declaration])], command)
+    return store.path(declaration.address, Partition())
 
 
-def _beside(catalogue: Catalogue, name: str, layers: Sequence[int]) -> Beside | None:
+def _counterpart(catalogue: Catalogue, name: str, layers: Sequence[int]) -> Counterpart | None:
     """Return the status of an experiment's control, or of the experiment that it controls; None without either."""
     other = catalogue.counterpart(name)
     if other is None:
         return None
     experiment = catalogue.experiments[other]
-    return Beside(other, catalogue.sources[experiment.source].weights, _statuses(_plan(catalogue, experiment, layers)))
+    return Counterpart(other, catalogue.sources[experiment.source].weights, _statuses(_plan(catalogue, experiment, layers)))
 
 
-def _renew_leaderboard_page(catalogue: Catalogue, store: Store) -> Path:
-    """Materialise the page over all experiments: a cache hit unless tables have changed."""
-    (page,) = catalogue.leaderboard_page().outputs
-    if not store.hit(page.address, Partition(), page.recipe(store, Partition())):
-        _execute(catalogue, {}, [(Partition(), [page])])
-    return store.path(page.address, Partition()) / INDEX
-
-
-def _renew_reports_beside(catalogue: Catalogue, store: Store, control: str, layers: Sequence[int]) -> list[Path]:
+def _renew_reports_that_show(catalogue: Catalogue, store: Store, control: str, layers: Sequence[int]) -> list[Path]:
     """Make the reports that show this control again, where they are on disk and stale; return their pages."""
     pages: list[Path] = []
     for name in (name for name, each in catalogue.controls.items() if each == control):
         experiment = catalogue.experiments[name]
         report = _report_of(catalogue, experiment)
-        there = [layer for layer in layers if (store.path(report.address, Partition(layer)) / INDEX).exists()]
+        there = [layer for layer in layers if (store.path(report.address, Partition(layer)) / INDEX_FILE).exists()]
         is_fresh = {layer: store.hit(report.address, where := Partition(layer), report.recipe(store, where)) for layer in there}
-        pages += _make_reports(catalogue, store, experiment, [layer for layer in there if not is_fresh[layer]])
+        pages += _make_reports(catalogue, store, experiment, [layer for layer in there if not is_fresh[layer]], _RUN)
     return pages
 
 
@@ -194,10 +185,10 @@ def _report_of(catalogue: Catalogue, experiment: ExperimentSettings) -> Declarat
     return next(output for op in catalogue.ops(experiment) for output in op.outputs if output.address.kind == REPORT)
 
 
-def _make_reports(catalogue: Catalogue, store: Store, experiment: ExperimentSettings, layers: Sequence[int]) -> list[Path]:
+def _make_reports(catalogue: Catalogue, store: Store, experiment: ExperimentSettings, layers: Sequence[int], command: str) -> list[Path]:
     report = _report_of(catalogue, experiment)
-    _execute(catalogue, {experiment.source: layers}, [(Partition(layer), [report]) for layer in layers])
-    return [store.path(report.address, Partition(layer)) / INDEX for layer in layers]
+    _execute(catalogue, {experiment.source: layers}, [(Partition(layer), [report]) for layer in layers], command)
+    return [store.path(report.address, Partition(layer)) / INDEX_FILE for layer in layers]
 
 
 def _layers_with_tables(catalogue: Catalogue, store: Store, experiment: ExperimentSettings, wanted: Sequence[int]) -> list[int]:
@@ -212,44 +203,30 @@ def _layers_with_tables(catalogue: Catalogue, store: Store, experiment: Experime
     there = [layer for layer in wanted or known if any(has_table(root, name, table, layer) for table in tables)]
     if not there:
         which = f" of layer {', '.join(map(str, wanted))}" if wanted else ""
-        raise SaeensError(f"{name} has no table{which} below {root} yet, and a report is made from tables: run `saeens run {name}`")
+        raise SaeensError(f"{name} has no table{which} below {root} yet, and a report needs tables: run `saeens run {name}`")
     return there
 
 
-def _check(experiment: ExperimentSettings, source: SourceSettings, layers: Sequence[int], seeds: Sequence[int]) -> SourceFacts:
-    """Raise ConfigurationError or SaeensError, before any work, for settings that cannot work; return the source's facts."""
-    unknown = sorted(set(seeds) - set(experiment.ensemble.seeds))
-    if unknown:
-        raise ConfigurationError(
-            f"{experiment.name} has no seed {', '.join(map(str, unknown))}; it has {', '.join(map(str, experiment.ensemble.seeds))}"
-        )
-    description: LanguageModelDescription = validate_source(source, layers)
-    measures_loss(experiment, description, source.hook)
-    if source.hook in HOOKS:  # the width of other modules is known only when the model runs
-        validate_targets(experiment, description.d_model)
-    return SourceFacts(description, source.hook, source.drop)
-
-
-def _check_inputs(
-    experiment: ExperimentSettings, source: SourceSettings, layers: Sequence[int], facts: SourceFacts, wanted: Sequence[Declaration]
+def _preflight(
+    catalogue: Catalogue, experiment: ExperimentSettings, store: Store, chosen: Sequence[tuple[Stage, list[Declaration]]]
 ) -> Iterator[str]:
-    """Yield announcements of tables. Raise SaeensError for missing modules and texts, and wrong settings, of these artefacts."""
-    builders, names = {declaration.builder for declaration in wanted}, [declaration.address.name for declaration in wanted]
-    if "activations" in builders:
-        validate_modules(facts.model, source.hook, layers)
-    if "tokens" in builders:
-        validate_corpus(source)
+    """Run the preflights of the ops of these artefacts, then yield the announcements of their tables."""
+    facts = cache(partial(declared_facts, catalogue.sources[experiment.source]))
+    wanted = {(each.address, stage.partition): each for stage, declarations in chosen for each in declarations}
+    for op in catalogue.ops(experiment):
+        addresses = {output.address for output in op.outputs}
+        if of_op := [(each, partition) for (address, partition), each in wanted.items() if address in addresses]:
+            op.preflight(store, of_op, facts)
     for table in evaluations_of(experiment):
-        if table.name in names:
-            table.preflight(experiment, lambda: facts)
-            if announced := table.announcement(experiment, names.count(table.name)):
-                yield f"{experiment.name}/eval/{table.name}: {announced}"
+        n_tables = sum(each.address.name == table.name for each in wanted.values())
+        if n_tables and (announced := table.announcement(experiment, n_tables)):
+            yield f"{experiment.name}/eval/{table.name}: {announced}"
 
 
 def _restricted(
     stages: Sequence[Stage], seeds: Sequence[int], select: Sequence[str], console: Console
 ) -> list[tuple[Stage, list[Declaration]]]:
-    """Return the artefacts that each stage makes, restricted to the selected seeds and assets."""
+    """Return the artefacts of each stage, restricted to the selected seeds and assets."""
     allowed = _selected(stages, select) if select else None
     chosen: list[tuple[Stage, list[Declaration]]] = []
     left_out = False
@@ -283,7 +260,7 @@ def _selected(stages: Sequence[Stage], select: Sequence[str]) -> list[Declaratio
     return found
 
 
-def _compiling(store: Store, wanted: Sequence[Declaration]) -> contextlib.AbstractContextManager[object]:
+def compiling_ahead(store: Store, wanted: Sequence[Declaration]) -> contextlib.AbstractContextManager[object]:
     """Compile the kernels of CPU training in another process during the steps before training, if there are any."""
     architectures = {declaration.tags["architecture"] for declaration in wanted if declaration.builder == "sae"}
     comes_first = any(declaration.builder in {"tokens", "activations"} for declaration in wanted)
@@ -292,7 +269,9 @@ def _compiling(store: Store, wanted: Sequence[Declaration]) -> contextlib.Abstra
     return contextlib.nullcontext()
 
 
-def _execute(catalogue: Catalogue, layers: Mapping[str, Sequence[int]], chosen: Sequence[tuple[Partition, list[Declaration]]]) -> None:
+def _execute(
+    catalogue: Catalogue, layers: Mapping[str, Sequence[int]], chosen: Sequence[tuple[Partition, list[Declaration]]], command: str
+) -> None:
     """Execute a Dagster run in this process for each partition, and raise the error of a failed run. Registers `layers`, by source."""
     if not chosen:
         return
@@ -309,7 +288,7 @@ def _execute(catalogue: Catalogue, layers: Mapping[str, Sequence[int]], chosen: 
                     instance=instance,
                     partition_key=partition_key(declarations[0], partition),
                     asset_selection=[AssetKey(declaration.address.key) for declaration in declarations],
-                    tags={"user": "saeens run", LAYERS_TAG: ",".join(map(str, together)), **process_tag()},
+                    tags={"user": command, LAYERS_TAG: ",".join(map(str, together)), **process_tag()},
                     run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
                 )
             except DagsterExecutionInterruptedError:
@@ -319,10 +298,10 @@ def _execute(catalogue: Catalogue, layers: Mapping[str, Sequence[int]], chosen: 
 
 @contextlib.contextmanager
 def _interrupts() -> Iterator[Callable[[], None]]:
-    """Give a function that raises KeyboardInterrupt if Ctrl-C was pressed inside this context and had no effect.
+    """Yield a function that raises KeyboardInterrupt if Ctrl-C was pressed inside this context and had no effect.
 
     Dagster loses an interrupt at the end of a run, and Python loses one during a weak reference's callback. The interpreter writes every
-    signal to the wakeup descriptor, whatever its handler does.
+    signal to the wakeup descriptor, also if its handler ignores the signal.
     """
     receiver, sender = os.pipe()
     for end in (receiver, sender):

@@ -12,14 +12,14 @@ from saeens_pipeline.settings.experiments import ExperimentSettings
 from saeens_pipeline.storage.names import LEADERBOARD, Address
 from saeens_pipeline.storage.recipes import Store
 
-REPORT_VERSION = 4
+REPORT_VERSION = 5
 REPORT = "report"
 
 
 def report_op(experiment: ExperimentSettings, tables: Sequence[Declaration], control_tables: Sequence[Declaration]) -> Op:
     """Declare the report of an experiment's tables and those of its control on an untrained language model.
 
-    The report is made from the tables on disk and waits for none; tables made later make it stale.
+    The report is computed from the tables on disk and waits for none; later tables make it stale.
     """
     report = Declaration(
         address=Address(experiment.name, REPORT, REPORT),
@@ -35,7 +35,7 @@ def report_op(experiment: ExperimentSettings, tables: Sequence[Declaration], con
         seeds=tuple(experiment.ensemble.seeds),
         kinds=frozenset({"html", "plotly"}),
         tags={"experiment": experiment.name, "source": experiment.source},
-        description=f"Results of {experiment.name}: pages that open from disk\n\n`saeens report {experiment.name}` makes and names them.",
+        description=f"Results of {experiment.name}: pages that open from disk\n\n`saeens report {experiment.name}` writes them.",
     )
 
     def make(context: RunContext, tasks: Sequence[Task]) -> None:
@@ -46,7 +46,7 @@ def report_op(experiment: ExperimentSettings, tables: Sequence[Declaration], con
         assert task.partition.layer is not None
         if all(name.startswith("control ") for name in task.recipe.inputs):
             raise SaeensError(
-                f"{experiment.name} has no table of {task.partition} below {context.store.root} yet, and a report is made from tables: "
+                f"{experiment.name} has no table of {task.partition} below {context.store.root} yet, and a report needs tables: "
                 f"run `saeens run {experiment.name}`"
             )
         provenance = context.provenance(task.declaration)
@@ -66,7 +66,7 @@ def leaderboard_page_op(leaderboard: Declaration) -> Op:
         version=REPORT_VERSION,
         kinds=frozenset({"html", "plotly"}),
         tags={},
-        description="All experiments side by side: a page that opens from disk\n\n`saeens report` makes and names it.",
+        description="All experiments side by side: a page that opens from disk\n\n`saeens report` writes it.",
     )
 
     def make(context: RunContext, tasks: Sequence[Task]) -> None:

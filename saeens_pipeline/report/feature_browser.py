@@ -17,7 +17,7 @@ from typing import Any
 
 import polars as pl
 
-from saeens_pipeline.assets.tables import TABLES
+from saeens_pipeline.assets.registry import TABLES
 from saeens_pipeline.assets.tables.autointerp import WHY, outcome
 from saeens_pipeline.report.methods import method
 from saeens_pipeline.report.results import Results
@@ -42,7 +42,7 @@ _EXPLAINED = {"explanation": "explanation", "score": "detection_score", "control
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table of features: its heading and its meaning."""
+    """A column of the feature browser's table: key, heading and meaning."""
 
     key: str
     title: str
@@ -67,7 +67,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class FeatureBrowser:
-    """The features of both ensembles under one seed, the first declared seed that has any.
+    """The features of both ensembles under one seed: the first declared seed with a table of features.
 
     `contexts` and `explanations` are tables of the same seed, or None. `outcome` counts the explanations and says how to get them; it is
     empty without the table `autointerp`.

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from saeens_pipeline.assets.over_seeds import Spread, written
+from saeens_pipeline.assets.registry import Headline
 from saeens_pipeline.report.charts import CURVE, FRONT, LEVEL, LINE, PATH, POINTS, STEPS, Axis, Chart, Series
 from saeens_pipeline.report.methods import ENSEMBLES, Method, in_order, method
-from saeens_pipeline.report.metrics import BITS, CE, CONNECTIVITY, DIVERSITY, EV, FLOPS, GAINS, L0, MSE, STABILITY, Metric, written
-from saeens_pipeline.report.results import Results, Size, Spread, spread_of_points, spreads
+from saeens_pipeline.report.metrics import BITS, CE, CONNECTIVITY, DIVERSITY, EV, FLOPS, GAINS, L0, MSE, STABILITY
+from saeens_pipeline.report.results import Results, Size, spread_of_points, spreads
 
 MAX_CURVE_POINTS = 120
 BINS = 30
@@ -69,10 +71,10 @@ def marginal_gain(results: Results) -> Iterator[Chart]:
             yield chart
 
 
-def against_members(values: Mapping[Size, Spread], metric: Metric, suggested: Mapping[str, int] | None = None) -> Chart | None:
+def against_members(values: Mapping[Size, Spread], metric: Headline, suggested: Mapping[str, int] | None = None) -> Chart | None:
     """Return a metric against the number of members, or None without ensembles of several.
 
-    Single SAEs are dotted levels, to compare with at every size. Gains start at the second member, and `suggested` numbers are marked.
+    Single SAEs are dotted levels, for comparison with every size. Gains start at the second member, and `suggested` numbers are marked.
     """
     if not any(size.n_members > 1 for size in values):
         return None
@@ -183,7 +185,7 @@ def _curves(rows: pl.DataFrame, column: str) -> Iterator[Series]:
 
 
 def features(results: Results) -> Iterator[Chart]:
-    """Yield histograms of the features' densities and of their cosines to features under other seeds."""
+    """Yield two charts: histograms of the features' densities, and of their largest cosines to features under other seeds."""
     table = results.tables.get("features")
     if table is None:
         return
@@ -204,7 +206,7 @@ def features(results: Results) -> Iterator[Chart]:
 
 
 def _histograms(rows: pl.DataFrame, column: str, whole: pl.DataFrame, edges: np.ndarray, form: str) -> Iterator[Series]:
-    """Yield a histogram of each method in shares of its features in `whole`; values beyond the edges count to the last bin there."""
+    """Yield a histogram per method, as shares of the method's features in `whole`. Values beyond the edges count in the outer bins."""
     bins = [f"from {left:{form}} to {right:{form}}" for left, right in itertools.pairwise(edges)]
     for name in in_order(rows["method"]):
         values = rows.filter(method=name)[column].to_numpy().clip(edges[0], edges[-1])
@@ -242,7 +244,7 @@ def _by_count(rows: pl.DataFrame, x: str, y: str, group: str) -> list[Series]:
 
 
 def layer_profile(board: pl.DataFrame, experiment: str) -> Iterator[Chart]:
-    """Yield metrics of the leaderboard against the layer, of an experiment with several layers."""
+    """Yield charts of the leaderboard's metrics against the layer, for an experiment with several layers."""
     rows = board.filter(experiment=experiment)
     if rows["layer"].n_unique() < 2:
         return
@@ -265,7 +267,7 @@ def sweep(table: pl.DataFrame) -> list[list[Chart]]:
     return [[_of_sweep(rows, spent, title) for spent in (L0, BITS)] for title, rows in layers]
 
 
-def _of_sweep(table: pl.DataFrame, spent: Metric, title: str) -> Chart:
+def _of_sweep(table: pl.DataFrame, spent: Headline, title: str) -> Chart:
     """Return a line for each method and size: means over seeds, joined in the order of the sweep's values, with bars for the seeds."""
     known = table.filter(pl.col(spent.column).is_finite())
     series: list[Series] = []

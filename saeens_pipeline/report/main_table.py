@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from saeens_pipeline.assets.over_seeds import Spread, written
+from saeens_pipeline.assets.registry import Headline
 from saeens_pipeline.report.methods import Method, method
-from saeens_pipeline.report.metrics import CE, METRICS, STABILITY, Metric, written
+from saeens_pipeline.report.metrics import CE, METRICS, STABILITY
 from saeens_pipeline.report.record import Found, Record
-from saeens_pipeline.report.results import Results, Size, Spread
+from saeens_pipeline.report.results import Results, Size
 
 N_MEMBERS = (
     "number of SAEs in the ensemble; for expanded SAEs, which are single ones, the number of members whose features they have; else 1"
@@ -36,7 +38,7 @@ class Row:
     origins: Mapping[int, Sequence[tuple[str, Found | None]]]
 
 
-def main_table(results: Results, record: Record, metrics: Sequence[Metric]) -> list[Row]:
+def main_table(results: Results, record: Record, metrics: Sequence[Headline]) -> list[Row]:
     """Return a row for each method."""
     return [
         Row(method(size.method), size.n_members, [_cell(results, metric, size) for metric in metrics], _origins(results, size, record))
@@ -44,8 +46,8 @@ def main_table(results: Results, record: Record, metrics: Sequence[Metric]) -> l
     ]
 
 
-def why_empty(metric: Metric, experiment: str, n_seeds: int) -> str:
-    """Return the reason why an evaluated method has no number."""
+def why_empty(metric: Headline, experiment: str, n_seeds: int) -> str:
+    """Return the reason for an empty cell: an evaluated method has no value of this metric."""
     if metric == STABILITY and n_seeds < 2:
         return "there is one seed, and stability compares seeds"
     if metric == CE:
@@ -56,13 +58,13 @@ def why_empty(metric: Metric, experiment: str, n_seeds: int) -> str:
     return f"not in the table {metric.table}; `saeens run {experiment}` computes it if it is among the `evaluations`"
 
 
-def cell_of(spread: Spread, metric: Metric, *, best: bool = False) -> Cell:
+def cell_of(spread: Spread, metric: Headline, *, best: bool = False) -> Cell:
     """Return the mean, with the seeds' spread where they differ."""
     seeds = "" if len(set(spread.points)) == 1 and len(spread.points) > 1 else spread.around(metric.form)
     return Cell(written(spread.mean, metric.form), spread.mean, seeds, best)
 
 
-def _cell(results: Results, metric: Metric, size: Size) -> Cell:
+def _cell(results: Results, metric: Headline, size: Size) -> Cell:
     spread = results.of(metric).get(size)
     if spread is None:
         return Cell(why=why_empty(metric, results.experiment, len(results.seeds)))

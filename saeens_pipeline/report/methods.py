@@ -58,7 +58,7 @@ _OTHER_COLOURS = ("#b8a500", "#8c6d31", "#5254a3", "#637939", "#843c39")
 
 
 def method(name: str) -> Method:
-    """Return a known method or, for another name, one with that name and a colour derived from it."""
+    """Return the label, colour and symbols of a method. An unknown method gets its name as label and a colour derived from the name."""
     colour = _OTHER_COLOURS[sum(name.encode()) % len(_OTHER_COLOURS)]
     return _KNOWN.get(name) or Method(name, name.replace("_", " "), "", colour, "hexagon", "h", "⬢")
 

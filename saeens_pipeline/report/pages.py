@@ -13,7 +13,8 @@ import jinja2
 import polars as pl
 from markupsafe import Markup
 
-from saeens_pipeline.assets.tables import TABLES, fills
+from saeens_pipeline.assets.over_seeds import written
+from saeens_pipeline.assets.registry import TABLES, Headline, fills
 from saeens_pipeline.assets.tables.autointerp import outcome
 from saeens_pipeline.assets.tables.cost import with_totals
 from saeens_pipeline.report import figures, published
@@ -21,10 +22,11 @@ from saeens_pipeline.report.charts import Chart, as_plotly
 from saeens_pipeline.report.feature_browser import NEAR_DUPLICATE, PAGE, FeatureBrowser
 from saeens_pipeline.report.main_table import N_MEMBERS, Cell, cell_of, main_table, why_empty
 from saeens_pipeline.report.methods import in_order, listed, method
-from saeens_pipeline.report.metrics import METRICS, Metric, written
+from saeens_pipeline.report.metrics import METRICS
 from saeens_pipeline.report.pictures import report_pictures
 from saeens_pipeline.report.record import UI, Record, diagram
 from saeens_pipeline.report.results import Results, compare, spread_of_points
+from saeens_pipeline.storage.names import INDEX_FILE, PICTURES_FOLDER
 from saeens_pipeline.storage.recipes import Store
 from saeens_pipeline.storage.tables import layers_with_tables
 
@@ -32,8 +34,6 @@ if TYPE_CHECKING:
     from saeens_pipeline.assets.catalogue import Experiments
     from saeens_pipeline.settings import ExperimentSettings
 
-INDEX = "index.html"
-PICTURES = "pictures"
 _HERE = Path(__file__).parent
 _WEIGHTS = {"random": "untrained (control)"}
 _COLUMNS = {  # of the leaderboard's page, in addition to the metrics
@@ -112,8 +112,8 @@ def write_report(folder: Path, store: Store, catalogue: Experiments, experiment:
         missing = "" if browser.contexts is not None else what_makes_contexts(experiment, catalogue)
         _write_features(folder, browser, missing)
     for name, png in report_pictures(results):
-        (folder / PICTURES).mkdir(exist_ok=True)
-        (folder / PICTURES / f"{name}.png").write_bytes(png)
+        (folder / PICTURES_FOLDER).mkdir(exist_ok=True)
+        (folder / PICTURES_FOLDER / f"{name}.png").write_bytes(png)
 
 
 def write_leaderboard(folder: Path, board: pl.DataFrame, reports: Mapping[tuple[str, int], str]) -> None:
@@ -143,7 +143,7 @@ def write_leaderboard(folder: Path, board: pl.DataFrame, reports: Mapping[tuple[
 
 
 def what_makes_contexts(experiment: ExperimentSettings, catalogue: Experiments) -> str:
-    """Return how to get missing contexts: from this experiment, or from another one that has them and the same SAEs, or more."""
+    """Return a hint how to compute missing contexts: in this experiment, or in another one that has the same SAEs and the table."""
     members = experiment.ensemble.members
 
     def saes(of: ExperimentSettings) -> tuple[object, ...]:
@@ -151,27 +151,27 @@ def what_makes_contexts(experiment: ExperimentSettings, catalogue: Experiments) 
 
     run = f"saeens run {experiment.name}"
     if fills(experiment, "contexts"):
-        return f"Contexts are not there: `{run}` makes them."
+        return f"Contexts are missing: `{run}` computes them."
     how = f"add contexts to `evaluations` in the experiment file, then `{run}`"
     for other in catalogue.experiments.values():
         if fills(other, "contexts") and other.ensemble.members >= members and saes(other) == saes(experiment):
             more = " and more" if other.ensemble.members > members else ""
-            how = f"`saeens run {other.name}` makes them of the same SAEs{more}; or {how}"
+            how = f"`saeens run {other.name}` computes them for the same SAEs{more}; or {how}"
             break
-    return f"Contexts are not there: {how}."
+    return f"Contexts are missing: {how}."
 
 
 def _control_hint(layer: int, control: ExperimentSettings | None, untrained: Results | None) -> str:
-    """Return how to get the control's figures."""
+    """Return a hint how to compute the control's figures; empty if the control has them."""
     if control and untrained and list(compare(untrained, untrained)):
         return ""  # it is this experiment that has nothing to compare
     if control:
-        return f"The control {control.name} has no numbers for layer {layer}: `saeens run {control.name}` makes them and shows them here."
+        return f"The control {control.name} has no numbers for layer {layer}: `saeens run {control.name}` computes them."
     return "There is no control: the same experiment on a source that differs by `weights: random` alone. `saeens run` shows it here."
 
 
-def _cell_of_board(row: Mapping[str, Any], metric: Metric) -> Cell:
-    """Return a mean of the leaderboard, with its interval or points where the board has them."""
+def _cell_of_board(row: Mapping[str, Any], metric: Headline) -> Cell:
+    """Return a cell of the leaderboard page: mean, and the interval or points over seeds if the leaderboard has them."""
     if row[metric.column] is None:
         return Cell(why=why_empty(metric, row["experiment"], row["n_seeds"]))
     points = row.get(f"{metric.column}_by_seed")
@@ -179,7 +179,7 @@ def _cell_of_board(row: Mapping[str, Any], metric: Metric) -> Cell:
     return cell_of(spread, metric) if spread else Cell(written(row[metric.column], metric.form), row[metric.column])
 
 
-def _reasons(metrics: Sequence[Metric], rows: Sequence[Sequence[Cell]]) -> list[tuple[str, str]]:
+def _reasons(metrics: Sequence[Headline], rows: Sequence[Sequence[Cell]]) -> list[tuple[str, str]]:
     """Return the columns that have empty cells for each reason, and the reason."""
     columns: dict[str, dict[str, None]] = {}
     for metric, cell in ((metric, cell) for cells in rows for metric, cell in zip(metrics, cells, strict=True)):
@@ -205,7 +205,7 @@ def _write_features(folder: Path, browser: FeatureBrowser, missing_contexts: str
 
 
 def _write(folder: Path, template: str, page: Mapping[str, Any], charts: Sequence[Chart]) -> None:
-    _render(folder / INDEX, template, page, charts)
+    _render(folder / INDEX_FILE, template, page, charts)
     static = folder / "static"
     static.mkdir()
     for file in sorted((_HERE / "static").iterdir()):

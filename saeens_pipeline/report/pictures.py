@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Iterator, Sequence
 
@@ -42,11 +41,6 @@ def sweep_picture(table: pl.DataFrame, pareto: Declaration) -> bytes:
     """Return the charts of a sweep as PNG."""
     values = ", ".join(f"{value:g}" for value in pareto.settings["values"].values())
     return as_png(sweep(table), (5, 4), f"{pareto.address.owner}: {pareto.settings['field']} {values}")
-
-
-def as_markdown(png: bytes, title: str) -> str:
-    """Return a picture as Markdown that holds the bytes, for Dagster's metadata."""
-    return f"![{title}](data:image/png;base64,{base64.b64encode(png).decode()})"
 
 
 def as_png(rows: Sequence[Sequence[Chart]], inches: tuple[float, float] = INCHES, title: str = "") -> bytes:

@@ -9,8 +9,8 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from saeens_pipeline.assets.over_seeds import written
 from saeens_pipeline.report.methods import method
-from saeens_pipeline.report.metrics import written
 from saeens_pipeline.storage.names import Address, Partition, locate
 from saeens_pipeline.storage.recipes import RECIPE_FILE, Artefact, DamagedArtefactError, Store, digest, read_artefact
 
@@ -65,6 +65,7 @@ class Record:
 
     @classmethod
     def read(cls, store: Store, experiment: str, source: str, layer: int) -> Record:
+        """Return the artefacts on disk of an experiment and of its source for one layer."""
         root = store.root
         folders = [root / "sources" / source, root / "experiments" / experiment / f"layer={layer}"]
         recipes = sorted(path.parent for folder in folders for path in folder.rglob(RECIPE_FILE))
@@ -76,7 +77,7 @@ class Record:
         return [each for each in self.found if each.address.kind == kind]
 
     def sae(self, version: str, method: str) -> Found | None:
-        """Return the SAE of a data version. Round 1 and member 1 can have the same: then the one that belongs to the method."""
+        """Return the SAE with a data version, or None. If member 1 and round 1 share the version, `method` decides between them."""
         found = self._saes_by_version.get(version, [])
         return next((each for each in found if each.address.kind == method), found[0] if found else None)
 
@@ -172,7 +173,7 @@ class Record:
             seconds, flops = (sum(each.get(f"{prefix}{unit}") or 0 for each, prefix in spent) for unit in ("seconds", "flops"))
             linked = sum(all(each.artefact.provenance.get("same_as") for each in found) for found in saes)
             elsewhere = f", {linked} of them linked from another experiment" if linked else ""
-            took = f"{seconds:,.0f} s, {written(flops, '.3g')} FLOPs, with the passes that make residuals"
+            took = f"{seconds:,.0f} s, {written(flops, '.3g')} FLOPs, with the passes that compute residuals"
             yield Fact("training in all", f"{len(saes)} SAEs{elsewhere}: {took}")
 
 
@@ -209,7 +210,7 @@ def _value(value: object) -> str:
 
 @dataclass(frozen=True)
 class Node:
-    """A box: an asset with the data version of each seed, or an input from outside with the hash of its name or settings."""
+    """A box of the lineage diagram: an asset with a data version per seed, or an external input with the hash of its name or settings."""
 
     title: str
     versions: Sequence[tuple[str, str]]  # seed, or empty, and data version

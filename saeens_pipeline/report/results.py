@@ -1,4 +1,4 @@
-"""The tables of one experiment and layer that are on disk, their means and intervals over seeds, and these beside the control's."""
+"""The tables of one experiment and layer that are on disk, their means and intervals over seeds, and the comparison with the control."""
 
 from __future__ import annotations
 
@@ -11,63 +11,27 @@ from typing import NamedTuple
 
 import polars as pl
 
-from saeens_models.metrics import mean_interval
-from saeens_pipeline.assets.tables import listed as listed_tables
+from saeens_pipeline.assets.health import MAX_TOP_SHARE
+from saeens_pipeline.assets.over_seeds import Spread
+from saeens_pipeline.assets.registry import Headline, listed
 from saeens_pipeline.assets.tables.cost import with_totals
 from saeens_pipeline.report.methods import Method, in_order, method
-from saeens_pipeline.report.metrics import CE, EV, METRICS, STABILITY, Metric, written
+from saeens_pipeline.report.metrics import CE, EV, METRICS, STABILITY
 from saeens_pipeline.storage.tables import has_table, read_table
-
-_LARGE = "contexts"  # text of single features; the feature browser alone reads it, one seed at a time
 
 
 class Size(NamedTuple):
-    """A method and the number of SAEs it consists of, or is as wide as."""
+    """A method and its size: the number of members of an ensemble, or the number of members whose width an expanded SAE has."""
 
     method: str
     n_members: int
 
 
 @dataclass(frozen=True)
-class Spread:
-    """A number over seeds: its mean, the 95% interval (Student's t), and the points.
-
-    With one seed there is no interval. With two it is so wide that the points say more: it is shown with three and more.
-    """
-
-    mean: float
-    low: float | None
-    high: float | None
-    points: tuple[float, ...]
-
-    @classmethod
-    def of(cls, points: Sequence[float]) -> Spread:
-        """Return the spread of points. Raises ValueError without points."""
-        return cls(*mean_interval(points), tuple(points))
-
-    @property
-    def _interval(self) -> tuple[float, float] | None:
-        return (self.low, self.high) if len(self.points) > 2 and self.low is not None and self.high is not None else None
-
-    @property
-    def bar(self) -> tuple[float, float]:
-        """Return the interval or, with fewer than three seeds, the lowest and the highest point."""
-        return self._interval or (min(self.points), max(self.points))
-
-    def around(self, form: str) -> str:
-        """Return the half width of the interval or, with two seeds, the points: Student's interval of two is 12.7 standard errors wide."""
-        if self._interval:
-            half_width = self._interval[1] - self.mean
-            return f"±{half_width:.1%}" if form.endswith("%") else f"±{written(half_width, '.2g')}"
-        points = dict.fromkeys(written(point, form) for point in self.points)
-        return ", ".join(points) if len(self.points) == 2 else ""
-
-
-@dataclass(frozen=True)
 class Results:
     """The tables by name, with the rows of one layer and of the declared seeds. `missing`: names of tables that are not on disk.
 
-    The table of contexts is in neither.
+    Large tables, such as the text of single features, are in neither: the feature browser alone reads them, one seed at a time.
     """
 
     experiment: str
@@ -79,15 +43,14 @@ class Results:
     @classmethod
     def read(cls, root: Path, experiment: str, layer: int, seeds: Iterable[int]) -> Results:
         """Read the tables of one layer. Raises SaeensError for a table that cannot be read."""
-        declared, names = list(seeds), [table.name for table in listed_tables(over_experiments=False)]
+        declared, names = list(seeds), [table.name for table in listed(over_experiments=False) if not table.is_large]
         tables = {
             name: rows
             for name in names
-            if name != _LARGE
-            and has_table(root, experiment, name, layer)
+            if has_table(root, experiment, name, layer)
             and len(rows := read_table(root, experiment, name, layer).filter(pl.col("seed").is_in(declared)))
         }
-        return cls(experiment, layer, tables, tuple(name for name in names if name not in {_LARGE, *tables}))
+        return cls(experiment, layer, tables, tuple(name for name in names if name not in tables))
 
     def spreads(self, table: str, column: str) -> dict[Size, Spread]:
         """Return a column, or one of the table's totals, by method and size; empty where it has no value."""
@@ -96,11 +59,19 @@ class Results:
             self._columns[table, column] = spreads(rows, column) if rows is not None and column in rows.columns else {}
         return self._columns[table, column]
 
-    def of(self, metric: Metric) -> dict[Size, Spread]:
+    @property
+    def caution(self) -> str:
+        """Return a sentence if a few rows hold so much of the variance that explained variance is about them; otherwise nothing."""
+        shares = [spread.mean for spread in self.spreads("reconstruction", "top_rows_variance").values()]
+        if max(shares, default=0.0) <= MAX_TOP_SHARE:
+            return ""
+        return f"0.1 % of the held-out rows hold {max(shares):.0%} of the variance: explained variance is mostly about these rows"
+
+    def of(self, metric: Headline) -> dict[Size, Spread]:
         """Return a metric by method and size."""
         return self.spreads(metric.table, metric.column)
 
-    def full(self, metric: Metric) -> dict[str, Spread]:
+    def full(self, metric: Headline) -> dict[str, Spread]:
         """Return a metric of every method at its full size."""
         found = self.of(metric)
         return {size.method: found[size] for size in self.full_sizes if size in found}

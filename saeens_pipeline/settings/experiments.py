@@ -15,6 +15,7 @@ from pydantic import (
     TypeAdapter,
     ValidationError,
     ValidationInfo,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
@@ -44,6 +45,13 @@ _BASELINES_OF_LISTS = ("expanded", "expanded_l0_matched", "matching_pursuit")  #
 _BASELINES_WITH_L0 = ("expanded_l0_matched", "matching_pursuit")  # with the sum of the members' L0
 
 
+def _models():
+    """Return saeens_models, which validates SAEs and training; it loads torch, which importing this module does not."""
+    import saeens_models.architectures
+
+    return saeens_models
+
+
 def _outside_groups(name: str) -> str:
     if name in RESERVED_GROUPS or name.endswith("_saes"):
         raise ValueError(
@@ -54,11 +62,10 @@ def _outside_groups(name: str) -> str:
 
 def _read_saes(given: object) -> SAESettings | list[SAESettings]:
     """Return one configuration, or one per member; the errors of a list name the entry."""
-    from saeens_models.architectures import SAESettings  # loads torch
-
+    settings = _models().SAESettings
     if not isinstance(given, list):
-        return SAESettings.model_validate(given)
-    saes = TypeAdapter(list[SAESettings]).validate_python(given)
+        return settings.model_validate(given)
+    saes: list[SAESettings] = TypeAdapter(list[settings]).validate_python(given)  # pyright: ignore[reportInvalidTypeForm]
     if len({sae.width_field for sae in saes}) > 1:
         raise ValueError("give expansion in every entry, or d_sae in every entry: widths of members are added up and compared")
     return saes
@@ -86,31 +93,29 @@ def _check_swept(sae: dict[str, Any], sweep: dict[str, list[Any]]) -> None:
 
 def allowed_sae_keys(sae: Mapping[str, Any]) -> list[str]:
     """Return the allowed keys of `sae`, which depend on its architecture; for an unknown one, the keys of all architectures."""
-    from saeens_models.architectures import architectures, settings_class  # loads torch
-
+    of = _models().architectures
     named = sae.get("architecture")
-    known = [named] if named in architectures() else architectures()
-    return list(dict.fromkeys(key for name in known for key in settings_class(name).field_names()))
+    known = [named] if named in of.architectures() else of.architectures()
+    return list(dict.fromkeys(key for name in known for key in of.settings_class(name).field_names()))
 
 
 def allowed_training_keys() -> list[str]:
     """Return the allowed keys of `training`."""
-    from saeens_models import TrainingConfig  # loads torch
-
-    return [name for name in TrainingConfig.model_fields if name not in _FOLLOWS_FROM_ACTIVATIONS]
+    return [name for name in _models().TrainingConfig.model_fields if name not in _FOLLOWS_FROM_ACTIVATIONS]
 
 
 def _validate_training(settings: dict[str, Any]) -> dict[str, Any]:
-    from saeens_models import TrainingConfig  # loads torch
-
     for name in _FOLLOWS_FROM_ACTIVATIONS:
         if name in settings:
             raise ValueError(f"{name} follows from the activations and cannot be set")
-    TrainingConfig(**settings, total_tokens=1)
+    _models().TrainingConfig(**settings, total_tokens=1)
     return settings
 
 
 _Training = Annotated[dict[str, Any], AfterValidator(_validate_training)]
+
+
+_ON_OR_OFF = {"enum": ["on", "off", True, False]}  # `dg check yaml` reads YAML 1.1, too, and compares with the schema
 
 
 def _on_or_off(value: object) -> object:
@@ -159,6 +164,11 @@ class EnsembleSettings(Section):
     boosting: Literal["sequential", "concurrent"] = Field(
         "sequential", description="training of boosting rounds one after another, or all in one pass over the activations"
     )
+    boosting_scale: Literal["shared", "per_round"] = Field(
+        "shared",
+        description="with normalize_activations, one scale for all boosting rounds, or for each the scale of its own input; with per_round "
+        "an L1 or L0 coefficient means less in later rounds",
+    )
     specialised: list[SpecialisedMember] = Field([], description="bagging members with their own documents or starting weights")
 
     @model_validator(mode="after")
@@ -177,7 +187,7 @@ class EnsembleSettings(Section):
 
 
 class FreshnessSettings(Section):
-    """`freshness`: largest age of the tables since they were last made or confirmed."""
+    """`freshness`: largest age of the tables, counted from the last run that computed or confirmed them."""
 
     fail_days: float = Field(ge=MIN_FRESHNESS_DAYS, description="age in days from which tables are overdue")
     warn_days: float | None = Field(None, ge=MIN_FRESHNESS_DAYS, description="age in days from which to warn; less than fail_days")
@@ -226,7 +236,7 @@ class ExperimentSettings(FromFile):
         None, description="widths of the expanded SAEs, in members: a list, or all sizes from 1; default: the width of all members"
     )
     keep_residuals: Literal["last", "all", "none"] = Field("last", description="residuals whose bytes stay on disk")
-    automation: Annotated[Literal["on", "off"], BeforeValidator(_on_or_off)] = Field(
+    automation: Annotated[Literal["on", "off"], BeforeValidator(_on_or_off), WithJsonSchema(_ON_OR_OFF)] = Field(
         "off", description="automatic runs for missing artefacts and for changed settings or inputs"
     )
     schedule: Annotated[str, AfterValidator(_validate_cron)] = Field(
@@ -254,7 +264,7 @@ class ExperimentSettings(FromFile):
     @model_validator(mode="before")
     @classmethod
     def _swept_field(cls, given: Any) -> Any:
-        """Set the swept field of `sae` to its first value, so that `sae` need not have it."""
+        """Set the swept field of `sae` to the first value of the sweep: `sae` may leave it out."""
         match given:
             case {"sae": list(), "sweep": dict()}:
                 raise _wrong(
@@ -292,7 +302,7 @@ class ExperimentSettings(FromFile):
         if isinstance(self.expanded_sizes, list) and max(self.expanded_sizes) > self.ensemble.members:
             raise ValueError(f"expanded_sizes: {max(self.expanded_sizes)} is more than the ensemble's {self.ensemble.members} members")
         if self.keep_residuals == "all" and self.ensemble.boosting == "concurrent":
-            raise ValueError("keep_residuals: all, but ensemble.boosting: concurrent makes no residuals; write none, or leave it out")
+            raise ValueError("keep_residuals: all, but ensemble.boosting: concurrent has no residuals; write none, or leave it out")
         if isinstance(self.sae, list) and len(self.sae) != (members := self.ensemble.members):
             raise _wrong(["sae"], f"a list has one entry per member: {len(self.sae)} given, and ensemble.members is {members}")
         self._check_baselines()
@@ -302,8 +312,6 @@ class ExperimentSettings(FromFile):
 
     def _check_baselines(self) -> None:
         """Raise ValidationError for a baseline that does not fit the SAEs, and for training that does not fit a baseline."""
-        from saeens_models.architectures import validate_l0_multiple  # loads torch
-
         for i, baseline in enumerate(self.baselines):
             if isinstance(self.sae, list) and baseline not in _BASELINES_OF_LISTS:
                 able = ", ".join(_BASELINES_OF_LISTS)
@@ -311,7 +319,7 @@ class ExperimentSettings(FromFile):
                 raise _wrong(["baselines", i], message)
             for number, sae in enumerate(self.saes if baseline in _BASELINES_WITH_L0 else [], start=1):
                 try:
-                    validate_l0_multiple(sae.architecture)
+                    _models().architectures.validate_l0_multiple(sae.architecture)
                 except ValueError as error:
                     of_list = f"has the L0 of all members added up; of member {number}, {error}: leave it out"
                     message = of_list if isinstance(self.sae, list) else f"has the L0 of all members: {error}"
@@ -370,21 +378,17 @@ class ExperimentSettings(FromFile):
 
     @property
     def pursuit_sae(self) -> SAESettings:
-        """`sae` of the baseline matching_pursuit: the sum of all widths, and at most the sum of all L0 active features."""
-        from saeens_models.architectures import SAESettings  # loads torch
-
+        """Settings of the SAE of the baseline matching_pursuit: as wide as all members together, and at most the sum of their L0."""
         joined = self.joined_sae(self.ensemble.members, l0_matched=True)
         if joined.architecture == "matching_pursuit" or joined.l0 is None:
             return joined
         fields = {joined.width_field: joined.width, "apply_b_dec_to_input": joined.apply_b_dec_to_input}
-        return SAESettings(architecture="matching_pursuit", max_iterations=round(joined.l0), **fields)
+        return _models().SAESettings(architecture="matching_pursuit", max_iterations=round(joined.l0), **fields)
 
     @property
     def complete_training(self) -> dict[str, Any]:
         """`training` with all defaults, as recipes hold it."""
-        from saeens_models import TrainingConfig  # loads torch
-
-        return TrainingConfig(**self.training).model_dump(mode="json", exclude=set(_FOLLOWS_FROM_ACTIVATIONS))
+        return _models().TrainingConfig(**self.training).model_dump(mode="json", exclude=set(_FOLLOWS_FROM_ACTIVATIONS))
 
     @property
     def expanded_widths(self) -> list[int]:

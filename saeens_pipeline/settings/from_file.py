@@ -51,5 +51,5 @@ class FromFile(Section):
         return self._file.parent if self._file else Path.cwd()
 
     def absolute(self, path: str) -> str:
-        """Return a path or a pattern as an absolute one, with `~` expanded."""
+        """Return a path or pattern as an absolute path, relative to the experiment file's folder and with `~` expanded."""
         return str(self.folder / Path(path).expanduser())

@@ -43,8 +43,13 @@ class SourceSettings(FromFile):
     drop: Annotated[list[Literal["special", "padding", "first"]], Distinct] = Field(
         [], description="positions without activation rows: special tokens, padding, or the first position of a window"
     )
-    train_tokens: PositiveInt = Field(description="number of activation rows for training")
-    test_tokens: PositiveInt = Field(description="number of activation rows for evaluation")
+    train_tokens: PositiveInt = Field(description="number of activation rows for training, before rows are dropped for their norm")
+    test_tokens: PositiveInt = Field(description="number of activation rows for evaluation, before rows are dropped for their norm")
+    max_norm: Annotated[float, Field(ge=2, allow_inf_nan=False)] | None = Field(
+        None,
+        description="largest norm of a row, in multiples of the median norm of training rows; "
+        "rows above it (massive activations) are dropped; default: all rows stay",
+    )
     dtype: Literal["float16", "bfloat16", "float32"] = Field("float16", description="dtype of stored activations")
 
     @field_validator("language_model")

@@ -7,8 +7,11 @@ import json
 import shutil
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.storage.activations import ActivationStatistics, StoredDtype, StreamingStatistics
@@ -27,10 +30,11 @@ class ActivationWriter:
     """Writes a store, batch by batch; use it as a context manager, then read `statistics`.
 
     `rows` is the number of rows of each split; more or fewer are an error. `name` names the rows in messages. `with_origin`: also store
-    document and position of every row. Raises SaeensError before writing if the disk has too little space.
+    document and position of every row. `max_norm`: drop rows whose norm is more than this multiple of the median norm of the first appended
+    rows, which have to be training rows. Raises SaeensError before writing if the disk has too little space.
     Memory: one shard of each split (up to 32 MiB). The store can be opened once the writer is closed.
     `resume`: keep a record of the complete shards in `path`. If such a record of the same kind exists, the writer resumes after those
-    shards: `resumed_rows` is the number of rows on disk of each split, and the caller appends the rows after them.
+    shards: `resumed_rows` is the number of appended rows that they hold or dropped, by split, and the caller appends the rows after them.
     """
 
     def __init__(
@@ -42,6 +46,7 @@ class ActivationWriter:
         *,
         name: str,
         with_origin: bool = True,
+        max_norm: float | None = None,
         chunk_rows: int | None = None,
         resume: bool = False,
     ) -> None:
@@ -51,9 +56,11 @@ class ActivationWriter:
         self.dtype: StoredDtype = dtype
         self.chunk_rows = chunk_rows or default_chunk_rows(d_in, dtype)
         kind = {"d_in": d_in, "dtype": dtype, "rows": dict(rows), "with_origin": with_origin, "chunk_rows": self.chunk_rows}
+        kind["max_norm"] = self._max_norm = max_norm
         self.progress = _Progress(path, kind) if resume else None
         done = self.progress.done if self.progress else {}
-        self.resumed_rows = {split: done[split]["rows"] if split in done else 0 for split in rows}
+        self.resumed_rows = {split: done[split]["appended"] if split in done else 0 for split in rows}
+        self.norm_limit: float | None = next((state["norm_limit"] for state in done.values()), None)
         left = {split: n - self.resumed_rows[split] for split, n in rows.items()}
         require_free_disk(path, stored_bytes(d_in, dtype, left, with_origin), name)
         if not done:
@@ -75,13 +82,25 @@ class ActivationWriter:
 
         Raises SaeensError for values that are not finite or too large for the stored dtype.
         """
-        columns = {"activations": to_stored_dtype(rows, self.dtype, self.name).cpu()}
-        if document is not None and position is not None:
-            columns |= {"document": document.cpu(), "position": position.cpu()}
-        self._splits[split].append(columns)
+        kept = self._within_limit(rows)
+        columns = {"activations": rows, "document": document, "position": position}
+        stored = {name: values[kept.to(values.device)] for name, values in columns.items() if values is not None}
+        stored["activations"] = to_stored_dtype(stored["activations"], self.dtype, self.name)
+        self._splits[split].append({name: values.cpu() for name, values in stored.items()}, kept.cpu().numpy())
+
+    def _within_limit(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return whether each row is stored, bool `[n]`. Rows with values that are not finite are, so that they raise an error."""
+        import torch
+
+        if self._max_norm is None or not len(rows):
+            return torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+        norms = torch.linalg.vector_norm(rows.float(), dim=1)
+        if self.norm_limit is None:
+            self.norm_limit = self._max_norm * float(norms.median())
+        return ~(norms > self.norm_limit) | ~norms.isfinite()
 
     def close(self) -> None:
-        """Write the buffered rows and the statistics. Raises SaeensError if rows of a split are missing."""
+        """Finish the store: write the buffered rows and the statistics. Raises SaeensError if a split has fewer rows than declared."""
         self.statistics = {split: writer.finish(f"{self.name}, {split} split") for split, writer in self._splits.items()}
         if self.progress:
             self.progress.remove()
@@ -94,7 +113,8 @@ class _SplitWriter:
         import torch
         import zarr
 
-        self._folder, self._n_rows, self._chunk_rows, self._progress = folder, n_rows, writer.chunk_rows, writer.progress
+        self._writer, self._folder, self._n_rows = writer, folder, n_rows
+        self._chunk_rows, self._progress = writer.chunk_rows, writer.progress
         self._shard_rows = self._chunk_rows * min(_CHUNKS_PER_SHARD, max(1, -(-n_rows // self._chunk_rows)))
         self._group = group = zarr.open_group(folder, mode="a", zarr_format=3)
         plain = {"chunks": (self._chunk_rows, d_in), "shards": (self._shard_rows, d_in), "compressors": None, "filters": None}
@@ -109,33 +129,48 @@ class _SplitWriter:
             self._arrays[name] = group[name] if there else group.create_array(name, shape=(n_rows, *width), **layout)
             self._buffers[name] = torch.empty(self._shard_rows, *width, dtype=dtype)
         self._statistics = StreamingStatistics(d_in)
+        self._appended, self._dropped = writer.resumed_rows[folder.name], np.empty(0, np.int64)
         if self._progress and folder.name in self._progress.done:
             self._statistics.restore(self._progress.done[folder.name])
+            self._dropped = np.array(self._progress.done[folder.name]["dropped"], np.int64)
         self._written, self._filled = self._statistics.rows, 0
         for name in self._arrays if self._progress else ():
             _remove_chunks_from(folder / name, self._written // self._shard_rows)
 
-    def append(self, columns: Mapping[str, torch.Tensor]) -> None:
+    def append(self, columns: Mapping[str, torch.Tensor], kept: np.ndarray) -> None:
+        """Add columns of the kept rows; `kept` is bool, with a value for each appended row."""
         if columns.keys() != self._buffers.keys():
             raise ValueError(f"got columns {', '.join(columns)}; this store has {', '.join(self._buffers)}")
-        n_rows, start = len(columns["activations"]), 0
-        while start < n_rows:
-            taken = min(n_rows - start, self._shard_rows - self._filled)
+        places = self._appended + np.flatnonzero(kept)
+        self._dropped = np.concatenate([self._dropped, self._appended + np.flatnonzero(~kept)])
+        self._appended += len(kept)
+        start = 0
+        while start < len(places):
+            taken = min(len(places) - start, self._shard_rows - self._filled)
             for name, values in columns.items():
                 self._buffers[name][self._filled : self._filled + taken] = values[start : start + taken]
             start, self._filled = start + taken, self._filled + taken
             if self._filled == self._shard_rows:
                 self._flush()
                 if self._progress:
-                    last = self._written // self._shard_rows - 1
-                    shards = [self._folder / name / "c" / f"{last}{'/0' if name == 'activations' else ''}" for name in self._arrays]
-                    self._progress.record(self._folder.name, self._statistics.state(), shards)
+                    self._record(self._progress, appended=int(places[start - 1]) + 1)
+
+    def _record(self, progress: _Progress, appended: int) -> None:
+        last = self._written // self._shard_rows - 1
+        shards = [self._folder / name / "c" / f"{last}{'/0' if name == 'activations' else ''}" for name in self._arrays]
+        dropped = self._dropped[self._dropped < appended].tolist()
+        state = {"appended": appended, "dropped": dropped, "norm_limit": self._writer.norm_limit}
+        progress.record(self._folder.name, self._statistics.state() | state, shards)
 
     def finish(self, name: str) -> ActivationStatistics:
         self._flush()
-        if self._written != self._n_rows:
-            raise SaeensError(f"{name}: expected {self._n_rows:,} rows, got {self._written:,}")
-        statistics = self._statistics.compute()
+        if self._appended != self._n_rows:
+            raise SaeensError(f"{name}: expected {self._n_rows:,} rows, got {self._appended:,}")
+        if len(self._dropped):
+            for array in self._arrays.values():
+                array.resize((self._written, *array.shape[1:]))
+            self._group.create_array("dropped", data=self._dropped, overwrite=True)
+        statistics = replace(self._statistics.compute(), norm_limit=self._writer.norm_limit, dropped=len(self._dropped))
         self._group.attrs["statistics"] = statistics.to_json()
         return statistics
 
@@ -179,7 +214,7 @@ class _Progress:
         self._last = self._thread.submit(self._write, json.dumps({"kind": self._kind, "done": self.done}), list(files))
 
     def stop(self) -> None:
-        """Wait until the record of the last shard is written. The record stays."""
+        """Stop the writing thread, after the record of the last shard is written. The record stays on disk."""
         self._thread.shutdown()
 
     def remove(self) -> None:

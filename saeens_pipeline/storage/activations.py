@@ -6,7 +6,8 @@ A store is a Zarr v3 group. It has a group for each split, with
   the store is the dtype of the numbers; Zarr has no bfloat16, so its bits are stored as uint16.
 * `document`, `position` `[n]` int32: the token of each row, as in `tokens.zarr`. A residual has neither: its rows correspond to
   those of its activations.
-* the attribute `statistics` of the stored rows: rows, mean, variance, mean_norm.
+* `dropped` `[n]` int64, if rows were dropped for their norm: their indices among the kept positions of `tokens.zarr`.
+* the attribute `statistics` of the stored rows, as ActivationStatistics.
 
 A local store of this layout is read memory-mapped, any other layout through Zarr.
 
@@ -16,8 +17,9 @@ the same bits.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -36,32 +38,50 @@ if TYPE_CHECKING:
 
 StoredDtype = Literal["float16", "bfloat16", "float32"]
 
+_OCTAVES, _BINS_PER_OCTAVE = 64, 4  # of the histogram of squared deviations: from 2**-64 to 2**64
+_BINS = 2 * _OCTAVES * _BINS_PER_OCTAVE
+_TOP_FRACTION, _TOP_ROWS, _LEAST_ROWS = 0.001, 5, 1000
+
 
 @dataclass(frozen=True)
 class ActivationStatistics:
-    """Moments of n rows x: `mean` and (population) `variance` per dimension, `[d_in]` float64, and `mean_norm` = mean of ||x||_2."""
+    """Moments of n rows x: `mean` and (population) `variance` per dimension, `[d_in]` float64, and `mean_norm` = mean of ||x||_2.
+
+    `top_share` is the share of the variance (squared deviations from the mean, summed over dimensions) in the 0.1 % of the rows that hold
+    most of it, to about 1 %; None for fewer than 1,000 rows. `top_rows` are the first of these: row and norm. `norm_limit` is the largest
+    norm of a stored row, None without a limit, and `dropped` the number of rows above it, which no other number counts.
+    """
 
     rows: int
     mean: np.ndarray
     variance: np.ndarray
     mean_norm: float
+    top_share: float | None = None
+    top_rows: Sequence[tuple[int, float]] = ()
+    norm_limit: float | None = None
+    dropped: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Return the statistics as JSON values; `from_json` restores the same bits."""
-        return {"rows": self.rows, "mean": self.mean.tolist(), "variance": self.variance.tolist(), "mean_norm": self.mean_norm}
+        return vars(self) | {"mean": self.mean.tolist(), "variance": self.variance.tolist()}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ActivationStatistics:
         """Return statistics from the values of `to_json`."""
-        return cls(values["rows"], np.array(values["mean"]), np.array(values["variance"]), values["mean_norm"])
+        return cls(**{**values, "mean": np.array(values["mean"]), "variance": np.array(values["variance"])})
 
 
 class StreamingStatistics:
-    """Accumulates ActivationStatistics over chunks of rows, in float64 (Chan, Golub and LeVeque 1979)."""
+    """Accumulates ActivationStatistics over chunks of rows, in float64 (Chan, Golub and LeVeque 1979).
+
+    `top_share` comes from a histogram of squared deviations from the running mean, with four bins per factor of two.
+    """
 
     def __init__(self, d_in: int) -> None:
         self.rows, self._norms = 0, 0.0
         self._mean, self._squares = np.zeros(d_in), np.zeros(d_in)  # squares of deviations from the mean
+        self._histogram = np.zeros((2, _BINS))  # numbers of rows, and sums of their squared deviations
+        self._top: list[tuple[float, int, float]] = []  # squared deviation, row, norm
 
     def update(self, chunk: torch.Tensor) -> None:
         """Add rows `[n, d_in]`, n >= 1."""
@@ -70,21 +90,39 @@ class StreamingStatistics:
         step = mean - self._mean
         self._squares += ((x - mean) ** 2).sum(axis=0) + step**2 * (self.rows * len(x) / rows)
         self._mean = self._mean + step * (len(x) / rows)
-        self._norms += float(np.sqrt((x**2).sum(axis=1)).sum())
+        norms = np.sqrt((x**2).sum(axis=1))
+        self._norms += float(norms.sum())
+        deviations = ((x - self._mean) ** 2).sum(axis=1)
+        bins = (np.log2(np.maximum(deviations, 2.0**-_OCTAVES)) * _BINS_PER_OCTAVE).astype(int).clip(1 - _BINS // 2, _BINS // 2 - 1)
+        self._histogram += [np.bincount(bins + _BINS // 2, weights, _BINS) for weights in (None, deviations)]
+        largest = np.argsort(-deviations, kind="stable")[:_TOP_ROWS]
+        self._top += zip(deviations[largest].tolist(), (self.rows + largest).tolist(), norms[largest].tolist(), strict=True)
+        self._top = sorted(self._top, key=lambda each: (-each[0], each[1]))[:_TOP_ROWS]
         self.rows = rows
 
     def state(self) -> dict[str, Any]:
         """Return the state as JSON values; `restore` sets it, with the same bits."""
-        return {"rows": self.rows, "norms": self._norms, "mean": self._mean.tolist(), "squares": self._squares.tolist()}
+        moments = {"rows": self.rows, "norms": self._norms, "mean": self._mean.tolist(), "squares": self._squares.tolist()}
+        return moments | {"histogram": self._histogram.tolist(), "top": self._top}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.rows, self._norms = state["rows"], state["norms"]
-        self._mean, self._squares = np.array(state["mean"]), np.array(state["squares"])
+        self._mean, self._squares, self._histogram = (np.array(state[name]) for name in ("mean", "squares", "histogram"))
+        self._top = [(deviation, row, norm) for deviation, row, norm in state["top"]]
 
     def compute(self) -> ActivationStatistics:
         """Return the statistics of all rows so far."""
         rows = max(1, self.rows)
-        return ActivationStatistics(self.rows, self._mean, self._squares / rows, self._norms / rows)
+        top_rows = [(row, norm) for _, row, norm in self._top]
+        return ActivationStatistics(self.rows, self._mean, self._squares / rows, self._norms / rows, self._top_share(), top_rows)
+
+    def _top_share(self) -> float | None:
+        """Return the share of the squared deviations in the 0.1 % largest; in the last bin the rows count with their mean."""
+        counts, sums = self._histogram[:, ::-1]
+        if self.rows < _LEAST_ROWS or not sums.any():
+            return None
+        taken = np.diff(np.minimum(np.cumsum(counts), math.ceil(_TOP_FRACTION * self.rows)), prepend=0)
+        return float((taken * sums / np.maximum(counts, 1)).sum() / sums.sum())
 
 
 class ActivationReader(ABC):
@@ -97,7 +135,7 @@ class ActivationReader(ABC):
 
     @abstractmethod
     def n_rows(self, split: str) -> int:
-        """Return the number of rows. Raises SaeensError for a split that does not exist, as all methods do."""
+        """Return the number of rows of a split. Raises SaeensError for a split that does not exist; the other methods do, too."""
 
     @abstractmethod
     def stored_chunk(self, split: str, index: int) -> torch.Tensor:
@@ -120,7 +158,7 @@ class ActivationReader(ABC):
         return -(-self.n_rows(split) // self.chunk_rows)
 
     def statistics(self, split: str) -> ActivationStatistics:
-        """Return the statistics of the rows of a split, as they are read. Unless they are stored, the first call reads all rows."""
+        """Return the statistics of the rows of a split. If they are not stored, the first call reads all rows."""
         if split not in self._statistics:
             statistics = StreamingStatistics(self.d_in)
             for index in range(self.n_chunks(split)):
@@ -221,14 +259,19 @@ def _mix(
 
 
 class ActivationStore(ActivationReader):
-    """A store on disk, open for reading. Raises SaeensError if there is none, or only an incomplete one."""
+    """A store on disk, open for reading. Raises SaeensError if there is none, or only an incomplete one.
+
+    Rows are those of the store that was opened, or an error: see `HeldFolder` and `MappedShards`.
+    """
 
     def __init__(self, path: Path) -> None:
         import zarr
 
+        from saeens_pipeline.storage.held_folders import HeldFolder
+
         self.path = path
         try:
-            group = zarr.open_group(path, mode="r")
+            group = zarr.open_group(HeldFolder(path), mode="r")
             self.dtype = cast("StoredDtype", group.attrs["dtype"])
             self._arrays: dict[str, dict[str, Any]] = {}
             self._statistics = {}
@@ -240,8 +283,8 @@ class ActivationStore(ActivationReader):
                 self._statistics[split] = ActivationStatistics.from_json(cast("dict[str, Any]", members.attrs["statistics"]))
             activations = {split: arrays["activations"] for split, arrays in self._arrays.items()}
             self.d_in, self.chunk_rows = next((array.shape[1], array.chunks[0]) for array in activations.values())
-        except (FileNotFoundError, KeyError, StopIteration) as error:
-            raise SaeensError(f"{path} holds no activations, or only a part of them ({error}): make them again") from None
+        except (OSError, KeyError, StopIteration) as error:
+            raise SaeensError(f"{path} holds no activations, or only a part of them ({error}): compute them again") from None
         self._shards = {split: map_shards(array) for split, array in activations.items() if array.chunks[0] == self.chunk_rows}
 
     @property
@@ -265,6 +308,10 @@ class ActivationStore(ActivationReader):
     def position(self, split: str) -> np.ndarray:
         """Return the position of each row in its document, in tokens, `[n]` int32."""
         return self._array(split, "position")[:]
+
+    def dropped(self, split: str) -> np.ndarray:
+        """Return the rows that were dropped for their norm, int64 `[n]`, ascending: indices among the kept positions of the tokens."""
+        return self._arrays[split]["dropped"][:] if "dropped" in self._arrays[split] else np.empty(0, np.int64)
 
     def stored_chunk(self, split: str, index: int) -> torch.Tensor:
         import torch

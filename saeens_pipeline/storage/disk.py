@@ -20,7 +20,7 @@ def is_full_disk(error: BaseException | None) -> bool:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file, or the entries of a folder, have reached the disk."""
+    """Force a file, or the entries of a folder, to disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

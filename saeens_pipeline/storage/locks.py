@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import logging
 import os
 import socket
@@ -31,13 +32,29 @@ def writing_alone(root: Path, places: Iterable[tuple[Address, Partition]]) -> It
     """
     with contextlib.ExitStack() as stack:
         for each in sorted(places, key=lambda each: (str(each[0]), str(each[1]))):  # one order for all avoids deadlocks
-            stack.enter_context(_first_free([_file(root, *each)], f"{place(*each)} is being made by %s: waiting for it"))
+            stack.enter_context(_first_free([_file(root, *each)], f"{place(*each)} is being computed by %s: waiting for it"))
         yield
 
 
 def writing_if_free(root: Path, address: Address, partition: Partition) -> contextlib.AbstractContextManager[bool]:
-    """Lock this artefact for writing unless another process holds it, and give whether it is locked. Does not wait."""
+    """Return a context manager that locks an artefact for writing, if it is free, and yields True if it is locked. Does not wait."""
     return _held(_file(root, address, partition), wait=False)
+
+
+def may_be_written(root: Path, address: Address, partition: Partition) -> bool:
+    """Return whether a process holds this artefact's lock, on any machine that shares the locks. Creates no file.
+
+    True also where a lock file cannot be opened, and on a file system without locks as long as there is a lock file.
+    """
+    file = _file(root, address, partition)
+    try:
+        with file.open("r+b") as opened:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ BROKEN_GROUP = "broken_experiments"  # asset nodes of unreadable experiment file
 RESERVED_GROUPS = (SOURCES_GROUP, LEADERBOARD, BROKEN_GROUP)
 CURVE_FILE = "training_curve.parquet"  # in the folder of an SAE
 MAX_NAME = 63  # characters; Dagster takes no longer values of tags
+INDEX_FILE, PICTURES_FOLDER = "index.html", "pictures"  # in the folder of a report
 _NAME = re.compile(r"[a-z0-9_]+")
 _FOLDER_ABOVE_ARTEFACTS = re.compile(
     "|".join(
@@ -102,7 +103,7 @@ class Address:
         return self._path([f"{name}={value}" for name, value in partition._asdict().items() if value is not None])
 
     def glob(self, *dimensions: str) -> str:
-        """Return the pattern of the paths of all partitions; `dimensions` are the names of the partition dimensions."""
+        """Return a glob pattern that matches the paths of all partitions. `dimensions` names the partition dimensions, such as layer."""
         return str(self._path([f"{name}=*" for name in dimensions]))
 
     def _path(self, dimensions: Sequence[str]) -> PurePosixPath:

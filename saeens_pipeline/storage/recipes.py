@@ -1,4 +1,4 @@
-"""The cache of artefacts: each artefact on disk carries the recipe that made it.
+"""The cache of artefacts: each artefact on disk carries its recipe.
 
 A recipe holds everything that decides the content of an artefact: the builder and its version, the settings, and the data versions of
 the inputs. An artefact whose stored recipe has the hash of the requested recipe is a cache hit, for every experiment. Facts that do not
@@ -11,15 +11,17 @@ same folder, flushed to disk, and renamed, so that its final name never shows an
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
 import os
 import re
 import shutil
+import socket
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -33,10 +35,11 @@ if TYPE_CHECKING:
 
 RECIPE_FILE = "recipe.json"
 FOOTER_KEY = "saeens"
-_PARTIAL = re.compile(r"\.(.+?)(?:\.([0-9a-f]{16}))?\.(\d+)\.partial")  # final name, recipe hash of a resumable write, process
-_REPLACED = re.compile(r"\.(.+)\.retired")
+# final name, recipe hash of a resumable write, machine, process
+_PARTIAL = re.compile(r"\.(.+?)(?:\.([0-9a-f]{16}))?\.([0-9a-f]{8})-(\d+)\.partial")
+_REPLACED = re.compile(r"\.(.+)\.([0-9a-f]{8})\.retired")  # final name, first digits of its hash
 _REPLACING_SECONDS = 3600
-_MENDING = "The next `saeens run` makes it again"
+_MENDING = "The next `saeens run` computes it again"
 
 
 def digest(value: object) -> str:
@@ -121,14 +124,18 @@ class MissingInputError(SaeensError):
 
 
 class DamagedArtefactError(SaeensError):
-    """The files of an artefact differ from those in its record, or the record cannot be read. The artefact has to be made again."""
+    """The files of an artefact differ from those in its record, or the record cannot be read. The artefact has to be computed again."""
 
 
 @dataclass(frozen=True)
 class Store:
-    """The artefacts below a data root."""
+    """The artefacts below a data root.
+
+    `before_commit` is called when an artefact is complete and before it appears under its final name: an error discards it.
+    """
 
     root: Path
+    before_commit: Callable[[], None] = field(default=lambda: None, compare=False, repr=False)
 
     def path(self, address: Address, partition: Partition) -> Path:
         """Return the path of an artefact, which need not exist."""
@@ -162,10 +169,17 @@ class Store:
                     raise DamagedArtefactError(f"{address} is damaged: {file} {state}, its recipe says {size} bytes. {_MENDING}")
                 if found.st_mtime_ns > recorded_ns:
                     if _sha256(file) != sha256:
-                        raise DamagedArtefactError(f"{address} is damaged: {file} was changed after it was made. {_MENDING}")
+                        raise DamagedArtefactError(f"{address} is damaged: {file} was changed after it was written. {_MENDING}")
                     with contextlib.suppress(OSError):  # files of a copied folder may be newer: the next check need not read them again
                         os.utime(file, ns=(found.st_atime_ns, recorded_ns))
         return artefact
+
+    def data_version(self, address: Address, partition: Partition) -> str | None:
+        """Return the data version in the record at an address; None without a record that can be read. The files are not looked at."""
+        try:
+            return read_artefact(self.path(address, partition)).data_version
+        except DamagedArtefactError:
+            return None
 
     def partitions(self, address: Address, *dimensions: str) -> list[Partition]:
         """Return the partitions on disk of an address, in numeric order; `dimensions` are the names of its partition dimensions."""
@@ -198,7 +212,7 @@ class Store:
         if artefact is None:
             where = f" ({partition})" if str(partition) else ""
             raise MissingInputError(
-                f"{address}{where} is needed first: materialise it, or let `saeens run` make everything that is missing"
+                f"{address}{where} is needed first: materialise it, or run `saeens run`, which computes all missing inputs"
             )
         return artefact
 
@@ -213,7 +227,7 @@ class Store:
         versioned_content: bool = True,
         resumable: bool = False,
     ) -> Iterator[Path]:
-        """Give an empty folder to write into; on leaving the context it becomes the artefact and replaces an earlier one.
+        """Yield an empty folder to write into; on leaving the context it becomes the artefact and replaces an earlier one.
 
         `provenance` is read on leaving, so that the caller can fill it meanwhile. An exception leaves the earlier artefact unchanged.
         `versioned_content=False`: the data version follows from the recipe alone, as for residuals, whose bytes may be dropped.
@@ -229,6 +243,7 @@ class Store:
             (staging / RECIPE_FILE).write_text(json.dumps(_record(recipe, provenance, files, version), indent=1) + "\n")
             for _, file in _files_below(staging):
                 flush(file)
+            self.before_commit()
             _replace_folder(staging, final)
 
     def write_table(
@@ -248,6 +263,7 @@ class Store:
                 writer.add_key_value_metadata({FOOTER_KEY: json.dumps(record)})
             staging.write_bytes(contents.getvalue())
             flush(staging)
+            self.before_commit()
             staging.replace(final)
             flush(final.parent)
 
@@ -293,7 +309,7 @@ def read_artefact(path: Path) -> Artefact:
         recipe = Recipe(**record["recipe"]).to_json()
         contents = [files["rows"][1]] if path.suffix == ".parquet" else [{name: sha256 for name, (_, sha256) in files.items()}, None]
         if record["data_version"] not in [digest([recipe, content]) for content in contents]:
-            raise ValueError("its data version does not follow from its recipe and files: it was changed after it was made")
+            raise ValueError("its data version does not follow from its recipe and files: it was changed after it was written")
         return Artefact(path, recipe, record["provenance"], files, record["data_version"])
     except Exception as error:
         raise DamagedArtefactError(f"{_record_file(path)} cannot be read ({error}). {_MENDING}") from error
@@ -344,20 +360,20 @@ def _sha256(file: Path) -> str:
 
 @contextlib.contextmanager
 def _staging(final: Path, kept_for: str | None = None) -> Iterator[Path]:
-    """Give a temporary path beside `final`. Leftovers of killed processes are removed first, and those of this write if it fails.
+    """Yield a temporary path in the folder of `final`. Remove leftovers of killed processes first, and those of this write if it fails.
 
     With `kept_for`, a recipe's hash, a leftover for this hash is given instead of a free path.
     """
-    staging = final.parent / f".{'.'.join(filter(None, (final.name, kept_for, str(os.getpid()), 'partial')))}"
+    staging = _temporary_name(final, kept_for)
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         for leftover in final.parent.glob(f".{final.name}.*.partial"):
-            *_, left_for, pid, _suffix = leftover.name.split(".")
-            if int(pid) != os.getpid() and is_alive(int(pid)):
+            found = read_temporary(leftover)
+            if found is None or found.final != final or (found.in_use and not leftover.match(f"*.{_process()}.partial")):
                 continue
-            if left_for == kept_for and not staging.exists():
+            if kept_for and found.recipe_hash == kept_for and not staging.exists():
                 leftover.rename(staging)
-            elif left_for != kept_for or leftover != staging:
+            elif not kept_for or leftover != staging:
                 _remove(leftover)
         if _retired(final).exists():  # a process was killed between the two renames of `_replace_folder`
             _remove(_retired(final)) if final.exists() else _retired(final).rename(final)
@@ -383,7 +399,7 @@ class Temporary(NamedTuple):
 
     final: Path
     recipe_hash: str | None  # of a resumable write
-    in_use: bool  # its process is alive, or it was replaced within the last hour
+    in_use: bool  # its process is alive on this machine, or it was replaced within the last hour
 
     @property
     def is_needed(self) -> bool:
@@ -398,9 +414,9 @@ class Temporary(NamedTuple):
 def read_temporary(path: Path) -> Temporary | None:
     """Return the description of a temporary file or folder; None for paths that no writer has named."""
     if partial := _PARTIAL.fullmatch(path.name):
-        final, recipe_hash, pid = partial.groups()
-        return Temporary(path.with_name(final), recipe_hash, is_alive(int(pid)))
-    if replaced := _REPLACED.fullmatch(path.name):
+        final, recipe_hash, machine, pid = partial.groups()
+        return Temporary(path.with_name(final), recipe_hash, machine == this_machine() and is_alive(int(pid)))
+    if (replaced := _REPLACED.fullmatch(path.name)) and path == _retired(path.with_name(replaced[1])):
         return Temporary(path.with_name(replaced[1]), None, time.time() - path.lstat().st_ctime < _REPLACING_SECONDS)
     return None
 
@@ -416,10 +432,27 @@ def foreign_files(artefact: Artefact) -> list[str]:
 def remove_whole(path: Path) -> None:
     """Remove an artefact or a temporary path. It is renamed first, so that an interrupted removal leaves a temporary path only."""
     try:
-        beside = path if read_temporary(path) else path.rename(path.with_name(f".{path.name}.{os.getpid()}.partial"))
+        beside = path if read_temporary(path) else path.rename(_temporary_name(path))
         shutil.rmtree(beside) if beside.is_dir() else beside.unlink()
     except OSError as error:
         raise SaeensError(f"{path} cannot be removed ({error.strerror}): fix its permissions") from error
+
+
+@functools.cache
+def this_machine() -> str:
+    """Return 8 hexadecimal digits of the host, its boot, and the namespace of process numbers, which a container has of its own."""
+    identity = [socket.gethostname()]
+    with contextlib.suppress(OSError):  # Linux only
+        identity += [Path("/proc/sys/kernel/random/boot_id").read_text(), str(Path("/proc/self/ns/pid").readlink())]
+    return digest(identity)[:8]
+
+
+def _process() -> str:
+    return f"{this_machine()}-{os.getpid()}"
+
+
+def _temporary_name(final: Path, kept_for: str | None = None) -> Path:
+    return final.with_name(f".{'.'.join(filter(None, (final.name, kept_for, _process(), 'partial')))}")
 
 
 def is_alive(pid: int) -> bool:
@@ -448,4 +481,4 @@ def _replace_folder(staging: Path, final: Path) -> None:
 
 
 def _retired(final: Path) -> Path:
-    return final.parent / f".{final.name}.retired"
+    return final.with_name(f".{final.name}.{digest(final.name)[:8]}.retired")

@@ -20,7 +20,7 @@ Round = Callable[["torch.Tensor"], "torch.Tensor"]
 
 
 class ResidualView(ActivationReader):
-    """Rows of `origin` after `rounds` have been applied in order; computed on every read."""
+    """A residual that is computed on every read: the rows of `origin` minus the reconstructions by `rounds`, in order."""
 
     def __init__(self, origin: ActivationReader, rounds: Sequence[Round], *, name: str = "residual") -> None:
         self.origin, self.rounds, self.name = origin, tuple(rounds), name

@@ -52,7 +52,7 @@ class SelectedDocuments(ActivationReader):
 
 
 def _runs(blocks: Iterator[np.ndarray], documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the starts and ends of the runs of rows of these documents, `[n_runs]` each; `blocks` are the documents of all rows."""
+    """Return starts and ends `[n_runs]` of the ranges of consecutive rows of these documents. `blocks` yields the document of every row."""
     starts, ends, row, inside = [np.empty(0, np.int64)], [np.empty(0, np.int64)], 0, False
     for block in blocks:
         selected = np.isin(block, documents)

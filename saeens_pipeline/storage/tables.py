@@ -41,7 +41,7 @@ def frame(table: str, columns: Sequence[Column], rows: Iterable[Mapping[str, Any
 
 
 def has_table(root: Path, experiment: str, table: str, layer: int | None = None) -> bool:
-    """Return whether a table has any partition on disk, or any of one layer."""
+    """Return True if at least one partition of a table is on disk; with `layer`, at least one of that layer."""
     return bool(_parts(root, experiment, table, layer))
 
 
@@ -55,7 +55,7 @@ def read_table(root: Path, experiment: str, table: str, layer: int | None = None
     """Return all partitions of a table of an experiment, or those of one layer. Raises SaeensError if there are none."""
     parts = _parts(root, experiment, table, layer)
     if not parts:
-        raise SaeensError(f"{experiment} has no table {table} below {root} yet: `saeens run {experiment}` makes it")
+        raise SaeensError(f"{experiment} has no table {table} below {root} yet: `saeens run {experiment}` computes it")
     return pl.concat([read_part(part) for part in parts]).sort("layer", "seed", "method", "n_members", maintain_order=True)
 
 

@@ -32,7 +32,7 @@ VIEWS = [(width, scheme) for width in (1280, 400) for scheme in ("light", "dark"
 
 @dataclass
 class Opened:
-    """A page, and what it complained of or asked for that is not on disk."""
+    """A page, its console errors, and its requests for files that are not on disk."""
 
     page: Page
     complaints: list[str] = field(default_factory=list)
@@ -71,7 +71,7 @@ def _open(browser: Browser, path: str, width: int = 1280, scheme: Any = "light")
 
 @pytest.mark.parametrize(("width", "scheme"), VIEWS)
 @pytest.mark.parametrize("path", [REPORT, LEADERBOARD, HOSTILE])
-def test_every_plot_is_drawn_without_a_complaint_and_fits(browser: Browser, path: str, width: int, scheme: str):
+def test_every_plot_is_drawn_without_console_errors_and_fits(browser: Browser, path: str, width: int, scheme: str):
     opened = _open(browser, path, width, scheme)
     opened.draw()
     plots = opened.page.query_selector_all(".plot")
@@ -113,7 +113,7 @@ _CONTRAST = """element => {
 
 
 @pytest.mark.parametrize("layer", [0, 1])
-def test_numbers_are_those_of_the_tables(browser: Browser, layer: int):
+def test_page_numbers_equal_the_tables(browser: Browser, layer: int):
     page = _open(browser, f"plain/reports/tiny/layer={layer}/index.html").page
     expected = json.loads((PAGES / "expected.json").read_text())[str(layer)]
     shown: dict[str, dict[str, float]] = {}
@@ -135,7 +135,7 @@ def _last_digit(text: str) -> float:
     return 10.0**-decimals if "e" not in text else 0.0
 
 
-def test_hostile_names_are_text(browser: Browser):
+def test_hostile_names_are_rendered_as_text(browser: Browser):
     opened = _open(browser, HOSTILE)
     opened.draw()
     assert HOSTILE_TEXT in opened.page.inner_text("#main-table")
@@ -144,7 +144,7 @@ def test_hostile_names_are_text(browser: Browser):
     assert opened.complaints == []
 
 
-def test_a_row_unfolds_to_its_saes(browser: Browser):
+def test_a_row_expands_to_its_saes(browser: Browser):
     page = _open(browser, REPORT).page
     details = page.locator("#main-table tbody[data-method='boosting'] details")
     assert not details.locator("li").first.is_visible()
@@ -155,7 +155,7 @@ def test_a_row_unfolds_to_its_saes(browser: Browser):
 
 
 @pytest.mark.parametrize(("path", "table"), [(REPORT, "#main-table"), (LEADERBOARD, "#leaderboard")])
-def test_tables_fit_at_1280_and_show_numbers_beside_the_method_at_400(browser: Browser, path: str, table: str):
+def test_tables_fit_at_1280_pixels_and_show_numbers_next_to_the_method_at_400(browser: Browser, path: str, table: str):
     fits = "table => [table.scrollWidth, table.parentElement.clientWidth]"
     width, place = _open(browser, path, 1280).page.eval_on_selector(table, fits)
     assert width <= place
@@ -174,7 +174,7 @@ def test_tables_fit_at_1280_and_show_numbers_beside_the_method_at_400(browser: B
 
 
 @pytest.mark.parametrize("width", [1280, 400])
-def test_the_ways_to_features_and_experiments_are_seen_whatever_the_navigation_shows(browser: Browser, width: int):
+def test_links_to_features_and_experiments_are_visible_in_every_state_of_the_navigation(browser: Browser, width: int):
     page = _open(browser, REPORT, width).page
     for scrolled in (0, 1e4):
         page.eval_on_selector("nav", "(nav, scrolled) => { nav.scrollLeft = scrolled; }", scrolled)
@@ -190,13 +190,13 @@ def test_the_ways_to_features_and_experiments_are_seen_whatever_the_navigation_s
 
 
 @pytest.mark.parametrize("place", ["header", "#top", "#features"])
-def test_the_report_leads_to_its_features(browser: Browser, place: str):
+def test_the_report_links_to_its_features(browser: Browser, place: str):
     page = _open(browser, REPORT).page
     page.click(f"{place} a[href='features.html']")
     page.wait_for_selector("#rows tr[data-row]")
 
 
-def test_the_legend_leaves_with_the_plots(browser: Browser):
+def test_the_legend_scrolls_away_with_the_plots(browser: Browser):
     page = _open(browser, REPORT).page
     top = "document.querySelector('.legend').getBoundingClientRect().top"
     for section, is_seen in (("members", True), ("lineage", False), ("words", False)):
@@ -204,7 +204,7 @@ def test_the_legend_leaves_with_the_plots(browser: Browser):
         assert (page.evaluate(top) >= 0) == is_seen, section
 
 
-def test_an_unfolded_row_stays_within_a_narrow_view(browser: Browser):
+def test_an_expanded_row_fits_a_narrow_view(browser: Browser):
     page = _open(browser, REPORT, 400).page
     details = page.locator("#main-table tbody[data-method='boosting'] details")
     details.locator("summary").click()
@@ -216,7 +216,7 @@ def test_an_unfolded_row_stays_within_a_narrow_view(browser: Browser):
             assert each.evaluate("each => each.scrollWidth <= each.clientWidth")
 
 
-def test_links_lead_to_the_dagster_ui_wherever_it_runs(browser: Browser):
+def test_links_use_the_entered_address_of_the_dagster_ui(browser: Browser):
     page = _open(browser, REPORT).page
     link = page.locator("#lineage a.box").first
     assert (link.get_attribute("href") or "").startswith("http://127.0.0.1:3000/assets/tiny/")
@@ -240,7 +240,7 @@ def test_links_lead_to_the_dagster_ui_wherever_it_runs(browser: Browser):
     assert (link.get_attribute("href") or "").startswith("http://127.0.0.1:3000/assets/tiny/")
 
 
-def test_the_theme_is_switched_with_the_plots(browser: Browser):
+def test_switching_the_theme_switches_the_plots(browser: Browser):
     opened = _open(browser, REPORT, 1280, "light")
     opened.draw()
     colours = "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.querySelector('.xtick text')).fill]"
@@ -251,7 +251,7 @@ def test_the_theme_is_switched_with_the_plots(browser: Browser):
     assert opened.page.evaluate("document.documentElement.dataset.theme") == "dark"
 
 
-def test_a_method_is_hidden_in_all_plots(browser: Browser):
+def test_hiding_a_method_hides_it_in_all_plots(browser: Browser):
     opened = _open(browser, REPORT)
     opened.draw()
     shown = "document.querySelectorAll('[data-figure=\"explained_variance_by_members\"] .scatterlayer .trace').length"
@@ -262,7 +262,7 @@ def test_a_method_is_hidden_in_all_plots(browser: Browser):
     opened.page.wait_for_function(f"before => {shown} === before", arg=before)
 
 
-def test_a_plot_shows_its_numbers_when_pointed_at(browser: Browser):
+def test_hovering_over_a_plot_shows_its_numbers(browser: Browser):
     opened = _open(browser, REPORT)
     opened.draw()
     point = opened.page.locator("[data-figure='explained_variance_by_members'] .scatterlayer .trace path.point").nth(1)
@@ -326,7 +326,7 @@ def test_the_leaderboard_is_filtered(browser: Browser):
 
 
 @pytest.mark.parametrize("width", [1280, 400])
-def test_where_no_row_of_the_leaderboard_matches_the_filters_can_be_cleared(browser: Browser, width: int):
+def test_filters_can_be_cleared_if_no_row_of_the_leaderboard_matches(browser: Browser, width: int):
     opened = _open(browser, LEADERBOARD, width)
     page, empty = opened.page, opened.page.locator("#no-row")
     assert not empty.is_visible()
@@ -340,7 +340,7 @@ def test_where_no_row_of_the_leaderboard_matches_the_filters_can_be_cleared(brow
     assert opened.complaints == []
 
 
-def test_the_leaderboard_leads_to_reports_and_back(browser: Browser):
+def test_the_leaderboard_links_to_reports_and_back(browser: Browser):
     page = _open(browser, LEADERBOARD).page
     page.click("#leaderboard tbody tr:first-child a")
     page.wait_for_selector("#main-table")
@@ -382,7 +382,7 @@ def _keys(rows: list[dict[str, Any]]) -> list[tuple[str, int, int]]:
 
 @pytest.mark.parametrize(("width", "scheme"), VIEWS)
 @pytest.mark.parametrize("path", [FEATURES, f"{FEATURES}#boosting/2/5", HOSTILE_FEATURES, f"{HOSTILE_FEATURES}#bagging/1/0"])
-def test_features_open_without_a_complaint_and_fit(browser: Browser, path: str, width: int, scheme: str):
+def test_features_open_without_console_errors_and_fit(browser: Browser, path: str, width: int, scheme: str):
     opened = _features(browser, path, width, scheme)
     opened.page.wait_for_selector(".match .context" if "#" in path else "#rows tr[data-row]")
     assert opened.page.evaluate("document.documentElement.scrollWidth") <= width
@@ -426,7 +426,7 @@ def test_features_without_a_value_come_last(browser: Browser):
         page.keyboard.press("Home")
 
 
-def test_features_are_filtered_and_found(browser: Browser):
+def test_features_are_filtered_and_searched(browser: Browser):
     page, rows = _features(browser).page, _table()
 
     def expect(chosen: list[dict[str, Any]]) -> None:
@@ -474,7 +474,7 @@ def test_features_are_filtered_and_found(browser: Browser):
         expect(found)
 
 
-def test_tokens_are_found_as_the_table_shows_them_whatever_their_case(browser: Browser, tmp_path: Path):
+def test_tokens_are_searched_as_displayed_and_regardless_of_case(browser: Browser, tmp_path: Path):
     tokens = {"d": " def", "e": "Def", "s": "\n", "t": "\t\t", "h": "    ", "a": "a\r", "o": "a·b"}
     changed = _changed(tmp_path, lambda data: data.update(vocabulary=[tokens.get(token, token) for token in data["vocabulary"]]))
     page, rows = _features(browser, changed).page, _table()
@@ -506,7 +506,7 @@ def test_tokens_are_found_as_the_table_shows_them_whatever_their_case(browser: B
 
 
 @pytest.mark.parametrize("width", [1280, 400])
-def test_where_no_feature_matches_the_filters_can_be_cleared(browser: Browser, width: int):
+def test_filters_can_be_cleared_if_no_feature_matches(browser: Browser, width: int):
     opened = _features(browser, width=width)
     page, n = opened.page, len(_table())
     empty = page.locator("#no-feature")
@@ -567,7 +567,7 @@ def test_features_are_filtered_by_whether_they_are_explained(browser: Browser):
     assert counts in page.inner_text("#outcome")
 
 
-def test_a_features_page_has_its_scores_and_what_became_of_it(browser: Browser):
+def test_a_features_page_shows_its_scores_and_the_outcome_of_its_explanation(browser: Browser):
     opened = _features(browser)
     explained = _table(table="autointerp")
     scored = next(row for row in explained if row["control_score"] not in (None, row["detection_score"]))
@@ -596,7 +596,7 @@ def _short(value: float) -> str:
 
 
 @pytest.mark.parametrize("width", [1280, 400])
-def test_headings_have_room_for_their_arrows_and_filters_are_in_line(browser: Browser, width: int):
+def test_headings_have_room_for_their_arrows_and_filters_are_aligned(browser: Browser, width: int):
     page = _features(browser, width=width).page
     cut_off = "ths => ths.filter((th) => th.scrollWidth > th.clientWidth).map((th) => th.textContent)"
     assert page.locator("#rows thead th").evaluate_all(cut_off) == []
@@ -607,7 +607,7 @@ def test_headings_have_room_for_their_arrows_and_filters_are_in_line(browser: Br
     assert len({round(field - label) for label, field in places}) == 1
 
 
-def test_a_histogram_says_what_it_shows(browser: Browser):
+def test_a_histogram_has_a_description(browser: Browser):
     row = next(row for row in _table() if row["method"] == "boosting" and row["density"] > 0)
     page = _features(browser, f"{FEATURES}#boosting/{row['member']}/{row['index']}").page
     assert page.locator(".histogram .of-axis").all_inner_texts() == ["test tokens", "activation"]
@@ -619,7 +619,7 @@ def test_a_histogram_says_what_it_shows(browser: Browser):
     assert "in other rounds" in facts and "in other members" not in facts
 
 
-def test_bytes_that_are_no_character_are_written_out(browser: Browser):
+def test_bytes_that_are_no_character_are_shown_in_hexadecimal(browser: Browser):
     page = _features(browser, f"{FEATURES}#boosting/2/5").page
     written = page.locator(".logits .byte")
     assert written.count() > 0 and "\ufffd" not in page.inner_text(".logits >> nth=0")
@@ -628,7 +628,7 @@ def test_bytes_that_are_no_character_are_written_out(browser: Browser):
     assert (written.first.get_attribute("title") or "").startswith(f"the byte {text[3:5]}, a part of a character")
 
 
-def test_a_feature_is_opened_by_mouse_and_keyboard_and_left_by_going_back(browser: Browser):
+def test_a_feature_opens_by_mouse_and_keyboard_and_closes_by_going_back(browser: Browser):
     page, rows = _features(browser).page, _table()
     page.locator("#rows tr[data-row] td:nth-child(4)").nth(2).click()
     page.wait_for_selector("#one .contexts, #one .note")
@@ -647,7 +647,7 @@ def test_a_feature_is_opened_by_mouse_and_keyboard_and_left_by_going_back(browse
     assert page.get_attribute("#rows tr.current", "data-row") == "40"
 
 
-def test_a_features_page_has_its_numbers_and_leads_to_its_matches(browser: Browser):
+def test_a_features_page_shows_its_numbers_and_links_to_its_matches(browser: Browser):
     row = next(row for row in _table() if row["method"] == "boosting" and row["member"] == 2 and row["density"] > 0)
     page = _features(browser, f"{FEATURES}#boosting/2/{row['index']}").page
     facts = page.inner_text("#one dl")
@@ -671,7 +671,7 @@ def test_a_features_page_has_its_numbers_and_leads_to_its_matches(browser: Brows
     page.wait_for_function("text => document.querySelector('#one h1').textContent.endsWith(text)", arg=f"round 2 · {row['index']}")
 
 
-def test_a_feature_that_is_not_there_is_named(browser: Browser):
+def test_a_missing_feature_is_named(browser: Browser):
     page = _open(browser, f"{FEATURES}#boosting/9/1").page
     page.wait_for_selector("#loading:has-text('There is no feature boosting/9/1 here.')")
     assert page.locator("#rows tr[data-row]").count() > 0
@@ -710,7 +710,7 @@ def test_131072_features_are_listed_sorted_and_searched(browser: Browser, tmp_pa
     assert opened.complaints == []
 
 
-def test_hostile_tokens_are_text(browser: Browser):
+def test_hostile_tokens_are_rendered_as_text(browser: Browser):
     opened = _features(browser, f"{HOSTILE_FEATURES}#bagging/1/0")
     opened.page.wait_for_selector(".match .context")
     for place in ("#one .contexts", "#one .logits", "#one dl", "#one .matches"):
@@ -724,7 +724,7 @@ def test_hostile_tokens_are_text(browser: Browser):
     assert opened.complaints == []
 
 
-def test_printing_shows_rows_beyond_the_view(browser: Browser):
+def test_printing_shows_rows_outside_the_viewport(browser: Browser):
     page = _features(browser, FEATURES, 1280, "dark").page
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
     assert page.locator("#rows tr[data-row]").count() == 60

@@ -2,7 +2,7 @@
 
     python tests/browser/write_pages.py FOLDER
 
-`FOLDER/expected.json` has what the tables say, computed from the Parquet files alone, `features.ndjson` and `autointerp.ndjson` the rows of
+`FOLDER/expected.json` has values of tables, computed from the Parquet files alone, `features.ndjson` and `autointerp.ndjson` the rows of
 these tables.
 """
 
@@ -44,7 +44,7 @@ def answer(question: Question) -> str:
 
 
 def main(folder: Path) -> None:
-    """Make everything anew below `folder`."""
+    """Write all pages below `folder`."""
     shutil.rmtree(folder, ignore_errors=True)
     plain = Laboratory(write_tiny_model(folder / "model"), folder / "defs", folder / "plain")
     hostile = Laboratory(plain.model, plain.folder, folder / "hostile")

@@ -78,7 +78,7 @@ def with_random_weights(sae: Any) -> Any:
 
 @pytest.mark.parametrize("normalised", [False, True], ids=["raw", "normalised"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_saelens_computes_what_a_saved_sae_does(architecture: str, normalised: bool, tmp_path: Path) -> None:
+def test_saelens_computes_the_codes_and_reconstructions_of_a_saved_sae(architecture: str, normalised: bool, tmp_path: Path) -> None:
     ours = train(architecture, normalised)
     sm.save_sae(ours, tmp_path)
     theirs = sae_lens.SAE.load_from_disk(tmp_path)
@@ -88,7 +88,7 @@ def test_saelens_computes_what_a_saved_sae_does(architecture: str, normalised: b
 
 @pytest.mark.parametrize("apply_b_dec_to_input", [True, False])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_folders_of_saelens_load_with_the_codes_of_saelens(architecture: str, apply_b_dec_to_input: bool, tmp_path: Path) -> None:
+def test_saelens_folders_load_with_the_codes_of_saelens(architecture: str, apply_b_dec_to_input: bool, tmp_path: Path) -> None:
     theirs = saelens_sae(architecture, apply_b_dec_to_input=apply_b_dec_to_input)
     theirs.save_model(tmp_path)
     assert_same_function(sm.load_sae(tmp_path), theirs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,6 @@ from torch import Tensor
 import saeens_models as sm
 from saeens_models.architectures import architectures, validate_l0_multiple
 from saeens_models.architectures.batch_topk import BatchTopKConfig, BatchTopKSAE
-from saeens_models.architectures.gated import GatedConfig
-from saeens_models.architectures.jumprelu import JumpReLUConfig
-from saeens_models.architectures.matching_pursuit import MatchingPursuitConfig
-from saeens_models.architectures.standard import StandardConfig
 from saeens_models.architectures.topk import TopKConfig, TopKSAE
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -31,7 +28,8 @@ OWN_FIELDS = {
     "standard": {"l1_coefficient": 0.75},
     "topk": {"k": K},
 }
-ARCHITECTURES = sorted(OWN_FIELDS)
+"""Settings of each architecture; a new architecture is added here."""
+ARCHITECTURES = architectures()
 IN_GOLDEN_FOLDERS = ["jumprelu", "standard", "topk"]
 OF_SAELENS: dict[str, str] = {"batchtopk": "batch_topk", "topk_aux": "topk"}  # names of golden training steps
 PURSUITS: dict[str, dict[str, Any]] = {
@@ -150,7 +148,7 @@ def test_jumprelu_threshold_is_kept_at_or_above_zero():
     assert torch.equal(threshold[3:], untouched)
 
 
-def test_topk_keeps_at_most_k_features_and_no_negative_ones(golden):
+def test_topk_keeps_at_most_k_features_and_no_negative_values(golden):
     sae = random_sae("topk")
     with torch.no_grad():
         sae.b_enc.sub_(1.5)  # so that some of the k largest are negative
@@ -185,7 +183,7 @@ def test_batch_topk_keeps_the_largest_of_the_batch_and_decodes_them(golden):
     torch.testing.assert_close(objective.x_hat, (pre * kept) @ sae.W_dec.detach() + sae.b_dec.detach())
 
 
-def test_batch_topk_keeps_no_negative_ones(golden):
+def test_batch_topk_keeps_no_negative_values(golden):
     sae = random_sae("batch_topk", k=40)
     x = golden["training.batch"]
     assert torch.equal(sae.objective(x).fire_counts, (sae.pre_activations(x) > 0).sum(0))
@@ -206,7 +204,7 @@ def test_batch_topk_auxiliary_loss_is_that_of_topk(golden):
         torch.testing.assert_close(sae.objective(x, dead_mask).terms["auxiliary"], (e_hat - e).square().sum(1).mean().detach())
 
 
-def test_batch_topk_threshold_follows_the_smallest_that_batches_keep(golden):
+def test_batch_topk_threshold_follows_the_smallest_value_that_batches_keep(golden):
     sae = random_sae("batch_topk", threshold_rate=0.25)
     threshold, batches = 0.0, golden["training.batch"].split(64)
     for x in batches:
@@ -218,7 +216,7 @@ def test_batch_topk_threshold_follows_the_smallest_that_batches_keep(golden):
     assert torch.equal(sae.encode(batches[-1]), pre * (pre > threshold))
 
 
-def test_as_many_features_of_batch_topk_fire_after_few_batches_as_in_training():
+def test_batch_topk_has_the_l0_of_training_after_few_batches():
     x = torch.randn(5, 400, D_IN, generator=torch.Generator().manual_seed(4))
     (sae,) = sm.train([config("batch_topk")], x, sm.TrainingConfig(learning_rate=1e-6, unit_norm_decoder=False))
     assert sae.encode(x[0]).count_nonzero() / 400 == pytest.approx(K, rel=0.05)
@@ -238,7 +236,7 @@ def test_batch_topk_is_saved_as_a_jumprelu_sae_with_its_threshold(tmp_path, gold
     assert torch.equal(z, sae.encode(golden["activations"]))
 
 
-def test_gated_features_are_those_with_open_gates(golden):
+def test_gated_features_fire_if_their_gate_is_open(golden):
     sae = random_sae("gated")
     b_gate, b_mag, r_mag = (sae.get_parameter(name) for name in ("b_gate", "b_mag", "r_mag"))
     x = golden["activations"]
@@ -266,7 +264,7 @@ def test_b_dec_is_subtracted_from_the_input_if_configured(golden, architecture, 
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_leading_dimensions_are_kept(golden, architecture):
+def test_sae_outputs_keep_leading_dimensions(golden, architecture):
     sae = random_sae(architecture)
     x = golden["activations"]
     z = sae.encode(x.view(6, 100, D_IN))
@@ -300,7 +298,7 @@ def test_folding_the_input_scale_is_the_sae_of_the_scaled_input(golden, architec
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_initial_weights_follow_the_init_seed_and_nothing_else(architecture):
+def test_initial_weights_depend_on_the_init_seed_alone(architecture):
     global_state = torch.get_rng_state()
     sae, again, other = (sm.build_sae(config(architecture, init_seed=seed, decoder_init_norm=0.3)) for seed in (5, 5, 6))
     assert torch.equal(torch.get_rng_state(), global_state)
@@ -312,7 +310,7 @@ def test_initial_weights_follow_the_init_seed_and_nothing_else(architecture):
     assert all((bias == 0).all() for bias in biases)
 
 
-def test_given_b_dec_replaces_zero():
+def test_a_given_b_dec_replaces_the_zero_bias():
     b_dec = torch.arange(D_IN).float()
     assert torch.equal(sm.build_sae(config("topk"), b_dec=b_dec).b_dec, b_dec)
     with pytest.raises(ValueError, match=r"b_dec has shape \[3\]"):
@@ -320,13 +318,13 @@ def test_given_b_dec_replaces_zero():
 
 
 @pytest.mark.parametrize("architecture", ["batch_topk", "jumprelu", "standard", "topk"])
-def test_flops_are_two_and_five_matrix_products(architecture):
+def test_flops_count_two_matrix_products_for_encoding_and_decoding_and_five_for_training(architecture):
     product = 2 * D_IN * D_SAE
     assert config(architecture).inference_flops_per_token == 2 * product
     assert config(architecture).train_flops_per_token == 5 * product
 
 
-def test_flops_of_gated_and_matching_pursuit_count_what_they_compute():
+def test_flops_of_gated_and_matching_pursuit_count_their_own_products():
     product = 2 * D_IN * D_SAE
     assert (config("gated").inference_flops_per_token, config("gated").train_flops_per_token) == (2 * product, 8 * product)
     pursuit = config("matching_pursuit", max_iterations=10)
@@ -338,18 +336,12 @@ def test_flops_of_gated_and_matching_pursuit_count_what_they_compute():
 
 
 def test_architecture_chooses_the_configuration_class():
-    classes = {
-        "batch_topk": BatchTopKConfig,
-        "gated": GatedConfig,
-        "jumprelu": JumpReLUConfig,
-        "matching_pursuit": MatchingPursuitConfig,
-        "standard": StandardConfig,
-        "topk": TopKConfig,
-    }
-    assert architectures() == tuple(sorted(classes))
-    for architecture, config_class in classes.items():
+    assert type(config("topk")) is TopKConfig
+    assert type(config("batch_topk")) is BatchTopKConfig
+    for architecture in architectures():
         made = config(architecture)
-        assert type(made) is config_class
+        config_class = type(made)
+        assert config_class.model_fields["architecture"].default == architecture
         assert type(sm.SAEConfig.model_validate(made.model_dump())) is config_class
         assert sm.SAEConfig.model_validate_json(made.model_dump_json()) == made
 
@@ -369,7 +361,7 @@ def test_configuration_can_be_a_field_of_another_model():
         ({"architecture": "topk", "k": 4, "l1_coefficient": 1.0}, "l1_coefficient", "not permitted"),
         ({"architecture": "jumprelu", "bandwidth": -1}, "bandwidth", "greater than 0"),
         ({"architecture": "standard", "l1_coefficient": float("nan")}, "l1_coefficient", "finite"),
-        ({"architecture": "top_k", "k": 4}, "architecture", "batch_topk, gated, jumprelu, matching_pursuit, standard, topk"),
+        ({"architecture": "top_k", "k": 4}, "architecture", f"one of: {', '.join(architectures())}"),
         ({"k": 4}, "architecture", "missing"),
     ],
 )
@@ -388,15 +380,19 @@ def test_k_larger_than_d_sae_is_refused():
 
 
 def test_only_some_architectures_set_their_l0_directly():
-    for architecture in ("topk", "batch_topk", "matching_pursuit"):
+    direct = [architecture for architecture in architectures() if config(architecture).l0_field]
+    assert {"topk", "batch_topk", "matching_pursuit"} <= set(direct)
+    for architecture in direct:
         validate_l0_multiple(architecture)
-    for architecture in ("standard", "jumprelu", "gated"):
-        with pytest.raises(ValueError, match=f"{architecture}.*possible with: batch_topk, matching_pursuit, topk"):
+    indirect = set(architectures()) - set(direct)
+    assert {"standard", "jumprelu", "gated"} <= indirect
+    for architecture in indirect:
+        with pytest.raises(ValueError, match=f"{architecture}.*possible with: {', '.join(direct)}"):
             validate_l0_multiple(architecture)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_saved_sae_comes_back_with_its_configuration_and_bits(tmp_path, architecture):
+def test_saved_sae_loads_with_its_configuration_and_bits(tmp_path, architecture):
     sae = random_sae(architecture, init_seed=11, apply_b_dec_to_input=False)
     sm.save_sae(sae, tmp_path / "new" / "folder", metadata={"model_name": "m", "hook_name": "blocks.0.hook_resid_post"})
     loaded = sm.load_sae(tmp_path / "new" / "folder")
@@ -434,6 +430,51 @@ def test_topk_rescaling_by_decoder_norm_is_folded_into_the_weights(tmp_path, gol
     torch.testing.assert_close(loaded(x), (z / norms) @ sae.W_dec + sae.b_dec, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("architecture", [{}, {"architecture": "standard"}, {"architecture": "topk"}])
+@pytest.mark.parametrize("field", ["activation_fn_str", "activation_fn"])
+def test_topk_folders_of_saelens_3_to_5_load_as_topk(tmp_path, golden, architecture, field):
+    sae = random_sae("standard")
+    save_old_folder(sae, tmp_path, **architecture, **{field: "topk", "activation_fn_kwargs": {"k": 3}, "normalize_activations": False})
+    x = golden["activations"]
+    pre = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
+    top = pre.topk(3)
+    loaded = sm.load_sae(tmp_path)
+    torch.testing.assert_close(loaded.encode(x), torch.zeros_like(pre).scatter(1, top.indices, top.values.relu()))
+    assert loaded.config.architecture == "topk"
+
+
+def test_relu_folders_of_saelens_3_to_5_load_as_they_are(tmp_path, golden):
+    sae = random_sae("standard")
+    save_old_folder(sae, tmp_path, activation_fn_str="relu", activation_fn_kwargs={}, apply_b_dec_to_input=False)
+    x = golden["activations"]
+    torch.testing.assert_close(sm.load_sae(tmp_path).encode(x), (x @ sae.W_enc + sae.b_enc).relu())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"activation_fn_str": "tanh-relu"}, "activation function 'tanh-relu' of architecture 'standard' is not supported"),
+        ({"activation_fn_str": "topk", "architecture": "gated"}, "'topk' of architecture 'gated'"),
+        ({"activation_fn": ["topk"]}, "activation function"),
+        ({"activation_fn_str": "topk"}, "no k"),
+        ({"activation_fn_str": "topk", "activation_fn_kwargs": {"k": "three"}}, "k: Input should be a valid integer"),
+        ({"activation_fn_str": "topk", "activation_fn_kwargs": 3}, "no k"),
+        ({"normalize_activations": True}, "normalize_activations is 'expected_average_only_in'"),
+    ],
+)
+def test_activation_functions_that_are_not_there_are_refused(tmp_path, fields, message):
+    save_old_folder(random_sae("standard"), tmp_path, **fields)
+    with pytest.raises(ValueError, match=message) as caught:
+        sm.load_sae(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def save_old_folder(sae: sm.SAE, folder: Path, **fields) -> None:
+    """Write a folder of SAELens 3 to 5, which has no `metadata`."""
+    sm.save_sae(sae, folder)
+    (folder / "cfg.json").write_text(json.dumps({"d_in": sae.config.d_in, "d_sae": sae.config.d_sae, "dtype": "torch.float32", **fields}))
+
+
 def edit_cfg(folder: Path, **fields) -> None:
     file = folder / "cfg.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
@@ -461,6 +502,19 @@ def edit_weights(folder: Path, **weights: Tensor | None) -> None:
         (lambda folder: edit_weights(folder, scale=torch.ones(2)), r"scale \[2\] \(expected none\)"),
         (lambda folder: edit_weights(folder, b_dec=torch.full((16,), torch.nan)), "b_dec holds values that are not finite"),
         (lambda folder: (folder / "sae_weights.safetensors").write_bytes(b"\x10"), "not a whole safetensors file"),
+        (lambda folder: edit_weights(folder, b_dec=torch.ones(16, dtype=torch.int8)), "b_dec is torch.int8, expected floating point"),
+        (lambda folder: edit_weights(folder, b_dec=torch.ones(16, dtype=torch.complex64)), "b_dec is torch.complex64"),
+        (lambda folder: edit_cfg(folder, d_in=True), "d_in must be a positive integer, found True"),
+        (lambda folder: edit_cfg(folder, d_sae=10**30), "d_sae must be a positive integer"),
+        (lambda folder: edit_cfg(folder, metadata="none"), "metadata and its saeens_config must be objects"),
+        (lambda folder: edit_cfg(folder, metadata={"saeens_config": [1]}), "metadata and its saeens_config must be objects"),
+        (lambda folder: edit_cfg(folder, metadata={"saeens_config": {"self": 1, "cls": 2}}), "self: Extra inputs"),
+        (lambda folder: edit_cfg(folder, architecture=["topk"]), "architecture: .*is unknown"),
+        (lambda folder: edit_cfg(folder, k=[3]), "k: Input should be a valid integer"),
+        (lambda folder: edit_cfg(folder, k=float("nan")), "k: Input should be a finite number"),
+        (lambda folder: (folder / "cfg.json").write_text("[" * 100_000), "not JSON"),
+        (lambda folder: (folder / "cfg.json").write_text(f'{{"d_in": {"1" * 5000}}}'), "not JSON"),
+        (lambda folder: (folder / "cfg.json").write_bytes(b"\xff\xfe{"), "not JSON"),
     ],
 )
 def test_damaged_folder_is_refused_with_a_reason(tmp_path, damage, message):
@@ -493,3 +547,40 @@ def test_an_architecture_is_registered_once():
 
     with pytest.raises(ValueError, match="'topk' is registered twice"):
         register(TopKConfig)(TopKSAE)
+
+
+def test_topk_forward_is_decode_of_encode_where_pre_activations_are_equal():
+    sae = sm.build_sae(sm.SAEConfig(architecture="topk", d_in=4, d_sae=12, k=5))
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.tensor([1.0, 1.0, 2.0]).repeat(4).expand(4, 12))
+        x = torch.ones(3, 4)
+        assert sae.encode(x).nonzero()[:, 1].tolist() == [0, 2, 5, 8, 11] * 3
+        assert torch.equal(sae.reconstruct(x).code.feature.view(3, 5).sort().values, torch.tensor([[0, 2, 5, 8, 11]] * 3))
+        torch.testing.assert_close(sae(x), sae.decode(sae.encode(x)))
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_the_umask_decides_who_may_read_weights(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        sm.save_sae(random_sae("topk"), tmp_path)
+    finally:
+        os.umask(before)
+    assert {file.name: file.stat().st_mode & 0o777 for file in tmp_path.iterdir()} == {
+        "cfg.json": 0o666 & ~umask,
+        "sae_weights.safetensors": 0o666 & ~umask,
+    }
+
+
+def test_a_loaded_sae_keeps_the_metadata_of_its_folder_and_new_ones_are_added(tmp_path):
+    sm.save_sae(random_sae("batch_topk"), tmp_path / "a", metadata={"model_name": "m", "neuronpedia_id": "n"})
+    sae = sm.load_sae(tmp_path / "a")
+    sm.save_sae(sae, tmp_path / "b", metadata={"hook_layer": 3, "model_name": "other"})
+    before, after = (json.loads((tmp_path / name / "cfg.json").read_text())["metadata"] for name in "ab")
+    assert after == before | {"hook_layer": 3, "model_name": "other"}
+    assert after["saeens_trained_as"]["architecture"] == "batch_topk"
+
+
+def test_metadata_of_saelens_3_to_5_are_read(tmp_path):
+    save_old_folder(random_sae("standard"), tmp_path, model_name="gpt2", hook_point="blocks.8.hook_resid_pre", context_size=128, lr=1)
+    assert sm.load_sae(tmp_path).metadata == {"model_name": "gpt2", "hook_name": "blocks.8.hook_resid_pre", "context_size": 128}

@@ -77,7 +77,7 @@ def _interrupted(file: Path, train: Callable = sm.train, configs: list = CONFIGS
 
 
 @either
-def test_architectures_with_other_weights_and_state_outside_of_them_go_on_with_the_same_bits(train: Callable, tmp_path: Path):
+def test_architectures_with_other_weights_or_external_state_resume_with_the_same_bits(train: Callable, tmp_path: Path):
     configs = [
         sm.SAEConfig(architecture="batch_topk", d_in=D_IN, d_sae=32, k=2.5, init_seed=4),
         sm.SAEConfig(architecture="gated", d_in=D_IN, d_sae=32, init_seed=5),
@@ -91,7 +91,7 @@ def test_architectures_with_other_weights_and_state_outside_of_them_go_on_with_t
 
 @either
 @pytest.mark.parametrize("after", [1, 10, N_BATCHES - 1])
-def test_an_interrupted_training_ends_with_the_bits_of_one_that_was_not(train: Callable, after: int, tmp_path: Path):
+def test_an_interrupted_training_ends_with_the_bits_of_an_uninterrupted_one(train: Callable, after: int, tmp_path: Path):
     curve: list[Sequence[CurvePoint]] = []
     before: list[Sequence[CurvePoint]] = []
     resumed: list[Sequence[CurvePoint]] = []
@@ -109,12 +109,12 @@ def test_an_interrupted_training_ends_with_the_bits_of_one_that_was_not(train: C
 
 
 @either
-def test_checkpoints_change_no_bit_of_an_undisturbed_training(train: Callable, tmp_path: Path):
+def test_checkpoints_change_no_bit_of_an_uninterrupted_training(train: Callable, tmp_path: Path):
     with_checkpoints = train(CONFIGS, _batches(), TRAINING, checkpoints=sm.Checkpoints(tmp_path / "s", interval_seconds=0))
     assert _same_bits(_weights(with_checkpoints), _undisturbed(train))
 
 
-def test_consumed_batches_of_a_seekable_stream_are_not_computed_again(tmp_path: Path):
+def test_consumed_batches_of_a_seekable_stream_are_not_recomputed(tmp_path: Path):
     class Seekable:
         def __iter__(self) -> Iterator[Tensor]:
             raise AssertionError("the stream is read from its beginning")
@@ -130,7 +130,7 @@ def test_consumed_batches_of_a_seekable_stream_are_not_computed_again(tmp_path: 
     assert _same_bits(_weights(saes), _undisturbed(sm.train))
 
 
-def test_a_stream_of_unknown_length_that_was_cut_after_its_last_batch_is_finished(tmp_path: Path):
+def test_resuming_after_the_last_batch_of_a_stream_of_unknown_length_finishes_the_training(tmp_path: Path):
     training = sm.TrainingConfig(learning_rate=0.01)
     with pytest.raises(PowerCutError):
         sm.train(CONFIGS, _cut_after(5), training, checkpoints=sm.Checkpoints(tmp_path / "state", interval_seconds=0))
@@ -140,7 +140,7 @@ def test_a_stream_of_unknown_length_that_was_cut_after_its_last_batch_is_finishe
     assert [point.step for point in curve[-1]] == [5, 5, 5]
 
 
-def test_some_of_the_saes_can_go_on_without_the_others(tmp_path: Path):
+def test_some_saes_of_a_checkpoint_resume_without_the_others(tmp_path: Path):
     _interrupted(tmp_path / "state")
     going_on = sm.Checkpoints(tmp_path / "state")
     saes = sm.train([CONFIGS[2], CONFIGS[0]], _batches(), TRAINING, checkpoints=going_on)
@@ -158,7 +158,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("other", OTHERS)
-def test_a_checkpoint_of_something_else_is_said_removed_and_not_used(other: str, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_a_checkpoint_of_another_training_is_reported_and_removed(other: str, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     configs, training, recipes = OTHERS[other]
     file = tmp_path / "state"
     _interrupted(file, recipes=["a", "b", "c"])
@@ -170,7 +170,7 @@ def test_a_checkpoint_of_something_else_is_said_removed_and_not_used(other: str,
     assert _same_bits(_weights(saes), _weights(sm.train(configs, _batches(), training)))
 
 
-def test_rounds_are_not_taken_for_saes_that_were_trained_side_by_side(tmp_path: Path):
+def test_checkpoints_of_independent_saes_are_not_used_for_concurrent_rounds(tmp_path: Path):
     _interrupted(tmp_path / "state")
     fresh = sm.Checkpoints(tmp_path / "state")
     saes = sm.train_boosting_concurrently(CONFIGS, _batches(), TRAINING, checkpoints=fresh)
@@ -191,7 +191,7 @@ def _move_the_position(contents: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("damage", [_cut_short, _flip_a_weight, _move_the_position, lambda _: b"", lambda _: b"{}" * 500])
-def test_a_damaged_checkpoint_is_said_removed_and_not_used(damage: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_a_damaged_checkpoint_is_reported_and_removed(damage: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     file = tmp_path / "state"
     _interrupted(file)
     whole = file.read_bytes()
@@ -222,7 +222,7 @@ def test_a_full_disk_names_the_required_bytes_and_keeps_the_earlier_checkpoint(t
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "save_file", half)
+        patch.setattr(checkpoints, "write_safetensors", half)
         with pytest.raises(
             CheckpointError, match=r"a checkpoint of [\d,]+ bytes cannot be written.*No space left.*the one before, is kept"
         ):
@@ -240,7 +240,7 @@ def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(tmp_path: Path
         sm.train(CONFIGS, batches, TRAINING, checkpoints=sm.Checkpoints(tmp_path / "state", interval_seconds=0))
 
 
-def test_weights_that_are_not_finite_are_not_kept(tmp_path: Path):
+def test_non_finite_weights_are_not_written_to_a_checkpoint(tmp_path: Path):
     """A gradient may overflow in a step whose loss is finite: the next loss shows it."""
     batches = [*_batches()]
     batches[7] = batches[7] * 1e18
@@ -248,7 +248,7 @@ def test_weights_that_are_not_finite_are_not_kept(tmp_path: Path):
         sm.train(CONFIGS[2:], batches, TRAINING, checkpoints=sm.Checkpoints(tmp_path / "state", interval_seconds=0))
 
 
-def test_a_slow_disk_is_written_to_less_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_checkpoints_are_rarer_on_a_slow_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     now = 0.0
     monkeypatch.setattr(checkpoints.time, "monotonic", lambda: now)
     kept = sm.Checkpoints(tmp_path / "state", interval_seconds=60)
@@ -306,7 +306,7 @@ print(signal.getsignal(signum) is end)
 
 
 def _signalled(signum: signal.Signals, file: Path, n_signals: int) -> list[str]:
-    """What a training that is sent signals in its seventh batch prints."""
+    """Return the output of a training that receives signals in its seventh batch."""
     command = [sys.executable, "-c", SIGNALLED, str(Path(__file__).parent), signum.name, str(file), str(n_signals)]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -315,7 +315,7 @@ def _signalled(signum: signal.Signals, file: Path, n_signals: int) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_training_after_the_step_and_with_a_checkpoint(signum: signal.Signals, tmp_path: Path):
+def test_a_signal_ends_the_training_after_its_step_and_writes_a_checkpoint(signum: signal.Signals, tmp_path: Path):
     printed = _signalled(signum, tmp_path / "state", n_signals=1)
     assert printed == ["still here after a signal in batch 6", "ended by the handler of before", "True"]
     going_on = sm.Checkpoints(tmp_path / "state")
@@ -325,13 +325,13 @@ def test_a_signal_ends_the_training_after_the_step_and_with_a_checkpoint(signum:
 
 
 @pytest.mark.slow
-def test_a_second_signal_does_not_wait(tmp_path: Path):
+def test_a_second_signal_ends_the_training_at_once(tmp_path: Path):
     printed = _signalled(signal.SIGINT, tmp_path / "state", n_signals=2)
     assert printed == ["still here after a signal in batch 6", "ended by the handler of before", "True"]
     assert not (tmp_path / "state").exists()
 
 
-def test_another_number_of_recipes_is_refused(tmp_path: Path):
+def test_a_different_number_of_recipes_is_refused(tmp_path: Path):
     with pytest.raises(ValueError, match="2 recipes for 3 SAEs"):
         sm.train(CONFIGS, _batches(), TRAINING, checkpoints=sm.Checkpoints(tmp_path / "state", recipes=["a", "b"]))
 
@@ -386,8 +386,8 @@ def test_a_training_killed_at_random_points_ends_with_the_same_bits(tmp_path: Pa
     assert all(finished >= 1 and resumed >= 1 for _, finished, resumed in counts), done.stdout
 
 
-def test_log_records_come_from_the_package(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_a_resumed_training_is_logged_by_the_package(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.INFO, "saeens_models")
     _interrupted(tmp_path / "state")
     sm.train(CONFIGS, _batches(), TRAINING, checkpoints=sm.Checkpoints(tmp_path / "state"))
-    assert f"training goes on from {tmp_path / 'state'}, after step 10 and {10 * BATCH_TOKENS} tokens" in caplog.text
+    assert f"training resumes from {tmp_path / 'state'}, after step 10 and {10 * BATCH_TOKENS} tokens" in caplog.text

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from saeens_models.architectures import SAE, SAEConfig, build_sae, load_sae
+from saeens_models.architectures import SAE, SAEConfig, build_sae, load_sae, save_sae
 from saeens_models.ensembles import Bagging, Boosting, Ensemble, load_ensemble, save_ensemble
 from saeens_models.metrics import connectivity, reconstruction, sparsity
 from saeens_models.sparse_code import SparseCode
@@ -125,7 +125,7 @@ def test_the_ensemble_is_one_sae_with_stacked_dictionaries(kind: type[Ensemble])
     torch.testing.assert_close(ensemble(X), z @ ensemble.W_dec + ensemble.b_dec)
 
 
-def test_unscaled_codes_are_the_members_own() -> None:
+def test_unscaled_codes_equal_the_members_codes() -> None:
     saes = heterogeneous_members()
     own = torch.cat([sae.encode(X) for sae in saes], dim=1)
     bag = Bagging(saes)
@@ -160,7 +160,7 @@ def test_prefixes_hold_the_input_of_each_member() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_leading_dimensions_are_kept(kind: type[Ensemble]) -> None:
+def test_ensemble_outputs_keep_leading_dimensions(kind: type[Ensemble]) -> None:
     ensemble = kind(heterogeneous_members())
     x = X.reshape(6, 100, 16)
     torch.testing.assert_close(ensemble.encode(x).reshape(600, 32), ensemble.encode(X))
@@ -168,14 +168,14 @@ def test_leading_dimensions_are_kept(kind: type[Ensemble]) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_member_is_that_sae(kind: type[Ensemble]) -> None:
+def test_an_ensemble_of_one_member_computes_the_same_as_that_sae(kind: type[Ensemble]) -> None:
     (sae, *_) = heterogeneous_members()
     ensemble = kind([sae])
     torch.testing.assert_close(ensemble(X), sae(X))
     assert torch.equal(ensemble.encode(X), sae.encode(X))
 
 
-def test_features_lead_back_to_their_member() -> None:
+def test_feature_indices_map_to_their_member() -> None:
     bag = Bagging(heterogeneous_members())
     assert bag.offsets == [0, 24, 31, 32]
     assert [bag.feature(i) for i in (0, 23, 24, 30, 31)] == [(0, 0), (0, 23), (1, 0), (1, 6), (2, 0)]
@@ -203,7 +203,7 @@ def test_an_ensemble_is_a_sequence_of_its_members(kind: type[Ensemble]) -> None:
         ensemble[:0]
 
 
-def test_bagging_takes_any_slice_and_boosting_only_the_first_rounds() -> None:
+def test_bagging_allows_any_slice_and_boosting_only_the_first_rounds() -> None:
     saes = heterogeneous_members()
     assert list(Bagging(saes)[1:]) == saes[1:]
     assert list(Boosting(saes)[0:2]) == saes[:2]
@@ -250,7 +250,7 @@ def test_a_saved_ensemble_consists_of_sae_folders(tmp_path: Path) -> None:
     assert {file.suffix for file in tmp_path.rglob("*") if file.is_file()} == {".json", ".safetensors"}
 
 
-def test_an_ensemble_may_refer_to_members_beside_it(tmp_path: Path) -> None:
+def test_a_saved_ensemble_can_refer_to_sae_folders_outside_it(tmp_path: Path) -> None:
     boost = Boosting(heterogeneous_members())
     save_ensemble(boost, tmp_path)
     (tmp_path / "references").mkdir()
@@ -276,11 +276,18 @@ def test_saving_a_smaller_ensemble_over_a_larger_one_loads_the_smaller(tmp_path:
         ('{"format_version": 1, "kind": "bagging", "members": ["../../member_1"]}', "members.0: String should match pattern"),
         ('{"format_version": 1, "kind": "bagging", "members": ["/member_1"]}', "members.0: String should match pattern"),
         ('{"format_version": 1, "kind": "bagging"}', "members: Field required"),
+        (
+            json.dumps({"format_version": 1, "kind": "bagging", "members": ["member_1"] * 1001}),
+            "members: List should have at most 1000 items",
+        ),
+        (json.dumps({"format_version": 1, "kind": "bagging", "members": ["m" * 300]}), "members.0: String should match pattern"),
+        ("[" * 100_000, "Invalid JSON"),
+        ("\udcff", "Invalid JSON"),
     ],
 )
-def test_a_manifest_that_cannot_be_understood_is_refused(manifest: str, message: str, tmp_path: Path) -> None:
+def test_an_invalid_manifest_is_refused(manifest: str, message: str, tmp_path: Path) -> None:
     save_ensemble(Bagging(heterogeneous_members()), tmp_path)
-    (tmp_path / "ensemble.json").write_text(manifest)
+    (tmp_path / "ensemble.json").write_text(manifest, errors="surrogateescape")
     with pytest.raises(ValueError, match=message) as error:
         load_ensemble(tmp_path)
     assert str(tmp_path / "ensemble.json") in str(error.value)
@@ -297,3 +304,26 @@ def test_missing_or_inconsistent_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "narrow" / "member_1").rename(tmp_path / "member_3")
     with pytest.raises(ValueError, match=r"one d_in; got \[16, 16, 8\]"):
         load_ensemble(tmp_path)
+
+
+def test_metadata_survive_saving_and_loading_an_ensemble(tmp_path: Path) -> None:
+    members = heterogeneous_members()
+    save_sae(members[0], tmp_path / "one", metadata={"model_name": "m", "hook_name": "blocks.3.hook_resid_post", "own": {"a": [1]}})
+    members[0] = load_sae(tmp_path / "one")
+    save_ensemble(Bagging(members), tmp_path / "bag")
+    loaded = load_ensemble(tmp_path / "bag")
+    expected = {"model_name": "m", "hook_name": "blocks.3.hook_resid_post", "own": {"a": [1]}, "sae_lens_training_version": None}
+    assert loaded[0].metadata == expected
+    assert "model_name" not in loaded[1].metadata
+    ours, before = (json.loads((tmp_path / name / "cfg.json").read_text()) for name in ("bag/member_1", "one"))
+    assert ours == before
+
+
+def test_a_member_that_is_named_twice_is_loaded_once(tmp_path: Path) -> None:
+    bag = Bagging(heterogeneous_members())
+    save_ensemble(bag, tmp_path)
+    manifest = {"format_version": 1, "kind": "bagging", "members": ["member_1", "member_2", "member_1"]}
+    (tmp_path / "ensemble.json").write_text(json.dumps(manifest))
+    loaded = load_ensemble(tmp_path)
+    assert loaded[0] is loaded[2]
+    torch.testing.assert_close(loaded(X), (2 * bag[0](X) + bag[1](X)) / 3)

@@ -50,7 +50,7 @@ def evaluations(ensembles: dict[str, Ensemble], x: Tensor) -> dict[str, Ensemble
 @pytest.mark.parametrize(
     ("name", "n"), [("bagging", 1), ("bagging", 2), ("bagging", 3), ("boosting", 1), ("boosting", 2), ("boosting", 3), ("one", 1)]
 )
-def test_every_size_equals_that_ensemble_alone(ensembles, evaluations, x: Tensor, name: str, n: int):
+def test_metrics_of_every_size_equal_those_of_that_ensemble_alone(ensembles, evaluations, x: Tensor, name: str, n: int):
     ensemble, size = ensembles[name][:n], evaluations[name].sizes[n - 1]
     with torch.no_grad():
         z = ensemble.encode(x)
@@ -93,7 +93,7 @@ def test_an_ensemble_of_one_has_no_other_members(evaluations):
 
 
 @pytest.mark.parametrize("rows", [1, 7, 64, ROWS])
-def test_how_rows_come_does_not_matter(ensembles, evaluations, x: Tensor, rows: int):
+def test_evaluation_does_not_depend_on_how_rows_are_batched(ensembles, evaluations, x: Tensor, rows: int):
     found = evaluate_ensembles(ensembles, iter(x.split(rows)))
     for name, expected in evaluations.items():
         for size, whole in zip(found[name].sizes, expected.sizes, strict=True):
@@ -104,16 +104,16 @@ def test_how_rows_come_does_not_matter(ensembles, evaluations, x: Tensor, rows: 
             assert dict(member.reconstruction) == pytest.approx(dict(whole.reconstruction), rel=1e-5)
 
 
-def test_which_ensembles_are_evaluated_together_does_not_matter(ensembles, evaluations, x: Tensor):
+def test_evaluation_does_not_depend_on_the_ensembles_evaluated_together(ensembles, evaluations, x: Tensor):
     (alone,) = evaluate_ensembles({"boosting": ensembles["boosting"]}, [x]).values()
     assert [size.reconstruction for size in alone.sizes] == [size.reconstruction for size in evaluations["boosting"].sizes]
 
 
-def test_nothing_keeps_gradients(evaluations):
+def test_metrics_carry_no_gradients(evaluations):
     assert not evaluations["bagging"].sizes[0].sparsity.density.requires_grad
 
 
-def test_no_rows_are_an_error(ensembles):
+def test_evaluation_without_rows_is_refused(ensembles):
     with pytest.raises(ValueError, match="no tokens"):
         evaluate_ensembles(ensembles, [])
 
@@ -124,7 +124,7 @@ def test_chunks_are_read_once(ensembles, x: Tensor):
     assert next(chunks, None) is None
 
 
-def test_the_memory_budget_changes_no_result(ensembles, evaluations, x: Tensor):
+def test_results_do_not_depend_on_the_memory_budget(ensembles, evaluations, x: Tensor):
     found = evaluate_ensembles(ensembles, [x], memory_budget=streaming_memory(ensembles.values()))
     for name, expected in evaluations.items():
         assert [size[:3] for size in found[name].sizes] == [size[:3] for size in expected.sizes]
@@ -136,7 +136,7 @@ def test_a_memory_budget_that_is_too_small_is_refused_at_once(ensembles):
         evaluate_ensembles(ensembles, [], memory_budget=100)
 
 
-def test_no_dense_code_is_made_of_a_topk_sae(x: Tensor, monkeypatch: pytest.MonkeyPatch):
+def test_a_topk_sae_is_evaluated_without_a_dense_code(x: Tensor, monkeypatch: pytest.MonkeyPatch):
     saes = _saes()[:2]
     for sae in saes:
         monkeypatch.setattr(sae, "encode", None)
@@ -144,7 +144,7 @@ def test_no_dense_code_is_made_of_a_topk_sae(x: Tensor, monkeypatch: pytest.Monk
     assert len(evaluate_ensembles({"boosting": sm.Boosting(saes)}, [x])["boosting"].sizes) == 2
 
 
-def test_rows_are_encoded_some_at_a_time(ensembles, evaluations, x: Tensor, monkeypatch: pytest.MonkeyPatch):
+def test_rows_are_encoded_in_blocks(ensembles, evaluations, x: Tensor, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(evaluation, "_ENCODER_BYTES", {"cpu": 1})
     given: list[int] = []
     for sae in ensembles["bagging"]:

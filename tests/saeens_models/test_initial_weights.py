@@ -44,7 +44,7 @@ def _copy(sae: sm.SAE) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("architecture", sorted(SETTINGS))
-def test_the_first_loss_is_that_of_the_sae_it_starts_from_in_the_scale_of_the_training(architecture: str):
+def test_the_first_loss_is_that_of_the_initial_sae_at_the_training_scale(architecture: str):
     start, (x, *_) = _trained(architecture), _batches()
     points: list[list[CurvePoint]] = []
     sm.train([_config(architecture)], [x], _training(input_mean=(9.0,) * D_IN), lambda each: points.append(list(each)), initial=[start])
@@ -56,14 +56,14 @@ def test_the_first_loss_is_that_of_the_sae_it_starts_from_in_the_scale_of_the_tr
 
 
 @pytest.mark.parametrize("architecture", sorted(SETTINGS))
-def test_without_a_step_worth_mentioning_the_weights_come_back(architecture: str):
+def test_weights_are_unchanged_at_a_negligible_learning_rate(architecture: str):
     start = _trained(architecture)
     (same,) = sm.train([_config(architecture)], _batches(), _training(learning_rate=1e-12), initial=[start])
     for name, weight in start.state_dict().items():
         torch.testing.assert_close(same.state_dict()[name], weight, rtol=1e-5, atol=1e-6)
 
 
-def test_it_goes_on_as_adam_does_from_these_weights():
+def test_steps_from_initial_weights_equal_those_of_adam():
     start, batches = _trained("standard"), _batches()
     training = _training(unit_norm_decoder=False, gradient_clip_norm=None)
     (sae,) = sm.train([_config("standard")], batches, training, initial=[start])
@@ -92,13 +92,13 @@ def test_other_saes_are_drawn_as_usual_and_the_initial_sae_does_not_change():
     assert not torch.equal(started.W_dec, before["W_dec"])
 
 
-def test_the_seed_of_the_configuration_has_no_part_in_it():
+def test_init_seed_has_no_effect_with_initial_weights():
     start = _trained()
     one, other = sm.train([_config(init_seed=1), _config(init_seed=2)], _batches(), _training(), initial=[start, start])
     assert all(torch.equal(weight, other.state_dict()[name]) for name, weight in one.state_dict().items())
 
 
-def test_an_interrupted_training_goes_on_with_the_same_bits(tmp_path: Path):
+def test_an_interrupted_training_from_initial_weights_resumes_with_the_same_bits(tmp_path: Path):
     start, batches = _trained(), _batches()
     (whole,) = sm.train([_config()], batches, _training(), initial=[start])
 
@@ -127,7 +127,7 @@ def test_an_sae_of_another_shape_is_refused(config: sm.SAEConfig, message: str):
         sm.train([config], _batches(), _training(), initial=[_trained()])
 
 
-def test_another_number_of_starts_is_refused():
+def test_a_different_number_of_initial_saes_is_refused():
     with pytest.raises(ValueError, match="2 initial SAEs for 1 configurations"):
         sm.train([_config()], _batches(), _training(), initial=[None, None])
 

@@ -152,7 +152,7 @@ def test_ties_select_k_features_and_give_the_gradients_of_that_selection(path):
         torch.testing.assert_close(pairs, expected_pairs, rtol=1e-4, atol=1e-5)
 
 
-def test_blocks_of_rows_change_nothing(monkeypatch):
+def test_blocks_of_rows_do_not_change_the_result(monkeypatch):
     weights, x = weights_and_batch(200, 12, 48, seed=8)
     dead_mask = torch.arange(48) % 5 == 0
     whole = reconstruct(x, weights, k=5, dead_mask=dead_mask, k_aux=3)
@@ -164,7 +164,7 @@ def test_blocks_of_rows_change_nothing(monkeypatch):
     assert torch.equal(blocks.fire_counts, whole.fire_counts)
 
 
-def test_the_same_input_gives_the_same_bits():
+def test_gradients_of_the_same_input_have_the_same_bits():
     weights, x = weights_and_batch(300, 24, 256, seed=9)
 
     def gradients() -> list[Tensor]:
@@ -186,9 +186,22 @@ def test_selection_takes_the_k_largest_of_each_row(shape, k):
     assert all(len(row.unique()) == k for row in top.indices.flatten(0, -2))
 
 
-def test_selection_among_ties_takes_distinct_indices():
-    pre = torch.randint(0, 3, (20, 4096), generator=torch.Generator().manual_seed(0)).float()
-    top = select_topk(pre, 64)
-    assert (top.values == 2).all()
-    assert all(len(row.unique()) == 64 for row in top.indices)
-    assert all(len(row.unique()) == 64 for row in select_topk(torch.zeros(3, 4096), 64).indices)
+@pytest.mark.parametrize("shape", [(20, 4096), (2, 5, 700), (9, 3)])
+@pytest.mark.parametrize("k", [1, 2, 3, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_selection_among_ties_takes_the_lowest_indices(shape, k, dtype):
+    k = min(k, shape[-1])
+    pre = torch.randint(-1, 3, shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    pre[0] = 0
+    top = select_topk(pre.requires_grad_(), k)
+    expected = [sorted(sorted(range(len(row)), key=lambda i, row=row: -row[i])[:k]) for row in pre.flatten(0, -2).tolist()]
+    assert top.indices.sort().values.flatten(0, -2).tolist() == expected
+    assert torch.equal(top.values, pre.gather(-1, top.indices))
+    (of_pre,) = torch.autograd.grad(top.values.sum(), pre)
+    assert torch.equal(of_pre, torch.zeros_like(pre).scatter(-1, top.indices, 1.0))
+
+
+def test_selection_keeps_nan():
+    pre = torch.zeros(3, 50)
+    pre[1, 7], pre[2, 9:] = torch.nan, torch.nan
+    assert select_topk(pre, 4).values.isnan().sum(1).tolist() == [0, 1, 4]

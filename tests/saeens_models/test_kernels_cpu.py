@@ -6,6 +6,8 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec, module_from_spec
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -51,6 +53,7 @@ def test_the_k_largest_entries_are_selected_each_once(case):
     assert np.array_equal(np.sort(values)[:, ::-1], np.sort(pre)[:, ::-1][:, :k])
     assert np.array_equal(np.take_along_axis(pre, indices, 1), values)
     assert all(len(set(row)) == k for row in indices.tolist())
+    assert np.array_equal(np.sort(indices), np.sort(np.argsort(-pre, axis=1, kind="stable")[:, :k]))  # of equal ones the first
 
 
 @pytest.mark.parametrize(("m", "k"), [(300, 1), (600, 1), (1500, 3), (5003, 9), (5003, 5000), (64, 64)])
@@ -63,26 +66,34 @@ def test_the_k_largest_of_long_rows_are_selected(m, k):
     assert all(len(set(row)) == k for row in indices.tolist())
 
 
+def _fresh_products() -> ModuleType:
+    """Load the module once more: it remembers which library is faster on this processor."""
+    spec = find_spec(products.__name__)
+    assert spec and spec.loader
+    fresh = module_from_spec(spec)
+    spec.loader.exec_module(fresh)
+    return fresh
+
+
+@pytest.mark.parametrize("use_onednn", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_products_of_either_library_are_products(transposed):
+def test_products_of_either_library_equal_those_in_float64(monkeypatch, transposed, use_onednn):
     x, W = torch.randn(37, 50, generator=torch.Generator().manual_seed(0)), torch.randn(70, 50, generator=torch.Generator().manual_seed(1))
     factor = W.t().contiguous().t() if transposed else W
-    for product in (products.linear, products._by_mm):
-        torch.testing.assert_close(product(x, factor).double(), x.double() @ W.double().t(), rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": use_onednn, "cpu_name": "AMD EPYC"})
+    product = _fresh_products().linear(x, factor)
+    torch.testing.assert_close(product.double(), x.double() @ W.double().t(), rtol=1e-5, atol=1e-5)
 
 
 def test_products_use_mkl_if_torch_has_no_onednn_operator(monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True, "cpu_name": "AMD EPYC"})
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-
-    def gone(*_):
-        raise AttributeError("_linear_pointwise")
-
-    monkeypatch.setattr(products, "_by_onednn", gone)
-    assert products._linear.__wrapped__() is products._by_mm
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
+    x, W = torch.randn(37, 50, generator=torch.Generator().manual_seed(0)), torch.randn(70, 50, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(_fresh_products().linear(x, W), torch.mm(x, W.t()))
 
 
-def test_products_in_bfloat16_are_those_of_rounded_factors():
+def test_products_in_bfloat16_equal_products_of_rounded_factors():
     x, W = torch.randn(40, 30, generator=torch.Generator().manual_seed(0)), torch.randn(50, 30, generator=torch.Generator().manual_seed(1))
     rounded = x.bfloat16().double() @ W.bfloat16().double().t()
     product = products.linear(x, W, in_bfloat16=True)
@@ -141,7 +152,7 @@ def test_the_bias_is_added_before_selecting():
 @pytest.mark.parametrize("m", [3, 10, 1000])
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("all_of_them", [True, False])
-def test_a_row_with_nan_gives_nan(m, sign, all_of_them):
+def test_a_row_with_nan_selects_nan(m, sign, all_of_them):
     pre = np.ones((2, m), np.float32)
     pre[0, :: 1 if all_of_them else m] = np.copysign(np.float32(np.nan), sign)  # NaN from a processor has the sign bit
     _, values = _select(pre, 3)
@@ -207,7 +218,7 @@ def _dense(x: Tensor, given: Weights, *, k: int, centred: bool, dead: Tensor | N
 
 
 @pytest.mark.parametrize("shape", [(300, 64, 3), (512, 37, 9), (2000, 24, 60)])
-def test_a_rough_encoder_finds_the_features_that_float32_finds(monkeypatch, shape):
+def test_a_low_precision_encoder_selects_the_features_that_float32_selects(monkeypatch, shape):
     d_sae, d_in, k = shape
     generator = torch.Generator().manual_seed(d_sae)
     weights = Weights(*(torch.randn(shape, generator=generator) for shape in ((d_sae, d_in), (d_sae,), (d_sae, d_in), (d_in,))))
@@ -225,7 +236,7 @@ def test_a_rough_encoder_finds_the_features_that_float32_finds(monkeypatch, shap
     assert ((ours - theirs).norm(dim=1) < 1e-5 * theirs.norm(dim=1)).all()
 
 
-def test_a_rough_encoder_that_cannot_tell_features_apart_asks_float32(monkeypatch):
+def test_near_ties_of_a_low_precision_encoder_are_decided_in_float32(monkeypatch):
     generator = torch.Generator().manual_seed(3)
     d_sae, d_in, k = 3000, 24, 5
     W_enc, W_dec = torch.randn(2, d_sae, d_in, generator=generator)
@@ -248,8 +259,24 @@ def test_a_rough_encoder_that_cannot_tell_features_apart_asks_float32(monkeypatc
     assert not ours.values[40:80].any()
 
 
+@pytest.mark.parametrize("rough", [True, False])
+def test_of_equal_pre_activations_those_of_the_lowest_index_are_selected(monkeypatch, rough):
+    """Features differ, and have equal pre-activations: whole numbers, exact in float32, that bfloat16 rounds in different ways."""
+    generator = torch.Generator().manual_seed(2)
+    moved = torch.randint(-400, 401, (300, 8), generator=generator).float()
+    W = torch.cat([1000 + moved, 1000 - moved], 1) + torch.randint(3, (300, 1), generator=generator)
+    weights = Weights(W, torch.zeros(300), W, torch.zeros(16))
+    x = torch.randint(1, 9, (80, 1), generator=generator).float().expand(80, 16).contiguous()
+    monkeypatch.setattr("saeens_models.kernels.cpu_topk.bfloat16_pays", lambda *_: rough)
+    monkeypatch.setattr(cpu_topk_encoder, "_SPARE_CANDIDATES", 300)  # no token is left to float32
+    with Team() as team:
+        indices = topk_reconstruct(team, x, weights, k=7, apply_b_dec_to_input=False).indices
+    expected = (x @ W.t()).double().sort(dim=1, descending=True, stable=True).indices[:, :7]
+    assert torch.equal(indices.sort().values.long(), expected.sort().values)
+
+
 @pytest.mark.parametrize(("n", "d_sae", "k"), [(1, 100, 3), (3, 40, 40), (5, 1, 1), (300, 64, 63)])
-def test_a_rough_encoder_takes_any_sizes(monkeypatch, n, d_sae, k):
+def test_a_low_precision_encoder_takes_all_sizes(monkeypatch, n, d_sae, k):
     generator = torch.Generator().manual_seed(n)
     weights = Weights(*(torch.randn(shape, generator=generator) for shape in ((d_sae, 9), (d_sae,), (d_sae, 9), (9,))))
     monkeypatch.setattr("saeens_models.kernels.cpu_topk.bfloat16_pays", lambda *_: True)
@@ -261,7 +288,7 @@ def test_a_rough_encoder_takes_any_sizes(monkeypatch, n, d_sae, k):
     torch.testing.assert_close(x_hat, z @ weights.W_dec + weights.b_dec, rtol=1e-5, atol=1e-4)
 
 
-def test_equal_tokens_have_equal_codes_wherever_they_are(monkeypatch):
+def test_equal_tokens_have_equal_codes_in_every_position(monkeypatch):
     generator = torch.Generator().manual_seed(6)
     weights = Weights(*(torch.randn(shape, generator=generator) for shape in ((400, 50), (400,), (400, 50), (50,))))
     x = torch.randn(300, 50, generator=generator)
@@ -273,7 +300,7 @@ def test_equal_tokens_have_equal_codes_wherever_they_are(monkeypatch):
     assert torch.equal(x_hat, x_hat[first_of_equal])
 
 
-def test_a_rough_encoder_tells_the_smallest_numbers_apart(monkeypatch):
+def test_a_low_precision_encoder_distinguishes_the_smallest_numbers(monkeypatch):
     generator = torch.Generator().manual_seed(5)
     W_enc, W_dec = torch.randn(2, 500, 16, generator=generator)
     weights = Weights(W_enc + 100, torch.zeros(500), W_dec, torch.zeros(16))
@@ -286,7 +313,7 @@ def test_a_rough_encoder_tells_the_smallest_numbers_apart(monkeypatch):
     assert (indices.sort().values == expected.sort().values).all()
 
 
-def test_a_rough_encoder_does_not_hide_nan(monkeypatch):
+def test_a_low_precision_encoder_propagates_nan(monkeypatch):
     generator = torch.Generator().manual_seed(4)
     weights = Weights(*(torch.randn(shape, generator=generator) for shape in ((600, 16), (600,), (600, 16), (16,))))
     x = torch.randn(300, 16, generator=generator)
@@ -300,7 +327,7 @@ def test_a_rough_encoder_does_not_hide_nan(monkeypatch):
     assert x_hat.isfinite().all(dim=1).sum() == len(x) - 2
 
 
-def test_encoding_and_decoding_equals_the_dense_code():
+def test_encoding_and_decoding_equal_the_dense_code():
     generator = torch.Generator().manual_seed(0)
     weights = Weights(*(torch.randn(shape, generator=generator) for shape in ((300, 16), (300,), (300, 16), (16,))))
     x = torch.randn(700, 16, generator=generator)
@@ -367,7 +394,7 @@ def test_gradients_of_blocks_with_few_active_features_equal_autograd(
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_a_nan_pre_activation_is_seen_among_few_active_features(value: float):
+def test_a_nan_pre_activation_is_detected_among_few_active_features(value: float):
     sae = build_sae(sm.SAEConfig(architecture="standard", d_in=8, d_sae=300, init_seed=1))
     with torch.no_grad():
         sae.b_enc.fill_(-50.0)
@@ -378,7 +405,7 @@ def test_a_nan_pre_activation_is_seen_among_few_active_features(value: float):
 
 @pytest.mark.parametrize("clip", [None, 0.5])
 @pytest.mark.parametrize("unit_norm", [False, True])
-def test_the_compiled_optimiser_moves_the_weights_as_torch_does(unit_norm, clip):
+def test_compiled_adam_steps_equal_those_of_torch(unit_norm, clip):
     config = sm.SAEConfig(architecture="jumprelu", d_in=24, d_sae=90, init_seed=3)
     training = sm.TrainingConfig(learning_rate=1e-2, unit_norm_decoder=unit_norm, gradient_clip_norm=clip)
     ours, torchs = build_sae(config), build_sae(config)
@@ -427,7 +454,7 @@ def test_weights_have_the_same_bits_for_any_number_of_threads(architecture):
                 assert torch.equal(weight, of_one_thread.state_dict()[name]), name
 
 
-def test_a_team_has_torchs_threads_and_gives_them_back():
+def test_a_team_uses_torchs_threads_and_restores_them():
     threads = torch.get_num_threads()
     with Team() as team:
         assert team.n_threads == threads
@@ -446,7 +473,7 @@ def test_kernels_are_compiled_on_another_thread():
     assert torch.get_num_threads() == threads
 
 
-def test_an_error_in_a_task_ends_the_run_of_all():
+def test_an_error_in_one_task_ends_all_tasks():
     started: list[int] = []
 
     def task(i: int) -> None:
@@ -460,7 +487,7 @@ def test_an_error_in_a_task_ends_the_run_of_all():
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("saeens-team")]
 
 
-def test_a_broken_numba_gives_a_warning_and_is_not_used(monkeypatch):
+def test_a_broken_numba_is_warned_about_and_not_used(monkeypatch):
     def refuse(name: str):
         raise ImportError("Numba needs NumPy 2.3 or less", name="numpy")
 
@@ -491,8 +518,16 @@ def test_the_memory_of_a_step_is_bounded_by_its_sizes(architecture):
     sizes = {"n": 600, "d_in": 24, "d_sae": 900, "k": 5}
     own = {"k": sizes["k"]} if architecture == "topk" else {}
     sae = build_sae(sm.SAEConfig(architecture=architecture, d_in=sizes["d_in"], d_sae=sizes["d_sae"], **own))
-    with Team() as team:
+    kept: dict[str, int] = {}  # bytes of the calling thread
+
+    class RecordingTeam(Team):
+        def scratch(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            memory = super().scratch(name, *shape, dtype=dtype)
+            if threading.current_thread() is threading.main_thread():
+                kept[name] = memory.untyped_storage().nbytes()
+            return memory
+
+    with RecordingTeam() as team:
         sae.backpropagate(torch.randn(sizes["n"], sizes["d_in"]), torch.arange(sizes["d_sae"]) % 2 == 0, team=team)
-        kept = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in vars(team._memory).values() if torch.is_tensor(t)}
     assert 0 < sum(kept.values()) < _largest_step_memory(architecture, **sizes, n_threads=1)
     assert _largest_step_memory(architecture, n=4096, d_in=768, d_sae=16128, k=64, n_threads=2) < 1.5e9

@@ -127,7 +127,7 @@ def in_float64(x: Tensor, weights: Mapping[str, Tensor]) -> tuple[Tensor, dict[s
     of_columns=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_selection_takes_the_k_largest_and_of_equal_ones_the_first(*, d_sae, share, tied, dtype, of_columns, seed):
+def test_selection_takes_the_k_largest_and_the_first_among_ties(*, d_sae, share, tied, dtype, of_columns, seed):
     pre = draw(3, d_sae, seed=seed)
     pre = (pre.round() if tied else pre).to(dtype)
     bias = draw(d_sae, seed=seed + 1).round() + 0.5  # no sum is 0, of which there are two
@@ -144,9 +144,18 @@ def test_selection_takes_the_k_largest_and_of_equal_ones_the_first(*, d_sae, sha
     assert torch.equal(top.values, candidates.gather(1, expected))
 
 
+@needs_gpu
+@pytest.mark.parametrize(("n", "d_sae", "k"), [(500, 768, 8), (64, 4096, 100), (4, 200_000, 50), (1000, 16_384, 512)])
+def test_torchs_selection_on_a_gpu_takes_the_first_of_equal_ones(n, d_sae, k):
+    pre = draw(n, d_sae).round()
+    top = reference.select_topk(pre, k)
+    expected = pre.argsort(dim=1, descending=True, stable=True)[:, :k]
+    assert torch.equal(top.indices.sort().values, expected.sort().values)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("d_sae", [53, 241])  # 241: the last part holds 1, fewer than are selected
-def test_selection_from_rows_in_parts_is_that_from_whole_rows(monkeypatch, tied, d_sae):
+def test_selection_from_parts_of_rows_equals_selection_from_whole_rows(monkeypatch, tied, d_sae):
     monkeypatch.setattr(triton_topk, "MOST_CANDIDATES", 16)
     pre = draw(2, d_sae, seed=3)
     pre = pre.round() if tied else pre
@@ -156,7 +165,7 @@ def test_selection_from_rows_in_parts_is_that_from_whole_rows(monkeypatch, tied,
 
 
 @pytest.mark.parametrize("most_candidates", [16384, 16])
-def test_selection_from_several_matrices_adds_each_ones_bias_and_counts_its_columns_on(monkeypatch, most_candidates):
+def test_selection_from_several_matrices_adds_each_bias_and_numbers_columns_consecutively(monkeypatch, most_candidates):
     monkeypatch.setattr(triton_topk, "MOST_CANDIDATES", most_candidates)
     pre, bias = draw(3, 2, 53, seed=5), draw(3, 53, seed=6)
     top = triton_topk.select_topk(pre, 7, bias)
@@ -222,7 +231,7 @@ def test_reconstruction_and_gradients_equal_dense_autograd_and_the_reference(*, 
     assert_close(found, results(reference.topk_reconstruction, x, weights, **settings))
 
 
-def test_blocks_of_tokens_change_nothing(monkeypatch):
+def test_blocks_of_tokens_do_not_change_the_result(monkeypatch):
     weights, x = weights_and_batch(7, 12, 48)
     settings = {"k": 5, "dead_mask": torch.arange(48, device=DEVICE) % 5 == 0, "k_aux": 3}
     monkeypatch.setattr(cuda_topk, "_BLOCK_BYTES", 2 * 48 * 4)  # two tokens
@@ -237,7 +246,7 @@ def test_without_dead_features_there_is_no_auxiliary_code():
     assert top.error_hat is None and top.n_dead == 0
 
 
-def test_an_encoder_in_bfloat16_selects_and_float32_does_the_rest():
+def test_selection_with_a_bfloat16_encoder_leaves_values_and_gradients_in_float32():
     weights, x = weights_and_batch(8, 48, 64, seed=2)
     centred = (x - weights["b_dec"]).bfloat16()
     rounded = (centred @ weights["W_enc"].bfloat16()).float() + weights["b_enc"]
@@ -246,7 +255,7 @@ def test_an_encoder_in_bfloat16_selects_and_float32_does_the_rest():
     assert_close(found, results(dense_step, *in_float64(x, weights), k=6, selected=selected.double()))
 
 
-def test_the_same_input_gives_the_same_bits():
+def test_sparse_steps_of_the_same_input_have_the_same_bits():
     n, d_in, d_sae = (4096, 384, 8192) if ON_GPU else (6, 12, 40)
     weights, x = weights_and_batch(n, d_in, d_sae)
     settings = {"k": 5, "dead_mask": torch.arange(d_sae, device=DEVICE) % 3 == 0, "k_aux": 4}
@@ -270,7 +279,7 @@ DEAD = {"none": [None, None, None], "of two": [torch.arange(D_SAE) % 5 == 0, tor
 @pytest.mark.parametrize("dead", DEAD)
 @pytest.mark.parametrize("apply_b_dec", [True, False])
 @pytest.mark.parametrize("block_tokens", [2, 100])  # the first does not divide the number of tokens
-def test_saes_in_one_launch_equal_dense_autograd_of_each_alone(monkeypatch, dead, apply_b_dec, block_tokens):
+def test_saes_in_one_launch_equal_dense_autograd_of_each_sae(monkeypatch, dead, apply_b_dec, block_tokens):
     monkeypatch.setattr(cuda_topk, "_BLOCK_BYTES", block_tokens * 3 * D_SAE * 4)
     saes, x = three_saes()
     dead_masks = [None if mask is None else mask.to(DEVICE) for mask in DEAD[dead]]
@@ -282,7 +291,7 @@ def test_saes_in_one_launch_equal_dense_autograd_of_each_alone(monkeypatch, dead
     assert (found[1]["fire_counts"].sum() < found[0]["fire_counts"].sum()).item()
 
 
-def test_saes_in_one_launch_may_have_tokens_without_active_features():
+def test_saes_in_one_launch_allow_tokens_without_active_features():
     saes, x = three_saes()
     saes[1]["b_enc"] = saes[1]["b_enc"] - 100
     found = results_together(cuda_topk.sparse_topk_reconstructions, x, saes, dead_masks=[None] * 3, k=K)
@@ -292,7 +301,7 @@ def test_saes_in_one_launch_may_have_tokens_without_active_features():
         assert_close(of_sae, results(dense_step, *in_float64(x, weights), k=K))
 
 
-def test_an_encoder_in_bfloat16_selects_for_each_of_several_saes():
+def test_a_bfloat16_encoder_selects_for_each_of_several_saes():
     saes, x = three_saes()
     dead_masks = [mask.to(DEVICE) for mask in DEAD["of two"] if mask is not None]
     settings: dict[str, Any] = {"k": K, "k_aux": D_SAE}  # all that are dead: nothing to select among them
@@ -366,13 +375,13 @@ def unchecked():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("n_saes", [1, 4])
-def test_sound_kernels_agree_with_the_reference(unchecked, dtype, n_saes):
+def test_correct_kernels_agree_with_the_reference(unchecked, dtype, n_saes):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert cuda_topk.agrees_with_reference(DEVICE, dtype, 12, 40, 3, n_saes=n_saes)
 
 
-def test_an_error_with_several_saes_only_is_found(unchecked, monkeypatch):
+def test_an_error_that_needs_several_saes_is_found(unchecked, monkeypatch):
     select_topk = triton_topk.select_topk
     bias_of_the_first = lambda bias: bias[:1].expand_as(bias).contiguous() if bias is not None and bias.ndim > 1 else bias  # noqa: E731
     monkeypatch.setattr(triton_topk, "select_topk", lambda pre, k, bias=None, *more: select_topk(pre, k, bias_of_the_first(bias), *more))
@@ -391,7 +400,7 @@ def test_a_wrong_kernel_is_found_once_and_named(unchecked, monkeypatch):
     assert "fire_counts" not in str(caught[0].message)
 
 
-def test_a_kernel_that_does_not_compile_is_not_trusted(unchecked, monkeypatch):
+def test_a_kernel_that_does_not_compile_is_not_used(unchecked, monkeypatch):
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("no kernel image for this device")
 
@@ -400,7 +409,7 @@ def test_a_kernel_that_does_not_compile_is_not_trusted(unchecked, monkeypatch):
         assert not cuda_topk.agrees_with_reference(DEVICE, torch.float32, 12, 40, 3)
 
 
-def test_tensors_on_the_cpu_take_the_reference(monkeypatch):
+def test_tensors_on_the_cpu_use_the_reference(monkeypatch):
     monkeypatch.setattr(cuda_topk, "sparse_topk_reconstructions", None)
     weights, x = weights_and_batch(4, 12, 512)
     weights, x = {name: weight.cpu() for name, weight in weights.items()}, x.cpu()
@@ -423,12 +432,12 @@ def compile_for_hopper(kernel, arguments, **constants):
 floats, integers = "*fp32", "*i64"
 selection = {"pre": "*bf16", "values": floats, "places": integers, "k": "i32", "width": "i32"}
 selection |= {"row_stride": "i32", "n_rows": "i32", "n_columns": "i32", "n_candidates": "i32"}
-compile_for_hopper(triton_topk._select_topk, selection | {"bias": floats, "columns": integers}, BLOCK=64)
-compile_for_hopper(triton_topk._select_topk, selection | {"pre": floats}, BLOCK=64, bias=None, columns=None)
+compile_for_hopper(triton_topk.select_topk_kernel, selection | {"bias": floats, "columns": integers}, BLOCK=64)
+compile_for_hopper(triton_topk.select_topk_kernel, selection | {"pre": floats}, BLOCK=64, bias=None, columns=None)
 sums = {"sums": floats, "totals": floats, "rows": floats, "which": integers, "weights": floats, "starts": integers, "d": "i32"}
-compile_for_hopper(triton_topk._sum_rows, sums, ROWS=16, COLUMNS=128)
+compile_for_hopper(triton_topk.sum_rows_kernel, sums, ROWS=16, COLUMNS=128)
 products = {"products": floats, "left": floats, "right": floats, "which": integers, "k": "i32", "d": "i32"}
-compile_for_hopper(triton_topk._multiply_rows, products, ROWS=16, COLUMNS=128)
+compile_for_hopper(triton_topk.multiply_rows_kernel, products, ROWS=16, COLUMNS=128)
 """
 
 
@@ -442,7 +451,7 @@ def test_the_kernels_compile_for_a_gpu(tmp_path):
 @needs_gpu
 @pytest.mark.parametrize(("d_in", "d_sae", "k"), [(384, 4096, 32), (768, 16128, 64), (512, 40000, 100)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_on_a_gpu_sparse_codes_take_the_kernels(unchecked, monkeypatch, *, d_in, d_sae, k, dtype):
+def test_sparse_codes_on_a_gpu_use_the_kernels(unchecked, monkeypatch, *, d_in, d_sae, k, dtype):
     assert cuda_topk.agrees_with_reference(DEVICE, dtype, d_in, d_sae, k)
     monkeypatch.setattr(reference, "topk_reconstruction", None)
     weights, x = weights_and_batch(1000, d_in, d_sae)
@@ -455,7 +464,7 @@ def test_on_a_gpu_sparse_codes_take_the_kernels(unchecked, monkeypatch, *, d_in,
 
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_on_a_gpu_several_saes_take_the_kernels_at_once(unchecked, dtype):
+def test_several_saes_on_a_gpu_use_the_kernels_together(unchecked, dtype):
     saes, x = [weights_and_batch(1000, 384, 4096, seed=10 * sae)[0] for sae in range(3)], draw(1000, 384, seed=99)
     dead_masks = [torch.arange(4096, device=DEVICE) % 3 == sae for sae in range(3)]
 

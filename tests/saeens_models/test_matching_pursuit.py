@@ -58,7 +58,7 @@ def assert_compiled_is_the_definition(sae: sm.SAE, x: Tensor) -> None:
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_codes_and_reconstructions_are_those_of_saelens(name):
+def test_pursuit_codes_and_reconstructions_equal_those_of_saelens(name):
     sae = sm.build_sae(sm.SAEConfig(architecture="matching_pursuit", d_in=16, d_sae=48, **SETTINGS[name]))
     sae.load_state_dict({weight: GOLDEN[f"training.{name}.param.{weight}"] for weight in ("W_dec", "b_dec")})
     x = GOLDEN["training.batch"]
@@ -77,21 +77,21 @@ def test_codes_and_reconstructions_are_those_of_saelens(name):
     stop_on_duplicate_support=st.booleans(),
     apply_b_dec_to_input=st.booleans(),
 )
-def test_the_compiled_pursuit_is_the_definition(d_in, d_sae, n, **settings):
+def test_the_compiled_pursuit_equals_its_definition(d_in, d_sae, n, **settings):
     sae = pursuit(d_in, d_sae, **settings).double().float()
     # in one or two dimensions atoms are so alike that rounding chooses between them
     if d_in >= 4:
         assert_compiled_is_the_definition(sae, rows(n, d_in))
 
 
-def test_the_compiled_pursuit_chooses_as_the_definition_does_among_atoms_that_are_nearly_the_same():
+def test_the_compiled_pursuit_selects_among_nearly_equal_atoms_as_its_definition():
     sae = pursuit(16, 512, max_iterations=8, residual_threshold=0.0)
     with torch.no_grad():  # pairs whose products differ by less than a step of the rounded ones
         sae.W_dec[256:] = sae.W_dec[:256] * (1 + 1e-5)
     assert_compiled_is_the_definition(sae, rows(200, 16))
 
 
-def test_gradients_are_those_of_autograd_through_every_value_in_double_precision():
+def test_pursuit_gradients_equal_autograd_in_double_precision():
     sae = pursuit(12, 40, max_iterations=7, residual_threshold=0.0)
     x = rows(64, 12)
     with cpu_team("cpu") as team:
@@ -114,7 +114,7 @@ def test_gradients_are_those_of_autograd_through_every_value_in_double_precision
         torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_any_number_of_threads_gives_the_same_bits():
+def test_the_compiled_pursuit_has_the_same_bits_for_any_number_of_threads():
     sae = pursuit(16, 600, max_iterations=8)
     found = []
     for n_threads in (1, 3):
@@ -130,7 +130,7 @@ def test_any_number_of_threads_gives_the_same_bits():
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
-def test_inner_products_are_as_near_as_they_say():
+def test_errors_of_inner_products_stay_within_the_stated_rounding():
     W_dec = rows(300, 16)
     with Team() as team:
         found = gram(team, W_dec)
@@ -138,7 +138,7 @@ def test_inner_products_are_as_near_as_they_say():
     assert abs(found.products[:, :300] * float(found.scale) - exact).max() <= found.rounding
 
 
-def test_a_reconstruction_follows_the_weights():
+def test_a_reconstruction_uses_the_current_weights():
     sae, x = pursuit(16, 64, max_iterations=4), rows(32, 16)
     sae.reconstruct(x)
     with torch.no_grad():
@@ -149,7 +149,7 @@ def test_a_reconstruction_follows_the_weights():
     torch.testing.assert_close(sae.reconstruct(x).x_hat, sae(x).detach(), rtol=1e-4, atol=1e-5)
 
 
-def test_more_atoms_than_inner_products_have_memory_for_go_without_them(monkeypatch):
+def test_the_pursuit_needs_no_inner_products_above_the_largest_number_of_atoms(monkeypatch):
     sae, x = pursuit(16, 96, max_iterations=4), rows(32, 16)
     expected = sae.reconstruct(x)
     assert MOST_ATOMS > 96
@@ -158,7 +158,7 @@ def test_more_atoms_than_inner_products_have_memory_for_go_without_them(monkeypa
     torch.testing.assert_close(sae.reconstruct(x).x_hat, expected.x_hat, rtol=1e-4, atol=1e-5)
 
 
-def test_a_token_that_is_not_finite_spoils_the_loss():
+def test_a_non_finite_token_makes_the_loss_non_finite():
     sae, x = pursuit(16, 64, max_iterations=4), rows(32, 16)
     x[3, 5] = torch.nan
     with Team() as team:

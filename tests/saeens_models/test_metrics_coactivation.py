@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tracemalloc
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -22,23 +23,23 @@ from saeens_models.sparse_code import SparseCode
 GOLDEN = Path(__file__).parents[1] / "golden"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())["metrics"]
 TENSORS = load_file(GOLDEN / "tensors.safetensors")
-COMPILED = coactivation._compiled
+COMPILED = coactivation.compiled_loops
 
 
 @pytest.fixture(params=["numba", "numpy"], autouse=True)
 def _implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test with compiled code, and with the code that replaces it without numba."""
     if request.param == "numpy":
-        monkeypatch.setattr(coactivation, "_compiled", lambda: None)
+        monkeypatch.setattr(coactivation, "compiled_loops", lambda: None)
     else:
-        assert coactivation._compiled() is not None
+        assert coactivation.compiled_loops() is not None
 
 
-def test_numba_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connectivity_without_numba_equals_a_dense_computation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(metrics, "coactivation_compiled", raising=False)
     monkeypatch.setitem(sys.modules, "saeens_models.metrics.coactivation_compiled", None)  # importing it raises ImportError
-    monkeypatch.setattr(coactivation, "_compiled", cache(COMPILED.__wrapped__))
-    assert coactivation._compiled() is None
+    monkeypatch.setattr(coactivation, "compiled_loops", cache(COMPILED.__wrapped__))
+    assert coactivation.compiled_loops() is None
     z = random_codes(100, 130, 4)
     assert connectivity(z) == dense_connectivity(z)
 
@@ -71,12 +72,12 @@ def test_connectivity_equals_scipy_sparse(n: int, m: int, l0: int) -> None:
 
 @given(cuts=st.lists(st.integers(0, 600), max_size=10))
 @settings(max_examples=25, deadline=None)
-def test_streaming_any_batching_equals_the_whole(cuts: list[int]) -> None:
+def test_connectivity_does_not_depend_on_batching(cuts: list[int]) -> None:
     z = TENSORS["jumprelu.boosting.codes"]
     assert connectivity(iter(z.tensor_split(sorted(cuts)))) == dense_connectivity(z)
 
 
-def test_only_whether_an_entry_is_zero_matters() -> None:
+def test_connectivity_depends_only_on_nonzero_entries() -> None:
     assert connectivity(torch.tensor([[1e-30, 0.0, 5.0], [0.0, 0.0, 1.0]])) == 1 - 4 / 9
 
 
@@ -93,28 +94,31 @@ def batches(z: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
     yield from z.split(size)
 
 
-def test_many_blocks_give_the_value_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connectivity_does_not_depend_on_the_number_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     z = random_codes(4000, 700, 9)
     small_blocks(monkeypatch)
     assert connectivity(batches(z, 100)) == dense_connectivity(z)
 
 
-def test_below_the_size_of_the_bit_matrix_codes_are_held_and_strips_passed(monkeypatch: pytest.MonkeyPatch) -> None:
-    z = random_codes(2000, 2048, 6)
+def test_connectivity_is_exact_in_a_budget_below_the_bit_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    z = random_codes(600, 4096, 6)
     small_blocks(monkeypatch)
-    budget = 200_000
-    assert budget < streaming_memory(2048)
-    metric = ConnectivityMetric(2048, memory_budget=budget)
+    budget, expected = 400_000, dense_connectivity(z)
+    assert budget < streaming_memory(4096)
+    metric = ConnectivityMetric(4096, memory_budget=budget)
     for batch in batches(z, 100):
         metric.update(batch)
-    assert metric.compute() == dense_connectivity(z)
-    assert len(metric._strips) > 1
-    assert metric.compute() == dense_connectivity(z)
-    metric.update(torch.ones(1, 2048))
+    tracemalloc.start()
+    assert metric.compute() == expected
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < streaming_memory(4096) * 3 // 4  # bytes of the bit matrix, which is computed in strips
+    assert metric.compute() == expected
+    metric.update(torch.ones(1, 4096))
     assert metric.compute() == 0.0
 
 
-def test_codes_beyond_the_budget_say_which_budget_would_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_codes_beyond_the_memory_budget_name_a_sufficient_one(monkeypatch: pytest.MonkeyPatch) -> None:
     small_blocks(monkeypatch)
     with pytest.raises(MemoryBudgetError, match="with 360448 bytes any number of tokens can be streamed") as error:
         connectivity(batches(random_codes(4000, 2048, 8), 100), memory_budget=200_000)
@@ -123,7 +127,7 @@ def test_codes_beyond_the_budget_say_which_budget_would_do(monkeypatch: pytest.M
     assert connectivity(batches(z, 100), memory_budget=360_448) == dense_connectivity(z)
 
 
-def test_sparse_codes_give_the_value_of_dense_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connectivity_of_sparse_codes_equals_that_of_dense_codes(monkeypatch: pytest.MonkeyPatch) -> None:
     z = random_codes(900, 2048, 12)
     small_blocks(monkeypatch)
     assert connectivity(SparseCode.from_dense(z)) == dense_connectivity(z)
@@ -131,7 +135,7 @@ def test_sparse_codes_give_the_value_of_dense_ones(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("threads", [1, 5])
-def test_the_number_of_threads_does_not_matter(threads: int) -> None:
+def test_connectivity_does_not_depend_on_the_number_of_threads(threads: int) -> None:
     z, before = random_codes(500, 1500, 20), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -151,7 +155,7 @@ def test_prefixes_are_the_connectivity_of_the_first_columns(monkeypatch: pytest.
     assert metric.compute_prefixes(sizes) == [dense_connectivity(z[:, :size]) for size in sizes]
 
 
-def test_bad_input_is_refused() -> None:
+def test_connectivity_refuses_missing_tokens_and_wrong_shapes() -> None:
     with pytest.raises(ValueError, match="no batches"):
         connectivity([])
     with pytest.raises(ValueError, match="no tokens"):
@@ -160,3 +164,14 @@ def test_bad_input_is_refused() -> None:
         connectivity([torch.zeros(2, 4), torch.zeros(2, 3)])
     with pytest.raises(MemoryBudgetError, match="memory_budget must be at least 65536"):
         ConnectivityMetric(2048, memory_budget=1000)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("as_sparse", [False, True])
+@pytest.mark.parametrize("metric", [connectivity, metrics.sparsity])
+def test_codes_that_are_not_finite_are_refused(metric, as_sparse: bool, value: float) -> None:
+    z = torch.eye(5)
+    z[3, 3] = value
+    with pytest.raises(ValueError, match="not finite"):
+        metric(SparseCode.from_dense(z) if as_sparse else z)
+    assert connectivity(torch.eye(5, dtype=torch.bool)) == pytest.approx(1 - 5 / 25)

@@ -63,7 +63,7 @@ def _check(found, z: np.ndarray, place: np.ndarray, window: int = WINDOW) -> Non
         assert found.histogram[i].tolist() == expected_counts.tolist()
 
 
-def test_contexts_and_histograms_are_those_of_loops_over_the_dense_code() -> None:
+def test_contexts_and_histograms_equal_loops_over_the_dense_code() -> None:
     z, place = _code()
     assert 0 in (z != 0).sum(0).tolist()
     _check(_contexts([(z, place)]), z.numpy(), place.numpy())
@@ -71,12 +71,12 @@ def test_contexts_and_histograms_are_those_of_loops_over_the_dense_code() -> Non
 
 @given(cuts=st.lists(st.integers(0, 230), max_size=12))
 @settings(max_examples=25, deadline=None)
-def test_how_tokens_come_does_not_matter(cuts: list[int]) -> None:
+def test_contexts_do_not_depend_on_batching(cuts: list[int]) -> None:
     z, place = _code()
     _check(_contexts(zip(z.tensor_split(sorted(cuts)), place.tensor_split(sorted(cuts)), strict=True)), z.numpy(), place.numpy())
 
 
-def test_a_sparse_code_counts_as_the_dense_one() -> None:
+def test_contexts_of_a_sparse_code_equal_those_of_the_dense_code() -> None:
     z, place = _code()
     parts = zip(map(SparseCode.from_dense, z.split(31)), place.split(31), strict=True)
     _check(_contexts(parts), z.numpy(), place.numpy())
@@ -92,7 +92,7 @@ def test_activations_at_the_edge_of_a_power_of_two_are_within_the_bins() -> None
 
 
 @pytest.mark.parametrize("kind", [sm.Bagging, sm.Boosting])
-def test_members_of_an_ensemble_are_measured_on_their_own_input(kind, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_contexts_of_members_use_each_members_own_input(kind, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluation, "_ENCODER_BYTES", {"cpu": 1})  # 64 rows at a time
     ensemble = kind([sm.build_sae(sm.SAEConfig(architecture="topk", d_in=6, d_sae=d_sae, k=2, init_seed=d_sae)) for d_sae in (8, 12)])
     x, place = torch.randn(200, 6, generator=torch.Generator().manual_seed(1)), torch.arange(200) * 2
@@ -103,7 +103,7 @@ def test_members_of_an_ensemble_are_measured_on_their_own_input(kind, monkeypatc
         _check(of_member, z.numpy(), place.numpy(), window=16)
 
 
-def test_bad_input_is_refused() -> None:
+def test_contexts_refuse_missing_tokens_wrong_shapes_and_unordered_places() -> None:
     with pytest.raises(ValueError, match="no tokens"):
         _contexts([])
     with pytest.raises(ValueError, match=r"must be \[n, 12\]; got \[2, 3\]"):
@@ -116,7 +116,7 @@ def test_bad_input_is_refused() -> None:
         FeatureContextsMetric(3, 4, 0, 1)
 
 
-def test_output_tokens_are_those_of_a_dense_sort(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_tokens_equal_those_of_a_dense_sort(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules[output_tokens.__module__], "_LOGITS_PER_STEP", 50)  # two features at a time
     generator = torch.Generator().manual_seed(2)
     W_dec, W_U = torch.randn(5, 7, generator=generator), torch.randn(20, 7, generator=generator)

@@ -45,7 +45,7 @@ def test_bits_are_the_entropies_of_firings_and_of_magnitudes(step: float) -> Non
     assert description_length(z, W_dec, step) == pytest.approx(_dense_bits(z, W_dec, step), rel=1e-3)
 
 
-def test_a_worked_example() -> None:
+def test_description_length_of_three_features_equals_a_hand_computation() -> None:
     """One feature fires on every other token with two equally frequent magnitudes, one on all with the same, one never."""
     z = torch.tensor([[1.0, 3.0, 0.0], [0.0, 3.0, 0.0], [2.0, 3.0, 0.0], [0.0, 3.0, 0.0]])
     # one bit says whether the first fires; 1.5 magnitudes per token, of which 4 / 6 are 3, 1 / 6 are 1 and 1 / 6 are 2
@@ -76,7 +76,7 @@ def test_the_same_member_twice_costs_twice_as_much() -> None:
 
 @given(seed=st.integers(0, 2**16), scale=st.floats(0.1, 10))
 @settings(max_examples=20, deadline=None)
-def test_order_of_features_and_where_their_scale_lies_do_not_matter(seed: int, scale: float) -> None:
+def test_description_length_is_invariant_to_feature_order_and_decoder_scale(seed: int, scale: float) -> None:
     z, W_dec = _code(24), _dictionary(24)
     expected = description_length(z, W_dec, STEP)
     order = torch.randperm(24, generator=torch.Generator().manual_seed(seed))
@@ -87,17 +87,17 @@ def test_order_of_features_and_where_their_scale_lies_do_not_matter(seed: int, s
 
 @given(cuts=st.lists(st.integers(0, 400), max_size=6))
 @settings(max_examples=20, deadline=None)
-def test_streaming_any_batching_equals_the_whole(cuts: list[int]) -> None:
+def test_description_length_does_not_depend_on_batching(cuts: list[int]) -> None:
     z, W_dec = _code(24), _dictionary(24)
     assert description_length(z.tensor_split(sorted(cuts)), W_dec, STEP) == description_length(z, W_dec, STEP)
 
 
-def test_a_sparse_code_counts_as_the_dense_one() -> None:
+def test_description_length_of_a_sparse_code_equals_that_of_the_dense_code() -> None:
     z, W_dec = _code(24), _dictionary(24)
     assert description_length(SparseCode.from_dense(z), W_dec, STEP) == description_length(z, W_dec, STEP)
 
 
-def test_signs_are_sent_and_magnitudes_beyond_the_last_step_share_it() -> None:
+def test_signs_are_coded_and_large_magnitudes_share_the_last_step() -> None:
     z = torch.tensor([[1.0], [-1.0], [1.0], [-1.0]])
     assert description_length(z, torch.eye(1), 1.0) == pytest.approx(1.0)
     z = torch.tensor([[2.0], [3.0]]) * MAX_STEPS
@@ -108,7 +108,7 @@ def test_a_dictionary_that_never_fires_costs_nothing() -> None:
     assert description_length(torch.zeros(5, 3), torch.eye(3), STEP) == 0
 
 
-def test_bad_input_is_refused() -> None:
+def test_description_length_refuses_missing_tokens_wrong_shapes_and_steps() -> None:
     with pytest.raises(ValueError, match="no tokens"):
         description_length([], torch.eye(3), STEP)
     with pytest.raises(ValueError, match=r"must be \[n, 4\]; got \[2, 3\]"):

@@ -24,12 +24,12 @@ def test_detection_score_is_balanced_accuracy(pairs: list[tuple[bool, bool]]):
 
 
 @pytest.mark.parametrize("answer", [True, False])
-def test_the_same_answer_to_all_is_chance(answer: bool):
+def test_a_constant_answer_scores_chance(answer: bool):
     assert sm.metrics.detection_score([answer] * 7, [True] * 2 + [False] * 5).balanced_accuracy == 0.5
 
 
 @pytest.mark.parametrize("fires", [[True, True], [False, False], [True]])
-def test_texts_of_one_kind_have_no_score(fires: list[bool]):
+def test_texts_of_a_single_class_have_no_detection_score(fires: list[bool]):
     with pytest.raises(ValueError):
         sm.metrics.detection_score([True, False], fires)
 

@@ -90,7 +90,7 @@ def test_diversity_equals_scikit_learn() -> None:
 
 
 @pytest.mark.usefixtures("_blocks")
-def test_every_size_is_compared_as_that_ensemble_alone() -> None:
+def test_stability_of_prefixes_equals_stability_of_each_prefix() -> None:
     runs = [random_dictionaries(11, 5, 9), random_dictionaries(7, 12, 8), random_dictionaries(4, 6, 13)]
     members = [[run[j] for run in runs] for j in range(3)]  # three runs of three members of different sizes
     found = stability_of_prefixes(members)
@@ -132,7 +132,7 @@ def test_identical_runs_are_fully_stable_and_their_stack_is_not_diverse() -> Non
     assert diversity(torch.cat([W_dec, 3 * W_dec])) == 0
 
 
-def test_a_lone_feature_is_diverse() -> None:
+def test_diversity_of_a_single_feature_is_one() -> None:
     assert diversity(torch.ones(1, 3)) == 1
 
 
@@ -156,7 +156,7 @@ def test_matched_stability_equals_exhaustive_search(d_in: int) -> None:
     assert stability_matched(runs) == pytest.approx(expected, rel=1e-5)
 
 
-def test_bad_input_is_refused() -> None:
+def test_stability_and_diversity_refuse_wrong_numbers_and_shapes_of_dictionaries() -> None:
     run, wider = torch.ones(5, 4), torch.ones(5, 6)
     for metric in (stability, stability_pairwise, stability_matched):
         with pytest.raises(ValueError, match="at least 2 dictionaries; got 1"):

@@ -42,7 +42,7 @@ def _check(found, z: np.ndarray) -> None:
         assert found.mean_activation[i].item() == pytest.approx(column[fired].mean() if len(fired) else float("nan"), nan_ok=True)
 
 
-def test_density_mean_and_top_tokens_are_those_of_a_dense_sort() -> None:
+def test_density_mean_and_top_tokens_equal_those_of_a_dense_sort() -> None:
     z = _code()
     assert 0 in (z != 0).sum(0).tolist()
     _check(_activity([z]), z.numpy())
@@ -50,18 +50,18 @@ def test_density_mean_and_top_tokens_are_those_of_a_dense_sort() -> None:
 
 @given(cuts=st.lists(st.integers(0, 300), max_size=12))
 @settings(max_examples=25, deadline=None)
-def test_how_tokens_come_does_not_matter(cuts: list[int]) -> None:
+def test_feature_activity_does_not_depend_on_batching(cuts: list[int]) -> None:
     z = _code()
     _check(_activity(z.tensor_split(sorted(cuts))), z.numpy())
 
 
-def test_a_sparse_code_counts_as_the_dense_one() -> None:
+def test_feature_activity_of_a_sparse_code_equals_that_of_the_dense_code() -> None:
     z = _code()
     _check(_activity([SparseCode.from_dense(part) for part in z.split(31)]), z.numpy())
 
 
 @pytest.mark.parametrize("kind", [sm.Bagging, sm.Boosting])
-def test_members_of_an_ensemble_are_measured_on_their_own_input(kind, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_feature_activity_of_members_uses_each_members_own_input(kind, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluation, "_ENCODER_BYTES", {"cpu": 1})  # 64 rows at a time
     ensemble = kind([sm.build_sae(sm.SAEConfig(architecture="topk", d_in=6, d_sae=d_sae, k=2, init_seed=d_sae)) for d_sae in (8, 12)])
     x = torch.randn(200, 6, generator=torch.Generator().manual_seed(1))
@@ -71,7 +71,7 @@ def test_members_of_an_ensemble_are_measured_on_their_own_input(kind, monkeypatc
         _check(found, z.numpy())
 
 
-def test_bad_input_is_refused() -> None:
+def test_feature_activity_refuses_missing_tokens_wrong_shapes_and_no_top_tokens() -> None:
     with pytest.raises(ValueError, match="no tokens"):
         _activity([])
     with pytest.raises(ValueError, match=r"must be \[n, 12\]; got \[2, 3\]"):
@@ -93,7 +93,7 @@ def _dense(a: Tensor, b: Tensor) -> np.ndarray:
     return cosine_similarity(a.numpy(), b.numpy())
 
 
-def test_matches_in_the_other_members_are_those_of_scikit_learn(dictionaries) -> None:
+def test_matches_in_other_members_equal_those_of_scikit_learn(dictionaries) -> None:
     for j, found in enumerate(matches_in_other_members(dictionaries)):
         cosines = [np.full((len(dictionaries[j]), 1), -2) if i == j else _dense(dictionaries[j], d) for i, d in enumerate(dictionaries)]
         for i, of_member in enumerate(cosines):
@@ -108,7 +108,7 @@ def test_matches_in_the_other_members_are_those_of_scikit_learn(dictionaries) ->
 
 @given(seed=st.integers(0, 1000), shape=st.lists(st.lists(st.integers(1, 7), min_size=1, max_size=3), min_size=2, max_size=4))
 @settings(max_examples=40, deadline=None)
-def test_the_nearest_feature_of_other_runs_is_that_of_a_dense_search(seed: int, shape: list[list[int]]) -> None:
+def test_the_nearest_feature_of_other_runs_equals_a_dense_search(seed: int, shape: list[list[int]]) -> None:
     generator = torch.Generator().manual_seed(seed)
     runs = [[torch.randn(width, 5, generator=generator) for width in widths] for widths in shape]
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -128,14 +128,14 @@ def test_stability_averages_the_largest_cosines_to_other_runs(dictionaries) -> N
     assert stability(dictionaries) == pytest.approx([of_run.cosine.clamp(min=0).mean().item() for of_run in found])
 
 
-def test_of_equally_near_features_the_first_is_taken() -> None:
+def test_the_first_of_equally_near_features_is_reported() -> None:
     twice = torch.eye(3).repeat(2, 1)
     found = nearest_in_other_runs([[torch.eye(3)], [twice], [twice]])
     assert found[0].run.tolist() == [1, 1, 1]
     assert found[0].row.tolist() == [0, 1, 2]
 
 
-def test_one_alone_has_nothing_to_be_compared_with(dictionaries) -> None:
+def test_one_member_or_one_run_alone_is_refused(dictionaries) -> None:
     with pytest.raises(ValueError, match="no other member"):
         matches_in_other_members(dictionaries[:1])
     with pytest.raises(ValueError, match="no other run"):

@@ -13,13 +13,13 @@ VALUES = [0.731, 0.742, 0.729, 0.7355, 0.74]
 
 @pytest.mark.parametrize("n", [2, 3, 5])
 @pytest.mark.parametrize("level", [0.9, 0.95])
-def test_the_interval_is_students(n: int, level: float):
+def test_the_interval_is_that_of_students_t(n: int, level: float):
     values = np.array(VALUES[:n])
     low, high = scipy.stats.t.interval(level, n - 1, loc=values.mean(), scale=scipy.stats.sem(values))
     assert mean_interval(VALUES[:n], level) == pytest.approx((values.mean(), low, high), rel=1e-12)
 
 
-def test_equal_values_have_an_interval_without_width():
+def test_equal_values_have_an_interval_of_zero_width():
     assert mean_interval([0.5, 0.5, 0.5]) == (0.5, 0.5, 0.5)
 
 
@@ -27,6 +27,6 @@ def test_one_value_has_no_interval():
     assert mean_interval([0.5]) == (0.5, None, None)
 
 
-def test_no_values_are_refused():
+def test_an_interval_of_no_values_is_refused():
     with pytest.raises(ValueError, match="at least one"):
         mean_interval([])

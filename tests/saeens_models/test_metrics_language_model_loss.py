@@ -31,7 +31,7 @@ def test_the_loss_is_the_cross_entropy_of_next_tokens_without_padding(monkeypatc
     assert found.plus(NextTokenLoss(1.0, 2)) == (found.total + 1.0, 8)
 
 
-def test_the_share_is_one_for_the_activations_and_zero_for_zeros_and_unknown_where_ablation_does_little() -> None:
+def test_ce_loss_recovered_is_one_for_activations_zero_for_zeros_and_nan_if_ablation_does_little() -> None:
     assert ce_loss_recovered(clean=2.0, ablated=6.0, reconstructed=2.0) == 1
     assert ce_loss_recovered(clean=2.0, ablated=6.0, reconstructed=6.0) == 0
     assert ce_loss_recovered(clean=2.0, ablated=6.0, reconstructed=3.0) == 0.75
@@ -40,7 +40,7 @@ def test_the_share_is_one_for_the_activations_and_zero_for_zeros_and_unknown_whe
     assert ce_loss_recovered(clean=2.0, ablated=2.1, reconstructed=2.2) == pytest.approx(-1)
 
 
-def test_nothing_predicted_is_an_error() -> None:
+def test_a_loss_without_predicted_tokens_is_refused() -> None:
     with pytest.raises(ValueError, match="no token was predicted"):
         evaluate_losses({}, [])
 
@@ -61,7 +61,7 @@ def _saes() -> list[sm.SAE]:
 
 
 @pytest.mark.parametrize("encoder_bytes", [1, 2**24])
-def test_every_size_recovers_the_same_as_that_ensemble_alone(monkeypatch, encoder_bytes: int) -> None:
+def test_ce_loss_recovered_of_every_size_equals_that_of_the_ensemble_alone(monkeypatch, encoder_bytes: int) -> None:
     monkeypatch.setattr(evaluation, "_ENCODER_BYTES", {"cpu": encoder_bytes})
     batches = [_batch(1, n=100), _batch(2, n=25)]
     ensembles = {"bagging": sm.Bagging(_saes()), "boosting": sm.Boosting(_saes())}

@@ -9,7 +9,7 @@ from sklearn.metrics.pairwise import cosine_similarity
 from saeens_models.metrics import diversity, gains, new_features, suggested_size
 
 
-def test_new_features_are_those_below_the_threshold_to_all_members_before():
+def test_new_features_are_below_the_threshold_to_all_earlier_members():
     first = torch.tensor([[1.0, 0, 0], [0, 2, 0]])
     second = torch.tensor([[1.0, 1, 0], [0, 0, 3], [1, 0.1, 0]])  # cosines to the nearest: 0.71, 0, 0.995
     third = torch.tensor([[0.0, -1, 0], [0, 0.1, 5]])  # an opposite direction is new; the other is the second member's
@@ -28,13 +28,13 @@ def test_new_features_agree_with_scikit_learn_for_members_of_different_sizes(thr
     assert new_features(members, threshold) == expected
 
 
-def test_a_copy_brings_nothing_new_and_features_alike_within_a_member_count_each():
+def test_a_copied_member_has_no_new_features_and_duplicates_within_a_member_count_each():
     W_dec = torch.eye(4)[[0, 1, 1, 2]]
     assert new_features([W_dec, W_dec]) == [4, 0]
     assert diversity(W_dec) == 2
 
 
-def test_gains_add_up_to_the_value_of_all():
+def test_gains_add_up_to_the_value_of_the_whole_ensemble():
     assert gains([0.7, 0.75, 0.74]) == pytest.approx([0.7, 0.05, -0.01])
     assert sum(gains([0.1, 0.4, 0.3, 0.9])) == pytest.approx(0.9)
 
@@ -58,24 +58,24 @@ def test_the_suggested_size_is_the_last_worthwhile_member(values: list[float], s
     assert suggested_size([values]) == size
 
 
-def test_a_member_that_helps_one_measure_is_worthwhile():
+def test_a_member_that_improves_one_measure_is_worthwhile():
     variance, stability = [0.7, 0.75, 0.751, 0.752], [0.5, 0.5, 0.6, 0.601]
     assert suggested_size([variance]) == 2
     assert suggested_size([variance, stability]) == 3
     assert suggested_size([variance, [0.5, 0.4, 0.3, 0.2]]) == 2
 
 
-def test_members_behind_the_suggested_size_do_not_change_it_unless_they_are_worthwhile():
+def test_later_members_change_the_suggested_size_only_if_worthwhile():
     values = [0.5, 0.6, 0.61]
     assert suggested_size([values]) == suggested_size([[*values, 0.615, 0.62]]) == 2
     assert suggested_size([[*values, 0.7]]) == 4
 
 
-def test_the_share_can_be_chosen():
+def test_the_share_of_the_gain_is_an_argument():
     assert suggested_size([[0.5, 0.52, 0.53]], share=0.02) == 3
 
 
 @pytest.mark.parametrize("measures", [[], [[]], [[0.5], [0.5, 0.6]]], ids=["none", "empty", "different lengths"])
-def test_measures_that_do_not_fit_together_are_refused(measures: list[list[float]]):
+def test_measures_of_different_lengths_are_refused(measures: list[list[float]]):
     with pytest.raises(ValueError, match="one value for each number of members"):
         suggested_size(measures)

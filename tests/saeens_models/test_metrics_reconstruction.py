@@ -38,7 +38,7 @@ def test_mse_and_explained_variance_meet_the_golden_values(architecture: str, me
 
 @given(cuts=st.lists(st.integers(0, 600), max_size=12), mean=st.sampled_from([0.0, 1e4]))
 @settings(max_examples=40, deadline=None)
-def test_streaming_any_batching_equals_the_whole(cuts: list[int], mean: float) -> None:
+def test_reconstruction_does_not_depend_on_batching(cuts: list[int], mean: float) -> None:
     x = TENSORS["activations"].double() + mean
     x_hat = TENSORS["topk.bagging.reconstruction"].double() + mean
     whole = reconstruction(x, x_hat)
@@ -87,7 +87,7 @@ def test_constant_dimensions_are_left_out_of_explained_variance_and_counted() ->
         assert result.mse > 1e10
 
 
-def test_nothing_varies_gives_nan_and_keeps_the_error() -> None:
+def test_constant_activations_have_nan_explained_variance_and_an_mse() -> None:
     x = torch.full((5, 3), 2.0)
     result = reconstruction(x, x + 1)
     assert math.isnan(result.explained_variance)
@@ -103,7 +103,7 @@ def test_half_precision_input_is_accumulated_in_double() -> None:
     assert reconstruction(x, torch.full_like(x, 3.0)).explained_variance == pytest.approx(0.0, abs=1e-12)
 
 
-def test_result_reads_as_a_mapping() -> None:
+def test_the_reconstruction_result_is_a_mapping() -> None:
     result = reconstruction(torch.eye(3), torch.zeros(3, 3))
     assert list(result) == ["mse", "explained_variance", "fvu", "constant_dimensions", "tokens"]
     assert result["mse"] == result.mse == 1.0
@@ -126,7 +126,7 @@ def test_reconstructions_of_the_same_activations_share_their_moments() -> None:
         metrics[0].compute()
 
 
-def test_a_refused_batch_leaves_no_trace() -> None:
+def test_a_refused_batch_does_not_change_the_metric() -> None:
     x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
     metric = ReconstructionMetric()
     metric.update(x, x + 1)
@@ -136,7 +136,7 @@ def test_a_refused_batch_leaves_no_trace() -> None:
     assert metric.compute() == before
 
 
-def test_bad_input_is_refused() -> None:
+def test_reconstruction_refuses_wrong_shapes_and_non_finite_values() -> None:
     x = torch.ones(4, 3)
     with pytest.raises(ValueError, match=r"\[4, 3\] and \[4, 2\]"):
         reconstruction(x, x[:, :2])

@@ -18,7 +18,7 @@ def test_values_that_are_not_finite_or_at_the_limit_are_counted(dtype: torch.dty
     assert count_values(x) == (60, 3, 2)
 
 
-def test_nothing_is_counted_of_nothing():
+def test_counts_of_an_empty_tensor_are_zero():
     assert count_values(torch.empty(0, 4)) == (0, 0, 0)
 
 

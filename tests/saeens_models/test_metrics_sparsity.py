@@ -39,7 +39,7 @@ def test_density_and_dead_features_are_rates_over_tokens_and_features() -> None:
 
 @given(cuts=st.lists(st.integers(0, 600), max_size=8))
 @settings(max_examples=20, deadline=None)
-def test_streaming_any_batching_equals_the_whole(cuts: list[int]) -> None:
+def test_sparsity_does_not_depend_on_batching(cuts: list[int]) -> None:
     z = TENSORS["jumprelu.boosting.codes"]
     result = sparsity(z.tensor_split(sorted(cuts)))
     assert torch.equal(result.density, (z != 0).double().mean(0))
@@ -47,7 +47,7 @@ def test_streaming_any_batching_equals_the_whole(cuts: list[int]) -> None:
 
 
 @pytest.mark.parametrize("features", [range(1), range(48), range(48, 96), range(192)])
-def test_some_features_are_the_sparsity_of_those_columns(features: range) -> None:
+def test_sparsity_of_some_features_is_that_of_their_columns(features: range) -> None:
     z = TENSORS["jumprelu.boosting.codes"]
     metric = SparsityMetric(192)
     metric.update(z)
@@ -58,14 +58,14 @@ def test_some_features_are_the_sparsity_of_those_columns(features: range) -> Non
     torch.testing.assert_close(result.density, fires.double().mean(0))
 
 
-def test_a_sparse_code_counts_as_the_dense_one() -> None:
+def test_sparsity_of_a_sparse_code_equals_that_of_the_dense_code() -> None:
     z = TENSORS["topk.boosting.codes"]
     result, expected = sparsity([SparseCode.from_dense(z)]), sparsity(z)
     assert result[:3] == expected[:3]
     assert torch.equal(result.density, expected.density)
 
 
-def test_bad_input_is_refused() -> None:
+def test_sparsity_refuses_missing_tokens_wrong_shapes_and_unknown_features() -> None:
     with pytest.raises(ValueError, match="no batches"):
         sparsity([])
     with pytest.raises(ValueError, match="no tokens"):

@@ -21,7 +21,7 @@ _ARCHITECTURES = [
 
 @pytest.mark.parametrize("architecture", _ARCHITECTURES, ids=lambda each: each["architecture"])
 @pytest.mark.parametrize("size", [1, 7, 50])
-def test_objective_and_gradients_of_a_batch_in_parts_are_those_of_the_whole(architecture, size):
+def test_objective_and_gradients_of_micro_batches_equal_those_of_the_whole_batch(architecture, size):
     sae = build_sae(sm.SAEConfig(**architecture, d_in=10, d_sae=64, init_seed=2))
     x = torch.randn(50, 10, generator=torch.Generator().manual_seed(1))
     dead = torch.arange(64) % 3 == 0

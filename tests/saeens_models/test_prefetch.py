@@ -33,7 +33,7 @@ current_streams = ["main"]
 
 
 class Batch:
-    """Of the numbered batches of a stream one, on the CPU, pinned, or on the device."""
+    """A numbered batch of a stream: on the CPU, pinned, or on the device."""
 
     def __init__(self, number: int, calls: list[str], place: str = "cpu") -> None:
         self.number, self.calls, self.place = number, calls, place
@@ -83,7 +83,7 @@ def on_played_gpu(batches: Any) -> Any:
     return on_device(batches, "cuda:1")
 
 
-def test_on_the_cpu_batches_are_passed_on_when_they_are_asked_for():
+def test_batches_on_the_cpu_are_read_when_requested():
     reading = Reading([torch.full((2, 3), float(number)) for number in range(3)])
     for number, batch in enumerate(on_device(iter(reading), "cpu")):
         assert batch is reading.batches[number]
@@ -91,13 +91,13 @@ def test_on_the_cpu_batches_are_passed_on_when_they_are_asked_for():
     assert reading.n_read == 3
 
 
-def test_batches_are_converted_to_nothing_but_the_device():
+def test_batches_keep_their_dtype_on_the_device():
     batches = [torch.zeros(2, 3, dtype=torch.float16), torch.zeros(1, 3)]
     found = list(on_device(batches, "meta"))
     assert [(batch.device.type, batch.dtype, len(batch)) for batch in found] == [("meta", torch.float16, 2), ("meta", torch.float32, 1)]
 
 
-def test_on_cuda_the_next_batch_is_being_copied_while_one_is_used_and_nothing_after_it_is_read(calls):
+def test_on_cuda_exactly_one_batch_is_copied_ahead(calls):
     reading = Reading([Batch(number, calls) for number in range(4)])
     for number, batch in enumerate(on_played_gpu(iter(reading))):
         assert (batch.number, batch.place) == (number, "device")
@@ -121,7 +121,7 @@ def test_on_cuda_the_next_batch_is_being_copied_while_one_is_used_and_nothing_af
     ]
 
 
-def test_on_cuda_batches_that_are_there_already_are_not_copied(calls):
+def test_batches_already_on_cuda_are_not_copied(calls):
     batches = [Batch(number, calls, "device") for number in range(3)]
     found = list(on_played_gpu(batches))
     assert all(a is b for a, b in zip(found, batches, strict=True))
@@ -129,7 +129,7 @@ def test_on_cuda_batches_that_are_there_already_are_not_copied(calls):
 
 
 @pytest.mark.parametrize("n", [0, 1])
-def test_on_cuda_short_streams_are_whole(calls, n):
+def test_short_streams_on_cuda_are_complete(calls, n):
     assert [batch.number for batch in on_played_gpu([Batch(number, calls) for number in range(n)])] == list(range(n))
 
 
@@ -156,7 +156,7 @@ def test_an_error_of_the_stream_reaches_the_consumer(calls, device):
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-def test_on_a_gpu_batches_arrive_as_they_were():
+def test_batches_arrive_unchanged_on_a_gpu():
     batches = list(torch.randn(200_000, 16, generator=torch.Generator().manual_seed(0)).split(30_000))
     sums: list[Tensor] = []
     for batch, own in zip(on_device(batches, "cuda"), batches, strict=True):

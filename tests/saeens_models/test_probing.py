@@ -104,7 +104,7 @@ def _of(pooled: PooledTexts, name: str, n_members: int) -> Dictionary:
 
 
 @pytest.mark.parametrize("memory_budget", [0, 5000, 2**30])
-def test_pooled_texts_are_means_of_dense_codes_and_of_activations(ensembles: dict[str, Ensemble], memory_budget: int):
+def test_pooled_texts_equal_means_of_dense_codes_and_of_activations(ensembles: dict[str, Ensemble], memory_budget: int):
     texts, expected = _texts(), _dense(ensembles, _texts())
     pooled = PooledTexts(ensembles, Batches(texts), memory_budget)
     for _ in range(2):
@@ -118,7 +118,7 @@ def test_pooled_texts_are_means_of_dense_codes_and_of_activations(ensembles: dic
     np.testing.assert_allclose(selected.numpy(), expected[[90, 2, 50]][:, columns.numpy()], atol=1e-5)
 
 
-def test_members_of_several_architectures_are_pooled_as_they_encode():
+def test_members_of_several_architectures_are_pooled_by_their_own_encoders():
     own = {"topk": {"k": 3}, "jumprelu": {"l0_coefficient": 0.1}, "standard": {"l1_coefficient": 0.1}}
     saes = [_sae(seed, 10 + seed, architecture, **fields) for seed, (architecture, fields) in enumerate(own.items())]
     mixed = {"bag": sm.Bagging(saes), "boost": sm.Boosting(saes)}
@@ -126,7 +126,7 @@ def test_members_of_several_architectures_are_pooled_as_they_encode():
     np.testing.assert_allclose(values.numpy(), _dense(mixed, _texts()), atol=1e-5)
 
 
-def test_dictionaries_are_all_sizes_of_all_ensembles_and_the_activations(ensembles: dict[str, Ensemble]):
+def test_probed_dictionaries_are_all_sizes_of_all_ensembles_and_the_activations(ensembles: dict[str, Ensemble]):
     pooled = PooledTexts(ensembles, Batches(_texts()))
     sizes = [(each.name, each.n_members, each.columns, each.scale) for each in pooled.dictionaries]
     assert sizes == [
@@ -144,7 +144,7 @@ def test_dictionaries_are_all_sizes_of_all_ensembles_and_the_activations(ensembl
     torch.testing.assert_close(_of(pooled, "boost", 2).directions(features), ensembles["boost"].W_dec.detach()[features])
 
 
-def test_codes_within_the_budget_are_computed_once_and_others_every_time(ensembles: dict[str, Ensemble]):
+def test_codes_within_the_memory_budget_are_computed_once(ensembles: dict[str, Ensemble]):
     for memory_budget, expected in ((2**30, {1}), (0, {3}), (10_000, {1, 3})):
         batches = Batches(_texts())
         pooled = PooledTexts(ensembles, batches, memory_budget)
@@ -174,7 +174,7 @@ def _reference_accuracy(dense: np.ndarray, probe: ConceptProbe, columns: range, 
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_concept_scores_are_those_of_scikit_learn_on_dense_codes(ensembles: dict[str, Ensemble]):
+def test_concept_scores_equal_those_of_scikit_learn_on_dense_codes(ensembles: dict[str, Ensemble]):
     pooled, dense = PooledTexts(ensembles, Batches(_texts()), memory_budget=3000), _dense(ensembles, _texts())
     probes = [_probe(0), _probe(1, start=16)]
     for probe, scores in zip(probes, detect_concepts(pooled, probes), strict=True):
@@ -223,7 +223,7 @@ def _n_near_an_earlier_one(directions: np.ndarray, pooled: PooledTexts, n: int) 
 
 
 @given(sizes=st.lists(st.integers(4, 12), min_size=2, max_size=5), seed=st.integers(0, 5))
-def test_a_label_is_told_from_as_many_texts_spread_evenly_over_the_others(sizes: list[int], seed: int):
+def test_a_label_is_probed_against_as_many_texts_spread_evenly_over_the_other_labels(sizes: list[int], seed: int):
     sizes[0] = 4 * (len(sizes) - 1)  # so that each of the others has its share
     bounds = np.cumsum([0, *sizes])
     texts = {str(i): torch.arange(bounds[i], bounds[i + 1]) for i in range(len(sizes))}
@@ -247,7 +247,7 @@ def test_a_probe_needs_enough_texts_of_other_labels():
 # spurious correlation removal
 
 
-def test_scr_by_hand():
+def test_scr_is_the_share_of_the_accuracy_gap_and_zero_for_small_gaps():
     assert scr(0.8, biased := 0.6, 0.9) == pytest.approx(2 / 3)
     assert scr(0.5, biased, 0.9) == pytest.approx(-1 / 3)
     assert scr(0.8, 0.8999, 0.9) == 0  # the clean probe is better by less than 0.001
@@ -280,7 +280,7 @@ def _reference_probe(
     return best
 
 
-def test_probes_are_those_of_a_plain_training_loop():
+def test_probes_equal_those_of_a_plain_training_loop():
     generator = torch.Generator().manual_seed(3)
     n, p = 100, 3
     x, x_test = torch.randn(n, p, D_IN, generator=generator), torch.randn(40, p, D_IN, generator=generator)
@@ -321,7 +321,7 @@ def _ablated_text(dictionary: Dictionary, x: Tensor, zeroed: list[int]) -> Tenso
         return (dictionary.ensemble.decode(z) + error).mean(0)
 
 
-def test_scores_are_those_of_reconstructions_without_the_features(ensembles: dict[str, Ensemble]):
+def test_scr_scores_equal_those_of_reconstructions_without_the_features(ensembles: dict[str, Ensemble]):
     texts, dense = _texts(), _dense(ensembles, _texts())
     pooled = PooledTexts(ensembles, Batches(texts), memory_budget=3000)
     (scores,) = remove_correlations(pooled, [TASK], seed=1)
@@ -370,7 +370,7 @@ def _accuracy(x: Tensor, weight: Tensor, bias: Tensor, positive: Tensor) -> floa
     return ((x @ weight + bias > 0) == positive).double().mean().item()
 
 
-def test_neither_direction_is_the_metric_where_the_biased_probe_is_as_good_in_both(ensembles: dict[str, Ensemble]):
+def test_no_scr_direction_counts_if_the_biased_probe_is_equally_good_in_both(ensembles: dict[str, Ensemble]):
     x = torch.zeros(N_TEXTS, D_IN)
     numbers = torch.arange(N_TEXTS)
     x[:, 0], x[:, 1] = 2.0 * (numbers & 1) - 1, 2.0 * (numbers >> 1 & 1) - 1  # the attributes are alike in every way
@@ -381,7 +381,7 @@ def test_neither_direction_is_the_metric_where_the_biased_probe_is_as_good_in_bo
     assert any(score.is_scr_metric for score in scores) != tied
 
 
-def test_quadrants_have_twice_as_many_texts_where_the_attributes_agree():
+def test_quadrants_of_wrong_sizes_are_refused():
     with pytest.raises(ValueError, match=r"2 q, q, q and 2 q texts, q at least 1; got \[3, 2, 2, 4\]"):
         Quadrants(*(torch.arange(n) for n in (3, 2, 2, 4))).check()
     with pytest.raises(ValueError, match="q at least 1"):

@@ -8,7 +8,7 @@ import pytest
 from pydantic import BaseModel, SerializeAsAny, ValidationError
 
 import saeens_models as sm
-from saeens_models.architectures import settings_class
+from saeens_models.architectures import architectures, settings_class
 from saeens_models.architectures.topk import TopKConfig
 
 TOPK = {"architecture": "topk", "expansion": 2, "k": 4}
@@ -100,9 +100,9 @@ def test_exactly_one_width_is_given(widths):
         (
             {"architecture": "top_k"},
             ("architecture",),
-            "'top_k' is unknown; one of: batch_topk, gated, jumprelu, matching_pursuit, standard",
+            f"'top_k' is unknown; one of: {', '.join(architectures())}",
         ),
-        ({"architecture": None}, ("architecture",), "is missing; one of: batch_topk, gated"),
+        ({"architecture": None}, ("architecture",), f"is missing; one of: {', '.join(architectures())}"),
         ({"architecture": "standard"}, ("k",), "not permitted"),
     ],
 )
@@ -134,7 +134,7 @@ def test_width_and_l0_have_names_and_values():
     assert settings(architecture="standard", expansion=2).l0 is None
 
 
-def test_joined_settings_are_the_first_with_the_widths_added_up():
+def test_joined_settings_are_the_first_with_the_sum_of_the_widths():
     saes = [
         settings(**TOPK | {"expansion": expansion, "k": k, "k_aux": k_aux}) for expansion, k, k_aux in ((2, 4, 9), (4, 3, 8), (3, 6, 7))
     ]

@@ -27,7 +27,7 @@ def dense(code: SparseCode) -> torch.Tensor:
     return z
 
 
-def test_a_dense_code_comes_back() -> None:
+def test_a_dense_code_is_restored_from_its_sparse_code() -> None:
     z = random_code(20, 13)
     code = SparseCode.from_dense(z)
     assert code.shape == z.shape
@@ -57,7 +57,7 @@ def test_decoding_is_the_product_with_the_dictionary() -> None:
     assert torch.equal(SparseCode.from_dense(torch.zeros(4, 13)).decode(W_dec), torch.zeros(4, 6))
 
 
-def test_codes_side_by_side_are_one_code() -> None:
+def test_concatenated_codes_are_one_code() -> None:
     members = [random_code(20, width, seed) for seed, width in enumerate([13, 1, 30])]
     joined = SparseCode.concatenate([SparseCode.from_dense(z) for z in members])
     assert torch.equal(dense(joined), torch.cat(members, dim=1))
@@ -71,7 +71,7 @@ def test_tokens_are_split_without_loss(n_tokens: int) -> None:
     assert torch.equal(torch.cat([dense(part) for part in parts]), z)
 
 
-def test_only_two_dimensional_codes_are_taken() -> None:
+def test_codes_that_are_not_two_dimensional_are_refused() -> None:
     for z in (torch.zeros(3), torch.zeros(3, 0), torch.zeros(2, 3, 4)):
         with pytest.raises(ValueError, match=r"must be \[n, n_features\] with n_features > 0"):
             list(sparse_codes(z))

@@ -86,7 +86,7 @@ def assert_same(found: tuple[list[sm.SAE], list[Any]], expected: tuple[list[sm.S
 
 
 @pytest.mark.parametrize("architecture", ["topk", "standard", "jumprelu"])
-def test_steps_by_a_graph_are_the_steps_without(graphs, monkeypatch, architecture):
+def test_steps_of_a_graph_equal_steps_without_one(graphs, monkeypatch, architecture):
     on = batches(*[32] * 12)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -95,14 +95,14 @@ def test_steps_by_a_graph_are_the_steps_without(graphs, monkeypatch, architectur
     assert_same(found, without_graphs(monkeypatch, on, configs(architecture)))
 
 
-def test_a_graph_is_made_for_each_shape_that_comes_twice(graphs, monkeypatch):
+def test_a_graph_is_recorded_for_each_shape_seen_twice(graphs, monkeypatch):
     on = batches(32, 32, 32, 16, 32, 16, 16, 16, 7)
     found = train(on)
     assert [graph.n_replays for graph in graphs] == [3, 2]
     assert_same(found, without_graphs(monkeypatch, on))
 
 
-def test_steps_with_dead_features_are_taken_without_a_graph(graphs, monkeypatch):
+def test_steps_with_dead_features_use_no_graph(graphs, monkeypatch):
     on = batches(*[16] * 10)
     found = train(on, dead_after_tokens=64)
     assert any(of_sae.dead_features > 0 for point in found[1] for of_sae in point)
@@ -110,7 +110,7 @@ def test_steps_with_dead_features_are_taken_without_a_graph(graphs, monkeypatch)
     assert_same(found, without_graphs(monkeypatch, on, dead_after_tokens=64))
 
 
-def test_the_warm_up_of_the_sparsity_coefficient_is_taken_without_a_graph(graphs, monkeypatch):
+def test_the_warm_up_of_the_sparsity_coefficient_uses_no_graph(graphs, monkeypatch):
     on = batches(*[16] * 10)
     found = train(on, configs("standard"), sparsity_warmup_fraction=0.5)
     assert [graph.n_replays for graph in graphs] == [6]  # steps 5 to 10 are at the full coefficient
@@ -139,7 +139,7 @@ def test_a_graph_of_another_learning_rate_is_not_used(graphs, monkeypatch):
     assert_same(found, without_graphs(monkeypatch, batches(*[32] * 5)))
 
 
-def test_steps_are_taken_without_a_graph_if_recording_fails(graphs, monkeypatch):
+def test_steps_use_no_graph_if_recording_fails(graphs, monkeypatch):
     def fail(*_: Any) -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
 
@@ -150,7 +150,7 @@ def test_steps_are_taken_without_a_graph_if_recording_fails(graphs, monkeypatch)
     assert_same(found, without_graphs(monkeypatch, batches(*[32] * 5)))
 
 
-def test_large_saes_and_micro_batches_need_no_graph(graphs, monkeypatch):
+def test_large_saes_and_micro_batches_use_no_graph(graphs, monkeypatch):
     sm.train(configs(), batches(*[32] * 4), sm.TrainingConfig(**TRAINING, total_tokens=128), micro_batch_tokens=8)
     monkeypatch.setattr(loop, "_ENTRIES_FOR_ONE_LAUNCH", {"cpu": 100})
     train(batches(*[32] * 4))
@@ -158,7 +158,7 @@ def test_large_saes_and_micro_batches_need_no_graph(graphs, monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_a_graph_takes_the_steps(monkeypatch):
+def test_steps_on_a_gpu_use_a_graph(monkeypatch):
     on = [batch.cuda() for batch in batches(*[512] * 12)]
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -48,7 +48,7 @@ def _migrations_are_read_once() -> Iterator[None]:
 
 @pytest.fixture
 def fresh_forkserver() -> None:
-    """Processes are forked from a server that starts anew: one that an earlier test has started has that test's environment."""
+    """Fork processes from a new server: the server of an earlier test has that test's environment."""
     forkserver._forkserver._stop()  # pyright: ignore[reportAttributeAccessIssue]
 
 

@@ -16,7 +16,7 @@ Rule = Callable[["Question"], str]
 
 
 class Question(NamedTuple):
-    """What was asked: to explain texts, or which of them fit an explanation."""
+    """A question: explain texts, or detect which of them fit an explanation."""
 
     explanation: str | None
     """None where one is asked for"""
@@ -38,6 +38,8 @@ class Canned(NamedTuple):
     body: str = "{}"
     headers: dict[str, str] = {}  # noqa: RUF012  # nothing changes it
     delay_seconds: float = 0.0
+    trickle_seconds: float = 0.0
+    """Between two bytes of the body."""
 
 
 def completion(text: str | None, finish_reason: str = "stop") -> str:
@@ -104,7 +106,9 @@ def serving(endpoint: FakeEndpoint) -> Iterator[FakeEndpoint]:
                 for name, value in {"Content-Type": "application/json", **response.headers, "Content-Length": str(len(body))}.items():
                     self.send_header(name, value)
                 self.end_headers()
-                self.wfile.write(body)
+                for part in [body[i : i + 1] for i in range(len(body))] if response.trickle_seconds else [body]:
+                    self.wfile.write(part)
+                    time.sleep(response.trickle_seconds)
             except OSError:
                 """Who asked did not wait."""
 

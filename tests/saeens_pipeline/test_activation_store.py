@@ -1,4 +1,4 @@
-"""The activation store: what is written is what is read, in order or shuffled, stored or computed on the fly."""
+"""The activation store: rows are read as written, in order or shuffled, stored or computed while reading."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _write(path: Path, rows: torch.Tensor, dtype: StoredDtype = "float32", batch
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n_rows", [1, 4, 64, 150])  # less than a chunk, one chunk, one shard, two shards and a bit
-def test_rows_come_back_in_order_and_rounded_to_the_dtype(tmp_path, dtype, n_rows):
+def test_rows_are_read_in_order_and_rounded_to_the_dtype(tmp_path, dtype, n_rows):
     rows = _rows(n_rows)
     store = _write(tmp_path / "a.zarr", rows, dtype)
     chunks = list(store.chunks("train"))
@@ -49,7 +49,7 @@ def test_rows_come_back_in_order_and_rounded_to_the_dtype(tmp_path, dtype, n_row
     assert (store.n_rows("train"), store.n_rows("test"), store.d_in, store.dtype) == (n_rows, 2, D_IN, dtype)
 
 
-def test_document_and_position_of_every_row_are_kept(tmp_path):
+def test_the_document_and_position_of_every_row_are_stored(tmp_path):
     store = _write(tmp_path / "a.zarr", _rows(150))
     assert np.array_equal(store.document("train"), np.arange(150) // 3)
     assert np.array_equal(store.position("train"), np.arange(150) % 3)
@@ -118,7 +118,7 @@ def _order(store: ActivationReader, **how) -> list[float]:
     return torch.cat(list(store.batches("train", 10, **how)))[:, 0].tolist()
 
 
-def test_order_is_reproducible_and_another_for_every_seed_and_epoch(tmp_path):
+def test_order_is_reproducible_and_differs_by_seed_and_epoch(tmp_path):
     store = _write(tmp_path / "a.zarr", _rows(150))
     first = _order(store, seed=1, epochs=2)
     assert first == _order(store, seed=1, epochs=2)
@@ -140,7 +140,7 @@ def test_rows_of_distant_chunks_are_mixed(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_store_of_another_layout_gives_the_same_rows_and_batches(tmp_path, dtype):
+def test_rows_and_batches_do_not_depend_on_the_chunk_layout(tmp_path, dtype):
     plain, other = (_write(tmp_path / name, _rows(150), dtype) for name in ("plain.zarr", "other.zarr"))
     train = zarr.open_group(other.path / "train", mode="a")
     bits = np.asarray(zarr.open_array(other.path / "train" / "activations", mode="r")[:])
@@ -170,7 +170,7 @@ def test_a_truncated_shard_stops_the_batches_with_an_error_that_names_it(tmp_pat
     assert str(shard) in str(error.value)
 
 
-def test_float16_overflow_names_what_the_largest_value_and_the_way_out(tmp_path):
+def test_float16_overflow_names_the_layer_its_largest_value_and_bfloat16(tmp_path):
     rows = _rows(5)
     rows[3, 2] = -70_000.0
     with pytest.raises(SaeensError, match=r"layer 1 has values up to 70,000, and float16 ends at 65,504: set dtype: bfloat16"):
@@ -194,7 +194,7 @@ def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch
     assert not (tmp_path / "a.zarr").exists()
 
 
-def test_a_store_takes_no_more_bytes_than_announced(tmp_path):
+def test_a_store_is_no_larger_than_its_forecast(tmp_path):
     _write(tmp_path / "a.zarr", _rows(1000), "float16", batch=100)
     arrays = [file for file in (tmp_path / "a.zarr").rglob("*") if file.is_file() and file.name != "zarr.json"]
     index_bytes = 16 * 16 + 4  # per shard, of which the tiny chunks here need many
@@ -204,7 +204,7 @@ def test_a_store_takes_no_more_bytes_than_announced(tmp_path):
 
 
 @pytest.mark.parametrize(("announced", "message"), [(6, "expected 6 rows, got 5"), (4, "expected 4 rows, got 5")])
-def test_other_rows_than_announced_are_an_error(tmp_path, announced, message):
+def test_a_wrong_number_of_rows_is_refused(tmp_path, announced, message):
     with (
         pytest.raises(SaeensError, match=f"layer 1, train split: {message}"),
         ActivationWriter(tmp_path / "a.zarr", D_IN, "float32", {"train": announced}, name="layer 1", with_origin=False) as writer,
@@ -212,7 +212,7 @@ def test_other_rows_than_announced_are_an_error(tmp_path, announced, message):
         writer.append("train", _rows(5))
 
 
-def test_a_store_that_was_not_finished_cannot_be_opened(tmp_path):
+def test_an_unfinished_store_cannot_be_opened(tmp_path):
     writer = ActivationWriter(tmp_path / "a.zarr", D_IN, "float32", {"train": 5}, name="layer 1", with_origin=False)
     writer.append("train", _rows(5))
     with pytest.raises(SaeensError, match="only a part"):
@@ -221,7 +221,7 @@ def test_a_store_that_was_not_finished_cannot_be_opened(tmp_path):
         ActivationStore(tmp_path / "nothing.zarr")
 
 
-def test_asking_for_a_split_that_is_not_there_names_those_that_are(tmp_path):
+def test_a_missing_split_is_refused_with_the_available_ones(tmp_path):
     with pytest.raises(SaeensError, match=r"has no dev/activations; it has .*train/activations"):
         _write(tmp_path / "a.zarr", _rows(5)).n_rows("dev")
 
@@ -239,7 +239,7 @@ def _round(seed: int):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_residual_on_the_fly_has_the_bits_of_the_stored_one(tmp_path, dtype):
+def test_a_residual_computed_while_reading_has_the_bits_of_the_stored_one(tmp_path, dtype):
     origin = _write(tmp_path / "a.zarr", _rows(150), dtype)
     rounds = [_round(1), _round(2), _round(3)]
     stored: ActivationReader = origin

@@ -1,4 +1,4 @@
-"""The table of explanations: made, not configured, and configured later; against dense codes of what is on disk."""
+"""The table of explanations: with an endpoint, without one, and with a later one; against dense codes of stored activations."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def _declare(laboratory: Laboratory, **changes: Any) -> None:
 # Not configured, and configured later
 
 
-def test_without_an_endpoint_the_table_is_empty_and_says_so(laboratory: Laboratory):
+def test_without_an_endpoint_the_table_is_empty_and_its_metadata_give_the_reason(laboratory: Laboratory):
     assert len(_table(laboratory)) == 0
     assert _made(laboratory)["status"] == "not configured"
     assert _state() == ("fresh", "")
@@ -119,13 +119,13 @@ def test_without_an_endpoint_the_table_is_empty_and_says_so(laboratory: Laborato
     assert f"No feature was asked about. No endpoint was configured. Set `{URL_VARIABLE}`" in printed.stderr
 
 
-def test_a_run_without_an_endpoint_says_what_to_set(laboratory: Laboratory):
+def test_a_run_without_an_endpoint_names_the_variable_to_set(laboratory: Laboratory):
     laboratory.artefact("eval/autointerp", SEED).path.unlink()
     assert f"not configured: set {URL_VARIABLE}" in laboratory.run()
     assert "nothing to do" in laboratory.run()
 
 
-def test_with_an_endpoint_the_table_is_made_and_stays_without_one(
+def test_a_table_computed_with_an_endpoint_stays_fresh_without_one(
     fake: FakeEndpoint, laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch
 ):
     state, reason = _state()
@@ -143,7 +143,7 @@ def test_with_an_endpoint_the_table_is_made_and_stays_without_one(
     assert "nothing to do" in laboratory.run()
 
 
-def test_a_table_that_is_lost_comes_back_from_the_answers_with_and_without_an_endpoint(
+def test_a_removed_table_is_rebuilt_from_stored_answers_with_and_without_an_endpoint(
     fake: FakeEndpoint, laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch
 ):
     laboratory.run()
@@ -160,7 +160,7 @@ def test_a_table_that_is_lost_comes_back_from_the_answers_with_and_without_an_en
     assert len(fake.requests) == n_requests and _made(laboratory)["requests"] == 0
 
 
-def test_more_features_ask_for_those_that_are_new(fake: FakeEndpoint, laboratory: Laboratory):
+def test_adding_features_requests_explanations_of_the_new_ones_only(fake: FakeEndpoint, laboratory: Laboratory):
     _declare(laboratory, features=8, control=False)
     laboratory.run()
     few, before = _table(laboratory), list(fake.requests)
@@ -175,14 +175,14 @@ def test_more_features_ask_for_those_that_are_new(fake: FakeEndpoint, laboratory
 @pytest.mark.parametrize(
     "changed", [{"retries": 3}, {"requests_at_once": 5}, {"timeout_seconds": 7}, {"prices": {"input": 1, "output": 2}}]
 )
-def test_how_it_is_asked_is_no_part_of_the_recipe(changed: dict[str, Any], fake: FakeEndpoint, laboratory: Laboratory):
+def test_request_settings_are_not_in_the_recipe(changed: dict[str, Any], fake: FakeEndpoint, laboratory: Laboratory):
     laboratory.run()
     _declare(laboratory, **changed)
     assert _state() == ("fresh", "")
 
 
 @pytest.mark.parametrize("changed", [{"model": "other"}, {"features": 3}, {"control": False}, {"parameters": {}}])
-def test_what_is_asked_is_part_of_the_recipe(changed: dict[str, Any], fake: FakeEndpoint, laboratory: Laboratory):
+def test_question_settings_are_in_the_recipe(changed: dict[str, Any], fake: FakeEndpoint, laboratory: Laboratory):
     laboratory.run()
     _declare(laboratory, **changed)
     assert _state()[0] == "stale"
@@ -191,7 +191,7 @@ def test_what_is_asked_is_part_of_the_recipe(changed: dict[str, Any], fake: Fake
 # What is asked, and what comes of it
 
 
-def test_scores_are_those_of_the_rule_on_texts_of_the_right_kind(fake: FakeEndpoint, laboratory: Laboratory):
+def test_scores_equal_the_rules_accuracy_on_active_and_silent_texts(fake: FakeEndpoint, laboratory: Laboratory):
     laboratory.run()
     table, contexts = _table(laboratory), _table(laboratory, "contexts")
     silent = _silent_texts(laboratory)
@@ -224,7 +224,7 @@ def test_scores_are_those_of_the_rule_on_texts_of_the_right_kind(fake: FakeEndpo
 
 
 def _without(texts: list[str], some: list[str]) -> set[str]:
-    """What is left of texts, of which `some` are a part; all of them where they are not."""
+    """Return texts without `some`, or all of them if `some` is not contained."""
     rest = list(texts)
     for text in some:
         if text not in rest:
@@ -256,7 +256,7 @@ def _silent_texts(laboratory: Laboratory) -> dict[tuple[str, int, int], set[str]
     return found
 
 
-def test_a_reader_who_knows_all_scores_one_and_one_who_says_yes_to_all_is_at_chance(fake: FakeEndpoint, laboratory: Laboratory):
+def test_a_perfect_detector_scores_one_and_a_constant_one_scores_chance(fake: FakeEndpoint, laboratory: Laboratory):
     contexts = _table(laboratory, "contexts")["contexts"]
     of_features = [["".join(context["tokens"]) for context in json.loads(row)] for row in contexts]
     known = {json.dumps(texts[::2]): set(texts[1::2]) for texts in of_features if texts}
@@ -297,7 +297,7 @@ def test_the_control_is_the_explanation_of_another_feature_of_the_same_ensemble(
     assert {used.count(explanation) for explanation in methods} <= {2, 3, 4}  # once as its own, once as another's, in either ensemble
 
 
-def test_features_with_too_few_texts_are_rows_and_are_not_asked_about(fake: FakeEndpoint, laboratory: Laboratory):
+def test_features_with_too_few_texts_have_rows_and_no_requests(fake: FakeEndpoint, laboratory: Laboratory):
     laboratory.run()
     table = _table(laboratory)
     assert table.group_by("method").len()["len"].to_list() == [20, 20]
@@ -315,7 +315,7 @@ def test_features_with_too_few_texts_are_rows_and_are_not_asked_about(fake: Fake
     assert WINDOWS >= 200
 
 
-def test_metadata_say_what_was_asked_and_what_came_of_it(fake: FakeEndpoint, laboratory: Laboratory):
+def test_metadata_count_requests_and_outcomes(fake: FakeEndpoint, laboratory: Laboratory):
     key = f"{NAME}/eval/autointerp"
     metadata = laboratory.materialise([key], Partition(LAYER, SEED))[key].metadata
     table = _table(laboratory)
@@ -327,7 +327,7 @@ def test_metadata_say_what_was_asked_and_what_came_of_it(fake: FakeEndpoint, lab
     assert "too few" in str(metadata["not scored"].value)
 
 
-def test_the_outcome_has_the_counts_of_the_table_and_says_why(fake: FakeEndpoint, laboratory: Laboratory):
+def test_the_outcome_has_the_counts_of_the_table_and_their_reasons(fake: FakeEndpoint, laboratory: Laboratory):
     refused = []
 
     def moody(question: Question) -> str:
@@ -352,7 +352,7 @@ def test_the_outcome_has_the_counts_of_the_table_and_says_why(fake: FakeEndpoint
     assert outcome(laboratory.store, NAME, [SEED + 1]) == outcome(laboratory.store, NAME, [SEED], LAYER + 1) == ""
 
 
-def test_the_outcome_of_answers_on_disk_says_that_there_was_no_endpoint(
+def test_the_outcome_from_stored_answers_reports_the_missing_endpoint(
     fake: FakeEndpoint, laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch
 ):
     laboratory.run()
@@ -360,10 +360,10 @@ def test_the_outcome_of_answers_on_disk_says_that_there_was_no_endpoint(
     monkeypatch.delenv(URL_VARIABLE)
     laboratory.run()
     found = outcome(laboratory.store, NAME, [SEED])
-    assert "are scored. No endpoint was configured: what is here was answered before. Set `SAEENS_LLM_BASE_URL`" in found
+    assert "are scored. No endpoint was configured: these answers are from earlier runs. Set `SAEENS_LLM_BASE_URL`" in found
 
 
-def test_an_experiment_of_which_no_answer_can_be_read_fails_and_keeps_its_table(fake: FakeEndpoint, laboratory: Laboratory):
+def test_a_run_without_a_readable_answer_fails_and_keeps_the_earlier_table(fake: FakeEndpoint, laboratory: Laboratory):
     fake.rule = lambda question: ""
     _declare(laboratory, features=2)
     with pytest.raises(SaeensError, match=r"features none is scored, since none of \d+ answers can be read as explanations"):
@@ -374,7 +374,7 @@ def test_an_experiment_of_which_no_answer_can_be_read_fails_and_keeps_its_table(
     assert set(_table(laboratory)["status"]) & {"scored"}
 
 
-def test_column_lineage_leads_from_explanations_to_contexts(laboratory: Laboratory):
+def test_column_lineage_of_explanations_points_to_contexts(laboratory: Laboratory):
     found = column_lineage(laboratory.declarations()[f"{NAME}/eval/autointerp"]).deps_by_column
     assert [(dep.asset_key.path[-1], dep.column_name) for dep in found["explanation"]] == [("contexts", "contexts")]
     assert ("activations", "test/activations") in [(dep.asset_key.path[-1], dep.column_name) for dep in found["detection_score"]]
@@ -383,7 +383,7 @@ def test_column_lineage_leads_from_explanations_to_contexts(laboratory: Laborato
 # When something goes wrong
 
 
-def test_an_endpoint_that_goes_down_fails_the_asset_and_the_next_run_goes_on(fake: FakeEndpoint, laboratory: Laboratory):
+def test_an_endpoint_failure_fails_the_asset_and_the_next_run_resumes(fake: FakeEndpoint, laboratory: Laboratory):
     def until_down(question: Question) -> str:
         if len(fake.requests) == 15:
             fake.always = failure(503, "down for maintenance")
@@ -404,7 +404,7 @@ def test_an_endpoint_that_goes_down_fails_the_asset_and_the_next_run_goes_on(fak
 
 
 @pytest.mark.parametrize(("status", "message"), [(401, KEY_VARIABLE), (404, "no model 'fake'")])
-def test_a_wrong_key_or_model_stops_at_once(status: int, message: str, fake: FakeEndpoint, laboratory: Laboratory):
+def test_a_wrong_key_or_model_fails_at_once(status: int, message: str, fake: FakeEndpoint, laboratory: Laboratory):
     fake.always = failure(status, "no")
     with pytest.raises(ConfigurationError, match=message):
         laboratory.run()
@@ -430,7 +430,7 @@ def ask_until_interrupted(model: str, folder: str, root: str) -> None:
 
 
 @pytest.mark.slow
-def test_ctrl_c_stops_it_and_the_next_run_goes_on(fake: FakeEndpoint, laboratory: Laboratory):
+def test_ctrl_c_stops_the_interview_and_the_next_run_resumes(fake: FakeEndpoint, laboratory: Laboratory):
     interrupted = threading.Event()
 
     def until_interrupted(question: Question) -> str:
@@ -455,7 +455,7 @@ def test_ctrl_c_stops_it_and_the_next_run_goes_on(fake: FakeEndpoint, laboratory
 
 
 @pytest.mark.parametrize("status", [200, 401, 500])
-def test_the_key_is_nowhere_below_the_root_and_in_no_log_line(
+def test_the_api_key_is_in_no_file_below_the_root_and_in_no_log_line(
     status: int, fake: FakeEndpoint, laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     laboratory.activate(monkeypatch, keep_events=True)
@@ -478,7 +478,7 @@ def test_the_key_is_nowhere_below_the_root_and_in_no_log_line(
         assert _table(laboratory).filter(status="scored").height > 10
 
 
-def test_a_wrong_address_is_said_before_anything_is_made(laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch):
+def test_a_wrong_endpoint_address_is_refused_before_anything_is_computed(laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(URL_VARIABLE, "localhost")
     with pytest.raises(ConfigurationError, match=URL_VARIABLE):
         laboratory.run()
@@ -503,14 +503,14 @@ def test_a_wrong_address_is_said_before_anything_is_made(laboratory: Laboratory,
         ({"autointerp": {"model": "fake", "timeout_seconds": 0}}, "autointerp.timeout_seconds: "),
     ],
 )
-def test_wrong_settings_are_said_with_their_line(changes: dict[str, Any], message: str, empty: Laboratory):
+def test_wrong_autointerp_settings_are_refused_with_their_line(changes: dict[str, Any], message: str, empty: Laboratory):
     file = empty.declare(**EXPLAINED | changes)
     with pytest.raises(ConfigurationError, match=message) as caught:
         empty.catalogue.experiment(NAME)
     assert str(file) in str(caught.value)
 
 
-def test_the_plan_is_not_below_what_is_then_asked(fake: FakeEndpoint, laboratory: Laboratory):
+def test_the_forecast_of_requests_is_not_below_the_number_sent(fake: FakeEndpoint, laboratory: Laboratory):
     _declare(laboratory, prices={"input": 3.0, "output": 15.0})
     catalogue = laboratory.catalogue
     experiment = catalogue.experiment(NAME)
@@ -525,7 +525,7 @@ def test_the_plan_is_not_below_what_is_then_asked(fake: FakeEndpoint, laboratory
     assert f"at most {planned['requests']:,.0f} requests" in printed and f"{planned['price']:,.2f} at the given prices" in printed
 
 
-def test_gc_leaves_answers_alone(fake: FakeEndpoint, laboratory: Laboratory):
+def test_gc_keeps_stored_answers(fake: FakeEndpoint, laboratory: Laboratory):
     laboratory.run()
     found = find_garbage(laboratory.root, declared(laboratory.catalogue))
     assert not found.garbage and not [each for each in found.unknown if FOLDER in each.path.parts]

@@ -1,4 +1,4 @@
-"""The client against a server that speaks OpenAI's protocol, with all that a server may do; and the interview, interrupted and resumed."""
+"""The client against a server with OpenAI's protocol and all of its failures; and the interview, interrupted and resumed."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_without_a_url_there_is_no_endpoint(monkeypatch: pytest.MonkeyPatch):
     "url",
     [f"localhost:8080/v1?key={KEY}", f"ftp://x:{KEY}@host/v1", f"https://host/v1?api-key={KEY}", f"http://host:{KEY}/v1", "http://", "x"],
 )
-def test_what_is_no_address_is_refused_and_not_repeated(url: str, monkeypatch: pytest.MonkeyPatch):
+def test_an_invalid_address_is_refused_and_not_repeated_in_the_error(url: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(URL_VARIABLE, url)
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
     with pytest.raises(ConfigurationError, match=URL_VARIABLE) as caught:
@@ -114,7 +114,7 @@ def test_what_is_no_address_is_refused_and_not_repeated(url: str, monkeypatch: p
     assert KEY not in str(caught.value) and caught.value.__cause__ is caught.value.__context__ is None
 
 
-def test_a_key_and_a_password_are_one_too_many(monkeypatch: pytest.MonkeyPatch):
+def test_a_key_together_with_a_password_in_the_url_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(URL_VARIABLE, "http://me:hunter22222@localhost/v1")
     monkeypatch.setenv(KEY_VARIABLE, KEY)
     with pytest.raises(ConfigurationError, match="one of the two") as caught:
@@ -130,7 +130,7 @@ def test_a_key_with_a_line_break_is_refused(monkeypatch: pytest.MonkeyPatch):
     assert KEY not in str(caught.value)
 
 
-def test_without_the_package_the_error_says_how_to_install_it(fake: FakeEndpoint, monkeypatch: pytest.MonkeyPatch):
+def test_a_missing_package_is_reported_with_its_install_command(fake: FakeEndpoint, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigurationError, match=r"pip install .*\[autointerp\]"):
         Endpoint.from_environment()
@@ -145,21 +145,21 @@ def test_an_endpoint_shows_its_host_alone(monkeypatch: pytest.MonkeyPatch):
 # What it answers
 
 
-def test_a_request_is_that_of_the_protocol_and_a_reply_is_read(fake: FakeEndpoint):
+def test_requests_and_replies_follow_the_protocol(fake: FakeEndpoint):
     fake.always = Canned(200, completion("yes"))
     assert _ask() == Reply("yes", False, 100, 10)
     assert fake.requests == [REQUEST]
     assert fake.headers[0]["authorization"] == f"Bearer {KEY}"
 
 
-def test_a_password_of_the_url_is_sent_as_such(fake: FakeEndpoint, monkeypatch: pytest.MonkeyPatch):
+def test_a_password_in_the_url_is_sent_as_basic_authentication(fake: FakeEndpoint, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv(KEY_VARIABLE)
     monkeypatch.setenv(URL_VARIABLE, fake.url.replace("//", "//me:hunter%2022222@"))
     _ask()
     assert base64.b64decode(fake.headers[0]["authorization"].removeprefix("Basic ")) == b"me:hunter 22222"
 
 
-def test_variables_that_are_meant_for_others_are_not_sent(fake: FakeEndpoint, monkeypatch: pytest.MonkeyPatch):
+def test_openai_variables_of_other_programs_are_not_sent(fake: FakeEndpoint, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv(KEY_VARIABLE)
     for name in ("OPENAI_API_KEY", "OPENAI_ADMIN_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
         monkeypatch.setenv(name, f"other-{KEY}")
@@ -169,14 +169,14 @@ def test_variables_that_are_meant_for_others_are_not_sent(fake: FakeEndpoint, mo
 
 
 @pytest.mark.parametrize("first", [failure(429, "slow down", **SOON), failure(500, "oops", **SOON), failure(503, "later", **SOON)])
-def test_what_may_pass_is_tried_again(first: Canned, fake: FakeEndpoint):
+def test_temporary_endpoint_errors_are_retried(first: Canned, fake: FakeEndpoint):
     fake.canned = [first, first]
     fake.always = Canned(200, completion("yes"))
     assert _ask(retries=2).text == "yes"
     assert len(fake.requests) == 3
 
 
-def test_retry_after_is_waited_for(fake: FakeEndpoint, caplog: pytest.LogCaptureFixture):
+def test_a_retry_waits_as_long_as_the_retry_after_header_demands(fake: FakeEndpoint, caplog: pytest.LogCaptureFixture):
     fake.canned = [failure(429, "slow down", retry_after="0.0625")]
     with caplog.at_level(logging.INFO, "openai"):
         _ask()
@@ -184,7 +184,7 @@ def test_retry_after_is_waited_for(fake: FakeEndpoint, caplog: pytest.LogCapture
     assert len(fake.requests) == 2
 
 
-def test_an_answer_that_takes_too_long_is_asked_for_again(fake: FakeEndpoint):
+def test_a_timed_out_request_is_retried(fake: FakeEndpoint):
     fake.canned = [Canned(200, completion("late"), delay_seconds=1.5)]
     fake.always = Canned(200, completion("yes"))
     assert _ask(timeout_seconds=0.5, retries=1).text == "yes"
@@ -200,27 +200,35 @@ def test_an_answer_that_takes_too_long_is_asked_for_again(fake: FakeEndpoint):
         (failure(429, f"out of quota, {KEY}", **SOON), SaeensError, r"out of quota, \*\*\*"),
         (failure(500, "on fire", **SOON), SaeensError, "on fire.*its answers so far are kept"),
         (Canned(200, completion("late"), delay_seconds=1.5), SaeensError, "timeout_seconds"),
+        (Canned(200, completion("late"), trickle_seconds=0.1), SaeensError, "timeout_seconds"),
+        (failure(400, "\x1b]0;title\x07\x1b[31mred\x1b[0m \x9b2Jcleared"), RefusedError, r"\(.*red cleared.*\)"),
     ],
 )
-def test_what_does_not_pass_is_said_in_one_sentence_without_the_key(
+def test_permanent_endpoint_errors_are_one_sentence_without_the_key(
     canned: Canned, error: type[SaeensError], message: str, fake: FakeEndpoint
 ):
     fake.always = canned
     with pytest.raises(error, match=message) as caught:
-        _ask(timeout_seconds=0.5 if canned.delay_seconds else 30, retries=0)
+        _ask(timeout_seconds=0.5 if canned.delay_seconds or canned.trickle_seconds else 30, retries=0)
     assert type(caught.value) is error
+    assert str(caught.value).isprintable()
     assert KEY not in str(caught.value) and KEY[-4:] not in str(caught.value)
     assert caught.value.__cause__ is caught.value.__context__ is None  # which Dagster would record
 
 
-def test_errors_that_do_not_pass_are_not_tried_again(fake: FakeEndpoint):
+def test_an_answer_is_kept_without_what_a_terminal_would_execute(fake: FakeEndpoint):
+    fake.always = Canned(200, completion("a\x1b[2J\x1b]8;;http://evil.example\x1b\\b\tc\n\x00\x1b"))
+    assert _ask().text == "ab\tc\n"
+
+
+def test_permanent_endpoint_errors_are_not_retried(fake: FakeEndpoint):
     fake.always = failure(401, "no")
     with pytest.raises(ConfigurationError):
         _ask(retries=5)
     assert len(fake.requests) == 1
 
 
-def test_nobody_there_is_said_with_the_host(monkeypatch: pytest.MonkeyPatch):
+def test_an_unreachable_endpoint_is_named_by_its_host(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(URL_VARIABLE, "http://me:hunter22222@127.0.0.1:9/v1")
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
     with pytest.raises(SaeensError, match=r"http://127.0.0.1:9 cannot be reached") as caught:
@@ -228,7 +236,7 @@ def test_nobody_there_is_said_with_the_host(monkeypatch: pytest.MonkeyPatch):
     assert "hunter" not in str(caught.value) and caught.value.__cause__ is None
 
 
-def test_a_wrong_path_is_said_to_be_one(fake: FakeEndpoint, monkeypatch: pytest.MonkeyPatch):
+def test_a_wrong_path_is_reported_with_the_usual_one(fake: FakeEndpoint, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(URL_VARIABLE, fake.url.removesuffix("/v1"))
     with pytest.raises(ConfigurationError, match="usually ends in /v1"):
         _ask()
@@ -260,7 +268,7 @@ def test_bodies_that_are_no_completions_hold_no_text(body: str, fake: FakeEndpoi
     assert _ask() == Reply(None, False, 0, 0, body[:SHOWN_CHARACTERS])
 
 
-def test_an_answer_that_repeats_the_key_or_holds_half_characters_is_cleaned(fake: FakeEndpoint):
+def test_keys_and_invalid_characters_are_removed_from_answers(fake: FakeEndpoint):
     fake.always = Canned(200, completion(f"{KEY} \ud800 {base64.b64encode(b'x').decode()}"))
     assert _ask().text == "*** ? eA=="
 
@@ -268,7 +276,7 @@ def test_an_answer_that_repeats_the_key_or_holds_half_characters_is_cleaned(fake
 # Many questions
 
 
-def test_scores_are_those_of_the_rule(fake: FakeEndpoint, tmp_path: Path):
+def test_interview_scores_equal_those_of_the_rule(fake: FakeEndpoint, tmp_path: Path):
     verdicts = _run(_interviewer(tmp_path))
     for i, verdict in enumerate(verdicts):
         assert verdict is not None and verdict.score is not None and verdict.control is not None
@@ -278,13 +286,13 @@ def test_scores_are_those_of_the_rule(fake: FakeEndpoint, tmp_path: Path):
     assert len(fake.requests) == 18
 
 
-def test_no_more_requests_wait_at_once_than_are_allowed(fake: FakeEndpoint, tmp_path: Path):
+def test_concurrent_requests_stay_within_their_limit(fake: FakeEndpoint, tmp_path: Path):
     fake.canned = [Canned(200, completion("x"), delay_seconds=0.1)] * 9
     _run(_interviewer(tmp_path, requests_at_once=3), n=9)
     assert fake.most_at_once == 3
 
 
-def test_what_was_answered_is_not_asked_again(fake: FakeEndpoint, tmp_path: Path):
+def test_stored_answers_are_not_requested_again(fake: FakeEndpoint, tmp_path: Path):
     first = _run(_interviewer(tmp_path))
     again = _interviewer(tmp_path)
     assert _run(again) == first
@@ -292,15 +300,13 @@ def test_what_was_answered_is_not_asked_again(fake: FakeEndpoint, tmp_path: Path
 
 
 @pytest.mark.parametrize("changed", [{"model": "other"}, {"parameters": {"temperature": 1}}])
-def test_another_model_or_other_parameters_are_asked_anew(changed: dict[str, Any], fake: FakeEndpoint, tmp_path: Path):
+def test_a_changed_model_or_parameter_is_requested_again(changed: dict[str, Any], fake: FakeEndpoint, tmp_path: Path):
     _run(_interviewer(tmp_path))
     _run(_interviewer(tmp_path, **changed))
     assert len(fake.requests) == 36
 
 
-def test_without_an_endpoint_what_was_answered_is_known_and_nothing_else(
-    fake: FakeEndpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_without_an_endpoint_only_stored_answers_are_available(fake: FakeEndpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     known = _run(_interviewer(tmp_path), n=4)
     monkeypatch.delenv(URL_VARIABLE)
     found = _run(_interviewer(tmp_path), n=6)  # the fourth has another control
@@ -308,7 +314,7 @@ def test_without_an_endpoint_what_was_answered_is_known_and_nothing_else(
     assert len(fake.requests) == 12
 
 
-def test_a_damaged_answer_is_asked_for_again(fake: FakeEndpoint, tmp_path: Path):
+def test_a_damaged_stored_answer_is_requested_again(fake: FakeEndpoint, tmp_path: Path):
     first = _run(_interviewer(tmp_path))
     files = sorted((tmp_path / FOLDER).glob("*/*.json"))
     for file, damage in zip(files, ["", "{", '{"answer": 3}', "[]", '{"answer": "[7]"}', b"\xff"], strict=False):
@@ -317,7 +323,7 @@ def test_a_damaged_answer_is_asked_for_again(fake: FakeEndpoint, tmp_path: Path)
     assert 18 + 5 <= len(fake.requests) <= 18 + 6  # the fifth is an explanation, if that is what it is of
 
 
-def test_the_estimate_is_what_is_then_asked(fake: FakeEndpoint, tmp_path: Path):
+def test_the_estimate_equals_the_requests_sent(fake: FakeEndpoint, tmp_path: Path):
     interviewer = _interviewer(tmp_path, prices={"input": 2.0, "output": 8.0})
     estimate = interviewer.estimate(_subjects(6))
     _run(interviewer)
@@ -329,7 +335,7 @@ def test_the_estimate_is_what_is_then_asked(fake: FakeEndpoint, tmp_path: Path):
     assert (interviewer.tokens_in, interviewer.tokens_out) == (1800, 180)
 
 
-def test_an_answer_that_cannot_be_read_is_asked_for_again_with_a_complaint(fake: FakeEndpoint, tmp_path: Path):
+def test_an_unreadable_answer_is_requested_again_with_a_correction(fake: FakeEndpoint, tmp_path: Path):
     fake.canned = [Canned(200, completion("")), Canned(200, "<html>")]
     (verdict,) = _run(_interviewer(tmp_path, control=False, requests_at_once=1), n=1)
     assert verdict is not None and verdict.status == "scored"
@@ -338,7 +344,7 @@ def test_an_answer_that_cannot_be_read_is_asked_for_again_with_a_complaint(fake:
 
 
 @pytest.mark.parametrize("text", ["no idea", "[1]", "[1, 0, 1, 0, 1]", None])
-def test_answers_that_cannot_be_read_in_the_end_are_recorded_as_such(text: str | None, fake: FakeEndpoint, tmp_path: Path):
+def test_answers_that_stay_unreadable_are_recorded_as_malformed(text: str | None, fake: FakeEndpoint, tmp_path: Path):
     fake.rule = lambda question: rule(question) if question.explanation is None or question.explanation[-1] != "b" else text or ""
     interviewer = _interviewer(tmp_path)
     verdicts = _run(interviewer)
@@ -351,7 +357,7 @@ def test_answers_that_cannot_be_read_in_the_end_are_recorded_as_such(text: str |
     assert len(fake.requests) == asked + 6  # these are asked again, and nothing else
 
 
-def test_an_explanation_that_is_cut_off_is_none(fake: FakeEndpoint, tmp_path: Path):
+def test_a_truncated_explanation_counts_as_none(fake: FakeEndpoint, tmp_path: Path):
     fake.canned = [Canned(200, completion("this goes on", "length"))] * 3
     interviewer = _interviewer(tmp_path, requests_at_once=1)
     first, second = _run(interviewer, n=2)
@@ -359,14 +365,14 @@ def test_an_explanation_that_is_cut_off_is_none(fake: FakeEndpoint, tmp_path: Pa
     assert second is not None and second.status == "scored" and second.control is None
 
 
-def test_an_endpoint_that_answers_nothing_that_can_be_read_is_not_asked_on(fake: FakeEndpoint, tmp_path: Path):
+def test_an_endpoint_without_readable_answers_gets_no_further_requests(fake: FakeEndpoint, tmp_path: Path):
     fake.always = Canned(200, completion("cut", "length"))
     with pytest.raises(SaeensError, match=r"none of 20 answers can be read as explanations.*autointerp\.parameters"):
         _run(_interviewer(tmp_path), n=20)
     assert MALFORMED_AT_FIRST <= len(fake.requests) <= MALFORMED_AT_FIRST + 3
 
 
-def test_lists_that_cannot_be_read_are_not_asked_for_again_and_again(fake: FakeEndpoint, tmp_path: Path):
+def test_unreadable_lists_are_requested_a_limited_number_of_times(fake: FakeEndpoint, tmp_path: Path):
     fake.rule = lambda question: rule(question) if question.explanation is None else "none of them"
     with pytest.raises(SaeensError, match=r"none of 20 answers can be read as lists of which texts fit\. The last was 'none of them'"):
         _run(_interviewer(tmp_path), n=20)
@@ -382,7 +388,7 @@ def test_lists_that_cannot_be_read_are_not_asked_for_again_and_again(fake: FakeE
         ("<html>\n a login page</html>", "no chat completion with a text but '<html> a login page</html>': check that the address"),
     ],
 )
-def test_a_small_interview_without_an_answer_that_can_be_read_fails(body: str, message: str, fake: FakeEndpoint, tmp_path: Path):
+def test_a_small_interview_without_a_readable_answer_fails(body: str, message: str, fake: FakeEndpoint, tmp_path: Path):
     fake.always = Canned(200, body)
     with pytest.raises(SaeensError) as caught:
         _run(_interviewer(tmp_path), n=2)
@@ -400,7 +406,7 @@ def test_a_small_interview_with_explanations_alone_fails_and_keeps_them(fake: Fa
     assert len(fake.requests) == 4  # two lists of each feature's own texts, and two for the control
 
 
-def test_a_request_that_is_refused_stops_the_first_and_is_recorded_later(fake: FakeEndpoint, tmp_path: Path):
+def test_a_refusal_of_the_first_request_fails_and_later_refusals_are_recorded(fake: FakeEndpoint, tmp_path: Path):
     fake.canned = [failure(400, "no such parameter")]
     with pytest.raises(SaeensError, match="no such parameter"):
         _run(_interviewer(tmp_path, requests_at_once=1))
@@ -409,7 +415,7 @@ def test_a_request_that_is_refused_stops_the_first_and_is_recorded_later(fake: F
     assert [verdict.status for verdict in verdicts if verdict] == ["scored", "refused", *["scored"] * 4]
 
 
-def test_what_was_answered_before_the_endpoint_went_down_is_kept(fake: FakeEndpoint, tmp_path: Path):
+def test_answers_before_an_endpoint_failure_are_kept(fake: FakeEndpoint, tmp_path: Path):
     def until_down(question: Question) -> str:
         if len(fake.requests) == 9:
             fake.always = failure(500, "down")
@@ -427,7 +433,7 @@ def test_what_was_answered_before_the_endpoint_went_down_is_kept(fake: FakeEndpo
 
 
 @pytest.mark.slow
-def test_a_killed_interview_goes_on_where_it_was(fake: FakeEndpoint, tmp_path: Path):
+def test_a_killed_interview_resumes_from_stored_answers(fake: FakeEndpoint, tmp_path: Path):
     here = Path(__file__).parent
     script = (
         f"import sys; sys.path.insert(0, {str(here)!r}); from pathlib import Path; import test_autointerp_endpoint as t; "
@@ -451,7 +457,7 @@ def test_a_killed_interview_goes_on_where_it_was(fake: FakeEndpoint, tmp_path: P
     assert len(fake.requests) == 18 - len(answered)
 
 
-def test_the_key_is_in_no_file_and_in_no_log_line(fake: FakeEndpoint, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_the_api_key_is_in_no_stored_answer_and_in_no_log_line(fake: FakeEndpoint, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     fake.rule = lambda question: f"{KEY} {rule(question)}"
     fake.canned = [failure(429, KEY, **SOON)]
     with caplog.at_level(logging.DEBUG):
@@ -462,7 +468,7 @@ def test_the_key_is_in_no_file_and_in_no_log_line(fake: FakeEndpoint, tmp_path: 
     assert len(files) == 18 and not any(KEY in file.read_text() for file in files)
 
 
-def test_nothing_is_kept_of_an_answer_that_cannot_be_written(fake: FakeEndpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_answer_that_cannot_be_written_leaves_no_file(fake: FakeEndpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def full(path: Path) -> None:
         raise OSError(28, "No space left on device")
 

@@ -1,4 +1,4 @@
-"""What is made without anybody asking: each thing once, in order, when what it needs is there, and only where automation is on."""
+"""Automation: every asset is requested once, in order, after its inputs, and only if automation is on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import dagster as dg
 import pytest
 from tiny_experiment import EXPERIMENT, LAYER, NAME, SEEDS, Laboratory, experiment_file, experiment_settings, source_settings
 
-from saeens_pipeline.assets.tables import listed
+from saeens_pipeline.assets.registry import listed
 from saeens_pipeline.orchestration.automation import layers_sensor
 from saeens_pipeline.orchestration.dagster_internals import forget_partitions
 from saeens_pipeline.orchestration.instance import PROCESS_TAG, declare_layers, layers_name, process_tag, register_layers
@@ -37,7 +37,7 @@ Requests = dict[str | None, set[str]]  # asset keys by partition
 
 @dataclass
 class Daemon:
-    """What Dagster's daemon does: evaluates the conditions, and makes what they ask for in one run for each partition."""
+    """Stands for Dagster's daemon: evaluates the conditions and materialises the requested assets in one run per partition."""
 
     laboratory: Laboratory
     instance: dg.DagsterInstance
@@ -46,7 +46,7 @@ class Daemon:
     asks_for_leaderboard: bool = False  # in the last tick
 
     def tick(self) -> Requests:
-        """What is asked for now. The leaderboard is left out."""
+        """Return the assets requested by one tick, without the leaderboard."""
         definitions = self.laboratory.catalogue.definitions()
         with pytest.MonkeyPatch.context() as monkeypatch:  # asked for thousands of times in a tick, in which none is added
             monkeypatch.setattr(self.instance, "get_dynamic_partitions", functools.cache(self.instance.get_dynamic_partitions))
@@ -60,7 +60,7 @@ class Daemon:
         return {partition: rest for partition, keys in requested.items() if (rest := keys - {"leaderboard"})}
 
     def next(self) -> Requests:
-        """What the next tick asks for, or the one after: what is new, or was in progress a moment ago, waits for one."""
+        """Return the requests of the next tick or the one after: new assets and those just in progress wait for one tick."""
         return self.tick() or self.tick()
 
     def make(self, requested: Requests) -> None:
@@ -114,18 +114,18 @@ def _per_seed(keys: set[str], layer: int = LAYER) -> Requests:
 CHAIN = [{None: {TOKENS}}, {str(LAYER): {ACTIVATIONS}}, _per_seed(PER_SEED), {str(LAYER): {STABILITY, REPORT}}]
 
 
-def test_all_is_asked_for_once_in_order_and_then_nothing(daemon: Daemon):
+def test_every_asset_is_requested_once_and_in_order(daemon: Daemon):
     assert daemon.work(really=True) == CHAIN
     assert not daemon.failed
 
 
-def test_a_new_layer_is_made_and_nothing_else_again(daemon: Daemon):
+def test_a_new_layer_requests_its_own_partitions_only(daemon: Daemon):
     daemon.work()
     register_layers(daemon.instance, NAME, [0])
     assert daemon.work() == [{"0": {ACTIVATIONS}}, _per_seed(PER_SEED, layer=0), {"0": {STABILITY, REPORT}}]
 
 
-def test_a_changed_setting_makes_what_follows_from_it(daemon: Daemon):
+def test_a_changed_setting_requests_its_descendants(daemon: Daemon):
     daemon.work()
     daemon.laboratory.declare(**AUTOMATED, sae=EXPERIMENT["sae"] | {"k": 5})
     assert daemon.work() == CHAIN[2:]
@@ -133,7 +133,7 @@ def test_a_changed_setting_makes_what_follows_from_it(daemon: Daemon):
     assert daemon.work() == []
 
 
-def test_nothing_is_trained_on_what_is_about_to_change(daemon: Daemon):
+def test_no_training_is_requested_while_its_inputs_are_stale(daemon: Daemon):
     daemon.work()
     daemon.laboratory.declare(source={"train_tokens": 500}, **AUTOMATED, sae=EXPERIMENT["sae"] | {"k": 5})
     assert daemon.work() == CHAIN
@@ -152,7 +152,7 @@ def test_the_table_of_features_waits_for_all_seeds(daemon: Daemon):
 
 
 @pytest.mark.parametrize(("key", "partition"), [("tokens", None), ("activations", str(LAYER))])
-def test_nothing_is_asked_for_while_what_it_needs_is_being_made(daemon: Daemon, key: str, partition: str | None):
+def test_no_asset_is_requested_while_its_inputs_are_in_progress(daemon: Daemon, key: str, partition: str | None):
     daemon.work()
     job = daemon.laboratory.catalogue.definitions().resolve_implicit_global_asset_job_def()
     run = daemon.instance.create_run_for_job(
@@ -167,7 +167,7 @@ def test_nothing_is_asked_for_while_what_it_needs_is_being_made(daemon: Daemon, 
     assert daemon.work() == CHAIN[2:]
 
 
-def test_a_layer_that_cannot_be_fails_once_and_holds_up_no_other(daemon: Daemon):
+def test_an_invalid_layer_fails_once_and_blocks_no_other(daemon: Daemon):
     daemon.instance.add_dynamic_partitions(layers_name(NAME), ["99", "last"])
     daemon.make(daemon.next())
     requested = daemon.next()
@@ -177,7 +177,7 @@ def test_a_layer_that_cannot_be_fails_once_and_holds_up_no_other(daemon: Daemon)
     assert daemon.work() == CHAIN[2:]
 
 
-def test_what_failed_is_asked_for_again_when_its_settings_change(daemon: Daemon):
+def test_a_failed_asset_is_requested_again_after_its_settings_change(daemon: Daemon):
     daemon.pretend(daemon.next())
     daemon.make(daemon.next())  # fails: there are no tokens in truth
     assert daemon.failed == [str(LAYER)]
@@ -186,7 +186,7 @@ def test_what_failed_is_asked_for_again_when_its_settings_change(daemon: Daemon)
     assert daemon.work() == CHAIN[1:]
 
 
-def test_a_run_that_was_killed_is_taken_up(daemon: Daemon):
+def test_the_assets_of_a_killed_run_are_requested_again(daemon: Daemon):
     daemon.pretend(daemon.next())
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
@@ -204,7 +204,7 @@ def test_a_run_that_was_killed_is_taken_up(daemon: Daemon):
     assert daemon.work() == CHAIN[1:]
 
 
-def test_a_layer_that_was_forgotten_is_made_when_it_comes_back(daemon: Daemon):
+def test_a_layer_removed_and_added_again_is_requested(daemon: Daemon):
     register_layers(daemon.instance, NAME, [0])
     daemon.work()
     daemon.instance.delete_dynamic_partition(layers_name(NAME), "0")
@@ -218,7 +218,7 @@ def test_a_layer_that_was_forgotten_is_made_when_it_comes_back(daemon: Daemon):
 
 
 @pytest.mark.parametrize("ticks", [0, 1])  # between the leaderboard's request and the table's update
-def test_the_leaderboard_misses_no_table_that_is_made_while_it_is_made(daemon: Daemon, ticks: int):
+def test_the_leaderboard_is_requested_once_more_for_tables_written_meanwhile(daemon: Daemon, ticks: int):
     for requested in CHAIN[:3]:
         assert daemon.next() == requested
         daemon.pretend(requested)
@@ -236,13 +236,13 @@ def test_the_leaderboard_misses_no_table_that_is_made_while_it_is_made(daemon: D
     assert sum(asked) == 1
 
 
-def test_without_automation_nothing_is_asked_for(empty: Laboratory):
+def test_without_automation_nothing_is_requested(empty: Laboratory):
     with dg.DagsterInstance.ephemeral() as instance:
         register_layers(instance, NAME, [LAYER])
         assert Daemon(empty, instance).work() == []
 
 
-def test_only_experiments_with_automation_and_their_sources_take_part(empty: Laboratory):
+def test_only_experiments_with_automation_and_their_sources_have_conditions(empty: Laboratory):
     sources = [("ActivationSource", source_settings(empty.model, name=name)) for name in ("used", "unused")]
     experiments = [
         ("EnsembleExperiment", experiment_settings(name=name, source=source, automation=automation))
@@ -254,7 +254,7 @@ def test_only_experiments_with_automation_and_their_sources_take_part(empty: Lab
     assert automated - {"leaderboard"} == {"eager", "used"}
 
 
-def test_the_automation_is_on_from_the_start_and_the_retraining_off(empty: Laboratory):
+def test_the_automation_sensor_starts_running_and_the_retraining_schedule_stopped(empty: Laboratory):
     definitions = empty.catalogue.definitions()
     for name in ("automation", "layers"):
         assert definitions.resolve_sensor_def(name).default_status == dg.DefaultSensorStatus.RUNNING
@@ -282,7 +282,7 @@ def _layers_tick(laboratory: Laboratory, instance: dg.DagsterInstance) -> list[s
     return list(instance.get_dynamic_partitions(layers_name(NAME)))
 
 
-def test_partitions_follow_the_layers_of_the_file_and_keep_those_that_were_added(empty: Laboratory):
+def test_partitions_follow_the_layers_of_the_file_and_keep_added_ones(empty: Laboratory):
     with dg.DagsterInstance.ephemeral() as instance:
         empty.declare(source={"layers": [2, 0]})
         assert _layers_tick(empty, instance) == ["0", "2"]
@@ -329,7 +329,7 @@ def _retrain(laboratory: Laboratory, instance: dg.DagsterInstance) -> set[str]:
             made |= {key.to_user_string() for key in request.asset_selection or ()}
 
 
-def test_the_schedule_skips_what_is_fresh_and_retrains_what_changed(finished: Laboratory, tmp_path: Path):
+def test_the_schedule_skips_fresh_assets_and_retrains_stale_ones(finished: Laboratory, tmp_path: Path):
     with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
         result = _retraining(finished, instance)
         assert isinstance(result, dg.SkipReason)
@@ -342,7 +342,7 @@ def test_the_schedule_skips_what_is_fresh_and_retrains_what_changed(finished: La
         assert isinstance(_retraining(finished, instance), dg.SkipReason)
 
 
-def test_the_schedule_makes_layers_that_were_added(finished: Laboratory, tmp_path: Path):
+def test_the_schedule_trains_added_layers(finished: Laboratory, tmp_path: Path):
     with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
         instance.add_dynamic_partitions(layers_name(NAME), ["0"])
         _retrain(finished, instance)

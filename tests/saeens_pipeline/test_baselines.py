@@ -60,7 +60,7 @@ def _settings(laboratory: Laboratory, key: str) -> dict[str, Any]:
     return laboratory.artefact(key, SEED).recipe["settings"]
 
 
-def test_recipes_say_what_a_baseline_differs_in_and_no_more(compared: Laboratory, finished_laboratory: Laboratory):
+def test_recipes_of_baselines_differ_from_members_in_their_own_settings_only(compared: Laboratory, finished_laboratory: Laboratory):
     member = _settings(finished_laboratory, "bagging/member_1")
     expanded = _settings(finished_laboratory, "baseline/expanded")
     assert set(member) == {"sae", "training", "init_seed", "data_seed"}
@@ -80,7 +80,7 @@ def test_recipes_say_what_a_baseline_differs_in_and_no_more(compared: Laboratory
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_compute_matched_is_training_on_the_rows_in_one_order_after_another(compared: Laboratory, seed: int):
+def test_compute_matched_trains_on_one_permutation_of_the_rows_per_epoch(compared: Laboratory, seed: int):
     x = torch.from_numpy(_array(compared, "train")).float()
     orders = []
     for epoch in range(MEMBERS):
@@ -103,7 +103,7 @@ def test_compute_matched_is_training_on_the_rows_in_one_order_after_another(comp
 
 
 @pytest.mark.parametrize("interrupted_at", [9, 10, 23])  # batch 9, from 0, holds rows of two epochs
-def test_a_training_that_was_interrupted_at_an_epochs_border_goes_on_with_the_same_bits(
+def test_a_training_interrupted_between_epochs_resumes_with_the_same_bits(
     compared: Laboratory, finished: Laboratory, monkeypatch: pytest.MonkeyPatch, interrupted_at: int
 ):
     monkeypatch.setenv(SECONDS_VARIABLE, "0")
@@ -173,7 +173,7 @@ def test_cost_counts_every_pass_and_every_iteration(compared: Laboratory):
 
 
 @pytest.mark.parametrize("table", ["reconstruction", "coactivation", "stability", "cost"])
-def test_every_table_has_a_row_of_each_baseline(compared: Laboratory, table: str):
+def test_every_table_has_a_row_for_each_baseline(compared: Laboratory, table: str):
     rows = read_table(compared.root, NAME, table).filter(pl.col("method").is_in(BASELINES))
     expected = [(seed, method, 1) for seed in SEEDS for method in BASELINES]
     assert sorted(rows.select("seed", "method", "n_members").rows()) == sorted(expected)
@@ -181,7 +181,7 @@ def test_every_table_has_a_row_of_each_baseline(compared: Laboratory, table: str
         assert row["sae_data_versions"] == compared.artefact(f"baseline/{row['method']}", row["seed"]).data_version
 
 
-def test_the_summary_has_a_line_of_each_baseline(compared: Laboratory, monkeypatch: pytest.MonkeyPatch):
+def test_the_summary_has_a_line_for_each_baseline(compared: Laboratory, monkeypatch: pytest.MonkeyPatch):
     compared.activate(monkeypatch)
     printed = compared.run()
     assert "no training" in printed
@@ -213,7 +213,7 @@ def _run(name: str, **options: Any) -> None:
     run_and_print(name, **{"layers": [], "seeds": [], "select": []} | options, console=Console(file=io.StringIO()))
 
 
-def test_saes_that_another_experiment_has_made_by_the_same_recipe_are_linked(finished: Laboratory, trained: list[str]):
+def test_saes_of_another_experiment_with_the_same_recipe_are_linked(finished: Laboratory, trained: list[str]):
     smaller = experiment_settings(name=OTHER, ensemble={"members": 2, "seeds": list(SEEDS)}, expanded_sizes=[1, 2])
     finished.write(experiment_file(("EnsembleExperiment", smaller)), OTHER)
     _run(OTHER)
@@ -235,19 +235,19 @@ def test_a_damaged_sae_of_another_experiment_is_not_linked(finished: Laboratory,
     assert trained == [f"{OTHER}/bagging/member_2"]
 
 
-def test_of_one_member_compute_matched_is_that_member(finished: Laboratory):
+def test_compute_matched_of_one_member_equals_that_member(finished: Laboratory):
     finished.declare(baselines=["compute_matched"], ensemble={"members": 1, "seeds": [SEED]})
     finished.run(select=["baseline/compute_matched"])
     assert finished.artefact("baseline/compute_matched", SEED).provenance["same_as"] == f"{NAME}/bagging/member_1"
 
 
-def test_matching_pursuit_adds_up_members_that_differ(empty: Laboratory):
+def test_matching_pursuit_has_the_total_size_of_different_members(empty: Laboratory):
     saes = [{"architecture": "topk", "expansion": expansion, "k": k} for expansion, k in ((2, 4), (4, 3), (3, 6))]
     empty.declare(sae=saes, baselines=["matching_pursuit"])
     sae = empty.declarations()[f"{NAME}/baseline/matching_pursuit"].settings["sae"]
     assert (sae["expansion"], sae["max_iterations"]) == (9, 13)
 
 
-def test_matching_pursuit_counts_the_mean_l0_of_batches(empty: Laboratory):
+def test_matching_pursuit_uses_the_mean_l0_of_batches(empty: Laboratory):
     empty.declare(sae={"architecture": "batch_topk", "expansion": 2, "k": 4.5}, baselines=["matching_pursuit"])
     assert empty.declarations()[f"{NAME}/baseline/matching_pursuit"].settings["sae"]["max_iterations"] == 14  # 3 * 4.5, rounded

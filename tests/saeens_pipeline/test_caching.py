@@ -55,7 +55,7 @@ def _expected(model: LanguageModel, tokens: TokenStore, layer: int) -> tuple[tor
 
 
 @pytest.mark.parametrize("batch_windows", [1, 3, 100])
-def test_stored_rows_are_the_activations_of_the_kept_positions(model, tokens, tmp_path, batch_windows):
+def test_stored_rows_equal_the_activations_of_the_kept_positions(model, tokens, tmp_path, batch_windows):
     outputs = {layer: tmp_path / f"layer={layer}" for layer in (0, 1)}
     statistics = cache_activations(model, tokens, "resid_post", outputs, "float32", batch_windows=batch_windows)
     for layer, path in outputs.items():
@@ -68,7 +68,7 @@ def test_stored_rows_are_the_activations_of_the_kept_positions(model, tokens, tm
         torch.testing.assert_close(torch.from_numpy(statistics[layer]["train"].mean), rows.double().mean(0), rtol=1e-5, atol=1e-6)
 
 
-def test_one_pass_serves_all_layers(model, tokens, tmp_path):
+def test_one_forward_pass_caches_all_layers(model, tokens, tmp_path):
     runs: list[int] = []
     handle = model.model.get_submodule("gpt_neox.embed_in").register_forward_hook(lambda *_: runs.append(1))
     cache_activations(model, tokens, "resid_post", {layer: tmp_path / str(layer) for layer in range(3)}, "float16", batch_windows=100)
@@ -83,7 +83,7 @@ def test_a_layer_cached_alone_has_the_bits_of_one_cached_with_others(model, toke
     assert torch.equal(alone, together)
 
 
-def test_hooks_of_another_width_are_cached_with_theirs(model, tokens, tmp_path):
+def test_hooks_are_cached_with_their_own_width(model, tokens, tmp_path):
     cache_activations(model, tokens, "gpt_neox.layers.{layer}.mlp.dense_h_to_4h", {1: tmp_path / "a"}, "float16")
     assert ActivationStore(tmp_path / "a").d_in == 32
 
@@ -106,7 +106,7 @@ def test_overflow_in_float16_names_layer_and_largest_value(model, tokens, tmp_pa
         handle.remove()
 
 
-def test_disk_must_hold_all_layers_together(model, tokens, tmp_path, monkeypatch):
+def test_free_disk_is_checked_for_all_layers_together(model, tokens, tmp_path, monkeypatch):
     one_layer = 110 * (D_MODEL * 2 + 8)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("Usage", "total used free")(10**6, 0, one_layer + 1))
     with pytest.raises(SaeensError, match=f"layers 0, 1 needs {2 * one_layer:,} bytes"):

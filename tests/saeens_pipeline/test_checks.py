@@ -1,4 +1,4 @@
-"""What the checks find, what they stop, and that whoever runs something is told."""
+"""Health checks: findings, stopped runs, and warnings to the user."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def _clamped(x: torch.Tensor) -> torch.Tensor:
 # errors
 
 
-def test_everything_of_a_finished_experiment_is_sound(finished: Laboratory):
+def test_all_artefacts_of_a_finished_experiment_are_healthy(finished: Laboratory):
     for key, declaration in finished.declarations().items():
         if declaration.builder in ("tokens", "activations", "sae") or declaration.address.is_table:
             health = _examine(finished, key.removeprefix(f"{NAME}/"))
@@ -103,7 +103,7 @@ def test_everything_of_a_finished_experiment_is_sound(finished: Laboratory):
 @pytest.mark.parametrize(
     ("change", "message"), [(_constant, "all 16 dimensions are the same in every row"), (_clamped, "at the limit of float16")]
 )
-def test_constant_and_clamped_activations_stop_this_run_and_the_next_and_are_kept(
+def test_constant_and_clamped_activations_stop_every_run_and_are_kept(
     empty: Laboratory, monkeypatch: pytest.MonkeyPatch, change: Callable[[torch.Tensor], torch.Tensor], message: str
 ):
     with monkeypatch.context() as patched:
@@ -118,7 +118,7 @@ def test_constant_and_clamped_activations_stop_this_run_and_the_next_and_are_kep
 
 
 @pytest.mark.parametrize("row", [0, 599])
-def test_activations_that_are_not_finite_are_found(finished: Laboratory, row: int):
+def test_non_finite_activations_are_an_error(finished: Laboratory, row: int):
     group: Any = zarr.open_group(finished.artefact("activations").path, mode="r+")
     group["train/activations"][row, 3] = float("nan")
     (message,) = _examine(finished, "activations").errors
@@ -126,7 +126,7 @@ def test_activations_that_are_not_finite_are_found(finished: Laboratory, row: in
 
 
 @pytest.mark.parametrize(("key", "shape"), [("activations", "[600, 16] and was written as [599, 16]"), ("tokens", "599 train rows")])
-def test_fewer_rows_than_there_have_to_be_are_an_error(finished: Laboratory, key: str, shape: str):
+def test_fewer_rows_than_declared_are_an_error(finished: Laboratory, key: str, shape: str):
     def shortened(artefact: Artefact) -> Artefact:
         statistics = artefact.provenance["statistics"]
         return replace(artefact, provenance={"statistics": statistics | {"train": statistics["train"] | {"rows": 599}}})
@@ -136,7 +136,9 @@ def test_fewer_rows_than_there_have_to_be_are_an_error(finished: Laboratory, key
 
 
 @pytest.mark.parametrize("change", [lambda w: w.fill_(float("nan")), lambda w: w[:, :-1].contiguous()], ids=["not finite", "misshapen"])
-def test_weights_that_are_not_finite_or_misshapen_are_an_error(finished: Laboratory, change: Callable[[torch.Tensor], torch.Tensor]):
+def test_weights_that_are_not_finite_or_of_the_wrong_shape_are_an_error(
+    finished: Laboratory, change: Callable[[torch.Tensor], torch.Tensor]
+):
     file = finished.artefact("bagging/member_2", SEEDS[0]).path / "sae_weights.safetensors"
     weights = load_file(file)
     save_file(weights | {"W_enc": change(weights["W_enc"])}, file)
@@ -176,7 +178,7 @@ def test_tables_with_numbers_that_are_not_finite_or_of_the_wrong_shape_are_an_er
         ("boosting/round_2", {"explained_variance": 0.009}, "too little to reduce it"),
     ],
 )
-def test_poor_saes_are_warned_of_and_stop_nothing(finished: Laboratory, key: str, last_step: dict[str, float], message: str):
+def test_poor_saes_give_warnings_and_stop_no_run(finished: Laboratory, key: str, last_step: dict[str, float], message: str):
     usual = {"dead_features": 0.0, "explained_variance": 0.5, "l0": 12.0 if "matched" in key else 4.0}
     health = _examine(finished, key, _last_step(**usual))
     assert (health.errors, health.warnings) == ([], [])
@@ -187,12 +189,12 @@ def test_poor_saes_are_warned_of_and_stop_nothing(finished: Laboratory, key: str
     assert message in warning
 
 
-def test_a_first_round_that_explains_little_is_not_told_to_have_nothing_left(finished: Laboratory):
+def test_a_poor_first_round_gives_no_warning_of_an_empty_residual(finished: Laboratory):
     for key in ("boosting/round_1", "bagging/member_2"):
         assert _examine(finished, key, _last_step(explained_variance=0.001, dead_features=0.0)).warnings == []
 
 
-def test_explained_variance_below_the_threshold_is_warned_of_by_method(finished: Laboratory):
+def test_explained_variance_below_the_threshold_gives_a_warning_for_each_method(finished: Laboratory):
     table = pl.read_parquet(finished.artefact("eval/reconstruction", SEEDS[0]).path, hive_partitioning=False)
     full = table.filter((pl.col("n_members") == MEMBERS) | (pl.col("method") == "single"))
     threshold = full["explained_variance"].median()
@@ -204,7 +206,35 @@ def test_explained_variance_below_the_threshold_is_warned_of_by_method(finished:
     assert _examine(finished, "eval/reconstruction").warnings == []
 
 
-def test_thresholds_are_those_of_the_experiment_file_and_make_nothing_stale(finished: Laboratory):
+def test_features_that_never_fire_on_held_out_tokens_are_warned_of_by_member(finished: Laboratory):
+    table = pl.read_parquet(finished.artefact("eval/members", SEEDS[0]).path, hive_partitioning=False)
+    threshold = table["dead_features"].median()
+    assert isinstance(threshold, float)
+    above = table.filter(pl.col("dead_features") > threshold)
+    warnings = _examine(finished, "eval/members", max_dead_features=threshold).warnings
+    assert len(warnings) == len(above)
+    for row, warning in zip(above.iter_rows(named=True), warnings, strict=True):
+        assert f"{row['dead_features']:.0%} of the features of {row['method']} {row['member']} never fire on the test tokens" in warning
+
+
+def test_a_training_in_which_no_feature_can_be_called_dead_is_warned_of(finished: Laboratory):
+    def with_dead_after(tokens: int | None) -> Callable[[Artefact], Artefact]:
+        def change(artefact: Artefact) -> Artefact:
+            artefact = _last_step(dead_features=0.0, explained_variance=0.5, l0=4.0)(artefact)
+            settings = artefact.recipe["settings"]
+            changed = {**settings, "training": {**settings["training"], "dead_after_tokens": tokens}}
+            return replace(artefact, recipe={**artefact.recipe, "settings": changed})
+
+        return change
+
+    n_tokens = finished.artefact("bagging/member_1", SEEDS[0]).provenance["train_tokens"]
+    (warning,) = _examine(finished, "bagging/member_1", with_dead_after(n_tokens)).warnings
+    assert f"dead_after_tokens is {n_tokens}, and it trained on {n_tokens} tokens" in warning
+    for tokens in (None, n_tokens - 1):
+        assert _examine(finished, "bagging/member_1", with_dead_after(tokens)).warnings == []
+
+
+def test_thresholds_of_the_experiment_file_apply_and_make_nothing_stale(finished: Laboratory):
     finished.declare(checks={"min_explained_variance": 1.0, "max_dead_features": 1.0})
     assert set(_states().values()) == {"fresh"}
     found = _evaluations(finished, ["bagging/member_1", "bagging/bagging_ensemble"])
@@ -215,13 +245,13 @@ def test_thresholds_are_those_of_the_experiment_file_and_make_nothing_stale(fini
 
 
 @pytest.mark.parametrize("checks", [{"max_dead_features": 2}, {"min_explained_variance": "much"}, {"speed": 1}])
-def test_a_threshold_that_cannot_be_is_refused_with_its_field(empty: Laboratory, checks: dict):
+def test_an_invalid_threshold_is_refused_with_its_field(empty: Laboratory, checks: dict):
     empty.declare(checks=checks)
     with pytest.raises(ConfigurationError, match=f"attributes.checks.{next(iter(checks))}"):
         empty.catalogue.experiment(NAME)
 
 
-def test_a_run_ends_with_its_warnings_first_some_in_words_and_then_their_number(finished: Laboratory):
+def test_a_run_ends_with_its_first_warnings_and_their_number(finished: Laboratory):
     finished.declare(checks={"max_dead_features": 1.0})
     assert "warning" not in finished.run()
     finished.declare(checks={"min_explained_variance": 1.0, "max_dead_features": 1.0})
@@ -234,7 +264,7 @@ def test_a_run_ends_with_its_warnings_first_some_in_words_and_then_their_number(
 # in Dagster
 
 
-def test_a_failed_check_stops_what_follows_in_the_same_run_and_the_artefact_is_kept(empty: Laboratory, monkeypatch: pytest.MonkeyPatch):
+def test_a_failed_check_stops_descendants_in_the_same_run_and_keeps_the_artefact(empty: Laboratory, monkeypatch: pytest.MonkeyPatch):
     empty.run(select=["activations"])
 
     def unsound(declaration: Any, *arguments: Any) -> Health:
@@ -250,7 +280,7 @@ def test_a_failed_check_stops_what_follows_in_the_same_run_and_the_artefact_is_k
     assert states[f"{NAME}/bagging/bagging_ensemble"] == "missing"
 
 
-def test_a_run_that_selects_no_checks_examines_what_it_makes_and_stops(empty: Laboratory, monkeypatch: pytest.MonkeyPatch):
+def test_a_run_without_selected_checks_examines_its_artefacts_and_stops(empty: Laboratory, monkeypatch: pytest.MonkeyPatch):
     empty.run(select=["activations"])
     verdicts = {"member_1": Health(warnings=["it is poor"]), "member_2": Health(errors=["it is bad"])}
     monkeypatch.setattr(materialise, "examine", lambda declaration, *_: verdicts.get(declaration.address.name, Health()))
@@ -265,7 +295,7 @@ def test_a_run_that_selects_no_checks_examines_what_it_makes_and_stops(empty: La
     assert _states()[f"{NAME}/bagging/bagging_ensemble"] == "missing"
 
 
-def test_health_of_all_partitions_can_be_looked_at_without_making_anything(finished: Laboratory):
+def test_health_of_all_partitions_can_be_checked_without_materialising(finished: Laboratory):
     finished.declare(checks={"min_explained_variance": 1.0, "max_dead_features": 1.0})
     found = _evaluations(finished, [], {"bagging/member_2": HEALTH, "eval/cost": HEALTH}, partition=None)
     assert {asset: each.passed for (asset, _), each in found.items()} == {"bagging/member_2": False, "eval/cost": True}
@@ -279,7 +309,7 @@ def _flip_last_bit_without_a_trace(file: Path) -> None:
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
-def test_a_byte_changed_without_a_trace_is_found_by_the_check_and_made_again(finished: Laboratory):
+def test_a_byte_changed_at_the_same_size_and_time_is_found_by_the_check_and_rebuilt(finished: Laboratory):
     file = finished.artefact("bagging/member_3", SEEDS[0]).path / "sae_weights.safetensors"
     whole = file.read_bytes()
     _flip_last_bit_without_a_trace(file)
@@ -297,19 +327,19 @@ def test_a_byte_changed_without_a_trace_is_found_by_the_check_and_made_again(fin
     assert set(_states().values()) == {"fresh"}
 
 
-def test_doctor_finds_a_byte_changed_without_a_trace_and_it_is_made_again(finished: Laboratory):
+def test_a_byte_changed_at_the_same_size_and_time_is_found_by_doctor_and_rebuilt(finished: Laboratory):
     file = finished.artefact("bagging/member_3", SEEDS[0]).path / "sae_weights.safetensors"
     whole = file.read_bytes()
     _flip_last_bit_without_a_trace(file)
     (finding,) = [each for each in diagnose(verify=True) if each.subject == "artefact"]
     assert not finding.ok
-    assert finding.detail == f"{file}: the bytes are not those that were written. The next `saeens run` makes it again"
+    assert finding.detail == f"{file}: the bytes are not those that were written. The next `saeens run` computes it again"
     assert _states()[f"{NAME}/bagging/member_3"] == "damaged"
     finished.run()
     assert file.read_bytes() == whole
 
 
-def test_beside_a_materialisation_the_check_reads_that_partition_and_tells_damage_of_others_again(finished: Laboratory):
+def test_the_check_of_a_materialisation_reads_its_partition_and_repeats_known_damage_of_others(finished: Laboratory):
     here = _evaluations(finished, ["bagging/member_3"])["bagging/member_3", BYTES]
     assert here.passed
     assert {name: value.value for name, value in here.metadata.items()} == {"partitions read": 1, "partitions on disk": len(SEEDS)}
@@ -322,6 +352,6 @@ def test_beside_a_materialisation_the_check_reads_that_partition_and_tells_damag
     assert str(elsewhere) in (here.description or "")
 
 
-def test_the_check_of_bytes_does_not_pass_where_there_are_none(empty: Laboratory):
+def test_the_check_of_bytes_does_not_pass_without_artefacts(empty: Laboratory):
     found = _evaluations(empty, [], {"tokens": BYTES}, partition=None)["tokens", BYTES]
     assert (found.passed, found.severity) == (False, dg.AssetCheckSeverity.WARN)

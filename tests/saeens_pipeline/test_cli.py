@@ -1,4 +1,4 @@
-"""The `saeens` command as a user meets it: what it prints where, its exit codes, and its messages."""
+"""The `saeens` command: output, exit codes and messages."""
 
 from __future__ import annotations
 
@@ -20,14 +20,13 @@ import dagster as dg
 import polars as pl
 import pytest
 import typer
-from dagster._utils.interrupts import capture_interrupts
 from rich.console import Console
 from tiny_experiment import EXPERIMENT, LAYER, NAME, SEEDS, Laboratory, run_and_print
 from typer.core import TyperGroup
 
 from saeens_pipeline import cli
 from saeens_pipeline.assets import training
-from saeens_pipeline.assets.tables import listed
+from saeens_pipeline.assets.registry import listed
 from saeens_pipeline.cli import output
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.orchestration import runs
@@ -41,7 +40,7 @@ class Outcome(NamedTuple):
 
     @property
     def message(self) -> str:
-        """What went to standard error, without line breaks."""
+        """Text of standard error without line breaks."""
         return " ".join(self.err.split())
 
 
@@ -112,17 +111,17 @@ def test_experiments_are_listed(empty: Laboratory, saeens: Saeens):
     assert "topk" in line
 
 
-def test_run_makes_what_is_selected_in_plain_lines(empty: Laboratory, saeens: Saeens):
+def test_run_materialises_the_selection_and_prints_plain_lines(empty: Laboratory, saeens: Saeens):
     outcome = saeens("run", NAME, "--select", "bagging/member_1", "--seed", SEEDS[1])
     assert (outcome.code, outcome.err) == (0, "")
-    assert f"{NAME}: 3 artefacts to make" in outcome.out
+    assert f"{NAME}: 3 artefacts to compute" in outcome.out
     assert f"{NAME}/tokens: 800 tokens in" in outcome.out
     assert f"{NAME}/bagging/member_1, layer {LAYER}, seed {SEEDS[1]}: 600 tokens in" in outcome.out
     assert "\x1b" not in outcome.out
     assert empty.artefact("bagging/member_1", SEEDS[1])
 
 
-def test_a_second_run_says_that_nothing_is_trained_and_ends_with_the_table(finished: Laboratory, saeens: Saeens):
+def test_a_second_run_reports_no_training_and_ends_with_the_table(finished: Laboratory, saeens: Saeens):
     outcome = saeens("run", NAME)
     assert (outcome.code, outcome.err) == (0, "")
     assert "nothing to do" in outcome.out
@@ -135,7 +134,7 @@ def test_a_second_run_says_that_nothing_is_trained_and_ends_with_the_table(finis
     assert "saeens ui" in outcome.out
 
 
-def test_the_summary_is_of_the_seeds_that_the_experiment_has_now(finished: Laboratory, saeens: Saeens):
+def test_the_summary_covers_the_declared_seeds(finished: Laboratory, saeens: Saeens):
     finished.declare(ensemble=EXPERIMENT["ensemble"] | {"seeds": [SEEDS[0]]})
     outcome = saeens("run", NAME)
     assert outcome.code == 0
@@ -144,7 +143,7 @@ def test_the_summary_is_of_the_seeds_that_the_experiment_has_now(finished: Labor
     assert f"{value:.4f}" in line
 
 
-def test_status_tells_fresh_stale_and_missing(finished: Laboratory, saeens: Saeens):
+def test_status_distinguishes_fresh_stale_and_missing(finished: Laboratory, saeens: Saeens):
     shutil.rmtree(finished.artefact("baseline/expanded", 2).path)
     finished.declare(training=EXPERIMENT["training"] | {"learning_rate": 0.5})
     outcome = saeens("status", NAME)
@@ -157,7 +156,7 @@ def test_status_tells_fresh_stale_and_missing(finished: Laboratory, saeens: Saee
 
 
 @pytest.mark.parametrize("name", [table.name for table in listed(over_experiments=False) if table.by_default])
-def test_tables_in_csv_and_json_are_printed_alone_and_read_back(finished: Laboratory, saeens: Saeens, name: str):
+def test_tables_in_csv_and_json_are_the_only_output_and_can_be_parsed(finished: Laboratory, saeens: Saeens, name: str):
     expected = read_table(finished.root, NAME, name)
     csv, in_json = (saeens("table", NAME, name, "--format", form) for form in ("csv", "json"))
     assert (csv.code, csv.err, in_json.code, in_json.err) == (0, "", 0, "")
@@ -165,7 +164,7 @@ def test_tables_in_csv_and_json_are_printed_alone_and_read_back(finished: Labora
     assert pl.DataFrame(json.loads(in_json.out), schema=expected.schema).equals(expected)
 
 
-def test_tables_are_printed_for_people(finished: Laboratory, saeens: Saeens, monkeypatch: pytest.MonkeyPatch):
+def test_tables_are_printed_with_a_header_and_one_line_per_row(finished: Laboratory, saeens: Saeens, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COLUMNS", "200")
     outcome = saeens("table", NAME, "stability")
     assert (outcome.code, outcome.err) == (0, "")
@@ -174,7 +173,7 @@ def test_tables_are_printed_for_people(finished: Laboratory, saeens: Saeens, mon
     assert len(rows) == 18
 
 
-def test_of_a_long_table_people_see_the_beginning(finished: Laboratory, saeens: Saeens, monkeypatch: pytest.MonkeyPatch):
+def test_a_long_table_is_cut_after_its_first_rows(finished: Laboratory, saeens: Saeens, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(cli.tables, "_SHOWN_ROWS", 5)
     outcome = saeens("table", NAME, "stability")
     assert outcome.code == 0
@@ -196,7 +195,7 @@ def test_the_summary_fits_into_120_columns(finished: Laboratory):
     assert f"{reconstruction['description_length_bits'].mean():.0f}" in line.split()
 
 
-def test_the_summary_counts_the_passes_that_make_residuals_in(finished: Laboratory, saeens: Saeens):
+def test_the_cost_in_the_summary_includes_passes_over_residuals(finished: Laboratory, saeens: Saeens):
     (line,) = [line for line in saeens("run", NAME).out.splitlines() if line.startswith("boosting")]
     cost = read_table(finished.root, NAME, "cost").filter(method="boosting", n_members=3)
     assert (cost["residual_flops"] > 0).all()
@@ -216,7 +215,7 @@ def test_doctor_finds_nothing_wrong(finished: Laboratory, saeens: Saeens):
 
 
 @pytest.mark.parametrize("arguments", [["run"], ["run", NAME, "--layer", "one"], ["sing"], ["table", NAME, "cost", "--format", "xml"]])
-def test_wrong_usage_ends_with_2(empty: Laboratory, saeens: Saeens, arguments: list[str]):
+def test_wrong_usage_exits_with_2(empty: Laboratory, saeens: Saeens, arguments: list[str]):
     outcome = saeens(*arguments)
     assert outcome.code == 2
     assert "Usage" in outcome.err
@@ -224,16 +223,29 @@ def test_wrong_usage_ends_with_2(empty: Laboratory, saeens: Saeens, arguments: l
 
 
 @pytest.mark.parametrize("command", [["run", "nope"], ["status", "nope"], ["table", "nope", "cost"], ["table", "..", "cost"]])
-def test_an_unknown_experiment_ends_with_2_and_lists_those_that_exist(empty: Laboratory, saeens: Saeens, command: list[str]):
+def test_an_unknown_experiment_exits_with_2_and_lists_the_known_ones(empty: Laboratory, saeens: Saeens, command: list[str]):
     _assert_one_message(saeens(*command), 2, command[1], f"there are: {NAME}")
 
 
+@pytest.mark.parametrize(
+    "escapes", ["\x1b[2J{}\x1b[31m", "\x1b]0;title\x07{}", "\x1b]8;;http://evil.example\x1b\\{}", "\x9b2J{}\x7f", "\x1bc\x08{}\r"]
+)
+@pytest.mark.parametrize("command", [["status", "{}"], ["run", "{}"], ["{}"], ["--{}"], ["report", "--layer", "1", "{}"]])
+def test_escape_sequences_of_arguments_do_not_reach_the_terminal(empty: Laboratory, saeens: Saeens, command: list[str], escapes: str):
+    outcome = saeens(*(part.format(escapes.format("other")) for part in command))
+    assert outcome.code == 2
+    said = outcome.out + outcome.err
+    assert "other" in said
+    assert "evil.example" not in said
+    assert said.replace("\n", "").isprintable()
+
+
 @pytest.mark.parametrize("table", ["speed", "../reconstruction"])
-def test_an_unknown_table_ends_with_2_and_lists_those_that_exist(finished: Laboratory, saeens: Saeens, table: str):
+def test_an_unknown_table_exits_with_2_and_lists_the_known_ones(finished: Laboratory, saeens: Saeens, table: str):
     _assert_one_message(saeens("table", NAME, table), 2, table, *(each.name for each in listed(over_experiments=False)))
 
 
-def test_a_table_that_is_not_made_yet_ends_with_1_and_says_what_makes_it(empty: Laboratory, saeens: Saeens):
+def test_a_missing_table_exits_with_1_and_names_the_command_that_computes_it(empty: Laboratory, saeens: Saeens):
     _assert_one_message(saeens("table", NAME, "cost"), 1, "cost", f"saeens run {NAME}")
 
 
@@ -248,24 +260,26 @@ def test_a_table_that_is_not_made_yet_ends_with_1_and_says_what_makes_it(empty: 
     ],
     ids=["layer", "negative layer", "seed", "asset", "no asset"],
 )
-def test_what_does_not_exist_ends_with_2_and_lists_what_does(empty: Laboratory, saeens: Saeens, arguments: list[str], parts: list[str]):
+def test_unknown_assets_layers_and_seeds_exit_with_2_and_list_the_known_ones(
+    empty: Laboratory, saeens: Saeens, arguments: list[str], parts: list[str]
+):
     _assert_one_message(saeens("run", NAME, *arguments), 2, *parts)
     assert not (empty.root / "sources").exists()
 
 
-def test_k_larger_than_d_sae_ends_with_2(empty: Laboratory, saeens: Saeens):
+def test_k_larger_than_d_sae_exits_with_2(empty: Laboratory, saeens: Saeens):
     empty.declare(sae=EXPERIMENT["sae"] | {"k": 33})
     _assert_one_message(saeens("run", NAME), 2, "k = 33 is larger than d_sae = 32")
     assert not (empty.root / "sources").exists()
 
 
-def test_a_module_that_the_model_lacks_ends_with_2(empty: Laboratory, saeens: Saeens):
+def test_an_unknown_module_exits_with_2(empty: Laboratory, saeens: Saeens):
     empty.declare(source={"hook": "gpt_neox.layers.{layer}.router"})
     _assert_one_message(saeens("run", NAME), 2, "gpt_neox.layers.1.router", "it has", "gpt_neox.layers.1.mlp")
     assert not empty.root.exists()
 
 
-def test_a_context_that_the_model_does_not_take_ends_with_2(empty: Laboratory, saeens: Saeens):
+def test_a_context_longer_than_the_model_allows_exits_with_2(empty: Laboratory, saeens: Saeens):
     empty.declare(source={"context_length": 17})
     _assert_one_message(saeens("run", NAME), 2, "context_length: 17", "takes 2 to 16")
     assert not empty.root.exists()
@@ -277,7 +291,7 @@ def test_a_missing_local_model_is_named(empty: Laboratory, saeens: Saeens):
     assert not (empty.root / "sources").exists()
 
 
-def test_a_broken_experiment_file_ends_with_2_and_leaves_the_others(empty: Laboratory, saeens: Saeens):
+def test_a_broken_experiment_file_exits_with_2_and_affects_no_other(empty: Laboratory, saeens: Saeens):
     sound = (empty.folder / NAME / "defs.yaml").read_text()
     file = empty.write(
         sound.replace("k: 4", "k: lots").replace("name: tiny", "name: broken").replace("source: tiny", "source: broken"), "broken"
@@ -295,7 +309,7 @@ def test_a_broken_experiment_file_ends_with_2_and_leaves_the_others(empty: Labor
     assert where in " ".join(doctor.out.split())
 
 
-def test_too_short_a_corpus_ends_with_1_and_the_message_is_whole(empty: Laboratory, saeens: Saeens):
+def test_too_short_a_corpus_exits_with_1_and_the_whole_message(empty: Laboratory, saeens: Saeens):
     empty.declare(source={"train_tokens": 10**6})
     outcome = saeens("run", NAME)
     assert outcome.code == 1
@@ -312,11 +326,11 @@ def unwritable(empty: Laboratory, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     return root
 
 
-def test_a_root_that_cannot_be_written_ends_with_1(unwritable: Path, saeens: Saeens):
+def test_a_read_only_root_exits_with_1(unwritable: Path, saeens: Saeens):
     _assert_one_message(saeens("run", NAME), 1, f"{unwritable} cannot be written", "SAEENS_DATA")
 
 
-def test_doctor_finds_a_root_that_cannot_be_written(unwritable: Path, saeens: Saeens):
+def test_doctor_finds_a_read_only_root(unwritable: Path, saeens: Saeens):
     outcome = saeens("doctor")
     assert outcome.code == 1
     assert f"{unwritable} cannot be written" in outcome.out
@@ -351,7 +365,7 @@ def test_doctor_verify_finds_a_damaged_artefact(finished: Laboratory, saeens: Sa
     assert saeens("doctor").code == 0
 
 
-def test_doctor_verify_finds_a_damaged_table_and_goes_on(finished: Laboratory, saeens: Saeens):
+def test_doctor_verify_finds_a_damaged_table_and_checks_the_rest(finished: Laboratory, saeens: Saeens):
     tables = [finished.artefact(f"eval/{name}", 1).path for name in ("cost", "members")]
     tables[0].write_bytes(tables[0].read_bytes()[:-100])
     content = tables[1].read_bytes()
@@ -361,7 +375,7 @@ def test_doctor_verify_finds_a_damaged_table_and_goes_on(finished: Laboratory, s
     assert all(str(table) in outcome.out for table in tables)
 
 
-def test_status_shows_a_truncated_artefact_with_its_sizes_and_goes_on(
+def test_status_shows_a_truncated_artefact_with_its_sizes_and_the_rest(
     finished: Laboratory, saeens: Saeens, monkeypatch: pytest.MonkeyPatch
 ):
     file = finished.artefact("bagging/member_3", 1).path / "sae_weights.safetensors"
@@ -379,13 +393,13 @@ def test_status_shows_a_truncated_artefact_with_its_sizes_and_goes_on(
 # tracebacks
 
 
-def test_debug_shows_where_an_error_is_from(empty: Laboratory, monkeypatch: pytest.MonkeyPatch):
+def test_debug_prints_the_traceback(empty: Laboratory, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "argv", ["saeens", "--debug", "run", "nope"])
     with pytest.raises(ConfigurationError):
         cli.main()
 
 
-def test_what_nobody_foresaw_is_one_message_too(empty: Laboratory, saeens: Saeens, monkeypatch: pytest.MonkeyPatch):
+def test_an_unexpected_error_is_one_message_without_debug(empty: Laboratory, saeens: Saeens, monkeypatch: pytest.MonkeyPatch):
     def fail(*_: object) -> None:
         raise ZeroDivisionError("[a] broken thing")
 
@@ -426,16 +440,16 @@ def _interrupt_in_a_callback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _interrupt_at_the_end_of_a_stage(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dagster forgets an interrupt there."""
-    execute = dg.JobDefinition.execute_in_process
+    """Dagster's own handler of signals records an interrupt there, and nothing reads the record."""
+    handle, handler = dg.DagsterInstance.handle_new_event, signal.getsignal(signal.SIGINT)
 
-    def interrupt(*arguments: Any, **options: Any) -> dg.ExecuteInProcessResult:
-        with capture_interrupts():
-            result = execute(*arguments, **options)
+    def interrupt(self: dg.DagsterInstance, event: dg.EventLogEntry, *options: Any, **named: Any) -> None:
+        handle(self, event, *options, **named)
+        if event.is_dagster_event and event.dagster_event_type == dg.DagsterEventType.RUN_SUCCESS:
+            assert signal.getsignal(signal.SIGINT) != handler
             signal.raise_signal(signal.SIGINT)
-        return result
 
-    monkeypatch.setattr(dg.JobDefinition, "execute_in_process", interrupt)
+    monkeypatch.setattr(dg.DagsterInstance, "handle_new_event", interrupt)
 
 
 INTERRUPTS = {
@@ -460,14 +474,14 @@ def run_interrupted(model: str, folder: str, root: str, interrupt: str, *argumen
 
 
 def _interrupted(laboratory: Laboratory, interrupt: str, *arguments: object) -> tuple[Outcome, list[str]]:
-    """What a child process told: the outcome, and exceptions that Python swallowed."""
+    """Return the output of a child process: the outcome, and exceptions that Python swallowed."""
     child = child_process.start(run_interrupted, laboratory.model, laboratory.folder, laboratory.root, interrupt, *arguments)
     told = child_process.finish(child)
     return Outcome(told["code"], "", told["err"]), told["swallowed"]
 
 
 @pytest.mark.slow
-def test_an_interrupt_while_training_ends_with_130_and_keeps_what_was_finished(empty: Laboratory):
+def test_an_interrupt_during_training_exits_with_130_and_keeps_finished_artefacts(empty: Laboratory):
     outcome, _ = _interrupted(empty, "training", "--select", "bagging/member_1", "--seed", SEEDS[0])
     assert outcome.code == 130
     assert "Traceback" not in outcome.err
@@ -476,7 +490,7 @@ def test_an_interrupt_while_training_ends_with_130_and_keeps_what_was_finished(e
 
 
 @pytest.mark.slow
-def test_an_interrupt_that_python_swallows_between_stages_ends_the_run_all_the_same(empty: Laboratory):
+def test_an_interrupt_swallowed_by_python_between_stages_ends_the_run(empty: Laboratory):
     outcome, swallowed = _interrupted(empty, "callback", "--select", "activations")
     assert swallowed == ["KeyboardInterrupt"]
     assert outcome.code == 130
@@ -486,7 +500,7 @@ def test_an_interrupt_that_python_swallows_between_stages_ends_the_run_all_the_s
 
 
 @pytest.mark.slow
-def test_an_interrupt_that_dagster_forgets_at_the_end_of_a_stage_ends_the_run_all_the_same(empty: Laboratory):
+def test_an_interrupt_dropped_by_dagster_at_the_end_of_a_stage_ends_the_run(empty: Laboratory):
     outcome, _ = _interrupted(empty, "end of a stage", "--select", "tokens")
     assert outcome.code == 130
     assert empty.artefact("tokens", layer=None)

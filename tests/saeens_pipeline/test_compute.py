@@ -1,4 +1,4 @@
-"""The device and what of it may be used: chosen by the environment, the same for every run, put back afterwards."""
+"""Device, memory, threads and precision: set by the environment, the same for every run, restored afterwards."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from saeens_pipeline.assets import compute as resources
-from saeens_pipeline.assets.compute import Compute
+from saeens_pipeline.assets.compute import Compute, checked_out_commit
 from saeens_pipeline.errors import ConfigurationError
 
 
@@ -20,13 +19,13 @@ def _no_choice(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-def test_without_a_choice_the_device_is_found_and_nothing_is_limited():
+def test_by_default_the_device_is_detected_and_nothing_is_limited():
     compute = Compute.from_environment()
     assert (compute.device, compute.precision, compute.memory_gb, compute.threads) == ("auto", "float32", 0, 0)
     assert compute.resolve() == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def test_the_environment_chooses(monkeypatch):
+def test_environment_variables_set_the_device_precision_memory_and_threads(monkeypatch):
     for name, value in {"DEVICE": "cpu", "PRECISION": "bfloat16", "MEMORY_GB": "1.5", "THREADS": "1"}.items():
         monkeypatch.setenv(f"SAEENS_{name}", value)
     compute = Compute.from_environment()
@@ -42,25 +41,25 @@ def test_the_environment_chooses(monkeypatch):
         ("SAEENS_MEMORY_GB", "nan", "0 or larger"),
     ],
 )
-def test_a_choice_that_cannot_be_is_refused_by_name(monkeypatch, name, value, message):
+def test_an_invalid_setting_is_refused_by_name(monkeypatch, name, value, message):
     monkeypatch.setenv(name, value)
     with pytest.raises(ConfigurationError, match=message):
         Compute.from_environment()
 
 
-def test_a_device_that_is_not_there_is_refused_with_those_that_are():
+def test_a_missing_device_is_refused_with_the_available_ones():
     with pytest.raises(ConfigurationError, match=r"'cuda:99' is not available; available: auto, cpu"):
         Compute(device="cuda:99").resolve()
 
 
-def test_work_in_float64_leaves_a_device_that_has_none(monkeypatch):
+def test_float64_runs_on_the_cpu_if_the_device_lacks_it(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert Compute(device="mps").resolve() == "mps"
     assert Compute(device="mps").resolve(float64=True) == "cpu"
     assert Compute(device="cpu").resolve(float64=True) == "cpu"
 
 
-def test_threads_and_precision_hold_inside_and_are_put_back(tmp_path):
+def test_threads_and_precision_apply_in_the_context_and_are_restored(tmp_path):
     before = torch.get_num_threads(), torch.get_float32_matmul_precision()
     compute = Compute(device="cpu", threads=3, precision="bfloat16")
     with pytest.raises(ArithmeticError), compute.in_use(tmp_path), compute.training_precision():
@@ -73,7 +72,7 @@ def test_threads_and_precision_hold_inside_and_are_put_back(tmp_path):
         assert (torch.get_num_threads(), torch.get_float32_matmul_precision()) == (before[0], "highest")
 
 
-def test_of_several_gpus_each_process_takes_one_that_is_free(monkeypatch, tmp_path):
+def test_each_process_takes_a_free_gpu(monkeypatch, tmp_path):
     chosen: list[int] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
@@ -86,7 +85,7 @@ def test_of_several_gpus_each_process_takes_one_that_is_free(monkeypatch, tmp_pa
         assert chosen == [0, 1, 0]
 
 
-def test_energy_is_the_difference_that_the_device_reports(monkeypatch):
+def test_energy_is_the_difference_of_the_devices_counter(monkeypatch):
     readings = iter([5_000_000, 5_012_500])  # millijoules
     binding = SimpleNamespace(
         nvmlInit=lambda: None,
@@ -105,25 +104,24 @@ def test_energy_is_the_difference_that_the_device_reports(monkeypatch):
     assert measured.peak_memory_bytes == 7
 
 
-def test_a_device_that_reports_no_energy_gives_none():
+def test_energy_is_none_if_the_device_reports_none():
     with Compute(device="cpu").measure() as measured:
         pass
     assert measured.energy_joules is None
     assert measured.seconds > 0
 
 
-def test_provenance_names_the_commit_of_the_checkout_and_whether_its_files_were_changed(monkeypatch, tmp_path):
+def test_provenance_has_the_commit_of_the_checkout_and_whether_it_is_modified(tmp_path):
     def git(*arguments: str) -> str:
         who = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
         return subprocess.run(["git", "-C", str(tmp_path), *who, *arguments], check=True, capture_output=True, text=True).stdout.strip()
 
-    monkeypatch.setattr(resources, "PROJECT_ROOT", tmp_path)
-    assert resources._commit() is None
+    assert checked_out_commit(tmp_path) is None
     git("init", "--quiet")
     (tmp_path / "code.py").write_text("1")
     git("add", "code.py")
     git("commit", "--quiet", "--message", "one")
     commit = git("rev-parse", "HEAD")[:12]
-    assert resources._commit() == commit
+    assert checked_out_commit(tmp_path) == commit
     (tmp_path / "code.py").write_text("2")
-    assert resources._commit() == f"{commit}+"
+    assert checked_out_commit(tmp_path) == f"{commit}+"

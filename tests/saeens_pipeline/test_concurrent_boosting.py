@@ -1,4 +1,4 @@
-"""`boosting: concurrent`: all rounds in one pass over the activations, beside the sequential mode in everything else."""
+"""`boosting: concurrent`: all rounds in one pass over the activations, otherwise as in the sequential mode."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from test_experiment import D_SAE, TEST, TRAIN, _activations, _boosting, _explained_variance, _plain_saes
+from test_experiment import D_SAE, TEST, TRAIN, plain_boosting, plain_explained_variance, plain_saes, stored_activations
 from tiny_experiment import LAYER, MEMBERS, NAME, SEEDS, Laboratory, status_of
 from tiny_models import D_MODEL
 
@@ -58,7 +58,7 @@ def _stamps(laboratory: Laboratory) -> dict[Path, int]:
 # the asset graph
 
 
-def test_rounds_are_one_op_on_the_activations_and_no_residual_is_made(concurrent: Laboratory):
+def test_concurrent_rounds_are_one_op_on_the_activations_without_residuals(concurrent: Laboratory):
     definitions = concurrent.catalogue.definitions()
     deps = {
         spec.key.to_user_string().removeprefix(f"{NAME}/"): [d.asset_key.to_user_string().removeprefix(f"{NAME}/") for d in spec.deps]
@@ -93,7 +93,7 @@ def test_the_mode_is_in_the_recipes_of_later_rounds_and_of_the_cost_table_alone(
 # what is made
 
 
-def test_switching_makes_later_rounds_and_what_follows_from_them(finished_laboratory: Laboratory, switched_laboratory: Laboratory):
+def test_switching_the_mode_rebuilds_later_rounds_and_their_descendants(finished_laboratory: Laboratory, switched_laboratory: Laboratory):
     kept = ["bagging/member_1", "bagging/member_3", "bagging/bagging_ensemble", "baseline/expanded", "boosting/round_1"]
     made = ["boosting/round_2", "boosting/round_3", "boosting/boosting_ensemble", "eval/reconstruction"]
     for key in kept + made:
@@ -101,30 +101,28 @@ def test_switching_makes_later_rounds_and_what_follows_from_them(finished_labora
         assert (before == after) == (key in kept), key
 
 
-def test_everything_is_fresh_afterwards_and_a_second_run_makes_nothing(switched: Laboratory):
+def test_everything_is_fresh_after_a_run_and_a_second_run_computes_nothing(switched: Laboratory):
     assert {status.state for status in status_of(NAME)} == {"fresh"}
     before = _stamps(switched)
     assert "nothing to do" in switched.run()
     assert _stamps(switched) == before
 
 
-def test_round_1_is_member_1(switched_laboratory: Laboratory, concurrent: Laboratory):
+def test_concurrent_round_1_links_to_member_1(switched_laboratory: Laboratory, concurrent: Laboratory):
     concurrent.run(select=["boosting/round_1"], seeds=[1])
     first, member = (concurrent.artefact(key, 1) for key in ("boosting/round_1", "bagging/member_1"))
     assert first.data_version == member.data_version == switched_laboratory.artefact("boosting/round_1", 1).data_version
     assert first.provenance["same_as"] == f"{NAME}/bagging/member_1"
 
 
-def test_a_round_asked_for_alone_has_the_bits_of_one_trained_with_all(concurrent: Laboratory, switched_laboratory: Laboratory):
+def test_a_round_requested_alone_has_the_bits_of_one_trained_with_all(concurrent: Laboratory, switched_laboratory: Laboratory):
     concurrent.run(select=["boosting/round_2"], seeds=[1])
     assert not (concurrent.root / "experiments" / NAME / f"layer={LAYER}" / "seed=1" / "boosting" / "round_3").exists()
     assert concurrent.artefact("boosting/round_2", 1).data_version == switched_laboratory.artefact("boosting/round_2", 1).data_version
     assert concurrent.artefact("boosting/round_2", 1).provenance["trained_together"] == 2
 
 
-def test_a_round_that_was_removed_is_made_again_with_the_same_bits_and_nothing_else_is(
-    switched: Laboratory, switched_laboratory: Laboratory
-):
+def test_a_removed_round_is_rebuilt_alone_with_the_same_bits(switched: Laboratory, switched_laboratory: Laboratory):
     shutil.rmtree(switched.artefact("boosting/round_2", 1).path)
     before = _stamps(switched)
     switched.run()
@@ -133,7 +131,7 @@ def test_a_round_that_was_removed_is_made_again_with_the_same_bits_and_nothing_e
     assert _weights(switched, "boosting/round_2") == _weights(switched_laboratory, "boosting/round_2")
 
 
-def test_rounds_that_are_trained_for_a_later_one_are_not_written(switched: Laboratory):
+def test_rounds_trained_only_for_a_later_one_are_not_written(switched: Laboratory):
     shutil.rmtree(switched.artefact("boosting/round_3", 1).path)
     shutil.rmtree(switched.artefact("boosting/round_1", 1).path)
     switched.materialise([f"{NAME}/boosting/round_3"], Partition(LAYER, 1))
@@ -149,7 +147,7 @@ def test_a_larger_ensemble_keeps_its_rounds(switched: Laboratory, switched_labor
     assert switched.artefact(f"boosting/round_{MEMBERS + 1}", 1).provenance["trained_together"] == MEMBERS + 1
 
 
-def test_changed_settings_are_said_of_every_round(switched: Laboratory):
+def test_every_stale_round_names_the_changed_settings(switched: Laboratory):
     switched.declare(ensemble=CONCURRENT, training={"learning_rate": 0.02, "batch_tokens": 64})
     reasons = {str(s.declaration.address).removeprefix(f"{NAME}/"): s.reason for s in status_of(NAME) if s.state == "stale"}
     for key in ROUNDS:
@@ -159,14 +157,14 @@ def test_changed_settings_are_said_of_every_round(switched: Laboratory):
 # numbers
 
 
-def test_rounds_are_saes_of_what_the_rounds_before_leave(switched_laboratory: Laboratory):
-    x = _activations(switched_laboratory, "test")
+def test_concurrent_rounds_reconstruct_the_residual_of_earlier_rounds(switched_laboratory: Laboratory):
+    x = stored_activations(switched_laboratory, "test")
     table = read_table(switched_laboratory.root, NAME, "reconstruction")
     for n in range(1, MEMBERS + 1):
         (row,) = table.filter(method="boosting", n_members=n, seed=1).iter_rows(named=True)
-        x_hat, _ = _boosting(_plain_saes(switched_laboratory, "boosting/round", 1, n), x)
+        x_hat, _ = plain_boosting(plain_saes(switched_laboratory, "boosting/round", 1, n), x)
         assert row["tokens"] == TEST
-        assert row["explained_variance"] == pytest.approx(_explained_variance(x, x_hat), abs=1e-4)
+        assert row["explained_variance"] == pytest.approx(plain_explained_variance(x, x_hat), abs=1e-4)
 
 
 def test_concurrent_rounds_explain_about_as_much_as_sequential_ones(finished_laboratory: Laboratory, switched_laboratory: Laboratory):
@@ -178,12 +176,12 @@ def test_concurrent_rounds_explain_about_as_much_as_sequential_ones(finished_lab
     assert values[1][-1] == pytest.approx(values[0][-1], abs=0.1)  # ten steps
 
 
-def test_saes_say_what_they_were_trained_on(switched_laboratory: Laboratory):
+def test_cfg_json_records_the_input_that_an_sae_was_trained_on(switched_laboratory: Laboratory):
     for key, given in zip(ROUNDS, ("activations", "residual_1", "residual_2"), strict=True):
         assert f'"trained_on": "{given}"' in (switched_laboratory.artefact(key, 1).path / "cfg.json").read_text()
 
 
-def test_cost_says_the_mode_and_has_no_passes_over_residuals(switched_laboratory: Laboratory):
+def test_cost_records_the_mode_and_no_passes_over_residuals(switched_laboratory: Laboratory):
     cost = read_table(switched_laboratory.root, NAME, "cost")
     boosting = cost.filter(method="boosting")
     assert set(boosting["boosting_mode"]) == {"concurrent"}
@@ -195,7 +193,7 @@ def test_cost_says_the_mode_and_has_no_passes_over_residuals(switched_laboratory
     assert seconds == [seconds[0]] * (MEMBERS - 1)
 
 
-def test_a_single_round_says_its_mode_too(empty: Laboratory):
+def test_a_single_round_records_its_mode(empty: Laboratory):
     single = {"members": 1, "seeds": [7]}
     for mode in ("sequential", "concurrent"):
         empty.declare(ensemble=single | {"boosting": mode}, baselines=[], evaluations=["cost"])
@@ -213,7 +211,7 @@ def test_a_single_round_says_its_mode_too(empty: Laboratory):
         ({"ensemble": CONCURRENT, "keep_residuals": "all"}, "keep_residuals: all, but ensemble.boosting: concurrent makes no residuals"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(empty: Laboratory, changes: dict, message: str):
+def test_invalid_boosting_settings_are_refused(empty: Laboratory, changes: dict, message: str):
     empty.declare(**changes)
     (said,) = empty.catalogue.broken.values()
     assert re.search(message, said), said

@@ -1,4 +1,4 @@
-"""The table of contexts, against dense codes of what is on disk, the tokenizer's own decoding, and logits of the model's head."""
+"""The table of contexts, against dense codes of stored activations, the tokenizer's decoding, and logits of the model's head."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_every_feature_of_both_ensembles_has_a_row(laboratory: Laboratory, seed:
 
 
 @pytest.mark.parametrize("method", ["bagging", "boosting"])
-def test_contexts_are_the_windows_around_the_largest_activations(laboratory: Laboratory, method: str):
+def test_contexts_are_windows_around_the_largest_activations(laboratory: Laboratory, method: str):
     seed = SEEDS[0]
     group: Any = zarr.open_group(laboratory.artefact("activations").path, mode="r")
     x = torch.from_numpy(np.asarray(group["test/activations"][:], np.float32))
@@ -102,7 +102,7 @@ def test_contexts_are_the_windows_around_the_largest_activations(laboratory: Lab
     assert shown > 100
 
 
-def test_output_tokens_are_those_of_the_head_on_the_direction(laboratory: Laboratory):
+def test_output_tokens_have_the_largest_logits_of_the_decoder_direction(laboratory: Laboratory):
     head: Any = AutoModelForCausalLM.from_pretrained(laboratory.model, dtype=torch.float32).get_output_embeddings()
     tokenizer = Tokenizer.from_file(str(laboratory.model / "tokenizer.json"))
     characters = [
@@ -126,7 +126,7 @@ def test_output_tokens_are_those_of_the_head_on_the_direction(laboratory: Labora
                     assert text == alone
 
 
-def test_a_model_without_a_head_speaks_for_no_tokens(empty: Laboratory, tmp_path):
+def test_a_model_without_a_head_has_no_output_tokens(empty: Laboratory, tmp_path):
     folder = tmp_path / "headless"
     model: Any = AutoModelForCausalLM.from_pretrained(empty.model)
     model.base_model.save_pretrained(folder)
@@ -139,13 +139,13 @@ def test_a_model_without_a_head_speaks_for_no_tokens(empty: Laboratory, tmp_path
     assert table["max_activation"].null_count() < len(table)
 
 
-def test_a_hook_that_may_not_be_in_the_stream_speaks_for_no_tokens(empty: Laboratory):
+def test_a_hook_outside_the_residual_stream_has_no_output_tokens(empty: Laboratory):
     empty.declare({"hook": "gpt_neox.layers.{layer}.attention.dense"}, **SMALL)
     empty.run()
     assert set(_table(empty, 1)["promoted_tokens"]) == {"[]"}
 
 
-def test_hostile_text_and_whitespace_are_kept_as_they_are(empty: Laboratory, monkeypatch: pytest.MonkeyPatch):
+def test_hostile_text_and_whitespace_are_stored_unchanged(empty: Laboratory, monkeypatch: pytest.MonkeyPatch):
     text = '<script>"\\\n\t </script>&amp;'
     monkeypatch.setattr(CORPUS, "test", [text] * 12)
     empty.declare(**SMALL)
@@ -156,7 +156,7 @@ def test_hostile_text_and_whitespace_are_kept_as_they_are(empty: Laboratory, mon
     assert {"<", '"', "\\", "\n", "\t", "&"} <= {token for context in contexts for token in context["tokens"]}
 
 
-def test_it_is_declared_by_layer_and_seed_and_not_made_unless_asked_for(empty: Laboratory):
+def test_contexts_are_partitioned_by_layer_and_seed_and_off_by_default(empty: Laboratory):
     assert "tiny/eval/contexts" not in empty.declarations()
     empty.declare(evaluations=["contexts"])
     (spec,) = [s for s in empty.catalogue.definitions().resolve_all_asset_specs() if s.key == dg.AssetKey([NAME, "eval", "contexts"])]
@@ -164,7 +164,7 @@ def test_it_is_declared_by_layer_and_seed_and_not_made_unless_asked_for(empty: L
     assert {dep.asset_key.path[-1] for dep in spec.deps} == {"tokens", "activations", "bagging_ensemble", "boosting_ensemble"}
 
 
-def test_column_lineage_leads_to_text_and_language_model(empty: Laboratory):
+def test_column_lineage_of_contexts_points_to_text_and_language_model(empty: Laboratory):
     empty.declare(evaluations=["contexts"])
     found = column_lineage(empty.declarations()["tiny/eval/contexts"]).deps_by_column
     sources = {
@@ -176,7 +176,7 @@ def test_column_lineage_leads_to_text_and_language_model(empty: Laboratory):
     assert ("tokens", "test/tokens") not in sources["promoted_tokens"]
 
 
-def test_another_seed_is_made_by_itself(empty: Laboratory):
+def test_contexts_of_another_seed_are_computed_separately(empty: Laboratory):
     empty.declare(**SMALL)
     empty.run()
     before = empty.artefact("eval/contexts", 1).data_version
@@ -188,7 +188,7 @@ def test_another_seed_is_made_by_itself(empty: Laboratory):
 
 
 @pytest.mark.parametrize("n_rows", [7, 64, 1000])
-def test_places_lead_from_rows_to_their_tokens(laboratory: Laboratory, n_rows: int):
+def test_places_map_rows_to_their_tokens(laboratory: Laboratory, n_rows: int):
     path = laboratory.artefact("tokens", layer=None).path
     stored: Any = zarr.open_group(path, mode="r")["test"]
     places = list(open_tokens(path).places("test", n_rows))

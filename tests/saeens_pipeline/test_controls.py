@@ -1,4 +1,4 @@
-"""Controls: which experiments differ in `weights: random` alone, and that their figures are shown beside each other."""
+"""Controls: experiments that differ in `weights: random` alone, and the display of both sets of numbers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _declare_control(laboratory: Laboratory, source: dict[str, Any] | None = Non
     laboratory.write(experiment_file(("ActivationSource", own_source), ("EnsembleExperiment", own_experiment)), name)
 
 
-def test_the_same_on_random_weights_is_the_control(empty: Laboratory):
+def test_the_same_experiment_on_random_weights_is_the_control(empty: Laboratory):
     assert empty.catalogue.controls == {}
     _declare_control(empty)
     catalogue = empty.catalogue
@@ -52,7 +52,7 @@ def test_the_same_on_random_weights_is_the_control(empty: Laboratory):
         ({}, {"automation": "on", "schedule": "0 0 * * *", "checks": {"max_dead_features": 0.5}}),
     ],
 )
-def test_a_control_may_have_other_layers_tables_and_baselines(empty: Laboratory, source: dict[str, Any], experiment: dict[str, Any]):
+def test_a_control_can_have_other_layers_tables_and_baselines(empty: Laboratory, source: dict[str, Any], experiment: dict[str, Any]):
     _declare_control(empty, source, **experiment)
     assert empty.catalogue.controls == {NAME: CONTROL}
 
@@ -69,7 +69,7 @@ def test_a_control_may_have_other_layers_tables_and_baselines(empty: Laboratory,
         ({}, {"ensemble": {"members": MEMBERS, "seeds": [1]}}),
     ],
 )
-def test_what_differs_in_anything_else_is_no_control(empty: Laboratory, source: dict[str, Any], experiment: dict[str, Any]):
+def test_an_experiment_that_differs_otherwise_is_no_control(empty: Laboratory, source: dict[str, Any], experiment: dict[str, Any]):
     _declare_control(empty, source, **experiment)
     assert empty.catalogue.controls == {}
     assert empty.catalogue.counterpart(CONTROL) is None
@@ -83,14 +83,14 @@ def test_the_shipped_quickstart_has_its_control():
     assert "quickstart_full" not in controls  # of eight members, where the control has four
 
 
-def test_a_run_of_the_control_brings_it_into_the_report(empty: Laboratory):
+def test_a_run_of_the_control_adds_it_to_the_report(empty: Laboratory):
     page = empty.root / "reports" / NAME / f"layer={LAYER}" / "index.html"
     few = {"evaluations": ["reconstruction"], "baselines": []}
     empty.declare(**few)
     _declare_control(empty, **few)
     assert "Reports that show this control" not in _run(NAME)
     assert 'id="control-table"' not in page.read_text()
-    assert str(page) in _run(CONTROL).partition("Reports that show this control, made again:")[2]
+    assert str(page) in _run(CONTROL).partition("Reports that show this control, written again:")[2]
     assert 'id="control-table"' in page.read_text()
     assert "Reports that show this control" not in _run(CONTROL)
 
@@ -107,7 +107,7 @@ def _mean(laboratory: Laboratory, experiment: str, table: str, method: str) -> f
     return rows.filter(pl.col("n_members") == rows["n_members"].max())[column].to_numpy().mean()
 
 
-def test_figures_of_the_control_are_shown_beside_wherever_both_are_there(finished: Laboratory):
+def test_numbers_of_the_control_are_shown_with_those_of_the_experiment(finished: Laboratory):
     _declare_control(finished)
     assert "random" not in _run(NAME).split("nothing to do")[1]
     board = finished.catalogue.leaderboard()
@@ -138,8 +138,8 @@ def test_figures_of_the_control_are_shown_beside_wherever_both_are_there(finishe
     assert shown["EV untrained"].to_list() == table.filter(experiment=NAME)["control_explained_variance"].to_list()
 
 
-def test_the_leaderboards_page_in_the_ui_names_the_controls_figure(finished: Laboratory):
-    from saeens_pipeline.assets.tables import table_frame
+def test_the_leaderboard_in_the_ui_has_the_explained_variance_of_the_control(finished: Laboratory):
+    from saeens_pipeline.assets.registry import table_frame
     from saeens_pipeline.storage.names import LEADERBOARD_ADDRESS
     from saeens_pipeline.storage.recipes import Recipe
 

@@ -38,7 +38,7 @@ def _distinctive_lines(text: str) -> set[str]:
     return {line.strip() for line in text.splitlines() if len(line.strip()) >= 24}
 
 
-def test_every_package_is_one_that_the_project_installs():
+def test_the_project_installs_every_package_of_the_corpus():
     assert len(set(corpora.PACKAGES)) == len(corpora.PACKAGES)
     assert all(metadata.version(package) for package in corpora.PACKAGES)
 
@@ -53,7 +53,7 @@ def test_splits_are_disjoint_and_neither_is_empty(small: InstalledPackages):
     assert {name.split("/")[0] for name in names["train"]} == set(SMALL)
 
 
-def test_order_and_text_are_the_same_whenever_they_are_read(small: InstalledPackages):
+def test_order_and_text_are_the_same_at_every_reading(small: InstalledPackages):
     for split in SPLITS:
         assert list(small.documents(split)) == list(small.documents(split)) == list(InstalledPackages().documents(split))
 
@@ -104,7 +104,7 @@ def test_which_split_a_document_is_in_does_not_depend_on_the_other_packages(smal
         assert not {document.name for document in fewer.documents(split)} & names[other]
 
 
-def test_summary_says_what_was_read(small: InstalledPackages):
+def test_the_summary_counts_documents_and_bytes(small: InstalledPackages):
     for split in SPLITS:
         documents = list(small.documents(split))
         summary = small.summary()[split]
@@ -162,7 +162,7 @@ def test_texts_of_a_root_that_cannot_be_written_are_read_from_the_packages(small
     assert list(PinnedPackages(tmp_path).documents("test")) == list(small.documents("test"))
 
 
-def test_an_unknown_corpus_is_refused_with_those_that_there_are():
+def test_an_unknown_corpus_is_refused_with_the_known_ones():
     assert isinstance(open_corpus("builtin/installed_packages"), PinnedPackages)
     with pytest.raises(ValueError, match=r"'wikipedia' is not known; it can be builtin/installed_packages, \{name: DATASET"):
         TypeAdapter(Corpus).validate_python("wikipedia")
@@ -209,7 +209,7 @@ def _code(topic: str, lines: int = 12) -> str:
     return "\n".join(f"def {topic}_{i}(first_{topic}, second):\n    return first_{topic} + {i}" for i in range(lines))
 
 
-def test_languages_are_told_by_suffix_and_other_files_left_out(shelf: Shelf):
+def test_languages_follow_from_suffixes_and_other_files_are_left_out(shelf: Shelf):
     files = {f"p/{name}": _code(name.replace(".", "_")) for name in ("a.py", "b.pyi", "c.js", "d.h", "e.md", "f.txt", "g.so", "h.json")}
     shelf.install("p", files, readme=_code("readme"))
     languages = {name: document.labels["language"] for name, document in shelf.documents().items()}
@@ -234,13 +234,13 @@ def test_licence_headers_are_removed(shelf: Shelf, name: str, header: str):
     assert shelf.documents()[f"p/{name}"].text == _code("a")
 
 
-def test_other_first_comments_stay(shelf: Shelf):
+def test_first_comments_without_a_licence_are_kept(shelf: Shelf):
     text = "# What this module is about.\n" + _code("a")
     shelf.install("p", {"p/a.py": text})
     assert shelf.documents()["p/p/a.py"].text == text
 
 
-def test_what_differs_by_platform_is_left_out(shelf: Shelf):
+def test_files_that_differ_by_platform_are_left_out(shelf: Shelf):
     of_p = ["p/version.py", "p/_version.py", "p/__config__.py", "p/_distributor_init.py", "p/generated_version.py", "p/__pycache__/x.py"]
     include = "torch/include"
     of_torch = [f"{include}/mkl/mkl.h", f"{include}/c10/cuda/stream.h", f"{include}/ATen/core/CUDABlas.h", f"{include}/sleef.h"]
@@ -251,7 +251,7 @@ def test_what_differs_by_platform_is_left_out(shelf: Shelf):
     assert {name.split("/", 1)[1] for name in shelf.documents()} == set(kept)
 
 
-def test_what_nobody_wrote_is_left_out(shelf: Shelf):
+def test_minified_numeric_undecodable_and_short_files_are_left_out(shelf: Shelf):
     unreadable = {
         "p/minified.js": "var a=1;" * 400,
         "p/table.py": "\n".join("0.125, 0.25, 0.5, 0.75, 1.0, 2.0, 4.0," for _ in range(40)),
@@ -271,7 +271,7 @@ def test_long_documents_end_with_a_whole_line(shelf: Shelf):
     assert found.endswith("\n")
 
 
-def test_line_ends_do_not_make_another_document(shelf: Shelf):
+def test_line_endings_do_not_change_a_document(shelf: Shelf):
     shelf.install("p", {"p/a.py": _code("a"), "p/b.py": _code("a").replace("\n", "\r\n"), "p/c.py": _code("a").replace("    ", "\t")})
     (document,) = shelf.documents().values()
     assert "\r" not in document.text

@@ -1,4 +1,4 @@
-"""The real webserver and daemon: somebody adds a layer in the UI, goes home, and finds its tables."""
+"""The real webserver and daemon: a layer added in the UI is trained and evaluated."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ files.__path__ = [{folder!r}]
 automation.TICK_SECONDS = retraining.TICK_SECONDS = 1
 from saeens_pipeline.definitions import defs
 """
-# Runs start at once: the queue is looked at every few seconds only.
+# Runs start at once: the queue is checked every few seconds only. The class has no public module.
 UNQUEUED = "run_coordinator: {module: dagster._core.run_coordinator, class: DefaultRunCoordinator}\n"
 ADD_PARTITION = """
 mutation ($name: String!, $key: String!, $repository: RepositorySelector!) {
@@ -109,7 +109,7 @@ def server(finished_laboratory: Laboratory, empty: Laboratory, monkeypatch: pyte
 
 
 @pytest.mark.slow
-def test_a_layer_that_is_added_in_the_ui_is_trained_and_evaluated(server: Server, empty: Laboratory):
+def test_a_layer_added_in_the_ui_is_trained_and_evaluated(server: Server, empty: Laboratory):
     before = {key: empty.store.require(d.address, d.narrow(Partition(LAYER, SEEDS[0]))) for key, d in empty.declarations().items()}
     repository = {"repositoryLocationName": "saeens", "repositoryName": "__repository__"}
     wanted = {"name": f"{NAME}_layers", "key": str(NEW_LAYER), "repository": repository}

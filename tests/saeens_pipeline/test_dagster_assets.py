@@ -1,4 +1,4 @@
-"""What Dagster is told of an experiment: ops, keys, groups, lineage, partitions, and code versions that follow the settings."""
+"""Dagster declarations of an experiment: ops, keys, groups, lineage, partitions, and code versions that follow the settings."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_definitions_can_be_loaded(empty: Laboratory):
     dg.Definitions.validate_loadable(empty.catalogue.definitions())
 
 
-def test_one_op_for_the_members_one_for_the_tables_and_one_for_everything_else(empty: Laboratory):
+def test_members_share_one_op_tables_another_and_all_other_assets_have_their_own(empty: Laboratory):
     assets = [asset for asset in empty.catalogue.definitions().assets or () if isinstance(asset, dg.AssetsDefinition)]
     assets = [asset for asset in assets if not asset.op.name.startswith("leaderboard")]
     outputs = {asset.op.name: sorted(key.to_user_string().removeprefix(f"{NAME}/") for key in asset.keys) for asset in assets}
@@ -72,12 +72,22 @@ def test_one_op_for_the_members_one_for_the_tables_and_one_for_everything_else(e
     assert {op for op, keys in outputs.items() if not off_device.intersection(keys)} == {a.op.name for a in assets if a.op.pool == "gpu"}
 
 
-def test_lineage_is_what_things_are_made_from(empty: Laboratory):
+def test_dependencies_of_assets_are_their_inputs(empty: Laboratory):
     found = {key: sorted(d.asset_key.to_user_string().removeprefix(f"{NAME}/") for d in spec.deps) for key, spec in _specs(empty).items()}
     assert found == {key: sorted(upstream) for key, upstream in LINEAGE.items()}
 
 
-def test_partitions_and_how_they_map(empty: Laboratory):
+def test_rounds_name_those_whose_residual_they_fit(empty: Laboratory):
+    specs = _specs(empty)
+    said = [(specs[f"boosting/round_{j}"].description or "").splitlines()[0] for j in (1, 2, 3)]
+    assert said == [
+        "Round 1: the activations; equals member 1",
+        "Round 2 of 3: residual of round 1",
+        "Round 3 of 3: residual of rounds 1 to 2",
+    ]
+
+
+def test_assets_have_the_expected_partitions_and_partition_mappings(empty: Laboratory):
     for key, spec in _specs(empty).items():
         partitions = spec.partitions_def
         match key:
@@ -100,7 +110,7 @@ def test_partitions_and_how_they_map(empty: Laboratory):
             assert isinstance(dependency.partition_mapping, dg.MultiToSingleDimensionPartitionMapping) == across_seeds
 
 
-def test_groups_kinds_tags_and_owners_tell_assets_apart(empty: Laboratory):
+def test_assets_have_groups_kinds_tags_and_owners(empty: Laboratory):
     groups = {key: spec.group_name for key, spec in _specs(empty).items()}
     saes = {key for key in LINEAGE if key.split("/")[-1].startswith(("member_", "round_", "residual_"))}
     assert {key for key, group in groups.items() if group == "sources"} == {"tokens", "activations"}
@@ -127,7 +137,7 @@ def test_groups_kinds_tags_and_owners_tell_assets_apart(empty: Laboratory):
             assert spec.tags["experiment"] == NAME
 
 
-def test_tables_show_their_columns_before_they_are_made(empty: Laboratory):
+def test_tables_have_column_schemas_before_their_materialisation(empty: Laboratory):
     schema = _specs(empty)["eval/stability"].metadata["dagster/column_schema"]
     assert [column.name for column in schema.columns][-4:] == ["n_runs", "stability", "stability_pairwise", "stability_matched"]
 
@@ -151,7 +161,7 @@ TABLES = {key for key in LINEAGE if key.startswith("eval/")}
     ],
     ids=["k", "learning rate", "clipping", "seeds", "kept residuals", "automation", "dtype", "tokens", "layers"],
 )
-def test_code_versions_change_with_the_settings_that_decide(empty: Laboratory, source: dict, experiment: dict, changed: set[str]):
+def test_code_versions_change_with_settings_of_the_recipe(empty: Laboratory, source: dict, experiment: dict, changed: set[str]):
     before = _code_versions(empty)
     empty.declare(source=source, **experiment)
     after = _code_versions(empty)
@@ -176,7 +186,7 @@ def test_code_versions_do_not_change_with_a_comment_or_with_another_experiment(e
     assert any(key.startswith("another/") for key in after)
 
 
-def test_sources_and_experiments_of_several_files_stand_side_by_side(empty: Laboratory):
+def test_sources_and_experiments_of_several_files_are_loaded_together(empty: Laboratory):
     empty.write(
         experiment_file(
             ("ActivationSource", source_settings(empty.model, name="control", weights="random")),
@@ -189,7 +199,7 @@ def test_sources_and_experiments_of_several_files_stand_side_by_side(empty: Labo
     assert len(definitions.resolve_all_asset_specs()) == 2 * len(LINEAGE) + 2  # and one leaderboard, and its page
 
 
-def test_a_layer_that_is_no_number_is_refused_by_name(empty: Laboratory):
+def test_a_non_numeric_layer_is_refused_by_name(empty: Laboratory):
     job = empty.catalogue.definitions().resolve_implicit_global_asset_job_def()
     with dg.DagsterInstance.ephemeral() as instance:
         instance.add_dynamic_partitions(f"{NAME}_layers", ["last"])
@@ -197,7 +207,7 @@ def test_a_layer_that_is_no_number_is_refused_by_name(empty: Laboratory):
             job.execute_in_process(instance=instance, partition_key="last", asset_selection=[dg.AssetKey([NAME, "activations"])])
 
 
-def test_a_layer_that_the_model_lacks_is_refused_with_those_that_there_are(empty: Laboratory):
+def test_a_layer_partition_beyond_the_model_is_refused_with_the_existing_layers(empty: Laboratory):
     empty.materialise([f"{NAME}/tokens"], Partition())
     job = empty.catalogue.definitions().resolve_implicit_global_asset_job_def()
     with dg.DagsterInstance.ephemeral() as instance:
@@ -206,7 +216,7 @@ def test_a_layer_that_the_model_lacks_is_refused_with_those_that_there_are(empty
             job.execute_in_process(instance=instance, partition_key="99", asset_selection=[dg.AssetKey([NAME, "activations"])])
 
 
-def test_health_is_checked_of_all_that_holds_numbers_and_bytes_of_everything(empty: Laboratory):
+def test_numeric_artefacts_have_health_checks_and_all_have_checks_of_bytes(empty: Laboratory):
     specs = list(empty.catalogue.definitions().resolve_asset_graph().asset_check_keys)
     checks: dict[str, set[str]] = {}
     for key in specs:
@@ -224,7 +234,9 @@ def test_the_command_line_runs_without_the_checks_that_read_everything(empty: La
 @pytest.mark.parametrize(
     "tags", [{}, {"dagster/backfill": "abcdefgh"}, {"dagster/auto_materialize": "true"}], ids=["ui", "backfill", "automation"]
 )
-def test_what_others_than_the_command_line_made_is_a_hit_for_it(empty: Laboratory, monkeypatch: pytest.MonkeyPatch, tags: dict[str, str]):
+def test_saes_materialised_outside_the_command_line_are_cache_hits(
+    empty: Laboratory, monkeypatch: pytest.MonkeyPatch, tags: dict[str, str]
+):
     empty.run(select=["activations"])
     where = Partition(LAYER, SEEDS[0])
     members = [f"{NAME}/bagging/member_{j}" for j in (1, 2, 3)]
@@ -237,7 +249,7 @@ def test_what_others_than_the_command_line_made_is_a_hit_for_it(empty: Laborator
     assert again[f"{NAME}/boosting/round_1"].metadata["same as"].value == members[0]
 
 
-def test_tables_and_ensembles_link_to_their_saes_at_their_partition(finished: Laboratory):
+def test_tables_and_ensembles_link_to_the_saes_of_their_partition(finished: Laboratory):
     where = Partition(LAYER, SEEDS[0])
     keys = [f"{NAME}/eval/cost", f"{NAME}/bagging/bagging_ensemble"]
     events = finished.materialise(keys, where)
@@ -259,7 +271,7 @@ def _column_lineage(event: dg.AssetMaterialization) -> dict[str, set[tuple[str, 
     }
 
 
-def test_column_lineage_leads_to_what_is_measured(finished: Laboratory):
+def test_column_lineage_of_tables_points_to_the_measured_assets(finished: Laboratory):
     where = Partition(LAYER, SEEDS[0])
     events = finished.materialise([f"{NAME}/eval/{table}" for table in ("reconstruction", "cost")], where)
     reconstruction, cost = (_column_lineage(event) for event in events.values())
@@ -272,7 +284,7 @@ def test_column_lineage_leads_to_what_is_measured(finished: Laboratory):
     assert cost["train_seconds"] == {(key, "provenance") for key in saes}
 
 
-def test_materialisations_show_a_summary_and_where_things_lie(finished: Laboratory):
+def test_materialisations_have_a_summary_and_a_path(finished: Laboratory):
     where = Partition(LAYER, SEEDS[0])
     keys = [f"{NAME}/{key}" for key in ("bagging/member_2", "boosting/residual_2", "boosting/boosting_ensemble", "eval/reconstruction")]
     events = finished.materialise(keys, where)

@@ -14,7 +14,7 @@ import typer
 
 from saeens_models.architectures.config import architectures
 from saeens_models.architectures.settings import settings_class
-from saeens_pipeline.assets.tables import TABLES
+from saeens_pipeline.assets.registry import TABLES
 from saeens_pipeline.cli import app
 from saeens_pipeline.settings.files import MODELS, ExperimentFile
 
@@ -45,11 +45,11 @@ def _field_names(schema: dict[str, Any]) -> Iterator[str]:
         yield from part["properties"]
 
 
-def test_readme_is_small():
+def test_the_readme_is_smaller_than_its_limit():
     assert len(README.encode()) <= MAX_README_BYTES
 
 
-def test_links_of_the_readme_lead_to_files():
+def test_links_of_the_readme_point_to_files():
     prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
     links = [link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", prose) if not link.startswith("http")]
     assert links
@@ -89,7 +89,7 @@ def test_reference_has_every_column_of_every_table(reference: dict[str, str]):
         assert (described if table.over_experiments else shared + described) == [column.name for column in table.all_columns]
 
 
-def test_reference_has_every_field_with_a_meaning(reference: dict[str, str]):
+def test_reference_has_every_field_with_a_description(reference: dict[str, str]):
     for model in MODELS.values():
         for name in _field_names(model.model_json_schema()):
             assert f"| `{name}` |" in reference["yaml.md"]

@@ -29,14 +29,14 @@ def chain():
 """
 
 
-def test_steps_run_in_one_process_where_nothing_is_said(monkeypatch: pytest.MonkeyPatch):
+def test_steps_run_in_one_process_by_default(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("SAEENS_EXECUTOR", raising=False)
     assert executor_from_environment().name == "in_process"
     monkeypatch.setenv("SAEENS_EXECUTOR", "")
     assert executor_from_environment().name == "in_process"
 
 
-def test_an_unknown_executor_is_refused_with_those_that_there_are(empty: Laboratory, monkeypatch: pytest.MonkeyPatch):
+def test_an_unknown_executor_is_refused_with_the_known_ones(empty: Laboratory, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("SAEENS_EXECUTOR", "threads")
     with pytest.raises(ConfigurationError, match="SAEENS_EXECUTOR=threads: there are in_process and multiprocess"):
         empty.catalogue.definitions()
@@ -44,7 +44,7 @@ def test_an_unknown_executor_is_refused_with_those_that_there_are(empty: Laborat
 
 @pytest.mark.usefixtures("fresh_forkserver")
 @pytest.mark.parametrize("executor", ["in_process", pytest.param("multiprocess", marks=pytest.mark.slow)])
-def test_each_executor_makes_the_same_artefacts(finished: Laboratory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, executor: str):
+def test_every_executor_writes_the_same_artefacts(finished: Laboratory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, executor: str):
     before = {key: finished.artefact(key, SEEDS[0]) for key in CHAIN}
     for artefact in before.values():
         shutil.rmtree(artefact.path)

@@ -1,4 +1,4 @@
-"""A whole experiment on a tiny language model, through Dagster: what is made, that its numbers are right, and what is not made twice."""
+"""A whole experiment on a tiny language model, through Dagster: its artefacts, its numbers, and its cache hits."""
 
 from __future__ import annotations
 
@@ -62,11 +62,11 @@ class PlainTopK:
         return z @ self.W_dec + self.b_dec
 
 
-def _activations(laboratory: Laboratory, split: str) -> np.ndarray:
+def stored_activations(laboratory: Laboratory, split: str) -> np.ndarray:
     return np.asarray(zarr.open_group(laboratory.artefact("activations").path, mode="r")[f"{split}/activations"][:], dtype=np.float64)  # pyright: ignore
 
 
-def _plain_saes(laboratory: Laboratory, prefix: str, seed: int, n: int) -> list[PlainTopK]:
+def plain_saes(laboratory: Laboratory, prefix: str, seed: int, n: int) -> list[PlainTopK]:
     return [PlainTopK(laboratory.artefact(f"{prefix}_{j}", seed).path) for j in range(1, n + 1)]
 
 
@@ -76,7 +76,7 @@ def _bagging(saes: list[PlainTopK], x: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return np.mean([sae.decode(z) for sae, z in zip(saes, codes, strict=True)], axis=0), np.concatenate(codes, axis=1)
 
 
-def _boosting(saes: list[PlainTopK], x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def plain_boosting(saes: list[PlainTopK], x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     residual, codes = x, []
     for sae in saes:
         codes.append(sae.encode(residual))
@@ -88,7 +88,7 @@ def _mse(x: np.ndarray, x_hat: np.ndarray) -> float:
     return float(((x - x_hat) ** 2).sum(axis=1).mean())
 
 
-def _explained_variance(x: np.ndarray, x_hat: np.ndarray) -> float:
+def plain_explained_variance(x: np.ndarray, x_hat: np.ndarray) -> float:
     return float((1 - ((x - x_hat) ** 2).sum(axis=0) / ((x - x.mean(axis=0)) ** 2).sum(axis=0)).mean())
 
 
@@ -149,7 +149,7 @@ def test_every_method_and_size_of_every_seed_has_a_row(finished_laboratory: Labo
     assert set(frame.select("experiment", "layer", "language_model").iter_rows()) == {(NAME, LAYER, "trained")}
 
 
-def test_numbers_lead_back_to_the_saes_that_they_are_of(finished_laboratory: Laboratory):
+def test_rows_reference_the_saes_that_they_measure(finished_laboratory: Laboratory):
     for table in TABLES:
         for row in _table(finished_laboratory, table).iter_rows(named=True):
             prefix = {"single": "bagging/member", "bagging": "bagging/member", "boosting": "boosting/round"}.get(row["method"])
@@ -162,18 +162,18 @@ def test_numbers_lead_back_to_the_saes_that_they_are_of(finished_laboratory: Lab
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize(("method", "n"), sorted(METHODS))
 def test_reconstruction_and_coactivation_agree_with_a_dense_computation(finished_laboratory: Laboratory, seed: int, method: str, n: int):
-    x = _activations(finished_laboratory, "test")
+    x = stored_activations(finished_laboratory, "test")
     assert x.shape == (TEST, D_MODEL)
     if method.startswith("expanded"):
         saes = [PlainTopK(finished_laboratory.artefact(f"baseline/{method}", seed).path, k=K * MEMBERS if "l0" in method else K)]
     else:
-        saes = _plain_saes(finished_laboratory, "boosting/round" if method == "boosting" else "bagging/member", seed, n)
-    x_hat, z = _boosting(saes, x) if method == "boosting" else _bagging(saes, x)
+        saes = plain_saes(finished_laboratory, "boosting/round" if method == "boosting" else "bagging/member", seed, n)
+    x_hat, z = plain_boosting(saes, x) if method == "boosting" else _bagging(saes, x)
     row = _row(finished_laboratory, "reconstruction", method=method, n_members=n, seed=seed)
     assert row["n_features"] == z.shape[1] == n * D_SAE
     assert row["tokens"] == TEST
     assert row["mse"] == pytest.approx(_mse(x, x_hat), rel=1e-5)
-    assert row["explained_variance"] == pytest.approx(_explained_variance(x, x_hat), abs=1e-5)
+    assert row["explained_variance"] == pytest.approx(plain_explained_variance(x, x_hat), abs=1e-5)
     assert row["fvu"] == pytest.approx(((x - x_hat) ** 2).sum() / ((x - x.mean(axis=0)) ** 2).sum(), rel=1e-5)
     assert row["l0"] == pytest.approx(np.count_nonzero(z) / TEST)
     assert row["relative_sparsity"] == pytest.approx(np.count_nonzero(z) / TEST / z.shape[1])
@@ -187,7 +187,7 @@ def test_reconstruction_and_coactivation_agree_with_a_dense_computation(finished
 
 
 @pytest.mark.parametrize(("method", "n"), sorted(METHODS))
-def test_ce_loss_recovered_is_that_of_the_models_own_loss(finished_laboratory: Laboratory, method: str, n: int):
+def test_ce_loss_recovered_equals_that_of_the_models_own_loss(finished_laboratory: Laboratory, method: str, n: int):
     model = load_language_model(describe_language_model(str(finished_laboratory.model)))
     tokens = open_tokens(finished_laboratory.artefact("tokens", layer=None).path)
     windows = next(tokens.batches("test", 1000))
@@ -195,8 +195,8 @@ def test_ce_loss_recovered_is_that_of_the_models_own_loss(finished_laboratory: L
     if method.startswith("expanded"):
         saes = [PlainTopK(finished_laboratory.artefact(f"baseline/{method}", 1).path, k=K * MEMBERS if "l0" in method else K)]
     else:
-        saes = _plain_saes(finished_laboratory, "boosting/round" if method == "boosting" else "bagging/member", 1, n)
-    x_hat, _ = _boosting(saes, x) if method == "boosting" else _bagging(saes, x)
+        saes = plain_saes(finished_laboratory, "boosting/round" if method == "boosting" else "bagging/member", 1, n)
+    x_hat, _ = plain_boosting(saes, x) if method == "boosting" else _bagging(saes, x)
 
     def loss(rows: np.ndarray) -> float:
         """The model's own, with rows in the place of the activations of kept positions."""
@@ -218,12 +218,12 @@ def test_ce_loss_recovered_is_that_of_the_models_own_loss(finished_laboratory: L
 
 
 @pytest.mark.parametrize(("method", "n"), sorted(METHODS))
-def test_stability_agrees_with_scikit_learn(finished_laboratory: Laboratory, method: str, n: int):
+def test_stability_of_all_methods_equals_scikit_learn(finished_laboratory: Laboratory, method: str, n: int):
     def dictionary(seed: int) -> np.ndarray:
         if method.startswith("expanded"):
             return PlainTopK(finished_laboratory.artefact(f"baseline/{method}", seed).path).W_dec
         prefix = "boosting/round" if method == "boosting" else "bagging/member"
-        return np.concatenate([sae.W_dec for sae in _plain_saes(finished_laboratory, prefix, seed, n)])
+        return np.concatenate([sae.W_dec for sae in plain_saes(finished_laboratory, prefix, seed, n)])
 
     cosines = cosine_similarity(dictionary(SEEDS[0]), dictionary(SEEDS[1]))
     for seed, axis in ((SEEDS[0], 1), (SEEDS[1], 0)):
@@ -234,9 +234,9 @@ def test_stability_agrees_with_scikit_learn(finished_laboratory: Laboratory, met
         assert -1 <= row["stability_matched"] <= row["stability"] + 1e-6
 
 
-def test_members_are_measured_on_what_they_were_given(finished_laboratory: Laboratory):
-    x = _activations(finished_laboratory, "test")
-    members, rounds = (_plain_saes(finished_laboratory, prefix, 1, MEMBERS) for prefix in ("bagging/member", "boosting/round"))
+def test_the_table_of_members_measures_them_on_their_own_input(finished_laboratory: Laboratory):
+    x = stored_activations(finished_laboratory, "test")
+    members, rounds = (plain_saes(finished_laboratory, prefix, 1, MEMBERS) for prefix in ("bagging/member", "boosting/round"))
     for method, of_method in (("bagging", members), ("boosting", rounds)):
         given = x
         for number, sae in enumerate(of_method, start=1):
@@ -244,7 +244,7 @@ def test_members_are_measured_on_what_they_were_given(finished_laboratory: Labor
             z = sae.encode(given)
             assert row["n_members"] == MEMBERS
             assert row["mse"] == pytest.approx(_mse(given, sae.decode(z)), rel=1e-4)
-            assert row["explained_variance"] == pytest.approx(_explained_variance(given, sae.decode(z)), abs=1e-4)
+            assert row["explained_variance"] == pytest.approx(plain_explained_variance(given, sae.decode(z)), abs=1e-4)
             assert row["l0"] == pytest.approx(np.count_nonzero(z) / TEST)
             assert row["median_density"] == pytest.approx(_lower_median((z != 0).mean(axis=0)))
             others = np.concatenate([other.W_dec for other in of_method if other is not sae])
@@ -258,7 +258,7 @@ def _lower_median(values: np.ndarray) -> float:
     return float(np.sort(values)[(len(values) - 1) // 2])
 
 
-def test_cost_adds_up_over_members_and_counts_passes_over_residuals_apart(finished_laboratory: Laboratory):
+def test_cost_adds_up_over_members_and_lists_passes_over_residuals_separately(finished_laboratory: Laboratory):
     for method, n in METHODS:
         row = _row(finished_laboratory, "cost", method=method, n_members=n, seed=1)
         config = sm.SAEConfig(architecture="topk", d_in=D_MODEL, d_sae=D_SAE, k=K)
@@ -302,7 +302,7 @@ def test_the_control_is_measured_through_the_untrained_model(empty: Laboratory):
     assert recorded["clean"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_without_tokens_for_it_there_is_no_ce_loss_and_the_text_is_not_looked_at(finished: Laboratory):
+def test_without_ce_loss_tokens_there_is_no_ce_loss_and_no_text_is_read(finished: Laboratory):
     finished.declare(ce_loss_tokens=0)
     before = {seed: finished.artefact("eval/members", seed).data_version for seed in SEEDS}
     finished.run()
@@ -318,7 +318,7 @@ def _take_the_head_away(model: Path, folder: Path) -> Path:
     return folder
 
 
-def test_without_a_language_modelling_head_ce_loss_is_null_and_asking_for_it_is_refused_at_once(empty: Laboratory, tmp_path: Path):
+def test_without_a_language_modelling_head_ce_loss_is_null_and_requesting_it_is_refused(empty: Laboratory, tmp_path: Path):
     headless = {"language_model": str(_take_the_head_away(empty.model, tmp_path / "headless"))}
     empty.declare(headless, ce_loss_tokens=100)
     with pytest.raises(ConfigurationError, match=r"ce_loss_tokens: 100, but .*headless has no language-modelling head.*set it to 0"):
@@ -335,13 +335,13 @@ def test_without_a_language_modelling_head_ce_loss_is_null_and_asking_for_it_is_
     assert table["description_length_bits"].min() > 0  # pyright: ignore[reportOptionalOperand, reportOperatorIssue]
 
 
-def test_a_language_model_that_changed_since_is_not_measured_with(finished: Laboratory, tmp_path: Path):
+def test_a_changed_language_model_is_refused_for_measuring_ce_loss(finished: Laboratory, tmp_path: Path):
     model = Path(shutil.copytree(finished.model, tmp_path / "model"))
     finished.declare({"language_model": str(model)})
     finished.run()
     write_tiny_model(model, seed=1)
     finished.artefact("eval/reconstruction", 1).path.unlink()
-    with pytest.raises(SaeensError, match=r"have changed since .*activations\.zarr was made from them"):
+    with pytest.raises(SaeensError, match=r"have changed since .*activations\.zarr was computed from them"):
         finished.materialise([f"{NAME}/eval/reconstruction"], HERE)
     finished.run()
     assert {status.state for status in status_of(NAME)} == {"fresh"}
@@ -350,7 +350,7 @@ def test_a_language_model_that_changed_since_is_not_measured_with(finished: Labo
 # SAEs and ensembles
 
 
-def test_seeds_of_initial_weights_are_all_different_and_data_seeds_shared(finished_laboratory: Laboratory):
+def test_init_seeds_are_all_different_and_data_seeds_shared(finished_laboratory: Laboratory):
     settings = {(key, seed): finished_laboratory.artefact(key, seed).recipe["settings"] for key in SAE_KEYS for seed in SEEDS}
     assert {values["data_seed"] for (_, seed), values in settings.items() if seed == 1} == {1}
     assert {values["data_seed"] for (_, seed), values in settings.items() if seed == 2} == {2}
@@ -359,16 +359,16 @@ def test_seeds_of_initial_weights_are_all_different_and_data_seeds_shared(finish
 
 
 def test_ensembles_open_from_their_folder(finished_laboratory: Laboratory):
-    x = _activations(finished_laboratory, "test")
-    for kind, prefix, reconstruct in (("bagging", "bagging/member", _bagging), ("boosting", "boosting/round", _boosting)):
+    x = stored_activations(finished_laboratory, "test")
+    for kind, prefix, reconstruct in (("bagging", "bagging/member", _bagging), ("boosting", "boosting/round", plain_boosting)):
         ensemble = sm.load_ensemble(finished_laboratory.artefact(f"{kind}/{kind}_ensemble", 1).path)
         assert (ensemble.kind, len(ensemble)) == (kind, MEMBERS)
         with torch.no_grad():
             x_hat = ensemble(torch.from_numpy(x).float()).numpy()
-        np.testing.assert_allclose(x_hat, reconstruct(_plain_saes(finished_laboratory, prefix, 1, MEMBERS), x)[0], atol=1e-4)
+        np.testing.assert_allclose(x_hat, reconstruct(plain_saes(finished_laboratory, prefix, 1, MEMBERS), x)[0], atol=1e-4)
 
 
-def test_round_1_is_member_1(finished_laboratory: Laboratory):
+def test_round_1_links_to_member_1(finished_laboratory: Laboratory):
     for seed in SEEDS:
         member, first_round = (finished_laboratory.artefact(key, seed) for key in ("bagging/member_1", "boosting/round_1"))
         assert first_round.data_version == member.data_version
@@ -377,9 +377,9 @@ def test_round_1_is_member_1(finished_laboratory: Laboratory):
         assert (member.path / "sae_weights.safetensors").read_bytes() == (first_round.path / "sae_weights.safetensors").read_bytes()
 
 
-def test_residuals_are_what_the_rounds_leave_in_the_stored_dtype(finished_laboratory: Laboratory):
-    x = _activations(finished_laboratory, "train")
-    (first, second) = _plain_saes(finished_laboratory, "boosting/round", 1, 2)
+def test_residuals_equal_activations_minus_reconstructions_in_the_stored_dtype(finished_laboratory: Laboratory):
+    x = stored_activations(finished_laboratory, "train")
+    (first, second) = plain_saes(finished_laboratory, "boosting/round", 1, 2)
     residual = (x - first.decode(first.encode(x))).astype(np.float16).astype(np.float64)
     residual = residual - second.decode(second.encode(residual))
     group = zarr.open_group(finished_laboratory.artefact("boosting/residual_2", 1).path, mode="r")
@@ -400,7 +400,7 @@ def _weights(laboratory: Laboratory, key: str, seed: int) -> bytes:
     return (laboratory.artefact(key, seed).path / "sae_weights.safetensors").read_bytes()
 
 
-def test_the_same_run_elsewhere_gives_the_same_bits(finished_laboratory: Laboratory, empty: Laboratory):
+def test_the_same_run_in_another_root_gives_the_same_bits(finished_laboratory: Laboratory, empty: Laboratory):
     empty.run()
     for status in status_of(NAME):
         here, there = (
@@ -414,7 +414,7 @@ def test_the_same_run_elsewhere_gives_the_same_bits(finished_laboratory: Laborat
         assert _weights(empty, key, 1) == _weights(finished_laboratory, key, 1)
 
 
-def test_a_second_run_makes_nothing_and_says_so(finished: Laboratory):
+def test_a_second_run_computes_nothing_and_reports_it(finished: Laboratory):
     before = _stamps(finished.root)
     printed = finished.run()
     assert "nothing to do" in printed
@@ -423,7 +423,7 @@ def test_a_second_run_makes_nothing_and_says_so(finished: Laboratory):
     assert _stamps(finished.root) == before
 
 
-def test_what_is_materialised_again_through_dagster_is_a_cache_hit(finished: Laboratory):
+def test_materialising_again_through_dagster_is_a_cache_hit(finished: Laboratory):
     before = _stamps(finished.root)
     keys = [f"{NAME}/{key}" for key in ("bagging/member_1", "bagging/member_3", "boosting/residual_1", "boosting/residual_2", "eval/cost")]
     events = finished.materialise(keys, HERE)
@@ -435,7 +435,7 @@ def test_what_is_materialised_again_through_dagster_is_a_cache_hit(finished: Lab
     assert _stamps(finished.root) == before
 
 
-def test_what_was_removed_is_made_again_with_the_same_bits_and_nothing_else_is(finished: Laboratory, finished_laboratory: Laboratory):
+def test_removed_artefacts_alone_are_rebuilt_with_the_same_bits(finished: Laboratory, finished_laboratory: Laboratory):
     shutil.rmtree(finished.artefact("boosting/round_2", 1).path)
     before = _stamps(finished.root)
     finished.run()
@@ -445,7 +445,7 @@ def test_what_was_removed_is_made_again_with_the_same_bits_and_nothing_else_is(f
     assert _weights(finished, "boosting/round_2", 1) == _weights(finished_laboratory, "boosting/round_2", 1)
 
 
-def test_what_was_damaged_is_made_again_with_the_same_bits_and_nothing_else_is(finished: Laboratory, finished_laboratory: Laboratory):
+def test_damaged_artefacts_alone_are_rebuilt_with_the_same_bits(finished: Laboratory, finished_laboratory: Laboratory):
     weights = finished.artefact("bagging/member_2", 1).path / "sae_weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     (finished.artefact("boosting/boosting_ensemble", 2).path / "recipe.json").write_text("{")
@@ -485,7 +485,7 @@ def test_baselines_of_one_members_width_are_equal_and_trained_once(
     assert (second.path / "sae_weights.safetensors").samefile(first.path / "sae_weights.safetensors")
 
 
-def test_one_member_alone_has_the_bits_of_one_trained_with_the_others(empty: Laboratory, finished_laboratory: Laboratory):
+def test_a_member_trained_alone_has_the_bits_of_one_trained_with_the_others(empty: Laboratory, finished_laboratory: Laboratory):
     empty.run(select=["bagging/member_2"], seeds=[2])
     made = sorted(path.parent.relative_to(empty.root).as_posix() for path in empty.root.rglob("recipe.json"))
     source, saes_folder = f"sources/{NAME}", f"experiments/{NAME}/layer={LAYER}/seed=2/bagging/member_2"
@@ -512,14 +512,14 @@ def test_residuals_read_on_the_fly_give_the_bits_of_stored_ones(
         assert _weights(empty, f"boosting/round_{j}", 1) == _weights(finished_laboratory, f"boosting/round_{j}", 1)
 
 
-def test_a_dropped_residual_is_fresh_and_still_serves_the_round_after_it(finished: Laboratory, finished_laboratory: Laboratory):
+def test_a_dropped_residual_is_fresh_and_the_next_round_can_use_it(finished: Laboratory, finished_laboratory: Laboratory):
     assert not finished.artefact("boosting/residual_1", 1).files
     shutil.rmtree(finished.artefact("boosting/round_2", 1).path)
     finished.materialise([f"{NAME}/boosting/round_2"], HERE)
     assert _weights(finished, "boosting/round_2", 1) == _weights(finished_laboratory, "boosting/round_2", 1)
 
 
-def test_layers_asked_for_together_share_one_forward_pass(
+def test_layers_requested_together_share_one_forward_pass(
     empty: Laboratory, finished_laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch
 ):
     passes: list[list[int]] = []
@@ -539,7 +539,7 @@ def test_layers_asked_for_together_share_one_forward_pass(
     assert empty.artefact("activations").data_version != empty.artefact("activations", layer=2).data_version
 
 
-def test_a_changed_k_retrains_on_the_activations_that_are_there(finished: Laboratory):
+def test_a_changed_k_retrains_on_the_existing_activations(finished: Laboratory):
     source = {file: stamp for file, stamp in _stamps(finished.root).items() if "sources" in file.parts}
     finished.declare(sae=EXPERIMENT["sae"] | {"k": 2}, ensemble={"members": 2, "seeds": [1]}, baselines=["expanded"])
     finished.run()
@@ -548,7 +548,7 @@ def test_a_changed_k_retrains_on_the_activations_that_are_there(finished: Labora
     assert _row(finished, "reconstruction", method="single", seed=1)["l0"] == pytest.approx(2, abs=0.05)
 
 
-def test_some_seeds_alone_leave_out_what_compares_all(empty: Laboratory):
+def test_a_run_of_some_seeds_leaves_out_tables_that_compare_all_seeds(empty: Laboratory):
     printed = empty.run(seeds=[2], select=["eval/stability"])
     assert "tables that compare seeds are left out" in printed
     assert not (empty.root / "tables").exists()
@@ -559,7 +559,7 @@ def test_some_seeds_alone_leave_out_what_compares_all(empty: Laboratory):
 # other experiments
 
 
-def test_one_member_and_one_seed_are_an_experiment_too(empty: Laboratory):
+def test_an_experiment_runs_with_one_member_and_one_seed(empty: Laboratory):
     empty.declare(source={"weights": "random"}, ensemble={"members": 1, "seeds": [7]}, baselines=[])
     empty.run()
     rows = {(row["method"], row["n_members"]): row for row in _table(empty, "stability").iter_rows(named=True)}
@@ -586,13 +586,26 @@ def test_other_architectures_run_to_the_end(empty: Laboratory, sae: dict[str, An
 # failures
 
 
-def test_a_member_without_activations_says_what_is_needed(empty: Laboratory):
+def test_a_member_without_activations_names_its_missing_input(empty: Laboratory):
     with pytest.raises(MissingInputError, match=rf"{NAME}/activations \(layer {LAYER}\) is needed first.*saeens run"):
         empty.materialise([f"{NAME}/bagging/member_1"], HERE)
     assert not (empty.root / "experiments").exists()
 
 
-def test_k_larger_than_d_sae_is_said_before_anything_is_made(empty: Laboratory):
+def test_tokens_of_the_ui_are_refused_before_they_are_written(empty: Laboratory, monkeypatch: pytest.MonkeyPatch):
+    empty.declare({"context_length": 10**6})
+    monkeypatch.setattr(sources, "write_tokens", lambda *_, **__: pytest.fail("tokens are written"))
+    with pytest.raises(ConfigurationError, match="context_length: 1000000"):
+        empty.materialise([f"{NAME}/tokens"], Partition())
+
+
+def test_saes_of_the_ui_are_refused_for_a_baseline_that_cannot_be_built(finished: Laboratory):
+    finished.declare(sae=EXPERIMENT["sae"] | {"k": D_SAE + 1})
+    with pytest.raises(ConfigurationError, match=f"{NAME}: .*sae.*k = {D_SAE + 1} is larger than d_sae = {D_SAE}"):
+        finished.materialise([f"{NAME}/boosting/round_1"], HERE)
+
+
+def test_k_larger_than_d_sae_is_refused_before_anything_is_computed(empty: Laboratory):
     empty.declare(sae=EXPERIMENT["sae"] | {"k": D_SAE + 1})
     with pytest.raises(ConfigurationError, match=f"{NAME}: .*sae.*k = {D_SAE + 1} is larger than d_sae = {D_SAE}"):
         empty.run()
@@ -606,14 +619,14 @@ def test_k_is_compared_with_the_width_at_the_hook(empty: Laboratory):
     assert PlainTopK(empty.artefact("bagging/member_1", 1).path).W_dec.shape == (2 * D_SAE, 2 * D_MODEL)
 
 
-def test_too_short_a_corpus_is_said_with_what_to_do_and_leaves_nothing(empty: Laboratory):
+def test_too_short_a_corpus_is_refused_with_a_remedy_and_leaves_no_files(empty: Laboratory):
     empty.declare(source={"train_tokens": 10**6})
     with pytest.raises(SaeensError, match=r"train split has .* but 1,000,000 were asked for: lower `train_tokens` to at most"):
         empty.run()
     assert not list((empty.root / "sources" / NAME).iterdir())
 
 
-def test_too_little_memory_for_evaluation_says_how_much_is_enough(finished: Laboratory):
+def test_too_little_memory_for_evaluation_names_a_sufficient_budget(finished: Laboratory):
     finished.declare(evaluation_memory_gb=1e-6)
     shutil.rmtree(finished.root / "tables")
     with pytest.raises(SaeensError, match=r"evaluation_memory_gb: 1e-06 is too little to evaluate tiny, .*; 0\.01 is enough"):
@@ -623,7 +636,7 @@ def test_too_little_memory_for_evaluation_says_how_much_is_enough(finished: Labo
     assert (finished.root / "tables" / NAME / "coactivation").is_dir()
 
 
-def test_a_full_disk_is_said_and_leaves_what_was_there(finished: Laboratory, monkeypatch: pytest.MonkeyPatch):
+def test_a_full_disk_is_reported_and_keeps_existing_artefacts(finished: Laboratory, monkeypatch: pytest.MonkeyPatch):
     def no_space(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -635,7 +648,7 @@ def test_a_full_disk_is_said_and_leaves_what_was_there(finished: Laboratory, mon
     assert _stamps(finished.root) == before
 
 
-def test_a_run_that_failed_goes_on_where_it_stopped(empty: Laboratory, monkeypatch: pytest.MonkeyPatch):
+def test_a_run_after_a_failed_one_resumes_it(empty: Laboratory, monkeypatch: pytest.MonkeyPatch):
     empty.declare(ensemble={"members": 2, "seeds": [1]}, baselines=["expanded"])
     train, trained = training.train_saes, []
 

@@ -1,4 +1,4 @@
-"""The feature browser: its files hold what the tables say, no text in them can become script, and what is missing is left out or named."""
+"""The feature browser: its files have the tables' values, no text becomes script, and missing tables are left out or named."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 from tiny_experiment import LAYER, MEMBERS, NAME, SEEDS, Laboratory, remake_reports
 from tiny_models import D_MODEL
 
-from saeens_pipeline.assets.tables import fills, table_frame
+from saeens_pipeline.assets.registry import fills, table_frame
 from saeens_pipeline.language_models.autointerp.endpoint import URL_VARIABLE
 from saeens_pipeline.orchestration.catalogue import load_catalogue
 from saeens_pipeline.report.pages import what_makes_contexts
@@ -77,7 +77,7 @@ def _list(laboratory: Laboratory) -> tuple[dict[str, Any], dict[str, list[Any]]]
 
 
 def _details(laboratory: Laboratory) -> list[dict[str, Any]]:
-    """Of every feature, with tokens as text."""
+    """Return the details of every feature, with tokens as text."""
     found: list[dict[str, Any]] = []
     for number in range(len(list((_report(laboratory) / "features").glob("[0-9]*.js")))):
         shard = _unpacked(_report(laboratory) / "features" / f"{number}.js")
@@ -98,7 +98,7 @@ def _change(part: Path, column: str, change: Callable[[list[Any]], list[Any]]) -
     rows.with_columns(pl.Series(column, texts)).write_parquet(part)
 
 
-def test_the_list_has_the_numbers_of_the_table(made: Laboratory):
+def test_the_feature_list_has_the_numbers_of_the_table(made: Laboratory):
     header, columns = _list(made)
     rows = _rows(made)
     assert (header["experiment"], header["layer"], header["seed"], header["otherSeeds"]) == (NAME, LAYER, SEEDS[0], list(SEEDS[1:]))
@@ -123,12 +123,12 @@ def test_the_list_has_the_numbers_of_the_table(made: Laboratory):
     assert [[header["vocabulary"][i] for i in of] for of in columns["tokens"]] == [json.loads(text) for text in rows["top_tokens"]]
 
 
-def test_with_contexts_nothing_is_said_of_them_to_be_missing(made: Laboratory):
+def test_with_contexts_no_note_reports_them_missing(made: Laboratory):
     assert _list(made)[0]["missingContexts"] == ""
     assert 'id="contexts"' not in (_report(made) / "features.html").read_text()
 
 
-def test_details_are_those_of_the_tables(made: Laboratory):
+def test_feature_details_equal_those_of_the_tables(made: Laboratory):
     contexts = pl.read_parquet(_part(made, "contexts", SEEDS[0]), hive_partitioning=False)
     rows = _rows(made).join(contexts, on=["method", "member", "index"], how="left", maintain_order="left")
     found = _details(made)
@@ -148,7 +148,7 @@ def test_details_are_those_of_the_tables(made: Laboratory):
             assert [logit for _, logit in each[name]] == pytest.approx([logit for _, logit in logits], rel=5e-3)
 
 
-def test_shards_are_as_large_as_is_asked_for(laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch):
+def test_shards_have_the_requested_size(laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch):
     before = _details(laboratory)
     monkeypatch.setattr("saeens_pipeline.report.feature_browser.SHARD_FEATURES", 50)
     remake_reports(laboratory)
@@ -157,7 +157,7 @@ def test_shards_are_as_large_as_is_asked_for(laboratory: Laboratory, monkeypatch
     assert _details(laboratory) == before
 
 
-def test_the_report_leads_to_it_and_nothing_is_loaded_from_elsewhere(made: Laboratory):
+def test_the_report_links_to_the_feature_browser_and_no_resource_is_external(made: Laboratory):
     index = (_report(made) / "index.html").read_text()
     assert index.count('href="features.html"') == 3  # in the bar, at the top, and in its section
     assert f"All {N:,} features of both ensembles, seed {SEEDS[0]}" in index
@@ -169,7 +169,7 @@ def test_the_report_leads_to_it_and_nothing_is_loaded_from_elsewhere(made: Labor
     assert "innerHTML" not in (_report(made) / "static" / "features.js").read_text()
 
 
-def test_text_of_tokens_cannot_become_script(laboratory: Laboratory):
+def test_token_text_cannot_become_script(laboratory: Laboratory):
     _change(_part(laboratory, "features"), "top_tokens", lambda tokens: [HOSTILE, *tokens[1:]])
     contexts = _part(laboratory, "contexts", SEEDS[0])
     _change(contexts, "contexts", lambda found: [each | {"tokens": [HOSTILE, *each["tokens"][1:]]} for each in found])
@@ -183,18 +183,18 @@ def test_text_of_tokens_cannot_become_script(laboratory: Laboratory):
         assert "alert" not in page.read_text()
 
 
-def test_without_contexts_the_list_is_there_and_says_what_makes_them(laboratory: Laboratory):
+def test_without_contexts_the_list_names_the_command_that_computes_them(laboratory: Laboratory):
     shutil.rmtree(laboratory.root / "tables" / NAME / "contexts")
     remake_reports(laboratory)
     header, columns = _list(laboratory)
-    said = f"Contexts are not there: `saeens run {NAME}` makes them."
+    said = f"Contexts are missing: `saeens run {NAME}` computes them."
     assert header["missingContexts"] == said
     assert said.replace(f"`saeens run {NAME}`", f"<code>saeens run {NAME}</code>") in (_report(laboratory) / "features.html").read_text()
     assert len(columns["density"]) == N
     assert all(each.keys() == {"matches"} for each in _details(laboratory))
 
 
-def test_without_the_table_of_features_there_is_none(laboratory: Laboratory):
+def test_without_the_table_of_features_there_is_no_feature_browser(laboratory: Laboratory):
     shutil.rmtree(laboratory.root / "tables" / NAME / "features")
     remake_reports(laboratory)
     assert not (_report(laboratory) / "features.html").exists() and not (_report(laboratory) / "features").exists()
@@ -211,7 +211,7 @@ def test_a_table_of_an_earlier_version_is_named(laboratory: Laboratory):
     assert "is of an earlier version: <code>saeens run tiny</code> computes it again." in (_report(laboratory) / "index.html").read_text()
 
 
-def test_the_first_declared_seed_that_has_rows_is_shown(laboratory: Laboratory):
+def test_the_first_declared_seed_with_rows_is_shown(laboratory: Laboratory):
     part = _part(laboratory, "features")
     pl.read_parquet(part, hive_partitioning=False).filter(seed=SEEDS[1]).write_parquet(part)
     remake_reports(laboratory)
@@ -221,12 +221,12 @@ def test_the_first_declared_seed_that_has_rows_is_shown(laboratory: Laboratory):
     assert f"under seed {SEEDS[1]}" in (_report(laboratory) / "features.html").read_text()
 
 
-def test_who_has_contexts_of_the_same_saes_is_named():
+def test_the_experiment_with_contexts_of_the_same_saes_is_named():
     catalogue = load_catalogue()
     quickstart, full, other = map(catalogue.experiment, ("quickstart", "quickstart_full", "quickstart_random"))
     assert [fills(each, "contexts") for each in (quickstart, full, other)] == [False, True, False]
-    assert "`saeens run quickstart_full` makes them of the same SAEs and more; or add" in what_makes_contexts(quickstart, catalogue)
-    assert what_makes_contexts(full, catalogue) == "Contexts are not there: `saeens run quickstart_full` makes them."
+    assert "`saeens run quickstart_full` computes them for the same SAEs and more; or add" in what_makes_contexts(quickstart, catalogue)
+    assert what_makes_contexts(full, catalogue) == "Contexts are missing: `saeens run quickstart_full` computes them."
     assert "same SAEs" not in what_makes_contexts(other, catalogue)
 
 
@@ -248,7 +248,7 @@ def _with_explanations(laboratory: Laboratory) -> None:
     table_frame("autointerp", rows).write_parquet(part)
 
 
-def test_explanations_are_shown_where_there_are_any(laboratory: Laboratory):
+def test_available_explanations_are_shown(laboratory: Laboratory):
     page = _report(laboratory) / "features.html"
     remake_reports(laboratory)
     assert "why" not in _list(laboratory)[0] and "explanation" not in _list(laboratory)[1]
@@ -269,7 +269,7 @@ def test_explanations_are_shown_where_there_are_any(laboratory: Laboratory):
     assert "Of 2 features that were drawn, fake was asked about 2; 1 is scored. Not scored: 1 (malformed answer" in html
 
 
-def test_a_table_of_explanations_that_is_empty_says_how_an_endpoint_is_configured(laboratory: Laboratory):
+def test_an_empty_table_of_explanations_shows_how_to_configure_an_endpoint(laboratory: Laboratory):
     page = _report(laboratory) / "features.html"
     declaration = Address(NAME, "eval", "autointerp")
     recipe, provenance = Recipe("table", 1, {}, {}), {"autointerp": {"status": "not configured"}}

@@ -1,4 +1,4 @@
-"""The table of features: one row for each of every ensemble, against codes, cosines and text worked out from what is on disk."""
+"""The table of features: one row per feature of every ensemble, against codes, cosines and text computed from stored artefacts."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_every_feature_of_every_seed_has_a_row(laboratory: Laboratory):
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("method", METHODS)
-def test_activity_and_tokens_are_those_of_the_test_split(laboratory: Laboratory, method: str, seed: int):
+def test_activity_and_top_tokens_are_computed_on_the_test_split(laboratory: Laboratory, method: str, seed: int):
     group: Any = zarr.open_group(laboratory.artefact("activations").path, mode="r")
     x = np.asarray(group["test/activations"][:], np.float32)
     tokens: Any = zarr.open_group(laboratory.artefact("tokens", layer=None).path, mode="r")["test"]
@@ -88,7 +88,7 @@ def test_activity_and_tokens_are_those_of_the_test_split(laboratory: Laboratory,
 
 
 @pytest.mark.parametrize("text", ["plain text\n", "an em—dash", "│ ═══╗ of boxes", "é, 日本語, \U0001f389, and \ufffd"])
-def test_parts_of_characters_are_written_as_their_bytes_and_nothing_else_is(text: str):
+def test_only_parts_of_characters_are_written_as_bytes(text: str):
     tokenizer = Tokenizer.from_file(str(REFERENCE_MODEL / "tokenizer.json"))
     found = [token_text(tokenizer, token) for token in tokenizer.encode(text).ids]
     whole = re.compile("<0x([0-9A-F]{2})>")
@@ -107,7 +107,7 @@ def test_bytes_of_sentencepiece_keep_their_names():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_nearest_features_are_those_of_scikit_learn(laboratory: Laboratory, method: str):
+def test_nearest_features_equal_those_of_scikit_learn(laboratory: Laboratory, method: str):
     here, there = ([sae.W_dec.detach().numpy() for sae in _saes(laboratory, method, seed)] for seed in SEEDS)
     rows = _table(laboratory).filter(method=method, seed=SEEDS[0])
     other_seed = cosine_similarity(np.concatenate(here), np.concatenate(there))
@@ -129,13 +129,13 @@ def test_nearest_features_are_those_of_scikit_learn(laboratory: Laboratory, meth
             assert nearest == max(of_others, key=lambda i: of_others[i][feature].max())
 
 
-def test_it_follows_from_the_saes_of_all_seeds(laboratory: Laboratory):
+def test_the_table_of_features_depends_on_the_saes_of_all_seeds(laboratory: Laboratory):
     inputs = laboratory.artefact("eval/features").recipe["inputs"]
     saes = ["bagging_ensemble", "boosting_ensemble", "expanded", "expanded_l0_matched"]
     assert set(inputs) == {f"{name}, seed {seed}" for name in saes for seed in SEEDS}
 
 
-def test_it_is_declared_by_layer_and_not_made_unless_asked_for(empty: Laboratory):
+def test_the_table_of_features_is_partitioned_by_layer_and_off_by_default(empty: Laboratory):
     assert "tiny/eval/features" not in empty.declarations()
     empty.declare(evaluations=["features"])
     (spec,) = [s for s in empty.catalogue.definitions().resolve_all_asset_specs() if s.key == dg.AssetKey([NAME, "eval", "features"])]
@@ -144,7 +144,7 @@ def test_it_is_declared_by_layer_and_not_made_unless_asked_for(empty: Laboratory
     assert {dep.asset_key.path[-1] for dep in spec.deps} == {"bagging_ensemble", "boosting_ensemble", "expanded", "expanded_l0_matched"}
 
 
-def test_other_test_tokens_make_it_anew(empty: Laboratory):
+def test_changed_test_tokens_rebuild_the_table_of_features(empty: Laboratory):
     empty.declare(evaluations=["features"], ensemble={"members": 1, "seeds": [1]}, baselines=[])
     empty.run()
     before = empty.artefact("eval/features").data_version
@@ -155,7 +155,7 @@ def test_other_test_tokens_make_it_anew(empty: Laboratory):
     assert empty.artefact("eval/features").data_version != before
 
 
-def test_with_one_seed_and_one_member_there_is_nothing_to_compare_with(empty: Laboratory):
+def test_with_one_seed_and_one_member_nearest_features_are_null(empty: Laboratory):
     empty.declare(evaluations=["features"], ensemble={"members": 1, "seeds": [1]})
     empty.run()
     assert {status.state for status in status_of(NAME)} == {"fresh"}

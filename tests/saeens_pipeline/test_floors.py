@@ -41,7 +41,7 @@ def test_the_packages_keep_their_floors(checkout: Path):
 
 @pytest.mark.parametrize("case", FORBIDDEN)
 @pytest.mark.parametrize("place", ["inside a function", "for type checking"])
-def test_an_import_across_floors_is_found_wherever_it_stands(checkout: Path, case: str, place: str):
+def test_an_import_across_floors_is_found_at_every_level_of_a_module(checkout: Path, case: str, place: str):
     name, statement = FORBIDDEN[case]
     file = checkout / "saeens_pipeline" / name
     before = file.read_text()

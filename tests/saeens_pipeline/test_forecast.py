@@ -1,4 +1,4 @@
-"""`saeens plan`: figures against what the same experiment then took, and against other counts of the same."""
+"""`saeens plan`: forecasts against measurements of the same experiment and against independent counts."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _saes(laboratory: Laboratory) -> list[dict[str, Any]]:
     return [each for each in found if "same_as" not in each]
 
 
-def test_computation_is_what_the_run_then_counted(finished: Laboratory):
+def test_forecast_computation_equals_that_of_the_run(finished: Laboratory):
     amounts, saes = _amounts(finished), _saes(finished)
     for kind in ("bagging", "boosting"):
         assert amounts["computation", f"training, {kind}"] == sum(each["train_flops"] for each in saes if each["kind"] == kind)
@@ -65,7 +65,7 @@ def test_computation_is_what_the_run_then_counted(finished: Laboratory):
     assert amounts["computation", "residuals"] == sum(residuals)
 
 
-def test_disk_is_what_the_run_then_wrote(finished: Laboratory):
+def test_forecast_disk_equals_that_of_the_run(finished: Laboratory):
     saes = [file for file in finished.root.rglob("sae_weights.safetensors") if "round_1" not in file.parts]
     numbers = sum(tensor.nbytes for file in saes for tensor in _tensors(file))
     assert _amounts(finished)["disk", "SAEs"] == numbers
@@ -77,7 +77,7 @@ def _tensors(file: Path) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(("keep", "kept", "besides"), [("last", 1, 1), ("all", MEMBERS - 1, 0), ("none", 0, 0)])
-def test_residuals_on_disk_follow_what_is_kept(empty: Laboratory, keep: str, kept: int, besides: int):
+def test_forecast_residuals_on_disk_follow_their_retention(empty: Laboratory, keep: str, kept: int, besides: int):
     empty.declare(keep_residuals=keep)
     amounts, one = _amounts(empty), 600 * D_MODEL * 2
     assert amounts["disk", "residuals"] == kept * one * len(SEEDS)
@@ -100,14 +100,14 @@ def test_layers_and_hooks_that_the_model_lacks_are_refused(empty: Laboratory):
         _lines(empty)
 
 
-def test_concurrent_boosting_makes_no_residuals(empty: Laboratory):
+def test_concurrent_boosting_has_no_residuals_in_the_forecast(empty: Laboratory):
     empty.declare(ensemble={"members": MEMBERS, "seeds": list(SEEDS), "boosting": "concurrent"})
     amounts = _amounts(empty)
     assert amounts["disk", "residuals"] == amounts["computation", "residuals"] == 0
 
 
 @pytest.mark.parametrize("architecture", ["gpt_neox", "llama", "gemma2", "gpt2"])
-def test_parameters_are_those_of_the_blocks(tmp_path: Path, architecture: Architecture):
+def test_parameters_are_counted_over_the_blocks_of_the_forward_pass(tmp_path: Path, architecture: Architecture):
     path = write_tiny_model(tmp_path / "model", architecture)
     description = describe_language_model(str(path))
     model = load_language_model(description)
@@ -115,7 +115,7 @@ def test_parameters_are_those_of_the_blocks(tmp_path: Path, architecture: Archit
     assert block_parameters(description) == [sum(weights.numel() for weights in block.parameters()) for block in blocks]
 
 
-def test_two_operations_for_each_parameter_are_what_pytorch_counts(tiny_model: Path):
+def test_two_operations_per_parameter_equal_pytorchs_count(tiny_model: Path):
     description = describe_language_model(str(tiny_model))
     model = load_language_model(description)
     with FlopCounterMode(display=False) as counter:  # which leaves out biases and norms
@@ -124,7 +124,7 @@ def test_two_operations_for_each_parameter_are_what_pytorch_counts(tiny_model: P
 
 
 @pytest.mark.parametrize("hook", ["resid_pre", "resid_post"])
-def test_the_next_token_loss_takes_what_pytorch_counts(finished: Laboratory, empty: Laboratory, hook: str):
+def test_operations_of_the_next_token_loss_equal_pytorchs_count(finished: Laboratory, empty: Laboratory, hook: str):
     empty.declare({"hook": hook}, ce_loss_tokens=100)
     model = load_language_model(describe_language_model(str(empty.model)))
     tokens = open_tokens(finished.artefact("tokens", layer=None).path)
@@ -147,7 +147,7 @@ def test_without_a_loss_to_measure_a_plan_has_none(empty: Laboratory):
     assert difference == pytest.approx(_known(with_loss["computation", "next-token loss"]))
 
 
-def test_members_that_differ_are_counted_as_they_are(empty: Laboratory):
+def test_members_of_different_sizes_are_counted_each_at_its_own(empty: Laboratory):
     saes = [{"architecture": "topk", "expansion": n, "k": 4} for n in range(2, 2 + MEMBERS)]
     empty.declare(sae=saes, baselines=[])
     amounts = _amounts(empty)
@@ -167,7 +167,7 @@ def test_members_that_differ_are_counted_as_they_are(empty: Laboratory):
         ({"model_type": "granite", "use_parallel_residual": False}, "resid_mid", "'resid_mid' of .* can be read, but nothing can be put"),
     ],
 )
-def test_a_loss_that_cannot_be_measured_is_refused_where_it_is_asked_for(
+def test_a_loss_that_cannot_be_measured_is_refused_in_the_plan(
     empty: Laboratory, tmp_path: Path, config: dict[str, Any], hook: str, message: str
 ):
     edit_config(write_tiny_model(tmp_path / "model"), **config)
@@ -181,14 +181,14 @@ def test_a_loss_that_cannot_be_measured_is_refused_where_it_is_asked_for(
     assert ("computation", "next-token loss") not in _amounts(empty)
 
 
-def test_what_fits_is_said(empty: Laboratory):
+def test_the_forecast_compares_the_need_with_free_disk(empty: Laboratory):
     notes = {line.item: line.note for line in _lines(empty)}
     assert notes["free disk"].startswith("enough, below")
     empty.declare({"train_tokens": 10**14})
     assert " too little, below" in {line.item: line.note for line in _lines(empty)}["free disk"]
 
 
-def test_of_a_model_that_cannot_be_reached_what_is_known_is_given(empty: Laboratory):
+def test_the_forecast_of_an_unreachable_model_gives_the_known_amounts(empty: Laboratory):
     empty.declare({"language_model": "some-lab/some-model"})
     lines = _lines(empty)
     assert "the hub cannot be reached" in lines[0].note
@@ -199,7 +199,7 @@ def test_of_a_model_that_cannot_be_reached_what_is_known_is_given(empty: Laborat
     assert readable(lines[2]) == "not known"
 
 
-def test_of_a_gated_model_the_hubs_reason_and_the_command_are_given(fake_hub: FakeHub, empty: Laboratory):
+def test_the_forecast_of_a_gated_model_gives_the_hubs_reason_and_the_command(fake_hub: FakeHub, empty: Laboratory):
     fake_hub.repositories["models/some-lab/some-model"] = empty.model
     fake_hub.gated.add("models/some-lab/some-model")
     empty.declare({"language_model": "some-lab/some-model"})
@@ -209,7 +209,7 @@ def test_of_a_gated_model_the_hubs_reason_and_the_command_are_given(fake_hub: Fa
         empty.run()
 
 
-def test_nothing_of_a_model_but_its_configuration_is_downloaded(fake_hub: FakeHub, empty: Laboratory):
+def test_the_forecast_downloads_only_the_configuration_of_a_model(fake_hub: FakeHub, empty: Laboratory):
     fake_hub.repositories["models/some-lab/some-model"] = empty.model
     empty.declare({"language_model": "some-lab/some-model"})
     known = {line.item: line.amount for line in _lines(empty) if line.section != "time"}
@@ -233,7 +233,7 @@ def test_amounts_are_readable(line: Line, shown: str):
     assert readable(line) == shown
 
 
-def test_the_command_prints_json_alone_and_makes_nothing(
+def test_the_plan_command_prints_json_alone_and_writes_nothing(
     empty: Laboratory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     from saeens_pipeline import cli

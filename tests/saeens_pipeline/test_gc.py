@@ -1,4 +1,4 @@
-"""`saeens gc`: what nothing refers to any more is listed, and removed when asked; all else stays, whatever it is called."""
+"""`saeens gc`: unreferenced artefacts are listed, and removed on request; all other files are kept."""
 
 from __future__ import annotations
 
@@ -23,8 +23,11 @@ from saeens_pipeline.orchestration.instance import register_layers
 from saeens_pipeline.settings.files import FOLDERS_VARIABLE
 from saeens_pipeline.storage import recipes
 from saeens_pipeline.storage.checkpoints import checkpoint_file
-from saeens_pipeline.storage.names import Partition
+from saeens_pipeline.storage.locks import writing_alone
+from saeens_pipeline.storage.names import Address, Partition
+from saeens_pipeline.storage.recipes import digest
 
+HERE, ELSEWHERE = recipes.this_machine(), "0123abcd"
 SEED_1 = f"experiments/{NAME}/layer={LAYER}/seed=1"
 
 
@@ -75,7 +78,7 @@ def _declare_only_source(laboratory: Laboratory) -> None:
 # what is unused
 
 
-def test_of_what_is_declared_nothing_is_unused(finished: Laboratory):
+def test_declared_artefacts_are_never_unused(finished: Laboratory):
     (finished.root / "dagster" / "storage").mkdir(parents=True)
     (finished.root / "dagster" / "storage" / "runs.db").write_text("events")
     inventory = _look(finished)
@@ -83,7 +86,7 @@ def test_of_what_is_declared_nothing_is_unused(finished: Laboratory):
     assert inventory.freed_bytes == 0
 
 
-def test_of_an_experiment_that_is_gone_everything_is_unused_and_its_source_is_not(finished: Laboratory):
+def test_artefacts_of_a_removed_experiment_are_unused_but_those_of_its_source_are_not(finished: Laboratory):
     _declare_only_source(finished)
     listed = _listed(finished)
     artefacts = {path.parent for path in (finished.root / "experiments").rglob("recipe.json")}
@@ -93,7 +96,7 @@ def test_of_an_experiment_that_is_gone_everything_is_unused_and_its_source_is_no
     assert set(listed.values()) == {f"there is no experiment {owner} any more" for owner in (NAME, "leaderboard")}
 
 
-def test_of_a_source_that_is_gone_tokens_and_activations_are_unused(finished: Laboratory):
+def test_tokens_and_activations_of_a_removed_source_are_unused(finished: Laboratory):
     finished.write(experiment_file(("ActivationSource", source_settings(finished.model, name="another"))))
     listed = _listed(finished)
     for artefact in (f"sources/{NAME}/tokens.zarr", f"sources/{NAME}/layer={LAYER}/activations.zarr"):
@@ -116,7 +119,7 @@ CHANGES: Mapping[str, tuple[dict, Sequence[str], str]] = {  # of the experiment,
 
 
 @pytest.mark.parametrize("case", CHANGES)
-def test_what_is_not_declared_any_more_is_unused(finished: Laboratory, case: str):
+def test_undeclared_artefacts_are_unused(finished: Laboratory, case: str):
     experiment, unused, why = CHANGES[case]
     finished.declare(**experiment)
     listed = _listed(finished)
@@ -124,12 +127,12 @@ def test_what_is_not_declared_any_more_is_unused(finished: Laboratory, case: str
     assert all(why in reason for reason in listed.values())
 
 
-def test_a_table_that_is_not_filled_any_more_is_unused(finished: Laboratory):
+def test_an_undeclared_table_is_unused(finished: Laboratory):
     finished.declare(evaluations=["reconstruction", "members", "coactivation", "stability", "marginal_gain", "cost"])
     assert _listed(finished).keys() == {f"tables/{NAME}/training_curves/layer={LAYER}/seed={seed}/part.parquet" for seed in (1, 2)}
 
 
-def test_a_seed_that_is_not_declared_any_more_is_unused_in_saes_and_tables(finished: Laboratory):
+def test_saes_and_tables_of_an_undeclared_seed_are_unused(finished: Laboratory):
     finished.declare(ensemble=EXPERIMENT["ensemble"] | {"seeds": [1]})
     listed = _listed(finished)
     assert listed
@@ -161,44 +164,81 @@ def test_the_leaderboard_is_kept_as_long_as_there_are_experiments(finished: Labo
 # what killed processes left
 
 
-def test_what_a_killed_process_left_is_unused_and_what_a_living_one_writes_is_not(finished: Laboratory, dead_pid: int):
-    names = {pid: finished.root / SEED_1 / "bagging" / f".member_1.{pid}.partial" for pid in (dead_pid, os.getpid())}
+def test_partial_artefacts_of_killed_processes_are_unused_and_of_living_ones_are_not(finished: Laboratory, dead_pid: int):
+    names = {pid: finished.root / SEED_1 / "bagging" / f".member_1.{HERE}-{pid}.partial" for pid in (dead_pid, os.getpid())}
     for folder in names.values():
         folder.mkdir()
-    table = finished.root / "tables" / NAME / "cost" / f"layer={LAYER}" / "seed=1" / f".part.parquet.{dead_pid}.partial"
+    table = finished.root / "tables" / NAME / "cost" / f"layer={LAYER}" / "seed=1" / f".part.parquet.{HERE}-{dead_pid}.partial"
     table.write_text("half")
     left = [names[dead_pid], table]
     assert set(_listed(finished)) == {path.relative_to(finished.root).as_posix() for path in left}
     assert set(_listed(finished).values()) == {"left behind by a process that was killed"}
 
 
-def test_what_an_interrupted_write_goes_on_from_is_kept_until_the_artefact_is_there_or_not_declared(
+def test_what_another_machine_is_writing_is_not_unused_as_long_as_it_holds_the_lock(finished: Laboratory, dead_pid: int):
+    left = finished.root / SEED_1 / "bagging" / f".member_1.{ELSEWHERE}-{dead_pid}.partial"
+    left.mkdir()
+    relative = left.relative_to(finished.root).as_posix()
+    inventory = _look(finished)
+    assert [finding.path for finding in inventory.garbage] == [left]
+    with writing_alone(finished.root, [(Address(NAME, "bagging", "member_1"), Partition(LAYER, 1))]):
+        assert _listed(finished) == {}
+        remove_garbage(finished.catalogue, inventory, finished.root)  # the other machine began after the listing
+        assert left.exists()
+    assert list(_listed(finished)) == [relative]
+    remove_garbage(finished.catalogue, inventory, finished.root)
+    assert not left.exists()
+
+
+def test_an_artefact_that_is_being_written_is_not_removed(finished: Laboratory):
+    _declare_only_source(finished)
+    inventory = _look(finished)
+    with writing_alone(finished.root, [(Address(NAME, "bagging", "member_1"), Partition(LAYER, 1))]):
+        remove_garbage(finished.catalogue, inventory, finished.root)
+    assert [path.parent.name for path in (finished.root / "experiments").rglob("recipe.json")] == ["member_1"]
+
+
+@pytest.mark.parametrize(
+    "name", [".thesis.999999.partial", ".member_1.999999.partial", ".thesis.retired", ".member_1.retired", ".thesis.tmp"]
+)
+def test_names_of_the_users_own_are_never_removed(finished: Laboratory, name: str, monkeypatch: pytest.MonkeyPatch):
+    in_two_hours = time.time() + 7200
+    monkeypatch.setattr(recipes.time, "time", lambda: in_two_hours)
+    for folder in ("", f"{SEED_1}/bagging", f"tables/{NAME}", f"sources/{NAME}", "checkpoints"):
+        (finished.root / folder).mkdir(exist_ok=True)
+        (finished.root / folder / name).write_text("mine")
+    assert _listed(finished) == {}
+    assert len(_unknown(finished)) == 5
+
+
+def test_partial_writes_are_kept_until_their_artefact_is_complete_or_undeclared(
     finished: Laboratory, dead_pid: int, registered: dict[str, list[int]]
 ):
     artefact = finished.artefact("activations")
-    left = artefact.path.parent / f".activations.zarr.{'0123456789abcdef'}.{dead_pid}.partial"
+    left = artefact.path.parent / f".activations.zarr.{'0123456789abcdef'}.{HERE}-{dead_pid}.partial"
     left.mkdir()
     relative = left.relative_to(finished.root).as_posix()
     assert _listed(finished) == {}
-    left.rename(left.with_name(f".activations.zarr.{artefact.recipe_hash}.{dead_pid}.partial"))
+    left.rename(left.with_name(f".activations.zarr.{artefact.recipe_hash}.{HERE}-{dead_pid}.partial"))
     assert list(_listed(finished)) == [relative.replace("0123456789abcdef", artefact.recipe_hash)]
-    left.with_name(f".activations.zarr.{artefact.recipe_hash}.{dead_pid}.partial").rename(left)
+    left.with_name(f".activations.zarr.{artefact.recipe_hash}.{HERE}-{dead_pid}.partial").rename(left)
     finished.declare(source={"layers": [0]})
     assert relative in _listed(finished)
 
 
 def test_a_replaced_artefact_is_unused_after_an_hour_unless_it_is_the_only_copy(finished: Laboratory, monkeypatch: pytest.MonkeyPatch):
     folder = finished.root / SEED_1 / "bagging"
-    shutil.copytree(folder / "member_1", folder / ".member_1.retired")
+    retired = f".member_1.{digest('member_1')[:8]}.retired"
+    shutil.copytree(folder / "member_1", folder / retired)
     assert _listed(finished) == {}
     in_two_hours = time.time() + 7200
     monkeypatch.setattr(recipes.time, "time", lambda: in_two_hours)
-    assert list(_listed(finished)) == [f"{SEED_1}/bagging/.member_1.retired"]
+    assert list(_listed(finished)) == [f"{SEED_1}/bagging/{retired}"]
     shutil.rmtree(folder / "member_1")
     assert _listed(finished) == {}
 
 
-def test_checkpoints_are_kept_while_something_is_trained_under_their_name(finished: Laboratory, registered: dict[str, list[int]]):
+def test_checkpoints_are_kept_while_their_training_is_incomplete(finished: Laboratory, registered: dict[str, list[int]]):
     op = f"{NAME}__bagging__members"
     files = {
         name: checkpoint_file(finished.root, op_name, Partition(layer, seed))
@@ -222,7 +262,7 @@ def test_checkpoints_are_kept_while_something_is_trained_under_their_name(finish
 # what is not known
 
 
-def test_what_saeens_did_not_make_is_listed_as_unknown_and_kept(finished: Laboratory):
+def test_foreign_files_are_listed_as_unknown_and_kept(finished: Laboratory):
     _declare_only_source(finished)
     strangers = [
         "notes.txt",
@@ -245,7 +285,7 @@ def test_what_saeens_did_not_make_is_listed_as_unknown_and_kept(finished: Labora
     assert not (finished.root / SEED_1 / "bagging" / "member_1").exists()
 
 
-def test_an_artefact_that_holds_a_file_of_somebody_else_is_kept(finished: Laboratory):
+def test_an_artefact_with_a_foreign_file_is_kept(finished: Laboratory):
     _declare_only_source(finished)
     (finished.root / SEED_1 / "bagging" / "member_1" / "notes.txt").write_text("the best one")
     assert "it holds notes.txt, which saeens did not write" in _unknown(finished)[f"{SEED_1}/bagging/member_1"]
@@ -259,7 +299,7 @@ def test_an_artefact_whose_recipe_cannot_be_read_is_kept(finished: Laboratory):
     assert "no recipe that can be read" in _unknown(finished)[f"{SEED_1}/bagging/member_1"]
 
 
-def test_links_are_not_followed_and_what_they_point_to_stays(finished: Laboratory, tmp_path: Path):
+def test_symbolic_links_are_not_followed_and_their_targets_are_kept(finished: Laboratory, tmp_path: Path):
     outside = tmp_path / "outside"
     shutil.copytree(finished.root / SEED_1, outside / "seed=7")
     _declare_only_source(finished)
@@ -273,7 +313,7 @@ def test_links_are_not_followed_and_what_they_point_to_stays(finished: Laborator
     assert all((finished.root / name).is_symlink() for name in links)
 
 
-def test_a_root_that_is_not_there_holds_nothing(empty: Laboratory):
+def test_a_missing_root_has_no_garbage(empty: Laboratory):
     assert _look(empty) == Inventory()
     assert not empty.root.exists()
 
@@ -281,7 +321,7 @@ def test_a_root_that_is_not_there_holds_nothing(empty: Laboratory):
 # removing
 
 
-def test_what_is_listed_is_shown_by_the_folders_that_it_fills(finished: Laboratory):
+def test_garbage_is_listed_by_the_largest_folders_without_other_files(finished: Laboratory):
     def shown() -> dict[str, int]:
         findings = by_folder(_look(finished).garbage, finished.root)
         return {finding.path.relative_to(finished.root).as_posix(): finding.n_bytes for finding in findings}
@@ -301,7 +341,7 @@ def test_what_is_listed_is_shown_by_the_folders_that_it_fills(finished: Laborato
     assert f"tables/{NAME}/cost" in shown()
 
 
-def test_removing_takes_what_is_listed_and_nothing_else_and_leaves_no_empty_folders(finished: Laboratory):
+def test_gc_removes_exactly_the_listed_paths_and_empty_folders(finished: Laboratory):
     finished.declare(ensemble=EXPERIMENT["ensemble"] | {"seeds": [1]})
     before = _files(finished.root)
     listed = _listed(finished)
@@ -313,7 +353,7 @@ def test_removing_takes_what_is_listed_and_nothing_else_and_leaves_no_empty_fold
     assert "nothing to do" not in finished.run()  # stability compared both seeds
 
 
-def test_dagster_forgets_what_is_removed_and_nothing_else(finished: Laboratory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_dagster_events_of_removed_partitions_alone_are_wiped(finished: Laboratory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     keys = {"members": [NAME, "bagging", "member_1"], "tokens": [NAME, "tokens"]}
     with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
         monkeypatch.setattr(garbage, "recorded_instance", lambda: contextlib.nullcontext(instance))
@@ -330,7 +370,7 @@ def test_dagster_forgets_what_is_removed_and_nothing_else(finished: Laboratory, 
         assert not instance.get_latest_materialization_event(dg.AssetKey(keys["tokens"]))
 
 
-def test_files_are_removed_although_dagster_does_not_forget(finished: Laboratory, monkeypatch: pytest.MonkeyPatch):
+def test_files_are_removed_even_if_wiping_dagster_events_fails(finished: Laboratory, monkeypatch: pytest.MonkeyPatch):
     def fail(*_: object) -> None:
         raise OSError("database is locked")
 
@@ -342,7 +382,7 @@ def test_files_are_removed_although_dagster_does_not_forget(finished: Laboratory
     assert not any(finding.path.exists() for finding in inventory.garbage)
 
 
-def test_what_is_freed_counts_shared_files_once_and_only_if_all_their_names_go(finished: Laboratory):
+def test_freed_bytes_count_linked_files_once_and_only_if_all_links_are_removed(finished: Laboratory):
     member, round_1 = (finished.root / SEED_1 / name for name in ("bagging/member_1", "boosting/round_1"))
     weights = [folder / "sae_weights.safetensors" for folder in (member, round_1)]
     n_bytes = weights[0].stat().st_size
@@ -355,7 +395,7 @@ def test_what_is_freed_counts_shared_files_once_and_only_if_all_their_names_go(f
     assert alone.freed_bytes == alone.garbage[0].n_bytes - n_bytes
 
 
-def test_with_a_broken_file_nothing_is_removed(finished: Laboratory):
+def test_no_file_is_removed_while_an_experiment_file_is_broken(finished: Laboratory):
     file = finished.declare(keep_residuals="some")
     before = _files(finished.root)
     inventory = _look(finished)
@@ -377,7 +417,7 @@ def own_folder(finished: Laboratory, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("is_there", [True, False])
-def test_artefacts_of_a_folder_that_is_not_read_now_are_kept(
+def test_artefacts_of_unread_experiment_folders_are_kept(
     finished: Laboratory, own_folder: Path, is_there: bool, monkeypatch: pytest.MonkeyPatch
 ):
     assert _look(finished) == Inventory()
@@ -393,7 +433,7 @@ def test_artefacts_of_a_folder_that_is_not_read_now_are_kept(
     assert left == {f"{SEED_1}/baseline/expanded/recipe.json"}
 
 
-def test_an_artefact_disappears_at_once_and_what_an_interruption_leaves_is_unused(
+def test_removal_is_atomic_and_the_rest_of_an_interrupted_one_is_unused(
     finished: Laboratory, monkeypatch: pytest.MonkeyPatch, dead_pid: int
 ):
     def interrupted(path: Path) -> None:
@@ -408,7 +448,7 @@ def test_an_artefact_disappears_at_once_and_what_an_interruption_leaves_is_unuse
     with pytest.raises(KeyboardInterrupt):
         remove_garbage(finished.catalogue, inventory, finished.root)
     assert not inventory.garbage[0].path.exists()
-    left = inventory.garbage[0].path.with_name(f".member_1.{dead_pid}.partial")
+    left = inventory.garbage[0].path.with_name(f".member_1.{HERE}-{dead_pid}.partial")
     assert _listed(finished)[left.relative_to(finished.root).as_posix()] == "left behind by a process that was killed"
 
 
@@ -422,7 +462,7 @@ def _saeens(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return int(ended.value.code or 0)
 
 
-def test_the_command_lists_with_sizes_and_removes_only_when_asked(
+def test_the_gc_command_lists_sizes_and_removes_only_with_its_option(
     finished: Laboratory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     finished.declare(baselines=[])
@@ -440,7 +480,7 @@ def test_the_command_lists_with_sizes_and_removes_only_when_asked(
     assert "is unused" in capsys.readouterr().out
 
 
-def test_the_command_refuses_to_remove_when_a_file_is_broken(
+def test_the_gc_command_refuses_to_remove_while_a_file_is_broken(
     finished: Laboratory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     file = finished.declare(keep_residuals="some")
@@ -453,7 +493,7 @@ def test_the_command_refuses_to_remove_when_a_file_is_broken(
 
 
 @pytest.mark.parametrize("is_above", [False, True])
-def test_the_command_removes_artefacts_of_a_folder_only_once_it_is_given_up(
+def test_the_gc_command_removes_artefacts_of_a_folder_only_after_it_is_given_up(
     finished: Laboratory, own_folder: Path, is_above: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setenv(FOLDERS_VARIABLE, "")

@@ -122,7 +122,7 @@ def test_every_prefix_agrees_with_a_dense_computation(request: pytest.FixtureReq
 
 @pytest.mark.parametrize("name", ["topk", "mixed"])
 @pytest.mark.parametrize("method", ["bagging", "boosting"])
-def test_stability_agrees_with_scikit_learn(request: pytest.FixtureRequest, name: str, method: str):
+def test_stability_of_different_members_equals_scikit_learn(request: pytest.FixtureRequest, name: str, method: str):
     laboratory: Laboratory = request.getfixturevalue(name)
     prefix = "boosting/round" if method == "boosting" else "bagging/member"
     for n in (1, 2, 3):
@@ -145,7 +145,7 @@ def test_an_ensemble_of_different_architectures_is_one_sae(mixed: Laboratory):
 # What is trained
 
 
-def test_members_and_rounds_take_the_configurations_in_order(topk: Laboratory):
+def test_members_and_rounds_use_the_configurations_in_order(topk: Laboratory):
     for j, wanted in enumerate(TOPK, start=1):
         for key in (f"bagging/member_{j}", f"boosting/round_{j}"):
             config = sm.load_sae(topk.artefact(key, 1).path).config
@@ -153,7 +153,7 @@ def test_members_and_rounds_take_the_configurations_in_order(topk: Laboratory):
     assert topk.artefact("boosting/round_1", 1).provenance["same_as"] == f"{NAME}/bagging/member_1"
 
 
-def test_expanded_is_as_wide_as_the_members_together_and_l0_matched_has_the_sum_of_their_k(topk: Laboratory):
+def test_expanded_has_the_total_width_of_the_members_and_l0_matched_the_sum_of_their_k(topk: Laboratory):
     for n, suffix in ((1, "_1"), (2, "_2"), (3, "")):
         width = D_MODEL * sum(sae["expansion"] for sae in TOPK[:n])
         expanded, matched = (
@@ -173,7 +173,7 @@ def test_l0_of_an_ensemble_and_of_its_l0_matched_baseline_is_the_sum_of_k(topk: 
         assert 0.9 * most < l0["expanded_l0_matched", n] <= most
 
 
-def test_the_check_of_l0_knows_the_target_of_each_sae(topk: Laboratory, monkeypatch: pytest.MonkeyPatch):
+def test_the_check_of_l0_uses_the_target_of_each_sae(topk: Laboratory, monkeypatch: pytest.MonkeyPatch):
     topk.activate(monkeypatch)
     declarations = topk.declarations()
     for key, k in (("bagging/member_2", 3), ("boosting/round_3", 6), ("baseline/expanded_l0_matched", 13), ("baseline/expanded", 4)):
@@ -206,14 +206,14 @@ def test_the_leaderboard_shows_the_features_and_l0_of_all_members(topk: Laborato
     assert widths["single", 1] == widths["expanded", 1] == 2 * D_MODEL
 
 
-def test_as_many_are_trained_at_once_as_would_fit_if_all_were_as_wide_as_the_widest():
+def test_the_widest_sae_decides_how_many_are_trained_together():
     configs = [sm.SAEConfig(architecture="topk", d_in=64, d_sae=d_sae, k=4) for d_sae in (64, 1024, 64)]
     widest = portion_within(0.004, [configs[1]] * 3, 128, "x")
     assert portion_within(0.004, configs, 128, "x") == widest
     assert portion_within(0.004, [configs[0]] * 3, 128, "x").n_saes == 3 > widest.n_saes
 
 
-def test_a_list_is_trained_in_portions_where_memory_is_short(empty: Laboratory, monkeypatch: pytest.MonkeyPatch):
+def test_a_list_is_trained_in_groups_if_memory_is_short(empty: Laboratory, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("SAEENS_MEMORY_GB", "0.0002")
     empty.declare(sae=TOPK, baselines=[], evaluations=["reconstruction"])
     empty.run(seeds=[1])
@@ -236,7 +236,7 @@ def test_concurrent_rounds_depend_on_the_configurations_of_those_before_them(
     assert {s.state for s in status_of(NAME)} == {"fresh"}
 
 
-def test_a_list_of_equal_configurations_makes_the_members_that_one_makes(finished: Laboratory):
+def test_a_list_of_equal_configurations_trains_the_same_members_as_one_configuration(finished: Laboratory):
     finished.declare(sae=[EXPERIMENT["sae"]] * MEMBERS)
     fresh = {"/".join(s.declaration.address.key[1:]) for s in status_of(NAME) if s.state == "fresh"}
     assert {f"bagging/member_{j}" for j in (1, 2, 3)} | {f"boosting/round_{j}" for j in (1, 2, 3)} <= fresh
@@ -265,7 +265,7 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_a_wrong_list_is_said_with_path_line_and_field(empty: Laboratory, case: str):
+def test_a_wrong_list_is_reported_with_path_line_and_field(empty: Laboratory, case: str):
     experiment, field, message = WRONG[case]
     file = empty.declare(**experiment)
     (complaint,) = empty.catalogue.broken.values()
@@ -280,14 +280,14 @@ def test_a_wrong_list_is_said_with_path_line_and_field(empty: Laboratory, case: 
     assert start <= int(line) <= start + 20
 
 
-def test_an_sae_that_is_too_narrow_for_its_k_is_found_before_anything_is_made(empty: Laboratory):
+def test_an_sae_narrower_than_its_k_is_refused_before_anything_is_computed(empty: Laboratory):
     empty.declare(sae=[TOPK[0], TOPK[1] | {"k": 100}, TOPK[2]])
     with pytest.raises(Exception, match="k = 100 is larger than d_sae = 64"):
         empty.run()
     assert not empty.root.exists()
 
 
-def test_experiments_lists_each_configuration_once(topk: Laboratory, monkeypatch: pytest.MonkeyPatch):
+def test_the_experiments_command_lists_each_configuration_once(topk: Laboratory, monkeypatch: pytest.MonkeyPatch):
     from typer.testing import CliRunner
 
     from saeens_pipeline.cli import app

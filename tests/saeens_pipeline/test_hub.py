@@ -1,4 +1,4 @@
-"""Models of the hub: what is downloaded and when, what identifies them, and what is said when the hub does not give them."""
+"""Models of the hub: downloads, identity, and errors of unavailable models."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def hub(fake_hub: FakeHub, tmp_path: Path, tiny_model: Path) -> FakeHub:
     return fake_hub
 
 
-def test_describing_a_model_downloads_its_configuration_and_tokenizer_alone(hub: FakeHub, tiny_model: Path):
+def test_describing_a_model_downloads_only_its_configuration_and_tokenizer(hub: FakeHub, tiny_model: Path):
     found, local = describe_language_model(NAME), describe_language_model(str(tiny_model))
     assert hub.downloaded() == {"config.json", "tokenizer.json"}
     assert (found.d_model, found.n_layers, found.vocab_size) == (local.d_model, local.n_layers, local.vocab_size)
@@ -41,7 +41,7 @@ def test_describing_a_model_downloads_its_configuration_and_tokenizer_alone(hub:
     assert found.identity == {"name": NAME, "revision": found.commit}
 
 
-def test_a_branch_and_the_commit_that_it_is_are_the_same_model(hub: FakeHub):
+def test_a_branch_and_its_commit_are_the_same_model(hub: FakeHub):
     by_branch = describe_language_model(NAME, "main")
     assert describe_language_model(NAME, by_branch.commit or "").identity == by_branch.identity
 
@@ -60,7 +60,7 @@ def test_untrained_weights_need_no_download(hub: FakeHub):
     assert hub.downloaded() == {"config.json", "tokenizer.json"}
 
 
-def test_what_is_in_the_cache_is_not_asked_for_again_and_needs_no_hub(hub: FakeHub, monkeypatch: pytest.MonkeyPatch):
+def test_cached_files_are_not_requested_again_and_need_no_hub(hub: FakeHub, monkeypatch: pytest.MonkeyPatch):
     first = describe_language_model(NAME)
     load_language_model(first)
     hub.requests.clear()
@@ -70,7 +70,7 @@ def test_what_is_in_the_cache_is_not_asked_for_again_and_needs_no_hub(hub: FakeH
     load_language_model(describe_language_model(NAME))
 
 
-def test_a_model_that_only_has_pickles_is_refused_before_anything_is_spent(hub: FakeHub):
+def test_a_model_with_pickles_alone_is_refused_before_a_download(hub: FakeHub):
     (hub.repositories[f"models/{NAME}"] / "model.safetensors").unlink()
     with pytest.raises(ConfigurationError, match=r"only as pytorch_model.bin, a pickle.*convert it to safetensors and give the folder"):
         describe_language_model(NAME)
@@ -86,23 +86,23 @@ def test_a_gated_model_gives_the_hubs_reason_and_the_command(hub: FakeHub):
         describe_language_model(NAME)
 
 
-def test_a_model_that_does_not_exist_is_said_to_be_neither_here_nor_there(hub: FakeHub):
+def test_a_missing_model_is_reported_as_neither_local_nor_on_the_hub(hub: FakeHub):
     with pytest.raises(ConfigurationError, match=r"'some-lab/other': there is no such folder here, and no such language model on the hub"):
         describe_language_model("some-lab/other")
 
 
-def test_a_revision_that_does_not_exist_is_said(hub: FakeHub):
+def test_a_missing_revision_is_reported(hub: FakeHub):
     with pytest.raises(ConfigurationError, match="has no revision 'v2' on the hub"):
         describe_language_model(NAME, "v2")
 
 
-def test_without_a_hub_it_is_said_what_to_do_on_a_machine_that_has_one(hub: FakeHub, monkeypatch: pytest.MonkeyPatch):
+def test_without_a_hub_the_error_names_the_download_command(hub: FakeHub, monkeypatch: pytest.MonkeyPatch):
     reach(monkeypatch, UNREACHABLE)
     with pytest.raises(SaeensError, match=rf"hub cannot be reached.*`hf download {NAME} --local-dir FOLDER`; copy FOLDER here"):
         describe_language_model(NAME)
 
 
-def test_a_folder_of_the_same_name_comes_first(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_local_folder_takes_precedence_over_a_hub_model(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     write_tiny_model(tmp_path / NAME)
     assert describe_language_model(NAME).commit is None
@@ -135,7 +135,7 @@ def _loss(tokens: TokenStore, dtype: Literal["float32", "bfloat16"]) -> float:
     return torch.cat(losses).double().mean().item()
 
 
-def test_a_new_experiment_names_the_model_and_downloads_no_weights(
+def test_a_new_experiment_of_a_hub_model_downloads_no_weights(
     hub: FakeHub, empty: Laboratory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("SAEENS_EXPERIMENTS", str(tmp_path))

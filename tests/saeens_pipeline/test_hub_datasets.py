@@ -1,4 +1,4 @@
-"""Data sets of the hub: read as a stream at one commit, and what is said of those that cannot be."""
+"""Data sets of the hub: streams at one commit, and errors of unreadable ones."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _corpus(**fields: Any) -> HubCorpus:
     return HubCorpus(HubDataset(**{"name": NAME, "test_split": "test", **fields}))
 
 
-def test_splits_are_those_of_the_data_set_in_its_order_with_their_labels(hub: FakeHub):
+def test_splits_have_the_documents_of_the_data_set_in_order_with_labels(hub: FakeHub):
     corpus = _corpus(label_fields=["meta.pile_set_name"])
     corpus.require_readable()
     for split in SPLITS:
@@ -65,20 +65,20 @@ def test_splits_are_those_of_the_data_set_in_its_order_with_their_labels(hub: Fa
         assert {document.labels["meta.pile_set_name"] for document in documents} == {"train" if split == "train" else "test "}
 
 
-def test_without_a_test_split_documents_are_held_out_by_their_place(hub: FakeHub):
+def test_without_a_test_split_documents_are_held_out_by_index(hub: FakeHub):
     corpus = _corpus(test_split=None, test_share=0.3)
     train, test = ([document.text for document in corpus.documents(split)] for split in SPLITS)
     assert sorted(train + test) == sorted(TEXTS["train"])
     assert 5 < len(test) < 30
 
 
-def test_what_is_not_read_is_not_downloaded(hub: FakeHub):
+def test_unread_files_are_not_downloaded(hub: FakeHub):
     assert [document.text for document in islice(_corpus().documents("train"), 12)] == TEXTS["train"][:12]
     assert {"00.jsonl", "01.jsonl"} <= hub.downloaded()
     assert not hub.downloaded() & {f"{shard:02}.jsonl" for shard in range(3, SHARDS)}
 
 
-def test_identity_is_the_commit_and_the_settings_and_known_without_the_hub_afterwards(fake_hub: FakeHub, tmp_path: Path, monkeypatch):
+def test_identity_is_the_commit_and_the_settings_and_is_cached(fake_hub: FakeHub, tmp_path: Path, monkeypatch):
     (tmp_path / "dataset").mkdir()
     fake_hub.repositories[f"datasets/{NAME}"] = tmp_path / "dataset"
     identity = _corpus().identity
@@ -90,7 +90,7 @@ def test_identity_is_the_commit_and_the_settings_and_known_without_the_hub_after
     assert _corpus().identity == identity
 
 
-def test_a_data_set_that_is_not_there_or_has_no_such_split_or_field_is_said(hub: FakeHub):
+def test_a_missing_data_set_split_or_field_is_reported(hub: FakeHub):
     with pytest.raises(ConfigurationError, match=r"data set 'some-lab/other': .* no such data set on the hub"):
         _corpus(name="some-lab/other").require_readable()
     with pytest.raises(ConfigurationError, match=r"data set 'some-lab/pile': .*validation.*train"):
@@ -105,7 +105,7 @@ def test_a_gated_data_set_gives_the_hubs_reason_and_the_command(hub: FakeHub):
         _corpus().require_readable()
 
 
-def test_without_the_hub_it_is_said_what_to_do(needs_datasets: None, fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch):
+def test_without_the_hub_the_error_of_a_data_set_gives_a_remedy(needs_datasets: None, fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch):
     reach(monkeypatch, UNREACHABLE)
     with pytest.raises(SaeensError, match=r"data set 'some-lab/pile': .*hub cannot be reached.*give them as `corpus: \{files: ...\}`"):
         _corpus().require_readable()

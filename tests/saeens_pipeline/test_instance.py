@@ -1,26 +1,41 @@
-"""The Dagster instance: where it lies, how it is set up, and that runs of the command line are seen in it."""
+"""The Dagster instance: its folder, its settings, and its records of runs of the command line."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import dagster as dg
 import pytest
 import yaml
+from dagster._core.remote_origin import ManagedGrpcPythonEnvCodeLocationOrigin, RemoteJobOrigin, RemoteRepositoryOrigin
+from dagster._core.storage.tags import GRPC_INFO_TAG
+from dagster._core.types.loadable_target_origin import LoadableTargetOrigin
 from tiny_experiment import LAYER, MEMBERS, NAME, SEEDS, Laboratory
 
 import saeens_pipeline
 from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.orchestration import runs as runs_module
-from saeens_pipeline.orchestration.instance import PROCESS_TAG, end_dead_runs, instance_settings, prepare_home, process_tag, register_layers
+from saeens_pipeline.orchestration.instance import (
+    PROCESS_TAG,
+    command_line_instance,
+    end_dead_runs,
+    home_folder,
+    instance_settings,
+    prepare_home,
+    process_tag,
+    recorded_instance,
+    register_layers,
+    servers_prefix,
+    this_host,
+)
 
 CHECKOUT = Path(saeens_pipeline.__file__).parents[1]
 
@@ -31,11 +46,11 @@ def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DAGSTER_HOME", "")
 
 
-def test_a_plain_dagster_dev_is_set_up_like_saeens_does():
+def test_a_plain_dagster_dev_has_the_instance_settings_of_saeens():
     assert (CHECKOUT / "dagster.yaml").read_text() == instance_settings("data/dagster")
 
 
-def test_home_lies_below_the_data_root_where_it_is_not_set(tmp_path: Path):
+def test_dagster_home_is_below_the_data_root_by_default(tmp_path: Path):
     home = prepare_home()
     assert home == tmp_path / "data" / "dagster"
     assert os.environ["DAGSTER_HOME"] == str(home)
@@ -46,7 +61,7 @@ def test_home_lies_below_the_data_root_where_it_is_not_set(tmp_path: Path):
     assert settings["concurrency"]["pools"] == {"default_limit": 1, "granularity": "op"}
 
 
-def test_a_home_that_is_set_is_used_and_its_settings_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_given_dagster_home_is_used_and_its_settings_are_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "home"))
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "dagster.yaml").write_text("telemetry: {enabled: true}\n")
@@ -55,7 +70,7 @@ def test_a_home_that_is_set_is_used_and_its_settings_are_left_alone(tmp_path: Pa
     assert not (tmp_path / "data").exists()
 
 
-def test_a_copied_home_keeps_to_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_copied_dagster_home_uses_its_own_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "first"))
     shutil.copytree(prepare_home(), tmp_path / "odd: #copy")
     monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "odd: #copy"))
@@ -64,11 +79,129 @@ def test_a_copied_home_keeps_to_itself(tmp_path: Path, monkeypatch: pytest.Monke
     assert settings["compute_logs"]["config"]["base_dir"] == f"{tmp_path}/odd: #copy/compute_logs"
 
 
-def test_a_home_that_cannot_be_written_is_said_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_read_only_dagster_home_is_reported_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "file" / "home"))
     with pytest.raises(SaeensError, match=r"home cannot be written .*DAGSTER_HOME or SAEENS_DATA"):
         prepare_home()
+
+
+@pytest.fixture(scope="module")
+def home_with_a_layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home folder whose database has layer 2 of the quickstart; for copies."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("DAGSTER_HOME", str(home := tmp_path_factory.mktemp("homes") / "home"))
+        assert _layers(2) == ["2"]
+    return home
+
+
+@pytest.fixture
+def home(home_with_a_layer: Path) -> Path:
+    """A copy at the place where it is looked for."""
+    shutil.copytree(home_with_a_layer, home_folder())
+    return prepare_home()
+
+
+DATABASES = ["history/runs.db", "history/runs/index.db", "schedules/schedules.db"]
+
+
+def _layers(*added: int) -> list[str]:
+    """The layers of a source in the database, after these were added."""
+    with command_line_instance() as instance:
+        if added:
+            register_layers(instance, "quickstart", added)
+        return instance.get_dynamic_partitions("quickstart_layers")
+
+
+@pytest.mark.parametrize("damage", ["text", "empty", "cut", "overwritten"])
+@pytest.mark.parametrize("name", DATABASES)
+def test_a_damaged_database_is_named_with_the_way_out(home: Path, name: str, damage: str):
+    storage = home / "storage"
+    whole = (storage / name).read_bytes()
+    half = whole[: len(whole) // 2]
+    damaged = {"text": b"not a database" * 100, "empty": b"", "cut": half, "overwritten": whole[:4096] + b"\7" * (len(whole) - 4096)}
+    (storage / name).write_bytes(damaged[damage])
+    with (
+        pytest.raises(SaeensError, match=rf"{storage / name} is damaged .*: move {storage} away.*artefacts are not") as caught,
+        command_line_instance() as instance,
+    ):
+        instance.get_runs()
+        instance.get_dynamic_partitions("quickstart_layers")
+        instance.all_instigator_state()
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_database_that_was_moved_away_is_made_anew(home: Path):
+    (home / "storage").rename(home / "away")
+    assert _layers() == []
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe", b"[", b"a: b: c", b"storage: 5", b"- 1", b"nonsense: {}", b"run_monitoring: 2024-13-01"], ids=repr
+)
+def test_a_damaged_dagster_yaml_is_named_with_the_way_out(home: Path, content: bytes):
+    settings = home / "dagster.yaml"
+    settings.write_bytes(content)
+    with pytest.raises(SaeensError, match=rf"{settings} is wrong \(.*\): correct it, or remove it") as caught, command_line_instance():
+        pass
+    assert len(str(caught.value).splitlines()) == 1
+    assert len(str(caught.value)) < 700
+    settings.unlink()
+    prepare_home()
+    assert settings.read_text() == instance_settings(home.as_posix())
+
+
+def test_an_empty_dagster_yaml_is_written_again(home: Path):
+    settings = home / "dagster.yaml"
+    content = settings.read_text()
+    settings.write_text("")  # a killed process of an earlier version
+    prepare_home()
+    assert settings.read_text() == content
+
+
+@pytest.mark.parametrize("name", DATABASES)
+def test_a_database_that_an_interruption_left_unfinished_is_made_anew(home: Path, name: str):
+    (home / ".database_is_set_up").unlink()
+    (home / "storage" / name).write_bytes(b"")
+    assert _layers(3) == ["3"]
+    assert (home / "storage.unfinished" / name).exists()
+    assert _layers() == ["3"]
+
+
+def test_an_interruption_leaves_no_database_under_its_name(monkeypatch: pytest.MonkeyPatch):
+    made = dg.DagsterInstance.from_config
+
+    def interrupted(*arguments: str) -> dg.DagsterInstance:
+        made(*arguments).dispose()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(dg.DagsterInstance, "from_config", interrupted)
+        prepare_home()
+    assert not (home_folder() / "storage").exists()
+    assert _layers(1) == ["1"]
+    assert not (home_folder() / "storage.new").exists()
+
+
+def test_a_database_that_others_set_up_is_kept(home: Path):
+    (home / ".database_is_set_up").unlink()  # `dagster dev` writes no mark
+    assert _layers() == ["2"]
+
+
+def _times(folder: Path) -> dict[Path, int]:
+    """When its files were written, without those that SQLite shares among readers."""
+    return {file: file.stat().st_mtime_ns for file in folder.rglob("*") if not file.name.endswith(("-shm", "-wal")) and file.is_file()}
+
+
+def test_a_folder_that_cannot_be_written_is_read(home: Path, monkeypatch: pytest.MonkeyPatch):
+    (home / "command_line.yaml").unlink()
+    before = _times(home)
+    monkeypatch.setattr(os, "access", lambda path, _mode: Path(path) != home)
+    with recorded_instance() as instance:
+        assert instance
+        assert instance.get_dynamic_partitions("quickstart_layers") == ["2"]
+        assert instance.get_runs() == []
+    assert _times(home) == before
 
 
 def test_layers_are_registered_once_and_in_numeric_order():
@@ -80,54 +213,88 @@ def test_layers_are_registered_once_and_in_numeric_order():
         assert instance.get_dynamic_partitions("other_layers") == ["1"]
 
 
-def test_runs_whose_process_was_killed_are_cancelled_and_others_are_not():
-    gone = subprocess.Popen([sys.executable, "-c", ""])
+@dg.op
+def nothing() -> None: ...
+
+
+@dg.job
+def job() -> None:
+    nothing()
+
+
+def _gone() -> int:
+    """The number of a process that has ended, and of no process group."""
+    gone = subprocess.Popen([sys.executable, "-c", ""], start_new_session=True)
     gone.wait()
-    host = process_tag()[PROCESS_TAG].rpartition(":")[0]
-    owners = {"gone": f"{host}:{gone.pid}", "here": process_tag()[PROCESS_TAG], "elsewhere": f"not-{host}:{gone.pid}"}
+    return gone.pid
 
-    @dg.op
-    def nothing() -> None: ...
 
-    @dg.job
-    def job() -> None:
-        nothing()
+def _origin(location: str) -> RemoteJobOrigin:
+    target = LoadableTargetOrigin(module_name="a_module")
+    return RemoteJobOrigin(RemoteRepositoryOrigin(ManagedGrpcPythonEnvCodeLocationOrigin(target, location), "a_repository"), "a_job")
 
+
+def _ended(runs: dict[str, tuple[dict[str, str], str | None]]) -> set[str]:
+    """The runs, given by tags and code location, that are cancelled as dead."""
     with dg.DagsterInstance.ephemeral() as instance:
-        runs = {
-            name: instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTED, tags={PROCESS_TAG: owner})
-            for name, owner in owners.items()
-        }
-        runs["of the UI"] = instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTED)
-        end_dead_runs(instance)
-        states = {name: (instance.get_run_by_id(run.run_id) or run).status for name, run in runs.items()}
-    started = dict.fromkeys(("here", "elsewhere", "of the UI"), dg.DagsterRunStatus.STARTED)
-    assert states == {"gone": dg.DagsterRunStatus.CANCELED} | started
-
-
-def test_runs_whose_code_server_is_gone_are_cancelled_and_others_are_not():
-    @dg.op
-    def nothing() -> None: ...
-
-    @dg.job
-    def job() -> None:
-        nothing()
-
-    with dg.DagsterInstance.ephemeral() as instance, tempfile.TemporaryDirectory() as short, socket.socket(socket.AF_UNIX) as server:
-        server.bind(f"{short}/there")
-        server.listen()
-        places = {"there": {"socket": f"{short}/there"}, "gone": {"socket": f"{short}/gone"}, "elsewhere": {"port": 4000}}
-        runs = {
-            name: instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTED, tags={".dagster/grpc_info": json.dumps(place)})
-            for name, place in places.items()
+        made = {
+            name: instance.create_run_for_job(
+                job, status=dg.DagsterRunStatus.STARTED, tags=tags, remote_job_origin=_origin(location) if location else None
+            )
+            for name, (tags, location) in runs.items()
         }
         end_dead_runs(instance)
-        states = {name: (instance.get_run_by_id(run.run_id) or run).status for name, run in runs.items()}
-    started = dict.fromkeys(("there", "elsewhere"), dg.DagsterRunStatus.STARTED)
-    assert states == {"gone": dg.DagsterRunStatus.CANCELED} | started
+        states = {name: (instance.get_run_by_id(run.run_id) or run).status for name, run in made.items()}
+    assert set(states.values()) <= {dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELED}
+    return {name for name, status in states.items() if status == dg.DagsterRunStatus.CANCELED}
 
 
-def test_a_run_with_nothing_to_do_ends_those_that_were_killed(finished: Laboratory, monkeypatch: pytest.MonkeyPatch):
+def test_only_runs_of_killed_processes_are_cancelled():
+    gone, host = _gone(), this_host()
+    owners = {
+        "gone": f"{host}:{gone}",
+        "here": process_tag()[PROCESS_TAG],
+        "elsewhere": f"not-{host}:{gone}",
+        "before the machine started": f"{socket.gethostname()}:{'0' * 16}:{gone}",
+        "of an earlier version": f"{socket.gethostname()}:{gone}",
+        "of nobody": f"{host}:nobody",
+    }
+    runs: dict[str, tuple[dict[str, str], str | None]] = {name: ({PROCESS_TAG: owner}, None) for name, owner in owners.items()}
+    assert _ended(runs | {"without a tag": ({}, None)}) == {"gone"}
+
+
+def test_this_host_is_another_after_a_restart_and_in_another_container(monkeypatch: pytest.MonkeyPatch):
+    read, readlink, here = Path.read_text, os.readlink, this_host()
+    assert here == this_host()
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_text", lambda path, *a, **k: "another\n" if path.name == "boot_id" else read(path, *a, **k))
+        assert this_host() != here
+    monkeypatch.setattr(os, "readlink", lambda path: "pid:[1]" if str(path) == "/proc/self/ns/pid" else readlink(path))
+    assert this_host() != here
+
+
+def test_runs_of_a_ui_that_is_gone_are_cancelled_and_others_are_not():
+    """None of the sockets can be seen from here, as in a container or with a temporary folder of one's own."""
+    gone, alive, host = _gone(), os.getpgid(0), this_host().rpartition(":")[2]
+    sockets = {
+        "gone": f"/tmp/saeens-{host}-{gone}-abc/tmp1",
+        "alive": f"/tmp/saeens-{host}-{alive}-abc/tmp1",
+        "elsewhere": f"/tmp/saeens-{'0' * 16}-{gone}-abc/tmp1",
+        "of `dagster dev`": "/tmp/tmp1",
+    }
+    runs = {name: ({GRPC_INFO_TAG: json.dumps({"host": "localhost", "socket": each})}, "saeens") for name, each in sockets.items()}
+    runs["of another code location"] = (runs["gone"][0], "another")
+    runs["of a server with a port"] = ({GRPC_INFO_TAG: json.dumps({"host": "localhost", "port": 4000})}, "saeens")
+    assert _ended(runs) == {"gone"}
+
+
+def test_the_folder_of_the_code_servers_names_its_processes():
+    match = re.fullmatch(r"saeens-([0-9a-f]{16})-(\d+)-", servers_prefix())
+    assert match
+    assert (match[1], int(match[2])) == (this_host().rpartition(":")[2], os.getpid())
+
+
+def test_a_run_with_nothing_to_do_cancels_killed_runs(finished: Laboratory, monkeypatch: pytest.MonkeyPatch):
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     owner = process_tag()[PROCESS_TAG].replace(f":{os.getpid()}", f":{gone.pid}")
@@ -141,7 +308,7 @@ def test_a_run_with_nothing_to_do_ends_those_that_were_killed(finished: Laborato
     assert ended.status == dg.DagsterRunStatus.CANCELED
 
 
-def test_runs_of_the_command_line_are_seen_by_dagster(finished_laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch):
+def test_runs_of_the_command_line_are_recorded_by_dagster(finished_laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("DAGSTER_HOME", str(finished_laboratory.root / "dagster"))
     with dg.DagsterInstance.get() as instance:
         runs = instance.get_runs()
@@ -161,7 +328,8 @@ def test_runs_of_the_command_line_are_seen_by_dagster(finished_laboratory: Labor
         assert materialisation.metadata["cache_hit"].value is False
 
 
-def test_processes_that_come_at_once_set_up_one_database_that_all_can_open(tmp_path: Path):
+@pytest.mark.slow
+def test_concurrent_processes_create_one_database_that_all_can_open(tmp_path: Path):
     script = (
         "from saeens_pipeline.orchestration.instance import command_line_instance\n"
         "with command_line_instance() as i: print(len(i.get_runs()))"
@@ -172,3 +340,10 @@ def test_processes_that_come_at_once_set_up_one_database_that_all_can_open(tmp_p
         for _ in range(3)
     ]
     assert [process.communicate()[0].strip() for process in at_once] == ["0"] * 3
+
+
+def test_runs_for_reports_are_tagged_with_their_command(finished: Laboratory, monkeypatch: pytest.MonkeyPatch):
+    with dg.DagsterInstance.ephemeral() as instance:
+        monkeypatch.setattr(runs_module, "command_line_instance", lambda: contextlib.nullcontext(instance))
+        runs_module.make_reports(finished.catalogue, NAME, [])
+        assert {run.tags["user"] for run in instance.get_runs()} == {"saeens report"}

@@ -1,4 +1,4 @@
-"""Kernels are compiled by one process at a time, and beside what comes before training."""
+"""Kernels are compiled by one process at a time, during the stages before training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from saeens_pipeline.storage.recipes import Store
 
 
 @pytest.mark.slow
-def test_another_process_loads_them_and_leaves_nothing(tmp_path):
+def test_another_process_compiles_kernels_and_removes_its_files(tmp_path):
     with compiled_meanwhile(tmp_path, ["topk", "standard", "topk"]) as process:
         assert isinstance(process.args, list)
         assert process.args[3:] == [str(tmp_path), "standard", "topk"]
@@ -25,13 +25,13 @@ def test_another_process_loads_them_and_leaves_nothing(tmp_path):
     assert list((tmp_path / FOLDER).iterdir()) == []
 
 
-def test_it_ends_with_the_context(tmp_path):
+def test_the_compiling_process_ends_with_its_context(tmp_path):
     with holding(tmp_path, "kernels"), compiled_meanwhile(tmp_path, ["topk"]) as process:
         assert process.poll() is None
     assert process.returncode is not None
 
 
-def test_who_needs_them_waits_until_the_other_has_compiled(tmp_path):
+def test_loading_kernels_waits_for_another_process_to_compile_them(tmp_path):
     waiting = threading.Thread(target=load_kernels, args=(tmp_path, ["topk"]))
     with holding(tmp_path, "kernels"):
         waiting.start()
@@ -51,7 +51,9 @@ def test_who_needs_them_waits_until_the_other_has_compiled(tmp_path):
         (("tokens", "sae"), "meta", None),
     ],
 )
-def test_only_beside_what_comes_before_training(tmp_path, monkeypatch, builders: tuple[str, ...], device: str, compiled: list[str] | None):
+def test_kernels_are_compiled_ahead_only_during_the_stages_before_training(
+    tmp_path, monkeypatch, builders: tuple[str, ...], device: str, compiled: list[str] | None
+):
     asked: list[list[str]] = []
 
     def compiled_instead(root: Any, architectures: Any) -> nullcontext[None]:
@@ -62,12 +64,12 @@ def test_only_beside_what_comes_before_training(tmp_path, monkeypatch, builders:
     monkeypatch.setattr("saeens_pipeline.orchestration.runs.compiled_meanwhile", compiled_instead)
     monkeypatch.setattr("saeens_pipeline.assets.compute.Compute.resolve", lambda self: device)
     wanted: Any = [SimpleNamespace(builder=builder, tags={"architecture": "topk"} if builder == "sae" else {}) for builder in builders]
-    with runs._compiling(Store(tmp_path), wanted):
+    with runs.compiling_ahead(Store(tmp_path), wanted):
         pass
     assert asked == ([compiled] if compiled else [])
 
 
-def test_torch_has_its_threads_back(tmp_path):
+def test_loading_kernels_restores_torchs_threads(tmp_path):
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:

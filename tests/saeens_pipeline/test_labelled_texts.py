@@ -1,4 +1,4 @@
-"""Where labelled texts come from: the builtin corpus, local files, SAEBench's data sets; and what is said where they are not enough."""
+"""Labelled texts from the builtin corpus, local files and SAEBench's data sets; and errors of insufficient ones."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _frame(**numbers: int) -> pl.DataFrame:
 # drawing
 
 
-def test_half_of_a_probes_texts_are_drawn_for_each_label_and_splits_have_none_in_common():
+def test_half_as_many_texts_as_a_probe_needs_are_drawn_per_label_and_splits_are_disjoint():
     data = Labelled("set", _frame(a=9, b=30))
     drawn = draw_concepts(data, [], FEW, balance=False, seed=1)
     for label in ("a", "b"):
@@ -70,13 +70,13 @@ def test_a_text_that_was_drawn_for_training_is_no_test_text():
         draw_concepts(Labelled("set", _frame(a=5, b=6), _frame(a=5, b=6)), [], FEW, balance=False, seed=1)
 
 
-def test_repeated_and_empty_texts_do_not_count():
+def test_repeated_and_empty_texts_are_not_counted():
     repeated = pl.DataFrame({"text": ["one", "one", " ", "two", "three"], "label": "a"}).vstack(_frame(b=9).select("text", "label"))
     with pytest.raises(SaeensError, match=r"set: 4 train texts of 'a' are needed, and there are 3 different ones"):
         draw_concepts(Labelled("set", repeated), [], FEW, balance=False, seed=1)
 
 
-def test_quadrants_have_twice_as_many_texts_where_the_attributes_agree():
+def test_quadrants_of_wrong_sizes_are_refused():
     sizes = {"python__doc": 7, "python__code": 4, "cpp__doc": 4, "cpp__code": 7}
     drawn = draw_quadrants(Labelled("set", _frame(**sizes)), "task", ("python", "cpp"), ("doc", "code"), FEW, seed=1)
     assert [len(texts) for texts in drawn.train] == [4, 2, 2, 4]
@@ -85,7 +85,7 @@ def test_quadrants_have_twice_as_many_texts_where_the_attributes_agree():
         assert all(text.startswith(name) for text in texts)
 
 
-def test_errors_of_labels_name_what_there_is():
+def test_errors_of_labels_name_the_available_ones():
     with pytest.raises(SaeensError, match=r"set: the only label is 'a'; a probe needs texts of at least two"):
         draw_concepts(Labelled("set", _frame(a=9)), [], FEW, balance=False, seed=1)
     with pytest.raises(SaeensError, match=r"set: no text has a label; a probe needs texts of at least two"):
@@ -116,7 +116,7 @@ class CodeCorpus(ListedCorpus):
                 yield Document(f"{split}/{i}.{language}", f"{language} {words}", {"language": language})
 
 
-def test_embedded_tasks_have_labels_from_the_corpus_and_train_and_test_texts_of_other_documents():
+def test_embedded_tasks_have_labels_from_the_corpus_and_disjoint_train_and_test_documents():
     tasks = EmbeddedTasks(CodeCorpus([], []))
     language = draw_concepts(tasks.labelled("builtin/language"), [], FEW, balance=False, seed=1)
     assert sorted(language.train) == ["cpp_header", "javascript", "python", "typescript"]
@@ -176,7 +176,7 @@ def _rows(**numbers: int) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".csv"])
-def test_local_files_give_texts_and_labels_of_the_named_columns(tmp_path: Path, suffix: str):
+def test_local_files_have_texts_and_labels_in_the_named_columns(tmp_path: Path, suffix: str):
     _write(tmp_path, f"a{suffix}", _rows(sport=6))
     _write(tmp_path, f"b{suffix}", _rows(news=6))
     data_set = ConceptDataSet(name="mine", train=str(tmp_path / f"*{suffix}"), text_field="body", label_field="topic")
@@ -185,7 +185,7 @@ def test_local_files_give_texts_and_labels_of_the_named_columns(tmp_path: Path, 
     assert len(drawn.train["news"]) == 4
 
 
-def test_numbers_are_labels_too_and_rows_without_one_are_left_out(tmp_path: Path):
+def test_numbers_are_labels_and_rows_without_a_label_are_left_out(tmp_path: Path):
     rows = [*_rows(number=20), {"body": "nothing", "topic": None, "more": 2}]
     data_set = ConceptDataSet(
         name="mine", train=_write(tmp_path, "a.jsonl", rows), text_field="body", label_field="topic", labels=["1", "0"]
@@ -266,14 +266,14 @@ def test_labelled_texts_may_be_compressed_nested_and_below_folders_of_any_name(t
     assert sorted(read_concepts(data_set, FEW, seed=1).train) == ["a", "b"]
 
 
-def test_local_files_with_two_attributes(tmp_path: Path):
+def test_local_files_with_two_attributes_give_quadrants(tmp_path: Path):
     rows = [{"text": f"{a}{b} {i}", "label": a, "spurious": b} for a in "pq" for b in "xy" for i in range(7)]
     data_set = CorrelationDataSet(name="mine", train=_write(tmp_path, "a.jsonl", rows), target=("p", "q"), spurious=("x", "y"))
     (task,) = read_correlations(data_set, FEW, seed=1)
     assert [texts[0][:2] for texts in task.train] == ["px", "py", "qx", "qy"]
 
 
-def test_errors_of_files_name_the_file_and_what_is_in_it(tmp_path: Path):
+def test_errors_of_files_name_the_file_and_its_columns(tmp_path: Path):
     file = _write(tmp_path, "a.jsonl", _rows(sport=6, news=6))
     with pytest.raises(SaeensError, match=rf"mine: {file}:1: there is no column 'text'; the columns are 'body', 'topic', 'more'"):
         read_concepts(ConceptDataSet(name="mine", train=file), FEW, seed=1)
@@ -287,7 +287,7 @@ def test_errors_of_files_name_the_file_and_what_is_in_it(tmp_path: Path):
         read_concepts(ConceptDataSet(name="mine", train=str(tmp_path / "c.parquet")), FEW, seed=1)
 
 
-def test_the_identity_of_files_is_their_content(tmp_path: Path):
+def test_the_identity_of_labelled_files_is_their_content(tmp_path: Path):
     data_set = ConceptDataSet(name="mine", train=_write(tmp_path, "a.jsonl", _rows(sport=6)))
     before = identity(data_set)
     _write(tmp_path, "a.jsonl", _rows(sport=7))
@@ -300,7 +300,7 @@ def test_the_identity_of_files_is_their_content(tmp_path: Path):
 # settings
 
 
-def test_a_data_set_may_be_given_by_its_name_alone():
+def test_a_data_set_can_be_given_by_its_name_alone():
     settings = ConceptDetectionSettings.model_validate({"datasets": ["builtin/language", {"name": "fancyzhx/ag_news", "path": "/copy"}]})
     assert [each.name for each in settings.datasets] == ["builtin/language", "fancyzhx/ag_news"]
     assert [each.name for each in ConceptDetectionSettings().datasets] == list(labelled_data_sets.EMBEDDED_CONCEPTS)
@@ -326,7 +326,7 @@ def test_a_data_set_may_be_given_by_its_name_alone():
         ({"train_texts": 10, "test_texts": 8}, "multiple of 4"),
     ],
 )
-def test_wrong_settings_are_refused_with_what_is_allowed(settings: dict[str, Any], message: str):
+def test_wrong_data_set_settings_are_refused_with_the_allowed_values(settings: dict[str, Any], message: str):
     with pytest.raises(ValidationError, match=message):
         ConceptDetectionSettings.model_validate(settings)
 
@@ -393,7 +393,7 @@ def test_amazon_reviews_give_categories_and_ratings(tmp_path: Path):
 
 
 @pytest.mark.usefixtures("datasets_package")
-def test_ag_news_github_code_and_europarl(tmp_path: Path):
+def test_ag_news_github_code_and_europarl_have_topics_languages_and_no_duplicates(tmp_path: Path):
     news = [{"text": f"{label} {i}", "label": label} for label in range(4) for i in range(9)]
     path = _copy(tmp_path / "news", train=news, test=[row | {"text": f"test {row['text']}"} for row in news])
     drawn = read_concepts(ConceptDataSet(name="fancyzhx/ag_news", path=path), FEW, seed=1)
@@ -426,7 +426,7 @@ def test_a_broken_line_of_a_file_is_named(tmp_path: Path):
         read_concepts(ConceptDataSet(name="mine", train=str(tmp_path / "texts.jsonl")), FEW, seed=1)
 
 
-def test_labels_may_be_numbers_in_the_settings_as_in_the_files(tmp_path: Path):
+def test_labels_in_the_settings_can_be_numbers(tmp_path: Path):
     rows = [{"text": f"{label} {i}", "label": label} for label in (0, 1, 2) for i in range(20)]
     pl.DataFrame(rows).write_parquet(tmp_path / "texts.parquet")
     drawn = read_concepts(
@@ -461,7 +461,7 @@ def test_the_identity_of_a_hub_data_set_is_its_commit_and_of_a_local_copy_its_by
 
 
 @pytest.mark.usefixtures("datasets_package")
-def test_errors_of_hub_data_sets_name_the_columns_or_the_way_out(tmp_path: Path):
+def test_errors_of_hub_data_sets_name_the_columns_or_a_remedy(tmp_path: Path):
     path = _copy(tmp_path / "news", train=[{"body": "a", "label": 1}], test=[{"body": "a", "label": 1}])
     with pytest.raises(SaeensError, match=r"fancyzhx/ag_news, train split, has no column 'text'; its columns are 'body', 'label'"):
         read_concepts(ConceptDataSet(name="fancyzhx/ag_news", path=path), FEW, seed=1)

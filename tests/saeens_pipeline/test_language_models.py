@@ -49,7 +49,7 @@ def copied(gpt_neox: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)
-def test_description_holds_what_the_configuration_says(architecture, tmp_path):
+def test_descriptions_of_models_have_the_values_of_their_configuration(architecture, tmp_path):
     path = write_tiny_model(tmp_path / "model", architecture)
     found = describe_language_model(str(path))
     assert (found.d_model, found.n_layers, found.context_length, found.vocab_size) == (D_MODEL, N_LAYERS, CONTEXT_LENGTH, VOCAB_SIZE)
@@ -66,7 +66,7 @@ def test_describing_a_model_imports_neither_torch_nor_transformers(gpt_neox):
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "model.safetensors"])
-def test_identity_changes_with_the_bytes_of_every_file_that_matters(copied, file):
+def test_identity_changes_with_every_file_that_affects_activations(copied, file):
     before = describe_language_model(str(copied)).identity
     (copied / "README.md").write_text("a model card changes nothing")
     assert describe_language_model(str(copied)).identity == before
@@ -110,13 +110,13 @@ def _pickled(path: Path) -> None:
         (shutil.rmtree, "no such folder.*builtin/reference"),
     ],
 )
-def test_incomplete_folders_are_refused_and_say_what_is_missing(copied, break_it, message):
+def test_incomplete_folders_are_refused_with_their_missing_files(copied, break_it, message):
     break_it(copied)
     with pytest.raises(ConfigurationError, match=message):
         describe_language_model(str(copied))
 
 
-def test_a_name_that_can_be_no_model_is_refused_with_what_can_be():
+def test_an_invalid_model_name_is_refused_with_the_valid_forms():
     for name in ("builtin/other", "a/b/c", "../up", "some model"):
         with pytest.raises(ConfigurationError, match=r"no such folder. It can be builtin/reference, .*hub, or transformer_lens:NAME"):
             describe_language_model(name)
@@ -127,7 +127,7 @@ def test_revisions_of_local_models_are_refused(gpt_neox):
         describe_language_model(str(gpt_neox), revision="v2")
 
 
-def test_reference_model_is_found_whatever_the_data_root_is(copied, monkeypatch, tmp_path):
+def test_the_reference_model_is_found_from_every_data_root(copied, monkeypatch, tmp_path):
     monkeypatch.setenv("SAEENS_DATA", str(tmp_path / "elsewhere"))
     monkeypatch.setattr(descriptions, "_PACKAGED_REFERENCE_MODEL", tmp_path / "not_a_wheel")
     monkeypatch.setattr(descriptions, "_CHECKED_OUT_REFERENCE_MODEL", copied)
@@ -146,13 +146,13 @@ def test_layers_that_the_model_lacks_are_refused_with_the_allowed_range(gpt_neox
 
 
 @pytest.mark.parametrize(("hook", "message"), [("resid_mid", "parallel.*available: resid_pre"), ("residpost", "'residpost' is not known")])
-def test_hooks_that_the_model_lacks_are_refused_with_those_it_has(gpt_neox, hook, message):
+def test_unknown_hooks_are_refused_with_those_of_the_model(gpt_neox, hook, message):
     with pytest.raises(ConfigurationError, match=message):
         validate_hook(describe_language_model(str(gpt_neox)), hook, [0])
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)
-def test_modules_are_checked_without_reading_weights(tmp_path, architecture):
+def test_modules_are_validated_without_reading_weights(tmp_path, architecture):
     path = write_tiny_model(tmp_path / "model", architecture)
     description = describe_language_model(str(path))
     (path / "model.safetensors").unlink()
@@ -165,7 +165,7 @@ def test_modules_are_checked_without_reading_weights(tmp_path, architecture):
         validate_modules(description, block + ".{layer}.router", [2])
 
 
-def test_the_unembedding_makes_logits_of_the_normalised_stream(model, tokens):
+def test_unembedding_normalises_the_residual_stream(model, tokens):
     with torch.no_grad():
         output = model.model(tokens, output_hidden_states=True)
     unembedding = model.unembedding()
@@ -195,7 +195,7 @@ def test_a_block_adds_the_outputs_of_attention_and_mlp_to_its_input(model, token
 
 
 @pytest.mark.parametrize("architecture", SEQUENTIAL)
-def test_the_stream_is_what_attention_and_then_mlp_were_added_to(architecture, tmp_path, tokens):
+def test_the_residual_stream_is_the_sum_of_attention_and_mlp_outputs(architecture, tmp_path, tokens):
     model = load_language_model(describe_language_model(str(write_tiny_model(tmp_path / "model", architecture))))
     for layer in LAYERS:
         pre, attention, mid, mlp, post = (
@@ -205,7 +205,7 @@ def test_the_stream_is_what_attention_and_then_mlp_were_added_to(architecture, t
         assert torch.equal(mid + mlp, post)
 
 
-def test_what_gemma_2_adds_to_the_stream_has_been_normalised(tmp_path, tokens):
+def test_gemma_2_adds_normalised_outputs_to_the_residual_stream(tmp_path, tokens):
     model = load_language_model(describe_language_model(str(write_tiny_model(tmp_path / "model", "gemma2"))))
     for hook, inside, norm in (
         ("attn_out", "self_attn", "post_attention_layernorm"),
@@ -231,29 +231,30 @@ def test_hooks_that_no_module_reads_or_returns_are_refused_by_name(copied, archi
         validate_hook(describe_language_model(str(copied)), hook, [0])
 
 
-def test_layers_asked_for_one_by_one_equal_those_of_one_pass(model, tokens):
+def test_layers_read_one_by_one_equal_those_of_one_forward_pass(model, tokens):
     together = model.activations(tokens, "resid_post", LAYERS)
     for layer in LAYERS:
         assert torch.equal(model.activations(tokens, "resid_post", [layer])[layer], together[layer])
 
 
-def test_forward_pass_stops_after_the_deepest_layer_asked_for(model, tokens):
+def test_the_forward_pass_stops_after_the_deepest_requested_layer(model, tokens):
     ran: list[int] = []
-    handles = [block.register_forward_hook(lambda *_, layer=layer: ran.append(layer)) for layer, block in enumerate(model._blocks)]
+    blocks = [model.module("resid_post", layer) for layer in LAYERS]
+    handles = [block.register_forward_hook(lambda *_, layer=layer: ran.append(layer)) for layer, block in enumerate(blocks)]
     model.activations(tokens, "resid_post", [1, 0])
     for handle in handles:
         handle.remove()
     assert ran == [0, 1]
 
 
-def test_the_model_is_whole_again_after_its_activations_were_read(model, tokens):
+def test_reading_activations_restores_the_model(model, tokens):
     with torch.no_grad():
         before = model.model(tokens).logits
         model.activations(tokens, "mlp_out", [0])
         assert torch.equal(model.model(tokens).logits, before)
 
 
-def test_a_module_path_reads_that_module(tmp_path, tokens):
+def test_a_module_path_reads_the_output_of_that_module(tmp_path, tokens):
     model = load_language_model(describe_language_model(str(write_tiny_model(tmp_path / "model", "llama"))))
     layer_input = model.activations(tokens, "model.layers.{layer}.input_layernorm", [1])[1]
     norm = model.model.get_submodule("model.layers.1.input_layernorm")
@@ -264,14 +265,14 @@ def test_a_module_path_reads_that_module(tmp_path, tokens):
         model.activations(tokens, "model.layers.{layer}.mlp.up", [1])
 
 
-def test_padding_at_the_end_changes_nothing_before_it(model, tokens):
+def test_padding_does_not_change_earlier_activations(model, tokens):
     padded = tokens.clone()
     padded[:, 10:] = END_OF_TEXT
     expected = model.activations(tokens, "resid_post", [2])[2][:, :10]
     torch.testing.assert_close(model.activations(padded, "resid_post", [2])[2][:, :10], expected)
 
 
-def test_random_weights_are_untrained_seeded_and_leave_the_global_generator_alone(gpt_neox, tokens):
+def test_random_weights_are_untrained_and_seeded_without_the_global_generator(gpt_neox, tokens):
     description = describe_language_model(str(gpt_neox))
     state = torch.random.get_rng_state()
     first, again, other = (
@@ -291,13 +292,13 @@ def test_random_weights_are_untrained_seeded_and_leave_the_global_generator_alon
         (lambda path: edit_config(path, intermediate_size=48), "cannot load"),
     ],
 )
-def test_what_transformers_cannot_load_is_said_in_one_message(copied, break_it, message):
+def test_unloadable_models_are_reported_in_one_message(copied, break_it, message):
     break_it(copied)
     with pytest.raises(ConfigurationError, match=message):
         load_language_model(describe_language_model(str(copied)))
 
 
-def test_weights_that_lack_a_tensor_are_refused(copied):
+def test_weights_without_a_required_tensor_are_refused(copied):
     weights = load_file(copied / "model.safetensors")
     del weights["gpt_neox.layers.1.mlp.dense_h_to_4h.weight"]
     save_file(weights, copied / "model.safetensors", metadata={"format": "pt"})

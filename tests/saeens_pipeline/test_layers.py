@@ -1,4 +1,4 @@
-"""Layers that are added while it runs: which are refused, what is said, and that all experiments of the source get them."""
+"""Layers added at run time: refusals, messages, and their effect on all experiments of the source."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def _add(*layers: int, source: str = NAME) -> tuple[int, str]:
     return result.exit_code, " ".join(result.output.split())
 
 
-def test_layers_are_added_and_what_happens_next_is_said(recorded: Laboratory):
+def test_adding_layers_prints_the_next_step(recorded: Laboratory):
     code, said = _add(2, 0)
     assert code == 0
     assert "tiny: added layers 0, 2" in said
-    assert "`saeens run tiny` makes missing artefacts" in said
+    assert "`saeens run tiny` computes missing artefacts" in said
     assert _partitions() == [str(LAYER), "0", "2"]
     _, said = _add(2, LAYER)
     assert "already had layers 1, 2" in said
@@ -47,13 +47,13 @@ def test_layers_are_added_and_what_happens_next_is_said(recorded: Laboratory):
     assert "automatically while `saeens ui` is running" in _add(2)[1]
 
 
-def test_a_layer_beyond_the_model_is_refused_with_those_that_there_are_and_none_is_added(recorded: Laboratory):
+def test_a_layer_beyond_the_model_is_refused_with_the_existing_ones_and_none_is_added(recorded: Laboratory):
     with pytest.raises(ConfigurationError, match="has no layer 3: it has layers 0 to 2"):
         _add(2, 3)
     assert _partitions() == []
 
 
-def test_an_unknown_source_is_refused_with_those_that_there_are(recorded: Laboratory):
+def test_an_unknown_source_is_refused_with_the_known_ones(recorded: Laboratory):
     with pytest.raises(ConfigurationError, match="no source 'quickstart'; there are: tiny"):
         add_layers(recorded.catalogue, "quickstart", [0])
 
@@ -68,7 +68,7 @@ def test_a_source_has_the_layers_of_its_file_and_those_that_were_added(empty: La
         assert layers_of_source(source, instance) == ([0, 1, 2], ["12", "last", "-1"])
 
 
-def test_a_layer_that_leaves_the_file_leaves_the_source(empty: Laboratory):
+def test_a_layer_removed_from_the_file_is_removed_from_the_source(empty: Laboratory):
     with dg.DagsterInstance.ephemeral() as instance:
         declare_layers(instance, NAME, [0, 1])
         register_layers(instance, NAME, [2])
@@ -76,12 +76,12 @@ def test_a_layer_that_leaves_the_file_leaves_the_source(empty: Laboratory):
         assert layers_of_source(empty.catalogue.sources[NAME], instance).layers == [1, 2]
 
 
-def test_looking_at_the_layers_makes_no_instance(empty: Laboratory):
+def test_listing_layers_creates_no_dagster_instance(empty: Laboratory):
     assert recorded_layers(empty.catalogue.sources[NAME]) == ([LAYER], [])
     assert not empty.root.exists()
 
 
-def test_a_run_makes_added_layers_and_leaves_out_those_that_cannot_be(recorded: Laboratory):
+def test_a_run_includes_added_layers_and_leaves_out_invalid_ones(recorded: Laboratory):
     with command_line_instance() as instance:
         instance.add_dynamic_partitions(layers_name(NAME), ["0", "99"])
     said = recorded.run(select=["activations"])

@@ -1,4 +1,4 @@
-"""The leaderboard: what is there, side by side, with means and intervals that scipy gives, made again when a table changes."""
+"""The leaderboard: all evaluated methods with means and scipy's intervals, rebuilt when a table changes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tiny_experiment import EXPERIMENT, LAYER, MEMBERS, NAME, SEEDS, Laboratory,
 
 from saeens_pipeline import cli
 from saeens_pipeline.assets.declarations import Declaration
-from saeens_pipeline.assets.tables import TABLES, columns_of, seed_metrics, table_frame
+from saeens_pipeline.assets.registry import TABLES, columns_of, seed_metrics, table_frame
 from saeens_pipeline.assets.tables.cost import with_totals
 from saeens_pipeline.assets.tables.leaderboard import standings
 from saeens_pipeline.errors import ConfigurationError
@@ -62,7 +62,7 @@ def _parts(laboratory: Laboratory, table: str) -> pl.DataFrame:
     return pl.concat([pl.read_parquet(part, hive_partitioning=False) for part in parts])
 
 
-def test_every_method_has_a_row_at_its_full_size_with_the_columns_that_are_described(finished: Laboratory):
+def test_every_method_has_a_row_at_its_full_size_with_the_documented_columns(finished: Laboratory):
     table = _standings(finished)
     assert table.columns == [column.name for column in columns_of(LEADERBOARD)]
     assert {(row["method"], row["n_members"]) for row in table.iter_rows(named=True)} == {
@@ -75,7 +75,7 @@ def test_every_method_has_a_row_at_its_full_size_with_the_columns_that_are_descr
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_means_points_and_intervals_are_those_of_the_tables(finished: Laboratory, method: str):
+def test_means_points_and_intervals_equal_those_of_the_tables(finished: Laboratory, method: str):
     row = _row(_standings(finished), method=method)
     measured = _measured(finished, method, row["n_members"])
     for name, (table, _) in seed_metrics().items():
@@ -96,14 +96,14 @@ def _measured(laboratory: Laboratory, method: str, n: int) -> dict[str, pl.DataF
     return {name: _parts(laboratory, name).filter(method=method, n_members=n).sort("seed") for name in tables}
 
 
-def test_every_metric_of_every_table_takes_part():
-    """But for what is counted, and for what two others say."""
+def test_the_leaderboard_covers_every_metric_of_every_table():
+    """Counts, metrics that follow from two others, and a property of the test rows alone are left out."""
     for table in ("reconstruction", "coactivation", "stability"):
         numbers = {column.name for column in TABLES[table].all_columns if column.type == "float" or column.name == "diversity"}
-        assert numbers == {name for name, (its_table, _) in seed_metrics().items() if its_table == table}
+        assert numbers - {"top_rows_variance"} == {name for name, (its_table, _) in seed_metrics().items() if its_table == table}
 
 
-def test_ensembles_of_every_size_have_a_row_where_all_are_asked_for(finished: Laboratory):
+def test_ensembles_of_every_size_have_a_row_on_request(finished: Laboratory):
     table = _standings(finished, sizes="all")
     sizes = {(row["method"], row["n_members"]) for row in table.iter_rows(named=True)}
     assert sizes == {
@@ -151,13 +151,13 @@ def test_rows_are_ranked_within_source_and_layer(finished: Laboratory):
     ("column", "descending"),
     [("stability", True), ("ce_loss_recovered", True), ("train_flops", False), ("total_flops", False), ("l0", False), ("mse", False)],
 )
-def test_another_column_ranks_with_the_better_end_first(finished: Laboratory, column: str, descending: bool):
+def test_rows_rank_by_any_column_with_the_better_end_first(finished: Laboratory, column: str, descending: bool):
     values = with_totals(_standings(finished, sort=column))[column].to_list()
     assert values == sorted(values, reverse=descending)
     assert len(set(values)) > 1
 
 
-def test_a_column_that_is_not_there_is_refused_with_those_that_are(finished: Laboratory):
+def test_an_unknown_column_is_refused_with_the_known_ones(finished: Laboratory):
     with pytest.raises(ConfigurationError, match=r"--sort colour: .* explained_variance.*train_flops"):
         _standings(finished, sort="colour")
 
@@ -169,14 +169,14 @@ def test_with_one_seed_there_is_no_interval(finished: Laboratory):
     assert table["explained_variance_low"].null_count() == table["explained_variance_high"].null_count() == len(table) == 5
 
 
-def test_values_that_are_no_numbers_are_left_out(finished: Laboratory):
+def test_non_finite_values_are_left_out(finished: Laboratory):
     _declare_other(finished)
     for seed, value in ((1, float("nan")), (2, None), (3, 0.5)):
         _write(finished, "reconstruction", (LAYER, seed), [{"explained_variance": value}])
     assert _row(_standings(finished), experiment=OTHER)["explained_variance_by_seed"] == "0.5"
 
 
-def test_experiments_that_are_gone_and_damaged_tables_are_left_out(finished: Laboratory):
+def test_removed_experiments_and_damaged_tables_are_left_out(finished: Laboratory):
     _declare_other(finished)
     for seed in (1, 2):
         _write(finished, "reconstruction", (LAYER, seed), [{"explained_variance": 0.5}])
@@ -205,7 +205,7 @@ def _materialise(laboratory: Laboratory) -> dg.AssetMaterialization:
     return event.step_materialization_data.materialization
 
 
-def test_the_asset_is_one_node_that_depends_on_the_tables_of_all_experiments(empty: Laboratory):
+def test_the_leaderboard_is_one_asset_that_depends_on_the_tables_of_all_experiments(empty: Laboratory):
     _declare_other(empty)
     (spec,) = [s for s in empty.catalogue.definitions().resolve_all_asset_specs() if s.key == dg.AssetKey("leaderboard")]
     assert (spec.group_name, spec.partitions_def) == ("leaderboard", None)
@@ -214,13 +214,13 @@ def test_the_asset_is_one_node_that_depends_on_the_tables_of_all_experiments(emp
     assert [column.name for column in spec.metadata["dagster/column_schema"].columns] == [column.name for column in columns_of(LEADERBOARD)]
 
 
-def test_it_waits_for_no_experiment(empty: Laboratory):
+def test_the_leaderboard_is_empty_without_evaluated_experiments(empty: Laboratory):
     event = _materialise(empty)
     assert event.metadata["dagster/row_count"].value == 0
     assert pl.read_parquet(empty.root / "tables" / "leaderboard" / "part.parquet").is_empty()
 
 
-def test_it_holds_the_standings_and_is_a_hit_until_a_table_changes(finished: Laboratory):
+def test_the_leaderboard_is_a_cache_hit_until_a_table_changes(finished: Laboratory):
     part = finished.root / "tables" / "leaderboard" / "part.parquet"
 
     def materialise() -> tuple[dg.AssetMaterialization, str]:
@@ -261,7 +261,7 @@ def leaderboard(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     return call
 
 
-def test_the_command_prints_csv_and_json_alone(finished: Laboratory, leaderboard: Command):
+def test_the_leaderboard_command_prints_csv_and_json_alone(finished: Laboratory, leaderboard: Command):
     expected = _standings(finished)
     code, out, err = leaderboard("--format", "csv")
     assert (code, err) == (0, "")
@@ -271,7 +271,7 @@ def test_the_command_prints_csv_and_json_alone(finished: Laboratory, leaderboard
     assert [row["method"] for row in json.loads(out)] == _standings(finished, sort="stability")["method"].to_list()
 
 
-def test_the_command_shows_the_points_of_two_seeds_and_materialises_the_table(finished: Laboratory, leaderboard: Command):
+def test_the_leaderboard_command_shows_the_points_of_two_seeds_and_materialises_the_table(finished: Laboratory, leaderboard: Command):
     code, out, err = leaderboard()
     assert (code, err) == (0, "")
     assert f"{NAME}, layer {LAYER}" in out
@@ -286,7 +286,7 @@ def test_the_command_shows_the_points_of_two_seeds_and_materialises_the_table(fi
 
 
 @pytest.mark.parametrize("metric", ["mse", "stability"])
-def test_the_command_shows_the_interval_of_what_it_sorts_by(finished: Laboratory, leaderboard: Command, metric: str):
+def test_the_leaderboard_command_shows_the_interval_of_its_sort_column(finished: Laboratory, leaderboard: Command, metric: str):
     code, out, _ = leaderboard("--sort", metric, "--n", "all")
     assert code == 0
     lines = [line for line in out.splitlines() if " boosting " in line]
@@ -295,7 +295,7 @@ def test_the_command_shows_the_interval_of_what_it_sorts_by(finished: Laboratory
     assert any(f"±{row[f'{metric}_high'] - row[metric]:.2g}" in line for line in lines)
 
 
-def test_the_command_says_which_figures_are_outdated(finished: Laboratory, leaderboard: Command):
+def test_the_leaderboard_command_marks_outdated_numbers(finished: Laboratory, leaderboard: Command):
     finished.declare(training=EXPERIMENT["training"] | {"learning_rate": 0.5})
     code, out, err = leaderboard("--format", "csv")
     assert code == 0
@@ -303,7 +303,7 @@ def test_the_command_says_which_figures_are_outdated(finished: Laboratory, leade
     assert f"figures of {NAME} are outdated: see `saeens status {NAME}`" in " ".join(err.split())
 
 
-def test_an_experiment_whose_files_are_not_found_does_not_hide_the_others(
+def test_an_experiment_with_missing_files_does_not_hide_the_others(
     finished: Laboratory, leaderboard: Command, monkeypatch: pytest.MonkeyPatch
 ):
     def not_found(*_: object) -> NoReturn:
@@ -316,7 +316,9 @@ def test_an_experiment_whose_files_are_not_found_does_not_hide_the_others(
     assert f"figures of {NAME} may be outdated, which cannot be checked: mine: there is no file texts.csv" in " ".join(err.split())
 
 
-def test_the_command_says_that_nothing_was_evaluated_and_refuses_unknown_columns(empty: Laboratory, leaderboard: Command, tmp_path: Path):
+def test_the_leaderboard_command_reports_missing_evaluations_and_refuses_unknown_columns(
+    empty: Laboratory, leaderboard: Command, tmp_path: Path
+):
     code, _, err = leaderboard()
     assert code == 0
     assert "nothing is evaluated yet" in err

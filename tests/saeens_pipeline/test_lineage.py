@@ -1,4 +1,4 @@
-"""The chain behind a number, against the recipes on disk; and what cannot be traced, with candidates."""
+"""The lineage of a number, against the recipes on disk; and errors with candidates."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _place(key: str, seed: int | None = None, layer: int | None = LAYER) -> str:
     return ", ".join([f"{NAME}/{key}", *([f"layer {layer}"] if layer is not None else []), *([f"seed {seed}"] if seed else [])])
 
 
-def test_a_row_goes_back_to_its_saes_in_order_and_to_corpus_and_language_model(finished: Laboratory):
+def test_a_row_is_traced_to_its_saes_in_order_and_to_corpus_and_language_model(finished: Laboratory):
     row = read_table(finished.root, NAME, "reconstruction").row(
         by_predicate=(pl.col("method") == "boosting") & (pl.col("n_members") == MEMBERS) & (pl.col("seed") == SEED), named=True
     )
@@ -60,7 +60,7 @@ def test_every_artefact_shows_its_version_run_and_code(finished: Laboratory):
                 assert part in " ".join(node.facts)
 
 
-def test_what_is_met_again_is_referred_to(finished: Laboratory):
+def test_a_repeated_artefact_is_shown_once_and_then_referenced(finished: Laboratory):
     nodes = list(_all(_trace(finished, ROW)))
     told = [node for node in nodes if node.title == _place("activations")]
     assert [node.shown_before for node in told] == [False] + [True] * (len(told) - 1)
@@ -68,7 +68,7 @@ def test_what_is_met_again_is_referred_to(finished: Laboratory):
     assert all(node.parents == () for node in told[1:])
 
 
-def test_language_model_and_corpus_carry_the_hashes_of_the_recipes(finished: Laboratory):
+def test_language_model_and_corpus_have_the_hashes_of_the_recipes(finished: Laboratory):
     nodes = list(_all(_trace(finished, f"{NAME}/activations:layer={LAYER}")))
     (model,) = [node for node in nodes if node.role.startswith("language model")]
     identity = finished.artefact("activations").recipe["settings"]["language_model"]
@@ -99,7 +99,7 @@ def test_assets_are_found_by_their_names(finished: Laboratory, argument: str):
 
 
 @pytest.mark.parametrize("digits", [4, 8, 16])
-def test_a_data_version_or_its_beginning_is_enough(finished: Laboratory, digits: int):
+def test_an_artefact_is_found_by_a_prefix_of_its_data_version(finished: Laboratory, digits: int):
     version = finished.artefact("boosting/residual_2", SEED).data_version
     assert _trace(finished, version[:digits]).title == _place("boosting/residual_2", SEED)
 
@@ -115,11 +115,11 @@ def test_a_data_version_or_its_beginning_is_enough(finished: Laboratory, digits:
         ("cost:method=expanded_l0_matched,seed=2", ["baseline/expanded_l0_matched"]),
     ],
 )
-def test_rows_of_all_tables_and_methods(finished: Laboratory, row: str, saes: list[str]):
+def test_rows_of_all_tables_and_methods_are_traced_to_their_saes(finished: Laboratory, row: str, saes: list[str]):
     assert [each.title for each in _trace(finished, row).parents if each.role.startswith("SAE")] == [_place(key, 2) for key in saes]
 
 
-def test_an_sae_that_was_made_anew_since_is_told_with_both_versions(finished: Laboratory):
+def test_a_retrained_sae_is_reported_with_both_versions(finished: Laboratory):
     before = finished.artefact("boosting/round_2", SEED).data_version
     finished.declare(training=EXPERIMENT["training"] | {"learning_rate": 0.02})
     finished.run(select=["boosting/round_2"])
@@ -129,7 +129,7 @@ def test_an_sae_that_was_made_anew_since_is_told_with_both_versions(finished: La
     assert second.problem == f"this version is no longer on disk; there it is {after} now"
 
 
-def test_an_sae_that_is_gone_and_one_that_is_damaged_are_told(finished: Laboratory):
+def test_removed_and_damaged_saes_are_reported(finished: Laboratory):
     shutil.rmtree(finished.artefact("boosting/round_3", SEED).path)
     file = finished.artefact("boosting/round_2", SEED).path / "sae_weights.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
@@ -138,7 +138,7 @@ def test_an_sae_that_is_gone_and_one_that_is_damaged_are_told(finished: Laborato
     assert str(file) in damaged
 
 
-def test_what_no_experiment_declares_any_more_is_traced_all_the_same(finished: Laboratory):
+def test_undeclared_artefacts_are_traced(finished: Laboratory):
     version = finished.artefact("bagging/member_3", SEED).data_version
     finished.declare(ensemble={"members": 1, "seeds": list(SEEDS)})
     found = _trace(finished, f"bagging/member_3:seed={SEED}")
@@ -146,7 +146,7 @@ def test_what_no_experiment_declares_any_more_is_traced_all_the_same(finished: L
     assert found.parents[0].title == _place("activations")
 
 
-def test_the_command_prints_a_tree_and_a_note_for_what_is_gone(finished: Laboratory):
+def test_the_lineage_command_prints_a_tree_and_a_note_for_removed_artefacts(finished: Laboratory):
     printed = CliRunner().invoke(cli.app, ["lineage", ROW])
     assert (printed.exit_code, printed.stderr) == (0, "")
     versions = [finished.artefact(f"boosting/round_{j}", SEED).data_version for j in (1, 2, 3)]
@@ -175,14 +175,14 @@ def test_the_command_prints_a_tree_and_a_note_for_what_is_gone(finished: Laborat
         ("member_1", ["any of several", f"layer={LAYER},seed={SEEDS[1]}"]),
     ],
 )
-def test_what_does_not_exist_or_is_ambiguous_is_refused_with_candidates(finished: Laboratory, argument: str, parts: list[str]):
+def test_unknown_and_ambiguous_names_are_refused_with_candidates(finished: Laboratory, argument: str, parts: list[str]):
     with pytest.raises(ConfigurationError) as error:
         _trace(finished, argument)
     for part in parts:
         assert part in str(error.value)
 
 
-def test_a_table_of_two_experiments_has_to_be_named_whole(finished: Laboratory):
+def test_a_table_of_two_experiments_needs_its_full_name(finished: Laboratory):
     finished.write(experiment_file(("EnsembleExperiment", experiment_settings(name="other"))), "other")
     shutil.copytree(finished.root / "tables" / NAME, finished.root / "tables" / "other")
     with pytest.raises(ConfigurationError, match=rf"any of several assets; there are\n  other/eval/cost\n  {NAME}/eval/cost"):
@@ -190,8 +190,8 @@ def test_a_table_of_two_experiments_has_to_be_named_whole(finished: Laboratory):
     assert _trace(finished, f"{NAME}/cost:method=single,seed=1").title.startswith(f"{NAME}/eval/cost")
 
 
-def test_a_data_version_that_nothing_has_and_an_asset_that_is_not_made_yet_are_told(empty: Laboratory):
+def test_an_unknown_data_version_and_a_missing_asset_are_reported(empty: Laboratory):
     with pytest.raises(SaeensError, match=r"no artefact .* has a data version that begins with abcd1234"):
         _trace(empty, "abcd1234")
-    with pytest.raises(SaeensError, match=f"{NAME}/eval/cost is not made yet: `saeens run {NAME}` makes it"):
+    with pytest.raises(SaeensError, match=f"{NAME}/eval/cost is not computed yet: `saeens run {NAME}` computes it"):
         _trace(empty, "cost:method=single")

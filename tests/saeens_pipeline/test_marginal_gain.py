@@ -1,4 +1,4 @@
-"""`eval/marginal_gain`: what each further member or round adds, from the tables and the dictionaries on disk."""
+"""`eval/marginal_gain`: the gain of each further member or round, from the tables and the dictionaries on disk."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_gains_are_differences_between_sizes(finished_laboratory: Laboratory, me
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_new_features_are_unlike_all_of_the_members_before(finished_laboratory: Laboratory, method: str):
+def test_new_features_differ_from_those_of_all_earlier_members(finished_laboratory: Laboratory, method: str):
     found = _values(finished_laboratory, "marginal_gain", "new_features", method)
     for row, seed in zip(found, SEEDS, strict=True):
         paths = [finished_laboratory.artefact(f"{METHODS[method]}_{j}", seed).path for j in range(1, MEMBERS + 1)]
@@ -59,7 +59,7 @@ def test_new_features_are_unlike_all_of_the_members_before(finished_laboratory: 
             assert row[j] == (cosine_similarity(W_decs[j], np.concatenate(W_decs[:j])).max(axis=1) < 0.7).sum()
 
 
-def test_rows_are_those_of_both_ensembles_and_lead_back_to_their_saes(finished_laboratory: Laboratory):
+def test_rows_cover_both_ensembles_and_reference_their_saes(finished_laboratory: Laboratory):
     table = read_table(finished_laboratory.root, NAME, "marginal_gain")
     assert sorted(table.select("seed", "method", "n_members").iter_rows()) == sorted(
         (seed, method, n) for seed in SEEDS for method in METHODS for n in range(1, MEMBERS + 1)
@@ -69,7 +69,7 @@ def test_rows_are_those_of_both_ensembles_and_lead_back_to_their_saes(finished_l
     assert len(same) == len(table)
 
 
-def test_a_run_ends_with_the_suggested_sizes_in_one_line(finished: Laboratory):
+def test_a_run_prints_the_suggested_sizes_in_one_line(finished: Laboratory):
     table = read_table(finished.root, NAME, "marginal_gain").group_by("method").agg(pl.col("suggested").first())
     sizes = dict(table.iter_rows())
     (line,) = [line for line in finished.run().splitlines() if line.startswith("suggested ensemble size")]
@@ -82,7 +82,7 @@ def test_a_run_ends_with_the_suggested_sizes_in_one_line(finished: Laboratory):
     [{"ensemble": EXPERIMENT["ensemble"] | {"seeds": [1]}}, {"evaluations": ["reconstruction", "marginal_gain"]}],
     ids=["one seed", "no table stability"],
 )
-def test_without_stability_explained_variance_decides_alone(empty: Laboratory, changes: dict[str, Any]):
+def test_without_stability_explained_variance_alone_decides_the_size(empty: Laboratory, changes: dict[str, Any]):
     empty.declare(baselines=[], **changes)
     empty.run()
     for method in METHODS:
@@ -108,18 +108,18 @@ def test_an_ensemble_of_one_has_its_own_gain_only(empty: Laboratory):
     assert "suggested ensemble size: bagging 1 or more, boosting 1 or more" in printed
 
 
-def test_it_needs_the_table_of_reconstruction(empty: Laboratory):
+def test_marginal_gain_without_the_table_of_reconstruction_is_refused(empty: Laboratory):
     empty.declare(evaluations=["stability", "marginal_gain"])
     assert "attributes.evaluations.1: marginal_gain is computed from the table reconstruction" in "".join(empty.catalogue.broken.values())
 
 
-def test_without_it_nothing_else_changes(finished: Laboratory):
+def test_removing_marginal_gain_makes_only_the_report_stale(finished: Laboratory):
     finished.declare(evaluations=["reconstruction", "members", "coactivation", "stability", "cost", "training_curves"])
     assert {str(s.declaration.address) for s in status_of(NAME) if s.state != "fresh"} == {f"{NAME}/report"}
     assert "suggested" not in finished.run()
 
 
-def test_columns_lead_back_to_the_columns_that_they_are_computed_from(empty: Laboratory):
+def test_column_lineage_of_marginal_gain_points_to_its_input_columns(empty: Laboratory):
     lineage_of = column_lineage(empty.declarations()[f"{NAME}/eval/marginal_gain"])
     deps = {column: {(dep.asset_key.path[-1], dep.column_name) for dep in each} for column, each in lineage_of.deps_by_column.items()}
     assert deps["explained_variance_gain"] == {("reconstruction", "explained_variance")}
@@ -128,7 +128,7 @@ def test_columns_lead_back_to_the_columns_that_they_are_computed_from(empty: Lab
     assert deps["new_features"] == {("bagging_ensemble", "weights"), ("boosting_ensemble", "weights")}
 
 
-def test_lineage_of_a_row_shows_its_saes(finished: Laboratory):
+def test_lineage_of_a_marginal_gain_row_shows_its_saes(finished: Laboratory):
     found = lineage(finished.store, finished.declarations().values(), f"marginal_gain:layer={LAYER},seed=2,method=boosting,n_members=2")
     assert [parent.title for parent in found.parents if parent.role.startswith("SAE")] == [
         f"{NAME}/boosting/round_{j}, layer {LAYER}, seed 2" for j in (1, 2)
@@ -136,7 +136,7 @@ def test_lineage_of_a_row_shows_its_saes(finished: Laboratory):
     assert not list(found.problems())
 
 
-def test_the_automation_asks_for_it_once_beside_stability(empty: Laboratory):
+def test_the_automation_requests_marginal_gain_once_together_with_stability(empty: Laboratory):
     automated: dict[str, Any] = AUTOMATED | {"evaluations": [*AUTOMATED["evaluations"], "marginal_gain"]}
     empty.declare(**automated)
     with dg.DagsterInstance.ephemeral() as instance:

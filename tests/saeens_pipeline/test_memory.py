@@ -29,20 +29,20 @@ class Device:
         self.trained.append((tuple(saes), plan.portion.micro_batch_tokens, len(plan.too_much)))
 
 
-def test_what_fits_is_trained_at_once():
+def test_saes_that_fit_are_trained_together():
     device = Device(n_saes=4, tokens=BATCH)
     train_in_portions("abcd", BATCH, Portion(4, None), device.train)
     assert device.trained == [(("a", "b", "c", "d"), None, 0)]
 
 
-def test_out_of_memory_halves_the_saes_and_each_is_trained_once(caplog):
+def test_out_of_memory_halves_the_group_and_each_sae_is_trained_once(caplog):
     device = Device(n_saes=2, tokens=BATCH)
     with caplog.at_level(logging.WARNING):
         train_in_portions("abcdefg", BATCH, Portion(7, None), device.train)
     assert [saes for saes, *_ in device.trained] == [("a", "b"), ("c", "d"), ("e", "f"), ("g",)]
     assert {tokens for _, tokens, _ in device.trained} == {None}
     assert {n_tried for *_, n_tried in device.trained} == {2}  # 7 and 4 together were too much
-    assert "out of memory with 7 SAEs at once, whole batches: going on with 4 SAEs at once" in caplog.text
+    assert "out of memory with 7 SAEs at once, whole batches: continuing with 4 SAEs at once" in caplog.text
 
 
 def test_one_sae_that_does_not_fit_is_trained_in_micro_batches():
@@ -51,14 +51,14 @@ def test_one_sae_that_does_not_fit_is_trained_in_micro_batches():
     assert device.trained == [(("a",), 128, 3), (("b",), 128, 3)]
 
 
-def test_what_does_not_fit_at_all_fails_with_the_devices_own_error():
+def test_an_sae_that_never_fits_fails_with_the_devices_error():
     device = Device(n_saes=1, tokens=FEWEST_TOKENS - 1)
     with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
         train_in_portions("ab", BATCH, Portion(2, None), device.train)
     assert device.trained == []
 
 
-def test_other_errors_are_not_tried_again():
+def test_errors_other_than_out_of_memory_are_not_retried():
     device = Device(n_saes=1, tokens=BATCH, error=RuntimeError("wrong shape"))
     with pytest.raises(RuntimeError, match="wrong shape"):
         train_in_portions("ab", BATCH, Portion(2, None), device.train)
@@ -74,7 +74,7 @@ def test_other_errors_are_not_tried_again():
         (ValueError("DefaultCPUAllocator"), False),
     ],
 )
-def test_out_of_memory_is_told_from_other_errors(error, expected):
+def test_out_of_memory_is_distinguished_from_other_errors(error, expected):
     assert is_out_of_memory(error) is expected
 
 
@@ -87,7 +87,7 @@ def _portion(n_bytes: int) -> Portion:
     return portion_within(n_bytes / 1e9, CONFIGS, BATCH, "member_1")
 
 
-def test_a_memory_budget_says_how_much_is_tried_first():
+def test_the_memory_budget_limits_the_first_group():
     one = WEIGHTS + BATCH * TOKEN
     assert portion_within(0, CONFIGS, BATCH, "member_1") == Portion(8, None)
     assert _portion(20 * one) == Portion(8, None)
@@ -95,6 +95,6 @@ def test_a_memory_budget_says_how_much_is_tried_first():
     assert _portion(WEIGHTS + 100 * TOKEN + TOKEN // 2) == Portion(1, 100)
 
 
-def test_a_memory_budget_that_no_sae_fits_into_is_refused_with_what_is_needed():
+def test_a_memory_budget_too_small_for_any_sae_is_refused_with_the_required_one():
     with pytest.raises(ConfigurationError, match=r"SAEENS_MEMORY_GB=.*one SAE of member_1 .*takes at least 0.0037 GB"):
         _portion(WEIGHTS + (FEWEST_TOKENS - 1) * TOKEN)

@@ -1,4 +1,4 @@
-"""Mixing and reading ahead: the order is that of the seed, and the thread that reads ends whatever happens."""
+"""Mixing and reading ahead: the seed determines the order, and the reading thread always ends."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ def test_order_of_rows_is_two_permutations_of_the_seeded_generator(n_rows, mixin
     assert torch.cat(list(batches))[:, 0].tolist() == expected
 
 
-def test_batches_that_were_given_do_not_change_afterwards():
+def test_returned_batches_are_not_overwritten():
     stream = _Rows(64).batches("train", 8, seed=0, epochs=3, mixing_chunks=2)
     given, as_given = zip(*((batch, batch.clone()) for batch in stream), strict=True)
     assert all(torch.equal(batch, copy) for batch, copy in zip(given, as_given, strict=True))
 
 
-def test_chunks_are_read_by_another_thread_at_most_one_buffer_ahead():
+def test_chunks_are_read_ahead_by_another_thread_by_at_most_one_buffer():
     reader = _Rows(200)
     stream = reader.batches("train", 12, seed=0, mixing_chunks=3)  # a batch is a buffer
     for n_batches in range(1, 10):
@@ -75,7 +75,7 @@ def test_chunks_are_read_by_another_thread_at_most_one_buffer_ahead():
     assert {name for _, name in reader.read} == {"read-ahead_0"}
 
 
-def test_residuals_are_computed_by_the_consumer():
+def test_residuals_are_computed_in_the_consumers_thread():
     computed_by = set()
 
     def halve(rows: torch.Tensor) -> torch.Tensor:
@@ -89,7 +89,7 @@ def test_residuals_are_computed_by_the_consumer():
     assert computed_by == {threading.main_thread()}
 
 
-def test_thread_ends_with_the_iterator():
+def test_the_reading_thread_ends_with_the_iterator():
     stream = _Rows(50).batches("train", 4, seed=0, mixing_chunks=2)
     next(stream)
     assert _reading_threads()
@@ -97,7 +97,7 @@ def test_thread_ends_with_the_iterator():
     assert not _reading_threads()
 
 
-def test_thread_ends_when_the_iterator_is_closed_or_forgotten():
+def test_the_reading_thread_ends_when_the_iterator_is_closed_or_deleted():
     stream = _Rows(50).batches("train", 4, seed=0, mixing_chunks=2)
     next(stream)
     stream.close()
@@ -108,7 +108,7 @@ def test_thread_ends_when_the_iterator_is_closed_or_forgotten():
     assert not _reading_threads()
 
 
-def test_thread_ends_when_the_consumer_raises():
+def test_the_reading_thread_ends_when_the_consumer_raises():
     def consume() -> None:
         for _ in _Rows(50).batches("train", 4, seed=0, mixing_chunks=2):
             raise RuntimeError("loss is NaN")
@@ -118,7 +118,7 @@ def test_thread_ends_when_the_consumer_raises():
     assert not _reading_threads()
 
 
-def test_error_while_reading_ahead_comes_with_its_traceback_when_its_chunk_is_due():
+def test_an_error_while_reading_ahead_is_raised_with_its_traceback_at_its_chunk():
     fails_at = int(np.random.default_rng([0, 0]).permutation(10)[5])  # in the third buffer of two chunks
 
     def a_bad_disk(index: int) -> None:
@@ -147,7 +147,8 @@ def consume_until_interrupted() -> None:
         child_process.tell(interrupted=True, reading_threads=_reading_threads())
 
 
-def test_ctrl_c_while_waiting_for_the_disk_ends_the_thread():
+@pytest.mark.slow
+def test_ctrl_c_while_waiting_for_the_disk_ends_the_reading_thread():
     observed = child_process.finish(child_process.start(consume_until_interrupted))
     assert observed == {"interrupted": True, "reading_threads": []}
 

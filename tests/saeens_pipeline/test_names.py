@@ -1,4 +1,4 @@
-"""From what an artefact is to its asset key, group, op name and path: the names that users and tests rely on."""
+"""Asset keys, groups, op names and paths of artefacts: the names that users and tests rely on."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LAYER = Partition(layer=8)
         (LEADERBOARD_ADDRESS, "leaderboard"),
     ],
 )
-def test_asset_keys(address: Address, key: str):
+def test_addresses_have_the_expected_asset_keys(address: Address, key: str):
     assert address.key == key.split("/")
     assert str(address) == key
 
@@ -52,7 +52,7 @@ def test_asset_keys(address: Address, key: str):
         (LEADERBOARD_ADDRESS, "leaderboard"),
     ],
 )
-def test_groups_hold_sources_then_saes_then_what_is_made_from_them(address: Address, group: str):
+def test_groups_separate_sources_saes_and_evaluations(address: Address, group: str):
     assert address.group == group
 
 
@@ -73,7 +73,7 @@ def test_groups_hold_sources_then_saes_then_what_is_made_from_them(address: Addr
         (LEADERBOARD_ADDRESS, Partition(), "tables/leaderboard/part.parquet"),
     ],
 )
-def test_paths(address: Address, partition: Partition, path: str, tmp_path: Path):
+def test_addresses_map_to_paths_and_back(address: Address, partition: Partition, path: str, tmp_path: Path):
     assert address.path(partition).as_posix() == path
     assert Store(tmp_path).path(address, partition) == tmp_path / path
     assert locate(PurePosixPath(path)) == (address, partition)
@@ -99,18 +99,18 @@ def test_paths(address: Address, partition: Partition, path: str, tmp_path: Path
         f"tables/../{E}/cost/layer=8/part.parquet",
     ],
 )
-def test_no_other_path_is_an_artefacts(path: str):
+def test_other_paths_belong_to_no_artefact(path: str):
     assert locate(PurePosixPath(path)) is None
 
 
-def test_layer_and_seed_zero_are_partitions_like_others():
+def test_layer_and_seed_zero_are_valid_partitions():
     path = Address("e", "bagging", "member_1").path(Partition(layer=0, seed=0))
     assert path.as_posix() == "experiments/e/layer=0/seed=0/bagging/member_1"
     assert str(Partition(layer=0, seed=0)) == "layer 0, seed 0"
     assert str(Partition()) == ""
 
 
-def test_op_names_hold_only_what_dagster_allows():
+def test_op_names_have_only_characters_that_dagster_allows():
     assert Address("quickstart", "bagging", "member_1").op_name == "quickstart__bagging__member_1"
 
 
@@ -132,7 +132,7 @@ def test_names_that_could_leave_the_root_or_break_a_key_are_refused(name: str):
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)
-def test_experiment_files_refuse_these_names_too(name: str):
+def test_experiment_files_refuse_invalid_names(name: str):
     for field in ("name", "source"):
         with pytest.raises(ValidationError, match="lower-case letters, digits and _"):
             ExperimentSettings.model_validate(experiment_settings(**{field: name}))

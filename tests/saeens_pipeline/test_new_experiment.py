@@ -12,6 +12,7 @@ import yaml
 from tiny_experiment import NAME, Laboratory
 from tiny_models import CONTEXT_LENGTH, D_MODEL, N_LAYERS, edit_config
 
+from saeens_models.architectures import architectures
 from saeens_pipeline import cli
 from saeens_pipeline.cli.new_experiment import new_experiment, parse_layers
 from saeens_pipeline.errors import ConfigurationError
@@ -28,7 +29,7 @@ def own(empty: Laboratory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     return folder
 
 
-def test_the_file_is_read_at_once_and_has_the_models_own_sizes(empty: Laboratory, own: Path):
+def test_the_written_file_is_valid_and_fits_the_models_dimensions(empty: Laboratory, own: Path):
     written = new_experiment("mine", str(empty.model), [2, 0])
     assert written.path == own / "mine.yaml"
     assert written.is_read
@@ -45,9 +46,11 @@ def test_the_file_is_read_at_once_and_has_the_models_own_sizes(empty: Laboratory
     text = written.path.read_text()
     assert f"gpt_neox, {N_LAYERS} layers, d_in {D_MODEL}, context {CONTEXT_LENGTH}" in text
     assert f"of 0 to {N_LAYERS - 1}" in text
+    assert f"architecture: topk # one of {', '.join(architectures())}\n" in text
+    assert "``" not in text
 
 
-def test_the_file_runs_as_it_is_but_for_its_size(empty: Laboratory, tmp_path: Path):
+def test_the_written_file_runs_at_a_smaller_size(empty: Laboratory, tmp_path: Path):
     path = new_experiment("mine", str(empty.model), [1], tmp_path / "mine.yaml").path
     text = path.read_text().replace("1_000_000", "300").replace("50_000", "100").replace("members: 8", "members: 2")
     empty.write(text.replace("mine", NAME))  # in place of the tiny experiment
@@ -76,7 +79,7 @@ def test_the_corpus_is_the_one_given_and_the_builtin_one_is_proposed_for_the_emb
     assert empty.catalogue.broken == {}
 
 
-def test_every_field_is_there_or_named_in_a_comment(empty: Laboratory, own: Path):
+def test_every_field_is_set_or_named_in_a_comment(empty: Laboratory, own: Path):
     text = new_experiment("mine", "builtin/reference", [1]).path.read_text()
     for settings in (SourceSettings, ExperimentSettings, EnsembleSettings):
         for field in settings.model_fields:
@@ -91,7 +94,7 @@ def test_k_follows_the_width_of_the_model(empty: Laboratory, own: Path, tiny_mod
         assert empty.catalogue.experiment(f"width_{d_model}").saes[0].l0 == k
 
 
-def test_long_contexts_are_cut_and_a_model_without_a_separator_gets_windows_inside_documents(
+def test_long_contexts_are_limited_and_models_without_a_separator_use_document_packing(
     empty: Laboratory, own: Path, tiny_model: Path, tmp_path: Path
 ):
     model = shutil.copytree(tiny_model, tmp_path / "another")
@@ -102,7 +105,7 @@ def test_long_contexts_are_cut_and_a_model_without_a_separator_gets_windows_insi
 
 
 @pytest.mark.parametrize("folder", ["a: model #1", "[model]", 'the "model"', "~model"])
-def test_folders_of_any_name_are_written_so_that_yaml_reads_them_back(empty: Laboratory, own: Path, tmp_path: Path, folder: str):
+def test_folder_names_are_quoted_for_yaml(empty: Laboratory, own: Path, tmp_path: Path, folder: str):
     model = shutil.copytree(empty.model, tmp_path / folder)
     new_experiment("mine", str(model), [1])
     assert empty.catalogue.sources["mine"].language_model == str(model)
@@ -119,7 +122,7 @@ def test_a_relative_folder_is_written_as_an_absolute_one(
 # where it is written
 
 
-def test_without_own_folders_it_is_written_beside_the_shipped_ones_of_a_checkout(empty: Laboratory, tmp_path: Path):
+def test_without_user_folders_the_file_is_written_to_the_shipped_folder_of_a_checkout(empty: Laboratory, tmp_path: Path):
     (tmp_path / "pyproject.toml").touch()  # two folders above the experiments', as in the checkout
     laboratory_of_checkout = tmp_path / "package" / "defs"
     laboratory_of_checkout.mkdir(parents=True)
@@ -130,18 +133,18 @@ def test_without_own_folders_it_is_written_beside_the_shipped_ones_of_a_checkout
     assert written.is_read
 
 
-def test_without_own_folders_and_checkout_it_has_to_be_said_where(empty: Laboratory):
+def test_without_user_folders_and_checkout_a_path_is_required(empty: Laboratory):
     with pytest.raises(ConfigurationError, match=r"--output, or set SAEENS_EXPERIMENTS"):
         new_experiment("mine", "builtin/reference", [1])
 
 
-def test_a_file_elsewhere_is_written_and_said_not_to_be_read(empty: Laboratory, tmp_path: Path):
+def test_a_file_outside_the_read_folders_is_written_with_a_warning(empty: Laboratory, tmp_path: Path):
     written = new_experiment("mine", "builtin/reference", [1], tmp_path / "new" / "file.yaml")
     assert written.path.exists()
     assert not written.is_read
 
 
-def test_nothing_is_overwritten(empty: Laboratory, own: Path):
+def test_existing_files_are_not_overwritten(empty: Laboratory, own: Path):
     (own / "mine.yaml").write_text("# empty, so that no experiment has the name")
     with pytest.raises(ConfigurationError, match=r"mine\.yaml exists and is not overwritten"):
         new_experiment("mine", "builtin/reference", [1])
@@ -163,7 +166,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_is_refused_and_leaves_no_file(empty: Laboratory, own: Path, case: str):
+def test_invalid_arguments_are_refused_and_leave_no_file(empty: Laboratory, own: Path, case: str):
     changes, message = REFUSED[case]
     with pytest.raises(ConfigurationError, match=message):
         new_experiment(**({"name": "mine", "model": "builtin/reference", "layers": [1]} | changes))
@@ -187,7 +190,7 @@ def _saeens(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return int(ended.value.code or 0)
 
 
-def test_the_command_says_where_the_file_is_and_the_experiment_is_listed(
+def test_the_new_command_prints_the_path_and_the_experiment_is_listed(
     empty: Laboratory, own: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     assert _saeens(monkeypatch, "new", "mine", "--model", "builtin/reference", "--layers", "1,2", "--layers", 3) == 0
@@ -197,7 +200,7 @@ def test_the_command_says_where_the_file_is_and_the_experiment_is_listed(
     assert [document["attributes"]["name"] for document in yaml.safe_load_all((own / "mine.yaml").read_text())] == ["mine", "mine"]
 
 
-def test_the_command_refuses_with_exit_code_2(
+def test_the_new_command_refuses_with_exit_code_2(
     empty: Laboratory, own: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     assert _saeens(monkeypatch, "new", "mine", "--model", "builtin/reference", "--layers", "9") == 2

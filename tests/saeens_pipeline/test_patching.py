@@ -1,4 +1,4 @@
-"""Replacing activations at a hook: what comes out, and what it costs, against whole runs of the model and its own loss."""
+"""Patching activations at a hook: outputs and cost, against full forward passes and the model's own loss."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _hook(model: LanguageModel, hook: str) -> str:
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
 @pytest.mark.parametrize("hook", HOOKS)
-def test_the_activations_themselves_give_the_models_own_loss(model, windows, hook, layer):
+def test_patching_the_activations_themselves_gives_the_models_own_loss(model, windows, hook, layer):
     found = PatchedWindows(model, windows, _hook(model, hook), layer)
     assert torch.equal(found.activations, model.activations(windows.tokens, _hook(model, hook), [layer])[layer])
     loss = found.loss(found.rows)
@@ -69,7 +69,7 @@ def test_the_activations_themselves_give_the_models_own_loss(model, windows, hoo
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
 @pytest.mark.parametrize("hook", HOOKS)
-def test_what_follows_the_hook_goes_on_as_in_a_whole_run_with_the_replacement(model, windows, hook, layer):
+def test_patching_equals_a_full_forward_pass_with_the_replacement(model, windows, hook, layer):
     found = PatchedWindows(model, windows, _hook(model, hook), layer)
     for rows in (torch.zeros_like(found.rows), found.rows.flip(0)):
 
@@ -91,8 +91,8 @@ MLPS = {  # what the MLP adds, of what it reads
 
 @pytest.mark.parametrize("architecture", MLPS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_between_attention_and_mlp_the_stream_itself_is_replaced(tmp_path: Path, windows, architecture, dtype):
-    """Both what the MLP reads and what it is added to, to the bit."""
+def test_patching_between_attention_and_mlp_replaces_the_residual_stream(tmp_path: Path, windows, architecture, dtype):
+    """The patch replaces both the input of the MLP and the stream to which its output is added, bit for bit."""
     model = load_language_model(describe_language_model(str(write_tiny_model(tmp_path / "model", architecture))), dtype=dtype)
     generator = torch.Generator().manual_seed(2)
     stream = torch.randn(*windows.tokens.shape, D_MODEL, generator=generator).to(getattr(torch, dtype)) * 100
@@ -109,7 +109,7 @@ def test_between_attention_and_mlp_the_stream_itself_is_replaced(tmp_path: Path,
     assert torch.equal(given[0], before + attention)
 
 
-def test_a_stream_to_which_the_mlp_is_not_simply_added_is_refused_by_name(tmp_path: Path, windows):
+def test_resid_mid_of_an_unsupported_block_is_refused_by_name(tmp_path: Path, windows):
     path = write_tiny_model(tmp_path / "model", "llama")
     model = load_language_model(describe_language_model(str(path)))
     scaled = model.module("resid_post", 1).register_forward_hook(lambda *given: given[-1] * 0.5)
@@ -129,7 +129,7 @@ def test_only_kept_positions_are_replaced(model, windows):
     assert found.loss(found.rows).mean == pytest.approx(_own_loss(model, windows), rel=1e-6)
 
 
-def test_zeros_in_the_last_residual_predict_what_the_model_predicts_from_nothing(model, windows):
+def test_zeros_in_the_last_residual_give_the_loss_of_an_empty_residual(model, windows):
     everywhere = windows._replace(kept=torch.ones_like(windows.kept))
     found = PatchedWindows(model, everywhere, "resid_post", 2)
     loss = found.loss(torch.zeros_like(found.rows))
@@ -139,7 +139,7 @@ def test_zeros_in_the_last_residual_predict_what_the_model_predicts_from_nothing
 
 
 @pytest.mark.parametrize(("hook", "expected"), [("resid_pre", [1, 2]), ("resid_post", [2]), ("mlp_out", [1, 2])])
-def test_blocks_before_the_hook_are_run_once(model, windows, hook, expected):
+def test_blocks_before_the_hook_run_once(model, windows, hook, expected):
     ran: list[int] = []
     mlps = [model.module("mlp_out", layer) for layer in range(3)]
     handles = [mlp.register_forward_hook(lambda *_, layer=layer: ran.append(layer)) for layer, mlp in enumerate(mlps)]
@@ -152,7 +152,7 @@ def test_blocks_before_the_hook_are_run_once(model, windows, hook, expected):
 
 
 @pytest.mark.parametrize("hook", HOOKS)
-def test_the_model_is_whole_again_afterwards(model, windows, hook):
+def test_patching_restores_the_model(model, windows, hook):
     before = _own_loss(model, windows)
     PatchedWindows(model, windows, _hook(model, hook), 1).loss(torch.zeros(int(windows.kept.sum()), 1).expand(-1, 1))
     assert _own_loss(model, windows) == before
@@ -182,7 +182,7 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
     return open_tokens(folder / "tokens.zarr")
 
 
-def test_all_windows_together_are_the_test_split_in_order(model, tokens):
+def test_all_windows_cover_the_test_split_in_order(model, tokens):
     everything = next(tokens.batches("test", 1000))
     batches = list(loss_batches(model, tokens, "resid_post", 1, n_rows=300))
     expected = model.activations(everything.tokens, "resid_post", [1])[1][everything.kept]
@@ -204,7 +204,7 @@ def test_a_sample_is_spread_evenly_over_the_split(tokens, batch_windows):
     assert 70 <= sum(int(batch.kept.sum()) for batch in sample) <= 130
 
 
-def test_token_ids_lead_from_rows_back_to_the_text(tokens):
+def test_token_ids_of_rows_are_those_of_the_text(tokens):
     everything = next(tokens.batches("test", 1000))
     rows = torch.tensor([0, 1, 17, 17, 299])
     assert tokens.token_ids("test", rows.numpy()).tolist() == everything.tokens[everything.kept][rows].tolist()
@@ -217,13 +217,13 @@ def test_token_ids_lead_from_rows_back_to_the_text(tokens):
     ("classes", "has_head"),
     [(["GPTNeoXForCausalLM"], True), (["GPTNeoXModel"], False), (["GPT2LMHeadModel"], True), (None, True), ([], True)],
 )
-def test_a_head_is_known_from_the_configuration(tmp_path: Path, classes, has_head):
+def test_a_head_is_detected_from_the_configuration(tmp_path: Path, classes, has_head):
     path = write_tiny_model(tmp_path / "model")
     edit_config(path, architectures=classes)
     assert describe_language_model(str(path)).has_head is has_head
 
 
-def test_a_model_without_a_head_gives_activations(tmp_path: Path, windows):
+def test_a_model_without_a_head_has_activations(tmp_path: Path, windows):
     whole = load_language_model(describe_language_model(str(write_tiny_model(tmp_path / "whole"))))
     cast("PreTrainedModel", whole.model.base_model).save_pretrained(tmp_path / "headless")
     (tmp_path / "headless" / "tokenizer.json").write_bytes((tmp_path / "whole" / "tokenizer.json").read_bytes())
@@ -233,6 +233,6 @@ def test_a_model_without_a_head_gives_activations(tmp_path: Path, windows):
     assert torch.equal(*(each.activations(windows.tokens, "resid_post", [1])[1] for each in (whole, headless)))
 
 
-def test_a_module_that_is_not_there_is_refused(model):
+def test_a_missing_module_is_refused(model):
     with pytest.raises(ConfigurationError, match="no module"), patched(model, "model.{layer}.nothing", 1, lambda x: x):
         pass

@@ -1,4 +1,4 @@
-"""What is fresh, stale and missing, and in what order things are made."""
+"""States of artefacts (fresh, stale, missing) and the order of a plan."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def test_everything_is_missing_then_fresh(empty: Laboratory, finished_laboratory
     assert _states(status_of(NAME)) == {"fresh": N_ALL}
 
 
-def test_looking_writes_nothing(empty: Laboratory):
+def test_status_writes_no_file(empty: Laboratory):
     status_of(NAME)
     assert not empty.root.exists()
 
 
-def test_whatever_something_is_made_from_comes_before_it(empty: Laboratory):
+def test_inputs_precede_their_descendants_in_a_plan(empty: Laboratory):
     catalogue = empty.catalogue
     stages = plan(empty.store, catalogue.ops(catalogue.experiment(NAME)), [0, 2], SEEDS)
     made: set[tuple[Address, Partition]] = set()
@@ -74,7 +74,7 @@ def test_whatever_something_is_made_from_comes_before_it(empty: Laboratory):
     ],
     ids=["k", "learning rate", "gradient clipping switched off", "decay"],
 )
-def test_a_changed_sae_or_training_makes_all_but_tokens_and_activations_stale(finished: Laboratory, changes: dict, reason: str):
+def test_a_changed_sae_or_training_makes_everything_except_tokens_and_activations_stale(finished: Laboratory, changes: dict, reason: str):
     finished.declare(**changes)
     stale = _reasons("stale")
     assert _reasons("fresh").keys() == {("tokens", None), ("activations", None)}
@@ -118,7 +118,7 @@ def _comment(laboratory: Laboratory) -> None:
         "order of keys",
     ],
 )
-def test_what_decides_nothing_changes_nothing(finished: Laboratory, change: Callable[[Laboratory], None]):
+def test_changes_outside_the_recipes_make_nothing_stale(finished: Laboratory, change: Callable[[Laboratory], None]):
     change(finished)
     assert _states(status_of(NAME)) == {"fresh": N_ALL}
 
@@ -133,7 +133,7 @@ def test_changed_tokens_make_everything_stale(finished: Laboratory, change: dict
 
 
 @pytest.mark.parametrize("change", [{"hook": "mlp_out"}, {"dtype": "float32"}, {"weights": "random"}])
-def test_changed_activations_leave_tokens_fresh(finished: Laboratory, change: dict):
+def test_changed_activation_settings_leave_tokens_fresh(finished: Laboratory, change: dict):
     finished.declare(source=change)
     assert _reasons("fresh").keys() == {("tokens", None)}
     assert next(iter(change)) in _reasons("stale")["activations", None]
@@ -151,10 +151,10 @@ _MAKING = ("train_", "_write", "evaluate", "_evaluate")
 
 
 @pytest.mark.parametrize("module", [training, dictionaries, residuals], ids=["SAEs", "tables", "residuals"])
-def test_code_that_changes_without_its_version_makes_nothing_stale_and_trains_nothing(
+def test_changed_code_without_a_changed_version_makes_nothing_stale(
     finished: Laboratory, monkeypatch: pytest.MonkeyPatch, module: ModuleType
 ):
-    """Functions of the builders are replaced, as by editing them; what they would make is not asked for."""
+    """Functions of the builders are replaced, as by editing them; their output is not used."""
     for name, function in vars(module).copy().items():
         if (
             inspect.isfunction(function)
@@ -182,7 +182,7 @@ def test_one_more_member_leaves_the_others_fresh(finished: Laboratory):
     assert {"bagging/bagging_ensemble", "baseline/expanded", "eval/reconstruction", "eval/stability"} <= stale
 
 
-def test_one_more_seed_leaves_the_others_fresh_and_makes_what_compares_seeds_stale(finished: Laboratory):
+def test_one_more_seed_makes_only_comparisons_of_seeds_stale(finished: Laboratory):
     finished.declare(ensemble={"members": MEMBERS, "seeds": [*SEEDS, 3]})
     assert _states(status_of(NAME)) == {
         "fresh": N_ALL - len(ACROSS_SEEDS),
@@ -192,7 +192,7 @@ def test_one_more_seed_leaves_the_others_fresh_and_makes_what_compares_seeds_sta
     assert _reasons("stale").keys() == {(name, None) for name in ACROSS_SEEDS}
 
 
-def test_an_artefact_that_was_removed_is_missing_and_what_follows_is_stale(finished: Laboratory):
+def test_a_removed_artefact_is_missing_and_its_descendants_are_stale(finished: Laboratory):
     shutil.rmtree(finished.artefact("boosting/round_2", seed=1).path)
     assert _reasons("missing").keys() == {("boosting/round_2", 1)}
     tables = {f"eval/{table}" for table in PER_SEED}
@@ -200,7 +200,7 @@ def test_an_artefact_that_was_removed_is_missing_and_what_follows_is_stale(finis
     assert _reasons("stale").keys() == {(name, 1) for name in after} | {(name, None) for name in ACROSS_SEEDS}
 
 
-def test_a_stale_chain_shows_its_root_by_address_and_partition(finished: Laboratory):
+def test_stale_descendants_name_their_root_by_address_and_partition(finished: Laboratory):
     shutil.rmtree(finished.artefact("boosting/round_2", seed=1).path)
     statuses = {(str(s.declaration.address), s.partition): s for s in status_of(NAME)}
     root = statuses[f"{NAME}/boosting/round_2", Partition(LAYER, 1)]
@@ -214,7 +214,7 @@ def test_a_stale_chain_shows_its_root_by_address_and_partition(finished: Laborat
         assert status.reason == f"follows from {NAME}/boosting/round_2, layer {LAYER}, seed 1, which is missing", key
 
 
-def test_an_input_that_was_made_again_is_named_by_address_and_versions(finished: Laboratory):
+def test_a_rebuilt_input_is_named_by_address_and_versions(finished: Laboratory):
     """As after another process has made the activations again: everything that was made from them is stale, they are not."""
     finished.declare(source={"dtype": "float32"})
     before = finished.artefact("activations").data_version
@@ -228,13 +228,13 @@ def test_an_input_that_was_made_again_is_named_by_address_and_versions(finished:
     )
 
 
-def test_a_changed_builder_makes_what_it_builds_stale(finished: Laboratory, monkeypatch: pytest.MonkeyPatch):
+def test_a_changed_builder_version_makes_its_artefacts_stale(finished: Laboratory, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(saes, "SAE_VERSION", saes.SAE_VERSION + 1)
     assert _reasons("stale")["bagging/member_1", 1] == "the code of sae changed"
     assert _reasons("fresh").keys() == {("tokens", None), ("activations", None)}
 
 
-def test_a_damaged_artefact_is_named_and_what_follows_is_stale(finished: Laboratory):
+def test_a_damaged_artefact_is_named_and_its_descendants_are_stale(finished: Laboratory):
     file = finished.artefact("boosting/round_3", seed=2).path / "sae_weights.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     table = finished.artefact("eval/cost", seed=1).path

@@ -1,4 +1,4 @@
-"""The tables of downstream tasks through a whole tiny experiment: their rows, their recipes, and what is refused before training."""
+"""The tables of downstream tasks through a whole tiny experiment: their rows, their recipes, and refusals before training."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from tiny_models import CONTEXT_LENGTH
 from tokenizers import Tokenizer
 
 from saeens_pipeline.assets.lineage import lineage
+from saeens_pipeline.assets.measurements import probing
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models.labelled_texts import reading
 from saeens_pipeline.language_models.models import describe_language_model, load_language_model
@@ -66,7 +67,7 @@ def _table(laboratory: Laboratory, table: str, **wanted: Any) -> pl.DataFrame:
     return read_table(laboratory.root, NAME, table).filter(**wanted)
 
 
-def test_every_method_and_size_has_its_rows(probed: Laboratory):
+def test_every_method_and_size_has_probing_rows(probed: Laboratory):
     sizes = {("single", 1), ("expanded", 3), ("expanded_l0_matched", 3), ("raw", 1)}
     sizes |= {(method, n) for method in ("bagging", "boosting") for n in (1, 2, 3)}
     for table in TABLES:
@@ -92,7 +93,7 @@ def test_every_method_and_size_has_its_rows(probed: Laboratory):
     assert single.equals(first_of_bag)
 
 
-def test_accuracies_are_those_of_plain_codes_and_scikit_learn(probed: Laboratory):
+def test_accuracies_equal_those_of_scikit_learn_on_plain_codes(probed: Laboratory):
     model = load_language_model(describe_language_model(str(probed.model)))
     saes = [PlainTopK(probed.artefact(f"bagging/member_{j}", SEEDS[0]).path) for j in (1, 2, 3)]
     tokenizer = Tokenizer.from_file(str(probed.model / "tokenizer.json"))
@@ -118,7 +119,7 @@ def _difference_of_means(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _drawn(laboratory: Laboratory) -> tuple[Any, Any]:
-    """The texts that were drawn; which, test_labelled_texts holds."""
+    """Return the drawn texts; test_labelled_texts tests the drawing."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         laboratory.activate(monkeypatch)
         settings = laboratory.catalogue.experiment(NAME).concept_detection
@@ -126,7 +127,7 @@ def _drawn(laboratory: Laboratory) -> tuple[Any, Any]:
     return drawn.train, drawn.test
 
 
-def test_scr_of_the_table_follows_from_its_accuracies(probed: Laboratory):
+def test_scr_in_the_table_equals_the_formula_of_its_accuracies(probed: Laboratory):
     rows = _table(probed, "spurious_correlation")
     for row in rows.iter_rows(named=True):
         possible = row["accuracy_clean"] - row["accuracy_biased"]
@@ -140,7 +141,7 @@ def test_scr_of_the_table_follows_from_its_accuracies(probed: Laboratory):
     assert metric["task"].n_unique() <= 1  # one direction, or neither
 
 
-def test_a_row_of_the_activations_themselves_leads_back_to_activations_and_no_sae(probed: Laboratory, monkeypatch: pytest.MonkeyPatch):
+def test_a_row_of_the_activations_references_activations_and_no_sae(probed: Laboratory, monkeypatch: pytest.MonkeyPatch):
     probed.activate(monkeypatch)
     row = f"tiny/concept_detection:layer={LAYER},seed={SEEDS[0]},method=raw,label=de,n_probe_features=1"
     parents = [parent.title for parent in lineage(probed.store, probed.declarations().values(), row).parents]
@@ -154,7 +155,7 @@ def _stale() -> dict[str, str]:
     return {status.declaration.address.name: status.reason for status in status_of(NAME) if status.state == "stale"}
 
 
-def test_a_table_is_made_again_when_its_texts_or_settings_change_and_only_then(probed: Laboratory, empty: Laboratory, tmp_path: Path):
+def test_a_probing_table_is_recomputed_only_for_changed_texts_or_settings(probed: Laboratory, empty: Laboratory, tmp_path: Path):
     shutil.copytree(probed.root, empty.root)
     settings = _write_texts(tmp_path / "texts")
 
@@ -194,9 +195,7 @@ def test_a_table_is_made_again_when_its_texts_or_settings_change_and_only_then(p
         ("spurious_correlation", {"spurious": ["((", "--"]}, r"no text has the label '--'; the labels are '\(\(', '::'"),
     ],
 )
-def test_texts_that_are_not_as_needed_are_refused_before_training(
-    empty: Laboratory, tmp_path: Path, table: str, changes: dict[str, Any], message: str
-):
+def test_unsuitable_texts_are_refused_before_training(empty: Laboratory, tmp_path: Path, table: str, changes: dict[str, Any], message: str):
     settings = _write_texts(tmp_path / "texts")
     settings[table]["datasets"][0] |= changes
     empty.declare(evaluations=TABLES, **settings)
@@ -213,7 +212,7 @@ def test_too_few_texts_are_refused_before_training(empty: Laboratory, tmp_path: 
 
 
 @pytest.mark.parametrize("sweep", [{}, {"sweep": {"k": [2, 4]}}])
-def test_from_file_start_from_the_experiment_files_folder(
+def test_paths_of_texts_are_relative_to_the_experiment_file(
     empty: Laboratory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sweep: dict[str, Any]
 ):
     there = json.dumps(_write_texts(tmp_path / "texts"))
@@ -230,7 +229,7 @@ def test_from_file_start_from_the_experiment_files_folder(
 
 
 def _texts(laboratory: Laboratory) -> dict[str, Any]:
-    """What decides the texts of each table, by its address."""
+    """Return the recipe entry of each table's texts, by address."""
     catalogue = laboratory.catalogue
     experiments = [experiment for name, experiment in catalogue.experiments.items() if name.startswith(NAME)]
     declarations = [each for experiment in experiments for op in catalogue.ops(experiment) for each in op.outputs]
@@ -238,7 +237,7 @@ def _texts(laboratory: Laboratory) -> dict[str, Any]:
     return {str(each.address): each.partition_settings(partition)["texts"] for each in declarations if each.address.name in TABLES}
 
 
-def test_a_text_without_a_token_that_counts_is_refused_before_training(empty: Laboratory, tmp_path: Path):
+def test_a_text_without_a_counted_token_is_refused_before_training(empty: Laboratory, tmp_path: Path):
     settings = _write_texts(tmp_path / "texts")
     short = [{"text": letter, "label": label} for label, letters in (("de", "abcdefgh"), ("fn", "ijklmnop")) for letter in letters]
     with (tmp_path / "texts" / "train.jsonl").open("a") as file:
@@ -250,7 +249,7 @@ def test_a_text_without_a_token_that_counts_is_refused_before_training(empty: La
     assert not list(empty.root.rglob("recipe.json"))
 
 
-def test_a_run_of_the_ui_refuses_them_before_it_trains_a_member(empty: Laboratory, tmp_path: Path):
+def test_a_run_of_the_ui_refuses_unsuitable_texts_before_training(empty: Laboratory, tmp_path: Path):
     settings = _write_texts(tmp_path / "texts")
     empty.declare(evaluations=TABLES, **settings)
     empty.run(select=["activations"])
@@ -263,7 +262,15 @@ def test_a_run_of_the_ui_refuses_them_before_it_trains_a_member(empty: Laborator
     assert member in empty.materialise([member], where)
 
 
-def test_embedded_tasks_are_looked_at_before_training_too(empty: Laboratory, monkeypatch: pytest.MonkeyPatch):
+def test_a_table_of_the_ui_is_refused_before_any_text_is_encoded(finished: Laboratory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    finished.declare(evaluations=TABLES, **_write_texts(tmp_path / "texts"))
+    (tmp_path / "texts" / "train.jsonl").write_text('{"text": "a", "label": "de"}\n')
+    monkeypatch.setattr(probing, "probe", lambda making: pytest.fail("the rows are computed"))
+    with pytest.raises(SaeensError, match="mine: the only label is 'de'"):
+        finished.materialise([f"{NAME}/eval/concept_detection"], Partition(LAYER, SEEDS[0]))
+
+
+def test_embedded_tasks_are_checked_before_training(empty: Laboratory, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(reading, "open_corpus", lambda name: CodeCorpus([], []))
     few = {"train_texts": 8, "test_texts": 8}
     empty.declare(
@@ -277,7 +284,7 @@ def test_embedded_tasks_are_looked_at_before_training_too(empty: Laboratory, mon
     assert not list(empty.root.rglob("recipe.json"))
 
 
-def test_a_wrong_field_is_reported_with_its_line(empty: Laboratory):
+def test_a_wrong_probing_field_is_reported_with_its_line(empty: Laboratory):
     file = empty.declare(evaluations=TABLES, concept_detection={"datasets": [{"name": "builtin/language", "labls": []}]})
     with pytest.raises(
         ConfigurationError, match=rf"{file}:\d+: attributes.concept_detection.datasets.0.labls: unknown key; one of: name, revision"

@@ -1,4 +1,4 @@
-"""Recipes and the store: what is a hit, what survives a failure, and what damage is found."""
+"""Recipes and the store: cache hits, failed writes, and damage."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ def _everything(root: Path) -> dict[str, bytes]:
 # what is a hit
 
 
-def test_digest_is_of_canonical_json():
+def test_the_digest_is_computed_from_canonical_json():
     expected = hashlib.sha256('{"a":[1,2.5,null],"b":"é"}'.encode()).hexdigest()[:16]
     assert digest({"b": "é", "a": [1, 2.5, None]}) == expected
 
 
-def test_what_was_made_by_the_same_recipe_is_a_hit(store: Store):
+def test_an_artefact_of_the_same_recipe_is_a_cache_hit(store: Store):
     assert store.hit(MEMBER, WHERE, RECIPE) is None
     _write(store)
     reordered = Recipe("sae", 1, dict(reversed([*RECIPE.settings.items()])), dict(RECIPE.inputs))
@@ -89,7 +89,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_misses_and_is_named(store: Store, change: str):
+def test_a_changed_recipe_is_a_miss_that_names_the_change(store: Store, change: str):
     recipe, expected = CHANGES[change]
     artefact = _write(store)
     assert artefact.differences(RECIPE) == []
@@ -108,7 +108,7 @@ def test_a_change_misses_and_is_named(store: Store, change: str):
     ],
     ids=["another builder", "1.0 for 1", "true for 1", "an explicit null", "an empty mapping"],
 )
-def test_a_recipe_is_a_hit_exactly_where_no_difference_is_named(store: Store, recipe: Recipe):
+def test_a_recipe_is_a_hit_exactly_if_no_difference_is_named(store: Store, recipe: Recipe):
     artefact = _write(store)
     assert (store.hit(MEMBER, WHERE, recipe) is None) == bool(artefact.differences(recipe))
 
@@ -120,7 +120,7 @@ def test_tables_are_hits_and_misses_like_folders(store: Store):
     assert pl.read_parquet(store.path(TABLE, WHERE), hive_partitioning=False).equals(ROWS)
 
 
-def test_what_is_needed_and_missing_is_named_with_its_partition(store: Store):
+def test_a_required_missing_artefact_is_named_with_its_partition(store: Store):
     with pytest.raises(MissingInputError, match=r"quickstart/bagging/member_1 \(layer 1, seed 42\) is needed first.*saeens run"):
         store.require(MEMBER, WHERE)
 
@@ -145,20 +145,20 @@ def test_data_version_of_a_table_depends_on_recipe_and_rows_and_not_on_provenanc
     assert _write_table(store, recipe=replace(RECIPE, version=2)).data_version != version
 
 
-def test_data_version_can_follow_from_the_recipe_alone(store: Store):
+def test_data_version_can_be_computed_from_the_recipe_alone(store: Store):
     version = _write(store, versioned_content=False).data_version
     assert _write(store, files={}, versioned_content=False).data_version == version
     assert _write(store, recipe=replace(RECIPE, inputs={"activations": "a2"}), versioned_content=False).data_version != version
 
 
-def test_provenance_may_be_filled_while_the_artefact_is_written(store: Store):
+def test_provenance_can_be_filled_while_the_artefact_is_written(store: Store):
     provenance: dict[str, Any] = {"run_id": "r"}
     with store.write_folder(MEMBER, WHERE, RECIPE, provenance):
         provenance["seconds"] = 3.5
     assert store.require(MEMBER, WHERE).provenance == {"run_id": "r", "seconds": 3.5}
 
 
-def test_recipe_file_has_what_decides_and_what_is_good_to_know_apart(store: Store):
+def test_recipe_files_separate_recipe_and_provenance(store: Store):
     record = json.loads((_write(store).path / RECIPE_FILE).read_text())
     assert record["recipe"] == {"builder": "sae", "version": 1, "settings": RECIPE.settings, "inputs": {"activations": "a1"}}
     assert record["provenance"] == {"run_id": "r"}
@@ -169,7 +169,7 @@ def test_recipe_file_has_what_decides_and_what_is_good_to_know_apart(store: Stor
 
 
 @pytest.mark.parametrize("error", [ValueError("broken"), KeyboardInterrupt()], ids=["exception", "interrupt"])
-def test_an_exception_leaves_what_was_there_byte_for_byte_and_no_litter(store: Store, error: BaseException):
+def test_an_exception_keeps_the_earlier_artefact_and_leaves_no_temporary_files(store: Store, error: BaseException):
     def fail():
         with store.write_folder(MEMBER, WHERE, replace(RECIPE, version=2), {}) as folder:
             (folder / "cfg.json").write_text("half of it")
@@ -185,7 +185,7 @@ def test_an_exception_leaves_what_was_there_byte_for_byte_and_no_litter(store: S
     assert _everything(store.root) == before
 
 
-def test_a_table_that_cannot_be_written_leaves_what_was_there(store: Store, monkeypatch: pytest.MonkeyPatch):
+def test_a_failed_write_of_a_table_keeps_the_earlier_one(store: Store, monkeypatch: pytest.MonkeyPatch):
     _write_table(store)
     before = _everything(store.root)
 
@@ -202,8 +202,16 @@ def test_a_table_that_cannot_be_written_leaves_what_was_there(store: Store, monk
 
 DEATHS = {
     "while files are written": "",
-    "before the recipe is written": "recipes._record = die",
-    "before the final name": "recipes._replace_folder = die",
+    "before the recipe is written": "\n".join(
+        [
+            "write_text = Path.write_text",
+            "def once(self, *given):",
+            "    if self.name == recipes.RECIPE_FILE: die()",
+            "    return write_text(self, *given)",
+            "Path.write_text = once",
+        ]
+    ),
+    "before the final name": "Path.rename = die",
     "between the two renames": "\n".join(
         [
             "rename = Path.rename",
@@ -255,20 +263,20 @@ def test_a_killed_process_leaves_only_whole_artefacts_and_the_next_write_cleans_
 
 def test_a_failed_write_after_a_kill_between_the_renames_brings_the_old_artefact_back(store: Store):
     artefact = _write(store)
-    artefact.path.rename(artefact.path.parent / ".member_1.retired")
+    artefact.path.rename(artefact.path.parent / f".member_1.{digest('member_1')[:8]}.retired")
     with pytest.raises(ValueError, match="broken"), store.write_folder(MEMBER, WHERE, RECIPE, {}):
         raise ValueError("broken")
     assert store.require(MEMBER, WHERE).verify() == []
 
 
-def test_what_another_living_process_is_writing_is_left_alone(store: Store):
-    others = _write(store).path.parent / f".member_1.{os.getppid()}.partial"
+def test_partial_artefacts_of_other_living_processes_are_kept(store: Store):
+    others = _write(store).path.parent / f".member_1.{recipes.this_machine()}-{os.getppid()}.partial"
     others.mkdir()
     _write(store)
     assert others.is_dir()
 
 
-def test_a_root_that_cannot_be_written_is_named_with_what_to_do(tmp_path: Path):
+def test_a_read_only_root_is_named_with_a_remedy(tmp_path: Path):
     (tmp_path / "file").write_text("not a folder")
     store = Store(tmp_path / "file" / "data")
     for write in (_write, _write_table):
@@ -278,7 +286,7 @@ def test_a_root_that_cannot_be_written_is_named_with_what_to_do(tmp_path: Path):
         store.require_writable()
 
 
-def test_asking_whether_a_root_can_be_written_leaves_nothing(store: Store):
+def test_checking_whether_a_root_is_writable_leaves_no_file(store: Store):
     store.require_writable()
     assert not store.root.exists()
     store.root.mkdir()
@@ -310,19 +318,19 @@ def test_a_missing_file_is_an_error_with_its_name_and_size(store: Store, name: s
         store.find(MEMBER, WHERE)
 
 
-PARTS: dict[str, Any] = {"provenance": {}, "files": {}, "data_version": "v"}  # of a record, beside the recipe
+PARTS: dict[str, Any] = {"provenance": {}, "files": {}, "data_version": "v"}  # of a record, without the recipe
 
 
 @pytest.mark.parametrize("content", ["", '{"recipe": {', "[]", '{"recipe": {}}', json.dumps({"recipe": {"builder": "sae"}} | PARTS)])
-def test_a_recipe_that_cannot_be_read_is_named_with_what_to_do(store: Store, content: str):
+def test_an_unreadable_recipe_is_named_with_a_remedy(store: Store, content: str):
     file = _write(store).path / RECIPE_FILE
     file.write_text(content)
-    with pytest.raises(DamagedArtefactError, match=f"{file} cannot be read.*The next `saeens run` makes it again"):
+    with pytest.raises(DamagedArtefactError, match=f"{file} cannot be read.*The next `saeens run` computes it again"):
         store.find(MEMBER, WHERE)
 
 
 @pytest.mark.parametrize("damaged", [*FILES, RECIPE_FILE])
-def test_what_is_damaged_is_no_hit_and_can_be_made_again(store: Store, damaged: str):
+def test_a_damaged_artefact_is_no_hit_and_can_be_rewritten(store: Store, damaged: str):
     file = _write(store).path / damaged
     file.write_bytes(file.read_bytes()[:-3])
     assert store.hit(MEMBER, WHERE, RECIPE) is None
@@ -330,18 +338,18 @@ def test_what_is_damaged_is_no_hit_and_can_be_made_again(store: Store, damaged: 
     assert store.hit(MEMBER, WHERE, RECIPE)
 
 
-def test_bytes_that_were_changed_by_hand_are_no_hit(store: Store):
+def test_a_modified_artefact_is_no_hit(store: Store):
     file = _write(store).path / min(FILES)
     contents = bytearray(file.read_bytes())
     contents[0] ^= 1
     file.write_bytes(contents)
     os.utime(file, ns=(2**62, 2**62))
     assert store.hit(MEMBER, WHERE, RECIPE) is None
-    with pytest.raises(DamagedArtefactError, match="was changed after it was made"):
+    with pytest.raises(DamagedArtefactError, match="was changed after it was written"):
         store.require(MEMBER, WHERE)
 
 
-def test_bytes_that_were_changed_without_a_trace_are_no_hit_once_the_artefact_is_distrusted(store: Store):
+def test_bytes_changed_at_the_same_size_and_time_are_no_hit_once_invalidated(store: Store):
     artefact = _write(store)
     file = artefact.path / min(FILES)
     times = file.stat()
@@ -352,13 +360,13 @@ def test_bytes_that_were_changed_without_a_trace_are_no_hit_once_the_artefact_is
     assert store.hit(MEMBER, WHERE, RECIPE) is None
 
 
-def test_a_whole_artefact_that_was_distrusted_is_a_hit(store: Store):
+def test_an_intact_invalidated_artefact_is_a_hit(store: Store):
     _write(store).invalidate()
     assert store.hit(MEMBER, WHERE, RECIPE)
 
 
 @pytest.mark.parametrize("part", ["data_version", "recipe", "files"])
-def test_a_record_that_was_changed_by_hand_is_damaged(store: Store, part: str):
+def test_a_modified_recipe_file_is_damaged(store: Store, part: str):
     file = _write(store).path / RECIPE_FILE
     record = json.loads(file.read_text())
     match part:
@@ -376,12 +384,16 @@ def test_a_record_that_was_changed_by_hand_is_damaged(store: Store, part: str):
 def test_a_copied_artefact_is_a_hit_and_its_bytes_are_read_once(store: Store, monkeypatch: pytest.MonkeyPatch):
     file = _write(store).path / min(FILES)
     os.utime(file, ns=(2**62, 2**62))
+    read: list[str] = []
+    hash_file = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda stream, algorithm: (read.append(stream.name), hash_file(stream, algorithm))[1])
     assert store.hit(MEMBER, WHERE, RECIPE)
-    monkeypatch.setattr("saeens_pipeline.storage.recipes._sha256", lambda file: pytest.fail(f"{file} is read again"))
+    assert read == [str(file)]
     assert store.hit(MEMBER, WHERE, RECIPE)
+    assert read == [str(file)]
 
 
-def test_a_damaged_table_is_no_hit_and_can_be_made_again(store: Store):
+def test_a_damaged_table_is_no_hit_and_can_be_rewritten(store: Store):
     path = _write_table(store).path
     path.write_bytes(path.read_bytes()[:-3])
     assert store.hit(TABLE, WHERE, RECIPE) is None
@@ -390,14 +402,14 @@ def test_a_damaged_table_is_no_hit_and_can_be_made_again(store: Store):
 
 
 @pytest.mark.parametrize("n_bytes", [0, 100, -1])
-def test_a_truncated_table_is_named_with_what_to_do(store: Store, n_bytes: int):
+def test_a_truncated_table_is_named_with_a_remedy(store: Store, n_bytes: int):
     path = _write_table(store).path
     path.write_bytes(path.read_bytes()[:n_bytes])
-    with pytest.raises(DamagedArtefactError, match=f"{path} cannot be read.*The next `saeens run` makes it again"):
+    with pytest.raises(DamagedArtefactError, match=f"{path} cannot be read.*The next `saeens run` computes it again"):
         store.find(TABLE, WHERE)
 
 
-def test_a_table_without_recipe_is_named_with_what_to_do(store: Store):
+def test_a_table_without_a_recipe_is_named_with_a_remedy(store: Store):
     path = _write_table(store).path
     ROWS.write_parquet(path)
     with pytest.raises(DamagedArtefactError, match=f"{path} cannot be read"):
@@ -439,7 +451,7 @@ def test_a_flipped_byte_in_the_values_of_a_table_is_found(store: Store):
         assert store.hit(TABLE, WHERE, RECIPE) is None, position
 
 
-def test_rows_that_were_written_by_someone_else_are_found(store: Store):
+def test_rows_written_by_another_program_are_found(store: Store):
     artefact = _write_table(store)
     footer = pq.read_metadata(artefact.path).metadata[recipes.FOOTER_KEY.encode()].decode()
     ROWS.with_columns(tokens=pl.col("tokens") + 1).write_parquet(artefact.path, metadata={recipes.FOOTER_KEY: footer})
@@ -451,7 +463,7 @@ def test_rows_that_were_written_by_someone_else_are_found(store: Store):
 # sharing and dropping bytes
 
 
-def test_adopting_links_the_files_of_an_equal_artefact(store: Store):
+def test_linking_an_equal_artefact_shares_its_files(store: Store):
     member = _write(store)
     store.link(ROUND, WHERE, RECIPE, member, {"same_as": str(MEMBER)})
     adopted = store.require(ROUND, WHERE)
@@ -462,7 +474,7 @@ def test_adopting_links_the_files_of_an_equal_artefact(store: Store):
     assert adopted.verify() == []
 
 
-def test_adopting_copies_where_files_cannot_be_linked(store: Store, monkeypatch: pytest.MonkeyPatch):
+def test_linking_copies_files_if_hard_links_are_unavailable(store: Store, monkeypatch: pytest.MonkeyPatch):
     def no_links(*_: object) -> None:
         raise OSError("no hard links here")
 
@@ -474,7 +486,7 @@ def test_adopting_copies_where_files_cannot_be_linked(store: Store, monkeypatch:
     assert adopted.data_version == member.data_version
 
 
-def test_replacing_an_artefact_does_not_touch_one_that_shares_its_files(store: Store):
+def test_replacing_an_artefact_does_not_change_a_linked_one(store: Store):
     member = _write(store)
     store.link(ROUND, WHERE, RECIPE, member, {})
     _write(store, recipe=replace(RECIPE, version=2), files={"cfg.json": b"{}"})

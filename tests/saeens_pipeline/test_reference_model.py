@@ -1,4 +1,4 @@
-"""The embedded language model: what ships works on held-out text, and the training command makes such a model again."""
+"""The embedded language model: its loss on held-out text, and the command that trains such a model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def small_corpus() -> ListedCorpus:
     )
 
 
-def test_shipped_model_predicts_held_out_text_as_its_record_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_shipped_model_has_the_recorded_loss_on_held_out_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpora, "PACKAGES", ("networkx", "sqlalchemy", "rich"))
     description = describe_language_model(REFERENCE_MODEL)
     record = json.loads((description.path / "training.json").read_text())

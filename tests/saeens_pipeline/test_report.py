@@ -1,4 +1,4 @@
-"""The report: its numbers are the tables', what is foreign is escaped, what is missing is named, and nothing is loaded from elsewhere."""
+"""The report: its numbers equal the tables', foreign text is escaped, missing tables are named, and no external resource is loaded."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ from tiny_experiment import (
 
 from saeens_models import SAESettings
 from saeens_pipeline import cli
-from saeens_pipeline.assets.tables import TABLES, table_frame
+from saeens_pipeline.assets.over_seeds import Spread, written
+from saeens_pipeline.assets.registry import TABLES, table_frame
 from saeens_pipeline.assets.tables.cost import TOTALS
 from saeens_pipeline.assets.tables.leaderboard import for_reading, standings
 from saeens_pipeline.errors import SaeensError
@@ -39,11 +40,11 @@ from saeens_pipeline.orchestration.runs import make_reports
 from saeens_pipeline.report.charts import Chart, as_plotly
 from saeens_pipeline.report.figures import by_members, downstream, features, layer_profile, marginal_gain, trade_offs, training
 from saeens_pipeline.report.methods import in_order, method
-from saeens_pipeline.report.metrics import METRICS, written
+from saeens_pipeline.report.metrics import METRICS
 from saeens_pipeline.report.pages import write_leaderboard
 from saeens_pipeline.report.published import SETTINGS, setting_of
 from saeens_pipeline.report.record import Record
-from saeens_pipeline.report.results import Comparison, Results, Size, Spread, compare
+from saeens_pipeline.report.results import Comparison, Results, Size, compare
 from saeens_pipeline.storage.names import Address, Partition
 from saeens_pipeline.storage.recipes import read_artefact
 from saeens_pipeline.storage.tables import read_table
@@ -114,11 +115,11 @@ def _drawn(figure: Chart) -> Any:
     return go.Figure(as_plotly(figure))
 
 
-def test_a_run_ends_with_a_report_and_says_where_it_is(finished: Laboratory):
+def test_a_run_writes_a_report_and_prints_its_path(finished: Laboratory):
     assert str(finished.root / "reports" / NAME / f"layer={LAYER}" / "index.html") in finished.run()
 
 
-def test_numbers_of_the_main_table_are_those_of_the_tables(finished: Laboratory):
+def test_numbers_of_the_main_table_equal_those_of_the_tables(finished: Laboratory):
     cells = _page(finished).cells
     assert {cell["method"] for cell in cells} == set(METHODS)
     shown = {metric.column: metric.table for metric in METRICS}
@@ -131,7 +132,7 @@ def test_numbers_of_the_main_table_are_those_of_the_tables(finished: Laboratory)
     assert {cell["metric"] for cell in cells} >= {"explained_variance", "mse", "l0", "stability", "connectivity", "total_flops"}
 
 
-def test_training_is_counted_with_passes_over_residuals_everywhere(finished: Laboratory):
+def test_training_cost_includes_passes_over_residuals_everywhere(finished: Laboratory):
     cost = _table(finished, "cost").filter(method="boosting", n_members=MEMBERS)
     expected = np.mean(cost["train_flops"].to_numpy() + cost["residual_flops"].to_numpy())
     assert expected > np.mean(cost["train_flops"].to_numpy()) > 0
@@ -150,7 +151,7 @@ def test_training_is_counted_with_passes_over_residuals_everywhere(finished: Lab
     assert printed["seconds"].item() == pytest.approx(np.mean((cost["train_seconds"] + cost["residual_seconds"]).to_numpy()), rel=1e-12)
 
 
-def test_every_plot_is_one_that_plotly_knows(finished: Laboratory):
+def test_every_plot_is_valid_for_plotly(finished: Laboratory):
     figures = _page(finished).figures
     assert len(figures) > 10
     for name, figure in figures.items():
@@ -159,7 +160,7 @@ def test_every_plot_is_one_that_plotly_knows(finished: Laboratory):
         assert figure["layout"].items() <= read["layout"].items(), name
 
 
-def test_a_report_asks_dagster_for_layers_only_where_there_are_more_than_in_the_file(finished: Laboratory, monkeypatch: pytest.MonkeyPatch):
+def test_a_report_reads_layers_from_dagster_only_if_more_exist_than_in_the_file(finished: Laboratory, monkeypatch: pytest.MonkeyPatch):
     def recorded(source: Any) -> Any:
         raise LookupError(source.name)
 
@@ -177,7 +178,7 @@ def test_a_report_asks_dagster_for_layers_only_where_there_are_more_than_in_the_
         added.rmdir()
 
 
-def test_each_sae_is_counted_once_under_however_many_names_it_is_there(finished: Laboratory):
+def test_linked_saes_are_counted_once(finished: Laboratory):
     def training() -> str:
         record = Record.read(finished.store, NAME, NAME, LAYER)
         return next(fact.value for _, facts in record.facts() for fact in facts if fact.name == "training in all")
@@ -190,7 +191,7 @@ def test_each_sae_is_counted_once_under_however_many_names_it_is_there(finished:
     n = (2 * MEMBERS - 1 + 2) * len(SEEDS)
     assert (len(saes), len(residuals)) == (n, (MEMBERS - 1) * len(SEEDS))
     flops = sum(each.provenance["train_flops"] for each in saes) + sum(each.provenance["flops"] for each in residuals)
-    assert re.fullmatch(rf"{n} SAEs: .* s, {re.escape(written(flops, '.3g'))} FLOPs, with the passes that make residuals", training())
+    assert re.fullmatch(rf"{n} SAEs: .* s, {re.escape(written(flops, '.3g'))} FLOPs, with the passes that compute residuals", training())
     for file in files:  # as if another experiment had made all that the baselines are
         contents = json.loads(file.read_text())
         if file.parent.parent.name == "baseline":
@@ -200,7 +201,7 @@ def test_each_sae_is_counted_once_under_however_many_names_it_is_there(finished:
     )
 
 
-def test_every_number_leads_to_the_saes_that_it_came_from(finished: Laboratory):
+def test_every_number_links_to_its_saes(finished: Laboratory):
     page = _page(finished)
     versions = [read_artefact(path.parent).data_version for path in (finished.root / "experiments" / NAME).rglob("member_*/recipe.json")]
     assert len(versions) == MEMBERS * len(SEEDS)
@@ -210,7 +211,7 @@ def test_every_number_leads_to_the_saes_that_it_came_from(finished: Laboratory):
     assert f"{method('expanded_l0_matched').label}</a>" in page.source  # not the name of its folder
 
 
-def test_a_report_that_is_copied_alone_stays_whole(finished: Laboratory, tmp_path: Path):
+def test_a_copied_report_is_complete(finished: Laboratory, tmp_path: Path):
     copied = tmp_path / "elsewhere" / "copied"
     shutil.copytree(finished.root / "reports" / NAME / f"layer={LAYER}", copied)
     page = Page(copied / "index.html")
@@ -221,7 +222,7 @@ def test_a_report_that_is_copied_alone_stays_whole(finished: Laboratory, tmp_pat
     assert {str(a["href"])[1:] for a in links if str(a["href"]).startswith("#")} <= ids
 
 
-def test_plotted_means_and_seeds_are_those_of_the_tables(finished: Laboratory):
+def test_plotted_means_and_seeds_equal_those_of_the_tables(finished: Laboratory):
     figure = _of(list(by_members(_results(finished))), "explained_variance_by_members")
     line = next(trace for trace in figure.data if trace.name == "boosting")
     rows = _table(finished, "reconstruction").filter(method="boosting").sort("n_members", "seed")
@@ -235,7 +236,7 @@ def test_plotted_means_and_seeds_are_those_of_the_tables(finished: Laboratory):
     assert list(line.error_y.arrayminus) == pytest.approx(points.mean(1) - points.min(1))
 
 
-def test_symbols_of_levels_that_are_as_high_stand_beside_each_other():
+def test_symbols_of_equal_levels_are_drawn_next_to_each_other():
     diversity = [("single", 1, 10), ("bagging", 1, 10), ("bagging", 2, 12), ("boosting", 2, 80), ("expanded", 2, 80)]
     diversity += [("compute_matched", 1, 11), ("matching_pursuit", 1, 81), ("expanded_l0_matched", 2, 40)]
     rows = [{"seed": 1, "method": name, "n_members": n, "diversity": value} for name, n, value in diversity]
@@ -247,14 +248,14 @@ def test_symbols_of_levels_that_are_as_high_stand_beside_each_other():
     assert 1 < place["matching_pursuit"] < place["expanded"] < 2  # boosting does
 
 
-def test_plots_in_the_page_are_those_that_have_a_place(finished: Laboratory):
+def test_every_plot_of_the_page_has_a_place_and_every_place_a_plot(finished: Laboratory):
     page = _page(finished)
     places = [str(attributes["data-figure"]) for _, attributes in page.elements if "data-figure" in attributes]
     assert sorted(places) == sorted(page.figures)
     assert {"explained_variance_by_members", "explained_variance_for_l0", "residual_norm", "training_loss", "new_features"} <= set(places)
 
 
-def test_nothing_is_loaded_from_elsewhere(finished: Laboratory):
+def test_reports_load_no_external_resources(finished: Laboratory):
     for file in (finished.root / "reports").rglob("*.html"):
         page = Page(file)
         loaded = [
@@ -270,7 +271,7 @@ def test_nothing_is_loaded_from_elsewhere(finished: Laboratory):
     assert "url(" not in styles and "@import" not in styles
 
 
-def test_names_that_are_hostile_stay_text(finished: Laboratory):
+def test_hostile_names_in_a_report_stay_text(finished: Laboratory):
     for part in (finished.root / "tables" / NAME).rglob("part.parquet"):
         rows = pl.read_parquet(part, hive_partitioning=False)
         hostile = rows.with_columns(pl.col("method").replace("expanded", HOSTILE), sae_data_versions=pl.lit(HOSTILE))
@@ -284,29 +285,29 @@ def test_names_that_are_hostile_stay_text(finished: Laboratory):
 
 
 @pytest.mark.parametrize("table", ["reconstruction", "stability", "coactivation", "cost", "training_curves", "members", "marginal_gain"])
-def test_a_missing_table_is_named_with_the_command_that_makes_it(finished: Laboratory, table: str):
+def test_a_missing_table_is_named_with_the_command_that_computes_it(finished: Laboratory, table: str):
     for part in (finished.root / "tables" / NAME / table).rglob("part.parquet"):
         part.unlink()
     remake_reports(finished)
     page = _page(finished)
-    assert f"saeens run {NAME} makes these tables, which are not there:" in page.text
+    assert f"saeens run {NAME} computes these missing tables:" in page.text
     assert page.source.count(f"<li><code>{table}</code>") == 1
 
 
-def test_a_table_that_is_not_asked_for_is_to_be_added_first(finished: Laboratory):
+def test_an_undeclared_table_is_named_with_the_field_that_adds_it(finished: Laboratory):
     page = _page(finished)
-    assert f"can be added to evaluations in the experiment file; then saeens run {NAME} makes them:" in page.text
+    assert f"can be added to evaluations in the experiment file; then saeens run {NAME} computes them:" in page.text
     assert page.source.count("<li><code>features</code>") == 1
 
 
-def test_a_report_of_some_tables_is_stale_when_there_are_more(finished: Laboratory):
+def test_a_report_becomes_stale_when_tables_are_added(finished: Laboratory):
     (part,) = (finished.root / "tables" / NAME / "stability").rglob("part.parquet")
     kept = part.read_bytes()
     part.unlink()
     remake_reports(finished)
     part.write_bytes(kept)
     printed = finished.run()
-    assert "1 artefacts to make" in printed
+    assert "1 artefacts to compute" in printed
     assert "<li><code>stability</code>" not in _page(finished).source
 
 
@@ -320,12 +321,12 @@ def test_every_table_is_listed_with_its_question_and_rows(finished: Laboratory):
         assert int(rows.replace(",", "")) == len(_table(finished, name))
 
 
-def test_without_any_table_there_is_no_report(empty: Laboratory):
+def test_a_report_without_any_table_is_refused(empty: Laboratory):
     with pytest.raises(SaeensError, match=f"saeens run {NAME}"):
         make_reports(load_catalogue(), NAME, [])
 
 
-def test_the_command_writes_reports_and_prints_the_pages(
+def test_the_report_command_writes_reports_and_prints_their_paths(
     finished: Laboratory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setattr("sys.argv", ["saeens", "report", NAME])
@@ -339,7 +340,7 @@ def test_the_command_writes_reports_and_prints_the_pages(
     ]
 
 
-def test_pictures_are_png_and_among_the_metadata_of_the_assets(finished: Laboratory):
+def test_pictures_are_png_and_in_the_metadata_of_the_assets(finished: Laboratory):
     pictures = sorted((finished.root / "reports" / NAME / f"layer={LAYER}" / "pictures").glob("*.png"))
     assert [picture.stem for picture in pictures] == [
         "explained_variance_by_members", "explained_variance_for_l0", "explained_variance_for_stability", "stability_by_members",
@@ -359,7 +360,7 @@ def test_the_control_is_the_same_experiment_on_random_weights(finished: Laborato
     documents = (("ActivationSource", source), ("EnsembleExperiment", other), ("EnsembleExperiment", alike))
     finished.write(experiment_file(*documents), "untrained")
     remake_reports(finished)
-    assert "saeens run control makes them" in _page(finished).text
+    assert "saeens run control computes them" in _page(finished).text
     for table in ("reconstruction", "stability"):
         for part in sorted((finished.root / "tables" / NAME / table).rglob("part.parquet")):
             rows = pl.read_parquet(part, hive_partitioning=False).with_columns(experiment=pl.lit("control"))
@@ -370,7 +371,7 @@ def test_the_control_is_the_same_experiment_on_random_weights(finished: Laborato
     page = _page(finished)
     beside = re.search('<table id="control-table".*?</table>', page.source, re.DOTALL)
     assert beside and beside[0].count(">the same</td>") == beside[0].count('scope="colgroup"') >= 2
-    assert "saeens run control makes them" not in page.text
+    assert "saeens run control computes them" not in page.text
     (link,) = (a for tag, a in page.elements if tag == "a" and "/control/" in str(a["href"]))
     assert "copied alone" in str(link["title"])
     assert "is-control" not in page.source
@@ -384,7 +385,7 @@ def test_the_control_is_the_same_experiment_on_random_weights(finished: Laborato
     assert f"../../{NAME}/layer={LAYER}/index.html" in {a.get("href") for _, a in control.elements}
 
 
-def test_order_beside_the_control_is_that_of_the_means():
+def test_the_order_of_methods_is_compared_with_the_control_by_means():
     def row(name: str, trained: float, untrained: float) -> tuple[Any, Spread, Spread]:
         return method(name), Spread.of([trained]), Spread.of([untrained])
 
@@ -392,12 +393,17 @@ def test_order_beside_the_control_is_that_of_the_means():
     assert not Comparison("EV", [row("single", 0.7, 0.99), row("boosting", 0.9, 0.95)]).same_order
 
 
-def test_spreads_are_students_intervals_and_with_two_seeds_the_points():
+def test_spreads_are_students_t_intervals_and_the_points_for_two_seeds():
     values = [0.5, 0.7, 0.6, 0.8]
     spread = Spread.of(values)
     expected = scipy.stats.t.interval(0.95, 3, loc=np.mean(values), scale=scipy.stats.sem(values))
     assert spread.bar == pytest.approx(expected)
     assert Spread.of([0.7, 0.5]).bar == (0.5, 0.7)
+
+
+def test_a_report_of_two_seeds_says_how_far_their_interval_would_reach(finished: Laboratory):
+    _, high = scipy.stats.t.interval(0.95, 1, loc=0, scale=1)  # of two, in standard errors from the middle
+    assert f"would reach {high:.1f} standard errors to each side" in " ".join(_page(finished).text.split())
 
 
 def _reconstruction(values: Mapping[str, tuple[float, float, int]]) -> list[dict[str, Any]]:
@@ -408,7 +414,7 @@ def _reconstruction(values: Mapping[str, tuple[float, float, int]]) -> list[dict
     ]
 
 
-def test_the_example_of_lineage_is_a_number_that_is_there(finished: Laboratory):
+def test_the_lineage_example_names_an_existing_row(finished: Laboratory):
     asked = re.search(rf"saeens lineage {NAME}/(\w+):layer={LAYER},seed=(\d+),method=(\w+),n_members=(\d+)", _page(finished).text)
     assert asked
     assert len(_table(finished, asked[1]).filter(seed=int(asked[2]), method=asked[3], n_members=int(asked[4]))) == 1
@@ -436,7 +442,7 @@ def test_a_report_of_training_curves_alone_has_no_empty_parts(finished: Laborato
     assert page.source.count("<li><code>reconstruction</code>") == 1
 
 
-def test_methods_that_are_not_known_have_a_place_and_a_colour():
+def test_unknown_methods_have_a_place_and_a_colour():
     assert in_order(["zeta", "boosting", "alpha", "single", "boosting"]) == ["single", "boosting", "alpha", "zeta"]
     assert re.fullmatch("#[0-9a-f]{6}", method("alpha").colour)
     known = [method(name) for name in (*METHODS, "compute_matched", "matching_pursuit", "raw")]
@@ -453,7 +459,7 @@ def test_density_histograms_count_every_feature_that_fires():
     assert "never fire (dead) are left out" in next(each.caption for each in figures_ if each.name == "density")
 
 
-def test_cosine_histograms_go_to_one():
+def test_cosine_histograms_end_at_one():
     cosines = [0.05, 0.5, 0.99, 1.0]
     subject = {"seed": 1, "method": "bagging", "n_members": 2, "member": 1, "density": 0.5}
     rows = [subject | {"index": i, "nearest_other_seed_cosine": cosine} for i, cosine in enumerate(cosines)]
@@ -465,7 +471,7 @@ def test_cosine_histograms_go_to_one():
     assert trace.customdata[-1] == "from 0.97 to 1.00: 50.00% of the features"
 
 
-def test_the_front_joins_what_none_is_better_than(finished: Laboratory):
+def test_the_front_joins_the_pareto_optimal_methods(finished: Laboratory):
     results = _synthetic(
         "reconstruction",
         _reconstruction({"single": (0.7, 8, 1), "boosting": (0.95, 64, 8), "expanded": (0.75, 8, 8), "bagging": (0.8, 64, 8)}),
@@ -475,7 +481,7 @@ def test_the_front_joins_what_none_is_better_than(finished: Laboratory):
     assert list(zip(front.x, front.y, strict=True)) == [(8, 0.75), (64, 0.95)]
 
 
-def test_sizes_that_are_enough_are_marked():
+def test_suggested_sizes_are_marked():
     rows = [
         {"seed": 1, "method": "bagging", "n_members": n, "explained_variance_gain": 1 / n, "new_features": 5, "suggested": 2}
         for n in (1, 2, 3)
@@ -507,7 +513,7 @@ def test_curves_are_thinned_and_keep_their_values():
     assert all(y == pytest.approx(1 + x / 10, rel=1e-4) for curve in curves for x, y in zip(curve.x, curve.y, strict=True))
 
 
-def test_curves_of_trainings_of_unlike_length_stand_on_a_logarithmic_axis():
+def test_curves_of_trainings_of_different_length_have_a_logarithmic_axis():
     rows = [
         {"seed": 1, "method": name, "n_members": 1, "member": 1, "step": s, "tokens": s * 100, "loss": 1.0, "explained_variance": 0.5}
         for name, steps in (("bagging", 10), ("compute_matched", 80))
@@ -533,7 +539,7 @@ def test_concept_detection_is_the_mean_over_labels_then_over_data_sets_of_whole_
     }
 
 
-def test_scr_is_the_mean_over_tasks_without_directions_that_do_not_count():
+def test_scr_is_the_mean_over_tasks_of_counted_directions():
     rows = [
         {"seed": 1, "method": "single", "n_members": 1, "task": task, "n_ablated": n, "scr": 9.0, "scr_metric": value}
         for task, n, value in (("a", 0, 0.0), ("a", 2, 0.2), ("b", 2, 0.4), ("c", 2, None), ("a", 5, 0.5))
@@ -543,7 +549,7 @@ def test_scr_is_the_mean_over_tasks_without_directions_that_do_not_count():
     assert (list(trace.x), list(trace.y)) == ([2, 5], pytest.approx([0.3, 0.5]))
 
 
-def test_scores_of_explanations_are_means_over_features_beside_the_control():
+def test_scores_of_explanations_are_means_over_features_shown_with_the_control():
     rows = [
         {"seed": seed, "method": name, "n_members": 2, "detection_score": score, "control_score": control}
         for seed in (1, 2)
@@ -559,7 +565,7 @@ def test_scores_of_explanations_are_means_over_features_beside_the_control():
     assert not list(downstream(_synthetic("autointerp", unasked)))
 
 
-def test_the_papers_setting_is_known_by_model_hook_layer_and_weights():
+def test_the_papers_setting_is_recognised_by_model_hook_layer_and_weights():
     assert setting_of("EleutherAI/pythia-160m", "resid_post", 8, "trained") is SETTINGS[1]
     assert setting_of("google/gemma-2-2b", "resid_post", 12, "trained") is SETTINGS[2]
     assert setting_of("transformer_lens:gelu-1l", "resid_post", 0, "trained") is SETTINGS[0]
@@ -590,7 +596,7 @@ def test_the_leaderboards_page_has_every_row(finished: Laboratory):
     assert "untrained (control)" not in page.text
 
 
-def test_the_leaderboards_page_marks_controls_and_says_why_numbers_are_missing(finished: Laboratory, tmp_path: Path):
+def test_the_leaderboards_page_marks_controls_and_explains_missing_numbers(finished: Laboratory, tmp_path: Path):
     (declaration,) = finished.catalogue.leaderboard().outputs
     board = standings(finished.store, declaration)
     measured = pl.when(pl.col("method") == "single")
@@ -612,7 +618,7 @@ def test_the_leaderboards_page_marks_controls_and_says_why_numbers_are_missing(f
     assert page.text.count("under CE rec.: not measured") == page.text.count("under stability: there is one seed") == 1
 
 
-def test_the_leaderboards_page_explains_its_methods_and_columns_and_what_is_better(finished: Laboratory):
+def test_the_leaderboards_page_explains_its_methods_columns_and_better_directions(finished: Laboratory):
     make_reports(load_catalogue(), None, [])
     page = Page(finished.root / "reports" / "leaderboard" / "index.html")
     titles = re.findall(r'data-sort="([^"]+)"[^>]*>([^<]*)</button>(?:<span class="better" title="(more|less))?', page.source)
@@ -644,7 +650,7 @@ def test_sources_are_a_filter_of_the_leaderboards_page_where_experiments_share_o
     }
 
 
-def test_profiles_by_layer_are_drawn_where_there_are_several():
+def test_profiles_by_layer_are_drawn_for_several_layers():
     board = pl.DataFrame(
         {
             "experiment": ["e"] * 4, "layer": [0, 0, 1, 1], "method": ["single", "boosting"] * 2, "n_members": [1, 8] * 2,
@@ -661,14 +667,14 @@ def test_profiles_by_layer_are_drawn_where_there_are_several():
     assert list(layer_profile(board.filter(layer=0), "e")) == []
 
 
-def test_rows_of_seeds_that_are_not_declared_any_more_are_left_out(finished: Laboratory):
+def test_rows_of_undeclared_seeds_are_left_out(finished: Laboratory):
     results = Results.read(finished.root, NAME, LAYER, SEEDS[:1])
     assert results.seeds == [SEEDS[0]]
     spread = results.spreads("reconstruction", "mse")[Size("single", 1)]
     assert spread.points == tuple(_table(finished, "reconstruction").filter(method="single", seed=SEEDS[0])["mse"])
 
 
-def test_pages_are_artefacts_of_their_own(finished: Laboratory):
+def test_report_pages_are_separate_artefacts(finished: Laboratory):
     folder = finished.root / Address(NAME, "report", "report").path(Partition(LAYER))
     assert (
         read_artefact(folder).recipe["inputs"][f"stability, layer {LAYER}"]

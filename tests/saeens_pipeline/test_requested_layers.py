@@ -1,4 +1,4 @@
-"""Layers that are asked for together, by whomever: the language model runs once for all of them."""
+"""Layers requested together by several runs: the language model runs once for all of them."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _made(laboratory: Laboratory) -> list[int | None]:
 
 
 @pytest.mark.parametrize("status", [dg.DagsterRunStatus.NOT_STARTED, dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED])
-def test_layers_that_other_runs_wait_for_are_read_in_the_same_forward_pass(
+def test_layers_of_queued_runs_are_read_in_the_same_forward_pass(
     empty: Laboratory, instance: dg.DagsterInstance, passes: list[list[int]], status: dg.DagsterRunStatus
 ):
     for layer in (0, 2):
@@ -82,7 +82,7 @@ def test_layers_that_other_runs_wait_for_are_read_in_the_same_forward_pass(
     assert all(layers == [0, LAYER, 2] for layers in passes)
 
 
-def test_each_layer_has_its_own_materialisation_and_those_after_the_first_hit(
+def test_each_layer_has_its_own_materialisation_and_later_ones_are_cache_hits(
     empty: Laboratory, instance: dg.DagsterInstance, passes: list[list[int]]
 ):
     _ask(instance, 2)
@@ -100,31 +100,31 @@ def test_each_layer_has_its_own_materialisation_and_those_after_the_first_hit(
     assert events[LAYER].metadata["mean norm (train)"] != events[2].metadata["mean norm (train)"]
 
 
-def test_a_layer_that_is_merely_registered_is_not_made(empty: Laboratory, instance: dg.DagsterInstance, passes: list[list[int]]):
+def test_a_registered_layer_without_a_run_is_not_cached(empty: Laboratory, instance: dg.DagsterInstance, passes: list[list[int]]):
     _materialise(empty, instance, LAYER)
     assert _made(empty) == [LAYER]
 
 
 @pytest.mark.parametrize("status", [dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.CANCELED, dg.DagsterRunStatus.FAILURE])
-def test_a_layer_whose_run_is_over_is_not_made(empty: Laboratory, instance: dg.DagsterInstance, status: dg.DagsterRunStatus):
+def test_a_layer_of_a_finished_run_is_not_cached(empty: Laboratory, instance: dg.DagsterInstance, status: dg.DagsterRunStatus):
     _ask(instance, 2, status)
     _materialise(empty, instance, LAYER)
     assert _made(empty) == [LAYER]
 
 
-def test_a_layer_that_the_model_lacks_and_that_another_run_asks_for_is_left_to_that_run(empty: Laboratory, instance: dg.DagsterInstance):
+def test_an_invalid_layer_of_another_run_is_left_to_that_run(empty: Laboratory, instance: dg.DagsterInstance):
     _ask(instance, 99)
     _materialise(empty, instance, LAYER)
     assert _made(empty) == [LAYER]
 
 
-def test_runs_of_other_assets_ask_for_no_layer_of_this_source(empty: Laboratory, instance: dg.DagsterInstance):
+def test_runs_of_other_assets_request_no_layer_of_this_source(empty: Laboratory, instance: dg.DagsterInstance):
     _ask(instance, 2, key=dg.AssetKey([NAME, "eval", "stability"]))
     _materialise(empty, instance, LAYER)
     assert _made(empty) == [LAYER]
 
 
-def test_a_command_asks_for_its_own_layers_alone(empty: Laboratory, instance: dg.DagsterInstance):
+def test_a_command_requests_its_own_layers_alone(empty: Laboratory, instance: dg.DagsterInstance):
     _ask(instance, 2)
     layers: Sequence[int] = (0, LAYER)
     _materialise(empty, instance, LAYER, {LAYERS_TAG: ",".join(map(str, layers))})

@@ -1,4 +1,4 @@
-"""What was killed or interrupted goes on where it was; who writes the same artefact waits; what may pass is tried again."""
+"""Killed and interrupted steps resume, writers of the same artefact wait, and temporary errors are retried."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ import signal
 import subprocess
 import sys
 import threading
-from collections import namedtuple
+import time
+from collections import Counter, namedtuple
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import child_process
@@ -49,7 +51,7 @@ TRAIN_ROWS, BATCH_TOKENS = 600, 64
 
 
 class PowerCutError(Exception):
-    """What stands for the end of a process where the test itself has to live on."""
+    """Stands for the end of a process in tests that continue after it."""
 
 
 def _weights(laboratory: Laboratory, key: str) -> bytes:
@@ -92,7 +94,7 @@ def _power_cut() -> None:
 
 
 @pytest.mark.parametrize("boosting", ["sequential", "concurrent"])
-def test_an_interrupted_training_goes_on_and_makes_the_same_files(
+def test_an_interrupted_training_resumes_and_writes_the_same_files(
     untrained: Laboratory, boosting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     undisturbed = Laboratory(untrained.model, untrained.folder, tmp_path / "undisturbed")
@@ -122,7 +124,7 @@ def test_an_interrupted_training_goes_on_and_makes_the_same_files(
 
 
 def test_seconds_of_training_add_up_over_the_attempts(untrained: Laboratory, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("saeens_models.training.checkpoints.Checkpoints.save", _with_seconds(1000.0))
+    _pass_before_the_first_checkpoint(monkeypatch, 1000.0)
     with monkeypatch.context() as patch:
         _interrupt_at_batch(patch, 6, _power_cut)
         with pytest.raises(PowerCutError):
@@ -131,14 +133,15 @@ def test_seconds_of_training_add_up_over_the_attempts(untrained: Laboratory, mon
     assert 1000 < untrained.artefact("baseline/expanded", SEED).provenance["train_seconds"] < 1500
 
 
-def _with_seconds(seconds: float) -> Callable[..., None]:
-    save = sm.Checkpoints.save
+def _pass_before_the_first_checkpoint(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    passed, save = [0.0], sm.Checkpoints.save
 
-    def took_so_long(self: sm.Checkpoints, *state: Any) -> None:
-        self._began -= seconds - self.seconds_before if self.tokens is None else 0
+    def late(self: sm.Checkpoints, *state: Any) -> None:
+        passed[0] = seconds
         save(self, *state)
 
-    return took_so_long
+    monkeypatch.setattr("saeens_models.training.checkpoints.time", SimpleNamespace(monotonic=lambda: time.monotonic() + passed[0]))
+    monkeypatch.setattr(sm.Checkpoints, "save", late)
 
 
 def train_until_interrupted(model: str, folder: str, root: str) -> None:
@@ -154,7 +157,7 @@ def train_until_interrupted(model: str, folder: str, root: str) -> None:
 
 
 @pytest.mark.slow
-def test_ctrl_c_during_a_run_leaves_a_checkpoint_and_the_next_run_goes_on(untrained: Laboratory, monkeypatch: pytest.MonkeyPatch):
+def test_ctrl_c_during_a_run_writes_a_checkpoint_and_the_next_run_resumes(untrained: Laboratory, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv(SECONDS_VARIABLE)
     child = child_process.start(train_until_interrupted, untrained.model, untrained.folder, untrained.root)
     assert child_process.finish(child) == {"interrupted": True}
@@ -165,7 +168,7 @@ def test_ctrl_c_during_a_run_leaves_a_checkpoint_and_the_next_run_goes_on(untrai
     assert shown["resumed from a checkpoint at [tokens]"].value == "320"
 
 
-def test_changed_settings_do_not_go_on_from_a_checkpoint_of_others(untrained: Laboratory, monkeypatch: pytest.MonkeyPatch):
+def test_changed_settings_do_not_resume_from_an_earlier_checkpoint(untrained: Laboratory, monkeypatch: pytest.MonkeyPatch):
     with monkeypatch.context() as patch:
         _interrupt_at_batch(patch, 6, _power_cut)
         with pytest.raises(PowerCutError):
@@ -177,7 +180,7 @@ def test_changed_settings_do_not_go_on_from_a_checkpoint_of_others(untrained: La
 
 
 @pytest.mark.parametrize("first", [["bagging/member_2"], ["bagging/member_3", "bagging/member_1"]])
-def test_a_part_that_goes_on_leaves_the_checkpoint_for_the_others(
+def test_resuming_some_saes_keeps_the_checkpoint_for_the_others(
     untrained: Laboratory, finished_laboratory: Laboratory, first: list[str], monkeypatch: pytest.MonkeyPatch
 ):
     with monkeypatch.context() as patch:
@@ -195,7 +198,7 @@ def test_a_part_that_goes_on_leaves_the_checkpoint_for_the_others(
         assert _weights(untrained, key) == _weights(finished_laboratory, key)
 
 
-def test_an_sae_that_is_not_in_it_leaves_the_checkpoint_for_the_others(untrained: Laboratory, monkeypatch: pytest.MonkeyPatch):
+def test_training_an_sae_outside_the_checkpoint_keeps_it_for_the_others(untrained: Laboratory, monkeypatch: pytest.MonkeyPatch):
     with monkeypatch.context() as patch:
         _interrupt_at_batch(patch, 6, _power_cut)
         with pytest.raises(PowerCutError):
@@ -208,19 +211,19 @@ def test_an_sae_that_is_not_in_it_leaves_the_checkpoint_for_the_others(untrained
     assert _checkpoints(untrained) == []
 
 
-def test_a_run_says_from_where_it_goes_on_and_counts_only_its_own_tokens(untrained: Laboratory, monkeypatch: pytest.MonkeyPatch):
+def test_a_resumed_run_prints_its_start_and_counts_only_its_own_tokens(untrained: Laboratory, monkeypatch: pytest.MonkeyPatch):
     with monkeypatch.context() as patch:
         _interrupt_at_batch(patch, 6, _power_cut)
         with pytest.raises(PowerCutError):
             untrained.run(seeds=[SEED], select=["baseline/expanded"])
     (file,) = _checkpoints(untrained)
     printed = untrained.run(seeds=[SEED], select=["baseline/expanded"])
-    assert f"training goes on from {file}, after step 6 and 384 tokens\n" in printed
+    assert f"training resumes from {file}, after step 6 and 384 tokens\n" in printed
     assert f"{NAME}/baseline/expanded, layer {LAYER}, seed {SEED}: {TRAIN_ROWS - 384} tokens in" in printed
     assert "; 384 were done before\n" in printed
 
 
-def test_a_run_says_that_a_checkpoint_is_damaged_in_one_line(untrained: Laboratory, monkeypatch: pytest.MonkeyPatch):
+def test_a_run_reports_a_damaged_checkpoint_in_one_line(untrained: Laboratory, monkeypatch: pytest.MonkeyPatch):
     with monkeypatch.context() as patch:
         _interrupt_at_batch(patch, 6, _power_cut)
         with pytest.raises(PowerCutError):
@@ -229,11 +232,11 @@ def test_a_run_says_that_a_checkpoint_is_damaged_in_one_line(untrained: Laborato
     file.write_bytes(file.read_bytes()[:-9])
     printed = untrained.run(seeds=[SEED], select=["baseline/expanded"])
     (line,) = [line for line in printed.splitlines() if "damaged" in line]
-    assert line.startswith(f"{file} is damaged: it is removed, and training starts anew (")
+    assert line.startswith(f"{file} is damaged: it is removed, and training starts from the beginning (")
     assert "Traceback" not in printed
 
 
-def test_a_disk_that_fills_while_saes_are_written_costs_no_training(
+def test_a_full_disk_while_saes_are_written_loses_no_training(
     untrained: Laboratory, finished_laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch
 ):
     save_sae, saved = sm.save_sae, []
@@ -256,7 +259,7 @@ def test_a_disk_that_fills_while_saes_are_written_costs_no_training(
     assert untrained.artefact(MEMBERS[1], SEED).provenance["resumed_at_tokens"] == [TRAIN_ROWS]
 
 
-def test_a_disk_that_is_too_small_is_found_before_training_with_what_is_needed(untrained: Laboratory, monkeypatch: pytest.MonkeyPatch):
+def test_too_small_a_disk_is_refused_before_training_with_the_required_bytes(untrained: Laboratory, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("Usage", "total used free")(10**6, 0, 1000))
     monkeypatch.setattr(ActivationReader, "batches", lambda *_, **__: pytest.fail("training has begun"))
     with pytest.raises(
@@ -274,13 +277,13 @@ def test_without_checkpoints_none_is_written(untrained: Laboratory, monkeypatch:
 
 
 @pytest.mark.parametrize(("value", "seconds"), [("", 300), ("0", 0), ("12.5", 12.5), ("off", None)])
-def test_how_often_is_a_setting_of_the_environment(value: str, seconds: float | None, monkeypatch: pytest.MonkeyPatch):
+def test_an_environment_variable_sets_the_checkpoint_interval(value: str, seconds: float | None, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(SECONDS_VARIABLE, value)
     assert checkpoint_seconds() == seconds
 
 
 @pytest.mark.parametrize("value", ["-1", "nan", "inf", "often"])
-def test_a_wrong_interval_is_said_with_what_is_allowed(value: str, monkeypatch: pytest.MonkeyPatch):
+def test_a_wrong_interval_is_refused_with_the_allowed_values(value: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(SECONDS_VARIABLE, value)
     with pytest.raises(ConfigurationError, match=f"{SECONDS_VARIABLE}={value}: expected a number of seconds"):
         checkpoint_seconds()
@@ -288,7 +291,7 @@ def test_a_wrong_interval_is_said_with_what_is_allowed(value: str, monkeypatch: 
 
 @pytest.mark.parametrize("skipped", [0, 1, 5, 9, 12, 30])
 @pytest.mark.parametrize("mixing_chunks", [1, 3, 40])
-def test_a_stream_that_begins_in_the_middle_gives_the_same_batches(
+def test_a_stream_started_in_the_middle_gives_the_same_batches(
     small_shards: None, skipped: int, mixing_chunks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     store = ActivationStore(_write_rows(tmp_path / "a.zarr", torch.randn(150, 4)))
@@ -347,7 +350,7 @@ def _model_that_fails(model: LanguageModel, at_call: int) -> Iterator[list[int]]
 
 
 @pytest.mark.parametrize("at_call", [2, 5, 20, 30])
-def test_caching_goes_on_at_the_last_whole_shard_and_makes_the_same_bytes(
+def test_caching_resumes_at_the_last_complete_shard_with_the_same_bytes(
     small_shards: None, model: LanguageModel, tokens: TokenStore, at_call: int, tmp_path: Path
 ):
     def cache(*names: str) -> None:
@@ -367,9 +370,7 @@ def test_caching_goes_on_at_the_last_whole_shard_and_makes_the_same_bytes(
     )  # a shard, what train lacks of one, and what tells the width
 
 
-def test_a_layer_that_was_not_begun_is_cached_beside_one_that_goes_on(
-    small_shards: None, model: LanguageModel, tokens: TokenStore, tmp_path: Path
-):
+def test_a_new_layer_is_cached_together_with_a_resumed_one(small_shards: None, model: LanguageModel, tokens: TokenStore, tmp_path: Path):
     with _model_that_fails(model, 20), pytest.raises(PowerCutError):
         cache_activations(model, tokens, "resid_post", {1: tmp_path / "1"}, "float16", batch_windows=2)
     cache_activations(model, tokens, "resid_post", {1: tmp_path / "1", 2: tmp_path / "2"}, "float16", batch_windows=2)
@@ -378,43 +379,34 @@ def test_a_layer_that_was_not_begun_is_cached_beside_one_that_goes_on(
         assert _contents(tmp_path / layer) == _contents(tmp_path / f"x{layer}")
 
 
-def test_a_run_goes_on_with_the_activations_that_an_interrupted_one_left(
+def test_a_run_resumes_the_activations_of_an_interrupted_one(
     small_shards: None, finished: Laboratory, finished_laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch
 ):
     whole = finished.artefact("activations")
     shutil.rmtree(whole.path)
-    finish = activation_writer._SplitWriter.finish
     with monkeypatch.context() as patch:
-        patch.setattr(activation_writer._SplitWriter, "finish", lambda *_: _power_cut())
+        patch.setattr(ActivationWriter, "close", lambda _: _power_cut())
         with pytest.raises(PowerCutError):
             finished.run(select=["activations"])
     (left,) = whole.path.parent.glob(".activations.zarr.*.partial")
     assert (left / ".progress.json").exists()
-    written: list[int] = []
+    appended: Counter[str] = Counter()
+    append = ActivationWriter.append
 
-    def counted(self: Any, name: str) -> Any:
-        written.append(self._filled)
-        return finish(self, name)
+    def counted(self: ActivationWriter, split: str, rows: torch.Tensor, *origin: torch.Tensor) -> None:
+        appended[split] += len(rows)
+        append(self, split, rows, *origin)
 
-    monkeypatch.setattr(activation_writer._SplitWriter, "finish", counted)
     with monkeypatch.context() as patch:
-        patch.setattr(activation_writer._SplitWriter, "_flush", _only_the_last(activation_writer._SplitWriter._flush))
+        patch.setattr(ActivationWriter, "append", counted)
         finished.run(select=["activations"])
-    assert written == [TRAIN_ROWS % SHARD_ROWS, 200 % SHARD_ROWS]
+    assert appended == {"train": TRAIN_ROWS % SHARD_ROWS, "test": 200 % SHARD_ROWS}
     assert [path.name for path in whole.path.parent.iterdir()] == ["activations.zarr"]
     rows = [torch.cat(list(ActivationStore(each.artefact("activations").path).chunks("train"))) for each in (finished, finished_laboratory)]
     assert torch.equal(*rows)
 
 
-def _only_the_last(flush: Callable[[Any], None]) -> Callable[[Any], None]:
-    def checked(self: Any) -> None:
-        assert self._filled < SHARD_ROWS, "a whole shard is written again"
-        flush(self)
-
-    return checked
-
-
-def test_what_was_left_of_another_recipe_is_not_gone_on_from(tmp_path: Path):
+def test_partial_writes_of_another_recipe_are_not_resumed(tmp_path: Path):
     store, address = Store(tmp_path), Address("tiny", "source", "activations")
     for version, expected in ((1, []), (1, ["begun"]), (2, [])):
         with (
@@ -432,7 +424,7 @@ def test_what_was_left_of_another_recipe_is_not_gone_on_from(tmp_path: Path):
     assert not list((tmp_path / "sources/tiny/layer=1").iterdir())
 
 
-def test_a_residual_goes_on_at_the_last_whole_shard(small_shards: None, tmp_path: Path):
+def test_a_residual_resumes_at_the_last_complete_shard(small_shards: None, tmp_path: Path):
     rows = torch.randn(100, 6)
     origin = ActivationStore(_write_rows(tmp_path / "origin", rows))
 
@@ -541,7 +533,7 @@ def kill_a_writer(folder: Path, monkeypatch: pytest.MonkeyPatch, kill_and_retry:
 
 
 @pytest.mark.slow
-def test_what_is_killed_at_random_points_and_tried_again_has_the_bytes_of_what_is_not(
+def test_runs_killed_at_random_points_and_retried_write_the_bytes_of_undisturbed_ones(
     finished: Laboratory, finished_laboratory: Laboratory, tmp_path: Path
 ):
     """SIGKILL at 24 seeded points of the op that trains the members, and of a store that is written; what is left is whole."""
@@ -558,7 +550,7 @@ def test_what_is_killed_at_random_points_and_tried_again_has_the_bytes_of_what_i
 # two at once
 
 
-def test_a_second_writer_waits_and_then_takes_what_the_first_has_made(
+def test_a_second_writer_waits_and_reuses_the_artefact_of_the_first(
     untrained: Laboratory, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     key = f"{NAME}/baseline/expanded"
@@ -581,7 +573,7 @@ def test_a_second_writer_waits_and_then_takes_what_the_first_has_made(
     finally:
         logger.removeHandler(handler)
     assert events[0][key].metadata["cache_hit"].value is True
-    assert f"{key}, layer {LAYER}, seed {SEED} is being made by process {os.getpid()} on" in caplog.text
+    assert f"{key}, layer {LAYER}, seed {SEED} is being computed by process {os.getpid()} on" in caplog.text
     assert not list((untrained.root / "locks").iterdir())
 
 
@@ -610,7 +602,7 @@ with writing_alone(Path(sys.argv[1]), [(Address("a", "bagging", "member_1"), Par
 
 
 @pytest.mark.parametrize("error", [ConnectionError("the hub is away"), TimeoutError()])
-def test_what_may_pass_is_tried_again(untrained: Laboratory, error: Exception, monkeypatch: pytest.MonkeyPatch):
+def test_temporary_errors_of_a_step_are_retried(untrained: Laboratory, error: Exception, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(retries, "DELAY_SECONDS", 0)
     attempts: list[int] = []
     train = training.train_saes
@@ -627,7 +619,7 @@ def test_what_may_pass_is_tried_again(untrained: Laboratory, error: Exception, m
 
 
 @pytest.mark.parametrize("error", [ConfigurationError("k is too large"), NonFiniteLossError("nan"), ValueError("wrong")])
-def test_what_would_come_again_fails_at_once(untrained: Laboratory, error: Exception, monkeypatch: pytest.MonkeyPatch):
+def test_permanent_errors_of_a_step_fail_at_once(untrained: Laboratory, error: Exception, monkeypatch: pytest.MonkeyPatch):
     attempts: list[int] = []
 
     def fails(*_: Any) -> None:
@@ -640,7 +632,7 @@ def test_what_would_come_again_fails_at_once(untrained: Laboratory, error: Excep
     assert len(attempts) == 1
 
 
-def test_what_a_hub_error_was_turned_into_may_pass_but_never_a_wrong_configuration():
+def test_errors_caused_by_the_hub_are_temporary_unless_they_are_configuration_errors():
     def raised(error: Exception) -> Exception:
         try:
             raise error from TimeoutError("hub")
@@ -652,7 +644,7 @@ def test_what_a_hub_error_was_turned_into_may_pass_but_never_a_wrong_configurati
     assert not retries.can_pass(raised(ConfigurationError("there is no such model")))
 
 
-def test_steps_with_a_process_of_their_own_are_tried_again_when_killed(empty: Laboratory, monkeypatch: pytest.MonkeyPatch):
+def test_killed_steps_with_their_own_process_are_retried(empty: Laboratory, monkeypatch: pytest.MonkeyPatch):
     def policies() -> set[dg.RetryPolicy | None]:
         return {each.op.retry_policy for each in empty.catalogue.definitions().assets or () if isinstance(each, dg.AssetsDefinition)}
 
@@ -697,7 +689,7 @@ def training():
 
 
 @pytest.mark.slow
-def test_a_step_that_is_killed_is_tried_again_and_goes_on(
+def test_a_killed_step_is_retried_and_resumes(
     untrained: Laboratory, finished_laboratory: Laboratory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     environment = {"SAEENS_DATA": str(untrained.root), "SAEENS_EXECUTOR": "multiprocess", SECONDS_VARIABLE: "0"}

@@ -1,10 +1,9 @@
-"""What `saeens status` says of runs: at work, failed and why, and nothing that recipes know better."""
+"""States of runs in `saeens status`: running, failed and the reason; recipes decide all other states."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +16,7 @@ from saeens_pipeline import cli
 from saeens_pipeline.assets import training
 from saeens_pipeline.assets.staleness import Status
 from saeens_pipeline.errors import SaeensError
-from saeens_pipeline.orchestration.instance import PROCESS_TAG, command_line_instance
+from saeens_pipeline.orchestration.instance import PROCESS_TAG, command_line_instance, this_host
 from saeens_pipeline.orchestration.run_states import with_run_states
 
 SEED = SEEDS[0]
@@ -63,7 +62,7 @@ def test_a_failure_is_shown_with_its_run_and_the_first_line_of_its_error(laborat
     assert statuses["tokens"].state == statuses["activations"].state == "fresh"
 
 
-def test_a_failure_that_was_followed_by_a_success_is_none(laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch):
+def test_a_failure_followed_by_a_success_is_not_shown(laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch):
     _fail_to_train(laboratory, monkeypatch, SaeensError("once"))
     laboratory.run(seeds=[SEED], select=["bagging/member_1"])
     assert _statuses(laboratory)["bagging/member_1"].state == "fresh"
@@ -89,8 +88,8 @@ def _unfinished_run(laboratory: Laboratory, process: str, seed: int = SEED) -> d
         return run
 
 
-def test_what_a_run_is_at_work_on_is_running(laboratory: Laboratory):
-    run = _unfinished_run(laboratory, f"{socket.gethostname()}:1")
+def test_assets_of_an_active_run_are_running(laboratory: Laboratory):
+    run = _unfinished_run(laboratory, f"{this_host()}:1")
     statuses = _statuses(laboratory)
     assert (statuses["boosting/round_1"].state, statuses["boosting/round_1"].reason) == ("running", f"run {run.run_id[:8]}")
     assert statuses["boosting/residual_1"].state == "running"
@@ -98,20 +97,20 @@ def test_what_a_run_is_at_work_on_is_running(laboratory: Laboratory):
     assert statuses["boosting/round_2"].state == "missing"
 
 
-def test_a_run_of_another_seed_says_nothing(laboratory: Laboratory):
-    _unfinished_run(laboratory, f"{socket.gethostname()}:1", seed=SEEDS[1])
+def test_a_run_of_another_seed_does_not_change_the_state(laboratory: Laboratory):
+    _unfinished_run(laboratory, f"{this_host()}:1", seed=SEEDS[1])
     assert _statuses(laboratory)["boosting/round_1"].state == "missing"
 
 
-def test_a_run_whose_process_is_dead_has_failed_at_what_it_was_at(laboratory: Laboratory):
-    run = _unfinished_run(laboratory, f"{socket.gethostname()}:{2**22 + 1}")  # above the largest process number
+def test_a_run_of_a_dead_process_has_failed_at_its_current_asset(laboratory: Laboratory):
+    run = _unfinished_run(laboratory, f"{this_host()}:{2**22 + 1}")  # above the largest process number
     statuses = _statuses(laboratory)
     assert statuses["boosting/round_1"].state == "failed"
     assert statuses["boosting/round_1"].reason == f"run {run.run_id[:8]}: its process was killed"
     assert statuses["boosting/residual_1"].state == "missing"
 
 
-def test_a_run_that_was_reported_dead_has_failed_at_what_it_was_at(laboratory: Laboratory):
+def test_a_run_reported_dead_has_failed_at_its_current_asset(laboratory: Laboratory):
     run = _unfinished_run(laboratory, "elsewhere:1")
     with command_line_instance() as instance:
         instance.report_run_failed(run, "The process that executed this run was killed.")
@@ -121,7 +120,7 @@ def test_a_run_that_was_reported_dead_has_failed_at_what_it_was_at(laboratory: L
     assert statuses["boosting/residual_1"].state == "missing"
 
 
-def test_the_command_counts_states_and_prints_json_alone(laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch):
+def test_the_status_command_counts_states_and_prints_json_alone(laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch):
     _fail_to_train(laboratory, monkeypatch, SaeensError("the moon is full"))
     printed = CliRunner().invoke(cli.app, ["status", NAME])
     assert printed.exit_code == 0
@@ -132,6 +131,6 @@ def test_the_command_counts_states_and_prints_json_alone(laboratory: Laboratory,
     assert "the moon is full" in failed["why"]
 
 
-def test_looking_makes_no_instance(empty: Laboratory):
+def test_status_creates_no_dagster_instance(empty: Laboratory):
     assert _statuses(empty)["tokens"].state == "missing"
     assert not empty.root.exists()

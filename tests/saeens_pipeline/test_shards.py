@@ -1,4 +1,4 @@
-"""Memory-mapped shards: byte for byte what zarr-python reads, or left to it, or an error that names the damaged file."""
+"""Memory-mapped shards: equal to the bytes that zarr-python reads, or left to zarr-python, or an error that names the damaged file."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_chunks_that_were_never_written_and_shards_without_a_file_have_the_fill_
     assert [float(shards.chunk(index).mean()) for index in range(10)] == [2.5, 1.0, 1.0] + [2.5] * 7
 
 
-def test_chunks_may_lie_anywhere_in_a_shard_and_in_any_order(tmp_path):
+def test_chunks_can_be_at_any_offset_of_a_shard_and_in_any_order(tmp_path):
     array = _create(tmp_path, (4, 3), checksum=False, chunks_per_shard=2)
     values = np.arange(12, dtype="<f4").reshape(4, 3)
     index = np.array([[24 + 5, 24], [1, 24]], dtype="<u8")  # the second chunk first, neither at a multiple of four bytes
@@ -114,21 +114,21 @@ def test_chunks_may_lie_anywhere_in_a_shard_and_in_any_order(tmp_path):
     _assert_same_bytes(array)
 
 
-def test_writing_to_a_chunk_does_not_change_the_file(tmp_path):
+def test_writing_to_a_returned_chunk_does_not_change_the_file(tmp_path):
     array = _create(tmp_path)
     values = _fill(array)
     _mapped(array).chunk(0)[:] = 0
     assert np.asarray(array[:]).tobytes() == values.tobytes()
 
 
-def test_more_shards_than_are_kept_open_can_be_read_again_and_again(tmp_path):
+def test_more_shards_than_stay_open_can_be_read_repeatedly(tmp_path):
     array = _create(tmp_path, (40, 3), chunk_rows=1, chunks_per_shard=1)
     values, shards = _fill(array), _mapped(array)
     held = [shards.chunk(index) for index in [*range(40), *range(40)]]
     assert np.concatenate(held).tobytes() == values.tobytes() * 2
 
 
-def test_asking_for_a_chunk_that_is_not_there_is_an_error(tmp_path):
+def test_a_missing_chunk_is_an_error(tmp_path):
     shards = _mapped(_create(tmp_path))
     for index in (-1, 10):
         with pytest.raises(IndexError, match=f"has 10 chunks: there is no chunk {index}"):
@@ -137,7 +137,7 @@ def test_asking_for_a_chunk_that_is_not_there_is_an_error(tmp_path):
 
 @pytest.mark.parametrize("index_at", ["start", "end"])
 @pytest.mark.parametrize("checksum", [True, False])
-def test_a_truncated_shard_is_an_error_that_names_it_wherever_it_was_cut(tmp_path, index_at, checksum):
+def test_a_shard_truncated_at_any_point_is_an_error_that_names_it(tmp_path, index_at, checksum):
     array = _create(tmp_path, (8, 2), index_at=index_at, checksum=checksum)
     array[:] = np.arange(16).reshape(8, 2)
     whole = _file(array).read_bytes()
@@ -147,10 +147,10 @@ def test_a_truncated_shard_is_an_error_that_names_it_wherever_it_was_cut(tmp_pat
             with pytest.raises(SaeensError, match="truncated or damaged") as error:
                 _mapped(array).chunk(index)
             assert str(_file(array)) in str(error.value)
-            assert "`saeens run` makes it again" in str(error.value)
+            assert "`saeens run` computes it again" in str(error.value)
 
 
-def test_a_shard_that_is_cut_while_it_is_open_is_an_error(tmp_path):
+def test_a_shard_truncated_while_it_is_open_is_an_error(tmp_path):
     array = _create(tmp_path)
     _fill(array)
     shards = _mapped(array)

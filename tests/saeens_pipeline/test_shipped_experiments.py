@@ -1,4 +1,4 @@
-"""The experiments that come with the project: the paper's hyperparameters, and nothing that disturbs a machine without a hub."""
+"""The shipped experiments: the paper's hyperparameters, and commands without a hub."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ from typing import Any
 import dagster as dg
 import polars as pl
 import pytest
+import yaml
 from fake_hub import FakeHub
 from tiny_experiment import LAYER, NAME, Laboratory
 from tiny_models import CONTEXT_LENGTH, Architecture, write_tiny_model, write_tiny_tokenizer
 from tiny_transformer_lens import tiny_hooked, write_hooked
 
-from saeens_pipeline import cli
+from saeens_pipeline import cli, components
+from saeens_pipeline import defs as shipped_files
 from saeens_pipeline.assets.compute import Compute
 from saeens_pipeline.assets.forecast import forecast
 from saeens_pipeline.orchestration.catalogue import Catalogue, load_catalogue
 from saeens_pipeline.settings.corpora import HubDataset
+from saeens_pipeline.settings.files import MODELS
 from saeens_pipeline.storage.recipes import Store
 from saeens_pipeline.storage.root import data_root
 
@@ -67,7 +70,7 @@ def catalogue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Catalogue:
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_hyperparameters_are_the_papers(catalogue: Catalogue, name: str):
+def test_hyperparameters_equal_those_of_the_paper(catalogue: Catalogue, name: str):
     paper, is_small = PAPER[name.removesuffix("_small")], name.endswith("_small")
     experiment = catalogue.experiment(name)
     source = catalogue.sources[experiment.source]
@@ -87,7 +90,7 @@ def test_hyperparameters_are_the_papers(catalogue: Catalogue, name: str):
     assert (source.corpus.name, source.corpus.split, source.corpus.test_split) == ("monology/pile-uncopyrighted", "train", "test")
 
 
-def test_they_load_and_make_nothing_by_themselves(catalogue: Catalogue):
+def test_shipped_experiments_load_without_automation(catalogue: Catalogue):
     assert catalogue.broken == {}
     assert set(SHIPPED) | {"quickstart"} <= set(catalogue.experiments)
     definitions = catalogue.definitions()
@@ -100,7 +103,7 @@ def test_they_load_and_make_nothing_by_themselves(catalogue: Catalogue):
 
 
 @pytest.mark.parametrize("arguments", [("experiments",), ("status", "{}"), ("gc",), ("leaderboard",), ("doctor",), ("plan", "{}")])
-def test_commands_work_without_a_hub(
+def test_commands_on_shipped_experiments_work_without_a_hub(
     catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
 ):
     for name in SHIPPED if "{}" in arguments else [""]:
@@ -112,7 +115,7 @@ def test_commands_work_without_a_hub(
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_running_one_without_a_hub_fails_at_once_with_what_to_do(
+def test_a_run_without_a_hub_fails_at_once_with_a_remedy(
     catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, tmp_path: Path
 ):
     monkeypatch.setattr(sys, "argv", ["saeens", "run", name])
@@ -124,7 +127,9 @@ def test_running_one_without_a_hub_fails_at_once_with_what_to_do(
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_a_plan_needs_their_models_configurations_only(catalogue: Catalogue, fake_hub: FakeHub, tmp_path: Path, name: str):
+def test_a_plan_of_a_shipped_experiment_needs_only_the_models_configuration(
+    catalogue: Catalogue, fake_hub: FakeHub, tmp_path: Path, name: str
+):
     for repository, configuration in CONFIGURATIONS.items():
         _publish(fake_hub, tmp_path / repository, repository, configuration)
     _publish(fake_hub, tmp_path / "tokenizer", "NeelNanda/gpt-neox-tokenizer-digits", None)
@@ -157,14 +162,14 @@ FAMILIES: dict[str, Architecture] = {"pythia_160m": "gpt_neox", "gemma_2_2b": "g
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_same_experiment_runs_on_a_tiny_model_of_the_family(
+def test_shipped_experiments_run_on_a_tiny_model_of_the_family(
     catalogue: Catalogue, empty: Laboratory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
 ):
     _run_in_small(catalogue, empty, monkeypatch, name, str(write_tiny_model(tmp_path / "family", FAMILIES[name])))
 
 
 @pytest.mark.transformer_lens
-def test_the_same_experiment_runs_on_a_tiny_model_of_gelu_1ls_architecture(
+def test_the_gelu_1l_experiment_runs_on_a_tiny_model_of_its_architecture(
     catalogue: Catalogue, empty: Laboratory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     pytest.importorskip("transformer_lens", reason="the optional extra transformer_lens is not installed")
@@ -194,3 +199,18 @@ def _run_in_small(
     assert table["explained_variance"].is_finite().all()
     assert table["ce_loss_recovered"].is_finite().all()
     assert "nothing to do" in laboratory.run()
+
+
+def test_dagsters_own_check_of_the_files_accepts_them():
+    """`dg check yaml` compares what YAML 1.1 reads with the JSON schema: `off` is false there."""
+    for file in Path(next(iter(shipped_files.__path__))).glob("*/defs.yaml"):
+        for document in yaml.safe_load_all(file.read_text()):
+            properties = MODELS[document["type"]].model_json_schema()["properties"]
+            values = {name: value for name, value in document["attributes"].items() if "enum" in properties[name]}
+            assert [name for name, value in values.items() if value not in properties[name]["enum"]] == []
+            assert "automation" in values or document["type"].endswith("ActivationSource")
+
+
+def test_dagsters_own_check_of_the_components_finds_only_those_with_settings():
+    classes = [each for each in vars(components).values() if isinstance(each, type) and issubclass(each, dg.Component)]
+    assert {each.__name__: each.get_model_cls() for each in classes} == {name.rpartition(".")[2]: model for name, model in MODELS.items()}

@@ -57,7 +57,7 @@ def _all_rows(store: ActivationStore) -> torch.Tensor:
 
 @settings(max_examples=60, deadline=None)
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=12), data=st.data())
-def test_the_rows_of_some_documents_are_those_in_storage_order(tmp_path_factory, lengths: list[int], data: st.DataObject):
+def test_rows_of_selected_documents_are_in_storage_order(tmp_path_factory, lengths: list[int], data: st.DataObject):
     documents = np.repeat(np.arange(len(lengths)), lengths)
     chosen = data.draw(st.sets(st.integers(0, len(lengths) - 1), min_size=1))
     store = _store(tmp_path_factory.mktemp("rows") / "a.zarr", documents, data.draw(st.sampled_from(["float32", "bfloat16"])))
@@ -93,7 +93,7 @@ def test_only_chunks_with_rows_of_the_documents_are_read(tmp_path: Path, monkeyp
     assert sorted(set(read)) == [4, 5, 14, 15]
 
 
-def test_documents_without_rows_and_other_splits_are_refused(tmp_path: Path):
+def test_documents_without_rows_and_unknown_splits_are_refused(tmp_path: Path):
     store = _store(tmp_path / "a.zarr", np.repeat(np.arange(3), 5))
     with pytest.raises(SaeensError, match="no train rows of the 2 selected documents"):
         SelectedDocuments(store, "train", np.array([7, 9]))
@@ -149,7 +149,7 @@ def _trained_anew(
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_member_is_trained_on_the_rows_of_its_documents_and_no_others(laboratory: Laboratory, tmp_path: Path, seed: int):
+def test_a_specialised_member_is_trained_on_the_rows_of_its_documents_alone(laboratory: Laboratory, tmp_path: Path, seed: int):
     rows = _rows_of(laboratory, "python")
     expected = _trained_anew(laboratory, rows, tmp_path / "rows.zarr", seed=seed, index=2)
     member = laboratory.artefact("bagging/member_2", seed)
@@ -181,7 +181,7 @@ def test_cost_counts_the_rows_that_each_member_saw(laboratory: Laboratory):
     assert cost["peak_memory_bytes"].to_list() == [max(peaks[:n]) for n in (1, 2, 3)]  # one after the other
 
 
-def test_rounds_and_baselines_see_all_rows(laboratory: Laboratory):
+def test_rounds_and_baselines_are_trained_on_all_rows(laboratory: Laboratory):
     for key in ("boosting/round_1", "boosting/round_2", "boosting/round_3", "baseline/expanded"):
         artefact = laboratory.artefact(key, 1)
         assert artefact.provenance["train_tokens"] == TRAIN
@@ -189,7 +189,7 @@ def test_rounds_and_baselines_see_all_rows(laboratory: Laboratory):
     assert laboratory.artefact("boosting/round_1", 1).provenance["same_as"] == f"{NAME}/bagging/member_1"
 
 
-def test_lineage_shows_the_labels_tokens_and_the_sae_that_it_started_from(laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch):
+def test_lineage_shows_labels_tokens_and_the_initial_sae(laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch):
     laboratory.activate(monkeypatch)
     found = lineage(laboratory.store, laboratory.declarations().values(), f"{NAME}/bagging/member_3:layer={LAYER},seed=1")
     parents = {parent.role: parent.title for parent in found.parents}
@@ -208,14 +208,14 @@ def _states(state: str) -> set[str]:
     return {"/".join(s.declaration.address.key[1:]) for s in status_of(NAME) if s.state == state}
 
 
-def test_specialising_a_member_leaves_all_others_as_they_are(finished: Laboratory):
+def test_specialising_a_member_changes_no_other(finished: Laboratory):
     finished.declare(ensemble=_ensemble({"member": 3, "documents": {"language": ["python"]}}))
     saes_and_residuals = {key for key in _states("stale") if not key.startswith(("eval/", "report"))}
     assert saes_and_residuals == {"bagging/member_3", "bagging/bagging_ensemble"}
     assert {"bagging/member_1", "bagging/member_2", "boosting/round_1", "boosting/round_3", "baseline/expanded"} <= _states("fresh")
 
 
-def test_a_member_follows_from_the_one_that_it_starts_from_and_from_its_labels(finished: Laboratory):
+def test_a_specialised_member_depends_on_its_initial_sae_and_its_labels(finished: Laboratory):
     finished.declare(ensemble=_ensemble({"member": 3, "documents": {"language": ["python"]}, "start_from": 1}))
     finished.run()
     assert _states("fresh") == {"/".join(s.declaration.address.key[1:]) for s in status_of(NAME)}
@@ -232,7 +232,7 @@ def test_a_member_follows_from_the_one_that_it_starts_from_and_from_its_labels(f
     )
 
 
-def test_the_first_member_may_be_specialised_and_round_1_is_then_trained_apart(finished: Laboratory):
+def test_with_a_specialised_first_member_round_1_is_trained_separately(finished: Laboratory):
     finished.declare(ensemble=_ensemble({"member": 1, "documents": {"language": ["python"]}}))
     before = finished.artefact("boosting/round_1", 1).data_version
     printed = finished.run()
@@ -241,7 +241,7 @@ def test_the_first_member_may_be_specialised_and_round_1_is_then_trained_apart(f
     assert finished.artefact("boosting/round_1", 1).data_version == before != finished.artefact("bagging/member_1", 1).data_version
 
 
-def test_the_automation_makes_specialised_members_with_the_others_and_after_new_tokens(empty: Laboratory):
+def test_the_automation_requests_specialised_members_with_the_others_and_after_new_tokens(empty: Laboratory):
     automated: dict[str, Any] = AUTOMATED | {"ensemble": _ensemble(*SPECIALISED)}
     empty.declare(**automated)
     with dg.DagsterInstance.ephemeral() as instance:
@@ -263,7 +263,7 @@ def test_the_automation_makes_specialised_members_with_the_others_and_after_new_
     ],
     ids=["value", "field"],
 )
-def test_an_absent_label_is_said_with_those_that_there_are_before_any_training(
+def test_an_absent_label_is_refused_with_the_existing_ones_before_training(
     empty: Laboratory, monkeypatch: pytest.MonkeyPatch, documents: dict[str, list[str]], message: str
 ):
     monkeypatch.setattr(sm, "train", lambda *_, **__: pytest.fail("nothing is to be trained"))
@@ -273,7 +273,7 @@ def test_an_absent_label_is_said_with_those_that_there_are_before_any_training(
     assert not (empty.root / "experiments").exists()
 
 
-def test_labels_that_no_document_has_together_are_said(finished: Laboratory):
+def test_combinations_of_labels_without_documents_are_refused(finished: Laboratory):
     from saeens_pipeline.language_models.tokens import open_tokens
 
     tokens = open_tokens(finished.artefact("tokens", layer=None).path)
@@ -287,10 +287,10 @@ def test_labels_that_no_document_has_together_are_said(finished: Laboratory):
         tokens.documents_with("train", {"language": ["python"], "size": ["2"]})
 
 
-def test_activations_of_other_tokens_are_not_filtered_by_the_labels_of_these(finished: Laboratory):
+def test_labels_cannot_filter_activations_of_earlier_tokens(finished: Laboratory):
     finished.declare(source={"train_tokens": 500}, ensemble=_ensemble({"member": 3, "documents": {"language": ["python"]}}))
     finished.materialise([f"{NAME}/tokens"], Partition())
-    with pytest.raises(SaeensError, match="made from tokens of tiny that have changed since"):
+    with pytest.raises(SaeensError, match="computed from tokens of tiny that have changed since"):
         finished.materialise([f"{NAME}/bagging/member_3"], Partition(LAYER, 1))
 
 
@@ -304,7 +304,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_a_wrong_entry_is_said_with_its_line_and_field(empty: Laboratory, case: str):
+def test_a_wrong_specialisation_is_reported_with_its_line_and_field(empty: Laboratory, case: str):
     entry, field, message = WRONG[case]
     file = empty.declare(ensemble=_ensemble(entry))
     (complaint,) = empty.catalogue.broken.values()
@@ -317,12 +317,12 @@ def test_a_wrong_entry_is_said_with_its_line_and_field(empty: Laboratory, case: 
     assert int(line) > lines.index("  ensemble:")
 
 
-def test_a_member_named_twice_is_refused(empty: Laboratory):
+def test_a_member_specialised_twice_is_refused(empty: Laboratory):
     empty.declare(ensemble=_ensemble({"member": 2, "start_from": 1}, {"member": 2, "documents": {"language": ["python"]}}))
     assert "attributes.ensemble.specialised.1.member: member 2 is named twice" in "".join(empty.catalogue.broken.values())
 
 
-def test_a_start_of_another_shape_is_refused(empty: Laboratory):
+def test_an_initial_sae_of_another_shape_is_refused(empty: Laboratory):
     wider = EXPERIMENT["sae"] | {"expansion": 3}
     empty.declare(sae=[EXPERIMENT["sae"], wider, wider], ensemble=_ensemble({"member": 2, "start_from": 1}))
     complaint = "".join(empty.catalogue.broken.values())

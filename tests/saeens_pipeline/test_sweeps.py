@@ -1,4 +1,4 @@
-"""Sweeps: one experiment per value, with recipes as if it had been written out; and their comparison."""
+"""Sweeps: one experiment per value, with the recipes of the written-out experiment; and their comparison."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tiny_experiment import EXPERIMENT, LAYER, NAME, SEEDS, Laboratory, experime
 from saeens_pipeline import cli
 from saeens_pipeline.assets.declarations import Declaration
 from saeens_pipeline.assets.experiments import experiment_ops
-from saeens_pipeline.assets.tables import METHODS, columns_of, table_frame
+from saeens_pipeline.assets.registry import METHODS, columns_of, table_frame
 from saeens_pipeline.assets.tables.pareto import PARETO, PICTURE_FILE, TABLE_FILE, notes, pareto_rows
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.orchestration.catalogue import load_catalogue
@@ -59,7 +59,7 @@ def _experiments(**changes: Any) -> list[ExperimentSettings]:
         (SAE | {"k": 3}, {"aux_loss_coefficient": [0.25]}, ["aux_loss_0p25"], [0.25]),
     ],
 )
-def test_there_is_one_experiment_per_value(sae: dict[str, Any], sweep: dict[str, Any], names: list[str], values: list[float]):
+def test_a_sweep_has_one_experiment_per_value(sae: dict[str, Any], sweep: dict[str, Any], names: list[str], values: list[float]):
     made = _experiments(sae=sae, sweep=sweep, baselines=["expanded"])
     (field,) = sweep
     assert [each.name for each in made] == [f"{SWEEP}__{name}" for name in names]
@@ -67,7 +67,7 @@ def test_there_is_one_experiment_per_value(sae: dict[str, Any], sweep: dict[str,
     assert [each.sweep for each in made] == [None] * len(values)
 
 
-def test_each_is_the_experiment_that_would_have_been_written_out():
+def test_experiments_of_a_sweep_equal_those_written_out():
     (first, second) = _experiments(sae=SAE, sweep={"k": [4, 8]}, expanded_sizes="all", evaluations=["cost"])
     for made, k in ((first, 4), (second, 8)):
         changes = {"sae": SAE | {"k": k}, "expanded_sizes": "all", "evaluations": ["cost"]}
@@ -116,7 +116,7 @@ WRONG: list[tuple[dict[str, Any], str, str, str]] = [
 
 
 @pytest.mark.parametrize(("changes", "line", "field", "said"), WRONG)
-def test_what_is_wrong_with_a_sweep_is_said_with_line_and_field(
+def test_errors_of_a_sweep_are_reported_with_line_and_field(
     laboratory: Laboratory, changes: dict[str, Any], line: str, field: str, said: str
 ):
     text = _text(**changes)
@@ -128,7 +128,7 @@ def test_what_is_wrong_with_a_sweep_is_said_with_line_and_field(
     assert message.startswith(f"{file}:{number}: attributes.{field}: {said}")
 
 
-def test_a_name_that_is_taken_is_said(laboratory: Laboratory):
+def test_an_experiment_name_of_a_sweep_that_exists_is_refused(laboratory: Laboratory):
     other = experiment_settings(name=f"{SWEEP}__k_8", source=SWEEP)
     file = laboratory.write(_text(sweep={"k": [4, 8]}), "second")
     laboratory.write(experiment_file(("EnsembleExperiment", other)), "first")
@@ -144,7 +144,7 @@ def test_a_sweep_and_an_experiment_do_not_share_a_name(laboratory: Laboratory):
     assert f"there already is an experiment called '{SWEEP}'" in message
 
 
-def test_a_sweep_without_its_source_is_left_out_whole(laboratory: Laboratory):
+def test_a_sweep_without_its_source_is_left_out(laboratory: Laboratory):
     laboratory.write(experiment_file(("EnsembleExperiment", experiment_settings(name=SWEEP, source="nowhere", sweep={"k": [4, 8]}))))
     catalogue = laboratory.catalogue
     assert catalogue.experiments == catalogue.sweeps == {}
@@ -178,7 +178,7 @@ def test_the_plan_of_a_sweep_has_every_experiment(
 
 
 @pytest.mark.filterwarnings("ignore")  # what is beta or deprecated inside Dagster
-def test_dagsters_own_component_loader_makes_the_assets_of_a_sweep(laboratory: Laboratory):
+def test_dagsters_component_loader_builds_the_assets_of_a_sweep(laboratory: Laboratory):
     import importlib
 
     from saeens_pipeline import defs
@@ -238,7 +238,7 @@ def _rows(laboratory: Laboratory) -> tuple[pl.DataFrame, Declaration]:
     return pareto_rows(laboratory.store, declaration), declaration
 
 
-def test_rows_are_means_and_points_of_the_tables_that_are_there(empty: Laboratory):
+def test_rows_of_a_sweep_are_means_and_points_of_the_existing_tables(empty: Laboratory):
     _declare(empty)
     _write_points(empty)
     table, pareto = _rows(empty)
@@ -268,7 +268,7 @@ def test_rows_are_means_and_points_of_the_tables_that_are_there(empty: Laborator
     ]
 
 
-def test_nothing_is_there_yet(empty: Laboratory):
+def test_a_sweep_without_results_has_an_empty_table_and_a_picture(empty: Laboratory):
     _declare(empty)
     table, pareto = _rows(empty)
     assert table.is_empty()
@@ -321,9 +321,9 @@ def saeens(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
     return call
 
 
-def test_a_sweep_is_run_whole_and_shares_what_is_there(swept: Laboratory, saeens: Command, tmp_path: Path):
+def test_a_sweep_runs_all_experiments_and_shares_existing_artefacts(swept: Laboratory, saeens: Command, tmp_path: Path):
     out, _ = saeens("run", SWEEP)
-    assert out.count("artefacts to make") == 2
+    assert out.count("artefacts to compute") == 2
     same = swept.store.require(Address(f"{SWEEP}__k_4", "boosting", "round_3"), Partition(LAYER, SEEDS[0]))
     assert same.provenance["same_as"] == f"{NAME}/boosting/round_3"
     made = swept.store.require(Address(f"{SWEEP}__k_2", "bagging", "member_1"), Partition(LAYER, SEEDS[0]))
@@ -354,7 +354,7 @@ def test_a_sweep_is_run_whole_and_shares_what_is_there(swept: Laboratory, saeens
     assert f"{SWEEP}__k_2/eval/reconstruction" in out
 
 
-def test_the_picture_names_what_was_not_evaluated(swept: Laboratory):
+def test_the_picture_of_a_sweep_names_missing_evaluations(swept: Laboratory):
     (declaration,) = swept.catalogue.pareto(SWEEP).outputs
     job = swept.catalogue.definitions().resolve_implicit_global_asset_job_def()
     with dg.DagsterInstance.ephemeral() as instance:

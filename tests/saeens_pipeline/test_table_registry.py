@@ -1,4 +1,4 @@
-"""The registry of tables: one that is registered here appears everywhere without another line."""
+"""The registry of tables: a registered table appears everywhere without further code."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from tiny_experiment import LAYER, NAME, SEEDS, Laboratory, experiment_settings
 
 from saeens_pipeline import cli
-from saeens_pipeline.assets.tables import TABLES, Headline, Making, Row, Table, complaint_about, listed, register
+from saeens_pipeline.assets.registry import TABLES, Headline, Making, Row, Table, complaint_about, listed, register
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.settings import ExperimentSettings
 from saeens_pipeline.storage.tables import Column, read_table
@@ -36,7 +36,7 @@ def toy() -> Iterator[Table]:
             columns=(Column("letters", "int", "letters of the method's name"),),
             rows=_rows,
             headlines=(Headline("letters", "letters", ".0f"),),
-            seed_metrics={"letters": "letters of the method's name"},
+            seed_metrics=("letters",),
         )
     )
     yield table
@@ -51,7 +51,7 @@ def _printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     return capsys.readouterr().out
 
 
-def test_a_registered_table_is_an_asset_a_table_and_a_line_of_every_list(
+def test_a_registered_table_has_an_asset_a_file_and_an_entry_in_every_list(
     toy: Table, finished: Laboratory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ):
     finished.declare(evaluations=["reconstruction", TOY])
@@ -77,7 +77,7 @@ def test_a_registered_table_is_an_asset_a_table_and_a_line_of_every_list(
     assert {row["seed"] for row in rows.iter_rows(named=True)} == set(SEEDS)
 
 
-def test_a_name_can_be_registered_once(toy: Table):
+def test_a_table_name_can_be_registered_once(toy: Table):
     with pytest.raises(ValueError, match="registered twice"):
         register(toy)
 

@@ -1,4 +1,4 @@
-"""The table contract: which columns, in what types, and how partitions are read together."""
+"""The table contract: columns, types, and reading of partitions together."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from saeens_pipeline.assets.tables import TABLES, columns_of, listed, table_frame
+from saeens_pipeline.assets.registry import TABLES, columns_of, listed, table_frame
 from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.storage.names import Address, Partition
 from saeens_pipeline.storage.recipes import Recipe, Store
@@ -46,18 +46,18 @@ ROW = {
 
 
 @pytest.mark.parametrize("table", CONTRACT)
-def test_columns_are_those_of_the_contract(table: str):
+def test_tables_have_the_columns_of_the_contract(table: str):
     columns = columns_of(table)
     assert [column.name for column in columns] == SUBJECT + CONTRACT[table].split()
     assert all(column.description for column in columns)
     assert TABLES[table].question
 
 
-def test_there_are_no_other_tables():
+def test_the_contract_covers_all_tables():
     assert {table.name for table in listed(over_experiments=False)} == CONTRACT.keys()
 
 
-def test_a_frame_has_every_column_in_order_and_type_whatever_the_rows_hold():
+def test_a_frame_has_every_column_in_order_and_type_for_any_rows():
     shuffled = dict(reversed(ROW.items())) | {"diversity": None}
     for rows in ([], [ROW], [shuffled, ROW]):
         table = table_frame("coactivation", rows)
@@ -69,12 +69,12 @@ def test_a_frame_has_every_column_in_order_and_type_whatever_the_rows_hold():
     assert table["diversity"].to_list() == [None, 7]
 
 
-def test_what_does_not_apply_is_null():
+def test_columns_that_do_not_apply_are_null():
     (row,) = table_frame("reconstruction", [{"method": "single"}]).iter_rows(named=True)
     assert {name for name, value in row.items() if value is not None} == {"method"}
 
 
-def test_a_column_that_the_table_does_not_have_is_refused():
+def test_a_column_outside_the_contract_is_refused():
     with pytest.raises(ValueError, match="table coactivation has no column purity"):
         table_frame("coactivation", [ROW | {"purity": 1.0}])
 
@@ -98,19 +98,19 @@ def test_all_partitions_are_read_in_numeric_order(root: Path):
     assert table.columns == SUBJECT + CONTRACT["coactivation"].split()
 
 
-def test_one_scan_of_the_folder_reads_a_whole_table(root: Path):
+def test_one_scan_of_the_folder_reads_all_partitions(root: Path):
     scanned = pl.scan_parquet(root / "tables" / "e" / "coactivation").filter(pl.col("layer") == 2).collect()
     assert sorted(scanned.select("layer", "seed").unique().iter_rows()) == [(2, 1), (2, 2)]
     assert scanned.columns == SUBJECT + CONTRACT["coactivation"].split()
 
 
-def test_a_table_that_is_not_there_is_named_with_what_makes_it(root: Path):
-    with pytest.raises(SaeensError, match=r"e has no table cost below .* yet: `saeens run e` makes it"):
+def test_an_absent_table_is_named_with_the_command_that_computes_it(root: Path):
+    with pytest.raises(SaeensError, match=r"e has no table cost below .* yet: `saeens run e` computes it"):
         read_table(root, "e", "cost")
 
 
 @pytest.mark.parametrize(("experiment", "table"), [("..", "coactivation"), ("e", "../e/coactivation"), ("e", "/etc")])
-def test_names_cannot_lead_out_of_the_tables(root: Path, experiment: str, table: str):
+def test_table_names_cannot_leave_the_folder_of_tables(root: Path, experiment: str, table: str):
     (root / "coactivation").symlink_to(root / "tables" / "e" / "coactivation")
     with pytest.raises((SaeensError, ValueError)):
         read_table(root, experiment, table)

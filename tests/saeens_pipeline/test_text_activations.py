@@ -1,4 +1,4 @@
-"""Activations of single texts: which tokens count, and that batches do not matter."""
+"""Activations of single texts: the counted tokens, for any batching."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _alone(model: LanguageModel, text: str, kept: slice) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("drop", "first"), [((), 0), (("first",), 1), (("special",), 0)])
-def test_a_text_gives_its_activations_at_the_tokens_that_count(model: LanguageModel, drop: tuple[str, ...], first: int):
+def test_a_text_has_the_activations_of_its_counted_tokens(model: LanguageModel, drop: tuple[str, ...], first: int):
     texts = TEXTS[:4]
     batches = TextActivations(model, "resid_post", 1, texts, context_length=128, drop=drop, batch_texts=3)  # pyright: ignore[reportArgumentType]
     found = [text for i in range(len(batches)) for text in batches[i].x.split(batches[i].lengths.tolist())]
@@ -39,12 +39,12 @@ def test_a_text_gives_its_activations_at_the_tokens_that_count(model: LanguageMo
         torch.testing.assert_close(x, _alone(model, texts[number], slice(first, None)))
 
 
-def test_special_tokens_never_count(model: LanguageModel):
+def test_special_tokens_are_never_counted(model: LanguageModel):
     batches = TextActivations(model, "resid_post", 1, TEXTS[4:], context_length=6, drop=(), batch_texts=3)
     torch.testing.assert_close(batches[0].x, _alone(model, TEXTS[4], slice(1, 6)))
 
 
-def test_special_tokens_that_the_tokenizer_adds_are_part_of_the_context(tiny_model: Path, tmp_path: Path):
+def test_special_tokens_of_the_tokenizer_are_part_of_the_context(tiny_model: Path, tmp_path: Path):
     folder = tmp_path / "model"
     folder.mkdir()
     for file in tiny_model.iterdir():
@@ -59,6 +59,6 @@ def test_special_tokens_that_the_tokenizer_adds_are_part_of_the_context(tiny_mod
     torch.testing.assert_close(batches[0].x, _alone(model, "short", slice(1, 4)))
 
 
-def test_a_text_of_which_nothing_counts_is_named(model: LanguageModel):
+def test_a_text_without_counted_tokens_is_named(model: LanguageModel):
     with pytest.raises(SaeensError, match=r"the text 'x' has no token that counts"):
         TextActivations(model, "resid_post", 1, ["xy", "x"], context_length=6, drop=("first",), batch_texts=3)

@@ -1,4 +1,4 @@
-"""Corpora of local files: every format, what becomes a document, which are held out, and what is said of files that are wrong."""
+"""Corpora of local files: formats, documents, held-out documents, and errors of wrong files."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_empty_texts_and_blank_lines_are_no_documents(tmp_path: Path):
     assert _texts(_corpus(tmp_path, files="a.jsonl")) == ["kept"]
 
 
-def test_test_files_are_the_test_split_and_nothing_else_is(tmp_path: Path):
+def test_only_test_files_are_in_the_test_split(tmp_path: Path):
     (tmp_path / "train.jsonl").write_bytes(_lines(RECORDS[:30]))
     (tmp_path / "held_out.jsonl").write_bytes(_lines(RECORDS[30:]))
     corpus = _corpus(tmp_path, files="train.jsonl", test_files="held_out.jsonl")
@@ -110,7 +110,7 @@ def test_a_file_in_both_splits_is_refused(tmp_path: Path):
 
 
 @given(st.sets(st.integers(0, 10_000), min_size=1, max_size=30), st.floats(0.01, 0.99))
-def test_what_is_held_out_depends_on_the_name_alone_and_is_never_trained_on(numbers: set[int], share: float):
+def test_held_out_documents_depend_on_the_name_alone_and_are_never_trained_on(numbers: set[int], share: float):
     documents = [Document(f"a.jsonl:{number}", "x", {}) for number in numbers]
     corpus = TextFileCorpus(TextFiles.model_validate({"files": "a.jsonl", "test_share": share}))
     train, test = ({d.name for d in corpus.held_out(iter(documents), split)} for split in SPLITS)
@@ -120,7 +120,7 @@ def test_what_is_held_out_depends_on_the_name_alone_and_is_never_trained_on(numb
         assert [d.name for d in corpus.held_out(iter([document]), "test")] == [document.name] * (document.name in test)
 
 
-def test_reading_is_a_stream_that_stops_where_nobody_asks_for_more(tmp_path: Path):
+def test_files_are_read_only_as_far_as_documents_are_requested(tmp_path: Path):
     (tmp_path / "a.jsonl").write_bytes(_lines(RECORDS) + b"this is not JSON\n")
     documents = _corpus(tmp_path, files="a.jsonl", test_share=1e-9).documents("train")
     assert [next(documents).text for _ in RECORDS] == [record["text"] for record in RECORDS]  # what is wrong comes after
@@ -278,7 +278,7 @@ def _identity(folder: Path, **fields: Any) -> dict[str, object]:
     return _corpus(folder, files="*.jsonl", **fields).identity
 
 
-def test_identity_changes_with_bytes_names_and_settings_and_with_nothing_else(tmp_path: Path):
+def test_identity_depends_on_bytes_names_and_settings_alone(tmp_path: Path):
     file = tmp_path / "a.jsonl"
     file.write_bytes(_lines(RECORDS))
     before = _identity(tmp_path)
@@ -296,7 +296,7 @@ def test_identity_changes_with_bytes_names_and_settings_and_with_nothing_else(tm
     assert _identity(moved) != before
 
 
-def test_of_large_files_size_and_samples_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_identity_of_large_files_depends_on_their_size_and_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from saeens_pipeline.language_models import text_files
 
     monkeypatch.setattr(text_files, "_HASHED_BYTES", 0)
@@ -332,7 +332,7 @@ def test_a_wrong_record_is_named_by_file_and_line(tmp_path: Path, case: str):
 
 
 @pytest.mark.parametrize("file", ["a.jsonl.gz", "a.jsonl.zst"])
-def test_a_file_that_was_cut_off_is_named_by_the_line_where_it_ends(tmp_path: Path, file: str):
+def test_a_truncated_file_is_named_with_its_last_line(tmp_path: Path, file: str):
     WRITERS[file](tmp_path / file)
     whole = (tmp_path / file).read_bytes()
     (tmp_path / file).write_bytes(whole[: len(whole) - 30])
@@ -349,7 +349,7 @@ def test_a_missing_column_and_a_file_that_is_no_parquet_are_named(tmp_path: Path
         _corpus(tmp_path, files="b.parquet").require_readable()
 
 
-def test_files_that_are_not_there_or_of_another_format_are_refused(tmp_path: Path):
+def test_missing_files_and_unknown_formats_are_refused(tmp_path: Path):
     with pytest.raises(ConfigurationError, match=rf"there is no file texts/\*.jsonl in {tmp_path}"):
         _corpus(tmp_path, files="texts/*.jsonl").require_readable()
     for name in ("a.json", "a.parquet.zst", "a.tsv.gz"):
@@ -408,7 +408,7 @@ def test_an_experiment_runs_on_files_keeps_their_labels_and_notices_changes(empt
     assert "nothing to do" not in empty.run(select=["bagging_ensemble"])
 
 
-def test_what_is_wrong_with_files_is_said_before_anything_is_made(empty: Laboratory, monkeypatch: pytest.MonkeyPatch):
+def test_wrong_files_are_refused_before_anything_is_computed(empty: Laboratory, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sources, "open_corpus", corpora.open_corpus)
     file = empty.declare({"corpus": {"files": "a.jsonl", "text_field": "body"}})
     (file.parent / "a.jsonl").write_bytes(_lines(RECORDS))
@@ -419,7 +419,7 @@ def test_what_is_wrong_with_files_is_said_before_anything_is_made(empty: Laborat
 
 def test_too_few_documents_are_counted_before_the_model_is_loaded(empty: Laboratory, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sources, "open_corpus", corpora.open_corpus)
-    monkeypatch.setattr("saeens_pipeline.language_models.models._trained", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("the model was loaded"))
     file = empty.declare({"corpus": {"files": "a.jsonl", "test_share": 0.4}})
     (file.parent / "a.jsonl").write_bytes(_lines(RECORDS[:10]))
     with pytest.raises(SaeensError, match=r"train split has \d+ activation rows in \d documents .* but 600 were asked for"):

@@ -1,4 +1,4 @@
-"""Token windows: what is packed how, which positions become rows, and that every row leads back to its text."""
+"""Token windows: packing, kept positions, and the text of every row."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_concatenate_packing_cuts_through_documents_that_follow_an_end_of_text_t
     assert read.position.flatten().tolist() == [*range(7), *range(4), *range(5)]
 
 
-def test_rests_shorter_than_two_tokens_are_left_out(description, tmp_path):
+def test_remainders_shorter_than_two_tokens_are_left_out(description, tmp_path):
     statistics = write_tokens(tmp_path / "t", ListedCorpus(["abcde", "fg"], ["xyz"]), description, **_settings(train_tokens=6))
     assert _read(open_tokens(tmp_path / "t")).document.tolist() == [[0, 0, 0, 0], [1, 1, -1, -1]]
     assert (statistics.train.windows, statistics.train.tokens, statistics.train.documents) == (2, 6, 2)
@@ -118,7 +118,7 @@ def test_windows_per_document_are_spread_evenly_over_each_document(description, 
         assert read.tokens[windows][read.kept[windows]].tolist() == _encode(description, shown)
 
 
-def test_fewer_windows_per_document_make_the_same_rows_come_from_more_documents(description, tmp_path):
+def test_fewer_windows_per_document_spread_the_rows_over_more_documents(description, tmp_path):
     corpus = ListedCorpus(train=["abcdefghijklmnop"] * 10, test=["xyz"])
     used = {
         limit: write_tokens(tmp_path / f"{limit}", corpus, description, **_settings(train_tokens=32, windows_per_document=limit)).train
@@ -128,13 +128,13 @@ def test_fewer_windows_per_document_make_the_same_rows_come_from_more_documents(
 
 
 @pytest.mark.parametrize(("drop", "kept"), [(["first"], "bcdfhi"), (["padding"], "abcdefghi"), (["special", "first"], "bcdfhi")])
-def test_dropped_positions_become_no_rows(description, tmp_path, drop, kept):
+def test_dropped_positions_have_no_rows(description, tmp_path, drop, kept):
     write_tokens(tmp_path / "t", CORPUS, description, **_settings(drop=drop, train_tokens=len(kept)))
     read = _read(open_tokens(tmp_path / "t"))
     assert read.tokens[read.kept].tolist() == _encode(description, kept)
 
 
-def test_special_tokens_are_dropped_wherever_they_stand(description, tmp_path):
+def test_special_tokens_are_dropped_at_every_position(description, tmp_path):
     asked = _settings(packing="concatenate", drop=["special"], train_tokens=13)
     write_tokens(tmp_path / "t", CORPUS, description, **asked)
     read = _read(open_tokens(tmp_path / "t"))
@@ -156,7 +156,7 @@ def test_special_tokens_are_dropped_wherever_they_stand(description, tmp_path):
         }
     ),
 )
-def test_exactly_the_rows_asked_for_are_kept_and_each_leads_back_to_its_text(description, texts, asked):
+def test_exactly_the_requested_rows_are_kept_and_each_maps_to_its_text(description, texts, asked):
     corpus = ListedCorpus(train=texts, test=["test text"])
     packing, drop, context_length, wanted = (asked[key] for key in ("packing", "drop", "context_length", "train_tokens"))
     if packing == "concatenate":
@@ -200,7 +200,7 @@ def test_no_more_documents_are_tokenised_than_needed(description, tmp_path, monk
     assert corpus.read == {"train": 3, "test": 3}
 
 
-def test_chunks_and_batches_do_not_change_what_is_read(description, tmp_path, monkeypatch):
+def test_chunks_and_batches_do_not_change_the_tokens(description, tmp_path, monkeypatch):
     corpus = ListedCorpus(train=["the quick brown fox jumps over the lazy dog"] * 5, test=["abc"])
     asked = _settings(train_tokens=200, packing="concatenate")
     write_tokens(tmp_path / "one_chunk", corpus, description, **asked)
@@ -227,14 +227,14 @@ def test_a_corpus_too_short_names_split_rows_and_field(description, tmp_path, sp
     assert error.value.exit_code == 1
 
 
-def test_a_corpus_too_short_names_the_limit_per_document_where_there_is_one(description, tmp_path):
+def test_a_corpus_too_short_names_the_limit_per_document_if_set(description, tmp_path):
     with pytest.raises(
         SaeensError, match=r"has 11 .* packing: document, windows_per_document: 1 and .* at most 11, or raise `windows_per_document`"
     ):
         write_tokens(tmp_path / "t", CORPUS, description, **_settings(train_tokens=1000, windows_per_document=1))
 
 
-def test_free_disk_is_compared_with_what_will_be_written_before_anything_is(description, tmp_path, monkeypatch):
+def test_free_disk_is_compared_with_the_required_bytes_before_writing(description, tmp_path, monkeypatch):
     needed = (5 + 2) * (2 + 1 + 4 + 4)  # rows; token, kept, document and position of each
     free = needed - 1
     monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("Usage", "total used free")(10**6, 0, free))
@@ -258,7 +258,7 @@ def test_free_disk_is_compared_with_what_will_be_written_before_anything_is(desc
         ({"windows_per_document": 2, "packing": "concatenate"}, "windows_per_document: 2 is for packing: document"),
     ],
 )
-def test_settings_that_cannot_be_are_refused_before_anything_is_written(description, tmp_path, changed, message):
+def test_invalid_token_settings_are_refused_before_anything_is_written(description, tmp_path, changed, message):
     with pytest.raises(ConfigurationError, match=message):
         write_tokens(tmp_path / "t", CORPUS, description, **_settings(**changed))
     assert not (tmp_path / "t").exists()
@@ -285,6 +285,6 @@ def test_a_broken_tokenizer_is_named(tmp_path):
         write_tokens(tmp_path / "t", CORPUS, describe_language_model(str(path)), **_settings())
 
 
-def test_opening_what_is_not_there_says_so(tmp_path):
+def test_missing_tokens_cannot_be_opened(tmp_path):
     with pytest.raises(SaeensError, match="holds no tokens"):
         open_tokens(tmp_path / "nothing")

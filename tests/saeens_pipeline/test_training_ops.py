@@ -1,4 +1,4 @@
-"""What ops that train SAEs tell while they work, and what they do when the memory is not enough."""
+"""Ops that train SAEs: observations during training, and smaller groups if memory is short."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections import Counter
 from typing import Any
 
 import dagster as dg
+import numpy as np
 import pytest
 import torch
+import zarr
 from tiny_experiment import LAYER, NAME, SEEDS, Laboratory
 
 import saeens_models as sm
@@ -30,7 +32,7 @@ def _weights(laboratory: Laboratory) -> list[dict[str, torch.Tensor]]:
     return [sm.load_sae(laboratory.artefact(f"bagging/member_{j}", SEED).path).state_dict() for j in (1, 2, 3)]
 
 
-def test_members_that_do_not_fit_together_are_trained_in_smaller_groups(
+def test_members_that_exceed_memory_are_trained_in_smaller_groups(
     untrained: Laboratory, finished_laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch
 ):
     train, together = sm.train, []
@@ -50,7 +52,7 @@ def test_members_that_do_not_fit_together_are_trained_in_smaller_groups(
     assert untrained.artefact("bagging/member_3", SEED).provenance["trained_together"] == 1
 
 
-def test_one_sae_that_does_not_fit_is_trained_in_micro_batches_and_says_so(
+def test_one_sae_that_does_not_fit_is_trained_in_micro_batches_with_a_log_message(
     untrained: Laboratory, finished_laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(memory, "FEWEST_TOKENS", 8)
@@ -70,7 +72,7 @@ def test_one_sae_that_does_not_fit_is_trained_in_micro_batches_and_says_so(
         torch.testing.assert_close(weight, sm.load_sae(theirs).state_dict()[name], rtol=1e-2, atol=1e-3)
 
 
-def test_the_memory_budget_of_the_environment_decides_how_many_are_tried_first(
+def test_the_memory_budget_of_the_environment_limits_the_first_group(
     untrained: Laboratory, finished_laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch
 ):
     config = sm.load_sae(finished_laboratory.artefact("bagging/member_1", SEED).path).config
@@ -83,7 +85,7 @@ def test_the_memory_budget_of_the_environment_decides_how_many_are_tried_first(
     assert together == [1, 1, 1]
 
 
-def test_a_long_training_is_observed_a_few_times(untrained: Laboratory, monkeypatch: pytest.MonkeyPatch):
+def test_a_long_training_logs_a_few_asset_observations(untrained: Laboratory, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(training, "INTERVAL_SECONDS", 0)
     observed: list[dg.AssetObservation] = []
     log_event = dg.AssetExecutionContext.log_event
@@ -99,8 +101,43 @@ def test_a_long_training_is_observed_a_few_times(untrained: Laboratory, monkeypa
     assert tokens[0] != tokens[-1]
 
 
-def test_a_short_training_is_not_observed(untrained: Laboratory, monkeypatch: pytest.MonkeyPatch):
+def test_a_short_training_logs_no_asset_observations(untrained: Laboratory, monkeypatch: pytest.MonkeyPatch):
     observed: list[Any] = []
     monkeypatch.setattr(dg.AssetExecutionContext, "log_event", lambda self, event: observed.append(event))
     untrained.materialise(MEMBERS[:1], Partition(LAYER, SEED))
     assert observed == []
+
+
+def test_the_model_name_in_an_saes_folder_is_a_string_as_saelens_uses_it(finished_laboratory: Laboratory):
+    metadata = sm.load_sae(finished_laboratory.artefact("bagging/member_1", SEED).path).metadata
+    assert metadata["model_name"] == str(finished_laboratory.model)
+    assert metadata["model_name"] == metadata["language_model"]["name"]
+    assert "sha256" in metadata["language_model"]
+
+
+@pytest.mark.parametrize("boosting_scale", ["shared", "per_round"])
+def test_rounds_are_trained_in_the_scale_of_the_activations_or_each_in_its_own(
+    untrained: Laboratory, monkeypatch: pytest.MonkeyPatch, boosting_scale: str
+):
+    untrained.declare(ensemble={"members": 3, "seeds": SEEDS, "boosting_scale": boosting_scale}, keep_residuals="all")
+    train, scales = sm.train, []
+
+    def recorded(configs: Any, batches: Any, training: sm.TrainingConfig, *arguments: Any, **options: Any) -> Any:
+        scales.append(training.input_scale)
+        return train(configs, batches, training, *arguments, **options)
+
+    monkeypatch.setattr(sm, "train", recorded)
+    untrained.materialise([f"{NAME}/boosting/{key}" for key in ("round_1", "residual_1", "round_2")], Partition(LAYER, SEED))
+    folders = [untrained.root / f"sources/{NAME}/layer={LAYER}/activations.zarr", untrained.artefact("boosting/residual_1", SEED).path]
+    rows = [np.asarray(zarr.open_array(folder / "train" / "activations", mode="r")[:], np.float64) for folder in folders]
+    own = [each.shape[1] ** 0.5 / np.linalg.norm(each, axis=1).mean() for each in rows]
+    assert own[1] > 1.1 * own[0]
+    assert scales == pytest.approx([own[0], own[0] if boosting_scale == "shared" else own[1]], rel=1e-4)
+
+
+def test_only_later_rounds_of_scaled_inputs_have_the_boosting_scale_in_their_recipes(finished_laboratory: Laboratory):
+    scales = {
+        key: finished_laboratory.artefact(key, SEED).recipe["settings"].get("boosting_scale")
+        for key in ("bagging/member_2", "boosting/round_1", "boosting/round_2", "boosting/round_3")
+    }
+    assert scales == {"bagging/member_2": None, "boosting/round_1": None, "boosting/round_2": "shared", "boosting/round_3": "shared"}

@@ -61,7 +61,7 @@ def _described(folder: Path) -> LanguageModelDescription:
     return describe_language_model(f"transformer_lens:{folder}")
 
 
-def test_description_holds_what_the_configuration_says(folder: Path):
+def test_transformer_lens_descriptions_have_the_values_of_their_configuration(folder: Path):
     found = _described(folder)
     assert (found.d_model, found.n_layers, found.context_length, found.vocab_size) == (D_MODEL, N_LAYERS, CONTEXT_LENGTH, VOCAB_SIZE)
     assert (found.end_of_text, found.parallel_residual, found.tokenizer_file) == (END_OF_TEXT, False, folder / "tokenizer.json")
@@ -79,7 +79,7 @@ def test_hooks_equal_run_with_cache_exactly(tmp_path: Path, tokens: torch.Tensor
 
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("hook", [*HOOKS, "blocks.{layer}.ln1.hook_normalized", "blocks.{layer}.hook_resid_post"])
-def test_what_is_put_at_a_hook_goes_on_as_in_run_with_hooks_exactly(folder: Path, tokens: torch.Tensor, hook: str, layer: int):
+def test_patching_equals_run_with_hooks_exactly(folder: Path, tokens: torch.Tensor, hook: str, layer: int):
     everywhere = torch.ones_like(tokens)
     windows = PatchedWindows(
         load_language_model(_described(folder)), TokenBatch(tokens, everywhere.bool(), everywhere, everywhere), hook, layer
@@ -103,14 +103,14 @@ def test_other_hooks_are_module_paths_of_transformer_lens(folder: Path, tokens: 
         model.activations(tokens, "blocks.{layer}.mlp.hook_mid", [1])
 
 
-def test_it_is_called_as_models_of_transformers_are(folder: Path, tokens: torch.Tensor):
+def test_a_transformer_lens_model_has_the_call_signature_of_transformers(folder: Path, tokens: torch.Tensor):
     model = load_language_model(_described(folder)).model
     with torch.no_grad():
         assert torch.equal(model(input_ids=tokens, use_cache=False).logits, tiny_hooked()(tokens))
     assert model.device == torch.device("cpu")
 
 
-def test_the_unembedding_makes_logits_of_the_normalised_stream(folder: Path, tokens: torch.Tensor):
+def test_transformer_lens_unembedding_normalises_the_residual_stream(folder: Path, tokens: torch.Tensor):
     unembedding = load_language_model(_described(folder)).unembedding()
     assert unembedding is not None and unembedding.shape == (VOCAB_SIZE, D_MODEL)
     hooked = tiny_hooked()
@@ -130,7 +130,7 @@ def test_without_mlp_there_is_neither_mlp_out_nor_resid_mid(tmp_path: Path, toke
     assert torch.equal(load_language_model(description).activations(tokens, "resid_post", [1])[1], cache["blocks.1.hook_resid_post"])
 
 
-def test_random_weights_are_untrained_seeded_and_leave_the_global_generator_alone(folder: Path, tokens: torch.Tensor):
+def test_transformer_lens_random_weights_are_seeded_without_the_global_generator(folder: Path, tokens: torch.Tensor):
     (state, description) = torch.random.get_rng_state(), _described(folder)
     first, again, other = (
         load_language_model(description, "random", seed=seed).activations(tokens, "resid_post", [1])[1] for seed in (1, 1, 2)
@@ -140,7 +140,7 @@ def test_random_weights_are_untrained_seeded_and_leave_the_global_generator_alon
     assert not torch.allclose(first, other)
 
 
-def test_modules_are_checked_without_reading_weights(tmp_path: Path):
+def test_transformer_lens_modules_are_validated_without_reading_weights(tmp_path: Path):
     folder = write_hooked(tmp_path / "model", tiny_hooked())
     description = _described(folder)
     (folder / "model.safetensors").unlink()
@@ -173,7 +173,7 @@ def test_a_pickle_that_would_run_code_is_not_run(tmp_path: Path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_aliases_are_those_of_transformer_lens():
+def test_model_aliases_equal_those_of_transformer_lens():
     from transformer_lens.supported_models import MODEL_ALIASES  # pyright: ignore[reportMissingImports]
 
     for alias, repository in REPOSITORIES.items():
@@ -181,8 +181,8 @@ def test_aliases_are_those_of_transformer_lens():
 
 
 @pytest.mark.parametrize("architecture", ["gpt_neox", "llama", "gemma2"])
-def test_hooks_mean_what_they_mean_in_transformer_lens(architecture: Architecture, tmp_path: Path, tokens: torch.Tensor):
-    """Of models of transformers, which TransformerLens computes in its own way: equal but for rounding."""
+def test_hooks_read_the_activations_of_transformer_lens(architecture: Architecture, tmp_path: Path, tokens: torch.Tensor):
+    """Models of transformers, which TransformerLens computes in its own way: equal up to rounding."""
     from transformer_lens import loading_from_pretrained  # pyright: ignore[reportMissingImports]
 
     path = write_tiny_model(tmp_path / "model", architecture)
@@ -209,7 +209,7 @@ def test_hooks_mean_what_they_mean_in_transformer_lens(architecture: Architectur
             torch.testing.assert_close(activations, cache[f"blocks.{layer}.hook_{hook}"], rtol=1e-4, atol=1e-5)
 
 
-def test_the_experiment_runs_on_it_end_to_end(folder: Path, empty: Laboratory):
+def test_an_experiment_runs_on_a_transformer_lens_model(folder: Path, empty: Laboratory):
     empty.declare({"language_model": f"transformer_lens:{folder}", "hook": "resid_mid", "packing": "concatenate"})
     printed = empty.run()
     assert "boosting" in printed

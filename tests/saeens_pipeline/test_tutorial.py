@@ -1,4 +1,4 @@
-"""The tutorial notebook: its cells run as they are, what they find is true, and its text says what its saved outputs show."""
+"""The tutorial notebook: its cells run unchanged, its results are correct, and its text agrees with its saved outputs."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ def _transformers_loss(found: dict[str, Any]) -> float:
     return found["model"].model(input_ids=found["ids"], labels=found["ids"]).loss.item()
 
 
-def test_the_loss_with_the_activations_is_the_language_models_own(found):
+def test_the_loss_with_patched_activations_is_the_language_models_own(found):
     assert found["own"].mean().item() == pytest.approx(_transformers_loss(found), rel=1e-6)
 
 
-def test_ablating_a_feature_changes_the_loss_as_a_model_whose_block_returns_less(found):
+def test_ablating_a_feature_equals_subtracting_it_from_the_blocks_output(found):
     feature, acts = found["feature"], found["acts"]
     contribution = torch.zeros_like(found["activations"])
     for t, value in enumerate(acts[:, feature].tolist(), start=1):
@@ -74,14 +74,14 @@ def test_ablating_a_feature_changes_the_loss_as_a_model_whose_block_returns_less
     assert max(found["change"].values()) == found["change"][feature]
 
 
-def test_the_strongest_held_out_token_is_that_of_the_stored_activations(found, finished_laboratory):
+def test_the_strongest_held_out_token_agrees_with_the_stored_activations(found, finished_laboratory):
     stored = finished_laboratory.artefact("activations").path
     rows = torch.from_numpy(zarr.open_group(stored, mode="r")["test/activations"][:])  # pyright: ignore
     acts = found["member"].encode(rows.float())[:, found["feature"]]
     assert [value for value, _, _ in found["strongest"]] == pytest.approx(acts[acts > 0].sort(descending=True).values.tolist(), rel=0.01)
 
 
-def test_the_same_feature_is_looked_for_in_every_member(found):
+def test_the_same_feature_is_searched_in_every_member(found):
     bag = found["bag"]
     assert [bag.feature(i).member for i in found["twins"]] == list(range(MEMBERS))
     assert bag.feature(found["twins"][0]).index == found["feature"]
@@ -91,7 +91,7 @@ def test_the_same_feature_is_looked_for_in_every_member(found):
         assert cosines.argmax() == index
 
 
-def test_what_it_measures_is_what_the_tables_say(found, finished_laboratory):
+def test_the_tutorials_metrics_equal_those_of_the_tables(found, finished_laboratory):
     of_seed = pl.col("seed") == SEEDS[0]
     table = read_table(finished_laboratory.root, NAME, "reconstruction").filter(of_seed)
     for kind in ("bagging", "boosting"):
@@ -114,7 +114,7 @@ def test_the_notebook_is_valid_and_was_run_from_top_to_bottom():
     assert {(output["output_type"], output.get("name")) for output in outputs} == {("stream", "stdout"), ("display_data", None)}
 
 
-def test_statements_on_the_control_agree_with_the_documented_table():
+def test_statements_about_the_control_agree_with_the_documented_table():
     lines = (NOTEBOOK.parent / "concepts" / "comparison.md").read_text(encoding="utf-8").splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("| | single | bagging |"))
     methods, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines[start : start + 6])
@@ -131,7 +131,7 @@ def test_statements_on_the_control_agree_with_the_documented_table():
     assert "`compute_matched`, whose stability is larger than the bag's" in text
 
 
-def test_figures_in_its_text_are_in_its_code_or_outputs():
+def test_numbers_in_the_tutorials_text_are_in_its_code_or_outputs():
     """Decimal numbers, and whole ones of three digits or more: feature numbers and sizes."""
     text = "".join(line for cell in CELLS if cell["cell_type"] == "markdown" for line in cell["source"])
     shown = "".join(line for cell in CODE for line in cell["source"])

@@ -1,4 +1,4 @@
-"""A tiny source and experiment, and all that it takes to run them: files, a corpus, a data root, Dagster."""
+"""A tiny source and experiment, and their environment: files, a corpus, a data root, Dagster."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ class Laboratory:
         return {str(d.address): d for op in catalogue.ops(catalogue.experiment(NAME)) for d in op.outputs}
 
     def artefact(self, key: str, seed: int | None = None, layer: int | None = LAYER) -> Artefact:
-        """What lies at `bagging/member_1`, or for a source at `activations`."""
+        """Return the artefact at `bagging/member_1`, or for a source at `activations`."""
         kind, _, name = key.rpartition("/")
         address = Address(NAME, kind or "source", name)  # pyright: ignore[reportArgumentType]
         return self.store.require(address, Partition(layer, seed))
@@ -155,7 +155,7 @@ class Laboratory:
     def materialise(
         self, keys: Sequence[str], partition: Partition, tags: Mapping[str, str] | None = None
     ) -> dict[str, dg.AssetMaterialization]:
-        """Make assets as the UI does, whatever is there already; gives the events by asset key."""
+        """Materialise assets as the UI does, also those that exist; return the events by asset key."""
         catalogue, declarations = self.catalogue, self.declarations()
         job = catalogue.definitions().resolve_implicit_global_asset_job_def()
         with dg.DagsterInstance.ephemeral() as instance:

@@ -82,7 +82,7 @@ def _columns(verdict: Verdict, n_texts: int) -> Row:
 
 
 def _of_ensembles(making: Making, settings: AutoInterpSettings, ensembles: Sequence[str], radius: int) -> Iterator[list[_Drawn]]:
-    """Give the drawn features of each ensemble, in the order in which they are drawn."""
+    """Yield the drawn features of each ensemble, in the order in which they are drawn."""
     windows = _windows(making, radius)
     for method in ensembles:
         ensemble = sm.load_ensemble(making.require(getattr(making.subject, method)).path)
@@ -119,7 +119,7 @@ def _draw(making: Making, method: str, n_features: int) -> list[Row]:
 
 def _windows(making: Making, radius: int) -> _Windows:
     store, subject = making.store, making.subject
-    reader, tokens = open_reader(store, subject.activations, making.partition), TokenStrings(store, subject.tokens)
+    reader, tokens = open_reader(store, subject.activations, making.partition), TokenStrings(making)
     n_rows = reader.n_rows("test")
     rows = np.sort(np.random.default_rng(SEED).choice(n_rows, min(WINDOWS, n_rows), replace=False))
     chunks = zip(range(0, n_rows, reader.chunk_rows), tokens.store.places("test", reader.chunk_rows), strict=True)
@@ -136,14 +136,14 @@ def _windows(making: Making, radius: int) -> _Windows:
 
 @dataclass(frozen=True)
 class _Windows:
-    """Random windows of the test text, as wide as contexts are, in the order of the text."""
+    """Random windows of the test text, each as wide as a context, in text order."""
 
     texts: Sequence[str]
     reader: ActivationReader
     spans: Sequence[tuple[int, int]]  # their activation rows
 
     def activations(self) -> Iterator[Tensor]:
-        """Give the activations of each window, `[n_rows, d_in]` float32."""
+        """Yield the activations of each window, `[n_rows, d_in]` float32."""
         size = self.reader.chunk_rows
         held: dict[int, Tensor] = {}
         for begin, end in self.spans:

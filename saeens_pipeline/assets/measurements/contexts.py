@@ -32,7 +32,7 @@ def context_rows(making: Making, n_contexts: int, radius: int) -> pl.DataFrame:
     contexts at a time, and the rows, about 3 kB for each feature of both; in addition one window of codes, at the start the language
     model, and afterwards its unembedding.
     """
-    tokens = TokenStrings(making.store, making.subject.tokens)
+    tokens = TokenStrings(making)
     unembedding = _unembedding(making, tokens)
     ensembles = {"bagging": making.subject.bagging, "boosting": making.subject.boosting}
     rows = [_rows(making, *each, tokens, unembedding, n_contexts=n_contexts, radius=radius) for each in ensembles.items()]
@@ -55,7 +55,7 @@ def _unembedding(making: Making, tokens: TokenStrings) -> Tensor | None:
 def _rows(
     making: Making, method: str, declaration: Declaration, tokens: TokenStrings, unembedding: Tensor | None, *, n_contexts: int, radius: int
 ) -> Iterator[pl.DataFrame]:
-    """Give the rows of an ensemble, member by member, from one pass over the test activations."""
+    """Yield the rows of an ensemble, member by member, from one pass over the test activations."""
     ensemble = load_dictionary(making, declaration)
     reader = open_reader(making.store, making.subject.activations, making.partition)
     with pass_over(making, reader, f"/contexts of {method}") as chunks:
@@ -96,7 +96,7 @@ def _texts(found: FeatureContexts, tokens: TokenStrings, radius: int) -> list[st
 
 
 def _numbers(activations: np.ndarray, kept: np.ndarray) -> Iterator[str]:
-    """Give activations as JSON; null for tokens without an activation row."""
+    """Yield activations as JSON; null for tokens without an activation row."""
     for value, has_row in zip(activations.tolist(), kept.tolist(), strict=True):
         yield f"{value:.4g}" if value else "0" if has_row else "null"
 

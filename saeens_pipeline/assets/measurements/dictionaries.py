@@ -16,6 +16,7 @@ from saeens_models.metrics import LossBatch, MemoryBudgetError
 from saeens_models.metrics.description_length import DEFAULT_PRECISION
 from saeens_pipeline import progress
 from saeens_pipeline.assets.declarations import Declaration
+from saeens_pipeline.assets.measurements.token_strings import open_test_tokens
 from saeens_pipeline.assets.registry import Making, Row
 from saeens_pipeline.assets.residuals import open_reader
 from saeens_pipeline.assets.sources import language_model_of, measures_loss
@@ -24,7 +25,6 @@ from saeens_pipeline.language_models.descriptions import LanguageModelDescriptio
 from saeens_pipeline.language_models.language_model import LanguageModel
 from saeens_pipeline.language_models.models import load_language_model
 from saeens_pipeline.language_models.patching import loss_batches
-from saeens_pipeline.language_models.tokens import open_tokens
 from saeens_pipeline.storage.activations import ActivationReader
 
 
@@ -44,7 +44,7 @@ def load_dictionary(making: Making, dictionary: Declaration) -> Ensemble:
 
 @contextlib.contextmanager
 def pass_over(making: Making, reader: ActivationReader, label: str = "") -> Iterator[Iterator[Tensor]]:
-    """Give the chunks of the test activations on the device, `[n, d_in]`, with progress."""
+    """Yield the chunks of the test activations on the device, `[n, d_in]`, with progress."""
     device = making.device
     with progress.task(f"{making.experiment.name}/eval{label}, {making.partition}", reader.n_rows("test")) as advance:
 
@@ -65,7 +65,10 @@ def load_model(making: Making, model: LanguageModelDescription | None = None) ->
 
 
 def evaluate(making: Making) -> Evaluated:
-    """Evaluate all dictionaries on the test activations; for the table `reconstruction` also the loss with them in the model."""
+    """Evaluate all dictionaries on the test activations.
+
+    For the table `reconstruction`, also evaluate the language model's loss with the reconstructions in place of the activations.
+    """
     ensembles = {each.address.name: load_dictionary(making, each) for each in making.subject.dictionaries}
     model = _model_with_loss(making) if "reconstruction" in making.wanted else None
     evaluations = _evaluate(making, ensembles)
@@ -76,7 +79,7 @@ def evaluate(making: Making) -> Evaluated:
 
 
 def sizes(making: Making) -> Iterator[tuple[Row, Any]]:
-    """Give each method and size of the shared pass with its evaluation."""
+    """Yield the row columns and the evaluation of each method and ensemble size, from the shared pass."""
     for method, n, dictionary, saes in making.methods():
         yield making.row(method, n, saes), making.shared.evaluations[dictionary.address.name].sizes[len(saes) - 1]
 
@@ -106,7 +109,7 @@ def _model_with_loss(making: Making) -> LanguageModelDescription | None:
 def _evaluate_losses(making: Making, ensembles: Mapping[str, Ensemble], model: LanguageModelDescription) -> LossEvaluation:
     """Measure the next-token loss with reconstructions at the hook, on `ce_loss_tokens` of the test tokens."""
     activations = making.require(making.subject.activations).recipe["settings"]
-    tokens, loaded = open_tokens(making.require(making.subject.tokens).path), load_model(making, model)
+    tokens, loaded = open_test_tokens(making), load_model(making, model)
     n_rows = min(making.experiment.ce_loss_tokens, tokens.n_rows("test"))
     with progress.task(f"{making.experiment.name}/eval, next-token loss, {making.partition}", n_rows) as advance:
 

@@ -28,12 +28,12 @@ def feature_rows(making: Making) -> pl.DataFrame:
     12 more for each member of all seeds that it is compared with; and the rows, of about 300 bytes per feature
     and seed, with 20 more for each other member.
     """
-    tokens = TokenStrings(making.store, making.subject.tokens)
+    tokens = TokenStrings(making)
     return pl.concat([_rows(making, tokens, whole) for whole in making.subject.whole])
 
 
 def _rows(making: Making, tokens: TokenStrings, whole: tuple[str, int, Declaration]) -> pl.DataFrame:
-    """Return the features of a method, `n_members` and dictionary under all seeds."""
+    """Return the rows of all features of one dictionary, given as (method, n_members, declaration), for all seeds."""
     parts: list[pl.DataFrame] = []
     dictionaries: list[list[Tensor]] = []
     for of_seed in making.of_seeds:
@@ -55,7 +55,7 @@ def _rows(making: Making, tokens: TokenStrings, whole: tuple[str, int, Declarati
 
 
 def _rows_of_seed(making: Making, tokens: TokenStrings, whole: tuple[str, int, Declaration], ensemble: Ensemble) -> Iterator[pl.DataFrame]:
-    """Give the rows member by member, without the comparison with other seeds."""
+    """Yield the rows member by member, without the comparison with other seeds."""
     method, n_members, dictionary = whole
     matches = matches_in_other_members([sae.W_dec for sae in ensemble]) if len(ensemble) > 1 else [None]
     reader = open_reader(making.store, making.subject.activations, making.partition)

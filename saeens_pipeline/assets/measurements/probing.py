@@ -23,9 +23,10 @@ from saeens_models.probing import (
     texts_at_once,
 )
 from saeens_pipeline import progress
+from saeens_pipeline.assets.declarations import SourceFacts
 from saeens_pipeline.assets.measurements.dictionaries import load_dictionary
 from saeens_pipeline.assets.registry import Making, Row
-from saeens_pipeline.assets.sources import SourceFacts, language_model_of
+from saeens_pipeline.assets.sources import language_model_of
 from saeens_pipeline.language_models.labelled_texts.drawing import ConceptTexts, CorrelationTexts
 from saeens_pipeline.language_models.labelled_texts.reading import is_embedded, read_concepts, read_correlations
 from saeens_pipeline.language_models.language_model import LanguageModel
@@ -57,10 +58,10 @@ def probe(making: Making) -> dict[str, list[Row]]:
 def read_labelled_texts(experiment: ExperimentSettings, tables: Collection[str], facts: SourceFacts) -> None:
     """Read and tokenise the texts of these tables. Raises SaeensError for missing or unusable texts.
 
-    The texts stay in memory for the tables made in this process.
+    The texts stay in memory for the tables of this process.
     """
     for texts in _collections(experiment, tables):
-        encode_texts(facts.model, list(dict.fromkeys(texts.texts())), context_length=texts.context_length, drop=facts.drop)
+        encode_texts(facts.describe_model(), list(dict.fromkeys(texts.texts())), context_length=texts.context_length, drop=facts.drop)
 
 
 class _Collection(NamedTuple):
@@ -71,7 +72,7 @@ class _Collection(NamedTuple):
     context_length: int
 
     def texts(self) -> Iterator[str]:
-        """Give all texts, with repetitions."""
+        """Yield all texts of the tasks. A text of several tasks occurs several times."""
         for concept in self.concepts:
             yield from chain(*concept.train.values(), *concept.test.values())
         for correlation in self.correlations:
@@ -79,7 +80,7 @@ class _Collection(NamedTuple):
 
 
 def _collections(experiment: ExperimentSettings, tables: Collection[str]) -> Iterator[_Collection]:
-    """Give the embedded tasks together, because they share texts, and every other data set alone."""
+    """Yield groups of tasks: all embedded tasks in one group, because they share texts, and every other data set alone."""
     together: dict[int, _Collection] = {}
     for table in sorted(tables):
         of_table = getattr(experiment, table)
@@ -99,8 +100,9 @@ def _collections(experiment: ExperimentSettings, tables: Collection[str]) -> Ite
 def _scores(
     making: Making, ensembles: Mapping[str, Ensemble], model: LanguageModel, collection: _Collection
 ) -> Iterator[tuple[str, Dictionary, Row]]:
-    """Give table, dictionary and columns of the rows of a collection."""
-    settings, experiment = making.require(making.subject.activations).recipe["settings"], making.experiment
+    """Yield table, dictionary and columns of the rows of a collection."""
+    source, experiment = making.require(making.subject.activations), making.experiment
+    settings = source.recipe["settings"]
     texts = list(dict.fromkeys(collection.texts()))
     with progress.task(f"{experiment.name}/eval, downstream tasks, {making.partition}", len(texts), "texts") as advance:
         activations = TextActivations(
@@ -111,6 +113,7 @@ def _scores(
             context_length=collection.context_length,
             drop=making.require(making.subject.tokens).recipe["settings"]["drop"],
             batch_texts=texts_at_once(ensembles),
+            norm_limit=source.provenance["statistics"]["train"].get("norm_limit"),
             report=advance,
         )
         pooled = PooledTexts(ensembles, activations, int(experiment.evaluation_memory_gb * 1e9))
@@ -122,7 +125,7 @@ def _scores(
 
 
 def _concept_columns(concepts: Sequence[ConceptTexts], numbers: Mapping[str, int], pooled: PooledTexts) -> Iterator[tuple[Dictionary, Row]]:
-    """Give each dictionary and the columns of its rows about each data set and label."""
+    """Yield pairs of a dictionary and a row of `concept_detection`, without `SUBJECT`, for each data set and label."""
     probes: dict[tuple[str, str], ConceptProbe] = {}
     for concept in concepts:
         train, test = ({label: _numbers(texts, numbers) for label, texts in of_split.items()} for of_split in (concept.train, concept.test))
@@ -147,7 +150,7 @@ def _concept_columns(concepts: Sequence[ConceptTexts], numbers: Mapping[str, int
 def _correlation_columns(
     correlations: Sequence[CorrelationTexts], numbers: Mapping[str, int], pooled: PooledTexts
 ) -> Iterator[tuple[Dictionary, Row]]:
-    """Give each dictionary and the columns of its rows about each task."""
+    """Yield pairs of a dictionary and a row of `spurious_correlation`, without `SUBJECT`, for each task."""
     tasks = [
         CorrelationTask(*(Quadrants(*(_numbers(each, numbers) for each in of_split)) for of_split in (texts.train, texts.test)))
         for texts in correlations

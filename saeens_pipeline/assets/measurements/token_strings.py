@@ -11,22 +11,27 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from saeens_pipeline.assets.declarations import Reference
+from saeens_pipeline.assets.registry import Making
 from saeens_pipeline.assets.sources import language_model_of
-from saeens_pipeline.language_models.tokens import load_tokenizer, open_tokens
-from saeens_pipeline.storage.names import Partition
-from saeens_pipeline.storage.recipes import Store
+from saeens_pipeline.language_models.tokens import TokenStore, load_tokenizer, open_tokens
+from saeens_pipeline.storage.activations import ActivationStore
 
 _REPLACEMENT = "\ufffd"  # decoded from bytes that are no character
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
+def open_test_tokens(making: Making) -> TokenStore:
+    """Open the tokens, with those test positions kept that have an activation row."""
+    dropped = ActivationStore(making.require(making.subject.activations).path).dropped("test")
+    return open_tokens(making.require(making.subject.tokens).path, {"test": dropped})
+
+
 class TokenStrings:
     """Texts of test tokens, each decoded alone by the language model's tokenizer. Parts of a character are bytes such as `<0xE2>`."""
 
-    def __init__(self, store: Store, reference: Reference) -> None:
-        tokens = store.require(reference.address, Partition())
-        self.store, self._tokenizer = open_tokens(tokens.path), load_tokenizer(language_model_of(tokens))
+    def __init__(self, making: Making) -> None:
+        self.store = open_test_tokens(making)
+        self._tokenizer = load_tokenizer(language_model_of(making.require(making.subject.tokens)))
         self._literals: dict[int, str] = {}
 
     @property

@@ -8,7 +8,7 @@ with an endpoint stays a cache hit without one. All answers are kept on disk (`A
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import polars as pl
@@ -18,7 +18,7 @@ from saeens_pipeline.assets.registry import Making, Markdown, Subject, Table, re
 from saeens_pipeline.assets.tables.contexts import CONTEXTS, RADIUS
 from saeens_pipeline.language_models.autointerp.answers import Answers
 from saeens_pipeline.language_models.autointerp.endpoint import KEY_VARIABLE, URL_VARIABLE, Endpoint
-from saeens_pipeline.language_models.autointerp.interview import MALFORMED, REFUSED, SCORED, Estimate, Interviewer
+from saeens_pipeline.language_models.autointerp.interview import CHARACTERS_PER_TOKEN, MALFORMED, REFUSED, SCORED, Estimate, Interviewer
 from saeens_pipeline.language_models.autointerp.protocol import SEED
 from saeens_pipeline.settings.experiments import ExperimentSettings
 from saeens_pipeline.storage.names import Address, Partition, place
@@ -54,7 +54,7 @@ def outcome(store: Store, experiment: str, seeds: Collection[int], layer: int | 
     lacking = [where for where in there if _had_no_endpoint(store, address, where)]
     if lacking:
         which = "" if len(lacking) == len(there) else f" for {' and '.join(map(str, lacking))}"
-        kept = ": what is here was answered before" if len(rows) and not which else ""
+        kept = ": these answers are from earlier runs" if len(rows) and not which else ""
         sentences.append(
             f"No endpoint was configured{which}{kept}. Set `{URL_VARIABLE}` to the address of a language model, such as "
             f"`http://localhost:8080/v1`, and `{KEY_VARIABLE}` if it wants a key, then `saeens run {experiment}`."
@@ -138,6 +138,17 @@ def _announcement(experiment: ExperimentSettings, n_partitions: int) -> str:
     return f"at most {expected(experiment, n_partitions).in_words(settings)}, to {settings.model} at {endpoint.host}"
 
 
+def _forecast(experiment: ExperimentSettings, n_partitions: int) -> Iterator[tuple[str, float | None, str, str]]:
+    """Yield requests, tokens and price of explaining features."""
+    settings, estimate = experiment.autointerp, expected(experiment, n_partitions)
+    assert settings is not None, "checked where the experiment is read"
+    price = estimate.price(settings)
+    yield "requests", estimate.requests, "", f"to {settings.model}, at most; stored answers are not requested again"
+    yield "tokens in", estimate.tokens_in, "tokens", f"at {CHARACTERS_PER_TOKEN} characters a token"
+    yield "tokens out", estimate.tokens_out, "tokens", "without reasoning tokens"
+    yield "price", price, "money", "" if price is not None else "autointerp.prices: prices of a million tokens"
+
+
 def _summary(table: pl.DataFrame, artefact: Artefact) -> Mapping[str, Any]:
     """Return the status of the endpoint, means over features, and numbers of requests and answers."""
     made = artefact.provenance[AUTOINTERP]
@@ -186,6 +197,7 @@ register(
         requires=("contexts",),
         complaint=_complaint,
         announcement=_announcement,
+        forecast=_forecast,
         may_be_empty=True,
         summary=_summary,
         note=outcome,

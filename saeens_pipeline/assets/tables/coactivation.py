@@ -21,8 +21,8 @@ register(
         name="coactivation",
         question="Which features fire together, and how many differ?",
         columns=(
-            Column("connectivity", "float", "share of feature pairs that never fire together"),
-            Column("diversity", "int", "features whose largest cosine to any other is below 0.7"),
+            Column("connectivity", "float", "share of feature pairs that never fire on the same token"),
+            Column("diversity", "int", "features whose largest cosine to any other feature of the dictionary is below 0.7"),
             Column("tokens", "int", "test tokens"),
         ),
         rows=_rows,
@@ -30,10 +30,10 @@ register(
         order=30,
         by_default=True,
         shared_pass=EVALUATION,
-        headlines=(Headline("connectivity", "connectivity", ".4f"),),
-        seed_metrics={
-            "connectivity": "share of feature pairs that never fire together",
-            "diversity": "features whose largest cosine to any other is below 0.7",
-        },
+        headlines=(
+            Headline("connectivity", "connectivity", ".4f", place=7),
+            Headline("diversity", "diversity", ",.0f", in_summary=False, name="diversity (features)"),
+        ),
+        seed_metrics=("connectivity", "diversity"),
     )
 )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import polars as pl
 
+from saeens_pipeline.assets.declarations import Facts
 from saeens_pipeline.assets.registry import Making, Markdown, SharedPass, Table, register
-from saeens_pipeline.assets.sources import SourceFacts
 from saeens_pipeline.language_models.labelled_texts.reading import identity
 from saeens_pipeline.settings.experiments import ExperimentSettings
 from saeens_pipeline.settings.probing import PROBE_SEED
@@ -28,7 +28,7 @@ _PROBING = SharedPass("downstream", _probe)
 def probe_table(name: str, **fields: Any) -> Table:
     """Return a table of probes whose texts are the experiment's settings of the same name."""
 
-    def preflight(experiment: ExperimentSettings, facts: Callable[[], SourceFacts]) -> None:
+    def preflight(experiment: ExperimentSettings, facts: Facts) -> None:
         from saeens_pipeline.assets.measurements.probing import read_labelled_texts
 
         read_labelled_texts(experiment, [name], facts())

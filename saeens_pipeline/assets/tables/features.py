@@ -15,7 +15,7 @@ def _rows(making: Making) -> pl.DataFrame:
 
 
 # Its inputs are SAEs only, as those of `stability`: changed text or activations change the data versions of the SAEs. With activations as
-# an input, the automation would request it in the run of the activations, before the SAEs are made.
+# an input, the automation would request it in the run of the activations, before the SAEs are trained.
 register(
     Table(
         name="features",

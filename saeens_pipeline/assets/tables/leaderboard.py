@@ -34,14 +34,14 @@ _SHOWN = {
 
 
 def _columns_read() -> dict[str, tuple[str, ...]]:
-    """Return the columns that are read of each table."""
+    """Return, by table, the columns that the leaderboard reads."""
     metrics = seed_metrics()
     names = dict.fromkeys([*_PLAIN, *(table for table, _ in metrics.values())])
     return {name: (*_PLAIN.get(name, ()), *(column for column, (table, _) in metrics.items() if table == name)) for name in names}
 
 
 def leaderboard_op(tables: Iterable[Declaration], controls: Mapping[str, str]) -> Op:
-    """Declare the leaderboard over some tables. It is computed from those on disk and waits for none.
+    """Declare the leaderboard, whose inputs are tables of all experiments. It reads the tables on disk and waits for none.
 
     `controls`: by experiment, the experiment with an untrained language model whose figures are shown next to it.
     """
@@ -71,14 +71,18 @@ def leaderboard_op(tables: Iterable[Declaration], controls: Mapping[str, str]) -
 def standings(store: Store, leaderboard: Declaration, sort: str = "explained_variance", sizes: Sizes = "full") -> pl.DataFrame:
     """Return the leaderboard of the tables on disk, in the order of source, layer and rank by `sort`; `sizes` as for `measurements`.
 
-    Raises ConfigurationError if `sort` is not a numeric column.
+    Raises as `ranked`.
     """
+    rows = over_seeds(measurements(store, leaderboard, _columns_read(), sizes), seed_metrics(), _PLAIN["cost"])
+    whole = ({**row, "train_tokens": None if row["train_tokens"] is None else round(row["train_tokens"])} for row in rows)
+    return ranked(_with_controls(table_frame(LEADERBOARD, whole), leaderboard.settings["controls"]), sort)
+
+
+def ranked(table: pl.DataFrame, sort: str) -> pl.DataFrame:
+    """Return a leaderboard ranked by a column. Raises ConfigurationError if it is not a numeric column."""
     sortable = ["n_members", "n_seeds", "n_features", *seed_metrics(), *_PLAIN["cost"], *TOTALS]
     if sort not in sortable:
         raise ConfigurationError(f"--sort {sort}: the leaderboard is sorted by one of {', '.join(sortable)}")
-    rows = over_seeds(measurements(store, leaderboard, _columns_read(), sizes), seed_metrics(), _PLAIN["cost"])
-    whole = ({**row, "train_tokens": None if row["train_tokens"] is None else round(row["train_tokens"])} for row in rows)
-    table = _beside_controls(table_frame(LEADERBOARD, whole), leaderboard.settings["controls"])
     rank = pl.col(sort).rank("min", descending=sort not in _LESS_IS_BETTER).over(_RANKED_TOGETHER)
     order = [*_RANKED_TOGETHER, "rank", "experiment", "method", "n_members"]
     return with_totals(table).with_columns(rank=rank.cast(pl.Int64)).sort(order, nulls_last=True).drop(TOTALS)
@@ -107,7 +111,7 @@ def _interval(name: str) -> pl.Expr:
     return pl.when(pl.col("n_seeds") == 2).then(pl.concat_str(half_width, pl.lit(" ("), points, pl.lit(")"))).otherwise(half_width)
 
 
-def _beside_controls(table: pl.DataFrame, controls: Mapping[str, str]) -> pl.DataFrame:
+def _with_controls(table: pl.DataFrame, controls: Mapping[str, str]) -> pl.DataFrame:
     """Return the table with the figures of each experiment's control, for the same layer, method and size."""
     names = ("explained_variance", "stability")
     on = ["control", "layer", "method", "n_members"]

@@ -53,7 +53,10 @@ def _rows(making: Making) -> Iterator[Row]:
 
 
 def _by_seed(table: pl.DataFrame, method: str, column: str) -> dict[int | None, list[float]]:
-    """Return by seed the values of the ensembles of 1 .. J members; empty if the column is null, like stability with one seed."""
+    """Return, for each seed, a column's values for the ensembles of 1 .. J members.
+
+    The result is empty if the column is null, as stability is with one seed.
+    """
     of_method = table.filter(method=method).drop_nulls(column).sort("n_members")
     return {seed: of_seed[column].to_list() for (seed,), of_seed in of_method.partition_by("seed", as_dict=True).items()}
 
@@ -90,6 +93,13 @@ register(
         order=50,
         by_default=True,
         requires=("reconstruction",),
-        headlines=(Headline("new features", "new_features", ".4g", in_summary=False),),
+        headlines=tuple(
+            Headline(name, column, ".4g", in_summary=False, about=about)
+            for column, name, about in (
+                ("new_features", "new features of a member", ""),
+                ("explained_variance_gain", "explained variance that a member adds", "over that of one member less"),
+                ("stability_gain", "stability that a member adds", "over that of one member less. Below 0: it takes away"),
+            )
+        ),
     )
 )

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import polars as pl
+
 from saeens_pipeline.assets.registry import Making, Row, Table, register
 from saeens_pipeline.assets.tables.reconstruction import EVALUATION
+from saeens_pipeline.settings.experiments import CheckSettings
 from saeens_pipeline.storage.tables import Column
 
 
@@ -24,6 +27,14 @@ def _rows(making: Making) -> Iterator[Row]:
             }
 
 
+def _warnings(table: pl.DataFrame, checks: CheckSettings) -> Iterator[str]:
+    for row in table.filter(pl.col("dead_features") > checks.max_dead_features).iter_rows(named=True):
+        yield (
+            f"{row['dead_features']:.0%} of the features of {row['method']} {row['member']} never fire on the test tokens, more than "
+            f"max_dead_features: {checks.max_dead_features:g}"
+        )
+
+
 register(
     Table(
         name="members",
@@ -38,6 +49,7 @@ register(
             Column("median_density", "float", "median over features of the share of tokens on which they fire"),
         ),
         rows=_rows,
+        warnings=_warnings,
         inputs=lambda subject: [subject.activations, *subject.dictionaries],
         order=20,
         by_default=True,

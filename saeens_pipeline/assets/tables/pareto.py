@@ -67,7 +67,7 @@ def not_evaluated(table: pl.DataFrame, pareto: Declaration) -> list[str]:
 
 
 def notes(table: pl.DataFrame, pareto: Declaration) -> Iterator[str]:
-    """Give a sentence for each missing experiment and for missing description lengths."""
+    """Yield a sentence for each missing experiment and for missing description lengths."""
     for name in not_evaluated(table, pareto):
         yield f"{name} is not evaluated yet: run `saeens run {name}`"
     without = table.filter(table["description_length_bits"].is_null())["experiment"].unique(maintain_order=True)

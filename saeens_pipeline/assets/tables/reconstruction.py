@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import polars as pl
 
-from saeens_pipeline.assets.declarations import Reference
+from saeens_pipeline.assets.declarations import Facts, Reference
 from saeens_pipeline.assets.registry import Headline, Making, Row, SharedPass, Subject, Table, register
-from saeens_pipeline.assets.sources import SourceFacts, measures_loss
+from saeens_pipeline.assets.sources import measures_loss
 from saeens_pipeline.settings.experiments import CheckSettings, ExperimentSettings
 from saeens_pipeline.storage.recipes import Artefact
 from saeens_pipeline.storage.tables import Column
@@ -30,10 +30,13 @@ def _rows(making: Making) -> Iterator[Row]:
 
     if losses := making.shared.losses:
         making.provenance["next_token_loss"] = {"clean": losses.clean, "ablated": losses.ablated, "tokens": losses.tokens}
+    statistics = making.require(making.subject.activations).provenance["statistics"]
+    rows_of_source = {f"{split}_rows_dropped": statistics[split].get("dropped", 0) for split in ("train", "test")}
+    rows_of_source["top_rows_variance"] = statistics["test"].get("top_share")
     for row, size in sizes(making):
         sparsity = {name: getattr(size.sparsity, name) for name in ("l0", "relative_sparsity", "dead_features")}
         others = {"description_length_bits": size.description_length, "ce_loss_recovered": size.ce_loss_recovered}
-        yield row | {"n_features": size.n_features} | dict(size.reconstruction) | sparsity | others
+        yield row | {"n_features": size.n_features} | dict(size.reconstruction) | sparsity | others | rows_of_source
 
 
 def _inputs(subject: Subject) -> Sequence[Reference]:
@@ -41,9 +44,9 @@ def _inputs(subject: Subject) -> Sequence[Reference]:
     return [*sources, *subject.dictionaries]
 
 
-def _preflight(experiment: ExperimentSettings, facts: Callable[[], SourceFacts]) -> None:
+def _preflight(experiment: ExperimentSettings, facts: Facts) -> None:
     if experiment.ce_loss_tokens and "ce_loss_tokens" in experiment.model_fields_set:
-        measures_loss(experiment, facts().model, facts().hook)
+        measures_loss(experiment, facts().describe_model(), facts().hook)
 
 
 def _warnings(table: pl.DataFrame, checks: CheckSettings) -> Iterable[str]:
@@ -66,6 +69,33 @@ def _summary(table: pl.DataFrame, artefact: Artefact) -> Mapping[str, Any]:
     }
 
 
+_HEADLINES = (
+    Headline(
+        "EV", "explained_variance", ".4f", place=1, name="explained variance", better="more",
+        about="share of the held-out activations' variance that the reconstruction explains. 1 is perfect, 0 no better than the mean",
+    ),
+    Headline(
+        "MSE", "mse", ".4g", place=2, name="mean squared error", better="less", log=True,
+        about="squared error of the reconstruction, summed over dimensions, mean over held-out tokens. Its scale is the activations' own: "
+        "compare it within one language model and layer",
+    ),
+    Headline(
+        "CE rec.", "ce_loss_recovered", ".4f", place=3, name="loss recovered", better="more",
+        about="how well the language model predicts the next token (cross-entropy) with the reconstruction in place of the activations. 1: "
+        "as well as with the activations, 0: as badly as with zeros",
+    ),
+    Headline("bits", "description_length_bits", ".0f"),
+    Headline(
+        "bits", "description_length_bits", ",.0f", in_summary=False, place=5, name="description length (bits per token)", log=True,
+        about="bits per token that send the code: which features fire, and how strongly",
+    ),
+    Headline("L0", "l0", ".1f", place=4, name="L0 (features per token)", about="features that fire (are not zero) per token", log=True),
+    Headline("features", "n_features", ".0f"),
+    Headline("features", "n_features", ",.0f", in_summary=False, place=9),
+    Headline("dead", "dead_features", ".1%", in_summary=False, place=8, name="dead features", better="less"),
+)  # fmt: skip
+
+
 register(
     Table(
         name="reconstruction",
@@ -82,33 +112,27 @@ register(
             Column("description_length_bits", "float", "bits per token that send the code, magnitudes to 1/256 of the mean norm"),
             Column("ce_loss_recovered", "float", "share of the next-token loss that zeros add and the reconstruction recovers"),
             Column("tokens", "int", "test tokens"),
+            Column("train_rows_dropped", "int", "training rows dropped for their norm (max_norm)"),
+            Column("test_rows_dropped", "int", "test rows dropped for their norm (max_norm)"),
+            Column(
+                "top_rows_variance",
+                "float",
+                "share of the test rows' variance in 0.1 % of them; above 0.1, explained_variance describes these",
+            ),
         ),
         rows=_rows,
         inputs=_inputs,
-        version=2,
+        version=3,
         order=10,
         by_default=True,
         settings=lambda experiment: {"ce_loss_tokens": experiment.ce_loss_tokens},
         shared_pass=EVALUATION,
         preflight=_preflight,
-        headlines=(
-            Headline("EV", "explained_variance", ".4f"),
-            Headline("MSE", "mse", ".4g"),
-            Headline("CE rec.", "ce_loss_recovered", ".4f"),
-            Headline("bits", "description_length_bits", ".0f"),
-            Headline("L0", "l0", ".1f"),
-            Headline("features", "n_features", ".0f"),
+        headlines=_HEADLINES,
+        seed_metrics=(
+            *("explained_variance", "mse", "fvu", "ce_loss_recovered", "description_length_bits"),
+            *("l0", "relative_sparsity", "dead_features"),
         ),
-        seed_metrics={
-            "explained_variance": "on held-out tokens",
-            "mse": "squared error summed over d_in",
-            "fvu": "total squared error / total variance",
-            "ce_loss_recovered": "share of the next-token loss that zeros add and the reconstruction recovers",
-            "description_length_bits": "bits per token that send the code",
-            "l0": "features that fire per token",
-            "relative_sparsity": "l0 / n_features",
-            "dead_features": "share of features that never fire on the test tokens",
-        },
         warnings=_warnings,
         summary=_summary,
         source_parts={"tokens": {"ce_loss_recovered": "test/tokens"}, "activations": {"*": "test/activations"}},

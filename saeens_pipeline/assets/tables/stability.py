@@ -41,6 +41,15 @@ def _stability_of_sizes(runs: Sequence[Sequence[Artefact]], device: str) -> list
     ]
 
 
+_HEADLINES = (
+    Headline(
+        "stability", "stability", ".4f", place=6, better="more",
+        about="do the same features come back under another seed? Mean over features of the largest cosine to a feature of any other run. "
+        "1: every feature comes back",
+    ),
+)  # fmt: skip
+
+
 register(
     Table(
         name="stability",
@@ -55,11 +64,7 @@ register(
         dimensions="layer",
         order=40,
         by_default=True,
-        headlines=(Headline("stability", "stability", ".4f"),),
-        seed_metrics={
-            "stability": "mean over features of the largest cosine to any feature of any other seed",
-            "stability_pairwise": "the same with each other seed alone, averaged",
-            "stability_matched": "mean cosine of the one-to-one matching",
-        },
+        headlines=_HEADLINES,
+        seed_metrics=("stability", "stability_pairwise", "stability_matched"),
     )
 )

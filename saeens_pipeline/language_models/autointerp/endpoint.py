@@ -1,11 +1,12 @@
 """A language model behind an HTTP endpoint with OpenAI's protocol of chat completions.
 
 Address and key are read from the environment when they are needed, and are never stored. The key and a password in the URL are removed from
-log lines, error messages and texts of the endpoint.
+log lines, error messages and texts of the endpoint, and escape sequences from what it says.
 """
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import importlib.util
 import json
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from urllib.parse import SplitResult, unquote, urlsplit
 
-from saeens_pipeline.errors import ConfigurationError, SaeensError
+from saeens_pipeline.errors import ConfigurationError, SaeensError, printable
 
 URL_VARIABLE, KEY_VARIABLE = "SAEENS_LLM_BASE_URL", "SAEENS_LLM_API_KEY"
 
@@ -43,7 +44,7 @@ class RefusedError(SaeensError):
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Address and credentials of the language model. `str` and `repr` show the host only."""
+    """Address and credentials of the endpoint of a language model. `str` and `repr` show the host only."""
 
     base_url: str = field(repr=False)
     host: str
@@ -102,13 +103,27 @@ class Client:
     """
 
     def __init__(self, endpoint: Endpoint, timeout_seconds: float, retries: int) -> None:
+        import httpx2  # of openai
         import openai
 
         self.endpoint = endpoint
         others = {"OpenAI-Organization": openai.Omit(), "OpenAI-Project": openai.Omit()}  # the client reads them from the environment
         self._headers: dict[str, Any] = {"Authorization": endpoint.authorization, **others}
+
+        class InTime(openai.DefaultAsyncHttpxClient):
+            async def send(self, *arguments: Any, **options: Any) -> Any:
+                try:
+                    async with asyncio.timeout(timeout_seconds):  # the client's own is one between two bytes
+                        return await super().send(*arguments, **options)
+                except TimeoutError:
+                    raise httpx2.ReadTimeout("the answer is not complete in time") from None
+
         self._client = openai.AsyncOpenAI(
-            api_key=endpoint.key or _NO_KEY, base_url=endpoint.base_url, timeout=timeout_seconds, max_retries=retries
+            api_key=endpoint.key or _NO_KEY,
+            base_url=endpoint.base_url,
+            timeout=timeout_seconds,
+            max_retries=retries,
+            http_client=InTime(),
         )
 
     async def ask(self, request: Mapping[str, Any]) -> Reply:
@@ -152,10 +167,10 @@ class Client:
                 )
             case 400 | 413 | 422:
                 return RefusedError(f"{host} refuses a request ({said}): autointerp.parameters holds the fields next to the messages")
-        return SaeensError(f"{host} goes on failing ({said}): its answers so far are kept; run again when it works")
+        return SaeensError(f"{host} keeps failing ({said}): its answers so far are kept; run again when it works")
 
     def _shown(self, text: str) -> str:
-        return " ".join(self.endpoint.without_secrets(text).split())[:SHOWN_CHARACTERS]
+        return " ".join(printable(self.endpoint.without_secrets(text)).split())[:SHOWN_CHARACTERS]
 
     def _read(self, body: str) -> Reply:
         try:
@@ -167,7 +182,9 @@ class Client:
         usage = answer.get("usage")
         counts = [usage.get(name) if isinstance(usage, dict) else 0 for name in ("prompt_tokens", "completion_tokens")]
         return Reply(
-            self.endpoint.without_secrets(text.encode(errors="replace").decode()) if isinstance(text, str) else None,  # halves of pairs
+            self.endpoint.without_secrets(printable(text.encode(errors="replace").decode()))
+            if isinstance(text, str)
+            else None,  # halves of pairs
             choice.get("finish_reason") == "length",
             *(count if isinstance(count, int) else 0 for count in counts),
             excerpt="" if isinstance(text, str) else self._shown(body),

@@ -84,7 +84,7 @@ class Estimate(NamedTuple):
         return cls(*(amount * n_features for amount in one))
 
     def price(self, settings: AutoInterpSettings) -> float | None:
-        """Return the price in the currency of `prices`; None without prices."""
+        """Return the price of the estimated tokens, in the currency of `prices`; None without prices."""
         prices = settings.prices
         return None if prices is None else (self.tokens_in * prices.input + self.tokens_out * prices.output) / 1e6
 
@@ -118,7 +118,7 @@ class Interviewer:
     _last_unread: dict[str, Reply] = field(default_factory=dict, repr=False)
 
     def estimate(self, subjects: Sequence[FeatureTexts]) -> Estimate:
-        """Return the estimate for these subjects; subjects with equal texts, as in member 1 and round 1, count once."""
+        """Return the number of requests and tokens for these features. Features with equal texts (member 1, round 1) count once."""
         explanations = [self._find(ask_to_explain(each.examples.shown)) for each in subjects]
         pending: dict[object, Question[Any]] = {}
         known: set[object] = set()

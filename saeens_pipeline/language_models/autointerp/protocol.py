@@ -2,7 +2,7 @@
 
 There are two questions, after Bills et al. 2023 ("Language models can explain neurons in language models") and Paulo et al. 2024
 ("Automatically interpreting millions of features in large language models", arXiv 2410.13928). Explanation: the model sees texts on which
-the feature fires, with marked tokens, and says what they have in common. Detection: the model sees the explanation and other texts, in
+the feature fires, with marked tokens, and explains the common property. Detection: the model sees the explanation and other texts, in
 random order and without marks, and says which fit; the feature fires on half of them.
 """
 
@@ -48,7 +48,7 @@ _LABEL = re.compile(r"^\W*explanation\W*:[\s*_]*", re.IGNORECASE)
 
 
 class Examples(NamedTuple):
-    """Texts for the explanation and the score of a feature."""
+    """Texts for one feature: contexts for its explanation, and texts for its detection score."""
 
     shown: tuple[str, ...]
     """marked texts, for the explanation"""

@@ -28,7 +28,7 @@ class ConceptTexts:
 
 
 class QuadrantTexts(NamedTuple):
-    """Texts by (target, spurious) attribute: q texts of each pair, 2 q if both agree."""
+    """Texts by the pair (target attribute, spurious attribute): q texts per pair, 2 q for pairs that agree."""
 
     both: Sequence[str]
     only_target: Sequence[str]

@@ -88,7 +88,10 @@ class HubReader:
         return pl.DataFrame(rows, schema={"text": pl.String, "label": pl.String}, orient="row")
 
     def _github_code(self) -> Iterator[tuple[str, str]]:
-        """Yield files without their first characters, as in SAEBench. Reads the Parquet files, since the hub's reader is a script."""
+        """Yield language and text of source files, without their first characters, as in SAEBench.
+
+        Reads the Parquet files of the data set: its own reader is a script, which `datasets` no longer runs.
+        """
         files = {} if self.path else {"data_files": f"hf://datasets/{GITHUB_CODE}@{commit(GITHUB_CODE, self.revision)}/data/*.parquet"}
         loaded = self._load(GITHUB_CODE, GITHUB_CODE if self.path else "parquet", split="train", streaming=True, **files)
         for number, row in enumerate(loaded):

@@ -65,7 +65,7 @@
   const seen = new IntersectionObserver(drawSeen, { rootMargin: "600px" });
   for (const plot of plots) seen.observe(plot);
 
-  // On paper: every plot, in light colours, two beside each other.
+  // On paper: every plot, in light colours, two in a row.
   let before = null;
   addEventListener("beforeprint", () => {
     before = root.dataset.theme;

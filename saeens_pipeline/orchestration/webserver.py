@@ -1,0 +1,124 @@
+"""The servers of the UI in one process group: Dagster's webserver behind the guard, its daemon, and its code servers.
+
+`python -m saeens_pipeline.orchestration.webserver PORT [ADDRESS]...` starts them and ends them on SIGINT, on SIGTERM, and when standard
+input is closed, which happens when the process that started it ends. `dagster dev` cannot be used: it has no place for a guard.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+HOST = "127.0.0.1"
+_DAEMON_SECONDS = 10.0  # that the daemon has to end
+_CHECK_SECONDS = 2.0  # between two looks if the daemon runs
+_GRACE_SECONDS = 3  # that open connections of browsers have to end
+_LEADER_SECONDS = 10.0  # that the servers have to end by themselves
+# Then to the group. A terminal's Ctrl-C does the same: runs are interrupted, and keep their checkpoints. With seconds until the next.
+_SIGNALS = ((signal.SIGINT, 20.0), (signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0))
+
+
+def serve(port: int, addresses: Sequence[str]) -> None:
+    """Serve the UI of DAGSTER_HOME until a signal comes. Raises SystemExit if the daemon ends before."""
+    import uvicorn
+    from dagster import DagsterInstance
+    from dagster_webserver.app import create_app_from_workspace_process_context
+
+    from saeens_pipeline.orchestration.dagster_internals import code_servers, webserver_context
+    from saeens_pipeline.orchestration.guard import Guard
+    from saeens_pipeline.orchestration.instance import servers_prefix
+
+    workspace = Path(os.environ["DAGSTER_HOME"]) / "workspace.yaml"
+    with (
+        DagsterInstance.get() as instance,
+        code_servers(instance, workspace, servers_prefix()) as sockets,
+        _daemon(sockets) as daemon,
+        webserver_context(instance, sockets) as context,
+    ):
+        app = Guard(create_app_from_workspace_process_context(context), addresses)
+        config = uvicorn.Config(app, HOST, port, log_level="warning", timeout_graceful_shutdown=_GRACE_SECONDS)
+        server = uvicorn.Server(config)
+
+        def watch_daemon() -> None:
+            while daemon.poll() is None:
+                time.sleep(_CHECK_SECONDS)
+            server.should_exit = True
+
+        threading.Thread(target=watch_daemon, daemon=True).start()
+        server.run()
+        raise SystemExit(f"Dagster's daemon ended with exit code {daemon.poll()}")
+
+
+@contextlib.contextmanager
+def _daemon(workspace: Path) -> Iterator[subprocess.Popen[bytes]]:
+    command = [sys.executable, "-m", "dagster._daemon", "run", "--workspace", str(workspace)]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL) as daemon:
+        try:
+            yield daemon
+        finally:
+            daemon.send_signal(signal.SIGINT)
+            try:
+                daemon.wait(_DAEMON_SECONDS)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+
+
+def run_servers(port: int, addresses: Sequence[str]) -> int | None:
+    """Run the servers in a process group of their own until they end, and return their exit code, or None after a signal to this process.
+
+    Ends on SIGINT, SIGTERM and SIGHUP, also where a shell started this process with SIGINT ignored, and then leaves no process behind.
+    """
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    stops = [signal.SIGINT, signal.SIGTERM]
+    stops += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN else []  # `nohup` ignores it
+    for each in stops:
+        signal.signal(each, stop)
+    command = [sys.executable, "-m", __name__, str(port), *addresses]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as servers:
+        try:
+            return servers.wait()
+        except KeyboardInterrupt:
+            return None
+        finally:
+            for each in stops:
+                signal.signal(each, signal.SIG_IGN)
+            _end_group(servers)
+
+
+def _end_group(leader: subprocess.Popen[bytes]) -> None:
+    """End all processes of a group, the runs in it too: first its leader, which ends the others in order."""
+    leader.send_signal(signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        leader.wait(_LEADER_SECONDS)
+    for sent, seconds in _SIGNALS:
+        deadline = time.monotonic() + seconds
+        try:
+            os.killpg(leader.pid, sent)
+            while time.monotonic() < deadline:
+                leader.poll()
+                os.killpg(leader.pid, 0)
+                time.sleep(0.1)
+        except ProcessLookupError:
+            return
+
+
+def _interrupt_at_end_of_input() -> None:
+    os.read(0, 1)  # nothing is written; not by `sys.stdin`, whose lock would be held at exit
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    threading.Thread(target=_interrupt_at_end_of_input, daemon=True).start()
+    with contextlib.suppress(KeyboardInterrupt):
+        serve(int(sys.argv[1]), sys.argv[2:])
