@@ -37,8 +37,12 @@ class _DataSet(FromFile):
     @property
     def local_files(self) -> dict[Literal["train", "test"], str]:
         """Patterns of the local files, relative to `folder`, by split; empty for other data sets."""
-        train: dict[Literal["train", "test"], str] = {"train": self.train} if self.train else {}
-        return train | ({"test": self.test} if self.test else {})
+        files: dict[Literal["train", "test"], str] = {}
+        if self.train:
+            files["train"] = self.train
+        if self.test:
+            files["test"] = self.test
+        return files
 
     @property
     def local_copy(self) -> str | None:
