@@ -201,7 +201,12 @@ def _read(settings: Path) -> str:
 
 
 def _write(file: Path, content: str) -> None:
-    """Write a file aside and rename it, so that a killed process leaves none that is cut, and other processes read none."""
+    """Write a file aside and rename it, so that a killed process leaves none that is cut, and other processes read none.
+
+    A file with this content stays as it is.
+    """
+    if file.exists() and file.read_bytes() == content.encode():
+        return
     aside = file.with_name(f".{file.name}.{os.getpid()}")
     aside.write_text(content, encoding="utf-8")
     aside.replace(file)

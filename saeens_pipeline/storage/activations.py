@@ -63,7 +63,7 @@ class ActivationStatistics:
 
     def to_json(self) -> dict[str, Any]:
         """Return the statistics as JSON values; `from_json` restores the same bits."""
-        return vars(self) | {"mean": self.mean.tolist(), "variance": self.variance.tolist()}
+        return vars(self) | {"mean": self.mean.tolist(), "variance": self.variance.tolist(), "top_rows": [*map(list, self.top_rows)]}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ActivationStatistics:

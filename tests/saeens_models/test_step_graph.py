@@ -66,7 +66,8 @@ def batches(*sizes: int) -> Sequence[Tensor]:
 def train(on: Sequence[Tensor], saes: Sequence[sm.SAEConfig] | None = None, **settings: Any) -> tuple[list[sm.SAE], list[Any]]:
     points: list[Any] = []
     total_tokens = sum(map(len, on))  # no feature is dead before the last token
-    training = sm.TrainingConfig(**TRAINING | {"dead_after_tokens": total_tokens - 1} | settings, total_tokens=total_tokens)
+    of_training: dict[str, Any] = {**TRAINING, "dead_after_tokens": total_tokens - 1, **settings}
+    training = sm.TrainingConfig(**of_training, total_tokens=total_tokens)
     return sm.train(saes or configs(), on, training, points.append), points
 
 

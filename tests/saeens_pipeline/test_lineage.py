@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from saeens_pipeline import cli
 from saeens_pipeline.assets.lineage import Ancestor, lineage
+from saeens_pipeline.assets.saes import SAE_VERSION
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.storage.tables import read_table
 
@@ -56,7 +57,12 @@ def test_every_artefact_shows_its_version_run_and_code(finished: Laboratory):
         if node.role.startswith("SAE"):
             artefact = finished.artefact(f"boosting/round_{node.role.split()[1]}", SEED)
             assert node.data_version == artefact.data_version
-            for part in (artefact.provenance["run_id"][:8], artefact.provenance["date"], artefact.provenance["device"], "sae version 1"):
+            for part in (
+                artefact.provenance["run_id"][:8],
+                artefact.provenance["date"],
+                artefact.provenance["device"],
+                f"sae version {SAE_VERSION}",
+            ):
                 assert part in " ".join(node.facts)
 
 
