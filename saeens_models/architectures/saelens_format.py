@@ -30,7 +30,7 @@ _OLD_METADATA = (
     "dataset_path",
     "neuronpedia_id",
 )
-"""Metadata that SAELens 3 to 5 write beside the other fields."""
+"""Metadata that SAELens 3 to 5 write among the other fields."""
 _LARGEST = 2**30
 """Largest width. A larger one cannot be meant, and sizes in bytes stay below 2^63."""
 _UNSUPPORTED = {"normalize_activations": "none", "reshape_activations": "none"}
@@ -84,7 +84,7 @@ def write_safetensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str
 def load_sae(path: str | Path) -> SAE:
     """Load the SAE in the folder ``path``, written by :func:`save_sae` or by SAELens 3 to 6, on the CPU in float32.
 
-    SAELens 3 to 5 name the activation function beside the architecture: TopK SAEs are standard ones with ``activation_fn_str: topk``.
+    SAELens 3 to 5 name the activation function in addition to the architecture: TopK SAEs are standard ones with ``activation_fn_str: topk``.
     The SAE's ``metadata`` are those of the folder.
 
     Raises ``FileNotFoundError`` if the folder or one of its files is missing. Raises ``ValueError`` for a file that cannot be read, an

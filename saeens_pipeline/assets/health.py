@@ -184,15 +184,15 @@ def _expect_quality(health: Health, address: Address, where: str, artefact: Arte
 
 def _expect_spread_variance(health: Health, where: str, artefact: Artefact) -> None:
     """Warn if a few rows (massive activations, Sun et al. 2024) decide every explained variance."""
-    from saeens_pipeline.storage.activations import ActivationStatistics, ActivationStore
+    from saeens_pipeline.storage.activations import ActivationStatistics
 
     for split, recorded in artefact.provenance["statistics"].items():
         statistics = ActivationStatistics.from_json(recorded)
         share = statistics.top_share or 0.0
         if share > MAX_TOP_SHARE and not health.errors:
-            store, rows = ActivationStore(artefact.path), [row for row, _ in statistics.top_rows]
-            origin = zip(store.document(split)[rows], store.position(split)[rows], statistics.top_rows, strict=True)
-            places = "; ".join(f"document {document}, position {position}, norm {norm:,.0f}" for document, position, (_, norm) in origin)
+            places = "; ".join(
+                f"document {document:.0f}, position {position:.0f}, norm {norm:,.0f}" for _, norm, document, position in statistics.top_rows
+            )
             limit = artefact.recipe["settings"].get("max_norm")
             setting = "max_norm: 10" if limit is None else f"max_norm below {limit:g}"
             health.warnings.append(

@@ -24,7 +24,7 @@ from saeens_pipeline.storage.names import Address, Partition
 from saeens_pipeline.storage.recipes import Artefact, Store
 
 TOKENS_VERSION = 1
-ACTIVATIONS_VERSION = 1
+ACTIVATIONS_VERSION = 2
 BATCH_WINDOWS, BATCH_TOKENS = 32, 2**14  # limits of one batch of the language model
 
 _TOKEN_FIELDS = ("context_length", "packing", "windows_per_document", "drop", "train_tokens", "test_tokens")
@@ -177,8 +177,8 @@ def source_ops(settings: SourceSettings) -> list[Op]:
                     batch_windows=max(1, min(BATCH_WINDOWS, BATCH_TOKENS // settings.context_length)),
                     report=progress.differences(advance),
                 )
-            problem = patching_problem(model, settings.hook, list(layers)) if description.has_head else ""
             for layer, (_, provenance) in layers.items():
+                problem = patching_problem(model, settings.hook, [layer]) if description.has_head else ""
                 provenance.update({"patching_problem": problem} if problem else {})
                 provenance.update(vars(measured), layers_in_one_pass=len(layers))
                 provenance["statistics"] = {split: each.to_json() for split, each in statistics[layer].items()}

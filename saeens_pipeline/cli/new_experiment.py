@@ -118,7 +118,6 @@ def render(name: str, description: LanguageModelDescription, layers: Sequence[in
             "learning_rate_warmup_fraction": 0.05,
             "learning_rate_decay_fraction": 0.2,
             "batch_tokens": 1024,
-            "dead_after_tokens": TRAIN_TOKENS // 10,
             "normalize_activations": "expected_average_only_in",
         },
         "ensemble": {"members": 8, "seeds": [42, 43]},

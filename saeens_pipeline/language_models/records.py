@@ -72,7 +72,7 @@ def _entries(folder: Path, pattern: str) -> list[Path]:
 
 
 def _folders_below(folder: Path) -> Iterator[Path]:
-    """Yield a folder and the folders below it, each once, whatever links there are."""
+    """Yield a folder and all folders below it, each once, also if links form loops."""
     waiting, seen = [folder], set[tuple[int, int]]()
     while waiting:
         folder = waiting.pop()

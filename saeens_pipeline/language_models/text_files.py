@@ -73,7 +73,7 @@ class TextFileCorpus(RecordCorpus[TextFiles]):
         return train_files, test_files
 
     def _found(self, files: str | list[str]) -> dict[tuple[int, int], Path]:
-        """Return files by device and inode: a file is read once, whatever links lead to it."""
+        """Return files by device and inode: a file with several links is read once."""
         found: dict[tuple[int, int], Path] = {}
         for pattern in [files] if isinstance(files, str) else files:
             matching = records.find_files(pattern, self.settings.folder)

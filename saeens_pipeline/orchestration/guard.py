@@ -49,7 +49,7 @@ class Guard:
             return None
         hosts, origins, types = (_values(scope, name) for name in (b"host", b"origin", b"content-type"))
         host = hosts[0].lower() if len(hosts) == 1 else ""
-        address = f"http://{host}" if _LOOPBACK.fullmatch(host) else self.addresses.get(host)
+        address = self.addresses.get(host) or (f"http://{host}" if _LOOPBACK.fullmatch(host) else None)
         if address is None:
             return "this Host is not an address of the UI; `saeens ui --url` names that of a reverse proxy"
         if [origin.lower() for origin in origins] not in ([], [address]):

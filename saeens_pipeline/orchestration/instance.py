@@ -289,7 +289,7 @@ def process_is_gone(run: DagsterRun) -> bool:
     A run of the command line is tagged with its process. One that `saeens ui` started names the process group of the UI in the path of its
     code server's socket. Nothing is known about processes elsewhere, and about those of other code locations.
     """
-    if PROCESS_TAG in run.tags:
+    if PROCESS_TAG in run.tags and _SERVER_TAG not in run.tags:  # the UI's re-execution of a run copies its tags
         host, _, pid = run.tags[PROCESS_TAG].rpartition(":")
         return host == this_host() and pid.isdecimal() and not is_alive(int(pid))
     origin = run.remote_job_origin

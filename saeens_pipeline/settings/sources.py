@@ -58,7 +58,7 @@ class SourceSettings(FromFile):
     @field_validator("language_model")
     @classmethod
     def _from_folder_of_file(cls, name: str, info: ValidationInfo) -> str:
-        """Return a folder as an absolute path: one that is written as a path, or that exists beside the experiment file."""
+        """Return a folder as an absolute path: one written as a path, or one in the folder of the experiment file."""
         file = (info.context or {}).get(FILE)
         kind, colon, path = name.rpartition(":") if name.startswith(_TRANSFORMER_LENS) else ("", "", name)
         if not file or path.startswith(("~", "builtin/")) or Path(path).is_absolute():

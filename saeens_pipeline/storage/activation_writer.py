@@ -97,6 +97,8 @@ class ActivationWriter:
         norms = torch.linalg.vector_norm(rows.float(), dim=1)
         if self.norm_limit is None:
             self.norm_limit = self._max_norm * float(norms.median())
+            if not self.norm_limit:
+                raise SaeensError(f"{self.name}: most rows are zero, so that max_norm would drop all others: leave it out")
         return ~(norms > self.norm_limit) | ~norms.isfinite()
 
     def close(self) -> None:
@@ -170,7 +172,13 @@ class _SplitWriter:
             for array in self._arrays.values():
                 array.resize((self._written, *array.shape[1:]))
             self._group.create_array("dropped", data=self._dropped, overwrite=True)
-        statistics = replace(self._statistics.compute(), norm_limit=self._writer.norm_limit, dropped=len(self._dropped))
+        statistics = self._statistics.compute()
+        if "document" in self._arrays and statistics.top_rows:
+            rows = [row for row, *_ in statistics.top_rows]
+            origin = zip(*(self._arrays[name].oindex[sorted(rows)].tolist() for name in ("document", "position")), strict=True)
+            places = dict(zip(sorted(rows), origin, strict=True))
+            statistics = replace(statistics, top_rows=[(row, norm, *places[row]) for row, norm in statistics.top_rows])
+        statistics = replace(statistics, norm_limit=self._writer.norm_limit, dropped=len(self._dropped))
         self._group.attrs["statistics"] = statistics.to_json()
         return statistics
 

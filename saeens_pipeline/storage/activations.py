@@ -48,8 +48,9 @@ class ActivationStatistics:
     """Moments of n rows x: `mean` and (population) `variance` per dimension, `[d_in]` float64, and `mean_norm` = mean of ||x||_2.
 
     `top_share` is the share of the variance (squared deviations from the mean, summed over dimensions) in the 0.1 % of the rows that hold
-    most of it, to about 1 %; None for fewer than 1,000 rows. `top_rows` are the first of these: row and norm. `norm_limit` is the largest
-    norm of a stored row, None without a limit, and `dropped` the number of rows above it, which no other number counts.
+    most of it, to about 1 %; None for fewer than 1,000 rows. `top_rows` are the first of these: row and norm, and in a store with origins
+    document and position. `norm_limit` is the largest norm of a stored row, None without a limit, and `dropped` the number of rows above
+    it, which no other number counts.
     """
 
     rows: int
@@ -57,7 +58,7 @@ class ActivationStatistics:
     variance: np.ndarray
     mean_norm: float
     top_share: float | None = None
-    top_rows: Sequence[tuple[int, float]] = ()
+    top_rows: Sequence[Sequence[float]] = ()
     norm_limit: float | None = None
     dropped: int = 0
 

@@ -44,7 +44,7 @@ class HeldFolder(LocalStore):
             is_same = os.path.samestat(self.root.stat(), os.fstat(self.descriptor))
         except FileNotFoundError:
             is_same = False
-        if not is_same:  # looked at after the file, which was that of the folder until then
+        if not is_same:  # checked after the file was opened, so that the file is one of the held folder
             raise SaeensError(f"{self.root} was replaced while it was read: run again")
         return value
 

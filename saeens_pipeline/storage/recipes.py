@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 RECIPE_FILE = "recipe.json"
 FOOTER_KEY = "saeens"
+_DIGEST = "record_digest"  # of the record of a folder, without this entry
 # final name, recipe hash of a resumable write, machine, process
 _PARTIAL = re.compile(r"\.(.+?)(?:\.([0-9a-f]{16}))?\.([0-9a-f]{8})-(\d+)\.partial")
 _REPLACED = re.compile(r"\.(.+)\.([0-9a-f]{8})\.retired")  # final name, first digits of its hash
@@ -46,7 +47,8 @@ _MENDING = "The next `saeens run` computes it again"
 
 def digest(value: object) -> str:
     """Return the first 16 hexadecimal digits of the SHA-256 of a value's canonical JSON."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()).hexdigest()[:16]
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -248,7 +250,7 @@ class Store:
             yield staging
             files = {name: (file.stat().st_size, _sha256(file)) for name, file in _files_below(staging)}
             version = digest([recipe.to_json(), {name: sha256 for name, (_, sha256) in files.items()} if versioned_content else None])
-            (staging / RECIPE_FILE).write_text(json.dumps(_record(recipe, provenance, files, version), indent=1) + "\n")
+            (staging / RECIPE_FILE).write_text(_with_digest(_record(recipe, provenance, files, version)))
             for _, file in _files_below(staging):
                 flush(file)
             self.before_commit()
@@ -291,8 +293,8 @@ class Store:
 
     def drop_bytes(self, artefact: Artefact) -> None:
         """Remove the files of an artefact and keep its record: for residuals, which can be computed while they are read."""
-        record = json.dumps(_read_record(artefact.path) | {"files": {}}, indent=1)
-        write_atomically(artefact.path / RECIPE_FILE, record, aside=f".{RECIPE_FILE}")
+        record = _read_record(artefact.path) | {"files": {}}
+        write_atomically(artefact.path / RECIPE_FILE, _with_digest(record), aside=f".{RECIPE_FILE}")
         for entry in artefact.path.iterdir():
             if entry.name != RECIPE_FILE:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
@@ -311,6 +313,12 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _record(recipe: Recipe, provenance: Mapping[str, Any], files: Mapping[str, tuple[int, str]], data_version: str) -> dict[str, Any]:
     return {"recipe": recipe.to_json(), "data_version": data_version, "provenance": dict(provenance), "files": dict(files)}
+
+
+def _with_digest(record: Mapping[str, Any]) -> str:
+    """Return the text of a folder's record with the digest of the record, which also covers the provenance."""
+    plain = json.loads(json.dumps(record))
+    return json.dumps(plain | {_DIGEST: digest(plain)}, indent=1) + "\n"
 
 
 def read_artefact(path: Path) -> Artefact:
@@ -355,7 +363,10 @@ def _record_file(path: Path) -> Path:
 
 def _read_record(path: Path) -> dict[str, Any]:
     if path.suffix != ".parquet":
-        return json.loads(_record_file(path).read_text())
+        record = json.loads(_record_file(path).read_text())
+        if record.pop(_DIGEST, None) != digest(record):
+            raise ValueError("the record is not the one that was written")
+        return record
     import pyarrow.parquet as pq
 
     return json.loads(pq.read_metadata(path).metadata[FOOTER_KEY.encode()])

@@ -126,7 +126,7 @@ def _mutated(seed: int) -> bytes:
 
 
 def _complaint(file: Path, content: bytes, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What is said of a file; empty for one that is read. Fails for foreign errors, slow answers and messages without a line."""
+    """Return the message about a file; empty for one that is read. Fails for foreign errors, slow answers and messages without a line."""
     file.write_bytes(content)
     monkeypatch.setattr(catalogue, "find_files", lambda: [file])
     began = time.process_time()

@@ -208,3 +208,20 @@ def test_the_real_server_refuses_forged_requests_and_leaves_no_process_behind(tm
         assert [each for each in left if ") Z " not in (Path("/proc") / each / "stat").read_text()] == []
     finally:
         ui.kill()
+
+
+def test_a_proxy_on_this_machine_may_be_named():
+    guard, headers = Guard(_unreachable, ["https://localhost:8443"]), [(b"host", b"localhost:8443")]
+    scope = {
+        "type": "http",
+        "method": "GET",
+        "path": "/",
+        "query_string": b"",
+        "headers": [*headers, (b"origin", b"https://localhost:8443")],
+    }
+    assert guard.refusal(scope) is None
+    assert guard.refusal(scope | {"headers": [*headers, (b"origin", b"http://localhost:8443")]}) == "the Origin is another site"
+
+
+async def _unreachable(*_: Any) -> None:
+    raise AssertionError("only the answer is asked for")

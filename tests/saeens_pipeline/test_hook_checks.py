@@ -1,4 +1,4 @@
-"""What a loaded model says about its hooks, on models of transformers that break common assumptions, against their own modules."""
+"""Checks of hooks when a model is loaded, on models of transformers that break common assumptions, against their own modules."""
 
 from __future__ import annotations
 

@@ -285,6 +285,8 @@ def test_only_runs_of_a_missing_ui_are_cancelled():
     }
     runs = {name: ({GRPC_INFO_TAG: json.dumps({"host": "localhost", "socket": each})}, "saeens") for name, each in sockets.items()}
     runs["of another code location"] = (runs["gone"][0], "another")
+    dead_command_line = process_tag()[PROCESS_TAG].replace(f":{os.getpid()}", f":{gone}")
+    runs["executed again in the UI"] = (runs["alive"][0] | {PROCESS_TAG: dead_command_line}, "saeens")
     runs["of a server with a port"] = ({GRPC_INFO_TAG: json.dumps({"host": "localhost", "port": 4000})}, "saeens")
     assert _ended(runs) == {"gone"}
 

@@ -365,18 +365,30 @@ def test_an_intact_invalidated_artefact_is_a_hit(store: Store):
     assert store.hit(MEMBER, WHERE, RECIPE)
 
 
-@pytest.mark.parametrize("part", ["data_version", "recipe", "files"])
+def _changed(record: dict[str, Any], part: str) -> dict[str, Any]:
+    others = {
+        "data_version": "0" * 16,
+        "recipe": record["recipe"] | {"settings": {"k": 99}},
+        "files": record["files"] | {min(FILES): [len(FILES[min(FILES)]), "0" * 64]},
+        "provenance": {"run_id": "s"},
+    }
+    return record | {part: others[part]}
+
+
+@pytest.mark.parametrize("part", ["data_version", "recipe", "files", "provenance"])
 def test_a_modified_recipe_file_is_damaged(store: Store, part: str):
     file = _write(store).path / RECIPE_FILE
-    record = json.loads(file.read_text())
-    match part:
-        case "data_version":
-            record[part] = "0" * 16
-        case "recipe":
-            record[part]["settings"]["k"] = 99
-        case _:
-            record[part] |= {min(FILES): [len(FILES[min(FILES)]), "0" * 64]}
-    file.write_text(json.dumps(record))
+    file.write_text(json.dumps(_changed(json.loads(file.read_text()), part)))
+    with pytest.raises(DamagedArtefactError, match="the record is not the one that was written"):
+        store.find(MEMBER, WHERE)
+
+
+@pytest.mark.parametrize("part", ["data_version", "recipe", "files"])
+def test_a_record_with_a_digest_of_its_own_still_needs_the_data_version_of_its_recipe(store: Store, part: str):
+    file = _write(store).path / RECIPE_FILE
+    record = _changed(json.loads(file.read_text()), part)
+    del record["record_digest"]
+    file.write_text(json.dumps(record | {"record_digest": digest(record)}))
     with pytest.raises(DamagedArtefactError, match="its data version does not follow"):
         store.find(MEMBER, WHERE)
 

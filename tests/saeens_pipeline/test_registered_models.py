@@ -89,7 +89,7 @@ def _built(config_class: Any, model_class: Any, path: Path) -> LanguageModel | N
 
 
 def _faults(model: LanguageModel, tokens: torch.Tensor, counts: Counter[str]) -> list[str]:
-    """What is wrong with the activations that are accepted."""
+    """Return the faults of accepted activations."""
     found: list[str] = []
     read: dict[str, dict[int, torch.Tensor]] = {}
     for hook in HOOKS:
