@@ -161,9 +161,12 @@ def test_mutated_files_are_read_or_answered_with_file_and_line(tmp_path: Path, m
 
 
 @pytest.mark.slow
-def test_twenty_thousand_mutated_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_twenty_thousand_mutated_files_are_read_or_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     answers = _campaign(range(1000, 21_000), tmp_path / "a.yaml", monkeypatch)
-    print(f"\n20,000 mutations: {answers['read']:,} read, {answers['refused']:,} refused with file and line")
+    with capsys.disabled():
+        print(f"\n20,000 mutations: {answers['read']:,} read, {answers['refused']:,} refused with file and line")
 
 
 @pytest.mark.parametrize("value", VALUES, ids=range(len(VALUES)))

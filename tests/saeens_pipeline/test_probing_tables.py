@@ -188,7 +188,7 @@ def test_a_probing_table_is_recomputed_only_for_changed_texts_or_settings(probed
         (
             "concept_detection",
             {"text_field": "body"},
-            "mine: .*train.jsonl has no column 'body'; its columns are 'text', 'label', 'spurious', 'letter'",
+            "mine: .*train.jsonl:1: there is no column 'body'; the columns are 'text', 'label', 'spurious', 'letter'",
         ),
         ("concept_detection", {"labels": ["de", "gn"]}, "mine, train split: no text has the label 'gn'; the labels are 'de', 'fn'"),
         ("concept_detection", {"train": "nowhere.jsonl"}, "mine: there is no file /.*/nowhere.jsonl"),

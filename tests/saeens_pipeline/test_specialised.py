@@ -298,7 +298,7 @@ WRONG = {
     "no such member": ({"member": 4, "start_from": 1}, "0.member", "there is no member 4: the ensemble has 3"),
     "itself": ({"member": 2, "start_from": 2}, "0.start_from", "a member before it, not from 2"),
     "nothing special": ({"member": 2}, "0", "give documents, start_from, or both"),
-    "no values": ({"member": 2, "documents": {"language": []}}, "0.documents.language", "at least 1 item"),
+    "no values": ({"member": 2, "documents": {"language": []}}, "0.documents.language", "expected entries, at least 1"),
     "unknown key": ({"member": 2, "corpus": "x"}, "0.corpus", "one of: member, documents, start_from"),
 }
 
