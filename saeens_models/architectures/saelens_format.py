@@ -84,7 +84,7 @@ def write_safetensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str
 def load_sae(path: str | Path) -> SAE:
     """Load the SAE in the folder ``path``, written by :func:`save_sae` or by SAELens 3 to 6, on the CPU in float32.
 
-    SAELens 3 to 5 name the activation function in addition to the architecture: TopK SAEs are standard ones with ``activation_fn_str: topk``.
+    SAELens 3 to 5 name an activation function, too: TopK SAEs are standard ones with ``activation_fn_str: topk``.
     The SAE's ``metadata`` are those of the folder.
 
     Raises ``FileNotFoundError`` if the folder or one of its files is missing. Raises ``ValueError`` for a file that cannot be read, an

@@ -16,7 +16,7 @@ import pytest
 from tiny_experiment import Laboratory, run_and_print
 
 from saeens_pipeline.errors import SaeensError
-from saeens_pipeline.storage.recipes import Artefact, DamagedArtefactError, Store, all_artefacts
+from saeens_pipeline.storage.recipes import RECIPE_FILE, Artefact, DamagedArtefactError, Store, all_artefacts
 
 pytestmark = pytest.mark.slow
 
@@ -116,7 +116,8 @@ def test_damage_of_any_file_is_noticed(finished: Laboratory, capsys: pytest.Capt
         damage(file, generator)
         try:
             left = store.find(address, partition)
-            differences = left.verify() if left else ["gone"]
+            same_record = file.name == RECIPE_FILE and left == artefact  # white space was appended
+            differences = ["none"] if same_record else left.verify() if left else ["gone"]
         except SaeensError as error:
             differences = [str(error)]
         counts[damage.__name__.strip("_").replace("_", " ")] += 1
