@@ -86,9 +86,12 @@ class LanguageModel:
         n_hooked = 0
 
         def capture(place: tuple[str, int], activations: Any) -> None:
-            if place in captured or place in problems:
-                captured.pop(place, None)
-                problems[place] = SaeensError(f"hook {place[0]!r}, layer {place[1]}: its module runs more than once in a forward pass")
+            if place in problems:
+                return
+            if place in captured:
+                if not torch.equal(captured[place], activations):  # TransformerLens runs ln1 on equal inputs for queries, keys and values
+                    del captured[place]
+                    problems[place] = SaeensError(f"hook {place[0]!r}, layer {place[1]}: its module runs more than once in a forward pass")
             elif not isinstance(activations, torch.Tensor) or activations.shape[:-1] != tokens.shape or not activations.is_floating_point():
                 problems[place] = ConfigurationError(
                     f"hook {place[0]!r}, layer {place[1]}, does not give one vector per token: choose another module"
