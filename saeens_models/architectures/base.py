@@ -83,7 +83,7 @@ class SAE(nn.Module, ABC):
     b_dec: nn.Parameter
 
     metadata: dict[str, Any]
-    """Where the SAE comes from, as JSON values: model_name, hook_name, ... :func:`load_sae` reads them, :func:`save_sae` writes them."""
+    """Origin of the SAE as JSON values: model_name, hook_name, ... :func:`load_sae` reads them, :func:`save_sae` writes them."""
 
     def __init__(self, config: SAEConfig) -> None:
         super().__init__()
