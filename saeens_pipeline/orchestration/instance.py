@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -23,6 +24,8 @@ from saeens_pipeline.orchestration.dagster_internals import LOCAL_COMPUTE_LOGS, 
 from saeens_pipeline.storage.locks import holding_one_of
 from saeens_pipeline.storage.recipes import is_alive
 from saeens_pipeline.storage.root import data_root
+
+logger = logging.getLogger(__name__)
 
 _SETTINGS_FILE = "dagster.yaml"
 _COMMAND_LINE_FILE = "command_line.yaml"
@@ -123,10 +126,12 @@ def _create_database(home: Path) -> None:
                 _check_database(storage)
                 with open_instance(home) as instance:
                     instance.get_dynamic_partitions("any")
-            except Exception:
+            except Exception as error:
                 away = home / "storage.unfinished"
-                shutil.rmtree(away, ignore_errors=True)
+                while away.exists():  # nothing is deleted: an earlier one may hold runs
+                    away = away.with_name(f"{away.name}_")
                 storage.rename(away)
+                logger.warning("%s was not usable and is now %s (%s)", storage, away, " ".join(str(error).split())[:200])
         if not storage.exists():
             aside = home / "storage.new"
             shutil.rmtree(aside, ignore_errors=True)
