@@ -9,12 +9,10 @@ from saeens_models.metrics.contexts import HISTOGRAM_BINS, FeatureContexts, Feat
 from saeens_models.metrics.description_length import DescriptionLengthMetric, description_length
 from saeens_models.metrics.detection import DetectionScore, detection_score
 from saeens_models.metrics.dictionaries import (
-    MAX_MATCHED_FEATURES,
     MemberComparison,
     MemberMatches,
     NearestFeatures,
     NearestInOtherRuns,
-    Stability,
     compare_members,
     diversity,
     matches_in_other_members,
@@ -22,10 +20,6 @@ from saeens_models.metrics.dictionaries import (
     mean_max_cosine,
     nearest_in_other_runs,
     new_features,
-    stability,
-    stability_matched,
-    stability_of_prefixes,
-    stability_pairwise,
 )
 from saeens_models.metrics.features import FeatureActivity, FeatureActivityMetric
 from saeens_models.metrics.intervals import MeanInterval, mean_interval
@@ -34,6 +28,14 @@ from saeens_models.metrics.marginal_gain import WORTHWHILE_SHARE, gains, suggest
 from saeens_models.metrics.output_tokens import OutputTokens, output_tokens
 from saeens_models.metrics.reconstruction import Moments, Reconstruction, ReconstructionMetric, reconstruction
 from saeens_models.metrics.sparsity import Sparsity, SparsityMetric, sparsity
+from saeens_models.metrics.stability import (
+    MAX_MATCHED_FEATURES,
+    Stability,
+    stability,
+    stability_matched,
+    stability_of_prefixes,
+    stability_pairwise,
+)
 
 __all__ = [
     "HISTOGRAM_BINS",
