@@ -19,12 +19,17 @@ MAX_MATCHED_FEATURES = 8192
 
 
 class Stability(NamedTuple):
-    """Stability of each of several runs, in order."""
+    """Stability of each of several runs, in order, for ensembles of the first n members."""
 
     stability: list[float]
     """Result of ``stability``."""
     pairwise: list[float]
     """Result of ``stability_pairwise``."""
+    reference: list[float]
+    """Stability of the run's first member alone against the first n members of the other runs: nothing is ensembled on its side, and it has
+    as many candidates. Its mean over the members of a run of n is that run's ``stability``."""
+    of_last_member: list[float]
+    """Stability of the run's n-th member alone against the n-th members of the other runs."""
 
 
 def stability(W_decs: Sequence[Tensor]) -> list[float]:
@@ -54,11 +59,62 @@ def stability_of_prefixes(runs: Sequence[Sequence[Tensor]]) -> list[Stability]:
         raise ValueError(f"runs must have equally many members, at least one; got {sizes}")
     best = best_of_pairs([W_dec for run in runs for W_dec in run], pairs_of_runs(runs))
     firsts = range(0, len(best), sizes[0])  # the first member of each run
+
+    def against(a: int, first: int, n: int) -> list[Tensor]:
+        """Return the largest cosines of the features of dictionary ``a`` to those of n members of each other run, from ``first`` on."""
+        return [best[a][b + first : b + first + n].amax(0) for b in firsts if not b <= a < b + sizes[0]]
+
     found = []
     for n in range(1, sizes[0] + 1):
         of_runs = [torch.stack([of_prefix(best[a:], n, b) for b in firsts if b != a]) for a in firsts]
-        found.append(Stability([_mean_cosine(cosines.amax(0)) for cosines in of_runs], [_mean_cosine(cosines) for cosines in of_runs]))
+        found.append(
+            Stability(
+                stability=[_mean_cosine(cosines.amax(0)) for cosines in of_runs],
+                pairwise=[_mean_cosine(cosines) for cosines in of_runs],
+                reference=[_mean_cosine(torch.stack(against(a, 0, n)).amax(0)) for a in firsts],
+                of_last_member=[_mean_cosine(torch.stack(against(a + n - 1, n - 1, 1)).amax(0)) for a in firsts],
+            )
+        )
     return found
+
+
+def stability_equal_candidates(W_decs: Sequence[Tensor], n_candidates: int, draws: int = 10, seed: int = 0) -> list[float]:
+    """Return the mean ``stability`` of each run when every dictionary has ``n_candidates`` features, drawn without replacement.
+
+    Stability grows with the number of features among which a partner is searched: an ensemble of n has n times as many. Here every
+    dictionary has as many, on both sides. W_decs: one dictionary `[n_features, d_in]` per run. Raises ValueError for fewer features.
+    """
+    smallest = min((len(W_dec) for W_dec in W_decs), default=0)
+    if not 0 < n_candidates <= smallest:
+        raise ValueError(f"n_candidates must be between 1 and the {smallest} features of the smallest dictionary; got {n_candidates}")
+    if all(len(W_dec) == n_candidates for W_dec in W_decs):
+        return stability(W_decs)
+    generator = torch.Generator().manual_seed(seed)
+    totals = torch.zeros(len(W_decs), dtype=torch.float64)
+    for _ in range(draws):
+        rows = [torch.randperm(len(W_dec), generator=generator)[:n_candidates].to(W_dec.device) for W_dec in W_decs]
+        totals += torch.tensor(stability([W_dec[drawn] for W_dec, drawn in zip(W_decs, rows, strict=True)]), dtype=torch.float64)
+    return (totals / draws).tolist()
+
+
+class FeatureStability(NamedTuple):
+    """How often each feature of one run is found in other runs."""
+
+    n_found: Tensor
+    """int64 [n_features]: number of other runs with a feature of cosine at least the threshold."""
+    best_cosine: Tensor
+    """float32 [n_features]: largest cosine to any feature of any other run."""
+
+
+def feature_stability(W_decs: Sequence[Tensor], threshold: float = 0.7) -> list[FeatureStability]:
+    """Return, for each of at least two runs, in how many of the others each of its features is found.
+
+    W_decs: one dictionary `[n_features, d_in]` per run. Memory: one float32 number per feature and run, and a block of cosines.
+    """
+    if len(W_decs) < 2:
+        raise ValueError(f"stability compares runs and needs at least 2 dictionaries; got {len(W_decs)}")
+    best = best_of_pairs(W_decs, combinations(range(len(W_decs)), 2))  # -inf for the run itself
+    return [FeatureStability((of_run >= threshold).sum(0), of_run.amax(0)) for of_run in best]
 
 
 def stability_matched(W_decs: Sequence[Tensor]) -> list[float]:
