@@ -85,7 +85,7 @@ def _with_policies(spec: dg.AssetSpec, experiments: Mapping[str, ExperimentSetti
 
 
 def automation_sensor() -> dg.AutomationConditionSensorDefinition:
-    """Return the sensor that evaluates the conditions. It is on by default: experiments opt in with `automation: on`."""
+    """Return the sensor that evaluates the automation conditions of assets. It is on by default, and experiments opt in."""
     return dg.AutomationConditionSensorDefinition(
         "automation",
         target=dg.AssetSelection.all(),

@@ -196,7 +196,7 @@ class ExperimentFile:
 
 
 class _NotTextError(Exception):
-    """A file that is not text of an experiment, with the line."""
+    """A file cannot be read as YAML text; `line` is the place."""
 
     def __init__(self, line: int, message: str) -> None:
         super().__init__(message)
