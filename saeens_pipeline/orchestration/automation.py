@@ -89,7 +89,7 @@ def automation_sensor() -> dg.AutomationConditionSensorDefinition:
     return dg.AutomationConditionSensorDefinition(
         "automation",
         target=dg.AssetSelection.all(),
-        description="Makes missing and stale artefacts of experiments with `automation: on`.",
+        description="Materialises missing and stale artefacts of experiments with `automation: on`.",
         run_tags={"user": "automation"},
         default_status=dg.DefaultSensorStatus.RUNNING,
         minimum_interval_seconds=TICK_SECONDS,
