@@ -262,7 +262,7 @@ def leaderboard(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     return call
 
 
-def test_the_leaderboard_command_prints_csv_and_json_alone(finished: Laboratory, leaderboard: Command):
+def test_the_leaderboard_as_csv_or_json_prints_nothing_else(finished: Laboratory, leaderboard: Command):
     expected = _standings(finished)
     code, out, err = leaderboard("--format", "csv")
     assert (code, err) == (0, "")
