@@ -439,9 +439,9 @@ def test_a_corrected_file_is_read_again(laboratory: Laboratory):
 
 
 def test_the_shipped_experiments_are_valid():
-    from saeens_pipeline.orchestration.catalogue import load_catalogue
+    from saeens_pipeline.orchestration.catalogue import Catalogue
 
-    catalogue = load_catalogue()
+    catalogue = Catalogue.load()
     assert catalogue.broken == {}
     assert "quickstart" in catalogue.experiments
     assert catalogue.experiment("quickstart").source == "quickstart"

@@ -22,7 +22,7 @@ from saeens_pipeline.assets.experiments import experiment_ops
 from saeens_pipeline.assets.registry import METHODS, columns_of, table_frame
 from saeens_pipeline.assets.tables.pareto import PARETO, PICTURE_FILE, TABLE_FILE, notes, pareto_rows
 from saeens_pipeline.errors import ConfigurationError
-from saeens_pipeline.orchestration.catalogue import load_catalogue
+from saeens_pipeline.orchestration.catalogue import Catalogue
 from saeens_pipeline.orchestration.garbage import declared, find_garbage
 from saeens_pipeline.orchestration.metadata import describe_artefact
 from saeens_pipeline.report import methods
@@ -349,7 +349,7 @@ def test_a_sweep_runs_all_experiments_and_shares_existing_artefacts(swept: Labor
     artefact = swept.store.require(Address(SWEEP, "report", "pareto"), Partition())
     assert pl.read_parquet(artefact.path / TABLE_FILE)["explained_variance"].to_list() == table["explained_variance"].to_list()
     assert _size((artefact.path / PICTURE_FILE).read_bytes()) == _size((tmp_path / "pareto.png").read_bytes())
-    assert find_garbage(swept.root, declared(load_catalogue())).garbage == []
+    assert find_garbage(swept.root, declared(Catalogue.load())).garbage == []
     out, _ = saeens("lineage", f"{SWEEP}/pareto")
     assert f"{SWEEP}__k_2/eval/reconstruction" in out
 
