@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import polars as pl
 
+from saeens_pipeline.assets.baselines.registry import methods
 from saeens_pipeline.assets.declarations import Declaration, Dimensions, Facts, Input, Op, Reference, RunContext, Task, Wanted, fields_of
 from saeens_pipeline.assets.sources import tokens_of
 from saeens_pipeline.errors import ConfigurationError, SaeensError
@@ -19,15 +20,12 @@ from saeens_pipeline.storage.tables import Column, frame
 
 Row = dict[str, Any]
 
-METHODS = ("single", "bagging", "boosting", "expanded", "expanded_l0_matched", "compute_matched", "matching_pursuit")
-"""Methods in the order in which they are listed."""
-
 SUBJECT = (
     Column("experiment", "str", "experiment"),
     Column("layer", "int", "layer of the language model, from 0"),
     Column("seed", "int", "ensemble seed"),
     Column("language_model", "str", "trained, or random: the untrained control"),
-    Column("method", "str", f"{', '.join(METHODS)}; for probes also raw, the activations themselves"),
+    Column("method", "str", f"{', '.join(methods())}; for probes also raw, the activations themselves"),
     Column("n_members", "int", "SAEs in the ensemble (the first n); for expanded SAEs the n whose width they match; else 1"),
     Column("sae_data_versions", "str", "data versions of the SAEs measured, in member order"),
 )

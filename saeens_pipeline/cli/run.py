@@ -80,8 +80,8 @@ def run(
 @app.command()
 def experiments() -> None:
     """List the experiments, with their source, SAEs and partitions."""
-    from saeens_pipeline.assets.baselines import shape_of
     from saeens_pipeline.assets.catalogue import Experiments
+    from saeens_pipeline.assets.saes import shape_of
 
     found = Experiments.load()
     table = grid("experiment", "source", "language model", "layers", "SAE", "members", "seeds")

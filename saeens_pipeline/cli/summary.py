@@ -7,8 +7,9 @@ from collections.abc import Collection, Sequence
 import polars as pl
 from rich.console import Console
 
+from saeens_pipeline.assets.baselines.registry import BASELINES, methods
 from saeens_pipeline.assets.health import warnings_of
-from saeens_pipeline.assets.registry import METHODS, listed
+from saeens_pipeline.assets.registry import listed
 from saeens_pipeline.assets.staleness import Status
 from saeens_pipeline.cli.output import grid
 from saeens_pipeline.orchestration.runs import Outcome, print_line
@@ -55,7 +56,7 @@ def _print_metrics(store: Store, outcome: Outcome, console: Console) -> None:
         shown = grid("method", "n", title=title)
         for heading, _, _ in columns:
             shown.add_column(heading, justify="right")
-        for size in (Size(method, n) for method in METHODS for n in _sizes(experiment, method)):
+        for size in (Size(method, n) for method in methods() for n in _sizes(experiment, method)):
             if any(size in values for _, _, values in columns):
                 cells = (format(values[size].mean, form) if size in values else "" for _, form, values in columns)
                 shown.add_row(size.method, str(size.n_members), *cells)
@@ -69,7 +70,7 @@ def _print_metrics(store: Store, outcome: Outcome, console: Console) -> None:
 
 def _print_suggested(results: Results, members: int, console: Console) -> None:
     suggested = results.spreads(_GAIN, "suggested")
-    of_all = {method: suggested[size].mean for method in METHODS if (size := Size(method, members)) in suggested}
+    of_all = {method: suggested[size].mean for method in methods() if (size := Size(method, members)) in suggested}
     if of_all:
         sizes = ", ".join(f"{method} {size:.0f}{' or more' if size == members else ''}" for method, size in of_all.items())
         print_line(console, f"suggested ensemble size: {sizes} (eval/marginal_gain has the gain of each member)")
@@ -100,6 +101,6 @@ def _print_warnings(store: Store, experiment: ExperimentSettings, statuses: Sequ
 
 def _sizes(experiment: ExperimentSettings, method: str) -> list[int]:
     """Return the sizes of a method that are shown."""
-    if method.startswith("expanded"):
+    if method in BASELINES and BASELINES[method].is_sized:
         return experiment.expanded_widths
     return [experiment.ensemble.members if method in ("bagging", "boosting") else 1]

@@ -17,9 +17,10 @@ import pytest
 from tiny_experiment import EXPERIMENT, LAYER, NAME, SEEDS, Laboratory, experiment_file, experiment_settings, source_settings
 
 from saeens_pipeline import cli
+from saeens_pipeline.assets.baselines.registry import methods as registered_methods
 from saeens_pipeline.assets.declarations import Declaration
 from saeens_pipeline.assets.experiments import experiment_ops
-from saeens_pipeline.assets.registry import METHODS, columns_of, table_frame
+from saeens_pipeline.assets.registry import columns_of, table_frame
 from saeens_pipeline.assets.tables.pareto import PARETO, PICTURE_FILE, TABLE_FILE, notes, pareto_rows
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.orchestration.catalogue import Catalogue
@@ -283,8 +284,8 @@ def _size(png: bytes) -> tuple[int, int]:
 
 
 def test_every_method_has_its_own_colour_and_marker_and_every_layer_its_axes(empty: Laboratory, monkeypatch: pytest.MonkeyPatch):
-    styles = [methods.method(name) for name in METHODS]
-    assert len({each.colour for each in styles}) == len({each.marker for each in styles}) == len(METHODS)
+    styles = [methods.method(name) for name in registered_methods()]
+    assert len({each.colour for each in styles}) == len({each.marker for each in styles}) == len(registered_methods())
     _declare(empty)
     _write_points(empty)
     table, pareto = _rows(empty)

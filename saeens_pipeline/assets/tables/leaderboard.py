@@ -7,9 +7,10 @@ from typing import Any
 
 import polars as pl
 
+from saeens_pipeline.assets.baselines.registry import methods
 from saeens_pipeline.assets.declarations import Declaration, Input, Op, RunContext, Task
 from saeens_pipeline.assets.over_seeds import Sizes, measurements, over_seeds
-from saeens_pipeline.assets.registry import METHODS, Markdown, Table, register, seed_metrics, table_frame
+from saeens_pipeline.assets.registry import Markdown, Table, register, seed_metrics, table_frame
 from saeens_pipeline.assets.tables.cost import TOTALS, with_totals
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.storage.names import LEADERBOARD, LEADERBOARD_ADDRESS
@@ -134,7 +135,7 @@ def _columns() -> tuple[Column, ...]:
         Column("source", "str", "source of its activations"),
         Column("language_model", "str", "trained, or random: the untrained control"),
         Column("layer", "int", "layer of the language model, from 0"),
-        Column("method", "str", ", ".join(METHODS)),
+        Column("method", "str", ", ".join(methods())),
         Column("n_members", "int", "SAEs in the ensemble; for expanded SAEs the n whose width they match; else 1"),
         Column("n_seeds", "int", "ensemble seeds that the means are over"),
         Column("seeds", "str", "these seeds, comma-separated"),
