@@ -9,7 +9,7 @@ import polars as pl
 from saeens_pipeline.assets.baselines.registry import methods
 from saeens_pipeline.assets.declarations import Declaration, Input
 from saeens_pipeline.assets.over_seeds import measurements, over_seeds
-from saeens_pipeline.assets.registry import Table, columns_of, register, table_frame
+from saeens_pipeline.assets.registry import Table, columns_of, register, summary_titles, table_frame
 from saeens_pipeline.assets.tables.cost import with_totals
 from saeens_pipeline.settings.experiments import ExperimentSettings
 from saeens_pipeline.settings.sweeps import swept
@@ -78,10 +78,8 @@ def notes(table: pl.DataFrame, pareto: Declaration) -> Iterator[str]:
 
 def for_reading(table: pl.DataFrame) -> pl.DataFrame:
     """Return the columns for the terminal of rows of one layer."""
-    named = {
-        "n": "n_members", table["field"][0]: "value", "L0": "l0", "bits": "description_length_bits", "EV": "explained_variance",
-        "features": "n_features", "FLOPs": "total_flops", "seeds": "n_seeds",
-    }  # fmt: skip
+    titles = summary_titles([*_MEASURED, "n_features", "total_flops"])
+    named = {"n": "n_members", table["field"][0]: "value", **{title: name for name, title in titles.items()}, "seeds": "n_seeds"}
     fronts = {f"front by {name}": pl.when(pl.col(f"on_{name.lower()}_front") == 1).then(pl.lit("*")) for name in ("L0", "bits")}
     return table.select("method", **{title: pl.col(column) for title, column in named.items()}, **fronts)
 

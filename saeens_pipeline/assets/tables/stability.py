@@ -43,7 +43,7 @@ def _stability_of_sizes(runs: Sequence[Sequence[Artefact]], device: str) -> list
 
 _HEADLINES = (
     Headline(
-        "stability", "stability", ".4f", place=6, better="more",
+        "stability", "stability", ".4f", place=6, leaderboard=6, of_control=True, better="more",
         about="do the same features come back under another seed? Mean over features of the largest cosine to a feature of any other run. "
         "1: every feature comes back",
     ),
