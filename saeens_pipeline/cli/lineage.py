@@ -30,9 +30,9 @@ def lineage(
 ) -> None:
     """Print the inputs of a table row or an artefact, down to corpus and language model, and the runs that wrote them."""
     from saeens_pipeline.assets.lineage import lineage as trace
-    from saeens_pipeline.orchestration.catalogue import load_catalogue
+    from saeens_pipeline.orchestration.catalogue import Catalogue
 
-    declarations = [output for op in load_catalogue().all_ops() for output in op.outputs]
+    declarations = [output for op in Catalogue.load().all_ops() for output in op.outputs]
     found = trace(Store(data_root()), declarations, subject)
     out.print(_tree(found), soft_wrap=not out.is_terminal)
     problems = list(found.problems())

@@ -20,7 +20,7 @@ from saeens_pipeline import cli, components
 from saeens_pipeline import defs as shipped_files
 from saeens_pipeline.assets.compute import Compute
 from saeens_pipeline.assets.forecast import forecast
-from saeens_pipeline.orchestration.catalogue import Catalogue, load_catalogue
+from saeens_pipeline.orchestration.catalogue import Catalogue
 from saeens_pipeline.settings.corpora import HubDataset
 from saeens_pipeline.settings.files import MODELS
 from saeens_pipeline.storage.recipes import Store
@@ -66,7 +66,7 @@ def catalogue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Catalogue:
     monkeypatch.setenv("SAEENS_DATA", str(tmp_path / "data"))
     monkeypatch.setenv("DAGSTER_HOME", "")
     monkeypatch.delenv("SAEENS_EXPERIMENTS", raising=False)
-    return load_catalogue()
+    return Catalogue.load()
 
 
 @pytest.mark.parametrize("name", SHIPPED)

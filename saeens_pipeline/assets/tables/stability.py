@@ -37,7 +37,7 @@ def _summary(table: pl.DataFrame, artefact: Artefact) -> Mapping[str, Any]:
 
 _HEADLINES = (
     Headline(
-        "stability", "stability", ".4f", place=6, better="more",
+        "stability", "stability", ".4f", place=6, leaderboard=6, of_control=True, better="more",
         about="do the same features come back under another seed? Mean over features of the largest cosine to a feature of any other run. "
         "It grows with the number of features: compare it with its reference and chance levels, not with another size",
     ),
