@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.optim.adam import adam
 
 from saeens_models.architectures import SAE
@@ -15,6 +16,9 @@ from saeens_models.kernels.team import WORTH_SHARING
 from saeens_models.training.config import TrainingConfig
 
 EPSILON = 1e-8
+LEAST_COSINE = 0.8
+"""Least cosine of a softly frozen row of W_dec to its initial value."""
+_FROZEN = {"decoder": "W_dec", "encoder": "W_enc"}
 _TASK_ENTRIES = 2**16
 _MOST_TASKS = 64
 _OPERATIONS = 10  # per entry, about
@@ -35,11 +39,15 @@ class Adam:
 
     With unit-norm decoder rows, the gradient's part along a row is removed first: the normalisation after the step would undo it, and
     Adam's moments would keep it. Steps with a team of CPU threads are compiled, others use torch; the two round differently.
+
+    Raises ``ValueError`` if the weight to freeze does not exist.
     """
 
     def __init__(self, sae: SAE, training: TrainingConfig) -> None:
         self._training = training
         self._parameters = dict(sae.named_parameters())
+        if (frozen := _FROZEN.get(training.frozen)) and self._parameters.pop(frozen, None) is None:
+            raise ValueError(f"frozen: {training.frozen}, but {sae.config.architecture} has no {frozen} of its own")
         self._weights = {name: _as_in_memory(parameter.detach()) for name, parameter in self._parameters.items()}
         self.means = {name: torch.zeros_like(weight) for name, weight in self._weights.items()}
         """Running mean of each weight's gradients, in the weight's order of memory."""
@@ -49,6 +57,8 @@ class Adam:
         self._counts = torch.zeros(len(self._parameters), device=sae.W_dec.device)
         if training.unit_norm_decoder:
             _normalise_rows(sae.W_dec)
+        self._unit_norm = training.unit_norm_decoder and "W_dec" in self._weights
+        self._initial_rows = F.normalize(sae.W_dec.detach(), dim=1) if training.frozen == "decoder_soft" else None
 
     def step(self, learning_rate: float, team: Team | None = None) -> None:
         """Update the weights with their gradients, which are in the parameters' ``grad``.
@@ -82,8 +92,9 @@ class Adam:
         then in device memory.
         """
         gradients = self._gradients()
-        W_dec, training = self._weights["W_dec"], self._training
-        if training.unit_norm_decoder:
+        training = self._training
+        if self._unit_norm:
+            W_dec = self._weights["W_dec"]
             along = torch.linalg.vecdot(gradients["W_dec"], W_dec, dim=1)
             gradients["W_dec"].addcmul_(W_dec, along[:, None], value=-1)
         if training.gradient_clip_norm is not None:
@@ -93,14 +104,26 @@ class Adam:
         settings: dict[str, Any] = {"fused": True, "amsgrad": False, "maximize": False, "weight_decay": 0.0, "eps": EPSILON}
         counts = list(self._counts.unbind())  # counted up by the call
         adam(weights, of_weights, means, squares, [], counts, beta1=beta1, beta2=beta2, lr=learning_rate, **settings)
-        if training.unit_norm_decoder:
-            _normalise_rows(W_dec)
+        if self._unit_norm:
+            _normalise_rows(self._weights["W_dec"])
+        self._restrain()
+
+    def _restrain(self) -> None:
+        """Turn rows of a softly frozen W_dec back until their cosine to the initial row is ``LEAST_COSINE``; norms stay."""
+        if self._initial_rows is None:
+            return
+        W_dec = self._weights["W_dec"]
+        norms = W_dec.norm(dim=1, keepdim=True)
+        along = (W_dec * self._initial_rows).sum(1, keepdim=True)
+        across = F.normalize(W_dec - along * self._initial_rows, dim=1)
+        nearest = norms * (LEAST_COSINE * self._initial_rows + (1 - LEAST_COSINE**2) ** 0.5 * across)
+        W_dec.copy_(torch.where(along < LEAST_COSINE * norms, nearest, W_dec))
 
     def _compiled_step(self, learning_rate: float, team: Team) -> None:
         training, t, tasks, compiled = self._training, self.steps, self._tasks, team.compiled
         beta1, beta2 = training.adam_betas
         arrays = {name: _as_rows(gradient).numpy() for name, gradient in self._gradients().items()}
-        unit_norm = {name: training.unit_norm_decoder and name == "W_dec" for name in arrays}
+        unit_norm = {name: self._unit_norm and name == "W_dec" for name in arrays}
 
         def prepare(i: int) -> float:
             name, rows, weight, *_ = tasks[i]
@@ -118,6 +141,9 @@ class Adam:
             compiled.adam(weight, arrays[name][rows], mean, square, *factors, unit_norm[name])
 
         team.run(move, len(tasks), self._work)
+        if self._initial_rows is not None:
+            with team.resting(), torch.no_grad():
+                self._restrain()
 
     @property
     def _work(self) -> int:

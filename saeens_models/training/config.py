@@ -38,6 +38,9 @@ class TrainingConfig(BaseModel):
     """Largest norm of all gradients of an SAE together; None does not clip."""
     unit_norm_decoder: bool = True
     """Keep decoder rows at norm 1: rows are normalised after each step, and the gradient's part along a row is removed before it."""
+    frozen: Literal["none", "decoder", "decoder_soft", "encoder"] = "none"
+    """Weights that keep their initial values: W_dec, or W_enc. ``decoder_soft`` keeps each row of W_dec at a cosine of at least 0.8 to its
+    initial value. Controls of Korznikov et al. (arXiv 2602.14111): what they reach is not due to learned directions."""
     dead_after_tokens: PositiveInt | None = None
     """A feature that has not fired for more tokens than this is dead. None: a tenth of ``total_tokens``, at most 10 million (Gao et al.
     2024), and 10 million without ``total_tokens``."""
