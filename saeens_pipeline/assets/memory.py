@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import logging
 import sys
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 logger = logging.getLogger(__name__)
+
+_OUT_OF_MEMORY = ("DefaultCPUAllocator", "can't start new thread", "std::bad_alloc")  # of torch, Python and C++
 
 FEWEST_TOKENS = 64
 """Smallest micro-batch: below it the weights, not the batch, fill the memory."""
@@ -117,4 +120,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     torch = sys.modules.get("torch")
     if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)

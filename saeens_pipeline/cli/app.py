@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from saeens_pipeline.assets.memory import is_out_of_memory
+from saeens_pipeline.cli.child import continue_in_child
 from saeens_pipeline.cli.output import notify
 from saeens_pipeline.errors import SaeensError, printable
 
@@ -27,10 +29,15 @@ def main() -> None:
     """Run the command line. Errors become one message, with --debug a traceback."""
     sys.argv[1:] = map(printable, sys.argv[1:])  # messages of typer and of Dagster repeat them
     try:
+        continue_in_child(sys.argv[1:])
         app()
     except Exception as error:
         if "--debug" in sys.argv:
             raise
         is_known = isinstance(error, SaeensError)
-        notify("error", str(error) if is_known else f"{type(error).__name__}: {error}\n`saeens --debug ...` shows the traceback")
+        message = str(error) if is_known else f"{type(error).__name__}: {error}\n`saeens --debug ...` shows the traceback"
+        if is_out_of_memory(error):
+            found = " ".join(str(error).split())[:200]
+            message = f"memory ran out{found and f' ({found})'}: free some, or set SAEENS_MEMORY_GB, SAEENS_THREADS or smaller sizes"
+        notify("error", message)
         sys.exit(error.exit_code if is_known else 1)

@@ -19,7 +19,10 @@ from saeens_pipeline.orchestration.instance import process_is_gone, recorded_ins
 
 RECENT_RUNS = 300  # older runs are not read, to save time
 _PARTITION_TAG = "dagster/partition"
-_INTERRUPTED = "DagsterExecutionInterruptedError"  # Dagster's error for Ctrl-C and SIGTERM, without a message
+_IN_WORDS = {  # Dagster's errors without a message: for Ctrl-C and SIGTERM, and for a step's process that ends without an answer
+    "DagsterExecutionInterruptedError": "it was interrupted",
+    "ChildProcessCrashException": "its process was killed or aborted, mostly because memory ran out",
+}
 
 
 def with_run_states(statuses: Sequence[Status], ops: Iterable[Op]) -> list[Status]:
@@ -56,7 +59,8 @@ def _outcome(run: DagsterRun, step: str, events: Sequence[EventLogEntry]) -> tup
     of_run = {entry.dagster_event_type: entry for entry in reversed(events)}
     began, nothing = Type.STEP_START in of_step, ("", "")
     if failure := of_step.get(Type.STEP_FAILURE):
-        return "failed", f": {_first_line(failure)}".replace(_INTERRUPTED, "it was interrupted")
+        line = _first_line(failure)
+        return "failed", f": {_IN_WORDS.get(line, line)}"
     if run.status == DagsterRunStatus.SUCCESS or Type.STEP_SUCCESS in of_step:
         return nothing
     if not run.is_finished and not process_is_gone(run):
