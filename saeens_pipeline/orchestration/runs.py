@@ -31,8 +31,9 @@ from saeens_pipeline.orchestration.instance import (
     declare_layers,
     end_dead_runs,
     process_tag,
-    recorded_instance,
+    recorded,
     register_layers,
+    replace_damaged_database,
 )
 from saeens_pipeline.orchestration.layers import LAYERS_TAG, recorded_layers
 from saeens_pipeline.report.asset import REPORT
@@ -95,9 +96,7 @@ def run_experiment(
 ) -> Outcome:
     """Compute the missing and stale artefacts of an experiment, stage by stage, and show progress."""
     began = time.monotonic()
-    with recorded_instance() as instance:
-        if instance:
-            end_dead_runs(instance)
+    recorded(end_dead_runs, None)
     experiment = catalogue.experiment(name)
     source = catalogue.sources[experiment.source]
     layers, impossible = (sorted(set(layers)), []) if layers else recorded_layers(source)
@@ -275,6 +274,7 @@ def _execute(
     """Execute a Dagster run in this process for each partition, and raise the error of a failed run. Registers `layers`, by source."""
     if not chosen:
         return
+    replace_damaged_database()
     with _quiet(), command_line_instance() as instance, _interrupts() as raise_interrupt:
         for source, wanted in layers.items():
             declare_layers(instance, source, catalogue.sources[source].layers)
