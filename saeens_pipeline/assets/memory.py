@@ -115,6 +115,12 @@ def portion_within(memory_gb: float, configs: Sequence[SAEConfig], batch_tokens:
     return Portion(1, tokens)
 
 
+def out_of_memory_message(found: str) -> str:
+    """Return the message about memory that ran out, with what the library said."""
+    found = " ".join(found.split())[:200]
+    return f"memory ran out{found and f' ({found})'}: free some, or set SAEENS_MEMORY_GB, SAEENS_THREADS or smaller sizes"
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Return True for an error that says that memory ran out, on the device or the machine."""
     torch = sys.modules.get("torch")

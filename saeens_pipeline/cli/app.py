@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from saeens_pipeline.assets.memory import is_out_of_memory
+from saeens_pipeline.assets.memory import is_out_of_memory, out_of_memory_message
 from saeens_pipeline.cli.child import continue_in_child
 from saeens_pipeline.cli.output import notify
 from saeens_pipeline.errors import SaeensError, without_escapes
@@ -41,7 +41,6 @@ def main() -> None:
         is_known = isinstance(error, SaeensError)
         message = str(error) if is_known else f"{type(error).__name__}: {error}\n`saeens --debug ...` shows the traceback"
         if is_out_of_memory(error):
-            found = " ".join(str(error).split())[:200]
-            message = f"memory ran out{found and f' ({found})'}: free some, or set SAEENS_MEMORY_GB, SAEENS_THREADS or smaller sizes"
+            message = out_of_memory_message(str(error))
         notify("error", message)
         sys.exit(error.exit_code if is_known else 1)

@@ -20,12 +20,14 @@ from saeens_pipeline import progress
 from saeens_pipeline.assets.compute import Compute
 from saeens_pipeline.assets.declarations import Declaration, Op
 from saeens_pipeline.assets.kernels import compiled_meanwhile
+from saeens_pipeline.assets.memory import out_of_memory_message
 from saeens_pipeline.assets.registry import evaluations_of
 from saeens_pipeline.assets.sources import declared_facts
 from saeens_pipeline.assets.staleness import Stage, Status, plan
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.orchestration.assets import partition_key
 from saeens_pipeline.orchestration.catalogue import Catalogue
+from saeens_pipeline.orchestration.dagster_internals import MaxRetriesExceededError
 from saeens_pipeline.orchestration.instance import (
     command_line_instance,
     declare_layers,
@@ -293,7 +295,19 @@ def _execute(
                 )
             except DagsterExecutionInterruptedError:
                 raise KeyboardInterrupt from None
+            except MaxRetriesExceededError as error:
+                raise SaeensError(_message_of(error)) from error
         raise_interrupt()
+
+
+def _message_of(error: MaxRetriesExceededError) -> str:
+    """Return the message of the error that retries did not mend, instead of Dagster's traces."""
+    (info,) = error.user_code_process_error_infos
+    name, _, message = (info.cause or info).message.strip().partition(": ")
+    name = name.rpartition(".")[2]
+    if name.endswith("MemoryError"):
+        return out_of_memory_message(message)
+    return message if name == SaeensError.__name__ else ": ".join(filter(None, (name, message)))
 
 
 @contextlib.contextmanager
