@@ -11,7 +11,7 @@ import pytest
 from tiny_experiment import NAME, Laboratory
 
 from saeens_pipeline import cli
-from saeens_pipeline.errors import ConfigurationError
+from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.orchestration.instance import prepare_home
 from saeens_pipeline.settings.files import FOLDERS_VARIABLE
 from saeens_pipeline.storage.tables import read_table
@@ -57,6 +57,13 @@ def test_paths_that_are_not_utf8_are_printed(empty: Laboratory, tmp_path: Path, 
         assert shown in text
         assert named in text
     assert (root / "mine.yaml").exists()
+
+
+def test_a_root_that_is_not_utf8_is_refused_before_any_work(empty: Laboratory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SAEENS_DATA", str(root := tmp_path / os.fsdecode(b"\xff")))
+    with pytest.raises(SaeensError, match="is not UTF-8, and safetensors and polars read no such paths: set SAEENS_DATA"):
+        empty.run()
+    assert not list(root.rglob("sources"))
 
 
 @pytest.mark.parametrize("name", ["a?b", "a%20b"])
