@@ -61,7 +61,7 @@ def test_paths_that_are_not_utf8_are_printed(empty: Laboratory, tmp_path: Path, 
 
 def test_a_root_that_is_not_utf8_is_refused_before_any_work(empty: Laboratory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("SAEENS_DATA", str(root := tmp_path / os.fsdecode(b"\xff")))
-    with pytest.raises(SaeensError, match="is not UTF-8, and safetensors and polars read no such paths: set SAEENS_DATA"):
+    with pytest.raises(SaeensError, match="is not UTF-8, and safetensors and polars read no such paths: choose another root"):
         empty.run()
     assert not list(root.rglob("sources"))
 
