@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import isfinite
+from typing import TYPE_CHECKING
 
 import polars as pl
 
@@ -17,10 +18,12 @@ from saeens_pipeline.assets.declarations import Declaration, Reference
 from saeens_pipeline.assets.registry import TABLES, Table
 from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.settings.experiments import CheckSettings
-from saeens_pipeline.storage.activations import ActivationStatistics, ActivationStore
 from saeens_pipeline.storage.names import Address, Partition, place
 from saeens_pipeline.storage.recipes import Artefact, DamagedArtefactError, Store
 from saeens_pipeline.storage.tables import read_part
+
+if TYPE_CHECKING:
+    from saeens_pipeline.storage.activations import ActivationStore
 
 MAX_AT_LIMIT = 1e-5  # share of numbers at the end of their dtype
 MAX_TOP_SHARE = 0.1  # of the variance, in 0.1 % of the rows
@@ -40,7 +43,7 @@ class Health:
     measured: dict[str, int | float] = field(default_factory=dict)
 
     def require(self, ok: bool, message: str) -> None:
-        """Add an error unless `ok`."""
+        """Add `message` to the errors unless `ok`."""
         if not ok:
             self.errors.append(message)
 
@@ -106,6 +109,8 @@ def _require_sound_tokens(health: Health, where: str, artefact: Artefact) -> Non
 
 
 def _require_sound_activations(health: Health, name: str, artefact: Artefact) -> None:
+    from saeens_pipeline.storage.activations import ActivationStatistics, ActivationStore
+
     store = ActivationStore(artefact.path)
     for split, recorded in artefact.provenance["statistics"].items():
         statistics, where = ActivationStatistics.from_json(recorded), f"{name}, {split} split,"

@@ -11,7 +11,6 @@ from typing import Any
 from saeens_pipeline import progress
 from saeens_pipeline.assets.declarations import Declaration, Input, Op, Reference, RunContext, SourceFacts, Task, Wanted, with_file
 from saeens_pipeline.errors import ConfigurationError, SaeensError
-from saeens_pipeline.language_models.caching import cache_activations
 from saeens_pipeline.language_models.corpora import open_corpus
 from saeens_pipeline.language_models.descriptions import HOOKS, LanguageModelDescription, validate_hook
 from saeens_pipeline.language_models.documents import RecordCorpus
@@ -152,6 +151,7 @@ def source_ops(settings: SourceSettings) -> list[Op]:
                 provenance["records_without_text"] = dict(corpus.skipped)
 
     def make_activations(context: RunContext, tasks: Sequence[Task]) -> None:
+        from saeens_pipeline.language_models.caching import cache_activations
         from saeens_pipeline.language_models.patching import patching_problem
 
         store = context.store

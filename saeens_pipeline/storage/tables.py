@@ -24,6 +24,8 @@ class Column:
     description: str
     from_columns: tuple[str, ...] = ()
     """Columns of other tables that this column is computed from, if their names differ."""
+    less_is_better: bool = False
+    """True: the leaderboard ranks small values first."""
 
 
 def frame(table: str, columns: Sequence[Column], rows: Iterable[Mapping[str, Any]]) -> pl.DataFrame:

@@ -39,8 +39,8 @@ from saeens_pipeline.orchestration.instance import (
     register_layers,
     replace_damaged_database,
     servers_prefix,
-    this_host,
 )
+from saeens_pipeline.storage.recipes import this_machine
 
 CHECKOUT = Path(saeens_pipeline.__file__).parents[1]
 
@@ -285,36 +285,26 @@ def _ended(runs: Mapping[str, tuple[dict[str, str], str | None]]) -> set[str]:
 
 
 def test_only_runs_of_killed_processes_are_cancelled():
-    gone, host = _gone(), this_host()
+    gone, machine = _gone(), this_machine()
     owners = {
-        "gone": f"{host}:{gone}",
+        "gone": f"{machine}:{gone}",
         "here": process_tag()[PROCESS_TAG],
-        "elsewhere": f"not-{host}:{gone}",
-        "before the machine started": f"{socket.gethostname()}:{'0' * 16}:{gone}",
+        "elsewhere": f"not-{machine}:{gone}",
+        "before the machine started": f"{'0' * 8}:{gone}",
         "of an earlier version": f"{socket.gethostname()}:{gone}",
-        "of nobody": f"{host}:nobody",
+        "of nobody": f"{machine}:nobody",
     }
     runs: dict[str, tuple[dict[str, str], str | None]] = {name: ({PROCESS_TAG: owner}, None) for name, owner in owners.items()}
     assert _ended(runs | {"without a tag": ({}, None)}) == {"gone"}
 
 
-def test_this_host_is_another_after_a_restart_and_in_another_container(monkeypatch: pytest.MonkeyPatch):
-    read, readlink, here = Path.read_text, os.readlink, this_host()
-    assert here == this_host()
-    with monkeypatch.context() as patched:
-        patched.setattr(Path, "read_text", lambda path, *a, **k: "another\n" if path.name == "boot_id" else read(path, *a, **k))
-        assert this_host() != here
-    monkeypatch.setattr(os, "readlink", lambda path: "pid:[1]" if str(path) == "/proc/self/ns/pid" else readlink(path))
-    assert this_host() != here
-
-
 def test_only_runs_of_a_missing_ui_are_cancelled():
     """None of the sockets can be seen from here, as in a container or with a temporary folder of one's own."""
-    gone, alive, host = _gone(), os.getpgid(0), this_host().rpartition(":")[2]
+    gone, alive, machine = _gone(), os.getpgid(0), this_machine()
     sockets = {
-        "gone": f"/tmp/saeens-{host}-{gone}-abc/tmp1",
-        "alive": f"/tmp/saeens-{host}-{alive}-abc/tmp1",
-        "elsewhere": f"/tmp/saeens-{'0' * 16}-{gone}-abc/tmp1",
+        "gone": f"/tmp/saeens-{machine}-{gone}-abc/tmp1",
+        "alive": f"/tmp/saeens-{machine}-{alive}-abc/tmp1",
+        "elsewhere": f"/tmp/saeens-{'0' * 8}-{gone}-abc/tmp1",
         "of `dagster dev`": "/tmp/tmp1",
     }
     runs = {name: ({GRPC_INFO_TAG: json.dumps({"host": "localhost", "socket": each})}, "saeens") for name, each in sockets.items()}
@@ -326,9 +316,9 @@ def test_only_runs_of_a_missing_ui_are_cancelled():
 
 
 def test_the_folder_of_the_code_servers_names_its_processes():
-    match = re.fullmatch(r"saeens-([0-9a-f]{16})-(\d+)-", servers_prefix())
+    match = re.fullmatch(r"saeens-([0-9a-f]{8})-(\d+)-", servers_prefix())
     assert match
-    assert (match[1], int(match[2])) == (this_host().rpartition(":")[2], os.getpid())
+    assert (match[1], int(match[2])) == (this_machine(), os.getpid())
 
 
 def test_a_run_with_nothing_to_do_cancels_killed_runs(finished: Laboratory, monkeypatch: pytest.MonkeyPatch):

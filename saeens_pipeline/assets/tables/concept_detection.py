@@ -8,11 +8,10 @@ from typing import Any
 import polars as pl
 
 from saeens_pipeline.assets.declarations import Facts
-from saeens_pipeline.assets.registry import Making, Markdown, SharedPass, Table, register
+from saeens_pipeline.assets.registry import Curve, Making, Markdown, SharedPass, Table, register
 from saeens_pipeline.language_models.labelled_texts.reading import identity
 from saeens_pipeline.settings.experiments import ExperimentSettings
 from saeens_pipeline.settings.probing import PROBE_SEED
-from saeens_pipeline.storage.recipes import Artefact
 from saeens_pipeline.storage.tables import Column
 
 
@@ -25,7 +24,7 @@ def _probe(making: Making) -> Any:
 _PROBING = SharedPass("downstream", _probe)
 
 
-def probe_table(name: str, **fields: Any) -> Table:
+def probe_table(name: str, curve: Curve, **fields: Any) -> Table:
     """Return a table of probes whose texts are the experiment's settings of the same name."""
 
     def preflight(experiment: ExperimentSettings, facts: Facts) -> None:
@@ -43,12 +42,16 @@ def probe_table(name: str, **fields: Any) -> Table:
         preflight=preflight,
         has_slow_preflight=True,
         source_parts={"activations": {"*": "language_model"}},
+        curve=curve,
+        summary=lambda table, artefact: _summary(table, curve),
         **fields,
     )
 
 
-def by_number_of_features(table: pl.DataFrame, number: str, value: str, over: str) -> Markdown:
-    """Return a Markdown table: a row for each method with all its members, a column for each number of features, means over tasks."""
+def _summary(table: pl.DataFrame, curve: Curve) -> Mapping[str, Any]:
+    """Return the curve as a Markdown table: a row for each method with all its members, a column for each number of features."""
+    number, value, over = curve.x, curve.y, curve.group
+    table = table.filter(code_scale="unscaled") if "code_scale" in table.columns else table
     largest = table.filter(pl.col("n_members") == pl.col("n_members").max().over("method"))
     by = ["method", "n_members", number]
     means = (
@@ -63,11 +66,7 @@ def by_number_of_features(table: pl.DataFrame, number: str, value: str, over: st
         found = dict(of_method.select(number, value).iter_rows())
         cells = ["" if found.get(n) is None else f"{found[n]:.3f}" for n in numbers]
         lines.append(f"| {of_method['method'][0]} | {' | '.join(cells)} |")
-    return Markdown("\n".join(lines))
-
-
-def _summary(table: pl.DataFrame, artefact: Artefact) -> Mapping[str, Any]:
-    return {"summary": by_number_of_features(table.filter(code_scale="unscaled"), "n_probe_features", "accuracy", "dataset")}
+    return {"summary": Markdown("\n".join(lines))}
 
 
 register(
@@ -84,6 +83,11 @@ register(
             Column("accuracy_distinct", "float", "of a probe on as many features, none a near-duplicate of a better one"),
         ),
         order=100,
-        summary=_summary,
+        curve=Curve(
+            "Concept detection",
+            "Accuracy of a probe on the n features that tell a label best: mean over labels, then over data sets.",
+            *("features of the probe", "accuracy"),
+            *("n_probe_features", "accuracy", "dataset"),
+        ),
     )
 )

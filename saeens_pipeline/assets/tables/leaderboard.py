@@ -7,9 +7,10 @@ from typing import Any
 
 import polars as pl
 
+from saeens_pipeline.assets.baselines.registry import methods
 from saeens_pipeline.assets.declarations import Declaration, Input, Op, RunContext, Task
 from saeens_pipeline.assets.over_seeds import Sizes, measurements, over_seeds
-from saeens_pipeline.assets.registry import METHODS, Markdown, Table, register, seed_metrics, table_frame
+from saeens_pipeline.assets.registry import Markdown, Table, columns_of, register, seed_metrics, summary_titles, table_frame
 from saeens_pipeline.assets.tables.cost import TOTALS, with_totals
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.storage.names import LEADERBOARD, LEADERBOARD_ADDRESS
@@ -23,14 +24,7 @@ _PLAIN = {  # by table: columns that vary little or not at all over seeds
     "cost": ("train_tokens", "train_flops", "train_seconds", "residual_flops", "residual_seconds"),
 }
 _RANKED_TOGETHER = ["source", "layer"]
-_LESS_IS_BETTER = (
-    *("n_features", "n_members", "l0", "relative_sparsity", *_PLAIN["cost"], *TOTALS),
-    *("mse", "fvu", "description_length_bits", "dead_features"),
-)
-_SHOWN = {
-    "explained_variance": "EV", "ce_loss_recovered": "CE rec.", "description_length_bits": "bits", "l0": "L0", "n_features": "features",
-    "stability": "stability", "connectivity": "connectivity", "total_flops": "FLOPs", "total_seconds": "seconds", "n_seeds": "seeds",
-}  # fmt: skip
+_GIVE_WAY = ("stability", "connectivity")  # to the metric that the terminal's table is sorted by, because of its width
 
 
 def _columns_read() -> dict[str, tuple[str, ...]]:
@@ -83,18 +77,18 @@ def ranked(table: pl.DataFrame, sort: str) -> pl.DataFrame:
     sortable = ["n_members", "n_seeds", "n_features", *seed_metrics(), *_PLAIN["cost"], *TOTALS]
     if sort not in sortable:
         raise ConfigurationError(f"--sort {sort}: the leaderboard is sorted by one of {', '.join(sortable)}")
-    rank = pl.col(sort).rank("min", descending=sort not in _LESS_IS_BETTER).over(_RANKED_TOGETHER)
+    columns = (column for name in _columns_read() for column in columns_of(name))
+    ascending = {*TOTALS, *(column.name for column in columns if column.less_is_better)}
+    rank = pl.col(sort).rank("min", descending=sort not in ascending).over(_RANKED_TOGETHER)
     order = [*_RANKED_TOGETHER, "rank", "experiment", "method", "n_members"]
     return with_totals(table).with_columns(rank=rank.cast(pl.Int64)).sort(order, nulls_last=True).drop(TOTALS)
 
 
 def for_reading(table: pl.DataFrame, sort: str = "explained_variance") -> pl.DataFrame:
     """Return the terminal's columns of rows of one source and layer. The metric of `sort` has an interval, with two seeds the points."""
-    named = _SHOWN
-    if sort in seed_metrics() and sort not in _SHOWN:  # it replaces two others, because of the terminal's width
-        named = {sort: sort.replace("_", " ")} | {
-            name: title for name, title in _SHOWN.items() if name not in ("stability", "connectivity")
-        }
+    named = summary_titles() | {"n_seeds": "seeds"}
+    if sort in seed_metrics() and sort not in named:
+        named = {sort: sort.replace("_", " ")} | {name: title for name, title in named.items() if name not in _GIVE_WAY}
     columns = [pl.col("rank"), pl.col("experiment"), pl.col("method"), pl.col("n_members").alias("n")]
     for name, title in named.items():
         columns.append(pl.col(name).alias(title))
@@ -134,7 +128,7 @@ def _columns() -> tuple[Column, ...]:
         Column("source", "str", "source of its activations"),
         Column("language_model", "str", "trained, or random: the untrained control"),
         Column("layer", "int", "layer of the language model, from 0"),
-        Column("method", "str", ", ".join(METHODS)),
+        Column("method", "str", ", ".join(methods())),
         Column("n_members", "int", "SAEs in the ensemble; for expanded SAEs the n whose width they match; else 1"),
         Column("n_seeds", "int", "ensemble seeds that the means are over"),
         Column("seeds", "str", "these seeds, comma-separated"),
