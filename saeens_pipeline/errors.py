@@ -23,6 +23,11 @@ class ConfigurationError(SaeensError):
     exit_code = 2
 
 
-def printable(text: str) -> str:
+def without_escapes(text: str) -> str:
     """Return text from outside without the escape sequences and control characters that a terminal would execute; lines and tabs stay."""
     return _ESCAPES.sub("", text)
+
+
+def printable(text: str) -> str:
+    r"""Return text from outside for a terminal: without escape sequences, and bytes of paths that are not UTF-8 as `\udcff`."""
+    return without_escapes(text).encode("utf-8", "backslashreplace").decode()

@@ -17,9 +17,15 @@ from saeens_pipeline.storage.locks import writing_alone
 from saeens_pipeline.storage.names import Address, Partition, place
 from saeens_pipeline.storage.recipes import Artefact, Store
 
+_ATTEMPTS = 3  # to compute an artefact, if optional inputs appear meanwhile
+
 
 class ReplacedInputError(SaeensError):
     """An input was replaced or removed while an artefact was computed from it."""
+
+
+class AddedInputError(ReplacedInputError):
+    """An optional input appeared while an artefact was computed from those that were there."""
 
 
 class Materialised(NamedTuple):
@@ -37,11 +43,19 @@ def materialise(op: Op, selection: Collection[Address], partition: Partition, co
 
     For each output: compute the recipe, look for a cache hit, take the lock, link an equal artefact if the op allows links, run the op's
     preflight and `make`, and check health. An unsound artefact is returned with the errors in its `health`: see `require_sound`.
-    Before an artefact gets its final name, the data versions of all inputs are compared with those in its recipe.
+    Before an artefact gets its final name, the data versions of all inputs are compared with those in its recipe. If an optional input has
+    appeared meanwhile, the artefact is computed again, with it.
 
     Raises MissingInputError for a missing input, UnsoundArtefactError for unsound inputs, ReplacedInputError, and the errors of preflight
     and `make`.
     """
+    for _ in range(_ATTEMPTS - 1):
+        with contextlib.suppress(AddedInputError):
+            return _materialise(op, selection, partition, context)
+    return _materialise(op, selection, partition, context)
+
+
+def _materialise(op: Op, selection: Collection[Address], partition: Partition, context: RunContext) -> list[Materialised]:
     store = context.store
     tasks = [
         Task(declaration, partition, declaration.recipe(store, partition)) for declaration in op.outputs if declaration.address in selection
@@ -95,8 +109,8 @@ def _make(op: Op, tasks: Sequence[Task], partition: Partition, context: RunConte
 
 
 def _inputs_of(store: Store, tasks: Sequence[Task]) -> Callable[[], None]:
-    """Return a function that raises ReplacedInputError if an input of these tasks is not the one in the recipe, or if an input of an
-    input is not the one that is there now."""
+    """Return a function that raises ReplacedInputError if an input of these tasks is not the one in the recipe, if an input of an input is
+    not the one that is there now, or if there is a new optional input."""
     known: dict[tuple[Address, Partition], str | None] = {}
     for task in tasks:
         known |= {each: store.data_version(*each) for each in task.declaration.ancestors(task.partition) - known.keys()}
@@ -111,6 +125,10 @@ def _inputs_of(store: Store, tasks: Sequence[Task]) -> Callable[[], None]:
                     f"{place(*each)} was replaced or removed while {tasks[0].declaration.address.owner}: {made} was computed from it: "
                     "the result is discarded; run again"
                 )
+        for task in tasks:
+            for name, _, _, _ in task.declaration.optional_inputs(store, task.partition):
+                if name not in task.recipe.inputs:
+                    raise AddedInputError(f"{name} was added while {made} was computed: the result is discarded; run again")
 
     return require_unchanged
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import logging
 import sys
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 logger = logging.getLogger(__name__)
+
+_OUT_OF_MEMORY = ("DefaultCPUAllocator", "can't start new thread", "std::bad_alloc")  # of torch, Python and C++
 
 FEWEST_TOKENS = 64
 """Smallest micro-batch: below it the weights, not the batch, fill the memory."""
@@ -112,9 +115,17 @@ def portion_within(memory_gb: float, configs: Sequence[SAEConfig], batch_tokens:
     return Portion(1, tokens)
 
 
+def out_of_memory_message(found: str) -> str:
+    """Return the message about memory that ran out, with what the library said."""
+    found = " ".join(found.split())[:200]
+    return f"memory ran out{found and f' ({found})'}: free some, or set SAEENS_MEMORY_GB, SAEENS_THREADS or smaller sizes"
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Return True for an error that says that memory ran out, on the device or the machine."""
     torch = sys.modules.get("torch")
     if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import Annotated
 
 import typer
 
+from saeens_pipeline.assets.memory import is_out_of_memory, out_of_memory_message
+from saeens_pipeline.cli.child import continue_in_child
 from saeens_pipeline.cli.output import notify
-from saeens_pipeline.errors import SaeensError, printable
+from saeens_pipeline.errors import SaeensError, without_escapes
 
 app = typer.Typer(
     add_completion=False,
@@ -25,12 +28,19 @@ def _options(debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = Fal
 
 def main() -> None:
     """Run the command line. Errors become one message, with --debug a traceback."""
-    sys.argv[1:] = map(printable, sys.argv[1:])  # messages of typer and of Dagster repeat them
+    sys.argv[1:] = map(without_escapes, sys.argv[1:])  # messages of typer and of Dagster repeat them
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # for paths that are not UTF-8, and for terminals that are not
     try:
+        continue_in_child(sys.argv[1:])
         app()
     except Exception as error:
         if "--debug" in sys.argv:
             raise
         is_known = isinstance(error, SaeensError)
-        notify("error", str(error) if is_known else f"{type(error).__name__}: {error}\n`saeens --debug ...` shows the traceback")
+        message = str(error) if is_known else f"{type(error).__name__}: {error}\n`saeens --debug ...` shows the traceback"
+        if is_out_of_memory(error):
+            message = out_of_memory_message(str(error))
+        notify("error", message)
         sys.exit(error.exit_code if is_known else 1)

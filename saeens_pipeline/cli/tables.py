@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -134,20 +135,30 @@ def pareto(
     format: FormatOption = "table",
 ) -> None:
     """Compare the experiments of a sweep: explained variance against L0 and description length, for each method."""
-    from saeens_pipeline.assets.tables.pareto import PICTURE_FILE, TABLE_FILE, for_reading, notes
+    from saeens_pipeline.assets.tables.pareto import PICTURE_FILE, TABLE_FILE, for_reading, notes, pareto_rows
     from saeens_pipeline.orchestration.catalogue import Catalogue
     from saeens_pipeline.orchestration.runs import make_alone
     from saeens_pipeline.storage.tables import read_part
 
-    catalogue = Catalogue.load()
+    catalogue, store = Catalogue.load(), Store(data_root())
     op = catalogue.pareto(sweep)
-    folder = make_alone(catalogue, op, "saeens pareto")
-    rows = read_part(folder / TABLE_FILE)
-    for note in notes(rows, op.outputs[0]):
+    declaration = op.outputs[0]
+    try:
+        store.require_writable()
+    except SaeensError as error:
+        from saeens_pipeline.report.pictures import sweep_picture
+
+        notify("note", f"the table is printed and not stored: {error}")
+        rows = pareto_rows(store, declaration)
+        drawn = partial(sweep_picture, rows, declaration)
+    else:
+        folder = make_alone(catalogue, op, "saeens pareto")
+        rows, drawn = read_part(folder / TABLE_FILE), (folder / PICTURE_FILE).read_bytes
+    for note in notes(rows, declaration):
         notify("note", note)
     _note_outdated(catalogue, rows["experiment"].unique(maintain_order=True))
     if picture:
-        picture.write_bytes((folder / PICTURE_FILE).read_bytes())
+        picture.write_bytes(drawn())
     if print_data(rows, format):
         return
     for (layer,), of_layer in rows.partition_by("layer", as_dict=True, maintain_order=True).items():

@@ -23,7 +23,7 @@ def ui(
     """Start the Dagster UI on this machine, with the runs of the command line. Requests of foreign web pages are refused."""
     from saeens_pipeline.assets.catalogue import Experiments
     from saeens_pipeline.orchestration.instance import declare_layers, end_dead_runs, open_instance, prepare_home
-    from saeens_pipeline.orchestration.webserver import HOST, run_servers
+    from saeens_pipeline.orchestration.webserver import HOST, in_words, run_servers
     from saeens_pipeline.settings.files import FOLDERS_VARIABLE, own_folders
 
     _check_url(url)
@@ -46,7 +46,7 @@ def ui(
         os.environ[FOLDERS_VARIABLE] = os.pathsep.join(map(str, folders))
     os.chdir(home)
     if (code := run_servers(port, addresses)) is not None:
-        raise SaeensError(f"the UI ended by itself with exit code {code}: the lines above say why")
+        raise SaeensError(f"the UI ended by itself {in_words(code)}: the lines above say why")
 
 
 def _check_url(url: str | None) -> None:

@@ -49,7 +49,7 @@ def _changes_around(description: LanguageModelDescription, replace: Callable[[to
         added[:] = [output.clone()]
 
     def add_again(output: torch.Tensor) -> torch.Tensor:
-        if not torch.equal(output, stream[0] + added[0]):
+        if not relative_error(output, stream[0] + added[0]) <= tolerance(output):
             raise ConfigurationError(
                 f"hook 'resid_mid' of {description.name} ({description.model_type}) can be read, but nothing can be put in its place: "
                 "the output of its MLP is not simply added to this stream"

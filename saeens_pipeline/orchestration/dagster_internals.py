@@ -12,9 +12,12 @@ from typing import Any
 import dagster
 import yaml
 from dagster import AssetKey, DagsterInstance
+from dagster._core.errors import DagsterMaxRetriesExceededError
 from dagster._core.storage.event_log.schema import SqlEventLogStorageTable as Events
 from dagster._core.storage.event_log.sql_event_log import SqlEventLogStorage
 
+MaxRetriesExceededError = DagsterMaxRetriesExceededError
+"""The error of a step that failed after its retries; its message is a trace, and the step's own error is found in it only."""
 LOCAL_COMPUTE_LOGS = "dagster._core.storage.local_compute_log_manager"
 """Module of the default capture of the steps' output; `dagster.yaml` has to name it to choose its folder."""
 NO_COMPUTE_LOGS = "dagster._core.storage.noop_compute_log_manager"

@@ -10,8 +10,10 @@ import re
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import yaml
 from dagster import DagsterError, DagsterInstance, DagsterRun, DagsterRunStatus, RunsFilter
@@ -23,13 +25,17 @@ from saeens_pipeline.storage.locks import holding_one_of
 from saeens_pipeline.storage.recipes import is_alive, this_machine
 from saeens_pipeline.storage.root import data_root
 
+Answer = TypeVar("Answer")
 logger = logging.getLogger(__name__)
 
 _SETTINGS_FILE = "dagster.yaml"
 _COMMAND_LINE_FILE = "command_line.yaml"
 _DATABASE_MARK = ".database_is_set_up"
+_DATABASES = ("history/runs.db", "history/runs/index.db", "schedules/schedules.db")
 _HAS_NO_TABLES = "SELECT 'it holds no tables' WHERE NOT EXISTS (SELECT 1 FROM sqlite_master)"
+_INTEGRITY = "PRAGMA quick_check(1)"
 _MESSAGE_CHARACTERS = 300  # of Dagster's own messages
+RECENT_RUNS = 300  # older runs are not read, to save time
 PROCESS_TAG = "saeens/process"
 LOCATION = "saeens"  # name of the code location
 _SERVER_TAG = ".dagster/grpc_info"  # Dagster's tag on runs that it launched: the socket of the code server
@@ -68,6 +74,10 @@ load_from:
       module_name: saeens_pipeline.definitions
       location_name: {LOCATION}
 """
+
+
+class DamagedInstanceError(SaeensError):
+    """Dagster's settings or databases cannot be read. Artefacts do not depend on them."""
 
 
 def instance_settings(home: str) -> str:
@@ -125,10 +135,7 @@ def _create_database(home: Path) -> None:
                 with open_instance(home) as instance:
                     instance.get_dynamic_partitions("any")
             except Exception as error:
-                away = home / "storage.unfinished"
-                while away.exists():  # nothing is deleted: an earlier one may hold runs
-                    away = away.with_name(f"{away.name}_")
-                storage.rename(away)
+                away = _move_away(storage, "storage.unfinished")
                 logger.warning("%s was not usable and is now %s (%s)", storage, away, " ".join(str(error).split())[:200])
         if not storage.exists():
             aside = home / "storage.new"
@@ -143,9 +150,36 @@ def _create_database(home: Path) -> None:
         mark.touch()
 
 
+def _move_away(storage: Path, name: str) -> Path:
+    """Rename a folder and return its new path. Nothing is deleted: an earlier one of this name may hold runs."""
+    away = storage.with_name(name)
+    while away.exists():
+        away = away.with_name(f"{away.name}_")
+    return storage.rename(away)
+
+
+def replace_damaged_database() -> None:
+    """Move a damaged database of DAGSTER_HOME aside, with a warning; the next `prepare_home` creates another.
+
+    Reads all of it, for commands that compute. Settings of the user's own are left to the user.
+    """
+    home = home_folder()
+    storage, settings = home / "storage", home / _SETTINGS_FILE
+    if not settings.exists() or not _is_ours(_read(settings)) or not storage.exists():
+        return
+    with holding_one_of(home, ["database"]):
+        for file in (storage / name for name in _DATABASES if (storage / name).exists()):
+            damage = _damage(file, _HAS_NO_TABLES) or _damage(file, _INTEGRITY)
+            if damage not in ("", "ok"):
+                lost = "Dagster's list of runs starts anew, and layers that were added by hand have to be added again; artefacts are kept"
+                away = _move_away(storage, "storage.damaged")
+                logger.warning("%s was damaged (%s): %s is now %s. %s", file, damage.splitlines()[-1], storage, away, lost)
+                return
+
+
 def _check_database(storage: Path) -> None:
     """Raise SaeensError for a database file that holds no tables. Damage further inside is found when it is read."""
-    for name in ("history/runs.db", "history/runs/index.db", "schedules/schedules.db"):
+    for name in _DATABASES:
         if (storage / name).exists() and (damage := _damage(storage / name, _HAS_NO_TABLES)):
             raise _damaged(storage / name, damage, storage)
 
@@ -153,7 +187,7 @@ def _check_database(storage: Path) -> None:
 def _damage(file: Path, question: str) -> str:
     """Return the first answer of a database to a question about itself, or its error; empty for none."""
     try:
-        with contextlib.closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)) as connection:
+        with _reading(file) as connection:
             return str((connection.execute(question).fetchone() or [""])[0])
     except sqlite3.OperationalError:  # locked, or not readable: not damaged
         return ""
@@ -161,9 +195,43 @@ def _damage(file: Path, question: str) -> str:
         return str(error)
 
 
-def _damaged(file: Path, damage: str, storage: Path) -> SaeensError:
+@contextlib.contextmanager
+def _reading(file: Path) -> Iterator[sqlite3.Connection]:
+    """Yield a connection that only reads."""
+    with contextlib.ExitStack() as stack:
+        connection = stack.enter_context(contextlib.closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)))
+        try:
+            connection.execute("SELECT 1 FROM sqlite_master")
+        except sqlite3.OperationalError:  # SQLite creates a file of its own beside the database, which a read-only folder forbids
+            connection = sqlite3.connect(f"{file.as_uri()}?mode=ro&immutable=1", uri=True)
+            stack.enter_context(contextlib.closing(connection))
+        yield connection
+
+
+def _copy_databases(storage: Path, copy: Path) -> None:
+    """Copy Dagster's databases as they are at one moment, each, without the events of successful and of old runs."""
+    for name in _DATABASES:
+        _copy_database(storage, copy, name)
+    with contextlib.suppress(sqlite3.OperationalError), _reading(copy / _DATABASES[0]) as runs:
+        question = f"SELECT run_id FROM runs WHERE status != 'SUCCESS' ORDER BY id DESC LIMIT {RECENT_RUNS}"
+        for (run,) in runs.execute(question).fetchall():
+            _copy_database(storage, copy, f"history/runs/{run}.db")
+
+
+def _copy_database(storage: Path, copy: Path, name: str) -> None:
+    if not (storage / name).exists():
+        return
+    (copy / name).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with _reading(storage / name) as source, contextlib.closing(sqlite3.connect(copy / name)) as target:
+            source.backup(target)
+    except sqlite3.DatabaseError as error:
+        raise _damaged(storage / name, str(error), storage) from error
+
+
+def _damaged(file: Path, damage: str, storage: Path) -> DamagedInstanceError:
     way_out = f"move {storage} away. Dagster's list of runs is lost with it; artefacts are not, and are found again"
-    return SaeensError(f"{file} is damaged ({damage}): {way_out}")
+    return DamagedInstanceError(f"{file} is damaged ({damage}): {way_out}")
 
 
 @contextlib.contextmanager
@@ -186,14 +254,16 @@ def _explained(home: Path, error: DatabaseError) -> Exception:
     """Return an error that names the damaged file, also if it was found in a copy; or the error itself if none is damaged."""
     storage = home_folder() / "storage"
     for file in sorted((home / "storage").rglob("*.db")):
-        if (damage := _damage(file, "PRAGMA quick_check(1)")) not in ("", "ok"):
+        if (damage := _damage(file, _INTEGRITY)) not in ("", "ok"):
             return _damaged(storage / file.relative_to(home / "storage"), damage.splitlines()[-1], storage)
     return error
 
 
-def _wrong_settings(error: Exception) -> SaeensError:
+def _wrong_settings(error: Exception) -> DamagedInstanceError:
     found = " ".join(str(error).split())[:_MESSAGE_CHARACTERS]
-    return SaeensError(f"{home_folder() / _SETTINGS_FILE} is wrong ({found}): correct it, or remove it, and `saeens` writes it again")
+    return DamagedInstanceError(
+        f"{home_folder() / _SETTINGS_FILE} is wrong ({found}): correct it, or remove it, and `saeens` writes it again"
+    )
 
 
 def _read(settings: Path) -> str:
@@ -251,7 +321,7 @@ def recorded_instance() -> Iterator[DagsterInstance | None]:
     home = home_folder()
     if not (home / _SETTINGS_FILE).exists():
         yield None
-    elif os.access(home, os.W_OK):
+    elif _is_writable(home):
         with command_line_instance() as instance:
             yield instance
     else:
@@ -259,10 +329,33 @@ def recorded_instance() -> Iterator[DagsterInstance | None]:
             copy, text = Path(folder), _read(home / _SETTINGS_FILE)
             if is_ours := _is_ours(text):
                 _check_database(home / "storage")
-                shutil.copytree(home / "storage", copy / "storage", copy_function=shutil.copyfile)
+                _copy_databases(home / "storage", copy / "storage")
             _write_command_line_settings(copy, instance_settings(copy.as_posix()) if is_ours else text)
             with open_instance(copy, _COMMAND_LINE_FILE) as instance:
                 yield instance
+
+
+def recorded(read: Callable[[DagsterInstance], Answer], otherwise: Answer) -> Answer:
+    """Return what `read` finds in the instance of DAGSTER_HOME; `otherwise` without one and, with a warning, for a damaged one."""
+    try:
+        with recorded_instance() as instance:
+            return read(instance) if instance else otherwise
+    except DamagedInstanceError as error:
+        _warn_once(f"Dagster's records are left out: {error}")
+        return otherwise
+
+
+@cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+def _is_writable(folder: Path) -> bool:
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 def process_tag() -> dict[str, str]:

@@ -6,6 +6,7 @@ Its experiments get all layers.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import dagster as dg
@@ -14,7 +15,7 @@ from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
 from saeens_pipeline.assets.catalogue import Experiments
 from saeens_pipeline.assets.sources import validate_source
 from saeens_pipeline.language_models.models import describe_language_model
-from saeens_pipeline.orchestration.instance import added_layers, command_line_instance, declare_layers, recorded_instance, register_layers
+from saeens_pipeline.orchestration.instance import added_layers, command_line_instance, declare_layers, recorded, register_layers
 from saeens_pipeline.settings import SourceSettings
 
 LAYERS_TAG = "saeens/layers"  # tag of command-line runs: all layers of the command's stages
@@ -29,8 +30,7 @@ class Layers(NamedTuple):
 
 def recorded_layers(source: SourceSettings) -> Layers:
     """Return all layers of a source, for commands that only read: with those of the instance of DAGSTER_HOME, if it exists."""
-    with recorded_instance() as instance:
-        return layers_of_source(source, instance) if instance else Layers(sorted(source.layers), [])
+    return recorded(partial(layers_of_source, source), Layers(sorted(source.layers), []))
 
 
 def layers_of_source(source: SourceSettings, instance: DagsterInstance) -> Layers:

@@ -5,21 +5,24 @@ Recipes decide which artefacts are fresh. Runs only change the state of artefact
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
-from dagster import AssetKey, DagsterRun, DagsterRunStatus, EventLogEntry
+from dagster import AssetKey, DagsterInstance, DagsterRun, DagsterRunStatus, EventLogEntry
 from dagster import DagsterEventType as Type
 
 from saeens_pipeline.assets.declarations import Op
 from saeens_pipeline.assets.staleness import Status
 from saeens_pipeline.orchestration.assets import partition_key
-from saeens_pipeline.orchestration.instance import process_is_gone, recorded_instance
+from saeens_pipeline.orchestration.instance import RECENT_RUNS, process_is_gone, recorded
+from saeens_pipeline.storage.names import Address
 
-RECENT_RUNS = 300  # older runs are not read, to save time
 _PARTITION_TAG = "dagster/partition"
-_INTERRUPTED = "DagsterExecutionInterruptedError"  # Dagster's error for Ctrl-C and SIGTERM, without a message
+_IN_WORDS = {  # Dagster's errors without a message: for Ctrl-C and SIGTERM, and for a step's process that ends without an answer
+    "DagsterExecutionInterruptedError": "it was interrupted",
+    "ChildProcessCrashException": "its process was killed or aborted, mostly because memory ran out",
+}
 
 
 def with_run_states(statuses: Sequence[Status], ops: Iterable[Op]) -> list[Status]:
@@ -30,34 +33,38 @@ def with_run_states(statuses: Sequence[Status], ops: Iterable[Op]) -> list[Statu
     if all(status.state == "fresh" for status in statuses):
         return list(statuses)
     steps = {output.address: op.name for op in ops for output in op.outputs}
-    with recorded_instance() as instance:
-        if instance is None:
-            return list(statuses)
-        runs = [record.dagster_run for record in instance.get_run_records(limit=RECENT_RUNS)]
+    return recorded(partial(_seen_by_runs, statuses, steps), list(statuses))
 
-        @cache
-        def events(run_id: str) -> list[EventLogEntry]:
-            return list(instance.all_logs(run_id, of_type={Type.STEP_START, Type.STEP_SUCCESS, Type.STEP_FAILURE, Type.RUN_FAILURE}))
 
-        def seen_by_runs(status: Status) -> Status:
-            asset, key = AssetKey(status.declaration.address.key), partition_key(status.declaration, status.partition)
-            for run in runs if status.state != "fresh" else ():
-                if asset in (run.asset_selection or ()) and (key is None or run.tags.get(_PARTITION_TAG) == str(key)):
-                    state, reason = _outcome(run, steps[status.declaration.address], events(run.run_id))
-                    return replace(status, state=state, reason=f"run {run.run_id[:8]}{reason}") if state else status
-            return status
+def _seen_by_runs(statuses: Sequence[Status], steps: Mapping[Address, str], instance: DagsterInstance) -> list[Status]:
+    runs = [record.dagster_run for record in instance.get_run_records(limit=RECENT_RUNS)]
 
-        return [seen_by_runs(status) for status in statuses]
+    @cache
+    def events(run_id: str) -> list[EventLogEntry]:
+        return list(instance.all_logs(run_id, of_type={Type.STEP_START, Type.STEP_SUCCESS, Type.STEP_FAILURE, Type.RUN_FAILURE}))
+
+    def seen(status: Status) -> Status:
+        asset, key = AssetKey(status.declaration.address.key), partition_key(status.declaration, status.partition)
+        for run in runs if status.state != "fresh" else ():
+            if asset in (run.asset_selection or ()) and (key is None or run.tags.get(_PARTITION_TAG) == str(key)):
+                if run.status == DagsterRunStatus.SUCCESS:
+                    return status
+                state, reason = _outcome(run, steps[status.declaration.address], events(run.run_id))
+                return replace(status, state=state, reason=f"run {run.run_id[:8]}{reason}") if state else status
+        return status
+
+    return [seen(status) for status in statuses]
 
 
 def _outcome(run: DagsterRun, step: str, events: Sequence[EventLogEntry]) -> tuple[str, str]:
-    """Return state and reason of a step's artefacts after a run; an empty state if the one from recipes stands."""
+    """Return state and reason of a step's artefacts after a run without success; an empty state if the one from recipes stands."""
     of_step = {entry.dagster_event_type: entry for entry in reversed(events) if entry.step_key == step}
     of_run = {entry.dagster_event_type: entry for entry in reversed(events)}
     began, nothing = Type.STEP_START in of_step, ("", "")
     if failure := of_step.get(Type.STEP_FAILURE):
-        return "failed", f": {_first_line(failure)}".replace(_INTERRUPTED, "it was interrupted")
-    if run.status == DagsterRunStatus.SUCCESS or Type.STEP_SUCCESS in of_step:
+        line = _first_line(failure)
+        return "failed", f": {_IN_WORDS.get(line, line)}"
+    if Type.STEP_SUCCESS in of_step:
         return nothing
     if not run.is_finished and not process_is_gone(run):
         return "running", "" if began else ", which has not reached it yet"

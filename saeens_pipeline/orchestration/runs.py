@@ -20,19 +20,22 @@ from saeens_pipeline import progress
 from saeens_pipeline.assets.compute import Compute
 from saeens_pipeline.assets.declarations import Declaration, Op
 from saeens_pipeline.assets.kernels import compiled_meanwhile
+from saeens_pipeline.assets.memory import out_of_memory_message
 from saeens_pipeline.assets.registry import evaluations_of
 from saeens_pipeline.assets.sources import declared_facts
 from saeens_pipeline.assets.staleness import Stage, Status, plan
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.orchestration.assets import partition_key
 from saeens_pipeline.orchestration.catalogue import Catalogue
+from saeens_pipeline.orchestration.dagster_internals import MaxRetriesExceededError
 from saeens_pipeline.orchestration.instance import (
     command_line_instance,
     declare_layers,
     end_dead_runs,
     process_tag,
-    recorded_instance,
+    recorded,
     register_layers,
+    replace_damaged_database,
 )
 from saeens_pipeline.orchestration.layers import LAYERS_TAG, recorded_layers
 from saeens_pipeline.report.asset import REPORT
@@ -95,9 +98,7 @@ def run_experiment(
 ) -> Outcome:
     """Compute the missing and stale artefacts of an experiment, stage by stage, and show progress."""
     began = time.monotonic()
-    with recorded_instance() as instance:
-        if instance:
-            end_dead_runs(instance)
+    recorded(end_dead_runs, None)
     experiment = catalogue.experiment(name)
     source = catalogue.sources[experiment.source]
     layers, impossible = (sorted(set(layers)), []) if layers else recorded_layers(source)
@@ -275,6 +276,7 @@ def _execute(
     """Execute a Dagster run in this process for each partition, and raise the error of a failed run. Registers `layers`, by source."""
     if not chosen:
         return
+    replace_damaged_database()
     with _quiet(), command_line_instance() as instance, _interrupts() as raise_interrupt:
         for source, wanted in layers.items():
             declare_layers(instance, source, catalogue.sources[source].layers)
@@ -293,7 +295,19 @@ def _execute(
                 )
             except DagsterExecutionInterruptedError:
                 raise KeyboardInterrupt from None
+            except MaxRetriesExceededError as error:
+                raise SaeensError(_message_of(error)) from error
         raise_interrupt()
+
+
+def _message_of(error: MaxRetriesExceededError) -> str:
+    """Return the message of the error that retries did not mend, instead of Dagster's traces."""
+    (info,) = error.user_code_process_error_infos
+    name, _, message = (info.cause or info).message.strip().partition(": ")
+    name = name.rpartition(".")[2]
+    if name.endswith("MemoryError"):
+        return out_of_memory_message(message)
+    return message if name == SaeensError.__name__ else ": ".join(filter(None, (name, message)))
 
 
 @contextlib.contextmanager

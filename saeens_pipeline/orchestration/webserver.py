@@ -26,7 +26,7 @@ _SIGNALS = ((signal.SIGINT, 20.0), (signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0))
 
 
 def serve(port: int, addresses: Sequence[str]) -> None:
-    """Serve the UI of DAGSTER_HOME until a signal comes. Raises SystemExit if the daemon ends before."""
+    """Serve the UI of DAGSTER_HOME until a signal comes. Raises SystemExit if the daemon or the webserver ends before."""
     import uvicorn
     from dagster import DagsterInstance
     from dagster_webserver.app import create_app_from_workspace_process_context
@@ -53,7 +53,19 @@ def serve(port: int, addresses: Sequence[str]) -> None:
 
         threading.Thread(target=watch_daemon, daemon=True).start()
         server.run()
-        raise SystemExit(f"Dagster's daemon ended with exit code {daemon.poll()}")
+        raise SystemExit(_end(daemon.poll()))
+
+
+def _end(of_daemon: int | None) -> str:
+    """Return which server ended by itself, and how, from the exit code of the daemon; None: it is running."""
+    if of_daemon is None:
+        return "Dagster's webserver ended by itself: the lines above say why, such as a port that another program took"
+    return f"Dagster's daemon ended {in_words(of_daemon)}"
+
+
+def in_words(code: int) -> str:
+    """Return how a process with this exit code ended."""
+    return f"with exit code {code}" if code >= 0 else f"by the signal {signal.Signals(-code).name}"
 
 
 @contextlib.contextmanager

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 _SHOWN = 80  # characters of a value
 _SHOWN_MESSAGE = 1500  # characters of a message
 _PLAIN_FLOAT = re.compile(r"[+-]?[0-9._]+e[+-]?[0-9]+", re.IGNORECASE)  # text for YAML 1.1 unless it has a point and a signed exponent
 
-_MESSAGES: dict[str, str | Callable[[Mapping[str, Any]], str]] = {
+_MESSAGES = {
     "missing": "required",
     "extra_forbidden": "unknown key",
     "string_type": "expected a text: put it in quotes",
@@ -42,15 +42,25 @@ _MESSAGES: dict[str, str | Callable[[Mapping[str, Any]], str]] = {
     "multiple_of": "has to be a multiple of {multiple_of}",
     "literal_error": "expected {expected}",
     "none_required": "expected no value",
+    "union_tag_invalid": "expected one of {expected_tags}",
+    "union_tag_not_found": "expected a text or a mapping with fields",
+    "default_factory_not_called": "its default cannot be derived before other fields are correct",
+    "recursion_loop": "a value contains itself",
+    "string_pattern_mismatch": "expected a text that matches {pattern}",
+    "invalid_key": "a key has to be a plain word",
 }
+_OWN = ("value_error", "assertion_error")  # raised by our validators, with our words
 
 
 def in_words(error: Mapping[str, Any]) -> str:
     """Return the message of one of pydantic's errors, without the location."""
     kind = error["type"]
-    message = error["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     if kind in _MESSAGES:
-        message = str(_MESSAGES[kind]).format(**error.get("ctx", {}))
+        message = _MESSAGES[kind].format(**error.get("ctx", {}))
+    elif kind in _OWN:
+        message = error["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    else:
+        message = "this value is not allowed here"
     found = error.get("input")
     if isinstance(found, str) and len(found) > _SHOWN:
         message = message.replace(repr(found), shown(found))

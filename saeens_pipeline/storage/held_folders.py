@@ -35,18 +35,22 @@ class HeldFolder(LocalStore):
                 raise SaeensError(f"{root} holds its record only, its bytes were dropped")
         else:
             self.files = frozenset(file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file())
+        self._require_same()  # after the record was read, so that it is the one of the held folder
 
     async def get(self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None) -> Buffer | None:
         value = await super().get(key, prototype, byte_range)
         if value is None:
             self.require_unwritten(key)
+        self._require_same()  # after the file was opened, so that the file is one of the held folder
+        return value
+
+    def _require_same(self) -> None:
         try:
             is_same = os.path.samestat(self.root.stat(), os.fstat(self.descriptor))
         except FileNotFoundError:
             is_same = False
-        if not is_same:  # checked after the file was opened, so that the file is one of the held folder
+        if not is_same:
             raise SaeensError(f"{self.root} was replaced while it was read: run again")
-        return value
 
     def require_unwritten(self, name: str) -> None:
         """Raise SaeensError for a file that is missing although it was written."""

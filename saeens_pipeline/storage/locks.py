@@ -56,8 +56,8 @@ def may_be_training(root: Path) -> bool:
 
 def _may_be_held(file: Path) -> bool:
     try:
-        with file.open("r+b") as opened:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with file.open("rb") as opened:  # a shared lock needs no permission to write
+            fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
     except OSError:

@@ -148,7 +148,11 @@ class Store:
         return self.root / address.path(partition)
 
     def require_writable(self) -> None:
-        """Raise SaeensError unless files can be created in it. Leaves no file behind."""
+        """Raise SaeensError unless files can be created in it, and read again by all libraries. Leaves no file behind."""
+        if any("\ud800" <= character <= "\udfff" for character in str(self.root)):
+            raise SaeensError(
+                f"{self.root} is not UTF-8, and safetensors and polars read no such paths: choose another root with SAEENS_DATA"
+            )
         try:
             with tempfile.TemporaryFile(dir=nearest_folder(self.root)):
                 pass

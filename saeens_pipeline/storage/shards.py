@@ -8,6 +8,7 @@ Source: the sharding codec of Zarr v3, https://zarr-specs.readthedocs.io/en/late
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import resource
@@ -30,14 +31,16 @@ _ENTRY_BYTES = 16
 _CHECKSUM_BYTES = 4
 _MAPPED_SHARDS = 16
 _MOST_HELD = 4096
+_HELD_SHARE = 8  # of the files that the process may open, an array holds one in so many
 
 
 class MappedShards:
     """Chunks of an array `[n_rows, d_in]` whose layout can be memory-mapped; `map_shards` creates it.
 
     All shards are opened at once and held, so that their rows can be read although the folder is replaced meanwhile. An array holds at
-    most an eighth of the files that the process may open (`ulimit -n`), and 4,096. The shards after these are opened when they are read,
-    in the folder that is held: if another one has replaced it, they are missing, which is an error.
+    most 4,096 files, and an eighth of those that the process may open: the soft limit (`ulimit -n`) is raised for it, up to the hard one.
+    The shards after these are opened when they are read, in the folder that is held: if another one has replaced it, they are missing,
+    which is an error.
 
     Up to 16 shards, the last used ones, stay mapped. Most tools count the pages read from them as memory of this process (up to 512 MiB),
     but they belong to the page cache, and the kernel frees them when it needs memory.
@@ -74,7 +77,8 @@ class _ShardFiles:
 
     def __init__(self, array: zarr.Array, folder: HeldFolder, n_shards: int) -> None:
         self._folder, self._array, self._chunk_key = folder, array.path, array.metadata.encode_chunk_key
-        n_held = min(n_shards, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8, _MOST_HELD)
+        n_held = min(n_shards, _MOST_HELD)
+        n_held = min(n_held, _allowed_files(_HELD_SHARE * n_held) // _HELD_SHARE)
         self._held: list[int | None] = []
         weakref.finalize(self, _close, self._held)
         for index in range(n_held):
@@ -102,6 +106,19 @@ class _ShardFiles:
         except FileNotFoundError:
             self._folder.require_unwritten(self._name(index))
             return None
+
+
+def _allowed_files(n_wanted: int) -> int:
+    """Return how many files this process may open. Raises its soft limit if that is below `n_wanted`, at most to the hard one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return n_wanted
+    raised = n_wanted if hard == resource.RLIM_INFINITY else min(n_wanted, hard)
+    if soft < raised:
+        with contextlib.suppress(ValueError, OSError):  # the system allows fewer
+            resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
+            return raised
+    return soft
 
 
 def _close(descriptors: list[int | None]) -> None:

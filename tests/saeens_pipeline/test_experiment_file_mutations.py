@@ -6,15 +6,19 @@ import random
 import re
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+from pydantic_core._pydantic_core import list_all_errors
 from tiny_experiment import experiment_file, experiment_settings, source_settings
 
+from saeens_models.architectures import architectures, settings_class
 from saeens_pipeline import defs
 from saeens_pipeline.assets import catalogue
 from saeens_pipeline.assets.catalogue import Experiments
+from saeens_pipeline.settings import messages
+from saeens_pipeline.settings.files import MODELS
 
 FOREIGN_WORDS = re.compile(
     r"pydantic|Input should|a valid (string|integer|number|boolean|list|dictionary|tuple)|Field required|Value error|validation error|"
@@ -153,6 +157,49 @@ def _campaign(seeds: range, file: Path, monkeypatch: pytest.MonkeyPatch) -> Coun
             raise
         answers["refused" if complaint else "read"] += 1
     return answers
+
+
+# by kind of pydantic's schema: the errors that a value of a file can cause there
+ERRORS = {
+    "str": ("string_type", "string_unicode", "string_too_short", "string_too_long", "string_pattern_mismatch"),
+    "int": ("int_type", "int_parsing", "int_parsing_size", "int_from_float", "greater_than", "greater_than_equal", "less_than",
+            "less_than_equal", "multiple_of", "finite_number"),
+    "float": ("float_type", "float_parsing", "finite_number"),
+    "bool": ("bool_type", "bool_parsing"),
+    "list": ("list_type", "too_short", "too_long"),
+    "tuple": ("tuple_type", "too_short", "too_long", "missing", "extra_forbidden"),
+    "dict": ("dict_type", "invalid_key", "too_short", "too_long"),
+    "model": ("model_type", "model_attributes_type"),
+    "model-fields": ("model_attributes_type", "extra_forbidden", "missing"),
+    "default": ("default_factory_not_called",),
+    "literal": ("literal_error",),
+    "tagged-union": ("union_tag_invalid", "union_tag_not_found"),
+    "nullable": ("none_required",),
+    "definition-ref": ("recursion_loop",),
+}  # fmt: skip
+PLAIN = {"model-field", "function-after", "function-before", "function-wrap", "with-info", "no-info", "union", "any", "definitions"}
+
+
+def _kinds(schema: object) -> set[str]:
+    """Return the kinds of all parts of a schema of pydantic."""
+    if isinstance(schema, Mapping):
+        kind = schema.get("type")
+        return {kind for kind in (kind,) if isinstance(kind, str)}.union(*map(_kinds, schema.values()))
+    return set().union(*map(_kinds, schema)) if isinstance(schema, (list, tuple)) else set()
+
+
+def test_every_error_of_a_field_has_words_of_our_own():
+    models = [*MODELS.values(), *map(settings_class, architectures())]
+    kinds = set().union(*(_kinds(model.__pydantic_core_schema__) for model in models))
+    assert kinds <= ERRORS.keys() | PLAIN
+    assert {each for kind in kinds & ERRORS.keys() for each in ERRORS[kind]} <= messages._MESSAGES.keys()
+    for each in list_all_errors():
+        error = {"type": each["type"], "msg": each["example_message_python"], "ctx": each.get("example_context") or {}, "input": 1}
+        if each["type"] not in messages._OWN:
+            said = messages.in_words(error)
+            assert said
+            assert not said.startswith(("Input should", "Field required", "Unable", "Value should")), said
+            assert each["example_message_python"] not in said
 
 
 def test_mutated_files_are_read_or_answered_with_file_and_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

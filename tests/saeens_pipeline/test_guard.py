@@ -21,6 +21,7 @@ import pytest
 from typer.testing import CliRunner
 
 from saeens_pipeline import cli
+from saeens_pipeline.orchestration import webserver
 from saeens_pipeline.orchestration.guard import Guard
 
 UI = "127.0.0.1:3000"
@@ -225,3 +226,12 @@ def test_a_proxy_on_this_machine_may_be_named():
 
 async def _unreachable(*_: Any) -> None:
     raise AssertionError("only the answer is asked for")
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [(None, "webserver ended by itself"), (3, "daemon ended with exit code 3"), (-9, "daemon ended by the signal SIGKILL")],
+)
+def test_the_server_that_ended_is_named(code: int | None, said: str):
+    assert said in webserver._end(code)
+    assert "None" not in webserver._end(code)

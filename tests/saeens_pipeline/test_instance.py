@@ -19,10 +19,12 @@ import yaml
 from dagster._core.remote_origin import ManagedGrpcPythonEnvCodeLocationOrigin, RemoteJobOrigin, RemoteRepositoryOrigin
 from dagster._core.storage.tags import GRPC_INFO_TAG
 from dagster._core.types.loadable_target_origin import LoadableTargetOrigin
+from privileges import read_only
 from tiny_experiment import LAYER, MEMBERS, NAME, SEEDS, Laboratory
 
 import saeens_pipeline
 from saeens_pipeline.errors import SaeensError
+from saeens_pipeline.orchestration import instance as instance_module
 from saeens_pipeline.orchestration import runs as runs_module
 from saeens_pipeline.orchestration.instance import (
     PROCESS_TAG,
@@ -32,8 +34,10 @@ from saeens_pipeline.orchestration.instance import (
     instance_settings,
     prepare_home,
     process_tag,
+    recorded,
     recorded_instance,
     register_layers,
+    replace_damaged_database,
     servers_prefix,
 )
 from saeens_pipeline.storage.recipes import this_machine
@@ -189,16 +193,46 @@ def test_a_database_created_by_other_programs_is_kept(home: Path):
     assert _layers() == ["2"]
 
 
+@pytest.mark.parametrize("damage", ["empty", "overwritten"])
+@pytest.mark.parametrize("name", DATABASES)
+def test_a_damaged_database_stops_no_command(home: Path, name: str, damage: str, caplog: pytest.LogCaptureFixture):
+    file = home / "storage" / name
+    whole = file.read_bytes()
+    broken = {"empty": b"", "overwritten": whole[:4096] + b"\7" * (len(whole) - 4096)}[damage]
+    file.write_bytes(broken)
+
+    def read(instance: dg.DagsterInstance) -> str:
+        instance.get_runs()
+        instance.all_instigator_state()
+        return str(instance.get_dynamic_partitions("quickstart_layers"))
+
+    assert recorded(read, "none") == "none"  # commands that read
+    assert f"records are left out: {file} is damaged" in caplog.text
+    assert file.read_bytes() == broken
+    replace_damaged_database()  # commands that compute
+    assert f"{file} was damaged" in caplog.text
+    assert _layers(3) == ["3"]
+    assert (home / "storage.damaged" / name).read_bytes() == broken
+
+
+def test_a_whole_database_and_settings_of_the_users_own_are_not_replaced(home: Path):
+    replace_damaged_database()
+    assert _layers() == ["2"]
+    (home / "storage/history/runs.db").write_bytes(b"")
+    (home / "dagster.yaml").write_text("telemetry: {enabled: true}\n")
+    replace_damaged_database()
+    assert (home / "storage/history/runs.db").read_bytes() == b""
+
+
 def _times(folder: Path) -> dict[Path, int]:
     """When its files were written, without those that SQLite shares among readers."""
     return {file: file.stat().st_mtime_ns for file in folder.rglob("*") if not file.name.endswith(("-shm", "-wal")) and file.is_file()}
 
 
-def test_a_folder_that_cannot_be_written_is_read(home: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_folder_that_cannot_be_written_is_read(home: Path):
     (home / "command_line.yaml").unlink()
     before = _times(home)
-    monkeypatch.setattr(os, "access", lambda path, _mode: Path(path) != home)
-    with recorded_instance() as instance:
+    with read_only(home), recorded_instance() as instance:
         assert instance
         assert instance.get_dynamic_partitions("quickstart_layers") == ["2"]
         assert instance.get_runs() == []
@@ -294,7 +328,7 @@ def test_a_run_with_nothing_to_do_cancels_killed_runs(finished: Laboratory, monk
     with dg.DagsterInstance.ephemeral() as instance:
         job = finished.catalogue.definitions().resolve_implicit_global_asset_job_def()
         run = instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTED, tags={PROCESS_TAG: owner})
-        monkeypatch.setattr(runs_module, "recorded_instance", lambda: contextlib.nullcontext(instance))
+        monkeypatch.setattr(instance_module, "recorded_instance", lambda: contextlib.nullcontext(instance))
         assert "nothing to do" in finished.run()
         ended = instance.get_run_by_id(run.run_id)
     assert ended is not None

@@ -12,6 +12,7 @@ from tiny_models import CONTEXT_LENGTH, D_MODEL, VOCAB_SIZE, ListedCorpus, edit_
 from transformers import PreTrainedModel
 
 from saeens_pipeline.errors import ConfigurationError
+from saeens_pipeline.language_models import patching
 from saeens_pipeline.language_models.language_model import LanguageModel
 from saeens_pipeline.language_models.models import describe_language_model, load_language_model
 from saeens_pipeline.language_models.patching import PatchedWindows, loss_batches, patched
@@ -118,6 +119,20 @@ def test_resid_mid_of_an_unsupported_block_is_refused_by_name(tmp_path: Path, wi
     with refused, patched(model, "resid_mid", 1, torch.zeros_like):
         model.activations(windows.tokens, "resid_post", [1])
     scaled.remove()
+
+
+@pytest.mark.parametrize(("scale", "is_refused"), [(1 + 1e-6, False), (1.01, True)])
+def test_the_sum_at_resid_mid_may_be_rounded_and_not_scaled(model, scale: float, is_refused: bool):
+    """A block may add its terms in another order or dtype, which rounds otherwise."""
+    stream, added, replacement = torch.randn(3, 1, 4, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    changes = patching._changes_around(model.description, lambda _: replacement)
+    changes["resid_mid"](stream)
+    changes["mlp_out"](added)
+    if is_refused:
+        with pytest.raises(ConfigurationError, match="is not simply added"):
+            changes["resid_post"]((stream + added) * scale)
+    else:
+        assert torch.equal(changes["resid_post"]((stream + added) * scale), replacement + added)
 
 
 def test_only_kept_positions_are_replaced(model, windows):

@@ -17,15 +17,15 @@ from zarr.codecs import ZstdCodec
 import saeens_models as sm
 from saeens_pipeline.assets.compute import Compute
 from saeens_pipeline.assets.declarations import Declaration, Input, Op, RunContext, Task
-from saeens_pipeline.assets.materialise import ReplacedInputError, materialise
+from saeens_pipeline.assets.materialise import AddedInputError, Materialised, ReplacedInputError, materialise
 from saeens_pipeline.assets.readers import open_reader
 from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.language_models.tokens import open_tokens
-from saeens_pipeline.storage import shards
+from saeens_pipeline.storage import held_folders, shards
 from saeens_pipeline.storage.activation_writer import ActivationWriter
 from saeens_pipeline.storage.activations import ActivationStore
 from saeens_pipeline.storage.names import Address, Kind, Partition
-from saeens_pipeline.storage.recipes import Recipe, Store
+from saeens_pipeline.storage.recipes import Artefact, Recipe, Store
 
 WHERE = Address("s", "source", "activations"), Partition(1)
 N_ROWS, CHUNK_ROWS = 1500, 32  # three shards of 16 chunks
@@ -110,6 +110,35 @@ def test_many_shards_are_held_within_the_limit_of_open_files(tmp_path: Path, mon
     assert _values(again, lambda: None) == {1.0}
     del again
     assert len(list(Path("/dev/fd").iterdir())) == before
+
+
+def test_the_soft_limit_of_open_files_is_raised_for_the_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    limits = {"now": (16, 20)}
+    monkeypatch.setattr(shards.resource, "getrlimit", lambda _: limits["now"])
+    monkeypatch.setattr(shards.resource, "setrlimit", lambda _, wanted: limits.update(now=wanted))
+    path = _write(Store(tmp_path), 1.0)
+    before = len(list(Path("/dev/fd").iterdir()))
+    reader = ActivationStore(path)
+    assert limits["now"] == (20, 20)  # the hard limit is an upper bound
+    assert len(list(Path("/dev/fd").iterdir())) == before + 3
+    limits["now"] = (16, 100)
+    reader = ActivationStore(path)
+    assert limits["now"] == (24, 100)  # eight times its three shards
+    assert len(list(Path("/dev/fd").iterdir())) == before + 4
+    assert _values(reader, lambda: None) == {1.0}
+
+
+def test_a_folder_that_is_replaced_while_it_is_opened_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    store, read = Store(tmp_path), held_folders.read_artefact
+    path = _write(store, 1.0)
+
+    def replaced_before(path: Path) -> Artefact:
+        _replace(store)
+        return read(path)
+
+    monkeypatch.setattr(held_folders, "read_artefact", replaced_before)
+    with pytest.raises(SaeensError, match="was replaced while it was read"):
+        held_folders.HeldFolder(path)
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
@@ -220,6 +249,30 @@ def test_an_input_rebuilt_with_the_same_bytes_does_not_discard_the_output(contex
     _make_input(context.store, ENSEMBLE, "ensemble")
     made = materialise(_op(output, lambda store: _make_input(store, SAE, "one")), [output.address], PARTITION, context)
     assert [each.is_hit for each in made] == [False]
+
+
+@pytest.mark.parametrize("n_times", [1, 5])
+def test_an_optional_input_that_appears_meanwhile_is_taken_or_an_error(context: RunContext, n_times: int):
+    """A table that compares what is there: another run finishes one more of its inputs while it is computed, once or every time."""
+    store, optional = context.store, [_declaration("eval", f"table_{i}") for i in range(n_times)]
+    output = _declaration("eval", "members", *optional, optional=True)
+    left = list(optional)
+
+    def meanwhile(store: Store) -> None:
+        if left:
+            each = left.pop()
+            store.write_table(each.address, PARTITION, each.recipe(store, PARTITION), {}, pl.DataFrame({"a": [1]}))
+
+    def make() -> list[Materialised]:
+        return materialise(_op(output, meanwhile), [output.address], PARTITION, context)
+
+    if n_times == 1:
+        (made,) = make()
+        assert list(made.artefact.recipe["inputs"]) == [f"table_0, {PARTITION}"]
+    else:
+        with pytest.raises(AddedInputError, match=rf"table_2, {PARTITION} was added while members was computed: .* run again"):
+            make()
+        assert not store.path(output.address, PARTITION).exists()
 
 
 def test_an_sae_trained_while_its_activations_were_replaced_is_discarded(finished: Laboratory, monkeypatch: pytest.MonkeyPatch):

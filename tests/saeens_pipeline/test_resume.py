@@ -618,6 +618,26 @@ def test_temporary_errors_of_a_step_are_retried(untrained: Laboratory, error: Ex
     assert len(attempts) == 3
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), r"memory ran out: free some, or set SAEENS_MEMORY_GB"),
+        (torch.OutOfMemoryError("CUDA out of memory"), r"memory ran out \(CUDA out of memory\): free"),
+        (ConnectionError("the hub is away"), "ConnectionError: the hub is away$"),
+    ],
+)
+def test_an_error_that_stays_is_answered_in_one_line(untrained: Laboratory, error: Exception, said: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(retries, "DELAY_SECONDS", 0)
+
+    def fails(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(training, "train_saes", fails)
+    with pytest.raises(SaeensError, match=said) as caught:
+        untrained.run(seeds=[SEED], select=["baseline/expanded"])
+    assert len(str(caught.value).splitlines()) == 1
+
+
 @pytest.mark.parametrize("error", [ConfigurationError("k is too large"), NonFiniteLossError("nan"), ValueError("wrong")])
 def test_permanent_errors_of_a_step_fail_at_once(untrained: Laboratory, error: Exception, monkeypatch: pytest.MonkeyPatch):
     attempts: list[int] = []

@@ -9,6 +9,7 @@ from typing import Any
 
 import dagster as dg
 import pytest
+from dagster._core.executor.child_process_executor import ChildProcessCrashException
 from tiny_experiment import LAYER, NAME, SEEDS, Laboratory, status_of
 from typer.testing import CliRunner
 
@@ -61,6 +62,12 @@ def test_a_failure_is_shown_with_its_run_and_the_first_line_of_its_error(laborat
     assert statuses["bagging/member_1"].reason == f"run {_last_run().run_id[:8]}: SaeensError: the moon is full"
     assert statuses["boosting/round_1"].state == "missing"  # the run did not come to it
     assert statuses["tokens"].state == statuses["activations"].state == "fresh"
+
+
+def test_a_step_whose_process_died_has_failed_with_a_reason(laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch):
+    _fail_to_train(laboratory, monkeypatch, ChildProcessCrashException(pid=1, exit_code=-9))
+    reason = _statuses(laboratory)["bagging/member_1"].reason
+    assert reason.endswith(": its process was killed or aborted, mostly because memory ran out")
 
 
 def test_a_failure_followed_by_a_success_is_not_shown(laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import struct
 import sys
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ import dagster as dg
 import numpy as np
 import polars as pl
 import pytest
+from privileges import read_only
 from tiny_experiment import EXPERIMENT, LAYER, NAME, SEEDS, Laboratory, experiment_file, experiment_settings, source_settings
 
 from saeens_pipeline import cli
@@ -339,6 +341,15 @@ def test_a_sweep_runs_all_experiments_and_shares_existing_artefacts(swept: Labor
     _size((tmp_path / "pareto.png").read_bytes())
     shown, _ = saeens("pareto", SWEEP)
     assert f"{SWEEP}, layer {LAYER}" in shown
+
+    shutil.rmtree(swept.root / "reports" / SWEEP)
+    with read_only(swept.root):
+        again, noted = saeens("pareto", SWEEP, "--format", "csv", "--picture", tmp_path / "again.png")
+    assert again == csv
+    assert "the table is printed and not stored" in noted
+    assert _size((tmp_path / "again.png").read_bytes()) == _size((tmp_path / "pareto.png").read_bytes())
+    assert not (swept.root / "reports" / SWEEP).exists()
+    saeens("pareto", SWEEP)
 
     job = swept.catalogue.definitions().resolve_implicit_global_asset_job_def()
     with dg.DagsterInstance.ephemeral() as instance:
