@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.storage.disk import flush, nearest_folder, write_atomically
+from saeens_pipeline.storage.locks import is_locked
 from saeens_pipeline.storage.names import Address, Partition, locate
 
 if TYPE_CHECKING:
@@ -245,7 +246,8 @@ class Store:
         which would occur again, removes them.
         """
         final = self.path(address, partition)
-        with _staging(final, kept_for=recipe.hash if resumable else None) as staging:
+        is_alone = is_locked(self.root, address, partition)
+        with _staging(final, kept_for=recipe.hash if resumable else None, is_alone=is_alone) as staging:
             staging.mkdir(exist_ok=resumable)
             yield staging
             files = {name: (file.stat().st_size, _sha256(file)) for name, file in _files_below(staging)}
@@ -266,7 +268,7 @@ class Store:
         import pyarrow.parquet as pq
 
         final, rows = self.path(address, partition), table.to_arrow()
-        with _staging(final) as staging:
+        with _staging(final, is_alone=is_locked(self.root, address, partition)) as staging:
             contents = io.BytesIO()
             with pq.ParquetWriter(contents, rows.schema) as writer:
                 writer.write_table(rows)
@@ -396,10 +398,11 @@ def _has_its_hash(table: bytes) -> bool:
 
 
 @contextlib.contextmanager
-def _staging(final: Path, kept_for: str | None = None) -> Iterator[Path]:
+def _staging(final: Path, kept_for: str | None = None, *, is_alone: bool) -> Iterator[Path]:
     """Yield a temporary path in the folder of `final`. Remove leftovers of killed processes first, and those of this write if it fails.
 
-    With `kept_for`, a recipe's hash, a leftover for this hash is given instead of a free path.
+    With `kept_for`, a recipe's hash, a leftover for this hash is given instead of a free path. `is_alone`: this process holds the lock of
+    the artefact. Without it, a path of another machine may be in use, and is neither given nor removed.
     """
     staging = _temporary_name(final, kept_for)
     try:
@@ -407,6 +410,8 @@ def _staging(final: Path, kept_for: str | None = None) -> Iterator[Path]:
         for leftover in final.parent.glob(f".{final.name}.*.partial"):
             found = read_temporary(leftover)
             if found is None or found.final != final or (found.in_use and not leftover.match(f"*.{_process()}.partial")):
+                continue
+            if not (is_alone or found.is_here):
                 continue
             if kept_for and found.recipe_hash == kept_for and not staging.exists():
                 leftover.rename(staging)
@@ -437,6 +442,7 @@ class Temporary(NamedTuple):
     final: Path
     recipe_hash: str | None  # of a resumable write
     in_use: bool  # its process is alive on this machine, or it was replaced within the last hour
+    is_here: bool  # of a process of this machine
 
     @property
     def is_needed(self) -> bool:
@@ -452,9 +458,10 @@ def read_temporary(path: Path) -> Temporary | None:
     """Return the description of a temporary file or folder; None for paths that no writer has named."""
     if partial := _PARTIAL.fullmatch(path.name):
         final, recipe_hash, machine, pid = partial.groups()
-        return Temporary(path.with_name(final), recipe_hash, machine == this_machine() and is_alive(int(pid)))
+        is_here = machine == this_machine()
+        return Temporary(path.with_name(final), recipe_hash, is_here and is_alive(int(pid)), is_here)
     if (replaced := _REPLACED.fullmatch(path.name)) and path == _retired(path.with_name(replaced[1])):
-        return Temporary(path.with_name(replaced[1]), None, time.time() - path.lstat().st_ctime < _REPLACING_SECONDS)
+        return Temporary(path.with_name(replaced[1]), None, time.time() - path.lstat().st_ctime < _REPLACING_SECONDS, is_here=False)
     return None
 
 
