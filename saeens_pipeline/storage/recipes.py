@@ -501,13 +501,26 @@ def _temporary_name(final: Path, kept_for: str | None = None) -> Path:
     return final.with_name(f".{'.'.join(filter(None, (final.name, kept_for, _process(), 'partial')))}")
 
 
-def is_alive(pid: int) -> bool:
-    """Return whether a process with this number runs on this machine."""
+def is_alive(pid: int, start: str = "") -> bool:
+    """Return whether a process with this number, and with this start if it is known, runs on this machine."""
     try:
         os.kill(pid, 0)
     except OSError as error:
         return isinstance(error, PermissionError)
-    return True
+    return has_start(pid, start)
+
+
+def start_of(pid: int) -> str:
+    """Return the start of a process in ticks since the start of the machine: numbers are used again. Empty where it is unknown."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19].decode()
+    except (OSError, IndexError):  # there is no such process, or no /proc
+        return ""
+
+
+def has_start(pid: int, start: str) -> bool:
+    """Return False if a process with this number has another start."""
+    return not start or start_of(pid) in ("", start)
 
 
 def _remove(path: Path) -> None:

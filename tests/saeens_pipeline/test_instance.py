@@ -10,7 +10,8 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import dagster as dg
@@ -37,6 +38,7 @@ from saeens_pipeline.orchestration.instance import (
     servers_prefix,
     this_host,
 )
+from saeens_pipeline.storage.recipes import start_of
 
 CHECKOUT = Path(saeens_pipeline.__file__).parents[1]
 
@@ -230,6 +232,14 @@ def _gone() -> int:
     return gone.pid
 
 
+@pytest.fixture
+def alive() -> Iterator[int]:
+    """The number of a process that runs, the leader of a process group."""
+    with subprocess.Popen(["sleep", "600"], start_new_session=True) as process:
+        yield process.pid
+        process.kill()
+
+
 def _origin(location: str) -> RemoteJobOrigin:
     target = LoadableTargetOrigin(module_name="a_module")
     return RemoteJobOrigin(RemoteRepositoryOrigin(ManagedGrpcPythonEnvCodeLocationOrigin(target, location), "a_repository"), "a_job")
@@ -255,13 +265,26 @@ def test_only_runs_of_killed_processes_are_cancelled():
     owners = {
         "gone": f"{host}:{gone}",
         "here": process_tag()[PROCESS_TAG],
+        "here, with an unknown start": f"{host}:{os.getpid()}@",
+        "before its number was used again": f"{host}:{os.getpid()}@{int(start_of(os.getpid())) - 1}",
         "elsewhere": f"not-{host}:{gone}",
         "before the machine started": f"{socket.gethostname()}:{'0' * 16}:{gone}",
         "of an earlier version": f"{socket.gethostname()}:{gone}",
         "of nobody": f"{host}:nobody",
     }
     runs: dict[str, tuple[dict[str, str], str | None]] = {name: ({PROCESS_TAG: owner}, None) for name, owner in owners.items()}
-    assert _ended(runs | {"without a tag": ({}, None)}) == {"gone"}
+    assert _ended(runs | {"without a tag": ({}, None)}) == {"gone", "before its number was used again"}
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_the_start_of_a_process_is_the_one_that_the_kernel_counts():
+    before = time.clock_gettime(time.CLOCK_BOOTTIME)
+    with subprocess.Popen(["sleep", "600"]) as process:
+        after, ticks = time.clock_gettime(time.CLOCK_BOOTTIME), os.sysconf("SC_CLK_TCK")
+        found = start_of(process.pid)
+        process.kill()
+    assert before - 1 / ticks <= int(found) / ticks <= after
+    assert start_of(process.pid) == ""
 
 
 def test_this_host_is_another_after_a_restart_and_in_another_container(monkeypatch: pytest.MonkeyPatch):
@@ -274,13 +297,15 @@ def test_this_host_is_another_after_a_restart_and_in_another_container(monkeypat
     assert this_host() != here
 
 
-def test_only_runs_of_a_missing_ui_are_cancelled():
+def test_only_runs_of_a_missing_ui_are_cancelled(alive: int):
     """None of the sockets can be seen from here, as in a container or with a temporary folder of one's own."""
-    gone, alive, host = _gone(), os.getpgid(0), this_host().rpartition(":")[2]
+    gone, host = _gone(), this_host().rpartition(":")[2]
     sockets = {
         "gone": f"/tmp/saeens-{host}-{gone}-abc/tmp1",
         "alive": f"/tmp/saeens-{host}-{alive}-abc/tmp1",
         "elsewhere": f"/tmp/saeens-{'0' * 16}-{gone}-abc/tmp1",
+        "before its number was used again": f"/tmp/saeens-{host}-{alive}-{int(start_of(alive)) - 1}-abc/tmp1",
+        "with its start": f"/tmp/saeens-{host}-{alive}-{start_of(alive)}-abc/tmp1",
         "of `dagster dev`": "/tmp/tmp1",
     }
     runs = {name: ({GRPC_INFO_TAG: json.dumps({"host": "localhost", "socket": each})}, "saeens") for name, each in sockets.items()}
@@ -288,13 +313,13 @@ def test_only_runs_of_a_missing_ui_are_cancelled():
     dead_command_line = process_tag()[PROCESS_TAG].replace(f":{os.getpid()}", f":{gone}")
     runs["executed again in the UI"] = (runs["alive"][0] | {PROCESS_TAG: dead_command_line}, "saeens")
     runs["of a server with a port"] = ({GRPC_INFO_TAG: json.dumps({"host": "localhost", "port": 4000})}, "saeens")
-    assert _ended(runs) == {"gone"}
+    assert _ended(runs) == {"gone", "before its number was used again"}
 
 
 def test_the_folder_of_the_code_servers_names_its_processes():
-    match = re.fullmatch(r"saeens-([0-9a-f]{16})-(\d+)-", servers_prefix())
+    match = re.fullmatch(r"saeens-([0-9a-f]{16})-(\d+)-(\d+)-", servers_prefix())
     assert match
-    assert (match[1], int(match[2])) == (this_host().rpartition(":")[2], os.getpid())
+    assert (match[1], int(match[2]), match[3]) == (this_host().rpartition(":")[2], os.getpid(), start_of(os.getpid()))
 
 
 def test_a_run_with_nothing_to_do_cancels_killed_runs(finished: Laboratory, monkeypatch: pytest.MonkeyPatch):
