@@ -90,6 +90,10 @@ class Artefact:
         """The hash of the stored recipe, as `Recipe.hash`."""
         return digest(self.recipe)
 
+    def root(self, address: Address, partition: Partition) -> Path:
+        """Return the data root of an artefact with this address."""
+        return self.path.parents[len(address.path(partition).parts) - 1]
+
     def differences(self, wanted: Recipe, names: Mapping[str, str] | None = None) -> list[str]:
         """Return the differences between the stored recipe and `wanted`, in words; `names` maps names of inputs to names to show."""
         other = wanted.to_json()
@@ -402,16 +406,17 @@ def _staging(final: Path, kept_for: str | None = None, *, is_alone: bool) -> Ite
     """Yield a temporary path in the folder of `final`. Remove leftovers of killed processes first, and those of this write if it fails.
 
     With `kept_for`, a recipe's hash, a leftover for this hash is given instead of a free path. `is_alone`: this process holds the lock of
-    the artefact. Without it, a path of another machine may be in use, and is neither given nor removed.
+    the artefact, so that no leftover is in use, even if a process has its number. Without it, a path of another machine may be in use.
     """
     staging = _temporary_name(final, kept_for)
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         for leftover in final.parent.glob(f".{final.name}.*.partial"):
             found = read_temporary(leftover)
-            if found is None or found.final != final or (found.in_use and not leftover.match(f"*.{_process()}.partial")):
+            if found is None or found.final != final:
                 continue
-            if not (is_alone or found.is_here):
+            is_mine = leftover.match(f"*.{_process()}.partial")
+            if not (is_alone or is_mine or (found.is_here and not found.in_use)):
                 continue
             if kept_for and found.recipe_hash == kept_for and not staging.exists():
                 leftover.rename(staging)

@@ -280,8 +280,13 @@ def test_partial_artefacts_of_other_living_processes_are_kept(store: Store):
 
 
 @pytest.mark.parametrize("resumable", [True, False])
-def test_a_partial_artefact_of_another_machine_is_taken_under_the_lock_only(store: Store, resumable: bool, monkeypatch: pytest.MonkeyPatch):
-    other = store.path(MEMBER, WHERE).parent / f".member_1.{RECIPE.hash}.0123abcd-{os.getpid()}.partial"
+@pytest.mark.parametrize("machine", ["another", "this"])
+def test_a_partial_artefact_that_may_be_in_use_is_taken_under_the_lock_only(
+    store: Store, machine: str, resumable: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """On this machine a living process has the number: it writes, or it was given the number of a dead one."""
+    process = f"0123abcd-{os.getpid()}" if machine == "another" else f"{recipes.this_machine()}-{os.getppid()}"
+    other = store.path(MEMBER, WHERE).parent / f".member_1.{RECIPE.hash}.{process}.partial"
     other.mkdir(parents=True)
     (other / "begun").write_text("x")
 
@@ -293,7 +298,7 @@ def test_a_partial_artefact_of_another_machine_is_taken_under_the_lock_only(stor
         raise OSError(errno.ENOLCK, "no locks available")
 
     with monkeypatch.context() as patch:
-        patch.setattr(fcntl, "flock", no_lock)  # the other machine may be writing
+        patch.setattr(fcntl, "flock", no_lock)  # the other process may be writing
         assert write() == []
     assert [file.name for file in other.iterdir()] == ["begun"]
     assert write() == (["begun"] if resumable else [])
