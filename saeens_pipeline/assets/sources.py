@@ -15,7 +15,7 @@ from saeens_pipeline.language_models.caching import cache_activations
 from saeens_pipeline.language_models.corpora import open_corpus
 from saeens_pipeline.language_models.descriptions import HOOKS, LanguageModelDescription, validate_hook
 from saeens_pipeline.language_models.documents import RecordCorpus
-from saeens_pipeline.language_models.models import describe_language_model, load_language_model, validate_modules
+from saeens_pipeline.language_models.models import describe_language_model, load_language_model, quantisation, validate_modules
 from saeens_pipeline.language_models.tokens import open_tokens, validate_token_settings, write_tokens
 from saeens_pipeline.settings.experiments import ExperimentSettings
 from saeens_pipeline.settings.sources import SourceSettings
@@ -137,13 +137,18 @@ def source_ops(settings: SourceSettings) -> list[Op]:
 
     def make_tokens(context: RunContext, tasks: Sequence[Task]) -> None:
         (task,) = tasks
+        description = _language_model(settings)
+        if settings.weights == "random" or not quantisation(description):  # quantised weights may need a GPU
+            model = load_language_model(description, settings.weights, dtype=settings.language_model_dtype)
+            model.check(settings.hook, settings.layers)  # before hours of work on tokens
+            del model
         provenance, writing = context.provenance(task.declaration), context.store.write_folder
         with writing(*task.where, task.recipe, provenance) as folder, progress.task(str(tokens.address), n_rows) as advance:
             corpus = open_corpus(settings.corpus)
             statistics = write_tokens(
                 folder,
                 corpus,
-                _language_model(settings),
+                description,
                 **_token_settings(settings),
                 report=progress.differences(advance),
             )
