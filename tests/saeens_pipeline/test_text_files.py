@@ -264,11 +264,23 @@ def test_columns_of_parquet_may_have_dots(tmp_path: Path):
         (b"text,label\nx\n", r"a.csv:2: 1 fields, and the first line has 2"),
         (b'text,label\n"a\nb",1\n"x"y,2\n', r"a.csv:4: not valid CSV"),
         (b"text,label\nx,caf\xe9\n", r"a.csv:2: not UTF-8"),
+        (b"text,label,text\nx,y,z\n", r"a.csv: 2 columns are called 'text': rename all but the one to read"),
     ],
 )
 def test_a_wrong_row_of_a_csv_file_is_named_by_its_line(tmp_path: Path, content: bytes, message: str):
     with pytest.raises(SaeensError, match=message):
         _only(tmp_path, content, "a.csv")
+
+
+def test_columns_of_equal_names_that_are_not_read_do_no_harm(tmp_path: Path):
+    assert _only(tmp_path, b"note,text,note\n1,x,2\n", "a.csv") == ["x"]
+
+
+def test_columns_of_a_parquet_file_with_equal_names_are_refused(tmp_path: Path):
+    table = pa.Table.from_arrays([pa.array(["x"]), pa.array(["y"])], names=["text", "text"])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(SaeensError, match=r"a.parquet: 2 columns are called 'text'"):
+        list(_corpus(tmp_path, files="a.parquet").documents("train"))
 
 
 # what identifies it

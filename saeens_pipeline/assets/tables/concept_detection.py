@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import polars as pl
 
 from saeens_pipeline.assets.declarations import Facts
-from saeens_pipeline.assets.registry import Making, Markdown, SharedPass, Table, register
+from saeens_pipeline.assets.registry import Making, Markdown, Row, SharedPass, Table, register
 from saeens_pipeline.language_models.labelled_texts.reading import identity
 from saeens_pipeline.settings.experiments import ExperimentSettings
 from saeens_pipeline.settings.probing import PROBE_SEED
@@ -25,17 +25,32 @@ def _probe(making: Making) -> Any:
 _PROBING = SharedPass("downstream", _probe)
 
 
-def probe_table(name: str, **fields: Any) -> Table:
-    """Return a table of probes whose texts are the experiment's settings of the same name."""
+def probe_table(name: str, of_scores: Callable[[pl.DataFrame, Artefact], Mapping[str, Any]], **fields: Any) -> Table:
+    """Return a table of probes whose texts are the experiment's settings of the same name. `of_scores` gives its summary."""
 
     def preflight(experiment: ExperimentSettings, facts: Facts) -> None:
         from saeens_pipeline.assets.measurements.probing import read_labelled_texts
 
         read_labelled_texts(experiment, [name], facts())
 
+    def rows(making: Making) -> Iterable[Row]:
+        from saeens_pipeline.assets.measurements.probing import texts_left_out
+
+        if left_out := texts_left_out(making.experiment, name):
+            making.provenance["texts_left_out"] = left_out
+        return making.shared[name]
+
+    def summary(table: pl.DataFrame, artefact: Artefact) -> Mapping[str, Any]:
+        left_out = {
+            data_set: ", ".join(f"{n:,} {why}" for why, n in reasons.items())
+            for data_set, reasons in artefact.provenance.get("texts_left_out", {}).items()
+        }
+        return {**of_scores(table, artefact), **{f"rows left out of {data_set}": words for data_set, words in left_out.items()}}
+
     return Table(
         name=name,
-        rows=lambda making: making.shared[name],
+        rows=rows,
+        summary=summary,
         inputs=lambda subject: [subject.tokens, subject.activations, *subject.dictionaries],
         settings=lambda experiment: {**getattr(experiment, name).model_dump(mode="json"), "seed": PROBE_SEED},
         partition_settings=lambda experiment: {"texts": [identity(data_set) for data_set in getattr(experiment, name).datasets]},
@@ -73,6 +88,7 @@ def _summary(table: pl.DataFrame, artefact: Artefact) -> Mapping[str, Any]:
 register(
     probe_table(
         "concept_detection",
+        _summary,
         question="How much of a concept is in a few features?",
         columns=(
             Column("dataset", "str", "data set of the texts"),
@@ -84,6 +100,5 @@ register(
             Column("accuracy_distinct", "float", "of a probe on as many features, none a near-duplicate of a better one"),
         ),
         order=100,
-        summary=_summary,
     )
 )

@@ -20,6 +20,7 @@ def _summary(table: pl.DataFrame, artefact: Artefact) -> Mapping[str, Any]:
 register(
     probe_table(
         "spurious_correlation",
+        _summary,
         question="Does removing a few features make a biased probe fair?",
         columns=(
             Column("task", "str", "data set, the attribute that counts, and the spurious one that coincides with it in training"),
@@ -32,6 +33,5 @@ register(
             Column("scr_metric", "float", "scr in the direction in which the biased probe is less accurate; null in the other"),
         ),
         order=110,
-        summary=_summary,
     )
 )
