@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 import polars as pl
 
 from saeens_pipeline.assets.declarations import Declaration, Input
+from saeens_pipeline.assets.massive_activations import SHARE, cautions, marked
 from saeens_pipeline.assets.over_seeds import measurements, over_seeds
 from saeens_pipeline.assets.registry import METHODS, Table, columns_of, register, table_frame
 from saeens_pipeline.assets.tables.cost import with_totals
@@ -17,11 +18,14 @@ from saeens_pipeline.storage.recipes import Store
 from saeens_pipeline.storage.tables import Column
 
 PARETO = "pareto"
-PARETO_VERSION = 2
+PARETO_VERSION = 3
 _QUESTION = "Which method explains most for its L0 and for its bits?"
 TABLE_FILE, PICTURE_FILE = "pareto.parquet", "pareto.png"
 _MEASURED = ("l0", "description_length_bits", "explained_variance")
-_READ = {"reconstruction": ("language_model", "sae_data_versions", "n_features", *_MEASURED), "cost": ("train_flops", "residual_flops")}
+_READ = {
+    "reconstruction": ("language_model", "sae_data_versions", "n_features", SHARE, *_MEASURED),
+    "cost": ("train_flops", "residual_flops"),
+}
 
 
 def pareto_declaration(settings: ExperimentSettings, outputs: Iterable[Declaration]) -> Declaration:
@@ -53,7 +57,7 @@ def pareto_rows(store: Store, pareto: Declaration) -> pl.DataFrame:
     measured = with_totals(measurements(store, pareto, _READ))
     rows = [
         {name: value for name, value in row.items() if name in columns} | sweep | {"value": float(values[row["experiment"]])}
-        for row in over_seeds(measured, _MEASURED, ["total_flops"])
+        for row in over_seeds(measured, _MEASURED, ["total_flops", SHARE])
     ]
     table = table_frame(PARETO, rows)
     table = table.with_columns(on_l0_front=_front(table, "l0"), on_bits_front=_front(table, "description_length_bits"))
@@ -67,12 +71,13 @@ def not_evaluated(table: pl.DataFrame, pareto: Declaration) -> list[str]:
 
 
 def notes(table: pl.DataFrame, pareto: Declaration) -> Iterator[str]:
-    """Yield a sentence for each missing experiment and for missing description lengths."""
+    """Yield a sentence for each missing experiment, for missing description lengths, and for explained variance about a few rows."""
     for name in not_evaluated(table, pareto):
         yield f"{name} is not evaluated yet: run `saeens run {name}`"
     without = table.filter(table["description_length_bits"].is_null())["experiment"].unique(maintain_order=True)
     if len(without):
         yield f"{', '.join(without)}: no description length was measured; left out of that picture"
+    yield from cautions(table)
 
 
 def for_reading(table: pl.DataFrame) -> pl.DataFrame:
@@ -82,7 +87,7 @@ def for_reading(table: pl.DataFrame) -> pl.DataFrame:
         "features": "n_features", "FLOPs": "total_flops", "seeds": "n_seeds",
     }  # fmt: skip
     fronts = {f"front by {name}": pl.when(pl.col(f"on_{name.lower()}_front") == 1).then(pl.lit("*")) for name in ("L0", "bits")}
-    return table.select("method", **{title: pl.col(column) for title, column in named.items()}, **fronts)
+    return table.select("method", **{marked(title, column, table): pl.col(column) for title, column in named.items()}, **fronts)
 
 
 def _front(table: pl.DataFrame, spent: str) -> pl.Series:
@@ -118,6 +123,7 @@ register(
             Column("description_length_bits_by_seed", "str", "the points"),
             Column("explained_variance", "float", "on held-out tokens, mean over seeds"),
             Column("explained_variance_by_seed", "str", "the points"),
+            Column(SHARE, "float", "share of the test rows' variance in 0.1 % of them; above 0.1, explained_variance describes these"),
             Column("total_flops", "float", "dense-equivalent operations of training and residuals, mean over seeds; null without cost"),
             Column("on_l0_front", "int", "1: no other row of the layer has at most its l0 and more EV, or less and as much"),
             Column("on_bits_front", "int", "the same for description_length_bits"),
