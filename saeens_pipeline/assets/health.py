@@ -224,7 +224,7 @@ def _expect_good_sae(
     health.measured |= {f"explained variance ({measured_on})": variance, "L0 [features per token]": l0, "dead features": dead}
     health.expect(
         dead <= settings.max_dead_features,
-        f"{where}: {dead:.0%} of its features are dead ({measured_on}), more than {settings.max_dead_features:.0%}: "
+        f"{where}: {dead:.0%} of its features are dead, more than {settings.max_dead_features:.0%} ({measured_on}): "
         "train on more tokens, or set a smaller expansion or a larger aux_loss_coefficient",
     )
     dead_after, n_tokens = artefact.recipe["settings"]["training"]["dead_after_tokens"], artefact.provenance["train_tokens"]

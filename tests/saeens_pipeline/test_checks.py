@@ -204,7 +204,7 @@ def test_held_out_figures_replace_those_of_the_last_batch(finished: Laboratory, 
     health = _examine(finished, key, _last_step(dead_features=1.0, explained_variance=-1.0, l0=100.0), min_explained_variance=0.3)
     assert health.measured["explained variance (held-out tokens)"] == 0.25
     assert (health.measured["dead features"], health.measured["L0 [features per token]"]) == (0.5, 3.9)
-    assert "50% of its features are dead (held-out tokens), more than 20%" in health.warnings[0]
+    assert "50% of its features are dead, more than 20% (held-out tokens)" in health.warnings[0]
     assert len(health.warnings) == (1 if "round" in key else 2)
     assert "round" in key or "explained variance 0.250 on held-out tokens is below 0.3" in health.warnings[1]
     health = _examine(finished, key, lambda artefact: replace(artefact, data_version="trained again"))
