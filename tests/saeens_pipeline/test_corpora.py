@@ -156,7 +156,7 @@ def test_the_hash_of_the_kept_texts_is_in_the_first_recipe_of_the_tokens(
     monkeypatch.setattr(sources, "open_corpus", open_corpus)
     empty.declare()
     empty.run(select=["tokens"])
-    (file,) = empty.root.rglob("documents.parquet")
+    (file,) = (empty.root / "corpora").rglob("documents.parquet")
     corpus = empty.artefact("tokens", layer=None).recipe["settings"]["corpus"]
     assert corpus["texts"] == hashlib.sha256(file.read_bytes()).hexdigest()
     assert "nothing to do" in empty.run(select=["tokens"])

@@ -246,7 +246,7 @@ def test_explained_variance_and_loss_are_computed_on_the_other_rows(massive: Lab
     kept = windows.kept.clone()
     kept[windows.kept] = usual
     clean, ablated = loss(kept, left), loss(kept, np.zeros_like(left))
-    assert loss(windows.kept, np.zeros_like(all_rows)) != pytest.approx(ablated, rel=1e-3)
+    assert loss(windows.kept, np.zeros_like(all_rows)) != pytest.approx(ablated, rel=2e-4)
     recorded = massive.artefact("eval/reconstruction", 1).provenance["next_token_loss"]
     assert recorded == pytest.approx({"clean": clean, "ablated": ablated, "tokens": len(left)}, rel=1e-4)
     for method, x_hat in reconstructions.items():

@@ -429,9 +429,9 @@ def test_wrong_files_are_refused_before_anything_is_computed(empty: Laboratory, 
     assert not list(empty.root.rglob("recipe.json"))
 
 
-def test_too_few_documents_are_counted_before_the_model_is_loaded(empty: Laboratory, monkeypatch: pytest.MonkeyPatch):
+def test_too_few_documents_are_counted_before_activations_are_computed(empty: Laboratory, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sources, "open_corpus", corpora.open_corpus)
-    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(sources, "cache_activations", lambda *_, **__: pytest.fail("activations were computed"))
     file = empty.declare({"corpus": {"files": "a.jsonl", "test_share": 0.4}})
     (file.parent / "a.jsonl").write_bytes(_lines(RECORDS[:10]))
     with pytest.raises(SaeensError, match=r"train split has \d+ activation rows in \d documents .* but 600 were asked for"):
