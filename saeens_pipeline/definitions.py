@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 
-from saeens_pipeline.orchestration.catalogue import load_catalogue
+from saeens_pipeline.orchestration.catalogue import Catalogue
 
-catalogue = load_catalogue()
+catalogue = Catalogue.load()
 for message in catalogue.broken.values():
     logging.getLogger("dagster").error("left out: %s", message)
 

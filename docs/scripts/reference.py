@@ -22,6 +22,7 @@ import saeens_pipeline
 import saeens_pipeline.assets.tables
 from saeens_models.architectures.config import architectures
 from saeens_models.architectures.settings import settings_class
+from saeens_pipeline.assets.baselines.registry import listed as baselines
 from saeens_pipeline.assets.registry import SUBJECT, listed
 from saeens_pipeline.cli import app, main
 from saeens_pipeline.settings.experiments import allowed_training_keys
@@ -74,6 +75,12 @@ def yaml_page() -> str:
     ]
     for name, model in MODELS.items():
         parts += [f"## `{name}`", *_models(model)]
+    rows = "".join(f"\n| `{each.name}` | {each.about} |" for each in baselines())
+    parts += [
+        "## Baselines",
+        "Entries of `baselines`. [Comparison](../concepts/comparison.md) says what each matches.",
+        f"| name | SAE |\n|---|---|{rows}",
+    ]
     parts += [
         "## Architectures",
         "The settings of an SAE depend on its architecture. Fields that several architectures share are in each table.",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Self
 
 from saeens_pipeline.assets import tables  # noqa: F401  # registers them
+from saeens_pipeline.assets.baselines import registry as baselines
 from saeens_pipeline.assets.registry import complaint_about
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.settings import ExperimentSettings, SourceSettings
@@ -59,6 +60,8 @@ class Experiments:
                 raise ConfigurationError(file.complaint(settings, "name", f"there already is a source called {settings.name!r}"))
             self.sources[settings.name] = settings
             return []
+        if wrong := baselines.complaint_about(settings):
+            raise ConfigurationError(file.complaint(settings, *wrong))
         if wrong := complaint_about(settings):
             entry, message = wrong
             raise ConfigurationError(file.complaint(settings, ("evaluations", entry), message))

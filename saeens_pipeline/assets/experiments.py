@@ -9,11 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from saeens_pipeline.assets.baselines import baselines_of, shape_of
+from saeens_pipeline.assets.baselines.registry import baselines_of
 from saeens_pipeline.assets.declarations import Declaration, Facts, Input, Op, Reference, RunContext, Task, Wanted, fields_of, with_file
 from saeens_pipeline.assets.registry import Subject, evaluations_of, table_ops
 from saeens_pipeline.assets.residuals import residual_op
-from saeens_pipeline.assets.saes import Target, concurrent_rounds_op, sae_op, validate_targets
+from saeens_pipeline.assets.sae_recipes import sae_config
+from saeens_pipeline.assets.saes import Target, concurrent_rounds_op, sae_op, shape_of
 from saeens_pipeline.assets.sources import activations_of
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.language_models.tokens import open_tokens
@@ -63,7 +64,8 @@ def _check_saes(experiment: ExperimentSettings, store: Store, wanted: Wanted, fa
     """
     of_source = facts()
     if of_source.d_in:
-        validate_targets(experiment, of_source.d_in)
+        for sae in [*experiment.saes, *(each.target.sae for each in baselines_of(experiment))]:
+            sae_config(sae, of_source.d_in, seed=0, name=experiment.name)
     if of_source.tokens:
         _require_labels(of_source.tokens, experiment)
     for table in evaluations_of(experiment):

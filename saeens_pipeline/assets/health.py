@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import isfinite
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
@@ -20,10 +20,12 @@ from saeens_pipeline.assets.massive_activations import is_held_by_few
 from saeens_pipeline.assets.registry import TABLES, Table
 from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.settings.experiments import CheckSettings
-from saeens_pipeline.storage.activations import ActivationStatistics, ActivationStore
 from saeens_pipeline.storage.names import Address, Partition, place
 from saeens_pipeline.storage.recipes import Artefact, DamagedArtefactError, Store
 from saeens_pipeline.storage.tables import read_part
+
+if TYPE_CHECKING:
+    from saeens_pipeline.storage.activations import ActivationStore
 
 MAX_AT_LIMIT = 1e-5  # share of numbers at the end of their dtype
 MIN_ROUND_GAIN = 0.01  # explained variance of the input of a boosting round
@@ -42,7 +44,7 @@ class Health:
     measured: dict[str, int | float] = field(default_factory=dict)
 
     def require(self, ok: bool, message: str) -> None:
-        """Add an error unless `ok`."""
+        """Add `message` to the errors unless `ok`."""
         if not ok:
             self.errors.append(message)
 
@@ -108,6 +110,8 @@ def _require_sound_tokens(health: Health, where: str, artefact: Artefact) -> Non
 
 
 def _require_sound_activations(health: Health, name: str, artefact: Artefact) -> None:
+    from saeens_pipeline.storage.activations import ActivationStatistics, ActivationStore
+
     store = ActivationStore(artefact.path)
     for split, recorded in artefact.provenance["statistics"].items():
         statistics, where = ActivationStatistics.from_json(recorded), f"{name}, {split} split,"
@@ -189,6 +193,8 @@ def _expect_quality(health: Health, at: tuple[Address, Partition], artefact: Art
 
 def _expect_spread_variance(health: Health, where: str, artefact: Artefact) -> None:
     """Warn if a few rows (massive activations) decide every explained variance."""
+    from saeens_pipeline.storage.activations import ActivationStatistics
+
     for split, recorded in artefact.provenance["statistics"].items():
         statistics = ActivationStatistics.from_json(recorded)
         share = statistics.top_share or 0.0

@@ -9,14 +9,14 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, NamedTuple
+from typing import Any
 
 import polars as pl
 
 from saeens_pipeline.assets.declarations import Declaration
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.storage.names import LEADERBOARD, Address, Kind, Partition, place
-from saeens_pipeline.storage.recipes import Artefact, DamagedArtefactError, Store, all_artefacts, digest
+from saeens_pipeline.storage.recipes import Artefact, DamagedArtefactError, Store, Stored, all_artefacts, digest
 
 MAX_CANDIDATES = 12
 _VERSION = re.compile(r"[0-9a-f]{4,16}")
@@ -52,18 +52,6 @@ class Ancestor:
             yield from parent.problems()
 
 
-class Stored(NamedTuple):
-    """An artefact on disk, with its address and partition."""
-
-    address: Address
-    partition: Partition
-    artefact: Artefact
-
-    @property
-    def place(self) -> str:
-        return place(self.address, self.partition)
-
-
 def lineage(store: Store, declarations: Iterable[Declaration], argument: str) -> Ancestor:
     """Return the lineage of a table row, an asset, or a data version, which may be shortened to a unique beginning.
 
@@ -96,7 +84,7 @@ class _Genealogy:
     def __init__(self, store: Store, declarations: Iterable[Declaration]) -> None:
         self._store = store
         self._declarations = {declaration.address: declaration for declaration in declarations}
-        self.stored = [Stored(address, where, made) for address, where, made in all_artefacts(store.root) if isinstance(made, Artefact)]
+        self.stored = [each for each in all_artefacts(store.root) if isinstance(each, Stored)]
         self._by_place = {(each.address, each.partition): each for each in self.stored}
         self._shown: set[str] = set()
 
@@ -214,7 +202,7 @@ def _measurements(row: Mapping[str, Any]) -> str:
 
 
 def _facts(artefact: Artefact) -> tuple[str, ...]:
-    """Return lines about an artefact: run, date, device and seconds; code and versions; and the artefact of which it is a link."""
+    """Return lines about an artefact: run, date, device and seconds; code and versions; and the artefact that it links to."""
     made, recipe = artefact.provenance, artefact.recipe
     seconds = made.get("train_seconds", made.get("seconds"))
     by = [f"run {made.get('run_id', 'unknown')[:8]}", made.get("date"), made.get("device"), f"{seconds:.1f} s" if seconds else None]

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import polars as pl
 
+from saeens_pipeline.assets.baselines.registry import methods
 from saeens_pipeline.assets.declarations import Declaration, Dimensions, Facts, Input, Op, Reference, RunContext, Task, Wanted, fields_of
 from saeens_pipeline.assets.sources import tokens_of
 from saeens_pipeline.errors import ConfigurationError, SaeensError
@@ -19,16 +20,18 @@ from saeens_pipeline.storage.tables import Column, frame
 
 Row = dict[str, Any]
 
-METHODS = ("single", "bagging", "boosting", "expanded", "expanded_l0_matched", "compute_matched", "matching_pursuit")
-"""Methods in the order in which they are listed."""
-
 SUBJECT = (
     Column("experiment", "str", "experiment"),
     Column("layer", "int", "layer of the language model, from 0"),
     Column("seed", "int", "ensemble seed"),
     Column("language_model", "str", "trained, or random: the untrained control"),
-    Column("method", "str", f"{', '.join(METHODS)}; for probes also raw, the activations themselves"),
-    Column("n_members", "int", "SAEs in the ensemble (the first n); for expanded SAEs the n whose width they match; else 1"),
+    Column("method", "str", f"{', '.join(methods())}; for probes also raw, the activations themselves"),
+    Column(
+        "n_members",
+        "int",
+        "SAEs in the ensemble (the first n); for expanded SAEs the n whose width they match; else 1",
+        less_is_better=True,
+    ),
     Column("sae_data_versions", "str", "data versions of the SAEs measured, in member order"),
 )
 """The first columns of every table of an experiment: the subject of the measurement."""
@@ -52,8 +55,24 @@ class Headline(NamedTuple):
     better: Literal["more", "less", ""] = ""
     log: bool = False
     """True: axes are logarithmic."""
+    leaderboard: int = 0
+    """Place among the columns that `saeens leaderboard` prints, from 1; 0: not one of them."""
+    of_control: bool = False
+    """True: the value of the control, on an untrained language model, is shown next to it."""
     table: str = ""
     """Name of the table, which `register` fills in."""
+
+
+class Curve(NamedTuple):
+    """A column against a number of features, drawn and printed for whole ensembles: the mean within each group, then over groups."""
+
+    title: str
+    about: str
+    x_title: str
+    y_title: str
+    x: str
+    y: str
+    group: str
 
 
 class Markdown(str):
@@ -190,6 +209,9 @@ class Table:
     announcement: Callable[[ExperimentSettings, int], str] = lambda experiment, n_partitions: ""
     """Return the text that `saeens run` prints before it computes that number of partitions of the table."""
     headlines: tuple[Headline, ...] = ()
+    curve: Curve | None = None
+    conclusion: Callable[[pl.DataFrame], str] | None = None
+    """Return a sentence below the summary of `saeens run`, from the rows of one layer; empty for none."""
     seed_metrics: tuple[str, ...] = ()
     """Metrics of the leaderboard: columns of which it has mean, interval and points over seeds."""
     forecast: Callable[[ExperimentSettings, int], Iterable[tuple[str, float | None, str, str]]] = lambda experiment, n_partitions: ()
@@ -265,6 +287,13 @@ def columns_frame(name: str, same: Row, columns: Mapping[str, Any]) -> pl.DataFr
     return rows.select(empty.columns).cast(empty.schema)  # pyright: ignore[reportArgumentType]  # a schema is what cast takes
 
 
+def summary_titles(names: Iterable[str] = ()) -> dict[str, str]:
+    """Return title by column: those of the leaderboard, in order, or `names`."""
+    headlines = [each for table in listed(over_experiments=False) for each in table.headlines if each.leaderboard]
+    titles = {each.column: each.title for each in sorted(headlines, key=lambda each: each.leaderboard)}
+    return {name: titles[name] for name in names or titles}
+
+
 def seed_metrics() -> dict[str, tuple[str, str]]:
     """Return the metrics of the leaderboard: table and meaning by column, in order."""
     return {
@@ -272,6 +301,12 @@ def seed_metrics() -> dict[str, tuple[str, str]]:
         for table in listed(over_experiments=False)
         for name in table.seed_metrics
     }
+
+
+def seed_column(name: str) -> Column | None:
+    """Return the column of a metric of the leaderboard; None for another name."""
+    columns = (column for table in listed(over_experiments=False) if name in table.seed_metrics for column in table.all_columns)
+    return next((column for column in columns if column.name == name), None)
 
 
 def evaluations_of(experiment: ExperimentSettings) -> list[Table]:

@@ -113,13 +113,12 @@ def _declare(
     )
 
 
-def validate_targets(experiment: ExperimentSettings, d_in: int) -> None:
-    """Raise ConfigurationError if one of the experiment's SAEs cannot be built on activations of this width."""
-    pursuit = [experiment.pursuit_sae] if "matching_pursuit" in experiment.baselines else []
-    for sae in [*experiment.saes, *pursuit]:
-        sae_config(sae, d_in, seed=0, name=experiment.name)
-
-
 def config_of(declaration: Declaration, d_in: int) -> SAEConfig:
-    """Return the configuration of a declared SAE for activations of this width, with seed 0. Raises the errors of `validate_targets`."""
+    """Return the configuration of a declared SAE for activations of this width, with seed 0. Raises the errors of `sae_config`."""
     return sae_config(declaration.settings["sae"], d_in, seed=0, name=str(declaration.address))
+
+
+def shape_of(sae: SAESettings) -> str:
+    """Return an SAE's settings as text: architecture, width, and the fields that differ from their defaults."""
+    fields = {"architecture": sae.architecture, sae.width_field: sae.width} | sae.model_dump(exclude_defaults=True)
+    return ", ".join(f"{name} {value}" for name, value in fields.items())

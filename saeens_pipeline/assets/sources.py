@@ -11,7 +11,6 @@ from typing import Any
 from saeens_pipeline import progress
 from saeens_pipeline.assets.declarations import Declaration, Input, Op, Reference, RunContext, SourceFacts, Task, Wanted, with_file
 from saeens_pipeline.errors import ConfigurationError, SaeensError
-from saeens_pipeline.language_models.caching import cache_activations
 from saeens_pipeline.language_models.corpora import open_corpus
 from saeens_pipeline.language_models.descriptions import HOOKS, LanguageModelDescription, validate_hook
 from saeens_pipeline.language_models.documents import RecordCorpus
@@ -138,10 +137,7 @@ def source_ops(settings: SourceSettings) -> list[Op]:
     def make_tokens(context: RunContext, tasks: Sequence[Task]) -> None:
         (task,) = tasks
         description = _language_model(settings)
-        if settings.weights == "random" or not quantisation(description):  # quantised weights may need a GPU
-            model = load_language_model(description, settings.weights, dtype=settings.language_model_dtype)
-            model.check(settings.hook, settings.layers)  # before hours of work on tokens
-            del model
+        _check_hook(settings, description)  # before hours of work on tokens
         provenance, writing = context.provenance(task.declaration), context.store.write_folder
         with writing(*task.where, task.recipe, provenance) as folder, progress.task(str(tokens.address), n_rows) as advance:
             corpus = open_corpus(settings.corpus)
@@ -157,6 +153,7 @@ def source_ops(settings: SourceSettings) -> list[Op]:
                 provenance["records_without_text"] = dict(corpus.skipped)
 
     def make_activations(context: RunContext, tasks: Sequence[Task]) -> None:
+        from saeens_pipeline.language_models.caching import cache_activations
         from saeens_pipeline.language_models.patching import patching_problem
 
         store = context.store
@@ -233,6 +230,13 @@ def _settings_of_activations(settings: SourceSettings) -> dict[str, Any]:
     """Return the settings of a recipe. Later fields are left out at their defaults, so that older recipes stay valid."""
     later = settings.model_dump(include={"language_model_dtype", "max_norm"}, exclude_defaults=True)
     return settings.model_dump(include={"language_model", "revision", "hook", "weights", "dtype"}) | later
+
+
+def _check_hook(settings: SourceSettings, description: LanguageModelDescription) -> None:
+    """Load the language model and check its hook, except for quantised weights, which may need a GPU."""
+    if settings.weights == "random" or not quantisation(description):
+        model = load_language_model(description, settings.weights, dtype=settings.language_model_dtype)
+        model.check(settings.hook, settings.layers)
 
 
 def _language_model(settings: SourceSettings) -> LanguageModelDescription:

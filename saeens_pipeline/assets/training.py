@@ -19,7 +19,7 @@ from saeens_pipeline import progress
 from saeens_pipeline.assets.declarations import Declaration, Reference, RunContext, Task
 from saeens_pipeline.assets.kernels import load_kernels
 from saeens_pipeline.assets.memory import MemoryPlan, Portion, portion_within, train_in_portions
-from saeens_pipeline.assets.residuals import open_reader
+from saeens_pipeline.assets.readers import open_reader
 from saeens_pipeline.assets.sae_recipes import START, sae_config
 from saeens_pipeline.assets.sources import activations_of, tokens_of
 from saeens_pipeline.errors import SaeensError

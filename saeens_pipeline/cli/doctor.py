@@ -102,12 +102,12 @@ def _experiments() -> Iterator[Finding]:
 
 def _verify(root: Path) -> Iterator[Finding]:
     checked, wrong = 0, []
-    for _, _, artefact in all_artefacts(root):
+    for each in all_artefacts(root):
         checked += 1
-        if isinstance(artefact, SaeensError):
-            wrong.append(str(artefact))
-        elif differences := artefact.verify():
-            artefact.invalidate()
+        if isinstance(each, SaeensError):
+            wrong.append(str(each))
+        elif differences := each.artefact.verify():
+            each.artefact.invalidate()
             wrong += [f"{difference}. The next `saeens run` computes it again" for difference in differences]
     for message in wrong:
         yield Finding("artefact", message, ok=False)

@@ -23,16 +23,16 @@ def lineage(
         str,
         typer.Argument(
             metavar="SUBJECT",
-            help="A table row, TABLE:COLUMN=VALUE,..., such as reconstruction:layer=1,seed=42,method=bagging,n_members=3; an asset, "
+            help="A table row, TABLE:COLUMN=VALUE,..., such as members:layer=1,seed=42,method=bagging; an asset, "
             "ASSET:layer=L,seed=S, such as quickstart/bagging/member_1:layer=1,seed=42; or a data version, at least its first 4 digits.",
         ),
     ],
 ) -> None:
     """Print the inputs of a table row or an artefact, down to corpus and language model, and the runs that wrote them."""
     from saeens_pipeline.assets.lineage import lineage as trace
-    from saeens_pipeline.orchestration.catalogue import load_catalogue
+    from saeens_pipeline.orchestration.catalogue import Catalogue
 
-    declarations = [output for op in load_catalogue().all_ops() for output in op.outputs]
+    declarations = [output for op in Catalogue.load().all_ops() for output in op.outputs]
     found = trace(Store(data_root()), declarations, subject)
     out.print(_tree(found), soft_wrap=not out.is_terminal)
     problems = list(found.problems())

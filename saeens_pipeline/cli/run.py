@@ -29,10 +29,10 @@ def plan(experiment: ExperimentName, layer: LayerOption = None, format: FormatOp
 
     from saeens_pipeline.assets.compute import Compute
     from saeens_pipeline.assets.forecast import as_frame, forecast, readable
-    from saeens_pipeline.orchestration.catalogue import load_catalogue
+    from saeens_pipeline.orchestration.catalogue import Catalogue
     from saeens_pipeline.orchestration.layers import recorded_layers
 
-    catalogue, store, compute = load_catalogue(), Store(data_root()), Compute.from_environment()
+    catalogue, store, compute = Catalogue.load(), Store(data_root()), Compute.from_environment()
     plans: dict[str, list[Line]] = {}
     for settings in catalogue.named(experiment):
         source = catalogue.sources[settings.source]
@@ -62,11 +62,11 @@ def run(
 ) -> None:
     """Materialise missing and stale artefacts, and print a summary. For a sweep, run all its experiments, one after another."""
     from saeens_pipeline.cli.summary import print_outcome
-    from saeens_pipeline.orchestration.catalogue import load_catalogue
+    from saeens_pipeline.orchestration.catalogue import Catalogue
     from saeens_pipeline.orchestration.runs import run_experiment
 
     try:
-        catalogue = load_catalogue()
+        catalogue = Catalogue.load()
         for each in catalogue.named(experiment):
             outcome = run_experiment(catalogue, each.name, layers=layer or [], seeds=seed or [], select=select or [], console=out)
             print_outcome(outcome, out)
@@ -80,8 +80,8 @@ def run(
 @app.command()
 def experiments() -> None:
     """List the experiments, with their source, SAEs and partitions."""
-    from saeens_pipeline.assets.baselines import shape_of
     from saeens_pipeline.assets.catalogue import Experiments
+    from saeens_pipeline.assets.saes import shape_of
 
     found = Experiments.load()
     table = grid("experiment", "source", "language model", "layers", "SAE", "members", "seeds")
@@ -102,11 +102,11 @@ def status(experiment: ExperimentName, format: FormatOption = "table") -> None:
     """Print the state of each artefact, fresh, stale, damaged, missing, running or failed, and the reason."""
     import polars as pl
 
-    from saeens_pipeline.orchestration.catalogue import load_catalogue
+    from saeens_pipeline.orchestration.catalogue import Catalogue
     from saeens_pipeline.orchestration.run_states import with_run_states
     from saeens_pipeline.orchestration.runs import experiment_status
 
-    catalogue = load_catalogue()
+    catalogue = Catalogue.load()
     statuses = with_run_states(experiment_status(catalogue, experiment), catalogue.ops(catalogue.experiment(experiment)))
     rows = [(str(each.declaration.address), *each.partition, each.state, each.reason) for each in statuses]
     schema = {"asset": pl.String, "layer": pl.Int64, "seed": pl.Int64, "state": pl.String, "why": pl.String}

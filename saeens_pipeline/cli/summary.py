@@ -7,9 +7,10 @@ from collections.abc import Collection, Sequence
 import polars as pl
 from rich.console import Console
 
+from saeens_pipeline.assets.baselines.registry import BASELINES, methods
 from saeens_pipeline.assets.health import warnings_of
 from saeens_pipeline.assets.massive_activations import marked
-from saeens_pipeline.assets.registry import METHODS, listed
+from saeens_pipeline.assets.registry import listed
 from saeens_pipeline.assets.staleness import Status
 from saeens_pipeline.cli.output import grid
 from saeens_pipeline.orchestration.runs import Outcome, print_line
@@ -20,8 +21,6 @@ from saeens_pipeline.storage.root import data_root
 from saeens_pipeline.storage.tables import read_part
 
 SHOWN_WARNINGS = 5
-_OF_COUNTERPART = ("explained_variance", "stability")  # shown for the control, too, or for the experiment that this one controls
-_GAIN = "marginal_gain"
 
 
 def print_outcome(outcome: Outcome, console: Console) -> None:
@@ -41,24 +40,22 @@ def print_outcome(outcome: Outcome, console: Console) -> None:
 def _print_metrics(store: Store, outcome: Outcome, console: Console) -> None:
     """Print for each layer the metrics of each method at the full ensemble size, means over seeds, from fresh tables."""
     experiment, counterpart = outcome.experiment, outcome.counterpart
-    headlines = [(table.name, each) for table in listed(over_experiments=False) for each in table.headlines if each.in_summary]
-    names = {_GAIN, *(table for table, _ in headlines)}
+    tables = listed(over_experiments=False)
+    headlines = [each for table in tables for each in table.headlines if each.in_summary]
+    names = {*(each.table for each in headlines), *(table.name for table in tables if table.conclusion)}
     controls = _fresh_tables(store, counterpart.name, counterpart.statuses, names) if counterpart else {}
     for layer, results in _fresh_tables(store, experiment.name, outcome.statuses, names).items():
         title = f"{experiment.name}, layer {layer}: mean over seeds {', '.join(map(str, results.seeds))}"
         reconstruction = results.tables.get("reconstruction", pl.DataFrame())
-        columns = [
-            (marked(each.title, each.column, reconstruction), each.form, results.spreads(table, each.column)) for table, each in headlines
-        ]
+        columns = [(marked(each.title, each.column, reconstruction), each.form, results.of(each)) for each in headlines]
         if counterpart and layer in controls:
             name = counterpart.language_model
             title += f"; {name}: {counterpart.name}, the same experiment with {name} weights"
-            both = [(table, each) for table, each in headlines if each.column in _OF_COUNTERPART]
-            columns += [(f"{each.title}, {name}", each.form, controls[layer].spreads(table, each.column)) for table, each in both]
+            columns += [(f"{each.title}, {name}", each.form, controls[layer].of(each)) for each in headlines if each.of_control]
         shown = grid("method", "n", title=title)
         for heading, _, _ in columns:
             shown.add_column(heading, justify="right")
-        for size in (Size(method, n) for method in METHODS for n in _sizes(experiment, method)):
+        for size in (Size(method, n) for method in methods() for n in _sizes(experiment, method)):
             if any(size in values for _, _, values in columns):
                 cells = (format(values[size].mean, form) if size in values else "" for _, form, values in columns)
                 shown.add_row(size.method, str(size.n_members), *cells)
@@ -67,15 +64,9 @@ def _print_metrics(store: Store, outcome: Outcome, console: Console) -> None:
             console.print(shown)
         if results.caution:
             print_line(console, f"(!) {results.caution}")
-        _print_suggested(results, experiment.ensemble.members, console)
-
-
-def _print_suggested(results: Results, members: int, console: Console) -> None:
-    suggested = results.spreads(_GAIN, "suggested")
-    of_all = {method: suggested[size].mean for method in METHODS if (size := Size(method, members)) in suggested}
-    if of_all:
-        sizes = ", ".join(f"{method} {size:.0f}{' or more' if size == members else ''}" for method, size in of_all.items())
-        print_line(console, f"suggested ensemble size: {sizes} (eval/marginal_gain has the gain of each member)")
+        for table in tables:
+            if table.conclusion and table.name in results.tables and (sentence := table.conclusion(results.tables[table.name])):
+                print_line(console, sentence)
 
 
 def _fresh_tables(store: Store, experiment: str, statuses: Sequence[Status], names: Collection[str]) -> dict[int, Results]:
@@ -103,6 +94,6 @@ def _print_warnings(store: Store, experiment: ExperimentSettings, statuses: Sequ
 
 def _sizes(experiment: ExperimentSettings, method: str) -> list[int]:
     """Return the sizes of a method that are shown."""
-    if method.startswith("expanded"):
+    if method in BASELINES and BASELINES[method].is_sized:
         return experiment.expanded_widths
     return [experiment.ensemble.members if method in ("bagging", "boosting") else 1]

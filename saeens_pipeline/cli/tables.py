@@ -57,14 +57,16 @@ def table(
 
     from saeens_pipeline.assets.massive_activations import SHARE, cautions, marked
     from saeens_pipeline.assets.registry import find_table
-    from saeens_pipeline.orchestration.catalogue import load_catalogue
+    from saeens_pipeline.orchestration.catalogue import Catalogue
     from saeens_pipeline.orchestration.runs import experiment_status
     from saeens_pipeline.storage.tables import has_table, read_table
 
-    catalogue = load_catalogue()
+    catalogue = Catalogue.load()
     seeds, registered, root = catalogue.experiment(experiment).ensemble.seeds, find_table(name), data_root()
-    frame = read_table(root, experiment, name).filter(pl.col("seed").is_in(seeds))
     statuses = experiment_status(catalogue, experiment)
+    if not any(each.declaration.address.key == [experiment, "eval", name] for each in statuses) and not has_table(root, experiment, name):
+        raise ConfigurationError(f"{experiment} does not fill the table {name}: add it to evaluations in the experiment file")
+    frame = read_table(root, experiment, name).filter(pl.col("seed").is_in(seeds))
     if any(each.state != "fresh" for each in statuses if each.declaration.address.key == [experiment, "eval", name]):
         notify("note", f"parts of this table are missing, stale or damaged: see `saeens status {experiment}`")
     measured = frame
@@ -90,11 +92,11 @@ def leaderboard(
     """Rank every evaluated method of every experiment and layer."""
     from saeens_pipeline.assets.massive_activations import cautions
     from saeens_pipeline.assets.tables.leaderboard import for_reading, ranked, standings
-    from saeens_pipeline.orchestration.catalogue import load_catalogue
+    from saeens_pipeline.orchestration.catalogue import Catalogue
     from saeens_pipeline.orchestration.runs import make_alone
     from saeens_pipeline.storage.tables import read_part
 
-    catalogue, store = load_catalogue(), Store(data_root())
+    catalogue, store = Catalogue.load(), Store(data_root())
     op = catalogue.leaderboard()
     try:
         store.require_writable()
@@ -126,12 +128,12 @@ def report(
     layer: LayerOption = None,
 ) -> None:
     """Materialise the report of an experiment and the page over all experiments, which open from disk, and print their paths."""
-    from saeens_pipeline.orchestration.catalogue import load_catalogue
+    from saeens_pipeline.orchestration.catalogue import Catalogue
     from saeens_pipeline.orchestration.runs import make_reports
 
     if layer and experiment is None:
         raise ConfigurationError("--layer needs the name of an experiment")
-    for page in make_reports(load_catalogue(), experiment, layer or []):
+    for page in make_reports(Catalogue.load(), experiment, layer or []):
         print_line(str(page))
 
 
@@ -143,11 +145,11 @@ def pareto(
 ) -> None:
     """Compare the experiments of a sweep: explained variance against L0 and description length, for each method."""
     from saeens_pipeline.assets.tables.pareto import PICTURE_FILE, TABLE_FILE, for_reading, notes
-    from saeens_pipeline.orchestration.catalogue import load_catalogue
+    from saeens_pipeline.orchestration.catalogue import Catalogue
     from saeens_pipeline.orchestration.runs import make_alone
     from saeens_pipeline.storage.tables import read_part
 
-    catalogue = load_catalogue()
+    catalogue = Catalogue.load()
     op = catalogue.pareto(sweep)
     folder = make_alone(catalogue, op, "saeens pareto")
     rows = read_part(folder / TABLE_FILE)

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from saeens_pipeline.assets.declarations import Op
 from saeens_pipeline.assets.sources import source_ops
 from saeens_pipeline.orchestration.assets import build_asset
-from saeens_pipeline.orchestration.catalogue import Catalogue, load_catalogue
+from saeens_pipeline.orchestration.catalogue import Catalogue
 from saeens_pipeline.settings.experiments import ExperimentSettings
 from saeens_pipeline.settings.sources import SourceSettings
 
@@ -36,7 +36,7 @@ class _Declared:
         return cls(attributes.name)
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
-        return dg.Definitions(assets=[build_asset(op) for op in self.ops(load_catalogue())])
+        return dg.Definitions(assets=[build_asset(op) for op in self.ops(Catalogue.load())])
 
 
 class ActivationSource(_Declared, dg.Component):

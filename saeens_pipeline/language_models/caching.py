@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from saeens_pipeline.language_models.tokens import SPLITS
+from saeens_pipeline.language_models.language_model import LanguageModel
+from saeens_pipeline.language_models.tokens import SPLITS, TokenStore
 from saeens_pipeline.storage.activation_writer import ActivationWriter, stored_bytes
 from saeens_pipeline.storage.activations import ActivationStatistics, StoredDtype
 from saeens_pipeline.storage.disk import require_free_disk
-
-if TYPE_CHECKING:
-    from saeens_pipeline.language_models.language_model import LanguageModel
-    from saeens_pipeline.language_models.tokens import TokenStore
 
 
 def cache_activations(

@@ -37,11 +37,6 @@ class Catalogue(Ops):
         return dg.Definitions.merge(automate(map(build_asset, ops), self), given)
 
 
-def load_catalogue() -> Catalogue:
-    """Read every experiment file. Raises as `Experiments.load`."""
-    return Catalogue.load()
-
-
 def _broken_assets(broken: Mapping[Path, str]) -> list[dg.AssetsDefinition]:
     """Return an asset for each broken file, in a group of their own. The error message is its description and its error.
 

@@ -29,9 +29,9 @@ from saeens_pipeline.storage import locks
 from saeens_pipeline.storage.checkpoints import is_unfinished_checkpoint, locate_checkpoint
 from saeens_pipeline.storage.names import Address, Partition, is_above_artefacts, locate
 from saeens_pipeline.storage.recipes import (
-    Artefact,
     DamagedArtefactError,
     Store,
+    Stored,
     all_artefacts,
     foreign_files,
     read_artefact,
@@ -121,7 +121,7 @@ def find_garbage(root: Path, references: Declared, given_up: Sequence[Path] = ()
     """
     root = root.resolve()
     given_up = [folder.expanduser().resolve() for folder in given_up]
-    recorded = (each.artefact.provenance.get("experiment_file", "") for each in all_artefacts(root) if isinstance(each.artefact, Artefact))
+    recorded = (each.artefact.provenance.get("experiment_file", "") for each in all_artefacts(root) if isinstance(each, Stored))
     unread = {folder for file in set(recorded) if (folder := unread_folder(file))}
     for folder in given_up:
         if not any(each.is_relative_to(folder) for each in unread):
@@ -228,6 +228,7 @@ def _look_at(path: Path, root: Path, references: Declared, inventory: Inventory)
 
 
 def _located(path: PurePosixPath) -> tuple[Address | str, Partition] | None:
+    """Return the op and partition of a checkpoint, or the address and partition of an artefact; None for other paths."""
     return locate_checkpoint(path) or locate(path)
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
 import re
 import shutil
-import socket
 import sqlite3
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -22,7 +20,7 @@ from sqlalchemy.exc import DatabaseError
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.orchestration.dagster_internals import LOCAL_COMPUTE_LOGS, NO_COMPUTE_LOGS
 from saeens_pipeline.storage.locks import holding_one_of
-from saeens_pipeline.storage.recipes import has_start, is_alive, start_of
+from saeens_pipeline.storage.recipes import has_start, is_alive, start_of, this_machine
 from saeens_pipeline.storage.root import data_root
 
 logger = logging.getLogger(__name__)
@@ -206,9 +204,9 @@ def _read(settings: Path) -> str:
 
 
 def _write(file: Path, content: str) -> None:
-    """Write a file aside and rename it, so that a killed process leaves none that is cut, and other processes read none.
+    """Write a file under another name and rename it: no process reads a truncated file, and a killed one leaves none.
 
-    A file with this content stays as it is.
+    A file that has this content already is not written.
     """
     if file.exists() and file.read_bytes() == content.encode():
         return
@@ -267,43 +265,32 @@ def recorded_instance() -> Iterator[DagsterInstance | None]:
                 yield instance
 
 
-def this_host() -> str:
-    """Return a name of this machine since its last start, and of this container: each of them has its own numbers of processes.
-
-    The name is the host name and a hash of the host name, the boot id, and the namespace of process ids.
-    """
-    parts = [socket.gethostname()]
-    with contextlib.suppress(OSError):  # other systems than Linux
-        parts += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), str(Path("/proc/self/ns/pid").readlink())]
-    return f"{parts[0]}:{hashlib.sha256(' '.join(parts).encode()).hexdigest()[:16]}"
-
-
 def process_tag() -> dict[str, str]:
-    """Return the tag with host, process and its start of a run in this process, by which other processes find out if it is alive."""
-    return {PROCESS_TAG: f"{this_host()}:{os.getpid()}@{start_of(os.getpid())}"}
+    """Return the tag with machine, process and its start of a run in this process, by which other processes find out if it is alive."""
+    return {PROCESS_TAG: f"{this_machine()}:{os.getpid()}@{start_of(os.getpid())}"}
 
 
 def servers_prefix() -> str:
-    """Return how the folder of the code servers' sockets is named: after this host, the leader of their process group, and its start."""
+    """Return the name's beginning for the folder of the code servers' sockets: machine, process, which leads their group, and its start."""
     start = start_of(os.getpid())
-    return f"saeens-{this_host().rpartition(':')[2]}-{os.getpid()}-{start and f'{start}-'}"
+    return f"saeens-{this_machine()}-{os.getpid()}-{start and f'{start}-'}"
 
 
 def process_is_gone(run: DagsterRun) -> bool:
-    """Return True if this process can prove that no process executes a run: it was on this host, in this container, since its last start.
+    """Return True if this process can prove that no process executes a run: it was on this machine since its last start.
 
     A run of the command line is tagged with its process. One that `saeens ui` started names the process group of the UI in the path of its
     code server's socket. Nothing is known about processes elsewhere, and about those of other code locations.
     """
     if PROCESS_TAG in run.tags and _SERVER_TAG not in run.tags:  # the UI's re-execution of a run copies its tags
-        host, _, process = run.tags[PROCESS_TAG].rpartition(":")
+        machine, _, process = run.tags[PROCESS_TAG].rpartition(":")
         pid, _, start = process.partition("@")  # tags of earlier versions have no start
-        return host == this_host() and pid.isdecimal() and not is_alive(int(pid), start)
+        return machine == this_machine() and pid.isdecimal() and not is_alive(int(pid), start)
     origin = run.remote_job_origin
     if origin is None or origin.location_name != LOCATION:
         return False
-    server = re.search(r"/saeens-([0-9a-f]{16})-(\d+)-(?:(\d+)-)?", run.tags.get(_SERVER_TAG, ""))
-    return server is not None and server[1] == this_host().rpartition(":")[2] and not _group_is_alive(int(server[2]), server[3] or "")
+    server = re.search(r"/saeens-([0-9a-f]{8})-(\d+)-(?:(\d+)-)?", run.tags.get(_SERVER_TAG, ""))
+    return server is not None and server[1] == this_machine() and not _group_is_alive(int(server[2]), server[3] or "")
 
 
 def _group_is_alive(group: int, start: str) -> bool:

@@ -11,11 +11,11 @@ import numpy as np
 import polars as pl
 
 from saeens_pipeline.assets.over_seeds import Spread, written
-from saeens_pipeline.assets.registry import Headline
+from saeens_pipeline.assets.registry import Headline, listed
 from saeens_pipeline.report.charts import CURVE, FRONT, LEVEL, LINE, PATH, POINTS, STEPS, Axis, Chart, Series
 from saeens_pipeline.report.methods import ENSEMBLES, Method, in_order, method
 from saeens_pipeline.report.metrics import BITS, CE, CONNECTIVITY, DIVERSITY, EV, FLOPS, GAINS, L0, MSE, STABILITY
-from saeens_pipeline.report.results import Results, Size, spread_of_points, spreads
+from saeens_pipeline.report.results import Results, Size, spread_of_row, spreads
 
 MAX_CURVE_POINTS = 120
 BINS = 30
@@ -45,14 +45,6 @@ _OF_MEMBERS = (
     ("explained_variance", "Explained variance of each SAE's input", "The input of a round is the residual.", False),
     ("median_density", "Density of features", "Median share of test tokens on which a feature of that member or round fires.", True),
 )
-_BY_COUNT = (  # table, title, caption, axes, and the columns of x, y and groups
-    ("concept_detection", "Concept detection",
-     "Accuracy of a probe on the n features that tell a label best: mean over labels, then over data sets.",
-     ("features of the probe", "accuracy"), ("n_probe_features", "accuracy", "dataset")),
-    ("spurious_correlation", "Removal of spurious correlations",
-     "Share of a biased probe's lost accuracy that comes back when n features are zeroed (SCR), mean over tasks. 0: nothing.",
-     ("features zeroed", "scr"), ("n_ablated", "scr_metric", "task")),
-)  # fmt: skip
 
 
 def by_members(results: Results) -> Iterator[Chart]:
@@ -218,9 +210,10 @@ def _histograms(rows: pl.DataFrame, column: str, whole: pl.DataFrame, edges: np.
 
 def downstream(results: Results) -> Iterator[Chart]:
     """Yield concept detection and spurious correlations by the number of features used, and scores of explanations."""
-    for name, title, caption, (x, y), columns in _BY_COUNT:
-        if name in results.tables:
-            yield Chart(name, title, caption, Axis(x, log=True), Axis(y), _by_count(results.tables[name], *columns))
+    for table in listed(over_experiments=False):
+        if (curve := table.curve) and table.name in results.tables:
+            lines = _by_count(results.tables[table.name], curve.x, curve.y, curve.group)
+            yield Chart(table.name, curve.title, curve.about, Axis(curve.x_title, log=True), Axis(curve.y_title), lines)
     scores = {"own explanation": "detection_score", "another's": "control_score"}
     of_column = {title: results.spreads("autointerp", column) for title, column in scores.items()}
     if of_column["own explanation"]:
@@ -253,7 +246,7 @@ def layer_profile(board: pl.DataFrame, experiment: str) -> Iterator[Chart]:
         values = {
             Size(row["method"], row["layer"]): spread
             for row in there.sort("method", "layer").iter_rows(named=True)
-            if (spread := spread_of_points(row[f"{metric.column}_by_seed"]))
+            if (spread := spread_of_row(row, metric.column))
         }
         if values:
             name, title = f"{experiment}_{metric.column}_by_layer", f"{experiment}: {metric.name} by layer"
@@ -273,7 +266,7 @@ def _of_sweep(table: pl.DataFrame, spent: Headline, title: str) -> Chart:
     series: list[Series] = []
     for (name, n), rows in known.sort("value").partition_by("method", "n_members", as_dict=True, maintain_order=True).items():
         label = f"{method(name).label} ({n})" if known.filter(method=name)["n_members"].n_unique() > 1 else ""
-        x, y = ([spread for points in rows[f"{metric.column}_by_seed"] if (spread := spread_of_points(points))] for metric in (spent, EV))
+        x, y = ([spread for row in rows.iter_rows(named=True) if (spread := spread_of_row(row, metric.column))] for metric in (spent, EV))
         series.append(Series(method(name), _means(x), _means(y), LINE, [each.bar for each in x], [each.bar for each in y], label=label))
     return Chart(spent.column, title, "", Axis(spent.name, log=spent.log), Axis(EV.name), series)
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from saeens_pipeline.assets.baselines.registry import BASELINES, methods
+from saeens_pipeline.assets.baselines.registry import listed as baselines
+
 
 @dataclass(frozen=True)
 class Method:
@@ -22,14 +25,15 @@ class Method:
     marker: str  # matplotlib's name of the same symbol
     glyph: str  # the same symbol as text
     baseline: str = ""
+    is_sized: bool = False  # a single SAE with a size of its own
 
     def at(self, n_members: int, most: int) -> str:
-        """Return the size in words, compared with up to `most` members. Of the baselines, only expanded SAEs have their own size."""
-        n = n_members if self.name.startswith("expanded") else most
+        """Return the size in words, compared with up to `most` members."""
+        n = n_members if self.is_sized else most
         return self.baseline.format(n=n) if self.baseline else f"n = {n_members}"
 
 
-_KNOWN = {
+_NO_BASELINES = {
     name: Method(name, *about)
     for name, *about in (
         ("single", "single", "One SAE: the first member of bagging.", "#7f7f7f", "circle", "o", "●", "one SAE"),
@@ -38,34 +42,38 @@ _KNOWN = {
          "#0072b2", "square", "s", "■"),
         ("boosting", "boosting", "An ensemble: the sum of SAEs. Each (a round) is trained on the residual of the rounds before it.",
          "#d55e00", "diamond", "D", "◆"),
-        ("expanded", "expanded",
-         "One SAE with as many features as the whole ensemble. As many features fire per token as in a single SAE.",
-         "#e69f00", "triangle-up", "^", "▲", "one SAE with as many features as {n} members"),
-        ("expanded_l0_matched", "expanded (L0 matched)",
-         "One SAE with as many features as the whole ensemble. As many features fire per token as in the ensemble.",
-         "#009e73", "triangle-down", "v", "▼", "one SAE with as many features as {n} members, and as many that fire"),
-        ("compute_matched", "compute matched",
-         "One SAE with as many features as a member, trained for as many steps as all members together.",
-         "#cc79a7", "cross", "P", "✚", "one SAE, trained as long as {n} members together"),
-        ("matching_pursuit", "matching pursuit",
-         "One SAE with as many features as the whole ensemble. It chooses them one by one, each for the residual of those before.",
-         "#56b4e9", "star", "*", "★", "one SAE with as many features as {n} members"),
         ("raw", "activations", "The activations themselves, without any dictionary.", "#b8a500", "x", "X", "✖"),
     )
 }  # fmt: skip
+_OF_BASELINES = (  # colour and symbols of the registered baselines, in their order
+    ("#e69f00", "triangle-up", "^", "▲"),
+    ("#009e73", "triangle-down", "v", "▼"),
+    ("#cc79a7", "cross", "P", "✚"),
+    ("#56b4e9", "star", "*", "★"),
+    ("#8c6d31", "pentagon", "p", "⬟"),
+    ("#5254a3", "triangle-left", "<", "◀"),
+    ("#637939", "triangle-right", ">", "▶"),
+    ("#843c39", "diamond-tall", "d", "♦"),
+)
 ENSEMBLES = ("bagging", "boosting")
 _OTHER_COLOURS = ("#b8a500", "#8c6d31", "#5254a3", "#637939", "#843c39")
 
 
 def method(name: str) -> Method:
     """Return the label, colour and symbols of a method. An unknown method gets its name as label and a colour derived from the name."""
-    colour = _OTHER_COLOURS[sum(name.encode()) % len(_OTHER_COLOURS)]
-    return _KNOWN.get(name) or Method(name, name.replace("_", " "), "", colour, "hexagon", "h", "⬢")
+    if name in _NO_BASELINES:
+        return _NO_BASELINES[name]
+    of_name = _OTHER_COLOURS[sum(name.encode()) % len(_OTHER_COLOURS)], "hexagon", "h", "⬢"
+    if name not in BASELINES:
+        return Method(name, name.replace("_", " "), "", *of_name)
+    baseline, place = BASELINES[name], baselines().index(BASELINES[name])
+    style = _OF_BASELINES[place] if place < len(_OF_BASELINES) else of_name
+    return Method(name, baseline.label, baseline.about, *style, baseline.size, baseline.is_sized)
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Return each name once: the known ones in their order here, then the others by name."""
-    known = list(_KNOWN)
+    """Return each name once: single SAEs, ensembles, baselines and raw activations in this order, then the others by name."""
+    known = [*methods(), "raw"]
     return sorted(set(names), key=lambda name: (known.index(name) if name in known else len(known), name))
 
 

@@ -14,7 +14,6 @@ from pydantic import (
     PositiveInt,
     TypeAdapter,
     ValidationError,
-    ValidationInfo,
     WithJsonSchema,
     field_validator,
     model_validator,
@@ -38,11 +37,6 @@ MIN_FRESHNESS_DAYS = 1 / (24 * 60)  # the resolution of Dagster's freshness poli
 
 _CRON_FIELDS, _CRON_CHARACTERS = 5, 200
 _FOLLOWS_FROM_ACTIVATIONS = ("total_tokens", "input_scale", "input_mean")
-
-Baseline = Literal["expanded", "expanded_l0_matched", "compute_matched", "matching_pursuit"]
-
-_BASELINES_OF_LISTS = ("expanded", "expanded_l0_matched", "matching_pursuit")  # defined for members with different settings
-_BASELINES_WITH_L0 = ("expanded_l0_matched", "matching_pursuit")  # with the sum of the members' L0
 
 
 def _models():
@@ -172,7 +166,7 @@ class EnsembleSettings(Section):
     specialised: list[SpecialisedMember] = Field([], description="bagging members with their own documents or starting weights")
 
     @model_validator(mode="after")
-    def _members_exist(self) -> EnsembleSettings:
+    def _specialised_members_exist_once(self) -> EnsembleSettings:
         named = [each.member for each in self.specialised]
         for i, member in enumerate(named):
             if member > self.members:
@@ -226,12 +220,11 @@ class ExperimentSettings(FromFile):
     )
     training: _Training = Field({}, description="fields of saeens_models.TrainingConfig")
     ensemble: EnsembleSettings = Field(description="number of SAEs, seeds, and the order of training")
-    baselines: Annotated[list[Baseline], Distinct] = Field(
-        default=None,
-        validate_default=True,
+    baselines: Annotated[list[Name] | None, Distinct] = Field(
+        None,
         description="single SAEs for comparison; default: expanded, and expanded_l0_matched for architectures that set their L0 directly",
     )
-    baseline_training: dict[Baseline, _Training] = Field({}, description="fields of training that differ for a baseline, by baseline")
+    baseline_training: dict[Name, _Training] = Field({}, description="fields of training that differ for a baseline, by baseline")
     expanded_sizes: list[PositiveInt] | Literal["all"] | None = Field(
         None, description="widths of the expanded SAEs, in members: a list, or all sizes from 1; default: the width of all members"
     )
@@ -280,16 +273,6 @@ class ExperimentSettings(FromFile):
                 return {**given, "sae": {**sae, field: values[0]}}
         return given
 
-    @field_validator("baselines", mode="before")
-    @classmethod
-    def _default_baselines(cls, given: Any, info: ValidationInfo) -> Any:
-        """Return, for None, the expanded SAEs: with a matched L0 only for architectures that set their L0 directly."""
-        if given is not None:
-            return given
-        sae = info.data.get("sae")
-        saes: list[SAESettings] = sae if isinstance(sae, list) else [sae] if sae is not None else []
-        return ["expanded", "expanded_l0_matched"] if all(each.config_class.l0_field for each in saes) else ["expanded"]
-
     @field_validator("expanded_sizes")
     @classmethod
     def _some_size(cls, sizes: list[int] | str | None) -> list[int] | str | None:
@@ -305,31 +288,14 @@ class ExperimentSettings(FromFile):
             raise ValueError("keep_residuals: all, but ensemble.boosting: concurrent has no residuals; write none, or leave it out")
         if isinstance(self.sae, list) and len(self.sae) != (members := self.ensemble.members):
             raise _wrong(["sae"], f"a list has one entry per member: {len(self.sae)} given, and ensemble.members is {members}")
-        self._check_baselines()
+        self._check_baseline_training()
         self._check_specialised()
         self._check_sweep()
         return self
 
-    def _check_baselines(self) -> None:
-        """Raise ValidationError for a baseline that does not fit the SAEs, and for training that does not fit a baseline."""
-        for i, baseline in enumerate(self.baselines):
-            if isinstance(self.sae, list) and baseline not in _BASELINES_OF_LISTS:
-                able = ", ".join(_BASELINES_OF_LISTS)
-                message = f"{baseline} is not defined where sae is a list, one per member: leave it out ({able} are), or give one sae"
-                raise _wrong(["baselines", i], message)
-            for number, sae in enumerate(self.saes if baseline in _BASELINES_WITH_L0 else [], start=1):
-                try:
-                    _models().architectures.validate_l0_multiple(sae.architecture)
-                except ValueError as error:
-                    of_list = f"has the L0 of all members added up; of member {number}, {error}: leave it out"
-                    message = of_list if isinstance(self.sae, list) else f"has the L0 of all members: {error}"
-                    raise _wrong(["baselines", i], f"{baseline} {message}") from None
-            if baseline == "compute_matched" and any(each.documents for each in self.ensemble.specialised):
-                message = "compute_matched sees every row once per member, and specialised members with documents see fewer: leave it out"
-                raise _wrong(["baselines", i], message)
+    def _check_baseline_training(self) -> None:
+        """Raise ValidationError for training of a baseline that does not fit the experiment's."""
         for baseline, own in self.baseline_training.items():
-            if baseline not in self.baselines:
-                raise _wrong(["baseline_training", baseline], f"{baseline} is not among baselines: add it there, or leave this out")
             try:
                 _validate_training({**self.training, **own})
             except ValidationError as error:
@@ -375,15 +341,6 @@ class ExperimentSettings(FromFile):
     def joined_sae(self, n: int, *, l0_matched: bool = False) -> SAESettings:
         """Return member 1's `sae` with the sum of the widths of the first n members and, with `l0_matched`, of their L0."""
         return self.saes[0].joined(self.saes[:n], add_l0=l0_matched)
-
-    @property
-    def pursuit_sae(self) -> SAESettings:
-        """Settings of the SAE of the baseline matching_pursuit: as wide as all members together, and at most the sum of their L0."""
-        joined = self.joined_sae(self.ensemble.members, l0_matched=True)
-        if joined.architecture == "matching_pursuit" or joined.l0 is None:
-            return joined
-        fields = {joined.width_field: joined.width, "apply_b_dec_to_input": joined.apply_b_dec_to_input}
-        return _models().SAESettings(architecture="matching_pursuit", max_iterations=round(joined.l0), **fields)
 
     @property
     def complete_training(self) -> dict[str, Any]:

@@ -9,16 +9,15 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
+import zarr
 
 from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.storage.activations import ActivationStatistics, StoredDtype, StreamingStatistics
 from saeens_pipeline.storage.disk import flush, require_free_disk, write_atomically
-
-if TYPE_CHECKING:
-    import torch
 
 _BYTES: Mapping[StoredDtype, int] = {"float16": 2, "bfloat16": 2, "float32": 4}
 _MAX_CHUNK_BYTES = 2**21
@@ -50,8 +49,6 @@ class ActivationWriter:
         chunk_rows: int | None = None,
         resume: bool = False,
     ) -> None:
-        import zarr
-
         self.name = name
         self.dtype: StoredDtype = dtype
         self.chunk_rows = chunk_rows or default_chunk_rows(d_in, dtype)
@@ -90,8 +87,6 @@ class ActivationWriter:
 
     def _within_limit(self, rows: torch.Tensor) -> torch.Tensor:
         """Return whether each row is stored, bool `[n]`. Rows with values that are not finite are, so that they raise an error."""
-        import torch
-
         if self._max_norm is None or not len(rows):
             return torch.ones(len(rows), dtype=torch.bool, device=rows.device)
         norms = torch.linalg.vector_norm(rows.float(), dim=1)
@@ -112,9 +107,6 @@ class _SplitWriter:
     """Buffer of the rows of one split, which writes each shard once."""
 
     def __init__(self, writer: ActivationWriter, folder: Path, n_rows: int, d_in: int, with_origin: bool) -> None:
-        import torch
-        import zarr
-
         self._writer, self._folder, self._n_rows = writer, folder, n_rows
         self._chunk_rows, self._progress = writer.chunk_rows, writer.progress
         self._shard_rows = self._chunk_rows * min(_CHUNKS_PER_SHARD, max(1, -(-n_rows // self._chunk_rows)))
@@ -184,8 +176,6 @@ class _SplitWriter:
 
     def _flush(self) -> None:
         """Write the buffered rows. Statistics are updated chunk by chunk, so that they do not depend on the sizes of appended batches."""
-        import torch
-
         rows = self._buffers["activations"][: self._filled]
         for chunk in rows.split(self._chunk_rows) if len(rows) else ():
             self._statistics.update(chunk)
@@ -248,8 +238,6 @@ def _remove_chunks_from(array: Path, number: int) -> None:
 
 def to_stored_dtype(rows: torch.Tensor, dtype: StoredDtype, name: str) -> torch.Tensor:
     """Round rows to the dtype of a store. Raises SaeensError for NaN, infinity, and values outside the range of the dtype."""
-    import torch
-
     stored = rows.to(getattr(torch, dtype))
     if bool(torch.isfinite(stored).all()):
         return stored

@@ -25,16 +25,15 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain, cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
+import torch
+import zarr
 
 from saeens_pipeline.errors import SaeensError
+from saeens_pipeline.storage.held_folders import HeldFolder
 from saeens_pipeline.storage.shards import map_shards
-
-if TYPE_CHECKING:
-    import torch
-    import zarr
 
 StoredDtype = Literal["float16", "bfloat16", "float32"]
 
@@ -173,8 +172,6 @@ class ActivationReader(ABC):
 
     def chunks(self, split: str) -> Iterator[torch.Tensor]:
         """Yield all rows in storage order, as float32 `[<= chunk_rows, d_in]`. Memory: one chunk."""
-        import torch
-
         for index in range(self.n_chunks(split)):
             yield self.read_chunk(split, index).to(torch.float32, copy=True)  # a copy, so that no file stays open
 
@@ -191,8 +188,6 @@ class ActivationReader(ABC):
         Memory: two mixing buffers, each of `mixing_chunks` chunks (of up to 2 MiB: 256 MiB in total by default) or of the split,
         whichever is smaller; 8 bytes for each of their rows; one batch in the stored dtype and one in float32.
         """
-        import torch
-
         if min(batch_tokens, mixing_chunks) < 1:
             raise ValueError(f"batch_tokens = {batch_tokens}, mixing_chunks = {mixing_chunks}: both are at least 1")
         batch, filled = torch.empty(batch_tokens, self.d_in, dtype=getattr(torch, self.dtype)), 0
@@ -220,8 +215,6 @@ def _mix(
     bytes. Residuals are derived here and not in the thread, since training needs the cores. The thread ends with this iterator
     (exhausted, closed or collected), after at most the chunk that it is reading; its errors are raised here, in the order of chunks.
     """
-    import torch
-
     n_rows, chunk_rows, dtype = reader.n_rows(split), reader.chunk_rows, getattr(torch, reader.dtype)
     # numpy allocates huge pages where possible, which makes the first write several times faster
     memory = [np.empty((min(n_rows, mixing_chunks * chunk_rows), reader.d_in * dtype.itemsize), np.uint8) for _ in range(2)]
@@ -270,10 +263,6 @@ class ActivationStore(ActivationReader):
     """
 
     def __init__(self, path: Path) -> None:
-        import zarr
-
-        from saeens_pipeline.storage.held_folders import HeldFolder
-
         self.path = path
         try:
             group = zarr.open_group(HeldFolder(path), mode="r")
@@ -304,6 +293,10 @@ class ActivationStore(ActivationReader):
         """Return the document of each row, `[n]` int32."""
         return self._array(split, "document")[:]
 
+    def document_chunk(self, split: str, index: int) -> np.ndarray:
+        """Return the document of each row of a chunk, `[<= chunk_rows]` int32."""
+        return self._array(split, "document")[index * self.chunk_rows : (index + 1) * self.chunk_rows]
+
     def document_blocks(self, split: str) -> Iterator[np.ndarray]:
         """Yield `document` in stored blocks, each of the rows of 16 chunks."""
         array = self._array(split, "document")
@@ -319,8 +312,6 @@ class ActivationStore(ActivationReader):
         return self._arrays[split]["dropped"][:] if "dropped" in self._arrays[split] else np.empty(0, np.int64)
 
     def stored_chunk(self, split: str, index: int) -> torch.Tensor:
-        import torch
-
         array, start = self._array(split, "activations"), index * self.chunk_rows
         shards = self._shards.get(split)
         values = torch.from_numpy(shards.chunk(index) if shards else array[start : start + self.chunk_rows])

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.storage.disk import flush, nearest_folder, write_atomically
 from saeens_pipeline.storage.locks import is_locked
-from saeens_pipeline.storage.names import Address, Partition, locate
+from saeens_pipeline.storage.names import Address, Partition, locate, place
 
 if TYPE_CHECKING:
     import polars as pl
@@ -342,25 +342,28 @@ def read_artefact(path: Path) -> Artefact:
 
 
 class Stored(NamedTuple):
-    """An artefact on disk: address, partition and artefact; or the error of a record that cannot be read."""
+    """An artefact on disk, with its address and partition."""
 
     address: Address
     partition: Partition
-    artefact: Artefact | DamagedArtefactError
+    artefact: Artefact
+
+    @property
+    def place(self) -> str:
+        return place(self.address, self.partition)
 
 
-def all_artefacts(root: Path) -> Iterator[Stored]:
-    """Yield every artefact below a data root, in the order of paths."""
+def all_artefacts(root: Path) -> Iterator[Stored | DamagedArtefactError]:
+    """Yield every artefact below a data root, in the order of paths, or the error of a record that cannot be read."""
     recipes = [path.parent for folder in ("sources", "experiments", "reports") for path in (root / folder).rglob(RECIPE_FILE)]
     for path in sorted([*recipes, *(root / "tables").rglob("part.parquet")]):
         found = locate(PurePosixPath(path.relative_to(root).as_posix()))
         if found is None:
             continue
         try:
-            artefact = read_artefact(path)
+            yield Stored(*found, read_artefact(path))
         except DamagedArtefactError as error:
-            artefact = error
-        yield Stored(*found, artefact)
+            yield error
 
 
 def _record_file(path: Path) -> Path:

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
 
 from saeens_pipeline.storage.activation_writer import ActivationWriter, to_stored_dtype
 from saeens_pipeline.storage.activations import ActivationReader, ActivationStatistics
 
-if TYPE_CHECKING:
-    import torch
-
-Round = Callable[["torch.Tensor"], "torch.Tensor"]
+Round = Callable[[torch.Tensor], torch.Tensor]
 """Function of a boosting round: r `[n, d_in]` float32 to r - g(r) of the same shape."""
 
 
@@ -34,8 +32,6 @@ class ResidualView(ActivationReader):
         return self.origin.stored_chunk(split, index)
 
     def derive(self, rows: torch.Tensor) -> torch.Tensor:
-        import torch
-
         rows = self.origin.derive(rows)
         with torch.no_grad():
             for number, apply_round in enumerate(self.rounds, start=1):

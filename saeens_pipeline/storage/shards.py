@@ -14,17 +14,16 @@ import resource
 import weakref
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import google_crc32c
 import numpy as np
+import zarr
+from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
+from zarr.storage import LocalStore
 
 from saeens_pipeline.errors import SaeensError
-
-if TYPE_CHECKING:
-    import zarr
-
-    from saeens_pipeline.storage.held_folders import HeldFolder
+from saeens_pipeline.storage.held_folders import HeldFolder
 
 _MISSING = 2**64 - 1
 _ENTRY_BYTES = 16
@@ -154,10 +153,6 @@ def map_shards(array: zarr.Array) -> MappedShards | None:
     An array can be mapped if it is a two-dimensional array of numbers in Zarr v3 in a local folder, with shards of chunks of whole rows,
     no codec except little-endian `bytes`, and at most `crc32c` for the index.
     """
-    from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
-    from zarr.storage import LocalStore
-
-    from saeens_pipeline.storage.held_folders import HeldFolder
 
     def is_plain(codec: object) -> bool:
         return isinstance(codec, BytesCodec) and codec.endian is not None and codec.endian.value == "little"

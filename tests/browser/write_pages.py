@@ -22,7 +22,7 @@ from tiny_experiment import NAME, Laboratory, write_rows
 from tiny_models import write_tiny_model
 
 from saeens_pipeline.language_models.autointerp.endpoint import URL_VARIABLE
-from saeens_pipeline.orchestration.catalogue import load_catalogue
+from saeens_pipeline.orchestration.catalogue import Catalogue
 from saeens_pipeline.orchestration.runs import make_reports
 from saeens_pipeline.report.metrics import METRICS
 from saeens_pipeline.storage.tables import read_table
@@ -60,7 +60,7 @@ def main(folder: Path) -> None:
         for part in (hostile.root / "tables").rglob("part.parquet"):
             rows = pl.read_parquet(part, hive_partitioning=False).with_columns(method=pl.col("method").replace("expanded", HOSTILE))
             write_rows(hostile.store, part, _with_hostile_tokens(rows))
-        make_reports(load_catalogue(), NAME, [])
+        make_reports(Catalogue.load(), NAME, [])
     (folder / "expected.json").write_text(json.dumps({str(layer): _expected(plain.root, layer) for layer in LAYERS}, indent=1))
     for table in ("features", "autointerp"):
         rows = read_table(plain.root, NAME, table, LAYERS[1])

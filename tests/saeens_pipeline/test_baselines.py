@@ -17,8 +17,9 @@ from tiny_experiment import EXPERIMENT, LAYER, MEMBERS, NAME, SEEDS, Laboratory,
 from tiny_models import D_MODEL
 
 import saeens_models as sm
-from saeens_pipeline.assets import residuals, training
+from saeens_pipeline.assets import training
 from saeens_pipeline.assets.saes import init_seed
+from saeens_pipeline.storage import residuals
 from saeens_pipeline.storage.activations import ActivationReader, ActivationStatistics
 from saeens_pipeline.storage.checkpoints import SECONDS_VARIABLE
 from saeens_pipeline.storage.names import CURVE_FILE, Address, Partition

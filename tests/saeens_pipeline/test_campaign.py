@@ -16,7 +16,7 @@ import pytest
 from tiny_experiment import Laboratory, run_and_print
 
 from saeens_pipeline.errors import SaeensError
-from saeens_pipeline.storage.recipes import RECIPE_FILE, Artefact, DamagedArtefactError, Store, all_artefacts
+from saeens_pipeline.storage.recipes import RECIPE_FILE, Artefact, DamagedArtefactError, Store, Stored, all_artefacts
 
 pytestmark = pytest.mark.slow
 
@@ -50,8 +50,8 @@ def _artefacts(root: Path) -> dict[str, Artefact]:
     """Return every artefact by its path below the root. Raises DamagedArtefactError for a record that cannot be read."""
     found = {}
     for stored in all_artefacts(root):
-        if isinstance(stored.artefact, DamagedArtefactError):
-            raise stored.artefact
+        if isinstance(stored, DamagedArtefactError):
+            raise stored
         found[stored.artefact.path.relative_to(root).as_posix()] = stored.artefact
     return found
 
@@ -104,10 +104,9 @@ DAMAGE: tuple[Callable[[Path, random.Random], None], ...] = (_flip_a_bit, _cut_o
 
 def test_damage_of_any_file_is_noticed(finished: Laboratory, capsys: pytest.CaptureFixture[str]):
     generator, store, counts = random.Random(SEED), Store(finished.root), Counter[str]()
-    stored = [each for each in all_artefacts(finished.root) if isinstance(each.artefact, Artefact)]
+    stored = [each for each in all_artefacts(finished.root) if isinstance(each, Stored)]
     for _ in range(DAMAGES):
         address, partition, artefact = generator.choice(stored)
-        assert isinstance(artefact, Artefact)
         files = [artefact.path] if artefact.path.is_file() else [file for file in artefact.path.rglob("*") if file.is_file()]
         file, damage = generator.choice(sorted(files)), generator.choice(DAMAGE)
         if not file.stat().st_size:

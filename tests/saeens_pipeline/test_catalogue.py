@@ -12,6 +12,7 @@ import dagster as dg
 import pytest
 from tiny_experiment import EXPERIMENT, NAME, Laboratory, experiment_file, experiment_settings, source_settings
 
+from saeens_pipeline.assets.baselines.registry import names_of
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.settings.files import FOLDERS_VARIABLE
 
@@ -343,7 +344,7 @@ def test_names_have_at_most_63_characters_with_the_suffix_of_a_sweep(laboratory:
 def test_default_baselines_fit_the_architecture(laboratory: Laboratory, sae: dict[str, Any], baselines: list[str]):
     laboratory.write(_text(sae=sae | {"expansion": 2}, baselines=None))
     assert laboratory.catalogue.broken == {}
-    assert laboratory.catalogue.experiment(NAME).baselines == baselines
+    assert names_of(laboratory.catalogue.experiment(NAME)) == baselines
 
 
 def test_a_schedule_of_a_date_that_does_not_exist_is_refused(laboratory: Laboratory):
@@ -439,9 +440,9 @@ def test_a_corrected_file_is_read_again(laboratory: Laboratory):
 
 
 def test_the_shipped_experiments_are_valid():
-    from saeens_pipeline.orchestration.catalogue import load_catalogue
+    from saeens_pipeline.orchestration.catalogue import Catalogue
 
-    catalogue = load_catalogue()
+    catalogue = Catalogue.load()
     assert catalogue.broken == {}
     assert "quickstart" in catalogue.experiments
     assert catalogue.experiment("quickstart").source == "quickstart"

@@ -76,9 +76,9 @@ def test_an_experiment_that_differs_otherwise_is_no_control(empty: Laboratory, s
 
 
 def test_the_shipped_quickstart_has_its_control():
-    from saeens_pipeline.orchestration.catalogue import load_catalogue
+    from saeens_pipeline.orchestration.catalogue import Catalogue
 
-    controls = load_catalogue().controls
+    controls = Catalogue.load().controls
     assert controls["quickstart"] == "quickstart_random"
     assert "quickstart_full" not in controls  # of eight members, where the control has four
 

@@ -21,11 +21,11 @@ LOCATION = """\
 import dagster as dg
 from saeens_pipeline import defs as files
 files.__path__ = [{folder!r}]
-from saeens_pipeline.orchestration.catalogue import load_catalogue
+from saeens_pipeline.orchestration.catalogue import Catalogue
 
 def chain():
     chain = dg.define_asset_job("chain", [dg.AssetKey(key) for key in {keys!r}])
-    return dg.Definitions.merge(load_catalogue().definitions(), dg.Definitions(jobs=[chain])).resolve_job_def("chain")
+    return dg.Definitions.merge(Catalogue.load().definitions(), dg.Definitions(jobs=[chain])).resolve_job_def("chain")
 """
 
 

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 import saeens_models as sm
 from saeens_pipeline.assets import sources, training
 from saeens_pipeline.errors import ConfigurationError, SaeensError
+from saeens_pipeline.language_models import caching
 from saeens_pipeline.language_models.models import describe_language_model, load_language_model
 from saeens_pipeline.language_models.tokens import open_tokens
 from saeens_pipeline.storage.names import Partition
@@ -523,13 +524,13 @@ def test_layers_requested_together_share_one_forward_pass(
     empty: Laboratory, finished_laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch
 ):
     passes: list[list[int]] = []
-    cache_activations = sources.cache_activations
+    cache_activations = caching.cache_activations
 
     def counted(model: Any, tokens: Any, hook: Any, outputs: Any, *args: Any, **options: Any) -> Any:
         passes.append(sorted(outputs))
         return cache_activations(model, tokens, hook, outputs, *args, **options)
 
-    monkeypatch.setattr(sources, "cache_activations", counted)
+    monkeypatch.setattr(caching, "cache_activations", counted)
     empty.run(layers=[2, LAYER], select=["activations"])
     assert passes == [[LAYER, 2]]
     for layer in (LAYER, 2):

@@ -19,7 +19,7 @@ from tiny_models import D_MODEL
 
 from saeens_pipeline.assets.registry import fills, table_frame
 from saeens_pipeline.language_models.autointerp.endpoint import URL_VARIABLE
-from saeens_pipeline.orchestration.catalogue import load_catalogue
+from saeens_pipeline.orchestration.catalogue import Catalogue
 from saeens_pipeline.report.pages import what_makes_contexts
 from saeens_pipeline.storage.names import Address, Partition
 from saeens_pipeline.storage.recipes import Recipe
@@ -222,7 +222,7 @@ def test_the_first_declared_seed_with_rows_is_shown(laboratory: Laboratory):
 
 
 def test_the_experiment_with_contexts_of_the_same_saes_is_named():
-    catalogue = load_catalogue()
+    catalogue = Catalogue.load()
     quickstart, full, other = map(catalogue.experiment, ("quickstart", "quickstart_full", "quickstart_random"))
     assert [fills(each, "contexts") for each in (quickstart, full, other)] == [False, True, False]
     assert "`saeens run quickstart_full` computes them for the same SAEs and more; or add" in what_makes_contexts(quickstart, catalogue)

@@ -36,9 +36,8 @@ from saeens_pipeline.orchestration.instance import (
     recorded_instance,
     register_layers,
     servers_prefix,
-    this_host,
 )
-from saeens_pipeline.storage.recipes import start_of
+from saeens_pipeline.storage.recipes import start_of, this_machine
 
 CHECKOUT = Path(saeens_pipeline.__file__).parents[1]
 
@@ -261,16 +260,16 @@ def _ended(runs: Mapping[str, tuple[dict[str, str], str | None]]) -> set[str]:
 
 
 def test_only_runs_of_killed_processes_are_cancelled():
-    gone, host = _gone(), this_host()
+    gone, machine = _gone(), this_machine()
     owners = {
-        "gone": f"{host}:{gone}",
+        "gone": f"{machine}:{gone}",
         "here": process_tag()[PROCESS_TAG],
-        "here, with an unknown start": f"{host}:{os.getpid()}@",
-        "before its number was used again": f"{host}:{os.getpid()}@{int(start_of(os.getpid())) - 1}",
-        "elsewhere": f"not-{host}:{gone}",
-        "before the machine started": f"{socket.gethostname()}:{'0' * 16}:{gone}",
+        "here, with an unknown start": f"{machine}:{os.getpid()}@",
+        "before its number was used again": f"{machine}:{os.getpid()}@{int(start_of(os.getpid())) - 1}",
+        "elsewhere": f"not-{machine}:{gone}",
+        "before the machine started": f"{'0' * 8}:{gone}",
         "of an earlier version": f"{socket.gethostname()}:{gone}",
-        "of nobody": f"{host}:nobody",
+        "of nobody": f"{machine}:nobody",
     }
     runs: dict[str, tuple[dict[str, str], str | None]] = {name: ({PROCESS_TAG: owner}, None) for name, owner in owners.items()}
     assert _ended(runs | {"without a tag": ({}, None)}) == {"gone", "before its number was used again"}
@@ -287,25 +286,15 @@ def test_the_start_of_a_process_is_the_one_that_the_kernel_counts():
     assert start_of(process.pid) == ""
 
 
-def test_this_host_is_another_after_a_restart_and_in_another_container(monkeypatch: pytest.MonkeyPatch):
-    read, readlink, here = Path.read_text, os.readlink, this_host()
-    assert here == this_host()
-    with monkeypatch.context() as patched:
-        patched.setattr(Path, "read_text", lambda path, *a, **k: "another\n" if path.name == "boot_id" else read(path, *a, **k))
-        assert this_host() != here
-    monkeypatch.setattr(os, "readlink", lambda path: "pid:[1]" if str(path) == "/proc/self/ns/pid" else readlink(path))
-    assert this_host() != here
-
-
 def test_only_runs_of_a_missing_ui_are_cancelled(alive: int):
     """None of the sockets can be seen from here, as in a container or with a temporary folder of one's own."""
-    gone, host = _gone(), this_host().rpartition(":")[2]
+    gone, machine = _gone(), this_machine()
     sockets = {
-        "gone": f"/tmp/saeens-{host}-{gone}-abc/tmp1",
-        "alive": f"/tmp/saeens-{host}-{alive}-abc/tmp1",
-        "elsewhere": f"/tmp/saeens-{'0' * 16}-{gone}-abc/tmp1",
-        "before its number was used again": f"/tmp/saeens-{host}-{alive}-{int(start_of(alive)) - 1}-abc/tmp1",
-        "with its start": f"/tmp/saeens-{host}-{alive}-{start_of(alive)}-abc/tmp1",
+        "gone": f"/tmp/saeens-{machine}-{gone}-abc/tmp1",
+        "alive": f"/tmp/saeens-{machine}-{alive}-abc/tmp1",
+        "elsewhere": f"/tmp/saeens-{'0' * 8}-{gone}-abc/tmp1",
+        "before its number was used again": f"/tmp/saeens-{machine}-{alive}-{int(start_of(alive)) - 1}-abc/tmp1",
+        "with its start": f"/tmp/saeens-{machine}-{alive}-{start_of(alive)}-abc/tmp1",
         "of `dagster dev`": "/tmp/tmp1",
     }
     runs = {name: ({GRPC_INFO_TAG: json.dumps({"host": "localhost", "socket": each})}, "saeens") for name, each in sockets.items()}
@@ -317,9 +306,9 @@ def test_only_runs_of_a_missing_ui_are_cancelled(alive: int):
 
 
 def test_the_folder_of_the_code_servers_names_its_processes():
-    match = re.fullmatch(r"saeens-([0-9a-f]{16})-(\d+)-(\d+)-", servers_prefix())
+    match = re.fullmatch(r"saeens-([0-9a-f]{8})-(\d+)-(\d+)-", servers_prefix())
     assert match
-    assert (match[1], int(match[2]), match[3]) == (this_host().rpartition(":")[2], os.getpid(), start_of(os.getpid()))
+    assert (match[1], int(match[2]), match[3]) == (this_machine(), os.getpid(), start_of(os.getpid()))
 
 
 def test_a_run_with_nothing_to_do_cancels_killed_runs(finished: Laboratory, monkeypatch: pytest.MonkeyPatch):

@@ -255,12 +255,11 @@ def test_a_text_with_one_label_in_train_and_another_in_test_is_left_out(seed: in
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".csv"])
 def test_rows_that_cannot_be_drawn_are_counted_by_reason(tmp_path: Path, suffix: str):
     rows = [*_rows(sport=6, news=6), *({"body": body, "topic": topic, "more": 1} for body, topic in ODD)]
-    fields = {"name": "mine", "train": _write(tmp_path, f"a{suffix}", rows), "text_field": "body"}
+    fields: dict[str, Any] = {"name": "mine", "train": _write(tmp_path, f"a{suffix}", rows), "text_field": "body"}
     concepts = read_concepts(ConceptDataSet(**fields, label_field="topic"), FEW, seed=1)
     assert concepts.left_out == {"without a text or a label": 4, "with several labels": 3}
-    plain = read_concepts(
-        ConceptDataSet(**fields | {"train": _write(tmp_path, f"b{suffix}", _rows(sport=6, news=6))}, label_field="topic"), FEW, 1
-    )
+    fields["train"] = _write(tmp_path, f"b{suffix}", _rows(sport=6, news=6))
+    plain = read_concepts(ConceptDataSet(**fields, label_field="topic"), FEW, seed=1)
     assert plain.left_out == {}
     pairs = [{"text": f"{a}{b} {i}", "label": a, "spurious": b} for a in "pq" for b in "xy" for i in range(7)]
     pairs += [{"text": "both", "label": "p", "spurious": b} for b in "xy"] + [{"text": "z", "label": "p", "spurious": None}]

@@ -389,7 +389,7 @@ def test_bytes_changed_at_the_same_size_and_time_are_no_hit_once_invalidated(sto
     assert store.hit(MEMBER, WHERE, RECIPE) is None
 
 
-def test_an_intact_invalidated_artefact_is_a_hit(store: Store):
+def test_an_invalidated_artefact_with_intact_files_is_a_hit(store: Store):
     _write(store).invalidate()
     assert store.hit(MEMBER, WHERE, RECIPE)
 
@@ -576,3 +576,14 @@ def test_dropping_bytes_keeps_recipe_provenance_and_data_version(store: Store):
     assert [path.name for path in after.path.iterdir()] == [RECIPE_FILE]
     store.drop_bytes(after)
     assert store.hit(MEMBER, WHERE, RECIPE) == after
+
+
+def test_this_machine_is_another_after_a_restart_and_in_another_container(monkeypatch: pytest.MonkeyPatch):
+    this_machine = recipes.this_machine.__wrapped__  # not cached
+    read, readlink, here = Path.read_text, os.readlink, recipes.this_machine()
+    assert here == this_machine()
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_text", lambda path, *a, **k: "another\n" if path.name == "boot_id" else read(path, *a, **k))
+        assert this_machine() != here
+    monkeypatch.setattr(os, "readlink", lambda path: "pid:[1]" if str(path) == "/proc/self/ns/pid" else readlink(path))
+    assert this_machine() != here

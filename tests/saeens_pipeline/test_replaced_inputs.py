@@ -18,7 +18,7 @@ import saeens_models as sm
 from saeens_pipeline.assets.compute import Compute
 from saeens_pipeline.assets.declarations import Declaration, Input, Op, RunContext, Task
 from saeens_pipeline.assets.materialise import ReplacedInputError, materialise
-from saeens_pipeline.assets.residuals import open_reader
+from saeens_pipeline.assets.readers import open_reader
 from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.language_models.tokens import open_tokens
 from saeens_pipeline.storage import shards

@@ -35,7 +35,7 @@ from saeens_pipeline.assets.registry import TABLES, table_frame
 from saeens_pipeline.assets.tables.cost import TOTALS
 from saeens_pipeline.assets.tables.leaderboard import for_reading, standings
 from saeens_pipeline.errors import SaeensError
-from saeens_pipeline.orchestration.catalogue import load_catalogue
+from saeens_pipeline.orchestration.catalogue import Catalogue
 from saeens_pipeline.orchestration.runs import make_reports
 from saeens_pipeline.report.charts import Chart, as_plotly
 from saeens_pipeline.report.figures import by_members, downstream, features, layer_profile, marginal_gain, trade_offs, training
@@ -141,7 +141,7 @@ def test_training_cost_includes_passes_over_residuals_everywhere(finished: Labor
     plot = _of(list(trade_offs(_results(finished))), "explained_variance_for_total_flops")
     (line,) = (trace for trace in plot.data if trace.name == "boosting")
     assert line.x[-1] == pytest.approx(expected, rel=1e-12)
-    make_reports(load_catalogue(), None, [])
+    make_reports(Catalogue.load(), None, [])
     board = (finished.root / "reports" / "leaderboard" / "index.html").read_text()
     shown = re.search(r'<tr[^>]* data-method="boosting".*?data-metric="total_flops" data-value="([^"]+)"', board, re.DOTALL)
     assert shown and float(shown[1]) == pytest.approx(expected, rel=1e-12)
@@ -165,10 +165,10 @@ def test_a_report_reads_layers_from_dagster_only_if_more_exist_than_in_the_file(
         raise LookupError(source.name)
 
     monkeypatch.setattr("saeens_pipeline.orchestration.runs.recorded_layers", recorded)
-    page, _ = make_reports(load_catalogue(), NAME, [])
+    page, _ = make_reports(Catalogue.load(), NAME, [])
     assert page.parent.name == f"layer={LAYER}"
     with pytest.raises(LookupError):
-        make_reports(load_catalogue(), NAME, [LAYER + 1])
+        make_reports(Catalogue.load(), NAME, [LAYER + 1])
     added = finished.root / "tables" / NAME / "cost" / f"layer={LAYER + 1}"
     added.mkdir()
     try:
@@ -325,7 +325,7 @@ def test_every_table_is_listed_with_its_question_and_rows(finished: Laboratory):
 
 def test_a_report_without_any_table_is_refused(empty: Laboratory):
     with pytest.raises(SaeensError, match=f"saeens run {NAME}"):
-        make_reports(load_catalogue(), NAME, [])
+        make_reports(Catalogue.load(), NAME, [])
 
 
 def test_the_report_command_writes_reports_and_prints_their_paths(
@@ -401,6 +401,8 @@ def test_spreads_are_students_t_intervals_and_the_points_for_two_seeds():
     expected = scipy.stats.t.interval(0.95, 3, loc=np.mean(values), scale=scipy.stats.sem(values))
     assert spread.bar == pytest.approx(expected)
     assert Spread.of([0.7, 0.5]).bar == (0.5, 0.7)
+    compared = Spread.of(values, compares_seeds=True)
+    assert (compared.low, compared.bar, compared.around(".1f")) == (None, (0.5, 0.8), "0.5, 0.7, 0.6, 0.8")
 
 
 def test_a_report_of_two_seeds_says_how_far_their_interval_would_reach(finished: Laboratory):
@@ -584,7 +586,7 @@ def test_the_papers_setting_is_recognised_by_model_hook_layer_and_weights():
 
 
 def test_the_leaderboards_page_has_every_row(finished: Laboratory):
-    make_reports(load_catalogue(), None, [])
+    make_reports(Catalogue.load(), None, [])
     page = Page(finished.root / "reports" / "leaderboard" / "index.html")
     rows = [attributes for tag, attributes in page.elements if tag == "tr" and "data-method" in attributes]
     assert {row["data-method"] for row in rows} == set(METHODS)
@@ -621,7 +623,7 @@ def test_the_leaderboards_page_marks_controls_and_explains_missing_numbers(finis
 
 
 def test_the_leaderboards_page_explains_its_methods_columns_and_better_directions(finished: Laboratory):
-    make_reports(load_catalogue(), None, [])
+    make_reports(Catalogue.load(), None, [])
     page = Page(finished.root / "reports" / "leaderboard" / "index.html")
     titles = re.findall(r'data-sort="([^"]+)"[^>]*>([^<]*)</button>(?:<span class="better" title="(more|less))?', page.source)
     better = {metric.column: metric.better for metric in METRICS}

@@ -680,11 +680,11 @@ def kill_once(self, *arguments, **options):
         yield batch
 
 ActivationReader.batches = kill_once
-from saeens_pipeline.orchestration.catalogue import load_catalogue
+from saeens_pipeline.orchestration.catalogue import Catalogue
 
 def training():
     job = dg.define_asset_job("training", [dg.AssetKey({key!r})])
-    return dg.Definitions.merge(load_catalogue().definitions(), dg.Definitions(jobs=[job])).resolve_job_def("training")
+    return dg.Definitions.merge(Catalogue.load().definitions(), dg.Definitions(jobs=[job])).resolve_job_def("training")
 """
 
 

@@ -16,8 +16,9 @@ from saeens_pipeline import cli
 from saeens_pipeline.assets import training
 from saeens_pipeline.assets.staleness import Status
 from saeens_pipeline.errors import SaeensError
-from saeens_pipeline.orchestration.instance import PROCESS_TAG, command_line_instance, this_host
+from saeens_pipeline.orchestration.instance import PROCESS_TAG, command_line_instance
 from saeens_pipeline.orchestration.run_states import with_run_states
+from saeens_pipeline.storage.recipes import this_machine
 
 SEED = SEEDS[0]
 
@@ -89,7 +90,7 @@ def _unfinished_run(laboratory: Laboratory, process: str, seed: int = SEED) -> d
 
 
 def test_assets_of_an_active_run_are_running(laboratory: Laboratory):
-    run = _unfinished_run(laboratory, f"{this_host()}:1")
+    run = _unfinished_run(laboratory, f"{this_machine()}:1")
     statuses = _statuses(laboratory)
     assert (statuses["boosting/round_1"].state, statuses["boosting/round_1"].reason) == ("running", f"run {run.run_id[:8]}")
     assert statuses["boosting/residual_1"].state == "running"
@@ -98,12 +99,12 @@ def test_assets_of_an_active_run_are_running(laboratory: Laboratory):
 
 
 def test_a_run_of_another_seed_does_not_change_the_state(laboratory: Laboratory):
-    _unfinished_run(laboratory, f"{this_host()}:1", seed=SEEDS[1])
+    _unfinished_run(laboratory, f"{this_machine()}:1", seed=SEEDS[1])
     assert _statuses(laboratory)["boosting/round_1"].state == "missing"
 
 
 def test_a_run_of_a_dead_process_has_failed_at_its_current_asset(laboratory: Laboratory):
-    run = _unfinished_run(laboratory, f"{this_host()}:{2**22 + 1}")  # above the largest process number
+    run = _unfinished_run(laboratory, f"{this_machine()}:{2**22 + 1}")  # above the largest process number
     statuses = _statuses(laboratory)
     assert statuses["boosting/round_1"].state == "failed"
     assert statuses["boosting/round_1"].reason == f"run {run.run_id[:8]}: its process was killed"

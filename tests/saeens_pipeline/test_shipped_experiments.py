@@ -20,7 +20,7 @@ from saeens_pipeline import cli, components
 from saeens_pipeline import defs as shipped_files
 from saeens_pipeline.assets.compute import Compute
 from saeens_pipeline.assets.forecast import forecast
-from saeens_pipeline.orchestration.catalogue import Catalogue, load_catalogue
+from saeens_pipeline.orchestration.catalogue import Catalogue
 from saeens_pipeline.settings.corpora import HubDataset
 from saeens_pipeline.settings.files import MODELS
 from saeens_pipeline.storage.recipes import Store
@@ -66,7 +66,7 @@ def catalogue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Catalogue:
     monkeypatch.setenv("SAEENS_DATA", str(tmp_path / "data"))
     monkeypatch.setenv("DAGSTER_HOME", "")
     monkeypatch.delenv("SAEENS_EXPERIMENTS", raising=False)
-    return load_catalogue()
+    return Catalogue.load()
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -201,8 +201,8 @@ def _run_in_small(
     assert "nothing to do" in laboratory.run()
 
 
-def test_dagsters_own_check_of_the_files_accepts_them():
-    """`dg check yaml` compares what YAML 1.1 reads with the JSON schema: `off` is false there."""
+def test_shipped_files_fit_the_json_schema_when_read_as_yaml_1_1():
+    """`dg check yaml` makes this comparison. YAML 1.1 reads `off` as false."""
     for file in Path(next(iter(shipped_files.__path__))).glob("*/defs.yaml"):
         for document in yaml.safe_load_all(file.read_text()):
             properties = MODELS[document["type"]].model_json_schema()["properties"]

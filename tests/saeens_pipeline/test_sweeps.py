@@ -17,12 +17,13 @@ import pytest
 from tiny_experiment import EXPERIMENT, LAYER, NAME, SEEDS, Laboratory, experiment_file, experiment_settings, source_settings
 
 from saeens_pipeline import cli
+from saeens_pipeline.assets.baselines.registry import methods as registered_methods
 from saeens_pipeline.assets.declarations import Declaration
 from saeens_pipeline.assets.experiments import experiment_ops
-from saeens_pipeline.assets.registry import METHODS, columns_of, table_frame
+from saeens_pipeline.assets.registry import columns_of, table_frame
 from saeens_pipeline.assets.tables.pareto import PARETO, PICTURE_FILE, TABLE_FILE, notes, pareto_rows
 from saeens_pipeline.errors import ConfigurationError
-from saeens_pipeline.orchestration.catalogue import load_catalogue
+from saeens_pipeline.orchestration.catalogue import Catalogue
 from saeens_pipeline.orchestration.garbage import declared, find_garbage
 from saeens_pipeline.orchestration.metadata import describe_artefact
 from saeens_pipeline.report import methods
@@ -283,8 +284,8 @@ def _size(png: bytes) -> tuple[int, int]:
 
 
 def test_every_method_has_its_own_colour_and_marker_and_every_layer_its_axes(empty: Laboratory, monkeypatch: pytest.MonkeyPatch):
-    styles = [methods.method(name) for name in METHODS]
-    assert len({each.colour for each in styles}) == len({each.marker for each in styles}) == len(METHODS)
+    styles = [methods.method(name) for name in registered_methods()]
+    assert len({each.colour for each in styles}) == len({each.marker for each in styles}) == len(registered_methods())
     _declare(empty)
     _write_points(empty)
     table, pareto = _rows(empty)
@@ -349,7 +350,7 @@ def test_a_sweep_runs_all_experiments_and_shares_existing_artefacts(swept: Labor
     artefact = swept.store.require(Address(SWEEP, "report", "pareto"), Partition())
     assert pl.read_parquet(artefact.path / TABLE_FILE)["explained_variance"].to_list() == table["explained_variance"].to_list()
     assert _size((artefact.path / PICTURE_FILE).read_bytes()) == _size((tmp_path / "pareto.png").read_bytes())
-    assert find_garbage(swept.root, declared(load_catalogue())).garbage == []
+    assert find_garbage(swept.root, declared(Catalogue.load())).garbage == []
     out, _ = saeens("lineage", f"{SWEEP}/pareto")
     assert f"{SWEEP}__k_2/eval/reconstruction" in out
 

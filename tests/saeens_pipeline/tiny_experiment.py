@@ -27,7 +27,7 @@ from saeens_pipeline.assets.staleness import Status
 from saeens_pipeline.cli.summary import print_outcome
 from saeens_pipeline.orchestration import runs
 from saeens_pipeline.orchestration.assets import partition_key
-from saeens_pipeline.orchestration.catalogue import Catalogue, load_catalogue
+from saeens_pipeline.orchestration.catalogue import Catalogue
 from saeens_pipeline.orchestration.instance import register_layers
 from saeens_pipeline.orchestration.runs import experiment_status, make_reports, run_experiment
 from saeens_pipeline.storage.names import Address, Partition, locate
@@ -133,7 +133,7 @@ class Laboratory:
 
     @property
     def catalogue(self) -> Catalogue:
-        return load_catalogue()
+        return Catalogue.load()
 
     def declarations(self) -> dict[str, Declaration]:
         """By asset key, parts joined by `/`."""
@@ -175,7 +175,7 @@ def run_and_print(
     name: str, *, layers: Sequence[int] = (), seeds: Sequence[int] = (), select: Sequence[str] = (), console: Console
 ) -> None:
     """Run an experiment and print its summary, as `saeens run` does."""
-    print_outcome(run_experiment(load_catalogue(), name, layers=layers, seeds=seeds, select=select, console=console), console)
+    print_outcome(run_experiment(Catalogue.load(), name, layers=layers, seeds=seeds, select=select, console=console), console)
 
 
 def write_rows(store: Store, part: Path, rows: pl.DataFrame, like: Path | None = None) -> None:
@@ -188,12 +188,12 @@ def write_rows(store: Store, part: Path, rows: pl.DataFrame, like: Path | None =
 def remake_reports(laboratory: Laboratory, name: str = NAME) -> None:
     """Make the reports of an experiment from the tables on disk, whether they are fresh or not."""
     shutil.rmtree(laboratory.root / "reports" / name, ignore_errors=True)
-    make_reports(load_catalogue(), name, [])
+    make_reports(Catalogue.load(), name, [])
 
 
 def status_of(name: str = NAME) -> list[Status]:
     """Return the state of every artefact of an experiment."""
-    return experiment_status(load_catalogue(), name)
+    return experiment_status(Catalogue.load(), name)
 
 
 def _without_none(settings: dict[str, Any]) -> dict[str, Any]:

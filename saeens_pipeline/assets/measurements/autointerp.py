@@ -18,8 +18,8 @@ import saeens_models as sm
 from saeens_models.evaluation import silent_windows
 from saeens_pipeline import progress
 from saeens_pipeline.assets.measurements.token_strings import TokenStrings
+from saeens_pipeline.assets.readers import open_reader
 from saeens_pipeline.assets.registry import SUBJECT, Making, Row
-from saeens_pipeline.assets.residuals import open_reader
 from saeens_pipeline.language_models.autointerp.interview import FeatureTexts, Interviewer, Verdict
 from saeens_pipeline.language_models.autointerp.protocol import SEED, Examples, Flaw, choose_examples, text_of
 from saeens_pipeline.settings.autointerp import AutoInterpSettings

@@ -16,8 +16,8 @@ from saeens_models.metrics import FeatureContexts, output_tokens
 from saeens_pipeline.assets.declarations import Declaration
 from saeens_pipeline.assets.measurements.dictionaries import load_dictionary, load_model, pass_over
 from saeens_pipeline.assets.measurements.token_strings import TokenStrings
+from saeens_pipeline.assets.readers import open_reader
 from saeens_pipeline.assets.registry import Making, columns_frame
-from saeens_pipeline.assets.residuals import open_reader
 from saeens_pipeline.assets.sources import language_model_of
 from saeens_pipeline.language_models.descriptions import HOOKS
 from saeens_pipeline.storage.activations import ActivationStore

@@ -17,8 +17,8 @@ from saeens_models.metrics.description_length import DEFAULT_PRECISION
 from saeens_pipeline import progress
 from saeens_pipeline.assets.declarations import Declaration
 from saeens_pipeline.assets.measurements.token_strings import open_test_tokens
+from saeens_pipeline.assets.readers import open_reader
 from saeens_pipeline.assets.registry import Making, Row
-from saeens_pipeline.assets.residuals import open_reader
 from saeens_pipeline.assets.sources import language_model_of, measures_loss, recorded_patching_problem
 from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.language_models.descriptions import LanguageModelDescription

@@ -15,8 +15,8 @@ from saeens_models.metrics import MemberMatches, matches_in_other_members, neare
 from saeens_pipeline.assets.declarations import Declaration
 from saeens_pipeline.assets.measurements.dictionaries import load_dictionary, pass_over
 from saeens_pipeline.assets.measurements.token_strings import TokenStrings
+from saeens_pipeline.assets.readers import open_reader
 from saeens_pipeline.assets.registry import Making, columns_frame
-from saeens_pipeline.assets.residuals import open_reader
 
 TOP_TOKENS = 10  # of each feature
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import polars as pl
 
 from saeens_pipeline.assets.declarations import Facts
-from saeens_pipeline.assets.registry import Making, Markdown, Row, SharedPass, Table, register
+from saeens_pipeline.assets.registry import Curve, Making, Markdown, Row, SharedPass, Table, register
 from saeens_pipeline.language_models.labelled_texts.reading import identity
 from saeens_pipeline.settings.experiments import ExperimentSettings
 from saeens_pipeline.settings.probing import PROBE_SEED
@@ -25,8 +25,8 @@ def _probe(making: Making) -> Any:
 _PROBING = SharedPass("downstream", _probe)
 
 
-def probe_table(name: str, of_scores: Callable[[pl.DataFrame, Artefact], Mapping[str, Any]], **fields: Any) -> Table:
-    """Return a table of probes whose texts are the experiment's settings of the same name. `of_scores` gives its summary."""
+def probe_table(name: str, curve: Curve, **fields: Any) -> Table:
+    """Return a table of probes whose texts are the experiment's settings of the same name."""
 
     def preflight(experiment: ExperimentSettings, facts: Facts) -> None:
         from saeens_pipeline.assets.measurements.probing import read_labelled_texts
@@ -45,7 +45,7 @@ def probe_table(name: str, of_scores: Callable[[pl.DataFrame, Artefact], Mapping
             data_set: ", ".join(f"{n:,} {why}" for why, n in reasons.items())
             for data_set, reasons in artefact.provenance.get("texts_left_out", {}).items()
         }
-        return {**of_scores(table, artefact), **{f"rows left out of {data_set}": words for data_set, words in left_out.items()}}
+        return {**_summary(table, curve), **{f"rows left out of {data_set}": words for data_set, words in left_out.items()}}
 
     return Table(
         name=name,
@@ -58,12 +58,15 @@ def probe_table(name: str, of_scores: Callable[[pl.DataFrame, Artefact], Mapping
         preflight=preflight,
         has_slow_preflight=True,
         source_parts={"activations": {"*": "language_model"}},
+        curve=curve,
         **fields,
     )
 
 
-def by_number_of_features(table: pl.DataFrame, number: str, value: str, over: str) -> Markdown:
-    """Return a Markdown table: a row for each method with all its members, a column for each number of features, means over tasks."""
+def _summary(table: pl.DataFrame, curve: Curve) -> Mapping[str, Any]:
+    """Return the curve as a Markdown table: a row for each method with all its members, a column for each number of features."""
+    number, value, over = curve.x, curve.y, curve.group
+    table = table.filter(code_scale="unscaled") if "code_scale" in table.columns else table
     largest = table.filter(pl.col("n_members") == pl.col("n_members").max().over("method"))
     by = ["method", "n_members", number]
     means = (
@@ -78,17 +81,12 @@ def by_number_of_features(table: pl.DataFrame, number: str, value: str, over: st
         found = dict(of_method.select(number, value).iter_rows())
         cells = ["" if found.get(n) is None else f"{found[n]:.3f}" for n in numbers]
         lines.append(f"| {of_method['method'][0]} | {' | '.join(cells)} |")
-    return Markdown("\n".join(lines))
-
-
-def _summary(table: pl.DataFrame, artefact: Artefact) -> Mapping[str, Any]:
-    return {"summary": by_number_of_features(table.filter(code_scale="unscaled"), "n_probe_features", "accuracy", "dataset")}
+    return {"summary": Markdown("\n".join(lines))}
 
 
 register(
     probe_table(
         "concept_detection",
-        _summary,
         question="How much of a concept is in a few features?",
         columns=(
             Column("dataset", "str", "data set of the texts"),
@@ -100,5 +98,11 @@ register(
             Column("accuracy_distinct", "float", "of a probe on as many features, none a near-duplicate of a better one"),
         ),
         order=100,
+        curve=Curve(
+            "Concept detection",
+            "Accuracy of a probe on the n features that tell a label best: mean over labels, then over data sets.",
+            *("features of the probe", "accuracy"),
+            *("n_probe_features", "accuracy", "dataset"),
+        ),
     )
 )

@@ -60,13 +60,13 @@ def _peak_memory(joint: Sequence[Mapping[str, Any]], alone: Sequence[Mapping[str
 
 
 _HEADLINES = (
-    Headline("FLOPs", "total_flops", ".2g"),
+    Headline("FLOPs", "total_flops", ".2g", leaderboard=8),
     Headline(
         "train FLOPs", "total_flops", ".3g", in_summary=False, place=10, name="training FLOPs", log=True,
         about="operations of training, dense equivalents: each feature counts for each token, so that they do not depend on the "
         "implementation. Boosting's passes over the activations that compute the residuals are counted in",
     ),
-    Headline("seconds", "total_seconds", ".1f"),
+    Headline("seconds", "total_seconds", ".1f", leaderboard=9),
     Headline(
         "seconds", "total_seconds", ",.1f", in_summary=False, place=11, name="training seconds",
         about="seconds of training on this machine, with boosting's passes",
@@ -83,11 +83,16 @@ register(
         name="cost",
         question="What does each method cost to train and to use?",
         columns=(
-            Column("train_tokens", "int", "tokens seen in training, summed over members"),
-            Column("train_flops", "float", "dense-equivalent floating-point operations of training"),
-            Column("train_seconds", "float", "seconds of training; those of a joint op are divided among its SAEs by FLOPs"),
-            Column("residual_flops", "float", "boosting's passes that compute residuals, not in train_flops"),
-            Column("residual_seconds", "float", "seconds of those passes, not in train_seconds"),
+            Column("train_tokens", "int", "tokens seen in training, summed over members", less_is_better=True),
+            Column("train_flops", "float", "dense-equivalent floating-point operations of training", less_is_better=True),
+            Column(
+                "train_seconds",
+                "float",
+                "seconds of training; those of a joint op are divided among its SAEs by FLOPs",
+                less_is_better=True,
+            ),
+            Column("residual_flops", "float", "boosting's passes that compute residuals, not in train_flops", less_is_better=True),
+            Column("residual_seconds", "float", "seconds of those passes, not in train_seconds", less_is_better=True),
             Column(
                 "peak_memory_bytes",
                 "int",

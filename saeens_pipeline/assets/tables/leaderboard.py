@@ -7,10 +7,11 @@ from typing import Any
 
 import polars as pl
 
+from saeens_pipeline.assets.baselines.registry import methods
 from saeens_pipeline.assets.declarations import Declaration, Input, Op, RunContext, Task
 from saeens_pipeline.assets.massive_activations import SHARE, cautions, is_held_by_few, marked
 from saeens_pipeline.assets.over_seeds import Sizes, measurements, over_seeds
-from saeens_pipeline.assets.registry import METHODS, Markdown, Table, register, seed_metrics, table_frame
+from saeens_pipeline.assets.registry import Markdown, Table, columns_of, register, seed_column, seed_metrics, summary_titles, table_frame
 from saeens_pipeline.assets.tables.cost import TOTALS, with_totals
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.storage.names import LEADERBOARD, LEADERBOARD_ADDRESS
@@ -24,21 +25,17 @@ _PLAIN = {  # by table: columns that vary little or not at all over seeds
     "cost": ("train_tokens", "train_flops", "train_seconds", "residual_flops", "residual_seconds"),
 }
 _RANKED_TOGETHER = ["source", "layer"]
-_LESS_IS_BETTER = (
-    *("n_features", "n_members", "l0", "relative_sparsity", *_PLAIN["cost"], *TOTALS),
-    *("mse", "fvu", "description_length_bits", "dead_features"),
-)
-_SHOWN = {
-    "explained_variance": "EV", "ce_loss_recovered": "CE rec.", "description_length_bits": "bits", "l0": "L0", "n_features": "features",
-    "stability": "stability", "connectivity": "connectivity", "total_flops": "FLOPs", "total_seconds": "seconds", "n_seeds": "seeds",
-}  # fmt: skip
+_GIVE_WAY = ("stability", "connectivity")  # to the metric that the terminal's table is sorted by, because of its width
 
 
 def _columns_read() -> dict[str, tuple[str, ...]]:
     """Return, by table, the columns that the leaderboard reads."""
     metrics = seed_metrics()
     names = dict.fromkeys([*_PLAIN, *(table for table, _ in metrics.values())])
-    return {name: (*_PLAIN.get(name, ()), *(column for column, (table, _) in metrics.items() if table == name)) for name in names}
+    read = {name: [*_PLAIN.get(name, ()), *(column for column, (table, _) in metrics.items() if table == name)] for name in names}
+    for of_table in read.values():
+        of_table += [column.left_out for name in of_table if (column := seed_column(name)) and column.left_out]
+    return {name: tuple(columns) for name, columns in read.items()}
 
 
 def leaderboard_op(tables: Iterable[Declaration], controls: Mapping[str, str]) -> Op:
@@ -84,23 +81,23 @@ def ranked(table: pl.DataFrame, sort: str) -> pl.DataFrame:
     sortable = ["n_members", "n_seeds", "n_features", *seed_metrics(), *_PLAIN["cost"], *TOTALS]
     if sort not in sortable:
         raise ConfigurationError(f"--sort {sort}: the leaderboard is sorted by one of {', '.join(sortable)}")
-    rank = pl.col(sort).rank("min", descending=sort not in _LESS_IS_BETTER).over(_RANKED_TOGETHER)
+    columns = (column for name in _columns_read() for column in columns_of(name))
+    ascending = {*TOTALS, *(column.name for column in columns if column.less_is_better)}
+    rank = pl.col(sort).rank("min", descending=sort not in ascending).over(_RANKED_TOGETHER)
     order = [*_RANKED_TOGETHER, "rank", "experiment", "method", "n_members"]
     return with_totals(table).with_columns(rank=rank.cast(pl.Int64)).sort(order, nulls_last=True).drop(TOTALS)
 
 
 def for_reading(table: pl.DataFrame, sort: str = "explained_variance") -> pl.DataFrame:
     """Return the terminal's columns of rows of one source and layer. The metric of `sort` has an interval, with two seeds the points."""
-    named = _SHOWN
-    if sort in seed_metrics() and sort not in _SHOWN:  # it replaces two others, because of the terminal's width
-        named = {sort: sort.replace("_", " ")} | {
-            name: title for name, title in _SHOWN.items() if name not in ("stability", "connectivity")
-        }
+    named = summary_titles() | {"n_seeds": "seeds"}
+    if sort in seed_metrics() and sort not in named:
+        named = {sort: sort.replace("_", " ")} | {name: title for name, title in named.items() if name not in _GIVE_WAY}
     columns = [pl.col("rank"), pl.col("experiment"), pl.col("method"), pl.col("n_members").alias("n")]
     for name, title in named.items():
         columns.append(pl.col(name).alias(marked(title, name, table)))
         if name == (sort if sort in seed_metrics() else "explained_variance"):
-            columns.append(_interval(name).alias("95% interval"))
+            columns.append(_interval(name).alias("95% or points"))
     if table["control_explained_variance"].count():
         columns += [pl.col("control_explained_variance").alias("EV untrained"), pl.col("control_stability").alias("stability untrained")]
     return with_totals(table).select(columns)
@@ -109,7 +106,7 @@ def for_reading(table: pl.DataFrame, sort: str = "explained_variance") -> pl.Dat
 def _interval(name: str) -> pl.Expr:
     half_width = (pl.col(f"{name}_high") - pl.col(name)).map_elements("±{:.2g}".format, pl.String)
     points = pl.col(f"{name}_by_seed").map_elements(_rounded, pl.String)
-    return pl.when(pl.col("n_seeds") == 2).then(pl.concat_str(half_width, pl.lit(" ("), points, pl.lit(")"))).otherwise(half_width)
+    return pl.coalesce(half_width, pl.when(pl.col("n_seeds") > 1).then(points))
 
 
 def _with_controls(table: pl.DataFrame, controls: Mapping[str, str]) -> pl.DataFrame:
@@ -135,7 +132,7 @@ def _columns() -> tuple[Column, ...]:
         Column("source", "str", "source of its activations"),
         Column("language_model", "str", "trained, or random: the untrained control"),
         Column("layer", "int", "layer of the language model, from 0"),
-        Column("method", "str", ", ".join(METHODS)),
+        Column("method", "str", ", ".join(methods())),
         Column("n_members", "int", "SAEs in the ensemble; for expanded SAEs the n whose width they match; else 1"),
         Column("n_seeds", "int", "ensemble seeds that the means are over"),
         Column("seeds", "str", "these seeds, comma-separated"),
@@ -157,10 +154,17 @@ def _columns() -> tuple[Column, ...]:
 def _over_seeds(name: str, meaning: str) -> tuple[Column, ...]:
     return (
         Column(name, "float", f"{meaning}, mean over seeds"),
-        Column(f"{name}_low", "float", "lower end of its 95% interval (Student's t over seeds); null with one seed", from_columns=(name,)),
+        Column(f"{name}_low", "float", f"lower end of its 95% interval ({_interval_kind(name)})", from_columns=(name,)),
         Column(f"{name}_high", "float", "upper end of the same", from_columns=(name,)),
         Column(f"{name}_by_seed", "str", "the points, comma-separated, in the order of seeds", from_columns=(name,)),
     )
+
+
+def _interval_kind(name: str) -> str:
+    column = seed_column(name)
+    if column is None or not column.compares_seeds:
+        return "Student's t over seeds, from three"
+    return "jackknife over seeds, from three" if column.left_out else "none: it compares seeds; always null"
 
 
 def _summary(table: pl.DataFrame, artefact: Artefact) -> Mapping[str, Any]:

@@ -61,6 +61,13 @@ def _by_seed(table: pl.DataFrame, method: str, column: str) -> dict[int | None, 
     return {seed: of_seed[column].to_list() for (seed,), of_seed in of_method.partition_by("seed", as_dict=True).items()}
 
 
+def _conclusion(table: pl.DataFrame) -> str:
+    members = table["n_members"].max()
+    suggested = table.filter(n_members=members).drop_nulls("suggested").group_by("method").agg(pl.col("suggested").first()).sort("method")
+    sizes = ", ".join(f"{method} {size}{' or more' if size == members else ''}" for method, size in suggested.iter_rows())
+    return f"suggested ensemble size: {sizes} (eval/marginal_gain has the gain of each member)" if sizes else ""
+
+
 register(
     Table(
         name="marginal_gain",
@@ -93,6 +100,7 @@ register(
         order=50,
         by_default=True,
         requires=("reconstruction",),
+        conclusion=_conclusion,
         headlines=tuple(
             Headline(name, column, ".4g", in_summary=False, about=about)
             for column, name, about in (

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Iterator
 
 import polars as pl
 
+from saeens_pipeline.assets.baselines.registry import methods
 from saeens_pipeline.assets.declarations import Declaration, Input
 from saeens_pipeline.assets.massive_activations import SHARE, cautions, marked
 from saeens_pipeline.assets.over_seeds import measurements, over_seeds
-from saeens_pipeline.assets.registry import METHODS, Table, columns_of, register, table_frame
+from saeens_pipeline.assets.registry import Table, columns_of, register, summary_titles, table_frame
 from saeens_pipeline.assets.tables.cost import with_totals
 from saeens_pipeline.settings.experiments import ExperimentSettings
 from saeens_pipeline.settings.sweeps import swept
@@ -61,7 +62,7 @@ def pareto_rows(store: Store, pareto: Declaration) -> pl.DataFrame:
     ]
     table = table_frame(PARETO, rows)
     table = table.with_columns(on_l0_front=_front(table, "l0"), on_bits_front=_front(table, "description_length_bits"))
-    order = pl.col("method").replace_strict({method: i for i, method in enumerate(METHODS)}, return_dtype=pl.Int64)
+    order = pl.col("method").replace_strict({method: i for i, method in enumerate(methods())}, return_dtype=pl.Int64)
     return table.sort("layer", order, "n_members", "value")
 
 
@@ -82,10 +83,8 @@ def notes(table: pl.DataFrame, pareto: Declaration) -> Iterator[str]:
 
 def for_reading(table: pl.DataFrame) -> pl.DataFrame:
     """Return the columns for the terminal of rows of one layer."""
-    named = {
-        "n": "n_members", table["field"][0]: "value", "L0": "l0", "bits": "description_length_bits", "EV": "explained_variance",
-        "features": "n_features", "FLOPs": "total_flops", "seeds": "n_seeds",
-    }  # fmt: skip
+    titles = summary_titles([*_MEASURED, "n_features", "total_flops"])
+    named = {"n": "n_members", table["field"][0]: "value", **{title: name for name, title in titles.items()}, "seeds": "n_seeds"}
     fronts = {f"front by {name}": pl.when(pl.col(f"on_{name.lower()}_front") == 1).then(pl.lit("*")) for name in ("L0", "bits")}
     return table.select("method", **{marked(title, column, table): pl.col(column) for title, column in named.items()}, **fronts)
 
@@ -112,7 +111,7 @@ register(
             Column("experiment", "str", "the experiment with that value"),
             Column("layer", "int", "layer of the language model, from 0"),
             Column("language_model", "str", "trained, or random: the untrained control"),
-            Column("method", "str", ", ".join(METHODS)),
+            Column("method", "str", ", ".join(methods())),
             Column("n_members", "int", "SAEs in the whole ensemble; for expanded SAEs the n whose width they match; else 1"),
             Column("n_features", "int", "features of the whole dictionary"),
             Column("n_seeds", "int", "ensemble seeds that the means are over"),

@@ -71,26 +71,29 @@ def _summary(table: pl.DataFrame, artefact: Artefact) -> Mapping[str, Any]:
 
 _HEADLINES = (
     Headline(
-        "EV", "explained_variance", ".4f", place=1, name="explained variance", better="more",
+        "EV", "explained_variance", ".4f", place=1, leaderboard=1, of_control=True, name="explained variance", better="more",
         about="share of the held-out activations' variance that the reconstruction explains. 1 is perfect, 0 no better than the mean",
     ),
     Headline(
-        "MSE", "mse", ".4g", place=2, name="mean squared error", better="less", log=True,
+        "MSE", "mse", ".4g", in_summary=False, place=2, name="mean squared error", better="less", log=True,
         about="squared error of the reconstruction, summed over dimensions, mean over held-out tokens. Its scale is the activations' own: "
         "compare it within one language model and layer",
     ),
     Headline(
-        "CE rec.", "ce_loss_recovered", ".4f", place=3, name="loss recovered", better="more",
+        "CE rec.", "ce_loss_recovered", ".4f", place=3, leaderboard=2, name="loss recovered", better="more",
         about="how well the language model predicts the next token (cross-entropy) with the reconstruction in place of the activations. 1: "
         "as well as with the activations, 0: as badly as with zeros",
     ),
-    Headline("bits", "description_length_bits", ".0f"),
+    Headline("bits", "description_length_bits", ".0f", leaderboard=3),
     Headline(
         "bits", "description_length_bits", ",.0f", in_summary=False, place=5, name="description length (bits per token)", log=True,
         about="bits per token that send the code: which features fire, and how strongly",
     ),
-    Headline("L0", "l0", ".1f", place=4, name="L0 (features per token)", about="features that fire (are not zero) per token", log=True),
-    Headline("features", "n_features", ".0f"),
+    Headline(
+        "L0", "l0", ".1f", place=4, leaderboard=4, name="L0 (features per token)", log=True,
+        about="features that fire (are not zero) per token",
+    ),
+    Headline("features", "n_features", ".0f", leaderboard=5),
     Headline("features", "n_features", ",.0f", in_summary=False, place=9),
     Headline("dead", "dead_features", ".1%", in_summary=False, place=8, name="dead features", better="less"),
 )  # fmt: skip
@@ -101,15 +104,22 @@ register(
         name="reconstruction",
         question="How well does each dictionary rebuild activations?",
         columns=(
-            Column("n_features", "int", "features of the whole dictionary"),
-            Column("mse", "float", "mean over tokens of the squared error summed over d_in, in the activations' own scale"),
+            Column("n_features", "int", "features of the whole dictionary", less_is_better=True),
+            Column(
+                "mse", "float", "mean over tokens of the squared error summed over d_in, in the activations' own scale", less_is_better=True
+            ),
             Column("explained_variance", "float", "mean over dimensions of 1 - squared error / variance"),
-            Column("fvu", "float", "total squared error / total variance"),
-            Column("l0", "float", "features that fire per token"),
-            Column("relative_sparsity", "float", "l0 / n_features"),
-            Column("dead_features", "float", "share of features that never fire on the test tokens"),
+            Column("fvu", "float", "total squared error / total variance", less_is_better=True),
+            Column("l0", "float", "features that fire per token", less_is_better=True),
+            Column("relative_sparsity", "float", "l0 / n_features", less_is_better=True),
+            Column("dead_features", "float", "share of features that never fire on the test tokens", less_is_better=True),
             Column("constant_dimensions", "int", "dimensions without variance, left out of explained_variance"),
-            Column("description_length_bits", "float", "bits per token that send the code, magnitudes to 1/256 of the mean norm"),
+            Column(
+                "description_length_bits",
+                "float",
+                "bits per token that send the code, magnitudes to 1/256 of the mean norm",
+                less_is_better=True,
+            ),
             Column("ce_loss_recovered", "float", "share of the next-token loss that zeros add and the reconstruction recovers"),
             Column("tokens", "int", "test tokens"),
             Column("train_rows_dropped", "int", "training rows dropped for their norm (max_norm)"),

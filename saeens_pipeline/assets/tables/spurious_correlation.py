@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-import polars as pl
-
-from saeens_pipeline.assets.registry import register
-from saeens_pipeline.assets.tables.concept_detection import by_number_of_features, probe_table
-from saeens_pipeline.storage.recipes import Artefact
+from saeens_pipeline.assets.registry import Curve, register
+from saeens_pipeline.assets.tables.concept_detection import probe_table
 from saeens_pipeline.storage.tables import Column
-
-
-def _summary(table: pl.DataFrame, artefact: Artefact) -> Mapping[str, Any]:
-    return {"summary": by_number_of_features(table, "n_ablated", "scr_metric", "task")}
-
 
 register(
     probe_table(
         "spurious_correlation",
-        _summary,
         question="Does removing a few features make a biased probe fair?",
         columns=(
             Column("task", "str", "data set, the attribute that counts, and the spurious one that coincides with it in training"),
@@ -33,5 +21,11 @@ register(
             Column("scr_metric", "float", "scr in the direction in which the biased probe is less accurate; null in the other"),
         ),
         order=110,
+        curve=Curve(
+            "Removal of spurious correlations",
+            "Share of a biased probe's lost accuracy that comes back when n features are zeroed (SCR), mean over tasks. 0: nothing.",
+            *("features zeroed", "scr"),
+            *("n_ablated", "scr_metric", "task"),
+        ),
     )
 )
