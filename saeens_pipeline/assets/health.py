@@ -7,14 +7,16 @@ that a check costs milliseconds; only `compare_bytes` reads everything.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import isfinite
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
 from saeens_pipeline.assets.declarations import Declaration, Reference
+from saeens_pipeline.assets.massive_activations import is_held_by_few
 from saeens_pipeline.assets.registry import TABLES, Table
 from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.settings.experiments import CheckSettings
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
     from saeens_pipeline.storage.activations import ActivationStore
 
 MAX_AT_LIMIT = 1e-5  # share of numbers at the end of their dtype
-MAX_TOP_SHARE = 0.1  # of the variance, in 0.1 % of the rows
 MIN_ROUND_GAIN = 0.01  # explained variance of the input of a boosting round
 
 
@@ -66,7 +67,7 @@ def examine(declaration: Reference, partition: Partition, artefact: Artefact, se
             _require_sound_table(health, where, artefact, TABLES[declaration.address.name])
         else:
             _SOUNDNESS[artefact.recipe["builder"]](health, where, artefact)
-        _expect_quality(health, declaration.address, where, artefact, settings or CheckSettings())
+        _expect_quality(health, (declaration.address, partition), artefact, settings or CheckSettings())
     except (KeyError, ValueError, SaeensError) as error:
         health.errors.append(f"{where} cannot be read ({error}): remove {artefact.path} and compute it again")
     return health
@@ -75,7 +76,7 @@ def examine(declaration: Reference, partition: Partition, artefact: Artefact, se
 def warnings_of(declaration: Reference, partition: Partition, artefact: Artefact, settings: CheckSettings) -> list[str]:
     """Return only the warnings of `examine`, from the record: weights and activations are not read."""
     health = Health()
-    _expect_quality(health, declaration.address, place(declaration.address, partition), artefact, settings)
+    _expect_quality(health, (declaration.address, partition), artefact, settings)
     return health.warnings
 
 
@@ -177,10 +178,13 @@ _SOUNDNESS: Mapping[str, Callable[[Health, str, Artefact], None]] = {
 }
 
 
-def _expect_quality(health: Health, address: Address, where: str, artefact: Artefact, settings: CheckSettings) -> None:
+def _expect_quality(health: Health, at: tuple[Address, Partition], artefact: Artefact, settings: CheckSettings) -> None:
+    address, partition = at
+    where = place(address, partition)
     if artefact.recipe["builder"] == "sae":
         later_round = address.name.startswith("round_") and address.name != "round_1"
-        _expect_good_sae(health, where, artefact, settings, later_round=later_round)
+        held_out = _held_out(Store(artefact.root(address, partition)), address.owner, partition, artefact)
+        _expect_good_sae(health, where, artefact, held_out, settings, later_round=later_round)
     elif artefact.recipe["builder"] == "activations":
         _expect_spread_variance(health, where, artefact)
     elif address.is_table and not health.errors:
@@ -188,31 +192,45 @@ def _expect_quality(health: Health, address: Address, where: str, artefact: Arte
 
 
 def _expect_spread_variance(health: Health, where: str, artefact: Artefact) -> None:
-    """Warn if a few rows (massive activations, Sun et al. 2024) decide every explained variance."""
+    """Warn if a few rows (massive activations) decide every explained variance."""
     from saeens_pipeline.storage.activations import ActivationStatistics
 
     for split, recorded in artefact.provenance["statistics"].items():
         statistics = ActivationStatistics.from_json(recorded)
         share = statistics.top_share or 0.0
-        if share > MAX_TOP_SHARE and not health.errors:
+        if is_held_by_few(share) and not health.errors:
             places = "; ".join(
                 f"document {document:.0f}, position {position:.0f}, norm {norm:,.0f}" for _, norm, document, position in statistics.top_rows
             )
             limit = artefact.recipe["settings"].get("max_norm")
             setting = "max_norm: 10" if limit is None else f"max_norm below {limit:g}"
             health.warnings.append(
-                f"{where}, {split} split: 0.1 % of the rows hold {share:.0%} of the variance, and explained variance is mostly about them "
-                f"(mean norm {statistics.mean_norm:,.0f}; largest: {places}): set {setting} in the source, to drop such rows"
+                f"{where}, {split} split: 0.1 % of the rows (at least one) hold {share:.0%} of the variance, and explained variance is "
+                f"mostly about them (mean norm {statistics.mean_norm:,.0f}; largest: {places}): "
+                f"set {setting} in the source, to drop such rows"
             )
 
 
-def _expect_good_sae(health: Health, where: str, artefact: Artefact, settings: CheckSettings, *, later_round: bool) -> None:
-    sae, last, least = artefact.recipe["settings"]["sae"], artefact.provenance["last_step"], settings.min_explained_variance
-    variance, l0, dead = last["explained_variance"], last["l0"], last["dead_features"]
-    health.measured |= {"explained variance (last batch)": variance, "L0 [features per token]": l0, "dead features": dead}
+def _held_out(store: Store, experiment: str, partition: Partition, sae: Artefact) -> Mapping[str, Any] | None:
+    """Return the row of an SAE in the tables `members` or `reconstruction`, of held-out tokens; None before they are computed."""
+    for table in ("members", "reconstruction"):
+        part = store.path(Address(experiment, "eval", table), partition)
+        with contextlib.suppress(SaeensError):  # a damaged table is reported by its own check
+            for row in read_part(part).filter(sae_data_versions=sae.data_version).iter_rows(named=True) if part.exists() else ():
+                return row
+    return None
+
+
+def _expect_good_sae(
+    health: Health, where: str, artefact: Artefact, held_out: Mapping[str, Any] | None, settings: CheckSettings, *, later_round: bool
+) -> None:
+    sae, least = artefact.recipe["settings"]["sae"], settings.min_explained_variance
+    figures, measured_on = (held_out, "held-out tokens") if held_out else (artefact.provenance["last_step"], "the last training batch")
+    variance, l0, dead = figures["explained_variance"], figures["l0"], figures["dead_features"]
+    health.measured |= {f"explained variance ({measured_on})": variance, "L0 [features per token]": l0, "dead features": dead}
     health.expect(
         dead <= settings.max_dead_features,
-        f"{where}: {dead:.0%} of its features are dead, more than {settings.max_dead_features:.0%}: "
+        f"{where}: {dead:.0%} of its features are dead, more than {settings.max_dead_features:.0%} ({measured_on}): "
         "train on more tokens, or set a smaller expansion or a larger aux_loss_coefficient",
     )
     dead_after, n_tokens = artefact.recipe["settings"]["training"]["dead_after_tokens"], artefact.provenance["train_tokens"]
@@ -237,5 +255,5 @@ def _expect_good_sae(health: Health, where: str, artefact: Artefact, settings: C
             "use fewer members or a lower learning rate",
         )
     elif least is not None:
-        message = f"{where}: explained variance {variance:.3f} on the last training batch is below {least:g}"
+        message = f"{where}: explained variance {variance:.3f} on {measured_on} is below {least:g}"
         health.expect(variance >= least, message)

@@ -98,6 +98,8 @@ def _make(op: Op, tasks: Sequence[Task], partition: Partition, context: RunConte
     require_sound(examine(each, where, store.require(each.address, where)) for each, where in sources)
     facts = partial(recorded_facts, store, op.outputs[0].source, partition.layer)
     op.preflight(store, [(task.declaration, partition) for task in tasks], facts)
+    # The preflight may have kept texts at their first use, whose hash is part of recipes.
+    tasks = [task._replace(recipe=task.declaration.recipe(store, partition)) for task in tasks]
     try:
         with context.compute.in_use(store.root) if op.on_device else contextlib.nullcontext():
             op.make(context, tasks)

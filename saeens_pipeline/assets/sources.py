@@ -14,7 +14,7 @@ from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models.corpora import open_corpus
 from saeens_pipeline.language_models.descriptions import HOOKS, LanguageModelDescription, validate_hook
 from saeens_pipeline.language_models.documents import RecordCorpus
-from saeens_pipeline.language_models.models import describe_language_model, load_language_model, validate_modules
+from saeens_pipeline.language_models.models import describe_language_model, load_language_model, quantisation, validate_modules
 from saeens_pipeline.language_models.tokens import open_tokens, validate_token_settings, write_tokens
 from saeens_pipeline.settings.experiments import ExperimentSettings
 from saeens_pipeline.settings.sources import SourceSettings
@@ -136,13 +136,15 @@ def source_ops(settings: SourceSettings) -> list[Op]:
 
     def make_tokens(context: RunContext, tasks: Sequence[Task]) -> None:
         (task,) = tasks
+        description = _language_model(settings)
+        _check_hook(settings, description)  # before hours of work on tokens
         provenance, writing = context.provenance(task.declaration), context.store.write_folder
         with writing(*task.where, task.recipe, provenance) as folder, progress.task(str(tokens.address), n_rows) as advance:
             corpus = open_corpus(settings.corpus)
             statistics = write_tokens(
                 folder,
                 corpus,
-                _language_model(settings),
+                description,
                 **_token_settings(settings),
                 report=progress.differences(advance),
             )
@@ -228,6 +230,13 @@ def _settings_of_activations(settings: SourceSettings) -> dict[str, Any]:
     """Return the settings of a recipe. Later fields are left out at their defaults, so that older recipes stay valid."""
     later = settings.model_dump(include={"language_model_dtype", "max_norm"}, exclude_defaults=True)
     return settings.model_dump(include={"language_model", "revision", "hook", "weights", "dtype"}) | later
+
+
+def _check_hook(settings: SourceSettings, description: LanguageModelDescription) -> None:
+    """Load the language model and check its hook, except for quantised weights, which may need a GPU."""
+    if settings.weights == "random" or not quantisation(description):
+        model = load_language_model(description, settings.weights, dtype=settings.language_model_dtype)
+        model.check(settings.hook, settings.layers)
 
 
 def _language_model(settings: SourceSettings) -> LanguageModelDescription:

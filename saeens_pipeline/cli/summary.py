@@ -9,6 +9,7 @@ from rich.console import Console
 
 from saeens_pipeline.assets.baselines.registry import BASELINES, methods
 from saeens_pipeline.assets.health import warnings_of
+from saeens_pipeline.assets.massive_activations import marked
 from saeens_pipeline.assets.registry import listed
 from saeens_pipeline.assets.staleness import Status
 from saeens_pipeline.cli.output import grid
@@ -45,8 +46,8 @@ def _print_metrics(store: Store, outcome: Outcome, console: Console) -> None:
     controls = _fresh_tables(store, counterpart.name, counterpart.statuses, names) if counterpart else {}
     for layer, results in _fresh_tables(store, experiment.name, outcome.statuses, names).items():
         title = f"{experiment.name}, layer {layer}: mean over seeds {', '.join(map(str, results.seeds))}"
-        mark = {"explained_variance": " (!)"} if results.caution else {}
-        columns = [(each.title + mark.get(each.column, ""), each.form, results.of(each)) for each in headlines]
+        reconstruction = results.tables.get("reconstruction", pl.DataFrame())
+        columns = [(marked(each.title, each.column, reconstruction), each.form, results.of(each)) for each in headlines]
         if counterpart and layer in controls:
             name = counterpart.language_model
             title += f"; {name}: {counterpart.name}, the same experiment with {name} weights"

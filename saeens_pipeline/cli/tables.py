@@ -56,6 +56,7 @@ def table(
     """Print an evaluation table: all layers on disk, and the experiment's seeds."""
     import polars as pl
 
+    from saeens_pipeline.assets.massive_activations import SHARE, cautions, marked
     from saeens_pipeline.assets.registry import find_table
     from saeens_pipeline.orchestration.catalogue import Catalogue
     from saeens_pipeline.orchestration.runs import experiment_status
@@ -69,10 +70,16 @@ def table(
     frame = read_table(root, experiment, name).filter(pl.col("seed").is_in(seeds))
     if any(each.state != "fresh" for each in statuses if each.declaration.address.key == [experiment, "eval", name]):
         notify("note", f"parts of this table are missing, stale or damaged: see `saeens status {experiment}`")
+    measured = frame
+    if "explained_variance" in frame.columns and SHARE not in frame.columns and has_table(root, experiment, "reconstruction"):
+        measured = read_table(root, experiment, "reconstruction").filter(pl.col("seed").is_in(seeds))
     if not print_data(frame, format):
-        out.print(rich_table(frame.drop("experiment", "sae_data_versions").head(_SHOWN_ROWS)))
+        shown = frame.drop("experiment", "sae_data_versions").head(_SHOWN_ROWS)
+        out.print(rich_table(shown.rename(lambda column: marked(column, column, measured))))
         if len(frame) > _SHOWN_ROWS:
             notify("note", f"these are the first {_SHOWN_ROWS:,} of {len(frame):,} rows: --format csv or json prints all")
+    for each in cautions(measured):
+        notify("note", each)
     if note := registered.note(Store(root), experiment, seeds, None):
         notify("note", note)
 
@@ -84,6 +91,7 @@ def leaderboard(
     format: FormatOption = "table",
 ) -> None:
     """Rank every evaluated method of every experiment and layer."""
+    from saeens_pipeline.assets.massive_activations import cautions
     from saeens_pipeline.assets.tables.leaderboard import for_reading, ranked, standings
     from saeens_pipeline.orchestration.catalogue import Catalogue
     from saeens_pipeline.orchestration.runs import make_alone
@@ -102,6 +110,8 @@ def leaderboard(
     if rows.is_empty():
         notify("note", "nothing is evaluated yet: run `saeens run EXPERIMENT`; `saeens experiments` lists the experiments")
     _note_outdated(catalogue, rows["experiment"].unique(maintain_order=True))
+    for each in cautions(rows):
+        notify("note", each)
     if print_data(rows, format):
         return
     for (source, layer), of_layer in rows.partition_by("source", "layer", as_dict=True, maintain_order=True).items():

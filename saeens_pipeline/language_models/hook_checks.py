@@ -1,14 +1,16 @@
 """Checks of a hook on a few random tokens: later tokens and padding change nothing, and terms of the residual stream add up.
 
-Patching is checked in `patching`.
+A model of lower precision is checked in float32, where rounding hides no error. Patching is checked in `patching`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from saeens_pipeline.errors import ConfigurationError
+from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models.descriptions import HOOKS, LanguageModelDescription
 
 if TYPE_CHECKING:
@@ -16,7 +18,9 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-3
 """Largest relative error of float32; other dtypes may differ by 16 roundings."""
+_MAX_SHORTER = 0.25  # of a shorter text at low precision, where a median of the errors is compared
 _WINDOW = 12  # tokens
+_Result = TypeVar("_Result")
 _TERMS = ("attn_out", "mlp_out", "resid_mid")
 
 
@@ -50,11 +54,61 @@ def check_causal(description: LanguageModelDescription, hook: str, layers: Colle
         text, *others = whole[hook, layer][:, :prefix]
         error = max(relative_error(other, text) for other in others)
         shorter = relative_error(alone[hook, layer][0], text)  # rounds otherwise, which deep networks amplify
-        if error > tolerance(text) or shorter > 10 * tolerance(text):
+        if error > tolerance(text) or shorter > min(10 * tolerance(text), _MAX_SHORTER):
             raise ConfigurationError(
                 f"{description.name} ({description.model_type}) is not causal: later tokens or padding change {hook!r} of layer {layer} "
                 f"(relative error {max(error, shorter):.2g}). Choose a language model that attends to earlier tokens only"
             )
+
+
+def checked_in_float32(model: torch.nn.Module, check: Callable[[], _Result]) -> _Result:
+    """Return the result of a check, with the model in float32. If its code cannot compute in float32, the check is made as it is.
+
+    Raises as the check.
+    """
+    import torch
+
+    if not any(_is_low(weights) for weights in chain(model.parameters(), model.buffers())):
+        return check()
+    try:
+        with _in_float32(model):
+            return check()
+    except (SaeensError, torch.OutOfMemoryError):
+        raise
+    except Exception:  # code of the model, which may mix its weights' dtype with others
+        return check()
+
+
+@contextmanager
+def _in_float32(model: torch.nn.Module) -> Iterator[None]:
+    """Give each module float32 weights while it runs, so that only one module at a time takes more memory."""
+    narrow: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # weights and their data, by id
+
+    def own(module: torch.nn.Module) -> Iterator[torch.Tensor]:
+        return chain(module.parameters(recurse=False), module.buffers(recurse=False))
+
+    def widen(module: torch.nn.Module, _: object) -> None:
+        for weights in filter(_is_low, own(module)):
+            narrow[id(weights)] = weights, weights.data
+            weights.data = weights.data.float()
+
+    def restore(module: torch.nn.Module, *_: object) -> None:
+        for weights in own(module):
+            if id(weights) in narrow:
+                weights.data = narrow.pop(id(weights))[1]
+
+    hooks = [hook for each in model.modules() for hook in (each.register_forward_pre_hook(widen), each.register_forward_hook(restore))]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for weights, data in narrow.values():  # of modules that an error or the end of a pass stopped
+            weights.data = data
+
+
+def _is_low(weights: torch.Tensor) -> bool:
+    return weights.is_floating_point() and weights.itemsize == 2
 
 
 def random_windows(description: LanguageModelDescription) -> torch.Tensor:

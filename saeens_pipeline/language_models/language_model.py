@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models.descriptions import HOOKS, READ_AT_INPUT, LanguageModelDescription, validate_hook
-from saeens_pipeline.language_models.hook_checks import check_causal, check_hook
+from saeens_pipeline.language_models.hook_checks import check_causal, check_hook, checked_in_float32, random_windows
 
 if TYPE_CHECKING:
     import torch
@@ -53,17 +53,22 @@ class LanguageModel:
         validate_hook(self.description, hook, layers)
         unchecked = sorted({layer for layer in layers if (hook, layer) not in self._checked})
         if unchecked:
-            check_hook(self.description, hook, unchecked, self._read)
+            checked_in_float32(self.model, lambda: check_hook(self.description, hook, unchecked, self._read))
         found = self._read(tokens, {(hook, layer) for layer in layers}, stop=True)
         self._checked.update((hook, layer) for layer in layers)
         return {layer: found[hook, layer] for layer in layers}
+
+    def check(self, hook: str, layers: Collection[int]) -> None:
+        """Raise as `activations`, after a pass over a few random tokens."""
+        self.activations(random_windows(self.description), hook, layers)
 
     def require_causal(self) -> None:
         """Raise ConfigurationError for a model whose blocks attend to later tokens, or that cannot be run on token ids alone."""
         import torch
 
         try:
-            check_causal(self.description, "resid_post", range(self.description.n_layers), self._read, strict=False)
+            layers = range(self.description.n_layers)
+            checked_in_float32(self.model, lambda: check_causal(self.description, "resid_post", layers, self._read, strict=False))
         except (SaeensError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # code of the model

@@ -110,10 +110,17 @@ def validate_modules(description: LanguageModelDescription, hook: str, layers: C
         model.module(hook, layer)
 
 
+def quantisation(description: LanguageModelDescription) -> dict[str, Any]:
+    """Return the settings of quantised weights; empty for others."""
+    if description.name.startswith(TRANSFORMER_LENS):
+        return {}
+    config = read_config(description.name, description.path)
+    return config.get("quantization_config") or config.get("text_config", {}).get("quantization_config") or {}
+
+
 def _require_quantiser(description: LanguageModelDescription) -> None:
     """Raise ConfigurationError for quantised weights that transformers cannot read on this machine."""
-    config = read_config(description.name, description.path)
-    quantised = config.get("quantization_config") or config.get("text_config", {}).get("quantization_config")
+    quantised = quantisation(description)
     if not quantised:
         return
     from transformers.quantizers.auto import AutoHfQuantizer

@@ -12,7 +12,7 @@ from torch import nn
 from saeens_models.metrics import LossBatch, NextTokenLoss, next_token_loss
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.language_models.descriptions import LanguageModelDescription
-from saeens_pipeline.language_models.hook_checks import random_windows, relative_error, tolerance
+from saeens_pipeline.language_models.hook_checks import checked_in_float32, random_windows, relative_error, tolerance
 from saeens_pipeline.language_models.language_model import LanguageModel
 from saeens_pipeline.language_models.tokens import TokenBatch, TokenStore
 
@@ -117,7 +117,8 @@ def patching_problem(model: LanguageModel, hook: str, layers: Collection[int]) -
     everywhere = torch.ones(tokens.shape, dtype=torch.bool)
     windows = TokenBatch(tokens, everywhere, torch.zeros(tokens.shape, dtype=torch.int32), torch.zeros(tokens.shape, dtype=torch.int32))
     where = f"hook {hook!r} of {description.name} ({description.model_type})"
-    try:
+
+    def check() -> str:
         with torch.no_grad():
             expected = model.model(input_ids=tokens.to(model.model.device), use_cache=False).logits
         for layer in layers:
@@ -125,11 +126,14 @@ def patching_problem(model: LanguageModel, hook: str, layers: Collection[int]) -
             error = relative_error(found.logits(found.activations), expected)
             if error > tolerance(expected):
                 return f"{where}, layer {layer}: the activations that were there, put back, change the logits (relative error {error:.2g})"
+        return ""
+
+    try:
+        return checked_in_float32(model.model, check)
     except ConfigurationError as error:
         return str(error)
     except Exception as error:  # code of the model, on a path that its authors may not have foreseen
         return f"{where}: the model fails with replaced activations ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-    return ""
 
 
 def _copy(output: Any) -> Any:

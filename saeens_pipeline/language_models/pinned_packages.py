@@ -1,7 +1,7 @@
 """The builtin corpus of a data root: its texts are kept at their first use, so that an upgrade of a package changes nothing.
 
 `corpora/installed_packages` in the data root has `documents.parquet`, the texts in order, and `pin.json`: the versions of the packages at
-the first use, which recipes hold, and the hash of the texts. Without the folder, the next use keeps the texts of that day.
+the first use and the hash of the texts, which recipes hold. Without the folder, the next use keeps the texts of that day.
 """
 
 from __future__ import annotations
@@ -34,12 +34,14 @@ class PinnedPackages:
     @property
     def identity(self) -> dict[str, object]:
         pin = self._pin()
-        return InstalledPackages().identity | ({"packages": pin["packages"]} if pin else {})
+        return InstalledPackages().identity | ({"packages": pin["packages"], "texts": pin["sha256"]} if pin else {})
 
     def require_readable(self) -> None:
-        """Raise SaeensError for kept texts that have been changed."""
+        """Keep the texts if this is their first use. Raise SaeensError for kept texts that have been changed."""
         pin = self._pin()
-        if pin:
+        if not pin:
+            self._write()
+        else:
             status = self._texts.stat()
             if _sha256(self._texts, status.st_size, status.st_mtime_ns) != pin["sha256"]:
                 raise SaeensError(
@@ -48,10 +50,10 @@ class PinnedPackages:
                 )
 
     def documents(self, split: Split) -> Iterator[Document]:
-        if not self._pin() and not self._write():
+        self.require_readable()
+        if not self._pin():  # the root cannot be written
             yield from InstalledPackages().documents(split)
             return
-        self.require_readable()
         from pyarrow import parquet
 
         with self._texts.open("rb") as stream, parquet.ParquetFile(stream) as file:
@@ -78,8 +80,8 @@ class PinnedPackages:
             raise SaeensError(f"{self._folder / 'pin.json'} cannot be read ({error}): restore it, or delete {self._folder}") from None
         return pin if pin.get("reader") == READER_VERSION and self._texts.is_file() else None
 
-    def _write(self) -> bool:
-        """Keep the texts of the installed packages; return False for a root that cannot be written."""
+    def _write(self) -> None:
+        """Keep the texts of the installed packages, unless the root cannot be written."""
         import pyarrow as pa
         from pyarrow import parquet
 
@@ -106,8 +108,7 @@ class PinnedPackages:
             aside.replace(self._texts)
             write_atomically(self._folder / "pin.json", json.dumps(pin, indent=2) + "\n", f".pin.{os.getpid()}.json")
         except OSError:
-            return False
-        return True
+            return
 
 
 @lru_cache(maxsize=8)

@@ -123,7 +123,7 @@ def read_records(path: Path, fields: Sequence[str]) -> Iterator[tuple[int, Mappi
     """
     match file_format(path, ROWS):
         case ".csv":
-            return _csv_rows(path)
+            return _csv_rows(path, fields)
         case ".parquet":
             return _parquet_rows(path, fields)
         case _:
@@ -189,17 +189,24 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
             yield number, record
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, str | None]]]:
+def _csv_rows(path: Path, fields: Sequence[str]) -> Iterator[tuple[int, dict[str, str | None]]]:
     csv.field_size_limit(MAX_BYTES)
     rows = csv.reader((line for _, line in _lines(path)), strict=True)
     try:
         header = next(rows, [])
+        _require_once(path, fields, header)
         for number, row in enumerate((row for row in rows if row), start=1):
             if len(row) != len(header):
                 raise SaeensError(f"{shown(path)}:{rows.line_num}: {len(row)} fields, and the first line has {len(header)}")
             yield number, {name: value or None for name, value in zip(header, row, strict=True)}
     except csv.Error as error:
         raise SaeensError(f"{shown(path)}:{rows.line_num}: not valid CSV: {error}") from None
+
+
+def _require_once(path: Path, wanted: Sequence[str], columns: Sequence[str]) -> None:
+    for name in wanted:
+        if (n := columns.count(name)) > 1:
+            raise SaeensError(f"{shown(path)}: {n} columns are called {name!r}: rename all but the one to read")
 
 
 def _parquet_rows(path: Path, fields: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -214,6 +221,7 @@ def _parquet_rows(path: Path, fields: Sequence[str]) -> Iterator[tuple[int, dict
             missing = [column for column in columns if column not in names]
             if missing:
                 raise SaeensError(f"{shown(path)}: there is no column {missing[0]!r}; there are: {', '.join(names)}")
+            _require_once(path, columns, names)
             for batch in file.iter_batches(_BATCH_ROWS, columns=columns):
                 for row in batch.to_pylist():
                     number += 1

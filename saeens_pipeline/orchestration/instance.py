@@ -22,7 +22,7 @@ from sqlalchemy.exc import DatabaseError
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.orchestration.dagster_internals import LOCAL_COMPUTE_LOGS, NO_COMPUTE_LOGS
 from saeens_pipeline.storage.locks import holding_one_of
-from saeens_pipeline.storage.recipes import is_alive, this_machine
+from saeens_pipeline.storage.recipes import has_start, is_alive, start_of, this_machine
 from saeens_pipeline.storage.root import data_root
 
 Answer = TypeVar("Answer")
@@ -359,13 +359,14 @@ def _is_writable(folder: Path) -> bool:
 
 
 def process_tag() -> dict[str, str]:
-    """Return the tag with machine and process of a run in this process, by which other processes find out if it is alive."""
-    return {PROCESS_TAG: f"{this_machine()}:{os.getpid()}"}
+    """Return the tag with machine, process and its start of a run in this process, by which other processes find out if it is alive."""
+    return {PROCESS_TAG: f"{this_machine()}:{os.getpid()}@{start_of(os.getpid())}"}
 
 
 def servers_prefix() -> str:
-    """Return the name's beginning for the folder of the code servers' sockets: machine, and process, which leads their process group."""
-    return f"saeens-{this_machine()}-{os.getpid()}-"
+    """Return the name's beginning for the folder of the code servers' sockets: machine, process, which leads their group, and its start."""
+    start = start_of(os.getpid())
+    return f"saeens-{this_machine()}-{os.getpid()}-{start and f'{start}-'}"
 
 
 def process_is_gone(run: DagsterRun) -> bool:
@@ -375,21 +376,23 @@ def process_is_gone(run: DagsterRun) -> bool:
     code server's socket. Nothing is known about processes elsewhere, and about those of other code locations.
     """
     if PROCESS_TAG in run.tags and _SERVER_TAG not in run.tags:  # the UI's re-execution of a run copies its tags
-        machine, _, pid = run.tags[PROCESS_TAG].rpartition(":")
-        return machine == this_machine() and pid.isdecimal() and not is_alive(int(pid))
+        machine, _, process = run.tags[PROCESS_TAG].rpartition(":")
+        pid, _, start = process.partition("@")  # tags of earlier versions have no start
+        return machine == this_machine() and pid.isdecimal() and not is_alive(int(pid), start)
     origin = run.remote_job_origin
     if origin is None or origin.location_name != LOCATION:
         return False
-    server = re.search(r"/saeens-([0-9a-f]{8})-(\d+)-", run.tags.get(_SERVER_TAG, ""))
-    return server is not None and server[1] == this_machine() and not _group_is_alive(int(server[2]))
+    server = re.search(r"/saeens-([0-9a-f]{8})-(\d+)-(?:(\d+)-)?", run.tags.get(_SERVER_TAG, ""))
+    return server is not None and server[1] == this_machine() and not _group_is_alive(int(server[2]), server[3] or "")
 
 
-def _group_is_alive(group: int) -> bool:
+def _group_is_alive(group: int, start: str) -> bool:
+    """Return whether a process group exists. Its number is not used again while it exists, so that a leader has the same start."""
     try:
         os.killpg(group, 0)
     except OSError as error:
         return isinstance(error, PermissionError)
-    return True
+    return has_start(group, start)
 
 
 def end_dead_runs(instance: DagsterInstance) -> None:

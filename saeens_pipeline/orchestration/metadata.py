@@ -12,6 +12,7 @@ import dagster as dg
 import polars as pl
 
 from saeens_pipeline.assets.declarations import Declaration, Reference
+from saeens_pipeline.assets.massive_activations import cautions, marked
 from saeens_pipeline.assets.registry import SUBJECT, TABLES, Markdown, Table
 from saeens_pipeline.assets.tables.cost import with_totals
 from saeens_pipeline.assets.tables.pareto import PARETO, PICTURE_FILE, TABLE_FILE
@@ -169,14 +170,17 @@ def _table_summary(declaration: Declaration, artefact: Artefact) -> dict[str, An
 
     table = with_totals(read_part(artefact.path))
     summary: dict[str, Any] = {"dagster/row_count": len(table)}
+    if said := " ".join(cautions(table)):
+        summary["caution"] = said
     for name, value in registered.summary(table, artefact).items():
         summary[name] = dg.MetadataValue.md(value) if isinstance(value, Markdown) else value
     shown = registered.headlines[0].column if registered.headlines else None
     if shown and table[shown].null_count() < len(table):
         by_method = table.group_by("method", "n_members", maintain_order=True).agg(pl.col(shown).mean())
         largest = by_method.group_by("method", maintain_order=True).agg(pl.all().sort_by("n_members").last())
+        title = marked(shown.replace("_", " "), shown, table)
         rows = "\n".join(f"| {row['method']} | {row['n_members']} | {row[shown]:.4g} |" for row in largest.iter_rows(named=True))
-        summary["summary"] = dg.MetadataValue.md(f"| method | members | {shown.replace('_', ' ')} |\n|---|---|---|\n{rows}")
+        summary["summary"] = dg.MetadataValue.md(f"| method | members | {title} |\n|---|---|---|\n{rows}")
         curves: dict[str, Sequence[float]] = {
             m: by_method.filter(pl.col("method") == m).sort("n_members")[shown].to_list() for m in ("bagging", "boosting")
         }
@@ -190,8 +194,10 @@ def _table_summary(declaration: Declaration, artefact: Artefact) -> dict[str, An
 
 def _pareto_summary(artefact: Artefact) -> dict[str, Any]:
     """Return the UI metadata of a Pareto table: number of rows, missing experiments, and the plot."""
+    table = pl.read_parquet(artefact.path / TABLE_FILE, glob=False)
     return {
-        "dagster/row_count": len(pl.read_parquet(artefact.path / TABLE_FILE, glob=False)),
+        "dagster/row_count": len(table),
+        "caution": " ".join(cautions(table)) or None,
         "not evaluated yet": ", ".join(artefact.provenance["not_evaluated"]) or None,
         "picture": _png((artefact.path / PICTURE_FILE).read_bytes(), "explained variance by L0 and by bits"),
     }

@@ -13,6 +13,7 @@ import jinja2
 import polars as pl
 from markupsafe import Markup
 
+from saeens_pipeline.assets.massive_activations import cautions
 from saeens_pipeline.assets.over_seeds import written
 from saeens_pipeline.assets.registry import TABLES, Headline, fills
 from saeens_pipeline.assets.tables.autointerp import outcome
@@ -136,6 +137,7 @@ def write_leaderboard(folder: Path, board: pl.DataFrame, reports: Mapping[tuple[
         | {"language_model": [(value, _WEIGHTS.get(value, value)) for value in sorted(set(board["language_model"]))]}
         | {"method": [(about.name, about.label) for about in methods]},
         "others": _COLUMNS,
+        "cautions": list(cautions(board)),
         "profiles": profiles,
         "methods": methods,
     }

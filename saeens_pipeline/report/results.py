@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import polars as pl
 
-from saeens_pipeline.assets.health import MAX_TOP_SHARE
+from saeens_pipeline.assets.massive_activations import SHARE, caution
 from saeens_pipeline.assets.over_seeds import Spread
 from saeens_pipeline.assets.registry import Headline, listed, seed_column
 from saeens_pipeline.assets.tables.cost import with_totals
@@ -62,10 +62,7 @@ class Results:
     @property
     def caution(self) -> str:
         """Return a sentence if a few rows hold so much of the variance that explained variance is about them; otherwise nothing."""
-        shares = [spread.mean for spread in self.spreads("reconstruction", "top_rows_variance").values()]
-        if max(shares, default=0.0) <= MAX_TOP_SHARE:
-            return ""
-        return f"0.1 % of the held-out rows hold {max(shares):.0%} of the variance: explained variance is mostly about these rows"
+        return caution(spread.mean for spread in self.spreads("reconstruction", SHARE).values())
 
     def of(self, metric: Headline) -> dict[Size, Spread]:
         """Return a metric by method and size."""

@@ -198,7 +198,7 @@ class CheckSettings(Section):
 
     min_explained_variance: Annotated[float, Field(le=1)] | None = Field(
         default=None,
-        description="least explained variance of methods on test tokens, and of SAEs on their last training batch; default: no check",
+        description="least explained variance on test tokens, of SAEs before evaluation on their last training batch; default: no check",
     )
     max_dead_features: float = Field(default=0.2, ge=0, le=1, description="largest share of dead features of an SAE")
     target_l0: float | None = Field(

@@ -39,7 +39,7 @@ StoredDtype = Literal["float16", "bfloat16", "float32"]
 
 _OCTAVES, _BINS_PER_OCTAVE = 64, 4  # of the histogram of squared deviations: from 2**-64 to 2**64
 _BINS = 2 * _OCTAVES * _BINS_PER_OCTAVE
-_TOP_FRACTION, _TOP_ROWS, _LEAST_ROWS = 0.001, 5, 1000
+_TOP_FRACTION, _TOP_ROWS, _LEAST_ROWS = 0.001, 5, 100
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ class ActivationStatistics:
     """Moments of n rows x: `mean` and (population) `variance` per dimension, `[d_in]` float64, and `mean_norm` = mean of ||x||_2.
 
     `top_share` is the share of the variance (squared deviations from the mean, summed over dimensions) in the 0.1 % of the rows that hold
-    most of it, to about 1 %; None for fewer than 1,000 rows. `top_rows` are the first of these: row and norm, and in a store with origins
-    document and position. `norm_limit` is the largest norm of a stored row, None without a limit, and `dropped` the number of rows above
-    it, which no other number counts.
+    most of it, at least one row, to about 1 %; None for fewer than 100 rows, of which one may well hold a tenth. `top_rows` are the first
+    of these: row and norm, and in a store with origins document and position. `norm_limit` is the largest norm of a stored row, None
+    without a limit, and `dropped` the number of rows above it, which no other number counts.
     """
 
     rows: int
@@ -74,7 +74,8 @@ class ActivationStatistics:
 class StreamingStatistics:
     """Accumulates ActivationStatistics over chunks of rows, in float64 (Chan, Golub and LeVeque 1979).
 
-    `top_share` comes from a histogram of squared deviations from the running mean, with four bins per factor of two.
+    `top_share` comes from squared deviations from the running mean: the largest five or, where 0.1 % of the rows are more, a histogram with
+    four bins per factor of two.
     """
 
     def __init__(self, d_in: int) -> None:
@@ -121,7 +122,10 @@ class StreamingStatistics:
         counts, sums = self._histogram[:, ::-1]
         if self.rows < _LEAST_ROWS or not sums.any():
             return None
-        taken = np.diff(np.minimum(np.cumsum(counts), math.ceil(_TOP_FRACTION * self.rows)), prepend=0)
+        n_top = math.ceil(_TOP_FRACTION * self.rows)
+        if n_top <= _TOP_ROWS:
+            return sum(deviation for deviation, _, _ in self._top[:n_top]) / float(sums.sum())
+        taken = np.diff(np.minimum(np.cumsum(counts), n_top), prepend=0)
         return float((taken * sums / np.maximum(counts, 1)).sum() / sums.sum())
 
 

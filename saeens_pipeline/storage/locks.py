@@ -21,6 +21,7 @@ from saeens_pipeline.storage.names import Address, Partition, place
 logger = logging.getLogger(__name__)
 
 FOLDER = "locks"
+_locked: set[Path] = set()  # lock files that this process holds, without those on file systems without locks
 _NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
@@ -39,6 +40,11 @@ def writing_alone(root: Path, places: Iterable[tuple[Address, Partition]]) -> It
 def writing_if_free(root: Path, address: Address, partition: Partition) -> contextlib.AbstractContextManager[bool]:
     """Return a context manager that locks an artefact for writing, if it is free, and yields True if it is locked. Does not wait."""
     return _held(_file(root, address, partition), wait=False)
+
+
+def is_locked(root: Path, address: Address, partition: Partition) -> bool:
+    """Return whether this process holds this artefact's lock, so that no other process writes it. False on a file system without locks."""
+    return _file(root, address, partition) in _locked
 
 
 def may_be_written(root: Path, address: Address, partition: Partition) -> bool:
@@ -110,8 +116,11 @@ def _held(file: Path, *, wait: bool) -> Iterator[bool]:
     try:
         if is_held:
             file.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        if lock.is_locked:
+            _locked.add(file)
         yield is_held
     finally:
         if is_held:
+            _locked.discard(file)
             file.unlink(missing_ok=True)  # while it is locked: a process that waits notices, and locks the file that has its name then
             lock.release()

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.storage.disk import flush, nearest_folder, write_atomically
+from saeens_pipeline.storage.locks import is_locked
 from saeens_pipeline.storage.names import Address, Partition, locate, place
 
 if TYPE_CHECKING:
@@ -88,6 +89,10 @@ class Artefact:
     def recipe_hash(self) -> str:
         """The hash of the stored recipe, as `Recipe.hash`."""
         return digest(self.recipe)
+
+    def root(self, address: Address, partition: Partition) -> Path:
+        """Return the data root of an artefact with this address."""
+        return self.path.parents[len(address.path(partition).parts) - 1]
 
     def differences(self, wanted: Recipe, names: Mapping[str, str] | None = None) -> list[str]:
         """Return the differences between the stored recipe and `wanted`, in words; `names` maps names of inputs to names to show."""
@@ -249,7 +254,8 @@ class Store:
         which would occur again, removes them.
         """
         final = self.path(address, partition)
-        with _staging(final, kept_for=recipe.hash if resumable else None) as staging:
+        is_alone = is_locked(self.root, address, partition)
+        with _staging(final, kept_for=recipe.hash if resumable else None, is_alone=is_alone) as staging:
             staging.mkdir(exist_ok=resumable)
             yield staging
             files = {name: (file.stat().st_size, _sha256(file)) for name, file in _files_below(staging)}
@@ -270,7 +276,7 @@ class Store:
         import pyarrow.parquet as pq
 
         final, rows = self.path(address, partition), table.to_arrow()
-        with _staging(final) as staging:
+        with _staging(final, is_alone=is_locked(self.root, address, partition)) as staging:
             contents = io.BytesIO()
             with pq.ParquetWriter(contents, rows.schema) as writer:
                 writer.write_table(rows)
@@ -403,17 +409,21 @@ def _has_its_hash(table: bytes) -> bool:
 
 
 @contextlib.contextmanager
-def _staging(final: Path, kept_for: str | None = None) -> Iterator[Path]:
+def _staging(final: Path, kept_for: str | None = None, *, is_alone: bool) -> Iterator[Path]:
     """Yield a temporary path in the folder of `final`. Remove leftovers of killed processes first, and those of this write if it fails.
 
-    With `kept_for`, a recipe's hash, a leftover for this hash is given instead of a free path.
+    With `kept_for`, a recipe's hash, a leftover for this hash is given instead of a free path. `is_alone`: this process holds the lock of
+    the artefact, so that no leftover is in use, even if a process has its number. Without it, a path of another machine may be in use.
     """
     staging = _temporary_name(final, kept_for)
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         for leftover in final.parent.glob(f".{final.name}.*.partial"):
             found = read_temporary(leftover)
-            if found is None or found.final != final or (found.in_use and not leftover.match(f"*.{_process()}.partial")):
+            if found is None or found.final != final:
+                continue
+            is_mine = leftover.match(f"*.{_process()}.partial")
+            if not (is_alone or is_mine or (found.is_here and not found.in_use)):
                 continue
             if kept_for and found.recipe_hash == kept_for and not staging.exists():
                 leftover.rename(staging)
@@ -444,6 +454,7 @@ class Temporary(NamedTuple):
     final: Path
     recipe_hash: str | None  # of a resumable write
     in_use: bool  # its process is alive on this machine, or it was replaced within the last hour
+    is_here: bool  # of a process of this machine
 
     @property
     def is_needed(self) -> bool:
@@ -459,9 +470,10 @@ def read_temporary(path: Path) -> Temporary | None:
     """Return the description of a temporary file or folder; None for paths that no writer has named."""
     if partial := _PARTIAL.fullmatch(path.name):
         final, recipe_hash, machine, pid = partial.groups()
-        return Temporary(path.with_name(final), recipe_hash, machine == this_machine() and is_alive(int(pid)))
+        is_here = machine == this_machine()
+        return Temporary(path.with_name(final), recipe_hash, is_here and is_alive(int(pid)), is_here)
     if (replaced := _REPLACED.fullmatch(path.name)) and path == _retired(path.with_name(replaced[1])):
-        return Temporary(path.with_name(replaced[1]), None, time.time() - path.lstat().st_ctime < _REPLACING_SECONDS)
+        return Temporary(path.with_name(replaced[1]), None, time.time() - path.lstat().st_ctime < _REPLACING_SECONDS, is_here=False)
     return None
 
 
@@ -501,13 +513,26 @@ def _temporary_name(final: Path, kept_for: str | None = None) -> Path:
     return final.with_name(f".{'.'.join(filter(None, (final.name, kept_for, _process(), 'partial')))}")
 
 
-def is_alive(pid: int) -> bool:
-    """Return whether a process with this number runs on this machine."""
+def is_alive(pid: int, start: str = "") -> bool:
+    """Return whether a process with this number, and with this start if it is known, runs on this machine."""
     try:
         os.kill(pid, 0)
     except OSError as error:
         return isinstance(error, PermissionError)
-    return True
+    return has_start(pid, start)
+
+
+def start_of(pid: int) -> str:
+    """Return the start of a process in ticks since the start of the machine: numbers are used again. Empty where it is unknown."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19].decode()
+    except (OSError, IndexError):  # there is no such process, or no /proc
+        return ""
+
+
+def has_start(pid: int, start: str) -> bool:
+    """Return False if a process with this number has another start."""
+    return not start or start_of(pid) in ("", start)
 
 
 def _remove(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import torch
 import zarr
 from safetensors.torch import load_file, save_file
-from tiny_experiment import LAYER, MEMBERS, NAME, SEEDS, Laboratory, status_of
+from tiny_experiment import LAYER, MEMBERS, NAME, SEEDS, Laboratory, status_of, write_rows
 
 from saeens_pipeline.assets import materialise, training
 from saeens_pipeline.assets.health import Health, UnsoundArtefactError, examine
@@ -179,6 +180,7 @@ def test_tables_with_numbers_that_are_not_finite_or_of_the_wrong_shape_are_an_er
     ],
 )
 def test_poor_saes_give_warnings_and_stop_no_run(finished: Laboratory, key: str, last_step: dict[str, float], message: str):
+    shutil.rmtree(finished.root / "tables")
     usual = {"dead_features": 0.0, "explained_variance": 0.5, "l0": 12.0 if "matched" in key else 4.0}
     health = _examine(finished, key, _last_step(**usual))
     assert (health.errors, health.warnings) == ([], [])
@@ -189,7 +191,28 @@ def test_poor_saes_give_warnings_and_stop_no_run(finished: Laboratory, key: str,
     assert message in warning
 
 
+@pytest.mark.parametrize(
+    ("key", "method", "n", "member"),
+    [("bagging/member_2", "bagging", 3, 2), ("boosting/round_3", "boosting", 3, 3), ("baseline/expanded", "expanded", 3, None)],
+)
+def test_held_out_figures_replace_those_of_the_last_batch(finished: Laboratory, key: str, method: str, n: int, member: int | None):
+    part = finished.artefact(f"eval/{'reconstruction' if member is None else 'members'}", SEEDS[0]).path
+    is_row = (pl.col("method") == method) & (pl.col("n_members") == n) & (pl.lit(True) if member is None else pl.col("member") == member)
+    figures = {"dead_features": 0.5, "explained_variance": 0.25, "l0": 3.9}
+    changed = {name: pl.when(is_row).then(value).otherwise(name) for name, value in figures.items()}
+    write_rows(finished.store, part, pl.read_parquet(part, hive_partitioning=False).with_columns(**changed))
+    health = _examine(finished, key, _last_step(dead_features=1.0, explained_variance=-1.0, l0=100.0), min_explained_variance=0.3)
+    assert health.measured["explained variance (held-out tokens)"] == 0.25
+    assert (health.measured["dead features"], health.measured["L0 [features per token]"]) == (0.5, 3.9)
+    assert "50% of its features are dead, more than 20% (held-out tokens)" in health.warnings[0]
+    assert len(health.warnings) == (1 if "round" in key else 2)
+    assert "round" in key or "explained variance 0.250 on held-out tokens is below 0.3" in health.warnings[1]
+    health = _examine(finished, key, lambda artefact: replace(artefact, data_version="trained again"))
+    assert "explained variance (the last training batch)" in health.measured
+
+
 def test_a_poor_first_round_gives_no_warning_of_an_empty_residual(finished: Laboratory):
+    shutil.rmtree(finished.root / "tables")
     for key in ("boosting/round_1", "bagging/member_2"):
         assert _examine(finished, key, _last_step(explained_variance=0.001, dead_features=0.0)).warnings == []
 
@@ -227,6 +250,7 @@ def test_a_training_in_which_no_feature_can_be_called_dead_is_warned_of(finished
 
         return change
 
+    shutil.rmtree(finished.root / "tables")
     n_tokens = finished.artefact("bagging/member_1", SEEDS[0]).provenance["train_tokens"]
     (warning,) = _examine(finished, "bagging/member_1", with_dead_after(n_tokens)).warnings
     assert f"dead_after_tokens is {n_tokens}, and it trained on {n_tokens} tokens" in warning

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -13,7 +14,9 @@ from pathlib import Path
 
 import pytest
 from pydantic import TypeAdapter
+from tiny_experiment import Laboratory, status_of
 
+from saeens_pipeline.assets import sources
 from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.language_models import installed_packages as corpora
 from saeens_pipeline.language_models.corpora import open_corpus
@@ -135,6 +138,8 @@ def test_texts_are_kept_at_their_first_use_and_an_upgrade_changes_nothing(
     assert pinned.identity == small.identity
     expected = {split: list(small.documents(split)) for split in SPLITS}
     assert {split: list(pinned.documents(split)) for split in SPLITS} == expected
+    (file,) = tmp_path.rglob("documents.parquet")
+    assert pinned.identity == {**small.identity, "texts": hashlib.sha256(file.read_bytes()).hexdigest()}
     before, version = pinned.identity, metadata.version
     monkeypatch.setattr(corpora.metadata, "version", lambda package: "99" if package == "mako" else version(package))
     monkeypatch.setattr(corpora, "_package_documents", lambda package: pytest.fail("the packages were read again"))
@@ -143,6 +148,28 @@ def test_texts_are_kept_at_their_first_use_and_an_upgrade_changes_nothing(
     assert again.identity == before
     assert {split: list(again.documents(split)) for split in SPLITS} == expected
     assert PinnedPackages(tmp_path / "new").identity != before
+
+
+def test_the_hash_of_the_kept_texts_is_in_the_first_recipe_of_the_tokens(
+    small: InstalledPackages, empty: Laboratory, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sources, "open_corpus", open_corpus)
+    empty.declare()
+    empty.run(select=["tokens"])
+    (file,) = (empty.root / "corpora").rglob("documents.parquet")
+    corpus = empty.artefact("tokens", layer=None).recipe["settings"]["corpus"]
+    assert corpus["texts"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert "nothing to do" in empty.run(select=["tokens"])
+    shutil.rmtree(file.parent)  # the next use keeps other texts of packages with the same versions
+    PinnedPackages(empty.root).require_readable()
+    assert "nothing to do" in empty.run(select=["tokens"])
+    documents = corpora._package_documents
+    monkeypatch.setattr(corpora, "_package_documents", lambda package: [each for each in documents(package) if "license" not in each.name])
+    shutil.rmtree(file.parent)
+    PinnedPackages(empty.root).require_readable()
+    (tokens,) = [each for each in status_of() if each.declaration.address.name == "tokens"]
+    assert tokens.state == "stale"
+    assert "corpus.texts" in tokens.reason
 
 
 def test_kept_texts_that_were_changed_are_named_with_the_way_out(small: InstalledPackages, tmp_path: Path):

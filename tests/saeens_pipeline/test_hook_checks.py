@@ -14,7 +14,7 @@ from tiny_models import D_MODEL, END_OF_TEXT, SIZES, VOCAB_SIZE, edit_config, wr
 
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.language_models.descriptions import HOOKS
-from saeens_pipeline.language_models.hook_checks import term_errors
+from saeens_pipeline.language_models.hook_checks import checked_in_float32, term_errors
 from saeens_pipeline.language_models.language_model import LanguageModel
 from saeens_pipeline.language_models.models import describe_language_model, load_language_model, validate_modules
 from saeens_pipeline.language_models.patching import PatchedWindows, patching_problem
@@ -132,6 +132,61 @@ def test_a_module_that_runs_twice_is_refused(tmp_path: Path, tokens):
     layers[2] = layers[0]
     with pytest.raises(Exception, match="'resid_post', layer 0: its module runs more than once"):
         model.activations(tokens, "resid_post", [0])
+
+
+# low precision
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_small_errors_of_a_hook_are_found_at_low_precision(tmp_path: Path, tokens, dtype):
+    path = write_random_model(tmp_path / "granite", "Granite", **{**MODELS["Granite"], "residual_multiplier": 0.97})
+    model = load_language_model(describe_language_model(str(path)), dtype=dtype)
+    with pytest.raises(ConfigurationError, match=r"'mlp_out' is not available .*relative error 0\.03"):
+        model.activations(tokens, "mlp_out", [0, 1])
+    model = load_language_model(describe_language_model(str(write_tiny_model(tmp_path / "llama", "llama"))), dtype=dtype)
+    for hook in ("resid_post", "attn_out", "mlp_out", "resid_mid"):
+        assert model.activations(tokens, hook, [0, 1, 2])[1].dtype == getattr(torch, dtype)
+        assert patching_problem(model, hook, [0, 1, 2]) == ""
+    module = model.model.get_submodule("model.layers.1.mlp.down_proj")
+    module.register_forward_hook(lambda _, args, output: output + 0.02 * output.mean(1, keepdim=True))
+    with pytest.raises(ConfigurationError, match=r"not causal: later tokens or padding change 'model\.layers\.{layer}\.mlp\.down_proj'"):
+        model.activations(tokens, "model.layers.{layer}.mlp.down_proj", [1])
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "Bloom"])
+def test_a_check_computes_in_float32_and_leaves_the_weights_as_they_were(tmp_path: Path, tokens, name):
+    path = write_random_model(tmp_path / "model", name, **MODELS[name])
+    model = load_language_model(describe_language_model(str(path)), dtype="bfloat16").model
+    wide = load_language_model(describe_language_model(str(path)), dtype="bfloat16").model.float()
+    before = {key: (values.dtype, values.data_ptr()) for key, values in model.state_dict().items()}
+
+    def logits(of: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return of(input_ids=tokens, use_cache=False).logits
+
+    found = checked_in_float32(model, lambda: logits(model))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, logits(wide))
+    assert {key: (values.dtype, values.data_ptr()) for key, values in model.state_dict().items()} == before
+
+    n_calls: list[int] = []
+
+    def fails_in_float32() -> torch.Tensor:
+        n_calls.append(1)
+        if model.get_input_embeddings()(tokens).dtype == torch.float32:
+            raise TypeError("expected bfloat16")
+        return logits(model)
+
+    assert checked_in_float32(model, fails_in_float32).dtype == torch.bfloat16
+    assert len(n_calls) == 2
+    assert {key: (values.dtype, values.data_ptr()) for key, values in model.state_dict().items()} == before
+
+
+def test_a_wrong_hook_is_refused_before_tokens_are_written(empty: Laboratory, granite):
+    empty.declare(granite | {"hook": "mlp_out"})
+    with pytest.raises(Exception, match=r"hook 'mlp_out' is not available"):
+        empty.run()
+    assert not list(empty.root.rglob("tokens.zarr*"))
 
 
 # patching

@@ -10,7 +10,8 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import dagster as dg
@@ -40,7 +41,7 @@ from saeens_pipeline.orchestration.instance import (
     replace_damaged_database,
     servers_prefix,
 )
-from saeens_pipeline.storage.recipes import this_machine
+from saeens_pipeline.storage.recipes import start_of, this_machine
 
 CHECKOUT = Path(saeens_pipeline.__file__).parents[1]
 
@@ -264,6 +265,14 @@ def _gone() -> int:
     return gone.pid
 
 
+@pytest.fixture
+def alive() -> Iterator[int]:
+    """The number of a process that runs, the leader of a process group."""
+    with subprocess.Popen(["sleep", "600"], start_new_session=True) as process:
+        yield process.pid
+        process.kill()
+
+
 def _origin(location: str) -> RemoteJobOrigin:
     target = LoadableTargetOrigin(module_name="a_module")
     return RemoteJobOrigin(RemoteRepositoryOrigin(ManagedGrpcPythonEnvCodeLocationOrigin(target, location), "a_repository"), "a_job")
@@ -289,22 +298,37 @@ def test_only_runs_of_killed_processes_are_cancelled():
     owners = {
         "gone": f"{machine}:{gone}",
         "here": process_tag()[PROCESS_TAG],
+        "here, with an unknown start": f"{machine}:{os.getpid()}@",
+        "before its number was used again": f"{machine}:{os.getpid()}@{int(start_of(os.getpid())) - 1}",
         "elsewhere": f"not-{machine}:{gone}",
         "before the machine started": f"{'0' * 8}:{gone}",
         "of an earlier version": f"{socket.gethostname()}:{gone}",
         "of nobody": f"{machine}:nobody",
     }
     runs: dict[str, tuple[dict[str, str], str | None]] = {name: ({PROCESS_TAG: owner}, None) for name, owner in owners.items()}
-    assert _ended(runs | {"without a tag": ({}, None)}) == {"gone"}
+    assert _ended(runs | {"without a tag": ({}, None)}) == {"gone", "before its number was used again"}
 
 
-def test_only_runs_of_a_missing_ui_are_cancelled():
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_the_start_of_a_process_is_the_one_that_the_kernel_counts():
+    before = time.clock_gettime(time.CLOCK_BOOTTIME)
+    with subprocess.Popen(["sleep", "600"]) as process:
+        after, ticks = time.clock_gettime(time.CLOCK_BOOTTIME), os.sysconf("SC_CLK_TCK")
+        found = start_of(process.pid)
+        process.kill()
+    assert before - 1 / ticks <= int(found) / ticks <= after
+    assert start_of(process.pid) == ""
+
+
+def test_only_runs_of_a_missing_ui_are_cancelled(alive: int):
     """None of the sockets can be seen from here, as in a container or with a temporary folder of one's own."""
-    gone, alive, machine = _gone(), os.getpgid(0), this_machine()
+    gone, machine = _gone(), this_machine()
     sockets = {
         "gone": f"/tmp/saeens-{machine}-{gone}-abc/tmp1",
         "alive": f"/tmp/saeens-{machine}-{alive}-abc/tmp1",
         "elsewhere": f"/tmp/saeens-{'0' * 8}-{gone}-abc/tmp1",
+        "before its number was used again": f"/tmp/saeens-{machine}-{alive}-{int(start_of(alive)) - 1}-abc/tmp1",
+        "with its start": f"/tmp/saeens-{machine}-{alive}-{start_of(alive)}-abc/tmp1",
         "of `dagster dev`": "/tmp/tmp1",
     }
     runs = {name: ({GRPC_INFO_TAG: json.dumps({"host": "localhost", "socket": each})}, "saeens") for name, each in sockets.items()}
@@ -312,13 +336,13 @@ def test_only_runs_of_a_missing_ui_are_cancelled():
     dead_command_line = process_tag()[PROCESS_TAG].replace(f":{os.getpid()}", f":{gone}")
     runs["executed again in the UI"] = (runs["alive"][0] | {PROCESS_TAG: dead_command_line}, "saeens")
     runs["of a server with a port"] = ({GRPC_INFO_TAG: json.dumps({"host": "localhost", "port": 4000})}, "saeens")
-    assert _ended(runs) == {"gone"}
+    assert _ended(runs) == {"gone", "before its number was used again"}
 
 
 def test_the_folder_of_the_code_servers_names_its_processes():
-    match = re.fullmatch(r"saeens-([0-9a-f]{8})-(\d+)-", servers_prefix())
+    match = re.fullmatch(r"saeens-([0-9a-f]{8})-(\d+)-(\d+)-", servers_prefix())
     assert match
-    assert (match[1], int(match[2])) == (this_machine(), os.getpid())
+    assert (match[1], int(match[2]), match[3]) == (this_machine(), os.getpid(), start_of(os.getpid()))
 
 
 def test_a_run_with_nothing_to_do_cancels_killed_runs(finished: Laboratory, monkeypatch: pytest.MonkeyPatch):

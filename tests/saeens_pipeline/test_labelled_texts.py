@@ -169,6 +169,10 @@ def _write(folder: Path, name: str, rows: Sequence[dict[str, Any]]) -> str:
     return str(file)
 
 
+ODD = [(None, "sport"), ("x", None), (" ", "news"), ("", "news"), ("both", "sport"), ("both", "news"), ("both", "sport")]
+"""Text and label of rows that cannot be drawn: four lack one of them, and three are of a text with two labels."""
+
+
 def _rows(**numbers: int) -> list[dict[str, Any]]:
     return [
         {"body": f"{name} {i}", "topic": i % 2 if name == "number" else name, "more": 1} for name, n in numbers.items() for i in range(n)
@@ -246,6 +250,22 @@ def test_a_text_with_one_label_in_train_and_another_in_test_is_left_out(seed: in
     test = _with_labels(("both", "b"), *((f"{label} t{i}", label) for label in "ab" for i in range(2)))
     drawn = draw_concepts(Labelled("set", train, test), [], FEW, balance=False, seed=seed)
     assert "both" not in _drawn_texts(drawn.train, drawn.test)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".csv"])
+def test_rows_that_cannot_be_drawn_are_counted_by_reason(tmp_path: Path, suffix: str):
+    rows = [*_rows(sport=6, news=6), *({"body": body, "topic": topic, "more": 1} for body, topic in ODD)]
+    fields: dict[str, Any] = {"name": "mine", "train": _write(tmp_path, f"a{suffix}", rows), "text_field": "body"}
+    concepts = read_concepts(ConceptDataSet(**fields, label_field="topic"), FEW, seed=1)
+    assert concepts.left_out == {"without a text or a label": 4, "with several labels": 3}
+    fields["train"] = _write(tmp_path, f"b{suffix}", _rows(sport=6, news=6))
+    plain = read_concepts(ConceptDataSet(**fields, label_field="topic"), FEW, seed=1)
+    assert plain.left_out == {}
+    pairs = [{"text": f"{a}{b} {i}", "label": a, "spurious": b} for a in "pq" for b in "xy" for i in range(7)]
+    pairs += [{"text": "both", "label": "p", "spurious": b} for b in "xy"] + [{"text": "z", "label": "p", "spurious": None}]
+    data_set = CorrelationDataSet(name="pairs", train=_write(tmp_path, f"c{suffix}", pairs), target=("p", "q"), spurious=("x", "y"))
+    (task,) = read_correlations(data_set, FEW, seed=1)
+    assert task.left_out == {"without a text or a label": 1, "with several labels": 2}
 
 
 def test_a_file_in_both_splits_is_refused(tmp_path: Path):

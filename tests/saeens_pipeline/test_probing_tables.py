@@ -41,6 +41,8 @@ def _write_texts(folder: Path, n: int = 20) -> dict[str, Any]:
             for b in ("((", "::")
             for i in range(n)
         ]
+        rows += [{"text": "without", "label": None, "spurious": "((", "letter": None}]
+        rows += [{"text": "two", "label": a, "spurious": "((", "letter": a} for a in ("de", "fn")]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     mine = {"name": "mine", "train": str(folder / "train.jsonl"), "test": str(folder / "test.jsonl")}
     few = {"train_texts": 24, "test_texts": 16}
@@ -296,7 +298,9 @@ def test_the_ui_shows_means_by_method_and_number_of_features(probed: Laboratory,
     probed.activate(monkeypatch)
     events = probed.materialise([f"{NAME}/eval/{table}" for table in TABLES], Partition(LAYER, SEEDS[0]))
     for table, value in (("concept_detection", "accuracy"), ("spurious_correlation", "scr metric")):
-        shown = str(events[f"{NAME}/eval/{table}"].metadata["summary"].value).splitlines()
+        metadata = events[f"{NAME}/eval/{table}"].metadata
+        assert metadata["rows left out of mine"].value == "2 without a text or a label, 4 with several labels"
+        shown = str(metadata["summary"].value).splitlines()
         numbers = "1 | 2 | 5" if table == "concept_detection" else "0 | 2 | 5 | 10 | 20"
         assert shown[0] == f"| {value} with n = | {numbers} |"
         assert [line.split("|")[1].strip() for line in shown[2:]] == [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -19,6 +21,7 @@ import pytest
 
 from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.storage import recipes
+from saeens_pipeline.storage.locks import writing_alone
 from saeens_pipeline.storage.names import Address, Partition
 from saeens_pipeline.storage.recipes import RECIPE_FILE, Artefact, DamagedArtefactError, MissingInputError, Recipe, Store, digest
 
@@ -274,6 +277,32 @@ def test_partial_artefacts_of_other_living_processes_are_kept(store: Store):
     others.mkdir()
     _write(store)
     assert others.is_dir()
+
+
+@pytest.mark.parametrize("resumable", [True, False])
+@pytest.mark.parametrize("machine", ["another", "this"])
+def test_a_partial_artefact_that_may_be_in_use_is_taken_under_the_lock_only(
+    store: Store, machine: str, resumable: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """On this machine a living process has the number: it writes, or it was given the number of a dead one."""
+    process = f"0123abcd-{os.getpid()}" if machine == "another" else f"{recipes.this_machine()}-{os.getppid()}"
+    other = store.path(MEMBER, WHERE).parent / f".member_1.{RECIPE.hash}.{process}.partial"
+    other.mkdir(parents=True)
+    (other / "begun").write_text("x")
+
+    def write() -> list[str]:
+        with writing_alone(store.root, [(MEMBER, WHERE)]), store.write_folder(MEMBER, WHERE, RECIPE, {}, resumable=resumable) as folder:
+            return [file.name for file in folder.iterdir()]
+
+    def no_lock(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", no_lock)  # the other process may be writing
+        assert write() == []
+    assert [file.name for file in other.iterdir()] == ["begun"]
+    assert write() == (["begun"] if resumable else [])
+    assert not other.exists()
 
 
 def test_a_read_only_root_is_named_with_a_remedy(tmp_path: Path):

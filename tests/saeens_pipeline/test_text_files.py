@@ -264,11 +264,23 @@ def test_columns_of_parquet_may_have_dots(tmp_path: Path):
         (b"text,label\nx\n", r"a.csv:2: 1 fields, and the first line has 2"),
         (b'text,label\n"a\nb",1\n"x"y,2\n', r"a.csv:4: not valid CSV"),
         (b"text,label\nx,caf\xe9\n", r"a.csv:2: not UTF-8"),
+        (b"text,label,text\nx,y,z\n", r"a.csv: 2 columns are called 'text': rename all but the one to read"),
     ],
 )
 def test_a_wrong_row_of_a_csv_file_is_named_by_its_line(tmp_path: Path, content: bytes, message: str):
     with pytest.raises(SaeensError, match=message):
         _only(tmp_path, content, "a.csv")
+
+
+def test_columns_of_equal_names_that_are_not_read_do_no_harm(tmp_path: Path):
+    assert _only(tmp_path, b"note,text,note\n1,x,2\n", "a.csv") == ["x"]
+
+
+def test_columns_of_a_parquet_file_with_equal_names_are_refused(tmp_path: Path):
+    table = pa.Table.from_arrays([pa.array(["x"]), pa.array(["y"])], names=["text", "text"])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(SaeensError, match=r"a.parquet: 2 columns are called 'text'"):
+        list(_corpus(tmp_path, files="a.parquet").documents("train"))
 
 
 # what identifies it
@@ -417,9 +429,9 @@ def test_wrong_files_are_refused_before_anything_is_computed(empty: Laboratory, 
     assert not list(empty.root.rglob("recipe.json"))
 
 
-def test_too_few_documents_are_counted_before_the_model_is_loaded(empty: Laboratory, monkeypatch: pytest.MonkeyPatch):
+def test_too_few_documents_are_counted_before_activations_are_computed(empty: Laboratory, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sources, "open_corpus", corpora.open_corpus)
-    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(sources, "cache_activations", lambda *_, **__: pytest.fail("activations were computed"))
     file = empty.declare({"corpus": {"files": "a.jsonl", "test_share": 0.4}})
     (file.parent / "a.jsonl").write_bytes(_lines(RECORDS[:10]))
     with pytest.raises(SaeensError, match=r"train split has \d+ activation rows in \d documents .* but 600 were asked for"):

@@ -70,6 +70,14 @@ def read_labelled_texts(experiment: ExperimentSettings, tables: Collection[str],
         )
 
 
+def texts_left_out(experiment: ExperimentSettings, table: str) -> dict[str, dict[str, int]]:
+    """Return the numbers of rows of the data sets of a table that no text can be drawn from, by data set and reason."""
+    of_table = getattr(experiment, table)
+    read = read_concepts if table == "concept_detection" else lambda *arguments: read_correlations(*arguments)[0]
+    found = {data_set.name: dict(read(data_set, of_table.count, SEED).left_out) for data_set in of_table.datasets}
+    return {name: left_out for name, left_out in found.items() if left_out}
+
+
 class _Collection(NamedTuple):
     """Tasks whose texts are encoded together."""
 

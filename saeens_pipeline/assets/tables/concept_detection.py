@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import polars as pl
 
 from saeens_pipeline.assets.declarations import Facts
-from saeens_pipeline.assets.registry import Curve, Making, Markdown, SharedPass, Table, register
+from saeens_pipeline.assets.registry import Curve, Making, Markdown, Row, SharedPass, Table, register
 from saeens_pipeline.language_models.labelled_texts.reading import identity
 from saeens_pipeline.settings.experiments import ExperimentSettings
 from saeens_pipeline.settings.probing import PROBE_SEED
+from saeens_pipeline.storage.recipes import Artefact
 from saeens_pipeline.storage.tables import Column
 
 
@@ -32,9 +33,24 @@ def probe_table(name: str, curve: Curve, **fields: Any) -> Table:
 
         read_labelled_texts(experiment, [name], facts())
 
+    def rows(making: Making) -> Iterable[Row]:
+        from saeens_pipeline.assets.measurements.probing import texts_left_out
+
+        if left_out := texts_left_out(making.experiment, name):
+            making.provenance["texts_left_out"] = left_out
+        return making.shared[name]
+
+    def summary(table: pl.DataFrame, artefact: Artefact) -> Mapping[str, Any]:
+        left_out = {
+            data_set: ", ".join(f"{n:,} {why}" for why, n in reasons.items())
+            for data_set, reasons in artefact.provenance.get("texts_left_out", {}).items()
+        }
+        return {**_summary(table, curve), **{f"rows left out of {data_set}": words for data_set, words in left_out.items()}}
+
     return Table(
         name=name,
-        rows=lambda making: making.shared[name],
+        rows=rows,
+        summary=summary,
         inputs=lambda subject: [subject.tokens, subject.activations, *subject.dictionaries],
         settings=lambda experiment: {**getattr(experiment, name).model_dump(mode="json"), "seed": PROBE_SEED},
         partition_settings=lambda experiment: {"texts": [identity(data_set) for data_set in getattr(experiment, name).datasets]},
@@ -43,7 +59,6 @@ def probe_table(name: str, curve: Curve, **fields: Any) -> Table:
         has_slow_preflight=True,
         source_parts={"activations": {"*": "language_model"}},
         curve=curve,
-        summary=lambda table, artefact: _summary(table, curve),
         **fields,
     )
 

@@ -9,6 +9,7 @@ import polars as pl
 
 from saeens_pipeline.assets.baselines.registry import methods
 from saeens_pipeline.assets.declarations import Declaration, Input, Op, RunContext, Task
+from saeens_pipeline.assets.massive_activations import SHARE, cautions, is_held_by_few, marked
 from saeens_pipeline.assets.over_seeds import Sizes, measurements, over_seeds
 from saeens_pipeline.assets.registry import Markdown, Table, columns_of, register, seed_column, seed_metrics, summary_titles, table_frame
 from saeens_pipeline.assets.tables.cost import TOTALS, with_totals
@@ -17,10 +18,10 @@ from saeens_pipeline.storage.names import LEADERBOARD, LEADERBOARD_ADDRESS
 from saeens_pipeline.storage.recipes import Artefact, Store
 from saeens_pipeline.storage.tables import Column
 
-LEADERBOARD_VERSION = 4
+LEADERBOARD_VERSION = 5
 _QUESTION = "Which method is best, over all experiments?"
 _PLAIN = {  # by table: columns that vary little or not at all over seeds
-    "reconstruction": ("language_model", "sae_data_versions", "n_features"),
+    "reconstruction": ("language_model", "sae_data_versions", "n_features", SHARE),
     "cost": ("train_tokens", "train_flops", "train_seconds", "residual_flops", "residual_seconds"),
 }
 _RANKED_TOGETHER = ["source", "layer"]
@@ -70,7 +71,7 @@ def standings(store: Store, leaderboard: Declaration, sort: str = "explained_var
 
     Raises as `ranked`.
     """
-    rows = over_seeds(measurements(store, leaderboard, _columns_read(), sizes), seed_metrics(), _PLAIN["cost"])
+    rows = over_seeds(measurements(store, leaderboard, _columns_read(), sizes), seed_metrics(), [*_PLAIN["cost"], SHARE])
     whole = ({**row, "train_tokens": None if row["train_tokens"] is None else round(row["train_tokens"])} for row in rows)
     return ranked(_with_controls(table_frame(LEADERBOARD, whole), leaderboard.settings["controls"]), sort)
 
@@ -94,7 +95,7 @@ def for_reading(table: pl.DataFrame, sort: str = "explained_variance") -> pl.Dat
         named = {sort: sort.replace("_", " ")} | {name: title for name, title in named.items() if name not in _GIVE_WAY}
     columns = [pl.col("rank"), pl.col("experiment"), pl.col("method"), pl.col("n_members").alias("n")]
     for name, title in named.items():
-        columns.append(pl.col(name).alias(title))
+        columns.append(pl.col(name).alias(marked(title, name, table)))
         if name == (sort if sort in seed_metrics() else "explained_variance"):
             columns.append(_interval(name).alias("95% or points"))
     if table["control_explained_variance"].count():
@@ -136,6 +137,7 @@ def _columns() -> tuple[Column, ...]:
         Column("n_seeds", "int", "ensemble seeds that the means are over"),
         Column("seeds", "str", "these seeds, comma-separated"),
         Column("n_features", "int", "features of the whole dictionary"),
+        Column(SHARE, "float", "share of the test rows' variance in 0.1 % of them; above 0.1, explained_variance describes these"),
         *(column for name, (_, meaning) in seed_metrics().items() for column in _over_seeds(name, meaning)),
         Column("train_tokens", "int", "tokens seen in training, summed over members, mean over seeds"),
         Column("train_flops", "float", "dense-equivalent operations of training, mean over seeds"),
@@ -169,12 +171,13 @@ def _summary(table: pl.DataFrame, artefact: Artefact) -> Mapping[str, Any]:
     """Return the first row of every source and layer."""
     first = table.filter(rank=1).unique(["source", "layer"], keep="first", maintain_order=True)
     rows = [
-        f"| {row['source']} | {row['layer']} | {row['experiment']} | {row['method']} | {row['explained_variance']:.4f} "
+        f"| {row['source']} | {row['layer']} | {row['experiment']} | {row['method']} "
+        f"| {row['explained_variance']:.4f}{' (!)' if is_held_by_few(row[SHARE]) else ''} "
         f"| {'' if row['control_explained_variance'] is None else format(row['control_explained_variance'], '.4f')} |"
         for row in first.iter_rows(named=True)
     ]
     head = ["| source | layer | experiment | method | EV | EV of the control, untrained |", "|---|---|---|---|---|---|"]
-    return {"best": Markdown("\n".join([*head, *rows]))}
+    return {"best": Markdown("\n".join([*head, *rows, "", *cautions(first)]))}
 
 
 register(

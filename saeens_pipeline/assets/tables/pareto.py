@@ -8,6 +8,7 @@ import polars as pl
 
 from saeens_pipeline.assets.baselines.registry import methods
 from saeens_pipeline.assets.declarations import Declaration, Input
+from saeens_pipeline.assets.massive_activations import SHARE, cautions, marked
 from saeens_pipeline.assets.over_seeds import measurements, over_seeds
 from saeens_pipeline.assets.registry import Table, columns_of, register, summary_titles, table_frame
 from saeens_pipeline.assets.tables.cost import with_totals
@@ -18,11 +19,14 @@ from saeens_pipeline.storage.recipes import Store
 from saeens_pipeline.storage.tables import Column
 
 PARETO = "pareto"
-PARETO_VERSION = 2
+PARETO_VERSION = 3
 _QUESTION = "Which method explains most for its L0 and for its bits?"
 TABLE_FILE, PICTURE_FILE = "pareto.parquet", "pareto.png"
 _MEASURED = ("l0", "description_length_bits", "explained_variance")
-_READ = {"reconstruction": ("language_model", "sae_data_versions", "n_features", *_MEASURED), "cost": ("train_flops", "residual_flops")}
+_READ = {
+    "reconstruction": ("language_model", "sae_data_versions", "n_features", SHARE, *_MEASURED),
+    "cost": ("train_flops", "residual_flops"),
+}
 
 
 def pareto_declaration(settings: ExperimentSettings, outputs: Iterable[Declaration]) -> Declaration:
@@ -54,7 +58,7 @@ def pareto_rows(store: Store, pareto: Declaration) -> pl.DataFrame:
     measured = with_totals(measurements(store, pareto, _READ))
     rows = [
         {name: value for name, value in row.items() if name in columns} | sweep | {"value": float(values[row["experiment"]])}
-        for row in over_seeds(measured, _MEASURED, ["total_flops"])
+        for row in over_seeds(measured, _MEASURED, ["total_flops", SHARE])
     ]
     table = table_frame(PARETO, rows)
     table = table.with_columns(on_l0_front=_front(table, "l0"), on_bits_front=_front(table, "description_length_bits"))
@@ -68,12 +72,13 @@ def not_evaluated(table: pl.DataFrame, pareto: Declaration) -> list[str]:
 
 
 def notes(table: pl.DataFrame, pareto: Declaration) -> Iterator[str]:
-    """Yield a sentence for each missing experiment and for missing description lengths."""
+    """Yield a sentence for each missing experiment, for missing description lengths, and for explained variance about a few rows."""
     for name in not_evaluated(table, pareto):
         yield f"{name} is not evaluated yet: run `saeens run {name}`"
     without = table.filter(table["description_length_bits"].is_null())["experiment"].unique(maintain_order=True)
     if len(without):
         yield f"{', '.join(without)}: no description length was measured; left out of that picture"
+    yield from cautions(table)
 
 
 def for_reading(table: pl.DataFrame) -> pl.DataFrame:
@@ -81,7 +86,7 @@ def for_reading(table: pl.DataFrame) -> pl.DataFrame:
     titles = summary_titles([*_MEASURED, "n_features", "total_flops"])
     named = {"n": "n_members", table["field"][0]: "value", **{title: name for name, title in titles.items()}, "seeds": "n_seeds"}
     fronts = {f"front by {name}": pl.when(pl.col(f"on_{name.lower()}_front") == 1).then(pl.lit("*")) for name in ("L0", "bits")}
-    return table.select("method", **{title: pl.col(column) for title, column in named.items()}, **fronts)
+    return table.select("method", **{marked(title, column, table): pl.col(column) for title, column in named.items()}, **fronts)
 
 
 def _front(table: pl.DataFrame, spent: str) -> pl.Series:
@@ -117,6 +122,7 @@ register(
             Column("description_length_bits_by_seed", "str", "the points"),
             Column("explained_variance", "float", "on held-out tokens, mean over seeds"),
             Column("explained_variance_by_seed", "str", "the points"),
+            Column(SHARE, "float", "share of the test rows' variance in 0.1 % of them; above 0.1, explained_variance describes these"),
             Column("total_flops", "float", "dense-equivalent operations of training and residuals, mean over seeds; null without cost"),
             Column("on_l0_front", "int", "1: no other row of the layer has at most its l0 and more EV, or less and as much"),
             Column("on_bits_front", "int", "the same for description_length_bits"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from textwrap import shorten
 from typing import NamedTuple
 
@@ -25,6 +25,8 @@ class ConceptTexts:
     name: str
     train: Mapping[str, Sequence[str]]
     test: Mapping[str, Sequence[str]]
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """numbers of rows of the data set that cannot be drawn, by reason"""
 
 
 class QuadrantTexts(NamedTuple):
@@ -45,6 +47,8 @@ class CorrelationTexts:
     spurious: tuple[str, str]
     train: QuadrantTexts
     test: QuadrantTexts
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """as of ConceptTexts"""
 
 
 class Labelled(NamedTuple):
@@ -60,6 +64,8 @@ class Labelled(NamedTuple):
     """labels to draw if the settings name none; empty: all labels"""
     pairs: Mapping[str, tuple[tuple[str, str], tuple[str, str]]] = {}
     """tasks of spurious correlation removal: target and spurious values by name"""
+    n_incomplete: int = 0
+    """number of rows that the frames lack because of a null"""
 
 
 def select_fields(what: str, frame: pl.LazyFrame, fields: Mapping[str, str]) -> pl.LazyFrame:
@@ -82,7 +88,7 @@ def draw_concepts(data: Labelled, labels: Sequence[str], count: TextCount, *, ba
     """
     there_are = sorted(data.train["label"].unique())
     labels = labels or there_are
-    data = _without_ambiguous(data, ["label", "other"] if balance else ["label"])
+    data, left_out = _drawable(data, ["label", "other"] if balance else ["label"])
     if len(labels) < 2:
         there_is = f"the only label is {labels[0]!r}" if labels else "no text has a label"
         raise ConfigurationError(f"{data.name}: {there_is}; a probe needs texts of at least two labels")
@@ -90,7 +96,7 @@ def draw_concepts(data: Labelled, labels: Sequence[str], count: TextCount, *, ba
     each = TextCount(*(n // 2 // len(others) for n in count))
     drawn = {label: [_draw(data, (label, other), each, seed) for other in others] for label in labels}
     train, test = ({label: [text for part in parts for text in part[i]] for label, parts in drawn.items()} for i in (0, 1))
-    return ConceptTexts(data.name, train, test)
+    return ConceptTexts(data.name, train, test, left_out)
 
 
 def draw_quadrants(
@@ -100,7 +106,7 @@ def draw_quadrants(
 
     Raises ConfigurationError as `draw_concepts`.
     """
-    data = _without_ambiguous(data, ["label", "other"])
+    data, left_out = _drawable(data, ["label", "other"])
     quarter = TextCount(*(n // 4 for n in count))
     half = TextCount(*(2 * n for n in quarter))
     drawn = [
@@ -109,16 +115,22 @@ def draw_quadrants(
         for other in spurious
     ]
     train, test = (QuadrantTexts(*(parts[i] for parts in drawn)) for i in (0, 1))
-    return CorrelationTexts(name, target, spurious, train, test)
+    return CorrelationTexts(name, target, spurious, train, test, left_out)
 
 
-def _without_ambiguous(data: Labelled, columns: Sequence[str]) -> Labelled:
-    """Leave out texts with several labels: they would be positive and negative texts of a probe, or in train and in test."""
-    frames = [frame.select("text", *columns) for frame in (data.train, data.test) if frame is not None]
-    several = pl.concat(frames).unique().group_by("text").len().filter(pl.col("len") > 1)
-    train = data.train.join(several, on="text", how="anti", maintain_order="left")
-    test = None if data.test is None else data.test.join(several, on="text", how="anti", maintain_order="left")
-    return data._replace(train=train, test=test)
+def _drawable(data: Labelled, columns: Sequence[str]) -> tuple[Labelled, Mapping[str, int]]:
+    """Leave out texts with several labels, and empty ones; return the numbers of rows that are left out, by reason.
+
+    A text with several labels would be a positive and a negative text of a probe, or in train and in test.
+    """
+    frames = [frame for frame in (data.train, data.test) if frame is not None]
+    with_text = [frame.filter(pl.col("text").str.strip_chars() != "") for frame in frames]
+    labels = pl.concat([frame.select("text", *columns) for frame in with_text]).unique()
+    several = labels.group_by("text").len().filter(pl.col("len") > 1)
+    left = [frame.join(several, on="text", how="anti", maintain_order="left") for frame in with_text]
+    n_read, n_with_text, n_left = (sum(map(len, each)) for each in (frames, with_text, left))
+    n_left_out = {"without a text or a label": data.n_incomplete + n_read - n_with_text, "with several labels": n_with_text - n_left}
+    return data._replace(train=left[0], test=left[1] if len(left) > 1 else None), {why: n for why, n in n_left_out.items() if n}
 
 
 def _draw(data: Labelled, labels: tuple[str, str | None], wanted: TextCount, seed: int) -> tuple[list[str], list[str]]:

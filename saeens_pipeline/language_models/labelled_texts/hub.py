@@ -64,14 +64,15 @@ class HubReader:
         hub_set = HUB_SETS[name]
         fields = {"text": hub_set.text, "label": hub_set.label} | ({"other": hub_set.other} if hub_set.other else {})
         names = {"label": hub_set.names, "other": hub_set.other_names}
-        frames = []
+        frames, n_incomplete = [], 0
         for split in SPLITS:
             frame = pl.from_arrow(self._load(name, hub_set.path, split=split).with_format("arrow")[:])
             assert isinstance(frame, pl.DataFrame)
             selected = select_fields(f"{name}, {split} split,", frame.lazy(), fields)
             frames.append(selected.with_columns(pl.col(column).replace(names[column]) for column in names if column in fields).collect())
+            n_incomplete += len(frame) - len(frames[-1])
         pairs = {f"{name}: {pair[0]} or {pair[1]}": (pair, hub_set.spurious) for pair in hub_set.pairs}
-        return Labelled(name, *frames, labels=hub_set.labels, pairs=pairs)
+        return Labelled(name, *frames, labels=hub_set.labels, pairs=pairs, n_incomplete=n_incomplete)
 
     def _stream(self, name: str, count: TextCount) -> pl.DataFrame:
         """Return the first texts of each label. Memory: these texts."""

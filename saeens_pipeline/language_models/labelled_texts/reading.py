@@ -57,12 +57,19 @@ def is_embedded(data_set: ConceptDataSet | CorrelationDataSet) -> bool:
 
 def read_concepts(data_set: ConceptDataSet, count: TextCount | None, seed: int) -> ConceptTexts:
     """Return the texts for concept detection. Raises SaeensError for missing columns, missing labels, a single label, and too few texts."""
-    return _drawn_concepts(data_set.model_dump_json(), data_set.file, json.dumps(identity(data_set)), count, seed)
+    return _drawn_concepts(data_set.model_dump_json(), data_set.file, _identity_read(data_set), count, seed)
 
 
 def read_correlations(data_set: CorrelationDataSet, count: TextCount | None, seed: int) -> list[CorrelationTexts]:
     """Return the texts of every task of a data set. Raises as `read_concepts`."""
-    return _drawn_correlations(data_set.model_dump_json(), data_set.file, json.dumps(identity(data_set)), count, seed)
+    return _drawn_correlations(data_set.model_dump_json(), data_set.file, _identity_read(data_set), count, seed)
+
+
+def _identity_read(data_set: ConceptDataSet | CorrelationDataSet) -> str:
+    """Return the identity as JSON. The builtin corpus is kept first, since its identity changes then."""
+    if is_embedded(data_set):
+        open_corpus(BUILTIN_CORPUS).require_readable()
+    return json.dumps(identity(data_set))
 
 
 @lru_cache(maxsize=_DATA_SETS_KEPT)
@@ -88,8 +95,10 @@ def _labelled(data_set: ConceptDataSet | CorrelationDataSet, count: TextCount) -
     fields = {"text": data_set.text_field, "label": data_set.label_field}
     if isinstance(data_set, CorrelationDataSet):
         fields["other"] = data_set.spurious_field
-    frames = {split: _read_columns(data_set.name, files, fields) for split, files in _files(data_set).items()}
-    return Labelled(data_set.name, frames["train"], frames.get("test"))
+    read = {split: _read_columns(data_set.name, files, fields) for split, files in _files(data_set).items()}
+    complete = {split: frame.drop_nulls() for split, frame in read.items()}
+    n_incomplete = sum(map(len, read.values())) - sum(map(len, complete.values()))
+    return Labelled(data_set.name, complete["train"], complete.get("test"), n_incomplete=n_incomplete)
 
 
 def _files(data_set: ConceptDataSet | CorrelationDataSet) -> dict[Split, list[Path]]:
@@ -111,19 +120,17 @@ def _files(data_set: ConceptDataSet | CorrelationDataSet) -> dict[Split, list[Pa
 
 
 def _read_columns(name: str, files: Sequence[Path], fields: Mapping[str, str]) -> pl.DataFrame:
-    """Return fields of files as strings, without rows that have a null. `fields` maps new names to fields of the files.
+    """Return fields of files as strings, or null. `fields` maps new names to fields of the files.
 
     Raises SaeensError, with file and line, for what cannot be read, and for a field that the first row of a file does not have.
     """
-    rows: list[list[str]] = []
+    rows: list[list[str | None]] = []
     for file in files:
         for i, (number, record) in enumerate(records.read_records(file, list(fields.values()))):
             place = f"{name}: {records.shown(file)}:{number}"
             if not isinstance(record, Mapping):
                 raise SaeensError(f"{place}: a record has to be an object with fields, and this is of type {type(record).__name__}")
-            values = [_value(record, field, place, is_first=i == 0) for field in fields.values()]
-            if None not in values:
-                rows.append(values)
+            rows.append([_value(record, field, place, is_first=i == 0) for field in fields.values()])
     return pl.DataFrame(rows, schema=dict.fromkeys(fields, pl.String), orient="row")
 
 
