@@ -57,6 +57,12 @@ def experiment_ops(experiment: ExperimentSettings) -> list[Op]:
     return with_file(ops, experiment.file)
 
 
+def validate_saes(experiment: ExperimentSettings, d_in: int) -> None:
+    """Raise ConfigurationError if one of the experiment's SAEs cannot be built on activations of this width."""
+    for sae in [*experiment.saes, *(each.target.sae for each in baselines_of(experiment))]:
+        sae_config(sae, d_in, seed=0, name=experiment.name)
+
+
 def _check_saes(experiment: ExperimentSettings, store: Store, wanted: Wanted, facts: Facts) -> None:
     """Raise SaeensError for SAEs that cannot be built, for unknown labels, and for a missing table that would fail after training.
 
@@ -64,8 +70,7 @@ def _check_saes(experiment: ExperimentSettings, store: Store, wanted: Wanted, fa
     """
     of_source = facts()
     if of_source.d_in:
-        for sae in [*experiment.saes, *(each.target.sae for each in baselines_of(experiment))]:
-            sae_config(sae, of_source.d_in, seed=0, name=experiment.name)
+        validate_saes(experiment, of_source.d_in)
     if of_source.tokens:
         _require_labels(of_source.tokens, experiment)
     for table in evaluations_of(experiment):

@@ -15,7 +15,7 @@ from saeens_models import TrainingConfig
 from saeens_models.architectures import architectures, settings_class
 from saeens_pipeline import defs
 from saeens_pipeline.assets.catalogue import Experiments
-from saeens_pipeline.assets.saes import validate_targets
+from saeens_pipeline.assets.experiments import validate_saes
 from saeens_pipeline.assets.sources import validate_source
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models.descriptions import REFERENCE_MODEL, LanguageModelDescription, validate_hook
@@ -177,7 +177,7 @@ def _validate(text: str, description: LanguageModelDescription) -> None:
     source, experiment = (document["attributes"] for document in yaml.safe_load_all(text))
     try:
         settings = SourceSettings.model_validate(source)
-        validate_targets(ExperimentSettings.model_validate(experiment), description.d_model)
+        validate_saes(ExperimentSettings.model_validate(experiment), description.d_model)
     except ValidationError as error:
         reasons = "; ".join(f"{'.'.join(map(str, each['loc']))}: {in_words(dict(each))}" for each in error.errors())
         raise ConfigurationError(reasons) from None

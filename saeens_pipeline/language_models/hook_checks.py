@@ -6,13 +6,12 @@ Patching is checked in `patching`.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
+
+import torch
 
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.language_models.descriptions import HOOKS, LanguageModelDescription
-
-if TYPE_CHECKING:
-    import torch
 
 TOLERANCE = 1e-3
 """Largest relative error of float32; other dtypes may differ by 16 roundings."""
@@ -59,8 +58,6 @@ def check_causal(description: LanguageModelDescription, hook: str, layers: Colle
 
 def random_windows(description: LanguageModelDescription) -> torch.Tensor:
     """Return tokens `[4, L]`: random text, and its beginning with another end, with token 0 and with the end-of-text token after it."""
-    import torch
-
     length = min(_WINDOW, description.context_length or _WINDOW)
     tokens = torch.randint(description.vocab_size, (4, length), generator=torch.Generator().manual_seed(0))
     prefix = _prefix(description)
@@ -79,16 +76,12 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
     At low precision the router of a mixture of experts may decide otherwise for single tokens.
     """
-    import torch
-
     of_token = (found.double() - expected.double()).norm(dim=-1) / expected.double().norm(dim=-1).clamp(min=1e-30)
     return (of_token.max() if torch.finfo(expected.dtype).eps < TOLERANCE / 16 else of_token.median()).item()
 
 
 def tolerance(activations: torch.Tensor) -> float:
     """Return the largest relative error of activations that is explained by rounding."""
-    import torch
-
     return max(TOLERANCE, 16 * torch.finfo(activations.dtype).eps)
 
 
@@ -140,8 +133,6 @@ def term_errors(block: Mapping[str, torch.Tensor]) -> dict[str, float]:
 
 def _excess(difference: torch.Tensor, term: torch.Tensor, around: Collection[torch.Tensor]) -> float:
     """Return the norm of a difference `[b, L, d]` beyond rounding of the tensors in the sum, relative to a term, at the worst token."""
-    import torch
-
     eps = max(torch.finfo(each.dtype).eps for each in around)
     rounding = eps * sum(each.double().norm(dim=-1) for each in around)
     return ((difference.norm(dim=-1) - rounding).clamp(min=0) / term.double().norm(dim=-1).clamp(min=1e-30)).max().item()

@@ -18,7 +18,8 @@ from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models import descriptions
 from saeens_pipeline.language_models.descriptions import HOOKS, validate_hook
 from saeens_pipeline.language_models.language_model import LanguageModel
-from saeens_pipeline.language_models.models import describe_language_model, load_language_model, validate_modules
+from saeens_pipeline.language_models.loading import load_language_model, validate_modules
+from saeens_pipeline.language_models.models import describe_language_model
 
 LAYERS = list(range(N_LAYERS))
 
