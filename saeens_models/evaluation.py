@@ -15,6 +15,8 @@ from saeens_models.metrics.description_length import DescriptionLengthMetric
 from saeens_models.metrics.dictionaries import compare_members
 from saeens_models.metrics.features import FeatureActivity, FeatureActivityMetric
 from saeens_models.metrics.language_model_loss import LossBatch, NextTokenLoss, ce_loss_recovered
+from saeens_models.metrics.matched_correlation import MatchedCorrelationMetric
+from saeens_models.metrics.matching import Matching
 from saeens_models.metrics.reconstruction import Moments, Reconstruction, ReconstructionMetric
 from saeens_models.metrics.sparsity import Sparsity, SparsityMetric
 from saeens_models.sparse_code import SparseCode
@@ -167,6 +169,24 @@ def feature_contexts(
             for metric, prefix in zip(metrics, ensemble.prefix_reconstructions(rows), strict=True):
                 metric.update(prefix.code, places)
     return [metric.compute() for metric in metrics]
+
+
+@torch.no_grad()
+def functional_stability(
+    runs: Sequence[Ensemble], chunks: Iterable[Tensor], matchings: Mapping[tuple[int, int], Sequence[Matching]]
+) -> dict[tuple[int, int], list[float | None]]:
+    """Return the mean correlation of the activations of matched features of two runs, in one pass over ``chunks`` `[n, d_in]`.
+
+    ``matchings``: for positions (a, b) of two runs, matchings of features of their dictionaries, such as one for the first n members of
+    both, for each n. See ``MatchedCorrelationMetric``.
+    """
+    metrics = {(a, b): MatchedCorrelationMetric(of_pair, runs[a].n_features, runs[b].n_features) for (a, b), of_pair in matchings.items()}
+    for x in chunks:
+        for rows in min((_split_to_encode(run, x) for run in runs), key=lambda parts: len(parts[0])):
+            codes = [SparseCode.concatenate([each.code for each in run.prefix_reconstructions(rows)]) for run in runs]
+            for (a, b), metric in metrics.items():
+                metric.update(codes[a], codes[b])
+    return {pair: metric.compute() for pair, metric in metrics.items()}
 
 
 def silent_windows(ensemble: Ensemble, windows: Iterable[Tensor], features: Sequence[Tensor]) -> list[Tensor]:

@@ -84,8 +84,8 @@ class SAESettings(OfArchitecture, frozen=True):
 
         ``SAESettings.joined([sae] * n)`` is n times as wide as ``sae``.
 
-        Raises ``ValueError`` for no SAEs, for widths of two kinds, for an architecture that sets its L0 through a sparsity coefficient,
-        and for a sum that the first SAE's L0 field cannot take.
+        Raises ``ValueError`` for no SAEs, for SAEs of which some give ``expansion`` and some ``d_sae``, for an architecture that sets its
+        L0 through a sparsity coefficient, and for a sum that the first SAE's L0 field cannot take.
         """
         if not saes:
             raise ValueError("no SAEs to join")

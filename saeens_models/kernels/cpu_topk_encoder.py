@@ -120,7 +120,7 @@ def _rough_rows(team: Team, name: str, n: int, d: int) -> Tensor:
 
 
 def _bits(rough: Tensor) -> np.ndarray:
-    """Return bfloat16 numbers as int16: numpy has no bfloat16."""
+    """Return the bit patterns of bfloat16 numbers as int16: numpy has no bfloat16."""
     return rough.view(torch.int16).numpy()
 
 

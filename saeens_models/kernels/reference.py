@@ -56,8 +56,8 @@ class TopKReconstruction(NamedTuple):
 def select_topk(pre: Tensor, k: int) -> TopK:
     """Return exactly the k largest entries along the last dimension of ``pre`` `[..., d_sae]`; of equal ones those of the lowest index.
 
-    CUDA's topk keeps this rule. On other devices topk takes any of equal entries: one more entry is selected there, and rows in which it
-    equals the k-th are selected again.
+    The result is unsorted. CUDA's topk takes equal entries by index. On other devices topk takes any of equal entries: k + 1 entries
+    are selected there, and rows in which entry k + 1 equals entry k are selected again by index.
     """
     if pre.is_cuda or k == pre.shape[-1]:
         return TopK(*pre.topk(k, dim=-1, sorted=False))

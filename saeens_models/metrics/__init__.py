@@ -4,17 +4,16 @@ Every metric over tokens has a function for data in memory and a class with ``up
 accumulate in float64 or in integers, and keep no activations longer than a batch.
 """
 
+from saeens_models.metrics.chance import ChanceLevels, chance_levels, isotropic_rows, rows_of_disjoint_documents, rows_with_covariance
 from saeens_models.metrics.coactivation import ConnectivityMetric, MemoryBudgetError, connectivity, streaming_memory
 from saeens_models.metrics.contexts import HISTOGRAM_BINS, FeatureContexts, FeatureContextsMetric
 from saeens_models.metrics.description_length import DescriptionLengthMetric, description_length
 from saeens_models.metrics.detection import DetectionScore, detection_score
 from saeens_models.metrics.dictionaries import (
-    MAX_MATCHED_FEATURES,
     MemberComparison,
     MemberMatches,
     NearestFeatures,
     NearestInOtherRuns,
-    Stability,
     compare_members,
     diversity,
     matches_in_other_members,
@@ -22,23 +21,33 @@ from saeens_models.metrics.dictionaries import (
     mean_max_cosine,
     nearest_in_other_runs,
     new_features,
-    stability,
-    stability_matched,
-    stability_of_prefixes,
-    stability_pairwise,
 )
 from saeens_models.metrics.features import FeatureActivity, FeatureActivityMetric
 from saeens_models.metrics.intervals import MeanInterval, mean_interval
 from saeens_models.metrics.language_model_loss import LossBatch, NextTokenLoss, ce_loss_recovered, next_token_loss
 from saeens_models.metrics.marginal_gain import WORTHWHILE_SHARE, gains, suggested_size
+from saeens_models.metrics.matched_correlation import MatchedCorrelationMetric
+from saeens_models.metrics.matching import Matching, match_features, pw_mcc, shared_fraction
 from saeens_models.metrics.output_tokens import OutputTokens, output_tokens
 from saeens_models.metrics.reconstruction import Moments, Reconstruction, ReconstructionMetric, reconstruction
 from saeens_models.metrics.sparsity import Sparsity, SparsityMetric, sparsity
+from saeens_models.metrics.stability import (
+    MAX_MATCHED_FEATURES,
+    FeatureStability,
+    Stability,
+    feature_stability,
+    stability,
+    stability_equal_candidates,
+    stability_matched,
+    stability_of_prefixes,
+    stability_pairwise,
+)
 
 __all__ = [
     "HISTOGRAM_BINS",
     "MAX_MATCHED_FEATURES",
     "WORTHWHILE_SHARE",
+    "ChanceLevels",
     "ConnectivityMetric",
     "DescriptionLengthMetric",
     "DetectionScore",
@@ -46,7 +55,10 @@ __all__ = [
     "FeatureActivityMetric",
     "FeatureContexts",
     "FeatureContextsMetric",
+    "FeatureStability",
     "LossBatch",
+    "MatchedCorrelationMetric",
+    "Matching",
     "MeanInterval",
     "MemberComparison",
     "MemberMatches",
@@ -62,12 +74,16 @@ __all__ = [
     "SparsityMetric",
     "Stability",
     "ce_loss_recovered",
+    "chance_levels",
     "compare_members",
     "connectivity",
     "description_length",
     "detection_score",
     "diversity",
+    "feature_stability",
     "gains",
+    "isotropic_rows",
+    "match_features",
     "matches_in_other_members",
     "max_cosine",
     "mean_interval",
@@ -76,9 +92,14 @@ __all__ = [
     "new_features",
     "next_token_loss",
     "output_tokens",
+    "pw_mcc",
     "reconstruction",
+    "rows_of_disjoint_documents",
+    "rows_with_covariance",
+    "shared_fraction",
     "sparsity",
     "stability",
+    "stability_equal_candidates",
     "stability_matched",
     "stability_of_prefixes",
     "stability_pairwise",

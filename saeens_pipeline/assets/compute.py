@@ -156,7 +156,7 @@ def _number(name: str, kind: type[int] | type[float]) -> Any:
 
 
 def _energy_joules(device: str) -> float | None:
-    """Return the energy that an NVIDIA GPU has used since its driver was loaded; None without NVML or its Python binding."""
+    """Return the energy that an NVIDIA GPU has used since its driver was loaded; None on other devices, or without NVML."""
     if not device.startswith("cuda"):
         return None
     torch = _torch()

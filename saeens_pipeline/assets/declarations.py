@@ -157,7 +157,7 @@ def fields_of(
 
 
 class RunContext(NamedTuple):
-    """The surroundings of an op: store, device, run, and Dagster's view of the run."""
+    """The store, the device and the run that an op works with, and two callbacks into Dagster."""
 
     store: Store
     compute: Compute

@@ -208,7 +208,7 @@ class _Plan:
         yield "training, largest group", sum(needs[together]), note
         saes, number = sum(self.weights.values()), _DTYPE_BYTES[self.source.language_model_dtype]
         budget = self.experiment.evaluation_memory_gb * 1e9
-        yield "evaluation", saes + budget, "SAEs of one layer and seed, and evaluation_memory_gb"
+        yield "evaluation", saes + budget, "at most: SAEs of one layer and seed, and the limit evaluation_memory_gb"
         blocks = sum(self.parameters[: max(self.layers) + 1]) * number
         yield "language model", blocks, "blocks up to the deepest layer; other blocks, embeddings and activations are not included"
         if self.measures_loss:

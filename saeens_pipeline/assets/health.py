@@ -43,7 +43,7 @@ class Health:
     measured: dict[str, int | float] = field(default_factory=dict)
 
     def require(self, ok: bool, message: str) -> None:
-        """Add an error unless `ok`."""
+        """Add `message` to the errors unless `ok`."""
         if not ok:
             self.errors.append(message)
 

@@ -202,7 +202,7 @@ def _measurements(row: Mapping[str, Any]) -> str:
 
 
 def _facts(artefact: Artefact) -> tuple[str, ...]:
-    """Return lines about an artefact: run, date, device and seconds; code and versions; and the artefact of which it is a link."""
+    """Return lines about an artefact: run, date, device and seconds; code and versions; and the artefact that it links to."""
     made, recipe = artefact.provenance, artefact.recipe
     seconds = made.get("train_seconds", made.get("seconds"))
     by = [f"run {made.get('run_id', 'unknown')[:8]}", made.get("date"), made.get("device"), f"{seconds:.1f} s" if seconds else None]

@@ -47,7 +47,9 @@ class Stage:
 
 
 def plan(store: Store, ops: Sequence[Op], layers: Sequence[int], seeds: Sequence[int]) -> list[Stage]:
-    """Return the stages of an experiment in order: tokens; activations by layer; SAEs and tables by layer and seed; tables across seeds.
+    """Return the stages of an experiment in order, with the state of each artefact.
+
+    The order is tokens; activations by layer; SAEs and tables by layer and seed; tables across seeds and the report by layer.
 
     An artefact is stale if its recipe differs from the present one or an input is not fresh. It is damaged if its files are not those
     in its record.

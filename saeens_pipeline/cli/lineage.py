@@ -23,7 +23,7 @@ def lineage(
         str,
         typer.Argument(
             metavar="SUBJECT",
-            help="A table row, TABLE:COLUMN=VALUE,..., such as reconstruction:layer=1,seed=42,method=bagging,n_members=3; an asset, "
+            help="A table row, TABLE:COLUMN=VALUE,..., such as members:layer=1,seed=42,method=bagging; an asset, "
             "ASSET:layer=L,seed=S, such as quickstart/bagging/member_1:layer=1,seed=42; or a data version, at least its first 4 digits.",
         ),
     ],

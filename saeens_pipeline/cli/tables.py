@@ -58,12 +58,14 @@ def table(
     from saeens_pipeline.assets.registry import find_table
     from saeens_pipeline.orchestration.catalogue import Catalogue
     from saeens_pipeline.orchestration.runs import experiment_status
-    from saeens_pipeline.storage.tables import read_table
+    from saeens_pipeline.storage.tables import has_table, read_table
 
     catalogue = Catalogue.load()
     seeds, registered, root = catalogue.experiment(experiment).ensemble.seeds, find_table(name), data_root()
-    frame = read_table(root, experiment, name).filter(pl.col("seed").is_in(seeds))
     statuses = experiment_status(catalogue, experiment)
+    if not any(each.declaration.address.key == [experiment, "eval", name] for each in statuses) and not has_table(root, experiment, name):
+        raise ConfigurationError(f"{experiment} does not fill the table {name}: add it to evaluations in the experiment file")
+    frame = read_table(root, experiment, name).filter(pl.col("seed").is_in(seeds))
     if any(each.state != "fresh" for each in statuses if each.declaration.address.key == [experiment, "eval", name]):
         notify("note", f"parts of this table are missing, stale or damaged: see `saeens status {experiment}`")
     if not print_data(frame, format):

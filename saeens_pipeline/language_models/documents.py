@@ -38,7 +38,7 @@ class Corpus(Protocol):
 
     @property
     def identity(self) -> dict[str, object]:
-        """Values for recipes, which change when the documents may have changed. Cheap to compute."""
+        """Values that identify the documents in recipes. They differ if the documents may have changed. Cheap to compute."""
         ...
 
     def require_readable(self) -> None:

@@ -120,7 +120,10 @@ class LanguageModel:
         return {layer: found.shape[-1] for layer, found in self.activations(torch.zeros(1, 2, dtype=torch.long), hook, layers).items()}
 
     def hooked(self, hook: str, layer: int, change: Callable[[Any], Any]) -> RemovableHandle:
-        """Call `change` with the activations at `hook` in every forward pass, and replace them by its result, unless that is None."""
+        """Register a hook that calls `change` with the activations at `hook` in every forward pass; return the handle that removes it.
+
+        The result of `change` replaces the activations. They stay as they are if it is None.
+        """
 
         def at_input(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             new = change(args[0] if args else kwargs.get("hidden_states"))

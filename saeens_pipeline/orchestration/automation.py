@@ -85,11 +85,11 @@ def _with_policies(spec: dg.AssetSpec, experiments: Mapping[str, ExperimentSetti
 
 
 def automation_sensor() -> dg.AutomationConditionSensorDefinition:
-    """Return the sensor that evaluates the conditions. It is on by default: experiments opt in with `automation: on`."""
+    """Return the sensor that evaluates the automation conditions of assets. It is on by default, and experiments opt in."""
     return dg.AutomationConditionSensorDefinition(
         "automation",
         target=dg.AssetSelection.all(),
-        description="Makes missing and stale artefacts of experiments with `automation: on`.",
+        description="Materialises missing and stale artefacts of experiments with `automation: on`.",
         run_tags={"user": "automation"},
         default_status=dg.DefaultSensorStatus.RUNNING,
         minimum_interval_seconds=TICK_SECONDS,

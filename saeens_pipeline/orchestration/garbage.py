@@ -228,6 +228,7 @@ def _look_at(path: Path, root: Path, references: Declared, inventory: Inventory)
 
 
 def _located(path: PurePosixPath) -> tuple[Address | str, Partition] | None:
+    """Return the op and partition of a checkpoint, or the address and partition of an artefact; None for other paths."""
     return locate_checkpoint(path) or locate(path)
 
 

@@ -204,9 +204,9 @@ def _read(settings: Path) -> str:
 
 
 def _write(file: Path, content: str) -> None:
-    """Write a file aside and rename it, so that a killed process leaves none that is cut, and other processes read none.
+    """Write a file under another name and rename it: no process reads a truncated file, and a killed one leaves none.
 
-    A file with this content stays as it is.
+    A file that has this content already is not written.
     """
     if file.exists() and file.read_bytes() == content.encode():
         return

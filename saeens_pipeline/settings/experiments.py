@@ -166,7 +166,7 @@ class EnsembleSettings(Section):
     specialised: list[SpecialisedMember] = Field([], description="bagging members with their own documents or starting weights")
 
     @model_validator(mode="after")
-    def _members_exist(self) -> EnsembleSettings:
+    def _specialised_members_exist_once(self) -> EnsembleSettings:
         named = [each.member for each in self.specialised]
         for i, member in enumerate(named):
             if member > self.members:

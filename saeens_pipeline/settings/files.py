@@ -112,7 +112,13 @@ class ExperimentFile:
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             began = f", {error.context}, line {error.context_mark.line + 1}" if error.context and error.context_mark else ""
-            raise ConfigurationError(on_one_line(f"{path}:{mark.line + 1 if mark else 1}: {error.problem}{began}")) from None
+            problem = error.problem or ""
+            if error.context_mark and "expected <block end>, but found '<block mapping start>'" in problem:
+                problem = f"this does not fit the mapping that begins on line {error.context_mark.line + 1}"
+                began = ": check the indentation, and the space after each colon"
+            elif r"character '\t'" in problem:
+                problem = "a tab is not allowed before a value or a key: indent with spaces"
+            raise ConfigurationError(on_one_line(f"{path}:{mark.line + 1 if mark else 1}: {problem}{began}")) from None
         except _NotTextError as error:
             raise ConfigurationError(f"{path}:{error.line}: {error}") from None
         except OSError as error:
@@ -196,7 +202,7 @@ class ExperimentFile:
 
 
 class _NotTextError(Exception):
-    """A file that is not text of an experiment, with the line."""
+    """A file cannot be read as YAML text; `line` is the place."""
 
     def __init__(self, line: int, message: str) -> None:
         super().__init__(message)

@@ -93,7 +93,7 @@ class CorrelationDataSet(_DataSet):
     )
 
     @model_validator(mode="after")
-    def _attributes(self) -> Self:
+    def _attributes_have_two_values(self) -> Self:
         if self.train and (self.target is None or self.spurious is None):
             raise ValueError("for local files give target and spurious, two values each; values at the same place correlate")
         for values in (self.target, self.spurious):

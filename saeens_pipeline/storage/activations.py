@@ -289,6 +289,10 @@ class ActivationStore(ActivationReader):
         """Return the document of each row, `[n]` int32."""
         return self._array(split, "document")[:]
 
+    def document_chunk(self, split: str, index: int) -> np.ndarray:
+        """Return the document of each row of a chunk, `[<= chunk_rows]` int32."""
+        return self._array(split, "document")[index * self.chunk_rows : (index + 1) * self.chunk_rows]
+
     def document_blocks(self, split: str) -> Iterator[np.ndarray]:
         """Yield `document` in stored blocks, each of the rows of 16 chunks."""
         array = self._array(split, "document")

@@ -261,7 +261,7 @@ def test_near_ties_of_a_low_precision_encoder_are_decided_in_float32(monkeypatch
 
 @pytest.mark.parametrize("rough", [True, False])
 def test_of_equal_pre_activations_those_of_the_lowest_index_are_selected(monkeypatch, rough):
-    """Features differ, and have equal pre-activations: whole numbers, exact in float32, that bfloat16 rounds in different ways."""
+    """Weights differ but pre-activations are equal: the sums are whole numbers, exact in float32 and rounded unequally in bfloat16."""
     generator = torch.Generator().manual_seed(2)
     moved = torch.randint(-400, 401, (300, 8), generator=generator).float()
     W = torch.cat([1000 + moved, 1000 - moved], 1) + torch.randint(3, (300, 1), generator=generator)
@@ -496,7 +496,7 @@ def test_a_broken_numba_is_warned_about_and_not_used(monkeypatch):
         assert team is None
 
 
-def test_only_the_cpu_has_a_team():
+def test_cpu_team_is_none_on_other_devices():
     with cpu_team("meta") as team:
         assert team is None
     with cpu_team("cpu") as team:

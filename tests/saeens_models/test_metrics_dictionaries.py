@@ -15,7 +15,7 @@ from sklearn.metrics.pairwise import cosine_similarity
 from saeens_models.metrics import (
     MAX_MATCHED_FEATURES,
     compare_members,
-    dictionaries,
+    cosines,
     diversity,
     max_cosine,
     mean_max_cosine,
@@ -64,7 +64,7 @@ def test_diversity_threshold_is_the_papers_by_default() -> None:
 @pytest.fixture(params=[None, 6], ids=["one block", "many blocks"])
 def _blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param is not None:
-        monkeypatch.setattr(dictionaries, "_BLOCK_ROWS", request.param)
+        monkeypatch.setattr(cosines, "BLOCK_ROWS", request.param)
 
 
 @pytest.mark.usefixtures("_blocks")

@@ -112,7 +112,7 @@ def test_the_nearest_feature_of_other_runs_equals_a_dense_search(seed: int, shap
     generator = torch.Generator().manual_seed(seed)
     runs = [[torch.randn(width, 5, generator=generator) for width in widths] for widths in shape]
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr("saeens_models.metrics.dictionaries._BLOCK_ROWS", 3)  # several blocks, the last one smaller
+        monkeypatch.setattr("saeens_models.metrics.cosines.BLOCK_ROWS", 3)  # several blocks, the last one smaller
         found = nearest_in_other_runs(runs)
     for a, of_run in enumerate(found):
         mine = torch.cat(runs[a])

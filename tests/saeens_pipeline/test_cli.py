@@ -187,7 +187,7 @@ def test_the_summary_fits_into_120_columns(finished: Laboratory):
     run_and_print(NAME, layers=[], seeds=[], select=[], console=Console(file=printed, width=120))
     lines = printed.getvalue().splitlines()
     header = next(line for line in lines if line.startswith("method"))
-    assert header.split()[:8] == ["method", "n", "EV", "MSE", "CE", "rec.", "bits", "L0"]
+    assert header.split()[:7] == ["method", "n", "EV", "CE", "rec.", "bits", "L0"]
     assert sum(line.startswith("expanded_l0_matched ") for line in lines) == 1
     reconstruction = read_table(finished.root, NAME, "reconstruction").filter(method="boosting", n_members=3)
     (line,) = [line for line in lines if line.startswith("boosting")]

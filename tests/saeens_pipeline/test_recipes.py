@@ -360,7 +360,7 @@ def test_bytes_changed_at_the_same_size_and_time_are_no_hit_once_invalidated(sto
     assert store.hit(MEMBER, WHERE, RECIPE) is None
 
 
-def test_an_intact_invalidated_artefact_is_a_hit(store: Store):
+def test_an_invalidated_artefact_with_intact_files_is_a_hit(store: Store):
     _write(store).invalidate()
     assert store.hit(MEMBER, WHERE, RECIPE)
 

@@ -202,8 +202,8 @@ def _run_in_small(
     assert "nothing to do" in laboratory.run()
 
 
-def test_dagsters_own_check_of_the_files_accepts_them():
-    """`dg check yaml` compares what YAML 1.1 reads with the JSON schema: `off` is false there."""
+def test_shipped_files_fit_the_json_schema_when_read_as_yaml_1_1():
+    """`dg check yaml` makes this comparison. YAML 1.1 reads `off` as false."""
     for file in Path(next(iter(shipped_files.__path__))).glob("*/defs.yaml"):
         for document in yaml.safe_load_all(file.read_text()):
             properties = MODELS[document["type"]].model_json_schema()["properties"]

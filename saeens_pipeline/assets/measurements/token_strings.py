@@ -57,7 +57,7 @@ class TokenStrings:
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
-    """Return the text of a single token. Bytes that are a part of a character are written as `<0xE2>`, like SentencePiece's byte tokens.
+    """Return the text of a single token. Bytes of an incomplete UTF-8 character are written as `<0xE2>`, like SentencePiece's byte tokens.
 
     For tokenizers without byte tokens, the decoded text is returned unchanged.
     """

@@ -75,7 +75,7 @@ _HEADLINES = (
         about="share of the held-out activations' variance that the reconstruction explains. 1 is perfect, 0 no better than the mean",
     ),
     Headline(
-        "MSE", "mse", ".4g", place=2, name="mean squared error", better="less", log=True,
+        "MSE", "mse", ".4g", in_summary=False, place=2, name="mean squared error", better="less", log=True,
         about="squared error of the reconstruction, summed over dimensions, mean over held-out tokens. Its scale is the activations' own: "
         "compare it within one language model and layer",
     ),

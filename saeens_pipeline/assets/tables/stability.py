@@ -1,51 +1,62 @@
-"""The table `stability`: similarity of features under different seeds."""
+"""The table `stability`: reproducibility of features under different seeds, with its reference and chance levels."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import polars as pl
 
 from saeens_pipeline.assets.registry import Headline, Making, Row, Table, register
 from saeens_pipeline.storage.recipes import Artefact
 from saeens_pipeline.storage.tables import Column
 
-MATCHED_UP_TO = 2048  # features; the time of the one-to-one matching grows with their cube
+_CHANCE = {
+    "isotropic": "random directions",
+    "covariance": "random directions with the covariance of the training activations",
+    "data": "centred training activations picked at random, from other documents for each run",
+}
+_CHANCE_OF = {"stability": "stability", "pw_mcc": "pw_mcc", "shared_fraction": "shared_fraction, each row its own encoder,"}
 
 
 def _rows(making: Making) -> Iterator[Row]:
-    runs = making.of_seeds
-    sizes = {each.address: _stability_of_sizes([run.members(each) for run in runs], making.device) for each in making.subject.dictionaries}
-    for of_runs in zip(*(run.methods() for run in runs), strict=True):
-        for i, (run, (method, n, dictionary, saes)) in enumerate(zip(runs, of_runs, strict=True)):
-            values = {name: value[i] for name, value in sizes[dictionary.address][len(saes) - 1].items()}
-            yield run.row(method, n, saes) | {"n_runs": len(runs)} | values
+    from saeens_pipeline.assets.measurements.stability import stability_rows
+
+    return stability_rows(making)
 
 
-def _stability_of_sizes(runs: Sequence[Sequence[Artefact]], device: str) -> list[dict[str, Sequence[float | None]]]:
-    """Return the stability of the first n SAEs of each run, for n = 1 .. J: a list over runs for each column."""
-    import torch
-
-    import saeens_models as sm
-
-    nothing: list[float | None] = [None] * len(runs)
-    if len(runs) == 1:
-        return [dict.fromkeys(("stability", "stability_pairwise", "stability_matched"), nothing)] * len(runs[0])
-    dictionaries = [[sm.load_sae(sae.path).W_dec.detach().to(device) for sae in saes] for saes in runs]
-
-    def matched(n: int) -> Sequence[float | None]:
-        of_runs = [torch.cat(members[:n]) for members in dictionaries]
-        return sm.metrics.stability_matched(of_runs) if len(of_runs[0]) <= MATCHED_UP_TO else nothing
-
-    return [
-        {"stability": size.stability, "stability_pairwise": size.pairwise, "stability_matched": matched(n)}
-        for n, size in enumerate(sm.metrics.stability_of_prefixes(dictionaries), start=1)
-    ]
+def _summary(table: pl.DataFrame, artefact: Artefact) -> Mapping[str, Any]:
+    provenance = artefact.provenance
+    counts = {
+        "equal candidates [features]": provenance.get("candidates"),
+        "functional stability [tokens]": provenance.get("functional_tokens"),
+    }
+    reasons = {f"not measured: {column}": reason for column, reason in provenance.get("not_measured", {}).items()}
+    return {name: value for name, value in counts.items() if value} | reasons
 
 
 _HEADLINES = (
     Headline(
         "stability", "stability", ".4f", place=6, leaderboard=6, of_control=True, better="more",
         about="do the same features come back under another seed? Mean over features of the largest cosine to a feature of any other run. "
-        "1: every feature comes back",
+        "It grows with the number of features: compare it with its reference and chance levels, not with another size",
+    ),
+    Headline(
+        "reference", "stability_reference", ".4f", name="stability, one SAE against as many features",
+        about="stability of member 1 alone against as many features of the other runs: what the number of candidates gives without an "
+        "ensemble",
+    ),
+    Headline(
+        "stability at equal candidates", "stability_equal_candidates", ".4f", in_summary=False, better="more",
+        about="stability with as many features drawn from every dictionary as one SAE has: comparable between sizes",
+    ),
+    Headline(
+        "stability by chance", "stability_chance_data", ".4f", in_summary=False,
+        about="stability of dictionaries of as many training activations picked at random: chance",
+    ),
+    Headline(
+        "pw_mcc", "pw_mcc", ".4f", in_summary=False, name="pw_mcc (one-to-one)", better="more",
+        about="mean absolute cosine of features matched one to one between two runs",
     ),
 )  # fmt: skip
 
@@ -56,15 +67,45 @@ register(
         question="Do the same features come back under another seed?",
         columns=(
             Column("n_runs", "int", "seeds compared; stability grows with it"),
+            Column("n_features", "int", "features of the dictionary; stability grows with it"),
             Column("stability", "float", "mean over features of the largest cosine to any feature of any other seed"),
             Column("stability_pairwise", "float", "the same with each other seed alone, averaged"),
             Column("stability_matched", "float", "mean cosine of the one-to-one matching; null above 2048 features"),
+            Column(
+                "stability_reference",
+                "float",
+                "stability of member 1 alone against the first n members of other seeds that have as many features; null if none have",
+            ),
+            Column(
+                "stability_equal_candidates",
+                "float",
+                "stability of as many features as member 1 has, drawn from every dictionary; mean of ten draws; null if it has fewer",
+            ),
+            Column("stability_of_member", "float", "stability of the n-th member or round alone, against those of other seeds"),
+            *(
+                Column(f"{column}_chance_{kind}", "float", f"{meaning} of as many {rows}; mean of several draws")
+                for column, meaning in _CHANCE_OF.items()
+                for kind, rows in _CHANCE.items()
+            ),
+            Column("pw_mcc", "float", "mean absolute cosine of features matched one to one with another seed; averaged over seeds"),
+            Column("pw_mcc_bound", "float", "the best matching has at most this pw_mcc; equal to pw_mcc where it is exact"),
+            Column("shared_fraction", "float", "share of matched features with a cosine of at least 0.7 in decoder and in encoder"),
+            Column(
+                "functional_stability",
+                "float",
+                "mean correlation of the activations of matched features, over at most 50,000 test tokens; pairs that never fire left out",
+            ),
         ),
         rows=_rows,
+        version=2,
         dimensions="layer",
         order=40,
         by_default=True,
         headlines=_HEADLINES,
-        seed_metrics=("stability", "stability_pairwise", "stability_matched"),
+        seed_metrics=(
+            *("stability", "stability_pairwise", "stability_matched", "stability_reference", "stability_equal_candidates"),
+            *("pw_mcc", "shared_fraction", "functional_stability"),
+        ),
+        summary=_summary,
     )
 )

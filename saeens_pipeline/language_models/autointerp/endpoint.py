@@ -77,7 +77,7 @@ class Endpoint:
 
     @staticmethod
     def is_configured() -> bool:
-        """Return whether a URL is set, valid or not."""
+        """Return whether the environment sets a URL, which need not be valid."""
         return bool(os.environ.get(URL_VARIABLE, "").strip())
 
     @property
