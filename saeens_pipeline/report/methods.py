@@ -55,7 +55,6 @@ _OF_BASELINES = (  # colour and symbols of the registered baselines, in their or
     ("#637939", "triangle-right", ">", "▶"),
     ("#843c39", "diamond-tall", "d", "♦"),
 )
-ENSEMBLES = ("bagging", "boosting")
 _OTHER_COLOURS = ("#b8a500", "#8c6d31", "#5254a3", "#637939", "#843c39")
 
 
