@@ -59,7 +59,7 @@ def test_descriptions_of_models_have_the_values_of_their_configuration(architect
 
 def test_describing_a_model_imports_neither_torch_nor_transformers(gpt_neox):
     program = (
-        "import sys; from saeens_pipeline.language_models import caching, models, tokens; from saeens_pipeline.storage import residuals; "
+        "import sys; from saeens_pipeline.language_models import models, tokens; from saeens_pipeline.orchestration import catalogue; "
         "models.describe_language_model(sys.argv[1]); "
         "sys.exit(str({'torch', 'transformers', 'zarr'} & set(sys.modules)) if {'torch', 'transformers', 'zarr'} & set(sys.modules) else 0)"
     )
