@@ -23,7 +23,7 @@ from saeens_models.metrics.dictionaries import (
     new_features,
 )
 from saeens_models.metrics.features import FeatureActivity, FeatureActivityMetric
-from saeens_models.metrics.intervals import MeanInterval, mean_interval
+from saeens_models.metrics.intervals import MeanInterval, jackknife_interval, mean_interval
 from saeens_models.metrics.language_model_loss import LossBatch, NextTokenLoss, ce_loss_recovered, next_token_loss
 from saeens_models.metrics.marginal_gain import WORTHWHILE_SHARE, gains, suggested_size
 from saeens_models.metrics.matched_correlation import MatchedCorrelationMetric
@@ -83,6 +83,7 @@ __all__ = [
     "feature_stability",
     "gains",
     "isotropic_rows",
+    "jackknife_interval",
     "match_features",
     "matches_in_other_members",
     "max_cosine",

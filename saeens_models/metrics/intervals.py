@@ -1,4 +1,4 @@
-"""Confidence intervals of means over few runs."""
+"""Confidence intervals over few runs."""
 
 import math
 from collections.abc import Sequence
@@ -32,3 +32,20 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> MeanInterval:
     deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
     half_width = float(stdtrit(n - 1, (1 + level) / 2)) * deviation / math.sqrt(n)
     return MeanInterval(mean, mean - half_width, mean + half_width)
+
+
+def jackknife_interval(value: float, left_out: Sequence[float], level: float = 0.95) -> MeanInterval:
+    r"""Return the jackknife interval of a statistic that compares runs, such as a mean over pairs of runs.
+
+    R runs are R independent draws, but the values of their pairs are not: runs are left out, one after another. left_out: the statistic
+    without each run, :math:`T_{-r}`. The standard error is :math:`\sqrt{(R - 1) / R \cdot \sum_r (T_{-r} - \bar T)^2}`, and the
+    interval :math:`T \pm t_{R-1} \cdot` that. Source: Efron & Tibshirani, An Introduction to the Bootstrap (1993), chapter 11. Raises
+    ``ValueError`` for fewer than three runs: with two, nothing is left to compare.
+    """
+    n = len(left_out)
+    if n < 3:
+        raise ValueError(f"a jackknife over runs needs at least three; got {n}")
+    mean = math.fsum(left_out) / n
+    error = math.sqrt((n - 1) / n * math.fsum((each - mean) ** 2 for each in left_out))
+    half_width = float(stdtrit(n - 1, (1 + level) / 2)) * error
+    return MeanInterval(value, value - half_width, value + half_width)

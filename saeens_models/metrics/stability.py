@@ -4,6 +4,7 @@ A run is a dictionary ``W_dec`` `[n_features, d_in]`, or the dictionaries of an 
 float64.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import combinations
 from typing import NamedTuple
@@ -30,6 +31,8 @@ class Stability(NamedTuple):
     as many candidates. Its mean over the members of a run of n is that run's ``stability``."""
     of_last_member: list[float]
     """Stability of the run's n-th member alone against the n-th members of the other runs."""
+    pairs: list[list[float]]
+    """`[R, R]`: stability of each run against each other run alone, of which ``pairwise`` is the mean; nan on the diagonal."""
 
 
 def stability(W_decs: Sequence[Tensor]) -> list[float]:
@@ -73,6 +76,7 @@ def stability_of_prefixes(runs: Sequence[Sequence[Tensor]]) -> list[Stability]:
                 pairwise=[_mean_cosine(cosines) for cosines in of_runs],
                 reference=[_mean_cosine(torch.stack(against(a, 0, n)).amax(0)) for a in firsts],
                 of_last_member=[_mean_cosine(torch.stack(against(a + n - 1, n - 1, 1)).amax(0)) for a in firsts],
+                pairs=[[math.nan if b == a else _mean_cosine(of_prefix(best[a:], n, b)) for b in firsts] for a in firsts],
             )
         )
     return found

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import polars as pl
 
 from saeens_pipeline.assets.declarations import Declaration
-from saeens_pipeline.assets.registry import table_frame
+from saeens_pipeline.assets.registry import seed_column, table_frame
 from saeens_pipeline.storage.names import ENSEMBLES, Partition
 from saeens_pipeline.storage.recipes import Store
 from saeens_pipeline.storage.tables import read_part
@@ -27,9 +27,10 @@ def written(value: float, form: str) -> str:
 
 @dataclass(frozen=True)
 class Spread:
-    """A number over seeds: its mean, the 95% interval (Student's t), and the points.
+    """A number over seeds: its mean, the 95% interval, and the points.
 
-    With one seed there is no interval. With two it is so wide that the points say more: it is shown with three and more.
+    The interval is Student's t, from three seeds: with two it is 12.7 standard errors wide to each side, and the points say more. A metric
+    that compares seeds has a jackknife interval, or none.
     """
 
     mean: float
@@ -38,28 +39,47 @@ class Spread:
     points: tuple[float, ...]
 
     @classmethod
-    def of(cls, points: Sequence[float]) -> Spread:
-        """Return mean, interval and points of a number's values, one per seed. Raises ValueError without values."""
-        from saeens_models.metrics import mean_interval
+    def of(cls, points: Sequence[float], *, compares_seeds: bool = False, left_out: Sequence[float] = ()) -> Spread:
+        """Return mean, interval and points of a number's values, one per seed. Raises ValueError without values.
 
-        return cls(*mean_interval(points), tuple(points))
+        `left_out`: the values without each seed, for the jackknife of a metric that compares seeds.
+        """
+        from saeens_models.metrics import jackknife_interval, mean_interval
+
+        mean, low, high = mean_interval(points)
+        if compares_seeds:
+            mean, low, high = jackknife_interval(mean, left_out) if len(left_out) == len(points) > 2 else (mean, None, None)
+        return cls(mean, *((low, high) if len(points) > 2 else (None, None)), tuple(points))
+
+    @classmethod
+    def of_column(cls, name: str, rows: pl.DataFrame) -> Spread | None:
+        """Return the spread of a column over rows of different seeds; None if it has no finite value. Null values are left out."""
+        points = _finite(rows, name)
+        column = seed_column(name)
+        if column is None or not column.compares_seeds:
+            return cls.of(points) if points else None
+        return cls.of(points, compares_seeds=True, left_out=_finite(rows, column.left_out)) if points else None
 
     @property
     def _interval(self) -> tuple[float, float] | None:
-        return (self.low, self.high) if len(self.points) > 2 and self.low is not None and self.high is not None else None
+        return (self.low, self.high) if self.low is not None and self.high is not None else None
 
     @property
     def bar(self) -> tuple[float, float]:
-        """Return the interval or, with fewer than three seeds, the lowest and the highest point."""
+        """Return the interval or, without one, the lowest and the highest point."""
         return self._interval or (min(self.points), max(self.points))
 
     def around(self, form: str) -> str:
-        """Return the half width of the interval or, with two seeds, the points: Student's t of two is 12.7 standard errors to each side."""
+        """Return the half width of the interval or, without one, the points."""
         if self._interval:
             half_width = self._interval[1] - self.mean
             return f"±{half_width:.1%}" if form.endswith("%") else f"±{written(half_width, '.2g')}"
         points = dict.fromkeys(written(point, form) for point in self.points)
-        return ", ".join(points) if len(self.points) == 2 else ""
+        return ", ".join(points) if len(self.points) > 1 else ""
+
+
+def _finite(rows: pl.DataFrame, name: str) -> list[float]:
+    return rows[name].cast(float).drop_nulls().filter(rows[name].drop_nulls().is_finite()).to_list() if name in rows.columns else []
 
 
 def measurements(store: Store, over: Declaration, columns: Mapping[str, Sequence[str]], sizes: Sizes = "full") -> pl.DataFrame:
@@ -87,14 +107,13 @@ def over_seeds(measured: pl.DataFrame, metrics: Iterable[str], means: Sequence[s
             "n_seeds": len(of_seeds),
             "seeds": ",".join(map(str, of_seeds["seed"])),
             "sae_data_versions": ";".join(of_seeds["sae_data_versions"]),
-            **{column: value for name in metrics for column, value in _statistics(name, of_seeds[name].to_list())},
+            **{column: value for name in metrics for column, value in _statistics(name, of_seeds)},
             **of_seeds.select(means).mean().row(0, named=True),
         }
 
 
-def _statistics(name: str, points: Sequence[float | None]) -> Iterator[tuple[str, float | str | None]]:
+def _statistics(name: str, of_seeds: pl.DataFrame) -> Iterator[tuple[str, float | str | None]]:
     """Yield (column, value) of a metric: mean, interval and points over seeds. A seed without a value has an empty point."""
-    there = [point for point in points if point is not None]
-    spread = Spread.of(there) if there else None
+    spread = Spread.of_column(name, of_seeds)
     yield from {name: spread and spread.mean, f"{name}_low": spread and spread.low, f"{name}_high": spread and spread.high}.items()
-    yield f"{name}_by_seed", ",".join("" if point is None else str(point) for point in points) if there else None
+    yield f"{name}_by_seed", ",".join("" if point is None else str(point) for point in of_seeds[name]) if spread else None

@@ -303,6 +303,12 @@ def seed_metrics() -> dict[str, tuple[str, str]]:
     }
 
 
+def seed_column(name: str) -> Column | None:
+    """Return the column of a metric of the leaderboard; None for another name."""
+    columns = (column for table in listed(over_experiments=False) if name in table.seed_metrics for column in table.all_columns)
+    return next((column for column in columns if column.name == name), None)
+
+
 def evaluations_of(experiment: ExperimentSettings) -> list[Table]:
     """Return the tables that an experiment fills, each after the tables that it requires."""
     if experiment.evaluations is None:

@@ -15,7 +15,7 @@ from saeens_pipeline.assets.registry import Headline, listed
 from saeens_pipeline.report.charts import CURVE, FRONT, LEVEL, LINE, PATH, POINTS, STEPS, Axis, Chart, Series
 from saeens_pipeline.report.methods import Method, in_order, method
 from saeens_pipeline.report.metrics import BITS, CE, CONNECTIVITY, DIVERSITY, EV, FLOPS, GAINS, L0, MSE, STABILITY
-from saeens_pipeline.report.results import Results, Size, spread_of_points, spreads
+from saeens_pipeline.report.results import Results, Size, spread_of_row, spreads
 from saeens_pipeline.storage.names import ENSEMBLES
 
 MAX_CURVE_POINTS = 120
@@ -247,7 +247,7 @@ def layer_profile(board: pl.DataFrame, experiment: str) -> Iterator[Chart]:
         values = {
             Size(row["method"], row["layer"]): spread
             for row in there.sort("method", "layer").iter_rows(named=True)
-            if (spread := spread_of_points(row[f"{metric.column}_by_seed"]))
+            if (spread := spread_of_row(row, metric.column))
         }
         if values:
             name, title = f"{experiment}_{metric.column}_by_layer", f"{experiment}: {metric.name} by layer"
@@ -267,7 +267,7 @@ def _of_sweep(table: pl.DataFrame, spent: Headline, title: str) -> Chart:
     series: list[Series] = []
     for (name, n), rows in known.sort("value").partition_by("method", "n_members", as_dict=True, maintain_order=True).items():
         label = f"{method(name).label} ({n})" if known.filter(method=name)["n_members"].n_unique() > 1 else ""
-        x, y = ([spread for points in rows[f"{metric.column}_by_seed"] if (spread := spread_of_points(points))] for metric in (spent, EV))
+        x, y = ([spread for row in rows.iter_rows(named=True) if (spread := spread_of_row(row, metric.column))] for metric in (spent, EV))
         series.append(Series(method(name), _means(x), _means(y), LINE, [each.bar for each in x], [each.bar for each in y], label=label))
     return Chart(spent.column, title, "", Axis(spent.name, log=spent.log), Axis(EV.name), series)
 

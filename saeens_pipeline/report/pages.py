@@ -25,7 +25,7 @@ from saeens_pipeline.report.methods import in_order, listed, method
 from saeens_pipeline.report.metrics import METRICS
 from saeens_pipeline.report.pictures import report_pictures
 from saeens_pipeline.report.record import UI, Record, diagram
-from saeens_pipeline.report.results import Results, compare, spread_of_points
+from saeens_pipeline.report.results import Results, compare, spread_of_row
 from saeens_pipeline.storage.names import INDEX_FILE, PICTURES_FOLDER
 from saeens_pipeline.storage.recipes import Store
 from saeens_pipeline.storage.tables import layers_with_tables
@@ -174,8 +174,7 @@ def _cell_of_board(row: Mapping[str, Any], metric: Headline) -> Cell:
     """Return a cell of the leaderboard page: mean, and the interval or points over seeds if the leaderboard has them."""
     if row[metric.column] is None:
         return Cell(why=why_empty(metric, row["experiment"], row["n_seeds"]))
-    points = row.get(f"{metric.column}_by_seed")
-    spread = spread_of_points(points) if points else None
+    spread = spread_of_row(row, metric.column)
     return cell_of(spread, metric) if spread else Cell(written(row[metric.column], metric.form), row[metric.column])
 
 

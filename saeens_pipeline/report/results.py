@@ -7,13 +7,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import polars as pl
 
 from saeens_pipeline.assets.health import MAX_TOP_SHARE
 from saeens_pipeline.assets.over_seeds import Spread
-from saeens_pipeline.assets.registry import Headline, listed
+from saeens_pipeline.assets.registry import Headline, listed, seed_column
 from saeens_pipeline.assets.tables.cost import with_totals
 from saeens_pipeline.report.methods import Method, in_order, method
 from saeens_pipeline.report.metrics import CE, EV, METRICS, STABILITY
@@ -107,17 +107,20 @@ def spreads(rows: pl.DataFrame, column: str, by: str = "n_members") -> dict[Size
     """Return the mean of a column over seeds, by method and size. Values that are null or not finite are left out; several values of one
     seed count as their mean. `by` is the column that holds the size.
     """
-    value = pl.col("value").cast(float)
-    there = rows.select("method", pl.col(by).alias("size"), "seed", value=pl.col(column)).filter(value.is_finite())
-    of_seeds = there.group_by("method", "size", "seed").agg(value.mean()).sort("method", "size", "seed")
-    points = of_seeds.group_by("method", "size", maintain_order=True).agg("value")
-    return {Size(name, size): Spread.of(values) for name, size, values in points.iter_rows()}
+    named = seed_column(column)
+    names = [column, named.left_out] if named and named.left_out in rows.columns else [column]
+    there = rows.filter(pl.col(column).cast(float).is_finite()).with_columns(pl.col(names).cast(float))
+    of_seeds = there.group_by("method", by, "seed").agg(pl.col(names).mean()).sort("method", by, "seed")
+    groups = of_seeds.partition_by("method", by, as_dict=True, maintain_order=True)
+    found = {Size(str(name), size): Spread.of_column(column, group) for (name, size), group in groups.items()}
+    return {size: spread for size, spread in found.items() if spread}
 
 
-def spread_of_points(points: str) -> Spread | None:
-    """Return the spread of comma-separated points, as in tables over seeds; a point may be empty. None without a finite point."""
+def spread_of_row(row: Mapping[str, Any], name: str) -> Spread | None:
+    """Return mean, interval and points of a metric from a row of a table over seeds; None without a finite point."""
+    points = row.get(f"{name}_by_seed") or ""
     finite = [value for point in points.split(",") if point and math.isfinite(value := float(point))]
-    return Spread.of(finite) if finite else None
+    return Spread(row[name], row.get(f"{name}_low"), row.get(f"{name}_high"), tuple(finite)) if finite else None
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,10 @@ class Column:
     """Columns of other tables that this column is computed from, if their names differ."""
     less_is_better: bool = False
     """True: the leaderboard ranks small values first."""
+    compares_seeds: bool = False
+    """True: the values of several seeds are not independent, since each compares its seed with the others: no Student's t."""
+    left_out: str = ""
+    """The column with the value that is left without a seed, for the jackknife; without one, what compares seeds has no interval."""
 
 
 def frame(table: str, columns: Sequence[Column], rows: Iterable[Mapping[str, Any]]) -> pl.DataFrame:

@@ -401,6 +401,8 @@ def test_spreads_are_students_t_intervals_and_the_points_for_two_seeds():
     expected = scipy.stats.t.interval(0.95, 3, loc=np.mean(values), scale=scipy.stats.sem(values))
     assert spread.bar == pytest.approx(expected)
     assert Spread.of([0.7, 0.5]).bar == (0.5, 0.7)
+    compared = Spread.of(values, compares_seeds=True)
+    assert (compared.low, compared.bar, compared.around(".1f")) == (None, (0.5, 0.8), "0.5, 0.7, 0.6, 0.8")
 
 
 def test_a_report_of_two_seeds_says_how_far_their_interval_would_reach(finished: Laboratory):

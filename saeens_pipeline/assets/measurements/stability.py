@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import combinations
+from itertools import combinations, permutations
 from statistics import fmean
 from typing import Any
 
@@ -113,10 +113,12 @@ class _Suite:
         for n, size in enumerate(self._prefixes(runs), start=1):
             W_decs = [run[:n].W_dec.detach() for run in runs]
             widths = [len(W_dec) for W_dec in W_decs]
+            directed = {(a, b): size.pairs[a][b] for a, b in permutations(range(len(runs)), 2)}
             values: _Values = {
                 "n_features": [*widths],
                 "stability": [*size.stability],
                 "stability_pairwise": [*size.pairwise],
+                "stability_pairwise_left_out": self._without_each(directed),
                 "stability_reference": [*self._references.get(widths[0], [None] * len(runs))],
             }
             if len(runs[0]) > 1:
@@ -127,7 +129,8 @@ class _Suite:
                 values["stability_equal_candidates"] = [*stability_equal_candidates(W_decs, self.n_candidates)]
             of_pairs = {pair: of_sizes[n - 1] for pair, of_sizes in matchings.items()}
             if of_pairs:
-                values["pw_mcc"] = self._over_pairs({pair: each.mean_cosine for pair, each in of_pairs.items()})
+                coefficients = {pair: each.mean_cosine for pair, each in of_pairs.items()}
+                values["pw_mcc"], values["pw_mcc_left_out"] = self._over_pairs({**coefficients}), self._without_each(coefficients)
                 values["pw_mcc_bound"] = self._over_pairs({pair: each.bound for pair, each in of_pairs.items()})
                 values["functional_stability"] = self._over_pairs({pair: of_sizes[n - 1] for pair, of_sizes in functional.items()})
                 if all("W_enc" in sae.shared_weights for run in runs for sae in run):
@@ -142,6 +145,11 @@ class _Suite:
 
     def _prefixes(self, runs: Sequence[Ensemble]) -> Any:
         return stability_of_prefixes([[sae.W_dec.detach() for sae in run] for run in runs])
+
+    def _without_each(self, of_pairs: Mapping[tuple[int, int], float]) -> list[float | None]:
+        """Return, for each run, the mean over the pairs that it is not in; None without such a pair."""
+        return [fmean(left) if (left := [value for pair, value in of_pairs.items() if run not in pair]) else None
+                for run in range(len(self.runs))]  # fmt: skip
 
     def _over_pairs(self, of_pairs: Mapping[tuple[int, int], float | None]) -> list[float | None]:
         """Return, for each run, the mean over the pairs that it is in; None without a value."""

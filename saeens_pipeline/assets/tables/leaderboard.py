@@ -10,7 +10,7 @@ import polars as pl
 from saeens_pipeline.assets.baselines.registry import methods
 from saeens_pipeline.assets.declarations import Declaration, Input, Op, RunContext, Task
 from saeens_pipeline.assets.over_seeds import Sizes, measurements, over_seeds
-from saeens_pipeline.assets.registry import Markdown, Table, columns_of, register, seed_metrics, summary_titles, table_frame
+from saeens_pipeline.assets.registry import Markdown, Table, columns_of, register, seed_column, seed_metrics, summary_titles, table_frame
 from saeens_pipeline.assets.tables.cost import TOTALS, with_totals
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.storage.names import LEADERBOARD, LEADERBOARD_ADDRESS
@@ -31,7 +31,10 @@ def _columns_read() -> dict[str, tuple[str, ...]]:
     """Return, by table, the columns that the leaderboard reads."""
     metrics = seed_metrics()
     names = dict.fromkeys([*_PLAIN, *(table for table, _ in metrics.values())])
-    return {name: (*_PLAIN.get(name, ()), *(column for column, (table, _) in metrics.items() if table == name)) for name in names}
+    read = {name: [*_PLAIN.get(name, ()), *(column for column, (table, _) in metrics.items() if table == name)] for name in names}
+    for of_table in read.values():
+        of_table += [column.left_out for name in of_table if (column := seed_column(name)) and column.left_out]
+    return {name: tuple(columns) for name, columns in read.items()}
 
 
 def leaderboard_op(tables: Iterable[Declaration], controls: Mapping[str, str]) -> Op:
@@ -93,7 +96,7 @@ def for_reading(table: pl.DataFrame, sort: str = "explained_variance") -> pl.Dat
     for name, title in named.items():
         columns.append(pl.col(name).alias(title))
         if name == (sort if sort in seed_metrics() else "explained_variance"):
-            columns.append(_interval(name).alias("95% interval"))
+            columns.append(_interval(name).alias("95% or points"))
     if table["control_explained_variance"].count():
         columns += [pl.col("control_explained_variance").alias("EV untrained"), pl.col("control_stability").alias("stability untrained")]
     return with_totals(table).select(columns)
@@ -102,7 +105,7 @@ def for_reading(table: pl.DataFrame, sort: str = "explained_variance") -> pl.Dat
 def _interval(name: str) -> pl.Expr:
     half_width = (pl.col(f"{name}_high") - pl.col(name)).map_elements("±{:.2g}".format, pl.String)
     points = pl.col(f"{name}_by_seed").map_elements(_rounded, pl.String)
-    return pl.when(pl.col("n_seeds") == 2).then(pl.concat_str(half_width, pl.lit(" ("), points, pl.lit(")"))).otherwise(half_width)
+    return pl.coalesce(half_width, pl.when(pl.col("n_seeds") > 1).then(points))
 
 
 def _with_controls(table: pl.DataFrame, controls: Mapping[str, str]) -> pl.DataFrame:
@@ -149,10 +152,17 @@ def _columns() -> tuple[Column, ...]:
 def _over_seeds(name: str, meaning: str) -> tuple[Column, ...]:
     return (
         Column(name, "float", f"{meaning}, mean over seeds"),
-        Column(f"{name}_low", "float", "lower end of its 95% interval (Student's t over seeds); null with one seed", from_columns=(name,)),
+        Column(f"{name}_low", "float", f"lower end of its 95% interval ({_interval_kind(name)})", from_columns=(name,)),
         Column(f"{name}_high", "float", "upper end of the same", from_columns=(name,)),
         Column(f"{name}_by_seed", "str", "the points, comma-separated, in the order of seeds", from_columns=(name,)),
     )
+
+
+def _interval_kind(name: str) -> str:
+    column = seed_column(name)
+    if column is None or not column.compares_seeds:
+        return "Student's t over seeds, from three"
+    return "jackknife over seeds, from three" if column.left_out else "none: it compares seeds; always null"
 
 
 def _summary(table: pl.DataFrame, artefact: Artefact) -> Mapping[str, Any]:

@@ -19,6 +19,10 @@ _CHANCE = {
 _CHANCE_OF = {"stability": "stability", "pw_mcc": "pw_mcc", "shared_fraction": "shared_fraction, each row its own encoder,"}
 
 
+def _compared(name: str, meaning: str, *, left_out: str = "") -> Column:
+    return Column(name, "float", meaning, compares_seeds=True, left_out=left_out)
+
+
 def _rows(making: Making) -> Iterator[Row]:
     from saeens_pipeline.assets.measurements.stability import stability_rows
 
@@ -68,31 +72,34 @@ register(
         columns=(
             Column("n_runs", "int", "seeds compared; stability grows with it"),
             Column("n_features", "int", "features of the dictionary; stability grows with it"),
-            Column("stability", "float", "mean over features of the largest cosine to any feature of any other seed"),
-            Column("stability_pairwise", "float", "the same with each other seed alone, averaged"),
-            Column("stability_matched", "float", "mean cosine of the one-to-one matching; null above 2048 features"),
-            Column(
+            _compared("stability", "mean over features of the largest cosine to any feature of any other seed"),
+            _compared("stability_pairwise", "the same with each other seed alone, averaged", left_out="stability_pairwise_left_out"),
+            Column("stability_pairwise_left_out", "float", "mean of stability_pairwise without this seed; null with fewer than three"),
+            _compared("stability_matched", "mean cosine of the one-to-one matching; null above 2048 features"),
+            _compared(
                 "stability_reference",
-                "float",
                 "stability of member 1 alone against the first n members of other seeds that have as many features; null if none have",
             ),
-            Column(
+            _compared(
                 "stability_equal_candidates",
-                "float",
                 "stability of as many features as member 1 has, drawn from every dictionary; mean of ten draws; null if it has fewer",
             ),
-            Column("stability_of_member", "float", "stability of the n-th member or round alone, against those of other seeds"),
+            _compared("stability_of_member", "stability of the n-th member or round alone, against those of other seeds"),
             *(
                 Column(f"{column}_chance_{kind}", "float", f"{meaning} of as many {rows}; mean of several draws")
                 for column, meaning in _CHANCE_OF.items()
                 for kind, rows in _CHANCE.items()
             ),
-            Column("pw_mcc", "float", "mean absolute cosine of features matched one to one with another seed; averaged over seeds"),
+            _compared(
+                "pw_mcc",
+                "mean absolute cosine of features matched one to one with another seed; averaged over seeds",
+                left_out="pw_mcc_left_out",
+            ),
+            Column("pw_mcc_left_out", "float", "mean of pw_mcc without this seed; null with fewer than three"),
             Column("pw_mcc_bound", "float", "the best matching has at most this pw_mcc; equal to pw_mcc where it is exact"),
-            Column("shared_fraction", "float", "share of matched features with a cosine of at least 0.7 in decoder and in encoder"),
-            Column(
+            _compared("shared_fraction", "share of matched features with a cosine of at least 0.7 in decoder and in encoder"),
+            _compared(
                 "functional_stability",
-                "float",
                 "mean correlation of the activations of matched features, over at most 50,000 test tokens; pairs that never fire left out",
             ),
         ),
