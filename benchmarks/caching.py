@@ -20,7 +20,8 @@ from saeens_pipeline.language_models.caching import cache_activations
 from saeens_pipeline.language_models.corpora import open_corpus
 from saeens_pipeline.language_models.descriptions import REFERENCE_MODEL
 from saeens_pipeline.language_models.language_model import LanguageModel
-from saeens_pipeline.language_models.models import describe_language_model, load_language_model
+from saeens_pipeline.language_models.loading import load_language_model
+from saeens_pipeline.language_models.models import describe_language_model
 from saeens_pipeline.language_models.tokens import TokenStore, open_tokens, write_tokens
 from saeens_pipeline.storage.activations import ActivationStore
 

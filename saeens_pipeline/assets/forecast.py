@@ -22,7 +22,7 @@ from saeens_pipeline.assets.saes import config_of
 from saeens_pipeline.assets.sources import measures_loss
 from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.language_models.descriptions import LanguageModelDescription, validate_hook
-from saeens_pipeline.language_models.models import block_parameters, describe_language_model
+from saeens_pipeline.language_models.models import describe_language_model
 from saeens_pipeline.language_models.patching import LOGIT_BYTES
 from saeens_pipeline.language_models.tokens import position_bytes
 from saeens_pipeline.settings import ExperimentSettings, SourceSettings
@@ -116,6 +116,8 @@ def _bytes(amount: float) -> str:
 
 def _describe(source: SourceSettings) -> tuple[LanguageModelDescription | None, Sequence[float], str]:
     """Return the language model, the parameters of each block, and the reason if either is not known; unknown parameters are NaN."""
+    from saeens_pipeline.language_models.loading import block_parameters
+
     description = None
     try:
         description = describe_language_model(source.language_model, source.revision, source.weights)

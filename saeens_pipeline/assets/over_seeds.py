@@ -12,7 +12,7 @@ import polars as pl
 
 from saeens_pipeline.assets.declarations import Declaration
 from saeens_pipeline.assets.registry import seed_column, table_frame
-from saeens_pipeline.storage.names import Partition
+from saeens_pipeline.storage.names import ENSEMBLES, Partition
 from saeens_pipeline.storage.recipes import Store
 from saeens_pipeline.storage.tables import read_part
 
@@ -96,7 +96,7 @@ def measurements(store: Store, over: Declaration, columns: Mapping[str, Sequence
     measured = reduce(lambda one, other: one.join(other, on=[*_KEY, "seed"], how="left"), tables)
     measured = measured.filter(pl.col("explained_variance").is_not_nan())  # also drops null, of activations without variance
     of_all_members = pl.col("n_members") == pl.col("n_members").max().over("experiment", "layer", "method")
-    return measured if sizes == "all" else measured.filter(of_all_members | ~pl.col("method").is_in(["bagging", "boosting"]))
+    return measured if sizes == "all" else measured.filter(of_all_members | ~pl.col("method").is_in(ENSEMBLES))
 
 
 def over_seeds(measured: pl.DataFrame, metrics: Iterable[str], means: Sequence[str]) -> Iterator[dict[str, Any]]:

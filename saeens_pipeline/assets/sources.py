@@ -14,7 +14,7 @@ from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models.corpora import open_corpus
 from saeens_pipeline.language_models.descriptions import HOOKS, LanguageModelDescription, validate_hook
 from saeens_pipeline.language_models.documents import RecordCorpus
-from saeens_pipeline.language_models.models import describe_language_model, load_language_model, quantisation, validate_modules
+from saeens_pipeline.language_models.models import describe_language_model, quantisation
 from saeens_pipeline.language_models.tokens import open_tokens, validate_token_settings, write_tokens
 from saeens_pipeline.settings.experiments import ExperimentSettings
 from saeens_pipeline.settings.sources import SourceSettings
@@ -154,6 +154,7 @@ def source_ops(settings: SourceSettings) -> list[Op]:
 
     def make_activations(context: RunContext, tasks: Sequence[Task]) -> None:
         from saeens_pipeline.language_models.caching import cache_activations
+        from saeens_pipeline.language_models.loading import load_language_model
         from saeens_pipeline.language_models.patching import patching_problem
 
         store = context.store
@@ -202,6 +203,8 @@ def source_ops(settings: SourceSettings) -> list[Op]:
         open_corpus(settings.corpus).require_readable()  # for a data set of the hub, if the hub can be reached
 
     def check_activations(_: Store, wanted: Wanted, *_facts: Any) -> None:
+        from saeens_pipeline.language_models.loading import validate_modules
+
         layers = [partition.layer for _, partition in wanted if partition.layer is not None]
         validate_modules(validate_source(settings, layers), settings.hook, layers, settings.weights)
 
@@ -234,6 +237,8 @@ def _settings_of_activations(settings: SourceSettings) -> dict[str, Any]:
 
 def _check_hook(settings: SourceSettings, description: LanguageModelDescription) -> None:
     """Load the language model and check its hook, except for quantised weights, which may need a GPU."""
+    from saeens_pipeline.language_models.loading import load_language_model
+
     if settings.weights == "random" or not quantisation(description):
         model = load_language_model(description, settings.weights, dtype=settings.language_model_dtype)
         model.check(settings.hook, settings.layers)

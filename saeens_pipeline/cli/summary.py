@@ -16,6 +16,7 @@ from saeens_pipeline.cli.output import grid
 from saeens_pipeline.orchestration.runs import Outcome, print_line
 from saeens_pipeline.report.results import Results, Size
 from saeens_pipeline.settings import ExperimentSettings
+from saeens_pipeline.storage.names import ENSEMBLES
 from saeens_pipeline.storage.recipes import Store
 from saeens_pipeline.storage.root import data_root
 from saeens_pipeline.storage.tables import read_part
@@ -96,4 +97,4 @@ def _sizes(experiment: ExperimentSettings, method: str) -> list[int]:
     """Return the sizes of a method that are shown."""
     if method in BASELINES and BASELINES[method].is_sized:
         return experiment.expanded_widths
-    return [experiment.ensemble.members if method in ("bagging", "boosting") else 1]
+    return [experiment.ensemble.members if method in ENSEMBLES else 1]

@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import Protocol, TypeVar
+
+import torch
 
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models.descriptions import HOOKS, LanguageModelDescription
-
-if TYPE_CHECKING:
-    import torch
 
 TOLERANCE = 1e-3
 """Largest relative error of float32; other dtypes may differ by 16 roundings."""
@@ -66,8 +65,6 @@ def checked_in_float32(model: torch.nn.Module, check: Callable[[], _Result]) -> 
 
     Raises as the check.
     """
-    import torch
-
     if not any(_is_low(weights) for weights in chain(model.parameters(), model.buffers())):
         return check()
     try:
@@ -113,8 +110,6 @@ def _is_low(weights: torch.Tensor) -> bool:
 
 def random_windows(description: LanguageModelDescription) -> torch.Tensor:
     """Return tokens `[4, L]`: random text, and its beginning with another end, with token 0 and with the end-of-text token after it."""
-    import torch
-
     length = min(_WINDOW, description.context_length or _WINDOW)
     tokens = torch.randint(description.vocab_size, (4, length), generator=torch.Generator().manual_seed(0))
     prefix = _prefix(description)
@@ -133,16 +128,12 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
     At low precision the router of a mixture of experts may decide otherwise for single tokens.
     """
-    import torch
-
     of_token = (found.double() - expected.double()).norm(dim=-1) / expected.double().norm(dim=-1).clamp(min=1e-30)
     return (of_token.max() if torch.finfo(expected.dtype).eps < TOLERANCE / 16 else of_token.median()).item()
 
 
 def tolerance(activations: torch.Tensor) -> float:
     """Return the largest relative error of activations that is explained by rounding."""
-    import torch
-
     return max(TOLERANCE, 16 * torch.finfo(activations.dtype).eps)
 
 
@@ -194,8 +185,6 @@ def term_errors(block: Mapping[str, torch.Tensor]) -> dict[str, float]:
 
 def _excess(difference: torch.Tensor, term: torch.Tensor, around: Collection[torch.Tensor]) -> float:
     """Return the norm of a difference `[b, L, d]` beyond rounding of the tensors in the sum, relative to a term, at the worst token."""
-    import torch
-
     eps = max(torch.finfo(each.dtype).eps for each in around)
     rounding = eps * sum(each.double().norm(dim=-1) for each in around)
     return ((difference.norm(dim=-1) - rounding).clamp(min=0) / term.double().norm(dim=-1).clamp(min=1e-30)).max().item()

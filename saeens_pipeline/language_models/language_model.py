@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from contextlib import ExitStack, suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
+
+import torch
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models.descriptions import HOOKS, READ_AT_INPUT, LanguageModelDescription, validate_hook
 from saeens_pipeline.language_models.hook_checks import check_causal, check_hook, checked_in_float32, random_windows
-
-if TYPE_CHECKING:
-    import torch
-    from torch.utils.hooks import RemovableHandle
-    from transformers import PreTrainedModel
 
 _MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
 _PARTS = {
@@ -64,8 +63,6 @@ class LanguageModel:
 
     def require_causal(self) -> None:
         """Raise ConfigurationError for a model whose blocks attend to later tokens, or that cannot be run on token ids alone."""
-        import torch
-
         try:
             layers = range(self.description.n_layers)
             checked_in_float32(self.model, lambda: check_causal(self.description, "resid_post", layers, self._read, strict=False))
@@ -84,8 +81,6 @@ class LanguageModel:
 
         stop: end the pass once all are captured, so that a module that runs again later is not noticed.
         """
-        import torch
-
         captured: dict[tuple[str, int], torch.Tensor] = {}
         problems: dict[tuple[str, int], SaeensError] = {}
         n_hooked = 0
@@ -127,8 +122,6 @@ class LanguageModel:
 
     def widths(self, hook: str, layers: Collection[int]) -> dict[int, int]:
         """Return the size of an activation vector at `hook`, by layer: d_model, except for some module paths."""
-        import torch
-
         return {layer: found.shape[-1] for layer, found in self.activations(torch.zeros(1, 2, dtype=torch.long), hook, layers).items()}
 
     def hooked(self, hook: str, layer: int, change: Callable[[Any], Any]) -> RemovableHandle:
@@ -193,8 +186,6 @@ class LanguageModel:
     @property
     def _blocks(self) -> torch.nn.ModuleList:
         """The transformer blocks: the only outermost module list with one entry per layer."""
-        import torch
-
         lists = {
             name: m for name, m in self.model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == self.description.n_layers
         }

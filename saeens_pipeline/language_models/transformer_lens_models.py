@@ -8,16 +8,9 @@ unpickler reads `.pth` files; it builds tensors and calls no code.
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
-from pickle import UnpicklingError
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, cast
 
-from safetensors import SafetensorError
-
-from saeens_pipeline.errors import ConfigurationError, SaeensError
-from saeens_pipeline.language_models import hub
+from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.language_models.descriptions import (
     TRANSFORMER_LENS,
     LanguageModelDescription,
@@ -28,11 +21,6 @@ from saeens_pipeline.language_models.descriptions import (
     require_tokenizer,
     weights_fingerprint,
 )
-from saeens_pipeline.language_models.language_model import LanguageModel
-
-if TYPE_CHECKING:
-    import torch
-    from transformer_lens import HookedTransformer  # pyright: ignore[reportMissingImports]
 
 REPOSITORIES = {
     f"{name.lower().replace('_', '-')}-{n}l": f"NeelNanda/{name}_{n}L512W_C4_Code"
@@ -41,10 +29,8 @@ REPOSITORIES = {
 }
 """Repositories on the hub, by TransformerLens' name of the model."""
 
-_CONFIG, _SAFETENSORS, _PICKLE = "config.json", "model.safetensors", "*final.pth"
+CONFIG, SAFETENSORS, PICKLE = "config.json", "model.safetensors", "*final.pth"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-_FIELDS = ("d_model", "n_layers", "n_ctx", "d_vocab", "d_head", "n_heads", "d_mlp", "act_fn", "attn_only", "final_rms")
-_INSTALL = "install it with `pip install --constraint constraints.txt --editable '.[transformer_lens]'`"
 
 
 def describe_transformer_lens_model(name: str, revision: str, weights: Weights = "trained") -> LanguageModelDescription:
@@ -53,8 +39,8 @@ def describe_transformer_lens_model(name: str, revision: str, weights: Weights =
     Does not need TransformerLens. Documents are separated by the beginning-of-text token, if the tokenizer has one, as in the training of
     these models. Raises as `describe_language_model`.
     """
-    repository = _repository(name)
-    folder = locate_model(repository, revision, [_CONFIG, *_TOKENIZER_FILES])
+    repository = repository_of(name)
+    folder = locate_model(repository, revision, [CONFIG, *_TOKENIZER_FILES])
     config = read_config(name, folder.path)
     if "model_type" in config:
         raise ConfigurationError(f"language model {name!r} is in transformers' format: write language_model: {repository}")
@@ -72,9 +58,9 @@ def describe_transformer_lens_model(name: str, revision: str, weights: Weights =
     if tokenizer.commit:
         identity["tokenizer"] = {"name": config["tokenizer_name"], "revision": tokenizer.commit}
     if not folder.commit:
-        files = [folder.path / _CONFIG, tokenizer_file]
+        files = [folder.path / CONFIG, tokenizer_file]
         try:
-            files.append(_weights_file(name, folder.path))
+            files.append(weights_file(name, folder.path))
         except ConfigurationError:
             if weights == "trained":
                 raise
@@ -98,96 +84,16 @@ def describe_transformer_lens_model(name: str, revision: str, weights: Weights =
     )
 
 
-def load_transformer_lens_model(
-    description: LanguageModelDescription, weights: Weights, device: str, dtype: torch.dtype, seed: int
-) -> LanguageModel:
-    """Load the model with TransformerLens. Raises as `load_language_model`, and ConfigurationError without TransformerLens."""
-    import torch
-
-    try:
-        from transformer_lens import HookedTransformer, HookedTransformerConfig  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise ConfigurationError(
-            f"language model {description.name!r} needs TransformerLens 3, which is not installed: {_INSTALL}"
-        ) from error
-    config = read_config(description.name, description.path)
-    try:
-        settings = HookedTransformerConfig(
-            **{name: config[name] for name in _FIELDS if name in config},
-            normalization_type=config.get("normalization", config.get("normalization_type")),
-            positional_embedding_type="standard",
-            init_weights=weights == "random",
-            device=device,
-            dtype=dtype,
-        )
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of HookedTransformer, which this format needs
-            torch.manual_seed(seed)
-            hooked = HookedTransformer(settings)
-    except (TypeError, ValueError, AssertionError) as error:
-        raise ConfigurationError(f"TransformerLens cannot build {description.path}: {error}") from error
-    if weights == "trained":
-        _load_weights(description, hooked, dtype)
-    hooked.requires_grad_(False)
-    return _HookedLanguageModel(description, hooked.eval())
-
-
-class _HookedLanguageModel(LanguageModel):
-    """A HookedTransformer, called as transformers' models are: its hooks have the same names, and those inside a block are modules."""
-
-    stream_passes_modules = True
-
-    def __init__(self, description: LanguageModelDescription, hooked: HookedTransformer) -> None:
-        forward = hooked.forward
-
-        def call(*args: Any, input_ids: torch.Tensor | None = None, use_cache: bool = False, **kwargs: Any) -> Any:
-            return forward(*args, **kwargs) if input_ids is None else SimpleNamespace(logits=forward(input_ids))
-
-        hooked.forward = call
-        hooked.device = hooked.W_E.device
-        super().__init__(description, cast("Any", hooked))
-
-    def module(self, hook: str, layer: int) -> torch.nn.Module:
-        inside = hook not in ("resid_pre", "resid_post") and "{layer}" not in hook
-        return super().module(f"blocks.{{layer}}.hook_{hook}" if inside else hook, layer)
-
-    def unembedding(self) -> torch.Tensor:
-        return cast("Any", self.model).W_U.detach().T
-
-
-def _load_weights(description: LanguageModelDescription, hooked: HookedTransformer, dtype: torch.dtype) -> None:
-    import torch
-    from safetensors.torch import load_file
-
-    if description.commit:
-        hub.download(_repository(description.name), description.commit, [_CONFIG, _SAFETENSORS, _PICKLE])
-    file = _weights_file(description.name, description.path)
-    try:
-        state = load_file(file) if file.name == _SAFETENSORS else torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, SafetensorError, UnpicklingError) as error:
-        raise ConfigurationError(f"{file} does not hold weights that can be read: {error}") from error
-    own = hooked.state_dict()
-    constants = {name for name in own if name.rsplit(".", 1)[-1] in ("mask", "IGNORE")}  # buffers that the sizes decide
-    missing = sorted(own.keys() - state.keys() - constants)
-    wrong = sorted(name for name in own.keys() & state.keys() - constants if own[name].shape != state[name].shape)
-    if missing or wrong:
-        problem = (
-            f"lacks {len(missing)} tensors: {missing[0]}, ..." if missing else f"has {wrong[0]} in another shape than config.json says"
-        )
-        raise SaeensError(f"{file} {problem}")
-    hooked.load_state_dict({name: state[name].to(dtype) for name in own.keys() - constants}, strict=False)
-
-
-def _repository(name: str) -> str:
+def repository_of(name: str) -> str:
     place = name.removeprefix(TRANSFORMER_LENS)
     return REPOSITORIES.get(place, place)
 
 
-def _weights_file(name: str, path: Path) -> Path:
-    for file in (path / _SAFETENSORS, *sorted(path.glob(_PICKLE))):
+def weights_file(name: str, path: Path) -> Path:
+    for file in (path / SAFETENSORS, *sorted(path.glob(PICKLE))):
         if file.is_file():
             return file
-    raise ConfigurationError(f"language model {name!r}: {path} lacks its weights, {_SAFETENSORS} or {_PICKLE}")
+    raise ConfigurationError(f"language model {name!r}: {path} lacks its weights, {SAFETENSORS} or {PICKLE}")
 
 
 def _token_id(folder: Path, role: str) -> int | None:

@@ -16,7 +16,7 @@ from saeens_pipeline.assets.massive_activations import cautions, marked
 from saeens_pipeline.assets.registry import SUBJECT, TABLES, Markdown, Table
 from saeens_pipeline.assets.tables.cost import with_totals
 from saeens_pipeline.assets.tables.pareto import PARETO, PICTURE_FILE, TABLE_FILE
-from saeens_pipeline.storage.names import CURVE_FILE, INDEX_FILE, PICTURES_FOLDER, Partition
+from saeens_pipeline.storage.names import CURVE_FILE, ENSEMBLES, INDEX_FILE, PICTURES_FOLDER, Partition
 from saeens_pipeline.storage.recipes import Artefact, read_artefact
 from saeens_pipeline.storage.tables import Column, read_part
 
@@ -182,7 +182,7 @@ def _table_summary(declaration: Declaration, artefact: Artefact) -> dict[str, An
         rows = "\n".join(f"| {row['method']} | {row['n_members']} | {row[shown]:.4g} |" for row in largest.iter_rows(named=True))
         summary["summary"] = dg.MetadataValue.md(f"| method | members | {title} |\n|---|---|---|\n{rows}")
         curves: dict[str, Sequence[float]] = {
-            m: by_method.filter(pl.col("method") == m).sort("n_members")[shown].to_list() for m in ("bagging", "boosting")
+            m: by_method.filter(pl.col("method") == m).sort("n_members")[shown].to_list() for m in ENSEMBLES
         }
         if all(len(values) > 1 for values in curves.values()):
             summary[f"{shown.replace('_', ' ')} by number of members"] = picture(curves, "members")

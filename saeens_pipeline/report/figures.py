@@ -13,9 +13,10 @@ import polars as pl
 from saeens_pipeline.assets.over_seeds import Spread, written
 from saeens_pipeline.assets.registry import Headline, listed
 from saeens_pipeline.report.charts import CURVE, FRONT, LEVEL, LINE, PATH, POINTS, STEPS, Axis, Chart, Series
-from saeens_pipeline.report.methods import ENSEMBLES, Method, in_order, method
+from saeens_pipeline.report.methods import Method, in_order, method
 from saeens_pipeline.report.metrics import BITS, CE, CONNECTIVITY, DIVERSITY, EV, FLOPS, GAINS, L0, MSE, STABILITY
 from saeens_pipeline.report.results import Results, Size, spread_of_row, spreads
+from saeens_pipeline.storage.names import ENSEMBLES
 
 MAX_CURVE_POINTS = 120
 BINS = 30

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from saeens_pipeline.assets.baselines.registry import BASELINES, methods
 from saeens_pipeline.assets.baselines.registry import listed as baselines
@@ -25,7 +25,7 @@ class Method:
     marker: str  # matplotlib's name of the same symbol
     glyph: str  # the same symbol as text
     baseline: str = ""
-    is_sized: bool = False  # a single SAE with a size of its own
+    is_sized: bool = field(default=False, kw_only=True)  # a single SAE with a size of its own
 
     def at(self, n_members: int, most: int) -> str:
         """Return the size in words, compared with up to `most` members."""
@@ -55,7 +55,6 @@ _OF_BASELINES = (  # colour and symbols of the registered baselines, in their or
     ("#637939", "triangle-right", ">", "▶"),
     ("#843c39", "diamond-tall", "d", "♦"),
 )
-ENSEMBLES = ("bagging", "boosting")
 _OTHER_COLOURS = ("#b8a500", "#8c6d31", "#5254a3", "#637939", "#843c39")
 
 
@@ -68,7 +67,7 @@ def method(name: str) -> Method:
         return Method(name, name.replace("_", " "), "", *of_name)
     baseline, place = BASELINES[name], baselines().index(BASELINES[name])
     style = _OF_BASELINES[place] if place < len(_OF_BASELINES) else of_name
-    return Method(name, baseline.label, baseline.about, *style, baseline.size, baseline.is_sized)
+    return Method(name, baseline.label, baseline.about, *style, baseline.size, is_sized=baseline.is_sized)
 
 
 def in_order(names: Iterable[str]) -> list[str]:

@@ -14,6 +14,7 @@ from pathlib import PurePosixPath
 from typing import Literal, NamedTuple, cast, get_args
 
 Kind = Literal["source", "bagging", "boosting", "baseline", "eval", "report", "leaderboard"]
+ENSEMBLES: tuple[Kind, ...] = ("bagging", "boosting")
 
 SOURCES_GROUP = "sources"
 LEADERBOARD = "leaderboard"

@@ -46,7 +46,7 @@ def test_a_registered_baseline_is_trained_measured_and_shown(toy: Baseline, fini
         "init_seed": init_seed(SEEDS[0], 0),
     }
     (l0,) = read_table(finished.root, NAME, "reconstruction").filter(method=TOY, seed=SEEDS[0])["l0"]
-    assert l0 == pytest.approx(settings["sae"]["k"])
+    assert l0 == pytest.approx(settings["sae"]["k"], abs=0.5)  # a selected feature can be 0
     assert TOY in summary
     assert toy.label in (finished.root / "reports" / NAME / f"layer={LAYER}" / "index.html").read_text()
     (page,) = [page for page in runpy.run_path(str(REFERENCE))["write_reference"](tmp_path) if page.name == "yaml.md"]

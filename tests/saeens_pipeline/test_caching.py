@@ -13,7 +13,8 @@ from tiny_models import D_MODEL, ListedCorpus, write_tiny_model
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models.caching import cache_activations
 from saeens_pipeline.language_models.language_model import LanguageModel
-from saeens_pipeline.language_models.models import describe_language_model, load_language_model
+from saeens_pipeline.language_models.loading import load_language_model
+from saeens_pipeline.language_models.models import describe_language_model
 from saeens_pipeline.language_models.tokens import TokenStore, open_tokens, write_tokens
 from saeens_pipeline.storage.activations import ActivationStore
 

@@ -25,7 +25,8 @@ import saeens_models as sm
 from saeens_pipeline.assets import sources, training
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models import caching
-from saeens_pipeline.language_models.models import describe_language_model, load_language_model
+from saeens_pipeline.language_models.loading import load_language_model
+from saeens_pipeline.language_models.models import describe_language_model
 from saeens_pipeline.language_models.tokens import open_tokens
 from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.recipes import MissingInputError

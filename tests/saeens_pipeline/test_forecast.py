@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from saeens_pipeline.assets.compute import Compute
 from saeens_pipeline.assets.forecast import Line, forecast, readable
 from saeens_pipeline.errors import ConfigurationError
-from saeens_pipeline.language_models.models import block_parameters, describe_language_model, load_language_model
+from saeens_pipeline.language_models.loading import block_parameters, load_language_model
+from saeens_pipeline.language_models.models import describe_language_model
 from saeens_pipeline.language_models.patching import PatchedWindows
 from saeens_pipeline.language_models.tokens import open_tokens
 from saeens_pipeline.storage.names import Address, Partition

@@ -16,7 +16,8 @@ from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.language_models.descriptions import HOOKS
 from saeens_pipeline.language_models.hook_checks import checked_in_float32, term_errors
 from saeens_pipeline.language_models.language_model import LanguageModel
-from saeens_pipeline.language_models.models import describe_language_model, load_language_model, validate_modules
+from saeens_pipeline.language_models.loading import load_language_model, validate_modules
+from saeens_pipeline.language_models.models import describe_language_model
 from saeens_pipeline.language_models.patching import PatchedWindows, patching_problem
 from saeens_pipeline.language_models.tokens import TokenBatch, open_tokens
 from saeens_pipeline.storage.names import Address, Partition

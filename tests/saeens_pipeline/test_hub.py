@@ -15,7 +15,8 @@ from torch.nn.functional import cross_entropy
 
 from saeens_pipeline.cli.new_experiment import new_experiment
 from saeens_pipeline.errors import ConfigurationError, SaeensError
-from saeens_pipeline.language_models.models import describe_language_model, load_language_model
+from saeens_pipeline.language_models.loading import load_language_model
+from saeens_pipeline.language_models.models import describe_language_model
 from saeens_pipeline.language_models.tokens import TokenStore, open_tokens
 
 NAME = "some-lab/some-model"

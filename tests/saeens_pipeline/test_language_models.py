@@ -18,7 +18,8 @@ from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models import descriptions
 from saeens_pipeline.language_models.descriptions import HOOKS, validate_hook
 from saeens_pipeline.language_models.language_model import LanguageModel
-from saeens_pipeline.language_models.models import describe_language_model, load_language_model, validate_modules
+from saeens_pipeline.language_models.loading import load_language_model, validate_modules
+from saeens_pipeline.language_models.models import describe_language_model
 
 LAYERS = list(range(N_LAYERS))
 
@@ -58,7 +59,7 @@ def test_descriptions_of_models_have_the_values_of_their_configuration(architect
 
 def test_describing_a_model_imports_neither_torch_nor_transformers(gpt_neox):
     program = (
-        "import sys; from saeens_pipeline.language_models import caching, models, tokens; from saeens_pipeline.storage import residuals; "
+        "import sys; from saeens_pipeline.language_models import models, tokens; from saeens_pipeline.orchestration import catalogue; "
         "models.describe_language_model(sys.argv[1]); "
         "sys.exit(str({'torch', 'transformers', 'zarr'} & set(sys.modules)) if {'torch', 'transformers', 'zarr'} & set(sys.modules) else 0)"
     )

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.language_models import patching
 from saeens_pipeline.language_models.language_model import LanguageModel
-from saeens_pipeline.language_models.models import describe_language_model, load_language_model
+from saeens_pipeline.language_models.loading import load_language_model
+from saeens_pipeline.language_models.models import describe_language_model
 from saeens_pipeline.language_models.patching import PatchedWindows, loss_batches, patched
 from saeens_pipeline.language_models.tokens import TokenBatch, TokenStore, open_tokens, write_tokens
 

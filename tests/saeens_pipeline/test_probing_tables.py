@@ -24,7 +24,8 @@ from saeens_pipeline.assets.lineage import lineage
 from saeens_pipeline.assets.measurements import probing
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models.labelled_texts import reading
-from saeens_pipeline.language_models.models import describe_language_model, load_language_model
+from saeens_pipeline.language_models.loading import load_language_model
+from saeens_pipeline.language_models.models import describe_language_model
 from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.tables import read_table
 

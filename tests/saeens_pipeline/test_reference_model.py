@@ -13,7 +13,8 @@ import torch
 from saeens_pipeline.language_models import installed_packages as corpora
 from saeens_pipeline.language_models.descriptions import REFERENCE_MODEL
 from saeens_pipeline.language_models.installed_packages import InstalledPackages
-from saeens_pipeline.language_models.models import describe_language_model, load_language_model
+from saeens_pipeline.language_models.loading import load_language_model
+from saeens_pipeline.language_models.models import describe_language_model
 from saeens_pipeline.language_models.reference_model import ReferenceModelRecipe, train_reference_model
 from tests.saeens_pipeline.tiny_models import ListedCorpus
 

@@ -14,7 +14,8 @@ from tiny_models import END_OF_TEXT, VOCAB_SIZE, write_tiny_tokenizer
 from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.language_models.descriptions import HOOKS
 from saeens_pipeline.language_models.language_model import LanguageModel
-from saeens_pipeline.language_models.models import describe_language_model, load_language_model
+from saeens_pipeline.language_models.loading import load_language_model
+from saeens_pipeline.language_models.models import describe_language_model
 from saeens_pipeline.language_models.patching import PatchedWindows, patching_problem
 from saeens_pipeline.language_models.tokens import TokenBatch
 

@@ -31,7 +31,8 @@ from saeens_pipeline.assets import training
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models.caching import cache_activations
 from saeens_pipeline.language_models.language_model import LanguageModel
-from saeens_pipeline.language_models.models import describe_language_model, load_language_model
+from saeens_pipeline.language_models.loading import load_language_model
+from saeens_pipeline.language_models.models import describe_language_model
 from saeens_pipeline.language_models.tokens import TokenStore, open_tokens
 from saeens_pipeline.orchestration import retries
 from saeens_pipeline.orchestration.instance import register_layers

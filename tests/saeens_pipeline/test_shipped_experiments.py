@@ -18,6 +18,7 @@ from tiny_transformer_lens import tiny_hooked, write_hooked
 
 from saeens_pipeline import cli, components
 from saeens_pipeline import defs as shipped_files
+from saeens_pipeline.assets.baselines.registry import names_of
 from saeens_pipeline.assets.compute import Compute
 from saeens_pipeline.assets.forecast import forecast
 from saeens_pipeline.orchestration.catalogue import Catalogue
@@ -194,7 +195,7 @@ def _run_in_small(
     laboratory.run()
     assert laboratory.artefact("eval/reconstruction", 42, layer).provenance["next_token_loss"]["tokens"] >= 150
     table = pl.read_parquet(laboratory.root / "tables" / NAME / "reconstruction")
-    assert set(table["method"]) == {"single", "bagging", "boosting", *shipped.baselines}
+    assert set(table["method"]) == {"single", "bagging", "boosting", *names_of(shipped)}
     assert set(table["seed"]) == {42, 43}
     assert table["explained_variance"].is_finite().all()
     assert table["ce_loss_recovered"].is_finite().all()

@@ -13,7 +13,8 @@ from tokenizers.processors import TemplateProcessing
 
 from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.language_models.language_model import LanguageModel
-from saeens_pipeline.language_models.models import describe_language_model, load_language_model
+from saeens_pipeline.language_models.loading import load_language_model
+from saeens_pipeline.language_models.models import describe_language_model
 from saeens_pipeline.language_models.text_activations import TextActivations
 
 TEXTS = ["def f(x): return x", "short", "a text of more than sixteen bytes", "ab", "<|endoftext|>in front"]

@@ -14,7 +14,8 @@ from tiny_transformer_lens import tiny_hooked, write_hooked
 
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models.descriptions import HOOKS, LanguageModelDescription, validate_hook
-from saeens_pipeline.language_models.models import describe_language_model, load_language_model, validate_modules
+from saeens_pipeline.language_models.loading import load_language_model, validate_modules
+from saeens_pipeline.language_models.models import describe_language_model
 from saeens_pipeline.language_models.patching import PatchedWindows
 from saeens_pipeline.language_models.tokens import TokenBatch
 from saeens_pipeline.language_models.transformer_lens_models import REPOSITORIES

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from saeens_pipeline.assets.saes import Target, shape_of
 from saeens_pipeline.settings.experiments import ExperimentSettings
 from saeens_pipeline.settings.messages import shown
+from saeens_pipeline.storage.names import ENSEMBLES
 
 if TYPE_CHECKING:
     from saeens_models import SAESettings
@@ -70,7 +71,7 @@ def listed() -> list[Baseline]:
 
 def methods() -> list[str]:
     """Return the methods in the order in which they are listed: a single SAE, the ensembles, and the baselines."""
-    return ["single", "bagging", "boosting", *(baseline.name for baseline in listed())]
+    return ["single", *ENSEMBLES, *(baseline.name for baseline in listed())]
 
 
 def single_sae(title: str, sae: SAESettings, note: str = "", *, init_index: int = 0, **fields: Any) -> Target:

@@ -23,7 +23,7 @@ from saeens_pipeline.assets.sources import language_model_of, measures_loss, rec
 from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.language_models.descriptions import LanguageModelDescription
 from saeens_pipeline.language_models.language_model import LanguageModel
-from saeens_pipeline.language_models.models import load_language_model
+from saeens_pipeline.language_models.loading import load_language_model
 from saeens_pipeline.language_models.patching import loss_batches, patching_problem
 from saeens_pipeline.storage.activations import ActivationReader
 

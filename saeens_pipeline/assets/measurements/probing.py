@@ -30,7 +30,7 @@ from saeens_pipeline.assets.sources import language_model_of
 from saeens_pipeline.language_models.labelled_texts.drawing import ConceptTexts, CorrelationTexts
 from saeens_pipeline.language_models.labelled_texts.reading import is_embedded, read_concepts, read_correlations
 from saeens_pipeline.language_models.language_model import LanguageModel
-from saeens_pipeline.language_models.models import load_language_model
+from saeens_pipeline.language_models.loading import load_language_model
 from saeens_pipeline.language_models.text_activations import TextActivations, encode_texts
 from saeens_pipeline.settings.experiments import ExperimentSettings
 from saeens_pipeline.settings.probing import PROBE_SEED as SEED

@@ -21,14 +21,13 @@ from saeens_pipeline.language_models.autointerp.endpoint import KEY_VARIABLE, UR
 from saeens_pipeline.language_models.autointerp.interview import CHARACTERS_PER_TOKEN, MALFORMED, REFUSED, SCORED, Estimate, Interviewer
 from saeens_pipeline.language_models.autointerp.protocol import SEED
 from saeens_pipeline.settings.experiments import ExperimentSettings
-from saeens_pipeline.storage.names import Address, Partition, place
+from saeens_pipeline.storage.names import ENSEMBLES, Address, Partition, place
 from saeens_pipeline.storage.recipes import Artefact, DamagedArtefactError, Store, read_artefact
 from saeens_pipeline.storage.tables import Column, read_table
 
 logger = logging.getLogger(__name__)
 
 PROTOCOL_VERSION = 2  # increased whenever the questions or the meaning of answers change
-ENSEMBLES = ("bagging", "boosting")
 AUTOINTERP = "autointerp"
 MADE, NOT_CONFIGURED = "made", "not configured"  # status in the provenance of a table
 WHY = {  # reasons why a feature is not scored, by status
