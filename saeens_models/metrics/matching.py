@@ -138,7 +138,7 @@ class _Graph(NamedTuple):
     @classmethod
     def of_nearest(cls, a: Tensor, b: Tensor) -> "_Graph":
         """Return the graph of the nearest rows of each row, in both directions, and one pair per row so that a matching exists."""
-        empty = cls(len(a), len(b), *(np.empty(0, dtype) for dtype in (np.int64, np.int64, np.float64)))
+        empty = cls(len(a), len(b), np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float64))
         every = np.arange(len(a))
         of_a, of_b = (_nearest(*each).cpu().numpy() for each in ((a, b), (b, a)))
         row = np.concatenate([every.repeat(of_a.shape[1]), of_b.flatten(), every])

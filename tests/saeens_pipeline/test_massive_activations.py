@@ -30,7 +30,8 @@ from saeens_pipeline.assets.tables.leaderboard import standings
 from saeens_pipeline.assets.tables.pareto import PARETO
 from saeens_pipeline.language_models.caching import cache_activations
 from saeens_pipeline.language_models.installed_packages import InstalledPackages
-from saeens_pipeline.language_models.models import describe_language_model, load_language_model
+from saeens_pipeline.language_models.loading import load_language_model
+from saeens_pipeline.language_models.models import describe_language_model
 from saeens_pipeline.language_models.tokens import TokenStore, open_tokens, write_tokens
 from saeens_pipeline.orchestration.metadata import describe_artefact
 from saeens_pipeline.report.pages import write_leaderboard

@@ -137,7 +137,8 @@ class _Suite:
                     W_encs = [torch.cat([sae.W_enc.detach() for sae in run[:n]], 1) for run in runs]
                     shared = {(a, b): shared_fraction(each, W_encs[a], W_encs[b]) for (a, b), each in of_pairs.items()}
                     values["shared_fraction"] = self._over_pairs({**shared})
-            sizes.append(values | {name: [value] * len(runs) for name, value in self._chance_of(tuple(widths)).items()})
+            values.update((name, [value] * len(runs)) for name, value in self._chance_of(tuple(widths)).items())
+            sizes.append(values)
         return sizes
 
     def _load(self, dictionary: Declaration) -> list[Ensemble]:
