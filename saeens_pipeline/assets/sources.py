@@ -221,11 +221,16 @@ def validate_source(settings: SourceSettings, layers: Sequence[int]) -> Language
     """
     with blamed_on(settings, "language_model"):
         description = _language_model(settings)
+    require_hook(settings, description, layers)
+    validate_token_settings(description, **_token_settings(settings))
+    return description
+
+
+def require_hook(settings: SourceSettings, description: LanguageModelDescription, layers: Sequence[int]) -> None:
+    """Raise ConfigurationError, with the line of the experiment file, for a layer or a named hook that the model does not have."""
     missing = [layer for layer in layers if not 0 <= layer < description.n_layers]
     with blamed_on(settings, "layers" if missing else "hook", is_from_file=set(missing) <= set(settings.layers)):
         validate_hook(description, settings.hook, layers)
-    validate_token_settings(description, **_token_settings(settings))
-    return description
 
 
 def _require_corpus(settings: SourceSettings) -> None:
