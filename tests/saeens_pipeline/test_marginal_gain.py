@@ -32,9 +32,9 @@ def _enough(gains: list[np.ndarray], lows: list[np.ndarray], highs: list[np.ndar
     """The rule once more, `[seeds, members - 1]` each: whole intervals above or below 5 % of what remains, in every seed."""
     above = [(low > 0.05 * left.clip(0)).all(0) for low, left in zip(lows, remaining, strict=True)]
     below = [(high <= 0.05 * left.clip(0)).all(0) for high, left in zip(highs, remaining, strict=True)]
-    yes, no = np.any(above, axis=0), np.all(below, axis=0)
-    last = max([1, *(np.flatnonzero(yes) + 2)])
-    return last if (yes | no)[last - 1 :].all() else None
+    yes, no = np.stack(above).any(0), np.stack(below).all(0)
+    last = max([1, *(np.flatnonzero(yes) + 2).tolist()])
+    return last if np.logical_or(yes, no)[last - 1 :].all() else None
 
 
 @pytest.mark.parametrize("method", METHODS)
