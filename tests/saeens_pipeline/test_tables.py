@@ -29,7 +29,8 @@ CONTRACT = {
     )
     + " pw_mcc pw_mcc_left_out pw_mcc_bound shared_fraction functional_stability",
     "feature_stability": "member index n_runs n_found best_cosine",
-    "marginal_gain": "explained_variance_gain stability_gain new_features suggested",
+    "marginal_gain": "explained_variance_gain explained_variance_gain_low explained_variance_gain_high ce_loss_gain ce_loss_gain_low "
+    "ce_loss_gain_high new_features worthwhile suggested",
     "cost": "train_tokens train_flops train_seconds residual_flops residual_seconds peak_memory_bytes inference_flops_per_token "
     "device dtype boosting_mode",
     "features": "member index density mean_activation nearest_member nearest_cosine matches nearest_other_seed_cosine nearest_other_seed "
