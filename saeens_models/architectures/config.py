@@ -114,6 +114,13 @@ class SAEConfig(OfArchitecture, frozen=True):
     def __init__(self, /, **fields: Any) -> None:  # for type checkers: the fields depend on the architecture
         super().__init__(**fields)
 
+    @model_validator(mode="after")
+    def _target_fits(self) -> Self:
+        target = getattr(self, "l0_target", None)
+        if target is not None and target > self.d_sae:
+            raise ValueError(f"l0_target = {target:g} is larger than d_sae = {self.d_sae}: lower it or widen the SAE")
+        return self
+
     @classmethod
     def requires_l0(cls) -> bool:
         """Return True if every SAE of the architecture says how many features are active."""

@@ -155,6 +155,11 @@ def test_saes_without_a_target_keep_their_recipes_and_those_with_one_are_joined(
         sm.SAESettings.joined([plain] * 3, add_l0=True)
 
 
+def test_a_target_of_more_features_than_there_are_is_refused() -> None:
+    with pytest.raises(ValueError, match="l0_target = 65 is larger than d_sae = 64"):
+        config("standard", l0_target=65)
+
+
 @pytest.mark.parametrize("architecture", [*CONTROLLED, "jumprelu"])
 def test_an_sae_with_a_target_is_saved_and_loaded(tmp_path: Path, architecture: str) -> None:
     sae = sm.build_sae(config(architecture, l0_target=4.0))
