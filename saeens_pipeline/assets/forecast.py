@@ -26,6 +26,7 @@ from saeens_pipeline.language_models.models import describe_language_model
 from saeens_pipeline.language_models.patching import LOGIT_BYTES
 from saeens_pipeline.language_models.tokens import position_bytes
 from saeens_pipeline.settings import ExperimentSettings, SourceSettings
+from saeens_pipeline.settings.files import blamed_on
 from saeens_pipeline.storage.activation_writer import stored_bytes
 from saeens_pipeline.storage.disk import free_bytes
 from saeens_pipeline.storage.names import Partition
@@ -151,7 +152,8 @@ class _Plan:
         self.n_partitions = len(self.layers) * len(self.experiment.ensemble.seeds)  # the number of trainings of each SAE
         outputs = [(op.name, each) for op in self.ops for each in op.outputs]
         self.n_residuals = sum(each.builder == "residual" for _, each in outputs)
-        self.declared = [_SAE(op, each, config_of(each, self.description.d_model)) for op, each in outputs if each.builder == "sae"]
+        with blamed_on(self.experiment, "sae"):
+            self.declared = [_SAE(op, each, config_of(each, self.description.d_model)) for op, each in outputs if each.builder == "sae"]
         trained: dict[object, _SAE] = {}
         for each in self.declared:
             given = tuple(str(needed.artefact.address) for needed in each.declaration.inputs if needed.decides)

@@ -54,6 +54,7 @@ _OF_BASELINES = (  # colour and symbols of the registered baselines, in their or
     ("#5254a3", "triangle-left", "<", "◀"),
     ("#637939", "triangle-right", ">", "▶"),
     ("#843c39", "diamond-tall", "d", "♦"),
+    ("#17a2b8", "hexagon2", "H", "⬣"),
 )
 _OTHER_COLOURS = ("#b8a500", "#8c6d31", "#5254a3", "#637939", "#843c39")
 
