@@ -38,7 +38,7 @@ class JumpReLUSAE(SAE):
     Loss, mean over tokens: ``||x_hat - x||^2 + l0_coefficient * sum_i step(pre_i - threshold_i)``.
 
     With ``l0_target`` the second term is ``l0_coefficient * (L0 / l0_target - 1)^2``, where L0 is the batch's mean of
-    ``sum_i step(pre_i - threshold_i)`` (arXiv 2407.14435; dictionary_learning and Gemma Scope 2 train with it).
+    ``sum_i step(pre_i - threshold_i)``, as in dictionary_learning and Gemma Scope 2.
     """
 
     config: JumpReLUConfig
