@@ -15,7 +15,7 @@ from saeens_pipeline.storage.tables import read_table
 
 SUBJECT = ["experiment", "layer", "seed", "language_model", "method", "n_members", "sae_data_versions"]
 CONTRACT = {
-    "reconstruction": "n_features mse explained_variance fvu l0 relative_sparsity dead_features constant_dimensions "
+    "reconstruction": "n_features mse explained_variance fvu l0 l0_error relative_sparsity dead_features constant_dimensions "
     "description_length_bits ce_loss_recovered ce_loss_recovered_from_mean ce_loss_added_nats "
     "tokens train_rows_dropped test_rows_dropped top_rows_variance",
     "members": "member mse explained_variance l0 dead_features mean_max_cosine_to_other_members median_density",
