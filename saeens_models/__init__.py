@@ -3,6 +3,7 @@
 from saeens_models import metrics
 from saeens_models.architectures import SAE, SAEConfig, SAESettings, build_sae, load_sae, save_sae
 from saeens_models.ensembles import Bagging, Boosting, Ensemble, load_ensemble, save_ensemble
+from saeens_models.synthetic import SyntheticActivations
 from saeens_models.training import Checkpoints, TrainingConfig, train, train_boosting_concurrently
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Ensemble",
     "SAEConfig",
     "SAESettings",
+    "SyntheticActivations",
     "TrainingConfig",
     "build_sae",
     "load_ensemble",

@@ -30,6 +30,7 @@ from saeens_models.metrics.matched_correlation import MatchedCorrelationMetric
 from saeens_models.metrics.matching import Matching, match_features, pw_mcc, shared_fraction
 from saeens_models.metrics.output_tokens import OutputTokens, output_tokens
 from saeens_models.metrics.reconstruction import Moments, Reconstruction, ReconstructionMetric, reconstruction
+from saeens_models.metrics.recovery import RECOVERY_THRESHOLD, Recovery, recovery, recovery_by_chance, recovery_equal_rows
 from saeens_models.metrics.sparsity import Sparsity, SparsityMetric, sparsity
 from saeens_models.metrics.stability import (
     MAX_MATCHED_FEATURES,
@@ -46,6 +47,7 @@ from saeens_models.metrics.stability import (
 __all__ = [
     "HISTOGRAM_BINS",
     "MAX_MATCHED_FEATURES",
+    "RECOVERY_THRESHOLD",
     "WORTHWHILE_SHARE",
     "ChanceLevels",
     "ConnectivityMetric",
@@ -70,6 +72,7 @@ __all__ = [
     "OutputTokens",
     "Reconstruction",
     "ReconstructionMetric",
+    "Recovery",
     "Sparsity",
     "SparsityMetric",
     "Stability",
@@ -95,6 +98,9 @@ __all__ = [
     "output_tokens",
     "pw_mcc",
     "reconstruction",
+    "recovery",
+    "recovery_by_chance",
+    "recovery_equal_rows",
     "rows_of_disjoint_documents",
     "rows_with_covariance",
     "shared_fraction",
