@@ -2,6 +2,7 @@
 
 from saeens_models import metrics
 from saeens_models.architectures import SAE, SAEConfig, SAESettings, build_sae, load_sae, save_sae
+from saeens_models.consensus import Cluster, Consensus, consensus
 from saeens_models.ensembles import Bagging, Boosting, Ensemble, load_ensemble, save_ensemble
 from saeens_models.synthetic import SyntheticActivations
 from saeens_models.training import Checkpoints, TrainingConfig, train, train_boosting_concurrently
@@ -11,12 +12,15 @@ __all__ = [
     "Bagging",
     "Boosting",
     "Checkpoints",
+    "Cluster",
+    "Consensus",
     "Ensemble",
     "SAEConfig",
     "SAESettings",
     "SyntheticActivations",
     "TrainingConfig",
     "build_sae",
+    "consensus",
     "load_ensemble",
     "load_sae",
     "metrics",

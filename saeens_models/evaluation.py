@@ -1,6 +1,6 @@
 """Evaluation of ensembles of every size in one pass over held-out activations."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from saeens_models.metrics.features import FeatureActivity, FeatureActivityMetri
 from saeens_models.metrics.language_model_loss import LossBatch, NextTokenLoss, ce_loss_recovered
 from saeens_models.metrics.matched_correlation import MatchedCorrelationMetric
 from saeens_models.metrics.matching import Matching
+from saeens_models.metrics.paired_bootstrap import PairedBootstrap, Resampled, SumsByDocument
 from saeens_models.metrics.reconstruction import Moments, Reconstruction, ReconstructionMetric
 from saeens_models.metrics.sparsity import Sparsity, SparsityMetric
 from saeens_models.sparse_code import SparseCode
@@ -24,6 +25,15 @@ from saeens_models.sparse_code import SparseCode
 _ENCODER_BYTES = {"cpu": 2**24}
 """Bytes of pre-activations at a time, by device type: on a CPU they stay in the cache."""
 _ENCODER_BYTES_ELSEWHERE = 2**28
+
+
+class TokenPoint(NamedTuple):
+    """Metrics that depend on the number of tokens, on the first tokens."""
+
+    tokens: int
+    """Number of tokens, from the first one on."""
+    connectivity: float
+    dead_features: float
 
 
 class SizeEvaluation(NamedTuple):
@@ -37,8 +47,16 @@ class SizeEvaluation(NamedTuple):
     diversity: int
     description_length: float | None = None
     """Bits per token; None without a step."""
+    token_curve: Sequence[TokenPoint] = ()
+    """One point for each number in ``evaluate_ensembles(..., curve_at)``."""
     ce_loss_recovered: float | None = None
-    """Set by ``LossEvaluation.fill_into``; None if it is not defined."""
+    """Set by ``LossEvaluation.fill_into``, as the next two; None if it is not defined."""
+    ce_loss_recovered_from_mean: float | None = None
+    """The same with the mean activation as the floor instead of zeros."""
+    ce_loss_added_nats: float | None = None
+    """Next-token loss with the reconstruction minus that with the activations."""
+    resampled: Mapping[str, Resampled] = {}
+    """explained_variance and l0, and after ``fill_into`` ce_loss_added_nats, on draws of documents; empty without documents."""
 
 
 class MemberEvaluation(NamedTuple):
@@ -70,13 +88,29 @@ class LossEvaluation(NamedTuple):
     """``ce_loss_recovered`` of each ensemble's first n members, for n = 1 .. J."""
     tokens: int
     """Number of replaced activations."""
+    replaced_by_mean: float | None
+    """Loss with the mean activation instead; None if it was not given."""
+    recovered_from_mean: dict[str, list[float | None]]
+    """As ``recovered``, with ``replaced_by_mean`` as the floor."""
+    added: dict[str, list[float]]
+    """Loss with the reconstruction minus ``clean``."""
+    resampled: dict[str, list[Resampled]]
+    """``added`` on draws of documents; empty if the batches have no sums by document."""
 
     def fill_into(self, evaluations: Mapping[str, EnsembleEvaluation]) -> dict[str, EnsembleEvaluation]:
-        """Return the evaluations of the same ensembles with ``ce_loss_recovered`` set."""
+        """Return the evaluations of the same ensembles with the fields of the next-token loss set."""
         filled = {}
         for name, evaluation in evaluations.items():
-            sizes = zip(evaluation.sizes, self.recovered[name], strict=True)
-            filled[name] = evaluation._replace(sizes=[size._replace(ce_loss_recovered=value) for size, value in sizes])
+            sizes = [
+                size._replace(ce_loss_recovered=recovered, ce_loss_recovered_from_mean=from_mean, ce_loss_added_nats=added)
+                for size, recovered, from_mean, added in zip(
+                    evaluation.sizes, self.recovered[name], self.recovered_from_mean[name], self.added[name], strict=True
+                )
+            ]
+            if name in self.resampled:
+                pairs = zip(sizes, self.resampled[name], strict=True)
+                sizes = [size._replace(resampled={**size.resampled, "ce_loss_added_nats": added}) for size, added in pairs]
+            filled[name] = evaluation._replace(sizes=sizes)
         return filled
 
 
@@ -91,10 +125,15 @@ def evaluate_ensembles(
     chunks: Iterable[Tensor],
     memory_budget: int = coactivation.DEFAULT_MEMORY_BUDGET,
     magnitude_step: float | None = None,
+    *,
+    document: Tensor | None = None,
+    curve_at: Collection[int] = (),
 ) -> dict[str, EnsembleEvaluation]:
     """Evaluate every size 1 .. J of each ensemble in one pass over ``chunks``, an iterable of activations `[n, d_in]`.
 
-    ``magnitude_step``, in the activations' unit, is the precision of description lengths; None leaves them out.
+    ``magnitude_step``, in the activations' unit, is the precision of description lengths; None leaves them out. ``document``, integers
+    `[n_tokens]`: document of each token, or the block that it was joined into (``blocks_of``), for ``SizeEvaluation.resampled``: it takes
+    8 bytes for each document, dimension and ensemble size. ``curve_at``: numbers of tokens for ``SizeEvaluation.token_curve``.
 
     Memory: up to ``memory_budget`` bytes for connectivity, by far the largest part, shared among the ensembles in proportion to their
     needs (see ``ConnectivityMetric`` for budgets below ``streaming_memory``); 16 MiB of pre-activations on a CPU, 256 MiB on a GPU, or
@@ -105,38 +144,63 @@ def evaluate_ensembles(
     """
     moments = Moments()
     needed = streaming_memory(ensembles.values())
+    documents = None if document is None else _Documents(document)
     evaluators = {
-        name: _Evaluator(ensemble, moments, memory_budget * streaming_memory([ensemble]) // needed, magnitude_step)
+        name: _Evaluator(ensemble, moments, documents, memory_budget * streaming_memory([ensemble]) // needed, magnitude_step)
         for name, ensemble in ensembles.items()
     }
-    for x in chunks:
-        moments.update(x)
-        for evaluator in evaluators.values():
-            evaluator.update(x)
+    for chunk in chunks:
+        ends = sorted(n - moments.tokens for n in curve_at if 0 < n - moments.tokens < len(chunk))
+        for x in chunk.tensor_split(ends):
+            moments.update(x)
+            of_rows = documents.update(x) if documents else None
+            for evaluator in evaluators.values():
+                evaluator.update(x, of_rows)
+                if moments.tokens in curve_at:
+                    evaluator.add_to_curve(moments.tokens)
     return {name: evaluator.compute() for name, evaluator in evaluators.items()}
 
 
 @torch.no_grad()
-def evaluate_losses(ensembles: Mapping[str, Ensemble], batches: Iterable[LossBatch]) -> LossEvaluation:
+def evaluate_losses(ensembles: Mapping[str, Ensemble], batches: Iterable[LossBatch], mean: Tensor | None = None) -> LossEvaluation:
     """Measure how much of the language model's loss every size 1 .. J of each ensemble recovers, in one pass over windows of text.
 
-    A batch's activations are encoded once for all sizes. Memory: that of ``evaluate_ensembles`` without connectivity, and the J
-    reconstructions of a batch. Raises ValueError if no token was predicted.
+    ``mean`` `[d_in]`: mean of the training activations, the second floor. A batch's activations are encoded once for all sizes. Memory:
+    that of ``evaluate_ensembles`` without connectivity, the J reconstructions of a batch, and 16 bytes for each document and ensemble size
+    if the losses have sums by document. Raises ValueError if no token was predicted.
     """
     nothing, tokens = NextTokenLoss(0.0, 0), 0
-    clean = ablated = nothing
+    clean = ablated = replaced_by_mean = nothing
     of_sizes = {name: [nothing] * len(ensemble) for name, ensemble in ensembles.items()}
     for x, loss in batches:
         clean, ablated, tokens = clean.plus(loss(x)), ablated.plus(loss(torch.zeros_like(x))), tokens + len(x)
+        if mean is not None:
+            replaced_by_mean = replaced_by_mean.plus(loss(mean.to(x).expand_as(x)))
         for name, ensemble in ensembles.items():
             parts = [[each.x_hat for each in ensemble.prefix_reconstructions(rows)] for rows in _split_to_encode(ensemble, x)]
             x_hats = [torch.cat(of_size) for of_size in zip(*parts, strict=True)]
             of_sizes[name] = [before.plus(loss(x_hat)) for before, x_hat in zip(of_sizes[name], x_hats, strict=True)]
-    recovered = {
-        name: [ce_loss_recovered(clean.mean, ablated.mean, reconstructed.mean) for reconstructed in losses]
-        for name, losses in of_sizes.items()
-    }
-    return LossEvaluation(clean.mean, ablated.mean, recovered, tokens)
+    from_mean = None if mean is None else replaced_by_mean.mean
+
+    def recovered(floor: float | None) -> dict[str, list[float | None]]:
+        return {
+            name: [None if floor is None else ce_loss_recovered(clean.mean, floor, reconstructed.mean) for reconstructed in losses]
+            for name, losses in of_sizes.items()
+        }
+
+    added = {name: [each.mean - clean.mean for each in losses] for name, losses in of_sizes.items()}
+    resampled = (
+        {name: _resampled_losses(clean.by_document, losses) for name, losses in of_sizes.items()} if clean.by_document is not None else {}
+    )
+    return LossEvaluation(clean.mean, ablated.mean, recovered(ablated.mean), tokens, from_mean, recovered(from_mean), added, resampled)
+
+
+def _resampled_losses(clean: Tensor, losses: Sequence[NextTokenLoss]) -> list[Resampled]:
+    """Return the loss in addition to ``clean``, sums and numbers of predictions by document `[n_documents, 2]`, on draws of documents."""
+    bootstrap = PairedBootstrap(clean[:, 1])
+    of_clean = bootstrap.mean_ratio(clean[:, :1], clean[:, 1:])
+    measured = [bootstrap.mean_ratio(sums[:, :1], sums[:, 1:]) for each in losses if (sums := each.by_document) is not None]
+    return [each._replace(value=each.value - of_clean.value, draws=each.draws - of_clean.draws) for each in measured]
 
 
 @torch.no_grad()
@@ -209,10 +273,47 @@ def _split_to_encode(ensemble: Ensemble, x: Tensor) -> tuple[Tensor, ...]:
     return x.split(max(64, encoder_bytes // (widest * x.element_size())))
 
 
+class _Documents:
+    """Tokens and squared deviations of x by document, and the draws of documents."""
+
+    def __init__(self, document: Tensor) -> None:
+        self._document, self._seen = document, 0
+        self.n_documents = int(document.max()) + 1
+        self._shift = torch.empty(0)
+        self._sums, self._squares = SumsByDocument(self.n_documents), SumsByDocument(self.n_documents)
+
+    def update(self, x: Tensor) -> Tensor:
+        """Add the next rows x `[n, d_in]`; return their documents, int64 `[n]`. Raises ValueError for rows without a document."""
+        rows = self._document[self._seen : self._seen + len(x)].to(x.device, torch.int64)
+        if len(rows) < len(x):
+            raise ValueError(f"there are documents of {len(self._document)} tokens, and more tokens")
+        if not self._seen and len(x):
+            self._shift = x[0].double()
+        self._seen += len(x)
+        shifted = x.double() - self._shift
+        self._sums.update(shifted, rows)
+        self._squares.update(shifted.square_(), rows)
+        return rows
+
+    def compute(self) -> tuple[PairedBootstrap, Tensor]:
+        """Return draws, and the squares around the mean over all rows, float64 `[n_documents, d_in]`."""
+        if not self._seen:
+            raise ValueError("no tokens were seen")
+        sums, squares = self._sums.compute(), self._squares.compute()
+        tokens = torch.bincount(self._document[: self._seen].long(), minlength=self.n_documents).to(sums)
+        mean = sums.sum(0) / self._seen
+        return PairedBootstrap(tokens), squares - 2 * mean * sums + tokens[:, None] * mean.square()
+
+
 class _Evaluator:
-    def __init__(self, ensemble: Ensemble, moments: Moments, memory_budget: int, magnitude_step: float | None) -> None:
-        self.ensemble = ensemble
-        self.of_sizes = [ReconstructionMetric(moments) for _ in ensemble]
+    def __init__(
+        self, ensemble: Ensemble, moments: Moments, documents: _Documents | None, memory_budget: int, magnitude_step: float | None
+    ) -> None:
+        self.ensemble, self.documents = ensemble, documents
+        n_documents = documents.n_documents if documents else 0
+        self.errors = [SumsByDocument(n_documents) for _ in ensemble if documents]  # of the first n members
+        self.active = [SumsByDocument(n_documents) for _ in ensemble if documents]  # of each member
+        self.of_sizes = [ReconstructionMetric(moments, errors) for errors in self.errors or [None] * len(ensemble)]
         # the input of bagging members and of the first boosting round is x; the input of later rounds is a residual
         self.of_members = [ReconstructionMetric(None if ensemble.sequential and j else moments) for j in range(len(ensemble))]
         self.sparsity = SparsityMetric(ensemble.n_features)
@@ -220,29 +321,64 @@ class _Evaluator:
         norms = [torch.linalg.vector_norm(sae.W_dec, dim=1) for sae in ensemble]
         self.description_length = None if magnitude_step is None else DescriptionLengthMetric(norms, magnitude_step)
 
-    def update(self, x: Tensor) -> None:
-        for rows in _split_to_encode(self.ensemble, x):
+        self.curves: list[list[TokenPoint]] = [[] for _ in ensemble]
+
+    def update(self, x: Tensor, document: Tensor | None) -> None:
+        parts = _split_to_encode(self.ensemble, x)
+        documents = [None] * len(parts) if document is None else document.split([len(part) for part in parts])
+        for rows, of_rows in zip(parts, documents, strict=True):
             codes: list[SparseCode] = []
             prefixes = self.ensemble.prefix_reconstructions(rows)
             for prefix, of_size, of_member in zip(prefixes, self.of_sizes, self.of_members, strict=True):
-                of_size.update(rows, prefix.x_hat)
+                of_size.update(rows, prefix.x_hat, of_rows)
                 of_member.update(prefix.given, prefix.given_hat)
                 codes.append(prefix.code)
+                if of_rows is not None:
+                    self.active[prefix.n_members - 1].update(prefix.code.start.diff()[:, None], of_rows)
             code = SparseCode.concatenate(codes)
             self.sparsity.update(code)
             self.connectivity.update(code)
             if self.description_length:
                 self.description_length.update(code)
 
+    def add_to_curve(self, tokens: int) -> None:
+        widths = self.ensemble.offsets[1:]
+        for curve, width, connectivity in zip(self.curves, widths, self.connectivity.compute_prefixes(widths), strict=True):
+            curve.append(TokenPoint(tokens, connectivity, self.sparsity.compute(range(width)).dead_features))
+
+    def resampled(self) -> list[dict[str, Resampled]]:
+        """Return explained variance and L0 of each size on draws of documents; empty mappings without documents."""
+        if self.documents is None:
+            return [{} for _ in self.ensemble]
+        bootstrap, squares = self.documents.compute()
+        found, active = [], torch.zeros(1)
+        for errors, of_member in zip(self.errors, self.active, strict=True):
+            active = active.to(squares.device) + of_member.compute()
+            unexplained = bootstrap.mean_ratio(errors.compute(), squares)
+            explained = unexplained._replace(value=1 - unexplained.value, draws=1 - unexplained.draws)
+            found.append({"explained_variance": explained, "l0": bootstrap.mean_ratio(active, bootstrap.tokens_of_documents[:, None])})
+        return found
+
     def compute(self) -> EnsembleEvaluation:
         offsets = self.ensemble.offsets
         compared = compare_members([sae.W_dec for sae in self.ensemble])
         bits = self.description_length.compute_prefixes() if self.description_length else [None] * len(self.ensemble)
-        measured = zip(offsets[1:], self.of_sizes, self.connectivity.compute_prefixes(offsets[1:]), compared.diversity, bits, strict=True)
         sizes = [
-            SizeEvaluation(n, width, reconstruction.compute(), self.sparsity.compute(range(width)), connectivity, diversity, length)
-            for n, (width, reconstruction, connectivity, diversity, length) in enumerate(measured, start=1)
+            SizeEvaluation(n, width, reconstruction.compute(), self.sparsity.compute(range(width)), *others)
+            for n, (width, reconstruction, *others) in enumerate(
+                zip(
+                    offsets[1:],
+                    self.of_sizes,
+                    self.connectivity.compute_prefixes(offsets[1:]),
+                    compared.diversity,
+                    bits,
+                    self.curves,
+                    strict=True,
+                ),
+                start=1,
+            )
         ]
+        sizes = [size._replace(resampled=resampled) for size, resampled in zip(sizes, self.resampled(), strict=True)]
         cosines = compared.mean_max_cosine or [None]
         members = [
             MemberEvaluation(reconstruction.compute(), self.sparsity.compute(range(*features)), cosine)

@@ -29,6 +29,15 @@ from saeens_models.metrics.marginal_gain import WORTHWHILE_SHARE, gains, suggest
 from saeens_models.metrics.matched_correlation import MatchedCorrelationMetric
 from saeens_models.metrics.matching import Matching, match_features, pw_mcc, shared_fraction
 from saeens_models.metrics.output_tokens import OutputTokens, output_tokens
+from saeens_models.metrics.paired_bootstrap import (
+    MOST_BLOCKS,
+    Difference,
+    PairedBootstrap,
+    Resampled,
+    SumsByDocument,
+    blocks_of,
+    paired_difference,
+)
 from saeens_models.metrics.reconstruction import Moments, Reconstruction, ReconstructionMetric, reconstruction
 from saeens_models.metrics.recovery import RECOVERY_THRESHOLD, Recovery, recovery, recovery_by_chance, recovery_equal_rows
 from saeens_models.metrics.sparsity import Sparsity, SparsityMetric, sparsity
@@ -47,12 +56,14 @@ from saeens_models.metrics.stability import (
 __all__ = [
     "HISTOGRAM_BINS",
     "MAX_MATCHED_FEATURES",
+    "MOST_BLOCKS",
     "RECOVERY_THRESHOLD",
     "WORTHWHILE_SHARE",
     "ChanceLevels",
     "ConnectivityMetric",
     "DescriptionLengthMetric",
     "DetectionScore",
+    "Difference",
     "FeatureActivity",
     "FeatureActivityMetric",
     "FeatureContexts",
@@ -70,12 +81,16 @@ __all__ = [
     "NearestInOtherRuns",
     "NextTokenLoss",
     "OutputTokens",
+    "PairedBootstrap",
     "Reconstruction",
     "ReconstructionMetric",
     "Recovery",
+    "Resampled",
     "Sparsity",
     "SparsityMetric",
     "Stability",
+    "SumsByDocument",
+    "blocks_of",
     "ce_loss_recovered",
     "chance_levels",
     "compare_members",
@@ -96,6 +111,7 @@ __all__ = [
     "new_features",
     "next_token_loss",
     "output_tokens",
+    "paired_difference",
     "pw_mcc",
     "reconstruction",
     "recovery",

@@ -3,8 +3,11 @@
 from collections.abc import Callable
 from typing import NamedTuple, Self
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from saeens_models.metrics.paired_bootstrap import SumsByDocument
 
 _ELEMENTS_PER_STEP = 2**24
 """Logits that are copied at a time."""
@@ -20,6 +23,8 @@ class NextTokenLoss(NamedTuple):
     """Sum over the predictions, in nats."""
     predictions: int
     """Number of predictions."""
+    by_document: Tensor | None = None
+    """float64 `[n_documents, 2]`: sum and number of the predictions in each document; None if they were not asked for."""
 
     @property
     def mean(self) -> float:
@@ -30,7 +35,8 @@ class NextTokenLoss(NamedTuple):
 
     def plus(self, other: Self) -> Self:
         """Return the loss over the predictions of both."""
-        return type(self)(self.total + other.total, self.predictions + other.predictions)
+        sums = [each.by_document for each in (self, other) if each.by_document is not None]
+        return type(self)(self.total + other.total, self.predictions + other.predictions, sum(sums[1:], start=sums[0]) if sums else None)
 
 
 class LossBatch(NamedTuple):
@@ -42,19 +48,22 @@ class LossBatch(NamedTuple):
     """The language model's loss on these windows with rows `[n, d_in]` in place of ``x``."""
 
 
-def next_token_loss(logits: Tensor, tokens: Tensor, is_text: Tensor) -> NextTokenLoss:
+def next_token_loss(logits: Tensor, tokens: Tensor, is_text: Tensor, document: Tensor | None = None, n_documents: int = 0) -> NextTokenLoss:
     """Return the cross-entropy of logits `[b, L, vocabulary]` as predictions of the next token of tokens `[b, L]`, summed in float64.
 
     Only text is predicted: ``is_text`` `[b, L]` is false for padding. The mean equals the loss of transformers' models with the tokens
-    as labels, and -100 for padding.
+    as labels, and -100 for padding. ``document``, int64 `[b, L]`: the document of each token, 0 to ``n_documents`` - 1, for sums by the
+    document of the predicted token.
     """
     window, position = is_text[:, 1:].nonzero(as_tuple=True)
     step = max(1, _ELEMENTS_PER_STEP // logits.shape[-1])
-    total = 0.0
+    total, by_document = 0.0, None if document is None else SumsByDocument(n_documents)
     for at in zip(window.split(step), position.split(step), strict=True):
-        losses = F.cross_entropy(logits[at].float(), tokens[:, 1:][at], reduction="none")
-        total += losses.double().sum().item()
-    return NextTokenLoss(total, len(window))
+        losses = F.cross_entropy(logits[at].float(), tokens[:, 1:][at], reduction="none").double()
+        total += losses.sum().item()
+        if by_document and document is not None:
+            by_document.update(torch.stack([losses, torch.ones_like(losses)], 1), document[:, 1:][at])
+    return NextTokenLoss(total, len(window), by_document.compute() if by_document and len(window) else None)
 
 
 def ce_loss_recovered(clean: float, ablated: float, reconstructed: float) -> float | None:

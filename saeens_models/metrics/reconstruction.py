@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from saeens_models.metrics.paired_bootstrap import SumsByDocument
+
 _ELEMENTS_PER_STEP = 2**20
 
 
@@ -84,17 +86,21 @@ class ReconstructionMetric:
 
     Keeps one float64 vector of length d_in and the ``Moments`` of x, for any number of tokens. Metrics of several reconstructions of
     the same x can share ``moments``: the caller then updates the moments with each batch of x, once and before the metrics.
+    ``by_document`` receives the squared errors of every dimension, too.
     """
 
-    def __init__(self, moments: Moments | None = None) -> None:
+    def __init__(self, moments: Moments | None = None, by_document: SumsByDocument | None = None) -> None:
         self._moments = moments or Moments()
+        self._by_document = by_document
         self._owns_moments = moments is None
         self._tokens = 0
         self._squared_error = torch.empty(0)
 
     @torch.no_grad()
-    def update(self, x: Tensor, x_hat: Tensor) -> None:
+    def update(self, x: Tensor, x_hat: Tensor, document: Tensor | None = None) -> None:
         """Add a batch: activations x and their reconstruction x_hat, both `[n, d_in]` on one device, of any floating dtype.
+
+        ``document``, int64 `[n]`: the document of each token, for ``by_document``.
 
         Raises ValueError for shapes that differ between the two or from earlier batches, and for values that are not finite.
         """
@@ -105,10 +111,12 @@ class ReconstructionMetric:
         exact = torch.promote_types(torch.promote_types(x.dtype, x_hat.dtype), torch.float32)
         squared_error = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
         step = _rows_per_step(x)
-        for x_rows, x_hat_rows in zip(x.split(step), x_hat.split(step), strict=True):
+        for first in range(0, len(x), step):
             # float32 is precise enough for a difference, not for squares (overflow) and sums (lost digits)
-            error = (x_hat_rows.to(exact) - x_rows.to(exact)).double()
-            squared_error += error.square_().sum(0)
+            error = (x_hat[first : first + step].to(exact) - x[first : first + step].to(exact)).double().square_()
+            squared_error += error.sum(0)
+            if self._by_document and document is not None:
+                self._by_document.update(error, document[first : first + step])
         _require_finite("x or x_hat", squared_error, self._tokens, len(x))
         if self._owns_moments:
             self._moments.update(x)

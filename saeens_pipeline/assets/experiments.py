@@ -19,6 +19,8 @@ from saeens_pipeline.assets.sources import activations_of
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.language_models.tokens import open_tokens
 from saeens_pipeline.settings.experiments import ExperimentSettings
+from saeens_pipeline.settings.files import blamed_on
+from saeens_pipeline.storage.names import Address
 from saeens_pipeline.storage.recipes import Store
 from saeens_pipeline.storage.tables import has_table
 
@@ -43,7 +45,8 @@ def experiment_ops(experiment: ExperimentSettings) -> list[Op]:
     for method, n, target in baselines_of(experiment):
         unnamed = replace(target, name="", description="")
         twin = next((made for other, made in alike if other == unnamed), members[0] if target.init_index == 1 else None)
-        baseline_op = sae_op(f"{experiment.name}__baseline__{target.name}", experiment, [target], activations, twin=twin)
+        name = Address(experiment.name, target.kind, target.name).op_name
+        baseline_op = sae_op(name, experiment, [target], activations, twin=twin, members=members)
         ops.append(baseline_op)
         baselines.append((method, n, baseline_op.outputs[0]))
         alike.append((unnamed, baseline_op.outputs[0]))
@@ -59,8 +62,9 @@ def experiment_ops(experiment: ExperimentSettings) -> list[Op]:
 
 def validate_saes(experiment: ExperimentSettings, d_in: int) -> None:
     """Raise ConfigurationError if one of the experiment's SAEs cannot be built on activations of this width."""
-    for sae in [*experiment.saes, *(each.target.sae for each in baselines_of(experiment))]:
-        sae_config(sae, d_in, seed=0, name=experiment.name)
+    with blamed_on(experiment, "sae"):
+        for sae in [*experiment.saes, *(each.target.sae for each in baselines_of(experiment))]:
+            sae_config(sae, d_in, seed=0, name=experiment.name)
 
 
 def _check_saes(experiment: ExperimentSettings, store: Store, wanted: Wanted, facts: Facts) -> None:

@@ -19,12 +19,13 @@ from saeens_pipeline.assets.declarations import Declaration, Op
 from saeens_pipeline.assets.memory import training_memory
 from saeens_pipeline.assets.registry import evaluations_of, fills
 from saeens_pipeline.assets.saes import config_of
-from saeens_pipeline.assets.sources import describe_source, measures_loss
+from saeens_pipeline.assets.sources import describe_source, measures_loss, require_hook
 from saeens_pipeline.errors import SaeensError
-from saeens_pipeline.language_models.descriptions import LanguageModelDescription, validate_hook
+from saeens_pipeline.language_models.descriptions import LanguageModelDescription
 from saeens_pipeline.language_models.patching import LOGIT_BYTES
 from saeens_pipeline.language_models.tokens import position_bytes
 from saeens_pipeline.settings import ExperimentSettings, SourceSettings
+from saeens_pipeline.settings.files import blamed_on
 from saeens_pipeline.storage.activation_writer import stored_bytes
 from saeens_pipeline.storage.disk import free_bytes
 from saeens_pipeline.storage.names import Partition
@@ -66,7 +67,7 @@ def forecast(
     vocabulary = description.vocab_size if description else _VOCABULARY_NOT_KNOWN
     tokens = 0 if source.synthetic else (source.train_tokens + source.test_tokens) * position_bytes(vocabulary)
     if description:
-        validate_hook(description, source.hook, layers)
+        require_hook(source, description, layers)
         loss = measures_loss(experiment, description) and experiment.ce_loss_tokens > 0 and fills(experiment, "reconstruction")
         plan = _Plan(source, experiment, ops, layers, description, parameters, problem, loss)
         context = f"{description.context_length:,}" if description.context_length else "without limit"
@@ -152,7 +153,8 @@ class _Plan:
         self.n_partitions = len(self.layers) * len(self.experiment.ensemble.seeds)  # the number of trainings of each SAE
         outputs = [(op.name, each) for op in self.ops for each in op.outputs]
         self.n_residuals = sum(each.builder == "residual" for _, each in outputs)
-        self.declared = [_SAE(op, each, config_of(each, self.description.d_model)) for op, each in outputs if each.builder == "sae"]
+        with blamed_on(self.experiment, "sae"):
+            self.declared = [_SAE(op, each, config_of(each, self.description.d_model)) for op, each in outputs if each.builder == "sae"]
         trained: dict[object, _SAE] = {}
         for each in self.declared:
             given = tuple(str(needed.artefact.address) for needed in each.declaration.inputs if needed.decides)

@@ -190,7 +190,7 @@ def _expected_sae(row: Mapping[str, Any], number: int) -> tuple[Address, Partiti
     """Return the place at which SAE `number` of a row was written; None for a mean over seeds."""
     if row.get("seed") is None:
         return None
-    kind, name = _MEMBER_NAMES.get(row["method"], ("baseline", ""))
+    kind, name = _MEMBER_NAMES.get(row["method"], ("consensus" if row["method"] == "consensus" else "baseline", ""))
     name = f"{name}_{row.get('member') or number}" if name else row["method"]
     return Address(row["experiment"], kind, name), Partition(row["layer"], row["seed"])
 

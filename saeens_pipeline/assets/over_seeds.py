@@ -91,6 +91,8 @@ def measurements(store: Store, over: Declaration, columns: Mapping[str, Sequence
     parts = {name: [table_frame(name, []).select(pl.lit("").alias("source"), pl.all())] for name in columns}
     for _, table, _, artefact in over.optional_inputs(store, Partition()):
         assert isinstance(table, Declaration)
+        if table.address.name not in parts:
+            continue
         parts[table.address.name].append(read_part(artefact.path).select(pl.lit(table.source).alias("source"), pl.all()))
     tables = [pl.concat(found).select(*_KEY, "seed", *columns[name]) for name, found in parts.items()]
     measured = reduce(lambda one, other: one.join(other, on=[*_KEY, "seed"], how="left"), tables)

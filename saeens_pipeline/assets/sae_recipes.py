@@ -24,4 +24,4 @@ def sae_config(sae: SAESettings | Mapping[str, Any], d_in: int, *, seed: int, na
         return SAESettings.model_validate(sae).config(d_in, seed)
     except ValidationError as error:
         reasons = "; ".join(each["msg"].removeprefix("Value error, ") for each in error.errors())
-        raise ConfigurationError(f"{name}: attributes.sae cannot be built for activations of width {d_in}: {reasons}") from None
+        raise ConfigurationError(f"{name}: the SAE cannot be built for activations of width {d_in}: {reasons}") from None

@@ -36,6 +36,9 @@ class Target:
     """Labels of the documents that it is trained on; empty: all documents."""
     start_from: Reference | None = None
     """The SAE that provides its initial weights."""
+    consensus: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of `find_clusters`: its width is the number of clusters of the members' features. With `from_scratch` nothing else is
+    taken from the members; otherwise the decoder, which stays fixed, and the initial values of the other weights."""
     boosting_scale: str | None = None
     """Scale of the input of a boosting round after the first, if inputs are scaled."""
 
@@ -45,13 +48,22 @@ def init_seed(ensemble_seed: int, index: int) -> int:
     return ensemble_seed * (MAX_MEMBERS + 1) + index
 
 
-def sae_op(name: str, experiment: ExperimentSettings, targets: Sequence[Target], given: Reference, *, twin: Reference | None = None) -> Op:
+def sae_op(
+    name: str,
+    experiment: ExperimentSettings,
+    targets: Sequence[Target],
+    given: Reference,
+    *,
+    twin: Reference | None = None,
+    members: Sequence[Reference] = (),
+) -> Op:
     """Declare SAEs that are trained together on one stream of `given` (activations or a residual).
 
     `twin`: an earlier SAE that may have the same recipe. If it has, or an SAE of another experiment has, its files are linked and
-    nothing is trained. SAEs that are trained together have no `documents`, `epochs` or `training` of their own.
+    nothing is trained. `members`: those of a consensus. SAEs that are trained together have no `documents`, `epochs` or `training` of
+    their own.
     """
-    outputs = tuple(_declare(experiment, target, given, after=twin) for target in targets)
+    outputs = tuple(_declare(experiment, target, given, after=twin, members=members) for target in targets)
 
     def make(context: RunContext, tasks: Sequence[Task]) -> None:
         from saeens_pipeline.assets.training import train_saes
@@ -81,18 +93,26 @@ def concurrent_rounds_op(name: str, experiment: ExperimentSettings, rounds: Sequ
 
 
 def _declare(
-    experiment: ExperimentSettings, target: Target, given: Reference, *, after: Reference | None, before: Sequence[Target] = ()
+    experiment: ExperimentSettings,
+    target: Target,
+    given: Reference,
+    *,
+    after: Reference | None,
+    before: Sequence[Target] = (),
+    members: Sequence[Reference] = (),
 ) -> Declaration:
     """Declare an SAE whose inputs include `after`; `before` are the earlier rounds that are trained concurrently."""
     settings: dict[str, Any] = {"sae": target.sae.to_json(), "training": {**experiment.complete_training, **target.training}}
     settings |= {"documents": target.documents} if target.documents else {}
     settings |= {"epochs": target.epochs} if target.epochs > 1 else {}
+    settings |= {"consensus": dict(target.consensus)} if target.consensus else {}
     settings |= {"boosting_scale": target.boosting_scale} if target.boosting_scale else {}
     settings |= {"boosting": "concurrent"} if before else {}
     settings |= {"saes_before": [each.sae.to_json() for each in before]} if before and isinstance(experiment.sae, list) else {}
     method, inputs = target.kind if target.kind != "baseline" else target.name, [Input("activations", given)]
     inputs += [Input("tokens", tokens_of(experiment.source))] if target.documents else []
     inputs += [Input(START, target.start_from)] if target.start_from else []
+    inputs += [Input(member.address.name, member) for member in members] if target.consensus else []
     inputs += [Input(after.address.name, after, decides=False)] if after else []
 
     def seeds(partition: Partition) -> dict[str, Any]:

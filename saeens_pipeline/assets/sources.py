@@ -19,6 +19,7 @@ from saeens_pipeline.language_models.models import describe_language_model, quan
 from saeens_pipeline.language_models.synthetic import FEATURES_FILE, describe_synthetic, write_synthetic_activations
 from saeens_pipeline.language_models.tokens import open_tokens, validate_token_settings, write_tokens
 from saeens_pipeline.settings.experiments import ExperimentSettings
+from saeens_pipeline.settings.files import blamed_on
 from saeens_pipeline.settings.sources import SourceSettings
 from saeens_pipeline.storage.locks import writing_if_free
 from saeens_pipeline.storage.names import Address, Partition
@@ -218,7 +219,7 @@ def _text_ops(settings: SourceSettings) -> list[Op]:
 
     def check_tokens(*_: Any) -> None:
         validate_token_settings(describe_source(settings), **_token_settings(settings))
-        open_corpus(settings.corpus).require_readable()  # for a data set of the hub, if the hub can be reached
+        _require_corpus(settings)
 
     def check_activations(_: Store, wanted: Wanted, *_facts: Any) -> None:
         from saeens_pipeline.language_models.loading import validate_modules
@@ -274,11 +275,25 @@ def validate_source(settings: SourceSettings, layers: Sequence[int]) -> Language
 
     Raises ConfigurationError or SaeensError, before any work.
     """
-    description = describe_source(settings)
-    validate_hook(description, settings.hook, layers)
+    with blamed_on(settings, "language_model"):
+        description = describe_source(settings)
+    require_hook(settings, description, layers)
     if not settings.synthetic:
         validate_token_settings(description, **_token_settings(settings))
     return description
+
+
+def require_hook(settings: SourceSettings, description: LanguageModelDescription, layers: Sequence[int]) -> None:
+    """Raise ConfigurationError, with the line of the experiment file, for a layer or a named hook that the model does not have."""
+    missing = [layer for layer in layers if not 0 <= layer < description.n_layers]
+    with blamed_on(settings, "layers" if missing else "hook", is_from_file=set(missing) <= set(settings.layers)):
+        validate_hook(description, settings.hook, layers)
+
+
+def _require_corpus(settings: SourceSettings) -> None:
+    """Raise an error if the corpus cannot be read: for a data set of the hub, if the hub can be reached."""
+    with blamed_on(settings, "corpus"):
+        open_corpus(settings.corpus).require_readable()
 
 
 def _token_settings(settings: SourceSettings) -> dict[str, Any]:

@@ -13,7 +13,8 @@ import polars as pl
 import torch
 
 import saeens_models as sm
-from saeens_models import SAE, SAEConfig
+from saeens_models import SAE, Cluster, SAEConfig
+from saeens_models.consensus import find_clusters, initial_consensus, with_width
 from saeens_models.training import Checkpoints, CurvePoint, checkpoint_bytes, on_device
 from saeens_pipeline import progress
 from saeens_pipeline.assets.declarations import Declaration, Reference, RunContext, Task
@@ -28,7 +29,7 @@ from saeens_pipeline.language_models.tokens import open_tokens
 from saeens_pipeline.storage.activations import ActivationReader, ActivationStatistics, ActivationStore
 from saeens_pipeline.storage.checkpoints import checkpoint_file, checkpoint_seconds
 from saeens_pipeline.storage.disk import is_full_disk, require_free_disk
-from saeens_pipeline.storage.names import CURVE_FILE, Partition
+from saeens_pipeline.storage.names import CLUSTERS_FILE, CURVE_FILE, Address, Partition, place
 from saeens_pipeline.storage.recipes import Artefact, Store
 from saeens_pipeline.storage.selection import SelectedDocuments
 
@@ -52,19 +53,43 @@ def train_saes(context: RunContext, tasks: Sequence[Task], given: Reference, out
 
     def train(group: Sequence[Task], plan: MemoryPlan) -> None:
         with _checkpoints(context, group, outputs, op_name) as checkpoints:
-            initial = [_initial(context.store, task) for task in group]
+            initial = [training.start(task).initial for task in group]
             fitted = training.fit(group, partial(sm.train, initial=initial), checkpoints, plan)
             _require_room(context, group, fitted)
             for task, trained in zip(group, fitted, strict=True):
-                _write(context, task, trained, given.address.name)
+                _write(context, task, trained, given.address.name, training.start(task).clusters)
 
     train_in_portions(tasks, training.config.batch_tokens, training.first_portion(), train)
 
 
-def _initial(store: Store, task: Task) -> SAE | None:
-    """Return the SAE that provides the initial weights, if the task has one."""
-    start = next((each.artefact for each in task.declaration.inputs if each.name == START), None)
-    return sm.load_sae(start.require(store, task.partition).path) if start else None
+class _Start(NamedTuple):
+    """Configuration and initial weights of an SAE."""
+
+    config: SAEConfig
+    initial: SAE | None
+    clusters: Sequence[Cluster] = ()
+    """The members' features that each feature of a consensus stands for."""
+
+
+def _start(store: Store, task: Task, d_in: int) -> _Start:
+    """Return the start of a training. Raises SaeensError for a consensus of members without a common feature."""
+    fields, inputs = task.recipe.settings, {each.name: each.artefact for each in task.declaration.inputs}
+    config = sae_config(fields["sae"], d_in, seed=fields["init_seed"], name=str(task.declaration.address))
+    if "consensus" not in fields:
+        return _Start(config, sm.load_sae(inputs[START].require(store, task.partition).path) if START in inputs else None)
+    saes = [sm.load_sae(each.require(store, task.partition).path) for name, each in inputs.items() if name.startswith("member_")]
+    settings = dict(fields["consensus"])
+    from_scratch = settings.pop("from_scratch", False)
+    clusters = find_clusters([sae.W_dec for sae in saes], **settings)
+    if not clusters:
+        raise SaeensError(
+            f"{place(*task.where)}: no feature of a member has a cosine of {settings['threshold']:g} to one of another member: there is no "
+            "consensus. Train longer, or leave consensus out of baselines"
+        )
+    if from_scratch:
+        return _Start(with_width(config, len(clusters)), None)
+    initial = initial_consensus(saes, clusters, config)
+    return _Start(initial.config, initial, clusters)
 
 
 def train_rounds(context: RunContext, tasks: Sequence[Task], given: Reference, rounds: Sequence[Declaration], op_name: str) -> None:
@@ -193,6 +218,7 @@ class _Training:
             activations = activations_of(tasks[0].declaration.source).require(store, partition)
             mean_norm = ActivationStatistics.from_json(activations.provenance["statistics"]["train"]).mean_norm
         normalised = fields["training"]["normalize_activations"] != "none"
+        self._starts: dict[Address, _Start] = {}
         self.config = sm.TrainingConfig(
             **fields["training"],
             total_tokens=self._n_tokens,
@@ -200,9 +226,16 @@ class _Training:
             input_scale=reader.d_in**0.5 / mean_norm if normalised else None,
         )
 
+    def start(self, task: Task) -> _Start:
+        """Return configuration and initial weights of a task's SAE."""
+        address = task.declaration.address
+        if address not in self._starts:
+            self._starts[address] = _start(self._context.store, task, self._reader.d_in)
+        return self._starts[address]
+
     def first_portion(self) -> Portion:
         """Return the largest portion within the memory budget of the device."""
-        configs = [_config(task, self._reader.d_in) for task in self._tasks]
+        configs = [self.start(task).config for task in self._tasks]
         memory_gb, name = self._context.compute.memory_gb, str(self._tasks[0].declaration.address)
         return portion_within(memory_gb, configs, self.config.batch_tokens, name)
 
@@ -211,7 +244,7 @@ class _Training:
     ) -> list[_Trained]:
         """Train the SAEs of some tasks with `sm.train` or a function with the same signature."""
         context, n_tokens = self._context, self._n_tokens
-        configs = [_config(task, self._reader.d_in) for task in tasks]
+        configs = [self.start(task).config for task in tasks]
         curves: list[list[CurvePoint]] = [[] for _ in tasks]
         live = _LiveCurves(context, tasks, n_tokens)
         first, last = tasks[0].declaration.address, tasks[-1].declaration.address.name
@@ -264,7 +297,7 @@ def _require_room(context: RunContext, tasks: Sequence[Task], fitted: Sequence[_
     require_free_disk(context.store.root, needed, f"writing {len(fitted)} SAEs of {tasks[0].declaration.address.owner}")
 
 
-def _write(context: RunContext, task: Task, trained: _Trained, trained_on: str) -> None:
+def _write(context: RunContext, task: Task, trained: _Trained, trained_on: str, clusters: Sequence[Cluster] = ()) -> None:
     """Write an SAE with the metadata that SAELens and SAEBench read: language model, hook, layer, context size and data set.
 
     SAELens passes ``model_name`` to loaders and makes file names of it: it is a string. The model's hashes have a key of their own.
@@ -289,8 +322,15 @@ def _write(context: RunContext, task: Task, trained: _Trained, trained_on: str) 
     with context.store.write_folder(*task.where, task.recipe, trained.provenance) as folder:
         sm.save_sae(trained.sae, folder, metadata)
         pl.DataFrame([point._asdict() for point in trained.curve]).write_parquet(folder / CURVE_FILE)
+        if clusters:
+            _cluster_table(clusters).write_parquet(folder / CLUSTERS_FILE)
 
 
-def _config(task: Task, d_in: int) -> SAEConfig:
-    fields = task.recipe.settings
-    return sae_config(fields["sae"], d_in, seed=fields["init_seed"], name=str(task.declaration.address))
+def _cluster_table(clusters: Sequence[Cluster]) -> pl.DataFrame:
+    """Return a row for each feature of a member that is in a cluster: feature of the consensus, member from 1, index there from 0."""
+    rows = [
+        (feature, member + 1, index, place == cluster.representative)
+        for feature, cluster in enumerate(clusters)
+        for place, (member, index) in enumerate(cluster.features)
+    ]
+    return pl.DataFrame(rows, schema=["feature", "member", "index", "is_representative"], orient="row")

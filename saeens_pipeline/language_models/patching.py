@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from saeens_models.metrics import LossBatch, NextTokenLoss, next_token_loss
+from saeens_models.metrics import MOST_BLOCKS, LossBatch, NextTokenLoss, blocks_of, next_token_loss
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.language_models.descriptions import LanguageModelDescription
 from saeens_pipeline.language_models.hook_checks import checked_in_float32, random_windows, relative_error, tolerance
@@ -63,14 +63,17 @@ class PatchedWindows:
     """Windows of text in a language model. Blocks before the hook run once, later ones once per replacement.
 
     `activations` `[b, L, d]` are those at `hook` of `layer`. Memory: the activations, and the outputs of the blocks before the hook,
-    `[b, L, d_model]` each.
+    `[b, L, d_model]` each. `n_documents`: number of documents of the split, for losses with sums by
+    document; 0 for losses without.
     """
 
-    def __init__(self, model: LanguageModel, windows: TokenBatch, hook: str, layer: int) -> None:
+    def __init__(self, model: LanguageModel, windows: TokenBatch, hook: str, layer: int, n_documents: int = 0) -> None:
         self._model, self._hook, self._layer = model, hook, layer
         device = model.model.device
         self._tokens, self._kept = windows.tokens.to(device), windows.kept.to(device)
         self._is_text = windows.is_text.to(device)
+        self._n_blocks = min(n_documents, MOST_BLOCKS)
+        self._block = blocks_of(windows.document.to(device).clamp(min=0), n_documents) if n_documents else None
         self._outputs: dict[nn.Module, Any] = {}
         with ExitStack() as hooks:
             for block in model.blocks_before(hook, layer):
@@ -91,17 +94,21 @@ class PatchedWindows:
         """Return the next-token loss over all text with `rows` `[n, d]` at the kept positions and unchanged activations elsewhere."""
         replacement = self.activations.clone()
         replacement[self._kept] = rows.to(replacement)
-        return next_token_loss(self.logits(replacement), self._tokens, self._is_text)
+        return next_token_loss(self.logits(replacement), self._tokens, self._is_text, self._block, self._n_blocks)
 
 
-def loss_batches(model: LanguageModel, tokens: TokenStore, hook: str, layer: int, n_rows: int) -> Iterator[LossBatch]:
+def loss_batches(
+    model: LanguageModel, tokens: TokenStore, hook: str, layer: int, n_rows: int, *, by_document: bool = False
+) -> Iterator[LossBatch]:
     """Yield evenly spread windows of the test split with about `n_rows` activation rows in total, or all windows if there are fewer.
+
+    `by_document`: losses have sums by document, or by block of documents (`blocks_of`).
 
     Memory: the logits of a batch of windows, 16 MiB or those of one window, and the model's copies of them.
     """
     window_bytes = tokens.context_length * model.description.vocab_size * 4
     for batch in tokens.sample("test", n_rows, batch_windows=max(1, LOGIT_BYTES // window_bytes)):
-        windows = PatchedWindows(model, batch, hook, layer)
+        windows = PatchedWindows(model, batch, hook, layer, tokens.statistics.test.documents if by_document else 0)
         yield LossBatch(windows.rows, windows.loss)
 
 

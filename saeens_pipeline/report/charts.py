@@ -42,6 +42,7 @@ LINE = Style(line=2, symbol=7)
 POINTS = Style(symbol=10)
 LEVEL = Style(line=1.5, dotted=True)
 PATH = Style(line=1.5, symbol=6, last=12)
+THIN = Style(line=1.1, symbol=4, dotted=True)
 CURVE = Style(line=1.1, opacity=0.75)
 STEPS = Style(line=1.8, steps=True)  # each value from its x to the next
 FRONT = Style(line=1.2, dotted=True)
@@ -62,6 +63,8 @@ class Series:
     y_bars: Sequence[tuple[float, float]] = ()
     text: str | Sequence[str] = ""
     label: str = ""
+    is_named: bool = False
+    """True: the label stands at the last point on pages, since the legend does not list it."""
 
     @property
     def errors(self) -> dict[str, tuple[list[float], list[float]]]:
@@ -142,6 +145,9 @@ def _trace(series: Series) -> dict[str, Any]:
     label = series.label or about.label
     trace: dict[str, Any] = {"type": "scatter", "x": list(series.x), "y": list(series.y), "name": label, "meta": {"method": about.name}}
     trace["mode"] = "+".join(["lines"] * bool(style.line) + ["markers"] * bool(style.symbol))
+    if series.is_named:
+        trace["mode"] += "+text"
+        trace |= {"text": [""] * (len(series.x) - 1) + [label], "textposition": "top left", "textfont": {"size": 10, "color": about.colour}}
     if style.line:
         trace["line"] = {"color": about.colour, "width": style.line}
         trace["line"] |= ({"dash": "dot"} if style.dotted else {}) | ({"shape": "hv"} if style.steps else {})

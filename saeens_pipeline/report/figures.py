@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import polars as pl
 
 from saeens_pipeline.assets.over_seeds import Spread, written
 from saeens_pipeline.assets.registry import Headline, listed
-from saeens_pipeline.report.charts import CURVE, FRONT, LEVEL, LINE, PATH, POINTS, STEPS, Axis, Chart, Series
+from saeens_pipeline.report.charts import CURVE, FRONT, LEVEL, LINE, PATH, POINTS, STEPS, THIN, Axis, Chart, Series
 from saeens_pipeline.report.methods import Method, in_order, method
 from saeens_pipeline.report.metrics import BITS, CE, CONNECTIVITY, DIVERSITY, EV, FLOPS, GAINS, L0, MSE, STABILITY
 from saeens_pipeline.report.results import Results, Size, spread_of_row, spreads
@@ -22,6 +23,15 @@ MAX_CURVE_POINTS = 120
 BINS = 30
 SYMBOL_STEP = 0.04  # of a plot's width, between symbols that would cover each other
 SYMBOL_HEIGHT = 0.05  # of the values' range, within which they would
+_CONTEXT = tuple(  # of stability: columns of the rows of bagging
+    Method(column, label, "", "#7d7d7d", *symbols)
+    for column, label, *symbols in (
+        ("stability_reference", "one SAE, as many features", "x", "x", "✕"),
+        ("stability_chance_data", "chance: picked activations", "cross", "+", "+"),
+        ("stability_chance_covariance", "chance: random, same covariance", "hexagon", "h", "⬢"),
+        ("stability_chance_isotropic", "chance: random", "circle", "o", "●"),
+    )
+)
 _FRONT = Method("front", "front", "", "#9a9a9a", "circle", "o", "●")
 
 BY_MEMBERS = (EV, MSE, STABILITY, CONNECTIVITY, DIVERSITY, CE)
@@ -52,7 +62,32 @@ def by_members(results: Results) -> Iterator[Chart]:
     """Yield each metric against the number of members."""
     for metric in BY_MEMBERS:
         if chart := against_members(results.of(metric), metric):
-            yield chart
+            yield _with_context(chart, results) if metric == STABILITY else chart
+
+
+def _with_context(chart: Chart, results: Results) -> Chart:
+    """Return the chart of stability with its reference, its chance levels, and the ensembles at equal numbers of candidates."""
+    series = list(chart.series)
+    for name in ENSEMBLES:
+        equal = _by_size(results.spreads("stability", "stability_equal_candidates"), name)
+        if len(equal) > 1:
+            whats, label = [f"n = {n}, as many candidates as one SAE" for n in equal], f"{method(name).label}, equal candidates"
+            series.append(replace(_points(name, list(equal), list(equal.values()), whats), style=THIN, label=label))
+    for about in _CONTEXT:
+        levels = _by_size(results.spreads("stability", about.name), "bagging")
+        if levels:
+            texts = [_in_words(spread, ".3f") for spread in levels.values()]
+            series.append(Series(about, list(levels), _means(list(levels.values())), THIN, text=texts, is_named=True))
+    caption = (
+        f"{chart.caption} Dotted, small symbols: as many features as one SAE has, drawn from every dictionary. Grey: one SAE against as "
+        "many features, with nothing ensembled; and dictionaries that have learned nothing."
+    )
+    return replace(chart, series=series, caption=caption)
+
+
+def _by_size(values: Mapping[Size, Spread], name: str) -> dict[int, Spread]:
+    """Return the values of a method by its number of members, in order."""
+    return {size.n_members: values[size] for size in sorted(values) if size.method == name}
 
 
 def marginal_gain(results: Results) -> Iterator[Chart]:
@@ -178,7 +213,8 @@ def _curves(rows: pl.DataFrame, column: str) -> Iterator[Series]:
 
 
 def features(results: Results) -> Iterator[Chart]:
-    """Yield two charts: histograms of the features' densities, and of their largest cosines to features under other seeds."""
+    """Yield histograms: of the features' densities, of their largest cosines to features under other seeds, and of the seeds with one."""
+    yield from _found_again(results)
     table = results.tables.get("features")
     if table is None:
         return
@@ -196,6 +232,19 @@ def features(results: Results) -> Iterator[Chart]:
         caption = "Largest cosine of each feature to any feature under another seed. 1: the same direction again."
         series = list(_histograms(there, "nearest_other_seed_cosine", there, np.linspace(low, 1, BINS + 1), ".2f"))
         yield Chart("other_seed_cosine", "Stability of features", caption, Axis("largest cosine", range=(low, 1.0)), y, series)
+
+
+def _found_again(results: Results) -> Iterator[Chart]:
+    """Yield a histogram: in how many of the other seeds a feature is found."""
+    table = results.tables.get("feature_stability")
+    found = None if table is None else table.drop_nulls("n_found")
+    if found is None or not len(found):
+        return
+    most = found["n_runs"].to_numpy().max() - 1
+    caption = "In how many other seeds a feature of cosine at least 0.7 exists. An ensemble has more features among which to find one."
+    series = list(_histograms(found, "n_found", found, np.arange(most + 2) - 0.5, ".1f"))
+    x = Axis("other seeds in which it is found", range=(-0.5, most + 0.5), whole=True)
+    yield Chart("found_in_seeds", "Features found again", caption, x, Axis("share of features"), series)
 
 
 def _histograms(rows: pl.DataFrame, column: str, whole: pl.DataFrame, edges: np.ndarray, form: str) -> Iterator[Series]:

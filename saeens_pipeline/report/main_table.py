@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from saeens_pipeline.assets.over_seeds import Spread, written
 from saeens_pipeline.assets.registry import Headline
+from saeens_pipeline.assets.ties import tied_with
 from saeens_pipeline.report.methods import Method, method
-from saeens_pipeline.report.metrics import CE, METRICS, STABILITY
+from saeens_pipeline.report.metrics import CE, EV, METRICS, STABILITY
 from saeens_pipeline.report.record import Found, Record
 from saeens_pipeline.report.results import Results, Size
 
+_DIFFERS_IN = {EV: EV.column, CE: "ce_loss_added_nats"}  # metric of the table differences by column
 N_MEMBERS = (
     "number of SAEs in the ensemble; for expanded SAEs, which are single ones, the number of members whose features they have; else 1"
 )
@@ -19,13 +21,17 @@ N_MEMBERS = (
 
 @dataclass(frozen=True)
 class Cell:
-    """A number: as text, exact, with its spread over seeds; `best` marks the best of its column. Or the reason why there is none."""
+    """A number: as text, exact, with its spread over seeds; `best` marks the best of its column, `tie` what cannot be told apart from it.
+
+    Or the reason why there is none.
+    """
 
     text: str = ""
     value: float | None = None
     seeds: str = ""
     best: bool = False
     why: str = ""
+    tie: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,16 @@ def _cell(results: Results, metric: Headline, size: Size) -> Cell:
         return Cell(why=why_empty(metric, results.experiment, len(results.seeds)))
     means = [each.mean for each in results.full(metric).values()]
     best = (max(means) if metric.better == "more" else min(means)) if metric.better and len(means) > 1 else None
-    return cell_of(spread, metric, best=spread.mean == best)
+    cell = cell_of(spread, metric, best=spread.mean == best)
+    return replace(cell, tie=not cell.best and _is_tied(results, metric, size, best))
+
+
+def _is_tied(results: Results, metric: Headline, size: Size, best: float | None) -> bool:
+    if best is None or metric not in _DIFFERS_IN or "differences" not in results.tables:
+        return False
+    of_best = next(each for each in results.full_sizes if each in results.of(metric) and results.of(metric)[each].mean == best)
+    tied = tied_with(results.tables["differences"], _DIFFERS_IN[metric], of_best, len(results.of(metric)[of_best].points))
+    return tied.get(size, False)
 
 
 def _origins(results: Results, size: Size, record: Record) -> dict[int, list[tuple[str, Found | None]]]:

@@ -45,7 +45,7 @@ class Found:
     def title(self) -> str:
         """Return its name on pages: `round 2`, or the label of a method that consists of this SAE."""
         name = self.address.name
-        if self.address.kind != "baseline":
+        if self.address.kind not in ("baseline", "consensus"):
             return name.replace("_", " ")
         known, _, width = name.rpartition("_")
         return f"{method(known).label}, {width} members wide" if width.isdecimal() else method(name).label
@@ -234,7 +234,7 @@ def diagram(record: Record) -> dict[str, Sequence[Node | Lane]]:
     lanes = [
         Lane("Bagging", "members differ in their initial weights only", *_ensemble(record, "bagging")),
         Lane("Boosting", "each round is trained on the residual of those before it", *_ensemble(record, "boosting"), chained=True),
-        Lane("Baselines", "single SAEs to compare with", *_ensemble(record, "baseline")),
+        Lane("Baselines", "single SAEs to compare with", *_ensemble(record, "baseline", "consensus")),
     ]
     source = [node for found in (record.tokens, record.activations) if found for node in _nodes([found])]
     lanes = [lane for lane in lanes if lane.nodes]
@@ -250,9 +250,9 @@ def _outside(record: Record) -> Iterator[Node]:
         yield Node("language model", [("", digest(identity))], about=f"{record.language_model}, {record.setting('weights')}")
 
 
-def _ensemble(record: Record, kind: str) -> tuple[list[Node], Node | None]:
+def _ensemble(record: Record, *kinds: str) -> tuple[list[Node], Node | None]:
     parts, whole = (
-        _nodes([each for each in record.of(kind) if (each.artefact.recipe["builder"] == "ensemble") == is_whole])
+        _nodes([each for kind in kinds for each in record.of(kind) if (each.artefact.recipe["builder"] == "ensemble") == is_whole])
         for is_whole in (False, True)
     )
     return parts, whole[0] if whole else None

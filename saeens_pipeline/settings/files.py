@@ -6,6 +6,7 @@ import difflib
 import os
 import stat
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -199,6 +200,20 @@ class ExperimentFile:
     def _message(self, document: yaml.Node, location: Location, message: str) -> str:
         field = f" {'.'.join(str(part)[:60] for part in location)}:" if location else ""
         return f"{self.path}:{_line(document, location)}:{on_one_line(f'{field} {message}')}"
+
+
+@contextmanager
+def blamed_on(settings: Settings, field: str, *, is_from_file: bool = True) -> Iterator[None]:
+    """Add path, line and field to a ConfigurationError of this block: facts outside the file can make a field of it wrong.
+
+    With `is_from_file` False the wrong value is not from the file.
+    """
+    try:
+        yield
+    except ConfigurationError as error:
+        if settings.file is None or not is_from_file:
+            raise
+        raise ConfigurationError(ExperimentFile(settings.file).complaint(settings, field, str(error))) from None
 
 
 class _NotTextError(Exception):

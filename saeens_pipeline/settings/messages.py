@@ -49,7 +49,7 @@ _MESSAGES = {
     "string_pattern_mismatch": "expected a text that matches {pattern}",
     "invalid_key": "a key has to be a plain word",
 }
-_OWN = ("value_error", "assertion_error")  # raised by our validators, with our words
+_OWN = ("value_error", "assertion_error", "inconsistent", "unknown_architecture", "whole_number")  # of our validators, with our words
 
 
 def in_words(error: Mapping[str, Any]) -> str:

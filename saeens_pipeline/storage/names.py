@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Literal, NamedTuple, cast, get_args
 
-Kind = Literal["source", "bagging", "boosting", "baseline", "eval", "report", "leaderboard"]
+Kind = Literal["source", "bagging", "boosting", "baseline", "consensus", "eval", "report", "leaderboard"]
 ENSEMBLES: tuple[Kind, ...] = ("bagging", "boosting")
 
 SOURCES_GROUP = "sources"
@@ -21,6 +21,7 @@ LEADERBOARD = "leaderboard"
 BROKEN_GROUP = "broken_experiments"  # asset nodes of unreadable experiment files
 RESERVED_GROUPS = (SOURCES_GROUP, LEADERBOARD, BROKEN_GROUP)
 CURVE_FILE = "training_curve.parquet"  # in the folder of an SAE
+CLUSTERS_FILE = "clusters.parquet"  # in the folder of a consensus
 INDEX_FILE, PICTURES_FOLDER = "index.html", "pictures"  # in the folder of a report
 MAX_NAME = 63  # characters; Dagster takes no longer values of tags
 _NAME = re.compile(r"[a-z0-9_]+")
@@ -28,7 +29,7 @@ _FOLDER_ABOVE_ARTEFACTS = re.compile(
     "|".join(
         (
             "sources(/NAME(/layer=N)?)?",
-            "experiments(/NAME(/layer=N(/seed=N(/(bagging|boosting|baseline))?)?)?)?",
+            "experiments(/NAME(/layer=N(/seed=N(/(bagging|boosting|baseline|consensus))?)?)?)?",
             "tables(/NAME(/NAME(/layer=N(/seed=N)?)?)?)?",
             "reports(/(?!leaderboard(/|$))NAME)?",
             "checkpoints(/NAME(/layer=N)?)?",
@@ -73,9 +74,9 @@ class Address:
 
     @property
     def key(self) -> list[str]:
-        """The asset key: SOURCE/NAME, EXPERIMENT/report, leaderboard, leaderboard/report, otherwise EXPERIMENT/KIND/NAME."""
+        """The asset key: SOURCE/NAME, EXPERIMENT/report or /consensus, leaderboard, leaderboard/report, otherwise EXPERIMENT/KIND/NAME."""
         match self.kind:
-            case "source" | "report":
+            case "source" | "report" | "consensus":
                 return [self.owner, self.name]
             case "leaderboard":
                 return [self.name]

@@ -28,7 +28,17 @@ def test_the_loss_is_the_cross_entropy_of_next_tokens_without_padding(monkeypatc
     found = next_token_loss(logits, tokens, is_text)
     assert found.predictions == 6
     assert found.total == pytest.approx(float(expected), rel=1e-5)
-    assert found.plus(NextTokenLoss(1.0, 2)) == (found.total + 1.0, 8)
+    assert found.plus(NextTokenLoss(1.0, 2)) == (found.total + 1.0, 8, None)
+    document = torch.tensor([[0, 0, 0, 2, 2], [2, 2, 2, 0, 0]])  # of the predicted token
+    found = next_token_loss(logits, tokens, is_text, document, 3)
+    of_documents = [
+        -sum(log_p[b, i, tokens[b, i + 1]] for b, i in places) for places in ([(0, 0), (0, 1)], [(0, 2), (0, 3), (1, 0), (1, 1)])
+    ]
+    assert found.by_document is not None
+    torch.testing.assert_close(
+        found.by_document, torch.tensor([[of_documents[0], 2], [0, 0], [of_documents[1], 4]]).double(), rtol=1e-5, atol=0
+    )
+    assert found.plus(found).by_document.equal(2 * found.by_document)
 
 
 def test_ce_loss_recovered_is_one_for_activations_zero_for_zeros_and_nan_if_ablation_does_little() -> None:
@@ -65,7 +75,8 @@ def test_ce_loss_recovered_of_every_size_equals_that_of_the_ensemble_alone(monke
     monkeypatch.setattr(evaluation, "_ENCODER_BYTES", {"cpu": encoder_bytes})
     batches = [_batch(1, n=100), _batch(2, n=25)]
     ensembles = {"bagging": sm.Bagging(_saes()), "boosting": sm.Boosting(_saes())}
-    found = evaluate_losses(ensembles, iter(batches))
+    mean = torch.arange(D_IN) / 2
+    found = evaluate_losses(ensembles, iter(batches), mean)
 
     def mean_loss(replace) -> float:
         with torch.no_grad():
@@ -77,8 +88,21 @@ def test_ce_loss_recovered_of_every_size_equals_that_of_the_ensemble_alone(monke
     for name, ensemble in ensembles.items():
         expected = [(ablated - mean_loss(ensemble[:n])) / (ablated - clean) for n in (1, 2, 3)]
         assert found.recovered[name] == pytest.approx(expected, rel=1e-5)
+        losses = [mean_loss(ensemble[:n]) for n in (1, 2, 3)]
+        assert found.added[name] == pytest.approx([loss - clean for loss in losses], rel=1e-5)
+        floor = mean_loss(mean.expand_as)
+        assert found.recovered_from_mean[name] == pytest.approx([(floor - loss) / (floor - clean) for loss in losses], rel=1e-5)
+        assert found.resampled == {}
     evaluations = found.fill_into(evaluate_ensembles(ensembles, [x for x, _ in batches]))
-    assert [size.ce_loss_recovered for size in evaluations["boosting"].sizes] == found.recovered["boosting"]
+    sizes = evaluations["boosting"].sizes
+    assert [size.ce_loss_recovered for size in sizes] == found.recovered["boosting"]
+    assert [size.ce_loss_recovered_from_mean for size in sizes] == found.recovered_from_mean["boosting"]
+    assert [size.ce_loss_added_nats for size in sizes] == found.added["boosting"]
+
+
+def test_without_a_mean_there_is_one_floor() -> None:
+    found = evaluate_losses({"one": sm.Bagging(_saes()[:1])}, [_batch(1)])
+    assert (found.replaced_by_mean, found.recovered_from_mean) == (None, {"one": [None]})
 
 
 def test_a_batch_is_encoded_once_for_all_sizes(monkeypatch: pytest.MonkeyPatch) -> None:

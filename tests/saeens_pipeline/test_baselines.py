@@ -28,6 +28,7 @@ from saeens_pipeline.storage.tables import read_table
 K, D_SAE, ROWS, BATCH = 4, 2 * D_MODEL, 600, 64
 SEED = SEEDS[0]
 BASELINES = ["compute_matched", "matching_pursuit"]
+FROZEN = {"decoder_frozen": "decoder", "decoder_soft_frozen": "decoder_soft", "encoder_frozen": "encoder"}
 OTHER = "other"
 
 
@@ -39,7 +40,8 @@ def compared(finished_laboratory: Laboratory, tmp_path_factory: pytest.TempPathF
     shutil.copytree(finished_laboratory.root, laboratory.root, ignore=shutil.ignore_patterns("dagster"))
     with pytest.MonkeyPatch.context() as monkeypatch:
         laboratory.activate(monkeypatch)
-        laboratory.declare(baselines=BASELINES, baseline_training={"matching_pursuit": {"batch_tokens": 200}})
+        own = {"matching_pursuit": {"batch_tokens": 200}, "decoder_soft_frozen": {"learning_rate": 0.1}}  # the latter reaches its limit
+        laboratory.declare(baselines=[*BASELINES, *FROZEN], baseline_training=own)
         laboratory.run()
     return laboratory
 
@@ -78,6 +80,32 @@ def test_recipes_of_baselines_differ_from_members_in_their_own_settings_only(com
         "sae": pursuit,
         "training": member["training"] | {"batch_tokens": 200},
     }
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_frozen_baselines_are_member_1_with_weights_that_stay(compared: Laboratory, finished_laboratory: Laboratory, name: str):
+    member = _settings(finished_laboratory, "bagging/member_1")
+    changed = {"frozen": FROZEN[name]} | ({"learning_rate": 0.1} if name == "decoder_soft_frozen" else {})
+    assert _settings(compared, f"baseline/{name}") == member | {"training": member["training"] | changed}
+    config = sm.SAEConfig(architecture="topk", d_in=D_MODEL, d_sae=D_SAE, k=K, init_seed=init_seed(SEED, 1))
+    initial = {key: weight.detach().numpy() for key, weight in sm.build_sae(config).named_parameters()}
+    frozen, free = _weights(compared, f"baseline/{name}"), _weights(finished_laboratory, "bagging/member_1")
+    for each in (initial, frozen, free):
+        each["rows"] = each["W_dec"] / np.linalg.norm(each["W_dec"], axis=1, keepdims=True)
+    if name == "encoder_frozen":
+        assert np.array_equal(frozen["W_enc"], initial["W_enc"])
+        assert not np.allclose(frozen["rows"], initial["rows"], atol=1e-3)
+        return
+    cosines = (frozen["rows"] * initial["rows"]).sum(axis=1)
+    assert cosines.min() == pytest.approx(1 if name == "decoder_frozen" else 0.8, abs=1e-6)
+    assert not np.allclose(frozen["W_enc"], initial["W_enc"], atol=1e-3)
+    assert not np.allclose(frozen["rows"], free["rows"], atol=1e-3)
+
+
+def test_frozen_baselines_are_in_the_tables(compared: Laboratory):
+    for name in FROZEN:
+        row = _row(compared, "reconstruction", method=name, seed=SEED)
+        assert (row["n_members"], row["n_features"]) == (1, D_SAE)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

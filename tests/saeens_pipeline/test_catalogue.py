@@ -367,6 +367,12 @@ def test_an_unknown_source_is_reported_although_a_source_has_the_experiments_nam
             ".baselines.0",
             "matching_pursuit has the L0 of all members: architecture 'standard' sets its L0 through a sparsity coefficient",
         ),
+        (
+            {"sae": {"architecture": "matching_pursuit", "expansion": 2, "max_iterations": 4}, "baselines": ["encoder_frozen"]},
+            "- encoder_frozen",
+            ".baselines.0",
+            "encoder_frozen keeps W_enc, and matching_pursuit has no W_enc of its own: leave it out, or take decoder_frozen",
+        ),
         ({"baselines": ["mp"]}, "- mp", ".baselines.0", "expected 'expanded', 'expanded_l0_matched', 'compute_matched'"),
         (
             {"baselines": ["expanded"], "baseline_training": {"compute_matched": {}}},

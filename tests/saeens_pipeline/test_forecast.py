@@ -97,7 +97,17 @@ def test_layers_and_hooks_that_the_model_lacks_are_refused(empty: Laboratory):
     with pytest.raises(ConfigurationError, match="has no layer 7"):
         _lines(empty, (1, 7))
     empty.declare({"hook": "resid_mid"})
-    with pytest.raises(ConfigurationError, match="hook 'resid_mid' is not available"):
+    with pytest.raises(ConfigurationError, match=r"defs\.yaml:\d+: attributes\.hook: hook 'resid_mid' is not available"):
+        _lines(empty)
+
+
+def test_what_the_model_makes_wrong_is_named_by_file_line_and_field(empty: Laboratory):
+    file = empty.declare({"layers": [1, 7]}, sae={"architecture": "topk", "d_sae": 8, "k": 9})
+    lines = file.read_text().splitlines()
+    layers = next(i for i, line in enumerate(lines, start=1) if line.strip() == "layers:")
+    with pytest.raises(ConfigurationError, match=rf"^{file}:{layers}: attributes\.layers: .* has no layer 7"):
+        _lines(empty, (1, 7))
+    with pytest.raises(ConfigurationError, match=r"defs\.yaml:\d+: attributes\.sae: .*k = 9 is larger than d_sae = 8"):
         _lines(empty)
 
 

@@ -176,6 +176,23 @@ def test_rows_rank_by_any_column_with_the_better_end_first(finished: Laboratory,
     assert len(set(values)) > 1
 
 
+def test_ties_are_differences_to_the_best_with_zero_in_every_interval(finished: Laboratory):
+    table = _standings(finished)
+    best = table["method"][0]
+    differences = _parts(finished, "differences").filter(metric="explained_variance")
+    for method, said in table.select("method", "tied_with_best").iter_rows():
+        pair = differences.filter(
+            ((pl.col("method") == best) & (pl.col("other_method") == method))
+            | ((pl.col("method") == method) & (pl.col("other_method") == best)),
+            pl.max_horizontal("n_members", "other_n_members") == MEMBERS,
+            (pl.col("n_members") == pl.col("other_n_members")) | pl.any_horizontal(pl.col("method", "other_method") == "single"),
+        )
+        tied = [low <= 0 <= high for low, high in pair.select("low", "high").iter_rows()]
+        assert len(tied) == (0 if method == best else len(SEEDS))
+        assert said == ("best" if method == best else "tie" if all(tied) else "no")
+    assert set(_standings(finished, sizes="all").filter(method="bagging", n_members=1)["tied_with_best"]) == {None}
+
+
 def test_an_unknown_column_is_refused_with_the_known_ones(finished: Laboratory):
     with pytest.raises(ConfigurationError, match=r"--sort colour: .* explained_variance.*train_flops"):
         _standings(finished, sort="colour")
@@ -228,7 +245,7 @@ def test_the_leaderboard_is_one_asset_that_depends_on_the_tables_of_all_experime
     _declare_other(empty)
     (spec,) = [s for s in empty.catalogue.definitions().resolve_all_asset_specs() if s.key == dg.AssetKey("leaderboard")]
     assert (spec.group_name, spec.partitions_def) == ("leaderboard", None)
-    tables = ("reconstruction", "coactivation", "stability", "cost")
+    tables = ("reconstruction", "differences", "coactivation", "stability", "cost")
     assert {d.asset_key.to_user_string() for d in spec.deps} == {f"{e}/eval/{t}" for e in (NAME, OTHER) for t in tables}
     assert [column.name for column in spec.metadata["dagster/column_schema"].columns] == [column.name for column in columns_of(LEADERBOARD)]
 

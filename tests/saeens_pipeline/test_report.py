@@ -238,6 +238,30 @@ def test_plotted_means_and_seeds_equal_those_of_the_tables(finished: Laboratory)
     assert list(line.error_y.arrayminus) == pytest.approx(points.mean(1) - points.min(1))
 
 
+def test_stability_is_drawn_with_its_reference_and_chance_levels(finished: Laboratory):
+    figure = _of(list(by_members(_results(finished))), "stability_by_members")
+    rows = _table(finished, "stability").filter(method="bagging").sort("n_members", "seed")
+    lines = {trace.name: list(trace.y) for trace in figure.data}
+    expected = {
+        "one SAE, as many features": "stability_reference",
+        "chance: random": "stability_chance_isotropic",
+        "chance: random, same covariance": "stability_chance_covariance",
+        "bagging, equal candidates": "stability_equal_candidates",
+    }
+    for label, column in expected.items():
+        assert lines[label] == pytest.approx(rows[column].to_numpy().reshape(MEMBERS, len(SEEDS)).mean(1))
+    assert next(trace for trace in figure.data if trace.name == "chance: random").text[-1] == "chance: random", (
+        "the legend does not list it"
+    )
+
+
+def test_a_histogram_shows_in_how_many_seeds_features_are_found():
+    rows = [{"seed": seed, "method": "single", "n_members": 1, "n_runs": 3, "n_found": n} for seed in (1, 2, 3) for n in (0, 1, 2, 2)]
+    (figure,) = features(_synthetic("feature_stability", rows))
+    (trace,) = _drawn(figure).data
+    assert list(trace.y)[:-1] == [0.25, 0.25, 0.5]
+
+
 def test_symbols_of_equal_levels_are_drawn_next_to_each_other():
     diversity = [("single", 1, 10), ("bagging", 1, 10), ("bagging", 2, 12), ("boosting", 2, 80), ("expanded", 2, 80)]
     diversity += [("compute_matched", 1, 11), ("matching_pursuit", 1, 81), ("expanded_l0_matched", 2, 40)]

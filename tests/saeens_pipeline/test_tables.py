@@ -16,10 +16,19 @@ from saeens_pipeline.storage.tables import read_table
 SUBJECT = ["experiment", "layer", "seed", "language_model", "method", "n_members", "sae_data_versions"]
 CONTRACT = {
     "reconstruction": "n_features mse explained_variance fvu l0 relative_sparsity dead_features constant_dimensions "
-    "description_length_bits ce_loss_recovered tokens train_rows_dropped test_rows_dropped top_rows_variance",
+    "description_length_bits ce_loss_recovered ce_loss_recovered_from_mean ce_loss_added_nats "
+    "tokens train_rows_dropped test_rows_dropped top_rows_variance",
     "members": "member mse explained_variance l0 dead_features mean_max_cosine_to_other_members median_density",
     "coactivation": "connectivity diversity tokens",
-    "stability": "n_runs stability stability_pairwise stability_matched",
+    "token_curves": "tokens connectivity dead_features",
+    "differences": "metric other_method other_n_members difference low high tokens documents other_sae_data_versions",
+    "stability": "n_runs n_features stability stability_pairwise stability_pairwise_left_out stability_matched stability_reference "
+    "stability_equal_candidates stability_of_member "
+    + " ".join(
+        f"{name}_chance_{kind}" for name in ("stability", "pw_mcc", "shared_fraction") for kind in ("isotropic", "covariance", "data")
+    )
+    + " pw_mcc pw_mcc_left_out pw_mcc_bound shared_fraction functional_stability",
+    "feature_stability": "member index n_runs n_found best_cosine",
     "marginal_gain": "explained_variance_gain stability_gain new_features suggested",
     "cost": "train_tokens train_flops train_seconds residual_flops residual_seconds peak_memory_bytes inference_flops_per_token "
     "device dtype boosting_mode",

@@ -7,12 +7,13 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 import saeens_models as sm
 from saeens_models.ensembles import Ensemble
 from saeens_models.evaluation import EnsembleEvaluation, LossEvaluation, evaluate_ensembles, evaluate_losses, streaming_memory
-from saeens_models.metrics import LossBatch, MemoryBudgetError
+from saeens_models.metrics import LossBatch, MemoryBudgetError, blocks_of
 from saeens_models.metrics.description_length import DEFAULT_PRECISION
 from saeens_pipeline import progress
 from saeens_pipeline.assets.declarations import Declaration
@@ -25,7 +26,10 @@ from saeens_pipeline.language_models.descriptions import LanguageModelDescriptio
 from saeens_pipeline.language_models.language_model import LanguageModel
 from saeens_pipeline.language_models.loading import load_language_model
 from saeens_pipeline.language_models.patching import loss_batches, patching_problem
-from saeens_pipeline.storage.activations import ActivationReader
+from saeens_pipeline.storage.activations import ActivationReader, ActivationStore
+
+CURVE_PARTS = (16, 8, 4, 2, 1)
+"""Fractions of the test tokens in `token_curves`: one part of that many."""
 
 
 class Evaluated(NamedTuple):
@@ -67,10 +71,11 @@ def load_model(making: Making, model: LanguageModelDescription | None = None) ->
 def evaluate(making: Making) -> Evaluated:
     """Evaluate all dictionaries on the test activations.
 
-    For the table `reconstruction`, also evaluate the language model's loss with the reconstructions in place of the activations.
+    For the tables `reconstruction` and `differences`, also evaluate the language model's loss with the reconstructions in place of the
+    activations.
     """
     ensembles = {each.address.name: load_dictionary(making, each) for each in making.subject.dictionaries}
-    model = _model_with_loss(making) if "reconstruction" in making.wanted else None
+    model = _model_with_loss(making) if {"reconstruction", "differences"}.intersection(making.wanted) else None
     evaluations = _evaluate(making, ensembles)
     if model is None:
         return Evaluated(evaluations, None)
@@ -87,14 +92,23 @@ def sizes(making: Making) -> Iterator[tuple[Row, Any]]:
 def _evaluate(making: Making, ensembles: Mapping[str, Ensemble]) -> dict[str, EnsembleEvaluation]:
     memory_gb, reader = making.experiment.evaluation_memory_gb, open_reader(making.store, making.subject.activations, making.partition)
     step = DEFAULT_PRECISION * reader.statistics("test").mean_norm
+    document = _documents(making) if "differences" in making.wanted else None
+    curve_at = {-(-reader.n_rows("test") // parts) for parts in CURVE_PARTS}
     try:
         with pass_over(making, reader) as chunks:
-            return evaluate_ensembles(ensembles, chunks, int(memory_gb * 1e9), step)
+            return evaluate_ensembles(ensembles, chunks, int(memory_gb * 1e9), step, document=document, curve_at=curve_at)
     except MemoryBudgetError as error:
         raise SaeensError(
             f"evaluation_memory_gb: {memory_gb:g} is too little to evaluate {making.experiment.name}, {making.partition}; "
             f"{math.ceil(streaming_memory(ensembles.values()) / 1e7) / 100:g} is enough for any number of test tokens"
         ) from error
+
+
+def _documents(making: Making) -> Tensor:
+    """Return the document of each test row, or the block that it is joined into, `[n]`."""
+    store = ActivationStore(making.require(making.subject.activations).path)
+    document = torch.from_numpy(store.document("test"))
+    return blocks_of(document, int(document.max()) + 1).short()  # of 1,000 blocks
 
 
 def _model_with_loss(making: Making) -> LanguageModelDescription | None:
@@ -112,12 +126,14 @@ def _evaluate_losses(making: Making, ensembles: Mapping[str, Ensemble], model: L
     tokens, loaded = open_test_tokens(making), load_model(making, model)
     if not measures_loss(making.experiment, model, patching_problem(loaded, activations["hook"], [activations["layer"]])):
         return None  # older records do not say it
-    n_rows = min(making.experiment.ce_loss_tokens, tokens.n_rows("test"))
+    n_rows, by_document = min(making.experiment.ce_loss_tokens, tokens.n_rows("test")), "differences" in making.wanted
+    reader = open_reader(making.store, making.subject.activations, making.partition)
+    mean = torch.from_numpy(reader.statistics("train").mean)
     with progress.task(f"{making.experiment.name}/eval, next-token loss, {making.partition}", n_rows) as advance:
 
         def batches() -> Iterator[LossBatch]:
-            for batch in loss_batches(loaded, tokens, activations["hook"], activations["layer"], n_rows):
+            for batch in loss_batches(loaded, tokens, activations["hook"], activations["layer"], n_rows, by_document=by_document):
                 yield batch
                 advance(len(batch.x))
 
-        return evaluate_losses(ensembles, batches())
+        return evaluate_losses(ensembles, batches(), mean)

@@ -39,7 +39,7 @@ MATCHED_UP_TO = 2048
 """Features for `stability_matched`, whose time grows with their cube."""
 PAIRED_UP_TO = 32_768
 """Features for `pw_mcc` and what follows from its matching, whose time grows with their square."""
-FUNCTIONAL_TOKENS = 50_000
+FUNCTIONAL_TOKENS = 10_000
 """Test tokens for `functional_stability`."""
 CHANCE_KINDS = ("isotropic", "covariance", "data")
 _CHANCE_ROWS, _CHANCE_CHUNKS = 20_000, 64  # of the sample of training activations, at least
@@ -174,7 +174,7 @@ class _Suite:
         if not matchings:
             return {}
         reader = ActivationStore(self.making.require(self.making.subject.activations).path)
-        every = max(1, reader.n_rows("test") // FUNCTIONAL_TOKENS)  # rows evenly spread over all documents
+        every = -(-reader.n_rows("test") // FUNCTIONAL_TOKENS)  # rows evenly spread over all documents
         counted = 0
 
         def rows(chunks: Iterator[Tensor]) -> Iterator[Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import polars as pl
@@ -13,18 +13,22 @@ from saeens_pipeline.assets.massive_activations import SHARE, cautions, is_held_
 from saeens_pipeline.assets.over_seeds import Sizes, measurements, over_seeds
 from saeens_pipeline.assets.registry import Markdown, Table, columns_of, register, seed_column, seed_metrics, summary_titles, table_frame
 from saeens_pipeline.assets.tables.cost import TOTALS, with_totals
+from saeens_pipeline.assets.ties import tied_with
 from saeens_pipeline.errors import ConfigurationError
-from saeens_pipeline.storage.names import LEADERBOARD, LEADERBOARD_ADDRESS
+from saeens_pipeline.storage.names import LEADERBOARD, LEADERBOARD_ADDRESS, Partition
 from saeens_pipeline.storage.recipes import Artefact, Store
-from saeens_pipeline.storage.tables import Column
+from saeens_pipeline.storage.tables import Column, read_part
 
-LEADERBOARD_VERSION = 5
+LEADERBOARD_VERSION = 6
 _QUESTION = "Which method is best, over all experiments?"
 _PLAIN = {  # by table: columns that vary little or not at all over seeds
-    "reconstruction": ("language_model", "sae_data_versions", "n_features", SHARE),
+    "reconstruction": ("language_model", "sae_data_versions", "n_features", SHARE, "tokens"),
     "cost": ("train_tokens", "train_flops", "train_seconds", "residual_flops", "residual_seconds"),
 }
 _RANKED_TOGETHER = ["source", "layer"]
+_TIED_BY = "explained_variance"
+_DEPEND_ON_TOKENS = ("connectivity", "dead_features")
+_DIFFERENCES = "differences"
 _GIVE_WAY = ("stability", "connectivity")  # to the metric that the terminal's table is sorted by, because of its width
 
 
@@ -43,7 +47,8 @@ def leaderboard_op(tables: Iterable[Declaration], controls: Mapping[str, str]) -
 
     `controls`: by experiment, the experiment with an untrained language model whose figures are shown next to it.
     """
-    used = [table for table in tables if table.address.kind == "eval" and table.address.name in _columns_read()]
+    names = {*_columns_read(), _DIFFERENCES}
+    used = [table for table in tables if table.address.kind == "eval" and table.address.name in names]
     leaderboard = Declaration(
         address=LEADERBOARD_ADDRESS,
         dimensions="none",
@@ -71,21 +76,58 @@ def standings(store: Store, leaderboard: Declaration, sort: str = "explained_var
 
     Raises as `ranked`.
     """
-    rows = over_seeds(measurements(store, leaderboard, _columns_read(), sizes), seed_metrics(), [*_PLAIN["cost"], SHARE])
-    whole = ({**row, "train_tokens": None if row["train_tokens"] is None else round(row["train_tokens"])} for row in rows)
-    return ranked(_with_controls(table_frame(LEADERBOARD, whole), leaderboard.settings["controls"]), sort)
+    rows = over_seeds(measurements(store, leaderboard, _columns_read(), sizes), seed_metrics(), [*_PLAIN["cost"], SHARE, "tokens"])
+    counts = ("train_tokens", "tokens")
+    whole = ({**row, **{name: None if row[name] is None else round(row[name]) for name in counts}} for row in rows)
+    table = _with_ties(table_frame(LEADERBOARD, whole), store, leaderboard)
+    return ranked(_with_controls(table, leaderboard.settings["controls"]), sort)
 
 
 def ranked(table: pl.DataFrame, sort: str) -> pl.DataFrame:
-    """Return a leaderboard ranked by a column. Raises ConfigurationError if it is not a numeric column."""
+    """Return a leaderboard ranked by a column. Raises ConfigurationError if it is not a numeric column.
+
+    Rows of a source and layer have no rank by a metric that depends on the number of test tokens if their numbers differ.
+    """
     sortable = ["n_members", "n_seeds", "n_features", *seed_metrics(), *_PLAIN["cost"], *TOTALS]
     if sort not in sortable:
         raise ConfigurationError(f"--sort {sort}: the leaderboard is sorted by one of {', '.join(sortable)}")
     columns = (column for name in _columns_read() for column in columns_of(name))
     ascending = {*TOTALS, *(column.name for column in columns if column.less_is_better)}
     rank = pl.col(sort).rank("min", descending=sort not in ascending).over(_RANKED_TOGETHER)
+    if sort in _DEPEND_ON_TOKENS:
+        rank = pl.when(pl.col("tokens").drop_nulls().n_unique().over(_RANKED_TOGETHER) <= 1).then(rank)
     order = [*_RANKED_TOGETHER, "rank", "experiment", "method", "n_members"]
     return with_totals(table).with_columns(rank=rank.cast(pl.Int64)).sort(order, nulls_last=True).drop(TOTALS)
+
+
+def unequal_tokens(table: pl.DataFrame) -> Iterator[str]:
+    """Yield a sentence for each source and layer with experiments that were evaluated on different numbers of test tokens."""
+    for (source, layer), rows in table.drop_nulls("tokens").partition_by(_RANKED_TOGETHER, as_dict=True, maintain_order=True).items():
+        if rows["tokens"].n_unique() > 1:
+            counts = {n: sorted(set(of_n["experiment"])) for (n,), of_n in rows.sort("tokens").partition_by("tokens", as_dict=True).items()}
+            of_experiments = "; ".join(f"{n:,} in {', '.join(names)}" for n, names in counts.items())
+            yield (
+                f"{source}, layer {layer}: connectivity and dead features are not ranked, because they depend on the number of test "
+                f"tokens: {of_experiments}"
+            )
+
+
+def _with_ties(table: pl.DataFrame, store: Store, leaderboard: Declaration) -> pl.DataFrame:
+    """Return the table with `tied_with_best`, from the tables `differences` on disk."""
+    parts: dict[tuple[str, int | None], list[pl.DataFrame]] = {}
+    for _, each, where, artefact in leaderboard.optional_inputs(store, Partition()):
+        if each.address.name == _DIFFERENCES:
+            parts.setdefault((each.address.owner, where.layer), []).append(read_part(artefact.path))
+    said: dict[tuple[Any, ...], str] = {}
+    for rows in table.partition_by(_RANKED_TOGETHER):
+        best = rows.sort(_TIED_BY, descending=True, nulls_last=True).row(0, named=True)
+        where, size = (best["experiment"], best["layer"]), (best["method"], best["n_members"])
+        if where in parts:
+            said[*where, *size] = "best"
+            tied = tied_with(pl.concat(parts[where]), _TIED_BY, size, best["n_seeds"])
+            said |= {(*where, *other): "tie" if is_tied else "no" for other, is_tied in tied.items()}
+    keys = table.select("experiment", "layer", "method", "n_members").rows()
+    return table.with_columns(tied_with_best=pl.Series([said.get(key) for key in keys], dtype=pl.String))
 
 
 def for_reading(table: pl.DataFrame, sort: str = "explained_variance") -> pl.DataFrame:
@@ -93,7 +135,10 @@ def for_reading(table: pl.DataFrame, sort: str = "explained_variance") -> pl.Dat
     named = summary_titles() | {"n_seeds": "seeds"}
     if sort in seed_metrics() and sort not in named:
         named = {sort: sort.replace("_", " ")} | {name: title for name, title in named.items() if name not in _GIVE_WAY}
-    columns = [pl.col("rank"), pl.col("experiment"), pl.col("method"), pl.col("n_members").alias("n")]
+    columns = [pl.col("rank")]
+    if sort == _TIED_BY and "tie" in table["tied_with_best"]:
+        columns.append(pl.when(tied_with_best="tie").then(pl.lit("tie")).alias("best?"))
+    columns += [pl.col("experiment"), pl.col("method"), pl.col("n_members").alias("n")]
     for name, title in named.items():
         columns.append(pl.col(name).alias(marked(title, name, table)))
         if name == (sort if sort in seed_metrics() else "explained_variance"):
@@ -134,9 +179,17 @@ def _columns() -> tuple[Column, ...]:
         Column("layer", "int", "layer of the language model, from 0"),
         Column("method", "str", ", ".join(methods())),
         Column("n_members", "int", "SAEs in the ensemble; for expanded SAEs the n whose width they match; else 1"),
+        Column(
+            "tied_with_best",
+            "str",
+            "best: the highest explained variance of the source and layer; tie: the held-out documents cannot tell it apart from the best "
+            "in any seed; no: they can; null: not compared, as with another experiment",
+            from_columns=("difference",),
+        ),
         Column("n_seeds", "int", "ensemble seeds that the means are over"),
         Column("seeds", "str", "these seeds, comma-separated"),
         Column("n_features", "int", "features of the whole dictionary"),
+        Column("tokens", "int", "test tokens, on which connectivity and dead_features depend"),
         Column(SHARE, "float", "share of the test rows' variance in 0.1 % of them; above 0.1, explained_variance describes these"),
         *(column for name, (_, meaning) in seed_metrics().items() for column in _over_seeds(name, meaning)),
         Column("train_tokens", "int", "tokens seen in training, summed over members, mean over seeds"),
@@ -177,7 +230,7 @@ def _summary(table: pl.DataFrame, artefact: Artefact) -> Mapping[str, Any]:
         for row in first.iter_rows(named=True)
     ]
     head = ["| source | layer | experiment | method | EV | EV of the control, untrained |", "|---|---|---|---|---|---|"]
-    return {"best": Markdown("\n".join([*head, *rows, "", *cautions(first)]))}
+    return {"best": Markdown("\n".join([*head, *rows, "", *cautions(first), *unequal_tokens(table)]))}
 
 
 register(

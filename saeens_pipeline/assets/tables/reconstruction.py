@@ -29,17 +29,20 @@ def _rows(making: Making) -> Iterator[Row]:
     from saeens_pipeline.assets.measurements.dictionaries import sizes
 
     if losses := making.shared.losses:
-        making.provenance["next_token_loss"] = {"clean": losses.clean, "ablated": losses.ablated, "tokens": losses.tokens}
+        floors = {"ablated": losses.ablated, "replaced_by_mean": losses.replaced_by_mean}
+        making.provenance["next_token_loss"] = {"clean": losses.clean, **floors, "tokens": losses.tokens}
     statistics = making.require(making.subject.activations).provenance["statistics"]
     rows_of_source = {f"{split}_rows_dropped": statistics[split].get("dropped", 0) for split in ("train", "test")}
     rows_of_source["top_rows_variance"] = statistics["test"].get("top_share")
     for row, size in sizes(making):
         sparsity = {name: getattr(size.sparsity, name) for name in ("l0", "relative_sparsity", "dead_features")}
-        others = {"description_length_bits": size.description_length, "ce_loss_recovered": size.ce_loss_recovered}
+        others: Row = {"description_length_bits": size.description_length}
+        others |= {name: getattr(size, name) for name in ("ce_loss_recovered", "ce_loss_recovered_from_mean", "ce_loss_added_nats")}
         yield row | {"n_features": size.n_features} | dict(size.reconstruction) | sparsity | others | rows_of_source
 
 
-def _inputs(subject: Subject) -> Sequence[Reference]:
+def loss_inputs(subject: Subject) -> Sequence[Reference]:
+    """Return the inputs of a table with the next-token loss: tokens if it is measured, activations and dictionaries."""
     sources = [subject.tokens, subject.activations] if subject.experiment.ce_loss_tokens else [subject.activations]
     return [*sources, *subject.dictionaries]
 
@@ -65,6 +68,7 @@ def _summary(table: pl.DataFrame, artefact: Artefact) -> Mapping[str, Any]:
     return {
         "next-token loss [nats]": round(loss["clean"], 4),
         "with zeros at the hook [nats]": round(loss["ablated"], 4),
+        "with the mean activation at the hook [nats]": round(loss["replaced_by_mean"], 4),
         "measured on [tokens replaced]": loss["tokens"],
     }
 
@@ -121,6 +125,13 @@ register(
                 less_is_better=True,
             ),
             Column("ce_loss_recovered", "float", "share of the next-token loss that zeros add and the reconstruction recovers"),
+            Column("ce_loss_recovered_from_mean", "float", "the same with the mean training activation as the floor instead of zeros"),
+            Column(
+                "ce_loss_added_nats",
+                "float",
+                "next-token loss with the reconstruction minus that with the activations, in nats per token",
+                less_is_better=True,
+            ),
             Column("tokens", "int", "test tokens"),
             Column("train_rows_dropped", "int", "training rows dropped for their norm (max_norm)"),
             Column("test_rows_dropped", "int", "test rows dropped for their norm (max_norm)"),
@@ -131,8 +142,8 @@ register(
             ),
         ),
         rows=_rows,
-        inputs=_inputs,
-        version=3,
+        inputs=loss_inputs,
+        version=4,
         order=10,
         by_default=True,
         settings=lambda experiment: {"ce_loss_tokens": experiment.ce_loss_tokens},
@@ -140,11 +151,14 @@ register(
         preflight=_preflight,
         headlines=_HEADLINES,
         seed_metrics=(
-            *("explained_variance", "mse", "fvu", "ce_loss_recovered", "description_length_bits"),
-            *("l0", "relative_sparsity", "dead_features"),
+            *("explained_variance", "mse", "fvu", "ce_loss_recovered", "ce_loss_recovered_from_mean", "ce_loss_added_nats"),
+            *("description_length_bits", "l0", "relative_sparsity", "dead_features"),
         ),
         warnings=_warnings,
         summary=_summary,
-        source_parts={"tokens": {"ce_loss_recovered": "test/tokens"}, "activations": {"*": "test/activations"}},
+        source_parts={
+            "tokens": dict.fromkeys(("ce_loss_recovered", "ce_loss_recovered_from_mean", "ce_loss_added_nats"), "test/tokens"),
+            "activations": {"*": "test/activations"},
+        },
     )
 )

@@ -100,7 +100,7 @@ register(
             _compared("shared_fraction", "share of matched features with a cosine of at least 0.7 in decoder and in encoder"),
             _compared(
                 "functional_stability",
-                "mean correlation of the activations of matched features, over at most 50,000 test tokens; pairs that never fire left out",
+                "mean correlation of the activations of matched features, over at most 10,000 test tokens; pairs that never fire left out",
             ),
         ),
         rows=_rows,
