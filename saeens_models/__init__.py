@@ -4,6 +4,7 @@ from saeens_models import metrics
 from saeens_models.architectures import SAE, SAEConfig, SAESettings, build_sae, load_sae, save_sae
 from saeens_models.consensus import Cluster, Consensus, consensus
 from saeens_models.ensembles import Bagging, Boosting, Ensemble, load_ensemble, save_ensemble
+from saeens_models.synthetic import SyntheticActivations
 from saeens_models.training import Checkpoints, TrainingConfig, train, train_boosting_concurrently
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Ensemble",
     "SAEConfig",
     "SAESettings",
+    "SyntheticActivations",
     "TrainingConfig",
     "build_sae",
     "consensus",

@@ -39,6 +39,7 @@ from saeens_models.metrics.paired_bootstrap import (
     paired_difference,
 )
 from saeens_models.metrics.reconstruction import Moments, Reconstruction, ReconstructionMetric, reconstruction
+from saeens_models.metrics.recovery import RECOVERY_THRESHOLD, Recovery, recovery, recovery_by_chance, recovery_equal_rows
 from saeens_models.metrics.sparsity import Sparsity, SparsityMetric, sparsity
 from saeens_models.metrics.stability import (
     MAX_MATCHED_FEATURES,
@@ -56,6 +57,7 @@ __all__ = [
     "HISTOGRAM_BINS",
     "MAX_MATCHED_FEATURES",
     "MOST_BLOCKS",
+    "RECOVERY_THRESHOLD",
     "WORTHWHILE_SHARE",
     "ChanceLevels",
     "ConnectivityMetric",
@@ -83,6 +85,7 @@ __all__ = [
     "PairedBootstrap",
     "Reconstruction",
     "ReconstructionMetric",
+    "Recovery",
     "Resampled",
     "Sparsity",
     "SparsityMetric",
@@ -112,6 +115,9 @@ __all__ = [
     "paired_difference",
     "pw_mcc",
     "reconstruction",
+    "recovery",
+    "recovery_by_chance",
+    "recovery_equal_rows",
     "rows_of_disjoint_documents",
     "rows_with_covariance",
     "shared_fraction",

@@ -8,7 +8,7 @@ from typing import Self
 
 from saeens_pipeline.assets import tables  # noqa: F401  # registers them
 from saeens_pipeline.assets.baselines import registry as baselines
-from saeens_pipeline.assets.registry import complaint_about
+from saeens_pipeline.assets.registry import complaint_about, complaint_about_source
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.settings import ExperimentSettings, SourceSettings
 from saeens_pipeline.settings.controls import controls_of
@@ -44,13 +44,19 @@ class Experiments:
             except ConfigurationError as error:
                 found.broken[path] = str(error)
         for name, (file, settings) in declared.items():
-            source = found.experiments[name].source
-            if source not in found.sources:
+            experiment = found.experiments[name]
+            source = found.sources.get(experiment.source)
+            if source is None:
+                known = ", ".join(sorted(found.sources)) or "none"
+                wrong = ("source",), f"there is no source {experiment.source!r}; there are: {known}"
+            else:
+                wrong = complaint_about_source(experiment, source)
+            if wrong:
                 del found.experiments[name]
                 found.sweeps.pop(settings.name, None)
-                known = ", ".join(sorted(found.sources)) or "none"
-                message = f"there is no source {source!r}; there are: {known}"
-                found.broken[file.path] = file.complaint(settings, "source", message)
+                found.broken[file.path] = file.complaint(settings, *wrong)
+            elif source and source.synthetic:  # the default measures the loss of a language model
+                found.experiments[name] = experiment.model_copy(update={"ce_loss_tokens": 0})
         return found
 
     def _add(self, file: ExperimentFile, settings: Settings) -> list[ExperimentSettings]:
@@ -96,7 +102,7 @@ class Experiments:
 
     def named(self, name: str) -> list[ExperimentSettings]:
         """Return the experiment of this name or, for a sweep, all its experiments. Raises as `experiment`."""
-        return self.sweeps[name].experiments if name in self.sweeps else [self.experiment(name)]
+        return [self.experiments[each.name] for each in self.sweeps[name].experiments] if name in self.sweeps else [self.experiment(name)]
 
     def sweep(self, name: str) -> ExperimentSettings:
         """Return the sweep of this name. Raises ConfigurationError, with the known names, for another name."""

@@ -19,10 +19,9 @@ from saeens_pipeline.assets.declarations import Declaration, Op
 from saeens_pipeline.assets.memory import training_memory
 from saeens_pipeline.assets.registry import evaluations_of, fills
 from saeens_pipeline.assets.saes import config_of
-from saeens_pipeline.assets.sources import measures_loss
+from saeens_pipeline.assets.sources import describe_source, measures_loss, require_hook
 from saeens_pipeline.errors import SaeensError
-from saeens_pipeline.language_models.descriptions import LanguageModelDescription, validate_hook
-from saeens_pipeline.language_models.models import describe_language_model
+from saeens_pipeline.language_models.descriptions import LanguageModelDescription
 from saeens_pipeline.language_models.patching import LOGIT_BYTES
 from saeens_pipeline.language_models.tokens import position_bytes
 from saeens_pipeline.settings import ExperimentSettings, SourceSettings
@@ -66,9 +65,9 @@ def forecast(
     """
     description, parameters, problem = _describe(source)
     vocabulary = description.vocab_size if description else _VOCABULARY_NOT_KNOWN
-    tokens = (source.train_tokens + source.test_tokens) * position_bytes(vocabulary)
+    tokens = 0 if source.synthetic else (source.train_tokens + source.test_tokens) * position_bytes(vocabulary)
     if description:
-        validate_hook(description, source.hook, layers)
+        require_hook(source, description, layers)
         loss = measures_loss(experiment, description) and experiment.ce_loss_tokens > 0 and fills(experiment, "reconstruction")
         plan = _Plan(source, experiment, ops, layers, description, parameters, problem, loss)
         context = f"{description.context_length:,}" if description.context_length else "without limit"
@@ -121,7 +120,9 @@ def _describe(source: SourceSettings) -> tuple[LanguageModelDescription | None, 
 
     description = None
     try:
-        description = describe_language_model(source.language_model, source.revision, source.weights)
+        if source.synthetic:
+            return describe_source(source), [], ""
+        description = describe_source(source)
         return description, block_parameters(description), ""
     except SaeensError as error:
         return description, [math.nan] * (description.n_layers if description else 0), str(error)

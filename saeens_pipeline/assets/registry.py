@@ -14,6 +14,7 @@ from saeens_pipeline.assets.declarations import Declaration, Dimensions, Facts, 
 from saeens_pipeline.assets.sources import tokens_of
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.settings.experiments import CheckSettings, ExperimentSettings
+from saeens_pipeline.settings.sources import SourceSettings
 from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.recipes import Artefact, Store
 from saeens_pipeline.storage.tables import Column, frame
@@ -202,6 +203,8 @@ class Table:
     """Tables among its inputs."""
     complaint: Callable[[ExperimentSettings], str] = lambda experiment: ""
     """Return the reason why an experiment cannot have this table; empty if it can."""
+    of_sources: Literal["all", "text", "synthetic"] = "all"
+    """The sources whose experiments can have it: `text` if it needs tokens or a language model, `synthetic` if it needs true features."""
     preflight: Callable[[ExperimentSettings, Facts], None] = lambda experiment, facts: None
     """Raise SaeensError, before any training, for settings or data with which the table would fail. The facts are read on demand."""
     has_slow_preflight: bool = False
@@ -344,6 +347,22 @@ def complaint_about(experiment: ExperimentSettings) -> tuple[int, str] | None:
             return i, f"{name} is computed from the table {missing[0]}: add it, or leave {name} out"
         if message := TABLES[name].complaint(experiment):
             return i, message
+    return None
+
+
+def complaint_about_source(experiment: ExperimentSettings, source: SourceSettings) -> tuple[tuple[str | int, ...], str] | None:
+    """Return field and error message of the first setting of an experiment that its source does not allow; None if it allows all."""
+    why = f"the source {source.name!r} has {'no text and no language model: it is synthetic' if source.synthetic else 'none'}"
+    for i, name in enumerate(experiment.evaluations or ()):
+        if TABLES[name].of_sources == "text" and source.synthetic:
+            return ("evaluations", i), f"{name} needs tokens and a language model, and {why}; leave it out"
+        if TABLES[name].of_sources == "synthetic" and not source.synthetic:
+            return ("evaluations", i), f"{name} compares with the true features of a synthetic source, and {why}; leave it out"
+    if source.synthetic:
+        if experiment.ce_loss_tokens and "ce_loss_tokens" in experiment.model_fields_set:
+            return ("ce_loss_tokens",), f"{experiment.ce_loss_tokens}, but {why}; leave it out"
+        if any(each.documents for each in experiment.ensemble.specialised):
+            return ("ensemble", "specialised"), f"documents have no labels: {why}"
     return None
 
 

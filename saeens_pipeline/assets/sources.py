@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from saeens_pipeline import progress
@@ -15,6 +16,7 @@ from saeens_pipeline.language_models.corpora import open_corpus
 from saeens_pipeline.language_models.descriptions import HOOKS, LanguageModelDescription, validate_hook
 from saeens_pipeline.language_models.documents import RecordCorpus
 from saeens_pipeline.language_models.models import describe_language_model, quantisation
+from saeens_pipeline.language_models.synthetic import FEATURES_FILE, describe_synthetic, write_synthetic_activations
 from saeens_pipeline.language_models.tokens import open_tokens, validate_token_settings, write_tokens
 from saeens_pipeline.settings.experiments import ExperimentSettings
 from saeens_pipeline.settings.files import blamed_on
@@ -42,25 +44,36 @@ def tokens_of(source: str) -> Reference:
 
 def declared_facts(settings: SourceSettings) -> SourceFacts:
     """Return a source's facts from its settings. Raises as `describe_language_model`."""
-    description = _language_model(settings)
+    description = describe_source(settings)
     d_in = description.d_model if settings.hook in HOOKS else None
     return SourceFacts(lambda: description, settings.hook, settings.drop, d_in, tokens=None, prepend_bos=settings.prepend_bos)
 
 
 def recorded_facts(store: Store, source: str, layer: int | None) -> SourceFacts:
     """Return a source's facts from the records of its activations and tokens. `describe_model` raises as `language_model_of`."""
-    activations, tokens = (each.require(store, Partition(layer)) for each in (activations_of(source), tokens_of(source)))
-    hook, windows = activations.recipe["settings"]["hook"], tokens.recipe["settings"]
+    activations = activations_of(source).require(store, Partition(layer))
+    tokens = None if is_synthetic(activations) else tokens_of(source).require(store, Partition())
+    hook, windows = activations.recipe["settings"]["hook"], tokens.recipe["settings"] if tokens else {}
     d_in = len(activations.provenance["statistics"]["train"]["mean"])
     return SourceFacts(
         partial(language_model_of, activations),
         hook,
-        windows["drop"],
+        windows.get("drop", []),
         d_in,
-        tokens.path,
+        tokens.path if tokens else None,
         prepend_bos=windows.get("prepend_bos", False),
         patching_problem=recorded_patching_problem(activations),
     )
+
+
+def is_synthetic(activations: Artefact) -> bool:
+    """Return True for synthetic activations, whose features are known: they have no tokens and no language model."""
+    return "synthetic" in activations.recipe["settings"]
+
+
+def true_features(activations: Artefact) -> Path:
+    """Return the safetensors file with the true features of synthetic activations, `W_dec` and `firing_rate`."""
+    return activations.path / FEATURES_FILE
 
 
 def recorded_patching_problem(activations: Artefact) -> str:
@@ -104,7 +117,12 @@ def language_model_of(made: Artefact) -> LanguageModelDescription:
 
 
 def source_ops(settings: SourceSettings) -> list[Op]:
-    """Declare the two ops of a source. Identities of language model and corpus are read when a recipe is computed."""
+    """Declare the ops of a source: tokens and activations or, of a synthetic source, activations alone."""
+    return _synthetic_ops(settings) if settings.synthetic else _text_ops(settings)
+
+
+def _text_ops(settings: SourceSettings) -> list[Op]:
+    """Declare the two ops of a source of text. Identities of language model and corpus are read when a recipe is computed."""
     tags, n_rows = {"source": settings.name}, settings.train_tokens + settings.test_tokens
     tokens = Declaration(
         **vars(tokens_of(settings.name)),
@@ -113,7 +131,7 @@ def source_ops(settings: SourceSettings) -> list[Op]:
         settings=settings.model_dump(include={"corpus", "language_model", "revision"}) | _token_settings(settings),
         partition_settings=lambda partition: {
             "corpus": open_corpus(settings.corpus).identity,
-            "tokenizer": _language_model(settings).identity,
+            "tokenizer": describe_source(settings).identity,
         },
         inputs=(),
         source=settings.name,
@@ -126,7 +144,7 @@ def source_ops(settings: SourceSettings) -> list[Op]:
         builder="activations",
         version=ACTIVATIONS_VERSION,
         settings=_settings_of_activations(settings),
-        partition_settings=lambda partition: {"layer": partition.layer, "language_model": _language_model(settings).identity},
+        partition_settings=lambda partition: {"layer": partition.layer, "language_model": describe_source(settings).identity},
         inputs=(Input("tokens", tokens),),
         source=settings.name,
         kinds=frozenset({"zarr", "pytorch"}),
@@ -137,7 +155,7 @@ def source_ops(settings: SourceSettings) -> list[Op]:
 
     def make_tokens(context: RunContext, tasks: Sequence[Task]) -> None:
         (task,) = tasks
-        description = _language_model(settings)
+        description = describe_source(settings)
         _check_hook(settings, description)  # before hours of work on tokens
         provenance, writing = context.provenance(task.declaration), context.store.write_folder
         with writing(*task.where, task.recipe, provenance) as folder, progress.task(str(tokens.address), n_rows) as advance:
@@ -159,7 +177,7 @@ def source_ops(settings: SourceSettings) -> list[Op]:
         from saeens_pipeline.language_models.patching import patching_problem
 
         store = context.store
-        description = _language_model(settings)
+        description = describe_source(settings)
         model = load_language_model(description, settings.weights, context.compute.resolve(), settings.language_model_dtype)
         token_store = open_tokens(tokens.require(store, Partition()).path)
         with contextlib.ExitStack() as stack:
@@ -200,7 +218,7 @@ def source_ops(settings: SourceSettings) -> list[Op]:
         return [task for task in free if not store.hit(*task.where, task.recipe)]  # another process may have computed them before the lock
 
     def check_tokens(*_: Any) -> None:
-        validate_token_settings(_language_model(settings), **_token_settings(settings))
+        validate_token_settings(describe_source(settings), **_token_settings(settings))
         _require_corpus(settings)
 
     def check_activations(_: Store, wanted: Wanted, *_facts: Any) -> None:
@@ -214,18 +232,62 @@ def source_ops(settings: SourceSettings) -> list[Op]:
     return with_file([of_tokens, of_activations], settings.file)
 
 
+def _synthetic_ops(settings: SourceSettings) -> list[Op]:
+    """Declare the op of synthetic activations, which has no inputs."""
+    activations = Declaration(
+        **vars(activations_of(settings.name)),
+        builder="activations",
+        version=ACTIVATIONS_VERSION,
+        settings=settings.model_dump(include={"weights", "dtype", "context_length", "train_tokens", "test_tokens", "synthetic"})
+        | {"revision": "main", "hook": "synthetic"}
+        | ({} if settings.max_norm is None else {"max_norm": settings.max_norm}),
+        partition_settings=lambda partition: {"layer": partition.layer, "language_model": describe_source(settings).identity},
+        inputs=(),
+        source=settings.name,
+        kinds=frozenset({"zarr"}),
+        tags={"source": settings.name},
+        description=f"Synthetic activations with known features\n\nIn {settings.dtype}, with the true features in {FEATURES_FILE}.",
+    )
+
+    def make(context: RunContext, tasks: Sequence[Task]) -> None:
+        (task,) = tasks
+        provenance, n_rows = context.provenance(task.declaration), settings.train_tokens + settings.test_tokens
+        with context.store.write_folder(*task.where, task.recipe, provenance, resumable=True) as folder:
+            with context.compute.measure() as measured, progress.task(str(activations.address), n_rows, "rows") as advance:
+                statistics = write_synthetic_activations(folder, settings, progress.differences(advance))
+            provenance.update(vars(measured), statistics={split: each.to_json() for split, each in statistics.items()})
+
+    def check(_: Store, wanted: Wanted, *_facts: Any) -> None:
+        validate_source(settings, [partition.layer for _, partition in wanted if partition.layer is not None])
+
+    return with_file([Op(activations.address.op_name, (activations,), make, preflight=check)], settings.file)
+
+
+def describe_source(settings: SourceSettings) -> LanguageModelDescription:
+    """Describe the language model of a source. Raises as `describe_language_model`."""
+    if settings.synthetic:
+        return describe_synthetic(settings.synthetic)
+    return describe_language_model(settings.language_model, settings.revision, settings.weights)
+
+
 def validate_source(settings: SourceSettings, layers: Sequence[int]) -> LanguageModelDescription:
     """Check that the language model exists, has these layers and this hook, and takes the source's tokens; return its description.
 
     Raises ConfigurationError or SaeensError, before any work.
     """
     with blamed_on(settings, "language_model"):
-        description = _language_model(settings)
+        description = describe_source(settings)
+    require_hook(settings, description, layers)
+    if not settings.synthetic:
+        validate_token_settings(description, **_token_settings(settings))
+    return description
+
+
+def require_hook(settings: SourceSettings, description: LanguageModelDescription, layers: Sequence[int]) -> None:
+    """Raise ConfigurationError, with the line of the experiment file, for a layer or a named hook that the model does not have."""
     missing = [layer for layer in layers if not 0 <= layer < description.n_layers]
     with blamed_on(settings, "layers" if missing else "hook", is_from_file=set(missing) <= set(settings.layers)):
         validate_hook(description, settings.hook, layers)
-    validate_token_settings(description, **_token_settings(settings))
-    return description
 
 
 def _require_corpus(settings: SourceSettings) -> None:
@@ -252,7 +314,3 @@ def _check_hook(settings: SourceSettings, description: LanguageModelDescription)
     if settings.weights == "random" or not quantisation(description):
         model = load_language_model(description, settings.weights, dtype=settings.language_model_dtype)
         model.check(settings.hook, settings.layers)
-
-
-def _language_model(settings: SourceSettings) -> LanguageModelDescription:
-    return describe_language_model(settings.language_model, settings.revision, settings.weights)

@@ -304,14 +304,16 @@ def _write(context: RunContext, task: Task, trained: _Trained, trained_on: str, 
     """
     source, layer = task.declaration.source, task.partition.layer
     activations = activations_of(source).require(context.store, task.partition).recipe["settings"]
-    tokens, hook = tokens_of(source).require(context.store, task.partition).recipe["settings"], activations["hook"]
+    hook, windows = activations["hook"], activations  # synthetic activations have no tokens
+    if "synthetic" not in activations:
+        windows = tokens_of(source).require(context.store, task.partition).recipe["settings"]
     metadata = {
         "model_name": activations["language_model"]["name"].removeprefix(TRANSFORMER_LENS),
         "language_model": activations["language_model"],
         "hook_name": hook.format(layer=layer) if "{layer}" in hook else f"blocks.{layer}.hook_{hook}",
         "hook_layer": layer,
-        "context_size": tokens["context_length"],
-        "dataset_path": tokens["corpus"]["corpus"],
+        "context_size": windows["context_length"],
+        "dataset_path": windows["corpus"]["corpus"] if "corpus" in windows else activations["language_model"]["name"],
         "weights": activations["weights"],
         "trained_on": trained_on,
     }

@@ -13,8 +13,7 @@ import dagster as dg
 from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
 
 from saeens_pipeline.assets.catalogue import Experiments
-from saeens_pipeline.assets.sources import validate_source
-from saeens_pipeline.language_models.models import describe_language_model
+from saeens_pipeline.assets.sources import describe_source, validate_source
 from saeens_pipeline.orchestration.instance import added_layers, command_line_instance, declare_layers, recorded, register_layers
 from saeens_pipeline.settings import SourceSettings
 
@@ -39,7 +38,7 @@ def layers_of_source(source: SourceSettings, instance: DagsterInstance) -> Layer
     others = [layer for layer in added if layer not in map(str, source.layers)]
     if not others:
         return Layers(sorted(source.layers), [])
-    there = range(describe_language_model(source.language_model, source.revision, source.weights).n_layers)
+    there = range(describe_source(source).n_layers)
     possible = {layer: int(layer) for layer in others if layer.isdecimal() and int(layer) in there}
     return Layers(sorted({*source.layers, *possible.values()}), [layer for layer in others if layer not in possible])
 

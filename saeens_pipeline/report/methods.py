@@ -54,6 +54,10 @@ _OF_BASELINES = (  # colour and symbols of the registered baselines, in their or
     ("#5254a3", "triangle-left", "<", "◀"),
     ("#637939", "triangle-right", ">", "▶"),
     ("#843c39", "diamond-tall", "d", "♦"),
+    ("#17807e", "hexagram", "8", "✶"),
+    ("#7b4173", "triangle-ne", "3", "◥"),
+    ("#a55194", "triangle-sw", "4", "◣"),
+    ("#3d5a80", "bowtie", "1", "⧓"),
 )
 _OTHER_COLOURS = ("#b8a500", "#8c6d31", "#5254a3", "#637939", "#843c39")
 

@@ -1,4 +1,4 @@
-"""Settings of an ActivationSource: a language model, a corpus, and the hook whose activations are read."""
+"""Settings of an ActivationSource: a language model, a corpus, and the hook whose activations are read; or synthetic activations."""
 
 from __future__ import annotations
 
@@ -6,15 +6,42 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, PositiveInt, ValidationInfo, field_validator
+from pydantic import AfterValidator, Field, PositiveInt, ValidationInfo, field_validator, model_validator
 
 from saeens_pipeline.settings.corpora import BUILTIN_CORPUS, Corpus
-from saeens_pipeline.settings.from_file import FILE, Distinct, FromFile
+from saeens_pipeline.settings.from_file import FILE, Distinct, FromFile, Section
 from saeens_pipeline.storage.names import validate_name
 
+SYNTHETIC = "builtin/synthetic"
 _TRANSFORMER_LENS = "transformer_lens:"
+_OF_TEXT = {"revision", "language_model_dtype", "corpus", "hook", "packing", "windows_per_document", "drop", "prepend_bos"}
 
 Name = Annotated[str, AfterValidator(validate_name)]
+
+
+class SyntheticSettings(Section):
+    """`synthetic`: activations with known features, as `saeens_models.synthetic.SyntheticActivations` computes them."""
+
+    n_features: PositiveInt = Field(description="number of true features")
+    d_in: PositiveInt = Field(description="dimensions of the activations")
+    features_per_row: float = Field(gt=0, description="mean number of true features that fire in a row, at most half of them")
+    frequency_exponent: float = Field(1.0, ge=0, description="firing rates fall as rank to minus this power (Zipf); 0: all are equal")
+    group_size: PositiveInt = Field(1, description="features of a group, which tend to fire together")
+    correlation: float = Field(
+        0.0, ge=0, lt=1, description="correlation inside a group of the normal variables whose thresholds decide which features fire"
+    )
+    children_per_parent: int = Field(
+        0, ge=0, description="children of each parent feature, which fire only in rows in which it fires; parents are the most frequent"
+    )
+    noise: float = Field(0.0, ge=0, description="root mean squared norm of the noise, in units of the mean activation of a feature")
+    seed: int = Field(0, ge=0, lt=2**31, description="seed of features, groups, codes and noise")
+
+    @model_validator(mode="after")
+    def _possible(self) -> SyntheticSettings:
+        from saeens_models.synthetic import SyntheticActivations  # it loads torch, which importing this module does not
+
+        SyntheticActivations(**self.model_dump())  # raises ValueError
+        return self
 
 
 class SourceSettings(FromFile):
@@ -23,17 +50,23 @@ class SourceSettings(FromFile):
     name: Name = Field(description="name of the source: lower-case letters, digits and _")
     language_model: str = Field(
         description="language model: builtin/reference, a folder in transformers' format (relative paths start from the experiment file's "
-        "folder), a name on the hub, or transformer_lens:NAME"
+        "folder), a name on the hub, or transformer_lens:NAME; builtin/synthetic: none, but activations with known features"
+    )
+    synthetic: SyntheticSettings | None = Field(
+        None, description="activations with known features; needs language_model: builtin/synthetic, and leaves out all fields of texts"
     )
     revision: str = Field("main", description="branch, tag or commit of a model on the hub")
     language_model_dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="dtype of the language model's forward pass"
     )
-    weights: Literal["trained", "random"] = Field("trained", description="weights of the language model; random: an untrained control")
+    weights: Literal["trained", "random"] = Field(
+        "trained",
+        description="weights of the language model; random: an untrained control; of synthetic activations: without sparse features",
+    )
     corpus: Corpus = Field(BUILTIN_CORPUS, description="texts: builtin/installed_packages, {name: DATASET} on the hub, or {files: PATTERN}")
     hook: str = Field("resid_post", description="resid_pre, resid_mid, resid_post, mlp_out, attn_out, or a module path with {layer}")
     layers: Annotated[list[Annotated[int, Field(ge=0)]], Distinct] = Field(min_length=1, description="layers of the language model, from 0")
-    context_length: PositiveInt = Field(description="length of a window, in tokens")
+    context_length: PositiveInt = Field(description="length of a window, in tokens; of synthetic activations: rows of a document")
     packing: Literal["concatenate", "document"] = Field(
         "concatenate", description="windows from one stream of all documents (concatenate), or from each document alone (document)"
     )
@@ -72,3 +105,14 @@ class SourceSettings(FromFile):
         if windows is not None and info.data.get("packing", "document") != "document":
             raise ValueError("windows_per_document needs packing: document")
         return windows
+
+    @model_validator(mode="after")
+    def _synthetic_or_of_text(self) -> SourceSettings:
+        if (self.language_model == SYNTHETIC) != (self.synthetic is not None):
+            raise ValueError(f"language_model: {SYNTHETIC} and the section synthetic need each other: give both, or neither")
+        if self.synthetic:
+            if unused := sorted(_OF_TEXT & self.model_fields_set):
+                raise ValueError(f"{', '.join(unused)}: synthetic activations have no text and no language model: leave this out")
+            if self.layers != [0]:
+                raise ValueError(f"layers: {self.layers}, and synthetic activations have one layer: write layers: [0]")
+        return self

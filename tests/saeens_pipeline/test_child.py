@@ -13,6 +13,7 @@ import pytest
 SCRIPT = """
 import os, resource, signal, sys, time
 import saeens_pipeline.cli
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background of a shell inherit that it is ignored
 def work():
     {work}
 sys.modules["saeens_pipeline.cli.app"].app = work
@@ -62,8 +63,9 @@ def test_commands_that_only_read_have_no_child():
     assert child.returncode == -signal.SIGABRT
 
 
-SLEEP = """print(os.getpid(), flush=True)
-    try: time.sleep(60)
+SLEEP = """try:
+        print(os.getpid(), flush=True)
+        time.sleep(60)
     except KeyboardInterrupt: sys.exit(130)"""
 
 

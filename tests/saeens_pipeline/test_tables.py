@@ -15,7 +15,7 @@ from saeens_pipeline.storage.tables import read_table
 
 SUBJECT = ["experiment", "layer", "seed", "language_model", "method", "n_members", "sae_data_versions"]
 CONTRACT = {
-    "reconstruction": "n_features mse explained_variance fvu l0 relative_sparsity dead_features constant_dimensions "
+    "reconstruction": "n_features mse explained_variance fvu l0 l0_error relative_sparsity dead_features constant_dimensions "
     "description_length_bits ce_loss_recovered ce_loss_recovered_from_mean ce_loss_added_nats "
     "tokens train_rows_dropped test_rows_dropped top_rows_variance",
     "members": "member mse explained_variance l0 dead_features mean_max_cosine_to_other_members median_density",
@@ -39,6 +39,8 @@ CONTRACT = {
     "autointerp": "member index explanation detection_score true_positive_rate false_positive_rate control_score n_examples status model",
     "concept_detection": "dataset label n_probe_features code_scale accuracy n_distinct_features accuracy_distinct",
     "spurious_correlation": "task n_ablated accuracy_biased accuracy_clean accuracy_ablated worst_group_accuracy scr scr_metric",
+    "recovery": "recovered_fraction mean_max_cosine precision n_true_features n_rows recovered_fraction_equal_rows "
+    "mean_max_cosine_equal_rows recovered_fraction_chance mean_max_cosine_chance",
     "training_curves": "member step tokens loss explained_variance l0 dead_features learning_rate",
 }
 ROW = {

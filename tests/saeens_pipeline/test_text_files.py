@@ -18,7 +18,7 @@ from tiny_experiment import Laboratory
 
 from saeens_pipeline.assets import sources
 from saeens_pipeline.errors import ConfigurationError, SaeensError
-from saeens_pipeline.language_models import corpora, records
+from saeens_pipeline.language_models import caching, corpora, records
 from saeens_pipeline.language_models.documents import Document, Split
 from saeens_pipeline.language_models.models import describe_language_model
 from saeens_pipeline.language_models.text_files import TextFileCorpus
@@ -431,7 +431,7 @@ def test_wrong_files_are_refused_before_anything_is_computed(empty: Laboratory, 
 
 def test_too_few_documents_are_counted_before_activations_are_computed(empty: Laboratory, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sources, "open_corpus", corpora.open_corpus)
-    monkeypatch.setattr(sources, "cache_activations", lambda *_, **__: pytest.fail("activations were computed"))
+    monkeypatch.setattr(caching, "cache_activations", lambda *_, **__: pytest.fail("activations were computed"))
     file = empty.declare({"corpus": {"files": "a.jsonl", "test_share": 0.4}})
     (file.parent / "a.jsonl").write_bytes(_lines(RECORDS[:10]))
     with pytest.raises(SaeensError, match=r"train split has \d+ activation rows in \d documents .* but 600 were asked for"):

@@ -174,6 +174,7 @@ def _summary(table: pl.DataFrame, artefact: Artefact) -> Mapping[str, Any]:
 register(
     Table(
         name=AUTOINTERP,
+        of_sources="text",
         question="Can a language model tell when a feature fires?",
         columns=(
             Column("member", "int", "member or round, from 1"),

@@ -49,6 +49,7 @@ def probe_table(name: str, curve: Curve, **fields: Any) -> Table:
 
     return Table(
         name=name,
+        of_sources="text",
         rows=rows,
         summary=summary,
         inputs=lambda subject: [subject.tokens, subject.activations, *subject.dictionaries],

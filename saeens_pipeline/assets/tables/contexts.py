@@ -20,6 +20,7 @@ def _rows(making: Making) -> pl.DataFrame:
 register(
     Table(
         name="contexts",
+        of_sources="text",
         question="Where in the text is each feature most active?",
         columns=(
             Column("member", "int", "member or round, from 1"),

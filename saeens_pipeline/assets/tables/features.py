@@ -19,6 +19,7 @@ def _rows(making: Making) -> pl.DataFrame:
 register(
     Table(
         name="features",
+        of_sources="text",
         question="What does each feature do, and where does it come back?",
         columns=(
             Column("member", "int", "member or round, from 1"),
