@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, combinations
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -127,9 +127,9 @@ def initial_consensus(saes: Sequence[SAE], clusters: Sequence[Cluster], config: 
 
 def with_width(config: SAEConfig, d_sae: int) -> SAEConfig:
     """Return a configuration with another number of features, of which at most all are active per token."""
-    fields: dict[str, int] = {"d_sae": d_sae}
-    if config.l0_field is not None:
-        fields[config.l0_field] = min(getattr(config, config.l0_field), d_sae)
+    fields: dict[str, Any] = {"d_sae": d_sae}
+    if config.l0_field and (l0 := getattr(config, config.l0_field)) is not None:
+        fields[config.l0_field] = min(l0, d_sae)
     return type(config)(**{**config.model_dump(), **fields})
 
 
