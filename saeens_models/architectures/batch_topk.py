@@ -8,12 +8,11 @@ import torch
 from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor
 
-from saeens_models.architectures.base import SAE, Objective, count_firings
+from saeens_models.architectures.base import SAE, Objective
 from saeens_models.architectures.jumprelu import JumpReLUConfig, JumpReLUSAE
 from saeens_models.architectures.registry import register
-from saeens_models.architectures.topk import AuxiliaryLossConfig
-from saeens_models.kernels import Team, select_topk
-from saeens_models.kernels.reference import marked_features
+from saeens_models.architectures.topk import AuxiliaryLossConfig, dense_objective
+from saeens_models.kernels import Team
 
 
 class BatchTopKConfig(AuxiliaryLossConfig, frozen=True):
@@ -36,10 +35,11 @@ class BatchTopKConfig(AuxiliaryLossConfig, frozen=True):
 class BatchTopKSAE(SAE):
     """In training ``z = pre`` on the ``k * n`` largest positive pre-activations of a batch of n tokens, and 0 elsewhere; ties are kept.
 
-    The loss is TopK's, over this code. At inference a token has no batch: the SAE is a JumpReLU SAE, ``z = pre * (pre > threshold)``, and
-    is saved as one. All features share the threshold. During training it starts at 0 and follows the smallest kept pre-activation,
-    ``threshold += threshold_rate * (smallest - threshold)`` after each batch (SAELens 6). Unlike SAELens, inference divides it by
-    ``1 - (1 - threshold_rate) ** n_batches``, the bias correction of Adam: otherwise far too many features fire after few batches.
+    The loss is TopK's, over this code, also with ``matryoshka``. At inference a token has no batch: the SAE is a JumpReLU SAE,
+    ``z = pre * (pre > threshold)``, and is saved as one. All features share the threshold. During training it starts at 0 and follows the
+    smallest kept pre-activation, ``threshold += threshold_rate * (smallest - threshold)`` after each batch (SAELens 6). Unlike SAELens,
+    inference divides it by ``1 - (1 - threshold_rate) ** n_batches``, the bias correction of Adam: otherwise far too many features fire
+    after few batches.
     Such an average lags behind the weights. Training therefore ends with a calibration: the threshold becomes the one that keeps ``k``
     pre-activations per token, on average over rows of the last batches.
     """
@@ -75,18 +75,7 @@ class BatchTopKSAE(SAE):
     def objective(self, x: Tensor, dead_mask: Tensor | None = None, sparsity_scale: float = 1.0) -> Objective:
         pre = self.pre_activations(x)
         self._smallest = self._smallest_of_batch if self._smallest_of_batch is not None else self._smallest_kept([x], pre.detach())
-        z = pre * (pre >= self._smallest)
-        x_hat = self.decode(z)
-        error = x - x_hat
-        mse = error.square().sum(dim=-1).mean()
-        auxiliary = mse.new_zeros(())
-        dead = marked_features(dead_mask if self.config.aux_loss_coefficient > 0 else None)
-        if dead is not None:
-            of_dead = pre[:, dead]
-            top = select_topk(of_dead, min(self.config.most_revived, len(dead)))
-            error_hat = torch.zeros_like(of_dead).scatter(1, top.indices, top.values) @ self.W_dec[dead]
-            auxiliary = self.config.auxiliary_weight(len(dead)) * (error_hat - error.detach()).square().sum(dim=-1).mean()
-        return Objective.of({"mse": mse, "auxiliary": auxiliary}, x_hat, count_firings(z))
+        return dense_objective(self, x, pre, pre * (pre >= self._smallest), dead_mask)
 
     def backpropagate(self, x: Tensor, dead_mask: Tensor | None = None, sparsity_scale: float = 1.0, team: Team | None = None) -> Objective:
         objective = super().backpropagate(x, dead_mask, sparsity_scale, team)

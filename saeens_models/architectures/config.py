@@ -5,10 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 from pydantic.functional_validators import ModelWrapValidatorHandler
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+LATER_FIELDS = ("l0_target", "matryoshka")
+"""Fields that recipes of before lack; left out of JSON unless they have a value."""
 CONFIG_CLASSES: dict[str, type[SAEConfig]] = {}
 """The configuration class of every architecture, by name; `registry.register` adds to it."""
 
@@ -33,13 +45,15 @@ def config_class(architecture: object) -> type[SAEConfig]:
     raise ValidationError.from_exception_data("SAEConfig", [detail])
 
 
-def validate_l0_multiple(architecture: str) -> None:
-    """Raise ``ValueError`` unless the architecture sets its L0 directly, not through a sparsity coefficient."""
-    if config_class(architecture).l0_field is None:
-        able = ", ".join(name for name in architectures() if CONFIG_CLASSES[name].l0_field is not None)
+def validate_l0_multiple(sae: OfArchitecture) -> None:
+    """Raise ``ValueError`` unless a configuration or settings say how many features are active: k or ``l0_target``, for example."""
+    field = config_class(sae.architecture).l0_field
+    if field is None or getattr(sae, field) is None:
+        able = ", ".join(name for name in architectures() if CONFIG_CLASSES[name].requires_l0())
+        give = f"give {field}; " if field else ""
         raise ValueError(
-            f"architecture {architecture!r} sets its L0 through a sparsity coefficient, and there is no search for the coefficient that "
-            f"multiplies it; possible with: {able}"
+            f"architecture {sae.architecture!r} sets its L0 through a sparsity coefficient, and no rule multiplies that: "
+            f"{give}possible without a target with: {able}"
         )
 
 
@@ -58,6 +72,11 @@ class OfArchitecture(BaseModel, frozen=True):
 
     def __new__(cls, /, *_: Any, **fields: Any) -> Self:
         return object.__new__(cls._own_class(fields.get("architecture")))
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out later fields that are not used: recipes and files of SAEs from before these fields stay as they are."""
+        return {name: value for name, value in handler(self).items() if name not in LATER_FIELDS or value}
 
     @model_validator(mode="wrap")
     @classmethod
@@ -84,7 +103,9 @@ class SAEConfig(OfArchitecture, frozen=True):
     """Norm of the initial decoder rows; W_enc starts as their transpose. 0.1 keeps first reconstructions from a dense code small."""
 
     l0_field: ClassVar[str | None] = None
-    """Name of the field that sets the number of active features; None if a sparsity coefficient sets it indirectly."""
+    """Name of the field that sets the number of active features, or a target for it; None if there is only a sparsity coefficient."""
+    adjusts_coefficient: ClassVar[bool] = False
+    """With a value in ``l0_field``, training adjusts the sparsity coefficient until so many features are active."""
 
     @classmethod
     def _own_class(cls, architecture: object) -> type[Self]:
@@ -92,6 +113,18 @@ class SAEConfig(OfArchitecture, frozen=True):
 
     def __init__(self, /, **fields: Any) -> None:  # for type checkers: the fields depend on the architecture
         super().__init__(**fields)
+
+    @model_validator(mode="after")
+    def _target_fits(self) -> Self:
+        target = getattr(self, "l0_target", None)
+        if target is not None and target > self.d_sae:
+            raise ValueError(f"l0_target = {target:g} is larger than d_sae = {self.d_sae}: lower it or widen the SAE")
+        return self
+
+    @classmethod
+    def requires_l0(cls) -> bool:
+        """Return True if every SAE of the architecture says how many features are active."""
+        return cls.l0_field is not None and cls.model_fields[cls.l0_field].is_required()
 
     @property
     def inference_flops_per_token(self) -> int:

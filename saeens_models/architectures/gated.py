@@ -3,7 +3,7 @@
 from typing import Literal
 
 import torch
-from pydantic import NonNegativeFloat
+from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
 
 from saeens_models.architectures.base import SAE, Objective, count_firings
@@ -16,7 +16,12 @@ class GatedConfig(SAEConfig, frozen=True):
 
     architecture: Literal["gated"] = "gated"
     l1_coefficient: NonNegativeFloat = 1.0
-    """Weight of the sparsity term."""
+    """Weight of the sparsity term; with ``l0_target`` its initial value."""
+    l0_target: PositiveFloat | None = None
+    """Number of active features per token. Training adjusts the coefficient towards it; None: the coefficient stays."""
+
+    l0_field = "l0_target"
+    adjusts_coefficient = True
 
     @property
     def train_flops_per_token(self) -> int:

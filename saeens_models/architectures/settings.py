@@ -75,7 +75,7 @@ class SAESettings(OfArchitecture, frozen=True):
 
     @property
     def l0(self) -> float | int | None:
-        """The value of ``config_class.l0_field``: active features per token; None if a sparsity coefficient sets it indirectly."""
+        """The value of ``config_class.l0_field``: active features per token; None if there is only a sparsity coefficient."""
         return None if self.config_class.l0_field is None else getattr(self, self.config_class.l0_field)
 
     @classmethod
@@ -84,8 +84,8 @@ class SAESettings(OfArchitecture, frozen=True):
 
         ``SAESettings.joined([sae] * n)`` is n times as wide as ``sae``.
 
-        Raises ``ValueError`` for no SAEs, for SAEs of which some give ``expansion`` and some ``d_sae``, for an architecture that sets its
-        L0 through a sparsity coefficient, and for a sum that the first SAE's L0 field cannot take.
+        Raises ``ValueError`` for no SAEs, for SAEs of which some give ``expansion`` and some ``d_sae``, for one that sets its L0
+        through a sparsity coefficient alone, and for a sum that the first SAE's L0 field cannot take.
         """
         if not saes:
             raise ValueError("no SAEs to join")
@@ -95,7 +95,7 @@ class SAESettings(OfArchitecture, frozen=True):
         sums: dict[str, float] = {first.width_field: sum(sae.width for sae in saes)}
         if add_l0:
             for sae in saes:
-                validate_l0_multiple(sae.architecture)
+                validate_l0_multiple(sae)
             sums[str(first.config_class.l0_field)] = sum(sae.l0 or 0 for sae in saes)
         return type(first).model_validate({**first.to_json(), **sums})
 

@@ -1,13 +1,14 @@
 """The TopK SAE: the k largest pre-activations are the code (Gao et al. 2024, arXiv 2406.04093)."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self
+from itertools import pairwise
+from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
-from saeens_models.architectures.base import SAE, Objective, SparseReconstruction
+from saeens_models.architectures.base import SAE, Objective, SparseReconstruction, count_firings
 from saeens_models.architectures.config import SAEConfig
 from saeens_models.architectures.registry import register
 from saeens_models.kernels import Team, TopKReconstruction, cpu_team, select_topk, topk_reconstruction
@@ -26,8 +27,24 @@ class AuxiliaryLossConfig(SAEConfig, frozen=True):
     """Number of dead features in the auxiliary loss; None: d_in / 2."""
     decoder_init_norm: PositiveFloat = 1.0
     """Norm of the initial decoder rows. With k active features, unit rows reconstruct at the scale of the input from the start."""
+    matryoshka: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()
+    """Shares of the dictionary, ascending, such as [0.0625, 0.25]: its first features, so many, have a loss of their own in training."""
 
     l0_field = "k"
+
+    @model_validator(mode="after")
+    def _prefixes_ascend(self) -> Self:
+        if any(not 0 < first < second for first, second in pairwise((*self.prefixes, self.d_sae))) or 0 in self.prefixes:
+            shares = ", ".join(f"{share:g}" for share in self.matryoshka)
+            raise ValueError(
+                f"matryoshka: [{shares}] of {self.d_sae} features are {list(self.prefixes)}: each needs more than the one before"
+            )
+        return self
+
+    @property
+    def prefixes(self) -> tuple[int, ...]:
+        """Numbers of features of the nested dictionaries that ``matryoshka`` names, without the whole."""
+        return tuple(round(share * self.d_sae) for share in self.matryoshka)
 
     @property
     def most_revived(self) -> int:
@@ -37,6 +54,30 @@ class AuxiliaryLossConfig(SAEConfig, frozen=True):
     def auxiliary_weight(self, n_dead: int) -> float:
         """Return the weight of the auxiliary loss with so many dead features."""
         return self.aux_loss_coefficient * min(n_dead / self.most_revived, 1.0)
+
+
+def dense_objective(sae: SAE, x: Tensor, pre: Tensor, z: Tensor, dead_mask: Tensor | None) -> Objective:
+    """Return the objective of a dense code ``z`` `[n, d_sae]` of ``x``, from pre-activations ``pre``.
+
+    It is ``||x_hat - x||^2`` plus the auxiliary loss of the dead features. With ``matryoshka`` the squared errors of the prefixes, whose
+    ``x_hat`` is decoded from the first features alone, are added (Bussmann et al. 2025, arXiv 2503.17547).
+    """
+    config = sae.config
+    assert isinstance(config, AuxiliaryLossConfig)
+    x_hat, partial, terms = sae.decode(z), sae.b_dec, {}
+    for first, end in pairwise((0, *config.prefixes)):
+        partial = partial + z[:, first:end] @ sae.W_dec[first:end]
+        terms["prefixes"] = terms.get("prefixes", 0) + (x - partial).square().sum(dim=-1).mean()
+    error = x - x_hat
+    mse = error.square().sum(dim=-1).mean()
+    auxiliary = mse.new_zeros(())
+    dead = marked_features(dead_mask if config.aux_loss_coefficient > 0 else None)
+    if dead is not None:
+        of_dead = pre[:, dead]
+        top = select_topk(of_dead, min(config.most_revived, len(dead)))
+        error_hat = torch.zeros_like(of_dead).scatter(1, top.indices, top.values) @ sae.W_dec[dead]
+        auxiliary = config.auxiliary_weight(len(dead)) * (error_hat - error.detach()).square().sum(dim=-1).mean()
+    return Objective.of({"mse": mse, **terms, "auxiliary": auxiliary}, x_hat, count_firings(z))
 
 
 class TopKConfig(AuxiliaryLossConfig, frozen=True):
@@ -59,7 +100,7 @@ class TopKSAE(SAE):
 
     Loss, mean over tokens: ``||x_hat - x||^2 + aux_loss_coefficient * min(n_dead / k_aux, 1) * ||e_hat - e||^2``. There
     ``e = x - x_hat`` is held constant, and ``e_hat`` is decoded, without b_dec, from the k_aux largest pre-activations among the
-    dead features.
+    dead features. With ``matryoshka`` the squared errors of the nested dictionaries are added; such steps use torch.
     """
 
     config: TopKConfig
@@ -90,6 +131,9 @@ class TopKSAE(SAE):
         return SparseReconstruction(SparseCode.from_topk(values, indices.long(), config.d_sae), x_hat)
 
     def objective(self, x: Tensor, dead_mask: Tensor | None = None, sparsity_scale: float = 1.0) -> Objective:
+        if self.config.matryoshka:
+            pre = self.pre_activations(x)
+            return dense_objective(self, x, pre, self.activate(pre), dead_mask)
         dead_mask = dead_mask if self.config.aux_loss_coefficient > 0 else None
         return self._objective(x, topk_reconstruction(x, *self._weights, dead_mask=dead_mask, **self._selection))
 
@@ -113,7 +157,7 @@ class TopKSAE(SAE):
 
     def backpropagate(self, x: Tensor, dead_mask: Tensor | None = None, sparsity_scale: float = 1.0, team: Team | None = None) -> Objective:
         config = self.config
-        if team is None or config.k > COMPILED_STEP_MAX_DENSITY * config.d_sae:
+        if team is None or config.matryoshka or config.k > COMPILED_STEP_MAX_DENSITY * config.d_sae:
             return super().backpropagate(x, dead_mask, sparsity_scale, team)
         dead = marked_features(dead_mask if config.aux_loss_coefficient > 0 else None)
         weight = 0.0 if dead is None else config.auxiliary_weight(len(dead))
@@ -126,7 +170,7 @@ class TopKSAE(SAE):
     ) -> list[Objective] | None:
         shapes = [sae.config.model_copy(update={"init_seed": 0}) for sae in saes]
         alike = [sae for sae, shape in zip(saes, shapes, strict=True) if isinstance(sae, cls) and shape == shapes[0]]
-        if len(alike) < len(saes):
+        if len(alike) < len(saes) or alike[0].config.matryoshka:
             return None
         if alike[0].config.aux_loss_coefficient == 0:
             dead_masks = [None] * len(saes)

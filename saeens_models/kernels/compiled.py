@@ -298,6 +298,16 @@ def jumprelu(pre, bias, threshold, half_bandwidth, z, sums, fires, counts):
 
 
 @_compile
+def count_near(pre, threshold, half_bandwidth, counts):
+    """Count the tokens whose pre-activation, `[m, n]`, is less than half a bandwidth from its threshold `[m]`, per feature, `[m]`."""
+    for feature in range(len(pre)):
+        given, least, n_near = pre[feature], threshold[feature], np.int32(0)
+        for i in range(len(given)):
+            n_near += np.int32(abs(given[i] - least) < half_bandwidth)
+        counts[feature] = n_near
+
+
+@_compile
 def list_entries(pre, z, threshold, half_bandwidth, counts, starts, tokens, values):
     """List the entries that `jumprelu` counted, sorted by feature, then by token.
 

@@ -35,6 +35,8 @@ class JumpReLULoss(NamedTuple):
     """Loss and the gradients of the weights; the second term is the sparsity term."""
     threshold_gradient: Tensor
     """`[d_sae]`"""
+    near: Tensor | None
+    """Number of tokens from which each threshold learns, `[d_sae]`; None unless it was asked for."""
 
 
 def jumprelu_gradients(
@@ -47,12 +49,13 @@ def jumprelu_gradients(
     l1_coefficient: float = 0.0,
     l0_coefficient: float = 0.0,
     bandwidth: float = 0.0,
+    count_near: bool = False,
 ) -> JumpReLULoss:
     """Compute the loss of an SAE with code ``z = pre * (pre > threshold)`` on ``x`` `[n, d_in]` (float32, contiguous) and its gradients.
 
     The loss is ``mean ||x_hat - x||^2 + l1_coefficient * mean sum_i z_i ||W_dec_i|| + l0_coefficient * mean sum_i [z_i active]``.
     ``threshold`` `[d_sae]` learns from pre-activations within half a ``bandwidth`` of it, as in
-    :class:`~saeens_models.architectures.jumprelu.JumpReLUSAE`.
+    :class:`~saeens_models.architectures.jumprelu.JumpReLUSAE`; ``count_near`` counts these.
 
     Memory in addition to the result: the codes of the batch and their gradients, ``2 n d_sae``; a copy of W_dec; three blocks of
     pre-activations per thread; and W_enc and W_dec in bfloat16 if products are in bfloat16.
@@ -71,6 +74,7 @@ def jumprelu_gradients(
     by_dimension = _Transposed(team, directions)
     b_enc, W_dec, b_dec = (weight.numpy() for weight in weights[1:])
     sparse: dict[int, _Entries] = {}  # by block
+    near = np.zeros((len(blocks), len(threshold)), np.int32) if count_near else None
 
     def forward(i: int) -> float:
         rows = blocks[i]
@@ -79,6 +83,8 @@ def jumprelu_gradients(
             torch.sub(x[rows], weights.b_dec, out=centred[rows])
         pre = linear(W_enc, centred[rows]).numpy()
         n_entries = compiled.jumprelu(pre, b_enc, threshold.numpy(), half_bandwidth, z.numpy(), sums, fires, counts)
+        if near is not None:
+            compiled.count_near(pre, threshold.numpy(), half_bandwidth, near[i])
         error = memory.error[rows]
         compared = x[rows].numpy(), x_hat[rows].numpy(), error.numpy()
         if n_entries < SPARSE_BLOCK_MAX_DENSITY * pre.size:
@@ -103,7 +109,8 @@ def jumprelu_gradients(
     fire_counts = torch.from_numpy(memory.fires.sum(axis=0))
     sparsity = l1_coefficient / n * float(sums @ norms) + l0_coefficient / n * int(fire_counts.sum())
     terms = torch.tensor(mse, dtype=torch.float32), torch.tensor(sparsity, dtype=torch.float32)
-    return JumpReLULoss(BatchLoss(*terms, x_hat, fire_counts, gradients), torch.from_numpy(memory.of_threshold.sum(axis=0)))
+    of_threshold, n_near = torch.from_numpy(memory.of_threshold.sum(axis=0)), None if near is None else torch.from_numpy(near.sum(axis=0))
+    return JumpReLULoss(BatchLoss(*terms, x_hat, fire_counts, gradients), of_threshold, n_near)
 
 
 def _gradients(  # noqa: PLR0917 - called once

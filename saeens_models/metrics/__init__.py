@@ -25,7 +25,7 @@ from saeens_models.metrics.dictionaries import (
 from saeens_models.metrics.features import FeatureActivity, FeatureActivityMetric
 from saeens_models.metrics.intervals import MeanInterval, jackknife_interval, mean_interval
 from saeens_models.metrics.language_model_loss import LossBatch, NextTokenLoss, ce_loss_recovered, next_token_loss
-from saeens_models.metrics.marginal_gain import WORTHWHILE_SHARE, gains, suggested_size
+from saeens_models.metrics.marginal_gain import WORTHWHILE_SHARE, Gain, is_worthwhile, suggested_size
 from saeens_models.metrics.matched_correlation import MatchedCorrelationMetric
 from saeens_models.metrics.matching import Matching, match_features, pw_mcc, shared_fraction
 from saeens_models.metrics.output_tokens import OutputTokens, output_tokens
@@ -69,6 +69,7 @@ __all__ = [
     "FeatureContexts",
     "FeatureContextsMetric",
     "FeatureStability",
+    "Gain",
     "LossBatch",
     "MatchedCorrelationMetric",
     "Matching",
@@ -99,7 +100,7 @@ __all__ = [
     "detection_score",
     "diversity",
     "feature_stability",
-    "gains",
+    "is_worthwhile",
     "isotropic_rows",
     "jackknife_interval",
     "match_features",

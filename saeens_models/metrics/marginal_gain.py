@@ -1,34 +1,52 @@
 """Marginal gain of ensemble members, and the number of members after which no further one is worthwhile."""
 
 from collections.abc import Sequence
-from itertools import pairwise
+from typing import NamedTuple
 
 WORTHWHILE_SHARE = 0.05
 """Share of the remaining gain: a member that achieves less in every measure is not worth its cost."""
 
 
-def gains(values: Sequence[float]) -> list[float]:
-    """Return the gain of a measure with each member. ``values[n - 1]`` is the measure of the first n members; the first gains its value."""
-    return [after - before for before, after in pairwise([0.0, *values])]
+class Gain(NamedTuple):
+    """Gain of a measure with one further member, and its interval."""
+
+    remaining: float
+    """Distance of the measure from its best value before the member was added."""
+    low: float | None
+    """Lower end of the interval of the gain; None without one."""
+    high: float | None
+    """Upper end of the interval of the gain; None without one."""
+    cost: float = 1.0
+    """Training FLOPs of the member, in units of the first member's."""
+
+    def is_worthwhile(self, share: float = WORTHWHILE_SHARE) -> bool | None:
+        """Return whether the gain exceeds ``share * remaining * cost``: True or False if the whole interval does or does not, else None.
+
+        In words: whether the member closes more than that share of the remaining distance for each cost of a first member.
+        """
+        least = share * max(0.0, self.remaining) * self.cost
+        if self.low is None or self.high is None:
+            return None
+        return True if self.low > least else False if self.high <= least else None
 
 
-def suggested_size(measures: Sequence[Sequence[float]], share: float = WORTHWHILE_SHARE) -> int:
-    """Return the smallest number of members after which no further member is worthwhile.
+def is_worthwhile(measures: Sequence[Sequence[Gain]], share: float = WORTHWHILE_SHARE) -> bool | None:
+    """Return whether a further member is worthwhile; None if the intervals do not decide.
 
-    measures: one or several; each has the values for the first n members, n = 1 .. J, of a measure that is 1 at best, such as explained
-    variance or stability. Member n is worthwhile if, in one of them, it gains at least ``share`` of the gain that remains after the earlier
-    members: ``(v_n - v_{n-1}) / (1 - v_{n-1}) >= share``. Explained variance from 0.95 to 0.96 counts as much as from 0.75 to 0.80. A
-    measure that falls makes no member worthwhile. Members after the suggested size change it only if one of them is worthwhile.
-
-    Raises ValueError without a measure and for measures of different lengths.
+    measures: one or several, such as explained variance and next-token loss; each has the gain in every seed. A measure decides if all its
+    seeds agree. The member is worthwhile if one measure says so, and not worthwhile if all say so.
     """
-    lengths = {len(values) for values in measures}
-    if len(lengths) != 1 or 0 in lengths:
-        raise ValueError(f"every measure has one value for each number of members, at least one; got lengths {sorted(lengths)}")
-    worthwhile = [
-        n
-        for values in measures
-        for n, (before, after) in enumerate(pairwise(values), start=2)
-        if after > before and after - before >= share * (1 - before)
-    ]
-    return max(worthwhile, default=1)
+    decided = [{gain.is_worthwhile(share) for gain in of_seeds} for of_seeds in measures]
+    if {True} in decided:
+        return True
+    return False if decided and all(each == {False} for each in decided) else None
+
+
+def suggested_size(worthwhile: Sequence[bool | None]) -> int | None:
+    """Return the smallest number of members after which no further member is worthwhile; None if that cannot be told.
+
+    worthwhile: of member 2, 3, .. J, as ``is_worthwhile`` returns it. The last worthwhile member decides, even after one that is not. If
+    the intervals do not decide about a member after it, there is no answer.
+    """
+    last = max((n for n, each in enumerate(worthwhile, start=2) if each), default=1)
+    return None if None in worthwhile[last - 1 :] else last

@@ -16,6 +16,7 @@ from saeens_models.kernels.cpu_topk_encoder import Encoder
 from saeens_models.kernels.products import multiplies_bfloat16
 from saeens_models.training.adam import Adam
 from saeens_models.training.config import TrainingConfig
+from saeens_models.training.l0_control import L0Control
 from saeens_models.training.micro_batches import backpropagate
 
 _LOSSES_PER_CHECK = {"cpu": 1}  # on other devices each check waits for the device
@@ -59,12 +60,12 @@ def load_kernels(architecture: str) -> None:
 def _call_kernels(team: Team, architecture: str) -> None:
     x = torch.linspace(-1, 1, 64 * 8).view(64, 8).sin()
     training = TrainingConfig(learning_rate=1e-3, dead_after_tokens=1, unit_norm_decoder=True)
-    l0_field = sae_class(architecture).config_class.l0_field
-    config = SAEConfig(architecture=architecture, d_in=8, d_sae=64, **({l0_field: 2} if l0_field else {}))
-    trainer = SAETrainer(config, training, team=team)
+    own = sae_class(architecture).config_class
+    fields = {} if own.l0_field is None or own.adjusts_coefficient else {own.l0_field: 2}
+    trainer = SAETrainer(SAEConfig(architecture=architecture, d_in=8, d_sae=64, **fields), training, team=team)
     for _ in range(2):  # in the second step there are dead features
         trainer.step(x)
-    if l0_field is None and "b_enc" in trainer.sae.state_dict():
+    if not own.requires_l0() and "b_enc" in trainer.sae.state_dict():
         with torch.no_grad():
             trainer.sae.b_enc.fill_(-100.0)
         trainer.step(x)  # with few active features, whose entries are processed one by one
@@ -106,6 +107,7 @@ class SAETrainer:
             self.sae.load_state_dict(initial.state_dict())
             self.sae.fold_input_scale(1 / float(self.input_scale))  # `finish` undoes this
         self.optimiser = Adam(self.sae, training)
+        self._control = _l0_control(config, training)
         self.learning_rate = training.learning_rate
         """Learning rate of the last step."""
         self.team = team
@@ -127,6 +129,7 @@ class SAETrainer:
         Raises :class:`NonFiniteLossError`; on an accelerator some steps later, so that no step waits for the device.
         """
         scale, tokens = self.training.sparsity_scale_at(self.tokens + len(x)), self._micro_batch_tokens
+        scale *= 1.0 if self._control is None else self._control.factor
         self._move(x, backpropagate(self.sae, x, self.dead_mask, scale, self.team, micro_batch_tokens=tokens))
         return self.last_objective
 
@@ -160,7 +163,8 @@ class SAETrainer:
     def takes_fixed_launches(self, x: Tensor) -> bool:
         """Return True if the next step, on ``x``, launches the kernels of any other step on so many tokens without dead features."""
         in_parts = self._micro_batch_tokens is not None and self._micro_batch_tokens < len(x)
-        return self.team is None and not in_parts and self.training.sparsity_scale_at(self.tokens + len(x)) == 1
+        is_fixed = self._control is None and self.training.sparsity_scale_at(self.tokens + len(x)) == 1
+        return self.team is None and not in_parts and is_fixed
 
     @property
     def last_objective(self) -> Objective:
@@ -188,6 +192,8 @@ class SAETrainer:
         self.tokens = end
         self.last_fired.masked_fill_(objective.fire_counts > 0, end)
         self._last = (x, objective)
+        if self._control is not None:
+            self._control.update(float(objective.l0), len(x), end)
         self._unchecked_losses.append((self.steps, end, objective.loss))
         if len(self._unchecked_losses) >= _LOSSES_PER_CHECK.get(x.device.type, _LOSSES_PER_CHECK_ELSEWHERE):
             self.check_losses()
@@ -200,6 +206,8 @@ class SAETrainer:
         state["last_fired"] = self.last_fired
         if self.mean_norm is not None:
             state |= {"mean_norm": self.mean_norm, "input_scale": torch.as_tensor(self.input_scale)}
+        if self._control is not None:
+            state["l0_control"] = self._control.state
         return state
 
     @torch.no_grad()
@@ -253,6 +261,16 @@ class SAETrainer:
         self.sae.zero_grad()
         self.sae.fold_input_scale(float(self.input_scale))
         return self.sae.eval()
+
+
+def _l0_control(config: SAEConfig, training: TrainingConfig) -> L0Control | None:
+    """Return the control of the sparsity coefficient, if the configuration needs one. Raises ``ValueError`` without ``total_tokens``."""
+    target = getattr(config, config.l0_field) if config.adjusts_coefficient and config.l0_field else None
+    if target is None:
+        return None
+    if training.total_tokens is None:
+        raise ValueError(f"{config.l0_field} needs total_tokens: the sparsity coefficient is adjusted over a fraction of the training")
+    return L0Control(target, training.total_tokens)
 
 
 def _explained_variance(x: Tensor, x_hat: Tensor) -> float:

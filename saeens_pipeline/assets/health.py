@@ -239,11 +239,13 @@ def _expect_good_sae(
         f"{where}: no feature can be called dead or be revived: training.dead_after_tokens is {dead_after}, and it trained on "
         f"{n_tokens} tokens. Lower it, or leave it out for a tenth of the tokens",
     )
-    target = sae.get("k", settings.target_l0)
+    target = sae.get("k") or settings.target_l0 or sae.get("l0_target")
     if target:
         coefficient = next((name for name in ("l1_coefficient", "l0_coefficient") if name in sae), None)
         how = "fewer pre-activations than k are positive; is the learning rate too high?"
-        if coefficient:
+        if "l0_target" in sae:
+            how = "train on more tokens" + (", or raise sae.l0_coefficient" if coefficient == "l0_coefficient" else "")
+        elif coefficient:
             how = f"{'lower' if l0 < target else 'raise'} sae.{coefficient}"
         tolerance = settings.l0_tolerance
         message = f"{where}: {l0:.4g} features fire per token, and the target is {target:g} (+-{tolerance:.0%}): {how}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -53,13 +53,12 @@ def recorded_facts(store: Store, source: str, layer: int | None) -> SourceFacts:
     """Return a source's facts from the records of its activations and tokens. `describe_model` raises as `language_model_of`."""
     activations = activations_of(source).require(store, Partition(layer))
     tokens = None if is_synthetic(activations) else tokens_of(source).require(store, Partition())
-    hook = activations.recipe["settings"]["hook"]
-    windows: Mapping[str, Any] = tokens.recipe["settings"] if tokens else {"drop": []}
+    hook, windows = activations.recipe["settings"]["hook"], tokens.recipe["settings"] if tokens else {}
     d_in = len(activations.provenance["statistics"]["train"]["mean"])
     return SourceFacts(
         partial(language_model_of, activations),
         hook,
-        windows["drop"],
+        windows.get("drop", []),
         d_in,
         tokens.path if tokens else None,
         prepend_bos=windows.get("prepend_bos", False),

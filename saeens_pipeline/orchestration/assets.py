@@ -1,6 +1,7 @@
 """Dagster assets from declarations: one multi-asset per op, which computes its missing and stale outputs."""
 
 # Without `from __future__ import annotations`: Dagster reads the annotations of ops at run time.
+import contextlib
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
@@ -71,10 +72,21 @@ def build_asset(op: Op) -> dg.AssetsDefinition:
             retried(context.retry_number, policy),
             progress.forward_log_lines(context.log.log),
             progress.report_to(partial(progress.in_lines, context.log.info)),
+            _cancelled_by_interrupts(context),
         ):
             yield from _report(materialise(op, selected, partition, run), checked, op.checks, partition, store.store)
 
     return make
+
+
+@contextlib.contextmanager
+def _cancelled_by_interrupts(context: dg.AssetExecutionContext) -> Iterator[None]:
+    """Report a run that Ctrl-C ends as being cancelled: otherwise Dagster records a failure, to be retried."""
+    try:
+        yield
+    except (KeyboardInterrupt, dg.DagsterExecutionInterruptedError):
+        context.instance.report_run_canceling(context.run, "Interrupted by Ctrl-C or a signal.")
+        raise
 
 
 def _observe(context: dg.AssetExecutionContext, declaration: Declaration, partition: Partition, metadata: Mapping[str, Any]) -> None:

@@ -124,7 +124,11 @@ def against_members(values: Mapping[Size, Spread], metric: Headline, suggested: 
         else:
             series.append(_points(name, [size.n_members for size in sizes], chosen, whats, metric.form))
     marks = [(method(name), suggested[name]) for name in in_order(suggested or ()) if suggested and suggested[name] < most]
-    dotted = " Dotted: a number of members that is enough; without a dotted line, none is." if suggested is not None else ""
+    dotted = (
+        " Dotted: a number of members that is enough; without a dotted line, none is, or it cannot be told."
+        if suggested is not None
+        else ""
+    )
     return Chart(
         metric.column if metric in GAINS else f"{metric.column}_by_members",
         _capital(metric.name),

@@ -50,8 +50,9 @@ _SECTIONS = (
      "Every method at every size; large symbols are whole ensembles. The dotted line is the front: no point is better in both.",
      figures.trade_offs),
     ("gain", "Marginal gain",
-     "Gain of one more member. A number of members is enough where each further one closes less than 5% of the gap to 1 that explained "
-     "variance and stability still have.", figures.marginal_gain),
+     "Gain of one more member. A number of members is enough where each further one closes less than 5% of the gap that explained variance "
+     "has to 1, and the next-token loss to that of the activations; where the intervals over documents do not decide, no number is marked.",
+     figures.marginal_gain),
     ("training", "Training and rounds", "Training curves, and each SAE on its own input.", figures.training),
     ("features", "Features", "How often features fire, and whether they come back.", figures.features),
     ("downstream", "Downstream", "Uses of features: probes, and explanations by a language model.", figures.downstream),

@@ -36,6 +36,7 @@ MAX_MEMBERS = 999  # the initialisation seeds of two ensemble seeds are a thousa
 MIN_FRESHNESS_DAYS = 1 / (24 * 60)  # the resolution of Dagster's freshness policies is a minute
 
 _CRON_FIELDS, _CRON_CHARACTERS = 5, 200
+_LATER = {"frozen": "none"}  # later fields with their defaults, which recipes of before lack
 _FOLLOWS_FROM_ACTIVATIONS = ("total_tokens", "input_scale", "input_mean")
 
 
@@ -202,7 +203,7 @@ class CheckSettings(Section):
     )
     max_dead_features: float = Field(default=0.2, ge=0, le=1, description="largest share of dead features of an SAE")
     target_l0: float | None = Field(
-        default=None, gt=0, description="target L0 in features per token, for architectures without k; default: no check"
+        default=None, gt=0, description="target L0 in features per token, for architectures without k; default: `sae.l0_target`"
     )
     l0_tolerance: float = Field(default=0.1, ge=0, description="largest relative distance from the target L0")
 
@@ -222,7 +223,7 @@ class ExperimentSettings(FromFile):
     ensemble: EnsembleSettings = Field(description="number of SAEs, seeds, and the order of training")
     baselines: Annotated[list[Name] | None, Distinct] = Field(
         None,
-        description="single SAEs for comparison; default: expanded, and expanded_l0_matched for architectures that set their L0 directly",
+        description="single SAEs for comparison; default: expanded, and expanded_l0_matched for SAEs with k or l0_target",
     )
     baseline_training: dict[Name, _Training] = Field({}, description="fields of training that differ for a baseline, by baseline")
     expanded_sizes: list[PositiveInt] | Literal["all"] | None = Field(
@@ -344,8 +345,9 @@ class ExperimentSettings(FromFile):
 
     @property
     def complete_training(self) -> dict[str, Any]:
-        """`training` with all defaults, as recipes hold it."""
-        return _models().TrainingConfig(**self.training).model_dump(mode="json", exclude=set(_FOLLOWS_FROM_ACTIVATIONS))
+        """`training` with all defaults but those of `_LATER`, as recipes hold it."""
+        complete = _models().TrainingConfig(**self.training).model_dump(mode="json", exclude=set(_FOLLOWS_FROM_ACTIVATIONS))
+        return {name: value for name, value in complete.items() if name not in _LATER or value != _LATER[name]}
 
     @property
     def expanded_widths(self) -> list[int]:

@@ -380,15 +380,15 @@ def test_k_larger_than_d_sae_is_refused():
 
 
 def test_only_some_architectures_set_their_l0_directly():
-    direct = [architecture for architecture in architectures() if config(architecture).l0_field]
+    direct = [architecture for architecture in architectures() if config(architecture).requires_l0()]
     assert {"topk", "batch_topk", "matching_pursuit"} <= set(direct)
     for architecture in direct:
-        validate_l0_multiple(architecture)
+        validate_l0_multiple(config(architecture))
     indirect = set(architectures()) - set(direct)
     assert {"standard", "jumprelu", "gated"} <= indirect
     for architecture in indirect:
-        with pytest.raises(ValueError, match=f"{architecture}.*possible with: {', '.join(direct)}"):
-            validate_l0_multiple(architecture)
+        with pytest.raises(ValueError, match=f"{architecture}.*possible without a target with: {', '.join(direct)}"):
+            validate_l0_multiple(config(architecture))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -38,7 +38,7 @@ def test_the_loss_is_the_cross_entropy_of_next_tokens_without_padding(monkeypatc
     torch.testing.assert_close(
         found.by_document, torch.tensor([[of_documents[0], 2], [0, 0], [of_documents[1], 4]]).double(), rtol=1e-5, atol=0
     )
-    assert found.plus(found).by_document.equal(2 * found.by_document)
+    torch.testing.assert_close(found.plus(found).by_document, 2 * found.by_document)
 
 
 def test_ce_loss_recovered_is_one_for_activations_zero_for_zeros_and_nan_if_ablation_does_little() -> None:

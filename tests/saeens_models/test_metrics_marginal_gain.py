@@ -6,7 +6,7 @@ import pytest
 import torch
 from sklearn.metrics.pairwise import cosine_similarity
 
-from saeens_models.metrics import diversity, gains, new_features, suggested_size
+from saeens_models.metrics import Gain, diversity, is_worthwhile, new_features, suggested_size
 
 
 def test_new_features_are_below_the_threshold_to_all_earlier_members():
@@ -34,48 +34,64 @@ def test_a_copied_member_has_no_new_features_and_duplicates_within_a_member_coun
     assert diversity(W_dec) == 2
 
 
-def test_gains_add_up_to_the_value_of_the_whole_ensemble():
-    assert gains([0.7, 0.75, 0.74]) == pytest.approx([0.7, 0.05, -0.01])
-    assert sum(gains([0.1, 0.4, 0.3, 0.9])) == pytest.approx(0.9)
-
-
 @pytest.mark.parametrize(
-    ("values", "size"),
+    ("gain", "expected"),
     [
-        ([0.5], 1),
-        ([0.5, 0.5, 0.5], 1),
-        ([0.5, 0.52, 0.53], 1),  # 4 % and 2 % of the remaining gain
-        ([0.5, 0.53, 0.54], 2),  # 6 %, then 2 %
-        ([0.5, 0.6, 0.602, 0.64], 4),  # a poor member before one of 9.5 % does not end it
-        ([0.98, 0.982, 0.9821], 2),  # 10 % of a small remaining gain counts as much
-        ([0.5, 0.75, 0.875, 0.9375], 4),
-        ([0.5, 0.4, 0.3], 1),
-        ([-0.2, -0.1, -0.08], 2),  # worse than the mean: 8 % of the gain that remains to 1, then 2 %
-        ([1.0, 1.0], 1),
+        (Gain(0.5, 0.026, 0.04), True),  # 5 % of 0.5 is 0.025
+        (Gain(0.5, 0.01, 0.024), False),
+        (Gain(0.5, 0.024, 0.026), None),
+        (Gain(0.02, 0.0011, 0.002), True),  # 5 % of a small remaining gain counts as much
+        (Gain(0.5, 0.026, 0.04, cost=2.0), False),  # twice the FLOPs of the first member: 0.05
+        (Gain(0.5, 0.051, 0.06, cost=2.0), True),
+        (Gain(0.5, 0.014, 0.04, cost=0.5), True),
+        (Gain(0.5, -0.1, 0.0), False),
+        (Gain(0.0, 0.0, 0.0), False),  # nothing remains
+        (Gain(-0.01, -0.002, 0.002), None),  # a loss below that of the activations
+        (Gain(0.5, None, None), None),
     ],
 )
-def test_the_suggested_size_is_the_last_worthwhile_member(values: list[float], size: int):
-    assert suggested_size([values]) == size
-
-
-def test_a_member_that_improves_one_measure_is_worthwhile():
-    variance, stability = [0.7, 0.75, 0.751, 0.752], [0.5, 0.5, 0.6, 0.601]
-    assert suggested_size([variance]) == 2
-    assert suggested_size([variance, stability]) == 3
-    assert suggested_size([variance, [0.5, 0.4, 0.3, 0.2]]) == 2
-
-
-def test_later_members_change_the_suggested_size_only_if_worthwhile():
-    values = [0.5, 0.6, 0.61]
-    assert suggested_size([values]) == suggested_size([[*values, 0.615, 0.62]]) == 2
-    assert suggested_size([[*values, 0.7]]) == 4
+def test_a_member_is_worthwhile_if_its_whole_interval_exceeds_the_share_per_flop(gain: Gain, expected: bool | None):
+    assert gain.is_worthwhile() is expected
 
 
 def test_the_share_of_the_gain_is_an_argument():
-    assert suggested_size([[0.5, 0.52, 0.53]], share=0.02) == 3
+    assert Gain(0.5, 0.011, 0.02).is_worthwhile(share=0.02) is True
+    assert is_worthwhile([[Gain(0.5, 0.011, 0.02)]], share=0.02) is True
 
 
-@pytest.mark.parametrize("measures", [[], [[]], [[0.5], [0.5, 0.6]]], ids=["none", "empty", "different lengths"])
-def test_measures_of_different_lengths_are_refused(measures: list[list[float]]):
-    with pytest.raises(ValueError, match="one value for each number of members"):
-        suggested_size(measures)
+YES, NO, OPEN = Gain(0.5, 0.1, 0.2), Gain(0.5, 0.0, 0.01), Gain(0.5, 0.0, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("measures", "expected"),
+    [
+        ([[YES, YES]], True),
+        ([[YES, NO]], None),  # seeds that do not agree
+        ([[YES, OPEN]], None),
+        ([[NO, NO]], False),
+        ([[NO], [YES]], True),  # one measure is enough
+        ([[OPEN], [YES]], True),
+        ([[NO], [OPEN]], None),
+        ([[NO], [NO]], False),
+        ([], None),
+    ],
+)
+def test_seeds_have_to_agree_and_one_measure_is_enough(measures: list[list[Gain]], expected: bool | None):
+    assert is_worthwhile(measures) is expected
+
+
+@pytest.mark.parametrize(
+    ("worthwhile", "size"),
+    [
+        ([], 1),
+        ([False, False], 1),
+        ([True, False], 2),
+        ([True, False, True], 4),  # a poor member before a good one does not end it
+        ([None, True, False], 3),  # an undecided one before a good one neither
+        ([True, None], None),
+        ([None, False], None),
+        ([True, True, True], 4),
+    ],
+)
+def test_the_suggested_size_is_the_last_worthwhile_member_if_nothing_after_it_is_open(worthwhile: list[bool | None], size: int | None):
+    assert suggested_size(worthwhile) == size

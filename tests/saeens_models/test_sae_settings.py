@@ -13,12 +13,12 @@ from saeens_models.architectures.topk import TopKConfig
 
 TOPK = {"architecture": "topk", "expansion": 2, "k": 4}
 OWN_FIELDS = {
-    "batch_topk": {"k", "threshold_rate", "aux_loss_coefficient", "k_aux"},
-    "gated": {"l1_coefficient"},
-    "jumprelu": {"l0_coefficient", "init_threshold", "bandwidth"},
+    "batch_topk": {"k", "threshold_rate", "aux_loss_coefficient", "k_aux", "matryoshka"},
+    "gated": {"l1_coefficient", "l0_target"},
+    "jumprelu": {"l0_coefficient", "l0_target", "init_threshold", "bandwidth"},
     "matching_pursuit": {"max_iterations", "residual_threshold", "stop_on_duplicate_support"},
-    "standard": {"l1_coefficient"},
-    "topk": {"k", "aux_loss_coefficient", "k_aux"},
+    "standard": {"l1_coefficient", "l0_target"},
+    "topk": {"k", "aux_loss_coefficient", "k_aux", "matryoshka"},
 }
 
 

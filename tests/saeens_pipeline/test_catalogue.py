@@ -339,6 +339,7 @@ def test_names_have_at_most_63_characters_with_the_suffix_of_a_sweep(laboratory:
         ({"architecture": "standard"}, ["expanded"]),
         ({"architecture": "jumprelu"}, ["expanded"]),
         ({"architecture": "gated"}, ["expanded"]),
+        ({"architecture": "gated", "l0_target": 4}, ["expanded", "expanded_l0_matched"]),
     ],
 )
 def test_default_baselines_fit_the_architecture(laboratory: Laboratory, sae: dict[str, Any], baselines: list[str]):

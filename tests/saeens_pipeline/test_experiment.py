@@ -131,6 +131,8 @@ TABLES = CONTRACT.keys() - {
     "autointerp",
     "concept_detection",
     "spurious_correlation",
+    "feature_stability",
+    "recovery",
 }  # which have tests of their own
 
 
@@ -212,11 +214,17 @@ def test_ce_loss_recovered_equals_that_of_the_models_own_loss(finished_laborator
         handle.remove()
         return found
 
-    clean, ablated = loss(x), loss(np.zeros_like(x))
+    group: Any = zarr.open_group(finished_laboratory.artefact("activations").path, mode="r")
+    mean = group["train/activations"][:].astype(np.float64).mean(0)
+    clean, ablated, replaced_by_mean = loss(x), loss(np.zeros_like(x)), loss(np.broadcast_to(mean, x.shape).copy())
     row = _row(finished_laboratory, "reconstruction", method=method, n_members=n, seed=1)
     assert row["ce_loss_recovered"] == pytest.approx((ablated - loss(x_hat)) / (ablated - clean), abs=1e-4)
+    assert row["ce_loss_added_nats"] == pytest.approx(loss(x_hat) - clean, abs=1e-4)
+    assert row["ce_loss_recovered_from_mean"] is None, "the mean changes the loss of this untrained model by less than 0.05 nats"
     recorded = finished_laboratory.artefact("eval/reconstruction", 1).provenance["next_token_loss"]
-    assert recorded == pytest.approx({"clean": clean, "ablated": ablated, "tokens": TEST}, rel=1e-5)
+    floors = {"ablated": ablated, "replaced_by_mean": replaced_by_mean}
+    assert recorded == pytest.approx({"clean": clean, **floors, "tokens": TEST}, rel=1e-5)
+    assert abs(replaced_by_mean - clean) < 0.05
 
 
 @pytest.mark.parametrize(("method", "n"), sorted(METHODS))

@@ -28,24 +28,39 @@ def _values(laboratory: Laboratory, table: str, column: str, method: str) -> np.
     return rows[column].to_numpy().reshape(-1, MEMBERS)
 
 
-def _enough(measures: list[np.ndarray]) -> int:
-    """The rule once more: the last member that takes 5 % off what is left to 1 of the mean over seeds of any measure."""
-    left = [1 - values.mean(axis=0) for values in measures]
-    return max([1, *(n + 1 for each in left for n in range(1, MEMBERS) if each[n] <= 0.95 * each[n - 1])])
+def _enough(gains: list[np.ndarray], lows: list[np.ndarray], highs: list[np.ndarray], remaining: list[np.ndarray]) -> int | None:
+    """The rule once more, `[seeds, members - 1]` each: whole intervals above or below 5 % of what remains, in every seed."""
+    above = [(low > 0.05 * left.clip(0)).all(0) for low, left in zip(lows, remaining, strict=True)]
+    below = [(high <= 0.05 * left.clip(0)).all(0) for high, left in zip(highs, remaining, strict=True)]
+    yes, no = np.stack(above).any(0), np.stack(below).all(0)
+    last = max([1, *(np.flatnonzero(yes) + 2).tolist()])
+    return last if np.logical_or(yes, no)[last - 1 :].all() else None
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_gains_are_differences_between_sizes(finished_laboratory: Laboratory, method: str):
+def test_gains_are_differences_between_sizes_with_the_intervals_of_the_table_differences(finished_laboratory: Laboratory, method: str):
     variance = _values(finished_laboratory, "reconstruction", "explained_variance", method)
-    stability = _values(finished_laboratory, "stability", "stability", method)
+    added = _values(finished_laboratory, "reconstruction", "ce_loss_added_nats", method)
     gain = _values(finished_laboratory, "marginal_gain", "explained_variance_gain", method)
     np.testing.assert_allclose(gain, np.diff(variance, axis=1, prepend=0), atol=1e-12)
-    np.testing.assert_allclose(gain.sum(axis=1), variance[:, -1])
-    gain = _values(finished_laboratory, "marginal_gain", "stability_gain", method)
-    np.testing.assert_allclose(gain[:, 1:].astype(float), np.diff(stability, axis=1), atol=1e-12)
-    assert np.isnan(gain[:, 0].astype(float)).all()
+    loss_gain = _values(finished_laboratory, "marginal_gain", "ce_loss_gain", method)
+    np.testing.assert_allclose(loss_gain[:, 1:].astype(float), -np.diff(added, axis=1), atol=1e-12)
+    ends: dict[str, list[np.ndarray]] = {"low": [], "high": []}
+    differences = (
+        read_table(finished_laboratory.root, NAME, "differences").filter(method=method, other_method=method).sort("seed", "n_members")
+    )
+    for metric, column, turned in (("explained_variance", "explained_variance_gain", False), ("ce_loss_added_nats", "ce_loss_gain", True)):
+        for end, opposite in (("low", "high"), ("high", "low")):
+            found = _values(finished_laboratory, "marginal_gain", f"{column}_{end}", method)[:, 1:].astype(float)
+            measured = differences.filter(metric=metric)[opposite if turned else end].to_numpy().reshape(-1, MEMBERS - 1)
+            np.testing.assert_array_equal(found, -measured if turned else measured)
+            ends[end].append(found)
     suggested = _values(finished_laboratory, "marginal_gain", "suggested", method)
-    assert set(suggested.flat) == {_enough([variance, stability])}
+    (size,) = set(suggested.flat)
+    enough = _enough([gain, loss_gain], ends["low"], ends["high"], [1 - variance[:, :-1], added[:, :-1]])
+    assert (None if size is None or np.isnan(size) else size) == enough
+    reason = finished_laboratory.artefact("eval/marginal_gain").provenance.get("cannot_tell", {}).get(method, "")
+    assert bool(reason) == (enough is None)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -74,23 +89,19 @@ def test_a_run_prints_the_suggested_sizes_in_one_line(finished: Laboratory):
     sizes = dict(table.iter_rows())
     (line,) = [line for line in finished.run().splitlines() if line.startswith("suggested ensemble size")]
     for method, size in sizes.items():
-        assert re.search(rf"{method} {size}{' or more' if size == MEMBERS else r'[, ]'}", line), (line, sizes)
+        said = "cannot tell" if size is None else f"{size} or more" if size == MEMBERS else str(size)
+        assert re.search(rf"{method} {said}[, ]", line), (line, sizes)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"ensemble": EXPERIMENT["ensemble"] | {"seeds": [1]}}, {"evaluations": ["reconstruction", "marginal_gain"]}],
-    ids=["one seed", "no table stability"],
-)
-def test_without_stability_explained_variance_alone_decides_the_size(empty: Laboratory, changes: dict[str, Any]):
-    empty.declare(baselines=[], **changes)
-    empty.run()
-    for method in METHODS:
-        variance = _values(empty, "reconstruction", "explained_variance", method)
-        assert set(_values(empty, "marginal_gain", "suggested", method).flat) == {_enough([variance])}
-    assert read_table(empty.root, NAME, "marginal_gain")["stability_gain"].null_count() == len(
-        read_table(empty.root, NAME, "marginal_gain")
-    )
+def test_without_intervals_there_is_no_suggestion_and_the_record_says_why(empty: Laboratory):
+    empty.declare(baselines=[], evaluations=["reconstruction", "marginal_gain"])
+    printed = empty.run()
+    table = read_table(empty.root, NAME, "marginal_gain")
+    assert table.select("suggested", "explained_variance_gain_low").null_count().row(0) == (len(table), len(table))
+    assert set(table.filter(pl.col("n_members") > 1)["worthwhile"]) == {"cannot tell"}
+    assert "bagging cannot tell, boosting cannot tell" in printed
+    reasons = empty.artefact("eval/marginal_gain").provenance["cannot_tell"]
+    assert "the table differences" in reasons["bagging"]
 
 
 def test_an_ensemble_of_one_has_its_own_gain_only(empty: Laboratory):
@@ -109,12 +120,13 @@ def test_an_ensemble_of_one_has_its_own_gain_only(empty: Laboratory):
 
 
 def test_marginal_gain_without_the_table_of_reconstruction_is_refused(empty: Laboratory):
-    empty.declare(evaluations=["stability", "marginal_gain"])
+    empty.declare(evaluations=["differences", "marginal_gain"])
     assert "attributes.evaluations.1: marginal_gain is computed from the table reconstruction" in "".join(empty.catalogue.broken.values())
 
 
 def test_removing_marginal_gain_makes_only_the_report_stale(finished: Laboratory):
-    finished.declare(evaluations=["reconstruction", "members", "coactivation", "stability", "cost", "training_curves"])
+    others = ["reconstruction", "differences", "members", "coactivation", "token_curves", "stability", "cost", "training_curves"]
+    finished.declare(evaluations=others)
     assert {str(s.declaration.address) for s in status_of(NAME) if s.state != "fresh"} == {f"{NAME}/report"}
     assert "suggested" not in finished.run()
 
@@ -123,8 +135,8 @@ def test_column_lineage_of_marginal_gain_points_to_its_input_columns(empty: Labo
     lineage_of = column_lineage(empty.declarations()[f"{NAME}/eval/marginal_gain"])
     deps = {column: {(dep.asset_key.path[-1], dep.column_name) for dep in each} for column, each in lineage_of.deps_by_column.items()}
     assert deps["explained_variance_gain"] == {("reconstruction", "explained_variance")}
-    assert deps["stability_gain"] == {("stability", "stability")}
-    assert deps["suggested"] == {("reconstruction", "explained_variance"), ("stability", "stability")}
+    assert deps["ce_loss_gain_low"] == {("differences", "low")}
+    assert deps["suggested"] == {("reconstruction", "explained_variance"), ("differences", "low")}
     assert deps["new_features"] == {("bagging_ensemble", "weights"), ("boosting_ensemble", "weights")}
 
 

@@ -35,7 +35,7 @@ from saeens_pipeline.language_models.loading import load_language_model
 from saeens_pipeline.language_models.models import describe_language_model
 from saeens_pipeline.language_models.tokens import TokenStore, open_tokens
 from saeens_pipeline.orchestration import retries
-from saeens_pipeline.orchestration.instance import register_layers
+from saeens_pipeline.orchestration.instance import command_line_instance, register_layers
 from saeens_pipeline.storage import activation_writer
 from saeens_pipeline.storage.activation_writer import ActivationWriter
 from saeens_pipeline.storage.activations import ActivationReader, ActivationStore
@@ -149,19 +149,21 @@ def train_until_interrupted(model: str, folder: str, root: str) -> None:
     """Press Ctrl-C in the middle of a training; called in a child process."""
     laboratory = Laboratory(Path(model), Path(folder), Path(root))
     with pytest.MonkeyPatch.context() as patch:
-        laboratory.activate(patch)
+        laboratory.activate(patch, keep_events=True)
         _interrupt_at_batch(patch, 4, lambda: signal.raise_signal(signal.SIGINT))
         try:
             laboratory.run(seeds=[SEED], select=["baseline/expanded"])
         except KeyboardInterrupt:
-            child_process.tell(interrupted=True)
+            with command_line_instance() as instance:
+                (run, *_) = instance.get_runs(limit=1)
+            child_process.tell(interrupted=True, status=run.status.value, retried=run.tags.get("dagster/will_retry"))
 
 
 @pytest.mark.slow
 def test_ctrl_c_during_a_run_writes_a_checkpoint_and_the_next_run_resumes(untrained: Laboratory, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv(SECONDS_VARIABLE)
     child = child_process.start(train_until_interrupted, untrained.model, untrained.folder, untrained.root)
-    assert child_process.finish(child) == {"interrupted": True}
+    assert child_process.finish(child) == {"interrupted": True, "status": "CANCELED", "retried": None}
     assert [file.name for file in _checkpoints(untrained)] == [f"seed={SEED}.safetensors"]
     untrained.run(seeds=[SEED], select=["baseline/expanded"])
     assert untrained.artefact("baseline/expanded", SEED).provenance["resumed_at_tokens"] == [5 * BATCH_TOKENS]

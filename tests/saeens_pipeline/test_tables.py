@@ -15,7 +15,7 @@ from saeens_pipeline.storage.tables import read_table
 
 SUBJECT = ["experiment", "layer", "seed", "language_model", "method", "n_members", "sae_data_versions"]
 CONTRACT = {
-    "reconstruction": "n_features mse explained_variance fvu l0 relative_sparsity dead_features constant_dimensions "
+    "reconstruction": "n_features mse explained_variance fvu l0 l0_error relative_sparsity dead_features constant_dimensions "
     "description_length_bits ce_loss_recovered ce_loss_recovered_from_mean ce_loss_added_nats "
     "tokens train_rows_dropped test_rows_dropped top_rows_variance",
     "members": "member mse explained_variance l0 dead_features mean_max_cosine_to_other_members median_density",
@@ -29,7 +29,8 @@ CONTRACT = {
     )
     + " pw_mcc pw_mcc_left_out pw_mcc_bound shared_fraction functional_stability",
     "feature_stability": "member index n_runs n_found best_cosine",
-    "marginal_gain": "explained_variance_gain stability_gain new_features suggested",
+    "marginal_gain": "explained_variance_gain explained_variance_gain_low explained_variance_gain_high ce_loss_gain ce_loss_gain_low "
+    "ce_loss_gain_high new_features worthwhile suggested",
     "cost": "train_tokens train_flops train_seconds residual_flops residual_seconds peak_memory_bytes inference_flops_per_token "
     "device dtype boosting_mode",
     "features": "member index density mean_activation nearest_member nearest_cosine matches nearest_other_seed_cosine nearest_other_seed "

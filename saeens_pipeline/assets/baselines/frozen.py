@@ -29,7 +29,7 @@ register(
         about="Member 1, trained with a decoder that keeps its random initial directions. What it reaches is not due to learned ones.",
         size="one SAE with a random decoder",
         target=partial(_target, frozen="decoder", title="Member 1 with its random decoder"),
-        order=50,
+        order=60,
     )
 )
 register(
@@ -39,7 +39,7 @@ register(
         about="Member 1, trained with decoder rows that keep a cosine of at least 0.8 to their random initial directions.",
         size="one SAE with an almost random decoder",
         target=partial(_target, frozen="decoder_soft", title="Member 1 with an almost random decoder"),
-        order=51,
+        order=61,
     )
 )
 register(
@@ -49,7 +49,7 @@ register(
         about="Member 1, trained with an encoder that keeps its random initial weights. Decoder and biases are learned.",
         size="one SAE with a random encoder",
         target=partial(_target, frozen="encoder", title="Member 1 with its random encoder"),
-        order=52,
+        order=62,
         complaint=_has_no_encoder,
     )
 )

@@ -38,7 +38,7 @@ class Baseline:
     of_lists: bool = True
     """True: defined where `sae` is a list, one per member."""
     adds_l0: bool = False
-    """True: its L0 is the sum of the members' L0, which their architectures have to set directly."""
+    """True: its L0 is the sum of the members' L0, which their settings have to give: k or `l0_target`."""
     complaint: Callable[[ExperimentSettings], str] = lambda experiment: ""
     """Return any other reason why an experiment cannot have it; empty if it can."""
 
@@ -88,7 +88,7 @@ def names_of(experiment: ExperimentSettings) -> list[str]:
     """Return the names of the baselines of an experiment, in the order of its file."""
     if experiment.baselines is not None:
         return experiment.baselines
-    has_l0 = all(sae.config_class.l0_field for sae in experiment.saes)
+    has_l0 = all(sae.l0 is not None for sae in experiment.saes)
     return [baseline.name for baseline in listed() if baseline.by_default and (has_l0 or not baseline.adds_l0)]
 
 
@@ -128,7 +128,7 @@ def _complaint(baseline: Baseline, experiment: ExperimentSettings) -> str:
         return f"{baseline.name} is not defined where sae is a list, one per member: leave it out ({able} are), or give one sae"
     for number, sae in enumerate(experiment.saes if baseline.adds_l0 else [], start=1):
         try:
-            validate_l0_multiple(sae.architecture)
+            validate_l0_multiple(sae)
         except ValueError as error:
             of_list = f"has the L0 of all members added up; of member {number}, {error}: leave it out"
             return f"{baseline.name} {of_list if is_list else f'has the L0 of all members: {error}'}"

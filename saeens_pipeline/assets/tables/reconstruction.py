@@ -34,11 +34,23 @@ def _rows(making: Making) -> Iterator[Row]:
     statistics = making.require(making.subject.activations).provenance["statistics"]
     rows_of_source = {f"{split}_rows_dropped": statistics[split].get("dropped", 0) for split in ("train", "test")}
     rows_of_source["top_rows_variance"] = statistics["test"].get("top_share")
+    targets = {(method, n): _l0_target(saes) for method, n, _, saes in making.methods()}
     for row, size in sizes(making):
+        target = targets[row["method"], row["n_members"]]
         sparsity = {name: getattr(size.sparsity, name) for name in ("l0", "relative_sparsity", "dead_features")}
+        sparsity["l0_error"] = None if target is None else size.sparsity.l0 / target - 1
         others: Row = {"description_length_bits": size.description_length}
         others |= {name: getattr(size, name) for name in ("ce_loss_recovered", "ce_loss_recovered_from_mean", "ce_loss_added_nats")}
         yield row | {"n_features": size.n_features} | dict(size.reconstruction) | sparsity | others | rows_of_source
+
+
+def _l0_target(saes: Sequence[Artefact]) -> float | None:
+    """Return the sum of the SAEs' `k` or `l0_target`; None if one has neither: a coefficient alone decides its L0."""
+    from saeens_models import SAESettings
+
+    targets = [SAESettings.model_validate(sae.recipe["settings"]["sae"]).l0 for sae in saes]
+    known = [target for target in targets if target is not None]
+    return sum(known) if len(known) == len(targets) else None
 
 
 def loss_inputs(subject: Subject) -> Sequence[Reference]:
@@ -115,6 +127,7 @@ register(
             Column("explained_variance", "float", "mean over dimensions of 1 - squared error / variance"),
             Column("fvu", "float", "total squared error / total variance", less_is_better=True),
             Column("l0", "float", "features that fire per token", less_is_better=True),
+            Column("l0_error", "float", "l0 / the sum of k or l0_target over the SAEs - 1; null for SAEs without one"),
             Column("relative_sparsity", "float", "l0 / n_features", less_is_better=True),
             Column("dead_features", "float", "share of features that never fire on the test tokens", less_is_better=True),
             Column("constant_dimensions", "int", "dimensions without variance, left out of explained_variance"),
@@ -143,7 +156,7 @@ register(
         ),
         rows=_rows,
         inputs=loss_inputs,
-        version=4,
+        version=5,
         order=10,
         by_default=True,
         settings=lambda experiment: {"ce_loss_tokens": experiment.ce_loss_tokens},
