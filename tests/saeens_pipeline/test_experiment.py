@@ -214,8 +214,7 @@ def test_ce_loss_recovered_equals_that_of_the_models_own_loss(finished_laborator
         handle.remove()
         return found
 
-    group: Any = zarr.open_group(finished_laboratory.artefact("activations").path, mode="r")
-    mean = group["train/activations"][:].astype(np.float64).mean(0)
+    mean = stored_activations(finished_laboratory, "train").mean(0)
     clean, ablated, replaced_by_mean = loss(x), loss(np.zeros_like(x)), loss(np.broadcast_to(mean, x.shape).copy())
     row = _row(finished_laboratory, "reconstruction", method=method, n_members=n, seed=1)
     assert row["ce_loss_recovered"] == pytest.approx((ablated - loss(x_hat)) / (ablated - clean), abs=1e-4)
