@@ -53,6 +53,7 @@ def _print_metrics(store: Store, outcome: Outcome, console: Console) -> None:
             name = counterpart.language_model
             title += f"; {name}: {counterpart.name}, the same experiment with {name} weights"
             columns += [(f"{each.title}, {name}", each.form, controls[layer].of(each)) for each in headlines if each.of_control]
+        columns = [column for column in columns if column[2]]  # tables that this experiment does not fill
         shown = grid("method", "n", title=title)
         for heading, _, _ in columns:
             shown.add_column(heading, justify="right")

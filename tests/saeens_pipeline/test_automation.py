@@ -336,7 +336,7 @@ def test_the_schedule_skips_fresh_assets_and_retrains_stale_ones(finished: Labor
         assert "fresh" in str(result.skip_message)
         finished.declare(baselines=["expanded"])  # tables and what compares them are stale
         assert isinstance(_retraining(finished, instance), dg.RunRequest)
-        on_request = {"features", "feature_stability", "contexts", "autointerp", "concept_detection", "spurious_correlation"}
+        on_request = {"features", "feature_stability", "contexts", "autointerp", "concept_detection", "spurious_correlation", "recovery"}
         tables = {f"{NAME}/eval/{name}" for name in {table.name for table in listed(over_experiments=False)} - on_request}
         assert _retrain(finished, instance) == tables | {REPORT}
         assert isinstance(_retraining(finished, instance), dg.SkipReason)

@@ -207,7 +207,7 @@ def test_doctor_finds_nothing_wrong(finished: Laboratory, saeens: Saeens):
     outcome = saeens("doctor", "--verify")
     assert (outcome.code, outcome.err) == (0, ""), outcome
     assert all(line.startswith("ok ") for line in outcome.out.splitlines())
-    assert "40 read, 0 differences" in outcome.out
+    assert "44 read, 0 differences" in outcome.out
     assert "torch" in outcome.out
 
 

@@ -10,6 +10,7 @@ import pytest
 from tiny_experiment import EXPERIMENT, LAYER, NAME, SEEDS, Laboratory, experiment_file, experiment_settings, source_settings
 
 from saeens_pipeline.assets import saes, training
+from saeens_pipeline.assets.registry import columns_of
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.orchestration.instance import register_layers
 from saeens_pipeline.storage.names import Partition
@@ -34,13 +35,16 @@ LINEAGE = {
     "bagging/bagging_ensemble": ["bagging/member_1", "bagging/member_2", "bagging/member_3"],
     "boosting/boosting_ensemble": ["boosting/round_1", "boosting/round_2", "boosting/round_3"],
     "eval/reconstruction": ["tokens", "activations", *ENSEMBLES, *BASELINES],
+    "eval/differences": ["tokens", "activations", *ENSEMBLES, *BASELINES],
     "eval/members": ["activations", *ENSEMBLES, *BASELINES],
     "eval/coactivation": ["activations", *ENSEMBLES, *BASELINES],
+    "eval/token_curves": ["activations", *ENSEMBLES, *BASELINES],
     "eval/cost": [*ENSEMBLES, *BASELINES],
     "eval/training_curves": [*ENSEMBLES, *BASELINES],
     "eval/stability": [*ENSEMBLES, *BASELINES],
-    "eval/marginal_gain": ["eval/reconstruction", "eval/stability", *ENSEMBLES],
+    "eval/marginal_gain": ["eval/reconstruction", "eval/differences", *ENSEMBLES],
 }
+PER_SEED = ("reconstruction", "differences", "members", "coactivation", "token_curves", "cost", "training_curves")
 LINEAGE["report"] = [key for key in LINEAGE if key.startswith("eval/")]
 
 
@@ -63,7 +67,7 @@ def test_members_share_one_op_tables_another_and_all_other_assets_have_their_own
     outputs = {asset.op.name: sorted(key.to_user_string().removeprefix(f"{NAME}/") for key in asset.keys) for asset in assets}
     shared = {
         f"{NAME}__bagging__members": [f"bagging/member_{j}" for j in (1, 2, 3)],
-        f"{NAME}__eval__tables": [f"eval/{table}" for table in ("coactivation", "cost", "members", "reconstruction", "training_curves")],
+        f"{NAME}__eval__tables": [f"eval/{table}" for table in sorted(PER_SEED)],
     }
     alone = LINEAGE.keys() - {key for keys in shared.values() for key in keys}
     assert outputs == shared | {f"{NAME}__{key.replace('/', '__')}": [key] for key in alone}
@@ -139,7 +143,7 @@ def test_assets_have_groups_kinds_tags_and_owners(empty: Laboratory):
 
 def test_tables_have_column_schemas_before_their_materialisation(empty: Laboratory):
     schema = _specs(empty)["eval/stability"].metadata["dagster/column_schema"]
-    assert [column.name for column in schema.columns][-4:] == ["n_runs", "stability", "stability_pairwise", "stability_matched"]
+    assert [column.name for column in schema.columns] == [column.name for column in columns_of("stability")]
 
 
 SAES = {key for key in LINEAGE if "member_" in key or "round_" in key} | set(BASELINES)

@@ -610,13 +610,13 @@ def test_tokens_of_the_ui_are_refused_before_they_are_written(empty: Laboratory,
 
 def test_saes_of_the_ui_are_refused_for_a_baseline_that_cannot_be_built(finished: Laboratory):
     finished.declare(sae=EXPERIMENT["sae"] | {"k": D_SAE + 1})
-    with pytest.raises(ConfigurationError, match=f"{NAME}: .*sae.*k = {D_SAE + 1} is larger than d_sae = {D_SAE}"):
+    with pytest.raises(ConfigurationError, match=rf"attributes\.sae: {NAME}: .*k = {D_SAE + 1} is larger than d_sae = {D_SAE}"):
         finished.materialise([f"{NAME}/boosting/round_1"], HERE)
 
 
 def test_k_larger_than_d_sae_is_refused_before_anything_is_computed(empty: Laboratory):
     empty.declare(sae=EXPERIMENT["sae"] | {"k": D_SAE + 1})
-    with pytest.raises(ConfigurationError, match=f"{NAME}: .*sae.*k = {D_SAE + 1} is larger than d_sae = {D_SAE}"):
+    with pytest.raises(ConfigurationError, match=rf"attributes\.sae: {NAME}: .*k = {D_SAE + 1} is larger than d_sae = {D_SAE}"):
         empty.run()
     assert not (empty.root / "sources").exists()
 

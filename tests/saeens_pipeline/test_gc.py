@@ -131,7 +131,9 @@ def test_undeclared_artefacts_are_unused(finished: Laboratory, case: str):
 
 
 def test_an_undeclared_table_is_unused(finished: Laboratory):
-    finished.declare(evaluations=["reconstruction", "members", "coactivation", "stability", "marginal_gain", "cost"])
+    finished.declare(
+        evaluations=["reconstruction", "differences", "members", "coactivation", "token_curves", "stability", "marginal_gain", "cost"]
+    )
     assert _listed(finished).keys() == {f"tables/{NAME}/training_curves/layer={LAYER}/seed={seed}/part.parquet" for seed in (1, 2)}
 
 
@@ -377,7 +379,7 @@ def test_garbage_is_listed_by_the_largest_folders_without_other_files(finished: 
 
     assert shown() == {}
     finished.declare(ensemble=EXPERIMENT["ensemble"] | {"seeds": [1]})
-    tables = ("coactivation", "cost", "members", "reconstruction", "training_curves")
+    tables = ("coactivation", "cost", "differences", "members", "reconstruction", "token_curves", "training_curves")
     assert list(shown()) == [
         f"experiments/{NAME}/layer={LAYER}/seed=2",
         *(f"tables/{NAME}/{table}/layer={LAYER}/seed=2" for table in tables),

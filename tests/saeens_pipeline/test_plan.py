@@ -17,8 +17,8 @@ from saeens_pipeline.assets.staleness import Status, plan
 from saeens_pipeline.settings import ExperimentSettings
 from saeens_pipeline.storage.names import Address, Partition
 
-N_PER_SEED = 2 * MEMBERS + (MEMBERS - 1) + 2 + 2 + 5  # members and rounds, residuals, baselines, ensembles, tables
-PER_SEED = ("reconstruction", "members", "coactivation", "cost", "training_curves")  # tables
+PER_SEED = ("reconstruction", "differences", "members", "coactivation", "token_curves", "cost", "training_curves")  # tables
+N_PER_SEED = 2 * MEMBERS + (MEMBERS - 1) + 2 + 2 + len(PER_SEED)  # members and rounds, residuals, baselines, ensembles, tables
 ACROSS_SEEDS = ("eval/stability", "eval/marginal_gain", "report")
 N_ALL = 2 + len(SEEDS) * N_PER_SEED + len(ACROSS_SEEDS)  # two: tokens and activations
 TRAINING = EXPERIMENT["training"]

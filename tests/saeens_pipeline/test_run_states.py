@@ -132,7 +132,7 @@ def test_the_status_command_counts_states_and_prints_json_alone(laboratory: Labo
     _fail_to_train(laboratory, monkeypatch, SaeensError("the moon is full"))
     printed = CliRunner().invoke(cli.app, ["status", NAME])
     assert printed.exit_code == 0
-    assert printed.stdout.splitlines()[-1] == "39 artefacts: 2 fresh, 1 failed, 36 missing"
+    assert printed.stdout.splitlines()[-1] == "43 artefacts: 2 fresh, 1 failed, 40 missing"
     rows = json.loads(CliRunner().invoke(cli.app, ["status", NAME, "--format", "json"]).stdout)
     (failed,) = [row for row in rows if row["state"] == "failed"]
     assert (failed["asset"], failed["layer"], failed["seed"]) == (f"{NAME}/bagging/member_1", LAYER, SEED)

@@ -86,7 +86,7 @@ def test_an_unknown_table_is_refused_with_file_line_and_field(empty: Laboratory)
     file = empty.declare(evaluations=["reconstruction", "reconstructions"])
     (complaint,) = empty.catalogue.broken.values()
     assert complaint.startswith(f"{file}:")
-    assert "attributes.evaluations.1: there is no table 'reconstructions'; one of: reconstruction, members" in complaint
+    assert "attributes.evaluations.1: there is no table 'reconstructions'; one of: reconstruction, differences, members" in complaint
     with pytest.raises(ConfigurationError, match="no table 'reconstructions'"):
         empty.run()
 
