@@ -102,7 +102,7 @@ def stability_equal_candidates(W_decs: Sequence[Tensor], n_candidates: int, draw
 
 
 class FeatureStability(NamedTuple):
-    """How often each feature of one run is found in other runs."""
+    """Counts of the other runs in which each feature of one run is found."""
 
     n_found: Tensor
     """int64 [n_features]: number of other runs with a feature of cosine at least the threshold."""

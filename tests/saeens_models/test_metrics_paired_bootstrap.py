@@ -24,7 +24,7 @@ D_IN, DOCUMENTS, ROWS = 5, 12, 300
 
 
 def _counts(n_documents: int) -> np.ndarray:
-    """How often each document is in each draw, `[n_draws, n_documents]`: the seeded draws, counted with numpy."""
+    """Count the documents of the seeded draws with numpy: `[n_draws, n_documents]`."""
     generator = torch.Generator().manual_seed(paired_bootstrap._SEED)
     drawn = torch.randint(n_documents, (paired_bootstrap.N_DRAWS, n_documents), generator=generator).numpy()
     return np.stack([np.bincount(row, minlength=n_documents) for row in drawn])

@@ -100,7 +100,8 @@ class _Suite:
         """Reasons by column."""
         bags = self._load(making.subject.bagging)
         self.n_candidates = bags[0][0].config.d_sae
-        self._references = dict(zip(bags[0].offsets[1:], (size.reference for size in self._prefixes(bags)), strict=True))
+        self._of_bagging = self._prefixes(bags)
+        self._references = dict(zip(bags[0].offsets[1:], (size.reference for size in self._of_bagging), strict=True))
         self._chance: dict[tuple[int, ...], dict[str, float]] = {}
         self._sample: tuple[Tensor, Tensor] | None = None
 
@@ -110,7 +111,8 @@ class _Suite:
         matchings = self._matchings(runs)
         functional = self._functional(runs, matchings, dictionary)
         sizes: list[_Values] = []
-        for n, size in enumerate(self._prefixes(runs), start=1):
+        is_bagging = dictionary.address == self.making.subject.bagging.address
+        for n, size in enumerate(self._of_bagging if is_bagging else self._prefixes(runs), start=1):
             W_decs = [run[:n].W_dec.detach() for run in runs]
             widths = [len(W_dec) for W_dec in W_decs]
             directed = {(a, b): size.pairs[a][b] for a, b in permutations(range(len(runs)), 2)}
