@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -15,7 +15,22 @@ from saeens_pipeline.assets.over_seeds import Spread, written
 from saeens_pipeline.assets.registry import Headline, listed
 from saeens_pipeline.report.charts import CURVE, FRONT, LEVEL, LINE, PATH, POINTS, STEPS, THIN, Axis, Chart, Series
 from saeens_pipeline.report.methods import Method, in_order, method
-from saeens_pipeline.report.metrics import BITS, CE, CONNECTIVITY, DIVERSITY, EV, FLOPS, GAINS, L0, MSE, STABILITY
+from saeens_pipeline.report.metrics import (
+    BITS,
+    CE,
+    CONNECTIVITY,
+    DIVERSITY,
+    EQUAL_RECOVERED,
+    EQUAL_STABILITY,
+    EV,
+    FEATURES,
+    FLOPS,
+    GAINS,
+    L0,
+    MSE,
+    RECOVERED,
+    STABILITY,
+)
 from saeens_pipeline.report.results import Results, Size, spread_of_row, spreads
 from saeens_pipeline.storage.names import ENSEMBLES
 
@@ -23,26 +38,55 @@ MAX_CURVE_POINTS = 120
 BINS = 30
 SYMBOL_STEP = 0.04  # of a plot's width, between symbols that would cover each other
 SYMBOL_HEIGHT = 0.05  # of the values' range, within which they would
-_CONTEXT = tuple(  # of stability: columns of the rows of bagging
-    Method(column, label, "", "#7d7d7d", *symbols)
-    for column, label, *symbols in (
-        ("stability_reference", "one SAE, as many features", "x", "x", "✕"),
-        ("stability_chance_data", "chance: picked activations", "cross", "+", "+"),
-        ("stability_chance_covariance", "chance: random, same covariance", "hexagon", "h", "⬢"),
-        ("stability_chance_isotropic", "chance: random", "circle", "o", "●"),
-    )
-)
+
+
+class _Context(NamedTuple):
+    """What a metric that grows with the number of features is to be compared with: itself at equal numbers of features, and `levels`.
+
+    Levels are columns of the rows of bagging.
+    """
+
+    equal: Headline
+    what_equals: str
+    levels: tuple[Method, ...]
+    caption: str
+
+
+def _level(column: str, label: str, *symbols: str) -> Method:
+    return Method(column, label, "", "#7d7d7d", *symbols)
+
+
+_CONTEXTS = {
+    STABILITY: _Context(
+        EQUAL_STABILITY, "equal candidates",
+        (
+            _level("stability_reference", "one SAE, as many features", "x", "x", "✕"),
+            _level("stability_chance_data", "chance: picked activations", "cross", "+", "+"),
+            _level("stability_chance_covariance", "chance: random, same covariance", "hexagon", "h", "⬢"),
+            _level("stability_chance_isotropic", "chance: random", "circle", "o", "●"),
+        ),
+        "Grey: one SAE against as many features, with nothing ensembled; and dictionaries that have learned nothing.",
+    ),
+    RECOVERED: _Context(
+        EQUAL_RECOVERED, "equal rows", (_level("recovered_fraction_chance", "chance: random", "circle", "o", "●"),),
+        "Grey: as many random directions.",
+    ),
+}  # fmt: skip
 _FRONT = Method("front", "front", "", "#9a9a9a", "circle", "o", "●")
 
-BY_MEMBERS = (EV, MSE, STABILITY, CONNECTIVITY, DIVERSITY, CE)
+BY_MEMBERS = (EV, MSE, STABILITY, RECOVERED, CONNECTIVITY, DIVERSITY, CE)
 _TRADE_OFFS = (
     (L0, EV, "Reconstruction and sparsity", "Up and to the left is better: more variance explained with fewer features per token."),
     (BITS, EV, "Reconstruction and code length", "Up and to the left is better. The bits send the code, magnitudes included."),
-    (STABILITY, EV, "Reconstruction and reproducibility", "Up: explains more. To the right: the same features come back."),
+    (EQUAL_STABILITY, EV, "Reconstruction and reproducibility",
+     "Up: explains more. To the right: the same features come back, among as many as one SAE has."),
     (FLOPS, EV, "Reconstruction and training", "Up and to the left is better: more variance explained for less computation in training."),
-    (FLOPS, STABILITY, "Reproducibility and training", "Up and to the left is better: more features come back for less computation."),
+    (FLOPS, EQUAL_STABILITY, "Reproducibility and training", "Up and to the left is better: more features come back for less computation."),
     (L0, CE, "Loss recovered and sparsity", "Up and to the left is better: a smaller loss of the language model with fewer features."),
-)
+    (BITS, CE, "Loss recovered and code length", "Up and to the left is better: a smaller loss of the language model for fewer bits."),
+    (FEATURES, RECOVERED, "True features and rows", "Up and to the left is better: more true features found with fewer rows."),
+    (EQUAL_RECOVERED, EV, "Reconstruction and truth", "Up: explains more. To the right: more true features, with as many rows as one SAE."),
+)  # fmt: skip
 _REVIVAL = "Training of TopK SAEs revives dead features, which can lower explained variance and raise the loss for a while."
 _CURVES = (
     ("explained_variance", f"Of the SAE's input, on the training batch: for later rounds of boosting, the residual. {_REVIVAL}",
@@ -62,26 +106,24 @@ def by_members(results: Results) -> Iterator[Chart]:
     """Yield each metric against the number of members."""
     for metric in BY_MEMBERS:
         if chart := against_members(results.of(metric), metric):
-            yield _with_context(chart, results) if metric == STABILITY else chart
+            yield _with_context(chart, _CONTEXTS[metric], results) if metric in _CONTEXTS else chart
 
 
-def _with_context(chart: Chart, results: Results) -> Chart:
-    """Return the chart of stability with its reference, its chance levels, and the ensembles at equal numbers of candidates."""
+def _with_context(chart: Chart, context: _Context, results: Results) -> Chart:
+    """Return the chart with the ensembles at equal numbers of features, and with the levels."""
     series = list(chart.series)
     for name in ENSEMBLES:
-        equal = _by_size(results.spreads("stability", "stability_equal_candidates"), name)
+        equal = _by_size(results.of(context.equal), name)
         if len(equal) > 1:
-            whats, label = [f"n = {n}, as many candidates as one SAE" for n in equal], f"{method(name).label}, equal candidates"
-            series.append(replace(_points(name, list(equal), list(equal.values()), whats), style=THIN, label=label))
-    for about in _CONTEXT:
-        levels = _by_size(results.spreads("stability", about.name), "bagging")
+            whats = [f"n = {n}, as many features as one SAE" for n in equal]
+            points = _points(name, list(equal), list(equal.values()), whats)
+            series.append(replace(points, style=THIN, label=f"{method(name).label}, {context.what_equals}"))
+    for about in context.levels:
+        levels = _by_size(results.spreads(context.equal.table, about.name), "bagging")
         if levels:
             texts = [_in_words(spread, ".3f") for spread in levels.values()]
             series.append(Series(about, list(levels), _means(list(levels.values())), THIN, text=texts, is_named=True))
-    caption = (
-        f"{chart.caption} Dotted, small symbols: as many features as one SAE has, drawn from every dictionary. Grey: one SAE against as "
-        "many features, with nothing ensembled; and dictionaries that have learned nothing."
-    )
+    caption = f"{chart.caption} Dotted, small symbols: as many features as one SAE has, drawn from every dictionary. {context.caption}"
     return replace(chart, series=series, caption=caption)
 
 

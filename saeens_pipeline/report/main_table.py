@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from saeens_pipeline.assets.over_seeds import Spread, written
-from saeens_pipeline.assets.registry import Headline
+from saeens_pipeline.assets.registry import TABLES, Headline
 from saeens_pipeline.assets.ties import tied_with
 from saeens_pipeline.report.methods import Method, method
-from saeens_pipeline.report.metrics import CE, EV, METRICS, STABILITY
+from saeens_pipeline.report.metrics import CE, EQUAL_RECOVERED, EQUAL_STABILITY, EV, METRICS, RECOVERED, STABILITY
 from saeens_pipeline.report.record import Found, Record
 from saeens_pipeline.report.results import Results, Size
 
 _DIFFERS_IN = {EV: EV.column, CE: "ce_loss_added_nats"}  # metric of the table differences by column
+_AT_EQUAL_FEATURES = {EQUAL_STABILITY: STABILITY, EQUAL_RECOVERED: RECOVERED}
 N_MEMBERS = (
     "number of SAEs in the ensemble; for expanded SAEs, which are single ones, the number of members whose features they have; else 1"
 )
@@ -52,10 +53,14 @@ def main_table(results: Results, record: Record, metrics: Sequence[Headline]) ->
     ]
 
 
-def why_empty(metric: Headline, experiment: str, n_seeds: int) -> str:
-    """Return the reason for an empty cell: an evaluated method has no value of this metric."""
-    if metric == STABILITY and n_seeds < 2:
+def why_empty(metric: Headline, experiment: str, n_seeds: int, has: Callable[[Headline], bool]) -> str:
+    """Return the reason for an empty cell: an evaluated method has no value of this metric. `has`: whether it has one of another."""
+    if metric in (STABILITY, EQUAL_STABILITY) and n_seeds < 2:
         return "there is one seed, and stability compares seeds"
+    if metric in _AT_EQUAL_FEATURES and has(_AT_EQUAL_FEATURES[metric]):
+        return "the dictionary has fewer features than one SAE"
+    if TABLES[metric.table].of_sources == "synthetic":
+        return "the true features are known for synthetic activations only"
     if metric == CE:
         return (
             "not measured, because of `ce_loss_tokens: 0`, a language model without an output head, or one whose loss changes by less than "
@@ -73,7 +78,7 @@ def cell_of(spread: Spread, metric: Headline, *, best: bool = False) -> Cell:
 def _cell(results: Results, metric: Headline, size: Size) -> Cell:
     spread = results.of(metric).get(size)
     if spread is None:
-        return Cell(why=why_empty(metric, results.experiment, len(results.seeds)))
+        return Cell(why=why_empty(metric, results.experiment, len(results.seeds), lambda other: size in results.of(other)))
     means = [each.mean for each in results.full(metric).values()]
     best = (max(means) if metric.better == "more" else min(means)) if metric.better and len(means) > 1 else None
     cell = cell_of(spread, metric, best=spread.mean == best)

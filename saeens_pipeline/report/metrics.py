@@ -11,5 +11,7 @@ METRICS = tuple(sorted((each for each in _HEADLINES if each.place), key=lambda e
 
 _BY_COLUMN = {each.column: each for each in _HEADLINES}
 EV, MSE, CE, L0, BITS = (_BY_COLUMN[name] for name in ("explained_variance", "mse", "ce_loss_recovered", "l0", "description_length_bits"))
-STABILITY, CONNECTIVITY, DIVERSITY, FLOPS = (_BY_COLUMN[name] for name in ("stability", "connectivity", "diversity", "total_flops"))
+STABILITY, EQUAL_STABILITY = (_BY_COLUMN[name] for name in ("stability", "stability_equal_candidates"))
+RECOVERED, EQUAL_RECOVERED = (_BY_COLUMN[name] for name in ("recovered_fraction", "recovered_fraction_equal_rows"))
+CONNECTIVITY, DIVERSITY, FEATURES, FLOPS = (_BY_COLUMN[name] for name in ("connectivity", "diversity", "n_features", "total_flops"))
 GAINS = tuple(_BY_COLUMN[name] for name in ("explained_variance_gain", "ce_loss_gain", "new_features"))

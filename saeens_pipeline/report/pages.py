@@ -87,6 +87,7 @@ def write_report(folder: Path, store: Store, catalogue: Experiments, experiment:
         "layer": layer,
         "layers": layers_with_tables(store.root, experiment.name),
         "is_control": is_control,
+        "is_synthetic": catalogue.sources[experiment.source].synthetic is not None,
         "control_of": {name: layer in layers_with_tables(store.root, name) for name in controlled},
         "control_hint": "" if is_control or comparisons else _control_hint(layer, control, untrained),
         "control": control.name if control else "",
@@ -178,7 +179,7 @@ def _control_hint(layer: int, control: ExperimentSettings | None, untrained: Res
 def _cell_of_board(row: Mapping[str, Any], metric: Headline) -> Cell:
     """Return a cell of the leaderboard page: mean, and the interval or points over seeds if the leaderboard has them."""
     if row[metric.column] is None:
-        return Cell(why=why_empty(metric, row["experiment"], row["n_seeds"]))
+        return Cell(why=why_empty(metric, row["experiment"], row["n_seeds"], lambda other: row[other.column] is not None))
     spread = spread_of_row(row, metric.column)
     return cell_of(spread, metric) if spread else Cell(written(row[metric.column], metric.form), row[metric.column])
 

@@ -20,7 +20,12 @@ from saeens_pipeline.report.results import Results, spreads
 INCHES = (5.8, 3.1)
 DPI = 110
 SCALE = 0.75  # points for a pixel of plotly
-_EXPORTED = ("explained_variance_by_members", "stability_by_members", "explained_variance_for_l0", "explained_variance_for_stability")
+_EXPORTED = (
+    "explained_variance_by_members",
+    "stability_by_members",
+    "explained_variance_for_l0",
+    "explained_variance_for_stability_equal_candidates",
+)
 
 
 def report_pictures(results: Results) -> Iterator[tuple[str, bytes]]:

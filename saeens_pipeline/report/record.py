@@ -108,8 +108,11 @@ class Record:
 
     def facts(self) -> Iterator[tuple[str, list[Fact]]]:
         """Yield the lines of the record under headings."""
-        yield "Language model", list(self._model_facts())
-        yield "Text", list(self._text_facts())
+        if self.setting("synthetic"):
+            yield "Synthetic activations", list(self._synthetic_facts())
+        else:
+            yield "Language model", list(self._model_facts())
+            yield "Text", list(self._text_facts())
         yield "Sparse autoencoders", list(self._sae_facts())
         yield "Computation", list(self._computation_facts())
 
@@ -124,6 +127,16 @@ class Record:
         if "train" in statistics:
             yield Fact("dimensions (d_in)", f"{len(statistics['train']['mean']):,}")
         yield Fact("data version", self.activations.version)
+
+    def _synthetic_facts(self) -> Iterator[Fact]:
+        settings = self.setting("synthetic")
+        yield from (Fact(name, _value(value)) for name, value in settings.items())
+        if self.setting("weights") == "random":
+            yield Fact("control", "without sparse features")
+        yield Fact("rows for training", f"{self.setting('train_tokens'):,}")
+        yield Fact("rows held out", f"{self.setting('test_tokens'):,}")
+        if self.activations:
+            yield Fact("data version", self.activations.version)
 
     def _text_facts(self) -> Iterator[Fact]:
         if self.tokens is None:

@@ -39,6 +39,7 @@ from saeens_pipeline.orchestration.catalogue import Catalogue
 from saeens_pipeline.orchestration.runs import make_reports
 from saeens_pipeline.report.charts import Chart, as_plotly
 from saeens_pipeline.report.figures import by_members, downstream, features, layer_profile, marginal_gain, trade_offs, training
+from saeens_pipeline.report.main_table import main_table
 from saeens_pipeline.report.methods import in_order, method
 from saeens_pipeline.report.metrics import METRICS
 from saeens_pipeline.report.pages import write_leaderboard
@@ -255,6 +256,26 @@ def test_stability_is_drawn_with_its_reference_and_chance_levels(finished: Labor
     )
 
 
+def test_recovery_is_drawn_with_equal_rows_and_chance():
+    size = {"n_rows": 8, "recovered_fraction_chance": 0.01}
+    rows = [
+        {"method": "bagging", "n_members": n, "seed": seed, "recovered_fraction": 0.2 * n, "recovered_fraction_equal_rows": 0.2 + 0.01 * n}
+        | size for n in (1, 2) for seed in (1, 2)
+    ]  # fmt: skip
+    figure = _of(list(by_members(_synthetic("recovery", rows))), "recovered_fraction_by_members")
+    lines = {trace.name: list(trace.y) for trace in figure.data}
+    assert lines["bagging"] == pytest.approx([0.2, 0.4])
+    assert lines["bagging, equal rows"] == pytest.approx([0.21, 0.22])
+    assert lines["chance: random"] == pytest.approx([0.01, 0.01])
+
+
+def test_a_larger_stability_is_not_called_better_and_stability_at_equal_candidates_is(finished: Laboratory):
+    rows = main_table(_results(finished), Record.read(finished.store, NAME, NAME, LAYER), METRICS)
+    bold = {metric.column for row in rows for metric, cell in zip(METRICS, row.cells, strict=True) if cell.best}
+    assert "stability" not in bold and "recovered_fraction" not in bold
+    assert {"explained_variance", "stability_equal_candidates"} <= bold
+
+
 def test_a_histogram_shows_in_how_many_seeds_features_are_found():
     rows = [{"seed": seed, "method": "single", "n_members": 1, "n_runs": 3, "n_found": n} for seed in (1, 2, 3) for n in (0, 1, 2, 2)]
     (figure,) = features(_synthetic("feature_stability", rows))
@@ -369,7 +390,8 @@ def test_the_report_command_writes_reports_and_prints_their_paths(
 def test_pictures_are_png_and_in_the_metadata_of_the_assets(finished: Laboratory):
     pictures = sorted((finished.root / "reports" / NAME / f"layer={LAYER}" / "pictures").glob("*.png"))
     assert [picture.stem for picture in pictures] == [
-        "explained_variance_by_members", "explained_variance_for_l0", "explained_variance_for_stability", "stability_by_members",
+        "explained_variance_by_members", "explained_variance_for_l0", "explained_variance_for_stability_equal_candidates",
+        "stability_by_members",
     ]  # fmt: skip
     assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
     made = finished.materialise([f"{NAME}/eval/stability", f"{NAME}/report"], Partition(LAYER))
@@ -651,7 +673,7 @@ def test_the_leaderboards_page_explains_its_methods_columns_and_better_direction
     page = Page(finished.root / "reports" / "leaderboard" / "index.html")
     titles = re.findall(r'data-sort="([^"]+)"[^>]*>([^<]*)</button>(?:<span class="better" title="(more|less))?', page.source)
     better = {metric.column: metric.better for metric in METRICS}
-    assert {column: word for column, _, word in titles if word} == {column: word for column, word in better.items() if word}
+    assert {column: word for column, _, word in titles} == {column: better.get(column, "") for column, _, _ in titles}
     terms = {re.sub("<.*?>.*?</.*?>", "", term) for term in re.findall("<dt>(.*?)</dt>", page.source)}
     assert terms >= {method(name).label for name in METHODS} | {"n", "rank", "seeds"}
     assert terms >= {metric.title for metric in METRICS if metric.column in {column for column, _, _ in titles}}

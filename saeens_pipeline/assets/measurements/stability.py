@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import combinations, permutations
 from statistics import fmean
@@ -61,6 +61,7 @@ def stability_rows(making: Making) -> Iterator[Row]:
     else:
         suite = _Suite(making)
         measured = {str(each.address): suite.sizes(each) for each in making.subject.dictionaries}
+        suite.add_chance(sizes for of_dictionary in measured.values() for sizes in of_dictionary)
         making.provenance.update(candidates=suite.n_candidates, functional_tokens=suite.functional_tokens)
         making.provenance["not_measured"] = suite.not_measured
     for of_runs in zip(*(run.methods() for run in runs), strict=True):
@@ -102,8 +103,6 @@ class _Suite:
         self.n_candidates = bags[0][0].config.d_sae
         self._of_bagging = self._prefixes(bags)
         self._references = dict(zip(bags[0].offsets[1:], (size.reference for size in self._of_bagging), strict=True))
-        self._chance: dict[tuple[int, ...], dict[str, float]] = {}
-        self._sample: tuple[Tensor, Tensor] | None = None
 
     def sizes(self, dictionary: Declaration) -> list[_Values]:
         """Return the measurements of the first n SAEs of each run, for n = 1 .. J."""
@@ -139,9 +138,19 @@ class _Suite:
                     W_encs = [torch.cat([sae.W_enc.detach() for sae in run[:n]], 1) for run in runs]
                     shared = {(a, b): shared_fraction(each, W_encs[a], W_encs[b]) for (a, b), each in of_pairs.items()}
                     values["shared_fraction"] = self._over_pairs({**shared})
-            values.update((name, [value] * len(runs)) for name, value in self._chance_of(tuple(widths)).items())
             sizes.append(values)
         return sizes
+
+    def add_chance(self, measured: Iterable[_Values]) -> None:
+        """Add the chance levels of dictionaries as wide as those of the measurements, of which `n_features` has the widths."""
+        measured = list(measured)
+        sample = self._training_rows(max(int(width or 0) for values in measured for width in values["n_features"]))
+        levels: dict[tuple[int, ...], dict[str, float]] = {}
+        for values in measured:
+            widths = tuple(int(width or 0) for width in values["n_features"])
+            if widths not in levels:
+                levels[widths] = self._chance_of(widths, *sample)
+            values.update((name, [value] * len(self.runs)) for name, value in levels[widths].items())
 
     def _load(self, dictionary: Declaration) -> list[Ensemble]:
         return [load_dictionary(run, dictionary) for run in self.runs]
@@ -190,25 +199,22 @@ class _Suite:
         self.functional_tokens = counted
         return found
 
-    def _chance_of(self, widths: tuple[int, ...]) -> dict[str, float]:
-        """Return the chance levels of dictionaries of these widths, one per run, by column."""
-        if widths not in self._chance:
-            d_in = self._training_rows()[0].shape[1]
-            self._chance[widths] = {}
-            for kind in CHANCE_KINDS:
-                try:
-                    levels = chance_levels(self._drawn(kind, widths, d_in), match_up_to=PAIRED_UP_TO)
-                except ValueError as error:
-                    self.not_measured[f"chance_{kind} of {widths[0]} features"] = str(error)
-                    continue
-                values = {"stability": levels.stability, "pw_mcc": levels.pw_mcc, "shared_fraction": levels.shared_fraction}
-                self._chance[widths] |= {f"{name}_chance_{kind}": value for name, value in values.items() if not math.isnan(value)}
-        return self._chance[widths]
+    def _chance_of(self, widths: tuple[int, ...], x: Tensor, documents: Tensor) -> dict[str, float]:
+        """Return the chance levels of dictionaries of these widths, one per run, by column; from training activations."""
+        found: dict[str, float] = {}
+        for kind in CHANCE_KINDS:
+            try:
+                levels = chance_levels(self._drawn(kind, widths, x, documents), match_up_to=PAIRED_UP_TO)
+            except ValueError as error:
+                self.not_measured[f"chance_{kind} of {widths[0]} features"] = str(error)
+                continue
+            values = {"stability": levels.stability, "pw_mcc": levels.pw_mcc, "shared_fraction": levels.shared_fraction}
+            found |= {f"{name}_chance_{kind}": value for name, value in values.items() if not math.isnan(value)}
+        return found
 
-    def _drawn(self, kind: str, widths: Sequence[int], d_in: int) -> Callable[[], list[Tensor]]:
+    def _drawn(self, kind: str, widths: Sequence[int], x: Tensor, documents: Tensor) -> Callable[[], list[Tensor]]:
         """Return a function that draws dictionaries of these widths, the same ones in every computation."""
         generator, device = torch.Generator().manual_seed(len(widths) * 1_000_003 + widths[0]), self.making.device
-        x, documents = self._training_rows()
         if kind == "data":
             widest = max(widths)
 
@@ -217,24 +223,24 @@ class _Suite:
                 return [x[rows[:width]].to(device) for rows, width in zip(runs, widths, strict=True)]
 
             return pick
-        one = partial(isotropic_rows, d_in=d_in) if kind == "isotropic" else partial(rows_with_covariance, covariance=torch.cov(x.T))
+        one = partial(isotropic_rows, d_in=x.shape[1]) if kind == "isotropic" else partial(rows_with_covariance, covariance=torch.cov(x.T))
         return lambda: [one(width, generator=generator).to(device) for width in widths]
 
-    def _training_rows(self) -> tuple[Tensor, Tensor]:
-        """Return a sample of training activations, centred on the mean of all, float32 `[n, d_in]`, and their documents."""
-        if self._sample is None:
-            reader = ActivationStore(self.making.require(self.making.subject.activations).path)
-            widest = max(sum(sae.config.d_sae for sae in self._load(each)[0]) for each in self.making.subject.dictionaries)
-            n_rows = max(_CHANCE_ROWS, 2 * len(self.runs) * widest)
-            n_chunks = min(reader.n_chunks("train"), max(_CHANCE_CHUNKS, -(-n_rows // reader.chunk_rows)))
-            generator = np.random.default_rng(0)
-            chunks = np.sort(generator.permutation(reader.n_chunks("train"))[:n_chunks]).tolist()
-            rows, documents = [], []
-            for index in chunks:
-                chunk = reader.read_chunk("train", index)
-                taken = np.sort(generator.permutation(len(chunk))[: -(-n_rows // n_chunks)])
-                rows.append(chunk[torch.from_numpy(taken)].float())
-                documents.append(reader.document_chunk("train", index)[taken])
-            mean = torch.from_numpy(reader.statistics("train").mean).float()
-            self._sample = torch.cat(rows) - mean, torch.from_numpy(np.concatenate(documents)).long()
-        return self._sample
+    def _training_rows(self, widest: int) -> tuple[Tensor, Tensor]:
+        """Return a sample of training activations, centred on the mean of all, float32 `[n, d_in]`, and their documents.
+
+        The sample is large enough for dictionaries of `widest` features in every run.
+        """
+        reader = ActivationStore(self.making.require(self.making.subject.activations).path)
+        n_rows = max(_CHANCE_ROWS, 2 * len(self.runs) * widest)
+        n_chunks = min(reader.n_chunks("train"), max(_CHANCE_CHUNKS, -(-n_rows // reader.chunk_rows)))
+        generator = np.random.default_rng(0)
+        chunks = np.sort(generator.permutation(reader.n_chunks("train"))[:n_chunks]).tolist()
+        rows, documents = [], []
+        for index in chunks:
+            chunk = reader.read_chunk("train", index)
+            taken = np.sort(generator.permutation(len(chunk))[: -(-n_rows // n_chunks)])
+            rows.append(chunk[torch.from_numpy(taken)].float())
+            documents.append(reader.document_chunk("train", index)[taken])
+        mean = torch.from_numpy(reader.statistics("train").mean).float()
+        return torch.cat(rows) - mean, torch.from_numpy(np.concatenate(documents)).long()

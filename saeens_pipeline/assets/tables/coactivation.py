@@ -31,7 +31,7 @@ register(
         by_default=True,
         shared_pass=EVALUATION,
         headlines=(
-            Headline("connectivity", "connectivity", ".4f", place=7, leaderboard=7),
+            Headline("connectivity", "connectivity", ".4f", place=8, leaderboard=7),
             Headline("diversity", "diversity", ",.0f", in_summary=False, name="diversity (features)"),
         ),
         seed_metrics=("connectivity", "diversity"),

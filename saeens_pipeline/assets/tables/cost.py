@@ -62,17 +62,17 @@ def _peak_memory(joint: Sequence[Mapping[str, Any]], alone: Sequence[Mapping[str
 _HEADLINES = (
     Headline("FLOPs", "total_flops", ".2g", leaderboard=8),
     Headline(
-        "train FLOPs", "total_flops", ".3g", in_summary=False, place=10, name="training FLOPs", log=True,
+        "train FLOPs", "total_flops", ".3g", in_summary=False, place=13, name="training FLOPs", log=True,
         about="operations of training, dense equivalents: each feature counts for each token, so that they do not depend on the "
         "implementation. Boosting's passes over the activations that compute the residuals are counted in",
     ),
     Headline("seconds", "total_seconds", ".1f", leaderboard=9),
     Headline(
-        "seconds", "total_seconds", ",.1f", in_summary=False, place=11, name="training seconds",
+        "seconds", "total_seconds", ",.1f", in_summary=False, place=14, name="training seconds",
         about="seconds of training on this machine, with boosting's passes",
     ),
     Headline(
-        "use FLOPs", "inference_flops_per_token", ".3g", in_summary=False, place=12, name="FLOPs per token",
+        "use FLOPs", "inference_flops_per_token", ".3g", in_summary=False, place=15, name="FLOPs per token",
         about="operations to encode and decode one token with the trained dictionary, dense equivalents",
     ),
 )  # fmt: skip

@@ -110,8 +110,8 @@ _HEADLINES = (
         about="features that fire (are not zero) per token",
     ),
     Headline("features", "n_features", ".0f", leaderboard=5),
-    Headline("features", "n_features", ",.0f", in_summary=False, place=9),
-    Headline("dead", "dead_features", ".1%", in_summary=False, place=8, name="dead features", better="less"),
+    Headline("features", "n_features", ",.0f", in_summary=False, place=12),
+    Headline("dead", "dead_features", ".1%", in_summary=False, place=11, name="dead features", better="less"),
 )  # fmt: skip
 
 
