@@ -199,7 +199,7 @@ def _pareto_summary(artefact: Artefact) -> dict[str, Any]:
         "dagster/row_count": len(table),
         "caution": " ".join(cautions(table)) or None,
         "not evaluated yet": ", ".join(artefact.provenance["not_evaluated"]) or None,
-        "picture": _png((artefact.path / PICTURE_FILE).read_bytes(), "explained variance by L0 and by bits"),
+        "picture": _png((artefact.path / PICTURE_FILE).read_bytes(), "explained variance and recovered loss by L0 and by bits"),
     }
 
 

@@ -351,20 +351,26 @@ def layer_profile(board: pl.DataFrame, experiment: str) -> Iterator[Chart]:
 
 
 def sweep(table: pl.DataFrame) -> list[list[Chart]]:
-    """Return for each layer of the table `pareto` explained variance against L0 and against bits; without rows, both without points."""
+    """Return, for each layer of the table `pareto`, explained variance against L0 and against bits, and recovered loss if it was measured.
+
+    Without rows, explained variance without points.
+    """
     layers = [(f"layer {layer}", table.filter(layer=layer)) for layer in sorted(set(table["layer"]))] or [("", table)]
-    return [[_of_sweep(rows, spent, title) for spent in (L0, BITS)] for title, rows in layers]
+    gained = [EV, CE] if table["ce_loss_recovered"].is_not_null().any() else [EV]
+    return [[_of_sweep(rows, spent, gain, title) for spent in (L0, BITS)] for title, rows in layers for gain in gained]
 
 
-def _of_sweep(table: pl.DataFrame, spent: Headline, title: str) -> Chart:
+def _of_sweep(table: pl.DataFrame, spent: Headline, gained: Headline, title: str) -> Chart:
     """Return a line for each method and size: means over seeds, joined in the order of the sweep's values, with bars for the seeds."""
-    known = table.filter(pl.col(spent.column).is_finite())
+    known = table.filter(pl.col(spent.column).is_finite(), pl.col(gained.column).is_finite())
     series: list[Series] = []
     for (name, n), rows in known.sort("value").partition_by("method", "n_members", as_dict=True, maintain_order=True).items():
         label = f"{method(name).label} ({n})" if known.filter(method=name)["n_members"].n_unique() > 1 else ""
-        x, y = ([spread for row in rows.iter_rows(named=True) if (spread := spread_of_row(row, metric.column))] for metric in (spent, EV))
+        x, y = (
+            [spread for row in rows.iter_rows(named=True) if (spread := spread_of_row(row, metric.column))] for metric in (spent, gained)
+        )
         series.append(Series(method(name), _means(x), _means(y), LINE, [each.bar for each in x], [each.bar for each in y], label=label))
-    return Chart(spent.column, title, "", Axis(spent.name, log=spent.log), Axis(EV.name), series)
+    return Chart(f"{gained.column}_for_{spent.column}", title, "", Axis(spent.name, log=spent.log), Axis(gained.name), series)
 
 
 def _of_methods(values: Mapping[Size, Spread], what: Callable[[str, int], str]) -> Iterator[Series]:

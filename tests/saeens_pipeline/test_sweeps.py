@@ -224,7 +224,11 @@ def _write_points(laboratory: Laboratory) -> None:
             for method, n in (("single", 1), ("boosting", 2)):
                 l0, bits, gain = POINTS[k, method][i]
                 rows.append({"method": method, "n_members": n, "n_features": 10 * n, "l0": l0, "description_length_bits": bits})
-                rows[-1] |= {"explained_variance": gain, "sae_data_versions": f"{method}-{k}-{seed}"}
+                rows[-1] |= {
+                    "explained_variance": gain,
+                    "ce_loss_recovered": None if k == 8 else 1 - gain,
+                    "sae_data_versions": f"{method}-{k}-{seed}",
+                }
             _write(laboratory, k, "reconstruction", seed, [*rows, rows[-1] | {"n_members": 1, "explained_variance": 2.0}])
             if k == 8:
                 _write(
@@ -265,6 +269,10 @@ def test_rows_of_a_sweep_are_means_and_points_of_the_existing_tables(empty: Labo
     # by L0: 4.0 -> 0.52, 8.5 -> 0.65, 8.25 -> 0.75, 16 -> 0.92; by bits: 41 -> 0.52, 85 -> 0.65, 105 -> 0.92
     assert table["on_l0_front"].to_list() == [1, 0, 1, 1]
     assert table["on_bits_front"].to_list() == [1, 1, None, 1]
+    # recovered loss of k = 4 alone: 4.0 -> 0.48, 8.25 -> 0.25
+    assert table["ce_loss_recovered"].to_list() == [pytest.approx(0.48), None, pytest.approx(0.25), None]
+    assert table["on_l0_front_by_ce"].to_list() == [1, None, 0, None]
+    assert table["on_bits_front_by_ce"].to_list() == [1, None, None, None]
     assert list(notes(table, pareto)) == [
         f"{SWEEP}__k_16 is not evaluated yet: run `saeens run {SWEEP}__k_16`",
         f"{SWEEP}__k_4: no description length was measured; left out of that picture",
@@ -295,6 +303,8 @@ def test_every_method_has_its_own_colour_and_marker_and_every_layer_its_axes(emp
     two_layers = pl.concat([table, table.with_columns(layer=pl.lit(7, pl.Int64))])
     width, height = _size(sweep_picture(table, pareto))
     assert _size(sweep_picture(two_layers, pareto)) == (width, 2 * height)
+    without_loss = table.with_columns(ce_loss_recovered=pl.lit(None, pl.Float64))
+    assert _size(sweep_picture(without_loss, pareto)) == (width, height // 2), "loss has a row of its own"
     assert sweep_picture(table, pareto) == sweep_picture(table, pareto)
     assert sweep_picture(table, pareto) != sweep_picture(table.filter(method="single"), pareto)
 
@@ -356,7 +366,7 @@ def test_a_sweep_runs_all_experiments_and_shares_existing_artefacts(swept: Labor
         result = job.execute_in_process(instance=instance, asset_selection=[dg.AssetKey([SWEEP, "pareto"])])
     (event,) = result.get_asset_materialization_events()
     metadata = event.step_materialization_data.materialization.metadata
-    assert str(metadata["picture"].value).startswith("![explained variance by L0 and by bits](data:image/png;base64,")
+    assert str(metadata["picture"].value).startswith("![explained variance and recovered loss by L0 and by bits](data:image/png;base64,")
     assert metadata["dagster/row_count"].value == len(table)
     artefact = swept.store.require(Address(SWEEP, "report", "pareto"), Partition())
     assert pl.read_parquet(artefact.path / TABLE_FILE)["explained_variance"].to_list() == table["explained_variance"].to_list()

@@ -1,4 +1,4 @@
-"""The comparison of a sweep's experiments: explained variance against L0 and against description length, one line per method."""
+"""The comparison of a sweep's experiments: explained variance and recovered loss, against L0 and against description length."""
 
 from __future__ import annotations
 
@@ -19,10 +19,17 @@ from saeens_pipeline.storage.recipes import Store
 from saeens_pipeline.storage.tables import Column
 
 PARETO = "pareto"
-PARETO_VERSION = 3
-_QUESTION = "Which method explains most for its L0 and for its bits?"
+PARETO_VERSION = 4
+_QUESTION = "Which method explains and recovers most for its L0 and for its bits?"
 TABLE_FILE, PICTURE_FILE = "pareto.parquet", "pareto.png"
-_MEASURED = ("l0", "description_length_bits", "explained_variance")
+_SPENT, _GAINED = ("l0", "description_length_bits"), ("explained_variance", "ce_loss_recovered")
+_MEASURED = (*_SPENT, *_GAINED)
+_FRONTS = {  # column: what is spent, and what is gained
+    "on_l0_front": ("l0", "explained_variance"),
+    "on_bits_front": ("description_length_bits", "explained_variance"),
+    "on_l0_front_by_ce": ("l0", "ce_loss_recovered"),
+    "on_bits_front_by_ce": ("description_length_bits", "ce_loss_recovered"),
+}
 _READ = {
     "reconstruction": ("language_model", "sae_data_versions", "n_features", SHARE, *_MEASURED),
     "cost": ("train_flops", "residual_flops"),
@@ -61,7 +68,7 @@ def pareto_rows(store: Store, pareto: Declaration) -> pl.DataFrame:
         for row in over_seeds(measured, _MEASURED, ["total_flops", SHARE])
     ]
     table = table_frame(PARETO, rows)
-    table = table.with_columns(on_l0_front=_front(table, "l0"), on_bits_front=_front(table, "description_length_bits"))
+    table = table.with_columns(**{column: _front(table, spent, gained) for column, (spent, gained) in _FRONTS.items()})
     order = pl.col("method").replace_strict({method: i for i, method in enumerate(methods())}, return_dtype=pl.Int64)
     return table.sort("layer", order, "n_members", "value")
 
@@ -89,15 +96,16 @@ def for_reading(table: pl.DataFrame) -> pl.DataFrame:
     return table.select("method", **{marked(title, column, table): pl.col(column) for title, column in named.items()}, **fronts)
 
 
-def _front(table: pl.DataFrame, spent: str) -> pl.Series:
-    """Return 1 for rows that no other row of their layer dominates, 0 for others, null if the column `spent` is null."""
-    rows = table.select("layer", spent, "explained_variance").rows()
+def _front(table: pl.DataFrame, spent: str, gained: str) -> pl.Series:
+    """Return 1 for rows that no other row of their layer dominates, 0 for others, null if one of the two columns is null."""
+    rows = table.select("layer", spent, gained).rows()
+    known = [row for row in rows if None not in row]
 
     def is_dominated(layer: int, cost: float, gain: float) -> bool:
-        others = ((c, g) for other, c, g in rows if other == layer and c is not None)
+        others = ((c, g) for other, c, g in known if other == layer)
         return any(c <= cost and g >= gain and (c < cost or g > gain) for c, g in others)
 
-    return pl.Series([None if cost is None else int(not is_dominated(layer, cost, gain)) for layer, cost, gain in rows], dtype=pl.Int64)
+    return pl.Series([None if None in row else int(not is_dominated(*row)) for row in rows], dtype=pl.Int64)
 
 
 register(
@@ -122,10 +130,14 @@ register(
             Column("description_length_bits_by_seed", "str", "the points"),
             Column("explained_variance", "float", "on held-out tokens, mean over seeds"),
             Column("explained_variance_by_seed", "str", "the points"),
+            Column("ce_loss_recovered", "float", "share of the next-token loss recovered, mean over seeds; null if not measured"),
+            Column("ce_loss_recovered_by_seed", "str", "the points"),
             Column(SHARE, "float", "share of the test rows' variance in 0.1 % of them; above 0.1, explained_variance describes these"),
             Column("total_flops", "float", "dense-equivalent operations of training and residuals, mean over seeds; null without cost"),
             Column("on_l0_front", "int", "1: no other row of the layer has at most its l0 and more EV, or less and as much"),
             Column("on_bits_front", "int", "the same for description_length_bits"),
+            Column("on_l0_front_by_ce", "int", "as on_l0_front, for ce_loss_recovered in place of explained_variance"),
+            Column("on_bits_front_by_ce", "int", "the same for description_length_bits"),
             Column("sae_data_versions", "str", "data versions of the SAEs in member order, comma-separated; seeds are separated by ;"),
         ),
         version=PARETO_VERSION,
