@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from itertools import accumulate
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, NamedTuple, Self, overload
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, overload
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -120,6 +120,27 @@ class Ensemble(nn.Module, ABC):
         return self.offsets[-1]
 
     @property
+    def d_sae(self) -> int:
+        """``n_features``, under the name that tools for one SAE ask for."""
+        return self.n_features
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return self[0].b_dec.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number type of the weights."""
+        return self[0].b_dec.dtype
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """Metadata that all members have alike, such as model_name and hook_name."""
+        first, *others = (sae.metadata for sae in self)
+        return {name: value for name, value in first.items() if all(name in other and other[name] == value for other in others)}
+
+    @property
     def offsets(self) -> list[int]:
         """J + 1 numbers: member j has the features ``offsets[j]`` to ``offsets[j + 1] - 1``; ``offsets[n]`` features in n members."""
         return list(accumulate((sae.config.d_sae for sae in self), initial=0))
@@ -128,6 +149,11 @@ class Ensemble(nn.Module, ABC):
     def W_dec(self) -> Tensor:
         """The members' dictionaries stacked, `[n_features, d_in]`: a copy. Rows keep the members' norms."""
         return torch.cat([sae.W_dec for sae in self])
+
+    @property
+    def W_enc(self) -> Tensor:
+        """The members' encoders side by side, `[d_in, n_features]`: a copy. Those of later rounds of boosting encode residuals."""
+        return torch.cat([sae.W_enc for sae in self], dim=1)
 
     @property
     def b_dec(self) -> Tensor:

@@ -136,4 +136,5 @@ class BatchTopKSAE(SAE):
         weights = {name: weight.detach() for name, weight in self.named_parameters()}
         threshold = self.inference_threshold.to(self.b_dec.dtype).expand(self.config.d_sae)
         sae.to(self.b_dec.device).load_state_dict({**weights, "threshold": threshold})
+        sae.metadata = dict(self.metadata)
         return sae

@@ -5,14 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from saeens_models.architectures.base import SAE
 from saeens_models.architectures.registry import sae_class
+from saeens_models.architectures.weight_files import check_finite, check_shapes, check_width, read_json, read_safetensors, write_safetensors
 
 CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae_weights.safetensors"
@@ -31,8 +29,6 @@ _OLD_METADATA = (
     "neuronpedia_id",
 )
 """Metadata that SAELens 3 to 5 write among the other fields."""
-_LARGEST = 2**30
-"""Largest width. A larger one cannot be meant, and sizes in bytes stay below 2^63."""
 _UNSUPPORTED = {"normalize_activations": "none", "reshape_activations": "none"}
 
 
@@ -48,44 +44,40 @@ def save_sae(sae: SAE, path: str | Path, metadata: Mapping[str, Any] | None = No
     metadata = {**sae.metadata, **(metadata or {})}
     trained_as, sae = sae.config, sae.inference_form()
     weights = {name: weight.detach().cpu().contiguous() for name, weight in sae.state_dict().items()}
-    _check_finite(weights, f"the {sae.config.architecture} SAE to save")
+    check_finite(weights, f"the {sae.config.architecture} SAE to save")
     cfg = {
         "architecture": sae.config.architecture,
         "d_in": sae.config.d_in,
         "d_sae": sae.config.d_sae,
-        "dtype": str(weights["W_dec"].dtype).removeprefix("torch."),
-        "device": "cpu",
         "apply_b_dec_to_input": sae.config.apply_b_dec_to_input,
-        **_UNSUPPORTED,
         **sae.saelens_fields(),
         "metadata": {
-            "sae_lens_training_version": None,
             **metadata,
-            "sae_lens_version": SAELENS_VERSION,
             _OWN_CONFIG: sae.config.model_dump(mode="json"),
             **({} if trained_as is sae.config else {_TRAINED_AS: trained_as.model_dump(mode="json")}),
         },
     }
-    text = json.dumps(cfg, indent=2, sort_keys=True) + "\n"
-    folder = Path(path)
+    write_saelens_folder(Path(path), cfg, weights)
+
+
+def write_saelens_folder(folder: Path, cfg: Mapping[str, Any], weights: dict[str, Tensor]) -> None:
+    """Write a folder of SAELens 6; ``cfg`` is completed by the fields that are the same for every SAE."""
+    metadata = {"sae_lens_training_version": None, **cfg["metadata"], "sae_lens_version": SAELENS_VERSION}
+    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    text = json.dumps({"dtype": dtype, "device": "cpu", **_UNSUPPORTED, **cfg, "metadata": metadata}, indent=2, sort_keys=True) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(weights, folder / WEIGHTS_FILE)
     (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
 
 
-def write_safetensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file with the mode that other new files have: safetensors lets only the owner read its files."""
-    file.touch()
-    mode = file.stat().st_mode
-    save_file(tensors, file, metadata)
-    file.chmod(mode)
-
-
-def load_sae(path: str | Path) -> SAE:
+def load_sae(path: str | Path, input_scale: float | None = None) -> SAE:
     """Load the SAE in the folder ``path``, written by :func:`save_sae` or by SAELens 3 to 6, on the CPU in float32.
 
     SAELens 3 to 5 name an activation function, too: TopK SAEs are standard ones with ``activation_fn_str: topk``.
     The SAE's ``metadata`` are those of the folder.
+
+    ``input_scale``: for a folder with ``normalize_activations: expected_average_only_in``, whose weights take activations of mean norm
+    ``sqrt(d_in)``: the factor that scales them so. It is folded into the weights, as SAELens does; codes stay those of the scaled input.
 
     Raises ``FileNotFoundError`` if the folder or one of its files is missing. Raises ``ValueError`` for a file that cannot be read, an
     unknown architecture, a variant that is not supported, missing, superfluous or misshapen weights, and weights that are not finite.
@@ -94,14 +86,17 @@ def load_sae(path: str | Path) -> SAE:
     for file in (folder / CONFIG_FILE, folder / WEIGHTS_FILE):
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing: an SAE is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
-    cfg = _read_cfg(folder / CONFIG_FILE)
+    cfg = _read_cfg(folder / CONFIG_FILE, input_scale)
     metadata = cfg["metadata"]
-    weights = _read_weights(folder / WEIGHTS_FILE)
+    weights = read_safetensors(folder / WEIGHTS_FILE)
     try:
         cls = sae_class(cfg["architecture"])
-        _check_shapes(weights, cls, cfg)
-        _check_finite(weights, str(folder / WEIGHTS_FILE))
+        check_shapes(weights, cls, cfg["d_in"], cfg["d_sae"], CONFIG_FILE)
+        check_finite(weights, str(folder / WEIGHTS_FILE))
         own_fields, weights = cls.from_saelens(cfg, weights)
+        if input_scale is not None:
+            weights |= {"W_enc": weights["W_enc"] * input_scale} if "W_enc" in weights else {}
+            weights |= {name: weights[name] / input_scale for name in ("W_dec", "b_dec")}
         written_by_us = metadata.get(_OWN_CONFIG, {})
         shared = {name: cfg[name] for name in ("architecture", "d_in", "d_sae", "apply_b_dec_to_input") if name in cfg}
         sae = cls(cls.config_class.model_validate({**written_by_us, **own_fields, **shared}))
@@ -115,17 +110,25 @@ def load_sae(path: str | Path) -> SAE:
     return sae
 
 
-def _read_cfg(file: Path) -> dict[str, Any]:
-    try:
-        cfg = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(cfg, dict):
-        raise ValueError(f"{file}: expected an object, found {type(cfg).__name__}")
+def _read_cfg(file: Path, input_scale: float | None) -> dict[str, Any]:
+    cfg = read_json(file)
     cfg = _as_saelens_6({"architecture": "standard", **cfg}, file)  # SAELens' own default
     for name in ("d_in", "d_sae"):
-        if type(cfg.get(name)) is not int or not 1 <= cfg[name] <= _LARGEST:
-            raise ValueError(f"{file}: {name} must be a positive integer, found {repr(cfg.get(name))[:80]} (largest: {_LARGEST})")
+        check_width(file, name, cfg.get(name))
+    if cfg.get("use_error_term"):
+        raise ValueError(f"{file}: use_error_term: an error term, which no SAE here has")
+    is_scaled = cfg.get("normalize_activations") == "expected_average_only_in"
+    if is_scaled and input_scale is None:
+        raise ValueError(
+            f"{file}: normalize_activations is 'expected_average_only_in': its weights take activations of mean norm sqrt(d_in). "
+            "Give input_scale, sqrt(d_in) / (mean norm of the activations that it was trained on)"
+        )
+    if input_scale is not None:
+        if not is_scaled or cfg["architecture"] == "matching_pursuit":
+            raise ValueError(f"{file}: input_scale is given, and the SAE takes activations as they are")
+        if not 0 < input_scale < float("inf"):
+            raise ValueError(f"input_scale = {input_scale}: expected a positive number")
+        cfg["normalize_activations"] = "none"
     for name, supported in _UNSUPPORTED.items():
         if cfg.get(name, supported) not in (supported, None):
             raise ValueError(f"{file}: {name} is {cfg[name]!r}; only {supported!r} is supported: fold it into the weights first")
@@ -152,36 +155,3 @@ def _as_saelens_6(cfg: dict[str, Any], file: Path) -> dict[str, Any]:
     if activation not in ("relu", cfg["architecture"]):
         raise ValueError(f"{file}: activation function {activation!r} of architecture {cfg['architecture']!r} is not supported")
     return cfg
-
-
-def _read_weights(file: Path) -> dict[str, Tensor]:
-    try:
-        weights = load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is not a whole safetensors file: {error}") from error
-    except (KeyError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"{file} holds tensors that torch cannot read: {error!r}") from error
-    for name, weight in weights.items():
-        if not weight.is_floating_point():
-            raise ValueError(f"{file}: {name} is {weight.dtype}, expected floating point; quantised weights need their scale")
-    return {name: weight.float() for name, weight in weights.items()}
-
-
-def _check_shapes(weights: Mapping[str, Tensor], cls: type[SAE], cfg: Mapping[str, Any]) -> None:
-    with torch.device("meta"):
-        sizes = {"d_in": cfg["d_in"], "d_sae": cfg["d_sae"]}
-        expected = {name: list(weight.shape) for name, weight in cls(cls.config_class.model_construct(**sizes)).state_dict().items()}
-    found = {name: list(weight.shape) for name, weight in weights.items()}
-    if found != expected:
-        wrong = [
-            f"{name} {found.get(name, 'missing')} (expected {expected.get(name, 'none')})"
-            for name in sorted(found.keys() | expected.keys())
-            if found.get(name) != expected.get(name)
-        ]
-        raise ValueError(f"weights do not fit {CONFIG_FILE}: {', '.join(wrong)}")
-
-
-def _check_finite(weights: Mapping[str, Tensor], where: str) -> None:
-    for name, weight in weights.items():
-        if not torch.isfinite(weight).all():
-            raise ValueError(f"{where}: {name} holds values that are not finite")

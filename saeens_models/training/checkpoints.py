@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from saeens_models.architectures import SAEConfig
-from saeens_models.architectures.saelens_format import write_safetensors
+from saeens_models.architectures.weight_files import write_safetensors
 from saeens_models.training.config import TrainingConfig
 from saeens_models.training.signals import hold_signals
 from saeens_models.training.trainer import CurvePoint, NonFiniteLossError, SAETrainer

@@ -18,7 +18,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from saeens_models.architectures.saelens_format import write_safetensors
+from saeens_models.architectures.weight_files import write_safetensors
 from saeens_pipeline.language_models.documents import Corpus, Document
 from saeens_pipeline.language_models.installed_packages import InstalledPackages
 from saeens_pipeline.language_models.tokens import batched

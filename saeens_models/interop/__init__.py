@@ -1,0 +1,96 @@
+"""SAEs of other tools: what they published comes in, what was trained here goes out, with equal codes, or it is refused.
+
+The formats are those of SAELens, dictionary_learning, sparsify and Gemma Scope, and our own ensembles.
+"""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from saeens_models.architectures import SAE
+from saeens_models.ensembles import ENSEMBLE_FILE, Bagging, Boosting, Ensemble, load_ensemble
+from saeens_models.interop import dictionary_learning, gemma_scope, saelens_folder, sparsify
+from saeens_models.interop.rewriting import as_one_sae
+
+FORMATS = {each.name: each for each in (saelens_folder.FORMAT, sparsify.FORMAT, dictionary_learning.FORMAT, gemma_scope.FORMAT)}
+"""The formats of one SAE, by name."""
+EXPORTED = tuple(name for name, each in FORMATS.items() if each.write)
+"""Names of the formats that are written."""
+
+
+def load(where: str | Path, *, input_scale: float | None = None) -> SAE | Bagging | Boosting:
+    """Load an SAE or an ensemble from a folder, or from its file of weights, on the CPU in float32.
+
+    The files decide the format. Codes are those of the format's own loader: a BatchTopK dictionary of dictionary_learning encodes with
+    its threshold, for example. ``metadata`` has what the files say of language model, hook and layer. ``input_scale``: see
+    :func:`saeens_models.load_sae`.
+
+    Raises ``FileNotFoundError`` for a missing path or file, and ``ValueError`` for a folder of no format, for what cannot be represented
+    exactly (transcoders, skip connections, other activation functions, error terms), and for files that are damaged, hostile or do not
+    fit their configuration.
+    """
+    path = Path(where)
+    if path.is_file():
+        for each in FORMATS.values():
+            if any(path.match(pattern) for pattern in each.weights):
+                return each.read(path, input_scale)
+        if path.name == ENSEMBLE_FILE:
+            return load_ensemble(path.parent)
+        raise ValueError(f"{path}: not a file of weights of any format: {_formats()}")
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} does not exist")
+    if (path / ENSEMBLE_FILE).is_file():
+        return load_ensemble(path)
+    for each in FORMATS.values():
+        if file := each.file_in(path):
+            return each.read(file, input_scale)
+    inside = sorted(folder.name for folder in path.iterdir() if folder.is_dir() and any(each.file_in(folder) for each in FORMATS.values()))
+    hint = f"; its folders {', '.join(inside[:5])}{' and others' if len(inside) > 5 else ''} are SAEs: name one" if inside else ""
+    raise ValueError(f"{path} is no SAE: {_formats()}{hint}")
+
+
+def export(sae: SAE | Ensemble, format: str, folder: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
+    """Write an SAE or an ensemble into ``folder`` in the ``format`` of another tool: sae_lens, sparsify or dictionary_learning.
+
+    A bag of standard, JumpReLU or gated SAEs is one plain SAE (:func:`as_one_sae`). SAELens loads every other ensemble after
+    ``import saeens_models.interop.sae_lens``; the other formats have one SAE only. ``metadata`` are added to those of the SAE.
+
+    Raises ``ValueError``, and writes nothing, for an unknown format, an SAE that the format does not have, and a folder that is not empty.
+    """
+    write = FORMATS[format].write if format in FORMATS else None
+    if write is None:
+        raise ValueError(f"format {format!r} is not written; one of {', '.join(EXPORTED)}")
+    target = Path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target} exists and is not an empty folder")
+    sae = _with_metadata(sae, metadata or {})
+    if isinstance(sae, Ensemble):
+        try:
+            sae = as_one_sae(sae)
+        except ValueError as error:
+            if format != saelens_folder.FORMAT.name:
+                raise ValueError(f"{format} has one SAE in a folder: {error}") from error
+    target.mkdir(parents=True, exist_ok=True)
+    if isinstance(sae, Ensemble):
+        saelens_folder.write_ensemble(sae, target)
+    else:
+        write(sae, target)
+
+
+def _with_metadata(sae: SAE | Ensemble, metadata: Mapping[str, Any]) -> SAE | Ensemble:
+    """Return ``sae`` with additional metadata; its own stay as they are."""
+    if not metadata:
+        return sae
+    if isinstance(sae, Ensemble):
+        return type(sae)([_with_metadata(member, metadata) for member in sae])  # pyright: ignore[reportArgumentType]
+    other = copy.copy(sae)
+    other.metadata = {**sae.metadata, **metadata}
+    return other
+
+
+def _formats() -> str:
+    return "; ".join(f"{each.name} has {each.files}" for each in FORMATS.values()) + f"; an ensemble of ours has {ENSEMBLE_FILE}"
+
+
+__all__ = ["EXPORTED", "FORMATS", "as_one_sae", "export", "load"]

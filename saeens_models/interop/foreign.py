@@ -1,0 +1,83 @@
+"""What the readers of other tools' files share: an SAE from weights and fields, checked against each other."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from pydantic import ValidationError
+from torch import Tensor
+
+from saeens_models.architectures import SAE, sae_class
+from saeens_models.architectures.weight_files import check_finite, check_shapes, check_width
+
+
+class Format(NamedTuple):
+    """A format of one SAE: how its folders are recognised, read and written."""
+
+    name: str
+    files: str
+    """Files of a folder, as errors name them."""
+    weights: tuple[str, ...]
+    """Patterns of the file of weights; a folder with one that matches is of this format."""
+    read: "Reader"
+    write: "Writer | None"
+    """None: the format is read only."""
+
+    def file_in(self, folder: Path) -> Path | None:
+        """Return the file of weights in a folder of this format, otherwise None."""
+        return next((file for pattern in self.weights for file in sorted(folder.glob(pattern)) if file.is_file()), None)
+
+
+class Reader(Protocol):
+    """Return the SAE whose weights are in a file, float32 on the CPU, with its metadata. Raises ``ValueError``."""
+
+    def __call__(self, file: Path, input_scale: float | None) -> SAE: ...
+
+
+class Writer(Protocol):
+    """Write an SAE into a folder that exists. Raises ``ValueError`` before anything is written for one that the format does not have."""
+
+    def __call__(self, sae: SAE, folder: Path) -> None: ...
+
+
+def assemble(
+    architecture: str,
+    weights: Mapping[str, Tensor],
+    *,
+    file: Path,
+    apply_b_dec_to_input: bool,
+    stated: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    **fields: Any,
+) -> SAE:
+    """Return an SAE of ``weights``, which have the names and shapes of the architecture here.
+
+    ``stated``: the widths d_in and d_sae of the configuration, None where it has none; they have to be those of W_dec. ``fields``: of
+    the architecture, such as k. Raises ``ValueError`` with the name of ``file``.
+    """
+    if "W_dec" not in weights or weights["W_dec"].ndim != 2:
+        found = list(weights["W_dec"].shape) if "W_dec" in weights else "missing"
+        raise ValueError(f"{file}: the decoder is {found}, expected a matrix")
+    d_sae, d_in = (check_width(file, name, size) for name, size in zip(("d_sae", "d_in"), weights["W_dec"].shape, strict=True))
+    for name, value in (stated or {}).items():
+        size = {"d_in": d_in, "d_sae": d_sae}[name]
+        if value is not None and value != size:
+            raise ValueError(f"{file}: the configuration says {name} = {value!r}, and the weights have {size}")
+    cls = sae_class(architecture)
+    try:
+        check_shapes(weights, cls, d_in, d_sae, str(file))
+        check_finite(weights, str(file))
+        shared = {"architecture": architecture, "d_in": d_in, "d_sae": d_sae, "apply_b_dec_to_input": apply_b_dec_to_input}
+        sae = cls(cls.config_class.model_validate({**shared, **fields}))
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'configuration'}: {e['msg']}" for e in error.errors())
+        raise ValueError(f"{file}: {problems}") from error
+    sae.load_state_dict(dict(weights))
+    sae.metadata = {name: value for name, value in (metadata or {}).items() if value is not None}
+    return sae
+
+
+def refuse_input_scale(input_scale: float | None, file: Path) -> None:
+    """Raise ``ValueError`` for a scale of a format whose SAEs take the activations as they are."""
+    if input_scale is not None:
+        raise ValueError(f"{file}: SAEs of this format take activations as they are; input_scale is for SAELens folders that scale them")
