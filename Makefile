@@ -34,7 +34,7 @@ check: $(VENV)/.installed-dev  ## style, floors and types
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
-test-interop: $(VENV_INTEROP)/.installed  ## SAE folders to and from SAELens
+test-interop: $(VENV_INTEROP)/.installed  ## SAE folders to and from SAELens, dictionary_learning and sparsify
 	$(VENV_INTEROP)/bin/python -m pytest tests/interop
 
 test-transformer-lens: $(VENV_TL)/.installed  ## models in TransformerLens' own format, and the meaning of hooks there
@@ -68,10 +68,14 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	@$(VENV)/bin/$(PIP_INSTALL) --constraint constraints.txt --group dev
 	@touch $@
 
+# dictionary-learning comes without its dependencies: by way of nnsight it asks for torchvision, whose build has to be of the same kind
+# (CPU or CUDA) as torch's, or transformers cannot be imported any more. The groups `bench` and `interop` have the modules that
+# it imports.
 $(VENV_INTEROP)/.installed: pyproject.toml constraints-interop.txt | $(VENV_INTEROP)/.created
-	@echo "installing SAELens into $(VENV_INTEROP)"
+	@echo "installing SAELens, dictionary_learning and sparsify into $(VENV_INTEROP)"
 	@$(VENV_INTEROP)/bin/$(PIP_INSTALL) --constraint constraints-interop.txt --upgrade pip
 	@$(VENV_INTEROP)/bin/$(PIP_INSTALL) --constraint constraints-interop.txt --group interop
+	@$(VENV_INTEROP)/bin/$(PIP_INSTALL) --constraint constraints-interop.txt --no-deps dictionary-learning nnsight
 	@touch $@
 
 $(VENV_TL)/.installed: pyproject.toml constraints.txt | $(VENV_TL)/.created
@@ -90,8 +94,6 @@ $(VENV_DOCS)/.installed: pyproject.toml constraints-docs.txt | $(VENV_DOCS)/.cre
 	@$(VENV_DOCS)/bin/$(PIP_INSTALL) --constraint constraints-docs.txt --group docs
 	@touch $@
 
-# dictionary-learning comes without its dependencies: by way of nnsight it asks for torchvision, whose build has to be of the same kind
-# (CPU or CUDA) as torch's, or transformers cannot be imported any more. The group `bench` has the modules that it imports.
 $(VENV_BENCH)/.installed: pyproject.toml constraints-bench.txt | $(VENV_BENCH)/.created
 	@echo "installing the peers into $(VENV_BENCH)"
 	@$(VENV_BENCH)/bin/$(PIP_INSTALL) --constraint constraints-bench.txt --upgrade pip

@@ -44,7 +44,7 @@ def consensus(
     (activations `[n, d_in]`, as for ``train``) with the decoder fixed. Architecture and L0 are those of the SAEs, with at most as many
     active features as there are clusters. After arXiv 2606.12138.
 
-    Raises ``ValueError`` for SAEs of different architectures, and if no feature is common to ``min_members`` of them.
+    Raises ``ValueError`` for SAEs of different architectures or L0, and if no feature is common to ``min_members`` of them.
     """
     sae = initial_consensus(saes, clusters := find_clusters([each.W_dec for each in saes], threshold, min_members))
     fixed = training.model_copy(update={"frozen": "decoder", "unit_norm_decoder": False})
@@ -59,8 +59,11 @@ def find_clusters(W_decs: Sequence[Tensor], threshold: float = 0.7, min_members:
     signed cosine at least ``threshold``. The feature with partners in most members, the first of equals, forms a cluster with the nearest
     partner of each. Its features are taken away, and so on. Memory: a block of cosines, and about 200 bytes per pair of partners.
 
-    Raises ``ValueError`` for fewer than two members, and for a ``min_members`` that they cannot reach or that is below 2.
+    Raises ``ValueError`` for fewer than two members, for a ``min_members`` that they cannot reach or that is below 2, and for a threshold
+    out of range.
     """
+    if not 0 < threshold <= 1:
+        raise ValueError(f"threshold must be a cosine above 0, at most 1; got {threshold}")
     if not 2 <= min_members <= len(W_decs):
         raise ValueError(f"min_members must be between 2 and the number of members, {len(W_decs)}; got {min_members}")
     units = unit_dictionaries([W_dec.detach() for W_dec in W_decs])
@@ -102,11 +105,13 @@ def initial_consensus(saes: Sequence[SAE], clusters: Sequence[Cluster], config: 
     """Return an SAE with the representatives' weights, and the mean of weights that belong to no feature, such as b_dec.
 
     ``config``: that of the members' training, with any width; None: the first member's. It matters where SAEs are saved as another
-    architecture, as BatchTopK is. Raises ``ValueError`` for SAEs of different architectures and without clusters.
+    architecture, as BatchTopK is. Raises ``ValueError`` for SAEs of different architectures or L0, and without clusters.
     """
     architectures = sorted({sae.config.architecture for sae in saes})
     if len(architectures) != 1:
         raise ValueError(f"a consensus needs SAEs of one architecture; got {', '.join(architectures)}")
+    if (field := saes[0].config.l0_field) and len(l0s := {getattr(sae.config, field) for sae in saes}) > 1:
+        raise ValueError(f"a consensus needs SAEs of one {field}; got {', '.join(sorted(map(str, l0s)))}")
     if not clusters:
         raise ValueError("no feature is common to enough members: there is nothing to form a consensus of")
     sae = build_sae(with_width(config or saes[0].config, len(clusters)))

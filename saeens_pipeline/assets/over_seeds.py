@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from statistics import fmean
 from typing import Any, Literal
 
 import polars as pl
@@ -105,13 +106,19 @@ def over_seeds(measured: pl.DataFrame, metrics: Iterable[str], means: Sequence[s
     """Yield a row for each experiment, layer, method and size: `metrics` with mean, interval and points, `means` without the last two."""
     for of_seeds in measured.sort("seed").partition_by(_KEY, maintain_order=True):
         yield {
-            **of_seeds.select(*_KEY, "language_model", "n_features").row(0, named=True),
+            **of_seeds.select(*_KEY, "language_model").row(0, named=True),
+            "n_features": _rounded_mean(of_seeds["n_features"]),  # those of a consensus differ
             "n_seeds": len(of_seeds),
             "seeds": ",".join(map(str, of_seeds["seed"])),
             "sae_data_versions": ";".join(of_seeds["sae_data_versions"]),
             **{column: value for name in metrics for column, value in _statistics(name, of_seeds)},
             **of_seeds.select(means).mean().row(0, named=True),
         }
+
+
+def _rounded_mean(counts: pl.Series) -> int | None:
+    known = counts.drop_nulls().to_list()
+    return round(fmean(known)) if known else None
 
 
 def _statistics(name: str, of_seeds: pl.DataFrame) -> Iterator[tuple[str, float | str | None]]:

@@ -84,7 +84,7 @@ def _start(store: Store, task: Task, d_in: int) -> _Start:
     if not clusters:
         raise SaeensError(
             f"{place(*task.where)}: no feature of a member has a cosine of {settings['threshold']:g} to one of another member: there is no "
-            "consensus. Train longer, or leave consensus out of baselines"
+            "consensus. Train longer, or leave consensus and consensus_matched out of baselines"
         )
     if from_scratch:
         return _Start(with_width(config, len(clusters)), None)

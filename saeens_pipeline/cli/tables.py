@@ -92,7 +92,7 @@ def leaderboard(
 ) -> None:
     """Rank every evaluated method of every experiment and layer."""
     from saeens_pipeline.assets.massive_activations import cautions
-    from saeens_pipeline.assets.tables.leaderboard import for_reading, ranked, standings, unequal_tokens
+    from saeens_pipeline.assets.tables.leaderboard import for_reading, grows_with_features, ranked, standings, unequal_tokens
     from saeens_pipeline.orchestration.catalogue import Catalogue
     from saeens_pipeline.orchestration.runs import make_alone
     from saeens_pipeline.storage.tables import read_part
@@ -110,7 +110,7 @@ def leaderboard(
     if rows.is_empty():
         notify("note", "nothing is evaluated yet: run `saeens run EXPERIMENT`; `saeens experiments` lists the experiments")
     _note_outdated(catalogue, rows["experiment"].unique(maintain_order=True))
-    for each in (*cautions(rows), *unequal_tokens(rows)):
+    for each in (*cautions(rows), *unequal_tokens(rows), *grows_with_features(rows, sort)):
         notify("note", each)
     if print_data(rows, format):
         return

@@ -13,6 +13,7 @@ from typing import Any
 from saeens_pipeline.report.methods import Method
 
 MANY_DECADES = 2.5
+NAME_WIDTH = 124  # pixels to the right of a plot, for the names of its lines
 _PLAIN = range(-4, 7)  # exponents of ten whose powers are written out
 
 
@@ -104,7 +105,17 @@ def as_plotly(chart: Chart) -> dict[str, Any]:
         layout["shapes"] = [
             ends | {"x0": x, "x1": x, "line": {"color": about.colour, "dash": "dot", "width": 1.5}} for about, x in chart.marks
         ]
+    if named := [each for each in chart.series if each.is_named]:
+        layout["annotations"] = [_name(each) for each in named]
+        layout["margin"] = margin | {"r": NAME_WIDTH}
     return {"data": [_trace(each) for each in chart.series], "layout": layout}
+
+
+def _name(series: Series) -> dict[str, Any]:
+    """Return the name of a series, to the right of its last point, beside the plot."""
+    place = {"x": 1.01, "xref": "paper", "xanchor": "left", "y": series.y[-1], "yanchor": "middle", "align": "left", "showarrow": False}
+    text = (series.label or series.method.label).replace(", ", ",<br>")
+    return place | {"text": text, "font": {"size": 10, "color": series.method.colour}}
 
 
 def _axis(axis: Axis, values: Sequence[Any]) -> dict[str, Any]:
@@ -145,9 +156,6 @@ def _trace(series: Series) -> dict[str, Any]:
     label = series.label or about.label
     trace: dict[str, Any] = {"type": "scatter", "x": list(series.x), "y": list(series.y), "name": label, "meta": {"method": about.name}}
     trace["mode"] = "+".join(["lines"] * bool(style.line) + ["markers"] * bool(style.symbol))
-    if series.is_named:
-        trace["mode"] += "+text"
-        trace |= {"text": [""] * (len(series.x) - 1) + [label], "textposition": "top left", "textfont": {"size": 10, "color": about.colour}}
     if style.line:
         trace["line"] = {"color": about.colour, "width": style.line}
         trace["line"] |= ({"dash": "dot"} if style.dotted else {}) | ({"shape": "hv"} if style.steps else {})

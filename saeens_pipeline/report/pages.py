@@ -40,8 +40,8 @@ _HERE = Path(__file__).parent
 _WEIGHTS = {"random": "untrained (control)"}
 _COLUMNS = {  # of the leaderboard's page, in addition to the metrics
     "n": N_MEMBERS,
-    "rank": "place by explained variance among all rows of the same source and layer. Tie: in no seed do the held-out documents tell it "
-    "apart from the best",
+    "rank": "place by explained variance among all rows of the same source and layer. Tie: the held-out documents do not tell it apart "
+    "from the best in every seed",
     "seeds": "number of seeds behind the means",
 }
 _SECTIONS = (
@@ -51,7 +51,8 @@ _SECTIONS = (
      figures.trade_offs),
     ("gain", "Marginal gain",
      "Gain of one more member. A number of members is enough where each further one closes less than 5% of the gap that explained variance "
-     "has to 1, and the next-token loss to that of the activations; where the intervals over documents do not decide, no number is marked.",
+     "has to 1, and the next-token loss to that of the activations, for every training of a first member that it costs in FLOPs; where the "
+     "intervals over documents do not decide, no number is marked.",
      figures.marginal_gain),
     ("training", "Training and rounds", "Training curves, and each SAE on its own input.", figures.training),
     ("features", "Features", "How often features fire, and whether they come back.", figures.features),

@@ -119,7 +119,7 @@ def test_training_improves_the_consensus() -> None:
 
 def test_k_is_at_most_the_number_of_clusters() -> None:
     saes = [sm.build_sae(sm.SAEConfig(architecture="topk", d_in=4, d_sae=4, k=4, init_seed=j)) for j in range(2)]
-    clusters = find_clusters([sae.W_dec for sae in saes], threshold=-1.0)[:2]
+    clusters = find_clusters([sae.W_dec for sae in saes], threshold=0.01)[:2]
     assert initial_consensus(saes, clusters).config.model_dump()["k"] == 2
 
 
@@ -127,6 +127,13 @@ def test_without_a_common_feature_or_with_mixed_architectures_the_error_says_so(
     saes = members("topk", n=2)
     training = sm.TrainingConfig(dead_after_tokens=10_000)
     with pytest.raises(ValueError, match="no feature is common to enough members"):
-        sm.consensus(saes, stream(1), training, threshold=1.1)
+        sm.consensus(saes, stream(1), training, threshold=1.0)
+    for threshold in (-2.0, 0.0, 1.1):
+        with pytest.raises(ValueError, match="threshold must be a cosine above 0, at most 1"):
+            sm.consensus(saes, stream(1), training, threshold=threshold)
+    other_k = sm.build_sae(saes[1].config.model_copy(update={"k": 2}))
+    other_k.load_state_dict(saes[0].state_dict())
+    with pytest.raises(ValueError, match="a consensus needs SAEs of one k; got "):
+        sm.consensus([saes[0], other_k], stream(1), training)
     with pytest.raises(ValueError, match="SAEs of one architecture; got standard, topk"):
         sm.consensus([*saes, *members("standard", n=1)], stream(1), training)

@@ -80,7 +80,7 @@ def test_another_member_makes_the_consensus_stale(laboratory: Laboratory):
 
 def test_without_a_common_feature_the_error_says_what_to_do(empty: Laboratory):
     empty.declare(ensemble={"members": 2, "seeds": [1]}, sae={"architecture": "topk", "d_sae": 2, "k": 1}, baselines=["consensus"])
-    with pytest.raises(SaeensError, match=r"there is no consensus. Train longer, or leave consensus out of baselines"):
+    with pytest.raises(SaeensError, match=r"there is no consensus\. Train longer, or leave consensus and consensus_matched out"):
         empty.run()
 
 

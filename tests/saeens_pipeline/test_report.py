@@ -251,9 +251,8 @@ def test_stability_is_drawn_with_its_reference_and_chance_levels(finished: Labor
     }
     for label, column in expected.items():
         assert lines[label] == pytest.approx(rows[column].to_numpy().reshape(MEMBERS, len(SEEDS)).mean(1))
-    assert next(trace for trace in figure.data if trace.name == "chance: random").text[-1] == "chance: random", (
-        "the legend does not list it"
-    )
+    named = {each.text.replace("<br>", " "): each.y for each in figure.layout.annotations}
+    assert named["chance: random"] == lines["chance: random"][-1], "the legend does not list it"
 
 
 def test_recovery_is_drawn_with_equal_rows_and_chance():

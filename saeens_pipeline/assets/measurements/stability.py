@@ -128,7 +128,7 @@ class _Suite:
                 values["stability_matched"] = [*stability_matched(W_decs)]
             if min(widths) >= self.n_candidates:
                 values["stability_equal_candidates"] = [*stability_equal_candidates(W_decs, self.n_candidates)]
-            of_pairs = {pair: of_sizes[n - 1] for pair, of_sizes in matchings.items()}
+            of_pairs = {pair: of_sizes[n - 1] for pair, of_sizes in matchings.items() if n <= len(of_sizes)}
             if of_pairs:
                 coefficients = {pair: each.mean_cosine for pair, each in of_pairs.items()}
                 values["pw_mcc"], values["pw_mcc_left_out"] = self._over_pairs({**coefficients}), self._without_each(coefficients)
@@ -169,11 +169,12 @@ class _Suite:
                 for run in range(len(self.runs))]  # fmt: skip
 
     def _matchings(self, runs: Sequence[Ensemble]) -> dict[tuple[int, int], list[Matching]]:
-        """Return for each pair of runs the matchings of their first n members, for every n; empty for dictionaries that are too large."""
-        if max(run.n_features for run in runs) > PAIRED_UP_TO:
-            self.not_measured["pw_mcc"] = f"more than {PAIRED_UP_TO:,} features"
+        """Return for each pair of runs the matchings of their first n members, up to the n whose dictionary is too large."""
+        sizes = [n for n in range(1, len(runs[0]) + 1) if max(run.offsets[n] for run in runs) <= PAIRED_UP_TO]
+        if len(sizes) < len(runs[0]):
+            self.not_measured["pw_mcc, shared_fraction, functional_stability"] = f"of more than {PAIRED_UP_TO:,} features"
+        if not sizes:
             return {}
-        sizes = range(1, len(runs[0]) + 1)
         return {
             (a, b): [match_features(runs[a][:n].W_dec.detach(), runs[b][:n].W_dec.detach()) for n in sizes]
             for a, b in combinations(range(len(runs)), 2)

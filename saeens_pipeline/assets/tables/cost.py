@@ -23,13 +23,20 @@ def with_totals(rows: pl.DataFrame) -> pl.DataFrame:
     return rows.with_columns(**{total: pl.col(made) + pl.col(residual).fill_null(0) for total, (made, residual) in there.items()})
 
 
-def _rows(making: Making) -> Iterator[Row]:
-    experiment, mode = making.experiment, making.experiment.ensemble.boosting
-    n_residuals = 0 if mode == "concurrent" else experiment.ensemble.members - 1
+def residual_passes(making: Making) -> list[Mapping[str, Any]]:
+    """Return the provenance of boosting's passes over the activations, in order; none where rounds are trained together."""
+    experiment = making.experiment
+    n_residuals = 0 if experiment.ensemble.boosting == "concurrent" else experiment.ensemble.members - 1
     addresses = [Address(experiment.name, "boosting", f"residual_{j}") for j in range(1, n_residuals + 1)]
-    residuals = [making.store.require(address, making.partition).provenance for address in addresses]
+    return [making.store.require(address, making.partition).provenance for address in addresses]
+
+
+def _rows(making: Making) -> Iterator[Row]:
+    experiment, mode, residuals = making.experiment, making.experiment.ensemble.boosting, residual_passes(making)
     for method, n, _, saes in making.methods():
         each = [sae.provenance for sae in saes]
+        if method == "consensus":  # there is none without its members
+            each += [sae.provenance for sae in making.members(making.subject.bagging)]
         passes = residuals[: n - 1] if method == "boosting" else []
         joint = [made for j, made in enumerate(each, start=1) if _is_trained_beside_others(experiment, method, j)]
         alone = [made for j, made in enumerate(each, start=1) if not _is_trained_beside_others(experiment, method, j)]
@@ -40,7 +47,7 @@ def _rows(making: Making) -> Iterator[Row]:
             "residual_flops": float(sum(made["flops"] for made in passes)),
             "residual_seconds": sum((made["seconds"] for made in passes), 0.0),
             "peak_memory_bytes": _peak_memory(joint, [*alone, *passes]),
-            "inference_flops_per_token": float(sum(sae["inference_flops_per_token"] for sae in each)),
+            "inference_flops_per_token": float(sum(sae.provenance["inference_flops_per_token"] for sae in saes)),
             "device": each[0]["device"],
             "dtype": each[0]["dtype"],
             "boosting_mode": mode if method == "boosting" else None,
@@ -83,7 +90,12 @@ register(
         name="cost",
         question="What does each method cost to train and to use?",
         columns=(
-            Column("train_tokens", "int", "tokens seen in training, summed over members", less_is_better=True),
+            Column(
+                "train_tokens",
+                "int",
+                "tokens seen in training, summed over members; all columns of training: of a consensus with its members",
+                less_is_better=True,
+            ),
             Column("train_flops", "float", "dense-equivalent floating-point operations of training", less_is_better=True),
             Column(
                 "train_seconds",
@@ -105,6 +117,7 @@ register(
             Column("boosting_mode", "str", "sequential or concurrent; null for other methods"),
         ),
         rows=_rows,
+        version=2,
         order=60,
         by_default=True,
         settings=lambda experiment: {"boosting": experiment.ensemble.boosting},

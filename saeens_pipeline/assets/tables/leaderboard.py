@@ -29,7 +29,11 @@ _RANKED_TOGETHER = ["source", "layer"]
 _TIED_BY = "explained_variance"
 _DEPEND_ON_TOKENS = ("connectivity", "dead_features")
 _DIFFERENCES = "differences"
-_GIVE_WAY = ("stability", "connectivity")  # to the metric that the terminal's table is sorted by, because of its width
+_AT_EQUAL_FEATURES = {  # by metric that grows with the number of features
+    **dict.fromkeys(("stability", "stability_pairwise", "stability_matched"), "stability_equal_candidates"),
+    **dict.fromkeys(("recovered_fraction", "mean_max_cosine"), "recovered_fraction_equal_rows"),
+}
+_GIVE_WAY = ("stability_equal_candidates", "connectivity")  # to the metric that the terminal's table is sorted by, because of its width
 
 
 def _columns_read() -> dict[str, tuple[str, ...]]:
@@ -112,6 +116,15 @@ def unequal_tokens(table: pl.DataFrame) -> Iterator[str]:
             )
 
 
+def grows_with_features(table: pl.DataFrame, sort: str) -> Iterator[str]:
+    """Yield a sentence if the table is ranked by a metric that grows with the number of features, which the rows do not have alike."""
+    if sort in _AT_EQUAL_FEATURES and table["n_features"].n_unique() > 1:
+        yield (
+            f"{sort} grows with the number of features, and so do its reference and chance levels: it does not compare dictionaries of "
+            f"other sizes. --sort {_AT_EQUAL_FEATURES[sort]} does"
+        )
+
+
 def _with_ties(table: pl.DataFrame, store: Store, leaderboard: Declaration) -> pl.DataFrame:
     """Return the table with `tied_with_best`, from the tables `differences` on disk."""
     parts: dict[tuple[str, int | None], list[pl.DataFrame]] = {}
@@ -144,8 +157,9 @@ def for_reading(table: pl.DataFrame, sort: str = "explained_variance") -> pl.Dat
         if name == (sort if sort in seed_metrics() else "explained_variance"):
             columns.append(_interval(name).alias("95% or points"))
     if table["control_explained_variance"].count():
-        columns += [pl.col("control_explained_variance").alias("EV untrained"), pl.col("control_stability").alias("stability untrained")]
-    return with_totals(table).select(columns)
+        columns.append(pl.col("control_explained_variance").alias("EV untrained"))
+    shown = with_totals(table).select(columns)
+    return shown.select(name for name in shown.columns if name == "rank" or shown[name].count())
 
 
 def _interval(name: str) -> pl.Expr:
@@ -182,8 +196,8 @@ def _columns() -> tuple[Column, ...]:
         Column(
             "tied_with_best",
             "str",
-            "best: the highest explained variance of the source and layer; tie: the held-out documents cannot tell it apart from the best "
-            "in any seed; no: they can; null: not compared, as with another experiment",
+            "best: the highest explained variance of the source and layer; no: the held-out documents tell it apart from the best in "
+            "every seed; tie: they do not; null: not compared, as with another experiment",
             from_columns=("difference",),
         ),
         Column("n_seeds", "int", "ensemble seeds that the means are over"),

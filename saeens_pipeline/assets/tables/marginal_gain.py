@@ -9,6 +9,7 @@ import polars as pl
 
 from saeens_pipeline.assets.declarations import Declaration, Reference
 from saeens_pipeline.assets.registry import Headline, Making, Row, Subject, Table, fills, register
+from saeens_pipeline.assets.tables.cost import residual_passes
 from saeens_pipeline.storage.recipes import Artefact
 from saeens_pipeline.storage.tables import Column
 
@@ -40,7 +41,8 @@ def _rows(making: Making) -> Iterator[Row]:
             new_features = sm.metrics.new_features([sm.load_sae(sae.path).W_dec.detach().to(making.device) for sae in saes])
             values = _read(of_seed, "reconstruction").filter(method=method).sort("n_members")
             intervals = _intervals(_read(of_seed, "differences"), method) if has_intervals else {}
-            costs = [sae.provenance["train_flops"] for sae in saes]
+            passes = [0, *(each["flops"] for each in residual_passes(of_seed))] if method == "boosting" else []
+            costs = [sae.provenance["train_flops"] + sum(passes[j : j + 1]) for j, sae in enumerate(saes)]
             for n in range(1, len(saes) + 1):
                 row = rows[seed, n] = of_seed.row(method, n, saes[:n]) | {"new_features": new_features[n - 1]}
                 if n == 1:
@@ -128,8 +130,8 @@ register(
                 "worthwhile",
                 "str",
                 "yes, no or cannot tell: whether the whole interval of a gain, in every seed, is above 5% of the gap that remains to "
-                "explained variance 1, or to the loss of the activations, times the member's training FLOPs over the first member's; null "
-                "for the first",
+                "explained variance 1, or to the loss of the activations, times the member's training FLOPs, with the pass for its "
+                "residual, over the first member's; null for the first",
                 from_columns=_DECIDE,
             ),
             Column(
@@ -142,7 +144,7 @@ register(
         ),
         rows=_rows,
         inputs=_inputs,
-        version=2,
+        version=3,
         dimensions="layer",
         order=50,
         by_default=True,

@@ -92,7 +92,13 @@ def for_reading(table: pl.DataFrame) -> pl.DataFrame:
     """Return the columns for the terminal of rows of one layer."""
     titles = summary_titles([*_MEASURED, "n_features", "total_flops"])
     named = {"n": "n_members", table["field"][0]: "value", **{title: name for name, title in titles.items()}, "seeds": "n_seeds"}
-    fronts = {f"front by {name}": pl.when(pl.col(f"on_{name.lower()}_front") == 1).then(pl.lit("*")) for name in ("L0", "bits")}
+    titles = {
+        "on_l0_front": "front by L0",
+        "on_bits_front": "front by bits",
+        "on_l0_front_by_ce": "CE by L0",
+        "on_bits_front_by_ce": "CE by bits",
+    }
+    fronts = {title: pl.when(pl.col(column) == 1).then(pl.lit("*")) for column, title in titles.items() if table[column].count()}
     return table.select("method", **{marked(title, column, table): pl.col(column) for title, column in named.items()}, **fronts)
 
 
