@@ -4,8 +4,11 @@ The formats are those of SAELens, dictionary_learning, sparsify and Gemma Scope,
 """
 
 import copy
+import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 from saeens_models.architectures import SAE
@@ -56,6 +59,8 @@ def export(sae: SAE | Ensemble, format: str, folder: str | Path, metadata: Mappi
     A bag of standard, JumpReLU or gated SAEs is one plain SAE (:func:`as_one_sae`). SAELens loads every other ensemble after
     ``import saeens_models.interop.sae_lens``; the other formats have one SAE only. ``metadata`` are added to those of the SAE.
 
+    The folder appears whole or not at all.
+
     Raises ``ValueError``, and writes nothing, for an unknown format, an SAE that the format does not have, and a folder that is not empty.
     """
     write = FORMATS[format].write if format in FORMATS else None
@@ -71,11 +76,24 @@ def export(sae: SAE | Ensemble, format: str, folder: str | Path, metadata: Mappi
         except ValueError as error:
             if format != saelens_folder.FORMAT.name:
                 raise ValueError(f"{format} has one SAE in a folder: {error}") from error
-    target.mkdir(parents=True, exist_ok=True)
-    if isinstance(sae, Ensemble):
-        saelens_folder.write_ensemble(sae, target)
-    else:
-        write(sae, target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        aside.chmod(0o777 & ~_umask())
+        if isinstance(sae, Ensemble):
+            saelens_folder.write_ensemble(sae, aside)
+        else:
+            write(sae, aside)
+        aside.rename(target)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
 
 
 def _with_metadata(sae: SAE | Ensemble, metadata: Mapping[str, Any]) -> SAE | Ensemble:

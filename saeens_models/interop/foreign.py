@@ -9,6 +9,7 @@ from torch import Tensor
 
 from saeens_models.architectures import SAE, sae_class
 from saeens_models.architectures.weight_files import check_finite, check_shapes, check_width
+from saeens_models.ensembles import Bagging, Boosting
 
 
 class Format(NamedTuple):
@@ -29,9 +30,9 @@ class Format(NamedTuple):
 
 
 class Reader(Protocol):
-    """Return the SAE whose weights are in a file, float32 on the CPU, with its metadata. Raises ``ValueError``."""
+    """Return the SAE or ensemble whose weights are in a file, float32 on the CPU, with its metadata. Raises ``ValueError``."""
 
-    def __call__(self, file: Path, input_scale: float | None) -> SAE: ...
+    def __call__(self, file: Path, input_scale: float | None) -> SAE | Bagging | Boosting: ...
 
 
 class Writer(Protocol):

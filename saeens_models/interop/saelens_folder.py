@@ -1,27 +1,68 @@
 """Folders of SAELens, also with an ensemble: SAELens loads it after ``import saeens_models.interop.sae_lens``."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from saeens_models.architectures import SAE, load_sae, save_sae
+from pydantic import BaseModel, Field, ValidationError
+
+from saeens_models.architectures import SAE, SAEConfig, load_sae, sae_class, save_sae
 from saeens_models.architectures.saelens_format import CONFIG_FILE, WEIGHTS_FILE, write_saelens_folder
-from saeens_models.ensembles import Ensemble
-from saeens_models.interop.foreign import Format
+from saeens_models.architectures.weight_files import check_finite, check_shapes, read_json, read_safetensors
+from saeens_models.ensembles import Bagging, Boosting, Ensemble
+from saeens_models.interop.foreign import Format, refuse_input_scale
 
 ENSEMBLE_ARCHITECTURE = "saeens_ensemble"
 """Name under which ``saeens_models.interop.sae_lens`` registers ensembles with SAELens."""
+_MEMBER = "ensemble.members.{}."
+"""What names of a member's weights begin with: those of the module there."""
 
 
-def read(file: Path, input_scale: float | None) -> SAE:
-    """Read the SAE of a folder: see :func:`saeens_models.load_sae`."""
+class _EnsembleFields(BaseModel):
+    """Fields of ``cfg.json`` of an ensemble."""
+
+    kind: Literal["bagging", "boosting"]
+    members: Annotated[list[SAEConfig], Field(min_length=1)]
+    metadata: dict[str, Any] = {}
+
+
+def read(file: Path, input_scale: float | None) -> SAE | Bagging | Boosting:
+    """Read the SAE of a folder, see :func:`saeens_models.load_sae`, or the ensemble that :func:`write_ensemble` wrote."""
+    config_file = file.parent / CONFIG_FILE
+    if config_file.is_file() and read_json(config_file).get("architecture") == ENSEMBLE_ARCHITECTURE:
+        refuse_input_scale(input_scale, file)
+        return _read_ensemble(file, config_file)
     return load_sae(file.parent, input_scale)
+
+
+def _read_ensemble(file: Path, config_file: Path) -> Bagging | Boosting:
+    try:
+        fields = _EnsembleFields.model_validate_json(config_file.read_bytes())
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'configuration'}: {e['msg']}" for e in error.errors())
+        raise ValueError(f"{config_file}: {problems}") from error
+    weights = read_safetensors(file)
+    metadata = {name: value for name, value in fields.metadata.items() if name != "sae_lens_version"}
+    saes: list[SAE] = []
+    for j, config in enumerate(fields.members):
+        prefix = _MEMBER.format(j)
+        of_member = {name.removeprefix(prefix): weights.pop(name) for name in list(weights) if name.startswith(prefix)}
+        cls = sae_class(config.architecture)
+        check_shapes(of_member, cls, config.d_in, config.d_sae, f"member {j} of {config_file}")
+        check_finite(of_member, str(file))
+        sae = cls(config)
+        sae.load_state_dict(of_member)
+        sae.metadata = dict(metadata)
+        saes.append(sae)
+    if weights:
+        raise ValueError(f"{file}: unknown tensors {', '.join(sorted(weights)[:5])}")
+    return Boosting(saes) if fields.kind == "boosting" else Bagging(saes)
 
 
 def write_ensemble(ensemble: Ensemble, folder: Path) -> None:
     """Write an ensemble as one SAE of SAELens, with the weights of every member."""
     members = [sae.inference_form() for sae in ensemble]
     weights = {
-        f"ensemble.members.{j}.{name}": weight.detach().cpu().contiguous()
+        f"{_MEMBER.format(j)}{name}": weight.detach().cpu().contiguous()
         for j, sae in enumerate(members)
         for name, weight in sae.state_dict().items()
     }

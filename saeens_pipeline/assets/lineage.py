@@ -15,7 +15,7 @@ import polars as pl
 
 from saeens_pipeline.assets.declarations import Declaration
 from saeens_pipeline.errors import ConfigurationError, SaeensError
-from saeens_pipeline.storage.names import LEADERBOARD, Address, Kind, Partition, place
+from saeens_pipeline.storage.names import ENSEMBLES, LEADERBOARD, Address, Kind, Partition, place
 from saeens_pipeline.storage.recipes import Artefact, DamagedArtefactError, Store, Stored, all_artefacts, digest
 
 MAX_CANDIDATES = 12
@@ -61,21 +61,54 @@ def lineage(store: Store, declarations: Iterable[Declaration], argument: str) ->
     """
     genealogy = _Genealogy(store, declarations)
     name, filters = _parse(argument)
-    named = [each for each in genealogy.stored if _is_called(each.address, name)]
-    addresses = list(dict.fromkeys(str(each.address) for each in named))
-    if len(addresses) > 1:
-        raise _refusal(f"{argument!r} can be any of several assets", addresses)
+    named = _named(genealogy.stored, name, argument)
     if not named:
         return genealogy.trace(genealogy.of_version(argument))
     chosen = [each for each in named if _matches(each.partition, filters)]
-    dimensions = [dimension for dimension, value in named[0].partition._asdict().items() if value is not None]
-    if named[0].address.is_table and filters.keys() - set(dimensions):
+    if named[0].address.is_table and filters.keys() - set(_dimensions(named[0])):
         return _trace_row(genealogy, chosen or named, filters)
-    _require_known(filters, dimensions, argument)
+    return genealogy.trace(_only_one(named, filters, argument))
+
+
+def find_dictionary(store: Store, declarations: Iterable[Declaration], argument: str) -> Stored:
+    """Return an SAE or an ensemble on disk, such as `quickstart/boosting:layer=1,seed=42` or `quickstart/bagging/member_1:layer=1,seed=42`.
+
+    `EXPERIMENT/bagging` and `EXPERIMENT/boosting` are the whole ensembles. Raises as `lineage`, and ConfigurationError for other assets.
+    """
+    name, filters = _parse(argument)
+    kind = name.rpartition("/")[2]
+    whole = f"{name}/{kind}_ensemble" if kind in ENSEMBLES else name
+    genealogy = _Genealogy(store, declarations)
+    named = _named(genealogy.stored, whole, argument)
+    found = _only_one(named, filters, argument) if named else genealogy.of_version(argument.replace(name, whole, 1))
+    if found.artefact.recipe["builder"] not in ("sae", "ensemble"):
+        raise ConfigurationError(
+            f"{found.address} is no SAE and no ensemble: name one, such as {found.address.owner}/bagging:layer=1,seed=42"
+        )
+    return found
+
+
+def _named(stored: Iterable[Stored], name: str, argument: str) -> list[Stored]:
+    """Return all partitions of the asset of this name. Raises ConfigurationError if several assets have it."""
+    named = [each for each in stored if _is_called(each.address, name)]
+    addresses = list(dict.fromkeys(str(each.address) for each in named))
+    if len(addresses) > 1:
+        raise _refusal(f"{argument!r} can be any of several assets", addresses)
+    return named
+
+
+def _only_one(named: Sequence[Stored], filters: Mapping[str, str], argument: str) -> Stored:
+    """Return the one partition that the filters leave. Raises ConfigurationError, with candidates, if it is not one."""
+    _require_known(filters, _dimensions(named[0]), argument)
+    chosen = [each for each in named if _matches(each.partition, filters)]
     if len(chosen) != 1:
         what = "is not on disk" if not chosen else "can be any of several"
         raise _refusal(f"{argument!r} {what}", [_written(each.address, each.partition._asdict()) for each in chosen or named])
-    return genealogy.trace(chosen[0])
+    return chosen[0]
+
+
+def _dimensions(stored: Stored) -> list[str]:
+    return [dimension for dimension, value in stored.partition._asdict().items() if value is not None]
 
 
 class _Genealogy:

@@ -251,6 +251,27 @@ def test_ensembles_are_loaded_and_have_what_tools_for_one_sae_ask_for(weights: W
     assert loaded.metadata.items() >= {"model_name": "lm", "hook_layer": 2}.items() and "context_size" not in loaded.metadata
 
 
+@pytest.mark.parametrize("kind", [sm.Bagging, sm.Boosting])
+def test_an_ensemble_for_saelens_comes_back(kind: type[sm.Bagging] | type[sm.Boosting], weights: Weights, tmp_path: Path):
+    ensemble = kind([trained_like("topk", weights, subtracts=True, k=K), trained_like("gated", weights, subtracts=False, seed=1)])
+    interop.export(ensemble, "sae_lens", tmp_path / "out", {"release": "mine"})
+    loaded = interop.load(tmp_path / "out")
+    assert type(loaded) is kind and loaded.metadata.items() >= {"release": "mine", "model_name": "lm"}.items()
+    with torch.no_grad():
+        assert torch.equal(loaded.encode(weights["x"]), ensemble.encode(weights["x"]))
+    file = tmp_path / "out" / "cfg.json"
+    cfg = json.loads(file.read_text())
+    for wrong, why in (
+        ({"kind": "stacking"}, "kind: Input should be 'bagging' or 'boosting'"),
+        ({"members": []}, "members: List should have at least 1 item"),
+        ({"members": cfg["members"][:1]}, r"unknown tensors ensemble\.members\.1"),
+        ({"members": [cfg["members"][0], {**cfg["members"][1], "d_sae": 7}]}, r"member 1 of .*W_dec"),
+    ):
+        file.write_text(json.dumps({**cfg, **wrong}))
+        with pytest.raises(ValueError, match=why):
+            interop.load(tmp_path / "out")
+
+
 REFUSED = {
     "skip connection": (lambda d, w: write_sparsify(d, w, skip_connection=True), "skip_connection: a skip connection"),
     "transcoder": (lambda d, w: write_sparsify(d, w, transcode=True), "transcode: a transcoder"),

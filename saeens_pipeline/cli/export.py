@@ -1,0 +1,48 @@
+"""`saeens export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from saeens_pipeline.cli.app import app
+from saeens_pipeline.cli.output import notify, print_line
+from saeens_pipeline.errors import ConfigurationError
+from saeens_pipeline.storage.recipes import Store
+from saeens_pipeline.storage.root import data_root
+
+ExportFormat = Literal["sae_lens", "dictionary_learning", "sparsify"]
+
+
+@app.command()
+def export(
+    subject: Annotated[
+        str,
+        typer.Argument(
+            metavar="SUBJECT",
+            help="An SAE or an ensemble on disk: EXPERIMENT/bagging:layer=L,seed=S or /boosting, /consensus, /bagging/member_1, "
+            "/baseline/expanded; or a data version, at least its first 4 digits.",
+        ),
+    ],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder that does not exist yet, or is empty.")],
+    to: Annotated[ExportFormat, typer.Option("--to", help="Format of the tool that is to load it.")] = "sae_lens",
+) -> None:
+    """Write an SAE or an ensemble for another tool, with equal codes and reconstructions."""
+    import saeens_models as sm
+    from saeens_models import interop
+    from saeens_pipeline.assets.lineage import find_dictionary
+    from saeens_pipeline.orchestration.catalogue import Catalogue
+
+    declarations = [output for op in Catalogue.load().all_ops() for output in op.outputs]
+    found = find_dictionary(Store(data_root()), declarations, subject)
+    path = found.artefact.path
+    sae = sm.load_ensemble(path) if found.artefact.recipe["builder"] == "ensemble" else sm.load_sae(path)
+    try:
+        interop.export(sae, to, folder, {"saeens_asset": str(found.address), "saeens_data_version": found.artefact.data_version})
+    except ValueError as error:
+        raise ConfigurationError(f"{found.place}: {error}") from error
+    print_line(str(folder))
+    if (folder / "cfg.json").is_file() and '"saeens_ensemble"' in (folder / "cfg.json").read_text():
+        notify("note", "SAELens loads it after `import saeens_models.interop.sae_lens`")
