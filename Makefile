@@ -61,7 +61,7 @@ clean:  ## remove the virtual environments; results stay in data/
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/.created
 	@echo "installing into $(VENV); the first time this takes minutes, most of them for PyTorch"
 	@$(VENV)/bin/$(PIP_INSTALL) --constraint constraints.txt --upgrade pip
-	@$(VENV)/bin/$(PIP_INSTALL) --constraint constraints.txt --build-constraint constraints.txt --editable .
+	@$(VENV)/bin/$(PIP_INSTALL) --constraint constraints.txt --build-constraint constraints.txt --editable '.[pipeline]'
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
@@ -81,7 +81,7 @@ $(VENV_INTEROP)/.installed: pyproject.toml constraints-interop.txt | $(VENV_INTE
 $(VENV_TL)/.installed: pyproject.toml constraints.txt | $(VENV_TL)/.created
 	@echo "installing TransformerLens into $(VENV_TL)"
 	@$(VENV_TL)/bin/$(PIP_INSTALL) --constraint constraints.txt --upgrade pip
-	@$(VENV_TL)/bin/$(PIP_INSTALL) --constraint constraints.txt --build-constraint constraints.txt --editable '.[hub,transformer_lens]' --group dev
+	@$(VENV_TL)/bin/$(PIP_INSTALL) --constraint constraints.txt --build-constraint constraints.txt --editable '.[pipeline,hub,transformer_lens]' --group dev
 	@touch $@
 
 $(VENV_BROWSER)/.installed: pyproject.toml constraints.txt | $(VENV_BROWSER)/.created
@@ -97,7 +97,7 @@ $(VENV_DOCS)/.installed: pyproject.toml constraints-docs.txt | $(VENV_DOCS)/.cre
 $(VENV_BENCH)/.installed: pyproject.toml constraints-bench.txt | $(VENV_BENCH)/.created
 	@echo "installing the peers into $(VENV_BENCH)"
 	@$(VENV_BENCH)/bin/$(PIP_INSTALL) --constraint constraints-bench.txt --upgrade pip
-	@$(VENV_BENCH)/bin/$(PIP_INSTALL) --constraint constraints-bench.txt --build-constraint constraints-bench.txt --editable . --group bench
+	@$(VENV_BENCH)/bin/$(PIP_INSTALL) --constraint constraints-bench.txt --build-constraint constraints-bench.txt --editable '.[pipeline]' --group bench
 	@$(VENV_BENCH)/bin/$(PIP_INSTALL) --constraint constraints-bench.txt --no-deps dictionary-learning nnsight
 	@touch $@
 
