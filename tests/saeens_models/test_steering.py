@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,13 @@ D_IN, D_SAE, K, LAYER = 16, 24, 4, 1
 @pytest.fixture(scope="module")
 def model() -> GPTNeoXForCausalLM:
     torch.manual_seed(0)
-    shape = {"hidden_size": D_IN, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 50}
+    shape: dict[str, Any] = {
+        "hidden_size": D_IN,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "vocab_size": 50,
+    }
     return GPTNeoXForCausalLM(GPTNeoXConfig(**shape, max_position_embeddings=32)).eval()
 
 
