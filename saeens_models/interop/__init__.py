@@ -13,26 +13,33 @@ from typing import Any
 
 from saeens_models.architectures import SAE
 from saeens_models.ensembles import ENSEMBLE_FILE, Bagging, Boosting, Ensemble, load_ensemble
-from saeens_models.interop import dictionary_learning, gemma_scope, saelens_folder, sparsify
+from saeens_models.interop import dictionary_learning, gemma_scope, hub, saelens_folder, sparsify
 from saeens_models.interop.rewriting import as_one_sae
 
 FORMATS = {each.name: each for each in (saelens_folder.FORMAT, sparsify.FORMAT, dictionary_learning.FORMAT, gemma_scope.FORMAT)}
 """The formats of one SAE, by name."""
+_NAMES = (ENSEMBLE_FILE, "cfg.json", "config.json", *(name for each in FORMATS.values() for name in each.weights))
 EXPORTED = tuple(name for name, each in FORMATS.items() if each.write)
 """Names of the formats that are written."""
 
 
 def load(where: str | Path, *, input_scale: float | None = None) -> SAE | Bagging | Boosting:
-    """Load an SAE or an ensemble from a folder, or from its file of weights, on the CPU in float32.
+    """Load an SAE or an ensemble from a folder, its file of weights, or ``hub:OWNER/REPO/PATH@REVISION``, on the CPU in float32.
 
     The files decide the format. Codes are those of the format's own loader: a BatchTopK dictionary of dictionary_learning encodes with
     its threshold, for example. ``metadata`` has what the files say of language model, hook and layer. ``input_scale``: see
-    :func:`saeens_models.load_sae`.
+    :func:`saeens_models.load_sae`. Of the hub, only files of these formats are downloaded; metadata name the commit under ``source``.
 
     Raises ``FileNotFoundError`` for a missing path or file, and ``ValueError`` for a folder of no format, for what cannot be represented
     exactly (transcoders, skip connections, other activation functions, error terms), and for files that are damaged, hostile or do not
-    fit their configuration.
+    fit their configuration. Of the hub, also as :func:`saeens_models.interop.hub.download`.
     """
+    if str(where).startswith(hub.PREFIX):
+        downloaded = hub.download(str(where), _NAMES)
+        found = load(downloaded.path, input_scale=input_scale)
+        for sae in [found] if isinstance(found, SAE) else found:
+            sae.metadata["source"] = downloaded.source
+        return found
     path = Path(where)
     if path.is_file():
         for each in FORMATS.values():

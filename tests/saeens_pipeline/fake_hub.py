@@ -94,7 +94,7 @@ def serving(hub: FakeHub) -> Iterator[FakeHub]:
             if action == "tree":
                 below = f"{api[5]}/" if api and api[5] else ""
                 inside = [entry for entry in entries if entry["path"].startswith(below)]
-                if parse_qs(urlsplit(self.path).query).get("recursive") != ["True"]:
+                if parse_qs(urlsplit(self.path).query).get("recursive", [""])[0].lower() != "true":
                     folders = {below + entry["path"].removeprefix(below).split("/")[0] for entry in inside} - files.keys()
                     inside = [entry for entry in inside if "/" not in entry["path"].removeprefix(below)]
                     inside += [{"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in sorted(folders)]
