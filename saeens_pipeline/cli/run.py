@@ -99,7 +99,7 @@ def experiments() -> None:
 
 @app.command()
 def status(experiment: ExperimentName, format: FormatOption = "table") -> None:
-    """Print the state of each artefact, fresh, stale, damaged, missing, running or failed, and the reason."""
+    """Print the state of each artefact, fresh, stale, damaged, missing, running or failed, and why; of a sweep, of all experiments."""
     import polars as pl
 
     from saeens_pipeline.orchestration.catalogue import Catalogue
@@ -107,7 +107,9 @@ def status(experiment: ExperimentName, format: FormatOption = "table") -> None:
     from saeens_pipeline.orchestration.runs import experiment_status
 
     catalogue = Catalogue.load()
-    statuses = with_run_states(experiment_status(catalogue, experiment), catalogue.ops(catalogue.experiment(experiment)))
+    of_each = [with_run_states(experiment_status(catalogue, each.name), catalogue.ops(each)) for each in catalogue.named(experiment)]
+    by_place = {(each.declaration.address, each.partition): each for statuses in of_each for each in statuses}
+    statuses = list(by_place.values())  # experiments of a sweep share their source
     rows = [(str(each.declaration.address), *each.partition, each.state, each.reason) for each in statuses]
     schema = {"asset": pl.String, "layer": pl.Int64, "seed": pl.Int64, "state": pl.String, "why": pl.String}
     if print_data(pl.DataFrame(rows, schema=schema, orient="row"), format):

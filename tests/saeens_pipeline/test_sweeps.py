@@ -372,6 +372,11 @@ def test_a_sweep_runs_all_experiments_and_shares_existing_artefacts(swept: Labor
     assert pl.read_parquet(artefact.path / TABLE_FILE)["explained_variance"].to_list() == table["explained_variance"].to_list()
     assert _size((artefact.path / PICTURE_FILE).read_bytes()) == _size((tmp_path / "pareto.png").read_bytes())
     assert find_garbage(swept.root, declared(Catalogue.load())).garbage == []
+    out, _ = saeens("status", SWEEP, "--format", "json")
+    listed = [(row["asset"], row["layer"], row["seed"]) for row in json.loads(out)]
+    assert len(listed) == len(set(listed)), "artefacts of the source are listed once"
+    assert {asset.split("/")[0] for asset, *_ in listed} == {NAME, f"{SWEEP}__k_4", f"{SWEEP}__k_2"}
+    assert {row["state"] for row in json.loads(out)} == {"fresh"}
     out, _ = saeens("lineage", f"{SWEEP}/pareto")
     assert f"{SWEEP}__k_2/eval/reconstruction" in out
 
