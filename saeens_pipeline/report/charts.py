@@ -13,7 +13,7 @@ from typing import Any
 from saeens_pipeline.report.methods import Method
 
 MANY_DECADES = 2.5
-NAME_WIDTH = 124  # pixels to the right of a plot, for the names of its lines
+NAME_WIDTH, NAME_CHARACTERS = 150, 26  # pixels to the right of a plot, for the names of its lines; a longer name takes two lines
 _PLAIN = range(-4, 7)  # exponents of ten whose powers are written out
 
 
@@ -114,8 +114,11 @@ def as_plotly(chart: Chart) -> dict[str, Any]:
 def _name(series: Series) -> dict[str, Any]:
     """Return the name of a series, to the right of its last point, beside the plot."""
     place = {"x": 1.01, "xref": "paper", "xanchor": "left", "y": series.y[-1], "yanchor": "middle", "align": "left", "showarrow": False}
-    text = (series.label or series.method.label).replace(", ", ",<br>")
-    return place | {"text": text, "font": {"size": 10, "color": series.method.colour}}
+    name = series.label or series.method.label
+    return place | {
+        "text": name if len(name) <= NAME_CHARACTERS else name.replace(", ", ",<br>"),
+        "font": {"size": 10, "color": series.method.colour},
+    }
 
 
 def _axis(axis: Axis, values: Sequence[Any]) -> dict[str, Any]:

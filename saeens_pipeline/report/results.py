@@ -16,7 +16,7 @@ from saeens_pipeline.assets.over_seeds import Spread
 from saeens_pipeline.assets.registry import Headline, listed, seed_column
 from saeens_pipeline.assets.tables.cost import with_totals
 from saeens_pipeline.report.methods import Method, in_order, method
-from saeens_pipeline.report.metrics import CE, EV, METRICS, STABILITY
+from saeens_pipeline.report.metrics import CE, EQUAL_STABILITY, EV, METRICS, STABILITY
 from saeens_pipeline.storage.tables import has_table, read_table
 
 
@@ -139,7 +139,7 @@ class Comparison:
 
 def compare(trained: Results, untrained: Results) -> Iterator[Comparison]:
     """Yield each metric that both have, of the methods that both have."""
-    for metric in (EV, CE, STABILITY):
+    for metric in (EV, CE, STABILITY, EQUAL_STABILITY):
         ours, theirs = trained.full(metric), untrained.full(metric)
         if both := in_order(ours.keys() & theirs.keys()):
             yield Comparison(metric.name, [(method(name), ours[name], theirs[name]) for name in both])
