@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from saeens_models.architectures import SAE, load_sae, save_sae
+from saeens_models.architectures.weight_files import in_words
 from saeens_models.sparse_code import SparseCode
 
 ENSEMBLE_FILE = "ensemble.json"
@@ -295,8 +296,7 @@ def load_ensemble(path: str | Path) -> Bagging | Boosting:
     try:
         manifest = _Manifest.model_validate_json(file.read_bytes())
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())
-        raise ValueError(f"{file}: {problems}") from error
+        raise ValueError(f"{file}: {in_words(error, 'file')}") from error
     loaded = {name: load_sae(folder / name) for name in dict.fromkeys(manifest.members)}
     saes = [loaded[name] for name in manifest.members]
     try:

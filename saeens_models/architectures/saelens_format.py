@@ -10,7 +10,15 @@ from torch import Tensor
 
 from saeens_models.architectures.base import SAE
 from saeens_models.architectures.registry import sae_class
-from saeens_models.architectures.weight_files import check_finite, check_shapes, check_width, read_json, read_safetensors, write_safetensors
+from saeens_models.architectures.weight_files import (
+    check_finite,
+    check_shapes,
+    check_width,
+    in_words,
+    read_json,
+    read_safetensors,
+    write_safetensors,
+)
 
 CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae_weights.safetensors"
@@ -101,8 +109,7 @@ def load_sae(path: str | Path, input_scale: float | None = None) -> SAE:
         shared = {name: cfg[name] for name in ("architecture", "d_in", "d_sae", "apply_b_dec_to_input") if name in cfg}
         sae = cls(cls.config_class.model_validate({**written_by_us, **own_fields, **shared}))
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'configuration'}: {e['msg']}" for e in error.errors())
-        raise ValueError(f"{folder / CONFIG_FILE}: {problems}") from error
+        raise ValueError(f"{folder / CONFIG_FILE}: {in_words(error)}") from error
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
     sae.load_state_dict(weights)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -33,6 +34,11 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{file}: expected an object, found {type(found).__name__}")
     return found
+
+
+def in_words(error: ValidationError, whole: str = "configuration") -> str:
+    """Return what pydantic complains of: field and message. ``whole`` stands for the object where no field is named."""
+    return "; ".join(f"{'.'.join(map(str, each['loc'])) or whole}: {each['msg']}" for each in error.errors())
 
 
 def check_width(file: Path, name: str, value: object) -> int:

@@ -8,7 +8,6 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 from saeens_models.architectures import SAE
@@ -84,9 +83,9 @@ def export(sae: SAE | Ensemble, format: str, folder: str | Path, metadata: Mappi
             if format != saelens_folder.FORMAT.name:
                 raise ValueError(f"{format} has one SAE in a folder: {error}") from error
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    aside = target.parent / f".{target.name}-{os.getpid()}"
+    aside.mkdir()
     try:
-        aside.chmod(0o777 & ~_umask())
         if isinstance(sae, Ensemble):
             saelens_folder.write_ensemble(sae, aside)
         else:
@@ -95,12 +94,6 @@ def export(sae: SAE | Ensemble, format: str, folder: str | Path, metadata: Mappi
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-
-
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
 
 
 def _with_metadata(sae: SAE | Ensemble, metadata: Mapping[str, Any]) -> SAE | Ensemble:

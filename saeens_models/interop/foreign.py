@@ -1,4 +1,4 @@
-"""What the readers of other tools' files share: an SAE from weights and fields, checked against each other."""
+"""Build an SAE from the weights and fields of another tool, checked against each other; the shape of a format."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from saeens_models.architectures import SAE, sae_class
-from saeens_models.architectures.weight_files import check_finite, check_shapes, check_width
+from saeens_models.architectures.weight_files import check_finite, check_shapes, check_width, in_words
 from saeens_models.ensembles import Bagging, Boosting
 
 
@@ -71,8 +71,7 @@ def assemble(
         shared = {"architecture": architecture, "d_in": d_in, "d_sae": d_sae, "apply_b_dec_to_input": apply_b_dec_to_input}
         sae = cls(cls.config_class.model_validate({**shared, **fields}))
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'configuration'}: {e['msg']}" for e in error.errors())
-        raise ValueError(f"{file}: {problems}") from error
+        raise ValueError(f"{file}: {in_words(error)}") from error
     sae.load_state_dict(dict(weights))
     sae.metadata = {name: value for name, value in (metadata or {}).items() if value is not None}
     return sae

@@ -20,11 +20,11 @@ _HOOKS = {"res": "blocks.{}.hook_resid_post", "mlp": "blocks.{}.hook_mlp_out", "
 def read(file: Path, input_scale: float | None) -> SAE:
     """``z = relu(pre) * (pre > threshold)`` with ``pre = x @ W_enc + b_enc``; ``x_hat = z @ W_dec + b_dec``.
 
-    Language model, layer and hook are those that the names of the folders say, if they say them. Transcoders are refused by their
-    folder's name, the only place that tells them apart.
+    Language model, layer and hook are those that the names of the folders say, if they say them. Transcoders are refused by the
+    repository's name, the only place that tells them apart.
     """
     refuse_input_scale(input_scale, file)
-    if "transcoders" in str(file.parent):
+    if re.search(r"gemma-scope[^/]*-transcoders", file.parent.as_posix()):
         raise ValueError(f"{file}: transcoders map to other activations, and no SAE here does")
     weights = _arrays(file)
     if "threshold" in weights:

@@ -34,8 +34,9 @@ def as_one_sae(ensemble: Ensemble) -> SAE:
     """Return the plain SAE that has the scaled code and the reconstruction of a bag of standard, JumpReLU or gated SAEs.
 
     Its features are those of the members in order. Every other ensemble is more than one SAE: members of TopK SAEs select their features
-    one by one, and rounds of boosting encode what the earlier ones leave. Raises ``ValueError`` for these, and for a bag of gated and
-    other SAEs.
+    one by one, and rounds of boosting encode what the earlier ones leave. Its metadata are those that the members have alike.
+
+    Raises ``ValueError`` for such ensembles, and for a bag of gated and other SAEs.
     """
     if len(ensemble) == 1:
         return ensemble[0]
@@ -47,7 +48,9 @@ def as_one_sae(ensemble: Ensemble) -> SAE:
         members, kinds = [_as_jumprelu(sae) for sae in members], {"jumprelu"}
     if kinds not in ({"standard"}, {"jumprelu"}, {"gated"}):
         raise ValueError(f"a bag of {' and '.join(sorted(kinds))} SAEs is no single SAE: possible for standard, jumprelu or gated members")
-    return _merged([with_input_bias(sae, False) for sae in members])
+    one = _merged([with_input_bias(sae, False) for sae in members])
+    one.metadata = ensemble.metadata
+    return one
 
 
 @torch.no_grad()

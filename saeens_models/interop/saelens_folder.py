@@ -7,14 +7,14 @@ from pydantic import BaseModel, Field, ValidationError
 
 from saeens_models.architectures import SAE, SAEConfig, load_sae, sae_class, save_sae
 from saeens_models.architectures.saelens_format import CONFIG_FILE, WEIGHTS_FILE, write_saelens_folder
-from saeens_models.architectures.weight_files import check_finite, check_shapes, read_json, read_safetensors
+from saeens_models.architectures.weight_files import check_finite, check_shapes, in_words, read_json, read_safetensors
 from saeens_models.ensembles import Bagging, Boosting, Ensemble
 from saeens_models.interop.foreign import Format, refuse_input_scale
 
 ENSEMBLE_ARCHITECTURE = "saeens_ensemble"
 """Name under which ``saeens_models.interop.sae_lens`` registers ensembles with SAELens."""
 _MEMBER = "ensemble.members.{}."
-"""What names of a member's weights begin with: those of the module there."""
+"""Prefix of the names of a member's weights."""
 
 
 class _EnsembleFields(BaseModel):
@@ -38,8 +38,7 @@ def _read_ensemble(file: Path, config_file: Path) -> Bagging | Boosting:
     try:
         fields = _EnsembleFields.model_validate_json(config_file.read_bytes())
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'configuration'}: {e['msg']}" for e in error.errors())
-        raise ValueError(f"{config_file}: {problems}") from error
+        raise ValueError(f"{config_file}: {in_words(error)}") from error
     weights = read_safetensors(file)
     metadata = {name: value for name, value in fields.metadata.items() if name != "sae_lens_version"}
     saes: list[SAE] = []

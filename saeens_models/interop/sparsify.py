@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from saeens_models.architectures import SAE
-from saeens_models.architectures.weight_files import as_float32, read_json, read_safetensors, write_safetensors
+from saeens_models.architectures.weight_files import read_json, read_safetensors, write_safetensors
 from saeens_models.interop.foreign import Format, assemble, refuse_input_scale
 from saeens_models.interop.rewriting import with_input_bias
 
@@ -29,7 +29,7 @@ def read(file: Path, input_scale: float | None) -> SAE:
     activation = cfg.get("activation", "topk")
     if activation != "topk":
         raise ValueError(f"{config_file}: activation {activation!r} is not supported, only 'topk'")
-    weights = as_float32(read_safetensors(file), file)
+    weights = read_safetensors(file)
     if "W_skip" in weights:
         raise ValueError(f"{file}: W_skip: a skip connection, which no SAE here has")
     named = {"encoder.weight": "W_enc", "encoder.bias": "b_enc"}

@@ -41,7 +41,7 @@ SYMBOL_HEIGHT = 0.05  # of the values' range, within which they would
 
 
 class _Context(NamedTuple):
-    """What a metric that grows with the number of features is to be compared with: itself at equal numbers of features, and `levels`.
+    """Context of a metric that grows with the number of features: the metric at equal numbers of features, and `levels` beside it.
 
     Levels are columns of the rows of bagging.
     """

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import sae_lens  # pyright: ignore[reportMissingImports]  # in an environment of its own: `make test-interop`
 import torch
+from random_weights import with_random_weights
 from torch import Tensor
 from transformer_lens import HookedTransformerConfig  # pyright: ignore[reportMissingImports]
 
@@ -27,14 +28,10 @@ def ensemble(kind: type[sm.Bagging] | type[sm.Boosting], architectures: tuple[st
     return kind([member(each, seed) for seed, each in enumerate(architectures)])
 
 
-@torch.no_grad()
 def member(architecture: str, seed: int) -> sm.SAE:
     """An SAE whose weights are all random, with unequal decoder norms."""
     sae = sm.build_sae(sm.SAEConfig(architecture=architecture, d_in=D_IN, d_sae=D_SAE, **OWN_FIELDS[architecture]))
-    generator = torch.Generator().manual_seed(seed)
-    for name, weight in sae.named_parameters():
-        drawn = torch.rand if name == "threshold" else torch.randn
-        weight.copy_(drawn(weight.shape, generator=generator) / D_IN**0.5)
+    with_random_weights(sae, D_IN, seed)
     sae.metadata = {"model_name": "tiny", "hook_name": HOOK}
     return sae
 

@@ -18,6 +18,7 @@ from dictionary_learning.trainers.batch_top_k import BatchTopKSAE  # pyright: ig
 from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKSAE  # pyright: ignore[reportMissingImports]
 from dictionary_learning.trainers.top_k import AutoEncoderTopK  # pyright: ignore[reportMissingImports]
 from dictionary_learning.utils import load_dictionary  # pyright: ignore[reportMissingImports]
+from random_weights import with_random_weights
 from sparsify import SparseCoder  # pyright: ignore[reportMissingImports]
 from sparsify.config import SparseCoderConfig  # pyright: ignore[reportMissingImports]
 from torch import Tensor
@@ -40,15 +41,6 @@ def activations() -> Tensor:
 
 
 @torch.no_grad()
-def with_random_weights(sae: Any) -> Any:
-    generator = torch.Generator().manual_seed(3)
-    for name, weight in sae.named_parameters():
-        drawn = torch.rand if name == "threshold" else torch.randn
-        weight.copy_(drawn(weight.shape, generator=generator) / D_IN**0.5)
-    return sae
-
-
-@torch.no_grad()
 def assert_codes(sae: sm.SAE | sm.Ensemble, code: Tensor, reconstruction: Tensor) -> None:
     x = activations()
     assert 0 < (code > 0).float().mean() < 1
@@ -60,7 +52,7 @@ def assert_codes(sae: sm.SAE | sm.Ensemble, code: Tensor, reconstruction: Tensor
 @pytest.mark.parametrize("dictionary_class", CLASSES)
 def test_a_dictionary_loads_with_the_codes_of_load_dictionary(dictionary_class: Any, tmp_path: Path) -> None:
     own = CLASSES[dictionary_class]
-    made = with_random_weights(dictionary_class(D_IN, D_SAE, **own))
+    made = with_random_weights(dictionary_class(D_IN, D_SAE, **own), D_IN)
     if dictionary_class in (BatchTopKSAE, MatryoshkaBatchTopKSAE):
         made.threshold.fill_(0.4)
     torch.save(made.state_dict(), tmp_path / "ae.pt")
@@ -76,7 +68,7 @@ def test_a_dictionary_loads_with_the_codes_of_load_dictionary(dictionary_class: 
 @pytest.mark.parametrize("architecture", OWN_FIELDS)
 def test_load_dictionary_computes_the_codes_of_an_exported_sae(architecture: str, subtracts: bool, tmp_path: Path) -> None:
     config = sm.SAEConfig(architecture=architecture, d_in=D_IN, d_sae=D_SAE, apply_b_dec_to_input=subtracts, **OWN_FIELDS[architecture])
-    ours = with_random_weights(sm.build_sae(config))
+    ours = with_random_weights(sm.build_sae(config), D_IN)
     interop.export(ours, "dictionary_learning", tmp_path / "out")
     theirs, _ = load_dictionary(str(tmp_path / "out"), "cpu")
     assert_codes(ours, theirs.encode(activations()), theirs(activations()))
@@ -89,7 +81,7 @@ def dense(output: Any) -> Tensor:
 
 @torch.no_grad()
 def test_a_sparse_coder_loads_with_its_codes(tmp_path: Path) -> None:
-    made = with_random_weights(SparseCoder(D_IN, SparseCoderConfig(num_latents=D_SAE, k=K)))
+    made = with_random_weights(SparseCoder(D_IN, SparseCoderConfig(num_latents=D_SAE, k=K)), D_IN)
     made.save_to_disk(tmp_path / "layers.1")
     output = SparseCoder.load_from_disk(tmp_path / "layers.1")(activations())
     assert_codes(interop.load(tmp_path / "layers.1"), dense(output), output.sae_out)
@@ -99,7 +91,7 @@ def test_a_sparse_coder_loads_with_its_codes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("subtracts", [True, False])
 def test_sparsify_computes_the_codes_of_an_exported_sae(subtracts: bool, tmp_path: Path) -> None:
     config = sm.SAEConfig(architecture="topk", d_in=D_IN, d_sae=D_SAE, k=K, apply_b_dec_to_input=subtracts)
-    ours = with_random_weights(sm.build_sae(config))
+    ours = with_random_weights(sm.build_sae(config), D_IN)
     interop.export(ours, "sparsify", tmp_path / "out")
     output = SparseCoder.load_from_disk(tmp_path / "out")(activations())
     assert_codes(ours, dense(output), output.sae_out)
@@ -107,10 +99,10 @@ def test_sparsify_computes_the_codes_of_an_exported_sae(subtracts: bool, tmp_pat
 
 @torch.no_grad()
 def test_saes_of_two_packages_bag_and_boost(tmp_path: Path) -> None:
-    dictionary = with_random_weights(AutoEncoderTopK(D_IN, D_SAE, K))
+    dictionary = with_random_weights(AutoEncoderTopK(D_IN, D_SAE, K), D_IN)
     torch.save(dictionary.state_dict(), tmp_path / "ae.pt")
     (tmp_path / "config.json").write_text(json.dumps({"trainer": {"dict_class": "AutoEncoderTopK", "k": K}, "buffer": {}}))
-    coder = with_random_weights(SparseCoder(D_IN, SparseCoderConfig(num_latents=D_SAE, k=K)))
+    coder = with_random_weights(SparseCoder(D_IN, SparseCoderConfig(num_latents=D_SAE, k=K)), D_IN)
     coder.save_to_disk(tmp_path / "coder")
     members: list[Any] = [interop.load(tmp_path), interop.load(tmp_path / "coder")]
     x = activations()

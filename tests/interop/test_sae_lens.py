@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import sae_lens  # pyright: ignore[reportMissingImports]  # in an environment of its own: `make test-interop`
 import torch
+from random_weights import with_random_weights
 from torch import Tensor
 
 import saeens_models as sm
@@ -64,16 +65,7 @@ def saelens_sae(architecture: str, **fields: Any) -> Any:
             sae = sae_lens.TopKSAE(sae_lens.TopKSAEConfig(k=K, **shape))
         case _:
             sae = sae_lens.JumpReLUSAE(sae_lens.JumpReLUSAEConfig(**shape))
-    return with_random_weights(sae)
-
-
-@torch.no_grad()
-def with_random_weights(sae: Any) -> Any:
-    generator = torch.Generator().manual_seed(3)
-    for name, weight in sae.named_parameters():
-        drawn = torch.rand if name == "threshold" else torch.randn
-        weight.copy_(drawn(weight.shape, generator=generator) / D_IN**0.5)
-    return sae
+    return with_random_weights(sae, D_IN)
 
 
 @pytest.mark.parametrize("normalised", [False, True], ids=["raw", "normalised"])
@@ -102,7 +94,7 @@ def test_topk_that_saelens_rescales_by_decoder_norms_loads_with_its_reconstructi
 
 def test_topk_that_saelens_saves_after_training_loads_with_the_codes_that_saelens_reads(tmp_path: Path) -> None:
     config = sae_lens.TopKTrainingSAEConfig(d_in=D_IN, d_sae=D_SAE, k=K)
-    with_random_weights(sae_lens.TopKTrainingSAE(config)).save_inference_model(tmp_path)
+    with_random_weights(sae_lens.TopKTrainingSAE(config), D_IN).save_inference_model(tmp_path)
     assert_same_function(sm.load_sae(tmp_path), sae_lens.SAE.load_from_disk(tmp_path))
 
 

@@ -210,6 +210,7 @@ def test_a_round_trip_keeps_codes_and_metadata(format: str, architecture: str, s
 )
 def test_a_bag_is_one_plain_sae(kinds: tuple[str, ...], subtracts: bool, weights: Weights, tmp_path: Path):
     bag = sm.Bagging([trained_like(kind, weights, subtracts=subtracts, seed=i, **FIELDS[kind]) for i, kind in enumerate(kinds)])
+    bag[0].metadata["source"] = "hub:someone/first@main"
     one = interop.as_one_sae(bag)
     with torch.no_grad():
         assert_is(one, bag.encode(weights["x"]), bag.W_dec, bag.b_dec, weights["x"])
@@ -217,6 +218,7 @@ def test_a_bag_is_one_plain_sae(kinds: tuple[str, ...], subtracts: bool, weights
         loaded = sm.load_sae(tmp_path / "bag")
         assert_is(loaded, bag.encode(weights["x"]), bag.W_dec, bag.b_dec, weights["x"])
     assert loaded.metadata.items() >= {"release": "mine", "model_name": "lm"}.items()
+    assert "source" not in one.metadata, "the bag is not what one of its members is"
 
 
 def test_what_is_more_than_one_sae_is_said(weights: Weights, tmp_path: Path):
