@@ -17,6 +17,9 @@ import sae_bench.evals.sparse_probing.main as sparse_probing  # pyright: ignore[
 import sae_lens  # pyright: ignore[reportMissingImports]
 import torch
 from conftest import BIOS, CONTEXT, HOOK, LAYER, N_TEST, N_TRAIN, SENTIMENT, local_data_set
+from sae_bench.evals.absorption.feature_absorption_calculator import (  # pyright: ignore[reportMissingImports]
+    FeatureAbsorptionCalculator,
+)
 from sae_bench.sae_bench_utils import general_utils  # pyright: ignore[reportMissingImports]
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
@@ -211,6 +214,28 @@ def spliced_loss(model: Any, tokens: Tensor, used: Tensor, edit: Callable[[Tenso
         handle.remove()
     losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(len(tokens), -1)
     return losses[used[:, :-1]].mean().item()
+
+
+@torch.no_grad()
+def test_absorption_projects_our_codes_onto_the_direction(
+    dictionaries: Dictionaries, hooked: Any, activations: Callable[[str], Tensor]
+) -> None:
+    """The words come from the tokenizer, the direction is random: the probe of a first letter takes a model that can spell."""
+    words, features = ["value", "name", "index", "size"], [0, 1, 2, 3]
+    calculator = FeatureAbsorptionCalculator(hooked, icl_word_list=[])
+    for name, sae in dictionaries.items():
+        direction = F.normalize(torch.randn(sae.W_dec.shape[1], generator=torch.Generator().manual_seed(1)), dim=0)
+        cosines = F.cosine_similarity(sae.W_dec, direction, dim=-1)
+        results = calculator.calculate_absorption(for_saebench(sae), words, direction, features, LAYER).word_results
+        assert [each.word for each in results] == words
+        for each in results:
+            x = activations(each.prompt)[calculator.word_token_pos]
+            contributions = sae.encode(x) * sae.W_dec.norm(dim=1)
+            assert each.probe_projection == pytest.approx((x @ direction).item(), abs=1e-3)
+            expected = (contributions * cosines).topk(calculator.topk_feats)
+            found = each.top_projection_feature_scores
+            assert [score.probe_projection for score in found] == pytest.approx(expected.values.tolist(), rel=1e-3, abs=1e-4), name
+            assert [score.activation for score in each.main_feature_scores] == pytest.approx(contributions[features].tolist(), abs=1e-3)
 
 
 def test_a_bag_scores_as_the_same_sae_of_saelens(dictionaries: Dictionaries, hooked: Any, tmp_path: Path) -> None:
