@@ -1,7 +1,8 @@
 """SAEs on the Hugging Face hub: only the files of a format are downloaded, into the hub's cache, at one commit."""
 
+import contextlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, NoReturn
 
@@ -9,6 +10,7 @@ from saeens_models.architectures.weight_files import read_json
 from saeens_models.ensembles import ENSEMBLE_FILE
 
 PREFIX = "hub:"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _PLACE = re.compile(r"hub:(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<path>[^@]+?))?/?(?:@(?P<revision>[^@]+))?")
 
 
@@ -27,34 +29,61 @@ def download(where: str, names: Iterable[str]) -> Downloaded:
     Raises ``ValueError`` for a place that is not written so, or that the hub does not have or refuses; ``ModuleNotFoundError`` without
     ``huggingface_hub``; ``ConnectionError`` if the hub cannot be reached.
     """
+    repo, path, revision = parse(where)
+    wanted = _Wanted(repo, path, tuple(names))
+    with _explained(where, repo, revision):
+        snapshot = wanted.download(revision)
+        at = snapshot / path
+        if not (at.is_file() or (at.is_dir() and any(each.is_file() for each in at.iterdir()))):
+            wanted.complain(snapshot.name)
+    return Downloaded(snapshot / path, wanted.place(snapshot.name))
+
+
+def pin(where: str) -> str:
+    """Return a place with the commit of its revision: the commit in the hub's cache, otherwise that on the hub. Raises as `download`."""
+    repo, path, revision = parse(where)
+    if revision and _COMMIT.fullmatch(revision):
+        return where
+    with _explained(where, repo, revision):
+        import huggingface_hub
+
+        api = huggingface_hub.HfApi()
+        with contextlib.suppress(huggingface_hub.errors.RevisionResolutionError):
+            return _Wanted(repo, path, ()).place(api.resolve_revision(repo, revision=revision, local_files_only=True).resolved)
+        return _Wanted(repo, path, ()).place(api.resolve_revision(repo, revision=revision).resolved)
+
+
+def parse(where: str) -> tuple[str, str, str | None]:
+    """Return repository, path in it (empty for all of it) and revision of a place. Raises ``ValueError`` for another text."""
     found = _PLACE.fullmatch(where)
     path = (found and found["path"]) or ""
     if found is None or ".." in PurePosixPath(path).parts:
         raise ValueError(f"{where!r}: write hub:OWNER/REPO, with /PATH for a folder in it and @REVISION for a branch, tag or commit")
+    return found["repo"], path, found["revision"]
+
+
+@contextlib.contextmanager
+def _explained(where: str, repo: str, revision: str | None) -> Iterator[None]:
+    """Turn errors of the hub into those of `download`, with the place and the remedy."""
     try:
         from huggingface_hub import errors
     except ModuleNotFoundError as error:
         message = f"{where}: the package huggingface_hub is missing: pip install 'saeens[hub]'"
         raise ModuleNotFoundError(message, name=error.name) from error
-    wanted = _Wanted(found["repo"], path, tuple(names))
     try:
-        snapshot = wanted.download(found["revision"])
-        at = snapshot / path
-        if not (at.is_file() or (at.is_dir() and any(each.is_file() for each in at.iterdir()))):
-            wanted.complain(snapshot.name)
+        yield
     except errors.GatedRepoError as error:
         raise ValueError(f"{where}: the repository is gated: accept its terms on the hub and log in with `hf auth login`") from error
     except errors.RevisionNotFoundError as error:
-        raise ValueError(f"{where}: {found['repo']} has no revision {found['revision']!r}") from error
+        raise ValueError(f"{where}: {repo} has no revision {revision!r}") from error
     except errors.RepositoryNotFoundError as error:
         raise ValueError(f"{where}: the hub has no such repository, or it is private: `hf auth login`") from error
     except errors.HfHubHTTPError as error:
         raise ValueError(f"{where}: the hub refuses it: {' '.join(str(error).split())}") from error
-    except OSError as error:
+    except (OSError, errors.RevisionResolutionError) as error:
         raise ConnectionError(
             f"{where} is not in the hub's cache, and the hub cannot be reached: {' '.join(str(error).split())}"
         ) from error
-    return Downloaded(snapshot / path, wanted.place(snapshot.name))
 
 
 class _Wanted(NamedTuple):

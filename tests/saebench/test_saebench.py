@@ -240,8 +240,9 @@ def test_absorption_projects_our_codes_onto_the_direction(
 
 def test_a_bag_scores_as_the_same_sae_of_saelens(dictionaries: Dictionaries, hooked: Any, tmp_path: Path) -> None:
     """A bag of ReLU SAEs is one plain SAE of SAELens, whose rows SAELens scales to norm 1 itself."""
-    members = []
-    for sae in dictionaries["bagging"]:
+    bag, members = dictionaries["bagging"], []
+    assert isinstance(bag, sm.Ensemble)
+    for sae in bag:
         standard = sm.build_sae(sm.SAEConfig(architecture="standard", d_in=sae.config.d_in, d_sae=sae.config.d_sae))
         standard.load_state_dict(sae.state_dict())
         standard.metadata = sae.metadata
