@@ -22,6 +22,7 @@ from saeens_models import interop
 from saeens_pipeline.assets.lineage import lineage
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.storage.activations import ActivationStore
+from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.tables import read_table
 
 D_SAE, K = 24, 4
@@ -165,6 +166,15 @@ def test_a_bag_mixes_published_and_trained_members(boosted: Laboratory, saes: di
     assert table["explained_variance"].item() == pytest.approx(_explained(rows, mean), abs=1e-5)
     cost = read_table(boosted.root, NAME, "cost").filter(method="bagging", seed=2)
     assert cost["train_seconds"].to_list() == [None] * 3
+
+
+def test_the_ui_shows_what_is_known_of_a_published_sae(boosted: Laboratory, saes: dict[str, Path]):
+    made = boosted.materialise(["tiny/bagging/member_1"], Partition(LAYER, 1))["tiny/bagging/member_1"].metadata
+    shown = {name: made[name].value for name in ("published", "architecture", "features", "target L0 [features per token]")}
+    assert shown == {
+        "published": str(saes["sparsify"]), "architecture": "topk", "features": D_SAE, "target L0 [features per token]": K,
+    }  # fmt: skip
+    assert "differs from the source" not in made
 
 
 def test_changed_files_are_loaded_again(empty: Laboratory, tmp_path: Path):
