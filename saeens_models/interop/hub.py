@@ -4,7 +4,7 @@ import contextlib
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple, NoReturn, Self
+from typing import NamedTuple, NoReturn, Self, cast
 
 from saeens_models.architectures.weight_files import read_json
 from saeens_models.ensembles import ENSEMBLE_FILE
@@ -71,9 +71,10 @@ def explained(place: Place, unreachable: str = "") -> Iterator[None]:
     except ModuleNotFoundError as error:
         message = f"{place}: the package huggingface_hub is missing: pip install 'saeens[hub]'"
         raise ModuleNotFoundError(message, name=error.name) from error
+    bases = cast("tuple[type[Exception], ...]", errors.HfHubHTTPError.__bases__)  # HTTPError of its HTTP library, and OSError
     try:
         yield
-    except (RuntimeError, *errors.HfHubHTTPError.__bases__) as error:  # HTTPError of its HTTP library, and OSError
+    except (RuntimeError, *bases) as error:
         if isinstance(error, OSError) and error.filename is not None:  # of a file here
             raise
         reported = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error  # uploads wrap the answer

@@ -121,12 +121,12 @@ def _without_path(text: str) -> str:
 
 def _saes(store: Store, subject: Stored) -> list[Stored]:
     """Return the SAEs in member order, after a comparison of every byte with the records."""
-    recipe, (owner, kind) = subject.artefact.recipe, (subject.address.owner, subject.address.kind)
+    recipe, owner = subject.artefact.recipe, subject.address.owner
     saes = [subject]
     if recipe["builder"] == "ensemble":
         saes = []
         for name, version in recipe["inputs"].items():
-            address = Address(owner, kind, name)
+            address = Address(owner, subject.address.kind, name)
             artefact = store.require(address, subject.partition)
             if artefact.data_version != version:
                 raise SaeensError(

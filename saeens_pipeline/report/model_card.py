@@ -284,10 +284,10 @@ def _training(published: Publication, tokens: Mapping[str, Any]) -> Iterator[tup
         revision = f", revision `{corpus['revision']}`" if corpus.get("revision") else ""
         yield "corpus", _cell(f"{corpus.get('corpus') or corpus.get('name')}{revision}")
     names = ("context_length", "packing", "drop", "train_tokens", "test_tokens")
-    yield from ((name, _cell(_shown(tokens[name]))) for name in names if name in tokens)
+    yield from ((name, _cell(_shown(tokens[name], name))) for name in names if name in tokens)
     flat = [_flat(each.artefact.recipe["settings"]) for each in published.saes]
     for name in dict.fromkeys(name for each in flat for name in each):
-        values = [_shown(each.get(name)) for each in flat]
+        values = [_shown(each.get(name), name) for each in flat]
         yield f"`{name}`", _cell(values[0] if len(set(values)) == 1 else "; ".join(values))
     made = [each.artefact.provenance for each in published.saes]
     yield "device", _cell(", ".join(dict.fromkeys(str(each.get("device", "unknown")) for each in made)))
@@ -302,10 +302,10 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _shown(value: Any) -> str:
+def _shown(value: Any, name: str) -> str:
     if isinstance(value, (list, tuple)):
-        return ", ".join(map(_shown, value)) or "none"
-    return "none" if value is None else f"{value:,}" if type(value) is int and value >= 10_000 else str(value)
+        return ", ".join(_shown(each, name) for each in value) or "none"
+    return "none" if value is None else f"{value:,}" if name.endswith("tokens") else str(value)
 
 
 def _cell(text: str) -> str:
