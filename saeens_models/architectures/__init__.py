@@ -6,7 +6,7 @@ from pkgutil import iter_modules
 from saeens_models.architectures.base import SAE, Objective
 from saeens_models.architectures.config import SAEConfig, architectures, validate_l0_multiple
 from saeens_models.architectures.registry import build_sae, register, sae_class
-from saeens_models.architectures.saelens_format import load_sae, save_sae
+from saeens_models.architectures.saelens_format import InputScaleMissingError, load_sae, save_sae
 from saeens_models.architectures.settings import SAESettings, settings_class
 
 for _module in iter_modules(__path__):
@@ -14,6 +14,7 @@ for _module in iter_modules(__path__):
 
 __all__ = [
     "SAE",
+    "InputScaleMissingError",
     "Objective",
     "SAEConfig",
     "SAESettings",

@@ -40,6 +40,10 @@ _OLD_METADATA = (
 _UNSUPPORTED = {"normalize_activations": "none", "reshape_activations": "none"}
 
 
+class InputScaleMissingError(ValueError):
+    """The weights of an SAE take scaled activations, and the scale is not in its files."""
+
+
 def save_sae(sae: SAE, path: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
     """Write ``sae`` into the folder ``path``, which is created if it is missing. ``sae_lens.SAE.load_from_disk`` reads the folder.
 
@@ -87,8 +91,9 @@ def load_sae(path: str | Path, input_scale: float | None = None) -> SAE:
     ``input_scale``: for a folder with ``normalize_activations: expected_average_only_in``, whose weights take activations of mean norm
     ``sqrt(d_in)``: the factor that scales them so. It is folded into the weights, as SAELens does; codes stay those of the scaled input.
 
-    Raises ``FileNotFoundError`` if the folder or one of its files is missing. Raises ``ValueError`` for a file that cannot be read, an
-    unknown architecture, a variant that is not supported, missing, superfluous or misshapen weights, and weights that are not finite.
+    Raises ``FileNotFoundError`` if the folder or one of its files is missing, and :class:`InputScaleMissingError`, a ``ValueError``, for
+    such a folder without a scale. Raises ``ValueError`` for a file that cannot be read, an unknown architecture, a variant that is not
+    supported, missing, superfluous or misshapen weights, and weights that are not finite.
     """
     folder = Path(path)
     for file in (folder / CONFIG_FILE, folder / WEIGHTS_FILE):
@@ -126,7 +131,7 @@ def _read_cfg(file: Path, input_scale: float | None) -> dict[str, Any]:
         raise ValueError(f"{file}: use_error_term: an error term, which no SAE here has")
     is_scaled = cfg.get("normalize_activations") == "expected_average_only_in"
     if is_scaled and input_scale is None:
-        raise ValueError(
+        raise InputScaleMissingError(
             f"{file}: normalize_activations is 'expected_average_only_in': its weights take activations of mean norm sqrt(d_in). "
             "Give input_scale, sqrt(d_in) / (mean norm of the activations that it was trained on)"
         )

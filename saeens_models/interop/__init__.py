@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from saeens_models.architectures import SAE
+from saeens_models.architectures import SAE, InputScaleMissingError
 from saeens_models.ensembles import ENSEMBLE_FILE, Bagging, Boosting, Ensemble, load_ensemble
 from saeens_models.interop import dictionary_learning, gemma_scope, hub, saelens_folder, sparsify
 from saeens_models.interop.rewriting import as_one_sae
@@ -29,7 +29,8 @@ def load(where: str | Path, *, input_scale: float | None = None) -> SAE | Baggin
     its threshold, for example. ``metadata`` has what the files say of language model, hook and layer. ``input_scale``: see
     :func:`saeens_models.load_sae`. Of the hub, only files of these formats are downloaded; metadata name the commit under ``source``.
 
-    Raises ``FileNotFoundError`` for a missing path or file, and ``ValueError`` for a folder of no format, for what cannot be represented
+    Raises ``FileNotFoundError`` for a missing path or file, :class:`InputScaleMissingError`, a ``ValueError``, for weights that need an
+    ``input_scale`` and have none, and ``ValueError`` for a folder of no format, for what cannot be represented
     exactly (transcoders, skip connections, other activation functions, error terms), and for files that are damaged, hostile or do not
     fit their configuration. Of the hub, also as :func:`saeens_models.interop.hub.download`.
     """
@@ -57,6 +58,20 @@ def load(where: str | Path, *, input_scale: float | None = None) -> SAE | Baggin
     inside = sorted(folder.name for folder in path.iterdir() if folder.is_dir() and any(each.file_in(folder) for each in FORMATS.values()))
     hint = f"; its folders {', '.join(inside[:5])}{' and others' if len(inside) > 5 else ''} are SAEs: name one" if inside else ""
     raise ValueError(f"{path} is no SAE: {_formats()}{hint}")
+
+
+def files_of(where: str | Path) -> list[Path]:
+    """Return the files that decide what :func:`load` returns for a local path: weights and configuration. Raises as :func:`load`."""
+    path = Path(where)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
+    patterns = _NAMES if path.is_dir() else [name for name in _NAMES if name.endswith(".json")]
+    folder = path if path.is_dir() else path.parent
+    found = {file for name in patterns for file in folder.glob(name) if file.is_file()}
+    found |= {path} if path.is_file() else set()
+    if not any(file.match(pattern) for file in found for each in FORMATS.values() for pattern in each.weights):
+        load(path)  # raises the error that names the formats
+    return sorted(found)
 
 
 def export(sae: SAE | Ensemble, format: str, folder: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
@@ -111,4 +126,4 @@ def _formats() -> str:
     return "; ".join(f"{each.name} has {each.files}" for each in FORMATS.values()) + f"; an ensemble of ours has {ENSEMBLE_FILE}"
 
 
-__all__ = ["EXPORTED", "FORMATS", "as_one_sae", "export", "load"]
+__all__ = ["EXPORTED", "FORMATS", "InputScaleMissingError", "as_one_sae", "export", "files_of", "load"]

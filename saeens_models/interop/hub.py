@@ -10,6 +10,7 @@ from saeens_models.architectures.weight_files import read_json
 from saeens_models.ensembles import ENSEMBLE_FILE
 
 PREFIX = "hub:"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _PLACE = re.compile(r"hub:(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<path>[^@]+?))?/?(?:@(?P<revision>[^@]+))?")
 _QUERY = re.compile(r"(https?://[^\s?]+)\?\S+")  # of signed addresses
 
@@ -59,6 +60,21 @@ def download(where: str, names: Iterable[str]) -> Downloaded:
     return Downloaded(snapshot / place.path, wanted.place(snapshot.name))
 
 
+def pin(where: str) -> str:
+    """Return a place with the commit of its revision: the commit in the hub's cache, otherwise that on the hub. Raises as `download`."""
+    place = Place.parse(where)
+    if place.revision and _COMMIT.fullmatch(place.revision):
+        return where
+    with explained(place, f"{where} is not in the hub's cache, and the hub cannot be reached"):
+        import huggingface_hub
+
+        api = huggingface_hub.HfApi()
+        with contextlib.suppress(huggingface_hub.errors.RevisionResolutionError):
+            found = api.resolve_revision(place.repo, revision=place.revision, local_files_only=True)
+            return str(place._replace(revision=found.resolved))
+        return str(place._replace(revision=api.resolve_revision(place.repo, revision=place.revision).resolved))
+
+
 @contextlib.contextmanager
 def explained(place: Place, unreachable: str = "") -> Iterator[None]:
     """Turn errors of ``huggingface_hub`` inside this context into one line with the reason and a remedy, without the access token.
@@ -74,7 +90,7 @@ def explained(place: Place, unreachable: str = "") -> Iterator[None]:
     bases = cast("tuple[type[Exception], ...]", errors.HfHubHTTPError.__bases__)  # HTTPError of its HTTP library, and OSError
     try:
         yield
-    except (RuntimeError, *bases) as error:
+    except (RuntimeError, errors.RevisionResolutionError, *bases) as error:
         if isinstance(error, OSError) and error.filename is not None:  # of a file here
             raise
         reported = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error  # uploads wrap the answer

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from saeens_pipeline.assets.baselines.registry import baselines_of
 from saeens_pipeline.assets.declarations import Declaration, Facts, Input, Op, Reference, RunContext, Task, Wanted, fields_of, with_file
+from saeens_pipeline.assets.published import published_op
 from saeens_pipeline.assets.registry import Subject, evaluations_of, table_ops
 from saeens_pipeline.assets.residuals import residual_op
 from saeens_pipeline.assets.sae_recipes import sae_config
@@ -20,7 +21,7 @@ from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.language_models.tokens import open_tokens
 from saeens_pipeline.settings.experiments import ExperimentSettings
 from saeens_pipeline.settings.files import blamed_on
-from saeens_pipeline.storage.names import Address
+from saeens_pipeline.storage.names import SAES, Address
 from saeens_pipeline.storage.recipes import Store
 from saeens_pipeline.storage.tables import has_table
 
@@ -36,8 +37,8 @@ def experiment_ops(experiment: ExperimentSettings) -> list[Op]:
     members = [made[f"member_{j}"] for j in range(1, size + 1)]
 
     boost = _concurrent_boosting if experiment.ensemble.boosting == "concurrent" else _sequential_boosting
-    boosting_ops = boost(experiment, activations, members[0])
-    rounds = [output for op in boosting_ops for output in op.outputs if output.builder == "sae"]
+    boosting_ops = boost(experiment, activations, members[0]) if experiment.saes else []
+    rounds = [output for op in boosting_ops for output in op.outputs if output.builder in SAES]
     ops += boosting_ops
 
     baselines: list[tuple[str, int, Declaration]] = []
@@ -52,11 +53,11 @@ def experiment_ops(experiment: ExperimentSettings) -> list[Op]:
         alike.append((unnamed, baseline_op.outputs[0]))
 
     bagging = _ensemble_op(experiment, "bagging", members)
-    boosting = _ensemble_op(experiment, "boosting", rounds)
-    ops += [bagging, boosting]
-    ops += table_ops(Subject(experiment, activations, bagging.outputs[0], boosting.outputs[0], baselines))
-    saes = [op for op in ops if op.outputs[0].builder == "sae"]
-    ops = [replace(op, checks=experiment.checks, preflight=partial(_check_saes, experiment) if op in saes else op.preflight) for op in ops]
+    boosting = _ensemble_op(experiment, "boosting", rounds) if rounds else None
+    ops += [bagging, boosting] if boosting else [bagging]
+    ops += table_ops(Subject(experiment, activations, bagging.outputs[0], boosting.outputs[0] if boosting else None, baselines))
+    ops = [replace(op, checks=experiment.checks) for op in ops]
+    ops = [replace(op, preflight=partial(_check_saes, experiment, op)) if op.outputs[0].builder in SAES else op for op in ops]
     return with_file(ops, experiment.file)
 
 
@@ -67,11 +68,12 @@ def validate_saes(experiment: ExperimentSettings, d_in: int) -> None:
             sae_config(sae, d_in, seed=0, name=experiment.name)
 
 
-def _check_saes(experiment: ExperimentSettings, store: Store, wanted: Wanted, facts: Facts) -> None:
+def _check_saes(experiment: ExperimentSettings, op: Op, store: Store, wanted: Wanted, facts: Facts) -> None:
     """Raise SaeensError for SAEs that cannot be built, for unknown labels, and for a missing table that would fail after training.
 
     Only the ops of members run slow preflights of tables.
     """
+    op.preflight(store, wanted, facts)
     of_source = facts()
     if of_source.d_in:
         validate_saes(experiment, of_source.d_in)
@@ -97,7 +99,10 @@ def _require_labels(path: Path, experiment: ExperimentSettings) -> None:
 
 
 def _member_ops(experiment: ExperimentSettings, activations: Reference) -> list[Op]:
-    """Declare the members: those on all rows are trained on one stream, each specialised one alone, after the SAE that it starts from."""
+    """Declare the members: those on all rows are trained on one stream, each specialised one alone, after the SAE that it starts from.
+
+    Published members are loaded.
+    """
 
     def target(j: int, what: str, how: str, **special: Any) -> Target:
         sae = experiment.saes[j - 1]
@@ -107,9 +112,10 @@ def _member_ops(experiment: ExperimentSettings, activations: Reference) -> list[
     together = [
         target(j, "own initial weights, same data", "Trained on one stream with the other members.")
         for j in range(1, experiment.ensemble.members + 1)
-        if experiment.ensemble.specialisation(j) is None
+        if experiment.ensemble.specialisation(j) is None and experiment.ensemble.published_sae(j) is None
     ]
-    ops = [sae_op(f"{experiment.name}__bagging__members", experiment, together, activations)] if together else []
+    ops = [published_op(experiment, each, activations) for each in experiment.ensemble.published]
+    ops += [sae_op(f"{experiment.name}__bagging__members", experiment, together, activations)] if together else []
     made = {output.address.name: output for op in ops for output in op.outputs}
     for special in sorted(experiment.ensemble.specialised, key=lambda each: each.member):
         what = "some documents" if special.documents else "same data"
@@ -140,14 +146,20 @@ def _sequential_boosting(experiment: ExperimentSettings, activations: Reference,
     ops: list[Op] = []
     given = activations
     for j in range(1, experiment.ensemble.members + 1):
-        name = f"{experiment.name}__boosting__round_{j}"
-        round_op = sae_op(name, experiment, [_round_target(experiment, j)], given, twin=member_1 if j == 1 else None)
-        ops.append(round_op)
+        ops.append(_round_op(experiment, j, given, member_1))
         if j < experiment.ensemble.members:
-            residual = residual_op(experiment, j, given, round_op.outputs[0])
-            ops.append(residual)
-            given = residual.outputs[0]
+            ops.append(residual_op(experiment, j, given, ops[-1].outputs[0]))
+            given = ops[-1].outputs[0]
     return ops
+
+
+def _round_op(experiment: ExperimentSettings, j: int, given: Reference, member_1: Declaration) -> Op:
+    """Declare round j, trained on `given`; a published round 1 is loaded."""
+    entry = experiment.ensemble.published_sae(j) if j == 1 else None
+    if entry:
+        return published_op(experiment, entry, given, member_1)
+    name = f"{experiment.name}__boosting__round_{j}"
+    return sae_op(name, experiment, [_round_target(experiment, j)], given, twin=member_1 if j == 1 else None)
 
 
 def _concurrent_boosting(experiment: ExperimentSettings, activations: Reference, member_1: Declaration) -> list[Op]:
@@ -159,7 +171,7 @@ def _concurrent_boosting(experiment: ExperimentSettings, activations: Reference,
 def _ensemble_op(experiment: ExperimentSettings, kind: Literal["bagging", "boosting"], members: Sequence[Declaration]) -> Op:
     """Declare the ensemble of all members. `sm.load_ensemble` opens its folder; the members stay where they are."""
     meaning = "Mean of the members" if kind == "bagging" else "Sum of the rounds, each trained on the residual"
-    architectures = {sae.architecture for sae in experiment.saes}
+    architectures = {member.tags["architecture"] for member in members}
     architecture = architectures.pop() if len(architectures) == 1 else "mixed"
     ensemble = Declaration(
         **fields_of(experiment, kind, f"{kind}_ensemble", method=kind, architecture=architecture),

@@ -153,6 +153,7 @@ class _Plan:
         self.n_partitions = len(self.layers) * len(self.experiment.ensemble.seeds)  # the number of trainings of each SAE
         outputs = [(op.name, each) for op in self.ops for each in op.outputs]
         self.n_residuals = sum(each.builder == "residual" for _, each in outputs)
+        self.n_published = sum(each.builder == "published_sae" for _, each in outputs)
         with blamed_on(self.experiment, "sae"):
             self.declared = [_SAE(op, each, config_of(each, self.description.d_model)) for op, each in outputs if each.builder == "sae"]
         trained: dict[object, _SAE] = {}
@@ -162,6 +163,12 @@ class _Plan:
             trained.setdefault(decisive, each)
         self.trained = list(trained.values())  # of one layer and seed, without those that an earlier op trains: round 1 is member 1
         self.weights = {each.declaration.address: _weights_bytes(each.config) for each in self.trained}
+
+    @property
+    def _without_published(self) -> str:
+        return (
+            f", without {self.n_published * self.n_partitions} published ones, whose sizes are in their files" if self.n_published else ""
+        )
 
     def by_op(self, amounts: Iterable[float]) -> dict[str, list[float]]:
         """Return amounts of the trained SAEs by op."""
@@ -181,7 +188,7 @@ class _Plan:
         Blocks before the hook run once; later blocks run for every size of every method, for the activations, and for zeros.
         """
         flops, head = 0.0, 2 * self.description.vocab_size * self.description.d_model
-        n_runs = 2 + len(self.declared)  # an ensemble has as many sizes as SAEs
+        n_runs = 2 + len(self.declared) + self.n_published  # an ensemble has as many sizes as SAEs
         for layer in self.layers:
             n_before = layer + 1 if self.source.hook == "resid_post" else layer
             flops += self.pass_flops(0, n_before) + n_runs * (self.pass_flops(n_before, self.description.n_layers) + head)
@@ -196,22 +203,24 @@ class _Plan:
         besides = one if keep == "last" and self.n_residuals > 1 else 0
         yield "residuals", residuals, f"keep_residuals: {keep}; while one is written {_bytes(besides)} more"
         saes = sum(self.weights.values()) * self.n_partitions
-        yield "SAEs", saes, f"{len(self.trained) * self.n_partitions} of them"
-        checkpoints = 2 * 3 * max(map(sum, self.by_op(self.weights.values()).values()))
+        yield "SAEs", saes, f"{len(self.trained) * self.n_partitions} of them{self._without_published}"
+        checkpoints = 2 * 3 * max(map(sum, self.by_op(self.weights.values()).values()), default=0)
         yield "checkpoints", checkpoints, "at most, during training: a new one and the previous one"
         yield "all", tokens + activations + residuals + besides + saes + checkpoints, "at most at one time"
 
     def memory(self) -> _Figures:
         batch_tokens, training = self.experiment.complete_training["batch_tokens"], [training_memory(each.config) for each in self.trained]
         needs = self.by_op(each.weights + batch_tokens * each.token for each in training)
-        largest = max(needs, key=lambda name: max(needs[name]))
-        yield "training, largest SAE", max(needs[largest]), f"{largest}; if it does not fit, batches are split"
-        together = max(needs, key=lambda name: sum(needs[name]))
-        note = f"{together}: {len(needs[together])} together; if they do not fit, groups are smaller"
-        yield "training, largest group", sum(needs[together]), note
+        if needs:
+            largest = max(needs, key=lambda name: max(needs[name]))
+            yield "training, largest SAE", max(needs[largest]), f"{largest}; if it does not fit, batches are split"
+            together = max(needs, key=lambda name: sum(needs[name]))
+            note = f"{together}: {len(needs[together])} together; if they do not fit, groups are smaller"
+            yield "training, largest group", sum(needs[together]), note
         saes, number = sum(self.weights.values()), _DTYPE_BYTES[self.source.language_model_dtype]
         budget = self.experiment.evaluation_memory_gb * 1e9
-        yield "evaluation", saes + budget, "at most: SAEs of one layer and seed, and the limit evaluation_memory_gb"
+        note = f"at most: SAEs of one layer and seed{self._without_published}, and the limit evaluation_memory_gb"
+        yield "evaluation", saes + budget, note
         blocks = sum(self.parameters[: max(self.layers) + 1]) * number
         yield "language model", blocks, "blocks up to the deepest layer; other blocks, embeddings and activations are not included"
         if self.measures_loss:
@@ -241,7 +250,7 @@ class _Plan:
         yield "residuals", residuals, ""
         inference = sum((each.config.inference_flops_per_token for each in self.trained), 0.0)
         evaluation = inference * source.test_tokens * self.n_partitions
-        yield "evaluation", evaluation, "encoding and decoding, without coactivation"
+        yield "evaluation", evaluation, f"encoding and decoding, without coactivation{self._without_published}"
         loss = self.loss_flops() if self.measures_loss else 0.0
         if self.measures_loss:
             yield "next-token loss", loss, f"the language model with every method and size, on {self.experiment.ce_loss_tokens:,} tokens"
@@ -277,7 +286,7 @@ def _fits(amounts: Mapping[tuple[str, str], float | None], store: Store, compute
 
 def _at_once(amounts: Mapping[tuple[str, str], float | None], memory: float) -> str:
     """Return a note on how training fits into the memory of a device."""
-    one, together = amounts["memory", "training, largest SAE"], amounts["memory", "training, largest group"]
+    one, together = (amounts.get(("memory", f"training, largest {of}"), 0.0) for of in ("SAE", "group"))
     if one is None or together is None:
         return "unknown, because sizes are unknown"
     if together <= memory:

@@ -148,11 +148,15 @@ def _require_sound_chunks(health: Health, store: ActivationStore, split: str, wh
 
 
 def _require_sound_sae(health: Health, where: str, artefact: Artefact) -> None:
-    config = _models().load_sae(artefact.path).config  # raises ValueError for wrong shapes, and for weights that are not finite
-    health.measured |= {"d_in": config.d_in, "features": config.d_sae}
+    _require_sound_weights(health, where, artefact)
     last = artefact.provenance["last_step"]
     for name in ("loss", "explained_variance", "l0"):
         health.require(isfinite(last[name]), f"{where}: {name} of the last step is {last[name]}: lower training.learning_rate")
+
+
+def _require_sound_weights(health: Health, where: str, artefact: Artefact) -> None:
+    config = _models().load_sae(artefact.path).config  # raises ValueError for wrong shapes, and for weights that are not finite
+    health.measured |= {"d_in": config.d_in, "features": config.d_sae}
 
 
 def _require_sound_table(health: Health, where: str, artefact: Artefact, registered: Table) -> None:
@@ -175,6 +179,7 @@ _SOUNDNESS: Mapping[str, Callable[[Health, str, Artefact], None]] = {
     "tokens": _require_sound_tokens,
     "activations": _require_sound_activations,
     "sae": _require_sound_sae,
+    "published_sae": _require_sound_weights,
 }
 
 
@@ -185,6 +190,8 @@ def _expect_quality(health: Health, at: tuple[Address, Partition], artefact: Art
         later_round = address.name.startswith("round_") and address.name != "round_1"
         held_out = _held_out(Store(artefact.root(address, partition)), address.owner, partition, artefact)
         _expect_good_sae(health, where, artefact, held_out, settings, later_round=later_round)
+    elif artefact.recipe["builder"] == "published_sae":
+        health.warnings += [f"{where}, {artefact.provenance['published']}: {each}" for each in artefact.provenance["differences"]]
     elif artefact.recipe["builder"] == "activations":
         _expect_spread_variance(health, where, artefact)
     elif address.is_table and not health.errors:

@@ -15,7 +15,7 @@ import polars as pl
 
 from saeens_pipeline.assets.declarations import Declaration
 from saeens_pipeline.errors import ConfigurationError, SaeensError
-from saeens_pipeline.storage.names import ENSEMBLES, LEADERBOARD, Address, Kind, Partition, place
+from saeens_pipeline.storage.names import ENSEMBLES, LEADERBOARD, SAES, Address, Kind, Partition, place
 from saeens_pipeline.storage.recipes import Artefact, DamagedArtefactError, Store, Stored, all_artefacts, digest
 
 MAX_CANDIDATES = 12
@@ -81,7 +81,7 @@ def find_dictionary(store: Store, declarations: Iterable[Declaration], argument:
     genealogy = _Genealogy(store, declarations)
     named = _named(genealogy.stored, whole, argument)
     found = _only_one(named, filters, argument) if named else genealogy.of_version(argument.replace(name, whole, 1))
-    if found.artefact.recipe["builder"] not in ("sae", "ensemble"):
+    if found.artefact.recipe["builder"] not in (*SAES, "ensemble"):
         raise ConfigurationError(
             f"{found.address} is no SAE and no ensemble: name one, such as {found.address.owner}/bagging:layer=1,seed=42"
         )
@@ -267,10 +267,12 @@ def _facts(artefact: Artefact) -> tuple[str, ...]:
 
 
 def _origins(artefact: Artefact) -> list[Ancestor]:
-    """Return inputs that are no artefacts: corpus and tokenizer of tokens, language model of activations."""
+    """Return inputs that are no artefacts: corpus and tokenizer of tokens, language model of activations, files of a published SAE."""
     settings, builder = artefact.recipe["settings"], artefact.recipe["builder"]
     if builder == "tokens":
         return [_origin("corpus", settings["corpus"]), _origin("tokenizer", settings["tokenizer"])]
+    if builder == "published_sae":
+        return [_origin("published SAE", {"name": artefact.provenance["published"], **settings["published"]})]
     return [_origin(f"language model, {settings['weights']} weights", settings["language_model"])] if builder == "activations" else []
 
 

@@ -17,7 +17,7 @@ from saeens_pipeline.assets.lineage import ancestors
 from saeens_pipeline.assets.registry import SUBJECT, listed
 from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.storage.hub_folders import CARD_FILE, LINEAGE_FILE, LINEAGE_VERSION, Content
-from saeens_pipeline.storage.names import Address, Partition
+from saeens_pipeline.storage.names import SAES, Address, Partition
 from saeens_pipeline.storage.recipes import Artefact, DamagedArtefactError, Store, Stored
 from saeens_pipeline.storage.tables import read_part
 
@@ -254,6 +254,6 @@ def _record(stored: Stored, only: Sequence[str] = ()) -> dict[str, Any]:
         "data_version": artefact.data_version,
         "recipe": artefact.recipe,
         "provenance": made,
-        **({"files": artefact.files} if artefact.recipe["builder"] == "sae" else {}),
+        **({"files": artefact.files} if artefact.recipe["builder"] in SAES else {}),
     }
     return {name: record[name] for name in only if name in record} if only else record

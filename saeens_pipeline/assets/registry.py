@@ -358,6 +358,11 @@ def complaint_about_source(experiment: ExperimentSettings, source: SourceSetting
             return ("evaluations", i), f"{name} needs tokens and a language model, and {why}; leave it out"
         if TABLES[name].of_sources == "synthetic" and not source.synthetic:
             return ("evaluations", i), f"{name} compares with the true features of a synthetic source, and {why}; leave it out"
+    for i, each in enumerate(experiment.ensemble.published):
+        if len(source.layers) > 1 and not each.depends_on("layer"):
+            layers = ", ".join(map(str, source.layers))
+            message = f"one SAE, and the source {source.name!r} has the layers {layers}: write {{layer}} where the paths differ"
+            return ("ensemble", "published", i, "sae"), message
     if source.synthetic:
         if experiment.ce_loss_tokens and "ce_loss_tokens" in experiment.model_fields_set:
             return ("ce_loss_tokens",), f"{experiment.ce_loss_tokens}, but {why}; leave it out"
@@ -368,12 +373,13 @@ def complaint_about_source(experiment: ExperimentSettings, source: SourceSetting
 
 @dataclass(frozen=True)
 class Subject:
-    """The dictionaries that an experiment measures: two ensembles, and the baselines as (method, width in members, SAE)."""
+    """The dictionaries that an experiment measures: its ensembles, and the baselines as (method, width in members, SAE)."""
 
     experiment: ExperimentSettings
     activations: Reference
     bagging: Declaration
-    boosting: Declaration
+    boosting: Declaration | None
+    """None in an experiment that trains nothing."""
     baselines: Sequence[tuple[str, int, Declaration]]
 
     @property
@@ -383,8 +389,13 @@ class Subject:
 
     @property
     def dictionaries(self) -> list[Declaration]:
-        """Return both ensembles and the baselines."""
-        return [self.bagging, self.boosting, *(declaration for _, _, declaration in self.baselines)]
+        """Return the ensembles and the baselines."""
+        return [*self.ensembles.values(), *(declaration for _, _, declaration in self.baselines)]
+
+    @property
+    def ensembles(self) -> dict[str, Declaration]:
+        """Return the ensembles by method."""
+        return {"bagging": self.bagging} | ({"boosting": self.boosting} if self.boosting else {})
 
     def table(self, name: str) -> Declaration:
         """Return the declaration of a table of the experiment."""
@@ -408,7 +419,7 @@ class Subject:
     def whole(self) -> list[tuple[str, int, Declaration]]:
         """Return every dictionary with all its members: method, n_members, declaration."""
         size = self.experiment.ensemble.members
-        return [("bagging", size, self.bagging), ("boosting", size, self.boosting), *self.baselines]
+        return [*((method, size, ensemble) for method, ensemble in self.ensembles.items()), *self.baselines]
 
 
 def table_ops(subject: Subject) -> list[Op]:

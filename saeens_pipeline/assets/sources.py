@@ -13,7 +13,7 @@ from saeens_pipeline import progress
 from saeens_pipeline.assets.declarations import Declaration, Input, Op, Reference, RunContext, SourceFacts, Task, Wanted, with_file
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models.corpora import open_corpus
-from saeens_pipeline.language_models.descriptions import HOOKS, LanguageModelDescription, validate_hook
+from saeens_pipeline.language_models.descriptions import HOOKS, TRANSFORMER_LENS, LanguageModelDescription, validate_hook
 from saeens_pipeline.language_models.documents import RecordCorpus
 from saeens_pipeline.language_models.models import describe_language_model, quantisation
 from saeens_pipeline.language_models.synthetic import FEATURES_FILE, describe_synthetic, write_synthetic_activations
@@ -64,6 +64,27 @@ def recorded_facts(store: Store, source: str, layer: int | None) -> SourceFacts:
         prepend_bos=windows.get("prepend_bos", False),
         patching_problem=recorded_patching_problem(activations),
     )
+
+
+def sae_metadata(store: Store, source: str, partition: Partition) -> dict[str, Any]:
+    """Return the metadata of an SAE of these activations: language model, hook, layer, context size and data set, for SAELens and SAEBench.
+
+    SAELens passes `model_name` to loaders and makes file names of it: it is a string. The model's hashes have a key of their own.
+    """
+    layer = partition.layer
+    activations = activations_of(source).require(store, partition).recipe["settings"]
+    hook, windows = activations["hook"], activations  # synthetic activations have no tokens
+    if "synthetic" not in activations:
+        windows = tokens_of(source).require(store, partition).recipe["settings"]
+    return {
+        "model_name": activations["language_model"]["name"].removeprefix(TRANSFORMER_LENS),
+        "language_model": activations["language_model"],
+        "hook_name": hook.format(layer=layer) if "{layer}" in hook else f"blocks.{layer}.hook_{hook}",
+        "hook_layer": layer,
+        "context_size": windows["context_length"],
+        "dataset_path": windows["corpus"]["corpus"] if "corpus" in windows else activations["language_model"]["name"],
+        "weights": activations["weights"],
+    }
 
 
 def is_synthetic(activations: Artefact) -> bool:

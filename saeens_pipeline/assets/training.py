@@ -22,9 +22,8 @@ from saeens_pipeline.assets.kernels import load_kernels
 from saeens_pipeline.assets.memory import MemoryPlan, Portion, portion_within, train_in_portions
 from saeens_pipeline.assets.readers import open_reader
 from saeens_pipeline.assets.sae_recipes import START, sae_config
-from saeens_pipeline.assets.sources import activations_of, tokens_of
-from saeens_pipeline.errors import SaeensError
-from saeens_pipeline.language_models.descriptions import TRANSFORMER_LENS
+from saeens_pipeline.assets.sources import activations_of, sae_metadata, tokens_of
+from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models.tokens import open_tokens
 from saeens_pipeline.storage.activations import ActivationReader, ActivationStatistics, ActivationStore
 from saeens_pipeline.storage.checkpoints import checkpoint_file, checkpoint_seconds
@@ -76,7 +75,7 @@ def _start(store: Store, task: Task, d_in: int) -> _Start:
     fields, inputs = task.recipe.settings, {each.name: each.artefact for each in task.declaration.inputs}
     config = sae_config(fields["sae"], d_in, seed=fields["init_seed"], name=str(task.declaration.address))
     if "consensus" not in fields:
-        return _Start(config, sm.load_sae(inputs[START].require(store, task.partition).path) if START in inputs else None)
+        return _Start(config, _initial(config, inputs[START].require(store, task.partition), task) if START in inputs else None)
     saes = [sm.load_sae(each.require(store, task.partition).path) for name, each in inputs.items() if name.startswith("member_")]
     settings = dict(fields["consensus"])
     from_scratch = settings.pop("from_scratch", False)
@@ -90,6 +89,17 @@ def _start(store: Store, task: Task, d_in: int) -> _Start:
         return _Start(with_width(config, len(clusters)), None)
     initial = initial_consensus(saes, clusters, config)
     return _Start(initial.config, initial, clusters)
+
+
+def _initial(config: SAEConfig, start_from: Artefact, task: Task) -> SAE:
+    """Return the SAE whose weights a training starts from. Raises ConfigurationError for another shape: a published one is in its files."""
+    sae = sm.load_sae(start_from.path)
+    own, start = (f"{each.architecture} with {each.d_sae} features" for each in (config, sae.config))
+    if own != start:
+        raise ConfigurationError(
+            f"{place(*task.where)} is {own}, and cannot start from {start} in {start_from.path}: these have to be equal"
+        )
+    return sae
 
 
 def train_rounds(context: RunContext, tasks: Sequence[Task], given: Reference, rounds: Sequence[Declaration], op_name: str) -> None:
@@ -298,25 +308,8 @@ def _require_room(context: RunContext, tasks: Sequence[Task], fitted: Sequence[_
 
 
 def _write(context: RunContext, task: Task, trained: _Trained, trained_on: str, clusters: Sequence[Cluster] = ()) -> None:
-    """Write an SAE with the metadata that SAELens and SAEBench read: language model, hook, layer, context size and data set.
-
-    SAELens passes ``model_name`` to loaders and makes file names of it: it is a string. The model's hashes have a key of their own.
-    """
-    source, layer = task.declaration.source, task.partition.layer
-    activations = activations_of(source).require(context.store, task.partition).recipe["settings"]
-    hook, windows = activations["hook"], activations  # synthetic activations have no tokens
-    if "synthetic" not in activations:
-        windows = tokens_of(source).require(context.store, task.partition).recipe["settings"]
-    metadata = {
-        "model_name": activations["language_model"]["name"].removeprefix(TRANSFORMER_LENS),
-        "language_model": activations["language_model"],
-        "hook_name": hook.format(layer=layer) if "{layer}" in hook else f"blocks.{layer}.hook_{hook}",
-        "hook_layer": layer,
-        "context_size": windows["context_length"],
-        "dataset_path": windows["corpus"]["corpus"] if "corpus" in windows else activations["language_model"]["name"],
-        "weights": activations["weights"],
-        "trained_on": trained_on,
-    }
+    """Write an SAE with the metadata of its source, its curve and the clusters of a consensus."""
+    metadata = sae_metadata(context.store, task.declaration.source, task.partition) | {"trained_on": trained_on}
     if "documents" in task.recipe.settings:
         metadata["documents"] = task.recipe.settings["documents"]
     with context.store.write_folder(*task.where, task.recipe, trained.provenance) as folder:

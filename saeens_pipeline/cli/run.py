@@ -87,7 +87,8 @@ def experiments() -> None:
     table = grid("experiment", "source", "language model", "layers", "SAE", "members", "seeds")
     for name, settings in sorted(found.experiments.items()):
         source = found.sources[settings.source]
-        sae = "; ".join(dict.fromkeys(shape_of(each).removeprefix("architecture ") for each in settings.saes))
+        shapes = [shape_of(each).removeprefix("architecture ") for each in settings.saes] or ["published"]
+        sae = "; ".join(dict.fromkeys(shapes))
         layers, seeds = (", ".join(map(str, values)) for values in (source.layers, settings.ensemble.seeds))
         table.add_row(name, settings.source, source.language_model, layers, sae, str(settings.ensemble.members), seeds)
     out.print(table)

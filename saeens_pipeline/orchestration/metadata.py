@@ -16,7 +16,7 @@ from saeens_pipeline.assets.massive_activations import cautions, marked
 from saeens_pipeline.assets.registry import SUBJECT, TABLES, Markdown, Table
 from saeens_pipeline.assets.tables.cost import with_totals
 from saeens_pipeline.assets.tables.pareto import PARETO, PICTURE_FILE, TABLE_FILE
-from saeens_pipeline.storage.names import CURVE_FILE, ENSEMBLES, INDEX_FILE, PICTURES_FOLDER, Partition
+from saeens_pipeline.storage.names import CURVE_FILE, ENSEMBLES, INDEX_FILE, PICTURES_FOLDER, SAES, Partition
 from saeens_pipeline.storage.recipes import Artefact, read_artefact
 from saeens_pipeline.storage.tables import Column, read_part
 
@@ -39,6 +39,8 @@ def describe_artefact(declaration: Declaration, partition: Partition, artefact: 
     summary: dict[str, Any] = {}
     if declaration.builder == "sae":
         summary = _sae_summary(artefact)
+    elif declaration.builder == "published_sae":
+        summary = {"published": made["published"], "differs from the source": "; ".join(made["differences"]) or None}
     elif declaration.address.is_table:
         summary = _table_summary(declaration, artefact) | _links(declaration, partition)
         summary["dagster/column_lineage"] = column_lineage(declaration)
@@ -90,11 +92,12 @@ def _sae_summary(artefact: Artefact) -> dict[str, Any]:
 def _ensemble_summary(declaration: Declaration, artefact: Artefact) -> dict[str, Any]:
     """Return the summary of an ensemble; features and L0 are sums over its SAEs."""
     saes = [read_artefact(artefact.path / path) for path in json.loads((artefact.path / "ensemble.json").read_text())["members"]]
+    steps = [sae.provenance["last_step"] for sae in saes if "last_step" in sae.provenance]  # a published SAE has none
     widths = [json.loads((sae.path / "cfg.json").read_text())["d_sae"] for sae in saes]
     return {
         "SAEs (J)": len(saes),
         "features": sum(widths),
-        "L0 [features per token]": round(sum(sae.provenance["last_step"]["l0"] for sae in saes), 2),
+        "L0 [features per token]": round(sum(step["l0"] for step in steps), 2) if len(steps) == len(saes) else None,
         "measured on": f"the last training batches; held-out figures are in {declaration.address.owner}/eval/reconstruction",
     }
 
@@ -120,7 +123,7 @@ def _links(declaration: Declaration, partition: Partition) -> dict[str, Any]:
 def _saes_below(declaration: Declaration) -> Iterator[tuple[str, list[Declaration]]]:
     """Yield label and SAEs of each part of a declaration's inputs: single SAEs, and the SAEs of each ensemble."""
     below = [each.artefact for each in declaration.inputs if isinstance(each.artefact, Declaration)]
-    single = [each for each in below if each.builder == "sae"]
+    single = [each for each in below if each.builder in SAES]
     if single:
         yield ("its SAEs" if declaration.builder == "ensemble" else "baselines"), single
     for each in below:
@@ -182,9 +185,9 @@ def _table_summary(declaration: Declaration, artefact: Artefact) -> dict[str, An
         rows = "\n".join(f"| {row['method']} | {row['n_members']} | {row[shown]:.4g} |" for row in largest.iter_rows(named=True))
         summary["summary"] = dg.MetadataValue.md(f"| method | members | {title} |\n|---|---|---|\n{rows}")
         curves: dict[str, Sequence[float]] = {
-            m: by_method.filter(pl.col("method") == m).sort("n_members")[shown].to_list() for m in ENSEMBLES
+            m: by_method.filter(pl.col("method") == m).sort("n_members")[shown].to_list() for m in ENSEMBLES if m in set(table["method"])
         }
-        if all(len(values) > 1 for values in curves.values()):
+        if curves and all(len(values) > 1 for values in curves.values()):
             summary[f"{shown.replace('_', ' ')} by number of members"] = picture(curves, "members")
     png = table_picture(registered.name, table)
     if png:

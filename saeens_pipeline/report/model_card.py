@@ -13,7 +13,7 @@ import polars as pl
 import yaml
 
 from saeens_pipeline.assets.over_seeds import Spread, written
-from saeens_pipeline.assets.publication import QUOTING, SAE_LENS_FOLDER, Publication
+from saeens_pipeline.assets.publication import QUOTING, SAE_LENS_FOLDER, Publication, without_paths
 from saeens_pipeline.assets.registry import Headline, listed
 from saeens_pipeline.assets.tables.cost import with_totals
 from saeens_pipeline.report.methods import Method, in_order, method
@@ -285,7 +285,10 @@ def _training(published: Publication, tokens: Mapping[str, Any]) -> Iterator[tup
         yield "corpus", _cell(f"{corpus.get('corpus') or corpus.get('name')}{revision}")
     names = ("context_length", "packing", "drop", "train_tokens", "test_tokens")
     yield from ((name, _cell(_shown(tokens[name], name))) for name in names if name in tokens)
-    flat = [_flat(each.artefact.recipe["settings"]) for each in published.saes]
+    for each in published.saes:
+        if place := each.artefact.provenance.get("published"):
+            yield each.address.name.replace("_", " "), _cell(f"not trained here: {without_paths(place)}")
+    flat = [_flat(without_paths(each.artefact.recipe["settings"])) for each in published.saes]
     for name in dict.fromkeys(name for each in flat for name in each):
         values = [_shown(each.get(name), name) for each in flat]
         yield f"`{name}`", _cell(values[0] if len(set(values)) == 1 else "; ".join(values))

@@ -70,7 +70,7 @@ def write_report(folder: Path, store: Store, catalogue: Experiments, experiment:
     untrained = Results.read(store.root, control.name, layer, control.ensemble.seeds) if control else None
     comparisons = list(compare(results, untrained)) if untrained else []
     setting = published.setting_of(record.language_model, str(record.setting("hook")), layer, str(record.setting("weights")))
-    shape = (experiment.saes[0], experiment.ensemble.members, len(results.seeds), record.setting("train_tokens"))
+    trained = (experiment.ensemble.members, len(results.seeds), record.setting("train_tokens"))
     browser = FeatureBrowser.read(store, results, experiment.ensemble.seeds)
     explained = outcome(store, experiment.name, experiment.ensemble.seeds, layer)
     notes = {"downstream": f"Explanations by a language model. {explained}" if explained else ""}
@@ -103,7 +103,7 @@ def write_report(folder: Path, store: Store, catalogue: Experiments, experiment:
         "empty": _reasons(metrics, [row.cells for row in rows]),
         "paper": published,
         "setting": setting,
-        "deviations": setting.deviations(*shape) if setting else [],
+        "deviations": setting.deviations(experiment.saes[0], *trained) if setting and experiment.saes else [],
         "sections": sections,
         "browser": browser,
         "diagram": diagram(record),

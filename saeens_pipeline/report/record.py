@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from saeens_pipeline.assets.over_seeds import written
 from saeens_pipeline.report.methods import method
-from saeens_pipeline.storage.names import Address, Partition, locate
+from saeens_pipeline.storage.names import SAES, Address, Partition, locate
 from saeens_pipeline.storage.recipes import RECIPE_FILE, Artefact, DamagedArtefactError, Store, digest, read_artefact
 
 UI = "http://127.0.0.1:3000"  # the address of `saeens ui`
@@ -85,7 +85,7 @@ class Record:
     def _saes_by_version(self) -> dict[str, list[Found]]:
         by_version: dict[str, list[Found]] = {}
         for each in self.found:
-            if each.artefact.recipe["builder"] == "sae":
+            if each.artefact.recipe["builder"] in SAES:
                 by_version.setdefault(each.version, []).append(each)
         return by_version
 
@@ -155,12 +155,13 @@ class Record:
         yield Fact("data version", self.tokens.version)
 
     def _sae_facts(self) -> Iterator[Fact]:
-        members = [each for each in self.of("bagging") if each.artefact.recipe["builder"] == "sae"]
+        members = [each for each in self.of("bagging") if each.artefact.recipe["builder"] in SAES]
         if not members:
             return
-        saes = list(dict.fromkeys(_in_words(each.settings["sae"]) for each in members))
+        trained = [each for each in members if each.artefact.recipe["builder"] == "sae"]
+        saes = list(dict.fromkeys(_shape(each) for each in members))
         yield Fact("SAE" if len(saes) == 1 else "SAEs, by member", "; ".join(saes))
-        yield Fact("training", _in_words(members[0].settings["training"]))
+        yield Fact("training", _in_words(trained[0].settings["training"]) if trained else "none: all members are published")
         yield Fact("members", str(len({each.address.name for each in members})))
         yield Fact("ensemble seeds", ", ".join(map(str, sorted({seed for each in members if (seed := each.partition.seed) is not None}))))
 
@@ -180,7 +181,8 @@ class Record:
 
     def _training_facts(self) -> Iterator[Fact]:
         """Yield training totals. Linked SAEs count once: a link has the totals of the SAE that it links to."""
-        if saes := self._saes_by_version.values():
+        of_versions = self._saes_by_version.values()
+        if saes := [found for found in of_versions if found[0].artefact.recipe["builder"] == "sae"]:
             passes = [each.artefact.provenance for each in self.found if each.artefact.recipe["builder"] == "residual"]
             spent = [(found[0].artefact.provenance, "train_") for found in saes] + [(each, "") for each in passes]
             seconds, flops = (sum(each.get(f"{prefix}{unit}") or 0 for each, prefix in spent) for unit in ("seconds", "flops"))
@@ -205,6 +207,11 @@ def _readable(root: Path, paths: Sequence[Path], layer: int) -> Iterator[Found]:
             yield Found(*located, read_artefact(path), str(relative))
         except DamagedArtefactError:
             continue
+
+
+def _shape(sae: Found) -> str:
+    published = sae.artefact.provenance.get("published")
+    return f"published: {published}" if published else _in_words(sae.settings["sae"])
 
 
 def _in_words(settings: Mapping[str, Any]) -> str:

@@ -25,6 +25,7 @@ from saeens_pipeline.settings.from_file import FILE, Distinct, FromFile, Section
 from saeens_pipeline.settings.labelled_data_sets import Labels
 from saeens_pipeline.settings.messages import in_words, shown
 from saeens_pipeline.settings.probing import ConceptDetectionSettings, SpuriousCorrelationSettings
+from saeens_pipeline.settings.published import PublishedSAE
 from saeens_pipeline.settings.sources import Name
 from saeens_pipeline.settings.sweeps import name_of_value, swept, validate_sweep
 from saeens_pipeline.storage.names import RESERVED_GROUPS
@@ -165,20 +166,33 @@ class EnsembleSettings(Section):
         "an L1 or L0 coefficient means less in later rounds",
     )
     specialised: list[SpecialisedMember] = Field([], description="bagging members with their own documents or starting weights")
+    published: list[PublishedSAE] = Field([], description="members that are loaded, not trained; member 1 is round 1 of boosting, too")
 
     @model_validator(mode="after")
-    def _specialised_members_exist_once(self) -> EnsembleSettings:
-        named = [each.member for each in self.specialised]
-        for i, member in enumerate(named):
-            if member > self.members:
-                raise _wrong(["specialised", i, "member"], f"there is no member {member}: the ensemble has {self.members}")
-            if member in named[:i]:
-                raise _wrong(["specialised", i, "member"], f"member {member} is named twice")
+    def _members_exist_once(self) -> EnsembleSettings:
+        named: list[int] = []
+        for field, entries in (("specialised", self.specialised), ("published", self.published)):
+            for i, each in enumerate(entries):
+                if each.member > self.members:
+                    raise _wrong([field, i, "member"], f"there is no member {each.member}: the ensemble has {self.members}")
+                if each.member in named:
+                    raise _wrong([field, i, "member"], f"member {each.member} is named twice")
+                named.append(each.member)
+        return self
+
+    @model_validator(mode="after")
+    def _rounds_one_after_another(self) -> EnsembleSettings:
+        if self.boosting == "concurrent" and self.published_sae(1):
+            raise _wrong(["boosting"], "concurrent trains all rounds in one pass, and round 1 is published: write sequential")
         return self
 
     def specialisation(self, member: int) -> SpecialisedMember | None:
         """Return the entry of a member, numbered from 1; None for members without one."""
         return next((each for each in self.specialised if each.member == member), None)
+
+    def published_sae(self, member: int) -> PublishedSAE | None:
+        """Return the entry of a published member, numbered from 1; None for one that is trained."""
+        return next((each for each in self.published if each.member == member), None)
 
 
 class FreshnessSettings(Section):
@@ -214,7 +228,9 @@ class ExperimentSettings(FromFile):
     name: Annotated[Name, AfterValidator(_outside_groups)] = Field(description="name of the experiment: lower-case letters, digits and _")
     source: Name = Field(description="name of an ActivationSource")
     sae: Annotated[Any, BeforeValidator(_read_saes, json_schema_input_type=dict[str, Any] | list[dict[str, Any]])] = Field(
-        description="architecture, expansion or d_sae, and the fields of the architecture; or a list of such mappings, one per member"
+        None,
+        description="architecture, expansion or d_sae, and the fields of the architecture; or a list of such mappings, one per member. "
+        "Left out where all members are published and nothing is trained",
     )
     sweep: Annotated[dict[str, list[int | float]], BeforeValidator(validate_sweep)] | None = Field(
         None, description="one field of sae with a list of values, each for an experiment of its own"
@@ -283,6 +299,9 @@ class ExperimentSettings(FromFile):
 
     @model_validator(mode="after")
     def _consistent(self) -> ExperimentSettings:
+        if self.sae is None:
+            self._check_untrained()
+            return self
         if isinstance(self.expanded_sizes, list) and max(self.expanded_sizes) > self.ensemble.members:
             raise ValueError(f"expanded_sizes: {max(self.expanded_sizes)} is more than the ensemble's {self.ensemble.members} members")
         if self.keep_residuals == "all" and self.ensemble.boosting == "concurrent":
@@ -293,6 +312,19 @@ class ExperimentSettings(FromFile):
         self._check_specialised()
         self._check_sweep()
         return self
+
+    def _check_untrained(self) -> None:
+        """Raise ValidationError, without `sae`, for a member that is not published, and for settings of training."""
+        if len(self.ensemble.published) < self.ensemble.members:
+            raise ValidationError.from_exception_data(
+                "ExperimentSettings", [InitErrorDetails(type="missing", loc=("sae",), input=self.model_dump(exclude_unset=True))]
+            )
+        for field in ("sweep", "training", "baselines", "baseline_training", "expanded_sizes", "keep_residuals"):
+            if field in self.model_fields_set and getattr(self, field):
+                raise _wrong([field], "nothing is trained: all members are published, and sae is left out. Leave this out, or give sae")
+        seeds = self.ensemble.seeds
+        if len(seeds) > 1 and not any(each.depends_on("seed") for each in self.ensemble.published):
+            raise _wrong(["ensemble", "seeds"], f"{len(seeds)} seeds of the same SAEs: give one, or write {{seed}} in published")
 
     def _check_baseline_training(self) -> None:
         """Raise ValidationError for training of a baseline that does not fit the experiment's."""
@@ -314,7 +346,7 @@ class ExperimentSettings(FromFile):
     def _check_specialised(self) -> None:
         """Raise ValidationError for a member whose starting weights do not fit its SAE."""
         for i, each in enumerate(self.ensemble.specialised):
-            if each.start_from is not None:
+            if each.start_from is not None and not self.ensemble.published_sae(each.start_from):  # its shape is in its files
                 saes = self.saes[each.member - 1], self.saes[each.start_from - 1]
                 own, start = (f"{sae.architecture}, {sae.width_field} {sae.width}" for sae in saes)
                 if own != start:
@@ -336,7 +368,9 @@ class ExperimentSettings(FromFile):
 
     @property
     def saes(self) -> list[SAESettings]:
-        """`sae` of each member, in order."""
+        """`sae` of each member, in order, those of published members too: rounds have them. Empty if nothing is trained."""
+        if self.sae is None:
+            return []
         return self.sae if isinstance(self.sae, list) else [self.sae] * self.ensemble.members
 
     def joined_sae(self, n: int, *, l0_matched: bool = False) -> SAESettings:

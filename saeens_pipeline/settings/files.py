@@ -203,7 +203,7 @@ class ExperimentFile:
 
 
 @contextmanager
-def blamed_on(settings: Settings, field: str, *, is_from_file: bool = True) -> Iterator[None]:
+def blamed_on(settings: Settings, field: str | Location, *, is_from_file: bool = True) -> Iterator[None]:
     """Add path, line and field to a ConfigurationError of this block: facts outside the file can make a field of it wrong.
 
     With `is_from_file` False the wrong value is not from the file.

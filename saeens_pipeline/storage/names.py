@@ -15,6 +15,8 @@ from typing import Literal, NamedTuple, cast, get_args
 
 Kind = Literal["source", "bagging", "boosting", "baseline", "consensus", "eval", "report", "leaderboard"]
 ENSEMBLES: tuple[Kind, ...] = ("bagging", "boosting")
+SAES = ("sae", "published_sae")
+"""Builders of SAEs: trained, and loaded."""
 
 SOURCES_GROUP = "sources"
 LEADERBOARD = "leaderboard"

@@ -722,10 +722,12 @@ def test_a_killed_step_is_retried_and_resumes(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     batches = ActivationReader.batches
+    monkeypatch.setattr(ActivationReader, "batches", batches)  # the module changes both in this process, too
+    monkeypatch.setattr(retries, "DELAY_SECONDS", retries.DELAY_SECONDS)
     with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
         register_layers(instance, NAME, [LAYER])
         job = dg.reconstructable(importlib.import_module("killed_training").training)
-        monkeypatch.setattr(ActivationReader, "batches", batches)  # the module has changed it in this process, too
+        monkeypatch.setattr(ActivationReader, "batches", batches)
         partition = {"dagster/partition": f"{LAYER}|{SEED}", "dagster/partition/layer": str(LAYER), "dagster/partition/seed": str(SEED)}
         with dg.execute_job(job, instance, tags=partition) as result:
             assert result.success

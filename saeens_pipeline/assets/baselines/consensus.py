@@ -39,6 +39,7 @@ register(
         target=_consensus,
         order=50,
         of_lists=False,
+        of_published=True,
         complaint=_complaint,
     )
 )
@@ -51,6 +52,7 @@ register(
         target=_matched,
         order=51,
         of_lists=False,
+        of_published=True,
         complaint=_complaint,
     )
 )

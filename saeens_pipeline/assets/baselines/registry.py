@@ -34,9 +34,11 @@ class Baseline:
     is_sized: bool = False
     """True: one SAE for each of the experiment's `expanded_sizes`. False: one SAE, compared with all members."""
     by_default: bool = False
-    """True: experiments without a list of baselines have it, unless `adds_l0` excludes it."""
+    """True: experiments without a list of baselines have it, unless `adds_l0` or a published member excludes it."""
     of_lists: bool = True
     """True: defined where `sae` is a list, one per member."""
+    of_published: bool = False
+    """True: defined where members are published, whose widths and training are not those of `sae`."""
     adds_l0: bool = False
     """True: its L0 is the sum of the members' L0, which their settings have to give: k or `l0_target`."""
     complaint: Callable[[ExperimentSettings], str] = lambda experiment: ""
@@ -88,6 +90,8 @@ def names_of(experiment: ExperimentSettings) -> list[str]:
     """Return the names of the baselines of an experiment, in the order of its file."""
     if experiment.baselines is not None:
         return experiment.baselines
+    if experiment.ensemble.published:
+        return []
     has_l0 = all(sae.l0 is not None for sae in experiment.saes)
     return [baseline.name for baseline in listed() if baseline.by_default and (has_l0 or not baseline.adds_l0)]
 
@@ -126,6 +130,9 @@ def _complaint(baseline: Baseline, experiment: ExperimentSettings) -> str:
     if is_list and not baseline.of_lists:
         able = ", ".join(each.name for each in listed() if each.of_lists)
         return f"{baseline.name} is not defined where sae is a list, one per member: leave it out ({able} are), or give one sae"
+    if experiment.ensemble.published and not baseline.of_published:
+        able = ", ".join(each.name for each in listed() if each.of_published)
+        return f"{baseline.name} is not defined with published members, whose widths are in their files: leave it out ({able} are)"
     for number, sae in enumerate(experiment.saes if baseline.adds_l0 else [], start=1):
         try:
             validate_l0_multiple(sae)

@@ -26,7 +26,7 @@ OUTPUT_TOKENS = 10
 
 
 def context_rows(making: Making, n_contexts: int, radius: int) -> pl.DataFrame:
-    """Return the rows of every feature of both ensembles.
+    """Return the rows of every feature of the ensembles.
 
     Memory, for any number of test tokens: 1.2 kB for each feature of one ensemble during the pass, then the texts of one member's
     contexts at a time, and the rows, about 3 kB for each feature of both; in addition one window of codes, at the start the language
@@ -34,8 +34,7 @@ def context_rows(making: Making, n_contexts: int, radius: int) -> pl.DataFrame:
     """
     tokens = TokenStrings(making)
     unembedding = _unembedding(making, tokens)
-    ensembles = {"bagging": making.subject.bagging, "boosting": making.subject.boosting}
-    rows = [_rows(making, *each, tokens, unembedding, n_contexts=n_contexts, radius=radius) for each in ensembles.items()]
+    rows = [_rows(making, *each, tokens, unembedding, n_contexts=n_contexts, radius=radius) for each in making.subject.ensembles.items()]
     return pl.concat([part for of_ensemble in rows for part in of_ensemble])
 
 

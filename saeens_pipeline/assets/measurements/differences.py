@@ -41,7 +41,7 @@ def difference_rows(making: Making) -> Iterator[Row]:
 def _pairs(making: Making) -> Iterator[tuple[_Measured, _Measured]]:
     """Yield all pairs of whole methods, and the consecutive sizes of an ensemble, the larger first."""
     measured = [*sizes(making)]
-    sizes_of = {name: [each for each in measured if each[0]["method"] == name] for name in ENSEMBLES}
+    sizes_of = {name: [each for each in measured if each[0]["method"] == name] for name in making.subject.ensembles}
     whole = [each for each in measured if each[0]["method"] not in ENSEMBLES]
     whole[1:1] = [of_ensemble[-1] for of_ensemble in sizes_of.values()]
     yield from combinations(whole, 2)

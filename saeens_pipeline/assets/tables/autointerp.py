@@ -88,7 +88,7 @@ def _had_no_endpoint(store: Store, address: Address, where: Partition) -> bool:
 def expected(experiment: ExperimentSettings, n_partitions: int) -> Estimate:
     """Return the largest number of requests and tokens for so many partitions. Stored answers are not subtracted."""
     assert experiment.autointerp is not None, "checked where the experiment is read"
-    n_features = experiment.autointerp.features * len(ENSEMBLES) * n_partitions
+    n_features = experiment.autointerp.features * (len(ENSEMBLES) if experiment.saes else 1) * n_partitions
     return Estimate.beforehand(experiment.autointerp, n_features, CONTEXTS, 2 * RADIUS + 1)
 
 
@@ -102,7 +102,7 @@ def _rows(making: Making) -> pl.DataFrame:
     if endpoint is None:
         logger.warning("%s: not configured: set %s to the address of a language model and run again", label, URL_VARIABLE)
     interviewer = Interviewer(settings, answers, endpoint)
-    rows = explained_rows(making, interviewer, label, ENSEMBLES, RADIUS) if endpoint or not answers.is_empty else []
+    rows = explained_rows(making, interviewer, label, tuple(making.subject.ensembles), RADIUS) if endpoint or not answers.is_empty else []
     making.provenance[AUTOINTERP] = {
         "status": MADE if endpoint else NOT_CONFIGURED,
         "requests": interviewer.asked,
@@ -118,7 +118,7 @@ def _rows(making: Making) -> pl.DataFrame:
 
 
 def _inputs(subject: Subject) -> Sequence[Reference]:
-    return [subject.tokens, subject.activations, subject.bagging, subject.boosting, subject.table("contexts")]
+    return [subject.tokens, subject.activations, *subject.ensembles.values(), subject.table("contexts")]
 
 
 def _settings(experiment: ExperimentSettings) -> Mapping[str, Any]:

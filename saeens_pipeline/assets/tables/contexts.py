@@ -38,7 +38,7 @@ register(
             Column("suppressed_tokens", "str", "the same for the smallest logits"),
         ),
         rows=_rows,
-        inputs=lambda subject: [subject.tokens, subject.activations, subject.bagging, subject.boosting],
+        inputs=lambda subject: [subject.tokens, subject.activations, *subject.ensembles.values()],
         version=2,
         order=80,
         is_large=True,

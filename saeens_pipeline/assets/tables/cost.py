@@ -26,7 +26,8 @@ def with_totals(rows: pl.DataFrame) -> pl.DataFrame:
 def residual_passes(making: Making) -> list[Mapping[str, Any]]:
     """Return the provenance of boosting's passes over the activations, in order; none where rounds are trained together."""
     experiment = making.experiment
-    n_residuals = 0 if experiment.ensemble.boosting == "concurrent" else experiment.ensemble.members - 1
+    has_residuals = making.subject.boosting is not None and experiment.ensemble.boosting == "sequential"
+    n_residuals = experiment.ensemble.members - 1 if has_residuals else 0
     addresses = [Address(experiment.name, "boosting", f"residual_{j}") for j in range(1, n_residuals + 1)]
     return [making.store.require(address, making.partition).provenance for address in addresses]
 
@@ -41,9 +42,9 @@ def _rows(making: Making) -> Iterator[Row]:
         joint = [made for j, made in enumerate(each, start=1) if _is_trained_beside_others(experiment, method, j)]
         alone = [made for j, made in enumerate(each, start=1) if not _is_trained_beside_others(experiment, method, j)]
         yield making.row(method, n, saes) | {
-            "train_tokens": sum(sae["train_tokens"] for sae in each),
-            "train_flops": float(sum(sae["train_flops"] for sae in each)),
-            "train_seconds": sum(sae["train_seconds"] for sae in each),
+            "train_tokens": _total(each, "train_tokens"),
+            "train_flops": _total(each, "train_flops", 0.0),
+            "train_seconds": _total(each, "train_seconds"),
             "residual_flops": float(sum(made["flops"] for made in passes)),
             "residual_seconds": sum((made["seconds"] for made in passes), 0.0),
             "peak_memory_bytes": _peak_memory(joint, [*alone, *passes]),
@@ -54,9 +55,15 @@ def _rows(making: Making) -> Iterator[Row]:
         }
 
 
+def _total(made: Sequence[Mapping[str, Any]], name: str, zero: float = 0) -> float | None:
+    """Return the sum over the SAEs; None if one is published, and its training is not known."""
+    values = [each[name] for each in made]
+    return None if None in values else sum(values, zero)
+
+
 def _is_trained_beside_others(experiment: ExperimentSettings, method: str, number: int) -> bool:
     if method == "bagging":
-        return experiment.ensemble.specialisation(number) is None
+        return experiment.ensemble.specialisation(number) is None and experiment.ensemble.published_sae(number) is None
     return method == "boosting" and experiment.ensemble.boosting == "concurrent"
 
 
@@ -93,7 +100,8 @@ register(
             Column(
                 "train_tokens",
                 "int",
-                "tokens seen in training, summed over members; all columns of training: of a consensus with its members",
+                "tokens seen in training, summed over members; all columns of training: of a consensus with its members, and null where an "
+                "SAE is published, whose training is not known",
                 less_is_better=True,
             ),
             Column("train_flops", "float", "dense-equivalent floating-point operations of training", less_is_better=True),

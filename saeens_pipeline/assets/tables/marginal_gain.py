@@ -20,7 +20,7 @@ _WORDS = {True: "yes", False: "no", None: "cannot tell"}
 
 
 def _inputs(subject: Subject) -> Sequence[Reference]:
-    return [*(subject.table(name) for name in _READ if fills(subject.experiment, name)), subject.bagging, subject.boosting]
+    return [*(subject.table(name) for name in _READ if fills(subject.experiment, name)), *subject.ensembles.values()]
 
 
 def _read(of_seed: Making, name: str) -> pl.DataFrame:
@@ -33,7 +33,7 @@ def _rows(making: Making) -> Iterator[Row]:
 
     subject, reasons = making.subject, {}
     has_intervals = fills(making.experiment, "differences")
-    for method, ensemble in (("bagging", subject.bagging), ("boosting", subject.boosting)):
+    for method, ensemble in subject.ensembles.items():
         rows: dict[tuple[int | None, int], Row] = {}
         gains: dict[tuple[int, str], list[sm.metrics.Gain]] = {}
         for of_seed in making.of_seeds:
@@ -42,7 +42,7 @@ def _rows(making: Making) -> Iterator[Row]:
             values = _read(of_seed, "reconstruction").filter(method=method).sort("n_members")
             intervals = _intervals(_read(of_seed, "differences"), method) if has_intervals else {}
             passes = [0, *(each["flops"] for each in residual_passes(of_seed))] if method == "boosting" else []
-            costs = [sae.provenance["train_flops"] + sum(passes[j : j + 1]) for j, sae in enumerate(saes)]
+            costs = _costs(saes, passes)
             for n in range(1, len(saes) + 1):
                 row = rows[seed, n] = of_seed.row(method, n, saes[:n]) | {"new_features": new_features[n - 1]}
                 if n == 1:
@@ -68,6 +68,17 @@ def _rows(making: Making) -> Iterator[Row]:
             yield row | {"worthwhile": _WORDS[decisions[n - 2]] if n > 1 else None, "suggested": suggested}
     if reasons:
         making.provenance["cannot_tell"] = reasons
+
+
+def _costs(saes: Sequence[Artefact], passes: Sequence[float]) -> list[float]:
+    """Return the FLOPs of training each SAE, with the pass for its residual.
+
+    Where an SAE is published, and those of its training are not known, return the FLOPs of using each SAE on one token.
+    """
+    trained = [sae.provenance["train_flops"] for sae in saes]
+    if None in trained:
+        return [sae.provenance["inference_flops_per_token"] for sae in saes]
+    return [flops + sum(passes[j : j + 1]) for j, flops in enumerate(trained)]
 
 
 def _intervals(differences: pl.DataFrame, method: str) -> dict[tuple[str, int], tuple[float | None, float | None]]:
@@ -131,7 +142,7 @@ register(
                 "str",
                 "yes, no or cannot tell: whether the whole interval of a gain, in every seed, is above 5% of the gap that remains to "
                 "explained variance 1, or to the loss of the activations, times the member's training FLOPs, with the pass for its "
-                "residual, over the first member's; null for the first",
+                "residual, over the first member's (where one is published: its FLOPs per token of use); null for the first",
                 from_columns=_DECIDE,
             ),
             Column(

@@ -13,7 +13,7 @@ from saeens_pipeline.storage.tables import Column
 
 
 def _rows(making: Making) -> Iterator[Row]:
-    for method, ensemble in (("bagging", making.subject.bagging), ("boosting", making.subject.boosting)):
+    for method, ensemble in making.subject.ensembles.items():
         members = making.shared.evaluations[ensemble.address.name].members
         for number, (sae, member) in enumerate(zip(making.members(ensemble), members, strict=True), start=1):
             yield making.row(method, len(members), [sae]) | {

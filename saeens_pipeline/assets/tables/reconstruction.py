@@ -48,7 +48,10 @@ def _l0_target(saes: Sequence[Artefact]) -> float | None:
     """Return the sum of the SAEs' `k` or `l0_target`; None if one has neither: a coefficient alone decides its L0."""
     from saeens_models import SAESettings
 
-    targets = [SAESettings.model_validate(sae.recipe["settings"]["sae"]).l0 for sae in saes]
+    targets = [
+        sae.provenance["l0_target"] if "published" in sae.provenance else SAESettings.model_validate(sae.recipe["settings"]["sae"]).l0
+        for sae in saes
+    ]
     known = [target for target in targets if target is not None]
     return sum(known) if len(known) == len(targets) else None
 

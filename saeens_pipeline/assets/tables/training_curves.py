@@ -15,6 +15,8 @@ from saeens_pipeline.storage.tables import Column
 def _rows(making: Making) -> Iterator[Row]:
     for method, n, dictionary in making.subject.whole:
         for member, sae in enumerate(making.members(dictionary), start=1):
+            if not (sae.path / CURVE_FILE).exists():  # published
+                continue
             row = making.row(method, n, [sae]) | {"member": member}
             yield from (row | point for point in pl.read_parquet(sae.path / CURVE_FILE, glob=False).iter_rows(named=True))
 
@@ -36,6 +38,7 @@ register(
         rows=_rows,
         order=120,
         by_default=True,
+        may_be_empty=True,
         shared_pass=EVALUATION,
         sae_part="training_curve",
     )
