@@ -176,6 +176,8 @@ def _refusals(place: Place) -> Iterator[None]:
             yield
     except ConnectionError as error:
         raise SaeensError(str(error)) from error.__cause__
+    except OSError as error:  # of a file here
+        raise SaeensError(f"{error.filename}: {error.strerror}") from error
     except ValueError as error:
         message, token = str(error), huggingface_hub.get_token()
         raise ConfigurationError(message.replace(token, "***") if token else message) from error.__cause__
@@ -253,8 +255,8 @@ def _removed_after(aside: Path, parent: Path) -> Iterator[None]:
     """Make the folder `aside`, and remove it in the end, with new folders above it that are empty."""
     above = [each for each in (parent, *parent.parents) if not each.exists()]
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
     try:
+        aside.mkdir(parents=True)
         yield
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -19,6 +19,7 @@ import yaml
 from fake_hub import UNREACHABLE, FakeHub, reach
 from huggingface_hub import HfApi, constants
 from tiny_experiment import LAYER, MEMBERS, NAME, SEEDS, Laboratory
+from tiny_models import D_MODEL
 
 import saeens_models as sm
 from saeens_models import interop
@@ -278,6 +279,22 @@ def test_metadata_of_the_card_name_the_hubs_model_and_the_licence(
     assert f'SAE.from_pretrained("{REPO}", "inside")' in card
 
 
+def test_published_members_are_named_without_their_path(empty: Laboratory, hub: FakeHub, saeens: Saeens, tmp_path: Path):
+    entries = []
+    for member in range(1, MEMBERS + 1):
+        sae = sm.build_sae(sm.SAESettings.model_validate({"architecture": "topk", "d_sae": 24, "k": 4}).config(D_MODEL, member))
+        interop.export(sae, "sparsify", tmp_path / f"download_{member}")
+        entries.append({"member": member, "sae": str(tmp_path / f"download_{member}")})
+    trained = dict.fromkeys(("sae", "training", "baselines", "keep_residuals"))
+    empty.declare(**trained, ensemble={"members": MEMBERS, "seeds": [SEEDS[0]], "published": entries})
+    empty.run(select=["bagging_ensemble"])
+    assert saeens("push", BAGGING, PLACE)[0] == 0
+    files = hub.pushed[REPOSITORY].files()
+    assert "| member 2 | not trained here: download_2 |" in files["README.md"].decode()
+    assert not [name for name, content in files.items() if str(tmp_path).encode() in content]
+    assert torch.equal(_codes(interop.load(PLACE)), _codes(_on_disk(empty, "bagging")[0]))
+
+
 def test_the_citation_is_that_of_the_project():
     paper = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["preferred-citation"]
     assert f"title = {{{paper['title']}}}" in BIBTEX
@@ -492,6 +509,8 @@ def test_a_pull_leaves_other_folders_alone(finished: Laboratory, hub: FakeHub, s
     code, _, err = saeens("pull", PLACE, tmp_path / "mine")
     assert (code, "exists with other content than" in err) == (2, True), err
     assert [each.name for each in (tmp_path / "mine").iterdir()] == ["file.txt"]
+    code, _, err = saeens("pull", PLACE, tmp_path / "mine" / "file.txt" / "inside")
+    assert (code, "Not a directory" in err) == (1, True), err
     (tmp_path / "empty").mkdir()
     assert saeens("pull", PLACE, tmp_path / "empty")[0] == 0
     for place, why in ((f"{PLACE}@v2", "has no revision 'v2'"), ("hub:some-lab/other", "the hub has no such repository, or it is private")):
