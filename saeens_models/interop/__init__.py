@@ -4,8 +4,6 @@ The formats are those of SAELens, dictionary_learning, sparsify and Gemma Scope,
 """
 
 import copy
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 from saeens_models.architectures import SAE, InputScaleMissingError
 from saeens_models.ensembles import ENSEMBLE_FILE, Bagging, Boosting, Ensemble, load_ensemble
 from saeens_models.interop import dictionary_learning, gemma_scope, hub, saelens_folder, sparsify
+from saeens_models.interop.new_folder import new_folder
 from saeens_models.interop.rewriting import as_one_sae
 
 FORMATS = {each.name: each for each in (saelens_folder.FORMAT, sparsify.FORMAT, dictionary_learning.FORMAT, gemma_scope.FORMAT)}
@@ -87,9 +86,6 @@ def export(sae: SAE | Ensemble, format: str, folder: str | Path, metadata: Mappi
     write = FORMATS[format].write if format in FORMATS else None
     if write is None:
         raise ValueError(f"format {format!r} is not written; one of {', '.join(EXPORTED)}")
-    target = Path(folder)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} exists and is not an empty folder")
     sae = _with_metadata(sae, metadata or {})
     if isinstance(sae, Ensemble):
         try:
@@ -97,18 +93,11 @@ def export(sae: SAE | Ensemble, format: str, folder: str | Path, metadata: Mappi
         except ValueError as error:
             if format != saelens_folder.FORMAT.name:
                 raise ValueError(f"{format} has one SAE in a folder: {error}") from error
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.parent / f".{target.name}-{os.getpid()}"
-    aside.mkdir()
-    try:
+    with new_folder(Path(folder)) as target:
         if isinstance(sae, Ensemble):
-            saelens_folder.write_ensemble(sae, aside)
+            saelens_folder.write_ensemble(sae, target)
         else:
-            write(sae, aside)
-        aside.rename(target)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+            write(sae, target)
 
 
 def _with_metadata(sae: SAE | Ensemble, metadata: Mapping[str, Any]) -> SAE | Ensemble:

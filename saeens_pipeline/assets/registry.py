@@ -190,7 +190,7 @@ class Table:
     order: int = 100
     """Sort key in lists."""
     by_default: bool = False
-    """True: experiments without a list of evaluations fill it."""
+    """True: experiments without a list of evaluations fill it, unless `complaint` has a reason why they cannot."""
     settings: Callable[[ExperimentSettings], Mapping[str, Any]] = lambda experiment: {}
     """Return the settings that decide the rows, in addition to the number of members and, for tables that compare seeds, the seeds."""
     partition_settings: Callable[[ExperimentSettings], Mapping[str, Any]] = lambda experiment: {}
@@ -315,7 +315,7 @@ def seed_column(name: str) -> Column | None:
 def evaluations_of(experiment: ExperimentSettings) -> list[Table]:
     """Return the tables that an experiment fills, each after the tables that it requires."""
     if experiment.evaluations is None:
-        wanted = [table for table in listed(over_experiments=False) if table.by_default]
+        wanted = [table for table in listed(over_experiments=False) if table.by_default and not table.complaint(experiment)]
     else:
         wanted = [TABLES[name] for name in experiment.evaluations]
     ordered: dict[str, Table] = {}

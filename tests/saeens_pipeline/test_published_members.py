@@ -109,6 +109,7 @@ def test_nothing_is_trained_without_sae(bag: tuple[Laboratory, str]):
     builders = {name: each.builder for name, each in laboratory.declarations().items() if not each.address.is_table}
     assert "sae" not in builders.values()
     assert not any("boosting" in name or "residual" in name for name in builders)
+    assert f"{NAME}/eval/training_curves" not in laboratory.declarations()
     assert "bagging" in printed
     assert "boosting" not in printed
     cost = read_table(laboratory.root, NAME, "cost")

@@ -38,7 +38,7 @@ register(
         rows=_rows,
         order=120,
         by_default=True,
-        may_be_empty=True,
+        complaint=lambda experiment: "" if experiment.saes else "nothing is trained, so there are no training_curves: leave it out",
         shared_pass=EVALUATION,
         sae_part="training_curve",
     )
