@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 VENV_INTEROP := .venv-interop
+VENV_SAEBENCH := .venv-saebench
 VENV_BENCH := .venv-bench
 VENV_BROWSER := .venv-browser
 BROWSER_PAGES := .browser-pages
@@ -11,7 +12,7 @@ BENCH ?= --output benchmarks/results
 PYTEST := python -m pytest --numprocesses 2 --dist worksteal --durations 10
 PIP_INSTALL := python -m pip install --quiet --quiet --disable-pip-version-check
 
-.PHONY: help quickstart ui test test-all check test-interop test-transformer-lens browser-test bench docs clean
+.PHONY: help quickstart ui test test-all check test-interop test-saebench test-transformer-lens browser-test bench docs clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-22s %s\n", $$1, $$2 }' Makefile
@@ -37,6 +38,9 @@ check: $(VENV)/.installed-dev  ## style, floors and types
 test-interop: $(VENV_INTEROP)/.installed  ## SAE folders to and from SAELens, dictionary_learning and sparsify
 	$(VENV_INTEROP)/bin/python -m pytest tests/interop
 
+test-saebench: $(VENV_SAEBENCH)/.installed  ## SAEBench's evaluations of SAEs and ensembles, on the embedded language model
+	$(VENV_SAEBENCH)/bin/python -m pytest --disable-warnings tests/saebench
+
 test-transformer-lens: $(VENV_TL)/.installed  ## models in TransformerLens' own format, and the meaning of hooks there
 	$(VENV_TL)/bin/python -m pytest tests/saeens_pipeline -m transformer_lens
 
@@ -54,7 +58,7 @@ docs: $(VENV)/.installed-dev $(VENV_DOCS)/.installed  ## the documentation, into
 	NO_MKDOCS_2_WARNING=1 $(VENV_DOCS)/bin/mkdocs build --quiet --strict
 
 clean:  ## remove the virtual environments; results stay in data/
-	rm -rf $(VENV) $(VENV_INTEROP) $(VENV_BENCH) $(VENV_TL) $(VENV_BROWSER) $(BROWSER_PAGES) $(VENV_DOCS) site
+	rm -rf $(VENV) $(VENV_INTEROP) $(VENV_SAEBENCH) $(VENV_BENCH) $(VENV_TL) $(VENV_BROWSER) $(BROWSER_PAGES) $(VENV_DOCS) site
 
 # A stamp file names the contents of an environment; a changed version or dependency installs again. The install is editable: a changed
 # experiment file takes effect at once.
@@ -76,6 +80,14 @@ $(VENV_INTEROP)/.installed: pyproject.toml constraints-interop.txt | $(VENV_INTE
 	@$(VENV_INTEROP)/bin/$(PIP_INSTALL) --constraint constraints-interop.txt --upgrade pip
 	@$(VENV_INTEROP)/bin/$(PIP_INSTALL) --constraint constraints-interop.txt --group interop
 	@$(VENV_INTEROP)/bin/$(PIP_INSTALL) --constraint constraints-interop.txt --no-deps dictionary-learning nnsight
+	@touch $@
+
+# SAEBench comes without its dependencies: it asks for numpy 1, and for torchvision, seaborn and others that these evaluations do not import.
+$(VENV_SAEBENCH)/.installed: pyproject.toml constraints-saebench.txt | $(VENV_SAEBENCH)/.created
+	@echo "installing SAEBench into $(VENV_SAEBENCH)"
+	@$(VENV_SAEBENCH)/bin/$(PIP_INSTALL) --constraint constraints-saebench.txt --upgrade pip
+	@$(VENV_SAEBENCH)/bin/$(PIP_INSTALL) --constraint constraints-saebench.txt --group saebench
+	@$(VENV_SAEBENCH)/bin/$(PIP_INSTALL) --constraint constraints-saebench.txt --no-deps sae-bench
 	@touch $@
 
 $(VENV_TL)/.installed: pyproject.toml constraints.txt | $(VENV_TL)/.created
