@@ -235,7 +235,10 @@ def _over_seeds(spread: Spread | None, form: str) -> str:
 def _differences(published: Publication, size: tuple[str, int]) -> Iterator[tuple[str, str, str, str]]:
     """Yield metric, other method, difference and interval, of what is pushed minus the other."""
     rows = published.tables.get("differences")
-    for row in rows.iter_rows(named=True) if rows is not None else ():
+    if rows is None:
+        return
+    most = max(rows["n_members"].to_list() + rows["other_n_members"].to_list(), default=1)  # whole ensembles are among them
+    for row in rows.iter_rows(named=True):
         one, other = (row["method"], row["n_members"]), (row["other_method"], row["other_n_members"])
         sign, against = (1, other) if one == size else (-1, one)
         if row["difference"] is None or size not in (one, other):
@@ -243,7 +246,7 @@ def _differences(published: Publication, size: tuple[str, int]) -> Iterator[tupl
         ends = [] if row["low"] is None or row["high"] is None else sorted((sign * row["low"] + 0.0, sign * row["high"] + 0.0))
         interval = f"{ends[0]:+.4g} to {ends[1]:+.4g}" if ends else ""
         about = method(against[0])
-        yield row["metric"], _cell(f"{about.label}, {about.at(against[1], against[1])}"), f"{sign * row['difference'] + 0.0:+.4g}", interval
+        yield row["metric"], _cell(f"{about.label}, {about.at(against[1], most)}"), f"{sign * row['difference'] + 0.0:+.4g}", interval
 
 
 def _documents(published: Publication) -> str:

@@ -24,6 +24,7 @@ from huggingface_hub.hf_api import HfApi, RepoFile
 from saeens_models.interop.hub import Place, explained
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.storage.disk import free_bytes
+from saeens_pipeline.storage.recipes import file_sha256
 
 LINEAGE_FILE, CARD_FILE = "lineage.json", "README.md"
 LINEAGE_VERSION = 1
@@ -152,7 +153,7 @@ def pull(where: str, folder: Path) -> Place:
             file = downloaded / name
             if not file.is_file():
                 raise SaeensError(f"{at}: {name} is missing, and {LINEAGE_FILE} lists it: the repository was changed after the push")
-            if name != CARD_FILE and (file.stat().st_size != size or _sha256(file) != sha256):
+            if name != CARD_FILE and (file.stat().st_size != size or file_sha256(file) != sha256):
                 raise SaeensError(f"{at}: {name} is not the file that was pushed: its hash is not that in {LINEAGE_FILE}")
         shutil.rmtree(aside / ".cache", ignore_errors=True)  # what huggingface_hub notes of its downloads
         if target.is_dir():
@@ -224,7 +225,7 @@ def _obsolete(place: Place, commit: str, there: set[str], files: Mapping[str, Co
             pushed = {*before.files, LINEAGE_FILE}
             if before.asset != asset:
                 problem = f"{place} has {before.asset}, not {asset}"
-            elif CARD_FILE in there & before.files.keys() and _sha256(_cached(at, CARD_FILE)) != before.files[CARD_FILE][1]:
+            elif CARD_FILE in there & before.files.keys() and file_sha256(_cached(at, CARD_FILE)) != before.files[CARD_FILE][1]:
                 problem = f"{place}: {CARD_FILE} was edited after it was pushed"
     if not problem and (foreign := sorted(there & files.keys() - pushed)):
         problem = f"{place} has files that were not pushed from here: {', '.join(foreign[:5])}"
@@ -270,13 +271,8 @@ def _same(folder: Path, lineage: Path, manifest: _Manifest) -> bool:
     found = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir()}
     if found != {*manifest.files, LINEAGE_FILE} or (folder / LINEAGE_FILE).read_bytes() != lineage.read_bytes():
         return False
-    return all(_sha256(folder / name) == sha256 for name, (_, sha256) in manifest.files.items() if name != CARD_FILE)
+    return all(file_sha256(folder / name) == sha256 for name, (_, sha256) in manifest.files.items() if name != CARD_FILE)
 
 
 def _inside(place: Place, name: str) -> str:
     return str(PurePosixPath(place.path) / name)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

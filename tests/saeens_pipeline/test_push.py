@@ -258,6 +258,14 @@ def test_a_bag_of_standard_saes_has_the_plain_sae_of_saelens(empty: Laboratory, 
     assert "`reconstruction`: How well does each dictionary rebuild activations?" in card
 
 
+def test_a_baseline_is_named_with_the_number_of_members_that_it_is_compared_with(empty: Laboratory, hub: FakeHub, saeens: Saeens):
+    evaluations = ["reconstruction", "differences"]
+    empty.declare(baselines=["compute_matched"], evaluations=evaluations, ensemble={"members": 2, "seeds": [SEEDS[0]]}, ce_loss_tokens=0)
+    empty.run()
+    assert saeens("push", BAGGING, PLACE)[0] == 0
+    assert "one SAE, trained as long as 2 members together | " in hub.pushed[REPOSITORY].files()["README.md"].decode()
+
+
 def test_metadata_of_the_card_name_the_hubs_model_and_the_licence(
     empty: Laboratory, hub: FakeHub, saeens: Saeens, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ):
