@@ -1,10 +1,12 @@
 """Steering: a language model whose activations are moved along features, or lose features, while it computes."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
+from operator import index
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +31,7 @@ def steer(model: nn.Module, sae: SAE | Ensemble, strengths: Mapping[int, float],
 
 
 @contextmanager
-def ablate(model: nn.Module, sae: SAE | Ensemble, features: Collection[int], hook: str | nn.Module) -> Iterator[None]:
+def ablate(model: nn.Module, sae: SAE | Ensemble, features: Iterable[SupportsIndex], hook: str | nn.Module) -> Iterator[None]:
     """Within this context the output x of a module loses what the features contribute to its reconstruction: ``x - sum_i z_i * W_dec[i]``.
 
     z is the (scaled) code of x. What the SAE does not reconstruct stays as it is. ``hook`` and errors: as for :func:`steer`.
@@ -47,10 +49,17 @@ def ablate(model: nn.Module, sae: SAE | Ensemble, features: Collection[int], hoo
 
 
 def steering_vector(sae: SAE | Ensemble, strengths: Mapping[int, float]) -> Tensor:
-    """Return ``sum_i strengths[i] * W_dec[i]`` `[d_in]`. Raises ``ValueError`` for features that do not exist."""
-    chosen = _checked(sae, strengths)
-    W_dec = sae.W_dec.detach()
-    return torch.tensor([strengths[i] for i in chosen], dtype=W_dec.dtype, device=W_dec.device) @ W_dec[chosen]
+    """Return ``sum_i strengths[i] * W_dec[i]`` `[d_in]`.
+
+    Raises ``ValueError`` for features that do not exist, and for strengths that are not finite numbers by feature.
+    """
+    if not isinstance(strengths, Mapping):
+        raise ValueError(f"strengths are a mapping such as {{17: 4.0}}; got {type(strengths).__name__}")
+    chosen, W_dec = _checked(sae, strengths), sae.W_dec.detach()
+    for feature, strength in strengths.items():
+        if isinstance(strength, str) or not math.isfinite(strength):
+            raise ValueError(f"the strength of feature {feature} is {strength!r}, expected a finite number")
+    return torch.tensor([float(each) for each in strengths.values()], dtype=W_dec.dtype, device=W_dec.device) @ W_dec[chosen]
 
 
 def save_lm_eval_steering(sae: SAE | Ensemble, strengths: Mapping[int, float], hook: str, file: str | Path) -> None:
@@ -61,18 +70,27 @@ def save_lm_eval_steering(sae: SAE | Ensemble, strengths: Mapping[int, float], h
     """
     if Path(file).suffix != ".pt":
         raise ValueError(f"{file}: the harness reads steering vectors from files that end with .pt")
+    if not Path(file).absolute().parent.is_dir():
+        raise ValueError(f"{Path(file).absolute().parent} is no folder")
     vector = steering_vector(sae, strengths).cpu()
     torch.save({hook: {"steering_vector": vector, "steering_coefficient": 1.0, "action": "add", "bias": None}}, file)
 
 
-def _checked(sae: SAE | Ensemble, features: Collection[int]) -> list[int]:
+def _checked(sae: SAE | Ensemble, features: Iterable[SupportsIndex]) -> list[int]:
+    """Return the features, each once."""
     n_features = sae.n_features if isinstance(sae, Ensemble) else sae.config.d_sae
-    if not features:
+    chosen: list[int] = []
+    for each in features:
+        try:
+            i = -1 if isinstance(each, bool) else index(each)
+        except TypeError:
+            i = -1
+        if not 0 <= i < n_features:
+            raise ValueError(f"feature {each!r} does not exist: there are features 0 to {n_features - 1}")
+        chosen.append(i)
+    if not chosen:
         raise ValueError("no feature is given")
-    for i in features:
-        if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < n_features:
-            raise ValueError(f"feature {i!r} does not exist: there are features 0 to {n_features - 1}")
-    return list(features)
+    return list(dict.fromkeys(chosen))
 
 
 def _module(model: nn.Module, hook: str | nn.Module) -> nn.Module:

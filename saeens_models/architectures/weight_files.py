@@ -1,6 +1,7 @@
 """Files of weights: what is read is checked before it becomes an SAE."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,15 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def in_words(error: ValidationError, whole: str = "configuration") -> str:
     """Return what pydantic complains of: field and message. ``whole`` stands for the object where no field is named."""
-    return "; ".join(f"{'.'.join(map(str, each['loc'])) or whole}: {each['msg']}" for each in error.errors())
+    found = (f" (found: {repr(each['input'])[:40]})" if not isinstance(each["input"], dict) else "" for each in error.errors())
+    return "; ".join(
+        f"{'.'.join(map(str, each['loc'])) or whole}: {each['msg']}{value}" for each, value in zip(error.errors(), found, strict=True)
+    )
+
+
+def without_escapes(message: object) -> str:
+    """Return a message on one line, without the escape sequences of a terminal."""
+    return " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(message)).split())
 
 
 def check_width(file: Path, name: str, value: object) -> int:

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from saeens_models.architectures import SAE, InputScaleMissingError
+from saeens_models.architectures import load_sae as load_own_sae
+from saeens_models.architectures.weight_files import without_escapes
 from saeens_models.ensembles import ENSEMBLE_FILE, Bagging, Boosting, Ensemble, load_ensemble
 from saeens_models.interop import dictionary_learning, gemma_scope, hub, saelens_folder, sparsify
+from saeens_models.interop.foreign import Format, refuse_input_scale
 from saeens_models.interop.new_folder import new_folder
-from saeens_models.interop.rewriting import as_one_sae
+from saeens_models.interop.rewriting import as_one_sae, with_input_bias
 
 FORMATS = {each.name: each for each in (saelens_folder.FORMAT, sparsify.FORMAT, dictionary_learning.FORMAT, gemma_scope.FORMAT)}
 """The formats of one SAE, by name."""
@@ -43,34 +46,57 @@ def load(where: str | Path, *, input_scale: float | None = None) -> SAE | Baggin
     if path.is_file():
         for each in FORMATS.values():
             if any(path.match(pattern) for pattern in each.weights):
-                return each.read(path, input_scale)
+                return _read(each, path, input_scale)
         if path.name == ENSEMBLE_FILE:
             return load_ensemble(path.parent)
         raise ValueError(f"{path}: not a file of weights of any format: {_formats()}")
     if not path.is_dir():
-        raise FileNotFoundError(f"{path} does not exist")
+        raise FileNotFoundError(f"{path} does not exist; one on the hub is hub:OWNER/REPO, with /PATH and @REVISION")
     if (path / ENSEMBLE_FILE).is_file():
+        refuse_input_scale(input_scale, path / ENSEMBLE_FILE)
         return load_ensemble(path)
     for each in FORMATS.values():
         if file := each.file_in(path):
-            return each.read(file, input_scale)
+            return _read(each, file, input_scale)
     inside = sorted(folder.name for folder in path.iterdir() if folder.is_dir() and any(each.file_in(folder) for each in FORMATS.values()))
     hint = f"; its folders {', '.join(inside[:5])}{' and others' if len(inside) > 5 else ''} are SAEs: name one" if inside else ""
     raise ValueError(f"{path} is no SAE: {_formats()}{hint}")
+
+
+def load_sae(path: str | Path, input_scale: float | None = None) -> SAE:
+    """Load one SAE, as :func:`load`; a folder of SAELens or of this package as :func:`saeens_models.architectures.load_sae`.
+
+    Raises as those, and ``ValueError`` for an ensemble.
+    """
+    is_foreign = str(path).startswith(hub.PREFIX) or (
+        Path(path).exists() and any(each.file_in(Path(path)) for each in FORMATS.values() if each is not saelens_folder.FORMAT)
+    )
+    if not is_foreign:
+        return load_own_sae(path, input_scale)
+    found = load(path, input_scale=input_scale)
+    if not isinstance(found, SAE):
+        raise ValueError(f"{path} is an ensemble of {len(found)} SAEs: saeens_models.interop.load opens it")
+    return found
+
+
+def _read(format: Format, file: Path, input_scale: float | None) -> SAE | Bagging | Boosting:
+    """Read a file. All errors are ``ValueError``: torch and numpy have others for shapes, types and values that they do not expect."""
+    try:
+        return format.read(file, input_scale)
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{file} is not a valid file of {format.name}: {type(error).__name__}: {without_escapes(error)}") from error
 
 
 def files_of(where: str | Path) -> list[Path]:
     """Return the files that decide what :func:`load` returns for a local path: weights and configuration. Raises as :func:`load`."""
     path = Path(where)
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
-    patterns = _NAMES if path.is_dir() else [name for name in _NAMES if name.endswith(".json")]
-    folder = path if path.is_dir() else path.parent
-    found = {file for name in patterns for file in folder.glob(name) if file.is_file()}
-    found |= {path} if path.is_file() else set()
-    if not any(file.match(pattern) for file in found for each in FORMATS.values() for pattern in each.weights):
-        load(path)  # raises the error that names the formats
-    return sorted(found)
+        load(path)  # raises FileNotFoundError
+    weights = path if path.is_file() else next((file for each in FORMATS.values() if (file := each.file_in(path))), None)
+    if weights is None:
+        found = load(path)  # raises the error that names the formats
+        raise ValueError(f"{path} is an ensemble of {len(found) if not isinstance(found, SAE) else 1} SAEs: name the folder of one of them")
+    return sorted({weights, *(file for name in _NAMES if name.endswith(".json") for file in weights.parent.glob(name) if file.is_file())})
 
 
 def export(sae: SAE | Ensemble, format: str, folder: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
@@ -115,4 +141,4 @@ def _formats() -> str:
     return "; ".join(f"{each.name} has {each.files}" for each in FORMATS.values()) + f"; an ensemble of ours has {ENSEMBLE_FILE}"
 
 
-__all__ = ["EXPORTED", "FORMATS", "InputScaleMissingError", "as_one_sae", "export", "files_of", "load"]
+__all__ = ["EXPORTED", "FORMATS", "InputScaleMissingError", "as_one_sae", "export", "files_of", "load", "load_sae", "with_input_bias"]

@@ -4,6 +4,7 @@ The pickle is read with ``weights_only=True``: anything but plain tensors is ref
 """
 
 import json
+import math
 import pickle
 import re
 from collections.abc import Callable, Mapping
@@ -20,6 +21,8 @@ from saeens_models.interop.rewriting import with_input_bias
 
 _WEIGHTS = "ae.pt"
 _CONFIG = "config.json"
+_OWN = "saeens_metadata"
+"""Field of ``config.json`` with the metadata; its loader reads ``trainer`` alone."""
 _BUFFERS = ("k", "threshold", "group_sizes")
 _UNIT = 1e-5, 1e-8
 """Relative and absolute tolerance within which its loader takes decoder rows for unit ones."""
@@ -37,6 +40,8 @@ class _Class(NamedTuple):
 def _with_unit_decoder(weights: dict[str, Tensor]) -> None:
     """Give decoder rows norm 1, and the encoder their norms, as its loader does."""
     norms = weights["W_dec"].norm(dim=1)
+    if not norms.all():
+        raise RuntimeError(f"decoder row {int((norms == 0).nonzero()[0])} is zero, and its loader divides rows by their norms")
     if not _are_unit(norms):
         weights |= {"W_dec": weights["W_dec"] / norms[:, None], "W_enc": weights["W_enc"] * norms, "b_enc": weights["b_enc"] * norms}
 
@@ -47,6 +52,8 @@ def _are_unit(norms: Tensor) -> bool:
 
 def _with_threshold_of_each(weights: dict[str, Tensor]) -> None:
     """Give every feature the scalar threshold. Its ReLU comes first: a negative threshold, of a short training, is 0."""
+    if weights["threshold"].numel() != 1:
+        raise RuntimeError(f"threshold is {list(weights['threshold'].shape)}, expected one number")
     threshold = weights.pop("threshold").clamp(min=0)
     weights["threshold"] = threshold.expand(len(weights["W_dec"])).contiguous()
 
@@ -105,11 +112,11 @@ def read(file: Path, input_scale: float | None) -> SAE:
     try:
         kind.prepare(weights)
     except RuntimeError as error:
-        raise ValueError(f"{file}: shapes do not fit each other: {error}") from error
+        raise ValueError(f"{file}: tensors do not fit the class or each other: {error}") from error
     return assemble(
         kind.architecture, weights, file=file, apply_b_dec_to_input=kind.subtracts_b_dec,
         stated={"d_in": trainer.get("activation_dim"), "d_sae": trainer.get("dict_size")},
-        metadata=_metadata(name, trainer, buffer), **fields,
+        metadata=config[_OWN] if isinstance(config.get(_OWN), dict) else _metadata(name, trainer, buffer), **fields,
     )  # fmt: skip
 
 
@@ -123,7 +130,7 @@ def _tensors(file: Path) -> dict[str, Tensor]:
     if not isinstance(found, dict) or not all(isinstance(name, str) and isinstance(each, Tensor) for name, each in found.items()):
         raise ValueError(f"{file}: expected a dict of tensors by name, as state_dict() returns it")
     for name, each in found.items():
-        if each.is_sparse or each.numel() * each.element_size() > each.untyped_storage().nbytes():
+        if each.is_sparse or each.is_meta or each.numel() * each.element_size() > each.untyped_storage().nbytes():
             raise ValueError(f"{file}: {name} is not a plain tensor")
     return dict(found)
 
@@ -131,7 +138,10 @@ def _tensors(file: Path) -> dict[str, Tensor]:
 def _k(trainer: Mapping[str, Any], buffers: Mapping[str, Tensor], config_file: Path) -> object:
     stated = trainer.get("k")
     if "k" in buffers and buffers["k"].numel() == 1:
-        stored = int(buffers["k"].item())
+        stored = buffers["k"].item()
+        if not math.isfinite(stored) or stored != round(stored):
+            raise ValueError(f"{config_file.parent / _WEIGHTS}: k = {stored}, expected a whole number")
+        stored = int(stored)
         if stated is not None and stated != stored:
             raise ValueError(f"{config_file}: k = {stated!r}, and {_WEIGHTS} says {stored}")
         return stored
@@ -176,7 +186,8 @@ def write(sae: SAE, folder: Path) -> None:
     config |= {"lm_name": metadata.get("model_name"), "layer": metadata.get("hook_layer"), "submodule_name": metadata.get("hook_name")}
     torch.save(tensors, folder / _WEIGHTS)
     (folder / _CONFIG).write_text(
-        json.dumps({"trainer": config, "buffer": {"ctx_len": metadata.get("context_size")}}, indent=2) + "\n", encoding="utf-8"
+        json.dumps({"trainer": config, "buffer": {"ctx_len": metadata.get("context_size")}, _OWN: metadata}, indent=2) + "\n",
+        encoding="utf-8",
     )
 
 

@@ -25,8 +25,14 @@ class Format(NamedTuple):
     """None: the format is read only."""
 
     def file_in(self, folder: Path) -> Path | None:
-        """Return the file of weights in a folder of this format, otherwise None."""
-        return next((file for pattern in self.weights for file in sorted(folder.glob(pattern)) if file.is_file()), None)
+        """Return the file of weights in a folder of this format, otherwise None. Raises ``ValueError`` for one of several."""
+        for pattern in self.weights:
+            found = [file for file in sorted(folder.glob(pattern)) if file.is_file()]
+            if len(found) > 1:
+                raise ValueError(f"{folder} has {', '.join(file.name for file in found)}: name one of these files")
+            if found:
+                return found[0]
+        return None
 
 
 class Reader(Protocol):

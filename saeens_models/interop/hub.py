@@ -11,7 +11,7 @@ from saeens_models.ensembles import ENSEMBLE_FILE
 
 PREFIX = "hub:"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_PLACE = re.compile(r"hub:(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<path>[^@]+?))?/?(?:@(?P<revision>[^@]+))?")
+_PLACE = re.compile(r"hub:(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<path>[^@\n\r]+?))?/?(?:@(?P<revision>[^@\s]+))?")
 _QUERY = re.compile(r"(https?://[^\s?]+)\?\S+")  # of signed addresses
 
 
@@ -27,7 +27,7 @@ class Place(NamedTuple):
         """Read ``hub:OWNER/REPO``, with ``/PATH`` and ``@REVISION``. Raises ``ValueError`` for a place that is not written so."""
         found = _PLACE.fullmatch(where)
         path = (found and found["path"]) or ""
-        if found is None or ".." in PurePosixPath(path).parts:
+        if found is None or {".", ".."} & {*PurePosixPath(path).parts, *found["repo"].split("/")}:
             raise ValueError(f"{where!r}: write hub:OWNER/REPO, with /PATH for a folder in it and @REVISION for a branch, tag or commit")
         return cls(found["repo"], path, found["revision"])
 

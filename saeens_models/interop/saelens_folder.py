@@ -7,7 +7,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from saeens_models.architectures import SAE, SAEConfig, load_sae, sae_class, save_sae
 from saeens_models.architectures.saelens_format import CONFIG_FILE, WEIGHTS_FILE, write_saelens_folder
-from saeens_models.architectures.weight_files import check_finite, check_shapes, in_words, read_json, read_safetensors
+from saeens_models.architectures.weight_files import check_finite, check_shapes, check_width, in_words, read_json, read_safetensors
 from saeens_models.ensembles import Bagging, Boosting, Ensemble
 from saeens_models.interop.foreign import Format, refuse_input_scale
 
@@ -39,6 +39,13 @@ def _read_ensemble(file: Path, config_file: Path) -> Bagging | Boosting:
         fields = _EnsembleFields.model_validate_json(config_file.read_bytes())
     except ValidationError as error:
         raise ValueError(f"{config_file}: {in_words(error)}") from error
+    for j, config in enumerate(fields.members):
+        for name in ("d_in", "d_sae"):
+            check_width(config_file, f"members.{j}.{name}", getattr(config, name))
+    stated, widths = read_json(config_file), {"d_in": fields.members[0].d_in, "d_sae": sum(config.d_sae for config in fields.members)}
+    for name, width in widths.items():
+        if stated.get(name, width) != width:
+            raise ValueError(f"{config_file}: {name} is {stated[name]!r}, and that of the members is {width}")
     weights = read_safetensors(file)
     metadata = {name: value for name, value in fields.metadata.items() if name != "sae_lens_version"}
     saes: list[SAE] = []

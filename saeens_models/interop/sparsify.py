@@ -10,7 +10,9 @@ from saeens_models.interop.rewriting import with_input_bias
 
 _CONFIG = "cfg.json"
 _WEIGHTS = "sae.safetensors"
-_MISSING = {"skip_connection": "a skip connection", "transcode": "a transcoder, which maps to other activations"}
+_OWN = "saeens_metadata"
+"""Field of ``cfg.json`` with the metadata, for which the format has no place; its loader leaves it out."""
+_MISSING = {"skip_connection": "a skip connection", "transcode": "a transcoder"}
 
 
 def read(file: Path, input_scale: float | None) -> SAE:
@@ -33,6 +35,8 @@ def read(file: Path, input_scale: float | None) -> SAE:
     if "W_skip" in weights:
         raise ValueError(f"{file}: W_skip: a skip connection, which no SAE here has")
     named = {"encoder.weight": "W_enc", "encoder.bias": "b_enc"}
+    if doubled := sorted(theirs for theirs, ours in named.items() if {theirs, ours} <= weights.keys()):
+        raise ValueError(f"{file}: {doubled[0]} and {named[doubled[0]]}: the same weights twice")
     weights = {named.get(name, name): weight for name, weight in weights.items()}
     if "W_enc" in weights:
         weights["W_enc"] = weights["W_enc"].t().contiguous()
@@ -41,7 +45,8 @@ def read(file: Path, input_scale: float | None) -> SAE:
         width = cfg["expansion_factor"] * cfg["d_in"]
     return assemble(
         "topk", weights, file=file, apply_b_dec_to_input=True, stated={"d_in": cfg.get("d_in"), "d_sae": width},
-        metadata={"hookpoint": file.parent.name, "converted_from": "sparsify"}, k=cfg.get("k", 32),
+        metadata=cfg[_OWN] if isinstance(cfg.get(_OWN), dict) else {"hookpoint": file.parent.name, "converted_from": "sparsify"},
+        k=cfg.get("k", 32),
     )  # fmt: skip
 
 
@@ -67,6 +72,7 @@ def write(sae: SAE, folder: Path) -> None:
         "skip_connection": False,
         "transcode": False,
         "d_in": config.d_in,
+        _OWN: sae.metadata,
     }
     write_safetensors({name: weight.cpu().contiguous() for name, weight in weights.items()}, folder / _WEIGHTS)
     (folder / _CONFIG).write_text(json.dumps(cfg, indent=2) + "\n", encoding="utf-8")

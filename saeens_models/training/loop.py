@@ -234,6 +234,11 @@ def _check_initial(configs: Sequence[SAEConfig], initial: Sequence[SAE | None] |
         if wanted != found:
             shapes = [f"{architecture} with d_in {d_in} and d_sae {d_sae}" for architecture, d_in, d_sae in (found, wanted)]
             raise ValueError(f"SAE {number} cannot start from {shapes[0]}: it is {shapes[1]}")
+        if config.apply_b_dec_to_input != (of_weights := sae.config.apply_b_dec_to_input):
+            raise ValueError(
+                f"SAE {number} has apply_b_dec_to_input = {config.apply_b_dec_to_input}, and starts from weights with {of_weights}: "
+                "saeens_models.interop.with_input_bias rewrites them"
+            )
         if training.unit_norm_decoder and not bool(((sae.W_dec.norm(dim=1) - 1).abs() < _UNIT_NORM_TOLERANCE).all()):
             raise ValueError(f"SAE {number} cannot start from decoder rows with norms other than 1: train with unit_norm_decoder = False")
 

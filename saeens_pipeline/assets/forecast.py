@@ -250,7 +250,11 @@ class _Plan:
         yield "residuals", residuals, ""
         inference = sum((each.config.inference_flops_per_token for each in self.trained), 0.0)
         evaluation = inference * source.test_tokens * self.n_partitions
-        yield "evaluation", evaluation, f"encoding and decoding, without coactivation{self._without_published}"
+        yield (
+            "evaluation",
+            evaluation if self.trained else math.nan,
+            f"encoding and decoding, without coactivation{self._without_published}",
+        )
         loss = self.loss_flops() if self.measures_loss else 0.0
         if self.measures_loss:
             yield "next-token loss", loss, f"the language model with every method and size, on {self.experiment.ce_loss_tokens:,} tokens"

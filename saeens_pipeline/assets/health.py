@@ -191,7 +191,8 @@ def _expect_quality(health: Health, at: tuple[Address, Partition], artefact: Art
         held_out = _held_out(Store(artefact.root(address, partition)), address.owner, partition, artefact)
         _expect_good_sae(health, where, artefact, held_out, settings, later_round=later_round)
     elif artefact.recipe["builder"] == "published_sae":
-        health.warnings += [f"{where}, {artefact.provenance['published']}: {each}" for each in artefact.provenance["differences"]]
+        differences = artefact.provenance["differences"] if address.kind == "bagging" else []  # round 1 is a member, too
+        health.warnings += [f"{where}, {artefact.provenance['published']}: {each}" for each in differences]
     elif artefact.recipe["builder"] == "activations":
         _expect_spread_variance(health, where, artefact)
     elif address.is_table and not health.errors:

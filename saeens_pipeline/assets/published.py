@@ -49,9 +49,16 @@ def published_op(experiment: ExperimentSettings, entry: PublishedSAE, activation
             with _blamed_on(experiment, entry):
                 write_published(context, task, entry.at(*task.partition))
 
-    def check(_: Store, wanted: Wanted, facts: Facts) -> None:
+    def check(store: Store, wanted: Wanted, facts: Facts) -> None:
         from saeens_pipeline.assets.published_loading import load_published, require_width
 
+        there = store.partitions(published.address, "layer", "seed")
+        layers = sorted({partition.layer or 0 for partition in (*there, *(partition for _, partition in wanted))})
+        if len(layers) > 1 and not entry.depends_on("layer"):
+            with _blamed_on(experiment, entry):
+                raise ConfigurationError(
+                    f"one SAE, wanted or there at the layers {', '.join(map(str, layers))}: write {{layer}} where the paths differ"
+                )
         for place in dict.fromkeys(entry.at(*partition) for _, partition in wanted):
             with _blamed_on(experiment, entry):
                 require_width(load_published(place), facts().d_in, place)

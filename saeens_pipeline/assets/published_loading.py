@@ -14,7 +14,11 @@ from saeens_pipeline.assets.sources import activations_of, sae_metadata
 from saeens_pipeline.storage.activations import ActivationStatistics
 from saeens_pipeline.storage.disk import require_free_disk
 
-_LAYER = re.compile(r"\b(?:layers?|blocks|h)[._](\d+)")  # in names of modules, such as layers.3.mlp
+_LAYER = re.compile(r"(?:\b|_)(?:layers?|blocks|h)[._](\d+)")  # in names of modules: layers.3.mlp, resid_post_layer_3
+_SITES = {
+    "resid_pre": "resid_pre", "resid_mid": "resid_mid", "resid_post": r"resid_post|(?:^|\.)(?:layers?|blocks|h)\.\d+$",
+    "mlp": "mlp", "attn": "att(?:n|ention)",
+}  # fmt: skip
 
 
 def load_published(place: str, input_scale: float | None = None) -> SAE:
@@ -49,7 +53,7 @@ def write_published(context: RunContext, task: Task, place: str) -> None:
     own = sae_metadata(store, source, task.partition)
     provenance = context.provenance(task.declaration) | {
         "published": place,
-        "differences": list(_differences(sae.metadata, own)),
+        "differences": list(differences(sae.metadata, own)),
         "l0_target": sae.config.l0_field and getattr(sae.config, sae.config.l0_field),
         "inference_flops_per_token": sae.config.inference_flops_per_token,
         "dtype": "float32",
@@ -60,20 +64,30 @@ def write_published(context: RunContext, task: Task, place: str) -> None:
         sm.save_sae(sae, folder, {**own, **sae.metadata, "published": place})
 
 
-def _differences(published: Mapping[str, Any], source: Mapping[str, Any]) -> Iterator[str]:
+def differences(published: Mapping[str, Any], source: Mapping[str, Any]) -> Iterator[str]:
     """Yield a sentence for each fact about its activations in which a published SAE differs from the source."""
     named, ours = (str(each.get("model_name") or "") for each in (published, source))
-    if named and _short(named) != _short(ours):
+    if named and not _is_same_model(named, ours):
         yield f"it was trained on {named}, and the source has {ours}"
-    hook, layer = str(published.get("hook_name") or published.get("hookpoint") or ""), published.get("hook_layer")
-    if hook.startswith("blocks.") and hook != source["hook_name"]:  # other tools have other names of modules
-        yield f"it was trained at the hook {hook}, and the source has {source['hook_name']}"
+    hook, own = str(published.get("hook_name") or published.get("hookpoint") or ""), source["hook_name"]
+    if hook == own:
         return
-    if layer is None and (found := _LAYER.search(hook)):
-        layer = int(found[1])
+    site, own_site = _site(hook), _site(own)
+    if site and own_site and site != own_site:
+        yield f"it was trained at the hook {hook}, and the source has {own}"
+    stated, found = str(published.get("hook_layer") or ""), _LAYER.search(hook)
+    layer = int(stated) if stated.isdecimal() else int(found[1]) if found else published.get("hook_layer")
     if layer is not None and layer != source["hook_layer"]:
         yield f"it was trained at layer {layer}, and the source has layer {source['hook_layer']}"
 
 
-def _short(name: str) -> str:
-    return name.rstrip("/").rpartition("/")[2].lower()
+def _is_same_model(one: str, other: str) -> bool:
+    """Return whether two names may be of one model. Owners are compared where both names have one: `gpt2` may be any owner's."""
+    (owner, _, name), (other_owner, _, other_name) = (each.rstrip("/").lower().rpartition("/") for each in (one, other))
+    are_owners = all(each and "/" not in each for each in (owner, other_owner))  # no folders
+    return name == other_name and (owner == other_owner or not are_owners)
+
+
+def _site(hook: str) -> str:
+    """Return the place in a block that the name of a hook means, in the words of several tools; empty for other names."""
+    return next((site for site, words in _SITES.items() if re.search(words, hook)), "")

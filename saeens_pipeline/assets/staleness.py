@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from saeens_pipeline.assets.declarations import Declaration, Op
+from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.storage.names import Address, Partition, place
 from saeens_pipeline.storage.recipes import DamagedArtefactError, Store
 
@@ -82,7 +83,10 @@ def _status(store: Store, declaration: Declaration, partition: Partition, known:
     causes = tuple({cause.where: cause for cause in _causes(declaration, partition, known)}.values())
     if causes:
         return Status(declaration, partition, "stale", _following(causes), causes)
-    recipe = declaration.recipe(store, partition)
+    try:
+        recipe = declaration.recipe(store, partition)
+    except SaeensError as error:  # its source was moved or removed: what was computed from it can still be read
+        return Status(declaration, partition, "stale", str(error))
     if artefact.recipe_hash == recipe.hash:
         return Status(declaration, partition, "fresh", "")
     inputs = [each for optional in (False, True) for each in declaration.input_partitions(partition, optional=optional)]

@@ -15,6 +15,7 @@ import torch
 import saeens_models as sm
 from saeens_models import SAE, Cluster, SAEConfig
 from saeens_models.consensus import find_clusters, initial_consensus, with_width
+from saeens_models.interop import with_input_bias
 from saeens_models.training import Checkpoints, CurvePoint, checkpoint_bytes, on_device
 from saeens_pipeline import progress
 from saeens_pipeline.assets.declarations import Declaration, Reference, RunContext, Task
@@ -92,14 +93,18 @@ def _start(store: Store, task: Task, d_in: int) -> _Start:
 
 
 def _initial(config: SAEConfig, start_from: Artefact, task: Task) -> SAE:
-    """Return the SAE whose weights a training starts from. Raises ConfigurationError for another shape: a published one is in its files."""
+    """Return the SAE whose weights a training starts from, in the form of `config`: it may subtract b_dec from its input or not.
+
+    Raises ConfigurationError for another shape, which a published SAE may have.
+    """
     sae = sm.load_sae(start_from.path)
     own, start = (f"{each.architecture} with {each.d_sae} features" for each in (config, sae.config))
-    if own != start:
-        raise ConfigurationError(
-            f"{place(*task.where)} is {own}, and cannot start from {start} in {start_from.path}: these have to be equal"
-        )
-    return sae
+    try:
+        if own != start:
+            raise ValueError("these have to be equal")
+        return with_input_bias(sae, config.apply_b_dec_to_input)
+    except ValueError as error:
+        raise ConfigurationError(f"{place(*task.where)} is {own}, and cannot start from {start} in {start_from.path}: {error}") from error
 
 
 def train_rounds(context: RunContext, tasks: Sequence[Task], given: Reference, rounds: Sequence[Declaration], op_name: str) -> None:

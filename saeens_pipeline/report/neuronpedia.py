@@ -45,7 +45,7 @@ def write_neuronpedia(store: Store, found: Stored, source: str, metadata: Mappin
     place = {
         "model_id": str(metadata["model_name"]).rpartition("/")[2],
         "layer": found.partition.layer,
-        "sae_set": f"{found.address.owner}-{found.address.kind}",
+        "sae_set": f"{found.address.owner}-{found.address.kind}-seed{found.partition.seed}",
         "sae_id_suffix": None if found.artefact.recipe["builder"] == "ensemble" else found.address.name,
     }
     tokens = tokens_of(source).require(store, Partition())

@@ -170,20 +170,18 @@ class EnsembleSettings(Section):
 
     @model_validator(mode="after")
     def _members_exist_once(self) -> EnsembleSettings:
-        named: list[int] = []
+        named: dict[int, str] = {}
         for field, entries in (("specialised", self.specialised), ("published", self.published)):
             for i, each in enumerate(entries):
                 if each.member > self.members:
                     raise _wrong([field, i, "member"], f"there is no member {each.member}: the ensemble has {self.members}")
                 if each.member in named:
-                    raise _wrong([field, i, "member"], f"member {each.member} is named twice")
-                named.append(each.member)
-        return self
-
-    @model_validator(mode="after")
-    def _rounds_one_after_another(self) -> EnsembleSettings:
-        if self.boosting == "concurrent" and self.published_sae(1):
-            raise _wrong(["boosting"], "concurrent trains all rounds in one pass, and round 1 is published: write sequential")
+                    both = "twice" if named[each.member] == field else f"in {named[each.member]}, too: a published SAE is not trained"
+                    raise _wrong([field, i, "member"], f"member {each.member} is named {both}")
+                named[each.member] = field
+        for i, each in enumerate(self.published):
+            if each.sae in [other.sae for other in self.published[:i]]:
+                raise _wrong(["published", i, "sae"], f"{each.sae} is a member already: two members would be the same SAE")
         return self
 
     def specialisation(self, member: int) -> SpecialisedMember | None:
@@ -302,6 +300,8 @@ class ExperimentSettings(FromFile):
         if self.sae is None:
             self._check_untrained()
             return self
+        if self.ensemble.boosting == "concurrent" and self.ensemble.published_sae(1):
+            raise _wrong(["ensemble", "boosting"], "concurrent trains all rounds in one pass, and round 1 is published: write sequential")
         if isinstance(self.expanded_sizes, list) and max(self.expanded_sizes) > self.ensemble.members:
             raise ValueError(f"expanded_sizes: {max(self.expanded_sizes)} is more than the ensemble's {self.ensemble.members} members")
         if self.keep_residuals == "all" and self.ensemble.boosting == "concurrent":

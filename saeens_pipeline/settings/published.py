@@ -32,8 +32,15 @@ class PublishedSAE(Section):
             raise ValueError(f"{{{unknown[0]}}} stands for nothing: {{layer}} and {{seed}} are replaced")
         if not sae.strip():
             raise ValueError("give a folder, a file, or hub:OWNER/REPO/PATH@REVISION")
+        if sae.count("{") != len(_PLACEHOLDER.findall(sae)) or sae.count("}") != sae.count("{"):
+            raise ValueError("a brace is not closed: {layer} and {seed} are replaced")
+        if "://" in sae or sae.lower().startswith(HUB) != sae.startswith(HUB):
+            raise ValueError("write hub:OWNER/REPO/PATH@REVISION for the hub, and a path for what is here")
         file = (info.context or {}).get(FILE)
         if sae.startswith(HUB):
+            from saeens_models.interop.hub import Place  # it loads torch, which importing this module does not
+
+            Place.parse(sae)
             return sae
         path = Path(sae).expanduser()
         return os.path.normpath(Path(file).parent / path if file else path.absolute())

@@ -200,8 +200,7 @@ def test_a_round_trip_keeps_codes_and_metadata(format: str, architecture: str, s
     interop.export(sae, format, tmp_path / "out")
     with torch.no_grad():
         assert_is(interop.load(tmp_path / "out"), sae.encode(weights["x"]), sae.W_dec, sae.b_dec, weights["x"])
-    if format != "sparsify":  # which has no place for them
-        assert interop.load(tmp_path / "out").metadata.items() >= sae.metadata.items()
+    assert interop.load(tmp_path / "out").metadata.items() >= sae.metadata.items()
 
 
 @pytest.mark.parametrize("subtracts", [True, False])
@@ -266,8 +265,14 @@ def test_an_ensemble_for_saelens_comes_back(kind: type[sm.Bagging] | type[sm.Boo
     for wrong, why in (
         ({"kind": "stacking"}, "kind: Input should be 'bagging' or 'boosting'"),
         ({"members": []}, "members: List should have at least 1 item"),
-        ({"members": cfg["members"][:1]}, r"unknown tensors ensemble\.members\.1"),
-        ({"members": [cfg["members"][0], {**cfg["members"][1], "d_sae": 7}]}, r"member 1 of .*W_dec"),
+        ({"members": cfg["members"][:1]}, r"d_sae is \d+, and that of the members is \d+"),
+        ({"members": cfg["members"][:1], "d_sae": cfg["members"][0]["d_sae"]}, r"unknown tensors ensemble\.members\.1"),
+        (
+            {"members": [cfg["members"][0], {**cfg["members"][1], "d_sae": 7}], "d_sae": cfg["members"][0]["d_sae"] + 7},
+            r"member 1 of .*W_dec",
+        ),
+        ({"members": [cfg["members"][0], {**cfg["members"][1], "d_in": 2**62}]}, r"members\.1\.d_in must be a positive integer"),
+        ({"d_in": 3}, "d_in is 3, and that of the members is"),
     ):
         file.write_text(json.dumps({**cfg, **wrong}))
         with pytest.raises(ValueError, match=why):
@@ -298,6 +303,34 @@ REFUSED = {
         lambda d, w: write_dictionary(d, "AutoEncoderNew", {**CLASSES["AutoEncoderNew"][0](w), "encoder.bias": torch.zeros(7)}),
         r"b_enc \[7\] \(expected \[20\]\)",
     ),
+    "an encoder of three dimensions": (
+        lambda d, w: write_dictionary(
+            d, "AutoEncoderNew", {**CLASSES["AutoEncoderNew"][0](w), "encoder.weight": w["E"][None].contiguous()}
+        ),
+        "not a valid file of dictionary_learning: RuntimeError",
+    ),
+    "a tensor without values": (
+        lambda d, w: write_dictionary(
+            d, "AutoEncoderNew", {**CLASSES["AutoEncoderNew"][0](w), "encoder.bias": torch.zeros(20, device="meta")}
+        ),
+        "encoder.bias is not a plain tensor",
+    ),
+    "k of a fraction": (
+        lambda d, w: write_dictionary(d, "AutoEncoderTopK", {**CLASSES["AutoEncoderTopK"][0](w), "k": torch.tensor(4.7)}),
+        "k = 4.699.*, expected a whole number",
+    ),
+    "infinite k": (
+        lambda d, w: write_dictionary(d, "AutoEncoderTopK", {**CLASSES["AutoEncoderTopK"][0](w), "k": torch.tensor(float("inf"))}),
+        "k = inf, expected a whole number",
+    ),
+    "a threshold of each feature": (
+        lambda d, w: write_dictionary(d, "BatchTopKSAE", {**CLASSES["BatchTopKSAE"][0](w), "threshold": w["t"]}, k=K),
+        r"threshold is \[20\], expected one number",
+    ),
+    "a decoder row of zeros": (
+        lambda d, w: write_dictionary(d, "AutoEncoder", {**CLASSES["AutoEncoder"][0](w), "decoder.weight": w["D"].T.contiguous() * 0}),
+        "decoder row 0 is zero",
+    ),
     "not finite": (lambda d, w: write_gemma_scope(d, {**w, "b": w["b"] * float("nan")}), "b_enc holds values that are not finite"),
 }  # fmt: skip
 
@@ -309,6 +342,34 @@ def test_what_cannot_be_represented_is_refused_by_name(case: str, weights: Weigh
     with pytest.raises(ValueError, match=why) as raised:
         interop.load(folder)
     assert str(folder) in str(raised.value), "the error names the file"
+
+
+def test_one_of_several_checkpoints_has_to_be_named(weights: Weights, tmp_path: Path):
+    folder = write_dictionary(tmp_path / "d", "AutoEncoder", CLASSES["AutoEncoder"][0](weights))
+    (folder / "ae.pt").rename(folder / "ae_50.pt")
+    assert interop.files_of(folder) == [folder / "ae_50.pt", folder / "config.json"]
+    (folder / "ae_100.pt").write_bytes((folder / "ae_50.pt").read_bytes())
+    with pytest.raises(ValueError, match=r"has ae_100\.pt, ae_50\.pt: name one of these files"):
+        interop.load(folder)
+    assert interop.files_of(folder / "ae_100.pt") == [folder / "ae_100.pt", folder / "config.json"]
+    assert isinstance(interop.load(folder / "ae_100.pt"), sm.SAE)
+
+
+def test_load_sae_takes_every_format_and_no_ensemble(weights: Weights, tmp_path: Path):
+    folder = write_sparsify(tmp_path / "s", weights)
+    assert torch.equal(sm.load_sae(folder).W_dec, interop.load(folder).W_dec)
+    interop.export(sm.Boosting([sm.load_sae(folder), sm.load_sae(folder)]), "sae_lens", tmp_path / "e")
+    with pytest.raises(ValueError, match="saeens_ensemble"):
+        sm.load_sae(tmp_path / "e")
+    with pytest.raises(FileNotFoundError, match=r"cfg\.json is missing"):
+        sm.load_sae(tmp_path / "nothing")
+
+
+def test_an_array_instead_of_an_archive_is_refused(tmp_path: Path):
+    with (tmp_path / "params.npz").open("wb") as stream:
+        np.save(stream, np.zeros(3))
+    with pytest.raises(ValueError, match=r"params\.npz is not"):
+        interop.load(tmp_path)
 
 
 class _Hostile:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -86,12 +87,27 @@ def test_an_ablated_feature_no_longer_contributes(model: GPTNeoXForCausalLM, kin
         torch.testing.assert_close(ablated, by_hand)
 
 
+def test_a_feature_counts_once_whatever_its_type(model: GPTNeoXForCausalLM):
+    sae, hook = saes()["bagging"], f"layers.{LAYER}"
+    with torch.no_grad():
+        with sm.ablate(model, sae, [5], hook):
+            once = model(TOKENS).logits
+        for features in ([5, 5], np.array([5, 5]), torch.tensor([5])):
+            with sm.ablate(model, sae, features, hook):
+                assert torch.equal(model(TOKENS).logits, once)
+    torch.testing.assert_close(steering_vector(sae, {np.int64(3): 2.0}), 2 * sae.W_dec[3])
+
+
 def test_what_does_not_exist_is_named(model: GPTNeoXForCausalLM):
     sae = saes()["sae"]
     for strengths, hook, why in (
         ({D_SAE: 1.0}, "layers.1", f"feature {D_SAE} does not exist: there are features 0 to {D_SAE - 1}"),
         ({-1: 1.0}, "layers.1", "feature -1 does not exist"),
         ({}, "layers.1", "no feature is given"),
+        ([0], "layers.1", "strengths are a mapping such as"),
+        ({0: float("nan")}, "layers.1", "the strength of feature 0 is nan, expected a finite number"),
+        ({0: "much"}, "layers.1", "the strength of feature 0 is 'much'"),
+        ({True: 1.0}, "layers.1", "feature True does not exist"),
         ({0: 1.0}, "layers.9", r"no module 'layers\.9'; did you mean .*layers\."),
         ({0: 1.0}, "lm_head", r"the output at lm_head is \[1, 20, 50\], expected \[\.\.\., 16\]"),
     ):
@@ -106,5 +122,7 @@ def test_the_harness_file_holds_the_vector_that_steering_adds(model: GPTNeoXForC
     assert hookpoint in dict(model.base_model.named_modules()), "where the harness looks for it"
     assert (found["action"], found["bias"]) == ("add", None)
     torch.testing.assert_close(found["steering_coefficient"] * found["steering_vector"], steering_vector(sae, strengths))
+    with pytest.raises(ValueError, match="absent is no folder"):
+        save_lm_eval_steering(sae, strengths, "layers.1", tmp_path / "absent" / "steer.pt")
     with pytest.raises(ValueError, match=r"end with \.pt"):
         save_lm_eval_steering(sae, strengths, "layers.1", tmp_path / "steer.safetensors")

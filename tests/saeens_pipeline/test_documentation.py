@@ -11,6 +11,7 @@ from typing import Any
 import polars as pl
 import pytest
 import typer
+import yaml
 
 from saeens_models.architectures.config import architectures
 from saeens_models.architectures.settings import settings_class
@@ -118,3 +119,25 @@ def test_an_environment_variable_without_a_description_is_an_error(generator: di
     monkeypatch.delitem(generator["VARIABLES"], "SAEENS_DATA")
     with pytest.raises(ValueError, match="SAEENS_DATA"):
         generator["check_variables"]()
+
+
+def test_yaml_of_the_pages_can_be_read():
+    pages = [*(ROOT / "docs").rglob("*.md"), ROOT / "README.md"]
+    blocks = [
+        (page, block)
+        for page in pages
+        for block in re.findall(r"^```yaml\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    ]
+    assert len(blocks) >= 10
+    for page, block in blocks:
+        lines = block.splitlines()
+        alternatives = (
+            len({line.partition(":")[0] for line in lines if line[:1].strip()}) == 1
+            and len(lines) > 1
+            and all(line[:1].strip() for line in lines)
+        )
+        for text in lines if alternatives else [block]:
+            try:
+                list(yaml.safe_load_all(text))
+            except yaml.YAMLError as error:
+                pytest.fail(f"{page}: {error}")

@@ -98,7 +98,7 @@ def test_dashboards_have_the_features_of_the_ensemble(active: Laboratory, export
     assert skipped["skipped_indexes"] == (~fires).nonzero().flatten().tolist()
     for batch in batches:
         assert {name: batch[name] for name in ("layer", "sae_set", "sae_id_suffix")} == {
-            "layer": LAYER, "sae_set": f"{NAME}-{method}", "sae_id_suffix": None,
+            "layer": LAYER, "sae_set": f"{NAME}-{method}-seed{SEEDS[0]}", "sae_id_suffix": None,
         }  # fmt: skip
     for feature in features:
         assert feature.keys() == FEATURE

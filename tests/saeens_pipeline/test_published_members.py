@@ -20,6 +20,7 @@ from tiny_models import D_MODEL
 import saeens_models as sm
 from saeens_models import interop
 from saeens_pipeline.assets.lineage import lineage
+from saeens_pipeline.assets.published_loading import differences
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.storage.activations import ActivationStore
 from saeens_pipeline.storage.names import Partition
@@ -38,7 +39,7 @@ def published(folder: Path, format: str, seed: int = 0, d_in: int = D_MODEL, **m
             weight.copy_(torch.randn(weight.shape, generator=generator) / 3)
         sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True))
     interop.export(
-        sae, format, folder, {"model_name": "tiny", "hook_name": f"blocks.{LAYER}.hook_resid_post", "hook_layer": LAYER} | metadata
+        sae, format, folder, {"model_name": "tiny_model", "hook_name": f"blocks.{LAYER}.hook_resid_post", "hook_layer": LAYER} | metadata
     )
     return folder
 
@@ -282,6 +283,79 @@ def test_another_model_hook_or_layer_is_a_warning(empty: Laboratory, tmp_path: P
     assert f"it was trained at the hook blocks.0.hook_mlp_out, and the source has blocks.{LAYER}.hook_resid_post" in printed
 
 
+def test_an_sae_of_one_layer_is_not_used_at_an_added_one(empty: Laboratory, tmp_path: Path):
+    empty.declare(
+        **_bag_of({})
+        | {"ensemble": {"members": 1, "seeds": [1], "published": [{"member": 1, "sae": str(published(tmp_path / "a", "sparsify"))}]}}
+    )
+    empty.run(select=["bagging/member_1"])
+    with pytest.raises(ConfigurationError, match=rf"one SAE, wanted or there at the layers 0, {LAYER}: write {{layer}}"):
+        empty.run(layers=[0], select=["bagging/member_1"])
+
+
+def test_what_was_computed_from_files_that_are_gone_can_be_read(empty: Laboratory, tmp_path: Path):
+    folder = published(tmp_path / "a", "sparsify")
+    empty.declare(**_bag_of({}) | {"ensemble": {"members": 1, "seeds": [1], "published": [{"member": 1, "sae": str(folder)}]}})
+    empty.run()
+    folder.rename(tmp_path / "b")
+    states = {each.declaration.address.name: (each.state, each.reason) for each in status_of()}
+    assert states["member_1"][0] == "stale"
+    assert f"{folder} does not exist" in states["member_1"][1]
+    assert len(read_table(empty.root, NAME, "reconstruction")) == 2
+    assert "does not exist" in _refusal(empty)
+
+
+def test_a_start_that_does_not_subtract_b_dec_keeps_its_codes(empty: Laboratory, tmp_path: Path):
+    """Gemma Scope does not subtract b_dec, and training does by default."""
+    arrays = _gemma_scope(tmp_path / "a", 0)
+    sae = {"architecture": "jumprelu", "d_sae": D_SAE, "l0_coefficient": 1e-9}
+    ensemble = {
+        "members": 2,
+        "seeds": [1],
+        "published": [{"member": 1, "sae": str(tmp_path / "a")}],
+        "specialised": [{"member": 2, "start_from": 1}],
+    }
+    empty.declare(
+        sae=sae, training={"learning_rate": 1e-9, "batch_tokens": 64, "unit_norm_decoder": False}, baselines=None, ensemble=ensemble
+    )
+    empty.run(select=["bagging/member_2"])
+    rows = _rows(empty).numpy()
+    pre = rows @ arrays["W_enc"] + arrays["b_enc"]
+    expected = (pre * (pre > arrays["threshold"])) @ arrays["W_dec"] + arrays["b_dec"]
+    tuned = sm.load_sae(empty.artefact("bagging/member_2", 1).path)
+    assert tuned.config.apply_b_dec_to_input
+    assert torch.allclose(tuned(torch.from_numpy(rows)), torch.from_numpy(expected), atol=1e-3)
+
+
+def test_dictionaries_with_the_same_sae_under_every_seed_have_no_stability(boosted: Laboratory):
+    table = read_table(boosted.root, NAME, "stability")
+    assert table["stability"].null_count() == table["stability_reference"].null_count() == len(table)
+    assert table["n_features"].null_count() == 0
+    reasons = boosted.artefact("eval/stability").provenance["not_measured"]
+    assert reasons["stability"] == "not of dictionaries with member 1, 2: the same published SAE under every seed"
+
+
+@pytest.mark.parametrize(
+    ("facts", "expected"),
+    [
+        ({"hookpoint": f"layers.{LAYER}"}, []),
+        ({"hookpoint": f"layers.{LAYER}.mlp"}, ["hook"]),
+        ({"hookpoint": "layers.6"}, ["layer 6"]),
+        ({"hookpoint": "seed_6"}, []),
+        ({"hook_name": "attn_out_layer_3"}, ["hook", "layer 3"]),
+        ({"hook_name": f"resid_post_layer_{LAYER}", "hook_layer": str(LAYER)}, []),
+        ({"model_name": "other/tiny"}, ["trained on other/tiny"]),
+        ({"model_name": "tiny"}, []),
+        ({"model_name": "/somewhere/tiny"}, []),
+    ],
+)  # fmt: skip
+def test_differences_are_found_in_the_words_of_other_tools(facts: dict[str, Any], expected: list[str]):
+    source = {"model_name": "org/tiny", "hook_name": f"blocks.{LAYER}.hook_resid_post", "hook_layer": LAYER}
+    found = list(differences(facts, source))
+    assert len(found) == len(expected)
+    assert all(words in sentence for words, sentence in zip(expected, found, strict=True))
+
+
 def _refusal(laboratory: Laboratory) -> str:
     with pytest.raises((ConfigurationError, SaeensError)) as refused:
         laboratory.run()
@@ -296,7 +370,6 @@ def _refusal(laboratory: Laboratory) -> str:
         ("ensemble", "is an ensemble of 2 SAEs, and a member is one"),
         ("truncated", "sae.safetensors"),
         ("hub:org/sae@main", "cannot be reached"),
-        ("hub:org", "write hub:OWNER/REPO"),
     ],
 )  # fmt: skip
 def test_wrong_files_are_refused_before_anything_is_trained(empty: Laboratory, tmp_path: Path, place: str, expected: str):
@@ -322,6 +395,15 @@ _ONE = {"member": 1, "sae": "somewhere"}
     [
         ({"ensemble": _ensemble({"member": 4, "sae": "x"})}, "ensemble.published.0.member", "there is no member 4"),
         ({"ensemble": _ensemble(_ONE, _ONE)}, "ensemble.published.1.member", "member 1 is named twice"),
+        ({"ensemble": _ensemble(_ONE, {"member": 2, "sae": "./somewhere"})}, "ensemble.published.1.sae", "is a member already"),
+        ({"ensemble": _ensemble({"member": 1, "sae": "a/{layer"})}, "ensemble.published.0.sae", "a brace is not closed"),
+        ({"ensemble": _ensemble({"member": 1, "sae": "HUB:a/b"})}, "ensemble.published.0.sae", "write hub:OWNER/REPO"),
+        ({"ensemble": _ensemble({"member": 1, "sae": "hub:a/../b"})}, "ensemble.published.0.sae", "write hub:OWNER/REPO"),
+        ({"ensemble": _ensemble({"member": 1, "sae": "https://hub/a/b"})}, "ensemble.published.0.sae", "write hub:OWNER/REPO"),
+        (
+            {"ensemble": _ensemble({"member": 2, "sae": "x"}, specialised=[{"member": 2, "start_from": 1}])},
+            "ensemble.published.0.member", "member 2 is named in specialised, too",
+        ),
         ({"ensemble": _ensemble(_ONE, boosting="concurrent"), "keep_residuals": None}, "ensemble.boosting", "round 1 is published"),
         ({"ensemble": _ensemble({"member": 1, "sae": "a/{step}"})}, "ensemble.published.0.sae", "{step} stands for nothing"),
         ({"ensemble": _ensemble(_ONE)}, "baselines.0", "expanded is not defined with published members"),

@@ -33,6 +33,7 @@ from saeens_models.metrics import (
 from saeens_pipeline.assets.declarations import Declaration
 from saeens_pipeline.assets.measurements.dictionaries import load_dictionary, pass_over
 from saeens_pipeline.assets.registry import Making, Row, columns_frame
+from saeens_pipeline.settings.experiments import ExperimentSettings
 from saeens_pipeline.storage.activations import ActivationStore
 
 MATCHED_UP_TO = 2048
@@ -64,10 +65,17 @@ def stability_rows(making: Making) -> Iterator[Row]:
         suite.add_chance(sizes for of_dictionary in measured.values() for sizes in of_dictionary)
         making.provenance.update(candidates=suite.n_candidates, functional_tokens=suite.functional_tokens)
         making.provenance["not_measured"] = suite.not_measured
+        if fixed := _fixed_members(making.experiment):
+            members = f"member {', '.join(map(str, fixed))}"
+            suite.not_measured["stability"] = f"not of dictionaries with {members}: the same published SAE under every seed"
     for of_runs in zip(*(run.methods() for run in runs), strict=True):
         for i, (run, (method, n, dictionary, saes)) in enumerate(zip(runs, of_runs, strict=True)):
             sizes = measured.get(str(dictionary.address))
             values = {name: of_run[i] for name, of_run in sizes[len(saes) - 1].items()} if sizes else {}
+            if _is_fixed(making.experiment, method, len(saes)):
+                values = {name: value for name, value in values.items() if name == "n_features" or "_chance_" in name}
+            elif 1 in _fixed_members(making.experiment):
+                values.pop("stability_reference", None)
             yield run.row(method, n, saes) | {"n_runs": len(runs)} | values
 
 
@@ -84,11 +92,24 @@ def feature_stability_rows(making: Making) -> pl.DataFrame:
                 "member": np.repeat(np.arange(1, len(widths) + 1), widths),
                 "index": np.concatenate([np.arange(width) for width in widths]),
             }
-            if of_run:
+            if of_run and not _is_fixed(making.experiment, method, len(widths)):
                 columns |= {"n_found": of_run.n_found.cpu().numpy(), "best_cosine": of_run.best_cosine.cpu().numpy()}
             row = run.row(method, n, run.members(dictionary)[: len(widths)]) | {"n_runs": len(runs)}
             parts.append(columns_frame("feature_stability", row, columns))
     return pl.concat(parts)
+
+
+def _fixed_members(experiment: ExperimentSettings) -> list[int]:
+    """Return the numbers of the published members that are the same SAE under every seed."""
+    return [each.member for each in experiment.ensemble.published if not each.depends_on("seed")]
+
+
+def _is_fixed(experiment: ExperimentSettings, method: str, n: int) -> bool:
+    """Return whether one of a dictionary's n SAEs, or of the members that it is made of, is the same under every seed."""
+    fixed = _fixed_members(experiment)
+    if method == "boosting":
+        return 1 in fixed
+    return any(member <= n for member in fixed) if method in ("single", "bagging") else bool(fixed)
 
 
 class _Suite:
