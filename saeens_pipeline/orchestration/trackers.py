@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -71,6 +72,7 @@ def _write_tensorboard(run: TrackedRun, folder: Path) -> None:
 
 
 def _write_wandb(run: TrackedRun, folder: Path) -> None:
+    os.environ.setdefault("WANDB_CACHE_DIR", str(folder / "cache"))  # a log of wandb's own program
     import wandb
 
     mode = os.environ.get("WANDB_MODE")
@@ -137,11 +139,14 @@ def _write_trackio(run: TrackedRun, folder: Path) -> None:
     if not (os.environ.get("TRACKIO_SPACE_ID") or os.environ.get("TRACKIO_SERVER_URL")):
         SQLiteStorage.bulk_log(run.experiment, run.name, values, steps, config=dict(run.config))  # `init` would ask the hub for the user
         return
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
         written = trackio.init(run.experiment, name=run.name, config=dict(run.config), embed=False, auto_log_gpu=False, auto_log_cpu=False)
         for step, each in zip(steps, values, strict=True):
             written.log(each, step)
         written.finish()
+    if failures := [str(each.message) for each in warned if each.category is UserWarning and trackio.__name__ in each.filename]:
+        raise ConnectionError(failures[-1])  # trackio raises no errors of servers
 
 
 TRACKERS = {

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import socket
 import sqlite3
 import struct
 import subprocess
@@ -24,6 +25,7 @@ from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.orchestration import trackers
 from saeens_pipeline.orchestration.garbage import declared, find_garbage
 from saeens_pipeline.orchestration.trackers import TRACKERS, TrackedRun, Tracker
+from saeens_pipeline.storage.root import PROJECT_ROOT
 
 SEED = 1
 SAE, TABLE = "bagging/member_1", "eval/reconstruction"
@@ -38,7 +40,7 @@ def _tools_without_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.setattr(trackers, "_failed", set())
     of_tools = [name for name in os.environ if name.startswith(("WANDB_", "MLFLOW_", "TRACKIO_"))]
     ours = [variable for tracker in TRACKERS.values() for variable in tracker.environment]
-    for name in {*of_tools, *ours, "TRACKIO_DIR", trackers.VARIABLE}:
+    for name in {*of_tools, *ours, "TRACKIO_DIR", "WANDB_CACHE_DIR", trackers.VARIABLE}:
         monkeypatch.setenv(name, "")  # so that a value that a test sets is taken back
         monkeypatch.delenv(name)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
@@ -199,15 +201,50 @@ def test_a_tracker_that_fails_is_reported_once_and_the_run_is_complete(empty: La
     assert "nothing to do" in empty.run(seeds=[SEED])
 
 
-@_needs("mlflow")
-def test_a_server_out_of_reach_is_such_a_failure(small: Laboratory, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv(trackers.VARIABLE, "mlflow")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:hidden@127.0.0.1:1")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+WITHOUT_SERVER = {
+    "wandb": {"WANDB_BASE_URL": "http://127.0.0.1:1", "WANDB_API_KEY": "hidden" * 7},
+    "mlflow": {"MLFLOW_TRACKING_URI": "http://me:hidden@127.0.0.1:1", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"},
+    "trackio": {"TRACKIO_SERVER_URL": "http://127.0.0.1:1", "TRACKIO_WRITE_TOKEN": "hidden"},
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=_needs(name)) for name in WITHOUT_SERVER])
+def test_a_server_out_of_reach_is_such_a_failure(name: str, small: Laboratory, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(trackers.VARIABLE, name)
+    for variable, value in WITHOUT_SERVER[name].items():
+        monkeypatch.setenv(variable, value)
     printed = small.run(select=[SAE])
-    assert printed.count("the tracker mlflow failed") == 1
+    assert printed.count(f"the tracker {name} failed") == 1
     assert "127.0.0.1" in printed and "hidden" not in printed
     assert small.artefact(SAE, SEED)
+
+
+WRITE = """
+import os, sys
+from pathlib import Path
+from saeens_pipeline.orchestration.trackers import TRACKERS, TrackedRun
+name, folder = sys.argv[1:]
+os.environ.update(TRACKERS[name].environment)
+run = TrackedRun("tiny", "member", {"asset": "tiny/member", "data_version": "0"}, [(1, {"loss": 2.0}), (2, {"loss": 1.0})])
+TRACKERS[name].write(run, Path(folder))
+"""
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=_needs(name)) for name in TRACKERS])
+def test_a_local_store_asks_no_server_and_writes_nowhere_else(name: str, tmp_path: Path):
+    home, store = tmp_path / "home", tmp_path / "store"
+    home.mkdir()
+    store.mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as proxy:  # requests to any server would come here
+        address = f"http://127.0.0.1:{proxy.getsockname()[1]}"
+        proxies = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), address)
+        environment = {"PATH": os.environ["PATH"], "HOME": str(home), "PYTHONPATH": str(PROJECT_ROOT), **proxies}
+        subprocess.run([sys.executable, "-c", WRITE, name, str(store)], cwd=home, env=environment, check=True, timeout=120)
+        proxy.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            proxy.accept()
+    assert READERS[name](store) if name in ("tensorboard", "wandb", "mlflow") else any(store.iterdir())
+    assert not [path for path in home.rglob("*") if path.is_file()]
 
 
 @_needs("wandb")
