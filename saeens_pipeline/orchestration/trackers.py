@@ -144,7 +144,7 @@ def _write_trackio(run: TrackedRun, folder: Path) -> None:
         written = trackio.init(run.experiment, name=run.name, config=dict(run.config), embed=False, auto_log_gpu=False, auto_log_cpu=False)
         for step, each in zip(steps, values, strict=True):
             written.log(each, step)
-        written.finish()
+        trackio.finish()
     if failures := [str(each.message) for each in warned if each.category is UserWarning and trackio.__name__ in each.filename]:
         raise ConnectionError(failures[-1])  # trackio raises no errors of servers
 

@@ -11,7 +11,7 @@ import sqlite3
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ Found = tuple[dict[str, Any], Points]
 
 
 @pytest.fixture(autouse=True)
-def _tools_without_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def _tools_without_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """No tool has failed before; none has an address, a key or a folder of this machine."""
     monkeypatch.setattr(trackers, "_failed", set())
     of_tools = [name for name in os.environ if name.startswith(("WANDB_", "MLFLOW_", "TRACKIO_"))]
@@ -45,6 +45,9 @@ def _tools_without_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         monkeypatch.delenv(name)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb"))
+    yield
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].teardown()  # it keeps the settings of its first run
 
 
 @pytest.fixture
