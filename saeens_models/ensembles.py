@@ -158,8 +158,8 @@ class Ensemble(nn.Module, ABC):
 
     @property
     def b_dec(self) -> Tensor:
-        """``sum_j alpha_j * b_dec_j``, `[d_in]`."""
-        return torch.stack([sae.b_dec for sae in self]).sum(0) * self.member_weight
+        """``sum_j alpha_j * decoder_bias_j``, `[d_in]`."""
+        return torch.stack([sae.decoder_bias for sae in self]).sum(0) * self.member_weight
 
     def feature(self, i: int) -> FeatureOrigin:
         """Return the member of feature ``i`` (0 to ``n_features - 1``), and its index there. Raises ``IndexError`` out of range."""

@@ -198,7 +198,12 @@ class SAE(nn.Module, ABC):
         Raises ``ValueError`` if the last dimension is not ``d_sae``.
         """
         _check_last_dimension(z, self.config.d_sae, "z", "d_sae")
-        return F.linear(z, self.W_dec.t()) + self.b_dec
+        return F.linear(z, self.W_dec.t()) + self.decoder_bias
+
+    @property
+    def decoder_bias(self) -> Tensor:
+        """What ``decode`` adds to ``z @ W_dec``, `[d_in]`: b_dec, unless the architecture does not use it."""
+        return self.b_dec
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``decode(encode(x))``."""

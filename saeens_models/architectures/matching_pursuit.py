@@ -76,13 +76,13 @@ class MatchingPursuitSAE(SAE):
         return self.W_dec.t()
 
     @property
-    def _centre(self) -> Tensor:
+    def decoder_bias(self) -> Tensor:
         return self.b_dec if self.config.apply_b_dec_to_input else torch.zeros_like(self.b_dec)
 
     def _pursue(self, x: Tensor) -> _Choices:
         """Compute the definition in torch, differentiably, for rows `[n, d_in]` on any device."""
         config = self.config
-        residual = x - self._centre
+        residual = x - self.decoder_bias
         code = residual.new_zeros(len(x), config.d_sae)
         done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         for _ in range(config.max_iterations):
@@ -104,9 +104,6 @@ class MatchingPursuitSAE(SAE):
         self.check_input(x)
         return self._pursue(x.reshape(-1, self.config.d_in)).code.view(*x.shape[:-1], self.config.d_sae)
 
-    def decode(self, z: Tensor) -> Tensor:
-        return super().decode(z) - (self.b_dec - self._centre)
-
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> SparseReconstruction:
         self.check_input(x)
@@ -114,7 +111,7 @@ class MatchingPursuitSAE(SAE):
             if team is None or x.dtype != torch.float32 or self.config.d_sae > MOST_ATOMS:
                 code, residual = self._pursue(x)
                 return SparseReconstruction(SparseCode.from_dense(code), x - residual)
-            found = pursue(team, x - self._centre, self.W_dec.detach(), self._kept_gram(team), self._limits)
+            found = pursue(team, x - self.decoder_bias, self.W_dec.detach(), self._kept_gram(team), self._limits)
         return SparseReconstruction(self._sparse_code(found), x - found.residual)
 
     def objective(self, x: Tensor, dead_mask: Tensor | None = None, sparsity_scale: float = 1.0) -> Objective:
@@ -128,7 +125,7 @@ class MatchingPursuitSAE(SAE):
     def backpropagate(self, x: Tensor, dead_mask: Tensor | None = None, sparsity_scale: float = 1.0, team: Team | None = None) -> Objective:
         if team is None or self.config.d_sae > MOST_ATOMS:
             return super().backpropagate(x, dead_mask, sparsity_scale, team)
-        found = pursuit_gradients(team, x - self._centre.detach(), self.W_dec.detach(), self._limits)
+        found = pursuit_gradients(team, x - self.decoder_bias.detach(), self.W_dec.detach(), self._limits)
         self.W_dec.grad = found.W_dec
         self.b_dec.grad = found.centre if self.config.apply_b_dec_to_input else torch.zeros_like(found.centre)
         fire_counts = self._sparse_code(found.pursuit).feature.bincount(minlength=self.config.d_sae)

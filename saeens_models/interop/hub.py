@@ -4,7 +4,7 @@ import contextlib
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, Self, cast
 
 from saeens_models.architectures.weight_files import read_json
 from saeens_models.ensembles import ENSEMBLE_FILE
@@ -12,6 +12,27 @@ from saeens_models.ensembles import ENSEMBLE_FILE
 PREFIX = "hub:"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _PLACE = re.compile(r"hub:(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<path>[^@]+?))?/?(?:@(?P<revision>[^@]+))?")
+_QUERY = re.compile(r"(https?://[^\s?]+)\?\S+")  # of signed addresses
+
+
+class Place(NamedTuple):
+    """A folder or file ``path`` of a repository, "" for all of it, at a branch, tag or commit, None for the default branch."""
+
+    repo: str
+    path: str
+    revision: str | None
+
+    @classmethod
+    def parse(cls, where: str) -> Self:
+        """Read ``hub:OWNER/REPO``, with ``/PATH`` and ``@REVISION``. Raises ``ValueError`` for a place that is not written so."""
+        found = _PLACE.fullmatch(where)
+        path = (found and found["path"]) or ""
+        if found is None or ".." in PurePosixPath(path).parts:
+            raise ValueError(f"{where!r}: write hub:OWNER/REPO, with /PATH for a folder in it and @REVISION for a branch, tag or commit")
+        return cls(found["repo"], path, found["revision"])
+
+    def __str__(self) -> str:
+        return f"{PREFIX}{self.repo}{f'/{self.path}' if self.path else ''}{f'@{self.revision}' if self.revision else ''}"
 
 
 class Downloaded(NamedTuple):
@@ -29,61 +50,75 @@ def download(where: str, names: Iterable[str]) -> Downloaded:
     Raises ``ValueError`` for a place that is not written so, or that the hub does not have or refuses; ``ModuleNotFoundError`` without
     ``huggingface_hub``; ``ConnectionError`` if the hub cannot be reached.
     """
-    repo, path, revision = parse(where)
-    wanted = _Wanted(repo, path, tuple(names))
-    with _explained(where, repo, revision):
-        snapshot = wanted.download(revision)
-        at = snapshot / path
+    place = Place.parse(where)
+    wanted = _Wanted(place.repo, place.path, tuple(names))
+    with explained(place, f"{where} is not in the hub's cache, and the hub cannot be reached"):
+        snapshot = wanted.download(place.revision)
+        at = snapshot / place.path
         if not (at.is_file() or (at.is_dir() and any(each.is_file() for each in at.iterdir()))):
             wanted.complain(snapshot.name)
-    return Downloaded(snapshot / path, wanted.place(snapshot.name))
+    return Downloaded(snapshot / place.path, wanted.place(snapshot.name))
 
 
 def pin(where: str) -> str:
     """Return a place with the commit of its revision: the commit in the hub's cache, otherwise that on the hub. Raises as `download`."""
-    repo, path, revision = parse(where)
-    if revision and _COMMIT.fullmatch(revision):
+    place = Place.parse(where)
+    if place.revision and _COMMIT.fullmatch(place.revision):
         return where
-    with _explained(where, repo, revision):
+    with explained(place, f"{where} is not in the hub's cache, and the hub cannot be reached"):
         import huggingface_hub
 
         api = huggingface_hub.HfApi()
         with contextlib.suppress(huggingface_hub.errors.RevisionResolutionError):
-            return _Wanted(repo, path, ()).place(api.resolve_revision(repo, revision=revision, local_files_only=True).resolved)
-        return _Wanted(repo, path, ()).place(api.resolve_revision(repo, revision=revision).resolved)
-
-
-def parse(where: str) -> tuple[str, str, str | None]:
-    """Return repository, path in it (empty for all of it) and revision of a place. Raises ``ValueError`` for another text."""
-    found = _PLACE.fullmatch(where)
-    path = (found and found["path"]) or ""
-    if found is None or ".." in PurePosixPath(path).parts:
-        raise ValueError(f"{where!r}: write hub:OWNER/REPO, with /PATH for a folder in it and @REVISION for a branch, tag or commit")
-    return found["repo"], path, found["revision"]
+            found = api.resolve_revision(place.repo, revision=place.revision, local_files_only=True)
+            return str(place._replace(revision=found.resolved))
+        return str(place._replace(revision=api.resolve_revision(place.repo, revision=place.revision).resolved))
 
 
 @contextlib.contextmanager
-def _explained(where: str, repo: str, revision: str | None) -> Iterator[None]:
-    """Turn errors of the hub into those of `download`, with the place and the remedy."""
+def explained(place: Place, unreachable: str = "") -> Iterator[None]:
+    """Turn errors of ``huggingface_hub`` inside this context into one line with the reason and a remedy, without the access token.
+
+    Raises ``ValueError`` for what the hub does not have or refuses, ``ModuleNotFoundError`` without ``huggingface_hub``, and
+    ``ConnectionError``, whose message begins with ``unreachable``, if the hub cannot be reached or a transfer fails.
+    """
     try:
-        from huggingface_hub import errors
+        from huggingface_hub import errors, get_token
     except ModuleNotFoundError as error:
-        message = f"{where}: the package huggingface_hub is missing: pip install 'saeens[hub]'"
+        message = f"{place}: the package huggingface_hub is missing: pip install 'saeens[hub]'"
         raise ModuleNotFoundError(message, name=error.name) from error
+    bases = cast("tuple[type[Exception], ...]", errors.HfHubHTTPError.__bases__)  # HTTPError of its HTTP library, and OSError
     try:
         yield
-    except errors.GatedRepoError as error:
-        raise ValueError(f"{where}: the repository is gated: accept its terms on the hub and log in with `hf auth login`") from error
-    except errors.RevisionNotFoundError as error:
-        raise ValueError(f"{where}: {repo} has no revision {revision!r}") from error
-    except errors.RepositoryNotFoundError as error:
-        raise ValueError(f"{where}: the hub has no such repository, or it is private: `hf auth login`") from error
-    except errors.HfHubHTTPError as error:
-        raise ValueError(f"{where}: the hub refuses it: {' '.join(str(error).split())}") from error
-    except (OSError, errors.RevisionResolutionError) as error:
-        raise ConnectionError(
-            f"{where} is not in the hub's cache, and the hub cannot be reached: {' '.join(str(error).split())}"
-        ) from error
+    except (RuntimeError, errors.RevisionResolutionError, *bases) as error:
+        if isinstance(error, OSError) and error.filename is not None:  # of a file here
+            raise
+        reported = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error  # uploads wrap the answer
+        message, token = " ".join(str(reported).split()), get_token()
+        hides = bool(token) and token in f"{error} {reported}"  # a server that repeats it
+        message = _QUERY.sub(r"\1", message.replace(token, "***") if token else message)
+        found = _explanation(place, reported, message) or ConnectionError(
+            f"{unreachable or f'{place}: the hub cannot be reached, or the transfer failed'}: {message}"
+        )
+        raise found from None if hides else error
+
+
+def _explanation(place: Place, error: BaseException, message: str) -> ValueError | None:
+    """Return the error for an answer of the hub; None if there was none."""
+    from huggingface_hub import errors
+
+    match error:
+        case errors.GatedRepoError():
+            return ValueError(f"{place}: the repository is gated: accept its terms on the hub and log in with `hf auth login`")
+        case errors.RevisionNotFoundError():
+            return ValueError(f"{place}: {place.repo} has no revision {place.revision!r}")
+        case errors.RepositoryNotFoundError():
+            return ValueError(f"{place}: the hub has no such repository, or it is private: `hf auth login`")
+        case errors.HfHubHTTPError(response=response) if response.status_code in (401, 403):
+            return ValueError(f"{place}: the hub refuses the access token: {message}. `hf auth login` or HF_TOKEN gives another")
+        case errors.HfHubHTTPError(response=response) if response.status_code < 500:  # others are failures of the server
+            return ValueError(f"{place}: the hub refuses it: {message}")
+    return None
 
 
 class _Wanted(NamedTuple):

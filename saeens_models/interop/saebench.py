@@ -105,7 +105,8 @@ class SAEBenchSAE(nn.Module):
 
     @property
     def b_dec(self) -> Tensor:
-        return self.sae.b_dec.detach().clone()
+        bias = self.sae.b_dec if isinstance(self.sae, Ensemble) else self.sae.decoder_bias
+        return bias.detach().clone()
 
     def encode(self, x: Tensor) -> Tensor:
         """Return the code `[..., d_sae]` of ``x`` `[..., d_in]`, in the unit of ``x``: a code of 1 adds a vector of norm 1."""

@@ -88,6 +88,22 @@ def find_dictionary(store: Store, declarations: Iterable[Declaration], argument:
     return found
 
 
+def ancestors(store: Store, declarations: Iterable[Declaration], subject: Stored) -> list[Stored]:
+    """Return an artefact and all artefacts on disk that it was computed from, in the versions that were used, each data version once."""
+    genealogy = _Genealogy(store, declarations)
+    found: dict[str, Stored] = {}
+
+    def add(stored: Stored) -> None:
+        if stored.artefact.data_version not in found:
+            found[stored.artefact.data_version] = stored
+            for version, where, _ in genealogy.inputs(stored):
+                if each := genealogy.find_version(version, where):
+                    add(each)
+
+    add(subject)
+    return list(found.values())
+
+
 def _named(stored: Iterable[Stored], name: str, argument: str) -> list[Stored]:
     """Return all partitions of the asset of this name. Raises ConfigurationError if several assets have it."""
     named = [each for each in stored if _is_called(each.address, name)]
@@ -161,15 +177,19 @@ class _Genealogy:
 
     def trace_version(self, version: str, expected: tuple[Address, Partition] | None, role: str) -> Ancestor:
         """Return the node of a data version: the artefact at the expected place, one elsewhere, or a node with a problem without any."""
+        if found := self.find_version(version, expected):
+            return self.trace(found, role)
         now = self._by_place.get(expected) if expected else None
-        if now and now.artefact.data_version == version:
-            return self.trace(now, role)
-        elsewhere = next((each for each in self.stored if each.artefact.data_version == version), None)
-        if elsewhere:
-            return self.trace(elsewhere, role)
         state = f"there it is {now.artefact.data_version} now" if now else "nothing is there now"
         problem = f"this version is no longer on disk{f'; {state}' if expected else ''}"
         return Ancestor(place(*expected) if expected else role, role, version, problem=problem)
+
+    def find_version(self, version: str, expected: tuple[Address, Partition] | None) -> Stored | None:
+        """Return the artefact with a data version: the one at the expected place, or one elsewhere; None without any."""
+        now = self._by_place.get(expected) if expected else None
+        if now and now.artefact.data_version == version:
+            return now
+        return next((each for each in self.stored if each.artefact.data_version == version), None)
 
     def inputs(self, stored: Stored) -> list[tuple[str, tuple[Address, Partition] | None, str]]:
         """Return data version, place and role of every input of an artefact. The place is None if today's declarations lack the input."""

@@ -40,7 +40,7 @@ def describe_artefact(declaration: Declaration, partition: Partition, artefact: 
     if declaration.builder == "sae":
         summary = _sae_summary(artefact)
     elif declaration.builder == "published_sae":
-        summary = {"published": made["published"], "differs from the source": "; ".join(made["differences"]) or None}
+        summary = _published_summary(artefact)
     elif declaration.address.is_table:
         summary = _table_summary(declaration, artefact) | _links(declaration, partition)
         summary["dagster/column_lineage"] = column_lineage(declaration)
@@ -86,6 +86,18 @@ def _sae_summary(artefact: Artefact) -> dict[str, Any]:
         "energy [J]": round(made["energy_joules"], 1) if made.get("energy_joules") else None,
         "out of memory with": "; ".join(made.get("out_of_memory_with", ())) or None,
         "micro-batch [tokens]": made.get("micro_batch_tokens"),
+    }
+
+
+def _published_summary(artefact: Artefact) -> dict[str, Any]:
+    made, cfg = artefact.provenance, json.loads((artefact.path / "cfg.json").read_text())
+    return {
+        "published": made["published"],
+        "architecture": cfg["architecture"],
+        "features": cfg["d_sae"],
+        "target L0 [features per token]": made["l0_target"],
+        "FLOPs per token": f"{made['inference_flops_per_token']:.3g}",
+        "differs from the source": "; ".join(made["differences"]) or None,
     }
 
 

@@ -118,7 +118,7 @@ class Artefact:
             file = self.path / name
             if not file.is_file():
                 wrong.append(f"{file}: missing")
-            elif _sha256(file) != sha256:
+            elif file_sha256(file) != sha256:
                 wrong.append(f"{file}: the bytes are not those that were written")
         return wrong
 
@@ -183,7 +183,7 @@ class Store:
                     state = "is missing" if found is None else f"has {found.st_size} bytes"
                     raise DamagedArtefactError(f"{address} is damaged: {file} {state}, its recipe says {size} bytes. {_MENDING}")
                 if found.st_mtime_ns > recorded_ns:
-                    if _sha256(file) != sha256:
+                    if file_sha256(file) != sha256:
                         raise DamagedArtefactError(f"{address} is damaged: {file} was changed after it was written. {_MENDING}")
                     with contextlib.suppress(OSError):  # files of a copied folder may be newer: the next check need not read them again
                         os.utime(file, ns=(found.st_atime_ns, recorded_ns))
@@ -258,7 +258,7 @@ class Store:
         with _staging(final, kept_for=recipe.hash if resumable else None, is_alone=is_alone) as staging:
             staging.mkdir(exist_ok=resumable)
             yield staging
-            files = {name: (file.stat().st_size, _sha256(file)) for name, file in _files_below(staging)}
+            files = {name: (file.stat().st_size, file_sha256(file)) for name, file in _files_below(staging)}
             version = digest([recipe.to_json(), {name: sha256 for name, (_, sha256) in files.items()} if versioned_content else None])
             (staging / RECIPE_FILE).write_text(_with_digest(_record(recipe, provenance, files, version)))
             for _, file in _files_below(staging):
@@ -389,7 +389,8 @@ def _files_below(folder: Path) -> list[tuple[str, Path]]:
     return sorted((file.relative_to(folder).as_posix(), file) for file in folder.rglob("*") if file.is_file())
 
 
-def _sha256(file: Path) -> str:
+def file_sha256(file: Path) -> str:
+    """Return the SHA-256 of a file."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

@@ -70,9 +70,9 @@ def _parts(root: Path, experiment: str, table: str, layer: int | None) -> list[P
     return sorted(folder.glob("**/part.parquet" if layer is None else f"layer={layer}/**/part.parquet"))
 
 
-def read_part(part: Path) -> pl.DataFrame:
-    """Return one partition of a table. Raises SaeensError for a file that cannot be read."""
+def read_part(part: Path, columns: Sequence[str] | None = None) -> pl.DataFrame:
+    """Return one partition of a table, or some of its columns. Raises SaeensError for a file that cannot be read."""
     try:
-        return pl.read_parquet(part, hive_partitioning=False, glob=False)
+        return pl.read_parquet(part, columns=list(columns) if columns else None, hive_partitioning=False, glob=False)
     except (pl.exceptions.PolarsError, OSError) as error:
         raise SaeensError(f"{part} cannot be read ({error}): remove it and run again") from error

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from saeens_models.architectures import SAE, SAEConfig, build_sae, load_sae, save_sae
+from saeens_models.architectures import SAE, SAEConfig, SAESettings, architectures, build_sae, load_sae, save_sae
 from saeens_models.ensembles import Bagging, Boosting, Ensemble, load_ensemble, save_ensemble
 from saeens_models.metrics import connectivity, reconstruction, sparsity
 from saeens_models.sparse_code import SparseCode
@@ -20,6 +20,7 @@ TENSORS = load_file(GOLDEN / "tensors.safetensors")
 X = TENSORS["activations"]
 ARCHITECTURES = ["standard", "topk", "jumprelu"]
 KINDS = [Bagging, Boosting]
+REQUIRED = {name: {"k": 4} for name in ("topk", "batch_topk")} | {"matching_pursuit": {"max_iterations": 4}}
 
 
 def golden_members(architecture: str) -> list[SAE]:
@@ -327,3 +328,26 @@ def test_a_member_that_is_named_twice_is_loaded_once(tmp_path: Path) -> None:
     loaded = load_ensemble(tmp_path)
     assert loaded[0] is loaded[2]
     torch.testing.assert_close(loaded(X), (2 * bag[0](X) + bag[1](X)) / 3)
+
+
+@pytest.mark.parametrize("subtracts", [True, False])
+@pytest.mark.parametrize("architecture", architectures())
+@pytest.mark.parametrize("kind", KINDS)
+def test_decode_of_encode_is_the_mean_or_the_sum_for_every_architecture(kind: type[Ensemble], architecture: str, subtracts: bool) -> None:
+    settings = SAESettings.model_validate(
+        {"architecture": architecture, "d_sae": 24, "apply_b_dec_to_input": subtracts, **REQUIRED.get(architecture, {})}
+    )
+    saes = [build_sae(settings.config(16, seed)).inference_form() for seed in range(3)]
+    generator = torch.Generator().manual_seed(3)
+    for sae in saes:
+        sae.b_dec.data.normal_(generator=generator)
+    x = torch.randn(50, 16, generator=generator)
+    parts, residual = [], x
+    for sae in saes:
+        parts.append(sae(residual))
+        residual = residual - parts[-1] if kind is Boosting else x
+    expected = sum(parts) / (1 if kind is Boosting else 3)
+    ensemble = kind(saes)
+    z = ensemble.encode(x)
+    torch.testing.assert_close(ensemble.decode(z), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(z @ ensemble.W_dec + ensemble.b_dec, expected, rtol=1e-5, atol=1e-5)

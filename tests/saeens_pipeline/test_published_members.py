@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from fake_hub import FakeHub
@@ -21,6 +22,7 @@ from saeens_models import interop
 from saeens_pipeline.assets.lineage import lineage
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.storage.activations import ActivationStore
+from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.tables import read_table
 
 D_SAE, K = 24, 4
@@ -166,6 +168,15 @@ def test_a_bag_mixes_published_and_trained_members(boosted: Laboratory, saes: di
     assert cost["train_seconds"].to_list() == [None] * 3
 
 
+def test_the_ui_shows_what_is_known_of_a_published_sae(boosted: Laboratory, saes: dict[str, Path]):
+    made = boosted.materialise(["tiny/bagging/member_1"], Partition(LAYER, 1))["tiny/bagging/member_1"].metadata
+    shown = {name: made[name].value for name in ("published", "architecture", "features", "target L0 [features per token]")}
+    assert shown == {
+        "published": str(saes["sparsify"]), "architecture": "topk", "features": D_SAE, "target L0 [features per token]": K,
+    }  # fmt: skip
+    assert "differs from the source" not in made
+
+
 def test_changed_files_are_loaded_again(empty: Laboratory, tmp_path: Path):
     folder = published(tmp_path / "a", "sae_lens")
     empty.declare(**_bag_of({"a": folder, "b": published(tmp_path / "b", "sparsify", 1), "c": published(tmp_path / "c", "sparsify", 2)}))
@@ -177,6 +188,41 @@ def test_changed_files_are_loaded_again(empty: Laboratory, tmp_path: Path):
     assert f"{NAME}/bagging/member_2" not in stale
     empty.run()
     assert torch.equal(sm.load_sae(empty.artefact("bagging/member_1", 1).path).b_dec, weights["b_dec"] * 2)
+
+
+def _gemma_scope(folder: Path, seed: int) -> dict[str, np.ndarray]:
+    """Write an SAE as Gemma Scope publishes them, and return its arrays."""
+    random = np.random.default_rng(seed)
+    arrays = {
+        "W_enc": random.normal(size=(D_MODEL, D_SAE)) / 4, "W_dec": random.normal(size=(D_SAE, D_MODEL)) / 4,
+        "b_enc": random.normal(size=D_SAE) / 4, "b_dec": random.normal(size=D_MODEL) / 4, "threshold": random.uniform(0.1, 0.5, D_SAE),
+    }  # fmt: skip
+    folder.mkdir(parents=True)
+    arrays = {name: array.astype(np.float32) for name, array in arrays.items()}
+    np.savez(folder / "params.npz", **arrays)  # pyright: ignore[reportArgumentType]
+    return arrays
+
+
+def test_a_gemma_scope_pair_forms_a_bag_and_the_first_is_boosted(empty: Laboratory, tmp_path: Path):
+    """The flow of the page on published SAEs."""
+    folders = [tmp_path / "gemma-scope" / f"layer_{LAYER}" / "width_24" / f"average_l0_{l0}" for l0 in (8, 4)]
+    pair = [_gemma_scope(folder, seed) for seed, folder in enumerate(folders)]
+    places = [str(folder).replace(f"layer_{LAYER}", "layer_{layer}") for folder in folders]
+    entries = [{"member": j, "sae": place} for j, place in enumerate(places, start=1)]
+    empty.declare(baselines=None, ensemble={"members": 2, "seeds": [1], "published": entries})
+    empty.run()
+    rows = _rows(empty).numpy()
+    parts = []
+    for arrays in pair:
+        pre = rows @ arrays["W_enc"] + arrays["b_enc"]
+        parts.append((pre * (pre > arrays["threshold"])) @ arrays["W_dec"] + arrays["b_dec"])
+    table = read_table(empty.root, NAME, "reconstruction")
+    of_bag, of_boosting = (table.filter(method=method, n_members=2)["explained_variance"].item() for method in ("bagging", "boosting"))
+    assert of_bag == pytest.approx(_explained(torch.from_numpy(rows), torch.from_numpy(sum(parts) / 2)), abs=1e-4)
+    second = sm.load_sae(empty.artefact("boosting/round_2", 1).path)
+    boosted = torch.from_numpy(parts[0]) + second(torch.from_numpy(rows - parts[0]))
+    assert of_boosting == pytest.approx(_explained(torch.from_numpy(rows), boosted), abs=1e-4)
+    assert second.config.architecture == "topk"
 
 
 def test_layer_and_seed_stand_for_the_partition(empty: Laboratory, tmp_path: Path):
