@@ -73,7 +73,7 @@ def _write_tensorboard(run: TrackedRun, folder: Path) -> None:
 
 def _write_wandb(run: TrackedRun, folder: Path) -> None:
     os.environ.setdefault("WANDB_CACHE_DIR", str(folder / "cache"))  # a log of wandb's own program
-    import wandb
+    import wandb  # pyright: ignore[reportMissingImports]
 
     mode = os.environ.get("WANDB_MODE")
     if mode in (None, "online"):
@@ -111,8 +111,8 @@ def _write_wandb(run: TrackedRun, folder: Path) -> None:
 
 
 def _write_mlflow(run: TrackedRun, folder: Path) -> None:
-    from mlflow import MlflowClient
-    from mlflow.entities import Metric, Param
+    from mlflow import MlflowClient  # pyright: ignore[reportMissingImports]
+    from mlflow.entities import Metric, Param  # pyright: ignore[reportMissingImports]
 
     server = os.environ.get("MLFLOW_TRACKING_URI")
     client = MlflowClient(server or f"sqlite:///{folder / 'mlflow.db'}")
@@ -132,8 +132,8 @@ def _write_mlflow(run: TrackedRun, folder: Path) -> None:
 
 def _write_trackio(run: TrackedRun, folder: Path) -> None:
     os.environ.setdefault("TRACKIO_DIR", str(folder))  # read at import
-    import trackio
-    from trackio.sqlite_storage import SQLiteStorage
+    import trackio  # pyright: ignore[reportMissingImports]
+    from trackio.sqlite_storage import SQLiteStorage  # pyright: ignore[reportMissingImports]
 
     steps, values = [step for step, _ in run.points], [dict(each) for _, each in run.points]
     if not (os.environ.get("TRACKIO_SPACE_ID") or os.environ.get("TRACKIO_SERVER_URL")):

@@ -58,7 +58,7 @@ def small(empty: Laboratory) -> Laboratory:
 
 
 def read_tensorboard(folder: Path) -> dict[str, Found]:
-    from tensorboard.backend.event_processing.event_accumulator import TENSORS, EventAccumulator
+    from tensorboard.backend.event_processing.event_accumulator import TENSORS, EventAccumulator  # pyright: ignore[reportMissingImports]
 
     found = {}
     for file in folder.rglob("events.*"):
@@ -76,7 +76,7 @@ def read_tensorboard(folder: Path) -> dict[str, Found]:
 
 def read_wandb(folder: Path) -> dict[str, Found]:
     """Only wandb's Go program reads offline files. Records are protocol buffers in LevelDB's log format, after a header of 7 bytes."""
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportMissingImports]
 
     found = {}
     for file in folder.rglob("*.wandb"):
@@ -104,7 +104,7 @@ def read_wandb(folder: Path) -> dict[str, Found]:
 
 
 def read_mlflow(folder: Path) -> dict[str, Found]:
-    from mlflow import MlflowClient
+    from mlflow import MlflowClient  # pyright: ignore[reportMissingImports]
 
     client, found = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}"), {}
     experiment = client.get_experiment_by_name(NAME)
@@ -120,7 +120,7 @@ def read_mlflow(folder: Path) -> dict[str, Found]:
 
 
 def read_trackio(folder: Path) -> dict[str, Found]:
-    import trackio
+    import trackio  # pyright: ignore[reportMissingImports]
 
     found = {}
     for run in trackio.Api().runs(NAME):
