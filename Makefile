@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 VENV_INTEROP := .venv-interop
 VENV_SAEBENCH := .venv-saebench
+VENV_TRACKERS := .venv-trackers
 VENV_BENCH := .venv-bench
 VENV_BROWSER := .venv-browser
 BROWSER_PAGES := .browser-pages
@@ -12,7 +13,7 @@ BENCH ?= --output benchmarks/results
 PYTEST := python -m pytest --numprocesses 2 --dist worksteal --durations 10
 PIP_INSTALL := python -m pip install --quiet --quiet --disable-pip-version-check
 
-.PHONY: help quickstart ui test test-all check test-interop test-saebench test-transformer-lens browser-test bench docs clean
+.PHONY: help quickstart ui test test-all check test-interop test-saebench test-trackers test-transformer-lens browser-test bench docs clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-22s %s\n", $$1, $$2 }' Makefile
@@ -41,6 +42,9 @@ test-interop: $(VENV_INTEROP)/.installed  ## SAE folders to and from SAELens, di
 test-saebench: $(VENV_SAEBENCH)/.installed  ## SAEBench's evaluations of SAEs and ensembles, on the embedded language model
 	$(VENV_SAEBENCH)/bin/python -m pytest --disable-warnings tests/saebench
 
+test-trackers: $(VENV_TRACKERS)/.installed  ## mirrors in TensorBoard, Weights & Biases, MLflow and trackio, without a server
+	$(VENV_TRACKERS)/bin/python -m pytest tests/saeens_pipeline/test_trackers.py
+
 test-transformer-lens: $(VENV_TL)/.installed  ## models in TransformerLens' own format, and the meaning of hooks there
 	$(VENV_TL)/bin/python -m pytest tests/saeens_pipeline -m transformer_lens
 
@@ -58,7 +62,7 @@ docs: $(VENV)/.installed-dev $(VENV_DOCS)/.installed  ## the documentation, into
 	NO_MKDOCS_2_WARNING=1 $(VENV_DOCS)/bin/mkdocs build --quiet --strict
 
 clean:  ## remove the virtual environments; results stay in data/
-	rm -rf $(VENV) $(VENV_INTEROP) $(VENV_SAEBENCH) $(VENV_BENCH) $(VENV_TL) $(VENV_BROWSER) $(BROWSER_PAGES) $(VENV_DOCS) site
+	rm -rf $(VENV) $(VENV_INTEROP) $(VENV_SAEBENCH) $(VENV_TRACKERS) $(VENV_BENCH) $(VENV_TL) $(VENV_BROWSER) $(BROWSER_PAGES) $(VENV_DOCS) site
 
 # A stamp file names the contents of an environment; a changed version or dependency installs again. The install is editable: a changed
 # experiment file takes effect at once.
@@ -88,6 +92,14 @@ $(VENV_SAEBENCH)/.installed: pyproject.toml constraints-saebench.txt | $(VENV_SA
 	@$(VENV_SAEBENCH)/bin/$(PIP_INSTALL) --constraint constraints-saebench.txt --upgrade pip
 	@$(VENV_SAEBENCH)/bin/$(PIP_INSTALL) --constraint constraints-saebench.txt --group saebench
 	@$(VENV_SAEBENCH)/bin/$(PIP_INSTALL) --constraint constraints-saebench.txt --no-deps sae-bench
+	@touch $@
+
+# Sees the packages of $(VENV) behind its own: trackio asks for an earlier pillow, and a second PyTorch would take gigabytes.
+$(VENV_TRACKERS)/.installed: constraints-trackers.txt $(VENV)/.installed-dev | $(VENV_TRACKERS)/.created
+	@echo "installing the trackers into $(VENV_TRACKERS)"
+	@packages() { $$1/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }; \
+		echo "import site; site.addsitedir('$$(packages $(VENV))')" > "$$(packages $(VENV_TRACKERS))/zz_project.pth"
+	@$(VENV_TRACKERS)/bin/$(PIP_INSTALL) --constraint constraints-trackers.txt tensorboard wandb mlflow-skinny trackio
 	@touch $@
 
 $(VENV_TL)/.installed: pyproject.toml constraints.txt | $(VENV_TL)/.created

@@ -46,6 +46,7 @@ VARIABLES = {  # name: meaning, default
     ),
     "SAEENS_THREADS": ("CPU threads", "PyTorch's choice"),
     "SAEENS_CHECKPOINT_SECONDS": ("seconds between two checkpoints of a training, or `off`; changes no result", "300"),
+    "SAEENS_TRACKER": ("`tensorboard`, `wandb`, `mlflow` or `trackio`: mirrors training curves and tables", "none"),
     "SAEENS_LLM_BASE_URL": ("endpoint of the language model that explains features", "none"),
     "SAEENS_LLM_API_KEY": ("key of that endpoint; never stored", "none"),
     "DAGSTER_HOME": ("Dagster's own records: runs, events, logs", "`$SAEENS_DATA/dagster`"),

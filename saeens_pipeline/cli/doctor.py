@@ -54,6 +54,7 @@ def diagnose(verify: bool = False) -> Iterator[Finding]:
         except PackageNotFoundError:
             yield Finding(package, "not installed: install the project again", ok=False)
     yield from _devices()
+    yield from _tracker()
     yield from _root(data_root())
     yield from _experiments()
     if verify:
@@ -75,6 +76,16 @@ def _devices() -> Iterator[Finding]:
         yield Finding(f"device: {compute.device}", ", ".join([compute.resolve(), compute.precision, *limits]))
     except SaeensError as error:
         yield Finding("device", str(error), ok=False)
+
+
+def _tracker() -> Iterator[Finding]:
+    from saeens_pipeline.orchestration.trackers import chosen_tracker
+
+    try:
+        if name := chosen_tracker():
+            yield Finding("tracker", name)
+    except SaeensError as error:
+        yield Finding("tracker", str(error), ok=False)
 
 
 def _root(root: Path) -> Iterator[Finding]:

@@ -18,7 +18,7 @@ from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.orchestration.instance import layers_name
 from saeens_pipeline.orchestration.layers import requested_layers
 from saeens_pipeline.orchestration.metadata import describe_artefact, static_metadata
-from saeens_pipeline.orchestration.resources import ComputeResource, StoreResource
+from saeens_pipeline.orchestration.resources import ComputeResource, StoreResource, TrackerResource
 from saeens_pipeline.orchestration.retries import killed_step_policy, retried
 from saeens_pipeline.settings.experiments import CheckSettings
 from saeens_pipeline.storage.checkpoints import checkpoint_file
@@ -63,7 +63,7 @@ def build_asset(op: Op) -> dg.AssetsDefinition:
         retry_policy=policy,
     )
     def make(
-        context: dg.AssetExecutionContext, store: StoreResource, compute: ComputeResource
+        context: dg.AssetExecutionContext, store: StoreResource, compute: ComputeResource, tracker: TrackerResource
     ) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
         selected = {output.address for key, output in by_key.items() if key in context.selected_asset_keys}
         checked = [by_key[key.asset_key] for key in context.selected_asset_check_keys]
@@ -77,7 +77,10 @@ def build_asset(op: Op) -> dg.AssetsDefinition:
             run = RunContext(store.store, compute.compute, context.run.run_id, layers, observe)
             checkpoint = checkpoint_file(store.store.root, op.name, partition) if partition.seed is not None else None
             with _cancelled_by_interrupts(context, checkpoint):
-                yield from _report(materialise(op, selected, partition, run), checked, op.checks, partition, store.store)
+                made = materialise(op, selected, partition, run)
+                yield from _report(made, checked, op.checks, partition, store.store)
+                for each in made:
+                    tracker.mirror(each)
 
     return make
 

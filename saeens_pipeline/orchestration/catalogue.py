@@ -13,7 +13,7 @@ from saeens_pipeline.orchestration.assets import build_asset
 from saeens_pipeline.orchestration.automation import automate
 from saeens_pipeline.orchestration.byte_checks import build_byte_checks
 from saeens_pipeline.orchestration.ops import Ops
-from saeens_pipeline.orchestration.resources import ComputeResource, StoreResource
+from saeens_pipeline.orchestration.resources import ComputeResource, StoreResource, TrackerResource
 from saeens_pipeline.orchestration.retries import executor_from_environment
 from saeens_pipeline.settings.files import experiment_name
 from saeens_pipeline.storage.names import BROKEN_GROUP
@@ -31,7 +31,11 @@ class Catalogue(Ops):
         given = dg.Definitions(
             assets=_broken_assets(self.broken),
             asset_checks=build_byte_checks(ops) if byte_checks else [],
-            resources={"store": StoreResource(), "compute": ComputeResource.from_environment()},
+            resources={
+                "store": StoreResource(),
+                "compute": ComputeResource.from_environment(),
+                "tracker": TrackerResource.from_environment(),
+            },
             executor=executor_from_environment(),
         )
         return dg.Definitions.merge(automate(map(build_asset, ops), self), given)

@@ -24,6 +24,7 @@ from saeens_pipeline.language_models.pinned_packages import FOLDER as CORPORA_FO
 from saeens_pipeline.orchestration.dagster_internals import forget_partitions
 from saeens_pipeline.orchestration.instance import home_folder, layers_name, recorded_instance
 from saeens_pipeline.orchestration.ops import Ops
+from saeens_pipeline.orchestration.trackers import FOLDER as TRACKERS_FOLDER
 from saeens_pipeline.settings.files import unread_folder
 from saeens_pipeline.storage import locks
 from saeens_pipeline.storage.checkpoints import is_unfinished_checkpoint, locate_checkpoint
@@ -136,6 +137,7 @@ def find_garbage(root: Path, references: Declared, given_up: Sequence[Path] = ()
         root / locks.FOLDER,
         root / CORPORA_FOLDER,
         root / ANSWERS_FOLDER,
+        root / TRACKERS_FOLDER,
     )  # answers cost money and serve all experiments
     others = (*own, home_folder().resolve(), describe_language_model(REFERENCE_MODEL).path.resolve())
     for path in _entries(root):

@@ -39,6 +39,7 @@ from saeens_pipeline.orchestration.instance import (
 )
 from saeens_pipeline.orchestration.layers import LAYERS_TAG, recorded_layers
 from saeens_pipeline.orchestration.retries import unwrapped
+from saeens_pipeline.orchestration.trackers import chosen_tracker
 from saeens_pipeline.report.asset import REPORT
 from saeens_pipeline.settings import ExperimentSettings
 from saeens_pipeline.storage.names import INDEX_FILE, Partition
@@ -119,6 +120,7 @@ def run_experiment(
         print_line(console, f"{name}: nothing to do: {n_fresh} artefacts are fresh (cache hits){others}; no training")
     else:
         wanted = [declaration for _, declarations in chosen for declaration in declarations]
+        chosen_tracker()  # refused here, rather than after the preflight
         for line in _preflight(catalogue, experiment, store, chosen):
             print_line(console, line)
         print_line(console, f"{name}: {n_wanted} artefacts to compute, {n_fresh} are fresh (cache hits){others}")
