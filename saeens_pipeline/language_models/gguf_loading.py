@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import logging
 import tempfile
@@ -65,12 +66,14 @@ def _write(description: LanguageModelDescription, file: Path, folder: Path) -> N
 
     with _explained(description), _alone(file) as place:
         config = AutoConfig.from_pretrained(**place)
-        AutoTokenizer.from_pretrained(**place).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(**place, config=config).save_pretrained(folder)
         if not (folder / "tokenizer.json").is_file():
             raise ValueError("its tokenizer cannot be written as tokenizer.json")
         # Weights may be left in blocks where a kernel is installed. Older versions of transformers always dequantise.
         whole = {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
-        loaded = AutoModelForCausalLM.from_pretrained(**place, **whole, dtype=torch.float32, output_loading_info=True)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            **place, **whole, config=copy.deepcopy(config), dtype=torch.float32, output_loading_info=True
+        )
         quantised, report = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
         if missing := sorted(report["missing_keys"]):  # transformers would initialise them randomly
             raise ValueError(f"it lacks {len(missing)} tensors that its header asks for: {missing[0]}, ...")
