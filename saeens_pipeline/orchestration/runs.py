@@ -118,8 +118,10 @@ def run_experiment(
         print_line(console, f"{name}: nothing to do: {n_fresh} artefacts are fresh (cache hits){others}; no training")
     else:
         wanted = [declaration for _, declarations in chosen for declaration in declarations]
-        for line in _preflight(catalogue, experiment, store, chosen):
-            print_line(console, line)
+        log_lines = partial(progress.forward_log_lines, lambda _level, message: print_line(console, " ".join(message.splitlines())))
+        with log_lines():
+            for line in _preflight(catalogue, experiment, store, chosen):
+                print_line(console, line)
         print_line(console, f"{name}: {n_wanted} artefacts to compute, {n_fresh} are fresh (cache hits){others}")
         for stage, declarations in chosen:
             for status in stage.statuses:
@@ -127,7 +129,7 @@ def run_experiment(
                     print_line(console, status.reason)
         with (
             compiling_ahead(store, wanted),
-            progress.forward_log_lines(lambda _level, message: print_line(console, " ".join(message.splitlines()))),
+            log_lines(),
             progress.report_to(reporter_for(console)),
         ):
             _execute(catalogue, {experiment.source: layers}, [(stage.partition, made) for stage, made in chosen if made], _RUN)

@@ -254,6 +254,11 @@ def test_activations_of_a_run_equal_hidden_states_and_their_metadata_name_the_qu
     assert changed.metadata["cache_hit"].value is False
 
 
+def test_a_run_says_once_that_it_dequantises(empty: Laboratory, declared_file: Path):
+    assert empty.run(select=[f"{NAME}/tokens"]).count(f"dequantising {declared_file} into {empty.root / 'language_models'}") == 1
+    assert "dequantising" not in empty.run(select=[f"{NAME}/activations"])
+
+
 def test_an_untrained_control_has_no_quantised_weights(empty: Laboratory, declared_file: Path):
     empty.declare({"language_model": "tiny.gguf", "weights": "random"})
     event = _activations(empty)
