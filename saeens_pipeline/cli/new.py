@@ -24,7 +24,9 @@ def new(
     layers: Annotated[list[str], typer.Option(help="Layers of the model, from 0, such as 2,4,6; may be given several times.")],
     corpus: Annotated[
         str | None,
-        typer.Option(help="Texts: builtin/installed_packages, a data set on the hub, or a file or pattern such as 'texts/*.jsonl'."),
+        typer.Option(
+            help="Texts: builtin/installed_packages, builtin/prose, a data set on the hub, or a file or pattern such as 'texts/*.jsonl'."
+        ),
     ] = None,
     output: Annotated[
         Path | None,

@@ -21,7 +21,7 @@ from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models.descriptions import REFERENCE_MODEL, LanguageModelDescription, validate_hook
 from saeens_pipeline.language_models.models import describe_language_model
 from saeens_pipeline.settings import ExperimentSettings, SourceSettings
-from saeens_pipeline.settings.corpora import BUILTIN_CORPUS, is_hub_name
+from saeens_pipeline.settings.corpora import BUILTIN_CORPORA, BUILTIN_CORPUS, is_hub_name
 from saeens_pipeline.settings.experiments import EnsembleSettings
 from saeens_pipeline.settings.files import FOLDERS_VARIABLE, MODELS, find_files, own_folders
 from saeens_pipeline.settings.messages import in_words
@@ -86,7 +86,7 @@ def _corpus(given: str | None, model: str) -> str | dict[str, str]:
     """Return the field `corpus`. Files are absolute: the new file may be in another folder than the shell."""
     if given is None:
         return BUILTIN_CORPUS if model == REFERENCE_MODEL else {"files": "texts/*.jsonl", "text_field": "text"}
-    if given == BUILTIN_CORPUS:
+    if given in BUILTIN_CORPORA:
         return given
     path = Path(given).expanduser()
     if is_hub_name(given) and "/" in given and not path.suffix and not path.exists():

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from saeens_pipeline.language_models.documents import Corpus
 from saeens_pipeline.language_models.hub_datasets import HubCorpus
+from saeens_pipeline.language_models.installed_packages import InstalledPackages
+from saeens_pipeline.language_models.installed_prose import InstalledProse
 from saeens_pipeline.language_models.pinned_packages import PinnedPackages
 from saeens_pipeline.language_models.text_files import TextFileCorpus
-from saeens_pipeline.settings.corpora import BUILTIN_CORPUS, HubDataset, TextFiles
+from saeens_pipeline.settings.corpora import HubDataset, TextFiles
 from saeens_pipeline.storage.root import data_root
 
 
@@ -18,5 +20,5 @@ def open_corpus(settings: str | TextFiles | HubDataset) -> Corpus:
         case HubDataset():
             return HubCorpus(settings)
         case _:
-            assert settings == BUILTIN_CORPUS, "the settings of the source allow no other name"
-            return PinnedPackages(data_root())
+            packages = {each.name: each for each in (InstalledPackages, InstalledProse)}
+            return PinnedPackages(data_root(), packages[settings])

@@ -45,9 +45,22 @@ class InstalledPackages:
     documents that share lines with training documents are left out.
     """
 
+    name = BUILTIN_CORPUS
+    label = "language"
+    """Field of the documents' label."""
+
+    @property
+    def reader(self) -> int:
+        """Version of the documents."""
+        return READER_VERSION
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        return PACKAGES
+
     @property
     def identity(self) -> dict[str, object]:
-        return {"corpus": BUILTIN_CORPUS, "reader": READER_VERSION, "packages": {p: metadata.version(p).split("+")[0] for p in PACKAGES}}
+        return {"corpus": self.name, "reader": self.reader, "packages": {p: metadata.version(p).split("+")[0] for p in self.packages}}
 
     def require_readable(self) -> None:
         """Do nothing: the packages are dependencies of this one and therefore installed."""
@@ -57,31 +70,30 @@ class InstalledPackages:
 
     def summary(self) -> dict[str, object]:
         """Return documents, bytes, a hash of all text and bytes per language, for each split."""
-        return {split: _summarise(documents) for split, documents in self._splits.items()}
+        return {split: _summarise(documents, self.label) for split, documents in self._splits.items()}
 
     @cached_property
     def _splits(self) -> dict[Split, list[Document]]:
-        documents = list(_without_duplicates(d for package in PACKAGES for d in _package_documents(package)))
+        documents = list(_without_duplicates(d for package in self.packages for d in self.package_documents(package)))
         documents.sort(key=lambda d: rank(d.name))
         train = [d for d in documents if rank(d.name) >= TEST_SHARE]
         held_out = [d for d in documents if rank(d.name) < TEST_SHARE]
         return {"train": train, "test": _without_near_duplicates(held_out, of=train)}
 
-
-def _package_documents(package: str) -> Iterator[Document]:
-    """Yield the documents of one installed package, at most MAX_PACKAGE_BYTES of each language."""
-    distribution = metadata.distribution(package)
-    files = sorted(distribution.files or [], key=lambda f: rank(f"{package}/{f.as_posix()}"))
-    taken = Counter[str | None]()
-    for file in files:
-        name = f"{package}/{file.as_posix()}"
-        if _is_platform_dependent(name) or taken[LANGUAGES.get(file.suffix)] >= MAX_PACKAGE_BYTES:
-            continue
-        for document in _file_documents(name, Path(str(distribution.locate_file(file)))):
-            language = document.labels["language"]
-            if taken[language] < MAX_PACKAGE_BYTES:
-                taken[language] += len(document.text)
-                yield document
+    def package_documents(self, package: str) -> Iterator[Document]:
+        """Yield the documents of one installed package, at most MAX_PACKAGE_BYTES of each language."""
+        distribution = metadata.distribution(package)
+        files = sorted(distribution.files or [], key=lambda f: rank(f"{package}/{f.as_posix()}"))
+        taken = Counter[str | None]()
+        for file in files:
+            name = f"{package}/{file.as_posix()}"
+            if _is_platform_dependent(name) or taken[LANGUAGES.get(file.suffix)] >= MAX_PACKAGE_BYTES:
+                continue
+            for document in _file_documents(name, Path(str(distribution.locate_file(file)))):
+                language = document.labels["language"]
+                if taken[language] < MAX_PACKAGE_BYTES:
+                    taken[language] += len(document.text)
+                    yield document
 
 
 def _file_documents(name: str, path: Path) -> Iterator[Document]:
@@ -166,15 +178,15 @@ def _without_near_duplicates(documents: list[Document], of: list[Document]) -> l
     return [d for d, lines in zip(documents, distinctive, strict=True) if lines and len(lines & known) <= MAX_SHARED_LINES * len(lines)]
 
 
-def _summarise(documents: list[Document]) -> dict[str, object]:
+def _summarise(documents: list[Document], label: str) -> dict[str, object]:
     digest, languages = hashlib.sha256(), Counter[str]()
     for document in documents:
         encoded = document.text.encode()
         digest.update(document.name.encode() + b"\0" + encoded + b"\0")
-        languages[str(document.labels["language"])] += len(encoded)
+        languages[str(document.labels[label])] += len(encoded)
     return {
         "documents": len(documents),
         "bytes": languages.total(),
         "sha256": digest.hexdigest(),
-        "bytes_by_language": dict(sorted(languages.items())),
+        f"bytes_by_{label}": dict(sorted(languages.items())),
     }

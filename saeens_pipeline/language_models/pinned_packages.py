@@ -1,7 +1,7 @@
-"""The builtin corpus of a data root: its texts are kept at their first use, so that an upgrade of a package changes nothing.
+"""The builtin corpora of a data root: their texts are kept at their first use, so that an upgrade of a package changes nothing.
 
-`corpora/installed_packages` in the data root has `documents.parquet`, the texts in order, and `pin.json`: the versions of the packages at
-the first use and the hash of the texts, which recipes hold. Without the folder, the next use keeps the texts of that day.
+`corpora/installed_packages` and `corpora/prose` in the data root have `documents.parquet`, the texts in order, and `pin.json`: the versions
+of the packages at the first use and the hash of the texts, which recipes hold. Without the folder, the next use keeps that day's texts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.language_models.documents import Document, Split
-from saeens_pipeline.language_models.installed_packages import READER_VERSION, InstalledPackages
+from saeens_pipeline.language_models.installed_packages import InstalledPackages
 from saeens_pipeline.storage.disk import write_atomically
 
 SPLITS: tuple[Split, ...] = ("train", "test")
@@ -27,14 +27,15 @@ _BATCH_ROWS = 500
 
 @dataclass(frozen=True)
 class PinnedPackages:
-    """Source code and prose of the packages as they were installed at the first use in a data root."""
+    """A builtin corpus of the packages as they were installed at the first use in a data root."""
 
     root: Path
+    of: type[InstalledPackages] = InstalledPackages
 
     @property
     def identity(self) -> dict[str, object]:
         pin = self._pin()
-        return InstalledPackages().identity | ({"packages": pin["packages"], "texts": pin["sha256"]} if pin else {})
+        return self.of().identity | ({"packages": pin["packages"], "texts": pin["sha256"]} if pin else {})
 
     def require_readable(self) -> None:
         """Keep the texts if this is their first use. Raise SaeensError for kept texts that have been changed."""
@@ -52,7 +53,7 @@ class PinnedPackages:
     def documents(self, split: Split) -> Iterator[Document]:
         self.require_readable()
         if not self._pin():  # the root cannot be written
-            yield from InstalledPackages().documents(split)
+            yield from self.of().documents(split)
             return
         from pyarrow import parquet
 
@@ -60,11 +61,11 @@ class PinnedPackages:
             for batch in file.iter_batches(_BATCH_ROWS):
                 for row in batch.to_pylist():
                     if row["split"] == split:
-                        yield Document(row["name"], row["text"], {"language": row["language"]})
+                        yield Document(row["name"], row["text"], {self.of.label: row[self.of.label]})
 
     @property
     def _folder(self) -> Path:
-        return self.root / FOLDER / "installed_packages"
+        return self.root / FOLDER / self.of.name.removeprefix("builtin/")
 
     @property
     def _texts(self) -> Path:
@@ -78,16 +79,16 @@ class PinnedPackages:
             return None
         except (OSError, ValueError) as error:
             raise SaeensError(f"{self._folder / 'pin.json'} cannot be read ({error}): restore it, or delete {self._folder}") from None
-        return pin if pin.get("reader") == READER_VERSION and self._texts.is_file() else None
+        return pin if pin.get("reader") == self.of().reader and self._texts.is_file() else None
 
     def _write(self) -> None:
         """Keep the texts of the installed packages, unless the root cannot be written."""
         import pyarrow as pa
         from pyarrow import parquet
 
-        packages = InstalledPackages()
+        packages = self.of()
         rows = [
-            {"split": split, "name": each.name, "language": each.labels["language"], "text": each.text}
+            {"split": split, "name": each.name, packages.label: each.labels[packages.label], "text": each.text}
             for split in SPLITS
             for each in packages.documents(split)
         ]
@@ -101,7 +102,7 @@ class PinnedPackages:
             status = aside.stat()
             pin = {
                 "packages": packages.identity["packages"],
-                "reader": READER_VERSION,
+                "reader": packages.reader,
                 "documents": len(rows),
                 "sha256": _sha256(aside, status.st_size, status.st_mtime_ns),
             }

@@ -5,6 +5,7 @@ import contextlib
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -20,6 +21,7 @@ from saeens_pipeline.orchestration.metadata import describe_artefact, static_met
 from saeens_pipeline.orchestration.resources import ComputeResource, StoreResource
 from saeens_pipeline.orchestration.retries import killed_step_policy, retried
 from saeens_pipeline.settings.experiments import CheckSettings
+from saeens_pipeline.storage.checkpoints import checkpoint_file
 from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.recipes import Store
 
@@ -65,27 +67,29 @@ def build_asset(op: Op) -> dg.AssetsDefinition:
     ) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
         selected = {output.address for key, output in by_key.items() if key in context.selected_asset_keys}
         checked = [by_key[key.asset_key] for key in context.selected_asset_check_keys]
-        partition = op.outputs[0].narrow(partition_of(context))
         layers, observe = partial(requested_layers, context), partial(_observe, context)
-        run = RunContext(store.store, compute.compute, context.run.run_id, layers, observe)
         with (
-            retried(context.retry_number, policy),
+            retried(context.retry_number, policy, op.name, str(context.partition_key) if context.has_partition_key else ""),
             progress.forward_log_lines(context.log.log),
             progress.report_to(partial(progress.in_lines, context.log.info)),
-            _cancelled_by_interrupts(context),
         ):
-            yield from _report(materialise(op, selected, partition, run), checked, op.checks, partition, store.store)
+            partition = op.outputs[0].narrow(partition_of(context))
+            run = RunContext(store.store, compute.compute, context.run.run_id, layers, observe)
+            checkpoint = checkpoint_file(store.store.root, op.name, partition) if partition.seed is not None else None
+            with _cancelled_by_interrupts(context, checkpoint):
+                yield from _report(materialise(op, selected, partition, run), checked, op.checks, partition, store.store)
 
     return make
 
 
 @contextlib.contextmanager
-def _cancelled_by_interrupts(context: dg.AssetExecutionContext) -> Iterator[None]:
+def _cancelled_by_interrupts(context: dg.AssetExecutionContext, checkpoint: Path | None) -> Iterator[None]:
     """Report a run that Ctrl-C ends as being cancelled: otherwise Dagster records a failure, to be retried."""
     try:
         yield
     except (KeyboardInterrupt, dg.DagsterExecutionInterruptedError):
-        context.instance.report_run_canceling(context.run, "Interrupted by Ctrl-C or a signal.")
+        kept = f" Training goes on from {checkpoint} in the next run." if checkpoint and checkpoint.exists() else ""
+        context.instance.report_run_canceling(context.run, f"Interrupted by Ctrl-C or a signal. Finished artefacts are kept.{kept}")
         raise
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import dagster as dg
 
-from saeens_pipeline.errors import ConfigurationError
+from saeens_pipeline.errors import ConfigurationError, SaeensError
 
 VARIABLE = "SAEENS_EXECUTOR"
 MAX_RETRIES = 2
@@ -64,19 +64,36 @@ def can_pass(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def retried(attempt: int, policy: dg.RetryPolicy | None) -> Iterator[None]:
+def retried(attempt: int, policy: dg.RetryPolicy | None, op: str = "", partition: str = "") -> Iterator[None]:
     """Let Dagster retry a step if the error that leaves the context is transient. `attempt` counts earlier retries.
 
-    With a `policy` Dagster retries every error, so other errors become a Failure that forbids retries.
+    With a `policy` Dagster retries every error, so other errors become a Failure that forbids retries. A SaeensError does in any case: the
+    UI shows the message of a Failure first, and that of another error below a stack.
     """
     try:
         yield
     except Exception as error:
         if can_pass(error):
             raise dg.RetryRequested(max_retries=MAX_RETRIES, seconds_to_wait=DELAY_SECONDS * 2**attempt) from error
+        if isinstance(error, SaeensError):
+            raise dg.Failure(str(error), metadata={"op": op, "partition": partition}, allow_retries=False) from error
         if policy is not None:
             raise dg.Failure(f"{type(error).__name__}: {error}", allow_retries=False) from error
         raise
+
+
+@contextlib.contextmanager
+def unwrapped() -> Iterator[None]:
+    """Raise the SaeensError behind a Failure that leaves the context."""
+    try:
+        yield
+    except dg.Failure as failure:
+        error = failure.__cause__
+        if not isinstance(error, SaeensError):
+            raise
+    else:
+        return
+    raise error
 
 
 def _loaded(names: Mapping[str, Sequence[str]]) -> tuple[type[BaseException], ...]:

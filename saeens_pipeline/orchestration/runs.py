@@ -38,6 +38,7 @@ from saeens_pipeline.orchestration.instance import (
     replace_damaged_database,
 )
 from saeens_pipeline.orchestration.layers import LAYERS_TAG, recorded_layers
+from saeens_pipeline.orchestration.retries import unwrapped
 from saeens_pipeline.report.asset import REPORT
 from saeens_pipeline.settings import ExperimentSettings
 from saeens_pipeline.storage.names import INDEX_FILE, Partition
@@ -288,13 +289,14 @@ def _execute(
         for partition, declarations in chosen:
             raise_interrupt()
             try:
-                job.execute_in_process(
-                    instance=instance,
-                    partition_key=partition_key(declarations[0], partition),
-                    asset_selection=[AssetKey(declaration.address.key) for declaration in declarations],
-                    tags={"user": command, LAYERS_TAG: ",".join(map(str, together)), **process_tag()},
-                    run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
-                )
+                with unwrapped():
+                    job.execute_in_process(
+                        instance=instance,
+                        partition_key=partition_key(declarations[0], partition),
+                        asset_selection=[AssetKey(declaration.address.key) for declaration in declarations],
+                        tags={"user": command, LAYERS_TAG: ",".join(map(str, together)), **process_tag()},
+                        run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
+                    )
             except DagsterExecutionInterruptedError:
                 raise KeyboardInterrupt from None
             except MaxRetriesExceededError as error:

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator,
 
 from saeens_pipeline.settings.from_file import Distinct, FromFile, Section
 
-BUILTIN_CORPUS = "builtin/installed_packages"
+BUILTIN_CORPUS, BUILTIN_PROSE = BUILTIN_CORPORA = "builtin/installed_packages", "builtin/prose"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _COLUMNS_OF_DOCUMENTS = ("split", "document", "name")  # of documents.parquet, which has a column for each label as well
 
@@ -81,9 +81,10 @@ class HubDataset(RecordSettings):
 
 
 def _builtin(name: str) -> str:
-    if name != BUILTIN_CORPUS:
+    if name not in BUILTIN_CORPORA:
         raise ValueError(
-            f"corpus {name!r} is not known; it can be {BUILTIN_CORPUS}, {{name: DATASET, split: train}} of the hub, or {{files: PATTERN}}"
+            f"corpus {name!r} is not known; it can be {BUILTIN_CORPUS}, {BUILTIN_PROSE}, {{name: DATASET, split: train}} of the hub, or "
+            "{files: PATTERN}"
         )
     return name
 

@@ -64,7 +64,10 @@ class SourceSettings(FromFile):
         "trained",
         description="weights of the language model; random: an untrained control; of synthetic activations: without sparse features",
     )
-    corpus: Corpus = Field(BUILTIN_CORPUS, description="texts: builtin/installed_packages, {name: DATASET} on the hub, or {files: PATTERN}")
+    corpus: Corpus = Field(
+        BUILTIN_CORPUS,
+        description="texts: builtin/installed_packages (code), builtin/prose, {name: DATASET} on the hub, or {files: PATTERN}",
+    )
     hook: str = Field("resid_post", description="resid_pre, resid_mid, resid_post, mlp_out, attn_out, or a module path with {layer}")
     layers: Annotated[list[Annotated[int, Field(ge=0)]], Distinct] = Field(min_length=1, description="layers of the language model, from 0")
     context_length: PositiveInt = Field(description="length of a window, in tokens; of synthetic activations: rows of a document")

@@ -142,7 +142,7 @@ def test_texts_are_kept_at_their_first_use_and_an_upgrade_changes_nothing(
     assert pinned.identity == {**small.identity, "texts": hashlib.sha256(file.read_bytes()).hexdigest()}
     before, version = pinned.identity, metadata.version
     monkeypatch.setattr(corpora.metadata, "version", lambda package: "99" if package == "mako" else version(package))
-    monkeypatch.setattr(corpora, "_package_documents", lambda package: pytest.fail("the packages were read again"))
+    monkeypatch.setattr(InstalledPackages, "package_documents", lambda self, package: pytest.fail("the packages were read again"))
     assert InstalledPackages().identity != before
     again = PinnedPackages(tmp_path)
     assert again.identity == before
@@ -163,8 +163,12 @@ def test_the_hash_of_the_kept_texts_is_in_the_first_recipe_of_the_tokens(
     shutil.rmtree(file.parent)  # the next use keeps other texts of packages with the same versions
     PinnedPackages(empty.root).require_readable()
     assert "nothing to do" in empty.run(select=["tokens"])
-    documents = corpora._package_documents
-    monkeypatch.setattr(corpora, "_package_documents", lambda package: [each for each in documents(package) if "license" not in each.name])
+    documents = InstalledPackages.package_documents
+
+    def fewer(self: InstalledPackages, package: str) -> list[Document]:
+        return [each for each in documents(self, package) if "license" not in each.name]
+
+    monkeypatch.setattr(InstalledPackages, "package_documents", fewer)
     shutil.rmtree(file.parent)
     PinnedPackages(empty.root).require_readable()
     (tokens,) = [each for each in status_of() if each.declaration.address.name == "tokens"]
@@ -191,7 +195,7 @@ def test_texts_of_a_root_that_cannot_be_written_are_read_from_the_packages(small
 
 def test_an_unknown_corpus_is_refused_with_the_known_ones():
     assert isinstance(open_corpus("builtin/installed_packages"), PinnedPackages)
-    with pytest.raises(ValueError, match=r"'wikipedia' is not known; it can be builtin/installed_packages, \{name: DATASET"):
+    with pytest.raises(ValueError, match=r"'wikipedia' is not known; it can be builtin/installed_packages, builtin/prose, \{name: DATASET"):
         TypeAdapter(Corpus).validate_python("wikipedia")
 
 

@@ -11,7 +11,6 @@ from tiny_experiment import EXPERIMENT, LAYER, NAME, SEEDS, Laboratory, experime
 
 from saeens_pipeline.assets import saes, training
 from saeens_pipeline.assets.registry import columns_of
-from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.orchestration.instance import register_layers
 from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.recipes import SaeensError
@@ -207,7 +206,7 @@ def test_a_non_numeric_layer_is_refused_by_name(empty: Laboratory):
     job = empty.catalogue.definitions().resolve_implicit_global_asset_job_def()
     with dg.DagsterInstance.ephemeral() as instance:
         instance.add_dynamic_partitions(f"{NAME}_layers", ["last"])
-        with pytest.raises(ConfigurationError, match="the layer 'last' is not a number"):
+        with pytest.raises(dg.Failure, match="the layer 'last' is not a number"):
             job.execute_in_process(instance=instance, partition_key="last", asset_selection=[dg.AssetKey([NAME, "activations"])])
 
 
@@ -216,8 +215,10 @@ def test_a_layer_partition_beyond_the_model_is_refused_with_the_existing_layers(
     job = empty.catalogue.definitions().resolve_implicit_global_asset_job_def()
     with dg.DagsterInstance.ephemeral() as instance:
         register_layers(instance, NAME, [LAYER, 99])
-        with pytest.raises(SaeensError, match="has no layer 99: it has layers 0 to 2"):
+        with pytest.raises(dg.Failure, match="has no layer 99: it has layers 0 to 2") as failed:
             job.execute_in_process(instance=instance, partition_key="99", asset_selection=[dg.AssetKey([NAME, "activations"])])
+    assert {name: value.value for name, value in failed.value.metadata.items()} == {"op": f"{NAME}__activations", "partition": "99"}
+    assert isinstance(failed.value.__cause__, SaeensError)
 
 
 def test_numeric_artefacts_have_health_checks_and_all_have_checks_of_bytes(empty: Laboratory):

@@ -65,6 +65,7 @@ def test_the_written_file_runs_at_a_smaller_size(empty: Laboratory, tmp_path: Pa
         ("builtin/reference", None, "builtin/installed_packages"),
         (None, None, {"files": "texts/*.jsonl", "text_field": "text"}),
         (None, "builtin/installed_packages", "builtin/installed_packages"),
+        (None, "builtin/prose", "builtin/prose"),
         (None, "monology/pile-uncopyrighted", {"name": "monology/pile-uncopyrighted", "split": "train"}),
         (None, "texts/*.jsonl.zst", {"files": str(Path.cwd() / "texts/*.jsonl.zst")}),
         (None, "texts/a.parquet", {"files": str(Path.cwd() / "texts/a.parquet")}),

@@ -29,6 +29,7 @@ from saeens_pipeline.orchestration import runs
 from saeens_pipeline.orchestration.assets import partition_key
 from saeens_pipeline.orchestration.catalogue import Catalogue
 from saeens_pipeline.orchestration.instance import register_layers
+from saeens_pipeline.orchestration.retries import unwrapped
 from saeens_pipeline.orchestration.runs import experiment_status, make_reports, run_experiment
 from saeens_pipeline.storage.names import Address, Partition, locate
 from saeens_pipeline.storage.recipes import Artefact, Recipe, Store, read_artefact
@@ -158,7 +159,7 @@ class Laboratory:
         """Materialise assets as the UI does, also those that exist; return the events by asset key."""
         catalogue, declarations = self.catalogue, self.declarations()
         job = catalogue.definitions().resolve_implicit_global_asset_job_def()
-        with dg.DagsterInstance.ephemeral() as instance:
+        with dg.DagsterInstance.ephemeral() as instance, unwrapped():
             register_layers(instance, NAME, catalogue.sources[NAME].layers)
             result = job.execute_in_process(
                 instance=instance,
