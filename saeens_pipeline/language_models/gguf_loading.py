@@ -70,7 +70,9 @@ def _write(description: LanguageModelDescription, file: Path, folder: Path) -> N
         if not (folder / "tokenizer.json").is_file():
             raise ValueError("its tokenizer cannot be written as tokenizer.json")
         # Weights may be left in blocks where a kernel is installed. Older versions of transformers always dequantise.
-        whole = {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
+        whole: dict[str, Any] = {}
+        if hasattr(transformers, "GgufConfig"):
+            whole = {"quantization_config": transformers.GgufConfig(dequantize=True)}
         loaded = AutoModelForCausalLM.from_pretrained(
             **place, **whole, config=copy.deepcopy(config), dtype=torch.float32, output_loading_info=True
         )
