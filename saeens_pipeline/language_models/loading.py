@@ -20,6 +20,7 @@ from saeens_pipeline.language_models.descriptions import (
     Weights,
     weight_files,
 )
+from saeens_pipeline.language_models.gguf_loading import dequantise, read_gguf_config
 from saeens_pipeline.language_models.language_model import LanguageModel
 from saeens_pipeline.language_models.models import quantisation, quiet_transformers
 from saeens_pipeline.language_models.transformer_lens_loading import load_transformer_lens_model
@@ -78,13 +79,16 @@ def load_language_model(
 ) -> LanguageModel:
     """Load a model in evaluation mode. Code and pickles in the folder are not run.
 
-    Downloads trained weights of a model on the hub, unless they are in its cache. `weights="random"` builds the untrained architecture,
-    initialised from `seed`, as a control. Raises SaeensError for weights that are missing in the files, ConfigurationError for an
-    architecture that transformers does not know, for files that it cannot read, and for a model that attends to later tokens.
+    Downloads trained weights of a model on the hub, unless they are in its cache, and dequantises a GGUF file at its first use.
+    `weights="random"` builds the untrained architecture, initialised from `seed`, as a control. Raises SaeensError for weights that are
+    missing in the files, ConfigurationError for an architecture that transformers does not know, for files that it cannot read, and for a
+    model that attends to later tokens.
     """
     torch_dtype: torch.dtype = getattr(torch, dtype)
     if description.name.startswith(TRANSFORMER_LENS):
         return load_transformer_lens_model(description, weights, device, torch_dtype, seed)
+    if weights == "trained":
+        dequantise(description)
     if weights == "trained" and description.commit:
         hub.download(description.name, description.commit, [*HUB_FILES, *HUB_WEIGHTS])
         weight_files(description.name, description.path)
@@ -122,7 +126,10 @@ def _trained(description: LanguageModelDescription, dtype: torch.dtype) -> PreTr
 
 
 def _untrained(description: LanguageModelDescription, dtype: torch.dtype, seed: int) -> PreTrainedModel:
-    config = AutoConfig.from_pretrained(description.path, local_files_only=True, trust_remote_code=False)
+    if description.gguf_file:
+        config = read_gguf_config(description)
+    else:
+        config = AutoConfig.from_pretrained(description.path, local_files_only=True, trust_remote_code=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)

@@ -21,6 +21,7 @@ from saeens_pipeline.language_models.descriptions import (
     read_size,
     require_tokenizer,
 )
+from saeens_pipeline.language_models.gguf_models import describe_gguf, gguf_file
 from saeens_pipeline.language_models.transformer_lens_models import describe_transformer_lens_model
 
 _PARALLEL_RESIDUAL_TYPES = ("codegen", "cohere", "falcon", "gpt_neox", "gptj", "phi")
@@ -35,15 +36,18 @@ _WITHOUT_HEAD = re.compile(r"(?<!LMHead)(?<!DoubleHeads)Model$|For(Sequence|Toke
 
 
 def describe_language_model(name: str, revision: str = "main", weights: Weights = "trained") -> LanguageModelDescription:
-    """Describe `builtin/reference`, a local folder in transformers' format, a model on the hub, or `transformer_lens:NAME`.
+    """Describe `builtin/reference`, `builtin/smollm2`, a local folder in transformers' format, a GGUF file, a model on the hub, or
+    `transformer_lens:NAME`.
 
     Downloads configuration and tokenizer of a model on the hub, unless they are in its cache. Loads neither torch nor transformers, unless
     config.json leaves sizes to the defaults of transformers. Random weights need no weights file.
     Raises ConfigurationError for a model that does not exist or that the hub refuses, for missing config.json, tokenizer.json or
-    safetensors weights, and for an incomplete configuration; SaeensError if the hub cannot be reached.
+    safetensors weights, for an incomplete configuration, and as `describe_gguf`; SaeensError if the hub cannot be reached.
     """
     if name.startswith(TRANSFORMER_LENS):
         return describe_transformer_lens_model(name, revision, weights)
+    if file := gguf_file(name):
+        return describe_gguf(name, revision, file)
     folder = locate_model(name, revision, HUB_FILES)
     config = read_config(name, folder.path)
     text = config.get("text_config", config)  # the language part of a multimodal model
@@ -90,8 +94,8 @@ def _with_defaults(path: Path, text: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def quantisation(description: LanguageModelDescription) -> dict[str, Any]:
-    """Return the settings of quantised weights; empty for others."""
-    if description.name.startswith(TRANSFORMER_LENS):
+    """Return the settings of quantised weights in transformers' format; empty for others, and for GGUF, which is dequantised."""
+    if description.name.startswith(TRANSFORMER_LENS) or description.gguf_file:
         return {}
     config = read_config(description.name, description.path)
     return config.get("quantization_config") or config.get("text_config", {}).get("quantization_config") or {}

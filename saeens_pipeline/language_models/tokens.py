@@ -27,6 +27,7 @@ from tokenizers import Tokenizer
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models.descriptions import LanguageModelDescription
 from saeens_pipeline.language_models.documents import Corpus, Document, Split
+from saeens_pipeline.language_models.gguf_loading import dequantise
 from saeens_pipeline.storage.disk import require_free_disk
 
 if TYPE_CHECKING:
@@ -169,6 +170,10 @@ def write_tokens(
     return result
 
 
+def _configured(description: LanguageModelDescription) -> Path:
+    return description.gguf_file or description.path / "config.json"
+
+
 def validate_token_settings(
     description: LanguageModelDescription,
     *,
@@ -185,7 +190,7 @@ def validate_token_settings(
         raise ConfigurationError(f"packing: {packing!r} is not known; allowed: {', '.join(get_args(Packing))}")
     if packing == "concatenate" and description.end_of_text is None:
         raise ConfigurationError(
-            f"packing: concatenate needs an end-of-text token, and {description.path / 'config.json'} names none (eos_token_id): "
+            f"packing: concatenate needs an end-of-text token, and {_configured(description)} names none (eos_token_id): "
             "add it there, or use packing: document"
         )
     unknown = sorted(set(drop) - set(get_args(Drop)))
@@ -193,7 +198,7 @@ def validate_token_settings(
         raise ConfigurationError(f"drop: {', '.join(map(repr, unknown))} is not known; allowed: {', '.join(get_args(Drop))}")
     if prepend_bos and description.begin_of_text is None:
         raise ConfigurationError(
-            f"prepend_bos: true needs a beginning-of-sequence token, and {description.path / 'config.json'} names none (bos_token_id): "
+            f"prepend_bos: true needs a beginning-of-sequence token, and {_configured(description)} names none (bos_token_id): "
             "add it there, or remove prepend_bos"
         )
     least, most = MIN_WINDOW + prepend_bos, description.context_length
@@ -467,7 +472,8 @@ def batched(documents: Iterator[Document]) -> Iterator[list[Document]]:
 
 
 def load_tokenizer(description: LanguageModelDescription) -> Tokenizer:
-    """Return the tokenizer of a language model. Raises ConfigurationError for one that cannot be read."""
+    """Return the tokenizer of a language model. Raises ConfigurationError for one that cannot be read, and as `dequantise`."""
+    dequantise(description)
     file = description.tokenizer_file
     try:
         tokenizer = Tokenizer.from_file(str(file))

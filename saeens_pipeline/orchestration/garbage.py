@@ -17,6 +17,7 @@ from typing import NamedTuple
 from saeens_pipeline.assets.catalogue import Experiments
 from saeens_pipeline.assets.declarations import Declaration
 from saeens_pipeline.errors import ConfigurationError
+from saeens_pipeline.language_models import gguf_models
 from saeens_pipeline.language_models.autointerp.answers import FOLDER as ANSWERS_FOLDER
 from saeens_pipeline.language_models.descriptions import REFERENCE_MODEL
 from saeens_pipeline.language_models.models import describe_language_model
@@ -77,6 +78,8 @@ class Declared:
     layers: Mapping[str, frozenset[int]]
     of_op: Mapping[str, Sequence[Declaration]]
     """All outputs of each op by the op's name."""
+    dequantised: frozenset[str] | None = frozenset()
+    """Names of the folders of dequantised GGUF models; None if the GGUF file of a source is missing, so that its folder is not known."""
 
     def objection(self, to: Address | str, partition: Partition) -> str:
         """Return the reason why an artefact, or the checkpoint of an op of this name, is unused; empty if something refers to it."""
@@ -111,7 +114,12 @@ def declared(catalogue: Ops) -> Declared:
     }
     ops = catalogue.all_ops()
     outputs = {output.address: output for op in ops for output in op.outputs} | {op.name: op.outputs[0] for op in ops}
-    return Declared(outputs, layers, {op.name: op.outputs for op in ops})
+    try:
+        files = [file for source in catalogue.sources.values() if (file := gguf_models.gguf_file(source.language_model))]
+        dequantised = frozenset(gguf_models.cache_folder(file).name for file in files)
+    except (ConfigurationError, OSError):
+        dequantised = None
+    return Declared(outputs, layers, {op.name: op.outputs for op in ops}, dequantised)
 
 
 def find_garbage(root: Path, references: Declared, given_up: Sequence[Path] = ()) -> Inventory:
@@ -141,7 +149,9 @@ def find_garbage(root: Path, references: Declared, given_up: Sequence[Path] = ()
     )  # answers cost money and serve all experiments
     others = (*own, home_folder().resolve(), describe_language_model(REFERENCE_MODEL).path.resolve())
     for path in _entries(root):
-        if path not in others and path.resolve() not in others:
+        if path == root / gguf_models.FOLDER:
+            _look_at_dequantised(path, root, references, inventory)
+        elif path not in others and path.resolve() not in others:
             _look_at(path, root, references, inventory)
     return inventory
 
@@ -227,6 +237,21 @@ def _look_at(path: Path, root: Path, references: Declared, inventory: Inventory)
             inventory.garbage.append(Finding(path, _size(path), "left behind by a process that was killed"))
     else:
         inventory.unknown.append(Finding(path, _size(path), "not written by saeens"))
+
+
+def _look_at_dequantised(folder: Path, root: Path, references: Declared, inventory: Inventory) -> None:
+    """List dequantised models that no source uses. While files of other folders are not read, whose sources may use them, keep them."""
+    for path in _entries(folder):
+        temporary = read_temporary(path)
+        if locks.may_be_held(root, gguf_models.lock_name(temporary.final if temporary else path)):
+            continue
+        if temporary:
+            if not temporary.in_use:
+                inventory.garbage.append(Finding(path, _size(path), "left behind by a process that was killed"))
+        elif not gguf_models.is_cache_folder(path):
+            inventory.unknown.append(Finding(path, _size(path), "not written by saeens"))
+        elif references.dequantised is not None and path.name not in references.dequantised and not inventory.unread_folders:
+            inventory.garbage.append(Finding(path, _size(path), "no source uses this dequantised language model"))
 
 
 def _located(path: PurePosixPath) -> tuple[Address | str, Partition] | None:

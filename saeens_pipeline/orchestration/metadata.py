@@ -51,7 +51,7 @@ def describe_artefact(declaration: Declaration, partition: Partition, artefact: 
     elif declaration.address.kind == "report":
         summary = _report_summary(artefact)
     elif "statistics" in made:
-        summary = _statistics_summary(made["statistics"])
+        summary = _statistics_summary(made["statistics"]) | _quantised(artefact)
     seconds = made.get("train_seconds", made.get("seconds"))
     size = sum(n_bytes for n_bytes, _ in artefact.files.values())
     general = {
@@ -228,6 +228,14 @@ def _statistics_summary(statistics: dict[str, Any]) -> dict[str, Any]:
     norms = {f"mean norm ({split})": round(values["mean_norm"], 4) for split, values in statistics.items() if "mean_norm" in values}
     documents = {f"{split} documents": values["documents"] for split, values in statistics.items() if "documents" in values}
     return rows | documents | norms
+
+
+def _quantised(artefact: Artefact) -> dict[str, Any]:
+    """Return the types of quantised weights from which activations were computed."""
+    settings = artefact.recipe["settings"]
+    model = settings.get("language_model")
+    is_quantised = isinstance(model, dict) and model.get("quantised") and settings["weights"] == "trained"
+    return {"quantised weights": model["quantised"]} if is_quantised else {}
 
 
 def picture(curves: dict[str, Sequence[float]], x_label: str, width: int = 300, height: int = 90) -> dg.MarkdownMetadataValue:

@@ -121,8 +121,10 @@ def run_experiment(
     else:
         wanted = [declaration for _, declarations in chosen for declaration in declarations]
         chosen_tracker()  # refused here, rather than after the preflight
-        for line in _preflight(catalogue, experiment, store, chosen):
-            print_line(console, line)
+        log_lines = partial(progress.forward_log_lines, lambda _level, message: print_line(console, " ".join(message.splitlines())))
+        with log_lines():
+            for line in _preflight(catalogue, experiment, store, chosen):
+                print_line(console, line)
         print_line(console, f"{name}: {n_wanted} artefacts to compute, {n_fresh} are fresh (cache hits){others}")
         for stage, declarations in chosen:
             for status in stage.statuses:
@@ -130,7 +132,7 @@ def run_experiment(
                     print_line(console, status.reason)
         with (
             compiling_ahead(store, wanted),
-            progress.forward_log_lines(lambda _level, message: print_line(console, " ".join(message.splitlines()))),
+            log_lines(),
             progress.report_to(reporter_for(console)),
         ):
             _execute(catalogue, {experiment.source: layers}, [(stage.partition, made) for stage, made in chosen if made], _RUN)

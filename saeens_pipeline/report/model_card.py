@@ -124,8 +124,10 @@ def _about(published: Publication, about: Method) -> str:
 
 def _identity(model: Mapping[str, Any], weights: str | None) -> str:
     revision = f", revision `{model['revision']}`" if model.get("revision") else ""
-    hashes = "".join(f", {name} SHA-256 `{value[:16]}`" for name, value in (model.get("sha256") or {}).items() if "safetensors" in name)
-    return f"{model.get('name', 'unknown')}{revision}{hashes}{'' if weights in (None, 'trained') else f', {weights} weights'}"
+    of_weights = {name: value for name, value in (model.get("sha256") or {}).items() if name.lower().endswith((".safetensors", ".gguf"))}
+    hashes = "".join(f", {name} SHA-256 `{value[:16]}`" for name, value in of_weights.items())
+    quantised = f", quantised ({model['quantised']})" if model.get("quantised") else ""
+    return f"{model.get('name', 'unknown')}{revision}{hashes}{quantised}{'' if weights in (None, 'trained') else f', {weights} weights'}"
 
 
 def _front(

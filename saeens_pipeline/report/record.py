@@ -122,6 +122,9 @@ class Record:
         yield Fact("model", self.language_model)
         yield Fact("revision", str(self.setting("revision", "")))
         yield Fact("weights", {"random": "random: untrained, a control"}.get(self.setting("weights"), str(self.setting("weights"))))
+        identity = self.setting("language_model")
+        if isinstance(identity, Mapping) and identity.get("quantised") and self.setting("weights") == "trained":
+            yield Fact("quantised", f"{identity['quantised']} (GGUF), dequantised to float32")
         yield Fact("activations", f"{self.setting('hook')}, layer {self.layer} (from 0), stored in {self.setting('dtype')}")
         statistics = self.activations.artefact.provenance.get("statistics", {})
         if "train" in statistics:

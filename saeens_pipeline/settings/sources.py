@@ -49,8 +49,9 @@ class SourceSettings(FromFile):
 
     name: Name = Field(description="name of the source: lower-case letters, digits and _")
     language_model: str = Field(
-        description="language model: builtin/reference, a folder in transformers' format (relative paths start from the experiment file's "
-        "folder), a name on the hub, or transformer_lens:NAME; builtin/synthetic: none, but activations with known features"
+        description="language model: builtin/reference, builtin/smollm2 (after `make smollm2`), a folder in transformers' format or a "
+        ".gguf file (relative paths start from the experiment file's folder), a name on the hub, or transformer_lens:NAME; "
+        "builtin/synthetic: none, but activations with known features"
     )
     synthetic: SyntheticSettings | None = Field(
         None, description="activations with known features; needs language_model: builtin/synthetic, and leaves out all fields of texts"
@@ -94,13 +95,14 @@ class SourceSettings(FromFile):
     @field_validator("language_model")
     @classmethod
     def _from_folder_of_file(cls, name: str, info: ValidationInfo) -> str:
-        """Return a folder as an absolute path: one written as a path, or one in the folder of the experiment file."""
+        """Return a folder or a GGUF file as an absolute path: one written as a path, or a folder in that of the experiment file."""
         file = (info.context or {}).get(FILE)
         kind, colon, path = name.rpartition(":") if name.startswith(_TRANSFORMER_LENS) else ("", "", name)
         if not file or path.startswith(("~", "builtin/")) or Path(path).is_absolute():
             return name
+        is_gguf = not kind and path.lower().endswith(".gguf")
         folder = Path(os.path.normpath(Path(file).parent / path))
-        return f"{kind}{colon}{folder}" if path.startswith(".") or folder.is_dir() else name
+        return f"{kind}{colon}{folder}" if path.startswith(".") or is_gguf or folder.is_dir() else name
 
     @field_validator("windows_per_document")
     @classmethod

@@ -60,6 +60,11 @@ def may_be_training(root: Path) -> bool:
     return any(_may_be_held(file) for file in (root / FOLDER).glob("experiments__*.lock"))
 
 
+def may_be_held(root: Path, name: str) -> bool:
+    """Return whether a process holds the lock of this name, as `may_be_written`."""
+    return _may_be_held(root / FOLDER / f"{name}.lock")
+
+
 def _may_be_held(file: Path) -> bool:
     try:
         with file.open("rb") as opened:  # a shared lock needs no permission to write

@@ -445,6 +445,17 @@ def _staging(final: Path, kept_for: str | None = None, *, is_alone: bool) -> Ite
         raise
 
 
+@contextlib.contextmanager
+def write_plain_folder(final: Path) -> Iterator[Path]:
+    """Yield an empty folder to write into; on leaving the context it becomes `final`, flushed. For folders without a record."""
+    with _staging(final, is_alone=False) as staging:
+        staging.mkdir()
+        yield staging
+        for _, file in _files_below(staging):
+            flush(file)
+        _replace_folder(staging, final)
+
+
 def _unwritable(folder: Path, error: OSError) -> SaeensError:
     return SaeensError(f"{folder} cannot be written ({error.strerror}): choose another root with SAEENS_DATA, or fix its permissions")
 
