@@ -127,6 +127,9 @@ def _read_cfg(file: Path, input_scale: float | None) -> dict[str, Any]:
     cfg = _as_saelens_6({"architecture": "standard", **cfg}, file)  # SAELens' own default
     for name in ("d_in", "d_sae"):
         check_width(file, name, cfg.get(name))
+    for name in ("apply_b_dec_to_input", "rescale_acts_by_decoder_norm"):
+        if not isinstance(cfg.get(name, False), bool):
+            raise ValueError(f"{file}: {name} must be true or false, found {cfg[name]!r}")
     if cfg.get("use_error_term"):
         raise ValueError(f"{file}: use_error_term: an error term, which no SAE here has")
     is_scaled = cfg.get("normalize_activations") == "expected_average_only_in"

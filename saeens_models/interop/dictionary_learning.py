@@ -114,7 +114,7 @@ def read(file: Path, input_scale: float | None) -> SAE:
     except RuntimeError as error:
         raise ValueError(f"{file}: tensors do not fit the class or each other: {error}") from error
     return assemble(
-        kind.architecture, weights, file=file, apply_b_dec_to_input=kind.subtracts_b_dec,
+        kind.architecture, weights, file=file, config=config_file, apply_b_dec_to_input=kind.subtracts_b_dec,
         stated={"d_in": trainer.get("activation_dim"), "d_sae": trainer.get("dict_size")},
         metadata=config[_OWN] if isinstance(config.get(_OWN), dict) else _metadata(name, trainer, buffer), **fields,
     )  # fmt: skip

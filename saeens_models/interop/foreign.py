@@ -52,15 +52,16 @@ def assemble(
     weights: Mapping[str, Tensor],
     *,
     file: Path,
+    config: Path | None = None,
     apply_b_dec_to_input: bool,
     stated: Mapping[str, Any] | None = None,
     metadata: Mapping[str, Any] | None = None,
-    **fields: Any,
+    **fields: object,
 ) -> SAE:
     """Return an SAE of ``weights``, which have the names and shapes of the architecture here.
 
-    ``stated``: the widths d_in and d_sae of the configuration, None where it has none; they have to be those of W_dec. ``fields``: of
-    the architecture, such as k. Raises ``ValueError`` with the name of ``file``.
+    ``stated``: the widths d_in and d_sae of the configuration, None where it has none; they have to be those of W_dec. ``fields``: whole
+    numbers of the architecture, such as k. Raises ``ValueError`` with the name of ``file`` or, for what is written there, of ``config``.
     """
     if "W_dec" not in weights or weights["W_dec"].ndim != 2:
         found = list(weights["W_dec"].shape) if "W_dec" in weights else "missing"
@@ -69,7 +70,10 @@ def assemble(
     for name, value in (stated or {}).items():
         size = {"d_in": d_in, "d_sae": d_sae}[name]
         if value is not None and value != size:
-            raise ValueError(f"{file}: the configuration says {name} = {value!r}, and the weights have {size}")
+            raise ValueError(f"{config or file}: it says {name} = {value!r}, and the weights have {size}")
+    for name, value in fields.items():
+        if type(value) is not int:
+            raise ValueError(f"{config or file}: {name} must be a whole number, found {value!r}")
     cls = sae_class(architecture)
     try:
         check_shapes(weights, cls, d_in, d_sae, str(file))
@@ -77,7 +81,7 @@ def assemble(
         shared = {"architecture": architecture, "d_in": d_in, "d_sae": d_sae, "apply_b_dec_to_input": apply_b_dec_to_input}
         sae = cls(cls.config_class.model_validate({**shared, **fields}))
     except ValidationError as error:
-        raise ValueError(f"{file}: {in_words(error)}") from error
+        raise ValueError(f"{config or file}: {in_words(error)}") from error
     sae.load_state_dict(dict(weights))
     sae.metadata = {name: value for name, value in (metadata or {}).items() if value is not None}
     return sae

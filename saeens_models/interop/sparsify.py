@@ -44,7 +44,7 @@ def read(file: Path, input_scale: float | None) -> SAE:
     if width is None and isinstance(cfg.get("expansion_factor"), int) and isinstance(cfg.get("d_in"), int):
         width = cfg["expansion_factor"] * cfg["d_in"]
     return assemble(
-        "topk", weights, file=file, apply_b_dec_to_input=True, stated={"d_in": cfg.get("d_in"), "d_sae": width},
+        "topk", weights, file=file, config=config_file, apply_b_dec_to_input=True, stated={"d_in": cfg.get("d_in"), "d_sae": width},
         metadata=cfg[_OWN] if isinstance(cfg.get(_OWN), dict) else {"hookpoint": file.parent.name, "converted_from": "sparsify"},
         k=cfg.get("k", 32),
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -32,6 +33,7 @@ def export(
     """Write an SAE or an ensemble for another tool, with equal codes and reconstructions; for neuronpedia, dashboards of its features."""
     import saeens_models as sm
     from saeens_models import interop
+    from saeens_models.interop.saelens_folder import ENSEMBLE_ARCHITECTURE
     from saeens_pipeline.assets.lineage import find_dictionary
     from saeens_pipeline.orchestration.catalogue import Catalogue
 
@@ -51,5 +53,5 @@ def export(
     except ValueError as error:
         raise ConfigurationError(f"{found.place}: {error}") from error
     print_line(str(folder))
-    if (folder / "cfg.json").is_file() and '"saeens_ensemble"' in (folder / "cfg.json").read_text():
+    if to == "sae_lens" and json.loads((folder / "cfg.json").read_text(encoding="utf-8"))["architecture"] == ENSEMBLE_ARCHITECTURE:
         notify("note", "SAELens loads it after `import saeens_models.interop.sae_lens`")
