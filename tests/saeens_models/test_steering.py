@@ -95,12 +95,13 @@ def test_a_feature_counts_once_whatever_its_type(model: GPTNeoXForCausalLM):
         for features in ([5, 5], np.array([5, 5]), torch.tensor([5])):
             with sm.ablate(model, sae, features, hook):
                 assert torch.equal(model(TOKENS).logits, once)
-    torch.testing.assert_close(steering_vector(sae, {np.int64(3): 2.0}), 2 * sae.W_dec[3])
+    of_numpy: Any = {np.int64(3): 2.0}
+    torch.testing.assert_close(steering_vector(sae, of_numpy), 2 * sae.W_dec[3])
 
 
 def test_what_does_not_exist_is_named(model: GPTNeoXForCausalLM):
     sae = saes()["sae"]
-    for strengths, hook, why in (
+    wrong: list[tuple[Any, str, str]] = [
         ({D_SAE: 1.0}, "layers.1", f"feature {D_SAE} does not exist: there are features 0 to {D_SAE - 1}"),
         ({-1: 1.0}, "layers.1", "feature -1 does not exist"),
         ({}, "layers.1", "no feature is given"),
@@ -110,7 +111,8 @@ def test_what_does_not_exist_is_named(model: GPTNeoXForCausalLM):
         ({True: 1.0}, "layers.1", "feature True does not exist"),
         ({0: 1.0}, "layers.9", r"no module 'layers\.9'; did you mean .*layers\."),
         ({0: 1.0}, "lm_head", r"the output at lm_head is \[1, 20, 50\], expected \[\.\.\., 16\]"),
-    ):
+    ]
+    for strengths, hook, why in wrong:
         with pytest.raises(ValueError, match=why), sm.steer(model, sae, strengths, hook):
             model(TOKENS)
 
