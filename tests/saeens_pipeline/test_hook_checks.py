@@ -309,7 +309,7 @@ def test_a_reward_model_gives_the_activations_of_its_base_and_no_loss(tmp_path: 
 QUANTISED = [
     {"quant_method": "bitsandbytes", "load_in_4bit": True},
     {"quant_method": "gptq", "bits": 4, "group_size": 32},
-    {"quant_method": "fp8", "weight_block_size": [32, 32]},
+    {"quant_method": "aqlm"},
 ]
 
 
