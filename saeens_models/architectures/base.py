@@ -202,7 +202,7 @@ class SAE(nn.Module, ABC):
 
     @property
     def decoder_bias(self) -> Tensor:
-        """What ``decode`` adds to ``z @ W_dec``, `[d_in]`: b_dec, unless the architecture does not use it."""
+        """Return the bias that ``decode`` adds to ``z @ W_dec``, `[d_in]`: b_dec, unless the architecture does not use it."""
         return self.b_dec
 
     def forward(self, x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from saeens_pipeline.cli.app import app
-from saeens_pipeline.cli.output import notify, print_line
+from saeens_pipeline.cli.output import DictionaryName, notify, print_line
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.storage.recipes import Store
 from saeens_pipeline.storage.root import data_root
@@ -19,14 +19,7 @@ ExportFormat = Literal["sae_lens", "dictionary_learning", "sparsify", "neuronped
 
 @app.command()
 def export(
-    subject: Annotated[
-        str,
-        typer.Argument(
-            metavar="SUBJECT",
-            help="An SAE or an ensemble on disk: EXPERIMENT/bagging:layer=L,seed=S or /boosting, /consensus, /bagging/member_1, "
-            "/baseline/expanded; or a data version, at least its first 4 digits.",
-        ),
-    ],
+    subject: DictionaryName,
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder that does not exist yet, or is empty.")],
     to: Annotated[ExportFormat, typer.Option("--to", help="Format of the tool that is to load it.")] = "sae_lens",
 ) -> None:

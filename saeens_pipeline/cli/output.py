@@ -20,6 +20,14 @@ out = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
 err = Console(stderr=True, width=None if sys.stderr.isatty() else _PIPE_WIDTH)
 
 ExperimentName = Annotated[str, typer.Argument(metavar="EXPERIMENT", help="Name of an experiment; `saeens experiments` lists them.")]
+DictionaryName = Annotated[
+    str,
+    typer.Argument(
+        metavar="SUBJECT",
+        help="An SAE or an ensemble on disk: EXPERIMENT/bagging:layer=L,seed=S or /boosting, /consensus, /bagging/member_1, "
+        "/baseline/expanded; or a data version, at least its first 4 digits.",
+    ),
+]
 LayerOption = Annotated[list[int] | None, typer.Option("--layer", help="Only this layer; may be given several times.")]
 Format = Literal["table", "csv", "json"]
 FormatOption = Annotated[Format, typer.Option("--format", help="csv and json print the table and nothing else.")]

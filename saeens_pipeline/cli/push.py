@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from saeens_pipeline.cli.app import app
-from saeens_pipeline.cli.output import grid, notify, out, print_line
+from saeens_pipeline.cli.output import DictionaryName, grid, notify, out, print_line
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.storage.recipes import Store
 from saeens_pipeline.storage.root import data_root
@@ -20,14 +20,7 @@ _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
 
 @app.command()
 def push(
-    subject: Annotated[
-        str,
-        typer.Argument(
-            metavar="SUBJECT",
-            help="An SAE or an ensemble on disk: EXPERIMENT/bagging:layer=L,seed=S or /boosting, /consensus, /bagging/member_1, "
-            "/baseline/expanded; or a data version, at least its first 4 digits.",
-        ),
-    ],
+    subject: DictionaryName,
     place: Annotated[str, typer.Argument(metavar="PLACE", help="hub:USER/REPO, with /FOLDER inside it and @BRANCH.")],
     *,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the files and the model card, and send nothing.")] = False,

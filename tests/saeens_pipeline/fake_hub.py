@@ -96,7 +96,7 @@ class FakeHub:
 
 
 def _upload_modes(files: Mapping[str, bytes], asked: dict[str, Any]) -> dict[str, Any]:
-    """How each file is to be uploaded, and the hash of the file that is there."""
+    """Return the upload mode of each file, and the hash of the file that is there."""
     modes = []
     for each in asked["files"]:
         name, is_large = each["path"], b"\0" in base64.b64decode(each["sample"]) or each["path"].endswith((".safetensors", ".parquet"))
