@@ -323,8 +323,8 @@ def _notes(inputs: Inputs, precision: Precision, ours: list[Ours], peers: list[T
     seconds = run_child([sys.executable, "-c", _LOAD, str(inputs.model.path), precision], inputs.environment, folder / "log.txt").seconds
     yield (
         f"Ours: start, imports and loading the language model alone take {seconds:.1f} s. It runs in {precision}, the SAEs in float32. "
-        "Texts are tokenised inside our time. Activations are stored in float16 and stay, as do tokens and records: most of our disk. Kernels "
-        "were compiled before."
+        "Texts are tokenised inside our time. Activations are stored in float16 and stay, as do tokens and records: most of our disk. "
+        "Kernels were compiled before."
     )
     theirs = "; ".join(
         f"SAELens, {peer.setting.name}, {min(peer.evs):.4f} to {max(peer.evs):.4f}, in one pass {statistics.fmean(peer.together.evs):.4f}"

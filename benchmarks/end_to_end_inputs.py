@@ -101,15 +101,15 @@ def prepare(size: Size, options: Options) -> Inputs:
         description = describe_language_model(size.model)
         dequantise(description)
     say(f"{size.model} is at hand; texts of {size.corpus} ...")
-    texts = {split: folder / f"{split}.jsonl" for split in SPLITS}
+    texts: dict[Split, Path] = {split: folder / f"{split}.jsonl" for split in SPLITS}
     source = open_corpus(size.corpus)
     for split, file in texts.items():
         _write_texts(file, source, split, size)
     description = describe_language_model(str(description.path))
-    corpus = open_corpus(TextFiles(files=str(texts["train"]), test_files=str(texts["test"])))
+    corpus = open_corpus(TextFiles.model_validate({"files": str(texts["train"]), "test_files": str(texts["test"])}))
     write_tokens(folder / "tokens.zarr", corpus, description, **_token_settings(size))
     tokens = open_tokens(folder / "tokens.zarr")
-    windows = {split: folder / f"{split}.parquet" for split in SPLITS}
+    windows: dict[Split, Path] = {split: folder / f"{split}.parquet" for split in SPLITS}
     for split, file in windows.items():
         _write_windows(file, tokens, split)
     variables = {name: value for name, value in os.environ.items() if name not in ("DAGSTER_HOME", DATA)}
