@@ -40,7 +40,8 @@ def run_child(command: Sequence[str], environment: Mapping[str, str], log: Path)
             except subprocess.TimeoutExpired:
                 peak = max(peak, _resident_of_tree(process.pid))
             except BaseException:
-                process.kill()
+                process.terminate()  # `saeens run` ends its own children
+                process.wait()
                 raise
     seconds = time.perf_counter() - clock
     if status != 0:

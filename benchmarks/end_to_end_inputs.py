@@ -26,7 +26,7 @@ from saeens_pipeline.language_models.models import describe_language_model
 from saeens_pipeline.language_models.tokens import SPLITS, TokenStore, open_tokens, write_tokens
 from saeens_pipeline.settings.corpora import BUILTIN_CORPUS, BUILTIN_PROSE, TextFiles
 
-DATA = "SAEENSDATA"
+DATA = "SAEENS_DATA"
 CONTEXT = 128
 ROWS_PER_WINDOW = CONTEXT - 1  # the first position is an attention sink, left out on both sides
 BATCH_WINDOWS = 32  # of the language model, on both sides

@@ -45,6 +45,8 @@ class Job:
     n_batches_in_buffer: int
     evaluated_batches: int
     """Batches of windows for explained variance; one is for the next-token loss."""
+    b_dec: list[float] | None = None
+    """Initial b_dec; None: zeros."""
     sae: dict[str, Any] = field(default_factory=dict)
     """Fields of TopKTrainingSAEConfig."""
     runner: dict[str, Any] = field(default_factory=dict)
@@ -101,20 +103,26 @@ def main(path: str) -> None:
     (output / REPORT).write_text(json.dumps({"parts": parts, "metrics": metrics}), encoding="utf-8")
 
 
-def _sae_config(job: Job) -> Any:
-    from sae_lens.saes.topk_sae import TopKTrainingSAEConfig
+def _new_sae(job: Job) -> Any:
+    import torch
+    from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 
-    return TopKTrainingSAEConfig(d_in=job.d_in, d_sae=job.d_sae, k=job.k, device="cpu", **job.sae)
+    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=job.d_in, d_sae=job.d_sae, k=job.k, device="cpu", **job.sae))
+    if job.b_dec is not None:
+        with torch.no_grad():
+            sae.b_dec.copy_(torch.tensor(job.b_dec))
+    return sae
 
 
 def _train_one(job: Job, model: Any, train: Any, common: dict[str, Any]) -> dict[int, Any]:
     from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner
     from sae_lens.config import LoggingConfig
 
+    sae = _new_sae(job)
     config = LanguageModelSAERunnerConfig(
-        sae=_sae_config(job), hook_name=job.hook, verbose=False, logger=LoggingConfig(log_to_wandb=False), **common
+        sae=sae.cfg, hook_name=job.hook, verbose=False, logger=LoggingConfig(log_to_wandb=False), **common
     )
-    runner = LanguageModelSAETrainingRunner(config, override_dataset=train, override_model=model)
+    runner = LanguageModelSAETrainingRunner(config, override_dataset=train, override_model=model, override_sae=sae)
     return {job.seeds[0]: runner.run()}
 
 
@@ -122,13 +130,14 @@ def _train_several(job: Job, model: Any, train: Any, common: dict[str, Any]) -> 
     from sae_lens.config import LoggingConfig
     from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner, MultiSAETrainingRunnerConfig
 
+    saes = {str(seed): _new_sae(job) for seed in job.seeds}
     config = MultiSAETrainingRunnerConfig(
-        saes={str(seed): _sae_config(job) for seed in job.seeds},
+        saes={name: sae.cfg for name, sae in saes.items()},
         hook_names=job.hook,
         logger=LoggingConfig(log_to_wandb=False),
         **common,
     )
-    runner = MultiSAETrainingRunner(config, override_dataset=train, override_model=model)
+    runner = MultiSAETrainingRunner(config, override_dataset=train, override_model=model, override_saes=saes)
     return {int(seed): sae for seed, sae in runner.run().items()}
 
 

@@ -8,11 +8,12 @@ import torch
 
 from benchmarks.child import ChildUse, folder_bytes, run_child
 from benchmarks.end_to_end import durations
-from benchmarks.end_to_end_inputs import FULL, QUICK, Inputs, experiment_file
+from benchmarks.end_to_end_inputs import DATA, FULL, QUICK, Inputs, experiment_file
 from benchmarks.runner import Agreement
 from saeens_pipeline.assets.catalogue import Experiments
 from saeens_pipeline.language_models.descriptions import REFERENCE_MODEL
 from saeens_pipeline.language_models.models import describe_language_model
+from saeens_pipeline.storage.root import data_root
 
 
 @pytest.fixture
@@ -36,6 +37,8 @@ def test_the_experiment_file_is_valid_and_trains_as_many_tokens_as_the_windows_h
     monkeypatch.setenv("SAEENS_EXPERIMENTS", str(tmp_path))
     text = experiment_file(inputs, tmp_path / "data", "bfloat16", evaluated=True)
     (tmp_path / "end_to_end.yaml").write_text(text)
+    monkeypatch.setenv(DATA, str(tmp_path / "data"))
+    assert data_root() == tmp_path / "data"
     found = Experiments.load()
     assert not found.broken
     one, several, evaluated = (found.experiments[name] for name in ("one", "several", "evaluated"))
