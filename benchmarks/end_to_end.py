@@ -217,7 +217,7 @@ def _run_theirs(inputs: Inputs, folder: Path, setting: Setting, seeds: list[int]
         learning_rate=size.learning_rate,
         warm_up_steps=round(WARM_UP * size.train_tokens / BATCH_TOKENS),
         n_batches_in_buffer=_BUFFER_WINDOWS,
-        evaluated_batches=size.test_windows // BATCH_WINDOWS,
+        evaluated_batches=size.test_windows // BATCH_WINDOWS if len(seeds) == 1 else 0,
         b_dec=inputs.held_out.mean(dim=0).tolist(),
         sae=setting.sae,
         runner=setting.runner,
@@ -266,14 +266,15 @@ def _rows(size: Size, ours: list[Ours], peer: TheirsOfSetting) -> Iterator[Row]:
     each, together = peer.each, peer.together
     peak, disk = max(run.peak_bytes for run in each), sum(run.disk_bytes for run in each)
     trained = sum(run.until_trained for run in each)
-    whole = trained + sum(run.evaluation for run in each)
+    evaluation = sum(run.evaluation for run in each)
+    whole = trained + evaluation
     times = [run.until_trained for run in each]
     theirs = statistics.fmean(peer.evs)
     evs, evs_of_multi = ((ours[0].ev_of_several, ev) for ev in (theirs, statistics.fmean(together.evs)))
     multi, evaluated = ", MultiSAETrainingRunner", f"{size.saes} SAEs, evaluated"
     side_of_one = Side(statistics.median(times), peak, each[0].disk_bytes)
     sides = [Side(seconds, peak, disk) for seconds in (trained, whole)]
-    seconds_of_multi = together.until_trained, together.until_trained + together.evaluation
+    seconds_of_multi = together.until_trained, together.until_trained + evaluation
     sides_of_multi = [Side(seconds, together.peak_bytes, together.disk_bytes) for seconds in seconds_of_multi]
     for case in (
         _Case("one SAE", "", [o.one for o in ours], side_of_one, times, (ours[0].ev_of_one, theirs)),
@@ -305,18 +306,14 @@ def _rows(size: Size, ours: list[Ours], peer: TheirsOfSetting) -> Iterator[Row]:
 def _parts(peer: TheirsOfSetting) -> str:
     """Return how SAELens' time divides."""
 
-    def in_words(runs: list[Theirs]) -> str:
-        imports, loading, training, evaluation = (statistics.median(part) for part in zip(*(run[:4] for run in runs), strict=True))
-        return (
-            f"start and imports {imports:.1f} s, loading the model {loading:.1f} s, training with the forward pass {training:.1f} s, "
-            f"evaluation {evaluation:.1f} s"
-        )
-
+    imports, loading, training, evaluation = (statistics.median(part) for part in zip(*(run[:4] for run in peer.each), strict=True))
+    together = peer.together
     disturbed = sum(run.disturbed for run in [*peer.each, peer.together])
     load = f" Other processes ran during {disturbed} of {len(peer.each) + 1} runs." if disturbed else ""
     return (
-        f"SAELens, {peer.setting.name}: a run of one SAE takes (medians) {in_words(peer.each)}; all SAEs in one pass, "
-        f"{in_words([peer.together])}.{load}"
+        f"SAELens, {peer.setting.name}, medians of the runs of one SAE: start and imports {imports:.1f} s, loading {loading:.1f} s, "
+        f"training with the forward pass {training:.1f} s, evaluation {evaluation:.1f} s. All SAEs in one pass: {together.imports:.1f} s, "
+        f"{together.loading:.1f} s, and {together.training:.1f} s.{load}"
     )
 
 
@@ -338,7 +335,7 @@ def _notes(inputs: Inputs, precision: Precision, ours: list[Ours], peers: list[T
         "left out. Ours leave them out in training, too (max_norm); SAELens has no option for it."
     )
     yield (
-        "Evaluation in SAELens is run_evals, in the process that trained; ours is a second command, `saeens run` of an experiment with the "
-        "trained SAEs as published members, and has the next-token loss and variance of the ensembles of the first 1, 2, ... SAEs, and "
-        "the variance of every SAE."
+        "Evaluation in SAELens is run_evals, in the process that trained, and for its runner of several the sum of these times; ours is a "
+        "second command, `saeens run` of an experiment with the trained SAEs as published members, and has the next-token loss and "
+        "variance of the ensembles of the first 1, 2, ... SAEs, and the variance of every SAE."
     )

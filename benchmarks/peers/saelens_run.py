@@ -44,7 +44,7 @@ class Job:
     warm_up_steps: int
     n_batches_in_buffer: int
     evaluated_batches: int
-    """Batches of windows for explained variance; one is for the next-token loss."""
+    """Batches of windows for explained variance; one is for the next-token loss. 0: no evaluation."""
     b_dec: list[float] | None = None
     """Initial b_dec; None: zeros."""
     sae: dict[str, Any] = field(default_factory=dict)
@@ -98,7 +98,7 @@ def main(path: str) -> None:
     saes = _train_one(job, model, train, common) if len(job.seeds) == 1 else _train_several(job, model, train, common)
     parts["training"] = time.time()
 
-    metrics = {str(seed): _evaluate(job, sae, model) for seed, sae in saes.items()}
+    metrics = {str(seed): _evaluate(job, sae, model) for seed, sae in saes.items()} if job.evaluated_batches else {}
     parts["evaluation"] = time.time()
     (output / REPORT).write_text(json.dumps({"parts": parts, "metrics": metrics}), encoding="utf-8")
 
