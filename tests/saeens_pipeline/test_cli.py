@@ -400,10 +400,12 @@ def test_the_version_is_that_of_the_package(saeens: Saeens):
     assert (code, out.split(",")[0]) == (0, f"saeens {importlib.metadata.version('saeens')}")
 
 
-def test_a_shell_completes_names_of_experiments(empty: Laboratory):
-    asked = {"_SAEENS_COMPLETE": "complete_bash", "COMP_WORDS": f"saeens run {NAME[:2]}", "COMP_CWORD": "2"}
+def test_a_shell_completes_names_of_experiments():
+    asked = {"_SAEENS_COMPLETE": "complete_bash", "COMP_WORDS": "saeens run quickstart_", "COMP_CWORD": "2"}
     command = [Path(sys.executable).parent / "saeens"]
-    assert NAME in subprocess.run(command, env=os.environ | asked, capture_output=True, text=True, check=True).stdout.split()
+    completed = subprocess.run(command, env=os.environ | asked, capture_output=True, text=True, check=True).stdout.split()
+    assert {"quickstart_full", "quickstart_random"} <= set(completed)
+    assert "quickstart" not in completed
 
 
 def test_debug_prints_the_traceback(empty: Laboratory, monkeypatch: pytest.MonkeyPatch):
