@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.language_models import hub, records
 from saeens_pipeline.language_models.descriptions import LanguageModelDescription
+from saeens_pipeline.language_models.gguf_loading import dequantise
 from saeens_pipeline.language_models.gguf_models import read_header
 
 if TYPE_CHECKING:
@@ -25,6 +26,11 @@ if TYPE_CHECKING:
 
 TODAY = datetime(2024, 7, 26)
 """The date in conversations, for templates that ask for today's: the default date of Llama 3.1's. Texts are the same on any day."""
+_DATE = {"fixed_date": {f"%{each}": TODAY.strftime(f"%{each}") for each in "aAbBcdHIjmMpSuUwWxXyY"} | {"%-d": "26", "%-m": "7"}}
+_FIXED_DATE = (  # transformers passes no functions to templates; the empty expression keeps a first newline
+    "{% macro strftime_now(format) %}{% set date = namespace(text=format) %}{% for name, value in fixed_date.items() %}"
+    "{% set date.text = date.text | replace(name, value) %}{% endfor %}{{ date.text }}{% endmacro %}{{ '' }}"
+)
 _TEMPLATE, _CONFIGURATION, _SPECIAL_TOKENS = "chat_template.jinja", "tokenizer_config.json", "special_tokens_map.json"
 _READ = ("role", "content")
 _SHOWN_KEYS = 12
@@ -32,13 +38,25 @@ _SHOWN_KEYS = 12
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """The chat template of a language model, with the special tokens that templates use by name, such as `bos_token`."""
+    """The chat template of a language model."""
 
-    model: str
+    model: LanguageModelDescription
     text: str
-    special_tokens: Mapping[str, str]
-    identity: Mapping[str, Any]
-    """For recipes. It differs if conversations may be written in another way."""
+    folder: Path
+    """Folder of the tokenizer's configuration; of a GGUF model, the cache, filled before its first use."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Values that identify the template in recipes. They differ if conversations may be written in another way."""
+        found: dict[str, Any] = {"sha256": hashlib.sha256(self.text.encode()).hexdigest()}
+        # the hash of a GGUF file, which is in the tokenizer's identity, covers its tokens
+        return found if self.model.gguf_file else found | {"special_tokens": self.special_tokens}
+
+    @cached_property
+    def special_tokens(self) -> dict[str, str]:
+        """The tokens that templates use by name, such as `bos_token`. Raises as `dequantise`."""
+        dequantise(self.model)
+        return _special_tokens(self.folder)
 
     def write(self, messages: object) -> str:
         """Return a conversation as text, as the tokenizer's `apply_chat_template` writes it, with the special tokens that belong to it.
@@ -49,20 +67,18 @@ class ChatTemplate:
         """
         from jinja2 import TemplateSyntaxError
 
-        read = _read(messages)
+        read, writer = _read(messages), self._writer
+        template, variables = self.text, dict[str, Any](self.special_tokens)
+        if "strftime_now" in template:
+            template, variables = f"{_FIXED_DATE}{template}", variables | _DATE
         try:
-            return str(
-                self._writer.apply_chat_template(
-                    read, chat_template=self.text, tokenize=False, **self.special_tokens, strftime_now=TODAY.strftime
-                )
-            )
+            return str(writer.apply_chat_template(read, chat_template=template, tokenize=False, **variables))
         except TemplateSyntaxError as error:
-            raise ConfigurationError(f"the chat template of {self.model} is not valid: {error}") from error
+            raise ConfigurationError(f"the chat template of {self.model.name} is not valid: {error}") from error
         except Exception as error:  # what a template raises, and what it does with a role that it does not know
             why = " ".join(str(error).split()) or type(error).__name__
-            raise ValueError(
-                f"is refused by the chat template of {self.model}: {why} (roles: {', '.join(each['role'] for each in read[:_SHOWN_KEYS])})"
-            ) from error
+            roles = ", ".join(each["role"] for each in read[:_SHOWN_KEYS])
+            raise ValueError(f"is refused by the chat template of {self.model.name}: {why} (roles: {roles})") from error
 
     @cached_property
     def _writer(self) -> PreTrainedTokenizerFast:
@@ -95,11 +111,7 @@ def read_chat_template(description: LanguageModelDescription) -> ChatTemplate:
             f"messages_field needs a chat template, and {description.name} has none in {where}: take a model that was trained for chats, "
             "add the template there, or give texts with text_field"
         )
-    identity: dict[str, Any] = {"sha256": hashlib.sha256(template.encode()).hexdigest()}
-    special = _special_tokens(folder)
-    if description.gguf_file is None:  # its folder is written later; the hash of the file covers the tokens
-        identity["special_tokens"] = special
-    return ChatTemplate(description.name, template, special, identity)
+    return ChatTemplate(description, template, folder)
 
 
 def _special_tokens(folder: Path) -> dict[str, str]:
