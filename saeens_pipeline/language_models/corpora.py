@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import cast, overload
 
 from saeens_pipeline.language_models.chat_templates import ChatTemplate
 from saeens_pipeline.language_models.documents import Corpus
@@ -17,6 +17,10 @@ from saeens_pipeline.settings.corpora import HubDataset, SingleCorpus, TextFiles
 from saeens_pipeline.storage.root import data_root
 
 
+@overload
+def open_corpus(settings: SingleCorpus, template: ChatTemplate | None = None) -> Corpus: ...
+@overload
+def open_corpus(settings: SingleCorpus | Sequence[SingleCorpus], template: ChatTemplate | None = None) -> Corpus | MixedCorpus: ...
 def open_corpus(settings: SingleCorpus | Sequence[SingleCorpus], template: ChatTemplate | None = None) -> Corpus | MixedCorpus:
     """Return the corpus of `settings`, without reading it.
 
