@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 TODAY = datetime(2024, 7, 26)
 """The date in conversations, for templates that ask for today's: the default date of Llama 3.1's. Texts are the same on any day."""
-_DATE = {"fixed_date": {f"%{each}": TODAY.strftime(f"%{each}") for each in "aAbBcdHIjmMpSuUwWxXyY"} | {"%-d": "26", "%-m": "7"}}
+_DATE: dict[str, Any] = {
+    "fixed_date": {f"%{each}": TODAY.strftime(f"%{each}") for each in "aAbBcdHIjmMpSuUwWxXyY"} | {"%-d": "26", "%-m": "7"}
+}
 _FIXED_DATE = (  # transformers passes no functions to templates; the empty expression keeps a first newline
     "{% macro strftime_now(format) %}{% set date = namespace(text=format) %}{% for name, value in fixed_date.items() %}"
     "{% set date.text = date.text | replace(name, value) %}{% endfor %}{{ date.text }}{% endmacro %}{{ '' }}"

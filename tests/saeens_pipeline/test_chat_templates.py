@@ -111,7 +111,7 @@ def test_tokens_of_conversations_equal_those_of_transformers(chat_model: Path, t
 
 def test_a_text_beside_conversations_still_gets_the_special_tokens_of_the_tokenizer(chat_model: Path, tmp_path: Path):
     (tmp_path / "a.jsonl").write_bytes(_lines([{"text": f"plain {i}"} for i in range(20)]))
-    corpus = TextFileCorpus(TextFiles(files=str(tmp_path / "a.jsonl"), test_share=0.4))
+    corpus = TextFileCorpus(TextFiles.model_validate({"files": str(tmp_path / "a.jsonl"), "test_share": 0.4}))
     write_tokens(
         tmp_path / "t", corpus, describe_language_model(str(chat_model)), context_length=64, packing="document", drop=[],
         train_tokens=10, test_tokens=5,
@@ -202,6 +202,10 @@ def test_a_template_changes_no_recipe_of_texts(empty: Laboratory, chat_model: Pa
 # the hub
 
 
+def _data_set(**fields: Any) -> HubDataset:
+    return HubDataset.model_validate({"name": "some-lab/chats", **fields})
+
+
 def test_conversations_of_a_data_set_of_the_hub_are_written(
     chat_model: Path, fake_hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -214,11 +218,11 @@ def test_conversations_of_a_data_set_of_the_hub_are_written(
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets_cache")
     reach(monkeypatch, fake_hub.url)
     template = read_chat_template(describe_language_model(str(chat_model)))
-    corpus = HubCorpus(HubDataset(name="some-lab/chats", messages_field="messages", test_share=1e-9), template=template)
+    corpus = HubCorpus(_data_set(messages_field="messages", test_share=1e-9), template=template)
     corpus.require_readable()
     assert [each.text for each in corpus.documents("train")] == [template.write(each) for each in CONVERSATIONS]
     with pytest.raises(SaeensError, match=r"data set some-lab/chats, train, record 1: there is no field 'turns'; there are: messages"):
-        HubCorpus(HubDataset(name="some-lab/chats", messages_field="turns"), template=template).require_readable()
+        HubCorpus(_data_set(messages_field="turns"), template=template).require_readable()
 
 
 def test_the_template_of_a_model_of_the_hub_is_downloaded_only_for_conversations(chat_model: Path, fake_hub: FakeHub):

@@ -26,7 +26,7 @@ from saeens_pipeline.language_models.documents import Split
 from saeens_pipeline.language_models.mixtures import MixedCorpus, Part
 from saeens_pipeline.language_models.models import describe_language_model
 from saeens_pipeline.language_models.tokens import open_tokens, write_tokens
-from saeens_pipeline.settings.corpora import Corpus, corpus_name, shares_of
+from saeens_pipeline.settings.corpora import Corpus, corpus_name, parts_of, shares_of
 from saeens_pipeline.storage.names import Partition
 
 SPLITS: tuple[Split, ...] = ("train", "test")
@@ -210,7 +210,7 @@ def test_names_and_shares_of_corpora():
         {"corpus": "a/b", "split": "y", "weight": 0.5},
     ]
     found = TypeAdapter(Corpus).validate_python(entries)
-    assert shares_of(found) == {"builtin/prose": 0.75, "a/b": 0.125, "a/b (2)": 0.125}
+    assert shares_of(parts_of(found)) == {"builtin/prose": 0.75, "a/b": 0.125, "a/b (2)": 0.125}
     assert corpus_name(found) == "0.75 builtin/prose + 0.125 a/b + 0.125 a/b (2)"
 
 
