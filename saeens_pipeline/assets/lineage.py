@@ -287,6 +287,8 @@ def _origin(role: str, identity: Mapping[str, Any] | str) -> Ancestor:
         if isinstance(value, dict):
             entries = [f"{entry} {each[:16] if isinstance(each, str) else each}" for entry, each in value.items()]
             facts.append(f"{key}: {', '.join(entries) if len(entries) <= MAX_CANDIDATES else f'{len(entries)}, hash {digest(value)}'}")
+        elif key == "parts":  # of a mixed corpus
+            facts += [f"{each['share']:.3g} {each['name']}, hash {digest(each['identity'])}" for each in value]
         else:
             facts.append(f"{key} {value}")
     return Ancestor(str(name), role, digest(identity), tuple(facts))

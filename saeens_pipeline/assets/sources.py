@@ -12,13 +12,16 @@ from typing import Any
 from saeens_pipeline import progress
 from saeens_pipeline.assets.declarations import Declaration, Input, Op, Reference, RunContext, SourceFacts, Task, Wanted, with_file
 from saeens_pipeline.errors import ConfigurationError, SaeensError
+from saeens_pipeline.language_models.chat_templates import ChatTemplate, read_chat_template
 from saeens_pipeline.language_models.corpora import open_corpus
 from saeens_pipeline.language_models.descriptions import HOOKS, TRANSFORMER_LENS, LanguageModelDescription, validate_hook
-from saeens_pipeline.language_models.documents import RecordCorpus
+from saeens_pipeline.language_models.documents import Corpus, RecordCorpus
 from saeens_pipeline.language_models.gguf_loading import dequantise
+from saeens_pipeline.language_models.mixtures import MixedCorpus
 from saeens_pipeline.language_models.models import describe_language_model, quantisation
 from saeens_pipeline.language_models.synthetic import FEATURES_FILE, describe_synthetic, write_synthetic_activations
 from saeens_pipeline.language_models.tokens import open_tokens, validate_token_settings, write_tokens
+from saeens_pipeline.settings.corpora import corpus_name, has_messages
 from saeens_pipeline.settings.experiments import ExperimentSettings
 from saeens_pipeline.settings.files import blamed_on
 from saeens_pipeline.settings.sources import SourceSettings
@@ -153,12 +156,14 @@ def _text_ops(settings: SourceSettings) -> list[Op]:
         partition_settings=lambda partition: {
             "corpus": open_corpus(settings.corpus).identity,
             "tokenizer": describe_source(settings).identity,
+            **_identity_of_chats(settings),
         },
         inputs=(),
         source=settings.name,
         kinds=frozenset({"zarr"}),
         tags=tags,
-        description=f"Token ids of {settings.corpus} in windows of {settings.context_length}\n\nHeld-out documents give the test split.",
+        description=f"Token ids of {corpus_name(settings.corpus)} in windows of {settings.context_length}\n\n"
+        "Held-out documents give the test split.",
     )
     activations = Declaration(
         **vars(activations_of(settings.name)),
@@ -180,7 +185,7 @@ def _text_ops(settings: SourceSettings) -> list[Op]:
         _check_hook(settings, description)  # before hours of work on tokens
         provenance, writing = context.provenance(task.declaration), context.store.write_folder
         with writing(*task.where, task.recipe, provenance) as folder, progress.task(str(tokens.address), n_rows) as advance:
-            corpus = open_corpus(settings.corpus)
+            corpus = open_corpus(settings.corpus, *_chat_template(settings))
             statistics = write_tokens(
                 folder,
                 corpus,
@@ -189,8 +194,7 @@ def _text_ops(settings: SourceSettings) -> list[Op]:
                 report=progress.differences(advance),
             )
             provenance["statistics"] = asdict(statistics)
-            if isinstance(corpus, RecordCorpus) and corpus.skipped:
-                provenance["records_without_text"] = dict(corpus.skipped)
+            provenance.update(_found_in(corpus))
 
     def make_activations(context: RunContext, tasks: Sequence[Task]) -> None:
         from saeens_pipeline.language_models.caching import cache_activations
@@ -327,8 +331,33 @@ def _loadable(settings: SourceSettings, description: LanguageModelDescription) -
 
 def _require_corpus(settings: SourceSettings) -> None:
     """Raise an error if the corpus cannot be read: for a data set of the hub, if the hub can be reached."""
+    template = _chat_template(settings)
     with blamed_on(settings, "corpus"):
-        open_corpus(settings.corpus).require_readable()
+        corpus = open_corpus(settings.corpus, *template)
+        if not isinstance(corpus, MixedCorpus):
+            corpus.require_readable()
+            return
+    for i, part in enumerate(corpus.parts):
+        with blamed_on(settings, ("corpus", i)):
+            part.corpus.require_readable()
+
+
+def _found_in(corpus: Corpus | MixedCorpus) -> dict[str, Any]:
+    """Return what reading a corpus has shown, for the record of tokens."""
+    if isinstance(corpus, MixedCorpus):
+        return {"composition": corpus.composition()}
+    return {"records_without_text": dict(corpus.skipped)} if isinstance(corpus, RecordCorpus) and corpus.skipped else {}
+
+
+def _identity_of_chats(settings: SourceSettings) -> dict[str, Any]:
+    """Return the part of a recipe for conversations: the hash of the chat template; empty for a corpus without them."""
+    return {"chat_template": dict(template.identity) for template in _chat_template(settings)}  # noqa: B035  # one or none
+
+
+def _chat_template(settings: SourceSettings) -> list[ChatTemplate]:
+    """Return the chat template if the corpus has conversations, or nothing. Raises as `read_chat_template`, with the line of the file."""
+    with blamed_on(settings, "corpus"):
+        return [read_chat_template(describe_source(settings))] if has_messages(settings.corpus) else []
 
 
 def _token_settings(settings: SourceSettings) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Generic, Literal, Protocol, TypeVar
 
 from saeens_pipeline.errors import SaeensError
-from saeens_pipeline.language_models.records import as_text, field_value
+from saeens_pipeline.language_models.chat_templates import ChatTemplate
+from saeens_pipeline.language_models.records import as_text, field_value, kind
 from saeens_pipeline.settings.corpora import RecordSettings
 
 READER_VERSION = 2  # increased with every change of the documents of given records
@@ -31,6 +32,8 @@ class Document:
     name: str
     text: str
     labels: Mapping[str, str | None]
+    has_special_tokens: bool = False
+    """Whether the text has its special tokens, such as that of the beginning: the tokenizer adds none."""
 
 
 class Corpus(Protocol):
@@ -65,16 +68,18 @@ class RecordCorpus(Generic[_Settings]):
     settings: _Settings
     skipped: Counter[Split] = field(default_factory=Counter, compare=False)
     """Numbers of records without a text, of those that have been read."""
+    template: ChatTemplate | None = field(default=None, compare=False)
+    """For documents with `messages_field`; `identity` does not need it."""
 
     @property
     def settings_that_decide(self) -> dict[str, object]:
         """Settings of the corpus that are part of recipes."""
-        return {name: getattr(self.settings, name) for name in RecordSettings.model_fields}
+        return self.settings.model_dump(include=set(RecordSettings.model_fields))
 
     @property
     def fields(self) -> list[str]:
         """The fields of a record that are read."""
-        return [self.settings.text_field, *self.settings.label_fields]
+        return [self.settings.messages_field or self.settings.text_field, *self.settings.label_fields]
 
     def documents_of(self, numbered: Iterable[tuple[int, object]], name: str, place: str) -> Iterator[Document]:
         """Yield the documents of records, `NAME:NUMBER`. Raises as `document`, with `place` and the number."""
@@ -84,24 +89,35 @@ class RecordCorpus(Generic[_Settings]):
     def document(self, name: str, record: object, place: str, *, is_first: bool = True) -> Document:
         """Return the document of a record; its text is empty for a null, and where a later record has no text.
 
-        Raises SaeensError, with `place`, for a record and a text of another type, and for fields that the first record does not have.
+        Raises SaeensError, with `place`, for a record and a text of another type, for fields that the first record does not have, and for
+        every conversation that is missing, empty or refused by the chat template.
         """
         if not isinstance(record, Mapping):
-            raise SaeensError(f"{place}: a record has to be an object with fields, and this is {_kind(record)}")
+            raise SaeensError(f"{place}: a record has to be an object with fields, and this is {kind(record)}")
         values = {}
         for each in self.fields:
             try:
                 values[each] = field_value(record, each)
             except KeyError as error:
-                if is_first:
+                if is_first or each == self.settings.messages_field:
                     raise SaeensError(_missing(place, record, each, *error.args)) from None
                 values[each] = None
+        found = {each: as_text(values[each]) for each in self.settings.label_fields}
+        labels = {each: None if value is None else str(value) for each, value in found.items()}
+        if self.settings.messages_field is not None:
+            return Document(name, self._written(values[self.settings.messages_field], place), labels, has_special_tokens=True)
         text = as_text(values[self.settings.text_field])
         text = "" if text is None else text
         if not isinstance(text, str):
-            raise SaeensError(f"{place}: field {self.settings.text_field!r} is {_kind(text)}, and it has to be a text")
-        labels = {each: as_text(values[each]) for each in self.settings.label_fields}
-        return Document(name, text, {each: None if value is None else str(value) for each, value in labels.items()})
+            raise SaeensError(f"{place}: field {self.settings.text_field!r} is {kind(text)}, and it has to be a text")
+        return Document(name, text, labels)
+
+    def _written(self, messages: object, place: str) -> str:
+        assert self.template is not None, "open_corpus() was given no chat template"
+        try:
+            return self.template.write(messages)
+        except ValueError as error:
+            raise SaeensError(f"{place}: field {self.settings.messages_field!r} {error}") from error
 
     def with_text(self, documents: Iterator[Document], split: Split) -> Iterator[Document]:
         """Yield the documents that have a text, and count the others."""
@@ -121,7 +137,3 @@ def _missing(place: str, record: object, field_name: str, part: str, inside: obj
     where = "" if inside is record else f" inside {field_name.rsplit(f'.{part}', 1)[0]!r}"
     names = ", ".join(there[:_SHOWN_FIELDS]) + (", ..." if len(there) > _SHOWN_FIELDS else "")
     return f"{place}: there is no field {part!r}{where}; there are: {names or 'none'}"
-
-
-def _kind(value: object) -> str:
-    return "null" if value is None else f"of type {type(value).__name__}"

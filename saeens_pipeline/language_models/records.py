@@ -151,6 +151,11 @@ def as_text(value: Any) -> Any:
     return value if value is None or isinstance(value, (Mapping, list, tuple, bytes)) else str(value)
 
 
+def kind(value: object) -> str:
+    """Return the type of a value for a message: null, or of type str."""
+    return "null" if value is None else f"of type {type(value).__name__}"
+
+
 def _open(path: Path) -> IO[bytes]:
     import pyarrow
 

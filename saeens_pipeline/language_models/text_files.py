@@ -46,6 +46,11 @@ class TextFileCorpus(RecordCorpus[TextFiles]):
     def _documents(self, files: Mapping[str, Path]) -> Iterator[Document]:
         for name, path in files.items():
             if records.file_format(path, _FORMATS) in records.TEXTS:
+                if self.settings.messages_field is not None:
+                    raise ConfigurationError(
+                        f"{records.shown(path)}: a whole text has no field {self.settings.messages_field!r}: conversations are records of "
+                        ".jsonl or .parquet files"
+                    )
                 label = records.shown(path.parent.name)
                 record = {self.settings.text_field: records.read_text(path)} | dict.fromkeys(self.settings.label_fields, label)
                 found = [self.document(name, record, records.shown(path))]

@@ -9,14 +9,14 @@
 * `position`: index of the token in its document, from 0.
 
 `documents.parquet`, in the folder of the group, has a row for every used document: split, document, name, and a column for each label of
-the corpus, such as language.
+the corpus, such as language. Of a mixed corpus, the column `corpus` has the name of the document's corpus.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
 
@@ -28,6 +28,7 @@ from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models.descriptions import LanguageModelDescription
 from saeens_pipeline.language_models.documents import Corpus, Document, Split
 from saeens_pipeline.language_models.gguf_loading import dequantise
+from saeens_pipeline.language_models.mixtures import MixedCorpus
 from saeens_pipeline.storage.disk import require_free_disk
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ class Surroundings(NamedTuple):
 
 def write_tokens(
     path: Path,
-    corpus: Corpus,
+    corpus: Corpus | MixedCorpus,
     description: LanguageModelDescription,
     *,
     context_length: int,
@@ -130,9 +131,11 @@ def write_tokens(
     prepend_bos: the first position of every window is the beginning-of-sequence token, not twice where the text begins with it. It counts
     as position 0 for `drop: first` and is never a row; windows hold one token of text less.
 
-    Memory: about a million characters of documents, one chunk of windows, and the names of the documents.
+    Of a mixed corpus, the next window is from the corpus with the fewest rows in relation to its share, and holds documents of it alone.
+
+    Memory: about a million characters of documents of each corpus, one chunk of windows, and the names of the documents.
     Raises ConfigurationError as `validate_token_settings`, SaeensError if the disk is too small (before anything is written) or the corpus
-    has too few rows.
+    has too few rows, or one of a mixed corpus too few for its share.
     """
     import zarr
 
@@ -151,13 +154,16 @@ def write_tokens(
     group = zarr.open_group(path, mode="w", zarr_format=3)
     statistics: dict[Split, SplitTokens] = {}
     documents: list[pl.DataFrame] = []
+    shares = corpus.shares if isinstance(corpus, MixedCorpus) else [1.0]
+    documents_of = corpus.reader() if isinstance(corpus, MixedCorpus) else lambda split: [corpus.documents(split)]
+    is_stream = packing == "concatenate"
+    cut = _stream_windows if is_stream else partial(_document_windows, limit=windows_per_document)
     for split in SPLITS:
         used: list[Document] = []
-        encoded = _encode(tokenizer, corpus.documents(split), description, separator, used)
+        encoded = [_encode(tokenizer, of_part, description, separator, used) for of_part in documents_of(split)]
         writer = _SplitWriter(group.create_group(split), context_length, description.vocab_size, padding=separator or 0)
-        is_stream = packing == "concatenate"
-        cut = _stream_windows(encoded, text_length) if is_stream else _document_windows(encoded, text_length, windows_per_document)
-        for text in cut:
+        rows = [0] * len(shares)
+        for part, text in _mixed([cut(of_part, text_length) for of_part in encoded], shares, rows):
             window = text if bos is None else _after_bos(text, bos)
             kept = ~np.isin(window.tokens, never_kept)
             if "first" in drop or bos is not None:
@@ -165,10 +171,13 @@ def write_tokens(
             missing = wanted[split] - writer.rows
             end = int(np.flatnonzero(kept)[missing - 1]) + 1 if kept.sum() >= missing else len(kept)
             writer.append(_Window(*(values[:end] for values in window)), kept[:end])
+            rows[part] += int(kept[:end].sum())
             report(sum(s.rows for s in statistics.values()) + writer.rows, sum(wanted.values()))
             if writer.rows == wanted[split]:
                 break
         if writer.rows < wanted[split]:
+            if isinstance(corpus, MixedCorpus):
+                raise SaeensError(corpus.shortage(_furthest_behind(rows, shares), split, rows, wanted[split]))
             is_limited = windows_per_document is not None
             limit = f", windows_per_document: {windows_per_document}" if is_limited else ""
             raise SaeensError(
@@ -177,15 +186,33 @@ def write_tokens(
                 f"lower `{split}_tokens` to at most {writer.rows:,}{', or raise `windows_per_document`' if is_limited else ''}"
             )
         statistics[split] = writer.finish()
-        of_split = used[: statistics[split].documents]
-        labels = {field: [document.labels[field] for document in of_split] for field in of_split[0].labels}
-        schema = {"split": pl.String, "document": pl.Int32, "name": pl.String} | dict.fromkeys(labels, pl.String)
-        columns = {"split": [split] * len(of_split), "document": range(len(of_split)), "name": [document.name for document in of_split]}
-        documents.append(pl.DataFrame(columns | labels, schema))
-    pl.concat(documents).write_parquet(path / "documents.parquet")
+        documents.append(_table_of(split, used[: statistics[split].documents]))
+        if isinstance(corpus, MixedCorpus):
+            corpus.count(split, rows, used[: statistics[split].documents])
+    pl.concat(documents, how="diagonal").write_parquet(path / "documents.parquet")
     result = TokenStatistics(**statistics)
     group.attrs.update({**settings, "statistics": asdict(result)})
     return result
+
+
+def _mixed(windows: Sequence[Iterator[_Window]], shares: Sequence[float], rows: Sequence[int]) -> Iterator[tuple[int, _Window]]:
+    """Yield the next window of the corpus that is furthest behind, with its index, until that corpus ends. The caller counts `rows`."""
+    while (window := next(windows[part := _furthest_behind(rows, shares)], None)) is not None:
+        yield part, window
+
+
+def _furthest_behind(rows: Sequence[int], shares: Sequence[float]) -> int:
+    """Return the index of the corpus with the fewest rows in relation to its share."""
+    return min(range(len(rows)), key=lambda part: rows[part] / shares[part])
+
+
+def _table_of(split: Split, documents: Sequence[Document]) -> pl.DataFrame:
+    """Return the rows of documents.parquet of a split. Documents of a mixed corpus have different labels."""
+    fields = dict.fromkeys(field for document in documents for field in document.labels)
+    labels = {field: [document.labels.get(field) for document in documents] for field in fields}
+    schema = {"split": pl.String, "document": pl.Int32, "name": pl.String} | dict.fromkeys(labels, pl.String)
+    columns = {"split": [split] * len(documents), "document": range(len(documents)), "name": [document.name for document in documents]}
+    return pl.DataFrame(columns | labels, schema)
 
 
 def _configured(description: LanguageModelDescription) -> Path:
@@ -409,7 +436,7 @@ class _SplitWriter:
         self._filled += 1
         self.rows += int(kept.sum())
         self._tokens += len(kept)
-        self._documents = int(window.document[-1]) + 1
+        self._documents = max(self._documents, int(window.document[-1]) + 1)
         if self._filled == len(self._buffers[0]):
             self._flush()
 
@@ -432,9 +459,9 @@ def _after_bos(text: _Window, bos: int) -> _Window:
     )
 
 
-def _document_windows(encoded: Iterator[np.ndarray], context_length: int, limit: int | None) -> Iterator[_Window]:
+def _document_windows(encoded: Iterator[tuple[int, np.ndarray]], context_length: int, limit: int | None) -> Iterator[_Window]:
     """Cut each document into windows of `context_length` tokens and a shorter last one; yield at most `limit`, evenly spread."""
-    for index, ids in enumerate(encoded):
+    for index, ids in encoded:
         starts = np.arange(0, len(ids) - MIN_WINDOW + 1, context_length)
         if limit is not None and len(starts) > limit:
             starts = starts[np.linspace(0, len(starts) - 1, limit).round().astype(int)]
@@ -443,10 +470,10 @@ def _document_windows(encoded: Iterator[np.ndarray], context_length: int, limit:
             yield _Window(tokens, np.full(len(tokens), index), start + np.arange(len(tokens)))
 
 
-def _stream_windows(encoded: Iterator[np.ndarray], context_length: int) -> Iterator[_Window]:
+def _stream_windows(encoded: Iterator[tuple[int, np.ndarray]], context_length: int) -> Iterator[_Window]:
     """Cut the concatenation of all documents into windows of `context_length` tokens. Only the last window may be shorter."""
     rest = _Window(*(np.empty(0, np.int64) for _ in _Window._fields))
-    for index, ids in enumerate(encoded):
+    for index, ids in encoded:
         document = _Window(ids, np.full(len(ids), index), np.arange(len(ids)))
         stream = _Window(*(np.concatenate(pair) for pair in zip(rest, document, strict=True)))
         whole = len(stream.tokens) // context_length * context_length
@@ -459,10 +486,15 @@ def _stream_windows(encoded: Iterator[np.ndarray], context_length: int) -> Itera
 
 def _encode(
     tokenizer: Tokenizer, documents: Iterator[Document], description: LanguageModelDescription, separator: int | None, used: list[Document]
-) -> Iterator[np.ndarray]:
-    """Yield the token ids of each document, after the separator if there is one; append the documents without text to `used`."""
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield each document's index in `used` and its token ids, after the separator if there is one.
+
+    The documents are appended to `used`, without text, as they are yielded.
+    """
     for batch in batched(documents):
-        for document, encoding in zip(batch, tokenizer.encode_batch_fast([d.text for d in batch]), strict=True):
+        adds_special = not batch[0].has_special_tokens  # the same for all documents of a corpus
+        encodings = tokenizer.encode_batch_fast([document.text for document in batch], add_special_tokens=adds_special)
+        for document, encoding in zip(batch, encodings, strict=True):
             ids = np.asarray(encoding.ids, np.int64)
             if separator is not None and (len(ids) == 0 or ids[0] != separator):
                 ids = np.concatenate([[separator], ids])
@@ -472,7 +504,7 @@ def _encode(
                     "tokenizer.json and config.json are not of one model"
                 )
             used.append(Document(document.name, "", document.labels))
-            yield ids
+            yield len(used) - 1, ids
 
 
 def batched(documents: Iterator[Document]) -> Iterator[list[Document]]:

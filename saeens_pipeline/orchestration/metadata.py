@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -52,7 +52,7 @@ def describe_artefact(declaration: Declaration, partition: Partition, artefact: 
     elif declaration.address.kind == "report":
         summary = _report_summary(artefact)
     elif "statistics" in made:
-        summary = _statistics_summary(made["statistics"]) | _quantised(artefact)
+        summary = _statistics_summary(made["statistics"]) | _composition_summary(made) | _quantised(artefact)
     if url := report_url(declaration.address, partition):  # below `saeens ui`
         link = {"open in a browser" if declaration.address.kind == "report" else "report": dg.MetadataValue.url(url)}
         summary = link | summary if declaration.address.kind == "report" else summary | link
@@ -232,6 +232,15 @@ def _statistics_summary(statistics: dict[str, Any]) -> dict[str, Any]:
     norms = {f"mean norm ({split})": round(values["mean_norm"], 4) for split, values in statistics.items() if "mean_norm" in values}
     documents = {f"{split} documents": values["documents"] for split, values in statistics.items() if "documents" in values}
     return rows | documents | norms
+
+
+def _composition_summary(made: Mapping[str, Any]) -> dict[str, Any]:
+    """Return rows and documents of each corpus of a mixed one."""
+    return {
+        f"{split} rows of {name}": f"{each['rows']:,} of {each['documents']:,} documents"
+        for split, of_split in made.get("composition", {}).items()
+        for name, each in of_split.items()
+    }
 
 
 def _quantised(artefact: Artefact) -> dict[str, Any]:

@@ -145,8 +145,10 @@ def _front(
     front["tags"] = ["sparse-autoencoder", "interpretability", "saeens", "saelens", published.kind.replace("_", "-"), *kinds]
     if _is_on_hub(model.get("name"), model.get("revision")):
         front["base_model"] = model["name"]
-    if _is_on_hub(corpus.get("corpus"), corpus.get("revision")):
-        front["datasets"] = [corpus["corpus"]]
+    single = [part["identity"] for part in corpus.get("parts", [])] or [corpus]
+    data_sets = [each["corpus"] for each in single if _is_on_hub(each.get("corpus"), each.get("revision"))]
+    if data_sets:
+        front["datasets"] = list(dict.fromkeys(data_sets))
     return front
 
 
@@ -288,6 +290,9 @@ def _training(published: Publication, tokens: Mapping[str, Any]) -> Iterator[tup
     if corpus:
         revision = f", revision `{corpus['revision']}`" if corpus.get("revision") else ""
         yield "corpus", _cell(f"{corpus.get('corpus') or corpus.get('name')}{revision}")
+        for part in corpus.get("parts", []):
+            at = part["identity"].get("revision")
+            yield f"corpus, {part['share']:.3g}", _cell(f"{part['name']}{f', revision `{at}`' if at else ''}")
     names = ("context_length", "packing", "drop", "train_tokens", "test_tokens")
     yield from ((name, _cell(_shown(tokens[name], name))) for name in names if name in tokens)
     for each in published.saes:

@@ -153,6 +153,8 @@ class Record:
             statistics = self.tokens.artefact.provenance.get("statistics", {}).get(split, {})
             documents = f" of {statistics['documents']:,} documents" if "documents" in statistics else ""
             yield Fact(f"tokens {purpose}", f"{settings[f'{split}_tokens']:,}{documents}")
+            for name, each in self.tokens.artefact.provenance.get("composition", {}).get(split, {}).items():
+                yield Fact(f"tokens {purpose} of {name}", f"{each['rows']:,} of {each['documents']:,} documents")
         windows = settings.get("windows_per_document")
         at_most = f", at most {windows} of a document" if windows else ""
         yield Fact("windows", f"{settings['context_length']:,} tokens, packed by {settings['packing']}{at_most}")

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from saeens_pipeline import defs
 from saeens_pipeline.errors import ConfigurationError
-from saeens_pipeline.settings.corpora import CORPORA
+from saeens_pipeline.settings.corpora import allowed_corpus_keys, corpus_location
 from saeens_pipeline.settings.experiments import ExperimentSettings, allowed_sae_keys, allowed_training_keys
 from saeens_pipeline.settings.from_file import FILE
 from saeens_pipeline.settings.messages import in_words, on_one_line, shown
@@ -185,7 +185,7 @@ class ExperimentFile:
             similar = _similar(str(location[-1]), allowed)
             messages[location] = [f"unknown key; one of: {', '.join(allowed)}{similar}{found}"]
         for each in error.errors():
-            loc = ("corpus", *each["loc"][2:]) if each["loc"][:1] == ("corpus",) else each["loc"]  # without the tag of its kind
+            loc = corpus_location(each["loc"]) if each["loc"][:1] == ("corpus",) else each["loc"]
             location = _location(attributes, loc, is_missing=each["type"] == "missing")
             if location in messages and messages[location][0].startswith("unknown key"):
                 continue
@@ -358,6 +358,10 @@ def _unknown_keys(model: type[BaseModel], attributes: dict[str, Any]) -> Iterato
                 if key not in allowed:
                     yield (*location, key), allowed
 
+    def mappings(found: Any) -> list[tuple[tuple[int, ...], dict[str, Any]]]:
+        entries = [((i,), each) for i, each in enumerate(found)] if isinstance(found, list) else [((), found)]
+        return [(place, each) for place, each in entries if isinstance(each, dict)]
+
     def walk(model: type[BaseModel], value: Any, *location: int | str) -> Iterator[tuple[Location, list[str]]]:
         if isinstance(value, list):
             for i, each in enumerate(value):
@@ -368,12 +372,11 @@ def _unknown_keys(model: type[BaseModel], attributes: dict[str, Any]) -> Iterato
         for name, field in model.model_fields.items():
             found = value.get(name)
             if name == "corpus":
-                kind = CORPORA["files" if isinstance(found, dict) and "files" in found else "dataset"]
-                yield from look(found, list(kind.model_fields), *location, name)
+                for place, corpus in mappings(found):
+                    yield from look(corpus, allowed_corpus_keys(corpus, is_entry=bool(place)), *location, name, *place)
             elif name == "sae":
-                for i, sae in enumerate(found) if isinstance(found, list) else [(None, found)]:
-                    if isinstance(sae, dict):
-                        yield from look(sae, allowed_sae_keys(sae), *location, name, *([] if i is None else [i]))
+                for place, sae in mappings(found):
+                    yield from look(sae, allowed_sae_keys(sae), *location, name, *place)
             elif name == "training":
                 yield from look(found, allowed_training_keys(), *location, name)
             elif name == "baseline_training":

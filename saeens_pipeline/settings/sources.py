@@ -66,7 +66,8 @@ class SourceSettings(FromFile):
     )
     corpus: Corpus = Field(
         BUILTIN_CORPUS,
-        description="texts: builtin/installed_packages (code), builtin/prose, {name: DATASET} on the hub, or {files: PATTERN}",
+        description="texts: builtin/installed_packages (code), builtin/prose, {name: DATASET} on the hub, {files: PATTERN}, or a list of "
+        "these with weights: [{corpus: builtin/prose, weight: 3}, {corpus: data/my.jsonl, weight: 1}]",
     )
     hook: str = Field("resid_post", description="resid_pre, resid_mid, resid_post, mlp_out, attn_out, or a module path with {layer}")
     layers: Annotated[list[Annotated[int, Field(ge=0)]], Distinct] = Field(min_length=1, description="layers of the language model, from 0")
