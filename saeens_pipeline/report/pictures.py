@@ -55,7 +55,7 @@ def printed(chart: Chart, inches: float, form: Literal["svg", "pdf"]) -> bytes:
     columns = max(1, int(inches / (0.4 + 0.05 * max(map(len, labels), default=0))))
     height = 0.62 * min(inches, 4.6) + 0.16 * -(-len(labels) // columns)
     written = io.BytesIO()
-    with rc_context(_PRINTED):
+    with rc_context(_PRINTED):  # pyright: ignore[reportArgumentType]  # names of settings
         figure = Figure(figsize=(inches, height), layout="constrained")
         axes = figure.subplots()
         _draw(axes, chart)
