@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 
-def on_device(batches: Iterable[Tensor], device: torch.device | str) -> Generator[Tensor]:
+def on_device(batches: Iterable[Tensor], device: torch.device | str, dtype: torch.dtype | None = None) -> Generator[Tensor]:
     """Yield the batches, in order, on ``device``; batches that are there already are passed through.
+
+    ``dtype``: batches are converted to it on ``device``, so that they cross to it in the dtype that they have.
 
     A batch for a CUDA device is copied from pinned memory on a separate stream, while the device computes. One batch is read ahead for
     that; on other devices none. Closing this iterator closes ``batches`` if that is a generator. Use it on one thread, whose current CUDA
@@ -16,11 +18,8 @@ def on_device(batches: Iterable[Tensor], device: torch.device | str) -> Generato
     """
     to = torch.device(device)
     with closing(batches) if isinstance(batches, Generator) else nullcontext():
-        if to.type == "cuda":
-            yield from _copied_ahead(batches, to)
-        else:
-            for batch in batches:
-                yield batch.to(to)
+        for batch in _copied_ahead(batches, to) if to.type == "cuda" else (each.to(to) for each in batches):
+            yield batch if dtype is None else batch.to(dtype)
 
 
 def _copied_ahead(batches: Iterable[Tensor], device: torch.device) -> Generator[Tensor]:

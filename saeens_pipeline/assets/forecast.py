@@ -22,7 +22,7 @@ from saeens_pipeline.assets.saes import config_of
 from saeens_pipeline.assets.sources import describe_source, measures_loss, require_hook
 from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.language_models.descriptions import LanguageModelDescription
-from saeens_pipeline.language_models.patching import LOGIT_BYTES
+from saeens_pipeline.language_models.patching import LEAST_TOKENS, LOGIT_BYTES
 from saeens_pipeline.language_models.tokens import position_bytes
 from saeens_pipeline.settings import ExperimentSettings, SourceSettings
 from saeens_pipeline.settings.files import blamed_on
@@ -226,8 +226,8 @@ class _Plan:
         if self.measures_loss:
             vocabulary = self.description.vocab_size
             model = (sum(self.parameters) + vocabulary * self.description.d_model) * number
-            logits = max(self.source.context_length * vocabulary * number, LOGIT_BYTES)
-            note = "SAEs of one layer and seed, the language model, logits of a window; ce_loss_tokens: 0 leaves it out"
+            logits = max(max(self.source.context_length, LEAST_TOKENS) * vocabulary * number, LOGIT_BYTES)
+            note = "SAEs of one layer and seed, the language model, logits of a batch; ce_loss_tokens: 0 leaves it out"
             yield "next-token loss", saes + model + _COPIES_OF_LOGITS * logits, note
 
     def computation(self) -> _Figures:

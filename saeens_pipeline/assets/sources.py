@@ -27,8 +27,7 @@ from saeens_pipeline.storage.names import Address, Partition
 from saeens_pipeline.storage.recipes import Artefact, Store
 
 TOKENS_VERSION = 1
-ACTIVATIONS_VERSION = 2
-BATCH_WINDOWS, BATCH_TOKENS = 32, 2**14  # limits of one batch of the language model
+ACTIVATIONS_VERSION = 3
 
 _TOKEN_FIELDS = ("context_length", "packing", "windows_per_document", "drop", "train_tokens", "test_tokens")
 
@@ -218,7 +217,6 @@ def _text_ops(settings: SourceSettings) -> list[Op]:
                     folders,
                     settings.dtype,
                     max_norm=settings.max_norm,
-                    batch_windows=max(1, min(BATCH_WINDOWS, BATCH_TOKENS // settings.context_length)),
                     report=progress.differences(advance),
                 )
             for layer, (_, provenance) in layers.items():

@@ -179,8 +179,17 @@ class _Stream:
     def starting_at(self, step: int) -> Iterator[torch.Tensor]:
         if step:
             self.advance(min(step * self.batch_tokens, self.epochs * self.reader.n_rows("train")), before=True)
-        batches = self.reader.batches("train", self.batch_tokens, seed=self.seed, epochs=self.epochs, skipped_batches=step)
-        for batch in on_device(batches, self.device):  # this may read one batch ahead: progress counts batches of the training
+        batches = self.reader.batches(
+            "train",
+            self.batch_tokens,
+            seed=self.seed,
+            epochs=self.epochs,
+            skipped_batches=step,
+            as_stored=torch.device(self.device).type != "cpu",
+        )
+        for batch in on_device(
+            batches, self.device, torch.float32
+        ):  # this may read one batch ahead: progress counts batches of the training
             self.advance(len(batch))
             yield batch
 

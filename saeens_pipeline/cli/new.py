@@ -20,7 +20,10 @@ app.add_typer(reference_model, name="reference-model")
 @app.command()
 def new(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the new source and experiment.")],
-    model: Annotated[str, typer.Option(help="builtin/reference, a folder in transformers' format, or a model's name on the hub.")],
+    model: Annotated[
+        str,
+        typer.Option(help="builtin/reference or builtin/smollm2, a folder in transformers' format, a .gguf file, or a name on the hub."),
+    ],
     layers: Annotated[list[str], typer.Option(help="Layers of the model, from 0, such as 2,4,6; may be given several times.")],
     corpus: Annotated[
         str | None,

@@ -19,9 +19,10 @@ from saeens_pipeline.assets.experiments import validate_saes
 from saeens_pipeline.assets.sources import validate_source
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models.descriptions import REFERENCE_MODEL, LanguageModelDescription, validate_hook
+from saeens_pipeline.language_models.gguf_models import SMOLLM2
 from saeens_pipeline.language_models.models import describe_language_model
 from saeens_pipeline.settings import ExperimentSettings, SourceSettings
-from saeens_pipeline.settings.corpora import BUILTIN_CORPORA, BUILTIN_CORPUS, is_hub_name
+from saeens_pipeline.settings.corpora import BUILTIN_CORPORA, BUILTIN_CORPUS, BUILTIN_PROSE, is_hub_name
 from saeens_pipeline.settings.experiments import EnsembleSettings
 from saeens_pipeline.settings.files import FOLDERS_VARIABLE, MODELS, find_files, own_folders
 from saeens_pipeline.settings.messages import in_words
@@ -31,6 +32,7 @@ HOOK = "resid_post"
 MAX_CONTEXT_LENGTH = 2048  # longer windows cost memory and add little
 TRAIN_TOKENS, TEST_TOKENS = 1_000_000, 50_000
 EXPANSION = 8
+_PROPOSED = {REFERENCE_MODEL: BUILTIN_CORPUS, SMOLLM2: BUILTIN_PROSE}
 DIMENSIONS_PER_FEATURE = 24  # d_in / k, about that of the quickstart; k is rounded to a power of two
 
 
@@ -44,9 +46,9 @@ class NewExperiment(NamedTuple):
 def new_experiment(name: str, model: str, layers: Sequence[int], output: Path | None = None, corpus: str | None = None) -> NewExperiment:
     """Write an experiment file for `model`, a value of `language_model`. For a model on the hub, download its configuration, no weights.
 
-    `corpus` is the builtin one, a data set on the hub, or files. Without it, the builtin corpus is proposed for the embedded model, and
-    for other models a pattern of files to replace. The file is `output`, or NAME.yaml in the first folder of SAEENS_EXPERIMENTS, or a file
-    in the checkout. Nothing is overwritten.
+    `corpus` is a builtin one, a data set on the hub, or files. Without it, a builtin corpus is proposed for a builtin model, and for other
+    models a pattern of files to replace. The file is `output`, or NAME.yaml in the first folder of SAEENS_EXPERIMENTS, or a file in the
+    checkout. Nothing is overwritten.
     Raises ConfigurationError for a name in use or not allowed, an unknown model, and layers that the model does not have.
     """
     try:
@@ -62,7 +64,7 @@ def new_experiment(name: str, model: str, layers: Sequence[int], output: Path | 
         raise ConfigurationError(f"{path} exists and is not overwritten: choose another name or --output")
     description = describe_language_model(str(Path(model).expanduser().absolute()) if Path(model).expanduser().exists() else model)
     validate_hook(description, HOOK, layers)
-    text = render(name, description, layers, _corpus(corpus, description.name))
+    text = render(name, description, layers, corpus_of(corpus, description.name))
     _validate(text, description)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,10 +84,10 @@ def parse_layers(given: Sequence[str]) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _corpus(given: str | None, model: str) -> str | dict[str, str]:
+def corpus_of(given: str | None, model: str) -> str | dict[str, str]:
     """Return the field `corpus`. Files are absolute: the new file may be in another folder than the shell."""
     if given is None:
-        return BUILTIN_CORPUS if model == REFERENCE_MODEL else {"files": "texts/*.jsonl", "text_field": "text"}
+        return _PROPOSED.get(model, {"files": "texts/*.jsonl", "text_field": "text"})
     if given in BUILTIN_CORPORA:
         return given
     path = Path(given).expanduser()

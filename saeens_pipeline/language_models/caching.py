@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
+import torch
+
 from saeens_pipeline.language_models.language_model import LanguageModel
-from saeens_pipeline.language_models.tokens import SPLITS, TokenStore
+from saeens_pipeline.language_models.tokens import SPLITS, TokenBatch, TokenStore
 from saeens_pipeline.storage.activation_writer import ActivationWriter, stored_bytes
 from saeens_pipeline.storage.activations import ActivationStatistics, StoredDtype
 from saeens_pipeline.storage.disk import require_free_disk
+
+BATCH_TOKENS = {"cpu": 2**11, "cuda": 2**14}
+"""Positions of a batch of windows by device. On a CPU, larger activations do not fit into its caches."""
+BATCHES_PER_GROUP = 8
 
 
 def cache_activations(
@@ -21,19 +27,21 @@ def cache_activations(
     dtype: StoredDtype,
     *,
     max_norm: float | None = None,
-    batch_windows: int = 32,
+    batch_tokens: int | None = None,
     report: Callable[[int, int], None] = lambda rows, total_rows: None,
 ) -> dict[int, dict[str, ActivationStatistics]]:
     """Write the activations of every kept position at `hook` of each layer to `outputs[layer]`; return statistics by layer and split.
 
-    Rows have the order of `tokens`. `max_norm` drops rows, as ActivationWriter says; the median is that of the first batch. Both splits
-    pass through the model once for all layers. `report` gets the numbers of finished and of all rows of one layer. A killed call with the
-    same arguments is resumed: its complete shards are kept, and the model continues with the batch of windows that holds the first missing
-    row. Memory: one batch of `batch_windows` windows in the model and, for each layer, two shards (up to 32 MiB each), for any number of
-    tokens.
+    Rows have the order of `tokens`. `max_norm` drops rows, as ActivationWriter says; the median is that of the first group. Both splits
+    pass through the model once for all layers, in groups of `BATCHES_PER_GROUP` batches of `batch_tokens` positions (default:
+    `BATCH_TOKENS`). Groups and batches do not depend on what is resumed, so that the bits of a row do not either. `report` gets the numbers
+    of finished and of all rows of one layer. A killed call with the same arguments is resumed: its complete shards are kept, and the model
+    continues with the group of windows that holds the first missing row. Memory: one batch in the model and, for each layer, the
+    activations of a group and two shards (up to 32 MiB each), for any number of tokens.
     Raises SaeensError if the disk is too small for all layers (before anything is written), and for values that are not finite or too
     large for `dtype`, with the layer and the largest value; ConfigurationError for a hook or layer that the model does not have.
     """
+    batch_tokens = batch_tokens or BATCH_TOKENS.get(model.model.device.type, BATCH_TOKENS["cpu"])
     rows = {split: tokens.n_rows(split) for split in SPLITS}
     widths = model.widths(hook, list(outputs))
     there = sum(file.stat().st_size for path in outputs.values() for file in path.rglob("*") if file.is_file())
@@ -48,15 +56,33 @@ def cache_activations(
             for layer, path in outputs.items()
         }
         for split in SPLITS:
-            first = 0  # row of the split at which the batch starts
-            for batch in tokens.batches(split, batch_windows):
-                document, position = batch.document[batch.kept], batch.position[batch.kept]
+            first = 0  # row of the split at which the group starts
+            for group in tokens.batches(split, max(1, BATCHES_PER_GROUP * batch_tokens // tokens.context_length)):
+                document, position = group.document[group.kept], group.position[group.kept]
                 resumed = {layer: max(writer.resumed_rows[split] - first, 0) for layer, writer in writers.items()}
                 wanted = [layer for layer, n_resumed in resumed.items() if n_resumed < len(document)]
-                activations = model.activations(batch.tokens, hook, wanted) if wanted else {}
-                for layer, of_layer in activations.items():
+                for layer, activations in kept_activations(model, group, hook, wanted, batch_tokens).items():
                     new = slice(resumed[layer], None)
-                    writers[layer].append(split, of_layer[batch.kept.to(of_layer.device)][new], document[new], position[new])
+                    writers[layer].append(split, activations[new], document[new], position[new])
                 first, done = first + len(document), done + len(document)
                 report(done, sum(rows.values()))
     return {layer: writer.statistics for layer, writer in writers.items()}
+
+
+def kept_activations(
+    model: LanguageModel, windows: TokenBatch, hook: str, layers: Collection[int], batch_tokens: int
+) -> dict[int, torch.Tensor]:
+    """Return the activations `[n, d]` of the kept positions of windows at `hook` of each layer, in order, on the model's device.
+
+    Windows pass through the model in batches of similar length, of at most `batch_tokens` positions, and end with their last kept position,
+    since attention is causal.
+    """
+    row = windows.kept.flatten().cumsum(0).view(windows.kept.shape) - 1
+    n_rows, found = int(windows.kept.sum()), dict[int, torch.Tensor]()
+    for numbers, batch in windows.by_length(windows.kept, batch_tokens) if layers else ():
+        rows = row[numbers, : batch.kept.shape[1]][batch.kept]
+        for layer, activations in model.activations(batch.tokens, hook, layers).items():
+            if layer not in found:
+                found[layer] = activations.new_empty(n_rows, activations.shape[-1])
+            found[layer][rows.to(activations.device)] = activations[batch.kept.to(activations.device)]
+    return found

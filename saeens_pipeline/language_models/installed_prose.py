@@ -23,6 +23,7 @@ PACKAGES = (
 READER_VERSION = 1  # increased with every change of the documents
 MAX_PACKAGE_CHARACTERS = 4_000_000  # so that no package dominates
 _MIN_DOCSTRING = 200  # characters
+_LONG_STRING = re.compile(rf"(\"{{3}}|'{{3}})(?:(?!\1).){{{_MIN_DOCSTRING}}}", re.DOTALL)
 _MIN_WORDS = 8  # of a paragraph
 _MIN_LETTERS = 0.8  # share of a paragraph's characters that are not white space
 _TEXTS = (".md", ".rst", ".txt")
@@ -80,7 +81,7 @@ def _read(name: PurePosixPath, path: Path) -> tuple[str, list[str]]:
 
 def _docstrings(source: str) -> Iterator[str]:
     """Yield the docstrings of a module that are longer than 200 characters, in the order of the file."""
-    if '"""' not in source and "'''" not in source:
+    if not _LONG_STRING.search(source):
         return
     try:
         with warnings.catch_warnings():
@@ -88,12 +89,20 @@ def _docstrings(source: str) -> Iterator[str]:
             tree = ast.parse(source)
     except (SyntaxError, RecursionError, MemoryError):
         return
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    nodes = [node for node in ast.walk(tree) if isinstance(node, documented)]
-    for node in sorted(nodes, key=lambda node: getattr(node, "lineno", 0)):
+    for node in _documented(tree):
         docstring = ast.get_docstring(node)
         if docstring and len(docstring) > _MIN_DOCSTRING:
             yield docstring
+
+
+def _documented(node: ast.AST) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Yield the module, classes and functions, in the order of the file. Expressions, most of a tree, hold none and are not visited."""
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        yield node
+    for field in ("body", "handlers", "orelse", "finalbody", "cases"):
+        inner = getattr(node, field, None)
+        for each in inner if isinstance(inner, list) else ():
+            yield from _documented(each)
 
 
 def prose_of(text: str) -> Iterator[str]:

@@ -16,8 +16,9 @@ from saeens_pipeline.language_models.hook_checks import checked_in_float32, rand
 from saeens_pipeline.language_models.language_model import LanguageModel
 from saeens_pipeline.language_models.tokens import TokenBatch, TokenStore
 
-LOGIT_BYTES = 2**24
-"""Bytes of the logits of a batch of windows, so that they fit into the caches of a CPU."""
+LOGIT_BYTES, LEAST_TOKENS = 2**24, 2**9
+"""Bytes of the logits of a batch of windows, so that they fit into the caches of a CPU, and positions that a batch has in any case."""
+_BATCHES_READ = 16
 
 
 @contextmanager
@@ -104,12 +105,14 @@ def loss_batches(
 
     `by_document`: losses have sums by document, or by block of documents (`blocks_of`).
 
-    Memory: the logits of a batch of windows, 16 MiB or those of one window, and the model's copies of them.
+    Windows pass in batches of similar length. Memory: the logits of a batch, 16 MiB or those of 512 positions or of one window, and the
+    model's copies of them.
     """
-    window_bytes = tokens.context_length * model.description.vocab_size * 4
-    for batch in tokens.sample("test", n_rows, batch_windows=max(1, LOGIT_BYTES // window_bytes)):
-        windows = PatchedWindows(model, batch, hook, layer, tokens.statistics.test.documents if by_document else 0)
-        yield LossBatch(windows.rows, windows.loss)
+    most_tokens = max(LEAST_TOKENS, LOGIT_BYTES // (model.description.vocab_size * 4))
+    for read in tokens.sample("test", n_rows, max(1, _BATCHES_READ * most_tokens // tokens.context_length)):
+        for _, batch in read.by_length(read.is_text, most_tokens):
+            windows = PatchedWindows(model, batch, hook, layer, tokens.statistics.test.documents if by_document else 0)
+            yield LossBatch(windows.rows, windows.loss)
 
 
 def patching_problem(model: LanguageModel, hook: str, layers: Collection[int]) -> str:

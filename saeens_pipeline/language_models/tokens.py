@@ -76,6 +76,24 @@ class TokenBatch(NamedTuple):
         """bool, false for padding."""
         return self.document != _PADDING
 
+    def by_length(self, needed: torch.Tensor, most_tokens: int) -> Iterator[tuple[torch.Tensor, TokenBatch]]:
+        """Yield the windows in batches of similar length, with their numbers `[b]`, from short to long; each ends with its longest window.
+
+        needed: bool `[n_windows, context_length]`. A window ends with its last needed position; one without any is left out.
+        most_tokens: largest number of positions of a batch, with padding, unless a single window has more.
+        """
+        import torch
+
+        lengths = (needed * torch.arange(1, needed.shape[1] + 1)).amax(1)
+        order = lengths.argsort(stable=True)
+        order = order[lengths[order] > 0]
+        first = 0
+        for end in range(1, len(order) + 1):
+            if end == len(order) or (end + 1 - first) * int(lengths[order[end]]) > most_tokens:
+                numbers = order[first:end]
+                yield numbers, TokenBatch(*(values[numbers, : int(lengths[numbers[-1]])] for values in self))
+                first = end
+
 
 class Surroundings(NamedTuple):
     """Tokens around central places of a split, from the same window each."""

@@ -1,4 +1,4 @@
-"""Labels in experiment files, and known labelled data sets: embedded tasks, and those of SAEBench on the Hugging Face hub."""
+"""Labels in experiment files, and known labelled data sets: embedded tasks, and those of sae-probes and of SAEBench on the hub."""
 
 from __future__ import annotations
 
@@ -97,3 +97,24 @@ HUB_SETS = _WHOLE | {_BIOS: _bios()}
 
 HUB_CONCEPTS = (*_WHOLE, *STREAMED)
 HUB_CORRELATIONS = (_BIOS, _AMAZON)
+
+SAE_PROBES = "sae_probes/"
+"""Prefix of the data sets in the package sae-probes, by the names of their files."""
+
+
+class PackagedCorrelation(NamedTuple):
+    """Texts that two data sets of sae-probes have in common. Values at the same place correlate in the biased probe."""
+
+    target: str
+    spurious: str
+    target_values: tuple[str, str] = ("1", "0")
+    spurious_values: tuple[str, str] = ("1", "0")
+
+
+SAE_PROBES_CORRELATIONS = {
+    f"{SAE_PROBES}politician_and_sex": PackagedCorrelation("7_hist_fig_ispolitician", "5_hist_fig_ismale"),
+    f"{SAE_PROBES}american_and_sex": PackagedCorrelation("6_hist_fig_isamerican", "5_hist_fig_ismale"),
+    f"{SAE_PROBES}alive_and_sex": PackagedCorrelation(
+        "57_wikidatais_alive", "56_wikidatasex_or_gender", ("True", "False"), ("female", "male")
+    ),
+}

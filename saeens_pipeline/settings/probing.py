@@ -12,6 +12,8 @@ from saeens_pipeline.settings.labelled_data_sets import (
     EMBEDDED_CORRELATIONS,
     HUB_CONCEPTS,
     HUB_CORRELATIONS,
+    SAE_PROBES,
+    SAE_PROBES_CORRELATIONS,
     Label,
     Labels,
     TextCount,
@@ -24,6 +26,7 @@ class _DataSet(FromFile):
     """Common fields of the data sets of both tables. Relative paths start from the folder of the experiment file."""
 
     embedded_names: ClassVar[tuple[str, ...]]
+    packaged_names: ClassVar[tuple[str, ...]]
     hub_names: ClassVar[tuple[str, ...]]
 
     name: str = Field(min_length=1, description="name of a known data set, or a new name for local files")
@@ -45,6 +48,11 @@ class _DataSet(FromFile):
         return files
 
     @property
+    def is_packaged(self) -> bool:
+        """Whether the texts are in the package sae-probes."""
+        return self.name in self.packaged_names
+
+    @property
     def local_copy(self) -> str | None:
         """`path` as an absolute path."""
         return self.absolute(self.path) if self.path else None
@@ -57,8 +65,10 @@ class _DataSet(FromFile):
             what, allowed = "is read from the installed packages", {"labels"}
         elif self.name in self.hub_names:
             what, allowed = "is a known data set of the hub; choose another name for local files", {"labels", "revision", "path"}
+        elif self.is_packaged:
+            what, allowed = "is read from the package sae-probes", {"labels"}
         elif self.train is None:
-            known = ", ".join((*self.embedded_names, *self.hub_names))
+            known = ", ".join((*self.embedded_names, *self.packaged_names, *self.hub_names))
             raise ValueError(f"{self.name!r} is not known; known are {known}; for local files give train, and optionally test")
         else:
             what, allowed = "is read from local files", fields.keys() - {"revision", "path"}
@@ -71,8 +81,12 @@ class _DataSet(FromFile):
 class ConceptDataSet(_DataSet):
     """An entry of `concept_detection.datasets`: a name, or a mapping with these fields."""
 
-    embedded_names, hub_names = EMBEDDED_CONCEPTS, HUB_CONCEPTS
+    embedded_names, packaged_names, hub_names = EMBEDDED_CONCEPTS, (f"{SAE_PROBES}NAME",), HUB_CONCEPTS
     labels: Labels = Field(default=[], description="labels with a probe each; default: all labels")
+
+    @property
+    def is_packaged(self) -> bool:
+        return self.name.startswith(SAE_PROBES) and self.train is None
 
     @field_validator("labels")
     @classmethod
@@ -85,7 +99,7 @@ class ConceptDataSet(_DataSet):
 class CorrelationDataSet(_DataSet):
     """An entry of `spurious_correlation.datasets`: a name, or a mapping with these fields."""
 
-    embedded_names, hub_names = EMBEDDED_CORRELATIONS, HUB_CORRELATIONS
+    embedded_names, packaged_names, hub_names = EMBEDDED_CORRELATIONS, tuple(SAE_PROBES_CORRELATIONS), HUB_CORRELATIONS
     spurious_field: str = Field(default="spurious", description="column of the spurious attribute")
     target: tuple[Label, Label] | None = Field(default=None, description="the two labels of the probe; for local files only")
     spurious: tuple[Label, Label] | None = Field(

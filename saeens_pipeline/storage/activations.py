@@ -170,15 +170,26 @@ class ActivationReader(ABC):
             self._statistics[split] = statistics.compute()
         return self._statistics[split]
 
-    def chunks(self, split: str) -> Iterator[torch.Tensor]:
-        """Yield all rows in storage order, as float32 `[<= chunk_rows, d_in]`. Memory: one chunk."""
+    def chunks(self, split: str, device: str = "cpu") -> Iterator[torch.Tensor]:
+        """Yield all rows in storage order on a device, as float32 `[<= chunk_rows, d_in]`. Memory: one chunk.
+
+        Rows are converted on the device.
+        """
         for index in range(self.n_chunks(split)):
-            yield self.read_chunk(split, index).to(torch.float32, copy=True)  # a copy, so that no file stays open
+            yield self.read_chunk(split, index).to(device).to(torch.float32, copy=True)  # a copy, so that no file stays open
 
     def batches(
-        self, split: str, batch_tokens: int, *, seed: int, epochs: int = 1, mixing_chunks: int = 64, skipped_batches: int = 0
+        self,
+        split: str,
+        batch_tokens: int,
+        *,
+        seed: int,
+        epochs: int = 1,
+        mixing_chunks: int = 64,
+        skipped_batches: int = 0,
+        as_stored: bool = False,
     ) -> Generator[torch.Tensor]:
-        """Yield shuffled rows, as float32 `[batch_tokens, d_in]`; only the last batch may be shorter.
+        """Yield shuffled rows `[batch_tokens, d_in]`, as float32 or, with `as_stored`, in the stored dtype; the last batch may be shorter.
 
         Each epoch takes the chunks in a new random order, `mixing_chunks` at a time, and shuffles their rows together: every row occurs
         exactly once per epoch. The order of rows depends on seed, chunks and mixing_chunks, not on batch_tokens. A batch may hold the end
@@ -186,11 +197,12 @@ class ActivationReader(ABC):
         only they need are not read. A thread reads the next chunks; it ends with this iterator, also if that is closed early.
 
         Memory: two mixing buffers, each of `mixing_chunks` chunks (of up to 2 MiB: 256 MiB in total by default) or of the split,
-        whichever is smaller; 8 bytes for each of their rows; one batch in the stored dtype and one in float32.
+        whichever is smaller; 8 bytes for each of their rows; one batch in the stored dtype and its copy.
         """
         if min(batch_tokens, mixing_chunks) < 1:
             raise ValueError(f"batch_tokens = {batch_tokens}, mixing_chunks = {mixing_chunks}: both are at least 1")
         batch, filled = torch.empty(batch_tokens, self.d_in, dtype=getattr(torch, self.dtype)), 0
+        given_as = batch.dtype if as_stored else torch.float32
         skipped_rows = skipped_batches * batch_tokens
         with closing(_mix(self, split, seed=seed, epochs=epochs, mixing_chunks=mixing_chunks, skipped_rows=skipped_rows)) as mixed:
             for rows, order in mixed:
@@ -200,10 +212,10 @@ class ActivationReader(ABC):
                     torch.index_select(rows, 0, taken, out=batch[filled : filled + len(taken)])
                     start, filled = start + len(taken), filled + len(taken)
                     if filled == batch_tokens:
-                        yield batch.to(torch.float32, copy=True)
+                        yield batch.to(given_as, copy=True)
                         filled = 0
         if filled:
-            yield batch[:filled].to(torch.float32, copy=True)
+            yield batch[:filled].to(given_as, copy=True)
 
 
 def _mix(

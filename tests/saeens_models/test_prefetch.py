@@ -97,6 +97,20 @@ def test_batches_keep_their_dtype_on_the_device():
     assert [(batch.device.type, batch.dtype, len(batch)) for batch in found] == [("meta", torch.float16, 2), ("meta", torch.float32, 1)]
 
 
+def test_batches_are_converted_where_they_arrive():
+    moved: list[torch.dtype] = []
+
+    class Half(torch.Tensor):
+        def to(self, *args: Any, **kwargs: Any) -> Any:
+            moved.append(self.dtype)
+            return super().to(*args, **kwargs)
+
+    batches = [torch.zeros(2, 3, dtype=torch.float16).as_subclass(Half)]
+    (found,) = on_device(batches, "meta", torch.float32)
+    assert (found.device.type, found.dtype) == ("meta", torch.float32)
+    assert moved == [torch.float16] * 2  # to the device, and there to float32
+
+
 def test_on_cuda_exactly_one_batch_is_copied_ahead(calls):
     reading = Reading([Batch(number, calls) for number in range(4)])
     for number, batch in enumerate(on_played_gpu(iter(reading))):

@@ -133,6 +133,14 @@ def test_order_does_not_depend_on_the_batch_size(tmp_path):
     assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_batches_as_stored_hold_the_same_numbers_in_the_stored_dtype(tmp_path, dtype):
+    store = _write(tmp_path / "a.zarr", _rows(150), dtype)
+    stored = list(store.batches("train", 11, seed=5, as_stored=True))
+    assert {batch.dtype for batch in stored} == {getattr(torch, dtype)}
+    assert torch.equal(torch.cat(stored).float(), torch.cat(list(store.batches("train", 11, seed=5))))
+
+
 def test_rows_of_distant_chunks_are_mixed(tmp_path):
     rows = torch.arange(400).float()[:, None].expand(-1, D_IN)
     first_batch = next(_write(tmp_path / "a.zarr", rows).batches("train", 40, seed=0, mixing_chunks=50))

@@ -11,7 +11,7 @@ import torch
 from tiny_models import D_MODEL, ListedCorpus, write_tiny_model
 
 from saeens_pipeline.errors import ConfigurationError, SaeensError
-from saeens_pipeline.language_models.caching import cache_activations
+from saeens_pipeline.language_models.caching import cache_activations, kept_activations
 from saeens_pipeline.language_models.language_model import LanguageModel
 from saeens_pipeline.language_models.loading import load_language_model
 from saeens_pipeline.language_models.models import describe_language_model
@@ -55,10 +55,10 @@ def _expected(model: LanguageModel, tokens: TokenStore, layer: int) -> tuple[tor
     return hidden[batch.kept], batch.document[batch.kept], batch.position[batch.kept]
 
 
-@pytest.mark.parametrize("batch_windows", [1, 3, 100])
-def test_stored_rows_equal_the_activations_of_the_kept_positions(model, tokens, tmp_path, batch_windows):
+@pytest.mark.parametrize("batch_tokens", [1, 3, 40, 1000])
+def test_stored_rows_equal_the_activations_of_the_kept_positions(model, tokens, tmp_path, batch_tokens):
     outputs = {layer: tmp_path / f"layer={layer}" for layer in (0, 1)}
-    statistics = cache_activations(model, tokens, "resid_post", outputs, "float32", batch_windows=batch_windows)
+    statistics = cache_activations(model, tokens, "resid_post", outputs, "float32", batch_tokens=batch_tokens)
     for layer, path in outputs.items():
         store = ActivationStore(path)
         rows, document, position = _expected(model, tokens, layer)
@@ -69,11 +69,28 @@ def test_stored_rows_equal_the_activations_of_the_kept_positions(model, tokens, 
         torch.testing.assert_close(torch.from_numpy(statistics[layer]["train"].mean), rows.double().mean(0), rtol=1e-5, atol=1e-6)
 
 
+def test_a_batch_has_windows_of_similar_length_and_no_positions_after_the_last_kept_one(model, tokens):
+    (windows,) = tokens.batches("train", 1000)
+    lengths = [int(kept.nonzero().max()) + 1 if kept.any() else 0 for kept in windows.kept]
+    batches = list(windows.by_length(windows.kept, 40))
+    numbers = torch.cat([numbers for numbers, _ in batches])
+    assert sorted(numbers.tolist()) == [number for number, length in enumerate(lengths) if length]
+    assert [lengths[number] for number in numbers] == sorted(length for length in lengths if length)
+    for numbers, batch in batches:
+        longest = max(lengths[number] for number in numbers)
+        assert batch.tokens.shape == (len(numbers), longest)
+        assert batch.tokens.numel() <= 40
+        for name, values in batch._asdict().items():
+            assert torch.equal(values, getattr(windows, name)[numbers, :longest])
+    of_all = kept_activations(model, windows, "resid_post", [1], 10**6)[1]
+    torch.testing.assert_close(kept_activations(model, windows, "resid_post", [1], 40)[1], of_all)
+
+
 def test_one_forward_pass_caches_all_layers(model, tokens, tmp_path):
     runs: list[int] = []
     model.widths("resid_post", range(3))  # checks the hook
     handle = model.model.get_submodule("gpt_neox.embed_in").register_forward_hook(lambda *_: runs.append(1))
-    cache_activations(model, tokens, "resid_post", {layer: tmp_path / str(layer) for layer in range(3)}, "float16", batch_windows=100)
+    cache_activations(model, tokens, "resid_post", {layer: tmp_path / str(layer) for layer in range(3)}, "float16", batch_tokens=1000)
     handle.remove()
     assert len(runs) == 3  # one to learn the width, one for each split
 
@@ -93,7 +110,7 @@ def test_hooks_are_cached_with_their_own_width(model, tokens, tmp_path):
 def test_progress_counts_rows_of_both_splits(model, tokens, tmp_path):
     seen: list[tuple[int, int]] = []
     cache_activations(
-        model, tokens, "resid_post", {0: tmp_path / "a"}, "float16", batch_windows=2, report=lambda *progress: seen.append(progress)
+        model, tokens, "resid_post", {0: tmp_path / "a"}, "float16", batch_tokens=32, report=lambda *progress: seen.append(progress)
     )
     assert seen[-1] == (110, 110)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)

@@ -79,7 +79,7 @@ def test_the_shipped_quickstart_has_its_control():
     from saeens_pipeline.orchestration.catalogue import Catalogue
 
     controls = Catalogue.load().controls
-    assert controls["quickstart"] == "quickstart_random"
+    assert (controls["quickstart"], controls["smollm2"]) == ("quickstart_random", "smollm2_random")
     assert "quickstart_full" not in controls  # of eight members, where the control has four
 
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import gzip
+import importlib.metadata
 import json
-from collections.abc import Mapping, Sequence
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +20,7 @@ from tiny_models import ListedCorpus
 
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models.documents import Document, Split
-from saeens_pipeline.language_models.labelled_texts import embedded
+from saeens_pipeline.language_models.labelled_texts import embedded, packaged
 from saeens_pipeline.language_models.labelled_texts.drawing import Labelled, TextCount, draw_concepts, draw_quadrants
 from saeens_pipeline.language_models.labelled_texts.embedded import EmbeddedTasks, cut
 from saeens_pipeline.language_models.labelled_texts.reading import identity, read_concepts, read_correlations
@@ -315,6 +319,66 @@ def test_the_identity_of_labelled_files_is_their_content(tmp_path: Path):
     assert before != after
     _write(tmp_path, "a.jsonl", _rows(sport=6))
     assert identity(data_set) == before
+
+
+# texts of the package sae-probes
+
+
+@pytest.fixture
+def sae_probes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of the data sets of a package with two attributes of the same 48 names; its code must not run."""
+    folder = tmp_path / "packages" / "sae_probes" / "data" / "cleaned_data"
+    folder.mkdir(parents=True)
+    (folder.parents[1] / "__init__.py").write_text("raise AssertionError('imported')")
+    information = tmp_path / "packages" / "sae_probes-0.4.2.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: sae-probes\nVersion: 0.4.2\n")
+    record = []
+    for name, of_name in (("5_hist_fig_ismale", lambda i: i % 2), ("7_hist_fig_ispolitician", lambda i: i // 2 % 2)):
+        rows = pl.DataFrame([{"prompt": f"Name, number {i}", "prompt_len": 4, "target": of_name(i)} for i in range(48)])
+        rows.write_csv(folder / f"{name}.csv.zst", compression="zstd")
+        record.append(f"sae_probes/data/cleaned_data/{name}.csv.zst,,\n")
+    (information / "RECORD").write_text("sae_probes/__init__.py,,\n" + "".join(record))
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    yield folder
+    assert "sae_probes" not in sys.modules
+
+
+def test_texts_of_sae_probes_are_read_from_its_files(sae_probes: Path):
+    drawn = read_concepts(ConceptDataSet(name="sae_probes/5_hist_fig_ismale"), FEW, seed=1)
+    assert sorted(drawn.train) == ["0", "1"]
+    assert all(int(text.rsplit(" ", 1)[1]) % 2 == int(label) for label, texts in drawn.train.items() for text in texts)
+    before = identity(ConceptDataSet(name="sae_probes/5_hist_fig_ismale"))
+    shutil.copyfile(sae_probes / "7_hist_fig_ispolitician.csv.zst", sae_probes / "5_hist_fig_ismale.csv.zst")
+    assert identity(ConceptDataSet(name="sae_probes/5_hist_fig_ismale")) != before
+
+
+def test_two_data_sets_of_sae_probes_give_two_attributes_of_their_common_texts(sae_probes: Path):
+    data_set = CorrelationDataSet(name="sae_probes/politician_and_sex")
+    (task,) = read_correlations(data_set, TextCount(8, 8), seed=1)
+    for texts, attributes in zip(task.test, [(1, 1), (1, 0), (0, 1), (0, 0)], strict=True):
+        assert {(i // 2 % 2, i % 2) for i in (int(text.rsplit(" ", 1)[1]) for text in texts)} == {attributes}
+    assert set(identity(data_set)["sha256"]) == {"5_hist_fig_ismale.csv.zst", "7_hist_fig_ispolitician.csv.zst"}
+
+
+def test_an_unknown_data_set_of_sae_probes_is_refused_with_those_that_exist(sae_probes: Path):
+    with pytest.raises(ConfigurationError, match=r"sae-probes has no data set '6_x'; it has 5_hist_fig_ismale, 7_hist_fig_ispolitician"):
+        read_concepts(ConceptDataSet(name="sae_probes/6_x"), FEW, seed=1)
+    with pytest.raises(ValidationError, match=r"'sae_probes/x' is not known; known are .*sae_probes/politician_and_sex"):
+        CorrelationDataSet(name="sae_probes/x")
+    with pytest.raises(ValidationError, match="is read from the package sae-probes: leave path out"):
+        ConceptDataSet(name="sae_probes/6_x", path="x")
+
+
+def test_the_command_that_installs_sae_probes_is_named(monkeypatch: pytest.MonkeyPatch):
+    def none(name: str) -> None:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(packaged.metadata, "files", none)
+    with pytest.raises(ConfigurationError, match=r"sae_probes/92_glue_sst2: needs the package sae-probes: .*`make probes`"):
+        identity(ConceptDataSet(name="sae_probes/92_glue_sst2"))
+    makefile = (Path(__file__).parents[2] / "Makefile").read_text()
+    assert re.search(r"^probes:(?:.*\n)+?\t.*--no-deps sae-probes==", makefile, re.MULTILINE)
 
 
 # settings

@@ -14,8 +14,9 @@ from tiny_models import CONTEXT_LENGTH, D_MODEL, N_LAYERS, edit_config
 
 from saeens_models.architectures import architectures
 from saeens_pipeline import cli
-from saeens_pipeline.cli.new_experiment import new_experiment, parse_layers
+from saeens_pipeline.cli.new_experiment import corpus_of, new_experiment, parse_layers
 from saeens_pipeline.errors import ConfigurationError
+from saeens_pipeline.language_models.gguf_models import SMOLLM2
 from saeens_pipeline.settings import ExperimentSettings, SourceSettings
 from saeens_pipeline.settings.experiments import EnsembleSettings
 
@@ -57,6 +58,10 @@ def test_the_written_file_runs_at_a_smaller_size(empty: Laboratory, tmp_path: Pa
     empty.run(select=["bagging_ensemble"])
     assert empty.artefact("bagging/bagging_ensemble", 42)
     assert empty.artefact("activations", layer=1).provenance["statistics"]["train"]["rows"] == 300
+
+
+def test_prose_is_proposed_for_smollm2():
+    assert corpus_of(None, SMOLLM2) == "builtin/prose"
 
 
 @pytest.mark.parametrize(

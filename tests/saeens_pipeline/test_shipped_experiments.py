@@ -94,7 +94,7 @@ def test_hyperparameters_equal_those_of_the_paper(catalogue: Catalogue, name: st
 
 def test_shipped_experiments_load_without_automation(catalogue: Catalogue):
     assert catalogue.broken == {}
-    assert set(SHIPPED) | {"quickstart", "synthetic"} <= set(catalogue.experiments)
+    assert set(SHIPPED) | {"quickstart", "synthetic", "smollm2", "smollm2_full", "smollm2_random"} <= set(catalogue.experiments)
     assert "recovery" in (catalogue.experiment("synthetic").evaluations or ())
     definitions = catalogue.definitions()
     dg.Definitions.validate_loadable(definitions)

@@ -53,8 +53,8 @@ def pass_over(making: Making, reader: ActivationReader, label: str = "") -> Iter
     with progress.task(f"{making.experiment.name}/eval{label}, {making.partition}", reader.n_rows("test")) as advance:
 
         def chunks() -> Iterator[Tensor]:
-            for chunk in reader.chunks("test"):
-                yield chunk.to(device)
+            for chunk in reader.chunks("test", device):
+                yield chunk
                 advance(len(chunk))
 
         yield chunks()

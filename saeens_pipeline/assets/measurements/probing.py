@@ -24,13 +24,11 @@ from saeens_models.probing import (
 )
 from saeens_pipeline import progress
 from saeens_pipeline.assets.declarations import SourceFacts
-from saeens_pipeline.assets.measurements.dictionaries import load_dictionary
+from saeens_pipeline.assets.measurements.dictionaries import load_dictionary, load_model
 from saeens_pipeline.assets.registry import Making, Row
-from saeens_pipeline.assets.sources import language_model_of
 from saeens_pipeline.language_models.labelled_texts.drawing import ConceptTexts, CorrelationTexts
 from saeens_pipeline.language_models.labelled_texts.reading import is_embedded, read_concepts, read_correlations
 from saeens_pipeline.language_models.language_model import LanguageModel
-from saeens_pipeline.language_models.loading import load_language_model
 from saeens_pipeline.language_models.text_activations import TextActivations, encode_texts
 from saeens_pipeline.settings.experiments import ExperimentSettings
 from saeens_pipeline.settings.probing import PROBE_SEED as SEED
@@ -45,9 +43,8 @@ def probe(making: Making) -> dict[str, list[Row]]:
     row_starts: dict[tuple[str, int], list[Row]] = {(RAW, 1): [making.row(RAW, 1, [])]}
     for method, n, dictionary, saes in making.methods():  # bagging's first member has rows for `single`, too
         row_starts.setdefault((dictionary.address.name, len(saes)), []).append(making.row(method, n, saes))
-    activations = making.require(making.subject.activations)
     ensembles = {each.address.name: load_dictionary(making, each) for each in making.subject.dictionaries}
-    model = load_language_model(language_model_of(activations), activations.recipe["settings"]["weights"], making.device)
+    model = load_model(making)
     rows: dict[str, list[Row]] = {table: [] for table in making.wanted}
     for collection in _collections(making.experiment, making.wanted):
         for table, dictionary, columns in _scores(making, ensembles, model, collection):

@@ -15,7 +15,7 @@ from saeens_pipeline.language_models import records
 from saeens_pipeline.language_models.corpora import open_corpus
 from saeens_pipeline.language_models.documents import Split
 from saeens_pipeline.language_models.fingerprints import fingerprint_once
-from saeens_pipeline.language_models.labelled_texts import drawing, embedded, hub
+from saeens_pipeline.language_models.labelled_texts import drawing, embedded, hub, packaged
 from saeens_pipeline.language_models.labelled_texts.drawing import ConceptTexts, CorrelationTexts, Labelled
 from saeens_pipeline.settings.corpora import BUILTIN_CORPUS
 from saeens_pipeline.settings.from_file import FILE
@@ -39,6 +39,9 @@ def identity(data_set: ConceptDataSet | CorrelationDataSet) -> dict[str, Any]:
             split: [[records.shown(file.name), fingerprint_once(file)] for file in found] for split, found in _files(data_set).items()
         }
         return {"name": data_set.name, "reader": READER_VERSION, "sha256": hashes}
+    if data_set.is_packaged:
+        hashes = {file.name: fingerprint_once(file) for file in packaged.packaged_files(data_set.name)}
+        return {"name": data_set.name, "reader": packaged.READER_VERSION, "sha256": hashes}
     hub_set = {"name": data_set.name, "reader": hub.READER_VERSION}
     if data_set.local_copy:
         root = Path(data_set.local_copy)
@@ -75,21 +78,29 @@ def _identity_read(data_set: ConceptDataSet | CorrelationDataSet) -> str:
 @lru_cache(maxsize=_DATA_SETS_KEPT)
 def _drawn_concepts(settings: str, file: Path | None, _identity: str, count: TextCount | None, seed: int) -> ConceptTexts:
     data_set = ConceptDataSet.model_validate_json(settings, context={FILE: file})
-    data = _labelled(data_set, count := count or (embedded.CONCEPT_COUNT if is_embedded(data_set) else hub.COUNT))
+    data = _labelled(data_set, count := count or _default_count(data_set, embedded.CONCEPT_COUNT, packaged.CONCEPT_COUNT))
     return drawing.draw_concepts(data, data_set.labels or data.labels, count, balance="other" in data.train.columns, seed=seed)
 
 
 @lru_cache(maxsize=_DATA_SETS_KEPT)
 def _drawn_correlations(settings: str, file: Path | None, _identity: str, count: TextCount | None, seed: int) -> list[CorrelationTexts]:
     data_set = CorrelationDataSet.model_validate_json(settings, context={FILE: file})
-    data = _labelled(data_set, count := count or (embedded.CORRELATION_COUNT if is_embedded(data_set) else hub.COUNT))
+    data = _labelled(data_set, count := count or _default_count(data_set, embedded.CORRELATION_COUNT, packaged.CORRELATION_COUNT))
     own = {data.name: (data_set.target, data_set.spurious)} if data_set.target and data_set.spurious else {}
     return [drawing.draw_quadrants(data, name, *attributes, count, seed=seed) for name, attributes in (own or data.pairs).items()]
+
+
+def _default_count(data_set: ConceptDataSet | CorrelationDataSet, of_embedded: TextCount, of_packaged: TextCount) -> TextCount:
+    if is_embedded(data_set):
+        return of_embedded
+    return of_packaged if data_set.is_packaged else hub.COUNT
 
 
 def _labelled(data_set: ConceptDataSet | CorrelationDataSet, count: TextCount) -> Labelled:
     if is_embedded(data_set):
         return _embedded_tasks(json.dumps(open_corpus(BUILTIN_CORPUS).identity)).labelled(data_set.name)
+    if data_set.is_packaged:
+        return packaged.packaged_texts(data_set.name)
     if not data_set.local_files:
         return hub.HubReader(data_set.revision, data_set.local_copy).labelled(data_set.name, count)
     fields = {"text": data_set.text_field, "label": data_set.label_field}

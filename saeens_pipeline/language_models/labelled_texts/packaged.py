@@ -1,0 +1,53 @@
+"""Labelled texts of the package sae-probes, which `make probes` installs. Its files are read; the package is not imported."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from pathlib import Path
+
+import polars as pl
+
+from saeens_pipeline.errors import ConfigurationError
+from saeens_pipeline.language_models.labelled_texts.drawing import Labelled
+from saeens_pipeline.settings.labelled_data_sets import SAE_PROBES, SAE_PROBES_CORRELATIONS, TextCount
+
+READER_VERSION = 1  # increased with every change of the drawn texts
+CONCEPT_COUNT, CORRELATION_COUNT = TextCount(400, 200), TextCount(200, 100)
+"""Texts of a probe. Most data sets of the package have 2,000 to 5,000 texts, and the smallest group of two attributes has 159."""
+
+_PACKAGE, _SUFFIX = "sae-probes", ".csv.zst"
+_FOLDER = "cleaned_data"
+
+
+def packaged_files(name: str) -> list[Path]:
+    """Return the files of a data set `sae_probes/NAME`: one, or one for each of two attributes.
+
+    Raises ConfigurationError if the package is not installed, or does not have the data set.
+    """
+    try:
+        files = metadata.files(_PACKAGE) or []
+    except metadata.PackageNotFoundError:
+        raise ConfigurationError(f"{name}: needs the package {_PACKAGE}: install it with `make probes`") from None
+    there = {file.name.removesuffix(_SUFFIX): Path(str(file.locate())) for file in files if file.parent.name == _FOLDER}
+    task = SAE_PROBES_CORRELATIONS.get(name)
+    wanted = [task.target, task.spurious] if task else [name.removeprefix(SAE_PROBES)]
+    for each in wanted:
+        if each not in there:
+            raise ConfigurationError(f"{name}: {_PACKAGE} has no data set {each!r}; it has {', '.join(sorted(there))}")
+    return [there[each] for each in wanted]
+
+
+def packaged_texts(name: str) -> Labelled:
+    """Return the texts of a data set: of two attributes, the texts that both files have. Raises as `packaged_files`."""
+    frames = [_read(file) for file in packaged_files(name)]
+    if name not in SAE_PROBES_CORRELATIONS:
+        return Labelled(name, frames[0])
+    target, spurious = frames
+    task = SAE_PROBES_CORRELATIONS[name]
+    both = target.join(spurious.rename({"label": "other"}), on="text")
+    return Labelled(name, both, pairs={name: (task.target_values, task.spurious_values)})
+
+
+def _read(file: Path) -> pl.DataFrame:
+    columns = pl.col("prompt").alias("text"), pl.col("target").alias("label")
+    return pl.read_csv(file, infer_schema=False).select(columns).drop_nulls().unique("text", keep="first", maintain_order=True)
