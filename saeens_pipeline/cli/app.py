@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import io
 import sys
+from importlib.metadata import version
 from typing import Annotated
 
 import typer
 
 from saeens_pipeline.assets.memory import is_out_of_memory, out_of_memory_message
 from saeens_pipeline.cli.child import continue_in_child
-from saeens_pipeline.cli.output import notify
+from saeens_pipeline.cli.output import notify, print_line
 from saeens_pipeline.errors import SaeensError, without_escapes
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Sparse-autoencoder ensembles as a Dagster asset pipeline.",
 )
 
 
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        print_line(f"saeens {version('saeens')}, torch {version('torch')}, dagster {version('dagster')}")
+        raise typer.Exit
+
+
 @app.callback()
-def _options(debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False) -> None:
-    """Declare --debug, which `main` reads for the errors of all commands."""
+def _options(
+    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Show the versions.", is_eager=True, callback=_print_version)] = False,
+) -> None:
+    """Declare --debug, which `main` reads for the errors of all commands, and --version."""
 
 
 def main() -> None:

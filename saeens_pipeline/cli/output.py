@@ -19,7 +19,21 @@ _PIPE_WIDTH = 1000  # columns without a terminal, so that tables in files are no
 out = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
 err = Console(stderr=True, width=None if sys.stderr.isatty() else _PIPE_WIDTH)
 
-ExperimentName = Annotated[str, typer.Argument(metavar="EXPERIMENT", help="Name of an experiment; `saeens experiments` lists them.")]
+
+def _names_beginning_with(incomplete: str) -> list[str]:
+    """Return names of experiments and sweeps, for the completion of a shell."""
+    from saeens_pipeline.assets.catalogue import Experiments
+
+    found = Experiments.load()
+    return sorted(name for name in {*found.experiments, *found.sweeps} if name.startswith(incomplete))
+
+
+ExperimentName = Annotated[
+    str,
+    typer.Argument(
+        metavar="EXPERIMENT", help="Name of an experiment; `saeens experiments` lists them.", autocompletion=_names_beginning_with
+    ),
+]
 DictionaryName = Annotated[
     str,
     typer.Argument(

@@ -22,8 +22,9 @@ _STATE_COLOURS = {"fresh": "green", "stale": "yellow", "damaged": "red", "missin
 
 @app.command()
 def plan(experiment: ExperimentName, layer: LayerOption = None, format: FormatOption = "table") -> None:
-    """Print the disk, memory and computation that an experiment will need, before it runs. For a sweep, each experiment's needs are
-    printed as if it ran alone; artefacts that several share are computed once.
+    """Print the disk, memory and computation that an experiment will need, before it runs.
+
+    For a sweep, each experiment's needs are printed as if it ran alone; artefacts that several share are computed once.
     """
     import polars as pl
 

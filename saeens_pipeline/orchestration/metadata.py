@@ -16,6 +16,7 @@ from saeens_pipeline.assets.massive_activations import cautions, marked
 from saeens_pipeline.assets.registry import SUBJECT, TABLES, Markdown, Table
 from saeens_pipeline.assets.tables.cost import with_totals
 from saeens_pipeline.assets.tables.pareto import PARETO, PICTURE_FILE, TABLE_FILE
+from saeens_pipeline.orchestration.report_pages import report_url
 from saeens_pipeline.storage.names import CURVE_FILE, ENSEMBLES, INDEX_FILE, PICTURES_FOLDER, SAES, Partition
 from saeens_pipeline.storage.recipes import Artefact, read_artefact
 from saeens_pipeline.storage.tables import Column, read_part
@@ -52,6 +53,9 @@ def describe_artefact(declaration: Declaration, partition: Partition, artefact: 
         summary = _report_summary(artefact)
     elif "statistics" in made:
         summary = _statistics_summary(made["statistics"]) | _quantised(artefact)
+    if url := report_url(declaration.address, partition):  # below `saeens ui`
+        link = {"open in a browser" if declaration.address.kind == "report" else "report": dg.MetadataValue.url(url)}
+        summary = link | summary if declaration.address.kind == "report" else summary | link
     seconds = made.get("train_seconds", made.get("seconds"))
     size = sum(n_bytes for n_bytes, _ in artefact.files.values())
     general = {
@@ -117,7 +121,7 @@ def _ensemble_summary(declaration: Declaration, artefact: Artefact) -> dict[str,
 def _report_summary(artefact: Artefact) -> dict[str, Any]:
     pictures = {path.stem.replace("_", " "): path for path in sorted((artefact.path / PICTURES_FOLDER).glob("*.png"))}
     return {
-        "open in a browser": dg.MetadataValue.path(str(artefact.path / INDEX_FILE)),
+        "file": dg.MetadataValue.path(str(artefact.path / INDEX_FILE)),
         **{title: _png(path.read_bytes(), title) for title, path in pictures.items()},
     }
 

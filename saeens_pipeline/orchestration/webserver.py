@@ -30,10 +30,13 @@ def serve(port: int, addresses: Sequence[str]) -> None:
     import uvicorn
     from dagster import DagsterInstance
     from dagster_webserver.app import create_app_from_workspace_process_context
+    from starlette.routing import Mount
 
     from saeens_pipeline.orchestration.dagster_internals import code_servers, webserver_context
     from saeens_pipeline.orchestration.guard import Guard
     from saeens_pipeline.orchestration.instance import servers_prefix
+    from saeens_pipeline.orchestration.report_pages import REPORTS, ReportPages
+    from saeens_pipeline.storage.root import data_root
 
     workspace = Path(os.environ["DAGSTER_HOME"]) / "workspace.yaml"
     with (
@@ -42,8 +45,9 @@ def serve(port: int, addresses: Sequence[str]) -> None:
         _daemon(sockets) as daemon,
         webserver_context(instance, sockets) as context,
     ):
-        app = Guard(create_app_from_workspace_process_context(context), addresses)
-        config = uvicorn.Config(app, HOST, port, log_level="warning", timeout_graceful_shutdown=_GRACE_SECONDS)
+        app = create_app_from_workspace_process_context(context)
+        app.routes.insert(0, Mount(REPORTS, ReportPages(data_root() / "reports")))
+        config = uvicorn.Config(Guard(app, addresses), HOST, port, log_level="warning", timeout_graceful_shutdown=_GRACE_SECONDS)
         server = uvicorn.Server(config)
 
         def watch_daemon() -> None:

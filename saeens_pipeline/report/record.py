@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 from saeens_pipeline.assets.over_seeds import written
 from saeens_pipeline.report.methods import method
@@ -52,8 +53,10 @@ class Found:
 
     @property
     def link(self) -> str:
-        """Return the address of the asset's page in the Dagster UI."""
-        return f"{UI}/assets/{'/'.join(self.address.key)}"
+        """Return the address of the page of the asset's partition in the Dagster UI."""
+        partition = "|".join(str(value) for value in self.partition if value is not None)
+        view = f"?view=partitions&partition={quote(partition)}" if partition else ""
+        return f"{UI}/assets/{'/'.join(self.address.key)}{view}"
 
 
 @dataclass(frozen=True)

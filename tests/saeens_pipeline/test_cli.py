@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import io
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -391,6 +393,19 @@ def test_status_shows_a_truncated_artefact_with_its_sizes_and_the_rest(
 
 
 # tracebacks
+
+
+def test_the_version_is_that_of_the_package(saeens: Saeens):
+    code, out, _ = saeens("--version")
+    assert (code, out.split(",")[0]) == (0, f"saeens {importlib.metadata.version('saeens')}")
+
+
+def test_a_shell_completes_names_of_experiments():
+    asked = {"_SAEENS_COMPLETE": "complete_bash", "COMP_WORDS": "saeens run quickstart_", "COMP_CWORD": "2"}
+    command = [Path(sys.executable).parent / "saeens"]
+    completed = subprocess.run(command, env=os.environ | asked, capture_output=True, text=True, check=True).stdout.split()
+    assert {"quickstart_full", "quickstart_random"} <= set(completed)
+    assert "quickstart" not in completed
 
 
 def test_debug_prints_the_traceback(empty: Laboratory, monkeypatch: pytest.MonkeyPatch):

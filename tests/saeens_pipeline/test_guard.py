@@ -187,6 +187,11 @@ def test_the_real_server_refuses_forged_requests_and_leaves_no_process_behind(tm
                 time.sleep(0.5)
         own, query = f"http://127.0.0.1:{port}", json.dumps({"query": "{ version }"})
         assert _real(port, "GET", "/") == 200
+        assert _real(port, "GET", "/reports/mine/layer=1/index.html") == 404
+        page = tmp_path / "data" / "reports" / "mine" / "layer=1" / "index.html"
+        page.parent.mkdir(parents=True)
+        page.write_text("a report")
+        assert _real(port, "GET", "/reports/mine/layer=1/index.html") == 200
         assert _real(port, "POST", "/graphql", query, Content_Type=JSON, Origin=own) == 200
         assert _real(port, "POST", "/graphql", query, Content_Type=JSON, Host="lab.example.org", Origin=PROXY) == 200
         forged = [

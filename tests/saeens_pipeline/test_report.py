@@ -397,7 +397,7 @@ def test_pictures_are_png_and_in_the_metadata_of_the_assets(finished: Laboratory
     assert "data:image/png;base64," in made[f"{NAME}/eval/stability"].metadata["plot"].value  # pyright: ignore[reportOperatorIssue]
     report = made[f"{NAME}/report"].metadata
     assert "data:image/png;base64," in report["explained variance for l0"].value  # pyright: ignore[reportOperatorIssue]
-    assert str(report["open in a browser"].value).endswith("index.html")
+    assert str(report["file"].value).endswith("index.html")
 
 
 def test_the_control_is_the_same_experiment_on_random_weights(finished: Laboratory):

@@ -130,13 +130,14 @@
     filter();
   }
 
-  // The address of the Dagster UI: another one, once typed, is kept for all pages until the field is emptied.
+  // The address of the Dagster UI: that of this page if the UI serves it. Another one, once typed, is kept for all pages until the field is emptied.
 
   const form = document.getElementById("ui-address");
   if (form) {
     const field = form.ui;
-    const standard = field.defaultValue;
-    const links = [...document.querySelectorAll(`a[href^="${standard}/"]`)].map((link) => [link, link.getAttribute("href").slice(standard.length)]);
+    const written = field.defaultValue;
+    const standard = location.protocol.startsWith("http") && location.pathname.startsWith("/reports/") ? location.origin : written;
+    const links = [...document.querySelectorAll(`a[href^="${written}/"]`)].map((link) => [link, link.getAttribute("href").slice(written.length)]);
     const isAddress = (text) => URL.canParse(text) && ["http:", "https:"].includes(new URL(text).protocol);
     const lead = () => {
       const address = field.value.trim().replace(/\/+$/, "") || standard;
