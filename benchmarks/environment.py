@@ -66,6 +66,11 @@ def set_allocator(allocator: Allocator) -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, _NEVER_TRIM)
 
 
+def allocator_of_children(allocator: Allocator) -> dict[str, str]:
+    """Return the environment variables with which glibc sets the same allocator in a new process."""
+    return {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(_NEVER_TRIM)} if allocator == "retain" else {}
+
+
 def describe(allocator: Allocator) -> Environment:
     """Return the present environment."""
     import torch

@@ -38,6 +38,8 @@ class Side(NamedTuple):
     """Median over the rounds."""
     peak_bytes: int | None
     """Median over the rounds of the peak resident memory minus that before, with weights, without data."""
+    disk_bytes: int | None = None
+    """Bytes of the files that it leaves, if that is measured."""
 
 
 class Agreement(NamedTuple):
@@ -46,12 +48,13 @@ class Agreement(NamedTuple):
     ours: float
     theirs: float
     difference_in_mathematics: str | None
-    """Difference in the mathematics. None: the two numbers have to agree within ``EV_TOLERANCE``."""
+    """Difference in the mathematics. None: the two numbers have to agree within ``tolerance``."""
+    tolerance: float = EV_TOLERANCE
 
     @property
     def holds(self) -> bool | None:
         """Return True if the numbers agree; None if they need not agree."""
-        return None if self.difference_in_mathematics is not None else abs(self.ours - self.theirs) <= EV_TOLERANCE
+        return None if self.difference_in_mathematics is not None else abs(self.ours - self.theirs) <= self.tolerance
 
 
 @dataclass(frozen=True)
