@@ -127,15 +127,45 @@ def report(
         ),
     ] = None,
     layer: LayerOption = None,
+    markdown: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.md", help="Write the results as a page of Markdown instead, from the tables on disk, with figures beside it."
+        ),
+    ] = None,
+    figures: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Write the figures as SVG and PDF instead, 3.3 and 6.8 inches wide.")
+    ] = None,
 ) -> None:
     """Materialise the report of an experiment and the page over all experiments, which open from disk, and print their paths."""
     from saeens_pipeline.orchestration.catalogue import Catalogue
     from saeens_pipeline.orchestration.runs import make_reports
 
-    if layer and experiment is None:
-        raise ConfigurationError("--layer needs the name of an experiment")
+    for option, value in (("--layer", layer), ("--markdown", markdown), ("--figures", figures)):
+        if value and experiment is None:
+            raise ConfigurationError(f"{option} needs the name of an experiment")
+    if experiment and (markdown or figures):
+        for written in _write_results(Catalogue.load(), experiment, layer or [], markdown, figures):
+            print_line(str(written))
+        return
     for page in make_reports(Catalogue.load(), experiment, layer or []):
         print_line(str(page))
+
+
+def _write_results(catalogue: Catalogue, name: str, layers: list[int], markdown: Path | None, figures: Path | None) -> list[Path]:
+    """Write the page and the figures of an experiment from its tables; return the paths, without those of the page's own figures."""
+    from saeens_pipeline.report.markdown import Subject, write_figures, write_page
+    from saeens_pipeline.storage.tables import layers_with_tables
+
+    experiment, store = catalogue.experiment(name), Store(data_root())
+    found = layers or layers_with_tables(store.root, name)
+    if not found:
+        raise SaeensError(f"{name} has no table below {store.root} yet: `saeens run {name}` computes them")
+    subjects = [Subject.read(store, catalogue, experiment, layer) for layer in found]
+    written = write_page(markdown, subjects)[:1] if markdown else []
+    written += write_figures(figures, subjects) if figures else []
+    _note_outdated(catalogue, [name])
+    return written
 
 
 @app.command()

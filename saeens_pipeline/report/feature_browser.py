@@ -32,6 +32,7 @@ ENSEMBLES = {"bagging": "member", "boosting": "round"}
 DIGITS = 3  # of activations and logits
 COMPRESSION = 4  # gzip's level; 6 takes three times as long for 6% less
 _KEY = ["method", "member", "index"]
+_FIRST = r"\[1, (\d+), (-?\d[\d.e-]*)\]"  # the nearest feature of member 1 in the column `matches`
 _LISTED = {  # column of the page: column of the table
     "member": "member", "index": "index", "density": "density", "mean": "mean_activation", "near": "nearest_cosine",
     "nearMember": "nearest_member", "seed": "nearest_other_seed_cosine", "otherSeed": "nearest_other_seed",
@@ -141,6 +142,7 @@ class FeatureBrowser:
         columns = _columns(rows, _LISTED)
         matches = [{member: index for member, index, _ in json.loads(text or "[]")} for text in rows["matches"]]
         columns["nearIndex"] = [of.get(member) for of, member in zip(matches, rows["nearest_member"], strict=True)]
+        columns["first"] = with_partner(rows)["first_cosine"].to_list()
         lists = [json.loads(text) for text in rows["top_tokens"]]
         vocabulary = sorted({token for tokens in lists for token in tokens})
         ids = {token: number for number, token in enumerate(vocabulary)}
@@ -175,6 +177,14 @@ class FeatureBrowser:
             ids: dict[str, int] = {}
             features = [_details(row, ids) for row in part.iter_rows(named=True)]
             yield {"tokens": list(ids), "features": features}
+
+
+def with_partner(rows: pl.DataFrame) -> pl.DataFrame:
+    """Return rows of the table `features` with `first_index` and `first_cosine`, of the nearest feature in member 1; null for member 1."""
+    groups = pl.col("matches").str.extract_groups(_FIRST).struct
+    return rows.with_columns(
+        first_index=groups.field("1").cast(pl.Int64, strict=False), first_cosine=groups.field("2").cast(float, strict=False)
+    )
 
 
 def _columns(rows: pl.DataFrame, names: Mapping[str, str]) -> dict[str, list[Any]]:

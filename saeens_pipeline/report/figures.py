@@ -324,12 +324,16 @@ def downstream(results: Results) -> Iterator[Chart]:
         yield Chart("autointerp", "Explanations", caption, Axis(""), Axis("balanced accuracy"), series)
 
 
-def _by_count(rows: pl.DataFrame, x: str, y: str, group: str) -> list[Series]:
-    """Return, of whole ensembles, the mean within each group, then over groups, for every seed."""
+def by_count(rows: pl.DataFrame, x: str, y: str, group: str) -> dict[Size, Spread]:
+    """Return, of whole ensembles by method and number of features, the mean within each group, then over groups, for every seed."""
     rows = rows.filter(code_scale="unscaled") if "code_scale" in rows.columns else rows
     chosen = rows.filter(_is_largest().over("method"), pl.col(x) > 0).drop_nulls(y)
-    of_groups = chosen.group_by("method", "seed", x, group).agg(pl.col(y).mean())
-    return list(_of_methods(spreads(of_groups, y, by=x), lambda _, n: f"{n} features"))
+    return spreads(chosen.group_by("method", "seed", x, group).agg(pl.col(y).mean()), y, by=x)
+
+
+def _by_count(rows: pl.DataFrame, x: str, y: str, group: str) -> list[Series]:
+    """Return a line for each method against the number of features, as `by_count`."""
+    return list(_of_methods(by_count(rows, x, y, group), lambda _, n: f"{n} features"))
 
 
 def layer_profile(board: pl.DataFrame, experiment: str) -> Iterator[Chart]:

@@ -25,6 +25,7 @@ from saeens_pipeline.report.feature_browser import NEAR_DUPLICATE, PAGE, Feature
 from saeens_pipeline.report.main_table import N_MEMBERS, Cell, cell_of, main_table, why_empty
 from saeens_pipeline.report.methods import in_order, listed, method
 from saeens_pipeline.report.metrics import METRICS
+from saeens_pipeline.report.new_features import LISTED, NewFeatures
 from saeens_pipeline.report.pictures import report_pictures
 from saeens_pipeline.report.record import UI, Record, diagram
 from saeens_pipeline.report.results import Results, compare, spread_of_row
@@ -72,6 +73,7 @@ def write_report(folder: Path, store: Store, catalogue: Experiments, experiment:
     setting = published.setting_of(record.language_model, str(record.setting("hook")), layer, str(record.setting("weights")))
     trained = (experiment.ensemble.members, len(results.seeds), record.setting("train_tokens"))
     browser = FeatureBrowser.read(store, results, experiment.ensemble.seeds)
+    missing_contexts = what_makes_contexts(experiment, catalogue) if browser and browser.contexts is None else ""
     explained = outcome(store, experiment.name, experiment.ensemble.seeds, layer)
     notes = {"downstream": f"Explanations by a language model. {explained}" if explained else ""}
     if "features" in results.tables and not browser:
@@ -106,6 +108,10 @@ def write_report(folder: Path, store: Store, catalogue: Experiments, experiment:
         "deviations": setting.deviations(experiment.saes[0], *trained) if setting and experiment.saes else [],
         "sections": sections,
         "browser": browser,
+        "new": NewFeatures.read(results, untrained, browser),
+        "listed_features": LISTED,
+        "shared": NEAR_DUPLICATE,
+        "missing_contexts": missing_contexts,
         "diagram": diagram(record),
         "tables": [(name, TABLES[name].question, len(table)) for name, table in results.tables.items()],
         "missing": [(name, TABLES[name].question) for name in results.missing if fills(experiment, name)],
@@ -115,8 +121,7 @@ def write_report(folder: Path, store: Store, catalogue: Experiments, experiment:
     }
     _write(folder, "report.html", page, [chart for section in sections for chart in section["charts"]])
     if browser:
-        missing = "" if browser.contexts is not None else what_makes_contexts(experiment, catalogue)
-        _write_features(folder, browser, missing)
+        _write_features(folder, browser, missing_contexts)
     for name, png in report_pictures(results):
         (folder / PICTURES_FOLDER).mkdir(exist_ok=True)
         (folder / PICTURES_FOLDER / f"{name}.png").write_bytes(png)

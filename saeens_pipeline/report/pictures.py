@@ -1,11 +1,13 @@
-"""Pictures of the key charts, as PNG, for the Dagster UI and for slides."""
+"""Pictures of the key charts: PNG for the Dagster UI and for slides, SVG and PDF for pages and papers, in one style."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import polars as pl
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -13,13 +15,19 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from saeens_pipeline.assets.declarations import Declaration
 from saeens_pipeline.report.charts import Axis, Chart
-from saeens_pipeline.report.figures import BY_MEMBERS, against_members, by_members, sweep, trade_offs
+from saeens_pipeline.report.figures import BY_MEMBERS, against_members, by_members, downstream, sweep, trade_offs
 from saeens_pipeline.report.metrics import GAINS
 from saeens_pipeline.report.results import Results, spreads
 
 INCHES = (5.8, 3.1)
 DPI = 110
 SCALE = 0.75  # points for a pixel of plotly
+COLUMN, PAGE = 3.3, 6.8  # inches: a column of a paper, and a page
+_PRINTED = {  # of the charts in SVG and PDF: text stays text, and the same chart is the same file
+    "font.size": 8, "axes.labelsize": 8, "legend.fontsize": 7, "xtick.labelsize": 7, "ytick.labelsize": 7,
+    "svg.fonttype": "none", "svg.hashsalt": "saeens", "pdf.fonttype": 42,
+}  # fmt: skip
+_NO_DATE = {"svg": {"Date": None, "Creator": None}, "pdf": {"CreationDate": None, "Creator": None, "Producer": None}}
 _EXPORTED = (
     "explained_variance_by_members",
     "stability_by_members",
@@ -33,6 +41,30 @@ def report_pictures(results: Results) -> Iterator[tuple[str, bytes]]:
     for chart in (*by_members(results), *trade_offs(results)):
         if chart.name in _EXPORTED:
             yield chart.name, as_png([[chart]])
+
+
+def printed_charts(results: Results) -> list[Chart]:
+    """Return the charts of a page or paper: metrics by the number of members, EV by L0 and by FLOPs, and probes."""
+    chosen = ("explained_variance_for_l0", "explained_variance_for_total_flops")
+    return [*by_members(results), *(chart for chart in trade_offs(results) if chart.name in chosen), *downstream(results)]
+
+
+def printed(chart: Chart, inches: float, form: Literal["svg", "pdf"]) -> bytes:
+    """Return a chart as SVG or PDF, that many inches wide, with its legend below. The same chart gives the same bytes."""
+    labels = list(dict.fromkeys(each.label or each.method.label for each in chart.series))
+    columns = max(1, int(inches / (0.4 + 0.05 * max(map(len, labels), default=0))))
+    height = 0.62 * min(inches, 4.6) + 0.16 * -(-len(labels) // columns)
+    written = io.BytesIO()
+    with rc_context(_PRINTED):  # pyright: ignore[reportArgumentType]  # names of settings
+        figure = Figure(figsize=(inches, height), layout="constrained")
+        axes = figure.subplots()
+        _draw(axes, chart)
+        handles, names = axes.get_legend_handles_labels()
+        shown = dict(zip(names, handles, strict=True))
+        if len(shown) > 1:
+            figure.legend(list(shown.values()), list(shown), loc="outside lower center", ncols=columns, frameon=False)
+        figure.savefig(written, format=form, metadata=_NO_DATE[form])
+    return written.getvalue()
 
 
 def table_picture(table: str, rows: pl.DataFrame) -> bytes | None:

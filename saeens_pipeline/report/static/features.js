@@ -147,7 +147,7 @@
     const FILTERS = {
       method: (row, value) => row.ensemble.name === value,
       member: (row, value) => row.member === Number(value),
-      near: (row, value) => isShared(row.near) === (value === "shared"),
+      near: (row, value) => (value === "alone" ? row.first !== null && !isShared(row.first) : isShared(row.near) === (value === "shared")),
       seeds: (row, value) => isShared(row.seed) === (value === "shared"),
       dead: (row, value) => (row.density === 0) === (value === "dead"),
       explained: (row, value) => (["yes", "no"].includes(value) ? Boolean(row.explanation) === (value === "yes") : row.status === value),
