@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections import namedtuple
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -257,7 +258,7 @@ def test_a_residual_computed_while_reading_has_the_bits_of_the_stored_one(tmp_pa
         stored = ActivationStore(path)
     view = ResidualView(origin, rounds)
     assert torch.equal(torch.cat(list(view.chunks("train"))), torch.cat(list(stored.chunks("train"))))
-    how = {"seed": 5, "epochs": 2, "mixing_chunks": 3}
+    how: dict[str, Any] = {"seed": 5, "epochs": 2, "mixing_chunks": 3}
     for computed, read in zip(view.batches("train", 11, **how), stored.batches("train", 11, **how), strict=True):
         assert torch.equal(computed, read)
     assert view.statistics("train").to_json() == stored.statistics("train").to_json()
