@@ -131,7 +131,8 @@ def run(options: Options) -> Section:
 def _about(size: Size) -> str:
     return (
         f"From the same {size.train_tokens:,} training tokens (windows of {CONTEXT}, without the first position) and {size.model}, output "
-        f"of block {size.layer}, to TopK SAEs with {size.expansion} features per dimension and k {size.k}, in batches of {BATCH_TOKENS:,} "
+        f"of block {size.layer}, to TopK SAEs with {size.expansion} features per dimension and k {size.k}, in "
+        f"{size.train_tokens // BATCH_TOKENS} batches of {BATCH_TOKENS:,} "
         f"tokens at learning rate {size.learning_rate:g} after a warm-up of {WARM_UP:.0%}: one SAE, {size.saes}, and {size.saes} with "
         f"their evaluation (variance and sparsity on {size.test_tokens:,} held-out tokens, next-token loss on "
         f"{BATCH_WINDOWS * CONTEXT:,}). Ours is `saeens run` of an experiment file in an empty data root; SAELens' "

@@ -19,6 +19,7 @@ from saeens_pipeline.language_models.documents import Corpus, RecordCorpus
 from saeens_pipeline.language_models.gguf_loading import dequantise
 from saeens_pipeline.language_models.mixtures import MixedCorpus
 from saeens_pipeline.language_models.models import describe_language_model, quantisation
+from saeens_pipeline.language_models.pinned_packages import PinnedPackages
 from saeens_pipeline.language_models.synthetic import FEATURES_FILE, describe_synthetic, write_synthetic_activations
 from saeens_pipeline.language_models.tokens import open_tokens, validate_token_settings, write_tokens
 from saeens_pipeline.settings.corpora import corpus_name, has_messages
@@ -302,7 +303,7 @@ def validate_source(settings: SourceSettings, layers: Sequence[int]) -> Language
         description = describe_source(settings)
     require_hook(settings, description, layers)
     if not settings.synthetic:
-        validate_token_settings(description, **_token_settings(settings))
+        _require_windows(settings, description)
     return description
 
 
@@ -317,9 +318,21 @@ def _require_text(settings: SourceSettings) -> None:
     """Raise an error, before any work, for a language model or a corpus that cannot be read, and for invalid settings of windows."""
     with blamed_on(settings, "language_model"):
         description = describe_source(settings)
-    validate_token_settings(description, **_token_settings(settings))
+    _require_windows(settings, description)
     _require_corpus(settings)
     _loadable(settings, description)
+
+
+def _require_windows(settings: SourceSettings, description: LanguageModelDescription) -> None:
+    """Raise ConfigurationError, with the line of the experiment file, for settings of windows that the language model does not allow."""
+    try:
+        validate_token_settings(description, **_token_settings(settings))
+    except ConfigurationError as error:
+        field, _, what = str(error).partition(": ")
+        if field not in type(settings).model_fields:
+            raise
+        with blamed_on(settings, field):
+            raise ConfigurationError(what) from None
 
 
 def _loadable(settings: SourceSettings, description: LanguageModelDescription) -> LanguageModelDescription:
@@ -346,6 +359,8 @@ def _found_in(corpus: Corpus | MixedCorpus) -> dict[str, Any]:
     """Return what reading a corpus has shown, for the record of tokens."""
     if isinstance(corpus, MixedCorpus):
         return {"composition": corpus.composition()}
+    if isinstance(corpus, PinnedPackages):
+        return {"corpus": corpus.summary()}
     return {"records_without_text": dict(corpus.skipped)} if isinstance(corpus, RecordCorpus) and corpus.skipped else {}
 
 

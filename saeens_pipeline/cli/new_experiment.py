@@ -90,6 +90,8 @@ def corpus_of(given: str | None, model: str) -> str | dict[str, str]:
         return _PROPOSED.get(model, {"files": "texts/*.jsonl", "text_field": "text"})
     if given in BUILTIN_CORPORA:
         return given
+    if given.lstrip().startswith(("{", "[{")):
+        raise ConfigurationError("--corpus takes one name, file or pattern: write a mixed corpus into the experiment file afterwards")
     path = Path(given).expanduser()
     if is_hub_name(given) and "/" in given and not path.suffix and not path.exists():
         return {"name": given, "split": "train"}

@@ -14,9 +14,10 @@ from saeens_pipeline.storage.activation_writer import ActivationWriter, stored_b
 from saeens_pipeline.storage.activations import ActivationStatistics, StoredDtype
 from saeens_pipeline.storage.disk import require_free_disk
 
-BATCH_TOKENS = {"cpu": 2**11, "cuda": 2**14}
+GROUP_TOKENS = 2**14
+"""Positions of the windows that are sorted together. The same on every device: the first group decides which norms are massive."""
+BATCH_TOKENS = {"cpu": 2**11, "cuda": 2**13}
 """Positions of a batch of windows by device. On a CPU, larger activations do not fit into its caches."""
-BATCHES_PER_GROUP = 8
 
 
 def cache_activations(
@@ -28,12 +29,13 @@ def cache_activations(
     *,
     max_norm: float | None = None,
     batch_tokens: int | None = None,
+    group_tokens: int = GROUP_TOKENS,
     report: Callable[[int, int], None] = lambda rows, total_rows: None,
 ) -> dict[int, dict[str, ActivationStatistics]]:
     """Write the activations of every kept position at `hook` of each layer to `outputs[layer]`; return statistics by layer and split.
 
     Rows have the order of `tokens`. `max_norm` drops rows, as ActivationWriter says; the median is that of the first group. Both splits
-    pass through the model once for all layers, in groups of `BATCHES_PER_GROUP` batches of `batch_tokens` positions (default:
+    pass through the model once for all layers, in groups of `group_tokens` positions and batches of `batch_tokens` (default:
     `BATCH_TOKENS`). Groups and batches do not depend on what is resumed, so that the bits of a row do not either. `report` gets the numbers
     of finished and of all rows of one layer. A killed call with the same arguments is resumed: its complete shards are kept, and the model
     continues with the group of windows that holds the first missing row. Memory: one batch in the model and, for each layer, the
@@ -57,7 +59,7 @@ def cache_activations(
         }
         for split in SPLITS:
             first = 0  # row of the split at which the group starts
-            for group in tokens.batches(split, max(1, BATCHES_PER_GROUP * batch_tokens // tokens.context_length)):
+            for group in tokens.batches(split, max(1, group_tokens // tokens.context_length)):
                 document, position = group.document[group.kept], group.position[group.kept]
                 resumed = {layer: max(writer.resumed_rows[split] - first, 0) for layer, writer in writers.items()}
                 wanted = [layer for layer, n_resumed in resumed.items() if n_resumed < len(document)]

@@ -84,6 +84,8 @@ def _write(description: LanguageModelDescription, file: Path, folder: Path) -> N
         model.load_state_dict(quantised.state_dict(), assign=True)  # save_pretrained() refuses a model that was quantised
         model.tie_weights()
         model.save_pretrained(folder)
+        for each in folder.iterdir():  # safetensors writes for its owner alone; a data root may have several users
+            each.chmod((folder / "config.json").stat().st_mode & 0o777)
 
 
 @contextlib.contextmanager

@@ -199,6 +199,8 @@ def _read_header(file: Path, size: int, _changed_at: int) -> GGUFHeader:
             except UnicodeDecodeError:
                 raise _DamagedError("is damaged: a name in its header is not UTF-8") from None
     alignment = fields.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise _DamagedError(f"is damaged: its alignment is {alignment!r}")
     start, types, n_parameters, needed = -(-reader.position // alignment) * alignment, {}, 0, 0
     for name, shape, number, offset in tensors:
         try:

@@ -1,7 +1,8 @@
 """The builtin corpora of a data root: their texts are kept at their first use, so that an upgrade of a package changes nothing.
 
 `corpora/installed_packages` and `corpora/prose` in the data root have `documents.parquet`, the texts in order, and `pin.json`: the versions
-of the packages at the first use and the hash of the texts, which recipes hold. Without the folder, the next use keeps that day's texts.
+of the packages at the first use, the hash of the texts, which recipes hold, and their sizes. Without the folder, the next use keeps that
+day's texts.
 """
 
 from __future__ import annotations
@@ -63,6 +64,10 @@ class PinnedPackages:
                     if row["split"] == split:
                         yield Document(row["name"], row["text"], {self.of.label: row[self.of.label]})
 
+    def summary(self) -> dict[str, Any]:
+        """Return documents, bytes and bytes by label of each split; empty before the first use, and for texts of an earlier version."""
+        return (self._pin() or {}).get("summary", {})
+
     @property
     def _folder(self) -> Path:
         return self.root / FOLDER / self.of.name.removeprefix("builtin/")
@@ -104,6 +109,7 @@ class PinnedPackages:
                 "packages": packages.identity["packages"],
                 "reader": packages.reader,
                 "documents": len(rows),
+                "summary": packages.summary(),
                 "sha256": _sha256(aside, status.st_size, status.st_mtime_ns),
             }
             aside.replace(self._texts)

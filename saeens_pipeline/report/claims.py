@@ -92,6 +92,8 @@ def judge(claim: Claim, results: Results, untrained: Results | None) -> Verdict:
         why.append("it is measured at different L0, and more features per token explain more")
     if effect.direction > 0 and of_control and of_control.direction > 0:
         why.append("the control, an untrained language model, shows the same effect")
+    elif effect.direction > 0 and of_control and not of_control.intervals:
+        why.append("the control, an untrained language model, has no interval")
     if why:
         return Verdict(claim, UNKNOWN, why, effect, of_control, l0)
     word, side = (HOLDS, "above") if effect.direction > 0 else (FAILS, "below")
@@ -119,18 +121,19 @@ def claims(results: Results) -> list[Claim]:
               by_seeds, partial(_over_seeds, metric=DIVERSITY), ",.0f"),
         Claim("Boosting has more distinct features than one SAE with as many features.", "diversity", "boosting", "expanded",
               by_seeds, partial(_over_seeds, metric=DIVERSITY), ",.0f"),
-        Claim("Later rounds of boosting learn narrower features.", "median density, first round against the last", "boosting", "boosting",
+        Claim("Later rounds of boosting learn narrower features.", "median density of features that fire, first round against the last",
+              "boosting", "boosting",
               by_seeds, _narrower, ".4f"),
     ]  # fmt: skip
     for ours, n in (("bagging", 1), ("boosting", 2)):
         text = f"With {n} feature{'s' * (n > 1)}, a probe on {ours} detects concepts better than one on a single SAE."
         metric = f"accuracy with {n} feature{'s' * (n > 1)}"
-        measure = partial(_over_groups, table="concept_detection", by=["dataset", "label"], n=n)
-        found.append(Claim(text, metric, ours, "single", "Student's t over labels, for each seed", measure, ".3f"))
+        measure = partial(_over_groups, table="concept_detection", by="dataset", n=n)
+        found.append(Claim(text, metric, ours, "single", "Student's t over data sets, for each seed", measure, ".3f"))
     n = _ablated(results)
     for ours in ("bagging", "boosting"):
         text = f"Zeroing {n} features of {ours} removes more of a spurious correlation than zeroing those of a single SAE."
-        measure = partial(_over_groups, table="spurious_correlation", by=["task"], n=n)
+        measure = partial(_over_groups, table="spurious_correlation", by="task", n=n)
         found.append(Claim(text, f"SCR with {n} features zeroed", ours, "single", "Student's t over tasks, for each seed", measure, ".3f"))
     return found
 
@@ -196,16 +199,21 @@ def _over_runs(results: Results, claim: Claim, metric: Headline) -> Effect | str
 
 
 def _narrower(results: Results, claim: Claim) -> Effect | str:
-    rows = results.tables["members"].filter(method="boosting").drop_nulls("median_density") if "members" in results.tables else None
+    """Return the effect in the median density of features that fire, of the first and the last round; dead features are not narrow."""
+    table = results.tables.get("features")
+    rows = None if table is None else table.filter(pl.col("density") > 0, method="boosting").select("seed", "member", "density")
     last = 0 if rows is None else rows["member"].max() or 0
     if rows is None or not isinstance(last, int) or last < 2:
-        return "not measured: the table members has no rounds of boosting"
-    of_last, of_first = (dict(rows.filter(member=n).group_by("seed").agg(pl.col("median_density").mean()).iter_rows()) for n in (last, 1))
+        return "not measured: the table features has no rounds of boosting"
+    of_last, of_first = (dict(rows.filter(member=n).group_by("seed").agg(pl.col("density").median()).iter_rows()) for n in (last, 1))
     return _paired(of_first, of_last)
 
 
-def _over_groups(results: Results, claim: Claim, table: str, by: Sequence[str], n: int) -> Effect | str:
-    """Return the effect in a probe's score with n features, over labels or tasks."""
+def _over_groups(results: Results, claim: Claim, table: str, by: str, n: int) -> Effect | str:
+    """Return the effect in a probe's score with n features, over data sets or tasks.
+
+    Labels of one data set are averaged first: of two labels, both probes have the same texts.
+    """
     from saeens_models.metrics import mean_interval
 
     curve, rows = TABLES[table].curve, results.tables.get(table)
@@ -214,10 +222,10 @@ def _over_groups(results: Results, claim: Claim, table: str, by: Sequence[str], 
     rows = rows.filter(code_scale="unscaled") if "code_scale" in rows.columns else rows
     rows = rows.filter(pl.col("n_members") == pl.col("n_members").max().over("method"), pl.col(curve.x) == n).drop_nulls(curve.y)
     ours, theirs = (
-        rows.filter(method=name).group_by("seed", *by).agg(pl.col(curve.y).mean().alias(side))
+        rows.filter(method=name).group_by("seed", by).agg(pl.col(curve.y).mean().alias(side))
         for name, side in ((claim.ours, "ours"), (claim.theirs, "theirs"))
     )
-    both = ours.join(theirs, on=["seed", *by]).sort("seed", *by)
+    both = ours.join(theirs, on=["seed", by]).sort("seed", by)
     if both.is_empty():
         return f"not measured: the table {table} does not have both methods with {n} features"
     found = []
@@ -225,7 +233,7 @@ def _over_groups(results: Results, claim: Claim, table: str, by: Sequence[str], 
         mean, low, high = mean_interval((of_seed["ours"] - of_seed["theirs"]).to_list())
         found += [] if low is None or high is None else [Interval(mean, low, high, f"seed {seed}")]
     means = [fmean(both[side].to_list()) for side in ("ours", "theirs")]
-    return Effect(means[0], means[1], found, f"one {by[-1]} has no interval")
+    return Effect(means[0], means[1], found, f"one {by.replace('dataset', 'data set')} has no interval")
 
 
 def _ablated(results: Results) -> int:

@@ -175,16 +175,15 @@ def _composition(record: Record) -> Iterator[tuple[str, str]]:
     """Yield the parts of a corpus that its identity names."""
     identity = record.tokens.settings["corpus"] if record.tokens else None
     for name, value in identity.items() if isinstance(identity, Mapping) else ():
-        if name in ("corpus", "name"):
-            continue
-        parts = (
-            [f"{key} {each}" for key, each in value.items()]
-            if isinstance(value, Mapping)
-            else [", ".join(f"{key} {of}" for key, of in each.items()) if isinstance(each, Mapping) else str(each) for each in value]
-            if isinstance(value, list | tuple)
-            else None
-        )
-        yield f"corpus: {name.replace('_', ' ')}", str(value) if parts is None else f"{len(parts)}: {'; '.join(parts)}"
+        if name == "parts":  # of a mixed corpus
+            yield "corpus: shares", "; ".join(f"{each['share']:.3g} {each['name']}" for each in value)
+        elif isinstance(value, Mapping):
+            yield f"corpus: {name.replace('_', ' ')}", f"{len(value)}: {'; '.join(f'{key} {each}' for key, each in value.items())}"
+        elif name not in ("corpus", "name", "mixing"):
+            yield (
+                f"corpus: {name.replace('_', ' ')}",
+                f"{len(value)}: {'; '.join(map(str, value))}" if isinstance(value, list) else str(value),
+            )
 
 
 def _hours(record: Record) -> Iterator[tuple[str, str]]:

@@ -155,6 +155,10 @@ class Record:
             yield Fact(f"tokens {purpose}", f"{settings[f'{split}_tokens']:,}{documents}")
             for name, each in self.tokens.artefact.provenance.get("composition", {}).get(split, {}).items():
                 yield Fact(f"tokens {purpose} of {name}", f"{each['rows']:,} of {each['documents']:,} documents")
+            corpus = self.tokens.artefact.provenance.get("corpus", {}).get(split, {})
+            for label in (key for key in corpus if key.startswith("bytes_by_")):
+                sizes = ", ".join(f"{name} {size / 1e6:.3g} MB" for name, size in corpus[label].items())
+                yield Fact(f"documents {purpose} in the corpus", f"{corpus['documents']:,}: {sizes}")
         windows = settings.get("windows_per_document")
         at_most = f", at most {windows} of a document" if windows else ""
         yield Fact("windows", f"{settings['context_length']:,} tokens, packed by {settings['packing']}{at_most}")

@@ -149,6 +149,10 @@ class WeightedDataset(HubDataset):
 
 def _spelled_out(entry: Any) -> Any:
     """Return an entry of a mixed corpus with `corpus: data/my.jsonl` as `files`, and `corpus: owner/name` as `name`."""
+    if isinstance(entry, str):
+        raise ValueError(f"an entry of a list has fields: write {{corpus: {entry}, weight: 1}}")
+    if isinstance(entry, dict) and not entry.keys() & {"corpus", "files", "name"}:
+        raise ValueError("it names no corpus: add corpus: with a builtin corpus, a file or pattern, or a data set of the hub")
     key = _key_of_corpus(entry)
     return entry if key == "corpus" else {key: entry["corpus"]} | {name: value for name, value in entry.items() if name != "corpus"}
 

@@ -107,14 +107,17 @@ class PackagedCorrelation(NamedTuple):
 
     target: str
     spurious: str
-    target_values: tuple[str, str] = ("1", "0")
-    spurious_values: tuple[str, str] = ("1", "0")
+    target_values: tuple[str, str]
+    spurious_values: tuple[str, str]
+    count: TextCount
+    """Texts by default: as many as the smallest group allows."""
 
 
 SAE_PROBES_CORRELATIONS = {
-    f"{SAE_PROBES}politician_and_sex": PackagedCorrelation("7_hist_fig_ispolitician", "5_hist_fig_ismale"),
-    f"{SAE_PROBES}american_and_sex": PackagedCorrelation("6_hist_fig_isamerican", "5_hist_fig_ismale"),
+    f"{SAE_PROBES}politician_and_sex": PackagedCorrelation(
+        "7_hist_fig_ispolitician", "5_hist_fig_ismale", ("1", "0"), ("1", "0"), TextCount(160, 80)
+    ),
     f"{SAE_PROBES}alive_and_sex": PackagedCorrelation(
-        "57_wikidatais_alive", "56_wikidatasex_or_gender", ("True", "False"), ("female", "male")
+        "57_wikidatais_alive", "56_wikidatasex_or_gender", ("True", "False"), ("female", "male"), TextCount(200, 100)
     ),
 }

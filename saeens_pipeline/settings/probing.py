@@ -118,10 +118,16 @@ class CorrelationDataSet(_DataSet):
 
 class _TaskSettings(Section):
     train_texts: int | None = Field(
-        default=None, ge=8, multiple_of=4, description="number of training texts of a probe; default: 4000, fewer for embedded tasks"
+        default=None,
+        ge=8,
+        multiple_of=4,
+        description="number of training texts of a probe; default: 4000, fewer for embedded tasks and sae_probes",
     )
     test_texts: int | None = Field(
-        default=None, ge=8, multiple_of=4, description="number of test texts of a probe; default: 1000, fewer for embedded tasks"
+        default=None,
+        ge=8,
+        multiple_of=4,
+        description="number of test texts of a probe; default: 1000, fewer for embedded tasks and sae_probes",
     )
     context_length: int = Field(default=128, ge=2, description="number of tokens of a text, counted from its start")
 

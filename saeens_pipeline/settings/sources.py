@@ -88,7 +88,7 @@ class SourceSettings(FromFile):
     test_tokens: PositiveInt = Field(description="number of activation rows for evaluation, before rows are dropped for their norm")
     max_norm: Annotated[float, Field(ge=2, allow_inf_nan=False)] | None = Field(
         None,
-        description="largest norm of a row, in multiples of the median norm of the first batch of training rows; "
+        description="largest norm of a row, in multiples of the median norm of the first training rows; "
         "rows above it (massive activations) are dropped; default: all rows stay",
     )
     dtype: Literal["float16", "bfloat16", "float32"] = Field("float16", description="dtype of stored activations")

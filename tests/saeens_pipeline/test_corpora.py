@@ -144,6 +144,7 @@ def test_texts_are_kept_at_their_first_use_and_an_upgrade_changes_nothing(
     monkeypatch.setattr(corpora.metadata, "version", lambda package: "99" if package == "mako" else version(package))
     monkeypatch.setattr(InstalledPackages, "package_documents", lambda self, package: pytest.fail("the packages were read again"))
     assert InstalledPackages().identity != before
+    assert pinned.summary() == small.summary()
     again = PinnedPackages(tmp_path)
     assert again.identity == before
     assert {split: list(again.documents(split)) for split in SPLITS} == expected

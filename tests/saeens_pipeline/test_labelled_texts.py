@@ -361,8 +361,30 @@ def test_two_data_sets_of_sae_probes_give_two_attributes_of_their_common_texts(s
     assert set(identity(data_set)["sha256"]) == {"5_hist_fig_ismale.csv.zst", "7_hist_fig_ispolitician.csv.zst"}
 
 
+def test_texts_of_sae_probes_with_two_labels_are_left_out(sae_probes: Path):
+    file = sae_probes / "7_hist_fig_ispolitician.csv.zst"
+    rows = pl.read_csv(file, infer_schema=False)
+    other = rows.filter(prompt="Name, number 2").with_columns(target=pl.lit("0"))
+    pl.concat([rows, other]).write_csv(file, compression="zstd")
+    assert "Name, number 2" not in packaged.packaged_texts("sae_probes/politician_and_sex").train["text"]
+    drawn = read_concepts(ConceptDataSet(name="sae_probes/7_hist_fig_ispolitician"), TextCount(32, 12), seed=1)
+    assert "Name, number 2" not in {text for texts in (*drawn.train.values(), *drawn.test.values()) for text in texts}
+
+
+@pytest.mark.parametrize("name", labelled_data_sets.SAE_PROBES_CORRELATIONS)
+def test_the_real_package_has_enough_texts_for_the_defaults(name: str):
+    try:
+        importlib.metadata.distribution("sae-probes")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("sae-probes is not installed (make probes)")
+    (task,) = read_correlations(CorrelationDataSet(name=name), None, seed=42)
+    assert min(map(len, task.test)) >= 20
+
+
 def test_an_unknown_data_set_of_sae_probes_is_refused_with_those_that_exist(sae_probes: Path):
-    with pytest.raises(ConfigurationError, match=r"sae-probes has no data set '6_x'; it has 5_hist_fig_ismale, 7_hist_fig_ispolitician"):
+    with pytest.raises(
+        ConfigurationError, match=r"has no data set '6_x'; of its 2, similar names are 5_hist_fig_ismale, 7_hist_fig_ispolitician"
+    ):
         read_concepts(ConceptDataSet(name="sae_probes/6_x"), FEW, seed=1)
     with pytest.raises(ValidationError, match=r"'sae_probes/x' is not known; known are .*sae_probes/politician_and_sex"):
         CorrelationDataSet(name="sae_probes/x")

@@ -241,7 +241,11 @@ WRONG: dict[str, tuple[Any, str, str]] = {
         r"corpus\.0: write the fields of this corpus beside",
         "- corpus:",
     ),
-    "a text": (["builtin/prose", {"corpus": "b.txt"}], r"corpus\.0: expected a mapping with fields", "- builtin/prose"),
+    "a text": (
+        ["builtin/prose", {"corpus": "b.txt"}],
+        r"corpus\.0: an entry of a list has fields: write {corpus: builtin/prose, weight: 1}",
+        "- builtin/prose",
+    ),
     "twice": (
         [{"corpus": "a.jsonl"}, {"files": "a.jsonl", "weight": 2}],
         r"attributes\.corpus: a\.jsonl is given twice: give it once",

@@ -255,6 +255,12 @@ def test_a_claim_is_judged_by_interval_l0_and_control(
     assert verdict.effect and verdict.effect.intervals[0][:3] == pytest.approx(((low + high) / 2, low, high))
 
 
+def test_a_control_without_intervals_says_nothing_about_a_claim():
+    control = _results(EQUAL, 0.0, 0.0)
+    verdict = _judged(_results(EQUAL, 0.05, 0.15), MORE_EV, Results("control", 0, {"reconstruction": control.tables["reconstruction"]}))
+    assert (verdict.word, verdict.why) == (UNKNOWN, ["the control, an untrained language model, has no interval"])
+
+
 def test_a_claim_without_its_method_or_with_seeds_that_disagree_cannot_be_told():
     verdict = _judged(_results({"single": (0.7, 8.0)}, 0.1, 0.2), MORE_EV)
     assert (verdict.word, verdict.why) == (UNKNOWN, ["not measured: bagging is not in the table reconstruction"])
@@ -291,22 +297,25 @@ def test_what_compares_seeds_is_told_apart_from_three_seeds_with_all_points(ours
 def test_rounds_are_compared_by_students_t_over_seeds():
     densities = {1: (0.02, 0.03, 0.025), 2: (0.5, 0.5, 0.5), 3: (0.01, 0.012, 0.011)}
     rows = [
-        SUBJECT | {"method": "boosting", "n_members": 3, "seed": seed, "member": member, "median_density": value}
+        SUBJECT | {"method": "boosting", "n_members": 3, "seed": seed, "member": member, "index": index, "density": density}
         for member, values in densities.items()
         for seed, value in enumerate(values, start=1)
+        for index, density in enumerate([value / 2, value, 0.9, *[0.0] * 4 * member])  # most features of later rounds are dead
     ]
-    verdict = _judged(_results(EQUAL, 0.1, 0.2, members=table_frame("members", rows)), NARROWER)
+    verdict = _judged(_results(EQUAL, 0.1, 0.2, features=table_frame("features", rows)), NARROWER)
     gaps = np.subtract(densities[1], densities[3])
     low, high = scipy.stats.t.interval(0.95, 2, loc=np.mean(gaps), scale=scipy.stats.sem(gaps))
     assert verdict.word == HOLDS and verdict.effect
     assert verdict.effect.intervals[0][1:3] == pytest.approx((low, high))
 
 
-def test_probes_are_compared_over_labels():
+def test_probes_are_compared_over_data_sets():
     accuracy = {"single": (0.6, 0.7, 0.65), "bagging": (0.72, 0.8, 0.77)}
     rows = [
-        SUBJECT | {"method": name, "n_members": 1, "seed": 1, "dataset": "d", "label": str(i), "n_probe_features": 1, "accuracy": value}
-        | {"code_scale": scale} for name, values in accuracy.items() for i, value in enumerate(values) for scale in ("unscaled", "1/J")
+        SUBJECT | {"method": name, "n_members": 1, "seed": 1, "dataset": str(i), "label": label, "n_probe_features": 1,
+                   "accuracy": value + shift, "code_scale": scale}
+        for name, values in accuracy.items() for i, value in enumerate(values) for scale in ("unscaled", "1/J")
+        for label, shift in (("yes", 0.02), ("no", -0.02))
     ]  # fmt: skip
     results = _results(EQUAL, 0.1, 0.2, concept_detection=table_frame("concept_detection", rows))
     (verdict,) = (each for each in verdicts(results, None) if each.claim.metric == "accuracy with 1 feature")

@@ -29,7 +29,7 @@ import saeens_models as sm
 from saeens_models.training import NonFiniteLossError
 from saeens_pipeline.assets import training
 from saeens_pipeline.errors import ConfigurationError, SaeensError
-from saeens_pipeline.language_models.caching import BATCHES_PER_GROUP, cache_activations
+from saeens_pipeline.language_models.caching import cache_activations
 from saeens_pipeline.language_models.language_model import LanguageModel
 from saeens_pipeline.language_models.loading import load_language_model
 from saeens_pipeline.language_models.models import describe_language_model
@@ -358,7 +358,7 @@ def test_caching_resumes_at_the_last_complete_shard_with_the_same_bytes(
 ):
     def cache(*names: str) -> None:
         outputs = {layer: tmp_path / name / str(layer) for name in names for layer in (0, 2)}
-        cache_activations(model, tokens, "resid_post", outputs, "float16", batch_tokens=32)
+        cache_activations(model, tokens, "resid_post", outputs, "float16", batch_tokens=32, group_tokens=256)
 
     with _model_that_fails(model, -1) as calls:
         cache("undisturbed")
@@ -368,15 +368,15 @@ def test_caching_resumes_at_the_last_complete_shard_with_the_same_bytes(
         cache("interrupted")
     assert _contents(tmp_path / "interrupted") == _contents(tmp_path / "undisturbed")
     rows_of_a_call = TRAIN_ROWS / len(calls)
-    again = SHARD_ROWS / rows_of_a_call + BATCHES_PER_GROUP + 5  # a shard, a group, what train lacks of a shard, and what tells the width
+    again = SHARD_ROWS / rows_of_a_call + 256 / 32 + 5  # a shard, a group, what train lacks of a shard, and what tells the width
     assert len(calls_again) <= len(calls) - at_call + again
 
 
 def test_a_new_layer_is_cached_together_with_a_resumed_one(small_shards: None, model: LanguageModel, tokens: TokenStore, tmp_path: Path):
     with _model_that_fails(model, 20), pytest.raises(PowerCutError):
-        cache_activations(model, tokens, "resid_post", {1: tmp_path / "1"}, "float16", batch_tokens=32)
-    cache_activations(model, tokens, "resid_post", {1: tmp_path / "1", 2: tmp_path / "2"}, "float16", batch_tokens=32)
-    cache_activations(model, tokens, "resid_post", {1: tmp_path / "x1", 2: tmp_path / "x2"}, "float16", batch_tokens=32)
+        cache_activations(model, tokens, "resid_post", {1: tmp_path / "1"}, "float16", batch_tokens=32, group_tokens=256)
+    cache_activations(model, tokens, "resid_post", {1: tmp_path / "1", 2: tmp_path / "2"}, "float16", batch_tokens=32, group_tokens=256)
+    cache_activations(model, tokens, "resid_post", {1: tmp_path / "x1", 2: tmp_path / "x2"}, "float16", batch_tokens=32, group_tokens=256)
     for layer in ("1", "2"):
         assert _contents(tmp_path / layer) == _contents(tmp_path / f"x{layer}")
 

@@ -19,7 +19,7 @@ from saeens_pipeline.language_models.labelled_texts import drawing, embedded, hu
 from saeens_pipeline.language_models.labelled_texts.drawing import ConceptTexts, CorrelationTexts, Labelled
 from saeens_pipeline.settings.corpora import BUILTIN_CORPUS
 from saeens_pipeline.settings.from_file import FILE
-from saeens_pipeline.settings.labelled_data_sets import EMBEDDED_CONCEPTS, EMBEDDED_CORRELATIONS, TextCount
+from saeens_pipeline.settings.labelled_data_sets import EMBEDDED_CONCEPTS, EMBEDDED_CORRELATIONS, SAE_PROBES_CORRELATIONS, TextCount
 from saeens_pipeline.settings.probing import ConceptDataSet, CorrelationDataSet
 
 READER_VERSION = 1  # of local files; increased with every change of the drawn texts
@@ -78,22 +78,24 @@ def _identity_read(data_set: ConceptDataSet | CorrelationDataSet) -> str:
 @lru_cache(maxsize=_DATA_SETS_KEPT)
 def _drawn_concepts(settings: str, file: Path | None, _identity: str, count: TextCount | None, seed: int) -> ConceptTexts:
     data_set = ConceptDataSet.model_validate_json(settings, context={FILE: file})
-    data = _labelled(data_set, count := count or _default_count(data_set, embedded.CONCEPT_COUNT, packaged.CONCEPT_COUNT))
+    data = _labelled(data_set, count := count or _default_count(data_set, embedded.CONCEPT_COUNT))
     return drawing.draw_concepts(data, data_set.labels or data.labels, count, balance="other" in data.train.columns, seed=seed)
 
 
 @lru_cache(maxsize=_DATA_SETS_KEPT)
 def _drawn_correlations(settings: str, file: Path | None, _identity: str, count: TextCount | None, seed: int) -> list[CorrelationTexts]:
     data_set = CorrelationDataSet.model_validate_json(settings, context={FILE: file})
-    data = _labelled(data_set, count := count or _default_count(data_set, embedded.CORRELATION_COUNT, packaged.CORRELATION_COUNT))
+    data = _labelled(data_set, count := count or _default_count(data_set, embedded.CORRELATION_COUNT))
     own = {data.name: (data_set.target, data_set.spurious)} if data_set.target and data_set.spurious else {}
     return [drawing.draw_quadrants(data, name, *attributes, count, seed=seed) for name, attributes in (own or data.pairs).items()]
 
 
-def _default_count(data_set: ConceptDataSet | CorrelationDataSet, of_embedded: TextCount, of_packaged: TextCount) -> TextCount:
+def _default_count(data_set: ConceptDataSet | CorrelationDataSet, of_embedded: TextCount) -> TextCount:
     if is_embedded(data_set):
         return of_embedded
-    return of_packaged if data_set.is_packaged else hub.COUNT
+    if task := SAE_PROBES_CORRELATIONS.get(data_set.name):
+        return task.count
+    return packaged.COUNT if data_set.is_packaged else hub.COUNT
 
 
 def _labelled(data_set: ConceptDataSet | CorrelationDataSet, count: TextCount) -> Labelled:
