@@ -109,8 +109,8 @@ class PackagedCorrelation(NamedTuple):
     spurious: str
     target_values: tuple[str, str]
     spurious_values: tuple[str, str]
-    count: TextCount
-    """Texts by default: as many as the smallest group allows."""
+    texts: TextCount
+    """By default: as many as the smallest group allows."""
 
 
 SAE_PROBES_CORRELATIONS = {

@@ -365,7 +365,8 @@ def _error_of_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 
 def test_a_context_longer_than_the_model_s_is_refused(empty: Laboratory, declared_file: Path, monkeypatch, capsys):
     empty.declare({"language_model": "tiny.gguf", "context_length": CONTEXT_LENGTH + 1})
-    assert f"context_length: {CONTEXT_LENGTH + 1} is not possible" in _error_of_run(monkeypatch, capsys)
+    error = _error_of_run(monkeypatch, capsys)
+    assert re.search(rf"defs.yaml:\d+: attributes.context_length: {CONTEXT_LENGTH + 1} is not possible", error)
     assert not (empty.root / "language_models").exists()
 
 

@@ -94,7 +94,7 @@ def _default_count(data_set: ConceptDataSet | CorrelationDataSet, of_embedded: T
     if is_embedded(data_set):
         return of_embedded
     if task := SAE_PROBES_CORRELATIONS.get(data_set.name):
-        return task.count
+        return task.texts
     return packaged.COUNT if data_set.is_packaged else hub.COUNT
 
 
