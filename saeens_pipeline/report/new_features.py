@@ -81,10 +81,14 @@ class List(NamedTuple):
 
 @dataclass(frozen=True)
 class NewFeatures:
-    """The section: counts of the experiment and of its control by method, and the lists of the browser's seed."""
+    """The section: counts of the experiment and of its control by method, and the lists of the browser's seed.
+
+    `of_another_seed`: the reference, features of a single SAE without a partner in that of another seed, as a share of those that fire.
+    """
 
     counts: Sequence[Counts]
     of_control: Mapping[str, Counts]
+    of_another_seed: Spread | None
     lists: Sequence[List]
     has_contexts: bool
 
@@ -95,7 +99,13 @@ class NewFeatures:
         if not counts or browser is None:
             return None
         of_control = {each.method.name: each for each in count(untrained)} if untrained else {}
-        return cls(counts, of_control, [each for each in _lists(results, browser) if each.features], browser.contexts is not None)
+        return cls(
+            counts,
+            of_control,
+            _of_another_seed(results),
+            [each for each in _lists(results, browser) if each.features],
+            browser.contexts is not None,
+        )
 
 
 def count(results: Results) -> Iterator[Counts]:
@@ -119,6 +129,16 @@ def count(results: Results) -> Iterator[Counts]:
             columns = {column: Spread.of(rows[column].cast(float).to_list()) for column in ("features", "of_others", "dead", "alone")}
             shares = rows["share"].drop_nans().to_list()
             yield Counts(method(name), **columns, share=Spread.of(shares) if shares else None)
+
+
+def _of_another_seed(results: Results) -> Spread | None:
+    table = results.tables.get("feature_stability")
+    if table is None:
+        return None
+    fires = results.tables["features"].filter(pl.col("density") > 0, method="bagging", member=1).select("seed", "index")
+    single = table.filter(method="single").drop_nulls("best_cosine").join(fires, on=["seed", "index"], how="semi")
+    shares = single.group_by("seed").agg((pl.col("best_cosine") < NEAR_DUPLICATE).mean().alias("share")).sort("seed")["share"].to_list()
+    return Spread.of(shares) if shares else None
 
 
 def _lists(results: Results, browser: FeatureBrowser) -> Iterator[List]:

@@ -73,6 +73,18 @@ def test_the_control_is_counted_alike_and_belongs_to_its_method():
     assert [each.alone.mean for each in section.counts] == [1, 1]
 
 
+def test_the_reference_is_a_single_sae_of_another_seed_without_its_dead_features():
+    rows = [_feature("bagging", 1, i, 0.1, seed=seed, density=0.0 if i == 3 else 0.1) for seed in (1, 2) for i in range(4)]
+    rows += [_feature("bagging", 2, 0, 0.1)]
+    found = {1: (0.9, 0.6, 0.1, 0.1), 2: (0.9, 0.8, 0.1, 0.1)}
+    stability = [
+        SUBJECT | {"method": "single", "member": 1, "index": i, "seed": seed, "n_runs": 2, "n_found": 0, "best_cosine": cosine}
+        for seed, cosines in found.items() for i, cosine in enumerate(cosines)
+    ]  # fmt: skip
+    section = _section(rows, feature_stability=table_frame("feature_stability", stability))
+    assert section.of_another_seed and section.of_another_seed.points == pytest.approx([2 / 3, 1 / 3])
+
+
 def test_one_sae_has_no_section():
     assert list(count(_results([_feature("bagging", 1, 0, 0.1), _feature("bagging", 1, 1, 0.1)]))) == []
 
