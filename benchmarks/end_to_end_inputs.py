@@ -1,4 +1,4 @@
-"""What both sides of `end_to_end` are given: a language model, texts, windows of tokens, and our experiment file."""
+"""Inputs of `end_to_end`, the same for both sides: a language model, texts, windows of tokens, and our experiment file."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ QUICK = Size(REFERENCE_MODEL, "gpt_neox.layers.{layer}", 1, BUILTIN_CORPUS, 160,
 
 @dataclass(frozen=True)
 class Inputs:
-    """What both sides are given, and the rows on which their SAEs are compared."""
+    """Inputs of both sides, and the rows on which their SAEs are compared."""
 
     size: Size
     model: LanguageModelDescription

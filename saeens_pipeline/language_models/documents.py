@@ -33,7 +33,7 @@ class Document:
     text: str
     labels: Mapping[str, str | None]
     has_special_tokens: bool = False
-    """Whether the text has its special tokens, such as that of the beginning: the tokenizer adds none."""
+    """True if the text has its special tokens, such as that of the beginning: the tokenizer adds none."""
 
 
 class Corpus(Protocol):

@@ -49,7 +49,7 @@ class _DataSet(FromFile):
 
     @property
     def is_packaged(self) -> bool:
-        """Whether the texts are in the package sae-probes."""
+        """Return True if the texts are in the package sae-probes."""
         return self.name in self.packaged_names
 
     @property
