@@ -98,7 +98,7 @@ def recipe_check(statuses: Sequence[Status]) -> RecipeCheck:
     if not statuses:
         told = ["There is nothing to compare: materialise the asset first."]
     counts = {"fresh partitions": len(statuses) - len(outdated), "stale or damaged partitions": len(outdated)}
-    return RecipeCheck(bool(statuses) and not outdated, "\n".join(told) or None, dg.AssetCheckSeverity.WARN, counts)
+    return RecipeCheck(bool(statuses) and not outdated, "  \n".join(told) or None, dg.AssetCheckSeverity.WARN, counts)
 
 
 def _checks(statuses: Sequence[Status]) -> dict[str, tuple[str, dg.AssetCheckEvaluation]]:

@@ -125,7 +125,7 @@ def test_the_check_recipe_lists_stale_partitions_and_passes_again(ticks: Ticks, 
     member = ticks.checks[f"{NAME}/bagging/member_1"]
     assert (member.passed, member.severity) == (False, dg.AssetCheckSeverity.WARN)
     change = f"setting sae.k: {EXPERIMENT['sae']['k']} -> {EXPERIMENT['sae']['k'] + 1}"
-    assert (member.description or "").splitlines() == [f"layer {LAYER}, seed {seed}: stale: {change}" for seed in SEEDS]
+    assert (member.description or "").split("  \n") == [f"layer {LAYER}, seed {seed}: stale: {change}" for seed in SEEDS]
     assert f"{NAME}/activations" not in ticks.checks
     ticks.laboratory.declare()
     ticks.tick()
