@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import dagster as dg
@@ -31,7 +32,7 @@ class Catalogue(Ops):
         experiments = {name: each for name, each in self.experiments.items() if name not in hidden}
         used = {each.source for each in experiments.values()}
         sources = {name: each for name, each in self.sources.items() if name in used or not is_template(each) or store.has_any_of(name)}
-        return Catalogue(sources, experiments, dict(self.sweeps), dict(self.broken))
+        return replace(self, sources=sources, experiments=experiments)
 
     def definitions(self, *, disk_checks: bool = True) -> dg.Definitions:
         """Return everything for Dagster: assets, automation, schedules, and resources.
