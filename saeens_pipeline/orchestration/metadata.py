@@ -11,7 +11,7 @@ from urllib.parse import quote
 import dagster as dg
 import polars as pl
 
-from saeens_pipeline.assets.declarations import Declaration, Reference
+from saeens_pipeline.assets.declarations import Declaration, Reference, changes_in
 from saeens_pipeline.assets.massive_activations import cautions, marked
 from saeens_pipeline.assets.registry import SUBJECT, TABLES, Markdown, Table
 from saeens_pipeline.assets.tables.cost import with_totals
@@ -64,6 +64,7 @@ def describe_artefact(declaration: Declaration, partition: Partition, artefact: 
         "device": made["device"],
         "size [MB]": round(size / 1e6, 2) if not declaration.address.is_table else None,
         "same as": made.get("same_as"),
+        "set on the command line": changes_in(made) or None,
         "cache_hit": is_hit,
         "path": dg.MetadataValue.path(str(artefact.path)),
         "recipe": dg.MetadataValue.json(artefact.recipe),
