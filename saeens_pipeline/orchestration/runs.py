@@ -29,8 +29,9 @@ from saeens_pipeline.assets.staleness import Stage, Status, plan
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.orchestration.assets import force_tag, partition_key
 from saeens_pipeline.orchestration.catalogue import Catalogue
-from saeens_pipeline.orchestration.dagster_internals import MaxRetriesExceededError
+from saeens_pipeline.orchestration.dagster_internals import MaxRetriesExceededError, name_code_location
 from saeens_pipeline.orchestration.instance import (
+    LOCATION,
     command_line_instance,
     declare_layers,
     end_dead_runs,
@@ -52,6 +53,7 @@ from saeens_pipeline.storage.tables import has_table, layers_with_tables
 
 _RUN = "saeens run"
 SET_TAG = "saeens/set"  # of a run: fields of the experiment file with values from the command line
+_NO_RETRIES = {"dagster/max_retries": "0"}  # by the daemon of a UI that is open meanwhile: the next command goes on
 
 
 class Counterpart(NamedTuple):
@@ -382,10 +384,11 @@ def _execute(
         return
     replace_damaged_database()
     with contextlib.nullcontext() if verbose else _quiet(), command_line_instance() as instance, _interrupts() as raise_interrupt:
+        name_code_location(instance, LOCATION)
         for source, wanted in layers.items():
             declare_layers(instance, source, catalogue.sources[source].layers)
             register_layers(instance, source, wanted)
-        job = catalogue.definitions(byte_checks=False).resolve_implicit_global_asset_job_def()
+        job = catalogue.definitions(disk_checks=False).resolve_implicit_global_asset_job_def()
         together = sorted({partition.layer for partition, _ in chosen if partition.layer is not None})
         for partition, declarations in chosen:
             raise_interrupt()
@@ -396,7 +399,7 @@ def _execute(
                         instance=instance,
                         partition_key=partition_key(declarations[0], partition),
                         asset_selection=[AssetKey(declaration.address.key) for declaration in declarations],
-                        tags={"user": command, LAYERS_TAG: ",".join(map(str, together)), **process_tag(), **(tags or {})},
+                        tags={"user": command, LAYERS_TAG: ",".join(map(str, together)), **_NO_RETRIES, **process_tag(), **(tags or {})},
                         run_config={"loggers": {"console": {"config": {"log_level": "DEBUG" if verbose else "CRITICAL"}}}},
                     )
             except DagsterExecutionInterruptedError:
