@@ -37,7 +37,7 @@ VARIABLES = {  # name: meaning, default
         "`in_process` or `multiprocess`: processes of the steps that the UI, the automation and backfills start",
         "`in_process`",
     ),
-    "SAEENS_DEVICE": ("`auto` (CUDA where there is a GPU), `cpu`, `cuda`, `cuda:1`, `mps`", "`auto`"),
+    "SAEENS_DEVICE": ("`auto` (CUDA where there is a GPU), `cpu`, `mps`, `cuda`, or `cuda:0` to `cuda:15`", "`auto`"),
     "SAEENS_MEMORY_GB": ("memory of SAEs that are trained together, GB", "all there is"),
     "SAEENS_PRECISION": (
         "products of float32 matrices in training: `float32`, `tf32`, `bfloat16`. Weights and sums of products stay in float32. On a CPU "

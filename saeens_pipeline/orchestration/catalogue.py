@@ -33,7 +33,7 @@ class Catalogue(Ops):
             asset_checks=build_byte_checks(ops) if byte_checks else [],
             resources={
                 "store": StoreResource(),
-                "compute": ComputeResource.from_environment(),
+                "compute": ComputeResource.definition(),
                 "tracker": TrackerResource.from_environment(),
             },
             executor=executor_from_environment(),

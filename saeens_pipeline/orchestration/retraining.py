@@ -6,6 +6,7 @@ one tick do not wait for each other: so one stage is requested at a time.
 
 # Without `from __future__ import annotations`: Dagster reads the annotations of sensors and ops at run time.
 from datetime import UTC, datetime
+from typing import Any
 
 import dagster as dg
 
@@ -33,9 +34,15 @@ def retraining_schedule(ops: Ops, experiment: ExperimentSettings) -> dg.Schedule
     """Return a schedule whose job marks an experiment, unless all of it is fresh. The sensor requests the runs."""
     name = f"{experiment.name}_retraining"
 
-    @dg.op(name=f"{name}__mark", description="Marks the experiment; the sensor `retraining` requests its runs.")
+    @dg.op(
+        name=f"{name}__mark",
+        description="Marks the experiment; the sensor `retraining` requests its runs, with the device of this one.",
+        required_resource_keys={"compute"},
+    )
     def mark(context: dg.OpExecutionContext) -> None:
-        context.instance.add_dynamic_partitions(marks_name(experiment.name), [datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%S")])
+        now = datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%S")
+        context.instance.add_run_tags(context.run.run_id, {_MARK_TAG: now})
+        context.instance.add_dynamic_partitions(marks_name(experiment.name), [now])
         context.log.info("marked: the sensor `retraining` requests a run for each stage with missing or stale artefacts")
 
     @dg.job(
@@ -113,9 +120,17 @@ def next_request(ops: Ops, experiment: ExperimentSettings, instance: dg.DagsterI
                 run_key=key,
                 partition_key=partition_key(wanted[0].declaration, wanted[0].partition),
                 asset_selection=[dg.AssetKey(each.declaration.address.key) for each in wanted],
+                run_config=_chosen_device(experiment, instance, mark),
                 tags={"user": f"{experiment.name}_retraining", _MARK_TAG: mark, WHY_TAG: reasons[0][:_MOST_TAG_CHARACTERS]},
             )
     return None
+
+
+def _chosen_device(experiment: ExperimentSettings, instance: dg.DagsterInstance, mark: str) -> dict[str, Any]:
+    """Return the configuration of runs with the device that was chosen for the run of the job that set a mark."""
+    marking = dg.RunsFilter(job_name=f"{experiment.name}_retraining", tags={_MARK_TAG: mark})
+    resources = next((run.run_config.get("resources", {}) for run in instance.get_runs(marking, limit=1)), {})
+    return {"resources": {"compute": resources["compute"]}} if "compute" in resources else {}
 
 
 def _run_of(instance: dg.DagsterInstance, key: str) -> dg.DagsterRun | None:
