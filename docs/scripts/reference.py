@@ -49,6 +49,8 @@ VARIABLES = {  # name: meaning, default
     "SAEENS_TRACKER": ("`tensorboard`, `wandb`, `mlflow` or `trackio`: mirrors training curves and tables", "none"),
     "SAEENS_LLM_BASE_URL": ("endpoint of the language model that explains features", "none"),
     "SAEENS_LLM_API_KEY": ("key of that endpoint; never stored", "none"),
+    "SAEENS_ALERT_WEBHOOK": ("address that failed runs are posted to, such as a Slack webhook; a secret, never stored", "none"),
+    "SAEENS_UI_URL": ("address of the UI, for links in alerts; `saeens ui` sets it for its own processes", "none"),
     "DAGSTER_HOME": ("Dagster's own records: runs, events, logs", "`$SAEENS_DATA/dagster`"),
 }
 

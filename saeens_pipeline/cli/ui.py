@@ -22,6 +22,7 @@ def ui(
 ) -> None:
     """Start the Dagster UI on this machine, with the runs of the command line. Requests of foreign web pages are refused."""
     from saeens_pipeline.assets.catalogue import Experiments
+    from saeens_pipeline.orchestration.alerts import ADDRESS_VARIABLE
     from saeens_pipeline.orchestration.instance import declare_layers, end_dead_runs, open_instance, prepare_home
     from saeens_pipeline.orchestration.webserver import HOST, in_words, run_servers
     from saeens_pipeline.settings.files import FOLDERS_VARIABLE, own_folders
@@ -42,6 +43,7 @@ def ui(
     out.print(f"The UI answers in about ten seconds at [link]{url or f'http://{HOST}:{port}'}[/link]; Ctrl-C ends it.")
     # In DAGSTER_HOME, because Dagster warns of another dagster.yaml in the current folder.
     os.environ["SAEENS_DATA"] = str(data_root())
+    os.environ[ADDRESS_VARIABLE] = url or f"http://{HOST}:{port}"
     if folders := own_folders():
         os.environ[FOLDERS_VARIABLE] = os.pathsep.join(map(str, folders))
     os.chdir(home)

@@ -11,6 +11,7 @@ import dagster as dg
 from dagster import AutomationCondition as Condition
 
 from saeens_pipeline.assets.registry import listed
+from saeens_pipeline.orchestration.alerts import alerts_sensor, webhook
 from saeens_pipeline.orchestration.instance import end_dead_runs, layer_changes
 from saeens_pipeline.orchestration.ops import Ops
 from saeens_pipeline.orchestration.retraining import retraining_schedule, retraining_sensor
@@ -27,7 +28,13 @@ def automate(assets: Iterable[dg.AssetsDefinition], catalogue: Ops) -> dg.Defini
     retraining = [retraining_schedule(catalogue, experiment) for experiment in catalogue.experiments.values()]
     return dg.Definitions(
         assets=[asset.map_asset_specs(lambda spec: _with_policies(spec, catalogue.experiments)) for asset in assets],
-        sensors=[layers_sensor(catalogue.sources), automation_sensor(), retraining_sensor(catalogue), staleness_sensor(catalogue)],
+        sensors=[
+            layers_sensor(catalogue.sources),
+            automation_sensor(),
+            retraining_sensor(catalogue),
+            staleness_sensor(catalogue),
+            *([alerts_sensor()] if webhook() else []),
+        ],
         schedules=retraining,
         jobs=[schedule.job for schedule in retraining],
     )

@@ -25,6 +25,7 @@ from saeens_pipeline.assets.registry import evaluations_of
 from saeens_pipeline.assets.sources import declared_facts
 from saeens_pipeline.assets.staleness import Stage, Status, plan
 from saeens_pipeline.errors import ConfigurationError, SaeensError
+from saeens_pipeline.orchestration.alerts import alerting, webhook
 from saeens_pipeline.orchestration.assets import partition_key
 from saeens_pipeline.orchestration.catalogue import Catalogue
 from saeens_pipeline.orchestration.dagster_internals import MaxRetriesExceededError
@@ -120,7 +121,7 @@ def run_experiment(
         print_line(console, f"{name}: nothing to do: {n_fresh} artefacts are fresh (cache hits){others}; no training")
     else:
         wanted = [declaration for _, declarations in chosen for declaration in declarations]
-        chosen_tracker()  # refused here, rather than after the preflight
+        chosen_tracker(), webhook()  # refused here, rather than after the preflight
         log_lines = partial(progress.forward_log_lines, lambda _level, message: print_line(console, " ".join(message.splitlines())))
         with log_lines():
             for line in _preflight(catalogue, experiment, store, chosen):
@@ -291,7 +292,7 @@ def _execute(
         for partition, declarations in chosen:
             raise_interrupt()
             try:
-                with unwrapped():
+                with unwrapped(), alerting(instance):
                     job.execute_in_process(
                         instance=instance,
                         partition_key=partition_key(declarations[0], partition),
