@@ -15,6 +15,7 @@ from saeens_pipeline.assets.declarations import DIMENSION_NAMES, Declaration, In
 from saeens_pipeline.assets.health import Health, examine, is_checked
 from saeens_pipeline.assets.materialise import Materialised, materialise, require_sound
 from saeens_pipeline.errors import ConfigurationError
+from saeens_pipeline.orchestration.external_data import external_key, observe_inputs
 from saeens_pipeline.orchestration.instance import layers_name
 from saeens_pipeline.orchestration.layers import requested_layers
 from saeens_pipeline.orchestration.metadata import describe_artefact, static_metadata
@@ -78,6 +79,7 @@ def build_asset(op: Op) -> dg.AssetsDefinition:
             checkpoint = checkpoint_file(store.store.root, op.name, partition) if partition.seed is not None else None
             with _cancelled_by_interrupts(context, checkpoint):
                 made = materialise(op, selected, partition, run)
+                observe_inputs(context, made)
                 yield from _report(made, checked, op.checks, partition, store.store)
                 for each in made:
                     tracker.mirror(each)
@@ -104,7 +106,10 @@ def _observe(context: dg.AssetExecutionContext, declaration: Declaration, partit
 def _spec(declaration: Declaration) -> dg.AssetSpec:
     return dg.AssetSpec(
         key=declaration.address.key,
-        deps=[_dependency(declaration, each) for each in declaration.inputs if each.in_graph],
+        deps=[
+            *(external_key(declaration, name) for name in declaration.external),
+            *(_dependency(declaration, each) for each in declaration.inputs if each.in_graph),
+        ],
         skippable=True,
         group_name=declaration.address.group,
         kinds=set(declaration.kinds),

@@ -12,6 +12,7 @@ from dagster import AutomationCondition as Condition
 
 from saeens_pipeline.assets.registry import listed
 from saeens_pipeline.orchestration.alerts import alerts_sensor, webhook
+from saeens_pipeline.orchestration.external_data import external_data_sensor, external_selection
 from saeens_pipeline.orchestration.instance import end_dead_runs, layer_changes
 from saeens_pipeline.orchestration.ops import Ops
 from saeens_pipeline.orchestration.retraining import retraining_schedule, retraining_sensor
@@ -33,6 +34,7 @@ def automate(assets: Iterable[dg.AssetsDefinition], catalogue: Ops) -> dg.Defini
             automation_sensor(),
             retraining_sensor(catalogue),
             staleness_sensor(catalogue),
+            external_data_sensor(catalogue),
             *([alerts_sensor()] if webhook() else []),
         ],
         schedules=retraining,
@@ -58,7 +60,8 @@ def automation_condition() -> Condition:
     # At its end a partition briefly counts as not in progress and not computed: it would be requested a second time.
     just_ended = ((~Condition.in_progress()).newly_true() | Condition.newly_requested()).with_label("in progress a moment ago")
     idle = ~Condition.in_progress() & ~just_ended
-    return (wanted & idle & ~Condition.any_deps_missing() & settled).with_label("missing or outdated, inputs settled")
+    not_there = Condition.any_deps_missing().ignore(external_selection())  # of what is never observed nothing is known
+    return (wanted & idle & ~not_there & settled).with_label("missing or outdated, inputs settled")
 
 
 def leaderboard_condition() -> Condition:

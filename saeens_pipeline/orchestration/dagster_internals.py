@@ -11,7 +11,7 @@ from typing import Any
 
 import dagster
 import yaml
-from dagster import AssetKey, DagsterInstance
+from dagster import AssetExecutionContext, AssetKey, DagsterInstance
 from dagster._core.errors import DagsterMaxRetriesExceededError
 from dagster._core.storage.event_log.schema import SqlEventLogStorageTable as Events
 from dagster._core.storage.event_log.sql_event_log import SqlEventLogStorage
@@ -68,3 +68,8 @@ def webserver_context(instance: DagsterInstance, workspace: Path) -> AbstractCon
     from dagster._core.workspace.load_target import WorkspaceFileTarget
 
     return WorkspaceProcessContext(instance, WorkspaceFileTarget([str(workspace)]), version=dagster.__version__)
+
+
+def forget_input_version(context: AssetExecutionContext, key: AssetKey) -> None:
+    """Let the materialisations of a step name the version of this input that was observed last, not the one at the step's beginning."""
+    context.get_step_execution_context().wipe_input_asset_version_info(key)
