@@ -42,7 +42,7 @@ def automate(assets: Iterable[dg.AssetsDefinition], catalogue: Ops) -> dg.Defini
     )
 
 
-def automation_condition() -> Condition:
+def automation_condition(*, reads_external_data: bool = False) -> Condition:
     """Return the condition that requests a missing or changed partition, once, when its inputs are settled.
 
     A failed partition is requested again when its settings or inputs change. Assets with the same partitions as an input are computed in
@@ -60,7 +60,9 @@ def automation_condition() -> Condition:
     # At its end a partition briefly counts as not in progress and not computed: it would be requested a second time.
     just_ended = ((~Condition.in_progress()).newly_true() | Condition.newly_requested()).with_label("in progress a moment ago")
     idle = ~Condition.in_progress() & ~just_ended
-    not_there = Condition.any_deps_missing().ignore(external_selection())  # of what is never observed nothing is known
+    not_there = Condition.any_deps_missing()
+    if reads_external_data:  # of what was never observed nothing is known
+        not_there = not_there.ignore(external_selection())
     return (wanted & idle & ~not_there & settled).with_label("missing or outdated, inputs settled")
 
 
@@ -82,7 +84,7 @@ def _with_policies(spec: dg.AssetSpec, experiments: Mapping[str, ExperimentSetti
     owner = spec.key.path[0]
     if spec.group_name == SOURCES_GROUP:
         in_use = any(experiment.source == owner for experiment in automated)
-        return spec.replace_attributes(automation_condition=automation_condition()) if in_use else spec
+        return spec.replace_attributes(automation_condition=automation_condition(reads_external_data=True)) if in_use else spec
     experiment = experiments.get(owner)
     if experiment is None:  # the asset of a broken file
         return spec

@@ -15,7 +15,6 @@ import dagster as dg
 
 from saeens_pipeline.assets.declarations import Declaration, ExternalData, Op
 from saeens_pipeline.assets.materialise import Materialised
-from saeens_pipeline.assets.sources import source_ops
 from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.language_models.hub import from_cache_alone
 from saeens_pipeline.orchestration.dagster_internals import forget_input_version
@@ -118,7 +117,7 @@ def external_data_sensor(catalogue: Ops) -> dg.SensorDefinition:
             if i > first and time.monotonic() - began > TICK_BUDGET_SECONDS:
                 break
             name = names[i % len(names)]
-            tokens = source_ops(catalogue.sources[name])[0].outputs[0]
+            tokens = catalogue.source_ops(name)[0].outputs[0]
             if Store(data_root()).data_version(tokens.address, Partition()) is None:
                 continue
             try:

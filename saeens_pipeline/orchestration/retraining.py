@@ -10,7 +10,7 @@ from typing import Any
 
 import dagster as dg
 
-from saeens_pipeline.assets.staleness import plan
+from saeens_pipeline.assets.staleness import stages_of
 from saeens_pipeline.orchestration.assets import partition_key
 from saeens_pipeline.orchestration.instance import declare_layers
 from saeens_pipeline.orchestration.layers import layers_of_source
@@ -105,7 +105,7 @@ def next_request(ops: Ops, experiment: ExperimentSettings, instance: dg.DagsterI
     source = ops.sources[experiment.source]
     declare_layers(instance, experiment.source, source.layers)
     layers = layers_of_source(source, instance).layers
-    stages = plan(Store(data_root()), ops.ops(experiment), layers, experiment.ensemble.seeds)
+    stages = stages_of(Store(data_root()), ops.ops(experiment), layers, experiment.ensemble.seeds)
     for number, stage in enumerate(stages):
         wanted = [
             each for each in stage.statuses if each.state != "fresh" or (experiment.freshness and each.declaration.address.kind == "eval")

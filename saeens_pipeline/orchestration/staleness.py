@@ -15,24 +15,24 @@ from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.orchestration.assets import partition_key
 from saeens_pipeline.orchestration.layers import layers_of_source
 from saeens_pipeline.orchestration.ops import Ops
+from saeens_pipeline.settings import SourceSettings
 from saeens_pipeline.storage.names import place
-from saeens_pipeline.storage.recipes import Store
+from saeens_pipeline.storage.recipes import Snapshot, Store
 from saeens_pipeline.storage.root import data_root
 
 TICK_SECONDS = 30
 TICK_BUDGET_SECONDS = 1.0
-"""After this time a tick ends, and the next one goes on with the next experiment."""
+"""After this time a tick ends, and the next one goes on with the next layer."""
 MOST_TOLD = 40
-"""Observations of a tick. Each takes about 0.04 s; others follow when it is the experiment's turn again."""
+"""Observations of a tick. Each takes about 0.04 s; others follow in the next tick."""
 
 
 def staleness_sensor(catalogue: Ops) -> dg.SensorDefinition:
-    """Return the sensor, which looks at experiments in turn.
+    """Return the sensor, which looks at the layers of all experiments in turn.
 
-    Its cursor has the experiment that is next and, by source and experiment, a hash of the reason for each partition that is told to be
-    stale or damaged.
+    Its cursor has the experiment and layer that are next and, by source or experiment and layer, a hash of the reason for each partition
+    that is told to be stale or damaged.
     """
-    names = sorted(catalogue.experiments)
 
     @dg.sensor(
         name="staleness",
@@ -43,23 +43,31 @@ def staleness_sensor(catalogue: Ops) -> dg.SensorDefinition:
     def staleness(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
         cursor = json.loads(context.cursor or "{}")
         told: dict[str, dict[str, str]] = cursor.get("told", {})
-        first = names.index(cursor["next"]) if cursor.get("next") in names else 0
-        events: list[dg.AssetObservation] = []
+        turns = _turns(catalogue, context.instance)
+        after = cursor.get("next", ""), cursor.get("layer", 0)
+        i = first = next((i for i, turn in enumerate(turns) if turn >= after), 0)
+        store, events = Snapshot(data_root()), list[dg.AssetObservation]()
         began = time.monotonic()
-        for i in range(first, first + len(names)):
+        for i in range(first, first + len(turns)):
             if i > first and (len(events) >= MOST_TOLD or time.monotonic() - began > TICK_BUDGET_SECONDS):
                 break
-            for owner, statuses in _on_disk(catalogue, names[i % len(names)], context.instance).items():
+            is_told = True
+            for owner, statuses in _on_disk(catalogue, store, *turns[i % len(turns)]).items():
                 before = {name: reason for name, reason in told.get(owner, {}).items() if name in statuses}  # others were removed
                 changed = [name for name, each in statuses.items() if before.get(name, "") != _digest(each)]
+                is_told = is_told and len(changed) <= MOST_TOLD - len(events)
                 for name in changed[: MOST_TOLD - len(events)]:
                     events.append(_observation(statuses[name]))
                     before[name] = _digest(statuses[name])
                 told[owner] = {name: reason for name, reason in before.items() if reason}
+            if not is_told:  # the next tick goes on with it
+                break
         else:
             i = first
-        told = {owner: of_owner for owner, of_owner in told.items() if of_owner}
-        cursor = json.dumps({"next": names[i % len(names)], "told": told}) if names else ""
+        owners = {owner for turn in turns for owner in _owners(catalogue, *turn)}
+        told = {owner: of_owner for owner, of_owner in told.items() if of_owner and owner in owners}
+        name, layer = turns[i % len(turns)] if turns else ("", 0)
+        cursor = json.dumps({"next": name, "layer": layer, "told": told})
         if not events:
             context.update_cursor(cursor)
             return dg.SkipReason("Nothing has become stale, damaged or fresh since the last tick.")
@@ -68,25 +76,41 @@ def staleness_sensor(catalogue: Ops) -> dg.SensorDefinition:
     return staleness
 
 
-def _on_disk(catalogue: Ops, name: str, instance: dg.DagsterInstance) -> dict[str, dict[str, Status]]:
-    """Return the status of every artefact on disk of an experiment and of its source, by these two and place.
+def _turns(catalogue: Ops, instance: dg.DagsterInstance) -> list[tuple[str, int]]:
+    """Return the layers of all experiments that have run, sorted by name and number."""
+    root, layers = data_root(), dict[str, list[int]]()
+    turns: list[tuple[str, int]] = []
+    for name, experiment in sorted(catalogue.experiments.items()):
+        if any((root / folder / name).is_dir() for folder in ("experiments", "tables", "reports")):
+            if experiment.source not in layers:
+                layers[experiment.source] = _layers(catalogue.sources[experiment.source], instance)
+            turns += [(name, layer) for layer in layers[experiment.source]]
+    return turns
 
-    Empty before the experiment's first run.
-    """
-    store, experiment = Store(data_root()), catalogue.experiments[name]
-    if not any((store.root / folder / name).is_dir() for folder in ("experiments", "tables", "reports")):
-        return {}
-    source = catalogue.sources[experiment.source]
+
+def _layers(source: SourceSettings, instance: dg.DagsterInstance) -> list[int]:
     try:
-        layers = layers_of_source(source, instance).layers
+        return layers_of_source(source, instance).layers
     except SaeensError:  # its language model is gone, and was needed to judge layers that were added by hand
-        layers = sorted(source.layers)
-    of_source = f"sources/{source.name}"  # an experiment may have the same name, and other experiments the same source
-    found: dict[str, dict[str, Status]] = {of_source: {}, name: {}}
-    for stage in plan(store, catalogue.ops(experiment), layers, experiment.ensemble.seeds):
+        return sorted(source.layers)
+
+
+def _owners(catalogue: Ops, name: str, layer: int) -> tuple[str, str, str]:
+    """Return the keys in the cursor of tokens, activations and the artefacts of an experiment, which may have its source's name."""
+    source = f"sources/{catalogue.experiments[name].source}"
+    return source, f"{source}/{layer}", f"{name}/{layer}"
+
+
+def _on_disk(catalogue: Ops, store: Store, name: str, layer: int) -> dict[str, dict[str, Status]]:
+    """Return the status of every artefact on disk of a layer of an experiment and of its source, by owner and place."""
+    tokens, activations, own = _owners(catalogue, name, layer)
+    experiment = catalogue.experiments[name]
+    found: dict[str, dict[str, Status]] = {tokens: {}, activations: {}, own: {}}
+    for stage in plan(store, catalogue.ops(experiment), [layer], experiment.ensemble.seeds):
         for status in stage.statuses:
             if status.state != "missing":
-                found[of_source if status.declaration.address.kind == "source" else name][place(*status.where)] = status
+                of_source = tokens if status.partition.layer is None else activations
+                found[of_source if status.declaration.address.kind == "source" else own][place(*status.where)] = status
     return found
 
 
