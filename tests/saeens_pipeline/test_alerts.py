@@ -98,7 +98,7 @@ def ticks() -> Iterator[Ticks]:
 
 def _fail(laboratory: Laboratory, instance: dg.DagsterInstance, key: str = "bagging/member_1", **tags: str) -> str:
     """Run an asset whose inputs are missing; return the run's id."""
-    job = laboratory.catalogue.definitions(byte_checks=False).resolve_implicit_global_asset_job_def()
+    job = laboratory.catalogue.definitions(disk_checks=False).resolve_implicit_global_asset_job_def()
     run = job.execute_in_process(
         instance=instance,
         asset_selection=[dg.AssetKey([NAME, *key.split("/")])],

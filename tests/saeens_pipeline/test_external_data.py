@@ -39,7 +39,7 @@ class Watched:
 
     def make(self, *keys: str, partition: str | None = None) -> None:
         """Materialise assets of the source in one run."""
-        job = self.laboratory.catalogue.definitions(byte_checks=False).resolve_implicit_global_asset_job_def()
+        job = self.laboratory.catalogue.definitions(disk_checks=False).resolve_implicit_global_asset_job_def()
         selection = [dg.AssetKey([NAME, key]) for key in keys]
         job.execute_in_process(instance=self.instance, asset_selection=selection, partition_key=partition)
 
