@@ -212,6 +212,8 @@ class Table:
     announcement: Callable[[ExperimentSettings, int], str] = lambda experiment, n_partitions: ""
     """Return the text that `saeens run` prints before it computes that number of partitions of the table."""
     headlines: tuple[Headline, ...] = ()
+    figures: Mapping[str, str] = field(default_factory=dict)
+    """Columns, with titles, that the UI shows as held-out figures of the SAE or the ensemble that a row is about."""
     curve: Curve | None = None
     conclusion: Callable[[pl.DataFrame], str] | None = None
     """Return a sentence below the summary of `saeens run`, from the rows of one layer; empty for none."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from saeens_pipeline.assets.forecast import Line
 
 _NOTE_CHARACTERS = 60  # longer notes that several lines share are printed once, below the table
-_STATE_COLOURS = {"fresh": "green", "stale": "yellow", "damaged": "red", "missing": "red", "running": "blue", "failed": "red"}
+_STATE_COLOURS = {"fresh": "green", "stale": "yellow", "queued": "blue", "running": "blue"}  # others: red
 
 
 @app.command()
@@ -101,7 +101,7 @@ def experiments() -> None:
 
 @app.command()
 def status(experiment: ExperimentName, format: FormatOption = "table") -> None:
-    """Print the state of each artefact, fresh, stale, damaged, missing, running or failed, and why; of a sweep, of all experiments."""
+    """Print whether each artefact is fresh, stale, damaged, missing, queued, running or failed, and why; of a sweep, of all experiments."""
     import polars as pl
 
     from saeens_pipeline.orchestration.catalogue import Catalogue
@@ -119,7 +119,7 @@ def status(experiment: ExperimentName, format: FormatOption = "table") -> None:
     table = grid(*schema)
     for asset, layer, seed, state, why in rows:
         partition = ("" if value is None else str(value) for value in (layer, seed))
-        table.add_row(asset, *partition, Text(state, _STATE_COLOURS[state]), Text(why))
+        table.add_row(asset, *partition, Text(state, _STATE_COLOURS.get(state, "red")), Text(why))
     out.print(table)
     counts = Counter(each.state for each in statuses)
     print_line(f"\n{len(statuses)} artefacts: {', '.join(f'{n} {state}' for state, n in counts.items())}")

@@ -15,7 +15,7 @@ from saeens_pipeline.orchestration.alerts import alerts_sensor, webhook
 from saeens_pipeline.orchestration.external_data import external_data_sensor, external_selection
 from saeens_pipeline.orchestration.instance import end_dead_runs, layer_changes
 from saeens_pipeline.orchestration.ops import Ops
-from saeens_pipeline.orchestration.retraining import retraining_schedule, retraining_sensor
+from saeens_pipeline.orchestration.retraining import experiment_job, retraining_schedule, retraining_sensor
 from saeens_pipeline.orchestration.staleness import staleness_sensor
 from saeens_pipeline.settings import ExperimentSettings, SourceSettings
 from saeens_pipeline.storage.names import SOURCES_GROUP
@@ -26,7 +26,8 @@ ARRAY_KIND = "zarr"  # kind of tokens, activations and residuals
 
 def automate(assets: Iterable[dg.AssetsDefinition], catalogue: Ops) -> dg.Definitions:
     """Return the assets with their conditions and freshness policies, and the sensors, schedules and jobs."""
-    retraining = [retraining_schedule(catalogue, experiment) for experiment in catalogue.experiments.values()]
+    jobs = {experiment.name: experiment_job(catalogue, experiment) for experiment in catalogue.experiments.values()}
+    scheduled = [experiment for experiment in catalogue.experiments.values() if experiment.schedule]
     return dg.Definitions(
         assets=[asset.map_asset_specs(lambda spec: _with_policies(spec, catalogue.experiments)) for asset in assets],
         sensors=[
@@ -37,8 +38,8 @@ def automate(assets: Iterable[dg.AssetsDefinition], catalogue: Ops) -> dg.Defini
             external_data_sensor(catalogue),
             *([alerts_sensor()] if webhook() else []),
         ],
-        schedules=retraining,
-        jobs=[schedule.job for schedule in retraining],
+        schedules=[retraining_schedule(catalogue, experiment, jobs[experiment.name]) for experiment in scheduled],
+        jobs=list(jobs.values()),
     )
 
 

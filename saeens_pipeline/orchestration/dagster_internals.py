@@ -11,7 +11,7 @@ from typing import Any
 
 import dagster
 import yaml
-from dagster import AssetExecutionContext, AssetKey, DagsterInstance
+from dagster import AssetExecutionContext, AssetKey, DagsterInstance, DagsterRun, JobDefinition
 from dagster._core.errors import DagsterMaxRetriesExceededError
 from dagster._core.storage.event_log.schema import SqlEventLogStorageTable as Events
 from dagster._core.storage.event_log.sql_event_log import SqlEventLogStorage
@@ -73,3 +73,17 @@ def webserver_context(instance: DagsterInstance, workspace: Path) -> AbstractCon
 def forget_input_version(context: AssetExecutionContext, key: AssetKey) -> None:
     """Let the materialisations of a step name the version of this input that was observed last, not the one at the step's beginning."""
     context.get_step_execution_context().wipe_input_asset_version_info(key)
+
+
+def name_code_location(instance: DagsterInstance, location: str) -> None:
+    """Let the runs that this process creates in an instance name a code location: the timeline of the UI shows no others."""
+    from dagster._core.definitions.repository_definition import SINGLETON_REPOSITORY_NAME
+    from dagster._core.remote_origin import RegisteredCodeLocationOrigin, RemoteJobOrigin, RemoteRepositoryOrigin
+
+    create = instance.create_run_for_job
+
+    def create_run_for_job(job_def: JobDefinition, **arguments: Any) -> DagsterRun:
+        repository = RemoteRepositoryOrigin(RegisteredCodeLocationOrigin(location), SINGLETON_REPOSITORY_NAME)
+        return create(job_def=job_def, remote_job_origin=RemoteJobOrigin(repository, job_def.name), **arguments)
+
+    setattr(instance, create.__name__, create_run_for_job)

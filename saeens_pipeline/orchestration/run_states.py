@@ -1,4 +1,4 @@
-"""States of artefacts from Dagster's runs: `running`, or `failed` with the reason.
+"""States of artefacts from Dagster's runs: `queued`, `running`, or `failed` with the reason.
 
 Recipes decide which artefacts are fresh. Runs only change the state of artefacts that are not.
 """
@@ -26,7 +26,7 @@ _IN_WORDS = {  # Dagster's errors without a message: for Ctrl-C and SIGTERM, and
 
 
 def with_run_states(statuses: Sequence[Status], ops: Iterable[Op]) -> list[Status]:
-    """Return the statuses, with `running` or `failed`, run and reason if Dagster's newest run of an artefact is so.
+    """Return the statuses, with `queued`, `running` or `failed`, run and reason if Dagster's newest run of an artefact is so.
 
     Reads the instance of DAGSTER_HOME if it exists, and creates none.
     """
@@ -65,6 +65,8 @@ def _outcome(run: DagsterRun, step: str, events: Sequence[EventLogEntry]) -> tup
         return "failed", f": {failure_reason(failure)}"
     if Type.STEP_SUCCESS in of_step:
         return nothing
+    if run.status in (DagsterRunStatus.QUEUED, DagsterRunStatus.NOT_STARTED):
+        return "queued", ""
     if not run.is_finished and not process_is_gone(run):
         return "running", "" if began else ", which has not reached it yet"
     if not run.is_finished or run.status == DagsterRunStatus.CANCELED:

@@ -28,8 +28,9 @@ from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.orchestration.alerts import alerting, webhook
 from saeens_pipeline.orchestration.assets import partition_key
 from saeens_pipeline.orchestration.catalogue import Catalogue
-from saeens_pipeline.orchestration.dagster_internals import MaxRetriesExceededError
+from saeens_pipeline.orchestration.dagster_internals import MaxRetriesExceededError, name_code_location
 from saeens_pipeline.orchestration.instance import (
+    LOCATION,
     command_line_instance,
     declare_layers,
     end_dead_runs,
@@ -49,6 +50,7 @@ from saeens_pipeline.storage.root import data_root
 from saeens_pipeline.storage.tables import has_table, layers_with_tables
 
 _RUN = "saeens run"
+_NO_RETRIES = {"dagster/max_retries": "0"}  # by the daemon of a UI that is open meanwhile: the next command goes on
 
 
 class Counterpart(NamedTuple):
@@ -121,7 +123,8 @@ def run_experiment(
         print_line(console, f"{name}: nothing to do: {n_fresh} artefacts are fresh (cache hits){others}; no training")
     else:
         wanted = [declaration for _, declarations in chosen for declaration in declarations]
-        chosen_tracker(), webhook()  # refused here, rather than after the preflight
+        chosen_tracker()  # refused here, rather than after the preflight
+        webhook()
         log_lines = partial(progress.forward_log_lines, lambda _level, message: print_line(console, " ".join(message.splitlines())))
         with log_lines():
             for line in _preflight(catalogue, experiment, store, chosen):
@@ -284,10 +287,11 @@ def _execute(
         return
     replace_damaged_database()
     with _quiet(), command_line_instance() as instance, _interrupts() as raise_interrupt:
+        name_code_location(instance, LOCATION)
         for source, wanted in layers.items():
             declare_layers(instance, source, catalogue.sources[source].layers)
             register_layers(instance, source, wanted)
-        job = catalogue.definitions(byte_checks=False).resolve_implicit_global_asset_job_def()
+        job = catalogue.definitions(disk_checks=False).resolve_implicit_global_asset_job_def()
         together = sorted({partition.layer for partition, _ in chosen if partition.layer is not None})
         for partition, declarations in chosen:
             raise_interrupt()
@@ -297,7 +301,7 @@ def _execute(
                         instance=instance,
                         partition_key=partition_key(declarations[0], partition),
                         asset_selection=[AssetKey(declaration.address.key) for declaration in declarations],
-                        tags={"user": command, LAYERS_TAG: ",".join(map(str, together)), **process_tag()},
+                        tags={"user": command, LAYERS_TAG: ",".join(map(str, together)), **_NO_RETRIES, **process_tag()},
                         run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
                     )
             except DagsterExecutionInterruptedError:

@@ -247,8 +247,8 @@ class ExperimentSettings(FromFile):
     automation: Annotated[Literal["on", "off"], BeforeValidator(_on_or_off), WithJsonSchema(_ON_OR_OFF)] = Field(
         "off", description="automatic runs for missing artefacts and for changed settings or inputs"
     )
-    schedule: Annotated[str, AfterValidator(_validate_cron)] = Field(
-        "0 3 * * 0", description="cron expression, in UTC, of the retraining schedule; switched on in the UI"
+    schedule: Annotated[str, AfterValidator(_validate_cron)] | None = Field(
+        "0 3 * * 0", description="cron expression, in UTC, of the retraining schedule, switched on in the UI; null: no schedule"
     )
     freshness: FreshnessSettings | None = Field(None, description="largest age of tables, in days; default: no limit")
     evaluations: Annotated[list[Name] | None, Distinct] = Field(

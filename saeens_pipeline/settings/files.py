@@ -23,6 +23,7 @@ from saeens_pipeline.settings.sources import SourceSettings
 
 FOLDERS_VARIABLE = "SAEENS_EXPERIMENTS"
 _SHIPPED = "shipped/"
+_TEMPLATES = "templates"
 _PATTERNS = ("*.yaml", "*.yml", "*/defs.yaml", "*/defs.yml")
 _FILES_OF_FOLDERS = ("defs.yaml", "defs.yml")
 _MAX_BYTES, _MAX_VALUES, _MAX_DEPTH, _MAX_DIGITS = 200_000, 20_000, 30, 18  # of a file, a document, a value, a whole number
@@ -46,14 +47,20 @@ def own_folders() -> list[Path]:
 
 
 def find_files() -> list[Path]:
-    """Return every experiment file: the shipped `*/defs.yaml`, then the YAML files of each folder in SAEENS_EXPERIMENTS.
+    """Return every experiment file: the shipped ones and templates, then the YAML files of each folder in SAEENS_EXPERIMENTS.
 
     These are `*.yaml`, `*.yml`, `*/defs.yaml` and `*/defs.yml`.
     """
-    files = [file for root in defs.__path__ for file in sorted(Path(root).glob("*/defs.yaml"))]
+    shipped = ("*/defs.yaml", f"{_TEMPLATES}/*/defs.yaml")
+    files = [file for root in defs.__path__ for pattern in shipped for file in sorted(Path(root).glob(pattern))]
     for folder in own_folders():
         files += sorted(file for pattern in _PATTERNS for file in folder.glob(pattern))
     return list({os.path.realpath(file): file for file in reversed(files)}.values())[::-1]  # a folder may be listed twice
+
+
+def is_template(settings: Settings) -> bool:
+    """Return whether settings are of a shipped template: one that needs a hub, a GPU or a night. The UI shows it once it was run."""
+    return settings.file is not None and any(settings.file.is_relative_to(Path(root) / _TEMPLATES) for root in defs.__path__)
 
 
 def recorded_file(path: Path | None) -> str:

@@ -49,7 +49,7 @@ def _serving() -> Iterator[Hook]:
 
         do_GET = do_POST
 
-        def log_message(self, *_: object) -> None:
+        def log_message(self, format: str, *_: object) -> None:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -98,7 +98,7 @@ def ticks() -> Iterator[Ticks]:
 
 def _fail(laboratory: Laboratory, instance: dg.DagsterInstance, key: str = "bagging/member_1", **tags: str) -> str:
     """Run an asset whose inputs are missing; return the run's id."""
-    job = laboratory.catalogue.definitions(byte_checks=False).resolve_implicit_global_asset_job_def()
+    job = laboratory.catalogue.definitions(disk_checks=False).resolve_implicit_global_asset_job_def()
     run = job.execute_in_process(
         instance=instance,
         asset_selection=[dg.AssetKey([NAME, *key.split("/")])],

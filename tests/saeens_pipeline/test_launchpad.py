@@ -11,7 +11,7 @@ from tiny_experiment import NAME, Laboratory
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.orchestration.instance import declare_layers
 from saeens_pipeline.orchestration.resources import ComputeResource
-from saeens_pipeline.orchestration.retraining import next_request
+from saeens_pipeline.orchestration.retraining import Mark, due_requests
 
 
 def _config(**compute: Any) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def job(empty: Laboratory, request: pytest.FixtureRequest) -> dg.JobDefinition:
     definitions = empty.catalogue.definitions()
     if request.param == "assets":
         return definitions.resolve_implicit_global_asset_job_def()
-    return definitions.resolve_job_def(f"{NAME}_retraining")
+    return definitions.resolve_job_def(NAME)
 
 
 @pytest.mark.parametrize("device", ["auto", "cpu", "mps", "cuda", "cuda:0", "cuda:15"])
@@ -73,12 +73,11 @@ def test_the_runs_of_a_retraining_have_the_device_that_was_chosen_for_its_job(em
     experiment = catalogue.experiment(NAME)
     with dg.DagsterInstance.ephemeral() as instance:
         declare_layers(instance, NAME, catalogue.source(NAME).layers)
-        job = catalogue.definitions().resolve_job_def(f"{NAME}_retraining")
+        job = catalogue.definitions().resolve_job_def(NAME)
         for run_config, expected in ((chosen, chosen), ({}, {})):
             job.execute_in_process(instance=instance, run_config=run_config)
             (mark,) = instance.get_dynamic_partitions(f"{NAME}/retraining")
-            request = next_request(catalogue, experiment, instance, mark)
-            assert request is not None
+            (request,) = due_requests(catalogue, experiment, instance, [Mark.read(mark)]).requests
             assert request.run_config == expected
             instance.delete_dynamic_partition(f"{NAME}/retraining", mark)
             instance.wipe()
