@@ -106,7 +106,7 @@ def alert_of(instance: dg.DagsterInstance, run: dg.DagsterRun) -> Alert:
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
     """Take a redirection as a refusal: another host must not see the alert."""
 
-    def redirect_request(self, *_: Any) -> None:
+    def redirect_request(self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: Any) -> None:  # noqa: PLR0917
         return None
 
 

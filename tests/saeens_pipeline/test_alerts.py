@@ -49,7 +49,7 @@ def _serving() -> Iterator[Hook]:
 
         do_GET = do_POST
 
-        def log_message(self, *_: object) -> None:
+        def log_message(self, format: str, *_: object) -> None:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)

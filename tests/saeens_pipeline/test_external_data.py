@@ -110,7 +110,7 @@ def test_a_run_observes_what_it_has_read_before_its_artefacts(watched: Watched):
             record = watched.instance.get_latest_materialization_event(dg.AssetKey([NAME, made]))
             assert record is not None
             assert record.asset_materialization is not None
-            assert record.asset_materialization.tags[f"dagster/input_data_version/{key.to_user_string()}"] == version
+            assert (record.asset_materialization.tags or {})[f"dagster/input_data_version/{key.to_user_string()}"] == version
     assert watched.tick() == "No language model and no corpus has changed since the last tick."
 
 
