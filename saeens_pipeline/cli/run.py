@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from saeens_pipeline.orchestration.runs import Outcome
 
 _NOTE_CHARACTERS = 60  # longer notes that several lines share are printed once, below the table
-_STATE_COLOURS = {"fresh": "green", "stale": "yellow", "damaged": "red", "missing": "red", "running": "blue", "failed": "red"}
+_STATE_COLOURS = {"fresh": "green", "stale": "yellow", "queued": "blue", "running": "blue"}  # others: red
 
 
 @app.command()
@@ -152,7 +152,7 @@ def _status_table(statuses: Iterable[Status]) -> Table:
     table = grid("asset", "layer", "seed", "state", "why")
     for each in statuses:
         partition = ("" if value is None else str(value) for value in each.partition)
-        table.add_row(str(each.declaration.address), *partition, Text(each.state, _STATE_COLOURS[each.state]), Text(each.reason))
+        table.add_row(str(each.declaration.address), *partition, Text(each.state, _STATE_COLOURS.get(each.state, "red")), Text(each.reason))
     return table
 
 
@@ -187,7 +187,7 @@ def experiments(format: FormatOption = "table") -> None:
 
 @app.command()
 def status(experiment: ExperimentName, format: FormatOption = "table") -> None:
-    """Print the state of each artefact, fresh, stale, damaged, missing, running or failed, and why; of a sweep, of all experiments."""
+    """Print whether each artefact is fresh, stale, damaged, missing, queued, running or failed, and why; of a sweep, of all experiments."""
     from saeens_pipeline.orchestration.catalogue import Catalogue
     from saeens_pipeline.orchestration.run_states import with_run_states
     from saeens_pipeline.orchestration.runs import experiment_status

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import dagster as dg
@@ -12,6 +13,7 @@ from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.orchestration.assets import build_asset
 from saeens_pipeline.orchestration.automation import automate
 from saeens_pipeline.orchestration.disk_checks import build_disk_checks
+from saeens_pipeline.orchestration.external_data import external_assets
 from saeens_pipeline.orchestration.ops import Ops
 from saeens_pipeline.orchestration.resources import ComputeResource, StoreResource, TrackerResource
 from saeens_pipeline.orchestration.retries import executor_from_environment
@@ -31,7 +33,7 @@ class Catalogue(Ops):
         experiments = {name: each for name, each in self.experiments.items() if name not in hidden}
         used = {each.source for each in experiments.values()}
         sources = {name: each for name, each in self.sources.items() if name in used or not is_template(each) or store.has_any_of(name)}
-        return Catalogue(sources, experiments, dict(self.sweeps), dict(self.broken))
+        return replace(self, sources=sources, experiments=experiments)
 
     def definitions(self, *, disk_checks: bool = True) -> dg.Definitions:
         """Return everything for Dagster: assets, automation, schedules, and resources.
@@ -40,11 +42,11 @@ class Catalogue(Ops):
         """
         ops = self.all_ops()
         given = dg.Definitions(
-            assets=_broken_assets(self.broken),
+            assets=[*_broken_assets(self.broken), *external_assets(ops)],
             asset_checks=build_disk_checks(self) if disk_checks else [],
             resources={
                 "store": StoreResource(),
-                "compute": ComputeResource.from_environment(),
+                "compute": ComputeResource.definition(),
                 "tracker": TrackerResource.from_environment(),
             },
             executor=executor_from_environment(),

@@ -7,7 +7,7 @@ requested once the runs with its inputs have ended, so that all layers and seeds
 # Without `from __future__ import annotations`: Dagster reads the annotations of sensors and ops at run time.
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import dagster as dg
@@ -92,7 +92,11 @@ def experiment_job(ops: Ops, experiment: ExperimentSettings) -> dg.JobDefinition
     """Return the job that marks an experiment: the sensor `retraining` then computes what is missing or stale."""
     name = experiment.name
 
-    @dg.op(name=f"{name}__mark", description="Marks what is wanted; the sensor `retraining` requests its runs.")
+    @dg.op(
+        name=f"{name}__mark",
+        description="Marks what is wanted; the sensor `retraining` requests its runs, with the device of this one.",
+        required_resource_keys={"compute"},
+    )
     def mark(context: dg.OpExecutionContext, config: Wanted) -> None:
         layers = _layers(ops, experiment, context.instance)
         for given, known, what in ((config.layers, layers, "layer"), (config.seeds, experiment.ensemble.seeds, "seed")):
@@ -103,6 +107,7 @@ def experiment_job(ops: Ops, experiment: ExperimentSettings) -> dg.JobDefinition
         if not todo:
             context.log.info("all of it is fresh: nothing is marked")
             return
+        context.instance.add_run_tags(context.run.run_id, {MARK_TAG: made.key})
         context.instance.add_dynamic_partitions(marks_name(name), [made.key])
         runs = f"/runs?q[]={quote(f'tag:{MARK_TAG}={made.key}', safe='')}"
         context.log.info(f"marked; the sensor `retraining` requests {len(todo)} runs: {runs}")
@@ -212,7 +217,7 @@ def due_requests(ops: Ops, experiment: ExperimentSettings, instance: dg.DagsterI
             elif not waits:
                 is_pending = True
                 due.works.append(work)
-                due.requests.append(_request(work, mark, key))
+                due.requests.append(_request(work, mark, key, _chosen_device(experiment, instance, mark)))
             if run or not waits:
                 claimed.add(number)
         if not is_pending:
@@ -220,11 +225,12 @@ def due_requests(ops: Ops, experiment: ExperimentSettings, instance: dg.DagsterI
     return due
 
 
-def _request(work: _Work, mark: Mark, key: str) -> dg.RunRequest:
+def _request(work: _Work, mark: Mark, key: str, run_config: dict[str, Any]) -> dg.RunRequest:
     return dg.RunRequest(
         run_key=key,
         partition_key=partition_key(work.wanted[0].declaration, work.partition),
         asset_selection=[dg.AssetKey(each.declaration.address.key) for each in work.wanted],
+        run_config=run_config,
         tags={"user": "retraining", MARK_TAG: mark.key, WHY_TAG: work.reasons[0][:_MOST_TAG_CHARACTERS]},
     )
 
@@ -250,6 +256,13 @@ def _layers(ops: Ops, experiment: ExperimentSettings, instance: dg.DagsterInstan
     source = ops.sources[experiment.source]
     declare_layers(instance, source.name, source.layers)
     return layers_of_source(source, instance).layers
+
+
+def _chosen_device(experiment: ExperimentSettings, instance: dg.DagsterInstance, mark: Mark) -> dict[str, Any]:
+    """Return the configuration of runs with the device that was chosen for the run of the job that set a mark."""
+    marking = dg.RunsFilter(job_name=experiment.name, tags={MARK_TAG: mark.key})
+    resources = next((run.run_config.get("resources", {}) for run in instance.get_runs(marking, limit=1)), {})
+    return {"resources": {"compute": resources["compute"]}} if "compute" in resources else {}
 
 
 def _run_of(instance: dg.DagsterInstance, key: str) -> dg.DagsterRun | None:

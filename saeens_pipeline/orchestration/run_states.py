@@ -1,4 +1,4 @@
-"""States of artefacts from Dagster's runs: `running`, or `failed` with the reason.
+"""States of artefacts from Dagster's runs: `queued`, `running`, or `failed` with the reason.
 
 Recipes decide which artefacts are fresh. Runs only change the state of artefacts that are not.
 """
@@ -26,7 +26,7 @@ _IN_WORDS = {  # Dagster's errors without a message: for Ctrl-C and SIGTERM, and
 
 
 def with_run_states(statuses: Sequence[Status], ops: Iterable[Op]) -> list[Status]:
-    """Return the statuses, with `running` or `failed`, run and reason if Dagster's newest run of an artefact is so.
+    """Return the statuses, with `queued`, `running` or `failed`, run and reason if Dagster's newest run of an artefact is so.
 
     Reads the instance of DAGSTER_HOME if it exists, and creates none.
     """
@@ -74,17 +74,24 @@ def _outcome(run: DagsterRun, step: str, events: Sequence[EventLogEntry]) -> tup
     of_run = {entry.dagster_event_type: entry for entry in reversed(events)}
     began, nothing = Type.STEP_START in of_step, ("", "")
     if failure := of_step.get(Type.STEP_FAILURE):
-        line = _first_line(failure)
-        return "failed", f": {_IN_WORDS.get(line, line)}"
+        return "failed", f": {failure_reason(failure)}"
     if Type.STEP_SUCCESS in of_step:
         return nothing
+    if run.status in (DagsterRunStatus.QUEUED, DagsterRunStatus.NOT_STARTED):
+        return "queued", ""
     if not run.is_finished and not process_is_gone(run):
         return "running", "" if began else ", which has not reached it yet"
     if not run.is_finished or run.status == DagsterRunStatus.CANCELED:
         reason = ": its process was killed, or it was cancelled" if run.is_finished else ": its process was killed"
         return ("failed", reason) if began else nothing
     at_work = began or Type.STEP_START not in of_run  # without any step, the run failed before its steps
-    return ("failed", f": {_first_line(of_run[Type.RUN_FAILURE])}") if Type.RUN_FAILURE in of_run and at_work else nothing
+    return ("failed", f": {failure_reason(of_run[Type.RUN_FAILURE])}") if Type.RUN_FAILURE in of_run and at_work else nothing
+
+
+def failure_reason(entry: EventLogEntry) -> str:
+    """Return the first line of the error of a failed step or run, or what it means, if Dagster has no words for it."""
+    line = _first_line(entry)
+    return _IN_WORDS.get(line, line)
 
 
 def _first_line(entry: EventLogEntry) -> str:
