@@ -49,6 +49,7 @@ VARIABLES = {  # name: meaning, default
     "SAEENS_TRACKER": ("`tensorboard`, `wandb`, `mlflow` or `trackio`: mirrors training curves and tables", "none"),
     "SAEENS_LLM_BASE_URL": ("endpoint of the language model that explains features", "none"),
     "SAEENS_LLM_API_KEY": ("key of that endpoint; never stored", "none"),
+    "SAEENS_UI": ("address of Dagster's webserver, which the sensor new_models asks to reload the code location", "set by `saeens ui`"),
     "DAGSTER_HOME": ("Dagster's own records: runs, events, logs", "`$SAEENS_DATA/dagster`"),
 }
 

@@ -56,7 +56,8 @@ def new_experiment(name: str, model: str, layers: Sequence[int], output: Path | 
     except ValueError as error:
         raise ConfigurationError(str(error)) from None
     catalogue = Experiments.load()
-    for kind, taken in (("an experiment", catalogue.experiments), ("a source", catalogue.sources)):
+    experiments, sources = {*catalogue.experiments, *catalogue.following}, {*catalogue.sources, *catalogue.followed}
+    for kind, taken in (("an experiment", experiments), ("a source", sources)):
         if name in taken:
             raise ConfigurationError(f"there already is {kind} called {name!r}: choose another name, or edit its file")
     path = (output or _default_path(name)).expanduser().absolute()

@@ -10,11 +10,14 @@ from rich.text import Text
 
 from saeens_pipeline.cli.app import app
 from saeens_pipeline.cli.output import ExperimentName, FormatOption, LayerOption, err, grid, notify, out, print_data, print_line
+from saeens_pipeline.errors import SaeensError
+from saeens_pipeline.storage.names import numeric_order
 from saeens_pipeline.storage.recipes import Store
 from saeens_pipeline.storage.root import data_root
 
 if TYPE_CHECKING:
     from saeens_pipeline.assets.forecast import Line
+    from saeens_pipeline.orchestration.catalogue import Catalogue
 
 _NOTE_CHARACTERS = 60  # longer notes that several lines share are printed once, below the table
 _STATE_COLOURS = {"fresh": "green", "stale": "yellow", "damaged": "red", "missing": "red", "running": "blue", "failed": "red"}
@@ -61,21 +64,35 @@ def run(
     seed: Annotated[list[int] | None, typer.Option(help="Only this ensemble seed; may be given several times.")] = None,
     select: Annotated[list[str] | None, typer.Option(help="Only this asset, such as bagging/member_1, and its inputs.")] = None,
 ) -> None:
-    """Materialise missing and stale artefacts, and print a summary. For a sweep, run all its experiments, one after another."""
+    """Materialise missing and stale artefacts, and print a summary. Of a sweep or followed set, run all experiments, one after another."""
     from saeens_pipeline.cli.summary import print_outcome
     from saeens_pipeline.orchestration.catalogue import Catalogue
     from saeens_pipeline.orchestration.runs import run_experiment
 
     try:
-        catalogue = Catalogue.load()
+        catalogue = _with_new_revisions(Catalogue.load(), experiment)
         for each in catalogue.named(experiment):
             outcome = run_experiment(catalogue, each.name, layers=layer or [], seeds=seed or [], select=select or [], console=out)
             print_outcome(outcome, out)
-        if experiment in catalogue.sweeps:
-            print_line(f"\n`saeens pareto {experiment}` compares the values of the sweep; with --picture FILE it draws them")
+        for sweep in catalogue.sweeps_of(experiment):
+            print_line(f"\n`saeens pareto {sweep}` compares the values of the sweep; with --picture FILE it draws them")
     except KeyboardInterrupt:
         err.print("stopped: finished artefacts are kept, and the next run resumes from there")
         raise typer.Exit(130) from None
+
+
+def _with_new_revisions(catalogue: Catalogue, experiment: str) -> Catalogue:
+    """Return the experiments, read again with the revisions that the hub has now if this one follows them; otherwise as they are."""
+    from saeens_pipeline.language_models.followed_models import ask_hub, hub_model
+
+    following = catalogue.following.get(experiment)
+    if following is None or not (asked := hub_model(catalogue.followed[following.source].settings)):
+        return catalogue
+    try:
+        ask_hub(asked)
+    except SaeensError as error:
+        notify("note", f"{error}: revisions that are known are used")
+    return type(catalogue).load()
 
 
 @app.command()
@@ -86,13 +103,17 @@ def experiments() -> None:
 
     found = Experiments.load()
     table = grid("experiment", "source", "language model", "layers", "SAE", "members", "seeds")
-    for name, settings in sorted(found.experiments.items()):
+    for name, settings in sorted(found.experiments.items(), key=lambda each: numeric_order(each[0])):
         source = found.sources[settings.source]
         shapes = [shape_of(each).removeprefix("architecture ") for each in settings.saes] or ["published"]
         sae = "; ".join(dict.fromkeys(shapes))
         layers, seeds = (", ".join(map(str, values)) for values in (source.layers, settings.ensemble.seeds))
-        table.add_row(name, settings.source, source.language_model, layers, sae, str(settings.ensemble.members), seeds)
+        model = f"{source.language_model}, {source.revision}" if source.revision != "main" else str(source.language_model)
+        table.add_row(name, settings.source, model, layers, sae, str(settings.ensemble.members), seeds)
     out.print(table)
+    for name, followed in sorted(found.followed.items()):
+        for sentence in followed.waiting:
+            print_line(f"source {name}: {sentence}")
     for message in found.broken.values():
         notify("left out", message)
     if found.broken:
@@ -101,7 +122,7 @@ def experiments() -> None:
 
 @app.command()
 def status(experiment: ExperimentName, format: FormatOption = "table") -> None:
-    """Print the state of each artefact, fresh, stale, damaged, missing, running or failed, and why; of a sweep, of all experiments."""
+    """Print the state of each artefact, fresh, stale, damaged, missing, running or failed, and why; of a sweep or followed set, of all."""
     import polars as pl
 
     from saeens_pipeline.orchestration.catalogue import Catalogue
