@@ -49,7 +49,7 @@ class _Case(NamedTuple):
 
 
 _REFERENCE = _Case(REFERENCE_MODEL, "builtin/installed_packages", 1, "gpt_neox.layers.1", 2048, "float32", "float32")
-_SMOLLM2 = _Case(SMOLLM2, "builtin/prose", 12, "model.layers.12", 64, "float32", "float16")
+_SMOLLM2 = _Case(SMOLLM2, "builtin/prose", 12, "model.layers.12", 256, "float32", "float16")
 _CASES = (
     _REFERENCE,
     _REFERENCE._replace(stored="float16"),

@@ -43,7 +43,8 @@ from benchmarks.runner import Agreement, Row, Side
 TITLE = "End to end"
 TOLERANCE = 0.03
 """Largest difference of mean explained variances: random weights and the order of rows differ."""
-_BUFFER_WINDOWS = 64  # of SAELens' mixing buffer: 8 steps
+_BUFFER_WINDOWS = 512  # of SAELens' mixing buffer: 64 steps; with few, its batches have rows of few documents, and EV is lower
+_PEER_RUNS = 3  # of SAELens' runner of one SAE: several SAEs take the mean of these as often as there are SAEs
 _BFLOAT16 = ("amx_bf16", "avx512_bf16")
 _OURS = [sys.executable, "-m", "saeens_pipeline", "run"]
 _THEIRS = [sys.executable, "-m", "benchmarks.peers.saelens_run"]
@@ -97,7 +98,7 @@ class TheirsOfSetting(NamedTuple):
 
     setting: Setting
     each: list[Theirs]
-    """LanguageModelSAETrainingRunner, once per SAE."""
+    """LanguageModelSAETrainingRunner, once per SAE, for the first `_PEER_RUNS` SAEs."""
     together: Theirs
     """MultiSAETrainingRunner."""
 
@@ -121,7 +122,7 @@ def run(options: Options) -> Section:
     ours = [_run_ours(inputs, next(folders), precision)]
     peers: list[TheirsOfSetting] = []
     for setting in _settings(precision):
-        each = [_run_theirs(inputs, next(folders), setting, [seed]) for seed in _seeds(size)]
+        each = [_run_theirs(inputs, next(folders), setting, [seed]) for seed in _seeds(size)[:_PEER_RUNS]]
         peers.append(TheirsOfSetting(setting, each, _run_theirs(inputs, next(folders), setting, _seeds(size))))
     ours += [_run_ours(inputs, next(folders), precision) for _ in range(size.rounds - 1)]
     rows = [row for peer in peers for row in _rows(size, ours, peer)]
@@ -136,7 +137,8 @@ def _about(size: Size) -> str:
         f"tokens at learning rate {size.learning_rate:g} after a warm-up of {WARM_UP:.0%}: one SAE, {size.saes}, and {size.saes} with "
         f"their evaluation (variance and sparsity on {size.test_tokens:,} held-out tokens, next-token loss on "
         f"{BATCH_WINDOWS * CONTEXT:,}). Ours is `saeens run` of an experiment file in an empty data root; SAELens' "
-        "LanguageModelSAETrainingRunner runs once per SAE, its MultiSAETrainingRunner once for all. Every run is a process of its own, and "
+        f"LanguageModelSAETrainingRunner runs once per SAE: {min(_PEER_RUNS, size.saes)} such runs are measured, and {size.saes} count as "
+        f"{size.saes} times their mean. Its MultiSAETrainingRunner runs once for all. Every run is a process of its own, and "
         "start and imports count. Memory is the largest sum over the processes of a run, disk what a run leaves. EV is the mean over the "
         "SAEs, on the same float32 activations of the held-out tokens; it has to agree within "
         f"{TOLERANCE}: a row that says **NO** is no comparison."
@@ -265,9 +267,9 @@ class _Case(NamedTuple):
 def _rows(size: Size, ours: list[Ours], peer: TheirsOfSetting) -> Iterator[Row]:
     """Give the rows of one setting: the runner for one SAE and once per SAE, and the runner of several; then with evaluation."""
     each, together = peer.each, peer.together
-    peak, disk = max(run.peak_bytes for run in each), sum(run.disk_bytes for run in each)
-    trained = sum(run.until_trained for run in each)
-    evaluation = sum(run.evaluation for run in each)
+    peak, disk = max(run.peak_bytes for run in each), size.saes * each[0].disk_bytes
+    trained = size.saes * statistics.fmean(run.until_trained for run in each)
+    evaluation = size.saes * statistics.fmean(run.evaluation for run in each)
     whole = trained + evaluation
     times = [run.until_trained for run in each]
     theirs = statistics.fmean(peer.evs)

@@ -73,7 +73,7 @@ class Size(NamedTuple):
         return self if tokens is None else self._replace(windows=BATCH_WINDOWS * max(round(tokens / of_batch), 1))
 
 
-FULL = Size(SMOLLM2, "model.layers.{layer}", 12, BUILTIN_PROSE, 384, 64, 8, 32, 8, 3e-3, 2)
+FULL = Size(SMOLLM2, "model.layers.{layer}", 12, BUILTIN_PROSE, 992, 64, 8, 32, 8, 3e-3, 2)
 QUICK = Size(REFERENCE_MODEL, "gpt_neox.layers.{layer}", 1, BUILTIN_CORPUS, 160, 32, 8, 16, 2, 3e-3, 1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -14,9 +15,18 @@ from saeens_pipeline.assets.registry import complaint_about, complaint_about_sou
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models.followed_models import followed_sources
 from saeens_pipeline.settings import ExperimentSettings, SourceSettings
+from saeens_pipeline.settings.changes import Change
 from saeens_pipeline.settings.controls import controls_of
-from saeens_pipeline.settings.files import ExperimentFile, experiment_name, find_files
+from saeens_pipeline.settings.files import MODELS, ExperimentFile, Settings, experiment_name, find_files, parse_setting, similar
 from saeens_pipeline.settings.messages import in_words
+from saeens_pipeline.settings.sweeps import swept
+
+_NOT_FOR_ONE_RUN = {  # fields that `--set` refuses, with the reason
+    "name": "another name is another experiment: copy the file",
+    "sweep": "a sweep has its own experiments: change the file",
+    "source": "an experiment on another source is another experiment: copy the file",
+    "layers": "`--layer` chooses layers, and `saeens layers add` adds them",
+}
 
 
 class FollowedSource(NamedTuple):
@@ -32,7 +42,7 @@ class FollowedSource(NamedTuple):
 class FollowingExperiment(NamedTuple):
     """An experiment on a source that follows a set of language models."""
 
-    source: str
+    settings: ExperimentSettings
     names: list[str]
     """Its experiments or, of a sweep, its sweeps, one for each language model."""
 
@@ -52,8 +62,8 @@ class Experiments:
     broken: dict[Path, str] = field(default_factory=dict)
 
     @classmethod
-    def load(cls) -> Self:
-        """Read every experiment file. Broken files are left out and recorded in `broken`.
+    def load(cls, changes: Sequence[Change] = ()) -> Self:
+        """Read every experiment file, with these changes. Broken files are left out and recorded in `broken`.
 
         Raises ConfigurationError if SAEENS_EXPERIMENTS names a folder that does not exist.
         """
@@ -61,7 +71,7 @@ class Experiments:
         files: list[tuple[ExperimentFile, list[ExperimentSettings]]] = []
         for path in find_files():
             try:
-                file = ExperimentFile(path)
+                file = ExperimentFile(path, changes)
                 files.append((file, []))
                 for settings in file.settings():
                     if isinstance(settings, SourceSettings):
@@ -80,6 +90,55 @@ class Experiments:
         for name, (file, settings) in declared.items():
             found._check_source(name, file, settings)
         return found
+
+    @classmethod
+    def load_with(cls, name: str, settings: Sequence[str]) -> Self:
+        """Read every experiment file; fields of the experiment or sweep `name` and of its source have other values: `sae.k=8`.
+
+        Nothing else may change: raises ConfigurationError for fields of a source that other experiments use. Raises it, too, for fields
+        that do not exist, for invalid values, with the option instead of file and line, and as `named`.
+        """
+        found = cls.load()
+        if not settings:
+            return found
+        changed = cls.load(found._changes(name, settings))
+        if wrong := [message for path, message in changed.broken.items() if path not in found.broken]:
+            raise ConfigurationError("\n".join(wrong))
+        return changed
+
+    def _changes(self, name: str, settings: Sequence[str]) -> list[Change]:
+        experiments = self.named(name)
+        names = [each.name for each in experiments]
+        document = self._declared(experiments[0])
+        followed = self.followed.get(document.source)
+        source, sources = (followed.settings, followed.sources) if followed else (self.sources[document.source], [document.source])
+        others = sorted(each.name for each in self.experiments.values() if each.source in sources and each.name not in names)
+        types: dict[type[Settings], str] = {model: kind for kind, model in MODELS.items()}
+        changes: list[Change] = []
+        for location, value in map(parse_setting, settings):
+            field, option = location[0], f"--set {'.'.join(location)}"
+            if location in [each.location for each in changes]:
+                raise ConfigurationError(f"{option} is given twice")
+            if field in _NOT_FOR_ONE_RUN:
+                raise ConfigurationError(f"{option}: {_NOT_FOR_ONE_RUN[field]}")
+            if document.sweep and location == ("sae", swept(document.sweep)[0]):
+                raise ConfigurationError(f"{option}: the sweep {document.name} gives this field its values")
+            if field in SourceSettings.model_fields and others:
+                shared = f"the source {source.name}, which {', '.join(others)} {'use' if len(others) > 1 else 'uses'}, too"
+                raise ConfigurationError(f"{option}: this is a field of {shared}: change the file, or declare a source of its own")
+            if field not in {*ExperimentSettings.model_fields, *SourceSettings.model_fields}:
+                known = [*ExperimentSettings.model_fields, *SourceSettings.model_fields]
+                raise ConfigurationError(f"{option}: unknown key; one of: {', '.join(dict.fromkeys(known))}{similar(field, known)}")
+            owner = source if field in SourceSettings.model_fields else document
+            changes.append(Change(types[type(owner)], owner.name, location, value))
+        return changes
+
+    def _declared(self, experiment: ExperimentSettings) -> ExperimentSettings:
+        """Return the settings of the document that an experiment is from: its own, of a sweep, or on a followed source."""
+        for name, following in self.following.items():
+            if experiment.name in [each.name for each in self.parts(name)]:
+                return following.settings
+        return next((each for each in self.sweeps.values() if experiment.name in [one.name for one in each.experiments]), experiment)
 
     def _check_source(self, name: str, file: ExperimentFile, settings: ExperimentSettings) -> None:
         """Take out an experiment whose source is unknown or does not fit, with the sweep and the followed set that it is from."""
@@ -147,7 +206,7 @@ class Experiments:
         self.experiments |= {each.name: each for each in experiments}
         self.sweeps |= {each.name: each for each in on_sources if each.sweep}
         if followed:
-            self.following[settings.name] = FollowingExperiment(settings.source, [each.name for each in on_sources])
+            self.following[settings.name] = FollowingExperiment(settings, [each.name for each in on_sources])
         return [each.name for each in experiments]
 
     def experiment(self, name: str) -> ExperimentSettings:
@@ -185,7 +244,7 @@ class Experiments:
         """
         found = self.parts(name)
         if not found:
-            source = self.followed[self.following[name].source]
+            source = self.followed[self.following[name].settings.source]
             reasons = "; ".join(source.waiting)
             raise SaeensError(f"{name}: source {source.settings.name} follows language models, and none is there: {reasons}")
         return found

@@ -11,8 +11,8 @@ from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.storage.names import Address, Partition, place
 from saeens_pipeline.storage.recipes import DamagedArtefactError, Store
 
-State = Literal["fresh", "stale", "damaged", "missing", "running", "failed"]
-"""The first four follow from recipes and files; `running` and `failed` come from Dagster's runs (`run_states`)."""
+State = Literal["fresh", "stale", "damaged", "missing", "queued", "running", "failed"]
+"""The first four follow from recipes and files; the others come from Dagster's runs (`run_states`)."""
 
 
 @dataclass(frozen=True)

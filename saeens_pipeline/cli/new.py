@@ -10,6 +10,7 @@ import typer
 
 from saeens_pipeline.cli.app import app
 from saeens_pipeline.cli.output import notify, out, print_line
+from saeens_pipeline.errors import ConfigurationError
 
 layers = typer.Typer(no_args_is_help=True, help="The layers of a source.")
 app.add_typer(layers, name="layers")
@@ -20,11 +21,15 @@ app.add_typer(reference_model, name="reference-model")
 @app.command()
 def new(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the new source and experiment.")],
+    *,
     model: Annotated[
-        str,
+        str | None,
         typer.Option(help="builtin/reference or builtin/smollm2, a folder in transformers' format, a .gguf file, or a name on the hub."),
-    ],
-    layers: Annotated[list[str], typer.Option(help="Layers of the model, from 0, such as 2,4,6; may be given several times.")],
+    ] = None,
+    layers: Annotated[
+        list[str] | None, typer.Option(help="Layers of the model, from 0, such as 2,4,6; may be given several times.")
+    ] = None,
+    like: Annotated[str | None, typer.Option(help="Copy this experiment's file instead, such as gemma_2_2b, under the new name.")] = None,
     corpus: Annotated[
         str | None,
         typer.Option(
@@ -36,10 +41,17 @@ def new(
         typer.Option(help="File to write; default: NAME.yaml in the first folder of SAEENS_EXPERIMENTS. Nothing is overwritten."),
     ] = None,
 ) -> None:
-    """Write an experiment file for a language model, with every field explained."""
-    from saeens_pipeline.cli.new_experiment import new_experiment, parse_layers
+    """Write an experiment file for a language model, with every field explained, or copy the file of another experiment."""
+    from saeens_pipeline.cli.new_experiment import copy_experiment, new_experiment, parse_layers
 
-    written = new_experiment(name, model, parse_layers(layers), output, corpus)
+    if like is not None:
+        if model or layers or corpus:
+            raise ConfigurationError("--like copies a file: change language_model, layers and corpus in the copy")
+        written = copy_experiment(name, like, output)
+    elif model is None or not layers:
+        raise ConfigurationError("give --model and --layers, or --like with the name of an experiment to copy")
+    else:
+        written = new_experiment(name, model, parse_layers(layers), output, corpus)
     print_line(f"written to {written.path}")
     if written.is_read:
         print_line(f"edit it, then `saeens run {name}` or reload the code location in the UI")

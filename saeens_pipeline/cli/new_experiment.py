@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
@@ -51,22 +52,49 @@ def new_experiment(name: str, model: str, layers: Sequence[int], output: Path | 
     checkout. Nothing is overwritten.
     Raises ConfigurationError for a name in use or not allowed, an unknown model, and layers that the model does not have.
     """
-    try:
-        validate_name(name)
-    except ValueError as error:
-        raise ConfigurationError(str(error)) from None
-    catalogue = Experiments.load()
-    experiments, sources = {*catalogue.experiments, *catalogue.following}, {*catalogue.sources, *catalogue.followed}
-    for kind, taken in (("an experiment", experiments), ("a source", sources)):
-        if name in taken:
-            raise ConfigurationError(f"there already is {kind} called {name!r}: choose another name, or edit its file")
-    path = (output or _default_path(name)).expanduser().absolute()
-    if path.exists():
-        raise ConfigurationError(f"{path} exists and is not overwritten: choose another name or --output")
+    path = _free_path(Experiments.load(), [name], output)
     description = describe_language_model(str(Path(model).expanduser().absolute()) if Path(model).expanduser().exists() else model)
     validate_hook(description, HOOK, layers)
     text = render(name, description, layers, corpus_of(corpus, description.name))
     _validate(text, description)
+    return _write(path, text)
+
+
+def copy_experiment(name: str, like: str, output: Path | None = None) -> NewExperiment:
+    """Copy the file of the experiment `like`, comments included, with its name replaced in the names of its sources and experiments.
+
+    A source of another file stays that source. `output` as for `new_experiment`.
+    Raises ConfigurationError for an unknown experiment, and for a name in use or not allowed.
+    """
+    catalogue = Experiments.load()
+    file = catalogue.named(like)[0].file
+    assert file is not None, "experiments of the catalogue are read from files"
+    text = file.read_text(encoding="utf-8")
+    names = [document["attributes"]["name"] for document in yaml.safe_load_all(text)]
+    renamed = {each: name + each.removeprefix(like) if each.startswith(like) else f"{name}_{each}" for each in names}
+    path = _free_path(catalogue, list(renamed.values()), output)
+    pattern = re.compile(rf"^(\s+(?:name|source): *)({'|'.join(map(re.escape, renamed))})(?= *(?:#|$))", re.MULTILINE)
+    return _write(path, pattern.sub(lambda found: found[1] + renamed[found[2]], text).replace(f"saeens plan {like}", f"saeens plan {name}"))
+
+
+def _free_path(catalogue: Experiments, names: Sequence[str], output: Path | None) -> Path:
+    """Return the path of a new file. Raises ConfigurationError for a name that is in use or not allowed, and for a file that exists."""
+    experiments, sources = {*catalogue.experiments, *catalogue.following}, {*catalogue.sources, *catalogue.followed}
+    for name in names:
+        try:
+            validate_name(name)
+        except ValueError as error:
+            raise ConfigurationError(str(error)) from None
+        for kind, taken in (("an experiment", experiments), ("a source", sources)):
+            if name in taken:
+                raise ConfigurationError(f"there already is {kind} called {name!r}: choose another name, or edit its file")
+    path = (output or _default_path(names[0])).expanduser().absolute()
+    if path.exists():
+        raise ConfigurationError(f"{path} exists and is not overwritten: choose another name or --output")
+    return path
+
+
+def _write(path: Path, text: str) -> NewExperiment:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("x", encoding="utf-8") as file:

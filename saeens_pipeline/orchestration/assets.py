@@ -3,7 +3,7 @@
 # Without `from __future__ import annotations`: Dagster reads the annotations of ops at run time.
 import contextlib
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,14 @@ from typing import Any
 import dagster as dg
 
 from saeens_pipeline import progress
-from saeens_pipeline.assets.declarations import DIMENSION_NAMES, Declaration, Input, Op, RunContext
+from saeens_pipeline.assets.declarations import DIMENSION_NAMES, Declaration, Force, Input, Op, RunContext
 from saeens_pipeline.assets.health import Health, examine, is_checked
+from saeens_pipeline.assets.held_out import measured_by
 from saeens_pipeline.assets.materialise import Materialised, materialise, require_sound
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.orchestration.instance import layers_name
 from saeens_pipeline.orchestration.layers import requested_layers
-from saeens_pipeline.orchestration.metadata import describe_artefact, static_metadata
+from saeens_pipeline.orchestration.metadata import describe_artefact, held_out_figures, static_metadata
 from saeens_pipeline.orchestration.resources import ComputeResource, StoreResource, TrackerResource
 from saeens_pipeline.orchestration.retries import killed_step_policy, retried
 from saeens_pipeline.settings.experiments import CheckSettings
@@ -27,6 +28,7 @@ from saeens_pipeline.storage.recipes import Store
 
 OWNERS = ["team:interpretability"]
 HEALTH = "health"
+FORCE_TAG = "saeens/force"  # of a run: the request, and after it the assets, if not all are computed anew
 _ABOUT_HEALTH = (
     "Error: numbers that are not finite, constant or beyond their dtype, and wrong shapes; nothing is computed from such an artefact. "
     "Warning: dead features, L0 or explained variance outside the thresholds of the experiment."
@@ -58,6 +60,7 @@ def build_asset(op: Op) -> dg.AssetsDefinition:
         specs=[_spec(output) for output in op.outputs],
         check_specs=[_health_spec(output) for output in op.outputs if is_checked(output)],
         partitions_def=partitions_of(op.outputs[0]),
+        backfill_policy=dg.BackfillPolicy.single_run() if _computes_layers_together(op) else None,
         can_subset=len(op.outputs) > 1,
         pool="gpu" if op.on_device else None,
         retry_policy=policy,
@@ -67,22 +70,67 @@ def build_asset(op: Op) -> dg.AssetsDefinition:
     ) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
         selected = {output.address for key, output in by_key.items() if key in context.selected_asset_keys}
         checked = [by_key[key.asset_key] for key in context.selected_asset_check_keys]
-        layers, observe = partial(requested_layers, context), partial(_observe, context)
+        observe = partial(_observe, context)
         with (
             retried(context.retry_number, policy, op.name, str(context.partition_key) if context.has_partition_key else ""),
             progress.forward_log_lines(context.log.log),
             progress.report_to(partial(progress.in_lines, context.log.info)),
         ):
-            partition = op.outputs[0].narrow(partition_of(context))
-            run = RunContext(store.store, compute.compute, context.run.run_id, layers, observe)
+            partitions = [op.outputs[0].narrow(each) for each in partitions_of_run(context)]
+            in_range = [each.layer for each in partitions if each.layer is not None]
+            layers = partial(requested_layers, context) if len(partitions) == 1 else lambda: in_range
+            partition, *others = partitions
+            run = RunContext(store.store, compute.compute, context.run.run_id, layers, observe, _force_of(context.run))
             checkpoint = checkpoint_file(store.store.root, op.name, partition) if partition.seed is not None else None
             with _cancelled_by_interrupts(context, checkpoint):
+                if others:
+                    yield from _make_layers_together(op, partitions, run, context)
+                    return
                 made = materialise(op, selected, partition, run)
                 yield from _report(made, checked, op.checks, partition, store.store)
+                _tell_held_out_figures(made, store.store, observe)
                 for each in made:
                     tracker.mirror(each)
 
     return make
+
+
+def force_tag(force: Force) -> dict[str, str]:
+    """Return the run tag for a request, which the ops of the run read."""
+    return {FORCE_TAG: " ".join([force.request, *sorted(force.assets)])}
+
+
+def _force_of(run: dg.DagsterRun) -> Force | None:
+    request, *assets = run.tags.get(FORCE_TAG, "").split() or [""]
+    return Force(request, frozenset(assets)) if request else None
+
+
+def _computes_layers_together(op: Op) -> bool:
+    """Return whether a backfill runs an op once for all layers: one forward pass reads them."""
+    return op.outputs[0].address.kind == "source" and op.outputs[0].dimensions == "layer"
+
+
+def _make_layers_together(
+    op: Op, partitions: Sequence[Partition], run: RunContext, context: dg.AssetExecutionContext
+) -> Iterator[dg.AssetCheckResult]:
+    """Materialise several layers of an op with one output, which Dagster has asked for in one run.
+
+    Each layer's materialisation is logged with its own data version: a MaterializeResult has one for all.
+    """
+    (declaration,), healths = op.outputs, list[Health]()
+    for partition in partitions:
+        for each in materialise(op, {declaration.address}, partition, run):
+            healths += [each.health] if each.health else []
+            context.log_event(
+                dg.AssetMaterialization(
+                    dg.AssetKey(declaration.address.key),
+                    partition=partition_key(declaration, partition),
+                    metadata=describe_artefact(run.store, declaration, partition, each.artefact, is_hit=each.is_hit),
+                    tags={"dagster/data_version": each.artefact.data_version},
+                )
+            )
+    yield _check_result(declaration, _together(healths))
+    require_sound(healths)
 
 
 @contextlib.contextmanager
@@ -99,6 +147,18 @@ def _cancelled_by_interrupts(context: dg.AssetExecutionContext, checkpoint: Path
 def _observe(context: dg.AssetExecutionContext, declaration: Declaration, partition: Partition, metadata: Mapping[str, Any]) -> None:
     key, asset = partition_key(declaration, partition), dg.AssetKey(declaration.address.key)
     context.log_event(dg.AssetObservation(asset, partition=key, metadata=dict(metadata)))
+
+
+def _tell_held_out_figures(
+    made: Sequence[Materialised], store: Store, observe: Callable[[Declaration, Partition, Mapping[str, Any]], None]
+) -> None:
+    """Show the figures of new tables on the pages of the SAEs and ensembles that they are about."""
+    new = [each for each in made if not each.is_hit and each.declaration.address.kind == "eval"]
+    about = {each.address: (each, table.partition) for table in new for each in measured_by(table.declaration)}
+    for declaration, partition in about.values():
+        artefact = store.find(declaration.address, partition)
+        if artefact and (figures := held_out_figures(store, declaration, partition, artefact)):
+            observe(declaration, partition, figures)
 
 
 def _spec(declaration: Declaration) -> dg.AssetSpec:
@@ -141,11 +201,17 @@ def _dependency(declaration: Declaration, upstream: Input) -> dg.AssetDep:
     return dg.AssetDep(dg.AssetKey(upstream.artefact.address.key), partition_mapping=mapping)
 
 
+def partitions_of_run(context: dg.AssetExecutionContext) -> list[Partition]:
+    """Return the partitions of a run: several for a range of layers. Raises ConfigurationError for a layer that is not a number."""
+    return [_partition(key) for key in context.partition_keys] if context.has_partition_key_range else [partition_of(context)]
+
+
 def partition_of(context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext) -> Partition:
     """Return the partition of a run. Raises ConfigurationError for a layer that is not a number."""
-    if not context.has_partition_key:
-        return Partition()
-    key = context.partition_key
+    return _partition(context.partition_key) if context.has_partition_key else Partition()
+
+
+def _partition(key: str) -> Partition:
     dimensions = key.keys_by_dimension if isinstance(key, dg.MultiPartitionKey) else {"layer": key}
     try:
         return Partition(**{name: int(value) for name, value in dimensions.items()})
@@ -167,7 +233,7 @@ def _report(
         healths.append(each.health)
         yield dg.MaterializeResult(
             asset_key=dg.AssetKey(each.declaration.address.key),
-            metadata=describe_artefact(each.declaration, partition, each.artefact, is_hit=each.is_hit),
+            metadata=describe_artefact(store, each.declaration, partition, each.artefact, is_hit=each.is_hit),
             data_version=dg.DataVersion(each.artefact.data_version),
             check_results=[_check_result(each.declaration, each.health)] if each.health else [],
         )
@@ -183,8 +249,11 @@ def _health_on_disk(declaration: Declaration, partition: Partition, thresholds: 
     if declaration.dimensions == "none" or partition.layer is not None:
         return examine(declaration, partition, store.require(declaration.address, partition), thresholds)
     places = store.partitions(declaration.address, *DIMENSION_NAMES[declaration.dimensions])
-    each = [examine(declaration, where, store.require(declaration.address, where), thresholds) for where in places]
-    return Health([error for health in each for error in health.errors], [warning for health in each for warning in health.warnings])
+    return _together([examine(declaration, where, store.require(declaration.address, where), thresholds) for where in places])
+
+
+def _together(healths: Sequence[Health]) -> Health:
+    return Health([error for health in healths for error in health.errors], [warning for health in healths for warning in health.warnings])
 
 
 def _check_result(declaration: Declaration, health: Health) -> dg.AssetCheckResult:

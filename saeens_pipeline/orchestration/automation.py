@@ -14,7 +14,7 @@ from saeens_pipeline.assets.registry import listed
 from saeens_pipeline.orchestration.instance import end_dead_runs, layer_changes
 from saeens_pipeline.orchestration.new_models import new_models_sensor
 from saeens_pipeline.orchestration.ops import Ops
-from saeens_pipeline.orchestration.retraining import retraining_schedule, retraining_sensor
+from saeens_pipeline.orchestration.retraining import experiment_job, retraining_schedule, retraining_sensor
 from saeens_pipeline.orchestration.staleness import staleness_sensor
 from saeens_pipeline.settings import ExperimentSettings, SourceSettings
 from saeens_pipeline.storage.names import SOURCES_GROUP
@@ -25,13 +25,14 @@ ARRAY_KIND = "zarr"  # kind of tokens, activations and residuals
 
 def automate(assets: Iterable[dg.AssetsDefinition], catalogue: Ops) -> dg.Definitions:
     """Return the assets with their conditions and freshness policies, and the sensors, schedules and jobs."""
-    retraining = [retraining_schedule(catalogue, experiment) for experiment in catalogue.experiments.values()]
+    jobs = {experiment.name: experiment_job(catalogue, experiment) for experiment in catalogue.experiments.values()}
+    scheduled = [experiment for experiment in catalogue.experiments.values() if experiment.schedule]
     sensors = [layers_sensor(catalogue.sources), automation_sensor(), retraining_sensor(catalogue), staleness_sensor(catalogue)]
     return dg.Definitions(
         assets=[asset.map_asset_specs(lambda spec: _with_policies(spec, catalogue.experiments)) for asset in assets],
         sensors=[*sensors, new_models_sensor(catalogue)] if catalogue.followed else sensors,
-        schedules=retraining,
-        jobs=[schedule.job for schedule in retraining],
+        schedules=[retraining_schedule(catalogue, experiment, jobs[experiment.name]) for experiment in scheduled],
+        jobs=list(jobs.values()),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import dagster as dg
@@ -11,26 +12,37 @@ import dagster as dg
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.orchestration.assets import build_asset
 from saeens_pipeline.orchestration.automation import automate
-from saeens_pipeline.orchestration.byte_checks import build_byte_checks
+from saeens_pipeline.orchestration.disk_checks import build_disk_checks
 from saeens_pipeline.orchestration.ops import Ops
 from saeens_pipeline.orchestration.resources import ComputeResource, StoreResource, TrackerResource
 from saeens_pipeline.orchestration.retries import executor_from_environment
-from saeens_pipeline.settings.files import experiment_name
+from saeens_pipeline.settings.files import experiment_name, is_template
 from saeens_pipeline.storage.names import BROKEN_GROUP
+from saeens_pipeline.storage.recipes import Store
+from saeens_pipeline.storage.root import data_root
 
 
 class Catalogue(Ops):
     """Every source and experiment, their ops, and their Dagster definitions."""
 
-    def definitions(self, *, byte_checks: bool = True) -> dg.Definitions:
+    def shown(self) -> Catalogue:
+        """Return what the UI shows: all but the templates, and their sources, of which nothing is on disk."""
+        store = Store(data_root())
+        hidden = {name for name, each in self.experiments.items() if is_template(each) and not store.has_any_of(name)}
+        experiments = {name: each for name, each in self.experiments.items() if name not in hidden}
+        used = {each.source for each in experiments.values()}
+        sources = {name: each for name, each in self.sources.items() if name in used or not is_template(each) or store.has_any_of(name)}
+        return replace(self, sources=sources, experiments=experiments)
+
+    def definitions(self, *, disk_checks: bool = True) -> dg.Definitions:
         """Return everything for Dagster: assets, automation, schedules, and resources.
 
-        `byte_checks=False` leaves out the checks `bytes`, which Dagster would otherwise run with every materialisation.
+        `disk_checks=False` leaves out the checks `bytes` and `recipe`, which Dagster would otherwise run with every materialisation.
         """
         ops = self.all_ops()
         given = dg.Definitions(
             assets=_broken_assets(self.broken),
-            asset_checks=build_byte_checks(ops) if byte_checks else [],
+            asset_checks=build_disk_checks(self) if disk_checks else [],
             resources={
                 "store": StoreResource(),
                 "compute": ComputeResource.from_environment(),

@@ -201,7 +201,7 @@ def _lost_sets(catalogue: Experiments, findings: Sequence[Finding], root: Path) 
     owners = {each[0].owner for each in found if each}
     sentences: list[str] = []
     for name, followed in catalogue.followed.items():
-        names = [name, *(experiment for experiment, each in catalogue.following.items() if each.source == name)]
+        names = [name, *(experiment for experiment, each in catalogue.following.items() if each.settings.source == name)]
         if not followed.sources and any(owner.startswith(tuple(f"{each}__" for each in names)) for owner in owners):
             sentences.append(f"source {name}: {'; '.join(followed.waiting)}")
     return sentences

@@ -11,17 +11,20 @@ from urllib.parse import quote
 import dagster as dg
 import polars as pl
 
-from saeens_pipeline.assets.declarations import Declaration, Reference
+from saeens_pipeline.assets.declarations import Declaration, Reference, changes_in
+from saeens_pipeline.assets.held_out import held_out
 from saeens_pipeline.assets.massive_activations import cautions, marked
 from saeens_pipeline.assets.registry import SUBJECT, TABLES, Markdown, Table
+from saeens_pipeline.assets.saes import shape_of
 from saeens_pipeline.assets.tables.cost import with_totals
 from saeens_pipeline.assets.tables.pareto import PARETO, PICTURE_FILE, TABLE_FILE
 from saeens_pipeline.orchestration.report_pages import report_url
-from saeens_pipeline.storage.names import CURVE_FILE, ENSEMBLES, INDEX_FILE, PICTURES_FOLDER, SAES, Partition
-from saeens_pipeline.storage.recipes import Artefact, read_artefact
+from saeens_pipeline.storage.names import CURVE_FILE, ENSEMBLES, INDEX_FILE, PICTURES_FOLDER, SAES, Address, Partition
+from saeens_pipeline.storage.recipes import Artefact, Store, read_artefact
 from saeens_pipeline.storage.tables import Column, read_part
 
 _DAGSTER_TYPES = {"str": "string", "int": "int", "float": "float"}
+_MOST_INPUTS = 40  # that are listed
 _INLINE_CHARACTERS = 1000  # the UI hides longer Markdown behind a link
 
 
@@ -34,7 +37,7 @@ def static_metadata(declaration: Declaration) -> dict[str, Any]:
     return {"dagster/column_schema": dg.TableSchema(shown)}
 
 
-def describe_artefact(declaration: Declaration, partition: Partition, artefact: Artefact, *, is_hit: bool) -> dict[str, Any]:
+def describe_artefact(store: Store, declaration: Declaration, partition: Partition, artefact: Artefact, *, is_hit: bool) -> dict[str, Any]:
     """Return the metadata of one materialisation, by name, in the order in which the UI lists them."""
     made = artefact.provenance
     summary: dict[str, Any] = {}
@@ -46,13 +49,14 @@ def describe_artefact(declaration: Declaration, partition: Partition, artefact: 
         summary = _table_summary(declaration, artefact) | _links(declaration, partition)
         summary["dagster/column_lineage"] = column_lineage(declaration)
     elif declaration.builder == "ensemble":
-        summary = _ensemble_summary(declaration, artefact) | _links(declaration, partition)
+        summary = _ensemble_summary(artefact) | _links(declaration, partition)
     elif declaration.builder == PARETO:
         summary = _pareto_summary(artefact)
     elif declaration.address.kind == "report":
         summary = _report_summary(artefact)
     elif "statistics" in made:
         summary = _statistics_summary(made["statistics"]) | _composition_summary(made) | _quantised(artefact)
+    measured = held_out_figures(store, declaration, partition, artefact) if declaration.builder in (*SAES, "ensemble") else {}
     if url := report_url(declaration.address, partition):  # below `saeens ui`
         link = {"open in a browser" if declaration.address.kind == "report" else "report": dg.MetadataValue.url(url)}
         summary = link | summary if declaration.address.kind == "report" else summary | link
@@ -64,24 +68,29 @@ def describe_artefact(declaration: Declaration, partition: Partition, artefact: 
         "device": made["device"],
         "size [MB]": round(size / 1e6, 2) if not declaration.address.is_table else None,
         "same as": made.get("same_as"),
-        "cache_hit": is_hit,
+        "set on the command line": changes_in(made) or None,
+        "data version": artefact.data_version,
+        "computed from": _inputs(store, declaration, partition, artefact),
         "path": dg.MetadataValue.path(str(artefact.path)),
         "recipe": dg.MetadataValue.json(artefact.recipe),
         "versions": dg.MetadataValue.json(made["versions"]),
     }
-    return {name: value for name, value in (summary | general).items() if value is not None}
+    return {name: value for name, value in (measured | {"cache_hit": is_hit} | summary | general).items() if value is not None}
 
 
 def _sae_summary(artefact: Artefact) -> dict[str, Any]:
+    from saeens_models import SAESettings
+
     made = artefact.provenance
     last = made["last_step"]
     curve = pl.read_parquet(artefact.path / CURVE_FILE, glob=False)
     seconds = made["train_seconds"]
     return {
-        "explained variance": round(last["explained_variance"], 4),
-        "L0 [features per token]": round(last["l0"], 2),
-        "dead features": f"{last['dead_features']:.1%}",
-        "measured on": "the last training batch; held-out figures are in eval/members",
+        "SAE": shape_of(SAESettings.model_validate(artefact.recipe["settings"]["sae"])),
+        "explained variance in training": round(last["explained_variance"], 4),
+        "L0 in training [features per token]": round(last["l0"], 2),
+        "dead features in training": f"{last['dead_features']:.1%}",
+        "training figures are of": "the last batch",
         "curve": picture({"": curve["explained_variance"].to_list()}, "explained variance by training tokens"),
         "train tokens": made["train_tokens"],
         "resumed from a checkpoint at [tokens]": ", ".join(f"{tokens:,}" for tokens in made.get("resumed_at_tokens", ())) or None,
@@ -105,7 +114,7 @@ def _published_summary(artefact: Artefact) -> dict[str, Any]:
     }
 
 
-def _ensemble_summary(declaration: Declaration, artefact: Artefact) -> dict[str, Any]:
+def _ensemble_summary(artefact: Artefact) -> dict[str, Any]:
     """Return the summary of an ensemble; features and L0 are sums over its SAEs."""
     saes = [read_artefact(artefact.path / path) for path in json.loads((artefact.path / "ensemble.json").read_text())["members"]]
     steps = [sae.provenance["last_step"] for sae in saes if "last_step" in sae.provenance]  # a published SAE has none
@@ -113,8 +122,7 @@ def _ensemble_summary(declaration: Declaration, artefact: Artefact) -> dict[str,
     return {
         "SAEs (J)": len(saes),
         "features": sum(widths),
-        "L0 [features per token]": round(sum(step["l0"] for step in steps), 2) if len(steps) == len(saes) else None,
-        "measured on": f"the last training batches; held-out figures are in {declaration.address.owner}/eval/reconstruction",
+        "L0 in training [features per token]": round(sum(step["l0"] for step in steps), 2) if len(steps) == len(saes) else None,
     }
 
 
@@ -126,12 +134,36 @@ def _report_summary(artefact: Artefact) -> dict[str, Any]:
     }
 
 
+def held_out_figures(store: Store, declaration: Declaration, partition: Partition, artefact: Artefact) -> dict[str, Any]:
+    """Return the held-out figures of an SAE or an ensemble as UI metadata, with a link to their table; empty before they are measured."""
+    if found := held_out(store, declaration, partition, artefact):
+        rounded: dict[str, Any] = {title: round(value, 4) for title, value in found.figures.items()}
+        return rounded | {"held-out figures are from": dg.MetadataValue.md(_link(found.table, partition))}
+    return {}
+
+
+def _inputs(store: Store, declaration: Declaration, partition: Partition, artefact: Artefact) -> dg.MarkdownMetadataValue | None:
+    """Return the inputs with their data versions, each with a link to its partition; of a table over many inputs the first ones."""
+    versions, known = artefact.recipe["inputs"], {name: (each, where) for name, each, where in declaration.all_inputs(store, partition)}
+    lines = [f"{_link(known[name][0].address, known[name][1], name)} `{version}`" for name, version in versions.items() if name in known]
+    if len(lines) > _MOST_INPUTS:
+        lines[_MOST_INPUTS:] = [f"and {len(lines) - _MOST_INPUTS} more: `saeens lineage {declaration.address}` lists them"]
+    return dg.MetadataValue.md("  \n".join(lines)) if lines else None
+
+
+def _link(address: Address, partition: Partition, text: str = "") -> str:
+    """Return a link to an asset's partition."""
+    key = "|".join(str(value) for value in partition if value is not None)
+    query = f"?view=partitions&partition={quote(key)}" if key else ""
+    return f"[{text or address}](/assets/{'/'.join(address.key)}{query})"
+
+
 def _links(declaration: Declaration, partition: Partition) -> dict[str, Any]:
     """Return links to the SAEs of a table or an ensemble as UI metadata, by label."""
-    query = "" if None in partition else f"?view=partitions&partition={quote('|'.join(map(str, partition)))}"  # SAEs have layer and seed
+    where = Partition() if None in partition else partition  # SAEs have layer and seed
 
     def link(sae: Declaration) -> str:
-        return f"[{sae.address.name}](/assets/{'/'.join(sae.address.key)}{query})"
+        return _link(sae.address, where, sae.address.name)
 
     return {label: dg.MetadataValue.md(" ".join(map(link, saes))) for label, saes in _saes_below(declaration)}
 
@@ -199,6 +231,8 @@ def _table_summary(declaration: Declaration, artefact: Artefact) -> dict[str, An
         largest = by_method.group_by("method", maintain_order=True).agg(pl.all().sort_by("n_members").last())
         title = marked(shown.replace("_", " "), shown, table)
         rows = "\n".join(f"| {row['method']} | {row['n_members']} | {row[shown]:.4g} |" for row in largest.iter_rows(named=True))
+        for row in largest.filter(pl.col("method").is_in(["single", *ENSEMBLES])).iter_rows(named=True):
+            summary[f"{title} of {row['method']}"] = round(row[shown], 4)  # a number, which the UI plots by partition
         summary["summary"] = dg.MetadataValue.md(f"| method | members | {title} |\n|---|---|---|\n{rows}")
         curves: dict[str, Sequence[float]] = {
             m: by_method.filter(pl.col("method") == m).sort("n_members")[shown].to_list() for m in ENSEMBLES if m in set(table["method"])

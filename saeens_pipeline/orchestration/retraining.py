@@ -1,27 +1,86 @@
-"""Retraining: a schedule or a job marks an experiment, and a sensor requests its stages, one after another, until all are fresh.
+"""Retraining: an experiment's job or its schedule marks what is wanted, and a sensor requests runs until all of it is fresh.
 
-Marks are dynamic partitions of the instance. Each stage needs the artefacts of the stage before and has other partitions, and requests of
-one tick do not wait for each other: so one stage is requested at a time.
+Marks are dynamic partitions of the instance. A run computes one partition. Requests of one tick do not wait for each other: a run is
+requested once the runs with its inputs have ended, so that all layers and seeds whose activations are there are requested together.
 """
 
 # Without `from __future__ import annotations`: Dagster reads the annotations of sensors and ops at run time.
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from typing import NamedTuple
+from urllib.parse import quote
 
 import dagster as dg
+from pydantic import Field
 
-from saeens_pipeline.assets.staleness import plan
+from saeens_pipeline.assets.staleness import Stage, Status, plan
 from saeens_pipeline.orchestration.assets import partition_key
 from saeens_pipeline.orchestration.instance import declare_layers
 from saeens_pipeline.orchestration.layers import layers_of_source
 from saeens_pipeline.orchestration.ops import Ops
 from saeens_pipeline.settings import ExperimentSettings
+from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.recipes import Store
 from saeens_pipeline.storage.root import data_root
 
 TICK_SECONDS = 15
 WHY_TAG = "saeens/why"
-_MARK_TAG = "saeens/retraining"
+MARK_TAG = "saeens/mark"
 _MOST_TAG_CHARACTERS = 63
+_MOST_REASONS = 3  # that a log line of a tick names
+
+
+class Wanted(dg.Config):
+    """What a job marks: the launchpad shows these fields."""
+
+    layers: list[int] = Field(default=[], description="only these layers, such as [1, 2]; empty: all layers of the source")
+    seeds: list[int] = Field(default=[], description="only these ensemble seeds; empty: all seeds of the experiment")
+
+
+class Mark(NamedTuple):
+    """A mark: when it was made, and what is wanted. Empty layers or seeds stand for all of them."""
+
+    at: str
+    layers: tuple[int, ...] = ()
+    seeds: tuple[int, ...] = ()
+
+    @classmethod
+    def read(cls, key: str) -> "Mark":
+        """Return the mark of a dynamic partition: the inverse of `key`."""
+        at, *parts = key.split(" ")
+        given = dict(part.split("=") for part in parts)
+        layers, seeds = (tuple(int(number) for number in given.get(name, "").split(",") if number) for name in ("layers", "seeds"))
+        return cls(at, layers, seeds)
+
+    @property
+    def key(self) -> str:
+        """The mark as a dynamic partition, such as `2026-01-31T03-00-00 layers=1,2`."""
+        given = {"layers": self.layers, "seeds": self.seeds}
+        return " ".join([self.at, *(f"{name}={','.join(map(str, numbers))}" for name, numbers in given.items() if numbers)])
+
+    def includes(self, partition: Partition) -> bool:
+        """Return whether the artefacts of a partition are wanted."""
+        is_layer = not self.layers or partition.layer is None or partition.layer in self.layers
+        return is_layer and (not self.seeds or partition.seed is None or partition.seed in self.seeds)
+
+
+class _Work(NamedTuple):
+    """What is to be done for a partition: the artefacts that are not fresh, or that `freshness` wants confirmed."""
+
+    partition: Partition
+    wanted: list[Status]
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why: one sentence for each cause, the first ones of its artefacts."""
+        reasons = [f"{each.declaration.address} {each.reason or f'is {each.state}'}" for each in self.wanted if each.state != "fresh"]
+        return list(dict.fromkeys(reasons)) or ["confirmed by a cache hit"]
+
+    def __str__(self) -> str:
+        reasons = self.reasons
+        more = f"; and {len(reasons) - _MOST_REASONS} more" if len(reasons) > _MOST_REASONS else ""
+        where = str(self.partition) or "of all layers"
+        return f"{where}: {len(self.wanted)} artefacts: {'; '.join(reasons[:_MOST_REASONS])}{more}"
 
 
 def marks_name(experiment: str) -> str:
@@ -29,44 +88,69 @@ def marks_name(experiment: str) -> str:
     return f"{experiment}/retraining"  # no experiment can have this name
 
 
-def retraining_schedule(ops: Ops, experiment: ExperimentSettings) -> dg.ScheduleDefinition:
-    """Return a schedule whose job marks an experiment, unless all of it is fresh. The sensor requests the runs."""
-    name = f"{experiment.name}_retraining"
+def experiment_job(ops: Ops, experiment: ExperimentSettings) -> dg.JobDefinition:
+    """Return the job that marks an experiment: the sensor `retraining` then computes what is missing or stale."""
+    name = experiment.name
 
-    @dg.op(name=f"{name}__mark", description="Marks the experiment; the sensor `retraining` requests its runs.")
-    def mark(context: dg.OpExecutionContext) -> None:
-        context.instance.add_dynamic_partitions(marks_name(experiment.name), [datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%S")])
-        context.log.info("marked: the sensor `retraining` requests a run for each stage with missing or stale artefacts")
+    @dg.op(name=f"{name}__mark", description="Marks what is wanted; the sensor `retraining` requests its runs.")
+    def mark(context: dg.OpExecutionContext, config: Wanted) -> None:
+        layers = _layers(ops, experiment, context.instance)
+        for given, known, what in ((config.layers, layers, "layer"), (config.seeds, experiment.ensemble.seeds, "seed")):
+            if unknown := sorted(set(given) - set(known)):
+                raise dg.Failure(f"{name} has no {what} {', '.join(map(str, unknown))}; it has {', '.join(map(str, known))}")
+        made = Mark(datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%S"), tuple(sorted(set(config.layers))), tuple(sorted(set(config.seeds))))
+        todo = [work for work in _works(ops, experiment, context.instance) if work.wanted and made.includes(work.partition)]
+        if not todo:
+            context.log.info("all of it is fresh: nothing is marked")
+            return
+        context.instance.add_dynamic_partitions(marks_name(name), [made.key])
+        runs = f"/runs?q[]={quote(f'tag:{MARK_TAG}={made.key}', safe='')}"
+        context.log.info(f"marked; the sensor `retraining` requests {len(todo)} runs: {runs}")
+        for work in todo:
+            context.log.info(str(work))
+        context.add_output_metadata({"runs": dg.MetadataValue.url(runs), "marked": "\n".join(map(str, todo))})
 
     @dg.job(
         name=name,
-        description=f"Marks {experiment.name} for retraining: missing and stale artefacts are computed, a run for each stage.",
+        description="Trains and evaluates what is missing or stale, of all layers and seeds or of those chosen in the launchpad.",
         executor_def=dg.in_process_executor,
+        tags={"experiment": name},
     )
-    def retraining() -> None:
+    def train() -> None:
         mark()
 
+    return train
+
+
+def retraining_schedule(ops: Ops, experiment: ExperimentSettings, job: dg.JobDefinition) -> dg.ScheduleDefinition:
+    """Return a schedule of an experiment's job. It skips when all of it is fresh."""
+    assert experiment.schedule is not None, "an experiment without a schedule has no schedule"
+
     @dg.schedule(
-        name=f"{name}_schedule",
-        job=retraining,
+        name=f"{experiment.name}_schedule",
+        job=job,
         cron_schedule=experiment.schedule,
         description=f"Retrains {experiment.name} after changes of settings, code versions, the language model's revision or the corpus.",
         default_status=dg.DefaultScheduleStatus.STOPPED,
     )
     def schedule(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
-        if next_request(ops, experiment, context.instance, mark="") is None:
+        todo = [work for work in _works(ops, experiment, context.instance) if work.wanted]
+        if not todo:
             return dg.SkipReason("All artefacts are fresh: there is nothing to retrain.")
-        return dg.RunRequest(tags={"user": name})
+        for work in todo:
+            context.log.info(str(work))
+        would = f"{sum(len(work.wanted) for work in todo)} artefacts in {len(todo)} runs"
+        return dg.RunRequest(tags={"user": "schedule", "saeens/computes": would, WHY_TAG: todo[0].reasons[0][:_MOST_TAG_CHARACTERS]})
 
     return schedule
 
 
 def retraining_sensor(ops: Ops) -> dg.SensorDefinition:
-    """Return the sensor that requests the stages of marked experiments."""
+    """Return the sensor that requests the runs of marked experiments."""
 
     @dg.sensor(
         name="retraining",
-        description="Requests a run for each missing or stale stage of experiments that a retraining job has marked.",
+        description="Requests a run for each missing or stale partition of experiments that their job or schedule has marked.",
         asset_selection=dg.AssetSelection.all(),
         default_status=dg.DefaultSensorStatus.RUNNING,
         minimum_interval_seconds=TICK_SECONDS,
@@ -74,48 +158,98 @@ def retraining_sensor(ops: Ops) -> dg.SensorDefinition:
     def retraining(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
         requests: list[dg.RunRequest] = []
         finished: list[dg.DeleteDynamicPartitionsRequest] = []
+        waiting: list[str] = []
         for experiment in ops.experiments.values():
-            marks = context.instance.get_dynamic_partitions(marks_name(experiment.name))
-            if not marks:
+            keys = context.instance.get_dynamic_partitions(marks_name(experiment.name))
+            if not keys:
                 continue
-            request = next_request(ops, experiment, context.instance, marks[-1])
-            if request is None:
-                finished.append(dg.DynamicPartitionsDefinition(name=marks_name(experiment.name)).build_delete_request(marks))
-            elif request.run_key and not _run_of(context.instance, request.run_key):
-                requests.append(request)
+            due = due_requests(ops, experiment, context.instance, [Mark.read(key) for key in keys])
+            requests += due.requests
+            for work in due.works:
+                context.log.info(f"requested: {experiment.name}, {work}")
+            if due.finished:
+                ended = [mark.key for mark in due.finished]
+                finished.append(dg.DynamicPartitionsDefinition(name=marks_name(experiment.name)).build_delete_request(ended))
+            elif not due.requests:
+                waiting.append(experiment.name)
         if not requests and not finished:
-            return dg.SkipReason("No experiment is marked, or the run of a stage has not finished.")
+            waits = f"The requested runs of {', '.join(waiting)} have not ended." if waiting else "No experiment is marked."
+            return dg.SkipReason(waits)
         return dg.SensorResult(run_requests=requests, dynamic_partitions_requests=finished)
 
     return retraining
 
 
-def next_request(ops: Ops, experiment: ExperimentSettings, instance: dg.DagsterInstance, mark: str) -> dg.RunRequest | None:
-    """Return the request of the first stage with wanted artefacts; None if there is none, or if a stage has failed.
+class Due(NamedTuple):
+    """What a tick does for an experiment: its requests, what they are for, and the marks that have nothing left to wait for."""
 
-    With `freshness`, fresh tables are requested too: a cache hit confirms them.
+    requests: list[dg.RunRequest]
+    works: list[_Work]
+    finished: list[Mark]
+
+
+def due_requests(ops: Ops, experiment: ExperimentSettings, instance: dg.DagsterInstance, marks: Sequence[Mark]) -> Due:
+    """Return what marks of an experiment, the oldest first, ask for now.
+
+    A run waits for those of its layer and seed that come before it. A failed run is not repeated, and what waits for it is not requested.
     """
+    works = list(_works(ops, experiment, instance))
+    due = Due([], [], [])
+    claimed: set[int] = set()  # places in `works`: activations and tables of a layer have the same partition
+    for mark in marks:
+        is_pending, unfinished = False, list[_Work]()
+        for number, work in enumerate(works):
+            key = f"{experiment.name}:{mark.key}:{number}:{work.partition}"
+            run = _run_of(instance, key) if work.wanted and mark.includes(work.partition) else None
+            if not work.wanted or (run and run.is_success):
+                continue
+            waits = any(_comes_before(other.partition, work.partition) for other in unfinished)
+            unfinished.append(work)
+            if not mark.includes(work.partition) or (run and run.is_finished):
+                continue
+            if run or number in claimed:
+                is_pending = True
+            elif not waits:
+                is_pending = True
+                due.works.append(work)
+                due.requests.append(_request(work, mark, key))
+            if run or not waits:
+                claimed.add(number)
+        if not is_pending:
+            due.finished.append(mark)
+    return due
+
+
+def _request(work: _Work, mark: Mark, key: str) -> dg.RunRequest:
+    return dg.RunRequest(
+        run_key=key,
+        partition_key=partition_key(work.wanted[0].declaration, work.partition),
+        asset_selection=[dg.AssetKey(each.declaration.address.key) for each in work.wanted],
+        tags={"user": "retraining", MARK_TAG: mark.key, WHY_TAG: work.reasons[0][:_MOST_TAG_CHARACTERS]},
+    )
+
+
+def _comes_before(earlier: Partition, later: Partition) -> bool:
+    """Return whether artefacts of the later of two partitions may have inputs in the earlier one."""
+    return earlier.layer in (None, later.layer) and (None in (earlier.seed, later.seed) or earlier.seed == later.seed)
+
+
+def _works(ops: Ops, experiment: ExperimentSettings, instance: dg.DagsterInstance) -> Iterator[_Work]:
+    """Yield what is to be done for each partition, in order. With `freshness`, fresh tables count: a cache hit confirms them."""
+    for stage in _stages(ops, experiment, instance):
+        confirms = experiment.freshness is not None
+        wanted = [each for each in stage.statuses if each.state != "fresh" or (confirms and each.declaration.address.kind == "eval")]
+        yield _Work(stage.partition, wanted)
+
+
+def _stages(ops: Ops, experiment: ExperimentSettings, instance: dg.DagsterInstance) -> list[Stage]:
+    return plan(Store(data_root()), ops.ops(experiment), _layers(ops, experiment, instance), experiment.ensemble.seeds)
+
+
+def _layers(ops: Ops, experiment: ExperimentSettings, instance: dg.DagsterInstance) -> list[int]:
     source = ops.sources[experiment.source]
-    declare_layers(instance, experiment.source, source.layers)
-    layers = layers_of_source(source, instance).layers
-    stages = plan(Store(data_root()), ops.ops(experiment), layers, experiment.ensemble.seeds)
-    for number, stage in enumerate(stages):
-        wanted = [
-            each for each in stage.statuses if each.state != "fresh" or (experiment.freshness and each.declaration.address.kind == "eval")
-        ]
-        key = f"{experiment.name}:{mark}:{number}:{stage.partition}"
-        run = _run_of(instance, key)
-        if run and run.is_failure:
-            return None
-        if wanted and not (run and run.is_success):
-            reasons = [each.reason or each.state for each in wanted if each.state != "fresh"] or ["confirmed by a cache hit"]
-            return dg.RunRequest(
-                run_key=key,
-                partition_key=partition_key(wanted[0].declaration, wanted[0].partition),
-                asset_selection=[dg.AssetKey(each.declaration.address.key) for each in wanted],
-                tags={"user": f"{experiment.name}_retraining", _MARK_TAG: mark, WHY_TAG: reasons[0][:_MOST_TAG_CHARACTERS]},
-            )
-    return None
+    declare_layers(instance, source.name, source.layers)
+    return layers_of_source(source, instance).layers
 
 
 def _run_of(instance: dg.DagsterInstance, key: str) -> dg.DagsterRun | None:

@@ -1,4 +1,4 @@
-"""States of artefacts from Dagster's runs: `running`, or `failed` with the reason.
+"""States of artefacts from Dagster's runs: `queued`, `running`, or `failed` with the reason.
 
 Recipes decide which artefacts are fresh. Runs only change the state of artefacts that are not.
 """
@@ -26,7 +26,7 @@ _IN_WORDS = {  # Dagster's errors without a message: for Ctrl-C and SIGTERM, and
 
 
 def with_run_states(statuses: Sequence[Status], ops: Iterable[Op]) -> list[Status]:
-    """Return the statuses, with `running` or `failed`, run and reason if Dagster's newest run of an artefact is so.
+    """Return the statuses, with `queued`, `running` or `failed`, run and reason if Dagster's newest run of an artefact is so.
 
     Reads the instance of DAGSTER_HOME if it exists, and creates none.
     """
@@ -56,6 +56,18 @@ def _seen_by_runs(statuses: Sequence[Status], steps: Mapping[Address, str], inst
     return [seen(status) for status in statuses]
 
 
+def why_it_failed(instance: DagsterInstance, run: DagsterRun) -> str:
+    """Return the sentence of the first failed step of a run: the first line of its Failure, or of its root cause; or that of the run."""
+    entries = instance.all_logs(run.run_id, of_type={Type.STEP_FAILURE, Type.RUN_FAILURE})
+    if not entries:
+        return "it failed without a message"
+    entry = next((each for each in entries if each.dagster_event_type == Type.STEP_FAILURE), entries[0])
+    told = getattr(entry.dagster_event and entry.dagster_event.event_specific_data, "user_failure_data", None)
+    sentence = (told.description or "").strip() if told else ""
+    line = sentence.splitlines()[0] if sentence else _first_line(entry)
+    return _IN_WORDS.get(line, line)
+
+
 def _outcome(run: DagsterRun, step: str, events: Sequence[EventLogEntry]) -> tuple[str, str]:
     """Return state and reason of a step's artefacts after a run without success; an empty state if the one from recipes stands."""
     of_step = {entry.dagster_event_type: entry for entry in reversed(events) if entry.step_key == step}
@@ -66,6 +78,8 @@ def _outcome(run: DagsterRun, step: str, events: Sequence[EventLogEntry]) -> tup
         return "failed", f": {_IN_WORDS.get(line, line)}"
     if Type.STEP_SUCCESS in of_step:
         return nothing
+    if run.status in (DagsterRunStatus.QUEUED, DagsterRunStatus.NOT_STARTED):
+        return "queued", ""
     if not run.is_finished and not process_is_gone(run):
         return "running", "" if began else ", which has not reached it yet"
     if not run.is_finished or run.status == DagsterRunStatus.CANCELED:

@@ -1,12 +1,15 @@
 """The sensor `staleness`: shows on the page of each partition that it is stale or damaged, why, and when it is fresh again.
 
-It compares recipes, as `saeens status` does, and computes nothing. Dagster shows its observations without a run.
+It compares recipes, as `saeens status` does, and computes nothing. Dagster shows its observations on the pages of partitions, and its
+evaluations of the check `recipe` on the Checks tabs, without a run.
 """
 
 # Without `from __future__ import annotations`: Dagster reads the annotations of sensors at run time.
 import hashlib
 import json
 import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import dagster as dg
 
@@ -19,47 +22,58 @@ from saeens_pipeline.storage.names import place
 from saeens_pipeline.storage.recipes import Store
 from saeens_pipeline.storage.root import data_root
 
+RECIPE = "recipe"
 TICK_SECONDS = 30
 TICK_BUDGET_SECONDS = 1.0
 """After this time a tick ends, and the next one goes on with the next experiment."""
 MOST_TOLD = 40
-"""Observations of a tick. Each takes about 0.04 s; others follow when it is the experiment's turn again."""
+"""Observations and evaluations of a tick. Each takes about 0.04 s; others follow when it is the experiment's turn again."""
 
 
 def staleness_sensor(catalogue: Ops) -> dg.SensorDefinition:
     """Return the sensor, which looks at experiments in turn.
 
     Its cursor has the experiment that is next and, by source and experiment, a hash of the reason for each partition that is told to be
-    stale or damaged.
+    stale or damaged, and of what the check `recipe` of each asset has been told.
     """
     names = sorted(catalogue.experiments)
 
     @dg.sensor(
         name="staleness",
-        description="Shows on the page of each partition that it is stale or damaged, and why. It computes nothing.",
+        description="Shows on each partition's page, and by the check `recipe`, what is stale or damaged and why. It computes nothing.",
         default_status=dg.DefaultSensorStatus.RUNNING,
         minimum_interval_seconds=TICK_SECONDS,
     )
     def staleness(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
         cursor = json.loads(context.cursor or "{}")
         told: dict[str, dict[str, str]] = cursor.get("told", {})
+        checked: dict[str, dict[str, str]] = cursor.get("checked", {})
         first = names.index(cursor["next"]) if cursor.get("next") in names else 0
-        events: list[dg.AssetObservation] = []
+        events: list[dg.AssetObservation | dg.AssetCheckEvaluation] = []
         began = time.monotonic()
         for i in range(first, first + len(names)):
             if i > first and (len(events) >= MOST_TOLD or time.monotonic() - began > TICK_BUDGET_SECONDS):
                 break
-            for owner, statuses in _on_disk(catalogue, names[i % len(names)], context.instance).items():
+            by_owner = statuses_on_disk(catalogue, names[i % len(names)], context.instance)
+            for owner, statuses in by_owner.items():
                 before = {name: reason for name, reason in told.get(owner, {}).items() if name in statuses}  # others were removed
                 changed = [name for name, each in statuses.items() if before.get(name, "") != _digest(each)]
                 for name in changed[: MOST_TOLD - len(events)]:
                     events.append(_observation(statuses[name]))
                     before[name] = _digest(statuses[name])
                 told[owner] = {name: reason for name, reason in before.items() if reason}
+            for owner, statuses in by_owner.items():
+                checks = _checks(list(statuses.values()))
+                before = {key: digest for key, digest in checked.get(owner, {}).items() if key in checks}
+                changed = [key for key, (digest, _) in checks.items() if before.get(key) != digest]
+                for key in changed[: max(MOST_TOLD - len(events), 0)]:
+                    before[key], evaluation = checks[key]
+                    events.append(evaluation)
+                checked[owner] = before
         else:
             i = first
-        told = {owner: of_owner for owner, of_owner in told.items() if of_owner}
-        cursor = json.dumps({"next": names[i % len(names)], "told": told}) if names else ""
+        told, checked = ({owner: each for owner, each in of_owners.items() if each} for of_owners in (told, checked))
+        cursor = json.dumps({"next": names[i % len(names)], "told": told, "checked": checked}) if names else ""
         if not events:
             context.update_cursor(cursor)
             return dg.SkipReason("Nothing has become stale, damaged or fresh since the last tick.")
@@ -68,13 +82,45 @@ def staleness_sensor(catalogue: Ops) -> dg.SensorDefinition:
     return staleness
 
 
-def _on_disk(catalogue: Ops, name: str, instance: dg.DagsterInstance) -> dict[str, dict[str, Status]]:
+class RecipeCheck(NamedTuple):
+    """The result of the check `recipe` for one asset."""
+
+    passed: bool
+    description: str | None
+    severity: dg.AssetCheckSeverity
+    metadata: dict[str, Any]
+
+
+def recipe_check(statuses: Sequence[Status]) -> RecipeCheck:
+    """Return the result of the check `recipe`, from the statuses of an asset's partitions on disk."""
+    outdated = [each for each in statuses if each.state != "fresh"]
+    told = [": ".join(filter(None, (str(each.partition), each.state, each.reason))) for each in outdated]
+    if not statuses:
+        told = ["There is nothing to compare: materialise the asset first."]
+    counts = {"fresh partitions": len(statuses) - len(outdated), "stale or damaged partitions": len(outdated)}
+    return RecipeCheck(bool(statuses) and not outdated, "  \n".join(told) or None, dg.AssetCheckSeverity.WARN, counts)
+
+
+def _checks(statuses: Sequence[Status]) -> dict[str, tuple[str, dg.AssetCheckEvaluation]]:
+    """Return, by asset, a hash of what the check `recipe` says, and its evaluation."""
+    by_asset: dict[str, list[Status]] = {}
+    for each in statuses:
+        by_asset.setdefault(str(each.declaration.address), []).append(each)
+    found: dict[str, tuple[str, dg.AssetCheckEvaluation]] = {}
+    for name, of_asset in by_asset.items():
+        told, key = recipe_check(of_asset), dg.AssetKey(of_asset[0].declaration.address.key)
+        evaluation = dg.AssetCheckEvaluation(asset_key=key, check_name=RECIPE, **told._asdict())
+        found[name] = (_hash(f"{told.passed} {told.description or ''}"), evaluation)
+    return found
+
+
+def statuses_on_disk(catalogue: Ops, name: str, instance: dg.DagsterInstance) -> dict[str, dict[str, Status]]:
     """Return the status of every artefact on disk of an experiment and of its source, by these two and place.
 
     Empty before the experiment's first run.
     """
     store, experiment = Store(data_root()), catalogue.experiments[name]
-    if not any((store.root / folder / name).is_dir() for folder in ("experiments", "tables", "reports")):
+    if not store.has_any_of(name):
         return {}
     source = catalogue.sources[experiment.source]
     try:
@@ -92,7 +138,11 @@ def _on_disk(catalogue: Ops, name: str, instance: dg.DagsterInstance) -> dict[st
 
 def _digest(status: Status) -> str:
     """Return a short hash of what is told of a status; empty for a fresh one, of which nothing is told unless it was stale."""
-    return "" if status.state == "fresh" else hashlib.sha256(f"{status.state} {status.reason}".encode()).hexdigest()[:12]
+    return "" if status.state == "fresh" else _hash(f"{status.state} {status.reason}")
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _observation(status: Status) -> dg.AssetObservation:

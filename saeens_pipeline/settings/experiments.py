@@ -21,7 +21,7 @@ from pydantic import (
 from pydantic_core import InitErrorDetails
 
 from saeens_pipeline.settings.autointerp import AutoInterpSettings
-from saeens_pipeline.settings.from_file import FILE, Distinct, FromFile, Section, wrong_field
+from saeens_pipeline.settings.from_file import CHANGES, FILE, Distinct, FromFile, Section, wrong_field
 from saeens_pipeline.settings.labelled_data_sets import Labels
 from saeens_pipeline.settings.messages import in_words, shown
 from saeens_pipeline.settings.probing import ConceptDetectionSettings, SpuriousCorrelationSettings
@@ -241,8 +241,8 @@ class ExperimentSettings(FromFile):
     automation: Annotated[Literal["on", "off"], BeforeValidator(_on_or_off), WithJsonSchema(_ON_OR_OFF)] = Field(
         "off", description="automatic runs for missing artefacts and for changed settings or inputs"
     )
-    schedule: Annotated[str, AfterValidator(_validate_cron)] = Field(
-        "0 3 * * 0", description="cron expression, in UTC, of the retraining schedule; switched on in the UI"
+    schedule: Annotated[str, AfterValidator(_validate_cron)] | None = Field(
+        "0 3 * * 0", description="cron expression, in UTC, of the retraining schedule, switched on in the UI; null: no schedule"
     )
     freshness: FreshnessSettings | None = Field(None, description="largest age of tables, in days; default: no limit")
     evaluations: Annotated[list[Name] | None, Distinct] = Field(
@@ -360,12 +360,14 @@ class ExperimentSettings(FromFile):
     def _experiment_of(self, field: str, value: float) -> ExperimentSettings:
         given = self.model_dump(exclude_unset=True, exclude={"sweep"})
         own = {"name": name_of_value(self.name, field, value), "sae": {**given["sae"], field: value}}
-        return ExperimentSettings.model_validate(given | own, context={FILE: self.file})
+        return ExperimentSettings.model_validate(given | own, context={FILE: self.file, CHANGES: self.changes})
 
     def on_source(self, source: str, suffix: str) -> ExperimentSettings:
         """Return this experiment, or sweep, on another source, as NAME__SUFFIX. Raises ValidationError for a name that is not possible."""
         own = {"name": f"{self.name}__{suffix}", "source": source}
-        return ExperimentSettings.model_validate(self.model_dump(exclude_unset=True) | own, context={FILE: self.file})
+        return ExperimentSettings.model_validate(
+            self.model_dump(exclude_unset=True) | own, context={FILE: self.file, CHANGES: self.changes}
+        )
 
     @property
     def saes(self) -> list[SAESettings]:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Discriminator, Field, PositiveInt, Tag, ValidationInfo, field_validator, model_validator
 
 from saeens_pipeline.settings.corpora import BUILTIN_CORPUS, Corpus, is_hub_name
-from saeens_pipeline.settings.from_file import FILE, Distinct, FromFile, Section, wrong_field
+from saeens_pipeline.settings.from_file import CHANGES, FILE, Distinct, FromFile, Section, wrong_field
 from saeens_pipeline.settings.messages import shown
 from saeens_pipeline.storage.names import validate_name
 
@@ -201,4 +201,6 @@ class SourceSettings(FromFile):
         Raises ValidationError for a name that is not possible.
         """
         given = self.model_dump(exclude_unset=True, exclude={"revisions"})
-        return SourceSettings.model_validate(given | model | {"name": f"{self.name}__{suffix}"}, context={FILE: self.file})
+        return SourceSettings.model_validate(
+            given | model | {"name": f"{self.name}__{suffix}"}, context={FILE: self.file, CHANGES: self.changes}
+        )

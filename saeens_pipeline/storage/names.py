@@ -15,6 +15,8 @@ from typing import Literal, NamedTuple, cast, get_args
 
 Kind = Literal["source", "bagging", "boosting", "baseline", "consensus", "eval", "report", "leaderboard"]
 ENSEMBLES: tuple[Kind, ...] = ("bagging", "boosting")
+OWNER_FOLDERS = ("sources", "experiments", "tables", "reports")
+"""Folders of the data root that have a folder for each source or experiment."""
 SAES = ("sae", "published_sae")
 """Builders of SAEs: trained, and loaded."""
 

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.storage.disk import flush, nearest_folder, write_atomically
 from saeens_pipeline.storage.locks import is_locked
-from saeens_pipeline.storage.names import Address, Partition, locate, place
+from saeens_pipeline.storage.names import OWNER_FOLDERS, Address, Partition, locate, place
 
 if TYPE_CHECKING:
     import polars as pl
@@ -200,6 +200,10 @@ class Store:
         """Return the partitions on disk of an address, in numeric order; `dimensions` are the names of its partition dimensions."""
         paths = [PurePosixPath(path.relative_to(self.root).as_posix()) for path in self.root.glob(address.glob(*dimensions))]
         return sorted(found[1] for path in paths if (found := locate(path)))
+
+    def has_any_of(self, owner: str) -> bool:
+        """Return whether anything of a source or an experiment is on disk."""
+        return any((self.root / folder / owner).is_dir() for folder in OWNER_FOLDERS)
 
     def hit(self, address: Address, partition: Partition, recipe: Recipe) -> Artefact | None:
         """Return the artefact at an address if it has this recipe and is not damaged, otherwise None."""

@@ -6,7 +6,7 @@ import functools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -20,6 +20,7 @@ from saeens_pipeline.assets.registry import listed
 from saeens_pipeline.orchestration.automation import layers_sensor
 from saeens_pipeline.orchestration.dagster_internals import forget_partitions
 from saeens_pipeline.orchestration.instance import PROCESS_TAG, declare_layers, layers_name, process_tag, register_layers
+from saeens_pipeline.orchestration.retraining import Mark, marks_name
 from saeens_pipeline.storage.recipes import digest
 
 TOKENS, ACTIVATIONS, STABILITY, REPORT = (f"{NAME}/{key}" for key in ("tokens", "activations", "eval/stability", "report"))
@@ -31,7 +32,7 @@ TABLES = {f"{NAME}/eval/{table}" for table in ("reconstruction", "cost")}
 AUTOMATED: dict[str, Any] = {"automation": True, "baselines": ["expanded"], "evaluations": ["reconstruction", "cost", "stability"]}
 PER_SEED = SAES | BASELINES | ENSEMBLES | RESIDUALS | TABLES
 
-SCHEDULE = f"{NAME}_retraining_schedule"
+SCHEDULE = f"{NAME}_schedule"
 Requests = dict[str | None, set[str]]  # asset keys by partition
 
 
@@ -302,31 +303,43 @@ def _retraining(laboratory: Laboratory, instance: dg.DagsterInstance) -> dg.RunR
     return result
 
 
-def _retrain(laboratory: Laboratory, instance: dg.DagsterInstance) -> set[str]:
-    """Run the schedule's job, and what the sensor requests after it; gives the asset keys of these runs."""
-    definitions = laboratory.catalogue.definitions(byte_checks=False)
-    definitions.resolve_job_def(f"{NAME}_retraining").execute_in_process(instance=instance)
-    (sensor,) = [each for each in definitions.sensors or () if each.name == "retraining"]
-    job, made = definitions.resolve_implicit_global_asset_job_def(), set()
-    while True:
-        with dg.build_sensor_context(instance=instance, definitions=definitions) as context:
-            result = sensor(context)
-        if isinstance(result, dg.SkipReason):
-            return made
-        assert isinstance(result, dg.SensorResult)
-        assert len(result.run_requests or ()) <= 1  # the requests of a tick do not wait for each other
-        for request in result.dynamic_partitions_requests or ():
-            for mark in request.partition_keys:
-                instance.delete_dynamic_partition(request.partitions_def_name, mark)
-        for request in result.run_requests or ():
+def _retrain(laboratory: Laboratory, instance: dg.DagsterInstance, **wanted: list[int]) -> list[dg.RunRequest]:
+    """Run the experiment's job, and what the sensor requests after it, tick by tick; gives the requests in order."""
+    definitions = laboratory.catalogue.definitions(disk_checks=False)
+    job, assets = definitions.resolve_job_def(NAME), definitions.resolve_implicit_global_asset_job_def()
+    job.execute_in_process(instance=instance, run_config={"ops": {f"{NAME}__mark": {"config": wanted}}})
+    made: list[dg.RunRequest] = []
+    while requests := _tick(laboratory, instance):
+        for request in requests:
             assert request.tags["saeens/why"]
-            job.execute_in_process(
+            assets.execute_in_process(
                 instance=instance,
                 partition_key=request.partition_key,
                 asset_selection=request.asset_selection,
                 tags={**request.tags, "dagster/run_key": request.run_key or ""},
             )
-            made |= {key.to_user_string() for key in request.asset_selection or ()}
+        made += requests
+    assert not instance.get_dynamic_partitions(marks_name(NAME))
+    return made
+
+
+def _tick(laboratory: Laboratory, instance: dg.DagsterInstance) -> list[dg.RunRequest]:
+    """Evaluate the sensor `retraining`, and delete the marks that it has finished, as the daemon does. Gives the requests."""
+    definitions = laboratory.catalogue.definitions(disk_checks=False)
+    (sensor,) = [each for each in definitions.sensors or () if each.name == "retraining"]
+    with dg.build_sensor_context(instance=instance, definitions=definitions) as context:
+        result = sensor(context)
+    if isinstance(result, dg.SkipReason):
+        return []
+    assert isinstance(result, dg.SensorResult)
+    for request in result.dynamic_partitions_requests or ():
+        for mark in request.partition_keys:
+            instance.delete_dynamic_partition(request.partitions_def_name, mark)
+    return list(result.run_requests or ())
+
+
+def _keys(requests: Iterable[dg.RunRequest]) -> set[str]:
+    return {key.to_user_string() for request in requests for key in request.asset_selection or ()}
 
 
 def test_the_schedule_skips_fresh_assets_and_retrains_stale_ones(finished: Laboratory, tmp_path: Path):
@@ -338,7 +351,7 @@ def test_the_schedule_skips_fresh_assets_and_retrains_stale_ones(finished: Labor
         assert isinstance(_retraining(finished, instance), dg.RunRequest)
         on_request = {"features", "feature_stability", "contexts", "autointerp", "concept_detection", "spurious_correlation", "recovery"}
         tables = {f"{NAME}/eval/{name}" for name in {table.name for table in listed(over_experiments=False)} - on_request}
-        assert _retrain(finished, instance) == tables | {REPORT}
+        assert _keys(_retrain(finished, instance)) == tables | {REPORT}
         assert isinstance(_retraining(finished, instance), dg.SkipReason)
 
 
@@ -350,6 +363,54 @@ def test_the_schedule_trains_added_layers(finished: Laboratory, tmp_path: Path):
     assert finished.artefact("eval/stability", layer=0).files
 
 
+def test_the_job_trains_all_layers_and_seeds_in_one_run_each(empty: Laboratory, tmp_path: Path):
+    empty.declare(source={"layers": [0, 2]}, evaluations=["reconstruction", "stability"], baselines=[])
+    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+        requests = _retrain(empty, instance)
+        partitions = [str(request.partition_key or "") for request in requests]
+        of_seeds = [f"{layer}|{seed}" for layer in (0, 2) for seed in SEEDS]
+        assert partitions == ["", "0", "2", *of_seeds, "0", "2"]
+        assert isinstance(_retraining(empty, instance), dg.SkipReason)
+        assert _retrain(empty, instance) == []
+
+
+def test_the_job_trains_the_chosen_layers_and_seeds_only(empty: Laboratory, tmp_path: Path):
+    empty.declare(source={"layers": [0, 2]}, evaluations=["reconstruction", "stability"], baselines=[])
+    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+        chosen = _retrain(empty, instance, layers=[2], seeds=[SEEDS[1]])
+        assert [str(request.partition_key or "") for request in chosen] == ["", "2", f"2|{SEEDS[1]}"]  # stability compares all seeds
+        rest = _retrain(empty, instance, layers=[2])
+        assert [str(request.partition_key or "") for request in rest] == [f"2|{SEEDS[0]}", "2"]
+
+
+def test_the_job_refuses_a_layer_and_a_seed_that_are_not_there(empty: Laboratory, tmp_path: Path):
+    job = empty.catalogue.definitions(disk_checks=False).resolve_job_def(NAME)
+    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+        refused = ({"layers": [LAYER, 77]}, f"{NAME} has no layer 77; it has {LAYER}"), ({"seeds": [9]}, f"{NAME} has no seed 9")
+        for wanted, message in refused:
+            with pytest.raises(dg.Failure, match=message):
+                job.execute_in_process(instance=instance, run_config={"ops": {f"{NAME}__mark": {"config": wanted}}})
+        assert not instance.get_dynamic_partitions(marks_name(NAME))
+
+
+def test_two_marks_request_each_run_once_and_a_failed_one_stops_what_waits_for_it(empty: Laboratory, tmp_path: Path):
+    empty.declare(source={"layers": [0, 2]}, evaluations=["reconstruction"], baselines=[])
+    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+        for mark in (Mark("first", layers=(0,)), Mark("second")):
+            instance.add_dynamic_partitions(marks_name(NAME), [mark.key])
+        (request,) = _tick(empty, instance)
+        run = instance.create_run_for_job(
+            empty.catalogue.definitions(disk_checks=False).resolve_implicit_global_asset_job_def(),
+            tags={**request.tags, "dagster/run_key": request.run_key or ""},
+        )
+        assert _tick(empty, instance) == []  # it runs
+        assert len(instance.get_dynamic_partitions(marks_name(NAME))) == 2
+        instance.report_run_failed(run)
+        (again,) = _tick(empty, instance)  # of the second mark
+        assert again.run_key != request.run_key
+        assert list(instance.get_dynamic_partitions(marks_name(NAME))) == ["second"]
+
+
 def test_freshness_watches_the_tables_and_the_schedule_confirms_them(finished: Laboratory, tmp_path: Path):
     finished.declare(freshness={"warn_days": 7, "fail_days": 10.5})
     specs = {spec.key.to_user_string(): spec.freshness_policy for spec in finished.catalogue.definitions().resolve_all_asset_specs()}
@@ -359,5 +420,5 @@ def test_freshness_watches_the_tables_and_the_schedule_confirms_them(finished: L
     with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
         assert isinstance(_retraining(finished, instance), dg.RunRequest)
         before = finished.artefact("eval/cost", SEEDS[0])
-        assert _retrain(finished, instance) == watched
+        assert _keys(_retrain(finished, instance)) == watched
         assert finished.artefact("eval/cost", SEEDS[0]) == before

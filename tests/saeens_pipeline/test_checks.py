@@ -23,8 +23,9 @@ from saeens_pipeline.cli.doctor import diagnose
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.language_models.language_model import LanguageModel
 from saeens_pipeline.orchestration.assets import HEALTH, partition_key
-from saeens_pipeline.orchestration.byte_checks import BYTES
+from saeens_pipeline.orchestration.disk_checks import BYTES
 from saeens_pipeline.orchestration.instance import register_layers
+from saeens_pipeline.orchestration.staleness import RECIPE
 from saeens_pipeline.settings.experiments import CheckSettings
 from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.recipes import Artefact, read_artefact
@@ -262,7 +263,8 @@ def test_thresholds_of_the_experiment_file_apply_and_make_nothing_stale(finished
     finished.declare(checks={"min_explained_variance": 1.0, "max_dead_features": 1.0})
     assert set(_states().values()) == {"fresh"}
     found = _evaluations(finished, ["bagging/member_1", "bagging/bagging_ensemble"])
-    assert found.keys() == {("bagging/member_1", HEALTH), ("bagging/member_1", BYTES), ("bagging/bagging_ensemble", BYTES)}
+    of_disk = {(asset, check) for asset in ("bagging/member_1", "bagging/bagging_ensemble") for check in (BYTES, RECIPE)}
+    assert found.keys() == {("bagging/member_1", HEALTH), *of_disk}
     health = found["bagging/member_1", HEALTH]
     assert (health.passed, health.severity) == (False, dg.AssetCheckSeverity.WARN)
     assert "is below 1" in (health.description or "")

@@ -149,6 +149,6 @@ def test_the_leaderboard_in_the_ui_has_the_explained_variance_of_the_control(fin
     finished.store.write_table(LEADERBOARD_ADDRESS, Partition(), Recipe("test", 1, {}), provenance, table)
     (declaration,) = finished.catalogue.leaderboard().outputs
     artefact = finished.store.require(LEADERBOARD_ADDRESS, Partition())
-    best = describe_artefact(declaration, Partition(), artefact, is_hit=False)["best"].md_str
+    best = describe_artefact(finished.store, declaration, Partition(), artefact, is_hit=False)["best"].md_str
     assert "| EV | EV of the control, untrained |" in best
     assert f"| {NAME} | boosting | 0.9000 | 0.8125 |" in best

@@ -1,4 +1,4 @@
-"""The real webserver and daemon: a layer added in the UI is trained and evaluated."""
+"""The real webserver and daemon: a layer added in the UI is trained and evaluated, and "Materialize all" makes few runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,12 @@ ADD_PARTITION = """
 mutation ($name: String!, $key: String!, $repository: RepositorySelector!) {
   addDynamicPartition(partitionsDefName: $name, partitionKey: $key, repositorySelector: $repository) { __typename }
 }"""
+LAUNCH = """
+mutation ($backfill: LaunchBackfillParams!) {
+  launchPartitionBackfill(backfillParams: $backfill) { __typename ... on LaunchBackfillSuccess { backfillId } }
+}"""
+BACKFILL = "query ($id: String!) { partitionBackfillOrError(backfillId: $id) { ... on PartitionBackfill { status } } }"
+LOADED = "{ assetNodes { assetKey { path } } }"
 RUNS = "{ runsOrError { ... on Runs { results { assetSelection { path } tags { key value } } } } }"
 
 
@@ -98,18 +104,61 @@ class Server:
 
 
 @pytest.fixture
-def server(finished_laboratory: Laboratory, empty: Laboratory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+def serve(finished_laboratory: Laboratory, empty: Laboratory) -> Iterator[Callable[[], Server]]:
+    """Start a server on the experiment file that the test has written, with the data of the finished laboratory."""
     shutil.copytree(finished_laboratory.root, empty.root)
-    empty.declare(automation=True)
-    server = Server(empty, prepare_home())
+    servers: list[Server] = []
+
+    def start() -> Server:
+        servers.append(Server(empty, prepare_home()))
+        return servers[0]
+
     try:
-        yield server
+        yield start
     finally:
-        server.stop()
+        for server in servers:
+            server.stop()
 
 
 @pytest.mark.slow
-def test_a_layer_added_in_the_ui_is_trained_and_evaluated(server: Server, empty: Laboratory):
+def test_materialise_all_over_two_layers_and_seeds_makes_eight_runs(serve: Callable[[], Server], empty: Laboratory):
+    empty.declare(source={"layers": [0, 2]}, evaluations=["reconstruction", "stability"])
+    server = serve()
+    while not (nodes := (server.query(LOADED) or {}).get("assetNodes")):
+        server.pause()
+    keys = [node["assetKey"] for node in nodes if node["assetKey"]["path"][0] == NAME]
+    while len(prepared := _layers(server)) < 2:
+        server.pause()
+    assert prepared == ["0", "2"]
+    launched = server.query(LAUNCH, backfill={"assetSelection": keys, "allPartitions": True})
+    assert launched is not None
+    while (found := server.query(BACKFILL, id=launched["launchPartitionBackfill"]["backfillId"])) is None or (
+        status := found["partitionBackfillOrError"]["status"]
+    ) not in ("COMPLETED_SUCCESS", "COMPLETED_FAILED", "FAILED"):
+        server.pause()
+    assert status == "COMPLETED_SUCCESS"
+    assert all(empty.store.find(Address(NAME, "report", "report"), Partition(layer)) for layer in (0, 2))
+    data = server.query(RUNS)
+    assert data is not None
+    launched_runs = [run for run in data["runsOrError"]["results"] if "dagster/backfill" in {tag["key"] for tag in run["tags"]}]
+    runs = [[asset["path"][-1] for asset in run["assetSelection"]] for run in launched_runs]
+    # Tokens, activations of both layers, two layers x two seeds, stability of each layer. A report has a run of its own where another
+    # layer ends at the same time: Dagster groups assets that want the same partitions at that moment.
+    assert len([assets for assets in runs if assets != ["report"]]) == 8
+    assert len(runs) <= 10
+
+
+def _layers(server: Server) -> list[str]:
+    """The layers of the source that the daemon has added as partitions."""
+    query = "query ($key: AssetKeyInput!) { assetNodeOrError(assetKey: $key) { ... on AssetNode { partitionKeys } } }"
+    found = server.query(query, key={"path": [NAME, "activations"]})
+    return found["assetNodeOrError"].get("partitionKeys", []) if found else []
+
+
+@pytest.mark.slow
+def test_a_layer_added_in_the_ui_is_trained_and_evaluated(serve: Callable[[], Server], empty: Laboratory):
+    empty.declare(automation=True)
+    server = serve()
     before = {key: empty.store.require(d.address, d.narrow(Partition(LAYER, SEEDS[0]))) for key, d in empty.declarations().items()}
     repository = {"repositoryLocationName": "saeens", "repositoryName": "__repository__"}
     wanted = {"name": f"{NAME}_layers", "key": str(NEW_LAYER), "repository": repository}

@@ -227,12 +227,13 @@ def test_numeric_artefacts_have_health_checks_and_all_have_checks_of_bytes(empty
     for key in specs:
         checks.setdefault(key.asset_key.to_user_string().removeprefix(f"{NAME}/"), set()).add(key.name)
     unchecked = {key for key in LINEAGE if "residual" in key} | set(ENSEMBLES) | {"report"}
-    assert {key for key, names in checks.items() if names == {"bytes"}} == unchecked | {"leaderboard/report"}
-    assert {key for key, names in checks.items() if names == {"bytes", "health"}} == LINEAGE.keys() - unchecked | {"leaderboard"}
+    assert {key for key, names in checks.items() if names == {"bytes", "recipe"}} == unchecked
+    assert {key for key, names in checks.items() if names == {"bytes", "health", "recipe"}} == LINEAGE.keys() - unchecked
+    assert (checks["leaderboard"], checks["leaderboard/report"]) == ({"bytes", "health"}, {"bytes"})
 
 
 def test_the_command_line_runs_without_the_checks_that_read_everything(empty: Laboratory):
-    graph = empty.catalogue.definitions(byte_checks=False).resolve_asset_graph()
+    graph = empty.catalogue.definitions(disk_checks=False).resolve_asset_graph()
     assert {key.name for key in graph.asset_check_keys} == {"health"}
 
 
@@ -264,7 +265,7 @@ def test_tables_and_ensembles_link_to_the_saes_of_their_partition(finished: Labo
     assert "[expanded](" in str(events[keys[0]].metadata["baselines"].value)
     assert events[keys[1]].metadata["SAEs (J)"].value == 3
     assert events[keys[1]].metadata["features"].value == 3 * 32
-    assert events[keys[1]].metadata["L0 [features per token]"].value == pytest.approx(12, abs=0.5)
+    assert events[keys[1]].metadata["L0 in training [features per token]"].value == pytest.approx(12, abs=0.5)
 
 
 def _column_lineage(event: dg.AssetMaterialization) -> dict[str, set[tuple[str, str]]]:

@@ -52,7 +52,7 @@ def test_the_experiment_file_is_valid_and_trains_as_many_tokens_as_the_windows_h
     ]
 
 
-@pytest.mark.parametrize(("tokens", "windows"), [(1, 32), (60_000, 480), (65_024, 512), (None, 384)])
+@pytest.mark.parametrize(("tokens", "windows"), [(1, 32), (60_000, 480), (65_024, 512), (None, 992)])
 def test_a_number_of_tokens_is_rounded_to_whole_batches_of_windows(tokens: int | None, windows: int) -> None:
     assert FULL.with_tokens(tokens).windows == windows
     assert FULL.with_tokens(tokens).train_tokens == windows * 127

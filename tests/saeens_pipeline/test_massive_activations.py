@@ -271,7 +271,7 @@ def _require_marks(laboratory: Laboratory) -> None:
     table, board = laboratory.declarations()[f"{NAME}/eval/reconstruction"], laboratory.catalogue.leaderboard().outputs[0]
     for declaration, partition, name in ((table, Partition(LAYER, 1), "summary"), (board, Partition(), "best")):
         artefact = laboratory.store.require(declaration.address, partition)
-        metadata = describe_artefact(declaration, partition, artefact, is_hit=False)
+        metadata = describe_artefact(laboratory.store, declaration, partition, artefact, is_hit=False)
         assert "(!)" in metadata[name].value
         assert "explained variance is mostly about these rows" in metadata["caution"]
     page = laboratory.root.parent / "page"

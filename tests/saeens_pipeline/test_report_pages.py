@@ -101,6 +101,6 @@ def test_the_metadata_of_sae_table_and_report_have_the_link(finished: Laboratory
     ):
         declaration = finished.declarations()[f"{NAME}/{name}"]
         artefact = finished.store.require(declaration.address, partition)
-        metadata = describe_artefact(declaration, partition, artefact, is_hit=False)
+        metadata = describe_artefact(finished.store, declaration, partition, artefact, is_hit=False)
         label = "open in a browser" if name == "report" else "report"
         assert f"<h1>{NAME}" in _get(finished.root / "reports", metadata[label].url).text

@@ -101,6 +101,27 @@ def test_each_layer_has_its_own_materialisation_and_later_ones_are_cache_hits(
     assert events[LAYER].metadata["mean norm (train)"] != events[2].metadata["mean norm (train)"]
 
 
+def test_a_run_of_several_layers_reads_them_in_one_pass_and_gives_each_its_own_version(
+    empty: Laboratory, instance: dg.DagsterInstance, passes: list[list[int]]
+):
+    """A backfill of activations is one run, with a range of layers."""
+    ends = {"dagster/asset_partition_range_start": "0", "dagster/asset_partition_range_end": "2"}
+    job = empty.catalogue.definitions(disk_checks=False).resolve_implicit_global_asset_job_def()
+    for is_hit in (False, True):
+        result = job.execute_in_process(instance=instance, asset_selection=[KEY], tags=ends)
+        events = [event.step_materialization_data.materialization for event in result.get_asset_materialization_events()]
+        assert [event.partition for event in events] == ["0", str(LAYER), "2"]
+        for event in events:
+            artefact = empty.artefact("activations", layer=int(event.partition or ""))
+            assert (event.tags or {})["dagster/data_version"] == artefact.data_version
+            assert event.metadata["cache_hit"].value is is_hit or event.partition != "0"
+        checks = result.get_asset_check_evaluations()
+        assert checks
+        assert all(check.passed for check in checks)
+    assert passes
+    assert all(layers == [0, LAYER, 2] for layers in passes)
+
+
 def test_a_registered_layer_without_a_run_is_not_cached(empty: Laboratory, instance: dg.DagsterInstance, passes: list[list[int]]):
     _materialise(empty, instance, LAYER)
     assert _made(empty) == [LAYER]

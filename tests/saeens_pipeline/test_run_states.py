@@ -105,6 +105,15 @@ def test_assets_of_an_active_run_are_running(laboratory: Laboratory):
     assert statuses["boosting/round_2"].state == "missing"
 
 
+def test_assets_of_a_waiting_run_are_queued(laboratory: Laboratory):
+    key = dg.AssetKey([NAME, "boosting", "round_1"])
+    with command_line_instance() as instance:
+        tags = {"dagster/partition": f"{LAYER}|{SEEDS[0]}"}
+        instance.add_run(dg.DagsterRun("__ASSET_JOB", tags=tags, asset_selection=frozenset([key])))  # not started
+    assert _statuses(laboratory)["boosting/round_1"].state == "queued"
+    assert _statuses(laboratory)["boosting/round_2"].state == "missing"
+
+
 def test_a_run_of_another_seed_does_not_change_the_state(laboratory: Laboratory):
     _unfinished_run(laboratory, f"{this_machine()}:1", seed=SEEDS[1])
     assert _statuses(laboratory)["boosting/round_1"].state == "missing"

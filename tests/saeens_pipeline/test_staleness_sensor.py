@@ -15,10 +15,11 @@ from saeens_pipeline.storage.names import Partition
 
 
 class Ticks:
-    """Ticks of the sensor in one instance, each with the cursor of the one before."""
+    """Ticks of the sensor in one instance, each with the cursor of the one before. `checks`: the last evaluation of each asset."""
 
     def __init__(self, laboratory: Laboratory, instance: dg.DagsterInstance) -> None:
         self.laboratory, self.instance, self.cursor = laboratory, instance, None
+        self.checks: dict[str, dg.AssetCheckEvaluation] = {}
 
     def tick(self) -> dict[str, dg.AssetObservation]:
         """Return the observations by asset and partition."""
@@ -30,6 +31,7 @@ class Ticks:
         assert isinstance(result, dg.SensorResult)
         assert not result.run_requests
         self.cursor = result.cursor
+        self.checks |= {e.asset_key.to_user_string(): e for e in result.asset_events if isinstance(e, dg.AssetCheckEvaluation)}
         found = [event for event in result.asset_events if isinstance(event, dg.AssetObservation)]
         return {f"{event.asset_key.to_user_string()} {event.partition}": event for event in found}
 
@@ -108,3 +110,39 @@ def test_a_tick_ends_after_its_time_and_the_next_one_goes_on(ticks: Ticks, monke
     assert ticks.tick() == {}
     assert json.loads(ticks.cursor or "")["next"] == NAME
     assert _member(SEEDS[0]) in ticks.tick()
+
+
+def test_the_check_recipe_lists_stale_partitions_and_passes_again(ticks: Ticks, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(staleness, "MOST_TOLD", 1000)
+    ticks.tick()
+    assert ticks.checks
+    assert all(each.passed for each in ticks.checks.values())
+    ticks.checks.clear()
+    assert ticks.tick() == {}
+    assert not ticks.checks  # nothing has changed
+    ticks.laboratory.declare(sae=EXPERIMENT["sae"] | {"k": EXPERIMENT["sae"]["k"] + 1})
+    ticks.tick()
+    member = ticks.checks[f"{NAME}/bagging/member_1"]
+    assert (member.passed, member.severity) == (False, dg.AssetCheckSeverity.WARN)
+    change = f"setting sae.k: {EXPERIMENT['sae']['k']} -> {EXPERIMENT['sae']['k'] + 1}"
+    assert (member.description or "").split("  \n") == [f"layer {LAYER}, seed {seed}: stale: {change}" for seed in SEEDS]
+    assert f"{NAME}/activations" not in ticks.checks
+    ticks.laboratory.declare()
+    ticks.tick()
+    assert ticks.checks[f"{NAME}/bagging/member_1"].passed
+
+
+def test_the_check_recipe_executed_in_the_ui_says_the_same(finished: Laboratory):
+    def evaluate() -> dg.AssetCheckEvaluation:
+        definitions = finished.catalogue.definitions()
+        key = dg.AssetCheckKey(dg.AssetKey([NAME, "bagging", "member_1"]), staleness.RECIPE)
+        job = dg.define_asset_job("check", selection=dg.AssetSelection.checks(key))
+        result = dg.Definitions.merge(definitions, dg.Definitions(jobs=[job])).resolve_job_def("check").execute_in_process()
+        (evaluation,) = result.get_asset_check_evaluations()
+        return evaluation
+
+    assert evaluate().passed
+    finished.declare(sae=EXPERIMENT["sae"] | {"k": EXPERIMENT["sae"]["k"] + 1})
+    evaluation = evaluate()
+    assert not evaluation.passed
+    assert evaluation.metadata["stale or damaged partitions"].value == len(SEEDS)

@@ -387,5 +387,5 @@ def test_the_picture_of_a_sweep_names_missing_evaluations(swept: Laboratory):
     with dg.DagsterInstance.ephemeral() as instance:
         job.execute_in_process(instance=instance, asset_selection=[dg.AssetKey([SWEEP, "pareto"])])
     artefact = swept.store.require(Address(SWEEP, "report", "pareto"), Partition())
-    described = describe_artefact(declaration, Partition(), artefact, is_hit=True)
+    described = describe_artefact(swept.store, declaration, Partition(), artefact, is_hit=True)
     assert described["not evaluated yet"] == f"{SWEEP}__k_4, {SWEEP}__k_2"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import polars as pl
 
-from saeens_pipeline.assets.registry import Making, Row, Table, register
+from saeens_pipeline.assets.registry import Making, Markdown, Row, Table, register
 from saeens_pipeline.assets.tables.reconstruction import EVALUATION
 from saeens_pipeline.settings.experiments import CheckSettings
+from saeens_pipeline.storage.recipes import Artefact
 from saeens_pipeline.storage.tables import Column
 
 
@@ -25,6 +27,14 @@ def _rows(making: Making) -> Iterator[Row]:
                 "mean_max_cosine_to_other_members": member.mean_max_cosine_to_other_members,
                 "median_density": member.sparsity.density.median().item(),
             }
+
+
+def _summary(table: pl.DataFrame, artefact: Artefact) -> Mapping[str, Any]:
+    rows = "\n".join(
+        f"| {row['method']} {row['member']} | {row['explained_variance']:.4f} | {row['l0']:.1f} | {row['dead_features']:.1%} |"
+        for row in table.iter_rows(named=True)
+    )
+    return {"members": Markdown(f"| SAE | EV of its own input | L0 | dead |\n|---|---|---|---|\n{rows}")}
 
 
 def _warnings(table: pl.DataFrame, checks: CheckSettings) -> Iterator[str]:
@@ -49,6 +59,12 @@ register(
             Column("median_density", "float", "median over features of the share of tokens on which they fire"),
         ),
         rows=_rows,
+        figures={  # of single SAEs that `reconstruction` has no row about: members and rounds after the first
+            "explained_variance": "held-out explained variance of its own input",
+            "l0": "held-out L0 [features per token]",
+            "dead_features": "held-out share of dead features",
+        },
+        summary=_summary,
         warnings=_warnings,
         inputs=lambda subject: [subject.activations, *subject.dictionaries],
         order=20,

@@ -166,6 +166,12 @@ register(
         shared_pass=EVALUATION,
         preflight=_preflight,
         headlines=_HEADLINES,
+        figures={
+            "explained_variance": "held-out explained variance",
+            "ce_loss_recovered": "next-token loss recovered",
+            "l0": "held-out L0 [features per token]",
+            "dead_features": "held-out share of dead features",
+        },
         seed_metrics=(
             *("explained_variance", "mse", "fvu", "ce_loss_recovered", "ce_loss_recovered_from_mean", "ce_loss_added_nats"),
             *("description_length_bits", "l0", "relative_sparsity", "dead_features"),

@@ -1,42 +1,61 @@
-"""The asset check `bytes`: reads a whole artefact and compares it with its record.
+"""The asset checks of what is on disk. `bytes` reads a whole artefact and compares it with its record; `recipe` says what is stale.
 
-Executed on its own, it reads every partition. Executed by Dagster with a materialisation, it reads that partition.
+Executed on their own, they look at every partition. Executed by Dagster with a materialisation, `bytes` reads that partition.
 """
 
 # Without `from __future__ import annotations`: Dagster reads the annotations of ops at run time.
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import dagster as dg
 
-from saeens_pipeline.assets.declarations import DIMENSION_NAMES, Declaration, Dimensions, Op
+from saeens_pipeline.assets.declarations import DIMENSION_NAMES, Declaration, Dimensions
 from saeens_pipeline.assets.health import compare_bytes
 from saeens_pipeline.orchestration.assets import partition_of
+from saeens_pipeline.orchestration.ops import Ops
 from saeens_pipeline.orchestration.resources import StoreResource
+from saeens_pipeline.orchestration.staleness import RECIPE, recipe_check, statuses_on_disk
 from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.recipes import DamagedArtefactError, Store
 
 BYTES = "bytes"
-_ABOUT = "All files have the hashes in the record. An artefact with changed files is invalidated, and the next run computes it again."
+_ABOUT_RECIPE = (
+    "Settings, inputs and versions are those from which the artefact was computed. A stale one is computed again by the next run. "
+    "The sensor `staleness` keeps this check up to date."
+)
+_ABOUT_BYTES = "All files have the hashes in the record. An artefact with changed files is invalidated, and the next run computes it again."
 
 
-def build_byte_checks(ops: Iterable[Op]) -> list[dg.AssetChecksDefinition]:
+def build_disk_checks(catalogue: Ops) -> list[dg.AssetChecksDefinition]:
     """Return the checks of all assets: one op for each owner and kind of partitions."""
     grouped: dict[tuple[str, Dimensions], list[Declaration]] = {}
-    for output in (output for op in ops for output in op.outputs):
+    for output in (output for op in catalogue.all_ops() for output in op.outputs):
         grouped.setdefault((output.address.owner, output.dimensions), []).append(output)
-    return [_build_check(f"{owner}__{BYTES}__{dimensions}", declarations) for (owner, dimensions), declarations in grouped.items()]
+    return [_build_check(catalogue, f"{owner}__disk__{dimensions}", declarations) for (owner, dimensions), declarations in grouped.items()]
 
 
-def _build_check(name: str, declarations: Sequence[Declaration]) -> dg.AssetChecksDefinition:
+def _build_check(catalogue: Ops, name: str, declarations: Sequence[Declaration]) -> dg.AssetChecksDefinition:
     by_key = {dg.AssetKey(declaration.address.key): declaration for declaration in declarations}
+    owner, kind = declarations[0].address.owner, declarations[0].address.kind
+    users = [each.name for each in catalogue.experiments.values() if (each.source if kind == "source" else each.name) == owner]
+    specs = [dg.AssetCheckSpec(BYTES, asset=key, description=_ABOUT_BYTES) for key in by_key]
+    if users:  # the pages over all experiments have no recipe of one experiment
+        specs += [dg.AssetCheckSpec(RECIPE, asset=key, description=_ABOUT_RECIPE) for key in by_key]
 
     # No partitions_def: the UI does not execute a partitioned check on its own.
-    @dg.multi_asset_check(name=name, specs=[dg.AssetCheckSpec(BYTES, asset=key, description=_ABOUT) for key in by_key], can_subset=True)
+    @dg.multi_asset_check(name=name, specs=specs, can_subset=True)
     def compare(context: dg.AssetCheckExecutionContext, store: StoreResource) -> Iterator[dg.AssetCheckResult]:
-        chosen = {key.asset_key for key in context.selected_asset_check_keys}
+        chosen = context.selected_asset_check_keys
         partition = partition_of(context) if context.has_partition_key else None
-        for declaration in (by_key[key] for key in by_key if key in chosen):
-            yield _compare(store.store, declaration, partition)
+        for key, declaration in by_key.items():
+            if dg.AssetCheckKey(key, BYTES) in chosen:
+                yield _compare(store.store, declaration, partition)
+        if any(key.name == RECIPE for key in chosen):
+            by_owner = statuses_on_disk(catalogue, users[0], context.instance)
+            statuses = [each for of_owner in by_owner.values() for each in of_owner.values()]
+            for key, declaration in by_key.items():
+                if dg.AssetCheckKey(key, RECIPE) in chosen:
+                    told = recipe_check([each for each in statuses if each.declaration.address == declaration.address])
+                    yield dg.AssetCheckResult(asset_key=key, check_name=RECIPE, **told._asdict())
 
     return compare
 
