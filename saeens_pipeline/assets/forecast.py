@@ -132,7 +132,7 @@ def _describe(source: SourceSettings) -> tuple[LanguageModelDescription | None, 
         try:
             description = describe_source(source)
         except UnreachableError:
-            description = describe_shipped_model(source.language_model, source.revision)
+            description = describe_shipped_model(str(source.language_model), source.revision)
             if description is None:
                 raise
         return description, block_parameters(description), ""

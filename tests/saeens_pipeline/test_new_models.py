@@ -235,6 +235,16 @@ def test_run_and_status_of_a_set_are_those_of_all_its_experiments(checkpoints: S
     assert {row["asset"].split("/")[0] for row in json.loads(printed)} == {f"{NAME}__step_1", f"{NAME}__step_2"}
 
 
+def test_set_changes_the_experiment_of_all_models(checkpoints: Set, saeens: Saeens):
+    checkpoints.add("step-1", "step-2")
+    catalogue = type(checkpoints.laboratory.catalogue).load_with(NAME, ["sae.k=2", "train_tokens=500"])
+    assert [each.sae.k for each in catalogue.named(NAME)] == [2, 2]
+    assert [each.train_tokens for each in catalogue.sources.values()] == [500, 500]
+    code, printed = saeens("run", f"{NAME}__step_1", "--set", "train_tokens=500", "--dry-run")
+    assert code == 2
+    assert f"the source {NAME}, which {NAME}__step_2 uses, too" in printed
+
+
 def test_a_checkpoint_that_disappears_leaves_the_catalogue_and_its_data_stay(checkpoints: Set, saeens: Saeens):
     checkpoints.add("step-1", "step-2")
     saeens("run", NAME, "--select", "tokens")
