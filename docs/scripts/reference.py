@@ -51,6 +51,7 @@ VARIABLES = {  # name: meaning, default
     "SAEENS_LLM_API_KEY": ("key of that endpoint; never stored", "none"),
     "SAEENS_ALERT_WEBHOOK": ("address that failed runs are posted to, such as a Slack webhook; a secret, never stored", "none"),
     "SAEENS_UI_URL": ("address of the UI, for links in alerts; `saeens ui` sets it for its own processes", "none"),
+    "SAEENS_UI": ("address of Dagster's webserver, which the sensor new_models asks to reload the code location", "set by `saeens ui`"),
     "DAGSTER_HOME": ("Dagster's own records: runs, events, logs", "`$SAEENS_DATA/dagster`"),
 }
 

@@ -77,10 +77,10 @@ def forecast(
         sizes = f"{description.model_type}, {description.n_layers} layers, context {context}"
         note = "" if "{layer}" not in source.hook else "; the hook is assumed to have as many dimensions as the stream"
         note += "" if description.identity else f"; {_SHIPPED}"
-        lines = [Line("model", source.language_model, description.d_model, "dimensions", f"{sizes}, {source.weights} weights{note}")]
+        lines = [Line("model", str(source.language_model), description.d_model, "dimensions", f"{sizes}, {source.weights} weights{note}")]
         figures = {"disk": [*plan.disk(tokens)], "memory": [*plan.memory()], "computation": [*plan.computation()]}
     else:
-        lines = [Line("model", source.language_model, None, "", f"figures that depend on it are not known: {problem}")]
+        lines = [Line("model", str(source.language_model), None, "", f"figures that depend on it are not known: {problem}")]
         figures = {section: [(item, math.nan, "") for item in items] for section, items in _NOT_KNOWN.items()}
     figures["disk"].insert(0, ("tokens", tokens, "before compression"))
     for section, of_section in figures.items():
@@ -132,7 +132,7 @@ def _describe(source: SourceSettings) -> tuple[LanguageModelDescription | None, 
         try:
             description = describe_source(source)
         except UnreachableError:
-            description = describe_shipped_model(source.language_model, source.revision)
+            description = describe_shipped_model(str(source.language_model), source.revision)
             if description is None:
                 raise
         return description, block_parameters(description), ""

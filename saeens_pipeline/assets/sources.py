@@ -315,7 +315,7 @@ def describe_source(settings: SourceSettings) -> LanguageModelDescription:
     """Describe the language model of a source. Raises as `describe_language_model`."""
     if settings.synthetic:
         return describe_synthetic(settings.synthetic)
-    return describe_language_model(settings.language_model, settings.revision, settings.weights)
+    return describe_language_model(str(settings.language_model), settings.revision, settings.weights)
 
 
 def validate_source(settings: SourceSettings, layers: Sequence[int]) -> LanguageModelDescription:

@@ -79,12 +79,13 @@ def copy_experiment(name: str, like: str, output: Path | None = None) -> NewExpe
 
 def _free_path(catalogue: Experiments, names: Sequence[str], output: Path | None) -> Path:
     """Return the path of a new file. Raises ConfigurationError for a name that is in use or not allowed, and for a file that exists."""
+    experiments, sources = {*catalogue.experiments, *catalogue.following}, {*catalogue.sources, *catalogue.followed}
     for name in names:
         try:
             validate_name(name)
         except ValueError as error:
             raise ConfigurationError(str(error)) from None
-        for kind, taken in (("an experiment", catalogue.experiments), ("a source", catalogue.sources)):
+        for kind, taken in (("an experiment", experiments), ("a source", sources)):
             if name in taken:
                 raise ConfigurationError(f"there already is {kind} called {name!r}: choose another name, or edit its file")
     path = (output or _default_path(names[0])).expanduser().absolute()

@@ -22,11 +22,11 @@ err = Console(stderr=True, width=None if sys.stderr.isatty() else _PIPE_WIDTH)
 
 
 def _names_beginning_with(incomplete: str) -> list[str]:
-    """Return names of experiments and sweeps, for the completion of a shell."""
+    """Return names of experiments, sweeps and followed sets, for the completion of a shell."""
     from saeens_pipeline.assets.catalogue import Experiments
 
     found = Experiments.load()
-    return sorted(name for name in {*found.experiments, *found.sweeps} if name.startswith(incomplete))
+    return sorted(name for name in {*found.experiments, *found.sweeps, *found.following} if name.startswith(incomplete))
 
 
 ExperimentName = Annotated[

@@ -25,6 +25,8 @@ from saeens_pipeline.cli.output import (
     print_line,
     print_rows,
 )
+from saeens_pipeline.errors import SaeensError
+from saeens_pipeline.storage.names import numeric_order
 from saeens_pipeline.storage.recipes import Store
 from saeens_pipeline.storage.root import data_root
 
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     import polars as pl
     from rich.table import Table
 
+    from saeens_pipeline.assets.catalogue import Experiments
     from saeens_pipeline.assets.forecast import Line
     from saeens_pipeline.assets.staleness import Status
     from saeens_pipeline.orchestration.runs import Outcome
@@ -91,7 +94,7 @@ def run(
     verbose: Annotated[bool, typer.Option("--verbose", help="Print everything that Dagster tells.")] = False,
     format: FormatOption = "table",
 ) -> None:
-    """Materialise missing and stale artefacts, and print a summary. For a sweep, run all its experiments, one after another.
+    """Materialise missing and stale artefacts, and print a summary. Of a sweep or followed set, run all experiments, one after another.
 
     With --format json or csv, progress goes to standard error.
     """
@@ -101,6 +104,8 @@ def run(
 
     console = out if format == "table" else err
     try:
+        if not dry_run:
+            _ask_hub(Catalogue.load(), experiment)
         catalogue = Catalogue.load_with(experiment, settings or [])
         names = [each.name for each in catalogue.named(experiment)]
         chosen = {"layers": layer or [], "seeds": seed or [], "select": select or [], "force": force, "console": console}
@@ -116,11 +121,24 @@ def run(
             print_line(json.dumps([outcome_for_programs(each) for each in outcomes], indent=1))
         elif format == "csv":
             print_data(_status_frame([status for each in outcomes for status in each.statuses]), format)
-        elif experiment in catalogue.sweeps:
-            print_line(f"\n`saeens pareto {experiment}` compares the values of the sweep; with --picture FILE it draws them")
+        else:
+            for sweep in catalogue.sweeps_of(experiment):
+                print_line(f"\n`saeens pareto {sweep}` compares the values of the sweep; with --picture FILE it draws them")
     except KeyboardInterrupt:
         err.print("stopped: finished artefacts are kept, and the next run resumes from there")
         raise typer.Exit(130) from None
+
+
+def _ask_hub(found: Experiments, experiment: str) -> None:
+    """Ask the hub for the revisions that an experiment follows, if it follows some. Without an answer those that are known stay."""
+    from saeens_pipeline.language_models.followed_models import ask_hub, hub_model
+
+    following = found.following.get(experiment)
+    if following and (asked := hub_model(found.followed[following.settings.source].settings)):
+        try:
+            ask_hub(asked)
+        except SaeensError as error:
+            notify("note", f"{error}: revisions that are known are used")
 
 
 def _print_dry_run(statuses: Sequence[Status], format: Format) -> None:
@@ -164,14 +182,16 @@ def experiments(format: FormatOption = "table") -> None:
 
     found = Experiments.load()
     rows: list[dict[str, Any]] = []
-    for name, settings in sorted(found.experiments.items()):
+    for name, settings in sorted(found.experiments.items(), key=lambda each: numeric_order(each[0])):
         source = found.sources[settings.source]
         shapes = [shape_of(each).removeprefix("architecture ") for each in settings.saes] or ["published"]
         rows.append(
             {
                 "experiment": name,
                 "source": settings.source,
-                "language model": source.language_model,
+                "language model": str(source.language_model)
+                if source.revision == "main"
+                else f"{source.language_model}, {source.revision}",
                 "layers": source.layers,
                 "SAE": "; ".join(dict.fromkeys(shapes)),
                 "members": settings.ensemble.members,
@@ -179,6 +199,9 @@ def experiments(format: FormatOption = "table") -> None:
             }
         )
     print_rows(rows, ("experiment", "source", "language model", "layers", "SAE", "members", "seeds"), format)
+    for name, followed in sorted(found.followed.items()):
+        for sentence in followed.waiting if format == "table" else ():
+            print_line(f"source {name}: {sentence}")
     for message in found.broken.values():
         notify("left out", message)
     if found.broken:
@@ -187,7 +210,7 @@ def experiments(format: FormatOption = "table") -> None:
 
 @app.command()
 def status(experiment: ExperimentName, format: FormatOption = "table") -> None:
-    """Print whether each artefact is fresh, stale, damaged, missing, queued, running or failed, and why; of a sweep, of all experiments."""
+    """Print whether each artefact is fresh, stale, damaged, missing, queued, running or failed, and why; of a sweep or set, of all."""
     from saeens_pipeline.orchestration.catalogue import Catalogue
     from saeens_pipeline.orchestration.run_states import with_run_states
     from saeens_pipeline.orchestration.runs import experiment_status

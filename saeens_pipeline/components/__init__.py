@@ -39,12 +39,12 @@ class _Declared:
 
 
 class ActivationSource(_Declared, dg.Component):
-    """A source: its tokens, and its activations at one hook, partitioned by layer."""
+    """A source: its tokens, and its activations at one hook, partitioned by layer; of each language model that it follows."""
 
     settings_class = SourceSettings
 
     def ops(self, catalogue: Catalogue) -> list[Op]:
-        return catalogue.source_ops(self.name)
+        return [op for source in catalogue.sources_of(self.name) for op in catalogue.source_ops(source.name)]
 
 
 class EnsembleExperiment(_Declared, dg.Component):
@@ -53,5 +53,5 @@ class EnsembleExperiment(_Declared, dg.Component):
     settings_class = ExperimentSettings
 
     def ops(self, catalogue: Catalogue) -> list[Op]:
-        ops = [op for each in catalogue.named(self.name) for op in catalogue.own_ops(each)]
-        return [*ops, catalogue.pareto(self.name)] if self.name in catalogue.sweeps else ops
+        ops = [op for each in catalogue.parts(self.name) for op in catalogue.own_ops(each)]
+        return [*ops, *map(catalogue.pareto, catalogue.sweeps_of(self.name))]

@@ -88,6 +88,19 @@ def sizes(name: str, commit: str, files: Sequence[str]) -> dict[str, int] | None
     return {each.filename: each.file_size or 0 for each in found if isinstance(each, huggingface_hub.DryRunFileInfo)}
 
 
+def list_revisions(name: str) -> list[str]:
+    """Return the branches and tags that a model has on the hub now. Raises as `resolve_commit`."""
+    with explained(name, "main", "model"):
+        try:
+            found = huggingface_hub.HfApi().list_repo_refs(name)
+        except HfHubHTTPError:
+            raise
+        except Exception as error:  # of its HTTP client, and of its offline mode
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise SaeensError(f"language model {name!r}: the hub cannot be reached to list its revisions ({reason})") from error
+    return list(dict.fromkeys(each.name for each in (*found.branches, *found.tags)))
+
+
 @contextlib.contextmanager
 def explained(name: str, revision: str, kind: Kind) -> Iterator[None]:
     """Turn errors of the hub inside this context into one message with the reason and a remedy.

@@ -35,19 +35,26 @@ def find_files(pattern: str, folder: Path) -> dict[tuple[int, int], Path]:
     once. Hidden files match only a pattern that begins with a point. The folder's own characters have no special meaning, and neither have
     those of a path that exists.
     """
-    start = Path(os.path.expanduser(pattern))  # noqa: PTH111  # keeps a name such as ~x that is no user
-    parts = start.parts
-    if os.path.lexists(folder / start):
-        found = [folder / start]
-    elif start.is_absolute():
-        found = _matches([Path(parts[0])], parts[1:])
-    else:
-        found = _matches([folder], parts)
+    found = find_paths(pattern, folder)
     files: dict[tuple[int, int], Path] = {}
     for path in sorted(Path(os.path.realpath(path.parent)) / path.name for path in found if path.is_file()):
         status = path.stat()
         files.setdefault((status.st_dev, status.st_ino), path)
     return files
+
+
+def find_paths(pattern: str, folder: Path) -> list[Path]:
+    """Return the files and folders of a pattern, as `find_files`, unsorted and each under every name that matches."""
+    start = Path(os.path.expanduser(pattern))  # noqa: PTH111  # keeps a name such as ~x that is no user
+    parts = start.parts
+    if os.path.lexists(folder / start):
+        return [folder / start]
+    return _matches([Path(parts[0])], parts[1:]) if start.is_absolute() else _matches([folder], parts)
+
+
+def has_wildcard(part: str) -> bool:
+    """Return whether a part of a pattern has a character with a special meaning."""
+    return _MAGIC.search(part) is not None
 
 
 def _matches(folders: Sequence[Path], parts: Sequence[str]) -> list[Path]:
@@ -56,7 +63,7 @@ def _matches(folders: Sequence[Path], parts: Sequence[str]) -> list[Path]:
         if part == "**":
             below = [each for folder in folders for each in _folders_below(folder)]
             folders = [entry for folder in below for entry in _entries(folder, "*")] if is_last else below
-        elif _MAGIC.search(part):
+        elif has_wildcard(part):
             folders = [entry for folder in folders for entry in _entries(folder, part)]
         else:
             folders = [folder / part for folder in folders if os.path.lexists(folder / part)]

@@ -14,6 +14,7 @@ from saeens_pipeline.assets.registry import listed
 from saeens_pipeline.orchestration.alerts import alerts_sensor, webhook
 from saeens_pipeline.orchestration.external_data import external_data_sensor, external_selection
 from saeens_pipeline.orchestration.instance import end_dead_runs, layer_changes
+from saeens_pipeline.orchestration.new_models import new_models_sensor
 from saeens_pipeline.orchestration.ops import Ops
 from saeens_pipeline.orchestration.retraining import experiment_job, retraining_schedule, retraining_sensor
 from saeens_pipeline.orchestration.staleness import staleness_sensor
@@ -36,6 +37,7 @@ def automate(assets: Iterable[dg.AssetsDefinition], catalogue: Ops) -> dg.Defini
             retraining_sensor(catalogue),
             staleness_sensor(catalogue),
             external_data_sensor(catalogue),
+            *([new_models_sensor(catalogue)] if catalogue.followed else []),
             *([alerts_sensor()] if webhook() else []),
         ],
         schedules=[retraining_schedule(catalogue, experiment, jobs[experiment.name]) for experiment in scheduled],

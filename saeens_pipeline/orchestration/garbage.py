@@ -20,6 +20,7 @@ from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.language_models import gguf_models
 from saeens_pipeline.language_models.autointerp.answers import FOLDER as ANSWERS_FOLDER
 from saeens_pipeline.language_models.descriptions import REFERENCE_MODEL
+from saeens_pipeline.language_models.followed_models import FILE as REVISIONS_FILE
 from saeens_pipeline.language_models.models import describe_language_model
 from saeens_pipeline.language_models.pinned_packages import FOLDER as CORPORA_FOLDER
 from saeens_pipeline.orchestration.dagster_internals import forget_partitions
@@ -115,7 +116,7 @@ def declared(catalogue: Ops) -> Declared:
     ops = catalogue.all_ops()
     outputs = {output.address: output for op in ops for output in op.outputs} | {op.name: op.outputs[0] for op in ops}
     try:
-        files = [file for source in catalogue.sources.values() if (file := gguf_models.gguf_file(source.language_model))]
+        files = [file for source in catalogue.sources.values() if (file := gguf_models.gguf_file(str(source.language_model)))]
         dequantised = frozenset(gguf_models.cache_folder(file).name for file in files)
     except (ConfigurationError, OSError):
         dequantised = None
@@ -146,6 +147,7 @@ def find_garbage(root: Path, references: Declared, given_up: Sequence[Path] = ()
         root / CORPORA_FOLDER,
         root / ANSWERS_FOLDER,
         root / TRACKERS_FOLDER,
+        root / REVISIONS_FILE,
     )  # answers cost money and serve all experiments
     others = (*own, home_folder().resolve(), describe_language_model(REFERENCE_MODEL).path.resolve())
     for path in _entries(root):
@@ -174,11 +176,15 @@ def by_folder(findings: Sequence[Finding], root: Path) -> list[Finding]:
 def remove_garbage(catalogue: Experiments, inventory: Inventory, root: Path) -> None:
     """Remove the garbage, and folders that become empty.
 
-    Raises ConfigurationError, and removes nothing, if an experiment file is broken: its artefacts look like garbage.
+    Raises ConfigurationError, and removes nothing, if an experiment file is broken, or if none of the language models of a followed set is
+    there, as on a disk that is not mounted: their artefacts look like garbage.
     """
     if catalogue.broken:
         broken = "\n".join(catalogue.broken.values())
         raise ConfigurationError(f"{broken}\nnothing is removed: the artefacts of a broken file look unused; correct the file first")
+    if lost := _lost_sets(catalogue, inventory.garbage, root.resolve()):
+        reason = "artefacts of its language models look unused; remove the source from its file first"
+        raise ConfigurationError(f"{lost[0]}\nnothing is removed: {reason}")
     _forget(inventory.garbage, root.resolve())  # first: after an interruption, removed files could not be found again
     for finding in inventory.garbage:
         if not _remove(finding.path, root.resolve()):
@@ -187,6 +193,18 @@ def remove_garbage(catalogue: Experiments, inventory: Inventory, root: Path) -> 
         with contextlib.suppress(OSError):  # ends at the first folder that is not empty
             for folder in finding.path.relative_to(root.resolve()).parents[:-1]:
                 (root / folder).rmdir()
+
+
+def _lost_sets(catalogue: Experiments, findings: Sequence[Finding], root: Path) -> list[str]:
+    """Return a sentence for each followed set of which no language model is there and artefacts are among the findings."""
+    found = (locate(PurePosixPath(each.path.relative_to(root).as_posix())) for each in findings)
+    owners = {each[0].owner for each in found if each}
+    sentences: list[str] = []
+    for name, followed in catalogue.followed.items():
+        names = [name, *(experiment for experiment, each in catalogue.following.items() if each.settings.source == name)]
+        if not followed.sources and any(owner.startswith(tuple(f"{each}__" for each in names)) for owner in owners):
+            sentences.append(f"source {name}: {'; '.join(followed.waiting)}")
+    return sentences
 
 
 def _remove(path: Path, root: Path) -> bool:

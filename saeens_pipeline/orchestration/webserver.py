@@ -43,11 +43,13 @@ def serve(port: int, addresses: Sequence[str], say: Callable[[str], None] | None
     from saeens_pipeline.orchestration.dagster_internals import code_servers, webserver_context
     from saeens_pipeline.orchestration.guard import Guard
     from saeens_pipeline.orchestration.instance import servers_prefix
+    from saeens_pipeline.orchestration.new_models import ADDRESS_VARIABLE
     from saeens_pipeline.orchestration.report_pages import REPORTS, ReportPages
     from saeens_pipeline.orchestration.run_lines import tell_runs
     from saeens_pipeline.storage.root import data_root
 
     workspace = Path(os.environ["DAGSTER_HOME"]) / "workspace.yaml"
+    os.environ[ADDRESS_VARIABLE] = f"http://{HOST}:{port}"  # for the code servers
     with (
         DagsterInstance.get() as instance,
         code_servers(instance, workspace, servers_prefix()) as sockets,

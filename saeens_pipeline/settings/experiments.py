@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -18,10 +18,10 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic_core import InitErrorDetails
 
 from saeens_pipeline.settings.autointerp import AutoInterpSettings
-from saeens_pipeline.settings.from_file import CHANGES, FILE, Distinct, FromFile, Section
+from saeens_pipeline.settings.from_file import CHANGES, FILE, Distinct, FromFile, Section, wrong_field
 from saeens_pipeline.settings.labelled_data_sets import Labels
 from saeens_pipeline.settings.messages import in_words, shown
 from saeens_pipeline.settings.probing import ConceptDetectionSettings, SpuriousCorrelationSettings
@@ -67,24 +67,18 @@ def _read_saes(given: object) -> SAESettings | list[SAESettings]:
     return saes
 
 
-def _wrong(field: Sequence[int | str], message: str) -> ValidationError:
-    """Return an error of one field that depends on other fields."""
-    error = PydanticCustomError("inconsistent", "{message}", {"message": message})
-    return ValidationError.from_exception_data("ExperimentSettings", [InitErrorDetails(type=error, loc=tuple(field), input={})])
-
-
 def _check_swept(sae: dict[str, Any], sweep: dict[str, list[Any]]) -> None:
     """Raise ValidationError for an unknown field of a sweep, and for a value that is invalid with the other settings of `sae`."""
     (field, values), allowed = swept(sweep), allowed_sae_keys(sae)
     if field not in allowed or field == "architecture":
-        raise _wrong(["sweep", field], f"unknown field of sae; one of: {', '.join(key for key in allowed if key != 'architecture')}")
+        raise wrong_field(["sweep", field], f"unknown field of sae; one of: {', '.join(key for key in allowed if key != 'architecture')}")
     for i, value in enumerate(values):
         try:
             _read_saes(sae | {field: value})
         except ValidationError as error:
             for each in error.errors():
                 if each["loc"][:1] == (field,) or (field in ("expansion", "d_sae") and not each["loc"]):
-                    raise _wrong(["sweep", field, i], f"{in_words(dict(each))} (found: {shown(value)})") from None
+                    raise wrong_field(["sweep", field, i], f"{in_words(dict(each))} (found: {shown(value)})") from None
 
 
 def allowed_sae_keys(sae: Mapping[str, Any]) -> list[str]:
@@ -146,7 +140,7 @@ class SpecialisedMember(Section):
         if not self.documents and self.start_from is None:
             raise ValueError("give documents, start_from, or both: without them the member is not specialised")
         if self.start_from is not None and self.start_from >= self.member:
-            raise _wrong(["start_from"], f"member {self.member} can start from a member before it, not from {self.start_from}")
+            raise wrong_field(["start_from"], f"member {self.member} can start from a member before it, not from {self.start_from}")
         return self
 
 
@@ -174,14 +168,14 @@ class EnsembleSettings(Section):
         for field, entries in (("specialised", self.specialised), ("published", self.published)):
             for i, each in enumerate(entries):
                 if each.member > self.members:
-                    raise _wrong([field, i, "member"], f"there is no member {each.member}: the ensemble has {self.members}")
+                    raise wrong_field([field, i, "member"], f"there is no member {each.member}: the ensemble has {self.members}")
                 if each.member in named:
                     both = "twice" if named[each.member] == field else f"in {named[each.member]}, too: a published SAE is not trained"
-                    raise _wrong([field, i, "member"], f"member {each.member} is named {both}")
+                    raise wrong_field([field, i, "member"], f"member {each.member} is named {both}")
                 named[each.member] = field
         for i, each in enumerate(self.published):
             if each.sae in [other.sae for other in self.published[:i]]:
-                raise _wrong(["published", i, "sae"], f"{each.sae} is a member already: two members would be the same SAE")
+                raise wrong_field(["published", i, "sae"], f"{each.sae} is a member already: two members would be the same SAE")
         return self
 
     def specialisation(self, member: int) -> SpecialisedMember | None:
@@ -275,7 +269,7 @@ class ExperimentSettings(FromFile):
         """Set the swept field of `sae` to the first value of the sweep: `sae` may leave it out."""
         match given:
             case {"sae": list(), "sweep": dict()}:
-                raise _wrong(
+                raise wrong_field(
                     ["sweep"], "sae is a list, one per member, and a sweep varies one field of one sae: leave out sweep, or give one sae"
                 )
             case {"sae": dict(sae), "sweep": dict(sweep)}:
@@ -301,13 +295,14 @@ class ExperimentSettings(FromFile):
             self._check_untrained()
             return self
         if self.ensemble.boosting == "concurrent" and self.ensemble.published_sae(1):
-            raise _wrong(["ensemble", "boosting"], "concurrent trains all rounds in one pass, and round 1 is published: write sequential")
+            message = "concurrent trains all rounds in one pass, and round 1 is published: write sequential"
+            raise wrong_field(["ensemble", "boosting"], message)
         if isinstance(self.expanded_sizes, list) and max(self.expanded_sizes) > self.ensemble.members:
             raise ValueError(f"expanded_sizes: {max(self.expanded_sizes)} is more than the ensemble's {self.ensemble.members} members")
         if self.keep_residuals == "all" and self.ensemble.boosting == "concurrent":
             raise ValueError("keep_residuals: all, but ensemble.boosting: concurrent has no residuals; write none, or leave it out")
         if isinstance(self.sae, list) and len(self.sae) != (members := self.ensemble.members):
-            raise _wrong(["sae"], f"a list has one entry per member: {len(self.sae)} given, and ensemble.members is {members}")
+            raise wrong_field(["sae"], f"a list has one entry per member: {len(self.sae)} given, and ensemble.members is {members}")
         self._check_baseline_training()
         self._check_specialised()
         self._check_sweep()
@@ -321,10 +316,11 @@ class ExperimentSettings(FromFile):
             )
         for field in ("sweep", "training", "baselines", "baseline_training", "expanded_sizes", "keep_residuals"):
             if field in self.model_fields_set and getattr(self, field):
-                raise _wrong([field], "nothing is trained: all members are published, and sae is left out. Leave this out, or give sae")
+                message = "nothing is trained: all members are published, and sae is left out. Leave this out, or give sae"
+                raise wrong_field([field], message)
         seeds = self.ensemble.seeds
         if len(seeds) > 1 and not any(each.depends_on("seed") for each in self.ensemble.published):
-            raise _wrong(["ensemble", "seeds"], f"{len(seeds)} seeds of the same SAEs: give one, or write {{seed}} in published")
+            raise wrong_field(["ensemble", "seeds"], f"{len(seeds)} seeds of the same SAEs: give one, or write {{seed}} in published")
 
     def _check_baseline_training(self) -> None:
         """Raise ValidationError for training of a baseline that does not fit the experiment's."""
@@ -332,7 +328,7 @@ class ExperimentSettings(FromFile):
             try:
                 _validate_training({**self.training, **own})
             except ValidationError as error:
-                raise _wrong(["baseline_training", baseline], f"together with training: {in_words(dict(error.errors()[0]))}") from None
+                raise wrong_field(["baseline_training", baseline], f"together with training: {in_words(dict(error.errors()[0]))}") from None
 
     def _check_sweep(self) -> None:
         """Raise ValidationError for a value whose experiment has no valid name or settings."""
@@ -341,7 +337,7 @@ class ExperimentSettings(FromFile):
             try:
                 self._experiment_of(field, value)
             except ValidationError as error:
-                raise _wrong(["sweep", field, i], f"{in_words(dict(error.errors()[0]))} (found: {shown(value)})") from None
+                raise wrong_field(["sweep", field, i], f"{in_words(dict(error.errors()[0]))} (found: {shown(value)})") from None
 
     def _check_specialised(self) -> None:
         """Raise ValidationError for a member whose starting weights do not fit its SAE."""
@@ -351,7 +347,7 @@ class ExperimentSettings(FromFile):
                 own, start = (f"{sae.architecture}, {sae.width_field} {sae.width}" for sae in saes)
                 if own != start:
                     message = f"member {each.member} ({own}) cannot start from member {each.start_from} ({start}): these have to be equal"
-                    raise _wrong(["ensemble", "specialised", i, "start_from"], message)
+                    raise wrong_field(["ensemble", "specialised", i, "start_from"], message)
 
     @property
     def experiments(self) -> list[ExperimentSettings]:
@@ -365,6 +361,13 @@ class ExperimentSettings(FromFile):
         given = self.model_dump(exclude_unset=True, exclude={"sweep"})
         own = {"name": name_of_value(self.name, field, value), "sae": {**given["sae"], field: value}}
         return ExperimentSettings.model_validate(given | own, context={FILE: self.file, CHANGES: self.changes})
+
+    def on_source(self, source: str, suffix: str) -> ExperimentSettings:
+        """Return this experiment, or sweep, on another source, as NAME__SUFFIX. Raises ValidationError for a name that is not possible."""
+        own = {"name": f"{self.name}__{suffix}", "source": source}
+        return ExperimentSettings.model_validate(
+            self.model_dump(exclude_unset=True) | own, context={FILE: self.file, CHANGES: self.changes}
+        )
 
     @property
     def saes(self) -> list[SAESettings]:

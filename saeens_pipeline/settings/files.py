@@ -166,11 +166,11 @@ class ExperimentFile:
 
     def complaint(self, settings: Settings, field: str | Location, message: str) -> str:
         """Return a message with path and line about one field of settings that were read from this file, also of a sweep's experiment."""
-        for name in (settings.name, settings.name.rpartition("__")[0]):
-            for document, content in self._documents:
-                if content["attributes"].get("name") == name and MODELS[content["type"]] is type(settings):
-                    return self._message(document, ("attributes", *([field] if isinstance(field, str) else field)), message)
-        raise KeyError(settings.name)
+        of_type = [each for each in self._documents if MODELS[each[1]["type"]] is type(settings)]
+        named = {content["attributes"].get("name"): document for document, content in reversed(of_type)}
+        # the settings may be those of one value of a sweep, or of one language model of a set
+        name = max((each for each in named if f"{settings.name}__".startswith(f"{each}__")), key=len)
+        return self._message(named[name], ("attributes", *([field] if isinstance(field, str) else field)), message)
 
     def _settings(self, document: yaml.Node, content: Any) -> Settings:
         twice = [

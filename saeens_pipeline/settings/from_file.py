@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, PrivateAttr, ValidationInfo, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, PrivateAttr, ValidationError, ValidationInfo, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from saeens_pipeline.settings.changes import Change
 from saeens_pipeline.settings.messages import shown
@@ -25,6 +26,12 @@ def _distinct(values: Any) -> Any:
 
 Distinct = AfterValidator(_distinct)
 """Refuses a list, if there is one, in which a value is given twice."""
+
+
+def wrong_field(field: Sequence[int | str], message: str) -> ValidationError:
+    """Return an error of one field that depends on other fields."""
+    error = PydanticCustomError("inconsistent", "{message}", {"message": message})
+    return ValidationError.from_exception_data("Settings", [InitErrorDetails(type=error, loc=tuple(field), input={})])
 
 
 class Section(BaseModel):

@@ -6,15 +6,17 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, PositiveInt, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, Discriminator, Field, PositiveInt, Tag, ValidationInfo, field_validator, model_validator
 
-from saeens_pipeline.settings.corpora import BUILTIN_CORPUS, Corpus
-from saeens_pipeline.settings.from_file import FILE, Distinct, FromFile, Section
+from saeens_pipeline.settings.corpora import BUILTIN_CORPUS, Corpus, is_hub_name
+from saeens_pipeline.settings.from_file import CHANGES, FILE, Distinct, FromFile, Section, wrong_field
+from saeens_pipeline.settings.messages import shown
 from saeens_pipeline.storage.names import validate_name
 
 SYNTHETIC = "builtin/synthetic"
+FOLLOW = "follow"
 _TRANSFORMER_LENS = "transformer_lens:"
-_OF_TEXT = {"revision", "language_model_dtype", "corpus", "hook", "packing", "windows_per_document", "drop", "prepend_bos"}
+_OF_TEXT = {"revision", "revisions", "language_model_dtype", "corpus", "hook", "packing", "windows_per_document", "drop", "prepend_bos"}
 
 Name = Annotated[str, AfterValidator(validate_name)]
 
@@ -44,19 +46,60 @@ class SyntheticSettings(Section):
         return self
 
 
+class EachModel(FromFile):
+    """`language_model` of a source that follows a set of local models. Each is a source of its own."""
+
+    each: str = Field(
+        min_length=1,
+        description="pattern with * of folders in transformers' format, or of .gguf files, such as checkpoints/step-*; relative paths "
+        "start from the experiment file's folder",
+    )
+
+    @field_validator("each")
+    @classmethod
+    def _one_folder_deep(cls, each: str) -> str:
+        if not each.isprintable():
+            raise ValueError("a path has no control characters")
+        if "**" in each:
+            raise ValueError("** is not possible here: write a * for each folder, such as runs/*/step-*")
+        return each
+
+    def __str__(self) -> str:
+        return os.path.normpath(self.folder / os.path.expanduser(self.each))  # noqa: PTH111  # keeps a name such as ~x that is no user
+
+
+def _kind_of_model(given: object) -> str:
+    return "set" if isinstance(given, dict | EachModel) else "single"
+
+
+def _kind_of_revisions(given: object) -> str:
+    return "list" if isinstance(given, list) else "word"
+
+
+_Models = Annotated[Annotated[str, Tag("single")] | Annotated[EachModel, Tag("set")], Discriminator(_kind_of_model)]
+_Revisions = Annotated[
+    Annotated[list[Annotated[str, Field(min_length=1)]], Tag("list")] | Annotated[Literal["follow"], Tag("word")],
+    Discriminator(_kind_of_revisions),
+]
+
+
 class SourceSettings(FromFile):
     """Fields of an ActivationSource: activations of a language model on a corpus."""
 
     name: Name = Field(description="name of the source: lower-case letters, digits and _")
-    language_model: str = Field(
+    language_model: _Models = Field(
         description="language model: builtin/reference, builtin/smollm2 (after `make smollm2`), a folder in transformers' format or a "
         ".gguf file (relative paths start from the experiment file's folder), a name on the hub, or transformer_lens:NAME; "
-        "builtin/synthetic: none, but activations with known features"
+        "builtin/synthetic: none, but activations with known features; {each: PATTERN}: a source for each local model of this pattern"
     )
     synthetic: SyntheticSettings | None = Field(
         None, description="activations with known features; needs language_model: builtin/synthetic, and leaves out all fields of texts"
     )
     revision: str = Field("main", description="branch, tag or commit of a model on the hub")
+    revisions: _Revisions | None = Field(
+        None,
+        description="revisions of a model on the hub, each a source of its own: a list, or follow: all branches and tags, also later ones",
+    )
     language_model_dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="dtype of the language model's forward pass"
     )
@@ -95,8 +138,10 @@ class SourceSettings(FromFile):
 
     @field_validator("language_model")
     @classmethod
-    def _from_folder_of_file(cls, name: str, info: ValidationInfo) -> str:
+    def _from_folder_of_file(cls, name: str | EachModel, info: ValidationInfo) -> str | EachModel:
         """Return a folder or a GGUF file as an absolute path: one written as a path, or a folder in that of the experiment file."""
+        if isinstance(name, EachModel):
+            return name
         file = (info.context or {}).get(FILE)
         kind, colon, path = name.rpartition(":") if name.startswith(_TRANSFORMER_LENS) else ("", "", name)
         if not file or path.startswith(("~", "builtin/")) or Path(path).is_absolute():
@@ -105,6 +150,15 @@ class SourceSettings(FromFile):
         folder = Path(os.path.normpath(Path(file).parent / path))
         is_folder = os.path.isdir(folder)  # noqa: PTH112  # pathlib raises an error for a long name
         return f"{kind}{colon}{folder}" if path.startswith(".") or is_gguf or is_folder else name
+
+    @field_validator("revisions")
+    @classmethod
+    def _some_revision(cls, revisions: list[str] | str | None) -> list[str] | str | None:
+        if revisions == []:
+            raise ValueError(f"expected a list of at least one revision, or {FOLLOW}")
+        if isinstance(revisions, list) and len(set(revisions)) < len(revisions):
+            raise ValueError(f"{shown(revisions)} has duplicates")
+        return revisions
 
     @field_validator("windows_per_document")
     @classmethod
@@ -123,3 +177,31 @@ class SourceSettings(FromFile):
             if self.layers != [0]:
                 raise ValueError(f"layers: {self.layers}, and synthetic activations have one layer: write layers: [0]")
         return self
+
+    @model_validator(mode="after")
+    def _revisions_of_a_hub_model(self) -> SourceSettings:
+        if isinstance(self.language_model, EachModel) and "revision" in self.model_fields_set:
+            raise wrong_field(["revision"], "only models on the hub have revisions, and each: finds local ones: leave this out")
+        if self.revisions is None:
+            return self
+        if "revision" in self.model_fields_set:
+            raise wrong_field(["revisions"], "revision is given, too: leave out one of the two")
+        name = self.language_model
+        if not isinstance(name, str) or not is_hub_name(name) or name.startswith("builtin/") or name.lower().endswith(".gguf"):
+            raise wrong_field(["revisions"], f"only models on the hub have revisions, and {name} is none: leave this out")
+        return self
+
+    @property
+    def follows(self) -> bool:
+        """Return True if this source stands for a set of language models, each of which is a source of its own."""
+        return self.revisions is not None or isinstance(self.language_model, EachModel)
+
+    def of_model(self, suffix: str, **model: str) -> SourceSettings:
+        """Return the source of one language model of the set, NAME__SUFFIX, with its `language_model` or `revision`.
+
+        Raises ValidationError for a name that is not possible.
+        """
+        given = self.model_dump(exclude_unset=True, exclude={"revisions"})
+        return SourceSettings.model_validate(
+            given | model | {"name": f"{self.name}__{suffix}"}, context={FILE: self.file, CHANGES: self.changes}
+        )

@@ -64,6 +64,11 @@ def validate_name(name: str) -> str:
     return name
 
 
+def numeric_order(name: str) -> list[str | int]:
+    """Return a sort key with which `step_10` comes after `step_2`."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]+)", name))]
+
+
 @dataclass(frozen=True)
 class Address:
     """Identity of an artefact without its partition. `owner` is a source for kind `source`, otherwise an experiment."""

@@ -65,6 +65,7 @@ class FakeHub:
 
     repositories: dict[str, Path] = field(default_factory=dict)  # by "models/owner/name" or "datasets/owner/name"
     pushed: dict[str, Pushed] = field(default_factory=dict)
+    tags: dict[str, list[str]] = field(default_factory=dict)  # of a repository with its one branch, main
     gated: set[str] = field(default_factory=set)
     requests: list[str] = field(default_factory=list)
     tokens: dict[str, str] = field(default_factory=dict)  # "write" or "read", by token
@@ -86,9 +87,15 @@ class FakeHub:
             commit = pushed.branches.get(revision or "main", revision or "")
             return (commit, pushed.commits[commit]) if commit in pushed.commits else None
         folder, commit = self.repositories[repository], self.commit(repository)
-        if revision not in (None, "main", commit):
+        if revision not in (None, "main", commit, *self.tags.get(repository, [])):
             return None
         return commit, {each.relative_to(folder).as_posix(): each.read_bytes() for each in sorted(folder.rglob("*")) if each.is_file()}
+
+    def refs(self, repository: str) -> dict[str, list[dict[str, str]]]:
+        """Branches and tags of a repository from a folder."""
+        of_kind = {"branches": ["main"], "tags": self.tags.get(repository, []), "converts": []}
+        commit = self.commit(repository)
+        return {kind: [{"name": name, "ref": f"refs/{name}", "targetCommit": commit} for name in names] for kind, names in of_kind.items()}
 
     def downloaded(self) -> set[str]:
         """Names of files whose bytes were asked for."""
@@ -233,11 +240,16 @@ def serving(hub: FakeHub) -> Iterator[FakeHub]:
             self.rfile.readline()
             return b"".join(chunks)
 
-        def _answer(self, asked: dict | None = None, *, with_body: bool = True) -> None:  # noqa: PLR0911  # a table of routes
+        def _answer(self, asked: dict | None = None, *, with_body: bool = True) -> None:  # noqa: PLR0911, PLR0912  # a table of routes
             path = unquote(urlsplit(self.path).path)
             hub.requests.append(f"{self.command} {path}")
             api = re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?", path)
             file = re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+            listed = re.fullmatch(r"/api/(models/[^/]+/[^/]+)/refs", path)
+            if listed and listed[1] in hub.repositories:
+                return self._json(hub.refs(listed[1]), with_body)
+            if listed:
+                return self._refuse(404, "RepoNotFound", "Repository not found", with_body)
             if api:
                 repository, action, revision = f"{api[1]}/{api[2]}", api[3], api[4]
             elif file:

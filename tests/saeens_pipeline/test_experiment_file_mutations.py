@@ -46,7 +46,12 @@ EVERYTHING = experiment_file(
     ),
 )
 SWEEP = experiment_file(("EnsembleExperiment", experiment_settings(sweep={"k": [2, 4]}, baselines=None)))
-TEXTS = [EVERYTHING, SWEEP, *(file.read_text() for root in defs.__path__ for file in sorted(Path(root).rglob("defs.yaml")))]
+FOLLOWING = experiment_file(
+    ("ActivationSource", source_settings("", language_model={"each": "checkpoints/step-*"})),
+    ("ActivationSource", source_settings("some/model", name="hub", revisions=["step1", "step2"])),
+    ("EnsembleExperiment", experiment_settings(source="hub")),
+)
+TEXTS = [EVERYTHING, SWEEP, FOLLOWING, *(file.read_text() for root in defs.__path__ for file in sorted(Path(root).rglob("defs.yaml")))]
 
 BOMB = "&a0 [x, x]\n" + "\n".join(f"  a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12))
 VALUES = [

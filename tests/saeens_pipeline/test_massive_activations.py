@@ -294,7 +294,7 @@ def test_the_quickstart_drops_nothing(tmp_path: Path):
     (source,) = [each for each in ExperimentFile(QUICKSTART).settings() if isinstance(each, SourceSettings)]
     assert source.max_norm == 10
     texts = [document.text for document in itertools.islice(InstalledPackages().documents("test"), 120)]
-    description = describe_language_model(source.language_model)
+    description = describe_language_model(str(source.language_model))
     windows = source.model_dump(include={"context_length", "packing", "windows_per_document", "drop"})
     write_tokens(tmp_path / "tokens", ListedCorpus(texts[20:], texts[:20]), description, **windows, train_tokens=12_000, test_tokens=2_000)
     (layer,) = source.layers

@@ -149,7 +149,7 @@ def test_a_plan_of_a_shipped_experiment_needs_only_the_models_configuration(
     assert amounts["computation", "training, expanded"] == amounts["computation", "training, bagging"]
     if source.language_model in PARAMETERS:
         attention = 2 * source.context_length * d_in * (paper["layer"] + 1)
-        assert amounts["computation", "language model"] == rows * (2 * PARAMETERS[source.language_model] + attention)
+        assert amounts["computation", "language model"] == rows * (2 * PARAMETERS[str(source.language_model)] + attention)
 
 
 def _publish(hub: FakeHub, folder: Path, repository: str, configuration: dict[str, Any] | None) -> None:

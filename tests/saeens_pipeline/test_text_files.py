@@ -148,13 +148,13 @@ def test_a_language_model_beside_the_experiment_file_is_found_from_any_folder(
     for name in ("../model", "./../model", "owner/model", str(empty.model)):
         empty.declare({"language_model": name})
         found = empty.catalogue.sources["tiny"].language_model
-        assert describe_language_model(found).d_model == describe_language_model(str(empty.model)).d_model
+        assert describe_language_model(str(found)).d_model == describe_language_model(str(empty.model)).d_model
     for name in ("owner/other", "builtin/reference", "transformer_lens:gelu-1l"):
         empty.declare({"language_model": name})
         assert empty.catalogue.sources["tiny"].language_model == name
     empty.declare({"language_model": "./missing"})
     with pytest.raises(ConfigurationError, match=r"defs/tiny/missing': there is no such folder"):
-        describe_language_model(empty.catalogue.sources["tiny"].language_model)
+        describe_language_model(str(empty.catalogue.sources["tiny"].language_model))
 
 
 # files with several names

@@ -24,7 +24,7 @@ from saeens_pipeline.assets.registry import (
 )
 from saeens_pipeline.assets.tables.cost import TOTALS, with_totals
 from saeens_pipeline.assets.ties import tied_with
-from saeens_pipeline.storage.names import LEADERBOARD, LEADERBOARD_ADDRESS, Partition
+from saeens_pipeline.storage.names import LEADERBOARD, LEADERBOARD_ADDRESS, Partition, numeric_order
 from saeens_pipeline.storage.recipes import Artefact, Store
 from saeens_pipeline.storage.tables import Column, read_part
 
@@ -113,7 +113,9 @@ def ranked(table: pl.DataFrame, sort: str) -> pl.DataFrame:
     rank = pl.col(sort).rank("min", descending=sort not in ascending).over(_RANKED_TOGETHER)
     if sort in _DEPEND_ON_TOKENS:
         rank = pl.when(pl.col("tokens").drop_nulls().n_unique().over(_RANKED_TOGETHER) <= 1).then(rank)
-    order = [*_RANKED_TOGETHER, "rank", "experiment", "method", "n_members"]
+    in_order = sorted(set(table["source"]), key=numeric_order)
+    place = pl.col("source").replace_strict(in_order, list(range(len(in_order))), return_dtype=pl.Int64)
+    order = [place, "layer", "rank", "experiment", "method", "n_members"]
     return with_totals(table).with_columns(rank=rank.cast(pl.Int64)).sort(order, nulls_last=True).drop(TOTALS)
 
 
