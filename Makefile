@@ -55,10 +55,10 @@ test-trackers: $(VENV_TRACKERS)/.installed  ## mirrors in TensorBoard, Weights &
 test-transformer-lens: $(VENV_TL)/.installed  ## models in TransformerLens' own format, and the meaning of hooks there
 	$(VENV_TL)/bin/python -m pytest tests/saeens_pipeline -m transformer_lens
 
-browser-test: $(VENV)/.installed-dev $(VENV_BROWSER)/.installed  ## the report's pages in Chromium, which is installed where it is missing (Debian)
+browser-test: $(VENV)/.installed-dev $(VENV_BROWSER)/.installed  ## the report's pages and the UI in Chromium, which is installed where it is missing (Debian)
 	@command -v $${CHROMIUM:-chromium} > /dev/null || apt-get install --yes chromium
 	$(VENV)/bin/python tests/browser/write_pages.py $(BROWSER_PAGES)
-	SAEENS_TEST_PAGES=$(CURDIR)/$(BROWSER_PAGES) $(VENV_BROWSER)/bin/python -m pytest tests/browser
+	SAEENS_TEST_PAGES=$(CURDIR)/$(BROWSER_PAGES) SAEENS_TEST_COMMAND=$(CURDIR)/$(VENV)/bin/saeens $(VENV_BROWSER)/bin/python -m pytest tests/browser
 
 bench: $(VENV_BENCH)/.installed  ## speed and memory compared with other libraries; over an hour. BENCH="training --quick" for a part
 	$(VENV_BENCH)/bin/python -m benchmarks $(BENCH)

@@ -53,7 +53,7 @@ def _read_ensemble(file: Path, config_file: Path) -> Bagging | Boosting:
         prefix = _MEMBER.format(j)
         of_member = {name.removeprefix(prefix): weights.pop(name) for name in list(weights) if name.startswith(prefix)}
         cls = sae_class(config.architecture)
-        check_shapes(of_member, cls, config.d_in, config.d_sae, f"member {j} of {config_file}")
+        check_shapes(of_member, cls, config.d_in, config.d_sae, f"member {j + 1} of {config_file}")
         check_finite(of_member, str(file))
         sae = cls(config)
         sae.load_state_dict(of_member)

@@ -227,7 +227,7 @@ def _check_initial(configs: Sequence[SAEConfig], initial: Sequence[SAE | None] |
         return
     if len(initial) != len(configs):
         raise ValueError(f"there are {len(initial)} initial SAEs for {len(configs)} configurations: one each, or None")
-    for number, (config, sae) in enumerate(zip(configs, initial, strict=True)):
+    for number, (config, sae) in enumerate(zip(configs, initial, strict=True), start=1):
         if sae is None:
             continue
         wanted, found = ((c.architecture, c.d_in, c.d_sae) for c in (config, sae.config))

@@ -166,10 +166,10 @@ def _difference(
         for name, start in before[number].items():
             moved, moved_again = (state[number][name].double() - start.double() for state in (after, repeated))
             if not (moved - moved_again).norm() <= _TOLERANCE * moved.norm():
-                return f"it moves the {name} of SAE {number} differently"
+                return f"it moves the {name} of SAE {number + 1} differently"
         for name, of_step, of_graph in zip(Objective._fields, expected[number], found[number], strict=True):
             if not (isinstance(of_step, Tensor) and isinstance(of_graph, Tensor)):
                 continue  # the terms, of which the loss is the sum
             if not (of_step.double() - of_graph.double()).norm() <= _TOLERANCE * of_step.double().norm():
-                return f"it gives another {name} of SAE {number}"
+                return f"it gives another {name} of SAE {number + 1}"
     return None

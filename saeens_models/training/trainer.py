@@ -78,7 +78,8 @@ def _call_kernels(team: Team, architecture: str) -> None:
 class SAETrainer:
     """The state of one SAE in training: weights, optimiser, position in the stream, and the last firing of each feature.
 
-    ``index`` names the SAE in errors. Steps take scaled input. With a ``team`` of CPU threads they are compiled, otherwise they use torch.
+    ``index`` names the SAE in errors, where it counts from 1. Steps take scaled input. With a ``team`` of CPU threads they are compiled,
+    otherwise they use torch.
     A batch is processed ``micro_batch_tokens`` at a time; None: at once. ``initial``: an SAE of unscaled activations whose weights are
     the initial weights.
     """
@@ -233,8 +234,8 @@ class SAETrainer:
         step, tokens, loss = next(entry for entry in unchecked if not entry[2].isfinite())
         config = self.sae.config
         raise NonFiniteLossError(
-            f"SAE {self.index} ({config.architecture}, init_seed {config.init_seed}): loss {float(loss)} at step {step}, after {tokens} "
-            f"tokens. Check the activations for values that are not finite, or lower learning_rate = {self.training.learning_rate}"
+            f"SAE {self.index + 1} ({config.architecture}, init_seed {config.init_seed}): loss {float(loss)} at step {step}, after "
+            f"{tokens} tokens. Check the activations for values that are not finite, or lower learning_rate = {self.training.learning_rate}"
         )
 
     def curve_point(self) -> CurvePoint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -11,8 +12,17 @@ from saeens_pipeline.assets.baselines import registry as baselines
 from saeens_pipeline.assets.registry import complaint_about, complaint_about_source
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.settings import ExperimentSettings, SourceSettings
+from saeens_pipeline.settings.changes import Change
 from saeens_pipeline.settings.controls import controls_of
-from saeens_pipeline.settings.files import ExperimentFile, Settings, experiment_name, find_files
+from saeens_pipeline.settings.files import MODELS, ExperimentFile, Settings, experiment_name, find_files, parse_setting, similar
+from saeens_pipeline.settings.sweeps import swept
+
+_NOT_FOR_ONE_RUN = {  # fields that `--set` refuses, with the reason
+    "name": "another name is another experiment: copy the file",
+    "sweep": "a sweep has its own experiments: change the file",
+    "source": "an experiment on another source is another experiment: copy the file",
+    "layers": "`--layer` chooses layers, and `saeens layers add` adds them",
+}
 
 
 @dataclass
@@ -28,8 +38,8 @@ class Experiments:
     broken: dict[Path, str] = field(default_factory=dict)
 
     @classmethod
-    def load(cls) -> Self:
-        """Read every experiment file. Broken files are left out and recorded in `broken`.
+    def load(cls, changes: Sequence[Change] = ()) -> Self:
+        """Read every experiment file, with these changes. Broken files are left out and recorded in `broken`.
 
         Raises ConfigurationError if SAEENS_EXPERIMENTS names a folder that does not exist.
         """
@@ -37,7 +47,7 @@ class Experiments:
         declared: dict[str, tuple[ExperimentFile, Settings]] = {}  # the file of each experiment
         for path in find_files():
             try:
-                file = ExperimentFile(path)
+                file = ExperimentFile(path, changes)
                 for settings in file.settings():
                     for experiment in found._add(file, settings):
                         declared[experiment.name] = file, settings
@@ -58,6 +68,48 @@ class Experiments:
             elif source and source.synthetic:  # the default measures the loss of a language model
                 found.experiments[name] = experiment.model_copy(update={"ce_loss_tokens": 0})
         return found
+
+    @classmethod
+    def load_with(cls, name: str, settings: Sequence[str]) -> Self:
+        """Read every experiment file; fields of the experiment or sweep `name` and of its source have other values: `sae.k=8`.
+
+        Nothing else may change: raises ConfigurationError for fields of a source that other experiments use. Raises it, too, for fields
+        that do not exist, for invalid values, with the option instead of file and line, and as `named`.
+        """
+        found = cls.load()
+        if not settings:
+            return found
+        changed = cls.load(found._changes(name, settings))
+        if wrong := [message for path, message in changed.broken.items() if path not in found.broken]:
+            raise ConfigurationError("\n".join(wrong))
+        return changed
+
+    def _changes(self, name: str, settings: Sequence[str]) -> list[Change]:
+        experiments = self.named(name)
+        names = [each.name for each in experiments]
+        of_sweep = (each for each in self.sweeps.values() if names[0] in [one.name for one in each.experiments])
+        document = next(of_sweep, experiments[0])
+        source = self.sources[document.source]
+        others = sorted(each.name for each in self.experiments.values() if each.source == source.name and each.name not in names)
+        types: dict[type[Settings], str] = {model: kind for kind, model in MODELS.items()}
+        changes: list[Change] = []
+        for location, value in map(parse_setting, settings):
+            field, option = location[0], f"--set {'.'.join(location)}"
+            if location in [each.location for each in changes]:
+                raise ConfigurationError(f"{option} is given twice")
+            if field in _NOT_FOR_ONE_RUN:
+                raise ConfigurationError(f"{option}: {_NOT_FOR_ONE_RUN[field]}")
+            if document.sweep and location == ("sae", swept(document.sweep)[0]):
+                raise ConfigurationError(f"{option}: the sweep {document.name} gives this field its values")
+            if field in SourceSettings.model_fields and others:
+                shared = f"the source {source.name}, which {', '.join(others)} {'use' if len(others) > 1 else 'uses'}, too"
+                raise ConfigurationError(f"{option}: this is a field of {shared}: change the file, or declare a source of its own")
+            if field not in {*ExperimentSettings.model_fields, *SourceSettings.model_fields}:
+                known = [*ExperimentSettings.model_fields, *SourceSettings.model_fields]
+                raise ConfigurationError(f"{option}: unknown key; one of: {', '.join(dict.fromkeys(known))}{similar(field, known)}")
+            owner = source if field in SourceSettings.model_fields else document
+            changes.append(Change(types[type(owner)], owner.name, location, value))
+        return changes
 
     def _add(self, file: ExperimentFile, settings: Settings) -> list[ExperimentSettings]:
         """Add settings and return their experiments. Raises ConfigurationError for names in use and unknown tables."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,10 +13,14 @@ from saeens_pipeline.assets.compute import Compute
 from saeens_pipeline.language_models.descriptions import LanguageModelDescription
 from saeens_pipeline.settings.experiments import CheckSettings, ExperimentSettings
 from saeens_pipeline.settings.files import recorded_file
+from saeens_pipeline.settings.sources import SourceSettings
 from saeens_pipeline.storage.names import Address, Kind, Partition
 from saeens_pipeline.storage.recipes import Artefact, DamagedArtefactError, Recipe, Store, digest
 
 Dimensions = Literal["none", "layer", "layer_and_seed"]
+FORCED = "forced"  # key in records: the request for which an artefact was computed anew
+CHANGED = "set_on_command_line"  # key in records: fields of the experiment file and their values
+MARKS = ("experiment_file", CHANGED, FORCED)  # keys in records that a link does not take from the artefact that it links to
 DIMENSION_NAMES: dict[Dimensions, tuple[str, ...]] = {"none": (), "layer": ("layer",), "layer_and_seed": ("layer", "seed")}
 
 
@@ -88,6 +93,8 @@ class Declaration(Reference):
     tags: Mapping[str, str] = field(default_factory=dict)
     experiment_file: str = ""
     """The file that declares it. The record keeps this path, so that `saeens gc` can find artefacts of files that are no longer read."""
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of that file with values from the command line; the record keeps them, too."""
 
     @property
     def code_version(self) -> str:
@@ -170,8 +177,28 @@ def fields_of(
     }
 
 
+def changes_in(record: Mapping[str, Any]) -> str:
+    """Return the fields that were set on the command line, as a record has them: `sae.k=8`; empty without any."""
+    return ", ".join(f"{name}={json.dumps(value)}" for name, value in record.get(CHANGED, {}).items())
+
+
+class Force(NamedTuple):
+    """A request to compute artefacts anew although they are cache hits.
+
+    The record of an artefact that was computed for it has `request`: from then on it is a hit, for the other steps and runs of the request.
+    `assets`: their addresses as text; without any, all that a run selects.
+    """
+
+    request: str
+    assets: frozenset[str] = frozenset()
+
+    def concerns(self, declaration: Declaration) -> bool:
+        """Return whether an artefact is to be computed anew: not one that this machine could only compute in part."""
+        return (not self.assets or str(declaration.address) in self.assets) and not declaration.unavailable()
+
+
 class RunContext(NamedTuple):
-    """The store, the device and the run that an op works with, and two callbacks into Dagster."""
+    """The store, the device and the run that an op works with, two callbacks into Dagster, and what is computed anew."""
 
     store: Store
     compute: Compute
@@ -180,10 +207,26 @@ class RunContext(NamedTuple):
     """Return the layers that waiting runs request; an op may compute them in the same pass."""
     observe: Callable[[Declaration, Partition, Mapping[str, Any]], None]
     """Show metadata in the UI while the op runs."""
+    force: Force | None = None
 
     def provenance(self, declaration: Declaration) -> dict[str, Any]:
         """Return the fields that all records of this run share."""
-        return {"run_id": self.run_id, "experiment_file": declaration.experiment_file, **self.compute.describe()}
+        return {"run_id": self.run_id, **self.compute.describe(), **self.marks(declaration)}
+
+    def marks(self, declaration: Declaration) -> dict[str, Any]:
+        """Return the fields `MARKS` of a record."""
+        forced = {FORCED: self.force.request} if self.force and self.force.concerns(declaration) else {}
+        changed = {CHANGED: dict(declaration.changes)} if declaration.changes else {}
+        return {"experiment_file": declaration.experiment_file} | changed | forced
+
+    def is_done(self, declaration: Declaration, artefact: Artefact) -> bool:
+        """Return whether an artefact with the right recipe is a hit: not before it is computed anew, if that is requested."""
+        return not self.force or not self.force.concerns(declaration) or artefact.provenance.get(FORCED) == self.force.request
+
+    def hit(self, task: Task) -> Artefact | None:
+        """Return the artefact of a task if it is a cache hit."""
+        artefact = self.store.hit(*task.where, task.recipe)
+        return artefact if artefact and self.is_done(task.declaration, artefact) else None
 
 
 class Task(NamedTuple):
@@ -244,6 +287,7 @@ class Op:
     """Thresholds of health warnings."""
 
 
-def with_file(ops: Iterable[Op], file: Path | None) -> list[Op]:
-    """Return the ops with the path of the experiment file in the declarations of their outputs."""
-    return [replace(op, outputs=tuple(replace(each, experiment_file=recorded_file(file)) for each in op.outputs)) for op in ops]
+def with_file(ops: Iterable[Op], settings: SourceSettings | ExperimentSettings) -> list[Op]:
+    """Return the ops with the path of the experiment file, and changes of its fields, in the declarations of their outputs."""
+    file, changes = recorded_file(settings.file), {each.field: each.value for each in settings.changes}
+    return [replace(op, outputs=tuple(replace(each, experiment_file=file, changes=changes) for each in op.outputs)) for op in ops]

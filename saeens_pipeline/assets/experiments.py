@@ -58,7 +58,7 @@ def experiment_ops(experiment: ExperimentSettings) -> list[Op]:
     ops += table_ops(Subject(experiment, activations, bagging.outputs[0], boosting.outputs[0] if boosting else None, baselines))
     ops = [replace(op, checks=experiment.checks) for op in ops]
     ops = [replace(op, preflight=partial(_check_saes, experiment, op)) if op.outputs[0].builder in SAES else op for op in ops]
-    return with_file(ops, experiment.file)
+    return with_file(ops, experiment)
 
 
 def validate_saes(experiment: ExperimentSettings, d_in: int) -> None:

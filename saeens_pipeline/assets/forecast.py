@@ -22,7 +22,9 @@ from saeens_pipeline.assets.saes import config_of
 from saeens_pipeline.assets.sources import describe_source, measures_loss, require_hook
 from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.language_models.descriptions import LanguageModelDescription
+from saeens_pipeline.language_models.hub import UnreachableError
 from saeens_pipeline.language_models.patching import LEAST_TOKENS, LOGIT_BYTES
+from saeens_pipeline.language_models.shipped_models import describe_shipped_model
 from saeens_pipeline.language_models.tokens import position_bytes
 from saeens_pipeline.settings import ExperimentSettings, SourceSettings
 from saeens_pipeline.settings.files import blamed_on
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 _DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _COPIES_OF_LOGITS = 3  # in a language model that caps logits
 _VOCABULARY_NOT_KNOWN = 2**17  # more than 2**16, so that a token id counts as four bytes
+_SHIPPED = "the hub cannot be reached: sizes are from the configuration that comes with saeens"
 _UNITS = {"disk": "bytes", "memory": "bytes", "computation": "FLOPs"}
 _NOT_KNOWN = {  # without the language model's configuration
     "disk": ("activations", "residuals", "SAEs", "checkpoints", "all"),
@@ -73,6 +76,7 @@ def forecast(
         context = f"{description.context_length:,}" if description.context_length else "without limit"
         sizes = f"{description.model_type}, {description.n_layers} layers, context {context}"
         note = "" if "{layer}" not in source.hook else "; the hook is assumed to have as many dimensions as the stream"
+        note += "" if description.identity else f"; {_SHIPPED}"
         lines = [Line("model", source.language_model, description.d_model, "dimensions", f"{sizes}, {source.weights} weights{note}")]
         figures = {"disk": [*plan.disk(tokens)], "memory": [*plan.memory()], "computation": [*plan.computation()]}
     else:
@@ -115,14 +119,22 @@ def _bytes(amount: float) -> str:
 
 
 def _describe(source: SourceSettings) -> tuple[LanguageModelDescription | None, Sequence[float], str]:
-    """Return the language model, the parameters of each block, and the reason if either is not known; unknown parameters are NaN."""
+    """Return the language model, the parameters of each block, and the reason if either is not known; unknown parameters are NaN.
+
+    Where the hub cannot be reached, the configuration comes with the package, if it is one of a shipped experiment.
+    """
     from saeens_pipeline.language_models.loading import block_parameters
 
     description = None
     try:
         if source.synthetic:
             return describe_source(source), [], ""
-        description = describe_source(source)
+        try:
+            description = describe_source(source)
+        except UnreachableError:
+            description = describe_shipped_model(source.language_model, source.revision)
+            if description is None:
+                raise
         return description, block_parameters(description), ""
     except SaeensError as error:
         return description, [math.nan] * (description.n_layers if description else 0), str(error)

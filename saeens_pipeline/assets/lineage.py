@@ -13,7 +13,7 @@ from typing import Any
 
 import polars as pl
 
-from saeens_pipeline.assets.declarations import Declaration
+from saeens_pipeline.assets.declarations import Declaration, changes_in
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.storage.names import ENSEMBLES, LEADERBOARD, SAES, Address, Kind, Partition, place
 from saeens_pipeline.storage.recipes import Artefact, DamagedArtefactError, Store, Stored, all_artefacts, digest
@@ -263,7 +263,8 @@ def _facts(artefact: Artefact) -> tuple[str, ...]:
     commit = f", commit {versions['commit']}" if "commit" in versions else ""
     code = f"code: {recipe['builder']} version {recipe['version']}, saeens {versions.get('saeens', 'unknown')}{commit}"
     same_as = f"linked: the same as {made['same_as']}" if made.get("same_as") else None
-    return tuple(filter(None, (", ".join(filter(None, by)), code, same_as)))
+    changes = changes_in(made)
+    return tuple(filter(None, (", ".join(filter(None, by)), code, changes and f"set on the command line: {changes}", same_as)))
 
 
 def _origins(artefact: Artefact) -> list[Ancestor]:

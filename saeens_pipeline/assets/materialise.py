@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
-from saeens_pipeline.assets.declarations import Declaration, Op, RunContext, Task
+from saeens_pipeline.assets.declarations import MARKS, Declaration, Op, RunContext, Task
 from saeens_pipeline.assets.health import Health, UnsoundArtefactError, examine, is_checked
 from saeens_pipeline.assets.sources import recorded_facts
 from saeens_pipeline.errors import SaeensError
@@ -43,6 +43,7 @@ def materialise(op: Op, selection: Collection[Address], partition: Partition, co
 
     For each output: compute the recipe, look for a cache hit, take the lock, link an equal artefact if the op allows links, run the op's
     preflight and `make`, and check health. An unsound artefact is returned with the errors in its `health`: see `require_sound`.
+    With `context.force`, artefacts that it concerns are no hits until they are computed anew; the old one stays until the new one is whole.
     Before an artefact gets its final name, the data versions of all inputs are compared with those in its recipe. If an optional input has
     appeared meanwhile, the artefact is computed again, with it.
 
@@ -60,10 +61,10 @@ def _materialise(op: Op, selection: Collection[Address], partition: Partition, c
     tasks = [
         Task(declaration, partition, declaration.recipe(store, partition)) for declaration in op.outputs if declaration.address in selection
     ]
-    hits = _hits(store, tasks)
+    hits = _hits(context, tasks)
     if len(hits) < len(tasks):
         with writing_alone(store.root, [task.where for task in tasks if task.where not in hits]):
-            hits = _hits(store, tasks)  # another process may have computed them while this one waited for the lock
+            hits = _hits(context, tasks)  # another process may have computed them while this one waited for the lock
             missing = [task for task in tasks if task.where not in hits]
             if op.links:
                 missing = [task for task in missing if not _link(context, task, op)]
@@ -140,10 +141,11 @@ def _link(context: RunContext, task: Task, op: Op) -> bool:
     store, partition, twin = context.store, task.partition, op.twin
     other = store.hit(twin.address, partition, task.recipe) if twin else None
     where, other = (twin.address, other) if twin and other else store.made_alike(*task.where, task.recipe)
-    if other and op.needs_bytes and not other.files:
+    if other and ((op.needs_bytes and not other.files) or not context.is_done(task.declaration, other)):
         return False
     if other:
-        provenance = other.provenance | {"same_as": str(where), "experiment_file": task.declaration.experiment_file}
+        own = {name: value for name, value in other.provenance.items() if name not in MARKS}
+        provenance = own | context.marks(task.declaration) | {"same_as": str(where)}
         try:
             store.link(*task.where, task.recipe, other, provenance)
         except FileNotFoundError:  # it was replaced, or its bytes were dropped, meanwhile
@@ -151,5 +153,5 @@ def _link(context: RunContext, task: Task, op: Op) -> bool:
     return other is not None
 
 
-def _hits(store: Store, tasks: Sequence[Task]) -> dict[tuple[Address, Partition], Artefact]:
-    return {task.where: artefact for task in tasks if (artefact := store.hit(*task.where, task.recipe))}
+def _hits(context: RunContext, tasks: Sequence[Task]) -> dict[tuple[Address, Partition], Artefact]:
+    return {task.where: artefact for task in tasks if (artefact := context.hit(task))}

@@ -20,6 +20,7 @@ from saeens_pipeline.storage.recipes import Artefact, Store
 from saeens_pipeline.storage.tables import Column, frame
 
 Row = dict[str, Any]
+_KEYS = ("member", "index", "step", "tokens", "n_true_features", "value")  # columns that are no metrics: sorted from small to large
 
 SUBJECT = (
     Column("experiment", "str", "experiment"),
@@ -297,6 +298,28 @@ def summary_titles(names: Iterable[str] = ()) -> dict[str, str]:
     headlines = [each for table in listed(over_experiments=False) for each in table.headlines if each.leaderboard]
     titles = {each.column: each.title for each in sorted(headlines, key=lambda each: each.leaderboard)}
     return {name: titles[name] for name in names or titles}
+
+
+def column_named(given: str, columns: Iterable[str], titles: Mapping[str, str], shown: str) -> str:
+    """Return the column of this name, or of this heading, in any case; `titles` by column. Raises ConfigurationError, with the columns."""
+    known = list(columns)
+    wanted = given.removesuffix("(!)").strip().casefold()
+    for names in (known, [titles.get(each, "") for each in known], [each.replace("_", " ") for each in known]):
+        if wanted and wanted in (lowered := [each.casefold() for each in names]):
+            return known[lowered.index(wanted)]
+    headings = (f" ({titles[each]})" if titles.get(each, each) != each else "" for each in known)
+    raise ConfigurationError(
+        f"--sort {given}: {shown} is sorted by one of {', '.join(each + heading for each, heading in zip(known, headings, strict=True))}"
+    )
+
+
+def sorted_by(rows: pl.DataFrame, given: str, titles: Mapping[str, str], shown: str) -> pl.DataFrame:
+    """Return rows by a column, named as for `column_named`: metrics with the better end first, other columns ascending, nulls last."""
+    column = column_named(given, rows.columns, titles, shown)
+    less = {each.name for table in TABLES.values() for each in table.all_columns if each.less_is_better}
+    keys = {*(each.name for each in SUBJECT), *_KEYS}
+    descending = rows[column].dtype.is_numeric() and column not in less | keys
+    return rows.sort(column, descending=descending, nulls_last=True, maintain_order=True)
 
 
 def seed_metrics() -> dict[str, tuple[str, str]]:

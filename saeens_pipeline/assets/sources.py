@@ -252,9 +252,9 @@ def _text_ops(settings: SourceSettings) -> list[Op]:
         store = context.store
         others = [Partition(layer) for layer in context.requested_layers() if layer != first.partition.layer and layer in there_are]
         tasks = [Task(activations, partition, activations.recipe(store, partition)) for partition in others]
-        missing = [task for task in tasks if not store.hit(*task.where, task.recipe)]
+        missing = [task for task in tasks if not context.hit(task)]
         free = [task for task in missing if stack.enter_context(writing_if_free(store.root, *task.where))]
-        return [task for task in free if not store.hit(*task.where, task.recipe)]  # another process may have computed them before the lock
+        return [task for task in free if not context.hit(task)]  # another process may have computed them before the lock
 
     def check_tokens(*_: Any) -> None:
         _require_text(settings)
@@ -267,7 +267,7 @@ def _text_ops(settings: SourceSettings) -> list[Op]:
 
     of_tokens = Op(tokens.address.op_name, (tokens,), make_tokens, preflight=check_tokens)
     of_activations = Op(activations.address.op_name, (activations,), make_activations, on_device=True, preflight=check_activations)
-    return with_file([of_tokens, of_activations], settings.file)
+    return with_file([of_tokens, of_activations], settings)
 
 
 def _external(settings: SourceSettings) -> tuple[ExternalData, ExternalData]:
@@ -308,7 +308,7 @@ def _synthetic_ops(settings: SourceSettings) -> list[Op]:
     def check(_: Store, wanted: Wanted, *_facts: Any) -> None:
         validate_source(settings, [partition.layer for _, partition in wanted if partition.layer is not None])
 
-    return with_file([Op(activations.address.op_name, (activations,), make, preflight=check)], settings.file)
+    return with_file([Op(activations.address.op_name, (activations,), make, preflight=check)], settings)
 
 
 def describe_source(settings: SourceSettings) -> LanguageModelDescription:

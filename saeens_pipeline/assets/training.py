@@ -301,7 +301,7 @@ class _Training:
         }
         of_all |= {name: value for name, value in others.items() if value}
         fitted: list[_Trained] = []
-        for sae, curve, own_flops in zip(saes, curves, flops, strict=True):
+        for task, sae, curve, own_flops in zip(tasks, saes, curves, flops, strict=True):
             share = own_flops / sum(flops)
             own = {
                 "train_flops": own_flops,
@@ -311,7 +311,7 @@ class _Training:
                 "inference_flops_per_token": sae.config.inference_flops_per_token,
                 "last_step": curve[-1]._asdict(),
             }
-            fitted.append(_Trained(sae.cpu(), curve, of_all | own))
+            fitted.append(_Trained(sae.cpu(), curve, of_all | context.marks(task.declaration) | own))
         return fitted
 
 

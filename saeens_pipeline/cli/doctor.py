@@ -13,7 +13,7 @@ import typer
 from rich.text import Text
 
 from saeens_pipeline.cli.app import app
-from saeens_pipeline.cli.output import out
+from saeens_pipeline.cli.output import FormatOption, out, print_rows
 from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.storage.disk import free_bytes
 from saeens_pipeline.storage.recipes import Store, all_artefacts
@@ -24,12 +24,18 @@ LOW_DISK_BYTES = 2 * 2**30
 
 
 @app.command()
-def doctor(verify: Annotated[bool, typer.Option("--verify", help="Read every artefact and compare its hashes.")] = False) -> None:
+def doctor(
+    verify: Annotated[bool, typer.Option("--verify", help="Read every artefact and compare its hashes.")] = False,
+    format: FormatOption = "table",
+) -> None:
     """Check this installation: versions, devices, data root and experiment files."""
     findings = list(diagnose(verify=verify))
-    for finding in findings:
-        mark = ("ok   ", "green") if finding.ok else ("bad  ", "red")
-        out.print(Text.assemble(mark, f"{finding.subject:<22} {finding.detail}"), soft_wrap=True)
+    if format == "table":
+        for finding in findings:
+            mark = ("ok   ", "green") if finding.ok else ("bad  ", "red")
+            out.print(Text.assemble(mark, f"{finding.subject:<22} {finding.detail}"), soft_wrap=True)
+    else:
+        print_rows([each._asdict() for each in findings], Finding._fields, format)
     if not all(finding.ok for finding in findings):
         raise typer.Exit(1)
 

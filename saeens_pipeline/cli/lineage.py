@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
 from rich.tree import Tree
 
 from saeens_pipeline.cli.app import app
-from saeens_pipeline.cli.output import notify, out
+from saeens_pipeline.cli.output import FormatOption, notify, out, print_line, print_rows
 from saeens_pipeline.storage.recipes import Store
 from saeens_pipeline.storage.root import data_root
 
 if TYPE_CHECKING:
     from saeens_pipeline.assets.lineage import Ancestor
+
+_COLUMNS = ("depth", "role", "title", "data_version", "facts", "problem", "shown_before")
 
 
 @app.command()
@@ -27,6 +32,7 @@ def lineage(
             "ASSET:layer=L,seed=S, such as quickstart/bagging/member_1:layer=1,seed=42; or a data version, at least its first 4 digits.",
         ),
     ],
+    format: FormatOption = "table",
 ) -> None:
     """Print the inputs of a table row or an artefact, down to corpus and language model, and the runs that wrote them."""
     from saeens_pipeline.assets.lineage import lineage as trace
@@ -34,10 +40,23 @@ def lineage(
 
     declarations = [output for op in Catalogue.load().all_ops() for output in op.outputs]
     found = trace(Store(data_root()), declarations, subject)
-    out.print(_tree(found), soft_wrap=not out.is_terminal)
+    if format == "json":
+        print_line(json.dumps(asdict(found), indent=1))
+    elif format == "csv":
+        print_rows(list(_rows(found)), _COLUMNS, format)
+    else:
+        out.print(_tree(found), soft_wrap=not out.is_terminal)
     problems = list(found.problems())
     if problems:
         notify("note", "parts of it are no longer on disk in the versions that were used:\n" + "\n".join(problems))
+
+
+def _rows(ancestor: Ancestor, depth: int = 0) -> Iterator[dict[str, Any]]:
+    """Yield a lineage as rows, each before the rows of its inputs, which are one deeper."""
+    values = {"depth": depth, "facts": "; ".join(ancestor.facts)}
+    yield {name: values.get(name, getattr(ancestor, name, None)) for name in _COLUMNS}
+    for parent in ancestor.parents:
+        yield from _rows(parent, depth + 1)
 
 
 def _tree(ancestor: Ancestor) -> Tree:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -43,6 +44,15 @@ DictionaryName = Annotated[
     ),
 ]
 LayerOption = Annotated[list[int] | None, typer.Option("--layer", help="Only this layer; may be given several times.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="FIELD=VALUE",
+        help="Another value of a field of the experiment file for this command, such as sae.k=8 or ensemble.seeds=[42,43]; "
+        "may be given several times.",
+    ),
+]
 Format = Literal["table", "csv", "json"]
 FormatOption = Annotated[Format, typer.Option("--format", help="csv and json print the table and nothing else.")]
 
@@ -58,10 +68,37 @@ def notify(label: str, message: str) -> None:
 
 
 def print_data(frame: pl.DataFrame, format: Format) -> bool:
-    """Print a table as CSV or JSON, and nothing else, if that is the format. Return whether it is."""
-    if format != "table":
-        sys.stdout.write(frame.write_csv() if format == "csv" else frame.write_json() + "\n")
+    """Print a table as CSV or JSON, and nothing else, if that is the format. Return whether it is.
+
+    In CSV the entries of a list have commas between them.
+    """
+    if format == "csv":
+        import polars as pl
+        from polars import selectors
+
+        sys.stdout.write(frame.with_columns(selectors.list().cast(pl.List(pl.String)).list.join(", ")).write_csv())
+    elif format == "json":
+        sys.stdout.write(frame.write_json() + "\n")
     return format != "table"
+
+
+def print_rows(rows: Sequence[Mapping[str, Any]], headings: Sequence[str], format: Format) -> None:
+    """Print rows with values for these headings: as a table for the terminal, as CSV, or as JSON, with _ for spaces in the names."""
+    if format == "table":
+        table = grid(*headings)
+        for row in rows:
+            table.add_row(*(Text(_shown(row[heading])) for heading in headings))
+        out.print(table)
+        return
+    import polars as pl
+
+    print_data(pl.DataFrame({heading.replace(" ", "_"): [row[heading] for row in rows] for heading in headings}), format)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return ("yes" if value else "") if isinstance(value, bool) else printable(str(value))
 
 
 def grid(*headings: str, **options: Any) -> Table:

@@ -2,26 +2,46 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
 
 from saeens_pipeline.cli.app import app
-from saeens_pipeline.cli.output import ExperimentName, FormatOption, LayerOption, err, grid, notify, out, print_data, print_line
+from saeens_pipeline.cli.output import (
+    ExperimentName,
+    Format,
+    FormatOption,
+    LayerOption,
+    SetOption,
+    err,
+    grid,
+    notify,
+    out,
+    print_data,
+    print_line,
+    print_rows,
+)
 from saeens_pipeline.storage.recipes import Store
 from saeens_pipeline.storage.root import data_root
 
 if TYPE_CHECKING:
+    import polars as pl
+    from rich.table import Table
+
     from saeens_pipeline.assets.forecast import Line
+    from saeens_pipeline.assets.staleness import Status
+    from saeens_pipeline.orchestration.runs import Outcome
 
 _NOTE_CHARACTERS = 60  # longer notes that several lines share are printed once, below the table
 _STATE_COLOURS = {"fresh": "green", "stale": "yellow", "queued": "blue", "running": "blue"}  # others: red
 
 
 @app.command()
-def plan(experiment: ExperimentName, layer: LayerOption = None, format: FormatOption = "table") -> None:
+def plan(experiment: ExperimentName, layer: LayerOption = None, settings: SetOption = None, format: FormatOption = "table") -> None:
     """Print the disk, memory and computation that an experiment will need, before it runs.
 
     For a sweep, each experiment's needs are printed as if it ran alone; artefacts that several share are computed once.
@@ -33,12 +53,12 @@ def plan(experiment: ExperimentName, layer: LayerOption = None, format: FormatOp
     from saeens_pipeline.orchestration.catalogue import Catalogue
     from saeens_pipeline.orchestration.layers import recorded_layers
 
-    catalogue, store, compute = Catalogue.load(), Store(data_root()), Compute.from_environment()
+    catalogue, store, compute = Catalogue.load_with(experiment, settings or []), Store(data_root()), Compute.from_environment()
     plans: dict[str, list[Line]] = {}
-    for settings in catalogue.named(experiment):
-        source = catalogue.sources[settings.source]
+    for each in catalogue.named(experiment):
+        source = catalogue.sources[each.source]
         layers = sorted(set(layer)) if layer else recorded_layers(source).layers
-        plans[settings.name] = forecast(source, settings, catalogue.ops(settings), layers=layers, store=store, compute=compute)
+        plans[each.name] = forecast(source, each, catalogue.ops(each), layers=layers, store=store, compute=compute)
     frames = [as_frame(lines).insert_column(0, pl.Series("experiment", [name] * len(lines))) for name, lines in plans.items()]
     if print_data(pl.concat(frames), format):
         return
@@ -60,39 +80,105 @@ def run(
     layer: LayerOption = None,
     seed: Annotated[list[int] | None, typer.Option(help="Only this ensemble seed; may be given several times.")] = None,
     select: Annotated[list[str] | None, typer.Option(help="Only this asset, such as bagging/member_1, and its inputs.")] = None,
+    *,
+    settings: SetOption = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Compute fresh artefacts anew: all, or with --select those alone, without their inputs.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be computed and why, and compute and write nothing.")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Print everything that Dagster tells.")] = False,
+    format: FormatOption = "table",
 ) -> None:
-    """Materialise missing and stale artefacts, and print a summary. For a sweep, run all its experiments, one after another."""
-    from saeens_pipeline.cli.summary import print_outcome
-    from saeens_pipeline.orchestration.catalogue import Catalogue
-    from saeens_pipeline.orchestration.runs import run_experiment
+    """Materialise missing and stale artefacts, and print a summary. For a sweep, run all its experiments, one after another.
 
+    With --format json or csv, progress goes to standard error.
+    """
+    from saeens_pipeline.cli.summary import outcome_for_programs, print_outcome
+    from saeens_pipeline.orchestration import runs
+    from saeens_pipeline.orchestration.catalogue import Catalogue
+
+    console = out if format == "table" else err
     try:
-        catalogue = Catalogue.load()
-        for each in catalogue.named(experiment):
-            outcome = run_experiment(catalogue, each.name, layers=layer or [], seeds=seed or [], select=select or [], console=out)
-            print_outcome(outcome, out)
-        if experiment in catalogue.sweeps:
+        catalogue = Catalogue.load_with(experiment, settings or [])
+        names = [each.name for each in catalogue.named(experiment)]
+        chosen = {"layers": layer or [], "seeds": seed or [], "select": select or [], "force": force, "console": console}
+        if dry_run:
+            _print_dry_run([status for name in names for status in runs.dry_run(catalogue, name, **chosen)], format)
+            return
+        outcomes: list[Outcome] = []
+        for name in names:
+            outcomes.append(runs.run_experiment(catalogue, name, **chosen, verbose=verbose))
+            if format == "table":
+                print_outcome(outcomes[-1], out)
+        if format == "json":
+            print_line(json.dumps([outcome_for_programs(each) for each in outcomes], indent=1))
+        elif format == "csv":
+            print_data(_status_frame([status for each in outcomes for status in each.statuses]), format)
+        elif experiment in catalogue.sweeps:
             print_line(f"\n`saeens pareto {experiment}` compares the values of the sweep; with --picture FILE it draws them")
     except KeyboardInterrupt:
         err.print("stopped: finished artefacts are kept, and the next run resumes from there")
         raise typer.Exit(130) from None
 
 
+def _print_dry_run(statuses: Sequence[Status], format: Format) -> None:
+    """Print the artefacts that a run would compute, in the order of its stages."""
+    distinct = list({each.where: each for each in statuses}.values())  # experiments of a sweep share their source
+    if print_data(_status_frame(distinct), format):
+        return
+    if not distinct:
+        print_line("nothing to do: all selected artefacts are fresh")
+        return
+    out.print(_status_table(distinct))
+    n_stages, counts = len({each.partition for each in distinct}), Counter(each.state for each in distinct)
+    print_line(
+        f"\n{len(distinct)} artefacts would be computed ({', '.join(f'{n} {state}' for state, n in counts.items())}), in {n_stages} "
+        f"run{'s' if n_stages > 1 else ''}; one whose inputs turn out as before is a cache hit. Nothing was computed or written"
+    )
+
+
+def _status_frame(statuses: Iterable[Status]) -> pl.DataFrame:
+    import polars as pl
+
+    schema = {"asset": pl.String, "layer": pl.Int64, "seed": pl.Int64, "state": pl.String, "why": pl.String}
+    return pl.DataFrame(
+        [(str(each.declaration.address), *each.partition, each.state, each.reason) for each in statuses], schema=schema, orient="row"
+    )
+
+
+def _status_table(statuses: Iterable[Status]) -> Table:
+    table = grid("asset", "layer", "seed", "state", "why")
+    for each in statuses:
+        partition = ("" if value is None else str(value) for value in each.partition)
+        table.add_row(str(each.declaration.address), *partition, Text(each.state, _STATE_COLOURS.get(each.state, "red")), Text(each.reason))
+    return table
+
+
 @app.command()
-def experiments() -> None:
+def experiments(format: FormatOption = "table") -> None:
     """List the experiments, with their source, SAEs and partitions."""
     from saeens_pipeline.assets.catalogue import Experiments
     from saeens_pipeline.assets.saes import shape_of
 
     found = Experiments.load()
-    table = grid("experiment", "source", "language model", "layers", "SAE", "members", "seeds")
+    rows: list[dict[str, Any]] = []
     for name, settings in sorted(found.experiments.items()):
         source = found.sources[settings.source]
         shapes = [shape_of(each).removeprefix("architecture ") for each in settings.saes] or ["published"]
-        sae = "; ".join(dict.fromkeys(shapes))
-        layers, seeds = (", ".join(map(str, values)) for values in (source.layers, settings.ensemble.seeds))
-        table.add_row(name, settings.source, source.language_model, layers, sae, str(settings.ensemble.members), seeds)
-    out.print(table)
+        rows.append(
+            {
+                "experiment": name,
+                "source": settings.source,
+                "language model": source.language_model,
+                "layers": source.layers,
+                "SAE": "; ".join(dict.fromkeys(shapes)),
+                "members": settings.ensemble.members,
+                "seeds": settings.ensemble.seeds,
+            }
+        )
+    print_rows(rows, ("experiment", "source", "language model", "layers", "SAE", "members", "seeds"), format)
     for message in found.broken.values():
         notify("left out", message)
     if found.broken:
@@ -102,24 +188,15 @@ def experiments() -> None:
 @app.command()
 def status(experiment: ExperimentName, format: FormatOption = "table") -> None:
     """Print whether each artefact is fresh, stale, damaged, missing, queued, running or failed, and why; of a sweep, of all experiments."""
-    import polars as pl
-
     from saeens_pipeline.orchestration.catalogue import Catalogue
     from saeens_pipeline.orchestration.run_states import with_run_states
     from saeens_pipeline.orchestration.runs import experiment_status
 
     catalogue = Catalogue.load()
     of_each = [with_run_states(experiment_status(catalogue, each.name), catalogue.ops(each)) for each in catalogue.named(experiment)]
-    by_place = {(each.declaration.address, each.partition): each for statuses in of_each for each in statuses}
-    statuses = list(by_place.values())  # experiments of a sweep share their source
-    rows = [(str(each.declaration.address), *each.partition, each.state, each.reason) for each in statuses]
-    schema = {"asset": pl.String, "layer": pl.Int64, "seed": pl.Int64, "state": pl.String, "why": pl.String}
-    if print_data(pl.DataFrame(rows, schema=schema, orient="row"), format):
+    statuses = list({each.where: each for statuses in of_each for each in statuses}.values())  # experiments of a sweep share their source
+    if print_data(_status_frame(statuses), format):
         return
-    table = grid(*schema)
-    for asset, layer, seed, state, why in rows:
-        partition = ("" if value is None else str(value) for value in (layer, seed))
-        table.add_row(asset, *partition, Text(state, _STATE_COLOURS.get(state, "red")), Text(why))
-    out.print(table)
+    out.print(_status_table(statuses))
     counts = Counter(each.state for each in statuses)
     print_line(f"\n{len(statuses)} artefacts: {', '.join(f'{n} {state}' for state, n in counts.items())}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import polars as pl
 from rich.console import Console
@@ -36,6 +37,29 @@ def print_outcome(outcome: Outcome, console: Console) -> None:
         if pages:
             print_line(console, "\n" + "\n".join([f"{title}:", *(f"  {page}" for page in pages)]))
     print_line(console, f"\nTook {outcome.seconds:.0f} s. All artefacts are below {store.root}; `saeens ui` opens the Dagster UI.")
+
+
+def outcome_for_programs(outcome: Outcome) -> dict[str, Any]:
+    """Return an outcome as JSON values: its artefacts, means over seeds from fresh tables, warnings, paths of report pages, seconds."""
+    store, experiment = Store(data_root()), outcome.experiment
+    headlines = [each for table in listed(over_experiments=False) for each in table.headlines if each.in_summary]
+    metrics: list[dict[str, Any]] = []
+    for layer, results in _fresh_tables(store, experiment.name, outcome.statuses, {each.table for each in headlines}).items():
+        values = {each.column: results.of(each) for each in headlines}
+        for size in (Size(method, n) for method in methods() for n in _sizes(experiment, method)):
+            if own := {column: of_column[size].mean for column, of_column in values.items() if size in of_column}:
+                metrics.append({"layer": layer, "method": size.method, "n_members": size.n_members, **own})
+    return {
+        "experiment": experiment.name,
+        "seconds": round(outcome.seconds, 1),
+        "artefacts": [
+            {"asset": str(each.declaration.address), **each.partition._asdict(), "state": each.state, "why": each.reason}
+            for each in outcome.statuses
+        ],
+        "metrics": metrics,
+        "warnings": _warnings(store, experiment, outcome.statuses),
+        "reports": [str(page) for page in (*outcome.reports, *outcome.renewed)],
+    }
 
 
 def _print_metrics(store: Store, outcome: Outcome, console: Console) -> None:
@@ -86,12 +110,17 @@ def _fresh_tables(store: Store, experiment: str, statuses: Sequence[Status], nam
 
 def _print_warnings(store: Store, experiment: ExperimentSettings, statuses: Sequence[Status], console: Console) -> None:
     """Print the first warnings of the health checks of fresh artefacts, and the number of further warnings."""
-    fresh = [(each, store.require(*each.where)) for each in statuses if each.state == "fresh"]
-    warnings = [each for s, artefact in fresh for each in warnings_of(s.declaration, s.partition, artefact, experiment.checks)]
+    warnings = _warnings(store, experiment, statuses)
     for warning in warnings[:SHOWN_WARNINGS]:
         print_line(console, f"\nwarning: {warning}")
     if len(warnings) > SHOWN_WARNINGS:
         print_line(console, f"\nand {len(warnings) - SHOWN_WARNINGS} more warnings: the health checks in the UI show them")
+
+
+def _warnings(store: Store, experiment: ExperimentSettings, statuses: Sequence[Status]) -> list[str]:
+    """Return the warnings of the health checks of fresh artefacts."""
+    fresh = [(each, store.require(*each.where)) for each in statuses if each.state == "fresh"]
+    return [each for s, artefact in fresh for each in warnings_of(s.declaration, s.partition, artefact, experiment.checks)]
 
 
 def _sizes(experiment: ExperimentSettings, method: str) -> list[int]:

@@ -8,11 +8,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.text import Text
 from typer.core import TyperCommand
 
 from saeens_pipeline.cli.app import app
-from saeens_pipeline.cli.output import ExperimentName, FormatOption, LayerOption, grid, notify, out, print_data, print_line, rich_table
+from saeens_pipeline.cli.output import (
+    ExperimentName,
+    FormatOption,
+    LayerOption,
+    notify,
+    out,
+    print_data,
+    print_line,
+    print_rows,
+    rich_table,
+)
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.storage.recipes import Store
 from saeens_pipeline.storage.root import data_root
@@ -21,6 +30,7 @@ if TYPE_CHECKING:
     from saeens_pipeline.orchestration.catalogue import Catalogue
 
 _SHOWN_ROWS = 1000  # of a table in the terminal
+SortOption = Annotated[str | None, typer.Option(help="Column to sort by, the better end first, by name or heading, such as EV.")]
 
 
 class _ListsTables(TyperCommand):
@@ -36,28 +46,27 @@ class _ListsTables(TyperCommand):
 
 
 @app.command()
-def tables() -> None:
+def tables(format: FormatOption = "table") -> None:
     """List the tables that experiments can fill, with the question that each answers."""
     import saeens_pipeline.assets.tables  # noqa: F401  # registers them
     from saeens_pipeline.assets.registry import listed
 
-    shown = grid("table", "default", "question")
-    for table in listed(over_experiments=False):
-        shown.add_row(table.name, "yes" if table.by_default else "", Text(table.question))
-    out.print(shown)
+    rows = [{"table": each.name, "default": each.by_default, "question": each.question} for each in listed(over_experiments=False)]
+    print_rows(rows, ("table", "default", "question"), format)
 
 
 @app.command(cls=_ListsTables)
 def table(
     experiment: ExperimentName,
     name: Annotated[str, typer.Argument(metavar="TABLE", help="Name of a table; `saeens tables` lists them.")],
+    sort: SortOption = None,
     format: FormatOption = "table",
 ) -> None:
     """Print an evaluation table: all layers on disk, and the experiment's seeds."""
     import polars as pl
 
     from saeens_pipeline.assets.massive_activations import SHARE, cautions, marked
-    from saeens_pipeline.assets.registry import find_table
+    from saeens_pipeline.assets.registry import find_table, sorted_by
     from saeens_pipeline.orchestration.catalogue import Catalogue
     from saeens_pipeline.orchestration.runs import experiment_status
     from saeens_pipeline.storage.tables import has_table, read_table
@@ -68,6 +77,8 @@ def table(
     if not any(each.declaration.address.key == [experiment, "eval", name] for each in statuses) and not has_table(root, experiment, name):
         raise ConfigurationError(f"{experiment} does not fill the table {name}: add it to evaluations in the experiment file")
     frame = read_table(root, experiment, name).filter(pl.col("seed").is_in(seeds))
+    if sort:
+        frame = sorted_by(frame, sort, {each.column: each.title for each in registered.headlines}, f"the table {name}")
     if any(each.state != "fresh" for each in statuses if each.declaration.address.key == [experiment, "eval", name]):
         notify("note", f"parts of this table are missing, stale or damaged: see `saeens status {experiment}`")
     measured = frame
@@ -86,19 +97,21 @@ def table(
 
 @app.command()
 def leaderboard(
-    sort: Annotated[str, typer.Option(help="Column to rank by, within each source and layer.")] = "explained_variance",
+    sort: Annotated[
+        str, typer.Option(help="Column to rank by, within each source and layer, by name or heading, such as EV.")
+    ] = "explained_variance",
     n: Annotated[Literal["full", "all"], typer.Option(help="Ensembles with all their members, or with the first n for every n.")] = "full",
     format: FormatOption = "table",
 ) -> None:
     """Rank every evaluated method of every experiment and layer."""
     from saeens_pipeline.assets.massive_activations import cautions
-    from saeens_pipeline.assets.tables.leaderboard import for_reading, grows_with_features, ranked, standings, unequal_tokens
+    from saeens_pipeline.assets.tables.leaderboard import for_reading, grows_with_features, ranked, sort_column, standings, unequal_tokens
     from saeens_pipeline.orchestration.catalogue import Catalogue
     from saeens_pipeline.orchestration.runs import make_alone
     from saeens_pipeline.storage.tables import read_part
 
     catalogue, store = Catalogue.load(), Store(data_root())
-    op = catalogue.leaderboard()
+    op, sort = catalogue.leaderboard(), sort_column(sort)
     try:
         store.require_writable()
     except SaeensError as error:
@@ -172,9 +185,11 @@ def _write_results(catalogue: Catalogue, name: str, layers: list[int], markdown:
 def pareto(
     sweep: Annotated[str, typer.Argument(metavar="SWEEP", help="Name of an experiment with a sweep.")],
     picture: Annotated[Path | None, typer.Option(help="PNG file to write the plot to.")] = None,
+    sort: SortOption = None,
     format: FormatOption = "table",
 ) -> None:
     """Compare the experiments of a sweep: explained variance against L0 and description length, for each method."""
+    from saeens_pipeline.assets.registry import sorted_by, summary_titles
     from saeens_pipeline.assets.tables.pareto import PICTURE_FILE, TABLE_FILE, for_reading, notes, pareto_rows
     from saeens_pipeline.orchestration.catalogue import Catalogue
     from saeens_pipeline.orchestration.runs import make_alone
@@ -199,6 +214,9 @@ def pareto(
     _note_outdated(catalogue, rows["experiment"].unique(maintain_order=True))
     if picture:
         picture.write_bytes(drawn())
+    if sort:
+        titles = {"n_members": "n", "n_seeds": "seeds", "value": rows["field"][0] if len(rows) else "value"}
+        rows = sorted_by(rows, sort, summary_titles() | titles, f"the comparison of {sweep}")
     if print_data(rows, format):
         return
     for (layer,), of_layer in rows.partition_by("layer", as_dict=True, maintain_order=True).items():

@@ -16,7 +16,7 @@ from saeens_pipeline.language_models.descriptions import LanguageModelDescriptio
 from saeens_pipeline.language_models.gguf_models import cache_folder, lock_name, read_header
 from saeens_pipeline.language_models.models import quiet_transformers
 from saeens_pipeline.storage import locks
-from saeens_pipeline.storage.disk import is_full_disk, require_free_disk
+from saeens_pipeline.storage.disk import is_full_disk, require_free_disk, writes_nothing
 from saeens_pipeline.storage.recipes import Store, write_plain_folder
 
 if TYPE_CHECKING:
@@ -29,11 +29,12 @@ def dequantise(description: LanguageModelDescription) -> None:
     """Write the folder of a GGUF model, unless it exists: config.json, float32 weights, and tokenizer. Other models have none.
 
     It appears whole or not at all. Other processes wait for the first. Memory: the float32 weights, twice while one tensor is converted.
+    Does nothing where nothing is written (`writing_nothing`).
     Raises ConfigurationError for a model that transformers cannot load, SaeensError for a data root that cannot be written or is too small,
     and for a file that is replaced meanwhile.
     """
     file, folder = description.gguf_file, description.path
-    if file is None or folder.is_dir():
+    if file is None or folder.is_dir() or writes_nothing():
         return
     root = folder.parent.parent
     Store(root).require_writable()

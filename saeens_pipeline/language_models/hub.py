@@ -26,6 +26,11 @@ from huggingface_hub.errors import (
 
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 
+
+class UnreachableError(SaeensError):
+    """The hub cannot be reached, and the cache does not have what is asked for."""
+
+
 Kind = Literal["model", "dataset"]
 
 _SUBFOLDERS = ["*/*"]
@@ -118,7 +123,7 @@ def explained(name: str, revision: str, kind: Kind) -> Iterator[None]:
             "dataset": "Run this where the hub can be reached, or copy the data set's files to this machine and give them as "
             "`corpus: {files: ...}`, or as `path` for labelled texts",
         }
-        raise SaeensError(
+        raise UnreachableError(
             f"{what} {name!r}: there is no such folder here, it is not in the hub's cache ({constants.HF_HUB_CACHE}), "
             f"and the hub cannot be reached ({type(cause).__name__}: {' '.join(str(cause).split())}). {ways_out[kind]}"
         ) from error

@@ -24,6 +24,7 @@ from saeens_pipeline.language_models.gguf_loading import dequantise, read_gguf_c
 from saeens_pipeline.language_models.language_model import LanguageModel
 from saeens_pipeline.language_models.models import quantisation, quiet_transformers
 from saeens_pipeline.language_models.transformer_lens_loading import load_transformer_lens_model
+from saeens_pipeline.language_models.transformer_lens_models import transformer_lens_block_parameters
 
 
 def validate_modules(description: LanguageModelDescription, hook: str, layers: Collection[int], weights: Weights = "trained") -> None:
@@ -56,6 +57,8 @@ def _require_quantiser(description: LanguageModelDescription) -> None:
 
 def block_parameters(description: LanguageModelDescription) -> list[int]:
     """Return the number of parameters of each block, without embeddings. Raises the errors of `validate_modules`."""
+    if description.name.startswith(TRANSFORMER_LENS):
+        return [transformer_lens_block_parameters(description)] * description.n_layers
     of_blocks = [0] * description.n_layers
     for name, weights in _structure(description).model.named_parameters():
         found = re.search(r"\.(\d+)\.", name)

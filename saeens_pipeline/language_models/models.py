@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +50,21 @@ def describe_language_model(name: str, revision: str = "main", weights: Weights 
     if file := gguf_file(name):
         return describe_gguf(name, revision, file)
     folder = locate_model(name, revision, HUB_FILES)
-    config = read_config(name, folder.path)
+    return replace(
+        describe_configuration(name, revision, folder.path),
+        identity=identity_of(name, revision, folder, weights),
+        commit=folder.commit,
+        tokenizer_file=require_tokenizer(name, folder),
+    )
+
+
+def describe_configuration(name: str, revision: str, path: Path) -> LanguageModelDescription:
+    """Describe a model from the config.json in a folder, without tokenizer and identity. Raises as `describe_language_model`."""
+    config = read_config(name, path)
     text = config.get("text_config", config)  # the language part of a multimodal model
     model_type = str(text.get("model_type", config.get("model_type", "unknown")))
     if any(find_size(text, *keys) is None for keys in _SIZES.values()):
-        text = _with_defaults(folder.path, text)
+        text = _with_defaults(path, text)
     end_of_text = text.get("eos_token_id", config.get("eos_token_id"))
     begin_of_text = text.get("bos_token_id", config.get("bos_token_id"))
     classes = [str(each) for each in config.get("architectures") or []]
@@ -61,17 +72,15 @@ def describe_language_model(name: str, revision: str = "main", weights: Weights 
     return LanguageModelDescription(
         name=name,
         revision=revision,
-        path=folder.path,
+        path=path,
         model_type=model_type,
-        d_model=read_size(text, folder.path, *_SIZES["d_model"]),
-        n_layers=read_size(text, folder.path, *_SIZES["n_layers"]),
+        d_model=read_size(text, path, *_SIZES["d_model"]),
+        n_layers=read_size(text, path, *_SIZES["n_layers"]),
         context_length=find_size(text, *_SIZES["context_length"]),
-        vocab_size=read_size(text, folder.path, *_SIZES["vocab_size"]),
+        vocab_size=read_size(text, path, *_SIZES["vocab_size"]),
         end_of_text=next(iter(end_of_text), None) if isinstance(end_of_text, list) else end_of_text,
         parallel_residual=parallel,
-        identity=identity_of(name, revision, folder, weights),
-        commit=folder.commit,
-        tokenizer_file=require_tokenizer(name, folder),
+        identity={},
         begin_of_text=begin_of_text if isinstance(begin_of_text, int) else None,
         has_head=not classes or not all(_WITHOUT_HEAD.search(each) for each in classes),
     )

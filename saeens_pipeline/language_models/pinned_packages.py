@@ -19,7 +19,7 @@ from typing import Any
 from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.language_models.documents import Document, Split
 from saeens_pipeline.language_models.installed_packages import InstalledPackages
-from saeens_pipeline.storage.disk import write_atomically
+from saeens_pipeline.storage.disk import write_atomically, writes_nothing
 
 SPLITS: tuple[Split, ...] = ("train", "test")
 FOLDER = "corpora"  # in the data root
@@ -42,7 +42,8 @@ class PinnedPackages:
         """Keep the texts if this is their first use. Raise SaeensError for kept texts that have been changed."""
         pin = self._pin()
         if not pin:
-            self._write()
+            if not writes_nothing():
+                self._write()
         else:
             status = self._texts.stat()
             if _sha256(self._texts, status.st_size, status.st_mtime_ns) != pin["sha256"]:

@@ -8,6 +8,7 @@ unpickler reads `.pth` files; it builds tensors and calls no code.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from saeens_pipeline.errors import ConfigurationError
@@ -65,23 +66,45 @@ def describe_transformer_lens_model(name: str, revision: str, weights: Weights =
             if weights == "trained":
                 raise
         identity["sha256"] = {file.name: weights_fingerprint(file) for file in files}
-    return LanguageModelDescription(
-        name=name,
-        revision=revision,
-        path=folder.path,
-        model_type="transformer_lens",
-        d_model=read_size(config, folder.path, "d_model"),
-        n_layers=read_size(config, folder.path, "n_layers"),
-        context_length=read_size(config, folder.path, "n_ctx"),
-        vocab_size=read_size(config, folder.path, "d_vocab"),
+    return replace(
+        describe_transformer_lens_configuration(name, revision, folder.path),
         end_of_text=_token_id(tokenizer.path, "bos_token"),
-        parallel_residual=bool(config.get("parallel_attn_mlp")),
         identity=identity,
         commit=folder.commit,
         tokenizer_file=tokenizer_file,
         begin_of_text=_token_id(tokenizer.path, "bos_token"),
+    )
+
+
+def describe_transformer_lens_configuration(name: str, revision: str, path: Path) -> LanguageModelDescription:
+    """Return the description of a model from the config.json in a folder, without tokenizer and identity."""
+    config = read_config(name, path)
+    return LanguageModelDescription(
+        name=name,
+        revision=revision,
+        path=path,
+        model_type="transformer_lens",
+        d_model=read_size(config, path, "d_model"),
+        n_layers=read_size(config, path, "n_layers"),
+        context_length=read_size(config, path, "n_ctx"),
+        vocab_size=read_size(config, path, "d_vocab"),
+        end_of_text=None,
+        parallel_residual=bool(config.get("parallel_attn_mlp")),
+        identity={},
         without=("resid_mid", "mlp_out") if config.get("attn_only") else (),
     )
+
+
+def transformer_lens_block_parameters(description: LanguageModelDescription) -> int:
+    """Return the number of parameters of one block, from config.json: without TransformerLens, which would build the model."""
+    config = read_config(description.name, description.path)
+    d_model, d_heads = description.d_model, read_size(config, description.path, "n_heads") * read_size(config, description.path, "d_head")
+    norm = 2 * d_model if config.get("normalization", config.get("normalization_type")) == "LN" else 0
+    attention = 4 * d_model * d_heads + 3 * d_heads + d_model + norm
+    if config.get("attn_only"):
+        return attention
+    d_mlp = config.get("d_mlp") or 4 * d_model
+    return attention + 2 * d_model * d_mlp + d_mlp + d_model + norm
 
 
 def repository_of(name: str) -> str:

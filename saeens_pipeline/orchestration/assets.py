@@ -11,7 +11,7 @@ from typing import Any
 import dagster as dg
 
 from saeens_pipeline import progress
-from saeens_pipeline.assets.declarations import DIMENSION_NAMES, Declaration, Input, Op, RunContext
+from saeens_pipeline.assets.declarations import DIMENSION_NAMES, Declaration, Force, Input, Op, RunContext
 from saeens_pipeline.assets.health import Health, examine, is_checked
 from saeens_pipeline.assets.held_out import measured_by
 from saeens_pipeline.assets.materialise import Materialised, materialise, require_sound
@@ -29,6 +29,7 @@ from saeens_pipeline.storage.recipes import Store
 
 OWNERS = ["team:interpretability"]
 HEALTH = "health"
+FORCE_TAG = "saeens/force"  # of a run: the request, and after it the assets, if not all are computed anew
 _ABOUT_HEALTH = (
     "Error: numbers that are not finite, constant or beyond their dtype, and wrong shapes; nothing is computed from such an artefact. "
     "Warning: dead features, L0 or explained variance outside the thresholds of the experiment."
@@ -80,7 +81,7 @@ def build_asset(op: Op) -> dg.AssetsDefinition:
             in_range = [each.layer for each in partitions if each.layer is not None]
             layers = partial(requested_layers, context) if len(partitions) == 1 else lambda: in_range
             partition, *others = partitions
-            run = RunContext(store.store, compute.compute, context.run.run_id, layers, observe)
+            run = RunContext(store.store, compute.compute, context.run.run_id, layers, observe, _force_of(context.run))
             checkpoint = checkpoint_file(store.store.root, op.name, partition) if partition.seed is not None else None
             with _cancelled_by_interrupts(context, checkpoint):
                 if others:
@@ -94,6 +95,16 @@ def build_asset(op: Op) -> dg.AssetsDefinition:
                     tracker.mirror(each)
 
     return make
+
+
+def force_tag(force: Force) -> dict[str, str]:
+    """Return the run tag for a request, which the ops of the run read."""
+    return {FORCE_TAG: " ".join([force.request, *sorted(force.assets)])}
+
+
+def _force_of(run: dg.DagsterRun) -> Force | None:
+    request, *assets = run.tags.get(FORCE_TAG, "").split() or [""]
+    return Force(request, frozenset(assets)) if request else None
 
 
 def _computes_layers_together(op: Op) -> bool:

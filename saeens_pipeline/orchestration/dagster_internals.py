@@ -70,11 +70,6 @@ def webserver_context(instance: DagsterInstance, workspace: Path) -> AbstractCon
     return WorkspaceProcessContext(instance, WorkspaceFileTarget([str(workspace)]), version=dagster.__version__)
 
 
-def forget_input_version(context: AssetExecutionContext, key: AssetKey) -> None:
-    """Let the materialisations of a step name the version of this input that was observed last, not the one at the step's beginning."""
-    context.get_step_execution_context().wipe_input_asset_version_info(key)
-
-
 def name_code_location(instance: DagsterInstance, location: str) -> None:
     """Let the runs that this process creates in an instance name a code location: the timeline of the UI shows no others."""
     from dagster._core.definitions.repository_definition import SINGLETON_REPOSITORY_NAME
@@ -87,3 +82,8 @@ def name_code_location(instance: DagsterInstance, location: str) -> None:
         return create(job_def=job_def, remote_job_origin=RemoteJobOrigin(repository, job_def.name), **arguments)
 
     setattr(instance, create.__name__, create_run_for_job)
+
+
+def forget_input_version(context: AssetExecutionContext, key: AssetKey) -> None:
+    """Let the materialisations of a step name the version of this input that was observed last, not the one at the step's beginning."""
+    context.get_step_execution_context().wipe_input_asset_version_info(key)

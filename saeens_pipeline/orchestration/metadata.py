@@ -11,7 +11,7 @@ from urllib.parse import quote
 import dagster as dg
 import polars as pl
 
-from saeens_pipeline.assets.declarations import Declaration, Reference
+from saeens_pipeline.assets.declarations import Declaration, Reference, changes_in
 from saeens_pipeline.assets.held_out import held_out
 from saeens_pipeline.assets.massive_activations import cautions, marked
 from saeens_pipeline.assets.registry import SUBJECT, TABLES, Markdown, Table
@@ -68,6 +68,7 @@ def describe_artefact(store: Store, declaration: Declaration, partition: Partiti
         "device": made["device"],
         "size [MB]": round(size / 1e6, 2) if not declaration.address.is_table else None,
         "same as": made.get("same_as"),
+        "set on the command line": changes_in(made) or None,
         "data version": artefact.data_version,
         "computed from": _inputs(store, declaration, partition, artefact),
         "path": dg.MetadataValue.path(str(artefact.path)),

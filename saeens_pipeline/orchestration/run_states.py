@@ -56,6 +56,18 @@ def _seen_by_runs(statuses: Sequence[Status], steps: Mapping[Address, str], inst
     return [seen(status) for status in statuses]
 
 
+def why_it_failed(instance: DagsterInstance, run: DagsterRun) -> str:
+    """Return the sentence of the first failed step of a run: the first line of its Failure, or of its root cause; or that of the run."""
+    entries = instance.all_logs(run.run_id, of_type={Type.STEP_FAILURE, Type.RUN_FAILURE})
+    if not entries:
+        return "it failed without a message"
+    entry = next((each for each in entries if each.dagster_event_type == Type.STEP_FAILURE), entries[0])
+    told = getattr(entry.dagster_event and entry.dagster_event.event_specific_data, "user_failure_data", None)
+    sentence = (told.description or "").strip() if told else ""
+    line = sentence.splitlines()[0] if sentence else _first_line(entry)
+    return _IN_WORDS.get(line, line)
+
+
 def _outcome(run: DagsterRun, step: str, events: Sequence[EventLogEntry]) -> tuple[str, str]:
     """Return state and reason of a step's artefacts after a run without success; an empty state if the one from recipes stands."""
     of_step = {entry.dagster_event_type: entry for entry in reversed(events) if entry.step_key == step}

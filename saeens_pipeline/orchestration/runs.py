@@ -7,8 +7,10 @@ import logging
 import os
 import signal
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +20,7 @@ from rich.console import Console
 
 from saeens_pipeline import progress
 from saeens_pipeline.assets.compute import Compute
-from saeens_pipeline.assets.declarations import Declaration, Op
+from saeens_pipeline.assets.declarations import CHANGED, Declaration, Force, Op, changes_in
 from saeens_pipeline.assets.kernels import compiled_meanwhile
 from saeens_pipeline.assets.memory import out_of_memory_message
 from saeens_pipeline.assets.registry import evaluations_of
@@ -26,7 +28,7 @@ from saeens_pipeline.assets.sources import declared_facts
 from saeens_pipeline.assets.staleness import Stage, Status, plan
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.orchestration.alerts import alerting, webhook
-from saeens_pipeline.orchestration.assets import partition_key
+from saeens_pipeline.orchestration.assets import force_tag, partition_key
 from saeens_pipeline.orchestration.catalogue import Catalogue
 from saeens_pipeline.orchestration.dagster_internals import MaxRetriesExceededError, name_code_location
 from saeens_pipeline.orchestration.instance import (
@@ -44,12 +46,14 @@ from saeens_pipeline.orchestration.retries import unwrapped
 from saeens_pipeline.orchestration.trackers import chosen_tracker
 from saeens_pipeline.report.asset import REPORT
 from saeens_pipeline.settings import ExperimentSettings
-from saeens_pipeline.storage.names import INDEX_FILE, Partition
+from saeens_pipeline.storage.disk import writing_nothing
+from saeens_pipeline.storage.names import INDEX_FILE, Address, Partition
 from saeens_pipeline.storage.recipes import Store
 from saeens_pipeline.storage.root import data_root
 from saeens_pipeline.storage.tables import has_table, layers_with_tables
 
 _RUN = "saeens run"
+SET_TAG = "saeens/set"  # of a run: fields of the experiment file with values from the command line
 _NO_RETRIES = {"dagster/max_retries": "0"}  # by the daemon of a UI that is open meanwhile: the next command goes on
 
 
@@ -98,54 +102,122 @@ def _statuses(stages: Sequence[Stage]) -> list[Status]:
     return [status for stage in stages for status in stage.statuses]
 
 
+class _Choice(NamedTuple):
+    """The artefacts that a run computes, by stage, and the layers and stages of the experiment."""
+
+    experiment: ExperimentSettings
+    layers: Sequence[int]
+    stages: Sequence[Stage]
+    chosen: Sequence[tuple[Stage, list[Declaration]]]
+    force: Force | None
+
+    @property
+    def n_wanted(self) -> int:
+        return sum(len(declarations) for _, declarations in self.chosen)
+
+
 def run_experiment(
-    catalogue: Catalogue, name: str, *, layers: Sequence[int], seeds: Sequence[int], select: Sequence[str], console: Console
+    catalogue: Catalogue,
+    name: str,
+    *,
+    layers: Sequence[int] = (),
+    seeds: Sequence[int] = (),
+    select: Sequence[str] = (),
+    force: bool = False,
+    verbose: bool = False,
+    console: Console,
 ) -> Outcome:
-    """Compute the missing and stale artefacts of an experiment, stage by stage, and show progress."""
+    """Compute the missing and stale artefacts of an experiment, stage by stage, and show progress.
+
+    With `force`, the selected artefacts are computed anew although they are fresh, and their inputs are not. With `verbose`, Dagster tells
+    everything.
+    """
     began = time.monotonic()
     recorded(end_dead_runs, None)
-    experiment = catalogue.experiment(name)
-    source = catalogue.sources[experiment.source]
-    layers, impossible = (sorted(set(layers)), []) if layers else recorded_layers(source)
-    if impossible:
-        console.print(f"left out, since the language model lacks them: layers {', '.join(impossible)}; remove them in the UI")
-    if unknown := ", ".join(map(str, sorted(set(seeds) - set(experiment.ensemble.seeds)))):
-        raise ConfigurationError(f"{name} has no seed {unknown}; it has {', '.join(map(str, experiment.ensemble.seeds))}")
-    store = Store(data_root())
-    store.require_writable()
-    stages = _plan(catalogue, experiment, layers)
-    chosen = _restricted(stages, seeds, select, console)
-    n_wanted = sum(len(stage) for _, stage in chosen)
-    n_fresh = sum(status.state == "fresh" for status in _statuses(stages))
-    n_others = len(_statuses(stages)) - n_fresh - n_wanted
+    choice = _choose(catalogue, name, layers, seeds, select, force=force, console=console)
+    experiment, store, n_wanted = choice.experiment, Store(data_root()), choice.n_wanted
+    n_fresh = sum(s.state == "fresh" and s.declaration not in made for stage, made in choice.chosen for s in stage.statuses)
+    n_others = len(_statuses(choice.stages)) - n_fresh - n_wanted
     others = f", {n_others} are not selected" if n_others else ""
     if not n_wanted:
         print_line(console, f"{name}: nothing to do: {n_fresh} artefacts are fresh (cache hits){others}; no training")
     else:
-        wanted = [declaration for _, declarations in chosen for declaration in declarations]
-        chosen_tracker()  # refused here, rather than after the preflight
-        webhook()
-        log_lines = partial(progress.forward_log_lines, lambda _level, message: print_line(console, " ".join(message.splitlines())))
-        with log_lines():
-            for line in _preflight(catalogue, experiment, store, chosen):
-                print_line(console, line)
+        wanted = [declaration for _, declarations in choice.chosen for declaration in declarations]
+        with _log_lines(console):
+            _check(catalogue, choice, console)
         print_line(console, f"{name}: {n_wanted} artefacts to compute, {n_fresh} are fresh (cache hits){others}")
-        for stage, declarations in chosen:
+        for stage, declarations in choice.chosen:
             for status in stage.statuses:
                 if status.state == "damaged" and status.declaration in declarations:
                     print_line(console, status.reason)
-        with (
-            compiling_ahead(store, wanted),
-            log_lines(),
-            progress.report_to(reporter_for(console)),
-        ):
-            _execute(catalogue, {experiment.source: layers}, [(stage.partition, made) for stage, made in chosen if made], _RUN)
-    asked = [s for s in _statuses(_plan(catalogue, experiment, layers)) if not seeds or s.partition.seed in (None, *seeds)]
+        stages = [(stage.partition, made) for stage, made in choice.chosen if made]
+        with compiling_ahead(store, wanted), _log_lines(console), progress.report_to(reporter_for(console)):
+            of_source, tags = {experiment.source: choice.layers}, _tags(catalogue, choice)
+            _execute(catalogue, of_source, stages, _RUN, tags, console=console, verbose=verbose)
+    asked = [s for s in _statuses(_plan(catalogue, experiment, choice.layers)) if not seeds or s.partition.seed in (None, *seeds)]
     reports = [store.path(*s.where) / INDEX_FILE for s in asked if s.declaration.address.kind == REPORT and s.state == "fresh"]
-    renewed = _renew_reports_that_show(catalogue, store, name, layers) if n_wanted else []
+    renewed = _renew_reports_that_show(catalogue, store, name, choice.layers) if n_wanted else []
     if reports or renewed:
         make_alone(catalogue, catalogue.leaderboard_page(), _RUN)
-    return Outcome(experiment, asked, _counterpart(catalogue, name, layers), reports, renewed, time.monotonic() - began)
+    return Outcome(experiment, asked, _counterpart(catalogue, name, choice.layers), reports, renewed, time.monotonic() - began)
+
+
+def dry_run(
+    catalogue: Catalogue,
+    name: str,
+    *,
+    layers: Sequence[int] = (),
+    seeds: Sequence[int] = (),
+    select: Sequence[str] = (),
+    force: bool = False,
+    console: Console,
+) -> list[Status]:
+    """Return the artefacts that `run_experiment` would compute, in the order of its stages, with their reasons. Write nothing.
+
+    Raises the errors with which the run would be refused before its first stage.
+    """
+    with writing_nothing():
+        choice = _choose(catalogue, name, layers, seeds, select, force=force, console=console)
+        if choice.n_wanted:
+            with _log_lines(console):
+                _check(catalogue, choice, console)
+    reasons = {"fresh": "computed anew: --force", "missing": "not computed yet"}
+    wanted = [status for stage, made in choice.chosen for status in stage.statuses if status.declaration in made]
+    return [replace(status, reason=status.reason or reasons[status.state]) for status in wanted]
+
+
+def _choose(
+    catalogue: Catalogue, name: str, layers: Sequence[int], seeds: Sequence[int], select: Sequence[str], *, force: bool, console: Console
+) -> _Choice:
+    """Return the artefacts to compute. Raises ConfigurationError for unknown seeds and assets, SaeensError for a root without access."""
+    experiment = catalogue.experiment(name)
+    layers, impossible = (sorted(set(layers)), []) if layers else recorded_layers(catalogue.sources[experiment.source])
+    if impossible:
+        console.print(f"left out, since the language model lacks them: layers {', '.join(impossible)}; remove them in the UI")
+    if unknown := ", ".join(map(str, sorted(set(seeds) - set(experiment.ensemble.seeds)))):
+        raise ConfigurationError(f"{name} has no seed {unknown}; it has {', '.join(map(str, experiment.ensemble.seeds))}")
+    Store(data_root()).require_writable()
+    stages = _plan(catalogue, experiment, layers)
+    request = _request(stages, select) if force else None
+    return _Choice(experiment, layers, stages, _restricted(stages, seeds, select, request, console), request)
+
+
+def _check(catalogue: Catalogue, choice: _Choice, console: Console) -> None:
+    """Run the checks before the first stage, and print what they announce. Raises the errors of the tracker and the preflights."""
+    chosen_tracker(), webhook()  # refused here, rather than after the preflight
+    for line in _preflight(catalogue, choice.experiment, Store(data_root()), choice.chosen):
+        print_line(console, line)
+
+
+def _log_lines(console: Console) -> contextlib.AbstractContextManager[None]:
+    return progress.forward_log_lines(lambda _level, message: print_line(console, " ".join(message.splitlines())))
+
+
+def _tags(catalogue: Catalogue, choice: _Choice) -> dict[str, str]:
+    """Return further tags of a command's runs: fields that were set on the command line, and what is computed anew."""
+    changes = [*choice.experiment.changes, *catalogue.sources[choice.experiment.source].changes]
+    told = {SET_TAG: changes_in({CHANGED: {each.field: each.value for each in changes}})} if changes else {}
+    return told | (force_tag(choice.force) if choice.force else {})
 
 
 def make_reports(catalogue: Catalogue, name: str | None, layers: Sequence[int]) -> list[Path]:
@@ -234,14 +306,16 @@ def _preflight(
 
 
 def _restricted(
-    stages: Sequence[Stage], seeds: Sequence[int], select: Sequence[str], console: Console
+    stages: Sequence[Stage], seeds: Sequence[int], select: Sequence[str], force: Force | None, console: Console
 ) -> list[tuple[Stage, list[Declaration]]]:
-    """Return the artefacts of each stage, restricted to the selected seeds and assets."""
+    """Return the artefacts of each stage that are not fresh or computed anew, restricted to the selected seeds and assets."""
     allowed = _selected(stages, select) if select else None
     chosen: list[tuple[Stage, list[Declaration]]] = []
     left_out = False
     for stage in stages:
-        wanted = [d for d in stage.to_make if allowed is None or d in allowed]
+        to_make = [d for d in stage.to_make if allowed is None or d in allowed]
+        anew = [s.declaration for s in stage.statuses if force and force.concerns(s.declaration)]
+        wanted = [s.declaration for s in stage.statuses if s.declaration in to_make or s.declaration in anew]
         if seeds and stage.partition.seed is not None and stage.partition.seed not in seeds:
             left_out = left_out or bool(wanted)
             wanted = []
@@ -254,20 +328,34 @@ def _restricted(
 
 def _selected(stages: Sequence[Stage], select: Sequence[str]) -> list[Declaration]:
     """Return the artefacts whose keys end in one of `select`, and all their inputs."""
-    declarations = {status.declaration.address: status.declaration for stage in stages for status in stage.statuses}
-    pending = []
-    for wanted in select:
-        matching = [d for d in declarations.values() if f"/{d.address}".endswith(f"/{wanted.strip('/')}")]
-        if not matching:
-            raise ConfigurationError(f"--select {wanted}: no such asset; there are: {', '.join(map(str, declarations))}")
-        pending += matching
-    found = []
+    declarations = _by_address(stages)
+    pending, found = _named(declarations, select), []
     while pending:
         declaration = pending.pop()
         if declaration not in found:
             found.append(declaration)
             pending += [declarations[each.artefact.address] for each in declaration.inputs if each.in_graph]
     return found
+
+
+def _by_address(stages: Sequence[Stage]) -> dict[Address, Declaration]:
+    return {status.declaration.address: status.declaration for stage in stages for status in stage.statuses}
+
+
+def _named(declarations: Mapping[Address, Declaration], select: Sequence[str]) -> list[Declaration]:
+    """Return the artefacts whose keys end in one of `select`. Raises ConfigurationError, with all keys, for one that fits none."""
+    named: list[Declaration] = []
+    for wanted in select:
+        matching = [d for d in declarations.values() if f"/{d.address}".endswith(f"/{wanted.strip('/')}")]
+        if not matching:
+            raise ConfigurationError(f"--select {wanted}: no such asset; there are: {', '.join(map(str, declarations))}")
+        named += matching
+    return named
+
+
+def _request(stages: Sequence[Stage], select: Sequence[str]) -> Force:
+    """Return a new request to compute the selected artefacts anew, without their inputs; without `select`, all."""
+    return Force(uuid.uuid4().hex[:8], frozenset(str(each.address) for each in _named(_by_address(stages), select)))
 
 
 def compiling_ahead(store: Store, wanted: Sequence[Declaration]) -> contextlib.AbstractContextManager[object]:
@@ -280,13 +368,23 @@ def compiling_ahead(store: Store, wanted: Sequence[Declaration]) -> contextlib.A
 
 
 def _execute(
-    catalogue: Catalogue, layers: Mapping[str, Sequence[int]], chosen: Sequence[tuple[Partition, list[Declaration]]], command: str
+    catalogue: Catalogue,
+    layers: Mapping[str, Sequence[int]],
+    chosen: Sequence[tuple[Partition, list[Declaration]]],
+    command: str,
+    tags: Mapping[str, str] | None = None,
+    *,
+    console: Console | None = None,
+    verbose: bool = False,
 ) -> None:
-    """Execute a Dagster run in this process for each partition, and raise the error of a failed run. Registers `layers`, by source."""
+    """Execute a Dagster run in this process for each partition, and raise the error of a failed run. Registers `layers`, by source.
+
+    `tags`: further tags of the runs. A line on `console` tells the end of each; with `verbose` Dagster tells everything.
+    """
     if not chosen:
         return
     replace_damaged_database()
-    with _quiet(), command_line_instance() as instance, _interrupts() as raise_interrupt:
+    with contextlib.nullcontext() if verbose else _quiet(), command_line_instance() as instance, _interrupts() as raise_interrupt:
         name_code_location(instance, LOCATION)
         for source, wanted in layers.items():
             declare_layers(instance, source, catalogue.sources[source].layers)
@@ -295,19 +393,24 @@ def _execute(
         together = sorted({partition.layer for partition, _ in chosen if partition.layer is not None})
         for partition, declarations in chosen:
             raise_interrupt()
+            began = time.monotonic()
             try:
                 with unwrapped(), alerting(instance):
                     job.execute_in_process(
                         instance=instance,
                         partition_key=partition_key(declarations[0], partition),
                         asset_selection=[AssetKey(declaration.address.key) for declaration in declarations],
-                        tags={"user": command, LAYERS_TAG: ",".join(map(str, together)), **_NO_RETRIES, **process_tag()},
-                        run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
+                        tags={"user": command, LAYERS_TAG: ",".join(map(str, together)), **_NO_RETRIES, **process_tag(), **(tags or {})},
+                        run_config={"loggers": {"console": {"config": {"log_level": "DEBUG" if verbose else "CRITICAL"}}}},
                     )
             except DagsterExecutionInterruptedError:
                 raise KeyboardInterrupt from None
             except MaxRetriesExceededError as error:
                 raise SaeensError(_message_of(error)) from error
+            if console:
+                where = ", ".join(filter(None, (declarations[0].address.owner, str(partition))))
+                number = f"{len(declarations)} artefact{'s' if len(declarations) > 1 else ''}"
+                print_line(console, f"{where}: {number} in {time.monotonic() - began:.1f} s")
         raise_interrupt()
 
 

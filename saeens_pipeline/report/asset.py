@@ -51,10 +51,10 @@ def report_op(experiment: ExperimentSettings, tables: Sequence[Declaration], con
             )
         provenance = context.provenance(task.declaration)
         with context.store.write_folder(*task.where, task.recipe, provenance) as folder, context.compute.measure() as measured:
-            write_report(folder, context.store, Experiments.load(), experiment, task.partition.layer)
+            write_report(folder, context.store, Experiments.load(experiment.changes), experiment, task.partition.layer)
         provenance.update(vars(measured))
 
-    return with_file([Op(report.address.op_name, (report,), make)], experiment.file)[0]
+    return with_file([Op(report.address.op_name, (report,), make)], experiment)[0]
 
 
 def leaderboard_page_op(leaderboard: Declaration) -> Op:
@@ -96,7 +96,7 @@ def pareto_op(settings: ExperimentSettings, outputs: Iterable[Declaration]) -> O
                 (folder / PICTURE_FILE).write_bytes(sweep_picture(table, pareto))
             provenance |= vars(measurement) | {"not_evaluated": not_evaluated(table, pareto)}
 
-    return with_file([Op(pareto.address.op_name, (pareto,), make)], settings.file)[0]
+    return with_file([Op(pareto.address.op_name, (pareto,), make)], settings)[0]
 
 
 def _reports(store: Store) -> dict[tuple[str, int], str]:

@@ -21,7 +21,7 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from saeens_pipeline.settings.autointerp import AutoInterpSettings
-from saeens_pipeline.settings.from_file import FILE, Distinct, FromFile, Section
+from saeens_pipeline.settings.from_file import CHANGES, FILE, Distinct, FromFile, Section
 from saeens_pipeline.settings.labelled_data_sets import Labels
 from saeens_pipeline.settings.messages import in_words, shown
 from saeens_pipeline.settings.probing import ConceptDetectionSettings, SpuriousCorrelationSettings
@@ -364,7 +364,7 @@ class ExperimentSettings(FromFile):
     def _experiment_of(self, field: str, value: float) -> ExperimentSettings:
         given = self.model_dump(exclude_unset=True, exclude={"sweep"})
         own = {"name": name_of_value(self.name, field, value), "sae": {**given["sae"], field: value}}
-        return ExperimentSettings.model_validate(given | own, context={FILE: self.file})
+        return ExperimentSettings.model_validate(given | own, context={FILE: self.file, CHANGES: self.changes})
 
     @property
     def saes(self) -> list[SAESettings]:

@@ -15,9 +15,10 @@ from pydantic import BaseModel, ValidationError
 
 from saeens_pipeline import defs
 from saeens_pipeline.errors import ConfigurationError
+from saeens_pipeline.settings.changes import Change
 from saeens_pipeline.settings.corpora import allowed_corpus_keys, corpus_location
 from saeens_pipeline.settings.experiments import ExperimentSettings, allowed_sae_keys, allowed_training_keys
-from saeens_pipeline.settings.from_file import FILE
+from saeens_pipeline.settings.from_file import CHANGES, FILE
 from saeens_pipeline.settings.messages import in_words, on_one_line, shown
 from saeens_pipeline.settings.sources import SourceSettings
 
@@ -110,10 +111,14 @@ class _Loader(yaml.SafeLoader):
 
 
 class ExperimentFile:
-    """One experiment file: YAML documents with a type and attributes. Raises ConfigurationError for a file that is not plain YAML."""
+    """One experiment file: YAML documents with a type and attributes. Raises ConfigurationError for a file that is not plain YAML.
 
-    def __init__(self, path: Path) -> None:
+    `changes`: other values of fields of its documents.
+    """
+
+    def __init__(self, path: Path, changes: Sequence[Change] = ()) -> None:
         self.path = path
+        self._changes: dict[int, list[Change]] = {}  # by id of the document
         try:
             nodes = yaml.compose_all(_read(path), _Loader)
             self._documents = [(node, _construct(node)) for node in nodes if node is not None]
@@ -133,6 +138,18 @@ class ExperimentFile:
             raise ConfigurationError(f"{path}:1: cannot be read ({error.strerror})") from None
         if not self._documents:
             raise ConfigurationError(f"{path}:1: the file is empty; it needs type: and attributes:")
+        self._documents = [(node, self._changed(node, content, changes)) for node, content in self._documents]
+
+    def _changed(self, document: yaml.Node, content: Any, changes: Sequence[Change]) -> Any:
+        """Return the content of a document with those changes that concern it."""
+        attributes = content.get("attributes") if isinstance(content, dict) else None
+        if not isinstance(attributes, dict):
+            return content
+        own = [each for each in changes if (each.type, each.name) == (content.get("type"), attributes.get("name"))]
+        self._changes[id(document)] = own
+        for each in own:
+            attributes = each.applied(attributes)
+        return {**content, "attributes": attributes}
 
     def settings(self) -> list[Settings]:
         """Return the settings of all documents. Raises ConfigurationError with one line for each invalid field of each document."""
@@ -148,10 +165,11 @@ class ExperimentFile:
         return read
 
     def complaint(self, settings: Settings, field: str | Location, message: str) -> str:
-        """Return a message with path and line about one field of settings that were read from this file."""
-        for document, content in self._documents:
-            if content["attributes"].get("name") == settings.name and MODELS[content["type"]] is type(settings):
-                return self._message(document, ("attributes", *([field] if isinstance(field, str) else field)), message)
+        """Return a message with path and line about one field of settings that were read from this file, also of a sweep's experiment."""
+        for name in (settings.name, settings.name.rpartition("__")[0]):
+            for document, content in self._documents:
+                if content["attributes"].get("name") == name and MODELS[content["type"]] is type(settings):
+                    return self._message(document, ("attributes", *([field] if isinstance(field, str) else field)), message)
         raise KeyError(settings.name)
 
     def _settings(self, document: yaml.Node, content: Any) -> Settings:
@@ -165,7 +183,7 @@ class ExperimentFile:
             raise ConfigurationError("\n".join(twice))
         given = content if isinstance(content, dict) else {}
         unknown = [
-            self._message(document, (key,), f"unknown key; one of: type, attributes{_similar(key, ['type', 'attributes'])}")
+            self._message(document, (key,), f"unknown key; one of: type, attributes{similar(key, ['type', 'attributes'])}")
             for key in given
             if key not in ("type", "attributes")
         ]
@@ -179,7 +197,8 @@ class ExperimentFile:
         if unknown or model is None:
             raise ConfigurationError("\n".join(unknown))
         try:
-            return model.model_validate(given["attributes"], context={FILE: self.path.absolute()})
+            context = {FILE: self.path.absolute(), CHANGES: self._changes.get(id(document), [])}
+            return model.model_validate(given["attributes"], context=context)
         except ValidationError as error:
             raise ConfigurationError("\n".join(self._explain(document, model, given["attributes"], error))) from None
 
@@ -189,8 +208,7 @@ class ExperimentFile:
         for location, allowed in _unknown_keys(model, attributes):
             value = _value(attributes, location)
             found = "" if isinstance(value, dict) else f" (found: {shown(value)})"
-            similar = _similar(str(location[-1]), allowed)
-            messages[location] = [f"unknown key; one of: {', '.join(allowed)}{similar}{found}"]
+            messages[location] = [f"unknown key; one of: {', '.join(allowed)}{similar(str(location[-1]), allowed)}{found}"]
         for each in error.errors():
             loc = corpus_location(each["loc"]) if each["loc"][:1] == ("corpus",) else each["loc"]
             location = _location(attributes, loc, is_missing=each["type"] == "missing")
@@ -205,8 +223,31 @@ class ExperimentFile:
         ]
 
     def _message(self, document: yaml.Node, location: Location, message: str) -> str:
-        field = f" {'.'.join(str(part)[:60] for part in location)}:" if location else ""
-        return f"{self.path}:{_line(document, location)}:{on_one_line(f'{field} {message}')}"
+        changes, field = self._changes.get(id(document), []), ".".join(str(part)[:60] for part in location)
+        if related := [each for each in changes if each.concerns(location[1:])]:
+            inside = ".".join(field.split(".")[1:])
+            options = ", ".join(dict.fromkeys(each.option for each in related))
+            return on_one_line(f"{options}: {f'{inside}: ' if inside not in ('', related[0].field) else ''}{message}")
+        with_changes = f" (with {', '.join(each.option for each in changes)})" if changes else ""
+        return f"{self.path}:{_line(document, location)}:{on_one_line(f' {field}: {message}' if field else f' {message}')}{with_changes}"
+
+
+def parse_setting(given: str) -> tuple[tuple[str, ...], Any]:
+    """Return the field and the value of `FIELD=VALUE`, a YAML scalar or list. Raises ConfigurationError for anything else."""
+    field, equals, text = given.partition("=")
+    location = tuple(part.strip() for part in field.split("."))
+    if not equals or not all(location):
+        raise ConfigurationError(f"--set {given}: write FIELD=VALUE, such as sae.k=8 or ensemble.seeds=[42, 43]")
+    try:
+        node = yaml.compose(text, _Loader)
+        value = None if node is None else _construct(node)
+    except yaml.YAMLError as error:
+        problem = getattr(error, "problem", None) or "it has characters that are not allowed"
+        raise ConfigurationError(on_one_line(f"--set {field}: {shown(text)} is no YAML value: {problem}")) from None
+    if isinstance(value, dict):
+        inner = next(iter(value), "FIELD")
+        raise ConfigurationError(f"--set {field}: {shown(text)} is a mapping: give each field, such as --set {field}.{inner}=VALUE")
+    return location, value
 
 
 @contextmanager
@@ -220,7 +261,7 @@ def blamed_on(settings: Settings, field: str | Location, *, is_from_file: bool =
     except ConfigurationError as error:
         if settings.file is None or not is_from_file:
             raise
-        raise ConfigurationError(ExperimentFile(settings.file).complaint(settings, field, str(error))) from None
+        raise ConfigurationError(ExperimentFile(settings.file, settings.changes).complaint(settings, field, str(error))) from None
 
 
 class _NotTextError(Exception):
@@ -330,7 +371,7 @@ def _line(node: yaml.Node, location: Location) -> int:
     return line + 1
 
 
-def _similar(key: str, allowed: Sequence[str]) -> str:
+def similar(key: str, allowed: Sequence[str]) -> str:
     """Return a question for the allowed key that was probably meant, or nothing."""
     close = difflib.get_close_matches(key[:60], allowed, n=1)
     return f"; did you mean {close[0]}?" if close else ""

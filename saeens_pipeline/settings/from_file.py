@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, PrivateAttr, ValidationInfo, model_validator
 
+from saeens_pipeline.settings.changes import Change
 from saeens_pipeline.settings.messages import shown
 
 FILE = "file"
 """Key of pydantic's validation context: the path of the experiment file."""
+CHANGES = "changes"
+"""Key of pydantic's validation context: fields whose values are not those of the file."""
 
 
 def _distinct(values: Any) -> Any:
@@ -33,17 +37,24 @@ class FromFile(Section):
     """Base of settings with paths. Without a validation context, relative paths start from the current folder."""
 
     _file: Path | None = PrivateAttr(default=None)
+    _changes: Sequence[Change] = PrivateAttr(default=())
 
     @model_validator(mode="after")
     def _keep_file(self, info: ValidationInfo) -> Self:
         if info.context and info.context.get(FILE):
             self._file = Path(info.context[FILE])
+            self._changes = tuple(info.context.get(CHANGES, ()))
         return self
 
     @property
     def file(self) -> Path | None:
         """The experiment file; None for settings from other places."""
         return self._file
+
+    @property
+    def changes(self) -> Sequence[Change]:
+        """Fields whose values are from the command line, not from the file."""
+        return self._changes
 
     @property
     def folder(self) -> Path:

@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
+from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 
 from saeens_pipeline.errors import SaeensError
+
+_writes_nothing = ContextVar("writes_nothing", default=False)
+
+
+@contextlib.contextmanager
+def writing_nothing() -> Iterator[None]:
+    """Mark this context as one in which checks write nothing, not even what the first use of an input keeps: see `writes_nothing`."""
+    token = _writes_nothing.set(True)
+    try:
+        yield
+    finally:
+        _writes_nothing.reset(token)
+
+
+def writes_nothing() -> bool:
+    """Return whether this is inside `writing_nothing`."""
+    return _writes_nothing.get()
 
 
 def is_full_disk(error: BaseException | None) -> bool:

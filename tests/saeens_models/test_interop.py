@@ -269,7 +269,7 @@ def test_an_ensemble_for_saelens_comes_back(kind: type[sm.Bagging] | type[sm.Boo
         ({"members": cfg["members"][:1], "d_sae": cfg["members"][0]["d_sae"]}, r"unknown tensors ensemble\.members\.1"),
         (
             {"members": [cfg["members"][0], {**cfg["members"][1], "d_sae": 7}], "d_sae": cfg["members"][0]["d_sae"] + 7},
-            r"member 1 of .*W_dec",
+            r"member 2 of .*W_dec",
         ),
         ({"members": [cfg["members"][0], {**cfg["members"][1], "d_in": 2**62}]}, r"members\.1\.d_in must be a positive integer"),
         ({"d_in": 3}, "d_in is 3, and that of the members is"),

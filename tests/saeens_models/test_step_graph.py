@@ -122,7 +122,7 @@ def test_the_warm_up_of_the_sparsity_coefficient_uses_no_graph(graphs, monkeypat
 def test_a_graph_with_another_result_is_not_used(graphs, monkeypatch):
     expected = without_graphs(monkeypatch, batches(*[32] * 5))
     monkeypatch.setattr(RecordedWork, "replay", lambda self: None)
-    with pytest.warns(RuntimeWarning, match=r"as a CUDA graph on cpu.*it moves the mean of W_enc of SAE 0 differently") as caught:
+    with pytest.warns(RuntimeWarning, match=r"as a CUDA graph on cpu.*it moves the mean of W_enc of SAE 1 differently") as caught:
         found = train(batches(*[32] * 5))
     assert len(caught) == len(graphs) == 1
     assert_same(found, expected)

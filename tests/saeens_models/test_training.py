@@ -280,7 +280,7 @@ def test_concurrent_rounds_refuse_the_arguments_that_training_refuses():
         sm.train_boosting_concurrently([], [stream(64)], quick())
     x = stream(256)
     x[130, 3] = torch.nan
-    with pytest.raises(NonFiniteLossError, match=r"SAE 0 \(topk, init_seed 7\): loss nan at step 3"):
+    with pytest.raises(NonFiniteLossError, match=r"SAE 1 \(topk, init_seed 7\): loss nan at step 3"):
         sm.train_boosting_concurrently([config("topk", 7), config("topk")], x.split(64), quick())
 
 
@@ -424,7 +424,7 @@ def test_a_stream_shorter_than_total_tokens_is_warned_about():
 def test_a_non_finite_loss_stops_training_and_names_its_step(architecture):
     x = stream(256)
     x[130, 3] = torch.nan
-    with pytest.raises(NonFiniteLossError, match=rf"SAE 0 \({architecture}, init_seed 7\): loss nan at step 3, after 192 tokens"):
+    with pytest.raises(NonFiniteLossError, match=rf"SAE 1 \({architecture}, init_seed 7\): loss nan at step 3, after 192 tokens"):
         sm.train([config(architecture, init_seed=7), config("topk")], x.split(64), quick())
 
 

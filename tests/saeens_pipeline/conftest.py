@@ -12,6 +12,7 @@ import pytest
 import torch
 from alembic.config import Config
 from alembic.script import ScriptDirectory
+from command_line import saeens  # noqa: F401  # a fixture
 from fake_hub import UNREACHABLE, FakeHub, reach, serving
 from filelock import FileLock
 from huggingface_hub import constants

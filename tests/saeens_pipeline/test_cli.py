@@ -15,13 +15,14 @@ import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import child_process
 import dagster as dg
 import polars as pl
 import pytest
 import typer
+from command_line import Outcome, Saeens
 from rich.console import Console
 from tiny_experiment import EXPERIMENT, LAYER, NAME, SEEDS, Laboratory, run_and_print
 from typer.core import TyperGroup
@@ -33,37 +34,6 @@ from saeens_pipeline.cli import output
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.orchestration import runs
 from saeens_pipeline.storage.tables import read_table
-
-
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def message(self) -> str:
-        """Text of standard error without line breaks."""
-        return " ".join(self.err.split())
-
-
-Saeens = Callable[..., Outcome]
-
-
-@pytest.fixture
-def saeens(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Saeens:
-    """Runs the command in this process."""
-
-    def call(*arguments: object) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["saeens", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        code = ended.value.code
-        assert code is None or isinstance(code, int)
-        printed = capsys.readouterr()
-        return Outcome(code or 0, printed.out, printed.err)
-
-    return call
 
 
 def _assert_one_message(outcome: Outcome, code: int, *parts: str) -> None:

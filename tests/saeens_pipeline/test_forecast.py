@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from fake_hub import FakeHub
+from huggingface_hub import constants
 from safetensors import safe_open
 from tiny_experiment import LAYER, MEMBERS, SEEDS, Laboratory
 from tiny_models import CONTEXT_LENGTH, D_MODEL, Architecture, edit_config, write_tiny_model
@@ -20,8 +21,11 @@ from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.language_models.loading import block_parameters, load_language_model
 from saeens_pipeline.language_models.models import describe_language_model
 from saeens_pipeline.language_models.patching import PatchedWindows
+from saeens_pipeline.language_models.shipped_models import describe_shipped_model
 from saeens_pipeline.language_models.tokens import open_tokens
+from saeens_pipeline.orchestration.catalogue import Catalogue
 from saeens_pipeline.storage.names import Address, Partition
+from saeens_pipeline.storage.recipes import Store
 
 
 def _lines(laboratory: Laboratory, layers: tuple[int, ...] = (LAYER,), compute: Compute | None = None) -> list[Line]:
@@ -264,3 +268,54 @@ def test_the_plan_command_prints_json_alone_and_writes_nothing(
     assert saeens("--format", "csv").startswith("experiment,section,item,amount,unit,note\n")
     assert "training, largest group" in saeens()
     assert not empty.root.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "of_block"),
+    [
+        ("EleutherAI/pythia-160m", 162_322_944, 7_087_872),
+        ("google/gemma-2-2b", 2_614_341_888, 77_865_984),
+    ],
+)
+def test_shipped_configurations_have_the_published_number_of_parameters(name: str, parameters: int, of_block: int):
+    description = describe_shipped_model(name, "main")
+    assert description is not None
+    with torch.device("meta"):
+        model = load_language_model(description, "random", device="meta").model
+    assert sum(weights.numel() for weights in model.parameters()) == parameters
+    assert block_parameters(description) == [of_block] * description.n_layers
+
+
+def test_the_shipped_gelu_1l_has_its_block():
+    description = describe_shipped_model("transformer_lens:gelu-1l", "main")
+    assert description is not None
+    assert (description.d_model, description.n_layers, description.context_length, description.vocab_size) == (512, 1, 1024, 48262)
+    attention, mlp = 4 * 512 * 512 + 4 * 512, 2 * 512 * 2048 + 2048 + 512
+    assert block_parameters(description) == [attention + mlp + 2 * 2 * 512]  # weights and biases of two norms
+
+
+@pytest.mark.parametrize("name", ["pythia_160m", "gemma_2_2b", "gelu_1l", "gelu_1l_small"])
+def test_plans_of_the_papers_settings_need_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("SAEENS_EXPERIMENTS", raising=False)
+    catalogue = Catalogue.load()
+    experiment = catalogue.experiment(name)
+    source = catalogue.sources[experiment.source]
+    lines = forecast(
+        source, experiment, catalogue.ops(experiment), layers=source.layers, store=Store(tmp_path), compute=Compute(device="cpu")
+    )
+    assert "sizes are from the configuration that comes with saeens" in lines[0].note
+    assert [line.item for line in lines if line.amount is None] == []
+    assert not (tmp_path / "cache").exists()
+
+
+def test_another_revision_has_no_shipped_configuration():
+    assert describe_shipped_model("EleutherAI/pythia-160m", "step1000") is None
+    assert describe_shipped_model("some-lab/some-model", "main") is None
+
+
+def test_a_model_in_the_cache_is_not_replaced_by_its_shipped_configuration(fake_hub: FakeHub, empty: Laboratory):
+    fake_hub.repositories["models/EleutherAI/pythia-160m"] = empty.model
+    empty.declare({"language_model": "EleutherAI/pythia-160m"})
+    first = _lines(empty)[0]
+    assert (first.amount, "comes with saeens" in first.note) == (D_MODEL, False)

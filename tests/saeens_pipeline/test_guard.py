@@ -212,6 +212,9 @@ def test_the_real_server_refuses_forged_requests_and_leaves_no_process_behind(tm
         assert ui.wait(DEADLINE_SECONDS) == 0, log.read_text()
         left = [each for each in started if (Path("/proc") / each / "stat").exists()]
         assert [each for each in left if ") Z " not in (Path("/proc") / each / "stat").read_text()] == []
+        told = log.read_text().splitlines()
+        assert [line.split()[0] for line in told] == ["The", "Runs"], told  # where, and where the rest goes
+        assert (tmp_path / "data" / "dagster" / f"ui_{port}.log").is_file()
     finally:
         ui.kill()
 

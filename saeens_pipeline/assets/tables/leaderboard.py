@@ -11,10 +11,19 @@ from saeens_pipeline.assets.baselines.registry import methods
 from saeens_pipeline.assets.declarations import Declaration, Input, Op, RunContext, Task
 from saeens_pipeline.assets.massive_activations import SHARE, cautions, is_held_by_few, marked
 from saeens_pipeline.assets.over_seeds import Sizes, measurements, over_seeds
-from saeens_pipeline.assets.registry import Markdown, Table, columns_of, register, seed_column, seed_metrics, summary_titles, table_frame
+from saeens_pipeline.assets.registry import (
+    Markdown,
+    Table,
+    column_named,
+    columns_of,
+    register,
+    seed_column,
+    seed_metrics,
+    summary_titles,
+    table_frame,
+)
 from saeens_pipeline.assets.tables.cost import TOTALS, with_totals
 from saeens_pipeline.assets.ties import tied_with
-from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.storage.names import LEADERBOARD, LEADERBOARD_ADDRESS, Partition
 from saeens_pipeline.storage.recipes import Artefact, Store
 from saeens_pipeline.storage.tables import Column, read_part
@@ -87,14 +96,18 @@ def standings(store: Store, leaderboard: Declaration, sort: str = "explained_var
     return ranked(_with_controls(table, leaderboard.settings["controls"]), sort)
 
 
+def sort_column(given: str) -> str:
+    """Return the column to rank by, given by its name or by its heading in the terminal. Raises ConfigurationError, with the columns."""
+    sortable = ["n_members", "n_seeds", "n_features", *seed_metrics(), *_PLAIN["cost"], *TOTALS]
+    return column_named(given, sortable, {"n_members": "n", "n_seeds": "seeds", **summary_titles()}, "the leaderboard")
+
+
 def ranked(table: pl.DataFrame, sort: str) -> pl.DataFrame:
-    """Return a leaderboard ranked by a column. Raises ConfigurationError if it is not a numeric column.
+    """Return a leaderboard ranked by a column. Raises as `sort_column`.
 
     Rows of a source and layer have no rank by a metric that depends on the number of test tokens if their numbers differ.
     """
-    sortable = ["n_members", "n_seeds", "n_features", *seed_metrics(), *_PLAIN["cost"], *TOTALS]
-    if sort not in sortable:
-        raise ConfigurationError(f"--sort {sort}: the leaderboard is sorted by one of {', '.join(sortable)}")
+    sort = sort_column(sort)
     columns = (column for name in _columns_read() for column in columns_of(name))
     ascending = {*TOTALS, *(column.name for column in columns if column.less_is_better)}
     rank = pl.col(sort).rank("min", descending=sort not in ascending).over(_RANKED_TOGETHER)
