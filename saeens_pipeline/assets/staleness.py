@@ -55,11 +55,6 @@ def plan(store: Store, ops: Sequence[Op], layers: Sequence[int], seeds: Sequence
     An artefact is stale if its recipe differs from the present one or an input is not fresh. It is damaged if its files are not those
     in its record.
     """
-    return list(stages_of(store, ops, layers, seeds))
-
-
-def stages_of(store: Store, ops: Sequence[Op], layers: Sequence[int], seeds: Sequence[int]) -> Iterator[Stage]:
-    """Yield the stages of `plan`, each when it is asked for: who needs the first one only does not wait for the others."""
     outputs = [output for op in ops for output in op.outputs]
     store = store if isinstance(store, Snapshot) else Snapshot(store.root)
     known: dict[tuple[Address, Partition], Status] = {}
@@ -72,13 +67,11 @@ def stages_of(store: Store, ops: Sequence[Op], layers: Sequence[int], seeds: Seq
     activations = [d for d in outputs if d.dimensions == "layer" and d.address.kind == "source"]
     per_seed = [d for d in outputs if d.dimensions == "layer_and_seed"]
     across_seeds = [d for d in outputs if d.dimensions == "layer" and d.address.kind != "source"]
-    wanted = [(Partition(), [d for d in outputs if d.dimensions == "none"])]
-    wanted += [(Partition(layer), activations) for layer in layers]
-    wanted += [(Partition(layer, seed), per_seed) for layer in layers for seed in seeds]
-    wanted += [(Partition(layer), across_seeds) for layer in layers]
-    for partition, declarations in wanted:
-        if declarations:
-            yield stage(partition, declarations)
+    stages = [stage(Partition(), [d for d in outputs if d.dimensions == "none"])]
+    stages += [stage(Partition(layer), activations) for layer in layers]
+    stages += [stage(Partition(layer, seed), per_seed) for layer in layers for seed in seeds]
+    stages += [stage(Partition(layer), across_seeds) for layer in layers]
+    return [each for each in stages if each.statuses]
 
 
 def _status(store: Store, declaration: Declaration, partition: Partition, known: dict[tuple[Address, Partition], Status]) -> Status:

@@ -26,6 +26,7 @@ from saeens_pipeline.storage.root import data_root
 TICK_SECONDS = 15
 WHY_TAG = "saeens/why"
 MARK_TAG = "saeens/mark"
+_MARKED_TAG = "saeens/marked"  # of the run that set a mark
 _MOST_TAG_CHARACTERS = 63
 _MOST_REASONS = 3  # that a log line of a tick names
 
@@ -107,7 +108,7 @@ def experiment_job(ops: Ops, experiment: ExperimentSettings) -> dg.JobDefinition
         if not todo:
             context.log.info("all of it is fresh: nothing is marked")
             return
-        context.instance.add_run_tags(context.run.run_id, {MARK_TAG: made.key})
+        context.instance.add_run_tags(context.run.run_id, {_MARKED_TAG: made.at})
         context.instance.add_dynamic_partitions(marks_name(name), [made.key])
         runs = f"/runs?q[]={quote(f'tag:{MARK_TAG}={made.key}', safe='')}"
         context.log.info(f"marked; the sensor `retraining` requests {len(todo)} runs: {runs}")
@@ -225,6 +226,14 @@ def due_requests(ops: Ops, experiment: ExperimentSettings, instance: dg.DagsterI
     return due
 
 
+def _chosen_device(experiment: ExperimentSettings, instance: dg.DagsterInstance, mark: Mark) -> dict[str, Any]:
+    """Return the configuration of runs with the device that was chosen for the run of the job that set a mark."""
+    marking = dg.RunsFilter(job_name=experiment.name, tags={_MARKED_TAG: mark.at})
+    configs: list[Mapping[str, Any]] = [run.run_config for run in instance.get_runs(marking, limit=1)]
+    resources = configs[0].get("resources", {}) if configs else {}
+    return {"resources": {"compute": resources["compute"]}} if "compute" in resources else {}
+
+
 def _request(work: _Work, mark: Mark, key: str, run_config: dict[str, Any]) -> dg.RunRequest:
     return dg.RunRequest(
         run_key=key,
@@ -256,14 +265,6 @@ def _layers(ops: Ops, experiment: ExperimentSettings, instance: dg.DagsterInstan
     source = ops.sources[experiment.source]
     declare_layers(instance, source.name, source.layers)
     return layers_of_source(source, instance).layers
-
-
-def _chosen_device(experiment: ExperimentSettings, instance: dg.DagsterInstance, mark: Mark) -> dict[str, Any]:
-    """Return the configuration of runs with the device that was chosen for the run of the job that set a mark."""
-    marking = dg.RunsFilter(job_name=experiment.name, tags={MARK_TAG: mark.key})
-    configs: list[Mapping[str, Any]] = [run.run_config for run in instance.get_runs(marking, limit=1)]
-    resources = configs[0].get("resources", {}) if configs else {}
-    return {"resources": {"compute": resources["compute"]}} if "compute" in resources else {}
 
 
 def _run_of(instance: dg.DagsterInstance, key: str) -> dg.DagsterRun | None:

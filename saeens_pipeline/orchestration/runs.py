@@ -204,7 +204,8 @@ def _choose(
 
 def _check(catalogue: Catalogue, choice: _Choice, console: Console) -> None:
     """Run the checks before the first stage, and print what they announce. Raises the errors of the tracker and the preflights."""
-    chosen_tracker(), webhook()  # refused here, rather than after the preflight
+    chosen_tracker()  # refused here, rather than after the preflight
+    webhook()
     for line in _preflight(catalogue, choice.experiment, Store(data_root()), choice.chosen):
         print_line(console, line)
 

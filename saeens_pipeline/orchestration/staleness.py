@@ -80,7 +80,8 @@ def staleness_sensor(catalogue: Ops) -> dg.SensorDefinition:
         else:
             i = first
         owners = {owner for turn in turns for owner in _owners(catalogue, *turn)}
-        told, checked = ({owner: each for owner, each in those.items() if each and owner in owners} for those in (told, checked))
+        told = {owner: of_owner for owner, of_owner in told.items() if of_owner and owner in owners}
+        checked = {owner: of_owner for owner, of_owner in checked.items() if owner in owners}
         name, layer = turns[i % len(turns)] if turns else ("", 0)
         cursor = json.dumps({"next": name, "layer": layer, "told": told, "checked": checked})
         if not events:
