@@ -37,7 +37,7 @@ VARIABLES = {  # name: meaning, default
         "`in_process` or `multiprocess`: processes of the steps that the UI, the automation and backfills start",
         "`in_process`",
     ),
-    "SAEENS_DEVICE": ("`auto` (CUDA where there is a GPU), `cpu`, `cuda`, `cuda:1`, `mps`", "`auto`"),
+    "SAEENS_DEVICE": ("`auto` (CUDA where there is a GPU), `cpu`, `mps`, `cuda`, or `cuda:0` to `cuda:15`", "`auto`"),
     "SAEENS_MEMORY_GB": ("memory of SAEs that are trained together, GB", "all there is"),
     "SAEENS_PRECISION": (
         "products of float32 matrices in training: `float32`, `tf32`, `bfloat16`. Weights and sums of products stay in float32. On a CPU "
@@ -50,6 +50,8 @@ VARIABLES = {  # name: meaning, default
     "SAEENS_LLM_BASE_URL": ("endpoint of the language model that explains features", "none"),
     "SAEENS_LLM_API_KEY": ("key of that endpoint; never stored", "none"),
     "SAEENS_UI": ("address of Dagster's webserver, which the sensor new_models asks to reload the code location", "set by `saeens ui`"),
+    "SAEENS_ALERT_WEBHOOK": ("address that failed runs are posted to, such as a Slack webhook; a secret, never stored", "none"),
+    "SAEENS_UI_URL": ("address of the UI, for links in alerts; `saeens ui` sets it for its own processes", "none"),
     "DAGSTER_HOME": ("Dagster's own records: runs, events, logs", "`$SAEENS_DATA/dagster`"),
 }
 

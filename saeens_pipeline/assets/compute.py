@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import platform
 import subprocess
@@ -15,11 +14,22 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.storage.locks import holding_one_of
 from saeens_pipeline.storage.root import PROJECT_ROOT
+
+# fmt: off
+Device = Literal[
+    "auto", "cpu", "mps", "cuda", "cuda:0", "cuda:1", "cuda:2", "cuda:3", "cuda:4", "cuda:5", "cuda:6", "cuda:7", "cuda:8", "cuda:9",
+    "cuda:10", "cuda:11", "cuda:12", "cuda:13", "cuda:14", "cuda:15",
+]
+# fmt: on
+"""Devices that a machine may have, spelled out for the launchpad of the UI: an enumeration is the only text that it validates."""
+DEVICES = "auto, cpu, mps, cuda, or cuda:0 to cuda:15"
+Precision = Literal["float32", "tf32", "bfloat16"]
+MOST_MEMORY_GB, MOST_THREADS = 10_000, 1_024
 
 
 @dataclass
@@ -35,9 +45,9 @@ class Measurement:
 class Compute:
     """A device and the share of it that may be used. Nothing here is part of a recipe.
 
-    `device`: `auto` (CUDA if there is a GPU, else the CPU), `cpu`, `cuda`, `cuda:N` or `mps`. `precision` of float32 matrix products in
-    training: `float32`, `tf32` or `bfloat16`; sums and weights stay in float32. `memory_gb`: budget of SAEs that are trained together, or
-    0 for no limit. `threads` of the CPU, or 0 for PyTorch's default.
+    `device`: one of `Device`; `auto` is CUDA if there is a GPU, else the CPU. `precision` of float32 matrix products in training: one of
+    `Precision`; sums and weights stay in float32. `memory_gb`: budget of SAEs that are trained together, or 0 for no limit. `threads` of
+    the CPU, or 0 for PyTorch's default.
     """
 
     device: str = "auto"
@@ -49,9 +59,12 @@ class Compute:
     def from_environment(cls) -> Compute:
         """Read SAEENS_DEVICE, SAEENS_PRECISION, SAEENS_MEMORY_GB and SAEENS_THREADS. Raises ConfigurationError for a wrong value."""
         device, precision = os.environ.get("SAEENS_DEVICE") or "auto", os.environ.get("SAEENS_PRECISION") or "float32"
+        if device not in get_args(Device):
+            raise ConfigurationError(f"SAEENS_DEVICE is {device!r}; it can be {DEVICES}")
         if precision not in _PRECISIONS:
             raise ConfigurationError(f"SAEENS_PRECISION is {precision!r}; it can be {', '.join(_PRECISIONS)}")
-        return cls(device, precision, _number("SAEENS_MEMORY_GB", float), _number("SAEENS_THREADS", int))
+        memory_gb, threads = _number("SAEENS_MEMORY_GB", float, MOST_MEMORY_GB), _number("SAEENS_THREADS", int, MOST_THREADS)
+        return cls(device, precision, memory_gb, threads)
 
     def resolve(self, *, float64: bool = False) -> str:
         """Return the device's name in PyTorch; with `float64`, the CPU if the device lacks float64.
@@ -144,14 +157,14 @@ def _torch():
     return torch
 
 
-def _number(name: str, kind: type[int] | type[float]) -> Any:
+def _number(name: str, kind: type[int] | type[float], most: int) -> Any:
     value = os.environ.get(name) or "0"
     try:
         number = kind(value)
     except ValueError:
         number = -1
-    if not 0 <= number < math.inf:
-        raise ConfigurationError(f"{name} is {value!r}; it has to be a number, 0 or larger")
+    if not 0 <= number <= most:
+        raise ConfigurationError(f"{name} is {value!r}; it has to be a number, 0 or larger, at most {most:,}")
     return number
 
 

@@ -55,6 +55,18 @@ class Input:
     """True: a dependency in Dagster's graph. False for a control's tables: their layers are of another source and cannot be mapped."""
 
 
+class ExternalData(NamedTuple):
+    """Data that an artefact is computed from and that no op computes, such as the files of a language model."""
+
+    description: str
+    settings: tuple[str, ...]
+    """Names of the settings in recipes that hold its identity: hashes of files, or a commit."""
+
+    def version(self, settings: Mapping[str, Any]) -> str:
+        """Return a hash of the identity in the settings of a recipe."""
+        return digest([settings[name] for name in self.settings if name in settings])
+
+
 @dataclass(frozen=True)
 class Declaration(Reference):
     """One artefact: the settings and inputs that decide its content, and its description in the asset graph.
@@ -75,6 +87,8 @@ class Declaration(Reference):
     unavailable: Callable[[], Mapping[str, Any]] = field(default=dict)
     """Return the missing parts of this machine, such as an endpoint, as settings of the recipe. An artefact computed without a part is
     stale once no part is missing; an artefact computed with all parts stays a cache hit."""
+    external: Mapping[str, ExternalData] = field(default_factory=dict)
+    """External data that it is computed from, by name: the source's `language_model` or `corpus`."""
     kinds: frozenset[str] = frozenset()
     tags: Mapping[str, str] = field(default_factory=dict)
     experiment_file: str = ""

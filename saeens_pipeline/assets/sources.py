@@ -10,7 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from saeens_pipeline import progress
-from saeens_pipeline.assets.declarations import Declaration, Input, Op, Reference, RunContext, SourceFacts, Task, Wanted, with_file
+from saeens_pipeline.assets.declarations import (
+    Declaration,
+    ExternalData,
+    Input,
+    Op,
+    Reference,
+    RunContext,
+    SourceFacts,
+    Task,
+    Wanted,
+    with_file,
+)
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models.chat_templates import ChatTemplate, read_chat_template
 from saeens_pipeline.language_models.corpora import open_corpus
@@ -149,6 +160,7 @@ def source_ops(settings: SourceSettings) -> list[Op]:
 def _text_ops(settings: SourceSettings) -> list[Op]:
     """Declare the two ops of a source of text. Identities of language model and corpus are read when a recipe is computed."""
     tags, n_rows = {"source": settings.name}, settings.train_tokens + settings.test_tokens
+    language_model, corpus_read = _external(settings)
     tokens = Declaration(
         **vars(tokens_of(settings.name)),
         builder="tokens",
@@ -160,6 +172,7 @@ def _text_ops(settings: SourceSettings) -> list[Op]:
             **_identity_of_chats(settings),
         },
         inputs=(),
+        external={"language_model": language_model._replace(settings=("tokenizer",)), "corpus": corpus_read},
         source=settings.name,
         kinds=frozenset({"zarr"}),
         tags=tags,
@@ -173,6 +186,7 @@ def _text_ops(settings: SourceSettings) -> list[Op]:
         settings=_settings_of_activations(settings),
         partition_settings=lambda partition: {"layer": partition.layer, "language_model": describe_source(settings).identity},
         inputs=(Input("tokens", tokens),),
+        external={"language_model": language_model},
         source=settings.name,
         kinds=frozenset({"zarr", "pytorch"}),
         tags=tags,
@@ -254,6 +268,16 @@ def _text_ops(settings: SourceSettings) -> list[Op]:
     of_tokens = Op(tokens.address.op_name, (tokens,), make_tokens, preflight=check_tokens)
     of_activations = Op(activations.address.op_name, (activations,), make_activations, on_device=True, preflight=check_activations)
     return with_file([of_tokens, of_activations], settings)
+
+
+def _external(settings: SourceSettings) -> tuple[ExternalData, ExternalData]:
+    """Return the language model and the corpus of a source, as activations and tokens are computed from them."""
+    name = settings.language_model if settings.revision == "main" else f"{settings.language_model} at {settings.revision}"
+    observed = "Observed, not computed: a hash of the files or, on the hub, the commit in its cache."
+    return (
+        ExternalData(f"Language model {name}\n\n{observed}", ("language_model",)),
+        ExternalData(f"Corpus {corpus_name(settings.corpus)}\n\n{observed}", ("corpus", "chat_template")),
+    )
 
 
 def _synthetic_ops(settings: SourceSettings) -> list[Op]:

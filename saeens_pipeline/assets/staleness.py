@@ -9,7 +9,7 @@ from typing import Literal
 from saeens_pipeline.assets.declarations import Declaration, Op
 from saeens_pipeline.errors import SaeensError
 from saeens_pipeline.storage.names import Address, Partition, place
-from saeens_pipeline.storage.recipes import DamagedArtefactError, Store
+from saeens_pipeline.storage.recipes import DamagedArtefactError, Snapshot, Store
 
 State = Literal["fresh", "stale", "damaged", "missing", "queued", "running", "failed"]
 """The first four follow from recipes and files; the others come from Dagster's runs (`run_states`)."""
@@ -56,6 +56,7 @@ def plan(store: Store, ops: Sequence[Op], layers: Sequence[int], seeds: Sequence
     in its record.
     """
     outputs = [output for op in ops for output in op.outputs]
+    store = store if isinstance(store, Snapshot) else Snapshot(store.root)
     known: dict[tuple[Address, Partition], Status] = {}
 
     def stage(partition: Partition, declarations: list[Declaration]) -> Stage:

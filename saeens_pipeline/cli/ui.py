@@ -28,6 +28,7 @@ def ui(
     Requests of foreign web pages are refused.
     """
     from saeens_pipeline.assets.catalogue import Experiments
+    from saeens_pipeline.orchestration.alerts import ADDRESS_VARIABLE
     from saeens_pipeline.orchestration.instance import declare_layers, end_dead_runs, open_instance, prepare_home
     from saeens_pipeline.orchestration.webserver import HOST, in_words, run_servers
     from saeens_pipeline.settings.files import FOLDERS_VARIABLE, own_folders
@@ -53,6 +54,7 @@ def ui(
         print_line(f"Runs are listed here. What Dagster tells goes to {log}; --verbose prints it.")
     # In DAGSTER_HOME, because Dagster warns of another dagster.yaml in the current folder.
     os.environ["SAEENS_DATA"] = str(data_root())
+    os.environ[ADDRESS_VARIABLE] = url or f"http://{HOST}:{port}"
     if folders := own_folders():
         os.environ[FOLDERS_VARIABLE] = os.pathsep.join(map(str, folders))
     os.chdir(home)

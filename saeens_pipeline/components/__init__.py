@@ -8,7 +8,6 @@ import dagster as dg
 from pydantic import BaseModel
 
 from saeens_pipeline.assets.declarations import Op
-from saeens_pipeline.assets.sources import source_ops
 from saeens_pipeline.orchestration.assets import build_asset
 from saeens_pipeline.orchestration.catalogue import Catalogue
 from saeens_pipeline.settings.experiments import ExperimentSettings
@@ -45,7 +44,7 @@ class ActivationSource(_Declared, dg.Component):
     settings_class = SourceSettings
 
     def ops(self, catalogue: Catalogue) -> list[Op]:
-        return [op for source in catalogue.sources_of(self.name) for op in source_ops(source)]
+        return [op for source in catalogue.sources_of(self.name) for op in catalogue.source_ops(source.name)]
 
 
 class EnsembleExperiment(_Declared, dg.Component):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -195,7 +196,16 @@ def weight_files(name: str, path: Path) -> list[Path]:
 
 
 def weights_fingerprint(file: Path) -> str:
-    """Return the fingerprint of a model's file: SHA-256 of the file or, above 64 MiB, of its header and samples."""
+    """Return the fingerprint of a model's file: SHA-256 of the file or, above 64 MiB, of its header and samples.
+
+    It is cached per process until the size or the modification time of the file changes.
+    """
+    status = file.stat()
+    return _weights_fingerprint(file, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=10_000)
+def _weights_fingerprint(file: Path, _size: int, _changed_at: int) -> str:
     with file.open("rb") as stream:
         header_bytes = min(int.from_bytes(stream.read(8), "little"), _WHOLLY_HASHED_BYTES)
     return fingerprint(file, whole_bytes=_WHOLLY_HASHED_BYTES, sample_bytes=_SAMPLE_BYTES, head=range(8, 8 + header_bytes))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +35,17 @@ Kind = Literal["model", "dataset"]
 
 _SUBFOLDERS = ["*/*"]
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_cache_alone = ContextVar("cache_alone", default=False)
+
+
+@contextlib.contextmanager
+def from_cache_alone() -> Iterator[None]:
+    """Send no request to the hub inside: what is not in its cache counts as if the hub could not be reached."""
+    before = _cache_alone.set(True)
+    try:
+        yield
+    finally:
+        _cache_alone.reset(before)
 
 
 def resolve_commit(name: str, revision: str, kind: Kind) -> str:
@@ -46,6 +58,8 @@ def resolve_commit(name: str, revision: str, kind: Kind) -> str:
     api = huggingface_hub.HfApi()
     with contextlib.suppress(RevisionResolutionError):
         return api.resolve_revision(name, repo_type=kind, revision=revision, local_files_only=True).resolved
+    if _cache_alone.get():
+        raise SaeensError(f"{name}, revision {revision}, is not in the hub's cache, and the hub is not asked now")
     with explained(name, revision, kind):
         return api.resolve_revision(name, repo_type=kind, revision=revision).resolved
 
@@ -57,11 +71,14 @@ def download(name: str, commit: str, files: Sequence[str], kind: Kind = "model")
     """
     with explained(name, commit, kind):
         wanted: dict[str, Any] = {"allow_patterns": list(files), "ignore_patterns": _SUBFOLDERS}
+        wanted["local_files_only"] = _cache_alone.get()
         return Path(huggingface_hub.snapshot_download(name, repo_type=kind, revision=commit, **wanted))
 
 
 def sizes(name: str, commit: str, files: Sequence[str]) -> dict[str, int] | None:
     """Return the bytes of a model's files that match a pattern, without downloading them; None if the hub cannot be reached."""
+    if _cache_alone.get():
+        return None
     with explained(name, commit, "model"):
         try:
             wanted: dict[str, Any] = {"allow_patterns": list(files), "ignore_patterns": _SUBFOLDERS}

@@ -16,6 +16,7 @@ from saeens_pipeline.assets.health import Health, examine, is_checked
 from saeens_pipeline.assets.held_out import measured_by
 from saeens_pipeline.assets.materialise import Materialised, materialise, require_sound
 from saeens_pipeline.errors import ConfigurationError
+from saeens_pipeline.orchestration.external_data import external_key, observe_inputs
 from saeens_pipeline.orchestration.instance import layers_name
 from saeens_pipeline.orchestration.layers import requested_layers
 from saeens_pipeline.orchestration.metadata import describe_artefact, held_out_figures, static_metadata
@@ -87,6 +88,7 @@ def build_asset(op: Op) -> dg.AssetsDefinition:
                     yield from _make_layers_together(op, partitions, run, context)
                     return
                 made = materialise(op, selected, partition, run)
+                observe_inputs(context, made)
                 yield from _report(made, checked, op.checks, partition, store.store)
                 _tell_held_out_figures(made, store.store, observe)
                 for each in made:
@@ -164,7 +166,10 @@ def _tell_held_out_figures(
 def _spec(declaration: Declaration) -> dg.AssetSpec:
     return dg.AssetSpec(
         key=declaration.address.key,
-        deps=[_dependency(declaration, each) for each in declaration.inputs if each.in_graph],
+        deps=[
+            *(external_key(declaration, name) for name in declaration.external),
+            *(_dependency(declaration, each) for each in declaration.inputs if each.in_graph),
+        ],
         skippable=True,
         group_name=declaration.address.group,
         kinds=set(declaration.kinds),

@@ -11,6 +11,8 @@ import dagster as dg
 from dagster import AutomationCondition as Condition
 
 from saeens_pipeline.assets.registry import listed
+from saeens_pipeline.orchestration.alerts import alerts_sensor, webhook
+from saeens_pipeline.orchestration.external_data import external_data_sensor, external_selection
 from saeens_pipeline.orchestration.instance import end_dead_runs, layer_changes
 from saeens_pipeline.orchestration.new_models import new_models_sensor
 from saeens_pipeline.orchestration.ops import Ops
@@ -27,16 +29,23 @@ def automate(assets: Iterable[dg.AssetsDefinition], catalogue: Ops) -> dg.Defini
     """Return the assets with their conditions and freshness policies, and the sensors, schedules and jobs."""
     jobs = {experiment.name: experiment_job(catalogue, experiment) for experiment in catalogue.experiments.values()}
     scheduled = [experiment for experiment in catalogue.experiments.values() if experiment.schedule]
-    sensors = [layers_sensor(catalogue.sources), automation_sensor(), retraining_sensor(catalogue), staleness_sensor(catalogue)]
     return dg.Definitions(
         assets=[asset.map_asset_specs(lambda spec: _with_policies(spec, catalogue.experiments)) for asset in assets],
-        sensors=[*sensors, new_models_sensor(catalogue)] if catalogue.followed else sensors,
+        sensors=[
+            layers_sensor(catalogue.sources),
+            automation_sensor(),
+            retraining_sensor(catalogue),
+            staleness_sensor(catalogue),
+            external_data_sensor(catalogue),
+            *([new_models_sensor(catalogue)] if catalogue.followed else []),
+            *([alerts_sensor()] if webhook() else []),
+        ],
         schedules=[retraining_schedule(catalogue, experiment, jobs[experiment.name]) for experiment in scheduled],
         jobs=list(jobs.values()),
     )
 
 
-def automation_condition() -> Condition:
+def automation_condition(*, reads_external_data: bool = False) -> Condition:
     """Return the condition that requests a missing or changed partition, once, when its inputs are settled.
 
     A failed partition is requested again when its settings or inputs change. Assets with the same partitions as an input are computed in
@@ -54,7 +63,10 @@ def automation_condition() -> Condition:
     # At its end a partition briefly counts as not in progress and not computed: it would be requested a second time.
     just_ended = ((~Condition.in_progress()).newly_true() | Condition.newly_requested()).with_label("in progress a moment ago")
     idle = ~Condition.in_progress() & ~just_ended
-    return (wanted & idle & ~Condition.any_deps_missing() & settled).with_label("missing or outdated, inputs settled")
+    not_there = Condition.any_deps_missing()
+    if reads_external_data:  # of what was never observed nothing is known
+        not_there = not_there.ignore(external_selection())
+    return (wanted & idle & ~not_there & settled).with_label("missing or outdated, inputs settled")
 
 
 def leaderboard_condition() -> Condition:
@@ -75,7 +87,7 @@ def _with_policies(spec: dg.AssetSpec, experiments: Mapping[str, ExperimentSetti
     owner = spec.key.path[0]
     if spec.group_name == SOURCES_GROUP:
         in_use = any(experiment.source == owner for experiment in automated)
-        return spec.replace_attributes(automation_condition=automation_condition()) if in_use else spec
+        return spec.replace_attributes(automation_condition=automation_condition(reads_external_data=True)) if in_use else spec
     experiment = experiments.get(owner)
     if experiment is None:  # the asset of a broken file
         return spec

@@ -13,6 +13,7 @@ from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.orchestration.assets import build_asset
 from saeens_pipeline.orchestration.automation import automate
 from saeens_pipeline.orchestration.disk_checks import build_disk_checks
+from saeens_pipeline.orchestration.external_data import external_assets
 from saeens_pipeline.orchestration.ops import Ops
 from saeens_pipeline.orchestration.resources import ComputeResource, StoreResource, TrackerResource
 from saeens_pipeline.orchestration.retries import executor_from_environment
@@ -41,11 +42,11 @@ class Catalogue(Ops):
         """
         ops = self.all_ops()
         given = dg.Definitions(
-            assets=_broken_assets(self.broken),
+            assets=[*_broken_assets(self.broken), *external_assets(ops)],
             asset_checks=build_disk_checks(self) if disk_checks else [],
             resources={
                 "store": StoreResource(),
-                "compute": ComputeResource.from_environment(),
+                "compute": ComputeResource.definition(),
                 "tracker": TrackerResource.from_environment(),
             },
             executor=executor_from_environment(),

@@ -11,7 +11,7 @@ from typing import Any
 
 import dagster
 import yaml
-from dagster import AssetKey, DagsterInstance, DagsterRun, JobDefinition
+from dagster import AssetExecutionContext, AssetKey, DagsterInstance, DagsterRun, JobDefinition
 from dagster._core.errors import DagsterMaxRetriesExceededError
 from dagster._core.storage.event_log.schema import SqlEventLogStorageTable as Events
 from dagster._core.storage.event_log.sql_event_log import SqlEventLogStorage
@@ -82,3 +82,8 @@ def name_code_location(instance: DagsterInstance, location: str) -> None:
         return create(job_def=job_def, remote_job_origin=RemoteJobOrigin(repository, job_def.name), **arguments)
 
     setattr(instance, create.__name__, create_run_for_job)
+
+
+def forget_input_version(context: AssetExecutionContext, key: AssetKey) -> None:
+    """Let the materialisations of a step name the version of this input that was observed last, not the one at the step's beginning."""
+    context.get_step_execution_context().wipe_input_asset_version_info(key)

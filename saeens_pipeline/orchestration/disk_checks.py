@@ -13,7 +13,7 @@ from saeens_pipeline.assets.health import compare_bytes
 from saeens_pipeline.orchestration.assets import partition_of
 from saeens_pipeline.orchestration.ops import Ops
 from saeens_pipeline.orchestration.resources import StoreResource
-from saeens_pipeline.orchestration.staleness import RECIPE, recipe_check, statuses_on_disk
+from saeens_pipeline.orchestration.staleness import RECIPE, recipe_check, recipe_checks
 from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.recipes import DamagedArtefactError, Store
 
@@ -50,12 +50,9 @@ def _build_check(catalogue: Ops, name: str, declarations: Sequence[Declaration])
             if dg.AssetCheckKey(key, BYTES) in chosen:
                 yield _compare(store.store, declaration, partition)
         if any(key.name == RECIPE for key in chosen):
-            by_owner = statuses_on_disk(catalogue, users[0], context.instance)
-            statuses = [each for of_owner in by_owner.values() for each in of_owner.values()]
-            for key, declaration in by_key.items():
-                if dg.AssetCheckKey(key, RECIPE) in chosen:
-                    told = recipe_check([each for each in statuses if each.declaration.address == declaration.address])
-                    yield dg.AssetCheckResult(asset_key=key, check_name=RECIPE, **told._asdict())
+            found = recipe_checks(catalogue, users[0], context.instance)
+            for key in (key for key in by_key if dg.AssetCheckKey(key, RECIPE) in chosen):
+                yield dg.AssetCheckResult(asset_key=key, check_name=RECIPE, **found.get(key, recipe_check([]))._asdict())
 
     return compare
 

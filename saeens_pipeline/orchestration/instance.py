@@ -369,13 +369,18 @@ def servers_prefix() -> str:
     return f"saeens-{this_machine()}-{os.getpid()}-{start and f'{start}-'}"
 
 
+def is_of_command_line(run: DagsterRun) -> bool:
+    """Return True for a run of the command line."""
+    return PROCESS_TAG in run.tags and _SERVER_TAG not in run.tags  # the UI's re-execution of a run copies its tags
+
+
 def process_is_gone(run: DagsterRun) -> bool:
     """Return True if this process can prove that no process executes a run: it was on this machine since its last start.
 
     A run of the command line is tagged with its process. One that `saeens ui` started names the process group of the UI in the path of its
     code server's socket. Nothing is known about processes elsewhere, and about those of other code locations.
     """
-    if PROCESS_TAG in run.tags and _SERVER_TAG not in run.tags:  # the UI's re-execution of a run copies its tags
+    if is_of_command_line(run):
         machine, _, process = run.tags[PROCESS_TAG].rpartition(":")
         pid, _, start = process.partition("@")  # tags of earlier versions have no start
         return machine == this_machine() and pid.isdecimal() and not is_alive(int(pid), start)

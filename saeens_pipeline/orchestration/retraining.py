@@ -5,9 +5,9 @@ requested once the runs with its inputs have ended, so that all layers and seeds
 """
 
 # Without `from __future__ import annotations`: Dagster reads the annotations of sensors and ops at run time.
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import dagster as dg
@@ -26,6 +26,7 @@ from saeens_pipeline.storage.root import data_root
 TICK_SECONDS = 15
 WHY_TAG = "saeens/why"
 MARK_TAG = "saeens/mark"
+_MARKED_TAG = "saeens/marked"  # of the run that set a mark
 _MOST_TAG_CHARACTERS = 63
 _MOST_REASONS = 3  # that a log line of a tick names
 
@@ -92,7 +93,11 @@ def experiment_job(ops: Ops, experiment: ExperimentSettings) -> dg.JobDefinition
     """Return the job that marks an experiment: the sensor `retraining` then computes what is missing or stale."""
     name = experiment.name
 
-    @dg.op(name=f"{name}__mark", description="Marks what is wanted; the sensor `retraining` requests its runs.")
+    @dg.op(
+        name=f"{name}__mark",
+        description="Marks what is wanted; the sensor `retraining` requests its runs, with the device of this one.",
+        required_resource_keys={"compute"},
+    )
     def mark(context: dg.OpExecutionContext, config: Wanted) -> None:
         layers = _layers(ops, experiment, context.instance)
         for given, known, what in ((config.layers, layers, "layer"), (config.seeds, experiment.ensemble.seeds, "seed")):
@@ -103,6 +108,7 @@ def experiment_job(ops: Ops, experiment: ExperimentSettings) -> dg.JobDefinition
         if not todo:
             context.log.info("all of it is fresh: nothing is marked")
             return
+        context.instance.add_run_tags(context.run.run_id, {_MARKED_TAG: made.at})
         context.instance.add_dynamic_partitions(marks_name(name), [made.key])
         runs = f"/runs?q[]={quote(f'tag:{MARK_TAG}={made.key}', safe='')}"
         context.log.info(f"marked; the sensor `retraining` requests {len(todo)} runs: {runs}")
@@ -212,7 +218,7 @@ def due_requests(ops: Ops, experiment: ExperimentSettings, instance: dg.DagsterI
             elif not waits:
                 is_pending = True
                 due.works.append(work)
-                due.requests.append(_request(work, mark, key))
+                due.requests.append(_request(work, mark, key, _chosen_device(experiment, instance, mark)))
             if run or not waits:
                 claimed.add(number)
         if not is_pending:
@@ -220,11 +226,20 @@ def due_requests(ops: Ops, experiment: ExperimentSettings, instance: dg.DagsterI
     return due
 
 
-def _request(work: _Work, mark: Mark, key: str) -> dg.RunRequest:
+def _chosen_device(experiment: ExperimentSettings, instance: dg.DagsterInstance, mark: Mark) -> dict[str, Any]:
+    """Return the configuration of runs with the device that was chosen for the run of the job that set a mark."""
+    marking = dg.RunsFilter(job_name=experiment.name, tags={_MARKED_TAG: mark.at})
+    configs: list[Mapping[str, Any]] = [run.run_config for run in instance.get_runs(marking, limit=1)]
+    resources = configs[0].get("resources", {}) if configs else {}
+    return {"resources": {"compute": resources["compute"]}} if "compute" in resources else {}
+
+
+def _request(work: _Work, mark: Mark, key: str, run_config: dict[str, Any]) -> dg.RunRequest:
     return dg.RunRequest(
         run_key=key,
         partition_key=partition_key(work.wanted[0].declaration, work.partition),
         asset_selection=[dg.AssetKey(each.declaration.address.key) for each in work.wanted],
+        run_config=run_config,
         tags={"user": "retraining", MARK_TAG: mark.key, WHY_TAG: work.reasons[0][:_MOST_TAG_CHARACTERS]},
     )
 

@@ -74,8 +74,7 @@ def _outcome(run: DagsterRun, step: str, events: Sequence[EventLogEntry]) -> tup
     of_run = {entry.dagster_event_type: entry for entry in reversed(events)}
     began, nothing = Type.STEP_START in of_step, ("", "")
     if failure := of_step.get(Type.STEP_FAILURE):
-        line = _first_line(failure)
-        return "failed", f": {_IN_WORDS.get(line, line)}"
+        return "failed", f": {failure_reason(failure)}"
     if Type.STEP_SUCCESS in of_step:
         return nothing
     if run.status in (DagsterRunStatus.QUEUED, DagsterRunStatus.NOT_STARTED):
@@ -86,7 +85,13 @@ def _outcome(run: DagsterRun, step: str, events: Sequence[EventLogEntry]) -> tup
         reason = ": its process was killed, or it was cancelled" if run.is_finished else ": its process was killed"
         return ("failed", reason) if began else nothing
     at_work = began or Type.STEP_START not in of_run  # without any step, the run failed before its steps
-    return ("failed", f": {_first_line(of_run[Type.RUN_FAILURE])}") if Type.RUN_FAILURE in of_run and at_work else nothing
+    return ("failed", f": {failure_reason(of_run[Type.RUN_FAILURE])}") if Type.RUN_FAILURE in of_run and at_work else nothing
+
+
+def failure_reason(entry: EventLogEntry) -> str:
+    """Return the first line of the error of a failed step or run, or what it means, if Dagster has no words for it."""
+    line = _first_line(entry)
+    return _IN_WORDS.get(line, line)
 
 
 def _first_line(entry: EventLogEntry) -> str:

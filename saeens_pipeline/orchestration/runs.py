@@ -27,6 +27,7 @@ from saeens_pipeline.assets.registry import evaluations_of
 from saeens_pipeline.assets.sources import declared_facts
 from saeens_pipeline.assets.staleness import Stage, Status, plan
 from saeens_pipeline.errors import ConfigurationError, SaeensError
+from saeens_pipeline.orchestration.alerts import alerting, webhook
 from saeens_pipeline.orchestration.assets import force_tag, partition_key
 from saeens_pipeline.orchestration.catalogue import Catalogue
 from saeens_pipeline.orchestration.dagster_internals import MaxRetriesExceededError, name_code_location
@@ -204,6 +205,7 @@ def _choose(
 def _check(catalogue: Catalogue, choice: _Choice, console: Console) -> None:
     """Run the checks before the first stage, and print what they announce. Raises the errors of the tracker and the preflights."""
     chosen_tracker()  # refused here, rather than after the preflight
+    webhook()
     for line in _preflight(catalogue, choice.experiment, Store(data_root()), choice.chosen):
         print_line(console, line)
 
@@ -394,7 +396,7 @@ def _execute(
             raise_interrupt()
             began = time.monotonic()
             try:
-                with unwrapped():
+                with unwrapped(), alerting(instance):
                     job.execute_in_process(
                         instance=instance,
                         partition_key=partition_key(declarations[0], partition),

@@ -32,7 +32,7 @@ from saeens_pipeline.storage.tables import read_part
 VARIABLE = "SAEENS_TRACKER"
 FOLDER = "trackers"  # in the data root: the files of each tracker in a folder of its name
 LOCK_SECONDS = 60.0
-_SECRET_NAMES = ("KEY", "TOKEN", "PASSWORD", "SECRET")
+_SECRET_NAMES = ("KEY", "TOKEN", "PASSWORD", "SECRET", "WEBHOOK")
 _IN_ADDRESSES = re.compile(r"(?<=://)[^/\s@]+@|(?<=token=)[^&\s'\"]+|(?<=key=)[^&\s'\"]+")
 
 logger = logging.getLogger(__name__)

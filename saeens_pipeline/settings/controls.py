@@ -14,11 +14,12 @@ _EQUAL_IN_EXPERIMENTS = {"sae", "training", "ensemble"}  # together with the sou
 def controls_of(experiments: Iterable[ExperimentSettings], sources: Mapping[str, SourceSettings]) -> dict[str, str]:
     """Return the name of the control of each experiment on a trained language model that has one; of several, the first by name."""
     by_name = sorted(experiments, key=lambda experiment: experiment.name)
-    untrained = [each for each in by_name if sources[each.source].weights == "random"]
+    untrained = [(each.name, _decisive(each, sources)) for each in by_name if sources[each.source].weights == "random"]
     controls: dict[str, str] = {}
     for experiment in by_name:
         if sources[experiment.source].weights == "trained":
-            alike = [each.name for each in untrained if _decisive(each, sources) == _decisive(experiment, sources)]
+            own = _decisive(experiment, sources) if untrained else []
+            alike = [name for name, decisive in untrained if decisive == own]
             controls |= {experiment.name: alike[0]} if alike else {}
     return controls
 

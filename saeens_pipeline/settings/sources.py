@@ -148,7 +148,8 @@ class SourceSettings(FromFile):
             return name
         is_gguf = not kind and path.lower().endswith(".gguf")
         folder = Path(os.path.normpath(Path(file).parent / path))
-        return f"{kind}{colon}{folder}" if path.startswith(".") or is_gguf or folder.is_dir() else name
+        is_folder = os.path.isdir(folder)  # noqa: PTH112  # pathlib raises an error for a long name
+        return f"{kind}{colon}{folder}" if path.startswith(".") or is_gguf or is_folder else name
 
     @field_validator("revisions")
     @classmethod

@@ -314,6 +314,28 @@ class Store:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
+@dataclass(frozen=True)
+class Snapshot(Store):
+    """A store that looks at each artefact once, for plans: they ask for an input as often as something is computed from it."""
+
+    _found: dict[tuple[Address, Partition], Artefact | DamagedArtefactError | None] = field(
+        default_factory=dict, init=False, compare=False, repr=False
+    )
+
+    def find(self, address: Address, partition: Partition) -> Artefact | None:
+        """Return the artefact at an address, or None, as it was at the first call. Raises as `Store.find`."""
+        where = address, partition
+        if where not in self._found:
+            try:
+                self._found[where] = super().find(address, partition)
+            except DamagedArtefactError as error:
+                self._found[where] = error
+        found = self._found[where]
+        if isinstance(found, DamagedArtefactError):
+            raise found
+        return found
+
+
 def _shown(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 

@@ -14,7 +14,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,12 +68,12 @@ class UI:
         """As the button "Reload definitions"."""
         self.query('mutation { reloadRepositoryLocation(repositoryLocationName: "saeens") { __typename } }')
 
-    def launch(self, job: str, config: str = "{}", **given: Any) -> str:
+    def launch(self, job: str, tags: Sequence[dict[str, str]] = (), **selected: Any) -> str:
         """Launch a run and give its id."""
-        selector = {"repositoryLocationName": "saeens", "repositoryName": "__repository__", "jobName": job, **given}
+        selector = {"repositoryLocationName": "saeens", "repositoryName": "__repository__", "jobName": job, **selected}
         answer = self.query(
             "mutation ($p: ExecutionParams!) { launchRun(executionParams: $p) { ... on LaunchRunSuccess { run { id } } } }",
-            p={"selector": selector, "runConfigData": config, "executionMetadata": {"tags": given.pop("tags", [])}},
+            p={"selector": selector, "runConfigData": "{}", "executionMetadata": {"tags": list(tags)}},
         )
         return answer["launchRun"]["run"]["id"]
 

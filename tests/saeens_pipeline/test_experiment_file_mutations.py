@@ -51,7 +51,7 @@ FOLLOWING = experiment_file(
     ("ActivationSource", source_settings("some/model", name="hub", revisions=["step1", "step2"])),
     ("EnsembleExperiment", experiment_settings(source="hub")),
 )
-TEXTS = [EVERYTHING, SWEEP, FOLLOWING, *(file.read_text() for root in defs.__path__ for file in sorted(Path(root).glob("*/defs.yaml")))]
+TEXTS = [EVERYTHING, SWEEP, FOLLOWING, *(file.read_text() for root in defs.__path__ for file in sorted(Path(root).rglob("defs.yaml")))]
 
 BOMB = "&a0 [x, x]\n" + "\n".join(f"  a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12))
 VALUES = [
@@ -226,3 +226,9 @@ def test_no_value_of_a_field_is_answered_with_a_foreign_error(tmp_path: Path, mo
     attributes = f"sae: {value}\n  seeds: {value}\n  {value}: 1\n"
     for text in (f"type: saeens_pipeline.components.EnsembleExperiment\nattributes:\n  {attributes}", value):
         _complaint(tmp_path / "a.yaml", text.encode(errors="surrogatepass"), monkeypatch)
+
+
+def test_a_language_model_with_a_name_too_long_for_a_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    text = next(text for text in TEXTS if "language_model: builtin/reference" in text)
+    text = text.replace("language_model: builtin/reference", f"language_model: {'a' * 300}")
+    assert not _complaint(tmp_path / "a.yaml", text.encode(), monkeypatch)

@@ -97,4 +97,4 @@ def test_a_failing_look_does_not_end_the_lines(instance: dg.DagsterInstance, mon
 
 
 def test_a_run_without_assets_has_the_name_of_its_job():
-    assert name_of(dg.DagsterRun(job_name="quickstart_retraining")) == "quickstart_retraining"
+    assert name_of(dg.DagsterRun(job_name="quickstart")) == "quickstart"

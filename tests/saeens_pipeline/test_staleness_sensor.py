@@ -11,6 +11,7 @@ from tiny_experiment import EXPERIMENT, LAYER, NAME, SEEDS, Laboratory
 
 from saeens_pipeline.orchestration import staleness
 from saeens_pipeline.orchestration.staleness import staleness_sensor
+from saeens_pipeline.storage import recipes
 from saeens_pipeline.storage.names import Partition
 
 
@@ -146,3 +147,28 @@ def test_the_check_recipe_executed_in_the_ui_says_the_same(finished: Laboratory)
     evaluation = evaluate()
     assert not evaluation.passed
     assert evaluation.metadata["stale or damaged partitions"].value == len(SEEDS)
+
+
+def test_a_tick_reads_each_artefact_once(ticks: Ticks, monkeypatch: pytest.MonkeyPatch):
+    """Tables have all SAEs as inputs: without it, a tick over many members would read each of them for every table."""
+    read: list[str] = []
+    once = recipes.read_artefact
+    monkeypatch.setattr(recipes, "read_artefact", lambda path: read.append(str(path)) or once(path))
+    assert ticks.tick() == {}
+    assert len(read) == len(set(read)) > len(ticks.laboratory.declarations())
+
+
+def test_layers_take_turns(ticks: Ticks, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(staleness, "TICK_BUDGET_SECONDS", 1e-9)
+    ticks.laboratory.declare(source={"layers": [0, LAYER]}, sae=EXPERIMENT["sae"] | {"k": EXPERIMENT["sae"]["k"] + 1})
+    assert ticks.tick() == {}  # nothing of layer 0 was computed
+    assert (json.loads(ticks.cursor or "")["next"], json.loads(ticks.cursor or "")["layer"]) == (NAME, LAYER)
+    assert _member(SEEDS[0]) in ticks.tick()
+
+
+def test_ops_are_declared_once_for_all_ticks(ticks: Ticks):
+    catalogue = ticks.laboratory.catalogue
+    experiment = catalogue.experiment(NAME)
+    assert all(one is other for one, other in zip(catalogue.ops(experiment), catalogue.ops(experiment), strict=True))
+    changed = experiment.model_copy(update={"evaluations": ["cost"]})
+    assert len(catalogue.ops(changed)) < len(catalogue.ops(experiment))
