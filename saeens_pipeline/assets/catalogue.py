@@ -109,7 +109,7 @@ class Experiments:
     def _changes(self, name: str, settings: Sequence[str]) -> list[Change]:
         experiments = self.named(name)
         names = [each.name for each in experiments]
-        document = self._declared(experiments[0])
+        document = self._document_of(experiments[0])
         followed = self.followed.get(document.source)
         source, sources = (followed.settings, followed.sources) if followed else (self.sources[document.source], [document.source])
         others = sorted(each.name for each in self.experiments.values() if each.source in sources and each.name not in names)
@@ -133,7 +133,7 @@ class Experiments:
             changes.append(Change(types[type(owner)], owner.name, location, value))
         return changes
 
-    def _declared(self, experiment: ExperimentSettings) -> ExperimentSettings:
+    def _document_of(self, experiment: ExperimentSettings) -> ExperimentSettings:
         """Return the settings of the document that an experiment is from: its own, of a sweep, or on a followed source."""
         for name, following in self.following.items():
             if experiment.name in [each.name for each in self.parts(name)]:
