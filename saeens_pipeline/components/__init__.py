@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from saeens_pipeline.assets.declarations import Op
 from saeens_pipeline.orchestration.assets import build_asset
 from saeens_pipeline.orchestration.catalogue import Catalogue
+from saeens_pipeline.orchestration.external_data import external_assets
 from saeens_pipeline.settings.experiments import ExperimentSettings
 from saeens_pipeline.settings.sources import SourceSettings
 
@@ -35,7 +36,8 @@ class _Declared:
         return cls(attributes.name)
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
-        return dg.Definitions(assets=[build_asset(op) for op in self.ops(Catalogue.load())])
+        ops = self.ops(Catalogue.load())
+        return dg.Definitions(assets=[*map(build_asset, ops), *external_assets(ops)])
 
 
 class ActivationSource(_Declared, dg.Component):

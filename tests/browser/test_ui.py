@@ -179,7 +179,7 @@ def test_a_changed_setting_is_stale_with_its_reason_until_the_job_has_trained_it
     page.goto(f"{ui.address}/assets/small/bagging/member_2?view=checks&checkDetail=recipe")
     expect(page.get_by_text("layer 2, seed 42: stale: setting sae.k: 8").first).to_be_visible(timeout=60_000)
     ui.launch("small")
-    _wait_until(says("architecture topk, expansion 2.0, k 6"))
+    _wait_until(says("architecture topk, expansion 2, k 6"))
 
 
 def test_the_first_view_has_no_experiment_that_cannot_run_here(ui: UI, page: Page):
