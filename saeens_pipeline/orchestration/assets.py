@@ -121,7 +121,9 @@ def _make_layers_together(
     """
     (declaration,), healths = op.outputs, list[Health]()
     for partition in partitions:
-        for each in materialise(op, {declaration.address}, partition, run):
+        made = materialise(op, {declaration.address}, partition, run)
+        observe_inputs(context, made)
+        for each in made:
             healths += [each.health] if each.health else []
             context.log_event(
                 dg.AssetMaterialization(
