@@ -13,7 +13,7 @@ BENCH ?= --output benchmarks/results
 PYTEST := python -m pytest --numprocesses 2 --dist worksteal --durations 10
 PIP_INSTALL := python -m pip install --quiet --quiet --disable-pip-version-check
 
-.PHONY: help quickstart ui smollm2 probes test test-all check test-interop test-saebench test-trackers test-transformer-lens browser-test bench docs clean
+.PHONY: help quickstart ui smollm2 probes test test-all check test-interop test-saebench test-trackers test-transformer-lens browser-test bench bench-gpu docs clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-22s %s\n", $$1, $$2 }' Makefile
@@ -62,6 +62,10 @@ browser-test: $(VENV)/.installed-dev $(VENV_BROWSER)/.installed  ## the report's
 
 bench: $(VENV_BENCH)/.installed  ## speed and memory compared with other libraries; over an hour. BENCH="training --quick" for a part
 	$(VENV_BENCH)/bin/python -m benchmarks $(BENCH)
+
+bench-gpu: $(VENV_BENCH)/.installed $(VENV)/.installed-dev  ## on a machine with an NVIDIA GPU: its kernels are tested, then measured, into benchmarks/results_gpu
+	$(VENV)/bin/python -m pytest tests/saeens_models -m cuda
+	$(VENV_BENCH)/bin/python -m benchmarks gpu --output benchmarks/results_gpu
 
 docs: $(VENV)/.installed-dev $(VENV_DOCS)/.installed  ## the documentation, into site/
 	$(VENV)/bin/python docs/scripts/reference.py docs/reference

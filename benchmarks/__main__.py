@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.environment import available_cores, describe, set_allocator, set_threads
 
-BENCHMARKS = ("training", "training_large", "boosting", "reading", "evaluation", "caching", "quickstart", "growth", "end_to_end")
+BENCHMARKS = ("training", "training_large", "boosting", "reading", "evaluation", "caching", "quickstart", "growth", "end_to_end", "gpu")
 _QUIET = {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 
@@ -21,7 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description="Speed and memory compared with peers, in turns, in one process."
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(BENCHMARKS)}; all if none is given")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(BENCHMARKS)}; all but gpu if none is given")
     parser.add_argument("--quick", action="store_true", help="one round on small shapes, to test that everything runs")
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="folder for results.json and results.md, which keep results of earlier runs"
@@ -56,7 +56,7 @@ def main() -> None:
     from benchmarks.report import Report
 
     report = Report(arguments.output)
-    for name in arguments.names or BENCHMARKS:
+    for name in arguments.names or [name for name in BENCHMARKS if name != "gpu"]:
         print(f"{name} ...", file=sys.stderr)
         environment = describe(arguments.allocator)
         with tempfile.TemporaryDirectory(prefix="saeens_bench_") as scratch:
