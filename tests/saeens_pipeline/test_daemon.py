@@ -26,11 +26,13 @@ from saeens_pipeline.storage.names import Address, Partition
 
 DEADLINE_SECONDS = 900  # it takes half a minute on two idle cores
 NEW_LAYER = 0
-# The location of WORKSPACE, on the laboratory's file, and with a daemon that does not wait between two looks. The corpus is another
-# one: nobody reads it, since the tokens are there.
+# The location of WORKSPACE, on the laboratory's file and corpus, and with a daemon that does not wait between two looks.
 LOCATION = """\
+from tiny_experiment import CORPUS
 from saeens_pipeline import defs as files
+from saeens_pipeline.assets import sources
 from saeens_pipeline.orchestration import automation, retraining
+sources.open_corpus = lambda name: CORPUS
 files.__path__ = [{folder!r}]
 automation.TICK_SECONDS = retraining.TICK_SECONDS = 1
 from saeens_pipeline.definitions import defs
@@ -64,7 +66,9 @@ class Server:
         self.url = f"http://127.0.0.1:{port}/graphql"
         self.log = home / "server.log"
         arguments = ["dev", "--workspace", "workspace.yaml", "--host", "127.0.0.1", "--port", str(port)]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(home), os.environ.get("PYTHONPATH", "")])}
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join([str(home), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+        }
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "dagster", *arguments],
