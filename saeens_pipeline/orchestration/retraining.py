@@ -32,7 +32,7 @@ _MOST_REASONS = 3  # that a log line of a tick names
 
 
 class Wanted(dg.Config):
-    """What a job marks: the launchpad shows these fields."""
+    """Layers and seeds that a job marks: the launchpad shows these fields."""
 
     layers: list[int] = Field(default=[], description="only these layers, such as [1, 2]; empty: all layers of the source")
     seeds: list[int] = Field(default=[], description="only these ensemble seeds; empty: all seeds of the experiment")
@@ -66,7 +66,7 @@ class Mark(NamedTuple):
 
 
 class _Work(NamedTuple):
-    """What is to be done for a partition: the artefacts that are not fresh, or that `freshness` wants confirmed."""
+    """Artefacts of a partition to compute: those that are not fresh, or that `freshness` wants confirmed."""
 
     partition: Partition
     wanted: list[Status]
@@ -187,7 +187,7 @@ def retraining_sensor(ops: Ops) -> dg.SensorDefinition:
 
 
 class Due(NamedTuple):
-    """What a tick does for an experiment: its requests, what they are for, and the marks that have nothing left to wait for."""
+    """Requests of a tick for an experiment: the run requests, what they are for, and the marks that have nothing left to wait for."""
 
     requests: list[dg.RunRequest]
     works: list[_Work]

@@ -102,7 +102,7 @@ class RecipeCheck(NamedTuple):
 
 
 _Layer = Sequence[Any]
-"""What the check `recipe` says of an asset's partitions of one layer: the numbers of fresh and of other ones, and lines about these."""
+"""Partitions of an asset in one layer, for the check `recipe`: the numbers of fresh and of other ones, and lines about these."""
 
 
 def recipe_check(layers: Sequence[_Layer]) -> RecipeCheck:

@@ -11,14 +11,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 
 PAGES = Path(os.environ.get("SAEENS_TEST_PAGES", ""))
 REPORT = "plain/reports/tiny/layer=1/index.html"
@@ -42,16 +42,6 @@ class Opened:
         for plot in self.page.query_selector_all(".plot"):
             plot.scroll_into_view_if_needed()
             self.page.wait_for_function("plot => plot.querySelector('.main-svg')", arg=plot)
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
-    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium")
-    assert chromium, "no chromium: `apt-get install chromium`, or name one in CHROMIUM"
-    with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield launched
-        launched.close()
 
 
 def _open(browser: Browser, path: str, width: int = 1280, scheme: Any = "light") -> Opened:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 COMMAND = os.environ.get("SAEENS_TEST_COMMAND", "")
 DEADLINE_SECONDS = 180.0
@@ -112,16 +111,6 @@ def _wait_until(is_reached: Callable[[], bool], process: subprocess.Popen[bytes]
             pass
         time.sleep(1)
     pytest.fail(f"waited {DEADLINE_SECONDS:.0f} s in vain")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium")
-    assert chromium, "no chromium: `apt-get install chromium`, or name one in CHROMIUM"
-    with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield launched
-        launched.close()
 
 
 @pytest.fixture

@@ -163,7 +163,7 @@ def test_missing_files_are_one_line(watched: Watched):
 
 
 def test_the_hub_is_not_asked_by_the_sensor(watched: Watched, monkeypatch: pytest.MonkeyPatch):
-    """What is not in the cache is one line, also where the hub would answer."""
+    """Report a model that is not in the cache in one line, also where the hub would answer."""
     watched.make("tokens")
 
     def describe(*_: Any) -> None:
