@@ -127,6 +127,7 @@ def add_settings_class(architecture: str, configured_by: type[SAEConfig]) -> Non
         name: (field.annotation, field) for name, field in configured_by.model_fields.items() if name not in _NOT_IN_SETTINGS
     }
     name = configured_by.__name__.removesuffix("Config") + "Settings"
-    cls = create_model(name, __base__=SAESettings, __module__=configured_by.__module__, **fields)
+    described = {"use_attribute_docstrings": False}  # the fields have their descriptions; to look for source code takes half a second
+    cls = create_model(name, __base__=SAESettings, __module__=configured_by.__module__, __cls_kwargs__=described, **fields)
     cls.config_class = configured_by
     _SETTINGS_CLASSES[architecture] = cls

@@ -44,12 +44,18 @@ def check_hook(description: LanguageModelDescription, hook: str, layers: Collect
         _check_terms(description, hook, layers, found)
 
 
-def check_causal(description: LanguageModelDescription, hook: str, layers: Collection[int], read: Reader, *, strict: bool = True) -> None:
-    """Raise ConfigurationError if later tokens or padding change activations. `strict`: also as the reader, else these are left out."""
+def check_causal(
+    description: LanguageModelDescription, hook: str, layers: Collection[int], read: Reader, *, strict: bool = True
+) -> list[int]:
+    """Raise ConfigurationError if later tokens or padding change activations. `strict`: also as the reader, else these are left out.
+
+    Returns the layers that were checked.
+    """
     tokens, prefix = random_windows(description), _prefix(description)
     wanted = [(hook, layer) for layer in layers]
     whole, alone = read(tokens, wanted, strict=strict), read(tokens[:1, :prefix], wanted, strict=strict)
-    for layer in sorted(layer for place, layer in wanted if (place, layer) in whole and (place, layer) in alone):
+    checked = sorted(layer for place, layer in wanted if (place, layer) in whole and (place, layer) in alone)
+    for layer in checked:
         text, *others = whole[hook, layer][:, :prefix]
         error = max(relative_error(other, text) for other in others)
         shorter = relative_error(alone[hook, layer][0], text)  # rounds otherwise, which deep networks amplify
@@ -58,6 +64,7 @@ def check_causal(description: LanguageModelDescription, hook: str, layers: Colle
                 f"{description.name} ({description.model_type}) is not causal: later tokens or padding change {hook!r} of layer {layer} "
                 f"(relative error {max(error, shorter):.2g}). Choose a language model that attends to earlier tokens only"
             )
+    return checked
 
 
 def checked_in_float32(model: torch.nn.Module, check: Callable[[], _Result]) -> _Result:

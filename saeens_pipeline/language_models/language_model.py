@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from contextlib import ExitStack, suppress
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
 
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models.descriptions import HOOKS, READ_AT_INPUT, LanguageModelDescription, validate_hook
 from saeens_pipeline.language_models.hook_checks import check_causal, check_hook, checked_in_float32, random_windows
+
+if TYPE_CHECKING:  # its import takes seconds
+    from transformers import PreTrainedModel
 
 _MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
 _PARTS = {
@@ -65,7 +67,8 @@ class LanguageModel:
         """Raise ConfigurationError for a model whose blocks attend to later tokens, or that cannot be run on token ids alone."""
         try:
             layers = range(self.description.n_layers)
-            checked_in_float32(self.model, lambda: check_causal(self.description, "resid_post", layers, self._read, strict=False))
+            check = partial(check_causal, self.description, "resid_post", layers, self._read, strict=False)
+            self._checked.update(("resid_post", layer) for layer in checked_in_float32(self.model, check))
         except (SaeensError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # code of the model

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny_experiment import Laboratory
 from tiny_models import D_MODEL, END_OF_TEXT, SIZES, VOCAB_SIZE, edit_config, write_random_model, write_tiny_model
 
-from saeens_pipeline.errors import ConfigurationError
+from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models.descriptions import HOOKS
 from saeens_pipeline.language_models.hook_checks import checked_in_float32, term_errors
 from saeens_pipeline.language_models.language_model import LanguageModel
@@ -131,8 +131,8 @@ def test_a_module_that_runs_twice_is_refused(tmp_path: Path, tokens):
     model = _load(write_tiny_model(tmp_path / "model", "llama"))
     layers: Any = model.model.get_submodule("model.layers")
     layers[2] = layers[0]
-    with pytest.raises(Exception, match="'resid_post', layer 0: its module runs more than once"):
-        model.activations(tokens, "resid_post", [0])
+    with pytest.raises(SaeensError, match=r"'model\.layers\.{layer}', layer 0: its module runs more than once"):
+        model.activations(tokens, "model.layers.{layer}", [0])
 
 
 # low precision
