@@ -108,13 +108,13 @@ def run(
             _ask_hub(Catalogue.load(), experiment)
         catalogue = Catalogue.load_with(experiment, settings or [])
         names = [each.name for each in catalogue.named(experiment)]
-        chosen = {"layers": layer or [], "seeds": seed or [], "select": select or [], "force": force, "console": console}
+        selection = runs.Selection(layer or [], seed or [], select or [], force)
         if dry_run:
-            _print_dry_run([status for name in names for status in runs.dry_run(catalogue, name, **chosen)], format)
+            _print_dry_run([status for name in names for status in runs.dry_run(catalogue, name, selection, console=console)], format)
             return
         outcomes: list[Outcome] = []
         for name in names:
-            outcomes.append(runs.run_experiment(catalogue, name, **chosen, verbose=verbose))
+            outcomes.append(runs.run_experiment(catalogue, name, selection, verbose=verbose, console=console))
             if format == "table":
                 print_outcome(outcomes[-1], out)
         if format == "json":

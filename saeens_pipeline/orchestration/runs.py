@@ -102,6 +102,17 @@ def _statuses(stages: Sequence[Stage]) -> list[Status]:
     return [status for stage in stages for status in stage.statuses]
 
 
+class Selection(NamedTuple):
+    """The part of an experiment that a command computes. An empty sequence restricts nothing."""
+
+    layers: Sequence[int] = ()
+    seeds: Sequence[int] = ()
+    assets: Sequence[str] = ()
+    """Ends of asset keys, such as `bagging/member_1`; their inputs are computed where they are missing or stale."""
+    force: bool = False
+    """Compute the selected artefacts anew although they are fresh, but not their inputs."""
+
+
 class _Choice(NamedTuple):
     """The artefacts that a run computes, by stage, and the layers and stages of the experiment."""
 
@@ -116,25 +127,11 @@ class _Choice(NamedTuple):
         return sum(len(declarations) for _, declarations in self.chosen)
 
 
-def run_experiment(
-    catalogue: Catalogue,
-    name: str,
-    *,
-    layers: Sequence[int] = (),
-    seeds: Sequence[int] = (),
-    select: Sequence[str] = (),
-    force: bool = False,
-    verbose: bool = False,
-    console: Console,
-) -> Outcome:
-    """Compute the missing and stale artefacts of an experiment, stage by stage, and show progress.
-
-    With `force`, the selected artefacts are computed anew although they are fresh, and their inputs are not. With `verbose`, Dagster tells
-    everything.
-    """
+def run_experiment(catalogue: Catalogue, name: str, selection: Selection, *, verbose: bool = False, console: Console) -> Outcome:
+    """Compute missing and stale artefacts of an experiment, stage by stage, and show progress. `verbose`: Dagster tells everything."""
     began = time.monotonic()
     recorded(end_dead_runs, None)
-    choice = _choose(catalogue, name, layers, seeds, select, force=force, console=console)
+    choice = _choose(catalogue, name, selection, console)
     experiment, store, n_wanted = choice.experiment, Store(data_root()), choice.n_wanted
     n_fresh = sum(s.state == "fresh" and s.declaration not in made for stage, made in choice.chosen for s in stage.statuses)
     n_others = len(_statuses(choice.stages)) - n_fresh - n_wanted
@@ -154,7 +151,8 @@ def run_experiment(
         with compiling_ahead(store, wanted), _log_lines(console), progress.report_to(reporter_for(console)):
             of_source, tags = {experiment.source: choice.layers}, _tags(catalogue, choice)
             _execute(catalogue, of_source, stages, _RUN, tags, console=console, verbose=verbose)
-    asked = [s for s in _statuses(_plan(catalogue, experiment, choice.layers)) if not seeds or s.partition.seed in (None, *seeds)]
+    statuses, seeds = _statuses(_plan(catalogue, experiment, choice.layers)), selection.seeds or experiment.ensemble.seeds
+    asked = [status for status in statuses if status.partition.seed in (None, *seeds)]
     reports = [store.path(*s.where) / INDEX_FILE for s in asked if s.declaration.address.kind == REPORT and s.state == "fresh"]
     renewed = _renew_reports_that_show(catalogue, store, name, choice.layers) if n_wanted else []
     if reports or renewed:
@@ -162,22 +160,13 @@ def run_experiment(
     return Outcome(experiment, asked, _counterpart(catalogue, name, choice.layers), reports, renewed, time.monotonic() - began)
 
 
-def dry_run(
-    catalogue: Catalogue,
-    name: str,
-    *,
-    layers: Sequence[int] = (),
-    seeds: Sequence[int] = (),
-    select: Sequence[str] = (),
-    force: bool = False,
-    console: Console,
-) -> list[Status]:
+def dry_run(catalogue: Catalogue, name: str, selection: Selection, *, console: Console) -> list[Status]:
     """Return the artefacts that `run_experiment` would compute, in the order of its stages, with their reasons. Write nothing.
 
     Raises the errors with which the run would be refused before its first stage.
     """
     with writing_nothing():
-        choice = _choose(catalogue, name, layers, seeds, select, force=force, console=console)
+        choice = _choose(catalogue, name, selection, console)
         if choice.n_wanted:
             with _log_lines(console):
                 _check(catalogue, choice, console)
@@ -186,20 +175,20 @@ def dry_run(
     return [replace(status, reason=status.reason or reasons[status.state]) for status in wanted]
 
 
-def _choose(
-    catalogue: Catalogue, name: str, layers: Sequence[int], seeds: Sequence[int], select: Sequence[str], *, force: bool, console: Console
-) -> _Choice:
+def _choose(catalogue: Catalogue, name: str, selection: Selection, console: Console) -> _Choice:
     """Return the artefacts to compute. Raises ConfigurationError for unknown seeds and assets, SaeensError for a root without access."""
     experiment = catalogue.experiment(name)
-    layers, impossible = (sorted(set(layers)), []) if layers else recorded_layers(catalogue.sources[experiment.source])
+    layers, impossible = sorted(set(selection.layers)), []
+    if not layers:
+        layers, impossible = recorded_layers(catalogue.sources[experiment.source])
     if impossible:
         console.print(f"left out, since the language model lacks them: layers {', '.join(impossible)}; remove them in the UI")
-    if unknown := ", ".join(map(str, sorted(set(seeds) - set(experiment.ensemble.seeds)))):
+    if unknown := ", ".join(map(str, sorted(set(selection.seeds) - set(experiment.ensemble.seeds)))):
         raise ConfigurationError(f"{name} has no seed {unknown}; it has {', '.join(map(str, experiment.ensemble.seeds))}")
     Store(data_root()).require_writable()
     stages = _plan(catalogue, experiment, layers)
-    request = _request(stages, select) if force else None
-    return _Choice(experiment, layers, stages, _restricted(stages, seeds, select, request, console), request)
+    request = _request(stages, selection.assets) if selection.force else None
+    return _Choice(experiment, layers, stages, _restricted(stages, selection, request, console), request)
 
 
 def _check(catalogue: Catalogue, choice: _Choice, console: Console) -> None:
@@ -307,10 +296,10 @@ def _preflight(
 
 
 def _restricted(
-    stages: Sequence[Stage], seeds: Sequence[int], select: Sequence[str], force: Force | None, console: Console
+    stages: Sequence[Stage], selection: Selection, force: Force | None, console: Console
 ) -> list[tuple[Stage, list[Declaration]]]:
     """Return the artefacts of each stage that are not fresh or computed anew, restricted to the selected seeds and assets."""
-    allowed = _selected(stages, select) if select else None
+    seeds, allowed = selection.seeds, _selected(stages, selection.assets) if selection.assets else None
     chosen: list[tuple[Stage, list[Declaration]]] = []
     left_out = False
     for stage in stages:

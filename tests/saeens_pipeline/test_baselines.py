@@ -239,7 +239,7 @@ def _run(name: str, **options: Any) -> None:
 
     from rich.console import Console
 
-    run_and_print(name, **{"layers": [], "seeds": [], "select": []} | options, console=Console(file=io.StringIO()))
+    run_and_print(name, **options, console=Console(file=io.StringIO()))
 
 
 def test_saes_of_another_experiment_with_the_same_recipe_are_linked(finished: Laboratory, trained: list[str]):

@@ -156,7 +156,7 @@ def test_a_long_table_is_cut_after_its_first_rows(finished: Laboratory, saeens: 
 
 def test_the_summary_fits_into_120_columns(finished: Laboratory):
     printed = io.StringIO()
-    run_and_print(NAME, layers=[], seeds=[], select=[], console=Console(file=printed, width=120))
+    run_and_print(NAME, console=Console(file=printed, width=120))
     lines = printed.getvalue().splitlines()
     header = next(line for line in lines if line.startswith("method"))
     assert header.split()[:7] == ["method", "n", "EV", "CE", "rec.", "bits", "L0"]

@@ -97,7 +97,7 @@ def test_a_run_of_the_control_adds_it_to_the_report(empty: Laboratory):
 
 def _run(name: str) -> str:
     printed = io.StringIO()
-    run_and_print(name, layers=[], seeds=[], select=[], console=Console(file=printed, width=300))
+    run_and_print(name, console=Console(file=printed, width=300))
     return printed.getvalue()
 
 

@@ -30,7 +30,7 @@ from saeens_pipeline.orchestration.assets import partition_key
 from saeens_pipeline.orchestration.catalogue import Catalogue
 from saeens_pipeline.orchestration.instance import register_layers
 from saeens_pipeline.orchestration.retries import unwrapped
-from saeens_pipeline.orchestration.runs import experiment_status, make_reports, run_experiment
+from saeens_pipeline.orchestration.runs import Selection, experiment_status, make_reports, run_experiment
 from saeens_pipeline.storage.names import Address, Partition, locate
 from saeens_pipeline.storage.recipes import Artefact, Recipe, Store, read_artefact
 
@@ -150,7 +150,7 @@ class Laboratory:
     def run(self, layers: Sequence[int] = (), seeds: Sequence[int] = (), select: Sequence[str] = ()) -> str:
         """`saeens run tiny`; gives what it prints."""
         printed = io.StringIO()
-        run_and_print(NAME, layers=layers, seeds=seeds, select=select, console=Console(file=printed, width=200))
+        run_and_print(NAME, layers, seeds, select, console=Console(file=printed, width=200))
         return printed.getvalue()
 
     def materialise(
@@ -173,10 +173,10 @@ class Laboratory:
 
 
 def run_and_print(
-    name: str, *, layers: Sequence[int] = (), seeds: Sequence[int] = (), select: Sequence[str] = (), console: Console
+    name: str, layers: Sequence[int] = (), seeds: Sequence[int] = (), select: Sequence[str] = (), *, console: Console
 ) -> None:
     """Run an experiment and print its summary, as `saeens run` does."""
-    print_outcome(run_experiment(Catalogue.load(), name, layers=layers, seeds=seeds, select=select, console=console), console)
+    print_outcome(run_experiment(Catalogue.load(), name, Selection(layers, seeds, select), console=console), console)
 
 
 def write_rows(store: Store, part: Path, rows: pl.DataFrame, like: Path | None = None) -> None:
