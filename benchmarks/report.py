@@ -133,7 +133,8 @@ def _seconds(side: dict[str, Any] | None, tokens: int | None) -> str:
     if side is None:
         return ""
     rate = f" ({tokens / side['seconds']:,.0f} tokens/s)" if tokens else ""
-    return f"{side['seconds']:.3g} s{rate}"
+    seconds = side["seconds"]
+    return f"{f'{seconds:.3g}' if seconds < 1000 else f'{seconds:,.0f}'} s{rate}"
 
 
 def _ratio(row: dict[str, Any]) -> str:
