@@ -45,6 +45,7 @@ def answer(question: Question) -> str:
 
 def main(folder: Path) -> None:
     """Write all pages below `folder`."""
+    folder = folder.resolve()  # paths in an experiment file are relative to that file
     shutil.rmtree(folder, ignore_errors=True)
     plain = Laboratory(write_tiny_model(folder / "model"), folder / "defs", folder / "plain")
     hostile = Laboratory(plain.model, plain.folder, folder / "hostile")
