@@ -92,6 +92,8 @@ def _expected(root: Path, layer: int) -> dict[str, dict[str, float]]:
     """By method and column, the mean over seeds at the largest size."""
     expected: dict[str, dict[str, float]] = {}
     for metric in METRICS:
+        if metric.table not in EVALUATIONS:
+            continue
         parts = sorted((root / "tables" / NAME / metric.table / f"layer={layer}").rglob("part.parquet"))
         rows = pl.concat([pl.read_parquet(part, hive_partitioning=False) for part in parts])
         largest = rows.filter(pl.col("n_members") == pl.col("n_members").max().over("method"))
