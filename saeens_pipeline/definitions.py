@@ -1,4 +1,4 @@
-"""The code location: everything that Dagster shows. Templates are not among it before their first run."""
+"""The code location: everything that Dagster shows. Before their first run templates are not in it, nor what lacks a package."""
 
 from __future__ import annotations
 

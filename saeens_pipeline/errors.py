@@ -1,4 +1,7 @@
-"""Errors that a user can fix. The message names the mistake, its place, and the remedy; the command line prints no traceback."""
+"""Errors that a user can fix, and text for messages.
+
+An error's message names the mistake, its place, and the remedy; the command line prints no traceback.
+"""
 
 import re
 
@@ -21,6 +24,11 @@ class ConfigurationError(SaeensError):
     """An invalid request: a wrong experiment file, an unknown name, a layer that does not exist. Exit code 2."""
 
     exit_code = 2
+
+
+def counted(n: int, what: str) -> str:
+    """Return a number of things: `1 artefact`, `2 artefacts`."""
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
 
 
 def without_escapes(text: str) -> str:

@@ -20,7 +20,7 @@ from saeens_pipeline.assets.memory import training_memory
 from saeens_pipeline.assets.registry import evaluations_of, fills
 from saeens_pipeline.assets.saes import config_of
 from saeens_pipeline.assets.sources import describe_source, measures_loss, require_hook
-from saeens_pipeline.errors import SaeensError
+from saeens_pipeline.errors import SaeensError, counted
 from saeens_pipeline.language_models.descriptions import LanguageModelDescription
 from saeens_pipeline.language_models.hub import UnreachableError
 from saeens_pipeline.language_models.patching import LEAST_TOKENS, LOGIT_BYTES
@@ -209,7 +209,7 @@ class _Plan:
     def disk(self, tokens: float) -> _Figures:
         source, d_in, keep = self.source, self.description.d_model, self.experiment.keep_residuals
         activations = stored_bytes(d_in, source.dtype, {"train": source.train_tokens, "test": source.test_tokens}) * len(self.layers)
-        yield "activations", activations, f"{source.dtype}, {len(self.layers)} layer{'s' if len(self.layers) > 1 else ''}"
+        yield "activations", activations, f"{source.dtype}, {counted(len(self.layers), 'layer')}"
         one = stored_bytes(d_in, source.dtype, {"train": source.train_tokens}, with_origin=False)
         residuals = {"all": self.n_residuals, "last": min(self.n_residuals, 1), "none": 0}[keep] * one * self.n_partitions
         besides = one if keep == "last" and self.n_residuals > 1 else 0

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from saeens_pipeline.errors import ConfigurationError
+from saeens_pipeline.errors import ConfigurationError, counted
 
 if TYPE_CHECKING:
     from saeens_models import SAEConfig
@@ -39,7 +39,7 @@ class Portion(NamedTuple):
 
     def __str__(self) -> str:
         tokens = "whole batches" if self.micro_batch_tokens is None else f"micro-batches of {self.micro_batch_tokens} tokens"
-        return f"{self.n_saes} SAE{'s' if self.n_saes > 1 else ''} at once, {tokens}"
+        return f"{counted(self.n_saes, 'SAE')} at once, {tokens}"
 
 
 class MemoryPlan(NamedTuple):

@@ -159,7 +159,8 @@ def source_ops(settings: SourceSettings) -> list[Op]:
 
 def _text_ops(settings: SourceSettings) -> list[Op]:
     """Declare the two ops of a source of text. Identities of language model and corpus are read when a recipe is computed."""
-    tags, n_rows = {"source": settings.name}, settings.train_tokens + settings.test_tokens
+    n_rows = settings.train_tokens + settings.test_tokens
+    tags = {"source": settings.name} | ({"saeens/needs": "hub"} if settings.needs_hub else {})
     language_model, corpus_read = _external(settings)
     tokens = Declaration(
         **vars(tokens_of(settings.name)),

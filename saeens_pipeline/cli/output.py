@@ -63,8 +63,8 @@ def print_line(text: str) -> None:
 
 
 def notify(label: str, message: str) -> None:
-    """Print a message on standard error, without markup and escape sequences."""
-    err.print(Text.assemble((f"{label}: ", "red"), printable(message)), soft_wrap=True)
+    """Print a message on standard error, without markup and escape sequences; a terminal gets it wrapped between words."""
+    err.print(Text.assemble((f"{label}: ", "red"), printable(message)), soft_wrap=not err.is_terminal)
 
 
 def print_data(frame: pl.DataFrame, format: Format) -> bool:

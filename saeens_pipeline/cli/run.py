@@ -25,7 +25,7 @@ from saeens_pipeline.cli.output import (
     print_line,
     print_rows,
 )
-from saeens_pipeline.errors import SaeensError
+from saeens_pipeline.errors import SaeensError, counted
 from saeens_pipeline.storage.names import numeric_order
 from saeens_pipeline.storage.recipes import Store
 from saeens_pipeline.storage.root import data_root
@@ -152,8 +152,8 @@ def _print_dry_run(statuses: Sequence[Status], format: Format) -> None:
     out.print(_status_table(distinct))
     n_stages, counts = len({each.partition for each in distinct}), Counter(each.state for each in distinct)
     print_line(
-        f"\n{len(distinct)} artefacts would be computed ({', '.join(f'{n} {state}' for state, n in counts.items())}), in {n_stages} "
-        f"run{'s' if n_stages > 1 else ''}; one whose inputs turn out as before is a cache hit. Nothing was computed or written"
+        f"\n{counted(len(distinct), 'artefact')} would be computed ({', '.join(f'{n} {state}' for state, n in counts.items())}), in "
+        f"{counted(n_stages, 'run')}; one whose inputs turn out as before is a cache hit. Nothing was computed or written"
     )
 
 
@@ -222,4 +222,4 @@ def status(experiment: ExperimentName, format: FormatOption = "table") -> None:
         return
     out.print(_status_table(statuses))
     counts = Counter(each.state for each in statuses)
-    print_line(f"\n{len(statuses)} artefacts: {', '.join(f'{n} {state}' for state, n in counts.items())}")
+    print_line(f"\n{counted(len(statuses), 'artefact')}: {', '.join(f'{n} {state}' for state, n in counts.items())}")

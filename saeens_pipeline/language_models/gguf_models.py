@@ -74,6 +74,15 @@ def gguf_file(name: str) -> Path | None:
     return Path(name).expanduser().absolute() if name.lower().endswith(SUFFIX) and not Path(name).expanduser().is_dir() else None
 
 
+def lacks_package(name: str) -> bool:
+    """Return whether a language model is `builtin/smollm2` and its package is not installed."""
+    try:
+        gguf_file(name)
+    except ConfigurationError:
+        return True
+    return False
+
+
 def _packaged_file() -> Path:
     try:
         files = metadata.files(_PACKAGE) or []

@@ -13,7 +13,7 @@ from dagster import AutomationCondition as Condition
 from saeens_pipeline.assets.registry import listed
 from saeens_pipeline.orchestration.alerts import alerts_sensor, webhook
 from saeens_pipeline.orchestration.external_data import external_data_sensor, external_selection
-from saeens_pipeline.orchestration.instance import end_dead_runs, layer_changes
+from saeens_pipeline.orchestration.instance import end_dead_runs, layer_changes, layers_name
 from saeens_pipeline.orchestration.new_models import new_models_sensor
 from saeens_pipeline.orchestration.ops import Ops
 from saeens_pipeline.orchestration.retraining import experiment_job, retraining_schedule, retraining_sensor
@@ -128,13 +128,17 @@ def layers_sensor(sources: Mapping[str, SourceSettings]) -> dg.SensorDefinition:
     def layers(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
         end_dead_runs(context.instance)
         requests: list[dg.AddDynamicPartitionsRequest | dg.DeleteDynamicPartitionsRequest] = []
+        changes: list[str] = []
         for source in sources.values():
             for name, added, gone in layer_changes(context.instance, source.name, source.layers):
                 partitions = dg.DynamicPartitionsDefinition(name=name)
+                parts = [f"{what} {', '.join(layers)}" for what, layers in (("added", added), ("removed", gone)) if layers]
+                changes += [f"{name}: {', '.join(parts)}"] if parts and name == layers_name(source.name) else []
                 requests += [partitions.build_add_request(added)] if added else []
                 requests += [partitions.build_delete_request(gone)] if gone else []
         if not requests:
             return dg.SkipReason("The partitions are the layers of the experiment files and those added in the UI.")
-        return dg.SensorResult(dynamic_partitions_requests=requests)
+        said = dg.SkipReason("; ".join(changes) or "The record of the layers in the experiment files was brought up to date.")
+        return dg.SensorResult(skip_reason=said, dynamic_partitions_requests=requests)
 
     return layers

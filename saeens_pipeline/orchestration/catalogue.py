@@ -10,6 +10,7 @@ from pathlib import Path
 import dagster as dg
 
 from saeens_pipeline.errors import ConfigurationError
+from saeens_pipeline.language_models.gguf_models import lacks_package
 from saeens_pipeline.orchestration.assets import build_asset
 from saeens_pipeline.orchestration.automation import automate
 from saeens_pipeline.orchestration.disk_checks import build_disk_checks
@@ -17,7 +18,7 @@ from saeens_pipeline.orchestration.external_data import external_assets
 from saeens_pipeline.orchestration.ops import Ops
 from saeens_pipeline.orchestration.resources import ComputeResource, StoreResource, TrackerResource
 from saeens_pipeline.orchestration.retries import executor_from_environment
-from saeens_pipeline.settings.files import experiment_name, is_template
+from saeens_pipeline.settings.files import experiment_name, is_shipped, is_template
 from saeens_pipeline.storage.names import BROKEN_GROUP
 from saeens_pipeline.storage.recipes import Store
 from saeens_pipeline.storage.root import data_root
@@ -27,12 +28,15 @@ class Catalogue(Ops):
     """Every source and experiment, their ops, and their Dagster definitions."""
 
     def shown(self) -> Catalogue:
-        """Return what the UI shows: all but the templates, and their sources, of which nothing is on disk."""
+        """Return what the UI shows: all but templates, and what lacks a package here, of which nothing is on disk; with their sources."""
         store = Store(data_root())
-        hidden = {name for name, each in self.experiments.items() if is_template(each) and not store.has_any_of(name)}
+        lacking = {name for name, each in self.sources.items() if is_shipped(each) and lacks_package(str(each.language_model))}
+        unready = {name for name, each in self.experiments.items() if is_template(each) or (is_shipped(each) and each.source in lacking)}
+        hidden = {name for name in unready if not store.has_any_of(name)}
         experiments = {name: each for name, each in self.experiments.items() if name not in hidden}
         used = {each.source for each in experiments.values()}
-        sources = {name: each for name, each in self.sources.items() if name in used or not is_template(each) or store.has_any_of(name)}
+        unready = {name for name, each in self.sources.items() if is_template(each) or name in lacking}
+        sources = {name: each for name, each in self.sources.items() if name in used or name not in unready or store.has_any_of(name)}
         return replace(self, sources=sources, experiments=experiments)
 
     def definitions(self, *, disk_checks: bool = True) -> dg.Definitions:

@@ -131,7 +131,8 @@ def external_data_sensor(catalogue: Ops) -> dg.SensorDefinition:
         for problem in problems:
             context.log.warning(problem)
         if events:
-            return dg.SensorResult(asset_events=events, cursor=cursor)
+            said = f"Observed for the first time or changed: {', '.join(each.asset_key.to_user_string() for each in events)}."
+            return dg.SensorResult(asset_events=events, skip_reason=dg.SkipReason(said), cursor=cursor)
         context.update_cursor(cursor)
         return dg.SkipReason("; ".join(problems) or "No language model and no corpus has changed since the last tick.")
 

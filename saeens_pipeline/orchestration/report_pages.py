@@ -6,7 +6,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from starlette.exceptions import HTTPException
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
@@ -29,6 +29,8 @@ class ReportPages(StaticFiles):
         self.config_checked = True  # or a folder that does not exist yet is an error of the server
 
     async def get_response(self, path: str, scope: Scope) -> Response:
+        if path == "." and (Path(str(self.directory)) / LEADERBOARD / INDEX_FILE).is_file():
+            return RedirectResponse(f"{REPORTS}/{LEADERBOARD}/{INDEX_FILE}")
         try:
             response = await super().get_response(path, scope)
         except HTTPException as error:

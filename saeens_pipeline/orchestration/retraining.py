@@ -14,6 +14,7 @@ import dagster as dg
 from pydantic import Field
 
 from saeens_pipeline.assets.staleness import Stage, Status, plan
+from saeens_pipeline.errors import counted
 from saeens_pipeline.orchestration.assets import partition_key
 from saeens_pipeline.orchestration.instance import declare_layers
 from saeens_pipeline.orchestration.layers import layers_of_source
@@ -81,7 +82,7 @@ class _Work(NamedTuple):
         reasons = self.reasons
         more = f"; and {len(reasons) - _MOST_REASONS} more" if len(reasons) > _MOST_REASONS else ""
         where = str(self.partition) or "of all layers"
-        return f"{where}: {len(self.wanted)} artefacts: {'; '.join(reasons[:_MOST_REASONS])}{more}"
+        return f"{where}: {counted(len(self.wanted), 'artefact')}: {'; '.join(reasons[:_MOST_REASONS])}{more}"
 
 
 def marks_name(experiment: str) -> str:
@@ -104,17 +105,20 @@ def experiment_job(ops: Ops, experiment: ExperimentSettings) -> dg.JobDefinition
             if unknown := sorted(set(given) - set(known)):
                 raise dg.Failure(f"{name} has no {what} {', '.join(map(str, unknown))}; it has {', '.join(map(str, known))}")
         made = Mark(datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%S"), tuple(sorted(set(config.layers))), tuple(sorted(set(config.seeds))))
-        todo = [work for work in _works(ops, experiment, context.instance) if work.wanted and made.includes(work.partition)]
+        todo, left_out = _reached(list(_works(ops, experiment, context.instance)), made)
+        for work in left_out:
+            context.log.warning(f"left out, since it needs artefacts of layers or seeds that are neither chosen nor fresh: {work}")
         if not todo:
-            context.log.info("all of it is fresh: nothing is marked")
+            context.log.info("nothing is marked: all that was chosen is fresh, or left out")
             return
         context.instance.add_run_tags(context.run.run_id, {_MARKED_TAG: made.at})
         context.instance.add_dynamic_partitions(marks_name(name), [made.key])
         runs = f"/runs?q[]={quote(f'tag:{MARK_TAG}={made.key}', safe='')}"
-        context.log.info(f"marked; the sensor `retraining` requests {len(todo)} runs: {runs}")
+        context.log.info(f"marked; the sensor `retraining` requests {counted(len(todo), 'run')}: {runs}")
         for work in todo:
             context.log.info(str(work))
-        context.add_output_metadata({"runs": dg.MetadataValue.url(runs), "marked": "\n".join(map(str, todo))})
+        told: dict[str, Any] = {"runs": dg.MetadataValue.url(runs), "marked": "\n".join(map(str, todo))}
+        context.add_output_metadata(told | ({"left out": "\n".join(map(str, left_out))} if left_out else {}))
 
     @dg.job(
         name=name,
@@ -145,7 +149,7 @@ def retraining_schedule(ops: Ops, experiment: ExperimentSettings, job: dg.JobDef
             return dg.SkipReason("All artefacts are fresh: there is nothing to retrain.")
         for work in todo:
             context.log.info(str(work))
-        would = f"{sum(len(work.wanted) for work in todo)} artefacts in {len(todo)} runs"
+        would = f"{counted(sum(len(work.wanted) for work in todo), 'artefact')} in {counted(len(todo), 'run')}"
         return dg.RunRequest(tags={"user": "schedule", "saeens/computes": would, WHY_TAG: todo[0].reasons[0][:_MOST_TAG_CHARACTERS]})
 
     return schedule
@@ -181,7 +185,8 @@ def retraining_sensor(ops: Ops) -> dg.SensorDefinition:
         if not requests and not finished:
             waits = f"The requested runs of {', '.join(waiting)} have not ended." if waiting else "No experiment is marked."
             return dg.SkipReason(waits)
-        return dg.SensorResult(run_requests=requests, dynamic_partitions_requests=finished)
+        ended = None if requests else dg.SkipReason("All that was marked has ended or waits for a failed run: the marks are removed.")
+        return dg.SensorResult(run_requests=requests or None, skip_reason=ended, dynamic_partitions_requests=finished)
 
     return retraining
 
@@ -224,6 +229,22 @@ def due_requests(ops: Ops, experiment: ExperimentSettings, instance: dg.DagsterI
         if not is_pending:
             due.finished.append(mark)
     return due
+
+
+def _reached(works: Sequence[_Work], mark: Mark) -> tuple[list[_Work], list[_Work]]:
+    """Return the works that a mark computes, and those that it names and that wait for works outside it."""
+    reached, left_out, unfinished = list[_Work](), list[_Work](), list[_Work]()
+    for work in works:
+        if not work.wanted:
+            continue
+        waits = any(_comes_before(other.partition, work.partition) for other in unfinished)
+        if mark.includes(work.partition) and not waits:
+            reached.append(work)
+            continue
+        unfinished.append(work)
+        if mark.includes(work.partition):
+            left_out.append(work)
+    return reached, left_out
 
 
 def _chosen_device(experiment: ExperimentSettings, instance: dg.DagsterInstance, mark: Mark) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from saeens_pipeline.assets.memory import out_of_memory_message
 from saeens_pipeline.assets.registry import evaluations_of
 from saeens_pipeline.assets.sources import declared_facts
 from saeens_pipeline.assets.staleness import Stage, Status, plan
-from saeens_pipeline.errors import ConfigurationError, SaeensError
+from saeens_pipeline.errors import ConfigurationError, SaeensError, counted
 from saeens_pipeline.orchestration.alerts import alerting, webhook
 from saeens_pipeline.orchestration.assets import force_tag, partition_key
 from saeens_pipeline.orchestration.catalogue import Catalogue
@@ -135,14 +135,14 @@ def run_experiment(catalogue: Catalogue, name: str, selection: Selection, *, ver
     experiment, store, n_wanted = choice.experiment, Store(data_root()), choice.n_wanted
     n_fresh = sum(s.state == "fresh" and s.declaration not in made for stage, made in choice.chosen for s in stage.statuses)
     n_others = len(_statuses(choice.stages)) - n_fresh - n_wanted
-    others = f", {n_others} are not selected" if n_others else ""
+    others = f", {n_others} not selected" if n_others else ""
     if not n_wanted:
-        print_line(console, f"{name}: nothing to do: {n_fresh} artefacts are fresh (cache hits){others}; no training")
+        print_line(console, f"{name}: nothing to do: {counted(n_fresh, 'artefact')} fresh (cache hits){others}; no training")
     else:
         wanted = [declaration for _, declarations in choice.chosen for declaration in declarations]
         with _log_lines(console):
             _check(catalogue, choice, console)
-        print_line(console, f"{name}: {n_wanted} artefacts to compute, {n_fresh} are fresh (cache hits){others}")
+        print_line(console, f"{name}: {counted(n_wanted, 'artefact')} to compute, {n_fresh} fresh (cache hits){others}")
         for stage, declarations in choice.chosen:
             for status in stage.statuses:
                 if status.state == "damaged" and status.declaration in declarations:
@@ -399,7 +399,7 @@ def _execute(
                 raise SaeensError(_message_of(error)) from error
             if console:
                 where = ", ".join(filter(None, (declarations[0].address.owner, str(partition))))
-                number = f"{len(declarations)} artefact{'s' if len(declarations) > 1 else ''}"
+                number = counted(len(declarations), "artefact")
                 print_line(console, f"{where}: {number} in {time.monotonic() - began:.1f} s")
         raise_interrupt()
 

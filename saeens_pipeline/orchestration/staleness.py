@@ -8,13 +8,14 @@ evaluations of the check `recipe` on the Checks tabs, without a run.
 import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import dagster as dg
 
 from saeens_pipeline.assets.staleness import Status, plan
-from saeens_pipeline.errors import SaeensError
+from saeens_pipeline.errors import SaeensError, counted
 from saeens_pipeline.orchestration.assets import partition_key
 from saeens_pipeline.orchestration.layers import layers_of_source
 from saeens_pipeline.orchestration.ops import Ops
@@ -87,7 +88,7 @@ def staleness_sensor(catalogue: Ops) -> dg.SensorDefinition:
         if not events:
             context.update_cursor(cursor)
             return dg.SkipReason("Nothing has become stale, damaged or fresh since the last tick.")
-        return dg.SensorResult(asset_events=events, cursor=cursor)
+        return dg.SensorResult(asset_events=events, skip_reason=_said(events), cursor=cursor)
 
     return staleness
 
@@ -177,6 +178,16 @@ def _on_disk(catalogue: Ops, store: Store, name: str, layer: int) -> dict[str, d
                 of_source = tokens if status.partition.layer is None else activations
                 found[of_source if status.declaration.address.kind == "source" else own][place(*status.where)] = status
     return found
+
+
+def _said(events: Sequence[dg.AssetObservation | dg.AssetCheckEvaluation]) -> dg.SkipReason:
+    """Return what a tick has told, in words: Dagster shows it in the list of ticks."""
+    observations = [each for each in events if isinstance(each, dg.AssetObservation)]
+    states = Counter(str(each.metadata["state"].value) for each in observations)
+    told = [f"{counted(n, 'partition')} {state}" for state, n in sorted(states.items())]
+    n_checks = len(events) - len(observations)
+    told += [f"{counted(n_checks, 'check')} `{RECIPE}`"] if n_checks else []
+    return dg.SkipReason(f"Told: {', '.join(told)}.")
 
 
 def _digest(status: Status) -> str:

@@ -252,3 +252,8 @@ def corpus_name(corpus: SingleCorpus | Sequence[SingleCorpus]) -> str:
 def has_messages(corpus: SingleCorpus | Sequence[SingleCorpus]) -> bool:
     """Return whether a corpus, or one of its corpora, has conversations, which need a chat template."""
     return any(getattr(each, "messages_field", None) is not None for each in parts_of(corpus))
+
+
+def is_on_hub(corpus: SingleCorpus | Sequence[SingleCorpus]) -> bool:
+    """Return whether a corpus, or one of its corpora, is a data set of the hub."""
+    return any(isinstance(each, HubDataset) for each in parts_of(corpus))

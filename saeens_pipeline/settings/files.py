@@ -64,6 +64,11 @@ def is_template(settings: Settings) -> bool:
     return settings.file is not None and any(settings.file.is_relative_to(Path(root) / _TEMPLATES) for root in defs.__path__)
 
 
+def is_shipped(settings: Settings) -> bool:
+    """Return whether settings are of a file that comes with the package."""
+    return settings.file is not None and any(settings.file.is_relative_to(root) for root in defs.__path__)
+
+
 def recorded_file(path: Path | None) -> str:
     """Return the name of an experiment file in records: its path, or `shipped/...` for a file of the package; empty for None."""
     if path is None:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, PositiveInt, Tag, ValidationInfo, field_validator, model_validator
 
-from saeens_pipeline.settings.corpora import BUILTIN_CORPUS, Corpus, is_hub_name
+from saeens_pipeline.settings.corpora import BUILTIN_CORPUS, Corpus, is_hub_name, is_on_hub
 from saeens_pipeline.settings.from_file import CHANGES, FILE, Distinct, FromFile, Section, wrong_field
 from saeens_pipeline.settings.messages import shown
 from saeens_pipeline.storage.names import validate_name
@@ -195,6 +195,13 @@ class SourceSettings(FromFile):
     def follows(self) -> bool:
         """Return True if this source stands for a set of language models, each of which is a source of its own."""
         return self.revisions is not None or isinstance(self.language_model, EachModel)
+
+    @property
+    def needs_hub(self) -> bool:
+        """Return whether the language model or a text of the corpus is on the hub."""
+        name = str(self.language_model)
+        is_local = name.startswith("builtin/") or name.lower().endswith(".gguf")
+        return name.startswith(_TRANSFORMER_LENS) or (is_hub_name(name) and not is_local) or is_on_hub(self.corpus)
 
     def of_model(self, suffix: str, **model: str) -> SourceSettings:
         """Return the source of one language model of the set, NAME__SUFFIX, with its `language_model` or `revision`.

@@ -353,7 +353,7 @@ def test_a_report_becomes_stale_when_tables_are_added(finished: Laboratory):
     remake_reports(finished)
     part.write_bytes(kept)
     printed = finished.run()
-    assert "1 artefacts to compute" in printed
+    assert "1 artefact to compute" in printed
     assert "<li><code>stability</code>" not in _page(finished).source
 
 

@@ -88,7 +88,7 @@ def test_one_artefact_is_computed_anew_with_the_same_bits(finished: Laboratory, 
     before = _records(finished)
     code, out, err = saeens("run", NAME, "--force", "--select", "bagging/member_1", "--seed", SEEDS[0])
     assert (code, err) == (0, "")
-    assert f"{NAME}: 1 artefacts to compute" in out
+    assert f"{NAME}: 1 artefact to compute" in out
     anew, after = finished.artefact("bagging/member_1", SEEDS[0]), _records(finished)
     changed = {path for path in before if before[path] != after[path]}
     assert {path for path in changed if "reports" not in path.parts} == {anew.path}
