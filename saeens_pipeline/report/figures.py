@@ -102,6 +102,19 @@ _OF_MEMBERS = (
 )
 
 
+def all_charts(results: Results) -> dict[str, list[Chart]]:
+    """Return every chart of a report, by the section of its page."""
+    sections = {
+        "members": by_members,
+        "trade-offs": trade_offs,
+        "gain": marginal_gain,
+        "training": training,
+        "features": features,
+        "downstream": downstream,
+    }
+    return {section: list(draw(results)) for section, draw in sections.items()}
+
+
 def by_members(results: Results) -> Iterator[Chart]:
     """Yield each metric against the number of members."""
     for metric in BY_MEMBERS:
