@@ -266,7 +266,8 @@ def _curves(rows: pl.DataFrame, column: str) -> Iterator[Series]:
     for name in in_order(rows["method"]):
         of_method = rows.filter(pl.col(column).is_finite(), method=name)
         for (member,), curve in of_method.partition_by("member", as_dict=True, maintain_order=True).items():
-            thinned = curve.gather_every(max(1, math.ceil(len(curve) / MAX_CURVE_POINTS)))
+            places = np.geomspace(1, len(curve), MAX_CURVE_POINTS).round().astype(int) - 1  # about evenly along the logarithmic axis
+            thinned = curve[np.unique(places)]
             text = f"{_sae_of(name, member)}<br>%{{x:,}} tokens: %{{y:.4g}}"
             yield Series(method(name), thinned["tokens"].to_list(), thinned[column].round_sig_figs(5).to_list(), CURVE, text=text)
 

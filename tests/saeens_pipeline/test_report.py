@@ -559,6 +559,7 @@ def test_curves_are_thinned_and_keep_their_values():
     curves = _of(list(training(_synthetic("training_curves", rows))), "training_loss").data
     assert len(curves) == 2
     assert all(20 < len(curve.x) <= 120 for curve in curves)
+    assert all((curve.x[0], curve.x[-1]) == (0, 9990) and sum(x < 1000 for x in curve.x) > 40 for curve in curves)  # evenly on the axis
     assert all(y == pytest.approx(1 + x / 10, rel=1e-4) for curve in curves for x, y in zip(curve.x, curve.y, strict=True))
 
 
