@@ -18,11 +18,13 @@ from typing import Any, Literal
 from saeens_pipeline.report.methods import Method
 
 NAME_WIDTH, NAME_CHARACTERS = 150, 26  # pixels to the right of a plot, for the names of its lines; a longer name takes two lines
+NAME_LINE, PLOT_HEIGHT = 12, 170  # pixels: a line of a name, and the least height of a plot
 TITLE_CHARACTERS = {"x": 40, "y": 26}  # of a line of an axis' title, in the smallest picture
 FEWEST_TICKS, MOST_TICKS = 3, 9
 TICK_ROOM = 24.0  # width of the data in a column of a paper, in the font sizes of the ticks' labels
 TICK_GAP = 0.9  # between labels, in font sizes
 ZOOM = 100.0  # ticks go on by this factor beyond the data
+BAR, CAP = 1.2, 3  # pixels: the width of an interval's line and of its ends
 SAME = 1 + 1e-6  # values whose ratio is smaller are one value to a logarithmic axis
 _PLAIN = (1e-4, 1e6)  # values between these are written out
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -220,7 +222,7 @@ def tick_label(value: float) -> str:
 
 def as_plotly(chart: Chart) -> dict[str, Any]:
     """Return the chart as `data` and `layout` of plotly."""
-    margin = {"l": 58, "r": 14, "t": 10, "b": 46}
+    margin = {"l": 58, "r": 14, "t": 28, "b": 46}  # the buttons are above the plot
     layout: dict[str, Any] = {"showlegend": False, "margin": margin, "hovermode": "closest", "dragmode": "zoom"}
     layout |= {"xaxis": _axis(chart, "x"), "yaxis": _axis(chart, "y")}
     if chart.marks:
@@ -229,7 +231,7 @@ def as_plotly(chart: Chart) -> dict[str, Any]:
             ends | {"x0": x, "x1": x, "line": {"color": about.colour, "dash": "dot", "width": 1.5}} for about, x in chart.marks
         ]
     if named := [each for each in chart.series if each.is_named]:
-        layout["annotations"] = [_name(each) for each in named]
+        layout["annotations"] = list(_names(named, chart.values_of("y")))
         layout["margin"] = margin | {"r": NAME_WIDTH}
     return {"data": _traces(chart.series), "layout": layout}
 
@@ -243,14 +245,18 @@ def _traces(series: Sequence[Series]) -> list[dict[str, Any]]:
     return traces
 
 
-def _name(series: Series) -> dict[str, Any]:
-    """Return the name of a series, to the right of its last point, beside the plot."""
-    place = {"x": 1.01, "xref": "paper", "xanchor": "left", "y": series.y[-1], "yanchor": "middle", "align": "left", "showarrow": False}
-    name = series.label or series.method.label
-    return place | {
-        "text": name if len(name) <= NAME_CHARACTERS else name.replace(", ", ",<br>"),
-        "font": {"size": 10, "color": series.method.colour},
-    }
+def _names(named: Sequence[Series], values: Sequence[float]) -> Iterator[dict[str, Any]]:
+    """Yield the name of each series, to the right of its last point, beside the plot; names that would cover each other are moved up."""
+    beside = {"x": 1.01, "xref": "paper", "xanchor": "left", "yanchor": "middle", "align": "left", "showarrow": False}
+    taken = -math.inf
+    for each in sorted(named, key=lambda each: each.y[-1]):
+        name = each.label or each.method.label
+        text = name if len(name) <= NAME_CHARACTERS else name.replace(", ", ",<br>")
+        half = NAME_LINE * (1 + text.count("<br>")) / 2
+        place = PLOT_HEIGHT * (each.y[-1] - min(values)) / ((max(values) - min(values)) or 1)
+        shift = max(0, taken + half - place)
+        taken = place + shift + half
+        yield beside | {"text": text, "y": each.y[-1], "yshift": round(shift), "font": {"size": 10, "color": each.method.colour}}
 
 
 def _axis(chart: Chart, name: Literal["x", "y"]) -> dict[str, Any]:
@@ -282,7 +288,7 @@ def _trace(series: Series) -> dict[str, Any]:
         trace["opacity"] = style.opacity
     for axis, (downs, ups) in series.errors.items():
         ends = {"type": "data", "array": ups, "arrayminus": downs, "symmetric": False}
-        trace[f"error_{axis}"] = ends | {"color": about.colour, "thickness": 1.2, "width": 3}
+        trace[f"error_{axis}"] = ends | {"color": about.colour, "thickness": BAR, "width": CAP}
     if not series.text:
         return trace | {"hoverinfo": "skip"}
     if not isinstance(series.text, str):

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter
 
 from saeens_pipeline.assets.declarations import Declaration
-from saeens_pipeline.report.charts import Chart, tick_label
+from saeens_pipeline.report.charts import BAR, CAP, Chart, tick_label
 from saeens_pipeline.report.figures import BY_MEMBERS, against_members, by_members, sweep, trade_offs
 from saeens_pipeline.report.metrics import GAINS
 from saeens_pipeline.report.results import Results, spreads
@@ -106,7 +106,8 @@ def _draw(axes: Axes, chart: Chart) -> None:
         about, style = each.method, each.style
         errors = {f"{axis}err": ends for axis, ends in each.errors.items()}
         line = {"linestyle": ":" if style.dotted else "-" if style.line else "none", "linewidth": style.line * SCALE}
-        sizes = {"marker": about.marker if style.symbol else "", "markersize": style.symbol * SCALE, "capsize": 2}
+        bars = {"elinewidth": BAR * SCALE, "capsize": CAP * SCALE}  # also of symbols that no line joins
+        sizes = {"marker": about.marker if style.symbol else "", "markersize": style.symbol * SCALE, **bars}
         drawn = axes.errorbar(
             each.x, each.y, **errors, color=about.colour, label=each.label or about.label, alpha=style.opacity, **line, **sizes
         )

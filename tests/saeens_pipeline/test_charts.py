@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
@@ -14,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.figure import Figure
 
 from saeens_pipeline.report import pictures
-from saeens_pipeline.report.charts import CURVE, LINE, Axis, Chart, Series, as_plotly, log_ticks, tick_label
+from saeens_pipeline.report.charts import CURVE, LINE, POINTS, Axis, Chart, Series, as_plotly, log_ticks, tick_label
 from saeens_pipeline.report.methods import method
 
 positive = st.floats(min_value=0, exclude_min=True, allow_nan=False, allow_infinity=False)
@@ -162,3 +163,20 @@ def test_long_titles_are_wrapped_on_pages_and_in_pictures_and_stay_within_the_pi
     figure, renderer = _measured(axes)
     box, whole = axes.yaxis.label.get_window_extent(renderer), figure.bbox
     assert box.x0 >= 0 and box.y0 >= 0 and box.y1 <= whole.y1
+
+
+def test_intervals_of_symbols_without_a_line_are_drawn_in_pictures(drawn: list[Axes]):
+    series = Series(method("expanded"), [1], [0.5], POINTS, y_bars=[(0.4, 0.7)])
+    axes = _printed(Chart("ev", "EV", "", Axis("members"), Axis("explained variance"), [series]), drawn)
+    (bars,) = axes.collections
+    assert [float(width) for width in np.ravel(bars.get_linewidth())] == [pytest.approx(0.9)]
+
+
+def test_names_beside_a_plot_are_moved_apart():
+    series = [
+        Series(method(name), [1, 2], [0.5, y], label=f"level {name}", is_named=True) for name, y in (("a", 0.5), ("b", 0.51), ("c", 1.0))
+    ]
+    names = as_plotly(Chart("stability", "", "", Axis("members"), Axis("stability"), series))["layout"]["annotations"]
+    heights = [170 * (name["y"] - 0.5) / 0.5 + name["yshift"] for name in names]
+    assert [name["text"] for name in names] == ["level a", "level b", "level c"]
+    assert heights[1] - heights[0] >= 11.5 and names[2]["yshift"] == 0

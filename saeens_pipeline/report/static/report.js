@@ -109,11 +109,11 @@
     before = root.dataset.theme;
     plots.forEach(draw);
     setTheme("light");
-    relayout({ width: 325, height: 230, autosize: false, "xaxis.tickfont.size": 9, "yaxis.tickfont.size": 9 });
+    relayout({ width: 325, height: 230, autosize: false, "margin.t": 8, "xaxis.tickfont.size": 9, "yaxis.tickfont.size": 9 });
   });
   addEventListener("afterprint", () => {
     setTheme(before);
-    relayout({ width: null, height: null, autosize: true, "xaxis.tickfont.size": null, "yaxis.tickfont.size": null });
+    relayout({ width: null, height: null, autosize: true, "margin.t": 28, "xaxis.tickfont.size": null, "yaxis.tickfont.size": null });
   });
 
   // The leaderboard: a press on a heading sorts it, fields above it filter it.
