@@ -112,6 +112,7 @@ class Chart:
     marks: Sequence[tuple[Method, float]] = ()
 
     def axis(self, name: Literal["x", "y"]) -> Axis:
+        """Return an axis by its name."""
         return self.x if name == "x" else self.y
 
     def title_of(self, name: Literal["x", "y"]) -> list[str]:

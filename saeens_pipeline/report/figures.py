@@ -281,7 +281,7 @@ def features(results: Results) -> Iterator[Chart]:
     y = Axis("share of features")
     fires = table.filter(pl.col("density") > 0)
     if len(fires):
-        low = math.floor(np.log10(fires["density"].to_numpy().min()) * 2) / 2
+        low = min(-0.5, math.floor(np.log10(fires["density"].to_numpy().min()) * 2) / 2)
         caption = "Share of the test tokens on which a feature fires. Features that never fire (dead) are left out."
         x = Axis("share of tokens on which it fires", log=True, range=(10**low, 1))
         series = list(_histograms(fires, "density", table, np.logspace(low, 0, BINS + 1), ".2g"))

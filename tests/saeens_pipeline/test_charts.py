@@ -88,10 +88,12 @@ def test_labels_are_written_out_from_a_ten_thousandth_to_a_million(value: float,
     assert tick_label(value) == label
 
 
-def _chart(y: list[float], x: list[float] | None = None, *, title: str = "mean squared error", log_x: bool = False, **axis: bool) -> Chart:
+def _chart(
+    y: list[float], x: list[float] | None = None, *, title: str = "mean squared error", log_x: bool = False, log: bool = False
+) -> Chart:
     x = x or [float(i) for i in range(1, len(y) + 1)]
     series = [Series(method("bagging"), x, y, LINE), Series(method("boosting"), x, y, CURVE)]
-    return Chart("mse", "MSE", "", Axis("tokens", log=log_x), Axis(title, **axis), series)
+    return Chart("mse", "MSE", "", Axis("tokens", log=log_x), Axis(title, log=log), series)
 
 
 @pytest.fixture
