@@ -3,7 +3,7 @@
 # Without `from __future__ import annotations`: Dagster reads the annotations of ops at run time.
 import contextlib
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from saeens_pipeline.storage.recipes import Store
 
 OWNERS = ["team:interpretability"]
 HEALTH = "health"
+DATA_VERSION_TAG = "dagster/data_version"
 FORCE_TAG = "saeens/force"  # of a run: the request, and after it the assets, if not all are computed anew
 _ABOUT_HEALTH = (
     "Error: numbers that are not finite, constant or beyond their dtype, and wrong shapes; nothing is computed from such an artefact. "
@@ -73,7 +74,7 @@ def build_asset(op: Op) -> dg.AssetsDefinition:
         checked = [by_key[key.asset_key] for key in context.selected_asset_check_keys]
         observe = partial(_observe, context)
         with (
-            retried(context.retry_number, policy, op.name, str(context.partition_key) if context.has_partition_key else ""),
+            retried(context.retry_number, policy, sorted(map(str, selected)), _keys_in_words(context)),
             progress.forward_log_lines(context.log.log),
             progress.report_to(partial(progress.in_lines, context.log.info)),
         ):
@@ -90,11 +91,15 @@ def build_asset(op: Op) -> dg.AssetsDefinition:
                 made = materialise(op, selected, partition, run)
                 observe_inputs(context, made)
                 yield from _report(made, checked, op.checks, partition, store.store)
-                _tell_held_out_figures(made, store.store, observe)
+                _tell_held_out_figures(context, made, store.store)
                 for each in made:
                     tracker.mirror(each)
 
     return make
+
+
+def _keys_in_words(context: dg.AssetExecutionContext) -> str:
+    return ", ".join(map(str, context.partition_keys)) if context.has_partition_key or context.has_partition_key_range else ""
 
 
 def force_tag(force: Force) -> dict[str, str]:
@@ -130,7 +135,7 @@ def _make_layers_together(
                     dg.AssetKey(declaration.address.key),
                     partition=partition_key(declaration, partition),
                     metadata=describe_artefact(run.store, declaration, partition, each.artefact, is_hit=each.is_hit),
-                    tags={"dagster/data_version": each.artefact.data_version},
+                    tags={DATA_VERSION_TAG: each.artefact.data_version},
                 )
             )
     yield _check_result(declaration, _together(healths))
@@ -153,16 +158,29 @@ def _observe(context: dg.AssetExecutionContext, declaration: Declaration, partit
     context.log_event(dg.AssetObservation(asset, partition=key, metadata=dict(metadata)))
 
 
-def _tell_held_out_figures(
-    made: Sequence[Materialised], store: Store, observe: Callable[[Declaration, Partition, Mapping[str, Any]], None]
-) -> None:
-    """Show the figures of new tables on the pages of the SAEs and ensembles that they are about."""
+def _tell_held_out_figures(context: dg.AssetExecutionContext, made: Sequence[Materialised], store: Store) -> None:
+    """Report the SAEs and ensembles that new tables are about again, with their figures: Dagster shows and plots the last report.
+
+    The tags stay those of the last report, so that nothing counts as changed. What was never reported to this instance, or what it knows
+    in another version, is left alone.
+    """
     new = [each for each in made if not each.is_hit and each.declaration.address.kind == "eval"]
     about = {each.address: (each, table.partition) for table in new for each in measured_by(table.declaration)}
     for declaration, partition in about.values():
-        artefact = store.find(declaration.address, partition)
-        if artefact and (figures := held_out_figures(store, declaration, partition, artefact)):
-            observe(declaration, partition, figures)
+        artefact, last = store.find(declaration.address, partition), _last_report(context.instance, declaration, partition)
+        if not artefact or not last or (last.tags or {}).get(DATA_VERSION_TAG) != artefact.data_version:
+            continue
+        if figures := held_out_figures(store, declaration, partition, artefact):
+            metadata = figures | {name: value for name, value in last.metadata.items() if name not in figures}
+            key = partition_key(declaration, partition)
+            context.log_event(dg.AssetMaterialization(last.asset_key, last.description, metadata, key, last.tags))
+
+
+def _last_report(instance: dg.DagsterInstance, declaration: Declaration, partition: Partition) -> dg.AssetMaterialization | None:
+    """Return the last materialisation of a partition that the instance knows."""
+    key = partition_key(declaration, partition)
+    records = dg.AssetRecordsFilter(dg.AssetKey(declaration.address.key), asset_partitions=[key] if key else None)
+    return next((record.asset_materialization for record in instance.fetch_materializations(records, limit=1).records), None)
 
 
 def _spec(declaration: Declaration) -> dg.AssetSpec:

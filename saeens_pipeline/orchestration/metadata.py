@@ -56,7 +56,9 @@ def describe_artefact(store: Store, declaration: Declaration, partition: Partiti
         summary = _report_summary(artefact)
     elif "statistics" in made:
         summary = _statistics_summary(made["statistics"]) | _composition_summary(made) | _quantised(artefact)
-    measured = held_out_figures(store, declaration, partition, artefact) if declaration.builder in (*SAES, "ensemble") else {}
+    leading = held_out_figures(store, declaration, partition, artefact) if declaration.builder in (*SAES, "ensemble") else {}
+    if declaration.address.is_table:
+        leading = {name: value for name, value in summary.items() if isinstance(value, int | float) and not name.startswith("dagster/")}
     if url := report_url(declaration.address, partition):  # below `saeens ui`
         link = {"open in a browser" if declaration.address.kind == "report" else "report": dg.MetadataValue.url(url)}
         summary = link | summary if declaration.address.kind == "report" else summary | link
@@ -75,7 +77,7 @@ def describe_artefact(store: Store, declaration: Declaration, partition: Partiti
         "recipe": dg.MetadataValue.json(artefact.recipe),
         "versions": dg.MetadataValue.json(made["versions"]),
     }
-    return {name: value for name, value in (measured | {"cache_hit": is_hit} | summary | general).items() if value is not None}
+    return {name: value for name, value in (leading | {"cache_hit": is_hit} | summary | general).items() if value is not None}
 
 
 def _sae_summary(artefact: Artefact) -> dict[str, Any]:

@@ -12,12 +12,25 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import dagster as dg
 
+from saeens_pipeline.assets.health import UnsoundArtefactError
+from saeens_pipeline.assets.materialise import ReplacedInputError
 from saeens_pipeline.errors import ConfigurationError, SaeensError
+from saeens_pipeline.storage.recipes import DamagedArtefactError, MissingInputError
 
 VARIABLE = "SAEENS_EXECUTOR"
 MAX_RETRIES = 2
 DELAY_SECONDS = 10.0
 """Delay before the first retry; it doubles for the next."""
+
+WHAT_TO_DO: tuple[tuple[type[SaeensError], str], ...] = (
+    (ConfigurationError, "Correct the experiment file or the partition that the message names, reload the definitions, and materialise."),
+    (MissingInputError, "Materialise the input that the message names too."),
+    (DamagedArtefactError, "Materialise the damaged artefact: it is computed anew. `saeens doctor --verify` finds others."),
+    (UnsoundArtefactError, "The check `health` has the numbers. Change the settings that the message names."),
+    (ReplacedInputError, "Materialise once more: what is fresh is kept."),
+    (SaeensError, "Mend what the message says and materialise: what was finished is kept, and training goes on from its checkpoint."),
+)
+"""By class of the error, the first that fits: a sentence for the page of the failed run."""
 
 _HUB = {
     "builtins": ("ConnectionError", "TimeoutError"),
@@ -64,11 +77,11 @@ def can_pass(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def retried(attempt: int, policy: dg.RetryPolicy | None, op: str = "", partition: str = "") -> Iterator[None]:
+def retried(attempt: int, policy: dg.RetryPolicy | None, assets: Sequence[str] = (), partition: str = "") -> Iterator[None]:
     """Let Dagster retry a step if the error that leaves the context is transient. `attempt` counts earlier retries.
 
     With a `policy` Dagster retries every error, so other errors become a Failure that forbids retries. A SaeensError does in any case: the
-    UI shows the message of a Failure first, and that of another error below a stack.
+    UI shows the message of a Failure first, and that of another error below a stack. Its metadata name the assets and the partition.
     """
     try:
         yield
@@ -76,7 +89,9 @@ def retried(attempt: int, policy: dg.RetryPolicy | None, op: str = "", partition
         if can_pass(error):
             raise dg.RetryRequested(max_retries=MAX_RETRIES, seconds_to_wait=DELAY_SECONDS * 2**attempt) from error
         if isinstance(error, SaeensError):
-            raise dg.Failure(str(error), metadata={"op": op, "partition": partition}, allow_retries=False) from error
+            what_to_do = next(sentence for kind, sentence in WHAT_TO_DO if isinstance(error, kind))
+            told = {"assets": ", ".join(assets), "partition": partition, "what to do": what_to_do}
+            raise dg.Failure(str(error), {name: text for name, text in told.items() if text}, allow_retries=False) from error
         if policy is not None:
             raise dg.Failure(f"{type(error).__name__}: {error}", allow_retries=False) from error
         raise

@@ -136,6 +136,16 @@ def test_a_member_leads_with_held_out_figures_and_links_to_its_table_and_its_rep
     assert all(link == f"{ui.address}/assets/small/bagging/member_2{PARTITION}" for link in back)
 
 
+def test_the_overview_has_held_out_figures_and_plots_them_by_partition(ui: UI, page: Page):
+    page.goto(f"{ui.address}/assets/small/bagging/member_2")
+    title = page.get_by_text("held-out explained variance of its own input", exact=True)
+    expect(title).to_be_visible(timeout=60_000)
+    page.get_by_text("Plots", exact=True).click()
+    expect(title).to_be_visible()
+    plot = title.locator("xpath=ancestor::*[.//canvas][1]").locator("canvas").first
+    expect(plot).to_be_visible()
+
+
 def test_a_failed_layer_says_its_sentence(ui: UI, page: Page):
     repository = {"repositoryLocationName": "saeens", "repositoryName": "__repository__"}
     ui.query(
@@ -149,6 +159,8 @@ def test_a_failed_layer_says_its_sentence(ui: UI, page: Page):
     )  # fmt: skip
     page.goto(f"{ui.address}/runs/{run}")
     expect(page.get_by_text("has no layer 99").first).to_be_visible(timeout=120_000)
+    expect(page.get_by_text("small/activations").first).to_be_visible()
+    expect(page.get_by_text("reload the definitions, and materialise").first).to_be_visible()
 
 
 def test_a_changed_setting_is_stale_with_its_reason_until_the_job_has_trained_it(ui: UI, page: Page):

@@ -219,7 +219,9 @@ def test_a_layer_partition_beyond_the_model_is_refused_with_the_existing_layers(
         register_layers(instance, NAME, [LAYER, 99])
         with pytest.raises(dg.Failure, match="has no layer 99: it has layers 0 to 2") as failed:
             job.execute_in_process(instance=instance, partition_key="99", asset_selection=[dg.AssetKey([NAME, "activations"])])
-    assert {name: value.value for name, value in failed.value.metadata.items()} == {"op": f"{NAME}__activations", "partition": "99"}
+    told = {name: value.value for name, value in failed.value.metadata.items()}
+    correct = "Correct the experiment file or the partition that the message names, reload the definitions, and materialise."
+    assert told == {"assets": f"{NAME}/activations", "partition": "99", "what to do": correct}
     assert isinstance(failed.value.__cause__, SaeensError)
 
 

@@ -11,6 +11,7 @@ import pytest
 from tiny_experiment import LAYER, NAME, SEEDS, Laboratory
 
 from saeens_pipeline.assets.held_out import held_out
+from saeens_pipeline.orchestration.assets import DATA_VERSION_TAG
 from saeens_pipeline.orchestration.instance import register_layers
 from saeens_pipeline.orchestration.metadata import describe_artefact
 from saeens_pipeline.storage.names import Partition
@@ -69,17 +70,43 @@ def test_links_keep_the_partition_in_both_directions(finished: Laboratory):
     assert f"(/assets/{NAME}/activations?view=partitions&partition={LAYER})" in member["computed from"].value
 
 
-def test_new_tables_show_their_figures_on_the_pages_of_their_saes(finished: Laboratory):
-    shutil.rmtree(finished.root / "tables" / NAME / "members")
-    shutil.rmtree(finished.root / "tables" / NAME / "reconstruction")
-    tables = [dg.AssetKey([NAME, "eval", name]) for name in ("members", "reconstruction")]
+def test_new_tables_report_the_saes_that_they_are_about_again_with_their_figures(finished: Laboratory):
+    for table in ("members", "reconstruction"):
+        shutil.rmtree(finished.root / "tables" / NAME / table)
+    known = ["bagging/member_2", "bagging/bagging_ensemble"]
+    partition = dg.MultiPartitionKey({"layer": str(LAYER), "seed": str(SEEDS[0])})
     job = finished.catalogue.definitions(disk_checks=False).resolve_implicit_global_asset_job_def()
     with dg.DagsterInstance.ephemeral() as instance:
         register_layers(instance, NAME, [LAYER])
-        for _ in range(2):  # the second time all are cache hits
-            job.execute_in_process(instance=instance, partition_key=dg.MultiPartitionKey({"layer": str(LAYER), "seed": str(SEEDS[0])}),
-                asset_selection=tables)  # fmt: skip
-        for name, title in (("bagging/member_2", OWN_EV), ("bagging/bagging_ensemble", EV)):
-            (told,) = instance.fetch_observations(dg.AssetKey([NAME, *name.split("/")]), limit=10).records
-            assert told.asset_observation and told.asset_observation.partition == f"{LAYER}|{SEEDS[0]}"
-            assert told.asset_observation.metadata[title].value == _described(finished, name)[title]
+
+        def make(*names: str) -> None:
+            keys = [dg.AssetKey([NAME, *name.split("/")]) for name in names]
+            job.execute_in_process(instance=instance, partition_key=partition, asset_selection=keys)
+
+        def reports(name: str) -> list[dg.AssetMaterialization]:
+            records = instance.fetch_materializations(dg.AssetKey([NAME, *name.split("/")]), limit=10).records
+            return [each.asset_materialization for each in records if each.asset_materialization]
+
+        make(*known)
+        assert not [name for each in known for report in reports(each) for name in report.metadata if name.startswith("held-out")]
+        for _ in range(2):  # the second time the tables are cache hits
+            make("eval/members", "eval/reconstruction")
+        for name, title in zip(known, (OWN_EV, EV), strict=True):
+            told, before = reports(name)
+            assert next(iter(told.metadata)) == title
+            assert told.metadata[title].value == _described(finished, name)[title]
+            assert before.metadata.items() <= told.metadata.items()
+            assert told.tags == before.tags
+            assert told.tags and told.tags[DATA_VERSION_TAG] == finished.artefact(name, SEEDS[0]).data_version
+            assert told.partition == f"{LAYER}|{SEEDS[0]}"
+        assert not reports("bagging/member_1")  # this instance has never heard of it
+
+
+def test_tables_lead_with_numbers_that_the_ui_plots_by_partition(finished: Laboratory):
+    rows = pl.read_parquet(finished.artefact("eval/members", SEEDS[0]).path, hive_partitioning=False)
+    ev = {m: rows.filter(method=m)["explained_variance"].to_numpy().mean() for m in ("bagging", "boosting")}
+    members = _described(finished, "eval/members")
+    title = "mean explained variance of own inputs, bagging"
+    assert next(iter(members)) == title
+    assert members[title] == pytest.approx(ev["bagging"], abs=6e-5)
+    assert members["mean explained variance of own inputs, boosting"] == pytest.approx(ev["boosting"], abs=6e-5)

@@ -94,7 +94,10 @@ def _reason(undecided: Sequence[int], has_intervals: bool) -> str:
 
 
 def _summary(table: pl.DataFrame, artefact: Artefact) -> Mapping[str, Any]:
-    return {f"no suggestion for {method}": reason for method, reason in artefact.provenance.get("cannot_tell", {}).items()}
+    suggested = table.drop_nulls("suggested").group_by("method").agg(pl.col("suggested").first()).sort("method")
+    return {f"suggested number of members of {method}": size for method, size in suggested.iter_rows()} | {
+        f"no suggestion for {method}": reason for method, reason in artefact.provenance.get("cannot_tell", {}).items()
+    }
 
 
 def _conclusion(table: pl.DataFrame) -> str:
@@ -165,8 +168,8 @@ register(
         headlines=tuple(
             Headline(name, column, ".4g", in_summary=False, about=about)
             for column, name, about in (
-                ("new_features", "new features of a member", ""),
                 ("explained_variance_gain", "explained variance that a member adds", "over that of one member less"),
+                ("new_features", "new features of a member", ""),
                 ("ce_loss_gain", "next-token loss that a member takes away", "in nats per token, over one member less"),
             )
         ),

@@ -34,7 +34,9 @@ def _summary(table: pl.DataFrame, artefact: Artefact) -> Mapping[str, Any]:
         f"| {row['method']} {row['member']} | {row['explained_variance']:.4f} | {row['l0']:.1f} | {row['dead_features']:.1%} |"
         for row in table.iter_rows(named=True)
     )
-    return {"members": Markdown(f"| SAE | EV of its own input | L0 | dead |\n|---|---|---|---|\n{rows}")}
+    means = table.group_by("method").agg(pl.col("explained_variance").mean()).sort("method")
+    numbers = {f"mean explained variance of own inputs, {method}": round(value, 4) for method, value in means.iter_rows()}
+    return numbers | {"members": Markdown(f"| SAE | EV of its own input | L0 | dead |\n|---|---|---|---|\n{rows}")}
 
 
 def _warnings(table: pl.DataFrame, checks: CheckSettings) -> Iterator[str]:
