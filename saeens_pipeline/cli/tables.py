@@ -147,7 +147,7 @@ def report(
         ),
     ] = None,
     figures: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Write the figures as SVG and PDF instead, 3.3 and 6.8 inches wide.")
+        Path | None, typer.Option(metavar="FOLDER", help="Write every chart of the report as SVG and PDF instead, 3.3 and 6.8 inches wide.")
     ] = None,
 ) -> None:
     """Materialise the report of an experiment and the page over all experiments, which open from disk, and print their paths."""

@@ -12,7 +12,7 @@ from saeens_pipeline.settings.experiments import ExperimentSettings
 from saeens_pipeline.storage.names import LEADERBOARD, Address
 from saeens_pipeline.storage.recipes import Store
 
-REPORT_VERSION = 7
+REPORT_VERSION = 8
 REPORT = "report"
 
 

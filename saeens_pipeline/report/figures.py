@@ -102,6 +102,19 @@ _OF_MEMBERS = (
 )
 
 
+def all_charts(results: Results) -> dict[str, list[Chart]]:
+    """Return every chart of a report, by the section of its page."""
+    sections = {
+        "members": by_members,
+        "trade-offs": trade_offs,
+        "gain": marginal_gain,
+        "training": training,
+        "features": features,
+        "downstream": downstream,
+    }
+    return {section: list(draw(results)) for section, draw in sections.items()}
+
+
 def by_members(results: Results) -> Iterator[Chart]:
     """Yield each metric against the number of members."""
     for metric in BY_MEMBERS:
@@ -253,7 +266,8 @@ def _curves(rows: pl.DataFrame, column: str) -> Iterator[Series]:
     for name in in_order(rows["method"]):
         of_method = rows.filter(pl.col(column).is_finite(), method=name)
         for (member,), curve in of_method.partition_by("member", as_dict=True, maintain_order=True).items():
-            thinned = curve.gather_every(max(1, math.ceil(len(curve) / MAX_CURVE_POINTS)))
+            places = np.geomspace(1, len(curve), MAX_CURVE_POINTS).round().astype(int) - 1  # about evenly along the logarithmic axis
+            thinned = curve[np.unique(places)]
             text = f"{_sae_of(name, member)}<br>%{{x:,}} tokens: %{{y:.4g}}"
             yield Series(method(name), thinned["tokens"].to_list(), thinned[column].round_sig_figs(5).to_list(), CURVE, text=text)
 
@@ -267,7 +281,7 @@ def features(results: Results) -> Iterator[Chart]:
     y = Axis("share of features")
     fires = table.filter(pl.col("density") > 0)
     if len(fires):
-        low = math.floor(np.log10(fires["density"].to_numpy().min()) * 2) / 2
+        low = min(-0.5, math.floor(np.log10(fires["density"].to_numpy().min()) * 2) / 2)
         caption = "Share of the test tokens on which a feature fires. Features that never fire (dead) are left out."
         x = Axis("share of tokens on which it fires", log=True, range=(10**low, 1))
         series = list(_histograms(fires, "density", table, np.logspace(low, 0, BINS + 1), ".2g"))

@@ -12,7 +12,7 @@ from saeens_pipeline.assets.registry import TABLES, evaluations_of, fills
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.report.charts import Chart
 from saeens_pipeline.report.claims import MORE_FEATURES, Claim, Effect, Interval, Verdict, differences, verdicts
-from saeens_pipeline.report.figures import by_count
+from saeens_pipeline.report.figures import all_charts, by_count
 from saeens_pipeline.report.methods import in_order, listed, method
 from saeens_pipeline.report.metrics import (
     CE,
@@ -25,7 +25,7 @@ from saeens_pipeline.report.metrics import (
     L0,
     STABILITY,
 )
-from saeens_pipeline.report.pictures import COLUMN, PAGE, printed, printed_charts
+from saeens_pipeline.report.pictures import COLUMN, PAGE, printed
 from saeens_pipeline.report.record import Found, Record
 from saeens_pipeline.report.results import Results
 from saeens_pipeline.storage.recipes import Store
@@ -94,13 +94,14 @@ def write_page(file: Path, subjects: Sequence[Subject]) -> list[Path]:
 
 
 def write_figures(folder: Path, subjects: Sequence[Subject]) -> list[Path]:
-    """Write the figures as SVG and PDF, as wide as a column and as a page of a paper; return their paths."""
+    """Write every chart of the report as SVG and PDF, as wide as a column and as a page of a paper; return their paths."""
     if folder.exists() and not folder.is_dir():
         raise ConfigurationError(f"--figures {folder}: there is a file of that name")
     drawn = {
         f"{_prefix(subject, subjects)}{chart.name}_{name}.{form}": printed(chart, inches, form)
         for subject in subjects
-        for chart in printed_charts(subject.results)
+        for charts in all_charts(subject.results).values()
+        for chart in charts
         for name, inches in (("column", COLUMN), ("page", PAGE))
         for form in ("svg", "pdf")
     }
@@ -132,7 +133,7 @@ def _page(subjects: Sequence[Subject], folder: PurePosixPath, drawn: dict[str, b
 
 
 def _layer(subject: Subject, prefix: str, folder: PurePosixPath, drawn: dict[str, bytes], *, several: bool) -> Iterator[str]:
-    charts = {chart.name: chart for chart in printed_charts(subject.results)}
+    charts = {chart.name: chart for section in all_charts(subject.results).values() for chart in section}
     level = "###" if several else "##"
 
     def figure(name: str) -> Iterator[str]:

@@ -46,18 +46,16 @@ _COLUMNS = {  # of the leaderboard's page, in addition to the metrics
     "seeds": "number of seeds behind the means",
 }
 _SECTIONS = (
-    ("members", "More members", "Each metric against the number of members or rounds. Dotted: single SAEs.", figures.by_members),
+    ("members", "More members", "Each metric against the number of members or rounds. Dotted: single SAEs."),
     ("trade-offs", "Trade-offs",
-     "Every method at every size; large symbols are whole ensembles. The dotted line is the front: no point is better in both.",
-     figures.trade_offs),
+     "Every method at every size; large symbols are whole ensembles. The dotted line is the front: no point is better in both."),
     ("gain", "Marginal gain",
      "Gain of one more member. A number of members is enough where each further one closes less than 5% of the gap that explained variance "
      "has to 1, and the next-token loss to that of the activations, for every training of a first member that it costs in FLOPs; where the "
-     "intervals over documents do not decide, no number is marked.",
-     figures.marginal_gain),
-    ("training", "Training and rounds", "Training curves, and each SAE on its own input.", figures.training),
-    ("features", "Features", "How often features fire, and whether they come back.", figures.features),
-    ("downstream", "Downstream", "Uses of features: probes, and explanations by a language model.", figures.downstream),
+     "intervals over documents do not decide, no number is marked."),
+    ("training", "Training and rounds", "Training curves, and each SAE on its own input."),
+    ("features", "Features", "How often features fire, and whether they come back."),
+    ("downstream", "Downstream", "Uses of features: probes, and explanations by a language model."),
 )  # fmt: skip
 
 
@@ -78,9 +76,10 @@ def write_report(folder: Path, store: Store, catalogue: Experiments, experiment:
     notes = {"downstream": f"Explanations by a language model. {explained}" if explained else ""}
     if "features" in results.tables and not browser:
         notes["features"] = f"The table features is of an earlier version: `saeens run {experiment.name}` computes it again."
+    charts = figures.all_charts(results)
     sections = [
-        {"anchor": anchor, "title": title, "about": about, "charts": list(draw(results)), "note": notes.get(anchor, "")}
-        for anchor, title, about, draw in _SECTIONS
+        {"anchor": anchor, "title": title, "about": about, "charts": charts[anchor], "note": notes.get(anchor, "")}
+        for anchor, title, about in _SECTIONS
     ]
     sections = [section for section in sections if section["charts"] or section["note"]]
     metrics = [metric for metric in METRICS if results.full(metric)]

@@ -11,11 +11,11 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter
 
 from saeens_pipeline.assets.declarations import Declaration
-from saeens_pipeline.report.charts import Axis, Chart
-from saeens_pipeline.report.figures import BY_MEMBERS, against_members, by_members, downstream, sweep, trade_offs
+from saeens_pipeline.report.charts import BAR, CAP, Chart, tick_label
+from saeens_pipeline.report.figures import BY_MEMBERS, against_members, by_members, sweep, trade_offs
 from saeens_pipeline.report.metrics import GAINS
 from saeens_pipeline.report.results import Results, spreads
 
@@ -41,12 +41,6 @@ def report_pictures(results: Results) -> Iterator[tuple[str, bytes]]:
     for chart in (*by_members(results), *trade_offs(results)):
         if chart.name in _EXPORTED:
             yield chart.name, as_png([[chart]])
-
-
-def printed_charts(results: Results) -> list[Chart]:
-    """Return the charts of a page or paper: metrics by the number of members, EV by L0 and by FLOPs, and probes."""
-    chosen = ("explained_variance_for_l0", "explained_variance_for_total_flops")
-    return [*by_members(results), *(chart for chart in trade_offs(results) if chart.name in chosen), *downstream(results)]
 
 
 def printed(chart: Chart, inches: float, form: Literal["svg", "pdf"]) -> bytes:
@@ -103,8 +97,8 @@ def as_png(rows: Sequence[Sequence[Chart]], inches: tuple[float, float] = INCHES
 
 
 def _draw(axes: Axes, chart: Chart) -> None:
-    axes.set_xlabel(chart.x.title)
-    axes.set_ylabel(chart.y.title)
+    axes.set_xlabel("\n".join(chart.title_of("x")))
+    axes.set_ylabel("\n".join(chart.title_of("y")))
     if not chart.series:
         axes.text(0.5, 0.5, "not evaluated yet", ha="center", va="center", transform=axes.transAxes)
         return
@@ -112,7 +106,8 @@ def _draw(axes: Axes, chart: Chart) -> None:
         about, style = each.method, each.style
         errors = {f"{axis}err": ends for axis, ends in each.errors.items()}
         line = {"linestyle": ":" if style.dotted else "-" if style.line else "none", "linewidth": style.line * SCALE}
-        sizes = {"marker": about.marker if style.symbol else "", "markersize": style.symbol * SCALE, "capsize": 2}
+        bars = {"elinewidth": BAR * SCALE, "capsize": CAP * SCALE}  # also of symbols that no line joins
+        sizes = {"marker": about.marker if style.symbol else "", "markersize": style.symbol * SCALE, **bars}
         drawn = axes.errorbar(
             each.x, each.y, **errors, color=about.colour, label=each.label or about.label, alpha=style.opacity, **line, **sizes
         )
@@ -122,20 +117,21 @@ def _draw(axes: Axes, chart: Chart) -> None:
             axes.plot(each.x[-1:], each.y[-1:], color=about.colour, marker=about.marker, markersize=style.last * SCALE)
     for about, x in chart.marks:
         axes.axvline(x, color=about.colour, linestyle=":")
-    _scale(axes, "x", chart.x)
-    _scale(axes, "y", chart.y)
+    _scale(axes, "x", chart)
+    _scale(axes, "y", chart)
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _scale(axes: Axes, name: str, axis: Axis) -> None:
+def _scale(axes: Axes, name: Literal["x", "y"], chart: Chart) -> None:
     drawn = axes.xaxis if name == "x" else axes.yaxis
+    axis = chart.axis(name)
     if axis.log:
         axes.set(**{f"{name}scale": "log"})
-        drawn.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        drawn.set_major_formatter("{x:g}")
+        drawn.set_major_locator(FixedLocator(chart.ticks_of(name)))
+        drawn.set_major_formatter(lambda value, _: tick_label(float(value)))
         drawn.set_minor_formatter(NullFormatter())
     if axis.whole:
         drawn.set_major_locator(MaxNLocator(integer=True))
-    if axis.range:
-        axes.set(**{f"{name}lim": axis.range})
+    if ends := chart.range_of(name):
+        axes.set(**{f"{name}lim": ends})

@@ -11,6 +11,8 @@ import json
 import os
 import re
 import shutil
+import struct
+import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -27,6 +29,7 @@ HOSTILE_FEATURES = "hostile/reports/tiny/layer=1/features.html"
 LEADERBOARD = "plain/reports/leaderboard/index.html"
 HOSTILE = "hostile/reports/tiny/layer=1/index.html"
 HOSTILE_TEXT = '<script>document.title = "taken"</script>'
+SVG = "{http://www.w3.org/2000/svg}"
 VIEWS = [(width, scheme) for width in (1280, 400) for scheme in ("light", "dark")]
 
 
@@ -250,6 +253,78 @@ def test_hiding_a_method_hides_it_in_all_plots(browser: Browser):
     opened.page.wait_for_function(f"before => {shown} === before - 1", arg=before)
     opened.page.click(".legend button[data-method='boosting']")
     opened.page.wait_for_function(f"before => {shown} === before", arg=before)
+
+
+def _saved(page: Page, figure: str, form: str) -> tuple[str, bytes]:
+    """Press the button of a plot that saves it; return the name and the content of the file."""
+    plot = page.locator(f"[data-figure='{figure}']")
+    plot.hover()
+    with page.expect_download() as download:
+        plot.get_by_role("button", name=f"Save as {form.upper()}").click()
+    return download.value.suggested_filename, Path(download.value.path()).read_bytes()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_plot_is_saved_as_svg_with_its_legend_in_dark_text_on_white(browser: Browser, scheme: str):
+    opened = _open(browser, REPORT, 1280, scheme)
+    opened.draw()
+    opened.page.click(".legend button[data-method='expanded']")
+    for figure, axis in (("mse_by_members", "error (log scale)"), ("training_loss", "loss (log scale)")):
+        name, content = _saved(opened.page, figure, "svg")
+        assert name == f"tiny_layer_1_{figure}.svg"
+        svg = ET.fromstring(content)
+        assert (svg.attrib["width"], svg.attrib["height"]) == ("800", "520")
+        behind = next(svg.iter(f"{SVG}rect"))
+        assert (behind.attrib["width"], behind.attrib["height"]) == ("800", "520") and "rgb(255, 255, 255)" in behind.attrib["style"]
+        entries = [text.text for text in svg.iter(f"{SVG}text") if text.attrib.get("class") == "legendtext"]
+        methods = ["bagging", "boosting", "expanded (L0 matched)"]
+        assert entries == (["single", *methods] if figure == "mse_by_members" else methods)
+        texts = [text for text in svg.iter() if text.tag in (f"{SVG}text", f"{SVG}tspan") and "fill: rgb" in text.attrib.get("style", "")]
+        assert any(text.text == axis for text in svg.iter())
+        colours = {
+            tuple(map(int, match)) for text in texts for match in re.findall(r"fill: rgb\((\d+), (\d+), (\d+)\)", text.attrib["style"])
+        }
+        assert colours and all(max(colour) < 0x60 for colour in colours)
+    assert opened.complaints == []
+
+
+def test_a_plot_is_saved_as_png_of_the_same_size_in_every_view(browser: Browser):
+    for width in (1280, 400):
+        opened = _open(browser, REPORT, width, "dark")
+        opened.draw()
+        name, content = _saved(opened.page, "explained_variance_for_l0", "png")
+        assert name == "tiny_layer_1_explained_variance_for_l0.png"
+        assert content.startswith(b"\x89PNG") and struct.unpack(">II", content[16:24]) == (2400, 1560)
+        assert opened.complaints == []
+
+
+@pytest.mark.parametrize("path", [REPORT, LEADERBOARD])
+def test_the_buttons_of_a_plot_send_nothing_anywhere(browser: Browser, path: str):
+    opened = _open(browser, path)
+    opened.draw()
+    for plot in opened.page.query_selector_all(".plot"):
+        titles = [button.get_attribute("data-title") for button in plot.query_selector_all(".modebar-btn")]
+        assert titles == ["Zoom", "Pan", "Zoom in", "Zoom out", "Reset axes", "Save as SVG", "Save as PNG"]
+    if path == REPORT:
+        assert "saeens report tiny --figures figures" in opened.page.inner_text(".legend + .note")
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_titles_and_labels_of_axes_stay_within_their_plot_and_apart(browser: Browser, width: int):
+    opened = _open(browser, REPORT, width)
+    opened.draw()
+    boxes = "(plot, selector) => [...plot.querySelectorAll(selector)].map((each) => each.getBoundingClientRect().toJSON())"
+    for plot in opened.page.query_selector_all(".plot"):
+        figure, whole = plot.get_attribute("data-figure"), plot.bounding_box()
+        assert whole
+        for title in plot.evaluate(boxes, ".xtitle, .ytitle"):
+            assert whole["x"] - 1 <= title["left"] and title["right"] <= whole["x"] + whole["width"] + 1, figure
+            assert whole["y"] - 1 <= title["top"] and title["bottom"] <= whole["y"] + whole["height"] + 1, figure
+        seen = [box for box in plot.evaluate(boxes, ".xtick text") if whole["x"] <= box["left"] <= whole["x"] + whole["width"]]
+        assert len(seen) >= 2, figure
+        assert all(one["right"] < other["left"] for one, other in pairwise(sorted(seen, key=lambda box: box["left"]))), figure
+        title = plot.evaluate(boxes, ".ytitle")
+        assert all(title[0]["right"] < box["left"] for box in plot.evaluate(boxes, ".ytick text")), figure
 
 
 def test_hovering_over_a_plot_shows_its_numbers(browser: Browser):

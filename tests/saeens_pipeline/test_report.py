@@ -508,6 +508,12 @@ def test_density_histograms_count_every_feature_that_fires():
     assert "never fire (dead) are left out" in next(each.caption for each in figures_ if each.name == "density")
 
 
+def test_the_histogram_of_features_that_fire_on_every_token_has_an_axis():
+    rows = [{"seed": 1, "method": "bagging", "n_members": 2, "member": 1, "index": i, "density": 1.0} for i in range(3)]
+    density = _of(list(features(_synthetic("features", rows))), "density")
+    assert (density.data[0].y[-1], density.layout.xaxis.range[1]) == (1.0, 0.0) and len(density.layout.xaxis.tickvals) >= 3
+
+
 def test_cosine_histograms_end_at_one():
     cosines = [0.05, 0.5, 0.99, 1.0]
     subject = {"seed": 1, "method": "bagging", "n_members": 2, "member": 1, "density": 0.5}
@@ -559,6 +565,7 @@ def test_curves_are_thinned_and_keep_their_values():
     curves = _of(list(training(_synthetic("training_curves", rows))), "training_loss").data
     assert len(curves) == 2
     assert all(20 < len(curve.x) <= 120 for curve in curves)
+    assert all((curve.x[0], curve.x[-1]) == (0, 9990) and sum(x < 1000 for x in curve.x) > 40 for curve in curves)  # evenly on the axis
     assert all(y == pytest.approx(1 + x / 10, rel=1e-4) for curve in curves for x, y in zip(curve.x, curve.y, strict=True))
 
 

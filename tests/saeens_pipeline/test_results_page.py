@@ -19,9 +19,9 @@ from saeens_pipeline.assets.over_seeds import written
 from saeens_pipeline.assets.registry import table_frame
 from saeens_pipeline.assets.tables.cost import TOTALS
 from saeens_pipeline.report.claims import FAILS, HOLDS, UNKNOWN, Verdict, verdicts
-from saeens_pipeline.report.figures import by_members
+from saeens_pipeline.report.figures import all_charts, by_members
 from saeens_pipeline.report.methods import method
-from saeens_pipeline.report.pictures import COLUMN, PAGE, printed, printed_charts
+from saeens_pipeline.report.pictures import COLUMN, PAGE, printed
 from saeens_pipeline.report.results import Results
 
 METHODS = ["single", "bagging", "boosting", "expanded", "expanded_l0_matched"]
@@ -193,7 +193,7 @@ def test_figures_are_svg_and_pdf_in_both_widths_and_the_same_every_time(
     finished: Laboratory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     folder = tmp_path / "figures"
-    monkeypatch.setattr("saeens_pipeline.report.markdown.printed_charts", lambda results: printed_charts(results)[:1])
+    monkeypatch.setattr("saeens_pipeline.report.markdown.all_charts", lambda results: {"members": all_charts(results)["members"][:1]})
     code, out, _ = _run(monkeypatch, capsys, NAME, "--figures", folder)
     assert code == 0 and sorted(out.split()) == sorted(map(str, folder.iterdir()))
     results = Results.read(finished.root, NAME, LAYER, SEEDS)
@@ -206,6 +206,17 @@ def test_figures_are_svg_and_pdf_in_both_widths_and_the_same_every_time(
         assert printed(chart, inches, "svg") == svg
         pdf = (folder / f"{chart.name}_{name}.pdf").read_bytes()
         assert pdf.startswith(b"%PDF") and printed(chart, inches, "pdf") == pdf
+
+
+def test_figures_are_those_of_the_page_of_the_report(
+    finished: Laboratory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("saeens_pipeline.report.markdown.printed", lambda chart, inches, form: b"")  # drawing all takes half a minute
+    code, _, _ = _run(monkeypatch, capsys, NAME, "--figures", tmp_path)
+    page = (finished.root / "reports" / NAME / f"layer={LAYER}" / "index.html").read_text()
+    shown = re.findall(r'data-figure="(\w+)"', page)
+    written = sorted(file.name for file in tmp_path.glob("*_column.svg"))
+    assert code == 0 and written == sorted(f"{name}_column.svg" for name in shown) and len(shown) > 15
 
 
 def _results(

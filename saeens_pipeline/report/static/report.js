@@ -1,4 +1,4 @@
-// Draws the plots when they come into view, in the colours of the theme; switches themes and methods; sorts and filters tables.
+// Draws the plots when they come into view, in the colours of the theme, and saves them; switches themes and methods; sorts and filters tables.
 "use strict";
 (() => {
   const root = document.documentElement;
@@ -10,17 +10,54 @@
   const themed = () => {
     const style = getComputedStyle(root);
     const [text, muted, line, grid, surface] = ["text", "muted", "line", "grid", "surface"].map((name) => style.getPropertyValue(`--${name}`).trim());
-    const axis = { color: muted, gridcolor: grid, linecolor: line };
+    const axis = { color: muted, gridcolor: grid, linecolor: line, title: { font: { size: 13 } } };
     const layout = {
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
       font: { color: text, family: getComputedStyle(document.body).fontFamily, size: 12 },
       hoverlabel: { bgcolor: surface, bordercolor: line, font: { color: text } },
-      modebar: { bgcolor: "rgba(0,0,0,0)", color: muted, activecolor: text },
+      modebar: { bgcolor: surface, color: muted, activecolor: text },
       xaxis: axis,
       yaxis: axis,
     };
     return { template: { layout } };
+  };
+
+  // A saved picture: what the plot shows, with a legend below, in dark text on white in either theme, always of the same size.
+  const saved = (plot) => {
+    const axis = { color: "#444444", gridcolor: "#e6e9ed", linecolor: "#444444", title: { font: { size: 14 } } };
+    const layout = {
+      paper_bgcolor: "#ffffff",
+      plot_bgcolor: "#ffffff",
+      font: { color: "#1c2126", family: "Arial, Helvetica, sans-serif", size: 12 },
+      xaxis: axis,
+      yaxis: axis,
+    };
+    const legend = { orientation: "h", x: 0, xanchor: "left", y: -0.2, yanchor: "top" };
+    const shown = structuredClone({ data: plot.data, layout: plot.layout });
+    return { data: shown.data, layout: { ...shown.layout, template: { layout }, showlegend: true, legend } };
+  };
+  const save = (plot, format) => {
+    const size = { width: 800, height: 520, scale: format === "png" ? 3 : 1 };
+    Plotly.downloadImage(saved(plot), { format, filename: plot.dataset.file, ...size });
+  };
+
+  // Buttons show the format's name, in letters of 3 to 5 by 5 squares: a picture of a camera would not tell one from the other.
+  const letters = {
+    S: ["###", "#..", "###", "..#", "###"],
+    V: ["#.#", "#.#", "#.#", "#.#", ".#."],
+    G: ["###", "#..", "#.#", "#.#", "###"],
+    P: ["###", "#.#", "###", "#..", "#.."],
+    N: ["#..#", "##.#", "#.##", "#..#", "#..#"],
+  };
+  const icon = (word) => {
+    const rows = [0, 1, 2, 3, 4].map((row) => [...word].map((letter) => letters[letter][row]).join("."));
+    const squares = rows.flatMap((row, y) => [...row].map((dot, x) => (dot === "#" ? `M${x},${y + 1}h1v1h-1z` : "")));
+    return { width: rows[0].length, height: 7, path: squares.join("") };
+  };
+  const saveButton = (format) => {
+    const word = format.toUpperCase();
+    return { name: `save-${format}`, title: `Save as ${word}`, icon: icon(word), click: (plot) => save(plot, format) };
   };
 
   const draw = (plot) => {
@@ -31,8 +68,9 @@
     const config = {
       responsive: true,
       displaylogo: false,
-      modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
-      toImageButtonOptions: { format: "png", filename: plot.dataset.figure, scale: 2 },
+      showSendToCloud: false,
+      modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d", "toImage"],
+      modeBarButtonsToAdd: [saveButton("svg"), saveButton("png")],
     };
     Plotly.newPlot(plot, data, { ...layout, ...themed() }, config);
   };
@@ -71,11 +109,11 @@
     before = root.dataset.theme;
     plots.forEach(draw);
     setTheme("light");
-    relayout({ width: 325, height: 230, autosize: false, "xaxis.tickfont.size": 9, "yaxis.tickfont.size": 9 });
+    relayout({ width: 325, height: 230, autosize: false, "margin.t": 8, "xaxis.tickfont.size": 9, "yaxis.tickfont.size": 9 });
   });
   addEventListener("afterprint", () => {
     setTheme(before);
-    relayout({ width: null, height: null, autosize: true, "xaxis.tickfont.size": null, "yaxis.tickfont.size": null });
+    relayout({ width: null, height: null, autosize: true, "margin.t": 28, "xaxis.tickfont.size": null, "yaxis.tickfont.size": null });
   });
 
   // The leaderboard: a press on a heading sorts it, fields above it filter it.
