@@ -70,6 +70,7 @@ def _exit_as(code: int) -> None:
         sys.exit(code)
     ended_by = signal.Signals(-code)
     if ended_by in _FROM_PARENT:
+        print(f"stopped by {ended_by.name}: {_KEPT[0].lower()}{_KEPT[1:]}", file=sys.stderr)
         signal.signal(ended_by, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {ended_by})
         os.kill(os.getpid(), ended_by)

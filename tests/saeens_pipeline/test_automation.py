@@ -272,6 +272,7 @@ def _layers_tick(laboratory: Laboratory, instance: dg.DagsterInstance) -> list[s
     with dg.build_sensor_context(instance=instance, definitions=catalogue.definitions()) as context:
         result = layers_sensor(catalogue.sources)(context)
     if isinstance(result, dg.SensorResult):
+        assert result.skip_reason  # the list of ticks shows it
         for request in result.dynamic_partitions_requests or ():
             if isinstance(request, dg.AddDynamicPartitionsRequest):
                 instance.add_dynamic_partitions(request.partitions_def_name, request.partition_keys)
@@ -381,6 +382,30 @@ def test_the_job_trains_the_chosen_layers_and_seeds_only(empty: Laboratory, tmp_
         assert [str(request.partition_key or "") for request in chosen] == ["", "2", f"2|{SEEDS[1]}"]  # stability compares all seeds
         rest = _retrain(empty, instance, layers=[2])
         assert [str(request.partition_key or "") for request in rest] == [f"2|{SEEDS[0]}", "2"]
+
+
+def test_the_job_names_what_waits_for_seeds_that_are_not_chosen_and_marks_nothing_for_it_alone(empty: Laboratory, tmp_path: Path):
+    empty.declare(source={"layers": [0, 2]}, evaluations=["reconstruction", "stability"], baselines=[])
+    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+        job = empty.catalogue.definitions(disk_checks=False).resolve_job_def(NAME)
+        config = {"ops": {f"{NAME}__mark": {"config": {"layers": [2], "seeds": [SEEDS[1]]}}}}
+        told = job.execute_in_process(instance=instance, run_config=config)
+        (output,) = (event.step_output_data for event in told.all_node_events if event.event_type_value == "STEP_OUTPUT")
+        metadata = {name: str(value.value) for name, value in output.metadata.items()}
+        assert [line.split(":")[0] for line in metadata["marked"].splitlines()] == ["of all layers", "layer 2", f"layer 2, seed {SEEDS[1]}"]
+        (left_out,) = metadata["left out"].splitlines()
+        assert left_out.startswith("layer 2: 2 artefacts: ")
+        assert "stability" in left_out
+        while requests := _tick(empty, instance):
+            for request in requests:
+                empty.catalogue.definitions(disk_checks=False).resolve_implicit_global_asset_job_def().execute_in_process(
+                    instance=instance,
+                    partition_key=request.partition_key,
+                    asset_selection=request.asset_selection,
+                    tags={**request.tags, "dagster/run_key": request.run_key or ""},
+                )
+        job.execute_in_process(instance=instance, run_config=config)  # only what waits is left
+        assert not instance.get_dynamic_partitions(marks_name(NAME))
 
 
 def test_the_job_refuses_a_layer_and_a_seed_that_are_not_there(empty: Laboratory, tmp_path: Path):

@@ -52,7 +52,8 @@ def test_a_command_without_memory_answers_in_one_line(work: str, said: str):
 )
 def test_a_command_exits_as_its_child(work: str, code: int):
     child = _start(work)
-    assert child.communicate(timeout=60) == ("", "")
+    kept = "finished artefacts are kept, and the next run resumes from there."
+    assert child.communicate(timeout=60) == ("", f"stopped by SIGTERM: {kept}\n" if code < 0 else "")
     assert child.returncode == code
 
 

@@ -54,6 +54,8 @@ class Watched:
         assert not result.run_requests
         self.cursor = result.cursor
         found = [event for event in result.asset_events if isinstance(event, dg.AssetObservation)]
+        assert result.skip_reason
+        assert found[0].asset_key.to_user_string() in str(result.skip_reason.skip_message)
         for event in found:
             self.instance.report_runless_asset_event(event)
         return found

@@ -72,6 +72,19 @@ def test_a_missing_report_is_answered_with_what_makes_it(tmp_path: Path, there_i
     assert "`saeens report EXPERIMENT`" in found.text
 
 
+def test_the_folder_itself_leads_to_the_page_over_all_experiments(tmp_path: Path):
+    reports = tmp_path / "reports"
+    found = _get(reports, "/reports/")
+    assert found.status == 404
+    assert "saeens report EXPERIMENT" in found.text
+    page = reports / "leaderboard" / "index.html"
+    page.parent.mkdir(parents=True)
+    page.write_text("<p>all</p>")
+    found = _get(reports, "/reports/")
+    assert (found.status, found.headers["location"]) == (307, "/reports/leaderboard/index.html")
+    assert _get(reports, found.headers["location"]).text == "<p>all</p>"
+
+
 def test_foreign_pages_do_not_get_reports(tmp_path: Path):
     assert _get(tmp_path, "/reports/mine/", host="evil.example").status == 403
     assert _get(tmp_path, "/reports/mine/", origin="https://evil.example").status == 403

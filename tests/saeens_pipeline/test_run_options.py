@@ -62,7 +62,7 @@ def test_a_dry_run_gives_the_reason_and_computes_nothing(finished: Laboratory, s
     (line,) = [line for line in out.splitlines() if line.startswith(f"{NAME}/")]
     assert line.split()[:4] == [f"{NAME}/bagging/member_1", str(LAYER), str(SEEDS[0]), "stale"]
     assert "setting sae.k: 4 -> 5" in line
-    assert "1 artefacts would be computed (1 stale), in 1 run;" in out
+    assert "1 artefact would be computed (1 stale), in 1 run;" in out
     assert _records(finished) == before
 
 

@@ -21,6 +21,7 @@ from saeens_pipeline import defs as shipped_files
 from saeens_pipeline.assets.baselines.registry import names_of
 from saeens_pipeline.assets.compute import Compute
 from saeens_pipeline.assets.forecast import forecast
+from saeens_pipeline.orchestration import catalogue as catalogues
 from saeens_pipeline.orchestration.catalogue import Catalogue
 from saeens_pipeline.settings.corpora import HubDataset
 from saeens_pipeline.settings.files import MODELS
@@ -60,6 +61,15 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {  # of the models, as published
 }  # fmt: skip
 PARAMETERS = {"EleutherAI/pythia-160m": 9 * 7_087_872, "google/gemma-2-2b": 13 * 77_865_984}
 """Of the blocks up to the hook: 12 d^2 + 13 d each; and 4 * 2304 * 256 * (8 + 4) / 2 + 3 * 2304 * 9216 + 4 * 2304."""
+
+
+EXPERIMENT_ON_SMOLLM2 = """\
+type: saeens_pipeline.components.ActivationSource
+attributes: {name: mine, language_model: builtin/smollm2, layers: [2], context_length: 64, train_tokens: 900, test_tokens: 90}
+---
+type: saeens_pipeline.components.EnsembleExperiment
+attributes: {name: mine, source: mine, sae: {architecture: topk, expansion: 2, k: 8}, ensemble: {members: 2, seeds: [1]}}
+"""
 
 
 @pytest.fixture
@@ -103,6 +113,26 @@ def test_shipped_experiments_load_without_automation(catalogue: Catalogue):
         specs = [spec for spec in definitions.resolve_all_asset_specs() if spec.key.path[0] == name]
         assert len(specs) > 30
         assert {spec.automation_condition for spec in specs} == {None}
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_the_ui_shows_what_can_run_here_and_tags_what_needs_a_hub(
+    catalogue: Catalogue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: bool
+):
+    monkeypatch.setattr(catalogues, "lacks_package", lambda name: name == "builtin/smollm2" and not installed)
+    shown = catalogue.shown()
+    assert ("smollm2" in shown.experiments) == ("smollm2_random" in shown.experiments) == ("smollm2" in shown.sources) == installed
+    assert {"quickstart", "synthetic"} <= set(shown.experiments)
+    own = tmp_path / "experiments" / "mine.yaml"
+    own.parent.mkdir()
+    own.write_text(EXPERIMENT_ON_SMOLLM2)
+    monkeypatch.setenv("SAEENS_EXPERIMENTS", str(own.parent))
+    assert "mine" in Catalogue.load().shown().experiments  # it fails with the command that installs the package
+    needs = {
+        op.outputs[0].source: op.outputs[0].tags.get("saeens/needs") for name in catalogue.sources for op in catalogue.source_ops(name)
+    }
+    assert needs["pythia_160m"] == needs["gemma_2_2b"] == "hub"
+    assert needs["quickstart"] == needs["synthetic"] == needs["smollm2"] is None
 
 
 @pytest.mark.parametrize("arguments", [("experiments",), ("status", "{}"), ("gc",), ("leaderboard",), ("doctor",), ("plan", "{}")])

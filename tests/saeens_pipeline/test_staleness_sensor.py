@@ -19,7 +19,7 @@ class Ticks:
     """Ticks of the sensor in one instance, each with the cursor of the one before. `checks`: the last evaluation of each asset."""
 
     def __init__(self, laboratory: Laboratory, instance: dg.DagsterInstance) -> None:
-        self.laboratory, self.instance, self.cursor = laboratory, instance, None
+        self.laboratory, self.instance, self.cursor, self.said = laboratory, instance, None, ""
         self.checks: dict[str, dg.AssetCheckEvaluation] = {}
 
     def tick(self) -> dict[str, dg.AssetObservation]:
@@ -31,6 +31,8 @@ class Ticks:
             return {}
         assert isinstance(result, dg.SensorResult)
         assert not result.run_requests
+        assert result.skip_reason
+        self.said = str(result.skip_reason.skip_message)
         self.cursor = result.cursor
         self.checks |= {e.asset_key.to_user_string(): e for e in result.asset_events if isinstance(e, dg.AssetCheckEvaluation)}
         found = [event for event in result.asset_events if isinstance(event, dg.AssetObservation)]
@@ -62,6 +64,7 @@ def test_a_changed_setting_is_told_once_on_each_partition_with_its_reason(ticks:
     ensemble = told[f"{NAME}/bagging/bagging_ensemble {LAYER}|{SEEDS[0]}"]
     assert str(ensemble.metadata["why"].value).startswith("follows from tiny/bagging/member_1")
     assert not any(name.startswith(f"{NAME}/activations") for name in told)
+    assert ticks.said.startswith(f"Told: {len(told)} partitions stale, ")
     assert ticks.tick() == {}
     ticks.laboratory.declare()
     assert {str(each.metadata["state"].value) for each in ticks.tick().values()} == {"fresh"}
