@@ -31,6 +31,7 @@ from saeens_pipeline.settings.files import blamed_on
 from saeens_pipeline.storage.activation_writer import stored_bytes
 from saeens_pipeline.storage.disk import free_bytes
 from saeens_pipeline.storage.names import Partition
+from saeens_pipeline.storage.rolling_cache import activation_cache_bytes
 
 if TYPE_CHECKING:
     from saeens_models import SAEConfig
@@ -40,7 +41,7 @@ _DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _COPIES_OF_LOGITS = 3  # in a language model that caps logits
 _VOCABULARY_NOT_KNOWN = 2**17  # more than 2**16, so that a token id counts as four bytes
 _SHIPPED = "the hub cannot be reached: sizes are from the configuration that comes with saeens"
-_UNITS = {"disk": "bytes", "memory": "bytes", "computation": "FLOPs"}
+_UNITS = {"activations": "bytes", "disk": "bytes", "memory": "bytes", "computation": "FLOPs"}
 _NOT_KNOWN = {  # without the language model's configuration
     "disk": ("activations", "residuals", "SAEs", "checkpoints", "all"),
     "memory": ("training, largest SAE", "training, largest group", "evaluation", "language model", "next-token loss"),
@@ -78,7 +79,12 @@ def forecast(
         note = "" if "{layer}" not in source.hook else "; the hook is assumed to have as many dimensions as the stream"
         note += "" if description.identity else f"; {_SHIPPED}"
         lines = [Line("model", str(source.language_model), description.d_model, "dimensions", f"{sizes}, {source.weights} weights{note}")]
-        figures = {"disk": [*plan.disk(tokens)], "memory": [*plan.memory()], "computation": [*plan.computation()]}
+        figures = {
+            "activations": [] if source.synthetic else [*plan.activations()],
+            "disk": [*plan.disk(tokens)],
+            "memory": [*plan.memory()],
+            "computation": [*plan.computation()],
+        }
     else:
         lines = [Line("model", str(source.language_model), None, "", f"figures that depend on it are not known: {problem}")]
         figures = {section: [(item, math.nan, "") for item in items] for section, items in _NOT_KNOWN.items()}
@@ -208,7 +214,7 @@ class _Plan:
 
     def disk(self, tokens: float) -> _Figures:
         source, d_in, keep = self.source, self.description.d_model, self.experiment.keep_residuals
-        activations = stored_bytes(d_in, source.dtype, {"train": source.train_tokens, "test": source.test_tokens}) * len(self.layers)
+        activations = self.activation_bytes(source.keep_activations)
         yield "activations", activations, f"{source.dtype}, {len(self.layers)} layer{'s' if len(self.layers) > 1 else ''}"
         one = stored_bytes(d_in, source.dtype, {"train": source.train_tokens}, with_origin=False)
         residuals = {"all": self.n_residuals, "last": min(self.n_residuals, 1), "none": 0}[keep] * one * self.n_partitions
@@ -219,6 +225,51 @@ class _Plan:
         checkpoints = 2 * 3 * max(map(sum, self.by_op(self.weights.values()).values()), default=0)
         yield "checkpoints", checkpoints, "at most, during training: a new one and the previous one"
         yield "all", tokens + activations + residuals + besides + saes + checkpoints, "at most at one time"
+
+    def activation_bytes(self, keep: str) -> float:
+        """Return the disk for the activations of all layers: test rows or all rows, and the cache of training rows on demand."""
+        source, d_in = self.source, self.description.d_model
+        rows = {"train": source.train_tokens, "test": source.test_tokens}
+        if keep == "all":
+            return stored_bytes(d_in, source.dtype, rows) * len(self.layers)
+        kept = stored_bytes(d_in, source.dtype, rows, without_bytes=["train"]) * len(self.layers)
+        return kept + min(self._training_bytes * len(self.layers), activation_cache_bytes())
+
+    @property
+    def _training_bytes(self) -> float:
+        """The stored training rows of one layer."""
+        return stored_bytes(self.description.d_model, self.source.dtype, {"train": self.source.train_tokens}, with_origin=False)
+
+    def passes_on_demand(self) -> int:
+        """Return how often the training rows of a layer are read from its activations, over all seeds, and not from a residual's bytes.
+
+        SAEs that are trained together share a pass.
+        """
+        epochs = {
+            op: max(each.declaration.settings.get("epochs", 1) for each in self.trained if each.op == op)
+            for op in {each.op for each in self.trained}
+        }
+        on_residuals = {each.op for each in self.trained if each.declaration.inputs[0].artefact.address.kind != "source"}
+        trainings = sum(n for op, n in epochs.items() if op not in on_residuals)
+        keep = self.experiment.keep_residuals
+        residuals = self.n_residuals + len(on_residuals) if keep == "none" else min(self.n_residuals, 1)
+        return (trainings + residuals) * len(self.experiment.ensemble.seeds)
+
+    def activations(self) -> _Figures:
+        """What either value of `keep_activations` costs: disk, and passes of the language model."""
+        source, last = self.source, max(self.layers) + 1
+        cached = min(1.0, activation_cache_bytes() / self._training_bytes)
+        once = (source.train_tokens + source.test_tokens) * self.pass_flops(0, last)
+        passes = self.passes_on_demand()
+        again = source.train_tokens * sum(passes * (1 - cached) + cached for _ in self.layers)
+        flops = once + sum(self.pass_flops(0, layer + 1) for layer in self.layers) * again / len(self.layers)
+        yield "keep_activations: all", self.activation_bytes("all"), f"1 forward pass, {once:.2g} FLOPs"
+        rest = f"; the cache holds {cached:.0%} of a layer" if cached < 1 else "; all of a layer fits into the cache"
+        yield (
+            "keep_activations: test",
+            self.activation_bytes("test"),
+            f"1 + {passes} forward passes for each layer, {flops:.2g} FLOPs{rest}; needs mixing: contiguous",
+        )
 
     def memory(self) -> _Figures:
         batch_tokens, training = self.experiment.complete_training["batch_tokens"], [training_memory(each.config) for each in self.trained]
