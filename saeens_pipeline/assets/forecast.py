@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import polars as pl
@@ -94,7 +94,11 @@ def forecast(
     n_partitions = len(layers) * len(experiment.ensemble.seeds)
     amounts = {(line.section, line.item): line.amount for line in lines}
     lines += [Line(table.name, *line) for table in evaluations_of(experiment) for line in table.forecast(experiment, n_partitions)]
-    return [*lines, *_fits(amounts, store, compute)]
+    lines += _fits(amounts, store, compute)
+    needed, free = amounts["disk", "all"], free_bytes(store.root)
+    if description and needed and needed > free and not source.synthetic and plan.with_little_disk() != plan:
+        lines.append(_with_little_disk(plan.with_little_disk(), tokens, free))
+    return lines
 
 
 def as_frame(lines: Sequence[Line]) -> pl.DataFrame:
@@ -257,19 +261,26 @@ class _Plan:
 
     def activations(self) -> _Figures:
         """What either value of `keep_activations` costs: disk, and passes of the language model."""
-        source, last = self.source, max(self.layers) + 1
+        once, again = self.pass_over_all(), self.flops_on_demand()
         cached = min(1.0, activation_cache_bytes() / self._training_bytes)
-        once = (source.train_tokens + source.test_tokens) * self.pass_flops(0, last)
-        passes = self.passes_on_demand()
-        again = source.train_tokens * sum(passes * (1 - cached) + cached for _ in self.layers)
-        flops = once + sum(self.pass_flops(0, layer + 1) for layer in self.layers) * again / len(self.layers)
-        yield "keep_activations: all", self.activation_bytes("all"), f"1 forward pass, {once:.2g} FLOPs"
-        rest = f"; the cache holds {cached:.0%} of a layer" if cached < 1 else "; all of a layer fits into the cache"
-        yield (
-            "keep_activations: test",
-            self.activation_bytes("test"),
-            f"1 + {passes} forward passes for each layer, {flops:.2g} FLOPs{rest}; needs mixing: contiguous",
-        )
+        yield "keep_activations: all", self.activation_bytes("all"), f"a forward pass, {once:.2g} FLOPs"
+        passes = f"a forward pass, and {self.passes_on_demand()} over the training rows of each layer, {once + again:.2g} FLOPs"
+        yield "keep_activations: test", self.activation_bytes("test"), f"{passes}; the cache holds {cached:.0%} of a layer"
+
+    def pass_over_all(self) -> float:
+        """Return the FLOPs of the forward pass over all tokens, for all layers."""
+        return (self.source.train_tokens + self.source.test_tokens) * self.pass_flops(0, max(self.layers) + 1)
+
+    def flops_on_demand(self) -> float:
+        """Return the FLOPs of the passes over training rows that are computed when they are read, where the cache does not have them."""
+        cached = min(1.0, activation_cache_bytes() / self._training_bytes)
+        passes = self.passes_on_demand() * (1 - cached) + cached
+        return self.source.train_tokens * passes * sum(self.pass_flops(0, layer + 1) for layer in self.layers)
+
+    def with_little_disk(self) -> _Plan:
+        """Return the plan of the same experiment without the bytes of training rows and residuals."""
+        source = self.source.model_copy(update={"keep_activations": "test"})
+        return replace(self, source=source, experiment=self.experiment.model_copy(update={"keep_residuals": "none"}))
 
     def memory(self) -> _Figures:
         batch_tokens, training = self.experiment.complete_training["batch_tokens"], [training_memory(each.config) for each in self.trained]
@@ -295,9 +306,11 @@ class _Plan:
 
     def computation(self) -> _Figures:
         source = self.source
-        forward = (source.train_tokens + source.test_tokens) * self.pass_flops(0, max(self.layers) + 1)
+        forward = self.pass_over_all()
         is_known = not math.isnan(forward)
         yield "language model", forward, "one pass for all layers" if is_known else self.problem
+        if on_demand := self.flops_on_demand() if source.keep_activations == "test" else 0.0:
+            yield "activations on demand", on_demand, f"keep_activations: test, {self.passes_on_demand()} passes over the training rows"
         training: dict[str, float] = defaultdict(float)
         for _, each, config in self.trained:
             kind = each.address.name if each.address.kind == "baseline" else each.address.kind
@@ -324,7 +337,7 @@ class _Plan:
         some_topk = any(sae.architecture == "topk" for sae in self.experiment.saes)
         notes = ["dense equivalents; kernels for TopK take less"] if some_topk else []
         notes += [] if is_known else ["without the language model"]
-        everything = (forward if is_known else 0) + sum(training.values()) + residuals + evaluation + (loss if is_known else 0)
+        everything = (forward + on_demand if is_known else 0) + sum(training.values()) + residuals + evaluation + (loss if is_known else 0)
         yield "all", everything, "; ".join(notes)
 
 
@@ -349,6 +362,14 @@ def _fits(amounts: Mapping[tuple[str, str], float | None], store: Store, compute
     if gpu := compute.gpu():
         name, memory = gpu
         yield Line("fits", name, memory, "bytes", _at_once(amounts, memory))
+
+
+def _with_little_disk(plan: _Plan, tokens: float, free: float) -> Line:
+    """Return the proposal for a disk that is too small: what the experiment needs without the bytes that can be computed again."""
+    needed = {item: amount for item, amount, _ in plan.disk(tokens)}["all"]
+    verdict = "enough" if needed <= free else f"{_bytes(needed - free)} too little"
+    how = "keep_activations: test, mixing: contiguous, keep_residuals: none"
+    return Line("fits", "with less disk", needed, "bytes", f"{verdict}: {how}, for {plan.flops_on_demand():.2g} FLOPs more")
 
 
 def _at_once(amounts: Mapping[tuple[str, str], float | None], memory: float) -> str:

@@ -171,6 +171,9 @@ def test_an_experiment_on_demand_has_the_weights_and_tables_of_one_on_stored_act
     monkeypatch.setenv("SAEENS_ACTIVATION_CACHE_GB", "1e-5")  # a part of the groups
     found: dict[str, dict[str, dict[str, torch.Tensor]]] = {}
     tables: dict[str, Sequence[Any]] = {}
+    computed: list[str] = []  # whether a group was computed while rows were read
+    compute = on_demand.kept_activations
+    monkeypatch.setattr(on_demand, "kept_activations", lambda *given: computed.append(keep) or compute(*given))
     for keep in ("all", "test"):
         monkeypatch.setenv("SAEENS_DATA", str(empty.root / keep))
         laboratory = Laboratory(empty.model, empty.folder, empty.root / keep)
@@ -188,7 +191,13 @@ def test_an_experiment_on_demand_has_the_weights_and_tables_of_one_on_stored_act
         assert all(torch.equal(values, found["test"][name][each]) for each, values in weights.items()), name
     for stored, on_demand_ in zip(tables["all"], tables["test"], strict=True):
         assert stored.equals(on_demand_)
-    assert list((empty.root / "test" / "activation_cache").rglob("*.npy"))
+    cached = len(list((empty.root / "test" / "activation_cache").rglob("*.npy")))
+    passes = (1 + 1 + MEMBERS + 2 * (MEMBERS - 1)) * len(SEEDS)  # as `saeens plan` counts them
+    n_groups = len(ActivationStore(laboratory.artefact("activations").path).groups("train"))
+    assert 0 < cached < n_groups
+    assert set(computed) == {"test"}
+    in_full = (len(computed) - cached) / (n_groups - cached)  # without the ends of blocks and the sample of chance levels
+    assert passes <= in_full <= 1.4 * passes
     assert "nothing to do" in Laboratory(empty.model, empty.folder, empty.root / "test").run()
 
 
