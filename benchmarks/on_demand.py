@@ -15,6 +15,7 @@ from benchmarks.runner import Contender, Stopwatch, compare
 from saeens_pipeline.language_models.caching import GROUP_TOKENS, cache_activations
 from saeens_pipeline.language_models.corpora import open_corpus
 from saeens_pipeline.language_models.descriptions import REFERENCE_MODEL
+from saeens_pipeline.language_models.documents import Split
 from saeens_pipeline.language_models.loading import load_language_model
 from saeens_pipeline.language_models.models import describe_language_model
 from saeens_pipeline.language_models.on_demand import ActivationsOnDemand
@@ -43,7 +44,8 @@ def run(options: Options) -> Section:
         test_tokens=_CONTEXT,
     )
     tokens, model = open_tokens(options.scratch / "tokens.zarr"), load_language_model(description)
-    for name, without_bytes in (("stored", []), ("on_demand", ["train"])):
+    stores: dict[str, list[Split]] = {"stored": [], "on_demand": ["train"]}
+    for name, without_bytes in stores.items():
         cache_activations(model, tokens, "resid_post", {_LAYER: options.scratch / name}, "float16", without_bytes=without_bytes)
     stored = ActivationStore(options.scratch / "stored")
     folders = (options.scratch / "caches" / str(number) for number in count())

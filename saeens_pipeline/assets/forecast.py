@@ -70,6 +70,7 @@ def forecast(
     description, parameters, problem = _describe(source)
     vocabulary = description.vocab_size if description else _VOCABULARY_NOT_KNOWN
     tokens = 0 if source.synthetic else (source.train_tokens + source.test_tokens) * position_bytes(vocabulary)
+    plan = None
     if description:
         require_hook(source, description, layers)
         loss = measures_loss(experiment, description) and experiment.ce_loss_tokens > 0 and fills(experiment, "reconstruction")
@@ -95,9 +96,8 @@ def forecast(
     amounts = {(line.section, line.item): line.amount for line in lines}
     lines += [Line(table.name, *line) for table in evaluations_of(experiment) for line in table.forecast(experiment, n_partitions)]
     lines += _fits(amounts, store, compute)
-    needed, free = amounts["disk", "all"], free_bytes(store.root)
-    if description and needed and needed > free and not source.synthetic and plan.with_little_disk() != plan:
-        lines.append(_with_little_disk(plan.with_little_disk(), tokens, free))
+    if plan and not source.synthetic:
+        lines += _with_less_disk(plan, tokens, free_bytes(store.root))
     return lines
 
 
@@ -364,12 +364,15 @@ def _fits(amounts: Mapping[tuple[str, str], float | None], store: Store, compute
         yield Line("fits", name, memory, "bytes", _at_once(amounts, memory))
 
 
-def _with_little_disk(plan: _Plan, tokens: float, free: float) -> Line:
-    """Return the proposal for a disk that is too small: what the experiment needs without the bytes that can be computed again."""
-    needed = {item: amount for item, amount, _ in plan.disk(tokens)}["all"]
-    verdict = "enough" if needed <= free else f"{_bytes(needed - free)} too little"
-    how = "keep_activations: test, mixing: contiguous, keep_residuals: none"
-    return Line("fits", "with less disk", needed, "bytes", f"{verdict}: {how}, for {plan.flops_on_demand():.2g} FLOPs more")
+def _with_less_disk(plan: _Plan, tokens: float, free: float) -> Iterator[Line]:
+    """Yield a proposal for a disk that is too small: the need of the experiment without the bytes that can be computed again."""
+    declared, little = ({item: n for item, n, _ in each.disk(tokens)}["all"] for each in (plan, plan.with_little_disk()))
+    if free < declared and little < declared:
+        verdict = "enough" if little <= free else f"{_bytes(little - free)} too little"
+        how = "keep_activations: test, mixing: contiguous, keep_residuals: none"
+        yield Line(
+            "fits", "with less disk", little, "bytes", f"{verdict}: {how}, for {plan.with_little_disk().flops_on_demand():.2g} FLOPs more"
+        )
 
 
 def _at_once(amounts: Mapping[tuple[str, str], float | None], memory: float) -> str:

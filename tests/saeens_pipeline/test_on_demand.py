@@ -18,6 +18,7 @@ import saeens_models as sm
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models import on_demand
 from saeens_pipeline.language_models.caching import cache_activations
+from saeens_pipeline.language_models.documents import Split
 from saeens_pipeline.language_models.language_model import LanguageModel
 from saeens_pipeline.language_models.loading import load_language_model
 from saeens_pipeline.language_models.models import describe_language_model
@@ -50,14 +51,15 @@ def tokens(model: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> To
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of some rows, and groups of a few windows: neither ends where the other does."""
     monkeypatch.setattr(activation_writer, "_MAX_CHUNK_BYTES", 1024)
-    monkeypatch.setitem(cache_activations.__kwdefaults__, "group_tokens", GROUP_TOKENS)
+    monkeypatch.setattr(cache_activations, "__kwdefaults__", {**(cache_activations.__kwdefaults__ or {}), "group_tokens": GROUP_TOKENS})
 
 
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("max_norm", [None, 1.02])
 def test_rows_on_demand_have_the_bits_of_stored_rows(model, tokens, tmp_path, dtype, max_norm):
-    for name, without_bytes in (("stored", []), ("on_demand", ["train"])):
+    stores: dict[str, list[Split]] = {"stored": [], "on_demand": ["train"]}
+    for name, without_bytes in stores.items():
         outputs = {1: tmp_path / name, 2: tmp_path / f"{name}_2"}
         cache_activations(model, tokens, HOOK, outputs, dtype, max_norm=max_norm, without_bytes=without_bytes)
     stored = ActivationStore(tmp_path / "stored")
