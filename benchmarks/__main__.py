@@ -12,7 +12,19 @@ from pathlib import Path
 
 from benchmarks.environment import available_cores, describe, set_allocator, set_threads
 
-BENCHMARKS = ("training", "training_large", "boosting", "reading", "evaluation", "caching", "quickstart", "growth", "end_to_end", "gpu")
+BENCHMARKS = (
+    "training",
+    "training_large",
+    "boosting",
+    "reading",
+    "evaluation",
+    "caching",
+    "quickstart",
+    "growth",
+    "end_to_end",
+    "on_demand",
+    "gpu",
+)
 _QUIET = {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 

@@ -45,6 +45,10 @@ VARIABLES = {  # name: meaning, default
         "`float32`",
     ),
     "SAEENS_THREADS": ("CPU threads", "PyTorch's choice"),
+    "SAEENS_ACTIVATION_CACHE_GB": (
+        "disk for training rows of sources with `keep_activations: test`, in GB, below `activation_cache` in SAEENS_DATA",
+        "10",
+    ),
     "SAEENS_CHECKPOINT_SECONDS": ("seconds between two checkpoints of a training, or `off`; changes no result", "300"),
     "SAEENS_TRACKER": ("`tensorboard`, `wandb`, `mlflow` or `trackio`: mirrors training curves and tables", "none"),
     "SAEENS_LLM_BASE_URL": ("endpoint of the language model that explains features", "none"),

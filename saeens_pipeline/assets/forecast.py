@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import polars as pl
@@ -31,6 +31,7 @@ from saeens_pipeline.settings.files import blamed_on
 from saeens_pipeline.storage.activation_writer import stored_bytes
 from saeens_pipeline.storage.disk import free_bytes
 from saeens_pipeline.storage.names import Partition
+from saeens_pipeline.storage.rolling_cache import activation_cache_bytes
 
 if TYPE_CHECKING:
     from saeens_models import SAEConfig
@@ -40,7 +41,7 @@ _DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _COPIES_OF_LOGITS = 3  # in a language model that caps logits
 _VOCABULARY_NOT_KNOWN = 2**17  # more than 2**16, so that a token id counts as four bytes
 _SHIPPED = "the hub cannot be reached: sizes are from the configuration that comes with saeens"
-_UNITS = {"disk": "bytes", "memory": "bytes", "computation": "FLOPs"}
+_UNITS = {"activations": "bytes", "disk": "bytes", "memory": "bytes", "computation": "FLOPs"}
 _NOT_KNOWN = {  # without the language model's configuration
     "disk": ("activations", "residuals", "SAEs", "checkpoints", "all"),
     "memory": ("training, largest SAE", "training, largest group", "evaluation", "language model", "next-token loss"),
@@ -69,6 +70,7 @@ def forecast(
     description, parameters, problem = _describe(source)
     vocabulary = description.vocab_size if description else _VOCABULARY_NOT_KNOWN
     tokens = 0 if source.synthetic else (source.train_tokens + source.test_tokens) * position_bytes(vocabulary)
+    plan = None
     if description:
         require_hook(source, description, layers)
         loss = measures_loss(experiment, description) and experiment.ce_loss_tokens > 0 and fills(experiment, "reconstruction")
@@ -78,7 +80,12 @@ def forecast(
         note = "" if "{layer}" not in source.hook else "; the hook is assumed to have as many dimensions as the stream"
         note += "" if description.identity else f"; {_SHIPPED}"
         lines = [Line("model", str(source.language_model), description.d_model, "dimensions", f"{sizes}, {source.weights} weights{note}")]
-        figures = {"disk": [*plan.disk(tokens)], "memory": [*plan.memory()], "computation": [*plan.computation()]}
+        figures = {
+            "activations": [] if source.synthetic else [*plan.activations()],
+            "disk": [*plan.disk(tokens)],
+            "memory": [*plan.memory()],
+            "computation": [*plan.computation()],
+        }
     else:
         lines = [Line("model", str(source.language_model), None, "", f"figures that depend on it are not known: {problem}")]
         figures = {section: [(item, math.nan, "") for item in items] for section, items in _NOT_KNOWN.items()}
@@ -88,7 +95,10 @@ def forecast(
     n_partitions = len(layers) * len(experiment.ensemble.seeds)
     amounts = {(line.section, line.item): line.amount for line in lines}
     lines += [Line(table.name, *line) for table in evaluations_of(experiment) for line in table.forecast(experiment, n_partitions)]
-    return [*lines, *_fits(amounts, store, compute)]
+    lines += _fits(amounts, store, compute)
+    if plan and not source.synthetic:
+        lines += _with_less_disk(plan, tokens, free_bytes(store.root))
+    return lines
 
 
 def as_frame(lines: Sequence[Line]) -> pl.DataFrame:
@@ -208,7 +218,7 @@ class _Plan:
 
     def disk(self, tokens: float) -> _Figures:
         source, d_in, keep = self.source, self.description.d_model, self.experiment.keep_residuals
-        activations = stored_bytes(d_in, source.dtype, {"train": source.train_tokens, "test": source.test_tokens}) * len(self.layers)
+        activations = self.activation_bytes(source.keep_activations)
         yield "activations", activations, f"{source.dtype}, {counted(len(self.layers), 'layer')}"
         one = stored_bytes(d_in, source.dtype, {"train": source.train_tokens}, with_origin=False)
         residuals = {"all": self.n_residuals, "last": min(self.n_residuals, 1), "none": 0}[keep] * one * self.n_partitions
@@ -219,6 +229,58 @@ class _Plan:
         checkpoints = 2 * 3 * max(map(sum, self.by_op(self.weights.values()).values()), default=0)
         yield "checkpoints", checkpoints, "at most, during training: a new one and the previous one"
         yield "all", tokens + activations + residuals + besides + saes + checkpoints, "at most at one time"
+
+    def activation_bytes(self, keep: str) -> float:
+        """Return the disk for the activations of all layers: test rows or all rows, and the cache of training rows on demand."""
+        source, d_in = self.source, self.description.d_model
+        rows = {"train": source.train_tokens, "test": source.test_tokens}
+        if keep == "all":
+            return stored_bytes(d_in, source.dtype, rows) * len(self.layers)
+        kept = stored_bytes(d_in, source.dtype, rows, without_bytes=["train"]) * len(self.layers)
+        return kept + min(self._training_bytes * len(self.layers), activation_cache_bytes())
+
+    @property
+    def _training_bytes(self) -> float:
+        """The stored training rows of one layer."""
+        return stored_bytes(self.description.d_model, self.source.dtype, {"train": self.source.train_tokens}, with_origin=False)
+
+    def passes_on_demand(self) -> int:
+        """Return how often the training rows of a layer are read from its activations, over all seeds, and not from a residual's bytes.
+
+        SAEs that are trained together share a pass.
+        """
+        epochs = {
+            op: max(each.declaration.settings.get("epochs", 1) for each in self.trained if each.op == op)
+            for op in {each.op for each in self.trained}
+        }
+        on_residuals = {each.op for each in self.trained if each.declaration.inputs[0].artefact.address.kind != "source"}
+        trainings = sum(n for op, n in epochs.items() if op not in on_residuals)
+        keep = self.experiment.keep_residuals
+        residuals = self.n_residuals + len(on_residuals) if keep == "none" else min(self.n_residuals, 1)
+        return (trainings + residuals) * len(self.experiment.ensemble.seeds)
+
+    def activations(self) -> _Figures:
+        """What either value of `keep_activations` costs: disk, and passes of the language model."""
+        once, again = self.pass_over_all(), self.flops_on_demand()
+        cached = min(1.0, activation_cache_bytes() / self._training_bytes)
+        yield "keep_activations: all", self.activation_bytes("all"), f"a forward pass, {once:.2g} FLOPs"
+        passes = f"a forward pass, and {self.passes_on_demand()} over the training rows of each layer, {once + again:.2g} FLOPs"
+        yield "keep_activations: test", self.activation_bytes("test"), f"{passes}; the cache holds {cached:.0%} of a layer"
+
+    def pass_over_all(self) -> float:
+        """Return the FLOPs of the forward pass over all tokens, for all layers."""
+        return (self.source.train_tokens + self.source.test_tokens) * self.pass_flops(0, max(self.layers) + 1)
+
+    def flops_on_demand(self) -> float:
+        """Return the FLOPs of the passes over training rows that are computed when they are read, where the cache does not have them."""
+        cached = min(1.0, activation_cache_bytes() / self._training_bytes)
+        passes = self.passes_on_demand() * (1 - cached) + cached
+        return self.source.train_tokens * passes * sum(self.pass_flops(0, layer + 1) for layer in self.layers)
+
+    def with_little_disk(self) -> _Plan:
+        """Return the plan of the same experiment without the bytes of training rows and residuals."""
+        source = self.source.model_copy(update={"keep_activations": "test"})
+        return replace(self, source=source, experiment=self.experiment.model_copy(update={"keep_residuals": "none"}))
 
     def memory(self) -> _Figures:
         batch_tokens, training = self.experiment.complete_training["batch_tokens"], [training_memory(each.config) for each in self.trained]
@@ -244,9 +306,11 @@ class _Plan:
 
     def computation(self) -> _Figures:
         source = self.source
-        forward = (source.train_tokens + source.test_tokens) * self.pass_flops(0, max(self.layers) + 1)
+        forward = self.pass_over_all()
         is_known = not math.isnan(forward)
         yield "language model", forward, "one pass for all layers" if is_known else self.problem
+        if on_demand := self.flops_on_demand() if source.keep_activations == "test" else 0.0:
+            yield "activations on demand", on_demand, f"keep_activations: test, {self.passes_on_demand()} passes over the training rows"
         training: dict[str, float] = defaultdict(float)
         for _, each, config in self.trained:
             kind = each.address.name if each.address.kind == "baseline" else each.address.kind
@@ -273,7 +337,7 @@ class _Plan:
         some_topk = any(sae.architecture == "topk" for sae in self.experiment.saes)
         notes = ["dense equivalents; kernels for TopK take less"] if some_topk else []
         notes += [] if is_known else ["without the language model"]
-        everything = (forward if is_known else 0) + sum(training.values()) + residuals + evaluation + (loss if is_known else 0)
+        everything = (forward + on_demand if is_known else 0) + sum(training.values()) + residuals + evaluation + (loss if is_known else 0)
         yield "all", everything, "; ".join(notes)
 
 
@@ -298,6 +362,17 @@ def _fits(amounts: Mapping[tuple[str, str], float | None], store: Store, compute
     if gpu := compute.gpu():
         name, memory = gpu
         yield Line("fits", name, memory, "bytes", _at_once(amounts, memory))
+
+
+def _with_less_disk(plan: _Plan, tokens: float, free: float) -> Iterator[Line]:
+    """Yield a proposal for a disk that is too small: the need of the experiment without the bytes that can be computed again."""
+    declared, little = ({item: n for item, n, _ in each.disk(tokens)}["all"] for each in (plan, plan.with_little_disk()))
+    if free < declared and little < declared:
+        verdict = "enough" if little <= free else f"{_bytes(little - free)} too little"
+        how = "keep_activations: test, mixing: contiguous, keep_residuals: none"
+        yield Line(
+            "fits", "with less disk", little, "bytes", f"{verdict}: {how}, for {plan.with_little_disk().flops_on_demand():.2g} FLOPs more"
+        )
 
 
 def _at_once(amounts: Mapping[tuple[str, str], float | None], memory: float) -> str:

@@ -130,7 +130,7 @@ def _require_sound_activations(health: Health, name: str, artefact: Artefact) ->
             f"{where} is constant: all {store.d_in} dimensions are the same in every row. "
             f"Check `hook: {artefact.recipe['settings']['hook']}` and the files of the language model",
         )
-        if shape == expected:
+        if shape == expected and store.has_bytes(split):
             _require_sound_chunks(health, store, split, where)
 
 

@@ -377,23 +377,32 @@ def complaint_about(experiment: ExperimentSettings) -> tuple[int, str] | None:
 
 def complaint_about_source(experiment: ExperimentSettings, source: SourceSettings) -> tuple[tuple[str | int, ...], str] | None:
     """Return field and error message of the first setting of an experiment that its source does not allow; None if it allows all."""
+    return next(_complaints_about(experiment, source), None)
+
+
+def _complaints_about(experiment: ExperimentSettings, source: SourceSettings) -> Iterator[tuple[tuple[str | int, ...], str]]:
     why = f"the source {source.name!r} has {'no text and no language model: it is synthetic' if source.synthetic else 'none'}"
     for i, name in enumerate(experiment.evaluations or ()):
         if TABLES[name].of_sources == "text" and source.synthetic:
-            return ("evaluations", i), f"{name} needs tokens and a language model, and {why}; leave it out"
+            yield ("evaluations", i), f"{name} needs tokens and a language model, and {why}; leave it out"
         if TABLES[name].of_sources == "synthetic" and not source.synthetic:
-            return ("evaluations", i), f"{name} compares with the true features of a synthetic source, and {why}; leave it out"
+            yield ("evaluations", i), f"{name} compares with the true features of a synthetic source, and {why}; leave it out"
     for i, each in enumerate(experiment.ensemble.published):
         if len(source.layers) > 1 and not each.depends_on("layer"):
             layers = ", ".join(map(str, source.layers))
             message = f"one SAE, and the source {source.name!r} has the layers {layers}: write {{layer}} where the paths differ"
-            return ("ensemble", "published", i, "sae"), message
+            yield ("ensemble", "published", i, "sae"), message
+    if source.keep_activations == "test" and experiment.saes and experiment.mixing != "contiguous":
+        message = (
+            f"the source {source.name!r} has keep_activations: test, and a chunk from anywhere would cost the forward pass of many: write "
+            "mixing: contiguous, or keep all activations"
+        )
+        yield ("mixing",), message
     if source.synthetic:
         if experiment.ce_loss_tokens and "ce_loss_tokens" in experiment.model_fields_set:
-            return ("ce_loss_tokens",), f"{experiment.ce_loss_tokens}, but {why}; leave it out"
+            yield ("ce_loss_tokens",), f"{experiment.ce_loss_tokens}, but {why}; leave it out"
         if any(each.documents for each in experiment.ensemble.specialised):
-            return ("ensemble", "specialised"), f"documents have no labels: {why}"
-    return None
+            yield ("ensemble", "specialised"), f"documents have no labels: {why}"
 
 
 @dataclass(frozen=True)

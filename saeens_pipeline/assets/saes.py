@@ -105,6 +105,7 @@ def _declare(
     settings: dict[str, Any] = {"sae": target.sae.to_json(), "training": {**experiment.complete_training, **target.training}}
     settings |= {"documents": target.documents} if target.documents else {}
     settings |= {"epochs": target.epochs} if target.epochs > 1 else {}
+    settings |= {"mixing": experiment.mixing} if experiment.mixing != "scattered" else {}
     settings |= {"consensus": dict(target.consensus)} if target.consensus else {}
     settings |= {"boosting_scale": target.boosting_scale} if target.boosting_scale else {}
     settings |= {"boosting": "concurrent"} if before else {}

@@ -217,7 +217,7 @@ def _text_ops(settings: SourceSettings) -> list[Op]:
         from saeens_pipeline.language_models.loading import load_language_model
         from saeens_pipeline.language_models.patching import patching_problem
 
-        store = context.store
+        store, writing = context.store, {"versioned_content": settings.keep_activations == "all", "resumable": True}
         description = describe_source(settings)
         model = load_language_model(description, settings.weights, context.compute.resolve(), settings.language_model_dtype)
         token_store = open_tokens(tokens.require(store, Partition()).path)
@@ -226,7 +226,7 @@ def _text_ops(settings: SourceSettings) -> list[Op]:
             layers = {layer: (task, context.provenance(task.declaration)) for task in tasks if (layer := task.partition.layer) is not None}
             label = f"{activations.address}, layer {', '.join(map(str, layers))}"
             folders = {
-                layer: stack.enter_context(store.write_folder(*task.where, task.recipe, provenance, resumable=True))
+                layer: stack.enter_context(store.write_folder(*task.where, task.recipe, provenance, **writing))
                 for layer, (task, provenance) in layers.items()
             }
             with context.compute.measure() as measured, progress.task(label, n_rows) as advance:
@@ -237,6 +237,7 @@ def _text_ops(settings: SourceSettings) -> list[Op]:
                     folders,
                     settings.dtype,
                     max_norm=settings.max_norm,
+                    without_bytes=["train"] if settings.keep_activations == "test" else [],
                     report=progress.differences(advance),
                 )
             for layer, (_, provenance) in layers.items():

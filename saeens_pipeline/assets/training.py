@@ -21,12 +21,12 @@ from saeens_pipeline import progress
 from saeens_pipeline.assets.declarations import Declaration, Reference, RunContext, Task
 from saeens_pipeline.assets.kernels import load_kernels
 from saeens_pipeline.assets.memory import MemoryPlan, Portion, portion_within, train_in_portions
-from saeens_pipeline.assets.readers import open_reader
+from saeens_pipeline.assets.readers import open_activations, open_reader, tokens_of_activations
 from saeens_pipeline.assets.sae_recipes import START, sae_config
-from saeens_pipeline.assets.sources import activations_of, sae_metadata, tokens_of
+from saeens_pipeline.assets.sources import activations_of, sae_metadata
 from saeens_pipeline.errors import ConfigurationError, SaeensError
 from saeens_pipeline.language_models.tokens import open_tokens
-from saeens_pipeline.storage.activations import ActivationReader, ActivationStatistics, ActivationStore
+from saeens_pipeline.storage.activations import ActivationReader, ActivationStatistics
 from saeens_pipeline.storage.checkpoints import checkpoint_file, checkpoint_seconds
 from saeens_pipeline.storage.disk import is_full_disk, require_free_disk
 from saeens_pipeline.storage.names import CLUSTERS_FILE, CURVE_FILE, Address, Partition, place
@@ -35,6 +35,8 @@ from saeens_pipeline.storage.selection import SelectedDocuments
 
 MOST_OBSERVATIONS = 30
 """Largest number of live observations of one SAE: those of an asset share one time axis and fill its page of events."""
+MIXING_CHUNKS = {False: 64, True: 256}
+"""Chunks whose rows are shuffled together, scattered or contiguous. Contiguous ones have the rows of fewer documents."""
 INTERVAL_SECONDS = 30.0
 """Time between two: each costs about 0.04 s, and a training of less than a minute needs none."""
 
@@ -154,12 +156,13 @@ def _checkpoints(context: RunContext, tasks: Sequence[Task], outputs: Sequence[D
     checkpoints.remove()
 
 
-def _open_documents(store: Store, activations: Artefact, source: str, labels: Mapping[str, Sequence[str]]) -> SelectedDocuments:
+def _open_documents(
+    store: Store, activations: Reference, partition: Partition, labels: Mapping[str, Sequence[str]], device: str
+) -> SelectedDocuments:
     """Open the training rows of the documents with these labels. Raises SaeensError for activations of other tokens."""
-    tokens = tokens_of(source).require(store, Partition())
-    if activations.recipe["inputs"]["tokens"] != tokens.data_version:  # the numbers of documents differ
-        raise SaeensError(f"{activations.path} was computed from tokens of {source} that have changed since: compute the activations again")
-    return SelectedDocuments(ActivationStore(activations.path), "train", open_tokens(tokens.path).documents_with("train", labels))
+    tokens = tokens_of_activations(store, activations.address.owner, activations.require(store, partition))
+    documents = open_tokens(tokens.path).documents_with("train", labels)
+    return SelectedDocuments(open_activations(store, activations, partition, device), "train", documents)
 
 
 @dataclass(frozen=True)
@@ -172,6 +175,7 @@ class _Stream:
     advance: progress.Advance
     seed: int
     epochs: int
+    contiguous: bool
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         return self.starting_at(0)
@@ -184,6 +188,8 @@ class _Stream:
             self.batch_tokens,
             seed=self.seed,
             epochs=self.epochs,
+            mixing_chunks=MIXING_CHUNKS[self.contiguous],
+            contiguous=self.contiguous,
             skipped_batches=step,
             as_stored=torch.device(self.device).type != "cpu",
         )
@@ -229,13 +235,14 @@ class _Training:
         self._device = context.compute.resolve()
         fields = tasks[0].recipe.settings
         if "documents" in fields:
-            reader = _open_documents(store, artefact, tasks[0].declaration.source, fields["documents"])
+            reader = _open_documents(store, given, partition, fields["documents"], self._device)
             statistics = reader.statistics("train")
         else:
             reader = open_reader(store, given, partition, self._device)
             statistics = ActivationStatistics.from_json(artefact.provenance["statistics"]["train"])
         self._reader: ActivationReader = reader
         self._data_seed, self._epochs = fields["data_seed"], fields.get("epochs", 1)
+        self._contiguous = fields.get("mixing") == "contiguous"
         self._n_tokens = statistics.rows * self._epochs
         mean_norm = statistics.mean_norm
         if fields.get("boosting_scale") == "shared":
@@ -287,7 +294,7 @@ class _Training:
             load_kernels(context.store.root, (config.architecture for config in configs))  # not counted as training
         compute = context.compute
         with compute.measure() as measured, compute.training_precision(), progress.task(label, n_tokens) as advance:
-            stream = _Stream(self._reader, self.config.batch_tokens, self._device, advance, self._data_seed, self._epochs)
+            stream = _Stream(self._reader, self.config.batch_tokens, self._device, advance, self._data_seed, self._epochs, self._contiguous)
             micro_batch_tokens = plan.portion.micro_batch_tokens
             saes = train(configs, stream, self.config, observe, checkpoints=checkpoints, micro_batch_tokens=micro_batch_tokens)
 

@@ -296,6 +296,10 @@ class TokenStore:
             for first in range(0, len(chunk.tokens), batch_windows):
                 yield TokenBatch(*(values[first : first + batch_windows] for values in chunk))
 
+    def windows(self, split: Split, first: int, end: int) -> TokenBatch:
+        """Return the windows from `first` to `end`, exclusive."""
+        return self._read(split, slice(first, end))
+
     def sample(self, split: Split, n_rows: int, batch_windows: int) -> Iterator[TokenBatch]:
         """Yield evenly spread windows of a split with about `n_rows` activation rows in total, or all windows, in batches as `batches`."""
         statistics: SplitTokens = getattr(self.statistics, split)

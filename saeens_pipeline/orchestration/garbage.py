@@ -41,6 +41,7 @@ from saeens_pipeline.storage.recipes import (
     read_temporary,
     remove_whole,
 )
+from saeens_pipeline.storage.rolling_cache import FOLDER as CACHE_FOLDER
 
 logger = logging.getLogger(__name__)
 
@@ -146,6 +147,7 @@ def find_garbage(root: Path, references: Declared, given_up: Sequence[Path] = ()
         root / locks.FOLDER,
         root / CORPORA_FOLDER,
         root / ANSWERS_FOLDER,
+        root / CACHE_FOLDER,
         root / TRACKERS_FOLDER,
         root / REVISIONS_FILE,
     )  # answers cost money and serve all experiments

@@ -228,6 +228,11 @@ class ExperimentSettings(FromFile):
         None, description="one field of sae with a list of values, each for an experiment of its own"
     )
     training: _Training = Field({}, description="fields of saeens_models.TrainingConfig")
+    mixing: Literal["scattered", "contiguous"] = Field(
+        "scattered",
+        description="training rows that are shuffled together: of chunks from anywhere in the store, or of consecutive ones, which a "
+        "source with keep_activations: test needs",
+    )
     ensemble: EnsembleSettings = Field(description="number of SAEs, seeds, and the order of training")
     baselines: Annotated[list[Name] | None, Distinct] = Field(
         None,

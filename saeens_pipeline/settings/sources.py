@@ -16,7 +16,18 @@ from saeens_pipeline.storage.names import validate_name
 SYNTHETIC = "builtin/synthetic"
 FOLLOW = "follow"
 _TRANSFORMER_LENS = "transformer_lens:"
-_OF_TEXT = {"revision", "revisions", "language_model_dtype", "corpus", "hook", "packing", "windows_per_document", "drop", "prepend_bos"}
+_OF_TEXT = {
+    "revision",
+    "revisions",
+    "language_model_dtype",
+    "corpus",
+    "hook",
+    "packing",
+    "windows_per_document",
+    "drop",
+    "prepend_bos",
+    "keep_activations",
+}
 
 Name = Annotated[str, AfterValidator(validate_name)]
 
@@ -135,6 +146,9 @@ class SourceSettings(FromFile):
         "rows above it (massive activations) are dropped; default: all rows stay",
     )
     dtype: Literal["float16", "bfloat16", "float32"] = Field("float16", description="dtype of stored activations")
+    keep_activations: Literal["all", "test"] = Field(
+        "all", description="activations whose bytes stay on disk; test: training rows are computed again whenever they are read"
+    )
 
     @field_validator("language_model")
     @classmethod

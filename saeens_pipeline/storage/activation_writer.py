@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +30,8 @@ class ActivationWriter:
 
     `rows` is the number of rows of each split; more or fewer are an error. `name` names the rows in messages. `with_origin`: also store
     document and position of every row. `max_norm`: drop rows whose norm is more than this multiple of the median norm of the first appended
-    rows, which have to be training rows. Raises SaeensError before writing if the disk has too little space.
+    rows, which have to be training rows. `without_bytes`: splits whose rows are not stored, only their origin and statistics.
+    Raises SaeensError before writing if the disk has too little space.
     Memory: one shard of each split (up to 32 MiB). The store can be opened once the writer is closed.
     `resume`: keep a record of the complete shards in `path`. If such a record of the same kind exists, the writer resumes after those
     shards: `resumed_rows` is the number of appended rows that they hold or dropped, by split, and the caller appends the rows after them.
@@ -46,22 +47,25 @@ class ActivationWriter:
         name: str,
         with_origin: bool = True,
         max_norm: float | None = None,
+        without_bytes: Collection[str] = (),
         chunk_rows: int | None = None,
         resume: bool = False,
     ) -> None:
-        self.name = name
+        self.name, self.without_bytes = name, frozenset(without_bytes)
         self.dtype: StoredDtype = dtype
         self.chunk_rows = chunk_rows or default_chunk_rows(d_in, dtype)
         kind = {"d_in": d_in, "dtype": dtype, "rows": dict(rows), "with_origin": with_origin, "chunk_rows": self.chunk_rows}
-        kind["max_norm"] = self._max_norm = max_norm
+        kind |= {"max_norm": max_norm, "without_bytes": sorted(self.without_bytes)}
+        self._max_norm = max_norm
         self.progress = _Progress(path, kind) if resume else None
         done = self.progress.done if self.progress else {}
         self.resumed_rows = {split: done[split]["appended"] if split in done else 0 for split in rows}
         self.norm_limit: float | None = next((state["norm_limit"] for state in done.values()), None)
         left = {split: n - self.resumed_rows[split] for split, n in rows.items()}
-        require_free_disk(path, stored_bytes(d_in, dtype, left, with_origin), name)
+        require_free_disk(path, stored_bytes(d_in, dtype, left, with_origin, without_bytes=self.without_bytes), name)
         if not done:
             zarr.open_group(path, mode="w", zarr_format=3, attributes={"dtype": dtype})
+        self._path = path
         self._splits = {split: _SplitWriter(self, path / split, n, d_in, with_origin) for split, n in rows.items()}
         self.statistics: dict[str, ActivationStatistics] = {}
 
@@ -84,6 +88,10 @@ class ActivationWriter:
         stored = {name: values[kept.to(values.device)] for name, values in columns.items() if values is not None}
         stored["activations"] = to_stored_dtype(stored["activations"], self.dtype, self.name)
         self._splits[split].append({name: values.cpu() for name, values in stored.items()}, kept.cpu().numpy())
+
+    def record_groups(self, split: str, groups: np.ndarray) -> None:
+        """Store the groups of a split without bytes, as `storage.activations` documents."""
+        zarr.open_group(self._path / split, mode="a").create_array("groups", data=groups, overwrite=True)
 
     def _within_limit(self, rows: torch.Tensor) -> torch.Tensor:
         """Return whether each row is stored, bool `[n]`. Rows with values that are not finite are, so that they raise an error."""
@@ -119,8 +127,9 @@ class _SplitWriter:
         self._arrays: dict[str, Any] = {}
         self._buffers: dict[str, torch.Tensor] = {}
         for name, (dtype, width, layout) in columns.items():
-            there = name in group
-            self._arrays[name] = group[name] if there else group.create_array(name, shape=(n_rows, *width), **layout)
+            if name != "activations" or folder.name not in writer.without_bytes:
+                there = name in group
+                self._arrays[name] = group[name] if there else group.create_array(name, shape=(n_rows, *width), **layout)
             self._buffers[name] = torch.empty(self._shard_rows, *width, dtype=dtype)
         self._statistics = StreamingStatistics(d_in)
         self._appended, self._dropped = writer.resumed_rows[folder.name], np.empty(0, np.int64)
@@ -181,9 +190,9 @@ class _SplitWriter:
             self._statistics.update(chunk)
         end = self._written + self._filled
         if end <= self._n_rows:  # `finish` raises the error for too many rows
-            for name, buffer in self._buffers.items():
-                values = buffer[: self._filled]
-                self._arrays[name][self._written : end] = (values.view(torch.uint16) if values.dtype == torch.bfloat16 else values).numpy()
+            for name, array in self._arrays.items():
+                values = self._buffers[name][: self._filled]
+                array[self._written : end] = (values.view(torch.uint16) if values.dtype == torch.bfloat16 else values).numpy()
         self._written, self._filled = end, 0
 
 
@@ -252,6 +261,9 @@ def default_chunk_rows(d_in: int, dtype: StoredDtype) -> int:
     return 1 << max(0, (_MAX_CHUNK_BYTES // (d_in * _BYTES[dtype])).bit_length() - 1)
 
 
-def stored_bytes(d_in: int, dtype: StoredDtype, rows: Mapping[str, int], with_origin: bool = True) -> int:
+def stored_bytes(
+    d_in: int, dtype: StoredDtype, rows: Mapping[str, int], with_origin: bool = True, *, without_bytes: Collection[str] = ()
+) -> int:
     """Return an upper limit of the bytes of a store on disk, without a few kB of metadata and before compression of the two columns."""
-    return sum(rows.values()) * (d_in * _BYTES[dtype] + (8 if with_origin else 0))
+    stored = sum(n for split, n in rows.items() if split not in without_bytes)
+    return stored * d_in * _BYTES[dtype] + sum(rows.values()) * (8 if with_origin else 0)

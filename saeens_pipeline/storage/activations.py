@@ -7,6 +7,8 @@ A store is a Zarr v3 group. It has a group for each split, with
 * `document`, `position` `[n]` int32: the token of each row, as in `tokens.zarr`. A residual has neither: its rows correspond to
   those of its activations.
 * `dropped` `[n]` int64, if rows were dropped for their norm: their indices among the kept positions of `tokens.zarr`.
+* instead of `activations`, where they are computed when they are read: `groups` `[n_groups, 2]` int64, the first window and the first kept
+  position of each group of windows that passes through the language model together.
 * the attribute `statistics` of the stored rows, as ActivationStatistics.
 
 A local store of this layout is read memory-mapped, any other layout through Zarr.
@@ -19,11 +21,11 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import chain, cycle
+from itertools import chain, cycle, pairwise
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -186,15 +188,18 @@ class ActivationReader(ABC):
         seed: int,
         epochs: int = 1,
         mixing_chunks: int = 64,
+        contiguous: bool = False,
         skipped_batches: int = 0,
         as_stored: bool = False,
     ) -> Generator[torch.Tensor]:
         """Yield shuffled rows `[batch_tokens, d_in]`, as float32 or, with `as_stored`, in the stored dtype; the last batch may be shorter.
 
         Each epoch takes the chunks in a new random order, `mixing_chunks` at a time, and shuffles their rows together: every row occurs
-        exactly once per epoch. The order of rows depends on seed, chunks and mixing_chunks, not on batch_tokens. A batch may hold the end
-        of one epoch and the start of the next. `skipped_batches` leaves out the first batches without changing the others; chunks that
-        only they need are not read. A thread reads the next chunks; it ends with this iterator, also if that is closed early.
+        exactly once per epoch. `contiguous`: the chunks that are taken together follow each other, and the random order is that of such
+        blocks, whose ends are elsewhere in each epoch. The order of rows depends on seed, chunks, mixing_chunks and contiguous, not on
+        batch_tokens. A batch may hold the end of one epoch and the start of the next. `skipped_batches` leaves out the first batches
+        without changing the others; chunks that only they need are not read. A thread reads the next chunks; it ends with this iterator,
+        also if that is closed early.
 
         Memory: two mixing buffers, each of `mixing_chunks` chunks (of up to 2 MiB: 256 MiB in total by default) or of the split,
         whichever is smaller; 8 bytes for each of their rows; one batch in the stored dtype and its copy.
@@ -204,7 +209,9 @@ class ActivationReader(ABC):
         batch, filled = torch.empty(batch_tokens, self.d_in, dtype=getattr(torch, self.dtype)), 0
         given_as = batch.dtype if as_stored else torch.float32
         skipped_rows = skipped_batches * batch_tokens
-        with closing(_mix(self, split, seed=seed, epochs=epochs, mixing_chunks=mixing_chunks, skipped_rows=skipped_rows)) as mixed:
+        blocks = _contiguous_blocks if contiguous else _scattered_blocks
+        mixing = _mix(self, split, blocks, seed=seed, epochs=epochs, mixing_chunks=mixing_chunks, skipped_rows=skipped_rows)
+        with closing(mixing) as mixed:
             for rows, order in mixed:
                 start = 0
                 while start < len(order):
@@ -218,10 +225,25 @@ class ActivationReader(ABC):
             yield batch[:filled].to(given_as, copy=True)
 
 
+_Blocks = Callable[[int, int, np.random.Generator], list[list[int]]]
+"""Function of the number of chunks and that of a block: the chunks of each block, in the order in which they are read."""
+
+
+def _scattered_blocks(n_chunks: int, size: int, generator: np.random.Generator) -> list[list[int]]:
+    order = generator.permutation(n_chunks).tolist()
+    return [order[first : first + size] for first in range(0, n_chunks, size)]
+
+
+def _contiguous_blocks(n_chunks: int, size: int, generator: np.random.Generator) -> list[list[int]]:
+    ends = [*range(int(generator.integers(1, size + 1)), n_chunks, size), n_chunks]
+    blocks = [list(range(first, end)) for first, end in pairwise([0, *ends])]
+    return [blocks[number] for number in generator.permutation(len(blocks))]
+
+
 def _mix(
-    reader: ActivationReader, split: str, *, seed: int, epochs: int, mixing_chunks: int, skipped_rows: int
+    reader: ActivationReader, split: str, blocks: _Blocks, *, seed: int, epochs: int, mixing_chunks: int, skipped_rows: int
 ) -> Generator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield the rows `[n, d_in]` of `mixing_chunks` chunks, in the stored dtype, and their order `[<= n]`; the arguments alone decide it.
+    """Yield the rows `[n, d_in]` of a block of chunks, in the stored dtype, and their order `[<= n]`; the arguments alone decide it.
 
     Two buffers alternate: rows are valid until the next ones are requested, and a thread meanwhile fills the other buffer with stored
     bytes. Residuals are derived here and not in the thread, since training needs the cores. The thread ends with this iterator
@@ -242,9 +264,7 @@ def _mix(
         to_skip = skipped_rows
         for epoch in range(epochs):
             generator = np.random.default_rng([seed, epoch])
-            chunk_order = generator.permutation(reader.n_chunks(split))
-            for first in range(0, len(chunk_order), mixing_chunks):
-                indices = chunk_order[first : first + mixing_chunks].tolist()
+            for indices in blocks(reader.n_chunks(split), mixing_chunks, generator):
                 lengths = [min(chunk_rows, n_rows - index * chunk_rows) for index in indices]
                 order = generator.permutation(sum(lengths))
                 skipped = min(to_skip, len(order))
@@ -287,7 +307,7 @@ class ActivationStore(ActivationReader):
                 members = cast("zarr.Group", group[split])
                 self._arrays[split] = dict(members.arrays())
                 self._statistics[split] = ActivationStatistics.from_json(cast("dict[str, Any]", members.attrs["statistics"]))
-            activations = {split: arrays["activations"] for split, arrays in self._arrays.items()}
+            activations = {split: arrays["activations"] for split, arrays in self._arrays.items() if "activations" in arrays}
             self.d_in, self.chunk_rows = next((array.shape[1], array.chunks[0]) for array in activations.values())
         except (OSError, KeyError, StopIteration) as error:
             raise SaeensError(f"{path} holds no activations, or only a part of them ({error}): compute them again") from None
@@ -299,7 +319,16 @@ class ActivationStore(ActivationReader):
         return tuple(sorted(self._arrays, reverse=True))
 
     def n_rows(self, split: str) -> int:
-        return self._array(split, "activations").shape[0]
+        on_demand = "groups" in self._arrays.get(split, {})
+        return self._array(split, "document" if on_demand else "activations").shape[0]
+
+    def has_bytes(self, split: str) -> bool:
+        """Return whether the rows of a split are stored, and not computed when they are read."""
+        return "activations" in self._arrays.get(split, {})
+
+    def groups(self, split: str) -> np.ndarray:
+        """Return the groups of a split without bytes, as the module documents."""
+        return self._array(split, "groups")[:]
 
     def document(self, split: str) -> np.ndarray:
         """Return the document of each row, `[n]` int32."""

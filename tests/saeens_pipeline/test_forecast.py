@@ -15,6 +15,7 @@ from tiny_experiment import LAYER, MEMBERS, SEEDS, Laboratory
 from tiny_models import CONTEXT_LENGTH, D_MODEL, Architecture, edit_config, write_tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
+from saeens_pipeline.assets import forecast as forecasts
 from saeens_pipeline.assets.compute import Compute
 from saeens_pipeline.assets.forecast import Line, forecast, readable
 from saeens_pipeline.errors import ConfigurationError
@@ -95,6 +96,33 @@ def test_more_layers_take_more_disk_and_training_and_one_forward_pass(empty: Lab
     for key in (("disk", "activations"), ("disk", "SAEs"), ("computation", "training, bagging"), ("computation", "evaluation")):
         assert two[key] == 2 * _known(one[key])
     assert two["computation", "language model"] == one["computation", "language model"]
+
+
+def test_activations_on_demand_take_less_disk_and_more_forward_passes(empty: Laboratory, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SAEENS_ACTIVATION_CACHE_GB", "0")
+    stored = _amounts(empty)
+    empty.declare({"keep_activations": "test"}, mixing="contiguous", keep_residuals="none", baselines=["expanded", "compute_matched"])
+    amounts = _amounts(empty)
+    train, origin = 600 * D_MODEL * 2, 800 * 8
+    assert stored["disk", "activations"] == stored["activations", "keep_activations: all"] == 800 * D_MODEL * 2 + origin
+    assert amounts["disk", "activations"] == amounts["activations", "keep_activations: test"] == 200 * D_MODEL * 2 + origin
+    monkeypatch.setenv("SAEENS_ACTIVATION_CACHE_GB", "1")  # more than all rows
+    assert _amounts(empty)["disk", "activations"] == 200 * D_MODEL * 2 + origin + train
+    # For each seed: members, the expanded SAE, MEMBERS epochs of compute_matched, and each residual's statistics and training.
+    passes = (1 + 1 + MEMBERS + 2 * (MEMBERS - 1)) * len(SEEDS)
+    once = _known(amounts["computation", "language model"])
+    assert amounts["computation", "activations on demand"] == pytest.approx(passes * once * 600 / 800)
+    assert _amounts(empty)["computation", "activations on demand"] == pytest.approx(once * 600 / 800)
+
+
+def test_a_disk_that_is_too_small_gets_a_proposal(empty: Laboratory, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SAEENS_ACTIVATION_CACHE_GB", "0")
+    needed = _known(_amounts(empty)["disk", "all"])
+    assert ("fits", "with less disk") not in _amounts(empty)
+    monkeypatch.setattr(forecasts, "free_bytes", lambda path: needed - 1)
+    proposed = _known(_amounts(empty)["fits", "with less disk"])
+    empty.declare({"keep_activations": "test"}, mixing="contiguous", keep_residuals="none")
+    assert proposed == _known(_amounts(empty)["disk", "all"]) < needed
 
 
 def test_layers_and_hooks_that_the_model_lacks_are_refused(empty: Laboratory):

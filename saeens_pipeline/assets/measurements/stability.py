@@ -32,6 +32,7 @@ from saeens_models.metrics import (
 )
 from saeens_pipeline.assets.declarations import Declaration
 from saeens_pipeline.assets.measurements.dictionaries import load_dictionary, pass_over
+from saeens_pipeline.assets.readers import open_activations
 from saeens_pipeline.assets.registry import Making, Row, columns_frame
 from saeens_pipeline.settings.experiments import ExperimentSettings
 from saeens_pipeline.storage.activations import ActivationStore
@@ -253,7 +254,8 @@ class _Suite:
 
         The sample is large enough for dictionaries of `widest` features in every run.
         """
-        reader = ActivationStore(self.making.require(self.making.subject.activations).path)
+        making = self.making
+        reader = open_activations(making.store, making.subject.activations, making.partition, making.device)
         n_rows = max(_CHANCE_ROWS, 2 * len(self.runs) * widest)
         n_chunks = min(reader.n_chunks("train"), max(_CHANCE_CHUNKS, -(-n_rows // reader.chunk_rows)))
         generator = np.random.default_rng(0)
