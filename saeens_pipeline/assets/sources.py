@@ -44,6 +44,9 @@ from saeens_pipeline.storage.recipes import Artefact, Store
 TOKENS_VERSION = 1
 ACTIVATIONS_VERSION = 3
 
+NEEDS_HUB = {"saeens/needs": "hub"}
+"""Tag of assets whose language model or texts are on the hub."""
+
 _TOKEN_FIELDS = ("context_length", "packing", "windows_per_document", "drop", "train_tokens", "test_tokens")
 
 
@@ -160,7 +163,7 @@ def source_ops(settings: SourceSettings) -> list[Op]:
 def _text_ops(settings: SourceSettings) -> list[Op]:
     """Declare the two ops of a source of text. Identities of language model and corpus are read when a recipe is computed."""
     n_rows = settings.train_tokens + settings.test_tokens
-    tags = {"source": settings.name} | ({"saeens/needs": "hub"} if settings.needs_hub else {})
+    tags = {"source": settings.name} | (NEEDS_HUB if settings.needs_hub else {})
     language_model, corpus_read = _external(settings)
     tokens = Declaration(
         **vars(tokens_of(settings.name)),

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from saeens_pipeline.cli.app import app
 from saeens_pipeline.cli.output import FormatOption, out, print_rows
-from saeens_pipeline.errors import SaeensError
+from saeens_pipeline.errors import SaeensError, counted
 from saeens_pipeline.storage.disk import free_bytes
 from saeens_pipeline.storage.recipes import Store, all_artefacts
 from saeens_pipeline.storage.root import data_root
@@ -128,4 +128,4 @@ def _verify(root: Path) -> Iterator[Finding]:
             wrong += [f"{difference}. The next `saeens run` computes it again" for difference in differences]
     for message in wrong:
         yield Finding("artefact", message, ok=False)
-    yield Finding("artefacts", f"{checked} read, {len(wrong)} differences from the written bytes", ok=not wrong)
+    yield Finding("artefacts", f"{checked} read, {counted(len(wrong), 'difference')} from the written bytes", ok=not wrong)

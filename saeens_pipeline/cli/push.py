@@ -11,7 +11,7 @@ import typer
 
 from saeens_pipeline.cli.app import app
 from saeens_pipeline.cli.output import DictionaryName, grid, notify, out, print_line
-from saeens_pipeline.errors import ConfigurationError
+from saeens_pipeline.errors import ConfigurationError, counted
 from saeens_pipeline.storage.recipes import Store
 from saeens_pipeline.storage.root import data_root
 
@@ -51,7 +51,7 @@ def push(
         for name, each in files.items():
             shown.add_row(name, decimal(each.size))
         out.print(shown)
-        print_line(f"{len(files)} files, {decimal(sum(each.size for each in files.values()))}, to {target}")
+        print_line(f"{counted(len(files), 'file')}, {decimal(sum(each.size for each in files.values()))}, to {target}")
         if dry_run:
             print_line(f"\n{card}")
             notify("note", "nothing was sent")

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from saeens_pipeline.errors import ConfigurationError, SaeensError
+from saeens_pipeline.errors import ConfigurationError, SaeensError, counted
 from saeens_pipeline.language_models.descriptions import LanguageModelDescription
 from saeens_pipeline.language_models.gguf_models import cache_folder, lock_name, read_header
 from saeens_pipeline.language_models.models import quiet_transformers
@@ -79,7 +79,7 @@ def _write(description: LanguageModelDescription, file: Path, folder: Path) -> N
         )
         quantised, report = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
         if missing := sorted(report["missing_keys"]):  # transformers would initialise them randomly
-            raise ValueError(f"it lacks {len(missing)} tensors that its header asks for: {missing[0]}, ...")
+            raise ValueError(f"it lacks {counted(len(missing), 'tensor')} that its header asks for: {missing[0]}, ...")
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
         model.load_state_dict(quantised.state_dict(), assign=True)  # save_pretrained() refuses a model that was quantised

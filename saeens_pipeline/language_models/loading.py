@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from saeens_pipeline.errors import ConfigurationError, SaeensError
+from saeens_pipeline.errors import ConfigurationError, SaeensError, counted
 from saeens_pipeline.language_models import hub
 from saeens_pipeline.language_models.descriptions import (
     HUB_FILES,
@@ -124,7 +124,8 @@ def _trained(description: LanguageModelDescription, dtype: torch.dtype) -> PreTr
     unused_names = {name for name, weights in model.named_parameters() if id(weights) in unused}
     missing = sorted(set(report["missing_keys"]) - unused_names)
     if missing:  # transformers would initialise them randomly
-        raise SaeensError(f"the weights in {description.path} lack {len(missing)} tensors that config.json asks for: {missing[0]}, ...")
+        lacking = f"{counted(len(missing), 'tensor')} that config.json asks for: {missing[0]}, ..."
+        raise SaeensError(f"the weights in {description.path} lack {lacking}")
     return model
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from saeens_pipeline.errors import ConfigurationError, SaeensError
+from saeens_pipeline.errors import ConfigurationError, SaeensError, counted
 from saeens_pipeline.language_models import hub
 from saeens_pipeline.language_models.descriptions import LanguageModelDescription, Weights, read_config
 from saeens_pipeline.language_models.language_model import LanguageModel
@@ -99,7 +99,9 @@ def _load_weights(description: LanguageModelDescription, hooked: HookedTransform
     wrong = sorted(name for name in own.keys() & state.keys() - constants if own[name].shape != state[name].shape)
     if missing or wrong:
         problem = (
-            f"lacks {len(missing)} tensors: {missing[0]}, ..." if missing else f"has {wrong[0]} in another shape than config.json says"
+            f"lacks {counted(len(missing), 'tensor')}: {missing[0]}, ..."
+            if missing
+            else f"has {wrong[0]} in another shape than config.json says"
         )
         raise SaeensError(f"{file} {problem}")
     hooked.load_state_dict({name: state[name].to(dtype) for name in own.keys() - constants}, strict=False)

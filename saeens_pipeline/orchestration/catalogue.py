@@ -9,6 +9,8 @@ from pathlib import Path
 
 import dagster as dg
 
+from saeens_pipeline.assets.declarations import Op
+from saeens_pipeline.assets.sources import NEEDS_HUB
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.language_models.gguf_models import lacks_package
 from saeens_pipeline.orchestration.assets import build_asset
@@ -55,7 +57,12 @@ class Catalogue(Ops):
             },
             executor=executor_from_environment(),
         )
-        return dg.Definitions.merge(automate(map(build_asset, ops), self), given)
+        return dg.Definitions.merge(automate(map(self._built, ops), self), given)
+
+    def _built(self, op: Op) -> dg.AssetsDefinition:
+        """Return the asset of an op. Artefacts of an experiment have the tag of what their source needs, as the source has."""
+        asset, source = build_asset(op), self.sources.get(op.outputs[0].source)
+        return asset.map_asset_specs(lambda spec: spec.merge_attributes(tags=NEEDS_HUB)) if source and source.needs_hub else asset
 
 
 def _broken_assets(broken: Mapping[Path, str]) -> list[dg.AssetsDefinition]:

@@ -85,6 +85,17 @@ class _Work(NamedTuple):
         return f"{where}: {counted(len(self.wanted), 'artefact')}: {'; '.join(reasons[:_MOST_REASONS])}{more}"
 
 
+class _LeftOut(NamedTuple):
+    """Work that a mark names and does not compute, and the partitions that it waits for, which are neither chosen nor fresh."""
+
+    work: _Work
+    waits_for: list[Partition]
+
+    def __str__(self) -> str:
+        missing = "; ".join(dict.fromkeys(str(each) or "what all layers share" for each in self.waits_for))
+        return f"{self.work}; left out, since it waits for what is neither chosen nor fresh: {missing}"
+
+
 def marks_name(experiment: str) -> str:
     """Return the name of the dynamic partitions that hold the marks of an experiment."""
     return f"{experiment}/retraining"  # no experiment can have this name
@@ -106,10 +117,12 @@ def experiment_job(ops: Ops, experiment: ExperimentSettings) -> dg.JobDefinition
                 raise dg.Failure(f"{name} has no {what} {', '.join(map(str, unknown))}; it has {', '.join(map(str, known))}")
         made = Mark(datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%S"), tuple(sorted(set(config.layers))), tuple(sorted(set(config.seeds))))
         todo, left_out = _reached(list(_works(ops, experiment, context.instance)), made)
-        for work in left_out:
-            context.log.warning(f"left out, since it needs artefacts of layers or seeds that are neither chosen nor fresh: {work}")
+        for each in left_out:
+            context.log.warning(str(each))
+        told: dict[str, Any] = {"left out": "\n".join(map(str, left_out))} if left_out else {}
         if not todo:
             context.log.info("nothing is marked: all that was chosen is fresh, or left out")
+            context.add_output_metadata(told)
             return
         context.instance.add_run_tags(context.run.run_id, {_MARKED_TAG: made.at})
         context.instance.add_dynamic_partitions(marks_name(name), [made.key])
@@ -117,8 +130,7 @@ def experiment_job(ops: Ops, experiment: ExperimentSettings) -> dg.JobDefinition
         context.log.info(f"marked; the sensor `retraining` requests {counted(len(todo), 'run')}: {runs}")
         for work in todo:
             context.log.info(str(work))
-        told: dict[str, Any] = {"runs": dg.MetadataValue.url(runs), "marked": "\n".join(map(str, todo))}
-        context.add_output_metadata(told | ({"left out": "\n".join(map(str, left_out))} if left_out else {}))
+        context.add_output_metadata({"runs": dg.MetadataValue.url(runs), "marked": "\n".join(map(str, todo))} | told)
 
     @dg.job(
         name=name,
@@ -231,19 +243,21 @@ def due_requests(ops: Ops, experiment: ExperimentSettings, instance: dg.DagsterI
     return due
 
 
-def _reached(works: Sequence[_Work], mark: Mark) -> tuple[list[_Work], list[_Work]]:
+def _reached(works: Sequence[_Work], mark: Mark) -> tuple[list[_Work], list[_LeftOut]]:
     """Return the works that a mark computes, and those that it names and that wait for works outside it."""
-    reached, left_out, unfinished = list[_Work](), list[_Work](), list[_Work]()
+    reached, left_out = list[_Work](), list[_LeftOut]()
+    causes: list[tuple[Partition, list[Partition]]] = []  # of what stays unfinished: its partition, and what is not chosen behind it
     for work in works:
         if not work.wanted:
             continue
-        waits = any(_comes_before(other.partition, work.partition) for other in unfinished)
-        if mark.includes(work.partition) and not waits:
+        waits_for = [cause for other, behind in causes if _comes_before(other, work.partition) for cause in behind]
+        if not mark.includes(work.partition):
+            causes.append((work.partition, [work.partition]))
+        elif waits_for:
+            left_out.append(_LeftOut(work, waits_for))
+            causes.append((work.partition, waits_for))
+        else:
             reached.append(work)
-            continue
-        unfinished.append(work)
-        if mark.includes(work.partition):
-            left_out.append(work)
     return reached, left_out
 
 

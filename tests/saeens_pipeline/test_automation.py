@@ -396,6 +396,7 @@ def test_the_job_names_what_waits_for_seeds_that_are_not_chosen_and_marks_nothin
         (left_out,) = metadata["left out"].splitlines()
         assert left_out.startswith("layer 2: 2 artefacts: ")
         assert "stability" in left_out
+        assert left_out.endswith(f"waits for what is neither chosen nor fresh: layer 2, seed {SEEDS[0]}")
         while requests := _tick(empty, instance):
             for request in requests:
                 empty.catalogue.definitions(disk_checks=False).resolve_implicit_global_asset_job_def().execute_in_process(
@@ -404,7 +405,9 @@ def test_the_job_names_what_waits_for_seeds_that_are_not_chosen_and_marks_nothin
                     asset_selection=request.asset_selection,
                     tags={**request.tags, "dagster/run_key": request.run_key or ""},
                 )
-        job.execute_in_process(instance=instance, run_config=config)  # only what waits is left
+        told = job.execute_in_process(instance=instance, run_config=config)  # only what waits is left
+        (output,) = (event.step_output_data for event in told.all_node_events if event.event_type_value == "STEP_OUTPUT")
+        assert set(output.metadata) == {"left out"}
         assert not instance.get_dynamic_partitions(marks_name(NAME))
 
 

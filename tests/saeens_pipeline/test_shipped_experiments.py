@@ -133,6 +133,10 @@ def test_the_ui_shows_what_can_run_here_and_tags_what_needs_a_hub(
     }
     assert needs["pythia_160m"] == needs["gemma_2_2b"] == "hub"
     assert needs["quickstart"] == needs["synthetic"] == needs["smollm2"] is None
+    specs = catalogue.definitions(disk_checks=False).resolve_all_asset_specs()
+    of_experiments = {spec.tags["experiment"]: spec.tags.get("saeens/needs") for spec in specs if "experiment" in spec.tags}
+    assert of_experiments["pythia_160m"] == of_experiments["gemma_2_2b"] == "hub"
+    assert of_experiments["quickstart"] == of_experiments["synthetic"] == of_experiments["smollm2"] is None
 
 
 @pytest.mark.parametrize("arguments", [("experiments",), ("status", "{}"), ("gc",), ("leaderboard",), ("doctor",), ("plan", "{}")])
