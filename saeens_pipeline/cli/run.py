@@ -124,8 +124,8 @@ def run(
         else:
             for sweep in catalogue.sweeps_of(experiment):
                 print_line(f"\n`saeens pareto {sweep}` compares the values of the sweep; with --picture FILE it draws them")
-    except KeyboardInterrupt:
-        err.print("stopped: finished artefacts are kept, and the next run resumes from there")
+    except KeyboardInterrupt as stopped:
+        notify("stopped", str(stopped) or "finished artefacts are kept, and the next run resumes from there")
         raise typer.Exit(130) from None
 
 

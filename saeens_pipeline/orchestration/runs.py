@@ -15,7 +15,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
-from dagster import AssetKey, DagsterExecutionInterruptedError
+from dagster import AssetKey, DagsterEventType, DagsterExecutionInterruptedError, DagsterInstance
 from rich.console import Console
 
 from saeens_pipeline import progress
@@ -383,18 +383,19 @@ def _execute(
         together = sorted({partition.layer for partition, _ in chosen if partition.layer is not None})
         for partition, declarations in chosen:
             raise_interrupt()
-            began = time.monotonic()
+            began, run_id = time.monotonic(), str(uuid.uuid4())
             try:
                 with unwrapped(), alerting(instance):
                     job.execute_in_process(
                         instance=instance,
+                        run_id=run_id,
                         partition_key=partition_key(declarations[0], partition),
                         asset_selection=[AssetKey(declaration.address.key) for declaration in declarations],
                         tags={"user": command, LAYERS_TAG: ",".join(map(str, together)), **_NO_RETRIES, **process_tag(), **(tags or {})},
                         run_config={"loggers": {"console": {"config": {"log_level": "DEBUG" if verbose else "CRITICAL"}}}},
                     )
             except DagsterExecutionInterruptedError:
-                raise KeyboardInterrupt from None
+                raise KeyboardInterrupt(_at_work(instance, run_id, partition)) from None
             except MaxRetriesExceededError as error:
                 raise SaeensError(_message_of(error)) from error
             if console:
@@ -402,6 +403,22 @@ def _execute(
                 number = counted(len(declarations), "artefact")
                 print_line(console, f"{where}: {number} in {time.monotonic() - began:.1f} s")
         raise_interrupt()
+
+
+def _at_work(instance: DagsterInstance, run_id: str, partition: Partition) -> str:
+    """Return what an interrupted run was at, and what it says of that, such as the checkpoint from which training goes on."""
+    kinds = {DagsterEventType.STEP_START, DagsterEventType.STEP_SUCCESS, DagsterEventType.RUN_CANCELING}
+    steps, said = list[str](), ""
+    for entry in instance.all_logs(run_id, of_type=kinds):
+        event = entry.get_dagster_event()
+        if event.event_type == DagsterEventType.RUN_CANCELING:
+            said = event.message or ""
+        elif event.event_type == DagsterEventType.STEP_START:
+            steps.append((event.step_key or "").replace("__", "/"))
+        else:
+            steps.pop()
+    where = f" of {partition}" if str(partition) else ""
+    return f"{', '.join(steps)}{where}: {said}" if steps and said else ""
 
 
 def _message_of(error: MaxRetriesExceededError) -> str:
@@ -425,6 +442,7 @@ def _interrupts() -> Iterator[Callable[[], None]]:
     for end in (receiver, sender):
         os.set_blocking(end, False)
     before = signal.set_wakeup_fd(sender)
+    ends = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # it ends a run as Ctrl-C does
 
     def raise_interrupt() -> None:
         with contextlib.suppress(BlockingIOError):  # no signal
@@ -434,6 +452,7 @@ def _interrupts() -> Iterator[Callable[[], None]]:
     try:
         yield raise_interrupt
     finally:
+        signal.signal(signal.SIGTERM, ends)
         signal.set_wakeup_fd(before)
         os.close(receiver)
         os.close(sender)

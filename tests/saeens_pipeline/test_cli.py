@@ -402,12 +402,16 @@ class _Referent:
     """Something that a weak reference can be taken to."""
 
 
-def _interrupt_training(monkeypatch: pytest.MonkeyPatch) -> None:
+def _interrupt_training(monkeypatch: pytest.MonkeyPatch, signum: signal.Signals = signal.SIGINT) -> None:
     def interrupt(*_: object) -> None:
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signum)
         time.sleep(60)
 
     monkeypatch.setattr(training, "train_saes", interrupt)
+
+
+def _terminate_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    _interrupt_training(monkeypatch, signal.SIGTERM)
 
 
 def _interrupt_in_a_callback(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -439,6 +443,7 @@ def _interrupt_at_the_end_of_a_stage(monkeypatch: pytest.MonkeyPatch) -> None:
 
 INTERRUPTS = {
     "training": _interrupt_training,
+    "SIGTERM in training": _terminate_training,
     "callback": _interrupt_in_a_callback,
     "end of a stage": _interrupt_at_the_end_of_a_stage,
 }
@@ -466,11 +471,13 @@ def _interrupted(laboratory: Laboratory, interrupt: str, *arguments: object) -> 
 
 
 @pytest.mark.slow
-def test_an_interrupt_during_training_exits_with_130_and_keeps_finished_artefacts(empty: Laboratory):
-    outcome, _ = _interrupted(empty, "training", "--select", "bagging/member_1", "--seed", SEEDS[0])
+@pytest.mark.parametrize("interrupt", ["training", "SIGTERM in training"])
+def test_an_interrupt_during_training_exits_with_130_names_the_artefact_and_keeps_finished_ones(empty: Laboratory, interrupt: str):
+    outcome, _ = _interrupted(empty, interrupt, "--select", "bagging/member_1", "--seed", SEEDS[0])
     assert outcome.code == 130
     assert "Traceback" not in outcome.err
-    assert "finished artefacts are kept" in outcome.message
+    assert "Finished artefacts are kept" in outcome.message
+    assert f"{NAME}/bagging" in outcome.message
     assert empty.artefact("activations")
 
 
