@@ -333,7 +333,7 @@ def test_doctor_verify_finds_a_damaged_artefact(finished: Laboratory, saeens: Sa
     outcome = saeens("doctor", "--verify")
     assert (outcome.code, outcome.err) == (1, "")
     assert str(file) in outcome.out
-    assert "1 differences" in outcome.out
+    assert "1 difference from" in outcome.out
     assert saeens("doctor").code == 0
 
 
