@@ -321,7 +321,7 @@ DAMAGES = {
     ),
     "without a tensor": (
         lambda file: write_gguf(file, leave_out="blk.1.attn_q.weight"),
-        r"transformers cannot load .*it lacks 1 tensors that its header asks for: model.layers.1.self_attn.q_proj.weight",
+        r"transformers cannot load .*it lacks 1 tensor that its header asks for: model.layers.1.self_attn.q_proj.weight",
     ),
     "scaled positions": (
         lambda file: write_gguf(file, change=lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)),

@@ -290,5 +290,5 @@ def test_weights_without_a_required_tensor_are_refused(copied):
     weights = load_file(copied / "model.safetensors")
     del weights["gpt_neox.layers.1.mlp.dense_h_to_4h.weight"]
     save_file(weights, copied / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(SaeensError, match=r"lack 1 tensors.*layers.1.mlp.dense_h_to_4h"):
+    with pytest.raises(SaeensError, match=r"lack 1 tensor .*layers.1.mlp.dense_h_to_4h"):
         load_language_model(describe_language_model(str(copied)))
