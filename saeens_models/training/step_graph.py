@@ -39,7 +39,7 @@ def record_on_cuda(work: Callable[[], None], device: torch.device) -> Graph:
                 work()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # the thread that reads ahead may use the GPU meanwhile
             work()
         return graph
 

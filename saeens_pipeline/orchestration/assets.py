@@ -16,7 +16,7 @@ from saeens_pipeline.assets.health import Health, examine, is_checked
 from saeens_pipeline.assets.held_out import measured_by
 from saeens_pipeline.assets.materialise import Materialised, materialise, require_sound
 from saeens_pipeline.errors import ConfigurationError
-from saeens_pipeline.orchestration.external_data import external_key, observe_inputs
+from saeens_pipeline.orchestration.external_data import DATA_VERSION_TAG, external_key, observe_inputs
 from saeens_pipeline.orchestration.instance import layers_name
 from saeens_pipeline.orchestration.layers import requested_layers
 from saeens_pipeline.orchestration.metadata import describe_artefact, held_out_figures, static_metadata
@@ -29,7 +29,6 @@ from saeens_pipeline.storage.recipes import Store
 
 OWNERS = ["team:interpretability"]
 HEALTH = "health"
-DATA_VERSION_TAG = "dagster/data_version"
 FORCE_TAG = "saeens/force"  # of a run: the request, and after it the assets, if not all are computed anew
 _ABOUT_HEALTH = (
     "Error: numbers that are not finite, constant or beyond their dtype, and wrong shapes; nothing is computed from such an artefact. "

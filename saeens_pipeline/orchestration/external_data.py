@@ -26,7 +26,7 @@ from saeens_pipeline.storage.root import data_root
 TICK_SECONDS = 30
 TICK_BUDGET_SECONDS = 1.0
 """After this time a tick ends, and the next one goes on with the next source."""
-_VERSION_TAG = "dagster/data_version"
+DATA_VERSION_TAG = "dagster/data_version"
 _MOST_CHARACTERS = 2000  # of an identity that is shown
 
 
@@ -82,8 +82,8 @@ def _changed(instance: dg.DagsterInstance, declaration: Declaration, settings: M
     for name, external in declaration.external.items():
         key, version = external_key(declaration, name), external.version(settings)
         last = instance.fetch_observations(key, limit=1).records
-        if not last or last[0].event_log_entry.asset_observation.tags.get(_VERSION_TAG) != version:  # pyright: ignore[reportOptionalMemberAccess]
-            yield dg.AssetObservation(key, tags={_VERSION_TAG: version}, metadata=_metadata(external, settings))
+        if not last or last[0].event_log_entry.asset_observation.tags.get(DATA_VERSION_TAG) != version:  # pyright: ignore[reportOptionalMemberAccess]
+            yield dg.AssetObservation(key, tags={DATA_VERSION_TAG: version}, metadata=_metadata(external, settings))
 
 
 def observe_inputs(context: dg.AssetExecutionContext, made: Iterable[Materialised]) -> None:

@@ -50,21 +50,28 @@ class RollingCache:
         self.folder, self.most_bytes = folder, most_bytes
 
     def get(self, name: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
-        """Return the array of this name, or compute it and keep it if there is room."""
+        """Return the array of this name, or compute it and keep it if there is room. A file that cannot be read or written is left out."""
         file = self.folder / f"{name}.npy"
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError, ValueError, EOFError):
             found = np.load(file, allow_pickle=False)
             os.utime(file)
             return found
         values = compute()
-        if self._make_room(values.nbytes):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            aside = file.with_name(f".{name}.{os.getpid()}")
+        with contextlib.suppress(OSError):
+            if self._make_room(values.nbytes):
+                self._keep(file, values)
+        return values
+
+    def _keep(self, file: Path, values: np.ndarray) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        aside = file.with_name(f".{file.stem}.{os.getpid()}")
+        try:
             with aside.open("wb") as stream:
                 np.save(stream, values, allow_pickle=False)
             flush(aside)
             aside.replace(file)
-        return values
+        finally:
+            aside.unlink(missing_ok=True)
 
     def _make_room(self, n_bytes: int) -> bool:
         """Remove arrays of other folders until there is room, and return whether there is."""

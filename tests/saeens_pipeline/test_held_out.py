@@ -11,7 +11,7 @@ import pytest
 from tiny_experiment import LAYER, NAME, SEEDS, Laboratory
 
 from saeens_pipeline.assets.held_out import held_out
-from saeens_pipeline.orchestration.assets import DATA_VERSION_TAG
+from saeens_pipeline.orchestration.external_data import DATA_VERSION_TAG
 from saeens_pipeline.orchestration.instance import register_layers
 from saeens_pipeline.orchestration.metadata import describe_artefact
 from saeens_pipeline.storage.names import Partition

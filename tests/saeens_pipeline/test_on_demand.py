@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -24,7 +25,7 @@ from saeens_pipeline.language_models.loading import load_language_model
 from saeens_pipeline.language_models.models import describe_language_model
 from saeens_pipeline.language_models.on_demand import ActivationsOnDemand
 from saeens_pipeline.language_models.tokens import TokenStore, open_tokens, write_tokens
-from saeens_pipeline.storage import activation_writer
+from saeens_pipeline.storage import activation_writer, rolling_cache
 from saeens_pipeline.storage.activations import ActivationStore, _contiguous_blocks
 from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.rolling_cache import RollingCache, activation_cache_bytes
@@ -142,6 +143,21 @@ def test_the_cache_keeps_what_fits_and_makes_room_from_other_folders_the_oldest_
     (tmp_path / "new" / "e.npy").unlink()  # by another process
     assert get(new, "e", 300) == b"e" * 300
     assert made == ["a", "b", "c", "d", "e", "e"]
+
+
+def test_a_damaged_file_is_computed_again_and_a_full_disk_keeps_nothing(tmp_path, monkeypatch):
+    cache, values = RollingCache(tmp_path / "rows", 10_000), np.arange(20)
+    cache.get("a", lambda: values)
+    (tmp_path / "rows" / "a.npy").write_bytes((tmp_path / "rows" / "a.npy").read_bytes()[:-9])
+    assert cache.get("a", lambda: values).tolist() == values.tolist()
+    assert cache.get("a", lambda: pytest.fail("it was written again")).tolist() == values.tolist()
+
+    def full(path: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(rolling_cache, "flush", full)
+    assert cache.get("b", lambda: values).tolist() == values.tolist()
+    assert [file.name for file in (tmp_path / "rows").iterdir()] == ["a.npy"]
 
 
 @pytest.mark.parametrize("value", ["much", "-1", "inf"])
