@@ -59,8 +59,25 @@ class Line(NamedTuple):
     note: str = ""
 
 
+class Machine(NamedTuple):
+    """Devices for which time is estimated."""
+
+    tflops: float
+    """Sustained 10^12 dense-equivalent FLOPs per second of one device."""
+    devices: int = 1
+    price: float | None = None
+    """Of a device for an hour."""
+
+
 def forecast(
-    source: SourceSettings, experiment: ExperimentSettings, ops: Sequence[Op], *, layers: Sequence[int], store: Store, compute: Compute
+    source: SourceSettings,
+    experiment: ExperimentSettings,
+    ops: Sequence[Op],
+    *,
+    layers: Sequence[int],
+    store: Store,
+    compute: Compute,
+    machine: Machine | None = None,
 ) -> list[Line]:
     """Return the figures of the experiment on these layers, with all artefacts missing. Existing artefacts are not subtracted.
 
@@ -95,6 +112,8 @@ def forecast(
     n_partitions = len(layers) * len(experiment.ensemble.seeds)
     amounts = {(line.section, line.item): line.amount for line in lines}
     lines += [Line(table.name, *line) for table in evaluations_of(experiment) for line in table.forecast(experiment, n_partitions)]
+    if plan and machine:
+        lines += plan.time(machine, {item: amount for (section, item), amount in amounts.items() if section == "computation"})
     lines += _fits(amounts, store, compute)
     if plan and not source.synthetic:
         lines += _with_less_disk(plan, tokens, free_bytes(store.root))
@@ -115,6 +134,8 @@ def readable(line: Line) -> str:
             return _bytes(line.amount)
         case "FLOPs":
             return f"{line.amount:.2g} FLOPs"
+        case "hours":
+            return f"{line.amount:,.3g} h"
         case "money":
             return f"{line.amount:,.2f}"
     return f"{line.amount:,.0f} {line.unit}".rstrip()
@@ -339,6 +360,41 @@ class _Plan:
         notes += [] if is_known else ["without the language model"]
         everything = (forward + on_demand if is_known else 0) + sum(training.values()) + residuals + evaluation + (loss if is_known else 0)
         yield "all", everything, "; ".join(notes)
+
+    def reads(self) -> tuple[float, float]:
+        """Return the bytes of training rows that are read from a store, and written into it, for all layers and seeds."""
+        kept = self.experiment.keep_residuals != "none"
+        of_source = self.passes_on_demand() / len(self.experiment.ensemble.seeds)  # for each layer and seed
+        on_residuals = len({each.op for each in self.trained if each.declaration.inputs[0].artefact.address.kind != "source"})
+        of_residuals = on_residuals + self.n_residuals - 1 if kept and self.n_residuals else 0
+        from_store = (of_source if self.source.keep_activations == "all" else 0) + of_residuals
+        activations = self.activation_bytes(self.source.keep_activations)
+        written = activations + self._training_bytes * self.n_residuals * self.n_partitions * kept
+        return from_store * self._training_bytes * self.n_partitions, written
+
+    def time(self, machine: Machine, flops: Mapping[str, float | None]) -> Iterator[Line]:
+        """Yield hours on a machine, with its transfers and price. One device works on a layer and seed at a time, as runs do."""
+        per_hour = machine.tflops * 1e12 * 3600
+        forward, everything = flops["language model"], flops["all"]
+        if forward is None or everything is None:
+            yield Line("time", "all", None, "hours", self.problem)
+            return
+        at_once = min(machine.devices, self.n_partitions)
+        turns = math.ceil(self.n_partitions / machine.devices)
+        first, rest = forward / per_hour, turns * (everything - forward) / self.n_partitions / per_hour
+        sustained = f"{machine.tflops:g} TFLOP/s of each device, without waiting for disks"
+        yield Line("time", "language model", first, "hours", "on one device: one forward pass for all layers")
+        yield Line(
+            "time", "training, evaluation", rest, "hours", f"{counted(self.n_partitions, 'layer and seed run')}, {at_once} at a time"
+        )
+        yield Line("time", "all", first + rest, "hours", sustained)
+        read, written = self.reads()
+        pace = read / self.n_partitions * turns / (rest * 3600) if rest else 0.0
+        yield Line("time", "read from stores", read, "bytes", f"{_bytes(pace)}/s for each device, or it waits")
+        yield Line("time", "written", written, "bytes", "activations and residuals")
+        if machine.price is not None:
+            used = first + (everything - forward) / per_hour
+            yield Line("time", "price", used * machine.price, "money", f"{used:,.3g} device hours that are used, {machine.price:g} each")
 
 
 def _weights_bytes(config: SAEConfig) -> int:

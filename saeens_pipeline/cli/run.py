@@ -25,7 +25,7 @@ from saeens_pipeline.cli.output import (
     print_line,
     print_rows,
 )
-from saeens_pipeline.errors import SaeensError, counted
+from saeens_pipeline.errors import ConfigurationError, SaeensError, counted
 from saeens_pipeline.storage.names import numeric_order
 from saeens_pipeline.storage.recipes import Store
 from saeens_pipeline.storage.root import data_root
@@ -44,24 +44,38 @@ _STATE_COLOURS = {"fresh": "green", "stale": "yellow", "queued": "blue", "runnin
 
 
 @app.command()
-def plan(experiment: ExperimentName, layer: LayerOption = None, settings: SetOption = None, format: FormatOption = "table") -> None:
-    """Print the disk, memory and computation that an experiment will need, before it runs.
+def plan(
+    experiment: ExperimentName,
+    layer: LayerOption = None,
+    settings: SetOption = None,
+    *,
+    tflops: Annotated[
+        float | None, typer.Option(min=1e-6, help="Estimate hours: 10^12 FLOPs that a device sustains in a second, such as 300 of an H100.")
+    ] = None,
+    devices: Annotated[int, typer.Option(min=1, help="Number of devices, each with a layer and seed at a time. Needs --tflops.")] = 1,
+    price: Annotated[float | None, typer.Option(min=0, help="Price of a device for an hour. Needs --tflops.")] = None,
+    format: FormatOption = "table",
+) -> None:
+    """Print the disk, memory and computation that an experiment will need, before it runs, and with --tflops the time.
 
     For a sweep, each experiment's needs are printed as if it ran alone; artefacts that several share are computed once.
     """
     import polars as pl
 
     from saeens_pipeline.assets.compute import Compute
-    from saeens_pipeline.assets.forecast import as_frame, forecast, readable
+    from saeens_pipeline.assets.forecast import Machine, as_frame, forecast, readable
     from saeens_pipeline.orchestration.catalogue import Catalogue
     from saeens_pipeline.orchestration.layers import recorded_layers
 
+    if tflops is None and (devices > 1 or price is not None):
+        raise ConfigurationError("--devices and --price estimate hours and money, and need --tflops: what one device sustains")
+    machine = Machine(tflops, devices, price) if tflops else None
     catalogue, store, compute = Catalogue.load_with(experiment, settings or []), Store(data_root()), Compute.from_environment()
     plans: dict[str, list[Line]] = {}
     for each in catalogue.named(experiment):
         source = catalogue.sources[each.source]
         layers = sorted(set(layer)) if layer else recorded_layers(source).layers
-        plans[each.name] = forecast(source, each, catalogue.ops(each), layers=layers, store=store, compute=compute)
+        plans[each.name] = forecast(source, each, catalogue.ops(each), layers=layers, store=store, compute=compute, machine=machine)
     frames = [as_frame(lines).insert_column(0, pl.Series("experiment", [name] * len(lines))) for name, lines in plans.items()]
     if print_data(pl.concat(frames), format):
         return

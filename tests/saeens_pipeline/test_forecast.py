@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from saeens_pipeline.assets import forecast as forecasts
 from saeens_pipeline.assets.compute import Compute
-from saeens_pipeline.assets.forecast import Line, forecast, readable
+from saeens_pipeline.assets.forecast import Line, Machine, forecast, readable
 from saeens_pipeline.errors import ConfigurationError
 from saeens_pipeline.language_models.loading import block_parameters, load_language_model
 from saeens_pipeline.language_models.models import describe_language_model
@@ -29,11 +29,14 @@ from saeens_pipeline.storage.names import Address, Partition
 from saeens_pipeline.storage.recipes import Store
 
 
-def _lines(laboratory: Laboratory, layers: tuple[int, ...] = (LAYER,), compute: Compute | None = None) -> list[Line]:
+def _lines(
+    laboratory: Laboratory, layers: tuple[int, ...] = (LAYER,), compute: Compute | None = None, machine: Machine | None = None
+) -> list[Line]:
     catalogue = laboratory.catalogue
     experiment = catalogue.experiment("tiny")
     source, ops = catalogue.sources[experiment.source], catalogue.ops(experiment)
-    return forecast(source, experiment, ops, layers=layers, store=laboratory.store, compute=compute or Compute(device="cpu"))
+    compute = compute or Compute(device="cpu")
+    return forecast(source, experiment, ops, layers=layers, store=laboratory.store, compute=compute, machine=machine)
 
 
 def _amounts(*args: Any, **kwargs: Any) -> dict[tuple[str, str], float | None]:
@@ -123,6 +126,24 @@ def test_a_disk_that_is_too_small_gets_a_proposal(empty: Laboratory, monkeypatch
     proposed = _known(_amounts(empty)["fits", "with less disk"])
     empty.declare({"keep_activations": "test"}, mixing="contiguous", keep_residuals="none")
     assert proposed == _known(_amounts(empty)["disk", "all"]) < needed
+
+
+@pytest.mark.parametrize(("devices", "turns"), [(1, 4), (2, 2), (3, 2), (4, 1), (9, 1)])
+def test_time_is_that_of_the_runs_of_one_layer_and_seed_on_so_many_devices(empty: Laboratory, devices: int, turns: int):
+    machine = Machine(tflops=1e-6, devices=devices, price=3.0)
+    amounts = _amounts(empty, (0, 1), machine=machine)  # two layers and two seeds
+    forward, everything = (_known(amounts["computation", item]) for item in ("language model", "all"))
+    assert amounts["time", "language model"] == pytest.approx(forward / 1e6 / 3600)
+    assert amounts["time", "training, evaluation"] == pytest.approx(turns * (everything - forward) / 4 / 1e6 / 3600)
+    assert amounts["time", "price"] == pytest.approx(3 * everything / 1e6 / 3600)  # idle devices are not counted
+    row_bytes, rounds, residuals = D_MODEL * 2, MEMBERS - 1, MEMBERS - 1
+    # For each layer and seed: members, two baselines and residual 1 read activations; rounds and later residuals read residuals.
+    assert amounts["time", "read from stores"] == 4 * (3 + 1 + rounds + residuals - 1) * 600 * row_bytes
+    assert amounts["time", "written"] == 2 * (800 * row_bytes + 800 * 8) + 4 * residuals * 600 * row_bytes
+
+
+def test_without_a_machine_no_time_is_estimated(empty: Laboratory):
+    assert not [section for section, _ in _amounts(empty) if section == "time"]
 
 
 def test_layers_and_hooks_that_the_model_lacks_are_refused(empty: Laboratory):
@@ -295,6 +316,13 @@ def test_the_plan_command_prints_json_alone_and_writes_nothing(
     ].items()
     assert saeens("--format", "csv").startswith("experiment,section,item,amount,unit,note\n")
     assert "training, largest group" in saeens()
+    timed = json.loads(saeens("--format", "json", "--tflops", "2", "--devices", "4", "--price", "1.5"))
+    assert [row["item"] for row in timed if row["section"] == "time"][-1] == "price"
+    monkeypatch.setattr("sys.argv", ["saeens", "plan", "tiny", "--devices", "4"])
+    with pytest.raises(SystemExit) as refused:
+        cli.main()
+    assert refused.value.code == 2
+    assert "need --tflops" in capsys.readouterr().err
     assert not empty.root.exists()
 
 
