@@ -55,7 +55,7 @@ def describe_artefact(store: Store, declaration: Declaration, partition: Partiti
     elif declaration.address.kind == "report":
         summary = _report_summary(artefact)
     elif "statistics" in made:
-        summary = _statistics_summary(made["statistics"]) | _composition_summary(made) | _quantised(artefact)
+        summary = _statistics_summary(made["statistics"]) | _composition_summary(made) | _quantised(artefact) | _on_demand(artefact)
     leading = held_out_figures(store, declaration, partition, artefact) if declaration.builder in (*SAES, "ensemble") else {}
     if declaration.address.is_table:
         leading = {name: value for name, value in summary.items() if isinstance(value, int | float) and not name.startswith("dagster/")}
@@ -285,6 +285,12 @@ def _quantised(artefact: Artefact) -> dict[str, Any]:
     model = settings.get("language_model")
     is_quantised = isinstance(model, dict) and model.get("quantised") and settings["weights"] == "trained"
     return {"quantised weights": model["quantised"]} if is_quantised else {}
+
+
+def _on_demand(artefact: Artefact) -> dict[str, Any]:
+    """Return that training rows are not on disk, for activations with the bytes of test rows alone."""
+    stored = {name.partition("/")[0] for name in artefact.files if "/activations/c/" in name}
+    return {"training rows": "computed again when they are read (keep_activations: test)"} if stored == {"test"} else {}
 
 
 def picture(curves: dict[str, Sequence[float]], x_label: str, width: int = 300, height: int = 90) -> dg.MarkdownMetadataValue:

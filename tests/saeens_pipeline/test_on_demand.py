@@ -25,10 +25,12 @@ from saeens_pipeline.language_models.loading import load_language_model
 from saeens_pipeline.language_models.models import describe_language_model
 from saeens_pipeline.language_models.on_demand import ActivationsOnDemand
 from saeens_pipeline.language_models.tokens import TokenStore, open_tokens, write_tokens
+from saeens_pipeline.orchestration.metadata import describe_artefact
 from saeens_pipeline.storage import activation_writer, rolling_cache
 from saeens_pipeline.storage.activations import ActivationStore, _contiguous_blocks
 from saeens_pipeline.storage.names import Partition
 from saeens_pipeline.storage.rolling_cache import RollingCache, activation_cache_bytes
+from saeens_pipeline.storage.selection import SelectedDocuments
 from saeens_pipeline.storage.tables import read_table
 
 HOOK, TEXTS = "resid_post", [f"def encode_{i}(self, x):\n    return self.act(x * {i * 37})" + " # words" * (i % 4) for i in range(12)]
@@ -79,6 +81,9 @@ def test_rows_on_demand_have_the_bits_of_stored_rows(model, tokens, tmp_path, dt
         assert torch.equal(opened.read_chunk("test", 0), stored.read_chunk("test", 0))
         assert torch.equal(_rows(opened, 0), _rows(stored, 0))
         assert torch.equal(_rows(opened, 3), _rows(stored, 3))  # as a resumed training reads
+        documents = np.unique(stored.document("train"))[1::3]
+        selected = [torch.cat([*SelectedDocuments(reader, "train", documents).chunks("train")]) for reader in (opened, stored)]
+        assert torch.equal(*selected)
     assert max_norm is None or len(stored.dropped("train"))
 
 
@@ -203,6 +208,11 @@ def test_an_experiment_on_demand_has_the_weights_and_tables_of_one_on_stored_act
         ]
         (shards,) = {(laboratory.artefact("activations").path / "train" / "activations").exists()}
         assert shards == (keep == "all")
+        artefact = laboratory.artefact("activations")
+        metadata = describe_artefact(
+            laboratory.store, laboratory.declarations()[f"{NAME}/activations"], Partition(LAYER), artefact, is_hit=True
+        )
+        assert ("training rows" in metadata) == (keep == "test")
     assert list(found["all"]) == list(found["test"])
     for name, weights in found["all"].items():
         assert weights.keys() == found["test"][name].keys()
