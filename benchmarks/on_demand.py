@@ -24,9 +24,9 @@ from saeens_pipeline.storage.activations import ActivationStore
 from saeens_pipeline.storage.rolling_cache import RollingCache
 
 TITLE = "Activations on demand"
-_CONTEXT, _LAYER, _D_SAE, _K, _BATCH_TOKENS, _MIXING_CHUNKS = 128, 2, 1536, 16, 4096, 32
-_GROUPS, _QUICK_GROUPS = 32, 4
-_CACHED = (0.0, 0.1, 0.5, 1.0)
+_CONTEXT, _LAYER, _D_SAE, _K, _BATCH_TOKENS, _MIXING_CHUNKS = 128, 2, 1536, 16, 4096, 16
+_GROUPS, _QUICK_GROUPS = 12, 4
+_CACHED = (0.0, 0.1, 0.5)
 
 
 def run(options: Options) -> Section:
